@@ -1,0 +1,95 @@
+"""SQLite as the durable store of a service: the one home of ``sqlite3``.
+
+WAL with ``synchronous=FULL``: a transaction that returned is on disk (https://sqlite.org/wal.html, section
+"Performance Considerations"). Every failure (full disk, locked or broken file) is a StoreError with the
+path and the cause; the failed transaction left nothing behind.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from caesura.runtime.errors import StoreError
+
+_BUSY_TIMEOUT_S = 5.0  # s: longer than any transaction of ours, short enough to notice a stuck second process
+
+
+class Database:
+    """One SQLite file and its schema.
+
+    Args:
+        path: the file; its folder is created with mode 0700. ``:memory:`` is for unit tests.
+        migrations: one SQL script per schema version, oldest first; those the file lacks are run at open.
+
+    Raises:
+        StoreError: the file cannot be opened, is not ours, or comes from a newer Caesura.
+    """
+
+    def __init__(self, path: str, migrations: Sequence[str]) -> None:
+        self.path = path
+        try:
+            if path != ":memory:":
+                Path(path).parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            self._connection = sqlite3.connect(path, timeout=_BUSY_TIMEOUT_S, isolation_level=None)
+            self._connection.execute("PRAGMA journal_mode=WAL")
+            self._connection.execute("PRAGMA synchronous=FULL")
+            self._migrate(migrations)
+        except (sqlite3.Error, OSError) as error:
+            raise StoreError(f"cannot open the store {path}: {error}") from error
+
+    def _migrate(self, migrations: Sequence[str]) -> None:
+        (have,) = self._connection.execute("PRAGMA user_version").fetchone()
+        if have > len(migrations):
+            raise StoreError(
+                f"the store {self.path} has schema version {have}, this Caesura knows {len(migrations)}: run the newer version"
+            )
+        for number, script in enumerate(migrations[have:], start=have + 1):
+            self._connection.executescript(f"BEGIN;{script};PRAGMA user_version={number};COMMIT;")
+
+    @contextmanager
+    def transaction(self) -> Iterator[None]:
+        """All or nothing. The block's own exceptions roll back and pass through.
+
+        Raises:
+            StoreError: the disk or the file refused; nothing was written.
+        """
+        try:
+            self._connection.execute("BEGIN IMMEDIATE")
+        except sqlite3.Error as error:
+            raise StoreError(f"cannot write to the store {self.path}: {error}") from error
+        try:
+            yield
+            self._connection.execute("COMMIT")
+        except BaseException as error:
+            if self._connection.in_transaction:
+                self._connection.execute("ROLLBACK")
+            if isinstance(error, sqlite3.Error):
+                raise StoreError(f"cannot write to the store {self.path}: {error}") from error
+            raise
+
+    def run(self, sql: str, *values: Any) -> list[tuple[Any, ...]]:
+        """One statement; its rows.
+
+        Raises:
+            StoreError: the statement failed.
+        """
+        try:
+            return self._connection.execute(sql, values).fetchall()
+        except sqlite3.Error as error:
+            raise StoreError(f"the store {self.path} failed: {error}") from error
+
+    def ping(self) -> str:
+        """Empty text when the store answers, else what is wrong; for health probes."""
+        try:
+            self.run("SELECT 1")
+        except StoreError as error:
+            return str(error)
+        return ""
+
+    def close(self) -> None:
+        """Close the file; further calls fail."""
+        self._connection.close()

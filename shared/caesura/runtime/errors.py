@@ -1,0 +1,18 @@
+"""The root of every error that Caesura raises on purpose.
+
+Each error carries data (what, the limit, the value) and a text that says what to do. Low-level
+exceptions do not cross a port: they are chained as the cause of one of these.
+"""
+
+from __future__ import annotations
+
+
+class CaesuraError(Exception):
+    """Something Caesura refuses or could not do, in words for the person who runs it."""
+
+    exit_code = 1
+    """What a service that ends with this error exits with."""
+
+
+class StoreError(CaesuraError):
+    """The durable store could not take or give a record (full disk, locked, broken file)."""

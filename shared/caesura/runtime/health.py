@@ -1,0 +1,95 @@
+"""``/live``, ``/ready`` and ``/metrics`` for every service.
+
+``/live`` answers 200 while the event loop turns. ``/ready`` runs the named pings (broker, store, driver):
+200 when all are well, else 503 with the names and reasons. ``/metrics`` is the service's own registry.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from aiohttp import web
+from prometheus_client import CollectorRegistry
+from prometheus_client.aiohttp import make_aiohttp_handler
+
+from caesura.runtime.errors import CaesuraError
+
+Ping = Callable[[], str]
+"""Empty text when well, else what is wrong."""
+
+
+class ListenError(CaesuraError):
+    """A listener could not be opened."""
+
+
+def parse_listen(listen: str) -> tuple[str, int] | str:
+    """``host:port`` as a pair, ``unix:/path`` as the path.
+
+    Raises:
+        ListenError: neither of the two, or a port outside 0..65535.
+    """
+    if listen.startswith("unix:"):
+        return listen.removeprefix("unix:")
+    host, _, port = listen.rpartition(":")
+    if not host or not port.isdigit() or int(port) > 65535:
+        raise ListenError(f"cannot listen on {listen!r}: give host:port (127.0.0.1:9310) or unix:/path")
+    return host.strip("[]"), int(port)
+
+
+async def open_site(runner: web.AppRunner, listen: str) -> None:
+    """Open one listener of an aiohttp runner.
+
+    Raises:
+        ListenError: saying which address and why, for example that it is in use.
+    """
+    where = parse_listen(listen)
+    site: web.BaseSite
+    if isinstance(where, str):
+        Path(where).unlink(missing_ok=True)  # noqa: ASYNC240 - a stale socket of our own, once at start
+        site = web.UnixSite(runner, where)
+    else:
+        site = web.TCPSite(runner, *where)
+    try:
+        await site.start()
+    except OSError as error:
+        raise ListenError(
+            f"cannot listen on {listen}: {error.strerror or error}. Choose another address or stop what uses it."
+        ) from error
+
+
+def health_app(pings: Mapping[str, Ping], registry: CollectorRegistry) -> web.Application:
+    """The three endpoints as an aiohttp application, to be served or mounted."""
+
+    async def live(_: web.Request) -> web.Response:
+        return web.json_response({"status": "live"})
+
+    async def ready(_: web.Request) -> web.Response:
+        wrong = {name: why for name, ping in pings.items() if (why := ping())}
+        body = {"status": "not ready" if wrong else "ready", "wrong": wrong, "pings": sorted(pings)}
+        return web.json_response(body, status=503 if wrong else 200)
+
+    app = web.Application()
+    app.router.add_get("/live", live)
+    app.router.add_get("/ready", ready)
+    app.router.add_get("/metrics", make_aiohttp_handler(registry))
+    return app
+
+
+@asynccontextmanager
+async def serve_health(
+    listen: str, pings: Mapping[str, Ping], registry: CollectorRegistry
+) -> AsyncIterator[None]:
+    """Serve health on ``listen`` while the block runs; with an empty ``listen``, serve nothing."""
+    if not listen:
+        yield
+        return
+    runner = web.AppRunner(health_app(pings, registry), access_log=None)
+    await runner.setup()
+    try:
+        await open_site(runner, listen)
+        yield
+    finally:
+        await asyncio.shield(runner.cleanup())

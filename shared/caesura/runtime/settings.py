@@ -1,0 +1,203 @@
+"""Settings from the environment: read once, checked whole, printed without secrets.
+
+Each service has one frozen struct and one prefix, ``CAESURA_<SERVICE>_``. A variable with that prefix that
+names no setting is an error (a misspelt variable must not be a silent default). A secret is given as a file,
+``..._FILE``, and never printed.
+"""
+
+from __future__ import annotations
+
+import difflib
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import msgspec
+from msgspec import Meta
+
+from caesura.runtime.errors import CaesuraError
+
+
+class SettingsError(CaesuraError):
+    """The environment does not make a valid configuration; the text names the variables."""
+
+
+class Secret:
+    """A value that never shows itself: not in logs, not in ``--print-config``, not in a traceback."""
+
+    __slots__ = ("_value",)
+
+    def __init__(self, value: str = "") -> None:
+        self._value = value
+
+    def reveal(self) -> str:
+        """The secret itself; call this only where it is used."""
+        return self._value
+
+    def __bool__(self) -> bool:
+        return bool(self._value)
+
+    def __repr__(self) -> str:
+        return "Secret('***')" if self._value else "Secret('')"
+
+
+class ServiceSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What every service that is on the bus needs to know."""
+
+    broker_url: Annotated[
+        str, Meta(description="`mqtt://host:port`, `mqtts://host:port` (TLS) or `unix:///path/to/socket`.")
+    ] = "mqtt://127.0.0.1:1883"
+    broker_protocol: Annotated[
+        Literal["auto", "5", "3.1.1"],
+        Meta(description="MQTT version; `auto` tries 5 and falls back to 3.1.1."),
+    ] = "auto"
+    broker_username: Annotated[str, Meta(description="User name at the broker; empty for none.")] = ""
+    broker_password: Annotated[
+        Secret, Meta(description="Password at the broker, read from the file named here.")
+    ] = msgspec.field(default_factory=Secret)
+    broker_ca_file: Annotated[str, Meta(description="CA certificates (PEM) to check the broker against.")] = (
+        ""
+    )
+    broker_cert_file: Annotated[str, Meta(description="Client certificate (PEM) for mutual TLS.")] = ""
+    broker_key_file: Annotated[str, Meta(description="Key (PEM) of the client certificate.")] = ""
+    log_format: Annotated[
+        Literal["auto", "console", "json"], Meta(description="`auto`: console on a terminal, JSON otherwise.")
+    ] = "auto"
+    log_level: Annotated[
+        Literal["debug", "info", "warning", "error"], Meta(description="Least level to log.")
+    ] = "info"
+    health_listen: Annotated[
+        str,
+        Meta(
+            description="`host:port` or `unix:/path` for /live, /ready and /metrics; empty for no listener."
+        ),
+    ] = ""
+
+
+S = TypeVar("S", bound=msgspec.Struct)
+
+
+def is_secret(field: msgspec.structs.FieldInfo) -> bool:
+    """Whether a setting's value comes from a file and is never printed."""
+    return Secret in (field.type, *typing.get_args(field.type))
+
+
+def variable_name(prefix: str, field: msgspec.structs.FieldInfo) -> str:
+    """The environment variable of a field; a secret's ends in ``_FILE``."""
+    return f"{prefix}{field.name.upper()}{'_FILE' if is_secret(field) else ''}"
+
+
+def read_settings(settings: type[S], prefix: str, environ: Mapping[str, str]) -> S:
+    """Build ``settings`` from the variables that start with ``prefix``.
+
+    Raises:
+        SettingsError: naming every unknown variable (with the nearest known one), every missing one, and
+            the value that does not fit.
+    """
+    fields = {variable_name(prefix, field): field for field in msgspec.structs.fields(settings)}
+    given = {name: value for name, value in environ.items() if name.startswith(prefix)}
+    unknown = sorted(set(given) - set(fields))
+    if unknown:
+        raise SettingsError("; ".join(_unknown(name, list(fields)) for name in unknown))
+    missing = sorted(name for name, field in fields.items() if field.required and name not in given)
+    if missing:
+        raise SettingsError(
+            f"missing setting {', '.join(missing)}; run with --help to see what each one is for"
+        )
+    raw: dict[str, Any] = {}
+    for name, text in given.items():
+        field = fields[name]
+        raw[field.name] = _read_secret(name, text) if is_secret(field) else _plain(text, field.type)
+    for name, field in fields.items():
+        if field.name not in raw:
+            continue
+        try:
+            msgspec.convert(
+                {field.name: raw[field.name]}, _single(field), strict=False, dec_hook=_decode_custom
+            )
+        except msgspec.ValidationError as error:
+            shown = "the file's content" if is_secret(field) else repr(given[name])
+            raise SettingsError(f"{name}={shown}: {str(error).split(' - at ')[0]}") from error
+    try:
+        return msgspec.convert(raw, settings, strict=False, dec_hook=_decode_custom)
+    except msgspec.ValidationError as error:
+        raise SettingsError(f"{prefix}*: {error}") from error
+
+
+def show_settings(settings: msgspec.Struct, prefix: str) -> str:
+    """The effective configuration as ``NAME=value`` lines; secrets show only whether they are set."""
+    lines = []
+    for field in msgspec.structs.fields(type(settings)):
+        value = getattr(settings, field.name)
+        if isinstance(value, Secret):
+            text = "(set, not shown)" if value else ""
+        elif isinstance(value, list | tuple | dict):
+            text = msgspec.json.encode(value).decode()
+        else:
+            text = "" if value is None else str(value)
+        lines.append(f"{variable_name(prefix, field)}={text}")
+    return "\n".join(lines)
+
+
+def describe_settings(settings: type[msgspec.Struct], prefix: str) -> list[tuple[str, str, str]]:
+    """(variable, default, description) of every setting, for ``--help`` and the generated reference."""
+    rows = []
+    for field in msgspec.structs.fields(settings):
+        meta = next((arg for arg in typing.get_args(field.type) if isinstance(arg, Meta)), None)
+        description = (meta.description if meta else None) or ""
+        if field.required:
+            default = "required"
+        elif is_secret(field):
+            default = ""
+        else:
+            value = field.default if field.default is not msgspec.NODEFAULT else _from_factory(field)
+            default = "" if value in ("", None) else _shown(value)
+        rows.append((variable_name(prefix, field), default, description))
+    return rows
+
+
+def _from_factory(field: msgspec.structs.FieldInfo) -> object:
+    factory = field.default_factory
+    return factory() if callable(factory) else ""
+
+
+def _shown(value: object) -> str:
+    return (
+        msgspec.json.encode(value).decode() if isinstance(value, list | tuple | dict | bool) else str(value)
+    )
+
+
+def _unknown(name: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f", did you mean {near[0]}?" if near else "; run with --help for the list"
+    return f"unknown setting {name}{hint}"
+
+
+def _read_secret(name: str, path: str) -> Secret:
+    try:
+        return Secret(Path(path).read_text(encoding="utf-8").strip())
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(f"{name}: cannot read {path!r}: {error}") from error
+
+
+def _plain(text: str, wanted: Any) -> Any:
+    # Lists and tables are given as JSON; everything else is text that msgspec converts (strict=False).
+    base = typing.get_args(wanted)[0] if typing.get_origin(wanted) is Annotated else wanted
+    if typing.get_origin(base) in {list, tuple, dict}:
+        try:
+            return msgspec.json.decode(text)
+        except msgspec.DecodeError:
+            return text
+    return text
+
+
+def _single(field: msgspec.structs.FieldInfo) -> type[msgspec.Struct]:
+    # One-field struct: converting field by field lets the error name the variable at fault.
+    return msgspec.defstruct("Setting", [(field.name, field.type)])
+
+
+def _decode_custom(wanted: type, value: Any) -> Any:
+    if wanted is Secret and isinstance(value, Secret):
+        return value
+    raise NotImplementedError(f"settings of type {wanted} cannot be read from the environment")

@@ -1,0 +1,1 @@
+"""What crosses the bus: messages, topics, and how they become bytes."""

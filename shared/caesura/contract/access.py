@@ -1,0 +1,70 @@
+"""The broker's access rules, made from the topic table: least rights for every user, nothing by default.
+
+One user per service instance, named ``<party>_<instance>`` (the coordinator and the exporter without an
+instance). The rules are Mosquitto's ``acl_file`` format (mosquitto.conf(5)): literal users rather than the
+``%u`` pattern, because a host and a VM of one name must not inherit each other's rights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import msgspec
+
+from caesura.contract.topics import CHANNELS, PREFIX, Party
+
+
+class Principal(msgspec.Struct, frozen=True):
+    """A user at the broker: which party it is, its instance (host, VM, publisher or client name), its set."""
+
+    party: Party
+    instance: str = ""
+    set: str = ""
+
+    @property
+    def username(self) -> str:
+        """The user name at the broker."""
+        return f"{self.party}_{self.instance}" if self.instance else self.party
+
+
+_OWN_SUBTREE: Mapping[Party, str] = {
+    "coordinator": "fleet/#",
+    "host": "host/{}/#",
+    "vm": "vm/{}/#",
+    "metadata": "metadata/{}/#",
+    "ctl": "ctl/{}/#",
+}
+_OWN_PARAMETER: Mapping[Party, str] = {"host": "host", "vm": "vm", "ctl": "client", "metadata": "instance"}
+
+
+def access_rules(principals: Iterable[Principal]) -> str:
+    """The text of an ``acl_file`` for these users."""
+    blocks = [
+        "# Generated from the topic table (caesura.contract.access). Whoever is not named here may do nothing."
+    ]
+    for principal in principals:
+        lines = [f"user {principal.username}"]
+        subtree = _OWN_SUBTREE.get(principal.party)
+        if subtree:
+            lines.append(f"topic write {PREFIX}/{subtree.format(principal.instance)}")
+        lines += [f"topic read {pattern}" for pattern in readable(principal)]
+        blocks.append("\n".join(lines))
+    return "\n\n".join(blocks) + "\n"
+
+
+def readable(principal: Principal) -> list[str]:
+    """The topic filters that this user may read: its own instance and set where the topic names one."""
+    known = {}
+    if principal.instance and principal.party in _OWN_PARAMETER:
+        known[_OWN_PARAMETER[principal.party]] = principal.instance
+    if principal.party == "vm" and principal.set:
+        known["set"] = principal.set
+    found = []
+    for channel in CHANNELS:
+        if principal.party in channel.readers:
+            # A host and a client read topics of others; only commands and answers are addressed to them by name.
+            mine = known if channel.writer in {"coordinator", "host"} and principal.party != "ctl" else {}
+            if principal.party == "ctl" and "client" in channel.parameters:
+                mine = known
+            found.append(channel.filter(**{name: mine[name] for name in channel.parameters if name in mine}))
+    return found

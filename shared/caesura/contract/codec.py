@@ -1,0 +1,155 @@
+"""Messages to bytes and back, with every way a message can be wrong as an error of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import datetime
+from functools import lru_cache
+
+import msgspec
+
+from caesura.contract.envelope import Header, Message, OutgoingEnvelope, RawEnvelope
+from caesura.contract.topics import CHANNELS, Channel, TopicError
+from caesura.runtime.errors import CaesuraError
+
+MAX_PAYLOAD_BYTES = 256 * 1024  # the smallest limit that all supported brokers share
+
+
+class ContractError(CaesuraError):
+    """A message that breaks the contract. ``kind`` is a bounded label for metrics."""
+
+    kind = "malformed"
+
+    def __init__(self, topic: str, why: str) -> None:
+        self.topic = topic
+        self.why = why
+        super().__init__(f"message on {topic!r}: {why}")
+
+
+class Oversized(ContractError):
+    """More bytes than any supported broker promises to carry."""
+
+    kind = "oversized"
+
+
+class UnknownTopic(ContractError):
+    """A topic that is not in the table."""
+
+    kind = "unknown_topic"
+
+
+class UnknownType(ContractError):
+    """A CloudEvents type that does not belong on this topic."""
+
+    kind = "unknown_type"
+
+
+class Malformed(ContractError):
+    """Not JSON, not a CloudEvent, or data of the wrong shape."""
+
+    kind = "malformed"
+
+
+class Received(msgspec.Struct, frozen=True):
+    """A decoded message with where it came from."""
+
+    channel: Channel
+    parameters: Mapping[str, str]
+    header: Header
+    message: Message
+
+
+_header_decoder = msgspec.json.Decoder(RawEnvelope)
+_encoder = msgspec.json.Encoder()
+
+
+@lru_cache(maxsize=64)
+def _data_decoder(message: type[Message]) -> msgspec.json.Decoder[Message]:
+    return msgspec.json.Decoder(message)
+
+
+def encode(message: Message, *, source: str, event_id: str, time: datetime, sequence: int = 0) -> bytes:
+    """One CloudEvent in structured JSON mode.
+
+    Raises:
+        Oversized: the encoded event has more than 256 KiB.
+    """
+    payload = _encoder.encode(
+        OutgoingEnvelope(
+            specversion="1.0",
+            id=event_id,
+            source=source,
+            type=type(message).TYPE,
+            time=time,
+            sequence=f"{sequence:020d}",
+            data=message,
+        )
+    )
+    if len(payload) > MAX_PAYLOAD_BYTES:
+        raise Oversized(type(message).TYPE, f"{len(payload)} bytes, at most {MAX_PAYLOAD_BYTES} allowed")
+    return payload
+
+
+def decode(topic: str, payload: bytes) -> Received:
+    """Read one message from the bus.
+
+    Raises:
+        ContractError: one of its subclasses, saying what is wrong; nothing else.
+    """
+    if len(payload) > MAX_PAYLOAD_BYTES:
+        raise Oversized(topic, f"{len(payload)} bytes, at most {MAX_PAYLOAD_BYTES} allowed")
+    for channel in CHANNELS:
+        parameters = channel.match(topic)
+        if parameters is not None:
+            break
+    else:
+        raise UnknownTopic(topic, "not in the topic table")
+    try:
+        envelope = _header_decoder.decode(payload)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise Malformed(topic, f"not a CloudEvent: {error}") from error
+    if envelope.type != channel.message.TYPE:
+        raise UnknownType(
+            topic, f"type {envelope.type!r} does not belong here, {channel.message.TYPE!r} does"
+        )
+    try:
+        message = _data_decoder(channel.message).decode(envelope.data)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise Malformed(topic, f"data of {envelope.type}: {error}") from error
+    _check_parameters(topic, parameters, message)
+    return Received(channel, parameters, envelope, message)
+
+
+# A writer may only speak for itself: where a topic parameter repeats a member of the data, they must agree.
+# Access rules guard the topic; without this check they would not guard the data.
+_PARAMETER_MEMBER = {
+    "host": "host",
+    "vm": "vm",
+    "set": "set",
+    "rollout": "rollout",
+    "ud": "update_domain",
+    "status": "status",
+    "wave": "wave",
+    "instance": "instance",
+}
+
+
+def _check_parameters(topic: str, parameters: Mapping[str, str], message: Message) -> None:
+    for parameter, value in parameters.items():
+        member = getattr(message, _PARAMETER_MEMBER.get(parameter, ""), None)
+        if member is not None and str(member) != value:
+            raise Malformed(topic, f"{parameter} is {value!r} in the topic but {member!r} in the data")
+
+
+__all__ = [
+    "MAX_PAYLOAD_BYTES",
+    "ContractError",
+    "Malformed",
+    "Oversized",
+    "Received",
+    "TopicError",
+    "UnknownTopic",
+    "UnknownType",
+    "decode",
+    "encode",
+]

@@ -1,0 +1,51 @@
+"""CloudEvents 1.0 in JSON, structured mode: what surrounds every message on the bus.
+
+Source of the members: CloudEvents 1.0.2, section 3.1 (required and optional attributes) and the
+``sequence`` extension. MQTT binding 1.0.2, section 3.2: the whole event is the payload, so nothing
+depends on MQTT 5 properties.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Annotated, ClassVar, Literal
+
+import msgspec
+from msgspec import Meta
+
+Instant = Annotated[datetime, Meta(tz=True, description="RFC 3339, with a time zone; Caesura writes UTC.")]
+
+
+class Message(msgspec.Struct, frozen=True, kw_only=True):
+    """The base of every message body. ``TYPE`` is the CloudEvents ``type``; v1 only ever grows."""
+
+    TYPE: ClassVar[str] = ""
+
+
+class Header(msgspec.Struct, frozen=True, kw_only=True):
+    """The attributes of an event without its data."""
+
+    specversion: Literal["1.0"]
+    id: Annotated[str, Meta(min_length=1, max_length=128)]
+    source: Annotated[
+        str,
+        Meta(min_length=1, max_length=256, description="URI reference, for example `/caesura/host/host-1`."),
+    ]
+    type: Annotated[str, Meta(min_length=1, max_length=128)]
+    time: Instant
+    sequence: Annotated[
+        str, Meta(max_length=32, description="Rises with every message of one source since it started.")
+    ] = ""
+    datacontenttype: Literal["application/json"] = "application/json"
+
+
+class RawEnvelope(Header, frozen=True, kw_only=True):
+    """An event whose data is not looked at yet: the type decides how to read it."""
+
+    data: msgspec.Raw
+
+
+class OutgoingEnvelope(Header, frozen=True, kw_only=True):
+    """An event on its way out."""
+
+    data: Message

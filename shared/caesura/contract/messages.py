@@ -1,0 +1,615 @@
+"""Every message body that crosses the bus, and the records inside them.
+
+Units stand in the names: ``_s`` seconds, ``_ns`` nanoseconds, ``_bytes`` bytes. Wall-clock instants are
+RFC 3339 in UTC. Unknown members are ignored on decode, so v1 can grow.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal
+
+import msgspec
+from msgspec import Meta
+
+from caesura.contract.envelope import Instant, Message
+from caesura.contract.names import Name
+
+MAX_BUDGET_S = 30.0  # s: the seed's promise, "resumed within 30 seconds of being paused"
+
+Seconds = Annotated[float, Meta(ge=0)]
+Positive = Annotated[float, Meta(gt=0)]
+Budget = Annotated[
+    float, Meta(gt=0, le=MAX_BUDGET_S, description="Seconds; the most a pause may last; at most 30.")
+]
+Id = Annotated[str, Meta(min_length=1, max_length=64)]
+Text = Annotated[str, Meta(max_length=4096)]
+UpdateDomain = Annotated[int, Meta(ge=0, le=19)]
+FaultDomain = Annotated[int, Meta(ge=0, le=2)]
+
+Method = Literal["live", "swap", "freeze", "replace", "reboot", "skip"]
+Impact = Literal["none", "pause", "reboot"]
+Scope = Literal["vm", "host"]
+DomainKey = Literal["update_domain", "fault_domain"]
+EventType = Literal["Freeze", "Reboot"]
+EventStatus = Literal["scheduled", "started", "completed", "cancelled", "failed"]
+VmState = Literal["running", "paused", "stopped", "unknown"]
+RolloutStatus = Literal["running", "aborting", "halted", "completed", "aborted"]
+WaveStatus = Literal[
+    "pending", "scheduled", "started", "verifying", "soaking", "completed", "failed", "cancelled"
+]
+OperationStatus = Literal["accepted", "refused", "completed", "failed", "cancelled"]
+
+
+class Record(msgspec.Struct, frozen=True, kw_only=True):
+    """The base of the records inside message bodies."""
+
+
+# --- inventory -------------------------------------------------------------------------------------------
+
+
+class VmRecord(Record, frozen=True, kw_only=True):
+    """A VM as its host knows it. ``methods`` lists what the driver can do with it; ``methods_missing`` says why not."""
+
+    vm: Name
+    set: Name
+    update_domain: UpdateDomain
+    fault_domain: FaultDomain = 0
+    state: VmState
+    methods: tuple[Method, ...] = ()
+    methods_missing: dict[str, str] = {}
+    clock: Literal["simulated", "system", "none"] = "none"
+    agent: bool = True
+    """Whether an agent is expected to answer in this VM."""
+
+
+class UpdateRecord(Record, frozen=True, kw_only=True):
+    """An update that this host knows how to apply. The command line stays on the host."""
+
+    update: Name
+    version: Annotated[str, Meta(max_length=64)] = ""
+    impact: Impact
+    scope: Scope
+    expected_s: Seconds
+    timeout_s: Positive
+    description: Text = ""
+
+
+class RefusedUpdate(Record, frozen=True, kw_only=True):
+    """A file in `updates.d` that cannot be used, and why; the others stay usable."""
+
+    file: Text
+    line: Annotated[int, Meta(ge=0)] = 0
+    reason: Text
+
+
+class HostInventory(Message, frozen=True, kw_only=True):
+    """What a host has: its VMs with their sets and domains, its updates, the operation it is busy with."""
+
+    TYPE: ClassVar[str] = "caesura.host.inventory.v1"
+
+    host: Name
+    driver: Name
+    epoch: Annotated[int, Meta(ge=0)]
+    coordinator: Annotated[str, Meta(max_length=64)] = ""
+    vms: tuple[VmRecord, ...]
+    updates: tuple[UpdateRecord, ...] = ()
+    refused_updates: tuple[RefusedUpdate, ...] = ()
+    operation: Annotated[str, Meta(max_length=64)] = ""
+    """The operation under way, empty when idle."""
+    guard: Literal["ready", "armed", "absent"] = "absent"
+
+
+class HostPresence(Message, frozen=True, kw_only=True):
+    """Whether a host updater is on the bus. `offline` during a pause does not mean dead."""
+
+    TYPE: ClassVar[str] = "caesura.host.presence.v1"
+
+    host: Name
+    online: bool
+    instance: Id
+
+
+# --- rollouts --------------------------------------------------------------------------------------------
+
+
+class Policy(Record, frozen=True, kw_only=True):
+    """How careful a rollout is. The defaults are Azure's minimum notice and this suite's invariants."""
+
+    notice_s: Positive = 900.0
+    """Seconds from publication to NotBefore; Azure's minimum for Freeze and Reboot is 900 s."""
+    budget_s: Budget = MAX_BUDGET_S
+    soak_s: Seconds = 0.0
+    """Seconds of quiet health after a wave before the next one is announced."""
+    clock_bound_s: Positive = 0.1
+    """Seconds that a guest clock may be off after its sync."""
+    verify_timeout_s: Positive = 60.0
+    """Seconds after the last report within which all VMs must be verified healthy."""
+    on_not_ready: Literal["halt", "proceed"] = "halt"
+    """An agent whose prepare hook failed, or that never answered by NotBefore."""
+    on_unsynced: Literal["halt", "proceed"] = "halt"
+    """A VM whose clock could not be put right in time."""
+    domain_key: DomainKey = "update_domain"
+    allow_reboot: bool = False
+
+
+class PlannedVm(Record, frozen=True, kw_only=True):
+    """What happens to one VM, and why that and nothing less."""
+
+    vm: Name
+    set: Name
+    update_domain: UpdateDomain
+    fault_domain: FaultDomain = 0
+    host: Name
+    method: Method
+    reason: Text
+    agent: bool = True
+
+
+class PlannedWave(Record, frozen=True, kw_only=True):
+    """The VMs handled together: of every set, VMs of one domain only."""
+
+    wave: Annotated[int, Meta(ge=0)]
+    domains: dict[str, int]
+    """Set name to the one domain of it that this wave touches."""
+    hosts: tuple[Name, ...]
+    vms: tuple[PlannedVm, ...]
+
+
+class Refusal(Record, frozen=True, kw_only=True):
+    """Why a plan cannot be carried out, naming the thing that is in the way."""
+
+    subject: Text
+    reason: Text
+
+
+class Plan(Record, frozen=True, kw_only=True):
+    """Waves in order, what is skipped, what is refused, how long it should take."""
+
+    update: Annotated[str, Meta(max_length=63)]
+    event_type: EventType = "Freeze"
+    waves: tuple[PlannedWave, ...] = ()
+    skipped: tuple[PlannedVm, ...] = ()
+    refusals: tuple[Refusal, ...] = ()
+    estimate_s: Seconds = 0.0
+    expected_pause_s: Seconds = 0.0
+    hold_s: Seconds = 0.0
+    scope: Scope = "host"
+
+
+class WaveState(Record, frozen=True, kw_only=True):
+    """Where a wave is."""
+
+    wave: Annotated[int, Meta(ge=0)]
+    status: WaveStatus
+    domains: dict[str, int]
+    hosts: tuple[Name, ...]
+    vms: tuple[Name, ...]
+    events: dict[str, str] = {}
+    """Set name to the id of its scheduled event."""
+    not_before: Instant | None = None
+    approved: tuple[Name, ...] = ()
+    """Sets whose event was approved."""
+    started_at: Instant | None = None
+    ended_at: Instant | None = None
+    reason: Text = ""
+
+
+class RolloutState(Message, frozen=True, kw_only=True):
+    """A rollout, whole: what, how, where it is. Retained, one message per rollout."""
+
+    TYPE: ClassVar[str] = "caesura.rollout.state.v1"
+
+    rollout: Id
+    update: Annotated[str, Meta(max_length=63)]
+    hold_s: Seconds = 0.0
+    status: RolloutStatus
+    reason: Text = ""
+    policy: Policy
+    sets: tuple[Name, ...]
+    waves: tuple[WaveState, ...]
+    estimate_s: Seconds = 0.0
+    requested_by: Annotated[str, Meta(max_length=63)] = ""
+    created_at: Instant
+    ended_at: Instant | None = None
+
+
+class WaveChanged(Message, frozen=True, kw_only=True):
+    """A wave went from one state to the next: the fact for annotations and logs."""
+
+    TYPE: ClassVar[str] = "caesura.wave.changed.v1"
+
+    rollout: Id
+    wave: Annotated[int, Meta(ge=0)]
+    status: WaveStatus
+    domains: dict[str, int]
+    hosts: tuple[Name, ...] = ()
+    reason: Text = ""
+    at: Instant
+
+
+class CoordinatorPresence(Message, frozen=True, kw_only=True):
+    """Who coordinates, with which epoch. Hosts refuse a lower epoch than the highest they have seen."""
+
+    TYPE: ClassVar[str] = "caesura.coordinator.presence.v1"
+
+    coordinator: Id
+    epoch: Annotated[int, Meta(ge=0)]
+    online: bool
+
+
+# --- scheduled events ------------------------------------------------------------------------------------
+
+
+class ScheduledEvent(Record, frozen=True, kw_only=True):
+    """One scheduled event of a set, open (scheduled or started)."""
+
+    event_id: Id
+    event_type: EventType
+    status: Literal["scheduled", "started"]
+    resources: tuple[Name, ...]
+    not_before: Instant
+    description: Text = ""
+    source: Literal["Platform", "User"] = "Platform"
+    duration_s: int = -1
+    """Expected seconds of interruption; 0 none, -1 unknown."""
+    approved: bool = False
+    rollout: Annotated[str, Meta(max_length=64)] = ""
+    wave: Annotated[int, Meta(ge=0)] = 0
+
+
+class SetDocument(Message, frozen=True, kw_only=True):
+    """The document of a set: its open events and the incarnation, which rises with every change. Retained."""
+
+    TYPE: ClassVar[str] = "caesura.set.document.v1"
+
+    set: Name
+    incarnation: Annotated[int, Meta(ge=0)]
+    events: tuple[ScheduledEvent, ...]
+
+
+class EventChanged(Message, frozen=True, kw_only=True):
+    """A scheduled event reached a status. Every event reaches exactly one of completed, cancelled, failed."""
+
+    TYPE: ClassVar[str] = "caesura.event.changed.v1"
+
+    event_id: Id
+    set: Name
+    event_type: EventType
+    status: EventStatus
+    resources: tuple[Name, ...]
+    incarnation: Annotated[int, Meta(ge=0)]
+    rollout: Annotated[str, Meta(max_length=64)] = ""
+    wave: Annotated[int, Meta(ge=0)] = 0
+    not_before: Instant
+    approved_by: Annotated[str, Meta(max_length=63)] = ""
+    reason: Text = ""
+    notice_s: Seconds = 0.0
+    """Seconds between publication and NotBefore."""
+    approval_delay_s: Seconds | None = None
+    """Seconds from publication to approval, when it was approved."""
+    at: Instant
+
+
+class EventApproved(Message, frozen=True, kw_only=True):
+    """A workload approved an event through the HTTP API; one approval covers all resources of it."""
+
+    TYPE: ClassVar[str] = "caesura.event.approved.v1"
+
+    event_id: Id
+    set: Name
+    vm: Name
+    at: Instant
+
+
+# --- commands and reports --------------------------------------------------------------------------------
+
+
+class FreezeTarget(Record, frozen=True, kw_only=True):
+    """One VM of a freeze command."""
+
+    vm: Name
+    set: Name
+    update_domain: UpdateDomain
+    event_id: Annotated[str, Meta(max_length=64)] = ""
+
+
+class FreezeCommanded(Message, frozen=True, kw_only=True):
+    """Freeze these VMs, apply the named update (or hold), resume. Names an update; never carries a command line."""
+
+    TYPE: ClassVar[str] = "caesura.freeze.commanded.v1"
+
+    operation: Id
+    epoch: Annotated[int, Meta(ge=1)]
+    coordinator: Id
+    host: Name
+    rollout: Id
+    wave: Annotated[int, Meta(ge=0)]
+    method: Method
+    targets: Annotated[tuple[FreezeTarget, ...], Meta(min_length=1, max_length=1024)]
+    update: Annotated[str, Meta(max_length=63)] = ""
+    hold_s: Annotated[float, Meta(ge=0, le=MAX_BUDGET_S)] = 0.0
+    """Seconds to stay frozen when no update is named (freeze on demand)."""
+    budget_s: Budget
+    clock_bound_s: Positive = 0.1
+    not_after: Instant
+    """A host that reads the command later than this refuses it."""
+
+
+class AbortCommanded(Message, frozen=True, kw_only=True):
+    """Undo this operation: resume its VMs if it runs, never start it if it did not."""
+
+    TYPE: ClassVar[str] = "caesura.abort.commanded.v1"
+
+    operation: Id
+    epoch: Annotated[int, Meta(ge=1)]
+    coordinator: Id
+    host: Name
+    reason: Text = ""
+
+
+class MemoryProof(Record, frozen=True, kw_only=True):
+    """How it was shown that the guest's memory stayed as it was."""
+
+    proof: Literal["digest", "heartbeat", "none"]
+    ok: bool
+    detail: Text = ""
+
+
+class VmResult(Record, frozen=True, kw_only=True):
+    """What an operation did to one VM."""
+
+    vm: Name
+    set: Name
+    update_domain: UpdateDomain
+    state: VmState
+    frozen: bool
+    """Whether it was paused at all."""
+    pause_s: Seconds = 0.0
+    """Seconds on the host's monotonic clock, from just before the freeze to just after the resume."""
+    resumed_by: Literal["updater", "guard", "nobody"] = "nobody"
+    memory: MemoryProof | None = None
+    error: Text = ""
+
+
+class UpdateOutcome(Record, frozen=True, kw_only=True):
+    """How the update itself ended."""
+
+    update: Annotated[str, Meta(max_length=63)]
+    outcome: Literal["succeeded", "failed", "timeout", "interrupted", "not_run"]
+    exit_code: int | None = None
+    seconds: Seconds = 0.0
+    output_tail: Text = ""
+
+
+class OperationReported(Message, frozen=True, kw_only=True):
+    """What became of a commanded operation: accepted while it runs, then exactly one of the others."""
+
+    TYPE: ClassVar[str] = "caesura.operation.reported.v1"
+
+    operation: Id
+    host: Name
+    epoch: Annotated[int, Meta(ge=0)]
+    rollout: Annotated[str, Meta(max_length=64)] = ""
+    wave: Annotated[int, Meta(ge=0)] = 0
+    status: OperationStatus
+    reason: Text = ""
+    vms: tuple[VmResult, ...] = ()
+    update: UpdateOutcome | None = None
+    overhead_s: Seconds | None = None
+    """Longest pause minus the update's own seconds."""
+    at: Instant
+
+
+class VmFrozen(Message, frozen=True, kw_only=True):
+    """A VM stands still from now, for at most the budget."""
+
+    TYPE: ClassVar[str] = "caesura.vm.frozen.v1"
+
+    vm: Name
+    host: Name
+    set: Name
+    update_domain: UpdateDomain
+    operation: Id
+    event_id: Annotated[str, Meta(max_length=64)] = ""
+    method: Method
+    budget_s: Budget
+    at: Instant
+
+
+class VmResumed(Message, frozen=True, kw_only=True):
+    """A VM runs again."""
+
+    TYPE: ClassVar[str] = "caesura.vm.resumed.v1"
+
+    vm: Name
+    host: Name
+    set: Name
+    update_domain: UpdateDomain
+    operation: Id
+    event_id: Annotated[str, Meta(max_length=64)] = ""
+    method: Method
+    pause_s: Seconds
+    budget_s: Budget
+    within_budget: bool
+    resumed_by: Literal["updater", "guard"]
+    memory: MemoryProof | None = None
+    at: Instant
+
+
+class VmClockSynced(Message, frozen=True, kw_only=True):
+    """The host's verdict on a VM's clock after a resume. ``synced`` false: loudly flagged as unsynced."""
+
+    TYPE: ClassVar[str] = "caesura.vm.clock-synced.v1"
+
+    vm: Name
+    host: Name
+    set: Name
+    update_domain: UpdateDomain
+    operation: Annotated[str, Meta(max_length=64)] = ""
+    synced: bool
+    by: Literal["agent", "driver", "nobody"]
+    error_before_s: float | None = None
+    """Guest wall clock minus host wall clock, seconds, before the step."""
+    error_after_s: float | None = None
+    uncertainty_s: Seconds | None = None
+    """Half the round trip of the best exchange: the true error lies within plus or minus this."""
+    simulated: bool = False
+    memory: MemoryProof | None = None
+    """The heartbeat proof: the agent in the guest is the same one as before the pause."""
+    reason: Text = ""
+    at: Instant
+
+
+# --- clock-sync and agents -------------------------------------------------------------------------------
+
+
+class ClockSyncRequested(Message, frozen=True, kw_only=True):
+    """First half of a four-timestamp exchange (RFC 5905 section 8): t1 on the guest's clock."""
+
+    TYPE: ClassVar[str] = "caesura.clock-sync.requested.v1"
+
+    vm: Name
+    exchange: Id
+    t1_ns: int
+
+
+class ClockSyncAnswered(Message, frozen=True, kw_only=True):
+    """Second half: t2 when the host received, t3 when it answered, on the host's clock."""
+
+    TYPE: ClassVar[str] = "caesura.clock-sync.answered.v1"
+
+    vm: Name
+    host: Name
+    exchange: Id
+    t1_ns: int
+    t2_ns: int
+    t3_ns: int
+
+
+class AgentPresence(Message, frozen=True, kw_only=True):
+    """Whether a VM's agent is on the bus. ``boot_id`` lives in guest memory only."""
+
+    TYPE: ClassVar[str] = "caesura.agent.presence.v1"
+
+    vm: Name
+    online: bool
+    boot_id: Id
+    clock: Literal["simulated", "system"] = "system"
+
+
+class VmReady(Message, frozen=True, kw_only=True):
+    """The agent's answer to a scheduled event: whether its prepare hook says the guest may be paused."""
+
+    TYPE: ClassVar[str] = "caesura.vm.ready.v1"
+
+    vm: Name
+    event_id: Id
+    ready: bool
+    reason: Text = ""
+
+
+class AgentClockSynced(Message, frozen=True, kw_only=True):
+    """The agent measured its clock, stepped it if needed, and measured again."""
+
+    TYPE: ClassVar[str] = "caesura.agent.clock-synced.v1"
+
+    vm: Name
+    boot_id: Id
+    trigger: Literal["start", "resume", "periodic"]
+    operation: Annotated[str, Meta(max_length=64)] = ""
+    synced: bool
+    error_before_s: float | None = None
+    error_after_s: float | None = None
+    uncertainty_s: Seconds | None = None
+    exchanges: Annotated[int, Meta(ge=0)] = 0
+    simulated: bool = False
+    reason: Text = ""
+
+
+class HookFinished(Message, frozen=True, kw_only=True):
+    """A prepare or recover hook ended."""
+
+    TYPE: ClassVar[str] = "caesura.hook.finished.v1"
+
+    vm: Name
+    hook: Literal["prepare", "recover"]
+    event_id: Annotated[str, Meta(max_length=64)] = ""
+    outcome: Literal["succeeded", "failed", "timeout", "missing"]
+    exit_code: int | None = None
+    seconds: Seconds = 0.0
+    output_tail: Text = ""
+
+
+class PublisherPresence(Message, frozen=True, kw_only=True):
+    """Whether a metadata publisher is on the bus."""
+
+    TYPE: ClassVar[str] = "caesura.publisher.presence.v1"
+
+    instance: Name
+    online: bool
+
+
+# --- requests of operators -------------------------------------------------------------------------------
+
+
+class Selection(Record, frozen=True, kw_only=True):
+    """What a request is about. All lists empty: everything."""
+
+    sets: tuple[Name, ...] = ()
+    hosts: tuple[Name, ...] = ()
+    vms: tuple[Name, ...] = ()
+
+
+class RolloutRequested(Message, frozen=True, kw_only=True):
+    """Start a rollout of a named update, or only plan it."""
+
+    TYPE: ClassVar[str] = "caesura.rollout.requested.v1"
+
+    request: Id
+    update: Name
+    selection: Selection = Selection()
+    policy: Policy = Policy()
+    plan_only: bool = False
+
+
+class FreezeRequested(Message, frozen=True, kw_only=True):
+    """Freeze VMs on demand for ``hold_s`` seconds, with notice, one domain of a set at a time."""
+
+    TYPE: ClassVar[str] = "caesura.freeze.requested.v1"
+
+    request: Id
+    selection: Selection
+    hold_s: Annotated[float, Meta(gt=0, le=MAX_BUDGET_S)]
+    policy: Policy = Policy()
+    plan_only: bool = False
+
+
+class AbortRequested(Message, frozen=True, kw_only=True):
+    """Abort a rollout, in whatever state it is. Empty ``rollout``: the only one that is not at its end."""
+
+    TYPE: ClassVar[str] = "caesura.abort.requested.v1"
+
+    request: Id
+    rollout: Annotated[str, Meta(max_length=64)] = ""
+    reason: Text = ""
+
+
+class ResumeRequested(Message, frozen=True, kw_only=True):
+    """Go on with a halted rollout: the failed wave is tried again, finished ones are not."""
+
+    TYPE: ClassVar[str] = "caesura.resume.requested.v1"
+
+    request: Id
+    rollout: Annotated[str, Meta(max_length=64)] = ""
+
+
+class RequestAnswered(Message, frozen=True, kw_only=True):
+    """The coordinator's answer to a request. A repeated request gets the same answer."""
+
+    TYPE: ClassVar[str] = "caesura.request.answered.v1"
+
+    request: Id
+    accepted: bool
+    reason: Text = ""
+    rollout: Annotated[str, Meta(max_length=64)] = ""
+    plan: Plan | None = None

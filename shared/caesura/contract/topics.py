@@ -1,0 +1,289 @@
+"""The one topic table. Code, docs, the broker's access rules and the AsyncAPI file come from it.
+
+The first segment after the version names the writer, so one write rule per service is enough.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Literal
+
+import msgspec
+
+from caesura.contract import messages as m
+from caesura.contract.envelope import Message
+from caesura.runtime.errors import CaesuraError
+
+PREFIX = "caesura/v1"
+
+Party = Literal["coordinator", "host", "vm", "metadata", "ctl", "exporter"]
+"""Who writes or reads: the coordinator, a host updater, a VM agent, a metadata publisher, an operator's client, the exporter."""
+
+
+class TopicError(CaesuraError):
+    """A topic that is not in the table, or a parameter that cannot stand in one."""
+
+
+class Channel(msgspec.Struct, frozen=True, kw_only=True):
+    """One row of the topic table."""
+
+    address: str
+    """Template; ``{host}`` and friends are one topic level each."""
+    message: type[Message]
+    writer: Party
+    readers: tuple[Party, ...]
+    retain: bool = False
+    qos: Literal[0, 1] = 1
+    summary: str
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """Names of the template's parameters, in order."""
+        return tuple(re.findall(r"\{(\w+)\}", self.address))
+
+    def topic(self, **parameters: str | int) -> str:
+        """The concrete topic.
+
+        Raises:
+            TopicError: a parameter is missing, unknown, or not one clean topic level.
+        """
+        if set(parameters) != set(self.parameters):
+            raise TopicError(f"{self.address} takes {self.parameters}, was given {tuple(parameters)}")
+        for name, value in parameters.items():
+            if not _LEVEL.fullmatch(str(value)):
+                raise TopicError(f"{name}={value!r} cannot stand in a topic level of {self.address}")
+        return self.address.format(**parameters)
+
+    def filter(self, **parameters: str | int) -> str:
+        """A subscription filter: given parameters are filled in, the others become ``+``."""
+        return self.address.format(**{name: parameters.get(name, "+") for name in self.parameters})
+
+    def match(self, topic: str) -> Mapping[str, str] | None:
+        """The parameters in ``topic``, or None if it is not of this channel."""
+        found = _pattern(self.address).fullmatch(topic)
+        return found.groupdict() if found else None
+
+
+_LEVEL = re.compile(r"[A-Za-z0-9_-]{1,64}")
+
+
+def _pattern(address: str) -> re.Pattern[str]:
+    # re caches compiled patterns; the table has some twenty of them.
+    return re.compile(re.sub(r"\{(\w+)\}", r"(?P<\1>[A-Za-z0-9_-]{1,64})", address))
+
+
+CHANNELS: tuple[Channel, ...] = (
+    # -- fleet: written by the coordinator --
+    Channel(
+        address=f"{PREFIX}/fleet/coordinator",
+        message=m.CoordinatorPresence,
+        writer="coordinator",
+        readers=("coordinator", "host", "ctl", "exporter"),
+        retain=True,
+        summary="Who coordinates, and with which epoch; last will says offline.",
+    ),
+    Channel(
+        address=f"{PREFIX}/fleet/rollout/{{rollout}}",
+        message=m.RolloutState,
+        writer="coordinator",
+        readers=("ctl", "exporter"),
+        retain=True,
+        summary="A rollout, whole: what, how, where it is.",
+    ),
+    Channel(
+        address=f"{PREFIX}/fleet/rollout/{{rollout}}/wave/{{wave}}",
+        message=m.WaveChanged,
+        writer="coordinator",
+        readers=("ctl", "exporter"),
+        summary="A wave went from one state to the next.",
+    ),
+    Channel(
+        address=f"{PREFIX}/fleet/set/{{set}}/document",
+        message=m.SetDocument,
+        writer="coordinator",
+        readers=("vm", "metadata", "ctl", "exporter", "coordinator"),
+        retain=True,
+        summary="The set's open scheduled events and their incarnation, in one message.",
+    ),
+    Channel(
+        address=f"{PREFIX}/fleet/set/{{set}}/event/{{status}}",
+        message=m.EventChanged,
+        writer="coordinator",
+        readers=("ctl", "exporter"),
+        summary="A scheduled event reached a status: scheduled, started, then completed, cancelled or failed.",
+    ),
+    Channel(
+        address=f"{PREFIX}/fleet/host/{{host}}/freeze",
+        message=m.FreezeCommanded,
+        writer="coordinator",
+        readers=("host",),
+        summary="Freeze these VMs, apply the named update, resume. Repeated until the host reports.",
+    ),
+    Channel(
+        address=f"{PREFIX}/fleet/host/{{host}}/abort",
+        message=m.AbortCommanded,
+        writer="coordinator",
+        readers=("host",),
+        summary="Undo this operation, or never start it. Repeated until the host reports.",
+    ),
+    Channel(
+        address=f"{PREFIX}/fleet/ctl/{{client}}/answer",
+        message=m.RequestAnswered,
+        writer="coordinator",
+        readers=("ctl",),
+        summary="The answer to an operator's request.",
+    ),
+    # -- host: written by that host's updater --
+    Channel(
+        address=f"{PREFIX}/host/{{host}}/presence",
+        message=m.HostPresence,
+        writer="host",
+        readers=("coordinator", "ctl", "exporter"),
+        retain=True,
+        summary="Whether the host updater is on the bus; last will says offline.",
+    ),
+    Channel(
+        address=f"{PREFIX}/host/{{host}}/inventory",
+        message=m.HostInventory,
+        writer="host",
+        readers=("coordinator", "metadata", "ctl", "exporter"),
+        retain=True,
+        summary="The host's VMs, updates, accepted epoch and the operation under way.",
+    ),
+    Channel(
+        address=f"{PREFIX}/host/{{host}}/operation",
+        message=m.OperationReported,
+        writer="host",
+        readers=("coordinator", "ctl", "exporter"),
+        summary="What became of a commanded operation.",
+    ),
+    Channel(
+        address=f"{PREFIX}/host/{{host}}/set/{{set}}/ud/{{ud}}/vm/{{vm}}/frozen",
+        message=m.VmFrozen,
+        writer="host",
+        readers=("ctl", "exporter"),
+        summary="A VM stands still from now, for at most the budget.",
+    ),
+    Channel(
+        address=f"{PREFIX}/host/{{host}}/set/{{set}}/ud/{{ud}}/vm/{{vm}}/resumed",
+        message=m.VmResumed,
+        writer="host",
+        readers=("vm", "ctl", "exporter"),
+        summary="A VM runs again, with its measured pause.",
+    ),
+    Channel(
+        address=f"{PREFIX}/host/{{host}}/set/{{set}}/ud/{{ud}}/vm/{{vm}}/clock-synced",
+        message=m.VmClockSynced,
+        writer="host",
+        readers=("coordinator", "ctl", "exporter"),
+        summary="The host's verdict on a VM's clock after a resume.",
+    ),
+    Channel(
+        address=f"{PREFIX}/host/{{host}}/clock-sync/{{vm}}",
+        message=m.ClockSyncAnswered,
+        writer="host",
+        readers=("vm",),
+        qos=0,
+        summary="Answer of a clock-sync exchange: t2 and t3.",
+    ),
+    # -- vm: written by that VM's agent --
+    Channel(
+        address=f"{PREFIX}/vm/{{vm}}/presence",
+        message=m.AgentPresence,
+        writer="vm",
+        readers=("host", "coordinator", "ctl", "exporter"),
+        retain=True,
+        summary="Whether the VM's agent is on the bus; last will says offline.",
+    ),
+    Channel(
+        address=f"{PREFIX}/vm/{{vm}}/ready",
+        message=m.VmReady,
+        writer="vm",
+        readers=("coordinator", "ctl", "exporter"),
+        summary="Whether the guest may be paused, after its prepare hook.",
+    ),
+    Channel(
+        address=f"{PREFIX}/vm/{{vm}}/clock-sync",
+        message=m.ClockSyncRequested,
+        writer="vm",
+        readers=("host",),
+        qos=0,
+        summary="Request of a clock-sync exchange: t1.",
+    ),
+    Channel(
+        address=f"{PREFIX}/vm/{{vm}}/clock-synced",
+        message=m.AgentClockSynced,
+        writer="vm",
+        readers=("host", "ctl", "exporter"),
+        summary="The agent measured its clock, stepped it, measured again.",
+    ),
+    Channel(
+        address=f"{PREFIX}/vm/{{vm}}/hook",
+        message=m.HookFinished,
+        writer="vm",
+        readers=("ctl", "exporter"),
+        summary="A prepare or recover hook ended.",
+    ),
+    # -- metadata: written by that publisher --
+    Channel(
+        address=f"{PREFIX}/metadata/{{instance}}/presence",
+        message=m.PublisherPresence,
+        writer="metadata",
+        readers=("ctl", "exporter"),
+        retain=True,
+        summary="Whether a metadata publisher is on the bus; last will says offline.",
+    ),
+    Channel(
+        address=f"{PREFIX}/metadata/{{instance}}/approval",
+        message=m.EventApproved,
+        writer="metadata",
+        readers=("coordinator", "exporter"),
+        summary="A workload approved an event; repeated until the document shows it.",
+    ),
+    # -- ctl: written by an operator's client --
+    Channel(
+        address=f"{PREFIX}/ctl/{{client}}/start",
+        message=m.RolloutRequested,
+        writer="ctl",
+        readers=("coordinator",),
+        summary="Start or plan a rollout of a named update.",
+    ),
+    Channel(
+        address=f"{PREFIX}/ctl/{{client}}/freeze",
+        message=m.FreezeRequested,
+        writer="ctl",
+        readers=("coordinator",),
+        summary="Freeze VMs on demand.",
+    ),
+    Channel(
+        address=f"{PREFIX}/ctl/{{client}}/abort",
+        message=m.AbortRequested,
+        writer="ctl",
+        readers=("coordinator",),
+        summary="Abort a rollout.",
+    ),
+    Channel(
+        address=f"{PREFIX}/ctl/{{client}}/resume",
+        message=m.ResumeRequested,
+        writer="ctl",
+        readers=("coordinator",),
+        summary="Go on with a halted rollout.",
+    ),
+)
+
+
+def channel_of(message: type[Message]) -> Channel:
+    """The row of a message type. Raises TopicError for a type that is not in the table."""
+    for channel in CHANNELS:
+        if channel.message is message:
+            return channel
+    raise TopicError(f"{message.__name__} is not in the topic table")
+
+
+def channel_at(topic: str) -> Channel:
+    """The row that a concrete topic belongs to. Raises TopicError where there is none."""
+    for channel in CHANNELS:
+        if channel.match(topic) is not None:
+            return channel
+    raise TopicError(f"topic {topic!r} is not in the topic table")

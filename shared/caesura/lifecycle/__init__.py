@@ -1,0 +1,1 @@
+"""Pure machines that several services agree on."""

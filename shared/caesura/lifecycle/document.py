@@ -1,0 +1,84 @@
+"""The document of a set: which events are open, and an incarnation that strictly rises with every change.
+
+Events only ever go scheduled → started → ended (removed), or scheduled → ended; completed and cancelled
+look the same in the document, as in Azure's. Source: Azure Scheduled Events, "Scheduled Events API".
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from caesura.contract.messages import ScheduledEvent, SetDocument
+from caesura.lifecycle.errors import IllegalTransition
+
+
+def empty_document(set_name: str) -> SetDocument:
+    """The document of a set before its first event."""
+    return SetDocument(set=set_name, incarnation=0, events=())
+
+
+def find_event(document: SetDocument, event_id: str) -> ScheduledEvent | None:
+    """The open event with this id; ids are GUIDs, compared without case."""
+    return next((each for each in document.events if each.event_id.lower() == event_id.lower()), None)
+
+
+def schedule(document: SetDocument, event: ScheduledEvent) -> SetDocument:
+    """Add a scheduled event. Adding the same event again changes nothing.
+
+    Raises:
+        IllegalTransition: the id is taken by an event that looks different.
+    """
+    existing = find_event(document, event.event_id)
+    if existing is not None:
+        if existing == event:
+            return document
+        raise IllegalTransition(f"event {event.event_id}", existing.status, event.status)
+    return _changed(document, (*document.events, event))
+
+
+def approve(document: SetDocument, event_id: str) -> SetDocument:
+    """Mark a scheduled event approved. Approving it again, a started or an ended one changes nothing."""
+    event = find_event(document, event_id)
+    if event is None or event.approved or event.status == "started":
+        return document
+    return _replaced(document, msgspec.structs.replace(event, approved=True))
+
+
+def start(document: SetDocument, event_id: str) -> SetDocument:
+    """Scheduled to started. Starting a started event changes nothing.
+
+    Raises:
+        IllegalTransition: the event is not open (any more).
+    """
+    event = find_event(document, event_id)
+    if event is None:
+        raise IllegalTransition(f"event {event_id}", "ended or unknown", "started")
+    if event.status == "started":
+        return document
+    return _replaced(document, msgspec.structs.replace(event, status="started"))
+
+
+def end(document: SetDocument, event_id: str) -> SetDocument:
+    """Remove an event. Ending one that is not open changes nothing."""
+    event = find_event(document, event_id)
+    if event is None:
+        return document
+    return _changed(document, tuple(each for each in document.events if each is not event))
+
+
+def adopt(document: SetDocument, published: SetDocument) -> SetDocument:
+    """Never fall behind what subscribers saw: take a published document if its incarnation is higher.
+
+    For a coordinator that lost its store, or was restored from an old copy of it.
+    """
+    return published if published.incarnation > document.incarnation else document
+
+
+def _replaced(document: SetDocument, event: ScheduledEvent) -> SetDocument:
+    return _changed(
+        document, tuple(event if each.event_id == event.event_id else each for each in document.events)
+    )
+
+
+def _changed(document: SetDocument, events: tuple[ScheduledEvent, ...]) -> SetDocument:
+    return SetDocument(set=document.set, incarnation=document.incarnation + 1, events=events)

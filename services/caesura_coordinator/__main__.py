@@ -1,0 +1,57 @@
+"""The coordinator's composition root."""
+
+from __future__ import annotations
+
+import sys
+
+from prometheus_client import CollectorRegistry
+
+from caesura.bus.mqtt import MqttBus
+from caesura.bus.options import options_from
+from caesura.bus.port import Will
+from caesura.contract.messages import CoordinatorPresence
+from caesura.contract.topics import channel_of
+from caesura.runtime.command import run_service
+from caesura.runtime.health import serve_health
+from caesura.runtime.lock import sole_user
+from caesura.runtime.serve import serve
+from caesura_coordinator.metrics import CoordinatorCollector
+from caesura_coordinator.rollout import Authority
+from caesura_coordinator.service import Coordinator, last_will, subscriptions
+from caesura_coordinator.settings import CoordinatorSettings
+from caesura_coordinator.store import Store
+
+SUMMARY = "Plans and runs rollouts: one per fleet. Announces scheduled events, commands hosts, halts on anything wrong."
+
+
+async def run(settings: CoordinatorSettings) -> None:
+    """Serve until a signal."""
+    with sole_user(settings.state_dir):
+        store = Store(f"{settings.state_dir}/coordinator.sqlite")
+        bus = MqttBus(
+            options_from(settings, client_id=settings.instance, clean=False),
+            filters=subscriptions(),
+            will=Will(
+                channel_of(CoordinatorPresence).topic(),
+                last_will(Authority(coordinator=settings.instance, epoch=0)),
+            ),
+        )
+        coordinator = Coordinator(bus, store, instance=settings.instance, settle_s=settings.settle_s)
+        registry = CollectorRegistry()
+        registry.register(CoordinatorCollector(coordinator))
+        pings = {
+            "broker": lambda: "" if bus.stats.connected else bus.stats.last_error or "not connected",
+            "store": store.database.ping,
+        }
+        async with serve_health(settings.health_listen, pings, registry):
+            await serve(coordinator.tasks(), drain=coordinator.drain)
+        store.database.close()
+
+
+def main() -> None:
+    """Entry point of ``caesura-coordinator``."""
+    sys.exit(run_service("coordinator", SUMMARY, CoordinatorSettings, run))
+
+
+if __name__ == "__main__":
+    main()

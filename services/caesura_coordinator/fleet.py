@@ -1,0 +1,101 @@
+"""What the coordinator knows of the hosts, and why a wave may not go on now. Pure.
+
+Blockers fail closed: a host that cannot be asked, an epoch that is not acknowledged, an unknown VM state all
+block (the habit is kured's, whose reboot blockers do the same).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import msgspec
+
+from caesura.contract.messages import HostInventory, VmRecord
+
+
+class Fleet(msgspec.Struct, frozen=True, kw_only=True):
+    """The latest inventory of every host by name, and which hosts and agents are on the bus."""
+
+    inventories: Mapping[str, HostInventory] = {}
+    hosts_online: Mapping[str, bool] = {}
+    agents_online: Mapping[str, bool] = {}
+
+    def with_inventory(self, inventory: HostInventory) -> Fleet:
+        """This fleet with a host's newer inventory."""
+        return msgspec.structs.replace(self, inventories={**self.inventories, inventory.host: inventory})
+
+    def with_host(self, host: str, *, online: bool) -> Fleet:
+        """This fleet with a host's presence."""
+        return msgspec.structs.replace(self, hosts_online={**self.hosts_online, host: online})
+
+    def with_agent(self, vm: str, *, online: bool) -> Fleet:
+        """This fleet with an agent's presence."""
+        return msgspec.structs.replace(self, agents_online={**self.agents_online, vm: online})
+
+    def is_online(self, host: str) -> bool:
+        """Whether the host's updater says it is on the bus; unknown counts as no."""
+        return self.hosts_online.get(host, False)
+
+    def vms(self) -> Iterable[tuple[str, VmRecord]]:
+        """Every VM with its host's name."""
+        for host, inventory in sorted(self.inventories.items()):
+            for vm in inventory.vms:
+                yield host, vm
+
+    def hosts_of(self, sets: Iterable[str]) -> set[str]:
+        """Hosts that hold a VM of one of these sets."""
+        wanted = set(sets)
+        return {host for host, vm in self.vms() if vm.set in wanted}
+
+    def highest_epoch(self) -> int:
+        """The highest epoch that any host has accepted."""
+        return max((inventory.epoch for inventory in self.inventories.values()), default=0)
+
+
+def fence_blockers(
+    fleet: Fleet, sets: Iterable[str], hosts: Iterable[str], *, epoch: int, coordinator: str
+) -> list[str]:
+    """Why no VM of ``sets`` may be paused now, in words; empty when it may.
+
+    Every host that holds a VM of these sets, and every one in ``hosts`` (those known when the plan was
+    made), must be online, idle, guarded, have acknowledged this coordinator's epoch and have no VM paused:
+    then no command of an older coordinator can still be obeyed anywhere in the set (I1, I10).
+    """
+    wanted = set(sets)
+    found = []
+    for name in sorted(fleet.hosts_of(wanted) | set(hosts)):
+        inventory = fleet.inventories.get(name)
+        if inventory is None:
+            found.append(f"{name} has not reported an inventory")
+            continue
+        if not fleet.is_online(name):
+            found.append(f"{name} is offline")
+        elif (inventory.epoch, inventory.coordinator) != (epoch, coordinator):
+            found.append(f"{name} has not acknowledged epoch {epoch}")
+        elif inventory.operation:
+            found.append(f"{name} is busy with operation {inventory.operation}")
+        elif inventory.guard == "absent":
+            found.append(f"{name} has no pause guard")
+        found.extend(
+            f"{vm.vm} on {name} is {vm.state}"
+            for vm in inventory.vms
+            if vm.set in wanted and vm.state in {"paused", "unknown"}
+        )
+    return found
+
+
+def health_blockers(fleet: Fleet, vms: Iterable[tuple[str, str, bool]]) -> list[str]:
+    """Which of these VMs (name, host, agent expected) are not healthy now, in words."""
+    found = []
+    for name, host, agent in vms:
+        inventory = fleet.inventories.get(host)
+        record = next((each for each in inventory.vms if each.vm == name), None) if inventory else None
+        if inventory is None or not fleet.is_online(host):
+            found.append(f"{name}: its host {host} is offline")
+        elif record is None:
+            found.append(f"{name} is gone from {host}")
+        elif record.state != "running":
+            found.append(f"{name} on {host} is {record.state}")
+        elif agent and not fleet.agents_online.get(name, False):
+            found.append(f"{name}: its agent is offline")
+    return found

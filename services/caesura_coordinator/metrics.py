@@ -1,0 +1,41 @@
+"""The coordinator's own metrics; what happens in the fleet is the exporter's business."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from caesura.bus.metrics import bus_families
+
+if TYPE_CHECKING:
+    from caesura_coordinator.service import Coordinator
+
+
+class CoordinatorCollector(Collector):
+    """Reads the coordinator's state at scrape time."""
+
+    def __init__(self, coordinator: Coordinator) -> None:
+        self._coordinator = coordinator
+
+    def collect(self) -> Iterator[Metric]:
+        """All families; called by prometheus_client."""
+        coordinator = self._coordinator
+        yield GaugeMetricFamily(
+            "caesura_coordinator_epoch",
+            "Epoch that this coordinator has claimed; 0 before.",
+            coordinator.authority.epoch,
+        )
+        yield GaugeMetricFamily(
+            "caesura_coordinator_active_rollouts",
+            "Rollouts that hold their sets: running, aborting or halted.",
+            len(coordinator.book.active),
+        )
+        yield GaugeMetricFamily(
+            "caesura_coordinator_outbox_messages",
+            "Messages stored and not yet accepted by the broker.",
+            coordinator.waiting(),
+        )
+        yield from bus_families(coordinator.bus.stats, coordinator.post.decode_errors)

@@ -1,0 +1,319 @@
+"""Which VMs are handled together, with which method and why, and what stands in the way. Pure.
+
+The rule that shapes every plan: of one availability set, a wave pauses VMs of one domain only (I1).
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+
+import msgspec
+
+from caesura.contract.messages import (
+    DomainKey,
+    Method,
+    Plan,
+    PlannedVm,
+    PlannedWave,
+    Policy,
+    Refusal,
+    Selection,
+    UpdateRecord,
+    VmRecord,
+)
+from caesura_coordinator.fleet import Fleet
+
+_WAVE_OVERHEAD_S = 2.0  # s: commands, resumes and clock-sync around a pause, for the estimate only
+HOLD = UpdateRecord(update="hold", impact="pause", scope="vm", expected_s=0.0, timeout_s=1.0)
+"""Freeze on demand, as an update that does nothing but take time."""
+
+
+class _Member(msgspec.Struct, frozen=True, kw_only=True):
+    host: str
+    vm: VmRecord
+    planned: PlannedVm
+    domain: int
+
+
+def make_plan(
+    fleet: Fleet,
+    *,
+    update: str,
+    selection: Selection,
+    policy: Policy,
+    hold_s: float = 0.0,
+) -> Plan:
+    """Plan a rollout of ``update`` (or, with ``hold_s`` above zero, a freeze on demand).
+
+    Every refusal names what is in the way; a plan with refusals must not be started.
+    """
+    refusals = [*_unknown_names(fleet, selection), *_duplicate_vms(fleet)]
+    record, update_refusals = (HOLD, []) if hold_s else _definition(fleet, update, selection)
+    refusals += update_refusals
+    if record is None or refusals:
+        return Plan(update=update, refusals=tuple(refusals), hold_s=hold_s)
+    expected_s = hold_s or record.expected_s
+    refusals += _update_limits(record, policy, expected_s)
+    hosts = _hosts(fleet, record, selection, hold_s=hold_s)
+    if record.scope == "host" and selection.vms:
+        refusals.append(
+            Refusal(
+                subject=record.update,
+                reason="a host-scope update pauses every VM of a host: select hosts or sets, not single VMs",
+            )
+        )
+    refusals += _host_refusals(fleet, hosts)
+    members, skipped, member_refusals = _members(fleet, hosts, record, selection, policy, hold_s=hold_s)
+    refusals += member_refusals
+    if record.scope == "host":
+        refusals += _split_hosts(members, policy.domain_key)
+    if not members and not refusals:
+        refusals.append(
+            Refusal(subject=update or "hold", reason="nothing selected has a running VM to act on")
+        )
+    waves = () if refusals else tuple(_waves(members, by_host=record.scope == "host"))
+    wave_s = (
+        (policy.notice_s if record.impact != "none" else 0.0) + expected_s + _WAVE_OVERHEAD_S + policy.soak_s
+    )
+    return Plan(
+        update=update,
+        event_type="Reboot" if record.impact == "reboot" else "Freeze",
+        waves=waves,
+        skipped=tuple(skipped),
+        refusals=tuple(refusals),
+        estimate_s=round(len(waves) * wave_s, 3),
+        expected_pause_s=expected_s if record.impact != "none" else 0.0,
+        hold_s=hold_s,
+        scope=record.scope,
+    )
+
+
+def sets_of(plan: Plan) -> tuple[str, ...]:
+    """Every set that the plan touches, each once, in order of first touch."""
+    return tuple(dict.fromkeys(vm.set for wave in plan.waves for vm in wave.vms))
+
+
+def domain_of(vm: VmRecord | PlannedVm, key: DomainKey) -> int:
+    """A VM's domain under the rollout's domain key."""
+    return vm.update_domain if key == "update_domain" else vm.fault_domain
+
+
+def _unknown_names(fleet: Fleet, selection: Selection) -> Iterable[Refusal]:
+    known = {
+        "host": sorted(fleet.inventories),
+        "set": sorted({vm.set for _, vm in fleet.vms()}),
+        "VM": sorted({vm.vm for _, vm in fleet.vms()}),
+    }
+    for kind, names in (("host", selection.hosts), ("set", selection.sets), ("VM", selection.vms)):
+        for name in names:
+            if name not in known[kind]:
+                near = difflib.get_close_matches(name, known[kind], n=1)
+                hint = f", did you mean {near[0]!r}?" if near else ""
+                yield Refusal(subject=name, reason=f"no {kind} of this name has reported{hint}")
+    if not fleet.inventories:
+        yield Refusal(
+            subject="fleet", reason="no host has reported an inventory yet: are the host updaters running?"
+        )
+
+
+def _duplicate_vms(fleet: Fleet) -> Iterable[Refusal]:
+    seen: dict[str, str] = {}
+    for host, vm in fleet.vms():
+        if vm.vm in seen and seen[vm.vm] != host:
+            yield Refusal(
+                subject=vm.vm, reason=f"the VM name is used on {seen[vm.vm]} and on {host}: rename one"
+            )
+        seen[vm.vm] = host
+
+
+def _definition(fleet: Fleet, update: str, selection: Selection) -> tuple[UpdateRecord | None, list[Refusal]]:
+    """The update's definition, which must be the same on every host that has it."""
+    found = {
+        host: record
+        for host, inventory in sorted(fleet.inventories.items())
+        for record in inventory.updates
+        if record.update == update
+    }
+    if not found:
+        names = sorted(
+            {record.update for inventory in fleet.inventories.values() for record in inventory.updates}
+        )
+        near = difflib.get_close_matches(update, names, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"hosts know: {', '.join(names) or 'none'}"
+        return None, [Refusal(subject=update, reason=f"no host defines this update; {hint}")]
+    refusals = [
+        Refusal(subject=host, reason=f"does not define the update {update!r}: add it to updates.d there")
+        for host in selection.hosts
+        if host not in found
+    ]
+    (first_host, first), *others = found.items()
+    refusals += [
+        Refusal(
+            subject=host,
+            reason=f"defines {update!r} otherwise than {first_host} does (version, impact or scope)",
+        )
+        for host, record in others
+        if (record.version, record.impact, record.scope) != (first.version, first.impact, first.scope)
+    ]
+    return first, refusals
+
+
+def _update_limits(record: UpdateRecord, policy: Policy, expected_s: float) -> Iterable[Refusal]:
+    if record.impact == "pause" and expected_s >= policy.budget_s:
+        yield Refusal(
+            subject=record.update,
+            reason=f"is expected to take {expected_s:g} s, which leaves nothing of the pause budget of {policy.budget_s:g} s",
+        )
+    if record.impact == "reboot" and not policy.allow_reboot:
+        yield Refusal(
+            subject=record.update,
+            reason="needs a reboot, which loses guest memory: allow it with --allow-reboot",
+        )
+
+
+def _hosts(fleet: Fleet, record: UpdateRecord, selection: Selection, *, hold_s: float) -> list[str]:
+    """Hosts that the selection reaches and that can apply the update."""
+    chosen = set(fleet.inventories)
+    if selection.hosts or selection.sets or selection.vms:
+        chosen = set(selection.hosts) | {
+            host for host, vm in fleet.vms() if vm.set in selection.sets or vm.vm in selection.vms
+        }
+    if not hold_s:
+        chosen = {
+            host
+            for host in chosen
+            if any(each.update == record.update for each in fleet.inventories[host].updates)
+        }
+    return sorted(chosen)
+
+
+def _host_refusals(fleet: Fleet, hosts: Sequence[str]) -> Iterable[Refusal]:
+    for host in hosts:
+        if not fleet.is_online(host):
+            yield Refusal(subject=host, reason="its host updater is offline")
+        elif fleet.inventories[host].guard == "absent":
+            yield Refusal(subject=host, reason="it has no pause guard, so no pause may start there")
+
+
+def _members(
+    fleet: Fleet,
+    hosts: Sequence[str],
+    record: UpdateRecord,
+    selection: Selection,
+    policy: Policy,
+    *,
+    hold_s: float,
+) -> tuple[list[_Member], list[PlannedVm], list[Refusal]]:
+    members: list[_Member] = []
+    skipped: list[PlannedVm] = []
+    refusals: list[Refusal] = []
+    narrowed = record.scope == "vm" and (selection.sets or selection.vms)
+    for host in hosts:
+        for vm in fleet.inventories[host].vms:
+            if narrowed and not (
+                vm.set in selection.sets or vm.vm in selection.vms or host in selection.hosts
+            ):
+                continue
+            method, reason = _method(vm, record, hold_s=hold_s)
+            planned = PlannedVm(
+                vm=vm.vm,
+                set=vm.set,
+                update_domain=vm.update_domain,
+                fault_domain=vm.fault_domain,
+                host=host,
+                method=method,
+                reason=reason,
+                agent=vm.agent,
+            )
+            if vm.state == "stopped":
+                skipped.append(msgspec.structs.replace(planned, method="skip", reason="the VM is stopped"))
+            elif method == "skip":
+                refusals.append(Refusal(subject=vm.vm, reason=reason))
+            else:
+                members.append(
+                    _Member(host=host, vm=vm, planned=planned, domain=domain_of(vm, policy.domain_key))
+                )
+    # Hosts of a selected set that lack the update keep theirs: named, so that nobody thinks they were done.
+    for host, vm in fleet.vms():
+        selected = not (selection.hosts or selection.sets or selection.vms) or vm.set in selection.sets
+        if host not in hosts and selected:
+            skipped.append(
+                PlannedVm(
+                    vm=vm.vm,
+                    set=vm.set,
+                    update_domain=vm.update_domain,
+                    fault_domain=vm.fault_domain,
+                    host=host,
+                    method="skip",
+                    reason=f"{host} does not define the update",
+                    agent=vm.agent,
+                )
+            )
+    return members, skipped, refusals
+
+
+def _method(vm: VmRecord, record: UpdateRecord, *, hold_s: float) -> tuple[Method, str]:
+    """The method of least impact that the update allows and the driver can do."""
+    if record.impact == "none":
+        return "live", "the update pauses nothing"
+    if record.impact == "reboot":
+        candidates: tuple[tuple[Method, str], ...] = (("reboot", "the update needs a reboot"),)
+    elif hold_s:
+        candidates = (("freeze", f"freeze on demand for {hold_s:g} s"),)
+    elif record.scope == "vm":
+        candidates = (
+            ("swap", "the update is of scope vm and the driver can swap"),
+            ("freeze", "the update is of scope vm and the driver cannot swap this VM"),
+        )
+    else:
+        candidates = (("freeze", "the update is of scope host: every VM of the host pauses"),)
+    for method, reason in candidates:
+        if method in vm.methods:
+            return method, reason
+    wanted = candidates[-1][0]
+    why = vm.methods_missing.get(wanted, "the driver does not offer it")
+    return "skip", f"cannot {wanted}: {why}"
+
+
+def _split_hosts(members: Sequence[_Member], key: DomainKey) -> Iterable[Refusal]:
+    """Hosts that hold VMs of one set in two domains cannot take a host-scope pause."""
+    held: dict[tuple[str, str], dict[int, str]] = {}
+    for member in members:
+        held.setdefault((member.host, member.vm.set), {}).setdefault(member.domain, member.vm.vm)
+    for (host, set_name), domains in sorted(held.items()):
+        if len(domains) > 1:
+            named = ", ".join(f"{vm} in {key} {domain}" for domain, vm in sorted(domains.items()))
+            yield Refusal(
+                subject=host,
+                reason=f"holds VMs of set {set_name} in {len(domains)} domains ({named}): one pause of the host would pause both",
+            )
+
+
+def _waves(members: Sequence[_Member], *, by_host: bool) -> Iterable[PlannedWave]:
+    """First fit, lowest domains first: a unit (host, or set's domain) joins the first wave it does not clash with."""
+    units: dict[tuple[str, ...], list[_Member]] = {}
+    for member in members:
+        unit = (member.host,) if by_host else (member.vm.set, f"{member.domain:02d}")
+        units.setdefault(unit, []).append(member)
+
+    def order(item: tuple[tuple[str, ...], list[_Member]]) -> tuple[list[int], tuple[str, ...]]:
+        return sorted({each.domain for each in item[1]}), item[0]
+
+    placed: list[tuple[dict[str, int], list[_Member]]] = []
+    for _, group in sorted(units.items(), key=order):
+        domains = {each.vm.set: each.domain for each in group}
+        for taken, inside in placed:
+            if all(taken.get(name, domain) == domain for name, domain in domains.items()):
+                taken.update(domains)
+                inside.extend(group)
+                break
+        else:
+            placed.append((dict(domains), list(group)))
+    for number, (domains, inside) in enumerate(placed):
+        yield PlannedWave(
+            wave=number,
+            domains=domains,
+            hosts=tuple(dict.fromkeys(each.host for each in inside)),
+            vms=tuple(each.planned for each in inside),
+        )

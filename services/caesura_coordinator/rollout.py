@@ -1,0 +1,523 @@
+"""The life of a rollout: ``decide(rollout, input, fleet, now) -> (rollout, effects)``. Pure.
+
+A wave goes pending → scheduled → started → verifying → soaking → completed; from each of these it may end
+failed or cancelled, which halts or aborts the rollout. What goes wrong halts with a reason; nothing is
+retried without an operator (who resumes or aborts).
+
+Commands to hosts are not effects: they follow from the state (``commands.py``) and are repeated until the
+state shows the host's answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import datetime, timedelta
+from typing import TypeAlias
+
+import msgspec
+
+from caesura.contract.messages import OperationReported, Policy, VmClockSynced, VmReady, WaveStatus
+from caesura.lifecycle.errors import IllegalTransition
+from caesura.runtime.errors import CaesuraError
+from caesura_coordinator.fleet import Fleet, fence_blockers, health_blockers
+from caesura_coordinator.records import (
+    FINAL,
+    ClockVerdict,
+    Frozen,
+    HostOperation,
+    Readiness,
+    Rollout,
+    Wave,
+    WaveEvent,
+    event_id,
+    operation_id,
+)
+
+COMMAND_WINDOW_S = 30.0
+"""s: hosts refuse a wave's command later than this after its start; a command lost for so long is better not obeyed."""
+REPORT_GRACE_S = 30.0
+"""s: after the window and the budget, for a host that restarts and reconciles before it reports."""
+RESTART_GRACE_S = 30.0
+"""s: what deadlines are moved by when the coordinator was away, so that it hears the hosts before it judges."""
+
+
+class NotYet(CaesuraError):
+    """A request that may be made again later; the text says what must happen first."""
+
+
+class Authority(Frozen, frozen=True, kw_only=True):
+    """In whose name commands are given."""
+
+    coordinator: str
+    epoch: int
+
+
+# --- inputs ----------------------------------------------------------------------------------------------
+
+
+class Tick(Frozen, frozen=True, kw_only=True):
+    """Time passed, or the fleet changed."""
+
+
+class Approve(Frozen, frozen=True, kw_only=True):
+    """A workload approved an event."""
+
+    event_id: str
+    by: str
+
+
+class Abort(Frozen, frozen=True, kw_only=True):
+    """An operator wants the rollout gone."""
+
+    reason: str = ""
+
+
+class Resume(Frozen, frozen=True, kw_only=True):
+    """An operator wants a halted rollout to go on."""
+
+
+Input: TypeAlias = Tick | Approve | Abort | Resume | VmReady | OperationReported | VmClockSynced
+
+# --- effects ---------------------------------------------------------------------------------------------
+
+
+class EventScheduled(Frozen, frozen=True, kw_only=True):
+    """Put the event into its set's document."""
+
+    event: WaveEvent
+
+
+class EventApprovedEffect(Frozen, frozen=True, kw_only=True):
+    """Mark the event approved in the document."""
+
+    event: WaveEvent
+
+
+class EventStarted(Frozen, frozen=True, kw_only=True):
+    """The event starts now."""
+
+    event: WaveEvent
+
+
+class EventEnded(Frozen, frozen=True, kw_only=True):
+    """The event reached its one end; it leaves the document."""
+
+    event: WaveEvent
+    reason: str
+
+
+class WaveMoved(Frozen, frozen=True, kw_only=True):
+    """The wave reached a status."""
+
+    wave: Wave
+
+
+class RolloutMoved(Frozen, frozen=True, kw_only=True):
+    """The rollout reached a status."""
+
+    rollout: Rollout
+
+
+Effect: TypeAlias = (
+    EventScheduled | EventApprovedEffect | EventStarted | EventEnded | WaveMoved | RolloutMoved
+)
+
+
+def decide(
+    rollout: Rollout, received: Input, fleet: Fleet, authority: Authority, now: datetime
+) -> tuple[Rollout, list[Effect]]:
+    """One step. Repeated and late inputs change nothing.
+
+    Raises:
+        IllegalTransition: an operator's request that the rollout's status does not allow.
+        NotYet: a resume while a host still owes its report.
+    """
+    step = _Step(rollout, fleet, authority, now)
+    match received:
+        case Abort():
+            step.abort(received.reason)
+        case Resume():
+            step.resume()
+        case Approve():
+            step.approve(received)
+        case VmReady():
+            step.ready(received)
+        case OperationReported():
+            step.report(received)
+        case VmClockSynced():
+            step.clock(received)
+        case Tick():
+            pass
+    step.advance()
+    return step.rollout, step.effects
+
+
+def after_restart(rollout: Rollout, now: datetime) -> Rollout:
+    """The rollout as a restarted coordinator takes it up: deadlines that passed meanwhile are moved.
+
+    NotBefore and the hosts' ``not_after`` stay as they were announced.
+    """
+    wave = rollout.current
+    if wave is None or not rollout.active:
+        return rollout
+    earliest = now + timedelta(seconds=RESTART_GRACE_S)
+    changed = msgspec.structs.replace(
+        wave,
+        waiting_since=now if wave.waiting_since else None,
+        report_by=max(wave.report_by, earliest) if wave.report_by else None,
+        verify_by=max(wave.verify_by, earliest) if wave.verify_by else None,
+    )
+    return _with_wave(rollout, changed)
+
+
+def _with_wave(rollout: Rollout, wave: Wave) -> Rollout:
+    waves = tuple(wave if each.index == wave.index else each for each in rollout.waves)
+    return msgspec.structs.replace(rollout, waves=waves)
+
+
+class _Step:
+    """One call of ``decide``: the rollout as it changes, and the effects so far."""
+
+    def __init__(self, rollout: Rollout, fleet: Fleet, authority: Authority, now: datetime) -> None:
+        self.rollout = rollout
+        self.fleet = fleet
+        self.authority = authority
+        self.now = now
+        self.effects: list[Effect] = []
+
+    # -- small pieces --
+
+    def _in(self, seconds: float) -> datetime:
+        return self.now + timedelta(seconds=seconds)
+
+    def _put(self, wave: Wave) -> Wave:
+        self.rollout = _with_wave(self.rollout, wave)
+        return wave
+
+    def _move(self, wave: Wave, status: WaveStatus, **changes: object) -> Wave:
+        moved = self._put(
+            msgspec.structs.replace(wave, status=status, waiting_since=None, waiting_for="", **changes)
+        )
+        self.effects.append(WaveMoved(wave=moved))
+        return moved
+
+    def _end_events(self, wave: Wave, status: str, reason: str = "") -> Wave:
+        """Bring every open event of the wave to its one end."""
+        events = []
+        for event in wave.events:
+            if event.status in {"scheduled", "started"}:
+                event = msgspec.structs.replace(event, status=status)  # noqa: PLW2901
+                self.effects.append(EventEnded(event=event, reason=reason))
+            events.append(event)
+        return self._put(msgspec.structs.replace(wave, events=tuple(events)))
+
+    def _halt(self, wave: Wave, reason: str) -> None:
+        """Wave failed, rollout halted. Events not started are cancelled, started ones failed."""
+        started = wave.started_at is not None
+        wave = self._end_events(wave, "failed" if started else "cancelled", reason)
+        self._move(wave, "failed", reason=reason, ended_at=self.now)
+        self.rollout = msgspec.structs.replace(self.rollout, status="halted", reason=reason)
+        self.effects.append(RolloutMoved(rollout=self.rollout))
+
+    def _finish(self, status: str, reason: str = "") -> None:
+        self.rollout = msgspec.structs.replace(self.rollout, status=status, reason=reason, ended_at=self.now)
+        self.effects.append(RolloutMoved(rollout=self.rollout))
+
+    def _blocked(self, wave: Wave, blockers: Sequence[str]) -> bool:
+        """Wait for a gate; halt when it stays shut for the verify timeout."""
+        if not blockers:
+            return False
+        why = "; ".join(blockers[:8]) + ("" if len(blockers) <= 8 else f"; and {len(blockers) - 8} more")
+        since = wave.waiting_since or self.now
+        if self.now - since >= timedelta(seconds=self.rollout.policy.verify_timeout_s):
+            self._halt(wave, f"cannot go on: {why}")
+        elif (wave.waiting_since, wave.waiting_for) != (since, why):
+            self._put(msgspec.structs.replace(wave, waiting_since=since, waiting_for=why))
+        return True
+
+    # -- inputs --
+
+    def abort(self, reason: str) -> None:
+        if self.rollout.status == "aborting":
+            return
+        if not self.rollout.active:
+            raise IllegalTransition(f"rollout {self.rollout.id}", self.rollout.status, "aborted")
+        text = f"aborted: {reason}" if reason else "aborted by the operator"
+        wave = self.rollout.current
+        if wave is not None and wave.status == "started" and self.rollout.status == "running":
+            self.rollout = msgspec.structs.replace(self.rollout, status="aborting", reason=text)
+            self.effects.append(RolloutMoved(rollout=self.rollout))
+            return
+        if wave is not None and wave.status in {"pending", "scheduled", "verifying", "soaking"}:
+            self._cancel(wave, text)
+        self._finish("aborted", text)
+
+    def _cancel(self, wave: Wave, text: str) -> None:
+        if (
+            wave.status == "soaking"
+        ):  # its events are over and its VMs verified: it is done, only the waiting is cut
+            self._move(wave, "completed", ended_at=self.now)
+            return
+        wave = self._end_events(wave, "failed" if wave.started_at else "cancelled", text)
+        self._move(wave, "failed" if wave.started_at else "cancelled", reason=text, ended_at=self.now)
+
+    def resume(self) -> None:
+        if self.rollout.status != "halted":
+            raise IllegalTransition(f"rollout {self.rollout.id}", self.rollout.status, "running")
+        wave = self.rollout.current
+        lost = sorted(each.host for each in wave.operations if each.status == "lost") if wave else []
+        if lost:
+            raise NotYet(
+                f"rollout {self.rollout.id} cannot go on yet: {', '.join(lost)} never said what became of its operation; "
+                "bring the host updater back (it reports at start), or abort the rollout"
+            )
+        self.rollout = msgspec.structs.replace(self.rollout, status="running", reason="")
+        self.effects.append(RolloutMoved(rollout=self.rollout))
+        if wave is None or wave.status != "failed":
+            return
+        done = {each.host for each in wave.operations if each.status == "completed"}
+        left = tuple(vm for vm in wave.vms if vm.host not in done)
+        again = Wave(index=wave.index, domains=wave.domains, vms=wave.vms, attempt=wave.attempt + 1)
+        if left:
+            # Hosts that did their part are not paused again.
+            domains = {vm.set: wave.domains[vm.set] for vm in left}
+            self._move(msgspec.structs.replace(again, vms=left, domains=domains), "pending")
+        else:
+            # Every host did its part and the operator accepts what the verification found: only health is left.
+            self._move(
+                msgspec.structs.replace(again, started_at=wave.started_at), "soaking", soak_until=self.now
+            )
+
+    def approve(self, approval: Approve) -> None:
+        wave = self.rollout.current
+        if wave is None or wave.status != "scheduled":
+            return
+        events = []
+        for event in wave.events:
+            if event.event_id.lower() == approval.event_id.lower() and not event.approved_by:
+                event = msgspec.structs.replace(event, approved_by=approval.by, approved_at=self.now)  # noqa: PLW2901
+                self.effects.append(EventApprovedEffect(event=event))
+            events.append(event)
+        self._put(msgspec.structs.replace(wave, events=tuple(events)))
+
+    def ready(self, answer: VmReady) -> None:
+        wave = self.rollout.current
+        if wave is None or wave.status != "scheduled":
+            return
+        if any(
+            event.event_id.lower() == answer.event_id.lower() and answer.vm in event.resources
+            for event in wave.events
+        ):
+            verdict = Readiness(ready=answer.ready, reason=answer.reason)
+            if wave.readiness.get(answer.vm) != verdict:
+                self._put(msgspec.structs.replace(wave, readiness={**wave.readiness, answer.vm: verdict}))
+
+    def report(self, report: OperationReported) -> None:
+        wave = self.rollout.current
+        if wave is None or wave.status not in {"started", "failed"}:
+            return
+        operations = tuple(
+            _reported(each, report) if each.operation == report.operation else each
+            for each in wave.operations
+        )
+        if operations != wave.operations:
+            self._put(msgspec.structs.replace(wave, operations=operations))
+
+    def clock(self, verdict: VmClockSynced) -> None:
+        wave = self.rollout.current
+        if wave is None or wave.status not in {"started", "verifying"}:
+            return
+        if verdict.operation not in {each.operation for each in wave.operations}:
+            return
+        clock = ClockVerdict(
+            synced=verdict.synced,
+            error_after_s=verdict.error_after_s,
+            memory_ok=verdict.memory.ok if verdict.memory else None,
+            reason=verdict.reason,
+        )
+        if wave.clocks.get(verdict.vm) != clock:
+            self._put(msgspec.structs.replace(wave, clocks={**wave.clocks, verdict.vm: clock}))
+
+    # -- time --
+
+    def advance(self) -> None:
+        """Go as far as the state, the fleet and the time allow."""
+        while self.rollout.status in {"running", "aborting"}:
+            before = (self.rollout.status, tuple((wave.status, wave.attempt) for wave in self.rollout.waves))
+            wave = self.rollout.current
+            if wave is None:
+                self._finish("completed")
+                return
+            getattr(self, f"_from_{wave.status}")(wave)
+            after = (self.rollout.status, tuple((each.status, each.attempt) for each in self.rollout.waves))
+            if after == before:
+                return
+
+    def _from_pending(self, wave: Wave) -> None:
+        expected = [(vm.vm, vm.host, vm.agent) for vm in wave.vms]
+        blockers = health_blockers(self.fleet, expected) or self._fence(wave)
+        if self._blocked(wave, blockers):
+            return
+        if all(vm.method == "live" for vm in wave.vms):
+            self._start(wave)  # nothing pauses: nobody is warned
+            return
+        events = tuple(
+            WaveEvent(
+                set=name,
+                event_id=event_id(self.rollout, wave, name),
+                resources=tuple(vm.vm for vm in wave.vms if vm.set == name),
+            )
+            for name in sorted(wave.domains)
+        )
+        # Whole seconds, rounded up: NotBefore is published in RFC 1123, and a wave must not start before it.
+        not_before = self._in(self.rollout.policy.notice_s)
+        if not_before.microsecond:
+            not_before = not_before.replace(microsecond=0) + timedelta(seconds=1)
+        wave = self._move(wave, "scheduled", published_at=self.now, not_before=not_before, events=events)
+        self.effects.extend(EventScheduled(event=event) for event in events)
+
+    def _fence(self, wave: Wave) -> list[str]:
+        hosts = {*self.rollout.set_hosts, *wave.hosts}
+        return fence_blockers(
+            self.fleet,
+            wave.domains,
+            hosts,
+            epoch=self.authority.epoch,
+            coordinator=self.authority.coordinator,
+        )
+
+    def _from_scheduled(self, wave: Wave) -> None:
+        policy = self.rollout.policy
+        due = wave.not_before is not None and self.now >= wave.not_before
+        approved = all(event.approved_by for event in wave.events)
+        refusing = [
+            f"{vm} is not ready: {answer.reason or 'its prepare hook said no'}"
+            for vm, answer in sorted(wave.readiness.items())
+            if not answer.ready
+        ]
+        silent = [vm.vm for vm in wave.vms if vm.agent and vm.vm not in wave.readiness]
+        if refusing and policy.on_not_ready == "halt":
+            self._halt(wave, "; ".join(refusing))
+            return
+        if not due and (not approved or silent):
+            return
+        if silent and policy.on_not_ready == "halt":
+            self._halt(wave, f"no answer of the agent by NotBefore: {', '.join(silent)}")
+            return
+        if not self._blocked(wave, self._fence(wave)):
+            self._start(wave)
+
+    def _start(self, wave: Wave) -> None:
+        operations = tuple(
+            HostOperation(host=host, operation=operation_id(self.rollout, wave, host)) for host in wave.hosts
+        )
+        events = tuple(msgspec.structs.replace(event, status="started") for event in wave.events)
+        self._move(
+            wave,
+            "started",
+            events=events,
+            operations=operations,
+            started_at=self.now,
+            not_after=self._in(COMMAND_WINDOW_S),
+            report_by=self._in(COMMAND_WINDOW_S + self.rollout.policy.budget_s + REPORT_GRACE_S),
+        )
+        self.effects.extend(EventStarted(event=event) for event in events)
+
+    def _from_started(self, wave: Wave) -> None:
+        if wave.report_by is not None and self.now >= wave.report_by:
+            lost = tuple(
+                msgspec.structs.replace(each, status="lost", reason="did not report in time")
+                if each.status not in FINAL
+                else each
+                for each in wave.operations
+            )
+            wave = self._put(msgspec.structs.replace(wave, operations=lost))
+        if any(each.status not in FINAL for each in wave.operations):
+            return
+        wrong = [_why(each) for each in wave.operations if each.status != "completed"]
+        if self.rollout.status == "aborting":
+            self._aborted(wave)
+        elif wrong:
+            self._halt(wave, "; ".join(wrong))
+        else:
+            self._move(wave, "verifying", verify_by=self._in(self.rollout.policy.verify_timeout_s))
+
+    def _aborted(self, wave: Wave) -> None:
+        """All hosts have answered the abort: the record says whether anything had been paused."""
+        untouched = all(each.status in {"cancelled", "refused"} for each in wave.operations)
+        wave = self._end_events(wave, "cancelled" if untouched else "failed", self.rollout.reason)
+        self._move(
+            wave, "cancelled" if untouched else "failed", reason=self.rollout.reason, ended_at=self.now
+        )
+        self._finish("aborted", self.rollout.reason)
+
+    def _from_verifying(self, wave: Wave) -> None:
+        wrong, missing = _verify(wave, self.rollout.policy)
+        if wrong:
+            self._halt(wave, "; ".join(wrong))
+            return
+        missing += health_blockers(self.fleet, [(vm.vm, vm.host, vm.agent) for vm in wave.vms])
+        if missing:
+            if wave.verify_by is not None and self.now >= wave.verify_by:
+                self._halt(wave, "not verified in time: " + "; ".join(missing))
+            return
+        wave = self._end_events(wave, "completed")
+        self._move(wave, "soaking", soak_until=self._in(self.rollout.policy.soak_s))
+
+    def _from_soaking(self, wave: Wave) -> None:
+        ill = health_blockers(self.fleet, [(vm.vm, vm.host, vm.agent) for vm in wave.vms])
+        if self._blocked(wave, ill):
+            return
+        if wave.soak_until is None or self.now >= wave.soak_until:
+            self._move(wave, "completed", ended_at=self.now)
+
+
+def _reported(operation: HostOperation, report: OperationReported) -> HostOperation:
+    # Late or repeated; but a host that was given up for lost and now reports is lost no more.
+    if operation.status in FINAL and (operation.status != "lost" or report.status not in FINAL):
+        return operation
+    return msgspec.structs.replace(
+        operation,
+        status=report.status,
+        reason=report.reason,
+        vms=report.vms,
+        update=report.update,
+    )
+
+
+def _why(operation: HostOperation) -> str:
+    return f"{operation.host} {operation.status}" + (f": {operation.reason}" if operation.reason else "")
+
+
+def _verify(wave: Wave, policy: Policy) -> tuple[list[str], list[str]]:
+    """What is wrong with the wave for good, and what is not known yet."""
+    wrong: list[str] = []
+    missing: list[str] = []
+    for operation in wave.operations:
+        for result in operation.vms:
+            if result.state != "running":
+                wrong.append(f"{result.vm} is {result.state} after the resume")
+            if result.pause_s > policy.budget_s:
+                wrong.append(f"{result.vm} was paused {result.pause_s:.3f} s, budget {policy.budget_s:g} s")
+            if result.memory is not None and not result.memory.ok:
+                wrong.append(f"{result.vm} changed in memory during the pause: {result.memory.detail}")
+    for vm in wave.vms:
+        if vm.method == "live":
+            continue
+        clock = wave.clocks.get(vm.vm)
+        if clock is None:
+            missing.append(f"{vm.vm}: no verdict on its clock")
+            continue
+        if clock.memory_ok is False:
+            wrong.append(f"{vm.vm} is not the guest it was before the pause (heartbeat)")
+        if policy.on_unsynced == "halt" and not clock.synced:
+            wrong.append(f"{vm.vm} is unsynced: {clock.reason or 'its clock could not be put right'}")
+        elif (
+            policy.on_unsynced == "halt"
+            and clock.error_after_s is not None
+            and abs(clock.error_after_s) > policy.clock_bound_s
+        ):
+            wrong.append(
+                f"{vm.vm} is {clock.error_after_s:+.3f} s off after its sync (bound {policy.clock_bound_s:g} s)"
+            )
+    return wrong, missing

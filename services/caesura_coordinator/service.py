@@ -1,0 +1,415 @@
+"""The coordinator's shell: messages in, decisions stored, commands repeated, facts drained from the outbox."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime
+
+import msgspec
+import structlog
+
+from caesura.bus.port import Bus, BusError
+from caesura.bus.post import Post
+from caesura.contract import messages as m
+from caesura.contract.codec import ContractError, Received, encode
+from caesura.contract.envelope import Message
+from caesura.contract.names import is_name
+from caesura.contract.topics import PREFIX, channel_of
+from caesura.runtime.errors import CaesuraError, StoreError
+from caesura.runtime.identity import new_id
+from caesura_coordinator.book import Book
+from caesura_coordinator.commands import due_commands
+from caesura_coordinator.fleet import Fleet
+from caesura_coordinator.plan import make_plan, sets_of
+from caesura_coordinator.records import new_rollout
+from caesura_coordinator.rollout import Abort, Approve, Authority, Input, Resume, Tick
+from caesura_coordinator.store import Store
+
+TICK_S = 0.2
+_REPEAT_S = 2.0
+"""s: between two sendings of a command that its host has not answered."""
+
+_log = structlog.get_logger("caesura.coordinator")
+
+Request = m.RolloutRequested | m.FreezeRequested | m.AbortRequested | m.ResumeRequested
+
+
+class Superseded(CaesuraError):
+    """Another coordinator has claimed a higher epoch; this one has no authority any more."""
+
+    exit_code = 3
+
+
+def subscriptions() -> list[str]:
+    """The filters that the coordinator needs."""
+    kinds = (
+        m.HostInventory,
+        m.HostPresence,
+        m.OperationReported,
+        m.VmClockSynced,
+        m.AgentPresence,
+        m.VmReady,
+        m.EventApproved,
+        m.SetDocument,
+        m.CoordinatorPresence,
+        m.RolloutRequested,
+        m.FreezeRequested,
+        m.AbortRequested,
+        m.ResumeRequested,
+    )
+    return [channel_of(kind).filter() for kind in kinds]
+
+
+def presence(authority: Authority, *, online: bool) -> m.CoordinatorPresence:
+    """The coordinator's presence, also as its last will."""
+    return m.CoordinatorPresence(coordinator=authority.coordinator, epoch=authority.epoch, online=online)
+
+
+def last_will(authority: Authority) -> bytes:
+    """The encoded presence that the broker publishes when the coordinator is gone."""
+    return encode(
+        presence(authority, online=False),
+        source=f"/caesura/{authority.coordinator}",
+        event_id=new_id(),
+        time=datetime.now(UTC),
+    )
+
+
+class Coordinator:
+    """One coordinator on one bus with one store."""
+
+    def __init__(
+        self,
+        bus: Bus,
+        store: Store,
+        *,
+        instance: str,
+        settle_s: float,
+        now: Callable[[], datetime] = lambda: datetime.now(UTC),
+    ) -> None:
+        self.bus = bus
+        self.store = store
+        self.post = Post(bus, f"/caesura/{instance}", on_refused=self._on_refused)
+        self.book = Book(store, now())
+        self.fleet = Fleet()
+        self.authority = Authority(coordinator=f"{instance}-{new_id()[:8]}", epoch=0)
+        self._claimed = False
+        self._settle_s = settle_s
+        self._now = now
+        self._early: list[tuple[str, Request]] = []
+        self._early_facts: list[Input] = []
+        self._outbox_filled = asyncio.Event()
+        self._changed = asyncio.Event()
+        self._superseded: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._last_sent: dict[tuple[str, str], float] = {}
+        for kind, receiver in self._receivers():
+            self.post.on(kind, receiver)
+
+    def tasks(self) -> dict[str, Callable[[], Awaitable[None]]]:
+        """Name to eternal task, for ``serve``."""
+        return {
+            "bus": lambda: self.bus.run(self.post.deliver, self._on_connected),
+            "rollouts": self._rollouts,
+            "outbox": self._outbox,
+            "authority": self._watch_authority,
+        }
+
+    async def drain(self) -> None:
+        """Say what is decided, say goodbye. Rollouts stay where they are, for the next start."""
+        if self._claimed and self.bus.stats.connected:
+            try:
+                await self._flush(limit=1000)
+                await self.post.send(presence(self.authority, online=False), timeout_s=2)
+            except BusError as error:
+                _log.warning("coordinator.no_goodbye", why=str(error))
+        await self.bus.close()
+
+    # -- authority --
+
+    async def _watch_authority(self) -> None:
+        """Claim an epoch above every one heard, then stand down when somebody claims a higher one."""
+        while not await self.bus.wait_connected(60):
+            _log.warning("coordinator.waiting_for_broker", why=self.bus.stats.last_error)
+        await asyncio.sleep(
+            self._settle_s
+        )  # retained inventories arrive in any order; there is no last one to await
+        epoch = max(self.store.epoch(), self.fleet.highest_epoch(), self.authority.epoch) + 1
+        self.store.save_epoch(epoch)
+        self.authority = msgspec.structs.replace(self.authority, epoch=epoch)
+        self._claimed = True
+        _log.info("coordinator.claimed", epoch=epoch, coordinator=self.authority.coordinator)
+        await self._announce()
+        facts, self._early_facts = self._early_facts, []
+        for fact in facts:
+            self._step_all(fact)
+        early, self._early = self._early, []
+        for client, request in early:
+            self._answer(client, request)
+        self._changed.set()
+        await self._superseded
+
+    async def _announce(self) -> None:
+        await self._try_send(presence(self.authority, online=True))
+
+    async def _on_connected(self) -> None:
+        if not self._claimed:
+            return
+        await self._announce()
+        for name in self.book.republish():
+            await self.post.clear(m.RolloutState, rollout=name)
+        self._outbox_filled.set()
+
+    def _heard_epoch(self, epoch: int, coordinator: str) -> None:
+        mine = self.authority
+        if coordinator == mine.coordinator:
+            return
+        if not self._claimed:
+            if epoch > mine.epoch:
+                self.authority = msgspec.structs.replace(mine, epoch=epoch)
+        elif epoch >= mine.epoch and not self._superseded.done():
+            self._superseded.set_exception(
+                Superseded(
+                    f"coordinator {coordinator} has claimed epoch {epoch}, this one had {mine.epoch}: standing down. "
+                    "Run one coordinator, or let a standby take over only when the first is stopped."
+                )
+            )
+
+    # -- messages in --
+
+    def _receivers(self) -> list[tuple[type, Callable[..., Awaitable[None]]]]:
+        return [
+            (m.HostInventory, self._on_inventory),
+            (m.HostPresence, self._on_host_presence),
+            (m.AgentPresence, self._on_agent_presence),
+            (m.CoordinatorPresence, self._on_coordinator),
+            (m.SetDocument, self._on_document),
+            (m.OperationReported, self._on_fact),
+            (m.VmClockSynced, self._on_fact),
+            (m.VmReady, self._on_fact),
+            (m.EventApproved, self._on_approval),
+            (m.RolloutRequested, self._on_request),
+            (m.FreezeRequested, self._on_request),
+            (m.AbortRequested, self._on_request),
+            (m.ResumeRequested, self._on_request),
+        ]
+
+    async def _on_inventory(self, inventory: m.HostInventory, _: Received) -> None:
+        self.fleet = self.fleet.with_inventory(inventory)
+        self._heard_epoch(inventory.epoch, inventory.coordinator)
+        self._changed.set()
+
+    async def _on_host_presence(self, presence: m.HostPresence, _: Received) -> None:
+        self.fleet = self.fleet.with_host(presence.host, online=presence.online)
+        self._changed.set()
+
+    async def _on_agent_presence(self, presence: m.AgentPresence, _: Received) -> None:
+        self.fleet = self.fleet.with_agent(presence.vm, online=presence.online)
+        self._changed.set()
+
+    async def _on_coordinator(self, heard: m.CoordinatorPresence, _: Received) -> None:
+        self._heard_epoch(heard.epoch, heard.coordinator)
+        if self._claimed and heard != presence(self.authority, online=True) and not self._superseded.done():
+            await self._announce()  # an older one's will must not stay as the last word
+
+    async def _on_document(self, document: m.SetDocument, _: Received) -> None:
+        self.book.adopt(document, self._now())
+        self._outbox_filled.set()
+
+    async def _on_fact(self, fact: m.OperationReported | m.VmClockSynced | m.VmReady, _: Received) -> None:
+        self._step_all(fact)
+
+    async def _on_approval(self, approval: m.EventApproved, _: Received) -> None:
+        _log.info("event.approved", event_id=approval.event_id, vm=approval.vm)
+        self._step_all(Approve(event_id=approval.event_id, by=approval.vm))
+
+    async def _on_request(self, request: Request, received: Received) -> None:
+        client = received.parameters["client"]
+        if self._claimed:
+            self._answer(client, request)
+        else:
+            self._early.append((client, request))
+
+    async def _on_refused(self, topic: str, error: ContractError) -> None:
+        """An operator's request that breaks the contract is answered too, as far as its topic tells who asked."""
+        parts = topic.removeprefix(PREFIX + "/").split("/")
+        if len(parts) == 3 and parts[0] == "ctl" and is_name(parts[1]):
+            with self.store.transaction():
+                self.book.remember_answer(
+                    parts[1],
+                    m.RequestAnswered(request="unreadable", accepted=False, reason=str(error)[:1000]),
+                )
+            self._outbox_filled.set()
+
+    # -- decisions --
+
+    def _step_all(self, received: Input) -> None:
+        """Give an input to every active rollout, which ignores what is not its own."""
+        if not self._claimed:
+            self._early_facts.append(received)  # a persistent session may deliver before the epoch is claimed
+            return
+        if self._superseded.done():
+            return
+        for rollout in self.book.active:
+            try:
+                self.book.step(rollout, received, self.fleet, self.authority, self._now())
+            except StoreError as error:
+                _log.error("coordinator.store_failed", why=str(error), rollout=rollout.id)
+        self._outbox_filled.set()
+        self._changed.set()
+
+    async def _rollouts(self) -> None:
+        """Time passes for every rollout, and unanswered commands are repeated."""
+        while True:
+            try:
+                async with asyncio.timeout(TICK_S):
+                    await self._changed.wait()
+            except TimeoutError:
+                pass
+            self._changed.clear()
+            if self._claimed:
+                active = self.book.active
+                if active:
+                    self._step_all(Tick())
+                    self._changed.clear()
+                await self._send_commands()
+
+    async def _send_commands(self) -> None:
+        loop = asyncio.get_running_loop()
+        open_keys = set()
+        for rollout in self.book.active:
+            for command in due_commands(rollout, self.authority):
+                key = (command.operation, type(command).TYPE)
+                open_keys.add(key)
+                if loop.time() - self._last_sent.get(key, -_REPEAT_S) >= _REPEAT_S and await self._try_send(
+                    command, host=command.host
+                ):
+                    self._last_sent[key] = loop.time()
+        self._last_sent = {key: at for key, at in self._last_sent.items() if key in open_keys}
+
+    def _answer(self, client: str, request: Request) -> None:
+        """Answer a request once; a repeated one gets the stored answer again."""
+        known = self.store.answer(client, request.request)
+        try:
+            if known is not None:
+                self.store.enqueue(known, client=client)
+            else:
+                self._decide_request(client, request)
+        except StoreError as error:
+            _log.error("request.failed", request=request.request, why=str(error))
+        self._outbox_filled.set()
+        self._changed.set()
+
+    def _decide_request(self, client: str, request: Request) -> None:
+        try:
+            match request:
+                case m.RolloutRequested():
+                    self._plan_or_start(client, request, request.update, 0.0)
+                case m.FreezeRequested():
+                    self._plan_or_start(client, request, "", request.hold_s)
+                case m.AbortRequested():
+                    self._steer(client, request, Abort(reason=request.reason))
+                case m.ResumeRequested():
+                    self._steer(client, request, Resume())
+        except StoreError:
+            raise
+        except CaesuraError as error:
+            with self.store.transaction():
+                self.book.remember_answer(
+                    client, m.RequestAnswered(request=request.request, accepted=False, reason=str(error))
+                )
+
+    def _plan_or_start(
+        self, client: str, request: m.RolloutRequested | m.FreezeRequested, update: str, hold_s: float
+    ) -> None:
+        plan = make_plan(
+            self.fleet, update=update, selection=request.selection, policy=request.policy, hold_s=hold_s
+        )
+        reason = "; ".join(f"{each.subject}: {each.reason}" for each in plan.refusals)
+        held = self.book.holder(sets_of(plan))
+        if held and not request.plan_only:
+            reason = f"set {held[0]} is held by rollout {held[1]}: wait for its end, resume or abort it"
+        if reason or request.plan_only:
+            answer = m.RequestAnswered(
+                request=request.request, accepted=not reason, reason=reason[:4000], plan=plan
+            )
+            with self.store.transaction():
+                self.book.remember_answer(client, answer)
+            return
+        now = self._now()
+        rollout = new_rollout(
+            f"{now:%Y%m%d-%H%M%S}-{new_id()[:4]}",
+            plan,
+            policy=request.policy,
+            set_hosts=tuple(sorted(self.fleet.hosts_of(sets_of(plan)))),
+            requested_by=client,
+            now=now,
+        )
+        with self.store.transaction():
+            self.book.add(rollout)
+            self.book.remember_answer(
+                client,
+                m.RequestAnswered(request=request.request, accepted=True, rollout=rollout.id, plan=plan),
+            )
+        _log.info("rollout.started", rollout=rollout.id, update=update, waves=len(plan.waves), client=client)
+
+    def _steer(self, client: str, request: m.AbortRequested | m.ResumeRequested, received: Input) -> None:
+        active = self.book.active
+        if request.rollout:
+            rollout = self.book.rollouts.get(request.rollout)
+        else:
+            rollout = active[0] if len(active) == 1 else None
+        if rollout is None:
+            known = ", ".join(each.id for each in active) or "none"
+            raise CaesuraError(
+                f"no rollout {request.rollout!r}; not at their end: {known}"
+                if request.rollout or len(active) != 1
+                else "no rollout"
+            )
+        self.book.step(rollout, received, self.fleet, self.authority, self._now())
+        with self.store.transaction():
+            self.book.remember_answer(
+                client, m.RequestAnswered(request=request.request, accepted=True, rollout=rollout.id)
+            )
+
+    # -- messages out --
+
+    async def _try_send(self, message: Message, **parameters: str) -> bool:
+        try:
+            await self.post.send(message, timeout_s=2.0, **parameters)
+        except BusError as error:
+            _log.debug("coordinator.not_sent", type=type(message).TYPE, why=str(error))
+            return False
+        return True
+
+    async def _outbox(self) -> None:
+        """Drain the outbox for ever, in order, each message until the broker took it."""
+        while True:
+            await self._outbox_filled.wait()
+            self._outbox_filled.clear()
+            if not self._claimed:
+                continue
+            try:
+                await self._flush()
+            except (BusError, StoreError) as error:
+                _log.warning("outbox.waiting", why=str(error), messages=self.waiting())
+                await self.bus.wait_connected(5.0)
+                await asyncio.sleep(0.2)  # a broker that refuses at once must not make this a busy loop
+                self._outbox_filled.set()
+
+    async def _flush(self, limit: int = 1_000_000) -> None:
+        for _ in range(limit):
+            outgoing = self.store.next_outgoing()
+            if outgoing is None:
+                return
+            await self.post.send(
+                outgoing.message, event_id=outgoing.event_id, timeout_s=5.0, **outgoing.parameters
+            )
+            self.store.sent(outgoing.number)
+
+    def waiting(self) -> int:
+        """Messages in the outbox; -1 when the store does not answer."""
+        try:
+            return self.store.waiting()
+        except StoreError:
+            return -1

@@ -1,0 +1,34 @@
+"""Settings of the coordinator (prefix ``CAESURA_COORDINATOR_``)."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from msgspec import Meta
+
+from caesura.contract.names import Name
+from caesura.runtime.settings import ServiceSettings
+
+
+class CoordinatorSettings(ServiceSettings, frozen=True, kw_only=True):
+    """What the coordinator needs to know besides the broker."""
+
+    state_dir: Annotated[
+        str,
+        Meta(
+            min_length=1,
+            description="Folder of the store; created with mode 0700. One coordinator uses it at a time.",
+        ),
+    ]
+    instance: Annotated[
+        Name, Meta(description="Its name on the bus; a standby coordinator needs another one.")
+    ] = "coordinator"
+    settle_s: Annotated[
+        float, Meta(ge=0, le=60, description="Seconds to listen to the hosts before the epoch is claimed.")
+    ] = 1.0
+    health_listen: Annotated[
+        str,
+        Meta(
+            description="`host:port` or `unix:/path` for /live, /ready and /metrics; empty for no listener."
+        ),
+    ] = "127.0.0.1:9311"

@@ -1,0 +1,150 @@
+"""The coordinator's durable state: epoch, rollouts, documents, answers, and the outbox.
+
+What is saved together is saved in one transaction with the messages that announce it (a transactional
+outbox): after a crash nothing was announced that is not stored, and nothing stored stays unannounced.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import msgspec
+
+from caesura.contract.envelope import Message
+from caesura.contract.messages import RequestAnswered, SetDocument
+from caesura.contract.topics import CHANNELS, channel_of
+from caesura.runtime.database import Database
+from caesura.runtime.identity import new_id
+from caesura_coordinator.records import Rollout
+
+_MIGRATIONS = (
+    """
+    CREATE TABLE epoch (value INTEGER NOT NULL);
+    INSERT INTO epoch VALUES (0);
+    CREATE TABLE rollout (number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, body BLOB NOT NULL);
+    CREATE TABLE document (set_name TEXT PRIMARY KEY, body BLOB NOT NULL);
+    CREATE TABLE answer (request TEXT PRIMARY KEY, client TEXT NOT NULL, body BLOB NOT NULL);
+    CREATE TABLE outbox (
+        number INTEGER PRIMARY KEY AUTOINCREMENT, event_id TEXT NOT NULL, type TEXT NOT NULL,
+        parameters TEXT NOT NULL, body BLOB NOT NULL
+    );
+    """,
+)
+_ROLLOUTS_KEPT = 500
+_ANSWERS_KEPT = 1000
+_TYPES: Mapping[str, type[Message]] = {channel.message.TYPE: channel.message for channel in CHANNELS}
+
+
+class Outgoing(msgspec.Struct, frozen=True):
+    """One message that waits in the outbox."""
+
+    number: int
+    event_id: str
+    message: Message
+    parameters: dict[str, str]
+
+
+class Store:
+    """See the module. Raises StoreError from every method when the disk or the file refuses."""
+
+    def __init__(self, path: str) -> None:
+        self.database = Database(path, _MIGRATIONS)
+        self.transaction = self.database.transaction
+
+    def epoch(self) -> int:
+        """The last epoch claimed from this store."""
+        ((value,),) = self.database.run("SELECT value FROM epoch")
+        return int(value)
+
+    def save_epoch(self, epoch: int) -> None:
+        """Remember a claimed epoch before it is used."""
+        self.database.run("UPDATE epoch SET value = ?", epoch)
+
+    def rollouts(self) -> list[Rollout]:
+        """Every rollout kept, oldest first."""
+        rows = self.database.run("SELECT body FROM rollout ORDER BY number")
+        return [msgspec.json.decode(body, type=Rollout) for (body,) in rows]
+
+    def save_rollout(self, rollout: Rollout) -> None:
+        """Insert or replace."""
+        self.database.run(
+            "INSERT INTO rollout (id, body) VALUES (?, ?) ON CONFLICT (id) DO UPDATE SET body = excluded.body",
+            rollout.id,
+            msgspec.json.encode(rollout),
+        )
+
+    def forget_old(self) -> list[str]:
+        """Drop the oldest rollouts and answers beyond what is kept; ids of the dropped rollouts."""
+        rows = self.database.run(
+            "DELETE FROM rollout WHERE number <= (SELECT max(number) FROM rollout) - ? RETURNING id",
+            _ROLLOUTS_KEPT,
+        )
+        self.database.run(
+            "DELETE FROM answer WHERE rowid <= (SELECT max(rowid) FROM answer) - ?", _ANSWERS_KEPT
+        )
+        return [name for (name,) in rows]
+
+    def documents(self) -> dict[str, SetDocument]:
+        """The document of every set that ever had an event."""
+        rows = self.database.run("SELECT set_name, body FROM document")
+        return {name: msgspec.json.decode(body, type=SetDocument) for name, body in rows}
+
+    def save_document(self, document: SetDocument) -> None:
+        """Insert or replace."""
+        self.database.run(
+            "INSERT INTO document VALUES (?, ?) ON CONFLICT (set_name) DO UPDATE SET body = excluded.body",
+            document.set,
+            msgspec.json.encode(document),
+        )
+
+    def answer(self, client: str, request: str) -> RequestAnswered | None:
+        """The answer that this request of this client got before."""
+        rows = self.database.run("SELECT body FROM answer WHERE request = ? AND client = ?", request, client)
+        return msgspec.json.decode(rows[0][0], type=RequestAnswered) if rows else None
+
+    def save_answer(self, client: str, answer: RequestAnswered) -> None:
+        """Remember the answer, so that a repeated request gets the same one."""
+        self.database.run(
+            "INSERT OR REPLACE INTO answer VALUES (?, ?, ?)",
+            answer.request,
+            client,
+            msgspec.json.encode(answer),
+        )
+
+    def enqueue(self, message: Message, **parameters: str | int) -> None:
+        """Append to the outbox. A newer retained message replaces older ones of its topic that still wait."""
+        shown = msgspec.json.encode({name: str(value) for name, value in parameters.items()}).decode()
+        kind = type(message)
+        if channel_of(kind).retain:
+            self.database.run("DELETE FROM outbox WHERE type = ? AND parameters = ?", kind.TYPE, shown)
+        self.database.run(
+            "INSERT INTO outbox (event_id, type, parameters, body) VALUES (?, ?, ?, ?)",
+            new_id(),
+            kind.TYPE,
+            shown,
+            msgspec.json.encode(message),
+        )
+
+    def next_outgoing(self) -> Outgoing | None:
+        """The oldest message that waits."""
+        rows = self.database.run(
+            "SELECT number, event_id, type, parameters, body FROM outbox ORDER BY number LIMIT 1"
+        )
+        if not rows:
+            return None
+        number, event_id, kind, parameters, body = rows[0]
+        return Outgoing(
+            number,
+            event_id,
+            msgspec.json.decode(body, type=_TYPES[kind]),
+            msgspec.json.decode(parameters, type=dict[str, str]),
+        )
+
+    def sent(self, number: int) -> None:
+        """The broker accepted this message."""
+        self.database.run("DELETE FROM outbox WHERE number = ?", number)
+
+    def waiting(self) -> int:
+        """How many messages wait."""
+        ((count,),) = self.database.run("SELECT count(*) FROM outbox")
+        return int(count)

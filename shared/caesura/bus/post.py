@@ -1,0 +1,106 @@
+"""Typed messages over the bus port: publish by message type, receive by message type.
+
+A service holds one ``Post``. It gives every outgoing message its topic, CloudEvents id, source, time and
+sequence, and turns deliveries into typed messages. A message that breaks the contract is counted, logged
+and dropped: it changes nothing.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime
+from typing import Any, TypeVar
+
+import structlog
+
+from caesura.bus.port import Bus, Delivery
+from caesura.contract.codec import ContractError, Received, decode, encode
+from caesura.contract.envelope import Message
+from caesura.contract.topics import channel_of
+from caesura.runtime.identity import new_id
+
+M = TypeVar("M", bound=Message)
+
+Receiver = Callable[[Any, Received], Awaitable[None]]
+"""Takes the message and how it was received (parameters, header)."""
+
+_log = structlog.get_logger("caesura.bus")
+
+
+class Post:
+    """A service's typed view of its bus.
+
+    Args:
+        bus: the connection; its ``run`` must be given ``self.deliver``.
+        source: CloudEvents source, for example ``/caesura/host/host-1``.
+        on_refused: told of every message that breaks the contract, with its topic and the reason.
+    """
+
+    def __init__(
+        self,
+        bus: Bus,
+        source: str,
+        on_refused: Callable[[str, ContractError], Awaitable[None]] | None = None,
+    ) -> None:
+        self.bus = bus
+        self.source = source
+        self.decode_errors: Counter[str] = Counter()
+        self._receivers: dict[type[Message], Receiver] = {}
+        self._sequence = 0
+        self._on_refused = on_refused
+
+    def on(self, message: type[M], receiver: Callable[[M, Received], Awaitable[None]]) -> None:
+        """Have ``receiver`` called for every message of this type that arrives."""
+        self._receivers[message] = receiver
+
+    async def send(
+        self,
+        message: Message,
+        *,
+        event_id: str | None = None,
+        timeout_s: float = 10.0,
+        **parameters: str | int,
+    ) -> None:
+        """Publish ``message`` on its topic; ``parameters`` fill the topic template.
+
+        Raises:
+            BusUnavailable, PublishRefused: as ``Bus.publish``.
+            TopicError, ContractError: the message cannot be sent as it is.
+        """
+        channel = channel_of(type(message))
+        self._sequence += 1
+        payload = encode(
+            message,
+            source=self.source,
+            event_id=event_id or new_id(),
+            time=datetime.now(UTC),
+            sequence=self._sequence,
+        )
+        await self.bus.publish(
+            channel.topic(**parameters), payload, qos=channel.qos, retain=channel.retain, timeout_s=timeout_s
+        )
+
+    async def clear(self, message: type[Message], **parameters: str | int) -> None:
+        """Remove a retained message (an empty retained payload, MQTT 3.1.1 section 3.3.1.3).
+
+        Raises:
+            BusUnavailable, PublishRefused: as ``Bus.publish``.
+        """
+        await self.bus.publish(channel_of(message).topic(**parameters), b"", qos=1, retain=True)
+
+    async def deliver(self, delivery: Delivery) -> None:
+        """Decode one delivery and hand it to its receiver; give this to ``Bus.run``."""
+        if not delivery.payload:
+            return  # an empty retained payload clears a topic; it carries no message
+        try:
+            received = decode(delivery.topic, delivery.payload)
+        except ContractError as error:
+            self.decode_errors[error.kind] += 1
+            _log.warning("bus.message_refused", topic=delivery.topic, kind=error.kind, why=error.why)
+            if self._on_refused is not None:
+                await self._on_refused(delivery.topic, error)
+            return
+        receiver = self._receivers.get(type(received.message))
+        if receiver is not None:
+            await receiver(received.message, received)

@@ -145,7 +145,7 @@ def _definition(fleet: Fleet, update: str, selection: Selection) -> tuple[Update
     refusals = [
         Refusal(subject=host, reason=f"does not define the update {update!r}: add it to updates.d there")
         for host in selection.hosts
-        if host not in found
+        if host in fleet.inventories and host not in found
     ]
     (first_host, first), *others = found.items()
     refusals += [

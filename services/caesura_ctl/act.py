@@ -1,0 +1,201 @@
+"""Commands that change something: plan, roll, freeze, abort, resume."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from caesura.contract import messages as m
+from caesura_ctl.commandline import (
+    Context,
+    Refused,
+    common,
+    epilog,
+    policy,
+    policy_from,
+    print_json,
+    run,
+    selection,
+)
+from caesura_ctl.durations import DURATION, show_duration
+from caesura_ctl.follow import conclude, follow
+from caesura_ctl.session import Session, connect, new_request_id
+from caesura_ctl.tables import plan_view
+
+
+def _chosen(options: dict[str, Any]) -> m.Selection:
+    return m.Selection(sets=options["sets"], hosts=options["hosts"], vms=options["vms"])
+
+
+async def _start(
+    session: Session, context: Context, request: m.RolloutRequested | m.FreezeRequested, *, detach: bool
+) -> None:
+    answer = await session.ask(request)
+    if answer.plan is not None and not context.json:
+        context.console.print(plan_view(answer.plan))
+    if not answer.accepted:
+        if context.json:
+            print_json(answer)
+        raise Refused(answer.reason)
+    if request.plan_only or detach:
+        if context.json:
+            print_json(answer)
+        elif answer.rollout:
+            context.console.print(f"rollout {answer.rollout} started; follow it with: caesura watch")
+        return
+    if not context.json:
+        context.console.print(f"rollout {answer.rollout} started; Ctrl-C stops watching, not the rollout")
+    state = await follow(session, context, answer.rollout)
+    conclude(session, context, state)
+
+
+@click.command(
+    epilog=epilog("caesura plan qemu-security", "caesura plan qemu-security --set web --notice 30s --json"),
+)
+@click.argument("update")
+@selection
+@policy
+@common
+def plan(update: str, broker: str | None, *, as_json: bool, **options: Any) -> None:
+    """Show what a rollout of UPDATE would do: waves, method and reason per VM, refusals, an estimate.
+
+    Nothing is changed. Exit code 3 when the plan is refused.
+    """
+
+    async def body(context: Context) -> None:
+        async with connect(context.settings) as session:
+            request = m.RolloutRequested(
+                request=new_request_id(),
+                update=update,
+                selection=_chosen(options),
+                policy=policy_from(options),
+                plan_only=True,
+            )
+            await _start(session, context, request, detach=True)
+
+    run(body, broker, as_json=as_json)
+
+
+@click.command(
+    epilog=epilog(
+        "caesura roll qemu-security",
+        "caesura roll qemu-security --set web --notice 2m --soak 5m",
+        "caesura roll qemu-security --host host-3 --detach --json",
+    ),
+)
+@click.argument("update")
+@selection
+@policy
+@click.option("--detach", is_flag=True, help="Return as soon as the rollout has started.")
+@common
+def roll(update: str, broker: str | None, *, as_json: bool, detach: bool, **options: Any) -> None:
+    """Roll UPDATE out, one domain of a set at a time, and watch it to its end.
+
+    UPDATE is a name from updates.d of the hosts (see: caesura updates).
+    """
+
+    async def body(context: Context) -> None:
+        async with connect(context.settings) as session:
+            request = m.RolloutRequested(
+                request=new_request_id(),
+                update=update,
+                selection=_chosen(options),
+                policy=policy_from(options),
+            )
+            await _start(session, context, request, detach=detach)
+
+    run(body, broker, as_json=as_json)
+
+
+@click.command(
+    epilog=epilog(
+        "caesura freeze --vm web-1 --for 9s --notice 15s",
+        "caesura freeze --set web --for 2s --notice 1m --soak 10s",
+    ),
+)
+@click.option("--for", "hold", type=DURATION, required=True, help="How long to stay frozen, for example 9s.")
+@selection
+@policy
+@click.option("--plan-only", is_flag=True, help="Only show what would happen.")
+@click.option("--detach", is_flag=True, help="Return as soon as it has started.")
+@common
+def freeze(
+    hold: float, broker: str | None, *, as_json: bool, plan_only: bool, detach: bool, **options: Any
+) -> None:
+    """Freeze VMs on demand, with notice through the Scheduled Events API, one domain of a set at a time.
+
+    For testing that an application survives a Freeze: nothing is updated, the VMs only stand still.
+    """
+    if not (options["vms"] or options["sets"] or options["hosts"]):
+        raise click.UsageError("say what to freeze: --vm, --set or --host")
+    if hold >= options["budget"]:
+        raise click.UsageError(
+            f"--for {show_duration(hold)} leaves nothing of the pause budget of {show_duration(options['budget'])}"
+        )
+
+    async def body(context: Context) -> None:
+        async with connect(context.settings) as session:
+            request = m.FreezeRequested(
+                request=new_request_id(),
+                selection=_chosen(options),
+                hold_s=hold,
+                policy=policy_from(options),
+                plan_only=plan_only,
+            )
+            await _start(session, context, request, detach=detach)
+
+    run(body, broker, as_json=as_json)
+
+
+@click.command(epilog=epilog("caesura abort", "caesura abort 20260420-221158-1f3a --reason 'wrong update'"))
+@click.argument("rollout", default="")
+@click.option("--reason", default="", help="Why; it is kept in the record.")
+@common
+def abort(rollout: str, reason: str, broker: str | None, *, as_json: bool) -> None:
+    """Abort a rollout in whatever state it is; no VM stays paused.
+
+    Without ROLLOUT: the only one that is not at its end.
+    """
+
+    async def body(context: Context) -> None:
+        async with connect(context.settings) as session:
+            request = m.AbortRequested(request=new_request_id(), rollout=rollout, reason=reason)
+            await _steer(session, context, request, "aborting")
+
+    run(body, broker, as_json=as_json)
+
+
+@click.command(epilog=epilog("caesura resume", "caesura resume 20260420-221158-1f3a --detach"))
+@click.argument("rollout", default="")
+@click.option("--detach", is_flag=True, help="Return at once instead of watching to the end.")
+@common
+def resume(rollout: str, broker: str | None, *, as_json: bool, detach: bool) -> None:
+    """Go on with a halted rollout: the failed wave is tried again, finished hosts are not paused again.
+
+    Without ROLLOUT: the only one that is not at its end.
+    """
+
+    async def body(context: Context) -> None:
+        async with connect(context.settings) as session:
+            request = m.ResumeRequested(request=new_request_id(), rollout=rollout)
+            started = await _steer(session, context, request, "resuming")
+            if not detach:
+                # The retained state still says halted until the coordinator's next word.
+                session.picture.rollouts.pop(started, None)
+                conclude(session, context, await follow(session, context, started))
+
+    run(body, broker, as_json=as_json)
+
+
+async def _steer(
+    session: Session, context: Context, request: m.AbortRequested | m.ResumeRequested, word: str
+) -> str:
+    answer = await session.ask(request)
+    if context.json:
+        print_json(answer)
+    if not answer.accepted:
+        raise Refused(answer.reason)
+    if not context.json:
+        context.console.print(f"{word} rollout {answer.rollout}")
+    return answer.rollout

@@ -1,0 +1,100 @@
+"""The command ``caesura demo``."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+
+from caesura.runtime.command import leaves
+from caesura.runtime.errors import CaesuraError
+from caesura.runtime.logs import configure_logging
+from caesura_ctl.commandline import fail
+from caesura_ctl.demo.run import Demo, Options, until_signal
+from caesura_ctl.durations import DURATION
+
+_EPILOG = """\b
+examples:
+  caesura demo
+  caesura demo --keep                 # then look at the URLs; Ctrl-C ends it
+  caesura demo --update-takes 9s --budget 20s
+  caesura demo --json | jq .checks
+
+\b
+exit codes:
+  0  every rule held
+  1  a rule did not hold, or something failed
+  2  bad usage
+  130  interrupted; everything was resumed and stopped"""
+
+
+@click.command(epilog=_EPILOG)
+@click.option("--keep", is_flag=True, help="Leave everything running afterwards, until Ctrl-C.")
+@click.option(
+    "--broker-kind",
+    "broker",
+    type=click.Choice(["auto", "mosquitto", "embedded"]),
+    default="auto",
+    show_default=True,
+    help="auto: Mosquitto if it is installed, else the embedded amqtt.",
+)
+@click.option(
+    "--freezer",
+    type=click.Choice(["auto", "cgroup2", "cgroup1", "sigstop"]),
+    default="auto",
+    show_default=True,
+    help="How VMs (process groups) are frozen; auto: the best that works here.",
+)
+@click.option(
+    "--update-takes",
+    "update_s",
+    type=DURATION,
+    default=2.0,
+    show_default="2s",
+    help="How long each host's update takes.",
+)
+@click.option(
+    "--notice",
+    "notice_s",
+    type=DURATION,
+    default=8.0,
+    show_default="8s",
+    help="Warning time; workloads approve earlier.",
+)
+@click.option(
+    "--budget",
+    "budget_s",
+    type=DURATION,
+    default=10.0,
+    show_default="10s",
+    help="The most a VM may be paused; 30s at most.",
+)
+@click.option(
+    "--dir", "folder", type=click.Path(path_type=Path), help="Keep files and logs in this new folder."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document at the end instead of tables.")
+def demo(*, as_json: bool, **options: Any) -> None:
+    """Freeze a real fleet on this machine: 6 hosts, 25 VMs, a rollout over three update domains.
+
+    The VMs are process groups, really frozen and resumed; their guest clocks are simulated, since a frozen
+    process still sees host time pass. Under a minute; nothing is left behind.
+    """
+    if not 0 < options["budget_s"] <= 30 or options["update_s"] + 1 > options["budget_s"]:
+        raise click.UsageError("the budget is at most 30s, and at least a second longer than the update")
+    if options["notice_s"] <= 0:
+        raise click.UsageError("the notice must be longer than nothing")
+    configure_logging("demo", level="error")
+    console = Console(highlight=False)
+    try:
+        sys.exit(asyncio.run(until_signal(Demo(Options(json=as_json, **options), console).run)))
+    except CaesuraError as error:
+        fail(error, as_json=as_json)
+    except BaseExceptionGroup as group:
+        known = [each for each in leaves(group) if isinstance(each, CaesuraError)]
+        if not known:
+            raise
+        fail(known[0], as_json=as_json)

@@ -1,0 +1,168 @@
+"""What the demo consists of: hosts, VMs in sets and update domains, and the files that describe them. Pure."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import msgspec
+
+UPDATE = "hypervisor-patch"
+VM_RAM_BYTES = 1 << 20
+
+
+class DemoVm(msgspec.Struct, frozen=True, kw_only=True):
+    """One VM of the demo. ``port`` is where its metadata service listens on 127.0.0.1."""
+
+    name: str
+    host: str
+    set: str = ""
+    update_domain: int = 0
+    fault_domain: int = 0
+    port: int
+
+    @property
+    def metadata_url(self) -> str:
+        """Where its workload polls for scheduled events."""
+        return f"http://127.0.0.1:{self.port}/metadata/scheduledevents?api-version=2020-07-01"
+
+
+class Layout(msgspec.Struct, frozen=True, kw_only=True):
+    """The whole fleet."""
+
+    vms: tuple[DemoVm, ...]
+
+    @property
+    def hosts(self) -> tuple[str, ...]:
+        """Host names in order."""
+        return tuple(dict.fromkeys(vm.host for vm in self.vms))
+
+    def on(self, host: str) -> tuple[DemoVm, ...]:
+        """The VMs of one host."""
+        return tuple(vm for vm in self.vms if vm.host == host)
+
+
+def standard_layout(ports: Sequence[int]) -> Layout:
+    """Six hosts, 24 VMs in two sets of three update domains, and one VM in no set.
+
+    Two hosts make up an update domain; each holds two VMs of each set. Needs 25 ports.
+    """
+    return Layout(vms=tuple(_vms(iter(ports))))
+
+
+def _vms(ports: Iterator[int]) -> Iterator[DemoVm]:
+    for number in range(6):
+        for name in ("web", "db"):
+            for copy in range(2):
+                yield DemoVm(
+                    name=f"{name}-{number * 2 + copy + 1:02d}",
+                    host=f"host-{number + 1}",
+                    set=name,
+                    update_domain=number // 2,
+                    fault_domain=number % 2,
+                    port=next(ports),
+                )
+    yield DemoVm(name="cache-01", host="host-6", port=next(ports))
+
+
+def host_file(
+    layout: Layout, host: str, *, broker_url: str, folder: str, freezer: str, run_id: str
+) -> dict[str, Any]:
+    """The host file of one host, as a table for TOML."""
+    return {
+        "host": host,
+        "driver": "process",
+        "process": {"freezer": freezer},
+        "vm": [_vm_table(vm, broker_url=broker_url, folder=folder, run_id=run_id) for vm in layout.on(host)],
+    }
+
+
+def _vm_table(vm: DemoVm, *, broker_url: str, folder: str, run_id: str) -> dict[str, Any]:
+    agent: dict[str, str] = {
+        "CAESURA_VM_AGENT_VM": vm.name,
+        "CAESURA_VM_AGENT_BROKER_URL": broker_url,
+        "CAESURA_VM_AGENT_CLOCK": "simulated",
+        "CAESURA_VM_AGENT_LOG_LEVEL": "warning",
+        "CAESURA_VM_AGENT_UPDATE_DOMAIN": str(vm.update_domain),
+        "CAESURA_DEMO_RUN": run_id,
+    }
+    table: dict[str, Any] = {"name": vm.name, "fault_domain": vm.fault_domain, "ram_bytes": VM_RAM_BYTES}
+    if vm.set:
+        agent["CAESURA_VM_AGENT_SET"] = vm.set
+        table |= {"set": vm.set, "update_domain": vm.update_domain}
+    workload = {
+        "CAESURA_DEMO_RUN": run_id,
+        "CAESURA_DEMO_VM": vm.name,
+        "CAESURA_DEMO_URL": vm.metadata_url,
+        "CAESURA_DEMO_STATUS": f"{folder}/workloads/{vm.name}.json",
+    }
+    table["process"] = [
+        {"argv": [sys.executable, "-m", "caesura_vm_agent"], "environ": agent},
+        {"argv": [sys.executable, "-m", "caesura_ctl.demo.workload"], "environ": workload},
+    ]
+    return table
+
+
+def listeners_file(layout: Layout) -> dict[str, Any]:
+    """Which port speaks for which VM."""
+    return {"listener": [{"vm": vm.name, "listen": f"127.0.0.1:{vm.port}"} for vm in layout.vms]}
+
+
+def update_file(*, folder: str, seconds: float) -> dict[str, Any]:
+    """The update that the demo rolls out: it takes its time and writes down which host it patched."""
+    return {
+        "name": UPDATE,
+        "version": "1.0.1",
+        "impact": "pause",
+        "scope": "host",
+        "expected_s": seconds,
+        "timeout_s": seconds + 4.0,
+        "description": "Stands for a hypervisor update: takes its time and records the host.",
+        "argv": [sys.executable, "-m", "caesura_ctl.demo.patch", str(seconds), f"{folder}/patched"],
+    }
+
+
+def service_environments(
+    layout: Layout, *, broker_url: str, folder: str, ports: Mapping[str, int]
+) -> dict[str, tuple[str, dict[str, str]]]:
+    """Process name to (module, environment) of every service, in the order in which they start."""
+
+    def common(name: str, prefix: str) -> dict[str, str]:
+        return {
+            f"{prefix}BROKER_URL": broker_url,
+            f"{prefix}HEALTH_LISTEN": f"unix:{folder}/{name}.health",
+            f"{prefix}LOG_FORMAT": "json",
+        }
+
+    found: dict[str, tuple[str, dict[str, str]]] = {
+        "coordinator": (
+            "caesura_coordinator",
+            common("coordinator", "CAESURA_COORDINATOR_")
+            | {"CAESURA_COORDINATOR_STATE_DIR": f"{folder}/coordinator"},
+        )
+    }
+    for host in layout.hosts:
+        prefix = "CAESURA_HOST_UPDATER_"
+        found[host] = (
+            "caesura_host_updater",
+            common(host, prefix)
+            | {
+                f"{prefix}HOST_FILE": f"{folder}/{host}.toml",
+                f"{prefix}STATE_DIR": f"{folder}/{host}",
+                f"{prefix}UPDATES_DIR": f"{folder}/updates.d",
+                f"{prefix}STOP_VMS_ON_EXIT": "true",
+            },
+        )
+    found["metadata"] = (
+        "caesura_metadata_publisher",
+        common("metadata", "CAESURA_METADATA_PUBLISHER_")
+        | {"CAESURA_METADATA_PUBLISHER_LISTENERS_FILE": f"{folder}/listeners.toml"},
+    )
+    exporter = common("exporter", "CAESURA_METRICS_EXPORTER_")
+    del exporter["CAESURA_METRICS_EXPORTER_HEALTH_LISTEN"]
+    found["exporter"] = (
+        "caesura_metrics_exporter",
+        exporter | {"CAESURA_METRICS_EXPORTER_LISTEN": f"127.0.0.1:{ports['exporter']}"},
+    )
+    return found

@@ -1,0 +1,401 @@
+"""Run the demo: start everything, roll an update out, judge, clean up."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import signal
+import socket
+import tempfile
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+import tomli_w
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from caesura.bus.brokers import LocalBroker
+from caesura.contract import messages as m
+from caesura.runtime.errors import CaesuraError
+from caesura.runtime.identity import new_id
+from caesura_ctl.demo.layout import (
+    UPDATE,
+    Layout,
+    host_file,
+    listeners_file,
+    service_environments,
+    standard_layout,
+    update_file,
+)
+from caesura_ctl.demo.processes import Processes, frozen_processes
+from caesura_ctl.demo.verdict import Check, WorkloadStatus, judge
+from caesura_ctl.follow import ENDED, Progress
+from caesura_ctl.session import Session, connect, new_request_id
+from caesura_ctl.settings import CtlSettings
+from caesura_ctl.tables import live_view, pauses_view
+
+_READY_S = 45.0
+"""s: for 6 hosts and 25 VMs to come up; some 8 s on two cores."""
+_ROLLOUT_S = 90.0
+_REFRESH_S = 0.2
+_FIRST_PORT = 18100
+
+
+class Options(msgspec.Struct, frozen=True, kw_only=True):
+    """What the command line asked for."""
+
+    broker: Literal["auto", "mosquitto", "embedded"] = "auto"
+    freezer: Literal["auto", "cgroup2", "cgroup1", "sigstop"] = "auto"
+    update_s: float = 2.0
+    notice_s: float = 8.0
+    budget_s: float = 10.0
+    keep: bool = False
+    json: bool = False
+    folder: Path | None = None
+
+
+class Interrupted(CaesuraError):
+    """Ctrl-C, or another signal to stop."""
+
+    exit_code = 130
+
+
+class NotReady(CaesuraError):
+    """The fleet did not come up in time."""
+
+
+class Demo:
+    """One run of the demo."""
+
+    def __init__(self, options: Options, console: Console) -> None:
+        self.options = options
+        self.console = console
+        self.run_id = new_id()
+        self.layout = standard_layout(list(_free_ports(26)))
+        self.exporter_port = next(_free_ports(1, start=_FIRST_PORT + 200))
+        self.progress = Progress()
+        self._stage = "starting the broker"
+        self._counts: dict[str, tuple[int, int]] = {}
+        self._session: Session | None = None
+        self._live: Live | None = None
+
+    async def run(self) -> int:
+        """Everything, and clean up whatever happens. 0 when every rule held, else 1."""
+        with _folder(self.options.folder) as folder, self._display():
+            broker = LocalBroker(kind=self.options.broker, data_dir=folder)
+            self._say(f"broker: {_BROKERS[broker.kind]}; files and logs in {folder}")
+            async with broker, self._services(folder, broker.url) as processes:
+                settings = CtlSettings(broker_url=broker.url, client="demo")
+                async with connect(settings) as session:
+                    self._session = session
+                    await self._come_up(session, processes)
+                    rollout = await self._roll(session, processes)
+                    checks = await self._judge(session, rollout, folder)
+                    self._stop_display()
+                    self._conclude(session, rollout, checks, broker)
+                    if self.options.keep:
+                        await self._stay(processes)
+        return 0 if all(check.held for check in checks) else 1
+
+    # -- stages --
+
+    @asynccontextmanager
+    async def _services(self, folder: Path, broker_url: str) -> AsyncIterator[Processes]:
+        self._write_files(folder, broker_url)
+        processes = Processes(self.run_id, folder)
+        self._stage = "starting 9 services and 25 VMs"
+        try:
+            environments = service_environments(
+                self.layout, broker_url=broker_url, folder=str(folder), ports={"exporter": self.exporter_port}
+            )
+            for name, (module, environment) in environments.items():
+                await processes.start(name, module, environment)
+            yield processes
+        finally:
+            self._stage = "stopping: resuming and ending every VM"
+            await processes.stop()
+
+    def _write_files(self, folder: Path, broker_url: str) -> None:
+        (folder / "workloads").mkdir()
+        (folder / "updates.d").mkdir()
+        for host in self.layout.hosts:
+            table = host_file(
+                self.layout,
+                host,
+                broker_url=broker_url,
+                folder=str(folder),
+                freezer=self.options.freezer,
+                run_id=self.run_id,
+            )
+            (folder / f"{host}.toml").write_text(tomli_w.dumps(table), encoding="utf-8")
+        (folder / "listeners.toml").write_text(tomli_w.dumps(listeners_file(self.layout)), encoding="utf-8")
+        update = update_file(folder=str(folder), seconds=self.options.update_s)
+        (folder / "updates.d" / f"{UPDATE}.toml").write_text(tomli_w.dumps(update), encoding="utf-8")
+
+    async def _come_up(self, session: Session, processes: Processes) -> None:
+        """Wait until every host, VM, agent and the publisher are there and every workload polls."""
+        picture = session.picture
+
+        def ready() -> bool:
+            places = picture.vm_places()
+            running = sum(record.state == "running" for _, record in places.values())
+            agents = sum(agent.online for agent in picture.agents.values())
+            epoch = picture.coordinator.epoch if picture.coordinator and picture.coordinator.online else 0
+            acknowledged = sum(
+                each.epoch == epoch > 0 and each.guard == "ready" for each in picture.hosts.values()
+            )
+            self._counts = {
+                "host updaters with a pause guard": (acknowledged, len(self.layout.hosts)),
+                "VMs running": (running, len(self.layout.vms)),
+                "agents": (agents, len(self.layout.vms)),
+                "metadata publishers": (sum(picture.publishers.values()), 1),
+            }
+            return all(have >= wanted for have, wanted in self._counts.values())
+
+        if not await self._until(session, processes, ready, _READY_S):
+            missing = "; ".join(
+                f"{name} {have}/{wanted}" for name, (have, wanted) in self._counts.items() if have < wanted
+            )
+            raise NotReady(f"the fleet did not come up within {_READY_S:g} s: {missing}. Look into the logs.")
+
+    async def _roll(self, session: Session, processes: Processes) -> m.RolloutState:
+        self._stage = f"rolling out {UPDATE}"
+        request = m.RolloutRequested(
+            request=new_request_id(),
+            update=UPDATE,
+            policy=m.Policy(
+                notice_s=self.options.notice_s,
+                budget_s=self.options.budget_s,
+                soak_s=0.5,
+                verify_timeout_s=30.0,
+            ),
+        )
+        answer = await session.ask(request)
+        if not answer.accepted:
+            raise CaesuraError(f"the coordinator refused: {answer.reason}")
+        name = answer.rollout
+
+        def ended() -> bool:
+            state = session.picture.rollouts.get(name)
+            if state is None or state.status not in ENDED:
+                return False
+            if state.status != "completed":
+                return True
+            # The facts of the last wave may still be on their way when the state says completed.
+            expected = {vm for wave in state.waves for vm in wave.vms}
+            return expected <= {pause.vm for pause in session.picture.pauses_of(name)} and not any(
+                document.events for document in session.picture.documents.values()
+            )
+
+        await self._until(session, processes, ended, _ROLLOUT_S)
+        return session.picture.rollouts[name]
+
+    async def _judge(self, session: Session, rollout: m.RolloutState, folder: Path) -> list[Check]:
+        self._stage = "checking what was promised"
+        loop = asyncio.get_running_loop()
+        end = loop.time() + 3.0
+        while True:
+            checks = judge(
+                session.picture,
+                rollout,
+                _read_workloads(folder, self.layout),
+                _read_patched(folder),
+                [f"process {pid}" for pid in frozen_processes(self.run_id)],
+            )
+            # Workloads write their status once a second: give them time to write down what they saw last.
+            if all(check.held for check in checks) or loop.time() > end:
+                return checks
+            await asyncio.sleep(_REFRESH_S)
+
+    async def _stay(self, processes: Processes) -> None:
+        self.console.print("\nStill running (--keep). Ctrl-C ends it and leaves nothing behind.")
+        while True:
+            processes.check()
+            await asyncio.sleep(_REFRESH_S)
+
+    async def _until(
+        self, session: Session, processes: Processes, condition: Callable[[], bool], timeout_s: float
+    ) -> bool:
+        loop = asyncio.get_running_loop()
+        end = loop.time() + timeout_s
+        while not (held := condition()) and loop.time() < end:
+            processes.check()
+            self._refresh()
+            session.changed.clear()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_REFRESH_S):
+                    await session.changed.wait()
+        self._refresh()
+        return held
+
+    # -- what is shown --
+
+    def _say(self, text: str) -> None:
+        if not self.options.json:
+            self.console.print(text, soft_wrap=True)
+
+    @contextmanager
+    def _display(self) -> Iterator[None]:
+        if self.console.is_terminal and not self.options.json:
+            self._live = Live(
+                console=self.console, get_renderable=self._render, refresh_per_second=5, transient=True
+            )
+            self._live.start()
+        try:
+            yield
+        finally:
+            self._stop_display()
+
+    def _stop_display(self) -> None:
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    def _render(self) -> RenderableType:
+        head = Text.assemble(("Caesura demo: ", "bold"), self._stage)
+        picture = self._session.picture if self._session is not None else None
+        if picture is None or picture.latest() is None:
+            table = Table.grid(padding=(0, 2))
+            for name, (have, wanted) in self._counts.items():
+                table.add_row(name, ProgressBar(total=wanted, completed=have, width=30), f"{have}/{wanted}")
+            return Group(head, table)
+        return Group(head, live_view(picture, datetime.now(UTC)))
+
+    def _refresh(self) -> None:
+        """On a terminal the live display redraws itself; elsewhere each change is a line."""
+        if self._live is not None or self.options.json:
+            return
+        counts = ", ".join(f"{name} {have}/{wanted}" for name, (have, wanted) in self._counts.items())
+        picture = self._session.picture if self._session is not None else None
+        rollout = picture.latest() if picture is not None else None
+        lines = [f"{self._stage}: {counts}"] if rollout is None else []
+        if picture is not None:
+            lines += self.progress.lines(picture, rollout)
+        for line in lines:
+            if line != getattr(self, "_last_line", None):
+                self._last_line = line
+                self.console.print(line, soft_wrap=True)
+
+    def _conclude(
+        self, session: Session, rollout: m.RolloutState, checks: list[Check], broker: LocalBroker
+    ) -> None:
+        pauses = session.picture.pauses_of(rollout.rollout)
+        urls = {
+            "metrics": f"http://127.0.0.1:{self.exporter_port}/metrics",
+            "scheduled events": f"{self.layout.vms[0].metadata_url} (header Metadata: true)",
+            "broker": broker.url,
+        }
+        if self.options.json:
+            clocks = [session.picture.clocks.get((each.operation, each.vm)) for each in pauses]
+            document = {
+                "held": all(check.held for check in checks),
+                "checks": checks,
+                "pauses": pauses,
+                "clocks": clocks,
+                "rollout": rollout,
+                "urls": urls,
+            }
+            self.console.out(msgspec.json.encode(document).decode(), highlight=False)
+            return
+        self.console.print(pauses_view(pauses, session.picture.clocks))
+        verdict = Table.grid(padding=(0, 2))
+        for check in checks:
+            mark = Text("held", style="green") if check.held else Text("BROKEN", style="bold red")
+            verdict.add_row(mark, check.rule, Text(check.detail, style="dim"))
+        self.console.print(verdict)
+        self.console.print(
+            "\nLook around" + ("" if self.options.keep else " (run with --keep to leave it running)") + ":"
+        )
+        for name, url in urls.items():
+            self.console.print(f"  {name}: {url}", soft_wrap=True)
+        self.console.print(f"  every message: caesura tail --broker {broker.url}", soft_wrap=True)
+
+
+_BROKERS = {"mosquitto": "Mosquitto", "embedded": "amqtt, embedded (install mosquitto to use that instead)"}
+
+
+@contextmanager
+def _folder(wanted: Path | None) -> Iterator[Path]:
+    """A short path (unix sockets allow some 100 characters), private, gone afterwards unless it was asked for."""
+    if wanted is not None:
+        wanted.mkdir(parents=True, exist_ok=False, mode=0o700)
+        yield wanted.resolve()
+        return
+    base = "/tmp" if os.access("/tmp", os.W_OK) else None  # noqa: S108 - mkdtemp makes it private
+    folder = Path(tempfile.mkdtemp(prefix="caesura-demo-", dir=base))
+    kept = False
+    try:
+        yield folder
+    except CaesuraError as error:
+        kept = not isinstance(error, Interrupted)
+        if kept:
+            raise type(error)(f"{error}\nlogs are kept in {folder}") from error
+        raise
+    finally:
+        if not kept:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _free_ports(count: int, start: int = _FIRST_PORT) -> Iterator[int]:
+    """Free TCP ports on loopback, from ``start`` on."""
+    port = start
+    while count:
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                port += 1
+                continue
+        yield port
+        port += 1
+        count -= 1
+
+
+def _read_workloads(folder: Path, layout: Layout) -> dict[str, WorkloadStatus]:
+    found = {}
+    for vm in layout.vms:
+        path = folder / "workloads" / f"{vm.name}.json"
+        with suppress(OSError, msgspec.DecodeError):
+            found[vm.name] = msgspec.json.decode(path.read_bytes(), type=WorkloadStatus)
+    return found
+
+
+def _read_patched(folder: Path) -> list[str]:
+    path = folder / "patched"
+    return path.read_text(encoding="utf-8").split() if path.exists() else []
+
+
+async def until_signal(body: Callable[[], Awaitable[int]]) -> int:
+    """Run ``body``; the first signal cancels it, and its clean-up is not disturbed by further ones.
+
+    Raises:
+        Interrupted: when a signal ended it.
+    """
+    loop = asyncio.get_running_loop()
+    task = asyncio.ensure_future(body())
+    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    seen = False
+
+    def on_signal() -> None:
+        nonlocal seen
+        if not seen:
+            seen = True
+            task.cancel()
+
+    for number in signals:
+        loop.add_signal_handler(number, on_signal)
+    try:
+        return await task
+    except asyncio.CancelledError:
+        raise Interrupted("interrupted; everything was resumed and stopped") from None
+    finally:
+        for number in signals:
+            loop.remove_signal_handler(number)

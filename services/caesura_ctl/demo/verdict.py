@@ -1,0 +1,185 @@
+"""Which rules held: from what was seen on the bus, what the workloads wrote, and what the kernel says. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime
+
+import msgspec
+
+from caesura.contract import messages as m
+from caesura_ctl.picture import Pause, Picture
+
+
+class WorkloadStatus(msgspec.Struct, frozen=True):
+    """What a workload wrote about itself."""
+
+    vm: str
+    count: int
+    polls: int
+    poll_errors: int
+    approved: list[str]
+    gaps_s: list[float]
+    digest_checks: int
+    digests_ok: bool
+
+
+class Check(msgspec.Struct, frozen=True):
+    """One rule and whether it held."""
+
+    rule: str
+    held: bool
+    detail: str
+
+
+def judge(
+    picture: Picture,
+    rollout: m.RolloutState,
+    workloads: Mapping[str, WorkloadStatus],
+    patched: Sequence[str],
+    still_frozen: Sequence[str],
+) -> list[Check]:
+    """All rules, in the order in which a rollout meets them."""
+    pauses = picture.pauses_of(rollout.rollout)
+    expected = {vm for wave in rollout.waves for vm in wave.vms}
+    return [
+        Check("the rollout completed", rollout.status == "completed", rollout.reason or rollout.status),
+        _approvals(picture, rollout, workloads),
+        _every_vm(pauses, expected),
+        _one_domain_at_a_time(pauses),
+        _budget(pauses),
+        _patched(patched, {host for wave in rollout.waves for host in wave.hosts}),
+        _memory(pauses, workloads, expected),
+        _clocks(picture, pauses, rollout.policy.clock_bound_s),
+        _events(picture, rollout),
+        Check(
+            "no VM left paused",
+            not still_frozen and not picture.frozen,
+            ", ".join([*still_frozen, *picture.frozen]) or f"kernel asked for {len(expected)} VMs",
+        ),
+    ]
+
+
+def _approvals(picture: Picture, rollout: m.RolloutState, workloads: Mapping[str, WorkloadStatus]) -> Check:
+    ids = {event_id.lower() for wave in rollout.waves for event_id in wave.events.values()}
+    approved = {event_id for event_id in ids if any(each.approved_by for each in _facts(picture, event_id))}
+    asked = sum(any(each.lower() in ids for each in work.approved) for work in workloads.values())
+    return Check(
+        "workloads were warned and approved",
+        approved == ids and bool(ids),
+        f"{len(approved)}/{len(ids)} events, by {asked} workloads over HTTP",
+    )
+
+
+def _facts(picture: Picture, event_id: str) -> list[m.EventChanged]:
+    return next((facts for known, facts in picture.events.items() if known.lower() == event_id), [])
+
+
+def _every_vm(pauses: Sequence[Pause], expected: set[str]) -> Check:
+    counts: dict[str, int] = {}
+    for pause in pauses:
+        counts[pause.vm] = counts.get(pause.vm, 0) + 1
+    once = {vm for vm, count in counts.items() if count == 1}
+    return Check("every VM paused once", once == expected == set(counts), f"{len(once)}/{len(expected)} VMs")
+
+
+def overlaps(intervals: Iterable[tuple[str, int, datetime, datetime]]) -> list[str]:
+    """Pairs of domains of one set that were paused at once, in words. Intervals are (set, domain, from, to)."""
+    found = set()
+    rows = sorted(intervals, key=lambda row: row[2])
+    for index, (name, domain, _, end) in enumerate(rows):
+        for other_name, other_domain, start, _ in rows[index + 1 :]:
+            if start >= end:
+                break
+            if other_name == name and other_domain != domain:
+                found.add(f"{name}: domains {min(domain, other_domain)} and {max(domain, other_domain)}")
+    return sorted(found)
+
+
+def _one_domain_at_a_time(pauses: Sequence[Pause]) -> Check:
+    known = [
+        (each.set, each.update_domain, each.frozen_at, each.resumed_at)
+        for each in pauses
+        if each.frozen_at is not None
+    ]
+    clashes = overlaps(known)
+    order = dict.fromkeys(
+        f"{each.set}/{each.update_domain}"
+        for each in sorted(pauses, key=lambda each: each.resumed_at)
+        if not each.set.startswith("_")
+    )
+    complete = len(known) == len(pauses) > 0
+    return Check(
+        "one update domain of a set at a time",
+        complete and not clashes,
+        "; ".join(clashes) or (" → ".join(order) if complete else "a pause was not seen to begin"),
+    )
+
+
+def _budget(pauses: Sequence[Pause]) -> Check:
+    worst = max(pauses, key=lambda each: each.pause_s / each.budget_s, default=None)
+    if worst is None:
+        return Check("every pause inside its budget", held=False, detail="no pause seen")
+    held = all(each.pause_s <= each.budget_s and each.resumed_by == "updater" for each in pauses)
+    return Check(
+        "every pause inside its budget",
+        held,
+        f"longest {worst.pause_s:.3f} s of {worst.budget_s:g} s ({worst.vm})",
+    )
+
+
+def _patched(patched: Sequence[str], hosts: set[str]) -> Check:
+    return Check(
+        "every host updated once, while its VMs stood still",
+        sorted(patched) == sorted(hosts),
+        f"{len(patched)}/{len(hosts)} hosts",
+    )
+
+
+def _memory(pauses: Sequence[Pause], workloads: Mapping[str, WorkloadStatus], expected: set[str]) -> Check:
+    by_host = sum(
+        each.memory is not None and each.memory.proof == "digest" and each.memory.ok for each in pauses
+    )
+    by_guest = sum(
+        vm in workloads and workloads[vm].digest_checks > 0 and workloads[vm].digests_ok for vm in expected
+    )
+    return Check(
+        "memory unchanged",
+        by_host == len(pauses) == len(expected) == by_guest,
+        f"digest by the host for {by_host} VMs, by the workload itself for {by_guest}",
+    )
+
+
+def _clocks(picture: Picture, pauses: Sequence[Pause], bound_s: float) -> Check:
+    verdicts = [picture.clocks.get((each.operation, each.vm)) for each in pauses]
+    right = [
+        each
+        for each in verdicts
+        if each and each.synced and each.error_after_s is not None and abs(each.error_after_s) <= bound_s
+    ]
+    worst = max((abs(each.error_after_s or 0.0) for each in right), default=0.0)
+    before = max((abs(each.error_before_s or 0.0) for each in right), default=0.0)
+    return Check(
+        "clocks put right",
+        len(right) == len(pauses) > 0,
+        f"{len(right)}/{len(pauses)} VMs, off by up to {before:.3f} s before, {worst * 1000:.2f} ms after (simulated guest clocks)",
+    )
+
+
+def _events(picture: Picture, rollout: m.RolloutState) -> Check:
+    ids = [event_id for wave in rollout.waves for event_id in wave.events.values()]
+    ends = {
+        event_id: [
+            each.status
+            for each in _facts(picture, event_id.lower())
+            if each.status in {"completed", "cancelled", "failed"}
+        ]
+        for event_id in ids
+    }
+    held = bool(ids) and all(end == ["completed"] for end in ends.values())
+    open_events = sum(len(document.events) for document in picture.documents.values())
+    return Check(
+        "every event reached exactly one end",
+        held and open_events == 0,
+        f"{sum(end == ['completed'] for end in ends.values())}/{len(ids)} completed, {open_events} still open",
+    )

@@ -1,0 +1,52 @@
+"""Seconds as people write them: ``9``, ``9s``, ``1m30s``, ``15m``, ``2h``."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import click
+
+_UNITS = {"h": 3600.0, "m": 60.0, "s": 1.0}
+_WHOLE = re.compile(r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\d+)?)s?)?")
+
+
+def parse_duration(text: str) -> float:
+    """Seconds in ``text``.
+
+    Raises:
+        ValueError: it is no duration.
+    """
+    found = _WHOLE.fullmatch(text.strip())
+    if not found or not any(found.groups()):
+        raise ValueError(f"{text!r} is no duration: write 9s, 1m30s, 15m or 2h")
+    return sum(
+        float(value) * unit for value, unit in zip(found.groups(), _UNITS.values(), strict=True) if value
+    )
+
+
+def show_duration(seconds: float) -> str:
+    """``seconds`` in the same notation, whole above a minute."""
+    if seconds < 60:
+        return f"{seconds:.3g}s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return "".join(f"{value}{unit}" for value, unit in ((hours, "h"), (minutes, "m"), (rest, "s")) if value)
+
+
+class Duration(click.ParamType[float]):
+    """A click parameter of seconds."""
+
+    name = "duration"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """Seconds as a float; fails the command line on anything else."""
+        if isinstance(value, int | float):
+            return float(value)
+        try:
+            return parse_duration(str(value))
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
+DURATION = Duration()

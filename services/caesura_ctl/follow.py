@@ -1,0 +1,104 @@
+"""Follow a rollout to its end: a live view on a terminal, a line per change otherwise, messages as JSON on request."""
+
+from __future__ import annotations
+
+import asyncio
+from datetime import UTC, datetime
+
+from rich.live import Live
+
+from caesura.contract import messages as m
+from caesura_ctl.commandline import Context, NotCompleted
+from caesura_ctl.picture import Picture
+from caesura_ctl.session import Session
+from caesura_ctl.tables import live_view, pauses_view
+
+REFRESH_S = 0.25
+ENDED = frozenset({"completed", "halted", "aborted"})
+
+
+class Progress:
+    """Says each change of a rollout once, in words: for logs and pipes."""
+
+    def __init__(self) -> None:
+        self._said: set[str] = set()
+
+    def lines(self, picture: Picture, rollout: m.RolloutState | None) -> list[str]:
+        """What changed since the last call."""
+        if rollout is None:
+            return []
+        facts = [
+            f"rollout {rollout.rollout}: {rollout.status}" + (f": {rollout.reason}" if rollout.reason else "")
+        ]
+        facts += [
+            f"wave {wave.wave}: {wave.status}" + (f": {wave.reason}" if wave.reason else "")
+            for wave in rollout.waves
+            if wave.status != "pending"
+        ]
+        facts += [
+            f"{pause.vm}: paused {pause.pause_s:.3f} s of {pause.budget_s:g} s, resumed by the {pause.resumed_by}"
+            for pause in picture.pauses_of(rollout.rollout)
+        ]
+        new = [each for each in facts if each not in self._said]
+        self._said.update(new)
+        return new
+
+
+async def follow(session: Session, context: Context, rollout_id: str) -> m.RolloutState:
+    """Show a rollout until it completes, halts or is aborted; give back its last state."""
+    progress = Progress()
+
+    def current() -> m.RolloutState | None:
+        return session.picture.rollouts.get(rollout_id)
+
+    async def wait(timeout_s: float) -> None:
+        session.changed.clear()
+        try:
+            async with asyncio.timeout(timeout_s):
+                await session.changed.wait()
+        except TimeoutError:
+            pass
+
+    terminal = context.console.is_terminal and not context.json
+    live = Live(console=context.console, auto_refresh=False) if terminal else None
+    if live is not None:
+        live.start()
+    try:
+        while True:
+            state = current()
+            if live is not None:
+                live.update(live_view(session.picture, datetime.now(UTC)), refresh=True)
+            elif not context.json:
+                for line in progress.lines(session.picture, state):
+                    context.console.print(line, soft_wrap=True)
+            if state is not None and state.status in ENDED and not _reports_missing(session.picture, state):
+                return state
+            await wait(REFRESH_S)
+    finally:
+        if live is not None:
+            live.stop()
+
+
+def _reports_missing(picture: Picture, state: m.RolloutState) -> bool:
+    """The rollout's state may overtake the hosts' last facts: a completed one has all its pauses."""
+    if state.status != "completed":
+        return False
+    expected = {vm for wave in state.waves for vm in wave.vms if wave.events}
+    return not expected <= {pause.vm for pause in picture.pauses_of(state.rollout)}
+
+
+def conclude(session: Session, context: Context, state: m.RolloutState) -> None:
+    """Print the pauses per update domain.
+
+    Raises:
+        NotCompleted: with the reason, when the rollout halted or was aborted.
+    """
+    pauses = session.picture.pauses_of(state.rollout)
+    if context.json:
+        from caesura_ctl.commandline import print_json  # noqa: PLC0415 - only for scripts
+
+        print_json({"rollout": state, "pauses": pauses})
+    elif pauses:
+        context.console.print(pauses_view(pauses, session.picture.clocks))
+    if state.status != "completed":
+        raise NotCompleted(f"rollout {state.rollout} {state.status}: {state.reason or 'no reason given'}")

@@ -1,0 +1,118 @@
+"""What an operator sees: a fold of messages into the latest state of everything. Pure."""
+
+from __future__ import annotations
+
+from datetime import datetime
+
+import msgspec
+
+from caesura.contract import messages as m
+from caesura.contract.envelope import Message
+
+
+class Pause(msgspec.Struct, frozen=True):
+    """One finished pause. ``rollout`` is unknown when the operation was not seen to start."""
+
+    vm: str
+    host: str
+    set: str
+    update_domain: int
+    operation: str
+    pause_s: float
+    budget_s: float
+    resumed_by: str
+    memory: m.MemoryProof | None
+    frozen_at: datetime | None
+    resumed_at: datetime
+
+
+class Picture:
+    """The latest of everything, by name. Repeated messages change nothing."""
+
+    def __init__(self) -> None:
+        self.coordinator: m.CoordinatorPresence | None = None
+        self.hosts: dict[str, m.HostInventory] = {}
+        self.online: dict[str, bool] = {}
+        self.agents: dict[str, m.AgentPresence] = {}
+        self.publishers: dict[str, bool] = {}
+        self.rollouts: dict[str, m.RolloutState] = {}
+        self.documents: dict[str, m.SetDocument] = {}
+        self.events: dict[str, list[m.EventChanged]] = {}
+        self.frozen: dict[str, m.VmFrozen] = {}
+        self.pauses: dict[tuple[str, str], Pause] = {}
+        self.clocks: dict[tuple[str, str], m.VmClockSynced] = {}
+        self.reports: dict[str, m.OperationReported] = {}
+        self.ready: dict[str, m.VmReady] = {}
+        self.operations: dict[str, str] = {}
+        """Operation id to rollout id, from the hosts' reports."""
+
+    def fold(self, message: Message) -> None:  # noqa: PLR0912 - one case a message type
+        """Take in one message."""
+        match message:
+            case m.CoordinatorPresence():
+                self.coordinator = message
+            case m.HostInventory():
+                self.hosts[message.host] = message
+            case m.HostPresence():
+                self.online[message.host] = message.online
+            case m.AgentPresence():
+                self.agents[message.vm] = message
+            case m.PublisherPresence():
+                self.publishers[message.instance] = message.online
+            case m.RolloutState():
+                self.rollouts[message.rollout] = message
+            case m.SetDocument():
+                self.documents[message.set] = message
+            case m.EventChanged():
+                seen = self.events.setdefault(message.event_id, [])
+                if message.status not in {each.status for each in seen}:
+                    seen.append(message)
+            case m.VmFrozen():
+                if (message.operation, message.vm) not in self.pauses:
+                    self.frozen[message.vm] = message
+            case m.VmResumed():
+                self._resumed(message)
+            case m.VmClockSynced():
+                self.clocks[message.operation, message.vm] = message
+            case m.OperationReported():
+                self.operations[message.operation] = message.rollout
+                self.reports[message.operation] = message
+            case m.VmReady():
+                self.ready[message.vm] = message
+            case _:
+                pass
+
+    def _resumed(self, message: m.VmResumed) -> None:
+        frozen = self.frozen.get(message.vm)
+        same = frozen is not None and frozen.operation == message.operation
+        if same:
+            del self.frozen[message.vm]
+        self.pauses.setdefault(
+            (message.operation, message.vm),
+            Pause(
+                vm=message.vm,
+                host=message.host,
+                set=message.set,
+                update_domain=message.update_domain,
+                operation=message.operation,
+                pause_s=message.pause_s,
+                budget_s=message.budget_s,
+                resumed_by=message.resumed_by,
+                memory=message.memory,
+                frozen_at=frozen.at if frozen is not None and same else None,
+                resumed_at=message.at,
+            ),
+        )
+
+    def latest(self) -> m.RolloutState | None:
+        """The newest rollout, active ones first."""
+        active = [each for each in self.rollouts.values() if each.status in {"running", "aborting", "halted"}]
+        return max(active or self.rollouts.values(), key=lambda each: each.created_at, default=None)
+
+    def pauses_of(self, rollout: str) -> list[Pause]:
+        """Finished pauses of one rollout, as far as this session saw them."""
+        return [each for each in self.pauses.values() if self.operations.get(each.operation) == rollout]
+
+    def vm_places(self) -> dict[str, tuple[str, m.VmRecord]]:
+        """VM name to (host, record)."""
+        return {vm.vm: (host, vm) for host, inventory in sorted(self.hosts.items()) for vm in inventory.vms}

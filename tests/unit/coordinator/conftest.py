@@ -1,0 +1,74 @@
+"""Builders of fleets and rollouts for the coordinator's pure modules."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import UTC, datetime
+
+import pytest
+
+from caesura.contract import messages as m
+from caesura_coordinator.fleet import Fleet
+from caesura_coordinator.rollout import Authority
+
+T0 = datetime(2026, 4, 20, 12, 0, 0, tzinfo=UTC)
+PATCH = m.UpdateRecord(
+    update="patch", version="1", impact="pause", scope="host", expected_s=2.0, timeout_s=9.0
+)
+
+
+def record(vm: str, set_name: str = "web", domain: int = 0, **changes: object) -> m.VmRecord:
+    """A running VM that can be frozen."""
+    values: dict[str, object] = {
+        "vm": vm,
+        "set": set_name,
+        "update_domain": domain,
+        "state": "running",
+        "methods": ("live", "freeze"),
+        "methods_missing": {"swap": "no second process to swap to", "reboot": "cannot reboot"},
+    }
+    return m.VmRecord(**{**values, **changes})  # type: ignore[arg-type]
+
+
+def inventory(host: str, *vms: m.VmRecord, **changes: object) -> m.HostInventory:
+    """An idle, guarded host that has acknowledged epoch 1 of coordinator c."""
+    values: dict[str, object] = {
+        "host": host,
+        "driver": "process",
+        "epoch": 1,
+        "coordinator": "c",
+        "vms": vms,
+        "updates": (PATCH,),
+        "guard": "ready",
+    }
+    return m.HostInventory(**{**values, **changes})  # type: ignore[arg-type]
+
+
+def fleet_of(*inventories: m.HostInventory, offline: tuple[str, ...] = ()) -> Fleet:
+    """A fleet with all these hosts and their agents on the bus."""
+    fleet = Fleet()
+    for each in inventories:
+        fleet = fleet.with_inventory(each).with_host(each.host, online=each.host not in offline)
+        for vm in each.vms:
+            fleet = fleet.with_agent(vm.vm, online=True)
+    return fleet
+
+
+@pytest.fixture
+def authority() -> Authority:
+    return Authority(coordinator="c", epoch=1)
+
+
+@pytest.fixture
+def build() -> Callable[..., m.VmRecord]:
+    return record
+
+
+@pytest.fixture
+def host() -> Callable[..., m.HostInventory]:
+    return inventory
+
+
+@pytest.fixture
+def fleet() -> Callable[..., Fleet]:
+    return fleet_of

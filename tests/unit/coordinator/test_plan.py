@@ -1,0 +1,202 @@
+"""Plans: which VMs go together, with which method and why, and what is refused by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from caesura.contract import messages as m
+from caesura_coordinator.fleet import Fleet
+from caesura_coordinator.plan import make_plan
+
+Build = Callable[..., m.VmRecord]
+Host = Callable[..., m.HostInventory]
+MakeFleet = Callable[..., Fleet]
+
+
+def _plan(
+    fleet: Fleet, update: str = "patch", selection: m.Selection | None = None, **policy: object
+) -> m.Plan:
+    return make_plan(
+        fleet,
+        update=update,
+        selection=selection or m.Selection(),
+        policy=m.Policy(**policy),  # type: ignore[arg-type]
+    )
+
+
+def _reasons(plan: m.Plan) -> dict[str, str]:
+    return {each.subject: each.reason for each in plan.refusals}
+
+
+def test_hosts_of_one_domain_share_a_wave_and_domains_follow_in_order(
+    build: Build, host: Host, fleet: MakeFleet
+) -> None:
+    plan = _plan(
+        fleet(
+            host("h3", build("w3", domain=1), build("d3", "db", 1)),
+            host("h1", build("w1"), build("d1", "db")),
+            host("h2", build("w2"), build("d2", "db")),
+        )
+    )
+    assert [wave.hosts for wave in plan.waves] == [("h1", "h2"), ("h3",)]
+    assert [wave.domains for wave in plan.waves] == [{"web": 0, "db": 0}, {"web": 1, "db": 1}]
+    assert not plan.refusals
+
+
+def test_every_vm_of_a_host_is_in_a_host_scope_plan_though_only_its_neighbour_was_selected(
+    build: Build, host: Host, fleet: MakeFleet
+) -> None:
+    plan = _plan(fleet(host("h1", build("w1"), build("d1", "db"))), selection=m.Selection(sets=("web",)))
+    assert {vm.vm for wave in plan.waves for vm in wave.vms} == {"w1", "d1"}
+    assert all(vm.method == "freeze" and "host" in vm.reason for wave in plan.waves for vm in wave.vms)
+
+
+def test_a_host_with_two_domains_of_one_set_is_refused_by_name(
+    build: Build, host: Host, fleet: MakeFleet
+) -> None:
+    plan = _plan(fleet(host("h1", build("w1", domain=0), build("w2", domain=1))))
+    assert plan.waves == ()
+    assert "2 domains" in _reasons(plan)["h1"]
+    assert "w1" in _reasons(plan)["h1"]
+    assert "w2" in _reasons(plan)["h1"]
+
+
+def test_fault_domains_can_be_the_key(build: Build, host: Host, fleet: MakeFleet) -> None:
+    split = fleet(host("h1", build("w1", domain=0), build("w2", domain=1)))
+    plan = _plan(split, domain_key="fault_domain")
+    assert len(plan.waves) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "subject", "words"),
+    [
+        ({"guard": "absent"}, "h1", "pause guard"),
+        ({"updates": ()}, "patch", "no host defines"),
+    ],
+)
+def test_what_a_host_lacks_refuses_the_plan(
+    change: dict[str, object], subject: str, words: str, build: Build, host: Host, fleet: MakeFleet
+) -> None:
+    assert words in _reasons(_plan(fleet(host("h1", build("w1"), **change))))[subject]
+
+
+def test_an_offline_host_is_refused_by_name(build: Build, host: Host, fleet: MakeFleet) -> None:
+    assert "offline" in _reasons(_plan(fleet(host("h1", build("w1")), offline=("h1",))))["h1"]
+
+
+def test_unknown_names_are_refused_with_the_nearest_known_one(
+    build: Build, host: Host, fleet: MakeFleet
+) -> None:
+    one = fleet(host("h1", build("w1")))
+    assert "'web'" in _reasons(_plan(one, selection=m.Selection(sets=("wbe",))))["wbe"]
+    assert "'patch'" in _reasons(_plan(one, "pach"))["pach"]
+    assert (
+        "no host of this name" in _reasons(_plan(one, selection=m.Selection(hosts=("nowhere",))))["nowhere"]
+    )
+
+
+def test_one_vm_name_on_two_hosts_is_refused(build: Build, host: Host, fleet: MakeFleet) -> None:
+    assert "h1 and on h2" in _reasons(_plan(fleet(host("h1", build("w1")), host("h2", build("w1")))))["w1"]
+
+
+def test_an_update_that_differs_between_hosts_is_refused(build: Build, host: Host, fleet: MakeFleet) -> None:
+    other = m.UpdateRecord(
+        update="patch", version="2", impact="pause", scope="host", expected_s=2, timeout_s=9
+    )
+    plan = _plan(fleet(host("h1", build("w1")), host("h2", build("w2"), updates=(other,))))
+    assert "otherwise than h1" in _reasons(plan)["h2"]
+
+
+def test_an_update_longer_than_the_budget_is_refused(build: Build, host: Host, fleet: MakeFleet) -> None:
+    assert "budget" in _reasons(_plan(fleet(host("h1", build("w1"))), budget_s=2.0))["patch"]
+
+
+def test_a_reboot_needs_permission_and_a_driver_that_can(build: Build, host: Host, fleet: MakeFleet) -> None:
+    kernel = m.UpdateRecord(update="kernel", impact="reboot", scope="host", expected_s=60, timeout_s=600)
+    one = fleet(host("h1", build("w1"), updates=(kernel,)))
+    assert "--allow-reboot" in _reasons(_plan(one, "kernel"))["kernel"]
+    assert _reasons(_plan(one, "kernel", allow_reboot=True))["w1"] == "cannot reboot: cannot reboot"
+
+
+def test_an_update_without_impact_is_live(build: Build, host: Host, fleet: MakeFleet) -> None:
+    quiet = m.UpdateRecord(update="agent", impact="none", scope="host", expected_s=1, timeout_s=9)
+    plan = _plan(fleet(host("h1", build("w1"), updates=(quiet,))), "agent")
+    assert [vm.method for wave in plan.waves for vm in wave.vms] == ["live"]
+    assert plan.expected_pause_s == 0
+
+
+def test_scope_vm_swaps_where_the_driver_can_and_freezes_where_not(
+    build: Build, host: Host, fleet: MakeFleet
+) -> None:
+    single = m.UpdateRecord(update="vmm", impact="pause", scope="vm", expected_s=1, timeout_s=9)
+    one = fleet(host("h1", build("w1", methods=("swap", "freeze")), build("w2", domain=1), updates=(single,)))
+    plan = _plan(one, "vmm")
+    assert [(vm.vm, vm.method) for wave in plan.waves for vm in wave.vms] == [
+        ("w1", "swap"),
+        ("w2", "freeze"),
+    ]
+    assert [wave.domains for wave in plan.waves] == [{"web": 0}, {"web": 1}]
+
+
+def test_stopped_vms_are_skipped_with_a_reason(build: Build, host: Host, fleet: MakeFleet) -> None:
+    plan = _plan(fleet(host("h1", build("w1"), build("w2", state="stopped"))))
+    assert [(vm.vm, vm.reason) for vm in plan.skipped] == [("w2", "the VM is stopped")]
+
+
+def test_single_vms_of_a_host_scope_update_are_refused(build: Build, host: Host, fleet: MakeFleet) -> None:
+    plan = _plan(fleet(host("h1", build("w1"))), selection=m.Selection(vms=("w1",)))
+    assert "every VM of a host" in _reasons(plan)["patch"]
+
+
+def test_a_freeze_on_demand_takes_only_the_vms_asked_for_one_domain_at_a_time(
+    build: Build, host: Host, fleet: MakeFleet
+) -> None:
+    one = fleet(host("h1", build("w1"), build("w2", domain=1), build("w3", domain=1)))
+    plan = make_plan(one, update="", selection=m.Selection(vms=("w1", "w3")), policy=m.Policy(), hold_s=9.0)
+    assert [[vm.vm for vm in wave.vms] for wave in plan.waves] == [["w1"], ["w3"]]
+    assert plan.expected_pause_s == 9.0
+
+
+def test_an_empty_fleet_says_so() -> None:
+    assert "no host has reported" in _reasons(_plan(Fleet()))["fleet"]
+
+
+_PLACEMENT = st.dictionaries(
+    st.sampled_from([f"h{n}" for n in range(8)]),
+    st.dictionaries(st.sampled_from(["web", "db", "mq"]), st.integers(0, 4), min_size=1),
+    min_size=1,
+)
+
+
+@given(_PLACEMENT)
+def test_no_wave_ever_holds_two_domains_of_a_set(placement: dict[str, dict[str, int]]) -> None:
+    inventories = [
+        m.HostInventory(
+            host=name,
+            driver="process",
+            epoch=1,
+            guard="ready",
+            updates=(
+                m.UpdateRecord(update="patch", impact="pause", scope="host", expected_s=2, timeout_s=9),
+            ),
+            vms=tuple(
+                m.VmRecord(
+                    vm=f"{each}-{name}", set=each, update_domain=domain, state="running", methods=("freeze",)
+                )
+                for each, domain in sets.items()
+            ),
+        )
+        for name, sets in placement.items()
+    ]
+    fleet = Fleet()
+    for each in inventories:
+        fleet = fleet.with_inventory(each).with_host(each.host, online=True)
+    plan = _plan(fleet)
+    assert sorted(host for wave in plan.waves for host in wave.hosts) == sorted(placement)
+    for wave in plan.waves:
+        for vm in wave.vms:
+            assert wave.domains[vm.set] == vm.update_domain

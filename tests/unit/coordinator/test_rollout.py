@@ -1,0 +1,425 @@
+"""The rollout machine, case by case: notice, approvals, gates, verification, halt, resume, abort."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+
+import msgspec
+import pytest
+
+from caesura.contract import messages as m
+from caesura.lifecycle.errors import IllegalTransition
+from caesura_coordinator.commands import due_commands
+from caesura_coordinator.fleet import Fleet
+from caesura_coordinator.plan import make_plan
+from caesura_coordinator.records import Rollout, Wave, new_rollout
+from caesura_coordinator.rollout import (
+    Abort,
+    Approve,
+    Authority,
+    Effect,
+    EventEnded,
+    EventScheduled,
+    EventStarted,
+    Input,
+    NotYet,
+    Resume,
+    Tick,
+    after_restart,
+    decide,
+)
+
+T0 = datetime(2026, 4, 20, 12, 0, 0, tzinfo=UTC)
+
+
+class Story:
+    """Two hosts in two domains of one set, and a rollout over them."""
+
+    def __init__(self, fleet: Fleet, authority: Authority, **policy: object) -> None:
+        values: dict[str, object] = {"notice_s": 60.0, "verify_timeout_s": 20.0, **policy}
+        self.policy = m.Policy(**values)  # type: ignore[arg-type]
+        self.fleet = fleet
+        self.authority = authority
+        self.now = T0
+        self.effects: list[Effect] = []
+        plan = make_plan(fleet, update="patch", selection=m.Selection(), policy=self.policy)
+        assert not plan.refusals
+        self.rollout: Rollout = new_rollout(
+            "r", plan, policy=self.policy, set_hosts=("h1", "h2"), requested_by="ops", now=T0
+        )
+
+    def give(self, received: Input, after_s: float = 0.0) -> Story:
+        self.now += timedelta(seconds=after_s)
+        self.rollout, effects = decide(self.rollout, received, self.fleet, self.authority, self.now)
+        self.effects += effects
+        return self
+
+    @property
+    def wave(self) -> Wave:
+        wave = self.rollout.current
+        assert wave is not None
+        return wave
+
+    def announce(self) -> Story:
+        return self.give(Tick())
+
+    def ready(self, *, ready: bool = True, reason: str = "") -> Story:
+        for event in self.wave.events:
+            for vm in event.resources:
+                self.give(m.VmReady(vm=vm, event_id=event.event_id, ready=ready, reason=reason))
+        return self
+
+    def approve(self) -> Story:
+        for event in self.wave.events:
+            self.give(Approve(event_id=event.event_id.lower(), by=event.resources[0]))
+        return self
+
+    def started(self) -> Story:
+        return self.announce().ready().approve().give(Tick())
+
+    def report(self, status: m.OperationStatus = "completed", reason: str = "", **result: object) -> Story:
+        for operation in self.wave.operations:
+            vms = tuple(
+                m.VmResult(
+                    **{  # type: ignore[arg-type]
+                        "vm": vm.vm,
+                        "set": vm.set,
+                        "update_domain": vm.update_domain,
+                        "state": "running",
+                        "frozen": True,
+                        "pause_s": 2.0,
+                        "resumed_by": "updater",
+                        **result,
+                    }
+                )
+                for vm in self.wave.vms
+                if vm.host == operation.host
+            )
+            self.give(
+                m.OperationReported(
+                    operation=operation.operation,
+                    host=operation.host,
+                    epoch=1,
+                    status=status,
+                    reason=reason,
+                    vms=vms,
+                    at=self.now,
+                )
+            )
+        return self
+
+    def clocks(self, *, synced: bool = True, error_after_s: float = 0.001, memory: bool = True) -> Story:
+        operations = {each.host: each.operation for each in self.wave.operations}
+        for vm in self.wave.vms:
+            self.give(
+                m.VmClockSynced(
+                    vm=vm.vm,
+                    host=vm.host,
+                    set=vm.set,
+                    update_domain=vm.update_domain,
+                    operation=operations[vm.host],
+                    synced=synced,
+                    by="agent" if synced else "nobody",
+                    error_after_s=error_after_s,
+                    memory=m.MemoryProof(proof="heartbeat", ok=memory),
+                    reason="" if synced else "no answer",
+                    at=self.now,
+                )
+            )
+        return self
+
+    def ends(self) -> list[str]:
+        return [each.event.status for each in self.effects if isinstance(each, EventEnded)]
+
+    def commands(self) -> list[str]:
+        return [type(each).__name__ for each in due_commands(self.rollout, self.authority)]
+
+
+@pytest.fixture
+def two_hosts(
+    build: Callable[..., m.VmRecord], host: Callable[..., m.HostInventory], fleet: Callable[..., Fleet]
+) -> Fleet:
+    return fleet(host("h1", build("w1")), host("h2", build("w2", domain=1)))
+
+
+@pytest.fixture
+def story(two_hosts: Fleet, authority: Authority) -> Story:
+    return Story(two_hosts, authority)
+
+
+def _with_vm(fleet: Fleet, host: str, **changes: object) -> Fleet:
+    inventory = fleet.inventories[host]
+    vms = tuple(msgspec.structs.replace(vm, **changes) for vm in inventory.vms)
+    return fleet.with_inventory(msgspec.structs.replace(inventory, vms=vms))
+
+
+def test_a_whole_rollout_goes_domain_by_domain(story: Story) -> None:
+    story.started()
+    assert story.commands() == ["FreezeCommanded"]
+    story.report().clocks()
+    assert [wave.status for wave in story.rollout.waves] == ["completed", "scheduled"]
+    story.ready().approve().give(Tick()).report().clocks()
+    assert story.rollout.status == "completed"
+    assert story.ends() == ["completed", "completed"]
+    assert story.commands() == []
+
+
+def test_not_before_is_a_whole_second_and_never_earlier_than_the_notice(
+    two_hosts: Fleet, authority: Authority
+) -> None:
+    story = Story(two_hosts, authority)
+    story.now += timedelta(milliseconds=300)
+    story.announce()
+    assert story.wave.not_before == T0 + timedelta(seconds=61)
+
+
+def test_without_approval_the_wave_waits_for_not_before(story: Story) -> None:
+    story.announce().ready().give(Tick(), 59.9)
+    assert story.wave.status == "scheduled"
+    assert story.commands() == []
+    story.give(Tick(), 0.1)
+    assert story.wave.status == "started"
+    assert [type(each) for each in story.effects if isinstance(each, EventStarted | EventScheduled)] == [
+        EventScheduled,
+        EventStarted,
+    ]
+
+
+def test_an_approval_shortens_the_notice_but_not_the_agents_answer(story: Story) -> None:
+    story.announce().approve().give(Tick(), 1)
+    assert story.wave.status == "scheduled"
+    story.ready()
+    assert story.wave.status == "started"
+
+
+def test_an_agent_that_is_not_ready_halts_before_any_pause(story: Story) -> None:
+    story.announce().ready(ready=False, reason="prepare hook exited with 3").approve()
+    assert story.rollout.status == "halted"
+    assert "exited with 3" in story.rollout.reason
+    assert story.ends() == ["cancelled"]
+    assert story.commands() == []
+
+
+def test_an_agent_that_never_answers_halts_at_not_before(story: Story) -> None:
+    story.announce().approve().give(Tick(), 60)
+    assert (story.rollout.status, story.ends()) == ("halted", ["cancelled"])
+    assert "w1" in story.rollout.reason
+
+
+def test_policy_may_go_on_without_readiness(two_hosts: Fleet, authority: Authority) -> None:
+    story = Story(two_hosts, authority, on_not_ready="proceed")
+    story.announce().ready(ready=False).give(Tick(), 60)
+    assert story.wave.status == "started"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"epoch": 0}, "not acknowledged epoch 1"),
+        ({"coordinator": "other"}, "not acknowledged epoch 1"),
+        ({"operation": "x"}, "busy with operation x"),
+        ({"guard": "absent"}, "no pause guard"),
+    ],
+)
+def test_any_host_of_the_set_can_block_the_start_though_it_is_not_in_the_wave(
+    change: dict[str, object], words: str, story: Story
+) -> None:
+    story.announce().ready()
+    blocked = msgspec.structs.replace(story.fleet.inventories["h2"], **change)
+    story.fleet = story.fleet.with_inventory(blocked)
+    story.approve().give(Tick())
+    assert story.wave.status == "scheduled"
+    assert words in story.wave.waiting_for
+    story.give(Tick(), 20)
+    assert story.rollout.status == "halted"
+    assert words in story.rollout.reason
+    assert story.ends() == ["cancelled"]
+
+
+def test_a_paused_vm_elsewhere_in_the_set_blocks_until_it_runs(story: Story) -> None:
+    whole = story.fleet
+    story.announce().ready()
+    story.fleet = _with_vm(whole, "h2", state="paused")
+    story.approve().give(Tick(), 1)
+    assert story.wave.status == "scheduled"
+    assert "w2 on h2 is paused" in story.wave.waiting_for
+    story.fleet = whole
+    story.give(Tick(), 1)
+    assert story.wave.status == "started"
+
+
+def test_a_failed_operation_halts_and_the_event_ends_failed(story: Story) -> None:
+    story.started().report("failed", "update exited with 1")
+    assert (story.rollout.status, story.ends()) == ("halted", ["failed"])
+    assert story.rollout.reason == "h1 failed: update exited with 1"
+    assert story.rollout.waves[1].status == "pending"
+
+
+@pytest.mark.parametrize(
+    ("result", "words"),
+    [
+        ({"state": "paused"}, "w1 is paused after the resume"),
+        ({"pause_s": 31.0}, "w1 was paused 31.000 s"),
+        ({"memory": m.MemoryProof(proof="digest", ok=False, detail="a != b")}, "changed in memory"),
+    ],
+)
+def test_bad_health_after_the_pause_halts(result: dict[str, object], words: str, story: Story) -> None:
+    story.started().report(**result).clocks()
+    assert story.rollout.status == "halted"
+    assert words in story.rollout.reason
+
+
+def test_an_unsynced_clock_halts_or_not_by_policy(two_hosts: Fleet, authority: Authority) -> None:
+    strict = Story(two_hosts, authority).started().report().clocks(synced=False)
+    assert "unsynced: no answer" in strict.rollout.reason
+    lax = Story(two_hosts, authority, on_unsynced="proceed").started().report().clocks(synced=False)
+    assert lax.rollout.waves[0].status == "completed"
+
+
+def test_a_clock_outside_its_bound_halts(story: Story) -> None:
+    story.started().report().clocks(error_after_s=-0.2)
+    assert "-0.200 s off" in story.rollout.reason
+
+
+def test_another_guest_after_the_pause_halts(story: Story) -> None:
+    story.started().report().clocks(memory=False)
+    assert "not the guest it was" in story.rollout.reason
+
+
+def test_a_missing_clock_verdict_is_asked_for_again_and_halts_in_the_end(story: Story) -> None:
+    story.started().report()
+    assert story.wave.status == "verifying"
+    assert story.commands() == ["FreezeCommanded"]
+    story.give(Tick(), 20)
+    assert "no verdict on its clock" in story.rollout.reason
+
+
+def test_a_silent_agent_after_the_resume_halts(story: Story) -> None:
+    story.started().report()
+    story.fleet = story.fleet.with_agent("w1", online=False)
+    story.clocks().give(Tick(), 20)
+    assert "its agent is offline" in story.rollout.reason
+
+
+def test_soak_holds_the_next_wave_back_and_ill_health_in_it_halts(
+    two_hosts: Fleet, authority: Authority
+) -> None:
+    story = Story(two_hosts, authority, soak_s=100.0).started().report().clocks().give(Tick(), 99)
+    assert [wave.status for wave in story.rollout.waves] == ["soaking", "pending"]
+    assert story.ends() == ["completed"]
+    story.fleet = _with_vm(story.fleet, "h1", state="stopped")
+    story.give(Tick(), 0.5).give(Tick(), 20)
+    assert story.rollout.status == "halted"
+    assert story.ends() == ["completed"]  # an event that ended does not end again
+
+
+def test_a_host_that_never_reports_is_lost_and_told_to_forget(story: Story) -> None:
+    story.started().give(Tick(), 90)
+    assert story.rollout.status == "halted"
+    assert "did not report in time" in story.rollout.reason
+    assert story.commands() == ["AbortCommanded"]
+    with pytest.raises(NotYet, match="h1"):
+        story.give(Resume())
+    story.report("cancelled")
+    assert story.commands() == []
+    story.give(Resume())
+    assert story.rollout.status == "running"
+
+
+def test_resume_tries_the_failed_wave_again_with_new_ids(story: Story) -> None:
+    story.started()
+    first = (story.wave.events[0].event_id, story.wave.operations[0].operation)
+    story.report("failed").give(Resume()).started()
+    assert story.wave.status == "started"
+    assert story.wave.events[0].event_id != first[0]
+    assert story.wave.operations[0].operation != first[1]
+    story.report().clocks()
+    assert story.rollout.waves[0].status == "completed"
+
+
+def test_resume_does_not_pause_hosts_again_that_did_their_part(story: Story) -> None:
+    story.started().report().clocks(synced=False)
+    story.give(Resume()).give(Tick())
+    assert story.rollout.waves[0].status == "completed"
+    assert story.wave.index == 1
+
+
+def test_abort_while_scheduled_cancels_the_event_and_sends_nothing(story: Story) -> None:
+    story.announce().give(Abort(reason="wrong update"))
+    assert (story.rollout.status, story.ends(), story.commands()) == ("aborted", ["cancelled"], [])
+    assert "wrong update" in story.rollout.reason
+    story.give(Tick(), 100)
+    assert story.commands() == []
+
+
+def test_abort_while_started_waits_for_the_hosts_word(story: Story) -> None:
+    story.started().give(Abort())
+    assert (story.rollout.status, story.commands()) == ("aborting", ["AbortCommanded"])
+    story.report("cancelled", frozen=False)
+    assert (story.rollout.status, story.ends()) == ("aborted", ["cancelled"])
+
+
+def test_abort_after_a_pause_ends_the_event_failed(story: Story) -> None:
+    story.started().give(Abort()).report("failed", "aborted")
+    assert (story.rollout.status, story.ends()) == ("aborted", ["failed"])
+
+
+@pytest.mark.parametrize("stage", ["pending", "verifying", "soaking", "halted"])
+def test_abort_works_in_every_other_state(stage: str, two_hosts: Fleet, authority: Authority) -> None:
+    story = Story(two_hosts, authority, soak_s=5.0)
+    if stage == "verifying":
+        story.started().report()
+    elif stage == "soaking":
+        story.started().report().clocks()
+    elif stage == "halted":
+        story.started().report("failed")
+    assert stage in {story.wave.status, story.rollout.status}
+    story.give(Abort())
+    assert story.rollout.status == "aborted"
+    assert len(story.ends()) == sum(bool(wave.events) for wave in story.rollout.waves)
+
+
+def test_illegal_requests_name_both_states(story: Story) -> None:
+    with pytest.raises(IllegalTransition, match="'running' to 'running'"):
+        story.give(Resume())
+    story.give(Abort())
+    with pytest.raises(IllegalTransition, match="'aborted' to 'aborted'"):
+        story.give(Abort())
+
+
+def test_late_and_foreign_messages_change_nothing(story: Story) -> None:
+    story.started()
+    before = story.rollout
+    foreign = m.OperationReported(operation="other", host="h1", epoch=1, status="failed", at=story.now)
+    story.give(foreign).give(Approve(event_id="nobody's", by="w1"))
+    assert story.rollout == before
+    story.report()
+    done = story.rollout
+    story.report("failed")  # a late contradiction
+    assert story.rollout == done
+
+
+def test_a_restart_gives_hosts_time_but_never_moves_what_was_announced(story: Story) -> None:
+    story.started()
+    later = story.now + timedelta(hours=1)
+    again = after_restart(story.rollout, later)
+    wave = again.current
+    assert wave is not None
+    assert wave.report_by == later + timedelta(seconds=30)
+    assert wave.not_after == story.wave.not_after
+    assert wave.not_before == story.wave.not_before
+
+
+def test_live_updates_warn_nobody(
+    build: Callable[..., m.VmRecord],
+    host: Callable[..., m.HostInventory],
+    fleet: Callable[..., Fleet],
+    authority: Authority,
+) -> None:
+    quiet = m.UpdateRecord(update="patch", impact="none", scope="host", expected_s=1, timeout_s=9)
+    story = Story(fleet(host("h1", build("w1"), updates=(quiet,)), host("h2", updates=())), authority)
+    story.give(Tick())
+    assert story.wave.status == "started"
+    story.report(frozen=False, pause_s=0.0)
+    assert (story.rollout.status, story.ends()) == ("completed", [])

@@ -1,0 +1,96 @@
+"""The document of a set: incarnations rise, ids stay, ends are final (I6, I7)."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+
+import pytest
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
+
+from caesura.contract.messages import ScheduledEvent
+from caesura.lifecycle import document as d
+from caesura.lifecycle.errors import IllegalTransition
+
+
+def _event(event_id: str) -> ScheduledEvent:
+    return ScheduledEvent(
+        event_id=event_id,
+        event_type="Freeze",
+        status="scheduled",
+        resources=("web-1",),
+        not_before=datetime(2026, 4, 20, tzinfo=UTC),
+    )
+
+
+def test_every_change_raises_the_incarnation_and_repetition_does_not() -> None:
+    one = d.schedule(d.empty_document("web"), _event("A"))
+    assert one.incarnation == 1
+    assert d.schedule(one, _event("A")) == one
+    two = d.approve(one, "a")  # ids are compared without case
+    assert (two.incarnation, two.events[0].approved) == (2, True)
+    assert d.approve(two, "A") == two
+    three = d.start(two, "A")
+    assert (three.incarnation, three.events[0].status) == (3, "started")
+    assert d.start(three, "A") == three
+    four = d.end(three, "A")
+    assert (four.incarnation, four.events) == (4, ())
+    assert d.end(four, "A") == four
+
+
+def test_an_ended_event_cannot_start_and_the_error_names_both_states() -> None:
+    with pytest.raises(IllegalTransition, match="'ended or unknown' to 'started'"):
+        d.start(d.empty_document("web"), "A")
+
+
+def test_an_id_is_never_reused_for_something_else() -> None:
+    one = d.start(d.schedule(d.empty_document("web"), _event("A")), "A")
+    with pytest.raises(IllegalTransition, match="'started' to 'scheduled'"):
+        d.schedule(one, _event("A"))
+
+
+def test_a_published_document_that_is_ahead_is_adopted_and_one_behind_is_not() -> None:
+    ours = d.schedule(d.empty_document("web"), _event("A"))
+    ahead = d.end(d.start(ours, "A"), "A")
+    assert d.adopt(ours, ahead) is ahead
+    assert d.adopt(ahead, ours) is ahead
+
+
+class Lives(RuleBasedStateMachine):
+    """Any order of operations: the incarnation never goes back, an id never returns after its end."""
+
+    open_ids = Bundle("open_ids")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.document = d.empty_document("web")
+        self.ended: set[str] = set()
+        self.seen = 0
+
+    @rule(target=open_ids, number=st.integers(0, 10**6))
+    def schedule(self, number: int) -> str:
+        event_id = f"{number}-{self.seen}"
+        self.document = d.schedule(self.document, _event(event_id))
+        return event_id
+
+    @rule(event_id=open_ids)
+    def approve(self, event_id: str) -> None:
+        self.document = d.approve(self.document, event_id)
+
+    @rule(event_id=open_ids)
+    def start(self, event_id: str) -> None:
+        self.document = d.start(self.document, event_id)
+
+    @rule(event_id=consumes(open_ids))
+    def end(self, event_id: str) -> None:
+        self.document = d.end(self.document, event_id)
+        self.ended.add(event_id)
+
+    @invariant()
+    def never_back(self) -> None:
+        assert self.document.incarnation >= self.seen
+        self.seen = self.document.incarnation
+        assert not self.ended & {event.event_id for event in self.document.events}
+
+
+TestLives = Lives.TestCase

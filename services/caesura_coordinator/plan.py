@@ -22,6 +22,7 @@ from caesura.contract.messages import (
     UpdateRecord,
     VmRecord,
 )
+from caesura.contract.names import own_set
 from caesura_coordinator.fleet import Fleet
 
 _WAVE_OVERHEAD_S = 2.0  # s: commands, resumes and clock-sync around a pause, for the estimate only
@@ -298,7 +299,9 @@ def _waves(members: Sequence[_Member], *, by_host: bool) -> Iterable[PlannedWave
         units.setdefault(unit, []).append(member)
 
     def order(item: tuple[tuple[str, ...], list[_Member]]) -> tuple[list[int], tuple[str, ...]]:
-        return sorted({each.domain for each in item[1]}), item[0]
+        # A VM in no set is in domain 0 of itself, which says nothing about when its neighbours' turn is.
+        own = {each.domain for each in item[1] if each.vm.set != own_set(each.vm.vm)}
+        return sorted(own), item[0]
 
     placed: list[tuple[dict[str, int], list[_Member]]] = []
     for _, group in sorted(units.items(), key=order):

@@ -176,7 +176,7 @@ def run(body: Callable[[Context], Coroutine[Any, Any, None]], broker: str | None
     try:
         settings = settings_for(broker)
         configure_logging("ctl", style="auto", level="error")
-        context = Context(settings, as_json, Console(highlight=False))
+        context = Context(settings, as_json, wide_console())
         asyncio.run(body(context))
     except KeyboardInterrupt:
         sys.exit(130)
@@ -187,6 +187,12 @@ def run(body: Callable[[Context], Coroutine[Any, Any, None]], broker: str | None
         if len(known) < len(leaves(group)):
             raise
         fail(known[0], as_json=as_json)
+
+
+def wide_console() -> Console:
+    """Standard output; in a pipe or a log, wide enough that tables are not broken up."""
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=140)
 
 
 def fail(error: CaesuraError, *, as_json: bool) -> None:

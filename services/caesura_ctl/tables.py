@@ -45,8 +45,8 @@ def _status(text: str) -> Text:
 
 
 def set_name(name: str) -> str:
-    """A set as shown: a VM outside any set says so."""
-    return f"(no set: {name[1:]})" if name.startswith("_") else name
+    """A set as shown: a VM outside any set stands in brackets."""
+    return f"({name[1:]})" if name.startswith("_") else name
 
 
 def _domains(domains: dict[str, int]) -> str:
@@ -174,20 +174,12 @@ def live_view(picture: Picture, now: datetime) -> RenderableType:
 
 
 def pauses_view(pauses: Iterable[Pause], clocks: dict[tuple[str, str], m.VmClockSynced]) -> RenderableType:
-    """Pauses per set and update domain: count, median, max, budget, clock error before and after."""
+    """Pauses per set and update domain: count, median, max, budget, worst clock error before and after."""
     groups: dict[tuple[str, int], list[Pause]] = {}
     for pause in pauses:
         groups.setdefault((pause.set, pause.update_domain), []).append(pause)
     table = _table(
-        "set",
-        ">update domain",
-        ">pauses",
-        ">median s",
-        ">max s",
-        ">budget s",
-        ">clock off before s",
-        ">after s",
-        "memory",
+        "set", ">domain", ">pauses", ">median", ">max", ">budget", ">clock before", ">after", "memory"
     )
     for (name, domain), group in sorted(groups.items()):
         verdicts = [clocks[each.operation, each.vm] for each in group if (each.operation, each.vm) in clocks]
@@ -195,9 +187,9 @@ def pauses_view(pauses: Iterable[Pause], clocks: dict[tuple[str, str], m.VmClock
             set_name(name),
             str(domain),
             str(len(group)),
-            f"{median(each.pause_s for each in group):.3f}",
-            f"{max(each.pause_s for each in group):.3f}",
-            f"{max(each.budget_s for each in group):g}",
+            f"{median(each.pause_s for each in group):.3f}s",
+            f"{max(each.pause_s for each in group):.3f}s",
+            f"{max(each.budget_s for each in group):g}s",
             _worst([each.error_before_s for each in verdicts]),
             _worst([each.error_after_s for each in verdicts]),
             _memory(group, verdicts),
@@ -207,7 +199,7 @@ def pauses_view(pauses: Iterable[Pause], clocks: dict[tuple[str, str], m.VmClock
 
 def _worst(errors: Sequence[float | None]) -> str:
     known = [each for each in errors if each is not None]
-    return f"{max(known, key=abs):+.4f}" if known else "?"
+    return f"{max(known, key=abs):+.3f}s" if known else "?"
 
 
 def _memory(group: Sequence[Pause], verdicts: Sequence[m.VmClockSynced]) -> str:
@@ -217,7 +209,7 @@ def _memory(group: Sequence[Pause], verdicts: Sequence[m.VmClockSynced]) -> str:
     if any(not proof.ok for proof in proofs if proof.proof != "none"):
         return "CHANGED"
     kinds = sorted({proof.proof for proof in proofs if proof.proof != "none"})
-    return " + ".join(kinds) + " ok" if kinds else "not shown"
+    return "same" if kinds else "not shown"
 
 
 def hosts_view(picture: Picture) -> RenderableType:

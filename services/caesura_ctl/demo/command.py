@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
 
 from caesura.runtime.command import leaves
 from caesura.runtime.errors import CaesuraError
 from caesura.runtime.logs import configure_logging
-from caesura_ctl.commandline import fail
+from caesura_ctl.commandline import fail, wide_console
 from caesura_ctl.demo.run import Demo, Options, until_signal
 from caesura_ctl.durations import DURATION
 
@@ -88,7 +87,7 @@ def demo(*, as_json: bool, **options: Any) -> None:
     if options["notice_s"] <= 0:
         raise click.UsageError("the notice must be longer than nothing")
     configure_logging("demo", level="error")
-    console = Console(highlight=False)
+    console = wide_console()
     try:
         sys.exit(asyncio.run(until_signal(Demo(Options(json=as_json, **options), console).run)))
     except CaesuraError as error:

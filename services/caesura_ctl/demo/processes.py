@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import asyncio
 import os
-import signal
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
 from caesura.runtime.errors import CaesuraError
+from caesura.runtime.processes import kill_marked
 
 _STOP_S = 20.0
 """s: a draining host updater resumes its VMs, stops them and says goodbye; a pause in the demo is far shorter."""
@@ -35,7 +35,7 @@ class Processes:
     """
 
     def __init__(self, run_id: str, folder: Path) -> None:
-        self.run_id = run_id
+        self.mark = f"CAESURA_DEMO_RUN={run_id}"
         self.folder = folder
         self.running: dict[str, asyncio.subprocess.Process] = {}
 
@@ -51,7 +51,7 @@ class Processes:
                 sys.executable,
                 "-m",
                 module,
-                env={**inherited, **environment, "CAESURA_DEMO_RUN": self.run_id},
+                env={**inherited, **environment, **dict([self.mark.split("=", 1)])},
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -88,84 +88,4 @@ class Processes:
 
     async def sweep(self) -> None:
         """Thaw and kill every process that carries this run's mark, until there is none."""
-        end = asyncio.get_running_loop().time() + _SWEEP_S
-        while pids := list(marked_processes(self.run_id)):
-            for pid in pids:
-                thaw(pid)
-                with suppress(ProcessLookupError, PermissionError):
-                    os.kill(pid, signal.SIGKILL)
-            if asyncio.get_running_loop().time() > end:
-                raise CaesuraError(f"processes of the demo could not be killed: {pids}")
-            await asyncio.sleep(0.05)  # the kernel tells nobody but the parent when a process is gone
-
-
-def marked_processes(run_id: str) -> Iterator[int]:
-    """Processes of a run other than this one, from their environment in /proc; zombies do not count."""
-    mark = f"CAESURA_DEMO_RUN={run_id}".encode()
-    for entry in Path("/proc").iterdir():
-        if not entry.name.isdigit() or int(entry.name) == os.getpid():
-            continue
-        with suppress(OSError):
-            if mark in (entry / "environ").read_bytes().split(b"\0"):
-                yield int(entry.name)
-
-
-def frozen_processes(run_id: str) -> list[int]:
-    """Processes of a run that stand still now, as the kernel says: stopped, or in a frozen cgroup."""
-    return [
-        pid
-        for pid in marked_processes(run_id)
-        if _is_stopped(pid) or any(_is_frozen(path) for path in _freezers(pid))
-    ]
-
-
-def thaw(pid: int) -> None:
-    """Let a process run again, however it was frozen."""
-    for path in _freezers(pid):
-        with suppress(OSError):
-            path.write_text("THAWED" if path.name == "freezer.state" else "0")
-    with suppress(ProcessLookupError, PermissionError):
-        os.kill(pid, signal.SIGCONT)
-
-
-def _is_stopped(pid: int) -> bool:
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return False
-    return stat.rpartition(")")[2].split()[0] == "T"
-
-
-def _is_frozen(path: Path) -> bool:
-    try:
-        if path.name == "freezer.state":
-            return path.read_text().strip() != "THAWED"
-        return "frozen 1" in (path.parent / "cgroup.events").read_text()
-    except OSError:
-        return False
-
-
-def _freezers(pid: int) -> Sequence[Path]:
-    """The files that freeze this process, cgroup v1 and v2 (cgroups(7): /proc/PID/cgroup and mountinfo)."""
-    found = []
-    with suppress(OSError):
-        mounts = dict(_mounts())
-        for line in Path(f"/proc/{pid}/cgroup").read_text().splitlines():
-            _, controllers, path = line.split(":", 2)
-            if path == "/":
-                continue  # the root is nobody's to freeze
-            if controllers == "" and "cgroup2" in mounts:
-                found.append(Path(mounts["cgroup2"] + path) / "cgroup.freeze")
-            if "freezer" in controllers.split(",") and "freezer" in mounts:
-                found.append(Path(mounts["freezer"] + path) / "freezer.state")
-    return [each for each in found if each.exists()]
-
-
-def _mounts() -> Iterator[tuple[str, str]]:
-    for line in Path("/proc/self/mountinfo").read_text().splitlines():
-        left, _, right = line.partition(" - ")
-        kind, _, options = right.split(" ", 2)
-        if kind == "cgroup2":
-            yield "cgroup2", left.split()[4]
-        elif kind == "cgroup" and "freezer" in options.split(","):
-            yield "freezer", left.split()[4]
+        await kill_marked(self.mark, timeout_s=_SWEEP_S)

@@ -26,6 +26,7 @@ from caesura.bus.brokers import LocalBroker
 from caesura.contract import messages as m
 from caesura.runtime.errors import CaesuraError
 from caesura.runtime.identity import new_id
+from caesura.runtime.processes import frozen_processes
 from caesura_ctl.demo.layout import (
     UPDATE,
     Layout,
@@ -35,7 +36,7 @@ from caesura_ctl.demo.layout import (
     standard_layout,
     update_file,
 )
-from caesura_ctl.demo.processes import Processes, frozen_processes
+from caesura_ctl.demo.processes import Processes
 from caesura_ctl.demo.verdict import Check, WorkloadStatus, judge
 from caesura_ctl.follow import ENDED, Progress
 from caesura_ctl.session import Session, connect, new_request_id
@@ -208,7 +209,7 @@ class Demo:
                 rollout,
                 _read_workloads(folder, self.layout),
                 _read_patched(folder),
-                [f"process {pid}" for pid in frozen_processes(self.run_id)],
+                [f"process {pid}" for pid in frozen_processes(f"CAESURA_DEMO_RUN={self.run_id}")],
             )
             # Workloads write their status once a second: give them time to write down what they saw last.
             if all(check.held for check in checks) or loop.time() > end:

@@ -200,3 +200,14 @@ def test_no_wave_ever_holds_two_domains_of_a_set(placement: dict[str, dict[str, 
     for wave in plan.waves:
         for vm in wave.vms:
             assert wave.domains[vm.set] == vm.update_domain
+
+
+def test_a_vm_in_no_set_does_not_pull_its_host_forward(build: Build, host: Host, fleet: MakeFleet) -> None:
+    plan = _plan(
+        fleet(
+            host("h1", build("w1")),
+            host("h2", build("w2", domain=1)),
+            host("h3", build("w3", domain=2), build("lone", "_lone")),
+        )
+    )
+    assert [wave.hosts for wave in plan.waves] == [("h1",), ("h2",), ("h3",)]

@@ -1,0 +1,27 @@
+# Sourced by ./demo and ./check from the checkout's root: finds or installs uv, then syncs the environment.
+# Needs python3 (3.11 or newer) and pip, nothing else. POSIX sh.
+
+export UV_PYTHON_DOWNLOADS=never UV_NO_PROGRESS=1 PIP_ROOT_USER_ACTION=ignore
+
+say() { printf '%s\n' "$*" >&2; }
+
+find_uv() {
+  if [ -x .uv/bin/uv ]; then
+    UV=.uv/bin/uv
+  elif command -v uv >/dev/null 2>&1; then
+    UV=uv
+  else
+    command -v python3 >/dev/null 2>&1 || { say "python3 is not installed; Caesura needs Python 3.11 or newer"; exit 2; }
+    python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
+      say "$(python3 --version) is too old; Caesura needs Python 3.11 or newer"; exit 2; }
+    python3 -m pip --version >/dev/null 2>&1 || { say "pip is not installed for python3 (on Debian: apt-get install python3-pip)"; exit 2; }
+    say "installing uv into .uv (once, some 2 s) ..."
+    python3 -m pip install --quiet --disable-pip-version-check --target .uv uv || { say "pip could not install uv, see above"; exit 2; }
+    UV=.uv/bin/uv
+  fi
+}
+
+sync_environment() { # arguments: further options of uv sync
+  [ -d .venv ] || say "installing Caesura and what it needs into .venv (once, some 5 s) ..."
+  "$UV" sync --quiet --locked --inexact "$@" || { say "uv could not make the environment, see above"; exit 2; }
+}

@@ -1,0 +1,115 @@
+"""Processes found by a mark in their environment, and whether the kernel says that they stand still.
+
+For whoever must leave nothing behind: what outlives its parent on purpose (VMs, pause guards) still carries the
+mark. Sources: proc(5) for environ and stat, cgroups(7) for the freezers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from caesura.runtime.errors import CaesuraError
+
+
+class StillAlive(CaesuraError):
+    """Processes that could not be killed."""
+
+
+async def kill_marked(mark: str, *, timeout_s: float = 5.0) -> None:
+    """Thaw and kill every process that carries ``mark``, until there is none. A frozen one cannot die.
+
+    Raises:
+        StillAlive: some are left after ``timeout_s`` seconds.
+    """
+    loop = asyncio.get_running_loop()
+    end = loop.time() + timeout_s
+    while pids := list(marked_processes(mark)):
+        for pid in pids:
+            thaw(pid)
+            with suppress(ProcessLookupError, PermissionError):
+                os.kill(pid, signal.SIGKILL)
+        if loop.time() > end:
+            raise StillAlive(f"processes could not be killed: {pids}")
+        await asyncio.sleep(0.05)  # the kernel tells nobody but the parent when a process is gone
+
+
+def marked_processes(mark: str) -> Iterator[int]:
+    """Processes other than this one with ``mark`` (``NAME=value``) in their environment; zombies do not count."""
+    wanted = mark.encode()
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit() or int(entry.name) == os.getpid():
+            continue
+        with suppress(OSError):
+            if wanted in (entry / "environ").read_bytes().split(b"\0"):
+                yield int(entry.name)
+
+
+def frozen_processes(mark: str) -> list[int]:
+    """Marked processes that stand still now, as the kernel says: stopped, or in a frozen cgroup."""
+    return [
+        pid
+        for pid in marked_processes(mark)
+        if _is_stopped(pid) or any(_is_frozen(path) for path in _freezers(pid))
+    ]
+
+
+def is_frozen(pid: int) -> bool:
+    """Whether the kernel says that this process stands still."""
+    return _is_stopped(pid) or any(_is_frozen(path) for path in _freezers(pid))
+
+
+def thaw(pid: int) -> None:
+    """Let a process run again, however it was frozen."""
+    for path in _freezers(pid):
+        with suppress(OSError):
+            path.write_text("THAWED" if path.name == "freezer.state" else "0")
+    with suppress(ProcessLookupError, PermissionError):
+        os.kill(pid, signal.SIGCONT)
+
+
+def _is_stopped(pid: int) -> bool:
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return False
+    return stat.rpartition(")")[2].split()[0] == "T"
+
+
+def _is_frozen(path: Path) -> bool:
+    try:
+        if path.name == "freezer.state":
+            return path.read_text().strip() != "THAWED"
+        return "frozen 1" in (path.parent / "cgroup.events").read_text()
+    except OSError:
+        return False
+
+
+def _freezers(pid: int) -> Sequence[Path]:
+    """The files that freeze this process, cgroup v1 and v2 (cgroups(7): /proc/PID/cgroup and mountinfo)."""
+    found = []
+    with suppress(OSError):
+        mounts = dict(_mounts())
+        for line in Path(f"/proc/{pid}/cgroup").read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            if path == "/":
+                continue  # the root is nobody's to freeze
+            if controllers == "" and "cgroup2" in mounts:
+                found.append(Path(mounts["cgroup2"] + path) / "cgroup.freeze")
+            if "freezer" in controllers.split(",") and "freezer" in mounts:
+                found.append(Path(mounts["freezer"] + path) / "freezer.state")
+    return [each for each in found if each.exists()]
+
+
+def _mounts() -> Iterator[tuple[str, str]]:
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        left, _, right = line.partition(" - ")
+        kind, _, options = right.split(" ", 2)
+        if kind == "cgroup2":
+            yield "cgroup2", left.split()[4]
+        elif kind == "cgroup" and "freezer" in options.split(","):
+            yield "freezer", left.split()[4]

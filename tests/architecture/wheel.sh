@@ -1,0 +1,15 @@
+#!/bin/sh
+# The built wheel, installed alone in the environment $1: nothing of the checkout may be on its path.
+set -eu
+venv=$1
+cd "$(dirname "$0")/../.."
+where=$("$venv/bin/python" -c 'import caesura, caesura_coordinator; print(caesura.__file__, caesura_coordinator.__file__)')
+case "$where" in
+  *"$venv"*"$venv"*) ;;
+  *) echo "the wheel is not what is tested: $where" >&2; exit 1 ;;
+esac
+for command in caesura caesura-coordinator caesura-host-updater caesura-pause-guard caesura-vm-agent \
+  caesura-metadata-publisher caesura-metrics-exporter; do
+  "$venv/bin/$command" --help >/dev/null || { echo "$command --help failed" >&2; exit 1; }
+done
+PATH="$venv/bin:$PATH" "$venv/bin/python" -m pytest -q -p no:cacheprovider tests/unit tests/contract

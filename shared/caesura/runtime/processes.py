@@ -54,25 +54,26 @@ def frozen_processes(mark: str) -> list[int]:
     return [
         pid
         for pid in marked_processes(mark)
-        if _is_stopped(pid) or any(_is_frozen(path) for path in _freezers(pid))
+        if is_stopped(pid) or any(reads_frozen(path) for path in freezers(pid))
     ]
 
 
 def is_frozen(pid: int) -> bool:
     """Whether the kernel says that this process stands still."""
-    return _is_stopped(pid) or any(_is_frozen(path) for path in _freezers(pid))
+    return is_stopped(pid) or any(reads_frozen(path) for path in freezers(pid))
 
 
 def thaw(pid: int) -> None:
     """Let a process run again, however it was frozen."""
-    for path in _freezers(pid):
+    for path in freezers(pid):
         with suppress(OSError):
             path.write_text("THAWED" if path.name == "freezer.state" else "0")
     with suppress(ProcessLookupError, PermissionError):
         os.kill(pid, signal.SIGCONT)
 
 
-def _is_stopped(pid: int) -> bool:
+def is_stopped(pid: int) -> bool:
+    """Whether the process is stopped by a signal (state T in /proc/PID/stat)."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
     except OSError:
@@ -80,7 +81,8 @@ def _is_stopped(pid: int) -> bool:
     return stat.rpartition(")")[2].split()[0] == "T"
 
 
-def _is_frozen(path: Path) -> bool:
+def reads_frozen(path: Path) -> bool:
+    """Whether a file of ``freezers`` says frozen, be it by itself or by its parents."""
     try:
         if path.name == "freezer.state":
             return path.read_text().strip() != "THAWED"
@@ -89,7 +91,7 @@ def _is_frozen(path: Path) -> bool:
         return False
 
 
-def _freezers(pid: int) -> Sequence[Path]:
+def freezers(pid: int) -> Sequence[Path]:
     """The files that freeze this process, cgroup v1 and v2 (cgroups(7): /proc/PID/cgroup and mountinfo)."""
     found = []
     with suppress(OSError):

@@ -1,0 +1,137 @@
+"""VMs that cannot be frozen, cannot be resumed at first, die while frozen, or whose agent is silent."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from caesura.runtime.processes import freezers
+from caesura.testing.sandbox import Vm
+
+
+def _web(**changes: Any) -> dict[str, list[Vm]]:
+    return {
+        "host_1": [Vm(name="web-1", set="web", **changes), Vm(name="web-2", set="web")],
+        "host_2": [Vm(name="web-3", set="web", update_domain=1)],
+    }
+
+
+async def test_a_vm_that_cannot_be_frozen_fails_the_operation_and_all_run(stages: Callable[..., Any]) -> None:
+    stage = await stages(freezer="sigstop", **_web())
+    pids = stage.sandbox.vm_pids("web-1")
+
+    async def keep_it_running() -> None:
+        while True:
+            for pid in pids:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGCONT)
+            await asyncio.sleep(0)
+
+    waking = asyncio.create_task(keep_it_running())
+    try:
+        state = await stage.ended(await stage.roll())
+    finally:
+        waking.cancel()
+        await asyncio.gather(waking, return_exceptions=True)
+    assert state.status == "halted"
+    assert "web-1" in state.reason
+    await stage.none_frozen()
+    report = next(iter(stage.picture.reports.values()))
+    assert report.update is None or report.update.outcome == "not_run"
+    assert "web-3" not in {each.vm for each in stage.sandbox.watch.pauses}
+
+
+async def test_a_vm_that_cannot_be_resumed_at_first_is_resumed_in_the_end(stages: Callable[..., Any]) -> None:
+    stage = await stages(freezer="cgroup1", **_web())
+    (inner,) = [each for each in freezers(stage.sandbox.vm_pids("web-1")[0]) if each.name == "freezer.state"]
+    outer = inner.parent.parent / "freezer.state"
+    assert outer.exists(), "the VM's cgroup has a parent that can be frozen"
+    rollout = await stage.roll()
+    await stage.frozen("web-1", "web-2")
+    outer.write_text("FROZEN")  # thawing the VM has no effect while an ancestor is frozen
+    try:
+        await stage.sandbox.until(
+            lambda: "0" in (inner.parent / "freezer.self_freezing").read_text(), 10, "a resume was tried"
+        )
+        assert "web-1" in stage.sandbox.watch.frozen(), "and had no effect"
+    finally:
+        outer.write_text("THAWED")
+    await stage.none_frozen(timeout_s=3)
+    state = await stage.ended(rollout)
+    assert stage.sandbox.watch.longest_s() < 8.0
+    assert state.status == "completed", state.reason
+
+
+async def test_a_vm_that_dies_while_frozen_is_reported_and_the_others_run(stages: Callable[..., Any]) -> None:
+    stage = await stages(freezer="sigstop", **_web())
+    rollout = await stage.roll()
+    await stage.frozen("web-1", "web-2")
+    for pid in stage.sandbox.vm_pids("web-1"):
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    state = await stage.ended(rollout)
+    assert state.status == "halted"
+    assert "web-1" in state.reason
+    report = next(iter(stage.picture.reports.values()))
+    states = {each.vm: each.state for each in report.vms}
+    assert states == {"web-1": "stopped", "web-2": "running"}
+    assert not stage.sandbox.watch.frozen()
+
+
+async def test_an_agent_that_never_answers_halts_before_any_pause(stages: Callable[..., Any]) -> None:
+    stage = await stages(**_web(), up=False)
+    await stage.up("host-1", "host-2")
+    agent = next(pid for pid in stage.sandbox.vm_pids("web-1") if b"caesura_vm_agent" in _cmdline(pid))
+    os.kill(agent, signal.SIGSTOP)
+    try:
+        state = await stage.ended(await stage.roll(notice_s=2.0))
+    finally:
+        os.kill(agent, signal.SIGCONT)
+    assert state.status == "halted"
+    assert "no answer of the agent" in state.reason
+    assert "web-1" in state.reason
+    assert not [each for each in stage.sandbox.watch.pauses if each.vm != "web-1"]
+    await stage.sandbox.until(lambda: not stage.picture.documents["web"].events, 5, "document empty")
+    assert [each.status for facts in stage.picture.events.values() for each in facts] == [
+        "scheduled",
+        "cancelled",
+    ]
+
+
+async def test_a_failing_prepare_hook_halts_before_any_pause(stages: Callable[..., Any]) -> None:
+    hook = {"prepare_hook": '["sh", "-c", "echo cannot drain; exit 7"]'}
+    stage = await stages(**_web(agent_settings=hook))
+    state = await stage.ended(await stage.roll())
+    assert state.status == "halted"
+    assert "web-1 is not ready" in state.reason
+    assert "7" in state.reason
+    assert not stage.sandbox.watch.pauses
+
+
+@pytest.mark.parametrize("policy", ["halt", "proceed"])
+async def test_a_vm_without_an_agent_is_flagged_and_policy_decides(
+    policy: str, stages: Callable[..., Any]
+) -> None:
+    stage = await stages(**_web(agent=False, run_agent=False))
+    state = await stage.ended(await stage.roll(on_unsynced=policy))
+    verdicts = {each.vm: each for each in stage.picture.clocks.values() if each.operation}
+    assert verdicts["web-1"].synced is False
+    assert verdicts["web-1"].by == "nobody"
+    assert state.status == ("halted" if policy == "halt" else "completed"), state.reason
+    if policy == "halt":
+        assert "web-1 is unsynced" in state.reason
+    assert not stage.sandbox.watch.frozen()
+
+
+def _cmdline(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""

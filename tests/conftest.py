@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 
 import pytest
+
+
+def pytest_configure() -> None:
+    # pytest-asyncio makes an event loop that nobody closes when a synchronous test runs first; warnings are errors.
+    asyncio.set_event_loop(None)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -111,7 +111,7 @@ class Book:
 
     def adopt(self, published: SetDocument, now: datetime) -> None:
         """Take up a document that is ahead of ours (our store is older than the bus), and end what nobody owns."""
-        ours = self.documents.get(published.set, documents.empty_document(published.set))
+        ours = self.documents.get(published.set, documents.nothing_yet(published.set))
         if documents.adopt(ours, published) is ours:
             return
         owned = {
@@ -148,6 +148,18 @@ class Book:
             self.store.enqueue(document, set=document.set)
         self.documents[document.set] = document
         _log.warning("document.adopted", set=document.set, incarnation=document.incarnation)
+
+    def open_sets(self, sets: Iterable[str]) -> bool:
+        """Give every set its document, empty at first, so that workloads can poll before anything happens.
+
+        True when there was a new one.
+        """
+        fresh = sorted({*sets} - self.documents.keys())
+        if fresh:
+            with self.store.transaction():
+                for name in fresh:
+                    self._save(documents.first_document(name))
+        return bool(fresh)
 
     def republish(self) -> list[str]:
         """Put every retained document and rollout into the outbox again; ids of rollouts to clear from the bus."""
@@ -203,7 +215,7 @@ class Book:
                 pass  # the rollout's retained state, enqueued by ``step``, says it
 
     def _document(self, event: WaveEvent) -> SetDocument:
-        return self.documents.get(event.set, documents.empty_document(event.set))
+        return self.documents.get(event.set, documents.first_document(event.set))
 
     def _save(self, document: SetDocument) -> None:
         if self.documents.get(document.set) == document:

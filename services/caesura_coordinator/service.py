@@ -140,6 +140,7 @@ class Coordinator:
         self._claimed = True
         _log.info("coordinator.claimed", epoch=epoch, coordinator=self.authority.coordinator)
         await self._announce()
+        self._open_sets()
         facts, self._early_facts = self._early_facts, []
         for fact in facts:
             self._step_all(fact)
@@ -159,6 +160,11 @@ class Coordinator:
         for name in self.book.republish():
             await self.post.clear(m.RolloutState, rollout=name)
         self._outbox_filled.set()
+
+    def _open_sets(self) -> None:
+        # Not before the epoch is claimed: a document that is already on the bus must be heard first.
+        if self._claimed and self.book.open_sets(vm.set for _, vm in self.fleet.vms()):
+            self._outbox_filled.set()
 
     def _heard_epoch(self, epoch: int, coordinator: str) -> None:
         mine = self.authority
@@ -197,6 +203,7 @@ class Coordinator:
     async def _on_inventory(self, inventory: m.HostInventory, _: Received) -> None:
         self.fleet = self.fleet.with_inventory(inventory)
         self._heard_epoch(inventory.epoch, inventory.coordinator)
+        self._open_sets()
         self._changed.set()
 
     async def _on_host_presence(self, presence: m.HostPresence, _: Received) -> None:

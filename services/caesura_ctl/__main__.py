@@ -2,55 +2,19 @@
 
 from __future__ import annotations
 
-import click
-
-from caesura_ctl import act, look
-from caesura_ctl.commandline import EXIT_CODES
-from caesura_ctl.demo.command import demo
-
-_EPILOG = f"""\b
-examples:
-  caesura demo
-  caesura status
-  caesura plan qemu-security --set web
-  caesura roll qemu-security --set web --notice 2m
-  caesura freeze --vm web-1 --for 9s --notice 15s
-  caesura tail --type caesura.vm.resumed.v1
-
-\b
-shell completion:
-  eval "$(_CAESURA_COMPLETE=bash_source caesura)"    # zsh_source, fish_source
-
-\b
-{EXIT_CODES}"""
+import sys
 
 
-@click.group(
-    epilog=_EPILOG, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110}
-)
-@click.version_option(package_name="caesura", prog_name="caesura")
 def main() -> None:
-    """Memory-preserving maintenance for your own VMs.
+    """Entry point of ``caesura``."""
+    try:
+        # Imported here: Ctrl-C while modules load must end as quietly as at any other moment.
+        from caesura_ctl.cli import caesura  # noqa: PLC0415
 
-    Warn the workload, freeze the VM, update the host, resume inside a pause budget, set the clock right;
-    one update domain of an availability set at a time.
-    """
+        caesura()
+    except KeyboardInterrupt:
+        sys.exit(130)
 
-
-for each in (
-    demo,
-    act.plan,
-    act.roll,
-    look.status,
-    look.watch,
-    act.abort,
-    act.resume,
-    act.freeze,
-    look.history,
-    look.tail,
-    look.updates,
-):
-    main.add_command(each)
 
 if __name__ == "__main__":
     main()

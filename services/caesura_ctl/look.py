@@ -199,8 +199,7 @@ def tail(
             if shown == count:
                 done.set()
 
-        async with connect(context.settings) as session:
-            session.listeners.append(show)
+        async with connect(context.settings, listener=show):
             await done.wait()
 
     run(body, broker, as_json=as_json)

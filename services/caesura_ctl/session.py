@@ -31,6 +31,7 @@ _REPEAT_S = 1.0
 _QUIET_S = 0.3
 """s: without a message, after which everything retained has arrived: MQTT has no end mark for it."""
 
+Listener = Callable[[Received], Awaitable[None]]
 R = TypeVar("R", bound=m.RolloutRequested | m.FreezeRequested | m.AbortRequested | m.ResumeRequested)
 
 
@@ -73,7 +74,7 @@ class Session:
         self.picture = Picture()
         self.post = Post(bus, f"/caesura/ctl/{client}")
         self.changed = asyncio.Event()
-        self.listeners: list[Callable[[Received], Awaitable[None]]] = []
+        self.listeners: list[Listener] = []
         self._answers: dict[str, asyncio.Future[m.RequestAnswered]] = {}
         self._last = asyncio.get_running_loop().time()
         for channel in CHANNELS:
@@ -149,12 +150,13 @@ def new_request_id() -> str:
 
 @asynccontextmanager
 async def connect(
-    settings: CtlSettings, kinds: Sequence[type[Message]] | None = None
+    settings: CtlSettings, kinds: Sequence[type[Message]] | None = None, *, listener: Listener | None = None
 ) -> AsyncIterator[Session]:
     """A session with the broker of ``settings``.
 
     Args:
         kinds: message types to subscribe to; None: all that an operator may read.
+        listener: called with every message, what is retained included.
 
     Raises:
         NoBroker: not connected within 5 s; the text says why.
@@ -172,6 +174,8 @@ async def connect(
     ]
     bus = MqttBus(options, filters=filters)
     session = Session(bus, client)
+    if listener is not None:
+        session.listeners.append(listener)
     running = asyncio.create_task(bus.run(session.post.deliver), name="bus")
     try:
         if not await bus.wait_connected(CONNECT_S):

@@ -12,6 +12,13 @@ UPDATE = "hypervisor-patch"
 VM_RAM_BYTES = 1 << 20
 
 
+class Broker(msgspec.Struct, frozen=True):
+    """The broker that all services use, and what it speaks."""
+
+    url: str
+    protocol: str
+
+
 class DemoVm(msgspec.Struct, frozen=True, kw_only=True):
     """One VM of the demo. ``port`` is where its metadata service listens on 127.0.0.1."""
 
@@ -67,21 +74,22 @@ def _vms(ports: Iterator[int]) -> Iterator[DemoVm]:
 
 
 def host_file(
-    layout: Layout, host: str, *, broker_url: str, folder: str, freezer: str, run_id: str
+    layout: Layout, host: str, *, broker: Broker, folder: str, freezer: str, run_id: str
 ) -> dict[str, Any]:
     """The host file of one host, as a table for TOML."""
     return {
         "host": host,
         "driver": "process",
         "process": {"freezer": freezer},
-        "vm": [_vm_table(vm, broker_url=broker_url, folder=folder, run_id=run_id) for vm in layout.on(host)],
+        "vm": [_vm_table(vm, broker=broker, folder=folder, run_id=run_id) for vm in layout.on(host)],
     }
 
 
-def _vm_table(vm: DemoVm, *, broker_url: str, folder: str, run_id: str) -> dict[str, Any]:
+def _vm_table(vm: DemoVm, *, broker: Broker, folder: str, run_id: str) -> dict[str, Any]:
     agent: dict[str, str] = {
         "CAESURA_VM_AGENT_VM": vm.name,
-        "CAESURA_VM_AGENT_BROKER_URL": broker_url,
+        "CAESURA_VM_AGENT_BROKER_URL": broker.url,
+        "CAESURA_VM_AGENT_BROKER_PROTOCOL": broker.protocol,
         "CAESURA_VM_AGENT_CLOCK": "simulated",
         "CAESURA_VM_AGENT_LOG_LEVEL": "warning",
         "CAESURA_VM_AGENT_UPDATE_DOMAIN": str(vm.update_domain),
@@ -124,13 +132,14 @@ def update_file(*, folder: str, seconds: float) -> dict[str, Any]:
 
 
 def service_environments(
-    layout: Layout, *, broker_url: str, folder: str, ports: Mapping[str, int]
+    layout: Layout, *, broker: Broker, folder: str, ports: Mapping[str, int]
 ) -> dict[str, tuple[str, dict[str, str]]]:
     """Process name to (module, environment) of every service, in the order in which they start."""
 
     def common(name: str, prefix: str) -> dict[str, str]:
         return {
-            f"{prefix}BROKER_URL": broker_url,
+            f"{prefix}BROKER_URL": broker.url,
+            f"{prefix}BROKER_PROTOCOL": broker.protocol,
             f"{prefix}HEALTH_LISTEN": f"unix:{folder}/{name}.health",
             f"{prefix}LOG_FORMAT": "json",
         }

@@ -29,6 +29,7 @@ from caesura.runtime.identity import new_id
 from caesura.runtime.processes import frozen_processes
 from caesura_ctl.demo.layout import (
     UPDATE,
+    Broker,
     Layout,
     host_file,
     listeners_file,
@@ -93,8 +94,8 @@ class Demo:
         with _folder(self.options.folder) as folder, self._display():
             broker = LocalBroker(kind=self.options.broker, data_dir=folder)
             self._say(f"broker: {_BROKERS[broker.kind]}; files and logs in {folder}")
-            async with broker, self._services(folder, broker.url) as processes:
-                settings = CtlSettings(broker_url=broker.url, client="demo")
+            async with broker, self._services(folder, Broker(broker.url, broker.protocol)) as processes:
+                settings = CtlSettings(broker_url=broker.url, broker_protocol=broker.protocol, client="demo")
                 async with connect(settings) as session:
                     self._session = session
                     await self._come_up(session, processes)
@@ -109,13 +110,13 @@ class Demo:
     # -- stages --
 
     @asynccontextmanager
-    async def _services(self, folder: Path, broker_url: str) -> AsyncIterator[Processes]:
-        self._write_files(folder, broker_url)
+    async def _services(self, folder: Path, broker: Broker) -> AsyncIterator[Processes]:
+        self._write_files(folder, broker)
         processes = Processes(self.run_id, folder)
         self._stage = "starting 9 services and 25 VMs"
         try:
             environments = service_environments(
-                self.layout, broker_url=broker_url, folder=str(folder), ports={"exporter": self.exporter_port}
+                self.layout, broker=broker, folder=str(folder), ports={"exporter": self.exporter_port}
             )
             for name, (module, environment) in environments.items():
                 await processes.start(name, module, environment)
@@ -124,14 +125,14 @@ class Demo:
             self._stage = "stopping: resuming and ending every VM"
             await processes.stop()
 
-    def _write_files(self, folder: Path, broker_url: str) -> None:
+    def _write_files(self, folder: Path, broker: Broker) -> None:
         (folder / "workloads").mkdir()
         (folder / "updates.d").mkdir()
         for host in self.layout.hosts:
             table = host_file(
                 self.layout,
                 host,
-                broker_url=broker_url,
+                broker=broker,
                 folder=str(folder),
                 freezer=self.options.freezer,
                 run_id=self.run_id,

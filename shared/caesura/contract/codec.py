@@ -117,7 +117,8 @@ def decode(topic: str, payload: bytes) -> Received:
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise Malformed(topic, f"data of {envelope.type}: {error}") from error
     _check_parameters(topic, parameters, message)
-    return Received(channel, parameters, envelope, message)
+    header = Header(**{name: getattr(envelope, name) for name in Header.__struct_fields__})
+    return Received(channel, parameters, header, message)
 
 
 # A writer may only speak for itself: where a topic parameter repeats a member of the data, they must agree.

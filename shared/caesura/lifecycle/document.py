@@ -12,9 +12,14 @@ from caesura.contract.messages import ScheduledEvent, SetDocument
 from caesura.lifecycle.errors import IllegalTransition
 
 
-def empty_document(set_name: str) -> SetDocument:
-    """The document of a set before its first event."""
+def nothing_yet(set_name: str) -> SetDocument:
+    """What stands for a document that was never published: below every published one."""
     return SetDocument(set=set_name, incarnation=0, events=())
+
+
+def first_document(set_name: str) -> SetDocument:
+    """The document of a set before its first event."""
+    return SetDocument(set=set_name, incarnation=1, events=())
 
 
 def find_event(document: SetDocument, event_id: str) -> ScheduledEvent | None:

@@ -7,6 +7,7 @@ import sys
 from typing import Literal
 
 import structlog
+import structlog.tracebacks
 
 
 def configure_logging(
@@ -17,6 +18,10 @@ def configure_logging(
     Call once, from ``__main__``. ``service`` is bound to every line.
     """
     console = style == "console" or (style == "auto" and sys.stderr.isatty())
+    # Without local variables: they are long, and some are not for a log.
+    in_full = structlog.processors.ExceptionRenderer(
+        structlog.tracebacks.ExceptionDictTransformer(show_locals=False)
+    )
     shared: list[structlog.typing.Processor] = [
         structlog.contextvars.merge_contextvars,
         structlog.stdlib.add_log_level,
@@ -26,7 +31,7 @@ def configure_logging(
     renderer: structlog.typing.Processor = (
         structlog.dev.ConsoleRenderer() if console else structlog.processors.JSONRenderer()
     )
-    tail: list[structlog.typing.Processor] = [] if console else [structlog.processors.dict_tracebacks]
+    tail: list[structlog.typing.Processor] = [] if console else [in_full]
     structlog.configure(
         processors=[
             structlog.stdlib.filter_by_level,

@@ -15,27 +15,38 @@ from pathlib import Path
 
 from caesura.runtime.errors import CaesuraError
 
+CGROUP_PREFIX = "caesura-"
+"""What the host updater's cgroups begin with; no other one is ever removed."""
+
 
 class StillAlive(CaesuraError):
     """Processes that could not be killed."""
 
 
 async def kill_marked(mark: str, *, timeout_s: float = 5.0) -> None:
-    """Thaw and kill every process that carries ``mark``, until there is none. A frozen one cannot die.
+    """Thaw and kill every process that carries ``mark``, until there is none, and remove the cgroups of ours
+    that this empties. A frozen process cannot die, hence the thaw.
 
     Raises:
         StillAlive: some are left after ``timeout_s`` seconds.
     """
     loop = asyncio.get_running_loop()
     end = loop.time() + timeout_s
+    cgroups: set[Path] = set()
     while pids := list(marked_processes(mark)):
         for pid in pids:
+            cgroups |= {path.parent for path in freezers(pid)}
             thaw(pid)
             with suppress(ProcessLookupError, PermissionError):
                 os.kill(pid, signal.SIGKILL)
         if loop.time() > end:
             raise StillAlive(f"processes could not be killed: {pids}")
         await asyncio.sleep(0.05)  # the kernel tells nobody but the parent when a process is gone
+    for folder in cgroups:
+        for each in (folder, folder.parent):
+            if any(part.startswith(CGROUP_PREFIX) for part in each.parts):
+                with suppress(OSError):  # still in use by somebody else: then it is not ours to remove
+                    each.rmdir()
 
 
 def marked_processes(mark: str) -> Iterator[int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 import msgspec
 import pytest
@@ -49,6 +50,12 @@ class Story:
             "r", plan, policy=self.policy, set_hosts=("h1", "h2"), requested_by="ops", now=T0
         )
 
+    def wave_is(self, status: str) -> bool:
+        return self.wave.status == status
+
+    def is_(self, status: str) -> bool:
+        return self.rollout.status == status
+
     def give(self, received: Input, after_s: float = 0.0) -> Story:
         self.now += timedelta(seconds=after_s)
         self.rollout, effects = decide(self.rollout, received, self.fleet, self.authority, self.now)
@@ -78,11 +85,11 @@ class Story:
     def started(self) -> Story:
         return self.announce().ready().approve().give(Tick())
 
-    def report(self, status: m.OperationStatus = "completed", reason: str = "", **result: object) -> Story:
+    def report(self, status: m.OperationStatus = "completed", reason: str = "", **result: Any) -> Story:
         for operation in self.wave.operations:
             vms = tuple(
                 m.VmResult(
-                    **{  # type: ignore[arg-type]
+                    **{
                         "vm": vm.vm,
                         "set": vm.set,
                         "update_domain": vm.update_domain,
@@ -160,7 +167,7 @@ def test_a_whole_rollout_goes_domain_by_domain(story: Story) -> None:
     story.report().clocks()
     assert [wave.status for wave in story.rollout.waves] == ["completed", "scheduled"]
     story.ready().approve().give(Tick()).report().clocks()
-    assert story.rollout.status == "completed"
+    assert story.is_("completed")
     assert story.ends() == ["completed", "completed"]
     assert story.commands() == []
 
@@ -176,10 +183,10 @@ def test_not_before_is_a_whole_second_and_never_earlier_than_the_notice(
 
 def test_without_approval_the_wave_waits_for_not_before(story: Story) -> None:
     story.announce().ready().give(Tick(), 59.9)
-    assert story.wave.status == "scheduled"
+    assert story.wave_is("scheduled")
     assert story.commands() == []
     story.give(Tick(), 0.1)
-    assert story.wave.status == "started"
+    assert story.wave_is("started")
     assert [type(each) for each in story.effects if isinstance(each, EventStarted | EventScheduled)] == [
         EventScheduled,
         EventStarted,
@@ -188,14 +195,14 @@ def test_without_approval_the_wave_waits_for_not_before(story: Story) -> None:
 
 def test_an_approval_shortens_the_notice_but_not_the_agents_answer(story: Story) -> None:
     story.announce().approve().give(Tick(), 1)
-    assert story.wave.status == "scheduled"
+    assert story.wave_is("scheduled")
     story.ready()
-    assert story.wave.status == "started"
+    assert story.wave_is("started")
 
 
 def test_an_agent_that_is_not_ready_halts_before_any_pause(story: Story) -> None:
     story.announce().ready(ready=False, reason="prepare hook exited with 3").approve()
-    assert story.rollout.status == "halted"
+    assert story.is_("halted")
     assert "exited with 3" in story.rollout.reason
     assert story.ends() == ["cancelled"]
     assert story.commands() == []
@@ -210,7 +217,7 @@ def test_an_agent_that_never_answers_halts_at_not_before(story: Story) -> None:
 def test_policy_may_go_on_without_readiness(two_hosts: Fleet, authority: Authority) -> None:
     story = Story(two_hosts, authority, on_not_ready="proceed")
     story.announce().ready(ready=False).give(Tick(), 60)
-    assert story.wave.status == "started"
+    assert story.wave_is("started")
 
 
 @pytest.mark.parametrize(
@@ -229,10 +236,10 @@ def test_any_host_of_the_set_can_block_the_start_though_it_is_not_in_the_wave(
     blocked = msgspec.structs.replace(story.fleet.inventories["h2"], **change)
     story.fleet = story.fleet.with_inventory(blocked)
     story.approve().give(Tick())
-    assert story.wave.status == "scheduled"
+    assert story.wave_is("scheduled")
     assert words in story.wave.waiting_for
     story.give(Tick(), 20)
-    assert story.rollout.status == "halted"
+    assert story.is_("halted")
     assert words in story.rollout.reason
     assert story.ends() == ["cancelled"]
 
@@ -242,11 +249,11 @@ def test_a_paused_vm_elsewhere_in_the_set_blocks_until_it_runs(story: Story) -> 
     story.announce().ready()
     story.fleet = _with_vm(whole, "h2", state="paused")
     story.approve().give(Tick(), 1)
-    assert story.wave.status == "scheduled"
+    assert story.wave_is("scheduled")
     assert "w2 on h2 is paused" in story.wave.waiting_for
     story.fleet = whole
     story.give(Tick(), 1)
-    assert story.wave.status == "started"
+    assert story.wave_is("started")
 
 
 def test_a_failed_operation_halts_and_the_event_ends_failed(story: Story) -> None:
@@ -264,9 +271,9 @@ def test_a_failed_operation_halts_and_the_event_ends_failed(story: Story) -> Non
         ({"memory": m.MemoryProof(proof="digest", ok=False, detail="a != b")}, "changed in memory"),
     ],
 )
-def test_bad_health_after_the_pause_halts(result: dict[str, object], words: str, story: Story) -> None:
+def test_bad_health_after_the_pause_halts(result: dict[str, Any], words: str, story: Story) -> None:
     story.started().report(**result).clocks()
-    assert story.rollout.status == "halted"
+    assert story.is_("halted")
     assert words in story.rollout.reason
 
 
@@ -289,7 +296,7 @@ def test_another_guest_after_the_pause_halts(story: Story) -> None:
 
 def test_a_missing_clock_verdict_is_asked_for_again_and_halts_in_the_end(story: Story) -> None:
     story.started().report()
-    assert story.wave.status == "verifying"
+    assert story.wave_is("verifying")
     assert story.commands() == ["FreezeCommanded"]
     story.give(Tick(), 20)
     assert "no verdict on its clock" in story.rollout.reason
@@ -310,13 +317,13 @@ def test_soak_holds_the_next_wave_back_and_ill_health_in_it_halts(
     assert story.ends() == ["completed"]
     story.fleet = _with_vm(story.fleet, "h1", state="stopped")
     story.give(Tick(), 0.5).give(Tick(), 20)
-    assert story.rollout.status == "halted"
+    assert story.is_("halted")
     assert story.ends() == ["completed"]  # an event that ended does not end again
 
 
 def test_a_host_that_never_reports_is_lost_and_told_to_forget(story: Story) -> None:
     story.started().give(Tick(), 90)
-    assert story.rollout.status == "halted"
+    assert story.is_("halted")
     assert "did not report in time" in story.rollout.reason
     assert story.commands() == ["AbortCommanded"]
     with pytest.raises(NotYet, match="h1"):
@@ -324,14 +331,14 @@ def test_a_host_that_never_reports_is_lost_and_told_to_forget(story: Story) -> N
     story.report("cancelled")
     assert story.commands() == []
     story.give(Resume())
-    assert story.rollout.status == "running"
+    assert story.is_("running")
 
 
 def test_resume_tries_the_failed_wave_again_with_new_ids(story: Story) -> None:
     story.started()
     first = (story.wave.events[0].event_id, story.wave.operations[0].operation)
     story.report("failed").give(Resume()).started()
-    assert story.wave.status == "started"
+    assert story.wave_is("started")
     assert story.wave.events[0].event_id != first[0]
     assert story.wave.operations[0].operation != first[1]
     story.report().clocks()
@@ -376,7 +383,7 @@ def test_abort_works_in_every_other_state(stage: str, two_hosts: Fleet, authorit
         story.started().report("failed")
     assert stage in {story.wave.status, story.rollout.status}
     story.give(Abort())
-    assert story.rollout.status == "aborted"
+    assert story.is_("aborted")
     assert len(story.ends()) == sum(bool(wave.events) for wave in story.rollout.waves)
 
 
@@ -420,6 +427,6 @@ def test_live_updates_warn_nobody(
     quiet = m.UpdateRecord(update="patch", impact="none", scope="host", expected_s=1, timeout_s=9)
     story = Story(fleet(host("h1", build("w1"), updates=(quiet,)), host("h2", updates=())), authority)
     story.give(Tick())
-    assert story.wave.status == "started"
+    assert story.wave_is("started")
     story.report(frozen=False, pause_s=0.0)
     assert (story.rollout.status, story.ends()) == ("completed", [])

@@ -24,7 +24,7 @@ def _event(event_id: str) -> ScheduledEvent:
 
 
 def test_every_change_raises_the_incarnation_and_repetition_does_not() -> None:
-    one = d.schedule(d.empty_document("web"), _event("A"))
+    one = d.schedule(d.nothing_yet("web"), _event("A"))
     assert one.incarnation == 1
     assert d.schedule(one, _event("A")) == one
     two = d.approve(one, "a")  # ids are compared without case
@@ -40,17 +40,17 @@ def test_every_change_raises_the_incarnation_and_repetition_does_not() -> None:
 
 def test_an_ended_event_cannot_start_and_the_error_names_both_states() -> None:
     with pytest.raises(IllegalTransition, match="'ended or unknown' to 'started'"):
-        d.start(d.empty_document("web"), "A")
+        d.start(d.nothing_yet("web"), "A")
 
 
 def test_an_id_is_never_reused_for_something_else() -> None:
-    one = d.start(d.schedule(d.empty_document("web"), _event("A")), "A")
+    one = d.start(d.schedule(d.nothing_yet("web"), _event("A")), "A")
     with pytest.raises(IllegalTransition, match="'started' to 'scheduled'"):
         d.schedule(one, _event("A"))
 
 
 def test_a_published_document_that_is_ahead_is_adopted_and_one_behind_is_not() -> None:
-    ours = d.schedule(d.empty_document("web"), _event("A"))
+    ours = d.schedule(d.nothing_yet("web"), _event("A"))
     ahead = d.end(d.start(ours, "A"), "A")
     assert d.adopt(ours, ahead) is ahead
     assert d.adopt(ahead, ours) is ahead
@@ -63,7 +63,7 @@ class Lives(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.document = d.empty_document("web")
+        self.document = d.nothing_yet("web")
         self.ended: set[str] = set()
         self.seen = 0
 

@@ -1,0 +1,210 @@
+"""What every bus does, whatever it is connected to: hand messages to the handler, greet, close in order.
+
+Two tasks under ``run``: one keeps the connection (the adapter's own), one hands messages to the handler and
+acknowledges each after it returned. A handler may publish on the same bus; nothing waits for a handler.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator, Callable, Sequence
+
+import msgspec
+import structlog
+
+from caesura.bus.filters import check_filter
+from caesura.bus.inbox import Inbox
+from caesura.bus.port import BusStats, BusUnavailable, Connected, Delivery, Handler
+
+_log = structlog.get_logger("caesura.bus")
+
+_WARN_EVERY_S = 10.0  # s: a handler that falls behind says so this often, not once a message
+
+
+class Parcel(msgspec.Struct, frozen=True):
+    """A message waiting for the handler, and how to tell the broker that it is dealt with."""
+
+    delivery: Delivery
+    qos: int
+    acknowledge: Callable[[], None]
+
+    @property
+    def size_bytes(self) -> int:
+        """The part of a message that a sender can make large."""
+        return len(self.delivery.topic) + len(self.delivery.payload)
+
+
+class KeptBus(ABC):
+    """The adapter-independent half of a ``Bus``; see ``caesura.bus.port`` for the promises.
+
+    Args:
+        filters: topic filters to subscribe to after every connect.
+        backlog_limit: messages of each QoS that may wait for the handler.
+        backlog_bytes: bytes that may wait for the handler.
+        close_timeout_s: how long ``close`` waits for the message that is being handled.
+
+    Raises:
+        ValueError: a filter that no broker accepts.
+    """
+
+    def __init__(
+        self, *, filters: Sequence[str], backlog_limit: int, backlog_bytes: int, close_timeout_s: float
+    ) -> None:
+        for each in filters:
+            check_filter(each)
+        self.filters = tuple(filters)
+        self._inbox: Inbox[Parcel] = Inbox(backlog_limit, backlog_bytes)
+        self._stats = BusStats()
+        self._close_timeout_s = close_timeout_s
+        self._ready = asyncio.Event()
+        self._closing = asyncio.Event()
+        self._finished = asyncio.Event()
+        self._own_tasks: set[asyncio.Task[None]] = set()
+        self._on_connected: Connected | None = None
+        self._started = False
+        self._warned_at = float("-inf")
+
+    @abstractmethod
+    async def _keep_connected(self) -> None:
+        """Connect again and again until cancelled; say goodbye then."""
+
+    @abstractmethod
+    def _handled(self) -> None:
+        """A message left the inbox; an adapter that holds its broker back may let go."""
+
+    @property
+    def stats(self) -> BusStats:
+        """Live counters; the same object for the life of the bus."""
+        self._stats.backlog = len(self._inbox)
+        return self._stats
+
+    async def run(self, receive: Handler, on_connected: Connected | None = None) -> None:
+        """See ``Bus.run``. ``on_connected`` runs beside the handler, and is cancelled when the connection ends.
+
+        Raises:
+            RuntimeError: called a second time.
+        """
+        if self._started:
+            raise RuntimeError("a bus runs once: build a new one")
+        self._started = True
+        self._on_connected = on_connected
+        try:
+            async with asyncio.TaskGroup() as group:
+                handling = group.create_task(self._handle(receive), name="bus-handle")
+                keeping = group.create_task(self._keep_connected(), name="bus-connect")
+                self._own_tasks.update((handling, keeping))
+                await self._closing.wait()
+                await asyncio.wait({handling}, timeout=self._close_timeout_s)
+                handling.cancel()
+                keeping.cancel()
+        finally:
+            self._closing.set()
+            self._finished.set()
+
+    async def wait_connected(self, timeout_s: float) -> bool:
+        """See ``Bus.wait_connected``."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._ready.wait()
+        except TimeoutError:
+            return False
+        return True
+
+    async def close(self) -> None:
+        """See ``Bus.close``. The message being handled is finished and acknowledged first.
+
+        Called from the handler or ``on_connected`` it only asks ``run`` to end: it cannot wait for its caller.
+        """
+        self._closing.set()
+        self._inbox.close()
+        if self._started and asyncio.current_task() not in self._own_tasks:
+            await self._finished.wait()
+
+    async def _until_ready(self, topic: str, timeout_s: float) -> None:
+        """Wait for a connection to publish on.
+
+        Raises:
+            BusUnavailable: none in time, or the bus is being closed.
+        """
+        if not self._ready.is_set() and not self._closing.is_set():
+            waits = {asyncio.ensure_future(each.wait()) for each in (self._ready, self._closing)}
+            try:
+                await asyncio.wait(waits, timeout=max(0.0, timeout_s), return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                for each in waits:
+                    each.cancel()
+        if self._ready.is_set():
+            return
+        why = "the bus is closed" if self._closing.is_set() else self._stats.last_error or "not connected yet"
+        raise BusUnavailable(f"no connection to publish on {topic!r}: {why}")
+
+    async def _handle(self, receive: Handler) -> None:
+        while (parcel := await self._inbox.get()) is not None:
+            try:
+                await receive(parcel.delivery)
+            except asyncio.CancelledError:
+                task = asyncio.current_task()
+                if task is not None and task.cancelling():
+                    raise  # not acknowledged: the broker sends it again
+                # Not ours: the handler let the cancellation of something of its own out.
+                _log.exception("bus.handler_failed", topic=parcel.delivery.topic)
+            except Exception:  # noqa: BLE001 - the port: a message that crashes its handler counts as handled
+                _log.exception("bus.handler_failed", topic=parcel.delivery.topic)
+            parcel.acknowledge()
+            self._handled()
+
+    def _take(self, parcel: Parcel) -> None:
+        """Put a message that arrived into the inbox, or drop it (QoS 0), loudly when there is no room."""
+        self._stats.received += 1
+        if not self._inbox.put(parcel):
+            self._stats.dropped += 1
+            self._warn_backlog(parcel.delivery.topic, "messages are being dropped (QoS 0)")
+        elif self._inbox.full:
+            self._warn_backlog(parcel.delivery.topic, "the broker is being held back (QoS 1)")
+
+    def _warn_backlog(self, topic: str, effect: str) -> None:
+        now = asyncio.get_running_loop().time()
+        if now - self._warned_at < _WARN_EVERY_S:
+            return
+        self._warned_at = now
+        _log.warning(
+            "bus.backlog",
+            effect=effect,
+            backlog=len(self._inbox),
+            limit=self._inbox.limit,
+            backlog_bytes=self._inbox.size_bytes,
+            limit_bytes=self._inbox.limit_bytes,
+            dropped=self._stats.dropped,
+            topic=topic,
+            advice="the handler is slower than the messages come: subscribe to less, or make it faster",
+        )
+
+    @contextlib.asynccontextmanager
+    async def _connected(self) -> AsyncIterator[None]:
+        """The time from subscribed to the end of the connection: publishing works, the greeting runs."""
+        self._stats.connects += 1
+        self._stats.connected = True
+        self._stats.last_error = ""
+        self._ready.set()
+        greeting = asyncio.create_task(self._greet(), name="bus-on-connected")
+        self._own_tasks.add(greeting)
+        try:
+            yield
+        finally:
+            self._ready.clear()
+            self._stats.connected = False
+            self._own_tasks.discard(greeting)
+            greeting.cancel()
+            await asyncio.wait({greeting})
+
+    async def _greet(self) -> None:
+        if self._on_connected is None:
+            return
+        try:
+            await self._on_connected()
+        except BusUnavailable as error:
+            _log.info("bus.on_connected_cut_short", why=str(error))  # it runs again after the next connect
+        except Exception:  # noqa: BLE001 - a bug in a hook must not end the connection that others use
+            _log.exception("bus.on_connected_failed")

@@ -1,0 +1,34 @@
+"""What every service says of its bus on ``/metrics``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+
+from caesura.bus.port import BusStats
+
+
+def bus_families(stats: BusStats, decode_errors: Mapping[str, int]) -> Iterator[Metric]:
+    """Metric families of one bus connection, for a custom collector."""
+    yield GaugeMetricFamily(
+        "caesura_bus_connected", "1 while connected to the broker, else 0.", float(stats.connected)
+    )
+    yield GaugeMetricFamily(
+        "caesura_bus_backlog_messages", "Messages received and not yet handled.", stats.backlog
+    )
+    yield CounterMetricFamily("caesura_bus_connects", "Successful connects to the broker.", stats.connects)
+    yield CounterMetricFamily("caesura_bus_received", "Messages received.", stats.received)
+    yield CounterMetricFamily("caesura_bus_published", "Messages that the broker accepted.", stats.published)
+    yield CounterMetricFamily(
+        "caesura_bus_publish_failures", "Publishes that failed.", stats.publish_failures
+    )
+    yield CounterMetricFamily(
+        "caesura_bus_dropped", "QoS 0 messages dropped because the handler was too slow.", stats.dropped
+    )
+    errors = CounterMetricFamily(
+        "caesura_bus_decode_errors", "Messages that broke the contract.", labels=["kind"]
+    )
+    for kind, count in sorted(decode_errors.items()):
+        errors.add_metric([kind], count)
+    yield errors

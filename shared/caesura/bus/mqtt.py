@@ -1,0 +1,222 @@
+"""The bus over MQTT: connects, subscribes, reconnects for ever, and says why it cannot."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+import secrets
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+
+import msgspec
+import structlog
+
+from caesura.bus.backoff import Backoff
+from caesura.bus.diagnosis import (
+    SESSION_TAKEN_OVER,
+    UNSUPPORTED_PROTOCOL,
+    ClosedEarly,
+    ConnectionLost,
+    ConnectRefused,
+    NoAnswer,
+    SubscribeRefused,
+    explain,
+)
+from caesura.bus.filters import check_topic
+from caesura.bus.kept import KeptBus, Parcel
+from caesura.bus.mqtt_link import Arrival, Link, Protocol
+from caesura.bus.options import BrokerOptions
+from caesura.bus.port import BusError, BusUnavailable, Delivery, PublishRefused, Will
+
+_log = structlog.get_logger("caesura.bus")
+
+_UNSTABLE = 3  # connections in a row that ended soon: worth saying that another client may use our id
+
+
+class MqttBus(KeptBus):
+    """A connection to an MQTT broker that is kept alive; see ``caesura.bus.port.Bus`` for the promises.
+
+    Args:
+        options: where and who.
+        filters: topic filters to subscribe to, at QoS 1, after every connect.
+        will: what the broker publishes (retained) when we vanish without a goodbye.
+        uniform: random source of the reconnect delays, as ``random.uniform``.
+
+    Raises:
+        ValueError: a filter that no broker accepts.
+    """
+
+    def __init__(
+        self,
+        options: BrokerOptions,
+        *,
+        filters: Sequence[str] = (),
+        will: Will | None = None,
+        uniform: Callable[[float, float], float] = random.uniform,
+    ) -> None:
+        super().__init__(
+            filters=filters,
+            backlog_limit=options.backlog_limit,
+            backlog_bytes=options.backlog_bytes,
+            close_timeout_s=options.close_timeout_s,
+        )
+        if not options.client_id:
+            options = msgspec.structs.replace(options, client_id=f"caesura-{secrets.token_hex(6)}")
+        self.options = options
+        self._will = will
+        self._backoff = Backoff(options.reconnect_min_s, options.reconnect_max_s, uniform)
+        self._link: Link | None = None
+        self._spoken: Protocol | None = None if options.protocol == "auto" else options.protocol
+        self._short_lives = 0
+
+    async def publish(
+        self, topic: str, payload: bytes, *, qos: int = 1, retain: bool = False, timeout_s: float = 10.0
+    ) -> None:
+        """See ``Bus.publish``.
+
+        Raises:
+            BusUnavailable, PublishRefused: as the port says.
+            ValueError: a topic with a wildcard, or a QoS other than 0 and 1.
+        """
+        check_topic(topic)
+        if qos not in {0, 1}:
+            raise ValueError(f"QoS {qos} is not used here: 0 or 1")
+        deadline = asyncio.get_running_loop().time() + timeout_s
+        try:
+            link = await self._link_for(topic, timeout_s)
+            with self._listening(link):
+                await link.send(topic, payload, qos=qos, retain=retain, deadline=deadline)
+        except (BusUnavailable, PublishRefused):
+            self._stats.publish_failures += 1
+            raise
+        self._stats.published += 1
+
+    async def _link_for(self, topic: str, timeout_s: float) -> Link:
+        await self._until_ready(topic, timeout_s)
+        if self._link is None:
+            raise BusUnavailable(f"the connection ended before the message on {topic!r} was sent")
+        return self._link
+
+    def _handled(self) -> None:
+        if self._link is not None:
+            self._throttle(self._link)
+
+    def _arrived(self, link: Link, arrival: Arrival) -> None:
+        delivery = Delivery(arrival.topic, arrival.payload, arrival.retained)
+        self._take(Parcel(delivery, arrival.qos, partial(link.acknowledge, arrival)))
+        self._throttle(link)
+
+    def _throttle(self, link: Link) -> None:
+        """Read or do not read: an answer that someone waits for comes over the same socket as the flood."""
+        if link.paused:
+            if self._inbox.low or (link.calls and not self._inbox.overfull):
+                link.resume()
+        elif self._inbox.overfull or (self._inbox.full and not link.calls):
+            link.pause()
+
+    @contextlib.contextmanager
+    def _listening(self, link: Link) -> Iterator[None]:
+        """While something waits for an answer of the broker, a full inbox does not stop the reading."""
+        link.calls += 1
+        self._throttle(link)
+        try:
+            yield
+        finally:
+            link.calls -= 1
+            self._throttle(link)
+
+    async def _keep_connected(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            began_s = loop.time()
+            try:
+                link = await self._open()
+            except (OSError, BusError) as error:
+                self._report("bus.connect_failed", error)
+                delay_s = self._backoff.next_s()
+            else:
+                try:
+                    lost: BusError | OSError = await self._serve(link)
+                except (OSError, BusError) as error:
+                    lost = error
+                finally:
+                    self._link = None
+                    await link.goodbye()
+                delay_s = self._after(lost, held_s=loop.time() - began_s)
+            _log.debug("bus.reconnecting", in_s=round(delay_s, 3))
+            await asyncio.sleep(delay_s)
+
+    async def _open(self) -> Link:
+        """Connect with the protocol that is set or was learned; ``auto`` tries 5 first and remembers."""
+        spoken = self._spoken or "5"
+        link = self._new_link(spoken)
+        try:
+            await link.open()
+        except (ConnectRefused, ClosedEarly, NoAnswer) as error:
+            if self.options.protocol != "auto" or spoken != "5" or not self._means_no_mqtt_5(error):
+                raise
+            _log.info("bus.protocol_fallback", broker=str(self.options.address), to="3.1.1", why=str(error))
+            link = self._new_link("3.1.1")
+            await link.open()
+        self._spoken = link.protocol
+        return link
+
+    def _means_no_mqtt_5(self, error: ConnectRefused | ClosedEarly | NoAnswer) -> bool:
+        if isinstance(error, ConnectRefused):
+            return error.code == UNSUPPORTED_PROTOCOL
+        # Some brokers just close on version 5, and amqtt misreads it and waits for the rest when there is a user
+        # or a will. One that has spoken it to us before is merely going down.
+        return self._spoken is None
+
+    def _new_link(self, protocol: Protocol) -> Link:
+        return Link(self.options, protocol, will=self._will, arrived=self._arrived)
+
+    async def _serve(self, link: Link) -> BusError:
+        """Subscribe, say that we are connected, and wait for the end."""
+        self._link = link
+        with self._listening(link):
+            await link.subscribe_all(self.filters)
+        async with self._connected():
+            _log.info(
+                "bus.connected",
+                broker=str(self.options.address),
+                protocol=link.protocol,
+                client_id=self.options.client_id,
+                session_present=link.session_present,
+            )
+            return await link.until_end()
+
+    def _after(self, lost: BusError | OSError, *, held_s: float) -> float:
+        """Report the end of a connection; the seconds to wait before the next."""
+        held = held_s >= self.options.reconnect_max_s
+        self._short_lives = 0 if held else self._short_lives + 1
+        if held:
+            self._backoff.reset()
+        if isinstance(lost, SubscribeRefused):
+            self._report("bus.subscribe_refused", lost)
+            return self._backoff.longest_s()
+        if isinstance(lost, ConnectionLost) and lost.code == SESSION_TAKEN_OVER:
+            self._report("bus.taken_over", lost)
+            return self._backoff.longest_s()
+        self._report("bus.connection_lost", lost)
+        if self._short_lives >= _UNSTABLE:
+            _log.warning(
+                "bus.connection_unstable",
+                in_a_row=self._short_lives,
+                client_id=self.options.client_id,
+                advice="look in the broker's log; does another client connect with the same client id?",
+            )
+            return self._backoff.longest_s()
+        return self._backoff.next_s()
+
+    def _report(self, event: str, error: BusError | OSError) -> None:
+        diagnosis = explain(error, self.options)
+        self._stats.last_error = diagnosis.what
+        _log.warning(
+            event,
+            broker=str(self.options.address),
+            client_id=self.options.client_id,
+            error=diagnosis.what,
+            advice=diagnosis.advice,
+        )

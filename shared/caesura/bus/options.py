@@ -1,0 +1,155 @@
+"""How to reach a broker: where it is, who we are there, how long to wait. Checked when it is built."""
+
+from __future__ import annotations
+
+import ssl
+from pathlib import Path
+from typing import Literal
+from urllib.parse import urlsplit
+
+import msgspec
+
+from caesura.runtime.errors import CaesuraError
+from caesura.runtime.settings import Secret, ServiceSettings
+
+
+class BrokerOptionsError(CaesuraError):
+    """The broker's address or options make no sense; the text says which and why."""
+
+
+class Address(msgspec.Struct, frozen=True):
+    """A broker's address, taken apart. ``path`` is set for a unix socket only, ``host`` and ``port`` otherwise."""
+
+    scheme: Literal["mqtt", "mqtts", "unix"]
+    host: str = ""
+    port: int = 0
+    path: str = ""
+
+    def __str__(self) -> str:
+        if self.scheme == "unix":
+            return f"unix://{self.path}"
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{self.scheme}://{host}:{self.port}"
+
+
+class BrokerOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """Everything a connection needs to know. Names ending in ``_s`` are seconds.
+
+    Raises:
+        BrokerOptionsError: when built with values that contradict each other.
+    """
+
+    url: str = "mqtt://127.0.0.1:1883"
+    """``mqtt://host:port`` (1883), ``mqtts://host:port`` (TLS, 8883) or ``unix:///path``."""
+    client_id: str = ""
+    """Must be unique at the broker; empty: a random one. A persistent session needs a stable one."""
+    username: str = ""
+    password: Secret = msgspec.field(default_factory=Secret)
+    ca_file: str = ""
+    cert_file: str = ""
+    key_file: str = ""
+    protocol: Literal["auto", "5", "3.1.1"] = "auto"
+    keepalive_s: int = 60
+    """The broker sends our last will after 1.5 times this without a sign of life. Agents inside a VM that
+    may be frozen need more than the pause budget, hence 60."""
+    clean: bool = True
+    """False: a persistent session; the broker keeps QoS 1 messages for us while we are away."""
+    session_expiry_s: int = 86_400
+    """How long a persistent session outlives its connection (MQTT 5; 3.1.1 leaves it to the broker)."""
+    max_in_flight: int = 20
+    """Publishes that may wait for their acknowledgement at once; more wait for their turn (Mosquitto's default)."""
+    backlog_limit: int = 1_000
+    """Messages received and not yet handled, of each of QoS 0 and 1, before the slow handler is reported and
+    QoS 0 is dropped. QoS 1 is held back at the broker, unless we wait for an answer on the same connection."""
+    backlog_bytes: int = 64 * 1024 * 1024
+    """The same in bytes, and held to in every case (plus the one message that crosses it)."""
+    connect_timeout_s: float = 5.0
+    """For each of: reaching the broker (with TLS), its answer to CONNECT, its answer to SUBSCRIBE."""
+    reconnect_min_s: float = 0.2
+    reconnect_max_s: float = 10.0
+    close_timeout_s: float = 5.0
+    """How long ``close`` waits for the message that is being handled."""
+
+    def __post_init__(self) -> None:
+        address = self.address
+        if not self.clean and not self.client_id:
+            raise BrokerOptionsError(
+                "a persistent session (clean=False) needs a client_id that never changes"
+            )
+        if bool(self.cert_file) != bool(self.key_file):
+            raise BrokerOptionsError("cert_file and key_file are given together or not at all")
+        if address.scheme != "mqtts" and (self.ca_file or self.cert_file):
+            raise BrokerOptionsError(
+                f"TLS files are set but {self.url!r} is not TLS: write mqtts://, or remove the files"
+            )
+        if self.keepalive_s < 1 or min(self.max_in_flight, self.backlog_limit, self.backlog_bytes) < 1:
+            raise BrokerOptionsError(
+                "keepalive_s, max_in_flight, backlog_limit and backlog_bytes must be at least 1"
+            )
+        if not 0 < self.reconnect_min_s <= self.reconnect_max_s or self.connect_timeout_s <= 0:
+            raise BrokerOptionsError(
+                "0 < reconnect_min_s <= reconnect_max_s and 0 < connect_timeout_s must hold"
+            )
+
+    @property
+    def address(self) -> Address:
+        """The parsed ``url``."""
+        return parse_address(self.url)
+
+    def tls(self) -> ssl.SSLContext | None:
+        """The TLS context, or None without TLS. Read from disk each time, so that renewed files are picked up.
+
+        Raises:
+            OSError, ssl.SSLError: a file is missing, unreadable or no certificate.
+        """
+        if self.address.scheme != "mqtts":
+            return None
+        for path in (self.ca_file, self.cert_file, self.key_file):
+            if path:
+                Path(path).read_bytes()  # ssl's own errors do not name the file
+        context = ssl.create_default_context(cafile=self.ca_file or None)
+        if self.cert_file:
+            context.load_cert_chain(self.cert_file, self.key_file)
+        return context
+
+
+def options_from(settings: ServiceSettings, *, client_id: str, clean: bool = True) -> BrokerOptions:
+    """The options that a service's settings ask for."""
+    return BrokerOptions(
+        url=settings.broker_url,
+        client_id=client_id,
+        username=settings.broker_username,
+        password=settings.broker_password,
+        ca_file=settings.broker_ca_file,
+        cert_file=settings.broker_cert_file,
+        key_file=settings.broker_key_file,
+        protocol=settings.broker_protocol,
+        clean=clean,
+    )
+
+
+def parse_address(url: str) -> Address:
+    """Take a broker url apart.
+
+    Raises:
+        BrokerOptionsError: an unknown scheme, no host, or a port that is no number.
+    """
+    parts = urlsplit(url)
+    example = "write mqtt://host:1883, mqtts://host:8883 or unix:///path/to/socket"
+    if parts.username is not None or parts.password is not None:
+        raise BrokerOptionsError(
+            "the broker url may not hold a user or password: they have their own settings"
+        )
+    if parts.scheme == "unix":
+        if parts.netloc or not parts.path.startswith("/"):
+            raise BrokerOptionsError(f"{url!r} names no absolute socket path: {example}")
+        return Address("unix", path=parts.path)
+    if parts.scheme not in {"mqtt", "mqtts"} or not parts.hostname:
+        raise BrokerOptionsError(f"{url!r} is no broker url: {example}")
+    try:
+        port = parts.port
+    except ValueError:
+        raise BrokerOptionsError(f"{url!r} has no valid port: {example}") from None
+    if parts.scheme == "mqtts":
+        return Address("mqtts", parts.hostname, port or 8883)
+    return Address("mqtt", parts.hostname, port or 1883)

@@ -1,0 +1,136 @@
+"""Real brokers for tests: Mosquitto with users, access rules and TLS on a free port, or the embedded one."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import secrets
+import subprocess
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import msgspec
+
+from caesura.bus.brokers import LocalBroker, find_mosquitto, free_port, mosquitto_config
+from caesura.bus.options import BrokerOptions
+from caesura.runtime.settings import Secret
+
+_HASH_ROUNDS = 101  # mosquitto_passwd's own default
+
+
+class Certificates(msgspec.Struct, frozen=True):
+    """A certificate authority and what it signed, as PEM files."""
+
+    ca_file: Path
+    cert_file: Path
+    key_file: Path
+
+
+def mosquitto_installed() -> bool:
+    """Whether tests can have a real Mosquitto."""
+    return find_mosquitto() is not None
+
+
+def mosquitto(
+    data_dir: Path,
+    *,
+    users: Mapping[str, str] | None = None,
+    acl: str | None = None,
+    tls: Certificates | None = None,
+    require_certificate: bool = False,
+    unix_path: Path | None = None,
+    extra: Sequence[str] = (),
+) -> LocalBroker:
+    """A Mosquitto with this project's settings; enter it with ``async with``.
+
+    Args:
+        data_dir: a temporary folder of the test.
+        users: name to password; None lets anybody in.
+        acl: the text of an access rules file.
+        tls: the server's certificates; the port then speaks only TLS.
+        require_certificate: clients need a certificate of the same authority.
+    """
+    port = free_port()
+    password_file = acl_file = None
+    if users is not None:
+        password_file = data_dir / "passwords"
+        password_file.write_text("".join(password_line(*each) for each in users.items()))
+        password_file.chmod(0o600)
+    if acl is not None:
+        acl_file = data_dir / "acl"
+        acl_file.write_text(acl)
+        acl_file.chmod(0o600)
+    config = mosquitto_config(
+        port=port,
+        data_dir=data_dir,
+        unix_path=unix_path,
+        password_file=password_file,
+        acl_file=acl_file,
+        ca_file=tls.ca_file if tls else None,
+        cert_file=tls.cert_file if tls else None,
+        key_file=tls.key_file if tls else None,
+        require_certificate=require_certificate,
+        extra=extra,
+    )
+    ready = None
+    if tls is not None:
+        ready = BrokerOptions(
+            url=f"mqtts://localhost:{port}",
+            ca_file=str(tls.ca_file),
+            cert_file=str(tls.cert_file),
+            key_file=str(tls.key_file),
+            username="readiness",
+            password=Secret(""),
+        )
+    return LocalBroker(kind="mosquitto", port=port, data_dir=data_dir, config=config, ready=ready)
+
+
+def password_line(user: str, password: str) -> str:
+    """A line of Mosquitto's password file: PBKDF2 with SHA-512, as mosquitto_passwd writes it."""
+    salt = secrets.token_bytes(12)
+    digest = hashlib.pbkdf2_hmac("sha512", password.encode(), salt, _HASH_ROUNDS)
+    encoded = "$".join(base64.b64encode(each).decode() for each in (salt, digest))
+    return f"{user}:$7${_HASH_ROUNDS}${encoded}\n"
+
+
+def make_certificates(folder: Path, *, name: str = "localhost") -> Certificates:
+    """A new authority and a certificate for ``name``, good for servers and clients, with openssl."""
+    folder.mkdir(parents=True, exist_ok=True)
+    ca_key, ca_file = folder / "ca.key", folder / "ca.crt"
+    key_file, request, cert_file = folder / "peer.key", folder / "peer.csr", folder / "peer.crt"
+    extensions = folder / "peer.ext"
+    extensions.write_text(f"subjectAltName=DNS:{name}\n")
+    new_key = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes")
+    _openssl(
+        *(
+            "req",
+            "-x509",
+            *new_key,
+            "-keyout",
+            ca_key,
+            "-out",
+            ca_file,
+            "-days",
+            "2",
+            "-subj",
+            f"/CN=ca of {name}",
+        ),
+        *("-addext", "basicConstraints=critical,CA:TRUE", "-addext", "keyUsage=critical,keyCertSign,cRLSign"),
+    )
+    _openssl("req", *new_key, "-keyout", key_file, "-out", request, "-subj", f"/CN={name}")
+    _openssl(
+        *("x509", "-req", "-in", request, "-CA", ca_file, "-CAkey", ca_key, "-CAcreateserial"),
+        *("-out", cert_file, "-days", "2", "-extfile", extensions),
+    )
+    return Certificates(ca_file, cert_file, key_file)
+
+
+def _openssl(*arguments: str | Path) -> None:
+    done = subprocess.run(
+        ["openssl", *arguments],  # noqa: S607 - as the user has it
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        check=False,
+    )
+    if done.returncode != 0:
+        raise RuntimeError(f"openssl {arguments[0]} failed: {done.stdout.decode(errors='replace')}")

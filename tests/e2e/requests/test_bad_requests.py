@@ -1,0 +1,168 @@
+"""Requests that cannot be carried out: a clear answer, and nothing changed."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from caesura.contract import messages as m
+from caesura.testing.sandbox import Vm
+from caesura_ctl.session import new_request_id
+
+_TOPIC = "caesura/v1/ctl/e2e/start"
+_HEAD = {"specversion": "1.0", "id": "1", "source": "/test", "time": "2026-04-20T12:00:00Z"}
+
+
+def _event(**changes: Any) -> bytes:
+    data = {"request": "r", "update": "patch", **changes.pop("data", {})}
+    return json.dumps({**_HEAD, "type": "caesura.rollout.requested.v1", "data": data, **changes}).encode()
+
+
+@pytest.mark.parametrize(
+    ("payload", "words"),
+    [
+        (b"{not json", "not a CloudEvent"),
+        (b"\xff\xfe", "not a CloudEvent"),
+        (b"[" * 100_000, "not a CloudEvent"),
+        (_event(type="caesura.unknown.v1"), "does not belong here"),
+        (_event(data={"update": 7}), "update"),
+        (_event(data={"policy": {"notice_s": 0}}), "notice_s"),
+        (_event(data={"policy": {"budget_s": 31}}), "budget_s"),
+        (_event(data={"update": "x" * 300_000}), "at most"),
+        (_event(specversion="0.3"), "specversion"),
+        (json.dumps(_HEAD).encode(), "not a CloudEvent"),
+    ],
+    ids=[
+        "not-json",
+        "not-utf8",
+        "deep",
+        "unknown-type",
+        "wrong-type",
+        "no-notice",
+        "long-budget",
+        "oversized",
+        "old-spec",
+        "no-data",
+    ],
+)
+async def test_a_message_that_breaks_the_contract_is_answered_and_changes_nothing(
+    payload: bytes, words: str, pair: Any
+) -> None:
+    answers: list[m.RequestAnswered] = []
+
+    async def listen(received: Any) -> None:
+        if isinstance(received.message, m.RequestAnswered):
+            answers.append(received.message)
+
+    pair.session.listeners.append(listen)
+    await pair.session.bus.publish(_TOPIC, payload)
+    await pair.sandbox.until(lambda: bool(answers), 10, "an answer")
+    assert not answers[0].accepted
+    assert words in answers[0].reason
+    assert not pair.picture.rollouts
+    plan = await pair.session.ask(
+        m.RolloutRequested(request=new_request_id(), update="patch", plan_only=True)
+    )
+    assert plan.accepted, "the coordinator is well"
+
+
+async def test_what_a_plan_refuses_by_name(stages: Callable[..., Any]) -> None:
+    stage = await stages(
+        host_1=[Vm(name="web-1", set="web", update_domain=0), Vm(name="web-2", set="web", update_domain=1)],
+        host_2=[Vm(name="web-1", set="web", update_domain=0)],
+        up=False,
+    )
+    await stage.sandbox.start("coordinator", "host-1", "host-2")
+    await stage.sandbox.until(
+        lambda: len(stage.picture.hosts) == 2 and all(stage.picture.online.values()), 20, "two hosts"
+    )
+
+    async def reasons(**selection: Any) -> str:
+        answer = await stage.session.ask(
+            m.RolloutRequested(request=new_request_id(), update="patch", selection=m.Selection(**selection))
+        )
+        assert not answer.accepted
+        return str(answer.reason)
+
+    assert "web-1: the VM name is used on host-1 and on host-2" in await reasons()
+    assert "host-7: no host of this name" in await reasons(hosts=("host-7",))
+    assert not stage.picture.rollouts
+
+
+async def test_one_rollout_per_set(pair: Any) -> None:
+    pair.notice_s = 30.0
+    first = await pair.roll()
+    answer = await pair.session.ask(m.RolloutRequested(request=new_request_id(), update="patch"))
+    assert not answer.accepted
+    assert f"set web is held by rollout {first}" in answer.reason
+    same = m.AbortRequested(request=new_request_id(), rollout=first)
+    assert (await pair.session.ask(same)).accepted
+    assert (await pair.session.ask(same)).accepted, "a repeated request gets the same answer"
+    other = await pair.session.ask(m.AbortRequested(request=new_request_id(), rollout=first))
+    assert not other.accepted
+    assert "'aborted'" in other.reason
+
+
+async def _caesura(pair: Any, *words: str) -> tuple[int, str, str]:
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-m",
+        "caesura_ctl",
+        *words,
+        env={**os.environ, "CAESURA_CTL_BROKER_URL": pair.sandbox.broker.url},
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    async with asyncio.timeout(60):
+        out, err = await process.communicate()
+    assert process.returncode is not None
+    return process.returncode, out.decode(), err.decode()
+
+
+async def test_the_command_says_what_is_wrong_and_exits_with_its_code(pair: Any) -> None:
+    code, _, err = await _caesura(pair, "roll", "patch", "--notice", "0s")
+    assert (code, "notice_s" in err) == (2, True), err
+    code, _, err = await _caesura(pair, "roll", "patch", "--budget", "31s")
+    assert (code, "budget_s" in err) == (2, True), err
+    code, _, err = await _caesura(pair, "roll", "pach")
+    assert (code, "did you mean 'patch'" in err) == (3, True), err
+    code, _, err = await _caesura(pair, "status", "--broker", "mqtt://127.0.0.1:1")
+    assert (code, "cannot reach the broker" in err) == (4, True), err
+    await pair.sandbox.kill("coordinator")
+    code, _, err = await _caesura(pair, "plan", "patch")
+    assert (code, "coordinator" in err) == (5, True), err
+    assert not pair.sandbox.watch.pauses
+
+
+async def test_the_command_from_plan_to_history(pair: Any) -> None:
+    code, out, err = await _caesura(pair, "plan", "patch", "--json")
+    assert code == 0, err
+    assert [wave["hosts"] for wave in json.loads(out)["plan"]["waves"]] == [["host-1"], ["host-2"]]
+    code, out, err = await _caesura(
+        pair, "freeze", "--vm", "web-2", "--for", "1s", "--notice", "1s", "--budget", "5s", "--json"
+    )
+    assert code == 0, err
+    result = json.loads(out)
+    assert [each["vm"] for each in result["pauses"]] == ["web-2"]
+    assert 1.0 <= result["pauses"][0]["pause_s"] < 2.0
+    code, out, err = await _caesura(pair, "roll", "patch", "--notice", "1s", "--budget", "8s")
+    assert code == 0, err
+    assert "web-1: paused" in out
+    code, out, err = await _caesura(pair, "history", "--json")
+    assert [each["status"] for each in json.loads(out)] == ["completed", "completed"]
+    code, out, err = await _caesura(pair, "status", "--json")
+    assert len(json.loads(out)["hosts"]) == 2
+    code, out, err = await _caesura(pair, "updates")
+    assert "patch" in out
+    code, out, err = await _caesura(pair, "tail", "--count", "3", "--json")
+    assert all(json.loads(line)["specversion"] == "1.0" for line in out.splitlines())
+    assert len(out.splitlines()) == 3
+    code, out, err = await _caesura(pair, "abort")
+    assert code == 3, err
+    pair.assert_order()

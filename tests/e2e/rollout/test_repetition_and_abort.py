@@ -1,0 +1,172 @@
+"""Commands delivered twice and late, and aborts in every state (I5, I9, I10, I11)."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import msgspec
+import pytest
+
+from caesura.contract import messages as m
+from caesura_ctl.session import new_request_id
+
+
+def _capture_commands(pair: Any) -> list[m.FreezeCommanded]:
+    """Freeze commands as they pass by on the bus (the session must be subscribed to them)."""
+    captured: list[m.FreezeCommanded] = []
+
+    async def listen(received: Any) -> None:
+        if isinstance(received.message, m.FreezeCommanded):
+            captured.append(received.message)
+
+    pair.session.listeners.append(listen)
+    return captured
+
+
+def _command(pair: Any, **changes: Any) -> m.FreezeCommanded:
+    """A command as this coordinator would give it."""
+    boss = pair.picture.coordinator
+    command = m.FreezeCommanded(
+        operation=new_request_id(),
+        epoch=boss.epoch,
+        coordinator=boss.coordinator,
+        host="host-1",
+        rollout="by-hand",
+        wave=0,
+        method="freeze",
+        targets=(m.FreezeTarget(vm="web-1", set="web", update_domain=0),),
+        hold_s=1.0,
+        budget_s=5.0,
+        not_after=datetime.now(UTC) + timedelta(seconds=20),
+    )
+    return msgspec.structs.replace(command, **changes)
+
+
+async def _report(pair: Any, operation: str, *statuses: str) -> m.OperationReported:
+    await pair.sandbox.until(
+        lambda: operation in pair.picture.reports and pair.picture.reports[operation].status in statuses,
+        10,
+        f"a report {'/'.join(statuses)}",
+    )
+    report: m.OperationReported = pair.picture.reports[operation]
+    return report
+
+
+async def test_one_command_delivered_twice_freezes_once(pair: Any) -> None:
+    command = _command(pair)
+    for _ in range(2):
+        await pair.session.post.send(command, host="host-1")
+    await pair.frozen("web-1")
+    await pair.session.post.send(command, host="host-1")
+    await _report(pair, command.operation, "completed")
+    del pair.picture.reports[command.operation]
+    await pair.session.post.send(command, host="host-1")
+    again = await _report(pair, command.operation, "completed")
+    assert again.vms[0].frozen
+    assert len(pair.sandbox.watch.pauses) == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"epoch": 0}, None),
+        ({"epoch": 1, "coordinator": "somebody-else"}, "coordinator"),
+        ({"not_after": datetime(2026, 1, 1, tzinfo=UTC)}, "not_after"),
+        ({"targets": (m.FreezeTarget(vm="web-9", set="web", update_domain=0),)}, "web-9"),
+        ({"method": "swap"}, "swap"),
+        ({"update": "unheard-of", "hold_s": 0.0}, "unheard-of"),
+    ],
+    ids=["epoch-zero", "other-coordinator", "expired", "unknown-vm", "method", "unknown-update"],
+)
+async def test_what_a_host_refuses(changes: dict[str, Any], words: str | None, pair: Any) -> None:
+    command = _command(pair, **changes)
+    await pair.session.post.send(command, host="host-1")
+    if words is None:  # breaks the contract: dropped with a log line, changes nothing
+        await pair.sandbox.until(
+            lambda: any(each.get("event") == "bus.message_refused" for each in pair.sandbox.events("host-1")),
+            10,
+            "a log line",
+        )
+    else:
+        report = await _report(pair, command.operation, "refused")
+        assert words in report.reason
+    assert not pair.sandbox.watch.pauses
+
+
+async def test_an_older_epoch_is_refused_after_a_takeover(pair: Any) -> None:
+    old = _command(pair)
+    await pair.sandbox.kill("coordinator")
+    await pair.sandbox.start("coordinator")
+    await pair.sandbox.until(lambda: pair.picture.coordinator.epoch == 2, 15, "epoch 2")
+    await pair.ready("host-1", "host-2")
+    await pair.session.post.send(old, host="host-1")
+    report = await _report(pair, old.operation, "refused")
+    assert "epoch" in report.reason
+    assert not pair.sandbox.watch.pauses
+
+
+async def test_an_abort_that_overtakes_its_command_prevents_the_pause(pair: Any) -> None:
+    command = _command(pair)
+    abort = m.AbortCommanded(
+        operation=command.operation, epoch=command.epoch, coordinator=command.coordinator, host="host-1"
+    )
+    await pair.session.post.send(abort, host="host-1")
+    await _report(pair, command.operation, "cancelled")
+    await pair.session.post.send(command, host="host-1")
+    # A second operation that completes proves that the first command was handled, and left no trace.
+    other = _command(pair)
+    await pair.session.post.send(other, host="host-1")
+    await _report(pair, other.operation, "completed")
+    assert len(pair.sandbox.watch.pauses) == 1
+    assert pair.picture.reports[command.operation].status == "cancelled"
+
+
+@pytest.mark.parametrize("state", ["scheduled", "frozen", "verifying", "soaking"])
+async def test_abort_in_each_state(state: str, pair: Any) -> None:
+    pair.sandbox.update("patch", ["sleep", "3"], expected_s=3.0)
+    pair.notice_s = 2.0
+    rollout = await pair.roll(soak_s=4.0)
+    if state == "frozen":
+        await pair.frozen("web-1")
+    else:
+        await pair.wave(rollout, 0, state)
+    answer = await pair.session.ask(
+        m.AbortRequested(request=new_request_id(), rollout=rollout, reason="test")
+    )
+    assert answer.accepted, answer.reason
+    ended = await pair.ended(rollout)
+    assert ended.status == "aborted"
+    await pair.none_frozen(timeout_s=3)
+    assert "web-2" not in {each.vm for each in pair.sandbox.watch.pauses}
+    if state == "scheduled":
+        assert not pair.sandbox.watch.pauses
+    if state == "frozen":
+        assert pair.sandbox.watch.longest_s() < 3.0, "the pause was cut short"
+    await pair.sandbox.until(lambda: not pair.picture.documents["web"].events, 5, "document empty")
+    await pair.sandbox.until(
+        lambda: all(
+            facts[-1].status in {"completed", "cancelled", "failed"} for facts in pair.picture.events.values()
+        ),
+        5,
+        "every event has its end",
+    )
+    pair.assert_one_end_each()
+    # The set is free again.
+    pair.sandbox.update("patch", ["sleep", "0.5"], expected_s=0.5)
+    again = await pair.ended(await pair.roll())
+    assert again.status == "completed", again.reason
+    pair.assert_order()
+
+
+async def test_a_halted_rollout_can_be_resumed(pair: Any) -> None:
+    flag = pair.sandbox.folder / "works"
+    pair.sandbox.update("patch", ["test", "-e", str(flag)], expected_s=0.5)
+    rollout = await pair.roll()
+    assert (await pair.ended(rollout)).status == "halted"
+    flag.touch()
+    answer = await pair.session.ask(m.ResumeRequested(request=new_request_id()))
+    assert answer.accepted, answer.reason
+    await pair.sandbox.until(lambda: pair.rollout(rollout).status == "completed", 30, "the rollout completed")
+    pair.assert_order()
+    pair.assert_one_end_each()

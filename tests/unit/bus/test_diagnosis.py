@@ -1,0 +1,48 @@
+"""Every failure has words of its own, and advice; the words of real failures are in the integration tests."""
+
+from __future__ import annotations
+
+import pytest
+
+from caesura.bus import diagnosis
+from caesura.bus.diagnosis import (
+    ClosedEarly,
+    ConnectionLost,
+    ConnectRefused,
+    NoAnswer,
+    SubscribeRefused,
+    explain,
+)
+from caesura.bus.options import BrokerOptions
+
+OPTIONS = BrokerOptions(url="mqtt://broker:1883", client_id="host-1", username="updater")
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (ConnectRefused(diagnosis.BAD_USER_OR_PASSWORD, "x"), "password of user 'updater'"),
+        (ConnectRefused(diagnosis.NOT_AUTHORIZED, "x"), "password of user 'updater'"),
+        (ConnectRefused(diagnosis.UNSUPPORTED_PROTOCOL, "x"), "protocol to 'auto'"),
+        (ConnectRefused(diagnosis.CLIENT_ID_NOT_VALID, "x"), "client id 'host-1'"),
+        (ConnectRefused(diagnosis.SERVER_UNAVAILABLE, "x"), "its log"),
+        (ConnectRefused(0x80, "x"), "broker's log"),
+        (ConnectionLost(diagnosis.SESSION_TAKEN_OVER, "x"), "id 'host-1'"),
+        (ConnectionLost(0, "x"), "broker's log"),
+        (SubscribeRefused(["a/#"]), "read access"),
+        (ClosedEarly("x"), "mqtts://"),
+        (NoAnswer(), "load"),
+        (TimeoutError(), "firewall"),
+        (ConnectionResetError(), "TLS"),
+        (PermissionError(13, "denied", "/run/bus.sock"), "access"),
+        (OSError(113, "No route to host"), "network"),
+    ],
+)
+def test_advice(error: BaseException, words: str) -> None:
+    explained = explain(error, OPTIONS)
+    assert words in explained.advice
+    assert explained.what
+
+
+def test_what_was_refused_is_named() -> None:
+    assert "a/#, b" in explain(SubscribeRefused(["a/#", "b"]), OPTIONS).what

@@ -1,0 +1,83 @@
+"""What only the in-memory bus has; the port's promises are in the conformance suite."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from caesura.bus.memory import MemoryBroker, MemoryBus
+from caesura.bus.port import BusUnavailable, Delivery, PublishRefused, Will
+from caesura.testing.collector import Collector, eventually, running
+
+
+async def test_the_clients_that_are_connected_are_known() -> None:
+    broker = MemoryBroker()
+    async with running(MemoryBus(broker, client_id="a")), running(MemoryBus(broker, client_id="b")):
+        assert broker.clients == {"a", "b"}
+    assert broker.clients == set()
+
+
+async def test_access_is_asked_for_by_client_and_topic() -> None:
+    broker = MemoryBroker(may_publish=lambda client_id, topic: topic.startswith(f"{client_id}/"))
+    a = MemoryBus(broker, client_id="a")
+    async with running(a):
+        await a.publish("a/x", b"")
+        with pytest.raises(PublishRefused):
+            await a.publish("b/x", b"")
+
+
+async def test_a_will_obeys_the_access_rule_too() -> None:
+    broker = MemoryBroker(may_publish=lambda _, topic: topic != "denied")
+    bus = MemoryBus(broker, client_id="a", will=Will("denied", b"gone"))
+    async with running(bus):
+        broker.kill("a")
+    assert broker.retained == {}
+
+
+async def test_a_broker_that_goes_down_sends_no_wills_and_keeps_what_is_retained() -> None:
+    broker = MemoryBroker()
+    bus = MemoryBus(broker, client_id="a", will=Will("will", b"gone"))
+    async with running(bus):
+        await bus.publish("kept", b"x", retain=True)
+        broker.down()
+        await eventually(lambda: not bus.stats.connected)
+        with pytest.raises(BusUnavailable, match="went down"):
+            await bus.publish("a", b"", timeout_s=0.01)
+        broker.up()
+        assert await bus.wait_connected(5)
+    assert broker.retained == {"kept": b"x"}
+
+
+async def test_unacknowledged_messages_come_again_in_order_before_newer_ones() -> None:
+    broker = MemoryBroker(window=2)
+    got = Collector()
+
+    async def never(_: Delivery) -> None:
+        await asyncio.Event().wait()
+
+    sender = MemoryBus(broker)
+    async with running(sender):
+        async with running(MemoryBus(broker, client_id="a", filters=["t"], clean=False), never) as task:
+            for number in range(5):
+                await sender.publish("t", b"%d" % number)
+            task.cancel()
+            await asyncio.wait({task})
+        await sender.publish("t", b"5")
+        async with running(MemoryBus(broker, client_id="a", filters=["t"], clean=False), got.receive):
+            await got.until_payload(b"5")
+    assert got.payloads == [b"%d" % number for number in range(6)]
+
+
+@pytest.mark.looptime
+async def test_it_runs_on_fake_time() -> None:
+    loop = asyncio.get_running_loop()
+    broker = MemoryBroker()
+    bus = MemoryBus(broker, reconnect_s=3_600)
+    async with running(bus):
+        broker.down()
+        await eventually(lambda: not bus.stats.connected, timeout_s=10)
+        broker.up()
+        began_s = loop.time()
+        assert await bus.wait_connected(10_000)
+        assert 3_590 < loop.time() - began_s < 3_610

@@ -1,0 +1,1 @@
+"""The metrics exporter: everything that happens on the bus, as Prometheus metrics."""

@@ -1,0 +1,73 @@
+"""``caesura-metadata-publisher``: the composition root of the metadata publisher."""
+
+from __future__ import annotations
+
+import sys
+from datetime import UTC, datetime
+
+from prometheus_client import CollectorRegistry
+
+from caesura.bus.mqtt import MqttBus
+from caesura.bus.options import options_from
+from caesura.bus.port import Will
+from caesura.contract.codec import encode
+from caesura.contract.messages import PublisherPresence
+from caesura.contract.topics import channel_of
+from caesura.runtime.command import run_service
+from caesura.runtime.health import serve_health
+from caesura.runtime.identity import new_id
+from caesura.runtime.serve import serve
+from caesura_metadata_publisher.http import serve_metadata
+from caesura_metadata_publisher.listeners import read_listeners
+from caesura_metadata_publisher.metrics import PublisherCollector
+from caesura_metadata_publisher.service import MetadataPublisher, filters
+from caesura_metadata_publisher.settings import MetadataPublisherSettings
+
+
+def main() -> int:
+    """The console script."""
+    return run_service(
+        "metadata-publisher",
+        "Serves scheduled events, approvals and instance metadata to the workloads in the VMs.",
+        MetadataPublisherSettings,
+        _main,
+    )
+
+
+async def _main(settings: MetadataPublisherSettings) -> None:
+    listeners = read_listeners(settings.listeners_file)
+    bus = MqttBus(
+        options_from(settings, client_id=f"caesura-metadata-{settings.instance}"),
+        filters=filters(),
+        will=_will(settings),
+    )
+    publisher = MetadataPublisher(settings, bus)
+    registry = CollectorRegistry()
+    registry.register(PublisherCollector(publisher, bus))
+    pings = {"broker": publisher.broker_ping, "documents": lambda: publisher.documents_ping(listeners)}
+    async with (
+        serve_health(settings.health_listen, pings, registry),
+        serve_metadata(publisher, listeners),
+    ):
+        await serve(
+            {
+                "bus": publisher.run_bus,
+                "approvals": publisher.run_approvals,
+                "presence": publisher.run_presence,
+            },
+            drain=publisher.drain,
+        )
+
+
+def _will(settings: MetadataPublisherSettings) -> Will:
+    payload = encode(
+        PublisherPresence(instance=settings.instance, online=False),
+        source=f"/caesura/metadata/{settings.instance}",
+        event_id=new_id(),
+        time=datetime.now(UTC),
+    )
+    return Will(channel_of(PublisherPresence).topic(instance=settings.instance), payload)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

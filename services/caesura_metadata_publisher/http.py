@@ -1,0 +1,96 @@
+"""HTTP around the publisher: one aiohttp application per listener. All rules are in ``request``."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+
+import structlog
+from aiohttp import web
+
+from caesura.runtime.health import open_site
+from caesura_metadata_publisher.listeners import Listener
+from caesura_metadata_publisher.request import MAX_BODY_BYTES, Answer, parse, service_error
+from caesura_metadata_publisher.service import MetadataPublisher
+
+_SHUTDOWN_S = 1.0  # s: requests in flight at the end take milliseconds; an approval on a dead bus is cut
+
+_log = structlog.get_logger("caesura.metadata")
+
+
+@asynccontextmanager
+async def serve_metadata(
+    publisher: MetadataPublisher, listeners: Sequence[Listener]
+) -> AsyncIterator[tuple[str, ...]]:
+    """Serve every listener while the block runs; gives the addresses, with real ports where 0 was asked for.
+
+    Raises:
+        ListenError: naming the address that cannot be opened, and why.
+    """
+    async with AsyncExitStack() as stack:
+        addresses = []
+        for listener in listeners:
+            runner = web.AppRunner(
+                metadata_app(publisher, listener), access_log=None, shutdown_timeout=_SHUTDOWN_S
+            )
+            await runner.setup()
+            stack.push_async_callback(runner.cleanup)
+            await open_site(runner, listener.listen)
+            addresses.append(_opened(runner))
+        _log.info("metadata.listening", listeners=len(addresses))
+        yield tuple(addresses)
+
+
+def metadata_app(publisher: MetadataPublisher, listener: Listener) -> web.Application:
+    """The HTTP API as the VM of ``listener`` sees it."""
+
+    async def handle(request: web.Request) -> web.StreamResponse:
+        body = await _read(request) if request.method == "POST" else b""
+        headers = {name.lower(): value for name, value in request.headers.items()}
+        parsed = parse(request.method, request.path, list(request.query.items()), headers, body)
+        try:
+            answer = parsed if isinstance(parsed, Answer) else await publisher.answer(listener, parsed)
+        except Exception:  # noqa: BLE001 - a client must get the documented 500, not aiohttp's page
+            _log.exception("metadata.failed", vm=listener.vm, method=request.method, path=request.path)
+            answer = service_error("Unexpected failure.")
+        publisher.answers[_endpoint(request.path), _method(request.method), answer.status] += 1
+        return _response(answer)
+
+    app = web.Application()
+    app.router.add_route("*", "/{path:.*}", handle)
+    return app
+
+
+async def _read(request: web.Request) -> bytes | None:
+    """The body, None if it is too large; whatever the Content-Type says."""
+    body = bytearray()
+    async for chunk in request.content.iter_chunked(16 * 1024):
+        body += chunk
+        if len(body) > MAX_BODY_BYTES:
+            return None
+    return bytes(body)
+
+
+def _response(answer: Answer) -> web.Response:
+    headers = {"Server": "caesura", **answer.headers}
+    if answer.body:
+        headers["Content-Type"] = answer.content_type
+    return web.Response(status=answer.status, body=answer.body, headers=headers)
+
+
+def _opened(runner: web.AppRunner) -> str:
+    address = runner.addresses[0]
+    if isinstance(address, str):
+        return f"unix:{address}"
+    host = f"[{address[0]}]" if ":" in address[0] else address[0]
+    return f"{host}:{address[1]}"
+
+
+def _endpoint(path: str) -> str:
+    # A bounded label: what a client makes up does not become a time series.
+    second = path.split("/")[2].lower() if path.count("/") >= 2 else ""
+    return second if second in {"scheduledevents", "instance", "versions"} else "other"
+
+
+def _method(method: str) -> str:
+    return method if method in {"GET", "POST"} else "other"

@@ -1,0 +1,245 @@
+"""The metadata publisher's shell: documents and inventories in from the bus, answers and approvals out.
+
+Without a document there is no 200: an incarnation made up here (0, say) could be lower than what another
+publisher, or this one before its restart, has shown, and an incarnation never goes back. Clients retry the
+500, and Azure's own first answer may be minutes late too. So a coordinator publishes a document for every
+set it knows, also while nothing is scheduled. With the bus lost, the last document is still served.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from datetime import UTC, datetime, timedelta
+from uuid import NAMESPACE_URL, uuid5
+
+import msgspec
+import structlog
+
+from caesura.bus.port import Bus, BusError
+from caesura.bus.post import Post
+from caesura.contract.codec import Received
+from caesura.contract.messages import (
+    EventApproved,
+    HostInventory,
+    PublisherPresence,
+    ScheduledEvent,
+    SetDocument,
+)
+from caesura.contract.topics import channel_of
+from caesura_metadata_publisher.directory import Directory
+from caesura_metadata_publisher.document import (
+    awaits_approval,
+    etag_of,
+    find_event,
+    unchanged,
+    wire_document,
+)
+from caesura_metadata_publisher.instance import answer_instance, instance_tree
+from caesura_metadata_publisher.listeners import Listener
+from caesura_metadata_publisher.request import (
+    Answer,
+    Approve,
+    ReadEvents,
+    ReadInstance,
+    Request,
+    service_error,
+)
+from caesura_metadata_publisher.settings import MetadataPublisherSettings
+from caesura_metadata_publisher.versions import INSTANCE_VERSIONS
+
+_log = structlog.get_logger("caesura.metadata")
+
+_LATE = timedelta(seconds=5)  # after NotBefore an approval says nothing new; this much for clocks that differ
+_PRESENCE_BEAT_S = 30.0  # s: a broker that lost its retained messages hears of us again this soon
+
+
+class _Pending(msgspec.Struct, frozen=True):
+    """An approval that was published and is not seen in the document yet."""
+
+    approved: EventApproved
+    message_id: str
+    not_before: datetime
+
+
+def filters() -> tuple[str, ...]:
+    """What a publisher subscribes to."""
+    return (channel_of(SetDocument).filter(), channel_of(HostInventory).filter())
+
+
+class MetadataPublisher:
+    """Answers the requests of VMs. Nothing is persisted: all it knows is retained on the bus."""
+
+    def __init__(self, settings: MetadataPublisherSettings, bus: Bus) -> None:
+        self._settings = settings
+        self._bus = bus
+        self._post = Post(bus, f"/caesura/metadata/{settings.instance}")
+        self._post.on(SetDocument, self._on_document)
+        self._post.on(HostInventory, self._on_inventory)
+        self._directory = Directory()
+        self._pending: dict[str, _Pending] = {}
+        self.answers: Counter[tuple[str, str, int]] = Counter()
+        """(endpoint, method, status) to how often."""
+        self.approvals = 0
+        """Approvals accepted from workloads and published."""
+
+    @property
+    def pending(self) -> int:
+        """Approvals that the document does not show yet."""
+        return len(self._pending)
+
+    @property
+    def decode_errors(self) -> Counter[str]:
+        """Messages that broke the contract, by kind."""
+        return self._post.decode_errors
+
+    def broker_ping(self) -> str:
+        """For /ready."""
+        stats = self._bus.stats
+        return "" if stats.connected else f"not connected: {stats.last_error or 'still trying'}"
+
+    def documents_ping(self, listeners: tuple[Listener, ...]) -> str:
+        """For /ready: whether every VM that may ask can be answered."""
+        missing = sorted({each.vm for each in listeners if isinstance(self._document(each.vm), Answer)})
+        return f"no document yet for {', '.join(missing)}" if missing else ""
+
+    # -- tasks --------------------------------------------------------------------------------------------
+
+    async def run_bus(self) -> None:
+        """Keep the connection; deliver."""
+        await self._bus.run(self._post.deliver, self.publish_state)
+
+    async def run_approvals(self) -> None:
+        """Repeat approvals until the document shows them: that a publish returned proves nothing."""
+        while True:
+            await asyncio.sleep(self._settings.approval_repeat_s)
+            for key, pending in list(self._pending.items()):
+                if not self._still_wanted(pending, datetime.now(UTC)):
+                    self._pending.pop(key, None)
+                    continue
+                try:
+                    await self._publish(pending)
+                except BusError as error:
+                    _log.debug("approval.repeat_failed", event_id=pending.approved.event_id, why=str(error))
+
+    async def run_presence(self) -> None:
+        """Say online from time to time, for a broker that forgot."""
+        while True:
+            await asyncio.sleep(_PRESENCE_BEAT_S)
+            try:
+                await self.publish_state()
+            except BusError as error:
+                _log.debug("presence.unsaid", why=str(error))
+
+    async def publish_state(self) -> None:
+        """The retained presence; also after every (re)connect."""
+        await self._say_online(online=True, timeout_s=10.0)
+
+    async def drain(self) -> None:
+        """Say offline and leave the bus."""
+        try:
+            await self._say_online(online=False, timeout_s=1.0)
+        except BusError as error:
+            _log.debug("presence.unsaid", why=str(error))  # the last will says it
+        await self._bus.close()
+
+    async def _say_online(self, *, online: bool, timeout_s: float) -> None:
+        presence = PublisherPresence(instance=self._settings.instance, online=online)
+        await self._post.send(presence, instance=self._settings.instance, timeout_s=timeout_s)
+
+    # -- from the bus -------------------------------------------------------------------------------------
+
+    async def _on_document(self, document: SetDocument, _: Received) -> None:
+        known = self._directory.document(document.set)
+        if self._directory.take_document(document):
+            _log.debug("document.taken", set=document.set, incarnation=document.incarnation)
+        elif known is not None and document.incarnation < known.incarnation:
+            _log.warning(
+                "document.older_ignored",
+                set=document.set,
+                incarnation=document.incarnation,
+                shown=known.incarnation,
+                advice="a lower incarnation means that the coordinator lost its store, or that a broker was restored",
+            )
+
+    async def _on_inventory(self, inventory: HostInventory, _: Received) -> None:
+        self._directory.take_inventory(inventory)
+
+    # -- from the workloads -------------------------------------------------------------------------------
+
+    async def answer(self, listener: Listener, request: Request) -> Answer:
+        """The answer to a well-formed request that came in at ``listener``."""
+        if isinstance(request, ReadEvents):
+            return self._read_events(listener.vm, request)
+        if isinstance(request, Approve):
+            return await self._approve(listener.vm, request)
+        if isinstance(request, ReadInstance):
+            placed = self._directory.vm(listener.vm)
+            if placed is None:
+                return self._unknown(listener.vm)
+            tree = instance_tree(placed, request.version, self._settings.place, listener.address)
+            return answer_instance(tree, request.path, request.format)
+        oldest_first = sorted(INSTANCE_VERSIONS)
+        return Answer(status=200, body=msgspec.json.encode({"apiVersions": oldest_first}))
+
+    def _read_events(self, vm: str, request: ReadEvents) -> Answer:
+        document = self._document(vm)
+        if isinstance(document, Answer):
+            return document
+        etag = etag_of(document)
+        if request.if_none_match and unchanged(request.if_none_match, etag):
+            return Answer(status=304, headers={"ETag": etag})
+        return Answer(status=200, body=wire_document(document, request.version), headers={"ETag": etag})
+
+    async def _approve(self, vm: str, request: Approve) -> Answer:
+        document = self._document(vm)
+        if isinstance(document, Answer):
+            return document
+        for event_id in request.event_ids:
+            event = find_event(document, event_id)
+            # Unknown, started or approved already: 200 and no change, also when another VM approved it.
+            if event is None or not awaits_approval(event) or event.event_id in self._pending:
+                continue
+            pending = self._approval(document.set, vm, event)
+            try:
+                await self._publish(pending)
+            except BusError as error:
+                _log.warning("approval.refused", vm=vm, event_id=event.event_id, why=str(error))
+                return service_error("The approval could not be passed on.")
+            self._pending[event.event_id] = pending
+            self.approvals += 1
+            _log.info("approval.accepted", vm=vm, set=document.set, event_id=event.event_id)
+        return Answer(status=200)
+
+    def _approval(self, set_name: str, vm: str, event: ScheduledEvent) -> _Pending:
+        approved = EventApproved(event_id=event.event_id, set=set_name, vm=vm, at=datetime.now(UTC))
+        # The same id on every repetition, so that readers count one approval.
+        message_id = str(uuid5(NAMESPACE_URL, f"caesura/approval/{event.event_id}/{vm}"))
+        return _Pending(approved, message_id, event.not_before)
+
+    async def _publish(self, pending: _Pending) -> None:
+        await self._post.send(
+            pending.approved,
+            event_id=pending.message_id,
+            instance=self._settings.instance,
+            timeout_s=self._settings.approval_timeout_s,
+        )
+
+    def _still_wanted(self, pending: _Pending, now: datetime) -> bool:
+        document = self._directory.document(pending.approved.set)
+        event = find_event(document, pending.approved.event_id) if document else None
+        return awaits_approval(event) and now < pending.not_before + _LATE
+
+    def _document(self, vm: str) -> SetDocument | Answer:
+        placed = self._directory.vm(vm)
+        if placed is None:
+            return self._unknown(vm)
+        document = self._directory.document(placed.record.set)
+        if document is None:
+            return service_error(f"The events of set {placed.record.set} are not known yet.")
+        return document
+
+    def _unknown(self, vm: str) -> Answer:
+        if self._bus.stats.connects == 0:
+            return service_error("The message bus was not reached yet.")
+        return service_error(f"No host has spoken of VM {vm} yet.")

@@ -1,0 +1,51 @@
+"""Settings of the metadata publisher, read from ``CAESURA_METADATA_PUBLISHER_*``."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from msgspec import Meta
+
+from caesura.contract.names import NAME_PATTERN
+from caesura.runtime.settings import ServiceSettings
+from caesura_metadata_publisher.instance import Place
+
+
+class MetadataPublisherSettings(ServiceSettings, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One publisher, for the VMs of its listeners file."""
+
+    instance: Annotated[
+        str, Meta(pattern=NAME_PATTERN, description="Name of this publisher on the bus; unique in the fleet.")
+    ] = "metadata"
+    listeners_file: Annotated[
+        str,
+        Meta(
+            description='TOML file: `[[listener]]` with `vm = "web-1"` and `listen = "127.0.0.1:8101"` or `"unix:/path"`.'
+        ),
+    ]
+    health_listen: Annotated[
+        str,
+        Meta(
+            description="`host:port` or `unix:/path` for /live, /ready and /metrics; empty for no listener."
+        ),
+    ] = "127.0.0.1:9313"
+    approval_timeout_s: Annotated[
+        float,
+        Meta(gt=0, description="Seconds an approval may wait for the bus before it is answered with 500."),
+    ] = 3.0
+    approval_repeat_s: Annotated[
+        float,
+        Meta(gt=0, description="Seconds between repetitions of an approval until the document shows it."),
+    ] = 1.0
+    location: Annotated[str, Meta(description="Shown as compute.location.")] = "local"
+    resource_group: Annotated[str, Meta(description="Shown as compute.resourceGroupName.")] = "caesura"
+    subscription: Annotated[str, Meta(description="Shown as compute.subscriptionId.")] = (
+        "00000000-0000-0000-0000-000000000000"
+    )
+
+    @property
+    def place(self) -> Place:
+        """The operator's words about where the VMs are."""
+        return Place(
+            location=self.location, resource_group=self.resource_group, subscription=self.subscription
+        )

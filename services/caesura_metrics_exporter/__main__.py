@@ -1,0 +1,48 @@
+"""``caesura-metrics-exporter``: the composition root of the metrics exporter."""
+
+from __future__ import annotations
+
+import sys
+
+from prometheus_client import CollectorRegistry, ProcessCollector
+
+from caesura.bus.mqtt import MqttBus
+from caesura.bus.options import options_from
+from caesura.runtime.command import run_service
+from caesura.runtime.health import serve_health
+from caesura.runtime.serve import serve
+from caesura_metrics_exporter.service import MetricsExporter, filters
+from caesura_metrics_exporter.settings import MetricsExporterSettings
+
+
+def main() -> int:
+    """The console script."""
+    return run_service(
+        "metrics-exporter",
+        "Reads everything on the bus and serves it as Prometheus metrics.",
+        MetricsExporterSettings,
+        _main,
+    )
+
+
+async def _main(settings: MetricsExporterSettings) -> None:
+    # A persistent session: facts sent while the exporter restarts are counted when it is back.
+    options = options_from(settings, client_id=f"caesura-metrics-{settings.instance}", clean=False)
+    bus = MqttBus(options, filters=filters())
+    exporter = MetricsExporter(settings, bus)
+    registry = CollectorRegistry()
+    ProcessCollector(registry=registry)
+    registry.register(exporter.collector())
+    pings = {"broker": exporter.broker_ping}
+    async with (
+        serve_health(settings.listen, pings, registry),
+        serve_health(settings.health_listen, pings, registry),
+    ):
+        await serve(
+            {"bus": exporter.run_bus, "forgetting": exporter.run_forgetting},
+            drain=exporter.drain,
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,115 @@
+"""The Prometheus adapter: turns ``Tally`` and ``Fleet`` into metric families at scrape time."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterator
+from importlib.metadata import version
+
+import msgspec
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from caesura.bus.metrics import bus_families
+from caesura.bus.port import Bus
+from caesura_metrics_exporter.families import counter, histogram
+from caesura_metrics_exporter.fleet import Fleet
+from caesura_metrics_exporter.fleet_metrics import fleet_families
+from caesura_metrics_exporter.series import Histogram
+from caesura_metrics_exporter.tally import Tally
+
+
+class SelfStats(msgspec.Struct):
+    """What the exporter knows of its own work."""
+
+    handler: Histogram
+    """Seconds it took to fold one message."""
+    last_message_at: float = 0.0
+    """Unix time of the last message, seconds; 0 before the first."""
+    decode_errors: Counter[str] = msgspec.field(default_factory=Counter)
+
+
+class FleetCollector(Collector):
+    """Everything the exporter says, worked out at scrape time: what vanished from the fold vanishes here."""
+
+    def __init__(self, tally: Tally, fleet: Fleet, own: SelfStats, bus: Bus) -> None:
+        self._tally = tally
+        self._fleet = fleet
+        self._own = own
+        self._bus = bus
+
+    def collect(self) -> Iterator[Metric]:
+        """Every metric family."""
+        started = time.perf_counter()
+        yield from self._facts()
+        yield from fleet_families(self._fleet)
+        yield from bus_families(self._bus.stats, self._own.decode_errors)
+        yield CounterMetricFamily(
+            "caesura_bus_reconnects",
+            "Connects to the broker after the first.",
+            value=max(0, self._bus.stats.connects - 1),
+        )
+        yield histogram("caesura_exporter_handler_seconds", "Seconds to fold one message.", self._own.handler)
+        yield GaugeMetricFamily(
+            "caesura_exporter_last_message_timestamp_seconds",
+            "When the last message arrived, unix time; 0 before the first.",
+            value=self._own.last_message_at,
+        )
+        built = GaugeMetricFamily("caesura_exporter_build_info", "Version of Caesura.", labels=["version"])
+        built.add_metric([version("caesura")], 1.0)
+        yield built
+        yield GaugeMetricFamily(
+            "caesura_exporter_scrape_duration_seconds",
+            "Seconds that this scrape took to work out.",
+            value=time.perf_counter() - started,
+        )
+
+    def _facts(self) -> Iterator[Metric]:
+        tally = self._tally
+        yield counter("caesura_messages", "Messages read from the bus, by type.", tally.messages)
+        yield counter(
+            "caesura_messages_repeated", "Messages that repeated a known fact, by type.", tally.duplicates
+        )
+        yield histogram(
+            "caesura_pause_seconds", "How long VMs were paused, host monotonic clock.", tally.pauses
+        )
+        yield counter("caesura_freezes", "VMs frozen.", tally.freezes)
+        yield counter(
+            "caesura_pause_overruns", "Pauses that lasted longer than their budget.", tally.overruns
+        )
+        yield counter(
+            "caesura_pauses_resumed_by_guard", "Pauses that the pause guard had to end.", tally.guard_resumes
+        )
+        yield counter(
+            "caesura_memory_proofs", "Proofs that guest memory stayed as it was.", tally.memory_proofs
+        )
+        yield histogram(
+            "caesura_clock_error_seconds",
+            "Absolute guest clock error before and after the sync.",
+            tally.clock_errors,
+        )
+        yield counter("caesura_clock_syncs", "Verdicts on guest clocks after a resume.", tally.clock_syncs)
+        yield counter("caesura_clock_sync_runs", "Clock-syncs that agents ran.", tally.agent_syncs)
+        yield counter("caesura_wave_transitions", "Waves that reached a status.", tally.waves)
+        yield counter("caesura_events", "Scheduled events that reached a status.", tally.events)
+        yield histogram("caesura_event_notice_seconds", "Publication of an event to NotBefore.", tally.notice)
+        yield histogram(
+            "caesura_event_approval_delay_seconds",
+            "Publication of an event to its approval.",
+            tally.approval_delay,
+        )
+        yield counter("caesura_event_approvals", "Approvals that workloads gave.", tally.approvals)
+        yield counter("caesura_vm_readiness", "Answers of agents to scheduled events.", tally.readiness)
+        yield counter("caesura_hooks", "Hooks that ended.", tally.hooks)
+        yield histogram("caesura_hook_seconds", "How long hooks ran.", tally.hook_seconds)
+        yield counter("caesura_operations", "Reports of commanded operations.", tally.operations)
+        yield counter("caesura_commands", "Commands sent to hosts, repetitions not counted.", tally.commands)
+        yield counter("caesura_updates", "Updates that ended.", tally.updates)
+        yield histogram("caesura_update_seconds", "How long updates ran.", tally.update_seconds)
+        yield histogram(
+            "caesura_operation_overhead_seconds",
+            "Longest pause of an operation minus its update's own seconds.",
+            tally.overhead,
+        )
+        yield counter("caesura_requests", "Operators' requests that were answered.", tally.requests)

@@ -1,0 +1,28 @@
+"""Settings of the metrics exporter, read from ``CAESURA_METRICS_EXPORTER_*``."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from msgspec import Meta
+
+from caesura.contract.names import NAME_PATTERN
+from caesura.runtime.settings import ServiceSettings
+
+
+class MetricsExporterSettings(ServiceSettings, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One exporter, for a fleet."""
+
+    instance: Annotated[
+        str,
+        Meta(
+            pattern=NAME_PATTERN, description="Name of this exporter; its session at the broker hangs on it."
+        ),
+    ] = "exporter"
+    listen: Annotated[
+        str, Meta(description="`host:port` or `unix:/path` for /metrics, /live and /ready.")
+    ] = "127.0.0.1:9310"
+    forget_after_s: Annotated[
+        float,
+        Meta(gt=0, description="Seconds without a word from a host after which its series are dropped."),
+    ] = 600.0

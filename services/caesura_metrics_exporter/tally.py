@@ -1,0 +1,176 @@
+"""What happened, counted: the fold of facts into counters and histograms. Pure.
+
+Facts may arrive twice (QoS 1, redelivery, a sender that repeats itself). Each is counted once, known by what
+it is about (an operation and a VM, an event and a status) or else by its CloudEvents source and id. Labels are
+bounded: never an event, a rollout or an operation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any
+
+from caesura.contract import messages as m
+from caesura.contract.codec import Received
+from caesura.contract.envelope import Message
+from caesura_metrics_exporter.series import Counts, Histogram, Seen
+
+# From 1 ms (an in-place swap) to 60 s, with boundaries at the budget limit of 30 s and at usual smaller budgets.
+PAUSE_BUCKETS = (
+    0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5,
+    1.0, 2.0, 3.0, 5.0, 7.5, 9.0, 10.0, 15.0, 20.0, 25.0, 30.0, 45.0, 60.0,
+)  # fmt: skip
+# Microseconds after a good sync, whole pauses before it.
+CLOCK_BUCKETS = (
+    0.00001, 0.00005, 0.0001, 0.0005, 0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 30.0, 60.0,
+)  # fmt: skip
+NOTICE_BUCKETS = (1.0, 5.0, 10.0, 15.0, 30.0, 60.0, 120.0, 300.0, 600.0, 900.0, 1800.0, 3600.0)
+SECONDS_BUCKETS = (0.01, 0.05, 0.1, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 300.0, 900.0)
+
+_REMEMBERED = 20_000  # facts; a large wave makes some hundreds, so many waves' repetitions are known
+
+_PAUSE = ("set", "update_domain", "host", "method")
+_DOMAIN = ("set", "update_domain")
+
+
+class Tally:
+    """Counters and histograms of a fleet."""
+
+    def __init__(self) -> None:
+        self._seen = Seen(_REMEMBERED)
+        self.messages = Counts("type")
+        self.duplicates = Counts("type")
+        self.freezes = Counts(*_PAUSE)
+        self.pauses = Histogram(PAUSE_BUCKETS, *_PAUSE)
+        self.overruns = Counts(*_PAUSE)
+        self.guard_resumes = Counts(*_PAUSE)
+        self.memory_proofs = Counts(*_DOMAIN, "proof", "outcome")
+        self.clock_errors = Histogram(CLOCK_BUCKETS, *_DOMAIN, "when")
+        self.clock_syncs = Counts(*_DOMAIN, "by", "outcome")
+        self.agent_syncs = Counts("trigger", "outcome")
+        self.waves = Counts("status")
+        self.events = Counts("set", "type", "status")
+        self.notice = Histogram(NOTICE_BUCKETS, "type")
+        self.approval_delay = Histogram(NOTICE_BUCKETS, "type")
+        self.approvals = Counts("set")
+        self.readiness = Counts("outcome")
+        self.hooks = Counts("hook", "outcome")
+        self.hook_seconds = Histogram(SECONDS_BUCKETS, "hook")
+        self.operations = Counts("host", "status")
+        self.updates = Counts("host", "update", "outcome")
+        self.update_seconds = Histogram(SECONDS_BUCKETS, "host", "update")
+        self.overhead = Histogram(PAUSE_BUCKETS, "host")
+        self.commands = Counts("host", "command")
+        self.requests = Counts("outcome")
+        self._counted: Mapping[type[Message], Callable[[Any], None]] = {
+            m.VmFrozen: self._frozen,
+            m.VmResumed: self._resumed,
+            m.VmClockSynced: self._clock,
+            m.AgentClockSynced: self._agent_synced,
+            m.WaveChanged: lambda wave: self.waves.add(wave.status),
+            m.EventChanged: self._event,
+            m.EventApproved: lambda approved: self.approvals.add(approved.set),
+            m.VmReady: lambda answer: self.readiness.add("ready" if answer.ready else "not_ready"),
+            m.HookFinished: self._hook,
+            m.OperationReported: self._operation,
+            m.FreezeCommanded: lambda command: self.commands.add(command.host, "freeze"),
+            m.AbortCommanded: lambda command: self.commands.add(command.host, "abort"),
+            m.RequestAnswered: lambda a: self.requests.add("accepted" if a.accepted else "refused"),
+        }
+
+    def take(self, received: Received) -> bool:
+        """Count one message; whether it was new."""
+        message = received.message
+        kind = type(message).TYPE
+        self.messages.add(kind)
+        if not self._seen.first(_identity(received)):
+            self.duplicates.add(kind)
+            return False
+        self._count(message)
+        return True
+
+    def forget_host(self, host: str) -> None:
+        """The host is gone for good: its series go too."""
+        for series in (
+            self.freezes,
+            self.pauses,
+            self.overruns,
+            self.guard_resumes,
+            self.operations,
+            self.updates,
+            self.update_seconds,
+            self.overhead,
+            self.commands,
+        ):
+            series.forget("host", host)
+
+    def _count(self, message: Message) -> None:
+        count = self._counted.get(type(message))
+        if count is not None:  # the others are state, not facts: see ``fleet``
+            count(message)
+
+    def _frozen(self, frozen: m.VmFrozen) -> None:
+        self.freezes.add(*_pause_labels(frozen))
+
+    def _agent_synced(self, synced: m.AgentClockSynced) -> None:
+        self.agent_syncs.add(synced.trigger, "synced" if synced.synced else "unsynced")
+
+    def _hook(self, hook: m.HookFinished) -> None:
+        self.hooks.add(hook.hook, hook.outcome)
+        self.hook_seconds.observe(hook.seconds, hook.hook)
+
+    def _resumed(self, resumed: m.VmResumed) -> None:
+        labels = _pause_labels(resumed)
+        self.pauses.observe(resumed.pause_s, *labels)
+        # Known from zero on, so that the first overrun shows as an increase.
+        self.overruns.add(*labels, by=0.0 if resumed.within_budget else 1.0)
+        self.guard_resumes.add(*labels, by=1.0 if resumed.resumed_by == "guard" else 0.0)
+        self._memory(resumed.set, resumed.update_domain, resumed.memory)
+
+    def _memory(self, set_name: str, domain: int, proof: m.MemoryProof | None) -> None:
+        if proof is not None and proof.proof != "none":
+            self.memory_proofs.add(set_name, str(domain), proof.proof, "held" if proof.ok else "broken")
+
+    def _clock(self, synced: m.VmClockSynced) -> None:
+        domain = (synced.set, str(synced.update_domain))
+        self.clock_syncs.add(*domain, synced.by, "synced" if synced.synced else "unsynced")
+        for when, error_s in (("before", synced.error_before_s), ("after", synced.error_after_s)):
+            if error_s is not None:
+                self.clock_errors.observe(abs(error_s), *domain, when)
+        self._memory(synced.set, synced.update_domain, synced.memory)
+
+    def _event(self, event: m.EventChanged) -> None:
+        self.events.add(event.set, event.event_type, event.status)
+        if event.status == "scheduled":
+            self.notice.observe(event.notice_s, event.event_type)
+        if event.approval_delay_s is not None and self._seen.first(("approval-delay", event.event_id)):
+            self.approval_delay.observe(event.approval_delay_s, event.event_type)
+
+    def _operation(self, report: m.OperationReported) -> None:
+        self.operations.add(report.host, report.status)
+        if report.update is not None and report.update.update:
+            self.updates.add(report.host, report.update.update, report.update.outcome)
+            self.update_seconds.observe(report.update.seconds, report.host, report.update.update)
+        if report.overhead_s is not None:
+            self.overhead.observe(report.overhead_s, report.host)
+
+
+def _pause_labels(message: m.VmFrozen | m.VmResumed) -> tuple[str, str, str, str]:
+    return (message.set, str(message.update_domain), message.host, message.method)
+
+
+def _identity(received: Received) -> Hashable:
+    """What makes two messages the same fact, also when the second has an id of its own."""
+    message = received.message
+    match message:
+        case m.VmFrozen() | m.VmResumed():
+            return (type(message).TYPE, message.operation, message.vm)
+        case m.VmClockSynced() if message.operation:
+            return (message.TYPE, message.operation, message.vm)
+        case m.EventChanged():
+            return (message.TYPE, message.event_id, message.status)
+        case m.OperationReported() | m.FreezeCommanded() | m.AbortCommanded():
+            status = message.status if isinstance(message, m.OperationReported) else ""
+            return (type(message).TYPE, message.host, message.operation, status)
+        case _:
+            return (received.header.source, received.header.id)

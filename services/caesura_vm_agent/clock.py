@@ -1,0 +1,113 @@
+"""Clock-sync arithmetic: what four timestamps say, which exchange counts, when to step. Pure.
+
+Source: RFC 5905 section 8. The guest is A (t1 sent, t4 received, guest clock), the host is B (t2 received,
+t3 answered, host clock); offset = ((t2 - t1) + (t3 - t4)) / 2 is host minus guest, delay = (t4 - t1) - (t3 - t2).
+If the true offset is T, then |offset - T| <= delay / 2 whatever the two legs are, so the exchange with the
+least delay tells most. All values are integer nanoseconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta
+
+from caesura.runtime.errors import CaesuraError
+
+NS_PER_S = 1_000_000_000
+MAX_STEPS = 2  # a second step mends what the first one left; a third would only chase noise
+
+
+class ImplausibleExchange(CaesuraError):
+    """Four timestamps that cannot belong together; the exchange is thrown away."""
+
+
+class Sample(msgspec.Struct, frozen=True):
+    """What one exchange says. ``error_ns``: guest clock minus host clock."""
+
+    error_ns: int
+    delay_ns: int
+
+    @property
+    def uncertainty_ns(self) -> int:
+        """The true error lies within plus or minus this (half the delay, rounded up)."""
+        return (self.delay_ns + 1) // 2
+
+
+class SyncPolicy(msgspec.Struct, frozen=True, kw_only=True):
+    """How to measure and when to step; times in seconds."""
+
+    exchanges: Annotated[int, Meta(ge=1)] = 8
+    answer_timeout_s: float = 0.5
+    """How long to wait for one answer; QoS 0 answers may be lost, that is normal."""
+    max_delay_s: float = 2.0
+    """An exchange that took longer says too little to step a clock by."""
+    bound_s: float = 0.1
+    """The clock counts as synced when error plus uncertainty are within this."""
+    step_threshold_s: float = 0.001
+    """Errors up to this are left alone after a resume and at start: stepping costs more than it mends."""
+    periodic_threshold_s: float = 0.05
+    """The same for periodic syncs, where an NTP daemon may be at work too."""
+
+
+class Done(msgspec.Struct, frozen=True):
+    """The end of a sync: the verdict, and why not if not."""
+
+    synced: bool
+    reason: str = ""
+
+
+class Step(msgspec.Struct, frozen=True):
+    """Move the guest clock by this much, then measure again."""
+
+    by_ns: int
+
+
+def measure(t1_ns: int, t2_ns: int, t3_ns: int, t4_ns: int, *, max_delay_ns: int) -> Sample:
+    """The sample of one exchange.
+
+    Raises:
+        ImplausibleExchange: a clock ran backwards within the exchange, or the delay is negative or too long.
+    """
+    if t4_ns < t1_ns:
+        raise ImplausibleExchange(f"the guest clock went back by {t1_ns - t4_ns} ns during the exchange")
+    if t3_ns < t2_ns:
+        raise ImplausibleExchange(f"the host clock went back by {t2_ns - t3_ns} ns during the exchange")
+    delay_ns = (t4_ns - t1_ns) - (t3_ns - t2_ns)
+    if delay_ns < 0:
+        raise ImplausibleExchange(f"negative delay of {delay_ns} ns: a clock was stepped during the exchange")
+    if delay_ns > max_delay_ns:
+        raise ImplausibleExchange(f"delay of {delay_ns} ns, at most {max_delay_ns} ns says anything")
+    offset_ns = ((t2_ns - t1_ns) + (t3_ns - t4_ns)) // 2
+    return Sample(error_ns=-offset_ns, delay_ns=delay_ns)
+
+
+def best(samples: Sequence[Sample]) -> Sample | None:
+    """The sample with the least delay, None of none."""
+    return min(samples, key=lambda sample: sample.delay_ns, default=None)
+
+
+def next_step(rounds: Sequence[Sample | None], *, threshold_s: float, bound_s: float) -> Step | Done:
+    """What to do after these rounds of measuring (each round's best sample, None where nobody answered).
+
+    The first round steps above ``threshold_s`` (and above its own uncertainty: a step smaller than that is a
+    guess). Later rounds step again only if the bound is still missed.
+    """
+    last = rounds[-1]
+    if last is None:
+        when = "no answer to any clock-sync exchange" if len(rounds) == 1 else "no answer after the step"
+        return Done(synced=False, reason=when)
+    inside = abs(last.error_ns) + last.uncertainty_ns <= bound_s * NS_PER_S
+    first = len(rounds) == 1
+    worth_it = abs(last.error_ns) > max(threshold_s * NS_PER_S, last.uncertainty_ns)
+    if len(rounds) <= MAX_STEPS and worth_it and (first or not inside):
+        return Step(by_ns=-last.error_ns)
+    if inside:
+        return Done(synced=True)
+    return Done(
+        synced=False,
+        reason=f"error {last.error_ns / NS_PER_S:+.6f} s, uncertain by {last.uncertainty_ns / NS_PER_S:.6f} s, "
+        f"bound {bound_s:g} s, after {len(rounds) - 1} steps",
+    )

@@ -1,0 +1,148 @@
+"""Which scheduled events need preparing, what was answered, what must be recovered from. Pure.
+
+An event that names this VM is prepared once (per life of the agent), however often its document arrives;
+the answer is said again while the event is open. A prepared event that vanishes without a pause (cancelled,
+failed) is recovered from too: a workload that was drained must not stay so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+import msgspec
+
+from caesura.contract.messages import HookFinished, ScheduledEvent, SetDocument, VmReady
+
+_KEEP = 256  # finished events and operations remembered, to know a late duplicate when it comes
+
+
+class Prepare(msgspec.Struct, frozen=True):
+    """Run the prepare hook for this event, then say whether the guest is ready."""
+
+    event: ScheduledEvent
+
+
+class Recover(msgspec.Struct, frozen=True):
+    """Run the recover hook. ``operation`` is empty when the event ended without a pause."""
+
+    event_id: str
+    operation: str = ""
+    pause_s: float = 0.0
+
+
+class Announce(msgspec.Struct, frozen=True):
+    """Say (again) what was answered."""
+
+    ready: VmReady
+
+
+Effect = Prepare | Recover | Announce
+
+
+class Readiness(msgspec.Struct, frozen=True, kw_only=True):
+    """What this agent knows about its events."""
+
+    vm: str
+    incarnation: int = -1
+    """Of the newest document seen; older ones are late and change nothing."""
+    open: Mapping[str, Literal["scheduled", "started"]] = {}
+    """The open events that name this VM."""
+    answers: Mapping[str, VmReady | None] = {}
+    """Event id to the answer; None while the prepare hook runs."""
+    recovered: tuple[str, ...] = ()
+    """Events that were recovered from, the newest last."""
+    operations: tuple[str, ...] = ()
+    """Operations whose resume was handled, the newest last."""
+
+
+def on_document(state: Readiness, document: SetDocument) -> tuple[Readiness, list[Effect]]:
+    """A document of the set arrived, new, repeated or late."""
+    if document.incarnation < state.incarnation:
+        return state, []
+    effects: list[Effect] = []
+    open_now: dict[str, Literal["scheduled", "started"]] = {}
+    answers = dict(state.answers)
+    for event in document.events:
+        if state.vm not in event.resources:
+            continue
+        open_now[event.event_id] = event.status
+        if event.event_id not in answers:
+            answers[event.event_id] = None
+            effects.append(Prepare(event))
+    gone = [event_id for event_id in state.open if event_id not in open_now]
+    recovered = state.recovered
+    for event_id in gone:
+        # While its hook still runs the recovery waits: on_prepared gives it.
+        if answers.get(event_id) is not None and event_id not in recovered:
+            effects.append(Recover(event_id))
+            recovered = (*recovered, event_id)[-_KEEP:]
+    changed = msgspec.structs.replace(
+        state,
+        incarnation=document.incarnation,
+        open=open_now,
+        answers=_trimmed(answers, open_now),
+        recovered=recovered,
+    )
+    return changed, effects
+
+
+def on_prepared(state: Readiness, event_id: str, answer: VmReady) -> tuple[Readiness, list[Effect]]:
+    """The prepare hook of an event ended (or there is none) with this answer."""
+    state = msgspec.structs.replace(state, answers={**state.answers, event_id: answer})
+    if event_id in state.open:
+        return state, [Announce(answer)]
+    if event_id in state.recovered:
+        return state, []
+    recovered = (*state.recovered, event_id)[-_KEEP:]
+    return msgspec.structs.replace(state, recovered=recovered), [Recover(event_id)]
+
+
+def on_resumed(
+    state: Readiness, operation: str, event_id: str, pause_s: float
+) -> tuple[Readiness, list[Effect]]:
+    """This VM runs again after ``operation``; a repeated message gives no effect."""
+    if operation in state.operations:
+        return state, []
+    operations = (*state.operations, operation)[-_KEEP:]
+    if event_id and event_id in state.recovered and event_id not in state.open:
+        # The event ended and was recovered from before this (late) message came.
+        return msgspec.structs.replace(state, operations=operations), []
+    recovered = (*state.recovered, event_id)[-_KEEP:] if event_id else state.recovered
+    changed = msgspec.structs.replace(state, operations=operations, recovered=recovered)
+    return changed, [Recover(event_id, operation, pause_s)]
+
+
+def announcements(state: Readiness, *, scheduled_only: bool) -> list[Announce]:
+    """The answers to say again: of scheduled events on every beat, of started ones after a reconnect too."""
+    return [
+        Announce(answer)
+        for event_id, status in state.open.items()
+        if (answer := state.answers.get(event_id)) is not None
+        and (status == "scheduled" or not scheduled_only)
+    ]
+
+
+def answer_of(vm: str, event_id: str, hook: HookFinished | None) -> VmReady:
+    """What a prepare hook's end means; no hook at all means ready."""
+    if hook is None or hook.outcome == "succeeded":
+        return VmReady(vm=vm, event_id=event_id, ready=True)
+    tail = hook.output_tail.strip()
+    last = f": {tail.splitlines()[-1][:500]}" if tail else ""
+    match hook.outcome:
+        case "timeout":
+            why = f"prepare hook did not end within its time ({hook.seconds:.1f} s)"
+        case "missing":
+            why = "prepare hook could not be started"
+        case _:
+            why = f"prepare hook ended with exit code {hook.exit_code}"
+    return VmReady(vm=vm, event_id=event_id, ready=False, reason=why + last)
+
+
+def _trimmed(
+    answers: Mapping[str, VmReady | None], open_now: Mapping[str, object]
+) -> dict[str, VmReady | None]:
+    # Answers of closed events are kept for a while: a late duplicate must not start the hook again.
+    closed = [event_id for event_id, answer in answers.items() if event_id not in open_now and answer]
+    forgotten = set(closed[:-_KEEP])
+    return {event_id: answer for event_id, answer in answers.items() if event_id not in forgotten}

@@ -1,0 +1,285 @@
+"""The VM agent's shell: feeds documents and resumes to ``readiness``, runs hooks and clock-syncs, says what came of it.
+
+Handlers only decide and queue, so an answer of a clock-sync never waits behind a hook. Hooks run one after
+the other, in a task of their own; clock-syncs in another.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter, OrderedDict
+
+import structlog
+
+from caesura.bus.port import Bus, BusError, Delivery
+from caesura.bus.post import Post
+from caesura.contract.codec import Received
+from caesura.contract.messages import (
+    AgentClockSynced,
+    ClockSyncAnswered,
+    ClockSyncRequested,
+    HookFinished,
+    SetDocument,
+    VmResumed,
+)
+from caesura.contract.topics import channel_of
+from caesura_vm_agent import readiness
+from caesura_vm_agent.clocks import GuestClock
+from caesura_vm_agent.hooks import run_hook
+from caesura_vm_agent.settings import VmAgentSettings
+from caesura_vm_agent.sync import ClockSync, Trigger
+from caesura_vm_agent.voice import Voice
+
+_log = structlog.get_logger("caesura.agent")
+
+_RETRY_SYNC_S = 2.0  # s: after a sync that nobody answered, for example because the host updater restarts
+_FIRST_CONNECT_S = 60.0  # s: a first sync without a broker would only say that nobody answers
+_PRESENCE_BEAT_S = 30.0  # s: a broker that lost its retained messages hears of us again this soon
+_RESULTS_KEPT = 64  # sync results kept to answer a repeated `resumed`
+
+
+def filters(settings: VmAgentSettings) -> tuple[str, ...]:
+    """What an agent subscribes to: its set's document, its own resumes, the answers of its clock-syncs."""
+    host = {"host": settings.host} if settings.host else {}
+    return (
+        channel_of(SetDocument).filter(set=settings.set_name),
+        channel_of(VmResumed).filter(vm=settings.vm, **host),
+        channel_of(ClockSyncAnswered).filter(vm=settings.vm, **host),
+    )
+
+
+class VmAgent:
+    """One agent. ``boot_id`` lives in this process's memory only: after a pause it proves that memory stayed."""
+
+    def __init__(self, settings: VmAgentSettings, bus: Bus, clock: GuestClock, boot_id: str) -> None:
+        self._settings = settings
+        self._bus = bus
+        self._clock = clock
+        self.boot_id = boot_id
+        self._post = Post(bus, f"/caesura/vm/{settings.vm}")
+        self._post.on(SetDocument, self._on_document)
+        self._post.on(VmResumed, self._on_resumed)
+        self._post.on(ClockSyncAnswered, self._on_answer)
+        self._voice = Voice(
+            self._post,
+            vm=settings.vm,
+            boot_id=boot_id,
+            clock="simulated" if clock.simulated else "system",
+        )
+        self._sync = ClockSync(settings.vm, boot_id, clock, settings.sync_policy, self._ask)
+        self._state = readiness.Readiness(vm=settings.vm)
+        self._hooks: asyncio.Queue[readiness.Prepare | readiness.Recover] = asyncio.Queue()
+        self._resumes: asyncio.Queue[readiness.Recover] = asyncio.Queue()
+        self._results: OrderedDict[str, AgentClockSynced] = OrderedDict()
+        self._announce_now = asyncio.Event()
+        self._repeat: asyncio.Queue[AgentClockSynced] = asyncio.Queue()
+        self._received_ns = 0
+        self.hooks_run: Counter[tuple[str, str]] = Counter()
+        """(hook, outcome) to how often."""
+        self.syncs: Counter[tuple[str, bool]] = Counter()
+        """(trigger, synced) to how often."""
+        self.last_sync: AgentClockSynced | None = None
+
+    # -- tasks, each eternal ------------------------------------------------------------------------------
+
+    @property
+    def decode_errors(self) -> Counter[str]:
+        """Messages that broke the contract, by kind."""
+        return self._post.decode_errors
+
+    async def run_bus(self) -> None:
+        """Keep the connection; deliver."""
+        await self._bus.run(self._deliver, self.publish_state)
+
+    async def run_hooks(self) -> None:
+        """Run queued hooks, one after the other."""
+        while True:
+            job = await self._hooks.get()
+            if isinstance(job, readiness.Prepare):
+                await self._prepare(job)
+            else:
+                await self._recover(job)
+
+    async def run_clock(self) -> None:
+        """Sync after every resume, at start, and from time to time."""
+        trigger: Trigger = "start"
+        await self._bus.wait_connected(_FIRST_CONNECT_S)
+        wait_s = 0.0
+        while True:
+            try:
+                async with asyncio.timeout(wait_s):
+                    resume = await self._resumes.get()
+            except TimeoutError:
+                result = await self._sync_clock(trigger)
+                trigger = "periodic" if result.exchanges else trigger
+            else:
+                result = await self._sync_clock("resume", resume.operation)
+                self._results[resume.operation] = result
+                while len(self._results) > _RESULTS_KEPT:
+                    self._results.popitem(last=False)
+                self._hooks.put_nowait(resume)
+            # Nobody answered: try again soon, without waiting for the next period.
+            wait_s = self._settings.sync_interval_s
+            if not result.exchanges:
+                wait_s = min(wait_s, _RETRY_SYNC_S)
+
+    async def run_announcements(self) -> None:
+        """Say answers again: on request at once, and every few seconds while an event is scheduled."""
+        loop = asyncio.get_running_loop()
+        said_s = loop.time()
+        while True:
+            fresh = True
+            try:
+                async with asyncio.timeout(self._settings.announce_interval_s):
+                    await self._announce_now.wait()
+            except TimeoutError:
+                fresh = False
+            self._announce_now.clear()
+            for announce in readiness.announcements(self._state, scheduled_only=not fresh):
+                await self._voice.ready(announce.ready)
+            while not self._repeat.empty():
+                await self._voice.synced(self._repeat.get_nowait())
+            if loop.time() - said_s >= _PRESENCE_BEAT_S:
+                said_s = loop.time()
+                await self._say_online()
+
+    async def _say_online(self) -> None:
+        try:
+            await self._voice.online()
+        except BusError as error:
+            _log.debug("agent.online_unsaid", why=str(error))  # said again after the next connect
+
+    async def drain(self) -> None:
+        """Say offline and leave the bus."""
+        await self._voice.offline(timeout_s=1.0)
+        await self._bus.close()
+
+    # -- bus ----------------------------------------------------------------------------------------------
+
+    async def _deliver(self, delivery: Delivery) -> None:
+        # t4 of a clock-sync exchange, taken before anything else costs time.
+        self._received_ns = self._clock.now_ns()
+        await self._post.deliver(delivery)
+
+    async def publish_state(self) -> None:
+        """On every (re)connect: the retained presence, and the answers that may have been lost."""
+        await self._voice.online()
+        self._announce_now.set()
+
+    async def _on_answer(self, answer: ClockSyncAnswered, _: Received) -> None:
+        self._sync.answered(answer, self._received_ns)
+
+    async def _on_document(self, document: SetDocument, _: Received) -> None:
+        if document.incarnation < self._state.incarnation:
+            _log.warning(
+                "agent.document_ignored", incarnation=document.incarnation, have=self._state.incarnation
+            )
+        self._apply(readiness.on_document(self._state, document))
+
+    async def _on_resumed(self, resumed: VmResumed, _: Received) -> None:
+        done = self._results.get(resumed.operation)
+        if done is not None:
+            self._repeat.put_nowait(done)
+            self._announce_now.set()
+            return
+        state, effects = readiness.on_resumed(
+            self._state, resumed.operation, resumed.event_id, resumed.pause_s
+        )
+        fresh = resumed.operation not in self._state.operations
+        self._state = state
+        if fresh:
+            _log.info("agent.resumed", operation=resumed.operation, pause_s=resumed.pause_s)
+            recover = next((each for each in effects if isinstance(each, readiness.Recover)), None)
+            # Without a recovery to do, the clock is still to be put right.
+            self._resumes.put_nowait(recover or readiness.Recover("", resumed.operation, resumed.pause_s))
+
+    def _apply(self, decided: tuple[readiness.Readiness, list[readiness.Effect]]) -> None:
+        self._state, effects = decided
+        for effect in effects:
+            if isinstance(effect, readiness.Announce):
+                self._announce_now.set()
+            else:
+                self._hooks.put_nowait(effect)
+
+    # -- hooks --------------------------------------------------------------------------------------------
+
+    async def _prepare(self, job: readiness.Prepare) -> None:
+        event = job.event
+        finished: HookFinished | None = None
+        if self._settings.prepare_hook:
+            finished = await run_hook(
+                "prepare",
+                self._settings.prepare_hook,
+                vm=self._settings.vm,
+                event_id=event.event_id,
+                environ=self._hook_environ()
+                | {
+                    "CAESURA_EVENT_ID": event.event_id,
+                    "CAESURA_EVENT_TYPE": event.event_type,
+                    "CAESURA_NOT_BEFORE": event.not_before.isoformat(),
+                },
+                timeout_s=self._settings.prepare_timeout_s,
+            )
+            await self._hook_done(finished)
+        answer = readiness.answer_of(self._settings.vm, event.event_id, finished)
+        _log.info("agent.ready", event_id=event.event_id, ready=answer.ready, reason=answer.reason)
+        self._apply(readiness.on_prepared(self._state, event.event_id, answer))
+
+    async def _recover(self, job: readiness.Recover) -> None:
+        if not self._settings.recover_hook:
+            return
+        finished = await run_hook(
+            "recover",
+            self._settings.recover_hook,
+            vm=self._settings.vm,
+            event_id=job.event_id,
+            environ=self._hook_environ()
+            | {
+                "CAESURA_EVENT_ID": job.event_id,
+                "CAESURA_OPERATION": job.operation,
+                "CAESURA_PAUSE_S": f"{job.pause_s:.6f}",
+            },
+            timeout_s=self._settings.recover_timeout_s,
+        )
+        await self._hook_done(finished)
+
+    def _hook_environ(self) -> dict[str, str]:
+        return {
+            "CAESURA_VM": self._settings.vm,
+            "CAESURA_SET": self._settings.set_name,
+            "CAESURA_UPDATE_DOMAIN": str(self._settings.update_domain),
+        }
+
+    async def _hook_done(self, finished: HookFinished) -> None:
+        self.hooks_run[finished.hook, finished.outcome] += 1
+        log = _log.info if finished.outcome == "succeeded" else _log.warning
+        log(
+            "hook.finished",
+            hook=finished.hook,
+            event_id=finished.event_id,
+            outcome=finished.outcome,
+            exit_code=finished.exit_code,
+            seconds=round(finished.seconds, 3),
+        )
+        await self._voice.hook_finished(finished)
+
+    # -- clock --------------------------------------------------------------------------------------------
+
+    async def _ask(self, request: ClockSyncRequested) -> None:
+        await self._voice.ask(request, self._settings.sync_answer_timeout_s)
+
+    async def _sync_clock(self, trigger: Trigger, operation: str = "") -> AgentClockSynced:
+        result = await self._sync.run(trigger, operation)
+        self.last_sync = result
+        self.syncs[trigger, result.synced] += 1
+        log = _log.info if result.synced else _log.warning
+        log(
+            "clock.synced" if result.synced else "clock.unsynced",
+            trigger=trigger,
+            operation=operation,
+            error_before_s=result.error_before_s,
+            error_after_s=result.error_after_s,
+            reason=result.reason,
+        )
+        await self._voice.synced(result)
+        return result

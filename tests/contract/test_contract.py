@@ -1,0 +1,241 @@
+"""The contract: examples, golden payloads, topics, access rules, and every way a message can be wrong."""
+
+from __future__ import annotations
+
+import json
+from datetime import UTC, datetime
+from pathlib import Path
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from caesura.bus.filters import matches
+from caesura.contract import messages as m
+from caesura.contract.access import Principal, access_rules, readable
+from caesura.contract.codec import (
+    ContractError,
+    Malformed,
+    Oversized,
+    UnknownTopic,
+    UnknownType,
+    decode,
+    encode,
+)
+from caesura.contract.examples import examples
+from caesura.contract.generated import golden_payload
+from caesura.contract.names import InvalidName, check_name, own_set
+from caesura.contract.topics import CHANNELS, PREFIX, TopicError, channel_at, channel_of
+
+_GOLDEN = Path(__file__).parent / "golden"
+_NUMBERS = range(len(CHANNELS))
+
+
+def test_examples_and_table_have_the_same_rows() -> None:
+    assert [type(each.message) for each in examples()] == [channel.message for channel in CHANNELS]
+
+
+@pytest.mark.parametrize("number", _NUMBERS, ids=[channel.message.TYPE for channel in CHANNELS])
+def test_golden_payloads_still_decode_to_the_examples(number: int) -> None:
+    """v1 only ever grows: what an older version wrote must mean the same today."""
+    channel, example = CHANNELS[number], examples()[number]
+    golden = (_GOLDEN / f"{channel.message.TYPE}.json").read_bytes()
+    received = decode(channel.topic(**example.parameters), golden)
+    assert received.message == example.message
+    assert dict(received.parameters) == dict(example.parameters)
+    assert msgspec.json.decode(golden_payload(number)) == msgspec.json.decode(golden)
+
+
+@pytest.mark.parametrize("number", _NUMBERS, ids=[channel.message.TYPE for channel in CHANNELS])
+def test_unknown_members_are_ignored(number: int) -> None:
+    channel, example = CHANNELS[number], examples()[number]
+    event = json.loads(golden_payload(number))
+    event["extension"] = 1
+    event["data"]["of_a_later_version"] = {"deep": [1]}
+    assert decode(channel.topic(**example.parameters), json.dumps(event).encode()).message == example.message
+
+
+@pytest.mark.parametrize("channel", CHANNELS, ids=lambda channel: channel.message.TYPE)
+def test_types_and_topics_are_well_formed(channel: object) -> None:
+    assert channel in CHANNELS
+    row = CHANNELS[CHANNELS.index(channel)]
+    noun, fact, version = row.message.TYPE.removeprefix("caesura.").rsplit(".", 2)
+    assert noun
+    assert fact
+    assert version == "v1"
+    writer_segment = row.address.removeprefix(f"{PREFIX}/").split("/")[0]
+    assert writer_segment == {"coordinator": "fleet"}.get(row.writer, row.writer)
+    assert row.readers, "a message nobody reads"
+    assert not (row.retain and row.qos == 0)
+
+
+def test_no_two_channels_claim_one_topic() -> None:
+    for example in examples():
+        topic = channel_of(type(example.message)).topic(**example.parameters)
+        assert [row for row in CHANNELS if row.match(topic) is not None] == [channel_at(topic)]
+
+
+def test_commands_are_never_retained() -> None:
+    for kind in (
+        m.FreezeCommanded,
+        m.AbortCommanded,
+        m.RolloutRequested,
+        m.FreezeRequested,
+        m.AbortRequested,
+    ):
+        assert not channel_of(kind).retain
+
+
+def test_no_message_can_carry_a_command_line() -> None:
+    """Updates are named over the bus and defined on the host."""
+    for channel in CHANNELS:
+        if channel.writer in {"coordinator", "ctl"}:
+            schema = json.dumps(msgspec.json.schema(channel.message))
+            for word in ("argv", "command_line", "script", "shell", "environ"):
+                assert f'"{word}"' not in schema, f"{channel.message.__name__} has a member {word}"
+
+
+def test_topic_parameters_are_checked() -> None:
+    channel = channel_of(m.HostPresence)
+    for bad in ("", "a/b", "+", "#", "a.b", "x" * 65, "ä"):
+        with pytest.raises(TopicError):
+            channel.topic(host=bad)
+    with pytest.raises(TopicError, match="takes"):
+        channel.topic(vm="v")
+
+
+_TOPIC = f"{PREFIX}/host/host-1/presence"
+_GOOD = golden_payload([channel.message for channel in CHANNELS].index(m.HostPresence))
+
+
+def _changed(**members: object) -> bytes:
+    return json.dumps({**json.loads(_GOOD), **members}).encode()
+
+
+@pytest.mark.parametrize(
+    ("topic", "payload", "error", "words"),
+    [
+        (_TOPIC, b"", Malformed, "not a CloudEvent"),
+        (_TOPIC, b"null", Malformed, "not a CloudEvent"),
+        (_TOPIC, b"\xff", Malformed, "not a CloudEvent"),
+        (_TOPIC, b"[" * 50_000, Malformed, "not a CloudEvent"),
+        (_TOPIC, b"x" * (256 * 1024 + 1), Oversized, "at most"),
+        (_TOPIC, _changed(type="caesura.vm.ready.v1"), UnknownType, "does not belong here"),
+        (_TOPIC, _changed(specversion="2.0"), Malformed, "specversion"),
+        (_TOPIC, _changed(time="yesterday"), Malformed, "time"),
+        (_TOPIC, _changed(time="2026-04-20T12:00:00"), Malformed, "time"),
+        (_TOPIC, _changed(data={"host": "host-1"}), Malformed, "online"),
+        (_TOPIC, _changed(data={"host": "host-2", "online": True, "instance": "x"}), Malformed, "host-2"),
+        (_TOPIC, _changed(data={"host": "host-1", "online": "yes", "instance": "x"}), Malformed, "online"),
+        ("caesura/v1/nowhere", _GOOD, UnknownTopic, "not in the topic table"),
+        ("caesura/v2/host/host-1/presence", _GOOD, UnknownTopic, "not in the topic table"),
+    ],
+)
+def test_what_breaks_the_contract(topic: str, payload: bytes, error: type[ContractError], words: str) -> None:
+    with pytest.raises(error, match=words):
+        decode(topic, payload)
+
+
+@given(st.binary(max_size=300), st.sampled_from(range(len(CHANNELS))))
+def test_no_payload_raises_anything_but_a_contract_error(payload: bytes, number: int) -> None:
+    topic = CHANNELS[number].topic(**examples()[number].parameters)
+    try:
+        decode(topic, payload)
+    except ContractError:
+        return
+    pytest.fail("random bytes were taken for a message")
+
+
+@given(st.sampled_from(range(len(CHANNELS))), st.data())
+def test_a_damaged_message_raises_a_contract_error_or_means_something(
+    number: int, data: st.DataObject
+) -> None:
+    golden = bytearray(golden_payload(number))
+    at = data.draw(st.integers(0, len(golden) - 1))
+    golden[at] = data.draw(st.integers(0, 255))
+    try:
+        decode(CHANNELS[number].topic(**examples()[number].parameters), bytes(golden))
+    except ContractError:
+        return
+
+
+def test_an_oversized_message_is_refused_before_it_is_sent() -> None:
+    message = m.VmReady(vm="v", event_id="e", ready=True, reason="x" * 300_000)
+    with pytest.raises(Oversized):
+        encode(message, source="/s", event_id="1", time=datetime(2026, 1, 1, tzinfo=UTC))
+
+
+@pytest.mark.parametrize("budget", [0, -1, 30.001, "9"])
+def test_budgets_above_the_promise_do_not_decode(budget: object) -> None:
+    with pytest.raises(msgspec.ValidationError):
+        msgspec.convert({"budget_s": budget}, m.Policy)
+
+
+@pytest.mark.parametrize("name", ["", "a/b", "a b", "x" * 64, "_mine", "a.b", "+", "#", "naïve"])
+def test_names_that_cannot_stand_in_a_topic(name: str) -> None:
+    with pytest.raises(InvalidName):
+        check_name("VM", name)
+
+
+def test_a_vm_in_no_set_is_a_set_of_its_own_that_no_operator_can_name() -> None:
+    assert own_set("cache") == "_cache"
+    with pytest.raises(InvalidName, match="underscore"):
+        check_name("set", own_set("cache"))
+
+
+# --- access rules ---
+
+
+def _may(rules: str, user: str, right: str, topic: str) -> bool:
+    """What Mosquitto makes of an acl_file."""
+    block = next(part for part in rules.split("\n\n") if part.startswith(f"user {user}\n"))
+    patterns = [line.split(" ", 2)[2] for line in block.splitlines() if line.startswith(f"topic {right} ")]
+    return any(matches(pattern, topic) for pattern in patterns)
+
+
+_FLEET = (
+    Principal("coordinator"),
+    Principal("exporter"),
+    Principal("host", "host-1"),
+    Principal("host", "host-2"),
+    Principal("vm", "web-1", "web"),
+    Principal("vm", "host-1", "web"),  # a VM with a host's name must not become the host
+    Principal("metadata", "fleet"),
+    Principal("ctl", "ops"),
+)
+
+
+@pytest.mark.parametrize("number", _NUMBERS, ids=[channel.message.TYPE for channel in CHANNELS])
+def test_every_topic_has_exactly_its_writer(number: int) -> None:
+    channel = CHANNELS[number]
+    topic = channel.topic(**examples()[number].parameters)
+    rules = access_rules(_FLEET)
+    writers = {each.party for each in _FLEET if _may(rules, each.username, "write", topic)}
+    assert writers == {channel.writer}
+
+
+@pytest.mark.parametrize("number", _NUMBERS, ids=[channel.message.TYPE for channel in CHANNELS])
+def test_every_reader_in_the_table_may_read_and_nobody_else(number: int) -> None:
+    channel = CHANNELS[number]
+    topic = channel.topic(**examples()[number].parameters)
+    rules = access_rules(_FLEET)
+    readers = {
+        each.party
+        for each in _FLEET
+        if each.username not in {"vm_host-1", "host_host-2"} and _may(rules, each.username, "read", topic)
+    }
+    assert readers == set(channel.readers)
+
+
+def test_a_host_reads_its_own_commands_only() -> None:
+    rules = access_rules(_FLEET)
+    topic = channel_of(m.FreezeCommanded).topic(host="host-1")
+    assert _may(rules, "host_host-1", "read", topic)
+    assert not _may(rules, "host_host-2", "read", topic)
+    assert not _may(rules, "vm_host-1", "read", topic)
+
+
+def test_a_vm_reads_its_own_set_only() -> None:
+    assert f"{PREFIX}/fleet/set/web/document" in readable(Principal("vm", "web-1", "web"))
+    assert not any("+/document" in each for each in readable(Principal("vm", "web-1", "web")))

@@ -1,0 +1,634 @@
+"""The publisher over real HTTP, with real clients; the bus is in memory and the coordinator is played here."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import shutil
+import socket
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any, Literal
+
+import aiohttp
+import pytest
+
+from caesura.bus.brokers import LocalBroker, find_mosquitto, free_port
+from caesura.bus.embedded import embedded_available
+from caesura.bus.memory import MemoryBroker, MemoryBus
+from caesura.bus.mqtt import MqttBus
+from caesura.bus.options import BrokerOptions
+from caesura.bus.port import Bus, Delivery
+from caesura.bus.post import Post
+from caesura.contract.codec import decode
+from caesura.contract.envelope import Header
+from caesura.contract.messages import (
+    EventApproved,
+    HostInventory,
+    PublisherPresence,
+    ScheduledEvent,
+    SetDocument,
+    VmRecord,
+)
+from caesura.runtime.health import ListenError
+from caesura_metadata_publisher.http import serve_metadata
+from caesura_metadata_publisher.listeners import Listener
+from caesura_metadata_publisher.service import MetadataPublisher, filters
+from caesura_metadata_publisher.settings import MetadataPublisherSettings
+
+# The embedded broker of the demo keeps fewer promises than Mosquitto; a service must work with both.
+BROKERS = [
+    pytest.param(
+        "mosquitto",
+        marks=pytest.mark.skipif(find_mosquitto() is None, reason="mosquitto is not installed"),
+    ),
+    pytest.param(
+        "embedded",
+        marks=pytest.mark.skipif(not embedded_available(), reason="amqtt is not installed"),
+    ),
+]
+
+ID = "c7061bac-afdc-4513-b24b-aa5f13a16123"
+EVENTS = "/metadata/scheduledevents?api-version=2020-07-01"
+HEADERS = {"Metadata": "true"}
+
+
+def event(
+    status: Literal["scheduled", "started"] = "scheduled",
+    *,
+    approved: bool = False,
+    event_id: str = ID,
+    notice_s: float = 60,
+) -> ScheduledEvent:
+    return ScheduledEvent(
+        event_id=event_id,
+        event_type="Freeze",
+        status=status,
+        resources=("web-1", "web-2"),
+        not_before=datetime.now(UTC) + timedelta(seconds=notice_s),
+        duration_s=9,
+        approved=approved,
+    )
+
+
+def start_request(*ids: str) -> str:
+    return json.dumps({"StartRequests": [{"EventId": each} for each in ids]})
+
+
+async def eventually(condition: Callable[[], Awaitable[bool]]) -> None:
+    """Wait for something that can only be polled, as clients of this API do."""
+    async with asyncio.timeout(15):
+        while not await condition():  # noqa: ASYNC110 - an HTTP answer has no event to wait for
+            await asyncio.sleep(0.005)
+
+
+class Fleet:
+    """Plays the coordinator and a host, and hears approvals."""
+
+    def __init__(self, bus: Bus) -> None:
+        self.bus = bus
+        self.post = Post(bus, "/caesura/fleet")
+        self.approvals: list[tuple[Header, EventApproved]] = []
+        self.presence: list[bool] = []
+        self._news = asyncio.Event()
+
+    async def receive(self, delivery: Delivery) -> None:
+        received = decode(delivery.topic, delivery.payload)
+        if isinstance(received.message, EventApproved):
+            self.approvals.append((received.header, received.message))
+        elif isinstance(received.message, PublisherPresence):
+            self.presence.append(received.message.online)
+        self._news.set()
+
+    async def until(self, condition: Callable[[], bool]) -> None:
+        async with asyncio.timeout(15):
+            while not condition():
+                self._news.clear()
+                await self._news.wait()
+
+    async def inventory(self) -> None:
+        vms = tuple(
+            VmRecord(vm=vm, set=set_name, update_domain=ud, state="running")
+            for vm, set_name, ud in (("web-1", "web", 0), ("web-2", "web", 1), ("lone", "_lone", 0))
+        )
+        message = HostInventory(host="host-1", driver="process", epoch=1, vms=vms)
+        await self.post.send(message, host="host-1")
+
+    async def document(self, incarnation: int, *events: ScheduledEvent, set_name: str = "web") -> None:
+        message = SetDocument(set=set_name, incarnation=incarnation, events=events)
+        await self.post.send(message, set=set_name)
+
+
+class Scene:
+    """A publisher that serves web-1 and web-2 on ports and lone on a socket."""
+
+    def __init__(
+        self, fleet: Fleet, broker: MemoryBroker, publisher: MetadataPublisher, urls: list[str]
+    ) -> None:
+        self.fleet = fleet
+        self.broker = broker
+        self.publisher = publisher
+        self.web_1, self.web_2, self.lone_socket = urls
+        self.web_1 = f"http://{self.web_1}"
+        self.web_2 = f"http://{self.web_2}"
+        self.lone_socket = self.lone_socket.removeprefix("unix:")
+
+    async def get(
+        self, path: str = EVENTS, *, base: str = "", method: str = "GET", **more: Any
+    ) -> tuple[int, Any, Any]:
+        more = {"headers": HEADERS, **more}
+        async with (
+            aiohttp.ClientSession() as session,
+            session.request(method, (base or self.web_1) + path, **more) as answer,
+        ):
+            text = await answer.text()
+            is_json = answer.headers.get("Content-Type", "").startswith("application/json")
+            return answer.status, json.loads(text) if text and is_json else text, answer.headers
+
+    async def shows(self, incarnation: int) -> dict[str, Any]:
+        """Wait until the document of web-1 has this incarnation."""
+        body: dict[str, Any] = {}
+
+        async def shown() -> bool:
+            nonlocal body
+            status, body, _ = await self.get()
+            return status == 200 and body["DocumentIncarnation"] == incarnation
+
+        await eventually(shown)
+        return body
+
+    async def lone(self, method: str = "GET", **more: Any) -> int:
+        """The status that the VM behind the socket gets."""
+        async with (
+            aiohttp.ClientSession(connector=aiohttp.UnixConnector(self.lone_socket)) as session,
+            session.request(method, f"http://169.254.169.254{EVENTS}", headers=HEADERS, **more) as answer,
+        ):
+            return answer.status
+
+    async def lone_served(self) -> bool:
+        return await self.lone() == 200
+
+    async def settled(self) -> bool:
+        return self.publisher.pending == 0
+
+
+@asynccontextmanager
+async def running(*starts: Callable[[], Awaitable[None]]) -> AsyncIterator[None]:
+    tasks = [asyncio.ensure_future(start()) for start in starts]
+    try:
+        yield
+    finally:
+        for task in tasks:
+            task.cancel()
+        ended = await asyncio.gather(*tasks, return_exceptions=True)
+        failed = [each for each in ended if isinstance(each, Exception)]
+        assert not failed, failed
+
+
+@pytest.fixture
+async def scene(tmp_path: Path) -> AsyncIterator[Scene]:
+    broker = MemoryBroker()
+    fleet = Fleet(MemoryBus(broker, client_id="fleet", filters=("caesura/v1/metadata/#",)))
+    settings = MetadataPublisherSettings(
+        listeners_file="unused", approval_repeat_s=0.05, approval_timeout_s=0.3
+    )
+    bus = MemoryBus(broker, client_id="publisher", filters=filters())
+    publisher = MetadataPublisher(settings, bus)
+    listeners = [
+        Listener("web-1", "127.0.0.1:0"),
+        Listener("web-2", "127.0.0.1:0"),
+        Listener("lone", f"unix:{tmp_path}/lone.sock"),
+    ]
+
+    async def run() -> None:
+        await fleet.bus.run(fleet.receive)
+
+    async with (
+        serve_metadata(publisher, listeners) as urls,
+        running(run, publisher.run_bus, publisher.run_approvals),
+    ):
+        assert await fleet.bus.wait_connected(5)
+        await fleet.until(lambda: fleet.presence == [True])
+        yield Scene(fleet, broker, publisher, list(urls))
+        await publisher.drain()
+        await fleet.until(lambda: not fleet.presence[-1])
+        await fleet.bus.close()
+
+
+# -- documents ------------------------------------------------------------------------------------------------
+
+
+async def test_until_a_document_is_known_the_answer_is_to_retry(scene: Scene) -> None:
+    status, body, _ = await scene.get()
+    assert (status, body["error"]) == (
+        500,
+        "Service Error. No host has spoken of VM web-1 yet. Retry after some time.",
+    )
+    await scene.fleet.inventory()
+    await scene.fleet.document(3, set_name="other")
+
+    async def only_the_document_is_missing() -> bool:
+        return "events of set web" in (await scene.get())[1]["error"]
+
+    await eventually(only_the_document_is_missing)
+    await scene.fleet.document(7)
+    assert await scene.shows(7) == {"DocumentIncarnation": 7, "Events": []}
+
+
+async def test_every_vm_of_the_set_sees_its_events_and_no_other_does(scene: Scene) -> None:
+    await scene.fleet.inventory()
+    await scene.fleet.document(1, set_name="_lone")
+    await scene.fleet.document(2, event())
+    body = await scene.shows(2)
+    assert body["Events"][0]["Resources"] == ["web-1", "web-2"]
+    _, other, _ = await scene.get(base=scene.web_2)
+    assert other == body
+    connector = aiohttp.UnixConnector(scene.lone_socket)
+    async with (
+        aiohttp.ClientSession(connector=connector) as session,
+        session.get(f"http://169.254.169.254{EVENTS}", headers=HEADERS) as answer,
+    ):
+        assert await answer.json() == {"DocumentIncarnation": 1, "Events": []}
+
+
+async def test_an_incarnation_never_goes_back(scene: Scene) -> None:
+    await scene.fleet.inventory()
+    await scene.fleet.document(9, event())
+    before = await scene.shows(9)
+    await scene.fleet.document(8)
+    await scene.fleet.document(9)  # the same number with other content: what was shown stands
+    await scene.fleet.document(1, set_name="_lone")
+    # The bus delivers in order: when lone's document is there, the two others were looked at.
+    await eventually(scene.lone_served)
+    assert await scene.shows(9) == before
+
+
+async def test_an_etag_saves_the_body_until_the_document_changes(scene: Scene) -> None:
+    await scene.fleet.inventory()
+    await scene.fleet.document(4, event())
+    await scene.shows(4)
+    status, _, headers = await scene.get()
+    assert (status, headers["ETag"], headers["Content-Type"]) == (
+        200,
+        '"4"',
+        "application/json; charset=utf-8",
+    )
+    conditional = {**HEADERS, "If-None-Match": headers["ETag"]}
+    status, body, headers = await scene.get(headers=conditional)
+    assert (status, body, headers["ETag"]) == (304, "", '"4"')
+    await scene.fleet.document(5, event("started"))
+    await scene.shows(5)
+    status, body, headers = await scene.get(headers=conditional)
+    assert (status, headers["ETag"], body["Events"][0]["NotBefore"]) == (200, '"5"', "")
+
+
+async def test_with_the_bus_lost_the_last_document_is_still_served(scene: Scene) -> None:
+    await scene.fleet.inventory()
+    await scene.fleet.document(4, event())
+    await scene.shows(4)
+    scene.broker.down()
+    assert (await scene.get())[1]["DocumentIncarnation"] == 4
+    assert scene.publisher.broker_ping() != ""
+    scene.broker.up()
+
+
+async def test_the_rules_hold_over_http(scene: Scene) -> None:
+    await scene.fleet.inventory()
+    await scene.fleet.document(4)
+    await scene.shows(4)
+    assert (await scene.get(headers={}))[0] == 400
+    assert (await scene.get(headers={"metadata": "True"}))[0] == 200
+    assert (await scene.get(headers={**HEADERS, "X-Forwarded-For": "1.2.3.4"}))[0] == 400
+    assert (await scene.get(EVENTS + "&api-version=2020-07-01"))[0] == 400
+    assert (await scene.get(EVENTS + "&extended=true"))[0] == 200
+    status, body, _ = await scene.get("/metadata/scheduledevents?api-version=2021-02-01")
+    assert (status, body["newest-versions"][0]) == (400, "2020-07-01")
+    status, _, headers = await scene.get(method="PUT")
+    assert (status, headers["Allow"]) == (405, "GET, POST")
+    assert (await scene.get("/metadata/nothing"))[0] == 404
+    status, body, _ = await scene.get("/metadata/versions")
+    assert (status, body["apiVersions"][0]) == (200, "2017-03-01")
+
+
+async def test_instance_metadata_says_who_and_where(scene: Scene) -> None:
+    path = "/metadata/instance/compute/platformUpdateDomain?api-version=2021-02-01&format=text"
+    assert (await scene.get(path))[0] == 500
+    await scene.fleet.inventory()
+    await scene.fleet.document(1)
+    await scene.shows(1)
+    status, text, headers = await scene.get(path, base=scene.web_2)
+    assert (status, text) == (200, "1")
+    assert headers["Content-Type"].startswith("text/plain")
+    _, body, _ = await scene.get("/metadata/instance?api-version=2021-02-01")
+    assert body["compute"]["name"] == "web-1"
+    assert body["network"]["interface"][0]["ipv4"]["ipAddress"][0]["privateIpAddress"] == "127.0.0.1"
+    assert (await scene.get("/metadata/instance/compute/name?api-version=2021-02-01"))[0] == 400
+
+
+# -- approvals ------------------------------------------------------------------------------------------------
+
+
+async def test_an_approval_is_passed_on_and_repeated_until_the_document_shows_it(scene: Scene) -> None:
+    await scene.fleet.inventory()
+    await scene.fleet.document(1, event())
+    await scene.shows(1)
+    status, body, headers = await scene.get(method="POST", data=start_request(ID.upper()), base=scene.web_2)
+    assert (status, body, headers["Content-Length"]) == (200, "", "0")
+    await scene.fleet.until(lambda: len(scene.fleet.approvals) >= 3)
+    approved = scene.fleet.approvals[0][1]
+    assert (approved.event_id, approved.set, approved.vm) == (ID, "web", "web-2")
+    assert len({header.id for header, _ in scene.fleet.approvals}) == 1
+    # Another VM of the set approves too: 200, and no approval of its own.
+    assert (await scene.get(method="POST", data=start_request(ID)))[0] == 200
+    await scene.fleet.document(2, event(approved=True))
+    await scene.shows(2)
+    await eventually(scene.settled)
+    assert {each.vm for _, each in scene.fleet.approvals} == {"web-2"}
+    assert scene.publisher.approvals == 1
+
+
+@pytest.mark.parametrize("change", ["started", "gone"])
+async def test_a_started_or_vanished_event_ends_the_repetition(scene: Scene, change: str) -> None:
+    await scene.fleet.inventory()
+    await scene.fleet.document(1, event())
+    await scene.shows(1)
+    await scene.get(method="POST", data=start_request(ID))
+    assert scene.publisher.pending == 1
+    await scene.fleet.document(2, *([event("started")] if change == "started" else []))
+    await eventually(scene.settled)
+
+
+async def test_an_approval_that_nobody_notices_ends_with_the_notice(scene: Scene) -> None:
+    await scene.fleet.inventory()
+    # Not before is past by more than clocks may differ: the event is about to start anyway.
+    await scene.fleet.document(1, event(notice_s=-10))
+    await scene.shows(1)
+    assert (await scene.get(method="POST", data=start_request(ID)))[0] == 200
+    await eventually(scene.settled)
+
+
+@pytest.mark.parametrize("events", [[event("started")], [event(approved=True)], []])
+async def test_approving_what_needs_no_approval_is_200_and_changes_nothing(
+    scene: Scene, events: list[ScheduledEvent]
+) -> None:
+    await scene.fleet.inventory()
+    await scene.fleet.document(1, *events)
+    await scene.shows(1)
+    assert (await scene.get(method="POST", data=start_request(ID)))[:2] == (200, "")
+    assert scene.publisher.pending == 0
+    assert scene.fleet.approvals == []
+
+
+async def test_a_vm_cannot_approve_an_event_it_does_not_see(scene: Scene) -> None:
+    await scene.fleet.inventory()
+    await scene.fleet.document(1, event())
+    await scene.fleet.document(1, set_name="_lone")
+    await scene.shows(1)
+    await eventually(scene.lone_served)
+    assert await scene.lone("POST", data=start_request(ID)) == 200
+    assert scene.publisher.pending == 0
+    assert scene.fleet.approvals == []
+
+
+async def test_with_the_bus_down_an_approval_is_not_accepted_and_can_be_repeated(scene: Scene) -> None:
+    await scene.fleet.inventory()
+    await scene.fleet.document(1, event())
+    await scene.shows(1)
+    scene.broker.down()
+    status, body, _ = await scene.get(method="POST", data=start_request(ID))
+    assert (status, body["error"][:14]) == (500, "Service Error.")
+    assert scene.publisher.pending == 0
+    scene.broker.up()
+
+    async def accepted() -> bool:
+        return (await scene.get(method="POST", data=start_request(ID)))[0] == 200
+
+    await eventually(accepted)
+    await scene.fleet.until(lambda: len(scene.fleet.approvals) >= 1)
+
+
+@pytest.mark.parametrize(
+    "content_type",
+    [
+        "application/x-www-form-urlencoded",
+        "text/plain;charset=UTF-8",
+        "application/json",
+        "multipart/form-data",
+        "",
+    ],
+)
+async def test_the_content_type_of_an_approval_does_not_matter(scene: Scene, content_type: str) -> None:
+    await scene.fleet.inventory()
+    await scene.fleet.document(1, event())
+    await scene.shows(1)
+    headers = {**HEADERS, **({"Content-Type": content_type} if content_type else {})}
+    skip = () if content_type else ("Content-Type",)
+    async with (
+        aiohttp.ClientSession(skip_auto_headers=skip) as session,
+        session.post(scene.web_1 + EVENTS, headers=headers, data=start_request(ID).encode()) as answer,
+    ):
+        assert answer.status == 200
+    assert scene.publisher.pending == 1
+
+
+async def test_a_payload_beyond_the_limit_is_refused(scene: Scene) -> None:
+    await scene.fleet.inventory()
+    await scene.fleet.document(1, event())
+    await scene.shows(1)
+    many = start_request(*[ID] * 3_000)
+    status, body, _ = await scene.get(method="POST", data=many)
+    assert (status, "larger than 65536" in body["error"]) == (400, True)
+    assert (await scene.get(method="POST", data="{"))[0] == 400
+    assert scene.publisher.pending == 0
+
+
+# -- other clients --------------------------------------------------------------------------------------------
+
+
+async def test_urllib_as_the_documented_sample_uses_it(scene: Scene) -> None:
+    await scene.fleet.inventory()
+    await scene.fleet.document(1, event())
+    await scene.shows(1)
+
+    def sample() -> tuple[Any, int, bytes]:
+        url = scene.web_1 + EVENTS
+        read = urllib.request.Request(url)  # noqa: S310 - http on loopback
+        read.add_header("Metadata", "true")
+        with urllib.request.urlopen(read, timeout=5) as answer:  # noqa: S310 - the same
+            document = json.loads(answer.read())
+        approve = urllib.request.Request(url, data=start_request(ID).encode())  # noqa: S310 - the same
+        approve.add_header("Metadata", "true")
+        with urllib.request.urlopen(approve, timeout=5) as answer:  # noqa: S310 - the same
+            return document, answer.status, answer.read()
+
+    document, status, body = await asyncio.to_thread(sample)
+    assert document["Events"][0]["EventId"] == ID
+    assert (status, body) == (200, b"")
+    assert scene.publisher.pending == 1
+
+
+async def test_urllib_is_told_why_it_is_refused(scene: Scene) -> None:
+    def careless() -> tuple[int, Any]:
+        try:
+            urllib.request.urlopen(scene.web_1 + EVENTS, timeout=5)  # noqa: S310 - http on loopback
+        except urllib.error.HTTPError as error:
+            with error:
+                return error.code, json.loads(error.read())
+        raise AssertionError("was served without the Metadata header")
+
+    assert await asyncio.to_thread(careless) == (
+        400,
+        {"error": "Bad request. Required metadata header not specified."},
+    )
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
+async def test_curl_on_a_port_and_on_a_socket(scene: Scene) -> None:
+    await scene.fleet.inventory()
+    await scene.fleet.document(1, event())
+    await scene.fleet.document(3, set_name="_lone")
+    await scene.shows(1)
+    assert (await curl("-H", "Metadata:true", scene.web_1 + EVENTS))["DocumentIncarnation"] == 1
+    socket_args = ("--unix-socket", scene.lone_socket, "-H", "Metadata:true")
+    assert (await curl(*socket_args, f"http://169.254.169.254{EVENTS}"))["DocumentIncarnation"] == 3
+    posted = await curl_text(
+        "-H", "Metadata:true", "-d", start_request(ID), "-w", "%{http_code}", scene.web_1 + EVENTS
+    )
+    assert posted == "200"
+    await scene.fleet.until(lambda: len(scene.fleet.approvals) >= 1)
+
+
+async def curl(*arguments: str) -> Any:
+    return json.loads(await curl_text(*arguments))
+
+
+async def curl_text(*arguments: str) -> str:
+    process = await asyncio.create_subprocess_exec(
+        "curl", "-sS", "--max-time", "5", "--noproxy", "*", *arguments, stdout=asyncio.subprocess.PIPE
+    )
+    out, _ = await process.communicate()
+    assert process.returncode == 0
+    return out.decode()
+
+
+async def test_a_client_that_asks_to_close_is_told_so_and_hung_up_on(scene: Scene) -> None:
+    status, _, headers = await scene.get(headers={**HEADERS, "Connection": "close"})
+    assert (status, headers["Connection"].lower()) == (500, "close")
+    host, port = scene.web_1.removeprefix("http://").split(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    writer.write(f"GET {EVENTS} HTTP/1.1\r\nHost: x\r\nMetadata: true\r\nConnection: close\r\n\r\n".encode())
+    async with asyncio.timeout(5):
+        everything = await reader.read()
+    assert b"connection: close" in everything.lower()
+    writer.close()
+    await writer.wait_closed()
+
+
+async def test_garbage_instead_of_http_is_400(scene: Scene) -> None:
+    host, port = scene.web_1.removeprefix("http://").split(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    writer.write(b"\x16\x03\x01 not http\r\n\r\n")
+    async with asyncio.timeout(5):
+        assert b" 400 " in (await reader.read())[:40]
+    writer.close()
+    await writer.wait_closed()
+
+
+# -- starting -------------------------------------------------------------------------------------------------
+
+
+async def test_a_port_in_use_is_an_error_that_names_it(scene: Scene) -> None:
+    taken = scene.web_1.removeprefix("http://")
+    with pytest.raises(ListenError, match=f"cannot listen on {taken}"):
+        async with serve_metadata(scene.publisher, [Listener("web-1", taken)]):
+            pytest.fail("two servers on one port")
+
+
+def publisher_environment(tmp_path: Path, text: str, **more: str) -> dict[str, str]:
+    path = tmp_path / "listeners.toml"
+    path.write_text(text)
+    prefix = "CAESURA_METADATA_PUBLISHER_"
+    return {
+        **os.environ,
+        f"{prefix}LISTENERS_FILE": str(path),
+        f"{prefix}HEALTH_LISTEN": "",  # unless given below
+        **{f"{prefix}{name}": value for name, value in more.items()},
+    }
+
+
+@pytest.mark.parametrize("case", ["in use", "bad file"])
+async def test_the_command_ends_with_words_when_it_cannot_serve(tmp_path: Path, case: str) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        listen = f"127.0.0.1:{taken.getsockname()[1]}"
+        vm = "web-1" if case == "in use" else "web.1"
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-m",
+            "caesura_metadata_publisher",
+            env=publisher_environment(tmp_path, f'[[listener]]\nvm = "{vm}"\nlisten = "{listen}"\n'),
+            stderr=asyncio.subprocess.PIPE,
+        )
+        _, err = await asyncio.wait_for(process.communicate(), 20)
+    assert process.returncode == 1
+    assert (f"cannot listen on {listen}" if case == "in use" else "web.1") in err.decode()
+    assert "Traceback" not in err.decode()
+
+
+@pytest.mark.parametrize("kind", BROKERS)
+async def test_the_command_with_a_real_broker(kind: Literal["mosquitto", "embedded"], tmp_path: Path) -> None:
+    async with LocalBroker(kind=kind) as broker:
+        fleet = Fleet(MqttBus(BrokerOptions(url=broker.url), filters=("caesura/v1/metadata/#",)))
+
+        async def run() -> None:
+            await fleet.bus.run(fleet.receive)
+
+        listen, health = f"unix:{tmp_path}/web-1.sock", f"127.0.0.1:{free_port()}"
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-m",
+            "caesura_metadata_publisher",
+            env=publisher_environment(
+                tmp_path,
+                f'[[listener]]\nvm = "web-1"\nlisten = "{listen}"\n',
+                BROKER_URL=broker.url,
+                HEALTH_LISTEN=health,
+            ),
+        )
+        try:
+            async with running(run):
+                await fleet.inventory()
+                await fleet.document(5, event())
+                await fleet.until(lambda: fleet.presence == [True])
+                connector = aiohttp.UnixConnector(listen.removeprefix("unix:"))
+                async with aiohttp.ClientSession(connector=connector, headers=HEADERS) as session:
+
+                    async def served() -> bool:
+                        return (await session.get(f"http://x{EVENTS}")).status == 200
+
+                    await eventually(served)
+                    answer = await session.get(f"http://x{EVENTS}")
+                    assert (await answer.json())["Events"][0]["EventId"] == ID
+                    posted = await session.post(f"http://x{EVENTS}", data=start_request(ID))
+                    assert (posted.status, await posted.read()) == (200, b"")
+                await fleet.until(lambda: len(fleet.approvals) >= 2)
+                async with aiohttp.ClientSession(f"http://{health}") as session:
+                    assert (await session.get("/ready")).status == 200
+                    metrics = await (await session.get("/metrics")).text()
+                assert "caesura_metadata_approvals_total 1.0" in metrics
+                assert 'endpoint="scheduledevents",method="POST",status="200"} 1.0' in metrics
+                process.terminate()
+                assert await asyncio.wait_for(process.wait(), 10) == 0
+                await fleet.until(lambda: not fleet.presence[-1])
+                await fleet.bus.close()
+        finally:
+            if process.returncode is None:
+                process.kill()
+                await process.wait()

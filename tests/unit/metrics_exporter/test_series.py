@@ -1,0 +1,65 @@
+"""Counters, histograms and the memory of what was counted."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from caesura_metrics_exporter.series import Counts, Histogram, Seen
+
+BOUNDS = (0.1, 1.0, 30.0)
+
+
+def test_counts_by_label_values() -> None:
+    counts = Counts("host", "outcome")
+    counts.add("h1", "ok")
+    counts.add("h1", "ok", by=2)
+    counts.add("h2", "bad", by=0)
+    assert list(counts.items()) == [(("h1", "ok"), 3.0), (("h2", "bad"), 0.0)]
+    counts.forget("host", "h1")
+    counts.forget("set", "h2")
+    assert list(counts.items()) == [(("h2", "bad"), 0.0)]
+
+
+def test_a_wrong_number_of_labels_is_refused() -> None:
+    with pytest.raises(ValueError, match="host"):
+        Counts("host").add("h1", "ok")
+    with pytest.raises(ValueError, match="host"):
+        Histogram(BOUNDS, "host").observe(1.0)
+
+
+def test_a_value_on_a_boundary_belongs_to_its_bucket() -> None:
+    histogram = Histogram(BOUNDS)
+    histogram.observe(30.0)
+    histogram.observe(30.000001)
+    ((_, buckets, total),) = histogram.items()
+    assert buckets == [("0.1", 0), ("1", 0), ("30", 1), ("+Inf", 2)]
+    assert total == pytest.approx(60.000001)
+
+
+@given(st.lists(st.floats(0, 100), min_size=1))
+def test_buckets_are_cumulative_and_count_everything_once(values: list[float]) -> None:
+    histogram = Histogram(BOUNDS, "set")
+    for value in values:
+        histogram.observe(value, "web")
+    ((labels, buckets, total),) = histogram.items()
+    assert labels == ("web",)
+    ordered = sorted(values)
+    assert [count for _, count in buckets[:-1]] == [
+        bisect_left(ordered, bound) + ordered.count(bound) for bound in BOUNDS
+    ]
+    end, count = buckets[-1]
+    assert (end, int(count)) == ("+Inf", len(values))
+    assert total == pytest.approx(sum(values))
+    histogram.forget("set", "web")
+    assert list(histogram.items()) == []
+
+
+def test_a_key_is_first_once_while_remembered() -> None:
+    seen = Seen(2)
+    assert [seen.first(key) for key in ("a", "a", "b", "a", "c")] == [True, False, True, False, True]
+    # b was pushed out by c: memory is bounded. a was asked for after it, so it stayed until then.
+    assert [seen.first(key) for key in ("c", "b")] == [False, True]

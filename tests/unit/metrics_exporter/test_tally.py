@@ -1,0 +1,270 @@
+"""What is counted, once, under which labels."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Literal
+
+import pytest
+
+from caesura.contract import messages as m
+from caesura.contract.codec import Received
+from caesura.contract.envelope import Header, Message
+from caesura.contract.topics import CHANNELS, channel_of
+from caesura_metrics_exporter.series import Counts, Histogram
+from caesura_metrics_exporter.tally import PAUSE_BUCKETS, Tally
+
+AT = datetime(2026, 4, 20, 22, 26, 58, tzinfo=UTC)
+
+
+def received(message: Message, message_id: str = "1", source: str = "/caesura/test") -> Received:
+    header = Header(specversion="1.0", id=message_id, source=source, type=type(message).TYPE, time=AT)
+    return Received(channel_of(type(message)), {}, header, message)
+
+
+def resumed(
+    pause_s: float = 9.0,
+    *,
+    operation: str = "op1",
+    vm: str = "web-1",
+    by: Literal["updater", "guard"] = "updater",
+    within: bool = True,
+    memory: m.MemoryProof | None = None,
+) -> m.VmResumed:
+    return m.VmResumed(
+        vm=vm,
+        host="host-1",
+        set="web",
+        update_domain=2,
+        operation=operation,
+        method="freeze",
+        pause_s=pause_s,
+        budget_s=30,
+        within_budget=within,
+        resumed_by=by,
+        memory=memory,
+        at=AT,
+    )
+
+
+def counted(counts: Counts) -> dict[tuple[str, ...], float]:
+    return dict(counts.items())
+
+
+def observed(histogram: Histogram) -> dict[tuple[str, ...], tuple[float, float]]:
+    """Label values to (count, sum)."""
+    return {labels: (buckets[-1][1], total) for labels, buckets, total in histogram.items()}
+
+
+PAUSE = ("web", "2", "host-1", "freeze")
+
+
+def test_a_pause_is_observed_under_set_domain_host_and_method() -> None:
+    tally = Tally()
+    tally.take(received(resumed(9.0)))
+    assert observed(tally.pauses) == {PAUSE: (1, 9.0)}
+    assert counted(tally.overruns) == {PAUSE: 0}
+    assert counted(tally.guard_resumes) == {PAUSE: 0}
+
+
+def test_an_overrun_and_a_guard_resume_are_counted() -> None:
+    tally = Tally()
+    tally.take(received(resumed(31.0, by="guard", within=False)))
+    assert counted(tally.overruns) == {PAUSE: 1}
+    assert counted(tally.guard_resumes) == {PAUSE: 1}
+
+
+def test_the_pause_buckets_run_from_1_ms_to_60_s_with_boundaries_at_budgets() -> None:
+    assert (PAUSE_BUCKETS[0], PAUSE_BUCKETS[-1]) == (0.001, 60.0)
+    assert set(PAUSE_BUCKETS) >= {1.0, 2.0, 5.0, 10.0, 15.0, 20.0, 30.0}
+    assert list(PAUSE_BUCKETS) == sorted(set(PAUSE_BUCKETS))
+
+
+def test_the_same_message_twice_counts_once() -> None:
+    tally = Tally()
+    approved = m.EventApproved(event_id="e1", set="web", vm="web-1", at=AT)
+    assert tally.take(received(approved, "a"))
+    assert not tally.take(received(approved, "a"))
+    assert tally.take(received(approved, "a", source="/caesura/other"))
+    assert counted(tally.approvals) == {("web",): 2}
+    assert counted(tally.messages) == {("caesura.event.approved.v1",): 3}
+    assert counted(tally.duplicates) == {("caesura.event.approved.v1",): 1}
+
+
+@pytest.mark.parametrize(
+    "fact",
+    [
+        resumed(),
+        m.VmFrozen(
+            vm="web-1",
+            host="host-1",
+            set="web",
+            update_domain=2,
+            operation="op1",
+            method="freeze",
+            budget_s=30,
+            at=AT,
+        ),
+        m.VmClockSynced(
+            vm="web-1",
+            host="host-1",
+            set="web",
+            update_domain=2,
+            operation="op1",
+            synced=True,
+            by="agent",
+            at=AT,
+        ),
+        m.EventChanged(
+            event_id="e1",
+            set="web",
+            event_type="Freeze",
+            status="started",
+            resources=("web-1",),
+            incarnation=2,
+            not_before=AT,
+            at=AT,
+        ),
+        m.OperationReported(operation="op1", host="host-1", epoch=1, status="completed", at=AT),
+        m.FreezeCommanded(
+            operation="op1",
+            epoch=1,
+            coordinator="c1",
+            host="host-1",
+            rollout="r1",
+            wave=0,
+            method="freeze",
+            targets=(m.FreezeTarget(vm="web-1", set="web", update_domain=2),),
+            budget_s=30,
+            not_after=AT,
+        ),
+    ],
+    ids=lambda fact: type(fact).__name__,
+)
+def test_a_fact_said_again_under_a_new_id_counts_once(fact: Message) -> None:
+    tally = Tally()
+    assert tally.take(received(fact, "a"))
+    assert not tally.take(received(fact, "b"))
+
+
+def test_other_vms_and_other_operations_are_other_facts() -> None:
+    tally = Tally()
+    for operation, vm in (("op1", "web-1"), ("op1", "web-2"), ("op2", "web-1")):
+        tally.take(received(resumed(1.0, operation=operation, vm=vm)))
+    assert observed(tally.pauses) == {PAUSE: (3, 3.0)}
+
+
+def test_clock_errors_are_absolute_and_proofs_are_counted() -> None:
+    tally = Tally()
+    synced = m.VmClockSynced(
+        vm="web-1",
+        host="host-1",
+        set="web",
+        update_domain=2,
+        operation="op1",
+        synced=False,
+        by="agent",
+        error_before_s=-9.0,
+        error_after_s=0.25,
+        memory=m.MemoryProof(proof="heartbeat", ok=True),
+        at=AT,
+    )
+    tally.take(received(synced))
+    assert observed(tally.clock_errors) == {
+        ("web", "2", "after"): (1, 0.25),
+        ("web", "2", "before"): (1, 9.0),
+    }
+    assert counted(tally.clock_syncs) == {("web", "2", "agent", "unsynced"): 1}
+    tally.take(received(resumed(memory=m.MemoryProof(proof="digest", ok=False))))
+    tally.take(received(resumed(operation="op2", memory=m.MemoryProof(proof="none", ok=True))))
+    assert counted(tally.memory_proofs) == {
+        ("web", "2", "digest", "broken"): 1,
+        ("web", "2", "heartbeat", "held"): 1,
+    }
+
+
+def event(status: m.EventStatus, *, delay_s: float | None = None) -> m.EventChanged:
+    return m.EventChanged(
+        event_id="e1",
+        set="web",
+        event_type="Freeze",
+        status=status,
+        resources=("web-1",),
+        incarnation=2,
+        not_before=AT,
+        notice_s=900.0,
+        approval_delay_s=delay_s,
+        at=AT,
+    )
+
+
+def test_notice_is_taken_when_scheduled_and_the_approval_delay_once() -> None:
+    tally = Tally()
+    tally.take(received(event("scheduled"), "a"))
+    tally.take(received(event("started", delay_s=12.0), "b"))
+    tally.take(received(event("completed", delay_s=12.0), "c"))
+    assert observed(tally.notice) == {("Freeze",): (1, 900.0)}
+    assert observed(tally.approval_delay) == {("Freeze",): (1, 12.0)}
+    assert counted(tally.events) == {
+        ("web", "Freeze", "completed"): 1,
+        ("web", "Freeze", "scheduled"): 1,
+        ("web", "Freeze", "started"): 1,
+    }
+
+
+def test_an_operation_with_its_update() -> None:
+    tally = Tally()
+    accepted = m.OperationReported(operation="op1", host="host-1", epoch=1, status="accepted", at=AT)
+    outcome = m.UpdateOutcome(update="kernel", outcome="timeout", seconds=20.0)
+    failed = m.OperationReported(
+        operation="op1", host="host-1", epoch=1, status="failed", update=outcome, overhead_s=0.05, at=AT
+    )
+    for message in (accepted, failed):
+        tally.take(received(message, message.status))
+    assert counted(tally.operations) == {("host-1", "accepted"): 1, ("host-1", "failed"): 1}
+    assert counted(tally.updates) == {("host-1", "kernel", "timeout"): 1}
+    assert observed(tally.update_seconds) == {("host-1", "kernel"): (1, 20.0)}
+    assert observed(tally.overhead) == {("host-1",): (1, 0.05)}
+
+
+def test_hooks_readiness_and_waves() -> None:
+    tally = Tally()
+    tally.take(received(m.HookFinished(vm="web-1", hook="prepare", outcome="failed", seconds=2.0), "a"))
+    tally.take(received(m.VmReady(vm="web-1", event_id="e1", ready=False), "b"))
+    tally.take(
+        received(m.WaveChanged(rollout="r1", wave=0, status="started", domains={"web": 2}, at=AT), "c")
+    )
+    tally.take(received(m.AgentClockSynced(vm="web-1", boot_id="b", trigger="start", synced=True), "d"))
+    assert counted(tally.hooks) == {("prepare", "failed"): 1}
+    assert observed(tally.hook_seconds) == {("prepare",): (1, 2.0)}
+    assert counted(tally.readiness) == {("not_ready",): 1}
+    assert counted(tally.waves) == {("started",): 1}
+    assert counted(tally.agent_syncs) == {("start", "synced"): 1}
+
+
+def test_a_host_that_is_gone_takes_its_series_with_it() -> None:
+    tally = Tally()
+    tally.take(received(resumed()))
+    tally.take(
+        received(m.OperationReported(operation="o", host="host-2", epoch=1, status="failed", at=AT), "b")
+    )
+    tally.forget_host("host-1")
+    assert observed(tally.pauses) == {}
+    assert counted(tally.overruns) == {}
+    assert counted(tally.operations) == {("host-2", "failed"): 1}
+
+
+def test_no_label_is_an_event_a_rollout_an_operation_or_a_vm() -> None:
+    forbidden = {"event", "event_id", "rollout", "operation", "vm", "wave"}
+    series = [each for each in vars(Tally()).values() if isinstance(each, Counts | Histogram)]
+    assert len(series) > 20
+    for each in series:
+        assert not forbidden & set(each.names)
+
+
+def test_every_type_on_the_bus_can_be_taken() -> None:
+    # Types without facts are counted as messages all the same.
+    assert {channel.message for channel in CHANNELS} >= {m.HostInventory, m.RolloutState}
+    tally = Tally()
+    tally.take(received(m.HostPresence(host="host-1", online=True, instance="i")))
+    assert counted(tally.messages) == {("caesura.host.presence.v1",): 1}

@@ -1,0 +1,94 @@
+"""Settings: a misspelt variable is refused, a secret is never shown."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import pytest
+from msgspec import Meta
+
+from caesura.runtime.settings import (
+    Secret,
+    ServiceSettings,
+    SettingsError,
+    describe_settings,
+    read_settings,
+    show_settings,
+)
+
+
+class Sample(ServiceSettings, frozen=True, kw_only=True):
+    """Some of every kind."""
+
+    name: Annotated[str, Meta(min_length=2, description="Who.")]
+    count: Annotated[int, Meta(ge=1)] = 3
+    words: tuple[str, ...] = ()
+    loud: bool = False
+
+
+_GIVEN = {"X_NAME": "me"}
+
+
+def test_defaults_and_conversions() -> None:
+    settings = read_settings(
+        Sample, "X_", {**_GIVEN, "X_COUNT": "7", "X_WORDS": '["a", "b"]', "X_LOUD": "true", "OTHER": "1"}
+    )
+    assert (settings.name, settings.count, settings.words, settings.loud) == ("me", 7, ("a", "b"), True)
+
+
+@pytest.mark.parametrize(
+    ("environ", "words"),
+    [
+        ({**_GIVEN, "X_COUTN": "7"}, "unknown setting X_COUTN, did you mean X_COUNT"),
+        ({**_GIVEN, "X_ZZZZZZ": "7"}, "unknown setting X_ZZZZZZ; run with --help"),
+        ({}, "missing setting X_NAME"),
+        ({**_GIVEN, "X_COUNT": "0"}, "X_COUNT='0'"),
+        ({**_GIVEN, "X_COUNT": "many"}, "X_COUNT='many'"),
+        ({"X_NAME": "m"}, "X_NAME='m'"),
+        ({**_GIVEN, "X_WORDS": "a b"}, "X_WORDS='a b'"),
+        ({**_GIVEN, "X_BROKER_PROTOCOL": "4"}, "X_BROKER_PROTOCOL='4'"),
+        (
+            {**_GIVEN, "X_BROKER_PASSWORD": "hunter2"},
+            "unknown setting X_BROKER_PASSWORD, did you mean X_BROKER_PASSWORD_FILE",
+        ),
+        ({**_GIVEN, "X_BROKER_PASSWORD_FILE": "/nowhere/at/all"}, "cannot read '/nowhere/at/all'"),
+    ],
+)
+def test_what_is_refused_names_the_variable(environ: dict[str, str], words: str) -> None:
+    with pytest.raises(SettingsError) as caught:
+        read_settings(Sample, "X_", environ)
+    assert words in str(caught.value)
+    assert "hunter2" not in str(caught.value)
+
+
+def test_a_secret_comes_from_a_file_and_is_never_shown(tmp_path: Path) -> None:
+    file = tmp_path / "password"
+    file.write_text("hunter2\n")
+    settings = read_settings(Sample, "X_", {**_GIVEN, "X_BROKER_PASSWORD_FILE": str(file)})
+    assert settings.broker_password.reveal() == "hunter2"
+    assert "hunter2" not in show_settings(settings, "X_")
+    assert "hunter2" not in repr(settings)
+    assert "X_BROKER_PASSWORD_FILE=(set, not shown)" in show_settings(settings, "X_")
+
+
+def test_what_is_printed_can_be_read_again() -> None:
+    settings = read_settings(Sample, "X_", {**_GIVEN, "X_WORDS": '["a b"]', "X_LOUD": "true"})
+    lines = dict(line.split("=", 1) for line in show_settings(settings, "X_").splitlines())
+    given = {
+        name: value.lower() if value in {"True", "False"} else value for name, value in lines.items() if value
+    }
+    again = read_settings(Sample, "X_", given)
+    assert (again.words, again.loud, again.name) == (settings.words, settings.loud, settings.name)
+
+
+def test_the_reference_lists_every_setting_once() -> None:
+    rows = describe_settings(Sample, "X_")
+    assert len({name for name, _, _ in rows}) == len(rows)
+    assert ("X_NAME", "required", "Who.") in rows
+    assert any(name == "X_BROKER_PASSWORD_FILE" for name, _, _ in rows)
+
+
+def test_an_empty_secret_is_false() -> None:
+    assert not Secret()
+    assert Secret("x")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from caesura_ctl import act, look
+from caesura_ctl.acl import acl
 from caesura_ctl.commandline import EXIT_CODES
 from caesura_ctl.demo.command import demo
 
@@ -49,5 +50,6 @@ for each in (
     look.history,
     look.tail,
     look.updates,
+    acl,
 ):
     caesura.add_command(each)

@@ -185,3 +185,8 @@ def stop_and_go() -> tuple[signal.Signals, signal.Signals]:
 @pytest.fixture
 def loop_time() -> Callable[[], float]:
     return lambda: asyncio.get_running_loop().time()
+
+
+@pytest.fixture
+def new_stage() -> type[Stage]:
+    return Stage

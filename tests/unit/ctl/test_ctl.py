@@ -1,0 +1,256 @@
+"""Durations, the picture, the verdict, the layout, and the command line's own refusals."""
+
+from __future__ import annotations
+
+import io
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+
+from caesura.contract import messages as m
+from caesura.contract.examples import examples
+from caesura_ctl.cli import caesura
+from caesura_ctl.demo.layout import standard_layout
+from caesura_ctl.demo.verdict import WorkloadStatus, judge, overlaps
+from caesura_ctl.durations import parse_duration, show_duration
+from caesura_ctl.picture import Picture
+from caesura_ctl.tables import (
+    documents_view,
+    history_view,
+    hosts_view,
+    live_view,
+    pauses_view,
+    plan_view,
+    updates_view,
+)
+
+T0 = datetime(2026, 4, 20, 12, 0, 0, tzinfo=UTC)
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("9", 9), ("9s", 9), ("0.5s", 0.5), ("1m30s", 90), ("15m", 900), ("2h", 7200), ("1h1m1s", 3661)],
+)
+def test_durations(text: str, seconds: float) -> None:
+    assert parse_duration(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "s", "-1s", "9x", "1s1m", "nine", "1e3"])
+def test_what_is_no_duration(text: str) -> None:
+    with pytest.raises(ValueError, match="is no duration"):
+        parse_duration(text)
+
+
+@given(st.integers(1, 100_000))
+def test_shown_durations_can_be_read_again(seconds: int) -> None:
+    assert parse_duration(show_duration(seconds)) == seconds
+
+
+def _resumed(
+    vm: str, domain: int, begin_s: float, pause_s: float, operation: str = "o"
+) -> list[m.VmFrozen | m.VmResumed]:
+    common: dict[str, Any] = {
+        "vm": vm,
+        "host": "h",
+        "set": "web",
+        "update_domain": domain,
+        "operation": operation,
+        "method": "freeze",
+        "budget_s": 10.0,
+    }
+    begin = T0 + timedelta(seconds=begin_s)
+    return [
+        m.VmFrozen(**common, at=begin),
+        m.VmResumed(
+            **common,
+            pause_s=pause_s,
+            within_budget=pause_s <= 10,
+            resumed_by="updater",
+            memory=m.MemoryProof(proof="digest", ok=True),
+            at=begin + timedelta(seconds=pause_s),
+        ),
+    ]
+
+
+def test_the_picture_takes_every_message_and_repetition_changes_nothing() -> None:
+    picture = Picture()
+    for _ in range(2):
+        for example in examples():
+            picture.fold(example.message)
+    assert list(picture.hosts) == ["host-1"]
+    assert len(picture.pauses) == 1
+    assert not picture.frozen, "a repeated frozen after its resumed does not freeze anything"
+    written = io.StringIO()
+    console = Console(width=120, file=written)
+    console.print(live_view(picture, T0))
+    console.print(hosts_view(picture), documents_view(picture), updates_view(picture))
+    console.print(pauses_view(picture.pauses.values(), picture.clocks))
+    console.print(history_view(list(picture.rollouts.values())))
+    answer = next(each.message for each in examples() if isinstance(each.message, m.RequestAnswered))
+    assert answer.plan is not None
+    console.print(plan_view(answer.plan))
+    text = written.getvalue()
+    for word in ("host-1", "web-1", "qemu-security", "8.734s", "typo.toml", "every VM of the host pauses"):
+        assert word in text
+
+
+def test_overlaps_of_domains_are_found_and_touching_ones_are_not() -> None:
+    def at(second: float) -> datetime:
+        return T0 + timedelta(seconds=second)
+
+    assert overlaps([("web", 0, at(0), at(2)), ("web", 1, at(2), at(4))]) == []
+    assert overlaps([("web", 0, at(0), at(2)), ("db", 1, at(1), at(4))]) == []
+    assert overlaps([("web", 1, at(1.9), at(4)), ("web", 0, at(0), at(2))]) == ["web: domains 0 and 1"]
+    assert overlaps([("web", 0, at(0), at(9)), ("web", 0, at(1), at(2)), ("web", 2, at(8), at(10))]) == [
+        "web: domains 0 and 2"
+    ]
+
+
+def _judged(**changes: Any) -> dict[str, bool]:
+    """A rollout of two VMs that went well, with something changed."""
+    picture = Picture()
+    events = {"web": ("E1", "E2")}
+    waves = tuple(
+        m.WaveState(
+            wave=index,
+            status="completed",
+            domains={"web": index},
+            hosts=(f"h{index}",),
+            vms=(f"w{index}",),
+            events={"web": events["web"][index]},
+        )
+        for index in range(2)
+    )
+    rollout = m.RolloutState(
+        rollout="r",
+        update="patch",
+        status=changes.get("status", "completed"),
+        policy=m.Policy(),
+        sets=("web",),
+        waves=waves,
+        created_at=T0,
+    )
+    for index in range(2):
+        begin = changes.get("begin", (0.0, 5.0))[index]
+        picture.fold(
+            m.OperationReported(
+                operation=f"o{index}", host=f"h{index}", epoch=1, rollout="r", status="completed", at=T0
+            )
+        )
+        for message in _resumed(f"w{index}", index, begin, changes.get("pause_s", 2.0), f"o{index}"):
+            picture.fold(message)
+        picture.fold(
+            m.VmClockSynced(
+                vm=f"w{index}",
+                host=f"h{index}",
+                set="web",
+                update_domain=index,
+                operation=f"o{index}",
+                synced=True,
+                by="agent",
+                error_before_s=-2.0,
+                error_after_s=changes.get("error_after_s", 0.001),
+                at=T0,
+            )
+        )
+        for status in ("scheduled", "started", changes.get("end", "completed")):
+            picture.fold(
+                m.EventChanged(
+                    event_id=f"E{index + 1}",
+                    set="web",
+                    event_type="Freeze",
+                    status=status,
+                    resources=(f"w{index}",),
+                    incarnation=1,
+                    not_before=T0,
+                    approved_by="w0" if status != "scheduled" else "",
+                    at=T0,
+                )
+            )
+    status = WorkloadStatus("w", 1, 1, 0, ["e1"], [2.0], 1, changes.get("digests_ok", True))
+    checks = judge(
+        picture,
+        rollout,
+        {"w0": status, "w1": status},
+        changes.get("patched", ["h0", "h1"]),
+        changes.get("still_frozen", []),
+    )
+    return {check.rule: check.held for check in checks}
+
+
+def test_a_good_rollout_holds_every_rule() -> None:
+    assert all(_judged().values())
+
+
+@pytest.mark.parametrize(
+    ("changes", "rule"),
+    [
+        ({"status": "halted"}, "the rollout completed"),
+        ({"begin": (0.0, 1.0)}, "one update domain of a set at a time"),
+        ({"pause_s": 10.5, "begin": (0.0, 20.0)}, "every pause inside its budget"),
+        ({"patched": ["h0"]}, "every host updated once, while its VMs stood still"),
+        ({"patched": ["h0", "h1", "h1"]}, "every host updated once, while its VMs stood still"),
+        ({"digests_ok": False}, "memory unchanged"),
+        ({"error_after_s": 0.2}, "clocks put right"),
+        ({"end": "failed"}, "every event reached exactly one end"),
+        ({"still_frozen": ["process 1"]}, "no VM left paused"),
+    ],
+)
+def test_each_rule_can_break(changes: dict[str, Any], rule: str) -> None:
+    assert [name for name, held in _judged(**changes).items() if not held] == [rule]
+
+
+def test_the_demo_has_the_fleet_it_promises() -> None:
+    layout = standard_layout(range(18100, 18125))
+    assert (len(layout.hosts), len(layout.vms)) == (6, 25)
+    sets = {name: [vm for vm in layout.vms if vm.set == name] for name in ("web", "db", "")}
+    assert [len(each) for each in sets.values()] == [12, 12, 1]
+    for name in ("web", "db"):
+        assert {vm.update_domain for vm in sets[name]} == {0, 1, 2}
+    for host in layout.hosts:
+        for name in ("web", "db"):
+            assert len({vm.update_domain for vm in layout.on(host) if vm.set == name}) == 1
+    assert len({vm.port for vm in layout.vms}) == 25
+
+
+@pytest.mark.parametrize("name", sorted(caesura.commands))
+def test_every_command_has_help_with_examples_and_exit_codes(name: str) -> None:
+    result = CliRunner().invoke(caesura, [name, "--help"])
+    assert result.exit_code == 0
+    assert "examples:" in result.output
+    assert f"caesura {name}" in result.output
+    assert "exit codes:" in result.output
+
+
+@pytest.mark.parametrize(
+    ("words", "error"),
+    [
+        (["freeze", "--vm", "w", "--for", "soon"], "is no duration"),
+        (["freeze", "--for", "9s"], "say what to freeze"),
+        (["freeze", "--vm", "w", "--for", "30s"], "leaves nothing of the pause budget"),
+        (["roll"], "Missing argument 'UPDATE'"),
+        (["tail", "--type", "caesura.nothing.v1"], "is none of"),
+        (["demo", "--budget", "31s"], "at most 30s"),
+        (["demo", "--notice", "0s"], "longer than nothing"),
+        (["acl", "hots:host-1"], "'hots' is none of"),
+        (["acl", "host"], "host:NAME"),
+        (["acl", "vm:a.b"], "A-Z"),
+        (["history", "--limit", "0"], "not in the range"),
+    ],
+)
+def test_bad_usage_is_said_with_exit_code_2(words: list[str], error: str) -> None:
+    result = CliRunner().invoke(caesura, words)
+    assert result.exit_code == 2
+    assert error in result.output
+
+
+def test_bad_settings_are_said_with_exit_code_2(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CAESURA_CTL_BROKER_ULR", "mqtt://x")
+    result = CliRunner().invoke(caesura, ["status"])
+    assert result.exit_code == 2
+    assert "did you mean CAESURA_CTL_BROKER_URL" in result.output

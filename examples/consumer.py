@@ -1,6 +1,6 @@
 """A custom consumer with plain aiomqtt and json: who was paused, for how long, was the clock put right.
 
-    python examples/consumer.py [HOST [PORT]]
+Usage: python examples/consumer.py [HOST [PORT]]
 """
 
 import asyncio
@@ -18,11 +18,11 @@ async def main() -> None:
         await client.subscribe("caesura/v1/host/+/set/+/ud/+/vm/+/+", qos=1)
         async for message in client.messages:
             event = json.loads(bytes(message.payload))  # a CloudEvent
-            data = event["data"]
+            data, who = event["data"], f"{event['data']['vm']} (domain {event['data']['update_domain']})"
             if event["type"] == "caesura.vm.resumed.v1":
-                print(f"{data['vm']} (domain {data['update_domain']}): paused {data['pause_s']:.3f} s", flush=True)
+                print(f"{who}: paused {data['pause_s']:.3f} s", flush=True)
             elif event["type"] == "caesura.vm.clock-synced.v1":
-                print(f"{data['vm']} clock synced: {data['synced']}, off by {data['error_after_s']} s", flush=True)
+                print(f"{who}: clock synced: {data['synced']}, off by {data['error_after_s']} s", flush=True)
 
 
 asyncio.run(main())

@@ -1,0 +1,140 @@
+"""``caesura-host-updater``: the composition root of the host updater."""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from hashlib import blake2b
+from pathlib import Path
+
+import structlog
+from prometheus_client import CollectorRegistry
+
+from caesura.bus.mqtt import MqttBus
+from caesura.bus.options import options_from
+from caesura.bus.port import Will
+from caesura.contract.codec import encode
+from caesura.contract.messages import HostPresence
+from caesura.contract.topics import channel_of
+from caesura.runtime.command import run_service
+from caesura.runtime.errors import CaesuraError
+from caesura.runtime.health import serve_health
+from caesura.runtime.identity import new_id
+from caesura.runtime.serve import serve
+from caesura_host_updater.drivers.freezers import choose_freezer
+from caesura_host_updater.drivers.process import ProcessDriver
+from caesura_host_updater.guardian import Guardian
+from caesura_host_updater.hostfile import HostFile, read_host_file
+from caesura_host_updater.journal import JournalThread
+from caesura_host_updater.metrics import HostMetrics
+from caesura_host_updater.operation import clean_environ
+from caesura_host_updater.service import HostUpdater, filters, state_folder
+from caesura_host_updater.settings import HostUpdaterSettings
+
+_log = structlog.get_logger("caesura.host_updater")
+
+
+class StateInUse(CaesuraError):
+    """Another host updater runs on the same state folder."""
+
+
+def main() -> int:
+    """The console script."""
+    return run_service(
+        "host-updater",
+        "Freezes this host's VMs for an update and resumes them within the budget, whatever happens.",
+        HostUpdaterSettings,
+        _main,
+    )
+
+
+async def _main(settings: HostUpdaterSettings) -> None:
+    host = read_host_file(settings.host_file)
+    folder = state_folder(settings.state_dir)
+    with _only_one(folder):
+        await _run(settings, host, folder)
+
+
+@contextmanager
+def _only_one(folder: Path) -> Iterator[None]:
+    handle = os.open(folder / "updater.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise StateInUse(f"another host updater runs on {folder}") from None
+        yield
+    finally:
+        os.close(handle)
+
+
+async def _run(settings: HostUpdaterSettings, host: HostFile, folder: Path) -> None:
+    environ = clean_environ(os.environ)
+    instance = new_id()
+    bus = MqttBus(
+        options_from(settings, client_id=f"caesura-host-{host.host}"),
+        filters=filters(host),
+        will=_will(host.host, instance),
+    )
+    registry = CollectorRegistry()
+    journal = JournalThread()
+    guardian = Guardian(folder, spawn=settings.guard == "spawn")
+    driver = _driver(settings, host, folder, environ)
+    updater = HostUpdater(
+        settings,
+        host,
+        bus=bus,
+        driver=driver,
+        guardian=guardian,
+        journal=journal,
+        metrics=HostMetrics(registry),
+        instance=instance,
+        environ=environ,
+    )
+    updater.show_gauges()
+    stopped = False
+    try:
+        await journal.open(str(folder / "journal.sqlite"))
+        await updater.recover()
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, updater.reread)
+        async with serve_health(settings.health_listen, updater.pings(), registry):
+            await serve(updater.tasks(), drain=updater.drain, drain_timeout_s=settings.drain_timeout_s)
+        stopped = True
+    finally:
+        await driver.close(stop_vms=settings.stop_vms_on_exit and stopped)
+        await guardian.close()
+        await journal.close()
+
+
+def _driver(
+    settings: HostUpdaterSettings, host: HostFile, folder: Path, environ: dict[str, str]
+) -> ProcessDriver:
+    # Two hosts of one name may share a machine in a demo: the state folder tells them apart.
+    group = f"caesura-{host.host}-{blake2b(str(folder.resolve()).encode(), digest_size=4).hexdigest()}"
+    freezer, passed = choose_freezer(host.process.freezer, group)
+    for kind, why in passed.items():
+        _log.warning("freezer.passed_over", kind=kind, why=why, chosen=freezer.kind)
+    return ProcessDriver(
+        host.host,
+        host.vm,
+        folder,
+        freezer,
+        environ=environ,
+        max_digest_bytes=settings.max_digest_bytes,
+    )
+
+
+def _will(host: str, instance: str) -> Will:
+    offline = HostPresence(host=host, online=False, instance=instance)
+    payload = encode(offline, source=f"/caesura/host/{host}", event_id=new_id(), time=datetime.now(UTC))
+    return Will(channel_of(HostPresence).topic(host=host), payload)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

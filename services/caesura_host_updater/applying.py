@@ -1,0 +1,148 @@
+"""Running an update: argv of the host's own file, output bounded, ended as a group, never waited for too long."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+
+import structlog
+
+from caesura.runtime.errors import CaesuraError
+from caesura_host_updater.detached import ExitWatch
+from caesura_host_updater.guard.plans import SignalPlan
+from caesura_host_updater.guard.procfs import process_table, read_process, send_signal
+from caesura_host_updater.updates import UpdateFile
+
+_TAIL_BYTES = 2048  # of the output, for the report
+_LAST_WORDS_S = 0.05  # s: output written just before the end is still in the pipe
+
+_log = structlog.get_logger("caesura.update")
+
+
+class UpdateNotStarted(CaesuraError):
+    """The program could not be run."""
+
+
+class UpdateProcess:
+    """One run of an update in a session of its own.
+
+    Args:
+        environ: the whole environment of the program.
+
+    Raises:
+        UpdateNotStarted: no such program or folder, or no permission.
+    """
+
+    def __init__(self, update: UpdateFile, environ: Mapping[str, str]) -> None:
+        self.started_at = time.monotonic()
+        self._tail = b""
+        self._ended = asyncio.Event()
+        self._loop = asyncio.get_running_loop()
+        self._read, write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        os.set_blocking(write, True)
+        try:
+            self._process = subprocess.Popen(
+                update.argv,
+                stdin=subprocess.DEVNULL,
+                stdout=write,
+                stderr=write,
+                cwd=update.working_directory,
+                env=dict(environ),
+                start_new_session=True,
+            )
+        except OSError as error:
+            os.close(self._read)
+            raise UpdateNotStarted(f"update {update.name} cannot be started: {error}") from error
+        finally:
+            os.close(write)
+        own = read_process(self._process.pid)
+        self._plan = SignalPlan("", self._process.pid, own.start_ticks if own else 0)
+        self._loop.add_reader(self._read, self._on_output)
+        self._watch = ExitWatch(self._process.pid, self._on_exit, reap=False)
+
+    @property
+    def identity(self) -> tuple[int, int]:
+        """Pid and start time, for the journal."""
+        return self._plan.leader, self._plan.start_ticks
+
+    def _on_output(self) -> None:
+        try:
+            data = os.read(self._read, 65536)
+        except BlockingIOError:
+            return
+        if not data:
+            self._loop.remove_reader(self._read)
+        self._tail = (self._tail + data)[-_TAIL_BYTES:]
+
+    def _on_exit(self) -> None:
+        self._process.poll()
+        self._ended.set()
+
+    async def wait(self) -> tuple[int, float, str]:
+        """Exit code (negative: the signal), seconds, the end of its output."""
+        await self._ended.wait()
+        seconds = time.monotonic() - self.started_at
+        code = self._process.returncode
+        self._on_output_left()
+        return -1 if code is None else code, seconds, self._tail.decode(errors="replace")
+
+    def _on_output_left(self) -> None:
+        # A background process of the update may hold the pipe open for ever, so there is no waiting for its end.
+        until = time.monotonic() + _LAST_WORDS_S
+        before = None
+        while before != self._tail and time.monotonic() < until:
+            before = self._tail
+            self._on_output()
+
+    def end(self, number: signal.Signals) -> None:
+        """Signal everything in its session and below it."""
+        for member in self._plan.members(process_table()):
+            send_signal(member.pid, member.start_ticks, number)
+
+    def close(self) -> None:
+        """Let go of the descriptors. A process that not even SIGKILL ends is left to the kernel."""
+        self._watch.close()
+        self._loop.remove_reader(self._read)
+        os.close(self._read)
+        if self._process.poll() is None:
+            self._process.returncode = (
+                -signal.SIGKILL
+            )  # it was sent; do not warn about a process we gave up on
+
+
+def update_environ(
+    base: Mapping[str, str], update: UpdateFile, *, operation: str, host: str, vm: str
+) -> dict[str, str]:
+    """What an update is told: its own variables and which operation, update, host and VM this is."""
+    told = {"CAESURA_OPERATION": operation, "CAESURA_UPDATE": update.name, "CAESURA_HOST": host}
+    return {**base, **update.environ, **told, **({"CAESURA_VM": vm} if vm else {})}
+
+
+def end_orphans(operation: str, host: str, known: tuple[tuple[int, int], ...]) -> int:
+    """SIGKILL what an update of a dead host updater left behind; how many processes that were.
+
+    Found by the journal's pid and start time, and by the environment that every update is given: the host
+    updater may have died between starting it and writing its pid down.
+    """
+    table = process_table()
+    found = {
+        (member.pid, member.start_ticks)
+        for pid, start_ticks in known
+        for member in SignalPlan("", pid, start_ticks).members(table)
+    }
+    wanted = {f"CAESURA_OPERATION={operation}".encode(), f"CAESURA_HOST={host}".encode()}
+    for process in table.values():
+        with suppress(OSError):
+            if wanted <= set(Path(f"/proc/{process.pid}/environ").read_bytes().split(b"\0")):
+                found.add((process.pid, process.start_ticks))
+    for pid, start_ticks in found:
+        send_signal(pid, start_ticks, signal.SIGKILL)
+    if found:
+        _log.warning("update.orphans_ended", operation=operation, processes=len(found))
+    return len(found)

@@ -1,0 +1,174 @@
+"""Which commands this host obeys: epochs, expiry, duplicates, and whether the command fits the host. Pure."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from datetime import datetime
+
+import msgspec
+
+from caesura.contract.messages import (
+    AbortCommanded,
+    FreezeCommanded,
+    OperationReported,
+    VmRecord,
+)
+from caesura_host_updater.schedule import MIN_BUDGET_S, usable_s
+from caesura_host_updater.updates import Catalogue, UpdateFile
+
+
+class Authority(msgspec.Struct, frozen=True):
+    """The coordinator this host obeys: the highest epoch it has heard of, and whose that is."""
+
+    epoch: int = 0
+    coordinator: str = ""
+
+
+def hear(authority: Authority, epoch: int, coordinator: str) -> Authority | str:
+    """What hearing from a coordinator does: the authority to hold from now on, or why it is not obeyed."""
+    if epoch > authority.epoch:
+        return Authority(epoch, coordinator)
+    if epoch < authority.epoch:
+        return f"epoch {epoch} is old: this host obeys epoch {authority.epoch} of {authority.coordinator}"
+    if coordinator != authority.coordinator:
+        return f"epoch {epoch} belongs to coordinator {authority.coordinator}, not to {coordinator}"
+    return authority
+
+
+class Refuse(msgspec.Struct, frozen=True):
+    """Do nothing but say why."""
+
+    why: str
+
+
+class Repeat(msgspec.Struct, frozen=True):
+    """The operation is known: say again what became of it. None: it is under way."""
+
+    report: OperationReported | None
+
+
+class Accept(msgspec.Struct, frozen=True):
+    """Do it. ``update`` is None for a freeze on demand."""
+
+    update: UpdateFile | None
+
+
+class Host(msgspec.Struct, frozen=True, kw_only=True):
+    """What the judgement needs to know of the host."""
+
+    host: str
+    vms: Mapping[str, VmRecord]
+    catalogue: Catalogue
+    busy: str = ""
+    """The operation under way."""
+    stopping: bool = False
+
+
+def judge_freeze(
+    command: FreezeCommanded,
+    *,
+    host: Host,
+    authority: Authority | str,
+    known: Repeat | None,
+    now: datetime,
+) -> Refuse | Repeat | Accept:
+    """What to do with a freeze command.
+
+    Args:
+        authority: the answer of ``hear`` to this command.
+        known: what is known of its operation id.
+        now: the host's wall clock.
+    """
+    if known is not None:
+        return known
+    if isinstance(authority, str):
+        return Refuse(authority)
+    if command.host != host.host:
+        return Refuse(f"the command is for host {command.host}, this is {host.host}")
+    if now > command.not_after:
+        late_s = (now - command.not_after).total_seconds()
+        return Refuse(f"the command came {late_s:.1f} s after its not_after")
+    if host.stopping:
+        return Refuse("the host updater is stopping")
+    if host.busy:
+        return Refuse(f"busy with operation {host.busy}")
+    why = _wrong_targets(command, host)
+    if why:
+        return Refuse(why)
+    return _judge_update(command, host)
+
+
+def _wrong_targets(command: FreezeCommanded, host: Host) -> str:
+    """What is wrong with the command's VMs, empty if nothing is."""
+    for vm, count in Counter(target.vm for target in command.targets).items():
+        if count > 1:
+            return f"VM {vm} is named {count} times"
+    for target in command.targets:
+        record = host.vms.get(target.vm)
+        if record is None:
+            return f"VM {target.vm} is not on this host"
+        if (target.set, target.update_domain) != (record.set, record.update_domain):
+            return (
+                f"VM {target.vm} is in set {record.set} domain {record.update_domain}, "
+                f"the command says {target.set} domain {target.update_domain}: plan again"
+            )
+        if record.state != "running":
+            return f"VM {target.vm} is {record.state}, not running"
+    return ""
+
+
+def _judge_update(command: FreezeCommanded, host: Host) -> Refuse | Accept:
+    if command.method not in ("live", "freeze"):
+        missing = next((vm.methods_missing.get(command.method, "") for vm in host.vms.values()), "")
+        return Refuse(
+            f"method {command.method} is not possible here: {missing or 'this host does not know it'}"
+        )
+    if command.method == "freeze" and command.budget_s < MIN_BUDGET_S:
+        return Refuse(
+            f"a budget of {command.budget_s:g} s is too short: resuming in time needs at least {MIN_BUDGET_S:g} s"
+        )
+    if not command.update:
+        if command.method == "live":
+            return Refuse("method live without an update does nothing")
+        if command.hold_s > usable_s(command.budget_s):
+            return Refuse(
+                f"holding for {command.hold_s:g} s does not fit a budget of {command.budget_s:g} s: "
+                f"at most {usable_s(command.budget_s):.2f} s do, the rest is for the resume"
+            )
+        return Accept(None)
+    update = host.catalogue.updates.get(command.update)
+    if update is None:
+        files = ", ".join(f"{each.file}: {each.reason}" for each in host.catalogue.refused)
+        return Refuse(
+            f"update {command.update} is not known here{f' (refused files: {files})' if files else ''}"
+        )
+    wanted = {"none": "live", "pause": "freeze", "reboot": "reboot"}[update.impact]
+    if command.method == "live" and wanted != "live":
+        return Refuse(f"update {update.name} has impact {update.impact}: method live is not enough")
+    if wanted == "reboot":
+        return Refuse(f"update {update.name} has impact reboot: this driver cannot do that")
+    if command.method == "freeze":
+        if update.expected_s > usable_s(command.budget_s):
+            return Refuse(
+                f"update {update.name} takes some {update.expected_s:g} s, a budget of {command.budget_s:g} s "
+                f"leaves {usable_s(command.budget_s):.2f} s for it"
+            )
+        named = {target.vm for target in command.targets}
+        left = [vm for vm, record in host.vms.items() if record.state == "running" and vm not in named]
+        if update.scope == "host" and left:
+            return Refuse(
+                f"update {update.name} is of scope host, but the command leaves out {', '.join(left)}"
+            )
+    return Accept(update)
+
+
+def judge_abort(
+    command: AbortCommanded, *, busy: str, authority: Authority | str, known: Repeat | None
+) -> Refuse | Repeat | Accept | None:
+    """What to do with an abort: None: abort the operation under way; Accept: remember that it never starts."""
+    if isinstance(authority, str):
+        return Refuse(authority)
+    if command.operation == busy:
+        return None
+    return known if known is not None else Accept(None)

@@ -1,0 +1,1 @@
+"""Drivers: how a VM is frozen and resumed on this host."""

@@ -1,0 +1,169 @@
+"""The first process of a process VM: starts the VM's processes, reaps, forwards SIGTERM, ends with them.
+
+Run by path with ``python -I -S`` (some 15 ms): standard library only, no import of ours. Its argument is a
+JSON file written by the process driver. It writes who it is into the run file itself, under a lock that it
+holds for life, so a host updater that died between starting it and writing that down starts no second VM.
+
+It is a child subreaper: a process that leaves its process group and session, or whose parent dies, stays in
+this tree and is found when the VM is frozen. Its direct children die with it (PR_SET_PDEATHSIG).
+"""
+
+# light imports, no pathlib; running the host file's argv is what it is for.
+# ruff: noqa: PTH105, PTH123, PTH208, S606
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import json
+import os
+import signal
+import sys
+
+TYPE_CHECKING = False  # as `typing` has it, without the milliseconds of importing it
+if TYPE_CHECKING:
+    from typing import Any
+
+PR_SET_PDEATHSIG = 1
+PR_SET_CHILD_SUBREAPER = 36
+TERM_GRACE_S = 3  # s: between SIGTERM and SIGKILL of the VM's processes
+
+
+def main(spec_path: str) -> int:
+    """Run the VM described by the file. Exit code: the first that is not 0 among its processes, else 0."""
+    with open(spec_path, encoding="utf-8") as file:
+        spec = json.load(file)
+    lock = os.open(spec["lock_file"], os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return fail("this VM runs already")
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
+        return fail(f"prctl: {os.strerror(ctypes.get_errno())}")
+    try:
+        if spec["cgroup_procs"]:
+            write(spec["cgroup_procs"], b"0", os.O_WRONLY)
+        children: dict[int, str] = {}
+        signal.signal(signal.SIGTERM, lambda *_: terminate(children))
+        signal.signal(signal.SIGALRM, lambda *_: kill_all())
+        for process in spec["processes"]:
+            children[start(process, libc)] = process["argv"][0]
+        run = {**spec["run"], "pid": os.getpid(), "start_ticks": start_ticks()}
+        write(spec["run_file"] + ".new", json.dumps(run).encode(), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.replace(spec["run_file"] + ".new", spec["run_file"])
+    except OSError as error:
+        kill_all()
+        return fail(str(error))
+    return reap(children)
+
+
+def start(process: dict[str, Any], libc: ctypes.CDLL) -> int:
+    """Start one process; OSError if its program cannot be run (told by the child through a pipe)."""
+    read, write_end = os.pipe2(os.O_CLOEXEC)
+    parent = os.getpid()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+            if os.getppid() != parent:
+                os._exit(127)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            os.execvpe(process["argv"][0], process["argv"], process["environ"])
+        except OSError as error:
+            os.write(write_end, f"{process['argv'][0]}: {error.strerror}".encode())
+        os._exit(127)
+    os.close(write_end)
+    trouble = os.read(read, 4096)
+    os.close(read)
+    if trouble:
+        os.waitpid(pid, 0)
+        raise OSError(f"cannot start {trouble.decode(errors='replace')}")
+    return pid
+
+
+def reap(children: dict[int, str]) -> int:
+    """Wait until the last of the VM's own processes ended; strays are reaped and end with us."""
+    code = 0
+    while children:
+        try:
+            pid, status = os.waitpid(-1, 0)
+        except ChildProcessError:
+            break
+        if children.pop(pid, None) is not None:
+            code = code or abs(os.waitstatus_to_exitcode(status))
+    kill_all()
+    return min(code, 255)
+
+
+def terminate(children: dict[int, str]) -> None:
+    """SIGTERM to the VM's processes; SIGKILL for what is left after the grace."""
+    for pid in children:
+        try:
+            os.kill(pid, signal.SIGTERM)
+        except ProcessLookupError:
+            continue
+    signal.alarm(TERM_GRACE_S)
+
+
+def kill_all() -> None:
+    """SIGKILL everything below us: what leaves our session is re-parented to us, so look until none is left."""
+    for _ in range(100):
+        below = descendants()
+        for pid in below:
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+        if not below:
+            return
+        try:
+            os.waitpid(-1, 0)
+        except ChildProcessError:
+            return
+
+
+def descendants() -> list[int]:
+    """Pids of all living processes below us."""
+    parents: dict[int, list[int]] = {}
+    for name in os.listdir("/proc"):
+        if name.isdigit():
+            try:
+                with open(f"/proc/{name}/stat", "rb") as file:
+                    fields = file.read().rpartition(b")")[2].split()
+            except OSError:
+                continue
+            if fields[0] != b"Z":
+                parents.setdefault(int(fields[1]), []).append(int(name))
+    found: list[int] = []
+    queue = [os.getpid()]
+    while queue:
+        below = parents.get(queue.pop(), [])
+        found += below
+        queue += below
+    return found
+
+
+def start_ticks() -> int:
+    """Our own start time, clock ticks since boot."""
+    with open("/proc/self/stat", "rb") as file:
+        return int(file.read().rpartition(b")")[2].split()[19])
+
+
+def write(path: str, data: bytes, flags: int) -> None:
+    """Write a small file in one go."""
+    handle = os.open(path, flags | os.O_CLOEXEC, 0o600)
+    try:
+        os.write(handle, data)
+    finally:
+        os.close(handle)
+
+
+def fail(why: str) -> int:
+    """Say why the VM does not start, on stderr (the VM's log file)."""
+    os.write(2, f"guest_init: {why}\n".encode())
+    return 125
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

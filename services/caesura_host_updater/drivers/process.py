@@ -1,0 +1,399 @@
+"""The ``process`` driver: a VM is a supervised process group, really frozen by the kernel.
+
+The embedded default: no hypervisor needed. A frozen process still sees time pass, so its guest clock is
+simulated, and everything that shows it says so. VMs are started below ``guest_init``, outlive the host
+updater, and are found again at its next start by the run file that their first process wrote.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import mmap
+import os
+import signal
+import sys
+import time
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+import structlog
+
+from caesura.contract.messages import VmState
+from caesura_host_updater.detached import ExitWatch, SpawnError, spawn_detached
+from caesura_host_updater.drivers import guest_init
+from caesura_host_updater.drivers.freezers import Freezer, Run, ask_to_freeze, plan_of
+from caesura_host_updater.drivers.port import (
+    Capabilities,
+    DriverError,
+    FreezeFailed,
+    NotPossible,
+    NotRunningYet,
+)
+from caesura_host_updater.guard.plans import Condition, Plan, SignalPlan, condition, thaw
+from caesura_host_updater.guard.procfs import Process, alive, boot_id, process_table, send_signal
+from caesura_host_updater.hostfile import VmSpec
+
+_START_TIMEOUT_S = 15.0  # s: a VM's first process needs some 20 ms; this is for a machine that thrashes
+_STOP_TIMEOUT_S = guest_init.TERM_GRACE_S + 2.0
+_LOOK_S = 0.002  # s: between two looks at a VM that shall stand still or run: v1 and signals notify nobody
+_TABLE_AGE_S = 0.001  # s: so freezing many VMs reads the process table once a round, not once a VM
+_SETTLE_S = 0.004  # s: a stop by signals must last this long to count: somebody may send SIGCONT all the time
+_CHUNK_BYTES = 1 << 20  # digest step, about a millisecond: how finely `stop_at` is kept
+
+_log = structlog.get_logger("caesura.driver")
+
+
+class ProcessDriver:
+    """See the module.
+
+    Args:
+        host: the host's name, told to the VMs' processes.
+        specs: the VMs of the host file.
+        state_dir: where run files, logs and memory files live.
+        freezer: how VMs started from now on are frozen; one that runs already keeps its own.
+        environ: what the VMs' processes inherit.
+        max_digest_bytes: memory files above this are not digested.
+    """
+
+    name = "process"
+    capabilities = Capabilities(
+        methods=("live", "freeze"),
+        missing={
+            "swap": "the process driver has no second VMM that could take over a process",
+            "replace": "the process driver cannot save a process to a file and start it again",
+            "reboot": "the process driver does not restart VMs for an update",
+        },
+        clock="simulated",
+    )
+
+    def __init__(
+        self,
+        host: str,
+        specs: tuple[VmSpec, ...],
+        state_dir: Path,
+        freezer: Freezer,
+        *,
+        environ: Mapping[str, str],
+        max_digest_bytes: int,
+    ) -> None:
+        self._host = host
+        self._specs = {spec.name: spec for spec in specs}
+        self._folder = state_dir / "vms"
+        self._freezer = freezer
+        self._environ = dict(environ)
+        self._max_digest_bytes = max_digest_bytes
+        self._runs: dict[str, Run] = {}
+        self._watches: dict[str, ExitWatch] = {}
+        self._frozen: dict[str, Plan] = {}
+        """Plans of VMs that were asked to freeze, with the processes of that moment."""
+        self._burials: set[asyncio.Task[None]] = set()
+        self._table: tuple[float, Mapping[int, Process]] = (0.0, {})
+        self._change = asyncio.Event()
+        self._readers = ThreadPoolExecutor(max_workers=2, thread_name_prefix="digest")
+
+    def ping(self) -> str:
+        """Names VMs that do not run."""
+        ended = [vm for vm in self._specs if vm not in self._runs]
+        return f"not running: {', '.join(ended)}" if ended else ""
+
+    # -- life ---------------------------------------------------------------------------------------------
+
+    async def open(self) -> None:
+        """Adopt the VMs that run, start the others, all at once."""
+        self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        await asyncio.gather(*(self._adopt_or_start(spec) for spec in self._specs.values()))
+
+    async def _adopt_or_start(self, spec: VmSpec) -> None:
+        run = self._read_run(spec.name)
+        if run is not None and alive(run.pid, run.start_ticks) and run.boot_id == boot_id():
+            self._watch(spec.name, run)
+            _log.info("vm.adopted", vm=spec.name, pid=run.pid, freezer=run.kind)
+            return
+        if run is not None:
+            await self._kill_rest(plan_of(spec.name, run))
+        await self._start(spec)
+
+    def _read_run(self, vm: str) -> Run | None:
+        try:
+            return msgspec.json.decode((self._folder / f"{vm}.run.json").read_bytes(), type=Run)
+        except FileNotFoundError:
+            return None
+        except (OSError, msgspec.DecodeError) as error:
+            raise DriverError(vm, f"its run file cannot be read: {error}") from error
+
+    async def _start(self, spec: VmSpec) -> None:
+        vm = spec.name
+        run_file = self._folder / f"{vm}.run.json"
+        try:
+            run_file.unlink(missing_ok=True)
+            control = self._freezer.place(vm)
+            spec_file = self._folder / f"{vm}.spec.json"
+            spec_file.write_bytes(self._init_spec(spec, control))
+            spec_file.chmod(0o600)
+            pid = spawn_detached(
+                [sys.executable, "-I", "-S", guest_init.__file__, str(spec_file)],
+                self._environ,
+                self._folder / f"{vm}.log",
+            )
+        except (OSError, SpawnError) as error:
+            raise DriverError(vm, f"cannot be started: {error}") from error
+        ended = asyncio.Event()
+        watch = ExitWatch(pid, ended.set)
+        try:
+            async with asyncio.timeout(_START_TIMEOUT_S):
+                # The run file appears, or the process ends. It has no way to call us: we may be another
+                # host updater by then.
+                while not run_file.exists() and not ended.is_set():  # noqa: ASYNC110
+                    await asyncio.sleep(_LOOK_S)
+        except TimeoutError:
+            os.kill(pid, signal.SIGKILL)
+            raise DriverError(vm, f"did not start within {_START_TIMEOUT_S:g} s") from None
+        finally:
+            watch.close()
+        run = self._read_run(vm)
+        if run is None:
+            _reap(pid)
+            raise DriverError(vm, f"cannot be started: {self._last_words(vm)}")
+        self._watch(vm, run)
+        _log.info("vm.started", vm=vm, pid=run.pid, freezer=run.kind)
+
+    def _init_spec(self, spec: VmSpec, control: str) -> bytes:
+        environ = {**self._environ, "CAESURA_VM": spec.name, "CAESURA_HOST": self._host}
+        if spec.ram_bytes:
+            memory = self._memory_file(spec.name)
+            with memory.open("ab") as file:
+                file.truncate(spec.ram_bytes)
+            environ["CAESURA_VM_RAM"] = str(memory)
+        files = self._folder / spec.name
+        return msgspec.json.encode(
+            {
+                "lock_file": f"{files}.lock",
+                "run_file": f"{files}.run.json",
+                "cgroup_procs": str(Path(control).parent / "cgroup.procs") if control else "",
+                "run": {"kind": self._freezer.kind, "control": control, "boot_id": boot_id()},
+                "processes": [
+                    {"argv": process.argv, "environ": {**environ, **process.environ}}
+                    for process in spec.process
+                ],
+            }
+        )
+
+    def _last_words(self, vm: str) -> str:
+        try:
+            lines = (self._folder / f"{vm}.log").read_text(errors="replace").splitlines()
+        except OSError:
+            lines = []
+        return lines[-1].removeprefix("guest_init: ") if lines else "it ended at once"
+
+    def _watch(self, vm: str, run: Run) -> None:
+        self._runs[vm] = run
+        try:
+            self._watches[vm] = ExitWatch(run.pid, lambda: self._ended(vm))
+        except ProcessLookupError:
+            self._ended(vm)
+
+    def _ended(self, vm: str) -> None:
+        run = self._runs.pop(vm, None)
+        self._watches.pop(vm, None)
+        self._change.set()
+        _log.warning("vm.ended", vm=vm)
+        if run is not None:
+            burial = asyncio.create_task(self._kill_rest(self._frozen.get(vm) or plan_of(vm, run)))
+            self._burials.add(burial)
+            burial.add_done_callback(self._burials.discard)
+
+    def _processes(self, run: Run) -> Mapping[int, Process] | None:
+        """The process table, one for all VMs that ask within the same few milliseconds; None: not needed."""
+        if run.kind != "sigstop":
+            return None
+        now = time.monotonic()
+        if now - self._table[0] > _TABLE_AGE_S:
+            self._table = (time.monotonic(), process_table())
+        return self._table[1]
+
+    async def changed(self) -> None:
+        """Wait until a VM ended by itself."""
+        await self._change.wait()
+        self._change.clear()
+
+    async def close(self, *, stop_vms: bool) -> None:
+        """Stop watching; with ``stop_vms``, stop the VMs too and remove what they leave behind."""
+        runs = dict(self._runs)
+        for watch in self._watches.values():
+            watch.close()
+        self._watches.clear()
+        if stop_vms:
+            await asyncio.gather(*(self._stop(vm, run) for vm, run in runs.items()))
+            for vm in self._specs:
+                self._freezer.remove(vm)
+            self._runs.clear()
+        if self._burials:
+            await asyncio.wait(self._burials)
+        self._readers.shutdown(wait=False, cancel_futures=True)
+
+    async def _stop(self, vm: str, run: Run) -> None:
+        plan = plan_of(vm, run)
+        with suppress(OSError):
+            thaw(plan)
+        ended = asyncio.Event()
+        try:
+            watch = ExitWatch(run.pid, ended.set)
+        except ProcessLookupError:
+            ended.set()
+        else:
+            send_signal(run.pid, run.start_ticks, signal.SIGTERM)
+            try:
+                async with asyncio.timeout(_STOP_TIMEOUT_S):
+                    await ended.wait()
+            except TimeoutError:
+                send_signal(run.pid, run.start_ticks, signal.SIGKILL)
+            finally:
+                watch.close()
+        await self._kill_rest(plan)
+        _reap(run.pid)
+        (self._folder / f"{vm}.run.json").unlink(missing_ok=True)
+
+    async def _kill_rest(self, plan: Plan) -> None:
+        """End what a VM left behind when its first process is dead."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_STOP_TIMEOUT_S):
+                while condition(plan) != "gone":
+                    if isinstance(plan, SignalPlan):
+                        for member in plan.members(process_table()):
+                            send_signal(member.pid, member.start_ticks, signal.SIGKILL)
+                    else:
+                        thaw(plan)  # a frozen v1 group does not even die
+                        for pid in (Path(plan.control).parent / "cgroup.procs").read_text().split():
+                            with suppress(ProcessLookupError):
+                                os.kill(int(pid), signal.SIGKILL)
+                    await asyncio.sleep(_LOOK_S)
+
+    # -- freezing -----------------------------------------------------------------------------------------
+
+    def states(self) -> Mapping[str, VmState]:
+        """Read from the kernel, one process table for all."""
+        table = process_table() if any(run.kind == "sigstop" for run in self._runs.values()) else {}
+        shown: dict[Condition, VmState] = {
+            "running": "running",
+            "held": "paused",
+            "frozen": "paused",
+            "gone": "stopped",
+        }
+        found: dict[str, VmState] = dict.fromkeys(self._specs, "stopped")
+        for vm, run in self._runs.items():
+            plan: Plan = (
+                SignalPlan(vm, run.pid, run.start_ticks) if run.kind == "sigstop" else plan_of(vm, run)
+            )
+            try:
+                found[vm] = shown[condition(plan, table)]
+            except OSError:
+                found[vm] = "unknown"
+        return found
+
+    def resume_plan(self, vm: str) -> Plan:
+        """The plan for the guard, with the processes of this moment."""
+        run = self._runs.get(vm)
+        if run is None:
+            raise DriverError(vm, "is not running")
+        return plan_of(vm, run)
+
+    async def freeze(self, vm: str, by: float) -> None:
+        """Ask, then look until the kernel says that everything of the VM stands still."""
+        run = self._runs.get(vm)
+        if run is None:
+            raise FreezeFailed(vm, "is not running")
+        plan = self._frozen[vm] = plan_of(vm, run, self._processes(run))
+        called_at = time.monotonic()
+        frozen_since: float | None = None
+        try:
+            ask_to_freeze(plan, self._processes(run))
+            while True:
+                state, now = condition(plan, self._processes(run)), time.monotonic()
+                if state == "gone" or vm not in self._runs:
+                    raise FreezeFailed(vm, "ended while it was being frozen")
+                if state == "frozen":
+                    frozen_since = now if frozen_since is None else frozen_since
+                    if run.kind != "sigstop" or now - frozen_since >= _SETTLE_S:
+                        return
+                else:
+                    frozen_since = None
+                if now >= by:
+                    raise FreezeFailed(vm, f"does not stand still after {now - called_at:.2f} s ({state})")
+                if run.kind == "sigstop" and state != "frozen":
+                    ask_to_freeze(
+                        plan, self._processes(run)
+                    )  # a process forked meanwhile, or somebody sent SIGCONT
+                await asyncio.sleep(_LOOK_S)
+        except OSError as error:
+            raise FreezeFailed(vm, f"{run.kind}: {error}") from error
+
+    async def resume(self, vm: str, timeout_s: float) -> Literal["running", "gone"]:
+        """Ask, then look until everything of the VM runs."""
+        run = self._runs.get(vm) or self._read_run(vm)
+        if run is None:
+            return "gone"
+        plan = self._frozen.get(vm) or plan_of(vm, run)
+        until = time.monotonic() + timeout_s
+        state: Condition = "held"
+        try:
+            while True:
+                state = condition(plan)
+                if state in ("gone", "running"):
+                    self._frozen.pop(vm, None)
+                    return "running" if state == "running" and vm in self._runs else "gone"
+                if time.monotonic() >= until:
+                    raise NotRunningYet(vm, f"{run.kind} says {state} after {timeout_s:.2f} s")
+                thaw(plan)
+                if condition(plan) != "running":
+                    await asyncio.sleep(_LOOK_S)
+        except OSError as error:
+            raise NotRunningYet(vm, f"{run.kind}: {error}") from error
+
+    # -- memory and clock ---------------------------------------------------------------------------------
+
+    def _memory_file(self, vm: str) -> Path:
+        return self._folder / f"{vm}.ram"
+
+    def memory_size(self, vm: str) -> int:
+        """The size of the VM's memory file, 0 where there is none or it is above the limit."""
+        size = self._specs[vm].ram_bytes
+        return size if size <= self._max_digest_bytes else 0
+
+    async def memory_digest(self, vm: str, stop_at: float) -> str | None:
+        """BLAKE2b over the memory file that the VM's processes map."""
+        if not self.memory_size(vm):
+            raise NotPossible(vm, "has no memory file, or one above the limit for digests")
+        loop = asyncio.get_running_loop()
+        try:
+            return await loop.run_in_executor(self._readers, _digest, self._memory_file(vm), stop_at)
+        except (OSError, ValueError) as error:
+            raise DriverError(vm, f"its memory file cannot be read: {error}") from error
+
+    async def sync_clock(self, vm: str) -> float:
+        """A process has no clock of its own that could be set from outside."""
+        raise NotPossible(vm, "the process driver cannot set a guest's clock; its agent does")
+
+
+def _digest(path: Path, stop_at: float) -> str | None:
+    digest = hashlib.blake2b(digest_size=16)
+    with (
+        path.open("rb") as file,
+        mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as memory,
+        memoryview(memory) as view,
+    ):
+        for start in range(0, len(view), _CHUNK_BYTES):
+            if time.monotonic() >= stop_at:
+                return None
+            digest.update(view[start : start + _CHUNK_BYTES])
+    return digest.hexdigest()
+
+
+def _reap(pid: int) -> None:
+    """Collect a child that ended; one that was adopted is not ours to collect."""
+    with suppress(ChildProcessError):
+        os.waitpid(pid, os.WNOHANG)

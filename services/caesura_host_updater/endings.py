@@ -1,0 +1,121 @@
+"""The one end of each operation: written down, told, counted, and its VMs' clocks looked after."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+
+import structlog
+
+from caesura.contract.envelope import Message
+from caesura.contract.messages import OperationReported, VmClockSynced, VmFrozen, VmResumed
+from caesura.runtime.errors import StoreError
+from caesura_host_updater.clock import ClockWait
+from caesura_host_updater.clockdesk import ClockDesk
+from caesura_host_updater.command import Repeat
+from caesura_host_updater.hostfile import VmSpec
+from caesura_host_updater.journal import JournalThread, Letter
+from caesura_host_updater.metrics import HostMetrics
+from caesura_host_updater.outbox import Outbox, letter_for
+from caesura_host_updater.pause import Operation
+
+_SAVE_RETRY_S = 1.0  # s: between two tries to write reports that a full disk did not take
+
+_log = structlog.get_logger("caesura.pause")
+
+
+class Letters:
+    """Makes letters for this host. Their ids come from what they say, so the same fact has the same id."""
+
+    def __init__(self, host: str, vms: Mapping[str, VmSpec]) -> None:
+        self._host = host
+        self._vms = vms
+
+    def report(self, report: OperationReported) -> Letter:
+        """The report of an operation."""
+        return self._letter(report, report.status, report.operation, {})
+
+    def fact(self, fact: VmFrozen | VmResumed | VmClockSynced) -> Letter:
+        """A fact about one VM."""
+        spec = self._vms[fact.vm]
+        of_vm: dict[str, str | int] = {"set": spec.set_name, "ud": spec.domain, "vm": fact.vm}
+        return self._letter(fact, fact.TYPE, fact.operation, of_vm)
+
+    def _letter(self, message: Message, kind: str, operation: str, of_vm: Mapping[str, str | int]) -> Letter:
+        name = f"{self._host}/{operation}/{kind}/{of_vm.get('vm', '')}"
+        event_id = str(uuid.uuid5(uuid.NAMESPACE_URL, name))
+        return letter_for(message, event_id, {"host": self._host, **of_vm})
+
+
+class Endings:
+    """See the module."""
+
+    def __init__(
+        self,
+        letters: Letters,
+        *,
+        journal: JournalThread,
+        outbox: Outbox,
+        clocks: ClockDesk,
+        metrics: HostMetrics,
+    ) -> None:
+        self._letters = letters
+        self._journal = journal
+        self._outbox = outbox
+        self._clocks = clocks
+        self._metrics = metrics
+        self._unsaved: dict[str, tuple[OperationReported, tuple[Letter, ...], tuple[ClockWait, ...]]] = {}
+
+    async def known(self, operation: str) -> Repeat | None:
+        """What is known of an operation that is not under way. Raises StoreError."""
+        if operation in self._unsaved:
+            return Repeat(self._unsaved[operation][0])
+        entry = await self._journal.do(lambda journal: journal.find(operation))
+        return None if entry is None else Repeat(entry.report)
+
+    async def conclude(
+        self, report: OperationReported, state: Operation | None = None, waits: Sequence[ClockWait] = ()
+    ) -> None:
+        """Write the end down, tell it, and look after the clocks. A full disk delays the writing only."""
+        letters = (self._letters.report(report),)
+        try:
+            await self._journal.do(lambda journal: journal.finish(report, letters, waits))
+        except StoreError as error:
+            _log.error("report.not_written", operation=report.operation, why=str(error))
+            self._unsaved[report.operation] = (report, letters, tuple(waits))
+        self._outbox.queue(*letters)
+        self._clocks.expect(waits)
+        self.count(report, state)
+
+    async def save_later(self) -> None:
+        """Write what a full disk did not take, for ever."""
+        while True:
+            await asyncio.sleep(_SAVE_RETRY_S)
+            for operation, (report, letters, waits) in list(self._unsaved.items()):
+                with suppress(StoreError):
+                    await self._journal.do(lambda j, r=report, e=letters, w=waits: j.finish(r, e, w))  # type: ignore[misc]
+                    del self._unsaved[operation]
+
+    def count(self, report: OperationReported, state: Operation | None) -> None:
+        """Metrics, and the canonical log lines: one for each pause, one for the operation."""
+        self._metrics.finished(report, state)
+        for vm in state.vms if state is not None else ():
+            if vm.frozen_at is not None and state is not None:
+                _log.info(
+                    "pause.finished",
+                    vm=vm.vm,
+                    set=vm.set,
+                    update_domain=vm.update_domain,
+                    operation=state.operation,
+                    method=state.method,
+                    update=state.update,
+                    pause_s=round(vm.pause_s, 4),
+                    budget_s=state.budget_s,
+                    resumed_by=vm.resumed_by,
+                    end=vm.end,
+                    error=vm.error,
+                )
+        log = _log.info if report.status in ("completed", "cancelled") else _log.error
+        log("operation.finished", operation=report.operation, status=report.status, reason=report.reason)

@@ -1,0 +1,69 @@
+"""``caesura-pause-guard``, or ``python -m caesura_host_updater.guard``: the composition root of the guard."""
+
+# light imports on purpose: no pathlib here.
+# ruff: noqa: PTH100, PTH103
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+
+from caesura_host_updater.guard.intent import IntentFile, UnreadableIntent
+from caesura_host_updater.guard.server import AlreadyRunning, GuardServer
+from caesura_host_updater.guard.watch import Watch
+
+
+def log(event: str, **facts: object) -> None:
+    """One JSON line on stderr. A closed or full stderr must never cost a resume, so failures are dropped."""
+    stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    line = json.dumps({"timestamp": stamp, "service": "pause-guard", "event": event, **facts}, default=str)
+    try:
+        os.write(2, line.encode() + b"\n")
+    except OSError:
+        return
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Serve until SIGTERM. Exit code: 0 stopped, 1 another guard runs or the state folder is unusable."""
+    parser = argparse.ArgumentParser(
+        prog="caesura-pause-guard",
+        description="Resumes paused VMs when the host updater cannot: at the deadline, or when it is gone.",
+        epilog="example:\n  caesura-pause-guard --state-dir /var/lib/caesura/host-updater\n\n"
+        "exit codes: 0 stopped with every VM running, 1 another guard runs, or the folder cannot be used",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--state-dir", required=True, help="the host updater's state folder")
+    parser.add_argument(
+        "--exit-when-alone",
+        type=float,
+        metavar="SECONDS",
+        help="end when no updater was connected and nothing was to do for this long (default: never)",
+    )
+    arguments = parser.parse_args(argv)
+    folder = os.path.abspath(arguments.state_dir)
+    try:
+        os.makedirs(folder, mode=0o700, exist_ok=True)
+        store = IntentFile(folder)
+        watch = Watch(store, log)
+        server = GuardServer(folder, watch, log, exit_when_alone_s=arguments.exit_when_alone)
+        try:
+            found = store.load()
+        except UnreadableIntent as error:
+            found = None
+            log("guard.intent_unreadable", why=str(error))
+    except (AlreadyRunning, OSError) as error:
+        print(f"caesura-pause-guard: {error}", file=sys.stderr)  # noqa: T201 - the command's answer
+        return 1
+    if found is not None:
+        watch.adopt(found)
+    log("guard.ready", pid=os.getpid(), state=watch.state)
+    server.run()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,154 @@
+"""What the guard remembers on disk: one file, written whole and fsynced, gone when the operation was acknowledged."""
+
+# light imports on purpose: no pathlib here.
+# ruff: noqa: PTH105, PTH108, PTH123
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass, field
+from typing import Any
+
+from caesura_host_updater.guard.plans import Plan, plan_from_json, plan_to_json
+
+FORMAT = 1
+
+
+class UnreadableIntent(ValueError):
+    """The intent file is not one of ours; it is kept aside so that nothing is lost."""
+
+
+@dataclass
+class Catch:
+    """What the guard did to one VM. Instants are seconds on CLOCK_MONOTONIC."""
+
+    was_frozen: bool
+    """Whether it stood still when the guard looked."""
+    frozen_after: float | None = None
+    """It was last seen running at this instant, if the guard saw it running before it stood still."""
+    running_at: float | None = None
+    """When the kernel said that it runs (or that it is gone)."""
+    end: str = ""
+    """``running`` or ``gone``, empty while neither."""
+
+
+@dataclass
+class Fired:
+    """That the guard acted: why, when, and what came of it."""
+
+    why: str
+    at: float
+    vms: dict[str, Catch] = field(default_factory=dict)
+
+    @property
+    def done(self) -> bool:
+        """Whether every VM runs or is gone."""
+        return all(catch.end for catch in self.vms.values())
+
+
+@dataclass
+class Intent:
+    """One armed operation. ``deadline`` and ``armed_at``: seconds on the CLOCK_MONOTONIC of boot ``boot_id``."""
+
+    operation: str
+    boot_id: str
+    armed_at: float
+    deadline: float
+    plans: tuple[Plan, ...]
+    fired: Fired | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """The intent as it stands on disk and is told to the updater."""
+        fired = self.fired
+        return {
+            "format": FORMAT,
+            "operation": self.operation,
+            "boot_id": self.boot_id,
+            "armed_at": self.armed_at,
+            "deadline": self.deadline,
+            "plans": [plan_to_json(plan) for plan in self.plans],
+            "fired": None
+            if fired is None
+            else {
+                "why": fired.why,
+                "at": fired.at,
+                "vms": {vm: vars(catch) for vm, catch in fired.vms.items()},
+            },
+        }
+
+    @classmethod
+    def from_json(cls, data: Any) -> Intent:
+        """Read an intent. Raises UnreadableIntent."""
+        try:
+            if data["format"] != FORMAT:
+                raise UnreadableIntent(f"intent of format {data['format']}, this guard knows {FORMAT}")
+            told = data["fired"]
+            fired = None
+            if told is not None:
+                catches = {vm: Catch(**catch) for vm, catch in told["vms"].items()}
+                fired = Fired(told["why"], float(told["at"]), catches)
+            return cls(
+                str(data["operation"]),
+                str(data["boot_id"]),
+                float(data["armed_at"]),
+                float(data["deadline"]),
+                tuple(plan_from_json(plan) for plan in data["plans"]),
+                fired,
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise UnreadableIntent(f"the guard's intent cannot be read: {error}") from error
+
+
+class IntentFile:
+    """The one intent on disk.
+
+    Raises:
+        OSError: the disk refused (full, read-only): the caller must not act on the intent.
+    """
+
+    def __init__(self, folder: str) -> None:
+        self._folder = folder
+        self._path = f"{folder}/guard-intent.json"
+
+    def load(self) -> Intent | None:
+        """The intent of an earlier life, or None. Raises UnreadableIntent after putting the file aside."""
+        try:
+            with open(self._path, encoding="utf-8") as file:
+                data = json.load(file)
+            return Intent.from_json(data)
+        except FileNotFoundError:
+            return None
+        except ValueError as error:
+            os.replace(self._path, f"{self._path}.unreadable")
+            raise UnreadableIntent(str(error)) from error
+
+    def store(self, intent: Intent) -> None:
+        """Write and fsync; when this returned, the intent survives anything short of losing the disk."""
+        temporary = f"{self._path}.new"
+        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        try:
+            with open(handle, "w", encoding="utf-8") as file:
+                json.dump(intent.to_json(), file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, self._path)
+        except OSError:
+            os.unlink(temporary)
+            raise
+        self._sync_folder()
+
+    def clear(self) -> None:
+        """Forget the intent."""
+        try:
+            os.unlink(self._path)
+        except FileNotFoundError:
+            return
+        self._sync_folder()
+
+    def _sync_folder(self) -> None:
+        handle = os.open(self._folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

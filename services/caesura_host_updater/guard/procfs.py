@@ -1,0 +1,91 @@
+"""What the kernel says about processes: read from ``/proc``, never assumed. Standard library only.
+
+Source: proc(5), ``/proc/[pid]/stat``. A process is named by pid *and* start time (field 22, clock ticks
+since boot), since a pid alone may have been given to somebody else meanwhile.
+"""
+
+# light imports on purpose: no pathlib here.
+# ruff: noqa: PTH123, PTH208
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+STOPPED = "T"  # stopped by a signal; "t" is a tracer's business, not ours
+DEAD = frozenset("ZXx")
+
+
+@dataclass(frozen=True, slots=True)
+class Process:
+    """One line of the process table. ``start_ticks``: clock ticks between boot and its start."""
+
+    pid: int
+    ppid: int
+    session: int
+    state: str
+    start_ticks: int
+
+
+def read_process(pid: int) -> Process | None:
+    """The process with this pid, or None if there is none."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            raw = file.read().decode(errors="replace")
+    except OSError:
+        return None
+    # The command name may hold anything, parentheses too: the last one ends it.
+    fields = raw[raw.rindex(")") + 2 :].split()
+    return Process(pid, int(fields[1]), int(fields[3]), fields[0], int(fields[19]))
+
+
+def process_table() -> dict[int, Process]:
+    """All processes by pid. Some may be gone by the time it is looked at."""
+    found = (read_process(int(name)) for name in os.listdir("/proc") if name.isdigit())
+    return {process.pid: process for process in found if process is not None}
+
+
+def alive(pid: int, start_ticks: int) -> bool:
+    """Whether exactly this process still runs; a zombie does not."""
+    process = read_process(pid)
+    return process is not None and process.start_ticks == start_ticks and process.state not in DEAD
+
+
+def thread_states(pid: int) -> Iterator[str]:
+    """The state letter of every thread: the first thread may be dead while others go on."""
+    try:
+        threads = os.listdir(f"/proc/{pid}/task")
+    except OSError:
+        return
+    for thread in threads:
+        try:
+            with open(f"/proc/{pid}/task/{thread}/stat", "rb") as file:
+                raw = file.read()
+        except OSError:
+            continue
+        yield chr(raw[raw.rindex(b")") + 2])
+
+
+def send_signal(pid: int, start_ticks: int, number: signal.Signals) -> bool:
+    """Signal exactly this process; false if it is gone. A pidfd closes the gap to a recycled pid."""
+    try:
+        handle = os.pidfd_open(pid)
+    except OSError:
+        return False
+    try:
+        if not alive(pid, start_ticks):
+            return False
+        signal.pidfd_send_signal(handle, number)
+    except ProcessLookupError:
+        return False
+    finally:
+        os.close(handle)
+    return True
+
+
+def boot_id() -> str:
+    """The kernel's id of this boot: CLOCK_MONOTONIC values of another boot mean nothing."""
+    with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+        return file.read().strip()

@@ -1,0 +1,259 @@
+"""The guard's socket: JSON lines over a unix socket in the state folder, one select loop, no threads.
+
+Requests: ``arm`` (operation, boot_id, deadline, plans), ``disarm`` (operation), ``status``. Every answer has
+``ok``; a refusal has ``error``. The connection that armed is the operation's owner: when it ends, or the
+process behind it (SO_PEERCRED, pidfd) does, the guard fires.
+"""
+
+# light imports on purpose: no pathlib here.
+# ruff: noqa: PTH108
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import selectors
+import signal
+import socket
+import struct
+import time
+from contextlib import suppress
+from typing import Any
+
+from caesura_host_updater.guard.intent import Intent
+from caesura_host_updater.guard.plans import BadPlan, plan_from_json
+from caesura_host_updater.guard.procfs import boot_id
+from caesura_host_updater.guard.watch import GuardRefusal, Log, Watch
+
+SOCKET_NAME = "guard.sock"
+MAX_LINE_BYTES = 8 * 1024 * 1024  # a thousand VMs with a hundred processes each
+
+
+class AlreadyRunning(Exception):
+    """Another guard holds this state folder."""
+
+
+def socket_address(folder_handle: int) -> str:
+    """The socket's address through an open folder: a unix socket path may have 107 bytes, folders have more."""
+    return f"/proc/self/fd/{folder_handle}/{SOCKET_NAME}"
+
+
+class _Client:
+    def __init__(self, connection: socket.socket) -> None:
+        self.connection = connection
+        self.incoming = b""
+        pid, self.uid, _ = struct.unpack(
+            "3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+        )
+        self.pid = int(pid)
+
+
+class GuardServer:
+    """Serves one ``Watch`` until told to stop.
+
+    Args:
+        folder: the state folder; holds the socket and a lock against a second guard.
+        exit_when_alone_s: end after this many seconds without a client or work; None: never.
+
+    Raises:
+        AlreadyRunning: a second guard on the same folder.
+    """
+
+    def __init__(self, folder: str, watch: Watch, log: Log, *, exit_when_alone_s: float | None) -> None:
+        self._folder = folder
+        self._watch = watch
+        self._log = log
+        self._exit_when_alone_s = exit_when_alone_s
+        self._clients: dict[int, _Client] = {}
+        self._owner: _Client | None = None
+        self._owner_pidfd: int | None = None
+        self._stopping = False
+        self._alone_since = time.monotonic()
+        self._boot_id = boot_id()
+        self._selector = selectors.DefaultSelector()
+        self._handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        self._lock = os.open(f"{folder}/guard.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise AlreadyRunning(f"another pause guard runs on {folder}") from None
+        self._wake_read, self._wake_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        self._listener = self._listen()
+
+    def _listen(self) -> socket.socket:
+        address = socket_address(self._handle)
+        with suppress(FileNotFoundError):
+            os.unlink(address)
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        before = os.umask(0o177)
+        try:
+            listener.bind(address)
+        finally:
+            os.umask(before)
+        listener.listen(8)
+        self._selector.register(listener, selectors.EVENT_READ, self._accept)
+        self._selector.register(self._wake_read, selectors.EVENT_READ, self._woken)
+        return listener
+
+    def run(self) -> None:
+        """Serve until SIGTERM, or until alone for long enough. An operation in hand is always resumed first."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._on_signal)
+        signal.set_wakeup_fd(self._wake_write, warn_on_full_buffer=False)
+        try:
+            while True:
+                wait_s = self._watch.step()
+                if self._may_end():
+                    return
+                if self._exit_when_alone_s is not None and not self._clients:
+                    wait_s = min(
+                        self._exit_when_alone_s if wait_s is None else wait_s, self._exit_when_alone_s
+                    )
+                for key, _ in self._selector.select(wait_s):
+                    key.data()
+        finally:
+            signal.set_wakeup_fd(-1)
+            self._close()
+
+    def _may_end(self) -> bool:
+        """Whether nothing keeps us: no VM of ours stands still, and we were told to stop or nobody is here."""
+        if self._stopping:
+            self._watch.fire("the pause guard was told to stop")
+            return self._watch.state != "firing"
+        if self._clients or self._watch.state in ("armed", "firing"):
+            self._alone_since = time.monotonic()
+            return False
+        limit = self._exit_when_alone_s
+        return limit is not None and time.monotonic() - self._alone_since >= limit
+
+    def _on_signal(self, *_: object) -> None:
+        self._stopping = True
+
+    def _woken(self) -> None:
+        with suppress(BlockingIOError):
+            os.read(self._wake_read, 1024)
+
+    def _accept(self) -> None:
+        try:
+            connection, _ = self._listener.accept()
+        except OSError:
+            return
+        connection.setblocking(False)
+        client = _Client(connection)
+        if client.uid not in (os.getuid(), 0):
+            connection.close()
+            return
+        self._clients[connection.fileno()] = client
+        self._selector.register(connection, selectors.EVENT_READ, lambda: self._receive(client))
+
+    def _receive(self, client: _Client) -> None:
+        try:
+            data = client.connection.recv(65536)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        client.incoming += data
+        if not data or len(client.incoming) > MAX_LINE_BYTES:
+            self._drop(client)
+            return
+        *lines, client.incoming = client.incoming.split(b"\n")
+        for line in lines:
+            answer = self._answer(client, line)
+            try:
+                client.connection.setblocking(True)
+                client.connection.settimeout(0.5)  # s: a client that does not read must not hold us up
+                client.connection.sendall(json.dumps(answer).encode() + b"\n")
+                client.connection.setblocking(False)
+            except OSError:
+                self._drop(client)
+                return
+
+    def _drop(self, client: _Client) -> None:
+        self._clients.pop(client.connection.fileno(), None)
+        self._selector.unregister(client.connection)
+        client.connection.close()
+        if client is self._owner:
+            self._owner = None
+            self._watch.owner_gone(dead=False)
+
+    def _answer(self, client: _Client, line: bytes) -> dict[str, Any]:
+        try:
+            request = json.loads(line)
+            match request.get("do"):
+                case "arm":
+                    self._arm(client, request)
+                    return {"ok": True, **self._status()}
+                case "disarm":
+                    record = self._watch.disarm(str(request["operation"]))
+                    if self._watch.intent is None:
+                        self._forget_owner()
+                    return {"ok": True, "record": record, **self._status()}
+                case "status":
+                    return {"ok": True, **self._status()}
+                case other:
+                    return {"ok": False, "error": f"cannot do {other!r}"}
+        except GuardRefusal as refusal:
+            return {"ok": False, "error": str(refusal)}
+        except (BadPlan, ValueError, KeyError, TypeError, AttributeError) as error:
+            return {"ok": False, "error": f"bad request: {type(error).__name__}: {error}"}
+
+    def _status(self) -> dict[str, Any]:
+        intent = self._watch.intent
+        return {
+            "state": self._watch.state,
+            "pid": os.getpid(),
+            "intent": None if intent is None else intent.to_json(),
+        }
+
+    def _arm(self, client: _Client, request: dict[str, Any]) -> None:
+        if request["boot_id"] != self._boot_id:
+            raise GuardRefusal("the deadline is of another boot's clock")
+        pidfd = os.pidfd_open(client.pid)
+        try:
+            self._watch.arm(
+                Intent(
+                    operation=str(request["operation"]),
+                    boot_id=self._boot_id,
+                    armed_at=time.monotonic(),
+                    deadline=float(request["deadline"]),
+                    plans=tuple(plan_from_json(plan) for plan in request["plans"]),
+                )
+            )
+        except BaseException:
+            os.close(pidfd)
+            raise
+        self._forget_owner()
+        self._owner = client
+        self._owner_pidfd = pidfd
+        self._selector.register(pidfd, selectors.EVENT_READ, lambda: self._owner_died(pidfd))
+
+    def _owner_died(self, pidfd: int) -> None:
+        if pidfd != self._owner_pidfd:
+            return  # an event of an owner that was replaced in the same round
+        self._forget_owner()
+        self._watch.owner_gone(dead=True)
+
+    def _forget_owner(self) -> None:
+        self._owner = None
+        if self._owner_pidfd is not None:
+            self._selector.unregister(self._owner_pidfd)
+            os.close(self._owner_pidfd)
+            self._owner_pidfd = None
+
+    def _close(self) -> None:
+        self._forget_owner()
+        for client in list(self._clients.values()):
+            self._selector.unregister(client.connection)
+            client.connection.close()
+        self._listener.close()
+        self._selector.close()
+        try:
+            os.unlink(socket_address(self._handle))
+        except OSError as error:
+            if error.errno != errno.ENOENT:
+                self._log("guard.unlink_failed", why=str(error))
+        for handle in (self._wake_read, self._wake_write, self._lock, self._handle):
+            os.close(handle)

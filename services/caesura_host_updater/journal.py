@@ -1,0 +1,269 @@
+"""What this host must not forget: the epoch it obeys, its operations, the facts not yet told.
+
+One SQLite file, used by one thread of its own: an fsync on a busy disk must stall neither the event loop
+nor a resume. Everything that must be on disk *before* an effect is awaited; the rest is posted in order.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import msgspec
+import structlog
+
+from caesura.contract.messages import FreezeCommanded, OperationReported
+from caesura.runtime.database import Database
+from caesura.runtime.errors import StoreError
+from caesura_host_updater.clock import ClockWait
+from caesura_host_updater.command import Authority
+from caesura_host_updater.pause import Operation
+
+KEEP_FINISHED = 1000  # operations whose report is repeated when their command comes again
+
+_MIGRATIONS = (
+    """
+    CREATE TABLE authority (one INTEGER PRIMARY KEY CHECK (one = 1), epoch INTEGER NOT NULL, coordinator TEXT NOT NULL);
+    CREATE TABLE operation (
+      number INTEGER PRIMARY KEY AUTOINCREMENT,
+      id TEXT NOT NULL UNIQUE,
+      phase TEXT NOT NULL,
+      boot_id TEXT NOT NULL DEFAULT '',
+      command BLOB,
+      state BLOB,
+      report BLOB
+    );
+    CREATE INDEX unfinished ON operation (id) WHERE report IS NULL;
+    CREATE TABLE update_process (operation TEXT NOT NULL, pid INTEGER NOT NULL, start_ticks INTEGER NOT NULL);
+    CREATE TABLE outbox (number INTEGER PRIMARY KEY AUTOINCREMENT, event_id TEXT NOT NULL UNIQUE, letter BLOB NOT NULL);
+    CREATE TABLE clock_wait (vm TEXT PRIMARY KEY, body BLOB NOT NULL);
+    """,
+)
+
+T = TypeVar("T")
+_log = structlog.get_logger("caesura.journal")
+
+
+class Letter(msgspec.Struct, frozen=True):
+    """A message on its way to the bus. ``type`` is its CloudEvents type, ``body`` its JSON."""
+
+    event_id: str
+    type: str
+    parameters: dict[str, Any]
+    body: msgspec.Raw
+
+
+class Entry(msgspec.Struct, frozen=True):
+    """An operation as the journal has it. ``command`` is None for one that was aborted before it came."""
+
+    id: str
+    phase: str
+    boot_id: str
+    command: FreezeCommanded | None
+    state: Operation | None
+    report: OperationReported | None
+    update_processes: tuple[tuple[int, int], ...] = ()
+
+
+class Journal:
+    """The synchronous side; raises StoreError from every method."""
+
+    def __init__(self, path: str) -> None:
+        self._db = Database(path, _MIGRATIONS)
+
+    def authority(self) -> Authority:
+        """The epoch obeyed."""
+        rows = self._db.run("SELECT epoch, coordinator FROM authority")
+        return Authority(*rows[0]) if rows else Authority()
+
+    def obey(self, authority: Authority) -> None:
+        """Hold this authority from now on."""
+        with self._db.transaction():
+            self._db.run(
+                "INSERT INTO authority VALUES (1, ?, ?) ON CONFLICT (one) DO UPDATE SET "
+                "epoch = excluded.epoch, coordinator = excluded.coordinator",
+                authority.epoch,
+                authority.coordinator,
+            )
+
+    def accept(
+        self, command: FreezeCommanded, state: Operation, boot_id: str, letters: Sequence[Letter]
+    ) -> None:
+        """A new operation, before anything of it is done."""
+        with self._db.transaction():
+            self._db.run(
+                "INSERT INTO operation (id, phase, boot_id, command, state) VALUES (?, ?, ?, ?, ?)",
+                command.operation,
+                state.phase,
+                boot_id,
+                msgspec.json.encode(command),
+                msgspec.json.encode(state),
+            )
+            self._insert(letters)
+
+    def note(self, state: Operation) -> None:
+        """Where an operation is."""
+        with self._db.transaction():
+            self._db.run(
+                "UPDATE operation SET phase = ?, state = ? WHERE id = ? AND report IS NULL",
+                state.phase,
+                msgspec.json.encode(state),
+                state.operation,
+            )
+
+    def note_update(self, operation: str, pid: int, start_ticks: int) -> None:
+        """A process of the update: ended at the next start if it outlives us."""
+        with self._db.transaction():
+            self._db.run("INSERT INTO update_process VALUES (?, ?, ?)", operation, pid, start_ticks)
+
+    def finish(
+        self, report: OperationReported, letters: Sequence[Letter], waits: Sequence[ClockWait] = ()
+    ) -> None:
+        """The one end of an operation; also for one that never began. A second end changes nothing."""
+        with self._db.transaction():
+            self._db.run(
+                "INSERT INTO operation (id, phase, report) VALUES (?, 'reported', ?) ON CONFLICT (id) DO UPDATE "
+                "SET phase = 'reported', report = excluded.report WHERE report IS NULL",
+                report.operation,
+                msgspec.json.encode(report),
+            )
+            self._db.run("DELETE FROM update_process WHERE operation = ?", report.operation)
+            self._db.run(
+                "DELETE FROM operation WHERE report IS NOT NULL AND number <= "
+                "(SELECT max(number) FROM operation) - ?",
+                KEEP_FINISHED,
+            )
+            self._insert(letters)
+            for wait in waits:
+                self._db.run(
+                    "INSERT OR REPLACE INTO clock_wait VALUES (?, ?)", wait.vm, msgspec.json.encode(wait)
+                )
+
+    def find(self, operation: str) -> Entry | None:
+        """What is known of an operation."""
+        rows = self._db.run(
+            "SELECT id, phase, boot_id, command, state, report FROM operation WHERE id = ?", operation
+        )
+        return self._entry(rows[0]) if rows else None
+
+    def unfinished(self) -> list[Entry]:
+        """Operations without an end."""
+        rows = self._db.run(
+            "SELECT id, phase, boot_id, command, state, report FROM operation WHERE report IS NULL ORDER BY number"
+        )
+        return [self._entry(row) for row in rows]
+
+    def _entry(self, row: tuple[str, str, str, bytes | None, bytes | None, bytes | None]) -> Entry:
+        name, phase, boot_id, command, state, report = row
+        processes = self._db.run("SELECT pid, start_ticks FROM update_process WHERE operation = ?", name)
+        try:
+            return Entry(
+                name,
+                phase,
+                boot_id,
+                None if command is None else msgspec.json.decode(command, type=FreezeCommanded),
+                None if state is None else msgspec.json.decode(state, type=Operation),
+                None if report is None else msgspec.json.decode(report, type=OperationReported),
+                tuple((pid, ticks) for pid, ticks in processes),
+            )
+        except msgspec.DecodeError as error:
+            raise StoreError(f"operation {name} in {self._db.path} cannot be read: {error}") from error
+
+    # -- outbox and clock waits ---------------------------------------------------------------------------
+
+    def put(self, letters: Sequence[Letter]) -> None:
+        """Keep letters until they were told."""
+        with self._db.transaction():
+            self._insert(letters)
+
+    def _insert(self, letters: Sequence[Letter]) -> None:
+        for letter in letters:
+            self._db.run(
+                "INSERT OR IGNORE INTO outbox (event_id, letter) VALUES (?, ?)",
+                letter.event_id,
+                msgspec.json.encode(letter),
+            )
+
+    def letters(self) -> list[Letter]:
+        """What is not told yet, in order."""
+        rows = self._db.run("SELECT letter FROM outbox ORDER BY number")
+        return [msgspec.json.decode(row[0], type=Letter) for row in rows]
+
+    def told(self, event_id: str) -> None:
+        """The broker has it."""
+        with self._db.transaction():
+            self._db.run("DELETE FROM outbox WHERE event_id = ?", event_id)
+
+    def clock_waits(self) -> list[ClockWait]:
+        """VMs whose clock is not judged yet."""
+        return [
+            msgspec.json.decode(row[0], type=ClockWait) for row in self._db.run("SELECT body FROM clock_wait")
+        ]
+
+    def judged(self, vm: str, operation: str, letters: Sequence[Letter]) -> None:
+        """A VM's clock was judged."""
+        with self._db.transaction():
+            self._db.run(
+                "DELETE FROM clock_wait WHERE vm = ? AND json_extract(body, '$.operation') = ?", vm, operation
+            )
+            self._insert(letters)
+
+    def ping(self) -> str:
+        """For the health probe."""
+        return self._db.ping()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._db.close()
+
+
+class JournalThread:
+    """The journal and its thread."""
+
+    def __init__(self) -> None:
+        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="journal")
+        self._journal: Journal | None = None
+        self.trouble = ""
+        """Why the last write failed; empty when it did not."""
+
+    async def open(self, path: str) -> None:
+        """Open the file. Raises StoreError."""
+        self._journal = await asyncio.get_running_loop().run_in_executor(self._executor, Journal, path)
+
+    async def do(self, work: Callable[[Journal], T]) -> T:
+        """Run ``work`` after everything posted before and wait for it. Raises StoreError."""
+        journal = self._opened()
+        try:
+            result = await asyncio.get_running_loop().run_in_executor(self._executor, work, journal)
+        except StoreError as error:
+            self.trouble = str(error)
+            raise
+        self.trouble = ""
+        return result
+
+    def post(self, work: Callable[[Journal], None]) -> None:
+        """Run ``work`` some time soon, in order; a failure is logged and shows in ``trouble``."""
+        journal = self._opened()
+
+        def attempt() -> None:
+            try:
+                work(journal)
+            except StoreError as error:
+                self.trouble = str(error)
+                _log.error("journal.write_failed", why=str(error))
+
+        self._executor.submit(attempt)
+
+    async def close(self) -> None:
+        """Finish what was posted, close the file and the thread."""
+        if self._journal is not None:
+            await self.do(Journal.close)
+            self._journal = None
+        self._executor.shutdown(wait=True)
+
+    def _opened(self) -> Journal:
+        if self._journal is None:
+            raise StoreError("the journal is not open")
+        return self._journal

@@ -1,0 +1,313 @@
+"""Performing one operation: feeds the pure machine of ``pause`` and carries out its effects."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import time
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from datetime import UTC, datetime, timedelta
+from typing import Any, Protocol
+
+import structlog
+
+from caesura.contract.messages import FreezeCommanded, VmFrozen, VmResumed
+from caesura_host_updater import steps
+from caesura_host_updater.applying import UpdateNotStarted, UpdateProcess, update_environ
+from caesura_host_updater.drivers.port import Driver, DriverError, FreezeFailed, NotRunningYet
+from caesura_host_updater.guard.intent import Intent
+from caesura_host_updater.guard.plans import Plan
+from caesura_host_updater.guardian import GuardUnavailable
+from caesura_host_updater.journal import JournalThread
+from caesura_host_updater.pause import Operation, decide
+from caesura_host_updater.report import frozen_fact, resumed_fact
+from caesura_host_updater.steps import Effect, Event
+from caesura_host_updater.updates import UpdateFile
+
+_RESUME_TRY_S = 0.25  # s: one try of a resume; then it is logged and tried again
+_WATCH_S = 0.1  # s: between two looks whether the paused VMs still stand still
+
+_log = structlog.get_logger("caesura.pause")
+
+
+def wall(instant: float) -> datetime:
+    """An instant on CLOCK_MONOTONIC as wall-clock time."""
+    return datetime.now(UTC) + timedelta(seconds=instant - time.monotonic())
+
+
+class Guard(Protocol):
+    """What an operation needs of the pause guard; ``Guardian`` is the real one."""
+
+    on_lost: Callable[[], None]
+
+    async def arm(self, operation: str, deadline: float, plans: Sequence[Plan]) -> None:
+        """Hold the operation from now on. Raises GuardUnavailable."""
+
+    async def disarm(self, operation: str) -> Intent | None:
+        """Let go; what it did if it fired. Raises GuardUnavailable."""
+
+
+class OperationRunner:
+    """One operation, once.
+
+    Args:
+        announce: takes each fact for the bus; must not wait.
+        on_change: called when the state of a VM may have changed.
+    """
+
+    def __init__(
+        self,
+        command: FreezeCommanded,
+        state: Operation,
+        update: UpdateFile | None,
+        *,
+        host: str,
+        driver: Driver,
+        guard: Guard,
+        journal: JournalThread,
+        environ: Mapping[str, str],
+        announce: Callable[[VmFrozen | VmResumed], None],
+        on_change: Callable[[], None],
+    ) -> None:
+        self.command = command
+        self.state = state
+        self._update = update
+        self._host = host
+        self._driver = driver
+        self._guard = guard
+        self._journal = journal
+        self._environ = environ
+        self._announce = announce
+        self._on_change = on_change
+        self._events: asyncio.Queue[Event] = asyncio.Queue()
+        self._freezing: dict[str, asyncio.Task[None]] = {}
+        self._watching: asyncio.Task[None] | None = None
+        self._processes: dict[str, UpdateProcess] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def abort(self, why: str) -> None:
+        """Undo it, or never start it."""
+        self._events.put_nowait(steps.AbortAsked(why))
+
+    async def run(self) -> Operation:
+        """From the journalled intent to the end; every VM runs or is gone when this returns."""
+        self._guard.on_lost = lambda: self._events.put_nowait(steps.GuardLost())
+        try:
+            await self._drive()
+        finally:
+            self._guard.on_lost = lambda: None
+            self._stop_watching()
+            for task in self._tasks:
+                task.cancel()
+            if self._tasks:
+                await asyncio.gather(*self._tasks, return_exceptions=True)
+            for process in self._processes.values():
+                process.close()
+        return self.state
+
+    async def _drive(self) -> None:
+        self._feed(steps.Begin())
+        while self.state.end is None:
+            self._feed(await self._next())
+
+    async def _next(self) -> Event:
+        """The next event, or a Tick when the machine wants one."""
+        wake_at = self.state.wake_at
+        if not self._events.empty():
+            return self._events.get_nowait()
+        if wake_at is None:
+            return await self._events.get()
+        try:
+            async with asyncio.timeout(max(0.0, wake_at - time.monotonic())):
+                return await self._events.get()
+        except TimeoutError:
+            return steps.Tick()
+
+    def _feed(self, event: Event) -> None:
+        before = self.state.phase
+        self.state, effects = decide(self.state, event, time.monotonic())
+        if self.state.phase != before:
+            _log.debug(
+                "operation.phase", operation=self.state.operation, before=before, phase=self.state.phase
+            )
+        for effect in effects:
+            self._perform(effect)
+
+    def _perform(self, effect: Effect) -> None:  # noqa: PLR0912 - one flat table of effects
+        match effect:
+            case steps.Note():
+                state = self.state
+                self._journal.post(lambda journal: journal.note(state))
+            case steps.Arm(deadline):
+                self._start(self._arm(deadline))
+            case steps.FreezeVms(by):
+                for vm in self.state.vms:
+                    self._freezing[vm.vm] = self._start(self._freeze(vm.vm, by))
+                self._watching = self._start(self._watch())
+            case steps.DigestVms(vms, until):
+                for name in vms:
+                    self._start(self._digest(name, until))
+            case steps.RunUpdate(keys):
+                for key in keys:
+                    self._start(self._apply(key))
+            case steps.StopUpdate(kill):
+                for process in self._processes.values():
+                    process.end(signal.SIGKILL if kill else signal.SIGTERM)
+            case steps.ResumeVms(vms):
+                self._stop_watching()
+                for name in vms:
+                    self._start(self._resume(name, self._freezing.get(name)))
+            case steps.Disarm():
+                self._start(self._disarm())
+            case steps.TellFrozen(vm=name):
+                self._announce(frozen_fact(self._host, self.state, name, wall))
+                self._on_change()
+            case steps.TellResumed(vm=name):
+                self._announce(resumed_fact(self._host, self.state, name, wall))
+                self._on_change()
+            case steps.Finish():
+                pass  # run() returns, and the service writes and tells the report
+
+    def _start(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._done)
+        return task
+
+    def _done(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            # A bug in an adapter must not leave a VM paused: give up the operation in an orderly way.
+            _log.error("operation.broken", operation=self.state.operation, exc_info=task.exception())
+            self._events.put_nowait(steps.AbortAsked(f"internal error: {task.exception()!r}"))
+
+    async def _arm(self, deadline: float) -> None:
+        try:
+            plans = [self._driver.resume_plan(vm.vm) for vm in self.state.vms]
+            await self._guard.arm(self.state.operation, deadline, plans)
+        except (GuardUnavailable, DriverError) as error:
+            self._events.put_nowait(steps.ArmRefused(str(error)))
+        except Exception as error:
+            self._events.put_nowait(steps.ArmRefused(repr(error)))
+            raise
+        else:
+            self._events.put_nowait(steps.Armed())
+
+    async def _freeze(self, vm: str, by: float) -> None:
+        # The last look before the call: whoever was stopped since the decision must not freeze any more.
+        called_at = time.monotonic()
+        if called_at >= by:
+            self._events.put_nowait(steps.VmNotFrozen(vm, None, "it was too late to freeze it"))
+            return
+        try:
+            await self._driver.freeze(vm, by)
+        except asyncio.CancelledError:
+            self._events.put_nowait(steps.VmNotFrozen(vm, called_at, "its freeze was called off"))
+            raise
+        except FreezeFailed as error:
+            self._events.put_nowait(steps.VmNotFrozen(vm, called_at, error.why))
+        except Exception as error:
+            self._events.put_nowait(steps.VmNotFrozen(vm, called_at, repr(error)))
+            raise
+        else:
+            self._events.put_nowait(steps.VmFroze(vm, called_at, time.monotonic()))
+
+    async def _resume(self, vm: str, freezing: asyncio.Task[None] | None) -> None:
+        """Never gives up: a VM that does not run is tried again until it does or is gone."""
+        if freezing is not None and not freezing.done():
+            freezing.cancel()
+            await asyncio.wait([freezing])
+        unconfirmed = any(each.vm == vm and each.frozen_at is None for each in self.state.vms)
+        was_held = unconfirmed and self._driver.states()[vm] == "paused"
+        tries = 0
+        while True:
+            try:
+                end = await self._driver.resume(vm, _RESUME_TRY_S)
+            except NotRunningYet as error:
+                tries += 1
+                if tries in (1, 4) or tries % 40 == 0:
+                    _log.error("vm.not_resumed_yet", vm=vm, tries=tries, why=error.why)
+            except Exception as error:  # noqa: BLE001 - whatever it is, the VM must run: log it and go on
+                tries += 1
+                _log.error("vm.resume_failed", vm=vm, tries=tries, why=repr(error))
+                await asyncio.sleep(_RESUME_TRY_S)
+            else:
+                self._events.put_nowait(steps.VmResumed(vm, time.monotonic(), end, was_held))
+                return
+
+    async def _watch(self) -> None:
+        """Notice a paused VM that ended, or that somebody else let run."""
+        lost: set[str] = set()
+        while True:
+            await asyncio.sleep(_WATCH_S)
+            names = [vm.vm for vm in self.state.vms if vm.frozen_at is not None and vm.vm not in lost]
+            states = self._driver.states() if names else {}
+            for name in names:
+                if states[name] == "stopped":
+                    self._events.put_nowait(steps.VmLost(name, False, "ended while it was paused"))
+                    self._on_change()
+                elif states[name] == "running":
+                    why = "ran although it was paused: somebody else resumed it"
+                    self._events.put_nowait(steps.VmLost(name, True, why))
+                else:
+                    continue
+                lost.add(name)
+
+    def _stop_watching(self) -> None:
+        if self._watching is not None:
+            self._watching.cancel()
+            self._watching = None
+
+    async def _digest(self, vm: str, until: float) -> None:
+        try:
+            digest = await self._driver.memory_digest(vm, until)
+        except DriverError as error:
+            self._events.put_nowait(steps.Digested(vm, "", error.why))
+        else:
+            note = "" if digest else "the digest took too long"
+            self._events.put_nowait(steps.Digested(vm, digest or "", note))
+
+    async def _apply(self, key: str) -> None:
+        if self._update is None:
+            raise RuntimeError("an operation without an update cannot run one")
+        operation = self.state.operation
+        told = update_environ(self._environ, self._update, operation=operation, host=self._host, vm=key)
+        try:
+            process = UpdateProcess(self._update, told)
+        except UpdateNotStarted as error:
+            self._events.put_nowait(steps.UpdateEnded(key, "failed", None, 0.0, str(error)))
+            return
+        self._processes[key] = process
+        pid, start_ticks = process.identity
+        self._journal.post(lambda journal: journal.note_update(operation, pid, start_ticks))
+        code, seconds, tail = await process.wait()
+        outcome: steps.Outcome = "succeeded" if code == 0 else "failed"
+        self._events.put_nowait(steps.UpdateEnded(key, outcome, code, seconds, tail))
+
+    async def _disarm(self) -> None:
+        record = None
+        try:
+            record = await self._guard.disarm(self.state.operation)
+        except GuardUnavailable as error:
+            _log.warning("guard.not_disarmed", operation=self.state.operation, why=str(error))
+        finally:
+            self._events.put_nowait(disarmed(record))
+
+
+def disarmed(record: Intent | None) -> steps.Disarmed:
+    """The guard's record as the machine's event."""
+    if record is None or record.fired is None:
+        return steps.Disarmed()
+    catches = tuple(
+        steps.GuardCatch(vm, catch.was_frozen, catch.frozen_after, catch.running_at)
+        for vm, catch in record.fired.vms.items()
+    )
+    return steps.Disarmed(record.fired.why, catches)
+
+
+def clean_environ(environ: Mapping[str, str]) -> dict[str, str]:
+    """What VMs and updates inherit: everything but this service's own settings."""
+    return {name: value for name, value in environ.items() if not name.startswith("CAESURA_HOST_UPDATER_")}
+
+
+__all__ = ["Guard", "OperationRunner", "clean_environ", "disarmed", "wall"]

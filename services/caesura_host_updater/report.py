@@ -1,0 +1,154 @@
+"""What is told about an operation: messages made from the pure state and the wall clock. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from datetime import datetime
+
+from caesura.contract.messages import (
+    FreezeCommanded,
+    MemoryProof,
+    OperationReported,
+    OperationStatus,
+    UpdateOutcome,
+    VmFrozen,
+    VmResult,
+    VmResumed,
+    VmState,
+)
+from caesura_host_updater.pause import Operation, VmPause
+from caesura_host_updater.steps import Outcome
+
+_WORST: tuple[Outcome, ...] = ("timeout", "failed", "interrupted", "not_run", "succeeded")
+_TAIL_CHARACTERS = 3800  # the contract allows 4096; the rest names the VM
+
+Wall = Callable[[float], datetime]
+"""An instant on CLOCK_MONOTONIC as wall-clock time."""
+
+
+def memory_proof(vm: VmPause) -> MemoryProof:
+    """What was shown about the VM's memory. ``none`` proves nothing: the agent's heartbeat comes later."""
+    if vm.digest_before and vm.digest_after:
+        same = vm.digest_before == vm.digest_after
+        detail = vm.digest_before if same else f"{vm.digest_before} became {vm.digest_after}"
+        return MemoryProof(proof="digest", ok=same, detail=detail)
+    note = vm.digest_note or (
+        "no memory file to digest" if not vm.digestible else "it was not digested twice"
+    )
+    return MemoryProof(proof="none", ok=True, detail=note)
+
+
+def refusal(
+    host: str, command: FreezeCommanded, epoch: int, status: OperationStatus, reason: str, at: datetime
+) -> OperationReported:
+    """A report without VMs: accepted, refused, or cancelled before it began."""
+    return OperationReported(
+        operation=command.operation,
+        host=host,
+        epoch=epoch,
+        rollout=command.rollout,
+        wave=command.wave,
+        status=status,
+        reason=reason[:4096],
+        at=at,
+    )
+
+
+def frozen_fact(host: str, op: Operation, name: str, wall: Wall) -> VmFrozen:
+    """A VM stands still."""
+    vm = next(each for each in op.vms if each.vm == name)
+    return VmFrozen(
+        vm=name,
+        host=host,
+        set=vm.set,
+        update_domain=vm.update_domain,
+        operation=op.operation,
+        event_id=vm.event_id,
+        method=op.method,
+        budget_s=op.budget_s,
+        at=wall(vm.frozen_at or 0.0),
+    )
+
+
+def resumed_fact(host: str, op: Operation, name: str, wall: Wall) -> VmResumed:
+    """A VM runs again."""
+    vm = next(each for each in op.vms if each.vm == name)
+    return VmResumed(
+        vm=name,
+        host=host,
+        set=vm.set,
+        update_domain=vm.update_domain,
+        operation=op.operation,
+        event_id=vm.event_id,
+        method=op.method,
+        pause_s=vm.pause_s,
+        budget_s=op.budget_s,
+        within_budget=vm.pause_s <= op.budget_s,
+        resumed_by="guard" if vm.resumed_by == "guard" else "updater",
+        memory=memory_proof(vm),
+        at=wall(vm.resumed_at or 0.0),
+    )
+
+
+def update_outcome(op: Operation) -> UpdateOutcome | None:
+    """How the update ended, over all its runs: the worst of them counts."""
+    if not op.update:
+        return None
+    outcomes: list[Outcome] = [run.outcome or "not_run" for run in op.runs]
+    worst: Outcome = min(outcomes, key=_WORST.index, default="not_run")
+    first = next((run for run in op.runs if (run.outcome or "not_run") == worst), None)
+    tails = [
+        f"[{run.key}] {run.output_tail}" if run.key else run.output_tail for run in op.runs if run.output_tail
+    ]
+    return UpdateOutcome(
+        update=op.update,
+        outcome=worst,
+        exit_code=first.exit_code if first else None,
+        seconds=max((run.seconds for run in op.runs), default=0.0),
+        output_tail="\n".join(tails)[-_TAIL_CHARACTERS:],
+    )
+
+
+def final_report(
+    host: str,
+    command: FreezeCommanded,
+    op: Operation,
+    epoch: int,
+    states: Mapping[str, VmState],
+    at: datetime,
+) -> OperationReported:
+    """The one end of an operation."""
+    update = update_outcome(op)
+    pauses = [vm.pause_s for vm in op.vms if vm.frozen_at is not None]
+    over = [vm for vm in op.vms if vm.pause_s > op.budget_s]
+    reason = op.failure
+    if over:
+        worst = max(vm.pause_s for vm in over)
+        note = f"pause of {worst:.2f} s is over the budget of {op.budget_s:g} s"
+        reason = f"{reason}; {note}" if reason else note
+    return OperationReported(
+        operation=op.operation,
+        host=host,
+        epoch=epoch,
+        rollout=command.rollout,
+        wave=command.wave,
+        status=op.end if op.end is not None and not (over and op.end == "completed") else "failed",
+        reason=reason[:4096],
+        vms=tuple(
+            VmResult(
+                vm=vm.vm,
+                set=vm.set,
+                update_domain=vm.update_domain,
+                state=states.get(vm.vm, "unknown"),
+                frozen=vm.frozen_at is not None,
+                pause_s=vm.pause_s,
+                resumed_by=vm.resumed_by,
+                memory=memory_proof(vm) if vm.frozen_at is not None else None,
+                error=vm.error[:4096],
+            )
+            for vm in op.vms
+        ),
+        update=update,
+        overhead_s=max(0.0, max(pauses) - (update.seconds if update else op.hold_s)) if pauses else None,
+        at=at,
+    )

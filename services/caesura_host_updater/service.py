@@ -1,0 +1,484 @@
+"""The host updater: hears commands and answers clocks, runs one operation at a time, tells what became of it."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
+from datetime import UTC, datetime
+from pathlib import Path
+
+import structlog
+
+from caesura.bus.port import Bus, BusError, Delivery
+from caesura.bus.post import Post
+from caesura.contract.codec import Received
+from caesura.contract.envelope import Message
+from caesura.contract.messages import (
+    AbortCommanded,
+    AgentClockSynced,
+    AgentPresence,
+    ClockSyncAnswered,
+    ClockSyncRequested,
+    CoordinatorPresence,
+    FreezeCommanded,
+    HostPresence,
+    OperationReported,
+    VmClockSynced,
+    VmFrozen,
+    VmRecord,
+    VmResumed,
+)
+from caesura.contract.topics import channel_of
+from caesura.runtime.errors import StoreError
+from caesura_host_updater import command as rules
+from caesura_host_updater.clock import ClockWait
+from caesura_host_updater.clockdesk import ClockDesk
+from caesura_host_updater.command import Accept, Authority, Refuse, Repeat
+from caesura_host_updater.drivers.port import Driver
+from caesura_host_updater.endings import Endings, Letters
+from caesura_host_updater.guard.procfs import boot_id
+from caesura_host_updater.guardian import Guardian
+from caesura_host_updater.hostfile import HostFile
+from caesura_host_updater.inventory import inventory, vm_records
+from caesura_host_updater.journal import Journal, JournalThread, Letter
+from caesura_host_updater.metrics import HostMetrics
+from caesura_host_updater.operation import OperationRunner
+from caesura_host_updater.outbox import Outbox
+from caesura_host_updater.pause import Operation, UpdateRun, VmPause
+from caesura_host_updater.report import final_report, refusal
+from caesura_host_updater.settings import HostUpdaterSettings
+from caesura_host_updater.startup import Startup, resume_until_running
+from caesura_host_updater.updates import Catalogue, UpdateFile, read_updates
+
+_FLUSH_S = 3.0  # s: for the last facts when told to stop; what is left is told at the next start
+_CLOCK_PUBLISH_S = 0.5  # s: an answer later than this is of no use to the agent
+
+_log = structlog.get_logger("caesura.host_updater")
+
+
+def filters(host: HostFile) -> list[str]:
+    """What a host updater listens to."""
+    wanted = [
+        channel_of(CoordinatorPresence).filter(),
+        channel_of(FreezeCommanded).filter(host=host.host),
+        channel_of(AbortCommanded).filter(host=host.host),
+    ]
+    for vm in host.vm:
+        if vm.agent:
+            of_agents = (AgentPresence, AgentClockSynced, ClockSyncRequested)
+            wanted += [channel_of(message).filter(vm=vm.name) for message in of_agents]
+    return wanted
+
+
+class HostUpdater:
+    """See the module.
+
+    Args:
+        instance: new with every start.
+        environ: what updates inherit.
+    """
+
+    def __init__(
+        self,
+        settings: HostUpdaterSettings,
+        host: HostFile,
+        *,
+        bus: Bus,
+        driver: Driver,
+        guardian: Guardian,
+        journal: JournalThread,
+        metrics: HostMetrics,
+        instance: str,
+        environ: Mapping[str, str],
+    ) -> None:
+        self._settings = settings
+        self._host = host
+        self._vms = {vm.name: vm for vm in host.vm}
+        self._driver = driver
+        self._guardian = guardian
+        self._journal = journal
+        self._metrics = metrics
+        self._instance = instance
+        self._environ = environ
+        self.bus = bus
+        self.post = Post(bus, f"/caesura/host/{host.host}")
+        self.outbox = Outbox(self.post, journal, self._told)
+        self.clocks = ClockDesk(
+            host.host,
+            driver,
+            without_agent=frozenset(vm.name for vm in host.vm if not vm.agent),
+            timeout_s=settings.clock_timeout_s,
+            verdict=self._clock_judged,
+            repeat=self.outbox.queue,
+        )
+        self._letters = Letters(host.host, self._vms)
+        self._endings = Endings(
+            self._letters, journal=journal, outbox=self.outbox, clocks=self.clocks, metrics=metrics
+        )
+        self._startup = Startup(
+            host.host,
+            driver=driver,
+            guardian=guardian,
+            journal=journal,
+            letters=self._letters,
+            endings=self._endings,
+        )
+        self.authority = Authority()
+        self._catalogue = Catalogue()
+        self._runner: OperationRunner | None = None
+        self._accepted: asyncio.Queue[OperationRunner] = asyncio.Queue()
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._stopping = False
+        self._changed = asyncio.Event()
+        self._agents: dict[str, str] = {}
+        self._received_ns = 0
+        self._listen()
+
+    def _listen(self) -> None:
+        self.post.on(FreezeCommanded, self._on_freeze)
+        self.post.on(AbortCommanded, self._on_abort)
+        self.post.on(CoordinatorPresence, self._on_coordinator)
+        self.post.on(ClockSyncRequested, self._on_clock_request)
+        self.post.on(AgentClockSynced, self._on_agent_synced)
+        self.post.on(AgentPresence, self._on_agent)
+
+    def tasks(self) -> dict[str, Callable[[], Awaitable[None]]]:
+        """The eternal tasks, for ``serve``."""
+        return {
+            "bus": lambda: self.bus.run(self._receive, self._on_connected),
+            "guard": self._guardian.run,
+            "operations": self._operate,
+            "outbox": self.outbox.run,
+            "inventory": self._keep_inventory,
+            "clocks": self.clocks.run,
+            "vms": self._watch_vms,
+            "journal": self._endings.save_later,
+        }
+
+    @property
+    def operation(self) -> str:
+        """The operation under way, empty when idle."""
+        return self._runner.state.operation if self._runner is not None else ""
+
+    # -- start ----------------------------------------------------------------------------------------------
+
+    async def recover(self) -> None:
+        """Before going on the bus: put right what an earlier life left behind, take up what it had to tell.
+
+        Raises:
+            StoreError, DriverError: as ``Startup.run``.
+        """
+        self.authority = await self._journal.do(Journal.authority)
+        await self._startup.run(self.authority.epoch)
+        await self.outbox.load()
+        self.clocks.expect(await self._journal.do(Journal.clock_waits), told=True)
+        self._catalogue = read_updates(self._settings.updates_dir)
+
+    # -- the bus --------------------------------------------------------------------------------------------
+
+    async def _receive(self, delivery: Delivery) -> None:
+        # t2 of a clock-sync exchange: before anything else is done with the message.
+        self._received_ns = time.time_ns()
+        await self.post.deliver(delivery)
+
+    async def _on_connected(self) -> None:
+        self._changed.set()
+        self.clocks.connected()
+        await self.post.send(self._presence(online=True), host=self._host.host)
+
+    def _presence(self, *, online: bool) -> HostPresence:
+        return HostPresence(host=self._host.host, online=online, instance=self._instance)
+
+    async def _keep_inventory(self) -> None:
+        while True:
+            self._changed.clear()
+            self._catalogue = read_updates(self._settings.updates_dir)
+            with suppress(BusError):  # told again after the reconnect
+                await self.post.send(
+                    inventory(
+                        self._host.host,
+                        self._driver.name,
+                        authority=self.authority,
+                        vms=self._records(),
+                        catalogue=self._catalogue,
+                        operation=self.operation,
+                        guard=self._guardian.state,
+                    ),
+                    host=self._host.host,
+                )
+            with suppress(TimeoutError):
+                async with asyncio.timeout(self._settings.inventory_interval_s):
+                    await self._changed.wait()
+
+    def _records(self) -> dict[str, VmRecord]:
+        return vm_records(self._host.vm, self._driver.capabilities, self._driver.states())
+
+    def reread(self) -> None:
+        """Read the updates again and tell them, at once."""
+        self._changed.set()
+
+    async def _watch_vms(self) -> None:
+        while True:
+            await self._driver.changed()
+            self._changed.set()
+
+    # -- commands -------------------------------------------------------------------------------------------
+
+    async def _hear(self, epoch: int, coordinator: str) -> Authority | str:
+        """Obey a newer epoch, durably, before anything else."""
+        heard = rules.hear(self.authority, epoch, coordinator)
+        if isinstance(heard, Authority) and heard != self.authority:
+            await self._journal.do(lambda journal: journal.obey(heard))
+            self.authority = heard
+            self._changed.set()
+            _log.info("epoch.adopted", epoch=epoch, coordinator=coordinator)
+        return heard
+
+    async def _on_coordinator(self, message: CoordinatorPresence, _: Received) -> None:
+        if not message.online:
+            return
+        try:
+            await self._hear(message.epoch, message.coordinator)
+        except StoreError as error:
+            _log.error("epoch.not_adopted", epoch=message.epoch, why=str(error))
+
+    async def _known(self, operation: str) -> Repeat | None:
+        return Repeat(None) if operation == self.operation else await self._endings.known(operation)
+
+    async def _on_freeze(self, command: FreezeCommanded, _: Received) -> None:
+        now = datetime.now(UTC)
+        try:
+            known = await self._known(command.operation)
+            heard = await self._hear(command.epoch, command.coordinator)
+            verdict = rules.judge_freeze(
+                command,
+                host=rules.Host(
+                    host=self._host.host,
+                    vms=self._records(),
+                    catalogue=read_updates(self._settings.updates_dir),
+                    busy=self.operation,
+                    stopping=self._stopping,
+                ),
+                authority=heard,
+                known=known,
+                now=now,
+            )
+            if isinstance(verdict, Accept):
+                await self._accept(command, verdict.update)
+                return
+        except StoreError as error:
+            # Nothing can be promised that cannot be written down, so nothing is touched.
+            verdict = Refuse(f"nothing was touched: {error}")
+        if isinstance(verdict, Repeat):
+            report = verdict.report or refusal(
+                self._host.host, command, self.authority.epoch, "accepted", "", now
+            )
+            self.outbox.queue(self._letters.report(report))
+            _log.debug("command.repeated", operation=command.operation, status=report.status)
+            return
+        _log.warning("command.refused", operation=command.operation, why=verdict.why)
+        refused = refusal(self._host.host, command, self.authority.epoch, "refused", verdict.why, now)
+        await self._endings.conclude(refused)
+
+    async def _accept(self, command: FreezeCommanded, update: UpdateFile | None) -> None:
+        scope_vm = update is not None and update.scope == "vm"
+        state = Operation(
+            operation=command.operation,
+            method=command.method,
+            budget_s=command.budget_s,
+            hold_s=command.hold_s,
+            update=update.name if update else "",
+            update_timeout_s=update.timeout_s if update else 0.0,
+            vms=tuple(
+                VmPause(
+                    vm=target.vm,
+                    set=target.set,
+                    update_domain=target.update_domain,
+                    event_id=target.event_id,
+                    boot_id=self._agents.get(target.vm, ""),
+                    digestible=self._driver.memory_size(target.vm) > 0,
+                )
+                for target in command.targets
+            ),
+            runs=tuple(UpdateRun(key=target.vm) for target in command.targets)
+            if scope_vm
+            else (UpdateRun(),) * (update is not None),
+        )
+        accepted = self._letters.report(
+            refusal(self._host.host, command, self.authority.epoch, "accepted", "", datetime.now(UTC))
+        )
+        # The intent is on disk before anything is done; `arming` because the next thing is the guard.
+        await self._journal.do(lambda journal: journal.accept(command, state, boot_id(), [accepted]))
+        self._runner = OperationRunner(
+            command,
+            state,
+            update,
+            host=self._host.host,
+            driver=self._driver,
+            guard=self._guardian,
+            journal=self._journal,
+            environ=self._environ,
+            announce=self._announce,
+            on_change=self._changed.set,
+        )
+        self._idle.clear()
+        self.outbox.queue(accepted)
+        self._changed.set()
+        self._accepted.put_nowait(self._runner)
+        _log.info("operation.accepted", operation=command.operation, update=state.update, vms=len(state.vms))
+
+    async def _on_abort(self, command: AbortCommanded, _: Received) -> None:
+        try:
+            known = await self._known(command.operation)
+            heard = await self._hear(command.epoch, command.coordinator)
+        except StoreError as error:
+            _log.error("abort.without_journal", operation=command.operation, why=str(error))
+            if self._runner is not None and command.operation == self.operation:
+                self._runner.abort(command.reason)  # letting VMs run needs no disk
+            return
+        verdict = rules.judge_abort(command, busy=self.operation, authority=heard, known=known)
+        if isinstance(verdict, Refuse):
+            # No report: it would look like the end of an operation that may be under way.
+            _log.warning("abort.refused", operation=command.operation, why=verdict.why)
+        elif verdict is None and self._runner is not None:
+            self._runner.abort(command.reason)
+        elif isinstance(verdict, Repeat) and verdict.report is not None:
+            self.outbox.queue(self._letters.report(verdict.report))
+        elif isinstance(verdict, Accept):
+            why = (
+                f"cancelled before it began: {command.reason}"
+                if command.reason
+                else "cancelled before it began"
+            )
+            cancelled = OperationReported(
+                operation=command.operation,
+                host=self._host.host,
+                epoch=self.authority.epoch,
+                status="cancelled",
+                reason=why,
+                at=datetime.now(UTC),
+            )
+            await self._endings.conclude(cancelled)
+
+    # -- operations -----------------------------------------------------------------------------------------
+
+    async def _operate(self) -> None:
+        while True:
+            runner = await self._accepted.get()
+            try:
+                state = await runner.run()
+            except BaseException:
+                # A bug, or we are being torn down: whatever it is, no VM stays frozen for it. The journal
+                # holds the operation as unfinished, so the next start reports it.
+                _log.exception("operation.broken", operation=runner.state.operation)
+                await asyncio.gather(*(resume_until_running(self._driver, vm.vm) for vm in runner.state.vms))
+                self._idle.set()
+                raise
+            report = final_report(
+                self._host.host,
+                runner.command,
+                state,
+                self.authority.epoch,
+                self._driver.states(),
+                datetime.now(UTC),
+            )
+            waits = [
+                self._wait_for(runner.command, state, vm)
+                for vm in state.vms
+                if vm.frozen_at is not None and vm.end == "running"
+            ]
+            await self._endings.conclude(report, state, waits)
+            self._runner = None
+            self._idle.set()
+            self._changed.set()
+
+    def _wait_for(self, command: FreezeCommanded, op: Operation, vm: VmPause) -> ClockWait:
+        return ClockWait(vm.vm, vm.set, vm.update_domain, op.operation, command.clock_bound_s, vm.boot_id)
+
+    def _announce(self, fact: VmFrozen | VmResumed) -> None:
+        self.outbox.put(self._letters.fact(fact))
+
+    def _told(self, letter: Letter, message: Message) -> None:
+        if isinstance(message, VmResumed):
+            self.clocks.resumed_told(letter, message)
+
+    # -- clocks and agents ----------------------------------------------------------------------------------
+
+    async def _on_clock_request(self, message: ClockSyncRequested, _: Received) -> None:
+        if message.vm not in self._vms:
+            return
+        t2_ns = self._received_ns
+        answer = ClockSyncAnswered(
+            vm=message.vm,
+            host=self._host.host,
+            exchange=message.exchange,
+            t1_ns=message.t1_ns,
+            t2_ns=t2_ns,
+            t3_ns=time.time_ns(),
+        )
+        with suppress(BusError):  # the agent asks again
+            await self.post.send(answer, timeout_s=_CLOCK_PUBLISH_S, host=self._host.host, vm=message.vm)
+
+    async def _on_agent_synced(self, message: AgentClockSynced, _: Received) -> None:
+        self.clocks.answered(message)
+
+    async def _on_agent(self, message: AgentPresence, _: Received) -> None:
+        self._agents[message.vm] = message.boot_id
+
+    def _clock_judged(self, verdict: VmClockSynced) -> None:
+        letter = self._letters.fact(verdict)
+        self._journal.post(lambda journal: journal.judged(verdict.vm, verdict.operation, [letter]))
+        self.outbox.queue(letter)
+
+    # -- stop -----------------------------------------------------------------------------------------------
+
+    async def drain(self) -> None:
+        """Finish or undo what is under way, tell the last facts, say offline, leave the bus."""
+        self._stopping = True
+        runner = self._runner
+        if runner is not None and (runner.state.method == "live" or not _update_runs(runner.state)):
+            runner.abort("the host updater is stopping")
+        await self._idle.wait()
+        if self.bus.stats.connected:
+            if not await self.outbox.drained(_FLUSH_S):
+                _log.warning("outbox.left", letters=len(self.outbox))
+            with suppress(BusError):
+                await self.post.send(self._presence(online=False), timeout_s=2.0, host=self._host.host)
+        await self.bus.close()
+
+    def pings(self) -> dict[str, Callable[[], str]]:
+        """For the health probe."""
+        stats = self.bus.stats
+        return {
+            "broker": lambda: (
+                "" if stats.connected else f"not connected: {stats.last_error or 'still trying'}"
+            ),
+            "journal": lambda: self._journal.trouble,
+            "driver": self._driver.ping,
+            "guard": lambda: "there is no pause guard" if self._guardian.state == "absent" else "",
+        }
+
+    def show_gauges(self) -> None:
+        """Have the metrics read our numbers."""
+        self._metrics.observe_bus(self.bus.stats, self.post.decode_errors)
+        self._metrics.observe_gauges(
+            outbox=lambda: len(self.outbox),
+            clocks=lambda: len(self.clocks),
+            busy=lambda: bool(self.operation),
+        )
+
+
+def _update_runs(op: Operation) -> bool:
+    """Whether an update is at work under paused VMs: it is let finish, within the budget."""
+    return op.phase in ("updating", "updated", "resuming", "resumed") and bool(op.update)
+
+
+def state_folder(path: str) -> Path:
+    """The state folder, made if needed, for nobody else to read."""
+    folder = Path(path)
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    folder.chmod(0o700)
+    return folder

@@ -1,0 +1,116 @@
+"""At the start: everything that an earlier life left frozen runs again, every operation it left open has its end."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from datetime import UTC, datetime
+
+import structlog
+
+from caesura_host_updater.applying import end_orphans
+from caesura_host_updater.clock import ClockWait
+from caesura_host_updater.drivers.port import Driver, NotRunningYet
+from caesura_host_updater.endings import Endings, Letters
+from caesura_host_updater.guard.intent import Intent
+from caesura_host_updater.guard.procfs import boot_id
+from caesura_host_updater.guardian import Guardian, GuardUnavailable
+from caesura_host_updater.journal import Entry, Journal, JournalThread
+from caesura_host_updater.operation import wall
+from caesura_host_updater.recovery import recovered
+from caesura_host_updater.report import final_report, resumed_fact
+
+_RESUME_TRY_S = 0.25  # s: one try of a resume
+_PATIENCE_S = 10.0  # s: VMs found frozen are tried this long before the host goes on the bus without them
+
+_log = structlog.get_logger("caesura.recovery")
+
+
+async def resume_until_running(driver: Driver, vm: str) -> str:
+    """Try until the VM runs or is gone: ``running`` or ``gone``."""
+    while True:
+        try:
+            return await driver.resume(vm, _RESUME_TRY_S)
+        except NotRunningYet as error:
+            _log.error("vm.not_resumed_yet", vm=vm, why=error.why)
+
+
+class Startup:
+    """See the module. ``late`` are resumes that still go on."""
+
+    def __init__(
+        self,
+        host: str,
+        *,
+        driver: Driver,
+        guardian: Guardian,
+        journal: JournalThread,
+        letters: Letters,
+        endings: Endings,
+    ) -> None:
+        self._host = host
+        self._driver = driver
+        self._guardian = guardian
+        self._journal = journal
+        self._letters = letters
+        self._endings = endings
+        self.late: list[asyncio.Task[None]] = []
+
+    async def run(self, epoch: int) -> None:
+        """Put everything right.
+
+        Raises:
+            StoreError: the journal cannot be read or written: nothing can be promised then.
+            DriverError: a VM cannot be started.
+        """
+        held: Intent | None = None
+        try:
+            held = await self._guardian.start()
+        except GuardUnavailable as error:
+            _log.error("guard.absent", why=str(error))  # fails closed: nothing will be frozen without it
+        await self._driver.open()
+        resumed_now = await self._resume_left_frozen()
+        for entry in await self._journal.do(Journal.unfinished):
+            await self._end(entry, held, resumed_now, epoch)
+        if held is not None:
+            try:
+                await self._guardian.disarm(held.operation)
+            except GuardUnavailable as error:
+                _log.error("guard.not_disarmed", operation=held.operation, why=str(error))
+
+    async def _resume_left_frozen(self) -> dict[str, float]:
+        frozen = [vm for vm, state in self._driver.states().items() if state == "paused"]
+        resumed: dict[str, float] = {}
+
+        async def resume(vm: str) -> None:
+            if await resume_until_running(self._driver, vm) == "running":
+                resumed[vm] = time.monotonic()
+
+        tasks = [asyncio.create_task(resume(vm)) for vm in frozen]
+        if tasks:
+            _log.error("vms.found_frozen", vms=frozen)
+            await asyncio.wait(tasks, timeout=_PATIENCE_S)
+        self.late = [task for task in tasks if not task.done()]
+        return resumed
+
+    async def _end(
+        self, entry: Entry, held: Intent | None, resumed_now: dict[str, float], epoch: int
+    ) -> None:
+        end_orphans(entry.id, self._host, entry.update_processes)
+        if entry.state is None or entry.command is None:
+            return  # an operation without an end always has both: `accept` writes them in one transaction
+        command = entry.command
+        op = recovered(entry.state, held, resumed_now, same_boot=entry.boot_id == boot_id())
+        letters, waits = [], []
+        for vm in op.vms:
+            if vm.frozen_at is None or vm.resumed_at is None or vm.end == "gone":
+                continue
+            waits.append(
+                ClockWait(vm.vm, vm.set, vm.update_domain, op.operation, command.clock_bound_s, vm.boot_id)
+            )
+            if not vm.told:
+                letters.append(self._letters.fact(resumed_fact(self._host, op, vm.vm, wall)))
+        report = final_report(self._host, command, op, epoch, self._driver.states(), datetime.now(UTC))
+        letters.append(self._letters.report(report))
+        await self._journal.do(lambda journal: journal.finish(report, letters, waits))
+        self._endings.count(report, op)

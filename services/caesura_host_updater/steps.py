@@ -1,0 +1,202 @@
+"""What can happen to an operation (events) and what it asks to be done (effects). Pure vocabulary of ``pause``."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+Outcome = Literal["succeeded", "failed", "timeout", "interrupted", "not_run"]
+
+# -- events ---------------------------------------------------------------------------------------------------
+
+
+class Begin(msgspec.Struct, frozen=True):
+    """The intent is on disk: go."""
+
+
+class Armed(msgspec.Struct, frozen=True):
+    """The guard has it on disk."""
+
+
+class ArmRefused(msgspec.Struct, frozen=True):
+    """The guard would not, or did not answer."""
+
+    why: str
+
+
+class VmFroze(msgspec.Struct, frozen=True):
+    """Confirmed to stand still."""
+
+    vm: str
+    called_at: float
+    at: float
+
+
+class VmNotFrozen(msgspec.Struct, frozen=True):
+    """It does not stand still. ``called_at`` None: it was not even asked."""
+
+    vm: str
+    called_at: float | None
+    why: str
+
+
+class VmLost(msgspec.Struct, frozen=True):
+    """It ended, or runs although it should stand still (``thawed``)."""
+
+    vm: str
+    thawed: bool
+    why: str
+
+
+class Digested(msgspec.Struct, frozen=True):
+    """A digest of its memory, or why there is none."""
+
+    vm: str
+    digest: str
+    note: str = ""
+
+
+class UpdateEnded(msgspec.Struct, frozen=True):
+    """A run of the update ended by itself or because it was told to."""
+
+    key: str
+    outcome: Outcome
+    exit_code: int | None
+    seconds: float
+    output_tail: str
+
+
+class AbortAsked(msgspec.Struct, frozen=True):
+    """An abort command, or the host updater is stopping."""
+
+    why: str
+
+
+class GuardLost(msgspec.Struct, frozen=True):
+    """The guard's connection ended."""
+
+
+class VmResumed(msgspec.Struct, frozen=True):
+    """Confirmed to run again, or gone."""
+
+    vm: str
+    at: float
+    end: Literal["running", "gone"]
+    was_held: bool = False
+    """It stood still, at least partly, although its freeze had not been confirmed."""
+
+
+class GuardCatch(msgspec.Struct, frozen=True):
+    """What the guard did to one VM. Instants as in ``guard.intent.Catch``."""
+
+    vm: str
+    was_frozen: bool
+    frozen_after: float | None
+    running_at: float | None
+
+
+class Disarmed(msgspec.Struct, frozen=True):
+    """The guard let go, or could not be asked. ``why``: why it had fired; empty if it had not."""
+
+    why: str = ""
+    catches: tuple[GuardCatch, ...] = ()
+
+
+class Tick(msgspec.Struct, frozen=True):
+    """Time passed."""
+
+
+Event = (
+    Begin
+    | Armed
+    | ArmRefused
+    | VmFroze
+    | VmNotFrozen
+    | VmLost
+    | Digested
+    | UpdateEnded
+    | AbortAsked
+    | GuardLost
+    | VmResumed
+    | Disarmed
+    | Tick
+)
+
+# -- effects --------------------------------------------------------------------------------------------------
+
+
+class Note(msgspec.Struct, frozen=True):
+    """Write the phase to the journal, without waiting for the disk."""
+
+
+class Arm(msgspec.Struct, frozen=True):
+    """Arm the guard for all VMs of the operation."""
+
+    deadline: float
+
+
+class FreezeVms(msgspec.Struct, frozen=True):
+    """Freeze all VMs at once; do not even begin with one after ``by``."""
+
+    by: float
+
+
+class DigestVms(msgspec.Struct, frozen=True):
+    """Digest the memory of these VMs, in the background."""
+
+    vms: tuple[str, ...]
+    until: float
+
+
+class RunUpdate(msgspec.Struct, frozen=True):
+    """Start the update, once for each key."""
+
+    keys: tuple[str, ...]
+
+
+class StopUpdate(msgspec.Struct, frozen=True):
+    """End every run of the update that is left: ask, or kill. Never wait for it."""
+
+    kill: bool
+
+
+class ResumeVms(msgspec.Struct, frozen=True):
+    """Stop freezing and digesting; let these VMs run, again and again until they do."""
+
+    vms: tuple[str, ...]
+
+
+class Disarm(msgspec.Struct, frozen=True):
+    """Tell the guard that it is over, and ask whether it fired."""
+
+
+class TellFrozen(msgspec.Struct, frozen=True):
+    """Announce that a VM stands still."""
+
+    vm: str
+
+
+class TellResumed(msgspec.Struct, frozen=True):
+    """Announce that a VM runs again."""
+
+    vm: str
+
+
+class Finish(msgspec.Struct, frozen=True):
+    """Journal and announce the end."""
+
+
+Effect = (
+    Note
+    | Arm
+    | FreezeVms
+    | DigestVms
+    | RunUpdate
+    | StopUpdate
+    | ResumeVms
+    | Disarm
+    | TellFrozen
+    | TellResumed
+    | Finish
+)

@@ -1,0 +1,127 @@
+"""Which commands are obeyed."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from caesura.contract.messages import AbortCommanded, FreezeCommanded, FreezeTarget, VmRecord
+from caesura_host_updater.command import (
+    Accept,
+    Authority,
+    Host,
+    Refuse,
+    Repeat,
+    hear,
+    judge_abort,
+    judge_freeze,
+)
+from caesura_host_updater.updates import Catalogue, UpdateFile
+
+NOW = datetime(2026, 1, 1, tzinfo=UTC)
+
+
+def host(**changes: Any) -> Host:
+    """A host with two VMs and an update."""
+    update = UpdateFile(
+        name="patch", impact="pause", scope="host", argv=("/bin/true",), expected_s=1, timeout_s=5
+    )
+    facts: dict[str, Any] = {
+        "host": "host-1",
+        "vms": {
+            name: VmRecord(
+                vm=name, set="web", update_domain=0, state="running", methods_missing={"swap": "no"}
+            )
+            for name in ("a", "b")
+        },
+        "catalogue": Catalogue({"patch": update}),
+    }
+    return Host(**(facts | changes))
+
+
+def command(**changes: Any) -> FreezeCommanded:
+    """A good command."""
+    facts: dict[str, Any] = {
+        "operation": "op",
+        "epoch": 2,
+        "coordinator": "c",
+        "host": "host-1",
+        "rollout": "r",
+        "wave": 0,
+        "method": "freeze",
+        "targets": tuple(FreezeTarget(vm=name, set="web", update_domain=0) for name in ("a", "b")),
+        "update": "patch",
+        "budget_s": 10.0,
+        "not_after": NOW + timedelta(seconds=1),
+    }
+    return FreezeCommanded(**(facts | changes))
+
+
+def judge(sent: FreezeCommanded, at: Host | None = None, known: Repeat | None = None) -> Any:
+    """The verdict of a host that obeys epoch 2 of c."""
+    heard = hear(Authority(2, "c"), sent.epoch, sent.coordinator)
+    return judge_freeze(sent, host=at or host(), authority=heard, known=known, now=NOW)
+
+
+def test_good_command_is_accepted() -> None:
+    verdict = judge(command())
+    assert isinstance(verdict, Accept)
+    assert verdict.update is not None
+    assert verdict.update.name == "patch"
+    assert judge(command(update="", hold_s=7.0)) == Accept(None)
+
+
+def test_known_operation_is_only_told_again_whatever_else_is_wrong() -> None:
+    sent = command(epoch=1, not_after=NOW - timedelta(days=1), host="other")
+    assert judge(sent, known=Repeat(None)) == Repeat(None)
+
+
+@pytest.mark.parametrize(
+    ("changes", "at", "why"),
+    [
+        ({"epoch": 1}, {}, "epoch 1 is old"),
+        ({"coordinator": "d"}, {}, "belongs to coordinator c"),
+        ({"host": "host-2"}, {}, "is for host host-2"),
+        ({"not_after": NOW - timedelta(seconds=3)}, {}, "3.0 s after"),
+        ({}, {"stopping": True}, "stopping"),
+        ({}, {"busy": "other-op"}, "busy with operation other-op"),
+        ({"method": "swap"}, {}, "swap is not possible here: no"),
+        ({"update": "nope"}, {}, "not known"),
+        ({"budget_s": 3.0, "update": "", "hold_s": 2.5}, {}, "does not fit"),
+        ({"method": "live", "update": ""}, {}, "does nothing"),
+    ],
+)
+def test_refusals(changes: dict[str, Any], at: dict[str, Any], why: str) -> None:
+    verdict = judge(command(**changes), host(**at))
+    assert isinstance(verdict, Refuse)
+    assert why in verdict.why
+
+
+@given(st.lists(st.tuples(st.integers(1, 5), st.sampled_from(["c", "d"])), max_size=20), st.integers(0, 5))
+def test_authority_never_goes_back_and_never_changes_hands_within_an_epoch(
+    said: list[tuple[int, str]], start: int
+) -> None:
+    authority = Authority(start, "c")
+    owners = {start: "c"}
+    for epoch, coordinator in said:
+        heard = hear(authority, epoch, coordinator)
+        if isinstance(heard, Authority):
+            assert heard.epoch >= authority.epoch
+            assert owners.setdefault(heard.epoch, heard.coordinator) == heard.coordinator
+            assert (heard.epoch, heard.coordinator) == (epoch, coordinator)
+            authority = heard
+        else:
+            assert epoch < authority.epoch or coordinator != authority.coordinator
+
+
+def test_abort() -> None:
+    sent = AbortCommanded(operation="op", epoch=2, coordinator="c", host="host-1")
+    good = Authority(2, "c")
+    assert judge_abort(sent, busy="op", authority=good, known=Repeat(None)) is None
+    assert judge_abort(sent, busy="", authority=good, known=None) == Accept(None)
+    assert judge_abort(sent, busy="", authority=good, known=Repeat(None)) == Repeat(None)
+    assert isinstance(judge_abort(sent, busy="op", authority="old", known=None), Refuse)

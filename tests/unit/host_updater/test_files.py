@@ -1,0 +1,113 @@
+"""The host file and updates.d: what is taken, and how what is not is named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from caesura.contract.messages import RefusedUpdate
+from caesura_host_updater.hostfile import HostFileError, parse_host_file, read_host_file
+from caesura_host_updater.updates import UpdateFile, catalogue, parse_update, read_updates
+
+VM = '[[vm]]\nname = "a"\nset = "web"\nupdate_domain = 1\n[[vm.process]]\nargv = ["sleep", "1"]\n'
+UPDATE = (
+    'name = "patch"\nimpact = "pause"\nscope = "host"\nargv = ["/bin/true"]\nexpected_s = 1\ntimeout_s = 5\n'
+)
+
+
+def find(program: str) -> str | None:
+    """As shutil.which on a machine that has only /bin/true."""
+    return program if program == "/bin/true" else None
+
+
+def test_host_file() -> None:
+    file = parse_host_file(
+        f'host = "h"\n{VM}[[vm]]\nname = "b"\n[[vm.process]]\nargv = ["true"]\n', "host.toml"
+    )
+    assert [(vm.name, vm.set_name, vm.domain, vm.agent) for vm in file.vm] == [
+        ("a", "web", 1, True),
+        ("b", "_b", 0, True),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("host = ", "end of document"),
+        (f'host = "h"\n{VM}{VM}', "VM 'a' stands 2 times"),
+        ('host = "h.x"', "host name 'h.x'"),
+        ('host = "h"\n' + VM.replace('"a"', '"_a"'), "underscore"),
+        ('host = "h"\n' + VM.replace("update_domain = 1\n", ""), "no update_domain"),
+        ('host = "h"\n' + VM.replace('set = "web"\n', ""), "no set"),
+        ('host = "h"\n' + VM.replace("update_domain = 1", "update_domain = 20"), "update_domain"),
+        ('host = "h"\nhots = 1', "hots"),
+        ('host = "h"\n' + VM.replace("argv", "arg"), "arg"),
+        ('host = "h"\n[[vm]]\nname = "a"\n', "no [[vm.process]]"),
+        ('host = "h"\ndriver = "magic"', "magic"),
+    ],
+)
+def test_bad_host_files_are_named(text: str, why: str) -> None:
+    with pytest.raises(HostFileError, match=r"^host\.toml: ") as caught:
+        parse_host_file(text, "host.toml")
+    assert why in str(caught.value)
+
+
+def test_missing_host_file() -> None:
+    with pytest.raises(HostFileError, match="/does/not/exist: cannot be read"):
+        read_host_file("/does/not/exist")
+
+
+def test_update_file() -> None:
+    update = parse_update("patch.toml", UPDATE, find=find)
+    assert isinstance(update, UpdateFile)
+    assert update.record().update == "patch"
+    assert not hasattr(update.record(), "argv")
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "why"),
+    [
+        (UPDATE + "x =", 7, ""),
+        (UPDATE.replace('"pause"', '"explode"'), 2, "explode"),
+        (UPDATE.replace("timeout_s = 5", "timeout_s = 0"), 6, "> 0"),
+        (UPDATE.replace('["/bin/true"]', "[]"), 4, "length"),
+        (UPDATE.replace("/bin/true", "nowhere"), 4, "'nowhere' is not on PATH"),
+        (UPDATE + "colour = 1\n", 7, "colour"),
+        (UPDATE.replace('name = "patch"\n', ""), 0, "name"),
+        (UPDATE.replace('"patch"', '"a b"'), 1, "'a b'"),
+        (UPDATE.replace("expected_s = 1", "expected_s = 9"), 5, "above timeout_s"),
+        (UPDATE + "[environ]\nCAESURA_VM = 'x'\n", 7, "CAESURA_"),
+        (UPDATE + "working_directory = 'here'\n", 7, "absolute"),
+    ],
+)
+def test_broken_update_is_refused_by_name_and_line(text: str, line: int, why: str) -> None:
+    refused = parse_update("broken.toml", text, find=find)
+    assert isinstance(refused, RefusedUpdate), refused
+    assert (refused.file, refused.line) == ("broken.toml", line)
+    assert why in refused.reason
+
+
+def test_others_stay_usable_and_the_second_of_a_name_is_refused() -> None:
+    found = catalogue(
+        [
+            ("c.toml", "no"),
+            ("b.toml", UPDATE),
+            ("a.toml", UPDATE),
+            ("d.toml", UPDATE.replace("patch", "other")),
+        ],
+        find=find,
+    )
+    assert sorted(found.updates) == ["other", "patch"]
+    assert [(each.file, each.line) for each in found.refused] == [("b.toml", 1), ("c.toml", 1)]
+    assert "a.toml" in found.refused[0].reason
+
+
+def test_folder(tmp_path: Path) -> None:
+    assert read_updates(str(tmp_path / "absent")).updates == {}
+    (tmp_path / "good.toml").write_text(UPDATE)
+    (tmp_path / "binary.toml").write_bytes(b"\xff\xfe")
+    (tmp_path / "ignored.txt").write_text("no")
+    found = read_updates(str(tmp_path))
+    assert list(found.updates) == ["patch"]
+    assert [each.file for each in found.refused] == ["binary.toml"]

@@ -1,0 +1,231 @@
+"""The guard's decisions, with VMs that are made up and a clock that stands still until told."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+
+from caesura_host_updater.guard.intent import Catch, Fired, Intent, UnreadableIntent
+from caesura_host_updater.guard.plans import (
+    BadPlan,
+    CgroupPlan,
+    Condition,
+    Plan,
+    SignalPlan,
+    plan_from_json,
+    plan_to_json,
+)
+from caesura_host_updater.guard.procfs import Process
+from caesura_host_updater.guard.watch import GuardRefusal, Watch
+
+
+def no_log(event: str, **facts: object) -> None:
+    """Nobody reads it here."""
+
+
+class World:
+    """Two VMs, a disk, a clock."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+        self.vms: dict[str, Condition] = {"a": "running", "b": "running"}
+        self.stubborn: set[str] = set()
+        self.disk: dict[str, Any] | None = None
+        self.full = False
+        self.unreadable: set[str] = set()
+        self.watch = Watch(self, no_log, clock=lambda: self.now, look=self.look, release=self.release)
+
+    def look(self, plan: Plan, _: Mapping[int, Process] | None) -> Condition:
+        if plan.vm in self.unreadable:
+            raise OSError("cannot tell")
+        return self.vms[plan.vm]
+
+    def release(self, plan: Plan, _: Mapping[int, Process] | None) -> None:
+        if plan.vm in self.stubborn:
+            raise OSError("will not")
+        if self.vms[plan.vm] != "gone":
+            self.vms[plan.vm] = "running"
+
+    def store(self, intent: Intent) -> None:
+        if self.full:
+            raise OSError(28, "No space left on device")
+        self.disk = intent.to_json()
+
+    def clear(self) -> None:
+        self.disk = None
+
+    def intent(self, operation: str = "op") -> Intent:
+        plans = tuple(CgroupPlan(vm, "cgroup2", f"/sys/fs/cgroup/x/{vm}/cgroup.freeze") for vm in self.vms)
+        return Intent(operation, "boot", self.now, self.now + 10, plans)
+
+    def freeze(self) -> None:
+        self.vms = dict.fromkeys(self.vms, "frozen")
+
+
+def state(world: World) -> str:
+    """The watch's state, read anew (mypy would remember the last answer)."""
+    return world.watch.state
+
+
+def written(world: World) -> dict[str, Any]:
+    """What is on the disk."""
+    assert world.disk is not None
+    return world.disk
+
+
+def test_not_armed_if_the_disk_is_full() -> None:
+    world = World()
+    world.full = True
+    with pytest.raises(GuardRefusal, match="No space left"):
+        world.watch.arm(world.intent())
+    assert state(world) == "ready"
+
+
+def test_fires_at_the_deadline_not_before() -> None:
+    world = World()
+    world.watch.arm(world.intent())
+    world.freeze()
+    world.now = 109.9
+    assert world.watch.step() == pytest.approx(0.1)
+    assert world.vms == {"a": "frozen", "b": "frozen"}
+    world.now = 110.0
+    world.watch.step()
+    assert world.vms == {"a": "running", "b": "running"}
+    assert state(world) == "fired"
+    assert world.disk is not None
+    assert world.disk["fired"]["vms"]["a"] == {
+        "was_frozen": True,
+        "frozen_after": None,
+        "running_at": 110.0,
+        "end": "running",
+    }
+
+
+def test_stubborn_vm_is_tried_until_it_runs_and_the_others_do_not_wait() -> None:
+    world = World()
+    world.watch.arm(world.intent())
+    world.freeze()
+    world.stubborn = {"a"}
+    world.watch.owner_gone(dead=True)
+    assert world.vms == {"a": "frozen", "b": "running"}
+    assert state(world) == "firing"
+    assert (world.watch.step() or 1) < 0.01
+    with pytest.raises(GuardRefusal, match="not running yet: a"):
+        world.watch.disarm("op")
+    world.stubborn = set()
+    world.now = 130.0
+    world.watch.step()
+    assert state(world) == "fired"
+    assert world.watch.step() is None  # the owner is dead: nobody is left who could freeze
+    record = world.watch.disarm("op")
+    assert record is not None
+    assert record["fired"]["vms"]["a"]["running_at"] == 130.0
+    assert record["fired"]["vms"]["b"]["running_at"] == 100.0
+
+
+def test_cannot_tell_counts_as_standing_still() -> None:
+    world = World()
+    world.watch.arm(world.intent())
+    world.unreadable = {"a"}
+    world.now = 120.0
+    world.watch.step()
+    assert state(world) == "firing"
+
+
+def test_enforces_until_the_owner_acknowledges() -> None:
+    world = World()
+    world.watch.arm(world.intent())
+    world.now = 110.0
+    world.watch.step()
+    assert state(world) == "fired"
+    world.now = 170.0
+    assert world.watch.step() is not None
+    world.vms["b"] = "frozen"  # a late freeze call
+    world.now = 170.1
+    world.watch.step()
+    assert world.vms["b"] == "running"
+    record = world.watch.disarm("op")
+    assert record is not None
+    assert record["fired"]["vms"]["b"]["frozen_after"] == 170.0
+    assert world.disk is None
+
+
+def test_record_is_written_when_the_disk_has_room_again() -> None:
+    world = World()
+    world.watch.arm(world.intent())
+    world.freeze()
+    world.full = True
+    world.watch.owner_gone(dead=True)
+    assert world.vms == {"a": "running", "b": "running"}  # the disk is no reason to wait
+    assert written(world)["fired"] is None
+    assert world.watch.step() is not None
+    world.full = False
+    world.now += 2
+    world.watch.step()
+    assert written(world)["fired"]["why"] == "the host updater died"
+
+
+def test_found_at_start_with_a_record_keeps_what_was_written() -> None:
+    world = World()
+    intent = world.intent()
+    intent.fired = Fired(
+        "the deadline passed", 90.0, {"a": Catch(True, None, 90.1, "running"), "b": Catch(False)}
+    )
+    world.vms["b"] = "frozen"
+    world.watch.adopt(intent)
+    assert world.vms["b"] == "running"
+    assert world.watch.intent is not None
+    fired = world.watch.intent.fired
+    assert fired is not None
+    assert (fired.why, fired.at, fired.vms["a"].running_at) == ("the deadline passed", 90.0, 90.1)
+    assert fired.vms["b"].was_frozen
+
+
+def test_disarm_of_another_operation_changes_nothing() -> None:
+    world = World()
+    world.watch.arm(world.intent())
+    assert world.watch.disarm("other") is None
+    assert state(world) == "armed"
+    with pytest.raises(GuardRefusal, match="op is armed"):
+        world.watch.arm(world.intent("other"))
+    assert world.watch.disarm("op") is None
+    assert world.watch.step() is None
+
+
+def test_plans_and_intents_survive_json() -> None:
+    plans = (CgroupPlan("a", "cgroup1", "/sys/fs/cgroup/f/a/freezer.state"), SignalPlan("b", 9, 8, ((7, 6),)))
+    for plan in plans:
+        assert plan_from_json(plan_to_json(plan)) == plan
+    intent = Intent("op", "boot", 1.0, 2.0, plans, Fired("why", 2.0, {"a": Catch(True, 1.5, 2.5, "running")}))
+    assert Intent.from_json(intent.to_json()) == intent
+    bad: Any
+    for bad in ({}, {**intent.to_json(), "format": 2}, {**intent.to_json(), "plans": [{}]}, [], None):
+        with pytest.raises(UnreadableIntent):
+            Intent.from_json(bad)
+    with pytest.raises(BadPlan):
+        SignalPlan("x", 1, 5)
+
+
+def test_members_of_a_signal_vm() -> None:
+    def process(pid: int, ppid: int, session: int, start: int, state: str = "S") -> Process:
+        return Process(pid, ppid, session, state, start)
+
+    table = {
+        each.pid: each
+        for each in (
+            process(10, 1, 10, 5),
+            process(11, 10, 10, 6),
+            process(12, 11, 12, 7),  # left the session, still a descendant
+            process(13, 1, 10, 8),  # in the session, re-parented
+            process(99, 1, 99, 5),
+            process(50, 1, 50, 9),  # remembered
+            process(51, 1, 51, 99),  # its pid was remembered, but it is another one
+        )
+    }
+    plan = SignalPlan("v", 10, 5, ((50, 9), (51, 1)))
+    assert {each.pid for each in plan.members(table)} == {10, 11, 12, 13, 50}
+    # A stranger with the leader's pid: nothing but what was remembered is ours.
+    recycled = {**table, 10: process(10, 1, 10, 77)}
+    assert {each.pid for each in plan.members(recycled)} == {50}

@@ -1,0 +1,180 @@
+"""The journal and the outbox: what is kept, in which order it is told, and what a repeat looks like."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import suppress
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from caesura.bus.memory import MemoryBroker, MemoryBus
+from caesura.bus.post import Post
+from caesura.contract.codec import decode
+from caesura.contract.messages import FreezeCommanded, FreezeTarget, OperationReported
+from caesura.runtime.errors import StoreError
+from caesura.testing.collector import Collector, running
+from caesura_host_updater import journal as module
+from caesura_host_updater.clock import ClockWait
+from caesura_host_updater.command import Authority
+from caesura_host_updater.endings import Letters
+from caesura_host_updater.journal import Journal, JournalThread, Letter
+from caesura_host_updater.outbox import Outbox
+from caesura_host_updater.pause import Operation, VmPause
+
+NOW = datetime(2026, 1, 1, tzinfo=UTC)
+LETTERS = Letters("host-1", {})
+
+
+def report(operation: str, status: Any = "completed") -> OperationReported:
+    """An end."""
+    return OperationReported(operation=operation, host="host-1", epoch=1, status=status, at=NOW)
+
+
+def command(operation: str) -> FreezeCommanded:
+    """A command."""
+    return FreezeCommanded(
+        operation=operation,
+        epoch=1,
+        coordinator="c",
+        host="host-1",
+        rollout="r",
+        wave=0,
+        method="freeze",
+        targets=(FreezeTarget(vm="a", set="web", update_domain=0),),
+        budget_s=1.0,
+        not_after=NOW + timedelta(days=1),
+    )
+
+
+def state(operation: str) -> Operation:
+    """Its state."""
+    vms = (VmPause(vm="a", set="web", update_domain=0, called_at=1.5),)
+    return Operation(operation=operation, method="freeze", budget_s=1.0, vms=vms)
+
+
+def test_an_operation_survives_with_its_state_and_ends_once(tmp_path: Path) -> None:
+    path = str(tmp_path / "journal.sqlite")
+    first = Journal(path)
+    first.accept(command("op"), state("op"), "boot", [LETTERS.report(report("op", "accepted"))])
+    first.note_update("op", 12, 34)
+    first.close()
+    again = Journal(path)
+    (entry,) = again.unfinished()
+    assert (entry.id, entry.boot_id, entry.update_processes) == ("op", "boot", ((12, 34),))
+    assert entry.state == state("op")
+    assert entry.command == command("op")
+    again.finish(report("op"), [LETTERS.report(report("op"))], [ClockWait("a", "web", 0, "op", 0.1)])
+    again.finish(report("op", "failed"), [])
+    again.note(state("op"))
+    found = again.find("op")
+    assert found is not None
+    assert found.report == report("op")
+    assert found.update_processes == ()
+    assert again.unfinished() == []
+    assert [letter.event_id for letter in again.letters()] == [
+        LETTERS.report(report("op", "accepted")).event_id,
+        LETTERS.report(report("op")).event_id,
+    ]
+    assert [wait.vm for wait in again.clock_waits()] == ["a"]
+    again.judged("a", "other", [])
+    assert len(again.clock_waits()) == 1
+    again.judged("a", "op", [])
+    assert again.clock_waits() == []
+    again.close()
+
+
+def test_the_same_operation_cannot_be_accepted_twice() -> None:
+    journal = Journal(":memory:")
+    journal.accept(command("op"), state("op"), "boot", [])
+    with pytest.raises(StoreError):
+        journal.accept(command("op"), state("op"), "boot", [])
+    journal.close()
+
+
+def test_old_ends_are_forgotten_but_never_what_is_open() -> None:
+    journal = Journal(":memory:")
+    journal.accept(command("open"), state("open"), "boot", [])
+    for number in range(module.KEEP_FINISHED + 5):
+        journal.finish(report(f"op-{number}"), [])
+    assert journal.find("op-0") is None
+    assert journal.find(f"op-{module.KEEP_FINISHED + 4}") is not None
+    assert journal.find("open") is not None
+    journal.close()
+
+
+def test_authority() -> None:
+    journal = Journal(":memory:")
+    assert journal.authority() == Authority()
+    journal.obey(Authority(3, "c"))
+    journal.obey(Authority(4, "d"))
+    assert journal.authority() == Authority(4, "d")
+    journal.close()
+
+
+@pytest.fixture
+async def thread(tmp_path: Path) -> AsyncIterator[JournalThread]:
+    """A journal in its thread."""
+    made = JournalThread()
+    await made.open(str(tmp_path / "journal.sqlite"))
+    yield made
+    await made.close()
+
+
+async def test_letters_are_told_in_order_after_the_broker_was_away(thread: JournalThread) -> None:
+    broker = MemoryBroker()
+    ear = Collector()
+    bus = MemoryBus(broker, client_id="host")
+    told: list[str] = []
+    outbox = Outbox(Post(bus, "/caesura/host/host-1"), thread, lambda letter, _: told.append(letter.event_id))
+    letters = [LETTERS.report(report(f"op-{number}")) for number in range(5)]
+    async with (
+        running(MemoryBus(broker, client_id="ear", filters=["caesura/v1/#"]), ear.receive),
+        running(bus),
+    ):
+        broker.down()
+        outbox.put(*letters)
+        sending = asyncio.create_task(outbox.run())
+        assert not await outbox.drained(0.05)
+        assert [letter.event_id for letter in await thread.do(Journal.letters)] == [
+            letter.event_id for letter in letters
+        ]
+        broker.up()
+        assert await outbox.drained(10)
+        await ear.until(lambda deliveries: len(deliveries) >= 5)
+        sending.cancel()
+        with suppress(asyncio.CancelledError):
+            await sending
+    assert told == [letter.event_id for letter in letters]
+    heard = [decode(each.topic, each.payload).header.id for each in ear.deliveries]
+    assert list(dict.fromkeys(heard)) == told
+    assert await thread.do(Journal.letters) == []
+
+
+async def test_unsendable_letter_does_not_hold_up_the_others(thread: JournalThread) -> None:
+    broker = MemoryBroker()
+    bus = MemoryBus(broker, client_id="host")
+    told: list[str] = []
+    outbox = Outbox(Post(bus, "/caesura/host/host-1"), thread, lambda letter, _: told.append(letter.event_id))
+    good = LETTERS.report(report("op"))
+    async with running(bus):
+        outbox.put(Letter("bad", "caesura.no-such.v1", {}, good.body), good)
+        sending = asyncio.create_task(outbox.run())
+        assert await outbox.drained(10)
+        sending.cancel()
+        with suppress(asyncio.CancelledError):
+            await sending
+    assert told == [good.event_id]
+
+
+async def test_broken_journal_says_so(tmp_path: Path) -> None:
+    thread = JournalThread()
+    with pytest.raises(StoreError, match="not open"):
+        await thread.do(Journal.authority)
+    (tmp_path / "journal.sqlite").write_bytes(b"this is no database" * 100)
+    with pytest.raises(StoreError, match="cannot open the store"):
+        await thread.open(str(tmp_path / "journal.sqlite"))
+    await thread.close()

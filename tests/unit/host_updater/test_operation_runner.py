@@ -1,0 +1,252 @@
+"""The shell around the pause machine, with a driver and a guard that misbehave on demand."""
+
+# The fakes take what the ports give them.
+# ruff: noqa: ARG002
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+
+from caesura.contract.messages import FreezeCommanded, FreezeTarget, VmFrozen, VmResumed, VmState
+from caesura_host_updater.drivers.port import Capabilities, FreezeFailed, NotPossible, NotRunningYet
+from caesura_host_updater.guard.intent import Intent
+from caesura_host_updater.guard.plans import CgroupPlan, Plan
+from caesura_host_updater.guardian import GuardUnavailable
+from caesura_host_updater.journal import JournalThread
+from caesura_host_updater.operation import OperationRunner
+from caesura_host_updater.pause import Operation, VmPause
+
+
+class FakeDriver:
+    """VMs that are made up."""
+
+    name = "fake"
+    capabilities = Capabilities(methods=("live", "freeze"), missing={}, clock="none")
+
+    def __init__(self, *names: str) -> None:
+        self.vms: dict[str, VmState] = dict.fromkeys(names, "running")
+        self.freeze_s = 0.0
+        self.digests = ["same", "same"]
+        self.broken_freezes: dict[str, Exception] = {}
+        self.broken_resumes: list[Exception] = []
+        self.freezing = asyncio.Event()
+
+    def ping(self) -> str:
+        return ""
+
+    async def open(self) -> None:
+        return
+
+    async def close(self, *, stop_vms: bool) -> None:
+        return
+
+    def states(self) -> Mapping[str, VmState]:
+        return self.vms
+
+    async def changed(self) -> None:
+        await asyncio.Event().wait()
+
+    def resume_plan(self, vm: str) -> Plan:
+        return CgroupPlan(vm, "cgroup2", f"/sys/fs/cgroup/x/{vm}/cgroup.freeze")
+
+    async def freeze(self, vm: str, by: float) -> None:
+        self.freezing.set()
+        if vm in self.broken_freezes:
+            raise self.broken_freezes[vm]
+        self.vms[vm] = "paused"
+        await asyncio.sleep(self.freeze_s)
+        if time.monotonic() >= by:
+            raise FreezeFailed(vm, "too slow")
+
+    async def resume(self, vm: str, timeout_s: float) -> Literal["running", "gone"]:
+        if self.broken_resumes:
+            raise self.broken_resumes.pop()
+        self.vms[vm] = "running"
+        return "running"
+
+    def memory_size(self, vm: str) -> int:
+        return 1
+
+    async def memory_digest(self, vm: str, stop_at: float) -> str | None:
+        return self.digests.pop()
+
+    async def sync_clock(self, vm: str) -> float:
+        raise NotPossible(vm, "no clock")
+
+
+class FakeGuard:
+    """A guard that arms unless told otherwise."""
+
+    def __init__(self) -> None:
+        self.on_lost: Callable[[], None] = lambda: None
+        self.armed: list[str] = []
+        self.broken: Exception | None = None
+
+    async def arm(self, operation: str, deadline: float, plans: Sequence[Plan]) -> None:
+        if self.broken is not None:
+            raise self.broken
+        self.armed.append(operation)
+
+    async def disarm(self, operation: str) -> Intent | None:
+        if self.broken is not None:
+            raise self.broken
+        return None
+
+
+@pytest.fixture
+async def journal(tmp_path: Path) -> AsyncIterator[JournalThread]:
+    """A real journal."""
+    made = JournalThread()
+    await made.open(str(tmp_path / "journal.sqlite"))
+    yield made
+    await made.close()
+
+
+class Scene:
+    """One operation over a fake driver and guard."""
+
+    def __init__(
+        self, journal: JournalThread, *names: str, hold_s: float = 0.05, digestible: bool = False
+    ) -> None:
+        self.driver = FakeDriver(*names)
+        self.guard = FakeGuard()
+        self.facts: list[VmFrozen | VmResumed] = []
+        targets = tuple(FreezeTarget(vm=name, set="web", update_domain=0) for name in names)
+        command = FreezeCommanded(
+            operation="op",
+            epoch=1,
+            coordinator="c",
+            host="host-1",
+            rollout="r",
+            wave=0,
+            method="freeze",
+            targets=targets,
+            hold_s=hold_s,
+            budget_s=8.0,
+            not_after=datetime.now(UTC),
+        )
+        state = Operation(
+            operation="op",
+            method="freeze",
+            budget_s=8.0,
+            hold_s=hold_s,
+            vms=tuple(VmPause(vm=name, set="web", update_domain=0, digestible=digestible) for name in names),
+        )
+        self.runner = OperationRunner(
+            command,
+            state,
+            None,
+            host="host-1",
+            driver=self.driver,
+            guard=self.guard,
+            journal=journal,
+            environ={},
+            announce=self.facts.append,
+            on_change=lambda: None,
+        )
+
+    async def run(self) -> Operation:
+        """To the end; no VM stands still then."""
+        async with asyncio.timeout(10):
+            op = await self.runner.run()
+        assert set(self.driver.vms.values()) == {"running"}
+        return op
+
+    def told(self) -> list[tuple[str, str]]:
+        """What was announced."""
+        return [(type(fact).__name__, fact.vm) for fact in self.facts]
+
+
+async def test_vms_are_frozen_concurrently(journal: JournalThread) -> None:
+    scene = Scene(journal, *(f"vm-{number}" for number in range(20)))
+    scene.driver.freeze_s = 0.1
+    began = time.monotonic()
+    op = await scene.run()
+    assert op.end == "completed"
+    assert time.monotonic() - began < 1.5  # one after the other they would need two seconds
+    assert all(0.1 <= vm.pause_s < 1.5 for vm in op.vms)
+    assert len(scene.told()) == 40
+
+
+async def test_nothing_is_frozen_without_a_guard(journal: JournalThread) -> None:
+    for error in (GuardUnavailable("no guard"), RuntimeError("a bug")):
+        scene = Scene(journal, "a")
+        scene.guard.broken = error
+        op = await scene.run()
+        assert op.end == "failed"
+        assert "could not be armed" in op.failure
+        assert not scene.driver.freezing.is_set()
+
+
+async def test_one_broken_freeze_lets_the_others_go(journal: JournalThread) -> None:
+    for error in (FreezeFailed("b", "stubborn"), ZeroDivisionError("a bug")):
+        scene = Scene(journal, "a", "b")
+        scene.driver.broken_freezes["b"] = error
+        op = await scene.run()
+        assert op.end == "failed"
+        assert op.failure.startswith("VM b could not be frozen")
+
+
+async def test_resume_is_tried_until_it_takes(journal: JournalThread) -> None:
+    scene = Scene(journal, "a")
+    scene.driver.broken_resumes = [
+        NotRunningYet("a", "not yet"),
+        OSError("a bug"),
+        NotRunningYet("a", "not yet"),
+    ]
+    op = await scene.run()
+    assert op.end == "completed"
+    assert op.vms[0].pause_s > 0.2
+    assert scene.told() == [("VmFrozen", "a"), ("VmResumed", "a")]
+
+
+async def test_abort_calls_off_the_freeze(journal: JournalThread) -> None:
+    scene = Scene(journal, "a", "b")
+    scene.driver.freeze_s = 1.5
+    task = asyncio.create_task(scene.run())
+    await scene.driver.freezing.wait()
+    began = time.monotonic()
+    scene.runner.abort("enough")
+    op = await task
+    assert time.monotonic() - began < 1
+    # Both stood still without a confirmation, which is told and counted all the same.
+    assert (op.end, op.failure) == ("failed", "aborted: enough")
+    assert sorted(scene.told()) == sorted((kind, vm) for kind in ("VmFrozen", "VmResumed") for vm in "ab")
+
+
+async def test_guard_lost_resumes_at_once(journal: JournalThread) -> None:
+    scene = Scene(journal, "a", hold_s=5.0)
+    task = asyncio.create_task(scene.run())
+    await scene.driver.freezing.wait()
+    began = time.monotonic()
+    scene.guard.on_lost()
+    op = await task
+    assert time.monotonic() - began < 1
+    assert "the pause guard died" in op.failure
+
+
+async def test_memory_that_changed(journal: JournalThread) -> None:
+    scene = Scene(journal, "a", digestible=True)
+    scene.driver.digests = ["after", "before"]
+    op = await scene.run()
+    assert op.failure == "the memory of VM a changed while it stood still"
+    fact: Any = scene.facts[-1]
+    assert fact.memory.ok is False
+
+
+async def test_somebody_else_resumed_it(journal: JournalThread) -> None:
+    scene = Scene(journal, "a", "b", hold_s=5.0)
+    task = asyncio.create_task(scene.run())
+    async with asyncio.timeout(5):
+        while len(scene.facts) < 2:  # noqa: ASYNC110 - the facts are a list
+            await asyncio.sleep(0.005)
+    scene.driver.vms["a"] = "running"
+    op = await task
+    assert "VM a ran although it was paused" in op.failure

@@ -1,0 +1,249 @@
+"""The pause machine in single steps: the schedule, the margins, what is reported."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import msgspec
+import pytest
+
+from caesura_host_updater import steps
+from caesura_host_updater.pause import IllegalTransition, Operation, UpdateRun, VmPause, decide
+from caesura_host_updater.report import final_report, memory_proof, resumed_fact, update_outcome
+from caesura_host_updater.schedule import MIN_BUDGET_S, Schedule, usable_s
+
+START = datetime(2026, 1, 1, tzinfo=UTC)
+
+
+def wall(instant: float) -> datetime:
+    """Seconds after START."""
+    return START + timedelta(seconds=instant)
+
+
+def operation(*names: str, **changes: Any) -> Operation:
+    """An accepted operation."""
+    facts: dict[str, Any] = {"operation": "op", "method": "freeze", "budget_s": 10.0, "hold_s": 1.0}
+    vms = tuple(VmPause(vm=name, set="web", update_domain=1) for name in (names or ("a",)))
+    return Operation(vms=vms, **(facts | changes))
+
+
+def run(op: Operation, *events: tuple[float, Any]) -> tuple[Operation, list[Any]]:
+    """Feed events at instants; all effects."""
+    effects: list[Any] = []
+    for now, event in events:
+        op, more = decide(op, event, now)
+        effects += more
+    return op, effects
+
+
+@pytest.mark.parametrize("budget_s", [MIN_BUDGET_S, 1.0, 2.0, 9.0, 30.0])
+def test_schedule_leaves_room_for_the_update_and_three_margins(budget_s: float) -> None:
+    schedule = Schedule.of(100.0, budget_s)
+    instants = [
+        schedule.started_at,
+        schedule.update_until,
+        schedule.resume_at,
+        schedule.guard_at,
+        schedule.started_at + budget_s,
+    ]
+    assert instants == sorted(set(instants))
+    assert 0.1 <= schedule.margin_s <= 1.0
+    assert schedule.freeze_by < schedule.update_until
+    assert usable_s(budget_s) == pytest.approx(budget_s - 3 * schedule.margin_s)
+    assert schedule.digest_until <= min(100.0 + budget_s * 2 / 3, schedule.update_until)
+
+
+def test_hold_from_begin_to_end() -> None:
+    op, effects = run(
+        operation("a", "b"),
+        (100.0, steps.Begin()),
+        (100.01, steps.Armed()),
+        (100.02, steps.VmFroze("a", 100.011, 100.015)),
+        (100.03, steps.VmFroze("b", 100.012, 100.025)),
+    )
+    assert op.phase == "updating"
+    assert op.wake_at == pytest.approx(101.03)
+    op, more = run(op, (101.03, steps.Tick()))
+    assert op.phase == "resuming"
+    assert steps.ResumeVms(("a", "b")) in more
+    op, more = run(
+        op,
+        (101.04, steps.VmResumed("a", 101.035, "running")),
+        (101.05, steps.VmResumed("b", 101.05, "running")),
+    )
+    assert op.phase == "resumed"
+    op, more = run(op, (101.06, steps.Disarmed()))
+    assert (op.phase, op.end, op.failure) == ("ended", "completed", "")
+    assert more == [steps.Finish()]
+    assert op.vms[0].pause_s == pytest.approx(101.035 - 100.011)
+    fact = resumed_fact("host-1", op, "a", wall)
+    assert (fact.within_budget, fact.resumed_by) == (True, "updater")
+    assert fact.at == wall(101.035)
+    assert steps.TellFrozen("a") in effects
+
+
+def test_one_vm_that_cannot_be_frozen_lets_all_go_at_once() -> None:
+    op, effects = run(
+        operation("a", "b"),
+        (100.0, steps.Begin()),
+        (100.0, steps.Armed()),
+        (100.1, steps.VmFroze("a", 100.0, 100.1)),
+        (100.2, steps.VmNotFrozen("b", 100.0, "will not")),
+    )
+    assert steps.ResumeVms(("a", "b")) in effects
+    assert op.failure == "VM b could not be frozen: will not"
+
+
+def test_events_in_the_wrong_phase_name_both() -> None:
+    with pytest.raises(IllegalTransition, match=r"Armed in phase 'accepted'.*'arming'"):
+        decide(operation(), steps.Armed(), 1.0)
+    op, _ = run(operation(), (1.0, steps.Begin()))
+    with pytest.raises(IllegalTransition, match=r"Begin in phase 'arming'.*'accepted'"):
+        decide(op, steps.Begin(), 1.0)
+    with pytest.raises(IllegalTransition, match="VmFroze in phase 'arming'"):
+        decide(op, steps.VmFroze("a", 1.0, 1.0), 1.0)
+    with pytest.raises(IllegalTransition, match="Disarmed in phase 'arming'"):
+        decide(op, steps.Disarmed(), 1.0)
+
+
+def updating(**changes: Any) -> Operation:
+    """An operation whose update runs since 100.0."""
+    facts: dict[str, Any] = {
+        "update": "patch",
+        "update_timeout_s": 60.0,
+        "runs": (UpdateRun(),),
+        "hold_s": 0.0,
+    }
+    op, _ = run(
+        operation(**(facts | changes)),
+        (100.0, steps.Begin()),
+        (100.0, steps.Armed()),
+        (100.0, steps.VmFroze("a", 100.0, 100.0)),
+    )
+    assert op.phase == "updating"
+    return op
+
+
+def test_update_is_asked_to_end_then_killed_and_never_waited_for() -> None:
+    op = updating()  # margins of 1 s: 107, 108, 109
+    assert op.wake_at == pytest.approx(107.0)
+    op, effects = run(op, (107.0, steps.Tick()))
+    assert effects == [steps.StopUpdate(kill=False)]
+    op, effects = run(op, (108.0, steps.Tick()))
+    assert effects[:2] == [steps.StopUpdate(kill=True), steps.ResumeVms(("a",))]
+    assert op.runs[0].outcome == "timeout"
+    assert "did not end within 7.0 s" in op.failure
+
+
+def test_grace_of_a_late_abort_does_not_delay_the_resume() -> None:
+    op, effects = run(updating(), (106.9, steps.AbortAsked("x")))
+    assert effects == [steps.StopUpdate(kill=False)]
+    assert op.wake_at == pytest.approx(107.9)
+    op, _ = run(updating(update_timeout_s=6.8), (107.8, steps.AbortAsked("x")))
+    assert op.wake_at == pytest.approx(108.0)  # `resume_at`, not a whole margin later
+
+
+def test_update_that_ends_in_the_grace_still_timed_out() -> None:
+    op, _ = run(updating(), (107.0, steps.Tick()), (107.5, steps.UpdateEnded("", "failed", -15, 7.5, "")))
+    assert op.phase == "resuming"
+    assert op.runs[0].outcome == "timeout"
+
+
+def test_waking_up_late_kills_and_resumes_in_one_step() -> None:
+    op, effects = run(updating(), (150.0, steps.Tick()))
+    assert effects[:2] == [steps.StopUpdate(kill=True), steps.ResumeVms(("a",))]
+    assert op.failure
+
+
+def test_guards_record_tells_the_true_pause() -> None:
+    op, _ = run(updating(), (150.0, steps.Tick()))
+    op, effects = run(op, (150.0, steps.VmResumed("a", 150.0, "running")))
+    assert steps.TellResumed("a") not in effects  # not yet: only the guard knows
+    record = steps.Disarmed("the deadline passed", (steps.GuardCatch("a", True, None, 109.02),))
+    op, effects = run(op, (150.1, record))
+    assert effects == [steps.TellResumed("a"), steps.Finish()]
+    assert op.vms[0].resumed_by == "guard"
+    assert op.vms[0].pause_s == pytest.approx(9.02)
+    assert op.failure.startswith("the pause guard resumed VM a: the deadline passed")
+
+
+def test_late_freeze_counts_from_when_it_was_last_seen_running() -> None:
+    op, _ = run(operation(), (100.0, steps.Begin()), (100.0, steps.Armed()))
+    op, _ = run(op, (200.0, steps.Tick()))
+    op, _ = run(op, (200.0, steps.VmNotFrozen("a", 100.0, "called off")))
+    op, _ = run(op, (200.1, steps.VmResumed("a", 200.1, "running")))
+    record = steps.Disarmed("the deadline passed", (steps.GuardCatch("a", True, 199.99, 200.01),))
+    op, effects = run(op, (200.2, record))
+    assert op.vms[0].pause_s == pytest.approx(0.02)
+    assert effects == [steps.TellFrozen("a"), steps.TellResumed("a"), steps.Finish()]
+
+
+def test_freeze_found_at_the_resume_is_counted() -> None:
+    op, _ = run(operation(), (100.0, steps.Begin()), (100.0, steps.Armed()), (100.1, steps.AbortAsked("x")))
+    op, _ = run(op, (100.1, steps.VmNotFrozen("a", 100.0, "called off")))
+    op, effects = run(op, (100.2, steps.VmResumed("a", 100.2, "running", True)))
+    assert effects[:2] == [steps.TellFrozen("a"), steps.TellResumed("a")]
+    op, _ = run(op, (100.3, steps.Disarmed()))
+    assert op.end == "failed"  # something was frozen, so it is not merely cancelled
+
+
+def test_changed_memory_fails_the_operation() -> None:
+    op = operation()
+    op = msgspec.structs.replace(op, vms=(VmPause(vm="a", set="web", update_domain=1, digestible=True),))
+    op, _effects = run(
+        op,
+        (100.0, steps.Begin()),
+        (100.0, steps.Armed()),
+        (100.0, steps.VmFroze("a", 100.0, 100.0)),
+        (100.1, steps.Digested("a", "one")),
+        (101.1, steps.Tick()),
+        (101.2, steps.Digested("a", "two")),
+    )
+    assert op.failure == "the memory of VM a changed while it stood still"
+    proof = memory_proof(op.vms[0])
+    assert (proof.proof, proof.ok, proof.detail) == ("digest", False, "one became two")
+
+
+def test_report_of_an_overrun_is_never_completed() -> None:
+    vm = VmPause(
+        vm="a", set="web", update_domain=1, called_at=0.0, frozen_at=0.0, resumed_at=12.0, end="running"
+    )
+    op = msgspec.structs.replace(operation(), vms=(vm,), end="completed", phase="ended")
+    report = final_report("host-1", COMMAND, op, 3, {"a": "running"}, START)
+    assert report.status == "failed"
+    assert "12.00 s is over the budget of 10 s" in report.reason
+    assert report.overhead_s == pytest.approx(11.0)
+
+
+def test_update_outcome_is_the_worst_of_its_runs() -> None:
+    runs = (
+        UpdateRun(key="a", started=True, outcome="succeeded", exit_code=0, seconds=2.0, output_tail="fine"),
+        UpdateRun(key="b", started=True, outcome="failed", exit_code=4, seconds=1.0, output_tail="broke"),
+    )
+    told = update_outcome(operation("a", "b", update="patch", runs=runs))
+    assert told is not None
+    assert (told.outcome, told.exit_code, told.seconds) == ("failed", 4, 2.0)
+    assert told.output_tail == "[a] fine\n[b] broke"
+    assert update_outcome(operation()) is None
+
+
+def command() -> Any:
+    """The command behind the reports."""
+    from caesura.contract.messages import FreezeCommanded, FreezeTarget  # noqa: PLC0415
+
+    return FreezeCommanded(
+        operation="op",
+        epoch=3,
+        coordinator="c",
+        host="host-1",
+        rollout="r",
+        wave=2,
+        method="freeze",
+        targets=(FreezeTarget(vm="a", set="web", update_domain=1),),
+        budget_s=10.0,
+        not_after=START,
+    )
+
+
+COMMAND = command()

@@ -1,0 +1,270 @@
+"""Hypothesis drives the pause machine through everything that can happen, in any order and at any time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from caesura_host_updater import steps
+from caesura_host_updater.pause import Operation, UpdateRun, VmPause, decide
+
+NAMES = ("a", "b", "c")
+
+
+class PauseMachine(RuleBasedStateMachine):
+    """Plays the shell: performs effects into sets of pending work, and feeds back what comes of them."""
+
+    @initialize(
+        count=st.integers(1, 3),
+        budget_s=st.sampled_from([0.5, 1.0, 2.0, 30.0]),
+        kind=st.sampled_from(["hold", "host", "vm", "live"]),
+        digestible=st.booleans(),
+        faults=st.sets(st.sampled_from(["abort", "guard", "refuse", "freeze", "lost", "hurry"]), max_size=2),
+    )
+    def begin(self, count: int, budget_s: float, kind: str, digestible: bool, faults: set[str]) -> None:
+        """An operation of some kind, accepted, and what may go wrong with it: few things, so that it gets far."""
+        self.faults = faults
+        names = NAMES[:count]
+        runs = {"hold": (), "vm": tuple(UpdateRun(key=name) for name in names)}.get(kind, (UpdateRun(),))
+        self.now = 1000.0
+        self.op = Operation(
+            operation="op",
+            method="live" if kind == "live" else "freeze",
+            budget_s=budget_s,
+            hold_s=0.1 if kind == "hold" else 0.0,
+            update="" if kind == "hold" else "patch",
+            update_timeout_s=budget_s,
+            vms=tuple(VmPause(vm=name, set="s", update_domain=0, digestible=digestible) for name in names),
+            runs=runs,
+        )
+        self.arming = self.disarming = False
+        self.freezing: set[str] = set()
+        self.called: set[str] = set()
+        self.digesting: set[str] = set()
+        self.updating: set[str] = set()
+        self.resuming: set[str] = set()
+        self.world = dict.fromkeys(names, "running")
+        self.armed = self.aborted = self.resume_asked = False
+        self.finished = 0
+        self.told: list[tuple[str, str]] = []
+        self.freeze_calls = 0
+        self.feed(steps.Begin())
+
+    def feed(self, event: Any) -> None:
+        """One event through the machine, and its effects into the pending work."""
+        self.op, effects = decide(self.op, event, self.now)
+        for effect in effects:
+            self.perform(effect)
+
+    def perform(self, effect: Any) -> None:
+        """What the shell would do, with everything checked that must hold at this instant."""
+        assert self.finished == 0, "an effect after the end"
+        schedule = self.op.schedule
+        match effect:
+            case steps.Arm():
+                assert schedule is not None
+                assert schedule.started_at < effect.deadline < schedule.started_at + self.op.budget_s
+                self.arming = True
+            case steps.FreezeVms():
+                assert self.armed, "frozen without a guard"
+                assert not self.aborted, "frozen after an abort"
+                assert schedule is not None
+                assert self.now < effect.by
+                self.freeze_calls += 1
+                assert self.freeze_calls == 1
+                self.freezing = set(self.world)
+                self.called = set(self.world)
+            case steps.DigestVms():
+                self.digesting |= set(effect.vms)
+            case steps.RunUpdate():
+                assert not self.aborted, "update started after an abort"
+                assert self.op.method == "live" or all(
+                    self.world[vm] in ("frozen", "gone") for vm in self.world
+                ), "update started while a VM runs"
+                self.updating |= set(effect.keys)
+            case steps.StopUpdate(kill=True):
+                self.updating.clear()
+            case steps.ResumeVms():
+                assert self.called <= set(effect.vms), "a VM was forgotten"
+                assert not self.updating, "the update goes on under VMs that run"
+                self.resume_asked = True
+                for vm in self.freezing:
+                    self.feed_later(vm)
+                self.freezing.clear()
+                self.digesting.clear()
+                self.resuming = set(effect.vms)
+            case steps.Disarm():
+                assert not self.resuming, "disarmed before every VM runs"
+                self.disarming = True
+            case steps.TellFrozen() | steps.TellResumed():
+                told = (type(effect).__name__, effect.vm)
+                assert told not in self.told
+                self.told.append(told)
+                if isinstance(effect, steps.TellResumed):
+                    assert ("TellFrozen", effect.vm) in self.told
+            case steps.Finish():
+                self.finished += 1
+                assert not self.called or self.resume_asked
+                assert all(state != "frozen" for state in self.world.values()), "ended with a VM frozen"
+
+    def feed_later(self, vm: str) -> None:
+        """A cancelled freeze reports that it was called off."""
+        self.op, effects = decide(self.op, steps.VmNotFrozen(vm, self.now, "called off"), self.now)
+        assert effects == ()
+
+    # -- what can happen ----------------------------------------------------------------------------------
+
+    @rule(seconds=st.sampled_from([0.001, 0.01, 0.05]))
+    def a_little_time_passes(self, seconds: float) -> None:
+        """The shell ticks as soon as it can when the machine wants it."""
+        self.pass_time(seconds)
+
+    @precondition(lambda self: "hurry" in self.faults or self.op.phase in ("updating", "updated", "frozen"))
+    @rule(seconds=st.sampled_from([0.2, 1.0, 12.0, 60.0]))
+    def much_time_passes(self, seconds: float) -> None:
+        """The host updater was stopped, or the update takes long."""
+        self.pass_time(seconds)
+
+    def pass_time(self, seconds: float) -> None:
+        """Tick if the machine wants it."""
+        self.now += seconds
+        if self.op.wake_at is not None and self.now >= self.op.wake_at:
+            self.feed(steps.Tick())
+
+    @precondition(lambda self: self.arming)
+    @rule(good=st.booleans())
+    def guard_answers(self, good: bool) -> None:
+        """Armed, or refused."""
+        good = good or "refuse" not in self.faults
+        self.arming = False
+        self.armed = good
+        self.feed(steps.Armed() if good else steps.ArmRefused("no"))
+
+    @precondition(lambda self: self.freezing)
+    @rule(good=st.booleans(), data=st.data())
+    def freeze_ends(self, good: bool, data: st.DataObject) -> None:
+        """One VM stands still, or cannot."""
+        good = good or "freeze" not in self.faults
+        vm = data.draw(st.sampled_from(sorted(self.freezing)))
+        self.freezing.discard(vm)
+        if good:
+            self.world[vm] = "frozen"
+            self.feed(steps.VmFroze(vm, self.now, self.now))
+        else:
+            self.feed(steps.VmNotFrozen(vm, self.now, "will not"))
+
+    @precondition(lambda self: self.digesting)
+    @rule(digest=st.sampled_from(["x", "x", "y", ""]), data=st.data())
+    def digest_ends(self, digest: str, data: st.DataObject) -> None:
+        """A digest, or none."""
+        vm = data.draw(st.sampled_from(sorted(self.digesting)))
+        self.digesting.discard(vm)
+        self.feed(steps.Digested(vm, digest))
+
+    @precondition(lambda self: self.updating)
+    @rule(outcome=st.sampled_from(["succeeded", "failed"]), data=st.data())
+    def update_ends(self, outcome: Any, data: st.DataObject) -> None:
+        """A run of the update ends."""
+        key = data.draw(st.sampled_from(sorted(self.updating)))
+        self.updating.discard(key)
+        self.feed(steps.UpdateEnded(key, outcome, 0 if outcome == "succeeded" else 1, 0.1, ""))
+
+    @precondition(lambda self: "abort" in self.faults)
+    @rule()
+    def abort(self) -> None:
+        """At any time, and again."""
+        self.aborted = True
+        self.feed(steps.AbortAsked("test"))
+
+    @precondition(lambda self: "guard" in self.faults)
+    @rule()
+    def guard_dies(self) -> None:
+        """At any time, and again."""
+        self.armed = False
+        self.feed(steps.GuardLost())
+
+    @precondition(lambda self: "lost" in self.faults and "frozen" in self.world.values())
+    @rule(thawed=st.booleans(), data=st.data())
+    def vm_is_lost(self, thawed: bool, data: st.DataObject) -> None:
+        """It ends, or somebody else lets it run."""
+        vm = data.draw(st.sampled_from([each for each, state in self.world.items() if state == "frozen"]))
+        self.world[vm] = "running" if thawed else "gone"
+        self.feed(steps.VmLost(vm, thawed, "is lost"))
+
+    @precondition(lambda self: self.resuming)
+    @rule(data=st.data(), held=st.booleans())
+    def resume_ends(self, data: st.DataObject, held: bool) -> None:
+        """One VM runs."""
+        vm = data.draw(st.sampled_from(sorted(self.resuming)))
+        self.resuming.discard(vm)
+        end: Any = "gone" if self.world[vm] == "gone" else "running"
+        self.world[vm] = end
+        self.feed(steps.VmResumed(vm, self.now, end, held))
+
+    @precondition(lambda self: self.disarming)
+    @rule(fired=st.booleans())
+    def guard_lets_go(self, fired: bool) -> None:
+        """With or without having fired."""
+        self.disarming = False
+        catches = tuple(steps.GuardCatch(vm, True, None, self.now) for vm in sorted(self.called))
+        self.feed(steps.Disarmed("the deadline passed", catches) if fired else steps.Disarmed())
+
+    # -- what must hold -----------------------------------------------------------------------------------
+
+    @invariant()
+    def resumed_in_time(self) -> None:
+        """After a tick at or beyond `resume_at`, the resume was asked for."""
+        schedule = self.op.schedule
+        if schedule is not None and self.now >= schedule.resume_at:
+            assert self.op.phase in ("arming", "resuming", "resumed", "ended"), self.op.phase
+
+    @invariant()
+    def always_wakes_up(self) -> None:
+        """While VMs may stand still, the machine wants a tick no later than `resume_at`."""
+        if self.op.schedule is not None and self.op.phase in ("freezing", "frozen", "updating", "updated"):
+            assert self.op.wake_at is not None
+            assert self.op.wake_at <= self.op.schedule.resume_at
+
+    @invariant()
+    def honest_end(self) -> None:
+        """What the end says is what happened."""
+        if self.op.end == "completed":
+            assert not self.op.failure
+            assert self.op.method == "live" or all(vm.frozen_at is not None for vm in self.op.vms)
+            assert all(run.outcome == "succeeded" for run in self.op.runs)
+        if self.op.end == "cancelled":
+            assert not self.op.paused
+            assert not any(run.started for run in self.op.runs)
+        assert (self.finished == 1) == (self.op.end is not None)
+
+    def teardown(self) -> None:
+        """However it went, it comes to its end when the world does its part."""
+        if not hasattr(self, "op"):
+            return
+        for _ in range(200):
+            if self.op.end is not None:
+                break
+            if self.arming:
+                self.arming, self.armed = False, True
+                self.feed(steps.Armed())
+            for vm in sorted(self.resuming):
+                self.resuming.discard(vm)
+                self.world[vm] = "running" if self.world[vm] != "gone" else "gone"
+                self.feed(steps.VmResumed(vm, self.now, "running"))
+            if self.disarming:
+                self.disarming = False
+                self.feed(steps.Disarmed())
+            if self.op.end is None:
+                self.now += 1.0
+                self.feed(steps.Tick())
+        assert self.op.end is not None
+        assert self.finished == 1
+
+
+TestPauseMachine = PauseMachine.TestCase
+TestPauseMachine.settings = settings(
+    max_examples=150, stateful_step_count=40, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)

@@ -103,8 +103,8 @@ class Journal:
             )
             self._insert(letters)
 
-    def note(self, state: Operation) -> None:
-        """Where an operation is."""
+    def note(self, state: Operation, letters: Sequence[Letter] = ()) -> None:
+        """Where an operation is, together with the facts that this makes true."""
         with self._db.transaction():
             self._db.run(
                 "UPDATE operation SET phase = ?, state = ? WHERE id = ? AND report IS NULL",
@@ -112,6 +112,7 @@ class Journal:
                 msgspec.json.encode(state),
                 state.operation,
             )
+            self._insert(letters)
 
     def note_update(self, operation: str, pid: int, start_ticks: int) -> None:
         """A process of the update: ended at the next start if it outlives us."""
@@ -172,11 +173,6 @@ class Journal:
             raise StoreError(f"operation {name} in {self._db.path} cannot be read: {error}") from error
 
     # -- outbox and clock waits ---------------------------------------------------------------------------
-
-    def put(self, letters: Sequence[Letter]) -> None:
-        """Keep letters until they were told."""
-        with self._db.transaction():
-            self._insert(letters)
 
     def _insert(self, letters: Sequence[Letter]) -> None:
         for letter in letters:

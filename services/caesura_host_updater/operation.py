@@ -6,12 +6,14 @@ import asyncio
 import signal
 import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from typing import Any, Protocol
 
 import structlog
 
 from caesura.contract.messages import FreezeCommanded, VmFrozen, VmResumed
+from caesura.runtime.errors import StoreError
 from caesura_host_updater import steps
 from caesura_host_updater.applying import UpdateNotStarted, UpdateProcess, update_environ
 from caesura_host_updater.drivers.port import Driver, DriverError, FreezeFailed, NotRunningYet
@@ -25,6 +27,7 @@ from caesura_host_updater.steps import Effect, Event
 from caesura_host_updater.updates import UpdateFile
 
 _RESUME_TRY_S = 0.25  # s: one try of a resume; then it is logged and tried again
+_FLUSH_S = 2.0  # s: for the journal to write what was posted, before the guard lets go
 _WATCH_S = 0.1  # s: between two looks whether the paused VMs still stand still
 
 _log = structlog.get_logger("caesura.pause")
@@ -51,7 +54,7 @@ class OperationRunner:
     """One operation, once.
 
     Args:
-        announce: takes each fact for the bus; must not wait.
+        announce: takes each fact for the bus, with the state that makes it true; must not wait.
         on_change: called when the state of a VM may have changed.
     """
 
@@ -66,7 +69,7 @@ class OperationRunner:
         guard: Guard,
         journal: JournalThread,
         environ: Mapping[str, str],
-        announce: Callable[[VmFrozen | VmResumed], None],
+        announce: Callable[[VmFrozen | VmResumed, Operation], None],
         on_change: Callable[[], None],
     ) -> None:
         self.command = command
@@ -160,10 +163,10 @@ class OperationRunner:
             case steps.Disarm():
                 self._start(self._disarm())
             case steps.TellFrozen(vm=name):
-                self._announce(frozen_fact(self._host, self.state, name, wall))
+                self._announce(frozen_fact(self._host, self.state, name, wall), self.state)
                 self._on_change()
             case steps.TellResumed(vm=name):
-                self._announce(resumed_fact(self._host, self.state, name, wall))
+                self._announce(resumed_fact(self._host, self.state, name, wall), self.state)
                 self._on_change()
             case steps.Finish():
                 pass  # run() returns, and the service writes and tells the report
@@ -287,6 +290,11 @@ class OperationRunner:
     async def _disarm(self) -> None:
         record = None
         try:
+            # While the guard holds the operation, its record tells the next start who resumed what. It may
+            # let go only when our own record is on disk; on a full disk there is nothing to wait for.
+            with suppress(StoreError, TimeoutError):
+                async with asyncio.timeout(_FLUSH_S):
+                    await self._journal.do(lambda _: None)
             record = await self._guard.disarm(self.state.operation)
         except GuardUnavailable as error:
             _log.warning("guard.not_disarmed", operation=self.state.operation, why=str(error))

@@ -15,6 +15,7 @@ from caesura.contract.envelope import Message
 from caesura.contract.topics import CHANNELS, channel_of
 from caesura.runtime.errors import CaesuraError
 from caesura_host_updater.journal import Journal, JournalThread, Letter
+from caesura_host_updater.pause import Operation
 
 _RETRY_S = 2.0  # s: between two tries when the broker is there but will not take a message
 
@@ -53,10 +54,10 @@ class Outbox:
         for letter in await self._journal.do(Journal.letters):
             self.queue(letter)
 
-    def put(self, *letters: Letter) -> None:
-        """Keep and tell; does not wait for the disk."""
-        self._journal.post(lambda journal: journal.put(letters))
-        self.queue(*letters)
+    def put(self, letter: Letter, state: Operation) -> None:
+        """Keep a fact with the state that makes it true, and tell it; does not wait for the disk."""
+        self._journal.post(lambda journal: journal.note(state, [letter]))
+        self.queue(letter)
 
     def queue(self, *letters: Letter) -> None:
         """Tell letters that are in the journal already."""

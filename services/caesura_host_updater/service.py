@@ -169,7 +169,7 @@ class HostUpdater:
         """Before going on the bus: put right what an earlier life left behind, take up what it had to tell.
 
         Raises:
-            StoreError, DriverError: as ``Startup.run``.
+            StoreError: as ``Startup.run``.
         """
         self.authority = await self._journal.do(Journal.authority)
         await self._startup.run(self.authority.epoch)
@@ -398,8 +398,8 @@ class HostUpdater:
     def _wait_for(self, command: FreezeCommanded, op: Operation, vm: VmPause) -> ClockWait:
         return ClockWait(vm.vm, vm.set, vm.update_domain, op.operation, command.clock_bound_s, vm.boot_id)
 
-    def _announce(self, fact: VmFrozen | VmResumed) -> None:
-        self.outbox.put(self._letters.fact(fact))
+    def _announce(self, fact: VmFrozen | VmResumed, state: Operation) -> None:
+        self.outbox.put(self._letters.fact(fact), state)
 
     def _told(self, letter: Letter, message: Message) -> None:
         if isinstance(message, VmResumed):

@@ -18,7 +18,7 @@ from caesura_host_updater.guardian import Guardian, GuardUnavailable
 from caesura_host_updater.journal import Entry, Journal, JournalThread
 from caesura_host_updater.operation import wall
 from caesura_host_updater.recovery import recovered
-from caesura_host_updater.report import final_report, resumed_fact
+from caesura_host_updater.report import final_report, frozen_fact, resumed_fact
 
 _RESUME_TRY_S = 0.25  # s: one try of a resume
 _PATIENCE_S = 10.0  # s: VMs found frozen are tried this long before the host goes on the bus without them
@@ -61,7 +61,6 @@ class Startup:
 
         Raises:
             StoreError: the journal cannot be read or written: nothing can be promised then.
-            DriverError: a VM cannot be started.
         """
         held: Intent | None = None
         try:
@@ -108,6 +107,8 @@ class Startup:
             waits.append(
                 ClockWait(vm.vm, vm.set, vm.update_domain, op.operation, command.clock_bound_s, vm.boot_id)
             )
+            # May have been told already: the same fact has the same id.
+            letters.append(self._letters.fact(frozen_fact(self._host, op, vm.vm, wall)))
             if not vm.told:
                 letters.append(self._letters.fact(resumed_fact(self._host, op, vm.vm, wall)))
         report = final_report(self._host, command, op, epoch, self._driver.states(), datetime.now(UTC))

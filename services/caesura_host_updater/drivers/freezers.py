@@ -16,7 +16,7 @@ from typing import Literal, Protocol
 import msgspec
 
 from caesura.runtime.errors import CaesuraError
-from caesura_host_updater.guard.plans import CgroupPlan, Plan, SignalPlan, condition
+from caesura_host_updater.guard.plans import CgroupPlan, Plan, SignalPlan, condition, thaw
 from caesura_host_updater.guard.procfs import Process, process_table, send_signal
 
 FreezerKind = Literal["cgroup2", "cgroup1", "sigstop"]
@@ -112,6 +112,8 @@ class CgroupFreezer:
         """Make the VM's cgroup."""
         folder = self._base / vm
         folder.mkdir(parents=True, exist_ok=True)
+        # One that died while it was frozen leaves its switch on; the next to enter would stand still at once.
+        thaw(CgroupPlan(vm, self._kind, str(folder / self._control)))
         return str(folder / self._control)
 
     def remove(self, vm: str) -> None:

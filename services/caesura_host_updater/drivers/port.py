@@ -65,8 +65,8 @@ class Driver(Protocol):
     async def open(self) -> None:
         """Find the VMs that run already and start the others. VMs found frozen stay so: ``resume`` them.
 
-        Raises:
-            DriverError: a VM cannot be started.
+        A VM that cannot be started is logged, shows in ``ping`` and counts as stopped: the others may be
+        frozen and need us.
         """
 
     async def close(self, *, stop_vms: bool) -> None:

@@ -89,6 +89,7 @@ class ProcessDriver:
         self._max_digest_bytes = max_digest_bytes
         self._runs: dict[str, Run] = {}
         self._watches: dict[str, ExitWatch] = {}
+        self._not_started: dict[str, str] = {}
         self._frozen: dict[str, Plan] = {}
         """Plans of VMs that were asked to freeze, with the processes of that moment."""
         self._burials: set[asyncio.Task[None]] = set()
@@ -98,7 +99,11 @@ class ProcessDriver:
 
     def ping(self) -> str:
         """Names VMs that do not run."""
-        ended = [vm for vm in self._specs if vm not in self._runs]
+        ended = [
+            f"{vm} ({self._not_started[vm]})" if vm in self._not_started else vm
+            for vm in self._specs
+            if vm not in self._runs
+        ]
         return f"not running: {', '.join(ended)}" if ended else ""
 
     # -- life ---------------------------------------------------------------------------------------------
@@ -106,7 +111,14 @@ class ProcessDriver:
     async def open(self) -> None:
         """Adopt the VMs that run, start the others, all at once."""
         self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        await asyncio.gather(*(self._adopt_or_start(spec) for spec in self._specs.values()))
+        await asyncio.gather(*(self._try_to_start(spec) for spec in self._specs.values()))
+
+    async def _try_to_start(self, spec: VmSpec) -> None:
+        try:
+            await self._adopt_or_start(spec)
+        except DriverError as error:
+            self._not_started[spec.name] = error.why
+            _log.error("vm.not_started", vm=spec.name, why=error.why)
 
     async def _adopt_or_start(self, spec: VmSpec) -> None:
         run = self._read_run(spec.name)

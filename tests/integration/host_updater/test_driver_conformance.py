@@ -17,7 +17,7 @@ import pytest
 from caesura_host_updater.drivers.freezers import choose_freezer
 from caesura_host_updater.drivers.port import Driver, DriverError, FreezeFailed, NotPossible
 from caesura_host_updater.drivers.process import ProcessDriver
-from caesura_host_updater.guard.plans import condition, thaw
+from caesura_host_updater.guard.plans import CgroupPlan, condition, thaw
 from caesura_host_updater.guard.procfs import alive, read_process
 from caesura_host_updater.hostfile import GuestProcess, VmSpec
 
@@ -202,9 +202,33 @@ async def test_vm_whose_program_is_missing(freezer: str, tmp_path: Path) -> None
     chosen, _ = choose_freezer(freezer, f"caesura-driver-test-{os.getpid()}")  # type: ignore[arg-type]
     spec = VmSpec(name="bad", process=(GuestProcess(argv=("no-such-program",)),))
     driver = ProcessDriver("host-1", (spec,), tmp_path, chosen, environ=os.environ, max_digest_bytes=0)
-    with pytest.raises(DriverError, match="no-such-program: No such file"):
-        await driver.open()
+    await driver.open()
+    assert driver.states() == {"bad": "stopped"}
+    assert (
+        driver.ping()
+        == "not running: bad (cannot be started: cannot start no-such-program: No such file or directory)"
+    )
     await driver.close(stop_vms=True)
+
+
+async def test_vm_starts_in_a_place_that_was_left_frozen(make: Callable[[], ProcessDriver]) -> None:
+    first = make()
+    await first.open()
+    plan = first.resume_plan("plain")
+    pids = tree(first, "plain")
+    await first.freeze("plain", soon())
+    for pid in reversed(pids):
+        os.kill(pid, signal.SIGKILL)
+    await first.close(stop_vms=False)
+    if isinstance(plan, CgroupPlan) and plan.kind == "cgroup1":
+        thaw(plan)  # a frozen v1 group does not even die
+    async with asyncio.timeout(10):
+        while condition(plan) != "gone":  # noqa: ASYNC110 - the kernel does not call us
+            await asyncio.sleep(0.01)
+    second = make()
+    await second.open()
+    assert second.states()["plain"] == "running"
+    assert tree(second, "plain")[0] not in pids
 
 
 def tree(driver: ProcessDriver, vm: str) -> list[int]:

@@ -219,7 +219,11 @@ async def test_vm_that_cannot_be_frozen(hosts: Callable[..., Any], fleet: Any) -
     host.add_vm("wild")
     await host.start()
     pids = [str(pid) for pid in host.members("wild")]
-    racer = await asyncio.create_subprocess_exec(sys.executable, "-c", RACER, *pids)
+    racer = await asyncio.create_subprocess_exec(
+        sys.executable, "-S", "-c", RACER, *pids, stdout=asyncio.subprocess.PIPE
+    )
+    assert racer.stdout is not None
+    await racer.stdout.readline()
     try:
         command = await host.freeze(hold_s=1.0, budget_s=4.0)
         report = await fleet.report(command.operation)
@@ -232,18 +236,20 @@ async def test_vm_that_cannot_be_frozen(hosts: Callable[..., Any], fleet: Any) -
     await host.until("wild", "running")
 
 
-RACER = "import os, signal, sys\nwhile True:\n    for pid in sys.argv[1:]: os.kill(int(pid), signal.SIGCONT)"
+RACER = "import os, signal, sys\nprint('racing', flush=True)\nwhile True:\n    for pid in sys.argv[1:]: os.kill(int(pid), signal.SIGCONT)"
 
 
-async def test_vm_resumed_by_somebody_else_during_the_update(hosts: Callable[..., Any], fleet: Any) -> None:
+async def test_vm_resumed_by_somebody_else_during_the_update(
+    hosts: Callable[..., Any], fleet: Any, wait_for: Any
+) -> None:
     host = hosts(freezer="sigstop")
     host.add_vm("a")
     host.add_vm("b")
     host.add_update("slow", "import time; time.sleep(8)")
     await host.start()
     command = await host.freeze(update="slow", budget_s=15.0)
-    await host.until("a", "frozen")
-    await host.until("b", "frozen")
+    await wait_for(lambda: orphans(command.operation) != [], "the update to run")
+    assert (host.kernel("a"), host.kernel("b")) == ("frozen", "frozen")
     for member in host.members("a"):
         os.kill(member, signal.SIGCONT)
     report = await fleet.report(command.operation)

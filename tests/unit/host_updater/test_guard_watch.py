@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -229,3 +231,13 @@ def test_members_of_a_signal_vm() -> None:
     # A stranger with the leader's pid: nothing but what was remembered is ours.
     recycled = {**table, 10: process(10, 1, 10, 77)}
     assert {each.pid for each in plan.members(recycled)} == {50}
+
+
+def test_guard_needs_nothing_but_the_standard_library() -> None:
+    code = (
+        "import sys; import caesura_host_updater.guard.__main__;"
+        "print([name for name in sys.modules if name.split('.')[0] in "
+        "('msgspec', 'structlog', 'aiohttp', 'aiomqtt', 'prometheus_client', 'caesura', 'asyncio', 'sqlite3')])"
+    )
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert told.stdout.strip() == "[]"

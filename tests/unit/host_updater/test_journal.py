@@ -136,7 +136,8 @@ async def test_letters_are_told_in_order_after_the_broker_was_away(thread: Journ
         running(bus),
     ):
         broker.down()
-        outbox.put(*letters)
+        for letter in letters:
+            outbox.put(letter, state("op"))
         sending = asyncio.create_task(outbox.run())
         assert not await outbox.drained(0.05)
         assert [letter.event_id for letter in await thread.do(Journal.letters)] == [
@@ -161,7 +162,7 @@ async def test_unsendable_letter_does_not_hold_up_the_others(thread: JournalThre
     outbox = Outbox(Post(bus, "/caesura/host/host-1"), thread, lambda letter, _: told.append(letter.event_id))
     good = LETTERS.report(report("op"))
     async with running(bus):
-        outbox.put(Letter("bad", "caesura.no-such.v1", {}, good.body), good)
+        outbox.queue(Letter("bad", "caesura.no-such.v1", {}, good.body), good)
         sending = asyncio.create_task(outbox.run())
         assert await outbox.drained(10)
         sending.cancel()

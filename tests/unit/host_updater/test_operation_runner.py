@@ -148,7 +148,7 @@ class Scene:
             guard=self.guard,
             journal=journal,
             environ={},
-            announce=self.facts.append,
+            announce=lambda fact, _: self.facts.append(fact),
             on_change=lambda: None,
         )
 

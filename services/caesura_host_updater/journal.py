@@ -39,6 +39,7 @@ _MIGRATIONS = (
     CREATE TABLE update_process (operation TEXT NOT NULL, pid INTEGER NOT NULL, start_ticks INTEGER NOT NULL);
     CREATE TABLE outbox (number INTEGER PRIMARY KEY AUTOINCREMENT, event_id TEXT NOT NULL UNIQUE, letter BLOB NOT NULL);
     CREATE TABLE clock_wait (vm TEXT PRIMARY KEY, body BLOB NOT NULL);
+    CREATE TABLE verdict (vm TEXT PRIMARY KEY, operation TEXT NOT NULL, letter BLOB NOT NULL);
     """,
 )
 
@@ -199,12 +200,24 @@ class Journal:
         ]
 
     def judged(self, vm: str, operation: str, letters: Sequence[Letter]) -> None:
-        """A VM's clock was judged."""
+        """A VM's clock was judged. The verdict on the VM's newest operation is kept, to be told again."""
         with self._db.transaction():
+            for letter in letters:
+                self._db.run(
+                    "INSERT OR REPLACE INTO verdict VALUES (?, ?, ?)",
+                    vm,
+                    operation,
+                    msgspec.json.encode(letter),
+                )
             self._db.run(
                 "DELETE FROM clock_wait WHERE vm = ? AND json_extract(body, '$.operation') = ?", vm, operation
             )
             self._insert(letters)
+
+    def verdicts(self, operation: str) -> list[Letter]:
+        """What was judged of the clocks of an operation's VMs, where no newer operation touched them."""
+        rows = self._db.run("SELECT letter FROM verdict WHERE operation = ? ORDER BY vm", operation)
+        return [msgspec.json.decode(row[0], type=Letter) for row in rows]
 
     def ping(self) -> str:
         """For the health probe."""

@@ -316,6 +316,8 @@ def _update_ended(op: Operation, event: UpdateEnded, now: float) -> Decision:
         runs.append(ended)
         if outcome == "failed":
             code = "" if event.exit_code is None else f" with exit code {event.exit_code}"
+            if event.exit_code is not None and event.exit_code < 0:
+                code = f": killed by signal {-event.exit_code}"
             where = f" for VM {event.key}" if event.key else ""
             op = _fail(op, f"update {op.update} failed{where}{code}")
     op = _set(op, runs=tuple(runs))
@@ -429,7 +431,7 @@ def _tick(op: Operation, now: float) -> Decision:  # noqa: PLR0912 - one flat ta
             return _updated(op, now)
         case "updating":
             if op.kill_at is None and (schedule is None or now < schedule.resume_at):
-                op = _fail(op, f"update {op.update} did not end within {_allowed_s(op):.1f} s")
+                op = _fail(op, f"update {op.update} did not end within {_allowed(op)}")
                 return _stop_update(op, now, "timeout")
             if op.kill_at is None:
                 op = _set(_fail(op, f"update {op.update} did not end in time"), stop_outcome="timeout")
@@ -440,12 +442,14 @@ def _tick(op: Operation, now: float) -> Decision:  # noqa: PLR0912 - one flat ta
             return _set(op, wake_at=None), ()
 
 
-def _allowed_s(op: Operation) -> float:
-    """Seconds that the update was given, for the report."""
+def _allowed(op: Operation) -> str:
+    """The time that the update was given, and what limited it, for the report."""
     if op.schedule is None:
-        return op.update_timeout_s
-    frozen = max((vm.frozen_at or 0.0) for vm in op.vms)
-    return min(op.update_timeout_s, op.schedule.update_until - frozen)
+        return f"{op.update_timeout_s:.1f} s"
+    left = op.schedule.update_until - max((vm.frozen_at or 0.0) for vm in op.vms)
+    if op.update_timeout_s <= left:
+        return f"{op.update_timeout_s:.1f} s"
+    return f"{left:.1f} s, all that the pause budget of {op.budget_s:g} s leaves for it"
 
 
 def _finish_killed(op: Operation) -> Decision:

@@ -277,11 +277,19 @@ class HostUpdater:
                 self._host.host, command, self.authority.epoch, "accepted", "", now
             )
             self.outbox.queue(self._letters.report(report))
+            await self._repeat_verdicts(command.operation)
             _log.debug("command.repeated", operation=command.operation, status=report.status)
             return
         _log.warning("command.refused", operation=command.operation, why=verdict.why)
         refused = refusal(self._host.host, command, self.authority.epoch, "refused", verdict.why, now)
         await self._endings.conclude(refused)
+
+    async def _repeat_verdicts(self, operation: str) -> None:
+        # Whoever repeats a command may have missed what became of the clocks, too.
+        try:
+            self.outbox.queue(*await self._journal.do(lambda journal: journal.verdicts(operation)))
+        except StoreError as error:
+            _log.warning("verdicts.not_repeated", operation=operation, why=str(error))
 
     async def _accept(self, command: FreezeCommanded, update: UpdateFile | None) -> None:
         scope_vm = update is not None and update.scope == "vm"

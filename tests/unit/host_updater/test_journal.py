@@ -9,6 +9,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from caesura.bus.memory import MemoryBroker, MemoryBus
@@ -179,3 +180,15 @@ async def test_broken_journal_says_so(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="cannot open the store"):
         await thread.open(str(tmp_path / "journal.sqlite"))
     await thread.close()
+
+
+def test_the_newest_verdict_on_each_clock_is_kept_for_whoever_missed_it(tmp_path: Path) -> None:
+    journal = Journal(str(tmp_path / "journal.sqlite"))
+    one = Letter("e1", "t", {}, msgspec.Raw(b"{}"))
+    two = Letter("e2", "t", {}, msgspec.Raw(b"{}"))
+    journal.judged("web-1", "first", [one])
+    assert [each.event_id for each in journal.verdicts("first")] == ["e1"]
+    journal.judged("web-1", "second", [two])
+    assert journal.verdicts("first") == []
+    assert [each.event_id for each in journal.verdicts("second")] == ["e2"]
+    journal.close()

@@ -5,10 +5,17 @@ from __future__ import annotations
 import click
 
 from caesura.contract.access import Principal, access_rules
-from caesura.contract.names import is_name
+from caesura.contract.names import is_name, own_set
 
-_PARTIES = {"coordinator": 0, "exporter": 0, "host": 1, "metadata": 1, "ctl": 1, "vm": 2}
-"""Party to how many names follow it; a VM's second one is its set, which may be left out."""
+_PARTIES = {
+    "coordinator": (0, 1),
+    "exporter": (0, 1),
+    "host": (1, 1),
+    "metadata": (1, 1),
+    "ctl": (1, 1),
+    "vm": (1, 2),
+}
+"""Party to how many names follow it, at least and at most; a VM's second one is its set."""
 
 _EPILOG = """\b
 examples:
@@ -28,12 +35,14 @@ class _PrincipalParam(click.ParamType[Principal]):
         if isinstance(value, Principal):
             return value
         party, *names = str(value).split(":")
-        most = _PARTIES.get(party)
-        if most is None:
+        if party not in _PARTIES:
             self.fail(f"{party!r} is none of {', '.join(_PARTIES)}", param, ctx)
-        if len(names) > most or (most > 0 and not names) or not all(is_name(name) for name in names):
-            example = {0: party, 1: f"{party}:NAME", 2: f"{party}:NAME[:SET]"}[most]
+        least, most = _PARTIES[party]
+        if not least <= len(names) <= most or not all(is_name(name) for name in names):
+            example = f"{party}[:NAME]" if least == 0 else f"{party}:NAME" + ("[:SET]" if most == 2 else "")
             self.fail(f"{value!r} should look like {example}, names of A-Z a-z 0-9 _ -", param, ctx)
+        if party == "vm" and len(names) == 1:
+            names.append(own_set(names[0]))
         return Principal(party, *names)  # type: ignore[arg-type]  # one of _PARTIES, checked above
 
 
@@ -44,7 +53,8 @@ def acl(principals: tuple[Principal, ...], *, users: bool) -> None:
     """Print the broker's access rules (Mosquitto acl_file) for the users of a fleet.
 
     Each PRINCIPAL is coordinator, exporter, host:NAME, vm:NAME[:SET], metadata:NAME or ctl:NAME; its user
-    name at the broker is party_name. Whoever is not named may do nothing.
+    name at the broker is party_name. A standby coordinator or a second exporter has a name, too:
+    coordinator:standby. Whoever is not named may do nothing.
     """
     if users:
         for each in principals:

@@ -94,7 +94,7 @@ def _parser(
         description=summary,
         epilog="settings, read from the environment:\n"
         + "\n".join(lines)
-        + f"\n\nexample:\n  {prefix}BROKER_URL=mqtt://broker:1883 caesura-{name}\n\nexit codes: 0 drained after a signal, 1 failed, 2 bad configuration",
+        + f"\n\nexample:\n  {prefix}BROKER_URL=mqtt://broker:1883 caesura-{name}\n\nexit codes: 0 drained after a signal, 1 failed, 2 bad configuration, 3 superseded (coordinator)",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--check-config", action="store_true", help="read and check the settings, then exit")

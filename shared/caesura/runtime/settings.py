@@ -144,8 +144,13 @@ def describe_settings(settings: type[msgspec.Struct], prefix: str) -> list[tuple
     """(variable, default, description) of every setting, for ``--help`` and the generated reference."""
     rows = []
     for field in msgspec.structs.fields(settings):
-        meta = next((arg for arg in typing.get_args(field.type) if isinstance(arg, Meta)), None)
-        description = (meta.description if meta else None) or ""
+        # The last one: a setting's own words stand after those of the type that it is made of.
+        said = [
+            each.description
+            for each in typing.get_args(field.type)
+            if isinstance(each, Meta) and each.description
+        ]
+        description = said[-1] if said else ""
         if field.required:
             default = "required"
         elif is_secret(field):

@@ -254,3 +254,11 @@ def test_bad_settings_are_said_with_exit_code_2(monkeypatch: pytest.MonkeyPatch)
     result = CliRunner().invoke(caesura, ["status"])
     assert result.exit_code == 2
     assert "did you mean CAESURA_CTL_BROKER_URL" in result.output
+
+
+def test_a_vm_without_a_set_may_read_its_own_document_only() -> None:
+    result = CliRunner().invoke(caesura, ["acl", "vm:cache-1", "coordinator:standby"])
+    assert result.exit_code == 0
+    assert "topic read caesura/v1/fleet/set/_cache-1/document" in result.output
+    assert "fleet/set/+/document" not in result.output.split("user coordinator_standby")[0]
+    assert "user coordinator_standby\ntopic write caesura/v1/fleet/#" in result.output

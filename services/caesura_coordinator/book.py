@@ -21,7 +21,7 @@ from caesura.contract.messages import (
 )
 from caesura.lifecycle import document as documents
 from caesura_coordinator.fleet import Fleet
-from caesura_coordinator.records import Rollout, Wave, WaveEvent, rollout_state
+from caesura_coordinator.records import FINAL, Rollout, Wave, WaveEvent, looks_different, rollout_state
 from caesura_coordinator.rollout import (
     Authority,
     Effect,
@@ -30,6 +30,7 @@ from caesura_coordinator.rollout import (
     EventScheduled,
     EventStarted,
     Input,
+    Outdated,
     RolloutMoved,
     WaveMoved,
     after_restart,
@@ -38,7 +39,10 @@ from caesura_coordinator.rollout import (
 from caesura_coordinator.store import Store
 
 _SHOWN = 50
-"""How many rollouts stay on the bus as retained messages; the store keeps more."""
+"""How many ended rollouts stay on the bus as retained messages; the store keeps more."""
+_KEPT = 500
+"""How many rollouts the store and the memory keep."""
+_ANSWERS_KEPT = 1000
 
 _log = structlog.get_logger("caesura.coordinator")
 
@@ -60,6 +64,7 @@ class Book:
         self.store = store
         self.rollouts: dict[str, Rollout] = {each.id: after_restart(each, now) for each in store.rollouts()}
         self.documents: dict[str, SetDocument] = store.documents()
+        self._cleared: set[str] = set()
 
     @property
     def active(self) -> list[Rollout]:
@@ -75,32 +80,51 @@ class Book:
                     return name, rollout.id
         return None
 
-    def add(self, rollout: Rollout) -> None:
-        """Store a new rollout and announce it. Call inside a transaction with its answer."""
-        self.store.save_rollout(rollout)
-        self.store.enqueue(rollout_state(rollout), rollout=rollout.id)
+    def add(self, rollout: Rollout, client: str, answer: RequestAnswered) -> None:
+        """Store a new rollout with the answer to its request, and announce both.
+
+        Raises:
+            StoreError: nothing changed, in memory or on disk.
+        """
+        with self.store.transaction():
+            self.store.save_rollout(rollout)
+            self.store.enqueue(rollout_state(rollout), rollout=rollout.id)
+            self._keep_answer(client, answer)
         self.rollouts[rollout.id] = rollout
 
     def step(
-        self, rollout: Rollout, received: Input, fleet: Fleet, authority: Authority, now: datetime
+        self,
+        rollout: Rollout,
+        received: Input,
+        fleet: Fleet,
+        authority: Authority,
+        now: datetime,
+        *,
+        answer: tuple[str, RequestAnswered] | None = None,
     ) -> Rollout:
         """One decision, stored and announced before it is believed.
+
+        Args:
+            answer: client and answer, when the input is a request: stored with what it changed.
 
         Raises:
             StoreError: nothing changed, in memory or on disk.
             IllegalTransition, NotYet: as ``decide``.
         """
+        fleet = fleet.with_commanded(self._commanded_by_others(rollout))
         changed, effects = decide(rollout, received, fleet, authority, now)
-        if changed == rollout and not effects:
+        if changed == rollout and not effects and answer is None:
             return rollout
         held = dict(self.documents)
         try:
             with self.store.transaction():
-                self.store.save_rollout(changed)
+                self.store.save_rollout(changed, rollout)
                 for effect in effects:
                     self._perform(changed, effect, now)
-                if rollout_state(changed) != rollout_state(rollout):
+                if looks_different(rollout, changed):
                     self.store.enqueue(rollout_state(changed), rollout=changed.id)
+                if answer is not None:
+                    self._keep_answer(*answer)
         except BaseException:
             self.documents = held
             raise
@@ -109,8 +133,24 @@ class Book:
             _report(changed, effect)
         return changed
 
-    def adopt(self, published: SetDocument, now: datetime) -> None:
-        """Take up a document that is ahead of ours (our store is older than the bus), and end what nobody owns."""
+    def _commanded_by_others(self, rollout: Rollout) -> dict[str, str]:
+        """Hosts that other rollouts have commanded: two may share a host, which does one operation at a time."""
+        return {
+            operation.host: operation.operation
+            for other in self.active
+            if other.id != rollout.id and other.current is not None and other.current.status == "started"
+            for operation in other.current.operations
+            if operation.status not in FINAL
+        }
+
+    def adopt(self, published: SetDocument, fleet: Fleet, authority: Authority, now: datetime) -> None:
+        """Take up a document that is ahead of ours (our store is older than the bus), and end what nobody owns.
+
+        Rollouts that hold the set are halted: what they know is not what was announced.
+
+        Raises:
+            StoreError: as ``step``; the document is taken up when it is heard again.
+        """
         ours = self.documents.get(published.set, documents.nothing_yet(published.set))
         if documents.adopt(ours, published) is ours:
             return
@@ -148,34 +188,89 @@ class Book:
             self.store.enqueue(document, set=document.set)
         self.documents[document.set] = document
         _log.warning("document.adopted", set=document.set, incarnation=document.incarnation)
+        found = Outdated(set=document.set, open_events=frozenset(each.event_id for each in document.events))
+        for rollout in self.active:
+            if document.set in rollout.sets:
+                self.step(rollout, found, fleet, authority, now)
+
+    def reassert(self, published: SetDocument) -> None:
+        """Another coordinator's document is on the bus though we lead: publish ours again, above it.
+
+        Raises:
+            StoreError: nothing changed.
+        """
+        ours = self.documents.get(published.set)
+        if ours is None or ours == published:
+            return
+        ours = documents.above(ours, published)
+        with self.store.transaction():
+            self.store.save_document(ours)
+            self.store.enqueue(ours, set=ours.set)
+        self.documents[ours.set] = ours
+        _log.warning("document.reasserted", set=ours.set, incarnation=ours.incarnation)
 
     def open_sets(self, sets: Iterable[str]) -> bool:
         """Give every set its document, empty at first, so that workloads can poll before anything happens.
 
         True when there was a new one.
         """
-        fresh = sorted({*sets} - self.documents.keys())
+        fresh = {name: documents.first_document(name) for name in sorted({*sets} - self.documents.keys())}
         if fresh:
             with self.store.transaction():
-                for name in fresh:
-                    self._save(documents.first_document(name))
+                for name, document in fresh.items():
+                    self.store.save_document(document)
+                    self.store.enqueue(document, set=name)
+            self.documents.update(fresh)
         return bool(fresh)
 
     def republish(self) -> list[str]:
-        """Put every retained document and rollout into the outbox again; ids of rollouts to clear from the bus."""
-        shown = list(self.rollouts.values())[-_SHOWN:]
+        """Put every retained document and rollout into the outbox again; ids of rollouts to clear from the bus.
+
+        Raises:
+            StoreError: nothing was put there.
+        """
+        hidden = self._hidden()
         with self.store.transaction():
             for document in self.documents.values():
                 self.store.enqueue(document, set=document.set)
-            for rollout in shown:
-                self.store.enqueue(rollout_state(rollout), rollout=rollout.id)
-            forgotten = self.store.forget_old()
-        for name in forgotten:
-            self.rollouts.pop(name, None)
-        return [*forgotten, *(each for each in self.rollouts if each not in {one.id for one in shown})]
+            for rollout in self.rollouts.values():
+                if rollout.id not in hidden:
+                    self.store.enqueue(rollout_state(rollout), rollout=rollout.id)
+        self._cleared.clear()  # a broker may have brought them back
+        return self.forget()
+
+    def forget(self) -> list[str]:
+        """Drop what is old and at its end, from the store and from memory; ids to clear from the bus.
+
+        A rollout that still holds its sets is never old.
+
+        Raises:
+            StoreError: nothing was dropped.
+        """
+        hidden = self._hidden()
+        old = hidden[: max(0, len(self.rollouts) - _KEPT)]
+        self.store.forget(old, answers_kept=_ANSWERS_KEPT)
+        for name in old:
+            del self.rollouts[name]
+        fresh = [name for name in hidden if name not in self._cleared]
+        self._cleared = set(hidden) - set(old)
+        return fresh
+
+    def _hidden(self) -> list[str]:
+        """Ended rollouts beyond the newest that are shown on the bus, oldest first."""
+        ended = [each.id for each in self.rollouts.values() if not each.active]
+        return ended[: max(0, len(ended) - _SHOWN)]
 
     def remember_answer(self, client: str, answer: RequestAnswered) -> None:
-        """Store an answer and announce it. Call inside a transaction with what the request changed."""
+        """Store an answer that changed nothing else, and announce it.
+
+        Raises:
+            StoreError: it was not stored.
+        """
+        with self.store.transaction():
+            self._keep_answer(client, answer)
+
+    def _keep_answer(self, client: str, answer: RequestAnswered) -> None:
         if answer.request:
             self.store.save_answer(client, answer)
         self.store.enqueue(answer, client=client)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from datetime import datetime
 
 from caesura.contract.messages import AbortCommanded, FreezeCommanded, FreezeTarget
 from caesura_coordinator.records import FINAL, HostOperation, Rollout, Wave
@@ -14,7 +15,7 @@ def due_commands(rollout: Rollout, authority: Authority) -> Iterable[FreezeComma
     wave = rollout.current
     if wave is None:
         return
-    for operation in wave.operations:
+    for operation in (*wave.done, *wave.operations):
         # A lost host is told to forget the operation for as long as the rollout waits for a decision.
         lost = operation.status == "lost" and rollout.status == "halted"
         # A host repeats its report and its verdicts on the clocks when it gets a command again that it has
@@ -22,10 +23,9 @@ def due_commands(rollout: Rollout, authority: Authority) -> Iterable[FreezeComma
         unheard = wave.status == "verifying" and any(
             vm.vm not in wave.clocks for vm in wave.vms if vm.host == operation.host and vm.method != "live"
         )
-        open_ = unheard or (operation.status not in FINAL and wave.status == "started")
-        if not lost and not open_:
-            continue
-        if lost or rollout.status == "aborting":
+        open_ = operation.status not in FINAL and wave.status == "started"
+        aborting = lost or (open_ and rollout.status == "aborting")
+        if aborting:
             yield AbortCommanded(
                 operation=operation.operation,
                 epoch=authority.epoch,
@@ -33,17 +33,19 @@ def due_commands(rollout: Rollout, authority: Authority) -> Iterable[FreezeComma
                 host=operation.host,
                 reason=rollout.reason,
             )
-        else:
-            yield _freeze(rollout, wave, operation, authority)
+        elif unheard and wave.started_at is not None:
+            # Its time has passed: a host that knows the operation says again what became of it, and one that
+            # has forgotten it (a lost journal) refuses instead of pausing its VMs a second time.
+            yield _freeze(rollout, wave, operation, authority, not_after=wave.started_at)
+        elif open_ and wave.fence_epoch == authority.epoch and wave.not_after is not None:
+            yield _freeze(rollout, wave, operation, authority, not_after=wave.not_after)
 
 
-def _freeze(rollout: Rollout, wave: Wave, operation: HostOperation, authority: Authority) -> FreezeCommanded:
+def _freeze(
+    rollout: Rollout, wave: Wave, operation: HostOperation, authority: Authority, *, not_after: datetime
+) -> FreezeCommanded:
     events = {each.set: each.event_id for each in wave.events}
     vms = [vm for vm in wave.vms if vm.host == operation.host]
-    if (
-        wave.not_after is None
-    ):  # a started wave always has one; without it the host could not refuse a late command
-        raise AssertionError(f"wave {wave.index} of rollout {rollout.id} was started without a deadline")
     return FreezeCommanded(
         operation=operation.operation,
         epoch=authority.epoch,
@@ -62,5 +64,5 @@ def _freeze(rollout: Rollout, wave: Wave, operation: HostOperation, authority: A
         hold_s=rollout.hold_s,
         budget_s=rollout.policy.budget_s,
         clock_bound_s=rollout.policy.clock_bound_s,
-        not_after=wave.not_after,
+        not_after=not_after,
     )

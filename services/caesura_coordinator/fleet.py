@@ -6,7 +6,7 @@ block (the habit is kured's, whose reboot blockers do the same).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 import msgspec
 
@@ -19,6 +19,8 @@ class Fleet(msgspec.Struct, frozen=True, kw_only=True):
     inventories: Mapping[str, HostInventory] = {}
     hosts_online: Mapping[str, bool] = {}
     agents_online: Mapping[str, bool] = {}
+    commanded: Mapping[str, str] = {}
+    """Host to an operation it was commanded and has not answered: its inventory may not show it yet."""
 
     def with_inventory(self, inventory: HostInventory) -> Fleet:
         """This fleet with a host's newer inventory."""
@@ -31,6 +33,10 @@ class Fleet(msgspec.Struct, frozen=True, kw_only=True):
     def with_agent(self, vm: str, *, online: bool) -> Fleet:
         """This fleet with an agent's presence."""
         return msgspec.structs.replace(self, agents_online={**self.agents_online, vm: online})
+
+    def with_commanded(self, operations: Mapping[str, str]) -> Fleet:
+        """This fleet with what other rollouts have asked of its hosts."""
+        return msgspec.structs.replace(self, commanded=operations)
 
     def is_online(self, host: str) -> bool:
         """Whether the host's updater says it is on the bus; unknown counts as no."""
@@ -53,13 +59,22 @@ class Fleet(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def fence_blockers(
-    fleet: Fleet, sets: Iterable[str], hosts: Iterable[str], *, epoch: int, coordinator: str
+    fleet: Fleet,
+    sets: Iterable[str],
+    hosts: Iterable[str],
+    *,
+    epoch: int,
+    coordinator: str,
+    own: Collection[str] = (),
 ) -> list[str]:
     """Why no VM of ``sets`` may be paused now, in words; empty when it may.
 
     Every host that holds a VM of these sets, and every one in ``hosts`` (those known when the plan was
     made), must be online, idle, guarded, have acknowledged this coordinator's epoch and have no VM paused:
     then no command of an older coordinator can still be obeyed anywhere in the set (I1, I10).
+
+    Args:
+        own: operations of the very wave that asks: they, and what they paused, are not in its way.
     """
     wanted = set(sets)
     found = []
@@ -68,18 +83,19 @@ def fence_blockers(
         if inventory is None:
             found.append(f"{name} has not reported an inventory")
             continue
+        busy = inventory.operation or fleet.commanded.get(name, "")
         if not fleet.is_online(name):
             found.append(f"{name} is offline")
         elif (inventory.epoch, inventory.coordinator) != (epoch, coordinator):
             found.append(f"{name} has not acknowledged epoch {epoch}")
-        elif inventory.operation:
-            found.append(f"{name} is busy with operation {inventory.operation}")
+        elif busy and busy not in own:
+            found.append(f"{name} is busy with operation {busy}")
         elif inventory.guard == "absent":
             found.append(f"{name} has no pause guard")
         found.extend(
             f"{vm.vm} on {name} is {vm.state}"
             for vm in inventory.vms
-            if vm.set in wanted and vm.state in {"paused", "unknown"}
+            if vm.set in wanted and vm.state in {"paused", "unknown"} and inventory.operation not in own
         )
     return found
 

@@ -23,6 +23,7 @@ from caesura.contract.messages import (
     VmRecord,
 )
 from caesura.contract.names import own_set
+from caesura.lifecycle.budget import MIN_BUDGET_S, usable_s
 from caesura_coordinator.fleet import Fleet
 
 _WAVE_OVERHEAD_S = 2.0  # s: commands, resumes and clock-sync around a pause, for the estimate only
@@ -161,10 +162,17 @@ def _definition(fleet: Fleet, update: str, selection: Selection) -> tuple[Update
 
 
 def _update_limits(record: UpdateRecord, policy: Policy, expected_s: float) -> Iterable[Refusal]:
-    if record.impact == "pause" and expected_s >= policy.budget_s:
+    usable = usable_s(policy.budget_s)
+    if record.impact == "pause" and policy.budget_s < MIN_BUDGET_S:
         yield Refusal(
             subject=record.update,
-            reason=f"is expected to take {expected_s:g} s, which leaves nothing of the pause budget of {policy.budget_s:g} s",
+            reason=f"a pause budget of {policy.budget_s:g} s is too short: resuming in time needs at least {MIN_BUDGET_S:g} s",
+        )
+    elif record.impact == "pause" and expected_s > usable:
+        yield Refusal(
+            subject=record.update,
+            reason=f"takes {expected_s:g} s, a pause budget of {policy.budget_s:g} s leaves {usable:.2f} s for it "
+            "(the rest is for the resume)",
         )
     if record.impact == "reboot" and not policy.allow_reboot:
         yield Refusal(
@@ -237,7 +245,8 @@ def _members(
                 )
     # Hosts of a selected set that lack the update keep theirs: named, so that nobody thinks they were done.
     for host, vm in fleet.vms():
-        selected = not (selection.hosts or selection.sets or selection.vms) or vm.set in selection.sets
+        everything = not (selection.hosts or selection.sets or selection.vms)
+        selected = everything or vm.set in selection.sets or vm.vm in selection.vms
         if host not in hosts and selected:
             skipped.append(
                 PlannedVm(
@@ -274,7 +283,7 @@ def _method(vm: VmRecord, record: UpdateRecord, *, hold_s: float) -> tuple[Metho
             return method, reason
     wanted = candidates[-1][0]
     why = vm.methods_missing.get(wanted, "the driver does not offer it")
-    return "skip", f"cannot {wanted}: {why}"
+    return "skip", f"cannot {wanted}: {why}"[:1000]
 
 
 def _split_hosts(members: Sequence[_Member], key: DomainKey) -> Iterable[Refusal]:

@@ -23,7 +23,7 @@ from caesura.contract.messages import (
 )
 
 _NAMESPACE = uuid.UUID("6f1d4e52-6f0b-5e0a-9a51-0c1f3a7f3f0e")
-"""Ids of events and operations are named after what they are for, so a restart makes the same ones again."""
+"""Ids of events and operations are named after what they are for; the store keeps them."""
 
 OperationProgress = Literal["planned", "accepted", "refused", "completed", "failed", "cancelled", "lost"]
 FINAL: frozenset[OperationProgress] = frozenset({"refused", "completed", "failed", "cancelled", "lost"})
@@ -85,9 +85,15 @@ class Wave(Frozen, frozen=True, kw_only=True):
     waiting_for: str = ""
     published_at: datetime | None = None
     not_before: datetime | None = None
+    answers_by: datetime | None = None
+    """An agent that has not answered by then is silent: NotBefore, later only when the coordinator was away then."""
     events: tuple[WaveEvent, ...] = ()
     readiness: dict[str, Readiness] = {}
     operations: tuple[HostOperation, ...] = ()
+    done: tuple[HostOperation, ...] = ()
+    """Operations of earlier attempts that completed: not repeated, and verified together with this attempt's."""
+    fence_epoch: int = 0
+    """The epoch under which the fence was last found open since the wave started; freezes are commanded under it only."""
     started_at: datetime | None = None
     not_after: datetime | None = None
     """Hosts refuse the wave's commands after this."""
@@ -102,6 +108,12 @@ class Wave(Frozen, frozen=True, kw_only=True):
     def hosts(self) -> tuple[str, ...]:
         """The hosts of the wave, each once."""
         return tuple(dict.fromkeys(vm.host for vm in self.vms))
+
+    @property
+    def ahead(self) -> tuple[PlannedVm, ...]:
+        """The VMs that this attempt acts on: those whose host has not done its part in an earlier one."""
+        done = {each.host for each in self.done}
+        return tuple(vm for vm in self.vms if vm.host not in done)
 
 
 class Rollout(Frozen, frozen=True, kw_only=True):
@@ -162,14 +174,20 @@ def new_rollout(
     )
 
 
-def event_id(rollout: Rollout, wave: Wave, set_name: str) -> str:
-    """The id of a wave's event for one set: a GUID, upper case as Azure's are."""
-    return str(uuid.uuid5(_NAMESPACE, f"event/{rollout.id}/{wave.index}/{wave.attempt}/{set_name}")).upper()
+def event_id(rollout: Rollout, wave: Wave, set_name: str, epoch: int) -> str:
+    """The id of a wave's event for one set: a GUID, upper case as Azure's are.
+
+    The epoch is part of the name: a coordinator with a store restored from an old copy must not use an id
+    again whose event has ended meanwhile.
+    """
+    name = f"event/{rollout.id}/{wave.index}/{wave.attempt}/{epoch}/{set_name}"
+    return str(uuid.uuid5(_NAMESPACE, name)).upper()
 
 
-def operation_id(rollout: Rollout, wave: Wave, host: str) -> str:
+def operation_id(rollout: Rollout, wave: Wave, host: str, epoch: int) -> str:
     """The id of a wave's operation on one host."""
-    return str(uuid.uuid5(_NAMESPACE, f"operation/{rollout.id}/{wave.index}/{wave.attempt}/{host}"))
+    name = f"operation/{rollout.id}/{wave.index}/{wave.attempt}/{epoch}/{host}"
+    return str(uuid.uuid5(_NAMESPACE, name))
 
 
 def rollout_state(rollout: Rollout) -> RolloutState:
@@ -187,6 +205,40 @@ def rollout_state(rollout: Rollout) -> RolloutState:
         requested_by=rollout.requested_by,
         created_at=rollout.created_at,
         ended_at=rollout.ended_at,
+    )
+
+
+def looks_different(before: Rollout, after: Rollout) -> bool:
+    """Whether the two are published differently; looks only at the waves that changed, since most never do at once."""
+    heads = [msgspec.structs.replace(each, waves=()) for each in (before, after)]
+    return heads[0] != heads[1] or any(
+        _wave_state(one) != _wave_state(two)
+        for one, two in zip(before.waves, after.waves, strict=True)
+        if one is not two
+    )
+
+
+def largest_state(rollout: Rollout) -> RolloutState:
+    """The largest message that this rollout may come to be announced with: every event approved, two long reasons."""
+    state = rollout_state(rollout)
+    at = rollout.created_at.replace(microsecond=999999)
+    waves = []
+    for wave in state.waves:
+        events = {name: str(_NAMESPACE) for name in wave.domains}
+        waves.append(
+            msgspec.structs.replace(
+                wave,
+                status="cancelled",
+                events=events,
+                approved=tuple(events),
+                not_before=at,
+                started_at=at,
+                ended_at=at,
+            )
+        )
+    waves[-1] = msgspec.structs.replace(waves[-1], reason="?" * 4096)
+    return msgspec.structs.replace(
+        state, status="completed", reason="?" * 4096, waves=tuple(waves), ended_at=at
     )
 
 

@@ -41,6 +41,12 @@ RESTART_GRACE_S = 30.0
 """s: what deadlines are moved by when the coordinator was away, so that it hears the hosts before it judges."""
 
 
+_NAMED = 8
+"""How many things a reason names before it only counts them."""
+REASON_CHARACTERS = 1000
+"""The contract allows 4096, and a reason is repeated in several places of one message; hosts' own reports have it all."""
+
+
 class NotYet(CaesuraError):
     """A request that may be made again later; the text says what must happen first."""
 
@@ -76,7 +82,15 @@ class Resume(Frozen, frozen=True, kw_only=True):
     """An operator wants a halted rollout to go on."""
 
 
-Input: TypeAlias = Tick | Approve | Abort | Resume | VmReady | OperationReported | VmClockSynced
+class Outdated(Frozen, frozen=True, kw_only=True):
+    """A set's document on the bus is ahead of our record: somebody else, or a newer copy of our store, went on."""
+
+    set: str
+    open_events: frozenset[str]
+    """Ids of the events that the document on the bus still shows."""
+
+
+Input: TypeAlias = Tick | Approve | Abort | Resume | Outdated | VmReady | OperationReported | VmClockSynced
 
 # --- effects ---------------------------------------------------------------------------------------------
 
@@ -146,6 +160,8 @@ def decide(
             step.report(received)
         case VmClockSynced():
             step.clock(received)
+        case Outdated():
+            step.outdated(received)
         case Tick():
             pass
     step.advance()
@@ -164,6 +180,7 @@ def after_restart(rollout: Rollout, now: datetime) -> Rollout:
     changed = msgspec.structs.replace(
         wave,
         waiting_since=now if wave.waiting_since else None,
+        answers_by=max(wave.answers_by, earliest) if wave.answers_by else None,
         report_by=max(wave.report_by, earliest) if wave.report_by else None,
         verify_by=max(wave.verify_by, earliest) if wave.verify_by else None,
     )
@@ -213,6 +230,7 @@ class _Step:
 
     def _halt(self, wave: Wave, reason: str) -> None:
         """Wave failed, rollout halted. Events not started are cancelled, started ones failed."""
+        reason = _short(reason)
         started = wave.started_at is not None
         wave = self._end_events(wave, "failed" if started else "cancelled", reason)
         self._move(wave, "failed", reason=reason, ended_at=self.now)
@@ -226,8 +244,10 @@ class _Step:
     def _blocked(self, wave: Wave, blockers: Sequence[str]) -> bool:
         """Wait for a gate; halt when it stays shut for the verify timeout."""
         if not blockers:
+            if wave.waiting_since is not None:  # it opened: what shuts it next time has the whole time again
+                self._put(msgspec.structs.replace(wave, waiting_since=None, waiting_for=""))
             return False
-        why = "; ".join(blockers[:8]) + ("" if len(blockers) <= 8 else f"; and {len(blockers) - 8} more")
+        why = _listed(blockers)
         since = wave.waiting_since or self.now
         if self.now - since >= timedelta(seconds=self.rollout.policy.verify_timeout_s):
             self._halt(wave, f"cannot go on: {why}")
@@ -242,7 +262,7 @@ class _Step:
             return
         if not self.rollout.active:
             raise IllegalTransition(f"rollout {self.rollout.id}", self.rollout.status, "aborted")
-        text = f"aborted: {reason}" if reason else "aborted by the operator"
+        text = _short(f"aborted: {reason}" if reason else "aborted by the operator")
         wave = self.rollout.current
         if wave is not None and wave.status == "started" and self.rollout.status == "running":
             self.rollout = msgspec.structs.replace(self.rollout, status="aborting", reason=text)
@@ -275,26 +295,51 @@ class _Step:
         self.effects.append(RolloutMoved(rollout=self.rollout))
         if wave is None or wave.status != "failed":
             return
-        done = {each.host for each in wave.operations if each.status == "completed"}
-        left = tuple(vm for vm in wave.vms if vm.host not in done)
+        done = wave.done + tuple(each for each in wave.operations if each.status == "completed")
         again = Wave(index=wave.index, domains=wave.domains, vms=wave.vms, attempt=wave.attempt + 1)
-        if left:
-            # Hosts that did their part are not paused again.
-            domains = {vm.set: wave.domains[vm.set] for vm in left}
-            self._move(msgspec.structs.replace(again, vms=left, domains=domains), "pending")
+        hosts = {each.host for each in done}
+        if any(vm.host not in hosts for vm in wave.vms):
+            # Hosts that did their part are not paused again, but what they did is yet to be verified.
+            clocks = {
+                vm.vm: wave.clocks[vm.vm] for vm in wave.vms if vm.host in hosts and vm.vm in wave.clocks
+            }
+            self._move(msgspec.structs.replace(again, done=done, clocks=clocks), "pending")
         else:
             # Every host did its part and the operator accepts what the verification found: only health is left.
             self._move(
                 msgspec.structs.replace(again, started_at=wave.started_at), "soaking", soak_until=self.now
             )
 
+    def outdated(self, found: Outdated) -> None:
+        wave = self.rollout.current
+        if wave is None or self.rollout.status != "running" or found.set not in self.rollout.sets:
+            return
+        # Events of ours that are not in the document any more had their end, announced by whoever ended them.
+        events = tuple(
+            msgspec.structs.replace(each, status="failed" if each.status == "started" else "cancelled")
+            if each.set == found.set
+            and each.status in {"scheduled", "started"}
+            and each.event_id not in found.open_events
+            else each
+            for each in wave.events
+        )
+        wave = self._put(msgspec.structs.replace(wave, events=events))
+        if wave.status != "started":  # what hosts were commanded comes to its end first
+            self._halt(
+                wave,
+                f"events of set {found.set} were announced that this coordinator has no record of: another one "
+                "was at work, or the store is an old copy. Look at the fleet, then resume or abort",
+            )
+
     def approve(self, approval: Approve) -> None:
         wave = self.rollout.current
         if wave is None or wave.status != "scheduled":
             return
+        sees = {record.set for _, record in self.fleet.vms() if record.vm == approval.by}
         events = []
         for event in wave.events:
-            if event.event_id.lower() == approval.event_id.lower() and not event.approved_by:
+            mine = event.event_id.lower() == approval.event_id.lower() and event.set in sees
+            if mine and not event.approved_by:
                 event = msgspec.structs.replace(event, approved_by=approval.by, approved_at=self.now)  # noqa: PLW2901
                 self.effects.append(EventApprovedEffect(event=event))
             events.append(event)
@@ -317,7 +362,9 @@ class _Step:
         if wave is None or wave.status not in {"started", "failed"}:
             return
         operations = tuple(
-            _reported(each, report) if each.operation == report.operation else each
+            _reported(each, report)
+            if (each.operation, each.host) == (report.operation, report.host)
+            else each
             for each in wave.operations
         )
         if operations != wave.operations:
@@ -325,9 +372,13 @@ class _Step:
 
     def clock(self, verdict: VmClockSynced) -> None:
         wave = self.rollout.current
-        if wave is None or wave.status not in {"started", "verifying"}:
+        # In a failed wave too: when it is tried again, the hosts that did their part are verified with the rest.
+        if wave is None or wave.status not in {"pending", "scheduled", "started", "verifying", "failed"}:
             return
-        if verdict.operation not in {each.operation for each in wave.operations}:
+        operations = {(each.operation, each.host) for each in (*wave.done, *wave.operations)}
+        if (verdict.operation, verdict.host) not in operations:
+            return
+        if (verdict.vm, verdict.host) not in {(vm.vm, vm.host) for vm in wave.vms}:
             return
         clock = ClockVerdict(
             synced=verdict.synced,
@@ -364,19 +415,27 @@ class _Step:
         events = tuple(
             WaveEvent(
                 set=name,
-                event_id=event_id(self.rollout, wave, name),
-                resources=tuple(vm.vm for vm in wave.vms if vm.set == name),
+                event_id=event_id(self.rollout, wave, name, self.authority.epoch),
+                resources=tuple(vm.vm for vm in wave.ahead if vm.set == name),
             )
-            for name in sorted(wave.domains)
+            for name in sorted({vm.set for vm in wave.ahead})
         )
         # Whole seconds, rounded up: NotBefore is published in RFC 1123, and a wave must not start before it.
         not_before = self._in(self.rollout.policy.notice_s)
         if not_before.microsecond:
             not_before = not_before.replace(microsecond=0) + timedelta(seconds=1)
-        wave = self._move(wave, "scheduled", published_at=self.now, not_before=not_before, events=events)
+        wave = self._move(
+            wave,
+            "scheduled",
+            published_at=self.now,
+            not_before=not_before,
+            answers_by=not_before,
+            events=events,
+        )
         self.effects.extend(EventScheduled(event=event) for event in events)
 
     def _fence(self, wave: Wave) -> list[str]:
+        """Why the wave may not be started, or, started by an earlier life of this coordinator, not be gone on with."""
         hosts = {*self.rollout.set_hosts, *wave.hosts}
         return fence_blockers(
             self.fleet,
@@ -384,6 +443,7 @@ class _Step:
             hosts,
             epoch=self.authority.epoch,
             coordinator=self.authority.coordinator,
+            own={each.operation for each in wave.operations},
         )
 
     def _from_scheduled(self, wave: Wave) -> None:
@@ -395,21 +455,24 @@ class _Step:
             for vm, answer in sorted(wave.readiness.items())
             if not answer.ready
         ]
-        silent = [vm.vm for vm in wave.vms if vm.agent and vm.vm not in wave.readiness]
+        silent = [vm.vm for vm in wave.ahead if vm.agent and vm.vm not in wave.readiness]
         if refusing and policy.on_not_ready == "halt":
-            self._halt(wave, "; ".join(refusing))
+            self._halt(wave, _listed(refusing))
             return
         if not due and (not approved or silent):
             return
         if silent and policy.on_not_ready == "halt":
-            self._halt(wave, f"no answer of the agent by NotBefore: {', '.join(silent)}")
+            if wave.answers_by is not None and self.now < wave.answers_by:
+                return  # they may have answered while nobody was there to hear it; they say it again
+            self._halt(wave, f"no answer of the agent by NotBefore: {_listed(silent, ', ')}")
             return
         if not self._blocked(wave, self._fence(wave)):
             self._start(wave)
 
     def _start(self, wave: Wave) -> None:
         operations = tuple(
-            HostOperation(host=host, operation=operation_id(self.rollout, wave, host)) for host in wave.hosts
+            HostOperation(host=host, operation=operation_id(self.rollout, wave, host, self.authority.epoch))
+            for host in dict.fromkeys(vm.host for vm in wave.ahead)
         )
         events = tuple(msgspec.structs.replace(event, status="started") for event in wave.events)
         self._move(
@@ -417,6 +480,7 @@ class _Step:
             "started",
             events=events,
             operations=operations,
+            fence_epoch=self.authority.epoch,
             started_at=self.now,
             not_after=self._in(COMMAND_WINDOW_S),
             report_by=self._in(COMMAND_WINDOW_S + self.rollout.policy.budget_s + REPORT_GRACE_S),
@@ -433,14 +497,28 @@ class _Step:
             )
             wave = self._put(msgspec.structs.replace(wave, operations=lost))
         if any(each.status not in FINAL for each in wave.operations):
+            self._fence_again(wave)
             return
         wrong = [_why(each) for each in wave.operations if each.status != "completed"]
         if self.rollout.status == "aborting":
             self._aborted(wave)
         elif wrong:
-            self._halt(wave, "; ".join(wrong))
+            self._halt(wave, _listed(wrong))
         else:
             self._move(wave, "verifying", verify_by=self._in(self.rollout.policy.verify_timeout_s))
+
+    def _fence_again(self, wave: Wave) -> None:
+        """Command under a new epoch only when no command of another coordinator can be at work in the sets (I1).
+
+        While this one was away, another may have led: what it began must be over. Hosts that do not hear from
+        us in time are lost to the wave, which halts it.
+        """
+        if wave.fence_epoch == self.authority.epoch:
+            return
+        why = _listed(self._fence(wave))
+        epoch = wave.fence_epoch if why else self.authority.epoch
+        if (wave.waiting_for, wave.fence_epoch) != (why, epoch):
+            self._put(msgspec.structs.replace(wave, waiting_for=why, fence_epoch=epoch))
 
     def _aborted(self, wave: Wave) -> None:
         """All hosts have answered the abort: the record says whether anything had been paused."""
@@ -454,12 +532,12 @@ class _Step:
     def _from_verifying(self, wave: Wave) -> None:
         wrong, missing = _verify(wave, self.rollout.policy)
         if wrong:
-            self._halt(wave, "; ".join(wrong))
+            self._halt(wave, _listed(wrong))
             return
         missing += health_blockers(self.fleet, [(vm.vm, vm.host, vm.agent) for vm in wave.vms])
         if missing:
             if wave.verify_by is not None and self.now >= wave.verify_by:
-                self._halt(wave, "not verified in time: " + "; ".join(missing))
+                self._halt(wave, "not verified in time: " + _listed(missing))
             return
         wave = self._end_events(wave, "completed")
         self._move(wave, "soaking", soak_until=self._in(self.rollout.policy.soak_s))
@@ -470,6 +548,18 @@ class _Step:
             return
         if wave.soak_until is None or self.now >= wave.soak_until:
             self._move(wave, "completed", ended_at=self.now)
+
+
+def _listed(items: Sequence[str], between: str = "; ") -> str:
+    """The first of them in words, and how many more there are."""
+    shown = items[:_NAMED]
+    room = (REASON_CHARACTERS - 100) // max(1, len(shown))  # 100: for what is put before and after
+    text = between.join(_short(each, room) for each in shown)
+    return text if len(items) <= _NAMED else f"{text}{between}and {len(items) - _NAMED} more"
+
+
+def _short(text: str, limit: int = REASON_CHARACTERS) -> str:
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
 
 def _reported(operation: HostOperation, report: OperationReported) -> HostOperation:
@@ -493,7 +583,13 @@ def _verify(wave: Wave, policy: Policy) -> tuple[list[str], list[str]]:
     """What is wrong with the wave for good, and what is not known yet."""
     wrong: list[str] = []
     missing: list[str] = []
-    for operation in wave.operations:
+    for operation in (*wave.done, *wave.operations):
+        told = {result.vm for result in operation.vms}
+        wrong += [
+            f"{vm.vm}: {operation.host} reported nothing about it"
+            for vm in wave.vms
+            if vm.host == operation.host and vm.vm not in told
+        ]
         for result in operation.vms:
             if result.state != "running":
                 wrong.append(f"{result.vm} is {result.state} after the resume")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from datetime import UTC, datetime
 
 import msgspec
@@ -12,23 +12,27 @@ import structlog
 from caesura.bus.port import Bus, BusError
 from caesura.bus.post import Post
 from caesura.contract import messages as m
-from caesura.contract.codec import ContractError, Received, encode
+from caesura.contract.codec import MAX_PAYLOAD_BYTES, ContractError, Received, encode, size_bytes
 from caesura.contract.envelope import Message
 from caesura.contract.names import is_name
-from caesura.contract.topics import PREFIX, channel_of
+from caesura.contract.topics import PREFIX, TopicError, channel_of
 from caesura.runtime.errors import CaesuraError, StoreError
 from caesura.runtime.identity import new_id
 from caesura_coordinator.book import Book
 from caesura_coordinator.commands import due_commands
 from caesura_coordinator.fleet import Fleet
 from caesura_coordinator.plan import make_plan, sets_of
-from caesura_coordinator.records import new_rollout
+from caesura_coordinator.records import largest_state, new_rollout
 from caesura_coordinator.rollout import Abort, Approve, Authority, Input, Resume, Tick
-from caesura_coordinator.store import Store
+from caesura_coordinator.store import Store, Unsendable
 
 TICK_S = 0.2
 _REPEAT_S = 2.0
 """s: between two sendings of a command that its host has not answered."""
+
+_SETTLE_AT_MOST_S = 30.0
+_REASON_CHARACTERS = 4000
+"""The contract allows 4096."""
 
 _log = structlog.get_logger("caesura.coordinator")
 
@@ -97,6 +101,7 @@ class Coordinator:
         self._claimed = False
         self._settle_s = settle_s
         self._now = now
+        self._to_clear: list[str] = []
         self._early: list[tuple[str, Request]] = []
         self._early_facts: list[Input] = []
         self._outbox_filled = asyncio.Event()
@@ -117,63 +122,111 @@ class Coordinator:
 
     async def drain(self) -> None:
         """Say what is decided, say goodbye. Rollouts stay where they are, for the next start."""
-        if self._claimed and self.bus.stats.connected:
+        # One that was superseded says nothing more: its documents are older than what the other has published.
+        if self.leads and self.bus.stats.connected:
             try:
                 await self._flush(limit=1000)
                 await self.post.send(presence(self.authority, online=False), timeout_s=2)
-            except BusError as error:
+            except (BusError, StoreError) as error:
                 _log.warning("coordinator.no_goodbye", why=str(error))
         await self.bus.close()
 
     # -- authority --
 
+    @property
+    def leads(self) -> bool:
+        """Whether an epoch is claimed and nobody has claimed a higher one."""
+        return self._claimed and not self._superseded.done()
+
     async def _watch_authority(self) -> None:
         """Claim an epoch above every one heard, then stand down when somebody claims a higher one."""
         while not await self.bus.wait_connected(60):
             _log.warning("coordinator.waiting_for_broker", why=self.bus.stats.last_error)
-        await asyncio.sleep(
-            self._settle_s
-        )  # retained inventories arrive in any order; there is no last one to await
-        epoch = max(self.store.epoch(), self.fleet.highest_epoch(), self.authority.epoch) + 1
-        self.store.save_epoch(epoch)
-        self.authority = msgspec.structs.replace(self.authority, epoch=epoch)
-        self._claimed = True
-        _log.info("coordinator.claimed", epoch=epoch, coordinator=self.authority.coordinator)
-        await self._announce()
-        self._open_sets()
+        await self._settled()
+        self._claim()
+        self._open_sets(vm.set for _, vm in self.fleet.vms())
+        # What was heard meanwhile counts before time does: nothing is awaited until it is taken in.
         facts, self._early_facts = self._early_facts, []
         for fact in facts:
             self._step_all(fact)
         early, self._early = self._early, []
         for client, request in early:
             self._answer(client, request)
+        await self._announce()
+        await self._republish()  # the broker may have lost what is retained while this one was away
         self._changed.set()
         await self._superseded
+
+    async def _settled(self) -> None:
+        """Wait for what is retained: it arrives in any order, and there is no last one to await.
+
+        A large fleet's inventories take longer than the time set: then as long as messages still wait for us.
+        """
+        await asyncio.sleep(self._settle_s)
+        end = asyncio.get_running_loop().time() + _SETTLE_AT_MOST_S
+        # The bus keeps count of its backlog but announces nothing about it.
+        while self.bus.stats.backlog and asyncio.get_running_loop().time() < end:  # noqa: ASYNC110
+            await asyncio.sleep(TICK_S)
+
+    def _claim(self) -> None:
+        epoch = max(self.store.epoch(), self.fleet.highest_epoch(), self.authority.epoch) + 1
+        self.store.save_epoch(epoch)
+        self.authority = msgspec.structs.replace(self.authority, epoch=epoch)
+        self._claimed = True
+        _log.info("coordinator.claimed", epoch=epoch, coordinator=self.authority.coordinator)
 
     async def _announce(self) -> None:
         await self._try_send(presence(self.authority, online=True))
 
     async def _on_connected(self) -> None:
-        if not self._claimed:
+        if not self.leads:
             return
         await self._announce()
-        for name in self.book.republish():
-            await self.post.clear(m.RolloutState, rollout=name)
+        await self._republish()
+
+    async def _republish(self) -> None:
+        """Put what is retained on the bus again."""
+        try:
+            hidden = self.book.republish()
+        except StoreError as error:
+            _log.error("coordinator.not_republished", why=str(error))
+            return
         self._outbox_filled.set()
+        await self._clear(hidden)
 
-    def _open_sets(self) -> None:
+    async def _clear(self, rollouts: Iterable[str]) -> None:
+        for name in rollouts:
+            try:
+                await self.post.clear(m.RolloutState, rollout=name)
+            except BusError as error:
+                _log.debug("rollout.not_cleared", rollout=name, why=str(error))  # the next connect does it
+                return
+
+    def _open_sets(self, sets: Iterable[str]) -> None:
         # Not before the epoch is claimed: a document that is already on the bus must be heard first.
-        if self._claimed and self.book.open_sets(vm.set for _, vm in self.fleet.vms()):
-            self._outbox_filled.set()
+        if not self._claimed:
+            return
+        try:
+            if self.book.open_sets(sets):
+                self._outbox_filled.set()
+        except StoreError as error:
+            _log.error("coordinator.store_failed", why=str(error))  # the next inventory brings it here again
 
-    def _heard_epoch(self, epoch: int, coordinator: str) -> None:
+    async def _heard_epoch(self, epoch: int, coordinator: str, *, alive: bool = False) -> None:
+        """Stand down for a higher epoch; at an equal one, one of the two claims again above it."""
         mine = self.authority
         if coordinator == mine.coordinator:
             return
         if not self._claimed:
             if epoch > mine.epoch:
                 self.authority = msgspec.structs.replace(mine, epoch=epoch)
-        elif epoch >= mine.epoch and not self._superseded.done():
+        elif self._superseded.done() or epoch < mine.epoch:
+            return
+        elif epoch == mine.epoch and not (alive and coordinator > mine.coordinator):
+            # Both claimed it at once, and hosts may obey the other: were both to stand down, nobody would lead.
+            self._claim()
+            await self._announce()
+        else:
             self._superseded.set_exception(
                 Superseded(
                     f"coordinator {coordinator} has claimed epoch {epoch}, this one had {mine.epoch}: standing down. "
@@ -202,8 +255,8 @@ class Coordinator:
 
     async def _on_inventory(self, inventory: m.HostInventory, _: Received) -> None:
         self.fleet = self.fleet.with_inventory(inventory)
-        self._heard_epoch(inventory.epoch, inventory.coordinator)
-        self._open_sets()
+        await self._heard_epoch(inventory.epoch, inventory.coordinator)
+        self._open_sets(vm.set for vm in inventory.vms)
         self._changed.set()
 
     async def _on_host_presence(self, presence: m.HostPresence, _: Received) -> None:
@@ -215,12 +268,18 @@ class Coordinator:
         self._changed.set()
 
     async def _on_coordinator(self, heard: m.CoordinatorPresence, _: Received) -> None:
-        self._heard_epoch(heard.epoch, heard.coordinator)
-        if self._claimed and heard != presence(self.authority, online=True) and not self._superseded.done():
+        await self._heard_epoch(heard.epoch, heard.coordinator, alive=heard.online)
+        if self.leads and heard != presence(self.authority, online=True):
             await self._announce()  # an older one's will must not stay as the last word
 
-    async def _on_document(self, document: m.SetDocument, _: Received) -> None:
-        self.book.adopt(document, self._now())
+    async def _on_document(self, document: m.SetDocument, received: Received) -> None:
+        try:
+            self.book.adopt(document, self.fleet, self.authority, self._now())
+            # Our own come back to us, and may be older than what was decided meanwhile; another's must not stay.
+            if self.leads and received.header.source != self.post.source:
+                self.book.reassert(document)
+        except StoreError as error:
+            _log.error("document.not_taken", set=document.set, why=str(error))
         self._outbox_filled.set()
 
     async def _on_fact(self, fact: m.OperationReported | m.VmClockSynced | m.VmReady, _: Received) -> None:
@@ -241,11 +300,11 @@ class Coordinator:
         """An operator's request that breaks the contract is answered too, as far as its topic tells who asked."""
         parts = topic.removeprefix(PREFIX + "/").split("/")
         if len(parts) == 3 and parts[0] == "ctl" and is_name(parts[1]):
-            with self.store.transaction():
-                self.book.remember_answer(
-                    parts[1],
-                    m.RequestAnswered(request="unreadable", accepted=False, reason=str(error)[:1000]),
-                )
+            answer = m.RequestAnswered(request="unreadable", accepted=False, reason=str(error)[:1000])
+            try:
+                self.book.remember_answer(parts[1], answer)
+            except StoreError as failed:
+                _log.error("request.failed", client=parts[1], why=str(failed))
             self._outbox_filled.set()
 
     # -- decisions --
@@ -260,8 +319,8 @@ class Coordinator:
         for rollout in self.book.active:
             try:
                 self.book.step(rollout, received, self.fleet, self.authority, self._now())
-            except StoreError as error:
-                _log.error("coordinator.store_failed", why=str(error), rollout=rollout.id)
+            except CaesuraError as error:  # it stays where it is: the others must not stand still for it
+                _log.error("rollout.not_moved", why=str(error), rollout=rollout.id)
         self._outbox_filled.set()
         self._changed.set()
 
@@ -274,7 +333,7 @@ class Coordinator:
             except TimeoutError:
                 pass
             self._changed.clear()
-            if self._claimed:
+            if self.leads:
                 active = self.book.active
                 if active:
                     self._step_all(Tick())
@@ -286,21 +345,26 @@ class Coordinator:
         open_keys = set()
         for rollout in self.book.active:
             for command in due_commands(rollout, self.authority):
+                if self.book.rollouts.get(rollout.id) is not rollout or not self.leads:
+                    # Sending takes time, and meanwhile an answer or an abort came: what is due now is another matter.
+                    self._changed.set()
+                    return
                 key = (command.operation, type(command).TYPE)
                 open_keys.add(key)
-                if loop.time() - self._last_sent.get(key, -_REPEAT_S) >= _REPEAT_S and await self._try_send(
-                    command, host=command.host
-                ):
-                    self._last_sent[key] = loop.time()
+                if loop.time() - self._last_sent.get(key, -_REPEAT_S) < _REPEAT_S:
+                    continue
+                if not await self._try_send(command, host=command.host):
+                    return  # no broker to send the others to either: time must not stand still for that
+                self._last_sent[key] = loop.time()
         self._last_sent = {key: at for key, at in self._last_sent.items() if key in open_keys}
 
     def _answer(self, client: str, request: Request) -> None:
         """Answer a request once; a repeated one gets the stored answer again."""
-        known = self.store.answer(client, request.request)
         try:
+            known = self.store.answer(client, request.request)
             if known is not None:
                 self.store.enqueue(known, client=client)
-            else:
+            elif self.leads:
                 self._decide_request(client, request)
         except StoreError as error:
             _log.error("request.failed", request=request.request, why=str(error))
@@ -321,10 +385,10 @@ class Coordinator:
         except StoreError:
             raise
         except CaesuraError as error:
-            with self.store.transaction():
-                self.book.remember_answer(
-                    client, m.RequestAnswered(request=request.request, accepted=False, reason=str(error))
-                )
+            reason = str(error)[:_REASON_CHARACTERS]
+            self.book.remember_answer(
+                client, m.RequestAnswered(request=request.request, accepted=False, reason=reason)
+            )
 
     def _plan_or_start(
         self, client: str, request: m.RolloutRequested | m.FreezeRequested, update: str, hold_s: float
@@ -337,11 +401,7 @@ class Coordinator:
         if held and not request.plan_only:
             reason = f"set {held[0]} is held by rollout {held[1]}: wait for its end, resume or abort it"
         if reason or request.plan_only:
-            answer = m.RequestAnswered(
-                request=request.request, accepted=not reason, reason=reason[:4000], plan=plan
-            )
-            with self.store.transaction():
-                self.book.remember_answer(client, answer)
+            self.book.remember_answer(client, _with_plan(request.request, plan, reason))
             return
         now = self._now()
         rollout = new_rollout(
@@ -352,32 +412,37 @@ class Coordinator:
             requested_by=client,
             now=now,
         )
-        with self.store.transaction():
-            self.book.add(rollout)
-            self.book.remember_answer(
-                client,
-                m.RequestAnswered(request=request.request, accepted=True, rollout=rollout.id, plan=plan),
+        answer = _with_plan(request.request, plan, "", rollout=rollout.id)
+        largest = size_bytes(largest_state(rollout))
+        if largest > MAX_PAYLOAD_BYTES:
+            raise CaesuraError(
+                f"a rollout over {sum(len(wave.vms) for wave in plan.waves)} VMs is too large to be announced "
+                f"({largest} bytes of {MAX_PAYLOAD_BYTES}): select fewer sets or hosts at a time"
             )
+        self.book.add(rollout, client, answer)
         _log.info("rollout.started", rollout=rollout.id, update=update, waves=len(plan.waves), client=client)
+        try:
+            self._to_clear += self.book.forget()
+        except StoreError as error:
+            _log.error("rollout.not_forgotten", why=str(error))
 
     def _steer(self, client: str, request: m.AbortRequested | m.ResumeRequested, received: Input) -> None:
         active = self.book.active
+        known = ", ".join(each.id for each in active) or "none"
         if request.rollout:
             rollout = self.book.rollouts.get(request.rollout)
+            if rollout is None:
+                raise CaesuraError(f"no rollout {request.rollout!r}; not at their end: {known}")
+        elif len(active) == 1:
+            rollout = active[0]
         else:
-            rollout = active[0] if len(active) == 1 else None
-        if rollout is None:
-            known = ", ".join(each.id for each in active) or "none"
             raise CaesuraError(
-                f"no rollout {request.rollout!r}; not at their end: {known}"
-                if request.rollout or len(active) != 1
-                else "no rollout"
+                f"several rollouts are not at their end, say which: {known}"
+                if active
+                else "no rollout is under way: all are at their end"
             )
-        self.book.step(rollout, received, self.fleet, self.authority, self._now())
-        with self.store.transaction():
-            self.book.remember_answer(
-                client, m.RequestAnswered(request=request.request, accepted=True, rollout=rollout.id)
-            )
+        answer = m.RequestAnswered(request=request.request, accepted=True, rollout=rollout.id)
+        self.book.step(rollout, received, self.fleet, self.authority, self._now(), answer=(client, answer))
 
     # -- messages out --
 
@@ -394,10 +459,12 @@ class Coordinator:
         while True:
             await self._outbox_filled.wait()
             self._outbox_filled.clear()
-            if not self._claimed:
+            if not self.leads:
                 continue
+            cleared, self._to_clear = self._to_clear, []
             try:
                 await self._flush()
+                await self._clear(cleared)
             except (BusError, StoreError) as error:
                 _log.warning("outbox.waiting", why=str(error), messages=self.waiting())
                 await self.bus.wait_connected(5.0)
@@ -406,13 +473,26 @@ class Coordinator:
 
     async def _flush(self, limit: int = 1_000_000) -> None:
         for _ in range(limit):
-            outgoing = self.store.next_outgoing()
+            try:
+                outgoing = self.store.next_outgoing()
+            except Unsendable as error:
+                self._drop(error.number, error)
+                continue
             if outgoing is None:
                 return
-            await self.post.send(
-                outgoing.message, event_id=outgoing.event_id, timeout_s=5.0, **outgoing.parameters
-            )
-            self.store.sent(outgoing.number)
+            try:
+                await self.post.send(
+                    outgoing.message, event_id=outgoing.event_id, timeout_s=5.0, **outgoing.parameters
+                )
+            except (ContractError, TopicError) as error:
+                self._drop(outgoing.number, error)
+            else:
+                self.store.sent(outgoing.number)
+
+    def _drop(self, number: int, error: CaesuraError) -> None:
+        # It will never be sendable, and would hold up everything behind it for ever.
+        _log.error("outbox.unsendable", number=number, why=str(error))
+        self.store.sent(number)
 
     def waiting(self) -> int:
         """Messages in the outbox; -1 when the store does not answer."""
@@ -420,3 +500,20 @@ class Coordinator:
             return self.store.waiting()
         except StoreError:
             return -1
+
+
+def _with_plan(request: str, plan: m.Plan, reason: str, *, rollout: str = "") -> m.RequestAnswered:
+    """The answer with the plan, or, when that is too large for a message, without it and saying so."""
+    answer = m.RequestAnswered(
+        request=request, accepted=not reason, reason=reason[:_REASON_CHARACTERS], plan=plan, rollout=rollout
+    )
+    size = size_bytes(answer)
+    if size <= MAX_PAYLOAD_BYTES:
+        return answer
+    if rollout or reason:
+        return msgspec.structs.replace(answer, plan=None)
+    vms = sum(len(wave.vms) for wave in plan.waves)
+    raise CaesuraError(
+        f"the plan for {vms} VMs is too large for a message ({size} bytes of {MAX_PAYLOAD_BYTES}): "
+        "select fewer sets or hosts at a time"
+    )

@@ -6,7 +6,8 @@ outbox): after a crash nothing was announced that is not stored, and nothing sto
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from typing import TypeVar
 
 import msgspec
 
@@ -14,24 +15,30 @@ from caesura.contract.envelope import Message
 from caesura.contract.messages import RequestAnswered, SetDocument
 from caesura.contract.topics import CHANNELS, channel_of
 from caesura.runtime.database import Database
+from caesura.runtime.errors import CaesuraError, StoreError
 from caesura.runtime.identity import new_id
-from caesura_coordinator.records import Rollout
+from caesura_coordinator.records import Rollout, Wave
 
 _MIGRATIONS = (
     """
     CREATE TABLE epoch (value INTEGER NOT NULL);
     INSERT INTO epoch VALUES (0);
     CREATE TABLE rollout (number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, body BLOB NOT NULL);
+    CREATE TABLE wave (
+        rollout TEXT NOT NULL, number INTEGER NOT NULL, body BLOB NOT NULL,
+        PRIMARY KEY (rollout, number)
+    );
     CREATE TABLE document (set_name TEXT PRIMARY KEY, body BLOB NOT NULL);
-    CREATE TABLE answer (request TEXT PRIMARY KEY, client TEXT NOT NULL, body BLOB NOT NULL);
+    CREATE TABLE answer (
+        number INTEGER PRIMARY KEY AUTOINCREMENT, client TEXT NOT NULL, request TEXT NOT NULL, body BLOB NOT NULL,
+        UNIQUE (client, request)
+    );
     CREATE TABLE outbox (
         number INTEGER PRIMARY KEY AUTOINCREMENT, event_id TEXT NOT NULL, type TEXT NOT NULL,
         parameters TEXT NOT NULL, body BLOB NOT NULL
     );
     """,
 )
-_ROLLOUTS_KEPT = 500
-_ANSWERS_KEPT = 1000
 _TYPES: Mapping[str, type[Message]] = {channel.message.TYPE: channel.message for channel in CHANNELS}
 
 
@@ -42,6 +49,14 @@ class Outgoing(msgspec.Struct, frozen=True):
     event_id: str
     message: Message
     parameters: dict[str, str]
+
+
+class Unsendable(CaesuraError):
+    """A message in the outbox that nobody could read."""
+
+    def __init__(self, number: int, why: str) -> None:
+        self.number = number
+        super().__init__(why)
 
 
 class Store:
@@ -62,32 +77,50 @@ class Store:
 
     def rollouts(self) -> list[Rollout]:
         """Every rollout kept, oldest first."""
-        rows = self.database.run("SELECT body FROM rollout ORDER BY number")
-        return [msgspec.json.decode(body, type=Rollout) for (body,) in rows]
+        waves: dict[str, list[Wave]] = {}
+        for name, body in self.database.run("SELECT rollout, body FROM wave ORDER BY rollout, number"):
+            waves.setdefault(name, []).append(_read(body, Wave, f"a wave of rollout {name}"))
+        return [
+            msgspec.structs.replace(_read(body, Rollout, f"rollout {name}"), waves=tuple(waves.get(name, ())))
+            for name, body in self.database.run("SELECT id, body FROM rollout ORDER BY number")
+        ]
 
-    def save_rollout(self, rollout: Rollout) -> None:
-        """Insert or replace."""
+    def save_rollout(self, rollout: Rollout, before: Rollout | None = None) -> None:
+        """Insert or replace. Call inside a transaction.
+
+        Args:
+            before: what was saved last. Waves that are the same objects in it are not written again: a large
+                rollout changes with every message, one wave at a time.
+        """
         self.database.run(
             "INSERT INTO rollout (id, body) VALUES (?, ?) ON CONFLICT (id) DO UPDATE SET body = excluded.body",
             rollout.id,
-            msgspec.json.encode(rollout),
+            msgspec.json.encode(msgspec.structs.replace(rollout, waves=())),
         )
+        saved = {id(wave) for wave in before.waves} if before is not None else set()
+        for wave in rollout.waves:
+            if id(wave) not in saved:
+                self.database.run(
+                    "INSERT OR REPLACE INTO wave VALUES (?, ?, ?)",
+                    rollout.id,
+                    wave.index,
+                    msgspec.json.encode(wave),
+                )
 
-    def forget_old(self) -> list[str]:
-        """Drop the oldest rollouts and answers beyond what is kept; ids of the dropped rollouts."""
-        rows = self.database.run(
-            "DELETE FROM rollout WHERE number <= (SELECT max(number) FROM rollout) - ? RETURNING id",
-            _ROLLOUTS_KEPT,
-        )
-        self.database.run(
-            "DELETE FROM answer WHERE rowid <= (SELECT max(rowid) FROM answer) - ?", _ANSWERS_KEPT
-        )
-        return [name for (name,) in rows]
+    def forget(self, rollouts: Iterable[str], *, answers_kept: int) -> None:
+        """Drop these rollouts, and all but the newest answers."""
+        with self.transaction():
+            for name in rollouts:
+                self.database.run("DELETE FROM wave WHERE rollout = ?", name)
+                self.database.run("DELETE FROM rollout WHERE id = ?", name)
+            self.database.run(
+                "DELETE FROM answer WHERE number <= (SELECT max(number) FROM answer) - ?", answers_kept
+            )
 
     def documents(self) -> dict[str, SetDocument]:
         """The document of every set that ever had an event."""
         rows = self.database.run("SELECT set_name, body FROM document")
-        return {name: msgspec.json.decode(body, type=SetDocument) for name, body in rows}
+        return {name: _read(body, SetDocument, f"the document of set {name}") for name, body in rows}
 
     def save_document(self, document: SetDocument) -> None:
         """Insert or replace."""
@@ -100,14 +133,14 @@ class Store:
     def answer(self, client: str, request: str) -> RequestAnswered | None:
         """The answer that this request of this client got before."""
         rows = self.database.run("SELECT body FROM answer WHERE request = ? AND client = ?", request, client)
-        return msgspec.json.decode(rows[0][0], type=RequestAnswered) if rows else None
+        return _read(rows[0][0], RequestAnswered, f"the answer to request {request}") if rows else None
 
     def save_answer(self, client: str, answer: RequestAnswered) -> None:
         """Remember the answer, so that a repeated request gets the same one."""
         self.database.run(
-            "INSERT OR REPLACE INTO answer VALUES (?, ?, ?)",
-            answer.request,
+            "INSERT OR REPLACE INTO answer (client, request, body) VALUES (?, ?, ?)",
             client,
+            answer.request,
             msgspec.json.encode(answer),
         )
 
@@ -126,19 +159,26 @@ class Store:
         )
 
     def next_outgoing(self) -> Outgoing | None:
-        """The oldest message that waits."""
+        """The oldest message that waits.
+
+        Raises:
+            Unsendable: it is not what its type allows; nobody could read it.
+        """
         rows = self.database.run(
             "SELECT number, event_id, type, parameters, body FROM outbox ORDER BY number LIMIT 1"
         )
         if not rows:
             return None
         number, event_id, kind, parameters, body = rows[0]
-        return Outgoing(
-            number,
-            event_id,
-            msgspec.json.decode(body, type=_TYPES[kind]),
-            msgspec.json.decode(parameters, type=dict[str, str]),
-        )
+        try:
+            return Outgoing(
+                number,
+                event_id,
+                msgspec.json.decode(body, type=_TYPES[kind]),
+                msgspec.json.decode(parameters, type=dict[str, str]),
+            )
+        except (msgspec.DecodeError, KeyError) as error:
+            raise Unsendable(number, f"a message of type {kind}: {error}") from error
 
     def sent(self, number: int) -> None:
         """The broker accepted this message."""
@@ -148,3 +188,13 @@ class Store:
         """How many messages wait."""
         ((count,),) = self.database.run("SELECT count(*) FROM outbox")
         return int(count)
+
+
+_T = TypeVar("_T")
+
+
+def _read(body: bytes, kind: type[_T], what: str) -> _T:
+    try:
+        return msgspec.json.decode(body, type=kind)
+    except msgspec.DecodeError as error:
+        raise StoreError(f"{what} in the store cannot be read: {error}") from error

@@ -178,11 +178,14 @@ def resume(rollout: str, broker: str | None, *, as_json: bool, detach: bool) -> 
 
     async def body(context: Context) -> None:
         async with connect(context.settings) as session:
+            await session.settled()
+            before = dict(session.picture.rollouts)
             request = m.ResumeRequested(request=new_request_id(), rollout=rollout)
             started = await _steer(session, context, request, "resuming")
             if not detach:
-                # The retained state still says halted until the coordinator's next word.
-                session.picture.rollouts.pop(started, None)
+                if session.picture.rollouts.get(started) is before.get(started):
+                    # What is retained still says halted; the next word of the coordinator may be its last, too.
+                    session.picture.rollouts.pop(started, None)
                 conclude(session, context, await follow(session, context, started))
 
     run(body, broker, as_json=as_json)

@@ -15,6 +15,7 @@ from caesura_ctl.tables import live_view, pauses_view
 
 REFRESH_S = 0.25
 ENDED = frozenset({"completed", "halted", "aborted"})
+_LAST_FACTS_S = 2.0  # s: a rollout's end may overtake the hosts' last facts, but who came late never hears the earlier ones
 
 
 class Progress:
@@ -47,6 +48,9 @@ class Progress:
 async def follow(session: Session, context: Context, rollout_id: str) -> m.RolloutState:
     """Show a rollout until it completes, halts or is aborted; give back its last state."""
     progress = Progress()
+    loop = asyncio.get_running_loop()
+    ended_at: float | None = None
+    seen_under_way = False
 
     def current() -> m.RolloutState | None:
         return session.picture.rollouts.get(rollout_id)
@@ -67,12 +71,17 @@ async def follow(session: Session, context: Context, rollout_id: str) -> m.Rollo
         while True:
             state = current()
             if live is not None:
-                live.update(live_view(session.picture, datetime.now(UTC)), refresh=True)
+                live.update(live_view(session.picture, datetime.now(UTC), rollout_id), refresh=True)
             elif not context.json:
                 for line in progress.lines(session.picture, state):
                     context.console.print(line, soft_wrap=True)
-            if state is not None and state.status in ENDED and not _reports_missing(session.picture, state):
-                return state
+            if state is not None and state.status in ENDED:
+                ended_at = loop.time() if ended_at is None else ended_at
+                if not seen_under_way:
+                    return state  # over before we looked: nothing more is told about it
+                if not _reports_missing(session.picture, state) or loop.time() >= ended_at + _LAST_FACTS_S:
+                    return state
+            seen_under_way = seen_under_way or state is not None
             await wait(REFRESH_S)
     finally:
         if live is not None:
@@ -80,7 +89,7 @@ async def follow(session: Session, context: Context, rollout_id: str) -> m.Rollo
 
 
 def _reports_missing(picture: Picture, state: m.RolloutState) -> bool:
-    """The rollout's state may overtake the hosts' last facts: a completed one has all its pauses."""
+    """A completed rollout has all its pauses, those of VMs that nothing paused aside."""
     if state.status != "completed":
         return False
     expected = {vm for wave in state.waves for vm in wave.vms if wave.events}

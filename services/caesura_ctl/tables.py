@@ -159,9 +159,9 @@ def domains_view(picture: Picture) -> RenderableType:
     return table
 
 
-def live_view(picture: Picture, now: datetime) -> RenderableType:
-    """What ``watch`` and the demo show while they run."""
-    rollout = picture.latest()
+def live_view(picture: Picture, now: datetime, rollout_id: str = "") -> RenderableType:
+    """What ``watch`` and the demo show while they run: one rollout, without a name the newest."""
+    rollout = picture.rollouts.get(rollout_id) if rollout_id else picture.latest()
     parts: list[RenderableType] = [domains_view(picture)]
     parts.append(rollout_view(rollout, picture, now) if rollout else Text("no rollout yet", style="dim"))
     if picture.frozen:

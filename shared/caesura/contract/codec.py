@@ -59,6 +59,8 @@ class Received(msgspec.Struct, frozen=True):
     message: Message
 
 
+_ENVELOPE_BYTES = 1024  # the longest id, source and type the contract allows come to 600
+
 _header_decoder = msgspec.json.Decoder(RawEnvelope)
 _encoder = msgspec.json.Encoder()
 
@@ -88,6 +90,11 @@ def encode(message: Message, *, source: str, event_id: str, time: datetime, sequ
     if len(payload) > MAX_PAYLOAD_BYTES:
         raise Oversized(type(message).TYPE, f"{len(payload)} bytes, at most {MAX_PAYLOAD_BYTES} allowed")
     return payload
+
+
+def size_bytes(message: Message) -> int:
+    """What the message will take on the bus, a little more than less: for senders that would rather know before."""
+    return len(_encoder.encode(message)) + _ENVELOPE_BYTES
 
 
 def decode(topic: str, payload: bytes) -> Received:
@@ -153,4 +160,5 @@ __all__ = [
     "UnknownType",
     "decode",
     "encode",
+    "size_bytes",
 ]

@@ -79,6 +79,17 @@ def adopt(document: SetDocument, published: SetDocument) -> SetDocument:
     return published if published.incarnation > document.incarnation else document
 
 
+def above(document: SetDocument, published: SetDocument) -> SetDocument:
+    """The document with an incarnation above a published one that says something else.
+
+    For a coordinator that leads and hears what another has published: subscribers that took the other's
+    document only take ours when it is higher.
+    """
+    if document.incarnation > published.incarnation:
+        return document
+    return SetDocument(set=document.set, incarnation=published.incarnation + 1, events=document.events)
+
+
 def _replaced(document: SetDocument, event: ScheduledEvent) -> SetDocument:
     return _changed(
         document, tuple(event if each.event_id == event.event_id else each for each in document.events)

@@ -211,3 +211,30 @@ def test_a_vm_in_no_set_does_not_pull_its_host_forward(build: Build, host: Host,
         )
     )
     assert [wave.hosts for wave in plan.waves] == [("h1",), ("h2",), ("h3",)]
+
+
+@pytest.mark.parametrize(
+    ("budget_s", "hold_s", "fits"), [(10.0, 7.0, True), (10.0, 7.1, False), (0.4, 0.05, False)]
+)
+def test_a_hold_must_leave_room_for_the_resume(
+    budget_s: float, hold_s: float, fits: bool, build: Build, host: Host, fleet: MakeFleet
+) -> None:
+    plan = make_plan(
+        fleet(host("h1", build("w1"))),
+        update="",
+        selection=m.Selection(vms=("w1",)),
+        policy=m.Policy(budget_s=budget_s),
+        hold_s=hold_s,
+    )
+    assert bool(plan.waves) is fits
+    assert bool(plan.refusals) is not fits
+
+
+def test_a_selected_vm_whose_host_lacks_the_update_is_named(
+    build: Build, host: Host, fleet: MakeFleet
+) -> None:
+    record = m.UpdateRecord(update="patch", impact="pause", scope="vm", expected_s=1, timeout_s=9)
+    everybody = fleet(host("h1", build("w1"), updates=(record,)), host("h2", build("w2"), updates=()))
+    plan = make_plan(everybody, update="patch", selection=m.Selection(vms=("w1", "w2")), policy=m.Policy())
+    assert [vm.vm for vm in plan.skipped] == ["w2"]
+    assert "does not define the update" in plan.skipped[0].reason

@@ -430,3 +430,206 @@ def test_live_updates_warn_nobody(
     assert story.wave_is("started")
     story.report(frozen=False, pause_s=0.0)
     assert (story.rollout.status, story.ends()) == ("completed", [])
+
+
+@pytest.fixture
+def pair(
+    build: Callable[..., m.VmRecord],
+    host: Callable[..., m.HostInventory],
+    fleet: Callable[..., Fleet],
+    authority: Authority,
+) -> Story:
+    """A first wave of two hosts, a second one of the third."""
+    everybody = fleet(host("h1", build("w1")), host("h2", build("w2")), host("h3", build("w3", domain=1)))
+    return Story(everybody, authority)
+
+
+def _report_of(story: Story, host: str, status: m.OperationStatus, **result: Any) -> m.OperationReported:
+    operation = next(each for each in story.wave.operations if each.host == host)
+    vms = tuple(
+        m.VmResult(
+            **{
+                "vm": vm.vm,
+                "set": vm.set,
+                "update_domain": vm.update_domain,
+                "state": "running",
+                "frozen": True,
+                **result,
+            }
+        )
+        for vm in story.wave.vms
+        if vm.host == host
+    )
+    return m.OperationReported(
+        operation=operation.operation, host=host, epoch=1, status=status, vms=vms, at=story.now
+    )
+
+
+@pytest.mark.parametrize("synced", [True, False])
+def test_a_host_that_did_its_part_is_verified_with_those_that_tried_again(synced: bool, pair: Story) -> None:
+    pair.started()
+    first = pair.wave.operations[0].operation
+    pair.give(_report_of(pair, "h1", "completed")).give(_report_of(pair, "h2", "failed"))
+    assert pair.is_("halted")
+    verdict = m.VmClockSynced(
+        vm="w1",
+        host="h1",
+        set="web",
+        update_domain=0,
+        operation=first,
+        synced=synced,
+        by="agent",
+        reason="" if synced else "no answer",
+        at=pair.now,
+    )
+    pair.give(verdict)  # it comes late, when the wave has failed already
+    pair.give(Resume())
+    assert [event.resources for event in pair.wave.events] == [("w2",)]
+    pair.ready().approve().give(Tick())
+    assert [each.host for each in due_commands(pair.rollout, pair.authority)] == ["h2"]
+    pair.give(_report_of(pair, "h2", "completed"))
+    second = pair.wave.operations[0].operation
+    pair.give(msgspec.structs.replace(verdict, vm="w2", host="h2", operation=second, synced=True))
+    if synced:
+        assert [wave.status for wave in pair.rollout.waves] == ["completed", "scheduled"]
+    else:
+        assert pair.is_("halted")
+        assert "w1 is unsynced" in pair.rollout.reason
+        pair.give(Resume())  # now the operator has seen it, and accepts it
+        assert pair.rollout.waves[0].status == "completed"
+
+
+def test_a_verdict_of_an_earlier_attempt_that_was_lost_is_asked_for_again(pair: Story) -> None:
+    pair.started().give(_report_of(pair, "h1", "completed")).give(_report_of(pair, "h2", "failed"))
+    pair.give(Resume()).ready().approve().give(Tick()).give(_report_of(pair, "h2", "completed"))
+    asked = [
+        each for each in due_commands(pair.rollout, pair.authority) if isinstance(each, m.FreezeCommanded)
+    ]
+    assert [each.host for each in asked] == ["h1", "h2"]
+    assert all(each.not_after <= pair.now for each in asked), "a host that forgot must not pause again"
+
+
+def test_a_host_speaks_only_for_itself(pair: Story) -> None:
+    pair.started()
+    before = pair.rollout
+    pair.give(msgspec.structs.replace(_report_of(pair, "h1", "completed"), host="h2"))
+    operation = pair.wave.operations[0].operation
+    for vm, host in (("w1", "h2"), ("w2", "h1")):
+        pair.give(
+            m.VmClockSynced(
+                vm=vm,
+                host=host,
+                set="web",
+                update_domain=0,
+                operation=operation,
+                synced=True,
+                by="agent",
+                at=T0,
+            )
+        )
+    assert pair.rollout == before
+
+
+def test_a_report_that_leaves_a_vm_out_verifies_nothing(story: Story) -> None:
+    story.started()
+    silent = msgspec.structs.replace(_report_of(story, "h1", "completed"), vms=())
+    story.give(silent).clocks()
+    assert story.is_("halted")
+    assert "reported nothing about it" in story.rollout.reason
+
+
+def test_a_coordinator_that_returns_commands_no_freeze_while_another_ones_pause_lasts(story: Story) -> None:
+    story.started()
+    whole = story.fleet
+    story.rollout = after_restart(story.rollout, story.now)
+    story.authority = Authority(coordinator="c2", epoch=3)
+    assert story.give(Tick()).commands() == [], "no host has acknowledged the new epoch"
+    acknowledged = whole
+    for inventory in whole.inventories.values():
+        acknowledged = acknowledged.with_inventory(
+            msgspec.structs.replace(inventory, epoch=3, coordinator="c2")
+        )
+    h2 = acknowledged.inventories["h2"]
+    story.fleet = acknowledged.with_inventory(msgspec.structs.replace(h2, operation="another's"))
+    assert story.give(Tick()).commands() == []
+    assert "busy with operation another's" in story.wave.waiting_for
+    story.fleet = _with_vm(acknowledged, "h2", state="paused")
+    assert story.give(Tick()).commands() == []
+    story.fleet = acknowledged
+    assert story.give(Tick()).commands() == ["FreezeCommanded"]
+
+
+def test_a_coordinator_that_returns_goes_on_with_its_own_pause(story: Story) -> None:
+    story.started()
+    mine = story.wave.operations[0].operation
+    story.rollout = after_restart(story.rollout, story.now)
+    story.authority = Authority(coordinator="c2", epoch=2)
+    for inventory in story.fleet.inventories.values():
+        story.fleet = story.fleet.with_inventory(
+            msgspec.structs.replace(inventory, epoch=2, coordinator="c2")
+        )
+    h1 = story.fleet.inventories["h1"]
+    paused = (msgspec.structs.replace(h1.vms[0], state="paused"),)
+    story.fleet = story.fleet.with_inventory(msgspec.structs.replace(h1, operation=mine, vms=paused))
+    assert story.give(Tick()).commands() == ["FreezeCommanded"]
+    story.fleet = story.fleet.with_inventory(msgspec.structs.replace(h1, operation="", vms=paused))
+    story.rollout = after_restart(story.rollout, story.now)
+    story.authority = Authority(coordinator="c3", epoch=3)
+    assert story.give(Tick()).commands() == []
+
+
+def test_an_abort_needs_no_fence(story: Story) -> None:
+    story.started()
+    story.rollout = after_restart(story.rollout, story.now)
+    story.authority = Authority(coordinator="c2", epoch=2)
+    assert story.give(Abort()).commands() == ["AbortCommanded"]
+
+
+def test_a_gate_that_opened_again_is_waited_for_anew(two_hosts: Fleet, authority: Authority) -> None:
+    story = Story(two_hosts, authority, soak_s=1000.0).started().report().clocks()
+    ill = two_hosts.with_agent("w1", online=False)
+    for _ in range(3):
+        story.fleet = ill
+        story.give(Tick(), 15)
+        assert "agent is offline" in story.wave.waiting_for
+        story.fleet = two_hosts
+        story.give(Tick(), 15)
+        assert story.wave.waiting_for == ""
+    assert story.wave_is("soaking")
+
+
+def test_agents_may_say_again_what_a_coordinator_that_was_away_did_not_hear(story: Story) -> None:
+    story.announce().approve()
+    story.now += timedelta(seconds=100)
+    story.rollout = after_restart(story.rollout, story.now)
+    story.give(Tick())
+    assert story.wave_is("scheduled")
+    story.give(Tick(), 29)
+    assert story.wave_is("scheduled")
+    story.give(Tick(), 1)
+    assert story.is_("halted")
+    assert "no answer of the agent" in story.rollout.reason
+
+
+def test_approval_counts_only_from_a_vm_of_the_set(story: Story) -> None:
+    story.announce().ready()
+    event_id = story.wave.events[0].event_id
+    story.give(Approve(event_id=event_id, by="nobody"))
+    assert story.wave_is("scheduled")
+    story.give(
+        Approve(event_id=event_id, by="w2")
+    )  # of the same set, not of this wave: it sees the event too
+    assert story.wave_is("started")
+
+
+def test_reasons_name_the_first_and_count_the_rest(
+    build: Callable[..., m.VmRecord],
+    host: Callable[..., m.HostInventory],
+    fleet: Callable[..., Fleet],
+    authority: Authority,
+) -> None:
+    story = Story(fleet(*(host(f"h{each}", build(f"w{each}")) for each in range(1, 51))), authority)
+    story.started().report("failed", "x" * 4000)
+    assert story.is_("halted")
+    assert "and 42 more" in story.rollout.reason
+    assert len(story.rollout.reason) <= 1000

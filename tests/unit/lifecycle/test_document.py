@@ -8,7 +8,7 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
-from caesura.contract.messages import ScheduledEvent
+from caesura.contract.messages import ScheduledEvent, SetDocument
 from caesura.lifecycle import document as d
 from caesura.lifecycle.errors import IllegalTransition
 
@@ -94,3 +94,13 @@ class Lives(RuleBasedStateMachine):
 
 
 TestLives = Lives.TestCase
+
+
+@pytest.mark.parametrize(("ours", "theirs", "becomes"), [(9, 5, 9), (5, 5, 6), (4, 5, 6)])
+def test_the_leaders_document_stands_above_what_another_published(
+    ours: int, theirs: int, becomes: int
+) -> None:
+    mine = SetDocument(set="web", incarnation=ours, events=())
+    foreign = SetDocument(set="web", incarnation=theirs, events=())
+    assert d.above(mine, foreign).incarnation == becomes
+    assert d.above(mine, foreign).events == mine.events

@@ -1,0 +1,19 @@
+"""What a pause budget leaves for the work under the pause: planners and hosts must agree, or a plan is refused at its start.
+
+A margin is a tenth of the budget, at least 0.1 s and at most 1 s. The last three are for ending the update,
+resuming the VMs, and the guard's own resume.
+"""
+
+from __future__ import annotations
+
+MIN_BUDGET_S = 0.5  # s: below it the margins leave nothing for the update
+
+
+def margin_s(budget_s: float) -> float:
+    """One margin of a budget, seconds."""
+    return min(max(budget_s / 10, 0.1), 1.0)
+
+
+def usable_s(budget_s: float) -> float:
+    """Seconds of a budget that an update or a hold can use, at best."""
+    return budget_s - 3 * margin_s(budget_s)

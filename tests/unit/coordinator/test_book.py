@@ -1,0 +1,246 @@
+"""The book and its store: what is kept, what is forgotten, what a store older than the bus leads to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from caesura.contract import messages as m
+from caesura.contract.codec import encode, size_bytes
+from caesura.contract.envelope import Message
+from caesura.runtime.errors import StoreError
+from caesura_coordinator.book import Book
+from caesura_coordinator.fleet import Fleet
+from caesura_coordinator.plan import make_plan
+from caesura_coordinator.records import Rollout, WaveEvent, largest_state, new_rollout, rollout_state
+from caesura_coordinator.rollout import Abort, Approve, Authority, Resume, Tick
+from caesura_coordinator.store import Store
+
+T0 = datetime(2026, 4, 20, 12, 0, 0, tzinfo=UTC)
+_ANSWER = m.RequestAnswered(request="q", accepted=True)
+
+
+class Desk:
+    """A book with one rollout over w1 (domain 0) on h1 and w2 (domain 1) on h2, one second a step."""
+
+    def __init__(self, folder: Path, fleet: Fleet, authority: Authority) -> None:
+        self.path = str(folder / "c.sqlite")
+        self.fleet = fleet
+        self.authority = authority
+        self.now = T0
+        self.book = Book(Store(self.path), T0)
+        self.policy = m.Policy(notice_s=60.0, verify_timeout_s=20.0)
+        self.book.add(self.fresh("r"), "ops", _ANSWER)
+
+    def fresh(self, name: str, **selection: tuple[str, ...]) -> Rollout:
+        plan = make_plan(self.fleet, update="patch", selection=m.Selection(**selection), policy=self.policy)
+        assert not plan.refusals
+        return new_rollout(
+            name,
+            plan,
+            policy=self.policy,
+            set_hosts=tuple(self.fleet.inventories),
+            requested_by="ops",
+            now=T0,
+        )
+
+    def give(self, received: Any, after_s: float = 0.0, name: str = "r") -> Rollout:
+        self.now += timedelta(seconds=after_s)
+        return self.book.step(self.book.rollouts[name], received, self.fleet, self.authority, self.now)
+
+    def event(self) -> WaveEvent:
+        wave = self.book.rollouts["r"].current
+        assert wave is not None
+        return wave.events[0]
+
+    def scheduled(self) -> Desk:
+        self.give(Tick())
+        self.give(m.VmReady(vm="w1", event_id=self.event().event_id, ready=True))
+        return self
+
+    def sent(self) -> list[Message]:
+        """Everything in the outbox, as a broker would take it."""
+        found = []
+        while (outgoing := self.book.store.next_outgoing()) is not None:
+            encode(outgoing.message, source="/x", event_id=outgoing.event_id, time=T0)
+            self.book.store.sent(outgoing.number)
+            found.append(outgoing.message)
+        return found
+
+    def reopened(self) -> Book:
+        self.book.store.database.close()
+        self.book = Book(Store(self.path), self.now)
+        return self.book
+
+
+@pytest.fixture
+def desk(
+    tmp_path: Path,
+    build: Callable[..., m.VmRecord],
+    host: Callable[..., m.HostInventory],
+    fleet: Callable[..., Fleet],
+    authority: Authority,
+) -> Desk:
+    return Desk(tmp_path, fleet(host("h1", build("w1")), host("h2", build("w2", domain=1))), authority)
+
+
+def test_what_was_decided_is_read_back_whole(desk: Desk) -> None:
+    desk.scheduled().give(Approve(event_id=desk.event().event_id, by="w1"))
+    before, documents = desk.book.rollouts["r"], desk.book.documents
+    assert before.current is not None
+    assert before.current.status == "started"
+    again = desk.reopened()
+    deadlines = {"report_by": None, "answers_by": None}
+
+    def bare(rollout: Rollout) -> Rollout:
+        waves = tuple(msgspec.structs.replace(wave, **deadlines) for wave in rollout.waves)
+        return msgspec.structs.replace(rollout, waves=waves)
+
+    assert bare(again.rollouts["r"]) == bare(before)
+    assert again.documents == documents
+
+
+@pytest.mark.parametrize("length", [4096, 100_000])
+def test_the_longest_reason_can_be_announced_and_read_back(length: int, desk: Desk) -> None:
+    desk.scheduled().give(Abort(reason="x" * length))
+    states = [each for each in desk.sent() if isinstance(each, m.RolloutState)]
+    assert states[-1].status == "aborted"
+    assert states[-1].reason.startswith("aborted: xxx")
+    assert desk.reopened().rollouts["r"].status == "aborted"
+
+
+def test_a_report_with_the_longest_reason_can_be_announced(desk: Desk) -> None:
+    desk.scheduled().give(Approve(event_id=desk.event().event_id, by="w1"))
+    wave = desk.book.rollouts["r"].current
+    assert wave is not None
+    (operation,) = wave.operations
+    desk.give(
+        m.OperationReported(
+            operation=operation.operation, host="h1", epoch=1, status="failed", reason="y" * 4096, at=T0
+        )
+    )
+    states = [each for each in desk.sent() if isinstance(each, m.RolloutState)]
+    assert states[-1].status == "halted"
+    assert "h1 failed: yyy" in states[-1].reason
+
+
+def test_a_record_that_cannot_be_read_is_said_to_be(desk: Desk) -> None:
+    desk.book.store.database.run("UPDATE wave SET body = '{}'")
+    desk.book.store.database.close()
+    with pytest.raises(StoreError, match="a wave of rollout r in the store cannot be read"):
+        Book(Store(desk.path), T0)
+
+
+def test_only_waves_that_changed_are_written(desk: Desk) -> None:
+    desk.give(Tick())
+    desk.book.store.database.run("UPDATE wave SET body = 'untouched' WHERE number = 1")
+    desk.give(m.VmReady(vm="w1", event_id=desk.event().event_id, ready=True))
+    rows = desk.book.store.database.run("SELECT number, body FROM wave ORDER BY number")
+    assert b"w1" in rows[0][1]
+    assert rows[1] == (1, "untouched")
+
+
+def test_a_rollout_that_holds_its_sets_is_never_forgotten(desk: Desk) -> None:
+    desk.give(Tick())
+    done = msgspec.structs.replace(desk.book.rollouts["r"], status="completed")
+    for number in range(520):
+        desk.book.add(msgspec.structs.replace(done, id=f"x{number}"), "ops", _ANSWER)
+    cleared = desk.book.republish()
+    assert "r" in desk.book.rollouts
+    assert "r" not in cleared
+    assert any(isinstance(each, m.RolloutState) and each.rollout == "r" for each in desk.sent())
+    assert len(desk.book.rollouts) <= 500
+    assert desk.reopened().rollouts["r"].status == "running"
+    assert len(desk.book.rollouts) <= 500
+
+
+def test_an_ended_rollout_is_cleared_from_the_bus_once(desk: Desk) -> None:
+    done = msgspec.structs.replace(desk.book.rollouts["r"], status="completed")
+    cleared: list[str] = []
+    for number in range(60):
+        desk.book.add(msgspec.structs.replace(done, id=f"x{number}"), "ops", _ANSWER)
+        cleared += desk.book.forget()
+    assert cleared == [f"x{number}" for number in range(10)]
+    assert desk.book.forget() == []
+    assert desk.book.republish() == cleared, "a broker restored from a copy may have them again"
+
+
+def test_a_document_ahead_of_the_store_halts_what_holds_the_set_and_nothing_ends_twice(desk: Desk) -> None:
+    desk.scheduled()
+    mine, sent = desk.event().event_id, desk.sent()
+    assert any(isinstance(each, m.EventChanged) and each.event_id == mine for each in sent)
+    ahead = m.SetDocument(set="web", incarnation=desk.book.documents["web"].incarnation + 5, events=())
+    desk.book.adopt(ahead, desk.fleet, desk.authority, T0)
+    assert desk.book.rollouts["r"].status == "halted"
+    assert "no record of" in desk.book.rollouts["r"].reason
+    assert not [each for each in desk.sent() if isinstance(each, m.EventChanged)], (
+        "its end was told by another"
+    )
+    desk.give(Tick(), 70)
+    desk.give(Resume())
+    assert desk.event().event_id != mine
+    assert desk.book.documents["web"].incarnation > ahead.incarnation
+
+
+def test_an_event_of_nobody_is_ended_when_its_document_is_taken_up(desk: Desk) -> None:
+    foreign = m.ScheduledEvent(
+        event_id="E", event_type="Freeze", status="started", resources=("d1",), not_before=T0
+    )
+    desk.sent()
+    desk.book.adopt(m.SetDocument(set="db", incarnation=9, events=(foreign,)), desk.fleet, desk.authority, T0)
+    ends = [each for each in desk.sent() if isinstance(each, m.EventChanged)]
+    assert [(each.event_id, each.status, each.incarnation) for each in ends] == [("E", "failed", 10)]
+    assert desk.book.rollouts["r"].status == "running", "it does not hold that set"
+
+
+def test_ids_of_one_attempt_differ_between_epochs(desk: Desk) -> None:
+    """A store restored from an old copy must not use an id again whose event has ended meanwhile."""
+    desk.give(Tick())
+    first = desk.event().event_id
+    desk.reopened().store.database.run("UPDATE wave SET body = json_replace(body, '$.status', 'pending')")
+    desk.reopened()
+    desk.authority = Authority(coordinator="c", epoch=2)
+    for inventory in desk.fleet.inventories.values():
+        desk.fleet = desk.fleet.with_inventory(msgspec.structs.replace(inventory, epoch=2))
+    desk.give(Tick())
+    assert desk.event().event_id != first
+
+
+def test_two_rollouts_that_share_a_host_take_turns(
+    tmp_path: Path,
+    build: Callable[..., m.VmRecord],
+    host: Callable[..., m.HostInventory],
+    fleet: Callable[..., Fleet],
+    authority: Authority,
+) -> None:
+    everybody = fleet(host("h1", build("w1", agent=False), build("d1", "db", agent=False)))
+    book = Book(Store(str(tmp_path / "c.sqlite")), T0)
+    policy = m.Policy(notice_s=1.0)
+    for name in ("web", "db"):
+        plan = make_plan(everybody, update="", selection=m.Selection(sets=(name,)), policy=policy, hold_s=1.0)
+        made = new_rollout(name, plan, policy=policy, set_hosts=("h1",), requested_by="ops", now=T0)
+        book.add(made, "ops", _ANSWER)
+    for seconds in (0, 2):
+        for name in ("web", "db"):
+            # The inventory does not show yet what was commanded a moment ago.
+            book.step(book.rollouts[name], Tick(), everybody, authority, T0 + timedelta(seconds=seconds))
+    one, two = (book.rollouts[name].current for name in ("web", "db"))
+    assert one is not None
+    assert two is not None
+    assert (one.status, two.status) == ("started", "scheduled")
+    assert "h1 is busy with operation" in two.waiting_for
+
+
+def test_the_largest_state_is_at_least_what_is_ever_announced(desk: Desk) -> None:
+    largest = size_bytes(largest_state(desk.book.rollouts["r"]))
+    desk.scheduled().give(Approve(event_id=desk.event().event_id, by="w1"))
+    desk.give(Abort(reason="z" * 4096))
+    desk.give(Tick(), 200)
+    state = rollout_state(desk.book.rollouts["r"])
+    assert state.status == "aborted"
+    assert largest >= size_bytes(state)

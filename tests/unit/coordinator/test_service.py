@@ -1,0 +1,320 @@
+"""The coordinator on a bus in memory: who leads, what is published again, what a full disk or a bad message does."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from caesura.bus.memory import MemoryBroker, MemoryBus
+from caesura.bus.post import Post
+from caesura.contract import messages as m
+from caesura.contract.codec import Received, decode, encode, size_bytes
+from caesura.contract.envelope import Message
+from caesura.contract.topics import channel_of
+from caesura.runtime.errors import StoreError
+from caesura.testing.collector import eventually
+from caesura_coordinator.service import Coordinator, Superseded, subscriptions
+from caesura_coordinator.store import Store
+
+T0 = datetime(2026, 4, 20, 12, 0, 0, tzinfo=UTC)
+
+
+class World:
+    """A broker, what was ever published on it by type, and a client that may say anything."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.broker = MemoryBroker()
+        self.bus = MemoryBus(self.broker, client_id="world", filters=["#"])
+        self.post = Post(self.bus, "/caesura/world")
+        self.heard: list[Message] = []
+        for kind in (
+            m.SetDocument,
+            m.RequestAnswered,
+            m.CoordinatorPresence,
+            m.RolloutState,
+            m.FreezeCommanded,
+        ):
+            self.post.on(kind, self._hear)
+
+    async def _hear(self, message: Message, _: Received) -> None:
+        self.heard.append(message)
+
+    def of(self, kind: type[Message]) -> list[Any]:
+        return [each for each in self.heard if isinstance(each, kind)]
+
+    def retained(self, kind: type[Message], **parameters: str) -> Any:
+        topic = channel_of(kind).topic(**parameters)
+        payload = self.broker.retained.get(topic)
+        return decode(topic, payload).message if payload else None
+
+    @asynccontextmanager
+    async def coordinator(self, name: str = "c", settle_s: float = 0.05) -> AsyncIterator[Coordinator]:
+        """One that runs for the block, and is killed at its end: no drain."""
+        store = Store(str(self.folder / f"{name}.sqlite"))
+        bus = MemoryBus(self.broker, client_id=name, filters=subscriptions(), clean=False)
+        made = Coordinator(bus, store, instance=name, settle_s=settle_s)
+        tasks = [asyncio.ensure_future(start()) for start in made.tasks().values()]
+        made.running = tasks  # type: ignore[attr-defined]
+        try:
+            yield made
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            store.database.close()
+
+    async def host(self, inventory: m.HostInventory) -> None:
+        """A host reports, with its presence and its agents'."""
+        await self.post.send(
+            m.HostPresence(host=inventory.host, online=True, instance="i"), host=inventory.host
+        )
+        await self.post.send(inventory, host=inventory.host)
+
+    async def ask(self, request: Message) -> m.RequestAnswered:
+        await self.post.send(request, client="ops")
+        wanted = request.request  # type: ignore[attr-defined]
+        await eventually(lambda: any(each.request == wanted for each in self.of(m.RequestAnswered)))
+        return next(each for each in self.of(m.RequestAnswered) if each.request == wanted)  # type: ignore[no-any-return]
+
+
+@pytest.fixture
+async def world(tmp_path: Path) -> AsyncIterator[World]:
+    made = World(tmp_path)
+    task = asyncio.create_task(made.bus.run(made.post.deliver))
+    await made.bus.wait_connected(5)
+    yield made
+    await made.bus.close()
+    await task
+
+
+def _request(name: str, **values: Any) -> m.RolloutRequested:
+    return m.RolloutRequested(request=name, update="patch", policy=m.Policy(notice_s=600.0), **values)
+
+
+async def test_what_is_retained_is_published_again_at_the_start(
+    world: World, host: Callable[..., Any], build: Callable[..., Any]
+) -> None:
+    await world.host(host("h1", build("w1")))
+    async with world.coordinator():
+        await eventually(lambda: bool(world.of(m.SetDocument)))
+        assert (await world.ask(_request("q"))).accepted
+        await eventually(lambda: bool(world.of(m.RolloutState)))
+    for topic in [each for each in world.broker.retained if "/fleet/" in each]:
+        del world.broker.retained[topic]  # a broker without a disk, after a power cut
+    async with world.coordinator() as again:
+        await eventually(lambda: world.retained(m.SetDocument, set="web") is not None)
+        (rollout,) = again.book.rollouts
+        await eventually(lambda: world.retained(m.RolloutState, rollout=rollout) is not None)
+
+
+async def test_of_two_that_claim_the_same_epoch_exactly_one_leads(world: World) -> None:
+    async with world.coordinator("a") as a, world.coordinator("b") as b:
+        await eventually(lambda: a.authority.epoch > 0 and b.authority.epoch > 0)
+        await eventually(lambda: a.leads != b.leads)
+        leader = a if a.leads else b
+        await eventually(
+            lambda: (
+                world.retained(m.CoordinatorPresence)
+                == m.CoordinatorPresence(
+                    coordinator=leader.authority.coordinator, epoch=leader.authority.epoch, online=True
+                )
+            )
+        )
+        assert a.leads != b.leads
+
+
+async def test_a_superseded_coordinator_publishes_nothing_when_it_goes(
+    world: World, host: Callable[..., Any], build: Callable[..., Any]
+) -> None:
+    await world.host(host("h1", build("w1")))
+    async with world.coordinator("a") as a:
+        await eventually(lambda: world.retained(m.SetDocument, set="web") is not None)
+        higher = m.CoordinatorPresence(coordinator="b", epoch=9, online=True)
+        await world.post.send(higher)
+        await eventually(lambda: not a.leads)
+        newer = m.SetDocument(set="web", incarnation=7, events=())
+        await world.post.send(newer, set="web")
+        a.store.enqueue(m.SetDocument(set="web", incarnation=2, events=()), set="web")
+        await a.drain()
+        assert world.retained(m.SetDocument, set="web") == newer
+        assert world.retained(m.CoordinatorPresence) == higher
+        with pytest.raises(Superseded):
+            await a.running[3]  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("incarnation", [1, 5, 9])
+async def test_a_document_of_another_coordinator_does_not_stay(
+    incarnation: int, world: World, host: Callable[..., Any], build: Callable[..., Any]
+) -> None:
+    await world.host(host("h1", build("w1")))
+    async with world.coordinator("a") as a:
+        await world.post.send(m.SetDocument(set="web", incarnation=5, events=()), set="web")
+        await eventually(lambda: "web" in a.book.documents and a.leads)
+        await eventually(lambda: a.book.documents["web"].incarnation >= 5)
+        foreign = m.ScheduledEvent(
+            event_id="E", event_type="Freeze", status="scheduled", resources=("w1",), not_before=T0
+        )
+        await world.post.send(m.SetDocument(set="web", incarnation=incarnation, events=(foreign,)), set="web")
+        await eventually(
+            lambda: (
+                world.retained(m.SetDocument, set="web") == a.book.documents["web"]
+                and not a.book.documents["web"].events
+            )
+        )
+        assert a.book.documents["web"].incarnation > 4
+        if incarnation >= 5:
+            assert a.book.documents["web"].incarnation > incarnation, (
+                "else those who took the other's keep it"
+            )
+
+
+async def test_a_message_that_nobody_could_read_does_not_hold_up_the_others(world: World) -> None:
+    async with world.coordinator() as one:
+        await eventually(lambda: one.leads)
+        one.store.enqueue(m.RequestAnswered(request="a", accepted=False, reason="x" * 5000), client="ops")
+        one.store.enqueue(m.RequestAnswered(request="a", accepted=False), client="not a/level")
+        waves = tuple(
+            m.WaveState(
+                wave=0, status="pending", domains={}, hosts=(), vms=tuple(f"vm-{i:060d}" for i in range(5000))
+            )
+            for _ in range(1)
+        )
+        huge = m.RolloutState(
+            rollout="r", update="u", status="running", policy=m.Policy(), sets=(), waves=waves, created_at=T0
+        )
+        one.store.enqueue(huge, rollout="r")
+        answer = await world.ask(_request("q"))
+        assert not answer.accepted
+        assert one.waiting() == 0
+
+
+async def test_a_plan_too_large_for_a_message_is_said_to_be(
+    world: World, host: Callable[..., Any], build: Callable[..., Any]
+) -> None:
+    for number in range(80):
+        vms = [build(f"vm-{number:02d}-{each:02d}", f"set-{each:02d}", number % 20) for each in range(20)]
+        await world.host(host(f"host-{number:02d}", *vms))
+    async with world.coordinator() as one:
+        await eventually(lambda: len(one.fleet.inventories) == 80)
+        planned = await world.ask(_request("p", plan_only=True))
+        assert not planned.accepted
+        assert "select fewer" in planned.reason
+        some = await world.ask(
+            _request("s", plan_only=True, selection=m.Selection(hosts=("host-01", "host-02")))
+        )
+        assert some.plan is not None
+        assert len(some.plan.waves) == 2
+        started = await world.ask(_request("q"))
+        assert started.accepted
+        assert started.plan is None
+
+
+async def test_a_repeated_abort_gets_the_answer_that_was_stored_with_the_abort(
+    world: World, host: Callable[..., Any], build: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await world.host(host("h1", build("w1")))
+    async with world.coordinator() as one:
+        await eventually(lambda: one.leads)
+        assert (await world.ask(_request("q"))).accepted
+        monkeypatch.setattr(one.store, "save_answer", _full)
+        await world.post.send(m.AbortRequested(request="a"), client="ops")
+        await eventually(lambda: not one.store.waiting())
+        (rollout,) = one.book.rollouts.values()
+        assert rollout.status == "running", "aborted without an answer that says so"
+        monkeypatch.undo()
+        assert (await world.ask(m.AbortRequested(request="a"))).accepted
+        assert next(iter(one.book.rollouts.values())).status == "aborted"
+
+
+def _full(*_: object) -> None:
+    raise StoreError("disk full")
+
+
+async def test_a_rollout_that_could_not_be_stored_does_not_run(
+    world: World, host: Callable[..., Any], build: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await world.host(host("h1", build("w1")))
+    async with world.coordinator() as one:
+        await eventually(lambda: one.leads)
+        monkeypatch.setattr(one.store, "save_answer", _full)
+        await world.post.send(_request("q"), client="ops")
+        await world.post.send(m.AgentPresence(vm="w1", online=True, boot_id="b"), vm="w1")
+        await eventually(lambda: one.fleet.agents_online.get("w1", False))
+        assert not one.book.rollouts
+        monkeypatch.undo()
+        assert (await world.ask(_request("q"))).accepted
+
+
+async def test_a_document_that_could_not_be_stored_is_tried_again(
+    world: World, host: Callable[..., Any], build: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with world.coordinator() as one:
+        await eventually(lambda: one.leads)
+        monkeypatch.setattr(one.store, "save_document", _full)
+        await world.host(host("h1", build("w1")))
+        await eventually(lambda: "h1" in one.fleet.inventories)
+        assert not one.book.documents
+        monkeypatch.undo()
+        await world.host(host("h1", build("w1")))
+        await eventually(lambda: world.retained(m.SetDocument, set="web") is not None)
+
+
+async def test_abort_without_a_name_says_which_there_are(
+    world: World, host: Callable[..., Any], build: Callable[..., Any]
+) -> None:
+    await world.host(host("h1", build("w1")))
+    await world.host(host("h2", build("d1", "db")))
+    async with world.coordinator() as one:
+        await eventually(lambda: one.leads)
+        assert "no rollout is under way" in (await world.ask(m.AbortRequested(request="0"))).reason
+        for name in ("web", "db"):
+            request = m.FreezeRequested(
+                request=name, selection=m.Selection(sets=(name,)), hold_s=1.0, policy=m.Policy(notice_s=600.0)
+            )
+            assert (await world.ask(request)).accepted
+        answer = await world.ask(m.AbortRequested(request="2"))
+        assert "say which" in answer.reason
+        assert all(name in answer.reason for name in one.book.rollouts)
+
+
+async def test_only_a_vm_that_sees_an_event_approves_it(
+    world: World, host: Callable[..., Any], build: Callable[..., Any]
+) -> None:
+    async with world.coordinator() as one:
+        await eventually(lambda: one.leads)
+        mine = {"epoch": one.authority.epoch, "coordinator": one.authority.coordinator}
+        await world.host(host("h1", build("w1", agent=False), **mine))
+        await world.host(host("h2", build("d1", "db", agent=False), **mine))
+        assert (await world.ask(_request("q", selection=m.Selection(sets=("web",))))).accepted
+        (rollout,) = one.book.rollouts
+
+        def event() -> Any:
+            wave = one.book.rollouts[rollout].current
+            return wave.events[0] if wave and wave.events else None
+
+        await eventually(lambda: event() is not None)
+        for vm, set_name in (("d1", "web"), ("nobody", "web"), ("d1", "db")):
+            await world.post.send(
+                m.EventApproved(event_id=event().event_id, set=set_name, vm=vm, at=T0), instance="p"
+            )
+        await world.ask(m.AbortRequested(request="x", rollout="unknown"))  # all before it was handled
+        assert not event().approved_by
+        await world.post.send(
+            m.EventApproved(event_id=event().event_id, set="web", vm="w1", at=T0), instance="p"
+        )
+        await eventually(lambda: event().approved_by == "w1")
+
+
+def test_size_is_never_below_what_is_sent() -> None:
+    answer = m.RequestAnswered(request="r", accepted=True, reason="ä" * 100)
+    sent = encode(answer, source="/" + "s" * 255, event_id="e" * 128, time=T0)
+    assert size_bytes(answer) >= len(sent)
+    assert msgspec.json.decode(sent)["data"]["reason"] == "ä" * 100

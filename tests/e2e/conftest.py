@@ -111,9 +111,9 @@ class Stage:
         return state
 
     async def frozen(self, *vms: str, timeout_s: float = 15.0) -> None:
-        """Wait until the kernel says that these VMs stand still."""
+        """Wait until the kernel says that these VMs stand still, and the watch has it on record."""
         await self.sandbox.until(
-            lambda: set(vms) <= self.sandbox.watch.frozen(), timeout_s, f"{', '.join(vms)} frozen"
+            lambda: set(vms) <= self.sandbox.watch.standing(), timeout_s, f"{', '.join(vms)} frozen"
         )
 
     async def none_frozen(self, timeout_s: float = 10.0) -> None:

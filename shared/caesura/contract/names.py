@@ -20,6 +20,7 @@ Name = Annotated[
     Meta(pattern=NAME_PATTERN, description="One topic level: letters, digits, `_` and `-`, 1 to 63 of them."),
 ]
 
+_VM_NAME_MAX = 62
 _ALLOWED = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_-")
 
 
@@ -47,6 +48,10 @@ def check_name(kind: str, value: str) -> str:
         raise InvalidName(
             kind, value, "is not 1 to 63 of A-Z a-z 0-9 _ - (it becomes one level of an MQTT topic)"
         )
+    if kind == "VM" and len(value) > _VM_NAME_MAX:
+        raise InvalidName(
+            kind, value, f"is longer than {_VM_NAME_MAX} characters (with an underscore it names a set)"
+        )
     if value.startswith("_"):
         raise InvalidName(kind, value, "starts with an underscore, which is reserved for VMs outside any set")
     return value
@@ -54,4 +59,4 @@ def check_name(kind: str, value: str) -> str:
 
 def own_set(vm: str) -> str:
     """The set that a VM outside any availability set is, by itself: one VM in update domain 0."""
-    return f"_{vm}"[:63]
+    return f"_{vm}"

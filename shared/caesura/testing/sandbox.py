@@ -83,6 +83,10 @@ class KernelWatch:
             if is_stopped(pid) or any(reads_frozen(path) for path in self._files[pid])
         }
 
+    def standing(self) -> set[str]:
+        """VMs whose pause is on record and has not ended."""
+        return set(self._open)
+
     async def run(self) -> None:
         """Watch for ever."""
         loop = asyncio.get_running_loop()

@@ -15,8 +15,8 @@ from caesura.runtime.command import run_service
 from caesura.runtime.health import serve_health
 from caesura.runtime.lock import sole_user
 from caesura.runtime.serve import serve
+from caesura_coordinator.inputs import Authority
 from caesura_coordinator.metrics import CoordinatorCollector
-from caesura_coordinator.rollout import Authority
 from caesura_coordinator.service import Coordinator, last_will, subscriptions
 from caesura_coordinator.settings import CoordinatorSettings
 from caesura_coordinator.store import Store

@@ -21,8 +21,7 @@ from caesura.contract.messages import (
 )
 from caesura.lifecycle import document as documents
 from caesura_coordinator.fleet import Fleet
-from caesura_coordinator.records import FINAL, Rollout, Wave, WaveEvent, looks_different, rollout_state
-from caesura_coordinator.rollout import (
+from caesura_coordinator.inputs import (
     Authority,
     Effect,
     EventApprovedEffect,
@@ -33,9 +32,9 @@ from caesura_coordinator.rollout import (
     Outdated,
     RolloutMoved,
     WaveMoved,
-    after_restart,
-    decide,
 )
+from caesura_coordinator.records import FINAL, Rollout, Wave, WaveEvent, looks_different, rollout_state
+from caesura_coordinator.rollout import after_restart, decide
 from caesura_coordinator.store import Store
 
 _SHOWN = 50

@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from datetime import datetime
 
 from caesura.contract.messages import AbortCommanded, FreezeCommanded, FreezeTarget
+from caesura_coordinator.inputs import Authority
 from caesura_coordinator.records import FINAL, HostOperation, Rollout, Wave
-from caesura_coordinator.rollout import Authority
 
 
 def due_commands(rollout: Rollout, authority: Authority) -> Iterable[FreezeCommanded | AbortCommanded]:

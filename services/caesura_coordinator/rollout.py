@@ -12,18 +12,33 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import datetime, timedelta
-from typing import TypeAlias
 
 import msgspec
 
-from caesura.contract.messages import OperationReported, Policy, VmClockSynced, VmReady, WaveStatus
+from caesura.contract.messages import OperationReported, VmClockSynced, VmReady, WaveStatus
 from caesura.lifecycle.errors import IllegalTransition
-from caesura.runtime.errors import CaesuraError
 from caesura_coordinator.fleet import Fleet, fence_blockers, health_blockers
+from caesura_coordinator.inputs import (
+    Abort,
+    Approve,
+    Authority,
+    Effect,
+    EventApprovedEffect,
+    EventEnded,
+    EventScheduled,
+    EventStarted,
+    Input,
+    NotYet,
+    Outdated,
+    Resume,
+    RolloutMoved,
+    Tick,
+    WaveMoved,
+)
+from caesura_coordinator.reasons import listed, shortened
 from caesura_coordinator.records import (
     FINAL,
     ClockVerdict,
-    Frozen,
     HostOperation,
     Readiness,
     Rollout,
@@ -32,6 +47,7 @@ from caesura_coordinator.records import (
     event_id,
     operation_id,
 )
+from caesura_coordinator.verification import verify
 
 COMMAND_WINDOW_S = 30.0
 """s: hosts refuse a wave's command later than this after its start; a command lost for so long is better not obeyed."""
@@ -39,102 +55,6 @@ REPORT_GRACE_S = 30.0
 """s: after the window and the budget, for a host that restarts and reconciles before it reports."""
 RESTART_GRACE_S = 30.0
 """s: what deadlines are moved by when the coordinator was away, so that it hears the hosts before it judges."""
-
-
-_NAMED = 8
-"""How many things a reason names before it only counts them."""
-REASON_CHARACTERS = 1000
-"""The contract allows 4096, and a reason is repeated in several places of one message; hosts' own reports have it all."""
-
-
-class NotYet(CaesuraError):
-    """A request that may be made again later; the text says what must happen first."""
-
-
-class Authority(Frozen, frozen=True, kw_only=True):
-    """In whose name commands are given."""
-
-    coordinator: str
-    epoch: int
-
-
-# --- inputs ----------------------------------------------------------------------------------------------
-
-
-class Tick(Frozen, frozen=True, kw_only=True):
-    """Time passed, or the fleet changed."""
-
-
-class Approve(Frozen, frozen=True, kw_only=True):
-    """A workload approved an event."""
-
-    event_id: str
-    by: str
-
-
-class Abort(Frozen, frozen=True, kw_only=True):
-    """An operator wants the rollout gone."""
-
-    reason: str = ""
-
-
-class Resume(Frozen, frozen=True, kw_only=True):
-    """An operator wants a halted rollout to go on."""
-
-
-class Outdated(Frozen, frozen=True, kw_only=True):
-    """A set's document on the bus is ahead of our record: somebody else, or a newer copy of our store, went on."""
-
-    set: str
-    open_events: frozenset[str]
-    """Ids of the events that the document on the bus still shows."""
-
-
-Input: TypeAlias = Tick | Approve | Abort | Resume | Outdated | VmReady | OperationReported | VmClockSynced
-
-# --- effects ---------------------------------------------------------------------------------------------
-
-
-class EventScheduled(Frozen, frozen=True, kw_only=True):
-    """Put the event into its set's document."""
-
-    event: WaveEvent
-
-
-class EventApprovedEffect(Frozen, frozen=True, kw_only=True):
-    """Mark the event approved in the document."""
-
-    event: WaveEvent
-
-
-class EventStarted(Frozen, frozen=True, kw_only=True):
-    """The event starts now."""
-
-    event: WaveEvent
-
-
-class EventEnded(Frozen, frozen=True, kw_only=True):
-    """The event reached its one end; it leaves the document."""
-
-    event: WaveEvent
-    reason: str
-
-
-class WaveMoved(Frozen, frozen=True, kw_only=True):
-    """The wave reached a status."""
-
-    wave: Wave
-
-
-class RolloutMoved(Frozen, frozen=True, kw_only=True):
-    """The rollout reached a status."""
-
-    rollout: Rollout
-
-
-Effect: TypeAlias = (
-    EventScheduled | EventApprovedEffect | EventStarted | EventEnded | WaveMoved | RolloutMoved
-)
 
 
 def decide(
@@ -230,7 +150,7 @@ class _Step:
 
     def _halt(self, wave: Wave, reason: str) -> None:
         """Wave failed, rollout halted. Events not started are cancelled, started ones failed."""
-        reason = _short(reason)
+        reason = shortened(reason)
         started = wave.started_at is not None
         wave = self._end_events(wave, "failed" if started else "cancelled", reason)
         self._move(wave, "failed", reason=reason, ended_at=self.now)
@@ -247,7 +167,7 @@ class _Step:
             if wave.waiting_since is not None:  # it opened: what shuts it next time has the whole time again
                 self._put(msgspec.structs.replace(wave, waiting_since=None, waiting_for=""))
             return False
-        why = _listed(blockers)
+        why = listed(blockers)
         since = wave.waiting_since or self.now
         if self.now - since >= timedelta(seconds=self.rollout.policy.verify_timeout_s):
             self._halt(wave, f"cannot go on: {why}")
@@ -262,7 +182,7 @@ class _Step:
             return
         if not self.rollout.active:
             raise IllegalTransition(f"rollout {self.rollout.id}", self.rollout.status, "aborted")
-        text = _short(f"aborted: {reason}" if reason else "aborted by the operator")
+        text = shortened(f"aborted: {reason}" if reason else "aborted by the operator")
         wave = self.rollout.current
         if wave is not None and wave.status == "started" and self.rollout.status == "running":
             self.rollout = msgspec.structs.replace(self.rollout, status="aborting", reason=text)
@@ -457,14 +377,14 @@ class _Step:
         ]
         silent = [vm.vm for vm in wave.ahead if vm.agent and vm.vm not in wave.readiness]
         if refusing and policy.on_not_ready == "halt":
-            self._halt(wave, _listed(refusing))
+            self._halt(wave, listed(refusing))
             return
         if not due and (not approved or silent):
             return
         if silent and policy.on_not_ready == "halt":
             if wave.answers_by is not None and self.now < wave.answers_by:
                 return  # they may have answered while nobody was there to hear it; they say it again
-            self._halt(wave, f"no answer of the agent by NotBefore: {_listed(silent, ', ')}")
+            self._halt(wave, f"no answer of the agent by NotBefore: {listed(silent, ', ')}")
             return
         if not self._blocked(wave, self._fence(wave)):
             self._start(wave)
@@ -503,7 +423,7 @@ class _Step:
         if self.rollout.status == "aborting":
             self._aborted(wave)
         elif wrong:
-            self._halt(wave, _listed(wrong))
+            self._halt(wave, listed(wrong))
         else:
             self._move(wave, "verifying", verify_by=self._in(self.rollout.policy.verify_timeout_s))
 
@@ -515,7 +435,7 @@ class _Step:
         """
         if wave.fence_epoch == self.authority.epoch:
             return
-        why = _listed(self._fence(wave))
+        why = listed(self._fence(wave))
         epoch = wave.fence_epoch if why else self.authority.epoch
         if (wave.waiting_for, wave.fence_epoch) != (why, epoch):
             self._put(msgspec.structs.replace(wave, waiting_for=why, fence_epoch=epoch))
@@ -530,14 +450,14 @@ class _Step:
         self._finish("aborted", self.rollout.reason)
 
     def _from_verifying(self, wave: Wave) -> None:
-        wrong, missing = _verify(wave, self.rollout.policy)
+        wrong, missing = verify(wave, self.rollout.policy)
         if wrong:
-            self._halt(wave, _listed(wrong))
+            self._halt(wave, listed(wrong))
             return
         missing += health_blockers(self.fleet, [(vm.vm, vm.host, vm.agent) for vm in wave.vms])
         if missing:
             if wave.verify_by is not None and self.now >= wave.verify_by:
-                self._halt(wave, "not verified in time: " + _listed(missing))
+                self._halt(wave, "not verified in time: " + listed(missing))
             return
         wave = self._end_events(wave, "completed")
         self._move(wave, "soaking", soak_until=self._in(self.rollout.policy.soak_s))
@@ -548,18 +468,6 @@ class _Step:
             return
         if wave.soak_until is None or self.now >= wave.soak_until:
             self._move(wave, "completed", ended_at=self.now)
-
-
-def _listed(items: Sequence[str], between: str = "; ") -> str:
-    """The first of them in words, and how many more there are."""
-    shown = items[:_NAMED]
-    room = (REASON_CHARACTERS - 100) // max(1, len(shown))  # 100: for what is put before and after
-    text = between.join(_short(each, room) for each in shown)
-    return text if len(items) <= _NAMED else f"{text}{between}and {len(items) - _NAMED} more"
-
-
-def _short(text: str, limit: int = REASON_CHARACTERS) -> str:
-    return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
 
 def _reported(operation: HostOperation, report: OperationReported) -> HostOperation:
@@ -577,43 +485,3 @@ def _reported(operation: HostOperation, report: OperationReported) -> HostOperat
 
 def _why(operation: HostOperation) -> str:
     return f"{operation.host} {operation.status}" + (f": {operation.reason}" if operation.reason else "")
-
-
-def _verify(wave: Wave, policy: Policy) -> tuple[list[str], list[str]]:
-    """What is wrong with the wave for good, and what is not known yet."""
-    wrong: list[str] = []
-    missing: list[str] = []
-    for operation in (*wave.done, *wave.operations):
-        told = {result.vm for result in operation.vms}
-        wrong += [
-            f"{vm.vm}: {operation.host} reported nothing about it"
-            for vm in wave.vms
-            if vm.host == operation.host and vm.vm not in told
-        ]
-        for result in operation.vms:
-            if result.state != "running":
-                wrong.append(f"{result.vm} is {result.state} after the resume")
-            if result.pause_s > policy.budget_s:
-                wrong.append(f"{result.vm} was paused {result.pause_s:.3f} s, budget {policy.budget_s:g} s")
-            if result.memory is not None and not result.memory.ok:
-                wrong.append(f"{result.vm} changed in memory during the pause: {result.memory.detail}")
-    for vm in wave.vms:
-        if vm.method == "live":
-            continue
-        clock = wave.clocks.get(vm.vm)
-        if clock is None:
-            missing.append(f"{vm.vm}: no verdict on its clock")
-            continue
-        if clock.memory_ok is False:
-            wrong.append(f"{vm.vm} is not the guest it was before the pause (heartbeat)")
-        if policy.on_unsynced == "halt" and not clock.synced:
-            wrong.append(f"{vm.vm} is unsynced: {clock.reason or 'its clock could not be put right'}")
-        elif (
-            policy.on_unsynced == "halt"
-            and clock.error_after_s is not None
-            and abs(clock.error_after_s) > policy.clock_bound_s
-        ):
-            wrong.append(
-                f"{vm.vm} is {clock.error_after_s:+.3f} s off after its sync (bound {policy.clock_bound_s:g} s)"
-            )
-    return wrong, missing

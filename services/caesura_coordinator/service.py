@@ -18,12 +18,13 @@ from caesura.contract.names import is_name
 from caesura.contract.topics import PREFIX, TopicError, channel_of
 from caesura.runtime.errors import CaesuraError, StoreError
 from caesura.runtime.identity import new_id
+from caesura_coordinator.answers import REASON_CHARACTERS, with_plan
 from caesura_coordinator.book import Book
 from caesura_coordinator.commands import due_commands
 from caesura_coordinator.fleet import Fleet
+from caesura_coordinator.inputs import Abort, Approve, Authority, Input, Resume, Tick
 from caesura_coordinator.plan import make_plan, sets_of
 from caesura_coordinator.records import largest_state, new_rollout
-from caesura_coordinator.rollout import Abort, Approve, Authority, Input, Resume, Tick
 from caesura_coordinator.store import Store, Unsendable
 
 TICK_S = 0.2
@@ -31,9 +32,6 @@ _REPEAT_S = 2.0
 """s: between two sendings of a command that its host has not answered."""
 
 _SETTLE_AT_MOST_S = 30.0
-_REASON_CHARACTERS = 4000
-"""The contract allows 4096."""
-
 _log = structlog.get_logger("caesura.coordinator")
 
 Request = m.RolloutRequested | m.FreezeRequested | m.AbortRequested | m.ResumeRequested
@@ -385,7 +383,7 @@ class Coordinator:
         except StoreError:
             raise
         except CaesuraError as error:
-            reason = str(error)[:_REASON_CHARACTERS]
+            reason = str(error)[:REASON_CHARACTERS]
             self.book.remember_answer(
                 client, m.RequestAnswered(request=request.request, accepted=False, reason=reason)
             )
@@ -401,7 +399,7 @@ class Coordinator:
         if held and not request.plan_only:
             reason = f"set {held[0]} is held by rollout {held[1]}: wait for its end, resume or abort it"
         if reason or request.plan_only:
-            self.book.remember_answer(client, _with_plan(request.request, plan, reason))
+            self.book.remember_answer(client, with_plan(request.request, plan, reason))
             return
         now = self._now()
         rollout = new_rollout(
@@ -412,7 +410,7 @@ class Coordinator:
             requested_by=client,
             now=now,
         )
-        answer = _with_plan(request.request, plan, "", rollout=rollout.id)
+        answer = with_plan(request.request, plan, "", rollout=rollout.id)
         largest = size_bytes(largest_state(rollout))
         if largest > MAX_PAYLOAD_BYTES:
             raise CaesuraError(
@@ -500,20 +498,3 @@ class Coordinator:
             return self.store.waiting()
         except StoreError:
             return -1
-
-
-def _with_plan(request: str, plan: m.Plan, reason: str, *, rollout: str = "") -> m.RequestAnswered:
-    """The answer with the plan, or, when that is too large for a message, without it and saying so."""
-    answer = m.RequestAnswered(
-        request=request, accepted=not reason, reason=reason[:_REASON_CHARACTERS], plan=plan, rollout=rollout
-    )
-    size = size_bytes(answer)
-    if size <= MAX_PAYLOAD_BYTES:
-        return answer
-    if rollout or reason:
-        return msgspec.structs.replace(answer, plan=None)
-    vms = sum(len(wave.vms) for wave in plan.waves)
-    raise CaesuraError(
-        f"the plan for {vms} VMs is too large for a message ({size} bytes of {MAX_PAYLOAD_BYTES}): "
-        "select fewer sets or hosts at a time"
-    )

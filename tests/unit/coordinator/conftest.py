@@ -9,7 +9,7 @@ import pytest
 
 from caesura.contract import messages as m
 from caesura_coordinator.fleet import Fleet
-from caesura_coordinator.rollout import Authority
+from caesura_coordinator.inputs import Authority
 
 T0 = datetime(2026, 4, 20, 12, 0, 0, tzinfo=UTC)
 PATCH = m.UpdateRecord(

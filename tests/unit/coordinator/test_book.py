@@ -16,9 +16,9 @@ from caesura.contract.envelope import Message
 from caesura.runtime.errors import StoreError
 from caesura_coordinator.book import Book
 from caesura_coordinator.fleet import Fleet
+from caesura_coordinator.inputs import Abort, Approve, Authority, Resume, Tick
 from caesura_coordinator.plan import make_plan
 from caesura_coordinator.records import Rollout, WaveEvent, largest_state, new_rollout, rollout_state
-from caesura_coordinator.rollout import Abort, Approve, Authority, Resume, Tick
 from caesura_coordinator.store import Store
 
 T0 = datetime(2026, 4, 20, 12, 0, 0, tzinfo=UTC)

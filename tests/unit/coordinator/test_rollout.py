@@ -13,9 +13,7 @@ from caesura.contract import messages as m
 from caesura.lifecycle.errors import IllegalTransition
 from caesura_coordinator.commands import due_commands
 from caesura_coordinator.fleet import Fleet
-from caesura_coordinator.plan import make_plan
-from caesura_coordinator.records import Rollout, Wave, new_rollout
-from caesura_coordinator.rollout import (
+from caesura_coordinator.inputs import (
     Abort,
     Approve,
     Authority,
@@ -27,9 +25,10 @@ from caesura_coordinator.rollout import (
     NotYet,
     Resume,
     Tick,
-    after_restart,
-    decide,
 )
+from caesura_coordinator.plan import make_plan
+from caesura_coordinator.records import Rollout, Wave, new_rollout
+from caesura_coordinator.rollout import after_restart, decide
 
 T0 = datetime(2026, 4, 20, 12, 0, 0, tzinfo=UTC)
 

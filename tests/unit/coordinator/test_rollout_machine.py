@@ -18,9 +18,7 @@ from caesura.contract import messages as m
 from caesura.lifecycle.errors import IllegalTransition
 from caesura_coordinator.commands import due_commands
 from caesura_coordinator.fleet import Fleet
-from caesura_coordinator.plan import make_plan
-from caesura_coordinator.records import Rollout, new_rollout
-from caesura_coordinator.rollout import (
+from caesura_coordinator.inputs import (
     Abort,
     Approve,
     Authority,
@@ -31,9 +29,10 @@ from caesura_coordinator.rollout import (
     Resume,
     Tick,
     WaveMoved,
-    after_restart,
-    decide,
 )
+from caesura_coordinator.plan import make_plan
+from caesura_coordinator.records import Rollout, new_rollout
+from caesura_coordinator.rollout import after_restart, decide
 
 _PATCH = m.UpdateRecord(update="patch", impact="pause", scope="host", expected_s=2, timeout_s=9)
 _PLACES = {"h1": ("w1", 0), "h2": ("w2", 0), "h3": ("w3", 1), "h4": ("w4", 2)}

@@ -1,0 +1,29 @@
+"""Answers with plans that fit into a message. Pure."""
+
+from __future__ import annotations
+
+import msgspec
+
+from caesura.contract import messages as m
+from caesura.contract.codec import MAX_PAYLOAD_BYTES, size_bytes
+from caesura.runtime.errors import CaesuraError
+
+REASON_CHARACTERS = 4000
+"""The contract allows 4096."""
+
+
+def with_plan(request: str, plan: m.Plan, reason: str, *, rollout: str = "") -> m.RequestAnswered:
+    """The answer with the plan, or, when that is too large for a message, without it and saying so."""
+    answer = m.RequestAnswered(
+        request=request, accepted=not reason, reason=reason[:REASON_CHARACTERS], plan=plan, rollout=rollout
+    )
+    size = size_bytes(answer)
+    if size <= MAX_PAYLOAD_BYTES:
+        return answer
+    if rollout or reason:
+        return msgspec.structs.replace(answer, plan=None)
+    vms = sum(len(wave.vms) for wave in plan.waves)
+    raise CaesuraError(
+        f"the plan for {vms} VMs is too large for a message ({size} bytes of {MAX_PAYLOAD_BYTES}): "
+        "select fewer sets or hosts at a time"
+    )

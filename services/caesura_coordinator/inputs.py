@@ -1,0 +1,99 @@
+"""What a rollout is told and what it asks for: the inputs and effects of its machine. Pure."""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+from caesura.contract.messages import OperationReported, VmClockSynced, VmReady
+from caesura.runtime.errors import CaesuraError
+from caesura_coordinator.records import Frozen, Rollout, Wave, WaveEvent
+
+
+class NotYet(CaesuraError):
+    """A request that may be made again later; the text says what must happen first."""
+
+
+class Authority(Frozen, frozen=True, kw_only=True):
+    """In whose name commands are given."""
+
+    coordinator: str
+    epoch: int
+
+
+# --- inputs ----------------------------------------------------------------------------------------------
+
+
+class Tick(Frozen, frozen=True, kw_only=True):
+    """Time passed, or the fleet changed."""
+
+
+class Approve(Frozen, frozen=True, kw_only=True):
+    """A workload approved an event."""
+
+    event_id: str
+    by: str
+
+
+class Abort(Frozen, frozen=True, kw_only=True):
+    """An operator wants the rollout gone."""
+
+    reason: str = ""
+
+
+class Resume(Frozen, frozen=True, kw_only=True):
+    """An operator wants a halted rollout to go on."""
+
+
+class Outdated(Frozen, frozen=True, kw_only=True):
+    """A set's document on the bus is ahead of our record: somebody else, or a newer copy of our store, went on."""
+
+    set: str
+    open_events: frozenset[str]
+    """Ids of the events that the document on the bus still shows."""
+
+
+Input: TypeAlias = Tick | Approve | Abort | Resume | Outdated | VmReady | OperationReported | VmClockSynced
+
+# --- effects ---------------------------------------------------------------------------------------------
+
+
+class EventScheduled(Frozen, frozen=True, kw_only=True):
+    """Put the event into its set's document."""
+
+    event: WaveEvent
+
+
+class EventApprovedEffect(Frozen, frozen=True, kw_only=True):
+    """Mark the event approved in the document."""
+
+    event: WaveEvent
+
+
+class EventStarted(Frozen, frozen=True, kw_only=True):
+    """The event starts now."""
+
+    event: WaveEvent
+
+
+class EventEnded(Frozen, frozen=True, kw_only=True):
+    """The event reached its one end; it leaves the document."""
+
+    event: WaveEvent
+    reason: str
+
+
+class WaveMoved(Frozen, frozen=True, kw_only=True):
+    """The wave reached a status."""
+
+    wave: Wave
+
+
+class RolloutMoved(Frozen, frozen=True, kw_only=True):
+    """The rollout reached a status."""
+
+    rollout: Rollout
+
+
+Effect: TypeAlias = (
+    EventScheduled | EventApprovedEffect | EventStarted | EventEnded | WaveMoved | RolloutMoved
+)

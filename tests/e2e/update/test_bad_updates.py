@@ -9,6 +9,7 @@ import pytest
 
 from caesura.testing.sandbox import Vm
 
+# Updates take at least 0.3 s: a shorter pause may slip between two looks of the kernel watch.
 _STUBBORN = [
     "python3",
     "-c",
@@ -19,11 +20,11 @@ _STUBBORN = [
 @pytest.mark.parametrize(
     ("argv", "values", "outcome", "words"),
     [
-        (["sh", "-c", "echo no space left >&2; exit 3"], {}, "failed", "exit code 3"),
+        (["sh", "-c", "sleep 0.3; echo no space left >&2; exit 3"], {}, "failed", "exit code 3"),
         (["sleep", "60"], {"timeout_s": 1.5}, "timeout", "1.5 s"),
         (_STUBBORN, {"timeout_s": 1.5}, "timeout", "1.5 s"),
         (["sleep", "60"], {"timeout_s": 60.0}, "timeout", "budget"),
-        (["sh", "-c", "kill -9 $$"], {}, "failed", "signal"),
+        (["sh", "-c", "sleep 0.3; kill -9 $$"], {}, "failed", "signal"),
     ],
     ids=["fails", "hangs", "ignores-sigterm", "outlasts-the-budget", "dies-of-a-signal"],
 )

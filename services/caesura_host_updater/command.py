@@ -14,7 +14,7 @@ from caesura.contract.messages import (
     OperationReported,
     VmRecord,
 )
-from caesura_host_updater.schedule import MIN_BUDGET_S, usable_s
+from caesura.lifecycle.budget import MIN_BUDGET_S, usable_s
 from caesura_host_updater.updates import Catalogue, UpdateFile
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import msgspec
 
-MIN_BUDGET_S = 0.5  # s: below it the margins (0.1 s each, see Schedule) leave nothing for the update
+from caesura.lifecycle.budget import margin_s
 
 
 class Schedule(msgspec.Struct, frozen=True):
     """The instants that a budget gives, from ``started_at``, which is before the first freeze call.
 
-    The margin is a tenth of the budget, at least 0.1 s and at most 1 s. Three margins before the budget ends
+    The margin is that of ``caesura.lifecycle.budget``, which the planner uses too. Three margins before the budget ends
     the update is asked to end, two before it is killed and the VMs are resumed, one before the guard does it.
     """
 
@@ -21,7 +21,7 @@ class Schedule(msgspec.Struct, frozen=True):
     @classmethod
     def of(cls, started_at: float, budget_s: float) -> Schedule:
         """The schedule of a budget."""
-        return cls(started_at, budget_s, min(max(budget_s / 10, 0.1), 1.0))
+        return cls(started_at, budget_s, margin_s(budget_s))
 
     @property
     def freeze_by(self) -> float:
@@ -48,8 +48,3 @@ class Schedule(msgspec.Struct, frozen=True):
     def guard_at(self) -> float:
         """The guard's deadline; one margin is left for its work."""
         return self.started_at + self.budget_s - self.margin_s
-
-
-def usable_s(budget_s: float) -> float:
-    """Seconds of a budget that an update or a hold can use, at best."""
-    return Schedule.of(0.0, budget_s).update_until

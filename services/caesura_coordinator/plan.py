@@ -23,10 +23,11 @@ from caesura.contract.messages import (
     VmRecord,
 )
 from caesura.contract.names import own_set
-from caesura.lifecycle.budget import MIN_BUDGET_S, usable_s
+from caesura.lifecycle.budget import MIN_BUDGET_S, PREPARE_S, usable_s
 from caesura_coordinator.fleet import Fleet
 
 _WAVE_OVERHEAD_S = 2.0  # s: commands, resumes and clock-sync around a pause, for the estimate only
+_SWAP_PAUSE_S = 1.0  # s: far more than the milliseconds that a swap takes; what an event promises at most
 HOLD = UpdateRecord(update="hold", impact="pause", scope="vm", expected_s=0.0, timeout_s=1.0)
 """Freeze on demand, as an update that does nothing but take time."""
 
@@ -85,10 +86,23 @@ def make_plan(
         skipped=tuple(skipped),
         refusals=tuple(refusals),
         estimate_s=round(len(waves) * wave_s, 3),
-        expected_pause_s=expected_s if record.impact != "none" else 0.0,
+        expected_pause_s=_expected_pause_s(record, expected_s),
+        outside_pause_s=_outside_pause_s(record),
         hold_s=hold_s,
         scope=record.scope,
     )
+
+
+def _expected_pause_s(record: UpdateRecord, expected_s: float) -> float:
+    if record.impact == "none":
+        return 0.0
+    return _SWAP_PAUSE_S if record.vmm == "beside" else expected_s
+
+
+def _outside_pause_s(record: UpdateRecord) -> float:
+    """The most that a host may take before its first pause, beyond the pause budget."""
+    before = record.timeout_s if record.impact == "none" or record.vmm == "beside" else 0.0
+    return before + (PREPARE_S if record.vmm else 0.0)
 
 
 def sets_of(plan: Plan) -> tuple[str, ...]:
@@ -153,10 +167,11 @@ def _definition(fleet: Fleet, update: str, selection: Selection) -> tuple[Update
     refusals += [
         Refusal(
             subject=host,
-            reason=f"defines {update!r} otherwise than {first_host} does (version, impact or scope)",
+            reason=f"defines {update!r} otherwise than {first_host} does (version, impact, scope or vmm)",
         )
         for host, record in others
-        if (record.version, record.impact, record.scope) != (first.version, first.impact, first.scope)
+        if (record.version, record.impact, record.scope, record.vmm)
+        != (first.version, first.impact, first.scope, first.vmm)
     ]
     return first, refusals
 
@@ -168,7 +183,7 @@ def _update_limits(record: UpdateRecord, policy: Policy, expected_s: float) -> I
             subject=record.update,
             reason=f"a pause budget of {policy.budget_s:g} s is too short: resuming in time needs at least {MIN_BUDGET_S:g} s",
         )
-    elif record.impact == "pause" and expected_s > usable:
+    elif record.impact == "pause" and record.vmm != "beside" and expected_s > usable:
         yield Refusal(
             subject=record.update,
             reason=f"takes {expected_s:g} s, a pause budget of {policy.budget_s:g} s leaves {usable:.2f} s for it "
@@ -271,11 +286,12 @@ def _method(vm: VmRecord, record: UpdateRecord, *, hold_s: float) -> tuple[Metho
         candidates: tuple[tuple[Method, str], ...] = (("reboot", "the update needs a reboot"),)
     elif hold_s:
         candidates = (("freeze", f"freeze on demand for {hold_s:g} s"),)
+    elif record.vmm == "beside":
+        candidates = (("swap", "the update puts a new VMM beside the one that runs"),)
+    elif record.vmm == "instead":
+        candidates = (("replace", "the VMM must be gone while the update runs"),)
     elif record.scope == "vm":
-        candidates = (
-            ("swap", "the update is of scope vm and the driver can swap"),
-            ("freeze", "the update is of scope vm and the driver cannot swap this VM"),
-        )
+        candidates = (("freeze", "the update is of scope vm: only this VM pauses for it"),)
     else:
         candidates = (("freeze", "the update is of scope host: every VM of the host pauses"),)
     for method, reason in candidates:

@@ -131,6 +131,8 @@ class Rollout(Frozen, frozen=True, kw_only=True):
     status: RolloutStatus = "running"
     reason: str = ""
     expected_pause_s: float = 0.0
+    outside_pause_s: float = 0.0
+    """Seconds that a host may work before its first pause, beyond the budget."""
     estimate_s: float = 0.0
     requested_by: str = ""
     created_at: datetime
@@ -168,6 +170,7 @@ def new_rollout(
         sets=tuple(dict.fromkeys(vm.set for wave in waves for vm in wave.vms)),
         set_hosts=set_hosts,
         expected_pause_s=plan.expected_pause_s,
+        outside_pause_s=plan.outside_pause_s,
         estimate_s=plan.estimate_s,
         requested_by=requested_by,
         created_at=now,

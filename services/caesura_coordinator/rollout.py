@@ -403,7 +403,12 @@ class _Step:
             fence_epoch=self.authority.epoch,
             started_at=self.now,
             not_after=self._in(COMMAND_WINDOW_S),
-            report_by=self._in(COMMAND_WINDOW_S + self.rollout.policy.budget_s + REPORT_GRACE_S),
+            report_by=self._in(
+                COMMAND_WINDOW_S
+                + self.rollout.outside_pause_s
+                + self.rollout.policy.budget_s
+                + REPORT_GRACE_S
+            ),
         )
         self.effects.extend(EventStarted(event=event) for event in events)
 

@@ -7,6 +7,7 @@ from datetime import datetime
 import msgspec
 
 from caesura.contract.messages import AgentClockSynced, MemoryProof, VmClockSynced
+from caesura_host_updater.drivers.port import ClockSet
 
 
 class ClockWait(msgspec.Struct, frozen=True):
@@ -31,10 +32,8 @@ def judge(host: str, wait: ClockWait, told: AgentClockSynced, at: datetime) -> V
     if told.synced and told.error_after_s is None:
         why = "the agent says synced but measured no error"
     if right and told.error_after_s is not None:
-        worst_s = abs(told.error_after_s) + (told.uncertainty_s or 0.0)
-        if worst_s > wait.bound_s:
-            right = False
-            why = f"the clock may be {worst_s:.4f} s off after the sync, the bound is {wait.bound_s:g} s"
+        too_far = _too_far(told.error_after_s, told.uncertainty_s or 0.0, wait.bound_s)
+        right, why = not too_far, too_far or why
     return VmClockSynced(
         vm=wait.vm,
         host=host,
@@ -53,13 +52,42 @@ def judge(host: str, wait: ClockWait, told: AgentClockSynced, at: datetime) -> V
     )
 
 
+def judge_driver(
+    host: str, wait: ClockWait, told: ClockSet, memory: MemoryProof | None, at: datetime
+) -> VmClockSynced:
+    """The verdict on a clock that was set from outside the guest."""
+    why = _too_far(told.after_s, told.uncertainty_s, wait.bound_s)
+    return VmClockSynced(
+        vm=wait.vm,
+        host=host,
+        set=wait.set,
+        update_domain=wait.update_domain,
+        operation=wait.operation,
+        synced=not why,
+        by="driver",
+        error_before_s=told.before_s,
+        error_after_s=told.after_s,
+        uncertainty_s=told.uncertainty_s,
+        memory=memory,
+        reason=why,
+        at=at,
+    )
+
+
+def _too_far(error_s: float, uncertainty_s: float, bound_s: float) -> str:
+    worst_s = abs(error_s) + uncertainty_s
+    if worst_s <= bound_s:
+        return ""
+    return f"the clock may be {worst_s:.4f} s off after the sync, the bound is {bound_s:g} s"
+
+
 def heartbeat(before: str, after: str) -> MemoryProof:
-    """The agent's boot id lives in guest memory only: the same one after the pause shows that memory stayed."""
+    """A boot id (the agent's, or the guest kernel's) lives in guest memory only: the same one shows that memory stayed."""
     if not before:
-        return MemoryProof(proof="none", ok=True, detail="the agent was not heard before the pause")
+        return MemoryProof(proof="none", ok=True, detail="nobody in the guest was heard before the pause")
     if before == after:
-        return MemoryProof(proof="heartbeat", ok=True, detail=f"agent {after} before and after")
-    return MemoryProof(proof="heartbeat", ok=False, detail=f"agent {before} became {after}: it started anew")
+        return MemoryProof(proof="heartbeat", ok=True, detail=f"{after} before and after")
+    return MemoryProof(proof="heartbeat", ok=False, detail=f"{before} became {after}: it started anew")
 
 
 def unsynced(host: str, wait: ClockWait, reason: str, at: datetime) -> VmClockSynced:

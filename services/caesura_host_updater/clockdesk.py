@@ -9,8 +9,8 @@ from datetime import UTC, datetime
 
 import structlog
 
-from caesura.contract.messages import AgentClockSynced, VmClockSynced, VmResumed
-from caesura_host_updater.clock import ClockWait, judge, unsynced
+from caesura.contract.messages import AgentClockSynced, MemoryProof, VmClockSynced, VmResumed
+from caesura_host_updater.clock import ClockWait, heartbeat, judge, judge_driver, unsynced
 from caesura_host_updater.drivers.port import Driver, DriverError
 from caesura_host_updater.journal import Letter
 
@@ -28,13 +28,16 @@ class _Case:
         self.resumed: Letter | None = None
         self.told_at: float | None = None
         self.repeat_at = 0.0
+        self.asking: asyncio.Task[VmClockSynced] | None = None
+        """The driver is setting the clock from outside."""
 
 
 class ClockDesk:
     """Judges each resumed VM's clock once.
 
     The time to answer begins when the broker has taken `resumed`: before that no agent can know. It begins
-    anew when the broker was away, and the verdict never comes before the operation's report.
+    anew when the broker was away, and the verdict never comes before the operation's report. A VM without an
+    agent, or whose agent keeps silent, is set through the driver where that is possible.
 
     Args:
         verdict: takes each verdict, with the operation it is about.
@@ -124,54 +127,73 @@ class ClockDesk:
 
     async def run(self) -> None:
         """Judge, repeat and give up, for ever."""
-        while True:
-            self._stir.clear()
-            for case in list(self._open.values()):
-                await self._look(case)
-            due = [
-                min(case.repeat_at, (case.told_at or case.repeat_at) + self._timeout_s)
-                for case in self._open.values()
-                if case.told_at is not None
-            ]
-            try:
-                async with asyncio.timeout(max(0.01, min(due) - time.monotonic()) if due else None):
-                    await self._stir.wait()
-            except TimeoutError:
-                continue
+        try:
+            while True:
+                self._stir.clear()
+                for case in list(self._open.values()):
+                    self._look(case)
+                due = [
+                    min(case.repeat_at, (case.told_at or case.repeat_at) + self._timeout_s)
+                    for case in self._open.values()
+                    if case.told_at is not None and case.asking is None
+                ]
+                try:
+                    async with asyncio.timeout(max(0.01, min(due) - time.monotonic()) if due else None):
+                        await self._stir.wait()
+                except TimeoutError:
+                    continue
+        finally:
+            for case in self._open.values():
+                if case.asking is not None:
+                    case.asking.cancel()
 
-    async def _look(self, case: _Case) -> None:
+    def _look(self, case: _Case) -> None:
         now = time.monotonic()
         if case.answer is not None:
             self._close(case, judge(self._host, case.wait, case.answer, datetime.now(UTC)))
+        elif case.asking is not None:
+            if case.asking.done():
+                self._close(case, case.asking.result())
         elif case.wait.vm in self._without_agent:
-            self._close(case, await self._by_driver(case.wait))
+            self._ask_driver(case, "no agent", case.wait.boot_id)
         elif case.told_at is not None and now >= case.told_at + self._timeout_s:
             why = f"its agent did not answer within {self._timeout_s:g} s"
-            self._close(case, unsynced(self._host, case.wait, why, datetime.now(UTC)))
+            self._ask_driver(case, why, "")  # the boot id on record is the agent's, which did not answer
         elif case.told_at is not None and case.resumed is not None and now >= case.repeat_at:
             case.repeat_at = now + REPEAT_S
             self._repeat(case.resumed)
 
-    async def _by_driver(self, wait: ClockWait) -> VmClockSynced:
+    def _ask_driver(self, case: _Case, why: str, boot_id: str) -> None:
+        case.asking = asyncio.create_task(self._by_driver(case.wait, why, boot_id))
+        case.asking.add_done_callback(lambda _: self._stir.set())
+
+    async def _by_driver(self, wait: ClockWait, why: str, boot_id: str) -> VmClockSynced:
         try:
-            error_s = await self._driver.sync_clock(wait.vm)
+            async with asyncio.timeout(self._timeout_s):
+                told = await self._driver.sync_clock(wait.vm)
+                memory = await self._heartbeat(wait.vm, boot_id)
         except DriverError as error:
-            return unsynced(self._host, wait, f"no agent, and {error.why}", datetime.now(UTC))
-        return VmClockSynced(
-            vm=wait.vm,
-            host=self._host,
-            set=wait.set,
-            update_domain=wait.update_domain,
-            operation=wait.operation,
-            synced=abs(error_s) <= wait.bound_s,
-            by="driver",
-            error_after_s=error_s,
-            reason="" if abs(error_s) <= wait.bound_s else f"{error_s:.4f} s off after the sync",
-            at=datetime.now(UTC),
-        )
+            return unsynced(self._host, wait, f"{why}, and {error.why}", datetime.now(UTC))
+        except TimeoutError:
+            late = f"{why}, and its clock could not be set from outside within {self._timeout_s:g} s"
+            return unsynced(self._host, wait, late, datetime.now(UTC))
+        except Exception as error:  # noqa: BLE001 - a broken adapter must not leave the other clocks unjudged
+            _log.exception("clock.driver_broken", vm=wait.vm)
+            return unsynced(self._host, wait, f"{why}, and {error!r}", datetime.now(UTC))
+        return judge_driver(self._host, wait, told, memory, datetime.now(UTC))
+
+    async def _heartbeat(self, vm: str, before: str) -> MemoryProof | None:
+        if not before:
+            return None
+        try:
+            return heartbeat(before, await self._driver.guest_boot_id(vm))
+        except DriverError as error:
+            return MemoryProof(proof="none", ok=True, detail=f"its boot id could not be read: {error.why}")
 
     def _close(self, case: _Case, verdict: VmClockSynced) -> None:
         del self._open[case.wait.vm]
+        if case.asking is not None:
+            case.asking.cancel()
         log = _log.info if verdict.synced else _log.error
         log(
             "clock.judged",

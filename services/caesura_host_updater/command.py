@@ -119,18 +119,18 @@ def _wrong_targets(command: FreezeCommanded, host: Host) -> str:
 
 
 def _judge_update(command: FreezeCommanded, host: Host) -> Refuse | Accept:
-    if command.method not in ("live", "freeze"):
-        missing = next((vm.methods_missing.get(command.method, "") for vm in host.vms.values()), "")
-        return Refuse(
-            f"method {command.method} is not possible here: {missing or 'this host does not know it'}"
-        )
-    if command.method == "freeze" and command.budget_s < MIN_BUDGET_S:
+    for target in command.targets:
+        record = host.vms[target.vm]
+        if command.method not in record.methods:
+            missing = record.methods_missing.get(command.method, "this host does not know it")
+            return Refuse(f"method {command.method} is not possible for VM {target.vm}: {missing}")
+    if command.method != "live" and command.budget_s < MIN_BUDGET_S:
         return Refuse(
             f"a budget of {command.budget_s:g} s is too short: resuming in time needs at least {MIN_BUDGET_S:g} s"
         )
     if not command.update:
-        if command.method == "live":
-            return Refuse("method live without an update does nothing")
+        if command.method != "freeze":
+            return Refuse(f"method {command.method} without an update does nothing")
         if command.hold_s > usable_s(command.budget_s):
             return Refuse(
                 f"holding for {command.hold_s:g} s does not fit a budget of {command.budget_s:g} s: "
@@ -143,12 +143,13 @@ def _judge_update(command: FreezeCommanded, host: Host) -> Refuse | Accept:
         return Refuse(
             f"update {command.update} is not known here{f' (refused files: {files})' if files else ''}"
         )
-    wanted = {"none": "live", "pause": "freeze", "reboot": "reboot"}[update.impact]
-    if command.method == "live" and wanted != "live":
-        return Refuse(f"update {update.name} has impact {update.impact}: method live is not enough")
-    if wanted == "reboot":
-        return Refuse(f"update {update.name} has impact reboot: this driver cannot do that")
-    if command.method == "freeze":
+    if command.method != update.method:
+        return Refuse(
+            f"update {update.name} has impact {update.impact}"
+            + (f" and vmm {update.vmm}" if update.vmm else "")
+            + f": it is applied by method {update.method}, not by {command.method}"
+        )
+    if command.method in ("freeze", "replace"):
         if update.expected_s > usable_s(command.budget_s):
             return Refuse(
                 f"update {update.name} takes some {update.expected_s:g} s, a budget of {command.budget_s:g} s "

@@ -18,8 +18,8 @@ from caesura_host_updater.command import Repeat
 from caesura_host_updater.hostfile import VmSpec
 from caesura_host_updater.journal import JournalThread, Letter
 from caesura_host_updater.metrics import HostMetrics
+from caesura_host_updater.operation_state import Operation
 from caesura_host_updater.outbox import Outbox, letter_for
-from caesura_host_updater.pause import Operation
 
 _SAVE_RETRY_S = 1.0  # s: between two tries to write reports that a full disk did not take
 

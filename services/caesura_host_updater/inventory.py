@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 from caesura.contract.messages import HostInventory, VmRecord, VmState
@@ -13,23 +13,24 @@ from caesura_host_updater.updates import Catalogue
 
 
 def vm_records(
-    specs: Sequence[VmSpec], capabilities: Capabilities, states: Mapping[str, VmState]
+    specs: Sequence[VmSpec], capabilities: Callable[[str], Capabilities], states: Mapping[str, VmState]
 ) -> dict[str, VmRecord]:
     """The VMs by name."""
-    return {
-        spec.name: VmRecord(
-            vm=spec.name,
-            set=spec.set_name,
-            update_domain=spec.domain,
-            fault_domain=spec.fault_domain,
-            state=states.get(spec.name, "unknown"),
-            methods=capabilities.methods,
-            methods_missing=dict(capabilities.missing),
-            clock=capabilities.clock if spec.agent else "none",
-            agent=spec.agent,
-        )
-        for spec in specs
-    }
+    return {spec.name: _record(spec, capabilities(spec.name), states) for spec in specs}
+
+
+def _record(spec: VmSpec, can: Capabilities, states: Mapping[str, VmState]) -> VmRecord:
+    return VmRecord(
+        vm=spec.name,
+        set=spec.set_name,
+        update_domain=spec.domain,
+        fault_domain=spec.fault_domain,
+        state=states.get(spec.name, "unknown"),
+        methods=can.methods,
+        methods_missing={method: why[:1000] for method, why in can.missing.items()},
+        clock=can.clock if spec.agent or can.clock == "system" else "none",
+        agent=spec.agent,
+    )
 
 
 def inventory(

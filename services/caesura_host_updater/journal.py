@@ -19,7 +19,7 @@ from caesura.runtime.database import Database
 from caesura.runtime.errors import StoreError
 from caesura_host_updater.clock import ClockWait
 from caesura_host_updater.command import Authority
-from caesura_host_updater.pause import Operation
+from caesura_host_updater.operation_state import Operation
 
 KEEP_FINISHED = 1000  # operations whose report is repeated when their command comes again
 

@@ -16,17 +16,26 @@ from caesura.contract.messages import FreezeCommanded, VmFrozen, VmResumed
 from caesura.runtime.errors import StoreError
 from caesura_host_updater import steps
 from caesura_host_updater.applying import UpdateNotStarted, UpdateProcess, update_environ
-from caesura_host_updater.drivers.port import Driver, DriverError, FreezeFailed, NotRunningYet
+from caesura_host_updater.drivers.port import (
+    Driver,
+    DriverError,
+    FreezeFailed,
+    NotPossible,
+    NotRunningYet,
+    SwapFailed,
+)
 from caesura_host_updater.guard.intent import Intent
 from caesura_host_updater.guard.plans import Plan
 from caesura_host_updater.guardian import GuardUnavailable
 from caesura_host_updater.journal import JournalThread
-from caesura_host_updater.pause import Operation, decide
+from caesura_host_updater.operation_state import Operation
+from caesura_host_updater.pause import decide
 from caesura_host_updater.report import frozen_fact, resumed_fact
 from caesura_host_updater.steps import Effect, Event
 from caesura_host_updater.updates import UpdateFile
 
 _RESUME_TRY_S = 0.25  # s: one try of a resume; then it is logged and tried again
+_RESTORE_TRY_S = 1.0  # s: the same for a replace, which starts a process
 _FLUSH_S = 2.0  # s: for the journal to write what was posted, before the guard lets go
 _WATCH_S = 0.1  # s: between two looks whether the paused VMs still stand still
 
@@ -106,7 +115,17 @@ class OperationRunner:
                 await asyncio.gather(*self._tasks, return_exceptions=True)
             for process in self._processes.values():
                 process.close()
+            if self.state.method in ("swap", "replace"):
+                await self._release()
         return self.state
+
+    async def _release(self) -> None:
+        """What was prepared and not used must not stay; failing at that is no failure of the operation."""
+        for vm in self.state.vms:
+            try:
+                await self._driver.release(vm.vm)
+            except DriverError as error:
+                _log.error("vm.not_released", vm=vm.vm, why=error.why)
 
     async def _drive(self) -> None:
         self._feed(steps.Begin())
@@ -143,6 +162,12 @@ class OperationRunner:
                 self._journal.post(lambda journal: journal.note(state))
             case steps.Arm(deadline):
                 self._start(self._arm(deadline))
+            case steps.PrepareVms(vms):
+                for name in vms:
+                    self._start(self._prepare(name))
+            case steps.SwapVms(by):
+                swaps = self._start(self._swap(by))
+                self._freezing = {vm.vm: swaps for vm in self.state.vms}
             case steps.FreezeVms(by):
                 for vm in self.state.vms:
                     self._freezing[vm.vm] = self._start(self._freeze(vm.vm, by))
@@ -196,18 +221,60 @@ class OperationRunner:
         else:
             self._events.put_nowait(steps.Armed())
 
+    async def _prepare(self, vm: str) -> None:
+        binary = self._update.vmm_binary if self._update is not None else ""
+        try:
+            await self._driver.prepare(vm, self.state.operation, self.state.method, binary)
+        except DriverError as error:
+            self._events.put_nowait(steps.VmNotPrepared(vm, error.why))
+        except Exception as error:
+            self._events.put_nowait(steps.VmNotPrepared(vm, repr(error)))
+            raise
+        else:
+            self._events.put_nowait(steps.VmPrepared(vm))
+
+    async def _swap(self, by: float) -> None:
+        """One guest after the other: side by side each would wait for the others' device state."""
+        left = [vm.vm for vm in self.state.vms]
+        why = ""
+        while left and not why:
+            vm = left.pop(0)
+            called_at = time.monotonic()
+            if called_at >= by:
+                why = "it was too late to begin"
+                self._events.put_nowait(steps.VmNotSwapped(vm, None, why))
+                continue
+            try:
+                done = await self._driver.hand_over(vm, by)
+            except asyncio.CancelledError:
+                self._events.put_nowait(steps.VmNotSwapped(vm, called_at, "its swap was called off"))
+                raise
+            except SwapFailed as error:
+                why = error.why
+                paused, back = error.frozen_at, error.resumed_at
+                self._events.put_nowait(steps.VmNotSwapped(vm, called_at, why, paused, back))
+            except DriverError as error:
+                why = error.why
+                self._events.put_nowait(steps.VmNotSwapped(vm, called_at, why))
+            else:
+                told = steps.VmSwapped(vm, done.called_at, done.frozen_at, done.resumed_at, done.detail)
+                self._events.put_nowait(told)
+        for vm in left:
+            self._events.put_nowait(steps.VmNotSwapped(vm, None, f"not begun, since another failed: {why}"))
+
     async def _freeze(self, vm: str, by: float) -> None:
         # The last look before the call: whoever was stopped since the decision must not freeze any more.
         called_at = time.monotonic()
         if called_at >= by:
             self._events.put_nowait(steps.VmNotFrozen(vm, None, "it was too late to freeze it"))
             return
+        freeze = self._driver.checkpoint if self.state.method == "replace" else self._driver.freeze
         try:
-            await self._driver.freeze(vm, by)
+            await freeze(vm, by)
         except asyncio.CancelledError:
             self._events.put_nowait(steps.VmNotFrozen(vm, called_at, "its freeze was called off"))
             raise
-        except FreezeFailed as error:
+        except (FreezeFailed, NotPossible) as error:
             self._events.put_nowait(steps.VmNotFrozen(vm, called_at, error.why))
         except Exception as error:
             self._events.put_nowait(steps.VmNotFrozen(vm, called_at, repr(error)))
@@ -223,9 +290,10 @@ class OperationRunner:
         unconfirmed = any(each.vm == vm and each.frozen_at is None for each in self.state.vms)
         was_held = unconfirmed and self._driver.states()[vm] == "paused"
         tries = 0
+        timeout_s = _RESTORE_TRY_S if self.state.method == "replace" else _RESUME_TRY_S
         while True:
             try:
-                end = await self._driver.resume(vm, _RESUME_TRY_S)
+                end = await self._driver.resume(vm, timeout_s)
             except NotRunningYet as error:
                 tries += 1
                 if tries in (1, 4) or tries % 40 == 0:

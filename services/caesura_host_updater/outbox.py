@@ -15,7 +15,7 @@ from caesura.contract.envelope import Message
 from caesura.contract.topics import CHANNELS, channel_of
 from caesura.runtime.errors import CaesuraError
 from caesura_host_updater.journal import Journal, JournalThread, Letter
-from caesura_host_updater.pause import Operation
+from caesura_host_updater.operation_state import Operation
 
 _RETRY_S = 2.0  # s: between two tries when the broker is there but will not take a message
 

@@ -11,12 +11,27 @@ Hypothesis (``tests/unit/host_updater/test_pause_machine.py``):
 
 from __future__ import annotations
 
-from typing import Literal
-
 import msgspec
 
-from caesura.contract.messages import Method
-from caesura.runtime.errors import CaesuraError
+from caesura_host_updater.operation_state import (
+    Decision,
+    IllegalTransition,
+    Operation,
+    Phase,
+    changed,
+    changed_vm,
+    failed,
+    schedule_of,
+    vm_of,
+)
+from caesura_host_updater.resuming import (
+    disarmed,
+    finish,
+    finish_killed,
+    resume_all,
+    update_runs,
+    vm_resumed,
+)
 from caesura_host_updater.schedule import Schedule
 from caesura_host_updater.steps import (
     AbortAsked,
@@ -26,124 +41,49 @@ from caesura_host_updater.steps import (
     Begin,
     Digested,
     DigestVms,
-    Disarm,
     Disarmed,
     Effect,
     Event,
-    Finish,
     FreezeVms,
     GuardLost,
     Note,
     Outcome,
-    ResumeVms,
     RunUpdate,
     StopUpdate,
     TellFrozen,
-    TellResumed,
     Tick,
     UpdateEnded,
     VmFroze,
     VmLost,
     VmNotFrozen,
+    VmNotPrepared,
+    VmNotSwapped,
+    VmPrepared,
     VmResumed,
+    VmSwapped,
+)
+from caesura_host_updater.swapping import (
+    not_prepared_in_time,
+    overdue,
+    prepare,
+    prepared,
+    swap,
+    swap_aborted,
+    swapped,
 )
 
-Phase = Literal[
-    "accepted", "arming", "freezing", "frozen", "updating", "updated", "resuming", "resumed", "ended"
-]
-End = Literal["completed", "failed", "cancelled"]
+_BEFORE_RESUME: tuple[Phase, ...] = (
+    "preparing",
+    "arming",
+    "swapping",
+    "freezing",
+    "frozen",
+    "updating",
+    "updated",
+)
 
 
-class IllegalTransition(CaesuraError):
-    """An event that cannot happen in this phase: a bug in the shell, never a late message."""
-
-    def __init__(self, phase: str, event: object, wanted: str) -> None:
-        self.phase = phase
-        super().__init__(f"{type(event).__name__} in phase {phase!r}: it belongs to phase {wanted!r}")
-
-
-class VmPause(msgspec.Struct, frozen=True, kw_only=True):
-    """One VM of an operation."""
-
-    vm: str
-    set: str
-    update_domain: int
-    event_id: str = ""
-    boot_id: str = ""
-    """Its agent's boot id before the pause, empty if it was not heard."""
-    digestible: bool = False
-    called_at: float | None = None
-    """Just before its freeze call; None: it was never asked to freeze."""
-    frozen_at: float | None = None
-    """When it was confirmed to stand still."""
-    resumed_at: float | None = None
-    end: Literal["", "running", "gone"] = ""
-    resumed_by: Literal["updater", "guard", "nobody"] = "nobody"
-    told: bool = False
-    """Whether its `resumed` was announced."""
-    digest_before: str = ""
-    digest_after: str = ""
-    digest_note: str = ""
-    """Why there is no digest."""
-    digesting: bool = False
-    error: str = ""
-
-    @property
-    def pause_s(self) -> float:
-        """Seconds it stood still, at most."""
-        if self.called_at is None or self.resumed_at is None:
-            return 0.0
-        return max(0.0, self.resumed_at - self.called_at)
-
-
-class UpdateRun(msgspec.Struct, frozen=True, kw_only=True):
-    """One run of the update. ``key``: the VM for scope vm, empty for scope host."""
-
-    key: str = ""
-    started: bool = False
-    outcome: Outcome | None = None
-    exit_code: int | None = None
-    seconds: float = 0.0
-    output_tail: str = ""
-
-
-class Operation(msgspec.Struct, frozen=True, kw_only=True):
-    """An operation and where it is."""
-
-    operation: str
-    method: Method
-    budget_s: float
-    hold_s: float = 0.0
-    update: str = ""
-    update_timeout_s: float = 0.0
-    vms: tuple[VmPause, ...]
-    runs: tuple[UpdateRun, ...] = ()
-    phase: Phase = "accepted"
-    schedule: Schedule | None = None
-    failure: str = ""
-    """The first thing that went wrong."""
-    aborted: bool = False
-    wake_at: float | None = None
-    """When the machine wants a Tick."""
-    kill_at: float | None = None
-    """The update was asked to end and is killed at this instant."""
-    stop_outcome: Outcome = "interrupted"
-    guard_why: str = ""
-    """Why the guard fired, if it did."""
-    end: End | None = None
-
-    @property
-    def paused(self) -> bool:
-        """Whether a VM of it was shown to stand still."""
-        return any(vm.frozen_at is not None for vm in self.vms)
-
-
-Decision = tuple[Operation, tuple[Effect, ...]]
-
-_BEFORE_RESUME: tuple[Phase, ...] = ("arming", "freezing", "frozen", "updating", "updated")
-
-
-def decide(op: Operation, event: Event, now: float) -> Decision:
+def decide(op: Operation, event: Event, now: float) -> Decision:  # noqa: PLR0912 - one flat table of events
     """The next state and what to do.
 
     Raises:
@@ -154,6 +94,10 @@ def decide(op: Operation, event: Event, now: float) -> Decision:
             return _begin(op, event, now)
         case Armed() | ArmRefused():
             return _armed(op, event, now)
+        case VmPrepared() | VmNotPrepared():
+            return prepared(op, event, now)
+        case VmSwapped() | VmNotSwapped():
+            return swapped(op, event)
         case VmFroze() | VmNotFrozen():
             return _freeze_result(op, event, now)
         case VmLost():
@@ -167,45 +111,24 @@ def decide(op: Operation, event: Event, now: float) -> Decision:
         case GuardLost():
             return _guard_lost(op, now)
         case VmResumed():
-            return _vm_resumed(op, event)
+            return vm_resumed(op, event)
         case Disarmed():
-            return _disarmed(op, event)
+            return disarmed(op, event)
         case Tick():
             return _tick(op, now)
-
-
-def _set(op: Operation, **changes: object) -> Operation:
-    return msgspec.structs.replace(op, **changes)
-
-
-def _set_vm(op: Operation, name: str, **changes: object) -> Operation:
-    vms = tuple(msgspec.structs.replace(vm, **changes) if vm.vm == name else vm for vm in op.vms)
-    return _set(op, vms=vms)
-
-
-def _vm(op: Operation, name: str) -> VmPause:
-    return next(vm for vm in op.vms if vm.vm == name)
-
-
-def _fail(op: Operation, why: str) -> Operation:
-    return _set(op, failure=op.failure or why)
-
-
-def _plan(op: Operation) -> Schedule:
-    if op.schedule is None:
-        raise IllegalTransition(op.phase, op, "arming")
-    return op.schedule
 
 
 def _begin(op: Operation, event: Begin, now: float) -> Decision:
     if op.phase != "accepted":
         raise IllegalTransition(op.phase, event, "accepted")
     if op.end is not None or op.aborted:
-        return _finish(op)
-    if op.method == "live":
+        return finish(op)
+    if op.method == "live" or (op.method == "swap" and op.update):
         return _start_update(op, now)
+    if op.method in ("swap", "replace"):
+        return prepare(op, now)
     schedule = Schedule.of(now, op.budget_s)
-    op = _set(op, phase="arming", schedule=schedule, wake_at=schedule.freeze_by)
+    op = changed(op, phase="arming", schedule=schedule, wake_at=schedule.freeze_by)
     return op, (Arm(schedule.guard_at),)
 
 
@@ -213,33 +136,36 @@ def _armed(op: Operation, event: Armed | ArmRefused, now: float) -> Decision:
     if op.phase != "arming":
         raise IllegalTransition(op.phase, event, "arming")
     if isinstance(event, ArmRefused):
-        op = _fail(op, f"nothing was frozen: the pause guard could not be armed: {event.why}")
+        op = failed(op, f"nothing was frozen: the pause guard could not be armed: {event.why}")
     elif op.failure or op.aborted:
         pass
-    elif now >= _plan(op).freeze_by:
-        op = _fail(
-            op, f"nothing was frozen: {now - _plan(op).started_at:.2f} s passed before the first freeze call"
+    elif now >= schedule_of(op).freeze_by:
+        op = failed(
+            op,
+            f"nothing was frozen: {now - schedule_of(op).started_at:.2f} s passed before the first freeze call",
         )
+    elif op.method == "swap":
+        return swap(op)
     else:
-        op = _set(op, phase="freezing", wake_at=_plan(op).freeze_by)
-        return op, (FreezeVms(_plan(op).freeze_by), Note())
-    return _resume(op)
+        op = changed(op, phase="freezing", wake_at=schedule_of(op).freeze_by)
+        return op, (FreezeVms(schedule_of(op).freeze_by), Note())
+    return resume_all(op)
 
 
 def _freeze_result(op: Operation, event: VmFroze | VmNotFrozen, now: float) -> Decision:
-    if op.phase in ("accepted", "arming", "ended"):
+    if op.phase in ("accepted", "preparing", "arming", "swapping", "ended"):
         raise IllegalTransition(op.phase, event, "freezing")
     told: tuple[Effect, ...] = ()
     if isinstance(event, VmFroze):
-        op = _set_vm(op, event.vm, called_at=event.called_at, frozen_at=event.at)
+        op = changed_vm(op, event.vm, called_at=event.called_at, frozen_at=event.at)
         told = (TellFrozen(event.vm),)
     else:
-        op = _set_vm(op, event.vm, called_at=event.called_at, error=event.why)
-        op = _fail(op, f"VM {event.vm} could not be frozen: {event.why}")
+        op = changed_vm(op, event.vm, called_at=event.called_at, error=event.why)
+        op = failed(op, f"VM {event.vm} could not be frozen: {event.why}")
     if op.phase != "freezing":
         return op, told
     if op.failure:
-        op, more = _resume(op)
+        op, more = resume_all(op)
         return op, told + more
     if any(vm.frozen_at is None for vm in op.vms):
         return op, told
@@ -248,9 +174,9 @@ def _freeze_result(op: Operation, event: VmFroze | VmNotFrozen, now: float) -> D
 
 
 def _frozen(op: Operation, now: float) -> Decision:
-    schedule = _plan(op)
+    schedule = schedule_of(op)
     digest = tuple(vm.vm for vm in op.vms if vm.digestible)
-    op = _set(op, phase="frozen", wake_at=schedule.digest_until)
+    op = changed(op, phase="frozen", wake_at=schedule.digest_until)
     if not digest or now >= schedule.digest_until:
         op, effects = _start_update(op, now)
         return op, (Note(), *effects)
@@ -260,43 +186,39 @@ def _frozen(op: Operation, now: float) -> Decision:
 
 def _digesting(op: Operation, names: tuple[str, ...]) -> Operation:
     for name in names:
-        op = _set_vm(op, name, digesting=True)
+        op = changed_vm(op, name, digesting=True)
     return op
 
 
 def _digested(op: Operation, event: Digested, now: float) -> Decision:
-    if not _vm(op, event.vm).digesting or op.phase not in ("frozen", "updated"):
+    if not vm_of(op, event.vm).digesting or op.phase not in ("frozen", "updated"):
         return op, ()  # too late: it was not waited for
-    op = _set_vm(op, event.vm, digesting=False)
+    op = changed_vm(op, event.vm, digesting=False)
     if op.phase == "frozen":
-        op = _set_vm(op, event.vm, digest_before=event.digest, digest_note=event.note)
+        op = changed_vm(op, event.vm, digest_before=event.digest, digest_note=event.note)
     else:
-        op = _set_vm(op, event.vm, digest_after=event.digest, digest_note=event.note)
-        if event.digest and event.digest != _vm(op, event.vm).digest_before:
-            op = _fail(op, f"the memory of VM {event.vm} changed while it stood still")
+        op = changed_vm(op, event.vm, digest_after=event.digest, digest_note=event.note)
+        if event.digest and event.digest != vm_of(op, event.vm).digest_before:
+            op = failed(op, f"the memory of VM {event.vm} changed while it stood still")
     if any(vm.digesting for vm in op.vms):
         return op, ()
-    return _start_update(op, now) if op.phase == "frozen" else _resume(op)
+    return _start_update(op, now) if op.phase == "frozen" else resume_all(op)
 
 
 def _start_update(op: Operation, now: float) -> Decision:
-    """From frozen, or at once for method live."""
+    """From frozen; at once for method live, and for swap, whose update runs before anything pauses."""
     schedule = op.schedule
     if schedule is not None and now >= schedule.update_until:
-        return _resume(_fail(op, "the budget was used up before the update could start"))
+        return resume_all(failed(op, "the budget was used up before the update could start"))
     if not op.update:
-        op = _set(op, phase="updating", wake_at=min(now + op.hold_s, _plan(op).resume_at))
+        op = changed(op, phase="updating", wake_at=min(now + op.hold_s, schedule_of(op).resume_at))
         return op, (Note(),)
     until = now + op.update_timeout_s
     if schedule is not None:
         until = min(until, schedule.update_until)
     runs = tuple(msgspec.structs.replace(run, started=True) for run in op.runs)
-    op = _set(op, phase="updating", wake_at=until, runs=runs)
+    op = changed(op, phase="updating", wake_at=until, runs=runs)
     return op, (Note(), RunUpdate(tuple(run.key for run in runs)))
-
-
-def _running(op: Operation) -> bool:
-    return any(run.started and run.outcome is None for run in op.runs)
 
 
 def _update_ended(op: Operation, event: UpdateEnded, now: float) -> Decision:
@@ -319,9 +241,9 @@ def _update_ended(op: Operation, event: UpdateEnded, now: float) -> Decision:
             if event.exit_code is not None and event.exit_code < 0:
                 code = f": killed by signal {-event.exit_code}"
             where = f" for VM {event.key}" if event.key else ""
-            op = _fail(op, f"update {op.update} failed{where}{code}")
-    op = _set(op, runs=tuple(runs))
-    if op.phase != "updating" or _running(op):
+            op = failed(op, f"update {op.update} failed{where}{code}")
+    op = changed(op, runs=tuple(runs))
+    if op.phase != "updating" or update_runs(op):
         return op, ()
     return _updated(op, now)
 
@@ -329,17 +251,19 @@ def _update_ended(op: Operation, event: UpdateEnded, now: float) -> Decision:
 def _updated(op: Operation, now: float) -> Decision:
     """The update is over: check memory if there is time, then resume."""
     if op.method == "live":
-        return _finish(op)
-    schedule = _plan(op)
-    op = _set(op, phase="updated")
+        return finish(op)
+    if op.method == "swap":
+        return prepare(changed(op, kill_at=None), now)
+    schedule = schedule_of(op)
+    op = changed(op, phase="updated")
     names = tuple(vm.vm for vm in op.vms if vm.digest_before and not vm.error)
     if not names or op.aborted or now >= schedule.digest_until:
         if not op.aborted:
             for name in names:
-                op = _set_vm(op, name, digest_note="no time was left in the budget for the second digest")
-        op, effects = _resume(op)
+                op = changed_vm(op, name, digest_note="no time was left in the budget for the second digest")
+        op, effects = resume_all(op)
         return op, (Note(), *effects)
-    op = _set(_digesting(op, names), wake_at=schedule.digest_until)
+    op = changed(_digesting(op, names), wake_at=schedule.digest_until)
     return op, (Note(), DigestVms(names, schedule.digest_until))
 
 
@@ -349,42 +273,20 @@ def _stop_update(op: Operation, now: float, outcome: Outcome) -> Decision:
     kill_at = now + margin
     if op.schedule is not None:
         kill_at = min(kill_at, op.schedule.resume_at)
-    op = _set(op, kill_at=kill_at, wake_at=kill_at, stop_outcome=outcome)
+    op = changed(op, kill_at=kill_at, wake_at=kill_at, stop_outcome=outcome)
     return op, (StopUpdate(kill=False),)
-
-
-def _kill_update(op: Operation) -> Operation:
-    runs = tuple(
-        msgspec.structs.replace(run, outcome=op.stop_outcome) if run.started and run.outcome is None else run
-        for run in op.runs
-    )
-    return _set(op, runs=runs)
-
-
-def _resume(op: Operation) -> Decision:
-    """Let everything run that may have been touched, whatever else is going on."""
-    effects: list[Effect] = []
-    if _running(op):
-        op = _kill_update(op)
-        effects.append(StopUpdate(kill=True))
-    op = _set(op, wake_at=None)
-    if op.phase in ("accepted", "arming"):
-        op = _set(op, phase="resumed")
-        return op, (*effects, Disarm())
-    op = _set(op, phase="resuming", vms=tuple(msgspec.structs.replace(vm, digesting=False) for vm in op.vms))
-    return op, (*effects, ResumeVms(tuple(vm.vm for vm in op.vms)), Note())
 
 
 def _vm_lost(op: Operation, event: VmLost, now: float) -> Decision:
     if op.phase not in ("freezing", "frozen", "updating", "updated"):
         return op, ()
-    op = _set_vm(op, event.vm, error=_vm(op, event.vm).error or event.why)
-    op = _fail(op, f"VM {event.vm} {event.why}")
+    op = changed_vm(op, event.vm, error=vm_of(op, event.vm).error or event.why)
+    op = failed(op, f"VM {event.vm} {event.why}")
     if event.thawed or op.phase == "freezing":
-        return _resume(
+        return resume_all(
             op
         )  # it runs while the host is changed under it, or nothing is begun: get out of there
-    if _vm(op, event.vm).digesting:
+    if vm_of(op, event.vm).digesting:
         return _digested(op, Digested(event.vm, "", "it ended"), now)
     return op, ()
 
@@ -392,21 +294,26 @@ def _vm_lost(op: Operation, event: VmLost, now: float) -> Decision:
 def _abort(op: Operation, event: AbortAsked, now: float) -> Decision:
     if op.phase not in ("accepted", *_BEFORE_RESUME) or op.aborted:
         return op, ()
-    op = _set(_fail(op, f"aborted: {event.why}" if event.why else "aborted"), aborted=True)
-    if op.phase in ("accepted", "arming"):
-        return op, ()  # Begin, or the guard's answer, ends it without a freeze
-    if op.phase == "updating" and _running(op):
+    op = changed(failed(op, f"aborted: {event.why}" if event.why else "aborted"), aborted=True)
+    if op.phase in ("accepted", "preparing", "arming"):
+        return op, ()  # Begin, the last VM's answer, or the guard's ends it without a freeze
+    if op.phase == "swapping":
+        return swap_aborted(op)
+    if op.phase == "updating" and update_runs(op):
         return _stop_update(op, now, "interrupted") if op.kill_at is None else (op, ())
-    return _resume(op)
+    return resume_all(op)
 
 
 def _guard_lost(op: Operation, now: float) -> Decision:
     if op.phase == "arming":
-        return _fail(op, "nothing was frozen: the pause guard died"), ()
-    if op.phase not in _BEFORE_RESUME or op.method == "live":
+        return failed(op, "nothing was frozen: the pause guard died"), ()
+    if op.phase not in _BEFORE_RESUME or op.schedule is None:
         return op, ()
-    return _resume(
-        _fail(op, f"the pause guard died after {now - _plan(op).started_at:.2f} s, so all VMs were resumed")
+    return resume_all(
+        failed(
+            op,
+            f"the pause guard died after {now - schedule_of(op).started_at:.2f} s, so all VMs were resumed",
+        )
     )
 
 
@@ -415,31 +322,37 @@ def _tick(op: Operation, now: float) -> Decision:  # noqa: PLR0912 - one flat ta
         return op, ()
     schedule = op.schedule
     match op.phase:
+        case "preparing":
+            return not_prepared_in_time(op)
+        case "swapping":
+            return overdue(op)
         case "freezing":
             late = ", ".join(vm.vm for vm in op.vms if vm.frozen_at is None)
-            return _resume(_fail(op, f"not frozen within {now - _plan(op).started_at:.2f} s: {late}"))
+            return resume_all(
+                failed(op, f"not frozen within {now - schedule_of(op).started_at:.2f} s: {late}")
+            )
         case "frozen":
             for vm in op.vms:
                 if vm.digesting:
-                    op = _set_vm(op, vm.vm, digesting=False, digest_note="the digest took too long")
+                    op = changed_vm(op, vm.vm, digesting=False, digest_note="the digest took too long")
             return _start_update(op, now)
         case "updated":
-            return _resume(op)
+            return resume_all(op)
         case "updating" if not op.update:
-            if now >= _plan(op).guard_at:
-                op = _fail(op, "the host updater woke up after the guard's deadline")
+            if now >= schedule_of(op).guard_at:
+                op = failed(op, "the host updater woke up after the guard's deadline")
             return _updated(op, now)
         case "updating":
             if op.kill_at is None and (schedule is None or now < schedule.resume_at):
-                op = _fail(op, f"update {op.update} did not end within {_allowed(op)}")
+                op = failed(op, f"update {op.update} did not end within {_allowed(op)}")
                 return _stop_update(op, now, "timeout")
             if op.kill_at is None:
-                op = _set(_fail(op, f"update {op.update} did not end in time"), stop_outcome="timeout")
-            if op.method == "live":
-                return _finish_killed(op)
-            return _resume(op)
+                op = changed(failed(op, f"update {op.update} did not end in time"), stop_outcome="timeout")
+            if op.schedule is None:
+                return finish_killed(op)
+            return resume_all(op)
         case _:
-            return _set(op, wake_at=None), ()
+            return changed(op, wake_at=None), ()
 
 
 def _allowed(op: Operation) -> str:
@@ -450,79 +363,3 @@ def _allowed(op: Operation) -> str:
     if op.update_timeout_s <= left:
         return f"{op.update_timeout_s:.1f} s"
     return f"{left:.1f} s, all that the pause budget of {op.budget_s:g} s leaves for it"
-
-
-def _finish_killed(op: Operation) -> Decision:
-    op, effects = _finish(_kill_update(op))
-    return op, (StopUpdate(kill=True), *effects)
-
-
-def _vm_resumed(op: Operation, event: VmResumed) -> Decision:
-    if op.phase != "resuming" or _vm(op, event.vm).end:
-        return op, ()
-    effects: list[Effect] = []
-    if event.was_held:
-        op, effects = _was_frozen(op, event.vm)
-    by = "updater" if _vm(op, event.vm).called_at is not None and event.end == "running" else "nobody"
-    op = _set_vm(op, event.vm, resumed_at=event.at, end=event.end, resumed_by=by)
-    if event.end == "gone":
-        op = _set_vm(op, event.vm, error=_vm(op, event.vm).error or "ended while it was paused")
-        op = _fail(op, f"VM {event.vm} ended while it was paused")
-    # After the guard's deadline only the guard knows who let it run, and when: wait for its record.
-    if event.at < _plan(op).guard_at:
-        op, more = _tell_resumed(op, event.vm)
-        effects += more
-    if any(not vm.end for vm in op.vms):
-        return op, tuple(effects)
-    return _set(op, phase="resumed"), (*effects, Note(), Disarm())
-
-
-def _was_frozen(op: Operation, name: str) -> tuple[Operation, list[Effect]]:
-    """It stood still without a confirmation: it counts from its freeze call on."""
-    vm = _vm(op, name)
-    if vm.frozen_at is not None or vm.called_at is None:
-        return op, []
-    return _set_vm(op, name, frozen_at=vm.called_at), [TellFrozen(name)]
-
-
-def _tell_resumed(op: Operation, name: str) -> tuple[Operation, list[Effect]]:
-    vm = _vm(op, name)
-    if vm.told or vm.frozen_at is None or vm.end != "running":
-        return op, []
-    return _set_vm(op, name, told=True), [TellResumed(name)]
-
-
-def _disarmed(op: Operation, event: Disarmed) -> Decision:
-    if op.phase != "resumed":
-        raise IllegalTransition(op.phase, event, "resumed")
-    effects: list[Effect] = []
-    caught: list[str] = []
-    for catch in event.catches:
-        if not catch.was_frozen or catch.running_at is None or _vm(op, catch.vm).told:
-            continue
-        caught.append(catch.vm)
-        op, more = _was_frozen(op, catch.vm)
-        effects += more
-        vm = _vm(op, catch.vm)
-        called_at = vm.called_at
-        if catch.frozen_after is not None and called_at is not None:
-            called_at = max(called_at, catch.frozen_after)
-        resumed_at = catch.running_at if vm.resumed_at is None else min(vm.resumed_at, catch.running_at)
-        by = vm.resumed_by if vm.end == "gone" else "guard"
-        op = _set_vm(op, catch.vm, called_at=called_at, resumed_at=resumed_at, resumed_by=by)
-    if caught:
-        why = f"the pause guard resumed VM {', '.join(caught)}: {event.why}"
-        op = _set(op, failure=f"{why}; {op.failure}" if op.failure else why, guard_why=event.why)
-    for vm in op.vms:
-        op, more = _tell_resumed(op, vm.vm)
-        effects += more
-    op, end = _finish(op)
-    return op, (*effects, *end)
-
-
-def _finish(op: Operation) -> Decision:
-    end: End = "completed"
-    if op.failure:
-        touched = op.paused or any(run.started for run in op.runs)
-        end = "cancelled" if op.aborted and not touched else "failed"
-    return _set(op, phase="ended", end=end, wake_at=None), (Finish(),)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import msgspec
 
 from caesura_host_updater.guard.intent import Catch, Intent
-from caesura_host_updater.pause import Operation, VmPause
+from caesura_host_updater.operation_state import Operation, VmPause
 
 
 def recovered(

@@ -16,7 +16,7 @@ from caesura.contract.messages import (
     VmResumed,
     VmState,
 )
-from caesura_host_updater.pause import Operation, VmPause
+from caesura_host_updater.operation_state import Operation, VmPause
 from caesura_host_updater.steps import Outcome
 
 _WORST: tuple[Outcome, ...] = ("timeout", "failed", "interrupted", "not_run", "succeeded")
@@ -109,6 +109,13 @@ def update_outcome(op: Operation) -> UpdateOutcome | None:
     )
 
 
+def _under_the_pause(op: Operation, update: UpdateOutcome | None) -> float:
+    """Seconds of the pause that were the update's; a swap's update runs before it."""
+    if op.method == "swap":
+        return 0.0
+    return update.seconds if update else op.hold_s
+
+
 def final_report(
     host: str,
     command: FreezeCommanded,
@@ -145,10 +152,11 @@ def final_report(
                 resumed_by=vm.resumed_by,
                 memory=memory_proof(vm) if vm.frozen_at is not None else None,
                 error=vm.error[:4096],
+                detail=vm.detail[:4096],
             )
             for vm in op.vms
         ),
         update=update,
-        overhead_s=max(0.0, max(pauses) - (update.seconds if update else op.hold_s)) if pauses else None,
+        overhead_s=max(0.0, max(pauses) - _under_the_pause(op, update)) if pauses else None,
         at=at,
     )

@@ -36,7 +36,7 @@ from caesura_host_updater import command as rules
 from caesura_host_updater.clock import ClockWait
 from caesura_host_updater.clockdesk import ClockDesk
 from caesura_host_updater.command import Accept, Authority, Refuse, Repeat
-from caesura_host_updater.drivers.port import Driver
+from caesura_host_updater.drivers.port import Driver, DriverError
 from caesura_host_updater.endings import Endings, Letters
 from caesura_host_updater.guard.procfs import boot_id
 from caesura_host_updater.guardian import Guardian
@@ -45,14 +45,15 @@ from caesura_host_updater.inventory import inventory, vm_records
 from caesura_host_updater.journal import Journal, JournalThread, Letter
 from caesura_host_updater.metrics import HostMetrics
 from caesura_host_updater.operation import OperationRunner
+from caesura_host_updater.operation_state import Operation, UpdateRun, VmPause
 from caesura_host_updater.outbox import Outbox
-from caesura_host_updater.pause import Operation, UpdateRun, VmPause
 from caesura_host_updater.report import final_report, refusal
 from caesura_host_updater.settings import HostUpdaterSettings
 from caesura_host_updater.startup import Startup, resume_until_running
 from caesura_host_updater.updates import Catalogue, UpdateFile, read_updates
 
 _FLUSH_S = 3.0  # s: for the last facts when told to stop; what is left is told at the next start
+_BOOT_ID_S = 0.5  # s: for a guest without an agent to tell its boot id before it is paused
 _CLOCK_PUBLISH_S = 0.5  # s: an answer later than this is of no use to the agent
 
 _log = structlog.get_logger("caesura.host_updater")
@@ -293,6 +294,7 @@ class HostUpdater:
 
     async def _accept(self, command: FreezeCommanded, update: UpdateFile | None) -> None:
         scope_vm = update is not None and update.scope == "vm"
+        boot_ids = await self._boot_ids([target.vm for target in command.targets])
         state = Operation(
             operation=command.operation,
             method=command.method,
@@ -306,7 +308,7 @@ class HostUpdater:
                     set=target.set,
                     update_domain=target.update_domain,
                     event_id=target.event_id,
-                    boot_id=self._agents.get(target.vm, ""),
+                    boot_id=boot_ids.get(target.vm, ""),
                     digestible=self._driver.memory_size(target.vm) > 0,
                 )
                 for target in command.targets
@@ -337,6 +339,19 @@ class HostUpdater:
         self._changed.set()
         self._accepted.put_nowait(self._runner)
         _log.info("operation.accepted", operation=command.operation, update=state.update, vms=len(state.vms))
+
+    async def _boot_ids(self, vms: list[str]) -> dict[str, str]:
+        """What shows afterwards that memory stayed: the agent's boot id, or the guest kernel's where no agent is expected."""
+
+        async def ask(vm: str) -> str:
+            with suppress(DriverError, TimeoutError):
+                async with asyncio.timeout(_BOOT_ID_S):
+                    return await self._driver.guest_boot_id(vm)
+            return ""
+
+        alone = [vm for vm in vms if not self._vms[vm].agent]
+        asked = await asyncio.gather(*(ask(vm) for vm in alone))
+        return {**self._agents, **dict(zip(alone, asked, strict=True))}
 
     async def _on_abort(self, command: AbortCommanded, _: Received) -> None:
         try:

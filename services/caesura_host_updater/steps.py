@@ -25,6 +25,42 @@ class ArmRefused(msgspec.Struct, frozen=True):
     why: str
 
 
+class VmPrepared(msgspec.Struct, frozen=True):
+    """What its swap or replace needs stands ready."""
+
+    vm: str
+
+
+class VmNotPrepared(msgspec.Struct, frozen=True):
+    """It cannot be swapped or replaced. It was not paused."""
+
+    vm: str
+    why: str
+
+
+class VmSwapped(msgspec.Struct, frozen=True):
+    """A new process runs the guest."""
+
+    vm: str
+    called_at: float
+    frozen_at: float
+    resumed_at: float
+    detail: str = ""
+
+
+class VmNotSwapped(msgspec.Struct, frozen=True):
+    """The guest stays where it was. ``called_at`` None: it was not touched.
+
+    ``frozen_at`` and ``resumed_at`` tell of the pause that the try cost, as far as they are known.
+    """
+
+    vm: str
+    called_at: float | None
+    why: str
+    frozen_at: float | None = None
+    resumed_at: float | None = None
+
+
 class VmFroze(msgspec.Struct, frozen=True):
     """Confirmed to stand still."""
 
@@ -111,6 +147,10 @@ Event = (
     Begin
     | Armed
     | ArmRefused
+    | VmPrepared
+    | VmNotPrepared
+    | VmSwapped
+    | VmNotSwapped
     | VmFroze
     | VmNotFrozen
     | VmLost
@@ -134,6 +174,18 @@ class Arm(msgspec.Struct, frozen=True):
     """Arm the guard for all VMs of the operation."""
 
     deadline: float
+
+
+class PrepareVms(msgspec.Struct, frozen=True):
+    """Get ready what the method needs, while the VMs run."""
+
+    vms: tuple[str, ...]
+
+
+class SwapVms(msgspec.Struct, frozen=True):
+    """Hand the guests over one after the other; do not begin with one after ``by``, nor after a failure."""
+
+    by: float
 
 
 class FreezeVms(msgspec.Struct, frozen=True):
@@ -190,6 +242,8 @@ class Finish(msgspec.Struct, frozen=True):
 Effect = (
     Note
     | Arm
+    | PrepareVms
+    | SwapVms
     | FreezeVms
     | DigestVms
     | RunUpdate

@@ -15,7 +15,7 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
-from caesura.contract.messages import Impact, RefusedUpdate, Scope, UpdateRecord
+from caesura.contract.messages import Impact, Method, RefusedUpdate, Scope, UpdateRecord, VmmChange
 from caesura.contract.names import InvalidName, check_name
 
 _LINE = re.compile(r"\(at line (\d+), column \d+\)")
@@ -36,6 +36,19 @@ class UpdateFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     description: Annotated[str, Meta(max_length=4096)] = ""
     environ: dict[str, str] = {}
     working_directory: str = "/"
+    vmm: VmmChange = ""
+    """``beside``: it puts a new VMM on the host while guests run, and each VM is swapped to it afterwards.
+    ``instead``: it replaces the VMM's own files, so no VMM runs meanwhile (method replace)."""
+    vmm_binary: str = ""
+    """The new VMM; empty: the binary that the host file names, as the update left it."""
+
+    @property
+    def method(self) -> Method:
+        """The only method by which it can be applied."""
+        if self.impact != "pause":
+            return "live" if self.impact == "none" else "reboot"
+        by_vmm: dict[VmmChange, Method] = {"": "freeze", "beside": "swap", "instead": "replace"}
+        return by_vmm[self.vmm]
 
     def record(self) -> UpdateRecord:
         """What the bus is told: everything but the command line."""
@@ -47,6 +60,7 @@ class UpdateFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
             expected_s=self.expected_s,
             timeout_s=self.timeout_s,
             description=self.description,
+            vmm=self.vmm,
         )
 
 
@@ -82,6 +96,18 @@ def parse_update(file: str, text: str, *, find: Callable[[str], str | None]) -> 
         )
     if any(name.startswith("CAESURA_") or not name or "=" in name for name in update.environ):
         return _refusal(file, text, "environ may not set CAESURA_* or an empty name", key="environ")
+    if update.vmm and update.impact != "pause":
+        return _refusal(file, text, f"vmm = {update.vmm!r} needs impact = 'pause'", key="vmm")
+    if update.vmm == "beside" and update.scope != "vm":
+        return _refusal(
+            file, text, "vmm = 'beside' needs scope = 'vm': each VM is swapped by itself", key="scope"
+        )
+    if update.vmm_binary and not update.vmm:
+        return _refusal(
+            file, text, "vmm_binary says nothing without vmm = 'beside' or 'instead'", key="vmm_binary"
+        )
+    if update.vmm_binary and not update.vmm_binary.startswith("/"):
+        return _refusal(file, text, "vmm_binary must be an absolute path", key="vmm_binary")
     if not update.working_directory.startswith("/"):
         return _refusal(file, text, "working_directory must be absolute", key="working_directory")
     return update

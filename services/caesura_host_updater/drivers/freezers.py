@@ -16,10 +16,13 @@ from typing import Literal, Protocol
 import msgspec
 
 from caesura.runtime.errors import CaesuraError
-from caesura_host_updater.guard.plans import CgroupPlan, Plan, SignalPlan, condition, thaw
+from caesura_host_updater.guard.plans import CgroupPlan, SignalPlan, condition, thaw
 from caesura_host_updater.guard.procfs import Process, process_table, send_signal
 
 FreezerKind = Literal["cgroup2", "cgroup1", "sigstop"]
+
+ProcessPlan = CgroupPlan | SignalPlan
+"""How a VM that is a group of processes is let go."""
 
 
 class FreezerUnusable(CaesuraError):
@@ -50,7 +53,7 @@ class Freezer(Protocol):
         """Take the place away again; a place still in use stays."""
 
 
-def plan_of(vm: str, run: Run, table: Mapping[int, Process] | None = None) -> Plan:
+def plan_of(vm: str, run: Run, table: Mapping[int, Process] | None = None) -> ProcessPlan:
     """The plan that resumes this VM. With signals it holds the descendants of now, so make it fresh."""
     if run.kind != "sigstop":
         return CgroupPlan(vm, run.kind, run.control)
@@ -61,7 +64,7 @@ def plan_of(vm: str, run: Run, table: Mapping[int, Process] | None = None) -> Pl
     return SignalPlan(vm, run.pid, run.start_ticks, others)
 
 
-def ask_to_freeze(plan: Plan, table: Mapping[int, Process] | None = None) -> None:
+def ask_to_freeze(plan: ProcessPlan, table: Mapping[int, Process] | None = None) -> None:
     """Ask the kernel to stop the VM; for signals call it again until ``condition`` says frozen.
 
     ``table`` saves reading the process table.

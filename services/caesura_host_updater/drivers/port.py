@@ -28,6 +28,20 @@ class FreezeFailed(DriverError):
     """The VM does not stand still, or it could not be shown that it does; it may be partly frozen."""
 
 
+class SwapFailed(DriverError):
+    """The new process did not take the guest over. Whoever hears this calls ``resume``, which has the old one run.
+
+    ``frozen_at`` and ``resumed_at`` (CLOCK_MONOTONIC): the pause that the try cost, as far as it is known.
+    """
+
+    def __init__(
+        self, vm: str, why: str, *, frozen_at: float | None = None, resumed_at: float | None = None
+    ) -> None:
+        self.frozen_at = frozen_at
+        self.resumed_at = resumed_at
+        super().__init__(vm, why)
+
+
 class NotRunningYet(DriverError):
     """The VM was asked to run and does not run yet: ask again."""
 
@@ -37,11 +51,34 @@ class NotPossible(DriverError):
 
 
 class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
-    """What can be done with the VMs of a driver, and why the rest cannot."""
+    """What can be done with a VM, and why the rest cannot."""
 
     methods: tuple[Method, ...]
     missing: Mapping[str, str]
     clock: Literal["simulated", "system", "none"]
+
+
+class HandOver(msgspec.Struct, frozen=True, kw_only=True):
+    """A swap that worked. Instants are seconds on CLOCK_MONOTONIC.
+
+    ``called_at`` to ``resumed_at`` is the pause; ``detail`` names what runs the guest now and before.
+    """
+
+    called_at: float
+    frozen_at: float
+    resumed_at: float
+    detail: str = ""
+
+
+class ClockSet(msgspec.Struct, frozen=True, kw_only=True):
+    """A guest clock that was set from outside: guest minus host, seconds, before and after.
+
+    The true error lies within ``uncertainty_s`` around the measured one.
+    """
+
+    before_s: float
+    after_s: float
+    uncertainty_s: float
 
 
 class Driver(Protocol):
@@ -55,9 +92,8 @@ class Driver(Protocol):
     def name(self) -> str:
         """``process``, ``qemu``, ..."""
 
-    @property
-    def capabilities(self) -> Capabilities:
-        """The same for every VM of the driver."""
+    def capabilities(self, vm: str) -> Capabilities:
+        """What can be done with this VM as it is now."""
 
     def ping(self) -> str:
         """Empty text when well, else what is wrong; for the health probe."""
@@ -78,8 +114,18 @@ class Driver(Protocol):
     async def changed(self) -> None:
         """Wait until the state of a VM changed by itself (it ended)."""
 
+    async def prepare(self, vm: str, operation: str, method: Method, binary: str) -> None:
+        """Get ready what the method needs while the VM runs on: a swap's new process is started and checked here.
+
+        ``binary``: the new VMM; empty for the one that the host file names, as it is on disk now. What was
+        prepared is undone by ``release``.
+
+        Raises:
+            DriverError: it cannot be done, with the hypervisor's own reason. Nothing was paused.
+        """
+
     def resume_plan(self, vm: str) -> Plan:
-        """How the pause guard resumes the VM alone. Raises DriverError if it is not running at all."""
+        """How the pause guard resumes the VM alone, after what was prepared. Raises DriverError if it is not running at all."""
 
     async def freeze(self, vm: str, by: float) -> None:
         """Make the VM stand still and confirm it with the kernel or hypervisor.
@@ -90,8 +136,27 @@ class Driver(Protocol):
             FreezeFailed: not confirmed by then, or the VM is gone.
         """
 
+    async def hand_over(self, vm: str, by: float) -> HandOver:
+        """Swap: the prepared process takes the guest over. Not begun after ``by``.
+
+        Raises:
+            SwapFailed: it did not; ``resume`` makes sure that the old process runs the guest.
+            NotPossible: this driver cannot swap.
+        """
+
+    async def checkpoint(self, vm: str, by: float) -> None:
+        """Replace, first half: the device state is in a file and the old process is gone; ``resume`` starts the new one.
+
+        Raises:
+            FreezeFailed: the VM does not stand still, or its state could not be saved; ``resume`` puts it right.
+            NotPossible: this driver cannot replace.
+        """
+
+    async def release(self, vm: str) -> None:
+        """The operation is over: end and remove what ``prepare`` made and was not used."""
+
     async def resume(self, vm: str, timeout_s: float) -> Literal["running", "gone"]:
-        """Make the VM run and confirm it. Right in every state: a running VM is left alone.
+        """Make the VM run and confirm it: let go, roll back or restore, whatever it takes. Right in every state.
 
         Raises:
             NotRunningYet: not confirmed in time.
@@ -107,5 +172,19 @@ class Driver(Protocol):
             NotPossible, DriverError: there is no memory to read, or reading it failed.
         """
 
-    async def sync_clock(self, vm: str) -> float:
-        """Set the guest's clock; the remaining error in seconds. Raises NotPossible."""
+    def process_of(self, vm: str) -> str:
+        """What runs the guest now, for people: ``QEMU 7.2.22 (pid 4711)``; empty when nothing does."""
+
+    async def guest_boot_id(self, vm: str) -> str:
+        """The guest kernel's boot id as told from inside: the same one after a pause shows that memory stayed.
+
+        Raises:
+            NotPossible, DriverError: nothing in the guest can be asked, or it does not answer.
+        """
+
+    async def sync_clock(self, vm: str) -> ClockSet:
+        """Set the guest's clock from outside.
+
+        Raises:
+            NotPossible, DriverError: there is no way to, or the guest does not answer or answers nonsense.
+        """

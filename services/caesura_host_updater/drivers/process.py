@@ -8,8 +8,6 @@ updater, and are found again at its next start by the run file that their first 
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import mmap
 import os
 import signal
 import sys
@@ -23,18 +21,21 @@ from typing import Literal
 import msgspec
 import structlog
 
-from caesura.contract.messages import VmState
+from caesura.contract.messages import Method, VmState
 from caesura_host_updater.detached import ExitWatch, SpawnError, spawn_detached
 from caesura_host_updater.drivers import guest_init
-from caesura_host_updater.drivers.freezers import Freezer, Run, ask_to_freeze, plan_of
+from caesura_host_updater.drivers.digest import digest_of
+from caesura_host_updater.drivers.freezers import Freezer, ProcessPlan, Run, ask_to_freeze, plan_of
 from caesura_host_updater.drivers.port import (
     Capabilities,
+    ClockSet,
     DriverError,
     FreezeFailed,
+    HandOver,
     NotPossible,
     NotRunningYet,
 )
-from caesura_host_updater.guard.plans import Condition, Plan, SignalPlan, condition, thaw
+from caesura_host_updater.guard.plans import Condition, SignalPlan, condition, thaw
 from caesura_host_updater.guard.procfs import Process, alive, boot_id, process_table, send_signal
 from caesura_host_updater.hostfile import VmSpec
 
@@ -43,9 +44,15 @@ _STOP_TIMEOUT_S = guest_init.TERM_GRACE_S + 2.0
 _LOOK_S = 0.002  # s: between two looks at a VM that shall stand still or run: v1 and signals notify nobody
 _TABLE_AGE_S = 0.001  # s: so freezing many VMs reads the process table once a round, not once a VM
 _SETTLE_S = 0.004  # s: a stop by signals must last this long to count: somebody may send SIGCONT all the time
-_CHUNK_BYTES = 1 << 20  # digest step, about a millisecond: how finely `stop_at` is kept
 
 _log = structlog.get_logger("caesura.driver")
+
+
+_MISSING: Mapping[str, str] = {
+    "swap": "the process driver has no second VMM that could take over a process",
+    "replace": "the process driver cannot save a process to a file and start it again",
+    "reboot": "the process driver does not restart VMs for an update",
+}
 
 
 class ProcessDriver:
@@ -61,15 +68,6 @@ class ProcessDriver:
     """
 
     name = "process"
-    capabilities = Capabilities(
-        methods=("live", "freeze"),
-        missing={
-            "swap": "the process driver has no second VMM that could take over a process",
-            "replace": "the process driver cannot save a process to a file and start it again",
-            "reboot": "the process driver does not restart VMs for an update",
-        },
-        clock="simulated",
-    )
 
     def __init__(
         self,
@@ -90,12 +88,16 @@ class ProcessDriver:
         self._runs: dict[str, Run] = {}
         self._watches: dict[str, ExitWatch] = {}
         self._not_started: dict[str, str] = {}
-        self._frozen: dict[str, Plan] = {}
+        self._frozen: dict[str, ProcessPlan] = {}
         """Plans of VMs that were asked to freeze, with the processes of that moment."""
         self._burials: set[asyncio.Task[None]] = set()
         self._table: tuple[float, Mapping[int, Process]] = (0.0, {})
         self._change = asyncio.Event()
         self._readers = ThreadPoolExecutor(max_workers=2, thread_name_prefix="digest")
+
+    def capabilities(self, vm: str) -> Capabilities:  # noqa: ARG002 - the port's
+        """The same for every VM."""
+        return Capabilities(methods=("live", "freeze"), missing=_MISSING, clock="simulated")
 
     def ping(self) -> str:
         """Names VMs that do not run."""
@@ -270,7 +272,7 @@ class ProcessDriver:
         _reap(run.pid)
         (self._folder / f"{vm}.run.json").unlink(missing_ok=True)
 
-    async def _kill_rest(self, plan: Plan) -> None:
+    async def _kill_rest(self, plan: ProcessPlan) -> None:
         """End what a VM left behind when its first process is dead."""
         with suppress(TimeoutError):
             async with asyncio.timeout(_STOP_TIMEOUT_S):
@@ -287,6 +289,27 @@ class ProcessDriver:
 
     # -- freezing -----------------------------------------------------------------------------------------
 
+    async def prepare(self, vm: str, operation: str, method: Method, binary: str) -> None:  # noqa: ARG002 - the port's
+        """Nothing to get ready for a freeze; anything else is not possible."""
+        if method in _MISSING:
+            raise NotPossible(vm, _MISSING[method])
+
+    async def hand_over(self, vm: str, by: float) -> HandOver:  # noqa: ARG002 - the port's
+        """Not possible."""
+        raise NotPossible(vm, _MISSING["swap"])
+
+    async def checkpoint(self, vm: str, by: float) -> None:  # noqa: ARG002 - the port's
+        """Not possible."""
+        raise NotPossible(vm, _MISSING["replace"])
+
+    async def release(self, vm: str) -> None:
+        """Nothing was prepared."""
+
+    def process_of(self, vm: str) -> str:
+        """Its first process."""
+        run = self._runs.get(vm)
+        return f"process group {run.pid}" if run is not None else ""
+
     def states(self) -> Mapping[str, VmState]:
         """Read from the kernel, one process table for all."""
         table = process_table() if any(run.kind == "sigstop" for run in self._runs.values()) else {}
@@ -298,7 +321,7 @@ class ProcessDriver:
         }
         found: dict[str, VmState] = dict.fromkeys(self._specs, "stopped")
         for vm, run in self._runs.items():
-            plan: Plan = (
+            plan: ProcessPlan = (
                 SignalPlan(vm, run.pid, run.start_ticks) if run.kind == "sigstop" else plan_of(vm, run)
             )
             try:
@@ -307,7 +330,7 @@ class ProcessDriver:
                 found[vm] = "unknown"
         return found
 
-    def resume_plan(self, vm: str) -> Plan:
+    def resume_plan(self, vm: str) -> ProcessPlan:
         """The plan for the guard, with the processes of this moment."""
         run = self._runs.get(vm)
         if run is None:
@@ -382,27 +405,17 @@ class ProcessDriver:
             raise NotPossible(vm, "has no memory file, or one above the limit for digests")
         loop = asyncio.get_running_loop()
         try:
-            return await loop.run_in_executor(self._readers, _digest, self._memory_file(vm), stop_at)
+            return await loop.run_in_executor(self._readers, digest_of, self._memory_file(vm), stop_at)
         except (OSError, ValueError) as error:
             raise DriverError(vm, f"its memory file cannot be read: {error}") from error
 
-    async def sync_clock(self, vm: str) -> float:
+    async def guest_boot_id(self, vm: str) -> str:
+        """A process has no kernel of its own."""
+        raise NotPossible(vm, "a process has no kernel of its own; its agent's boot id is what counts")
+
+    async def sync_clock(self, vm: str) -> ClockSet:
         """A process has no clock of its own that could be set from outside."""
         raise NotPossible(vm, "the process driver cannot set a guest's clock; its agent does")
-
-
-def _digest(path: Path, stop_at: float) -> str | None:
-    digest = hashlib.blake2b(digest_size=16)
-    with (
-        path.open("rb") as file,
-        mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as memory,
-        memoryview(memory) as view,
-    ):
-        for start in range(0, len(view), _CHUNK_BYTES):
-            if time.monotonic() >= stop_at:
-                return None
-            digest.update(view[start : start + _CHUNK_BYTES])
-    return digest.hexdigest()
 
 
 def _reap(pid: int) -> None:

@@ -62,6 +62,11 @@ class VmRecord(Record, frozen=True, kw_only=True):
     """Whether an agent is expected to answer in this VM."""
 
 
+VmmChange = Literal["", "beside", "instead"]
+"""What an update does to the VMM (the QEMU binary and its libraries): nothing; it puts a new one beside the one that
+runs (method swap); the old one must be gone while it runs (method replace)."""
+
+
 class UpdateRecord(Record, frozen=True, kw_only=True):
     """An update that this host knows how to apply. The command line stays on the host."""
 
@@ -72,6 +77,7 @@ class UpdateRecord(Record, frozen=True, kw_only=True):
     expected_s: Seconds
     timeout_s: Positive
     description: Text = ""
+    vmm: VmmChange = ""
 
 
 class RefusedUpdate(Record, frozen=True, kw_only=True):
@@ -172,6 +178,8 @@ class Plan(Record, frozen=True, kw_only=True):
     refusals: tuple[Refusal, ...] = ()
     estimate_s: Seconds = 0.0
     expected_pause_s: Seconds = 0.0
+    outside_pause_s: Seconds = 0.0
+    """At most so many seconds of a host's work pass while its VMs run: a live update's or a swap's own time."""
     hold_s: Seconds = 0.0
     scope: Scope = "host"
 
@@ -369,6 +377,8 @@ class VmResult(Record, frozen=True, kw_only=True):
     resumed_by: Literal["updater", "guard", "nobody"] = "nobody"
     memory: MemoryProof | None = None
     error: Text = ""
+    detail: Text = ""
+    """After a swap or replace: what runs the guest now, and what ran it before."""
 
 
 class UpdateOutcome(Record, frozen=True, kw_only=True):
@@ -396,7 +406,7 @@ class OperationReported(Message, frozen=True, kw_only=True):
     vms: tuple[VmResult, ...] = ()
     update: UpdateOutcome | None = None
     overhead_s: Seconds | None = None
-    """Longest pause minus the update's own seconds."""
+    """Longest pause minus the update's own seconds; a swap's update runs before the pause and is not taken off."""
     at: Instant
 
 

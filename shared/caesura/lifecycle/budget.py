@@ -6,6 +6,7 @@ resuming the VMs, and the guard's own resume.
 
 from __future__ import annotations
 
+PREPARE_S = 60.0  # s: to start and check new VMM processes while the VMs run; a QEMU starts in 50 ms
 MIN_BUDGET_S = 0.5  # s: below it the margins leave nothing for the update
 
 

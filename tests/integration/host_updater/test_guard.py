@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 
-from caesura_host_updater.drivers.freezers import Run, ask_to_freeze, choose_freezer, plan_of
-from caesura_host_updater.guard.plans import Plan, condition, plan_to_json, thaw
+from caesura_host_updater.drivers.freezers import ProcessPlan, Run, ask_to_freeze, choose_freezer, plan_of
+from caesura_host_updater.guard.plans import condition, plan_to_json, thaw
 from caesura_host_updater.guard.procfs import boot_id, read_process
 from caesura_host_updater.guard.server import socket_address
 
@@ -72,7 +72,7 @@ class Guard:
         answer: dict[str, Any] = json.loads(connection.makefile().readline())
         return answer
 
-    def arm(self, connection: socket.socket, plan: Plan, seconds: float) -> None:
+    def arm(self, connection: socket.socket, plan: ProcessPlan, seconds: float) -> None:
         """Arm for one VM."""
         answer = self.ask(connection, **arming(plan, seconds))
         assert answer["ok"], answer
@@ -86,7 +86,7 @@ class Guard:
             process.wait()
 
 
-def arming(plan: Plan, seconds: float, **changes: Any) -> dict[str, Any]:
+def arming(plan: ProcessPlan, seconds: float, **changes: Any) -> dict[str, Any]:
     """An arm request."""
     request: dict[str, Any] = {
         "do": "arm",
@@ -109,7 +109,7 @@ def guard(tmp_path: Path) -> Iterator[Guard]:
 
 
 @pytest.fixture
-def vm(freezer: Any) -> Iterator[Plan]:
+def vm(freezer: Any) -> Iterator[ProcessPlan]:
     """One process, and how it is frozen."""
     place, _ = choose_freezer(freezer, f"caesura-guard-test-{os.getpid()}")
     control = place.place("vm")
@@ -128,14 +128,14 @@ def vm(freezer: Any) -> Iterator[Plan]:
     place.remove("vm")
 
 
-def freeze(plan: Plan) -> float:
+def freeze(plan: ProcessPlan) -> float:
     """Freeze and confirm; when that was."""
     ask_to_freeze(plan)
     wait(lambda: condition(plan) == "frozen", "the freeze")
     return time.monotonic()
 
 
-def test_deadline(guard: Guard, vm: Plan) -> None:
+def test_deadline(guard: Guard, vm: ProcessPlan) -> None:
     guard.start()
     connection = guard.connect()
     guard.arm(connection, vm, 0.5)
@@ -150,7 +150,7 @@ def test_deadline(guard: Guard, vm: Plan) -> None:
     assert not (guard.folder / "guard-intent.json").exists()
 
 
-def test_connection_lost(guard: Guard, vm: Plan) -> None:
+def test_connection_lost(guard: Guard, vm: ProcessPlan) -> None:
     guard.start()
     connection = guard.connect()
     guard.arm(connection, vm, 20)
@@ -160,7 +160,7 @@ def test_connection_lost(guard: Guard, vm: Plan) -> None:
     assert time.monotonic() - frozen_at < 2
 
 
-def test_found_armed_at_start(guard: Guard, vm: Plan) -> None:
+def test_found_armed_at_start(guard: Guard, vm: ProcessPlan) -> None:
     first = guard.start()
     connection = guard.connect()
     guard.arm(connection, vm, 20)
@@ -178,7 +178,7 @@ def test_found_armed_at_start(guard: Guard, vm: Plan) -> None:
     assert "op-1" in refused["error"]
 
 
-def test_freeze_after_the_guard_fired_is_undone(guard: Guard, vm: Plan) -> None:
+def test_freeze_after_the_guard_fired_is_undone(guard: Guard, vm: ProcessPlan) -> None:
     """An updater that was stopped between its last look and its freeze call wakes up and freezes."""
     guard.start()
     connection = guard.connect()
@@ -196,7 +196,7 @@ def test_freeze_after_the_guard_fired_is_undone(guard: Guard, vm: Plan) -> None:
     assert catch["running_at"] - catch["frozen_after"] < 5
 
 
-def test_owner_dies_after_it_fired(guard: Guard, vm: Plan) -> None:
+def test_owner_dies_after_it_fired(guard: Guard, vm: ProcessPlan) -> None:
     """Its last act may have been a freeze: the guard looks once more when the process is dead."""
     guard.start()
     owner = subprocess.Popen(
@@ -227,7 +227,7 @@ time.sleep(600)
 """
 
 
-def test_told_to_stop_while_armed(guard: Guard, vm: Plan) -> None:
+def test_told_to_stop_while_armed(guard: Guard, vm: ProcessPlan) -> None:
     process = guard.start()
     connection = guard.connect()
     guard.arm(connection, vm, 20)
@@ -237,7 +237,7 @@ def test_told_to_stop_while_armed(guard: Guard, vm: Plan) -> None:
     assert condition(vm) == "running"
 
 
-def test_disarm_is_not_believed_while_a_vm_stands_still(guard: Guard, vm: Plan) -> None:
+def test_disarm_is_not_believed_while_a_vm_stands_still(guard: Guard, vm: ProcessPlan) -> None:
     guard.start()
     connection = guard.connect()
     guard.arm(connection, vm, 20)
@@ -251,7 +251,7 @@ def test_disarm_is_not_believed_while_a_vm_stands_still(guard: Guard, vm: Plan) 
 
 
 @pytest.mark.parametrize("freezer", ["sigstop"])
-def test_what_is_refused(guard: Guard, vm: Plan, freezer: str) -> None:
+def test_what_is_refused(guard: Guard, vm: ProcessPlan, freezer: str) -> None:
     guard.start()
     connection = guard.connect()
     good = arming(vm, 5)

@@ -129,17 +129,53 @@ def test_an_update_without_impact_is_live(build: Build, host: Host, fleet: MakeF
     assert plan.expected_pause_s == 0
 
 
-def test_scope_vm_swaps_where_the_driver_can_and_freezes_where_not(
+def test_what_an_update_does_to_the_vmm_decides_the_method(
     build: Build, host: Host, fleet: MakeFleet
 ) -> None:
-    single = m.UpdateRecord(update="vmm", impact="pause", scope="vm", expected_s=1, timeout_s=9)
-    one = fleet(host("h1", build("w1", methods=("swap", "freeze")), build("w2", domain=1), updates=(single,)))
-    plan = _plan(one, "vmm")
-    assert [(vm.vm, vm.method) for wave in plan.waves for vm in wave.vms] == [
-        ("w1", "swap"),
-        ("w2", "freeze"),
-    ]
+    able = ("live", "freeze", "swap", "replace")
+    beside = m.UpdateRecord(
+        update="beside", impact="pause", scope="vm", expected_s=600, timeout_s=900, vmm="beside"
+    )
+    instead = m.UpdateRecord(
+        update="instead", impact="pause", scope="host", expected_s=1, timeout_s=9, vmm="instead"
+    )
+    single = m.UpdateRecord(update="single", impact="pause", scope="vm", expected_s=1, timeout_s=9)
+    one = fleet(
+        host(
+            "h1",
+            build("w1", methods=able),
+            build("w2", domain=1, methods=able),
+            updates=(beside, instead, single),
+        )
+    )
+    plan = _plan(one, "beside")  # its ten minutes are spent before the pause: no budget is asked for them
+    assert [(vm.vm, vm.method) for wave in plan.waves for vm in wave.vms] == [("w1", "swap"), ("w2", "swap")]
     assert [wave.domains for wave in plan.waves] == [{"web": 0}, {"web": 1}]
+    plan = _plan(one, "single")
+    assert {vm.method for wave in plan.waves for vm in wave.vms} == {"freeze"}
+    one = fleet(host("h1", build("w1", methods=able), build("w3", methods=able), updates=(instead,)))
+    assert [vm.method for wave in _plan(one, "instead").waves for vm in wave.vms] == ["replace", "replace"]
+
+
+def test_a_vm_that_cannot_swap_is_refused_by_name_and_never_frozen_instead(
+    build: Build, host: Host, fleet: MakeFleet
+) -> None:
+    beside = m.UpdateRecord(update="vmm", impact="pause", scope="vm", expected_s=1, timeout_s=9, vmm="beside")
+    plan = _plan(fleet(host("h1", build("w1"), updates=(beside,))), "vmm")
+    assert _reasons(plan)["w1"] == "cannot swap: no second process to swap to"
+
+
+def test_hosts_must_agree_on_what_an_update_does_to_the_vmm(
+    build: Build, host: Host, fleet: MakeFleet
+) -> None:
+    def update(vmm: m.VmmChange) -> m.UpdateRecord:
+        return m.UpdateRecord(update="vmm", impact="pause", scope="vm", expected_s=1, timeout_s=9, vmm=vmm)
+
+    both = fleet(
+        host("h1", build("w1", methods=("swap",)), updates=(update("beside"),)),
+        host("h2", build("w2", domain=1), updates=(update(""),)),
+    )
+    assert "otherwise than h1" in _reasons(_plan(both, "vmm"))["h2"]
 
 
 def test_stopped_vms_are_skipped_with_a_reason(build: Build, host: Host, fleet: MakeFleet) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -34,7 +35,12 @@ def host(**changes: Any) -> Host:
         "host": "host-1",
         "vms": {
             name: VmRecord(
-                vm=name, set="web", update_domain=0, state="running", methods_missing={"swap": "no"}
+                vm=name,
+                set="web",
+                update_domain=0,
+                state="running",
+                methods=("live", "freeze"),
+                methods_missing={"swap": "no"},
             )
             for name in ("a", "b")
         },
@@ -89,7 +95,7 @@ def test_known_operation_is_only_told_again_whatever_else_is_wrong() -> None:
         ({"not_after": NOW - timedelta(seconds=3)}, {}, "3.0 s after"),
         ({}, {"stopping": True}, "stopping"),
         ({}, {"busy": "other-op"}, "busy with operation other-op"),
-        ({"method": "swap"}, {}, "swap is not possible here: no"),
+        ({"method": "swap"}, {}, "swap is not possible for VM a: no"),
         ({"update": "nope"}, {}, "not known"),
         ({"budget_s": 3.0, "update": "", "hold_s": 2.5}, {}, "does not fit"),
         ({"method": "live", "update": ""}, {}, "does nothing"),
@@ -99,6 +105,41 @@ def test_refusals(changes: dict[str, Any], at: dict[str, Any], why: str) -> None
     verdict = judge(command(**changes), host(**at))
     assert isinstance(verdict, Refuse)
     assert why in verdict.why
+
+
+@pytest.mark.parametrize(
+    ("vmm", "scope", "method"),
+    [("beside", "vm", "swap"), ("instead", "host", "replace"), ("", "host", "freeze")],
+)
+def test_an_update_is_applied_by_its_own_method_only(vmm: Any, scope: Any, method: Any) -> None:
+    update = UpdateFile(
+        name="patch", impact="pause", scope=scope, vmm=vmm, argv=("/bin/true",), expected_s=1, timeout_s=5
+    )
+    able = {
+        name: msgspec.structs.replace(record, methods=("live", "freeze", "swap", "replace"))
+        for name, record in host().vms.items()
+    }
+    at = host(catalogue=Catalogue({"patch": update}), vms=able)
+    for tried in ("live", "freeze", "swap", "replace"):
+        verdict = judge(command(method=tried), at)
+        assert isinstance(verdict, Accept) == (tried == method), tried
+        if isinstance(verdict, Refuse):
+            assert f"by method {method}" in verdict.why
+
+
+def test_what_a_swap_does_before_its_pause_needs_no_budget() -> None:
+    update = UpdateFile(
+        name="patch",
+        impact="pause",
+        scope="vm",
+        vmm="beside",
+        argv=("/bin/true",),
+        expected_s=600,
+        timeout_s=900,
+    )
+    able = {name: msgspec.structs.replace(record, methods=("swap",)) for name, record in host().vms.items()}
+    at = host(catalogue=Catalogue({"patch": update}), vms=able)
+    assert isinstance(judge(command(method="swap"), at), Accept)
 
 
 @given(st.lists(st.tuples(st.integers(1, 5), st.sampled_from(["c", "d"])), max_size=20), st.integers(0, 5))

@@ -23,8 +23,8 @@ from caesura_host_updater.clock import ClockWait
 from caesura_host_updater.command import Authority
 from caesura_host_updater.endings import Letters
 from caesura_host_updater.journal import Journal, JournalThread, Letter
+from caesura_host_updater.operation_state import Operation, VmPause
 from caesura_host_updater.outbox import Outbox
-from caesura_host_updater.pause import Operation, VmPause
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 LETTERS = Letters("host-1", {})

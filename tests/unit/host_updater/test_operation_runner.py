@@ -14,23 +14,38 @@ from typing import Any, Literal
 
 import pytest
 
-from caesura.contract.messages import FreezeCommanded, FreezeTarget, VmFrozen, VmResumed, VmState
-from caesura_host_updater.drivers.port import Capabilities, FreezeFailed, NotPossible, NotRunningYet
+from caesura.contract.messages import FreezeCommanded, FreezeTarget, Method, VmFrozen, VmResumed, VmState
+from caesura_host_updater.drivers.port import (
+    Capabilities,
+    ClockSet,
+    DriverError,
+    FreezeFailed,
+    HandOver,
+    NotPossible,
+    NotRunningYet,
+    SwapFailed,
+)
 from caesura_host_updater.guard.intent import Intent
 from caesura_host_updater.guard.plans import CgroupPlan, Plan
 from caesura_host_updater.guardian import GuardUnavailable
 from caesura_host_updater.journal import JournalThread
 from caesura_host_updater.operation import OperationRunner
-from caesura_host_updater.pause import Operation, VmPause
+from caesura_host_updater.operation_state import Operation, VmPause
 
 
 class FakeDriver:
     """VMs that are made up."""
 
     name = "fake"
-    capabilities = Capabilities(methods=("live", "freeze"), missing={}, clock="none")
 
     def __init__(self, *names: str) -> None:
+        self.prepared: set[str] = set()
+        self.released: list[str] = []
+        self.broken_prepares: dict[str, Exception] = {}
+        self.hand_overs: dict[str, Any] = {}
+        """What a swap of this VM does instead of going well: an exception, or an event to wait for."""
+        self.swapped: list[str] = []
+        self.checkpointed: list[str] = []
         self.vms: dict[str, VmState] = dict.fromkeys(names, "running")
         self.freeze_s = 0.0
         self.digests = ["same", "same"]
@@ -52,6 +67,41 @@ class FakeDriver:
 
     async def changed(self) -> None:
         await asyncio.Event().wait()
+
+    def capabilities(self, vm: str) -> Capabilities:
+        return Capabilities(methods=("live", "freeze", "swap", "replace"), missing={}, clock="none")
+
+    async def prepare(self, vm: str, operation: str, method: Method, binary: str) -> None:
+        if vm in self.broken_prepares:
+            raise self.broken_prepares[vm]
+        self.prepared.add(vm)
+
+    async def hand_over(self, vm: str, by: float) -> HandOver:
+        assert vm in self.prepared
+        at = time.monotonic()
+        self.freezing.set()
+        trouble = self.hand_overs.get(vm)
+        if isinstance(trouble, asyncio.Event):
+            self.vms[vm] = "paused"
+            await trouble.wait()
+        elif trouble is not None:
+            raise trouble
+        self.swapped.append(vm)
+        return HandOver(called_at=at, frozen_at=at, resumed_at=at + 0.004, detail="B, was A")
+
+    async def checkpoint(self, vm: str, by: float) -> None:
+        assert vm in self.prepared
+        self.checkpointed.append(vm)
+        await self.freeze(vm, by)
+
+    async def release(self, vm: str) -> None:
+        self.released.append(vm)
+
+    def process_of(self, vm: str) -> str:
+        return "fake"
+
+    async def guest_boot_id(self, vm: str) -> str:
+        raise NotPossible(vm, "no kernel")
 
     def resume_plan(self, vm: str) -> Plan:
         return CgroupPlan(vm, "cgroup2", f"/sys/fs/cgroup/x/{vm}/cgroup.freeze")
@@ -77,7 +127,7 @@ class FakeDriver:
     async def memory_digest(self, vm: str, stop_at: float) -> str | None:
         return self.digests.pop()
 
-    async def sync_clock(self, vm: str) -> float:
+    async def sync_clock(self, vm: str) -> ClockSet:
         raise NotPossible(vm, "no clock")
 
 
@@ -113,7 +163,12 @@ class Scene:
     """One operation over a fake driver and guard."""
 
     def __init__(
-        self, journal: JournalThread, *names: str, hold_s: float = 0.05, digestible: bool = False
+        self,
+        journal: JournalThread,
+        *names: str,
+        hold_s: float = 0.05,
+        digestible: bool = False,
+        method: Method = "freeze",
     ) -> None:
         self.driver = FakeDriver(*names)
         self.guard = FakeGuard()
@@ -126,7 +181,7 @@ class Scene:
             host="host-1",
             rollout="r",
             wave=0,
-            method="freeze",
+            method=method,
             targets=targets,
             hold_s=hold_s,
             budget_s=8.0,
@@ -134,7 +189,7 @@ class Scene:
         )
         state = Operation(
             operation="op",
-            method="freeze",
+            method=method,
             budget_s=8.0,
             hold_s=hold_s,
             vms=tuple(VmPause(vm=name, set="web", update_domain=0, digestible=digestible) for name in names),
@@ -250,3 +305,66 @@ async def test_somebody_else_resumed_it(journal: JournalThread) -> None:
     scene.driver.vms["a"] = "running"
     op = await task
     assert "VM a ran although it was paused" in op.failure
+
+
+async def test_guests_are_swapped_one_after_the_other_each_paused_for_milliseconds(
+    journal: JournalThread,
+) -> None:
+    scene = Scene(journal, "a", "b", "c", method="swap")
+    op = await scene.run()
+    assert (op.end, op.failure) == ("completed", "")
+    assert scene.driver.swapped == ["a", "b", "c"]
+    assert [vm.pause_s for vm in op.vms] == pytest.approx([0.004] * 3)
+    assert {vm.detail for vm in op.vms} == {"B, was A"}
+    assert scene.told() == [(kind, vm) for vm in "abc" for kind in ("VmFrozen", "VmResumed")]
+    assert sorted(scene.driver.released) == ["a", "b", "c"]
+
+
+async def test_one_vm_that_cannot_be_prepared_stops_the_swap_before_anything_pauses(
+    journal: JournalThread,
+) -> None:
+    for error in (DriverError("b", "machine type pc-q35-9.9 is not known"), ZeroDivisionError("a bug")):
+        scene = Scene(journal, "a", "b", method="swap")
+        scene.driver.broken_prepares["b"] = error
+        op = await scene.run()
+        assert op.end == "failed"
+        assert op.failure.startswith("nothing was frozen: VM b cannot swap: ")
+        assert (scene.guard.armed, scene.driver.swapped, scene.told()) == ([], [], [])
+        assert sorted(scene.driver.released) == ["a", "b"]
+
+
+async def test_a_failed_swap_leaves_the_rest_where_they_are_and_is_told_with_its_pause(
+    journal: JournalThread,
+) -> None:
+    scene = Scene(journal, "a", "b", "c", method="swap")
+    now = time.monotonic()
+    scene.driver.hand_overs["b"] = SwapFailed(
+        "b", "QEMU: no such device", frozen_at=now, resumed_at=now + 0.02
+    )
+    op = await scene.run()
+    assert op.end == "failed"
+    assert op.failure == "VM b was not swapped: QEMU: no such device"
+    assert scene.driver.swapped == ["a"]
+    assert [vm for kind, vm in scene.told() if kind == "VmResumed"] == ["a", "b"]
+    assert "not begun" in op.vms[2].error
+    assert [vm.pause_s > 0 for vm in op.vms] == [True, True, False]
+
+
+async def test_abort_in_the_middle_of_a_swap(journal: JournalThread) -> None:
+    scene = Scene(journal, "a", "b", method="swap")
+    scene.driver.hand_overs["a"] = asyncio.Event()
+    task = asyncio.create_task(scene.run())
+    await scene.driver.freezing.wait()
+    scene.runner.abort("enough")
+    op = await task
+    assert (op.end, op.failure) == ("failed", "aborted: enough")
+    assert scene.driver.swapped == []
+    assert scene.told() == [("VmFrozen", "a"), ("VmResumed", "a")]
+
+
+async def test_replace_prepares_then_checkpoints_then_restores(journal: JournalThread) -> None:
+    scene = Scene(journal, "a", "b", method="replace")
+    op = await scene.run()
+    assert op.end == "completed"
+    assert sorted(scene.driver.checkpointed) == ["a", "b"]
+    assert sorted(scene.driver.released) == ["a", "b"]

@@ -10,7 +10,8 @@ import pytest
 
 from caesura.lifecycle.budget import MIN_BUDGET_S, usable_s
 from caesura_host_updater import steps
-from caesura_host_updater.pause import IllegalTransition, Operation, UpdateRun, VmPause, decide
+from caesura_host_updater.operation_state import IllegalTransition, Operation, UpdateRun, VmPause
+from caesura_host_updater.pause import decide
 from caesura_host_updater.report import final_report, memory_proof, resumed_fact, update_outcome
 from caesura_host_updater.schedule import Schedule
 

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from caesura_host_updater import steps
-from caesura_host_updater.pause import Operation, UpdateRun, VmPause, decide
+from caesura_host_updater.operation_state import Operation, UpdateRun, VmPause
+from caesura_host_updater.pause import decide
 
 NAMES = ("a", "b", "c")
 
@@ -20,27 +21,34 @@ class PauseMachine(RuleBasedStateMachine):
     @initialize(
         count=st.integers(1, 3),
         budget_s=st.sampled_from([0.5, 1.0, 2.0, 30.0]),
-        kind=st.sampled_from(["hold", "host", "vm", "live"]),
+        kind=st.sampled_from(["hold", "host", "vm", "live", "swap", "swap of an update", "replace"]),
         digestible=st.booleans(),
-        faults=st.sets(st.sampled_from(["abort", "guard", "refuse", "freeze", "lost", "hurry"]), max_size=2),
+        faults=st.sets(
+            st.sampled_from(["abort", "guard", "refuse", "freeze", "lost", "hurry", "prepare"]), max_size=2
+        ),
     )
     def begin(self, count: int, budget_s: float, kind: str, digestible: bool, faults: set[str]) -> None:
         """An operation of some kind, accepted, and what may go wrong with it: few things, so that it gets far."""
         self.faults = faults
         names = NAMES[:count]
-        runs = {"hold": (), "vm": tuple(UpdateRun(key=name) for name in names)}.get(kind, (UpdateRun(),))
+        of_vms = tuple(UpdateRun(key=name) for name in names)
+        runs = {"hold": (), "swap": (), "vm": of_vms, "swap of an update": of_vms}.get(kind, (UpdateRun(),))
+        methods: dict[str, Any] = {"live": "live", "replace": "replace"}
         self.now = 1000.0
         self.op = Operation(
             operation="op",
-            method="live" if kind == "live" else "freeze",
+            method="swap" if kind.startswith("swap") else methods.get(kind, "freeze"),
             budget_s=budget_s,
             hold_s=0.1 if kind == "hold" else 0.0,
-            update="" if kind == "hold" else "patch",
+            update="" if kind in ("hold", "swap") else "patch",
             update_timeout_s=budget_s,
             vms=tuple(VmPause(vm=name, set="s", update_domain=0, digestible=digestible) for name in names),
             runs=runs,
         )
         self.arming = self.disarming = False
+        self.preparing: set[str] = set()
+        self.ready: set[str] = set()
+        self.swapping: list[str] = []
         self.freezing: set[str] = set()
         self.called: set[str] = set()
         self.digesting: set[str] = set()
@@ -59,7 +67,7 @@ class PauseMachine(RuleBasedStateMachine):
         for effect in effects:
             self.perform(effect)
 
-    def perform(self, effect: Any) -> None:
+    def perform(self, effect: Any) -> None:  # noqa: PLR0912 - one flat table of effects
         """What the shell would do, with everything checked that must hold at this instant."""
         assert self.finished == 0, "an effect after the end"
         schedule = self.op.schedule
@@ -68,7 +76,18 @@ class PauseMachine(RuleBasedStateMachine):
                 assert schedule is not None
                 assert schedule.started_at < effect.deadline < schedule.started_at + self.op.budget_s
                 self.arming = True
+            case steps.PrepareVms():
+                assert not self.aborted
+                assert not self.updating, "the update still changes the host"
+                self.preparing = set(effect.vms)
+            case steps.SwapVms():
+                assert self.armed, "swapped without a guard"
+                assert self.ready == set(self.world), "swapped before all were ready"
+                assert schedule is not None
+                assert self.now < effect.by
+                self.swapping = sorted(self.world)
             case steps.FreezeVms():
+                assert self.op.method == "freeze" or self.ready == set(self.world), "not ready"
                 assert self.armed, "frozen without a guard"
                 assert not self.aborted, "frozen after an abort"
                 assert schedule is not None
@@ -81,14 +100,16 @@ class PauseMachine(RuleBasedStateMachine):
                 self.digesting |= set(effect.vms)
             case steps.RunUpdate():
                 assert not self.aborted, "update started after an abort"
-                assert self.op.method == "live" or all(
+                assert self.op.method in ("live", "swap") or all(
                     self.world[vm] in ("frozen", "gone") for vm in self.world
                 ), "update started while a VM runs"
                 self.updating |= set(effect.keys)
             case steps.StopUpdate(kill=True):
                 self.updating.clear()
             case steps.ResumeVms():
-                assert self.called <= set(effect.vms), "a VM was forgotten"
+                answered = {vm.vm for vm in self.op.vms if vm.end}
+                assert self.called <= set(effect.vms) | answered, "a VM was forgotten"
+                self.swapping.clear()
                 assert not self.updating, "the update goes on under VMs that run"
                 self.resume_asked = True
                 for vm in self.freezing:
@@ -107,7 +128,7 @@ class PauseMachine(RuleBasedStateMachine):
                     assert ("TellFrozen", effect.vm) in self.told
             case steps.Finish():
                 self.finished += 1
-                assert not self.called or self.resume_asked
+                assert not self.called or self.resume_asked or self.op.method == "swap"
                 assert all(state != "frozen" for state in self.world.values()), "ended with a VM frozen"
 
     def feed_later(self, vm: str) -> None:
@@ -142,6 +163,40 @@ class PauseMachine(RuleBasedStateMachine):
         self.arming = False
         self.armed = good
         self.feed(steps.Armed() if good else steps.ArmRefused("no"))
+
+    @precondition(lambda self: self.preparing)
+    @rule(good=st.booleans(), data=st.data())
+    def preparing_ends(self, good: bool, data: st.DataObject) -> None:
+        """One VM is ready, or cannot be."""
+        vm = data.draw(st.sampled_from(sorted(self.preparing)))
+        self.preparing.discard(vm)
+        if good or "prepare" not in self.faults:
+            self.ready.add(vm)
+            self.feed(steps.VmPrepared(vm))
+        else:
+            self.feed(steps.VmNotPrepared(vm, "QEMU said no"))
+
+    @precondition(lambda self: self.swapping)
+    @rule(how=st.sampled_from(["new", "new", "old", "stuck", "untouched"]))
+    def swap_ends(self, how: str) -> None:
+        """The next guest runs in its new process, is back in the old one, stands still, or was not touched."""
+        vm = self.swapping.pop(0)
+        if how == "new" or "freeze" not in self.faults:
+            self.called.add(vm)
+            self.feed(steps.VmSwapped(vm, self.now, self.now, self.now))
+            return
+        self.called |= {vm} - ({vm} if how == "untouched" else set())
+        self.world[vm] = "frozen" if how == "stuck" else "running"
+        paused = self.now if how in ("old", "stuck") else None
+        back = self.now if how == "old" else None
+        called_at = None if how == "untouched" else self.now
+        for event in (
+            steps.VmNotSwapped(vm, called_at, "will not", paused, back),
+            *(steps.VmNotSwapped(each, None, "not begun") for each in self.swapping),
+        ):
+            if self.op.phase == "swapping":
+                self.feed(event)
+        self.swapping.clear()
 
     @precondition(lambda self: self.freezing)
     @rule(good=st.booleans(), data=st.data())
@@ -224,7 +279,13 @@ class PauseMachine(RuleBasedStateMachine):
     @invariant()
     def always_wakes_up(self) -> None:
         """While VMs may stand still, the machine wants a tick no later than `resume_at`."""
-        if self.op.schedule is not None and self.op.phase in ("freezing", "frozen", "updating", "updated"):
+        if self.op.schedule is not None and self.op.phase in (
+            "swapping",
+            "freezing",
+            "frozen",
+            "updating",
+            "updated",
+        ):
             assert self.op.wake_at is not None
             assert self.op.wake_at <= self.op.schedule.resume_at
 
@@ -247,6 +308,10 @@ class PauseMachine(RuleBasedStateMachine):
         for _ in range(200):
             if self.op.end is not None:
                 break
+            for vm in sorted(self.preparing):
+                self.preparing.discard(vm)
+                self.ready.add(vm)
+                self.feed(steps.VmPrepared(vm))
             if self.arming:
                 self.arming, self.armed = False, True
                 self.feed(steps.Armed())

@@ -11,7 +11,7 @@ from caesura.contract.messages import AgentClockSynced
 from caesura_host_updater.clock import ClockWait, heartbeat, judge, unsynced
 from caesura_host_updater.drivers.freezers import freezer_mounts, own_cgroups
 from caesura_host_updater.guard.intent import Catch, Fired, Intent
-from caesura_host_updater.pause import Operation, UpdateRun, VmPause
+from caesura_host_updater.operation_state import Operation, UpdateRun, VmPause
 from caesura_host_updater.recovery import recovered
 from caesura_host_updater.schedule import Schedule
 

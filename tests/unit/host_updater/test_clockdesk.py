@@ -1,0 +1,174 @@
+"""Who is asked about a clock, and what is flagged: agents first, then the driver, then loudly nobody."""
+
+# The fakes take what the ports give them.
+# ruff: noqa: ARG002
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import suppress
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+
+from caesura.contract.messages import AgentClockSynced, VmClockSynced, VmResumed
+from caesura_host_updater.clock import ClockWait
+from caesura_host_updater.clockdesk import ClockDesk
+from caesura_host_updater.drivers.port import ClockSet, DriverError, NotPossible
+
+NOW = datetime(2026, 1, 1, tzinfo=UTC)
+
+
+class OutsideClock:
+    """The part of a driver that sets clocks."""
+
+    def __init__(self) -> None:
+        self.answer: ClockSet | Exception = NotPossible("vm", "there is no guest agent")
+        self.boot_id: str | Exception = "kernel-1"
+        self.asked: list[str] = []
+        self.hold: asyncio.Event | None = None
+
+    async def sync_clock(self, vm: str) -> ClockSet:
+        self.asked.append(vm)
+        if self.hold is not None:
+            await self.hold.wait()
+        if isinstance(self.answer, Exception):
+            raise self.answer
+        return self.answer
+
+    async def guest_boot_id(self, vm: str) -> str:
+        if isinstance(self.boot_id, Exception):
+            raise self.boot_id
+        return self.boot_id
+
+
+class Desk:
+    """A desk with everything around it made up."""
+
+    def __init__(self, *without_agent: str, timeout_s: float = 0.2) -> None:
+        self.driver = OutsideClock()
+        driver: Any = self.driver
+        self.verdicts: asyncio.Queue[VmClockSynced] = asyncio.Queue()
+        self.desk = ClockDesk(
+            "host-1",
+            driver,
+            without_agent=frozenset(without_agent),
+            timeout_s=timeout_s,
+            verdict=self.verdicts.put_nowait,
+            repeat=lambda _: None,
+        )
+
+    def paused(self, vm: str, boot_id: str = "") -> None:
+        """It was resumed, and its operation is reported."""
+        resumed = VmResumed(
+            vm=vm,
+            host="host-1",
+            set="web",
+            update_domain=0,
+            operation="op",
+            method="swap",
+            pause_s=1.0,
+            budget_s=10.0,
+            within_budget=True,
+            resumed_by="updater",
+            at=NOW,
+        )
+        letter: Any = object()
+        self.desk.resumed_told(letter, resumed)
+        self.desk.expect([ClockWait(vm, "web", 0, "op", 0.1, boot_id)])
+
+    async def verdict(self) -> VmClockSynced:
+        async with asyncio.timeout(5):
+            return await self.verdicts.get()
+
+
+@pytest.fixture
+async def make() -> AsyncIterator[Any]:
+    tasks = []
+
+    def build(*without_agent: str, **options: float) -> Desk:
+        desk = Desk(*without_agent, **options)
+        tasks.append(asyncio.create_task(desk.desk.run()))
+        return desk
+
+    yield build
+    for task in tasks:
+        task.cancel()
+        with suppress(asyncio.CancelledError):
+            await task
+
+
+async def test_a_vm_without_an_agent_is_set_by_the_driver(make: Any) -> None:
+    desk = make("vm")
+    desk.driver.answer = ClockSet(before_s=-2.0, after_s=0.0003, uncertainty_s=0.0001)
+    desk.paused("vm", boot_id="kernel-1")
+    told = await desk.verdict()
+    assert (told.synced, told.by) == (True, "driver")
+    assert (told.error_before_s, told.error_after_s, told.uncertainty_s) == (-2.0, 0.0003, 0.0001)
+    assert told.memory is not None
+    assert (told.memory.proof, told.memory.ok) == ("heartbeat", True)
+
+
+async def test_another_kernel_after_the_pause_is_lost_memory(make: Any) -> None:
+    desk = make("vm")
+    desk.driver.answer = ClockSet(before_s=-2.0, after_s=0.0, uncertainty_s=0.0)
+    desk.driver.boot_id = "kernel-2"
+    desk.paused("vm", boot_id="kernel-1")
+    told = await desk.verdict()
+    assert told.memory is not None
+    assert told.memory.ok is False
+
+
+async def test_an_error_beyond_the_bound_with_its_uncertainty_is_unsynced(make: Any) -> None:
+    desk = make("vm")
+    desk.driver.answer = ClockSet(before_s=-2.0, after_s=0.06, uncertainty_s=0.05)
+    desk.paused("vm")
+    told = await desk.verdict()
+    assert told.synced is False
+    assert "0.1100 s off" in told.reason
+
+
+async def test_a_silent_agent_is_followed_by_the_driver(make: Any) -> None:
+    desk = make()
+    desk.driver.answer = ClockSet(before_s=-1.0, after_s=0.0, uncertainty_s=0.001)
+    desk.paused("vm", boot_id="agent-1")
+    told = await desk.verdict()
+    assert (told.synced, told.by, told.memory) == (True, "driver", None)
+
+
+async def test_when_neither_answers_it_says_what_both_said(make: Any) -> None:
+    for answer in (DriverError("vm", "the guest agent does not answer"), RuntimeError("a bug")):
+        desk = make()
+        desk.driver.answer = answer
+        desk.paused("vm")
+        told = await desk.verdict()
+        assert (told.synced, told.by) == (False, "nobody")
+        assert "its agent did not answer within 0.2 s" in told.reason
+        assert str(answer.args[0] if isinstance(answer, RuntimeError) else answer.why) in told.reason
+
+
+async def test_a_driver_that_hangs_holds_up_nobody_else(make: Any) -> None:
+    desk = make("vm-1", timeout_s=1.0)
+    desk.driver.hold = asyncio.Event()
+    desk.paused("vm-1")
+    async with asyncio.timeout(5):
+        while not desk.driver.asked:  # noqa: ASYNC110 - a plain list
+            await asyncio.sleep(0.005)
+    desk.paused("vm-2")
+    answer = AgentClockSynced(
+        vm="vm-2",
+        operation="op",
+        trigger="resume",
+        synced=True,
+        error_before_s=-1.0,
+        error_after_s=0.0,
+        uncertainty_s=0.001,
+        boot_id="b",
+    )
+    desk.desk.answered(answer)
+    first, second = await desk.verdict(), await desk.verdict()
+    assert (first.vm, first.by) == ("vm-2", "agent")
+    assert (second.vm, second.by) == ("vm-1", "nobody")
+    assert "could not be set from outside within 1 s" in second.reason

@@ -8,6 +8,7 @@ from caesura_ctl import act, look
 from caesura_ctl.acl import acl
 from caesura_ctl.commandline import EXIT_CODES
 from caesura_ctl.demo.command import demo
+from caesura_ctl.guest.command import guest
 
 _EPILOG = f"""\b
 examples:
@@ -50,6 +51,7 @@ for each in (
     look.history,
     look.tail,
     look.updates,
+    guest,
     acl,
 ):
     caesura.add_command(each)

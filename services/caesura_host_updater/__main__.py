@@ -28,7 +28,11 @@ from caesura.runtime.health import serve_health
 from caesura.runtime.identity import new_id
 from caesura.runtime.serve import serve
 from caesura_host_updater.drivers.freezers import choose_freezer
+from caesura_host_updater.drivers.port import Driver
 from caesura_host_updater.drivers.process import ProcessDriver
+from caesura_host_updater.drivers.qemu.accel import Accelerator, find_accelerator
+from caesura_host_updater.drivers.qemu.discovery import with_discovered
+from caesura_host_updater.drivers.qemu.driver import QemuDriver
 from caesura_host_updater.guardian import Guardian
 from caesura_host_updater.hostfile import HostFile, read_host_file
 from caesura_host_updater.journal import JournalThread
@@ -36,6 +40,8 @@ from caesura_host_updater.metrics import HostMetrics
 from caesura_host_updater.operation import clean_environ
 from caesura_host_updater.service import HostUpdater, filters, state_folder
 from caesura_host_updater.settings import HostUpdaterSettings
+
+_ACCEL = {"kvm": "kvm", "tcg": "tcg,thread=multi"}
 
 _log = structlog.get_logger("caesura.host_updater")
 
@@ -55,7 +61,9 @@ def main() -> int:
 
 
 async def _main(settings: HostUpdaterSettings) -> None:
-    host = read_host_file(settings.host_file)
+    host, passed = with_discovered(read_host_file(settings.host_file))
+    for place, why in passed.items():
+        _log.warning("discovery.passed_over", place=place, why=why)
     folder = state_folder(settings.state_dir)
     with _only_one(folder):
         await _run(settings, host, folder)
@@ -85,7 +93,7 @@ async def _run(settings: HostUpdaterSettings, host: HostFile, folder: Path) -> N
     registry = CollectorRegistry()
     journal = JournalThread()
     guardian = Guardian(folder, spawn=settings.guard == "spawn")
-    driver = _driver(settings, host, folder, environ)
+    driver = await _driver(settings, host, folder, environ)
     updater = HostUpdater(
         settings,
         host,
@@ -112,12 +120,22 @@ async def _run(settings: HostUpdaterSettings, host: HostFile, folder: Path) -> N
         await journal.close()
 
 
-def _driver(
+async def _driver(
     settings: HostUpdaterSettings, host: HostFile, folder: Path, environ: dict[str, str]
-) -> ProcessDriver:
-    # Two hosts of one name may share a machine in a demo: the state folder tells them apart.
-    group = f"caesura-{host.host}-{blake2b(str(folder.resolve()).encode(), digest_size=4).hexdigest()}"
-    freezer, passed = choose_freezer(host.process.freezer, group)
+) -> Driver:
+    if host.driver == "qemu":
+        accelerator = await _accelerator(host, folder)
+        return QemuDriver(
+            host.host,
+            host.vm,
+            host.qemu,
+            folder,
+            accel=_ACCEL[accelerator.name],
+            accel_reason=accelerator.reason,
+            environ=environ,
+            max_digest_bytes=settings.max_digest_bytes,
+        )
+    freezer, passed = choose_freezer(host.process.freezer, _cgroup(host.host, folder))
     for kind, why in passed.items():
         _log.warning("freezer.passed_over", kind=kind, why=why, chosen=freezer.kind)
     return ProcessDriver(
@@ -128,6 +146,25 @@ def _driver(
         environ=environ,
         max_digest_bytes=settings.max_digest_bytes,
     )
+
+
+def _cgroup(host: str, folder: Path) -> str:
+    # Two hosts of one name may share a machine in a demo: the state folder tells them apart.
+    return f"caesura-{host}-{blake2b(str(folder.resolve()).encode(), digest_size=4).hexdigest()}"
+
+
+async def _accelerator(host: HostFile, folder: Path) -> Accelerator:
+    """What VMs that are started here run with. KVM is tried by booting a kernel, once in a boot of this machine."""
+    ours = next((vm.qemu for vm in host.vm if vm.qemu is not None), None)
+    if host.qemu.accel != "auto":
+        return Accelerator(host.qemu.accel, "as the host file says")
+    if ours is None:
+        return Accelerator("tcg", "no VM is started here")
+    found = await find_accelerator(
+        host.qemu.binary, cpu=ours.cpu, kernel=ours.kernel, cache=folder / "accelerator.json"
+    )
+    _log.info("accelerator.chosen", name=found.name, why=found.reason)
+    return found
 
 
 def _will(host: str, instance: str) -> Will:

@@ -11,7 +11,8 @@ from caesura_host_updater.drivers.port import ClockSet
 
 
 class ClockWait(msgspec.Struct, frozen=True):
-    """A resumed VM whose clock is not judged yet. ``boot_id``: its agent's before the pause, if known."""
+    """A resumed VM whose clock is not judged yet. ``boot_id``: its agent's before the pause, if known;
+    ``kernel_boot_id``: the guest kernel's."""
 
     vm: str
     set: str
@@ -19,6 +20,7 @@ class ClockWait(msgspec.Struct, frozen=True):
     operation: str
     bound_s: float
     boot_id: str = ""
+    kernel_boot_id: str = ""
 
 
 def judge(host: str, wait: ClockWait, told: AgentClockSynced, at: datetime) -> VmClockSynced:

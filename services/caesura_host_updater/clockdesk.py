@@ -155,23 +155,23 @@ class ClockDesk:
             if case.asking.done():
                 self._close(case, case.asking.result())
         elif case.wait.vm in self._without_agent:
-            self._ask_driver(case, "no agent", case.wait.boot_id)
+            self._ask_driver(case, "no agent")
         elif case.told_at is not None and now >= case.told_at + self._timeout_s:
             why = f"its agent did not answer within {self._timeout_s:g} s"
-            self._ask_driver(case, why, "")  # the boot id on record is the agent's, which did not answer
+            self._ask_driver(case, why)
         elif case.told_at is not None and case.resumed is not None and now >= case.repeat_at:
             case.repeat_at = now + REPEAT_S
             self._repeat(case.resumed)
 
-    def _ask_driver(self, case: _Case, why: str, boot_id: str) -> None:
-        case.asking = asyncio.create_task(self._by_driver(case.wait, why, boot_id))
+    def _ask_driver(self, case: _Case, why: str) -> None:
+        case.asking = asyncio.create_task(self._by_driver(case.wait, why))
         case.asking.add_done_callback(lambda _: self._stir.set())
 
-    async def _by_driver(self, wait: ClockWait, why: str, boot_id: str) -> VmClockSynced:
+    async def _by_driver(self, wait: ClockWait, why: str) -> VmClockSynced:
         try:
             async with asyncio.timeout(self._timeout_s):
                 told = await self._driver.sync_clock(wait.vm)
-                memory = await self._heartbeat(wait.vm, boot_id)
+                memory = await self._heartbeat(wait.vm, wait.kernel_boot_id)
         except DriverError as error:
             return unsynced(self._host, wait, f"{why}, and {error.why}", datetime.now(UTC))
         except TimeoutError:

@@ -13,6 +13,7 @@ from msgspec import Meta
 from caesura.contract.messages import FaultDomain, UpdateDomain
 from caesura.contract.names import InvalidName, check_name, own_set
 from caesura.runtime.errors import CaesuraError
+from caesura_host_updater.drivers.qemu.definition import Adopt, Definition, QemuOptions, definition_error
 
 
 class HostFileError(CaesuraError):
@@ -39,6 +40,10 @@ class VmSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     ram_bytes: Annotated[int, Meta(ge=0, le=2**40)] = 0
     """Size of the memory file that its processes map, named in CAESURA_VM_RAM; 0: none."""
     process: tuple[GuestProcess, ...] = ()
+    qemu: Definition | None = None
+    """Driver ``qemu``: a VM to start."""
+    adopt: Adopt | None = None
+    """Driver ``qemu``: a VM that somebody else starts; with neither it is looked for in ``[qemu] discover``."""
 
     @property
     def set_name(self) -> str:
@@ -61,9 +66,10 @@ class HostFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """A whole host file."""
 
     host: str
-    driver: Literal["process"] = "process"
+    driver: Literal["process", "qemu"] = "process"
     vm: tuple[VmSpec, ...] = ()
     process: ProcessOptions = ProcessOptions()
+    qemu: QemuOptions = QemuOptions()
 
 
 def parse_host_file(text: str, name: str) -> HostFile:
@@ -96,11 +102,33 @@ def parse_host_file(text: str, name: str) -> HostFile:
             )
         if not vm.set and vm.update_domain is not None:
             raise HostFileError(f"{name}: VM {vm.name!r} has an update_domain but no set that it would be in")
-        if not vm.process:
-            raise HostFileError(f"{name}: VM {vm.name!r} has no [[vm.process]]: give it at least one argv")
-        if "" in (process.argv[0] for process in vm.process):
-            raise HostFileError(f"{name}: VM {vm.name!r} has a process whose argv starts with an empty word")
+        wrong = _process_error(vm) if file.driver == "process" else _qemu_error(vm, file.qemu)
+        if wrong:
+            raise HostFileError(f"{name}: VM {vm.name!r} {wrong}")
     return file
+
+
+def _process_error(vm: VmSpec) -> str:
+    if vm.qemu is not None or vm.adopt is not None:
+        return "has a [vm.qemu] or [vm.adopt], but the host's driver is 'process': say driver = \"qemu\""
+    if not vm.process:
+        return "has no [[vm.process]]: give it at least one argv"
+    if "" in (process.argv[0] for process in vm.process):
+        return "has a process whose argv starts with an empty word"
+    return ""
+
+
+def _qemu_error(vm: VmSpec, options: QemuOptions) -> str:
+    if vm.process or vm.ram_bytes:
+        return "has a [[vm.process]] or ram_bytes: driver 'qemu' takes [vm.qemu] or [vm.adopt]"
+    if vm.qemu is not None and vm.adopt is not None:
+        return "has both [vm.qemu] and [vm.adopt]: either we start it or somebody else does"
+    if vm.qemu is not None:
+        wrong = definition_error(vm.qemu)
+        return f"[vm.qemu]: {wrong}" if wrong else ""
+    if vm.adopt is None and not options.discover:
+        return "has no [vm.qemu] and no [vm.adopt], and [qemu] discover names no folder to look for it"
+    return ""
 
 
 def read_host_file(path: str) -> HostFile:

@@ -36,6 +36,7 @@ def _record(spec: VmSpec, can: Capabilities, states: Mapping[str, VmState]) -> V
 def inventory(
     host: str,
     driver: str,
+    driver_detail: str,
     *,
     authority: Authority,
     vms: Mapping[str, VmRecord],
@@ -47,6 +48,7 @@ def inventory(
     return HostInventory(
         host=host,
         driver=driver,
+        driver_detail=driver_detail[:1000],
         epoch=authority.epoch,
         coordinator=authority.coordinator,
         vms=tuple(vms.values()),

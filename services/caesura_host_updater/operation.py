@@ -93,6 +93,8 @@ class OperationRunner:
         self._on_change = on_change
         self._events: asyncio.Queue[Event] = asyncio.Queue()
         self._freezing: dict[str, asyncio.Task[None]] = {}
+        self._ran: dict[str, str] = {}
+        """What ran each guest before a swap or replace."""
         self._watching: asyncio.Task[None] | None = None
         self._processes: dict[str, UpdateProcess] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -223,6 +225,7 @@ class OperationRunner:
 
     async def _prepare(self, vm: str) -> None:
         binary = self._update.vmm_binary if self._update is not None else ""
+        self._ran[vm] = self._driver.process_of(vm)
         try:
             await self._driver.prepare(vm, self.state.operation, self.state.method, binary)
         except DriverError as error:
@@ -303,8 +306,14 @@ class OperationRunner:
                 _log.error("vm.resume_failed", vm=vm, tries=tries, why=repr(error))
                 await asyncio.sleep(_RESUME_TRY_S)
             else:
-                self._events.put_nowait(steps.VmResumed(vm, time.monotonic(), end, was_held))
+                at, detail = time.monotonic(), self._moved(vm)
+                self._events.put_nowait(steps.VmResumed(vm, at, end, was_held, detail))
                 return
+
+    def _moved(self, vm: str) -> str:
+        """What runs the guest now and what ran it before, if that changed."""
+        now, before = self._driver.process_of(vm), self._ran.get(vm, "")
+        return f"{now}, was {before}" if now and before and now != before else ""
 
     async def _watch(self) -> None:
         """Notice a paused VM that ended, or that somebody else let run."""

@@ -44,6 +44,8 @@ class VmPause(msgspec.Struct, frozen=True, kw_only=True):
     event_id: str = ""
     boot_id: str = ""
     """Its agent's boot id before the pause, empty if it was not heard."""
+    kernel_boot_id: str = ""
+    """The guest kernel's before the pause, as told through the driver; empty if nobody could be asked."""
     digestible: bool = False
     called_at: float | None = None
     """Just before its freeze call; None: it was never asked to freeze."""

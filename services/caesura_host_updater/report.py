@@ -16,6 +16,7 @@ from caesura.contract.messages import (
     VmResumed,
     VmState,
 )
+from caesura_host_updater.clock import ClockWait
 from caesura_host_updater.operation_state import Operation, VmPause
 from caesura_host_updater.steps import Outcome
 
@@ -87,6 +88,19 @@ def resumed_fact(host: str, op: Operation, name: str, wall: Wall) -> VmResumed:
         resumed_by="guard" if vm.resumed_by == "guard" else "updater",
         memory=memory_proof(vm),
         at=wall(vm.resumed_at or 0.0),
+    )
+
+
+def clock_wait(op: Operation, vm: VmPause, bound_s: float) -> ClockWait:
+    """A resumed VM that waits for the verdict on its clock."""
+    return ClockWait(
+        vm=vm.vm,
+        set=vm.set,
+        update_domain=vm.update_domain,
+        operation=op.operation,
+        bound_s=bound_s,
+        boot_id=vm.boot_id,
+        kernel_boot_id=vm.kernel_boot_id,
     )
 
 

@@ -76,7 +76,8 @@ def vm_resumed(op: Operation, event: VmResumed) -> Decision:
     if event.was_held:
         op, effects = _was_frozen(op, event.vm)
     by = "updater" if vm_of(op, event.vm).called_at is not None and event.end == "running" else "nobody"
-    op = changed_vm(op, event.vm, resumed_at=event.at, end=event.end, resumed_by=by)
+    detail = event.detail or vm_of(op, event.vm).detail
+    op = changed_vm(op, event.vm, resumed_at=event.at, end=event.end, resumed_by=by, detail=detail)
     if event.end == "gone":
         op = changed_vm(op, event.vm, error=vm_of(op, event.vm).error or "ended while it was paused")
         op = failed(op, f"VM {event.vm} ended while it was paused")

@@ -47,7 +47,7 @@ from caesura_host_updater.metrics import HostMetrics
 from caesura_host_updater.operation import OperationRunner
 from caesura_host_updater.operation_state import Operation, UpdateRun, VmPause
 from caesura_host_updater.outbox import Outbox
-from caesura_host_updater.report import final_report, refusal
+from caesura_host_updater.report import clock_wait, final_report, refusal
 from caesura_host_updater.settings import HostUpdaterSettings
 from caesura_host_updater.startup import Startup, resume_until_running
 from caesura_host_updater.updates import Catalogue, UpdateFile, read_updates
@@ -202,6 +202,7 @@ class HostUpdater:
                     inventory(
                         self._host.host,
                         self._driver.name,
+                        self._driver.detail(),
                         authority=self.authority,
                         vms=self._records(),
                         catalogue=self._catalogue,
@@ -294,7 +295,7 @@ class HostUpdater:
 
     async def _accept(self, command: FreezeCommanded, update: UpdateFile | None) -> None:
         scope_vm = update is not None and update.scope == "vm"
-        boot_ids = await self._boot_ids([target.vm for target in command.targets])
+        kernels = await self._kernel_boot_ids([target.vm for target in command.targets])
         state = Operation(
             operation=command.operation,
             method=command.method,
@@ -308,7 +309,8 @@ class HostUpdater:
                     set=target.set,
                     update_domain=target.update_domain,
                     event_id=target.event_id,
-                    boot_id=boot_ids.get(target.vm, ""),
+                    boot_id=self._agents.get(target.vm, ""),
+                    kernel_boot_id=kernels[target.vm],
                     digestible=self._driver.memory_size(target.vm) > 0,
                 )
                 for target in command.targets
@@ -340,8 +342,8 @@ class HostUpdater:
         self._accepted.put_nowait(self._runner)
         _log.info("operation.accepted", operation=command.operation, update=state.update, vms=len(state.vms))
 
-    async def _boot_ids(self, vms: list[str]) -> dict[str, str]:
-        """What shows afterwards that memory stayed: the agent's boot id, or the guest kernel's where no agent is expected."""
+    async def _kernel_boot_ids(self, vms: list[str]) -> dict[str, str]:
+        """What shows afterwards that memory stayed, should no agent answer: the guest kernels' boot ids."""
 
         async def ask(vm: str) -> str:
             with suppress(DriverError, TimeoutError):
@@ -349,9 +351,7 @@ class HostUpdater:
                     return await self._driver.guest_boot_id(vm)
             return ""
 
-        alone = [vm for vm in vms if not self._vms[vm].agent]
-        asked = await asyncio.gather(*(ask(vm) for vm in alone))
-        return {**self._agents, **dict(zip(alone, asked, strict=True))}
+        return dict(zip(vms, await asyncio.gather(*map(ask, vms)), strict=True))
 
     async def _on_abort(self, command: AbortCommanded, _: Received) -> None:
         try:
@@ -419,7 +419,7 @@ class HostUpdater:
             self._changed.set()
 
     def _wait_for(self, command: FreezeCommanded, op: Operation, vm: VmPause) -> ClockWait:
-        return ClockWait(vm.vm, vm.set, vm.update_domain, op.operation, command.clock_bound_s, vm.boot_id)
+        return clock_wait(op, vm, command.clock_bound_s)
 
     def _announce(self, fact: VmFrozen | VmResumed, state: Operation) -> None:
         self.outbox.put(self._letters.fact(fact), state)
@@ -462,7 +462,7 @@ class HostUpdater:
         """Finish or undo what is under way, tell the last facts, say offline, leave the bus."""
         self._stopping = True
         runner = self._runner
-        if runner is not None and (runner.state.method == "live" or not _update_runs(runner.state)):
+        if runner is not None and (runner.state.schedule is None or not _update_runs(runner.state)):
             runner.abort("the host updater is stopping")
         await self._idle.wait()
         if self.bus.stats.connected:

@@ -9,7 +9,6 @@ from datetime import UTC, datetime
 import structlog
 
 from caesura_host_updater.applying import end_orphans
-from caesura_host_updater.clock import ClockWait
 from caesura_host_updater.drivers.port import Driver, NotRunningYet
 from caesura_host_updater.endings import Endings, Letters
 from caesura_host_updater.guard.intent import Intent
@@ -18,7 +17,7 @@ from caesura_host_updater.guardian import Guardian, GuardUnavailable
 from caesura_host_updater.journal import Entry, Journal, JournalThread
 from caesura_host_updater.operation import wall
 from caesura_host_updater.recovery import recovered
-from caesura_host_updater.report import final_report, frozen_fact, resumed_fact
+from caesura_host_updater.report import clock_wait, final_report, frozen_fact, resumed_fact
 
 _RESUME_TRY_S = 0.25  # s: one try of a resume
 _PATIENCE_S = 10.0  # s: VMs found frozen are tried this long before the host goes on the bus without them
@@ -104,9 +103,7 @@ class Startup:
         for vm in op.vms:
             if vm.frozen_at is None or vm.resumed_at is None or vm.end == "gone":
                 continue
-            waits.append(
-                ClockWait(vm.vm, vm.set, vm.update_domain, op.operation, command.clock_bound_s, vm.boot_id)
-            )
+            waits.append(clock_wait(op, vm, command.clock_bound_s))
             # May have been told already: the same fact has the same id.
             letters.append(self._letters.fact(frozen_fact(self._host, op, vm.vm, wall)))
             if not vm.told:

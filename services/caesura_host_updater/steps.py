@@ -121,6 +121,8 @@ class VmResumed(msgspec.Struct, frozen=True):
     end: Literal["running", "gone"]
     was_held: bool = False
     """It stood still, at least partly, although its freeze had not been confirmed."""
+    detail: str = ""
+    """What runs the guest now and what ran it before, where that changed."""
 
 
 class GuardCatch(msgspec.Struct, frozen=True):

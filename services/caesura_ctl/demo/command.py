@@ -13,6 +13,7 @@ from caesura.runtime.command import leaves
 from caesura.runtime.errors import CaesuraError
 from caesura.runtime.logs import configure_logging
 from caesura_ctl.commandline import fail, wide_console
+from caesura_ctl.demo.guests import MOST_VMS
 from caesura_ctl.demo.run import Demo, Options, until_signal
 from caesura_ctl.durations import DURATION
 
@@ -20,6 +21,8 @@ _EPILOG = """\b
 examples:
   caesura demo
   caesura demo --keep                 # then look at the URLs; Ctrl-C ends it
+  caesura demo --driver qemu          # real guests: freeze all for a host patch, then swap their QEMU
+  caesura demo --driver qemu --method replace --vms 3
   caesura demo --update-takes 9s --budget 20s
   caesura demo --json | jq .checks
 
@@ -32,6 +35,42 @@ exit codes:
 
 
 @click.command(epilog=_EPILOG)
+@click.option(
+    "--driver",
+    type=click.Choice(["process", "qemu"]),
+    default="process",
+    show_default=True,
+    help="What a VM is: a group of processes, or a real guest in QEMU.",
+)
+@click.option(
+    "--method",
+    "methods",
+    type=click.Choice(["freeze", "swap", "replace"]),
+    multiple=True,
+    help="With --driver qemu, a rollout by each of these methods in turn; by default freeze, then swap.",
+)
+@click.option(
+    "--vms",
+    type=click.IntRange(1, MOST_VMS),
+    default=9,
+    show_default=True,
+    help="How many guests, with --driver qemu.",
+)
+@click.option(
+    "--memory",
+    "memory_mib",
+    type=click.IntRange(112, 65536),
+    default=128,
+    show_default=True,
+    help="RAM of each guest in MiB, with --driver qemu.",
+)
+@click.option(
+    "--accel",
+    type=click.Choice(["auto", "kvm", "tcg"]),
+    default="auto",
+    show_default=True,
+    help="With --driver qemu; auto: KVM where a guest really boots with it, else TCG.",
+)
 @click.option("--keep", is_flag=True, help="Leave everything running afterwards, until Ctrl-C.")
 @click.option(
     "--broker-kind",
@@ -76,12 +115,17 @@ exit codes:
     "--dir", "folder", type=click.Path(path_type=Path), help="Keep files and logs in this new folder."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document at the end instead of tables.")
-def demo(*, as_json: bool, **options: Any) -> None:
-    """Freeze a real fleet on this machine: 6 hosts, 25 VMs, a rollout over three update domains.
+def demo(*, as_json: bool, methods: tuple[Any, ...], **options: Any) -> None:
+    """Freeze a real fleet on this machine: 6 hosts, a rollout over three update domains.
 
-    The VMs are process groups, really frozen and resumed; their guest clocks are simulated, since a frozen
-    process still sees host time pass. Under a minute; nothing is left behind.
+    By default 25 VMs that are process groups, really frozen and resumed; their guest clocks are simulated,
+    since a frozen process still sees host time pass. Under a minute. With --driver qemu 9 real guests with
+    clocks of their own; some three minutes without KVM. Nothing is left behind.
     """
+    if options["driver"] == "process" and methods not in {(), ("freeze",)}:
+        raise click.UsageError(
+            "--method swap and replace need --driver qemu: a process cannot be handed over"
+        )
     if not 0 < options["budget_s"] <= 30 or options["update_s"] + 1 > options["budget_s"]:
         raise click.UsageError("the budget is at most 30s, and at least a second longer than the update")
     if options["notice_s"] <= 0:
@@ -89,7 +133,13 @@ def demo(*, as_json: bool, **options: Any) -> None:
     configure_logging("demo", level="error")
     console = wide_console()
     try:
-        sys.exit(asyncio.run(until_signal(Demo(Options(json=as_json, **options), console).run)))
+        sys.exit(
+            asyncio.run(
+                until_signal(
+                    Demo(Options(json=as_json, methods=methods or ("freeze", "swap"), **options), console).run
+                )
+            )
+        )
     except CaesuraError as error:
         fail(error, as_json=as_json)
     except BaseExceptionGroup as group:

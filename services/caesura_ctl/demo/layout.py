@@ -132,9 +132,17 @@ def update_file(*, folder: str, seconds: float) -> dict[str, Any]:
 
 
 def service_environments(
-    layout: Layout, *, broker: Broker, folder: str, ports: Mapping[str, int]
+    layout: Layout,
+    *,
+    broker: Broker,
+    folder: str,
+    ports: Mapping[str, int],
+    of_hosts: Mapping[str, str] | None = None,
 ) -> dict[str, tuple[str, dict[str, str]]]:
-    """Process name to (module, environment) of every service, in the order in which they start."""
+    """Process name to (module, environment) of every service, in the order in which they start.
+
+    ``of_hosts``: further settings of the host updaters, without their prefix.
+    """
 
     def common(name: str, prefix: str) -> dict[str, str]:
         return {
@@ -161,6 +169,7 @@ def service_environments(
                 f"{prefix}STATE_DIR": f"{folder}/{host}",
                 f"{prefix}UPDATES_DIR": f"{folder}/updates.d",
                 f"{prefix}STOP_VMS_ON_EXIT": "true",
+                **{f"{prefix}{name}": value for name, value in (of_hosts or {}).items()},
             },
         )
     found["metadata"] = (

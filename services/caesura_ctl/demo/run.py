@@ -8,11 +8,11 @@ import shutil
 import signal
 import socket
 import tempfile
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 import tomli_w
@@ -27,6 +27,15 @@ from caesura.contract import messages as m
 from caesura.runtime.errors import CaesuraError
 from caesura.runtime.identity import new_id
 from caesura.runtime.processes import frozen_processes
+from caesura_ctl.demo.guests import (
+    UPDATES,
+    GuestImage,
+    GuestMethod,
+    guest_host_file,
+    guest_layout,
+    guest_update_file,
+    read_guest,
+)
 from caesura_ctl.demo.layout import (
     UPDATE,
     Broker,
@@ -38,8 +47,9 @@ from caesura_ctl.demo.layout import (
     update_file,
 )
 from caesura_ctl.demo.processes import Processes
-from caesura_ctl.demo.verdict import Check, WorkloadStatus, judge
+from caesura_ctl.demo.verdict import Check, WorkloadStatus, judge, judge_guests
 from caesura_ctl.follow import ENDED, Progress
+from caesura_ctl.guest.build import build, default_cache
 from caesura_ctl.session import Session, connect, new_request_id
 from caesura_ctl.settings import CtlSettings
 from caesura_ctl.tables import live_view, pauses_view
@@ -47,12 +57,23 @@ from caesura_ctl.tables import live_view, pauses_view
 _READY_S = 45.0
 """s: for 6 hosts and 25 VMs to come up; some 8 s on two cores."""
 _ROLLOUT_S = 90.0
+_GUESTS_READY_S = 300.0
+"""s: for 9 guests to boot and their agents to connect; some 60 s on two cores without KVM."""
+_GUESTS_ROLLOUT_S = 240.0
+_GUESTS_SETTLE_S = 20.0
 _REFRESH_S = 0.2
 _FIRST_PORT = 18100
 
 
 class Options(msgspec.Struct, frozen=True, kw_only=True):
     """What the command line asked for."""
+
+    driver: Literal["process", "qemu"] = "process"
+    methods: tuple[GuestMethod, ...] = ("freeze", "swap")
+    """Driver qemu: one rollout by each of these, in this order."""
+    vms: int = 9
+    memory_mib: int = 128
+    accel: Literal["auto", "kvm", "tcg"] = "auto"
 
     broker: Literal["auto", "mosquitto", "embedded"] = "auto"
     freezer: Literal["auto", "cgroup2", "cgroup1", "sigstop"] = "auto"
@@ -81,7 +102,11 @@ class Demo:
         self.options = options
         self.console = console
         self.run_id = new_id()
-        self.layout = standard_layout(list(_free_ports(26)))
+        ports = list(_free_ports(26))
+        self._real = options.driver == "qemu"
+        self.layout = guest_layout(ports, options.vms) if self._real else standard_layout(ports)
+        self._image: GuestImage | None = None
+        self._accel = ""
         self.exporter_port = next(_free_ports(1, start=_FIRST_PORT + 200))
         self.progress = Progress()
         self._stage = "starting the broker"
@@ -91,32 +116,60 @@ class Demo:
 
     async def run(self) -> int:
         """Everything, and clean up whatever happens. 0 when every rule held, else 1."""
-        with _folder(self.options.folder) as folder, self._display():
+        if self._real:
+            self._image = await self._guest_image()
+        with (
+            _folder(self.options.folder) as folder,
+            _ram_folder(needed=self._real) as ram_dir,
+            self._display(),
+        ):
             broker = LocalBroker(kind=self.options.broker, data_dir=folder)
             self._say(f"broker: {_BROKERS[broker.kind]}; files and logs in {folder}")
-            async with broker, self._services(folder, Broker(broker.url, broker.protocol)) as processes:
+            async with (
+                broker,
+                self._services(folder, ram_dir, Broker(broker.url, broker.protocol)) as processes,
+            ):
                 settings = CtlSettings(broker_url=broker.url, broker_protocol=broker.protocol, client="demo")
                 async with connect(settings) as session:
                     self._session = session
                     await self._come_up(session, processes)
-                    rollout = await self._roll(session, processes)
-                    checks = await self._judge(session, rollout, folder)
+                    stories = [await self._roll(session, processes, folder, kind) for kind in self._kinds()]
                     self._stop_display()
-                    self._conclude(session, rollout, checks, broker)
+                    self._conclude(session, stories, broker)
                     if self.options.keep:
                         await self._stay(processes)
-        return 0 if all(check.held for check in checks) else 1
+        return 0 if all(check.held for story in stories for check in story.checks) else 1
+
+    def _kinds(self) -> tuple[GuestMethod, ...]:
+        return self.options.methods if self._real else ("freeze",)
+
+    def _update(self, kind: GuestMethod) -> str:
+        return UPDATES[kind] if self._real else UPDATE
+
+    async def _guest_image(self) -> GuestImage:
+        if shutil.which("qemu-system-x86_64") is None:
+            raise CaesuraError(
+                "QEMU is not installed: on Debian, apt-get install qemu-system-x86 (or run the demo without "
+                "--driver qemu: its VMs are process groups then)"
+            )
+        self._say("guest: Debian's kernel, Python and the agent, built once and cached")
+        made = await asyncio.to_thread(build, default_cache(), lambda what: self._say(f"guest: {what}"))
+        return GuestImage(made.kernel, made.initrd)
 
     # -- stages --
 
     @asynccontextmanager
-    async def _services(self, folder: Path, broker: Broker) -> AsyncIterator[Processes]:
-        self._write_files(folder, broker)
+    async def _services(self, folder: Path, ram_dir: str, broker: Broker) -> AsyncIterator[Processes]:
+        self._write_files(folder, ram_dir, broker)
         processes = Processes(self.run_id, folder)
-        self._stage = "starting 9 services and 25 VMs"
+        self._stage = f"starting {len(self.layout.hosts) + 3} services and {len(self.layout.vms)} VMs"
         try:
             environments = service_environments(
-                self.layout, broker=broker, folder=str(folder), ports={"exporter": self.exporter_port}
+                self.layout,
+                broker=broker,
+                folder=str(folder),
+                ports={"exporter": self.exporter_port},
+                of_hosts=self._host_settings(),
             )
             for name, (module, environment) in environments.items():
                 await processes.start(name, module, environment)
@@ -125,11 +178,32 @@ class Demo:
             self._stage = "stopping: resuming and ending every VM"
             await processes.stop()
 
-    def _write_files(self, folder: Path, broker: Broker) -> None:
+    def _host_settings(self) -> dict[str, str]:
+        if not self._real:
+            return {}
+        # All of a guest's RAM is digested here though it makes pauses longer: the demo is there to show it.
+        return {"MAX_DIGEST_BYTES": str(self.options.memory_mib * 2**20), "CLOCK_TIMEOUT_S": "20"}
+
+    def _write_files(self, folder: Path, ram_dir: str, broker: Broker) -> None:
         (folder / "workloads").mkdir()
         (folder / "updates.d").mkdir()
         for host in self.layout.hosts:
-            table = host_file(
+            table = self._host_file(host, folder, ram_dir, broker)
+            (folder / f"{host}.toml").write_text(tomli_w.dumps(table), encoding="utf-8")
+        (folder / "listeners.toml").write_text(tomli_w.dumps(listeners_file(self.layout)), encoding="utf-8")
+        for kind in self._kinds():
+            seconds = self.options.update_s
+            update = (
+                guest_update_file(kind, folder=str(folder), seconds=0.0 if kind == "swap" else seconds)
+                if self._real
+                else update_file(folder=str(folder), seconds=seconds)
+            )
+            path = folder / "updates.d" / f"{self._update(kind)}.toml"
+            path.write_text(tomli_w.dumps(update), encoding="utf-8")
+
+    def _host_file(self, host: str, folder: Path, ram_dir: str, broker: Broker) -> dict[str, Any]:
+        if self._image is None:
+            return host_file(
                 self.layout,
                 host,
                 broker=broker,
@@ -137,10 +211,16 @@ class Demo:
                 freezer=self.options.freezer,
                 run_id=self.run_id,
             )
-            (folder / f"{host}.toml").write_text(tomli_w.dumps(table), encoding="utf-8")
-        (folder / "listeners.toml").write_text(tomli_w.dumps(listeners_file(self.layout)), encoding="utf-8")
-        update = update_file(folder=str(folder), seconds=self.options.update_s)
-        (folder / "updates.d" / f"{UPDATE}.toml").write_text(tomli_w.dumps(update), encoding="utf-8")
+        return guest_host_file(
+            self.layout,
+            host,
+            broker=broker,
+            folder=str(folder),
+            ram_dir=ram_dir,
+            image=self._image,
+            memory_mib=self.options.memory_mib,
+            accel=self.options.accel,
+        )
 
     async def _come_up(self, session: Session, processes: Processes) -> None:
         """Wait until every host, VM, agent and the publisher are there and every workload polls."""
@@ -162,22 +242,32 @@ class Demo:
             }
             return all(have >= wanted for have, wanted in self._counts.values())
 
-        if not await self._until(session, processes, ready, _READY_S):
+        patience_s = _GUESTS_READY_S if self._real else _READY_S
+        if not await self._until(session, processes, ready, patience_s):
             missing = "; ".join(
                 f"{name} {have}/{wanted}" for name, (have, wanted) in self._counts.items() if have < wanted
             )
-            raise NotReady(f"the fleet did not come up within {_READY_S:g} s: {missing}. Look into the logs.")
+            raise NotReady(
+                f"the fleet did not come up within {patience_s:g} s: {missing}. Look into the logs."
+            )
+        if self._real:
+            detail = next(iter(picture.hosts.values())).driver_detail
+            self._say(f"guests: {len(self.layout.vms)} of {self.options.memory_mib} MiB; {detail}")
 
-    async def _roll(self, session: Session, processes: Processes) -> m.RolloutState:
-        self._stage = f"rolling out {UPDATE}"
+    async def _roll(self, session: Session, processes: Processes, folder: Path, kind: GuestMethod) -> Story:
+        rollout = await self._follow(session, processes, self._update(kind))
+        return Story(rollout, await self._judge(session, rollout, folder, kind))
+
+    async def _follow(self, session: Session, processes: Processes, update: str) -> m.RolloutState:
+        self._stage = f"rolling out {update}"
         request = m.RolloutRequested(
             request=new_request_id(),
-            update=UPDATE,
+            update=update,
             policy=m.Policy(
                 notice_s=self.options.notice_s,
                 budget_s=self.options.budget_s,
                 soak_s=0.5,
-                verify_timeout_s=30.0,
+                verify_timeout_s=60.0 if self._real else 30.0,
             ),
         )
         answer = await session.ask(request)
@@ -197,25 +287,36 @@ class Demo:
                 document.events for document in session.picture.documents.values()
             )
 
-        await self._until(session, processes, ended, _ROLLOUT_S)
+        await self._until(session, processes, ended, _GUESTS_ROLLOUT_S if self._real else _ROLLOUT_S)
         return session.picture.rollouts[name]
 
-    async def _judge(self, session: Session, rollout: m.RolloutState, folder: Path) -> list[Check]:
+    async def _judge(
+        self, session: Session, rollout: m.RolloutState, folder: Path, kind: GuestMethod
+    ) -> list[Check]:
         self._stage = "checking what was promised"
         loop = asyncio.get_running_loop()
-        end = loop.time() + 3.0
+        end = loop.time() + (_GUESTS_SETTLE_S if self._real else 3.0)
         while True:
-            checks = judge(
-                session.picture,
-                rollout,
-                _read_workloads(folder, self.layout),
-                _read_patched(folder),
-                [f"process {pid}" for pid in frozen_processes(f"CAESURA_DEMO_RUN={self.run_id}")],
-            )
-            # Workloads write their status once a second: give them time to write down what they saw last.
+            # Guests and workloads tell what they saw last a second later: give them time.
+            checks = await self._look(session, rollout, folder, kind)
             if all(check.held for check in checks) or loop.time() > end:
                 return checks
             await asyncio.sleep(_REFRESH_S)
+
+    async def _look(
+        self, session: Session, rollout: m.RolloutState, folder: Path, kind: GuestMethod
+    ) -> list[Check]:
+        if self._real:
+            guests = await asyncio.gather(*(read_guest(folder, vm) for vm in self.layout.vms))
+            patched = _read_patched(folder / f"patched-{kind}")
+            return judge_guests(session.picture, rollout, guests, patched, method=kind)
+        return judge(
+            session.picture,
+            rollout,
+            _read_workloads(folder, self.layout),
+            _read_patched(folder / "patched"),
+            [f"process {pid}" for pid in frozen_processes(f"CAESURA_DEMO_RUN={self.run_id}")],
+        )
 
     async def _stay(self, processes: Processes) -> None:
         self.console.print("\nStill running (--keep). Ctrl-C ends it and leaves nothing behind.")
@@ -286,39 +387,50 @@ class Demo:
                 self._last_line = line
                 self.console.print(line, soft_wrap=True)
 
-    def _conclude(
-        self, session: Session, rollout: m.RolloutState, checks: list[Check], broker: LocalBroker
-    ) -> None:
-        pauses = session.picture.pauses_of(rollout.rollout)
+    def _conclude(self, session: Session, stories: Sequence[Story], broker: LocalBroker) -> None:
         urls = {
             "metrics": f"http://127.0.0.1:{self.exporter_port}/metrics",
             "scheduled events": f"{self.layout.vms[0].metadata_url} (header Metadata: true)",
             "broker": broker.url,
         }
         if self.options.json:
-            clocks = [session.picture.clocks.get((each.operation, each.vm)) for each in pauses]
-            document = {
-                "held": all(check.held for check in checks),
-                "checks": checks,
-                "pauses": pauses,
-                "clocks": clocks,
-                "rollout": rollout,
-                "urls": urls,
-            }
+            document = _document(session, stories, urls)
             self.console.out(msgspec.json.encode(document).decode(), highlight=False)
             return
-        self.console.print(pauses_view(pauses, session.picture.clocks))
-        verdict = Table.grid(padding=(0, 2))
-        for check in checks:
-            mark = Text("held", style="green") if check.held else Text("BROKEN", style="bold red")
-            verdict.add_row(mark, check.rule, Text(check.detail, style="dim"))
-        self.console.print(verdict)
+        for story in stories:
+            if self._real:
+                self.console.print(f"\n{story.rollout.update}", style="bold")
+            pauses = session.picture.pauses_of(story.rollout.rollout)
+            self.console.print(pauses_view(pauses, session.picture.clocks))
+            verdict = Table.grid(padding=(0, 2))
+            for check in story.checks:
+                mark = Text("held", style="green") if check.held else Text("BROKEN", style="bold red")
+                verdict.add_row(mark, check.rule, Text(check.detail, style="dim"))
+            self.console.print(verdict)
         self.console.print(
             "\nLook around" + ("" if self.options.keep else " (run with --keep to leave it running)") + ":"
         )
         for name, url in urls.items():
             self.console.print(f"  {name}: {url}", soft_wrap=True)
         self.console.print(f"  every message: caesura tail --broker {broker.url}", soft_wrap=True)
+
+
+class Story(msgspec.Struct, frozen=True):
+    """One rollout of the demo and what was found out about it."""
+
+    rollout: m.RolloutState
+    checks: list[Check]
+
+
+def _document(session: Session, stories: Sequence[Story], urls: dict[str, str]) -> dict[str, Any]:
+    """The answer of ``--json``: the last rollout at the top, as there is mostly one, and all of them."""
+    told = []
+    for story in stories:
+        pauses = session.picture.pauses_of(story.rollout.rollout)
+        clocks = [session.picture.clocks.get((each.operation, each.vm)) for each in pauses]
+        told.append({"rollout": story.rollout, "checks": story.checks, "pauses": pauses, "clocks": clocks})
+    held = all(check.held for story in stories for check in story.checks)
+    return {"held": held, **told[-1], "rollouts": told, "urls": urls}
 
 
 _BROKERS = {"mosquitto": "Mosquitto", "embedded": "amqtt, embedded (install mosquitto to use that instead)"}
@@ -346,6 +458,22 @@ def _folder(wanted: Path | None) -> Iterator[Path]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
+@contextmanager
+def _ram_folder(*, needed: bool) -> Iterator[str]:
+    """A folder on a tmpfs for the guests' RAM, gone afterwards."""
+    if not needed:
+        yield ""
+        return
+    try:
+        folder = tempfile.mkdtemp(prefix="caesura-demo-", dir="/dev/shm")
+    except OSError as error:
+        raise CaesuraError(f"guest RAM needs a folder in /dev/shm: {error}") from error
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def _free_ports(count: int, start: int = _FIRST_PORT) -> Iterator[int]:
     """Free TCP ports on loopback, from ``start`` on."""
     port = start
@@ -370,8 +498,7 @@ def _read_workloads(folder: Path, layout: Layout) -> dict[str, WorkloadStatus]:
     return found
 
 
-def _read_patched(folder: Path) -> list[str]:
-    path = folder / "patched"
+def _read_patched(path: Path) -> list[str]:
     return path.read_text(encoding="utf-8").split() if path.exists() else []
 
 

@@ -8,6 +8,7 @@ from datetime import datetime
 import msgspec
 
 from caesura.contract import messages as m
+from caesura_ctl.demo.guests import GuestMethod, GuestStatus
 from caesura_ctl.picture import Pause, Picture
 
 
@@ -60,10 +61,87 @@ def judge(
     ]
 
 
+def judge_guests(
+    picture: Picture,
+    rollout: m.RolloutState,
+    guests: Sequence[GuestStatus],
+    patched: Sequence[str],
+    *,
+    method: GuestMethod,
+) -> list[Check]:
+    """All rules for real guests, in the order in which a rollout meets them."""
+    pauses = picture.pauses_of(rollout.rollout)
+    expected = {vm for wave in rollout.waves for vm in wave.vms}
+    ids = {event_id.lower() for wave in rollout.waves for event_id in wave.events.values()}
+    asked = sum(any(each.lower() in ids for each in guest.approved) for guest in guests)
+    checks = [
+        Check("the rollout completed", rollout.status == "completed", rollout.reason or rollout.status),
+        _approved(picture, ids, asked),
+        _every_vm(pauses, expected),
+        _one_domain_at_a_time(pauses),
+        _budget(pauses),
+    ]
+    if method != "swap":
+        checks.append(_patched(patched, {host for wave in rollout.waves for host in wave.hosts}))
+    if method != "freeze":
+        checks.append(_moved(picture, pauses))
+    silent = [guest.vm for guest in guests if not guest.beats]
+    back = [guest.vm for guest in guests if guest.steps_back]
+    return [
+        *checks,
+        _guest_memory(picture, pauses),
+        _clocks(picture, pauses, rollout.policy.clock_bound_s),
+        Check(
+            "no guest's monotonic clock went back",
+            not back and not silent,
+            ", ".join(back) or f"{len(guests)} guests asked",
+        ),
+        _events(picture, rollout),
+        Check(
+            "no VM left paused",
+            not silent and not picture.frozen,
+            ", ".join([*silent, *picture.frozen]) or f"heartbeats of {len(guests)} guests",
+        ),
+    ]
+
+
+def _moved(picture: Picture, pauses: Sequence[Pause]) -> Check:
+    details = {
+        result.vm: result.detail
+        for operation in {each.operation for each in pauses} & picture.reports.keys()
+        for result in picture.reports[operation].vms
+    }
+    moved = [vm for vm, detail in details.items() if detail]
+    return Check(
+        "every guest runs in a new QEMU process",
+        len(moved) == len(pauses) > 0,
+        f"{len(moved)}/{len(pauses)} guests" + (f"; {moved[0]}: {details[moved[0]]}" if moved else ""),
+    )
+
+
+def _guest_memory(picture: Picture, pauses: Sequence[Pause]) -> Check:
+    proofs: list[list[m.MemoryProof]] = []
+    for pause in pauses:
+        verdict = picture.clocks.get((pause.operation, pause.vm))
+        told = (pause.memory, verdict.memory if verdict else None)
+        proofs.append([proof for proof in told if proof is not None and proof.proof != "none"])
+    digests = sum(any(proof.proof == "digest" for proof in found) for found in proofs)
+    beats = sum(any(proof.proof == "heartbeat" for proof in found) for found in proofs)
+    return Check(
+        "memory unchanged",
+        bool(proofs) and all(found and all(proof.ok for proof in found) for found in proofs),
+        f"same boot id in {beats}/{len(pauses)} guests, same digest of all RAM for {digests}",
+    )
+
+
 def _approvals(picture: Picture, rollout: m.RolloutState, workloads: Mapping[str, WorkloadStatus]) -> Check:
     ids = {event_id.lower() for wave in rollout.waves for event_id in wave.events.values()}
-    approved = {event_id for event_id in ids if any(each.approved_by for each in _facts(picture, event_id))}
     asked = sum(any(each.lower() in ids for each in work.approved) for work in workloads.values())
+    return _approved(picture, ids, asked)
+
+
+def _approved(picture: Picture, ids: set[str], asked: int) -> Check:
+    approved = {event_id for event_id in ids if any(each.approved_by for each in _facts(picture, event_id))}
     return Check(
         "workloads were warned and approved",
         approved == ids and bool(ids),
@@ -159,10 +237,11 @@ def _clocks(picture: Picture, pauses: Sequence[Pause], bound_s: float) -> Check:
     ]
     worst = max((abs(each.error_after_s or 0.0) for each in right), default=0.0)
     before = max((abs(each.error_before_s or 0.0) for each in right), default=0.0)
+    simulated = " (simulated guest clocks)" if any(each.simulated for each in right) else ""
     return Check(
         "clocks put right",
         len(right) == len(pauses) > 0,
-        f"{len(right)}/{len(pauses)} VMs, off by up to {before:.3f} s before, {worst * 1000:.2f} ms after (simulated guest clocks)",
+        f"{len(right)}/{len(pauses)} VMs, off by up to {before:.3f} s before, {worst * 1000:.2f} ms after{simulated}",
     )
 
 

@@ -92,6 +92,9 @@ class Driver(Protocol):
     def name(self) -> str:
         """``process``, ``qemu``, ..."""
 
+    def detail(self) -> str:
+        """How it works here, for people: the freezer, or QEMU's version and accelerator."""
+
     def capabilities(self, vm: str) -> Capabilities:
         """What can be done with this VM as it is now."""
 

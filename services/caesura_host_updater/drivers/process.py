@@ -95,6 +95,10 @@ class ProcessDriver:
         self._change = asyncio.Event()
         self._readers = ThreadPoolExecutor(max_workers=2, thread_name_prefix="digest")
 
+    def detail(self) -> str:
+        """The freezer."""
+        return f"frozen by {self._freezer.kind}"
+
     def capabilities(self, vm: str) -> Capabilities:  # noqa: ARG002 - the port's
         """The same for every VM."""
         return Capabilities(methods=("live", "freeze"), missing=_MISSING, clock="simulated")

@@ -31,6 +31,8 @@ class Catch:
     """When the kernel said that it runs (or that it is gone)."""
     end: str = ""
     """``running`` or ``gone``, empty while neither."""
+    owner: str = ""
+    """Swap and replace: who runs the guest, ``old`` or ``new:PID:TICKS``; else empty."""
 
 
 @dataclass

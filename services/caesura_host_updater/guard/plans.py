@@ -1,7 +1,7 @@
 """How to undo a freeze: one typed plan a VM, and the code that carries it out and looks at the result.
 
 The host updater's drivers resume through the same code, so there is one way back from a freeze, not two.
-The condition is always read from the kernel: ``cgroup.events`` (v2), ``freezer.state`` (v1), or the
+The condition of process guests is always read from the kernel: ``cgroup.events`` (v2), ``freezer.state`` (v1), or the
 states of all threads (signals). Sources: kernel documentation ``admin-guide/cgroup-v2.rst`` ("cgroup.freeze",
 "cgroup.events") and ``cgroup-v1/freezer-subsystem.rst``; signal(7).
 """
@@ -18,6 +18,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from caesura_host_updater.guard import qemuplans, vmm
 from caesura_host_updater.guard.procfs import (
     DEAD,
     STOPPED,
@@ -26,6 +27,23 @@ from caesura_host_updater.guard.procfs import (
     send_signal,
     thread_states,
 )
+from caesura_host_updater.guard.qemuplans import BadPlan, QemuPlan, ReplacePlan, SwapPlan, Vmm
+
+__all__ = [
+    "BadPlan",
+    "CgroupPlan",
+    "Condition",
+    "Plan",
+    "QemuPlan",
+    "ReplacePlan",
+    "SignalPlan",
+    "SwapPlan",
+    "Vmm",
+    "condition",
+    "plan_from_json",
+    "plan_to_json",
+    "thaw",
+]
 
 Condition = Literal["running", "held", "frozen", "gone"]
 """``held``: on its way into or out of a freeze, or only partly frozen; ``gone``: no process is left."""
@@ -33,10 +51,6 @@ Condition = Literal["running", "held", "frozen", "gone"]
 _CGROUP_ROOT = "/sys/fs/cgroup/"
 _REMOVED = (errno.ENOENT, errno.ENODEV)  # ENODEV: the cgroup was removed while its file was open
 _CONTROL = {"cgroup2": "cgroup.freeze", "cgroup1": "freezer.state"}
-
-
-class BadPlan(ValueError):
-    """A plan that the guard will not carry out."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +114,7 @@ class SignalPlan:
         return [each for each in found.values() if each.state not in DEAD or _has_live_thread(each.pid)]
 
 
-Plan = CgroupPlan | SignalPlan
+Plan = CgroupPlan | SignalPlan | QemuPlan | SwapPlan | ReplacePlan
 
 
 def _has_live_thread(pid: int) -> bool:
@@ -109,6 +123,8 @@ def _has_live_thread(pid: int) -> bool:
 
 def plan_to_json(plan: Plan) -> dict[str, Any]:
     """The plan as it goes over the socket and to disk."""
+    if isinstance(plan, QemuPlan | SwapPlan | ReplacePlan):
+        return qemuplans.to_json(plan)
     kind = "signal" if isinstance(plan, SignalPlan) else plan.kind
     return {**asdict(plan), "kind": kind}
 
@@ -125,17 +141,23 @@ def plan_from_json(data: object) -> Plan:
         if data.get("kind") == "signal":
             others = tuple((pair[0], pair[1]) for pair in data["others"])
             return SignalPlan(data["vm"], data["leader"], data["start_ticks"], others)
+        if data.get("kind") in ("qemu", "swap", "replace"):
+            return qemuplans.from_json(data)
         return CgroupPlan(data["vm"], data["kind"], data["control"])
     except (KeyError, TypeError, IndexError, AttributeError) as error:
         raise BadPlan(f"plan of {data['vm']!r} lacks or garbles {error}") from error
 
 
 def condition(plan: Plan, table: Mapping[int, Process] | None = None) -> Condition:
-    """What the kernel says of the VM now. ``table`` saves reading the process table once per VM.
+    """What the kernel says of the VM now, for QEMU guests also what QEMU says: see ``vmm``.
+
+    ``table`` saves reading the process table once per VM.
 
     Raises:
         OSError: the kernel would not say (not: the VM is gone, which is an answer).
     """
+    if isinstance(plan, QemuPlan | SwapPlan | ReplacePlan):
+        return vmm.condition(plan)
     if isinstance(plan, SignalPlan):
         return _condition_of_members(plan.members(process_table() if table is None else table))
     folder = os.path.dirname(plan.control)
@@ -178,11 +200,16 @@ def _condition_v1(folder: str) -> Condition:
 
 
 def thaw(plan: Plan, table: Mapping[int, Process] | None = None) -> None:
-    """Ask the kernel to let the VM run. Whether it does is what ``condition`` says afterwards.
+    """Ask the kernel to let the VM run; for QEMU guests, bring what was begun to an end: see ``vmm``.
+
+    Whether it runs is what ``condition`` says afterwards.
 
     Raises:
-        OSError: the kernel refused; a VM that is gone is no error.
+        OSError: the kernel refused, or QEMU did, or does not answer; a VM that is gone is no error.
     """
+    if isinstance(plan, QemuPlan | SwapPlan | ReplacePlan):
+        vmm.thaw(plan)
+        return
     if isinstance(plan, SignalPlan):
         for member in plan.members(process_table() if table is None else table):
             send_signal(member.pid, member.start_ticks, signal.SIGCONT)

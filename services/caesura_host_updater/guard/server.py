@@ -1,4 +1,4 @@
-"""The guard's socket: JSON lines over a unix socket in the state folder, one select loop, no threads.
+"""The guard's socket: JSON lines over a unix socket in the state folder, one select loop.
 
 Requests: ``arm`` (operation, boot_id, deadline, plans), ``disarm`` (operation), ``status``. Every answer has
 ``ok``; a refusal has ``error``. The connection that armed is the operation's owner: when it ends, or the
@@ -24,6 +24,7 @@ from typing import Any
 
 from caesura_host_updater.guard.intent import Intent
 from caesura_host_updater.guard.plans import BadPlan, plan_from_json
+from caesura_host_updater.guard.processes import reap
 from caesura_host_updater.guard.procfs import boot_id
 from caesura_host_updater.guard.watch import GuardRefusal, Log, Watch
 
@@ -113,6 +114,7 @@ class GuardServer:
                     )
                 for key, _ in self._selector.select(wait_s):
                     key.data()
+                reap()  # QEMU processes that we started
         finally:
             signal.set_wakeup_fd(-1)
             self._close()

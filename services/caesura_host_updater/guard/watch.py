@@ -10,10 +10,14 @@ from typing import Any, Literal, Protocol
 from caesura_host_updater.guard.intent import Catch, Fired, Intent
 from caesura_host_updater.guard.plans import Condition, Plan, SignalPlan, condition, thaw
 from caesura_host_updater.guard.procfs import Process, process_table
+from caesura_host_updater.guard.rounds import VMM_PLANS, Round, Rounds
 
 _RETRY_S = 0.005  # s: between two looks at VMs that do not run yet
 _ENFORCE_S = 0.02  # s: between two looks while a late freeze of a stopped updater may still come
 _ENFORCE_IDLE_S = 0.1  # s: the same, after a minute of that: a process table costs milliseconds
+_ENFORCE_QEMU_S = 0.1  # s: the same for QEMU guests: a thread and two questions over a socket each time
+_LOOK_ROUND_S = 0.8  # s: how long an acknowledgement waits for QEMU guests: each is asked for half a second
+_LAST_ROUND_S = 0.3  # s: and for rounds that are under way; both together well under the updater's patience
 _STORE_RETRY_S = 1.0  # s: between two tries to write down what was done on a full disk
 
 State = Literal["ready", "armed", "firing", "fired"]
@@ -66,6 +70,7 @@ class Watch:
         self._owner_gone = False
         self._seen_running: dict[str, float] = {}
         self._unstored_since: float | None = None
+        self._rounds = Rounds(look, release, clock, log)
 
     @property
     def intent(self) -> Intent | None:
@@ -97,17 +102,22 @@ class Watch:
             raise GuardRefusal(f"cannot write the intent: {error.strerror or error}") from error
         self._intent = intent
         self._owner_gone = False
-        self._seen_running = {}
+        self._begin_anew()
 
     def adopt(self, intent: Intent) -> None:
         """Go on with an intent found on disk at start: whoever armed it cannot be trusted to undo it."""
         self._intent = intent
         self._owner_gone = True
+        self._begin_anew()
         before, intent.fired = intent.fired, None
         self.fire(before.why if before else "the guard started and found it armed")
         if before is not None:
             # What was written down before our time is closer to the truth than what we found now.
             self._keep(before)
+
+    def _begin_anew(self) -> None:
+        self._seen_running = {}
+        self._rounds = Rounds(self._look, self._release, self._clock, self._log)
 
     def _keep(self, before: Fired) -> None:
         intent = self._intent
@@ -145,13 +155,16 @@ class Watch:
         intent = self._intent
         if intent is None or intent.operation != operation:
             return None
-        table = self._table(intent)
-        if intent.fired is None and any(self._held(plan, table) for plan in intent.plans):
+        if intent.fired is None and self._any_held(intent):
             self.fire("disarmed while a VM stood still")
         self.step()
-        if intent.fired is not None and not intent.fired.done:
-            stuck = [vm for vm, catch in intent.fired.vms.items() if not catch.end]
-            raise GuardRefusal(f"not running yet: {', '.join(stuck)}")
+        # A round that is still under way could let go a VM that the next operation has frozen.
+        self._take_in(intent, self._rounds.ended(_LAST_ROUND_S))
+        stuck = set(self._rounds.under_way)
+        if intent.fired is not None:
+            stuck |= {vm for vm, catch in intent.fired.vms.items() if not catch.end}
+        if stuck:
+            raise GuardRefusal(f"not running yet: {', '.join(sorted(stuck))}")
         try:
             self._store.clear()
         except OSError as error:
@@ -171,45 +184,88 @@ class Watch:
             self.fire("the deadline passed")
         fired = intent.fired
         assert fired is not None  # noqa: S101 - fire() sets it
+        self._take_in(intent, self._rounds.ended())
         if not fired.done or not self._owner_gone:
             self._sweep()
         if self._unstored_since is not None and now - self._unstored_since > _STORE_RETRY_S:
             self._save()
-        if not fired.done:
+        if not fired.done or self._rounds.under_way:
             return _RETRY_S
         if not self._owner_gone:
             return _ENFORCE_S if now - fired.at < 60 else _ENFORCE_IDLE_S
         return _STORE_RETRY_S if self._unstored_since is not None else None
 
     def _sweep(self) -> None:
-        """Look at every VM once, let go what stands still, write down what changed."""
+        """Look at every VM once, let go what stands still, write down what changed.
+
+        Process guests at once, all with one process table; QEMU guests each in a round of its own, whose outcome
+        is taken in when it has ended.
+        """
         intent = self._intent
         if intent is None or intent.fired is None:
             return
-        table = self._table(intent)
-        held = {plan.vm: self._held(plan, table) for plan in intent.plans}
         for plan in intent.plans:
+            if isinstance(plan, VMM_PLANS):
+                ended = bool(intent.fired.vms[plan.vm].end)
+                self._rounds.begin(plan, pause_s=_ENFORCE_QEMU_S if ended else 0)
+        plans = [plan for plan in intent.plans if not isinstance(plan, VMM_PLANS)]
+        table = self._table(intent)
+        held = {plan.vm: self._held(plan, table) for plan in plans}
+        for plan in plans:
             if held[plan.vm]:
                 self._let_go(plan, table)
         table = self._table(intent) if any(held.values()) else table
         changed = False
-        for plan in intent.plans:
-            changed |= self._note(plan, intent.fired.vms[plan.vm], held[plan.vm], table)
+        for plan in plans:
+            state = self._condition(plan, table)
+            changed |= self._note(plan.vm, held[plan.vm], state, self._clock())
         if changed and intent.fired.done:
             self._save()
 
-    def _note(self, plan: Plan, catch: Catch, was_held: bool, table: Mapping[int, Process] | None) -> bool:
+    def _take_in(self, intent: Intent, rounds: list[Round]) -> None:
+        """Write down what rounds of QEMU guests have found."""
+        changed = False
+        for each in rounds:
+            if intent.fired is None:
+                continue
+            catch = intent.fired.vms[each.vm]
+            before = catch.end
+            changed |= catch.owner != each.owner
+            catch.owner = each.owner
+            changed |= self._note(each.vm, each.was_held, each.state, each.at)
+            if each.why_not:
+                catch.end, catch.running_at = "", None  # not at its end whatever it does: come again
+            elif catch.end and not before:
+                self._log("guard.vm_settled", vm=each.vm, end=catch.end, owner=catch.owner)
+        if changed and intent.fired is not None and intent.fired.done:
+            self._save()
+
+    def _any_held(self, intent: Intent) -> bool:
+        """Whether a VM of an operation that did not fire stands still, or cannot be seen to run in time."""
+        asked = {plan.vm for plan in intent.plans if isinstance(plan, VMM_PLANS)}
+        for plan in intent.plans:
+            if plan.vm in asked:
+                self._rounds.begin(plan, only_look=True)
+        table = self._table(intent)
+        if any(self._held(plan, table) for plan in intent.plans if plan.vm not in asked):
+            return True
+        seen = {each.vm: each.was_held or bool(each.why_not) for each in self._rounds.ended(_LOOK_ROUND_S)}
+        return any(seen.get(vm, True) for vm in asked)
+
+    def _note(self, vm: str, was_held: bool, state: Condition, at: float) -> bool:
+        """Write down what was found of one VM; whether it is news."""
+        if self._intent is None or self._intent.fired is None:
+            return False
+        catch = self._intent.fired.vms[vm]
         before = asdict(catch)
-        now = self._clock()
         if was_held:
             if not catch.was_frozen:
-                catch.frozen_after = self._seen_running.get(plan.vm)
+                catch.frozen_after = self._seen_running.get(vm)
             catch.was_frozen, catch.end, catch.running_at = True, "", None
-        state = self._condition(plan, table)
         if state in ("running", "gone"):
-            self._seen_running[plan.vm] = now
-            if not catch.end:
-                catch.end, catch.running_at = state, now
+            self._seen_running[vm] = at
+            if not catch.end or (catch.end, state) == ("gone", "running"):  # it was only thought to be gone
+                catch.end, catch.running_at = state, at
         return asdict(catch) != before
 
     def _held(self, plan: Plan, table: Mapping[int, Process] | None) -> bool:

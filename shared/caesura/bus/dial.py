@@ -13,6 +13,12 @@ import ssl
 
 from caesura.bus.options import Address
 
+_PROBES = {
+    socket.TCP_KEEPIDLE: 2,  # s: of silence until the first probe
+    socket.TCP_KEEPINTVL: 2,  # s: between probes
+    socket.TCP_KEEPCNT: 23,  # unanswered ones: a network that is away for 45 s is waited for, as without them
+}
+
 
 async def open_socket(address: Address, tls: ssl.SSLContext | None, timeout_s: float) -> socket.socket:
     """Connect within ``timeout_s`` seconds, TLS handshake included.
@@ -55,8 +61,20 @@ async def _connect_any(address: Address, timeout_s: float) -> socket.socket:
         else:
             # Nagle and delayed acknowledgements make a QoS 1 round trip 88 ms instead of under 1 ms.
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            _probe_when_silent(sock)
             return sock
     raise failure
+
+
+def _probe_when_silent(sock: socket.socket) -> None:
+    """Have the kernel ask whether the other end still knows the connection (tcp(7), SO_KEEPALIVE).
+
+    A guest whose hypervisor was swapped may have lost its connections to a NAT in the old process without a
+    packet: the first probe is answered with a reset, seconds later instead of after MQTT's minute of silence.
+    """
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in _PROBES.items():
+        sock.setsockopt(socket.IPPROTO_TCP, name, value)
 
 
 async def _connect(family: int, target: str | tuple[str | int | bytes, ...]) -> socket.socket:

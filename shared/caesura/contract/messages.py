@@ -95,6 +95,8 @@ class HostInventory(Message, frozen=True, kw_only=True):
 
     host: Name
     driver: Name
+    driver_detail: Text = ""
+    """How the driver works here, for people: the freezer, or QEMU's version and accelerator."""
     epoch: Annotated[int, Meta(ge=0)]
     coordinator: Annotated[str, Meta(max_length=64)] = ""
     vms: tuple[VmRecord, ...]

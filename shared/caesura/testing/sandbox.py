@@ -12,7 +12,7 @@ import shutil
 import signal
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -141,6 +141,7 @@ class Sandbox:
         self.places: dict[str, tuple[str, int]] = {}
         self.watch = KernelWatch(self.mark)
         self._watching: asyncio.Task[None] | None = None
+        self._ram: Path | None = None
         (self.folder / "updates.d").mkdir()
 
     async def __aenter__(self) -> Self:
@@ -164,6 +165,8 @@ class Sandbox:
         for process in self.running.values():
             await process.wait()
         shutil.rmtree(self.folder, ignore_errors=True)
+        if self._ram is not None:
+            shutil.rmtree(self._ram, ignore_errors=True)
 
     # -- describing --
 
@@ -189,6 +192,53 @@ class Sandbox:
             "process": {"freezer": self.freezer},
             "vm": [self._vm_table(vm) for vm in vms],
         }
+        self._host(name, table, vms, settings)
+
+    def qemu_host(self, name: str, *vms: Vm, **settings: str) -> None:
+        """Describe a host updater whose VMs are QEMU processes with firmware alone: no agent, up in no time.
+
+        Besides its usual sockets each has ``witness``, a QMP socket for the test. ``ram_bytes`` counts.
+        """
+        table = {
+            "host": name,
+            "driver": "qemu",
+            "qemu": {
+                "accel": "tcg",
+                "run_dir": f"{self.folder}/{name}.run",
+                "ram_dir": str(self._ram_folder()),
+            },
+            "vm": [self._qemu_table(name, vm) for vm in vms],
+        }
+        self._host(name, table, vms, settings)
+
+    def _ram_folder(self) -> Path:
+        if self._ram is None:
+            self._ram = Path(tempfile.mkdtemp(prefix="caesura-e2e-", dir="/dev/shm"))
+        return self._ram
+
+    def _qemu_table(self, host: str, vm: Vm) -> dict[str, Any]:
+        witness = f"{self.folder}/{host}.run/{vm.name}/witness"
+        table: dict[str, Any] = {
+            "name": vm.name,
+            "agent": vm.agent,
+            "qemu": {
+                "memory_mib": max(16, vm.ram_bytes >> 20),
+                "machine": "pc-q35-7.2",
+                "extra": [
+                    "-chardev",
+                    f"socket,id=witness,path={witness},server=on,wait=off",
+                    "-mon",
+                    "chardev=witness,mode=control",
+                ],
+            },
+        }
+        if vm.set:
+            table |= {"set": vm.set, "update_domain": vm.update_domain}
+        return table
+
+    def _host(
+        self, name: str, table: Mapping[str, Any], vms: Sequence[Vm], settings: Mapping[str, str]
+    ) -> None:
         (self.folder / f"{name}.toml").write_text(tomli_w.dumps(table))
         for vm in vms:
             self.places[vm.name] = (vm.set or f"_{vm.name}", vm.update_domain)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -72,3 +73,26 @@ async def test_ctrl_c_leaves_nothing_behind(moment: str) -> None:
 
 def _cgroups() -> set[Path]:
     return {each for each in Path("/sys/fs/cgroup").glob("**/caesura*") if each.is_dir()}
+
+
+@pytest.mark.timeout(600)
+async def test_every_rule_holds_with_real_guests() -> None:
+    """Three real guests with the agent inside: frozen, swapped and replaced, domain by domain, approving over HTTP."""
+    if shutil.which("qemu-system-x86_64") is None:
+        pytest.skip("QEMU is not installed (on Debian: apt-get install qemu-system-x86)")
+    mark = "DEMO_TEST=guests"
+    methods = ("freeze", "swap", "replace")
+    words = [word for method in methods for word in ("--method", method)]
+    process = await _demo("--json", "--driver", "qemu", "--vms", "3", *words, mark=mark)
+    out, _ = await process.communicate()
+    result = json.loads(out[out.index(b"{") :])
+    for method, told in zip(methods, result["rollouts"], strict=True):
+        broken = [check for check in told["checks"] if not check["held"]]
+        assert broken == [], method
+        assert {pause["vm"] for pause in told["pauses"]} == {"web-1", "web-2", "web-3"}
+        assert not any(clock["simulated"] for clock in told["clocks"])
+    assert (process.returncode, result["held"]) == (0, True)
+    freeze, swap, replace = (max(pause["pause_s"] for pause in told["pauses"]) for told in result["rollouts"])
+    assert swap < 1.0 < min(freeze, replace)
+    assert not list(marked_processes(mark))
+    assert not list(Path("/dev/shm").glob("caesura-demo-*"))

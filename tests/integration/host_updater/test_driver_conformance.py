@@ -1,22 +1,31 @@
-"""What every driver must do; run over the process driver with each of its freezers."""
+"""What every driver must do; run over the process driver with each of its freezers, and over QEMU.
+
+The QEMU VMs have no guest system: the firmware runs, which is enough to stand still and to be handed over.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import os
+import re
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from caesura_host_updater.drivers.freezers import choose_freezer
+from caesura.testing.guests import qemu_installed
+from caesura_host_updater.drivers.freezers import FreezerUnusable, choose_freezer
 from caesura_host_updater.drivers.port import Driver, DriverError, FreezeFailed, NotPossible
 from caesura_host_updater.drivers.process import ProcessDriver
+from caesura_host_updater.drivers.qemu.definition import Definition, QemuOptions
+from caesura_host_updater.drivers.qemu.driver import QemuDriver
 from caesura_host_updater.guard.plans import CgroupPlan, condition, thaw
 from caesura_host_updater.guard.procfs import alive, read_process
 from caesura_host_updater.hostfile import GuestProcess, VmSpec
@@ -45,36 +54,124 @@ def specs() -> tuple[VmSpec, ...]:
     )
 
 
-@pytest.fixture
-async def make(freezer: Any, tmp_path: Path) -> AsyncIterator[Callable[[], ProcessDriver]]:
-    """Drivers on one state folder, as one host updater after the other would have."""
-    made: list[ProcessDriver] = []
+def qemu_specs() -> tuple[VmSpec, ...]:
+    """The same VMs as guests."""
+    guest = Definition(memory_mib=16, machine="pc-q35-7.2")
+    return tuple(VmSpec(name=spec.name, qemu=guest) for spec in specs())
 
-    def build() -> ProcessDriver:
-        chosen, passed = choose_freezer(freezer, f"caesura-driver-test-{os.getpid()}")
-        assert passed == {}
-        driver = ProcessDriver(
-            "host-1", specs(), tmp_path, chosen, environ=os.environ, max_digest_bytes=8 * 2**20
-        )
-        made.append(driver)
+
+class Lives:
+    """Drivers on one state folder, as one host updater after the other would have."""
+
+    def __init__(self, folder: Path, build: Callable[[], Any], *, exclusive: bool) -> None:
+        self.folder = folder
+        self._build = build
+        self._exclusive = exclusive
+        self._made: list[Any] = []
+
+    async def next(self) -> Any:
+        """The next life, open. A QMP socket serves one at a time, so with QEMU the one before is over."""
+        driver = self._build()
+        if self._exclusive:
+            await self._end_all()
+        self._made.append(driver)
+        await driver.open()
         return driver
 
-    yield build
-    last = build()
-    await last.open()
-    for vm in last.states():
-        await last.resume(vm, 5)
-    await last.close(stop_vms=True)
-    for driver in made[:-1]:
-        await driver.close(stop_vms=False)
+    async def _end_all(self) -> None:
+        while self._made:
+            await self._made.pop().close(stop_vms=False)
+
+    async def end(self) -> None:
+        """Stop everything."""
+        last = await self.next()
+        for vm in last.states():
+            await last.resume(vm, 5)
+        await last.close(stop_vms=True)
+        self._made.remove(last)
+        await self._end_all()
+
+
+KINDS = ("cgroup2", "cgroup1", "sigstop", "qemu")
+
+
+@pytest.fixture(params=KINDS)
+def kind(request: pytest.FixtureRequest) -> str:
+    """Every driver, the process driver once for each way of freezing; skipped where the machine lacks it."""
+    return _usable(request.param)
+
+
+@pytest.fixture(params=KINDS[:3])
+def freezer(request: pytest.FixtureRequest) -> str:
+    """The process driver's ways of freezing."""
+    return _usable(request.param)
+
+
+def _usable(kind: str) -> str:
+    if kind == "qemu":
+        if not qemu_installed():
+            pytest.skip("no QEMU on this machine")
+        return kind
+    try:
+        choose_freezer(kind, "caesura-test-probe")[0].remove("_probe")  # type: ignore[arg-type]
+    except FreezerUnusable as error:
+        pytest.skip(f"{kind} does not work here: {error}")
+    return kind
+
+
+def _process_driver(kind: Any, folder: Path) -> ProcessDriver:
+    chosen, passed = choose_freezer(kind, f"caesura-driver-test-{os.getpid()}")
+    assert passed == {}
+    return ProcessDriver("host-1", specs(), folder, chosen, environ=os.environ, max_digest_bytes=8 * 2**20)
+
+
+def _qemu_driver(folder: Path) -> QemuDriver:
+    return QemuDriver(
+        "host-1",
+        qemu_specs(),
+        QemuOptions(run_dir=str(folder / "run"), powerdown_s=0),
+        folder,
+        accel="tcg,thread=multi",
+        environ=os.environ,
+        max_digest_bytes=16 * 2**20,
+    )
+
+
+async def _lives(kind: str, tmp_path: Path) -> AsyncIterator[Lives]:
+    # A unix socket's path has 107 bytes, and pytest's folders have long names.
+    with tempfile.TemporaryDirectory(prefix="caesura-", dir="/tmp") as short:
+        folder = Path(short) if kind == "qemu" else tmp_path
+        build = partial(_qemu_driver if kind == "qemu" else partial(_process_driver, kind), folder)
+        lives = Lives(folder, build, exclusive=kind == "qemu")
+        yield lives
+        await lives.end()
+        assert not (folder / "run").exists()
 
 
 @pytest.fixture
-async def driver(make: Callable[[], Driver]) -> Driver:
+async def lives(kind: str, tmp_path: Path) -> AsyncIterator[Lives]:
+    """Lives of any driver."""
+    async for each in _lives(kind, tmp_path):
+        yield each
+
+
+@pytest.fixture
+async def driver(lives: Lives) -> Any:
     """One driver with its VMs running."""
-    made = make()
-    await made.open()
-    return made
+    return await lives.next()
+
+
+@pytest.fixture
+async def process_lives(freezer: str, tmp_path: Path) -> AsyncIterator[Lives]:
+    """Lives of the process driver."""
+    async for each in _lives(freezer, tmp_path):
+        yield each
+
+
+@pytest.fixture
+async def process_driver(process_lives: Lives) -> Any:
+    """One process driver with its VMs running."""
+    return await process_lives.next()
 
 
 def soon() -> float:
@@ -95,7 +192,8 @@ async def test_freeze_and_resume_all_at_once(driver: Driver) -> None:
     assert set(driver.states().values()) == {"running"}
 
 
-async def test_nothing_of_a_frozen_vm_uses_time(driver: ProcessDriver) -> None:
+async def test_nothing_of_a_frozen_vm_uses_time(process_driver: ProcessDriver) -> None:
+    driver = process_driver
     leader = driver.resume_plan("busy")
     pids = tree(driver, "busy")
     assert len(pids) >= 2, leader
@@ -109,7 +207,8 @@ async def test_nothing_of_a_frozen_vm_uses_time(driver: ProcessDriver) -> None:
             await asyncio.sleep(0.01)
 
 
-async def test_processes_that_escaped_stand_still_too(driver: ProcessDriver) -> None:
+async def test_processes_that_escaped_stand_still_too(process_driver: ProcessDriver) -> None:
+    driver = process_driver
     async with asyncio.timeout(10):
         while len(tree(driver, "awkward")) < 4:  # noqa: ASYNC110 - the kernel does not call us
             await asyncio.sleep(0.01)
@@ -126,9 +225,8 @@ async def test_the_guard_plan_resumes_without_the_driver(driver: Driver) -> None
     await driver.freeze("awkward", soon())
     thaw(plan)
     async with asyncio.timeout(5):
-        while condition(plan) != "running":  # noqa: ASYNC110 - the kernel does not call us
+        while condition(plan) != "running" or driver.states()["awkward"] != "running":
             await asyncio.sleep(0.002)
-    assert driver.states()["awkward"] == "running"
 
 
 async def test_a_freeze_that_comes_too_late_does_not_keep_trying(driver: Driver) -> None:
@@ -149,9 +247,9 @@ async def test_cancelled_freeze_leaves_nothing_behind(driver: Driver) -> None:
     assert driver.states()["plain"] == "running"
 
 
-async def test_vm_that_ends(driver: ProcessDriver, freezer: str) -> None:
+async def test_vm_that_ends(driver: Any, kind: str) -> None:
     pids = tree(driver, "awkward")
-    if freezer != "cgroup1":  # a frozen v1 group does not die before it is thawed
+    if kind != "cgroup1":  # a frozen v1 group does not die before it is thawed
         await driver.freeze("awkward", soon())
     os.kill(pids[0], signal.SIGKILL)
     async with asyncio.timeout(10):
@@ -165,22 +263,41 @@ async def test_vm_that_ends(driver: ProcessDriver, freezer: str) -> None:
         await driver.freeze("awkward", soon())
     with pytest.raises(DriverError):
         driver.resume_plan("awkward")
-    assert driver.ping() == "not running: awkward"
+    assert driver.ping().startswith("not running: awkward")
+    assert driver.process_of("awkward") == ""
 
 
-async def test_next_life_adopts_what_runs_and_what_is_frozen(make: Callable[[], ProcessDriver]) -> None:
-    first = make()
-    await first.open()
+async def test_next_life_adopts_what_runs_and_what_is_frozen(lives: Lives) -> None:
+    first = await lives.next()
     before = {vm: tree(first, vm)[0] for vm in first.states()}
     await first.freeze("plain", soon())
-    second = make()
-    await second.open()
+    second = await lives.next()
     assert {vm: tree(second, vm)[0] for vm in second.states()} == before
     assert second.states() == {"plain": "paused", "awkward": "running", "busy": "running"}
     assert await second.resume("plain", 5) == "running"
 
 
-async def test_memory_digest(driver: ProcessDriver, tmp_path: Path) -> None:
+async def test_what_is_not_possible_is_refused_before_the_pause(driver: Any) -> None:
+    can = driver.capabilities("plain")
+    assert {"live", "freeze"} <= set(can.methods)
+    assert can.missing["reboot"]
+    assert not set(can.methods) & can.missing.keys()
+    for method in ("swap", "replace"):
+        if method in can.missing:
+            with pytest.raises(DriverError, match=re.escape(can.missing[method])):
+                await driver.prepare("plain", "op-1", method, "")
+    await driver.prepare("plain", "op-2", "freeze", "")
+    await driver.release("plain")
+    await driver.release("plain")  # right in every state
+    with pytest.raises(DriverError):
+        await driver.hand_over("plain", soon())
+    with pytest.raises(DriverError):
+        await driver.checkpoint("plain", soon())
+    assert driver.states()["plain"] == "running"
+
+
+async def test_memory_digest(process_driver: ProcessDriver, tmp_path: Path) -> None:
+    driver = process_driver
     await driver.freeze("plain", soon())
     assert driver.memory_size("plain") == 3 * 2**20 + 5
     first = await driver.memory_digest("plain", soon())
@@ -211,9 +328,8 @@ async def test_vm_whose_program_is_missing(freezer: str, tmp_path: Path) -> None
     await driver.close(stop_vms=True)
 
 
-async def test_vm_starts_in_a_place_that_was_left_frozen(make: Callable[[], ProcessDriver]) -> None:
-    first = make()
-    await first.open()
+async def test_vm_starts_in_a_place_that_was_left_frozen(lives: Lives) -> None:
+    first = await lives.next()
     plan = first.resume_plan("plain")
     pids = tree(first, "plain")
     await first.freeze("plain", soon())
@@ -225,20 +341,23 @@ async def test_vm_starts_in_a_place_that_was_left_frozen(make: Callable[[], Proc
     async with asyncio.timeout(10):
         while condition(plan) != "gone":  # noqa: ASYNC110 - the kernel does not call us
             await asyncio.sleep(0.01)
-    second = make()
-    await second.open()
+    second = await lives.next()
     assert second.states()["plain"] == "running"
     assert tree(second, "plain")[0] not in pids
 
 
-def tree(driver: ProcessDriver, vm: str) -> list[int]:
+def tree(driver: Any, vm: str) -> list[int]:
     """Pids of a VM, its first process first."""
+    if isinstance(driver, QemuDriver):
+        run = driver._guests[vm].run
+        assert run is not None
+        return [run.pid]
     from caesura_host_updater.guard.plans import SignalPlan  # noqa: PLC0415
     from caesura_host_updater.guard.procfs import process_table  # noqa: PLC0415
 
-    run = driver._runs[vm]
-    members = SignalPlan(vm, run.pid, run.start_ticks).members(process_table())
-    return sorted((each.pid for each in members), key=lambda pid: pid != run.pid)
+    first = driver._runs[vm]
+    members = SignalPlan(vm, first.pid, first.start_ticks).members(process_table())
+    return sorted((each.pid for each in members), key=lambda pid: pid != first.pid)
 
 
 def ticks_of(pid: int) -> str:

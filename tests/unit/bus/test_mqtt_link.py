@@ -303,6 +303,8 @@ async def test_tcp_sends_small_packets_at_once(broker: ScriptedBroker) -> None:
         sock = link._client.socket()
         assert isinstance(sock, socket.socket)
         assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+        assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+        assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == 2
 
 
 async def test_while_paused_nothing_is_read_but_pings_go_out(broker: ScriptedBroker) -> None:

@@ -77,7 +77,7 @@ class Desk:
         )
         letter: Any = object()
         self.desk.resumed_told(letter, resumed)
-        self.desk.expect([ClockWait(vm, "web", 0, "op", 0.1, boot_id)])
+        self.desk.expect([ClockWait(vm, "web", 0, "op", 0.1, "agent-1", boot_id)])
 
     async def verdict(self) -> VmClockSynced:
         async with asyncio.timeout(5):
@@ -133,9 +133,11 @@ async def test_an_error_beyond_the_bound_with_its_uncertainty_is_unsynced(make: 
 async def test_a_silent_agent_is_followed_by_the_driver(make: Any) -> None:
     desk = make()
     desk.driver.answer = ClockSet(before_s=-1.0, after_s=0.0, uncertainty_s=0.001)
-    desk.paused("vm", boot_id="agent-1")
+    desk.paused("vm", boot_id="kernel-1")
     told = await desk.verdict()
-    assert (told.synced, told.by, told.memory) == (True, "driver", None)
+    assert (told.synced, told.by) == (True, "driver")
+    assert told.memory is not None
+    assert (told.memory.proof, told.memory.ok) == ("heartbeat", True)
 
 
 async def test_when_neither_answers_it_says_what_both_said(make: Any) -> None:

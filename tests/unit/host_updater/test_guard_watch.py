@@ -102,6 +102,7 @@ def test_fires_at_the_deadline_not_before() -> None:
         "frozen_after": None,
         "running_at": 110.0,
         "end": "running",
+        "owner": "",
     }
 
 

@@ -98,7 +98,10 @@ class FakeDriver:
         self.released.append(vm)
 
     def process_of(self, vm: str) -> str:
-        return "fake"
+        return "process B" if vm in self.checkpointed else "process A"
+
+    def detail(self) -> str:
+        return ""
 
     async def guest_boot_id(self, vm: str) -> str:
         raise NotPossible(vm, "no kernel")
@@ -367,4 +370,5 @@ async def test_replace_prepares_then_checkpoints_then_restores(journal: JournalT
     op = await scene.run()
     assert op.end == "completed"
     assert sorted(scene.driver.checkpointed) == ["a", "b"]
+    assert {vm.detail for vm in op.vms} == {"process B, was process A"}
     assert sorted(scene.driver.released) == ["a", "b"]

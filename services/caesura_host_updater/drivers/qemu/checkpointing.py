@@ -1,0 +1,82 @@
+"""The first half of a replace: the device state goes to a file, and the old process is gone.
+
+Until the claim ``file:...`` stands, the way out is ``cont`` on the old process; from then on it is a new process
+that is started from the file. The file is small and read back at once: what is claimed is what is on disk.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+import signal
+import time
+from pathlib import Path
+
+from caesura_host_updater.drivers.qemu.handover import HandOverFailed, set_capabilities
+from caesura_host_updater.drivers.qemu.qmp import Event, Qmp
+from caesura_host_updater.guard.claims import claim
+from caesura_host_updater.guard.plans import ReplacePlan
+from caesura_host_updater.guard.procfs import alive, send_signal
+
+_NAME = "caesura-state"
+_LARGEST_BYTES = 64 << 20  # device state is 0.2 to 0.4 MB, more with a display: beyond this RAM was written
+_DEATH_S = 2.0  # s: a killed QEMU unmaps its RAM, which stays in its file
+_LOOK_S = 0.001
+
+
+async def get_ready(qmp: Qmp) -> None:
+    """What can be said before the pause. A file as target never answers, so without a return path."""
+    await set_capabilities(qmp, x_ignore_shared=True, events=True, return_path=False)
+
+
+async def save_state(qmp: Qmp, plan: ReplacePlan, by: float) -> float:
+    """Save, claim, and end the old process; when the guest stopped, on CLOCK_MONOTONIC.
+
+    Raises:
+        HandOverFailed, QmpFailed, OSError: the guard's way out makes the guest run again.
+    """
+    part = Path(f"{plan.state_file}.part")
+    handle = os.open(part, os.O_CREAT | os.O_TRUNC | os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        await qmp.pass_file(handle, _NAME)
+    finally:
+        os.close(handle)
+    with qmp.watch() as told:
+        try:
+            async with asyncio.timeout_at(asyncio.get_running_loop().time() + by - time.monotonic()):
+                await qmp.execute("stop")
+                await qmp.execute("migrate", uri=f"fd:{_NAME}")
+                verdict = await told.first(_verdict)
+                if verdict.data["status"] != "completed":
+                    raise HandOverFailed(f"QEMU says that saving its state {verdict.data['status']}")
+        except TimeoutError:
+            raise HandOverFailed("its state was not saved in time") from None
+        stopped = next((event.at for event in told.events if event.name == "STOP"), time.monotonic())
+    text = _keep(part, plan.state_file)
+    if time.monotonic() >= by:
+        raise HandOverFailed("its state was not saved in time")
+    send_signal(plan.old.pid, plan.old.start_ticks, signal.SIGSTOP)
+    standing = claim(plan.claims, 1, text)
+    if standing != text:
+        raise HandOverFailed(f"it was decided otherwise meanwhile: {standing}")
+    send_signal(plan.old.pid, plan.old.start_ticks, signal.SIGKILL)
+    until = time.monotonic() + _DEATH_S
+    while alive(plan.old.pid, plan.old.start_ticks):
+        if time.monotonic() > until:
+            raise HandOverFailed(f"the old process {plan.old.pid} does not die")
+        await asyncio.sleep(_LOOK_S)  # the kernel does not call us before it is reaped
+    return stopped
+
+
+def _keep(part: Path, state_file: str) -> str:
+    """Give the state its name; what is claimed of it."""
+    size = part.stat().st_size
+    if not 0 < size <= _LARGEST_BYTES:
+        raise HandOverFailed(f"the state file has {size} bytes: that is not the state of devices alone")
+    part.rename(state_file)
+    return f"file:{size}:{hashlib.sha256(Path(state_file).read_bytes()).hexdigest()}"
+
+
+def _verdict(event: Event) -> bool:
+    return event.name == "MIGRATION" and event.data.get("status") in ("completed", "failed", "cancelled")

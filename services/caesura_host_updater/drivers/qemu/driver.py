@@ -1,0 +1,267 @@
+"""The ``qemu`` driver: the port's verbs over real guests. See the package's modules for how each is done."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Literal
+
+from caesura.contract.messages import Method, VmState
+from caesura_host_updater.drivers.digest import digest_of
+from caesura_host_updater.drivers.port import (
+    Capabilities,
+    ClockSet,
+    DriverError,
+    FreezeFailed,
+    HandOver,
+    NotPossible,
+    NotRunningYet,
+)
+from caesura_host_updater.drivers.qemu import commandline
+from caesura_host_updater.drivers.qemu.clock import set_clock
+from caesura_host_updater.drivers.qemu.definition import QemuOptions
+from caesura_host_updater.drivers.qemu.guest import Guest
+from caesura_host_updater.drivers.qemu.guest_agent import read_boot_id
+from caesura_host_updater.drivers.qemu.keeping import Keeper
+from caesura_host_updater.drivers.qemu.launching import Launcher
+from caesura_host_updater.drivers.qemu.moving import Mover
+from caesura_host_updater.drivers.qemu.preparing import Preparer
+from caesura_host_updater.drivers.qemu.qmp import QmpFailed, QmpTimeout
+from caesura_host_updater.drivers.qemu.records import Records
+from caesura_host_updater.guard.plans import Plan, QemuPlan
+from caesura_host_updater.hostfile import VmSpec
+
+_METHODS: tuple[Method, ...] = ("live", "swap", "freeze", "replace")
+_CONT_S = 0.1  # s: what our own connection gets before the guard's way is taken
+
+
+class QemuDriver:
+    """See the module.
+
+    Args:
+        host: the host's name.
+        specs: the VMs of the host file, discovered ones included.
+        options: the host file's table ``[qemu]``.
+        state_dir: where run files, claims and logs live.
+        accel: what ``-accel`` is told for VMs that are started, such as ``tcg,thread=multi``.
+        accel_reason: why that one, for people.
+        environ: what QEMU processes inherit.
+        max_digest_bytes: RAM files above this are not digested.
+    """
+
+    name = "qemu"
+
+    def __init__(
+        self,
+        host: str,
+        specs: tuple[VmSpec, ...],
+        options: QemuOptions,
+        state_dir: Path,
+        *,
+        accel: str,
+        accel_reason: str = "",
+        environ: Mapping[str, str],
+        max_digest_bytes: int,
+    ) -> None:
+        self._max_digest_bytes = max_digest_bytes
+        self._accel = f"{accel.partition(',')[0]} ({accel_reason})" if accel_reason else accel
+        self._change = asyncio.Event()
+        self._guests = {spec.name: Guest(spec, self._change.set) for spec in specs}
+        records = Records(state_dir / "vms")
+        launcher = Launcher(host, options, state_dir, records, accel=accel, environ=environ)
+        self._threads = ThreadPoolExecutor(max_workers=16, thread_name_prefix="qemu")
+        self._preparer = Preparer(launcher, records, self._threads)
+        self._mover = Mover(launcher, records, self._threads)
+        self._keeper = Keeper(self._guests, options, launcher, records, self._mover, self._threads)
+
+    # -- life ---------------------------------------------------------------------------------------------
+
+    async def open(self) -> None:
+        """Adopt the VMs that run, start the others, all at once."""
+        await self._keeper.open()
+
+    async def close(self, *, stop_vms: bool) -> None:
+        """Let go; with ``stop_vms``, stop those that were started here and remove what they leave behind."""
+        await self._keeper.close(stop_vms=stop_vms)
+        await self._mover.close()
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    def ping(self) -> str:
+        """Names VMs that do not run or cannot be talked to, and why."""
+        wrong = [f"{guest.vm} ({why})" for guest in self._guests.values() if (why := guest.complaint())]
+        return f"not running: {', '.join(wrong)}" if wrong else ""
+
+    def detail(self) -> str:
+        """QEMU's versions and the accelerator."""
+        versions = {guest.qmp.version for guest in self._guests.values() if guest.qmp is not None}
+        return f"QEMU {', '.join(sorted(versions)) or 'not running'}, {self._accel}"
+
+    def capabilities(self, vm: str) -> Capabilities:
+        """As the VM is now: its command line, its RAM file and its sockets decide."""
+        guest = self._guests[vm]
+        missing = {str(method): why for method, why in guest.missing.items()}
+        if guest.run is None or guest.state == "unknown":
+            why = guest.complaint() or "it is not running"
+            missing |= {
+                "swap": why,
+                "replace": why,
+                "reboot": "the qemu driver does not restart VMs for an update",
+            }
+            if guest.state == "unknown" or guest.spec.qemu is None:
+                missing["freeze"] = why
+        can = tuple(method for method in _METHODS if method not in missing)
+        agent = guest.run.agent if guest.run is not None else guest.spec.qemu is not None
+        return Capabilities(methods=can, missing=missing, clock="system" if agent else "none")
+
+    def states(self) -> Mapping[str, VmState]:
+        """As QEMU's events and the kernel say; nothing is waited for."""
+        return {vm: guest.state for vm, guest in self._guests.items()}
+
+    async def changed(self) -> None:
+        """Wait until a VM ended, or was lost or found."""
+        await self._change.wait()
+        self._change.clear()
+
+    def process_of(self, vm: str) -> str:
+        """``QEMU 7.2.22 (pid 4711)``."""
+        return self._guests[vm].describe()
+
+    # -- operations ---------------------------------------------------------------------------------------
+
+    async def prepare(self, vm: str, operation: str, method: Method, binary: str) -> None:
+        """Check, and for a swap start the new process. Raises DriverError with QEMU's own reason."""
+        await self._preparer.prepare(self._guests[vm], operation, method, binary)
+
+    def resume_plan(self, vm: str) -> Plan:
+        """The way out of what was prepared, else of a stop."""
+        guest = self._guests[vm]
+        plan = guest.plan()
+        if plan is None:
+            why = "has no QMP socket for the pause guard" if guest.run is not None else "is not running"
+            raise DriverError(vm, why)
+        return plan
+
+    async def freeze(self, vm: str, by: float) -> None:
+        """``stop``, and hear from QEMU that it stands still."""
+        guest = self._guests[vm]
+        qmp = guest.qmp
+        if guest.run is None or qmp is None or guest.state == "stopped":
+            raise FreezeFailed(vm, "is not running")
+        if not guest.run.guard:
+            raise FreezeFailed(vm, guest.missing.get("freeze", "has no QMP socket for the pause guard"))
+        left = by - time.monotonic()
+        if left <= 0:
+            raise FreezeFailed(vm, "it was too late to freeze it")
+        try:
+            await qmp.execute("stop", left)
+            status = await qmp.status(max(by - time.monotonic(), 0.001))
+        except QmpFailed as error:
+            raise FreezeFailed(vm, str(error)) from error
+        if status in ("running", "shutdown", "guest-panicked", "internal-error"):
+            raise FreezeFailed(vm, f"QEMU says {status} after a stop")
+
+    async def hand_over(self, vm: str, by: float) -> HandOver:
+        """Swap."""
+        return await self._mover.hand_over(self._guests[vm], by)
+
+    async def checkpoint(self, vm: str, by: float) -> None:
+        """Replace, first half."""
+        await self._mover.checkpoint(self._guests[vm], by)
+
+    async def release(self, vm: str) -> None:
+        """Forget what was prepared, and end whoever does not have the guest."""
+        await self._mover.release(self._guests[vm])
+
+    async def resume(self, vm: str, timeout_s: float) -> Literal["running", "gone"]:
+        """Let go, roll back, or restore from the state file: whatever was prepared."""
+        guest = self._guests[vm]
+        until = time.monotonic() + timeout_s
+        plan = guest.plan()
+        if plan is None:
+            return "gone"
+        while True:
+            if isinstance(plan, QemuPlan) and await self._cont(guest, min(_CONT_S, timeout_s)):
+                return "running"
+            state = await self._mover.way_out(guest, until)
+            if state == "gone":
+                await self._keeper.gone(guest)
+                return "gone"
+            if state == "running":
+                await self._mover.settle(guest)
+                if await self._runs(guest, until):
+                    return "running"
+            if time.monotonic() >= until:
+                raise NotRunningYet(vm, guest.why or f"is {state} after {timeout_s:.2f} s")
+
+    @staticmethod
+    async def _cont(guest: Guest, timeout_s: float) -> bool:
+        """Over our own connection, behind a ``stop`` that may still be under way."""
+        if guest.qmp is None or guest.qmp.closed:
+            return False
+        try:
+            await guest.qmp.execute("cont", timeout_s)
+            return await guest.qmp.status(timeout_s) == "running" and guest.state == "running"
+        except QmpFailed:
+            return False
+
+    @staticmethod
+    async def _runs(guest: Guest, until: float) -> bool:
+        """Whether our own connection says so too: a ``stop`` that was given up may have come late."""
+        if guest.qmp is None or guest.qmp.closed:
+            return True  # the guard's word is all there is
+        try:
+            return await guest.qmp.status(max(until - time.monotonic(), 0.05)) in ("running", "suspended")
+        except QmpTimeout:
+            return False
+        except QmpFailed:
+            return True
+
+    # -- memory and clock -----------------------------------------------------------------------------------
+
+    def _ram(self, guest: Guest) -> commandline.Memory | str:
+        run = guest.run
+        if run is None and guest.prepared is not None:
+            run = self._keeper.last_run(guest.vm)
+        return commandline.memory_of(run.argv) if run is not None else "it is not running"
+
+    def memory_size(self, vm: str) -> int:
+        """The size of the guest's RAM file; 0 where there is none or it is above the limit."""
+        ram = self._ram(self._guests[vm])
+        return ram.size if isinstance(ram, commandline.Memory) and ram.size <= self._max_digest_bytes else 0
+
+    async def memory_digest(self, vm: str, stop_at: float) -> str | None:
+        """BLAKE2b over the guest's RAM file."""
+        ram = self._ram(self._guests[vm])
+        if isinstance(ram, str):
+            raise NotPossible(vm, ram)
+        if ram.size > self._max_digest_bytes:
+            raise NotPossible(vm, f"its RAM of {ram.size} bytes is above the limit for digests")
+        loop = asyncio.get_running_loop()
+        try:
+            return await loop.run_in_executor(self._threads, _digest, Path(ram.file), ram.size, stop_at)
+        except (OSError, ValueError) as error:
+            raise DriverError(vm, f"its RAM file cannot be read: {error}") from error
+
+    async def guest_boot_id(self, vm: str) -> str:
+        """Read by the guest agent in the guest."""
+        run = self._guests[vm].run
+        if run is None or not run.agent:
+            raise NotPossible(vm, "there is no guest agent socket")
+        return await read_boot_id(vm, run.agent)
+
+    async def sync_clock(self, vm: str) -> ClockSet:
+        """Through the guest agent."""
+        guest = self._guests[vm]
+        if guest.run is None or not guest.run.agent:
+            raise NotPossible(vm, "has no guest agent socket" if guest.run is not None else "is not running")
+        return await set_clock(vm, guest.run.agent)
+
+
+def _digest(path: Path, size: int, stop_at: float) -> str | None:
+    there = path.stat().st_size
+    if there != size:
+        raise ValueError(f"it has {there} bytes and the guest's RAM {size}")
+    return digest_of(path, stop_at)

@@ -1,0 +1,125 @@
+"""The swap itself: from a running guest in the old process to the same guest in the new one.
+
+The order of things is the commit protocol of ``guard.claims``; the pause lasts from QEMU's STOP to its RESUME, so
+nothing is asked, written or waited for between them that need not be.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import time
+from collections.abc import Awaitable
+from typing import Any, NamedTuple
+
+from caesura_host_updater.drivers.qemu.qmp import Event, Qmp, QmpFailed, Watch
+from caesura_host_updater.guard.claims import claim
+from caesura_host_updater.guard.plans import SwapPlan
+from caesura_host_updater.guard.procfs import send_signal
+
+_TRIPWIRE_BYTES = 1 << 20  # device state is 0.2 to 0.4 MB: more means that guest RAM was copied
+
+
+class HandOverFailed(Exception):
+    """The new process does not run the guest, as far as we know; the text says why."""
+
+
+class Handed(NamedTuple):
+    """When the guest stopped in the old process and went on in the new one, on CLOCK_MONOTONIC."""
+
+    stopped_at: float
+    resumed_at: float
+
+
+def _verdict(event: Event) -> bool:
+    return event.name == "MIGRATION" and event.data.get("status") in ("completed", "failed", "cancelled")
+
+
+async def set_capabilities(qmp: Qmp, **wanted: bool) -> None:
+    """Set exactly these and clear all others that are set: they last from one migration to the next.
+
+    An underscore stands for a dash; one that this QEMU does not know is an error unless it is not wanted.
+    """
+    told = {name.replace("_", "-"): on for name, on in wanted.items()}
+    known = {each["capability"]: each["state"] for each in await qmp.execute("query-migrate-capabilities")}
+    lacking = [name for name, on in told.items() if on and name not in known]
+    if lacking:
+        raise QmpFailed(f"QEMU {qmp.version} has no migration capability {', '.join(lacking)}")
+    told |= {name: False for name, on in known.items() if on and name not in told}
+    await qmp.execute(
+        "migrate-set-capabilities",
+        capabilities=[{"capability": name, "state": on} for name, on in told.items() if name in known],
+    )
+
+
+async def late_activation(qmp: Qmp) -> bool:
+    """Whether it can wait with taking its disks' locks until ``cont``."""
+    known = await qmp.execute("query-migrate-capabilities")
+    return any(each["capability"] == "late-block-activate" for each in known)
+
+
+async def run_hand_over(old: Qmp, new: Qmp, plan: SwapPlan, uri: str, by: float) -> Handed:
+    """Do it. Ends by ``by`` whatever hangs; then nothing of it goes on by itself but QEMU's own migration.
+
+    Raises:
+        HandOverFailed, QmpFailed: the guard's way out decides who runs the guest.
+    """
+    with old.watch() as told_by_old, new.watch() as told_by_new:
+        try:
+            async with asyncio.timeout_at(asyncio.get_running_loop().time() + by - time.monotonic()):
+                await old.execute("migrate", uri=uri)
+                await _both_completed(told_by_old, told_by_new)
+                status, moved = await asyncio.gather(new.status(), old.execute("query-migrate"))
+                _check(status, moved)
+                send_signal(plan.old.pid, plan.old.start_ticks, signal.SIGSTOP)
+                wanted = f"new:{plan.new.pid}:{plan.new.start_ticks}"
+                standing = claim(plan.claims, 1, wanted)
+                if standing != wanted:
+                    raise HandOverFailed(f"it was decided otherwise meanwhile: {standing}")
+                await new.execute("cont")
+                resumed = await told_by_new.first(lambda event: event.name == "RESUME")
+        except TimeoutError:
+            raise HandOverFailed("the new process did not take the guest over in time") from None
+        stopped = next(event for event in told_by_old.events if event.name == "STOP")
+        return Handed(stopped.at, resumed.at)
+
+
+async def _both_completed(old: Watch, new: Watch) -> None:
+    """Wait for both verdicts; the first bad one counts."""
+    verdicts: set[asyncio.Task[Event]] = {
+        asyncio.create_task(_first(old.first(_verdict))),
+        asyncio.create_task(_first(new.first(_verdict))),
+    }
+    try:
+        while verdicts:
+            done, verdicts = await asyncio.wait(verdicts, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                status = task.result().data["status"]
+                if status != "completed":
+                    raise HandOverFailed(f"QEMU says that the migration {status}")
+    finally:
+        for task in verdicts:
+            task.cancel()
+        await asyncio.gather(*verdicts, return_exceptions=True)
+
+
+async def _first(event: Awaitable[Event]) -> Event:
+    return await event
+
+
+def _check(status: str, moved: Any) -> None:
+    if status != "paused":
+        raise HandOverFailed(f"the new process is {status!r} and should stand still with the loaded state")
+    transferred = moved.get("ram", {}).get("transferred", 0)
+    if transferred > _TRIPWIRE_BYTES:
+        raise HandOverFailed(
+            f"{transferred} bytes of RAM were copied: the guest's RAM is not shared with the new process"
+        )
+
+
+async def error_of_migration(qmp: Qmp, within_s: float) -> str:
+    """QEMU's own description of why its last migration failed; empty where it has none or does not answer."""
+    try:
+        return str((await qmp.execute("query-migrate", within_s)).get("error-desc", ""))
+    except QmpFailed:
+        return ""

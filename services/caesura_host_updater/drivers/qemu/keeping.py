@@ -1,0 +1,276 @@
+"""The VMs of a host over its updater's lives: found again, adopted, started, looked for, stopped, cleaned up after."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+
+import structlog
+
+from caesura.contract.messages import Method
+from caesura_host_updater.detached import ExitWatch
+from caesura_host_updater.drivers.qemu import commandline
+from caesura_host_updater.drivers.qemu.definition import Definition, QemuOptions
+from caesura_host_updater.drivers.qemu.discovery import discovered
+from caesura_host_updater.drivers.qemu.guest import Guest, NotAttached, Prepared, adopted
+from caesura_host_updater.drivers.qemu.launching import Launcher, LaunchFailed, kill
+from caesura_host_updater.drivers.qemu.moving import Mover
+from caesura_host_updater.drivers.qemu.qmp import QmpFailed
+from caesura_host_updater.drivers.qemu.records import Records, Run
+from caesura_host_updater.drivers.qemu.releasing import remove_files
+from caesura_host_updater.drivers.qemu.vmm import marked
+from caesura_host_updater.guard import claims
+from caesura_host_updater.guard.plans import ReplacePlan, SwapPlan, condition
+from caesura_host_updater.guard.procfs import alive, boot_id
+
+_LOOK_S = 5.0  # s: between two looks for VMs that others start, or that did not answer
+_SETTLE_S = 2.0  # s: to end the loser of an operation whose guest runs
+_QUIT_S = 2.0  # s: from QMP `quit` to the end of the process
+
+_log = structlog.get_logger("caesura.qemu")
+
+
+class Keeper:
+    """See the module."""
+
+    def __init__(
+        self,
+        guests: Mapping[str, Guest],
+        options: QemuOptions,
+        launcher: Launcher,
+        records: Records,
+        mover: Mover,
+        threads: ThreadPoolExecutor,
+    ) -> None:
+        self._guests = guests
+        self._options = options
+        self._launcher = launcher
+        self._records = records
+        self._mover = mover
+        self._threads = threads
+        self._looking: asyncio.Task[None] | None = None
+
+    def last_run(self, vm: str) -> Run | None:
+        """What the VM's run file says."""
+        return self._records.read(vm)
+
+    # -- the start of a life --------------------------------------------------------------------------------
+
+    async def open(self) -> None:
+        """Finish or find what an earlier life left, attach what runs, start what does not."""
+        try:
+            self._launcher.prepare_folders()
+        except OSError as error:
+            for guest in self._guests.values():
+                guest.why = f"no folder for its sockets: {error}"
+            return
+        await asyncio.to_thread(self._sweep)
+        await asyncio.gather(*(self._open(guest) for guest in self._guests.values()))
+        self._looking = asyncio.create_task(self._look(), name="look for VMs")
+
+    def _sweep(self) -> None:
+        """End processes that an earlier life started and nothing accounts for; remove RAM files without a guest."""
+        runs = {vm: run for vm, run in self._records.runs().items() if _lives(run)}
+        kept = {(run.pid, run.start_ticks) for run in runs.values()}
+        held_files = {run.ram_file for run in runs.values()}
+        for folder in self._records.folder.glob("*.claims"):
+            vm = folder.name.removesuffix(".claims")
+            for claimed, plan in self._records.unfinished(vm):
+                if plan is not None:
+                    kept |= _processes_of(claimed, plan)
+                    held_files.add(str(self._launcher.ram_dir / f"{vm}.ram"))
+        for pid, start_ticks in marked(self._launcher.mark):
+            if (pid, start_ticks) not in kept:
+                _log.warning("process.left_over", pid=pid)
+                kill(pid, start_ticks)
+        for file in self._launcher.ram_dir.glob("*.ram"):
+            if str(file) not in held_files:
+                _log.warning("ram_file.left_over", file=str(file))
+                file.unlink(missing_ok=True)
+
+    async def _open(self, guest: Guest) -> None:
+        await self._find_unfinished(guest)
+        if guest.prepared is not None:
+            return  # found frozen, or on its way: `resume` decides
+        await self.find(guest)
+        if guest.run is None and guest.spec.qemu is not None:
+            await self._start(guest, guest.spec.qemu)
+
+    async def _find_unfinished(self, guest: Guest) -> None:
+        loop = asyncio.get_running_loop()
+        for folder, plan in self._records.unfinished(guest.vm):
+            if plan is None:
+                self._records.end(folder)
+                continue
+            guest.prepared = Prepared(folder.name, _method(plan), plan, folder, checkpointed=True)
+            try:
+                state = await loop.run_in_executor(self._threads, condition, plan)
+            except OSError:
+                state = "held"
+            _log.warning("operation.found_unfinished", vm=guest.vm, operation=folder.name, state=state)
+            if state == "running":
+                # Whatever was begun, the guest runs: that is decided now, in its favour.
+                await self._mover.way_out(guest, time.monotonic() + _SETTLE_S)
+                await self._mover.settle(guest)
+                await self._mover.release(guest)
+            elif state == "gone":
+                await self.gone(guest)
+            else:
+                former = self._records.read(guest.vm)
+                if former is not None and _lives(former) and (former.pid == plan.old.pid):
+                    with suppress(NotAttached):
+                        await guest.attach(former)
+                return
+
+    async def find(self, guest: Guest) -> None:
+        """Attach the process that runs the VM, if there is one; else ``why`` says what is wrong."""
+        run = self._records.read(guest.vm)
+        try:
+            if run is not None and _lives(run):
+                await guest.attach(run)
+                _log.info("vm.adopted", vm=guest.vm, pid=run.pid)
+            elif guest.spec.qemu is None:
+                await self._adopt(guest)
+        except NotAttached as error:
+            guest.why = str(error)
+
+    async def _adopt(self, guest: Guest) -> None:
+        where = guest.spec.adopt or discovered(self._options.discover, guest.vm)
+        if where is None:
+            raise NotAttached(f"there is no folder {self._options.discover}/{guest.vm} with a QMP socket")
+        run, qmp = await adopted(where.qmp, where.guard_qmp, where.guest_agent)
+        for other in self._guests.values():
+            if other is not guest and other.run is not None and other.run.pid == run.pid:
+                await qmp.close()
+                raise NotAttached(f"{where.qmp} belongs to process {run.pid}, which is VM {other.vm}")
+        try:
+            await guest.attach(run, qmp)
+        except NotAttached:
+            await qmp.close()
+            raise
+        self._records.write(guest.vm, run)
+        _log.info("vm.adopted", vm=guest.vm, pid=run.pid)
+
+    async def _start(self, guest: Guest, definition: Definition) -> None:
+        vm = guest.vm
+        remove_files(self._records.run_file(vm))
+        try:
+            run, qmp = await self._launcher.start(vm, definition)
+        except LaunchFailed as error:
+            guest.why = str(error)
+            _log.error("vm.not_started", vm=vm, why=guest.why)
+            return
+        try:
+            self._records.write(vm, run)
+            await guest.attach(run, qmp)
+        except (NotAttached, OSError) as error:
+            guest.why = str(error)
+            _log.error("vm.not_started", vm=vm, why=guest.why)
+            await guest.detach()
+            kill(run.pid, run.start_ticks)
+            with suppress(ProcessLookupError):
+                ExitWatch(run.pid, lambda: None)
+            return
+        _log.info("vm.started", vm=vm, pid=run.pid, version=qmp.version)
+
+    async def _look(self) -> None:
+        while True:
+            await asyncio.sleep(_LOOK_S)
+            for guest in self._guests.values():
+                lost = guest.state == "unknown" or (guest.run is None and guest.spec.qemu is None)
+                if lost and guest.prepared is None:
+                    before = guest.why
+                    await self.find(guest)
+                    if guest.state != "unknown" and (guest.run is not None or guest.why != before):
+                        guest.changed()
+
+    # -- the end ----------------------------------------------------------------------------------------------
+
+    async def gone(self, guest: Guest) -> None:
+        """Nobody can run the guest any more: nothing of it is left."""
+        run = guest.run or self._records.read(guest.vm)
+        await guest.detach()
+        await self._mover.release(guest)
+        guest.why = guest.why or "its process has ended"
+        if run is not None and not _lives(run):
+            self._remove(guest.vm, run)
+
+    def _remove(self, vm: str, run: Run) -> None:
+        if run.ours:
+            remove_files(run.ram_file, *commandline.sockets_of(run.argv))
+        self._records.forget(vm)
+
+    async def close(self, *, stop_vms: bool) -> None:
+        """Stop looking, release what is not under way, and let go of all VMs, or stop ours."""
+        if self._looking is not None:
+            self._looking.cancel()
+            await asyncio.gather(self._looking, return_exceptions=True)
+        await asyncio.gather(*(self._close(guest, stop=stop_vms) for guest in self._guests.values()))
+        if stop_vms:
+            self._launcher.remove_folders(self._guests)
+
+    async def _close(self, guest: Guest, *, stop: bool) -> None:
+        prepared = guest.prepared
+        if prepared is not None and (stop or claims.current(str(prepared.claims))[1] is None):
+            await self._mover.release(guest)
+        run = guest.run
+        if stop and run is not None and run.ours:
+            await self._stop(guest, run)
+        elif stop and run is None:
+            former = self._records.read(guest.vm)
+            if former is not None and not _lives(former):
+                self._remove(guest.vm, former)
+        if guest.prepared is not None and guest.prepared.qmp is not None:
+            await guest.prepared.qmp.close()
+        await guest.detach()
+
+    async def _stop(self, guest: Guest, run: Run) -> None:
+        """Ask the guest to shut down, then QEMU to end, then the kernel."""
+        guest.expect_end()
+        ended = asyncio.Event()
+        state, qmp = guest.state, guest.qmp
+        try:
+            watch = ExitWatch(run.pid, ended.set)
+        except ProcessLookupError:
+            ended.set()
+        else:
+            steps = [("system_powerdown", self._options.powerdown_s)] if state == "running" else []
+            for command, patience_s in [*steps, ("quit", _QUIT_S)]:
+                if qmp is None or ended.is_set():
+                    break
+                with suppress(QmpFailed, TimeoutError):
+                    async with asyncio.timeout(patience_s):
+                        await qmp.execute(command)
+                        await ended.wait()
+            if not ended.is_set():
+                kill(run.pid, run.start_ticks)
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(_QUIT_S):
+                        await ended.wait()
+            watch.close()
+        await guest.detach()
+        self._remove(guest.vm, run)
+
+
+def _lives(run: Run) -> bool:
+    return run.boot_id == boot_id() and alive(run.pid, run.start_ticks)
+
+
+def _processes_of(folder: Path, plan: SwapPlan | ReplacePlan) -> set[tuple[int, int]]:
+    """Who may have the guest of an unfinished operation."""
+    found = {(plan.old.pid, plan.old.start_ticks)}
+    if isinstance(plan, SwapPlan):
+        found.add((plan.new.pid, plan.new.start_ticks))
+    with suppress(OSError, claims.BadClaim):
+        _, owner = claims.current(str(folder))
+        if owner is not None and owner.kind == "new":
+            found.add((owner.pid, owner.start_ticks))
+    return found
+
+
+def _method(plan: SwapPlan | ReplacePlan) -> Method:
+    return "swap" if isinstance(plan, SwapPlan) else "replace"

@@ -1,0 +1,257 @@
+"""Starting QEMU processes: folders, RAM files, scripts for bridges, and the wait until one answers or says why not."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import shutil
+import signal
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from hashlib import blake2b
+from pathlib import Path
+
+from caesura_host_updater.detached import ExitWatch, SpawnError, spawn_detached
+from caesura_host_updater.drivers.qemu import commandline
+from caesura_host_updater.drivers.qemu.definition import Definition, QemuOptions
+from caesura_host_updater.drivers.qemu.qmp import Qmp, QmpUnreachable
+from caesura_host_updater.drivers.qemu.records import Records, Run
+from caesura_host_updater.drivers.qemu.releasing import remove_files
+from caesura_host_updater.drivers.qemu.vmm import last_words
+from caesura_host_updater.guard.procfs import boot_id, read_process, send_signal
+
+_SOCKET_PATH_BYTES = 107  # unix(7): sun_path has 108 bytes with the closing zero
+_LONGEST = "next/serial"
+_VERSION_S = 3.0  # s: a QEMU says its version within 30 ms
+_LOOK_S = 0.002
+_MARK = "CAESURA_QEMU"
+
+
+class LaunchFailed(Exception):
+    """A QEMU could not be started; the text says why, in its own words where it had some."""
+
+
+class Launcher:
+    """Starts the processes of one host updater, which no other one's are mixed up with.
+
+    Args:
+        accel: what ``-accel`` is told, such as ``tcg,thread=multi``.
+        environ: what the processes inherit.
+    """
+
+    def __init__(
+        self,
+        host: str,
+        options: QemuOptions,
+        state_dir: Path,
+        records: Records,
+        *,
+        accel: str,
+        environ: Mapping[str, str],
+    ) -> None:
+        self._options = options
+        self._records = records
+        self._accel = accel
+        self._environ = dict(environ)
+        # Two hosts of one name may share a machine in a demo: the state folder tells them apart.
+        self._own = f"{host}-{blake2b(str(state_dir.resolve()).encode(), digest_size=4).hexdigest()}"
+        base = Path("/run") if os.geteuid() == 0 else Path(environ.get("XDG_RUNTIME_DIR", "/tmp"))  # noqa: S108
+        self.run_dir = Path(options.run_dir) if options.run_dir else base / "caesura" / self._own
+        self.ram_dir = Path(options.ram_dir) / f"caesura-{self._own}"
+        self.mark = f"{_MARK}={self._own}/"
+        """In the environment of every QEMU that was started here; more follows."""
+
+    def mark_of(self, vm: str, operation: str) -> str:
+        """In the environment of every process that was started for one operation on one VM."""
+        return f"{self.mark}{vm}/{operation}"
+
+    def environ_of(self, mark: str) -> dict[str, str]:
+        """The environment of a process with this mark."""
+        name, _, value = mark.partition("=")
+        return {**self._environ, name: value}
+
+    def folder(self, vm: str) -> Path:
+        """Where the VM's sockets are."""
+        return self.run_dir / vm
+
+    def prepare_folders(self) -> None:
+        """Make what all VMs share. Raises OSError."""
+        self._records.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self.run_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+
+    def remove_folders(self, vms: Iterable[str]) -> None:
+        """Remove what was made for VMs that were stopped, and the folders that are empty."""
+        remove_files(*self.run_dir.glob("bridge-*.sh"))
+        for vm in vms:
+            for folder in (self.folder(vm) / commandline.NEXT, self.folder(vm)):
+                with suppress(OSError):
+                    folder.rmdir()
+        for folder in (self.ram_dir, self.run_dir):
+            with suppress(OSError):
+                folder.rmdir()
+
+    def default_binary(self) -> str:
+        """The VMM that the host file names, as a path. Raises LaunchFailed."""
+        found = shutil.which(self._options.binary, path=self._environ.get("PATH"))
+        if found is None:
+            raise LaunchFailed(
+                f"there is no program {self._options.binary!r}: install QEMU, or name it in [qemu] binary"
+            )
+        return str(Path(found).absolute())
+
+    async def check_binary(self, binary: str) -> str:
+        """The version that a binary says it is. Raises LaunchFailed when it is no QEMU."""
+        if shutil.which(binary) != binary:
+            raise LaunchFailed(f"{binary} is no program, or not given with its whole path")
+        try:
+            process = await asyncio.create_subprocess_exec(
+                binary,
+                "--version",
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=asyncio.subprocess.STDOUT,
+                env=self._environ,
+            )
+        except OSError as error:
+            raise LaunchFailed(f"{binary} cannot be run: {error.strerror or error}") from error
+        try:
+            async with asyncio.timeout(_VERSION_S):
+                said = (await process.communicate())[0].decode(errors="replace").strip()
+        except TimeoutError:
+            raise LaunchFailed(
+                f"{binary} is no QEMU: asked for its version it says nothing for {_VERSION_S:g} s"
+            ) from None
+        finally:
+            if process.returncode is None:
+                process.kill()
+                await process.wait()
+        first = said.splitlines()[0] if said else "nothing"
+        if not first.startswith("QEMU emulator version "):
+            raise LaunchFailed(f"{binary} is no QEMU: asked for its version it says {first[:200]!r}")
+        return first.removeprefix("QEMU emulator version ").split()[0]
+
+    # -- a VM's first process -------------------------------------------------------------------------------
+
+    async def start(self, vm: str, definition: Definition) -> tuple[Run, Qmp]:
+        """Start a VM from its definition. Raises LaunchFailed; nothing is left then."""
+        ram = self.ram_dir / f"{vm}.ram"
+        log = self._records.log(vm)
+        try:
+            remove_files(log)
+            at = self._paths(vm, definition, ram)
+            argv = commandline.first_command(vm, definition, self.default_binary(), self._accel, at)
+            await asyncio.to_thread(self._make_ram, ram, definition.memory_mib << 20)
+        except OSError as error:
+            raise LaunchFailed(f"cannot be started: {error}") from error
+        try:
+            pid, qmp = await self.spawn(argv, self.mark_of(vm, "start"), log, at.qmp)
+        except BaseException:
+            remove_files(ram)
+            raise
+        process = read_process(pid)
+        run = Run(
+            pid=pid,
+            start_ticks=process.start_ticks if process is not None else 0,
+            boot_id=boot_id(),
+            argv=argv,
+            qmp=at.qmp,
+            guard=at.guard,
+            agent=at.agent,
+            ours=True,
+            ram_file=str(ram),
+        )
+        return run, qmp
+
+    def _paths(self, vm: str, definition: Definition, ram: Path) -> commandline.Paths:
+        folder = self.folder(vm)
+        longest = str(folder / _LONGEST)
+        if len(longest.encode()) > _SOCKET_PATH_BYTES:
+            raise LaunchFailed(
+                f"the socket {longest} has more than {_SOCKET_PATH_BYTES} bytes: give a shorter [qemu] run_dir"
+            )
+        for each in (folder, ram.parent):
+            each.mkdir(parents=True, exist_ok=True, mode=0o700)
+        scripts = {nic.bridge: self._script(nic.bridge) for nic in definition.nic if nic.bridge is not None}
+        return commandline.Paths(
+            ram=str(ram),
+            qmp=str(folder / "qmp"),
+            guard=str(folder / "guard"),
+            agent=str(folder / "ga"),
+            serial=str(folder / "serial"),
+            serial_log=str(self._records.serial_log(vm)),
+            scripts=scripts,
+        )
+
+    def _script(self, bridge: str) -> str:
+        path = self.run_dir / f"bridge-{bridge}.sh"
+        part = path.with_suffix(f".{os.getpid()}")
+        part.write_text(commandline.bridge_script(bridge))
+        part.chmod(0o700)
+        part.replace(path)
+        return str(path)
+
+    def _make_ram(self, path: Path, size: int) -> None:
+        path.unlink(missing_ok=True)
+        handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        try:
+            os.ftruncate(handle, size)
+            if self._options.reserve_memory:
+                os.posix_fallocate(handle, 0, size)
+        except OSError as error:
+            path.unlink()
+            if error.errno != errno.ENOSPC:
+                raise
+            free = os.statvfs(path.parent)
+            raise LaunchFailed(
+                f"its RAM of {size >> 20} MiB does not fit into {self._options.ram_dir}:"
+                f" {free.f_bavail * free.f_frsize >> 20} MiB are free"
+            ) from error
+        finally:
+            os.close(handle)
+
+    # -- any process ----------------------------------------------------------------------------------------
+
+    async def spawn(self, argv: Sequence[str], mark: str, log: Path, qmp: str) -> tuple[int, Qmp]:
+        """Start a process and wait until it answers on ``qmp``. Raises LaunchFailed; it is dead then."""
+        remove_files(*commandline.sockets_of(argv))
+        try:
+            pid = spawn_detached(argv, self.environ_of(mark), log)
+        except SpawnError as error:
+            raise LaunchFailed(str(error)) from error
+        ended = asyncio.Event()
+        watch = ExitWatch(pid, ended.set)
+        answers: Qmp | None = None
+        try:
+            async with asyncio.timeout(self._options.start_timeout_s):
+                answers = await self._connected(qmp, ended)
+        except TimeoutError:
+            remove_files(*commandline.sockets_of(argv))
+            raise LaunchFailed(
+                f"{argv[0]} does not answer within {self._options.start_timeout_s:g} s. {last_words(log)}".strip()
+            ) from None
+        finally:
+            if watch.watching and (answers is None or answers.listener != pid):
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)  # our child, and not reaped yet
+                await ended.wait()
+            watch.close()
+        if answers is not None and answers.listener == pid:
+            return pid, answers
+        remove_files(*commandline.sockets_of(argv))
+        if answers is not None:
+            await answers.close()
+        raise LaunchFailed(f"{argv[0]} did not start: {last_words(log) or 'it ended without a word'}")
+
+    @staticmethod
+    async def _connected(path: str, ended: asyncio.Event) -> Qmp | None:
+        while not ended.is_set():
+            with suppress(QmpUnreachable):
+                return await Qmp.connect(path, 1.0)
+            await asyncio.sleep(_LOOK_S)
+        return None
+
+
+def kill(pid: int, start_ticks: int) -> None:
+    """End exactly this process; whoever watches it reaps it."""
+    send_signal(pid, start_ticks, signal.SIGKILL)

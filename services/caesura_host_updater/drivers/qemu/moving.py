@@ -1,0 +1,261 @@
+"""Swap and replace of one guest: preparing, handing over, saving, and cleaning up afterwards.
+
+Every failure takes the same way out as the pause guard's: ``guard.plans.thaw`` of the plan that was prepared.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+
+import structlog
+
+from caesura_host_updater.detached import ExitWatch
+from caesura_host_updater.drivers.port import FreezeFailed, HandOver, SwapFailed
+from caesura_host_updater.drivers.qemu.checkpointing import save_state
+from caesura_host_updater.drivers.qemu.guest import Guest, NotAttached, Prepared
+from caesura_host_updater.drivers.qemu.handover import (
+    Handed,
+    HandOverFailed,
+    error_of_migration,
+    run_hand_over,
+)
+from caesura_host_updater.drivers.qemu.hurrying import Hurry, calm
+from caesura_host_updater.drivers.qemu.launching import Launcher
+from caesura_host_updater.drivers.qemu.qmp import Qmp, QmpFailed
+from caesura_host_updater.drivers.qemu.records import Records, Run
+from caesura_host_updater.drivers.qemu.releasing import end_losers, forget, link_sockets, reap, run_of
+from caesura_host_updater.drivers.qemu.vmm import last_words
+from caesura_host_updater.guard import claims
+from caesura_host_updater.guard.plans import (
+    Condition,
+    Plan,
+    QemuPlan,
+    ReplacePlan,
+    SwapPlan,
+    condition,
+    thaw,
+)
+from caesura_host_updater.guard.procfs import send_signal
+
+_HAND_OVER_S = 2.0  # s: 3 to 10 ms is usual; a new process that hangs is given up after this
+_WAY_OUT_S = 4.0  # s: how long we try to put it right ourselves before the caller does
+_END_S = 2.0  # s: for a killed process to be dead
+_AGAIN_S = 0.005  # s: between two tries of the way out
+_ERROR_S = 0.3  # s: for the old process to say why
+
+_log = structlog.get_logger("caesura.qemu")
+
+
+class Mover:
+    """See the module."""
+
+    def __init__(self, launcher: Launcher, records: Records, threads: ThreadPoolExecutor) -> None:
+        self._launcher = launcher
+        self._records = records
+        self._threads = threads
+        self._hurry = Hurry()
+        self._pushes: dict[str, asyncio.Future[tuple[Condition, str]]] = {}
+        self._burials: set[asyncio.Task[None]] = set()
+
+    # -- the pause ------------------------------------------------------------------------------------------
+
+    async def hand_over(self, guest: Guest, by: float) -> HandOver:
+        """Swap. Raises SwapFailed: the old process runs the guest, unless its text says otherwise."""
+        prepared, old = guest.prepared, guest.qmp
+        if prepared is None or prepared.qmp is None or not isinstance(prepared.plan, SwapPlan) or old is None:
+            raise SwapFailed(guest.vm, "no swap was prepared")
+        called_at = time.monotonic()
+        if called_at >= by:
+            raise SwapFailed(guest.vm, "it was too late to begin")
+        limit = min(by, called_at + _HAND_OVER_S)
+        channel = str(self._launcher.folder(guest.vm) / "mig")
+        try:
+            with self._hurry((prepared.plan.old.pid, prepared.plan.new.pid)):
+                handed = await run_hand_over(old, prepared.qmp, prepared.plan, f"unix:{channel}", limit)
+        except (HandOverFailed, QmpFailed, OSError) as error:
+            return await self._failed_hand_over(guest, prepared, str(error), called_at)
+        return self._committed(guest, prepared, handed, called_at)
+
+    def _committed(self, guest: Guest, prepared: Prepared, handed: Handed, called_at: float) -> HandOver:
+        former, new, plan = guest.run, prepared.qmp, prepared.plan
+        if former is None or new is None or not isinstance(plan, SwapPlan):
+            raise SwapFailed(guest.vm, "its process ended while it was handed over")
+        send_signal(former.pid, former.start_ticks, signal.SIGKILL)
+        if prepared.watch is not None:
+            prepared.watch.close()
+        prepared.qmp = prepared.watch = None
+        left, watch = guest.take(run_of(former, plan.new.pid, plan.new.start_ticks), new)
+        self._bury(former.pid, left, watch)
+        self._publish(guest)
+        return HandOver(
+            called_at=called_at,
+            frozen_at=max(called_at, handed.stopped_at),
+            resumed_at=max(called_at, handed.stopped_at, handed.resumed_at),
+            detail=prepared.detail,
+        )
+
+    async def _failed_hand_over(
+        self, guest: Guest, prepared: Prepared, why: str, called_at: float
+    ) -> HandOver:
+        state = await self.way_out(guest, time.monotonic() + _WAY_OUT_S)
+        resumed_at = time.monotonic()
+        reasons = [why, *claims.failures(prepared.plan.claims)]
+        if words := last_words(self._records.next_log(guest.vm)):
+            reasons.append(f"the new QEMU said: {words}")
+        if state == "running":
+            await self.settle(guest)
+            if guest.run is not None and guest.run.pid != prepared.plan.old.pid:
+                # The guard was quicker, or an answer was lost: the new process has it all the same.
+                detail = f"{prepared.detail} ({'; '.join(reasons)})"
+                return HandOver(
+                    called_at=called_at, frozen_at=called_at, resumed_at=resumed_at, detail=detail
+                )
+            if guest.qmp is not None and (told := await error_of_migration(guest.qmp, _ERROR_S)):
+                reasons.append(f"the old QEMU said: {told}")
+        else:
+            reasons.append(f"the guest is {state}")
+        raise SwapFailed(guest.vm, "; ".join(dict.fromkeys(reasons)))
+
+    async def checkpoint(self, guest: Guest, by: float) -> None:
+        """Replace, first half. Raises FreezeFailed."""
+        prepared, qmp = guest.prepared, guest.qmp
+        if prepared is None or not isinstance(prepared.plan, ReplacePlan) or qmp is None:
+            raise FreezeFailed(guest.vm, "no replace was prepared")
+        called_at = time.monotonic()
+        if called_at >= by:
+            raise FreezeFailed(guest.vm, "it was too late to begin")
+        prepared.checkpointed = True
+        try:
+            await save_state(qmp, prepared.plan, min(by, called_at + _HAND_OVER_S))
+        except (HandOverFailed, QmpFailed, OSError) as error:
+            told = await error_of_migration(qmp, _ERROR_S)
+            raise FreezeFailed(guest.vm, f"{error}; QEMU said: {told}" if told else str(error)) from error
+
+    # -- the way out ----------------------------------------------------------------------------------------
+
+    async def way_out(self, guest: Guest, until: float) -> Condition:
+        """Try until the guest runs or is gone, or ``until``. One try at a time, whoever waits for it."""
+        state: Condition = "held"
+        plan = guest.plan()
+        while plan is not None:
+            push = self._pushes.get(guest.vm)
+            if push is None:
+                push = asyncio.get_running_loop().run_in_executor(self._threads, _push, plan)
+                self._pushes[guest.vm] = push
+                push.add_done_callback(lambda _: self._pushes.pop(guest.vm, None))
+            done, _ = await asyncio.wait({push}, timeout=max(until - time.monotonic(), 0.001))
+            if done:
+                state, why = push.result()
+                if state in ("running", "gone"):
+                    return state
+                guest.why = why
+                await asyncio.sleep(_AGAIN_S)
+            if time.monotonic() >= until:
+                return state
+        return "gone"
+
+    async def settle(self, guest: Guest) -> None:
+        """The guest runs: find out in which process, and go on with that one."""
+        prepared = guest.prepared
+        if prepared is None:
+            return
+        _, owner = claims.current(prepared.plan.claims)
+        former = guest.run or self._records.read(guest.vm)
+        if former is None:
+            return
+        if owner is not None and owner.kind == "new":
+            pid, start_ticks = owner.pid, owner.start_ticks
+        else:
+            pid, start_ticks = prepared.plan.old.pid, prepared.plan.old.start_ticks
+        calm(pid)  # an earlier life may have been killed while it hurried
+        if guest.run is not None and guest.run.pid == pid and guest.qmp is not None and not guest.qmp.closed:
+            return
+        run = former if pid == former.pid else run_of(former, pid, start_ticks)
+        present = None
+        if prepared.qmp is not None and prepared.qmp.listener == pid and not prepared.qmp.closed:
+            present, prepared.qmp = prepared.qmp, None
+        try:
+            if run.pid != former.pid:
+                link_sockets(run)
+            await guest.attach(run, present)
+        except (NotAttached, OSError) as error:
+            guest.why = str(error)
+            _log.error("vm.not_attached", vm=guest.vm, pid=pid, why=guest.why)
+        self._write(guest.vm, run)
+        _log.info("vm.settled", vm=guest.vm, pid=pid, owner=owner.text if owner is not None else "old")
+
+    def _publish(self, guest: Guest) -> None:
+        """The new process's sockets get the names that everybody knows."""
+        if guest.run is not None:
+            try:
+                link_sockets(guest.run)
+            except OSError as error:
+                guest.why = f"its sockets could not be renamed: {error}"
+                _log.error("vm.sockets_not_renamed", vm=guest.vm, why=guest.why)
+            self._write(guest.vm, guest.run)
+
+    def _write(self, vm: str, run: Run) -> None:
+        try:
+            self._records.write(vm, run)
+        except OSError as error:
+            # The claims say the same until the operation is released, and the sockets after it.
+            _log.error("vm.run_file_not_written", vm=vm, why=str(error))
+
+    # -- afterwards -----------------------------------------------------------------------------------------
+
+    async def release(self, guest: Guest) -> None:
+        """The operation is over: whoever does not have the guest is ended, and what was prepared is removed."""
+        prepared = guest.prepared
+        if prepared is None:
+            return
+        loop = asyncio.get_running_loop()
+        owner = await loop.run_in_executor(self._threads, end_losers, prepared.plan)
+        if owner is None:
+            _log.error("vm.not_released", vm=guest.vm, operation=prepared.operation)
+            return
+        guest.prepared = None
+        if prepared.qmp is not None:
+            await prepared.qmp.close()
+        if prepared.watch is not None:
+            prepared.watch.close()
+            reap(prepared.watch.pid)
+        runtime = self._launcher.folder(guest.vm)
+        run = guest.run or self._records.read(guest.vm)
+        forget(guest.vm, run, prepared.claims, runtime, self._records, new=owner.kind == "new")
+
+    def _bury(self, pid: int, qmp: Qmp | None, watch: ExitWatch | None) -> None:
+        """Reap a process that was killed, and close its connection, while the guest runs on elsewhere."""
+        if watch is not None:
+            watch.close()
+        with suppress(ProcessLookupError):
+            ExitWatch(pid, lambda: None)  # reaps it and closes itself
+        if qmp is not None:
+            task = asyncio.create_task(qmp.close())
+            self._burials.add(task)
+            task.add_done_callback(self._burials.discard)
+
+    async def close(self) -> None:
+        """Wait for what is still being closed."""
+        if self._burials:
+            await asyncio.wait(self._burials)
+        if self._pushes:
+            await asyncio.wait(self._pushes.values())
+
+
+def _push(plan: Plan) -> tuple[Condition, str]:
+    """One try of the way out, in a thread: what came of it, and why no more."""
+    why = ""
+    try:
+        if not isinstance(plan, QemuPlan) or condition(plan) != "running":
+            thaw(plan)
+        return condition(plan), why
+    except OSError as error:
+        why = str(error)
+    try:
+        return condition(plan), why
+    except OSError as error:
+        return "held", f"{why}; {error}"

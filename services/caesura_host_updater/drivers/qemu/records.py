@@ -1,0 +1,105 @@
+"""What one life of the host updater leaves to the next about a VM: which process runs it, and what was prepared."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from contextlib import suppress
+from pathlib import Path
+
+import msgspec
+
+from caesura_host_updater.guard.plans import BadPlan, ReplacePlan, SwapPlan, plan_from_json, plan_to_json
+
+_PLAN = "plan.json"
+
+
+class Run(msgspec.Struct, frozen=True, kw_only=True):
+    """The process that runs a VM.
+
+    ``argv``: as if it were the first process of the VM, see ``commandline.settled``. ``ours``: started by a host
+    updater, which stops it and removes its RAM file; else somebody else's, adopted.
+    """
+
+    pid: int
+    start_ticks: int
+    boot_id: str
+    argv: tuple[str, ...]
+    qmp: str
+    guard: str
+    agent: str
+    ours: bool
+    ram_file: str = ""
+
+
+class Records:
+    """The folder of run files and claims. Writes are small and replace a file whole."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def run_file(self, vm: str) -> Path:
+        """The VM's run file."""
+        return self.folder / f"{vm}.qemu.json"
+
+    def log(self, vm: str) -> Path:
+        """What its process says."""
+        return self.folder / f"{vm}.qemu.log"
+
+    def next_log(self, vm: str) -> Path:
+        """What the process that shall follow says."""
+        return self.folder / f"{vm}.next.log"
+
+    def serial_log(self, vm: str) -> Path:
+        """What the guest says on its serial line."""
+        return self.folder / f"{vm}.serial.log"
+
+    def read(self, vm: str) -> Run | None:
+        """The run file; None: there is none that can be read."""
+        try:
+            return msgspec.json.decode(self.run_file(vm).read_bytes(), type=Run)
+        except (OSError, msgspec.DecodeError):
+            return None
+
+    def runs(self) -> dict[str, Run]:
+        """All run files, by VM."""
+        names = [path.name.removesuffix(".qemu.json") for path in self.folder.glob("*.qemu.json")]
+        return {name: run for name in names if (run := self.read(name)) is not None}
+
+    def write(self, vm: str, run: Run) -> None:
+        """Write the run file. Raises OSError."""
+        part = self.folder / f"{vm}.qemu.part"
+        part.write_bytes(msgspec.json.encode(run))
+        part.replace(self.run_file(vm))
+
+    def forget(self, vm: str) -> None:
+        """The VM is stopped for good."""
+        for path in (self.run_file(vm), self.log(vm), self.next_log(vm)):
+            path.unlink(missing_ok=True)
+
+    # -- operations -----------------------------------------------------------------------------------------
+
+    def claims(self, vm: str, operation: str) -> Path:
+        """The claims of one operation on a VM."""
+        return self.folder / f"{vm}.claims" / operation
+
+    def begin(self, folder: Path, plan: SwapPlan | ReplacePlan) -> None:
+        """Write down what was prepared: a later life finds its way out. Raises OSError."""
+        (folder / _PLAN).write_text(json.dumps(plan_to_json(plan)))
+
+    def unfinished(self, vm: str) -> list[tuple[Path, SwapPlan | ReplacePlan | None]]:
+        """What an earlier life prepared and did not release; None: it never came to a plan."""
+        found = []
+        for folder in sorted((self.folder / f"{vm}.claims").glob("*")):
+            plan = None
+            with suppress(OSError, ValueError, BadPlan):
+                read = plan_from_json(json.loads((folder / _PLAN).read_text()))
+                plan = read if isinstance(read, SwapPlan | ReplacePlan) else None
+            found.append((folder, plan))
+        return found
+
+    def end(self, folder: Path) -> None:
+        """The operation is over and was disarmed."""
+        shutil.rmtree(folder, ignore_errors=True)
+        with suppress(OSError):
+            folder.parent.rmdir()

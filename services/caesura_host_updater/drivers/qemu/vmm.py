@@ -1,0 +1,108 @@
+"""What the kernel says about a QEMU process: its program, its words, its memory, and whether it lives as we do."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from caesura_host_updater.guard.procfs import process_table, read_process
+
+_DELETED = " (deleted)"
+_WORDS = 400  # characters of a log that are quoted
+_NAMESPACES = {"mnt": "file system", "net": "network", "pid": "process"}
+
+
+class NoVmm(Exception):
+    """There is no such process, or it is no QEMU; the text says which."""
+
+
+@dataclass(frozen=True)
+class VmmProcess:
+    """A QEMU process. ``binary`` is the path of its program; ``replaced``: that path holds another file by now."""
+
+    pid: int
+    start_ticks: int
+    binary: str
+    replaced: bool
+    argv: tuple[str, ...]
+
+
+def read_vmm(pid: int) -> VmmProcess:
+    """Look at a process that should be a QEMU. Raises NoVmm."""
+    process = read_process(pid)
+    try:
+        exe = os.readlink(f"/proc/{pid}/exe")  # noqa: PTH115 - a kernel link, not a file of ours
+        argv = tuple(
+            Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="surrogateescape").split("\0")[:-1]
+        )
+    except OSError as error:
+        raise NoVmm(f"process {pid}: {error.strerror or error}") from error
+    if process is None or not argv:
+        raise NoVmm(f"process {pid} has ended")
+    name = Path(exe.removesuffix(_DELETED)).name
+    if "qemu" not in name and "kvm" not in name:
+        raise NoVmm(f"process {pid} ({exe}) is no QEMU")
+    replaced = exe.endswith(_DELETED)
+    return VmmProcess(pid, process.start_ticks, exe.removesuffix(_DELETED), replaced, argv)
+
+
+def foreign(pid: int) -> str:
+    """Why a process that we start would not live as this one does; empty: it would."""
+    try:
+        uid = Path(f"/proc/{pid}").stat().st_uid
+        if uid != os.geteuid():
+            return f"it runs as user {uid} and we are {os.geteuid()}: a process that we start could not be the same"
+        for kind, name in _NAMESPACES.items():
+            if Path(f"/proc/{pid}/ns/{kind}").stat().st_ino != Path(f"/proc/self/ns/{kind}").stat().st_ino:
+                return f"it lives in a {name} namespace of its own"
+    except OSError as error:
+        return f"process {pid} cannot be looked at: {error.strerror or error}"
+    return ""
+
+
+def ram_error(pid: int, file: str, size: int) -> str:
+    """What is wrong with a guest's RAM file as it is on disk now; empty: the process maps exactly this file."""
+    try:
+        there = Path(file).stat()
+    except OSError as error:
+        return f"its RAM file {file} is not there any more ({error.strerror}): the guest's memory has no name"
+    if there.st_size != size:
+        return f"its RAM file {file} has {there.st_size} bytes, the guest's RAM {size}"
+    try:
+        maps = Path(f"/proc/{pid}/maps").read_text(errors="surrogateescape")
+    except OSError as error:
+        return f"the maps of process {pid} cannot be read: {error.strerror}"
+    for line in maps.splitlines():
+        fields = line.split(maxsplit=5)
+        if len(fields) == 6 and fields[4] == str(there.st_ino) and not fields[5].endswith(_DELETED):
+            return "" if fields[1][3] == "s" else f"its RAM file {file} is mapped privately"
+    return f"its RAM file {file} was deleted under it and made anew: the process has the old one"
+
+
+def last_words(log: Path) -> str:
+    """What a QEMU said last, without its own name and without warnings; empty: nothing."""
+    try:
+        lines = log.read_text(errors="replace").splitlines()
+    except OSError:
+        return ""
+    told = [
+        re.sub(r"^\S*(qemu|kvm)[^\s:]*: ", "", line.strip())
+        for line in lines[-40:]
+        if line.strip() and ": warning: " not in line and "terminating on signal" not in line
+    ]
+    return "; ".join(told[-3:])[-_WORDS:]
+
+
+def marked(mark: str) -> Iterator[tuple[int, int]]:
+    """Pid and start time of every process with this ``NAME=value`` in its environment; a value may be a prefix."""
+    wanted = mark.encode()
+    for process in process_table().values():
+        try:
+            environ = Path(f"/proc/{process.pid}/environ").read_bytes()
+        except OSError:
+            continue
+        if any(entry.startswith(wanted) for entry in environ.split(b"\0")):
+            yield process.pid, process.start_ticks

@@ -1,0 +1,180 @@
+"""One QEMU process and the guest in it: what it says of itself, how it is made to run, whether it ever ran.
+
+Source of the states: QEMU's ``qapi/run-state.json`` (RunState) and ``qapi/migration.json`` (MigrationStatus).
+"""
+
+# light imports on purpose: no pathlib here.
+# ruff: noqa: PTH110
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from typing import Literal
+
+from caesura_host_updater.guard.processes import end, is_held
+from caesura_host_updater.guard.procfs import alive
+from caesura_host_updater.guard.qmp import Qmp, QmpError, QmpRefused, QmpSilent, StrangeSocket
+
+RUNNING = frozenset({"running", "suspended"})  # suspended: the guest's own sleep, nothing of ours
+OVER = frozenset({"shutdown", "guest-panicked", "internal-error"})  # nothing but a reset makes it run again
+SPARE = ".2"  # the end of a spare socket's path
+LOADING = frozenset({"inmigrate", "prelaunch"})
+CONT_S = 1.0  # s: what ``cont`` may take: activating the disks may wait for a busy one
+_UNDER_WAY = frozenset(
+    {"setup", "cancelling", "active", "pre-switchover", "device", "wait-unplug", "postcopy-active"}
+)
+_STEP_S = 0.002  # s: between two questions
+_LOOK_S = 0.5  # s: an answer takes a millisecond; a QEMU that hangs must not hold us
+_BUSY_S = 0.2  # s: a greeting takes a millisecond; then the spare socket, and so on in turn
+_CANCEL_S = 0.3  # s: a migration that was cancelled ends within some milliseconds
+_LAST_WORDS_S = 0.5  # s: what a dead process wrote is there at once
+
+
+class ProcessGone(QmpError):
+    """The process that should be asked is dead."""
+
+
+class NotRunning(OSError):
+    """The guest was asked to run and does not run yet."""
+
+
+def reach(pid: int, start_ticks: int, paths: Sequence[str], until: float) -> Qmp:
+    """A connection to exactly this process through whichever of ``paths`` is its own now.
+
+    Paths change while we look: after a hand-over the new process's sockets are renamed onto the old one's. Where a
+    socket has a spare one beside it (``SPARE``), that is used when the first one is busy: another client may have
+    been stopped while QEMU served it.
+
+    Raises:
+        ProcessGone: it is dead.
+        QmpSilent: it does not answer by ``until``.
+    """
+    while True:
+        silent: QmpSilent | None = None
+        for path, patience_s in _doors(paths):
+            if not alive(pid, start_ticks):
+                raise ProcessGone(f"process {pid} is dead")
+            try:
+                return Qmp(path, pid, min(until, time.monotonic() + patience_s))
+            except StrangeSocket as error:
+                silent = silent or error
+            except QmpSilent as error:
+                silent = error
+        if time.monotonic() >= until:
+            if not alive(pid, start_ticks):
+                raise ProcessGone(f"process {pid} is dead")
+            raise silent or QmpSilent(f"process {pid} has no socket")
+        time.sleep(_STEP_S)
+
+
+def _doors(paths: Sequence[str]) -> Iterator[tuple[str, float]]:
+    """Every socket there is, and how long to wait for a greeting at it, in seconds."""
+    for path in dict.fromkeys(paths):
+        spare = path + SPARE
+        if os.path.exists(spare):
+            yield path, _BUSY_S
+            yield spare, _BUSY_S
+        else:
+            yield path, math.inf
+
+
+def run_state(qmp: Qmp, until: float) -> str:
+    """QEMU's word for what its guest does."""
+    return str(qmp.execute("query-status", until=until)["status"])
+
+
+def migration(qmp: Qmp, until: float) -> str:
+    """QEMU's word for where its last migration is; ``none`` when there was none."""
+    return str(qmp.execute("query-migrate", until=until).get("status", "none"))
+
+
+def look(pid: int, start_ticks: int, paths: Sequence[str]) -> Literal["running", "held", "frozen", "gone"]:
+    """The condition of the process that has the guest: as ``plans.condition``."""
+    if not alive(pid, start_ticks):
+        return "gone"
+    if is_held(pid):
+        return "held"
+    until = time.monotonic() + _LOOK_S
+    try:
+        with reach(pid, start_ticks, paths, until) as qmp:
+            state = run_state(qmp, until)
+    except QmpError:
+        return "held" if alive(pid, start_ticks) else "gone"
+    if state in RUNNING:
+        return "running"
+    if state in OVER:
+        return "gone"
+    return "held" if state in ("inmigrate", "finish-migrate") else "frozen"
+
+
+def make_run(qmp: Qmp, until: float, *, cancel: bool) -> None:
+    """Have a guest run that this process has and nobody else may have.
+
+    Args:
+        cancel: whether a migration that is under way is ours to cancel.
+
+    Raises:
+        NotRunning: it does not by ``until``; QEMU's reason is in the text.
+        QmpError: QEMU does not answer.
+    """
+    give_up_waiting = time.monotonic() + _CANCEL_S
+    cancelled, why = False, "no reason"
+    while True:
+        state = run_state(qmp, until)
+        if state in RUNNING or state in OVER:
+            return
+        if state == "inmigrate":
+            raise NotRunning("it waits for a state that nobody sends")
+        wait = False
+        if cancel and time.monotonic() < give_up_waiting and migration(qmp, until) in _UNDER_WAY:
+            if not cancelled:
+                cancelled = True
+                qmp.execute("migrate_cancel", until=until)
+            wait = True
+        if not wait:
+            try:
+                qmp.execute("cont", until=until)
+            except QmpRefused as refused:
+                why = str(refused)
+            if run_state(qmp, until) in RUNNING:
+                return
+        if time.monotonic() >= until:
+            raise NotRunning(f"it is {state} and does not run: {why}")
+        time.sleep(_STEP_S)
+
+
+def has_run(state: str) -> bool:
+    """Whether a claimed process was told to go on already. Raises NotRunning where it could not even be claimed."""
+    if state in LOADING:
+        raise NotRunning(f"it has the guest by the claims and is {state}")
+    return state in RUNNING or state in OVER
+
+
+def cont(qmp: Qmp, until: float) -> QmpError | None:
+    """Let a loaded guest go; why not, if it did not. No answer is a no too, unless QEMU said RESUME."""
+    try:
+        qmp.execute("cont", until=until)
+    except QmpError as error:
+        with suppress(QmpError):
+            qmp.take_events(time.monotonic())
+        return None if "RESUME" in qmp.events else error
+    return None
+
+
+def never_ran(qmp: Qmp, pid: int, start_ticks: int, until: float) -> bool:
+    """Kill a process that stood still when ``qmp`` was negotiated, and tell whether it ran since: the proof.
+
+    QEMU writes RESUME to every negotiated connection before it lets the first virtual CPU go (``vm_prepare_start``),
+    whoever sent ``cont``, and what it wrote can be read after its death. So a connection that is read to its end
+    without a RESUME shows that no instruction of the guest was carried out.
+
+    Raises:
+        StillThere: it is not dead by ``until``.
+    """
+    end(pid, start_ticks, until)
+    read_to_the_end = qmp.take_events(time.monotonic() + _LAST_WORDS_S)
+    return read_to_the_end and "RESUME" not in qmp.events

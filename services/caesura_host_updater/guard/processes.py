@@ -1,0 +1,131 @@
+"""What is done to QEMU processes from outside: ended, held, let go, found by their mark, started."""
+
+# light imports on purpose: no pathlib here.
+# ruff: noqa: PTH123, PTH208
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import time
+from contextlib import suppress
+
+from caesura_host_updater.guard.procfs import (
+    DEAD,
+    STOPPED,
+    Process,
+    alive,
+    read_process,
+    send_signal,
+    thread_states,
+)
+
+_HOLD_S = 0.1  # s: a stop signal is acted on when the kernel next gives the thread a turn
+_STEP_S = 0.001
+
+
+class StillThere(OSError):
+    """A process that was killed is not dead yet."""
+
+
+def end(pid: int, start_ticks: int, until: float) -> None:
+    """SIGKILL it and wait until it is dead; one that is gone already is no error.
+
+    Raises:
+        StillThere: not dead by ``until`` (CLOCK_MONOTONIC).
+    """
+    try:
+        handle = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+    try:
+        if not alive(pid, start_ticks):
+            return
+        with suppress(ProcessLookupError):
+            signal.pidfd_send_signal(handle, signal.SIGKILL)
+        poll = select.poll()
+        poll.register(handle, select.POLLIN)
+        while not poll.poll(max(until - time.monotonic(), 0) * 1000):
+            if time.monotonic() >= until:
+                raise StillThere(f"process {pid} was killed and is not dead yet")
+    finally:
+        os.close(handle)
+
+
+def is_held(pid: int) -> bool:
+    """Whether a thread of it is stopped by a signal."""
+    return STOPPED in set(thread_states(pid))
+
+
+def hold(pid: int, start_ticks: int) -> None:
+    """SIGSTOP it and wait until every thread stands; a process that is gone is no error."""
+    until = time.monotonic() + _HOLD_S
+    if send_signal(pid, start_ticks, signal.SIGSTOP):
+        while set(thread_states(pid)) - DEAD - {STOPPED, "t"} and time.monotonic() < until:
+            time.sleep(_STEP_S)
+
+
+def let_go(pid: int, start_ticks: int) -> None:
+    """SIGCONT it if it is held."""
+    if is_held(pid):
+        send_signal(pid, start_ticks, signal.SIGCONT)
+
+
+def marked(mark: str) -> list[Process]:
+    """The living processes with ``NAME=value`` in the environment they were started with, but not ourselves."""
+    wanted, found = mark.encode(), []
+    for name in os.listdir("/proc"):
+        if not name.isdigit() or int(name) == os.getpid():
+            continue
+        try:
+            with open(f"/proc/{name}/environ", "rb") as file:
+                variables = file.read()
+        except OSError:
+            continue  # gone, or another user's: none of ours
+        if wanted in variables.split(b"\0"):
+            process = read_process(int(name))
+            if process is not None and process.state not in DEAD:
+                found.append(process)
+    return found
+
+
+def start(argv: tuple[str, ...], environ: tuple[tuple[str, str], ...], log: str) -> Process:
+    """Start a program that outlives us: a session of its own, no input, output appended to ``log``.
+
+    What the guard has of its own (nearly unkillable, first in the queue for a CPU) is not handed on.
+
+    Raises:
+        OSError: it cannot be started.
+    """
+    pid = os.posix_spawn(
+        argv[0],
+        list(argv),
+        dict(environ),
+        file_actions=[
+            (os.POSIX_SPAWN_OPEN, 0, "/dev/null", os.O_RDONLY, 0),
+            (os.POSIX_SPAWN_OPEN, 1, log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600),
+            (os.POSIX_SPAWN_DUP2, 1, 2),
+        ],
+        setsid=True,
+        setsigmask=[],
+        setsigdef=[signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGPIPE],
+    )
+    with suppress(OSError):
+        if os.getpriority(os.PRIO_PROCESS, 0) < 0:
+            os.setpriority(os.PRIO_PROCESS, pid, 0)
+    with suppress(OSError), open("/proc/self/oom_score_adj", encoding="ascii") as mine:
+        if int(mine.read()) < 0:
+            with open(f"/proc/{pid}/oom_score_adj", "w", encoding="ascii") as its:
+                its.write("0")
+    process = read_process(pid)
+    if process is None:
+        raise OSError(f"{argv[0]} ended at once")
+    return process
+
+
+def reap() -> None:
+    """Take note of our children that ended, so that they do not stay as zombies."""
+    with suppress(ChildProcessError):
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass

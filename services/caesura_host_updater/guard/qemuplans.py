@@ -1,0 +1,156 @@
+"""The way out of freeze, swap and replace of a QEMU guest, as data: what the guard must know to finish it alone."""
+
+# light imports on purpose: no pathlib here.
+# ruff: noqa: PTH117
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+class BadPlan(ValueError):
+    """A plan that the guard will not carry out."""
+
+
+def _path(what: str, path: object) -> None:
+    if not isinstance(path, str) or not os.path.isabs(path) or os.path.normpath(path) != path or "\0" in path:
+        raise BadPlan(f"{what} {path!r} is no absolute path")
+
+
+def _text(what: str, text: object) -> None:
+    if not isinstance(text, str) or not text or "\0" in text:
+        raise BadPlan(f"{what} {text!r} is no text")
+
+
+@dataclass(frozen=True)
+class Vmm:
+    """One QEMU process. ``qmp``: a QMP socket of it that nobody keeps open; it listens there itself (not through a
+    descriptor that somebody else made), so that the kernel can tell whose socket it is. If there is a second one at
+    ``qmp`` + ``.2``, it is used when a client of the first one was stopped.
+    """
+
+    pid: int
+    start_ticks: int
+    qmp: str
+
+    def __post_init__(self) -> None:
+        if any(type(number) is not int for number in (self.pid, self.start_ticks)):
+            raise BadPlan("pid and start_ticks are whole numbers")
+        if self.pid <= 1 or self.start_ticks < 0:
+            raise BadPlan(f"{self.pid} cannot be a QEMU process")
+        _path("the QMP socket", self.qmp)
+
+
+@dataclass(frozen=True)
+class QemuPlan:
+    """Stopped with ``stop``; let go with ``cont``."""
+
+    vm: str
+    vmm: Vmm
+
+
+@dataclass(frozen=True)
+class SwapPlan:
+    """``new`` takes the guest over from ``old``, both alive. ``claims``: the folder of ``claims``."""
+
+    vm: str
+    old: Vmm
+    new: Vmm
+    claims: str
+
+    def __post_init__(self) -> None:
+        if self.old.pid == self.new.pid:
+            raise BadPlan(f"process {self.old.pid} cannot take over from itself")
+        _path("the claims folder", self.claims)
+
+
+@dataclass(frozen=True)
+class ReplacePlan:
+    """``old`` saves its state to a file and goes; another process is started from the file.
+
+    Args:
+        state_file: where the device state is once it was claimed; size and hash are in the claim.
+        qmp: where the new process has its QMP socket for us, until its sockets are renamed onto the old one's.
+        argv: complete command lines to try in turn, with ``-incoming defer -S``.
+        environ: for the new process; contains ``mark``.
+        mark: ``NAME=value`` in the environment of every new process of this operation and VM, whoever started it.
+        log: its output is appended here.
+    """
+
+    vm: str
+    old: Vmm
+    claims: str
+    state_file: str
+    qmp: str
+    argv: tuple[tuple[str, ...], ...]
+    environ: tuple[tuple[str, str], ...]
+    mark: str
+    log: str
+
+    def __post_init__(self) -> None:
+        _path("the claims folder", self.claims)
+        _path("the state file", self.state_file)
+        _path("the QMP socket", self.qmp)
+        _path("the log", self.log)
+        _text("the mark", self.mark)
+        if not self.argv or not all(self.argv):
+            raise BadPlan("no command line")
+        for argv in self.argv:
+            _path("the program", argv[0])
+            for word in argv:
+                if not isinstance(word, str) or "\0" in word:
+                    raise BadPlan(f"{word!r} is no argument")
+            if "-incoming" not in argv or "-S" not in argv:
+                raise BadPlan(
+                    "a command line without -incoming or -S would start another guest on this memory"
+                )
+        for name, value in self.environ:
+            _text("the variable", name)
+            if not isinstance(value, str) or "\0" in value or "=" in name:
+                raise BadPlan(f"{name!r} is no variable with a text")
+        if self.mark not in {f"{name}={value}" for name, value in self.environ}:
+            raise BadPlan(f"the mark {self.mark!r} is not in the environment")
+
+
+VmmPlan = QemuPlan | SwapPlan | ReplacePlan
+
+
+def to_json(plan: VmmPlan) -> dict[str, Any]:
+    """As it goes over the socket and to disk."""
+    kinds = {QemuPlan: "qemu", SwapPlan: "swap", ReplacePlan: "replace"}
+    return {**asdict(plan), "kind": kinds[type(plan)]}
+
+
+def from_json(data: Mapping[str, Any]) -> VmmPlan:
+    """Read a plan of one of the three kinds. Raises BadPlan, KeyError or TypeError."""
+    vm = data["vm"]
+    if data["kind"] == "qemu":
+        return QemuPlan(vm, _vmm(data["vmm"]))
+    if data["kind"] == "swap":
+        return SwapPlan(vm, _vmm(data["old"]), _vmm(data["new"]), data["claims"])
+    lines = data["argv"]
+    if not isinstance(lines, list | tuple) or not all(isinstance(line, list | tuple) for line in lines):
+        raise BadPlan("argv is a list of command lines, each a list of words")
+    variables = data["environ"]
+    if not isinstance(variables, list | tuple) or any(
+        not isinstance(pair, list | tuple) or len(pair) != 2 for pair in variables
+    ):
+        raise BadPlan("environ is a list of pairs")
+    return ReplacePlan(
+        vm=vm,
+        old=_vmm(data["old"]),
+        claims=data["claims"],
+        state_file=data["state_file"],
+        qmp=data["qmp"],
+        argv=tuple(tuple(line) for line in lines),
+        environ=tuple((name, value) for name, value in variables),
+        mark=data["mark"],
+        log=data["log"],
+    )
+
+
+def _vmm(data: Any) -> Vmm:
+    return Vmm(data["pid"], data["start_ticks"], data["qmp"])

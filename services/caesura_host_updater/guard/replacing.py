@@ -1,0 +1,261 @@
+"""The way out of a replace: the old process goes on, or the state file is loaded by a new one that we start."""
+
+# light imports on purpose: no pathlib here.
+# ruff: noqa: PTH112, PTH115, PTH123, PTH202
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from contextlib import suppress
+
+from caesura_host_updater.guard import claims
+from caesura_host_updater.guard.claims import Owner
+from caesura_host_updater.guard.guest import (
+    CONT_S,
+    LOADING,
+    NotRunning,
+    ProcessGone,
+    cont,
+    has_run,
+    make_run,
+    migration,
+    never_ran,
+    reach,
+    run_state,
+)
+from caesura_host_updater.guard.processes import end, let_go, marked, start
+from caesura_host_updater.guard.procfs import Process, alive
+from caesura_host_updater.guard.qemuplans import ReplacePlan
+from caesura_host_updater.guard.qmp import Qmp
+from caesura_host_updater.guard.swapping import back
+
+_TOTAL_S = 1.0  # s: one call, but for a process that is starting; whoever calls comes again
+_START_S = 3.0  # s: from the program's start to the loaded state; 60 ms on an idle host
+_CAPABILITIES = {"x-ignore-shared": True, "events": True, "return-path": False, "late-block-activate": True}
+_STEP_S = 0.001
+_LOG_BYTES = 400  # how much of a new process's last words goes into the reason
+
+
+class BadStateFile(OSError):
+    """The state file is not the one that was claimed. It is never loaded."""
+
+
+def way_out(plan: ReplacePlan, *, alone: bool) -> None:
+    """Bring the replace to an end. Safe at any time, repeated or raced.
+
+    ``alone``: no other ``way_out`` of this operation is under way; only then are unclaimed processes beside a
+    claimed one cleared away.
+
+    Raises:
+        OSError: not there yet; come again.
+    """
+    until = time.monotonic() + _TOTAL_S
+    tries = 0
+    while True:
+        number, owner = claims.current(plan.claims)
+        if owner is None:
+            if not os.path.isdir(plan.claims):
+                _after_the_operation(plan, until)
+                return
+            lives = alive(plan.old.pid, plan.old.start_ticks)
+            claims.claim(plan.claims, 1, "old" if lives else "gone")
+        elif owner.kind == "old":
+            back(plan.old, [(each.pid, each.start_ticks) for each in started(plan)], until)
+            return
+        elif owner.kind == "gone":
+            _clear_away(plan, 0, until)
+            end(plan.old.pid, plan.old.start_ticks, until)
+            return
+        elif owner.kind == "new":
+            if _forward(plan, number, owner, until):
+                if alone and claims.current(plan.claims) == (number, owner):
+                    _clear_away(plan, owner.pid, until)
+                return
+            until = time.monotonic() + _TOTAL_S  # another decision stands: time anew for that
+        else:
+            if tries == len(plan.argv):
+                raise NotRunning(f"no new process could take the guest: {claims.failures(plan.claims)[-1]}")
+            tries += 1
+            _restore(plan, number, owner, until)
+
+
+def _clear_away(plan: ReplacePlan, but: int, until: float) -> None:
+    for each in started(plan):
+        if each.pid != but:
+            end(each.pid, each.start_ticks, until)
+
+
+def started(plan: ReplacePlan) -> list[Process]:
+    """The living processes of this operation and VM, whoever started them."""
+    return [each for each in marked(plan.mark) if each.pid != plan.old.pid]
+
+
+def _forward(plan: ReplacePlan, number: int, owner: Owner, until: float) -> bool:
+    """The claimed process has the guest, unless it is shown that it never ran it. False: read the claims again."""
+    pid, ticks = owner.pid, owner.start_ticks
+    let_go(pid, ticks)
+    try:
+        qmp = reach(pid, ticks, [plan.qmp, plan.old.qmp], until)
+    except ProcessGone:
+        claims.claim(plan.claims, number + 1, "gone")  # nobody can tell whether it ran
+        return False
+    with qmp:
+        if not has_run(run_state(qmp, until)):
+            return _let_run(plan, number, owner, qmp, until)
+    end(plan.old.pid, plan.old.start_ticks, until)
+    return True
+
+
+def _let_run(plan: ReplacePlan, number: int, owner: Owner, qmp: Qmp, until: float) -> bool:
+    """``cont`` to a claimed process that stood still on this connection. False: it never ran and is dead."""
+    until = max(until, time.monotonic() + CONT_S)
+    refused = cont(qmp, until)
+    if refused is None:
+        return True
+    claims.note_failure(plan.claims, str(refused))
+    proven = never_ran(qmp, owner.pid, owner.start_ticks, until + _TOTAL_S)
+    file = _claimed_file(plan, number)
+    claims.claim(plan.claims, number + 1, file.text if proven and file is not None else "gone")
+    return False
+
+
+def _claimed_file(plan: ReplacePlan, number: int) -> Owner | None:
+    """The state file as it was last claimed before ``number``."""
+    for earlier in range(number - 1, 0, -1):
+        owner = claims.parse_owner(os.readlink(f"{plan.claims}/{earlier}"))
+        if owner.kind == "file":
+            return owner
+    return None
+
+
+def _restore(plan: ReplacePlan, number: int, owner: Owner, until: float) -> None:
+    """Start a process, have it load the file, claim for it, let it go.
+
+    Raises:
+        OSError: this try failed and the time is over; what was tried is noted beside the claims.
+    """
+    end(plan.old.pid, plan.old.start_ticks, until)
+    doomed = started(plan)
+    if doomed:
+        # Whoever started them may be about to claim: after this claim he cannot, so they can be killed.
+        stands = claims.claim(plan.claims, number + 1, owner.text)
+        if stands != owner.text:
+            return
+        number += 1
+        for each in doomed:
+            end(each.pid, each.start_ticks, until)
+    try:
+        state = _open_state(plan.state_file, owner)
+    except BadStateFile as error:
+        claims.note_failure(plan.claims, str(error))
+        claims.claim(plan.claims, number + 1, "gone")
+        return
+    try:
+        _try_next(plan, number, state, until)
+    finally:
+        os.close(state)
+
+
+def _open_state(path: str, owner: Owner) -> int:
+    """The state file, checked, and read again through the same descriptor only. Raises BadStateFile."""
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError as error:
+        raise BadStateFile(f"the state file {path} is gone") from error
+    try:
+        _check(path, handle, owner)
+    except BaseException:
+        os.close(handle)
+        raise
+    return handle
+
+
+def _check(path: str, handle: int, owner: Owner) -> None:
+    size_bytes = os.fstat(handle).st_size
+    if size_bytes != owner.size_bytes:
+        raise BadStateFile(
+            f"the state file {path} has {size_bytes} bytes, not {owner.size_bytes}: not loaded"
+        )
+    with open(handle, "rb", closefd=False) as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    if sha256 != owner.sha256:
+        raise BadStateFile(f"the state file {path} has another SHA-256 than was claimed: not loaded")
+
+
+def _try_next(plan: ReplacePlan, number: int, state: int, until: float) -> None:
+    """One try; which command line is its turn follows from how many tries have failed, whoever made them."""
+    argv = plan.argv[len(claims.failures(plan.claims)) % len(plan.argv)]
+    log_bytes = _size(plan.log)
+    process: Process | None = None
+    try:
+        process = start(argv, plan.environ, plan.log)
+        with _loaded(plan, process, state) as qmp:
+            text = f"new:{process.pid}:{process.start_ticks}"
+            if claims.claim(plan.claims, number + 1, text) != text:
+                end(process.pid, process.start_ticks, until + _START_S)
+                return
+            _let_run(plan, number + 1, claims.parse_owner(text), qmp, until)
+    except OSError as error:
+        if process is not None and claims.current(plan.claims)[0] <= number:
+            end(process.pid, process.start_ticks, time.monotonic() + _TOTAL_S)
+        words = _read_from(plan.log, log_bytes)
+        claims.note_failure(plan.claims, f"{argv[0]}: {error}" + (f": {words}" if words else ""))
+        if time.monotonic() >= until:
+            raise
+
+
+def _loaded(plan: ReplacePlan, process: Process, state: int) -> Qmp:
+    """Have the new process load the file. Its connection, once it stands still with everything loaded.
+
+    Raises:
+        QmpError: it will not, or not in time.
+    """
+    until = time.monotonic() + _START_S
+    qmp = reach(process.pid, process.start_ticks, [plan.qmp], until)
+    try:
+        _load(qmp, state, until)
+    except BaseException:
+        qmp.close()
+        raise
+    return qmp
+
+
+def _load(qmp: Qmp, state: int, until: float) -> None:
+    known = {each["capability"] for each in qmp.execute("query-migrate-capabilities", until=until)}
+    wanted = [{"capability": name, "state": on} for name, on in _CAPABILITIES.items() if name in known]
+    qmp.execute("migrate-set-capabilities", {"capabilities": wanted}, until=until)
+    os.lseek(state, 0, os.SEEK_SET)
+    qmp.execute("getfd", {"fdname": "state"}, until=until, handle=state)
+    qmp.execute("migrate-incoming", {"uri": "fd:state"}, until=until)
+    while (run := run_state(qmp, until)) in LOADING:
+        if migration(qmp, until) == "failed":
+            raise NotRunning("it cannot load the state")
+        if time.monotonic() >= until:
+            raise NotRunning(f"it does not load the state within {_START_S:g} s")
+        time.sleep(_STEP_S)
+    if run != "paused":
+        raise NotRunning(f"it is {run} after loading the state")
+
+
+def _size(path: str) -> int:
+    with suppress(OSError):
+        return os.path.getsize(path)
+    return 0
+
+
+def _read_from(path: str, offset: int) -> str:
+    """What was appended to the log since, its end."""
+    with suppress(OSError), open(path, "rb") as file:
+        file.seek(offset)
+        return " ".join(file.read()[-_LOG_BYTES:].decode(errors="replace").split())
+    return ""
+
+
+def _after_the_operation(plan: ReplacePlan, until: float) -> None:
+    """The claims were removed: if the old process is left, it has the guest; of any other we know nothing."""
+    old = plan.old
+    if alive(old.pid, old.start_ticks) and not started(plan):
+        with reach(old.pid, old.start_ticks, [old.qmp], until) as qmp:
+            make_run(qmp, until, cancel=False)

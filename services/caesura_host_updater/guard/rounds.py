@@ -1,0 +1,135 @@
+"""QEMU guests are looked at and let go side by side: a round each in a thread, so that one that hangs delays nobody."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from queue import Empty, SimpleQueue
+
+from caesura_host_updater.guard import vmm
+from caesura_host_updater.guard.plans import Condition, Plan, QemuPlan, ReplacePlan, SwapPlan
+from caesura_host_updater.guard.procfs import Process
+
+_BACK_OFF_S = 0.25  # s: the longest wait between two rounds of a VM that cannot be made to run
+_FIRST_S = 0.005
+
+VMM_PLANS = (QemuPlan, SwapPlan, ReplacePlan)
+Look = Callable[[Plan, Mapping[int, Process] | None], Condition]
+Release = Callable[[Plan, Mapping[int, Process] | None], None]
+
+
+@dataclass(frozen=True)
+class Round:
+    """What one round found. ``at``: when it ended, seconds on CLOCK_MONOTONIC."""
+
+    vm: str
+    was_held: bool
+    state: Condition
+    at: float
+    owner: str = ""
+    tries: tuple[str, ...] = ()
+    why_not: str = ""
+    """The reason of a round that could not make the guest run."""
+
+
+class Rounds:
+    """The rounds of the QEMU guests of one operation; at most one under way for each.
+
+    The first round of a guest always brings its operation to a decision, even while it runs: a swap that was not
+    begun yet must not be begun later by an updater that wakes up.
+    """
+
+    def __init__(
+        self, look: Look, release: Release, clock: Callable[[], float], log: Callable[..., None]
+    ) -> None:
+        self._log = log
+        self._told: dict[str, str] = {}
+        self._tries: dict[str, int] = {}
+        self._look = look
+        self._release = release
+        self._clock = clock
+        self._done: SimpleQueue[Round] = SimpleQueue()
+        self._under_way: set[str] = set()
+        self._decided: set[str] = set()
+        self._not_before: dict[str, float] = {}
+        self._wait_s: dict[str, float] = {}
+
+    @property
+    def under_way(self) -> frozenset[str]:
+        """The VMs whose rounds have not ended yet."""
+        return frozenset(self._under_way)
+
+    def begin(self, plan: Plan, *, only_look: bool = False, pause_s: float = 0) -> None:
+        """Start a round unless one is under way or it is too early for another.
+
+        ``pause_s``: the least time since the last one ended.
+        """
+        vm = plan.vm
+        if vm in self._under_way or (not only_look and self._clock() < self._not_before.get(vm, 0) + pause_s):
+            return
+        self._under_way.add(vm)
+        decide = vm not in self._decided
+        work = threading.Thread(
+            target=self._go, args=(plan, only_look, decide), name=f"round of {vm}", daemon=True
+        )
+        try:
+            work.start()
+        except RuntimeError:  # the host has no room for a thread: better one after the other than not at all
+            self._go(plan, only_look, decide)
+
+    def ended(self, wait_s: float = 0) -> list[Round]:
+        """The rounds that have ended since; waits up to ``wait_s`` seconds until none is under way."""
+        until = time.monotonic() + wait_s
+        found: list[Round] = []
+        while self._under_way:
+            try:
+                last = self._done.get(timeout=max(until - time.monotonic(), 0))
+            except Empty:
+                break
+            self._under_way.discard(last.vm)
+            found.append(last)
+            self._pace(last)
+            self._tell(last)
+        return found
+
+    def _tell(self, last: Round) -> None:
+        """Say what failed, each thing once."""
+        for why in last.tries[self._tries.get(last.vm, 0) :]:
+            self._log("guard.try_failed", vm=last.vm, why=why)
+        self._tries[last.vm] = max(len(last.tries), self._tries.get(last.vm, 0))
+        if last.why_not and self._told.get(last.vm) != last.why_not:
+            self._log("guard.resume_failed", vm=last.vm, why=last.why_not)
+        self._told[last.vm] = last.why_not
+
+    def _pace(self, last: Round) -> None:
+        longer_s = min(self._wait_s.get(last.vm, 0) * 2 or _FIRST_S, _BACK_OFF_S)
+        wait_s = longer_s if last.why_not else 0
+        self._wait_s[last.vm] = wait_s
+        self._not_before[last.vm] = last.at + wait_s
+
+    def _go(self, plan: Plan, only_look: bool, decide: bool) -> None:
+        """In a thread: nothing here may raise, or the VM would count as under way for ever."""
+        was_held, owner, why_not = True, "", ""
+        state: Condition = "held"
+        tries: list[str] = []
+        try:
+            state = self._look(plan, None)
+            was_held = state not in ("running", "gone")
+            if not only_look and (was_held or decide or not _settled(plan)):
+                try:
+                    self._release(plan, None)
+                    self._decided.add(plan.vm)
+                finally:
+                    tries = vmm.tries(plan) if isinstance(plan, VMM_PLANS) else []
+                state = self._look(plan, None)
+            owner = vmm.owner_of(plan) if isinstance(plan, VMM_PLANS) else ""
+        except Exception as error:  # noqa: BLE001 - see above; whatever it was is told in the log
+            why_not = str(error) or type(error).__name__
+            state = "held"
+        self._done.put(Round(plan.vm, was_held, state, self._clock(), owner, tuple(tries), why_not))
+
+
+def _settled(plan: Plan) -> bool:
+    return vmm.settled(plan) if isinstance(plan, VMM_PLANS) else True

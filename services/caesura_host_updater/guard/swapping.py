@@ -1,0 +1,153 @@
+"""The way out of a swap: two processes, both alive or not, and the claims say who may run the guest."""
+
+# light imports on purpose: no pathlib here.
+# ruff: noqa: PTH112
+
+from __future__ import annotations
+
+import os
+import time
+
+from caesura_host_updater.guard import claims
+from caesura_host_updater.guard.claims import Owner
+from caesura_host_updater.guard.guest import (
+    CONT_S,
+    LOADING,
+    OVER,
+    NotRunning,
+    ProcessGone,
+    cont,
+    has_run,
+    make_run,
+    migration,
+    never_ran,
+    reach,
+    run_state,
+)
+from caesura_host_updater.guard.processes import end, hold, let_go
+from caesura_host_updater.guard.procfs import alive
+from caesura_host_updater.guard.qemuplans import SwapPlan, Vmm
+from caesura_host_updater.guard.qmp import Qmp
+
+_TOTAL_S = 1.0  # s: one call; whoever calls comes again
+_NOBODY_COMES_S = (
+    0.1  # s: a dead process's connection that is not accepted yet is accepted within a millisecond
+)
+_STEP_S = 0.002
+
+
+def way_out(plan: SwapPlan) -> None:
+    """Bring the swap to an end, one way or the other. Safe at any time, repeated or raced.
+
+    Raises:
+        OSError: not there yet; come again.
+    """
+    until = time.monotonic() + _TOTAL_S
+    while True:
+        number, owner = claims.current(plan.claims)
+        if owner is None:
+            if not os.path.isdir(plan.claims):
+                _after_the_operation(plan, until)
+                return
+            _decide(plan, until)
+        elif owner.kind == "old":
+            back(plan.old, [(plan.new.pid, plan.new.start_ticks)], until)
+            return
+        elif owner.kind == "new":
+            if _forward(plan, number, owner, until):
+                return
+            until = time.monotonic() + _TOTAL_S  # another decision stands: time anew for that
+        elif owner.kind == "gone":
+            end(plan.new.pid, plan.new.start_ticks, until)
+            end(plan.old.pid, plan.old.start_ticks, until)
+            return
+        else:
+            raise claims.BadClaim(f"{owner.text!r} in a swap")
+
+
+def back(old: Vmm, others: list[tuple[int, int]], until: float) -> None:
+    """The old process has the guest for good: everybody else is dead before it is told to go on.
+
+    A QEMU that sends its state to one that hangs hangs itself until that one is dead.
+    """
+    for pid, start_ticks in others:
+        end(pid, start_ticks, until)
+    if alive(old.pid, old.start_ticks):
+        let_go(old.pid, old.start_ticks)
+        try:
+            with reach(old.pid, old.start_ticks, [old.qmp], until) as qmp:
+                make_run(qmp, until, cancel=True)
+        except ProcessGone:
+            return
+
+
+def _decide(plan: SwapPlan, until: float) -> None:
+    """Nobody has decided: the old process if it lives, else the new one if it has everything."""
+    if alive(plan.old.pid, plan.old.start_ticks):
+        claims.claim(plan.claims, 1, "old")
+        return
+    let_go(plan.new.pid, plan.new.start_ticks)
+    try:
+        with reach(plan.new.pid, plan.new.start_ticks, [plan.new.qmp, plan.old.qmp], until) as qmp:
+            loaded = _has_everything(qmp, until)
+    except ProcessGone:
+        loaded = False
+    text = f"new:{plan.new.pid}:{plan.new.start_ticks}" if loaded else "gone"
+    claims.claim(plan.claims, 1, text)
+
+
+def _has_everything(qmp: Qmp, until: float) -> bool:
+    """Whether a new process whose sender is dead has loaded the state. It may be about to.
+
+    Raises:
+        NotRunning: it cannot be told yet.
+    """
+    nobody_comes = time.monotonic() + _NOBODY_COMES_S
+    while True:
+        state = run_state(qmp, until)
+        if state not in LOADING:
+            return state not in OVER
+        if migration(qmp, until) not in ("none", "setup"):
+            nobody_comes = time.monotonic() + _NOBODY_COMES_S
+        if time.monotonic() >= nobody_comes:
+            return False
+        if time.monotonic() >= until:
+            raise NotRunning("the new process is still loading and the old one is dead")
+        time.sleep(_STEP_S)
+
+
+def _forward(plan: SwapPlan, number: int, owner: Owner, until: float) -> bool:
+    """The new process has the guest, unless it is shown that it never ran it. False: read the claims again."""
+    old, pid, ticks = plan.old, owner.pid, owner.start_ticks
+    hold(old.pid, old.start_ticks)
+    let_go(pid, ticks)
+    try:
+        qmp = reach(pid, ticks, [plan.new.qmp, old.qmp], until)
+    except ProcessGone:
+        claims.claim(plan.claims, number + 1, "gone")  # nobody can tell whether it ran
+        return False
+    with qmp:
+        if not has_run(run_state(qmp, until)):
+            until = max(until, time.monotonic() + CONT_S)
+            refused = cont(qmp, until)
+            if refused is not None:
+                if not alive(old.pid, old.start_ticks):
+                    raise refused  # nobody to go back to: what it waits for may come free
+                claims.note_failure(plan.claims, str(refused))
+                # Not StillThere but dead, or we come again and find it dead: then nobody can tell.
+                proven = never_ran(qmp, pid, ticks, until + _TOTAL_S)
+                claims.claim(plan.claims, number + 1, "old" if proven else "gone")
+                return False
+    end(old.pid, old.start_ticks, until)
+    return True
+
+
+def _after_the_operation(plan: SwapPlan, until: float) -> None:
+    """The claims were removed: exactly one of the two is left, and it has the guest."""
+    left = [each for each in (plan.old, plan.new) if alive(each.pid, each.start_ticks)]
+    if len(left) > 1:
+        raise FileNotFoundError(f"both processes live and the claims are gone: {plan.claims}")
+    for vmm in left:
+        with reach(vmm.pid, vmm.start_ticks, [plan.new.qmp, plan.old.qmp], until) as qmp:
+            if run_state(qmp, until) not in LOADING:
+                make_run(qmp, until, cancel=False)

@@ -1,0 +1,106 @@
+"""QEMU guests as the guard sees them: their condition, their way out, whether it has come to its end."""
+
+# light imports on purpose: no pathlib here.
+# ruff: noqa: PTH112
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Literal
+
+from caesura_host_updater.guard import claims, replacing, swapping
+from caesura_host_updater.guard.guest import ProcessGone, look, make_run, reach
+from caesura_host_updater.guard.processes import let_go
+from caesura_host_updater.guard.procfs import alive
+from caesura_host_updater.guard.qemuplans import QemuPlan, ReplacePlan, SwapPlan, VmmPlan
+from caesura_host_updater.guard.turns import turn
+
+_FREEZE_S = 1.0  # s: one call
+_TURN_SWAP_S = (
+    1.5  # s: how long we wait for another ``thaw`` of the same operation, a little longer than one takes
+)
+_TURN_REPLACE_S = 4.5
+
+
+class NobodyKnows(OSError):
+    """The claims are not ours: nothing is done."""
+
+
+def condition(plan: VmmPlan) -> Literal["running", "held", "frozen", "gone"]:
+    """The condition of the process that has the guest by the claims. Raises OSError: it cannot be told."""
+    if isinstance(plan, QemuPlan):
+        return look(plan.vmm.pid, plan.vmm.start_ticks, [plan.vmm.qmp])
+    paths = [plan.new.qmp if isinstance(plan, SwapPlan) else plan.qmp, plan.old.qmp]
+    _, owner = _current(plan)
+    if owner is None:
+        if alive(plan.old.pid, plan.old.start_ticks) or not isinstance(plan, SwapPlan):
+            return look(plan.old.pid, plan.old.start_ticks, [plan.old.qmp])
+        return look(plan.new.pid, plan.new.start_ticks, paths)
+    if owner.kind == "old":
+        return look(plan.old.pid, plan.old.start_ticks, [plan.old.qmp])
+    if owner.kind == "new":
+        found = look(owner.pid, owner.start_ticks, paths)
+        # Dead and nobody has said yet what follows from it: whoever killed it may know that it never ran.
+        undecided = found == "gone" and not alive(owner.pid, owner.start_ticks)
+        return "held" if undecided else found
+    return "gone" if owner.kind == "gone" else "held"
+
+
+def thaw(plan: VmmPlan) -> None:
+    """Have the guest run in exactly one process, which one is decided here if nobody has. Blocking, about a second.
+
+    Raises:
+        OSError: not there yet, with QEMU's reason where it gave one; call again.
+    """
+    if isinstance(plan, QemuPlan):
+        vmm, until = plan.vmm, time.monotonic() + _FREEZE_S
+        let_go(vmm.pid, vmm.start_ticks)
+        try:
+            with reach(vmm.pid, vmm.start_ticks, [vmm.qmp], until) as qmp:
+                make_run(qmp, until, cancel=False)
+        except ProcessGone:
+            return
+        return
+    try:
+        if isinstance(plan, SwapPlan):
+            with turn(plan.claims, _TURN_SWAP_S):
+                swapping.way_out(plan)
+        else:
+            with turn(plan.claims, _TURN_REPLACE_S) as alone:
+                replacing.way_out(plan, alone=alone)
+    except claims.BadClaim as error:
+        raise NobodyKnows(f"{plan.claims}: {error}") from error
+
+
+def owner_of(plan: VmmPlan) -> str:
+    """Who has the guest by the claims: ``old``, ``new:PID:TICKS``, or empty: not decided, in a file, or gone."""
+    if isinstance(plan, QemuPlan):
+        return ""
+    _, owner = _current(plan)
+    return owner.text if owner is not None and owner.kind in ("old", "new") else ""
+
+
+def settled(plan: VmmPlan) -> bool:
+    """Whether it is decided who has the guest and everybody else is dead, as far as a quick look tells."""
+    if isinstance(plan, QemuPlan) or not os.path.isdir(plan.claims):
+        return True
+    _, owner = _current(plan)
+    if owner is None or owner.kind == "file":
+        return False
+    old_lives = alive(plan.old.pid, plan.old.start_ticks)
+    if owner.kind == "old":
+        return not isinstance(plan, SwapPlan) or not alive(plan.new.pid, plan.new.start_ticks)
+    return not old_lives
+
+
+def tries(plan: VmmPlan) -> list[str]:
+    """Why new processes could not take the guest, oldest first."""
+    return [] if isinstance(plan, QemuPlan) else claims.failures(plan.claims)
+
+
+def _current(plan: SwapPlan | ReplacePlan) -> tuple[int, claims.Owner | None]:
+    try:
+        return claims.current(plan.claims)
+    except claims.BadClaim as error:
+        raise NobodyKnows(f"{plan.claims}: {error}") from error

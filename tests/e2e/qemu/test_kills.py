@@ -1,0 +1,222 @@
+"""Real QEMU processes under the installed commands, and kill -9 in the middle of what is most dangerous.
+
+The witness is a QMP socket of the test's own in every QEMU process: who runs the guest, and who else is alive.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import shutil
+import socket
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from caesura.contract import messages as m
+from caesura.runtime.processes import marked_processes
+from caesura.testing.sandbox import Vm
+from caesura_ctl.session import new_request_id
+
+pytestmark = [
+    pytest.mark.e2e,
+    pytest.mark.skipif(
+        shutil.which("qemu-system-x86_64") is None,
+        reason="QEMU is not installed (on Debian: apt-get install qemu-system-x86)",
+    ),
+]
+
+LENIENT = {"on_unsynced": "proceed"}
+"""Policy: firmware has no clock that anybody could set."""
+
+
+def qemus(stage: Any, vm: str) -> list[int]:
+    """Every QEMU process of a VM, whoever started it."""
+    found = []
+    for pid in marked_processes(stage.sandbox.mark):
+        with suppress(OSError):
+            words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+            if b"qemu-system" in words[0] and vm.encode() in words:
+                found.append(pid)
+    return found
+
+
+def says(path: Path) -> tuple[int, str]:
+    """Who listens on a witness socket, and its run state."""
+    with socket.socket(socket.AF_UNIX) as link:
+        link.settimeout(2.0)
+        link.connect(str(path))
+        pid = int.from_bytes(link.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)[:4], "little")
+        lines = link.makefile("rb")
+        lines.readline()
+        for command in ("qmp_capabilities", "query-status"):
+            link.sendall(json.dumps({"execute": command}).encode() + b"\n")
+            while "return" not in (answer := json.loads(lines.readline())):
+                pass
+    return pid, answer["return"]["status"]
+
+
+def runners(stage: Any, host: str, vm: str) -> list[int]:
+    """The processes that run the guest now."""
+    found = {}
+    for place in ("", "next/"):
+        with suppress(OSError, ValueError, KeyError):
+            pid, status = says(stage.sandbox.folder / f"{host}.run" / vm / f"{place}witness")
+            found[pid] = status
+    return [pid for pid, status in found.items() if status == "running"]
+
+
+def accepted(stage: Any, rollout: str) -> bool:
+    return any(each.rollout == rollout for each in stage.picture.reports.values())
+
+
+def gone(stage: Any, vm: str, pid: int) -> bool:
+    return pid not in qemus(stage, vm)
+
+
+@pytest.fixture
+async def one(stages: Callable[..., Any]) -> Any:
+    """One host with one VM of firmware, up."""
+    stage = await stages(up=False)
+    stage.sandbox.qemu_host("host-1", Vm(name="vm-1", agent=False, ram_bytes=32 << 20), clock_timeout_s="1")
+    stage.sandbox.update("patch", ["sleep", "2"])
+    stage.sandbox.update("replace", ["sleep", "2"], vmm="instead")
+    stage.sandbox.update("swap", ["true"], vmm="beside", scope="vm")
+    stage.notice_s = 0.2
+    await stage.up("host-1")
+    return stage
+
+
+async def whole(stage: Any) -> None:
+    """Exactly one process is there and it runs the guest."""
+    await stage.sandbox.until(
+        lambda: runners(stage, "host-1", "vm-1") == qemus(stage, "vm-1") != [],
+        15,
+        "one process runs the guest",
+    )
+
+
+async def test_swap_and_replace_move_the_guest_to_a_new_process(one: Any) -> None:
+    for update in ("swap", "replace", "patch"):
+        (before,) = qemus(one, "vm-1")
+        state = await one.ended(await one.roll(update, **LENIENT))
+        assert state.status == "completed", (update, state.reason)
+        await whole(one)
+        (after,) = qemus(one, "vm-1")
+        assert (before == after) == (update == "patch")
+        result = one.picture.reports[list(one.picture.reports)[-1]].vms[0]
+        assert (str(after) in result.detail or "->" in result.detail) or update == "patch", result.detail
+    pauses = [pause.pause_s for pause in one.picture.pauses.values()]
+    assert pauses[0] < 0.5  # the swap's update ran before
+    assert min(pauses[1:]) >= 2.0
+
+
+async def give_up(stage: Any, rollout: str) -> None:
+    """Abort a halted rollout: until then it holds its sets."""
+    answer = await stage.session.ask(m.AbortRequested(request=new_request_id(), rollout=rollout))
+    assert answer.accepted, answer.reason
+    await stage.sandbox.until(lambda: stage.rollout(rollout).status == "aborted", 20, "the end of the abort")
+
+
+async def _replace_begun(stage: Any) -> str:
+    """Start a replace and wait until no QEMU is there any more."""
+    rollout = str(await stage.roll("replace", **LENIENT))
+    await stage.sandbox.until(lambda: qemus(stage, "vm-1") == [], 20, "the old QEMU to be gone")
+    return rollout
+
+
+async def test_updater_killed_while_no_qemu_is_there(one: Any) -> None:
+    rollout = await _replace_begun(one)
+    await one.sandbox.kill("host-1")
+    # The guard alone starts the new process from its intent.
+    await whole(one)
+    await one.sandbox.start("host-1")
+    state = await one.ended(rollout)
+    assert state.status == "halted"
+    assert "pause guard" in state.reason
+    await one.ready("host-1")
+    await whole(one)
+    await give_up(one, rollout)
+    assert (await one.ended(await one.roll("swap", **LENIENT))).status == "completed"
+
+
+async def test_guard_killed_while_no_qemu_is_there(one: Any) -> None:
+    rollout = await _replace_begun(one)
+    os.kill(one.sandbox.guard_pid("host-1"), 9)
+    state = await one.ended(rollout)
+    assert state.status == "halted"
+    assert "the pause guard died" in state.reason
+    await whole(one)
+
+
+async def test_both_killed_while_no_qemu_is_there(one: Any) -> None:
+    rollout = await _replace_begun(one)
+    guard = one.sandbox.guard_pid("host-1")
+    one.sandbox.running["host-1"].kill()
+    os.kill(guard, 9)
+    await one.sandbox.running["host-1"].wait()
+    assert qemus(one, "vm-1") == []
+    await one.sandbox.start("host-1")
+    await whole(one)
+    assert (await one.ended(rollout)).status == "halted"
+
+
+async def test_qemu_killed_while_its_guest_stands_still(one: Any) -> None:
+    rollout = await one.roll("patch", **LENIENT)
+    await one.sandbox.until(lambda: bool(one.picture.frozen), 20, "the freeze")
+    (pid,) = qemus(one, "vm-1")
+    os.kill(pid, 9)
+    state = await one.ended(rollout)
+    assert state.status == "halted"
+    assert "vm-1" in state.reason
+    assert gone(one, "vm-1", pid)
+
+
+async def test_updater_killed_while_the_guest_stands_still(one: Any) -> None:
+    rollout = await one.roll("patch", **LENIENT)
+    await one.sandbox.until(lambda: bool(one.picture.frozen), 20, "the freeze")
+    await one.sandbox.kill("host-1")
+    await whole(one)
+    await one.sandbox.start("host-1")
+    assert (await one.ended(rollout)).status == "halted"
+    await whole(one)
+
+
+async def test_updater_killed_again_and_again_during_swaps(one: Any) -> None:
+    """At whatever moment it hits: one process runs the guest afterwards, and the next updater knows which."""
+    halted = 0
+    for number in range(8):
+        rollout = await one.roll("swap", **LENIENT)
+        await one.sandbox.until(lambda: accepted(one, rollout), 20, "the host to begin")  # noqa: B023
+        await asyncio.sleep(number * 0.02)  # what varies here is the moment of the kill
+        await one.sandbox.kill("host-1")
+        await one.sandbox.until(
+            lambda: len(runners(one, "host-1", "vm-1")) == 1, 10, "one process to run the guest"
+        )
+        await one.sandbox.start("host-1")
+        if (await one.ended(rollout)).status == "halted":
+            halted += 1
+            await give_up(one, rollout)
+        await one.ready("host-1")
+        await whole(one)
+    assert halted, "no kill came in the middle of a swap"
+
+
+async def test_a_binary_that_is_no_qemu_is_refused_before_anything_pauses(one: Any) -> None:
+    one.sandbox.update("bad", ["true"], vmm="beside", scope="vm", vmm_binary="/bin/true")
+    (before,) = qemus(one, "vm-1")
+    await one.ready("host-1")
+    one.sandbox.running["host-1"].send_signal(1)  # SIGHUP: read the updates again
+    await one.sandbox.until(
+        lambda: any(each.update == "bad" for each in one.picture.hosts["host-1"].updates), 10, "the update"
+    )
+    state = await one.ended(await one.roll("bad", **LENIENT))
+    assert state.status == "halted"
+    assert "/bin/true" in state.reason
+    assert "nothing was frozen" in state.reason
+    assert qemus(one, "vm-1") == [before]
+    assert not one.picture.pauses

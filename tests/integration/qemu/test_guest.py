@@ -1,0 +1,222 @@
+"""The guest of ``caesura guest build``, really booted: its workloads, and Caesura's agent in it on a real Mosquitto."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shutil
+import tempfile
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+import pytest_asyncio
+
+from caesura.bus.brokers import LocalBroker
+from caesura.bus.mqtt import MqttBus
+from caesura.bus.options import BrokerOptions
+from caesura.bus.port import Delivery
+from caesura.bus.post import Post
+from caesura.contract.codec import decode
+from caesura.contract.envelope import Message
+from caesura.contract.messages import AgentClockSynced, AgentPresence, ClockSyncAnswered, ClockSyncRequested
+from caesura.testing.broker import mosquitto, mosquitto_installed
+from caesura.testing.guests import Definition, RunningGuest, boot, qemu_installed
+
+pytestmark = [
+    pytest.mark.asyncio(loop_scope="module"),
+    pytest.mark.skipif(not qemu_installed(), reason="qemu-system-x86_64 is not installed"),
+    pytest.mark.skipif(not mosquitto_installed(), reason="mosquitto is not installed"),
+]
+
+M = TypeVar("M", bound=Message)
+VM = "guest-1"
+PATIENCE_S = 30.0
+DISK_BLOCKS = 16384
+
+
+class Outside:
+    """What the guest talks to: an echo server, a metadata service with one scheduled event, a broker."""
+
+    def __init__(self, broker: LocalBroker) -> None:
+        self.broker = broker
+        self.approvals: list[dict[str, Any]] = []
+        self.said: list[Message] = []
+        self.bus = MqttBus(BrokerOptions(url=broker.url, client_id="host"), filters=[f"caesura/v1/vm/{VM}/#"])
+        self.post = Post(self.bus, "/caesura/host/host-1")
+
+    async def echo(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while data := await reader.read(4096):
+            writer.write(data)
+        writer.close()
+
+    async def metadata(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = (await reader.readuntil(b"\r\n\r\n")).decode()
+        assert "Metadata: true" in head
+        body = b""
+        if head.startswith("POST"):
+            length = next(
+                line.split(":")[1] for line in head.splitlines() if line.startswith("Content-Length")
+            )
+            self.approvals.append(json.loads(await reader.readexactly(int(length))))
+        else:
+            events = [
+                {"EventId": "theirs", "EventStatus": "Scheduled", "Resources": ["somebody-else"]},
+                {"EventId": "ours", "EventStatus": "Scheduled", "Resources": [VM, "guest-2"]},
+            ]
+            body = json.dumps({"DocumentIncarnation": 1, "Events": events}).encode()
+        writer.write(b"HTTP/1.0 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body))
+        writer.close()
+
+    async def heard(self, delivery: Delivery) -> None:
+        """The host's part: answers clock-sync requests, keeps the rest."""
+        t2_ns = time.time_ns()
+        message = decode(delivery.topic, delivery.payload).message
+        self.said.append(message)
+        if isinstance(message, ClockSyncRequested):
+            answer = ClockSyncAnswered(
+                vm=VM,
+                host="host-1",
+                exchange=message.exchange,
+                t1_ns=message.t1_ns,
+                t2_ns=t2_ns,
+                t3_ns=time.time_ns(),
+            )
+            await self.post.send(answer, host="host-1", vm=VM)
+
+    def all(self, kind: type[M]) -> list[M]:
+        return [each for each in self.said if isinstance(each, kind)]
+
+
+async def until(condition: Callable[[], bool], what: str) -> None:
+    loop = asyncio.get_running_loop()
+    end = loop.time() + PATIENCE_S
+    while not condition():
+        assert loop.time() < end, what
+        await asyncio.sleep(0.02)
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def outside() -> AsyncIterator[Outside]:
+    folder = Path(tempfile.mkdtemp(prefix="caesura-", dir="/tmp"))
+    async with mosquitto(folder) as broker:
+        found = Outside(broker)
+        task = asyncio.create_task(found.bus.run(found.heard))
+        assert await found.bus.wait_connected(10)
+        yield found
+        await found.bus.close()
+        await task
+    shutil.rmtree(folder)
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def guest(outside: Outside) -> AsyncIterator[RunningGuest]:
+    """One guest for the whole module, with everything in it; 192 MiB of RAM."""
+    folder = Path(tempfile.mkdtemp(prefix="caesura-", dir="/tmp"))
+    disk = folder / "disk.raw"
+    with disk.open("wb") as file:
+        file.truncate(DISK_BLOCKS * 4096)
+    async with AsyncExitStack() as stack:
+        stack.callback(shutil.rmtree, folder)
+        ports = []
+        for serve in (outside.echo, outside.metadata):
+            server = await asyncio.start_server(serve, "127.0.0.1", 0)
+            stack.callback(server.close)
+            ports.append(server.sockets[0].getsockname()[1])
+        definition = Definition(
+            memory_mib=192,
+            run=("heartbeat", "memory", "disk", "tcp", "approve"),
+            parameters={
+                "memory": "25",
+                "dirty_mib": "2",
+                "dirty_mib_s": "20",
+                "disk_blocks": str(DISK_BLOCKS),
+                "tcp": f"10.0.2.2:{ports[0]}",
+                "url": f"http://10.0.2.2:{ports[1]}/metadata/scheduledevents?api-version=2020-07-01",
+            },
+            agent={"vm": VM, "broker_url": f"mqtt://10.0.2.2:{outside.broker.port}", "log_format": "json"},
+            disks=((disk, "raw"),),
+            user_network=True,
+        )
+        yield await stack.enter_async_context(boot(definition, folder=folder))
+
+
+async def test_the_heartbeat_comes_without_a_gap(guest: RunningGuest) -> None:
+    begin = asyncio.get_running_loop().time()
+    await until(lambda: len(guest.heartbeat.since(begin)) >= 100, "a hundred beats")
+    assert guest.heartbeat.faults() == []
+    assert guest.heartbeat.missing() == 0
+
+
+async def test_a_pause_is_a_gap_outside_and_none_inside(guest: RunningGuest) -> None:
+    loop = asyncio.get_running_loop()
+    await guest.execute("stop")
+    stopped = loop.time()
+    before = guest.heartbeat.beats[-1]
+    await asyncio.sleep(0.6)
+    assert guest.heartbeat.since(stopped + 0.1) == [], "a stopped guest has no heartbeat"
+    await guest.execute("cont")
+    after = await guest.heartbeat.next(after=stopped + 0.1)
+    assert after.received - before.received >= 0.6
+    assert after.monotonic_ns - before.monotonic_ns < 0.4e9, "the guest's monotonic clock stood still"
+    assert guest.heartbeat.longest_gap_s(since=stopped) >= 0.6
+    assert guest.heartbeat.faults() == []
+
+
+async def test_the_guest_compares_its_memory_and_finds_one_changed_byte(guest: RunningGuest) -> None:
+    status = await guest.ask("memory", "status")
+    assert status["wanted"] - 4096 < status["bytes"] <= status["wanted"], "it got what it was told to fill"
+    answer = await guest.verify_memory()
+    assert answer["ok"]
+    assert answer["bytes"] == status["bytes"] + (2 << 20)
+    assert answer["dirty_written"] > 2 << 20, "it goes on writing"
+    damaged = (await guest.ask("memory", "swap-byte"))["damaged"]
+    answer = await guest.verify_memory()
+    assert not answer["ok"]
+    assert answer["bad_offset"] == damaged
+    await guest.ask("memory", "swap-byte")
+    assert (await guest.verify_memory())["ok"]
+
+
+async def test_the_guest_reads_its_disk_back_and_finds_a_damaged_block(guest: RunningGuest) -> None:
+    await guest.until("disk", lambda status: status["written"] >= 20)
+    assert (await guest.ask("disk", "verify"))["ok"]
+    path, _ = guest.definition.disks[0]
+    with path.open("r+b") as file:
+        file.seek(7 * 4096 + 100)
+        file.write(b"!")
+    answer = await guest.ask("disk", "verify")
+    assert (answer["ok"], answer["bad_block"]) == (False, 7)
+
+
+async def test_the_connection_of_the_guest_is_echoed(guest: RunningGuest) -> None:
+    status = await guest.until("tcp", lambda status: status["echoed"] >= 20)
+    assert status["connected"]
+    assert (status["connects"], status["wrong"]) == (1, 0)
+
+
+async def test_the_workload_approves_the_events_of_its_vm_only(guest: RunningGuest, outside: Outside) -> None:
+    await until(lambda: bool(outside.approvals), "an approval")
+    assert outside.approvals == [{"StartRequests": [{"EventId": "ours"}]}]
+    status = await guest.until("approve", lambda status: status["approved"] == ["ours"])
+    assert status["errors"] == 0
+
+
+async def test_the_agent_in_the_guest_is_on_the_bus_and_sets_its_clock(
+    guest: RunningGuest, outside: Outside
+) -> None:
+    await until(lambda: bool(outside.all(AgentClockSynced)), f"the agent's clock:\n{guest.logs()}")
+    presence = outside.all(AgentPresence)[0]
+    assert (presence.vm, presence.online, presence.clock) == (VM, True, "system")
+    synced = outside.all(AgentClockSynced)[0]
+    assert synced.synced, synced
+    assert not synced.simulated
+    # The guest's RTC gives whole seconds, so its clock starts wrong; seen from outside it is right afterwards.
+    assert synced.error_after_s is not None
+    assert abs(synced.error_after_s) < 0.02
+    now = asyncio.get_running_loop().time()
+    beat = await guest.heartbeat.next(after=now)
+    assert abs(beat.realtime_ns / 1e9 - time.time()) < 0.25

@@ -1,0 +1,300 @@
+"""The swap: a guest goes from one QEMU to the next, or stays where it was, whatever happens to the next."""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from caesura_host_updater.drivers.port import DriverError, SwapFailed
+from caesura_host_updater.drivers.qemu.definition import Definition, Disk, Nic
+
+SMALL = Definition(memory_mib=16, machine="pc-q35-7.2", vcpus=2, nic=(Nic(),))
+
+
+async def swap(driver: Any, vm: str = "a", operation: str = "op-1", binary: str = "") -> Any:
+    """Prepare, hand over, release."""
+    await driver.prepare(vm, operation, "swap", binary)
+    handed = await driver.hand_over(vm, time.monotonic() + 10)
+    await driver.release(vm)
+    return handed
+
+
+async def test_swap_there_and_on(rig: Any, tools: Any) -> None:
+    """Three processes one after the other; the sockets keep their names, and there is never another process."""
+    driver = await rig.open({"a": SMALL})
+    assert driver.capabilities("a").methods == ("live", "swap", "freeze", "replace")
+    first = tools.pid_of(driver, "a")
+    names = {path.name for path in (rig.folder / "run" / "a").iterdir()}
+    for number in range(2):
+        before = tools.pid_of(driver, "a")
+        handed = await swap(driver, operation=f"op-{number}")
+        assert handed.called_at <= handed.frozen_at <= handed.resumed_at <= time.monotonic()
+        assert handed.resumed_at - handed.frozen_at < 0.5
+        assert handed.detail.startswith("QEMU 7.2.")
+        await rig.only(tools.pid_of(driver, "a"))
+        assert tools.pid_of(driver, "a") != before
+    assert driver.states() == {"a": "running"}
+    assert tools.pid_of(driver, "a") != first
+    assert {path.name for path in (rig.folder / "run" / "a").iterdir()} == names | {"next"}
+    assert not list((rig.folder / "run" / "a" / "next").iterdir())
+    assert not (rig.folder / "state" / "vms" / "a.claims").exists()
+    await driver.freeze("a", tools.soon())
+    assert await driver.resume("a", 5) == "running"
+    pid = tools.pid_of(driver, "a")
+    driver = await rig.open({"a": SMALL})
+    assert tools.pid_of(driver, "a") == pid, "the next life finds the process that has the guest"
+    await swap(driver, operation="op-9")
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ('words += ["-device", "virtio-rng-pci"]', "has device virtio-rng-pci 2"),
+        (
+            'words[words.index("virtio-rng-pci")-1:words.index("virtio-rng-pci")+1] = []',
+            "lacks device virtio-rng-pci 1",
+        ),
+        ('words[words.index("virtio-rng-pci")] += ",addr=0x10"', "device at PCI 00:02.0"),
+        (
+            'words = [w.replace("16M", "32M") for w in words]',
+            "backing store size 0x1000000 does not match",
+        ),
+        ('words[words.index("-smp")+1] = "1"', "has 2 vCPUs and the new process 1"),
+        ('words[words.index("-machine")+1] = "pc-q35-7.1,memory-backend=ram"', "is a pc-q35-7.2 and"),
+        ('words[words.index("-machine")+1] = "pc-q35-99.9,memory-backend=ram"', "unsupported machine type"),
+        ('words += ["-device", "no-such-device"]', "'no-such-device' is not a valid device model name"),
+    ],
+)
+async def test_new_process_that_is_not_the_same_is_refused_before_the_pause(
+    rig: Any, tools: Any, change: str, why: str
+) -> None:
+    driver = await rig.open({"a": SMALL})
+    pid = tools.pid_of(driver, "a")
+    with pytest.raises(DriverError) as caught:
+        await driver.prepare("a", "op-1", "swap", rig.wrapper(change))
+    assert why in caught.value.why
+    assert driver.states() == {"a": "running"}
+    await rig.only(pid)
+    assert not (rig.folder / "state" / "vms" / "a.claims").exists()
+    await swap(driver, operation="op-2")
+
+
+@pytest.mark.parametrize(
+    ("script", "why"),
+    [
+        ("exit 0", "is no QEMU: asked for its version it says 'nothing'"),
+        ("echo GNU bash, version 5", "is no QEMU: asked for its version it says 'GNU bash, version 5'"),
+        ('[ "$1" = --version ] && exec qemu-system-x86_64 --version; exit 3', "it ended without a word"),
+        ('[ "$1" = --version ] && exec qemu-system-x86_64 --version; echo no room >&2; exit 1', "no room"),
+        (
+            '[ "$1" = --version ] && exec qemu-system-x86_64 --version; exec sleep 60',
+            "does not answer within 1 s",
+        ),
+    ],
+)
+async def test_binary_that_is_no_qemu(rig: Any, tools: Any, script: str, why: str) -> None:
+    driver = await rig.open({"a": SMALL}, start_timeout_s=1.0)
+    for method in ("swap", "replace"):
+        with pytest.raises(DriverError) as caught:
+            await driver.prepare("a", f"op-{method}", method, rig.script(script))
+        assert why in caught.value.why
+    with pytest.raises(DriverError, match="is no program"):
+        await driver.prepare("a", "op-9", "swap", "/no/such/qemu")
+    assert driver.states() == {"a": "running"}
+    await rig.only(tools.pid_of(driver, "a"))
+
+
+async def failed(rig: Any, tools: Any, driver: Any, operation: str = "op-1") -> str:
+    """A hand-over that must fail: the reason. The old process runs the guest alone and can be handed over later."""
+    pid = tools.pid_of(driver, "a")
+    with pytest.raises(SwapFailed) as caught:
+        await driver.hand_over("a", tools.soon())
+    assert await driver.resume("a", 5) == "running"
+    assert tools.pid_of(driver, "a") == pid
+    assert driver.states() == {"a": "running"}
+    await rig.only(pid)
+    await driver.release("a")
+    assert not (rig.folder / "state" / "vms" / "a.claims").exists()
+    await swap(driver, operation=f"{operation}-again")
+    return str(caught.value.why)
+
+
+async def test_new_process_that_refuses_the_state(rig: Any, tools: Any) -> None:
+    """The same devices with another property: QEMU notices when it loads the state."""
+    driver = await rig.open({"a": SMALL})
+    vectors = 'words = [w.replace("virtio-serial-pci,", "virtio-serial-pci,vectors=5,") for w in words]'
+    await driver.prepare("a", "op-1", "swap", rig.wrapper(vectors))
+    why = await failed(rig, tools, driver)
+    assert "the new QEMU said: " in why
+    assert "error while loading state" in why
+
+
+async def test_new_process_that_dies_before(rig: Any, tools: Any) -> None:
+    driver = await rig.open({"a": SMALL})
+    await driver.prepare("a", "op-1", "swap", "")
+    os.kill(tools.next_pid(driver, "a"), signal.SIGKILL)
+    await failed(rig, tools, driver)
+
+
+async def test_new_process_that_dies_during(rig: Any, tools: Any) -> None:
+    driver = await rig.open({"a": SMALL})
+    await driver.prepare("a", "op-1", "swap", "")
+    new = tools.next_pid(driver, "a")
+    guest = driver._guests["a"]
+    heard = guest.qmp.on_event
+
+    def kill_at_stop(event: Any) -> None:
+        heard(event)
+        if event.name == "STOP":
+            guest.qmp.on_event = heard
+            os.kill(new, signal.SIGKILL)
+
+    guest.qmp.on_event = kill_at_stop
+    await failed(rig, tools, driver)
+
+
+async def test_new_process_that_dies_when_it_has_everything(rig: Any, tools: Any) -> None:
+    driver = await rig.open({"a": SMALL})
+    await driver.prepare("a", "op-1", "swap", "")
+    qmp = driver._guests["a"].prepared.qmp
+    new, status = tools.next_pid(driver, "a"), qmp.status
+
+    async def die(*_: Any) -> str:
+        assert await status() == "paused"
+        os.kill(new, signal.SIGKILL)
+        await tools.until(lambda: not tools.runs(new), "its death")
+        raise OSError("it died")
+
+    qmp.status = die
+    await failed(rig, tools, driver)
+
+
+async def test_new_process_that_hangs(rig: Any, tools: Any) -> None:
+    """A QEMU that sends its state to one that hangs hangs too: a limit of ours, not an answer of theirs, ends it."""
+    driver = await rig.open({"a": SMALL})
+    await driver.prepare("a", "op-1", "swap", "")
+    os.kill(tools.next_pid(driver, "a"), signal.SIGSTOP)
+    began = time.monotonic()
+    why = await failed(rig, tools, driver)
+    assert "in time" in why
+    assert time.monotonic() - began < 8
+
+
+async def test_old_process_that_dies_during(rig: Any, tools: Any) -> None:
+    """Nobody has everything: the guest is gone, and nothing else of it runs."""
+    driver = await rig.open({"a": SMALL})
+    await driver.prepare("a", "op-1", "swap", "")
+    os.kill(tools.pid_of(driver, "a"), signal.SIGKILL)
+    with pytest.raises(SwapFailed):
+        await driver.hand_over("a", tools.soon())
+    assert await driver.resume("a", 5) == "gone"
+    await driver.release("a")
+    assert driver.states() == {"a": "stopped"}
+    await tools.until(lambda: rig.processes() == [], "the end of the new process")
+    assert not list((rig.folder / "state" / "vms").glob("a.qemu.json"))
+
+
+async def test_too_late_to_begin(rig: Any, tools: Any) -> None:
+    driver = await rig.open({"a": SMALL})
+    await driver.prepare("a", "op-1", "swap", "")
+    with pytest.raises(SwapFailed, match="too late"):
+        await driver.hand_over("a", time.monotonic() - 0.1)
+    assert driver.states() == {"a": "running"}
+    await failed_release(rig, tools, driver)
+
+
+async def failed_release(rig: Any, tools: Any, driver: Any) -> None:
+    """Released without a hand-over: the new process is ended, the old one never noticed."""
+    pid = tools.pid_of(driver, "a")
+    await driver.release("a")
+    await rig.only(pid)
+    assert driver.states() == {"a": "running"}
+
+
+async def test_decided_otherwise_meanwhile(rig: Any, tools: Any) -> None:
+    """The guard gives the guest to the old process while we hand it over: there it stays."""
+    from caesura_host_updater.guard.claims import claim  # noqa: PLC0415
+
+    driver = await rig.open({"a": SMALL})
+    await driver.prepare("a", "op-1", "swap", "")
+    claim(str(driver._guests["a"].prepared.claims), 1, "old")
+    assert "decided otherwise" in await failed(rig, tools, driver)
+
+
+async def test_disk_that_somebody_else_locks(rig: Any, tools: Any) -> None:
+    """The new process cannot have the disk: it has run nothing, so the guest goes back when the lock is free."""
+    image = rig.disk("disk.qcow2")
+    disk = Definition(memory_mib=16, machine="pc-q35-7.2", disk=(Disk(file=str(image)),))
+    driver = await rig.open({"a": disk})
+    await driver.prepare("a", "op-1", "swap", "")
+    qmp = driver._guests["a"].prepared.qmp
+    status = qmp.status
+
+    async def lock(*_: Any) -> str:
+        told: str = await status()
+        lock_disk(image, 0.5)
+        return told
+
+    qmp.status = lock
+    why = await failed(rig, tools, driver)
+    assert 'Failed to get "write" lock' in why
+    await driver.close(stop_vms=True)
+    rig.driver = None
+    assert "No errors were found" in rig.check_disk(image)
+
+
+def lock_disk(image: Path, seconds: float) -> None:
+    """What a QEMU does that lets nobody else write (byte 201: RAW_LOCK_SHARED_BASE + write), for a while."""
+    handle = os.open(image, os.O_RDWR)
+    fcntl.lockf(handle, fcntl.LOCK_SH, 1, 201)
+    asyncio.get_running_loop().call_later(seconds, os.close, handle)
+
+
+async def test_updater_that_dies_after_preparing(rig: Any, tools: Any) -> None:
+    driver = await rig.open({"a": SMALL})
+    pid = tools.pid_of(driver, "a")
+    await driver.prepare("a", "op-1", "swap", "")
+    driver = await rig.open({"a": SMALL})
+    assert driver.states() == {"a": "running"}
+    assert tools.pid_of(driver, "a") == pid
+    await rig.only(pid)
+    assert not (rig.folder / "state" / "vms" / "a.claims").exists()
+    await swap(driver)
+
+
+async def test_updater_that_dies_before_it_can_write_that_it_handed_over(rig: Any, tools: Any) -> None:
+    driver = await rig.open({"a": SMALL})
+    before = rig.run_file("a")
+    await driver.prepare("a", "op-1", "swap", "")
+    await driver.hand_over("a", tools.soon())
+    pid = tools.pid_of(driver, "a")
+    (rig.folder / "state" / "vms" / "a.qemu.json").write_text(before)
+    driver = await rig.open({"a": SMALL})
+    assert driver.states() == {"a": "running"}
+    assert tools.pid_of(driver, "a") == pid
+    await rig.only(pid)
+    await swap(driver, operation="op-2")
+
+
+async def test_updater_that_dies_in_the_middle(rig: Any, tools: Any) -> None:
+    """Both processes stand still and nobody has decided: found as paused, and resumed in the old one."""
+    driver = await rig.open({"a": SMALL})
+    await driver.prepare("a", "op-1", "swap", "")
+    guest = driver._guests["a"]
+    pid = tools.pid_of(driver, "a")
+    with guest.prepared.qmp.watch() as told:
+        await guest.qmp.execute("migrate", uri=f"unix:{rig.folder}/run/a/mig")
+        await told.first(lambda event: event.data.get("status") == "completed")
+    driver = await rig.open({"a": SMALL})
+    assert driver.states() == {"a": "paused"}
+    assert await driver.resume("a", 5) == "running"
+    await driver.release("a")
+    assert tools.pid_of(driver, "a") == pid
+    await rig.only(pid)

@@ -1,0 +1,233 @@
+"""The guard's QMP client against peers that behave, refuse, talk nonsense, or say nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from caesura_host_updater.guard.qmp import Qmp, QmpClosed, QmpError, QmpRefused, QmpSilent, StrangeSocket
+
+GREETING = {"QMP": {"version": {"qemu": {"major": 7, "minor": 2, "micro": 22}}, "capabilities": ["oob"]}}
+
+
+class Peer:
+    """What a test says for QEMU to its first client."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = str(folder / "qmp")
+        self.listener = socket.socket(socket.AF_UNIX)
+        handle = os.open(folder, os.O_RDONLY)
+        self.listener.bind(f"/proc/self/fd/{handle}/qmp")
+        os.close(handle)
+        self.listener.listen(1)
+        self.listener.settimeout(5)
+        self.heard: list[dict[str, Any]] = []
+        self.thread: threading.Thread | None = None
+        self.done = threading.Event()
+
+    def play(self, part: Callable[[socket.socket], None]) -> None:
+        """Serve one client in a thread; the connection is held until the test is over."""
+
+        def serve() -> None:
+            connection, _ = self.listener.accept()
+            with connection:
+                part(connection)
+                self.done.wait(5)
+
+        self.thread = threading.Thread(target=serve)
+        self.thread.start()
+
+    def hear(self, connection: socket.socket) -> dict[str, Any]:
+        """The next command."""
+        line = b""
+        while not line.endswith(b"\n"):
+            line += connection.recv(1)
+        self.heard.append(json.loads(line))
+        return self.heard[-1]
+
+    def greet(self, connection: socket.socket) -> None:
+        """As QEMU does."""
+        say(connection, GREETING)
+        say(connection, {"return": {}, "id": self.hear(connection)["id"]})
+
+    def close(self) -> None:
+        """End it."""
+        self.done.set()
+        if self.thread is not None:
+            self.thread.join()
+        self.listener.close()
+
+
+def say(connection: socket.socket, *messages: dict[str, Any]) -> None:
+    """Messages, one a line."""
+    connection.sendall(b"".join(json.dumps(message).encode() + b"\r\n" for message in messages))
+
+
+def within(seconds: float) -> float:
+    """A deadline."""
+    return time.monotonic() + seconds
+
+
+@pytest.fixture
+def peer() -> Iterator[Peer]:
+    """In a folder whose path is too long for a unix socket."""
+    with tempfile.TemporaryDirectory() as folder:
+        deep = Path(folder) / ("long" * 30)
+        deep.mkdir()
+        made = Peer(deep)
+        yield made
+        made.close()
+
+
+def test_greeting_capabilities_and_an_answer_between_events(peer: Peer) -> None:
+    def part(connection: socket.socket) -> None:
+        peer.greet(connection)
+        asked = peer.hear(connection)
+        say(connection, {"event": "STOP", "timestamp": {}}, {"return": "late", "id": asked["id"] - 1})
+        text = json.dumps({"return": {"status": "paused"}, "id": asked["id"]}).encode() + b"\n"
+        for at in range(0, len(text), 7):  # in pieces
+            connection.sendall(text[at : at + 7])
+        say(connection, {"event": "RESUME"})
+
+    peer.play(part)
+    with Qmp(peer.path, os.getpid(), within(5)) as qmp:
+        assert qmp.execute("query-status", {"x": 1}, until=within(5)) == {"status": "paused"}
+        assert peer.heard[0]["execute"] == "qmp_capabilities"
+        assert peer.heard[1]["arguments"] == {"x": 1}
+        assert not qmp.take_events(within(0.2))
+        assert qmp.events == ["STOP", "RESUME"]
+
+
+def test_a_no_is_quoted(peer: Peer) -> None:
+    def part(connection: socket.socket) -> None:
+        peer.greet(connection)
+        error = {"class": "GenericError", "desc": 'Failed to get "write" lock'}
+        say(connection, {"error": error, "id": peer.hear(connection)["id"]})
+        peer.hear(connection)
+        say(
+            connection, {"error": {"class": "GenericError", "desc": "JSON parse error"}}
+        )  # it could not read the id
+
+    peer.play(part)
+    with Qmp(peer.path, os.getpid(), within(5)) as qmp:
+        with pytest.raises(
+            QmpRefused, match=r'refuses cont: Failed to get "write" lock \(GenericError\)'
+        ) as caught:
+            qmp.execute("cont", until=within(5))
+        assert (caught.value.error_class, caught.value.desc) == ("GenericError", 'Failed to get "write" lock')
+        with pytest.raises(QmpRefused, match="JSON parse error"):
+            qmp.execute("cont", until=within(5))
+
+
+@pytest.mark.parametrize(
+    ("said", "why"),
+    [
+        (b"", "does not answer"),
+        (b'{"QMP": {', "does not answer"),
+        (b"SSH-2.0-OpenSSH\n", "no JSON"),
+        (b"\xff\xfe\n", "no JSON"),
+        (b"[1, 2]\n", "no QMP"),
+        (b'{"hello": 1}\n', "does not greet"),
+        (b"x" * 5_000_000, "without end"),
+    ],
+    ids=["silence", "half", "text", "bytes", "list", "stranger", "endless"],
+)
+def test_what_is_no_qmp(peer: Peer, said: bytes, why: str) -> None:
+    def part(connection: socket.socket) -> None:
+        try:
+            connection.sendall(said)
+        except OSError:
+            return  # it has hung up on us
+
+    peer.play(part)
+    began = time.monotonic()
+    with pytest.raises(QmpSilent, match=why):
+        Qmp(peer.path, os.getpid(), within(0.3 if why == "does not answer" else 5))
+    assert time.monotonic() - began < 2
+
+
+def test_silence_after_a_command_has_its_deadline(peer: Peer) -> None:
+    peer.play(peer.greet)
+    with Qmp(peer.path, os.getpid(), within(5)) as qmp:
+        began = time.monotonic()
+        with pytest.raises(QmpSilent, match="does not answer"):
+            qmp.execute("query-status", until=within(0.1))
+        assert 0.09 < time.monotonic() - began < 1
+
+
+def test_closed_in_the_middle(peer: Peer) -> None:
+    def part(connection: socket.socket) -> None:
+        peer.greet(connection)
+        peer.hear(connection)
+        say(connection, {"event": "RESUME"})
+        connection.shutdown(socket.SHUT_RDWR)
+
+    peer.play(part)
+    with Qmp(peer.path, os.getpid(), within(5)) as qmp:
+        with pytest.raises(QmpClosed, match="closed by QEMU"):
+            qmp.execute("cont", until=within(5))
+        assert qmp.events == ["RESUME"]
+        assert qmp.take_events(within(5))
+
+
+def test_another_process_is_not_commanded(peer: Peer) -> None:
+    with pytest.raises(StrangeSocket, match=f"belongs to process {os.getpid()}, not to 1"):
+        Qmp(peer.path, 1, within(1))
+    assert peer.heard == []
+
+
+def test_nobody_there(tmp_path: Path) -> None:
+    for path in (tmp_path / "qmp", tmp_path / "nowhere" / "qmp"):
+        with pytest.raises(QmpSilent, match="cannot reach"):
+            Qmp(str(path), os.getpid(), within(1))
+    (tmp_path / "qmp").touch()
+    with pytest.raises(QmpSilent, match="cannot reach"):
+        Qmp(str(tmp_path / "qmp"), os.getpid(), within(1))
+
+
+def test_a_full_backlog_is_waited_for_and_given_up(peer: Peer) -> None:
+    waiting = []
+    for _ in range(2):  # listen(1) takes two
+        client = socket.socket(socket.AF_UNIX)
+        handle = os.open(Path(peer.path).parent, os.O_RDONLY)
+        client.connect(f"/proc/self/fd/{handle}/qmp")
+        os.close(handle)
+        waiting.append(client)
+    with pytest.raises(QmpSilent, match="no room"):
+        Qmp(peer.path, os.getpid(), within(0.1))
+    for client in waiting:
+        client.close()
+
+
+def test_a_file_goes_along(peer: Peer, tmp_path: Path) -> None:
+    (tmp_path / "state").write_bytes(b"the state")
+    got: list[bytes] = []
+
+    def part(connection: socket.socket) -> None:
+        peer.greet(connection)
+        data, handles, _, _ = socket.recv_fds(connection, 4096, 1)
+        got.append(os.read(handles[0], 100))
+        os.close(handles[0])
+        say(connection, {"return": {}, "id": json.loads(data)["id"]})
+
+    peer.play(part)
+    handle = os.open(tmp_path / "state", os.O_RDONLY)
+    with Qmp(peer.path, os.getpid(), within(5)) as qmp:
+        assert qmp.execute("getfd", {"fdname": "state"}, until=within(5), handle=handle) == {}
+    os.close(handle)
+    assert got == [b"the state"]
+
+
+def test_errors_are_os_errors() -> None:
+    """What carries plans out promises OSError."""
+    assert issubclass(QmpError, OSError)
+    assert str(QmpRefused("cont", "GenericError", "no")) == "QEMU refuses cont: no (GenericError)"

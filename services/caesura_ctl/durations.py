@@ -34,6 +34,11 @@ def show_duration(seconds: float) -> str:
     return "".join(f"{value}{unit}" for value, unit in ((hours, "h"), (minutes, "m"), (rest, "s")) if value)
 
 
+def show_pause(seconds: float) -> str:
+    """A pause as measured: milliseconds below a second."""
+    return f"{seconds * 1000:.1f}ms" if seconds < 1 else f"{seconds:.3f}s"
+
+
 class Duration(click.ParamType[float]):
     """A click parameter of seconds."""
 

@@ -9,6 +9,7 @@ from rich.live import Live
 
 from caesura.contract import messages as m
 from caesura_ctl.commandline import Context, NotCompleted
+from caesura_ctl.durations import show_pause
 from caesura_ctl.picture import Picture
 from caesura_ctl.session import Session
 from caesura_ctl.tables import live_view, pauses_view
@@ -37,7 +38,7 @@ class Progress:
             if wave.status != "pending"
         ]
         facts += [
-            f"{pause.vm}: paused {pause.pause_s:.3f} s of {pause.budget_s:g} s, resumed by the {pause.resumed_by}"
+            f"{pause.vm}: paused {show_pause(pause.pause_s)} of {pause.budget_s:g}s, resumed by the {pause.resumed_by}"
             for pause in picture.pauses_of(rollout.rollout)
         ]
         new = [each for each in facts if each not in self._said]

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from caesura.contract import messages as m
-from caesura_ctl.durations import show_duration
+from caesura_ctl.durations import show_duration, show_pause
 from caesura_ctl.picture import Pause, Picture
 
 _STYLE = {
@@ -77,7 +77,7 @@ def plan_view(plan: m.Plan) -> RenderableType:
         parts.append(table)
         parts.append(
             Text(
-                f"{sum(len(wave.vms) for wave in plan.waves)} VMs in {len(plan.waves)} waves, "
+                f"{_count(sum(len(wave.vms) for wave in plan.waves), 'VM')} in {_count(len(plan.waves), 'wave')}, "
                 f"each paused about {show_duration(plan.expected_pause_s)}; at most {show_duration(plan.estimate_s)} in all"
             )
         )
@@ -173,6 +173,10 @@ def live_view(picture: Picture, now: datetime, rollout_id: str = "") -> Renderab
     return Group(*parts)
 
 
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 def pauses_view(pauses: Iterable[Pause], clocks: dict[tuple[str, str], m.VmClockSynced]) -> RenderableType:
     """Pauses per set and update domain: count, median, max, budget, worst clock error before and after."""
     groups: dict[tuple[str, int], list[Pause]] = {}
@@ -187,8 +191,8 @@ def pauses_view(pauses: Iterable[Pause], clocks: dict[tuple[str, str], m.VmClock
             set_name(name),
             str(domain),
             str(len(group)),
-            f"{median(each.pause_s for each in group):.3f}s",
-            f"{max(each.pause_s for each in group):.3f}s",
+            show_pause(median(each.pause_s for each in group)),
+            show_pause(max(each.pause_s for each in group)),
             f"{max(each.budget_s for each in group):g}s",
             _worst([each.error_before_s for each in verdicts]),
             _worst([each.error_after_s for each in verdicts]),
@@ -220,7 +224,7 @@ def hosts_view(picture: Picture) -> RenderableType:
         table.add_row(
             name,
             Text("online" if online else "offline", style="green" if online else "bold red"),
-            inventory.driver,
+            Text.assemble(inventory.driver, (f"  {inventory.driver_detail}", "dim")),
             inventory.guard,
             str(len(inventory.vms)),
             str(inventory.epoch),
@@ -267,15 +271,16 @@ def history_view(rollouts: Sequence[m.RolloutState]) -> RenderableType:
 
 def updates_view(picture: Picture) -> RenderableType:
     """Updates by name with the hosts that define them, then refused files."""
-    found: dict[tuple[str, str, str, str, float], list[str]] = {}
+    found: dict[tuple[str, str, str, str, str, float], list[str]] = {}
     for host, inventory in sorted(picture.hosts.items()):
         for each in inventory.updates:
             found.setdefault(
-                (each.update, each.version, each.impact, each.scope, each.expected_s), []
+                (each.update, each.version, each.impact, each.scope, each.vmm, each.expected_s), []
             ).append(host)
-    table = _table("update", "version", "impact", "scope", ">expected", "hosts")
-    for (name, version, impact, scope, expected_s), hosts in sorted(found.items()):
-        table.add_row(name, version, impact, scope, show_duration(expected_s), ", ".join(hosts))
+    table = _table("update", "version", "impact", "scope", "new VMM", ">expected", "hosts")
+    for (name, version, impact, scope, vmm, expected_s), hosts in sorted(found.items()):
+        shown = {"beside": "beside the old", "instead": "instead of the old"}.get(vmm, "")
+        table.add_row(name, version, impact, scope, shown, show_duration(expected_s), ", ".join(hosts))
     refused = [
         (host, bad) for host, inventory in sorted(picture.hosts.items()) for bad in inventory.refused_updates
     ]

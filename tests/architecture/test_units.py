@@ -27,9 +27,13 @@ Unit = Mapping[str, Sequence[str]]
 
 
 def read_unit(name: str) -> Unit:
+    return read_drop_in(f"caesura-{name}.service")
+
+
+def read_drop_in(name: str) -> Unit:
     found: dict[str, list[str]] = {}
     section = ""
-    for line in (_UNITS / f"caesura-{name}.service").read_text(encoding="utf-8").splitlines():
+    for line in (_UNITS / name).read_text(encoding="utf-8").splitlines():
         if line.startswith("["):
             section = line.strip("[]")
         elif line and not line.startswith("#"):
@@ -200,3 +204,22 @@ def test_the_broker_has_every_setting_that_the_suite_needs() -> None:
     settings = [line.partition(" ")[0] for line in real if line and not line.startswith("#")]
     twice = {key for key in settings if settings.count(key) > 1} - {"log_type"}
     assert not twice, "Mosquitto refuses a setting that is given twice"
+
+
+@pytest.mark.parametrize("name", ["host-updater", "pause-guard"])
+def test_qemu_hosts_have_drop_ins_that_only_loosen_what_qemu_needs(name: str) -> None:
+    unit, more = read_unit(name), read_drop_in(f"qemu/caesura-{name}.conf")
+    assert "/dev/shm" in the(more, "ReadWritePaths"), "guests' RAM files"
+    # Both know the sockets under the same path, and a restart of either must not remove them.
+    assert (the(more, "RuntimeDirectory"), the(more, "RuntimeDirectoryPreserve")) == ("caesura", "yes")
+    assert "User" not in {key.partition(".")[2] for key in more}, "the same user as without QEMU"
+    assert the(unit, "NoNewPrivileges") == "yes"
+    assert "Service.NoNewPrivileges" not in more
+
+
+def test_a_guard_that_starts_qemu_can_and_is_outlived_by_it() -> None:
+    more = read_drop_in("qemu/caesura-pause-guard.conf")
+    assert the(more, "KillMode") == "process"
+    for key in ("PrivateDevices", "PrivateNetwork", "PrivateTmp", "MemoryDenyWriteExecute"):
+        assert the(more, key) == "no", f"{key}: /dev/kvm, taps, sockets in /tmp, TCG"
+    assert the(more, "SystemCallFilter") == "", "QEMU's system calls are not the guard's"

@@ -60,7 +60,7 @@ exit codes:
     "--memory",
     "memory_mib",
     type=click.IntRange(112, 65536),
-    default=128,
+    default=160,
     show_default=True,
     help="RAM of each guest in MiB, with --driver qemu.",
 )

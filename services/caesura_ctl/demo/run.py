@@ -72,7 +72,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     methods: tuple[GuestMethod, ...] = ("freeze", "swap")
     """Driver qemu: one rollout by each of these, in this order."""
     vms: int = 9
-    memory_mib: int = 128
+    memory_mib: int = 160
     accel: Literal["auto", "kvm", "tcg"] = "auto"
 
     broker: Literal["auto", "mosquitto", "embedded"] = "auto"

@@ -9,6 +9,7 @@ import msgspec
 
 from caesura.contract import messages as m
 from caesura_ctl.demo.guests import GuestMethod, GuestStatus
+from caesura_ctl.durations import show_pause
 from caesura_ctl.picture import Pause, Picture
 
 
@@ -202,7 +203,7 @@ def _budget(pauses: Sequence[Pause]) -> Check:
     return Check(
         "every pause inside its budget",
         held,
-        f"longest {worst.pause_s:.3f} s of {worst.budget_s:g} s ({worst.vm})",
+        f"longest {show_pause(worst.pause_s)} of {worst.budget_s:g}s ({worst.vm})",
     )
 
 

@@ -12,9 +12,18 @@ from caesura_ctl.guest.packages import GuestError
 
 MODULES = (
     *("virtio_ring", "virtio", "virtio_pci_modern_dev", "virtio_pci_legacy_dev", "virtio_pci"),
-    *("virtio_console", "failover", "net_failover", "virtio_net", "virtio-rng", "virtio_blk", "button"),
+    *(
+        "virtio_console",
+        "failover",
+        "net_failover",
+        "virtio_net",
+        "virtio-rng",
+        "virtio_blk",
+        "evdev",
+        "button",
+    ),
 )
-"""In the order in which they need each other. ``button``: the guest notices system_powerdown."""
+"""In the order in which they need each other. ``evdev`` and ``button``: the guest notices system_powerdown."""
 
 APPLETS = (
     *(
@@ -178,6 +187,8 @@ def system_entries(unpacked: Path, inside: Path) -> dict[str, Entry]:
     entries["usr/bin/python3"] = link_entry("python3.11")
     entries["init"] = file_entry((inside / "init").read_bytes(), executable=True)
     entries["etc/udhcpc"] = file_entry((inside / "udhcpc").read_bytes(), executable=True)
+    # What acpid runs when the power button is pressed (QMP's system_powerdown).
+    entries["etc/acpi/PWRF/00000080"] = file_entry(b"#!/bin/sh\nsync\npoweroff -f\n", executable=True)
     entries["etc/passwd"] = file_entry(b"root:x:0:0:root:/root:/bin/sh\n")
     entries["etc/group"] = file_entry(b"root:x:0:\n")
     entries["etc/hosts"] = file_entry(b"127.0.0.1 localhost\n")

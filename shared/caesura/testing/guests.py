@@ -96,7 +96,7 @@ class Definition(msgspec.Struct, frozen=True, kw_only=True):
     accel: str = "tcg,thread=multi"
     cpu: str = "qemu64"
     run: tuple[str, ...] = ("heartbeat",)
-    """Workloads inside, of heartbeat, memory, disk, tcp, approve."""
+    """Workloads inside, of heartbeat (always there), memory, disk, tcp, approve."""
     parameters: Mapping[str, str] = {}
     """``memory=60`` becomes ``caesura.memory=60`` on the kernel command line; see caesura_ctl/guest/inside."""
     agent: Mapping[str, str] = {}
@@ -111,8 +111,7 @@ class Definition(msgspec.Struct, frozen=True, kw_only=True):
 def kernel_command_line(definition: Definition) -> str:
     """What the guest's init reads."""
     words = ["console=ttyS0", "quiet", "rdinit=/init", "panic=-1"]
-    if definition.run:
-        words.append(f"caesura.run={','.join(definition.run)}")
+    words.append(f"caesura.run={','.join(dict.fromkeys(('heartbeat', *definition.run)))}")
     words += [f"caesura.{key}={value}" for key, value in definition.parameters.items()]
     words += [f"CAESURA_VM_AGENT_{key.upper()}={value}" for key, value in definition.agent.items()]
     return " ".join(words)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -120,6 +122,33 @@ def test_failures_are_kept_in_order(tmp_path: Path) -> None:
     assert failures(folder)[:12] == [f"why number {number}" for number in range(12)]
     assert failures(folder)[12] == "no reason"
     assert set(failures(folder)[13]) == {"ö"}
+
+
+def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Long texts need a block, short ones do not; the state file can be claimed again all the same."""
+    folder, file = str(tmp_path), f"file:350000:{HASH}"
+    assert claim(folder, 1, file) == file
+    real = os.symlink
+
+    def full(text: str, path: str) -> None:
+        if len(text) > 59:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(text, path)
+
+    monkeypatch.setattr(os, "symlink", full)
+    note_failure(folder, "x" * 300)
+    assert failures(folder) == ["x" * 59]
+    assert claim(folder, 2, file) == file
+    assert claim(folder, 2, "old") == file
+    assert claim(folder, 3, "new:5:6") == "new:5:6"
+    with pytest.raises(OSError, match="No space"):
+        claim(folder, 4, f"file:1:{HASH}")
+    assert current(folder) == (3, Owner("new", 5, 6))
+    for number in range(1, 4):
+        (tmp_path / str(number)).unlink()
+    with pytest.raises(OSError, match="No space"):
+        claim(folder, 1, file)
+    assert current(folder) == (0, None)
 
 
 # -- plans --------------------------------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -44,7 +43,7 @@ def test_one_at_a_time_and_given_back(tmp_path: Path) -> None:
             with turn(str(tmp_path), 0.05) as second:
                 assert not second
             assert 0.04 < time.monotonic() - began < 0.5
-    assert os.listdir(tmp_path) == [], "the first turn needs no room on the disk"
+    assert list(tmp_path.iterdir()) == [], "the first turn needs no room on the disk"
 
 
 def test_nothing_to_take_turns_at(tmp_path: Path) -> None:

@@ -342,7 +342,7 @@ async def test_a_failed_swap_leaves_the_rest_where_they_are_and_is_told_with_its
     scene = Scene(journal, "a", "b", "c", method="swap")
     now = time.monotonic()
     scene.driver.hand_overs["b"] = SwapFailed(
-        "b", "QEMU: no such device", frozen_at=now, resumed_at=now + 0.02
+        "b", "QEMU: no such device", frozen_at=now + 5, resumed_at=now + 5.02
     )
     op = await scene.run()
     assert op.end == "failed"

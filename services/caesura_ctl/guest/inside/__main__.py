@@ -7,7 +7,7 @@ import sys
 
 from .parameters import Parameters, read_parameters
 
-NAMES = ("heartbeat", "memory", "disk", "tcp", "approve")
+NAMES = ("clock", "heartbeat", "memory", "disk", "tcp", "approve")
 
 
 def main() -> int:

@@ -1,6 +1,6 @@
 """Writes checksummed blocks to /dev/vda, each followed by fdatasync, and reads all of them back when asked.
 
-``caesura.disk_blocks`` (256) blocks of 4 KiB are written round and round. Port ``org.caesura.disk.0``: ``verify``
+``caesura.disk_blocks`` (256) blocks of 4 KiB are written round and round, one every ``caesura.disk_ms`` (2). Port ``org.caesura.disk.0``: ``verify``
 reads past the page cache (O_DIRECT), and every block must be exactly the one that was written last; ``status``.
 """
 
@@ -17,7 +17,6 @@ from .ports import Desk
 PORT = "org.caesura.disk.0"
 DEVICE = "/dev/vda"
 BLOCK = 4096
-_PAUSE_S = 0.002
 
 
 def make_block(number: int, sequence: int) -> bytes:
@@ -63,6 +62,7 @@ class Disk:
 def run(parameters: Parameters) -> None:
     """Write and answer for ever."""
     disk = Disk(DEVICE, int(parameters.get("disk_blocks", "256")))
+    pause_s = float(parameters.get("disk_ms", "2")) / 1000
 
     def status() -> bytes:
         return b'{"written":%d,"longest_write_s":%.4f}' % (disk.sequence, disk.longest_s)
@@ -78,4 +78,4 @@ def run(parameters: Parameters) -> None:
     desk = Desk(PORT, {b"verify": verify, b"status": status})
     while True:
         disk.write()
-        desk.attend(time.monotonic() + _PAUSE_S)
+        desk.attend(time.monotonic() + pause_s)

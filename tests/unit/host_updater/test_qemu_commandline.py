@@ -1,0 +1,185 @@
+"""QEMU command lines: made, read, handed on, and what in them forbids it."""
+
+from __future__ import annotations
+
+import shlex
+
+import pytest
+
+from caesura_host_updater.drivers.qemu.commandline import (
+    Memory,
+    Paths,
+    bridge_script,
+    first_command,
+    mac_of,
+    machine_of,
+    memory_of,
+    next_command,
+    next_path,
+    options,
+    settings,
+    settled,
+    settled_path,
+    sockets_of,
+)
+from caesura_host_updater.drivers.qemu.definition import Definition, Disk, Nic
+from caesura_host_updater.drivers.qemu.obstacles import obstacles
+
+AT = Paths(
+    ram="/ram/c/a.ram",
+    qmp="/run/c/a/qmp",
+    guard="/run/c/a/guard",
+    agent="/run/c/a/ga",
+    serial="/run/c/a/serial",
+    serial_log="/var/lib/c/a,b.serial.log",
+    scripts={"br0": "/run/c/bridge-br0.sh"},
+)
+WHOLE = Definition(
+    memory_mib=256,
+    machine="pc-q35-7.2",
+    vcpus=2,
+    kernel="/k",
+    initrd="/i",
+    append="",
+    disk=(Disk(file="/d,1.qcow2"),),
+    nic=(Nic(), Nic(bridge="br0", mac="52:54:00:00:00:01")),
+    extra=("-device", "virtio-balloon-pci"),
+)
+RAM = "-machine pc-q35-7.2,memory-backend=ram -object memory-backend-file,id=ram,mem-path=/r,size=1G,share=on"
+
+
+def words(text: str) -> tuple[str, ...]:
+    """A command line as typed."""
+    return ("/usr/bin/qemu", *shlex.split(text))
+
+
+def test_first_command_can_be_handed_over() -> None:
+    argv = first_command("a", WHOLE, "/usr/bin/qemu-system-x86_64", "tcg", AT)
+    assert memory_of(argv) == Memory("/ram/c/a.ram", 256 << 20)
+    assert machine_of(argv) == ("pc-q35-7.2", {"memory-backend": "ram"})
+    found = obstacles(argv, "pc-q35-7.2")
+    assert found.both == found.beside == ()
+    assert sockets_of(argv) == (AT.qmp, AT.guard, AT.serial, AT.agent)
+    assert "file=/d,,1.qcow2,format=qcow2,if=none,id=disk0" in argv
+    assert "tap,id=net1,vhost=off,script=/run/c/bridge-br0.sh,downscript=no" in argv
+    assert argv[-2:] == ("-device", "virtio-balloon-pci")
+    assert f"virtio-net-pci,netdev=net0,mac={mac_of('a', 0)},romfile=" in argv
+    assert bridge_script("br0").startswith("#!/bin/sh\n")
+
+
+def test_next_command_is_the_same_but_for_where_it_listens() -> None:
+    argv = first_command("a", WHOLE, "/old/qemu", "tcg", AT)
+    following = next_command(argv, "/new/qemu", "pc-q35-7.2")
+    assert following[0] == "/new/qemu"
+    assert following[-3:] == ("-incoming", "defer", "-S")
+    assert set(sockets_of(following)) == {next_path(path) for path in sockets_of(argv)}
+    assert settled(following) == ("/new/qemu", *argv[1:])
+    assert settled(settled(following)) == settled(following)
+    assert next_command(settled(following), "/new/qemu", "pc-q35-7.2") == following
+    assert settled_path(next_path("/a/b")) == "/a/b"
+    assert settled_path("/a/b") == "/a/b"
+
+
+def test_macs_differ_and_stay() -> None:
+    assert mac_of("a", 0) == mac_of("a", 0)
+    assert len({mac_of("a", 0), mac_of("a", 1), mac_of("b", 0)}) == 3
+
+
+def test_other_peoples_command_lines() -> None:
+    """Aliases are resolved, logs are not emptied, and what belongs to the start of the first one is left out."""
+    argv = words(
+        "-machine q35,accel=tcg,memory-backend=ram -daemonize -pidfile /p -S --nographic -append '' -loadvm x"
+        " -chardev file,id=log,path=/l -chardev socket,id=q,path=/s/q,,1,server=on,wait=off,logfile=/m"
+        " -chardev socket,id=client,path=/s/client -qmp unix:/s/qmp,server=on,wait=off -incoming tcp:0:1"
+    )
+    following = next_command(argv, "/new", "pc-q35-7.2")
+    assert following == (
+        *("/new", "-machine", "pc-q35-7.2,accel=tcg,memory-backend=ram", "-nographic", "-append", ""),
+        *("-chardev", "file,id=log,path=/l,append=on"),
+        *("-chardev", "socket,id=q,path=/s/next/q,,1,server=on,wait=off,logfile=/m,logappend=on"),
+        *("-chardev", "socket,id=client,path=/s/client", "-qmp", "unix:/s/next/qmp,server=on,wait=off"),
+        *("-incoming", "defer", "-S"),
+    )
+    assert next_command(words("-m 1"), "/n", "pc-i440fx-7.2")[1:5] == ("-m", "1", "-machine", "pc-i440fx-7.2")
+    assert machine_of(words("-M type=q35,a=b")) == ("q35", {"a": "b"})
+
+
+def test_options_and_settings() -> None:
+    assert list(options(words("-S -m 1 disk.img --smp 2 -append"))) == [
+        ("-S", None),
+        ("-m", "1"),
+        ("", "disk.img"),
+        ("-smp", "2"),
+        ("-append", None),
+    ]
+    assert settings("socket,path=/a,,b,server=on,wait") == (
+        "socket",
+        {"path": "/a,b", "server": "on", "wait": "on"},
+    )
+    assert settings(None) == ("", {})
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("-m 1G", "private memory of the process"),
+        ("-m 1G -mem-path /dev/shm", "-mem-path /dev/shm"),
+        (RAM.replace("share=on", "share=off"), "lacks share=on"),
+        (RAM.replace(",share=on", ""), "lacks share=on"),
+        (RAM.replace("memory-backend=ram", "memory-backend=other"), "is not the machine's RAM"),
+        (RAM.replace("memory-backend-file", "memory-backend-memfd"), "memfd"),
+        (RAM.replace("memory-backend-file", "memory-backend-ram"), "is a memory-backend-ram"),
+        (RAM.replace("/r", "/dev/hugepages/r"), "huge pages"),
+        (RAM.replace("size=1G", "size=1Q"), "(1Q) is not understood"),
+        (RAM + ",discard-data=on", "discard-data"),
+        (RAM + " -object memory-backend-ram,id=more,size=1G", "several memory backends"),
+        (RAM + " -numa node,memdev=ram", "-numa"),
+        (RAM + """ -object '{"qom-type":"secret"}' """, "in JSON"),
+        (RAM + " -snapshot", "-snapshot"),
+        (RAM + " -device vfio-pci,host=1", "vfio-pci"),
+        (RAM + " -netdev tap,id=n,vhost=on", "vhost"),
+        (RAM + " -netdev vhost-user,id=n", "vhost"),
+        (RAM + " -netdev tap,id=n,fd=3", "open file of its starter"),
+        (RAM + " -add-fd fd=3,set=1", "open file of its starter"),
+        (RAM + " -kernel vmlinuz", "'vmlinuz' in its command line is relative"),
+        (RAM + " -drive file=disk.img", "'disk.img' in its command line is relative"),
+        (RAM + " -runas nobody", "-runas"),
+        (RAM + " disk.img", "'disk.img' of its command line"),
+    ],
+)
+def test_what_forbids_any_other_process(text: str, why: str) -> None:
+    found = obstacles(words(text), "pc-q35-7.2")
+    assert why in "; ".join(found.both)
+    assert found.beside == ()
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("-netdev tap,id=n,ifname=tap0", "the tap tap0"),
+        ("-netdev user,id=n,hostfwd=tcp::22-:22", "hostfwd tcp::22-:22"),
+        ("-s", "gdb"),
+        ("-gdb tcp::1", "gdb"),
+        ("-vnc :1", "-vnc"),
+        ("-spice port=1", "-spice"),
+        ("-monitor tcp:127.0.0.1:1,server=on", "-monitor tcp:"),
+        ("-chardev socket,id=c,port=1,host=::1,server=on", "chardev c"),
+    ],
+)
+def test_what_forbids_a_process_beside(text: str, why: str) -> None:
+    found = obstacles(words(f"{RAM} {text}"), "pc-q35-7.2")
+    assert found.both == ()
+    assert why in "; ".join(found.beside)
+
+
+def test_what_forbids_nothing() -> None:
+    text = "-netdev bridge,id=n,br=br0 -vnc unix:/v -drive file=nbd:h:1 -chardev socket,id=c,port=1,host=h -vnc none"
+    found = obstacles(words(f"{RAM} {text}"), "pc-q35-7.2")
+    assert found.both == found.beside == ()
+
+
+def test_machines_without_a_version() -> None:
+    for machine in ("microvm", "none", "isapc"):
+        assert f"machine type '{machine}' has no version" in "; ".join(obstacles(words(RAM), machine).both)
+    for machine in ("pc-q35-7.2", "virt-10.0", "pc-q35-rhel9.2.0"):
+        assert obstacles(words(RAM), machine).both == ()

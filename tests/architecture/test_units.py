@@ -209,7 +209,7 @@ def test_the_broker_has_every_setting_that_the_suite_needs() -> None:
 @pytest.mark.parametrize("name", ["host-updater", "pause-guard"])
 def test_qemu_hosts_have_drop_ins_that_only_loosen_what_qemu_needs(name: str) -> None:
     unit, more = read_unit(name), read_drop_in(f"qemu/caesura-{name}.conf")
-    assert "/dev/shm" in the(more, "ReadWritePaths"), "guests' RAM files"
+    assert the(more, "ReadWritePaths").startswith("/dev/"), "guests' RAM files"
     # Both know the sockets under the same path, and a restart of either must not remove them.
     assert (the(more, "RuntimeDirectory"), the(more, "RuntimeDirectoryPreserve")) == ("caesura", "yes")
     assert "User" not in {key.partition(".")[2] for key in more}, "the same user as without QEMU"

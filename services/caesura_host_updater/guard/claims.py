@@ -28,6 +28,7 @@ decided any more.
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 from contextlib import suppress
@@ -36,6 +37,8 @@ from typing import Literal, NamedTuple
 _NEW = re.compile(r"new:([1-9][0-9]{0,9}):([0-9]{1,19})")
 _FILE = re.compile(r"file:([1-9][0-9]{0,18}):([0-9a-f]{64})")
 _TEXT_BYTES = 1000  # a symlink's target may have 4095; a reason is one or two lines
+_SHORT_BYTES = 59  # the longest target that ext4 keeps in the inode, without a block of its own
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class BadClaim(ValueError):
@@ -93,27 +96,47 @@ def claim(folder: str, number: int, text: str) -> str:
 
     Raises:
         BadClaim: ``text`` is none.
+        OSError: the disk is full, and the same was never claimed before; ``old``, ``gone`` and ``new`` are short
+            enough to need no block of it.
         FileNotFoundError: there is no folder: the operation is over.
     """
     parse_owner(text)
     with suppress(FileExistsError):
-        os.symlink(text, f"{folder}/{number}")
+        try:
+            os.symlink(text, f"{folder}/{number}")
+        except OSError as error:
+            if error.errno not in _FULL:
+                raise
+            _claim_again(folder, number, text, error)
     return os.readlink(f"{folder}/{number}")
 
 
+def _claim_again(folder: str, number: int, text: str, full: OSError) -> None:
+    """On a full disk: the same text was claimed before, and another name of it needs no room."""
+    for name in os.listdir(folder):
+        if name.isdigit() and os.readlink(f"{folder}/{name}") == text:
+            os.link(f"{folder}/{name}", f"{folder}/{number}", follow_symlinks=False)
+            return
+    raise full
+
+
 def note_failure(folder: str, why: str) -> None:
-    """Write down why a new process could not take the guest, for the next try and for the report."""
+    """Write down why a new process could not take the guest, for the next try and for the report.
+
+    Never fails: on a full disk the note is short, or there is none.
+    """
     text = " ".join(why.replace("\0", " ").split()) or "no reason"
-    cut = text.encode()[:_TEXT_BYTES].decode(errors="ignore")
     number = len(failures(folder)) + 1
-    with suppress(FileNotFoundError):
-        while True:
-            try:
-                os.symlink(cut, f"{folder}/failure-{number}")
-            except FileExistsError:
-                number += 1
-            else:
-                return
+    for limit in (_TEXT_BYTES, _SHORT_BYTES):
+        cut = text.encode()[:limit].decode(errors="ignore")
+        with suppress(OSError):
+            while True:
+                try:
+                    os.symlink(cut, f"{folder}/failure-{number}")
+                except FileExistsError:
+                    number += 1
+                else:
+                    return
 
 
 def failures(folder: str) -> list[str]:

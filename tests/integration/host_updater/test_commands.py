@@ -84,7 +84,9 @@ async def test_commands_that_are_refused_touch_nothing(hosts: Callable[..., Any]
     assert "galaxy" in await refused(host, fleet, update="broken", **obeyed)
     assert "impact reboot" in await refused(host, fleet, update="restart", **obeyed)
     assert "no second VMM" in await refused(host, fleet, update="patch", method="swap", **obeyed)
-    assert "by method freeze, not by live" in await refused(host, fleet, update="patch", method="live", **obeyed)
+    assert "by method freeze, not by live" in await refused(
+        host, fleet, update="patch", method="live", **obeyed
+    )
     assert "does not fit a budget" in await refused(host, fleet, hold_s=9.5, budget_s=10.0, **obeyed)
     assert "takes some 9 s" in await refused(host, fleet, update="long", budget_s=10.0, **obeyed)
     assert "too short" in await refused(host, fleet, hold_s=0.0, budget_s=0.3, **obeyed)

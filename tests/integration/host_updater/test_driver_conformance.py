@@ -225,7 +225,7 @@ async def test_the_guard_plan_resumes_without_the_driver(driver: Driver) -> None
     await driver.freeze("awkward", soon())
     thaw(plan)
     async with asyncio.timeout(5):
-        while condition(plan) != "running" or driver.states()["awkward"] != "running":
+        while condition(plan) != "running" or driver.states()["awkward"] != "running":  # noqa: ASYNC110 - nobody calls us
             await asyncio.sleep(0.002)
 
 

@@ -204,3 +204,19 @@ async def test_old_process_that_dies_before_its_state_is_saved(rig: Any, tools: 
     assert await driver.resume("a", 5) == "gone"
     await driver.release("a")
     assert driver.states() == {"a": "stopped"}
+
+
+async def test_decided_otherwise_meanwhile(rig: Any, tools: Any) -> None:
+    """The guard gives the guest back to the old process while its state is saved: it is not held any longer."""
+    from caesura_host_updater.guard.claims import claim  # noqa: PLC0415
+
+    driver = await rig.open({"a": SMALL})
+    pid = tools.pid_of(driver, "a")
+    await driver.prepare("a", "op-1", "replace", "")
+    claim(driver.resume_plan("a").claims, 1, "old")
+    with pytest.raises(FreezeFailed, match="decided otherwise meanwhile: old"):
+        await driver.checkpoint("a", tools.soon())
+    assert await driver.resume("a", 5) == "running"
+    await driver.release("a")
+    assert tools.pid_of(driver, "a") == pid
+    await rig.only(pid)

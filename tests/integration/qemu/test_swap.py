@@ -26,6 +26,11 @@ async def swap(driver: Any, vm: str = "a", operation: str = "op-1", binary: str 
     return handed
 
 
+def policies(pid: int) -> set[int]:
+    """How its threads are scheduled."""
+    return {os.sched_getscheduler(int(path.name)) for path in Path(f"/proc/{pid}/task").iterdir()}
+
+
 async def test_swap_there_and_on(rig: Any, tools: Any) -> None:
     """Three processes one after the other; the sockets keep their names, and there is never another process."""
     driver = await rig.open({"a": SMALL})
@@ -40,6 +45,7 @@ async def test_swap_there_and_on(rig: Any, tools: Any) -> None:
         assert handed.detail.startswith("QEMU 7.2.")
         await rig.only(tools.pid_of(driver, "a"))
         assert tools.pid_of(driver, "a") != before
+        assert policies(tools.pid_of(driver, "a")) == policies(os.getpid()) == {os.SCHED_OTHER}
     assert driver.states() == {"a": "running"}
     assert tools.pid_of(driver, "a") != first
     assert {path.name for path in (rig.folder / "run" / "a").iterdir()} == names | {"next"}
@@ -176,6 +182,22 @@ async def test_new_process_that_dies_when_it_has_everything(rig: Any, tools: Any
     await failed(rig, tools, driver)
 
 
+async def test_new_process_that_dies_when_it_is_told_to_run(rig: Any, tools: Any) -> None:
+    """It is claimed, and yet the guest can go back: the dead process is shown to have run nothing."""
+    driver = await rig.open({"a": SMALL})
+    await driver.prepare("a", "op-1", "swap", "")
+    qmp = driver._guests["a"].prepared.qmp
+    new, execute = tools.next_pid(driver, "a"), qmp.execute
+
+    async def die(command: str, *arguments: Any, **named: Any) -> Any:
+        if command == "cont":
+            os.kill(new, signal.SIGKILL)
+        return await execute(command, *arguments, **named)
+
+    qmp.execute = die
+    await failed(rig, tools, driver)
+
+
 async def test_new_process_that_hangs(rig: Any, tools: Any) -> None:
     """A QEMU that sends its state to one that hangs hangs too: a limit of ours, not an answer of theirs, ends it."""
     driver = await rig.open({"a": SMALL})
@@ -208,6 +230,41 @@ async def test_too_late_to_begin(rig: Any, tools: Any) -> None:
         await driver.hand_over("a", time.monotonic() - 0.1)
     assert driver.states() == {"a": "running"}
     await failed_release(rig, tools, driver)
+
+
+async def test_guest_that_stands_still_already(rig: Any, tools: Any) -> None:
+    driver = await rig.open({"a": SMALL})
+    await driver.prepare("a", "op-1", "swap", "")
+    await driver.freeze("a", tools.soon())
+    with pytest.raises(SwapFailed, match="is paused before anything was done"):
+        await driver.hand_over("a", tools.soon())
+    assert await driver.resume("a", 5) == "running"
+    with pytest.raises(DriverError, match="op-1 has not been released"):
+        await driver.prepare("a", "op-2", "swap", "")
+    await failed_release(rig, tools, driver)
+
+
+async def test_guard_that_finishes_the_swap_while_the_updater_looks_on(rig: Any, tools: Any) -> None:
+    """The old process is dead, the new one has everything: the guard gives it the guest, and we follow."""
+    from caesura_host_updater.guard.plans import thaw  # noqa: PLC0415
+
+    driver = await rig.open({"a": SMALL})
+    await driver.prepare("a", "op-1", "swap", "")
+    guest = driver._guests["a"]
+    old, new = tools.pid_of(driver, "a"), tools.next_pid(driver, "a")
+    with guest.prepared.qmp.watch() as told:
+        await guest.qmp.execute("migrate", uri=f"unix:{rig.folder}/run/a/mig")
+        await told.first(lambda event: event.data.get("status") == "completed")
+    guest.prepared.begun = True
+    os.kill(old, signal.SIGKILL)
+    await tools.until(lambda: not tools.runs(old), "its death")
+    await asyncio.to_thread(thaw, driver.resume_plan("a"))
+    assert driver.states() == {"a": "paused"}
+    assert await driver.resume("a", 5) == "running"
+    assert tools.pid_of(driver, "a") == new
+    await driver.release("a")
+    await rig.only(new)
+    await swap(driver, operation="op-2")
 
 
 async def failed_release(rig: Any, tools: Any, driver: Any) -> None:

@@ -13,9 +13,8 @@ import signal
 import time
 from pathlib import Path
 
-from caesura_host_updater.drivers.qemu.handover import HandOverFailed, set_capabilities
+from caesura_host_updater.drivers.qemu.handover import HandOverFailed, set_capabilities, take_from
 from caesura_host_updater.drivers.qemu.qmp import Event, Qmp
-from caesura_host_updater.guard.claims import claim
 from caesura_host_updater.guard.plans import ReplacePlan
 from caesura_host_updater.guard.procfs import alive, send_signal
 
@@ -56,10 +55,7 @@ async def save_state(qmp: Qmp, plan: ReplacePlan, by: float) -> float:
     text = _keep(part, plan.state_file)
     if time.monotonic() >= by:
         raise HandOverFailed("its state was not saved in time")
-    send_signal(plan.old.pid, plan.old.start_ticks, signal.SIGSTOP)
-    standing = claim(plan.claims, 1, text)
-    if standing != text:
-        raise HandOverFailed(f"it was decided otherwise meanwhile: {standing}")
+    take_from(plan, text)
     send_signal(plan.old.pid, plan.old.start_ticks, signal.SIGKILL)
     until = time.monotonic() + _DEATH_S
     while alive(plan.old.pid, plan.old.start_ticks):

@@ -3,7 +3,7 @@
 A measurement is the exchange with the least round trip of several: the true error lies within half of it. What is
 known of the ways to set (measured, TCG): ``guest-set-time`` leaves 0.2 to 2 ms, the first call after a hand-over
 more; a relative step inside the guest (`caesura-set-clock NANOSECONDS`, which a guest may offer) leaves less than
-0.1 ms but takes 0.2 s to start. So: a clock that is far off is set at once, what is left is stepped away.
+0.1 ms and takes some 0.03 s. So: a clock that is far off is set at once, what is left is stepped away.
 """
 
 from __future__ import annotations

@@ -43,7 +43,10 @@ class NotAttached(Exception):
 
 @dataclass
 class Prepared:
-    """What ``prepare`` made for one operation. ``qmp``: the connection to a swap's new process."""
+    """What ``prepare`` made for one operation.
+
+    ``qmp``: the connection to a swap's new process. ``begun``: the guest may be in another process, or in none.
+    """
 
     operation: str
     method: Method
@@ -52,7 +55,7 @@ class Prepared:
     qmp: Qmp | None = None
     watch: ExitWatch | None = None
     detail: str = ""
-    checkpointed: bool = False
+    begun: bool = False
 
 
 @dataclass(eq=False)
@@ -181,9 +184,8 @@ class Guest:
     def state(self) -> VmState:
         """Now."""
         if self.run is None:
-            # Between the end of the old process and the start of the new one there is only its memory.
-            held = self.prepared is not None and self.prepared.checkpointed
-            return "paused" if held else "stopped"
+            # The guard may have been quicker, or there is only its memory now: `resume` finds out.
+            return "paused" if self.prepared is not None and self.prepared.begun else "stopped"
         if not self._status or self.qmp is None or self.qmp.closed:
             return "unknown" if alive(self.run.pid, self.run.start_ticks) else "stopped"
         if self._status in _OVER:

@@ -12,12 +12,14 @@ import time
 from collections.abc import Awaitable
 from typing import Any, NamedTuple
 
-from caesura_host_updater.drivers.qemu.qmp import Event, Qmp, QmpFailed, Watch
+from caesura_host_updater.drivers.qemu.qmp import Event, Qmp, QmpClosed, QmpFailed, Watch
 from caesura_host_updater.guard.claims import claim
-from caesura_host_updater.guard.plans import SwapPlan
-from caesura_host_updater.guard.procfs import send_signal
+from caesura_host_updater.guard.plans import ReplacePlan, SwapPlan
+from caesura_host_updater.guard.procfs import alive, send_signal
 
 _TRIPWIRE_BYTES = 1 << 20  # device state is 0.2 to 0.4 MB: more means that guest RAM was copied
+_DEATH_S = 0.3  # s: from the end of a process's connections to its own
+_LOOK_S = 0.001
 
 
 class HandOverFailed(Exception):
@@ -64,6 +66,7 @@ async def run_hand_over(old: Qmp, new: Qmp, plan: SwapPlan, uri: str, by: float)
     Raises:
         HandOverFailed, QmpFailed: the guard's way out decides who runs the guest.
     """
+    began_at = time.monotonic()
     with old.watch() as told_by_old, new.watch() as told_by_new:
         try:
             async with asyncio.timeout_at(asyncio.get_running_loop().time() + by - time.monotonic()):
@@ -71,17 +74,48 @@ async def run_hand_over(old: Qmp, new: Qmp, plan: SwapPlan, uri: str, by: float)
                 await _both_completed(told_by_old, told_by_new)
                 status, moved = await asyncio.gather(new.status(), old.execute("query-migrate"))
                 _check(status, moved)
-                send_signal(plan.old.pid, plan.old.start_ticks, signal.SIGSTOP)
-                wanted = f"new:{plan.new.pid}:{plan.new.start_ticks}"
-                standing = claim(plan.claims, 1, wanted)
-                if standing != wanted:
-                    raise HandOverFailed(f"it was decided otherwise meanwhile: {standing}")
-                await new.execute("cont")
-                resumed = await told_by_new.first(lambda event: event.name == "RESUME")
+                if not alive(plan.new.pid, plan.new.start_ticks):
+                    raise HandOverFailed("the new process died when it had the whole state")
+                take_from(plan, f"new:{plan.new.pid}:{plan.new.start_ticks}")
+                resumed = await _let_run(new, told_by_new, plan)
         except TimeoutError:
             raise HandOverFailed("the new process did not take the guest over in time") from None
-        stopped = next(event for event in told_by_old.events if event.name == "STOP")
-        return Handed(stopped.at, resumed.at)
+        stopped_at = next((event.at for event in told_by_old.events if event.name == "STOP"), began_at)
+        return Handed(stopped_at, resumed.at)
+
+
+def take_from(plan: SwapPlan | ReplacePlan, text: str) -> None:
+    """Fence the old process and claim; it is held from here on, unless it was decided otherwise meanwhile."""
+    send_signal(plan.old.pid, plan.old.start_ticks, signal.SIGSTOP)
+    standing = claim(plan.claims, 1, text)
+    if standing != text:
+        if standing == "old":  # whoever decided that may be talking to it right now
+            send_signal(plan.old.pid, plan.old.start_ticks, signal.SIGCONT)
+        raise HandOverFailed(f"it was decided otherwise meanwhile: {standing}")
+
+
+async def _let_run(new: Qmp, told: Watch, plan: SwapPlan) -> Event:
+    """``cont``. If the new process died of it or before it, see whether the guest can go back.
+
+    QEMU writes RESUME to every connection before it lets the first virtual CPU go, and what it wrote is read to the
+    end before the connection counts as closed: none of it in there, and the process dead, shows that nothing ran.
+    """
+    try:
+        await new.execute("cont")
+        return await told.first(_is_resume)
+    except QmpClosed:
+        until = time.monotonic() + _DEATH_S
+        while not (ended := new.closed and not alive(plan.new.pid, plan.new.start_ticks)):
+            if time.monotonic() > until:
+                break
+            await asyncio.sleep(_LOOK_S)  # its sockets are closed before it is dead
+        if ended and not any(_is_resume(event) for event in told.events):
+            claim(plan.claims, 2, "old")
+        raise
+
+
+def _is_resume(event: Event) -> bool:
+    return event.name == "RESUME"
 
 
 async def _both_completed(old: Watch, new: Watch) -> None:

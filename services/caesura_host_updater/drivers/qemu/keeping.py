@@ -87,6 +87,9 @@ class Keeper:
             if (pid, start_ticks) not in kept:
                 _log.warning("process.left_over", pid=pid)
                 kill(pid, start_ticks)
+        for state in self._launcher.run_dir.glob("*/*.state*"):
+            if not self._records.claims(state.parent.name, state.name.partition(".")[0]).exists():
+                remove_files(state)
         for file in self._launcher.ram_dir.glob("*.ram"):
             if str(file) not in held_files:
                 _log.warning("ram_file.left_over", file=str(file))
@@ -106,7 +109,7 @@ class Keeper:
             if plan is None:
                 self._records.end(folder)
                 continue
-            guest.prepared = Prepared(folder.name, _method(plan), plan, folder, checkpointed=True)
+            guest.prepared = Prepared(folder.name, _method(plan), plan, folder, begun=True)
             try:
                 state = await loop.run_in_executor(self._threads, condition, plan)
             except OSError:

@@ -71,6 +71,9 @@ class Mover:
         called_at = time.monotonic()
         if called_at >= by:
             raise SwapFailed(guest.vm, "it was too late to begin")
+        if guest.state != "running":
+            raise SwapFailed(guest.vm, f"is {guest.state} before anything was done")
+        prepared.begun = True
         limit = min(by, called_at + _HAND_OVER_S)
         channel = str(self._launcher.folder(guest.vm) / "mig")
         try:
@@ -128,7 +131,7 @@ class Mover:
         called_at = time.monotonic()
         if called_at >= by:
             raise FreezeFailed(guest.vm, "it was too late to begin")
-        prepared.checkpointed = True
+        prepared.begun = True
         try:
             await save_state(qmp, prepared.plan, min(by, called_at + _HAND_OVER_S))
         except (HandOverFailed, QmpFailed, OSError) as error:

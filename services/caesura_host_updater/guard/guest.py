@@ -17,11 +17,11 @@ from typing import Literal
 
 from caesura_host_updater.guard.processes import end, is_held
 from caesura_host_updater.guard.procfs import alive
+from caesura_host_updater.guard.qemuplans import SPARE
 from caesura_host_updater.guard.qmp import Qmp, QmpError, QmpRefused, QmpSilent, StrangeSocket
 
 RUNNING = frozenset({"running", "suspended"})  # suspended: the guest's own sleep, nothing of ours
 OVER = frozenset({"shutdown", "guest-panicked", "internal-error"})  # nothing but a reset makes it run again
-SPARE = ".2"  # the end of a spare socket's path
 LOADING = frozenset({"inmigrate", "prelaunch"})
 CONT_S = 1.0  # s: what ``cont`` may take: activating the disks may wait for a busy one
 _UNDER_WAY = frozenset(

@@ -10,6 +10,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+SPARE = ".2"
+"""The end of the path of a second QMP socket for the guard."""
+
 
 class BadPlan(ValueError):
     """A plan that the guard will not carry out."""
@@ -29,7 +32,7 @@ def _text(what: str, text: object) -> None:
 class Vmm:
     """One QEMU process. ``qmp``: a QMP socket of it that nobody keeps open; it listens there itself (not through a
     descriptor that somebody else made), so that the kernel can tell whose socket it is. If there is a second one at
-    ``qmp`` + ``.2``, it is used when a client of the first one was stopped.
+    ``qmp`` + ``SPARE``, it is used when a client of the first one was stopped.
     """
 
     pid: int

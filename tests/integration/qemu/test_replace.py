@@ -39,6 +39,7 @@ async def test_replace(rig: Any, tools: Any) -> None:
     assert sorted(path.name for path in (rig.folder / "run" / "a").iterdir()) == [
         "ga",
         "guard",
+        "guard.2",
         "next",
         "qmp",
         "serial",

@@ -59,7 +59,7 @@ def test_first_command_can_be_handed_over() -> None:
     assert machine_of(argv) == ("pc-q35-7.2", {"memory-backend": "ram"})
     found = obstacles(argv, "pc-q35-7.2")
     assert found.both == found.beside == ()
-    assert sockets_of(argv) == (AT.qmp, AT.guard, AT.serial, AT.agent)
+    assert sockets_of(argv) == (AT.qmp, AT.guard, f"{AT.guard}.2", AT.serial, AT.agent)
     assert "file=/d,,1.qcow2,format=qcow2,if=none,id=disk0" in argv
     assert "tap,id=net1,vhost=off,script=/run/c/bridge-br0.sh,downscript=no" in argv
     assert argv[-2:] == ("-device", "virtio-balloon-pci")

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from hashlib import blake2b
 
 from caesura_host_updater.drivers.qemu.definition import Definition
+from caesura_host_updater.guard.qemuplans import SPARE
 
 NEXT = "next"
 """The folder, beside a process's sockets, where those of the process that shall follow it are."""
@@ -86,7 +87,8 @@ def first_command(vm: str, definition: Definition, binary: str, accel: str, at: 
         ("-append", definition.append),
     ):
         words += [option, value] if value else []
-    for name, path in (("qmp", at.qmp), ("guard", at.guard)):
+    # The spare one: an updater that was stopped in the middle of a way out holds the guard's.
+    for name, path in (("qmp", at.qmp), ("guard", at.guard), ("guard2", f"{at.guard}{SPARE}")):
         words += ["-chardev", f"socket,id={name},path={escaped(path)},server=on,wait=off"]
         words += ["-mon", f"chardev={name},mode=control"]
     words += [

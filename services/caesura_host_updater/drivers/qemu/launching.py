@@ -22,7 +22,7 @@ from caesura_host_updater.drivers.qemu.vmm import last_words
 from caesura_host_updater.guard.procfs import boot_id, read_process, send_signal
 
 _SOCKET_PATH_BYTES = 107  # unix(7): sun_path has 108 bytes with the closing zero
-_LONGEST = "next/serial"
+_LONGEST = "next/guard.2"
 _VERSION_S = 3.0  # s: a QEMU says its version within 30 ms
 _LOOK_S = 0.002
 _MARK = "CAESURA_QEMU"

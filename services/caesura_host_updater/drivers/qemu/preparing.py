@@ -113,7 +113,7 @@ class Preparer:
         except BaseException:
             await self._drop(pid, new)
             raise
-        detail = f"QEMU {qmp.version} -> {new.version}"
+        detail = f"QEMU {new.version} (pid {pid}), was QEMU {qmp.version} (pid {run.pid})"
         return Prepared(folder.name, "swap", plan, folder, new, watch, detail)
 
     async def _replace(self, guest: Guest, run: Run, qmp: Qmp, folder: Path, program: str) -> Prepared:

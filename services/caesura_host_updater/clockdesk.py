@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 
+import msgspec
 import structlog
 
 from caesura.contract.messages import AgentClockSynced, MemoryProof, VmClockSynced, VmResumed
@@ -37,7 +38,7 @@ class ClockDesk:
 
     The time to answer begins when the broker has taken `resumed`: before that no agent can know. It begins
     anew when the broker was away, and the verdict never comes before the operation's report. A VM without an
-    agent, or whose agent keeps silent, is set through the driver where that is possible.
+    agent, or whose agent keeps silent or cannot, is set through the driver where that is possible.
 
     Args:
         verdict: takes each verdict, with the operation it is about.
@@ -149,11 +150,15 @@ class ClockDesk:
 
     def _look(self, case: _Case) -> None:
         now = time.monotonic()
-        if case.answer is not None:
-            self._close(case, judge(self._host, case.wait, case.answer, datetime.now(UTC)))
-        elif case.asking is not None:
+        if case.asking is not None:
             if case.asking.done():
-                self._close(case, case.asking.result())
+                self._close(case, self._better(case, case.asking.result()))
+        elif case.answer is not None:
+            verdict = judge(self._host, case.wait, case.answer, datetime.now(UTC))
+            if verdict.synced or not self._settable(case.wait.vm):
+                self._close(case, verdict)
+            else:
+                self._ask_driver(case, f"its agent could not: {verdict.reason}")
         elif case.wait.vm in self._without_agent:
             self._ask_driver(case, "no agent")
         elif case.told_at is not None and now >= case.told_at + self._timeout_s:
@@ -162,6 +167,19 @@ class ClockDesk:
         elif case.told_at is not None and case.resumed is not None and now >= case.repeat_at:
             case.repeat_at = now + REPEAT_S
             self._repeat(case.resumed)
+
+    def _settable(self, vm: str) -> bool:
+        """Whether the driver may be able to set the clock from outside."""
+        return self._driver.capabilities(vm).clock == "system"
+
+    def _better(self, case: _Case, by_driver: VmClockSynced) -> VmClockSynced:
+        """What the agent said, if it said anything: it may have come while the driver was asked."""
+        if case.answer is None:
+            return by_driver
+        by_agent = judge(self._host, case.wait, case.answer, datetime.now(UTC))
+        if by_agent.synced or not by_driver.synced:
+            return by_agent
+        return msgspec.structs.replace(by_driver, memory=by_agent.memory or by_driver.memory)
 
     def _ask_driver(self, case: _Case, why: str) -> None:
         case.asking = asyncio.create_task(self._by_driver(case.wait, why))

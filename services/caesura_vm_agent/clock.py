@@ -18,6 +18,7 @@ from caesura.runtime.errors import CaesuraError
 
 NS_PER_S = 1_000_000_000
 MAX_STEPS = 2  # a second step mends what the first one left; a third would only chase noise
+MAX_ROUNDS = 6  # of measuring: in a starved guest exchanges take long and say little, so it is asked again
 
 
 class ImplausibleExchange(CaesuraError):
@@ -59,6 +60,10 @@ class Done(msgspec.Struct, frozen=True):
     reason: str = ""
 
 
+class MeasureAgain(msgspec.Struct, frozen=True):
+    """Nothing can be said yet: the exchanges took too long to tell whether the clock is right."""
+
+
 class Step(msgspec.Struct, frozen=True):
     """Move the guest clock by this much, then measure again."""
 
@@ -89,25 +94,33 @@ def best(samples: Sequence[Sample]) -> Sample | None:
     return min(samples, key=lambda sample: sample.delay_ns, default=None)
 
 
-def next_step(rounds: Sequence[Sample | None], *, threshold_s: float, bound_s: float) -> Step | Done:
+def next_step(
+    rounds: Sequence[Sample | None], *, steps: int, threshold_s: float, bound_s: float
+) -> Step | MeasureAgain | Done:
     """What to do after these rounds of measuring (each round's best sample, None where nobody answered).
 
     The first round steps above ``threshold_s`` (and above its own uncertainty: a step smaller than that is a
-    guess). Later rounds step again only if the bound is still missed.
+    guess). Later rounds step again only if the bound is still missed. A round that is too uncertain to show
+    either is measured again.
+
+    Args:
+        steps: made so far.
     """
     last = rounds[-1]
     if last is None:
         when = "no answer to any clock-sync exchange" if len(rounds) == 1 else "no answer after the step"
         return Done(synced=False, reason=when)
     inside = abs(last.error_ns) + last.uncertainty_ns <= bound_s * NS_PER_S
-    first = len(rounds) == 1
     worth_it = abs(last.error_ns) > max(threshold_s * NS_PER_S, last.uncertainty_ns)
-    if len(rounds) <= MAX_STEPS and worth_it and (first or not inside):
-        return Step(by_ns=-last.error_ns)
+    if len(rounds) < MAX_ROUNDS:
+        if steps < MAX_STEPS and worth_it and (not inside or len(rounds) == 1):
+            return Step(by_ns=-last.error_ns)
+        if not inside and not worth_it:
+            return MeasureAgain()
     if inside:
         return Done(synced=True)
     return Done(
         synced=False,
         reason=f"error {last.error_ns / NS_PER_S:+.6f} s, uncertain by {last.uncertainty_ns / NS_PER_S:.6f} s, "
-        f"bound {bound_s:g} s, after {len(rounds) - 1} steps",
+        f"bound {bound_s:g} s, after {steps} steps",
     )

@@ -15,6 +15,7 @@ from caesura_vm_agent.clock import (
     NS_PER_S,
     Done,
     ImplausibleExchange,
+    MeasureAgain,
     Sample,
     SyncPolicy,
     best,
@@ -59,14 +60,17 @@ class ClockSync:
         policy = self._policy
         threshold_s = policy.periodic_threshold_s if trigger == "periodic" else policy.step_threshold_s
         rounds: list[Sample | None] = []
-        answers = 0
+        answers = steps = 0
         while True:
             samples = await self._measure()
             answers += len(samples)
             rounds.append(best(samples))
-            step = next_step(rounds, threshold_s=threshold_s, bound_s=policy.bound_s)
+            step = next_step(rounds, steps=steps, threshold_s=threshold_s, bound_s=policy.bound_s)
             if isinstance(step, Done):
                 break
+            if isinstance(step, MeasureAgain):
+                continue
+            steps += 1
             try:
                 self._clock.step(step.by_ns)
             except ClockError as error:

@@ -131,7 +131,8 @@ def _guest_memory(picture: Picture, pauses: Sequence[Pause]) -> Check:
     return Check(
         "memory unchanged",
         bool(proofs) and all(found and all(proof.ok for proof in found) for found in proofs),
-        f"same boot id in {beats}/{len(pauses)} guests, same digest of all RAM for {digests}",
+        f"same boot id in {beats}/{len(pauses)} guests"
+        + (f", same digest of all RAM for {digests}" if digests else ""),
     )
 
 

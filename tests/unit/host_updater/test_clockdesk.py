@@ -9,14 +9,14 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import suppress
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
 from caesura.contract.messages import AgentClockSynced, VmClockSynced, VmResumed
 from caesura_host_updater.clock import ClockWait
 from caesura_host_updater.clockdesk import ClockDesk
-from caesura_host_updater.drivers.port import ClockSet, DriverError, NotPossible
+from caesura_host_updater.drivers.port import Capabilities, ClockSet, DriverError, NotPossible
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 
@@ -28,7 +28,11 @@ class OutsideClock:
         self.answer: ClockSet | Exception = NotPossible("vm", "there is no guest agent")
         self.boot_id: str | Exception = "kernel-1"
         self.asked: list[str] = []
+        self.clock: Literal["simulated", "system"] = "system"
         self.hold: asyncio.Event | None = None
+
+    def capabilities(self, vm: str) -> Capabilities:
+        return Capabilities(methods=(), missing={}, clock=self.clock)
 
     async def sync_clock(self, vm: str) -> ClockSet:
         self.asked.append(vm)
@@ -151,6 +155,45 @@ async def test_when_neither_answers_it_says_what_both_said(make: Any) -> None:
         assert str(answer.args[0] if isinstance(answer, RuntimeError) else answer.why) in told.reason
 
 
+def told(vm: str, *, synced: bool, boot_id: str = "agent-1") -> AgentClockSynced:
+    """What an agent says after a resume."""
+    return AgentClockSynced(
+        vm=vm,
+        operation="op",
+        trigger="resume",
+        synced=synced,
+        error_before_s=-1.0,
+        error_after_s=0.0 if synced else -0.5,
+        uncertainty_s=0.001,
+        boot_id=boot_id,
+        reason="" if synced else "not permitted to set the clock",
+    )
+
+
+async def test_an_agent_that_cannot_is_followed_by_the_driver_and_its_proof_of_memory_counts(
+    make: Any,
+) -> None:
+    desk = make(timeout_s=2.0)
+    desk.driver.answer = ClockSet(before_s=-1.0, after_s=0.0, uncertainty_s=0.001)
+    desk.paused("vm")
+    desk.desk.answered(told("vm", synced=False))
+    verdict = await desk.verdict()
+    assert (verdict.synced, verdict.by) == (True, "driver")
+    assert verdict.memory is not None
+    assert (verdict.memory.proof, verdict.memory.ok) == ("heartbeat", True)
+
+
+@pytest.mark.parametrize("clock", ["simulated", "system"])
+async def test_when_neither_can_the_agent_is_quoted(make: Any, clock: str) -> None:
+    desk = make(timeout_s=2.0)
+    desk.driver.clock = clock
+    desk.paused("vm")
+    desk.desk.answered(told("vm", synced=False))
+    verdict = await desk.verdict()
+    assert (verdict.synced, verdict.by, verdict.reason) == (False, "agent", "not permitted to set the clock")
+    assert desk.driver.asked == (["vm"] if clock == "system" else [])
+
+
 async def test_a_driver_that_hangs_holds_up_nobody_else(make: Any) -> None:
     desk = make("vm-1", timeout_s=1.0)
     desk.driver.hold = asyncio.Event()
@@ -159,17 +202,7 @@ async def test_a_driver_that_hangs_holds_up_nobody_else(make: Any) -> None:
         while not desk.driver.asked:  # noqa: ASYNC110 - a plain list
             await asyncio.sleep(0.005)
     desk.paused("vm-2")
-    answer = AgentClockSynced(
-        vm="vm-2",
-        operation="op",
-        trigger="resume",
-        synced=True,
-        error_before_s=-1.0,
-        error_after_s=0.0,
-        uncertainty_s=0.001,
-        boot_id="b",
-    )
-    desk.desk.answered(answer)
+    desk.desk.answered(told("vm-2", synced=True))
     first, second = await desk.verdict(), await desk.verdict()
     assert (first.vm, first.by) == ("vm-2", "agent")
     assert (second.vm, second.by) == ("vm-1", "nobody")

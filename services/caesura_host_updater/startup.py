@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import time
+from contextlib import suppress
 from datetime import UTC, datetime
 
 import structlog
 
 from caesura_host_updater.applying import end_orphans
-from caesura_host_updater.drivers.port import Driver, NotRunningYet
+from caesura_host_updater.drivers.port import Driver, DriverError, NotRunningYet
 from caesura_host_updater.endings import Endings, Letters
 from caesura_host_updater.guard.intent import Intent
 from caesura_host_updater.guard.procfs import boot_id
@@ -32,6 +33,9 @@ async def resume_until_running(driver: Driver, vm: str) -> str:
             return await driver.resume(vm, _RESUME_TRY_S)
         except NotRunningYet as error:
             _log.error("vm.not_resumed_yet", vm=vm, why=error.why)
+        except Exception as error:  # noqa: BLE001 - whatever it is, the VM must run: log it and go on
+            _log.error("vm.resume_failed", vm=vm, why=repr(error))
+            await asyncio.sleep(_RESUME_TRY_S)
 
 
 class Startup:
@@ -54,6 +58,8 @@ class Startup:
         self._letters = letters
         self._endings = endings
         self.late: list[asyncio.Task[None]] = []
+        self._resuming: set[asyncio.Task[None]] = set()
+        self._let_go = asyncio.Event()
 
     async def run(self, epoch: int) -> None:
         """Put everything right.
@@ -75,20 +81,36 @@ class Startup:
                 await self._guardian.disarm(held.operation)
             except GuardUnavailable as error:
                 _log.error("guard.not_disarmed", operation=held.operation, why=str(error))
+        # Not before the guard let go: what was prepared tells it the way out.
+        self._let_go.set()
+        done = self._resuming - set(self.late)
+        if done:
+            await asyncio.wait(done)
 
     async def _resume_left_frozen(self) -> dict[str, float]:
         frozen = [vm for vm, state in self._driver.states().items() if state == "paused"]
         resumed: dict[str, float] = {}
+        settled = {vm: asyncio.Event() for vm in frozen}
 
         async def resume(vm: str) -> None:
             if await resume_until_running(self._driver, vm) == "running":
                 resumed[vm] = time.monotonic()
+            settled[vm].set()
+            await self._let_go.wait()
+            try:
+                await self._driver.release(vm)
+            except DriverError as error:
+                _log.error("vm.not_released", vm=vm, why=error.why)
 
-        tasks = [asyncio.create_task(resume(vm)) for vm in frozen]
+        tasks = {vm: asyncio.create_task(resume(vm)) for vm in frozen}
         if tasks:
             _log.error("vms.found_frozen", vms=frozen)
-            await asyncio.wait(tasks, timeout=_PATIENCE_S)
-        self.late = [task for task in tasks if not task.done()]
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_PATIENCE_S):
+                    for each in settled.values():
+                        await each.wait()
+        self._resuming = set(tasks.values())
+        self.late = [task for vm, task in tasks.items() if not settled[vm].is_set()]
         return resumed
 
     async def _end(

@@ -11,8 +11,10 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 
 from caesura_host_updater.guard.intent import IntentFile, UnreadableIntent
+from caesura_host_updater.guard.procfs import boot_id
 from caesura_host_updater.guard.server import AlreadyRunning, GuardServer
 from caesura_host_updater.guard.watch import Watch
 
@@ -58,7 +60,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (AlreadyRunning, OSError) as error:
         print(f"caesura-pause-guard: {error}", file=sys.stderr)  # noqa: T201 - the command's answer
         return 1
-    if found is not None:
+    if found is not None and found.boot_id != boot_id():
+        # Nothing of it lives, and its numbers may be other processes' by now: a guest that was in a state file must
+        # not be loaded into memory that is not its own.
+        log("guard.intent_of_another_boot", operation=found.operation)
+        with suppress(OSError):
+            store.clear()
+    elif found is not None:
         watch.adopt(found)
     log("guard.ready", pid=os.getpid(), state=watch.state)
     server.run()

@@ -81,6 +81,8 @@ class ReplacePlan:
         environ: for the new process; contains ``mark``.
         mark: ``NAME=value`` in the environment of every new process of this operation and VM, whoever started it.
         log: its output is appended here.
+        ram: the guest's RAM file as it is now: path, device and inode. A QEMU would make a missing one anew, full of
+            zeros. None: not known.
     """
 
     vm: str
@@ -92,6 +94,7 @@ class ReplacePlan:
     environ: tuple[tuple[str, str], ...]
     mark: str
     log: str
+    ram: tuple[str, int, int] | None = None
 
     def __post_init__(self) -> None:
         _path("the claims folder", self.claims)
@@ -99,6 +102,10 @@ class ReplacePlan:
         _path("the QMP socket", self.qmp)
         _path("the log", self.log)
         _text("the mark", self.mark)
+        if self.ram is not None:
+            _path("the RAM file", self.ram[0])
+            if any(type(number) is not int for number in self.ram[1:]):
+                raise BadPlan("a RAM file has a path, a device and an inode")
         if not self.argv or not all(self.argv):
             raise BadPlan("no command line")
         for argv in self.argv:
@@ -152,7 +159,17 @@ def from_json(data: Mapping[str, Any]) -> VmmPlan:
         environ=tuple((name, value) for name, value in variables),
         mark=data["mark"],
         log=data["log"],
+        ram=_ram(data["ram"]),
     )
+
+
+def _ram(data: Any) -> tuple[str, int, int] | None:
+    if data is None:
+        return None
+    if not isinstance(data, list | tuple) or len(data) != 3:
+        raise BadPlan("a RAM file has a path, a device and an inode")
+    path, device, inode = data
+    return path, device, inode
 
 
 def _vmm(data: Any) -> Vmm:

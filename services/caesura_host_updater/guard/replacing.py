@@ -1,7 +1,7 @@
 """The way out of a replace: the old process goes on, or the state file is loaded by a new one that we start."""
 
 # light imports on purpose: no pathlib here.
-# ruff: noqa: PTH112, PTH115, PTH123, PTH202
+# ruff: noqa: PTH112, PTH115, PTH116, PTH123, PTH202
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _LOG_BYTES = 400  # how much of a new process's last words goes into the reason
 
 
 class BadStateFile(OSError):
-    """The state file is not the one that was claimed. It is never loaded."""
+    """The state file is not the one that was claimed, or the RAM file not its guest's. It is never loaded."""
 
 
 def way_out(plan: ReplacePlan, *, alone: bool) -> None:
@@ -147,6 +147,7 @@ def _restore(plan: ReplacePlan, number: int, owner: Owner, until: float) -> None
         for each in doomed:
             end(each.pid, each.start_ticks, until)
     try:
+        _check_ram(plan)
         state = _open_state(plan.state_file, owner)
     except BadStateFile as error:
         claims.note_failure(plan.claims, str(error))
@@ -156,6 +157,19 @@ def _restore(plan: ReplacePlan, number: int, owner: Owner, until: float) -> None
         _try_next(plan, number, state, until)
     finally:
         os.close(state)
+
+
+def _check_ram(plan: ReplacePlan) -> None:
+    """Nobody can bring back memory that is gone: better no guest than one on zeros with its disks. Raises BadStateFile."""
+    if plan.ram is None:
+        return
+    path, device, inode = plan.ram
+    try:
+        there = os.stat(path)
+    except FileNotFoundError as error:
+        raise BadStateFile(f"the guest's RAM file {path} is gone") from error
+    if (there.st_dev, there.st_ino) != (device, inode):
+        raise BadStateFile(f"the guest's RAM file {path} was deleted and made anew")
 
 
 def _open_state(path: str, owner: Owner) -> int:

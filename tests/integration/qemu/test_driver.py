@@ -143,11 +143,13 @@ async def test_folder_whose_sockets_would_have_too_long_names(rig: Any) -> None:
 
 
 async def test_what_earlier_lives_left_is_swept(rig: Any, tools: Any) -> None:
-    """A process without a record, and a RAM file without a guest."""
+    """A process without a record and without a VM's sockets, and a RAM file without a guest."""
     driver = await rig.open({"a": SMALL})
     pid = tools.pid_of(driver, "a")
     folder = rig.ram_files("a")[0].parent
     (rig.folder / "state" / "vms" / "a.qemu.json").unlink()
+    for each in (rig.folder / "run" / "a").iterdir():
+        each.unlink()
     (folder / "removed.ram").write_bytes(b"x")
     driver = await rig.open({"a": SMALL})
     assert driver.states() == {"a": "running"}

@@ -166,6 +166,7 @@ REPLACE = ReplacePlan(
     environ=(("PATH", "/bin"), ("MARK", "op=1")),
     mark="MARK=op=1",
     log="/state/vm.log",
+    ram=("/ram/vm.ram", 25, 4711),
 )
 PLANS: list[Plan] = [QemuPlan("vm", OLD), SwapPlan("vm", OLD, NEW, "/state/vm.claims/op"), REPLACE]
 

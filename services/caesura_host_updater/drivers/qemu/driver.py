@@ -133,7 +133,10 @@ class QemuDriver:
 
     async def prepare(self, vm: str, operation: str, method: Method, binary: str) -> None:
         """Check, and for a swap start the new process. Raises DriverError with QEMU's own reason."""
-        await self._preparer.prepare(self._guests[vm], operation, method, binary)
+        guest = self._guests[vm]
+        if guest.prepared is not None and guest.prepared.over:
+            await self._mover.release(guest)
+        await self._preparer.prepare(guest, operation, method, binary)
 
     def resume_plan(self, vm: str) -> Plan:
         """The way out of what was prepared, else of a stop."""

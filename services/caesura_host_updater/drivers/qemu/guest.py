@@ -6,6 +6,7 @@ Nothing here waits for a QEMU when its state is asked: the state follows the eve
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from caesura_host_updater.drivers.qemu.checks import (
 from caesura_host_updater.drivers.qemu.obstacles import obstacles
 from caesura_host_updater.drivers.qemu.qmp import Event, Qmp, QmpFailed, listener_of
 from caesura_host_updater.drivers.qemu.records import Run
-from caesura_host_updater.drivers.qemu.vmm import NoVmm, foreign, ram_error, read_vmm
+from caesura_host_updater.drivers.qemu.vmm import NoVmm, foreign, marked_as, ram_error, read_vmm
 from caesura_host_updater.guard.plans import QemuPlan, ReplacePlan, SwapPlan, Vmm
 from caesura_host_updater.guard.procfs import STOPPED, alive, boot_id, read_process
 from caesura_host_updater.hostfile import VmSpec
@@ -46,6 +47,7 @@ class Prepared:
     """What ``prepare`` made for one operation.
 
     ``qmp``: the connection to a swap's new process. ``begun``: the guest may be in another process, or in none.
+    ``over``: it was to be released, and that could not be done yet.
     """
 
     operation: str
@@ -56,6 +58,7 @@ class Prepared:
     watch: ExitWatch | None = None
     detail: str = ""
     begun: bool = False
+    over: bool = False
 
 
 @dataclass(eq=False)
@@ -277,6 +280,41 @@ async def adopted(qmp_path: str, guard: str, agent: str) -> tuple[Run, Qmp]:
         ram_file=memory.file if isinstance(memory, commandline.Memory) else "",
     )
     return run, qmp
+
+
+def found_by_sockets(pid: int, mark: str) -> tuple[str, Run] | None:
+    """The VM that a process of ours is, though no run file says so: it listens under the settled names.
+
+    A process that was to follow and never came to it listens in a folder of its own, and is nobody's VM.
+    """
+    try:
+        argv = commandline.settled(read_vmm(pid).argv)
+        vm = marked_as(pid, mark).partition("/")[0]
+        sockets = {Path(path).name: path for path in commandline.sockets_of(argv)}
+        process = read_process(pid)
+    except (OSError, NoVmm):
+        return None
+    if not vm or process is None or not any(_listens(pid, path) for path in sockets.values()):
+        return None
+    memory = commandline.memory_of(argv)
+    run = Run(
+        pid=pid,
+        start_ticks=process.start_ticks,
+        boot_id=boot_id(),
+        argv=argv,
+        qmp=sockets.get("qmp", ""),
+        guard=sockets.get("guard", ""),
+        agent=sockets.get("ga", ""),
+        ours=True,
+        ram_file=memory.file if isinstance(memory, commandline.Memory) else "",
+    )
+    return vm, run
+
+
+def _listens(pid: int, path: str) -> bool:
+    with suppress(OSError):
+        return listener_of(path) == pid
+    return False
 
 
 def _guard_error(run: Run) -> str:

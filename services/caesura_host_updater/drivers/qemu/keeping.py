@@ -16,17 +16,18 @@ from caesura_host_updater.detached import ExitWatch
 from caesura_host_updater.drivers.qemu import commandline
 from caesura_host_updater.drivers.qemu.definition import Definition, QemuOptions
 from caesura_host_updater.drivers.qemu.discovery import discovered
-from caesura_host_updater.drivers.qemu.guest import Guest, NotAttached, Prepared, adopted
+from caesura_host_updater.drivers.qemu.guest import Guest, NotAttached, Prepared, adopted, found_by_sockets
 from caesura_host_updater.drivers.qemu.launching import Launcher, LaunchFailed, kill
 from caesura_host_updater.drivers.qemu.moving import Mover
-from caesura_host_updater.drivers.qemu.qmp import QmpFailed
+from caesura_host_updater.drivers.qemu.qmp import QmpFailed, listener_of
 from caesura_host_updater.drivers.qemu.records import Records, Run
 from caesura_host_updater.drivers.qemu.releasing import remove_files
-from caesura_host_updater.drivers.qemu.vmm import marked
+from caesura_host_updater.drivers.qemu.vmm import marked, place_error
 from caesura_host_updater.guard import claims
 from caesura_host_updater.guard.plans import ReplacePlan, SwapPlan, condition
 from caesura_host_updater.guard.procfs import alive, boot_id
 
+_PROBE_S = 0.05  # s: for a QEMU to notice that who connected has gone; then it takes the next one
 _LOOK_S = 5.0  # s: between two looks for VMs that others start, or that did not answer
 _SETTLE_S = 2.0  # s: to end the loser of an operation whose guest runs
 _QUIT_S = 2.0  # s: from QMP `quit` to the end of the process
@@ -53,6 +54,8 @@ class Keeper:
         self._mover = mover
         self._threads = threads
         self._looking: asyncio.Task[None] | None = None
+        self._found: dict[str, Run] = {}
+        """Processes without a run file that have a VM's sockets."""
 
     def last_run(self, vm: str) -> Run | None:
         """What the VM's run file says."""
@@ -74,21 +77,40 @@ class Keeper:
 
     def _sweep(self) -> None:
         """End processes that an earlier life started and nothing accounts for; remove RAM files without a guest."""
-        runs = {vm: run for vm, run in self._records.runs().items() if _lives(run)}
+        records = self._records.runs()
+        runs = {vm: run for vm, run in records.items() if _lives(run)}
         kept = {(run.pid, run.start_ticks) for run in runs.values()}
         held_files = {run.ram_file for run in runs.values()}
         for folder in self._records.folder.glob("*.claims"):
             vm = folder.name.removesuffix(".claims")
             for claimed, plan in self._records.unfinished(vm):
+                if vm in records and records[vm].boot_id != boot_id():
+                    # The guest ended with the host: its state must not be loaded into memory that is not its own.
+                    _log.warning("operation.of_another_boot", vm=vm, operation=claimed.name)
+                    self._records.end(claimed)
+                    continue
                 if plan is not None:
                     kept |= _processes_of(claimed, plan)
                     held_files.add(str(self._launcher.ram_dir / f"{vm}.ram"))
         for pid, start_ticks in marked(self._launcher.mark):
-            if (pid, start_ticks) not in kept:
+            if (pid, start_ticks) in kept:
+                continue
+            there = found_by_sockets(pid, self._launcher.mark)
+            if there is None:
                 _log.warning("process.left_over", pid=pid)
                 kill(pid, start_ticks)
+                continue
+            vm, run = there
+            time.sleep(_PROBE_S)
+            _log.error("vm.run_file_lost", vm=vm, pid=pid)
+            held_files.add(run.ram_file)
+            if str(self._launcher.folder(vm) / "qmp") == run.qmp:
+                self._found[vm] = run
         for state in self._launcher.run_dir.glob("*/*.state*"):
-            if not self._records.claims(state.parent.name, state.name.partition(".")[0]).exists():
+            if (
+                state.parent.name in self._guests
+                and not self._records.claims(state.parent.name, state.name.partition(".")[0]).exists()
+            ):
                 remove_files(state)
         for file in self._launcher.ram_dir.glob("*.ram"):
             if str(file) not in held_files:
@@ -132,6 +154,11 @@ class Keeper:
     async def find(self, guest: Guest) -> None:
         """Attach the process that runs the VM, if there is one; else ``why`` says what is wrong."""
         run = self._records.read(guest.vm)
+        lost = self._found.get(guest.vm)
+        if lost is not None and (run is None or not _lives(run)):
+            run = lost
+            with suppress(OSError):
+                self._records.write(guest.vm, run)
         try:
             if run is not None and _lives(run):
                 await guest.attach(run)
@@ -160,10 +187,11 @@ class Keeper:
 
     async def _start(self, guest: Guest, definition: Definition) -> None:
         vm = guest.vm
-        remove_files(self._records.run_file(vm))
         try:
+            self._check_place(vm)
+            remove_files(self._records.run_file(vm))
             run, qmp = await self._launcher.start(vm, definition)
-        except LaunchFailed as error:
+        except (LaunchFailed, OSError) as error:
             guest.why = str(error)
             _log.error("vm.not_started", vm=vm, why=guest.why)
             return
@@ -179,6 +207,22 @@ class Keeper:
                 ExitWatch(run.pid, lambda: None)
             return
         _log.info("vm.started", vm=vm, pid=run.pid, version=qmp.version)
+
+    def _check_place(self, vm: str) -> None:
+        """Whether a VM may be started where its things are to be.
+
+        Raises:
+            LaunchFailed: others could put files of theirs there, or a process has the sockets: it may be this VM.
+            OSError: a folder cannot be made.
+        """
+        for folder in (self._launcher.folder(vm), self._launcher.ram_dir):
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            wrong = place_error(folder)
+            if wrong:
+                raise LaunchFailed(wrong)
+        with suppress(OSError):
+            listener = listener_of(str(self._launcher.folder(vm) / "qmp"))
+            raise LaunchFailed(f"process {listener} has its sockets in {self._launcher.folder(vm)}")
 
     async def _look(self) -> None:
         while True:
@@ -196,9 +240,10 @@ class Keeper:
     async def gone(self, guest: Guest) -> None:
         """Nobody can run the guest any more: nothing of it is left."""
         run = guest.run or self._records.read(guest.vm)
+        tried = claims.failures(str(guest.prepared.claims)) if guest.prepared is not None else []
         await guest.detach()
         await self._mover.release(guest)
-        guest.why = guest.why or "its process has ended"
+        guest.why = (tried[-1] if tried else guest.why) or "its process has ended"
         if run is not None and not _lives(run):
             self._remove(guest.vm, run)
 

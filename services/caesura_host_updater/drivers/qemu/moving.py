@@ -25,10 +25,10 @@ from caesura_host_updater.drivers.qemu.handover import (
 )
 from caesura_host_updater.drivers.qemu.hurrying import Hurry, calm
 from caesura_host_updater.drivers.qemu.launching import Launcher
-from caesura_host_updater.drivers.qemu.qmp import Qmp, QmpFailed
+from caesura_host_updater.drivers.qemu.qmp import Qmp, QmpFailed, Watch
 from caesura_host_updater.drivers.qemu.records import Records, Run
 from caesura_host_updater.drivers.qemu.releasing import end_losers, forget, link_sockets, reap, run_of
-from caesura_host_updater.drivers.qemu.vmm import last_words
+from caesura_host_updater.drivers.qemu.vmm import NoVmm, last_words
 from caesura_host_updater.guard import claims
 from caesura_host_updater.guard.plans import (
     Condition,
@@ -76,11 +76,12 @@ class Mover:
         prepared.begun = True
         limit = min(by, called_at + _HAND_OVER_S)
         channel = str(self._launcher.folder(guest.vm) / "mig")
-        try:
-            with self._hurry((prepared.plan.old.pid, prepared.plan.new.pid)):
-                handed = await run_hand_over(old, prepared.qmp, prepared.plan, f"unix:{channel}", limit)
-        except (HandOverFailed, QmpFailed, OSError) as error:
-            return await self._failed_hand_over(guest, prepared, str(error), called_at)
+        with old.watch() as told:
+            try:
+                with self._hurry((prepared.plan.old.pid, prepared.plan.new.pid)):
+                    handed = await run_hand_over(old, prepared.qmp, prepared.plan, f"unix:{channel}", limit)
+            except (HandOverFailed, QmpFailed, OSError) as error:
+                return await self._failed_hand_over(guest, prepared, str(error), called_at, told)
         return self._committed(guest, prepared, handed, called_at)
 
     def _committed(self, guest: Guest, prepared: Prepared, handed: Handed, called_at: float) -> HandOver:
@@ -91,7 +92,11 @@ class Mover:
         if prepared.watch is not None:
             prepared.watch.close()
         prepared.qmp = prepared.watch = None
-        left, watch = guest.take(run_of(former, plan.new.pid, plan.new.start_ticks), new)
+        try:
+            run = run_of(former, plan.new.pid, plan.new.start_ticks)
+        except NoVmm as error:
+            raise SwapFailed(guest.vm, f"it ran in the new process, which ended at once: {error}") from error
+        left, watch = guest.take(run, new)
         self._bury(former.pid, left, watch)
         self._publish(guest)
         return HandOver(
@@ -102,8 +107,9 @@ class Mover:
         )
 
     async def _failed_hand_over(
-        self, guest: Guest, prepared: Prepared, why: str, called_at: float
+        self, guest: Guest, prepared: Prepared, why: str, called_at: float, told_by_old: Watch
     ) -> HandOver:
+        stopped_at = _at("STOP", told_by_old)
         state = await self.way_out(guest, time.monotonic() + _WAY_OUT_S)
         resumed_at = time.monotonic()
         reasons = [why, *claims.failures(prepared.plan.claims)]
@@ -121,7 +127,14 @@ class Mover:
                 reasons.append(f"the old QEMU said: {told}")
         else:
             reasons.append(f"the guest is {state}")
-        raise SwapFailed(guest.vm, "; ".join(dict.fromkeys(reasons)))
+        if stopped_at is None and _at("STOP", told_by_old) is not None:
+            stopped_at = called_at  # a QEMU that hung says late that it stopped, and not exactly when
+        back_at = None
+        if stopped_at is not None and state == "running":
+            back_at = max(stopped_at, _at("RESUME", told_by_old) or resumed_at)
+        raise SwapFailed(
+            guest.vm, "; ".join(dict.fromkeys(reasons)), frozen_at=stopped_at, resumed_at=back_at
+        )
 
     async def checkpoint(self, guest: Guest, by: float) -> None:
         """Replace, first half. Raises FreezeFailed."""
@@ -177,7 +190,11 @@ class Mover:
         calm(pid)  # an earlier life may have been killed while it hurried
         if guest.run is not None and guest.run.pid == pid and guest.qmp is not None and not guest.qmp.closed:
             return
-        run = former if pid == former.pid else run_of(former, pid, start_ticks)
+        try:
+            run = former if pid == former.pid else run_of(former, pid, start_ticks)
+        except NoVmm as error:
+            guest.why = str(error)
+            return  # it ended since: whoever asks next hears it
         present = None
         if prepared.qmp is not None and prepared.qmp.listener == pid and not prepared.qmp.closed:
             present, prepared.qmp = prepared.qmp, None
@@ -218,6 +235,7 @@ class Mover:
         loop = asyncio.get_running_loop()
         owner = await loop.run_in_executor(self._threads, end_losers, prepared.plan)
         if owner is None:
+            prepared.over = True
             _log.error("vm.not_released", vm=guest.vm, operation=prepared.operation)
             return
         guest.prepared = None
@@ -247,6 +265,11 @@ class Mover:
             await asyncio.wait(self._burials)
         if self._pushes:
             await asyncio.wait(self._pushes.values())
+
+
+def _at(name: str, told: Watch) -> float | None:
+    """When QEMU last said this, on CLOCK_MONOTONIC."""
+    return next((event.at for event in reversed(told.events) if event.name == name), None)
 
 
 def _push(plan: Plan) -> tuple[Condition, str]:

@@ -138,6 +138,7 @@ class Preparer:
             environ=tuple(self._launcher.environ_of(mark).items()),
             mark=mark,
             log=str(log),
+            ram=_ram(run),
         )
         await get_ready(qmp)
         self._records.begin(folder, plan)
@@ -159,6 +160,15 @@ class Preparer:
             loop = asyncio.get_running_loop()
             await loop.run_in_executor(self._threads, end, pid, process.start_ticks, until)
         reap(pid)
+
+
+def _ram(run: Run) -> tuple[str, int, int] | None:
+    """The RAM file, which ``_check`` has just seen mapped. Raises OSError."""
+    memory = commandline.memory_of(run.argv)
+    if isinstance(memory, str):
+        return None
+    there = Path(memory.file).stat()
+    return memory.file, there.st_dev, there.st_ino
 
 
 def _vmm(run: Run) -> Vmm:

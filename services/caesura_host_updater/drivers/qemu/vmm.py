@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,3 +107,31 @@ def marked(mark: str) -> Iterator[tuple[int, int]]:
             continue
         if any(entry.startswith(wanted) for entry in environ.split(b"\0")):
             yield process.pid, process.start_ticks
+
+
+def marked_as(pid: int, mark: str) -> str:
+    """What follows ``mark`` in a process's environment; empty: it has no such mark. Raises OSError."""
+    for entry in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
+        if entry.startswith(mark.encode()):
+            return entry[len(mark) :].decode(errors="replace")
+    return ""
+
+
+def place_error(folder: Path) -> str:
+    """Why others could put files of theirs into a folder, or another folder in its place; empty: they cannot.
+
+    Raises:
+        OSError: it cannot be looked at.
+    """
+    there = folder.lstat()
+    if not stat.S_ISDIR(there.st_mode) or there.st_uid != os.geteuid() or there.st_mode & 0o077:
+        return f"{folder} is not a folder for us alone: it is {stat.filemode(there.st_mode)} of user {there.st_uid}"
+    nearest = folder.parent.resolve()
+    for parent in (nearest, *nearest.parents):
+        above = parent.stat()
+        open_to_all = above.st_mode & stat.S_IWOTH and not above.st_mode & stat.S_ISVTX
+        if above.st_uid not in (0, os.geteuid()) or open_to_all:
+            return (
+                f"{folder} is below {parent}, which is {stat.filemode(above.st_mode)} of user {above.st_uid}"
+            )
+    return ""

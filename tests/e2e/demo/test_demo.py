@@ -80,7 +80,7 @@ async def test_every_rule_holds_with_real_guests() -> None:
     """Three real guests with the agent inside: frozen, swapped and replaced, domain by domain, approving over HTTP."""
     if shutil.which("qemu-system-x86_64") is None:
         pytest.skip("QEMU is not installed (on Debian: apt-get install qemu-system-x86)")
-    mark = "DEMO_TEST=guests"
+    mark = "QEMU_DEMO_TEST=guests"  # a name that QEMU is given, too
     methods = ("freeze", "swap", "replace")
     words = [word for method in methods for word in ("--method", method)]
     process = await _demo("--json", "--driver", "qemu", "--vms", "3", *words, mark=mark)

@@ -26,10 +26,17 @@ _LONGEST = "next/guard.2"
 _VERSION_S = 3.0  # s: a QEMU says its version within 30 ms
 _LOOK_S = 0.002
 _MARK = "CAESURA_QEMU"
+_FOR_QEMU = frozenset(("PATH", "HOME", "LANG", "TZ", "TMPDIR", "LD_LIBRARY_PATH"))
+_FOR_QEMU_PREFIXES = ("LC_", "XDG_", "QEMU_", "CAESURA_")
 
 
 class LaunchFailed(Exception):
     """A QEMU could not be started; the text says why, in its own words where it had some."""
+
+
+def _for_qemu(name: str) -> bool:
+    """Whether QEMU is given this variable. It lands in the guard's intent too: secrets of the service's starter stay out."""
+    return name in _FOR_QEMU or name.startswith(_FOR_QEMU_PREFIXES)
 
 
 class Launcher:
@@ -53,7 +60,7 @@ class Launcher:
         self._options = options
         self._records = records
         self._accel = accel
-        self._environ = dict(environ)
+        self._environ = {name: value for name, value in environ.items() if _for_qemu(name)}
         # Two hosts of one name may share a machine in a demo: the state folder tells them apart.
         self._own = f"{host}-{blake2b(str(state_dir.resolve()).encode(), digest_size=4).hexdigest()}"
         base = Path("/run") if os.geteuid() == 0 else Path(environ.get("XDG_RUNTIME_DIR", "/tmp"))  # noqa: S108

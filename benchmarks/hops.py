@@ -24,7 +24,7 @@ from caesura_host_updater.drivers.port import ClockSet
 from caesura_host_updater.drivers.qemu.clock import set_clock
 from caesura_host_updater.drivers.qemu.definition import Adopt, QemuOptions
 from caesura_host_updater.drivers.qemu.driver import QemuDriver
-from caesura_host_updater.drivers.qemu.qmp import Event, Qmp
+from caesura_host_updater.drivers.qemu.qmp import Event, Qmp, QmpUnreachable
 from caesura_host_updater.guard.procfs import DEAD, thread_states
 from caesura_host_updater.hostfile import VmSpec
 
@@ -364,10 +364,14 @@ async def _completed(told: Any) -> None:
 
 
 async def _connect_soon(path: Path) -> Qmp:
-    async with asyncio.timeout(_CONNECT_S):
-        while not path.exists():  # noqa: ASYNC110 - QEMU makes the socket and calls nobody
-            await asyncio.sleep(0.002)
-    return await Qmp.connect(str(path), _CONNECT_S)
+    end = time.monotonic() + _CONNECT_S
+    while True:
+        try:
+            return await Qmp.connect(str(path), _CONNECT_S)
+        except QmpUnreachable:  # not made yet, or made and nobody listens yet: QEMU calls nobody
+            if time.monotonic() > end:
+                raise
+        await asyncio.sleep(0.002)
 
 
 def _named(name: str) -> Callable[[Event], bool]:

@@ -60,7 +60,7 @@ async def measure(
 def table(hops: Sequence[Hop]) -> str:
     """Markdown: pauses, and what they are in swaps of the same run."""
     lines = [
-        "| RAM | way | n | pause median / p99 / max (ms) | gap seen by the guest's user | total | in swaps | second RAM |",
+        "| RAM | way | n | pause median / p99 / max (ms) | longest gap | total | in swaps | second RAM |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for ram_mib in dict.fromkeys(hop.ram_mib for hop in hops):

@@ -24,6 +24,7 @@ from caesura_host_updater.drivers.port import ClockSet
 from caesura_host_updater.drivers.qemu.clock import set_clock
 from caesura_host_updater.drivers.qemu.definition import Adopt, QemuOptions
 from caesura_host_updater.drivers.qemu.driver import QemuDriver
+from caesura_host_updater.drivers.qemu.handover import set_capabilities
 from caesura_host_updater.drivers.qemu.qmp import Event, Qmp, QmpUnreachable
 from caesura_host_updater.guard.procfs import DEAD, thread_states
 from caesura_host_updater.hostfile import VmSpec
@@ -267,7 +268,7 @@ def _precopy(downtime_limit_ms: int | None) -> Callable[[Bench], Awaitable[dict[
             await bench.heartbeat.connect(folder / "heartbeat")
             try:
                 for qmp in (old, new):
-                    await _capabilities(qmp, events=True, return_path=True)
+                    await set_capabilities(qmp, events=True, return_path=True)
                 await old.execute("migrate-set-parameters", **_parameters(downtime_limit_ms))
                 uri = f"unix:{folder}/mig"
                 await new.execute("migrate-incoming", uri=uri)
@@ -300,7 +301,7 @@ async def _save_restore(bench: Bench) -> dict[str, Any]:
     saved = bench.folder / "saved"
     old = await Qmp.connect(str(bench.vm / "qmp"), _CONNECT_S)
     try:
-        await _capabilities(old, events=True)
+        await set_capabilities(old, events=True)
         await old.execute("migrate-set-parameters", **_parameters(None))
         with saved.open("wb") as file:
             await old.pass_file(file.fileno(), "saved")
@@ -319,7 +320,7 @@ async def _save_restore(bench: Bench) -> dict[str, Any]:
         new = await _connect_soon(folder / "qmp")
         try:
             await bench.heartbeat.connect(folder / "heartbeat")
-            await _capabilities(new, events=True)
+            await set_capabilities(new, events=True)
             with saved.open("rb") as file:
                 await new.pass_file(file.fileno(), "saved")
             with new.watch() as told:
@@ -342,16 +343,6 @@ async def _save_restore(bench: Bench) -> dict[str, Any]:
 def _parameters(downtime_limit_ms: int | None) -> dict[str, Any]:
     # 300 ms is QEMU's default (qapi/migration.json, downtime-limit); set, for it lasts from one hop to the next.
     return {"max-bandwidth": _UNLIMITED, "downtime-limit": downtime_limit_ms or 300}
-
-
-async def _capabilities(qmp: Qmp, **wanted: bool) -> None:
-    told = {name.replace("_", "-"): on for name, on in wanted.items()}
-    known = {each["capability"]: each["state"] for each in await qmp.execute("query-migrate-capabilities")}
-    all_of_them = {name: told.get(name, False) for name, on in known.items() if on or name in told}
-    await qmp.execute(
-        "migrate-set-capabilities",
-        capabilities=[{"capability": name, "state": on} for name, on in all_of_them.items()],
-    )
 
 
 async def _completed(told: Any) -> None:

@@ -45,6 +45,12 @@ def spawn_detached(argv: Sequence[str], environ: Mapping[str, str], log_file: Pa
         raise SpawnError(f"cannot start {argv[0]}: {error.strerror or error}") from error
 
 
+def reap(pid: int) -> None:
+    """Collect a child that ended; one that was adopted is not ours to collect, init does."""
+    with suppress(ChildProcessError):
+        os.waitpid(pid, os.WNOHANG)
+
+
 class ExitWatch:
     """Calls back once when a process has ended, whether it is our child or not. Children are reaped.
 
@@ -68,8 +74,7 @@ class ExitWatch:
     def _on_exit(self) -> None:
         self.close()
         if self._reap:
-            with suppress(ChildProcessError):  # adopted: not our child, init reaps it
-                os.waitpid(self.pid, os.WNOHANG)
+            reap(self.pid)
         self._ended()
 
     @property

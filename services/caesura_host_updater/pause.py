@@ -32,10 +32,8 @@ from caesura_host_updater.resuming import (
     update_runs,
     vm_resumed,
 )
-from caesura_host_updater.schedule import Schedule
 from caesura_host_updater.steps import (
     AbortAsked,
-    Arm,
     Armed,
     ArmRefused,
     Begin,
@@ -63,12 +61,12 @@ from caesura_host_updater.steps import (
     VmSwapped,
 )
 from caesura_host_updater.swapping import (
+    arm,
     not_prepared_in_time,
     overdue,
     prepare,
     prepared,
     swap,
-    swap_aborted,
     swapped,
 )
 
@@ -127,9 +125,7 @@ def _begin(op: Operation, event: Begin, now: float) -> Decision:
         return _start_update(op, now)
     if op.method in ("swap", "replace"):
         return prepare(op, now)
-    schedule = Schedule.of(now, op.budget_s)
-    op = changed(op, phase="arming", schedule=schedule, wake_at=schedule.freeze_by)
-    return op, (Arm(schedule.guard_at),)
+    return arm(op, now)
 
 
 def _armed(op: Operation, event: Armed | ArmRefused, now: float) -> Decision:
@@ -297,8 +293,6 @@ def _abort(op: Operation, event: AbortAsked, now: float) -> Decision:
     op = changed(failed(op, f"aborted: {event.why}" if event.why else "aborted"), aborted=True)
     if op.phase in ("accepted", "preparing", "arming"):
         return op, ()  # Begin, the last VM's answer, or the guard's ends it without a freeze
-    if op.phase == "swapping":
-        return swap_aborted(op)
     if op.phase == "updating" and update_runs(op):
         return _stop_update(op, now, "interrupted") if op.kill_at is None else (op, ())
     return resume_all(op)

@@ -36,7 +36,7 @@ from caesura_host_updater import command as rules
 from caesura_host_updater.clock import ClockWait
 from caesura_host_updater.clockdesk import ClockDesk
 from caesura_host_updater.command import Accept, Authority, Refuse, Repeat
-from caesura_host_updater.drivers.port import Driver, DriverError
+from caesura_host_updater.drivers.port import Driver
 from caesura_host_updater.endings import Endings, Letters
 from caesura_host_updater.guard.procfs import boot_id
 from caesura_host_updater.guardian import Guardian
@@ -53,7 +53,6 @@ from caesura_host_updater.startup import Startup, resume_until_running
 from caesura_host_updater.updates import Catalogue, UpdateFile, read_updates
 
 _FLUSH_S = 3.0  # s: for the last facts when told to stop; what is left is told at the next start
-_BOOT_ID_S = 0.5  # s: for a guest without an agent to tell its boot id before it is paused
 _CLOCK_PUBLISH_S = 0.5  # s: an answer later than this is of no use to the agent
 
 _log = structlog.get_logger("caesura.host_updater")
@@ -295,7 +294,7 @@ class HostUpdater:
 
     async def _accept(self, command: FreezeCommanded, update: UpdateFile | None) -> None:
         scope_vm = update is not None and update.scope == "vm"
-        kernels = await self._kernel_boot_ids([target.vm for target in command.targets])
+        kernels = await self.clocks.kernel_boot_ids([target.vm for target in command.targets])
         state = Operation(
             operation=command.operation,
             method=command.method,
@@ -341,17 +340,6 @@ class HostUpdater:
         self._changed.set()
         self._accepted.put_nowait(self._runner)
         _log.info("operation.accepted", operation=command.operation, update=state.update, vms=len(state.vms))
-
-    async def _kernel_boot_ids(self, vms: list[str]) -> dict[str, str]:
-        """What shows afterwards that memory stayed, should no agent answer: the guest kernels' boot ids."""
-
-        async def ask(vm: str) -> str:
-            with suppress(DriverError, TimeoutError):
-                async with asyncio.timeout(_BOOT_ID_S):
-                    return await self._driver.guest_boot_id(vm)
-            return ""
-
-        return dict(zip(vms, await asyncio.gather(*map(ask, vms)), strict=True))
 
     async def _on_abort(self, command: AbortCommanded, _: Received) -> None:
         try:

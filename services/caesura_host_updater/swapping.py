@@ -53,8 +53,11 @@ def prepared(op: Operation, event: VmPrepared | VmNotPrepared, now: float) -> De
         op = changed_vm(op, event.vm, prepared=True)
     if any(not vm.prepared and not vm.error for vm in op.vms):
         return op, ()
-    if op.failure or op.aborted:
-        return finish(op)
+    return finish(op) if op.failure or op.aborted else arm(op, now)
+
+
+def arm(op: Operation, now: float) -> Decision:
+    """Everything is ready: the budget begins, and the guard is given the operation."""
     schedule = Schedule.of(now, op.budget_s)
     op = changed(op, phase="arming", schedule=schedule, wake_at=schedule.freeze_by)
     return op, (Arm(schedule.guard_at),)
@@ -103,8 +106,3 @@ def overdue(op: Operation) -> Decision:
     """The instant of the resume came while guests were being handed over."""
     late = ", ".join(vm.vm for vm in op.vms if not vm.swap_answered)
     return resume_all(failed(op, f"not swapped in time: {late}"))
-
-
-def swap_aborted(op: Operation) -> Decision:
-    """Guests that were not handed over yet stay where they are."""
-    return resume_all(op)

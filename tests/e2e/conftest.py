@@ -110,6 +110,17 @@ class Stage:
         assert state is not None
         return state
 
+    async def give_up(self, rollout: str) -> None:
+        """Abort a halted rollout: until then it holds its sets."""
+        answer = await self.session.ask(m.AbortRequested(request=new_request_id(), rollout=rollout))
+        assert answer.accepted, answer.reason
+
+        def aborted() -> bool:
+            state = self.rollout(rollout)
+            return state is not None and state.status == "aborted"
+
+        await self.sandbox.until(aborted, 20, "the end of the abort")
+
     async def frozen(self, *vms: str, timeout_s: float = 15.0) -> None:
         """Wait until the kernel says that these VMs stand still, and the watch has it on record."""
         await self.sandbox.until(

@@ -14,7 +14,8 @@ from caesura.runtime.errors import CaesuraError
 from caesura.runtime.logs import configure_logging
 from caesura_ctl.commandline import fail, wide_console
 from caesura_ctl.demo.guests import MOST_VMS
-from caesura_ctl.demo.run import Demo, Options, until_signal
+from caesura_ctl.demo.machine import until_signal
+from caesura_ctl.demo.run import Demo, Options
 from caesura_ctl.durations import DURATION
 
 _EPILOG = """\b

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import shutil
-import signal
-import socket
-import tempfile
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -46,6 +42,7 @@ from caesura_ctl.demo.layout import (
     standard_layout,
     update_file,
 )
+from caesura_ctl.demo.machine import FIRST_PORT, free_ports, ram_folder, run_folder
 from caesura_ctl.demo.processes import Processes
 from caesura_ctl.demo.verdict import Check, WorkloadStatus, judge, judge_guests
 from caesura_ctl.follow import ENDED, Progress
@@ -62,7 +59,6 @@ _GUESTS_READY_S = 300.0
 _GUESTS_ROLLOUT_S = 240.0
 _GUESTS_SETTLE_S = 20.0
 _REFRESH_S = 0.2
-_FIRST_PORT = 18100
 
 
 class Options(msgspec.Struct, frozen=True, kw_only=True):
@@ -85,12 +81,6 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     folder: Path | None = None
 
 
-class Interrupted(CaesuraError):
-    """Ctrl-C, or another signal to stop."""
-
-    exit_code = 130
-
-
 class NotReady(CaesuraError):
     """The fleet did not come up in time."""
 
@@ -102,12 +92,12 @@ class Demo:
         self.options = options
         self.console = console
         self.run_id = new_id()
-        ports = list(_free_ports(26))
+        ports = list(free_ports(26))
         self._real = options.driver == "qemu"
         self.layout = guest_layout(ports, options.vms) if self._real else standard_layout(ports)
         self._image: GuestImage | None = None
         self._accel = ""
-        self.exporter_port = next(_free_ports(1, start=_FIRST_PORT + 200))
+        self.exporter_port = next(free_ports(1, start=FIRST_PORT + 200))
         self.progress = Progress()
         self._stage = "starting the broker"
         self._counts: dict[str, tuple[int, int]] = {}
@@ -119,8 +109,8 @@ class Demo:
         if self._real:
             self._image = await self._guest_image()
         with (
-            _folder(self.options.folder) as folder,
-            _ram_folder(needed=self._real) as ram_dir,
+            run_folder(self.options.folder) as folder,
+            ram_folder(needed=self._real) as ram_dir,
             self._display(),
         ):
             broker = LocalBroker(kind=self.options.broker, data_dir=folder)
@@ -435,59 +425,6 @@ def _document(session: Session, stories: Sequence[Story], urls: dict[str, str]) 
 _BROKERS = {"mosquitto": "Mosquitto", "embedded": "amqtt, embedded (install mosquitto to use that instead)"}
 
 
-@contextmanager
-def _folder(wanted: Path | None) -> Iterator[Path]:
-    """A short path (unix sockets allow some 100 characters), private, gone afterwards unless it was asked for."""
-    if wanted is not None:
-        wanted.mkdir(parents=True, exist_ok=False, mode=0o700)
-        yield wanted.resolve()
-        return
-    base = "/tmp" if os.access("/tmp", os.W_OK) else None  # noqa: S108 - mkdtemp makes it private
-    folder = Path(tempfile.mkdtemp(prefix="caesura-demo-", dir=base))
-    kept = False
-    try:
-        yield folder
-    except CaesuraError as error:
-        kept = not isinstance(error, Interrupted)
-        if kept:
-            raise type(error)(f"{error}\nlogs are kept in {folder}") from error
-        raise
-    finally:
-        if not kept:
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-@contextmanager
-def _ram_folder(*, needed: bool) -> Iterator[str]:
-    """A folder on a tmpfs for the guests' RAM, gone afterwards."""
-    if not needed:
-        yield ""
-        return
-    try:
-        folder = tempfile.mkdtemp(prefix="caesura-demo-", dir="/dev/shm")
-    except OSError as error:
-        raise CaesuraError(f"guest RAM needs a folder in /dev/shm: {error}") from error
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _free_ports(count: int, start: int = _FIRST_PORT) -> Iterator[int]:
-    """Free TCP ports on loopback, from ``start`` on."""
-    port = start
-    while count:
-        with socket.socket() as probe:
-            try:
-                probe.bind(("127.0.0.1", port))
-            except OSError:
-                port += 1
-                continue
-        yield port
-        port += 1
-        count -= 1
-
-
 def _read_workloads(folder: Path, layout: Layout) -> dict[str, WorkloadStatus]:
     found = {}
     for vm in layout.vms:
@@ -499,31 +436,3 @@ def _read_workloads(folder: Path, layout: Layout) -> dict[str, WorkloadStatus]:
 
 def _read_patched(path: Path) -> list[str]:
     return path.read_text(encoding="utf-8").split() if path.exists() else []
-
-
-async def until_signal(body: Callable[[], Awaitable[int]]) -> int:
-    """Run ``body``; the first signal cancels it, and its clean-up is not disturbed by further ones.
-
-    Raises:
-        Interrupted: when a signal ended it.
-    """
-    loop = asyncio.get_running_loop()
-    task = asyncio.ensure_future(body())
-    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    seen = False
-
-    def on_signal() -> None:
-        nonlocal seen
-        if not seen:
-            seen = True
-            task.cancel()
-
-    for number in signals:
-        loop.add_signal_handler(number, on_signal)
-    try:
-        return await task
-    except asyncio.CancelledError:
-        raise Interrupted("interrupted; everything was resumed and stopped") from None
-    finally:
-        for number in signals:
-            loop.remove_signal_handler(number)

@@ -22,7 +22,7 @@ import msgspec
 import structlog
 
 from caesura.contract.messages import Method, VmState
-from caesura_host_updater.detached import ExitWatch, SpawnError, spawn_detached
+from caesura_host_updater.detached import ExitWatch, SpawnError, reap, spawn_detached
 from caesura_host_updater.drivers import guest_init
 from caesura_host_updater.drivers.digest import digest_of
 from caesura_host_updater.drivers.freezers import Freezer, ProcessPlan, Run, ask_to_freeze, plan_of
@@ -175,7 +175,7 @@ class ProcessDriver:
             watch.close()
         run = self._read_run(vm)
         if run is None:
-            _reap(pid)
+            reap(pid)
             raise DriverError(vm, f"cannot be started: {self._last_words(vm)}")
         self._watch(vm, run)
         _log.info("vm.started", vm=vm, pid=run.pid, freezer=run.kind)
@@ -273,7 +273,7 @@ class ProcessDriver:
             finally:
                 watch.close()
         await self._kill_rest(plan)
-        _reap(run.pid)
+        reap(run.pid)
         (self._folder / f"{vm}.run.json").unlink(missing_ok=True)
 
     async def _kill_rest(self, plan: ProcessPlan) -> None:
@@ -420,9 +420,3 @@ class ProcessDriver:
     async def sync_clock(self, vm: str) -> ClockSet:
         """A process has no clock of its own that could be set from outside."""
         raise NotPossible(vm, "the process driver cannot set a guest's clock; its agent does")
-
-
-def _reap(pid: int) -> None:
-    """Collect a child that ended; one that was adopted is not ours to collect."""
-    with suppress(ChildProcessError):
-        os.waitpid(pid, os.WNOHANG)

@@ -24,6 +24,7 @@ import tomli_w
 from caesura.bus.brokers import LocalBroker
 from caesura.runtime.identity import new_id
 from caesura.runtime.processes import freezers, is_stopped, kill_marked, marked_processes, reads_frozen
+from caesura.testing.vmms import Vmms
 
 _POLL_S = 0.02
 _WATCH_S = 0.01
@@ -140,6 +141,7 @@ class Sandbox:
         self.environments: dict[str, tuple[str, dict[str, str]]] = {}
         self.places: dict[str, tuple[str, int]] = {}
         self.watch = KernelWatch(self.mark)
+        self.vmms = Vmms(self.mark, self.folder)
         self._watching: asyncio.Task[None] | None = None
         self._ram: Path | None = None
         (self.folder / "updates.d").mkdir()

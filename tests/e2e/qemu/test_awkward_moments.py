@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
-import socket
 from collections.abc import Callable
-from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from caesura.contract import messages as m
-from caesura.runtime.processes import marked_processes
 from caesura.testing.sandbox import Vm
-from caesura_ctl.session import new_request_id
 
 QEMU = shutil.which("qemu-system-x86_64") or ""
 
@@ -38,42 +31,12 @@ os.execv({qemu!r}, [{qemu!r}, *words])
 """
 
 
-def qemus(stage: Any, vm: str) -> list[int]:
-    """Every process of a VM, also one that is not a QEMU yet."""
-    found = []
-    for pid in marked_processes(stage.sandbox.mark):
-        with suppress(OSError):
-            words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-            if vm.encode() in words and b"-machine" in words:
-                found.append(pid)
-    return found
-
-
-def runs(stage: Any, vm: str) -> list[int]:
-    """The processes that run the guest now, by the test's own QMP sockets."""
-    found = set()
-    for place in ("", "next/"):
-        path = stage.sandbox.folder / "host-1.run" / vm / f"{place}witness"
-        with suppress(OSError, ValueError, KeyError), socket.socket(socket.AF_UNIX) as link:
-            link.settimeout(2.0)
-            link.connect(str(path))
-            pid = int.from_bytes(link.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)[:4], "little")
-            lines = link.makefile("rb")
-            lines.readline()
-            for command in ("qmp_capabilities", "query-status"):
-                link.sendall(json.dumps({"execute": command}).encode() + b"\n")
-                while "return" not in (answer := json.loads(lines.readline())):
-                    pass
-            if answer["return"]["status"] == "running":
-                found.add(pid)
-    return sorted(found)
-
-
 class Two:
     """One host with two VMs, and a QEMU that does what is wished of it."""
 
     def __init__(self, stage: Any) -> None:
         self.stage = stage
+        self.vmms = stage.sandbox.vmms
         self.wish_file = stage.sandbox.folder / "wish"
         self.binary = stage.sandbox.folder / "qemu-wishful"
         self.binary.write_text(_WRAPPER.format(wish=str(self.wish_file), qemu=QEMU))
@@ -88,19 +51,11 @@ class Two:
     async def whole(self) -> None:
         """Exactly one process of each VM is there and it runs the guest."""
         await self.stage.sandbox.until(
-            lambda: all(runs(self.stage, vm) == qemus(self.stage, vm) != [] for vm in ("vm-1", "vm-2")),
+            lambda: all(self.vmms.running("host-1", vm) == self.vmms.of(vm) != [] for vm in ("vm-1", "vm-2")),
             15,
             "one process runs each guest",
         )
         assert not list((self.stage.sandbox.folder / "host-1" / "vms").glob("*.claims"))
-
-    async def give_up(self, rollout: str) -> None:
-        """Abort a halted rollout: until then it holds its sets."""
-        answer = await self.stage.session.ask(m.AbortRequested(request=new_request_id(), rollout=rollout))
-        assert answer.accepted, answer.reason
-        await self.stage.sandbox.until(
-            lambda: self.stage.rollout(rollout).status == "aborted", 20, "the end of the abort"
-        )
 
     def report(self, rollout: str) -> Any:
         """The host's last report of a rollout."""
@@ -135,7 +90,7 @@ REFUSED = 'words = [w.replace("virtio-serial-pci,", "virtio-serial-pci,vectors=5
 
 async def test_swap_that_fails_is_told_with_its_pause_and_can_be_repeated(two: Any) -> None:
     two.wish(REFUSED)
-    before = {vm: qemus(two.stage, vm) for vm in ("vm-1", "vm-2")}
+    before = {vm: two.vmms.of(vm) for vm in ("vm-1", "vm-2")}
     rollout = await two.stage.roll("swap", **LENIENT)
     state = await two.stage.ended(rollout)
     assert state.status == "halted"
@@ -147,8 +102,8 @@ async def test_swap_that_fails_is_told_with_its_pause_and_can_be_repeated(two: A
     assert "not begun" in second.error
     await two.stage.sandbox.until(lambda: bool(two.stage.picture.clocks), 10, "the verdict on its clock")
     await two.whole()
-    assert before == {vm: qemus(two.stage, vm) for vm in ("vm-1", "vm-2")}
-    await two.give_up(rollout)
+    assert before == {vm: two.vmms.of(vm) for vm in ("vm-1", "vm-2")}
+    await two.stage.give_up(rollout)
     two.wish("pass")
     for update in ("swap", "replace"):
         again = await two.stage.ended(await two.stage.roll(update, **LENIENT))
@@ -158,27 +113,27 @@ async def test_swap_that_fails_is_told_with_its_pause_and_can_be_repeated(two: A
 
 async def test_second_vm_that_cannot_be_prepared(two: Any) -> None:
     two.wish('words += ["-device", "virtio-rng-pci"] * ("vm-2" in words)')
-    before = {vm: qemus(two.stage, vm) for vm in ("vm-1", "vm-2")}
+    before = {vm: two.vmms.of(vm) for vm in ("vm-1", "vm-2")}
     for update in ("swap", "replace"):
         rollout = await two.stage.roll(update, **LENIENT)
         state = await two.stage.ended(rollout)
         assert state.status == "halted"
         assert "nothing was frozen: VM vm-2" in state.reason
         await two.whole()
-        assert before == {vm: qemus(two.stage, vm) for vm in ("vm-1", "vm-2")}
+        assert before == {vm: two.vmms.of(vm) for vm in ("vm-1", "vm-2")}
         assert not two.stage.picture.frozen
-        await two.give_up(rollout)
+        await two.stage.give_up(rollout)
 
 
 @pytest.mark.parametrize("how", ["term", "kill", "abort"])
 @pytest.mark.parametrize("update", ["swap", "replace"])
 async def test_stopped_while_new_processes_are_starting(two: Any, how: str, update: str) -> None:
     two.wish("time.sleep(3)")
-    before = {vm: qemus(two.stage, vm) for vm in ("vm-1", "vm-2")}
+    before = {vm: two.vmms.of(vm) for vm in ("vm-1", "vm-2")}
     rollout = await two.stage.roll(update, **LENIENT)
-    await two.stage.sandbox.until(lambda: len(qemus(two.stage, "vm-1")) == 2, 20, "its next process")
+    await two.stage.sandbox.until(lambda: len(two.vmms.of("vm-1")) == 2, 20, "its next process")
     if how == "abort":
-        await two.give_up(rollout)
+        await two.stage.give_up(rollout)
     elif how == "kill":
         await two.stage.sandbox.kill("host-1")
     else:
@@ -187,10 +142,10 @@ async def test_stopped_while_new_processes_are_starting(two: Any, how: str, upda
         two.wish("pass")
         await two.stage.sandbox.start("host-1")
         await two.stage.ended(rollout)
-        await two.give_up(rollout)
+        await two.stage.give_up(rollout)
     await two.stage.ready("host-1")
     await two.whole()
-    assert before == {vm: qemus(two.stage, vm) for vm in ("vm-1", "vm-2")}
+    assert before == {vm: two.vmms.of(vm) for vm in ("vm-1", "vm-2")}
     assert not two.stage.picture.frozen
     two.wish("pass")
     assert (await two.stage.ended(await two.stage.roll(update, **LENIENT))).status == "completed"
@@ -200,7 +155,7 @@ async def test_stopped_while_new_processes_are_starting(two: Any, how: str, upda
 async def test_told_to_stop_while_guests_are_in_their_files(two: Any) -> None:
     rollout = await two.stage.roll("replace", **LENIENT)
     await two.stage.sandbox.until(two.updating.exists, 20, "the update to run")
-    assert qemus(two.stage, "vm-1") == qemus(two.stage, "vm-2") == []
+    assert two.vmms.of("vm-1") == two.vmms.of("vm-2") == []
     assert await two.stage.sandbox.stop("host-1", 40) == 0
     await two.whole()
     await two.stage.sandbox.start("host-1")
@@ -223,7 +178,7 @@ async def test_updater_and_guard_killed_while_guests_are_in_their_files(two: Any
     assert (await two.stage.ended(rollout)).status == "halted"
     await two.stage.ready("host-1")
     await two.whole()
-    await two.give_up(rollout)
+    await two.stage.give_up(rollout)
     for update in ("swap", "replace"):
         state = await two.stage.ended(await two.stage.roll(update, **LENIENT))
         assert state.status == "completed", state.reason

@@ -6,22 +6,15 @@ The witness is a QMP socket of the test's own in every QEMU process: who runs th
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import re
 import shutil
-import socket
 from collections.abc import Callable
-from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from caesura.contract import messages as m
-from caesura.runtime.processes import marked_processes
 from caesura.testing.sandbox import Vm
-from caesura_ctl.session import new_request_id
 
 pytestmark = [
     pytest.mark.e2e,
@@ -35,48 +28,12 @@ LENIENT = {"on_unsynced": "proceed"}
 """Policy: firmware has no clock that anybody could set."""
 
 
-def qemus(stage: Any, vm: str) -> list[int]:
-    """Every QEMU process of a VM, whoever started it."""
-    found = []
-    for pid in marked_processes(stage.sandbox.mark):
-        with suppress(OSError):
-            words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-            if b"qemu-system" in words[0] and vm.encode() in words:
-                found.append(pid)
-    return found
-
-
-def says(path: Path) -> tuple[int, str]:
-    """Who listens on a witness socket, and its run state."""
-    with socket.socket(socket.AF_UNIX) as link:
-        link.settimeout(2.0)
-        link.connect(str(path))
-        pid = int.from_bytes(link.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)[:4], "little")
-        lines = link.makefile("rb")
-        lines.readline()
-        for command in ("qmp_capabilities", "query-status"):
-            link.sendall(json.dumps({"execute": command}).encode() + b"\n")
-            while "return" not in (answer := json.loads(lines.readline())):
-                pass
-    return pid, answer["return"]["status"]
-
-
-def runners(stage: Any, host: str, vm: str) -> list[int]:
-    """The processes that run the guest now."""
-    found = {}
-    for place in ("", "next/"):
-        with suppress(OSError, ValueError, KeyError):
-            pid, status = says(stage.sandbox.folder / f"{host}.run" / vm / f"{place}witness")
-            found[pid] = status
-    return [pid for pid, status in found.items() if status == "running"]
-
-
 def accepted(stage: Any, rollout: str) -> bool:
     return any(each.rollout == rollout for each in stage.picture.reports.values())
 
 
 def gone(stage: Any, vm: str, pid: int) -> bool:
-    return pid not in qemus(stage, vm)
+    return pid not in stage.sandbox.vmms.of(vm)
 
 
 @pytest.fixture
@@ -95,7 +52,7 @@ async def one(stages: Callable[..., Any]) -> Any:
 async def whole(stage: Any) -> None:
     """Exactly one process is there and it runs the guest."""
     await stage.sandbox.until(
-        lambda: runners(stage, "host-1", "vm-1") == qemus(stage, "vm-1") != [],
+        lambda: stage.sandbox.vmms.running("host-1", "vm-1") == stage.sandbox.vmms.of("vm-1") != [],
         15,
         "one process runs the guest",
     )
@@ -103,11 +60,11 @@ async def whole(stage: Any) -> None:
 
 async def test_swap_and_replace_move_the_guest_to_a_new_process(one: Any) -> None:
     for update in ("swap", "replace", "patch"):
-        (before,) = qemus(one, "vm-1")
+        (before,) = one.sandbox.vmms.of("vm-1")
         state = await one.ended(await one.roll(update, **LENIENT))
         assert state.status == "completed", (update, state.reason)
         await whole(one)
-        (after,) = qemus(one, "vm-1")
+        (after,) = one.sandbox.vmms.of("vm-1")
         assert (before == after) == (update == "patch")
         result = one.picture.reports[list(one.picture.reports)[-1]].vms[0]
         told = f"QEMU 7.2.22 (pid {after}), was QEMU 7.2.22 (pid {before})"
@@ -117,17 +74,10 @@ async def test_swap_and_replace_move_the_guest_to_a_new_process(one: Any) -> Non
     assert min(pauses[1:]) >= 2.0
 
 
-async def give_up(stage: Any, rollout: str) -> None:
-    """Abort a halted rollout: until then it holds its sets."""
-    answer = await stage.session.ask(m.AbortRequested(request=new_request_id(), rollout=rollout))
-    assert answer.accepted, answer.reason
-    await stage.sandbox.until(lambda: stage.rollout(rollout).status == "aborted", 20, "the end of the abort")
-
-
 async def _replace_begun(stage: Any) -> str:
     """Start a replace and wait until no QEMU is there any more."""
     rollout = str(await stage.roll("replace", **LENIENT))
-    await stage.sandbox.until(lambda: qemus(stage, "vm-1") == [], 20, "the old QEMU to be gone")
+    await stage.sandbox.until(lambda: stage.sandbox.vmms.of("vm-1") == [], 20, "the old QEMU to be gone")
     return rollout
 
 
@@ -142,7 +92,7 @@ async def test_updater_killed_while_no_qemu_is_there(one: Any) -> None:
     assert "pause guard" in state.reason
     await one.ready("host-1")
     await whole(one)
-    await give_up(one, rollout)
+    await one.give_up(rollout)
     assert (await one.ended(await one.roll("swap", **LENIENT))).status == "completed"
 
 
@@ -161,7 +111,7 @@ async def test_both_killed_while_no_qemu_is_there(one: Any) -> None:
     one.sandbox.running["host-1"].kill()
     os.kill(guard, 9)
     await one.sandbox.running["host-1"].wait()
-    assert qemus(one, "vm-1") == []
+    assert one.sandbox.vmms.of("vm-1") == []
     await one.sandbox.start("host-1")
     await whole(one)
     assert (await one.ended(rollout)).status == "halted"
@@ -170,7 +120,7 @@ async def test_both_killed_while_no_qemu_is_there(one: Any) -> None:
 async def test_qemu_killed_while_its_guest_stands_still(one: Any) -> None:
     rollout = await one.roll("patch", **LENIENT)
     await one.sandbox.until(lambda: bool(one.picture.frozen), 20, "the freeze")
-    (pid,) = qemus(one, "vm-1")
+    (pid,) = one.sandbox.vmms.of("vm-1")
     os.kill(pid, 9)
     state = await one.ended(rollout)
     assert state.status == "halted"
@@ -197,12 +147,12 @@ async def test_updater_killed_again_and_again_during_swaps(one: Any) -> None:
         await asyncio.sleep(number * 0.02)  # what varies here is the moment of the kill
         await one.sandbox.kill("host-1")
         await one.sandbox.until(
-            lambda: len(runners(one, "host-1", "vm-1")) == 1, 10, "one process to run the guest"
+            lambda: len(one.sandbox.vmms.running("host-1", "vm-1")) == 1, 10, "one process to run the guest"
         )
         await one.sandbox.start("host-1")
         if (await one.ended(rollout)).status == "halted":
             halted += 1
-            await give_up(one, rollout)
+            await one.give_up(rollout)
         await one.ready("host-1")
         await whole(one)
     assert halted, "no kill came in the middle of a swap"
@@ -210,7 +160,7 @@ async def test_updater_killed_again_and_again_during_swaps(one: Any) -> None:
 
 async def test_a_binary_that_is_no_qemu_is_refused_before_anything_pauses(one: Any) -> None:
     one.sandbox.update("bad", ["true"], vmm="beside", scope="vm", vmm_binary="/bin/true")
-    (before,) = qemus(one, "vm-1")
+    (before,) = one.sandbox.vmms.of("vm-1")
     await one.ready("host-1")
     one.sandbox.running["host-1"].send_signal(1)  # SIGHUP: read the updates again
     await one.sandbox.until(
@@ -220,5 +170,5 @@ async def test_a_binary_that_is_no_qemu_is_refused_before_anything_pauses(one: A
     assert state.status == "halted"
     assert "/bin/true" in state.reason
     assert "nothing was frozen" in state.reason
-    assert qemus(one, "vm-1") == [before]
+    assert one.sandbox.vmms.of("vm-1") == [before]
     assert not one.picture.pauses

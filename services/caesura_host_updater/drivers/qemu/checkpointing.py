@@ -13,8 +13,8 @@ import signal
 import time
 from pathlib import Path
 
-from caesura_host_updater.drivers.qemu.handover import HandOverFailed, set_capabilities, take_from
-from caesura_host_updater.drivers.qemu.qmp import Event, Qmp
+from caesura_host_updater.drivers.qemu.handover import HandOverFailed, is_verdict, set_capabilities, take_from
+from caesura_host_updater.drivers.qemu.qmp import Qmp
 from caesura_host_updater.guard.plans import ReplacePlan
 from caesura_host_updater.guard.procfs import alive, send_signal
 
@@ -46,7 +46,7 @@ async def save_state(qmp: Qmp, plan: ReplacePlan, by: float) -> float:
             async with asyncio.timeout_at(asyncio.get_running_loop().time() + by - time.monotonic()):
                 await qmp.execute("stop")
                 await qmp.execute("migrate", uri=f"fd:{_NAME}")
-                verdict = await told.first(_verdict)
+                verdict = await told.first(is_verdict)
                 if verdict.data["status"] != "completed":
                     raise HandOverFailed(f"QEMU says that saving its state {verdict.data['status']}")
         except TimeoutError:
@@ -72,7 +72,3 @@ def _keep(part: Path, state_file: str) -> str:
         raise HandOverFailed(f"the state file has {size} bytes: that is not the state of devices alone")
     part.rename(state_file)
     return f"file:{size}:{hashlib.sha256(Path(state_file).read_bytes()).hexdigest()}"
-
-
-def _verdict(event: Event) -> bool:
-    return event.name == "MIGRATION" and event.data.get("status") in ("completed", "failed", "cancelled")

@@ -27,13 +27,13 @@ from caesura_host_updater.drivers.qemu.obstacles import obstacles
 from caesura_host_updater.drivers.qemu.qmp import Event, Qmp, QmpFailed, listener_of
 from caesura_host_updater.drivers.qemu.records import Run
 from caesura_host_updater.drivers.qemu.vmm import NoVmm, foreign, marked_as, ram_error, read_vmm
+from caesura_host_updater.guard.guest import OVER
 from caesura_host_updater.guard.plans import QemuPlan, ReplacePlan, SwapPlan, Vmm
 from caesura_host_updater.guard.procfs import STOPPED, alive, boot_id, read_process
 from caesura_host_updater.hostfile import VmSpec
 
 _GREETING_S = 2.0  # s: QEMU greets within milliseconds; another client's turn may take the guard a second
 NO_REBOOT = "the qemu driver does not restart VMs for an update"
-_OVER = frozenset(("shutdown", "guest-panicked", "internal-error"))
 
 _log = structlog.get_logger("caesura.qemu")
 
@@ -172,7 +172,7 @@ class Guest:
         match event.name:
             case "RESUME":
                 self._status = "running"
-            case "STOP" if self._status not in _OVER:
+            case "STOP" if self._status not in OVER:
                 self._status = "paused"
             case "GUEST_PANICKED" if event.data.get("action") != "run":
                 self._status = "guest-panicked"
@@ -191,7 +191,7 @@ class Guest:
             return "paused" if self.prepared is not None and self.prepared.begun else "stopped"
         if not self._status or self.qmp is None or self.qmp.closed:
             return "unknown" if alive(self.run.pid, self.run.start_ticks) else "stopped"
-        if self._status in _OVER:
+        if self._status in OVER:
             return "stopped"
         if self._status in ("running", "suspended"):
             process = read_process(self.run.pid)

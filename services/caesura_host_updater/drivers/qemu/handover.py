@@ -33,7 +33,8 @@ class Handed(NamedTuple):
     resumed_at: float
 
 
-def _verdict(event: Event) -> bool:
+def is_verdict(event: Event) -> bool:
+    """Whether it says how a migration ended."""
     return event.name == "MIGRATION" and event.data.get("status") in ("completed", "failed", "cancelled")
 
 
@@ -121,8 +122,8 @@ def _is_resume(event: Event) -> bool:
 async def _both_completed(old: Watch, new: Watch) -> None:
     """Wait for both verdicts; the first bad one counts."""
     verdicts: set[asyncio.Task[Event]] = {
-        asyncio.create_task(_first(old.first(_verdict))),
-        asyncio.create_task(_first(new.first(_verdict))),
+        asyncio.create_task(_first(old.first(is_verdict))),
+        asyncio.create_task(_first(new.first(is_verdict))),
     }
     try:
         while verdicts:

@@ -13,7 +13,7 @@ from contextlib import suppress
 
 import structlog
 
-from caesura_host_updater.detached import ExitWatch
+from caesura_host_updater.detached import ExitWatch, reap
 from caesura_host_updater.drivers.port import FreezeFailed, HandOver, SwapFailed
 from caesura_host_updater.drivers.qemu.checkpointing import save_state
 from caesura_host_updater.drivers.qemu.guest import Guest, NotAttached, Prepared
@@ -27,7 +27,7 @@ from caesura_host_updater.drivers.qemu.hurrying import Hurry, calm
 from caesura_host_updater.drivers.qemu.launching import Launcher
 from caesura_host_updater.drivers.qemu.qmp import Qmp, QmpFailed, Watch
 from caesura_host_updater.drivers.qemu.records import Records, Run
-from caesura_host_updater.drivers.qemu.releasing import end_losers, forget, link_sockets, reap, run_of
+from caesura_host_updater.drivers.qemu.releasing import end_losers, forget, link_sockets, run_of
 from caesura_host_updater.drivers.qemu.vmm import NoVmm, last_words
 from caesura_host_updater.guard import claims
 from caesura_host_updater.guard.plans import (

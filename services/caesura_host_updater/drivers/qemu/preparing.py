@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from caesura.contract.messages import Method
-from caesura_host_updater.detached import ExitWatch
+from caesura_host_updater.detached import ExitWatch, reap
 from caesura_host_updater.drivers.port import DriverError
 from caesura_host_updater.drivers.qemu import commandline
 from caesura_host_updater.drivers.qemu.checkpointing import get_ready
@@ -19,7 +19,7 @@ from caesura_host_updater.drivers.qemu.handover import late_activation, set_capa
 from caesura_host_updater.drivers.qemu.launching import Launcher, LaunchFailed
 from caesura_host_updater.drivers.qemu.qmp import Qmp, QmpFailed
 from caesura_host_updater.drivers.qemu.records import Records, Run
-from caesura_host_updater.drivers.qemu.releasing import forget, make_next_folders, reap, remove_files
+from caesura_host_updater.drivers.qemu.releasing import forget, make_next_folders, remove_files
 from caesura_host_updater.drivers.qemu.vmm import NoVmm, VmmProcess, last_words, ram_error, read_vmm
 from caesura_host_updater.guard.plans import ReplacePlan, SwapPlan, Vmm
 from caesura_host_updater.guard.processes import end

@@ -10,6 +10,7 @@ from pathlib import Path
 import msgspec
 import structlog
 
+from caesura_host_updater.detached import reap
 from caesura_host_updater.drivers.qemu import commandline
 from caesura_host_updater.drivers.qemu.records import Records, Run
 from caesura_host_updater.drivers.qemu.vmm import read_vmm
@@ -53,12 +54,6 @@ def remove_files(*paths: str | Path) -> None:
     for path in paths:
         with suppress(OSError):
             Path(path).unlink()
-
-
-def reap(pid: int) -> None:
-    """Collect a child that ended; one that is not ours is not ours to collect."""
-    with suppress(ChildProcessError):
-        os.waitpid(pid, os.WNOHANG)
 
 
 def end_losers(plan: SwapPlan | ReplacePlan) -> claims.Owner | None:

@@ -271,9 +271,11 @@ class OperationRunner:
         if called_at >= by:
             self._events.put_nowait(steps.VmNotFrozen(vm, None, "it was too late to freeze it"))
             return
-        freeze = self._driver.checkpoint if self.state.method == "replace" else self._driver.freeze
         try:
-            await freeze(vm, by)
+            if self.state.method == "replace":
+                await self._driver.checkpoint(vm, by, gone=bool(self.state.update))
+            else:
+                await self._driver.freeze(vm, by)
         except asyncio.CancelledError:
             self._events.put_nowait(steps.VmNotFrozen(vm, called_at, "its freeze was called off"))
             raise

@@ -147,8 +147,10 @@ class Driver(Protocol):
             NotPossible: this driver cannot swap.
         """
 
-    async def checkpoint(self, vm: str, by: float) -> None:
+    async def checkpoint(self, vm: str, by: float, *, gone: bool = True) -> None:
         """Replace, first half: the device state is in a file and the old process is gone; ``resume`` starts the new one.
+
+        ``gone`` False: it was killed and may still be dying, which nothing that runs meanwhile minds.
 
         Raises:
             FreezeFailed: the VM does not stand still, or its state could not be saved; ``resume`` puts it right.

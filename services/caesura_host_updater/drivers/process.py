@@ -302,7 +302,7 @@ class ProcessDriver:
         """Not possible."""
         raise NotPossible(vm, _MISSING["swap"])
 
-    async def checkpoint(self, vm: str, by: float) -> None:  # noqa: ARG002 - the port's
+    async def checkpoint(self, vm: str, by: float, *, gone: bool = True) -> None:  # noqa: ARG002 - the port's
         """Not possible."""
         raise NotPossible(vm, _MISSING["replace"])
 

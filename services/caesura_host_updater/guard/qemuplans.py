@@ -81,6 +81,7 @@ class ReplacePlan:
         environ: for the new process; contains ``mark``.
         mark: ``NAME=value`` in the environment of every new process of this operation and VM, whoever started it.
         log: its output is appended here.
+        beside: a new process can be started while the old one is still dying: they need nothing that only one can have.
         ram: the guest's RAM file as it is now: path, device and inode. A QEMU would make a missing one anew, full of
             zeros. None: not known.
     """
@@ -95,6 +96,7 @@ class ReplacePlan:
     mark: str
     log: str
     ram: tuple[str, int, int] | None = None
+    beside: bool = False
 
     def __post_init__(self) -> None:
         _path("the claims folder", self.claims)
@@ -160,7 +162,14 @@ def from_json(data: Mapping[str, Any]) -> VmmPlan:
         mark=data["mark"],
         log=data["log"],
         ram=_ram(data["ram"]),
+        beside=_yes_or_no("beside", data["beside"]),
     )
+
+
+def _yes_or_no(what: str, data: Any) -> bool:
+    if not isinstance(data, bool):
+        raise BadPlan(f"{what} is true or false")
+    return data
 
 
 def _ram(data: Any) -> tuple[str, int, int] | None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import signal
 import time
 from contextlib import suppress
 
@@ -26,7 +27,7 @@ from caesura_host_updater.guard.guest import (
     run_state,
 )
 from caesura_host_updater.guard.processes import end, let_go, marked, start
-from caesura_host_updater.guard.procfs import Process, alive
+from caesura_host_updater.guard.procfs import Process, alive, send_signal
 from caesura_host_updater.guard.qemuplans import ReplacePlan
 from caesura_host_updater.guard.qmp import Qmp
 from caesura_host_updater.guard.swapping import back
@@ -136,7 +137,10 @@ def _restore(plan: ReplacePlan, number: int, owner: Owner, until: float) -> None
     Raises:
         OSError: this try failed and the time is over; what was tried is noted beside the claims.
     """
-    end(plan.old.pid, plan.old.start_ticks, until)
+    if plan.beside:  # unmapping its RAM takes a while: dead it must be only when the new one may run
+        send_signal(plan.old.pid, plan.old.start_ticks, signal.SIGKILL)
+    else:
+        end(plan.old.pid, plan.old.start_ticks, until)
     doomed = started(plan)
     if doomed:
         # Whoever started them may be about to claim: after this claim he cannot, so they can be killed.
@@ -206,6 +210,7 @@ def _try_next(plan: ReplacePlan, number: int, state: int, until: float) -> None:
     try:
         process = start(argv, plan.environ, plan.log)
         with _loaded(plan, process, state) as qmp:
+            end(plan.old.pid, plan.old.start_ticks, until + _TOTAL_S)
             text = f"new:{process.pid}:{process.start_ticks}"
             if claims.claim(plan.claims, number + 1, text) != text:
                 end(process.pid, process.start_ticks, until + _START_S)

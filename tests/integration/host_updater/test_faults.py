@@ -282,15 +282,15 @@ async def test_vm_that_cannot_be_resumed_at_first(
     assert report.vms[0].pause_s > 0.5
 
 
-async def test_vm_that_dies_while_frozen(hosts: Callable[..., Any], fleet: Any) -> None:
+async def test_vm_that_dies_while_frozen(hosts: Callable[..., Any], fleet: Any, wait_for: Any) -> None:
     host = hosts(freezer="cgroup2")
     host.add_vm("dying")
     host.add_vm("other")
-    host.add_update("slow", "import time; time.sleep(1.5)")
+    begun = host.folder / "update-began"  # both stand still by then, and the updater knows it
+    host.add_update("slow", f"import time; open({str(begun)!r}, 'w').close(); time.sleep(1.5)")
     await host.start()
     command = await host.freeze(update="slow", budget_s=10.0)
-    await host.until("dying", "frozen")
-    await host.until("other", "frozen")
+    await wait_for(begun.exists, "the update")
     os.kill(host.run_of("dying")["pid"], signal.SIGKILL)
     report = await fleet.report(command.operation)
     assert report.status == "failed"

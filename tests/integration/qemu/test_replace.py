@@ -9,6 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from caesura_host_updater.drivers.port import DriverError, FreezeFailed, NotRunningYet
@@ -47,6 +48,27 @@ async def test_replace(rig: Any, tools: Any) -> None:
     await driver.prepare("a", "op-2", "swap", "")
     await driver.hand_over("a", tools.soon())
     await driver.release("a")
+
+
+@pytest.mark.parametrize("beside", [True, False])
+async def test_replace_that_does_not_wait_for_the_death_of_the_old_one(
+    rig: Any, tools: Any, beside: bool
+) -> None:
+    """Nothing is updated meanwhile. Where only one can hold what it needs, the new one is started after that death."""
+    definition = SMALL if beside else msgspec.structs.replace(SMALL, extra=("-gdb", "tcp:127.0.0.1:47731"))
+    driver = await rig.open({"a": definition})
+    pid = tools.pid_of(driver, "a")
+    await driver.prepare("a", "op-1", "replace", "")
+    plan = driver.resume_plan("a")
+    assert plan.beside is beside
+    await driver.checkpoint("a", tools.soon(), gone=False)
+    assert await driver.resume("a", 10) == "running"
+    assert not tools.runs(pid), "the guest runs in one process only"
+    new = tools.pid_of(driver, "a")
+    assert new != pid
+    await rig.only(new)
+    await driver.release("a")
+    assert driver.states() == {"a": "running"}
 
 
 async def test_released_before_it_began(rig: Any, tools: Any) -> None:

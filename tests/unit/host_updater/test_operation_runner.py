@@ -89,7 +89,7 @@ class FakeDriver:
         self.swapped.append(vm)
         return HandOver(called_at=at, frozen_at=at, resumed_at=at + 0.004, detail="B, was A")
 
-    async def checkpoint(self, vm: str, by: float) -> None:
+    async def checkpoint(self, vm: str, by: float, *, gone: bool = True) -> None:
         assert vm in self.prepared
         self.checkpointed.append(vm)
         await self.freeze(vm, by)

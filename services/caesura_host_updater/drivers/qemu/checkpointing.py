@@ -1,4 +1,4 @@
-"""The first half of a replace: the device state goes to a file, and the old process is gone.
+"""The first half of a replace: the device state goes to a file, and the old process is killed.
 
 Until the claim ``file:...`` stands, the way out is ``cont`` on the old process; from then on it is a new process
 that is started from the file. The file is small and read back at once: what is claimed is what is on disk.
@@ -29,8 +29,11 @@ async def get_ready(qmp: Qmp) -> None:
     await set_capabilities(qmp, x_ignore_shared=True, events=True, return_path=False)
 
 
-async def save_state(qmp: Qmp, plan: ReplacePlan, by: float) -> float:
-    """Save, claim, and end the old process; when the guest stopped, on CLOCK_MONOTONIC.
+async def save_state(qmp: Qmp, plan: ReplacePlan, by: float, *, gone: bool) -> float:
+    """Save, claim, and kill the old process; when the guest stopped, on CLOCK_MONOTONIC.
+
+    ``gone``: return when it is dead. Unmapping its RAM takes the kernel some 10 ms a GiB, in which a new process can
+    be started already if nothing but the old one's death is waited for.
 
     Raises:
         HandOverFailed, QmpFailed, OSError: the guard's way out makes the guest run again.
@@ -58,7 +61,7 @@ async def save_state(qmp: Qmp, plan: ReplacePlan, by: float) -> float:
     take_from(plan, text)
     send_signal(plan.old.pid, plan.old.start_ticks, signal.SIGKILL)
     until = time.monotonic() + _DEATH_S
-    while alive(plan.old.pid, plan.old.start_ticks):
+    while gone and alive(plan.old.pid, plan.old.start_ticks):
         if time.monotonic() > until:
             raise HandOverFailed(f"the old process {plan.old.pid} does not die")
         await asyncio.sleep(_LOOK_S)  # the kernel does not call us before it is reaped

@@ -20,7 +20,7 @@ from caesura_host_updater.drivers.qemu.guest_agent import AgentRefused, GuestAge
 
 STEP_PROGRAM = "/usr/sbin/caesura-set-clock"
 _NS_PER_S = 1_000_000_000
-_SAMPLES = 12
+_SAMPLES = 8
 _FAR_NS = 20_000_000
 """ns: from here on guest-set-time helps at once; below, it may leave the clock worse than it was."""
 _GOOD_NS = 300_000

@@ -170,9 +170,9 @@ class QemuDriver:
         """Swap."""
         return await self._mover.hand_over(self._guests[vm], by)
 
-    async def checkpoint(self, vm: str, by: float) -> None:
+    async def checkpoint(self, vm: str, by: float, *, gone: bool = True) -> None:
         """Replace, first half."""
-        await self._mover.checkpoint(self._guests[vm], by)
+        await self._mover.checkpoint(self._guests[vm], by, gone=gone)
 
     async def release(self, vm: str) -> None:
         """Forget what was prepared, and end whoever does not have the guest."""

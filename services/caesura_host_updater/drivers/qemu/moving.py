@@ -136,7 +136,7 @@ class Mover:
             guest.vm, "; ".join(dict.fromkeys(reasons)), frozen_at=stopped_at, resumed_at=back_at
         )
 
-    async def checkpoint(self, guest: Guest, by: float) -> None:
+    async def checkpoint(self, guest: Guest, by: float, *, gone: bool) -> None:
         """Replace, first half. Raises FreezeFailed."""
         prepared, qmp = guest.prepared, guest.qmp
         if prepared is None or not isinstance(prepared.plan, ReplacePlan) or qmp is None:
@@ -146,7 +146,7 @@ class Mover:
             raise FreezeFailed(guest.vm, "it was too late to begin")
         prepared.begun = True
         try:
-            await save_state(qmp, prepared.plan, min(by, called_at + _HAND_OVER_S))
+            await save_state(qmp, prepared.plan, min(by, called_at + _HAND_OVER_S), gone=gone)
         except (HandOverFailed, QmpFailed, OSError) as error:
             told = await error_of_migration(qmp, _ERROR_S)
             raise FreezeFailed(guest.vm, f"{error}; QEMU said: {told}" if told else str(error)) from error

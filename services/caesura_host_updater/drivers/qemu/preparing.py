@@ -119,7 +119,8 @@ class Preparer:
     async def _replace(self, guest: Guest, run: Run, qmp: Qmp, folder: Path, program: str) -> Prepared:
         argv = commandline.next_command(run.argv, program, guest.machine)
         present = read_vmm(run.pid)
-        if "swap" not in guest.missing:  # a new one can be tried beside the old one, while the guest runs
+        beside = "swap" not in guest.missing
+        if beside:  # a new one can be tried beside the old one, while the guest runs
             await self._drop(
                 *await self._start(guest, qmp, folder.name, argv, commandline.next_path(run.qmp))
             )
@@ -139,6 +140,7 @@ class Preparer:
             mark=mark,
             log=str(log),
             ram=_ram(run),
+            beside=beside,
         )
         await get_ready(qmp)
         self._records.begin(folder, plan)

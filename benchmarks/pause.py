@@ -18,6 +18,8 @@ from statistics import median
 import msgspec
 from hops import SCENARIOS, Hop, make
 
+_OURS = ("stop + cont", "swap", "replace")  # the others are what QEMU does alone
+
 _TARGETS = """targets: swap median <= 10 ms and p99 <= 30 ms by QMP events, at 4 GiB within 1.5 x of 256 MiB; save + restore
 at least 200 x longer at 1 GiB and 1,000 x at 4 GiB; pre-copy's total at least 50 x longer at 1 GiB; replace median
 <= 100 ms; clock error after the sync <= 1 ms p99 within 1 s of the resume."""
@@ -32,36 +34,35 @@ def percentile(values: Iterable[float], share: float) -> float:
 async def measure(
     sizes: Sequence[int], rounds: int, scenarios: Sequence[str], binary: str, out: Path
 ) -> list[Hop]:
-    """All hops. What is measured is written after every round, so nothing is lost when it is stopped."""
+    """All hops. What is measured is written after every one, so nothing is lost when it is stopped."""
     hops: list[Hop] = []
     for ram_mib in sizes:
-        with tempfile.TemporaryDirectory(prefix="cb-", dir="/tmp") as folder:
-            bench = await make(ram_mib, Path(folder), binary=binary)
-            try:
-                print(f"{ram_mib} MiB: idle gap {await bench.idle_gap(3) * 1000:.1f} ms", flush=True)
-                for number in range(rounds):
-                    for scenario in scenarios:
+        # Round by round, and a new guest when the last one was harmed.
+        left = [(number, scenario) for number in range(1, rounds + 1) for scenario in scenarios]
+        while left:
+            with tempfile.TemporaryDirectory(prefix="cb-", dir="/tmp") as folder:
+                bench = await make(ram_mib, Path(folder), binary=binary)
+                try:
+                    print(f"{ram_mib} MiB: idle gap {await bench.idle_gap(3) * 1000:.1f} ms", flush=True)
+                    unharmed = True
+                    while left and unharmed:
+                        number, scenario = left.pop(0)
                         hop = await bench.hop(scenario)
                         hops.append(hop)
-                        if not (hop.memory_ok and hop.monotonic_ok):
-                            raise SystemExit(
-                                f"{ram_mib} MiB, round {number + 1}: {scenario} harmed the guest"
-                            )
-                    out.write_bytes(msgspec.json.encode(hops))
-                    last = ", ".join(
-                        f"{hop.scenario} {hop.pause_s * 1000:.1f}" for hop in hops[-len(scenarios) :]
-                    )
-                    print(f"{ram_mib} MiB, round {number + 1}/{rounds}, pauses in ms: {last}", flush=True)
-            finally:
-                await bench.close()
+                        out.write_bytes(msgspec.json.encode(hops))
+                        unharmed = hop.memory_ok and hop.monotonic_ok
+                        told = f"{hop.pause_s * 1000:.1f} ms" + ("" if unharmed else ", and harmed the guest")
+                        print(f"{ram_mib} MiB, round {number}/{rounds}: {scenario} {told}", flush=True)
+                finally:
+                    await bench.close()
     return hops
 
 
 def table(hops: Sequence[Hop]) -> str:
     """Markdown: pauses, and what they are in swaps of the same run."""
     lines = [
-        "| RAM | way | n | pause median / p99 / max (ms) | longest gap | total | in swaps | second RAM |",
-        "|---|---|---|---|---|---|---|---|",
+        "| RAM | way | n | pause median / p99 / max (ms) | longest gap | total | in swaps | second RAM | guests harmed |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for ram_mib in dict.fromkeys(hop.ram_mib for hop in hops):
         of_size = [hop for hop in hops if hop.ram_mib == ram_mib]
@@ -78,9 +79,13 @@ def table(hops: Sequence[Hop]) -> str:
             extra = f"{max(hop.extra_ram_bytes for hop in mine) / 2**20:.0f} MiB"
             lines.append(
                 f"| {ram_mib} MiB | {scenario} | {len(mine)} | {shown} | {median(hop.gap_s for hop in mine) * 1000:.0f} ms "
-                f"| {median(hop.total_s for hop in mine) * 1000:.0f} ms | {ratio} | {extra if extra != '0 MiB' else 'none'} |"
+                f"| {median(hop.total_s for hop in mine) * 1000:.0f} ms | {ratio} | {extra if extra != '0 MiB' else 'none'} | {_harmed(mine) or 'none'} |"
             )
     return "\n".join(lines)
+
+
+def _harmed(hops: Iterable[Hop]) -> int:
+    return sum(not (hop.memory_ok and hop.monotonic_ok) for hop in hops)
 
 
 def _has(hops: Sequence[Hop], scenario: str) -> bool:
@@ -144,8 +149,17 @@ def findings(hops: Sequence[Hop]) -> list[tuple[str, bool]]:
         found.append(
             (f"clock: right and measured within {took:.2f} s (p99) of the resume, at most 1 s", took <= 1)
         )
-    found.append((f"memory verified after each of {len(hops)} hops", all(hop.memory_ok for hop in hops)))
-    found.append(("no guest's CLOCK_MONOTONIC went back", all(hop.monotonic_ok for hop in hops)))
+    ours = [hop for hop in hops if hop.scenario in _OURS]
+    found.append(
+        (
+            (
+                f"memory and CLOCK_MONOTONIC verified after each of {len(hops)} hops: {_harmed(ours)} of {len(ours)} "
+                f"guests harmed by {', '.join(_OURS)}, {_harmed(hops) - _harmed(ours)} of {len(hops) - len(ours)} by "
+                "the other ways"
+            ),
+            _harmed(ours) == 0,
+        )
+    )
     return found
 
 

@@ -181,7 +181,7 @@ def resume(rollout: str, broker: str | None, *, as_json: bool, detach: bool) -> 
             await session.settled()
             before = dict(session.picture.rollouts)
             request = m.ResumeRequested(request=new_request_id(), rollout=rollout)
-            started = await _steer(session, context, request, "resuming")
+            started = await _steer(session, context, request, "resuming", last_word=detach)
             if not detach:
                 if session.picture.rollouts.get(started) is before.get(started):
                     # What is retained still says halted; the next word of the coordinator may be its last, too.
@@ -192,10 +192,16 @@ def resume(rollout: str, broker: str | None, *, as_json: bool, detach: bool) -> 
 
 
 async def _steer(
-    session: Session, context: Context, request: m.AbortRequested | m.ResumeRequested, word: str
+    session: Session,
+    context: Context,
+    request: m.AbortRequested | m.ResumeRequested,
+    word: str,
+    *,
+    last_word: bool = True,
 ) -> str:
+    """Ask, and say what became of it; in JSON only if nothing follows, for a script reads one document."""
     answer = await session.ask(request)
-    if context.json:
+    if context.json and (last_word or not answer.accepted):
         print_json(answer)
     if not answer.accepted:
         raise Refused(answer.reason)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
+import sys
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -170,3 +173,18 @@ async def test_a_halted_rollout_can_be_resumed(pair: Any) -> None:
     await pair.sandbox.until(lambda: pair.rollout(rollout).status == "completed", 30, "the rollout completed")
     pair.assert_order()
     pair.assert_one_end_each()
+
+
+async def test_resume_tells_a_script_one_document(pair: Any) -> None:
+    flag = pair.sandbox.folder / "works"
+    pair.sandbox.update("patch", ["test", "-e", str(flag)], expected_s=0.5)
+    rollout = await pair.roll()
+    assert (await pair.ended(rollout)).status == "halted"
+    flag.touch()
+    command = (sys.executable, "-m", "caesura_ctl", "resume", "--json", "--broker", pair.sandbox.broker.url)
+    process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
+    printed, _ = await process.communicate()
+    assert process.returncode == 0
+    told = json.loads(printed)
+    assert told["rollout"]["rollout"] == rollout
+    assert told["rollout"]["status"] == "completed"

@@ -138,23 +138,30 @@ def findings(hops: Sequence[Hop]) -> list[tuple[str, bool]]:
     for scenario in ("pre-copy, default", "pre-copy, limit 20 ms"):
         totals = pick(scenario, 1024, lambda hop: hop.total_s), pick("swap", 1024, lambda hop: hop.total_s)
         ratio(f"total of {scenario} over swap at 1024 MiB", *totals, 50)
-    clocks = [hop for hop in hops if hop.clock is not None and hop.clock_took_s is not None]
+    ours = [hop for hop in hops if hop.scenario in _OURS]
+    clocks = [hop for hop in ours if hop.clock is not None and hop.clock_took_s is not None]
     if clocks:
         after = percentile((abs(hop.clock.after_s) for hop in clocks if hop.clock), 0.99) * 1000
         before = max(abs(hop.clock.before_s) for hop in clocks if hop.clock)
         took = percentile((hop.clock_took_s or 0.0 for hop in clocks), 0.99)
+        longest = max(hop.clock_took_s or 0.0 for hop in hops)
         found.append(
             (f"clock: off by up to {before:.3f} s before, p99 {after:.3f} ms of 1 ms after", after <= 1)
         )
         found.append(
-            (f"clock: right and measured within {took:.2f} s (p99) of the resume, at most 1 s", took <= 1)
+            (
+                (
+                    f"clock: right and measured within {took:.2f} s (p99) of the resume, at most 1 s; "
+                    f"{longest:.2f} s at worst after the other ways"
+                ),
+                took <= 1,
+            )
         )
-    ours = [hop for hop in hops if hop.scenario in _OURS]
     found.append(
         (
             (
-                f"memory and CLOCK_MONOTONIC verified after each of {len(hops)} hops: {_harmed(ours)} of {len(ours)} "
-                f"guests harmed by {', '.join(_OURS)}, {_harmed(hops) - _harmed(ours)} of {len(hops) - len(ours)} by "
+                f"memory and CLOCK_MONOTONIC verified after each of {len(hops)} hops: harmed by {_harmed(ours)} of "
+                f"{len(ours)} hops by {', '.join(_OURS)}, and by {_harmed(hops) - _harmed(ours)} of {len(hops) - len(ours)} by "
                 "the other ways"
             ),
             _harmed(ours) == 0,

@@ -23,6 +23,7 @@ from caesura_host_updater.guard.procfs import (
 
 _HOLD_S = 0.1  # s: a stop signal is acted on when the kernel next gives the thread a turn
 _STEP_S = 0.001
+_LOWEST = 1  # of the real-time priorities: enough to come before everything ordinary
 
 
 class StillThere(OSError):
@@ -122,6 +123,23 @@ def start(argv: tuple[str, ...], environ: tuple[tuple[str, str], ...], log: str)
     if process is None:
         raise OSError(f"{argv[0]} ended at once")
     return process
+
+
+def hurry(pid: int) -> None:
+    """Its main thread, and every thread that it starts, runs before everything ordinary (sched(7)), where we may."""
+    with suppress(OSError):  # not allowed to, or gone
+        os.sched_setscheduler(pid, os.SCHED_RR, os.sched_param(_LOWEST))
+
+
+def calm(pid: int) -> None:
+    """No thread of the process hurries any more; those that were started meanwhile had inherited it."""
+    with suppress(OSError):
+        for name in os.listdir(f"/proc/{pid}/task"):
+            with suppress(OSError):
+                thread = int(name)
+                hurries = os.sched_getscheduler(thread) == os.SCHED_RR
+                if hurries and os.sched_getparam(thread).sched_priority == _LOWEST:
+                    os.sched_setscheduler(thread, os.SCHED_OTHER, os.sched_param(0))
 
 
 def reap() -> None:

@@ -26,7 +26,7 @@ from caesura_host_updater.guard.guest import (
     reach,
     run_state,
 )
-from caesura_host_updater.guard.processes import end, let_go, marked, start
+from caesura_host_updater.guard.processes import calm, end, hurry, let_go, marked, start
 from caesura_host_updater.guard.procfs import Process, alive, send_signal
 from caesura_host_updater.guard.qemuplans import ReplacePlan
 from caesura_host_updater.guard.qmp import Qmp
@@ -111,6 +111,7 @@ def _forward(plan: ReplacePlan, number: int, owner: Owner, until: float) -> bool
 
 def _let_run(plan: ReplacePlan, number: int, owner: Owner, qmp: Qmp, until: float) -> bool:
     """``cont`` to a claimed process that stood still on this connection. False: it never ran and is dead."""
+    calm(owner.pid)  # virtual CPUs that hurry would leave the host nothing
     until = max(until, time.monotonic() + CONT_S)
     refused = cont(qmp, until)
     if refused is None:
@@ -209,6 +210,7 @@ def _try_next(plan: ReplacePlan, number: int, state: int, until: float) -> None:
     process: Process | None = None
     try:
         process = start(argv, plan.environ, plan.log)
+        hurry(process.pid)
         with _loaded(plan, process, state) as qmp:
             end(plan.old.pid, plan.old.start_ticks, until + _TOTAL_S)
             text = f"new:{process.pid}:{process.start_ticks}"

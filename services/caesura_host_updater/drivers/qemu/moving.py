@@ -23,7 +23,7 @@ from caesura_host_updater.drivers.qemu.handover import (
     error_of_migration,
     run_hand_over,
 )
-from caesura_host_updater.drivers.qemu.hurrying import Hurry, calm
+from caesura_host_updater.drivers.qemu.hurrying import Hurry
 from caesura_host_updater.drivers.qemu.launching import Launcher
 from caesura_host_updater.drivers.qemu.qmp import Qmp, QmpFailed, Watch
 from caesura_host_updater.drivers.qemu.records import Records, Run
@@ -39,6 +39,7 @@ from caesura_host_updater.guard.plans import (
     condition,
     thaw,
 )
+from caesura_host_updater.guard.processes import calm
 from caesura_host_updater.guard.procfs import send_signal
 
 _HAND_OVER_S = 2.0  # s: 3 to 10 ms is usual; a new process that hangs is given up after this
@@ -146,7 +147,8 @@ class Mover:
             raise FreezeFailed(guest.vm, "it was too late to begin")
         prepared.begun = True
         try:
-            await save_state(qmp, prepared.plan, min(by, called_at + _HAND_OVER_S), gone=gone)
+            with self._hurry((prepared.plan.old.pid,)):
+                await save_state(qmp, prepared.plan, min(by, called_at + _HAND_OVER_S), gone=gone)
         except (HandOverFailed, QmpFailed, OSError) as error:
             told = await error_of_migration(qmp, _ERROR_S)
             raise FreezeFailed(guest.vm, f"{error}; QEMU said: {told}" if told else str(error)) from error

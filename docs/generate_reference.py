@@ -130,7 +130,7 @@ class Pings(Exception):
         super().__init__(", ".join(self.names))
 
 
-def _tell(_listen: str, pings: Mapping[str, object], _registry: object) -> NoReturn:
+def _tell(_listen: str, pings: Mapping[str, object], _registry: object, **_: object) -> NoReturn:
     raise Pings(pings)
 
 

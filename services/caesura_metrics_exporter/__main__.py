@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from socket import gethostname
 
 from prometheus_client import CollectorRegistry, ProcessCollector
 
@@ -11,6 +12,8 @@ from caesura.bus.options import options_from
 from caesura.runtime.command import run_service
 from caesura.runtime.health import serve_health
 from caesura.runtime.serve import serve
+from caesura_metrics_exporter.page import LivePage
+from caesura_metrics_exporter.scrape import Scrape
 from caesura_metrics_exporter.service import MetricsExporter, filters
 from caesura_metrics_exporter.settings import MetricsExporterSettings
 
@@ -19,7 +22,7 @@ def main() -> int:
     """The console script."""
     return run_service(
         "metrics-exporter",
-        "Reads everything on the bus and serves it as Prometheus metrics.",
+        "Reads everything on the bus and serves it as Prometheus metrics and as a live page.",
         MetricsExporterSettings,
         _main,
     )
@@ -31,15 +34,21 @@ async def _main(settings: MetricsExporterSettings) -> None:
     bus = MqttBus(options, filters=filters())
     exporter = MetricsExporter(settings, bus)
     registry = CollectorRegistry()
-    ProcessCollector(registry=registry)
-    registry.register(exporter.collector())
+    process, collector = ProcessCollector(registry=registry), exporter.collector()
+    registry.register(collector)
+    scrape = Scrape(collector, [process])
     pings = {"broker": exporter.broker_ping}
+    page = LivePage(exporter.stream, page_hosts=(*settings.page_hosts, gethostname()))
     async with (
-        serve_health(settings.listen, pings, registry),
-        serve_health(settings.health_listen, pings, registry),
+        serve_health(settings.listen, pings, registry, extend=page.extend, metrics=scrape.handle),
+        serve_health(settings.health_listen, pings, registry, metrics=scrape.handle),
     ):
         await serve(
-            {"bus": exporter.run_bus, "forgetting": exporter.run_forgetting},
+            {
+                "bus": exporter.run_bus,
+                "forgetting": exporter.run_forgetting,
+                "live": exporter.stream.run,
+            },
             drain=exporter.drain,
         )
 

@@ -13,6 +13,7 @@ import msgspec
 from caesura.contract import messages as m
 from caesura.contract.envelope import Message
 from caesura.contract.topics import TopicError, channel_at
+from caesura_metrics_exporter.pauses import Pauses, labels_of
 
 _ROLLOUTS_KEPT = 100  # retained rollouts pile up at the broker; the newest are enough to say what is so now
 
@@ -43,6 +44,9 @@ class Fleet:
         self.clocks: dict[str, m.VmClockSynced] = {}
         self.budgets: dict[tuple[str, str, str, str], float] = {}
         """(set, update domain, host, method) to the budget of the last pause, seconds."""
+        self.pauses = Pauses()
+        self.events_since: dict[str, dict[tuple[str, str], float]] = {}
+        """Set to (event, status) to when it was first seen so, seconds on the exporter's monotonic clock."""
 
     def take(self, message: Message, now_s: float, *, fresh: bool) -> None:
         """Fold one message. ``fresh`` is false for a repetition: then only state counts, not facts."""
@@ -53,14 +57,17 @@ class Fleet:
                 known = self.documents.get(message.set)
                 if known is None or message.incarnation >= known.incarnation:
                     self.documents[message.set] = message
+                    self._since(message, now_s)
             case m.RolloutState():
                 self._rollout(message)
             case m.HostPresence() | m.AgentPresence() | m.PublisherPresence() | m.CoordinatorPresence():
                 self._presence(message, now_s)
             case m.VmFrozen() if fresh:
                 self._paused(message, "paused")
+                self.pauses.froze(message, self._domain_of(message), now_s)
             case m.VmResumed() if fresh:
                 self._paused(message, "running")
+                self.pauses.resumed(message)
             case m.VmClockSynced() if fresh:
                 self.clocks[message.vm] = message
             case _:
@@ -81,6 +88,7 @@ class Fleet:
             self.publishers.pop(named["instance"], None)
         elif channel.message is m.SetDocument:
             self.documents.pop(named["set"], None)
+            self.events_since.pop(named["set"], None)
         elif channel.message is m.RolloutState:
             self.rollouts.pop(named["rollout"], None)
 
@@ -95,6 +103,7 @@ class Fleet:
             for record in state.inventory.vms:
                 self._forget_vm(record.vm)
         self.budgets = {labels: value for labels, value in self.budgets.items() if labels[2] != host}
+        self.pauses.forget_host(host)
 
     def vms(self) -> Iterator[tuple[str, m.VmRecord, m.VmState]]:
         """Host, record and present state of every known VM."""
@@ -144,10 +153,11 @@ class Fleet:
         before = state.inventory.vms if state.inventory else ()
         state.inventory = inventory
         state.heard_s = now_s
-        for record in before:
-            self._forget_vm(record.vm)
+        for vm in {record.vm for record in before} - {record.vm for record in inventory.vms}:
+            self._forget_vm(vm)
         for record in inventory.vms:
             self.vm_states[record.vm] = record.state
+        self.pauses.found({record.vm: record.state for record in inventory.vms})
 
     def _forget_vm(self, vm: str) -> None:
         if any(record.vm == vm for _, record, _ in self.vms()):
@@ -155,11 +165,31 @@ class Fleet:
         self.vm_states.pop(vm, None)
         self.clocks.pop(vm, None)
         self.agents.pop(vm, None)
+        self.pauses.forget_vm(vm)
+
+    def _domain_of(self, frozen: m.VmFrozen) -> int:
+        """The VM's domain by the key of the rollout that holds its set."""
+        by_fault_domain = any(
+            rollout.policy.domain_key == "fault_domain"
+            and rollout.status not in {"completed", "aborted"}
+            and frozen.set in rollout.sets
+            for rollout in self.rollouts.values()
+        )
+        if by_fault_domain:
+            for _, record, _state in self.vms():
+                if record.vm == frozen.vm:
+                    return record.fault_domain
+        return frozen.update_domain
+
+    def _since(self, document: m.SetDocument, now_s: float) -> None:
+        known = self.events_since.get(document.set, {})
+        self.events_since[document.set] = {
+            key: known.get(key, now_s) for key in ((each.event_id, each.status) for each in document.events)
+        }
 
     def _paused(self, message: m.VmFrozen | m.VmResumed, state: m.VmState) -> None:
         self.vm_states[message.vm] = state
-        labels = (message.set, str(message.update_domain), message.host, message.method)
-        self.budgets[labels] = message.budget_s
+        self.budgets[labels_of(message)] = message.budget_s
 
     def _rollout(self, rollout: m.RolloutState) -> None:
         self.rollouts[rollout.rollout] = rollout

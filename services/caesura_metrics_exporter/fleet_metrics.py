@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import get_args
 
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from caesura.contract import messages as m
 from caesura_metrics_exporter.families import gauge, states
@@ -16,22 +16,58 @@ _WAVE_STATES: tuple[str, ...] = get_args(m.WaveStatus)
 _ROLLOUT_STATES: tuple[str, ...] = get_args(m.RolloutStatus)
 _VM_STATES: tuple[str, ...] = get_args(m.VmState)
 _GUARD_STATES = ("ready", "armed", "absent")
+_PAUSE = ("set", "update_domain", "host", "method")
 
 
-def fleet_families(fleet: Fleet) -> Iterator[Metric]:
-    """Every gauge of the fleet; what is not known has no series."""
-    yield gauge(
-        "caesura_pause_budget_seconds",
-        "Budget of the last pause.",
-        ("set", "update_domain", "host", "method"),
-        fleet.budgets.items(),
-    )
+def fleet_families(fleet: Fleet, now_s: float) -> Iterator[Metric]:
+    """Every gauge of the fleet at ``now_s`` on the clock that it was fed with; what is not known has no series."""
+    yield from _pauses(fleet, now_s)
     yield from _vms(fleet)
     yield from _clocks(fleet)
     yield from _rollouts(fleet)
-    yield from _events(fleet)
+    yield from _waves(fleet)
+    yield from _events(fleet, now_s)
     yield from _hosts(fleet)
     yield from _others(fleet)
+
+
+def _pauses(fleet: Fleet, now_s: float) -> Iterator[Metric]:
+    yield gauge("caesura_pause_budget_seconds", "Budget of the last pause.", _PAUSE, fleet.budgets.items())
+    yield gauge(
+        "caesura_pause_last_seconds",
+        "Longest pause of the last operation, host monotonic clock.",
+        _PAUSE,
+        [(labels, pause.seconds) for labels, pause in sorted(fleet.pauses.last.items())],
+    )
+    yield gauge(
+        "caesura_pause_longest_seconds",
+        "Longest pause since the exporter's start, host monotonic clock.",
+        _PAUSE,
+        fleet.pauses.longest.items(),
+    )
+    # An age and no time stamp: it then hangs on one monotonic clock, and not on two wall clocks that may jump.
+    yield gauge(
+        "caesura_pause_open_seconds",
+        "Seconds since the exporter heard that a VM was frozen that is not known to run, of the oldest such pause; "
+        "0 with none.",
+        _PAUSE,
+        (dict.fromkeys(fleet.budgets, 0.0) | dict(fleet.pauses.longest_open_s(now_s))).items(),
+    )
+    sets = sorted({record.set for _, record, _ in fleet.vms()} | set(fleet.pauses.clashes))
+    yield gauge(
+        "caesura_domains_paused",
+        "Domains of a set in which a VM stands still, by the key of its rollout; more than 1 must never be.",
+        ("set",),
+        [((name,), fleet.pauses.domains(name)) for name in sets],
+    )
+    clashes = CounterMetricFamily(
+        "caesura_domain_clashes",
+        "VMs frozen while a VM of another domain of their set stood still; more than 0 must never be.",
+        labels=("set",),
+    )
+    for name in sets:
+        clashes.add_metric((name,), fleet.pauses.clashes[name])
+    yield clashes
 
 
 def _vms(fleet: Fleet) -> Iterator[Metric]:
@@ -110,13 +146,75 @@ def _rollouts(fleet: Fleet) -> Iterator[Metric]:
     )
 
 
-def _events(fleet: Fleet) -> Iterator[Metric]:
+def _waves(fleet: Fleet) -> Iterator[Metric]:
+    """When rollouts and waves began and ended, on the coordinator's wall clock: for durations and annotations."""
+    begun: list[tuple[tuple[str, ...], float]] = []
+    over: list[tuple[tuple[str, ...], float]] = []
+    bounds: list[tuple[tuple[str, ...], float]] = []
+    started: dict[tuple[str, ...], float] = {}
+    ended: dict[tuple[str, ...], tuple[float, str]] = {}
+    for name, rollout in sorted(fleet.rollout_of_sets().items()):
+        begun.append(((name,), rollout.created_at.timestamp()))
+        bounds.append(((name,), rollout.policy.clock_bound_s))
+        if rollout.ended_at is not None:
+            over.append(((name,), rollout.ended_at.timestamp()))
+        for wave in rollout.waves:
+            if name not in wave.domains:
+                continue
+            domain = (name, str(wave.domains[name]))
+            if wave.started_at is not None:
+                at = wave.started_at.timestamp()
+                started[domain] = max(at, started.get(domain, at))
+            if wave.ended_at is not None:
+                last = (wave.ended_at.timestamp(), wave.status)
+                ended[domain] = max(last, ended.get(domain, last))
+    yield gauge(
+        "caesura_rollout_created_timestamp_seconds", "When a set's rollout was created.", ("set",), begun
+    )
+    yield gauge(
+        "caesura_rollout_ended_timestamp_seconds",
+        "When a set's rollout completed or was aborted.",
+        ("set",),
+        over,
+    )
+    yield gauge(
+        "caesura_rollout_clock_bound_seconds",
+        "How far a guest's clock may be off, by the policy of its set's rollout.",
+        ("set",),
+        bounds,
+    )
+    yield gauge(
+        "caesura_wave_started_timestamp_seconds",
+        "When the last wave began to pause the domain.",
+        ("set", "update_domain"),
+        started.items(),
+    )
+    yield gauge(
+        "caesura_wave_ended_timestamp_seconds",
+        "When the last wave of the domain ended, and how.",
+        ("set", "update_domain", "status"),
+        [((*domain, status), at) for domain, (at, status) in ended.items()],
+    )
+
+
+def _events(fleet: Fleet, now_s: float) -> Iterator[Metric]:
     open_events: Counter[tuple[str, ...]] = Counter()
+    ages: dict[tuple[str, ...], float] = {}
     for document in fleet.documents.values():
+        since = fleet.events_since.get(document.set, {})
         for event in document.events:
-            open_events[document.set, event.event_type, event.status] += 1
+            labels = (document.set, event.event_type, event.status)
+            open_events[labels] += 1
+            age_s = now_s - since.get((event.event_id, event.status), now_s)
+            ages[labels] = max(age_s, ages.get(labels, 0.0))
     yield gauge(
         "caesura_events_open", "Open scheduled events.", ("set", "type", "status"), open_events.items()
+    )
+    yield gauge(
+        "caesura_event_open_seconds",
+        "Seconds that an open event has had its status, as far as the exporter saw, of the oldest.",
+        ("set", "type", "status"),
+        ages.items(),
     )
     yield gauge(
         "caesura_document_incarnation",

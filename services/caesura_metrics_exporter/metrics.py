@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 
 import msgspec
@@ -13,11 +13,15 @@ from prometheus_client.registry import Collector
 
 from caesura.bus.metrics import bus_families
 from caesura.bus.port import Bus
+from caesura.contract.codec import ContractError
 from caesura_metrics_exporter.families import counter, histogram
 from caesura_metrics_exporter.fleet import Fleet
 from caesura_metrics_exporter.fleet_metrics import fleet_families
 from caesura_metrics_exporter.series import Histogram
 from caesura_metrics_exporter.tally import Tally
+
+# Known from zero on: else the first error of a kind is no increase of anything.
+_ERROR_KINDS = tuple(sorted({ContractError.kind, *(each.kind for each in ContractError.__subclasses__())}))
 
 
 class SelfStats(msgspec.Struct):
@@ -33,7 +37,10 @@ class SelfStats(msgspec.Struct):
 class FleetCollector(Collector):
     """Everything the exporter says, worked out at scrape time: what vanished from the fold vanishes here."""
 
-    def __init__(self, tally: Tally, fleet: Fleet, own: SelfStats, bus: Bus) -> None:
+    def __init__(
+        self, tally: Tally, fleet: Fleet, own: SelfStats, bus: Bus, monotonic: Callable[[], float]
+    ) -> None:
+        self._monotonic = monotonic
         self._tally = tally
         self._fleet = fleet
         self._own = own
@@ -43,8 +50,8 @@ class FleetCollector(Collector):
         """Every metric family."""
         started = time.perf_counter()
         yield from self._facts()
-        yield from fleet_families(self._fleet)
-        yield from bus_families(self._bus.stats, self._own.decode_errors)
+        yield from fleet_families(self._fleet, self._monotonic())
+        yield from bus_families(self._bus.stats, dict.fromkeys(_ERROR_KINDS, 0) | self._own.decode_errors)
         yield CounterMetricFamily(
             "caesura_bus_reconnects",
             "Connects to the broker after the first.",

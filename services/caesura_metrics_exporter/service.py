@@ -1,4 +1,4 @@
-"""The metrics exporter's shell: reads the whole bus and folds it into ``Tally`` and ``Fleet``."""
+"""The metrics exporter's shell: reads the whole bus and folds it into ``Tally``, ``Fleet`` and ``Live``."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ from caesura.bus.port import Bus, Delivery
 from caesura.contract.codec import ContractError, decode
 from caesura.contract.topics import PREFIX
 from caesura_metrics_exporter.fleet import Fleet
+from caesura_metrics_exporter.live import Live
 from caesura_metrics_exporter.metrics import FleetCollector, SelfStats
 from caesura_metrics_exporter.series import Histogram
 from caesura_metrics_exporter.settings import MetricsExporterSettings
+from caesura_metrics_exporter.stream import LiveStream
 from caesura_metrics_exporter.tally import Tally
 
 _HANDLER_BUCKETS = (0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.005, 0.01, 0.1)
@@ -45,10 +47,12 @@ class MetricsExporter:
         self._own = SelfStats(handler=Histogram(_HANDLER_BUCKETS))
         self.tally = Tally()
         self.fleet = Fleet()
+        self.live = Live()
+        self.stream = LiveStream(self.live, wall, self.broker_ping)
 
     def collector(self) -> FleetCollector:
         """What is registered with Prometheus."""
-        return FleetCollector(self.tally, self.fleet, self._own, self._bus)
+        return FleetCollector(self.tally, self.fleet, self._own, self._bus, self._monotonic)
 
     def broker_ping(self) -> str:
         """For /ready."""
@@ -94,13 +98,16 @@ class MetricsExporter:
             return
         fresh = self.tally.take(received)
         self.fleet.take(received.message, self._monotonic(), fresh=fresh)
+        self.live.take(received, self._wall(), fresh=fresh)
 
     def _cleared(self, topic: str) -> None:
         before = set(self.fleet.hosts)
         self.fleet.clear(topic)
+        self.live.clear(topic, self._wall())
         for host in before - set(self.fleet.hosts):
             self._forget(host)
 
     def _forget(self, host: str) -> None:
         self.fleet.forget_host(host)
         self.tally.forget_host(host)
+        self.live.forget_host(host)

@@ -20,8 +20,15 @@ class MetricsExporterSettings(ServiceSettings, frozen=True, kw_only=True, forbid
         ),
     ] = "exporter"
     listen: Annotated[
-        str, Meta(description="`host:port` or `unix:/path` for /metrics, /live and /ready.")
+        str, Meta(description="`host:port` or `unix:/path` for /metrics, the live page, /live and /ready.")
     ] = "127.0.0.1:9310"
+    page_hosts: Annotated[
+        tuple[str, ...],
+        Meta(
+            description="Host names, as JSON, under which a browser may ask for the live page, besides IP addresses, "
+            'names without a dot and this machine\'s own; `["*"]`: any.'
+        ),
+    ] = ()
     forget_after_s: Annotated[
         float,
         Meta(gt=0, description="Seconds without a word from a host after which its series are dropped."),

@@ -13,6 +13,7 @@ from typing import Any
 from caesura.contract import messages as m
 from caesura.contract.codec import Received
 from caesura.contract.envelope import Message
+from caesura_metrics_exporter.pauses import labels_of
 from caesura_metrics_exporter.series import Counts, Histogram, Seen
 
 # From 1 ms (an in-place swap) to 60 s, with boundaries at the budget limit of 30 s and at usual smaller budgets.
@@ -110,7 +111,11 @@ class Tally:
             count(message)
 
     def _frozen(self, frozen: m.VmFrozen) -> None:
-        self.freezes.add(*_pause_labels(frozen))
+        labels = labels_of(frozen)
+        self.freezes.add(*labels)
+        # Known from zero on, before the pause ends: else the first overrun is no increase of anything.
+        self.overruns.add(*labels, by=0.0)
+        self.guard_resumes.add(*labels, by=0.0)
 
     def _agent_synced(self, synced: m.AgentClockSynced) -> None:
         self.agent_syncs.add(synced.trigger, "synced" if synced.synced else "unsynced")
@@ -120,9 +125,8 @@ class Tally:
         self.hook_seconds.observe(hook.seconds, hook.hook)
 
     def _resumed(self, resumed: m.VmResumed) -> None:
-        labels = _pause_labels(resumed)
+        labels = labels_of(resumed)
         self.pauses.observe(resumed.pause_s, *labels)
-        # Known from zero on, so that the first overrun shows as an increase.
         self.overruns.add(*labels, by=0.0 if resumed.within_budget else 1.0)
         self.guard_resumes.add(*labels, by=1.0 if resumed.resumed_by == "guard" else 0.0)
         self._memory(resumed.set, resumed.update_domain, resumed.memory)
@@ -153,10 +157,6 @@ class Tally:
             self.update_seconds.observe(report.update.seconds, report.host, report.update.update)
         if report.overhead_s is not None:
             self.overhead.observe(report.overhead_s, report.host)
-
-
-def _pause_labels(message: m.VmFrozen | m.VmResumed) -> tuple[str, str, str, str]:
-    return (message.set, str(message.update_domain), message.host, message.method)
 
 
 def _identity(received: Received) -> Hashable:

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -17,8 +17,12 @@ from prometheus_client.aiohttp import make_aiohttp_handler
 
 from caesura.runtime.errors import CaesuraError
 
+_SHUTDOWN_S = 2.0  # s: most answers take less; what does not end by itself is cut
+
 Ping = Callable[[], str]
 """Empty text when well, else what is wrong."""
+
+MetricsHandler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 class ListenError(CaesuraError):
@@ -60,8 +64,13 @@ async def open_site(runner: web.AppRunner, listen: str) -> None:
         ) from error
 
 
-def health_app(pings: Mapping[str, Ping], registry: CollectorRegistry) -> web.Application:
-    """The three endpoints as an aiohttp application, to be served or mounted."""
+def health_app(
+    pings: Mapping[str, Ping], registry: CollectorRegistry, metrics: MetricsHandler | None = None
+) -> web.Application:
+    """The three endpoints as an aiohttp application, to be served or mounted.
+
+    ``metrics`` answers /metrics in the place of what writes ``registry`` out on the event loop.
+    """
 
     async def live(_: web.Request) -> web.Response:
         return web.json_response({"status": "live"})
@@ -74,19 +83,30 @@ def health_app(pings: Mapping[str, Ping], registry: CollectorRegistry) -> web.Ap
     app = web.Application()
     app.router.add_get("/live", live)
     app.router.add_get("/ready", ready)
-    app.router.add_get("/metrics", make_aiohttp_handler(registry))
+    app.router.add_get("/metrics", metrics or make_aiohttp_handler(registry))
     return app
 
 
 @asynccontextmanager
 async def serve_health(
-    listen: str, pings: Mapping[str, Ping], registry: CollectorRegistry
+    listen: str,
+    pings: Mapping[str, Ping],
+    registry: CollectorRegistry,
+    *,
+    extend: Callable[[web.Application], None] | None = None,
+    metrics: MetricsHandler | None = None,
 ) -> AsyncIterator[None]:
-    """Serve health on ``listen`` while the block runs; with an empty ``listen``, serve nothing."""
+    """Serve health on ``listen`` while the block runs; with an empty ``listen``, serve nothing.
+
+    ``extend`` adds what the service serves besides; for ``metrics`` see ``health_app``.
+    """
     if not listen:
         yield
         return
-    runner = web.AppRunner(health_app(pings, registry), access_log=None)
+    app = health_app(pings, registry, metrics)
+    if extend is not None:
+        extend(app)
+    runner = web.AppRunner(app, access_log=None, shutdown_timeout=_SHUTDOWN_S)
     await runner.setup()
     try:
         await open_site(runner, listen)

@@ -69,7 +69,14 @@ async def play(post: Post, *, online: bool = True) -> None:
     )
     await post.send(m.SetDocument(set="web", incarnation=1, events=(event,)), set="web")
     waves = (
-        m.WaveState(wave=0, status="started", domains={"web": 1}, hosts=("host-1",), vms=("web-1",)),
+        m.WaveState(
+            wave=0,
+            status="started",
+            domains={"web": 1},
+            hosts=("host-1",),
+            vms=("web-1",),
+            started_at=NOW,
+        ),
         m.WaveState(wave=1, status="pending", domains={"web": 2}, hosts=("host-2",), vms=("web-2",)),
     )
     rollout = m.RolloutState(
@@ -82,6 +89,28 @@ async def play(post: Post, *, online: bool = True) -> None:
         created_at=NOW,
     )
     await post.send(rollout, rollout="r1")
+    before = m.WaveState(
+        wave=0,
+        status="completed",
+        domains={"db": 0},
+        hosts=("host-1",),
+        vms=("db-1",),
+        started_at=NOW - timedelta(seconds=60),
+        ended_at=NOW - timedelta(seconds=50),
+    )
+    await post.send(
+        m.RolloutState(
+            rollout="r0",
+            update="kernel",
+            status="completed",
+            policy=m.Policy(),
+            sets=("db",),
+            waves=(before,),
+            created_at=NOW - timedelta(seconds=90),
+            ended_at=NOW - timedelta(seconds=50),
+        ),
+        rollout="r0",
+    )
     await post.send(
         m.WaveChanged(rollout="r1", wave=0, status="started", domains={"web": 1}, at=NOW),
         rollout="r1",
@@ -210,6 +239,8 @@ def check_numbers(series: Series) -> None:
     assert value(series, "caesura_messages_total", type="caesura.vm.resumed.v1") == 2
     assert value(series, "caesura_messages_repeated_total", type="caesura.vm.resumed.v1") == 1
     assert value(series, "caesura_bus_decode_errors_total", kind="unknown_topic") == 1
+    # Known before the first of them: else it would be no increase of anything.
+    assert value(series, "caesura_bus_decode_errors_total", kind="oversized") == 0
     assert value(series, "caesura_bus_connected") == 1
     assert value(series, "caesura_exporter_last_message_timestamp_seconds") > 1.7e9
     assert value(series, "caesura_exporter_handler_seconds_count") > 20

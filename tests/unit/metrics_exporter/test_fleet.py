@@ -16,9 +16,9 @@ from caesura_metrics_exporter.fleet_metrics import fleet_families
 AT = datetime(2026, 4, 20, 22, 26, 58, tzinfo=UTC)
 
 
-def samples(fleet: Fleet, name: str) -> dict[tuple[str, ...], float]:
+def samples(fleet: Fleet, name: str, now_s: float = 0.0) -> dict[tuple[str, ...], float]:
     """Label values to value of one metric."""
-    families: Iterable[Metric] = fleet_families(fleet)
+    families: Iterable[Metric] = fleet_families(fleet, now_s)
     (family,) = [each for each in families if each.name == name]
     return {tuple(sample.labels.values()): sample.value for sample in family.samples}
 
@@ -251,7 +251,7 @@ def test_a_cleared_topic_clears_its_series(topic: str, metric: str) -> None:
         document(1),
         rollout("r", "running", wave(0, 0, "started")),
     )
-    before = {family.name for family in fleet_families(fleet) if family.samples}
+    before = {family.name for family in fleet_families(fleet, 0.0) if family.samples}
     fleet.clear(topic)
-    after = {family.name for family in fleet_families(fleet) if family.samples}
+    after = {family.name for family in fleet_families(fleet, 0.0) if family.samples}
     assert (metric in before - after) if metric else before == after

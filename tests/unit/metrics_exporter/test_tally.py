@@ -67,6 +67,25 @@ def test_a_pause_is_observed_under_set_domain_host_and_method() -> None:
     assert counted(tally.guard_resumes) == {PAUSE: 0}
 
 
+def test_overruns_and_guard_resumes_are_known_from_zero_while_the_vm_stands_still() -> None:
+    # Prometheus sees an increase only from a number that it has seen before.
+    tally = Tally()
+    frozen = m.VmFrozen(
+        vm="web-1",
+        host="host-1",
+        set="web",
+        update_domain=2,
+        operation="op1",
+        method="freeze",
+        budget_s=30,
+        at=AT,
+    )
+    tally.take(received(frozen))
+    assert counted(tally.overruns) == {PAUSE: 0}
+    assert counted(tally.guard_resumes) == {PAUSE: 0}
+    assert observed(tally.pauses) == {}
+
+
 def test_an_overrun_and_a_guard_resume_are_counted() -> None:
     tally = Tally()
     tally.take(received(resumed(31.0, by="guard", within=False)))

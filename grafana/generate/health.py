@@ -1,0 +1,218 @@
+"""*Suite health*: the bus, the services, the exporter itself, and what alerts fire."""
+
+from __future__ import annotations
+
+from grafana.generate.page import page, scrape_choices
+from grafana.generate.panels import NONE_WANTED, Ask, Panel, Size, curve, named, number, rows, timeline
+from grafana.generate.queries import SCRAPED, is_, of
+from grafana_foundation_sdk.models.dashboard import Dashboard
+
+_BY_SERVICE = "{{instance}}"
+_GUARDS = (("ready", "green"), ("armed", "orange"), ("absent", "red"))
+
+
+def _each(metric: str, legend: str = _BY_SERVICE) -> Ask:
+    return Ask(f"max by (job, instance) ({of(metric, SCRAPED)})", legend)
+
+
+def _rate(metric: str, legend: str, *labels: str) -> Ask:
+    by = ", ".join(("job", "instance", *labels))
+    return Ask(f"sum by ({by}) (rate({of(metric, SCRAPED)}[$__rate_interval]))", legend)
+
+
+def _now() -> list[Panel]:
+    return [
+        number(
+            "Alerts that fire",
+            "Alerts of the rules in deploy/prometheus/rules.",
+            Ask('count(ALERTS{alertstate="firing", alertname=~"Caesura.+"}) or vector(0)'),
+            steps=NONE_WANTED,
+        ),
+        number(
+            "Targets down",
+            "Services that Prometheus cannot scrape.",
+            Ask(f"sum(1 - {of('up', SCRAPED)})"),
+            steps=NONE_WANTED,
+        ),
+        number(
+            "Without the broker",
+            "Services that are not connected to the broker.",
+            Ask(f"sum(1 - {of('caesura_bus_connected', SCRAPED)})"),
+            steps=NONE_WANTED,
+        ),
+        number(
+            "Coordinator",
+            "Whether the coordinator is on the bus.",
+            Ask(f"max({of('caesura_coordinator_online', SCRAPED)})"),
+            words=named({1: ("online", "green"), 0: ("offline", "red")}),
+        ),
+        number(
+            "Hosts offline",
+            "Host updaters that are not on the bus.",
+            Ask(f"sum(1 - max by (host) ({of('caesura_host_online', SCRAPED)}))"),
+            steps=NONE_WANTED,
+        ),
+        number(
+            "Agents silent",
+            "VMs in which an agent is expected and none is on the bus. A frozen one is silent too.",
+            Ask(f"sum(max by (set) ({of('caesura_agents', SCRAPED, is_('state', 'offline'))}))"),
+            steps=((None, "green"), (1, "orange")),
+        ),
+    ]
+
+
+def _services() -> list[Panel]:
+    guards = "\n  or ".join(
+        f"{of('caesura_host_guard_state', SCRAPED, is_('state', name))} * {number}"
+        for number, (name, _) in enumerate(_GUARDS)
+    )
+    return [
+        rows(
+            "Firing alerts",
+            "What fires now; each alert's section in docs/operations.md says what to do.",
+            Ask('ALERTS{alertstate="firing", alertname=~"Caesura.+"}'),
+            size=Size(12, 8),
+            columns={
+                "alertname": "Alert",
+                "severity": "Severity",
+                "set": "Set",
+                "update_domain": "Domain",
+                "host": "Host",
+                "instance": "Instance",
+            },
+            nothing="No alert fires",
+        ),
+        timeline(
+            "Connected to the broker",
+            "Each service's own connection.",
+            _each("caesura_bus_connected"),
+            size=Size(12, 8),
+            words=named({1: ("connected", "green"), 0: ("not connected", "red")}),
+        ),
+        timeline(
+            "Host updaters on the bus",
+            "As the exporter heard.",
+            Ask(f"max by (host) ({of('caesura_host_online', SCRAPED)})", "{{host}}"),
+            size=Size(12, 7),
+            words=named({1: ("online", "green"), 0: ("offline", "red")}),
+        ),
+        timeline(
+            "Pause guards",
+            "Ready, armed while VMs may be frozen, or absent: then its updater freezes nothing.",
+            Ask(f"max by (host) (sum by (host, job, instance) (\n  {guards}\n))", "{{host}}"),
+            size=Size(12, 7),
+            words=named({code: (name, colour) for code, (name, colour) in enumerate(_GUARDS)}),
+        ),
+    ]
+
+
+def _bus() -> list[Panel]:
+    return [
+        curve(
+            "Messages by type",
+            "Messages a second that the exporter read.",
+            Ask(
+                f"max by (type) (rate({of('caesura_messages_total', SCRAPED)}[$__rate_interval]))",
+                "{{type}}",
+            ),
+            unit="cps",
+            many=True,
+            stacked=True,
+        ),
+        curve(
+            "Received and published",
+            "Messages a second of each service.",
+            _rate("caesura_bus_received_total", f"{_BY_SERVICE} received"),
+            _rate("caesura_bus_published_total", f"{_BY_SERVICE} published"),
+            unit="cps",
+            many=True,
+        ),
+        curve(
+            "Went wrong",
+            "Messages a second that a service refused, dropped, or could not publish.",
+            _rate("caesura_bus_decode_errors_total", f"{_BY_SERVICE} refused: {{{{kind}}}}", "kind"),
+            _rate("caesura_bus_dropped_total", f"{_BY_SERVICE} dropped"),
+            _rate("caesura_bus_publish_failures_total", f"{_BY_SERVICE} not published"),
+            unit="cps",
+            many=True,
+        ),
+        curve(
+            "Waiting",
+            "Messages received and not handled, and facts that the broker has not taken.",
+            _each("caesura_bus_backlog_messages", f"{_BY_SERVICE} to be handled"),
+            _each("caesura_coordinator_outbox_messages", f"{_BY_SERVICE} to be sent"),
+            _each("caesura_host_updater_outbox_messages", f"{_BY_SERVICE} to be sent"),
+            many=True,
+        ),
+    ]
+
+
+def _own() -> list[Panel]:
+    handled = of("caesura_exporter_handler_seconds_bucket", SCRAPED)
+    return [
+        number(
+            "Last message",
+            "Seconds since the exporter heard anything; hosts speak every 20 s.",
+            Ask(f"time() - max({of('caesura_exporter_last_message_timestamp_seconds', SCRAPED)})"),
+            size=Size(6, 7),
+            unit="s",
+            decimals=0,
+            steps=((None, "green"), (60, "orange"), (300, "red")),
+        ),
+        curve(
+            "Scrapes",
+            "Seconds that Prometheus waited for each service's page.",
+            _each("scrape_duration_seconds"),
+            size=Size(9, 7),
+            many=True,
+            unit="s",
+        ),
+        curve(
+            "Series",
+            "Samples on each service's page: bounded by sets, domains and hosts, and not by VMs.",
+            _each("scrape_samples_post_metric_relabeling"),
+            size=Size(9, 7),
+            many=True,
+        ),
+        curve(
+            "Handling a message",
+            "99 of 100 messages took the exporter less.",
+            Ask(
+                "histogram_quantile(0.99, "
+                f"sum by (job, instance, le) (rate({handled}[$__rate_interval]))) >= 0",
+                "{{instance}}",
+            ),
+            size=Size(8, 7),
+            unit="s",
+        ),
+        curve(
+            "Memory of the exporter",
+            "Resident memory.",
+            _each("process_resident_memory_bytes", "{{instance}}"),
+            size=Size(8, 7),
+            unit="bytes",
+        ),
+        curve(
+            "Requests of workloads",
+            "HTTP requests a second that metadata publishers answered, by status.",
+            _rate(
+                "caesura_metadata_requests_total",
+                "{{instance}} {{endpoint}} {{status}}",
+                "endpoint",
+                "status",
+            ),
+            size=Size(8, 7),
+            unit="reqps",
+        ),
+    ]
+
+
+def health() -> Dashboard:
+    """The dashboard for whoever looks after the suite itself."""
+    return page(
+        "Suite health",
+        "caesura-suite-health",
+        "The bus, the services, the exporter, and what alerts fire.",
+        scrape_choices("up", 'job=~"caesura-.+"'),
+        [("", _now()), ("Services", _services()), ("Bus", _bus()), ("Exporter and publishers", _own())],
+    )

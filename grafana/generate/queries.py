@@ -1,0 +1,60 @@
+"""How the dashboards ask: metrics of the exporter with their matchers, and the few longer expressions."""
+
+from __future__ import annotations
+
+SCRAPED = ('job=~"$job"', 'instance=~"$instance"')
+"""Matchers that every query carries, as Grafana's linter wants it: they choose among several exporters."""
+SETS = (*SCRAPED, 'set=~"$set"')
+DOMAIN = (*SCRAPED, 'set="$set"', 'update_domain="$update_domain"')
+DOMAIN_HOSTS = (*DOMAIN, 'host=~"$host"')
+
+# The order in which a domain goes through them, with the colours of the timeline.
+STATES = (
+    ("no rollout", "#9ca3af"),
+    ("pending", "#6b7280"),
+    ("scheduled", "blue"),
+    ("started", "yellow"),
+    ("verifying", "purple"),
+    ("soaking", "super-light-blue"),
+    ("completed", "green"),
+    ("failed", "red"),
+    ("cancelled", "#a16207"),
+)
+PAUSED_FROM = 10
+"""Added to a state's number while a VM of the domain stands still."""
+
+
+def of(metric: str, scope: tuple[str, ...], *matchers: str) -> str:
+    """``metric{...}`` with the matchers of a scope and its own."""
+    return f"{metric}{{{', '.join((*scope, *matchers))}}}"
+
+
+def is_(label: str, value: str) -> str:
+    """A matcher."""
+    return f'{label}="{value}"'
+
+
+def domain_states(scope: tuple[str, ...]) -> str:
+    """The number of each domain's state, ``PAUSED_FROM`` more while a VM of it stands still."""
+    states = [
+        f"{of('caesura_domain_status', scope, is_('status', name))} * {number}"
+        for number, (name, _) in enumerate(STATES)
+        if number  # what no rollout touches has no status
+    ]
+    paused = f"({of('caesura_vms', scope, is_('state', 'paused'))} > bool 0) * {PAUSED_FROM}"
+    every = "\n    or ".join([*states, paused])
+    # Summed within one exporter: its series of one domain are told apart by status and state.
+    return (
+        f"max by (set, update_domain) (\n  sum by (set, update_domain, job, instance) (\n    {every}\n  )\n)"
+    )
+
+
+def new_in_window(bucket: str) -> str:
+    """How much each bucket grew; one that was not there yet counts as it is, or its first pause would be lost."""
+    return f"(({bucket} unless {bucket} offset $__rate_interval) or increase({bucket}[$__rate_interval]))"
+
+
+def quantile_of_all(q: float, bucket: str, longest: str) -> str:
+    """A quantile of all pauses that the exporter has told of since its start; at most the longest of them."""
+    estimate = f"histogram_quantile({q:g}, max by (le) (sum by (le, job, instance) ({bucket})))"
+    return f"clamp_max({estimate}, scalar(max({longest})))"

@@ -1,0 +1,150 @@
+"""Messages in words: the log of the live page. Pure."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from caesura.contract import messages as m
+from caesura.contract.envelope import Message
+
+Level = Literal["quiet", "good", "warning", "bad"]
+
+
+class Happening(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One line of the log. ``at`` is unix seconds, as the sender says; empty members do not apply."""
+
+    at: float
+    what: str
+    level: Level = "quiet"
+    set: str = ""
+    domain: int | None = None
+    vm: str = ""
+    host: str = ""
+    seconds: float | None = None
+    detail: str = ""
+
+
+_WAVE_LEVEL: dict[str, Level] = {"completed": "good", "failed": "bad", "cancelled": "warning"}
+_SOME = 6
+
+
+def happening(message: Message, at: float) -> Happening | None:
+    """What a person would want to read of a fact; None for what is state or too much detail.
+
+    Args:
+        at: when it was heard, for messages that carry no time of their own.
+    """
+    match message:
+        case m.VmFrozen():
+            return _of_vm(message, "frozen", detail=f"by {message.method}, budget {message.budget_s:g} s")
+        case m.VmResumed():
+            return _resumed(message)
+        case m.VmClockSynced():
+            return _clock(message)
+        case m.WaveChanged():
+            return Happening(
+                at=message.at.timestamp(),
+                what=f"wave {message.wave} {message.status}",
+                level=_WAVE_LEVEL.get(message.status, "quiet"),
+                detail=message.reason or _domains(message.domains),
+            )
+        case m.EventApproved():
+            return Happening(
+                at=message.at.timestamp(), what="approved", level="good", set=message.set, vm=message.vm
+            )
+        case m.EventChanged() if message.status in {"cancelled", "failed"}:
+            return Happening(
+                at=message.at.timestamp(),
+                what=f"event {message.status}",
+                level="bad" if message.status == "failed" else "warning",
+                set=message.set,
+                detail=message.reason,
+            )
+        case m.VmReady() if not message.ready:
+            return Happening(at=at, what="not ready", level="bad", vm=message.vm, detail=message.reason)
+        case m.HookFinished() if message.outcome in {"failed", "timeout"}:
+            return Happening(
+                at=at,
+                what=f"{message.hook} hook {'failed' if message.outcome == 'failed' else 'took too long'}",
+                level="bad",
+                vm=message.vm,
+                seconds=message.seconds,
+            )
+        case m.OperationReported() if message.status in {"refused", "failed", "cancelled"}:
+            return Happening(
+                at=message.at.timestamp(),
+                what=f"operation {message.status}",
+                level="warning" if message.status == "cancelled" else "bad",
+                host=message.host,
+                detail=message.reason,
+            )
+        case m.AbortCommanded():
+            return Happening(
+                at=at, what="abort commanded", level="warning", host=message.host, detail=message.reason
+            )
+        case m.RequestAnswered() if not message.accepted:
+            return Happening(at=at, what="request refused", level="warning", detail=message.reason)
+        case _:
+            return None
+
+
+def _of_vm(
+    message: m.VmFrozen | m.VmResumed | m.VmClockSynced,
+    what: str,
+    level: Level = "quiet",
+    *,
+    seconds: float | None = None,
+    detail: str = "",
+) -> Happening:
+    return Happening(
+        at=message.at.timestamp(),
+        what=what,
+        level=level,
+        set=message.set,
+        domain=message.update_domain,
+        vm=message.vm,
+        host=message.host,
+        seconds=seconds,
+        detail=detail,
+    )
+
+
+def _resumed(message: m.VmResumed) -> Happening:
+    broken = message.memory is not None and not message.memory.ok
+    parts = []
+    if not message.within_budget:
+        parts.append(f"longer than its budget of {message.budget_s:g} s")
+    if message.resumed_by == "guard":
+        parts.append("by the pause guard")
+    if broken:
+        parts.append("memory changed")
+    elif message.memory is not None and message.memory.proof != "none":
+        parts.append(f"memory unchanged ({message.memory.proof})")
+    level: Level = "bad" if broken or not message.within_budget else "good"
+    if level == "good" and message.resumed_by == "guard":
+        level = "warning"
+    return _of_vm(message, "resumed", level, seconds=message.pause_s, detail=", ".join(parts))
+
+
+def _clock(message: m.VmClockSynced) -> Happening:
+    simulated = " (simulated)" if message.simulated else ""
+    if not message.synced:
+        return _of_vm(
+            message, "clock not synced", "bad", seconds=message.error_after_s, detail=message.reason
+        )
+    before = "" if message.error_before_s is None else f", was off by {message.error_before_s:+.3f} s"
+    return _of_vm(
+        message,
+        "clock synced",
+        "good",
+        seconds=message.error_after_s,
+        detail=f"by the {message.by}{before}{simulated}",
+    )
+
+
+def _domains(domains: dict[str, int]) -> str:
+    some = [f"{name} {domain}" for name, domain in sorted(domains.items())]
+    rest = len(some) - _SOME
+    return ", ".join(some[:_SOME]) + (f" and {rest} more" if rest > 0 else "")

@@ -1,0 +1,164 @@
+"""The live page over HTTP: ``/``, its files, ``/live/state`` and ``/live/events``. Reads only; nothing here commands.
+
+The page shows more than ``/metrics`` does (names of VMs, reasons), to whoever reaches the port. A web site that a person
+visits could reach it too, by a DNS name that it points at this machine (DNS rebinding): such a request carries that name
+as its Host, so a name that is not known to be ours is refused.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import ipaddress
+from collections.abc import Awaitable, Callable, Sequence
+from importlib import resources
+from importlib.metadata import version
+
+from aiohttp import web
+
+from caesura_metrics_exporter.stream import LiveStream, TooManyReaders
+
+HEARTBEAT_S = 15.0  # s: proxies cut silent connections, some after 30
+STALL_S = 30.0  # s for which a reader may take nothing before its connection is cut
+_RETRY_MS = 1000
+_TYPES = {".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml", ".html": "text/html"}
+_FILES = ("index.html", "style.css", "page.js", "model.js", "chart.js", "tables.js", "mark.svg")
+
+SECURITY_HEADERS = {
+    "Content-Security-Policy": "default-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Cross-Origin-Opener-Policy": "same-origin",
+}
+
+_Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+class LivePage:
+    """The routes; give ``extend`` to ``serve_health``.
+
+    Args:
+        page_hosts: names under which the page may be asked for, besides those that cannot be a stranger's.
+        heartbeat_s: seconds between two signs of life on a silent stream.
+        stall_s: seconds for which a reader may take nothing.
+    """
+
+    def __init__(
+        self,
+        stream: LiveStream,
+        *,
+        page_hosts: Sequence[str] = (),
+        heartbeat_s: float = HEARTBEAT_S,
+        stall_s: float = STALL_S,
+    ) -> None:
+        self._stream = stream
+        self._page_hosts = frozenset(each.lower() for each in page_hosts)
+        self._heartbeat_s = heartbeat_s
+        self._stall_s = stall_s
+
+    def extend(self, app: web.Application) -> None:
+        """Add the routes."""
+        for name in _FILES:
+            path = "/" if name == "index.html" else f"/page/{name}"
+            app.router.add_get(path, self._guarded(_file(name)))
+        app.router.add_get("/live/state", self._guarded(self._state))
+        app.router.add_get("/live/events", self._guarded(self._events))
+        app.on_shutdown.append(self._close)
+
+    async def _close(self, _: web.Application) -> None:
+        self._stream.close()
+
+    def _guarded(self, handler: _Handler) -> _Handler:
+        async def handle(request: web.Request) -> web.StreamResponse:
+            if not own_host(request.headers.get("Host", ""), self._page_hosts):
+                return _say(
+                    421,
+                    f"This is not known to be {request.headers.get('Host')!r}. If it is: name it in "
+                    "CAESURA_METRICS_EXPORTER_PAGE_HOSTS.",
+                )
+            return await handler(request)
+
+        return handle
+
+    async def _state(self, _: web.Request) -> web.Response:
+        headers = {**SECURITY_HEADERS, "Cache-Control": "no-store"}
+        return web.Response(body=self._stream.state(), content_type="application/json", headers=headers)
+
+    async def _events(self, request: web.Request) -> web.StreamResponse:
+        try:
+            with self._stream.reading():
+                return await self._follow(request)
+        except TooManyReaders as error:
+            return _say(503, str(error), {"Retry-After": "10"})
+
+    async def _follow(self, request: web.Request) -> web.StreamResponse:
+        headers = {
+            **SECURITY_HEADERS,
+            "Content-Type": "text/event-stream",
+            "Cache-Control": "no-store",
+            "X-Accel-Buffering": "no",  # nginx would hold events back
+        }
+        response = web.StreamResponse(headers=headers)
+        await response.prepare(request)
+        cursor = self._stream.cursor(request.headers.get("Last-Event-ID", ""))
+        text = b"retry: %d\n\n" % _RETRY_MS
+        try:
+            while True:
+                event, cursor = self._stream.event(cursor)
+                async with asyncio.timeout(self._stall_s):
+                    await response.write(text + event)
+                while not await self._stream.wait(cursor, self._heartbeat_s):
+                    async with asyncio.timeout(self._stall_s):
+                        await response.write(b": still here\n\n")
+                if self._stream.closing:
+                    return response
+                text = b""
+        except TimeoutError:
+            if request.transport is not None:
+                request.transport.abort()  # it takes nothing: what is buffered for it goes, too
+        except ConnectionError:
+            pass  # it went away
+        return response
+
+
+def own_host(host: str, known: frozenset[str]) -> bool:
+    """Whether a Host header cannot be a stranger's name for this machine.
+
+    An IP address is no name; a name without a dot, or below ``.localhost``, is not to be had in public DNS. Everything
+    else must be among ``known``; ``*`` there allows all.
+    """
+    name = _without_port(host.strip().lower())
+    if "*" in known or name in known:
+        return True
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return bool(name) and ("." not in name or name.endswith(".localhost"))
+    return True
+
+
+def _without_port(host: str) -> str:
+    if host.startswith("["):
+        return host[1:].partition("]")[0]
+    return host.rpartition(":")[0] if host.count(":") == 1 else host
+
+
+def _file(name: str) -> _Handler:
+    body = (resources.files("caesura_metrics_exporter") / "static" / name).read_bytes()
+    if name == "index.html":
+        body = body.replace(b"{{version}}", version("caesura").encode())
+    kind = _TYPES[name[name.rindex(".") :]]
+    tag = f'"{hashlib.sha256(body).hexdigest()[:16]}"'
+    headers = {**SECURITY_HEADERS, "Cache-Control": "no-cache", "ETag": tag}
+
+    async def serve(request: web.Request) -> web.Response:
+        if request.headers.get("If-None-Match") == tag:
+            return web.Response(status=304, headers=headers)
+        return web.Response(body=body, content_type=kind, charset="utf-8", headers=headers)
+
+    return serve
+
+
+def _say(status: int, text: str, headers: dict[str, str] | None = None) -> web.Response:
+    return web.Response(status=status, text=text + "\n", headers={**SECURITY_HEADERS, **(headers or {})})

@@ -1,0 +1,106 @@
+"""Which VMs stand still now, by set and domain. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import msgspec
+
+from caesura_metrics_exporter.lanes import DomainKey
+from caesura_metrics_exporter.views import NowPaused
+
+
+class Paused(msgspec.Struct, frozen=True):
+    """A VM that stands still. Seen by its fact, or only in its host's inventory: then ``since`` and ``budget`` are None."""
+
+    vm: str
+    set: str
+    key: DomainKey
+    domain: int
+    host: str
+    operation: str = ""
+    method: str = ""
+    since: float | None = None
+    budget: float | None = None
+
+
+class Standing:
+    """See the module."""
+
+    def __init__(self) -> None:
+        self._vms: dict[str, Paused] = {}
+        self._domains: dict[str, dict[tuple[DomainKey, int], set[str]]] = {}
+
+    def __len__(self) -> int:
+        return len(self._vms)
+
+    def __iter__(self) -> Iterator[Paused]:
+        return iter(self._vms.values())
+
+    def get(self, vm: str) -> Paused | None:
+        """What is known of a VM that stands still."""
+        return self._vms.get(vm)
+
+    def add(self, paused: Paused) -> None:
+        """It stands still."""
+        self.remove(paused.vm)
+        self._vms[paused.vm] = paused
+        self._domains.setdefault(paused.set, {}).setdefault((paused.key, paused.domain), set()).add(paused.vm)
+
+    def remove(self, vm: str) -> None:
+        """It runs."""
+        paused = self._vms.pop(vm, None)
+        if paused is None:
+            return
+        of_set = self._domains[paused.set]
+        of_set[paused.key, paused.domain].discard(vm)
+        if not of_set[paused.key, paused.domain]:
+            del of_set[paused.key, paused.domain]
+        if not of_set:
+            del self._domains[paused.set]
+
+    def any_in(self, set_name: str, key: DomainKey, domain: int) -> bool:
+        """Whether a VM of this domain stands still."""
+        return (key, domain) in self._domains.get(set_name, {})
+
+    def clash(self, set_name: str) -> list[int]:
+        """Domains of the set that stand still at once, where there are two or more.
+
+        Facts of the past may come in after the inventories of now, when the exporter was away: what is known only from
+        an inventory is not held against what is known by a fact.
+        """
+        of_set = self._domains.get(set_name, {})
+        if len(of_set) < 2:
+            return []
+        for by_fact in (True, False):
+            found = sorted(
+                domain
+                for (_, domain), vms in of_set.items()
+                if any((self._vms[vm].since is not None) == by_fact for vm in vms)
+            )
+            if len(found) > 1:
+                return found
+        return []
+
+    def shift(self, by: float) -> None:
+        """The clock was put back."""
+        self._vms = {
+            vm: msgspec.structs.replace(each, since=None if each.since is None else each.since + by)
+            for vm, each in self._vms.items()
+        }
+
+    def view(self, most: int) -> tuple[NowPaused, ...]:
+        """As it is sent: those first whose budget ends first."""
+        by_end = sorted(self._vms.values(), key=lambda each: (each.since or 0.0) + (each.budget or 0.0))
+        return tuple(
+            NowPaused(
+                vm=each.vm,
+                set=each.set,
+                domain=each.domain,
+                host=each.host,
+                method=each.method,
+                since=each.since,
+                budget=each.budget,
+            )
+            for each in by_end[:most]
+        )

@@ -1,0 +1,385 @@
+// The lanes: one strip a domain, one shape a stretch of time. What stands still is widest: the break in the line.
+
+import { STATES, count, domainName, seconds, setName, time } from "./model.js";
+
+const SVG = "http://www.w3.org/2000/svg";
+const HEIGHT = 26;
+const SHAPE = {
+  // state: [height, corner radius]
+  scheduled: [8, 0],
+  started: [8, 0],
+  frozen: [24, 3],
+  resumed: [12, 0],
+  verified: [4, 2],
+  failed: [20, 2],
+  cancelled: [2, 0],
+};
+const LEAST_W = 3; // px: a swap takes milliseconds and is to be seen
+const AHEAD = 0.1; // of the span, for what is announced
+const MOST_LANES = 60;
+
+export function legend(list) {
+  for (const [state, name] of Object.entries(STATES)) {
+    const swatch = element("svg", { class: `swatch seg ${state}`, width: 26, height: HEIGHT, "aria-hidden": "true" });
+    swatch.append(shape(state, 0, 26));
+    const item = document.createElement("li");
+    item.append(swatch, name);
+    list.append(item);
+  }
+}
+
+export class Chart {
+  constructor(root, tip, more) {
+    this.root = root;
+    this.tip = tip;
+    this.more = more;
+    this.rows = new Map();
+    this.groups = new Map();
+    this.focused = null; // "lane|start" of the stretch that the keyboard is on
+    this.axis = element("svg", { class: "axis", "aria-hidden": "true", focusable: "false" });
+    this.body = document.createElement("div");
+    root.append(this.axis, this.body);
+    root.addEventListener("keydown", (event) => this.key(event));
+    root.addEventListener("focusin", (event) => this.showFor(event.target.closest("g.seg")));
+    root.addEventListener("focusout", () => this.hide());
+    root.addEventListener("pointermove", (event) => this.showFor(event.target.closest("g.seg"), true));
+    root.addEventListener("pointerleave", () => this.hide());
+  }
+
+  draw(model, set, spanS) {
+    const now = model.now();
+    const all = model.ordered(set);
+    const lanes = all.length > MOST_LANES ? busiest(all, MOST_LANES, model) : all;
+    this.more.hidden = lanes.length === all.length;
+    this.more.textContent = `${lanes.length} of ${all.length} domains are drawn, those that changed last. Choose a set to see all of its own.`;
+    const span = spanS || fit(model, lanes, now);
+    const view = { now, from: now - span, to: now + span * AHEAD };
+    const names = new Set(lanes.map((lane) => lane.lane));
+    for (const [name, row] of this.rows) {
+      if (!names.has(name)) {
+        row.item.remove();
+        this.rows.delete(name);
+      }
+    }
+    this.arrange(lanes);
+    const first = lanes.length ? this.rows.get(lanes[0].lane) : null;
+    const width = first ? first.strip.clientWidth : 0;
+    if (!width) return;
+    view.scale = width / (view.to - view.from);
+    view.width = width;
+    for (const lane of lanes) this.drawLane(this.rows.get(lane.lane), lane, view, model);
+    this.drawAxis(first, view, model);
+    this.keepOneTabStop();
+  }
+
+  arrange(lanes) {
+    const sets = [...new Set(lanes.map((lane) => lane.set))];
+    for (const [name, group] of this.groups) {
+      if (!sets.includes(name)) {
+        group.section.remove();
+        this.groups.delete(name);
+      }
+    }
+    let order = "";
+    for (const name of sets) {
+      if (!this.groups.has(name)) this.groups.set(name, newGroup(name));
+      order += `${name}\n`;
+    }
+    if (order !== this.order) {
+      this.order = order;
+      for (const name of sets) this.body.append(this.groups.get(name).section);
+    }
+    for (const name of sets) {
+      const mine = lanes.filter((lane) => lane.set === name);
+      const group = this.groups.get(name);
+      const vms = mine.reduce((sum, lane) => sum + (lane.key === mine[0].key ? lane.vms : 0), 0);
+      setText(group.count, `${count(mine.length, "domain")}, ${count(vms, "VM")}`);
+      const wanted = mine.map((lane) => {
+        if (!this.rows.has(lane.lane)) this.rows.set(lane.lane, newRow());
+        return this.rows.get(lane.lane).item;
+      });
+      wanted.forEach((item, index) => {
+        if (group.list.children[index] !== item) group.list.insertBefore(item, group.list.children[index] || null);
+      });
+    }
+  }
+
+  drawLane(row, lane, view, model) {
+    const alone = lane.set.startsWith("_");
+    setText(row.name, alone ? setName(lane.set) : domainName(lane));
+    const [word, detail] = present(lane, view.now, model);
+    setText(row.word, word);
+    setText(row.detail, detail);
+    row.now.dataset.state = lane.state || "";
+    row.strip.setAttribute("aria-label", `${setName(lane.set)}, ${domainName(lane)}`);
+    const seen = new Set();
+    for (const segment of lane.segments || []) {
+      const end = segment.end ?? view.now;
+      if (end < view.from) continue;
+      const id = `${lane.lane}|${segment.start}`;
+      seen.add(id);
+      let group = row.segments.get(id);
+      if (!group || group.dataset.state !== segment.state) {
+        if (group) group.remove();
+        group = newSegment(id, segment);
+        row.segments.set(id, group);
+        row.strip.append(group);
+      }
+      const left = Math.max(0, (segment.start - view.from) * view.scale);
+      const width = Math.max(LEAST_W, (end - Math.max(segment.start, view.from)) * view.scale);
+      place(group, segment.state, left, width);
+      notBefore(group, segment, view);
+      group.told = () => story(lane, segment, model.now());
+      if (id === this.focused || !group.hasAttribute("aria-label") || segment.end == null) {
+        const label = story(lane, segment, view.now).join(", ");
+        if (segment.end != null || group.dataset.said !== "open") group.setAttribute("aria-label", label);
+        group.dataset.said = segment.end == null ? "open" : "done";
+      } else if (group.dataset.said === "open") {
+        group.setAttribute("aria-label", story(lane, segment, view.now).join(", "));
+        group.dataset.said = "done";
+      }
+    }
+    for (const [id, group] of row.segments) {
+      if (!seen.has(id)) {
+        group.remove();
+        row.segments.delete(id);
+      }
+    }
+  }
+
+  drawAxis(first, view, model) {
+    const box = first.strip.getBoundingClientRect();
+    const mine = this.root.getBoundingClientRect();
+    const left = box.left - mine.left;
+    this.axis.setAttribute("width", mine.width);
+    this.axis.setAttribute("height", mine.height);
+    this.axis.replaceChildren();
+    const x = (at) => left + (at - view.from) * view.scale;
+    const nowX = x(view.now);
+    this.axis.append(element("rect", { class: "ahead", x: nowX, y: 22, width: Math.max(0, left + view.width - nowX), height: Math.max(0, mine.height - 22) }));
+    const step = tickStep((view.to - view.from) / Math.max(2, view.width / 90));
+    for (let at = Math.ceil(view.from / step) * step; at < view.to; at += step) {
+      this.axis.append(element("line", { class: "tick", x1: x(at), x2: x(at), y1: 22, y2: mine.height }));
+      const near = Math.abs(x(at) - nowX) < 62;
+      if (!near && x(at) - left > 20 && left + view.width - x(at) > 24) this.axis.append(label(x(at), time(at), step));
+    }
+    for (const rollout of model.rollouts) {
+      for (const wave of rollout.waves) {
+        if (wave.started_at && wave.started_at > view.from) {
+          this.axis.append(element("line", { class: "wave", x1: x(wave.started_at), x2: x(wave.started_at), y1: 22, y2: mine.height }));
+        }
+      }
+    }
+    this.axis.append(element("line", { class: "now", x1: nowX, x2: nowX, y1: 18, y2: mine.height }));
+    const word = element("text", { class: "now", x: nowX, y: 13, "text-anchor": "middle" });
+    word.textContent = "now";
+    this.axis.append(word);
+  }
+
+  // -- keyboard and notes ------------------------------------------------------------------------------
+
+  keepOneTabStop() {
+    const groups = [...this.body.querySelectorAll("g.seg")];
+    let stop = groups.find((group) => group.dataset.id === this.focused);
+    if (!stop) stop = groups[groups.length - 1];
+    for (const group of groups) group.setAttribute("tabindex", group === stop ? "0" : "-1");
+  }
+
+  key(event) {
+    const at = event.target.closest("g.seg");
+    if (!at) return;
+    const strips = [...this.body.querySelectorAll("svg.strip")].filter((strip) => strip.querySelector("g.seg"));
+    const strip = at.closest("svg.strip");
+    const mine = ordered(strip);
+    const index = mine.indexOf(at);
+    const up = strips.indexOf(strip);
+    const nearest = (other) => {
+      const x = Number(at.dataset.x);
+      return ordered(other).reduce((best, each) => (Math.abs(each.dataset.x - x) < Math.abs(best.dataset.x - x) ? each : best));
+    };
+    let next = null;
+    if (event.key === "ArrowRight") next = mine[index + 1];
+    else if (event.key === "ArrowLeft") next = mine[index - 1];
+    else if (event.key === "ArrowDown") next = strips[up + 1] && nearest(strips[up + 1]);
+    else if (event.key === "ArrowUp") next = strips[up - 1] && nearest(strips[up - 1]);
+    else if (event.key === "Home") next = mine[0];
+    else if (event.key === "End") next = mine[mine.length - 1];
+    else if (event.key === "Escape") return void this.hide();
+    else return;
+    event.preventDefault();
+    if (next) next.focus();
+  }
+
+  showFor(group, byPointer = false) {
+    if (!group || !group.told) return byPointer ? this.hide() : undefined;
+    if (!byPointer) {
+      this.focused = group.dataset.id;
+      this.keepOneTabStop();
+    }
+    const lines = group.told();
+    this.tip.replaceChildren(
+      ...lines.map((line, index) => {
+        const part = document.createElement(index ? "span" : "b");
+        part.textContent = line;
+        return part;
+      }),
+    );
+    this.tip.hidden = false;
+    const box = group.getBoundingClientRect();
+    const own = this.tip.getBoundingClientRect();
+    const left = Math.min(Math.max(8, box.left + box.width / 2 - own.width / 2), document.documentElement.clientWidth - own.width - 8);
+    const above = box.top - own.height - 8;
+    this.tip.style.left = `${left}px`;
+    this.tip.style.top = `${above > 4 ? above : box.bottom + 8}px`;
+  }
+
+  hide() {
+    this.tip.hidden = true;
+  }
+}
+
+function present(lane, now, model) {
+  const last = (lane.segments || []).at(-1);
+  const next = lane.state ? null : waitsFor(lane, model);
+  if (next) return ["", next];
+  if (!last) return ["", ""];
+  if (lane.state === "frozen") {
+    const standing = model.paused.filter((each) => each.set === lane.set && each.domain === lane.domain).length;
+    return ["frozen", `${seconds(Math.max(0, now - last.start))}${standing ? `, ${count(standing, "VM")}` : ""}`];
+  }
+  if (lane.state === "scheduled" && last.not_before) {
+    const left = last.not_before - now;
+    return ["scheduled", left > 0 ? `starts within ${Math.ceil(left)} s` : "starts now"];
+  }
+  if (lane.state === "resumed") return ["resumed", "being verified"];
+  if (lane.state) return [lane.state, last.note || ""];
+  return [last.state, `at ${time(last.state === "verified" ? last.start : (last.end ?? last.start))}`];
+}
+
+function waitsFor(lane, model) {
+  for (const rollout of model.rollouts) {
+    if (rollout.status !== "running" || (rollout.key || "update_domain") !== lane.key) continue;
+    const wave = rollout.waves.find((each) => each.status === "pending" && each.domains[lane.set] === lane.domain);
+    if (wave) return `waits for wave ${wave.wave}`;
+  }
+  return "";
+}
+
+function story(lane, segment, now) {
+  const lines = [`${setName(lane.set)}, ${domainName(lane)}: ${STATES[segment.state]}`];
+  const end = segment.end ?? now;
+  lines.push(segment.end == null ? `since ${time(segment.start)}` : `${time(segment.start)} to ${time(end)}, ${seconds(end - segment.start)}`);
+  if (segment.state === "frozen") {
+    const pauses = (lane.marks || []).filter((mark) => mark.at >= segment.start - 0.5 && mark.at <= end + 0.5);
+    if (pauses.length) {
+      const longest = pauses.reduce((one, two) => (two.seconds > one.seconds ? two : one));
+      lines.push(`${count(pauses.length, "pause")}, longest ${seconds(longest.seconds)} of ${longest.budget} s (${longest.vm})`);
+    }
+  }
+  if (segment.not_before) lines.push(`starts at ${time(segment.not_before)} at the latest`);
+  if (segment.note) lines.push(segment.note);
+  return lines;
+}
+
+function fit(model, lanes, now) {
+  const open = model.rollouts.filter((each) => each.status !== "completed" && each.status !== "aborted");
+  const shown = open.length ? open : model.rollouts;
+  const starts = shown.map((each) => each.created_at);
+  const earliest = starts.length ? Math.min(...starts) : now - 120;
+  const ended = open.length ? now : Math.max(earliest, ...shown.map((each) => each.ended_at || 0));
+  return Math.min(3600, Math.max(20, (now - earliest) * 1.06 + (open.length ? 0 : Math.max(0, Math.min(20, now - ended)))));
+}
+
+function busiest(lanes, most, model) {
+  const when = (lane) => {
+    const last = (lane.segments || []).at(-1);
+    return last ? (last.end ?? model.now() + 1) : 0;
+  };
+  const chosen = new Set([...lanes].sort((a, b) => when(b) - when(a)).slice(0, most));
+  return lanes.filter((lane) => chosen.has(lane));
+}
+
+function newGroup(name) {
+  const section = document.createElement("section");
+  section.className = "set";
+  const title = document.createElement("h3");
+  title.textContent = name.startsWith("_") ? "in no set" : name;
+  const about = document.createElement("span");
+  title.append(" ", about);
+  const list = document.createElement("ol");
+  list.className = "lanes";
+  section.append(title, list);
+  return { section, list, count: about };
+}
+
+function newRow() {
+  const item = document.createElement("li");
+  item.className = "lane";
+  const name = document.createElement("span");
+  name.className = "name";
+  const strip = element("svg", { class: "strip", height: HEIGHT, role: "group" });
+  strip.append(element("line", { class: "thread", x1: "0", x2: "100%", y1: HEIGHT / 2, y2: HEIGHT / 2 }));
+  const now = document.createElement("span");
+  now.className = "now";
+  const word = document.createElement("b");
+  const detail = document.createElement("span");
+  now.append(word, " ", detail);
+  item.append(name, strip, now);
+  return { item, name, strip, now, word, detail, segments: new Map() };
+}
+
+function newSegment(id, segment) {
+  const group = element("g", { class: `seg ${segment.state}`, role: "img", tabindex: "-1" });
+  group.dataset.id = id;
+  group.dataset.state = segment.state;
+  group.append(element("rect", { class: "hit", y: 0, height: HEIGHT }), shape(segment.state, 0, LEAST_W));
+  return group;
+}
+
+function shape(state, x, width) {
+  const [height, radius] = SHAPE[state];
+  return element("rect", { class: "body", x, y: (HEIGHT - height) / 2, width, height, rx: radius });
+}
+
+function place(group, state, left, width) {
+  group.dataset.x = left.toFixed(1);
+  const [hit, body] = group.children;
+  hit.setAttribute("x", left);
+  hit.setAttribute("width", Math.max(width, 8));
+  body.setAttribute("x", left);
+  body.setAttribute("width", width);
+}
+
+function notBefore(group, segment, view) {
+  let mark = group.querySelector(".not-before");
+  const at = segment.not_before;
+  const wanted = segment.end == null && at && at > view.from && at < view.to;
+  if (!wanted) return void (mark && mark.remove());
+  if (!mark) group.append((mark = element("path", { class: "not-before" })));
+  const x = (at - view.from) * view.scale;
+  mark.setAttribute("d", `M${x} 4V22M${x} 4h5l-2 3 2 3h-5`);
+}
+
+function ordered(strip) {
+  return [...strip.querySelectorAll("g.seg")].sort((a, b) => a.dataset.x - b.dataset.x);
+}
+
+function tickStep(least) {
+  return [5, 10, 15, 30, 60, 120, 300, 600, 900, 1800].find((step) => step >= least) || 3600;
+}
+
+function label(x, text, step) {
+  const word = element("text", { class: "hour", x, y: 13, "text-anchor": "middle" });
+  word.textContent = step >= 60 ? text.slice(0, 5) : text;
+  return word;
+}
+
+export function element(name, attributes = {}) {
+  const made = document.createElementNS(SVG, name);
+  for (const [key, value] of Object.entries(attributes)) made.setAttribute(key, value);
+  return made;
+}
+
+export function setText(node, text) {
+  if (node.textContent !== text) node.textContent = text;
+}

@@ -1,0 +1,280 @@
+// Everything beside the lanes: the rollout, alarms, who stands still, pauses, the log. Text goes in as text, never as markup.
+
+import { element, setText } from "./chart.js";
+import { STATES, count, domainName, seconds, setName, time } from "./model.js";
+
+const DONE = new Set(["completed", "failed", "cancelled"]);
+const WAVE_WORDS = { pending: "waits", verifying: "being verified", soaking: "soaks", completed: "verified" };
+const WAVE_LOOK = { scheduled: "scheduled", started: "started", verifying: "resumed", soaking: "resumed", completed: "verified", failed: "failed", cancelled: "cancelled" };
+const LEVELS = { quiet: ["·", ""], good: ["✓", "well"], warning: ["!", "warning"], bad: ["✕", "bad"] };
+const MOST_ROWS = 60;
+
+// Builds a node; strings become text. Attributes whose value is null are left out.
+export function h(name, attributes, ...children) {
+  const node = document.createElement(name);
+  for (const [key, value] of Object.entries(attributes || {})) if (value != null) node.setAttribute(key, value);
+  node.append(...children.flat().filter((each) => each != null));
+  return node;
+}
+
+// -- the rollout ----------------------------------------------------------------------------------------
+
+export function drawRollout(root, numbers, model) {
+  const [rollout, ...others] = model.rollouts;
+  const parts = [];
+  if (!rollout) {
+    parts.push(h("p", { class: "over" }, "Rollout"), h("h2", { id: "rollout-title", class: "quiet" }, "No rollout yet"));
+    parts.push(h("p", { class: "line" }, "When one starts, its update domains appear below."));
+  } else {
+    const over = DONE.has(rollout.status) || rollout.status === "aborted";
+    parts.push(h("p", { class: "over" }, over ? "Last rollout" : rollout.update ? "Rollout" : "Freeze on demand"));
+    const title = rollout.update || `hold for ${rollout.hold_s} s`;
+    parts.push(h("h2", { id: "rollout-title" }, title, " ", h("span", { class: `chip ${rollout.status}` }, rollout.status)));
+    parts.push(h("p", { class: "line" }, sentence(rollout, model)));
+    if (rollout.reason && rollout.status !== "halted") parts.push(h("p", { class: "reason" }, rollout.reason)); // a halt's is an alarm
+    parts.push(waves(rollout, rollout === model.rollouts[0] && model.rollouts.length === 1 && model.fleet ? model.fleet.paused : 0));
+    const facts = [`started ${time(rollout.created_at)}`, `budget ${rollout.budget_s} s`, `notice ${rollout.notice_s} s`];
+    if (rollout.ended_at) facts.push(`ended ${time(rollout.ended_at)}, after ${seconds(rollout.ended_at - rollout.created_at)}`);
+    if (rollout.requested_by) facts.push(`asked for by ${rollout.requested_by}`);
+    parts.push(h("p", { class: "facts" }, facts.join(" · ")));
+    for (const other of others.slice(0, 5)) {
+      const reason = other.reason ? `: ${other.reason}` : "";
+      parts.push(h("p", { class: `facts other ${other.status}` }, `Also ${other.status}: ${other.update || "freeze on demand"}, ${count(other.sets, "set")}${reason}`));
+    }
+  }
+  replaceIfChanged(root, parts);
+  drawNumbers(numbers, model.fleet);
+}
+
+function sentence(rollout, model) {
+  const total = rollout.waves.length;
+  const done = rollout.counts.completed || 0;
+  const verified = `${done} of ${count(total, "wave")} verified`;
+  if (rollout.status === "completed") return `All ${count(total, "wave")} verified, ${count(rollout.sets, "set")}.`;
+  if (rollout.status === "aborted") return `${verified} before the abort.`;
+  const current = rollout.waves.find((wave) => !DONE.has(wave.status)) || rollout.waves.at(-1);
+  if (!current) return "No wave is planned.";
+  if (rollout.status === "halted") {
+    const failed = rollout.waves.find((wave) => wave.status === "failed") || current;
+    return `Wave ${failed.wave} stopped the rollout; ${verified}. Nothing more starts until somebody resumes or aborts it.`;
+  }
+  const standing = model.fleet ? model.fleet.paused : 0;
+  let what = `is ${WAVE_WORDS[current.status] || current.status}`;
+  if (current.status === "pending") what = "is next";
+  if (current.status === "soaking") what = "soaks";
+  if (current.status === "started") what = `is under way: ${standing ? `${count(standing, "VM stands", "VMs stand")} still` : "no VM stands still"}`;
+  if (current.status === "scheduled") {
+    const left = current.not_before ? Math.max(0, Math.ceil(current.not_before - model.now())) : 0;
+    const approved = current.events ? `, ${current.approved || 0} of ${current.events} approved` : "";
+    what = `is announced: it starts ${left ? `within ${left} s` : "now"}${approved}`;
+  }
+  return `Wave ${current.wave} ${what}; ${verified}.`;
+}
+
+function waves(rollout, standing) {
+  return h(
+    "ol",
+    { class: "waves", "aria-label": "Waves" },
+    rollout.waves.map((wave) => {
+      const frozen = wave.status === "started" && standing > 0;
+      const look = frozen ? "frozen" : WAVE_LOOK[wave.status] || "pending";
+      const bar = element("svg", { class: `seg ${look}`, height: 8, width: "100%", "aria-hidden": "true" });
+      bar.append(element("rect", { class: "body", x: 0, y: 0, width: "100%", height: 8, rx: 2 }));
+      const names = Object.entries(wave.domains).map(([set, domain]) => (set.startsWith("_") ? setName(set) : `${set} ${domain}`));
+      const more = wave.sets - names.length;
+      const where = names.join(", ") + (more > 0 ? ` and ${more} more` : "");
+      return h("li", { title: wave.reason || null }, bar, h("b", {}, `${wave.wave} `), h("span", {}, frozen ? "frozen" : WAVE_WORDS[wave.status] || wave.status), h("small", {}, where));
+    }),
+  );
+}
+
+function drawNumbers(list, fleet) {
+  if (!fleet) return;
+  const offline = fleet.hosts_offline || [];
+  const rows = [
+    ["Standing still", String(fleet.paused), fleet.paused ? "ice" : ""],
+    ["VMs", String(fleet.vms), ""],
+    ["Update domains", `${fleet.domains}`, ""],
+    ["Hosts", offline.length ? `${fleet.hosts - offline.length} of ${fleet.hosts}` : String(fleet.hosts), offline.length ? "warn" : ""],
+    ["Coordinator", fleet.coordinator, fleet.coordinator === "online" ? "" : "warn"],
+  ];
+  replaceIfChanged(
+    list,
+    rows.map(([name, value, look]) => h("div", { class: look || null }, h("dt", {}, name), h("dd", { class: /^[\d]/.test(value) ? null : "word" }, value))),
+  );
+}
+
+// -- alarms -----------------------------------------------------------------------------------------------
+
+export function drawAlarms(section, list, model) {
+  const fleet = model.fleet;
+  const rows = [];
+  for (const each of model.rollouts) if (each.status === "halted") rows.push(["bad", "Rollout halted", each.reason || each.update, null]);
+  if (fleet && fleet.broker) rows.push(["bad", "The exporter is not connected to the broker", `${fleet.broker} (since ${time(fleet.broker_since)}; what is below may be old)`, null]);
+  if (fleet && fleet.full) rows.push(["warning", "Not everything is shown", "there are more update domains than this page keeps", null]);
+  const titles = { "two-domains": "Two domains of a set at once", overrun: "Pause longer than its budget", memory: "Memory changed", guard: "The pause guard had to act", clock: "Clock not synced" };
+  for (const each of (fleet && fleet.alarms) || []) {
+    const when = each.until == null ? `since ${time(each.at)}` : each.until > each.at ? `${time(each.at)} to ${time(each.until)}` : time(each.at);
+    rows.push([each.level, titles[each.rule] || each.rule, each.text, when]);
+  }
+  const now = model.now();
+  for (const each of model.paused) {
+    if (each.since != null && each.budget != null && now - each.since > each.budget + 0.5) {
+      rows.push(["bad", "Standing still beyond the budget", `${each.vm} (${setName(each.set)}, domain ${each.domain}) on ${each.host}, budget ${each.budget} s`, null]);
+    }
+  }
+  section.hidden = rows.length === 0;
+  const shown = rows.slice(0, 6).map(([level, title, text, when]) => h("li", { class: level }, h("span", { class: "sign", "aria-hidden": "true" }, LEVELS[level][0]), h("p", {}, h("b", {}, title), " ", text), when ? h("small", {}, when) : null));
+  if (rows.length > 6) shown.push(h("li", { class: "warning" }, h("span", { class: "sign", "aria-hidden": "true" }, "!"), h("p", {}, `and ${rows.length - 6} more`)));
+  replaceIfChanged(list, shown);
+}
+
+// -- who stands still ------------------------------------------------------------------------------------
+
+export function drawStanding(root, counter, model) {
+  const now = model.now();
+  const total = model.fleet ? model.fleet.paused : model.paused.length;
+  setText(counter, total ? count(total, "VM") : "");
+  if (!model.paused.length) {
+    replaceIfChanged(root, [h("p", { class: "empty" }, "No VM stands still.")]);
+    return;
+  }
+  const names = model.paused.map((each) => each.vm).join("\n");
+  if (root.dataset.names !== names || !root.querySelector("li")) {
+    root.dataset.names = names;
+    delete root.dataset.hash;
+    const rows = model.paused.slice(0, 24).map((each) => {
+      const bar = element("svg", { class: "meter", height: 6, width: "100%", "aria-hidden": "true" });
+      bar.append(element("rect", { class: "rail", width: "100%", height: 6, rx: 3 }), element("rect", { class: "fill", width: 0, height: 6, rx: 3 }));
+      const where = each.set.startsWith("_") ? each.host : `${each.set} ${each.domain} · ${each.host}`;
+      return h("li", {}, h("b", {}, each.vm), h("span", { class: "where" }, where), h("span", { class: "secs" }), bar);
+    });
+    const more = total - rows.length;
+    root.replaceChildren(h("ul", { class: "standing" }, rows), ...(more > 0 ? [h("p", { class: "note" }, `and ${more} more`)] : []));
+  }
+  [...root.querySelectorAll("li")].forEach((item, index) => {
+    const each = model.paused[index];
+    const passed = each.since == null ? null : Math.max(0, now - each.since);
+    const budget = each.budget;
+    setText(item.querySelector(".secs"), passed == null ? "paused, since when is not known" : `${passed.toFixed(1)} s of ${budget} s`);
+    item.classList.toggle("over", passed != null && passed > budget);
+    item.querySelector(".fill").setAttribute("width", `${passed == null ? 0 : Math.min(100, (passed / budget) * 100).toFixed(1)}%`);
+  });
+}
+
+// -- pauses -----------------------------------------------------------------------------------------------
+
+export function drawPauses(root, note, model, set) {
+  const lanes = model.ordered(set).filter((lane) => lane.pauses);
+  if (!lanes.length) {
+    setText(note, "");
+    replaceIfChanged(root, [h("p", { class: "empty" }, "No pause within the last hour.")]);
+    return;
+  }
+  const shown = lanes.slice(0, MOST_ROWS);
+  const most = Math.max(...shown.map((lane) => Math.max(lane.budget || 0, lane.pauses.most)));
+  setText(note, `scale 0 to ${seconds(most)}`);
+  const rows = shown.map((lane) =>
+    h(
+      "tr",
+      { role: "row" },
+      h("th", { scope: "row", role: "rowheader" }, setName(lane.set), " ", h("span", {}, lane.set.startsWith("_") ? "" : domainName(lane))),
+      h("td", { role: "cell", class: "plot" }, strip(lane, most)),
+      h("td", { role: "cell", class: "num" }, h("small", {}, "n "), String(lane.pauses.count)),
+      h("td", { role: "cell", class: "num wide" }, seconds(lane.pauses.least)),
+      h("td", { role: "cell", class: "num" }, h("small", {}, "median "), seconds(lane.pauses.median)),
+      h("td", { role: "cell", class: "num" }, h("small", {}, "max "), h("b", {}, seconds(lane.pauses.most))),
+      h("td", { role: "cell", class: "num" }, h("small", {}, "of "), lane.budget ? `${lane.budget} s` : ""),
+      h("td", { role: "cell", class: lane.unsynced ? "num clock bad" : "num clock" }, h("small", {}, "clock "), clock(lane)),
+    ),
+  );
+  const heads = ["Domain", "Each pause, up to the budget line", "Pauses", "Shortest", "Median", "Longest", "Budget", "Clock after"];
+  const simulated = lanes.some((lane) => lane.clock && lane.clock.simulated);
+  replaceIfChanged(root, [
+    h(
+      "table",
+      { role: "table", class: "pauses", "aria-labelledby": "pauses-title" },
+      h("thead", { role: "rowgroup" }, h("tr", { role: "row" }, heads.map((head, index) => h("th", { scope: "col", role: "columnheader", class: index === 3 ? "wide" : null }, head)))),
+      h("tbody", { role: "rowgroup" }, rows),
+    ),
+    lanes.length > shown.length ? h("p", { class: "note" }, `and ${lanes.length - shown.length} more domains: choose a set above`) : null,
+    simulated ? h("p", { class: "note" }, "Guest clocks of process VMs are simulated: a frozen process still sees host time pass.") : null,
+  ].filter(Boolean));
+}
+
+function clock(lane) {
+  const off = lane.clock && lane.clock.after != null ? `${lane.clock.after >= 0 ? "+" : "−"}${seconds(Math.abs(lane.clock.after))}` : "";
+  return lane.unsynced ? `${lane.unsynced} not synced ${off}` : off;
+}
+
+function strip(lane, most) {
+  const x = (value) => `${(2 + (value / most) * 94).toFixed(2)}%`;
+  const figure = lane.pauses;
+  const label = `${count(figure.count, "pause")}: ${seconds(figure.least)} to ${seconds(figure.most)}, median ${seconds(figure.median)}, budget ${lane.budget} s`;
+  const svg = element("svg", { class: "dots", height: 22, width: "100%", role: "img", "aria-label": label });
+  svg.append(element("line", { class: "rail", x1: x(0), x2: x(most), y1: 11, y2: 11 }));
+  svg.append(element("line", { class: "range", x1: x(figure.least), x2: x(figure.most), y1: 11, y2: 11 }));
+  for (const mark of lane.marks || []) {
+    // Within: a circle. By the guard: a square. Over the budget: a cross.
+    const cx = x(mark.seconds);
+    if (mark.over) {
+      const cross = element("svg", { x: cx, y: 11, overflow: "visible" });
+      cross.append(element("path", { class: "over", d: "M-5-5 5 5M5-5-5 5" }));
+      svg.append(cross);
+    } else if (mark.guard) {
+      const box = element("svg", { x: cx, y: 11, overflow: "visible" });
+      box.append(element("rect", { class: "guard", x: -4, y: -4, width: 8, height: 8 }));
+      svg.append(box);
+    } else svg.append(element("circle", { class: "mark", cx, cy: 11, r: 4 }));
+  }
+  svg.append(element("line", { class: "median", x1: x(figure.median), x2: x(figure.median), y1: 3, y2: 19 }));
+  if (lane.budget) svg.append(element("line", { class: "budget", x1: x(lane.budget), x2: x(lane.budget), y1: 1, y2: 21 }));
+  return svg;
+}
+
+// -- the log and the table of stretches -------------------------------------------------------------------
+
+export function drawLog(root, model) {
+  if (!model.log.length) {
+    replaceIfChanged(root, [h("p", { class: "empty" }, "Nothing yet.")]);
+    return;
+  }
+  const rows = [...model.log].reverse().map((line) => {
+    const level = line.level || "quiet";
+    const [sign, word] = LEVELS[level];
+    const where = [line.set ? (line.set.startsWith("_") ? "" : line.domain == null ? line.set : `${line.set} ${line.domain}`) : "", line.vm || "", line.host || ""].filter(Boolean).join(" · ");
+    return h(
+      "tr",
+      { role: "row", class: level },
+      h("td", { role: "cell", class: "at" }, time(line.at)),
+      h("td", { role: "cell", class: "what" }, h("span", { class: "sign", "aria-hidden": "true" }, sign), word ? h("span", { class: "unseen" }, `${word}: `) : null, line.what),
+      h("td", { role: "cell", class: "where" }, where),
+      h("td", { role: "cell", class: "num" }, line.seconds == null ? "" : seconds(line.seconds)),
+      h("td", { role: "cell", class: "detail" }, line.detail || ""),
+    );
+  });
+  const heads = ["Time", "What", "Where", "Seconds", "Detail"];
+  replaceIfChanged(root, [h("table", { role: "table", class: "log", "aria-labelledby": "log-title" }, h("thead", { role: "rowgroup" }, h("tr", { role: "row" }, heads.map((head) => h("th", { scope: "col", role: "columnheader" }, head)))), h("tbody", { role: "rowgroup" }, rows))]);
+}
+
+export function drawSegments(root, model, set) {
+  const rows = [];
+  for (const lane of model.ordered(set)) {
+    for (const each of (lane.segments || []).slice(-12)) rows.push([lane, each]);
+  }
+  rows.sort((a, b) => b[1].start - a[1].start);
+  const body = rows.slice(0, 200).map(([lane, each]) => h("tr", {}, h("th", { scope: "row" }, `${setName(lane.set)} ${domainName(lane)}`), h("td", {}, STATES[each.state]), h("td", { class: "num" }, time(each.start)), h("td", { class: "num" }, each.end == null ? "lasts" : time(each.end)), h("td", { class: "num" }, each.end == null ? "" : seconds(each.end - each.start))));
+  replaceIfChanged(root, [h("table", { class: "segments", "aria-label": "Stretches of time by update domain" }, h("thead", {}, h("tr", {}, ["Domain", "State", "From", "To", "Lasted"].map((head) => h("th", { scope: "col" }, head)))), h("tbody", {}, body))]);
+}
+
+// Redrawing what is the same would take the reader's place and selection away.
+function replaceIfChanged(root, nodes) {
+  const holder = document.createElement("div");
+  holder.append(...nodes);
+  const text = holder.innerHTML; // compared only
+  if (root.dataset.hash === undefined || root.drawn !== text) {
+    root.drawn = text;
+    root.dataset.hash = "";
+    root.replaceChildren(...holder.childNodes);
+  }
+}

@@ -1,0 +1,140 @@
+"""What ``/live/state`` and ``/live/events`` send, as JSON. Pure. New members may come; known ones keep their meaning."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import msgspec
+
+from caesura.contract import messages as m
+from caesura_metrics_exporter.alarms import Alarm
+from caesura_metrics_exporter.happenings import Happening
+from caesura_metrics_exporter.lanes import LaneView
+
+_SETS_NAMED = 8
+
+
+class NowPaused(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A VM that stands still. Without ``since``: known from its host's inventory only."""
+
+    vm: str
+    set: str
+    domain: int
+    host: str
+    method: str = ""
+    since: float | None = None
+    budget: float | None = None
+
+
+class WaveView(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One wave of a rollout."""
+
+    wave: int
+    status: str
+    domains: dict[str, int]
+    """Of the first sets in order of name; ``sets`` counts all."""
+    sets: int
+    hosts: int
+    vms: int
+    events: int = 0
+    """Scheduled events that workloads may approve, and how many they did."""
+    approved: int = 0
+    not_before: float | None = None
+    started_at: float | None = None
+    ended_at: float | None = None
+    reason: str = ""
+
+
+class RolloutView(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A rollout. Times are unix seconds."""
+
+    rollout: str
+    update: str
+    """Empty: a freeze on demand, ``hold_s`` long."""
+    hold_s: float
+    status: str
+    sets: int
+    waves: tuple[WaveView, ...]
+    counts: dict[str, int]
+    """Waves by status."""
+    budget_s: float
+    notice_s: float
+    created_at: float
+    reason: str = ""
+    requested_by: str = ""
+    ended_at: float | None = None
+    key: str = "update_domain"
+
+
+class Fleet(msgspec.Struct, frozen=True, omit_defaults=True):
+    """The fleet in a few numbers, and what is wrong."""
+
+    broker: str
+    """Empty while the exporter is connected, else what is wrong."""
+    broker_since: float
+    """Since when it is as it is."""
+    coordinator: str
+    hosts: int
+    vms: int
+    sets: int
+    domains: int
+    paused: int
+    hosts_offline: tuple[str, ...] = ()
+    full: bool = False
+    """There are more domains than the exporter keeps for this page."""
+    alarms: tuple[Alarm, ...] = ()
+
+
+class Change(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What changed since a revision, or everything (``whole``). A member that is null did not change.
+
+    ``lanes`` replace those of the same id, ``log`` adds lines; in a whole one both are all there are.
+    """
+
+    whole: bool
+    revision: int
+    now: float
+    """The exporter's wall clock, unix seconds, like all times here."""
+    kept_s: float
+    fleet: Fleet | None = None
+    rollouts: tuple[RolloutView, ...] | None = None
+    paused: tuple[NowPaused, ...] | None = None
+    lanes: tuple[LaneView, ...] = ()
+    log: tuple[Happening, ...] = ()
+
+
+def rollout_view(rollout: m.RolloutState) -> RolloutView:
+    """A rollout as it is sent."""
+    return RolloutView(
+        rollout=rollout.rollout,
+        update=rollout.update,
+        hold_s=rollout.hold_s,
+        status=rollout.status,
+        sets=len(rollout.sets),
+        waves=tuple(_wave(wave) for wave in rollout.waves),
+        counts=dict(Counter(wave.status for wave in rollout.waves)),
+        budget_s=rollout.policy.budget_s,
+        notice_s=rollout.policy.notice_s,
+        created_at=rollout.created_at.timestamp(),
+        reason=rollout.reason,
+        requested_by=rollout.requested_by,
+        ended_at=rollout.ended_at.timestamp() if rollout.ended_at else None,
+        key=rollout.policy.domain_key,
+    )
+
+
+def _wave(wave: m.WaveState) -> WaveView:
+    return WaveView(
+        wave=wave.wave,
+        status=wave.status,
+        domains=dict(sorted(wave.domains.items())[:_SETS_NAMED]),
+        sets=len(wave.domains),
+        hosts=len(wave.hosts),
+        vms=len(wave.vms),
+        events=len(wave.events),
+        approved=len(wave.approved),
+        not_before=wave.not_before.timestamp() if wave.not_before else None,
+        started_at=wave.started_at.timestamp() if wave.started_at else None,
+        ended_at=wave.ended_at.timestamp() if wave.ended_at else None,
+        reason=wave.reason,
+    )

@@ -1,0 +1,604 @@
+"""What the live page shows, from what the bus says."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from typing import Any, cast
+
+import msgspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from caesura.contract import messages as m
+from caesura.contract.codec import Received
+from caesura.contract.envelope import Header, Message
+from caesura.contract.topics import channel_of
+from caesura_metrics_exporter.happenings import happening
+from caesura_metrics_exporter.lanebook import LANES_KEPT
+from caesura_metrics_exporter.lanes import MARKS_KEPT, SEGMENTS_KEPT, LaneView
+from caesura_metrics_exporter.live import KEPT_S, LOG_KEPT, PAUSED_SENT, ROLLOUTS_KEPT, Live
+from caesura_metrics_exporter.views import Change
+
+T0 = 1_790_000_000.0
+OPEN: tuple[m.WaveStatus, ...] = ("pending", "scheduled", "started", "verifying", "soaking")
+
+
+def when(at: float) -> datetime:
+    return datetime.fromtimestamp(at, UTC)
+
+
+def received(message: Message, sent: float) -> Received:
+    header = Header(specversion="1.0", id="1", source="/test", type=type(message).TYPE, time=when(sent))
+    return Received(channel_of(type(message)), {}, header, message)
+
+
+class Story:
+    """A live fold, and messages in few words. ``at`` is seconds after ``T0``."""
+
+    def __init__(self) -> None:
+        self.live = Live()
+        self.waves: dict[int, m.WaveState] = {}
+
+    def hear(self, message: Message, at: float, *, sent: float | None = None, fresh: bool = True) -> None:
+        self.live.take(received(message, T0 + (at if sent is None else sent)), T0 + at, fresh=fresh)
+
+    def inventory(self, at: float, host: str = "h1", state: m.VmState = "running", **more: Any) -> None:
+        number = int(host[1:])
+        record = m.VmRecord(vm=f"web-{number}", set="web", update_domain=number - 1, state=state)
+        given = {"vms": (record,), **more}
+        self.hear(m.HostInventory(host=host, driver="process", epoch=1, **given), at)
+
+    def rollout(self, at: float, status: m.RolloutStatus = "running", **more: Any) -> None:
+        given = {"policy": m.Policy(), "sets": ("web",), "rollout": "r1", "created_at": when(T0), **more}
+        waves = tuple(self.waves[index] for index in sorted(self.waves))
+        self.hear(m.RolloutState(update="patch", status=status, waves=waves, **given), at)
+
+    def wave(self, at: float, status: m.WaveStatus, index: int = 0, **more: Any) -> None:
+        """The coordinator says both: the fact, then the rollout's state."""
+        domains = more.pop("domains", {"web": index})
+        self.waves[index] = m.WaveState(
+            wave=index, status=status, domains=domains, hosts=("h1",), vms=("web-1",), **more
+        )
+        reason = more.get("reason", "")
+        changed = m.WaveChanged(
+            rollout="r1", wave=index, status=status, domains=domains, at=when(T0 + at), reason=reason
+        )
+        self.hear(changed, at)
+        self.rollout(at)
+
+    def frozen(self, at: float, vm: str = "web-1", domain: int = 0, **more: Any) -> None:
+        sent = more.pop("sent", at)
+        message = m.VmFrozen(
+            vm=vm,
+            host=more.pop("host", "h1"),
+            set=more.pop("set", "web"),
+            update_domain=domain,
+            operation=more.pop("operation", "op1"),
+            method="freeze",
+            budget_s=5,
+            at=when(T0 + sent),
+        )
+        self.hear(message, at, **more)
+
+    def resumed(self, at: float, pause_s: float, vm: str = "web-1", domain: int = 0, **more: Any) -> None:
+        fresh = more.pop("fresh", True)
+        given = {"within_budget": True, "resumed_by": "updater", "set": "web", "operation": "op1", **more}
+        message = m.VmResumed(
+            vm=vm,
+            host="h1",
+            update_domain=domain,
+            method="freeze",
+            pause_s=pause_s,
+            budget_s=5,
+            at=when(T0 + at),
+            **given,
+        )
+        self.hear(message, at, fresh=fresh)
+
+    def snapshot(self, at: float = 0.0) -> Change:
+        return self.live.snapshot(max(self.live._now, T0 + at))
+
+    def lane(self, name: str = "web/ud/0") -> LaneView:
+        return {lane.lane: lane for lane in self.snapshot().lanes}[name]
+
+    def drawn(self, name: str = "web/ud/0") -> list[tuple[str, float, float | None]]:
+        """(state, start, end) of a lane's stretches, in seconds after T0."""
+        return [
+            (each.state, round(each.start - T0, 3), None if each.end is None else round(each.end - T0, 3))
+            for each in self.lane(name).segments
+        ]
+
+    def alarms(self) -> list[tuple[str, bool]]:
+        """(rule, whether it lasts)."""
+        fleet = self.snapshot().fleet
+        assert fleet is not None
+        return [(alarm.rule, alarm.until is None) for alarm in fleet.alarms]
+
+
+@pytest.fixture
+def story() -> Story:
+    return Story()
+
+
+def test_a_lane_walks_through_the_states_and_ends_with_the_rollout(story: Story) -> None:
+    story.inventory(0)
+    story.wave(1, "scheduled", not_before=when(T0 + 9))
+    story.wave(3, "started", started_at=when(T0 + 3))
+    story.frozen(4)
+    story.resumed(6, 2.0)
+    story.wave(6.5, "verifying")
+    story.wave(7, "soaking")
+    story.wave(8, "completed", ended_at=when(T0 + 8))
+    assert story.drawn() == [
+        ("scheduled", 1, 3),
+        ("started", 3, 4),
+        ("frozen", 4, 6),
+        ("resumed", 6, 8),
+        ("verified", 8, None),
+    ]
+    assert story.lane().segments[0].not_before == T0 + 9
+    story.rollout(10, "completed", ended_at=when(T0 + 10))
+    assert story.drawn()[-1] == ("verified", 8, 10)
+    assert story.lane().state == ""
+    pauses = story.lane().pauses
+    assert pauses is not None
+    assert (pauses.count, pauses.least, pauses.median, pauses.most) == (1, 2.0, 2.0, 2.0)
+    assert [line.what for line in story.snapshot().log] == [
+        "wave 0 scheduled",
+        "wave 0 started",
+        "frozen",
+        "resumed",
+        "wave 0 verifying",
+        "wave 0 soaking",
+        "wave 0 completed",
+        "rollout completed",
+    ]
+
+
+def test_the_rollout_is_told_with_its_waves(story: Story) -> None:
+    story.wave(1, "completed", 0)
+    story.wave(2, "scheduled", 1, events={"web": "e1"}, approved=("web",))
+    (rollout,) = story.snapshot().rollouts or ()
+    assert (rollout.update, rollout.status, rollout.counts) == (
+        "patch",
+        "running",
+        {"completed": 1, "scheduled": 1},
+    )
+    assert [(wave.status, wave.domains, wave.approved, wave.events) for wave in rollout.waves] == [
+        ("completed", {"web": 0}, 0, 0),
+        ("scheduled", {"web": 1}, 1, 1),
+    ]
+
+
+def test_a_domain_is_frozen_until_its_last_vm_runs(story: Story) -> None:
+    story.wave(0, "started")
+    story.frozen(1, "web-1")
+    story.frozen(1.5, "web-9")
+    story.resumed(3, 2.0, "web-1")
+    assert story.lane().state == "frozen"
+    assert [each.vm for each in story.snapshot().paused or ()] == ["web-9"]
+    story.wave(3.5, "verifying")
+    assert story.lane().state == "frozen", "a wave's word does not make a VM run"
+    story.resumed(4, 2.5, "web-9")
+    assert story.drawn()[1:] == [("frozen", 1, 4), ("resumed", 4, None)]
+    assert story.snapshot().paused == ()
+
+
+def test_a_repeated_fact_is_drawn_and_told_once(story: Story) -> None:
+    for fresh in (True, False):
+        story.frozen(1, fresh=fresh)
+        if fresh:
+            story.resumed(2, 1.0)
+    story.resumed(2.5, 1.0, fresh=False)
+    assert len(story.lane().marks) == 1
+    assert story.snapshot().paused == (), "the repetition of a freeze came after the resume"
+    assert [line.what for line in story.snapshot().log] == ["frozen", "resumed"]
+
+
+def test_a_pause_whose_beginning_was_missed_is_drawn_from_its_length(story: Story) -> None:
+    story.wave(0, "started")
+    story.resumed(5, 2.0)
+    assert story.drawn() == [("started", 0, 3), ("frozen", 3, 5), ("resumed", 5, None)]
+
+
+def test_a_pause_without_a_rollout_leaves_nothing_open(story: Story) -> None:
+    story.frozen(1)
+    story.resumed(2, 1.0)
+    assert story.lane().state == ""
+    assert story.drawn()[0] == ("frozen", 1, 2)
+
+
+class TestAlarms:
+    """What the page says loudly."""
+
+    def test_two_domains_of_a_set_at_once(self, story: Story) -> None:
+        story.frozen(1, "web-1", 0)
+        assert story.alarms() == []
+        story.frozen(2, "web-2", 1)
+        story.frozen(2, "db-1", 1, set="db")
+        assert story.alarms() == [("two-domains", True)]
+        story.resumed(3, 1.0, "web-2", 1)
+        assert story.alarms() == [("two-domains", False)]
+
+    def test_two_sets_may_stand_still_at_once(self, story: Story) -> None:
+        story.frozen(1, "web-1", 0)
+        story.frozen(1, "db-1", 1, set="db")
+        assert story.alarms() == []
+
+    def test_a_fact_of_the_past_is_not_held_against_an_inventory_of_now(self, story: Story) -> None:
+        story.inventory(10, "h2", "paused")
+        story.frozen(10, "web-1", 0, sent=1)
+        story.resumed(10, 2.0, "web-1", 0)
+        assert story.alarms() == []
+
+    def test_two_inventories_that_say_so_are_believed(self, story: Story) -> None:
+        story.inventory(10, "h1", "paused")
+        story.inventory(10, "h2", "paused")
+        assert story.alarms() == [("two-domains", True)]
+
+    def test_overrun_guard_and_broken_memory(self, story: Story) -> None:
+        broken = m.MemoryProof(proof="digest", ok=False)
+        story.frozen(1)
+        story.resumed(8, 7.0, within_budget=False, resumed_by="guard", memory=broken)
+        assert sorted(story.alarms()) == [("guard", False), ("memory", False), ("overrun", False)]
+        (mark,) = story.lane().marks
+        assert (mark.over, mark.guard) == (True, True)
+        assert story.snapshot().log[-1].level == "bad"
+
+    def test_a_clock_that_is_not_synced_until_it_is(self, story: Story) -> None:
+        def verdict(*, synced: bool, at: float) -> m.VmClockSynced:
+            return m.VmClockSynced(
+                vm="web-1",
+                host="h1",
+                set="web",
+                update_domain=0,
+                synced=synced,
+                by="agent",
+                error_before_s=-2.0,
+                error_after_s=-0.5 if not synced else 0.001,
+                at=when(T0 + at),
+            )
+
+        story.hear(verdict(synced=False, at=1), 1)
+        assert story.alarms() == [("clock", True)]
+        assert story.lane().unsynced == 1
+        story.hear(verdict(synced=True, at=2), 2)
+        assert story.alarms() == [("clock", False)]
+        clock = story.lane().clock
+        assert clock is not None
+        assert (story.lane().unsynced, clock.after) == (0, 0.001)
+        story.live.expire(T0 + 3 + KEPT_S)
+        assert story.alarms() == []
+
+
+class TestState:
+    """What is retained restores the present; what is gone is forgotten."""
+
+    def test_a_vm_that_only_its_inventory_calls_paused(self, story: Story) -> None:
+        story.inventory(1, state="paused")
+        (paused,) = story.snapshot().paused or ()
+        assert (paused.vm, paused.since, paused.budget) == ("web-1", None, None)
+        story.inventory(5)
+        assert story.snapshot().paused == ()
+        assert story.lane().state == ""
+
+    def test_an_older_inventory_of_the_operation_does_not_end_its_pause(self, story: Story) -> None:
+        story.inventory(0)
+        story.frozen(1)
+        story.inventory(1.01, operation="op1")
+        assert story.lane().state == "frozen"
+        story.inventory(9)
+        assert story.lane().state == "", "an idle host whose VM runs: the fact was missed"
+
+    def test_a_rollout_under_way_is_restored_from_its_state(self, story: Story) -> None:
+        story.waves = {
+            0: m.WaveState(
+                wave=0, status="started", domains={"web": 0}, hosts=(), vms=(), started_at=when(T0 - 5)
+            )
+        }
+        story.rollout(0)
+        assert story.drawn() == [("started", -5, None)]
+
+    def test_a_rollout_that_was_over_is_told_but_not_drawn(self, story: Story) -> None:
+        story.waves = {
+            0: m.WaveState(
+                wave=0, status="completed", domains={"web": 0}, hosts=(), vms=(), ended_at=when(T0 - 5)
+            )
+        }
+        story.rollout(0, "completed")
+        assert story.snapshot().lanes == ()
+        assert [each.status for each in story.snapshot().rollouts or ()] == ["completed"]
+
+    def test_a_halt_keeps_the_failed_stretch_until_it_goes_on(self, story: Story) -> None:
+        story.wave(1, "started")
+        story.wave(2, "failed", reason="web-1 did not come back", ended_at=when(T0 + 2))
+        story.rollout(2, "halted", reason="web-1 did not come back")
+        assert story.drawn()[-1] == ("failed", 2, None)
+        assert story.lane().segments[-1].note == "web-1 did not come back"
+        assert story.snapshot().log[-1].what == "rollout halted"
+        story.wave(8, "scheduled")
+        assert story.drawn()[-2:] == [("failed", 2, 8), ("scheduled", 8, None)]
+
+    def test_fault_domains_are_lanes_where_a_rollout_goes_by_them(self, story: Story) -> None:
+        record = m.VmRecord(vm="web-1", set="web", update_domain=7, fault_domain=1, state="running")
+        story.inventory(0, vms=(record,))
+        policy = m.Policy(domain_key="fault_domain")
+        story.waves = {0: m.WaveState(wave=0, status="started", domains={"web": 1}, hosts=(), vms=("web-1",))}
+        story.rollout(1, policy=policy)
+        story.frozen(2, domain=7)
+        assert story.lane("web/fd/1").state == "frozen"
+        assert story.lane("web/fd/1").vms == 1
+        story.rollout(3, "aborted", policy=policy)
+        story.resumed(4, 2.0, domain=7)
+        assert story.lane("web/fd/1").state == "", "it ends where it began"
+
+    def test_a_host_that_is_gone_takes_its_vms_along(self, story: Story) -> None:
+        story.inventory(0)
+        story.frozen(1)
+        before = story.live.revision
+        story.live.clear("caesura/v1/host/h1/inventory", T0 + 2)
+        fleet = story.snapshot().fleet
+        assert fleet is not None
+        assert (fleet.hosts, fleet.vms, fleet.paused) == (0, 0, 0)
+        story.live.expire(T0 + 3 + KEPT_S)
+        assert story.snapshot().lanes == ()
+        assert story.live.since(before, T0 + KEPT_S).whole, "a lane vanished: who knew it starts anew"
+
+    def test_a_vm_that_moved_belongs_to_the_other_host(self, story: Story) -> None:
+        record = m.VmRecord(vm="web-1", set="web", update_domain=0, state="running")
+        story.inventory(0, "h1", vms=(record,))
+        story.inventory(1, "h2", vms=(record,))
+        story.inventory(2, "h1", vms=())
+        assert story.lane().vms == 1
+
+    def test_a_vm_that_changed_its_domain(self, story: Story) -> None:
+        for at, domain in enumerate((0, 3)):
+            record = m.VmRecord(vm="web-1", set="web", update_domain=domain, state="running")
+            story.inventory(at, vms=(record,))
+        assert (story.lane("web/ud/0").vms, story.lane("web/ud/3").vms) == (0, 1)
+
+    def test_a_removed_rollout_is_not_shown(self, story: Story) -> None:
+        story.rollout(0, "completed")
+        story.live.clear("caesura/v1/fleet/rollout/r1", T0 + 1)
+        story.live.clear("no/topic/of/ours", T0 + 1)
+        assert story.snapshot().rollouts == ()
+
+    def test_presence_and_connection(self, story: Story) -> None:
+        for online in (True, False, False):
+            story.hear(m.HostPresence(host="h1", online=online, instance="i"), 0)
+        story.hear(m.CoordinatorPresence(coordinator="c", epoch=2, online=True), 0)
+        story.hear(m.CoordinatorPresence(coordinator="b", epoch=1, online=False), 0)
+        story.live.connection("", T0 + 1)
+        story.live.connection("not connected: refused", T0 + 2)
+        story.live.connection("not connected: timeout", T0 + 3)
+        fleet = story.snapshot().fleet
+        assert fleet is not None
+        assert fleet.hosts_offline == ("h1",)
+        assert fleet.coordinator == "online", "the older one does not speak for the new one"
+        assert (fleet.broker, fleet.broker_since) == ("not connected: timeout", T0 + 2)
+        assert [line.what for line in story.snapshot().log] == ["host updater offline"]
+
+
+class TestTime:
+    """Clocks that jump."""
+
+    def test_a_time_that_cannot_be_right_is_when_it_was_heard(self, story: Story) -> None:
+        story.frozen(10, sent=500)
+        story.frozen(11, "db-1", set="db", sent=-2 * KEPT_S)
+        story.frozen(12, "x-1", set="x", sent=-30)
+        assert story.drawn() == [("frozen", 10, None)]
+        assert story.drawn("db/ud/0") == [("frozen", 11, None)]
+        assert story.drawn("x/ud/0") == [("frozen", -30, None)]
+
+    def test_a_clock_that_is_put_back_takes_the_picture_along(self, story: Story) -> None:
+        story.frozen(100)
+        story.resumed(102, 2.0)
+        story.frozen(104)
+        before = story.live.revision
+        story.live.tick(T0 + 4)
+        assert story.drawn()[0] == ("frozen", 0, 2)
+        assert [round(each.since or 0) for each in story.snapshot().paused or ()] == [T0 + 4]
+        assert story.live.since(before, T0 + 4).whole
+        story.resumed(6, 2.0)
+        starts = [start for _, start, _ in story.drawn()]
+        assert starts == sorted(starts)
+
+    def test_a_resume_by_a_clock_that_is_behind_does_not_end_before_it_began(self, story: Story) -> None:
+        story.frozen(10)
+        message = m.VmResumed(
+            vm="web-1",
+            host="h1",
+            set="web",
+            update_domain=0,
+            operation="op1",
+            method="freeze",
+            pause_s=1,
+            budget_s=5,
+            within_budget=True,
+            resumed_by="updater",
+            at=when(T0 + 5),
+        )
+        story.hear(message, 11)
+        assert story.drawn()[0] == ("frozen", 10, 10)
+
+
+class TestBounds:
+    """Memory does not grow with what is heard."""
+
+    def test_everything_is_bounded(self, story: Story) -> None:
+        for number in range(2 * LOG_KEPT):
+            story.frozen(number, operation=f"op{number}")
+            story.resumed(number + 0.5, 0.5, operation=f"op{number}")
+        lane = story.lane()
+        assert (len(lane.segments), len(lane.marks)) == (SEGMENTS_KEPT, MARKS_KEPT)
+        assert len(story.snapshot().log) == LOG_KEPT
+
+    def test_no_more_lanes_than_a_limit_and_it_says_so(self, story: Story) -> None:
+        for number in range(LANES_KEPT // 20 + 1):
+            for domain in range(20):
+                story.frozen(1, f"v{number}-{domain}", domain, set=f"s{number}")
+        change = story.snapshot()
+        assert len(change.lanes) == LANES_KEPT
+        assert change.fleet is not None
+        assert change.fleet.full
+        assert change.fleet.paused > LANES_KEPT
+        assert len(change.paused or ()) == PAUSED_SENT
+
+    def test_old_stretches_are_forgotten(self, story: Story) -> None:
+        story.inventory(0)
+        story.frozen(1)
+        story.resumed(2, 1.0)
+        story.live.expire(T0 + 3 + KEPT_S)
+        assert story.drawn() == []
+        assert story.lane().pauses is None
+
+    def test_only_the_newest_ended_rollouts_are_kept(self, story: Story) -> None:
+        for number in range(ROLLOUTS_KEPT * 2):
+            story.rollout(number, "completed", rollout=f"r{number}", created_at=when(T0 + number))
+        assert len(story.live._rollouts) == ROLLOUTS_KEPT
+        (shown,) = story.snapshot().rollouts or ()
+        assert shown.rollout == f"r{ROLLOUTS_KEPT * 2 - 1}"
+
+
+class Reader:
+    """What a page does with changes."""
+
+    def __init__(self) -> None:
+        self.revision = 0
+        self.seen: dict[str, Any] = {}
+
+    def apply(self, change: Change) -> None:
+        told = msgspec.to_builtins(change)
+        if told["whole"]:
+            self.seen = {"lanes": {}, "log": []}
+        for part in ("fleet", "rollouts", "paused"):
+            if told.get(part) is not None:
+                self.seen[part] = told[part]
+        self.seen["lanes"] |= {lane["lane"]: lane for lane in told.get("lanes", ())}
+        self.seen["log"] = [*self.seen["log"], *told.get("log", ())][-LOG_KEPT:]
+        self.revision = told["revision"]
+
+
+@st.composite
+def steps(draw: st.DrawFn) -> list[tuple[Any, ...]]:
+    vm = st.sampled_from([("web-1", 0), ("web-2", 1), ("web-3", 1)])
+    one = st.one_of(
+        st.tuples(st.just("frozen"), vm),
+        st.tuples(st.just("resumed"), vm, st.floats(0, 8)),
+        st.tuples(
+            st.just("wave"), st.integers(0, 1), st.sampled_from([*OPEN, "completed", "failed", "cancelled"])
+        ),
+        st.tuples(
+            st.just("inventory"), st.sampled_from(["running", "paused"]), st.sampled_from(["h1", "h2"])
+        ),
+        st.tuples(st.just("rollout"), st.sampled_from(["running", "halted", "completed", "aborted"])),
+        st.tuples(st.just("forget"), st.sampled_from(["h1", "h2"])),
+        st.tuples(st.just("expire")),
+        st.tuples(st.just("read")),
+    )
+    return draw(st.lists(st.tuples(st.sampled_from([0.01, 0.5, 3.0, 2000.0, -60.0]), one), max_size=40))
+
+
+@settings(max_examples=150, deadline=None)
+@given(steps())
+def test_whatever_happens_lanes_are_in_order_and_changes_add_up(plan: list[tuple[Any, ...]]) -> None:
+    story, reader, at = Story(), Reader(), 0.0
+    for number, (pass_s, step) in enumerate(plan):
+        at += pass_s
+        match step:
+            case ("frozen", (vm, domain)):
+                story.frozen(at, vm, domain, operation=f"op{number}")
+            case ("resumed", (vm, domain), pause_s):
+                story.resumed(at, pause_s, vm, domain, operation=f"op{number}")
+            case ("wave", index, status):
+                story.wave(at, status, index)
+            case ("inventory", state, host):
+                story.inventory(at, host, state)
+            case ("rollout", status):
+                story.rollout(at, status)
+            case ("forget", host):
+                story.live.forget_host(host)
+            case ("expire",):
+                story.live.expire(T0 + at)
+            case _:
+                reader.apply(story.live.since(reader.revision, T0 + at))
+        for lane in story.snapshot().lanes:
+            times = [edge for each in lane.segments for edge in (each.start, each.end) if edge is not None]
+            assert times == sorted(times), lane
+            assert all(each.end is not None for each in lane.segments[:-1])
+        standing = {(each.set, each.domain) for each in story.snapshot().paused or ()}
+        frozen = {(lane.set, lane.domain) for lane in story.snapshot().lanes if lane.state == "frozen"}
+        assert frozen == standing
+    reader.apply(story.live.since(reader.revision, T0 + at))
+    anew = Reader()
+    anew.apply(story.live.snapshot(T0 + at))
+    assert reader.seen == anew.seen
+
+
+@pytest.mark.parametrize(
+    ("message", "what", "level"),
+    [
+        (m.VmReady(vm="web-1", event_id="e", ready=False, reason="busy"), "not ready", "bad"),
+        (
+            m.HookFinished(vm="web-1", hook="prepare", outcome="timeout", seconds=9),
+            "prepare hook took too long",
+            "bad",
+        ),
+        (m.RequestAnswered(request="q", accepted=False, reason="held"), "request refused", "warning"),
+        (m.EventApproved(event_id="e", set="web", vm="web-1", at=when(T0)), "approved", "good"),
+        (
+            m.OperationReported(
+                operation="o", host="h1", epoch=1, status="refused", reason="old epoch", at=when(T0)
+            ),
+            "operation refused",
+            "bad",
+        ),
+        (
+            m.AbortCommanded(operation="o", epoch=1, coordinator="c", host="h1", reason="asked"),
+            "abort commanded",
+            "warning",
+        ),
+        (
+            m.EventChanged(
+                event_id="e",
+                set="web",
+                event_type="Freeze",
+                status="failed",
+                resources=("web-1",),
+                incarnation=1,
+                not_before=when(T0),
+                at=when(T0) + timedelta(seconds=1),
+            ),
+            "event failed",
+            "bad",
+        ),
+    ],
+)
+def test_the_log_says_it_in_words(message: Message, what: str, level: str) -> None:
+    line = happening(message, T0)
+    assert line is not None
+    assert (line.what, line.level) == (what, level)
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        m.VmReady(vm="web-1", event_id="e", ready=True),
+        m.HookFinished(vm="web-1", hook="recover", outcome="succeeded"),
+        m.RequestAnswered(request="q", accepted=True),
+        m.CoordinatorPresence(coordinator="c", epoch=1, online=True),
+        cast(
+            "Message", m.OperationReported(operation="o", host="h1", epoch=1, status="accepted", at=when(T0))
+        ),
+    ],
+)
+def test_what_goes_well_and_often_is_not_in_the_log(message: Message) -> None:
+    assert happening(message, T0) is None
+
+
+def test_a_long_list_of_sets_is_cut() -> None:
+    domains = {f"s{number}": number for number in range(9)}
+    line = happening(m.WaveChanged(rollout="r", wave=1, status="started", domains=domains, at=when(T0)), T0)
+    assert line is not None
+    assert line.detail == "s0 0, s1 1, s2 2, s3 3, s4 4, s5 5 and 3 more"

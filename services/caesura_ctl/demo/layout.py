@@ -17,10 +17,12 @@ class Broker(msgspec.Struct, frozen=True):
 
     url: str
     protocol: str
+    passwords: str = ""
+    """Folder with a password file for each user at the broker, named after the user; empty: no passwords."""
 
 
 class DemoVm(msgspec.Struct, frozen=True, kw_only=True):
-    """One VM of the demo. ``port`` is where its metadata service listens on 127.0.0.1."""
+    """One VM of the demo. ``port`` is where its metadata service listens, on ``metadata_host``."""
 
     name: str
     host: str
@@ -28,11 +30,12 @@ class DemoVm(msgspec.Struct, frozen=True, kw_only=True):
     update_domain: int = 0
     fault_domain: int = 0
     port: int
+    metadata_host: str = "127.0.0.1"
 
     @property
     def metadata_url(self) -> str:
         """Where its workload polls for scheduled events."""
-        return f"http://127.0.0.1:{self.port}/metadata/scheduledevents?api-version=2020-07-01"
+        return f"http://{self.metadata_host}:{self.port}/metadata/scheduledevents?api-version=2020-07-01"
 
 
 class Layout(msgspec.Struct, frozen=True, kw_only=True):
@@ -95,6 +98,9 @@ def _vm_table(vm: DemoVm, *, broker: Broker, folder: str, run_id: str) -> dict[s
         "CAESURA_VM_AGENT_UPDATE_DOMAIN": str(vm.update_domain),
         "CAESURA_DEMO_RUN": run_id,
     }
+    if broker.passwords:
+        agent["CAESURA_VM_AGENT_BROKER_USERNAME"] = f"vm_{vm.name}"
+        agent["CAESURA_VM_AGENT_BROKER_PASSWORD_FILE"] = f"{broker.passwords}/vm_{vm.name}"
     table: dict[str, Any] = {"name": vm.name, "fault_domain": vm.fault_domain, "ram_bytes": VM_RAM_BYTES}
     if vm.set:
         agent["CAESURA_VM_AGENT_SET"] = vm.set
@@ -114,7 +120,7 @@ def _vm_table(vm: DemoVm, *, broker: Broker, folder: str, run_id: str) -> dict[s
 
 def listeners_file(layout: Layout) -> dict[str, Any]:
     """Which port speaks for which VM."""
-    return {"listener": [{"vm": vm.name, "listen": f"127.0.0.1:{vm.port}"} for vm in layout.vms]}
+    return {"listener": [{"vm": vm.name, "listen": f"{vm.metadata_host}:{vm.port}"} for vm in layout.vms]}
 
 
 def update_file(*, folder: str, seconds: float) -> dict[str, Any]:

@@ -98,6 +98,7 @@ class Demo:
         self._image: GuestImage | None = None
         self._accel = ""
         self.exporter_port = next(free_ports(1, start=FIRST_PORT + 200))
+        self._page_url = f"http://127.0.0.1:{self.exporter_port}/"
         self.progress = Progress()
         self._stage = "starting the broker"
         self._counts: dict[str, tuple[int, int]] = {}
@@ -163,6 +164,7 @@ class Demo:
             )
             for name, (module, environment) in environments.items():
                 await processes.start(name, module, environment)
+            self._say(f"live page: {self._page_url} (watch the rollout there)")
             yield processes
         finally:
             self._stage = "stopping: resuming and ending every VM"
@@ -378,7 +380,8 @@ class Demo:
 
     def _conclude(self, session: Session, stories: Sequence[Story], broker: LocalBroker) -> None:
         urls = {
-            "metrics": f"http://127.0.0.1:{self.exporter_port}/metrics",
+            "live page": self._page_url,
+            "metrics": f"{self._page_url}metrics",
             "scheduled events": f"{self.layout.vms[0].metadata_url} (header Metadata: true)",
             "broker": broker.url,
         }

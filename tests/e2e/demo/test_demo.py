@@ -42,6 +42,7 @@ async def test_every_rule_holds(kind: str) -> None:
     result = json.loads(out)
     assert [check["rule"] for check in result["checks"] if not check["held"]] == []
     assert (process.returncode, result["held"]) == (0, True)
+    assert result["urls"]["live page"].startswith("http://127.0.0.1:")
     assert len(result["pauses"]) == 25
     assert not list(marked_processes(mark))
 

@@ -1,0 +1,411 @@
+"""What the metrics exporter can bear: ``python benchmarks/exporter.py``. See --help.
+
+A large fleet's messages go through the exporter's own ``deliver`` (decode, count, fold) in one process; scrapers and
+readers of the live page are other processes that ask over HTTP. No broker: its share is not the exporter's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import gc
+import json
+import logging
+import os
+import resource
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import structlog
+from pause import percentile
+from prometheus_client import CollectorRegistry
+
+from caesura.bus.brokers import free_port
+from caesura.bus.memory import MemoryBroker, MemoryBus
+from caesura.bus.port import Delivery
+from caesura.contract import messages as m
+from caesura.contract.codec import decode, encode
+from caesura.contract.envelope import Message
+from caesura.contract.topics import channel_of
+from caesura.runtime.health import serve_health
+from caesura_metrics_exporter.page import LivePage
+from caesura_metrics_exporter.scrape import Scrape
+from caesura_metrics_exporter.service import MetricsExporter
+from caesura_metrics_exporter.settings import MetricsExporterSettings
+
+_PORTION = 64  # messages between two turns of the event loop, as a full inbox gives them
+_MIB = 1 << 20
+
+
+class Fleet:
+    """Hosts that hold VMs of one domain each, of as many sets as fit: the messages of such a fleet."""
+
+    def __init__(self, vms: int, sets: int, domains: int, per_host: int = 25) -> None:
+        self.sets, self.domains = sets, domains
+        self.vms: list[tuple[str, str, int, str]] = []
+        """(VM, set, domain, host)."""
+        in_domain = [0] * domains
+        for number in range(vms):
+            group, domain = number % sets, number // sets % domains
+            host = f"host-{domain}-{in_domain[domain] // per_host}"
+            in_domain[domain] += 1
+            self.vms.append((f"vm-{number}", f"set-{group}", domain, host))
+        self.hosts = sorted({host for _, _, _, host in self.vms})
+        self._count = 0
+
+    def _sent(self, message: Message, **where: str | int) -> Delivery:
+        self._count += 1
+        payload = encode(message, source="/bench", event_id=str(self._count), time=datetime.now(UTC))
+        return Delivery(channel_of(type(message)).topic(**where), payload, retained=False)
+
+    def present(self) -> Iterator[Delivery]:
+        """What is retained: presences, inventories, documents."""
+        yield self._sent(m.CoordinatorPresence(coordinator="c", epoch=1, online=True))
+        of_host: dict[str, list[m.VmRecord]] = {}
+        for vm, group, domain, host in self.vms:
+            record = m.VmRecord(vm=vm, set=group, update_domain=domain, state="running", methods=("freeze",))
+            of_host.setdefault(host, []).append(record)
+            yield self._sent(m.AgentPresence(vm=vm, online=True, boot_id="b"), vm=vm)
+        for host, records in of_host.items():
+            yield self._sent(m.HostPresence(host=host, online=True, instance="i"), host=host)
+            yield self._sent(self._inventory(host, tuple(records)), host=host)
+        for number in range(self.sets):
+            yield self._sent(
+                m.SetDocument(set=f"set-{number}", incarnation=1, events=()), set=f"set-{number}"
+            )
+
+    @staticmethod
+    def _inventory(host: str, records: tuple[m.VmRecord, ...]) -> m.HostInventory:
+        return m.HostInventory(host=host, driver="process", epoch=1, vms=records, guard="ready")
+
+    def storm(self, rollout: str) -> Iterator[Delivery]:
+        """One rollout over everything, a wave a domain, without the time that it would take."""
+        at = datetime.now(UTC)
+        waves: list[m.WaveState] = []
+        for domain in range(self.domains):
+            mine = [each for each in self.vms if each[2] == domain]
+            named = {group: domain for _, group, _, _ in mine}
+            hosts = sorted({host for _, _, _, host in mine})
+            vms = tuple(vm for vm, _, _, _ in mine)
+            waves.append(
+                m.WaveState(wave=domain, status="pending", domains=named, hosts=tuple(hosts), vms=vms)
+            )
+        for domain, planned in enumerate(waves):
+            mine = [each for each in self.vms if each[2] == domain]
+            for status in ("scheduled", "started"):
+                yield from self._wave(rollout, waves, planned, status, at)
+            for vm, group, ud, host in mine:
+                yield self._of_vm(
+                    m.VmFrozen, rollout, vm, group, ud, host, at, method="freeze", budget_s=10.0
+                )
+            for number, (vm, group, ud, host) in enumerate(mine):
+                told = {
+                    "method": "freeze",
+                    "budget_s": 10.0,
+                    "pause_s": 1.0 + number % 50 / 20,
+                    "within_budget": True,
+                    "resumed_by": "updater",
+                    "memory": m.MemoryProof(proof="digest", ok=True),
+                }
+                yield self._of_vm(m.VmResumed, rollout, vm, group, ud, host, at, **told)
+            for vm, group, ud, host in mine:
+                told = {"synced": True, "by": "agent", "error_before_s": -2.0, "error_after_s": 0.0003}
+                yield self._of_vm(m.VmClockSynced, rollout, vm, group, ud, host, at, **told)
+            for status in ("verifying", "completed"):
+                yield from self._wave(rollout, waves, planned, status, at)
+
+    def _wave(
+        self, rollout: str, waves: list[m.WaveState], planned: m.WaveState, status: Any, at: datetime
+    ) -> Iterator[Delivery]:
+        fact = m.WaveChanged(
+            rollout=rollout, wave=planned.wave, status=status, domains=planned.domains, at=at
+        )
+        yield self._sent(fact, rollout=rollout, wave=planned.wave)
+        waves[planned.wave] = m.WaveState(
+            wave=planned.wave, status=status, domains=planned.domains, hosts=planned.hosts, vms=planned.vms
+        )
+        state = m.RolloutState(
+            rollout=rollout,
+            update="bench",
+            status="running",
+            policy=m.Policy(),
+            sets=tuple(planned.domains),
+            waves=tuple(waves),
+            created_at=at,
+        )
+        yield self._sent(state, rollout=rollout)
+        for group in planned.domains:
+            if status in {"scheduled", "started", "completed"}:
+                changed = m.EventChanged(
+                    event_id=f"{rollout}-{planned.wave}-{group}",
+                    set=group,
+                    event_type="Freeze",
+                    status=status,
+                    resources=(group,),
+                    incarnation=1,
+                    not_before=at + timedelta(seconds=900),
+                    at=at,
+                )
+                yield self._sent(changed, set=group, status=status)
+
+    def _of_vm(
+        self, kind: Any, rollout: str, vm: str, group: str, domain: int, host: str, at: datetime, **told: Any
+    ) -> Delivery:
+        message = kind(
+            vm=vm, host=host, set=group, update_domain=domain, operation=f"{rollout}-{host}", at=at, **told
+        )
+        return self._sent(message, host=host, set=group, ud=domain, vm=vm)
+
+
+class Lateness:
+    """How long the event loop lets others wait, milliseconds."""
+
+    def __init__(self) -> None:
+        self.worst_ms = 0.0
+
+    async def run(self) -> None:
+        """Watch for ever."""
+        while True:
+            began = time.perf_counter()
+            await asyncio.sleep(0.002)
+            self.worst_ms = max(self.worst_ms, (time.perf_counter() - began - 0.002) * 1000)
+
+
+class Bench:
+    """One exporter under load."""
+
+    def __init__(self, fleet: Fleet) -> None:
+        self.fleet = fleet
+        self.exporter = MetricsExporter(MetricsExporterSettings(), MemoryBus(MemoryBroker()))
+        self.rows: list[tuple[str, str]] = []
+        self.figures: dict[str, float] = {}
+
+    def note(self, name: str, value: float, text: str, what: str) -> None:
+        """One figure: its name in the JSON, its number, and its row in the table."""
+        self.figures[name] = round(value, 6)
+        self.rows.append((what, text))
+
+    async def run(self, *, scrapes: int, readers: Sequence[int]) -> None:
+        """Everything, in order."""
+        gc.collect()
+        empty = _resident()
+        present = list(self.fleet.present())
+        storms = [list(self.fleet.storm(f"r{number}")) for number in range(len(readers) + 1)]
+        gc.collect()
+        with_messages = _resident()
+        port = free_port()
+        registry = CollectorRegistry()
+        scrape = Scrape(self.exporter.collector())
+        page = LivePage(self.exporter.stream)
+        ticking = asyncio.create_task(self.exporter.stream.run())
+        try:
+            async with serve_health(
+                f"127.0.0.1:{port}", {}, registry, extend=page.extend, metrics=scrape.handle
+            ):
+                await self._fold(present, "of the present", "present")
+                self._bare(storms[0])
+                await self._fold(storms[0], "of a rollout", "rollout")
+                self.figures["storm_messages"] = len(storms[0])
+                ratio = self.figures["rollout_per_s"] / self.figures["decode_per_s"]
+                self.note(
+                    "fold_ratio", ratio, f"{ratio:.2f}", "the exporter's rate against the bare decode's"
+                )
+                await self._alone(storms[0])
+                gc.collect()
+                grown = _resident() - with_messages
+                self.note("resident_growth_bytes", grown, f"{grown / _MIB:.0f} MiB", "memory for this fleet")
+                whole = empty + grown
+                self.note("resident_bytes", whole, f"{whole / _MIB:.0f} MiB", "memory of such an exporter")
+                await self._scrape(port, scrapes)
+                peak = _peak() - with_messages + empty
+                text = f"{peak / _MIB:.0f} MiB"
+                self.note("resident_peak_bytes", peak, text, "the most memory, while a scrape is written out")
+                for count, storm in zip(readers, storms[1:], strict=True):
+                    await self._read(port, count, storm)
+        finally:
+            ticking.cancel()
+            await asyncio.gather(ticking, return_exceptions=True)
+
+    def _bare(self, messages: list[Delivery]) -> None:
+        began = time.perf_counter()
+        for each in messages:
+            decode(each.topic, each.payload)
+        rate = len(messages) / (time.perf_counter() - began)
+        self.note("decode_per_s", rate, f"{rate:,.0f}/s", "messages of a rollout, decoded and dropped")
+
+    async def _fold(self, messages: list[Delivery], what: str, name: str) -> None:
+        seconds = await self._deliver(messages)
+        rate = len(messages) / seconds
+        self.note(f"{name}_per_s", rate, f"{rate:,.0f}/s", f"messages {what}, taken in whole")
+
+    async def _deliver(self, messages: list[Delivery]) -> float:
+        began = time.perf_counter()
+        for number, each in enumerate(messages):
+            await self.exporter.deliver(each)
+            if number % _PORTION == 0:
+                await asyncio.sleep(0)
+        return time.perf_counter() - began
+
+    async def _alone(self, messages: list[Delivery]) -> None:
+        """The page's part of the folding: the same messages into a fold of its own, already decoded."""
+        live = type(self.exporter.live)()
+        received = [decode(each.topic, each.payload) for each in messages]
+        now = time.time()
+        began = time.perf_counter()
+        for each in received:
+            live.take(each, now, fresh=True)
+        cost = (time.perf_counter() - began) / len(received)
+        self.note(
+            "page_fold_us", cost * 1e6, f"{cost * 1e6:.1f} µs a message", "of that, the live page's fold"
+        )
+        began = time.perf_counter()
+        body = self.exporter.stream.state()
+        took = time.perf_counter() - began
+        text = f"{len(body) / _MIB:.2f} MiB in {took * 1000:.0f} ms"
+        self.note("snapshot_s", took, text, "a snapshot of the page, once for each reader that comes")
+
+    async def _scrape(self, port: int, scrapes: int) -> None:
+        late = Lateness()
+        watching = asyncio.create_task(late.run())
+        told = await _other("scrape", port, scrapes)
+        watching.cancel()
+        series, size = told["series"], told["bytes"]
+        self.note("series", series, f"{series:,}", "series")
+        self.note("scrape_bytes", size, f"{size / _MIB:.1f} MiB", "one scrape, as text")
+        for share in (50, 99):
+            value = percentile(told["seconds"], share / 100)
+            self.note(f"scrape_p{share}_s", value, f"{value:.3f} s", f"a scrape, p{share} of {scrapes}")
+        self.note(
+            "scrape_block_ms",
+            late.worst_ms,
+            f"{late.worst_ms:.0f} ms",
+            "event loop held up by a scrape, at most",
+        )
+
+    async def _read(self, port: int, count: int, storm: list[Delivery]) -> None:
+        reading = asyncio.create_task(_other("read", port, count)) if count else None
+        if reading is not None:
+            async with asyncio.timeout(30):
+                while self.exporter.stream.readers < count:  # noqa: ASYNC110 - another process announces nothing
+                    await asyncio.sleep(0.01)
+        late = Lateness()
+        watching = asyncio.create_task(late.run())
+        rate = len(storm) / await self._deliver(storm)
+        watching.cancel()
+        self.exporter.stream.close()
+        told = await reading if reading is not None else {"bytes": 0, "events": 0}
+        self.exporter.stream.closing = False
+        text = f"{rate:,.0f}/s"
+        if count:
+            text += (
+                f"; {told['events'] / count:.0f} changes and {told['bytes'] / count / _MIB:.1f} MiB to each"
+            )
+        self.note(
+            f"storm_with_{count}_readers_per_s",
+            rate,
+            text,
+            f"messages taken in with {count} readers of the page",
+        )
+        self.note(
+            f"block_with_{count}_readers_ms",
+            late.worst_ms,
+            f"{late.worst_ms:.0f} ms",
+            "  event loop held up, at most",
+        )
+
+
+async def _other(task: str, port: int, number: int) -> dict[str, Any]:
+    """Another process of this script, so that its work is not ours."""
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, __file__, "--task", task, str(port), str(number), stdout=asyncio.subprocess.PIPE
+    )
+    out, _ = await process.communicate()
+    answer: dict[str, Any] = json.loads(out)
+    return answer
+
+
+def scrape(port: int, times: int) -> dict[str, Any]:
+    """Scrape so many times; seconds of each, and what came."""
+    seconds, body = [], b""
+    for _ in range(times):
+        began = time.perf_counter()
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=120) as answer:
+            body = answer.read()
+        seconds.append(time.perf_counter() - began)
+    series = sum(not line.startswith(b"#") for line in body.splitlines())
+    return {"seconds": seconds, "bytes": len(body), "series": series}
+
+
+async def read(port: int, readers: int) -> dict[str, Any]:
+    """So many streams, read until they end."""
+
+    async def one() -> tuple[int, int]:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(b"GET /live/events HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n")
+        size = events = 0
+        while part := await reader.read(1 << 16):
+            size += len(part)
+            events += part.count(b"event: ")
+        writer.close()
+        return size, events
+
+    found = await asyncio.gather(*(one() for _ in range(readers)))
+    return {"bytes": sum(size for size, _ in found), "events": sum(events for _, events in found)}
+
+
+def _resident() -> int:
+    with open("/proc/self/statm", encoding="ascii") as file:  # noqa: PTH123 - a number of the kernel's
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGESIZE")
+
+
+def _peak() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def main() -> int:
+    """The command."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="examples:\n  python benchmarks/exporter.py\n  python benchmarks/exporter.py --vms 500 --sets 10 --domains 5\n"
+        "  python benchmarks/exporter.py --json | jq .scrape_p99_s",
+    )
+    parser.add_argument("--vms", type=int, default=10_000, help="VMs (default 10000)")
+    parser.add_argument("--sets", type=int, default=100, help="availability sets (default 100)")
+    parser.add_argument("--domains", type=int, default=20, help="update domains of each set (default 20)")
+    parser.add_argument("--scrapes", type=int, default=20, help="scrapes to time (default 20)")
+    parser.add_argument(
+        "--readers", type=int, nargs="*", default=[0, 8, 32], help="readers of the page, storms in turn"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    parser.add_argument("--task", nargs=3, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.task:
+        task, port, number = given.task
+        told = (
+            scrape(int(port), int(number)) if task == "scrape" else asyncio.run(read(int(port), int(number)))
+        )
+        print(json.dumps(told))
+        return 0
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.ERROR))
+    bench = Bench(Fleet(given.vms, given.sets, given.domains))
+    asyncio.run(bench.run(scrapes=given.scrapes, readers=given.readers))
+    if given.json:
+        print(json.dumps({"vms": given.vms, "sets": given.sets, "domains": given.domains, **bench.figures}))
+        return 0
+    print(
+        f"{given.vms:,} VMs on {len(bench.fleet.hosts)} hosts, {given.sets} sets of {given.domains} domains;"
+    )
+    print(f"{int(bench.figures['storm_messages']):,} messages a rollout\n")
+    print("| What | Measured |\n| --- | --- |")
+    for what, text in bench.rows:
+        print(f"| {what} | {text} |")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

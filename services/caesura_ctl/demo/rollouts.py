@@ -1,0 +1,220 @@
+"""``python -m caesura_ctl.demo.rollouts``: one rollout after another, so that there is something to see.
+
+It uses the command ``caesura`` as a person would, and says what it sees and does. A rollout that halts is
+resumed when everything that it needs is there again; one that halts over and over is left to a person.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import msgspec
+import structlog
+
+from caesura.runtime.errors import CaesuraError
+from caesura.runtime.logs import configure_logging
+from caesura_ctl.demo.fleet import UPDATES
+from caesura_ctl.demo.patience import Step, facts_from, next_step, update_for
+
+_POLICY = ("--notice", "10s", "--budget", "15s", "--soak", "2s")
+"""Workloads approve within a second or two, so the notice is for show; 15 s hold the longer update easily."""
+_LOOK_AGAIN_S = 5.0
+_PAUSE = re.compile(r"\d{1,5}(\.\d+)?")
+
+_log = structlog.get_logger("caesura.rollouts")
+
+
+class RolloutsError(CaesuraError):
+    """It cannot go on; the text says what to put right."""
+
+    exit_code = 2
+
+
+class Plan(msgspec.Struct, frozen=True):
+    """What the environment asks for."""
+
+    on: bool
+    pause_s: float
+    """Seconds between the end of one rollout and the start of the next."""
+    client: str
+
+
+class Answer(msgspec.Struct, frozen=True):
+    """What a command said, and its exit code."""
+
+    code: int
+    document: dict[str, Any]
+    words: str
+
+
+def plan_from(environ: Mapping[str, str]) -> Plan:
+    """Read the three variables.
+
+    Raises:
+        RolloutsError: naming the variable and what it may be.
+    """
+    wanted = environ.get("CAESURA_ROLLOUTS", "").strip().lower() or "on"
+    if wanted not in {"on", "off"}:
+        raise RolloutsError(f"CAESURA_ROLLOUTS={wanted}: it is on or off")
+    pause = environ.get("CAESURA_ROLLOUT_PAUSE", "").strip() or "20"
+    if not _PAUSE.fullmatch(pause):
+        raise RolloutsError(f"CAESURA_ROLLOUT_PAUSE={pause}: it is a number of seconds, for example 20")
+    return Plan(wanted == "on", float(pause), environ.get("CAESURA_CTL_CLIENT", ""))
+
+
+class Rollouts:
+    """The loop. ``stop`` may be called by a signal handler.
+
+    Args:
+        command: the operator's command.
+        look_again_s: seconds between two looks while something is waited for.
+    """
+
+    def __init__(
+        self, plan: Plan, *, command: Sequence[str] = ("caesura",), look_again_s: float = _LOOK_AGAIN_S
+    ) -> None:
+        self._plan = plan
+        self._command = tuple(command)
+        self._look_again_s = look_again_s
+        self._stopping = threading.Event()
+        self._child: subprocess.Popen[str] | None = None
+        self._resumed: dict[str, int] = {}
+        self._count = 0
+        self._said: Step | None = None
+
+    def stop(self) -> None:
+        """End soon; a rollout that is under way goes on without us."""
+        self._stopping.set()
+        if self._child is not None:
+            self._child.terminate()
+
+    def run(self) -> None:
+        """Until stopped.
+
+        Raises:
+            RolloutsError: the command cannot be used as it is configured.
+        """
+        if not self._plan.on:
+            _log.info(
+                "rollouts.off", how="docker compose run --rm caesura roll hypervisor-patch --notice 10s"
+            )
+            self._stopping.wait()
+            return
+        while not self._stopping.is_set():
+            self._stopping.wait(self._once())
+
+    def _once(self) -> float:
+        """Look, do one thing; how many seconds to wait before looking again."""
+        seen = self._ask("status")
+        if seen.code != 0:
+            _log.warning("rollouts.cannot_look", code=seen.code, why=seen.words)
+            return self._look_again_s
+        facts = facts_from(seen.document)
+        step = next_step(facts, client=self._plan.client, resumed=self._resumed.get(facts.rollout, 0))
+        if step.what in {"wait", "leave"}:
+            self._say(step)
+            return self._look_again_s
+        self._said = None
+        if step.what == "roll":
+            return self._roll()
+        if step.what == "resume":
+            self._resumed[step.rollout] = self._resumed.get(step.rollout, 0) + 1
+            _log.warning("rollout.resuming", rollout=step.rollout, why=step.why)
+        return self._concluded(self._ask(step.what, step.rollout))
+
+    def _roll(self) -> float:
+        update = update_for(tuple(UPDATES), self._count)
+        self._count += 1
+        _log.info("rollout.starting", update=update)
+        return self._concluded(self._ask("roll", update, *_POLICY))
+
+    def _concluded(self, answer: Answer) -> float:
+        """Say how it ended. An end is followed by the pause; anything else is looked into soon."""
+        state = answer.document.get("rollout")
+        if isinstance(state, dict) and answer.code in {0, 1}:
+            longest = max((each["pause_s"] for each in answer.document.get("pauses", [])), default=0.0)
+            _log.info(
+                "rollout.ended",
+                rollout=state["rollout"],
+                update=state["update"],
+                status=state["status"],
+                why=state.get("reason", ""),
+                pauses=len(answer.document.get("pauses", [])),
+                longest_s=round(longest, 3),
+            )
+            return self._look_again_s if state["status"] == "halted" else self._plan.pause_s
+        if not self._stopping.is_set():
+            _log.warning("rollouts.not_done", code=answer.code, why=answer.words)
+        return self._look_again_s
+
+    def _say(self, step: Step) -> None:
+        """Once for each thing that is waited for."""
+        if step == self._said:
+            return
+        self._said = step
+        if step.what == "leave":
+            how = f"docker compose run --rm caesura resume {step.rollout}   (or abort)"
+            _log.error("rollout.left_to_you", rollout=step.rollout, why=step.why, how=how)
+        else:
+            _log.info("rollouts.waiting", why=step.why)
+
+    def _ask(self, *words: str) -> Answer:
+        """Run one command to its end.
+
+        Raises:
+            RolloutsError: it refuses its configuration.
+        """
+        self._child = subprocess.Popen(
+            [*self._command, *words, "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        if self._stopping.is_set():
+            self._child.terminate()  # a signal came while it was started
+        out, err = self._child.communicate()
+        code = self._child.returncode
+        self._child = None
+        answer = Answer(code, _document(out), _reason(err) or out.strip()[-500:])
+        if code == RolloutsError.exit_code:
+            raise RolloutsError(f"caesura {' '.join(words)}: {answer.words}")
+        return answer
+
+
+def _document(text: str) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _reason(text: str) -> str:
+    lines = text.strip().splitlines()
+    if not lines:
+        return ""
+    told = _document(lines[-1])
+    return str(told.get("reason", "")) or lines[-1]
+
+
+def main() -> int:
+    """0: told to stop; 2: the configuration is wrong."""
+    configure_logging("rollout")
+    try:
+        rollouts = Rollouts(plan_from(os.environ))
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda _number, _frame: rollouts.stop())
+        rollouts.run()
+    except CaesuraError as error:
+        _log.error("rollouts.failed", why=str(error))
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

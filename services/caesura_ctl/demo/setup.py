@@ -1,0 +1,162 @@
+"""``python -m caesura_ctl.demo.setup FOLDER``: secrets and configuration of the compose project, made on every start.
+
+A secret that is there is kept, one that is missing is made, one that is broken is named and nothing is started.
+Run it as root with CAP_CHOWN: a secret belongs to root and to the group of the one container that reads it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+import secrets
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import structlog
+
+from caesura.bus.brokers import password_line
+from caesura.runtime.errors import CaesuraError
+from caesura.runtime.logs import configure_logging
+from caesura_ctl.demo.fleet import (
+    BROKER_UID,
+    GRAFANA_SECRET,
+    HEALTH_USER,
+    compose_layout,
+    config_files,
+    secret_readers,
+)
+
+VARIABLES = (
+    "CAESURA_IMAGE",
+    "CAESURA_PORT_BROKER",
+    "CAESURA_PORT_EXPORTER",
+    "CAESURA_PORT_GRAFANA",
+    "CAESURA_PORT_PROMETHEUS",
+    "CAESURA_ROLLOUTS",
+    "CAESURA_ROLLOUT_PAUSE",
+)
+"""Every variable that ``docker-compose.yml`` reads."""
+
+_SHORTEST = 16
+"""Characters: what is shorter is no password of ours, but the rest of a write that was cut off."""
+
+_log = structlog.get_logger("caesura.setup")
+
+
+class SetupError(CaesuraError):
+    """Nothing can be started as it is; the text says what to do."""
+
+    exit_code = 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """0: all is there; 2: something has to be put right first."""
+    parser = argparse.ArgumentParser(prog="python -m caesura_ctl.demo.setup", description=__doc__)
+    parser.add_argument("folder", type=Path, help="as the containers see it: /etc/caesura")
+    parser.add_argument("--state", default="/var/lib/caesura", help="where a host keeps its state")
+    parser.add_argument(
+        "--renew", action="append", default=[], metavar="SECRET", help="make this secret anew"
+    )
+    arguments = parser.parse_args(argv)
+    configure_logging("setup")
+    try:
+        check_variables(os.environ)
+        prepare(arguments.folder, state=arguments.state, renew=arguments.renew)
+    except (CaesuraError, OSError) as error:
+        _log.error("setup.failed", why=str(error))
+        return SetupError.exit_code
+    return 0
+
+
+def check_variables(environ: Mapping[str, str]) -> None:
+    """A misspelt variable must not be a silent default.
+
+    Raises:
+        SetupError: naming each unknown one and the nearest known one.
+    """
+    unknown = [name for name in sorted(environ) if name.startswith("CAESURA_") and name not in VARIABLES]
+    if unknown:
+        said = []
+        for name in unknown:
+            near = difflib.get_close_matches(name, VARIABLES, n=1)
+            said.append(f"unknown variable {name}" + (f", did you mean {near[0]}?" if near else ""))
+        raise SetupError(f"{'; '.join(said)} (known: {', '.join(VARIABLES)}). Correct it in .env")
+
+
+def prepare(folder: Path, *, state: str, renew: Sequence[str] = ()) -> None:
+    """Write everything below ``folder``.
+
+    Raises:
+        SetupError: a secret is broken, or ``renew`` names none.
+        OSError: the folder cannot be written, or files cannot be given away.
+    """
+    layout = compose_layout()
+    readers = secret_readers(layout)
+    unknown = [name for name in renew if name not in readers]
+    if unknown:
+        raise SetupError(f"no secret is named {', '.join(unknown)}; there are {', '.join(readers)}")
+    place = folder / "secrets"
+    place.mkdir(mode=0o755, parents=True, exist_ok=True)
+    made = [name for name in readers if name in renew or not (place / name).exists()]
+    broken = {name: why for name in readers if name not in made and (why := _broken(place / name))}
+    if broken:
+        told = "; ".join(f"{place / name} {why}" for name, why in broken.items())
+        again = " ".join(f"--renew {name}" for name in broken)
+        raise SetupError(
+            f"{told}. Make it anew: docker compose run --rm setup {folder} {again}, then "
+            "docker compose up --force-recreate"
+        )
+    for name in made:
+        write(place / name, secrets.token_urlsafe(24) + "\n", group=readers[name], mode=0o440)
+    passwords = {name: (place / name).read_text(encoding="utf-8").strip() for name in readers}
+    for path, text in config_files(layout, secrets=str(place), state=state).items():
+        # Mosquitto wants to be the owner of its own, and nobody else to read them.
+        mine = {"owner": BROKER_UID, "group": BROKER_UID, "mode": 0o400} if path.startswith("broker/") else {}
+        write(folder / path, text, **{"mode": 0o444, **mine})
+    known = "".join(password_line(name, each) for name, each in passwords.items() if name != GRAFANA_SECRET)
+    write(folder / "broker" / "passwords", known, owner=BROKER_UID, group=BROKER_UID, mode=0o400)
+    # Options of the broker's health check: on a command line everybody could read the password.
+    options = f"-u {HEALTH_USER}\n-P {passwords[HEALTH_USER]}\n"
+    write(folder / "broker" / "mosquitto_sub", options, owner=BROKER_UID, group=BROKER_UID, mode=0o400)
+    _log.info("setup.done", secrets=len(readers), made=sorted(made), folder=str(folder))
+    if made and len(made) < len(readers):
+        _log.warning(
+            "setup.secrets_changed",
+            made=sorted(made),
+            advice="whatever runs still has the old ones: docker compose up --force-recreate",
+        )
+
+
+def _broken(path: Path) -> str:
+    try:
+        text = path.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        return f"cannot be read ({error})"
+    if len(text) < _SHORTEST:
+        return f"is broken: {len(text)} characters, {_SHORTEST} or more are needed"
+    return (
+        "" if text.isprintable() and text.isascii() else "is broken: it holds what no password of ours does"
+    )
+
+
+def write(path: Path, text: str, *, owner: int = 0, group: int = 0, mode: int) -> None:
+    """Replace a file in one step, never readable by more than it is meant for. As root it is given away."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_name(f".{path.name}.new")
+    new.unlink(missing_ok=True)
+    handle = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o400)
+    with os.fdopen(handle, "w", encoding="utf-8") as file:
+        file.write(text)
+        # The mode first: a file that was given away is no longer ours to change.
+        os.fchmod(handle, mode)
+        if os.geteuid() == 0:
+            os.fchown(handle, owner, group)
+        file.flush()
+        os.fsync(handle)
+    new.replace(path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

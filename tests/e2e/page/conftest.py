@@ -1,0 +1,124 @@
+"""A real Chromium, and an exporter on a bus in memory for what no fleet shows on demand."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack
+from typing import Any
+
+import pytest
+from playwright.async_api import Browser, Page
+from prometheus_client import CollectorRegistry
+
+from caesura.bus.brokers import free_port
+from caesura.bus.memory import MemoryBroker, MemoryBus
+from caesura.bus.port import Delivery
+from caesura.bus.post import Post
+from caesura.runtime.health import serve_health
+from caesura.testing.browser import chromium, find_chromium
+from caesura_metrics_exporter.page import LivePage
+from caesura_metrics_exporter.service import MetricsExporter, filters
+from caesura_metrics_exporter.settings import MetricsExporterSettings
+
+
+class Visit:
+    """A page that is open, and what went wrong in it."""
+
+    def __init__(self, page: Page, url: str) -> None:
+        self.page = page
+        self.url = url
+        self.errors: list[str] = []
+        self.elsewhere: list[str] = []
+        page.on("console", lambda message: self._said(message.type, message.text))
+        page.on("pageerror", lambda error: self.errors.append(str(error)))
+        page.on("request", lambda request: self._asked(request.url))
+
+    def _said(self, kind: str, text: str) -> None:
+        if kind in {"error", "warning"}:
+            self.errors.append(text)
+
+    def _asked(self, url: str) -> None:
+        if not url.startswith(self.url):
+            self.elsewhere.append(url)
+
+    async def text(self, selector: str) -> str:
+        return (await self.page.inner_text(selector)).strip()
+
+    async def states(self, lane: str) -> list[str]:
+        """The states of a lane's stretches from left to right, as drawn."""
+        found: list[str] = await self.page.evaluate(
+            """(lane) => [...document.querySelectorAll("g.seg")].filter((each) => each.dataset.id.startsWith(`${lane}|`))
+              .sort((a, b) => a.dataset.x - b.dataset.x).map((each) => each.dataset.state)""",
+            lane,
+        )
+        return found
+
+    async def until(self, expression: str, timeout_s: float = 20.0) -> None:
+        """Wait until a JavaScript expression is true in the page."""
+        # Not by playwright's own waiting: that evaluates text in the page, which the page's policy forbids.
+        try:
+            async with asyncio.timeout(timeout_s):
+                while not await self.page.evaluate(expression):  # noqa: ASYNC110 - a page tells nobody
+                    await asyncio.sleep(0.03)
+        except TimeoutError:
+            shown = await self.page.inner_text("body")
+            raise AssertionError(f"not within {timeout_s:g} s: {expression}\n{shown}") from None
+
+
+@pytest.fixture
+async def browser() -> AsyncIterator[Browser]:
+    if find_chromium() is None:
+        pytest.skip("Chromium is not installed (on Debian: apt-get install chromium fonts-dejavu-core)")
+    async with chromium() as running:
+        yield running
+
+
+@pytest.fixture
+async def visit(browser: Browser) -> AsyncIterator[Callable[..., Any]]:
+    """Open a URL; ``await visit(url, width=..., color_scheme=...)``."""
+    async with AsyncExitStack() as stack:
+
+        async def open_page(url: str, *, width: int = 1280, height: int = 900, **context: Any) -> Visit:
+            made = await browser.new_context(viewport={"width": width, "height": height}, **context)
+            stack.push_async_callback(made.close)
+            visit = Visit(await made.new_page(), url)
+            await visit.page.goto(url)
+            return visit
+
+        yield open_page
+
+
+async def _silent(_: Delivery) -> None:
+    """The speaker hears nothing."""
+
+
+class Booth:
+    """An exporter on a bus in memory, its page, and somebody who speaks on that bus."""
+
+    def __init__(self, exporter: MetricsExporter, post: Post, url: str) -> None:
+        self.exporter = exporter
+        self.post = post
+        self.url = url
+
+
+@pytest.fixture
+async def booth() -> AsyncIterator[Booth]:
+    broker = MemoryBroker()
+    bus = MemoryBus(broker, client_id="exporter", filters=filters())
+    speaker = MemoryBus(broker, client_id="speaker")
+    exporter = MetricsExporter(MetricsExporterSettings(), bus)
+    listen = f"127.0.0.1:{free_port()}"
+    tasks = [
+        asyncio.create_task(each)
+        for each in (exporter.run_bus(), exporter.stream.run(), speaker.run(_silent))
+    ]
+    try:
+        assert await bus.wait_connected(5)
+        assert await speaker.wait_connected(5)
+        async with serve_health(listen, {}, CollectorRegistry(), extend=LivePage(exporter.stream).extend):
+            yield Booth(exporter, Post(speaker, "/caesura/test"), f"http://{listen}/")
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

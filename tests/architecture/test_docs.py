@@ -17,7 +17,7 @@ from caesura_host_updater.updates import UpdateFile, parse_update
 from caesura_metadata_publisher.listeners import parse_listeners
 
 _ROOT = Path(__file__).parents[2]
-_PAGES = ("README.md", "docs/operations.md", "docs/architecture.md", "CONTRIBUTING.md")
+_PAGES = ("README.md", "docs/operations.md", "docs/architecture.md", "docs/compose.md", "CONTRIBUTING.md")
 _FENCE = re.compile(r"^([ ]*)```(\w*)\n(.*?)^\1```$", re.DOTALL | re.MULTILINE)
 _HEREDOC = re.compile(r"^cat >(\S+) <<'END'\n(.*?)^END$", re.DOTALL | re.MULTILINE)
 _INVARIANTS = {f"I{number}" for number in range(1, 13)}

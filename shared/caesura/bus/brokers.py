@@ -7,8 +7,11 @@ QoS 1 round trip takes 44 ms, without ``autosave_interval 1`` a killed broker lo
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
+import hashlib
 import os
+import secrets
 import shutil
 import socket
 import sys
@@ -26,6 +29,7 @@ from caesura.bus.port import BusError
 
 _ASK_EVERY_S = 0.05  # s: a broker is up after 10 ms (Mosquitto) to 1 s (embedded)
 _STOP_S = 5.0  # s: Mosquitto writes its store on SIGTERM
+_HASH_ROUNDS = 101  # mosquitto_passwd's own default
 _SBIN = ("/usr/sbin", "/usr/local/sbin", "/opt/homebrew/sbin", "/sbin")  # not on the PATH of most users
 
 
@@ -276,3 +280,11 @@ class LocalBroker:
             self._own_dir.cleanup()
             self._own_dir = None
             self._data_dir = None
+
+
+def password_line(user: str, password: str) -> str:
+    """A line of Mosquitto's password file: PBKDF2 with SHA-512, as mosquitto_passwd writes it."""
+    salt = secrets.token_bytes(12)
+    digest = hashlib.pbkdf2_hmac("sha512", password.encode(), salt, _HASH_ROUNDS)
+    encoded = "$".join(base64.b64encode(each).decode() for each in (salt, digest))
+    return f"{user}:$7${_HASH_ROUNDS}${encoded}\n"

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import secrets
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import msgspec
 
-from caesura.bus.brokers import LocalBroker, find_mosquitto, free_port, mosquitto_config
+from caesura.bus.brokers import LocalBroker, find_mosquitto, free_port, mosquitto_config, password_line
 from caesura.bus.options import BrokerOptions
 from caesura.runtime.settings import Secret
-
-_HASH_ROUNDS = 101  # mosquitto_passwd's own default
 
 
 class Certificates(msgspec.Struct, frozen=True):
@@ -83,14 +78,6 @@ def mosquitto(
             password=Secret(""),
         )
     return LocalBroker(kind="mosquitto", port=port, data_dir=data_dir, config=config, ready=ready)
-
-
-def password_line(user: str, password: str) -> str:
-    """A line of Mosquitto's password file: PBKDF2 with SHA-512, as mosquitto_passwd writes it."""
-    salt = secrets.token_bytes(12)
-    digest = hashlib.pbkdf2_hmac("sha512", password.encode(), salt, _HASH_ROUNDS)
-    encoded = "$".join(base64.b64encode(each).decode() for each in (salt, digest))
-    return f"{user}:$7${_HASH_ROUNDS}${encoded}\n"
 
 
 def make_certificates(folder: Path, *, name: str = "localhost") -> Certificates:

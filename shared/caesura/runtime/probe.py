@@ -1,0 +1,54 @@
+"""``python -m caesura.runtime.probe http://127.0.0.1:9310/ready``: a health check where there is no curl.
+
+Standard library only, since it is started every few seconds. Says on one line what is wrong, for the log that
+a container engine keeps of its health checks.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import sys
+import urllib.parse
+from collections.abc import Sequence
+
+_ANSWER_S = 3.0
+"""s: all pings of a service are answered from memory, so one that needs longer is not well."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Ask once. 0: ready; 1: not ready or no answer; 2: called wrongly."""
+    if len(argv) != 1 or not argv[0].startswith("http://"):
+        _say("usage: python -m caesura.runtime.probe http://HOST:PORT/ready")
+        return 2
+    url = urllib.parse.urlsplit(argv[0])
+    connection = http.client.HTTPConnection(url.netloc, timeout=_ANSWER_S)
+    try:
+        connection.request("GET", url.path or "/")
+        answer = connection.getresponse()
+        body = answer.read().decode(errors="replace")
+    except (OSError, http.client.HTTPException) as error:
+        _say(f"no answer from {argv[0]}: {error}")
+        return 1
+    finally:
+        connection.close()
+    if answer.status == 200:
+        return 0
+    _say(f"{answer.status}: {_wrong(body)}")
+    return 1
+
+
+def _wrong(body: str) -> str:
+    try:
+        wrong = json.loads(body)["wrong"]
+        return "; ".join(f"{name}: {why}" for name, why in wrong.items())
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return body.strip()[:200]
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(f"{text}\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,73 @@
+"""One engine and one project for the whole scenario: a copy of what the checkout ships, brought up as a newcomer would."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from caesura.bus.brokers import free_port
+from caesura.testing.compose import Project
+from caesura.testing.containers import Engine, default_cache, engine, missing_tools
+from caesura.testing.fleet import Fleet
+from caesura.testing.standins import WITHOUT_STAND_IN, build_stand_ins, compose_plugin
+
+_ROOT = Path(__file__).parents[3]
+_SHIPPED = (
+    "docker-compose.yml",
+    ".dockerignore",
+    "pyproject.toml",
+    "uv.lock",
+    "README.md",
+    "LICENSE",
+    "deploy",
+    "grafana",
+    "services",
+    "shared",
+)
+
+
+@pytest.fixture(scope="session")
+def docker() -> Iterator[Engine]:
+    if missing := missing_tools():
+        pytest.skip(missing)
+    cache = default_cache()
+    with engine(cache, compose_plugin(cache)) as found:
+        build_stand_ins(found, cache)
+        yield found
+
+
+@pytest.fixture(scope="session")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a fresh clone has: no .env, no .venv, nothing that was made before."""
+    folder = tmp_path_factory.mktemp("clone")
+    for name in _SHIPPED:
+        source = _ROOT / name
+        if source.is_dir():
+            shutil.copytree(
+                source, folder / name, ignore=shutil.ignore_patterns("__pycache__", "node_modules")
+            )
+        else:
+            shutil.copy2(source, folder / name)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def fleet(docker: Engine, checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
+    ports = {name: free_port() for name in ("BROKER", "EXPORTER", "PROMETHEUS", "GRAFANA")}
+    variables = {f"CAESURA_PORT_{name}": str(port) for name, port in ports.items()}
+    # The first rollout starts by itself; the tests start the others.
+    project = Project(
+        docker,
+        checkout,
+        "caesura-e2e",
+        {**variables, "CAESURA_ROLLOUT_PAUSE": "3600"},
+        without=WITHOUT_STAND_IN,
+    )
+    found = Fleet(project, ports, tmp_path_factory.mktemp("operator"))
+    try:
+        yield found
+    finally:
+        project.run("down", "--volumes", "--timeout", "60", check=False)

@@ -1,0 +1,308 @@
+"""``docker compose up`` from a fresh clone, and what a person may do to it: one story, each test goes on from the last.
+
+The engine, compose, the networks and the images' own files are real; the bases are stand-ins made from Debian's
+packages (``caesura.testing.standins``), and Grafana is left out because there is none for it.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from caesura.runtime.processes import is_stopped
+from caesura.testing.fleet import HOSTS, Fleet, until
+from caesura.testing.prometheus import api
+from caesura.testing.queries import problems
+from caesura.testing.standins import PYTHON
+
+_ROOT = Path(__file__).parents[3]
+_BUDGET_S = 15.0
+_OPERATOR = ("--notice", "5s", "--budget", "15s", "--soak", "1s")
+_NEWCOMER_S = 120.0
+_STORY_S = 300.0
+"""More seconds than have passed since the first rollout began."""
+_IMAGE_BYTES = 150_000_000
+_VMS = 10
+_DOMAINS = {
+    **{("web", str(domain)): 2.0 for domain in range(3)},
+    **{("db", str(domain)): 1.0 for domain in range(3)},
+    ("_batch-1", "0"): 1.0,
+}
+"""(set, update domain) to the VMs in it."""
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+
+
+def roll(fleet: Fleet, update: str) -> str:
+    """Start a rollout as the operator; its id."""
+    code, told, said = fleet.caesura("roll", update, "--detach", *_OPERATOR)
+    assert code == 0, (told, said)
+    return str(told["rollout"])
+
+
+def _size(fleet: Fleet, image: str) -> int:
+    return int(fleet.project.engine.run("image", "inspect", "-f", "{{.Size}}", image).out)
+
+
+def frozen(fleet: Fleet) -> None:
+    until(
+        lambda: bool(fleet.frozen()),
+        60.0,
+        lambda: f"a VM stands still; {fleet.project.logs('coordinator')[-2000:]}",
+    )
+
+
+def incarnations(fleet: Fleet) -> dict[str, int]:
+    """DocumentIncarnation of each set, as the bus retains it."""
+    code, told, said = fleet.caesura("status")
+    assert code == 0, said
+    return {each["set"]: each["incarnation"] for each in told["documents"]}
+
+
+def test_up_from_a_fresh_clone_shows_a_pause_within_two_minutes(fleet: Fleet) -> None:
+    fleet.project.engine.run("image", "rm", "-f", "caesura:local")
+    begun = time.monotonic()
+
+    fleet.project.up()
+    healthy = time.monotonic() - begun
+
+    count = "sum(caesura_pause_seconds_count)"
+    until(lambda: bool(fleet.query(count)), _NEWCOMER_S, lambda: f"a pause; {fleet.project.logs('rollout')}")
+    seen_after = time.monotonic() - begun
+    sys.stdout.write(
+        f"after `up`: all healthy {healthy:.1f} s, first pause in Prometheus {seen_after:.1f} s\n"
+    )
+    assert seen_after < _NEWCOMER_S
+    more = _size(fleet, "caesura:local") - _size(fleet, PYTHON)
+    sys.stdout.write(f"the image has {more / 1e6:.1f} MB more than its base\n")
+    assert more < _IMAGE_BYTES
+
+    by_domain = "sum by (set, update_domain) (caesura_pause_seconds_count)"
+    until(
+        lambda: fleet.query(by_domain) == _DOMAINS, 90.0, lambda: f"pauses of all: {fleet.query(by_domain)}"
+    )
+    completed = 'caesura_rollouts{status="completed"}'
+    until(
+        lambda: fleet.query(completed) == {("completed",): 1.0} or 1.0 in fleet.query(completed).values(),
+        60.0,
+        lambda: f"it completes: {fleet.query(completed)}; {fleet.project.logs('rollout')}",
+    )
+    budgets = fleet.query("max by (set, update_domain) (caesura_pause_budget_seconds)")
+    assert budgets == dict.fromkeys(_DOMAINS, _BUDGET_S)
+    longest = fleet.query("sum(caesura_pause_seconds_sum) / sum(caesura_pause_seconds_count)")
+    assert 2.0 < next(iter(longest.values())) < _BUDGET_S
+    assert not any(fleet.query("caesura_pause_overruns_total").values())
+    with urllib.request.urlopen(fleet.exporter_url, timeout=5) as answer:  # noqa: S310 - our own exporter
+        assert answer.status == 200
+        assert b"<title>" in answer.read(), "the exporter's page, from the image's wheel"
+    assert fleet.frozen() == []
+    (state,) = fleet.rollouts().values()
+    assert state["requested_by"] == "rollout"
+    assert len(state["waves"]) == len(HOSTS), "one host after another: each holds another domain of web"
+
+
+def test_nothing_has_more_rights_than_it_needs(fleet: Fleet) -> None:
+    users = {}
+    for service in fleet.project.services:
+        facts = fleet.project.inspect(
+            service,
+            "{{.Config.User}} {{.HostConfig.ReadonlyRootfs}} {{.HostConfig.CapDrop}} {{.HostConfig.CapAdd}} "
+            "{{.HostConfig.SecurityOpt}} {{.HostConfig.Privileged}} {{gt .HostConfig.Memory 0}}",
+        )
+        user, rest = facts.split(" ", 1)
+        more = "[CAP_CHOWN]" if service == "setup" else "[]"
+        assert (
+            rest.replace("[CHOWN]", "[CAP_CHOWN]") == f"true [ALL] {more} [no-new-privileges:true] false true"
+        ), service
+        users[service] = user
+    assert len(set(users.values())) == len(users), "each a user of its own"
+    assert users.pop("setup") == "0:0"
+    assert all(not user.startswith("0") for user in users.values())
+    # A secret is read by its one reader.
+    cat = ("cat", "/etc/caesura/secrets/coordinator")
+    assert fleet.project.run("exec", "-T", "coordinator", *cat).out.strip()
+    for service in ("metrics-exporter", "host-1", "broker"):
+        refused = fleet.project.run("exec", "-T", service, *cat, check=False)
+        assert refused.code != 0
+        assert "Permission denied" in refused.err
+
+
+def test_the_broker_is_away_for_ten_seconds_in_a_pause(fleet: Fleet) -> None:
+    rollout = roll(fleet, "firmware-load")
+    with fleet.watched() as watch:
+        frozen(fleet)
+        gone = time.monotonic()
+        fleet.project.run("stop", "broker")
+        until(lambda: time.monotonic() > gone + 10.0, 20.0, lambda: "ten seconds pass")
+        assert fleet.frozen() == [], "resumed without the broker"
+        fleet.project.run("start", "broker")
+        fleet.completed(rollout)
+    until(lambda: fleet.frozen() == [], 5.0, lambda: "nothing stands still")
+    assert {each.vm for each in watch.seen} == set(fleet.workloads())
+    longest = max(each.until - each.since for each in watch.seen)
+    assert longest < _BUDGET_S
+    assert _one_domain_at_a_time(watch.together)
+
+
+async def test_every_query_of_dashboards_and_rules_has_data(fleet: Fleet) -> None:
+    """Asked after the longer update: what shows a pause while it lasts has seen some by now."""
+    dashboards = sorted((_ROOT / "grafana" / "dashboards").glob("*.json"))
+    assert dashboards
+    async with api(fleet.prometheus_url) as prometheus:
+        wrong = await problems(prometheus, dashboards, since=time.time() - _STORY_S)
+    assert wrong == []
+
+
+def test_the_coordinator_is_killed_twice_in_a_rollout(fleet: Fleet) -> None:
+    rollout = roll(fleet, "hypervisor-patch")
+    with fleet.watched() as watch:
+        frozen(fleet)
+        restarts = int(fleet.project.inspect("coordinator", "{{.RestartCount}}"))
+        # Its process, not the container: that one comes back by itself.
+        _kill(fleet, "coordinator", "caesura-coordinator")
+        until(
+            lambda: int(fleet.project.inspect("coordinator", "{{.RestartCount}}")) > restarts,
+            30.0,
+            lambda: "the engine starts it again",
+        )
+        until(lambda: fleet.frozen() == [], 20.0, lambda: "the first wave is resumed")
+        frozen(fleet)
+        fleet.project.run("kill", "coordinator")
+        fleet.project.run("up", "-d", "--no-deps", "coordinator")
+        fleet.completed(rollout)
+    until(lambda: fleet.frozen() == [], 5.0, lambda: "nothing stands still")
+    assert {each.vm for each in watch.seen} == set(fleet.workloads())
+    assert max(each.until - each.since for each in watch.seen) < _BUDGET_S
+    assert _one_domain_at_a_time(watch.together)
+
+
+def test_a_host_updater_is_killed_in_a_pause_and_its_vms_live_on(fleet: Fleet) -> None:
+    before, vms = set(fleet.rollouts()), fleet.workloads()
+    fleet.project.run("restart", "rollout")  # it begins with a rollout
+    with fleet.watched() as watch:
+        frozen(fleet)
+        stopped = {pid for pid in vms.values() if is_stopped(pid)}
+        host = next(host for host in HOSTS if stopped & set(fleet.project.processes(host)))
+        _kill(fleet, host, "caesura-host-updater")
+        until(
+            lambda: not any(is_stopped(pid) for pid in stopped),
+            _BUDGET_S,
+            lambda: f"the guard resumes {host}",
+        )
+        assert fleet.workloads() == vms, "the same processes: no VM was lost with the updater"
+        rollout = _new(fleet, before)
+        until(
+            lambda: "rollout.resuming" in fleet.project.logs("rollout"),
+            60.0,
+            lambda: "the service resumes it",
+        )
+        until(lambda: fleet.rollouts()[rollout]["status"] == "completed", 90.0, lambda: "it completes")
+    assert max(each.until - each.since for each in watch.seen) < _BUDGET_S
+    assert _one_domain_at_a_time(watch.together)
+    by_guard = f'sum by (host) (caesura_pauses_resumed_by_guard_total{{host="{host}"}})'
+    until(lambda: fleet.query(by_guard).get((host,), 0.0) >= 1.0, 15.0, lambda: "Prometheus counts it")
+
+
+def test_stop_in_a_pause_leaves_nothing_frozen_and_up_goes_on(fleet: Fleet) -> None:
+    before = set(fleet.rollouts())
+    fleet.project.run("restart", "rollout")  # it begins with a rollout
+    frozen(fleet)
+    rollout = _new(fleet, before)
+    said = {host: len(fleet.project.logs(host)) for host in HOSTS}
+    with fleet.watched() as watch:
+        fleet.project.run("stop")
+    assert watch.seen, "a pause was under way"
+    told = "".join(fleet.project.logs(host)[said[host] :] for host in HOSTS)
+    for vm in {each.vm for each in watch.seen}:
+        (line,) = [line for line in told.splitlines() if "pause.finished" in line and f'"vm": "{vm}"' in line]
+        assert '"resumed_by": "updater", "end": "running"' in line, "resumed, then stopped"
+    assert max(each.until - each.since for each in watch.seen) < _BUDGET_S
+    for host in HOSTS:
+        assert fleet.project.inspect(host, "{{.State.Status}} {{.State.ExitCode}}") == "exited 0", (
+            "drained, not killed"
+        )
+
+    fleet.project.up()
+
+    fleet.ended(rollout)
+    until(
+        lambda: fleet.rollouts()[rollout]["status"] == "completed",
+        120.0,
+        lambda: (
+            f"the service goes on with it: {fleet.rollouts()[rollout]['status']}; {fleet.project.logs('rollout')}"
+        ),
+    )
+    assert fleet.frozen() == []
+
+
+def test_down_and_up_again_forgets_nothing(fleet: Fleet) -> None:
+    rollouts, known = fleet.rollouts(), incarnations(fleet)
+    assert set(known) == {"web", "db", "_batch-1"}
+
+    fleet.project.run("down")
+    assert fleet.project.container("host-1") == ""
+    fleet.project.up()
+
+    after = incarnations(fleet)
+    assert all(after[name] >= number for name, number in known.items()), (known, after)
+    assert set(rollouts) <= set(fleet.rollouts())
+    # The service starts its first rollout: its events count on from there.
+    until(lambda: bool(set(fleet.rollouts()) - set(rollouts)), 60.0, lambda: "a rollout starts")
+    until(
+        lambda: all(number > known[name] for name, number in incarnations(fleet).items()),
+        90.0,
+        lambda: f"incarnations rise above {known}: {incarnations(fleet)}",
+    )
+    past = fleet.query("sum(max_over_time(caesura_pause_seconds_count[30m]))")
+    assert next(iter(past.values())) >= _VMS, "Prometheus kept what it had"
+
+
+def test_a_broken_secret_is_named_and_how_to_make_it_anew(fleet: Fleet) -> None:
+    fleet.project.run("stop")
+    damage = ("run", "--rm", "--no-deps", "-T", "--entrypoint", "python", "setup", "-c")
+    code = "import os; p = '/etc/caesura/secrets/exporter'; os.unlink(p); open(p, 'w').write('x')"
+    fleet.project.run(*damage, code)
+
+    failed = fleet.project.up(check=False)
+
+    assert failed.code != 0
+    said = fleet.project.logs("setup").strip().splitlines()[-1]
+    assert "/etc/caesura/secrets/exporter is broken" in said
+    advice = "docker compose run --rm setup /etc/caesura --renew exporter"
+    assert advice in said
+    assert fleet.project.inspect("broker", "{{.State.Running}}") == "false", "nothing starts on it"
+    fleet.project.run(*advice.split()[2:])
+    fleet.project.up("--force-recreate")
+
+
+def _new(fleet: Fleet, before: set[str]) -> str:
+    (rollout,) = set(fleet.rollouts()) - before
+    return rollout
+
+
+def _kill(fleet: Fleet, service: str, command: str) -> None:
+    """The service's process, not its init: SIGKILL."""
+    (pid,) = [pid for pid in fleet.project.processes(service) if _runs(pid, command)]
+    os.kill(pid, signal.SIGKILL)
+
+
+def _runs(pid: int, command: str) -> bool:
+    """Whether a process is Python with this command."""
+    words = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
+    return "python" in words[0] and len(words) > 1 and words[1].endswith(f"/{command}")
+
+
+def _one_domain_at_a_time(together: list[frozenset[str]]) -> bool:
+    """Whether no two VMs of different update domains of a set stood still at once. web-1 and web-2 are domain 0, ..."""
+    for vms in together:
+        for name in ("web", "db"):
+            numbers = [int(vm.rpartition("-")[2]) for vm in vms if vm.startswith(f"{name}-")]
+            if len({(number - 1) // 2 if name == "web" else number for number in numbers}) > 1:
+                return False
+    return True

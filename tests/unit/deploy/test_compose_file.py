@@ -1,0 +1,223 @@
+"""``docker-compose.yml`` and the Dockerfile, read as files: rights, ports, secrets, and that they fit the code."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from caesura.runtime.settings import ServiceSettings, read_settings
+from caesura_coordinator.settings import CoordinatorSettings
+from caesura_ctl.demo.fleet import GRAFANA_UID, compose_layout, secret_readers, users
+from caesura_ctl.demo.setup import VARIABLES
+from caesura_ctl.settings import CtlSettings
+from caesura_host_updater.settings import HostUpdaterSettings
+from caesura_metadata_publisher.settings import MetadataPublisherSettings
+from caesura_metrics_exporter.settings import MetricsExporterSettings
+
+_ROOT = Path(__file__).parents[3]
+_TOOLS = Path(sys.executable).parent
+_COMPOSE = (_ROOT / "docker-compose.yml").read_text(encoding="utf-8")
+_DOCKERFILE = (_ROOT / "deploy" / "Dockerfile").read_text(encoding="utf-8")
+_OURS: dict[str, tuple[str, type[ServiceSettings]]] = {
+    "coordinator": ("CAESURA_COORDINATOR_", CoordinatorSettings),
+    "host-1": ("CAESURA_HOST_UPDATER_", HostUpdaterSettings),
+    "host-2": ("CAESURA_HOST_UPDATER_", HostUpdaterSettings),
+    "host-3": ("CAESURA_HOST_UPDATER_", HostUpdaterSettings),
+    "metadata-publisher": ("CAESURA_METADATA_PUBLISHER_", MetadataPublisherSettings),
+    "metrics-exporter": ("CAESURA_METRICS_EXPORTER_", MetricsExporterSettings),
+    "rollout": ("CAESURA_CTL_", CtlSettings),
+    "caesura": ("CAESURA_CTL_", CtlSettings),
+}
+_HEALTH_PORTS = {
+    "coordinator": 9301,
+    "host-1": 9302,
+    "host-2": 9302,
+    "host-3": 9302,
+    "metadata-publisher": 9303,
+    "metrics-exporter": 9310,
+}
+
+
+@pytest.fixture(scope="module")
+def services() -> dict[str, Any]:
+    found: dict[str, Any] = yaml.safe_load(_COMPOSE)["services"]
+    return found
+
+
+def test_every_service_has_as_few_rights_as_it_can(services: dict[str, Any]) -> None:
+    for name, service in services.items():
+        assert service["read_only"] is True, name
+        assert service["cap_drop"] == ["ALL"], name
+        assert service.get("cap_add", []) == (["CHOWN"] if name == "setup" else []), name
+        assert service["security_opt"] == ["no-new-privileges:true"], name
+        assert service["init"] is True, name
+        assert service["mem_limit"], name
+        assert service["pids_limit"], name
+        assert "privileged" not in service, name
+        assert not any("docker.sock" in str(each) for each in service.get("volumes", [])), name
+    numbers = [service["user"] for service in services.values()]
+    assert len(set(numbers)) == len(numbers)
+    assert [name for name, service in services.items() if service["user"].startswith("0")] == ["setup"]
+    assert services["setup"]["network_mode"] == "none"
+
+
+def test_ports_are_published_on_this_machine_only_and_each_can_be_changed(services: dict[str, Any]) -> None:
+    published = {name: port for name, service in services.items() for port in service.get("ports", [])}
+    assert set(published) == {"broker", "metrics-exporter", "prometheus", "grafana"}
+    for name, port in published.items():
+        assert re.fullmatch(r"127\.0\.0\.1:\$\{CAESURA_PORT_[A-Z]+:-(\d+)\}:\1", port), name
+
+
+def test_every_service_comes_back_and_is_waited_for(services: dict[str, Any]) -> None:
+    once = {"setup", "caesura"}
+    for name, service in services.items():
+        assert service["restart"] == ("no" if name in once else "unless-stopped")
+        if name not in once | {"rollout"}:
+            assert service["healthcheck"]["test"][0] == "CMD", name
+    waits = services["rollout"]["depends_on"]
+    assert {name for name, each in waits.items() if each["condition"] == "service_healthy"} == {
+        "broker",
+        *_HEALTH_PORTS,
+    }
+    for name in ("host-1", "host-2", "host-3"):
+        drain_s = read_settings(HostUpdaterSettings, "X_", {"X_HOST_FILE": "x"}).drain_timeout_s
+        assert int(services[name]["stop_grace_period"].removesuffix("s")) > drain_s
+
+
+@pytest.mark.parametrize("name", list(_OURS))
+def test_the_environment_is_one_that_the_service_accepts(
+    name: str, services: dict[str, Any], tmp_path: Path
+) -> None:
+    prefix, settings = _OURS[name]
+    environ = dict(services[name]["environment"])
+    given = f"{prefix}BROKER_PASSWORD_FILE"
+    secret = Path(environ[given])
+    environ[given] = str(tmp_path / secret.name)
+    (tmp_path / secret.name).write_text("a password of some length")
+    read = read_settings(settings, prefix, environ)
+
+    user = {user.name: user for user in users(compose_layout())}[read.broker_username]
+    assert secret == Path("/etc/caesura/secrets") / user.name
+    assert services[name]["user"] == f"{user.uid}:{user.uid}", "the one that may read the secret"
+    assert read.broker_url == "mqtt://broker:1883"
+    if name in _HEALTH_PORTS:
+        listen = environ.get(f"{prefix}HEALTH_LISTEN") or environ[f"{prefix}LISTEN"]
+        assert listen == f"0.0.0.0:{_HEALTH_PORTS[name]}"
+        assert services[name]["healthcheck"]["test"][-1] == f"http://127.0.0.1:{_HEALTH_PORTS[name]}/ready"
+
+
+def test_prometheus_scrapes_the_services_where_they_listen(services: dict[str, Any]) -> None:
+    text = (_ROOT / "deploy" / "prometheus" / "prometheus.yml").read_text(encoding="utf-8")
+    targets = {
+        target
+        for job in yaml.safe_load(text)["scrape_configs"]
+        for group in job["static_configs"]
+        for target in group["targets"]
+    }
+    assert targets == {f"{name}:{port}" for name, port in _HEALTH_PORTS.items()}
+
+
+def test_no_secret_is_in_a_file_of_ours(services: dict[str, Any]) -> None:
+    for name, service in services.items():
+        for variable, value in (service.get("environment") or {}).items():
+            if "PASSWORD" in variable:
+                assert variable.endswith("_FILE"), name
+                assert value.startswith("/etc/caesura/secrets/"), name
+    readers = secret_readers(compose_layout())
+    assert services["grafana"]["user"] == f"{GRAFANA_UID}:{GRAFANA_UID}"
+    assert (
+        readers[Path(services["grafana"]["environment"]["GF_SECURITY_ADMIN_PASSWORD__FILE"]).name]
+        == GRAFANA_UID
+    )
+
+
+def test_every_variable_is_known_and_explained() -> None:
+    used = set(re.findall(r"\$\{(CAESURA_\w+)", _COMPOSE))
+    assert used == set(VARIABLES)
+    example = (_ROOT / "deploy" / "compose" / "env.example").read_text(encoding="utf-8")
+    defaults = dict(re.findall(r"\$\{(CAESURA_\w+):-([^}]*)\}", _COMPOSE))
+    assert dict(re.findall(r"^(\w+)=(.*)$", example, re.MULTILINE)) == defaults
+    page = (_ROOT / "docs" / "compose.md").read_text(encoding="utf-8")
+    assert [name for name in VARIABLES if name not in page] == []
+
+
+def test_what_is_mounted_is_there(services: dict[str, Any]) -> None:
+    for service in services.values():
+        for volume in service.get("volumes", []):
+            source = volume.split(":")[0]
+            if source.startswith("./"):
+                assert (_ROOT / source).exists(), source
+
+
+def test_upstream_versions_are_pinned(services: dict[str, Any]) -> None:
+    for name, service in services.items():
+        image = service["image"]
+        assert image == "${CAESURA_IMAGE:-caesura:local}" or re.search(r":v?\d+\.\d+", image), name
+
+
+def test_the_image_says_what_it_is() -> None:
+    project = tomllib.loads((_ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert f'org.opencontainers.image.version="{project["version"]}"' in _DOCKERFILE
+    assert f'org.opencontainers.image.licenses="{project["license"]}"' in _DOCKERFILE
+    assert re.search(r"^USER [1-9]\d*:[1-9]\d*$", _DOCKERFILE, re.MULTILINE), "a number: nothing to look up"
+    assert "PYTHONDONTWRITEBYTECODE=1" in _DOCKERFILE
+
+
+def test_the_compose_file_fits_its_schema() -> None:
+    done = subprocess.run(
+        [
+            str(_TOOLS / "check-jsonschema"),
+            "--builtin-schema",
+            "vendor.compose-spec",
+            str(_ROOT / "docker-compose.yml"),
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_hadolint_finds_nothing_in_the_dockerfile() -> None:
+    done = subprocess.run(
+        [str(_TOOLS / "hadolint"), str(_ROOT / "deploy" / "Dockerfile")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (0, "")
+
+
+def test_the_broker_settings_are_those_of_a_real_fleet_but_for_tls() -> None:
+    def lines(path: str) -> set[str]:
+        text = (_ROOT / "deploy" / path).read_text(encoding="utf-8")
+        return {line for line in text.splitlines() if line and not line.startswith("#")}
+
+    ours, real = lines("compose/mosquitto.conf"), lines("broker/mosquitto.conf")
+    own = {
+        "persistence_location",
+        "password_file",
+        "acl_file",
+        "log_dest",
+        "listener",
+        "cafile",
+        "certfile",
+        "keyfile",
+        "connection_messages",
+    }
+    assert {line for line in ours ^ real if line.split()[0] not in own} == set()
+    assert "allow_anonymous false" in ours
+
+
+def test_the_script_of_a_host_is_posix_sh() -> None:
+    shell = shutil.which("dash") or "sh"
+    script = str(_ROOT / "deploy" / "compose" / "host.sh")
+    assert subprocess.run([shell, "-n", script], check=False).returncode == 0

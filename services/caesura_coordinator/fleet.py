@@ -30,6 +30,14 @@ class Fleet(msgspec.Struct, frozen=True, kw_only=True):
         """This fleet with a host's presence."""
         return msgspec.structs.replace(self, hosts_online={**self.hosts_online, host: online})
 
+    def without_host(self, host: str) -> Fleet:
+        """This fleet without a host and its VMs."""
+        return msgspec.structs.replace(
+            self,
+            inventories={name: each for name, each in self.inventories.items() if name != host},
+            hosts_online={name: online for name, online in self.hosts_online.items() if name != host},
+        )
+
     def with_agent(self, vm: str, *, online: bool) -> Fleet:
         """This fleet with an agent's presence."""
         return msgspec.structs.replace(self, agents_online={**self.agents_online, vm: online})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from datetime import UTC, datetime
 
 import msgspec
@@ -108,6 +108,7 @@ class Coordinator:
         self._last_sent: dict[tuple[str, str], float] = {}
         for kind, receiver in self._receivers():
             self.post.on(kind, receiver)
+        self.post.on_cleared(m.HostInventory, self._on_host_removed)
 
     def tasks(self) -> dict[str, Callable[[], Awaitable[None]]]:
         """Name to eternal task, for ``serve``."""
@@ -255,6 +256,16 @@ class Coordinator:
         self.fleet = self.fleet.with_inventory(inventory)
         await self._heard_epoch(inventory.epoch, inventory.coordinator)
         self._open_sets(vm.set for vm in inventory.vms)
+        self._changed.set()
+
+    async def _on_host_removed(self, parameters: Mapping[str, str]) -> None:
+        """An operator removed what the broker retained of a host: it was taken out of service for good."""
+        host = parameters["host"]
+        if self.fleet.is_online(host):
+            _log.warning("host.not_forgotten", host=host, why="it is on the bus, and reports again")
+            return
+        self.fleet = self.fleet.without_host(host)
+        _log.info("host.forgotten", host=host)
         self._changed.set()
 
     async def _on_host_presence(self, presence: m.HostPresence, _: Received) -> None:

@@ -8,7 +8,7 @@ and dropped: it changes nothing.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from datetime import UTC, datetime
 from typing import Any, TypeVar
 
@@ -17,13 +17,16 @@ import structlog
 from caesura.bus.port import Bus, Delivery
 from caesura.contract.codec import ContractError, Received, decode, encode
 from caesura.contract.envelope import Message
-from caesura.contract.topics import channel_of
+from caesura.contract.topics import TopicError, channel_at, channel_of
 from caesura.runtime.identity import new_id
 
 M = TypeVar("M", bound=Message)
 
 Receiver = Callable[[Any, Received], Awaitable[None]]
 """Takes the message and how it was received (parameters, header)."""
+
+Forgetter = Callable[[Mapping[str, str]], Awaitable[None]]
+"""Takes the parameters of a topic whose retained message was removed."""
 
 _log = structlog.get_logger("caesura.bus")
 
@@ -47,12 +50,17 @@ class Post:
         self.source = source
         self.decode_errors: Counter[str] = Counter()
         self._receivers: dict[type[Message], Receiver] = {}
+        self._forgetters: dict[type[Message], Forgetter] = {}
         self._sequence = 0
         self._on_refused = on_refused
 
     def on(self, message: type[M], receiver: Callable[[M, Received], Awaitable[None]]) -> None:
         """Have ``receiver`` called for every message of this type that arrives."""
         self._receivers[message] = receiver
+
+    def on_cleared(self, message: type[Message], forgetter: Forgetter) -> None:
+        """Have ``forgetter`` called when a retained message of this type is removed."""
+        self._forgetters[message] = forgetter
 
     async def send(
         self,
@@ -92,7 +100,8 @@ class Post:
     async def deliver(self, delivery: Delivery) -> None:
         """Decode one delivery and hand it to its receiver; give this to ``Bus.run``."""
         if not delivery.payload:
-            return  # an empty retained payload clears a topic; it carries no message
+            await self._cleared(delivery.topic)
+            return
         try:
             received = decode(delivery.topic, delivery.payload)
         except ContractError as error:
@@ -104,3 +113,13 @@ class Post:
         receiver = self._receivers.get(type(received.message))
         if receiver is not None:
             await receiver(received.message, received)
+
+    async def _cleared(self, topic: str) -> None:
+        """An empty retained payload clears a topic; it carries no message."""
+        try:
+            channel = channel_at(topic)
+        except TopicError:
+            return  # not of this contract
+        forgetter = self._forgetters.get(channel.message)
+        if forgetter is not None:
+            await forgetter(channel.match(topic) or {})

@@ -263,6 +263,31 @@ def test_down_and_up_again_forgets_nothing(fleet: Fleet) -> None:
     assert next(iter(past.values())) >= _VMS, "Prometheus kept what it had"
 
 
+def test_a_wrong_broker_password_is_said_and_nothing_restarts_in_a_loop(fleet: Fleet) -> None:
+    """A renewed secret, which the broker does not know before it starts anew: what docs/compose.md says of it."""
+    fleet.project.run("run", "--rm", "setup", "/etc/caesura", "--renew", "exporter")
+    fleet.project.run("restart", "metrics-exporter")
+    refused = "the broker refused the connection: Not authorized"
+
+    until(
+        lambda: refused in fleet.project.logs("metrics-exporter"),
+        30.0,
+        lambda: f"it says so: {fleet.project.logs('metrics-exporter')[-2000:]}",
+    )
+
+    connected = 'caesura_bus_connected{service="metrics-exporter"}'
+    until(lambda: 0.0 in fleet.query(connected).values(), 30.0, lambda: "Prometheus sees it")
+    assert fleet.project.inspect("metrics-exporter", "{{.State.Running}} {{.RestartCount}}") == "true 0"
+
+    fleet.project.up("--force-recreate")
+
+    until(
+        lambda: 1.0 in fleet.query(connected).values(),
+        30.0,
+        lambda: "the advice of docs/compose.md helps",
+    )
+
+
 def test_a_broken_secret_is_named_and_how_to_make_it_anew(fleet: Fleet) -> None:
     fleet.project.run("stop")
     damage = ("run", "--rm", "--no-deps", "-T", "--entrypoint", "python", "setup", "-c")

@@ -20,6 +20,7 @@ from caesura.contract.envelope import Message
 from caesura.contract.topics import channel_of
 from caesura.runtime.errors import StoreError
 from caesura.testing.collector import eventually
+from caesura_coordinator.fleet import fence_blockers
 from caesura_coordinator.service import Coordinator, Superseded, subscriptions
 from caesura_coordinator.store import Store
 
@@ -113,6 +114,25 @@ async def test_what_is_retained_is_published_again_at_the_start(
         await eventually(lambda: world.retained(m.SetDocument, set="web") is not None)
         (rollout,) = again.book.rollouts
         await eventually(lambda: world.retained(m.RolloutState, rollout=rollout) is not None)
+
+
+async def test_a_host_whose_inventory_is_removed_is_forgotten_unless_it_is_on_the_bus(
+    world: World, host: Callable[..., Any], build: Callable[..., Any]
+) -> None:
+    for name, vm in (("h1", "w1"), ("h2", "w2")):
+        await world.host(host(name, build(vm)))
+    async with world.coordinator() as made:
+
+        def why_not() -> list[str]:
+            known = made.authority
+            return fence_blockers(made.fleet, ["web"], [], epoch=known.epoch, coordinator=known.coordinator)
+
+        await world.post.send(m.HostPresence(host="h2", online=False, instance="i"), host="h2")
+        await eventually(lambda: "h2 is offline" in why_not())
+        for name in ("h1", "h2"):
+            await world.post.clear(m.HostInventory, host=name)
+        await eventually(lambda: set(made.fleet.inventories) == {"h1"})
+        assert not any("h2" in why for why in why_not())
 
 
 async def test_of_two_that_claim_the_same_epoch_exactly_one_leads(world: World) -> None:

@@ -192,6 +192,8 @@ def domain() -> Dashboard:
                 DOMAIN,
                 several=True,
                 description="Hosts that froze VMs of the domain.",
+                # Updates and their overhead are of hosts: those of other domains are none of this page's business.
+                anything=False,
             ),
         ],
         [("", _now()), ("Pauses", _pauses()), ("Guests", _guests())],

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from grafana.generate.page import page, scrape_choices
 from grafana.generate.panels import NONE_WANTED, Ask, Panel, Size, curve, named, number, rows, timeline
-from grafana.generate.queries import SCRAPED, is_, of
+from grafana.generate.queries import OURS, SCRAPED, is_, of
 from grafana_foundation_sdk.models.dashboard import Dashboard
 
 _BY_SERVICE = "{{instance}}"
 _GUARDS = (("ready", "green"), ("armed", "orange"), ("absent", "red"))
 
 
-def _each(metric: str, legend: str = _BY_SERVICE) -> Ask:
-    return Ask(f"max by (job, instance) ({of(metric, SCRAPED)})", legend)
+def _each(metric: str, legend: str = _BY_SERVICE, *, scope: tuple[str, ...] = SCRAPED) -> Ask:
+    return Ask(f"max by (job, instance) ({of(metric, scope)})", legend)
 
 
 def _rate(metric: str, legend: str, *labels: str) -> Ask:
@@ -31,7 +31,7 @@ def _now() -> list[Panel]:
         number(
             "Targets down",
             "Services that Prometheus cannot scrape.",
-            Ask(f"sum(1 - {of('up', SCRAPED)})"),
+            Ask(f"sum(1 - {of('up', OURS)})"),
             steps=NONE_WANTED,
         ),
         number(
@@ -153,7 +153,7 @@ def _own() -> list[Panel]:
         number(
             "Last message",
             "Seconds since the exporter heard anything; hosts speak every 20 s.",
-            Ask(f"time() - max({of('caesura_exporter_last_message_timestamp_seconds', SCRAPED)})"),
+            Ask(f"time() - max({of('caesura_exporter_last_message_timestamp_seconds', SCRAPED)} > 0)"),
             size=Size(6, 7),
             unit="s",
             decimals=0,
@@ -162,7 +162,7 @@ def _own() -> list[Panel]:
         curve(
             "Scrapes",
             "Seconds that Prometheus waited for each service's page.",
-            _each("scrape_duration_seconds"),
+            _each("scrape_duration_seconds", scope=OURS),
             size=Size(9, 7),
             many=True,
             unit="s",
@@ -170,7 +170,7 @@ def _own() -> list[Panel]:
         curve(
             "Series",
             "Samples on each service's page: bounded by sets, domains and hosts, and not by VMs.",
-            _each("scrape_samples_post_metric_relabeling"),
+            _each("scrape_samples_post_metric_relabeling", scope=OURS),
             size=Size(9, 7),
             many=True,
         ),
@@ -188,7 +188,11 @@ def _own() -> list[Panel]:
         curve(
             "Memory of the exporter",
             "Resident memory.",
-            _each("process_resident_memory_bytes", "{{instance}}"),
+            Ask(
+                f"max by (job, instance) ({of('process_resident_memory_bytes', SCRAPED)} "
+                f"and on (job, instance) {of('caesura_exporter_build_info', SCRAPED)})",
+                "{{instance}}",
+            ),
             size=Size(8, 7),
             unit="bytes",
         ),

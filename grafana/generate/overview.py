@@ -88,7 +88,7 @@ def _rollout() -> list[Panel]:
         timeline(
             "Update domains",
             "The state of every domain in its set's newest rollout, and when VMs of it stood still. "
-            "Click a lane for its dashboard.",
+            "A rollout by fault domain shows under the numbers of its fault domains. Click a lane for its dashboard.",
             Ask(domain_states(SETS), _BY_DOMAIN),
             size=Size(24, 9),
             words=STATE_WORDS,

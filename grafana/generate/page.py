@@ -37,9 +37,19 @@ def data_source() -> dashboard.DatasourceVariable:
 
 
 def choice(
-    name: str, label: str, metric: str, matchers: Sequence[str] = (), *, several: bool, description: str
+    name: str,
+    label: str,
+    metric: str,
+    matchers: Sequence[str] = (),
+    *,
+    several: bool,
+    description: str,
+    anything: bool = True,
 ) -> dashboard.QueryVariable:
-    """Values of a label of a metric to choose from; all of them at first, where several can be chosen."""
+    """Values of a label of a metric to choose from; all of them at first, where several can be chosen.
+
+    With ``anything`` all of them is whatever there is, and not just the values to choose from.
+    """
     asked = f"{metric}{{{', '.join(matchers)}}}" if matchers else metric
     query = f"label_values({asked}, {name})"
     variable = (
@@ -55,7 +65,9 @@ def choice(
         .include_all(several)
     )
     if several:
-        variable.all_value(".+").current(dm.VariableOption(text=["All"], value=["$__all"], selected=True))
+        variable.current(dm.VariableOption(text=["All"], value=["$__all"], selected=True))
+        if anything:
+            variable.all_value(".+")
     return variable
 
 

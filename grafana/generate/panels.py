@@ -106,17 +106,17 @@ def number(
     unit: str = "short",
     steps: Steps = FINE,
     words: Sequence[dm.ValueMapping] = (),
-    nothing: str = "none",
+    nothing: str = "no data",
     decimals: int | None = None,
 ) -> stat.Panel:
-    """One number now, with its course behind it; ``nothing`` stands there when there is none."""
+    """One number as it is now, never the last that was known; ``nothing`` stands there when there is none."""
     panel = stat.Panel()
     _begin(panel, title, description, size, unit)
-    _ask(panel, asks)
+    _ask(panel, asks, instant=True)
     panel.thresholds(_thresholds(steps)).no_value(nothing).mappings(list(words))
     panel.color_scheme(dashboard.FieldColor().mode(dm.FieldColorModeId.THRESHOLDS))
     panel.reduce_options(common.ReduceDataOptions().calcs(["lastNotNull"]).values(False).fields(""))
-    panel.graph_mode(cm.BigValueGraphMode.NONE if words or len(asks) > 1 else cm.BigValueGraphMode.AREA)
+    panel.graph_mode(cm.BigValueGraphMode.NONE)
     panel.color_mode(cm.BigValueColorMode.VALUE).orientation(cm.VizOrientation.AUTO)
     several = len(asks) > 1 or any("{{" in ask.legend for ask in asks)
     panel.text_mode(cm.BigValueTextMode.VALUE_AND_NAME if several else cm.BigValueTextMode.VALUE)
@@ -229,8 +229,8 @@ def bars(
     """A bar per series, full at ``most``."""
     panel = bargauge.Panel()
     _begin(panel, title, description, size, unit)
-    _ask(panel, asks)
-    panel.min(0).max(most).thresholds(_thresholds(steps)).no_value("none")
+    _ask(panel, asks, instant=True)
+    panel.min(0).max(most).thresholds(_thresholds(steps)).no_value("no data")
     panel.color_scheme(dashboard.FieldColor().mode(dm.FieldColorModeId.THRESHOLDS))
     panel.reduce_options(common.ReduceDataOptions().calcs(["lastNotNull"]).values(False).fields(""))
     panel.orientation(cm.VizOrientation.HORIZONTAL).display_mode(cm.BarGaugeDisplayMode.BASIC)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 SCRAPED = ('job=~"$job"', 'instance=~"$instance"')
 """Matchers that every query carries, as Grafana's linter wants it: they choose among several exporters."""
+OURS = (*SCRAPED, 'job=~"caesura-.+"')
+"""For what Prometheus tells of every target: all jobs are not all of ours."""
 SETS = (*SCRAPED, 'set=~"$set"')
 DOMAIN = (*SCRAPED, 'set="$set"', 'update_domain="$update_domain"')
 DOMAIN_HOSTS = (*DOMAIN, 'host=~"$host"')
@@ -41,7 +43,9 @@ def domain_states(scope: tuple[str, ...]) -> str:
         for number, (name, _) in enumerate(STATES)
         if number  # what no rollout touches has no status
     ]
-    paused = f"({of('caesura_vms', scope, is_('state', 'paused'))} > bool 0) * {PAUSED_FROM}"
+    # A point may stand for minutes, in which a pause came and went; or for less than a scrape, and has no sample of its own.
+    vms = of("caesura_vms", scope, is_("state", "paused"))
+    paused = f"((max_over_time({vms}[$__interval]) or {vms}) > bool 0) * {PAUSED_FROM}"
     every = "\n    or ".join([*states, paused])
     # Summed within one exporter: its series of one domain are told apart by status and state.
     return (
@@ -50,8 +54,12 @@ def domain_states(scope: tuple[str, ...]) -> str:
 
 
 def new_in_window(bucket: str) -> str:
-    """How much each bucket grew; one that was not there yet counts as it is, or its first pause would be lost."""
-    return f"(({bucket} unless {bucket} offset $__rate_interval) or increase({bucket}[$__rate_interval]))"
+    """How much each bucket grew; one that was not there yet counts as it is, or its first pause would be lost.
+
+    Not there in the hour before: after a few scrapes that failed, all pauses since the exporter's start are not new.
+    """
+    before = f"last_over_time({bucket}[1h] offset $__rate_interval)"
+    return f"(({bucket} unless {before}) or increase({bucket}[$__rate_interval]))"
 
 
 def quantile_of_all(q: float, bucket: str, longest: str) -> str:

@@ -19,7 +19,7 @@ from typing import Any
 import aiohttp
 
 from caesura.testing.browser import chromium
-from caesura.testing.queries import substituted
+from caesura.testing.queries import all_of, substituted
 
 _HERE = Path(__file__).parent
 _EMPTY = "<!doctype html><title>Panels</title><div id=page></div>"
@@ -43,7 +43,8 @@ async def answered(
             for target in panel["targets"]:
                 asked = {
                     "query": substituted(target["expr"], values),
-                    "start": str(start),
+                    # A number is what is so at the end.
+                    "start": str(end if target.get("instant") else start),
                     "end": str(end),
                     "step": str(max(1.0, (end - start) / 600)),
                 }
@@ -54,6 +55,16 @@ async def answered(
                 answers.append(body["data"]["result"])
             panels.append({**panel, "answers": answers})
     return panels
+
+
+async def hosts(base_url: str, set_name: str, domain: str) -> str:
+    """The hosts of the domain, as Grafana puts in all of them."""
+    selector = f'caesura_freezes_total{{set=~"{set_name}", update_domain=~"{domain}"}}'
+    async with (
+        aiohttp.ClientSession(base_url) as session,
+        session.get("/api/v1/label/host/values", params={"match[]": selector}) as answer,
+    ):
+        return all_of({}, (await answer.json())["data"])
 
 
 async def draw(arguments: argparse.Namespace) -> None:
@@ -68,8 +79,15 @@ async def draw(arguments: argparse.Namespace) -> None:
     version = package["dependencies"]["@grafana/ui"]
     end = time.time()
     start = end - arguments.minutes * 60
-    values = {"__rate_interval": "20s", "job": ".+", "instance": ".+", "host": ".+", "set": arguments.set}
+    values = {
+        "__rate_interval": "20s",
+        "__interval": "1s",
+        "job": ".+",
+        "instance": ".+",
+        "set": arguments.set,
+    }
     values["update_domain"] = arguments.domain
+    values["host"] = await hosts(arguments.prometheus, arguments.set, arguments.domain)
     what = {
         "title": dashboard["title"],
         "panels": await answered(arguments.prometheus, dashboard, values, start, end),

@@ -88,7 +88,7 @@ async def dashboard_problems(
 ) -> list[str]:
     """What is wrong with one dashboard's variables, annotations and panels."""
     found: list[str] = []
-    values = {"__rate_interval": window.rate_interval}
+    values = {"__rate_interval": window.rate_interval, "__interval": f"{max(1, round(window.step_s))}s"}
     for variable in dashboard["templating"]["list"]:
         if variable["type"] != "query":
             continue
@@ -107,7 +107,7 @@ async def dashboard_problems(
         chosen = (choose or {}).get(name, next(iter(options), ""))
         if chosen not in options:
             found.append(f"{where}: no value {chosen} of {asked[2]} in {selector}")
-        values[name] = ".+" if variable["includeAll"] else chosen
+        values[name] = all_of(variable, options) if variable["includeAll"] else chosen
     for query in queries_of(dashboard, values):
         found += await _query_problems(prometheus, query, window, excused)
     return found
@@ -169,6 +169,12 @@ def selectors(expr: str) -> list[str]:
     bare = re.sub(r"\boffset\s+\w+", " ", bare)
     found = (f"{name}{matchers or ''}" for name, matchers in _NAME.findall(bare) if name not in _NOT_METRICS)
     return list(dict.fromkeys(found))
+
+
+def all_of(variable: Mapping[str, Any], options: Iterable[str]) -> str:
+    """What Grafana puts in for "All": the variable's own value for it, or every option as one regular expression."""
+    every = "|".join(re.escape(option).replace("\\", "\\\\") for option in options)
+    return str(variable.get("allValue") or f"({every})")
 
 
 def _labels_in(template: str) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
-from caesura.testing.queries import queries_of, selectors, substituted
+from caesura.testing.queries import all_of, queries_of, selectors, substituted
 
 with warnings.catch_warnings():
     # It would rather have the schema of Grafana 12 and later used, which 11 does not read.
@@ -131,6 +131,42 @@ def test_waves_and_halts_are_marked_where_pauses_are_shown(dashboards: dict[str,
         assert [each["name"] for each in marks] == ["Wave starts", "Wave ends", "Halts"]
         # The value is the time, in milliseconds: one mark a wave, however often it is scraped.
         assert all(each["useValueForTime"] and each["expr"].endswith("* 1000") for each in marks)
+
+
+def test_all_jobs_of_a_prometheus_are_not_all_ours(dashboards: dict[str, Any]) -> None:
+    """With the variable job at All, what every target has is still asked of Caesura's alone."""
+    foreign = ("up", "scrape_", "process_")
+    asked = [
+        target["expr"]
+        for dashboard in dashboards.values()
+        for panel in dashboard["panels"]
+        for target in panel.get("targets", ())
+        if any(selector.startswith(foreign) for selector in selectors(target["expr"]))
+    ]
+    assert len(asked) == 4
+    for expr in asked:
+        assert 'job=~"caesura-.+"' in expr or "and on (job, instance) caesura_exporter_build_info" in expr
+
+
+def test_what_is_so_now_is_asked_of_now(dashboards: dict[str, Any]) -> None:
+    """A range's last value outlives the exporter: a dead one would still say "online"."""
+    for dashboard in dashboards.values():
+        for panel in dashboard["panels"]:
+            if panel["type"] in {"stat", "bargauge", "table"}:
+                assert all(target["instant"] and not target["range"] for target in panel["targets"]), panel[
+                    "title"
+                ]
+
+
+def test_hosts_of_a_domain_are_those_that_froze_its_vms(dashboards: dict[str, Any]) -> None:
+    """All of them is a list, since some metrics know the host alone."""
+    (host,) = [
+        each for each in dashboards["update-domain.json"]["templating"]["list"] if each["name"] == "host"
+    ]
+    assert host["includeAll"]
+    assert "allValue" not in host
+    assert all_of(host, ["host-1", "rack.2"]) == r"(host\\-1|rack\\.2)"
+    assert all_of({"allValue": ".+"}, ["x"]) == ".+"
 
 
 def test_provisioning_has_the_scrape_interval_and_the_variable_that_compose_sets() -> None:

@@ -106,9 +106,10 @@ def test_target_job_rule_and_target_instance_rule(dashboard: Any) -> None:
 
 def test_target_rate_interval_rule(dashboard: Any) -> None:
     for title, expr in targets(dashboard):
-        for window in re.findall(r"\[([^\]]*)\]", expr):
+        rates = re.findall(r"\b(?:rate|irate|increase)\([^\[]*\[([^\]]*)\]", expr)
+        assert len(rates) == len(re.findall(r"\b(?:rate|irate|increase)\(", expr)), title
+        for window in rates:
             assert window == "$__rate_interval", f"{title}: {window}"
-        assert expr.count("[") == len(re.findall(r"\b(?:rate|irate|increase)\(", expr)), title
 
 
 def test_template_uneditable_rule(dashboard: Any) -> None:
@@ -120,4 +121,4 @@ def test_template_required_variables_are_used(dashboard: Any) -> None:
     for name in variables(dashboard).keys() - {"datasource"}:
         assert f"${name}" in whole, name
     unknown = set(re.findall(r"\$(\w+)", whole)) - variables(dashboard).keys()
-    assert unknown <= {"__rate_interval"}
+    assert unknown <= {"__rate_interval", "__interval"}

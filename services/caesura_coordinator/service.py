@@ -18,6 +18,7 @@ from caesura.contract.names import is_name
 from caesura.contract.topics import PREFIX, TopicError, channel_of
 from caesura.runtime.errors import CaesuraError, StoreError
 from caesura.runtime.identity import new_id
+from caesura_coordinator.admission import believable, outlived
 from caesura_coordinator.answers import REASON_CHARACTERS, with_plan
 from caesura_coordinator.book import Book
 from caesura_coordinator.commands import due_commands
@@ -30,6 +31,10 @@ from caesura_coordinator.store import Store, Unsendable
 TICK_S = 0.2
 _REPEAT_S = 2.0
 """s: between two sendings of a command that its host has not answered."""
+
+_ANNOUNCE_S = 20.0
+"""s: between two announcements of an unchanged presence. A last will needs a broker: one that stopped with the
+coordinator says it is online for ever, so its silence has to tell (the hosts' inventories do the same)."""
 
 _SETTLE_AT_MOST_S = 30.0
 _log = structlog.get_logger("caesura.coordinator")
@@ -89,6 +94,7 @@ class Coordinator:
         instance: str,
         settle_s: float,
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
+        announce_s: float = _ANNOUNCE_S,
     ) -> None:
         self.bus = bus
         self.store = store
@@ -98,10 +104,13 @@ class Coordinator:
         self.authority = Authority(coordinator=f"{instance}-{new_id()[:8]}", epoch=0)
         self._claimed = False
         self._settle_s = settle_s
+        self._announce_s = announce_s
         self._now = now
         self._to_clear: list[str] = []
-        self._early: list[tuple[str, Request]] = []
+        self._early: list[tuple[str, Request, str]] = []
         self._early_facts: list[Input] = []
+        self._not_moved: dict[str, str] = {}
+        """Rollout to why its last step failed: said once, not with every message."""
         self._outbox_filled = asyncio.Event()
         self._changed = asyncio.Event()
         self._superseded: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -117,6 +126,7 @@ class Coordinator:
             "rollouts": self._rollouts,
             "outbox": self._outbox,
             "authority": self._watch_authority,
+            "presence": self._keep_announcing,
         }
 
     async def drain(self) -> None:
@@ -149,8 +159,8 @@ class Coordinator:
         for fact in facts:
             self._step_all(fact)
         early, self._early = self._early, []
-        for client, request in early:
-            self._answer(client, request)
+        for client, request, late in early:
+            self._answer(client, request, late)
         await self._announce()
         await self._republish()  # the broker may have lost what is retained while this one was away
         self._changed.set()
@@ -176,6 +186,12 @@ class Coordinator:
 
     async def _announce(self) -> None:
         await self._try_send(presence(self.authority, online=True))
+
+    async def _keep_announcing(self) -> None:
+        while True:
+            await asyncio.sleep(self._announce_s)
+            if self.leads and self.bus.stats.connected:
+                await self._announce()
 
     async def _on_connected(self) -> None:
         if not self.leads:
@@ -253,8 +269,16 @@ class Coordinator:
         ]
 
     async def _on_inventory(self, inventory: m.HostInventory, _: Received) -> None:
-        self.fleet = self.fleet.with_inventory(inventory)
-        await self._heard_epoch(inventory.epoch, inventory.coordinator)
+        known = believable(inventory, self.authority.epoch)
+        if known.epoch != inventory.epoch:
+            _log.error(
+                "inventory.epoch_impossible",
+                host=inventory.host,
+                epoch=inventory.epoch,
+                advice="the host obeys nobody: stop its updater and remove its state folder, or look who else uses its user at the broker",
+            )
+        self.fleet = self.fleet.with_inventory(known)
+        await self._heard_epoch(known.epoch, known.coordinator)
         self._open_sets(vm.set for vm in inventory.vms)
         self._changed.set()
 
@@ -300,10 +324,12 @@ class Coordinator:
 
     async def _on_request(self, request: Request, received: Received) -> None:
         client = received.parameters["client"]
+        # An abort is never too late: it only makes things stop.
+        late = "" if isinstance(request, m.AbortRequested) else outlived(received.header.time, self._now())
         if self._claimed:
-            self._answer(client, request)
+            self._answer(client, request, late)
         else:
-            self._early.append((client, request))
+            self._early.append((client, request, late))
 
     async def _on_refused(self, topic: str, error: ContractError) -> None:
         """An operator's request that breaks the contract is answered too, as far as its topic tells who asked."""
@@ -329,7 +355,11 @@ class Coordinator:
             try:
                 self.book.step(rollout, received, self.fleet, self.authority, self._now())
             except CaesuraError as error:  # it stays where it is: the others must not stand still for it
-                _log.error("rollout.not_moved", why=str(error), rollout=rollout.id)
+                if self._not_moved.get(rollout.id) != str(error):
+                    _log.error("rollout.not_moved", why=str(error), rollout=rollout.id)
+                self._not_moved[rollout.id] = str(error)
+            else:
+                self._not_moved.pop(rollout.id, None)
         self._outbox_filled.set()
         self._changed.set()
 
@@ -367,12 +397,15 @@ class Coordinator:
                 self._last_sent[key] = loop.time()
         self._last_sent = {key: at for key, at in self._last_sent.items() if key in open_keys}
 
-    def _answer(self, client: str, request: Request) -> None:
-        """Answer a request once; a repeated one gets the stored answer again."""
+    def _answer(self, client: str, request: Request, late: str) -> None:
+        """Answer a request once; a repeated one gets the stored answer again. ``late``: why it is too late for a new one."""
         try:
             known = self.store.answer(client, request.request)
             if known is not None:
                 self.store.enqueue(known, client=client)
+            elif self.leads and late:
+                _log.warning("request.outlived", client=client, request=request.request, why=late)
+                self._refuse(client, request, late)
             elif self.leads:
                 self._decide_request(client, request)
         except StoreError as error:
@@ -394,10 +427,11 @@ class Coordinator:
         except StoreError:
             raise
         except CaesuraError as error:
-            reason = str(error)[:REASON_CHARACTERS]
-            self.book.remember_answer(
-                client, m.RequestAnswered(request=request.request, accepted=False, reason=reason)
-            )
+            self._refuse(client, request, str(error))
+
+    def _refuse(self, client: str, request: Request, why: str) -> None:
+        answer = m.RequestAnswered(request=request.request, accepted=False, reason=why[:REASON_CHARACTERS])
+        self.book.remember_answer(client, answer)
 
     def _plan_or_start(
         self, client: str, request: m.RolloutRequested | m.FreezeRequested, update: str, hold_s: float

@@ -132,7 +132,8 @@ class Session:
             else f"({heard.coordinator}) is on the bus but silent"
         )
         raise NoAnswer(
-            f"no answer within {ANSWER_S:g} s: the coordinator {who}. Is caesura-coordinator running?"
+            f"no answer within {ANSWER_S:g} s: the coordinator {who}. Is caesura-coordinator running? "
+            "Should it come back within a minute it may still do what you asked: caesura status tells."
         )
 
 

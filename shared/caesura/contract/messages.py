@@ -16,6 +16,9 @@ from caesura.contract.names import Name
 
 MAX_BUDGET_S = 30.0  # s: the seed's promise, "resumed within 30 seconds of being paused"
 
+EPOCH_MOST = 2**53 - 1
+"""What every JSON reader takes for the same integer (RFC 8259, section 6), and SQLite too."""
+
 Seconds = Annotated[float, Meta(ge=0)]
 Positive = Annotated[float, Meta(gt=0)]
 Budget = Annotated[
@@ -97,7 +100,7 @@ class HostInventory(Message, frozen=True, kw_only=True):
     driver: Name
     driver_detail: Text = ""
     """How the driver works here, for people: the freezer, or QEMU's version and accelerator."""
-    epoch: Annotated[int, Meta(ge=0)]
+    epoch: Annotated[int, Meta(ge=0, le=EPOCH_MOST)]
     coordinator: Annotated[str, Meta(max_length=64)] = ""
     vms: tuple[VmRecord, ...]
     updates: tuple[UpdateRecord, ...] = ()
@@ -243,7 +246,7 @@ class CoordinatorPresence(Message, frozen=True, kw_only=True):
     TYPE: ClassVar[str] = "caesura.coordinator.presence.v1"
 
     coordinator: Id
-    epoch: Annotated[int, Meta(ge=0)]
+    epoch: Annotated[int, Meta(ge=0, le=EPOCH_MOST)]
     online: bool
 
 
@@ -329,7 +332,7 @@ class FreezeCommanded(Message, frozen=True, kw_only=True):
     TYPE: ClassVar[str] = "caesura.freeze.commanded.v1"
 
     operation: Id
-    epoch: Annotated[int, Meta(ge=1)]
+    epoch: Annotated[int, Meta(ge=1, le=EPOCH_MOST)]
     coordinator: Id
     host: Name
     rollout: Id
@@ -351,7 +354,7 @@ class AbortCommanded(Message, frozen=True, kw_only=True):
     TYPE: ClassVar[str] = "caesura.abort.commanded.v1"
 
     operation: Id
-    epoch: Annotated[int, Meta(ge=1)]
+    epoch: Annotated[int, Meta(ge=1, le=EPOCH_MOST)]
     coordinator: Id
     host: Name
     reason: Text = ""
@@ -400,7 +403,7 @@ class OperationReported(Message, frozen=True, kw_only=True):
 
     operation: Id
     host: Name
-    epoch: Annotated[int, Meta(ge=0)]
+    epoch: Annotated[int, Meta(ge=0, le=EPOCH_MOST)]
     rollout: Annotated[str, Meta(max_length=64)] = ""
     wave: Annotated[int, Meta(ge=0)] = 0
     status: OperationStatus

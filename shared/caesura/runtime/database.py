@@ -31,6 +31,7 @@ class Database:
 
     def __init__(self, path: str, migrations: Sequence[str]) -> None:
         self.path = path
+        self._refused = ""
         try:
             if path != ":memory:":
                 Path(path).parent.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -60,7 +61,7 @@ class Database:
         try:
             self._connection.execute("BEGIN IMMEDIATE")
         except sqlite3.Error as error:
-            raise StoreError(f"cannot write to the store {self.path}: {error}") from error
+            raise self._failed("cannot write to the store", error) from error
         try:
             yield
             self._connection.execute("COMMIT")
@@ -68,8 +69,13 @@ class Database:
             if self._connection.in_transaction:
                 self._connection.execute("ROLLBACK")
             if isinstance(error, sqlite3.Error):
-                raise StoreError(f"cannot write to the store {self.path}: {error}") from error
+                raise self._failed("cannot write to the store", error) from error
             raise
+        self._refused = ""
+
+    def _failed(self, what: str, error: sqlite3.Error) -> StoreError:
+        self._refused = f"{what} {self.path}: {error}"
+        return StoreError(self._refused)
 
     def run(self, sql: str, *values: Any) -> list[tuple[Any, ...]]:
         """One statement; its rows.
@@ -80,11 +86,18 @@ class Database:
         try:
             return self._connection.execute(sql, values).fetchall()
         except sqlite3.Error as error:
-            raise StoreError(f"the store {self.path} failed: {error}") from error
+            raise self._failed("cannot use the store", error) from error
 
     def ping(self) -> str:
-        """Empty text when the store answers, else what is wrong; for health probes."""
+        """Empty text when the store answers, else what is wrong; for health probes.
+
+        After a failure it must take a write again: a full disk still answers every question.
+        """
         try:
+            if self._refused:
+                with self.transaction():
+                    ((version,),) = self.run("PRAGMA user_version")
+                    self.run(f"PRAGMA user_version={version}")
             self.run("SELECT 1")
         except StoreError as error:
             return str(error)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -57,11 +58,13 @@ class World:
         return decode(topic, payload).message if payload else None
 
     @asynccontextmanager
-    async def coordinator(self, name: str = "c", settle_s: float = 0.05) -> AsyncIterator[Coordinator]:
+    async def coordinator(
+        self, name: str = "c", settle_s: float = 0.05, announce_s: float = 20.0
+    ) -> AsyncIterator[Coordinator]:
         """One that runs for the block, and is killed at its end: no drain."""
         store = Store(str(self.folder / f"{name}.sqlite"))
         bus = MemoryBus(self.broker, client_id=name, filters=subscriptions(), clean=False)
-        made = Coordinator(bus, store, instance=name, settle_s=settle_s)
+        made = Coordinator(bus, store, instance=name, settle_s=settle_s, announce_s=announce_s)
         tasks = [asyncio.ensure_future(start()) for start in made.tasks().values()]
         made.running = tasks  # type: ignore[attr-defined]
         try:
@@ -133,6 +136,68 @@ async def test_a_host_whose_inventory_is_removed_is_forgotten_unless_it_is_on_th
             await world.post.clear(m.HostInventory, host=name)
         await eventually(lambda: set(made.fleet.inventories) == {"h1"})
         assert not any("h2" in why for why in why_not())
+
+
+async def test_the_leader_says_again_and_again_that_it_is_there(world: World) -> None:
+    async with world.coordinator("a", announce_s=0.05) as a:
+        await eventually(lambda: len(world.of(m.CoordinatorPresence)) > 3)
+        assert a.leads
+        assert a.authority.epoch == 1, "what it hears of itself is no reason to claim another"
+        mine = m.CoordinatorPresence(coordinator=a.authority.coordinator, epoch=1, online=True)
+        assert all(each == mine for each in world.of(m.CoordinatorPresence))
+        assert world.retained(m.CoordinatorPresence) == mine
+        higher = m.CoordinatorPresence(coordinator="b", epoch=9, online=True)
+        await world.post.send(higher)
+        await eventually(lambda: not a.leads)
+        # It has no authority any more, and says no more that it has: others' clocks go on.
+        async with world.coordinator("c", announce_s=0.05) as c:
+            await eventually(lambda: c.leads)
+            await eventually(
+                lambda: len([each for each in world.of(m.CoordinatorPresence) if each.epoch == 10]) > 3
+            )
+        assert not any(each == mine for each in world.of(m.CoordinatorPresence)[-4:])
+
+
+async def test_an_epoch_that_nobody_can_have_claimed_sends_no_coordinator_away(
+    world: World, host: Callable[..., Any], build: Callable[..., Any]
+) -> None:
+    """A host in strange hands: were it believed, each new coordinator would have to claim a higher one still."""
+    strange = msgspec.structs.replace(host("h2", build("w2")), epoch=m.EPOCH_MOST, coordinator="x")
+    await world.host(host("h1", build("w1")))
+    await world.host(strange)
+    async with world.coordinator() as made:
+        await eventually(lambda: made.leads and len(made.fleet.inventories) == 2)
+        assert made.authority.epoch == 2, "one above what h1 says"
+        await world.post.send(strange, host="h2")
+        await world.post.send(host("h3", build("w3")), host="h3")
+        await eventually(lambda: "h3" in made.fleet.inventories)
+        assert made.leads
+        why = fence_blockers(made.fleet, ["web"], [], epoch=2, coordinator=made.authority.coordinator)
+        assert "h2 has not acknowledged epoch 2" in why
+
+
+async def test_a_request_that_waited_at_the_broker_for_long_is_refused_but_an_abort_is_not(
+    world: World, host: Callable[..., Any], build: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await world.host(host("h1", build("w1")))
+    long_ago = datetime.now(UTC) - timedelta(seconds=90)
+    monkeypatch.setattr("caesura.bus.post.datetime", SimpleNamespace(now=lambda _: long_ago))
+    async with world.coordinator() as made:
+        await eventually(lambda: made.leads and bool(made.fleet.inventories))
+        late = await world.ask(_request("late"))
+        assert not late.accepted
+        assert "asked 90 s ago" in late.reason
+        assert not made.book.rollouts
+        abort = await world.ask(m.AbortRequested(request="stop", rollout="none", reason="r"))
+        assert "asked" not in abort.reason
+        monkeypatch.undo()
+        assert (await world.ask(_request("now"))).accepted
+        # Delivered again, by now too late: it has its answer.
+        (before,) = made.book.rollouts
+        monkeypatch.setattr("caesura.bus.post.datetime", SimpleNamespace(now=lambda _: long_ago))
+        world.heard.clear()
+        assert (await world.ask(_request("now"))).accepted
+        assert list(made.book.rollouts) == [before]
 
 
 async def test_of_two_that_claim_the_same_epoch_exactly_one_leads(world: World) -> None:

@@ -84,7 +84,10 @@ def test_a_locked_store_is_a_store_error(tmp_path: Path, monkeypatch: pytest.Mon
 
     with pytest.raises(StoreError, match="locked"):
         write()
+    assert "locked" in database.ping(), "it answers questions, and that is not enough"
     other.close()
+    assert database.ping() == ""
+    write()
     database.close()
 
 

@@ -20,6 +20,7 @@ from grafana_foundation_sdk.models.dashboard import Dashboard
 _BUCKETS = of("caesura_pause_seconds_bucket", DOMAIN_HOSTS)
 _BUDGET = of("caesura_pause_budget_seconds", DOMAIN_HOSTS)
 _LAST = of("caesura_pause_last_seconds", DOMAIN_HOSTS)
+_LAST_BUDGET = of("caesura_pause_last_budget_seconds", DOMAIN_HOSTS)
 _LONGEST = of("caesura_pause_longest_seconds", DOMAIN_HOSTS)
 _HOSTS = (*SCRAPED, 'host=~"$host"')
 
@@ -41,7 +42,7 @@ def _now() -> list[Panel]:
         number(
             "Budget used",
             "The longest pause of the last operation as a part of its budget.",
-            Ask(f"max({_LAST} / {_BUDGET})"),
+            Ask(f"max({_LAST} / {_LAST_BUDGET})"),
             unit="percentunit",
             decimals=0,
             steps=((None, "green"), (0.8, "orange"), (1, "red")),

@@ -8,6 +8,13 @@ from grafana.generate.queries import OURS, SCRAPED, is_, of
 from grafana_foundation_sdk.models.dashboard import Dashboard
 
 _BY_SERVICE = "{{instance}}"
+_SILENT_S = 60
+"""s: hosts and the coordinator speak every 20 s; the rules use the same bound."""
+_HOSTS = (
+    f"max by (host) ({of('caesura_host_online', SCRAPED)}) "
+    f"* on (host) (min by (host) ({of('caesura_host_heard_seconds', SCRAPED)}) <= bool {_SILENT_S})"
+)
+_NO_AGENT = 'state=~"offline|silent"'
 _GUARDS = (("ready", "green"), ("armed", "orange"), ("absent", "red"))
 
 
@@ -42,20 +49,25 @@ def _now() -> list[Panel]:
         ),
         number(
             "Coordinator",
-            "Whether the coordinator is on the bus.",
-            Ask(f"max({of('caesura_coordinator_online', SCRAPED)})"),
+            "Whether the coordinator is on the bus and was heard of in the last minute.",
+            Ask(
+                f"max({of('caesura_coordinator_online', SCRAPED)}) "
+                f"* (min({of('caesura_coordinator_heard_seconds', SCRAPED)}) <= bool {_SILENT_S})"
+            ),
             words=named({1: ("online", "green"), 0: ("offline", "red")}),
         ),
         number(
             "Hosts offline",
-            "Host updaters that are not on the bus.",
-            Ask(f"sum(1 - max by (host) ({of('caesura_host_online', SCRAPED)}))"),
+            "Host updaters that are not on the bus, or were not heard of for a minute.",
+            Ask(f"sum(1 - {_HOSTS})"),
             steps=NONE_WANTED,
         ),
         number(
             "Agents silent",
-            "VMs in which an agent is expected and none is on the bus. A frozen one is silent too.",
-            Ask(f"sum(max by (set) ({of('caesura_agents', SCRAPED, is_('state', 'offline'))}))"),
+            "VMs in which an agent is expected and none is on the bus or heard of. A frozen one is silent too.",
+            Ask(
+                f"sum(max by (set) (sum by (set, job, instance) ({of('caesura_agents', SCRAPED, _NO_AGENT)})))"
+            ),
             steps=((None, "green"), (1, "orange")),
         ),
     ]
@@ -91,8 +103,8 @@ def _services() -> list[Panel]:
         ),
         timeline(
             "Host updaters on the bus",
-            "As the exporter heard.",
-            Ask(f"max by (host) ({of('caesura_host_online', SCRAPED)})", "{{host}}"),
+            "As the exporter heard; offline is also who said nothing for a minute.",
+            Ask(_HOSTS, "{{host}}"),
             size=Size(12, 7),
             words=named({1: ("online", "green"), 0: ("offline", "red")}),
         ),

@@ -37,6 +37,7 @@ _BY_PAUSE = "set, update_domain, host, method"
 _OPEN = of("caesura_pause_open_seconds", SETS)
 _BUDGET = of("caesura_pause_budget_seconds", SETS)
 _LAST = of("caesura_pause_last_seconds", SETS)
+_LAST_BUDGET = of("caesura_pause_last_budget_seconds", SETS)
 
 
 def _now() -> list[Panel]:
@@ -63,7 +64,7 @@ def _now() -> list[Panel]:
         number(
             "Budget used",
             "The longest pause of each domain's last operation, as a part of its budget; the worst domain counts.",
-            Ask(f"max({_LAST} / {_BUDGET})"),
+            Ask(f"max({_LAST} / {_LAST_BUDGET})"),
             unit="percentunit",
             decimals=0,
             steps=((None, "green"), (0.8, "orange"), (1, "red")),

@@ -46,7 +46,6 @@ async def _main(settings: MetricsExporterSettings) -> None:
         await serve(
             {
                 "bus": exporter.run_bus,
-                "forgetting": exporter.run_forgetting,
                 "live": exporter.stream.run,
             },
             drain=exporter.drain,

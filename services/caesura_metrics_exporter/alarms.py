@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 import msgspec
 
 from caesura.contract import messages as m
 
-ALARMS_KEPT = 20
+ALARMS_KEPT = 200
+ALARMS_SENT = 20
 
-Rule = Literal["two-domains", "overrun", "memory", "guard", "clock"]
+Rule = Literal["two-domains", "memory", "stopped", "overrun", "clock", "guard"]
+_ORDER: dict[Rule, int] = {rule: number for number, rule in enumerate(get_args(Rule))}
+"""The worst first."""
 
 
 class Alarm(msgspec.Struct, omit_defaults=True):
@@ -26,27 +29,51 @@ class Alarm(msgspec.Struct, omit_defaults=True):
 
 
 class Alarms:
-    """The newest alarms; one that repeats is one."""
+    """The alarms that last, then the newest; one that repeats is one."""
 
     def __init__(self) -> None:
         self._alarms: list[Alarm] = []
 
+    def __len__(self) -> int:
+        return len(self._alarms)
+
     def current(self) -> tuple[Alarm, ...]:
-        """Newest first."""
-        return tuple(reversed(self._alarms))
+        """The first ``ALARMS_SENT``: those that last before those that are over, the worst first."""
+        return tuple(self._alarms[:ALARMS_SENT])
 
     def two_domains(self, set_name: str, domains: list[int], now: float) -> None:
         """VMs of two domains of a set stand still at once."""
         text = f"VMs of domains {' and '.join(map(str, domains))} of set {set_name} stand still at once"
         self._raise(Alarm("two-domains", "bad", text, set_name, now))
 
-    def end_two_domains(self, set_name: str, now: float) -> None:
-        """At most one domain of the set still stands."""
+    def end_two_domains(self, set_name: str, now: float, *, mistaken: bool = False) -> None:
+        """At most one domain of the set still stands; or, ``mistaken``, that was so all the time."""
+        if mistaken:
+            self._alarms = [
+                each
+                for each in self._alarms
+                if (each.rule, each.about) != ("two-domains", set_name) or each.until is not None
+            ]
         self._end("two-domains", set_name, now)
+
+    def stopped(self, vm: str, set_name: str, host: str, state: m.VmState, now: float) -> None:
+        """A VM stood still and does not run now."""
+        how = "in an unknown state" if state == "unknown" else state
+        text = f"{vm} ({set_name}) on {host} is {how} after its pause"
+        self._raise(Alarm("stopped", "bad", text, vm, now))
+
+    def runs(self, vm: str, now: float) -> bool:
+        """The VM runs; whether that ends something."""
+        return self._end("stopped", vm, now)
+
+    def gone(self, vm: str, now: float) -> bool:
+        """The VM is no more; whether that ends something."""
+        ended = [self._end(rule, vm, now) for rule in ("stopped", "clock")]
+        return any(ended)
 
     def resumed(self, message: m.VmResumed, now: float) -> bool:
         """Look at a finished pause; whether there is something to say."""
-        before = len(self._alarms)
+        wrong = not message.within_budget or message.resumed_by == "guard"
         where = f"{message.vm} ({message.set}, domain {message.update_domain}) on {message.host}"
         if not message.within_budget:
             text = f"{where} stood still for {message.pause_s:.1f} s, its budget was {message.budget_s:g} s"
@@ -57,7 +84,7 @@ class Alarms:
         if message.resumed_by == "guard":
             text = f"{where} was resumed by the pause guard, not by its host updater"
             self._raise(Alarm("guard", "warning", text, message.vm, now, now))
-        return len(self._alarms) != before
+        return wrong or (message.memory is not None and not message.memory.ok)
 
     def clock(self, message: m.VmClockSynced, now: float) -> bool:
         """Look at a verdict on a clock; whether there is something to say."""
@@ -75,13 +102,20 @@ class Alarms:
         self._alarms = [each for each in self._alarms if each.until is None or each.until >= before]
         return len(self._alarms) != old
 
+    def shift(self, by: float) -> None:
+        """The clock jumped."""
+        for each in self._alarms:
+            each.at += by
+            each.until = None if each.until is None else each.until + by
+
     def _raise(self, alarm: Alarm) -> None:
-        lasting = [each for each in self._alarms if each.until is None]
-        for each in lasting:
-            if (each.rule, each.about) == (alarm.rule, alarm.about):
+        for each in self._alarms:
+            if each.until is None and (each.rule, each.about) == (alarm.rule, alarm.about):
                 each.text = alarm.text
                 return
-        self._alarms = [*self._alarms, alarm][-ALARMS_KEPT:]
+        self._alarms.append(alarm)
+        self._sort()
+        del self._alarms[ALARMS_KEPT:]
 
     def _end(self, rule: Rule, about: str, now: float) -> bool:
         found = False
@@ -89,4 +123,9 @@ class Alarms:
             if each.rule == rule and each.about == about and each.until is None:
                 each.until = now
                 found = True
+        if found:
+            self._sort()
         return found
+
+    def _sort(self) -> None:
+        self._alarms.sort(key=lambda each: (each.until is not None, _ORDER[each.rule], -each.at))

@@ -1,7 +1,7 @@
 """What is so now: hosts, VMs, agents, documents, rollouts, last clock verdicts. The fold of retained state. Pure.
 
-State folds by overwriting, so a repeated message is harmless. What was not heard of for a while is forgotten:
-a number that is no longer true is worse than none.
+State folds by overwriting, so a repeated message is harmless. Nothing is forgotten by time: a host that died must be
+seen to be dead until somebody removes what the broker retains of it. How long ago it was heard is told instead.
 """
 
 from __future__ import annotations
@@ -13,9 +13,15 @@ import msgspec
 from caesura.contract import messages as m
 from caesura.contract.envelope import Message
 from caesura.contract.topics import TopicError, channel_at
+from caesura_metrics_exporter.clocks import Clocks
 from caesura_metrics_exporter.pauses import Pauses, labels_of
 
 _ROLLOUTS_KEPT = 100  # retained rollouts pile up at the broker; the newest are enough to say what is so now
+
+_SET_KEPT_S = 900.0
+"""s: as long as the alerts look back."""
+
+_OVER = frozenset({"completed", "aborted"})
 
 # Where two waves of a rollout touch one domain, the more telling status counts.
 _TELLING = ("started", "verifying", "soaking", "scheduled", "failed", "cancelled", "pending", "completed")
@@ -24,10 +30,17 @@ _TELLING = ("started", "verifying", "soaking", "scheduled", "failed", "cancelled
 class HostState(msgspec.Struct):
     """One host, as last heard."""
 
+    heard_s: float
+    """When it last said something itself, seconds on the exporter's monotonic clock."""
     inventory: m.HostInventory | None = None
-    heard_s: float = 0.0
-    """When its inventory was last heard, seconds on the exporter's monotonic clock."""
     online: bool = False
+
+
+class AgentState(msgspec.Struct, frozen=True):
+    """One agent, as last heard; ``heard_s`` as for a host."""
+
+    online: bool
+    heard_s: float
 
 
 class Fleet:
@@ -36,23 +49,34 @@ class Fleet:
     def __init__(self) -> None:
         self.hosts: dict[str, HostState] = {}
         self.vm_states: dict[str, m.VmState] = {}
-        self.agents: dict[str, bool] = {}
+        self.agents: dict[str, AgentState] = {}
         self.publishers: dict[str, bool] = {}
         self.coordinator: m.CoordinatorPresence | None = None
+        self.coordinator_heard_s: float | None = None
+        """When the one that leads last said so, seconds on the exporter's monotonic clock."""
         self.documents: dict[str, m.SetDocument] = {}
         self.rollouts: dict[str, m.RolloutState] = {}
-        self.clocks: dict[str, m.VmClockSynced] = {}
+        self.clocks = Clocks()
         self.budgets: dict[tuple[str, str, str, str], float] = {}
         """(set, update domain, host, method) to the budget of the last pause, seconds."""
         self.pauses = Pauses()
+        self._left: dict[str, float] = {}
+        """Set to when a host's last VM of it went, seconds on the exporter's monotonic clock."""
         self.events_since: dict[str, dict[tuple[str, str], float]] = {}
         """Set to (event, status) to when it was first seen so, seconds on the exporter's monotonic clock."""
 
-    def take(self, message: Message, now_s: float, *, fresh: bool) -> None:
-        """Fold one message. ``fresh`` is false for a repetition: then only state counts, not facts."""
+    def take(self, message: Message, now_s: float, *, fresh: bool, stored: bool = False) -> None:
+        """Fold one message.
+
+        Args:
+            message: what was said.
+            now_s: when it was heard.
+            fresh: false for a repetition: then only state counts, not facts.
+            stored: the broker had it from before, so it does not show that its sender lives.
+        """
         match message:
             case m.HostInventory():
-                self._inventory(message, now_s)
+                self._inventory(message, now_s, stored=stored)
             case m.SetDocument():
                 known = self.documents.get(message.set)
                 if known is None or message.incarnation >= known.incarnation:
@@ -61,15 +85,18 @@ class Fleet:
             case m.RolloutState():
                 self._rollout(message)
             case m.HostPresence() | m.AgentPresence() | m.PublisherPresence() | m.CoordinatorPresence():
-                self._presence(message, now_s)
+                self._presence(message, now_s, stored=stored)
             case m.VmFrozen() if fresh:
                 self._paused(message, "paused")
-                self.pauses.froze(message, self._domain_of(message), now_s)
+                domain = self._domain_of(message.vm, message.set, message.update_domain)
+                self.pauses.froze(message, domain, now_s)
             case m.VmResumed() if fresh:
                 self._paused(message, "running")
                 self.pauses.resumed(message)
             case m.VmClockSynced() if fresh:
-                self.clocks[message.vm] = message
+                self.clocks.judged(message, self._clock_bound_of(message.set))
+            case m.AgentClockSynced() if fresh:
+                self.clocks.checked(message)
             case _:
                 pass
 
@@ -82,6 +109,10 @@ class Fleet:
         named = channel.match(topic) or {}
         if channel.message is m.HostInventory:
             self.forget_host(named["host"])
+        elif channel.message is m.HostPresence:
+            known = self.hosts.get(named["host"])
+            if known is not None and known.inventory is None:
+                self.forget_host(named["host"])
         elif channel.message is m.AgentPresence:
             self.agents.pop(named["vm"], None)
         elif channel.message is m.PublisherPresence:
@@ -92,18 +123,32 @@ class Fleet:
         elif channel.message is m.RolloutState:
             self.rollouts.pop(named["rollout"], None)
 
-    def stale_hosts(self, now_s: float, forget_after_s: float) -> list[str]:
-        """Hosts not heard of for so long that what they said is no longer true."""
-        return [host for host, state in self.hosts.items() if now_s - state.heard_s > forget_after_s]
-
     def forget_host(self, host: str) -> None:
         """Drop a host and its VMs."""
         state = self.hosts.pop(host, None)
         if state is not None and state.inventory is not None:
             for record in state.inventory.vms:
                 self._forget_vm(record.vm)
+                self._left[record.set] = state.heard_s
         self.budgets = {labels: value for labels, value in self.budgets.items() if labels[2] != host}
         self.pauses.forget_host(host)
+
+    def forget_empty_sets(self, now_s: float) -> list[str]:
+        """Sets that no VM has been in for long; what was known of them goes.
+
+        A VM in no set is a set of its own: many short-lived ones would leave series behind for ever. Not at once, since a
+        VM that moves is nowhere for a moment.
+        """
+        due = [name for name, since_s in self._left.items() if now_s - since_s > _SET_KEPT_S]
+        if not due:
+            return []
+        for name in due:
+            del self._left[name]
+        gone = set(due) - {record.set for _, record, _ in self.vms()}
+        for name in gone:
+            self.pauses.forget_set(name)
+        self.budgets = {labels: value for labels, value in self.budgets.items() if labels[0] not in gone}
+        return sorted(gone)
 
     def vms(self) -> Iterator[tuple[str, m.VmRecord, m.VmState]]:
         """Host, record and present state of every known VM."""
@@ -131,55 +176,90 @@ class Fleet:
                 found[domain] = wave.status
         return found
 
+    def budget_of(self, set_name: str) -> float:
+        """Seconds that a pause of the set may last, as far as its rollout is known; else the most that any may."""
+        rollouts = self._rollouts_under_way(set_name)
+        return max((each.policy.budget_s for each in rollouts), default=m.MAX_BUDGET_S)
+
     def _presence(
         self,
         message: m.HostPresence | m.AgentPresence | m.PublisherPresence | m.CoordinatorPresence,
         now_s: float,
+        *,
+        stored: bool,
     ) -> None:
         match message:
             case m.HostPresence():
-                self.hosts.setdefault(message.host, HostState(heard_s=now_s)).online = message.online
+                state = self.hosts.setdefault(message.host, HostState(heard_s=now_s))
+                state.online = message.online
+                if message.online and not stored:
+                    state.heard_s = now_s
             case m.AgentPresence():
-                self.agents[message.vm] = message.online
+                agent = self.agents.get(message.vm)
+                heard_s = agent.heard_s if agent is not None and stored else now_s
+                self.agents[message.vm] = AgentState(message.online, heard_s)
             case m.PublisherPresence():
                 self.publishers[message.instance] = message.online
             case m.CoordinatorPresence():
-                # A coordinator that was replaced says offline late: it does not speak for the new one.
-                if self.coordinator is None or message.epoch >= self.coordinator.epoch:
-                    self.coordinator = message
+                self._coordinator(message, now_s, stored=stored)
 
-    def _inventory(self, inventory: m.HostInventory, now_s: float) -> None:
-        state = self.hosts.setdefault(inventory.host, HostState())
+    def _coordinator(self, message: m.CoordinatorPresence, now_s: float, *, stored: bool) -> None:
+        known = self.coordinator
+        if known is not None and is_last_will(message):
+            # Were it another one's, the leader would say at once that it is there.
+            self.coordinator = msgspec.structs.replace(known, online=False)
+        elif known is None or message.epoch >= known.epoch:
+            # One that was replaced says offline late: it does not speak for the new one.
+            self.coordinator = message
+            if message.online and (self.coordinator_heard_s is None or not stored):
+                self.coordinator_heard_s = now_s
+
+    def _inventory(self, inventory: m.HostInventory, now_s: float, *, stored: bool) -> None:
+        state = self.hosts.setdefault(inventory.host, HostState(heard_s=now_s))
         before = state.inventory.vms if state.inventory else ()
         state.inventory = inventory
-        state.heard_s = now_s
+        if not stored:
+            state.heard_s = now_s
         for vm in {record.vm for record in before} - {record.vm for record in inventory.vms}:
             self._forget_vm(vm)
+        for set_name in {record.set for record in before} - {record.set for record in inventory.vms}:
+            self._left[set_name] = now_s
         for record in inventory.vms:
+            if record.state == "paused":
+                domain = self._domain_of(record.vm, record.set, record.update_domain)
+                self.pauses.found(record, inventory.host, domain, now_s)
+            elif not self.pauses.runs(record.vm, under_way=bool(inventory.operation)):
+                continue
             self.vm_states[record.vm] = record.state
-        self.pauses.found({record.vm: record.state for record in inventory.vms})
 
     def _forget_vm(self, vm: str) -> None:
         if any(record.vm == vm for _, record, _ in self.vms()):
             return  # it moved: another host has it
         self.vm_states.pop(vm, None)
-        self.clocks.pop(vm, None)
+        self.clocks.forget_vm(vm)
         self.agents.pop(vm, None)
         self.pauses.forget_vm(vm)
 
-    def _domain_of(self, frozen: m.VmFrozen) -> int:
-        """The VM's domain by the key of the rollout that holds its set."""
-        by_fault_domain = any(
-            rollout.policy.domain_key == "fault_domain"
-            and rollout.status not in {"completed", "aborted"}
-            and frozen.set in rollout.sets
+    def _rollouts_under_way(self, set_name: str) -> list[m.RolloutState]:
+        return [
+            rollout
             for rollout in self.rollouts.values()
-        )
-        if by_fault_domain:
+            if rollout.status not in _OVER and set_name in rollout.sets
+        ]
+
+    def _clock_bound_of(self, set_name: str) -> float | None:
+        """By the rollout that tells most about the set, as it stands now."""
+        of_set = [rollout for rollout in self.rollouts.values() if set_name in rollout.sets]
+        return max(of_set, key=_importance).policy.clock_bound_s if of_set else None
+
+    def _domain_of(self, vm: str, set_name: str, update_domain: int) -> int:
+        """The VM's domain by the key of the rollout that holds its set."""
+        rollouts = self._rollouts_under_way(set_name)
+        if any(rollout.policy.domain_key == "fault_domain" for rollout in rollouts):
             for _, record, _state in self.vms():
-                if record.vm == frozen.vm:
+                if record.vm == vm:
                     return record.fault_domain
-        return frozen.update_domain
+        return update_domain
 
     def _since(self, document: m.SetDocument, now_s: float) -> None:
         known = self.events_since.get(document.set, {})
@@ -198,5 +278,10 @@ class Fleet:
             del self.rollouts[oldest.rollout]
 
 
+def is_last_will(message: m.CoordinatorPresence) -> bool:
+    """Whether the broker says it for a coordinator that is gone: no epoch was claimed yet when the will was made."""
+    return not message.online and message.epoch == 0
+
+
 def _importance(rollout: m.RolloutState) -> tuple[bool, float]:
-    return (rollout.status not in {"completed", "aborted"}, rollout.created_at.timestamp())
+    return (rollout.status not in _OVER, rollout.created_at.timestamp())

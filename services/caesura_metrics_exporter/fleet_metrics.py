@@ -1,4 +1,4 @@
-"""The gauges of what is so now, from ``Fleet``."""
+"""The gauges of what is so now, from ``Fleet``; those of rollouts are in ``rollout_metrics``."""
 
 from __future__ import annotations
 
@@ -11,33 +11,47 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from caesura.contract import messages as m
 from caesura_metrics_exporter.families import gauge, states
 from caesura_metrics_exporter.fleet import Fleet
+from caesura_metrics_exporter.rollout_metrics import rollout_families
 
-_WAVE_STATES: tuple[str, ...] = get_args(m.WaveStatus)
-_ROLLOUT_STATES: tuple[str, ...] = get_args(m.RolloutStatus)
 _VM_STATES: tuple[str, ...] = get_args(m.VmState)
 _GUARD_STATES = ("ready", "armed", "absent")
+_AGENT_STATES = ("online", "offline", "silent")
 _PAUSE = ("set", "update_domain", "host", "method")
+
+AGENT_SILENT_S = 300.0
+"""s: an agent says every 30 s that it is there, and is frozen for 30 s at most."""
 
 
 def fleet_families(fleet: Fleet, now_s: float) -> Iterator[Metric]:
     """Every gauge of the fleet at ``now_s`` on the clock that it was fed with; what is not known has no series."""
     yield from _pauses(fleet, now_s)
-    yield from _vms(fleet)
+    yield from _vms(fleet, now_s)
     yield from _clocks(fleet)
-    yield from _rollouts(fleet)
-    yield from _waves(fleet)
-    yield from _events(fleet, now_s)
-    yield from _hosts(fleet)
-    yield from _others(fleet)
+    yield from rollout_families(fleet, now_s)
+    yield from _hosts(fleet, now_s)
+    yield from _others(fleet, now_s)
 
 
 def _pauses(fleet: Fleet, now_s: float) -> Iterator[Metric]:
-    yield gauge("caesura_pause_budget_seconds", "Budget of the last pause.", _PAUSE, fleet.budgets.items())
+    opened = dict(fleet.pauses.longest_open_s(now_s))
+    found = {labels: fleet.budget_of(labels[0]) for labels in opened if labels not in fleet.budgets}
+    yield gauge(
+        "caesura_pause_budget_seconds",
+        "Budget of the pause that is open, else of the last one.",
+        _PAUSE,
+        (fleet.budgets | found).items(),
+    )
     yield gauge(
         "caesura_pause_last_seconds",
         "Longest pause of the last operation, host monotonic clock.",
         _PAUSE,
         [(labels, pause.seconds) for labels, pause in sorted(fleet.pauses.last.items())],
+    )
+    yield gauge(
+        "caesura_pause_last_budget_seconds",
+        "Budget of the pause that caesura_pause_last_seconds tells of.",
+        _PAUSE,
+        [(labels, pause.budget_s) for labels, pause in sorted(fleet.pauses.last.items())],
     )
     yield gauge(
         "caesura_pause_longest_seconds",
@@ -48,10 +62,10 @@ def _pauses(fleet: Fleet, now_s: float) -> Iterator[Metric]:
     # An age and no time stamp: it then hangs on one monotonic clock, and not on two wall clocks that may jump.
     yield gauge(
         "caesura_pause_open_seconds",
-        "Seconds since the exporter heard that a VM was frozen that is not known to run, of the oldest such pause; "
-        "0 with none.",
+        "Seconds since the exporter heard that a VM stands still that is not known to run, of the oldest such pause; "
+        "0 with none. The method is unknown where its freeze was not heard.",
         _PAUSE,
-        (dict.fromkeys(fleet.budgets, 0.0) | dict(fleet.pauses.longest_open_s(now_s))).items(),
+        (dict.fromkeys(fleet.budgets, 0.0) | opened).items(),
     )
     sets = sorted({record.set for _, record, _ in fleet.vms()} | set(fleet.pauses.clashes))
     yield gauge(
@@ -70,35 +84,46 @@ def _pauses(fleet: Fleet, now_s: float) -> Iterator[Metric]:
     yield clashes
 
 
-def _vms(fleet: Fleet) -> Iterator[Metric]:
+def _vms(fleet: Fleet, now_s: float) -> Iterator[Metric]:
     vms: Counter[tuple[str, ...]] = Counter()
     agents: Counter[tuple[str, ...]] = Counter()
     for _, record, state in fleet.vms():
         for each in _VM_STATES:
             vms[record.set, str(record.update_domain), each] += each == state
         if record.agent:
-            online = fleet.agents.get(record.vm, False)
-            agents[record.set, "online"] += online
-            agents[record.set, "offline"] += not online
+            known = fleet.agents.get(record.vm)
+            presence = "offline"
+            if known is not None and known.online:
+                presence = "silent" if now_s - known.heard_s > AGENT_SILENT_S else "online"
+            for name in _AGENT_STATES:
+                agents[record.set, name] += name == presence
     yield gauge("caesura_vms", "VMs by state.", ("set", "update_domain", "state"), vms.items())
-    yield gauge("caesura_agents", "VM agents by presence.", ("set", "state"), agents.items())
+    yield gauge(
+        "caesura_agents",
+        f"VM agents by presence; silent: should be online, and said nothing for {AGENT_SILENT_S:g} s.",
+        ("set", "state"),
+        agents.items(),
+    )
 
 
 def _clocks(fleet: Fleet) -> Iterator[Metric]:
     unsynced: Counter[tuple[str, ...]] = Counter()
     worst: dict[tuple[str, ...], float] = {}
+    bounds: dict[tuple[str, ...], float | None] = {}
     for _, record, _state in fleet.vms():
         domain = (record.set, str(record.update_domain))
         verdict = fleet.clocks.get(record.vm)
         unsynced[domain] += verdict is not None and not verdict.synced
         if verdict is None:
             continue
-        for when, error_s in (("before", verdict.error_before_s), ("after", verdict.error_after_s)):
+        for when, error_s in (("before", verdict.before_s), ("after", verdict.after_s)):
             if error_s is not None and abs(error_s) >= abs(worst.get((*domain, when), 0.0)):
                 worst[*domain, when] = error_s
+                if when == "after":
+                    bounds[domain] = verdict.bound_s
     yield gauge(
         "caesura_vms_unsynced",
-        "VMs whose clock could not be put right after their last pause.",
+        "VMs whose clock could not be put right, after their last pause or by their agent since.",
         ("set", "update_domain"),
         unsynced.items(),
     )
@@ -109,124 +134,24 @@ def _clocks(fleet: Fleet) -> Iterator[Metric]:
         ("set", "update_domain", "when"),
         worst.items(),
     )
-
-
-def _rollouts(fleet: Fleet) -> Iterator[Metric]:
-    domains: list[tuple[tuple[str, ...], float]] = []
-    counts: list[tuple[tuple[str, ...], float]] = []
-    rollouts: list[tuple[tuple[str, ...], float]] = []
-    waves: list[tuple[tuple[str, ...], float]] = []
-    completed: list[tuple[tuple[str, ...], float]] = []
-    for set_name, rollout in sorted(fleet.rollout_of_sets().items()):
-        rollouts += states((set_name,), _ROLLOUT_STATES, rollout.status)
-        mine = [wave for wave in rollout.waves if set_name in wave.domains]
-        waves.append(((set_name,), len(mine)))
-        completed.append(((set_name,), sum(wave.status == "completed" for wave in mine)))
-        now = fleet.domain_states(rollout, set_name)
-        for domain, status in sorted(now.items()):
-            domains += states((set_name, str(domain)), _WAVE_STATES, status)
-        by_wave_status = Counter(now.values())
-        counts += [((set_name, status), by_wave_status[status]) for status in _WAVE_STATES]
     yield gauge(
-        "caesura_domain_status",
-        "1 for the status of the wave that touches the domain.",
-        ("set", "update_domain", "status"),
-        domains,
-    )
-    yield gauge("caesura_domains", "Domains of a set's rollout by status.", ("set", "status"), counts)
-    yield gauge("caesura_rollout_status", "1 for the status of a set's rollout.", ("set", "status"), rollouts)
-    yield gauge("caesura_rollout_waves", "Waves of a set's rollout that touch the set.", ("set",), waves)
-    yield gauge("caesura_rollout_waves_completed", "The completed ones of these waves.", ("set",), completed)
-    by_status = Counter[str](rollout.status for rollout in fleet.rollouts.values())
-    yield gauge(
-        "caesura_rollouts",
-        "Known rollouts by status.",
-        ("status",),
-        [((status,), by_status[status]) for status in _ROLLOUT_STATES],
-    )
-
-
-def _waves(fleet: Fleet) -> Iterator[Metric]:
-    """When rollouts and waves began and ended, on the coordinator's wall clock: for durations and annotations."""
-    begun: list[tuple[tuple[str, ...], float]] = []
-    over: list[tuple[tuple[str, ...], float]] = []
-    bounds: list[tuple[tuple[str, ...], float]] = []
-    started: dict[tuple[str, ...], float] = {}
-    ended: dict[tuple[str, ...], tuple[float, str]] = {}
-    for name, rollout in sorted(fleet.rollout_of_sets().items()):
-        begun.append(((name,), rollout.created_at.timestamp()))
-        bounds.append(((name,), rollout.policy.clock_bound_s))
-        if rollout.ended_at is not None:
-            over.append(((name,), rollout.ended_at.timestamp()))
-        for wave in rollout.waves:
-            if name not in wave.domains:
-                continue
-            domain = (name, str(wave.domains[name]))
-            if wave.started_at is not None:
-                at = wave.started_at.timestamp()
-                started[domain] = max(at, started.get(domain, at))
-            if wave.ended_at is not None:
-                last = (wave.ended_at.timestamp(), wave.status)
-                ended[domain] = max(last, ended.get(domain, last))
-    yield gauge(
-        "caesura_rollout_created_timestamp_seconds", "When a set's rollout was created.", ("set",), begun
-    )
-    yield gauge(
-        "caesura_rollout_ended_timestamp_seconds",
-        "When a set's rollout completed or was aborted.",
-        ("set",),
-        over,
-    )
-    yield gauge(
-        "caesura_rollout_clock_bound_seconds",
-        "How far a guest's clock may be off, by the policy of its set's rollout.",
-        ("set",),
-        bounds,
-    )
-    yield gauge(
-        "caesura_wave_started_timestamp_seconds",
-        "When the last wave began to pause the domain.",
+        "caesura_clock_bound_last_seconds",
+        "How far the clock of caesura_clock_error_last_seconds after the sync might be off, by the rollout of its pause.",
         ("set", "update_domain"),
-        started.items(),
-    )
-    yield gauge(
-        "caesura_wave_ended_timestamp_seconds",
-        "When the last wave of the domain ended, and how.",
-        ("set", "update_domain", "status"),
-        [((*domain, status), at) for domain, (at, status) in ended.items()],
+        [(domain, bound_s) for domain, bound_s in bounds.items() if bound_s is not None],
     )
 
 
-def _events(fleet: Fleet, now_s: float) -> Iterator[Metric]:
-    open_events: Counter[tuple[str, ...]] = Counter()
-    ages: dict[tuple[str, ...], float] = {}
-    for document in fleet.documents.values():
-        since = fleet.events_since.get(document.set, {})
-        for event in document.events:
-            labels = (document.set, event.event_type, event.status)
-            open_events[labels] += 1
-            age_s = now_s - since.get((event.event_id, event.status), now_s)
-            ages[labels] = max(age_s, ages.get(labels, 0.0))
-    yield gauge(
-        "caesura_events_open", "Open scheduled events.", ("set", "type", "status"), open_events.items()
-    )
-    yield gauge(
-        "caesura_event_open_seconds",
-        "Seconds that an open event has had its status, as far as the exporter saw, of the oldest.",
-        ("set", "type", "status"),
-        ages.items(),
-    )
-    yield gauge(
-        "caesura_document_incarnation",
-        "DocumentIncarnation of a set.",
-        ("set",),
-        [((document.set,), document.incarnation) for document in fleet.documents.values()],
-    )
-
-
-def _hosts(fleet: Fleet) -> Iterator[Metric]:
+def _hosts(fleet: Fleet, now_s: float) -> Iterator[Metric]:
     online = [((host,), float(state.online)) for host, state in fleet.hosts.items()]
     yield gauge("caesura_host_online", "1 while the host updater is on the bus, else 0.", ("host",), online)
+    # A last will needs a broker: one that died with the host, or before it, tells nothing when it is back.
+    yield gauge(
+        "caesura_host_heard_seconds",
+        "Seconds since the exporter heard the host updater itself, which speaks every 20 s.",
+        ("host",),
+        [((host,), max(0.0, now_s - state.heard_s)) for host, state in fleet.hosts.items()],
+    )
     guards: list[tuple[tuple[str, ...], float]] = []
     busy: list[tuple[tuple[str, ...], float]] = []
     for host, state in fleet.hosts.items():
@@ -239,11 +164,11 @@ def _hosts(fleet: Fleet) -> Iterator[Metric]:
     yield gauge("caesura_host_busy", "1 while an operation is under way on the host.", ("host",), busy)
 
 
-def _others(fleet: Fleet) -> Iterator[Metric]:
+def _others(fleet: Fleet, now_s: float) -> Iterator[Metric]:
     yield gauge(
         "caesura_publisher_online",
         "1 while the metadata publisher is on the bus, else 0.",
-        ("instance",),
+        ("publisher",),
         [((name,), float(online)) for name, online in fleet.publishers.items()],
     )
     coordinator = fleet.coordinator
@@ -252,6 +177,12 @@ def _others(fleet: Fleet) -> Iterator[Metric]:
         "1 while the coordinator is on the bus, else 0.",
         value=float(coordinator is not None and coordinator.online),
     )
+    if fleet.coordinator_heard_s is not None:
+        yield GaugeMetricFamily(
+            "caesura_coordinator_heard_seconds",
+            "Seconds since the exporter heard the coordinator itself, which speaks every 20 s.",
+            value=max(0.0, now_s - fleet.coordinator_heard_s),
+        )
     if coordinator is not None:
         yield GaugeMetricFamily(
             "caesura_coordinator_epoch", "Epoch of the coordinator.", value=coordinator.epoch

@@ -44,6 +44,10 @@ class LaneBook:
         lane.vms = self._members(set_name, key, domain)
         return lane
 
+    def get(self, set_name: str, key: DomainKey, domain: int) -> Lane | None:
+        """The lane, where there is one."""
+        return self._lanes.get(lane_name(set_name, key, domain))
+
     def changed(self, lane: Lane) -> None:
         """Note that this lane changed."""
         lane.revision = self._touch()
@@ -62,7 +66,9 @@ class LaneBook:
         for lane in self:
             if lane.trim(before):
                 self.changed(lane)
-            if not (lane.vms or lane.segments or lane.marks):
+            # A domain that VMs say they are in stays; one that only a rollout went by goes with what is drawn of it.
+            lives = lane.rollout or lane.waits if lane.key == "fault_domain" else lane.vms
+            if not (lives or lane.segments or lane.marks):
                 del self._lanes[lane.name]
                 self.full, gone = False, True
         return gone

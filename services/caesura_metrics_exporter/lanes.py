@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections import deque
+from heapq import nlargest
+from math import inf
 from statistics import median
 from typing import Literal
 
 import msgspec
 
 SEGMENTS_KEPT = 40  # a wave makes some five
-MARKS_KEPT = 40  # pauses of a domain that are drawn one by one
+SEGMENTS_IDLE = 12  # sent of a lane in which nothing is under way
+MARKS_KEPT = 200  # pauses of a domain
+MARKS_SENT = 40  # of these, to be drawn one by one
+MARKS_IDLE = 12  # of a lane in which nothing is under way
 
 LaneState = Literal["scheduled", "started", "frozen", "resumed", "verified", "failed", "cancelled"]
 DomainKey = Literal["update_domain", "fault_domain"]
@@ -41,6 +45,8 @@ class Segment(msgspec.Struct, omit_defaults=True):
     not_before: float | None = None
     """Of a scheduled one: when it starts at the latest."""
     note: str = ""
+    since_unknown: bool = False
+    """It began earlier than ``start``; when is not known."""
 
 
 class Mark(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -66,12 +72,24 @@ class Clock(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class PauseFigures(msgspec.Struct, frozen=True):
-    """Of the pauses that are kept: how many, and seconds."""
+    """Of the last hour's pauses: how many, and seconds."""
 
     count: int
     least: float
     median: float
+    """Of the last ``MARKS_KEPT``."""
     most: float
+    over: int
+    """How many were longer than their budget."""
+
+
+class _Minute(msgspec.Struct):
+    """What is kept of all pauses that ended within a minute."""
+
+    count: int = 0
+    over: int = 0
+    least: float = inf
+    most: float = 0.0
 
 
 class LaneView(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -83,9 +101,14 @@ class LaneView(msgspec.Struct, frozen=True, omit_defaults=True):
     domain: int
     vms: int
     state: LaneState | Literal[""]
+    standing: int = 0
+    """VMs of it that stand still now."""
+    waits: int | None = None
+    """The wave that is to come."""
     segments: tuple[Segment, ...] = ()
     pauses: PauseFigures | None = None
     marks: tuple[Mark, ...] = ()
+    """The worst first."""
     budget: float | None = None
     clock: Clock | None = None
     """Of the VM that is off most."""
@@ -93,7 +116,7 @@ class LaneView(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class Lane:
-    """What is remembered of one domain. Bounded: ``SEGMENTS_KEPT``, ``MARKS_KEPT``, and one clock a VM."""
+    """What is remembered of one domain. Bounded: ``SEGMENTS_KEPT``, ``MARKS_KEPT``, an hour's minutes, and one clock a VM."""
 
     def __init__(self, set_name: str, key: DomainKey, domain: int) -> None:
         self.set = set_name
@@ -104,9 +127,13 @@ class Lane:
         self.rollout = ""
         self.wave = -1
         self.wave_status = ""
-        self.segments: deque[Segment] = deque(maxlen=SEGMENTS_KEPT)
-        self.marks: deque[Mark] = deque(maxlen=MARKS_KEPT)
+        self.waits: tuple[str, int] | None = None
+        """The rollout and its wave that is to come."""
+        self.standing = 0
+        self.segments: list[Segment] = []
+        self.marks: list[Mark] = []
         self.clocks: dict[str, Clock] = {}
+        self._minutes: dict[int, _Minute] = {}
 
     @property
     def name(self) -> str:
@@ -119,47 +146,85 @@ class Lane:
         last = self.segments[-1] if self.segments else None
         return last.state if last is not None and last.end is None else ""
 
-    def enter(self, state: LaneState, at: float, *, not_before: float | None = None, note: str = "") -> None:
+    def enter(
+        self,
+        state: LaneState,
+        at: float,
+        *,
+        not_before: float | None = None,
+        note: str = "",
+        since_unknown: bool = False,
+    ) -> None:
         """Begin a stretch, ending the one before. A time before that one's start counts as its start."""
         last = self.segments[-1] if self.segments else None
         if last is not None and last.end is None:
             if last.state == state and last.wave == max(self.wave, 0):
                 last.note = note or last.note
                 last.not_before = not_before or last.not_before
+                if last.since_unknown and not since_unknown:
+                    before = self.segments[-2].end if len(self.segments) > 1 else None
+                    last.start, last.since_unknown = max(before or 0.0, min(at, last.start)), False
                 return
             at = max(at, last.start)
         elif last is not None and last.end is not None:
             at = max(at, last.end)
         self.close(at)
-        self.segments.append(Segment(state, at, None, max(self.wave, 0), not_before, note))
+        self.segments.append(Segment(state, at, None, max(self.wave, 0), not_before, note, since_unknown))
+        if len(self.segments) > SEGMENTS_KEPT:
+            self._make_room()
+
+    def _make_room(self) -> None:
+        """Swaps one after another are many short stretches of one wave: two become one, so that what was before stays."""
+        for index in range(len(self.segments) - 3):
+            first, _, third = three = self.segments[index : index + 3]
+            alike = len({each.wave for each in three}) == 1 and third.end is not None
+            if alike and [each.state for each in three] == ["frozen", "resumed", "frozen"]:
+                first.end, first.note = third.end, "several pauses, one after another"
+                del self.segments[index + 1 : index + 3]
+                return
+        del self.segments[0]
 
     def close(self, at: float) -> None:
         """End the stretch that lasts, if there is one."""
         if self.segments and self.segments[-1].end is None:
             self.segments[-1].end = max(at, self.segments[-1].start)
 
+    def take_back(self) -> None:
+        """The stretch that lasts was never true."""
+        if self.segments and self.segments[-1].end is None:
+            del self.segments[-1]
+
+    def mark(self, mark: Mark) -> None:
+        """Note a finished pause."""
+        minute = self._minutes.setdefault(int(mark.at // 60), _Minute())
+        minute.count += 1
+        minute.over += mark.over
+        minute.least, minute.most = min(minute.least, mark.seconds), max(minute.most, mark.seconds)
+        self.marks.append(mark)
+        if len(self.marks) > MARKS_KEPT:
+            most = max(each.seconds for each in self.marks)  # this one stays, as do those that went wrong
+            self.marks.remove(min(self.marks, key=lambda each: (each.over, each.guard, each.seconds == most)))
+
     def shift(self, by: float) -> None:
-        """The clock was put back: what was seen moves with it, so that the order stays."""
+        """The clock jumped: what was seen moves with it, so that the order stays."""
         for segment in self.segments:
             segment.start += by
             segment.end = None if segment.end is None else segment.end + by
-        self.marks = deque(
-            (msgspec.structs.replace(mark, at=mark.at + by) for mark in self.marks), maxlen=MARKS_KEPT
-        )
+        self.marks = [msgspec.structs.replace(mark, at=mark.at + by) for mark in self.marks]
+        self._minutes = {minute + round(by / 60): each for minute, each in self._minutes.items()}
 
     def trim(self, before: float) -> bool:
         """Forget what ended earlier; whether there was something."""
-        old = len(self.segments) + len(self.marks)
-        while self.segments and (end := self.segments[0].end) is not None and end < before:
-            self.segments.popleft()
-        while self.marks and self.marks[0].at < before:
-            self.marks.popleft()
-        return len(self.segments) + len(self.marks) != old
+        old = len(self.segments) + len(self.marks) + len(self._minutes)
+        self.segments = [each for each in self.segments if each.end is None or each.end >= before]
+        self.marks = [each for each in self.marks if each.at >= before]
+        self._minutes = {minute: each for minute, each in self._minutes.items() if minute >= before // 60}
+        return len(self.segments) + len(self.marks) + len(self._minutes) != old
 
     def view(self) -> LaneView:
         """As it is sent."""
-        seconds = [mark.seconds for mark in self.marks]
         off = [clock for clock in self.clocks.values() if clock.after is not None]
+        idle = not self.rollout and not self.state
         return LaneView(
             lane=self.name,
             set=self.set,
@@ -167,12 +232,28 @@ class Lane:
             domain=self.domain,
             vms=len(self.vms),
             state=self.state,
-            segments=tuple(self.segments),
-            pauses=PauseFigures(len(seconds), min(seconds), median(seconds), max(seconds))
-            if seconds
-            else None,
-            marks=tuple(self.marks),
+            standing=self.standing,
+            waits=self.waits[1] if self.waits is not None else None,
+            segments=tuple(self.segments[-SEGMENTS_IDLE:] if idle else self.segments),
+            pauses=self._figures(),
+            marks=tuple(nlargest(MARKS_IDLE if idle else MARKS_SENT, self.marks, key=_badness)),
             budget=self.marks[-1].budget if self.marks else None,
             clock=max(off, key=lambda clock: abs(clock.after or 0.0), default=None),
             unsynced=sum(not clock.synced for clock in self.clocks.values()),
         )
+
+    def _figures(self) -> PauseFigures | None:
+        minutes = self._minutes.values()
+        if not self.marks or not minutes:
+            return None
+        return PauseFigures(
+            count=sum(each.count for each in minutes),
+            least=min(each.least for each in minutes),
+            median=median(mark.seconds for mark in self.marks),
+            most=max(each.most for each in minutes),
+            over=sum(each.over for each in minutes),
+        )
+
+
+def _badness(mark: Mark) -> tuple[bool, bool, float]:
+    return mark.over, mark.guard, mark.seconds

@@ -7,26 +7,29 @@ clock (it lies in the future, or long ago) is drawn where it was heard. Bounded 
 
 from __future__ import annotations
 
-from collections import deque
 from datetime import datetime
+from typing import Literal
+
+from msgspec.structs import replace
 
 from caesura.contract import messages as m
 from caesura.contract.codec import Received
 from caesura.contract.envelope import Message
 from caesura.contract.topics import TopicError, channel_at
-from caesura_metrics_exporter.alarms import Alarms
-from caesura_metrics_exporter.happenings import Happening, happening
+from caesura_metrics_exporter.alarms import ALARMS_SENT, Alarms
+from caesura_metrics_exporter.fleet import is_last_will
+from caesura_metrics_exporter.happenings import Happening, Level, happening
 from caesura_metrics_exporter.lanebook import LaneBook
 from caesura_metrics_exporter.lanes import OF_WAVE, Clock, DomainKey, Lane, Mark
+from caesura_metrics_exporter.logbook import LogBook
 from caesura_metrics_exporter.standing import Paused, Standing
 from caesura_metrics_exporter.views import Change, Fleet, rollout_view
 
 KEPT_S = 3600.0  # s of lanes and pauses
-LOG_KEPT = 100  # lines
 ROLLOUTS_KEPT = 20  # of those that ended; those under way are all kept
 PAUSED_SENT = 200  # a wave may pause more; the rest is a number
 _AHEAD_S = 1.0  # s that a sender's clock may be ahead before its times are not believed
-_BACK_S = 2.0  # s by which the exporter's own clock must go back to be called a jump
+_JUMP_S = 2.0  # s by which the exporter's own clock must step to be called a jump
 _OVER = frozenset({"completed", "aborted"})
 _FINAL = frozenset({"completed", "failed", "cancelled"})
 
@@ -38,14 +41,16 @@ class Live:
         self.revision = 1
         self._floor = 1  # something was removed at this revision: who knows less needs everything anew
         self._now = 0.0
+        self._ahead: float | None = None  # s, the wall clock minus the monotonic one
         self._head_at = self._rollouts_at = self._paused_at = 1
         self._lanes = LaneBook(self._touch, self._members)
-        self._log: deque[tuple[int, Happening]] = deque(maxlen=LOG_KEPT)
+        self._log = LogBook()
         self._rollouts: dict[str, m.RolloutState] = {}
         self._holder: dict[str, str] = {}  # set to the rollout that has it
         self._standing = Standing()
         self._hosts: dict[str, m.HostInventory] = {}
         self._online: dict[str, bool] = {}
+        self._offline_since: dict[str, float] = {}
         self._vms: dict[str, tuple[str, m.VmRecord]] = {}
         self._coordinator: m.CoordinatorPresence | None = None
         self._broker = "not connected yet"
@@ -54,9 +59,12 @@ class Live:
 
     # -- in -----------------------------------------------------------------------------------------------
 
-    def take(self, received: Received, now: float, *, fresh: bool) -> None:
-        """Fold one message, heard at ``now``. ``fresh`` is false for a repetition: then only state counts."""
-        self.tick(now)
+    def take(self, received: Received, now: float, mono: float, *, fresh: bool) -> None:
+        """Fold one message, heard at ``now``. ``fresh`` is false for a repetition: then only state counts.
+
+        Here and below ``mono`` is the monotonic clock's seconds, by which a jump of the wall clock is seen.
+        """
+        self.tick(now, mono)
         message = received.message
         self._state(message, received.header.time.timestamp())
         if fresh:
@@ -65,9 +73,9 @@ class Live:
             if line is not None:
                 self._say(line)
 
-    def clear(self, topic: str, now: float) -> None:
+    def clear(self, topic: str, now: float, mono: float) -> None:
         """A retained message was removed: its subject is gone."""
-        self.tick(now)
+        self.tick(now, mono)
         try:
             channel = channel_at(topic)
         except TopicError:
@@ -76,31 +84,42 @@ class Live:
         if channel.message is m.HostInventory:
             self.forget_host(named["host"])
         elif channel.message is m.RolloutState and named["rollout"] in self._rollouts:
-            del self._rollouts[named["rollout"]]
+            rollout = self._rollouts.pop(named["rollout"])
+            if rollout.status not in _OVER:
+                self._release(rollout, now)
             self._rollouts_at = self._touch()
 
-    def connection(self, wrong: str, now: float) -> None:
+    def connection(self, wrong: str, now: float, mono: float) -> None:
         """How the exporter's own connection is: empty when well, else what is wrong."""
-        self.tick(now)
+        self.tick(now, mono)
         if wrong != self._broker:
             if bool(wrong) != bool(self._broker) or not self._broker_since:
                 self._broker_since = now
             self._broker = wrong
             self._head_at = self._touch()
 
-    def tick(self, now: float) -> None:
-        """Time went on. A clock that was put back takes what was seen with it."""
-        if now < self._now - _BACK_S:
-            by = now - self._now
+    def tick(self, now: float, mono: float) -> None:
+        """Time went on. A wall clock that jumped takes what was seen with it, so that nothing lasts longer by that."""
+        ahead = now - mono
+        by = ahead - self._ahead if self._ahead is not None else 0.0
+        if abs(by) > _JUMP_S:
             for lane in self._lanes:
                 lane.shift(by)
             self._standing.shift(by)
-            self._floor = self._touch()
+            self.alarms.shift(by)
+            self._log.shift(by)
+            self._broker_since += by
+            self._offline_since = {host: at + by for host, at in self._offline_since.items()}
+            self._floor = self._head_at = self._paused_at = self._touch()
+        self._ahead = ahead
         self._now = now
 
-    def expire(self, now: float) -> None:
+    def expire(self, now: float, mono: float) -> None:
         """Forget what is older than ``KEPT_S``; call now and then."""
-        self.tick(now)
+        self.tick(now, mono)
+        for paused in [each for each in self._standing if each.vm not in self._vms]:
+            if paused.heard < now - KEPT_S:
+                self._lose(paused, f"no word from {paused.host}")
         if self._lanes.expire(now - KEPT_S):
             self._floor = self._head_at = self._touch()
         if self.alarms.expire(now - KEPT_S):
@@ -109,9 +128,12 @@ class Live:
     def forget_host(self, host: str) -> None:
         """The host is gone for good."""
         self._online.pop(host, None)
+        self._offline_since.pop(host, None)
         gone = self._hosts.pop(host, None)
         for record in gone.vms if gone is not None else ():
-            self._leave(record, host)
+            self._leave(record, host, f"no word from {host}")
+        for paused in [each for each in self._standing if each.host == host]:
+            self._lose(paused, f"no word from {host}")
         self._head_at = self._touch()
 
     # -- out ----------------------------------------------------------------------------------------------
@@ -132,12 +154,12 @@ class Live:
             now=now,
             kept_s=KEPT_S,
             fleet=self._fleet() if self._head_at > after else None,
-            rollouts=tuple(rollout_view(each) for each in self._shown())
+            rollouts=tuple(rollout_view(each, self._standing.count_of) for each in self._shown())
             if self._rollouts_at > after
             else None,
             paused=self._standing.view(PAUSED_SENT) if self._paused_at > after else None,
             lanes=tuple(lane.view() for lane in self._lanes.since(after)),
-            log=tuple(line for revision, line in self._log if revision > after),
+            log=tuple(self._log.since(after)),
         )
 
     def _fleet(self) -> Fleet:
@@ -147,13 +169,15 @@ class Live:
             broker_since=self._broker_since,
             coordinator="unknown" if coordinator is None else "online" if coordinator.online else "offline",
             hosts=len(self._hosts.keys() | self._online.keys()),
-            hosts_offline=tuple(sorted(host for host, online in self._online.items() if not online)),
+            hosts_offline=tuple(sorted(self._offline_since)),
+            offline_since=dict(self._offline_since),
             vms=len(self._vms),
             sets=len({lane.set for lane in self._lanes}),
-            domains=len(self._lanes),
+            domains=sum(lane.key == "update_domain" for lane in self._lanes),
             paused=len(self._standing),
             full=self._lanes.full,
             alarms=self.alarms.current(),
+            alarms_more=max(0, len(self.alarms) - ALARMS_SENT),
         )
 
     def _shown(self) -> list[m.RolloutState]:
@@ -173,10 +197,11 @@ class Live:
                 self._presence(message)
             case m.CoordinatorPresence():
                 known = self._coordinator
-                if known is None or message.epoch >= known.epoch:
+                if known is None or message.epoch >= known.epoch or is_last_will(message):
                     if known is not None and known.online and not message.online:
                         self._say(Happening(at=self._now, what="coordinator offline", level="warning"))
-                    self._coordinator = message
+                    epoch = max(message.epoch, known.epoch if known is not None else 0)
+                    self._coordinator = replace(message, epoch=epoch)
                     self._head_at = self._touch()
             case _:
                 pass
@@ -189,6 +214,10 @@ class Live:
             level = "quiet" if message.online else "warning"
             self._say(Happening(at=self._now, what=what, level=level, host=message.host))  # type: ignore[arg-type]
         self._online[message.host] = message.online
+        if message.online:
+            self._offline_since.pop(message.host, None)
+        else:
+            self._offline_since[message.host] = self._now
         self._head_at = self._touch()
 
     def _inventory(self, inventory: m.HostInventory) -> None:
@@ -203,43 +232,62 @@ class Live:
                 self._join(record, inventory.host)
             self._head_at = self._touch()
         for record in inventory.vms:
-            standing = self._standing.get(record.vm)
-            if record.state == "paused" and standing is None:
-                place = self._place(record.vm, record.set, record.update_domain)
-                self._stand(Paused(record.vm, record.set, *place, inventory.host))
-            elif standing is not None and record.state != "paused":
-                under_way = standing.operation and inventory.operation == standing.operation
-                if not under_way:  # its fact was missed, or there is none: a VM that somebody else paused
-                    self._run_again(standing, self._now)
+            self._found(record, inventory)
+
+    def _found(self, record: m.VmRecord, inventory: m.HostInventory) -> None:
+        standing = self._standing.get(record.vm)
+        if record.state == "paused" and standing is None:
+            place = self._place(record.vm, record.set, record.update_domain)
+            self._stand(
+                Paused(record.vm, record.set, record.update_domain, *place, inventory.host, self._now)
+            )
+        elif standing is not None and record.state != "paused":
+            under_way = standing.operation and inventory.operation == standing.operation
+            if under_way:
+                pass
+            elif record.state == "running":  # its fact was missed, or there is none: somebody else paused it
+                self._stand_no_more(standing, self._now)
+            else:
+                self.alarms.stopped(record.vm, record.set, inventory.host, record.state, self._now)
+                self._stand_no_more(standing, self._now, "failed")
+                self._say_of(standing, f"{record.state} after its pause", "bad")
+        if record.state == "running" and self.alarms.runs(record.vm, self._now):
+            self._head_at = self._touch()
 
     def _join(self, record: m.VmRecord, host: str) -> None:
         before = self._vms.get(record.vm)
         self._vms[record.vm] = (host, record)
-        if before is not None and (before[1].set, before[1].update_domain) != (
-            record.set,
-            record.update_domain,
-        ):
+        if before is not None and _domains(before[1]) != _domains(record):
             self._out_of_lane(before[1])
-        lane = self._lane(record.set, "update_domain", record.update_domain)
-        if lane is not None and record.vm not in lane.vms:
-            lane.vms.add(record.vm)
-            self._lanes.changed(lane)
+        self._lane(record.set, "update_domain", record.update_domain)
+        for lane in self._lanes_of(record):
+            if record.vm not in lane.vms:
+                lane.vms.add(record.vm)
+                self._lanes.changed(lane)
+        if self._standing.get(record.vm) is not None:
+            self._put_right(record.set)
 
-    def _leave(self, record: m.VmRecord, host: str) -> None:
+    def _leave(self, record: m.VmRecord, host: str, why: str = "gone while it stood still") -> None:
         if self._vms.get(record.vm, ("", record))[0] != host:
             return  # it moved: another host has it
         self._vms.pop(record.vm, None)
         self._out_of_lane(record)
+        if self.alarms.gone(record.vm, self._now):
+            self._head_at = self._touch()
         standing = self._standing.get(record.vm)
         if standing is not None:
-            self._run_again(standing, self._now)
+            self._lose(standing, why)
 
     def _out_of_lane(self, record: m.VmRecord) -> None:
-        lane = self._lane(record.set, "update_domain", record.update_domain)
-        if lane is not None:
+        for lane in self._lanes_of(record):
             lane.vms.discard(record.vm)
             lane.clocks.pop(record.vm, None)
             self._lanes.changed(lane)
+
+    def _lanes_of(self, record: m.VmRecord) -> list[Lane]:
+        by_update = self._lanes.get(record.set, "update_domain", record.update_domain)
+        by_fault = self._lanes.get(record.set, "fault_domain", record.fault_domain)
+        return [lane for lane in (by_update, by_fault) if lane is not None]
 
     def _rollout(self, rollout: m.RolloutState, sent: float) -> None:
         known = self._rollouts.get(rollout.rollout)
@@ -247,13 +295,15 @@ class Live:
         self._rollouts_at = self._touch()
         over = rollout.status in _OVER
         for name in rollout.sets:
-            if not over:
+            if not over and self._holder.get(name) != rollout.rollout:
                 self._holder[name] = rollout.rollout
+                self._put_right(name)
         if not (over and known is None):  # one that was over before the exporter came is not drawn
             told = {wave.wave: wave.status for wave in known.waves} if known is not None else {}
             for wave in rollout.waves:
                 if told.get(wave.wave) != wave.status:
-                    self._wave(rollout, wave, _when(wave, sent))
+                    at = _when(wave, sent)
+                    self._wave(rollout, wave, at if known is not None else max(at, self._now - KEPT_S))
         if over:
             self._release(rollout, sent)
             ended = sorted(
@@ -280,6 +330,9 @@ class Live:
                 lane.close(self._at(sent))
             lane.rollout, lane.wave, lane.wave_status = "", -1, ""
             self._lanes.changed(lane)
+        for lane in [each for each in self._lanes if each.waits and each.waits[0] == rollout.rollout]:
+            lane.waits = None
+            self._lanes.changed(lane)
         for name in [name for name, holder in self._holder.items() if holder == rollout.rollout]:
             del self._holder[name]
 
@@ -299,17 +352,25 @@ class Live:
         at: float,
         not_before: float | None = None,
     ) -> None:
-        state = OF_WAVE.get(wave.status)
-        lane = self._lane(name, key, domain) if state is not None else None
-        if lane is None or state is None:
+        lane = self._lane(name, key, domain)
+        if lane is None:
             return
+        state = OF_WAVE.get(wave.status)
+        if state is None:  # it is to come
+            lane.waits = (rollout, wave.wave)
+            self._lanes.changed(lane)
+            return
+        if lane.waits == (rollout, wave.wave):
+            lane.waits = None
+            self._lanes.changed(lane)
         same_wave = (lane.rollout, lane.wave) == (rollout, wave.wave)
         if same_wave and lane.wave_status == wave.status:
             return
         if lane.rollout == rollout and lane.wave > wave.wave:
             return  # an earlier wave of this rollout had VMs of the domain, too: the later one counts
         lane.rollout, lane.wave, lane.wave_status = rollout, wave.wave, wave.status
-        if not self._standing.any_in(lane.set, lane.key, lane.domain):
+        long_ago = wave.status in _FINAL and at <= self._now - KEPT_S
+        if not lane.standing and not long_ago:
             lane.enter(state, self._at(at), not_before=not_before, note=wave.reason)
         self._lanes.changed(lane)
 
@@ -339,9 +400,11 @@ class Live:
             Paused(
                 vm=message.vm,
                 set=message.set,
+                update_domain=message.update_domain,
                 key=key,
                 domain=domain,
                 host=message.host,
+                heard=self._now,
                 operation=message.operation,
                 method=message.method,
                 since=self._at(message.at.timestamp()),
@@ -360,14 +423,40 @@ class Live:
 
     def _stand(self, paused: Paused) -> None:
         self._standing.add(paused)
-        self._paused_at = self._head_at = self._touch()
         lane = self._lane(paused.set, paused.key, paused.domain)
         if lane is not None:
-            lane.enter("frozen", self._now if paused.since is None else paused.since)
-            self._lanes.changed(lane)
+            unknown = paused.since is None
+            lane.enter("frozen", self._now if paused.since is None else paused.since, since_unknown=unknown)
+        self._counted(paused)
         clash = self._standing.clash(paused.set)
         if clash:
             self.alarms.two_domains(paused.set, clash, self._now)
+
+    def _counted(self, paused: Paused) -> Lane | None:
+        """The VMs that stand still changed in this one's lane."""
+        self._paused_at = self._head_at = self._touch()
+        if self._rollouts:
+            self._rollouts_at = self._paused_at
+        lane = self._lanes.get(paused.set, paused.key, paused.domain)
+        if lane is not None:
+            lane.standing = self._standing.count_in(paused.set, paused.key, paused.domain)
+            self._lanes.changed(lane)
+        return lane
+
+    def _put_right(self, set_name: str) -> None:
+        """VMs of the set were placed before it was known which rollout holds it: place them anew."""
+        clashed = self._standing.clash(set_name)
+        for paused in self._standing.of(set_name):
+            key, domain = self._place(paused.vm, paused.set, paused.update_domain)
+            if (key, domain) == (paused.key, paused.domain):
+                continue
+            self._standing.remove(paused.vm)
+            lane = self._counted(paused)
+            if lane is not None and not lane.standing:
+                lane.take_back()
+            self._stand(replace(paused, key=key, domain=domain))
+        if clashed and not self._standing.clash(set_name):
+            self.alarms.end_two_domains(set_name, self._now, mistaken=True)
 
     def _resumed(self, message: m.VmResumed) -> None:
         at = self._at(message.at.timestamp())
@@ -381,35 +470,45 @@ class Live:
         if lane is not None:
             seconds, over = round(message.pause_s, 6), not message.within_budget
             guard = message.resumed_by == "guard"
-            lane.marks.append(Mark(at, message.vm, seconds, message.budget_s, over, guard))
+            lane.mark(Mark(round(at, 3), message.vm, seconds, message.budget_s, over, guard))
             if standing is None and lane.state != "frozen":
                 # Its beginning was missed: the pause itself says when that was.
                 lane.enter("frozen", at - message.pause_s)
                 self._go_on(lane, at)
+                if not lane.rollout:
+                    lane.close(at)
             self._lanes.changed(lane)
         if standing is not None:
-            self._run_again(standing, at)
+            self._stand_no_more(standing, at)
         if self.alarms.resumed(message, self._now):
             self._head_at = self._touch()
 
-    def _run_again(self, paused: Paused, at: float) -> None:
+    def _stand_no_more(
+        self, paused: Paused, at: float, how: Literal["resumed", "failed", "lost"] = "resumed"
+    ) -> None:
         self._standing.remove(paused.vm)
-        self._paused_at = self._head_at = self._touch()
+        lane = self._counted(paused)
         if not self._standing.clash(paused.set):
             self.alarms.end_two_domains(paused.set, self._now)
-        lane = self._lane(paused.set, paused.key, paused.domain)
-        still = self._standing.any_in(paused.set, paused.key, paused.domain)
-        if lane is not None and lane.state == "frozen" and not still:
+        if lane is None or lane.state != "frozen" or lane.standing:
+            return
+        if how == "resumed":
             self._go_on(lane, at)
-            self._lanes.changed(lane)
+        elif how == "failed":
+            lane.enter("failed", at)
+        if how == "lost" or not lane.rollout:
+            lane.close(at)
+
+    def _lose(self, paused: Paused, why: str) -> None:
+        """Nothing more will be heard of it."""
+        self._stand_no_more(paused, self._now, "lost")
+        self._say_of(paused, why, "warning")
 
     @staticmethod
     def _go_on(lane: Lane, at: float) -> None:
         """No VM of the lane stands still any more."""
         state = OF_WAVE.get(lane.wave_status, "resumed")
         lane.enter("resumed" if state in {"scheduled", "started"} else state, at)
-        if not lane.rollout:
-            lane.close(at)
 
     # -- where things are -----------------------------------------------------------------------------------
 
@@ -442,7 +541,11 @@ class Live:
         return self.revision
 
     def _say(self, line: Happening) -> None:
-        self._log.append((self._touch(), line))
+        self._log.add(self._touch(), line)
+
+    def _say_of(self, paused: Paused, what: str, level: Level) -> None:
+        of = paused
+        self._say(Happening(self._now, what, level, of.set, of.update_domain, of.vm, of.host))
 
 
 def _when(wave: m.WaveState, sent: float) -> float:
@@ -451,3 +554,7 @@ def _when(wave: m.WaveState, sent: float) -> float:
     if wave.status == "started":
         at = wave.started_at
     return at.timestamp() if at is not None else sent
+
+
+def _domains(record: m.VmRecord) -> tuple[str, int, int]:
+    return record.set, record.update_domain, record.fault_domain

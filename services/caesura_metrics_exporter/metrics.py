@@ -13,15 +13,11 @@ from prometheus_client.registry import Collector
 
 from caesura.bus.metrics import bus_families
 from caesura.bus.port import Bus
-from caesura.contract.codec import ContractError
 from caesura_metrics_exporter.families import counter, histogram
 from caesura_metrics_exporter.fleet import Fleet
 from caesura_metrics_exporter.fleet_metrics import fleet_families
 from caesura_metrics_exporter.series import Histogram
 from caesura_metrics_exporter.tally import Tally
-
-# Known from zero on: else the first error of a kind is no increase of anything.
-_ERROR_KINDS = tuple(sorted({ContractError.kind, *(each.kind for each in ContractError.__subclasses__())}))
 
 
 class SelfStats(msgspec.Struct):
@@ -29,6 +25,8 @@ class SelfStats(msgspec.Struct):
 
     handler: Histogram
     """Seconds it took to fold one message."""
+    began_s: float
+    """When it started, seconds on its monotonic clock."""
     last_message_at: float = 0.0
     """Unix time of the last message, seconds; 0 before the first."""
     decode_errors: Counter[str] = msgspec.field(default_factory=Counter)
@@ -51,7 +49,7 @@ class FleetCollector(Collector):
         started = time.perf_counter()
         yield from self._facts()
         yield from fleet_families(self._fleet, self._monotonic())
-        yield from bus_families(self._bus.stats, dict.fromkeys(_ERROR_KINDS, 0) | self._own.decode_errors)
+        yield from bus_families(self._bus.stats, self._own.decode_errors)
         yield CounterMetricFamily(
             "caesura_bus_reconnects",
             "Connects to the broker after the first.",
@@ -62,6 +60,13 @@ class FleetCollector(Collector):
             "caesura_exporter_last_message_timestamp_seconds",
             "When the last message arrived, unix time; 0 before the first.",
             value=self._own.last_message_at,
+        )
+        # Counters begin with the exporter: while it is young, all that they hold is new. Not a time stamp, since two
+        # wall clocks may differ.
+        yield GaugeMetricFamily(
+            "caesura_exporter_age_seconds",
+            "Seconds since the exporter's start, by its monotonic clock.",
+            value=self._monotonic() - self._own.began_s,
         )
         built = GaugeMetricFamily("caesura_exporter_build_info", "Version of Caesura.", labels=["version"])
         built.add_metric([version("caesura")], 1.0)

@@ -18,8 +18,15 @@ from aiohttp import web
 
 from caesura_metrics_exporter.stream import LiveStream, TooManyReaders
 
-HEARTBEAT_S = 15.0  # s: proxies cut silent connections, some after 30
+HEARTBEAT_S = (
+    5.0  # s: the page calls a stream dead after three of them; proxies cut silent connections, some after 30
+)
 STALL_S = 30.0  # s for which a reader may take nothing before its connection is cut
+LIFETIME_S = (
+    600.0  # s: then the page is told to come again, so that one that reads nothing does not hold its place
+)
+_LOOK_S = 1.0  # s between two looks at whether a silent reader is still there
+_CHUNK = 65536  # bytes: no more than this waits in memory for a reader, besides what all share
 _RETRY_MS = 1000
 _TYPES = {".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml", ".html": "text/html"}
 _FILES = ("index.html", "style.css", "page.js", "model.js", "chart.js", "tables.js", "mark.svg")
@@ -42,6 +49,7 @@ class LivePage:
         page_hosts: names under which the page may be asked for, besides those that cannot be a stranger's.
         heartbeat_s: seconds between two signs of life on a silent stream.
         stall_s: seconds for which a reader may take nothing.
+        lifetime_s: seconds after which a stream is ended, for the page to open the next.
     """
 
     def __init__(
@@ -51,19 +59,22 @@ class LivePage:
         page_hosts: Sequence[str] = (),
         heartbeat_s: float = HEARTBEAT_S,
         stall_s: float = STALL_S,
+        lifetime_s: float = LIFETIME_S,
     ) -> None:
         self._stream = stream
         self._page_hosts = frozenset(each.lower() for each in page_hosts)
         self._heartbeat_s = heartbeat_s
         self._stall_s = stall_s
+        self._lifetime_s = lifetime_s
 
     def extend(self, app: web.Application) -> None:
         """Add the routes."""
         for name in _FILES:
             path = "/" if name == "index.html" else f"/page/{name}"
             app.router.add_get(path, self._guarded(_file(name)))
-        app.router.add_get("/live/state", self._guarded(self._state))
-        app.router.add_get("/live/events", self._guarded(self._events))
+        app.router.add_get("/live/state", self._guarded(_not_across_sites(self._state)))
+        events = self._guarded(_not_across_sites(self._events))
+        app.router.add_get("/live/events", events, allow_head=False)
         app.on_shutdown.append(self._close)
 
     async def _close(self, _: web.Application) -> None:
@@ -100,26 +111,54 @@ class LivePage:
             "X-Accel-Buffering": "no",  # nginx would hold events back
         }
         response = web.StreamResponse(headers=headers)
-        await response.prepare(request)
-        cursor = self._stream.cursor(request.headers.get("Last-Event-ID", ""))
-        text = b"retry: %d\n\n" % _RETRY_MS
         try:
-            while True:
-                event, cursor = self._stream.event(cursor)
-                async with asyncio.timeout(self._stall_s):
-                    await response.write(text + event)
-                while not await self._stream.wait(cursor, self._heartbeat_s):
-                    async with asyncio.timeout(self._stall_s):
-                        await response.write(b": still here\n\n")
-                if self._stream.closing:
-                    return response
-                text = b""
+            await response.prepare(request)
+            await self._send(response, b"retry: %d\n\n" % _RETRY_MS)
+            await self._tell(request, response)
         except TimeoutError:
             if request.transport is not None:
                 request.transport.abort()  # it takes nothing: what is buffered for it goes, too
         except ConnectionError:
             pass  # it went away
         return response
+
+    async def _tell(self, request: web.Request, response: web.StreamResponse) -> None:
+        loop = asyncio.get_running_loop()
+        end = loop.time() + self._lifetime_s
+        cursor = self._stream.cursor(request.headers.get("Last-Event-ID", ""))
+        while not self._stream.closing:
+            head, body, cursor = self._stream.event(cursor)
+            await self._send(response, head)
+            for at in range(0, len(body), _CHUNK):
+                await self._send(response, body[at : at + _CHUNK])
+            beat_at = loop.time() + self._heartbeat_s
+            while not await self._stream.wait(cursor, min(_LOOK_S, self._heartbeat_s)):
+                if request.transport is None:
+                    return  # it went away
+                if loop.time() >= beat_at:
+                    await self._send(response, self._stream.beat())
+                    beat_at = loop.time() + self._heartbeat_s
+                if loop.time() >= end:
+                    break
+            if loop.time() >= end:
+                await self._send(response, b"event: again\ndata: {}\n\n")
+                return
+
+    async def _send(self, response: web.StreamResponse, data: bytes | memoryview) -> None:
+        async with asyncio.timeout(self._stall_s):
+            await response.write(data)
+
+
+def _not_across_sites(handler: _Handler) -> _Handler:
+    """A page of another site could not read the answer, but would take one of the few streams."""
+
+    async def handle(request: web.Request) -> web.StreamResponse:
+        asked = request.headers
+        if asked.get("Sec-Fetch-Site") == "cross-site" and asked.get("Sec-Fetch-Mode") != "navigate":
+            return _say(403, "This is for the page itself, not for pages of other sites.")
+        return await handler(request)
+
+    return handle
 
 
 def own_host(host: str, known: frozenset[str]) -> bool:

@@ -7,7 +7,7 @@ and no jump of the exporter's, can make a pause look longer or shorter.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 import msgspec
 
@@ -16,14 +16,19 @@ from caesura.contract import messages as m
 PauseLabels = tuple[str, str, str, str]
 """Set, update domain, host, method."""
 
+UNKNOWN_METHOD = "unknown"
+"""Of a pause whose beginning was not heard."""
+
 
 class OpenPause(msgspec.Struct, frozen=True):
-    """One VM that was told to stand still and not yet to run."""
+    """One VM that stands still: its host said that it froze it, or only that it is paused."""
 
     labels: PauseLabels
     domain: int
     """Its domain by the key that its rollout goes by: the update domain, or the fault domain."""
     heard_s: float
+    by_fact: bool
+    """Whether its freeze was heard."""
 
 
 class LastPause(msgspec.Struct, frozen=True):
@@ -31,6 +36,7 @@ class LastPause(msgspec.Struct, frozen=True):
 
     operation: str
     seconds: float
+    budget_s: float
 
 
 class Pauses:
@@ -51,9 +57,17 @@ class Pauses:
         """A VM stands still."""
         self.forget_vm(frozen.vm)
         of_set = self._open.setdefault(frozen.set, {})
-        self.clashes[frozen.set] += any(pause.domain != domain for pause in of_set.values())
-        of_set[frozen.vm] = OpenPause(labels_of(frozen), domain, now_s)
+        self.clashes[frozen.set] += any(pause.by_fact and pause.domain != domain for pause in of_set.values())
+        of_set[frozen.vm] = OpenPause(labels_of(frozen), domain, now_s, by_fact=True)
         self._sets[frozen.vm] = frozen.set
+
+    def found(self, record: m.VmRecord, host: str, domain: int, now_s: float) -> None:
+        """A host says that a VM is paused. If its freeze was not heard, the pause is open from now."""
+        if record.vm in self._sets:
+            return
+        labels = (record.set, str(record.update_domain), host, UNKNOWN_METHOD)
+        self._open.setdefault(record.set, {})[record.vm] = OpenPause(labels, domain, now_s, by_fact=False)
+        self._sets[record.vm] = record.set
 
     def resumed(self, resumed: m.VmResumed) -> None:
         """A VM runs again."""
@@ -63,14 +77,26 @@ class Pauses:
         longest = resumed.pause_s
         if known is not None and known.operation == resumed.operation:
             longest = max(longest, known.seconds)
-        self.last[labels] = LastPause(resumed.operation, longest)
+        self.last[labels] = LastPause(resumed.operation, longest, resumed.budget_s)
         self.longest[labels] = max(longest, self.longest.get(labels, 0.0))
 
-    def found(self, states: Mapping[str, m.VmState]) -> None:
-        """A host says what state its VMs are in: one that runs is in no pause, whatever was missed."""
-        for vm, state in states.items():
-            if state != "paused":
-                self.forget_vm(vm)
+    def runs(self, vm: str, *, under_way: bool) -> bool:
+        """A host's inventory says that a VM runs; whether it is believed.
+
+        Inventories and facts go separate ways: with an operation ``under_way`` an inventory may be older than the freeze
+        that was heard, whose end will be told.
+        """
+        pause = self._open.get(self._sets.get(vm, ""), {}).get(vm)
+        if under_way and pause is not None and pause.by_fact:
+            return False
+        self.forget_vm(vm)
+        return True
+
+    def forget_set(self, set_name: str) -> None:
+        """No VM is in the set any more."""
+        self.last = {labels: pause for labels, pause in self.last.items() if labels[0] != set_name}
+        self.longest = {labels: seconds for labels, seconds in self.longest.items() if labels[0] != set_name}
+        self.clashes.pop(set_name, None)
 
     def forget_vm(self, vm: str) -> None:
         """The VM is in no pause, or gone."""
@@ -95,8 +121,13 @@ class Pauses:
             yield labels, max(0.0, now_s - heard_s)
 
     def domains(self, set_name: str) -> int:
-        """In how many domains of the set a VM stands still now."""
-        return len({pause.domain for pause in self._open.get(set_name, {}).values()})
+        """In how many domains of the set a VM stands still now.
+
+        Facts of the past may come in after the inventories of now, when the exporter was away: what is known only
+        from an inventory is not held against what is known by a fact.
+        """
+        pauses = self._open.get(set_name, {}).values()
+        return max(len({pause.domain for pause in pauses if pause.by_fact == fact}) for fact in (True, False))
 
 
 def labels_of(message: m.VmFrozen | m.VmResumed) -> PauseLabels:

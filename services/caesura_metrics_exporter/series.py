@@ -49,13 +49,19 @@ class Histogram:
         self._buckets: dict[Labels, list[int]] = {}
         self._sums: dict[Labels, float] = {}
 
-    def observe(self, value: float, *labels: str) -> None:
-        """Take one value."""
+    def expect(self, *labels: str) -> None:
+        """Show these label values, with no observation as yet."""
         if len(labels) != len(self.names):
             raise ValueError(f"labels {self.names} were given {labels}")
-        buckets = self._buckets.setdefault(labels, [0] * (len(self.bounds) + 1))
-        buckets[bisect_left(self.bounds, value)] += 1
-        self._sums[labels] = self._sums.get(labels, 0.0) + value
+        if labels not in self._buckets:
+            self._buckets[labels] = [0] * (len(self.bounds) + 1)
+            self._sums[labels] = 0.0
+
+    def observe(self, value: float, *labels: str) -> None:
+        """Take one value."""
+        self.expect(*labels)
+        self._buckets[labels][bisect_left(self.bounds, value)] += 1
+        self._sums[labels] += value
 
     def items(self) -> Iterator[tuple[Labels, list[tuple[str, float]], float]]:
         """Label values, cumulative buckets as (upper bound, count), and the sum."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Callable
 
@@ -44,11 +43,11 @@ class MetricsExporter:
         self._bus = bus
         self._monotonic = monotonic
         self._wall = wall
-        self._own = SelfStats(handler=Histogram(_HANDLER_BUCKETS))
+        self._own = SelfStats(handler=Histogram(_HANDLER_BUCKETS), began_s=monotonic())
         self.tally = Tally()
         self.fleet = Fleet()
         self.live = Live()
-        self.stream = LiveStream(self.live, wall, self.broker_ping)
+        self.stream = LiveStream(self.live, wall, monotonic, self.broker_ping)
 
     def collector(self) -> FleetCollector:
         """What is registered with Prometheus."""
@@ -62,18 +61,6 @@ class MetricsExporter:
     async def run_bus(self) -> None:
         """Keep the connection; deliver."""
         await self._bus.run(self.deliver)
-
-    async def run_forgetting(self) -> None:
-        """Drop the series of hosts that are gone."""
-        while True:
-            await asyncio.sleep(self._settings.forget_after_s / 10)
-            self.forget_stale()
-
-    def forget_stale(self) -> None:
-        """Drop what belongs to hosts that were not heard of for ``forget_after_s``."""
-        for host in self.fleet.stale_hosts(self._monotonic(), self._settings.forget_after_s):
-            _log.info("exporter.host_forgotten", host=host)
-            self._forget(host)
 
     async def drain(self) -> None:
         """Leave the bus; the broker keeps the session."""
@@ -96,18 +83,18 @@ class MetricsExporter:
             self._own.decode_errors[error.kind] += 1
             _log.warning("bus.message_refused", topic=delivery.topic, kind=error.kind, why=error.why)
             return
+        now_s = self._monotonic()
+        for set_name in self.fleet.forget_empty_sets(now_s):
+            self.tally.forget_set(set_name)
         fresh = self.tally.take(received)
-        self.fleet.take(received.message, self._monotonic(), fresh=fresh)
-        self.live.take(received, self._wall(), fresh=fresh)
+        self.fleet.take(received.message, now_s, fresh=fresh, stored=delivery.retained)
+        self.live.take(received, self._wall(), now_s, fresh=fresh)
 
     def _cleared(self, topic: str) -> None:
         before = set(self.fleet.hosts)
         self.fleet.clear(topic)
-        self.live.clear(topic, self._wall())
+        self.live.clear(topic, self._wall(), self._monotonic())
         for host in before - set(self.fleet.hosts):
-            self._forget(host)
-
-    def _forget(self, host: str) -> None:
-        self.fleet.forget_host(host)
-        self.tally.forget_host(host)
-        self.live.forget_host(host)
+            _log.info("exporter.host_forgotten", host=host)
+            self.tally.forget_host(host)
+            self.live.forget_host(host)

@@ -9,6 +9,9 @@ from msgspec import Meta
 from caesura.contract.names import NAME_PATTERN
 from caesura.runtime.settings import ServiceSettings
 
+PageHost = Annotated[str, Meta(pattern=r"^(\*|[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?)$")]
+"""A name as it stands in a Host header, without the port."""
+
 
 class MetricsExporterSettings(ServiceSettings, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One exporter, for a fleet."""
@@ -23,13 +26,9 @@ class MetricsExporterSettings(ServiceSettings, frozen=True, kw_only=True, forbid
         str, Meta(description="`host:port` or `unix:/path` for /metrics, the live page, /live and /ready.")
     ] = "127.0.0.1:9310"
     page_hosts: Annotated[
-        tuple[str, ...],
+        tuple[PageHost, ...],
         Meta(
-            description="Host names, as JSON, under which a browser may ask for the live page, besides IP addresses, "
-            'names without a dot and this machine\'s own; `["*"]`: any.'
+            description='Host names without a port, as JSON (`["ops.example.com"]`), under which a browser may ask for '
+            'the live page, besides IP addresses, names without a dot and this machine\'s own; `["*"]`: any.'
         ),
     ] = ()
-    forget_after_s: Annotated[
-        float,
-        Meta(gt=0, description="Seconds without a word from a host after which its series are dropped."),
-    ] = 600.0

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import msgspec
 
 from caesura_metrics_exporter.lanes import DomainKey
 from caesura_metrics_exporter.views import NowPaused
+
+_LATE_S = 1.0  # s by which a fact may come late, or a clock be behind, and nobody says so
 
 
 class Paused(msgspec.Struct, frozen=True):
@@ -15,9 +17,13 @@ class Paused(msgspec.Struct, frozen=True):
 
     vm: str
     set: str
+    update_domain: int
     key: DomainKey
     domain: int
+    """By ``key``."""
     host: str
+    heard: float
+    """When it was heard of, by the exporter's clock."""
     operation: str = ""
     method: str = ""
     since: float | None = None
@@ -41,6 +47,11 @@ class Standing:
         """What is known of a VM that stands still."""
         return self._vms.get(vm)
 
+    def of(self, set_name: str) -> list[Paused]:
+        """Those of a set."""
+        domains = self._domains.get(set_name, {}).values()
+        return [self._vms[vm] for vms in domains for vm in sorted(vms)]
+
     def add(self, paused: Paused) -> None:
         """It stands still."""
         self.remove(paused.vm)
@@ -59,9 +70,13 @@ class Standing:
         if not of_set:
             del self._domains[paused.set]
 
-    def any_in(self, set_name: str, key: DomainKey, domain: int) -> bool:
-        """Whether a VM of this domain stands still."""
-        return (key, domain) in self._domains.get(set_name, {})
+    def count_in(self, set_name: str, key: DomainKey, domain: int) -> int:
+        """How many VMs of this domain stand still."""
+        return len(self._domains.get(set_name, {}).get((key, domain), ()))
+
+    def count_of(self, vms: Iterable[str]) -> int:
+        """How many of these stand still."""
+        return sum(vm in self._vms for vm in vms) if self._vms else 0
 
     def clash(self, set_name: str) -> list[int]:
         """Domains of the set that stand still at once, where there are two or more.
@@ -72,25 +87,31 @@ class Standing:
         of_set = self._domains.get(set_name, {})
         if len(of_set) < 2:
             return []
-        for by_fact in (True, False):
-            found = sorted(
-                domain
-                for (_, domain), vms in of_set.items()
-                if any((self._vms[vm].since is not None) == by_fact for vm in vms)
-            )
-            if len(found) > 1:
-                return found
+        for key in ("update_domain", "fault_domain"):
+            for by_fact in (True, False):
+                found = sorted(
+                    domain
+                    for (by, domain), vms in of_set.items()
+                    if by == key and any((self._vms[vm].since is not None) == by_fact for vm in vms)
+                )
+                if len(found) > 1:
+                    return found
         return []
 
     def shift(self, by: float) -> None:
-        """The clock was put back."""
+        """The clock jumped."""
         self._vms = {
-            vm: msgspec.structs.replace(each, since=None if each.since is None else each.since + by)
+            vm: msgspec.structs.replace(
+                each, since=None if each.since is None else each.since + by, heard=each.heard + by
+            )
             for vm, each in self._vms.items()
         }
 
     def view(self, most: int) -> tuple[NowPaused, ...]:
-        """As it is sent: those first whose budget ends first."""
+        """As it is sent: those first whose budget ends first.
+
+        A host's clock may be behind: nothing has lasted for longer than it was heard of.
+        """
         by_end = sorted(self._vms.values(), key=lambda each: (each.since or 0.0) + (each.budget or 0.0))
         return tuple(
             NowPaused(
@@ -99,8 +120,9 @@ class Standing:
                 domain=each.domain,
                 host=each.host,
                 method=each.method,
-                since=each.since,
+                since=None if each.since is None else max(each.since, each.heard),
                 budget=each.budget,
+                or_earlier=each.since is not None and each.since < each.heard - _LATE_S,
             )
             for each in by_end[:most]
         )

@@ -1,7 +1,8 @@
 """The live page's readers: each is a cursor into ``Live``, not a queue.
 
-A reader gets what changed since its cursor, merged, when it has taken what it got before. So a slow one costs no memory
-and no time, and misses only what the next change has replaced. Readers at the same cursor share one encoding.
+A reader gets what changed since its cursor, merged, when it has taken what it got before, and misses only what the next
+change has replaced. So a slow one costs what it is being sent, for as long as ``page`` lets it take: never more than one
+snapshot. Readers at the same cursor share one encoding, and so do those that ask for the whole within a short time.
 """
 
 from __future__ import annotations
@@ -13,9 +14,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import msgspec
+from msgspec.structs import replace
 
 from caesura.runtime.errors import CaesuraError
 from caesura_metrics_exporter.live import Live
+from caesura_metrics_exporter.views import Change
 
 READERS = 32  # streams at once: a browser tab each
 LEAST_S = 0.25  # s between two changes, however many messages come
@@ -33,6 +36,7 @@ class LiveStream:
 
     Args:
         wall: unix time, seconds.
+        monotonic: the monotonic clock, seconds.
         broker: how the exporter's connection is; empty when well.
         readers: streams at once.
         least_s: seconds between two changes.
@@ -42,6 +46,7 @@ class LiveStream:
         self,
         live: Live,
         wall: Callable[[], float],
+        monotonic: Callable[[], float],
         broker: Callable[[], str],
         *,
         readers: int = READERS,
@@ -52,6 +57,7 @@ class LiveStream:
         self.limit = readers
         self.closing = False
         self._wall = wall
+        self._monotonic = monotonic
         self._broker = broker
         self._least_s = least_s
         self._boot = secrets.token_hex(4)  # revisions count from one again after a restart
@@ -59,7 +65,8 @@ class LiveStream:
         self._changed = asyncio.Event()
         self._encoder = msgspec.json.Encoder()
         self._cost_s = 0.0
-        self._shared: dict[tuple[int, int], bytes] = {}
+        self._shared: dict[tuple[int, int], tuple[bytes, memoryview]] = {}
+        self._whole = (0.0, b"")  # until when it may be sent again, and what
 
     async def run(self) -> None:
         """Say now and then that something changed; for ever."""
@@ -67,17 +74,20 @@ class LiveStream:
         expire_at = loop.time() + _EXPIRE_S
         while True:
             now = self._wall()
-            self.live.connection(self._broker(), now)
+            self.live.connection(self._broker(), now, self._monotonic())
             if loop.time() >= expire_at:
                 expire_at = loop.time() + _EXPIRE_S
-                self.live.expire(now)
+                self.live.expire(now, self._monotonic())
             if self.live.revision != self._told:
                 self._told = self.live.revision
                 self._shared.clear()
                 self._wake()
-            pace_s = min(max(self._least_s, self._cost_s / SHARE), MOST_S)
+            pace_s = self._pace_s(self._cost_s)
             self._cost_s = 0.0
             await asyncio.sleep(pace_s)
+
+    def _pace_s(self, cost_s: float) -> float:
+        return min(max(self._least_s, cost_s / SHARE), MOST_S)
 
     def close(self) -> None:
         """Let every reader end."""
@@ -109,23 +119,40 @@ class LiveStream:
         return int(revision) if known else 0
 
     def state(self) -> bytes:
-        """Everything, as JSON."""
-        return self._encoder.encode(self.live.snapshot(self._wall()))
+        """Everything, as JSON; as it was a moment ago where somebody asked then."""
+        now_s = self._monotonic()
+        until_s, body = self._whole
+        if now_s >= until_s:
+            body, cost_s = self._encode(self.live.snapshot(self._wall()))
+            self._whole = (now_s + self._pace_s(cost_s), body)
+        return self._dated() + body
 
-    def event(self, cursor: int) -> tuple[bytes, int]:
-        """What a reader with this cursor is sent now, as a server-sent event, and its new cursor."""
+    def event(self, cursor: int) -> tuple[bytes, memoryview, int]:
+        """What a reader with this cursor is sent now, as a server-sent event in two parts, and its new cursor."""
         at = (cursor, self.live.revision)
-        text = self._shared.get(at)
-        if text is None:
-            began = time.perf_counter()
+        shared = self._shared.get(at)
+        if shared is None:
             now = self._wall()
             change = self.live.since(cursor, now) if cursor else self.live.snapshot(now)
+            body, cost_s = self._encode(change)
+            self._cost_s += cost_s
             name = b"snapshot" if change.whole else b"change"
             head = b"event: %b\nid: %b-%d\ndata: " % (name, self._boot.encode(), at[1])
-            text = head + self._encoder.encode(change) + b"\n\n"
-            self._cost_s += time.perf_counter() - began
-            self._shared[at] = text
-        return text, at[1]
+            shared = self._shared[at] = (head, memoryview(body + b"\n\n"))
+        return shared[0] + self._dated(), shared[1], at[1]
+
+    def beat(self) -> bytes:
+        """A sign of life that a page can see, with the clock that its times are by."""
+        return b"event: beat\ndata: " + self._dated()[:-1] + b"}\n\n"
+
+    def _encode(self, change: Change) -> tuple[bytes, float]:
+        """Without its beginning, which has the time: what is shared may have been made earlier than it is sent."""
+        began = time.perf_counter()
+        body = self._encoder.encode(replace(change, now=None))[1:]
+        return body, time.perf_counter() - began
+
+    def _dated(self) -> bytes:
+        return b'{"now":%.3f,' % self._wall()
 
     async def wait(self, cursor: int, timeout_s: float) -> bool:
         """Wait until there is more than ``cursor``, or the end; false when the time passed first."""

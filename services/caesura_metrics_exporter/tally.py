@@ -13,7 +13,7 @@ from typing import Any
 from caesura.contract import messages as m
 from caesura.contract.codec import Received
 from caesura.contract.envelope import Message
-from caesura_metrics_exporter.pauses import labels_of
+from caesura_metrics_exporter.pauses import PauseLabels, labels_of
 from caesura_metrics_exporter.series import Counts, Histogram, Seen
 
 # From 1 ms (an in-place swap) to 60 s, with boundaries at the budget limit of 30 s and at usual smaller budgets.
@@ -27,6 +27,9 @@ CLOCK_BUCKETS = (
 )  # fmt: skip
 NOTICE_BUCKETS = (1.0, 5.0, 10.0, 15.0, 30.0, 60.0, 120.0, 300.0, 600.0, 900.0, 1800.0, 3600.0)
 SECONDS_BUCKETS = (0.01, 0.05, 0.1, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 300.0, 900.0)
+
+# What stands VMs still: the rest has no budget to overrun, and no guard.
+_PAUSING: frozenset[m.Method] = frozenset({"swap", "freeze", "replace"})
 
 _REMEMBERED = 20_000  # facts; a large wave makes some hundreds, so many waves' repetitions are known
 
@@ -64,6 +67,7 @@ class Tally:
         self.commands = Counts("host", "command")
         self.requests = Counts("outcome")
         self._counted: Mapping[type[Message], Callable[[Any], None]] = {
+            m.HostInventory: self._inventory,
             m.VmFrozen: self._frozen,
             m.VmResumed: self._resumed,
             m.VmClockSynced: self._clock,
@@ -105,17 +109,42 @@ class Tally:
         ):
             series.forget("host", host)
 
+    def forget_set(self, set_name: str) -> None:
+        """No VM is in the set any more: its series go too."""
+        for series in (
+            self.freezes,
+            self.pauses,
+            self.overruns,
+            self.guard_resumes,
+            self.memory_proofs,
+            self.clock_errors,
+            self.clock_syncs,
+            self.events,
+            self.approvals,
+        ):
+            series.forget("set", set_name)
+
     def _count(self, message: Message) -> None:
         count = self._counted.get(type(message))
-        if count is not None:  # the others are state, not facts: see ``fleet``
+        if count is not None:  # the others are state only: see ``fleet``
             count(message)
+
+    def _inventory(self, inventory: m.HostInventory) -> None:
+        # Known from zero on, long before a pause: it may begin and end between two scrapes, and nearly every overrun
+        # is the first with its labels, which would be no increase of anything.
+        for record in inventory.vms:
+            for method in _PAUSING.intersection(record.methods):
+                self._expect((record.set, str(record.update_domain), inventory.host, method))
+
+    def _expect(self, labels: PauseLabels) -> None:
+        self.overruns.add(*labels, by=0.0)
+        self.guard_resumes.add(*labels, by=0.0)
 
     def _frozen(self, frozen: m.VmFrozen) -> None:
         labels = labels_of(frozen)
         self.freezes.add(*labels)
-        # Known from zero on, before the pause ends: else the first overrun is no increase of anything.
-        self.overruns.add(*labels, by=0.0)
-        self.guard_resumes.add(*labels, by=0.0)
+        self._expect(labels)
+        self.pauses.expect(*labels)
 
     def _agent_synced(self, synced: m.AgentClockSynced) -> None:
         self.agent_syncs.add(synced.trigger, "synced" if synced.synced else "unsynced")

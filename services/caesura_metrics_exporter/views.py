@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable, Iterable
 
 import msgspec
 
@@ -15,7 +16,7 @@ _SETS_NAMED = 8
 
 
 class NowPaused(msgspec.Struct, frozen=True, omit_defaults=True):
-    """A VM that stands still. Without ``since``: known from its host's inventory only."""
+    """A VM that stands still. ``since`` is when it was heard of; null: known from its host's inventory only."""
 
     vm: str
     set: str
@@ -24,6 +25,8 @@ class NowPaused(msgspec.Struct, frozen=True, omit_defaults=True):
     method: str = ""
     since: float | None = None
     budget: float | None = None
+    or_earlier: bool = False
+    """By its host's clock it began before it was heard of: that clock is behind, or the exporter heard of it late."""
 
 
 class WaveView(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -36,6 +39,8 @@ class WaveView(msgspec.Struct, frozen=True, omit_defaults=True):
     sets: int
     hosts: int
     vms: int
+    standing: int = 0
+    """VMs of it that stand still now."""
     events: int = 0
     """Scheduled events that workloads may approve, and how many they did."""
     approved: int = 0
@@ -80,9 +85,13 @@ class Fleet(msgspec.Struct, frozen=True, omit_defaults=True):
     domains: int
     paused: int
     hosts_offline: tuple[str, ...] = ()
+    offline_since: dict[str, float] = {}
+    """Of these: when it was heard."""
     full: bool = False
     """There are more domains than the exporter keeps for this page."""
     alarms: tuple[Alarm, ...] = ()
+    alarms_more: int = 0
+    """How many more there are."""
 
 
 class Change(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -93,9 +102,9 @@ class Change(msgspec.Struct, frozen=True, omit_defaults=True):
 
     whole: bool
     revision: int
-    now: float
-    """The exporter's wall clock, unix seconds, like all times here."""
     kept_s: float
+    now: float | None = None
+    """The exporter's wall clock when this was sent, unix seconds, like all times here."""
     fleet: Fleet | None = None
     rollouts: tuple[RolloutView, ...] | None = None
     paused: tuple[NowPaused, ...] | None = None
@@ -103,15 +112,15 @@ class Change(msgspec.Struct, frozen=True, omit_defaults=True):
     log: tuple[Happening, ...] = ()
 
 
-def rollout_view(rollout: m.RolloutState) -> RolloutView:
-    """A rollout as it is sent."""
+def rollout_view(rollout: m.RolloutState, standing: Callable[[Iterable[str]], int]) -> RolloutView:
+    """A rollout as it is sent. ``standing`` counts VMs that stand still."""
     return RolloutView(
         rollout=rollout.rollout,
         update=rollout.update,
         hold_s=rollout.hold_s,
         status=rollout.status,
         sets=len(rollout.sets),
-        waves=tuple(_wave(wave) for wave in rollout.waves),
+        waves=tuple(_wave(wave, standing(wave.vms)) for wave in rollout.waves),
         counts=dict(Counter(wave.status for wave in rollout.waves)),
         budget_s=rollout.policy.budget_s,
         notice_s=rollout.policy.notice_s,
@@ -123,7 +132,7 @@ def rollout_view(rollout: m.RolloutState) -> RolloutView:
     )
 
 
-def _wave(wave: m.WaveState) -> WaveView:
+def _wave(wave: m.WaveState, standing: int) -> WaveView:
     return WaveView(
         wave=wave.wave,
         status=wave.status,
@@ -131,6 +140,7 @@ def _wave(wave: m.WaveState) -> WaveView:
         sets=len(wave.domains),
         hosts=len(wave.hosts),
         vms=len(wave.vms),
+        standing=standing,
         events=len(wave.events),
         approved=len(wave.approved),
         not_before=wave.not_before.timestamp() if wave.not_before else None,

@@ -164,7 +164,8 @@ class Demo:
             )
             for name, (module, environment) in environments.items():
                 await processes.start(name, module, environment)
-            self._say(f"live page: {self._page_url} (watch the rollout there)")
+            tell = self._note if self.options.keep else self._say
+            tell(f"live page: {self._page_url} (watch the rollout there)")
             yield processes
         finally:
             self._stage = "stopping: resuming and ending every VM"
@@ -310,7 +311,7 @@ class Demo:
         )
 
     async def _stay(self, processes: Processes) -> None:
-        self.console.print("\nStill running (--keep). Ctrl-C ends it and leaves nothing behind.")
+        self._note("\nStill running (--keep). Ctrl-C ends it and leaves nothing behind.")
         while True:
             processes.check()
             await asyncio.sleep(_REFRESH_S)
@@ -335,6 +336,11 @@ class Demo:
     def _say(self, text: str) -> None:
         if not self.options.json:
             self.console.print(text, soft_wrap=True)
+
+    def _note(self, text: str) -> None:
+        """For the person who waits: beside the answer of ``--json``, not in it."""
+        console = Console(stderr=True, highlight=False) if self.options.json else self.console
+        console.print(text, soft_wrap=True)
 
     @contextmanager
     def _display(self) -> Iterator[None]:

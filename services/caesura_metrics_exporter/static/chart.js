@@ -1,6 +1,6 @@
 // The lanes: one strip a domain, one shape a stretch of time. What stands still is widest: the break in the line.
 
-import { STATES, count, domainName, seconds, setName, time } from "./model.js";
+import { STATES, clock, count, domainName, groupName, groupOf, seconds, setName, time } from "./model.js";
 
 const SVG = "http://www.w3.org/2000/svg";
 const HEIGHT = 26;
@@ -35,7 +35,8 @@ export class Chart {
     this.more = more;
     this.rows = new Map();
     this.groups = new Map();
-    this.focused = null; // "lane|start" of the stretch that the keyboard is on
+    this.drawn = null; // what the last whole drawing was of
+    this.focused = null; // "lane|start|state" of the stretch that the keyboard is on
     this.axis = element("svg", { class: "axis", "aria-hidden": "true", focusable: "false" });
     this.body = document.createElement("div");
     root.append(this.axis, this.body);
@@ -46,8 +47,16 @@ export class Chart {
     root.addEventListener("pointerleave", () => this.hide());
   }
 
+  // Draws what changed, and everything when the picture has moved by a pixel.
   draw(model, set, spanS) {
     const now = model.now();
+    const asked = [set, spanS, this.root.clientWidth].join("|");
+    const same = this.drawn && this.drawn.asked === asked && Math.abs(now - this.drawn.now) * this.drawn.scale < 1;
+    if (same && this.drawn.changes === model.changes) {
+      for (const row of this.rows.values()) if (row.lane && row.lane.state) this.drawWords(row, row.lane, model);
+      return;
+    }
+    const held = this.body.contains(document.activeElement);
     const all = model.ordered(set);
     const lanes = all.length > MOST_LANES ? busiest(all, MOST_LANES, model) : all;
     this.more.hidden = lanes.length === all.length;
@@ -67,60 +76,61 @@ export class Chart {
     if (!width) return;
     view.scale = width / (view.to - view.from);
     view.width = width;
-    for (const lane of lanes) this.drawLane(this.rows.get(lane.lane), lane, view, model);
+    for (const lane of lanes) {
+      const row = this.rows.get(lane.lane);
+      this.drawWords(row, lane, model);
+      if (!same || row.lane !== lane) this.drawLane(row, lane, view, model);
+      row.lane = lane;
+    }
     this.drawAxis(first, view, model);
-    this.keepOneTabStop();
+    this.drawn = { asked, now: same ? this.drawn.now : now, scale: view.scale, changes: model.changes };
+    const stop = this.keepOneTabStop();
+    if (held && stop && !this.body.contains(document.activeElement)) stop.focus({ preventScroll: true });
   }
 
   arrange(lanes) {
-    const sets = [...new Set(lanes.map((lane) => lane.set))];
+    const sets = [...new Set(lanes.map(groupOf))];
     for (const [name, group] of this.groups) {
       if (!sets.includes(name)) {
         group.section.remove();
         this.groups.delete(name);
       }
     }
-    let order = "";
+    for (const name of sets) if (!this.groups.has(name)) this.groups.set(name, newGroup(name));
+    keepInOrder(this.body, sets.map((name) => this.groups.get(name).section));
     for (const name of sets) {
-      if (!this.groups.has(name)) this.groups.set(name, newGroup(name));
-      order += `${name}\n`;
-    }
-    if (order !== this.order) {
-      this.order = order;
-      for (const name of sets) this.body.append(this.groups.get(name).section);
-    }
-    for (const name of sets) {
-      const mine = lanes.filter((lane) => lane.set === name);
+      const mine = lanes.filter((lane) => groupOf(lane) === name);
       const group = this.groups.get(name);
       const vms = mine.reduce((sum, lane) => sum + (lane.key === mine[0].key ? lane.vms : 0), 0);
-      setText(group.count, `${count(mine.length, "domain")}, ${count(vms, "VM")}`);
+      setText(group.count, name === "_" ? String(vms) : `${count(mine.length, "domain")}, ${count(vms, "VM")}`);
       const wanted = mine.map((lane) => {
         if (!this.rows.has(lane.lane)) this.rows.set(lane.lane, newRow());
         return this.rows.get(lane.lane).item;
       });
-      wanted.forEach((item, index) => {
-        if (group.list.children[index] !== item) group.list.insertBefore(item, group.list.children[index] || null);
-      });
+      keepInOrder(group.list, wanted);
     }
+  }
+
+  drawWords(row, lane, model) {
+    const [word, detail] = present(lane, model);
+    setText(row.word, word);
+    setText(row.detail, detail);
+    row.now.dataset.state = lane.state || "";
   }
 
   drawLane(row, lane, view, model) {
     const alone = lane.set.startsWith("_");
     setText(row.name, alone ? setName(lane.set) : domainName(lane));
-    const [word, detail] = present(lane, view.now, model);
-    setText(row.word, word);
-    setText(row.detail, detail);
-    row.now.dataset.state = lane.state || "";
+    const asOf = model.laneAsOf(lane);
     row.strip.setAttribute("aria-label", `${setName(lane.set)}, ${domainName(lane)}`);
     const seen = new Set();
     for (const segment of lane.segments || []) {
-      const end = segment.end ?? view.now;
+      const end = segment.end ?? asOf;
       if (end < view.from) continue;
-      const id = `${lane.lane}|${segment.start}`;
+      const id = `${lane.lane}|${segment.start}|${segment.state}`;
       seen.add(id);
       let group = row.segments.get(id);
-      if (!group || group.dataset.state !== segment.state) {
-        if (group) group.remove();
+      if (!group) {
         group = newSegment(id, segment);
         row.segments.set(id, group);
         row.strip.append(group);
@@ -129,13 +139,13 @@ export class Chart {
       const width = Math.max(LEAST_W, (end - Math.max(segment.start, view.from)) * view.scale);
       place(group, segment.state, left, width);
       notBefore(group, segment, view);
-      group.told = () => story(lane, segment, model.now());
+      group.told = () => story(lane, segment, model.laneAsOf(lane));
       if (id === this.focused || !group.hasAttribute("aria-label") || segment.end == null) {
-        const label = story(lane, segment, view.now).join(", ");
+        const label = story(lane, segment, asOf).join(", ");
         if (segment.end != null || group.dataset.said !== "open") group.setAttribute("aria-label", label);
         group.dataset.said = segment.end == null ? "open" : "done";
       } else if (group.dataset.said === "open") {
-        group.setAttribute("aria-label", story(lane, segment, view.now).join(", "));
+        group.setAttribute("aria-label", story(lane, segment, asOf).join(", "));
         group.dataset.said = "done";
       }
     }
@@ -161,7 +171,7 @@ export class Chart {
     for (let at = Math.ceil(view.from / step) * step; at < view.to; at += step) {
       this.axis.append(element("line", { class: "tick", x1: x(at), x2: x(at), y1: 22, y2: mine.height }));
       const near = Math.abs(x(at) - nowX) < 62;
-      if (!near && x(at) - left > 20 && left + view.width - x(at) > 24) this.axis.append(label(x(at), time(at), step));
+      if (!near && x(at) - left > 20 && left + view.width - x(at) > 24) this.axis.append(label(x(at), clock(at), step));
     }
     for (const rollout of model.rollouts) {
       for (const wave of rollout.waves) {
@@ -180,9 +190,10 @@ export class Chart {
 
   keepOneTabStop() {
     const groups = [...this.body.querySelectorAll("g.seg")];
-    let stop = groups.find((group) => group.dataset.id === this.focused);
-    if (!stop) stop = groups[groups.length - 1];
+    const lane = this.focused && this.focused.slice(0, this.focused.indexOf("|") + 1);
+    const stop = groups.find((group) => group.dataset.id === this.focused) || groups.findLast((group) => lane && group.dataset.id.startsWith(lane)) || groups.at(-1);
     for (const group of groups) group.setAttribute("tabindex", group === stop ? "0" : "-1");
+    return stop;
   }
 
   key(event) {
@@ -238,17 +249,13 @@ export class Chart {
   }
 }
 
-function present(lane, now, model) {
+function present(lane, model) {
   const last = (lane.segments || []).at(-1);
-  const next = lane.state ? null : waitsFor(lane, model);
-  if (next) return ["", next];
+  if (!lane.state && lane.waits != null && model.rollouts.some((each) => each.status === "running" && (each.key || "update_domain") === lane.key)) return ["", `waits for wave ${lane.waits}`];
   if (!last) return ["", ""];
-  if (lane.state === "frozen") {
-    const standing = model.paused.filter((each) => each.set === lane.set && each.domain === lane.domain).length;
-    return ["frozen", `${seconds(Math.max(0, now - last.start))}${standing ? `, ${count(standing, "VM")}` : ""}`];
-  }
+  if (lane.state === "frozen") return ["frozen", stillness(lane, last, model)];
   if (lane.state === "scheduled" && last.not_before) {
-    const left = last.not_before - now;
+    const left = last.not_before - model.asOf();
     return ["scheduled", left > 0 ? `starts within ${Math.ceil(left)} s` : "starts now"];
   }
   if (lane.state === "resumed") return ["resumed", "being verified"];
@@ -256,18 +263,21 @@ function present(lane, now, model) {
   return [last.state, `at ${time(last.state === "verified" ? last.start : (last.end ?? last.start))}`];
 }
 
-function waitsFor(lane, model) {
-  for (const rollout of model.rollouts) {
-    if (rollout.status !== "running" || (rollout.key || "update_domain") !== lane.key) continue;
-    const wave = rollout.waves.find((each) => each.status === "pending" && each.domains[lane.set] === lane.domain);
-    if (wave) return `waits for wave ${wave.wave}`;
-  }
-  return "";
+function stillness(lane, last, model) {
+  const vms = count(lane.standing, "VM");
+  const standing = model.standingIn(lane);
+  const longest = Math.max(...standing.map((each) => model.stood(each) ?? -1));
+  if (standing.length ? longest < 0 : last.since_unknown) return `since when is not known, ${vms}`;
+  const least = standing.some((each) => each.or_earlier) ? "≥ " : "";
+  const passed = least + seconds(standing.length ? longest : Math.max(0, model.asOf() - last.start));
+  const seen = standing.length ? standing.some((each) => model.blindSince(each) == null) : model.blindSince() == null;
+  return seen ? `${passed}, ${vms}` : `${passed} at ${time(model.laneAsOf(lane))}`;
 }
 
 function story(lane, segment, now) {
   const lines = [`${setName(lane.set)}, ${domainName(lane)}: ${STATES[segment.state]}`];
   const end = segment.end ?? now;
+  if (segment.since_unknown) lines.push("began earlier; when is not known");
   lines.push(segment.end == null ? `since ${time(segment.start)}` : `${time(segment.start)} to ${time(end)}, ${seconds(end - segment.start)}`);
   if (segment.state === "frozen") {
     const pauses = (lane.marks || []).filter((mark) => mark.at >= segment.start - 0.5 && mark.at <= end + 0.5);
@@ -299,11 +309,18 @@ function busiest(lanes, most, model) {
   return lanes.filter((lane) => chosen.has(lane));
 }
 
+// Moving what is in its place already would take the keyboard's focus away.
+function keepInOrder(parent, wanted) {
+  wanted.forEach((node, index) => {
+    if (parent.children[index] !== node) parent.insertBefore(node, parent.children[index] || null);
+  });
+}
+
 function newGroup(name) {
   const section = document.createElement("section");
   section.className = "set";
   const title = document.createElement("h3");
-  title.textContent = name.startsWith("_") ? "in no set" : name;
+  title.textContent = groupName(name);
   const about = document.createElement("span");
   title.append(" ", about);
   const list = document.createElement("ol");
@@ -325,7 +342,7 @@ function newRow() {
   const detail = document.createElement("span");
   now.append(word, " ", detail);
   item.append(name, strip, now);
-  return { item, name, strip, now, word, detail, segments: new Map() };
+  return { item, name, strip, now, word, detail, lane: null, segments: new Map() };
 }
 
 function newSegment(id, segment) {

@@ -1,6 +1,7 @@
 // What the server has told, merged. Nothing here touches the document.
 
 const LOG_KEPT = 100;
+const WRONG_KEPT = 50; // lines about what went wrong, kept apart
 
 export class Model {
   constructor() {
@@ -10,19 +11,20 @@ export class Model {
     this.paused = [];
     this.lanes = new Map();
     this.log = [];
-    this.keptS = 3600;
-    this.aheadS = 0; // the exporter's clock minus ours: its times are shown against its own now
+    this.changes = 0; // how often something changed
+    this.lost = null; // since when the exporter is not heard, by its clock; null while it is
+    this.missed = null; // when that was seen
+    this.saidAt = Date.now() / 1000; // the exporter's clock when it was last heard...
+    this.heardMs = performance.now(); // ...and ours, which no step of the wall clock moves
   }
 
-  // Takes one change or snapshot in; gives what is worth saying aloud.
+  // Takes one change or snapshot in; gives the lanes whose state is another one.
   apply(change) {
     const before = new Map([...this.lanes].map(([name, lane]) => [name, lane.state || ""]));
-    const halted = new Set(this.rollouts.filter((each) => each.status === "halted").map((each) => each.rollout));
-    const alarmed = new Set(((this.fleet && this.fleet.alarms) || []).map(alarmId));
     const first = !this.heard;
     this.heard = true;
-    this.aheadS = change.now - Date.now() / 1000;
-    this.keptS = change.kept_s;
+    this.changes += 1;
+    this.hear(change.now);
     if (change.whole) {
       this.lanes = new Map();
       this.log = [];
@@ -31,38 +33,90 @@ export class Model {
     if (change.rollouts) this.rollouts = change.rollouts;
     if (change.paused) this.paused = change.paused;
     for (const lane of change.lanes || []) this.lanes.set(lane.lane, lane);
-    this.log = [...this.log, ...(change.log || [])].slice(-LOG_KEPT);
+    if (change.log || change.whole) this.log = lastLines([...this.log, ...(change.log || [])]);
     const moved = [];
     for (const [name, lane] of this.lanes) {
       const state = lane.state || "";
       if (!first && before.get(name) !== state) moved.push([lane, state]);
     }
-    const news = this.rollouts.filter((each) => each.status === "halted" && !halted.has(each.rollout));
-    const alarms = ((this.fleet && this.fleet.alarms) || []).filter((each) => each.level === "bad" && !alarmed.has(alarmId(each)));
-    return { moved, halted: news, alarms: first ? [] : alarms };
+    return moved;
+  }
+
+  // The exporter is there, and this is its clock.
+  hear(now) {
+    this.saidAt = now;
+    this.heardMs = performance.now();
+    this.lost = this.missed = null;
+  }
+
+  // The exporter cannot be heard.
+  lose() {
+    if (!this.heard || this.lost != null) return;
+    this.lost = this.saidAt;
+    this.missed = this.now();
   }
 
   now() {
-    return Date.now() / 1000 + this.aheadS;
+    return this.saidAt + (performance.now() - this.heardMs) / 1000;
   }
 
-  // Lanes in order of set and domain. What has something to show comes; of a quiet fleet, everything.
+  // Since when nothing new can have been heard (of this VM that stood still); null while it can.
+  blindSince(paused = null) {
+    const fleet = this.fleet || {};
+    const since = [this.lost];
+    if (fleet.broker) since.push(fleet.broker_since || null);
+    if (paused) since.push((fleet.offline_since || {})[paused.host]);
+    const known = since.filter((each) => each != null);
+    return known.length ? Math.min(...known) : null;
+  }
+
+  // The time that what is shown is true for.
+  asOf(paused = null) {
+    return Math.min(this.now(), this.blindSince(paused) ?? Infinity);
+  }
+
+  // Seconds that a VM has stood still for, as far as was heard; null where that is not known.
+  stood(paused) {
+    return paused.since == null ? null : Math.max(0, this.asOf(paused) - paused.since);
+  }
+
+  standingIn(lane) {
+    return lane.state === "frozen" ? this.paused.filter((each) => each.set === lane.set && each.domain === lane.domain) : [];
+  }
+
+  laneAsOf(lane) {
+    const standing = this.standingIn(lane);
+    return standing.length ? Math.max(...standing.map((each) => this.asOf(each))) : this.asOf();
+  }
+
+  // Lanes in order of set and domain; of one set, or of all.
   ordered(set) {
-    const all = [...this.lanes.values()].filter((lane) => !set || lane.set === set);
+    const all = [...this.lanes.values()].filter((lane) => !set || groupOf(lane) === set);
     return all.sort((a, b) => compare(a.set, b.set) || compare(a.key, b.key) || a.domain - b.domain);
   }
 
   sets() {
-    return [...new Set([...this.lanes.values()].map((lane) => lane.set))].sort(compare);
+    return [...new Set([...this.lanes.values()].map(groupOf))].sort(compare);
   }
 }
 
-function alarmId(alarm) {
-  return `${alarm.rule}|${alarm.about}|${alarm.at}`;
+function lastLines(lines) {
+  const room = { wrong: WRONG_KEPT, other: LOG_KEPT };
+  const kept = lines.reverse().filter((line) => room[line.level === "bad" || line.level === "warning" ? "wrong" : "other"]-- > 0);
+  return kept.reverse();
+}
+
+// A VM outside any set is a set of its own, named with a leading underscore: those are shown together.
+export function groupOf(lane) {
+  return lane.set.startsWith("_") ? "_" : lane.set;
+}
+
+export function groupName(group) {
+  return group === "_" ? "VMs in no set" : group;
 }
 
 export function compare(a, b) {
-  // A VM outside any set is a set of its own, named with a leading underscore: those come last.
+  // Those in no set come last.
   const [one, two] = [a.startsWith("_"), b.startsWith("_")];
   return one !== two ? one - two : a.localeCompare(b, undefined, { numeric: true });
 }
@@ -87,9 +141,16 @@ export const STATES = {
 };
 
 const clockTime = new Intl.DateTimeFormat(undefined, { hour: "2-digit", minute: "2-digit", second: "2-digit", hourCycle: "h23" });
+const day = new Intl.DateTimeFormat(undefined, { dateStyle: "medium" });
 
-export function time(at) {
+export function clock(at) {
   return clockTime.format(new Date(at * 1000));
+}
+
+// With the day, where that is not today.
+export function time(at) {
+  const when = new Date(at * 1000);
+  return when.toDateString() === new Date().toDateString() ? clockTime.format(when) : `${day.format(when)}, ${clockTime.format(when)}`;
 }
 
 export function seconds(value) {

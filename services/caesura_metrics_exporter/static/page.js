@@ -1,10 +1,11 @@
 // Connects, keeps connected, and draws. Reads only.
 
 import { Chart, legend, setText } from "./chart.js";
-import { Model, domainName, setName, time } from "./model.js";
-import { drawAlarms, drawLog, drawPauses, drawRollout, drawSegments, drawStanding } from "./tables.js";
+import { Model, clock, domainName, groupName, setName, time } from "./model.js";
+import { alarmRows, drawAlarms, drawLog, drawPauses, drawRollout, drawSegments, drawStanding } from "./tables.js";
 
 const POLL_MS = 5000; // where no stream is to be had
+const SILENT_MS = 15000; // three beats of the stream were missed
 const SAY_MS = 3000; // between two announcements
 const find = (id) => document.getElementById(id);
 const calm = matchMedia("(prefers-reduced-motion: reduce)");
@@ -16,6 +17,7 @@ legend(find("legend"));
 // -- the connection --------------------------------------------------------------------------------------
 
 let source = null;
+let contactMs = 0;
 let polling = 0;
 let trying = 0;
 
@@ -25,45 +27,67 @@ function link(look, text) {
 }
 
 function connected() {
+  contactMs = performance.now();
   if (model.fleet && model.fleet.broker) link("bad", "no broker");
   else link("good", polling ? "polling" : "live");
 }
 
+function lose(how) {
+  model.lose();
+  link("wait", `${how}${model.lost == null ? "" : ` since ${time(model.lost)}`}, trying again`);
+}
+
 function take(change) {
-  const news = model.apply(change);
+  announce(model.apply(change));
   connected();
-  announce(news);
   drawChanged();
 }
 
 function open() {
   source = new EventSource("live/events");
+  contactMs = performance.now();
   const receive = (event) => {
     stopPolling();
     take(JSON.parse(event.data));
   };
   source.addEventListener("snapshot", receive);
   source.addEventListener("change", receive);
-  source.addEventListener("error", () => {
-    link("wait", "exporter not reached, trying again");
-    if (source.readyState === EventSource.CLOSED) {
-      source.close();
-      poll(); // refused: perhaps too many streams
-      clearTimeout(trying);
-      trying = setTimeout(open, POLL_MS);
-    }
+  source.addEventListener("beat", (event) => {
+    model.hear(JSON.parse(event.data).now);
+    connected();
   });
+  source.addEventListener("again", reopen);
+  source.addEventListener("error", () => {
+    if (source.readyState === EventSource.CONNECTING) return lose("exporter not reached");
+    if (!polling) poll(); // refused: perhaps too many streams
+    clearTimeout(trying);
+    trying = setTimeout(open, POLL_MS);
+  });
+}
+
+function reopen() {
+  source.close();
+  open();
+}
+
+// A connection may be dead without anybody being told.
+function watch() {
+  if (polling || performance.now() - contactMs < SILENT_MS) return;
+  lose("silent");
+  reopen();
 }
 
 async function poll() {
   clearTimeout(polling);
   polling = setTimeout(poll, POLL_MS);
   try {
-    const answer = await fetch("live/state", { cache: "no-store" });
-    if (answer.ok) take(await answer.json());
-    else link("bad", `exporter answers ${answer.status}`);
+    const answer = await fetch("live/state", { cache: "no-store", signal: AbortSignal.timeout(SILENT_MS) });
+    const state = answer.ok ? await answer.json() : null;
+    if (!polling) return; // the stream was faster, and knows more
+    if (state) take(state);
+    else lose(`exporter answers ${answer.status}`);
   } catch {
-    link("wait", "exporter not reached, trying again");
+    if (polling) lose("exporter not reached");
   }
 }
 
@@ -79,12 +103,23 @@ const waiting = new Map();
 let saidAt = 0;
 let saying = 0;
 
-function announce({ moved, halted, alarms }) {
-  const loud = [...halted.map((each) => `Rollout of ${each.update || "a freeze"} halted: ${each.reason}`), ...alarms.map((each) => each.text)];
-  if (loud.length) find("shout").textContent = loud.slice(0, 3).join(". ");
+function announce(moved) {
   for (const [lane, state] of moved) if (["frozen", "resumed", "verified", "failed"].includes(state)) waiting.set(lane.lane, [state, lane]);
   if (!waiting.size || saying) return;
   saying = setTimeout(say, Math.max(0, saidAt + SAY_MS - Date.now()));
+}
+
+let known = null; // alarms that are on the page, by their key
+
+// What is new among the alarms, once, and what is over of those that say so.
+function shout(rows) {
+  const now = new Map(rows.map((row) => [row.key, row]));
+  const before = known;
+  known = now;
+  if (!before) return;
+  const over = [...before.values()].filter((row) => row.over && !now.has(row.key)).map((row) => row.over);
+  const news = rows.filter((row) => !before.has(row.key) && (row.loud || row.level === "bad")).map((row) => `${row.title}: ${row.text}`);
+  if (over.length || news.length) find("shout").textContent = [...over, ...news].slice(0, 3).join(". ");
 }
 
 function say() {
@@ -112,10 +147,14 @@ function drawChanged() {
 }
 
 function drawMoving() {
-  setText(find("clock"), time(model.now()));
-  if (!model.heard || document.hidden) return;
+  watch();
+  setText(find("clock"), clock(model.now()));
+  if (!model.heard) return;
+  const rows = alarmRows(model);
+  shout(rows);
+  if (document.hidden) return;
   drawRollout(find("rollout-body"), find("numbers"), model);
-  drawAlarms(find("alarms"), find("alarm-list"), model);
+  drawAlarms(find("alarms"), find("alarm-list"), rows, model);
   drawStanding(find("standing-body"), find("standing-count"), model);
   chart.draw(model, set, span);
 }
@@ -129,7 +168,7 @@ function offerSets() {
   const options = ["", ...sets].map((name) => {
     const option = document.createElement("option");
     option.value = name;
-    option.textContent = name ? setName(name) : `all (${sets.length})`;
+    option.textContent = name ? groupName(name) : `all (${sets.length})`;
     return option;
   });
   choose.replaceChildren(...options);

@@ -32,18 +32,18 @@ export function drawRollout(root, numbers, model) {
     parts.push(h("h2", { id: "rollout-title" }, title, " ", h("span", { class: `chip ${rollout.status}` }, rollout.status)));
     parts.push(h("p", { class: "line" }, sentence(rollout, model)));
     if (rollout.reason && rollout.status !== "halted") parts.push(h("p", { class: "reason" }, rollout.reason)); // a halt's is an alarm
-    parts.push(waves(rollout, rollout === model.rollouts[0] && model.rollouts.length === 1 && model.fleet ? model.fleet.paused : 0));
+    parts.push(waves(rollout));
     const facts = [`started ${time(rollout.created_at)}`, `budget ${rollout.budget_s} s`, `notice ${rollout.notice_s} s`];
     if (rollout.ended_at) facts.push(`ended ${time(rollout.ended_at)}, after ${seconds(rollout.ended_at - rollout.created_at)}`);
     if (rollout.requested_by) facts.push(`asked for by ${rollout.requested_by}`);
     parts.push(h("p", { class: "facts" }, facts.join(" · ")));
     for (const other of others.slice(0, 5)) {
       const reason = other.reason ? `: ${other.reason}` : "";
-      parts.push(h("p", { class: `facts other ${other.status}` }, `Also ${other.status}: ${other.update || "freeze on demand"}, ${count(other.sets, "set")}${reason}`));
+      parts.push(h("p", { class: `facts other ${other.status}` }, `Also ${other.status}: `, h("bdi", {}, other.update || "freeze on demand"), `, ${count(other.sets, "set")}${reason}`));
     }
   }
   replaceIfChanged(root, parts);
-  drawNumbers(numbers, model.fleet);
+  drawNumbers(numbers, model);
 }
 
 function sentence(rollout, model) {
@@ -58,25 +58,26 @@ function sentence(rollout, model) {
     const failed = rollout.waves.find((wave) => wave.status === "failed") || current;
     return `Wave ${failed.wave} stopped the rollout; ${verified}. Nothing more starts until somebody resumes or aborts it.`;
   }
-  const standing = model.fleet ? model.fleet.paused : 0;
+  const standing = current.standing || 0;
+  const seen = model.paused.some((each) => model.blindSince(each) == null);
   let what = `is ${WAVE_WORDS[current.status] || current.status}`;
   if (current.status === "pending") what = "is next";
   if (current.status === "soaking") what = "soaks";
-  if (current.status === "started") what = `is under way: ${standing ? `${count(standing, "VM stands", "VMs stand")} still` : "no VM stands still"}`;
+  if (current.status === "started") what = `is under way: ${standing ? (seen ? `${count(standing, "VM stands", "VMs stand")} still` : `${count(standing, "VM")} stood still when last heard of`) : "no VM stands still"}`;
   if (current.status === "scheduled") {
-    const left = current.not_before ? Math.max(0, Math.ceil(current.not_before - model.now())) : 0;
+    const left = current.not_before ? Math.max(0, Math.ceil(current.not_before - model.asOf())) : 0;
     const approved = current.events ? `, ${current.approved || 0} of ${current.events} approved` : "";
     what = `is announced: it starts ${left ? `within ${left} s` : "now"}${approved}`;
   }
   return `Wave ${current.wave} ${what}; ${verified}.`;
 }
 
-function waves(rollout, standing) {
+function waves(rollout) {
   return h(
     "ol",
     { class: "waves", "aria-label": "Waves" },
     rollout.waves.map((wave) => {
-      const frozen = wave.status === "started" && standing > 0;
+      const frozen = wave.status === "started" && wave.standing > 0;
       const look = frozen ? "frozen" : WAVE_LOOK[wave.status] || "pending";
       const bar = element("svg", { class: `seg ${look}`, height: 8, width: "100%", "aria-hidden": "true" });
       bar.append(element("rect", { class: "body", x: 0, y: 0, width: "100%", height: 8, rx: 2 }));
@@ -88,11 +89,14 @@ function waves(rollout, standing) {
   );
 }
 
-function drawNumbers(list, fleet) {
+function drawNumbers(list, model) {
+  const fleet = model.fleet;
   if (!fleet) return;
+  const blind = model.blindSince();
+  const unseen = model.paused.length > 0 && model.paused.every((each) => model.blindSince(each) != null);
   const offline = fleet.hosts_offline || [];
   const rows = [
-    ["Standing still", String(fleet.paused), fleet.paused ? "ice" : ""],
+    [blind != null ? `Still at ${time(blind)}` : unseen ? "Stood still last" : "Standing still", String(fleet.paused), fleet.paused ? "ice" : ""],
     ["VMs", String(fleet.vms), ""],
     ["Update domains", `${fleet.domains}`, ""],
     ["Hosts", offline.length ? `${fleet.hosts - offline.length} of ${fleet.hosts}` : String(fleet.hosts), offline.length ? "warn" : ""],
@@ -106,33 +110,73 @@ function drawNumbers(list, fleet) {
 
 // -- alarms -----------------------------------------------------------------------------------------------
 
-export function drawAlarms(section, list, model) {
-  const fleet = model.fleet;
+const TITLES = {
+  "two-domains": "Two domains of a set at once",
+  overrun: "Pause longer than its budget",
+  memory: "Memory changed",
+  stopped: "Not running after its pause",
+  guard: "The pause guard had to act",
+  clock: "Clock not synced",
+};
+const GRACE_S = 3; // a connection that is back so soon is not worth an alarm
+
+// What is wrong now, the worst first: { key, level, title, text, when; loud: said aloud though only a warning; over: said at its end }.
+export function alarmRows(model) {
+  const fleet = model.fleet || {};
   const rows = [];
-  for (const each of model.rollouts) if (each.status === "halted") rows.push(["bad", "Rollout halted", each.reason || each.update, null]);
-  if (fleet && fleet.broker) rows.push(["bad", "The exporter is not connected to the broker", `${fleet.broker} (since ${time(fleet.broker_since)}; what is below may be old)`, null]);
-  if (fleet && fleet.full) rows.push(["warning", "Not everything is shown", "there are more update domains than this page keeps", null]);
-  const titles = { "two-domains": "Two domains of a set at once", overrun: "Pause longer than its budget", memory: "Memory changed", guard: "The pause guard had to act", clock: "Clock not synced" };
-  for (const each of (fleet && fleet.alarms) || []) {
+  if (model.lost != null && model.now() - model.missed > GRACE_S) {
+    const text = `nothing heard since ${time(model.lost)}; what is below is as of then${guards(model, model.paused)}`;
+    rows.push({ key: "link", level: "warning", loud: true, title: "The exporter is not reached", text, over: "The exporter is heard again" });
+  }
+  if (fleet.broker) {
+    const text = `${fleet.broker}; nothing heard since ${time(fleet.broker_since)}, what is below is as of then${model.lost == null ? guards(model, model.paused) : ""}`;
+    rows.push({ key: "broker", level: "bad", title: "The exporter is not connected to the broker", text, over: "The exporter is connected to the broker again" });
+  }
+  for (const each of model.rollouts) {
+    if (each.status === "halted") rows.push({ key: `halted ${each.rollout}`, level: "bad", title: "Rollout halted", text: each.reason || each.update });
+  }
+  const alarms = (fleet.alarms || []).map((each) => {
     const when = each.until == null ? `since ${time(each.at)}` : each.until > each.at ? `${time(each.at)} to ${time(each.until)}` : time(each.at);
-    rows.push([each.level, titles[each.rule] || each.rule, each.text, when]);
-  }
-  const now = model.now();
+    return { key: `${each.rule} ${each.about} ${each.at}`, level: each.level, title: TITLES[each.rule] || each.rule, text: each.text, when, lasts: each.until == null };
+  });
+  rows.push(...alarms.filter((each) => each.lasts));
+  const silent = new Map();
   for (const each of model.paused) {
-    if (each.since != null && each.budget != null && now - each.since > each.budget + 0.5) {
-      rows.push(["bad", "Standing still beyond the budget", `${each.vm} (${setName(each.set)}, domain ${each.domain}) on ${each.host}, budget ${each.budget} s`, null]);
-    }
+    const stood = model.stood(each);
+    if (stood != null && each.budget != null && stood > each.budget + 0.5) {
+      const text = `${each.vm} (${setName(each.set)}, domain ${each.domain}) on ${each.host}, budget ${each.budget} s`;
+      rows.push({ key: `overdue ${each.vm} ${each.since}`, level: "bad", title: "Standing still beyond the budget", text });
+    } else if (model.blindSince() == null && model.blindSince(each) != null) silent.set(each.host, [...(silent.get(each.host) || []), each]);
   }
+  for (const [host, paused] of silent) {
+    const text = `its host updater was last heard at ${time(fleet.offline_since[host])}${guards(model, paused)}`;
+    rows.push({ key: `silent ${host}`, level: "warning", loud: true, title: `${host} is silent`, text });
+  }
+  if (fleet.full) rows.push({ key: "full", level: "warning", title: "Not everything is shown", text: "there are more update domains than this page keeps" });
+  return [...rows, ...alarms.filter((each) => !each.lasts)];
+}
+
+// What must have become of pauses that nothing more is heard of.
+function guards(model, paused) {
+  if (!paused.length) return "";
+  const names = paused.length > 3 ? `${paused.length} VMs` : paused.map((each) => each.vm).join(", ");
+  const known = paused.filter((each) => each.since != null && each.budget != null);
+  const by = Math.max(...known.map((each) => each.since + each.budget));
+  const last = known.length ? `; the pause guard ${by > model.now() ? "has" : "had"} to end that by ${time(by)}` : "";
+  return `. ${names} stood still then${last}`;
+}
+
+export function drawAlarms(section, list, rows, model) {
   section.hidden = rows.length === 0;
-  const shown = rows.slice(0, 6).map(([level, title, text, when]) => h("li", { class: level }, h("span", { class: "sign", "aria-hidden": "true" }, LEVELS[level][0]), h("p", {}, h("b", {}, title), " ", text), when ? h("small", {}, when) : null));
-  if (rows.length > 6) shown.push(h("li", { class: "warning" }, h("span", { class: "sign", "aria-hidden": "true" }, "!"), h("p", {}, `and ${rows.length - 6} more`)));
+  const shown = rows.slice(0, 6).map(({ level, title, text, when }) => h("li", { class: level }, h("span", { class: "sign", "aria-hidden": "true" }, LEVELS[level][0]), h("p", {}, h("b", {}, title), " ", text), when ? h("small", {}, when) : null));
+  const more = rows.length - shown.length + ((model.fleet && model.fleet.alarms_more) || 0);
+  if (more) shown.push(h("li", { class: "warning" }, h("span", { class: "sign", "aria-hidden": "true" }, "!"), h("p", {}, `and ${more} more`)));
   replaceIfChanged(list, shown);
 }
 
 // -- who stands still ------------------------------------------------------------------------------------
 
 export function drawStanding(root, counter, model) {
-  const now = model.now();
   const total = model.fleet ? model.fleet.paused : model.paused.length;
   setText(counter, total ? count(total, "VM") : "");
   if (!model.paused.length) {
@@ -154,9 +198,12 @@ export function drawStanding(root, counter, model) {
   }
   [...root.querySelectorAll("li")].forEach((item, index) => {
     const each = model.paused[index];
-    const passed = each.since == null ? null : Math.max(0, now - each.since);
+    const passed = model.stood(each);
     const budget = each.budget;
-    setText(item.querySelector(".secs"), passed == null ? "paused, since when is not known" : `${passed.toFixed(1)} s of ${budget} s`);
+    const blind = model.blindSince(each);
+    const known = passed == null ? "paused, since when is not known" : `${each.or_earlier ? "≥ " : ""}${passed.toFixed(1)} s of ${budget} s`;
+    setText(item.querySelector(".secs"), blind == null ? known : `${known} at ${time(blind)}`);
+    item.classList.toggle("unseen-now", blind != null);
     item.classList.toggle("over", passed != null && passed > budget);
     item.querySelector(".fill").setAttribute("width", `${passed == null ? 0 : Math.min(100, (passed / budget) * 100).toFixed(1)}%`);
   });
@@ -173,12 +220,13 @@ export function drawPauses(root, note, model, set) {
   }
   const shown = lanes.slice(0, MOST_ROWS);
   const most = Math.max(...shown.map((lane) => Math.max(lane.budget || 0, lane.pauses.most)));
-  setText(note, `scale 0 to ${seconds(most)}`);
+  const cut = shown.some((lane) => lane.pauses.count > lane.marks.length);
+  setText(note, `scale 0 to ${seconds(most)}${cut ? "; of many, the worst are drawn" : ""}`);
   const rows = shown.map((lane) =>
     h(
       "tr",
       { role: "row" },
-      h("th", { scope: "row", role: "rowheader" }, setName(lane.set), " ", h("span", {}, lane.set.startsWith("_") ? "" : domainName(lane))),
+      h("th", { scope: "row", role: "rowheader" }, setName(lane.set), " ", h("span", {}, domainName(lane))),
       h("td", { role: "cell", class: "plot" }, strip(lane, most)),
       h("td", { role: "cell", class: "num" }, h("small", {}, "n "), String(lane.pauses.count)),
       h("td", { role: "cell", class: "num wide" }, seconds(lane.pauses.least)),
@@ -210,7 +258,7 @@ function clock(lane) {
 function strip(lane, most) {
   const x = (value) => `${(2 + (value / most) * 94).toFixed(2)}%`;
   const figure = lane.pauses;
-  const label = `${count(figure.count, "pause")}: ${seconds(figure.least)} to ${seconds(figure.most)}, median ${seconds(figure.median)}, budget ${lane.budget} s`;
+  const label = `${count(figure.count, "pause")}: ${seconds(figure.least)} to ${seconds(figure.most)}, median ${seconds(figure.median)}, budget ${lane.budget} s${figure.over ? `, ${figure.over} longer than that` : ""}`;
   const svg = element("svg", { class: "dots", height: 22, width: "100%", role: "img", "aria-label": label });
   svg.append(element("line", { class: "rail", x1: x(0), x2: x(most), y1: 11, y2: 11 }));
   svg.append(element("line", { class: "range", x1: x(figure.least), x2: x(figure.most), y1: 11, y2: 11 }));

@@ -7,6 +7,10 @@ from collections.abc import Iterator, Mapping
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from caesura.bus.port import BusStats
+from caesura.contract.codec import ContractError
+
+# Known from zero on: else the first error of a kind is no increase of anything.
+_ERROR_KINDS = tuple(sorted({ContractError.kind, *(each.kind for each in ContractError.__subclasses__())}))
 
 
 def bus_families(stats: BusStats, decode_errors: Mapping[str, int]) -> Iterator[Metric]:
@@ -29,6 +33,6 @@ def bus_families(stats: BusStats, decode_errors: Mapping[str, int]) -> Iterator[
     errors = CounterMetricFamily(
         "caesura_bus_decode_errors", "Messages that broke the contract.", labels=["kind"]
     )
-    for kind, count in sorted(decode_errors.items()):
+    for kind, count in sorted((dict.fromkeys(_ERROR_KINDS, 0) | dict(decode_errors)).items()):
         errors.add_metric([kind], count)
     yield errors

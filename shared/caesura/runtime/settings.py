@@ -118,7 +118,10 @@ def read_settings(settings: type[S], prefix: str, environ: Mapping[str, str]) ->
             )
         except msgspec.ValidationError as error:
             shown = "the file's content" if is_secret(field) else repr(given[name])
-            raise SettingsError(f"{name}={shown}: {str(error).split(' - at ')[0]}") from error
+            why = str(error).split(" - at ")[0]
+            if why.startswith("Expected `array`"):
+                why += '; give JSON, such as ["one", "two"]'
+            raise SettingsError(f"{name}={shown}: {why}") from error
     try:
         return msgspec.convert(raw, settings, strict=False, dec_hook=_decode_custom)
     except msgspec.ValidationError as error:

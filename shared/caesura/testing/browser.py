@@ -43,6 +43,10 @@ _CONTRAST = """
     for (let each = node; each; each = each.parentElement) layers.push(parse(getComputedStyle(each).backgroundColor));
     return layers.reverse().reduce((below, top) => over(top, below), [255, 255, 255]);
   };
+  const clipped = (node) => {
+    for (let each = node; each; each = each.parentElement) if (getComputedStyle(each).clipPath !== "none") return true;
+    return false;
+  };
   const poor = [];
   let looked = 0;
   const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
@@ -50,7 +54,7 @@ _CONTRAST = """
     const node = walker.currentNode.parentElement;
     if (!walker.currentNode.textContent.trim() || !node.checkVisibility()) continue;
     const style = getComputedStyle(node);
-    if (style.clipPath !== "none" || node.closest(".unseen, .skip, script, style, noscript, option, thead")) continue;
+    if (clipped(node) || node.closest(".skip, script, style, noscript, option")) continue;
     const back = behind(node);
     const svg = node instanceof SVGElement;
     const ink = over(parse(svg ? style.fill : style.color), back);

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import shutil
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Collection, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -87,6 +87,21 @@ class Prometheus:
         """The names of the alerts that fire now."""
         alerts = (await self._ask("alerts"))["alerts"]
         return {each["labels"]["alertname"] for each in alerts if each["state"] == "firing"}
+
+    async def until_alerts(
+        self, *fire: str, silent: Collection[str] = (), timeout_s: float = PATIENCE_S
+    ) -> None:
+        """Wait until all of ``fire`` fire at once, and none of ``silent`` does.
+
+        Raises:
+            AssertionError: not in time.
+        """
+        end = time.monotonic() + timeout_s
+        while not (set(fire) <= (firing := await self.firing()) and firing.isdisjoint(silent)):
+            if time.monotonic() > end:
+                missing, left = sorted(set(fire) - firing), sorted(firing.intersection(silent))
+                raise AssertionError(f"not within {timeout_s:g} s: missing {missing}, firing still {left}")
+            await asyncio.sleep(_POLL_S)
 
     async def until(self, expr: str, timeout_s: float = PATIENCE_S) -> list[Series]:
         """Wait until a query answers with something.

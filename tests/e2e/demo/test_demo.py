@@ -18,7 +18,9 @@ from caesura.runtime.processes import frozen_processes, marked_processes
 pytestmark = pytest.mark.timeout(150)
 
 
-async def _demo(*words: str, mark: str) -> asyncio.subprocess.Process:
+async def _demo(
+    *words: str, mark: str, stderr: int = asyncio.subprocess.STDOUT
+) -> asyncio.subprocess.Process:
     return await asyncio.create_subprocess_exec(
         sys.executable,
         "-m",
@@ -27,7 +29,7 @@ async def _demo(*words: str, mark: str) -> asyncio.subprocess.Process:
         *words,
         env={**os.environ, **dict([mark.split("=")])},
         stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.STDOUT,
+        stderr=stderr,
         start_new_session=True,
     )
 
@@ -70,6 +72,23 @@ async def test_ctrl_c_leaves_nothing_behind(moment: str) -> None:
     assert process.returncode == 130
     assert not list(marked_processes(mark))
     assert _cgroups() <= before, "cgroups were left behind"
+
+
+async def test_json_is_all_that_is_on_stdout_while_it_is_kept() -> None:
+    mark = "DEMO_TEST=kept"
+    process = await _demo("--json", "--keep", mark=mark, stderr=asyncio.subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    async with asyncio.timeout(90):
+        page = (await process.stderr.readline()).decode()
+        result = json.loads(await process.stdout.readline())
+        while b"Still running" not in await process.stderr.readline():
+            pass
+    process.send_signal(signal.SIGINT)
+    out, _ = await process.communicate()
+    assert out == b""
+    assert page.startswith(f"live page: {result['urls']['live page']} ")
+    assert not list(marked_processes(mark))
 
 
 def _cgroups() -> set[Path]:

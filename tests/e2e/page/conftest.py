@@ -89,6 +89,55 @@ async def visit(browser: Browser) -> AsyncIterator[Callable[..., Any]]:
         yield open_page
 
 
+class Wire:
+    """A connection to a port that can be cut, or go dead without a word."""
+
+    def __init__(self, port: int) -> None:
+        self._port = port
+        self._open = asyncio.Event()
+        self._open.set()
+        self._pipes: set[asyncio.Task[None]] = set()
+        self._server: asyncio.Server | None = None
+        self.listen_port = free_port()
+
+    async def mend(self) -> None:
+        """Carry what comes."""
+        self._open.set()
+        if self._server is None:
+            self._server = await asyncio.start_server(self._handle, "127.0.0.1", self.listen_port)
+
+    def hush(self) -> None:
+        """Carry nothing, neither of what is open nor of what comes."""
+        self._open.clear()
+
+    async def cut(self) -> None:
+        """End everything; nobody answers."""
+        if self._server is not None:
+            self._server.close()
+            self._server = None
+        for pipe in self._pipes:
+            pipe.cancel()
+        await asyncio.gather(*self._pipes, return_exceptions=True)
+
+    async def _handle(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        far_reader, far_writer = await asyncio.open_connection("127.0.0.1", self._port)
+        for source, target in ((reader, far_writer), (far_reader, writer)):
+            pipe = asyncio.create_task(self._pipe(source, target))
+            self._pipes.add(pipe)
+            pipe.add_done_callback(self._pipes.discard)
+
+    async def _pipe(self, source: asyncio.StreamReader, target: asyncio.StreamWriter) -> None:
+        try:
+            while data := await source.read(65536):
+                await self._open.wait()
+                target.write(data)
+                await target.drain()
+        except ConnectionError:
+            pass  # one of the two went away
+        finally:
+            target.close()
+
+
 async def _silent(_: Delivery) -> None:
     """The speaker hears nothing."""
 
@@ -96,10 +145,17 @@ async def _silent(_: Delivery) -> None:
 class Booth:
     """An exporter on a bus in memory, its page, and somebody who speaks on that bus."""
 
-    def __init__(self, exporter: MetricsExporter, post: Post, url: str) -> None:
+    def __init__(self, exporter: MetricsExporter, post: Post, port: int, page: LivePage) -> None:
         self.exporter = exporter
+        self.page = page
         self.post = post
-        self.url = url
+        self.url = f"http://127.0.0.1:{port}/"
+        self.wire = Wire(port)
+
+    @property
+    def broker(self) -> MemoryBroker:
+        broker: MemoryBroker = self.post.bus._broker  # type: ignore[attr-defined]
+        return broker
 
 
 @pytest.fixture
@@ -108,7 +164,7 @@ async def booth() -> AsyncIterator[Booth]:
     bus = MemoryBus(broker, client_id="exporter", filters=filters())
     speaker = MemoryBus(broker, client_id="speaker")
     exporter = MetricsExporter(MetricsExporterSettings(), bus)
-    listen = f"127.0.0.1:{free_port()}"
+    port = free_port()
     tasks = [
         asyncio.create_task(each)
         for each in (exporter.run_bus(), exporter.stream.run(), speaker.run(_silent))
@@ -116,8 +172,14 @@ async def booth() -> AsyncIterator[Booth]:
     try:
         assert await bus.wait_connected(5)
         assert await speaker.wait_connected(5)
-        async with serve_health(listen, {}, CollectorRegistry(), extend=LivePage(exporter.stream).extend):
-            yield Booth(exporter, Post(speaker, "/caesura/test"), f"http://{listen}/")
+        page = LivePage(exporter.stream)
+        async with serve_health(f"127.0.0.1:{port}", {}, CollectorRegistry(), extend=page.extend):
+            made = Booth(exporter, Post(speaker, "/caesura/test"), port, page)
+            await made.wire.mend()
+            try:
+                yield made
+            finally:
+                await made.wire.cut()
     finally:
         for task in tasks:
             task.cancel()

@@ -13,6 +13,11 @@ from caesura.testing.browser import poor_contrast
 
 _MARKUP = '<img src=x onerror="window.hacked=1"> & </script><script>window.hacked=2</script>'
 
+_SPACING = (
+    "* { line-height: 1.5 !important; letter-spacing: .12em !important; word-spacing: .16em !important }"
+)
+"""What readers may set: WCAG 2.2, success criterion 1.4.12."""
+
 
 def _now() -> datetime:
     return datetime.now(UTC)
@@ -123,10 +128,10 @@ async def test_what_is_wrong_is_loud_and_readable(booth: Any, visit: Callable[..
 async def test_a_lost_broker_is_said(booth: Any, visit: Callable[..., Any]) -> None:
     visited = await visit(booth.url)
     await visited.until("document.getElementById('link-text').textContent === 'live'")
-    booth.post.bus._broker.down()
+    booth.broker.down()
     await visited.until("document.getElementById('link-text').textContent === 'no broker'")
     assert "not connected to the broker" in await visited.text("#alarms")
-    booth.post.bus._broker.up()
+    booth.broker.up()
     await visited.until("document.getElementById('link-text').textContent === 'live'")
     assert await visited.page.is_hidden("#alarms")
 
@@ -181,7 +186,52 @@ async def test_an_empty_fleet_and_no_sideways_scroll(
         await booth.post.send(message, host=name, set=name, ud=domain, vm=name)
     await booth.post.send(_rollout("y" * 63, "halted", "z" * 500), rollout="r1")
     await visited.until("document.querySelector('.chip.halted') && document.querySelector('.standing li')")
-    assert await visited.page.evaluate(
-        "document.documentElement.scrollWidth <= document.documentElement.clientWidth"
-    )
+    for spacing in ("", _SPACING):
+        await visited.page.evaluate(
+            "(text) => { const sheet = new CSSStyleSheet(); sheet.replaceSync(text); document.adoptedStyleSheets = [sheet]; }",
+            spacing,
+        )
+        assert await visited.page.evaluate(
+            "document.documentElement.scrollWidth <= document.documentElement.clientWidth"
+        )
     assert visited.errors == []
+
+
+async def test_without_scripts_it_says_where_the_facts_are(booth: Any, visit: Callable[..., Any]) -> None:
+    visited = await visit(booth.url, java_script_enabled=False)
+    assert await visited.page.is_hidden("#link")
+    assert await visited.page.is_hidden("main")
+    assert await visited.page.is_visible("noscript a[href='live/state']")
+
+
+async def test_colours_that_are_forced_and_paper(booth: Any, visit: Callable[..., Any]) -> None:
+    async def dot(visited: Any) -> str:
+        found: str = await visited.page.evaluate(
+            "getComputedStyle(document.querySelector('.dot')).backgroundColor"
+        )
+        return found
+
+    forced = await visit(booth.url, forced_colors="active")
+    plain = await visit(booth.url)
+    for visited in (forced, plain):
+        await visited.until("document.getElementById('link-text').textContent === 'live'")
+    assert await dot(forced) == await dot(plain), "the dot is seen"
+    dark = await visit(booth.url, color_scheme="dark")
+    ink = "getComputedStyle(document.body).color"
+    assert await dark.page.evaluate(ink) != await plain.page.evaluate(ink)
+    await dark.page.emulate_media(media="print")
+    assert await dark.page.evaluate(ink) == await plain.page.evaluate(ink), "dark ink on paper"
+
+
+async def test_what_did_not_move_is_not_drawn_again(booth: Any, visit: Callable[..., Any]) -> None:
+    await _freeze(booth, "web-1", 0)
+    visited = await visit(booth.url)
+    await visited.until("document.querySelector('g.seg') !== null")
+    await visited.page.locator("input[value='3600']").check(force=True)
+    # Each drawing makes the axis anew; at this scale a pixel is some five seconds.
+    await visited.page.evaluate(
+        """() => { window.drawn = 0; window.said = new Set();
+          new MutationObserver(() => { window.drawn += 1; }).observe(document.querySelector(".axis"), { childList: true }); }"""
+    )
+    await visited.until("window.said.add(document.querySelector('.lane .now').textContent).size > 8")
+    assert await visited.page.evaluate("window.drawn") <= 2, "not with every tick"

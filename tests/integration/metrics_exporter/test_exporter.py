@@ -268,7 +268,7 @@ class Scene:
         self.now_s = 0.0
         self.exporter_bus = MemoryBus(self.broker, client_id="exporter", filters=filters(), clean=False)
         self.exporter = MetricsExporter(
-            MetricsExporterSettings(forget_after_s=100), self.exporter_bus, monotonic=lambda: self.now_s
+            MetricsExporterSettings(), self.exporter_bus, monotonic=lambda: self.now_s
         )
         self.registry = CollectorRegistry()
         self.registry.register(self.exporter.collector())
@@ -331,15 +331,28 @@ async def test_every_metric_of_ours_is_named_and_explained(scene: Scene) -> None
     assert not labels & {"vm", "event", "event_id", "rollout", "operation"}
 
 
-async def test_a_host_that_says_nothing_any_more_is_dropped(scene: Scene) -> None:
+async def test_nothing_is_forgotten_in_an_outage_however_long(scene: Scene) -> None:
     await play(scene.post)
-    await scene.until(LAST)
-    scene.now_s = 99.0
-    scene.exporter.forget_stale()
-    assert 'host="host-1"' in scene.text()
-    scene.now_s = 101.0
-    scene.exporter.forget_stale()
-    assert 'host="host-1"' not in scene.text()
+    before = await scene.until(LAST)
+    heard = ("caesura_host_heard_seconds", frozenset({("host", "host-1")}))
+    scene.now_s = 1e6
+    after = series_of(scene.text())
+    assert set(after) == set(before)
+    assert value(after, "caesura_pause_seconds_count", **PAUSE) == value(
+        before, "caesura_pause_seconds_count", **PAUSE
+    )
+    assert (before[heard], after[heard]) == (0.0, 1e6)
+    # What the broker still has of it is no word of the host's.
+    scene.broker.kill("exporter")
+    told = value(after, "caesura_messages_total", type="caesura.host.inventory.v1")
+
+    async def told_again() -> bool:
+        return (
+            value(series_of(scene.text()), "caesura_messages_total", type="caesura.host.inventory.v1") > told
+        )
+
+    await eventually(told_again)
+    assert series_of(scene.text())[heard] == 1e6
 
 
 async def test_a_cleared_inventory_drops_the_host_at_once(scene: Scene) -> None:
@@ -351,6 +364,49 @@ async def test_a_cleared_inventory_drops_the_host_at_once(scene: Scene) -> None:
         return 'host="host-1"' not in scene.text()
 
     await eventually(dropped)
+
+
+async def test_short_lived_vms_in_no_set_leave_no_series_behind(scene: Scene) -> None:
+    """Each is a set of its own."""
+
+    async def host(*vms: str) -> None:
+        records = tuple(
+            m.VmRecord(vm=vm, set=f"_{vm}", update_domain=0, state="running", methods=("freeze",))
+            for vm in vms
+        )
+        report = m.HostInventory(host="h1", driver="process", epoch=1, vms=records, guard="ready")
+        await scene.post.send(report, host="h1")
+
+    async def count() -> int:
+        return sum(
+            not key[0].startswith(("caesura_messages", "caesura_exporter", "caesura_bus"))
+            for key in series_of(scene.text())
+        )
+
+    await host()
+    await scene.until(("caesura_host_online", frozenset({("host", "h1")})))
+    before = await count()
+    for number in range(20):
+        await host(f"vm-{number}")
+    await scene.until(
+        ("caesura_vms", frozenset({("set", "_vm-19"), ("update_domain", "0"), ("state", "running")}))
+    )
+    assert await count() > before + 20
+    await host()
+
+    async def empty() -> bool:
+        return "_vm-19" not in {
+            dict(key[1]).get("set") for key in series_of(scene.text()) if key[0] == "caesura_vms"
+        }
+
+    await eventually(empty)
+    scene.now_s += 1000.0
+    await host()
+
+    async def as_before() -> bool:
+        return await count() == before
+
+    await eventually(as_before)
 
 
 async def test_facts_sent_while_it_was_away_are_counted(scene: Scene) -> None:

@@ -5,18 +5,23 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import signal
 import socket
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime
+from html.parser import HTMLParser
+from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import aiohttp
 import msgspec
 import pytest
+from aiohttp import web
 from prometheus_client import CollectorRegistry
 
 from caesura.bus.brokers import free_port
@@ -25,8 +30,11 @@ from caesura.bus.port import Delivery
 from caesura.bus.post import Post
 from caesura.contract import messages as m
 from caesura.runtime.health import serve_health
+from caesura.runtime.settings import SettingsError, read_settings
 from caesura.testing.collector import eventually
+from caesura_metrics_exporter import __main__ as command
 from caesura_metrics_exporter.page import SECURITY_HEADERS, LivePage, own_host
+from caesura_metrics_exporter.scrape import Scrape
 from caesura_metrics_exporter.service import MetricsExporter, filters
 from caesura_metrics_exporter.settings import MetricsExporterSettings
 from caesura_metrics_exporter.stream import LiveStream
@@ -45,7 +53,8 @@ class Stream:
 
     def __init__(self, response: aiohttp.ClientResponse) -> None:
         self.response = response
-        self.comments: list[str] = []
+        self.beats: list[float] = []
+        self.again = False
         self.retry_ms = 0
 
     async def next(self) -> Event | None:
@@ -63,8 +72,11 @@ class Stream:
                         event.data = json.loads(text)
                     case "retry":
                         self.retry_ms = int(text)
-                    case "" if text:
-                        self.comments.append(text)
+                    case "" if event.name == "beat":
+                        self.beats.append(event.data["now"])
+                        event = Event("message", "", {})
+                    case "" if event.name == "again":
+                        self.again = True
                     case "" if event.id:
                         return event
         return None
@@ -115,16 +127,16 @@ async def silent(_: Delivery) -> None:
 
 @asynccontextmanager
 async def scenery(
-    *, readers: int = 8, heartbeat_s: float = 15.0, stall_s: float = 30.0, page_hosts: tuple[str, ...] = ()
+    *, readers: int = 8, wall: Callable[[], float] = time.time, **page: Any
 ) -> AsyncIterator[Scene]:
     broker = MemoryBroker()
     bus = MemoryBus(broker, client_id="exporter", filters=filters())
     speaker = MemoryBus(broker, client_id="speaker")
-    exporter = MetricsExporter(MetricsExporterSettings(), bus)
+    exporter = MetricsExporter(MetricsExporterSettings(), bus, wall=wall)
     exporter.stream = LiveStream(
-        exporter.live, time.time, exporter.broker_ping, readers=readers, least_s=0.05
+        exporter.live, wall, time.monotonic, exporter.broker_ping, readers=readers, least_s=0.05
     )
-    page = LivePage(exporter.stream, heartbeat_s=heartbeat_s, stall_s=stall_s, page_hosts=page_hosts)
+    live_page = LivePage(exporter.stream, **page)
     port = free_port()
     tasks = [
         asyncio.create_task(each) for each in (exporter.run_bus(), exporter.stream.run(), speaker.run(silent))
@@ -133,7 +145,7 @@ async def scenery(
         assert await bus.wait_connected(5)
         assert await speaker.wait_connected(5)
         async with (
-            serve_health(f"127.0.0.1:{port}", {}, CollectorRegistry(), extend=page.extend),
+            serve_health(f"127.0.0.1:{port}", {}, CollectorRegistry(), extend=live_page.extend),
             aiohttp.ClientSession(f"http://127.0.0.1:{port}") as session,
         ):
             yield Scene(session, port, exporter, Post(speaker, "/caesura/test"))
@@ -204,6 +216,15 @@ async def test_a_storm_is_few_events(scene: Scene) -> None:
         assert len(event.data["paused"]) == 200, "the rest is a number"
 
 
+def _is_held(port: int, peer: int) -> bool:
+    """Whether a process has the connection open, by the kernel's table: what is only being flushed has no inode."""
+    for line in Path("/proc/net/tcp").read_text(encoding="ascii").splitlines()[1:]:
+        _, local, remote, *_, inode = line.split()[:10]
+        if (int(local[-4:], 16), int(remote[-4:], 16)) == (port, peer) and inode != "0":
+            return True
+    return False
+
+
 async def test_a_reader_that_takes_nothing_slows_nobody_and_is_cut() -> None:
     async with scenery(stall_s=1.0) as scene:
         for number in range(2000):
@@ -224,6 +245,8 @@ async def test_a_reader_that_takes_nothing_slows_nobody_and_is_cut() -> None:
                             await scene.freeze(number + lane, set=f"set-{lane}", vm=f"again-{number}-{lane}")
                         number += 2000
                         await stream.until_paused(number)
+            # It is still there, but what was to be sent to it is not kept.
+            await eventually(lambda: not _is_held(scene.port, stuck.getsockname()[1]))
         finally:
             stuck.close()
 
@@ -243,13 +266,100 @@ async def test_too_many_readers_are_told_so_and_room_is_given_back() -> None:
             assert await again.next()
 
 
-async def test_a_silent_stream_shows_signs_of_life() -> None:
-    async with scenery(heartbeat_s=0.02) as scene, scene.stream() as stream:
-        await stream.next()
+async def test_a_silent_stream_shows_signs_of_life_and_the_clock() -> None:
+    clock = [1_790_000_000.0]
+    async with scenery(heartbeat_s=0.02, wall=lambda: clock[0]) as scene, scene.stream() as stream:
+        first = await stream.next()
+        assert first is not None
+        assert first.data["now"] == clock[0]
+        clock[0] += 1.0  # no jump, and no news
         with suppress(TimeoutError):
             async with asyncio.timeout(0.5):
                 await stream.next()
-        assert "still here" in stream.comments
+        assert stream.beats[-1] == clock[0]
+        async with scene.stream() as later:
+            event = await later.next()
+            assert event is not None
+            assert event.data["now"] == clock[0], "what is shared is sent with the time of sending"
+
+
+async def test_who_goes_gives_its_place_back_at_once() -> None:
+    async with scenery(heartbeat_s=60.0) as scene:
+        async with scene.stream() as stream:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(0.5):
+                    while await stream.next():
+                        pass
+            assert scene.exporter.stream.readers == 1
+        # Nothing is written to it that would fail.
+        await eventually(lambda: scene.exporter.stream.readers == 0)
+
+
+async def test_who_is_gone_before_the_answer_is_no_error(
+    scene: Scene, caplog: pytest.LogCaptureFixture
+) -> None:
+    for _ in range(20):
+        _, writer = await asyncio.open_connection("127.0.0.1", scene.port)
+        writer.write(b"GET /live/events HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
+        writer.transport.abort()
+    async with scene.stream() as stream:
+        assert await stream.next()
+    await eventually(lambda: scene.exporter.stream.readers == 0)
+    assert [record.getMessage() for record in caplog.records if record.levelname == "ERROR"] == []
+
+
+async def test_a_stream_ends_after_a_while_and_says_come_again() -> None:
+    async with scenery(lifetime_s=0.1, heartbeat_s=0.02) as scene, scene.stream() as stream:
+        while await stream.next():
+            pass
+        assert stream.again
+
+
+async def test_a_head_request_takes_no_stream(scene: Scene) -> None:
+    assert (await scene.session.head("/live/events")).status == 405
+    assert (await scene.session.head("/")).status == 200
+
+
+async def test_pages_of_other_sites_take_no_streams(scene: Scene) -> None:
+    for path in ("/live/events", "/live/state"):
+        foreign = {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "no-cors"}
+        assert (await scene.session.get(path, headers=foreign)).status == 403
+        async with scene.session.get(path, headers={"Sec-Fetch-Site": "same-origin"}) as own:
+            assert own.status == 200
+    linked = {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate"}
+    assert (await scene.session.get("/", headers=linked)).status == 200, "a link to the page works"
+
+
+async def test_many_polls_share_one_encoding(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    snapshot = Mock(wraps=scene.exporter.live.snapshot)
+    monkeypatch.setattr(scene.exporter.live, "snapshot", snapshot)
+    scene.exporter.stream._least_s = 5.0
+    answers = await asyncio.gather(*(scene.session.get("/live/state") for _ in range(20)))
+    assert len({(await answer.json())["revision"] for answer in answers}) == 1
+    snapshot.assert_called_once()
+
+
+async def test_where_encoding_takes_long_changes_come_more_seldom(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode = scene.exporter.stream._encode
+    monkeypatch.setattr(scene.exporter.stream, "_encode", lambda change: (encode(change)[0], 0.05))
+
+    async def speak() -> None:
+        for number in range(10_000):
+            await scene.freeze(number)
+            await asyncio.sleep(0.01)
+
+    speaking = asyncio.create_task(speak())
+    try:
+        async with scene.stream() as stream:
+            heard = []
+            for _ in range(4):
+                assert await stream.next()
+                heard.append(time.monotonic())
+    finally:
+        speaking.cancel()
+    assert heard[-1] - heard[-2] > 0.9, "0.05 s of work, one twentieth of the time"
 
 
 async def test_the_end_of_the_exporter_ends_the_streams() -> None:
@@ -297,14 +407,47 @@ async def test_every_answer_is_guarded(scene: Scene, path: str, kind: str) -> No
         assert (await scene.session.get(path, headers={"If-None-Match": tag})).status == 304
 
 
+class Wants(HTMLParser):
+    """What a page asks a browser for, and what it carries in itself."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.paths: set[str] = set()
+        self.inline: list[str] = []
+        self._within = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self._within = tag
+        self.inline += [name for name, _ in attrs if name == "style" or name.startswith("on")]
+        self.paths |= {value or "" for name, value in attrs if name in {"src", "href", "action", "srcset"}}
+
+    def handle_endtag(self, _: str) -> None:
+        self._within = ""
+
+    def handle_data(self, data: str) -> None:
+        if self._within in {"script", "style"} and data.strip():
+            self.inline.append(data)
+
+
 async def test_the_page_needs_nothing_from_elsewhere(scene: Scene) -> None:
     text = await (await scene.session.get("/")).text()
     assert "{{" not in text
-    for reference in ("http://", "https://", "//", "style=", "onclick", "<script>"):
-        for quote in ('"', "'"):
-            assert f"={quote}{reference}" not in text
-    assert "<script>" not in text
-    assert " style=" not in text
+    wants = Wants(text)
+    assert wants.inline == []
+    files = {path for path in wants.paths if path.startswith("page/")}
+    assert {"page/page.js", "page/style.css", "page/mark.svg"} <= files
+    assert wants.paths - files == {"#lanes", "live/state", "metrics"}
+    found = set()
+    for name in ("page.js", "model.js", "chart.js", "tables.js", "style.css", "mark.svg"):
+        body = await (await scene.session.get(f"/page/{name}")).text()
+        found |= set(re.findall(r"[a-z]+://[^\s\"'`)]+|@import.*|url\((?!\"?#)[^)]*\)", body))
+        found |= {
+            path for path in re.findall(r'(?:from|import\(?) *["\']([^"\']+)', body) if path[:2] != "./"
+        }
+        assert "eval(" not in body
+        assert "innerHTML =" not in body
+    assert found == {"http://www.w3.org/2000/svg"}, "a name, which nobody fetches"
 
 
 async def test_a_strangers_name_for_this_machine_is_refused(scene: Scene) -> None:
@@ -313,6 +456,37 @@ async def test_a_strangers_name_for_this_machine_is_refused(scene: Scene) -> Non
         assert answer.status == 421
         assert "CAESURA_METRICS_EXPORTER_PAGE_HOSTS" in await answer.text()
     assert (await scene.session.get("/metrics", headers={"Host": "rebound.example.com"})).status == 200
+
+
+async def test_names_that_are_set_are_known() -> None:
+    async with scenery(page_hosts=("Ops.example.com",)) as scene:
+        for path in ("/", "/live/state"):
+            answer = await scene.session.get(path, headers={"Host": "ops.example.com:9310"})
+            assert answer.status == 200
+
+
+async def test_what_the_broker_forgets_the_page_forgets(scene: Scene) -> None:
+    record = m.VmRecord(vm="web-1", set="web", update_domain=0, state="running")
+    inventory = m.HostInventory(host="host-1", driver="process", epoch=1, vms=(record,))
+    rollout = m.RolloutState(
+        rollout="r1",
+        update="patch",
+        status="running",
+        policy=m.Policy(),
+        sets=("web",),
+        waves=(),
+        created_at=datetime.now(UTC),
+    )
+    await scene.post.send(inventory, host="host-1")
+    await scene.post.send(rollout, rollout="r1")
+    live = scene.exporter.live
+    await eventually(lambda: len(live.snapshot(0).rollouts or ()) == 1)
+    for topic in ("caesura/v1/host/host-1/inventory", "caesura/v1/fleet/rollout/r1"):
+        await scene.exporter.deliver(Delivery(topic, b"", retained=True))
+    change = live.snapshot(0)
+    assert change.rollouts == ()
+    assert change.fleet is not None
+    assert (change.fleet.hosts, change.fleet.vms) == (0, 0)
 
 
 @pytest.mark.parametrize(
@@ -376,3 +550,45 @@ async def test_the_command_serves_before_the_broker_is_there_and_stops_with_stre
         if process.returncode is None:
             process.kill()
             await process.wait()
+
+
+async def test_the_command_puts_its_parts_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The names that are set reach the page, its own name is known, and both ports scrape in a thread."""
+
+    async def told(_: Scrape, __: web.Request) -> web.Response:
+        return web.Response(text="by the thread")
+
+    async def serving(*_: Any, **__: Any) -> None:
+        for each in ports:
+            answer = await session.get(f"http://127.0.0.1:{each}/metrics")
+            assert await answer.text() == "by the thread"
+        for name, status in (("ops.example.com", 200), ("my.example.com", 200), ("x.example.com", 421)):
+            answer = await session.get(f"http://127.0.0.1:{ports[0]}/", headers={"Host": name})
+            assert answer.status == status
+
+    ports = free_port(), free_port()
+    monkeypatch.setattr(Scrape, "handle", told)
+    monkeypatch.setattr(command, "serve", serving)
+    monkeypatch.setattr(command, "gethostname", lambda: "my.example.com")
+    async with aiohttp.ClientSession() as session:
+        await command._main(
+            MetricsExporterSettings(
+                listen=f"127.0.0.1:{ports[0]}",
+                health_listen=f"127.0.0.1:{ports[1]}",
+                page_hosts=("ops.example.com",),
+            )
+        )
+
+
+@pytest.mark.parametrize("given", ['["ops.example.com:9310"]', '["https://x"]', '[""]', "ops.example.com"])
+def test_names_that_never_match_are_refused(given: str) -> None:
+    name = "CAESURA_METRICS_EXPORTER_PAGE_HOSTS"
+    with pytest.raises(SettingsError, match=r"PAGE_HOSTS=.*Expected `(str` matching|array.*\[\"one\")"):
+        read_settings(MetricsExporterSettings, "CAESURA_METRICS_EXPORTER_", {name: given})
+
+
+@pytest.mark.parametrize("given", ['["ops.example.com", "a_b"]', '["*"]', "[]"])
+def test_names_that_may_match_are_taken(given: str) -> None:
+    name = "CAESURA_METRICS_EXPORTER_PAGE_HOSTS"
+    taken = read_settings(MetricsExporterSettings, "CAESURA_METRICS_EXPORTER_", {name: given})
+    assert list(taken.page_hosts) == json.loads(given)

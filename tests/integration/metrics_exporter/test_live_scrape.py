@@ -24,7 +24,11 @@ from caesura_metrics_exporter.service import MetricsExporter
 from caesura_metrics_exporter.settings import MetricsExporterSettings
 from caesura_metrics_exporter.still import still
 
-_CHANGES_BY_ITSELF = ("caesura_exporter_scrape_duration", "caesura_exporter_handler")
+_CHANGES_BY_ITSELF = (
+    "caesura_exporter_scrape_duration",
+    "caesura_exporter_handler",
+    "caesura_exporter_age_seconds",
+)
 
 
 def resumed(number: int) -> Delivery:
@@ -115,8 +119,9 @@ async def test_messages_are_folded_while_a_scrape_is_written_out() -> None:
         aiohttp.ClientSession(f"http://{listen}") as session,
     ):
         asked = asyncio.create_task(session.get("/metrics"))
-        while not scrape._one.locked():  # noqa: ASYNC110 - the request is on its way
-            await asyncio.sleep(0.005)
+        async with asyncio.timeout(10):
+            while not scrape._one.locked():  # noqa: ASYNC110 - the request is on its way
+                await asyncio.sleep(0.005)
         await exporter.deliver(resumed(7))
         opened.set()
         text = await (await asked).text()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from datetime import UTC, datetime, timedelta
 
+import msgspec
 import pytest
 from prometheus_client.core import Metric
 
@@ -110,24 +111,36 @@ def test_a_vm_that_moved_to_another_host_is_not_forgotten() -> None:
         inventory("host-2", "web-1"),
         inventory("host-1"),
     )
-    assert samples(fleet, "caesura_agents") == {("web", "online"): 1, ("web", "offline"): 0}
+    assert samples(fleet, "caesura_agents") == {
+        ("web", "online"): 1,
+        ("web", "offline"): 0,
+        ("web", "silent"): 0,
+    }
     assert samples(fleet, "caesura_vms_unsynced") == {("web", "1"): 1}
     fleet.take(inventory("host-2"), 0, fresh=True)
     fleet.take(inventory("host-3", "web-1"), 0, fresh=True)
     assert samples(fleet, "caesura_agents")["web", "online"] == 0  # a new VM of the same name
 
 
-def test_a_host_not_heard_of_is_forgotten_whole() -> None:
+def test_a_host_that_died_stays_until_what_the_broker_retains_of_it_is_removed() -> None:
     fleet = fold(
         inventory("host-1", "web-1"), m.HostPresence(host="host-1", online=False, instance="i"), frozen()
     )
     fleet.take(inventory("host-2", "web-2"), 500.0, fresh=True)
-    assert fleet.stale_hosts(600.0, 600.0) == []
-    assert fleet.stale_hosts(601.0, 600.0) == ["host-1"]
-    fleet.forget_host("host-1")
+    assert samples(fleet, "caesura_host_online", 1e6) == {("host-1",): 0, ("host-2",): 0}
+    assert samples(fleet, "caesura_pause_open_seconds", 1e6) == {("web", "1", "host-1", "freeze"): 1e6}
+    fleet.clear("caesura/v1/host/host-1/presence")
+    assert set(samples(fleet, "caesura_host_online")) == {("host-1",), ("host-2",)}, "it may be back at once"
+    fleet.clear("caesura/v1/host/host-1/inventory")
     assert set(samples(fleet, "caesura_host_online")) == {("host-2",)}
     assert samples(fleet, "caesura_pause_budget_seconds") == {}
     assert sum(samples(fleet, "caesura_vms").values()) == 1
+
+
+def test_a_host_that_never_told_what_it_has_goes_with_its_presence() -> None:
+    fleet = fold(m.HostPresence(host="host-1", online=False, instance="i"))
+    fleet.clear("caesura/v1/host/host-1/presence")
+    assert samples(fleet, "caesura_host_online") == {}
 
 
 def test_the_worst_clock_speaks_for_the_domain_with_its_sign() -> None:
@@ -145,7 +158,11 @@ def test_the_worst_clock_speaks_for_the_domain_with_its_sign() -> None:
 
 def test_agents_by_presence() -> None:
     fleet = fold(inventory("host-1", "web-1", "web-2"), m.AgentPresence(vm="web-1", online=True, boot_id="b"))
-    assert samples(fleet, "caesura_agents") == {("web", "online"): 1, ("web", "offline"): 1}
+    assert samples(fleet, "caesura_agents") == {
+        ("web", "online"): 1,
+        ("web", "offline"): 1,
+        ("web", "silent"): 0,
+    }
 
 
 def wave(number: int, domain: int, status: m.WaveStatus) -> m.WaveState:
@@ -233,6 +250,17 @@ def test_a_replaced_coordinator_does_not_speak_for_the_new_one() -> None:
     assert samples(fleet, "caesura_coordinator_epoch") == {(): 2}
 
 
+def test_the_last_will_of_a_coordinator_counts_though_it_knows_no_epoch() -> None:
+    # The will is made before an epoch is claimed, and names the instance without what each start adds to it.
+    will = m.CoordinatorPresence(coordinator="c", epoch=0, online=False)
+    fleet = fold(m.CoordinatorPresence(coordinator="c-1f3a", epoch=2, online=True), will)
+    assert samples(fleet, "caesura_coordinator_online") == {(): 0}
+    assert samples(fleet, "caesura_coordinator_epoch") == {(): 2}, "nobody claimed another"
+    fleet.take(m.CoordinatorPresence(coordinator="c-1f3a", epoch=2, online=True), 1.0, fresh=True)
+    assert samples(fleet, "caesura_coordinator_online") == {(): 1}, "it was another one's: the leader says so"
+    assert samples(fold(will), "caesura_coordinator_online") == {(): 0}
+
+
 @pytest.mark.parametrize(
     ("topic", "metric"),
     [
@@ -255,3 +283,35 @@ def test_a_cleared_topic_clears_its_series(topic: str, metric: str) -> None:
     fleet.clear(topic)
     after = {family.name for family in fleet_families(fleet, 0.0) if family.samples}
     assert (metric in before - after) if metric else before == after
+
+
+def test_an_event_that_nobody_starts_is_known_by_its_not_before() -> None:
+    fleet = fold(document(1, "scheduled", "scheduled", "started"))
+    assert samples(fleet, "caesura_event_not_before_timestamp_seconds") == {("web", "Freeze"): AT.timestamp()}
+    fleet.take(document(2, "started"), 1.0, fresh=True)
+    assert samples(fleet, "caesura_event_not_before_timestamp_seconds") == {}
+
+
+def test_an_inventory_from_before_the_freeze_does_not_end_the_pause() -> None:
+    """Facts and inventories go separate ways: this one was made when the operation had been accepted, not begun."""
+    accepted = msgspec.structs.replace(inventory("host-1", "web-1"), operation="op1")
+    fleet = fold(accepted, frozen(), accepted)
+    assert samples(fleet, "caesura_pause_open_seconds", 5.0) == {("web", "1", "host-1", "freeze"): 5.0}
+    assert samples(fleet, "caesura_vms")[("web", "1", "paused")] == 1
+    fleet.take(inventory("host-1", "web-1"), 6.0, fresh=True)
+    assert samples(fleet, "caesura_vms")[("web", "1", "paused")] == 0
+    assert not any(samples(fleet, "caesura_pause_open_seconds", 7.0).values())
+
+
+def test_a_set_that_nobody_is_in_any_more_is_forgotten_but_not_at_once() -> None:
+    fleet = fold(inventory("host-1", "web-1"), frozen(), resumed())
+    assert samples(fleet, "caesura_pause_last_seconds")
+    fleet.take(inventory("host-1"), 10.0, fresh=True)
+    assert fleet.forget_empty_sets(900.0) == []
+    fleet.take(inventory("host-2", "web-1"), 900.0, fresh=True)
+    assert fleet.forget_empty_sets(1000.0) == [], "it moved"
+    assert samples(fleet, "caesura_pause_last_seconds")
+    fleet.take(inventory("host-2"), 1000.0, fresh=True)
+    assert fleet.forget_empty_sets(1901.0) == ["web"]
+    assert not samples(fleet, "caesura_pause_last_seconds")
+    assert not samples(fleet, "caesura_pause_budget_seconds")

@@ -28,7 +28,7 @@ def fold(*messages: tuple[float, Message], fleet: Fleet | None = None) -> Fleet:
     return fleet
 
 
-def frozen(vm: str, domain: int = 1, operation: str = "op1") -> m.VmFrozen:
+def frozen(vm: str, domain: int = 1, operation: str = "op1", budget_s: float = 20) -> m.VmFrozen:
     return m.VmFrozen(
         vm=vm,
         host=f"host-{domain}",
@@ -36,7 +36,7 @@ def frozen(vm: str, domain: int = 1, operation: str = "op1") -> m.VmFrozen:
         update_domain=domain,
         operation=operation,
         method="freeze",
-        budget_s=20,
+        budget_s=budget_s,
         at=AT,
     )
 
@@ -103,6 +103,44 @@ def test_the_longest_pause_of_the_newest_operation_counts() -> None:
     assert samples(fleet, "caesura_pause_longest_seconds") == {WEB: 5.0}
 
 
+def test_the_budget_used_is_that_of_the_pause_and_not_of_the_next_one() -> None:
+    fleet = fold((0.0, frozen("web-1")), (3.0, resumed("web-1", 3)), (9.0, frozen("web-1", budget_s=4)))
+    assert samples(fleet, "caesura_pause_budget_seconds") == {WEB: 4.0}
+    assert samples(fleet, "caesura_pause_last_seconds") == {WEB: 3.0}
+    assert samples(fleet, "caesura_pause_last_budget_seconds") == {WEB: 20.0}
+
+
+FOUND = ("web", "1", "host-1", "unknown")
+
+
+def test_a_vm_that_is_found_paused_is_in_a_pause_since_then() -> None:
+    # The exporter was started in mid-pause: the freeze was told before its time.
+    fleet = fold((10.0, inventory(1, "web-1", state="paused")), (30.0, inventory(1, "web-1", state="paused")))
+    assert samples(fleet, "caesura_pause_open_seconds", 45.0) == {FOUND: 35.0}
+    assert samples(fleet, "caesura_pause_budget_seconds") == {FOUND: m.MAX_BUDGET_S}, "no pause may be longer"
+    fold((46.0, rollout(budget_s=6.0)), fleet=fleet)
+    assert samples(fleet, "caesura_pause_budget_seconds") == {FOUND: 6.0}
+    fold((50.0, resumed("web-1", 50)), fleet=fleet)
+    assert samples(fleet, "caesura_pause_open_seconds", 51.0) == {WEB: 0.0}
+    assert samples(fleet, "caesura_pause_budget_seconds") == {WEB: 20.0}
+
+
+def test_what_is_known_only_from_an_inventory_is_not_held_against_a_fact() -> None:
+    # Facts of the past come after the inventories of now, when the exporter was away.
+    fleet = fold((0.0, inventory(1, "web-1")), (0.0, inventory(2, "web-9", state="paused")))
+    fold((1.0, frozen("web-1")), fleet=fleet)
+    assert samples(fleet, "caesura_domains_paused") == {("web",): 1.0}
+    assert samples(fleet, "caesura_domain_clashes") == {("web",): 0.0}
+    fold((2.0, frozen("web-9", domain=2)), fleet=fleet)
+    assert samples(fleet, "caesura_domains_paused") == {("web",): 2.0}
+    assert samples(fleet, "caesura_domain_clashes") == {("web",): 1.0}
+
+
+def test_two_domains_that_are_found_paused_are_two() -> None:
+    fleet = fold((0.0, inventory(1, "web-1", state="paused")), (0.0, inventory(2, "web-9", state="paused")))
+    assert samples(fleet, "caesura_domains_paused") == {("web",): 2.0}
+
+
 def test_two_domains_that_meet_are_counted_however_short_it_was() -> None:
     fleet = fold((0.0, inventory(1, "web-1", "web-2")), (0.0, inventory(2, "web-9")))
     assert samples(fleet, "caesura_domain_clashes") == {("web",): 0.0}, "known from zero on"
@@ -117,13 +155,16 @@ def test_two_domains_that_meet_are_counted_however_short_it_was() -> None:
 
 
 def rollout(
-    *waves: m.WaveState, key: m.DomainKey = "update_domain", ended_at: datetime | None = None
+    *waves: m.WaveState,
+    key: m.DomainKey = "update_domain",
+    ended_at: datetime | None = None,
+    budget_s: float = m.MAX_BUDGET_S,
 ) -> m.RolloutState:
     return m.RolloutState(
         rollout="r1",
         update="patch",
         status="running" if ended_at is None else "completed",
-        policy=m.Policy(domain_key=key, clock_bound_s=0.25),
+        policy=m.Policy(domain_key=key, clock_bound_s=0.25, budget_s=budget_s),
         sets=("web",),
         waves=waves,
         created_at=AT,

@@ -67,7 +67,23 @@ def test_a_pause_is_observed_under_set_domain_host_and_method() -> None:
     assert counted(tally.guard_resumes) == {PAUSE: 0}
 
 
-def test_overruns_and_guard_resumes_are_known_from_zero_while_the_vm_stands_still() -> None:
+def test_overruns_and_guard_resumes_are_known_from_zero_for_all_that_a_host_could_pause() -> None:
+    # Nearly every overrun is the first with its labels, and may begin and end between two scrapes.
+    tally = Tally()
+    vms = (
+        m.VmRecord(vm="web-1", set="web", update_domain=2, state="running", methods=("live", "freeze")),
+        m.VmRecord(vm="db-1", set="db", update_domain=0, state="running", methods=("swap", "reboot")),
+    )
+    tally.take(received(m.HostInventory(host="host-1", driver="process", epoch=1, vms=vms)))
+    zeros = {PAUSE: 0.0, ("db", "0", "host-1", "swap"): 0.0}
+    assert counted(tally.overruns) == zeros
+    assert counted(tally.guard_resumes) == zeros
+    assert observed(tally.pauses) == {}, "a histogram is 24 series"
+    tally.forget_host("host-1")
+    assert counted(tally.overruns) == {}
+
+
+def test_what_ends_a_pause_is_known_from_zero_while_the_vm_stands_still() -> None:
     # Prometheus sees an increase only from a number that it has seen before.
     tally = Tally()
     frozen = m.VmFrozen(
@@ -83,7 +99,9 @@ def test_overruns_and_guard_resumes_are_known_from_zero_while_the_vm_stands_stil
     tally.take(received(frozen))
     assert counted(tally.overruns) == {PAUSE: 0}
     assert counted(tally.guard_resumes) == {PAUSE: 0}
-    assert observed(tally.pauses) == {}
+    assert observed(tally.pauses) == {PAUSE: (0, 0.0)}
+    tally.take(received(resumed(9.0)))
+    assert observed(tally.pauses) == {PAUSE: (1, 9.0)}
 
 
 def test_an_overrun_and_a_guard_resume_are_counted() -> None:

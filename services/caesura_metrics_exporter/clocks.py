@@ -1,0 +1,60 @@
+"""What is known of guest clocks: the last verdict on each VM, and the bound that it was held to. Pure.
+
+The host judges a clock after a resume. The agent goes on checking by itself, so what a pause left behind may be put
+right without another pause, and what is wrong still is told anew to an exporter that has been restarted.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from caesura.contract import messages as m
+
+
+class Verdict(msgspec.Struct, frozen=True):
+    """The last word on a VM's clock. Errors are guest minus host, seconds; None where they were not measured."""
+
+    synced: bool
+    before_s: float | None
+    after_s: float | None
+    bound_s: float | None = None
+    """How far it might be off, by the policy of the rollout that paused it; None if none is known."""
+
+    @property
+    def good(self) -> bool:
+        """Whether nothing is left to put right."""
+        off = self.after_s is not None and self.bound_s is not None and abs(self.after_s) > self.bound_s
+        return self.synced and not off
+
+
+class Clocks:
+    """VM to verdict."""
+
+    def __init__(self) -> None:
+        self._verdicts: dict[str, Verdict] = {}
+
+    def get(self, vm: str) -> Verdict | None:
+        """The last verdict, if there is one."""
+        return self._verdicts.get(vm)
+
+    def forget_vm(self, vm: str) -> None:
+        """The VM is gone."""
+        self._verdicts.pop(vm, None)
+
+    def judged(self, message: m.VmClockSynced, bound_s: float | None) -> None:
+        """A host judged a clock after a resume."""
+        self._verdicts[message.vm] = Verdict(
+            message.synced, message.error_before_s, message.error_after_s, bound_s
+        )
+
+    def checked(self, message: m.AgentClockSynced) -> None:
+        """An agent measured its clock. A good verdict of the host's stands: it tells of the sync after the pause."""
+        if message.trigger == "resume" or not message.exchanges:
+            return  # the host's verdict follows; or nobody answered, and nothing was measured
+        known = self._verdicts.get(message.vm)
+        if known is not None and not known.good:
+            self._verdicts[message.vm] = msgspec.structs.replace(
+                known, synced=message.synced, after_s=message.error_after_s
+            )
+        elif known is None and not message.synced:
+            self._verdicts[message.vm] = Verdict(False, message.error_before_s, message.error_after_s)

@@ -1,0 +1,146 @@
+"""The gauges of rollouts, their waves and their scheduled events, from ``Fleet``."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import get_args
+
+from prometheus_client.core import Metric
+
+from caesura.contract import messages as m
+from caesura_metrics_exporter.families import gauge, states
+from caesura_metrics_exporter.fleet import Fleet
+
+_WAVE_STATES: tuple[str, ...] = get_args(m.WaveStatus)
+_ROLLOUT_STATES: tuple[str, ...] = get_args(m.RolloutStatus)
+
+
+def rollout_families(fleet: Fleet, now_s: float) -> Iterator[Metric]:
+    """As ``fleet_families``."""
+    yield from _rollouts(fleet)
+    yield from _waves(fleet)
+    yield from _events(fleet, now_s)
+
+
+def _rollouts(fleet: Fleet) -> Iterator[Metric]:
+    domains: list[tuple[tuple[str, ...], float]] = []
+    counts: list[tuple[tuple[str, ...], float]] = []
+    rollouts: list[tuple[tuple[str, ...], float]] = []
+    waves: list[tuple[tuple[str, ...], float]] = []
+    completed: list[tuple[tuple[str, ...], float]] = []
+    for set_name, rollout in sorted(fleet.rollout_of_sets().items()):
+        rollouts += states((set_name,), _ROLLOUT_STATES, rollout.status)
+        mine = [wave for wave in rollout.waves if set_name in wave.domains]
+        waves.append(((set_name,), len(mine)))
+        completed.append(((set_name,), sum(wave.status == "completed" for wave in mine)))
+        now = fleet.domain_states(rollout, set_name)
+        for domain, status in sorted(now.items()):
+            domains += states((set_name, str(domain)), _WAVE_STATES, status)
+        by_wave_status = Counter(now.values())
+        counts += [((set_name, status), by_wave_status[status]) for status in _WAVE_STATES]
+    yield gauge(
+        "caesura_domain_status",
+        "1 for the status of the wave that touches the domain.",
+        ("set", "update_domain", "status"),
+        domains,
+    )
+    yield gauge("caesura_domains", "Domains of a set's rollout by status.", ("set", "status"), counts)
+    yield gauge("caesura_rollout_status", "1 for the status of a set's rollout.", ("set", "status"), rollouts)
+    yield gauge("caesura_rollout_waves", "Waves of a set's rollout that touch the set.", ("set",), waves)
+    yield gauge("caesura_rollout_waves_completed", "The completed ones of these waves.", ("set",), completed)
+    by_status = Counter[str](rollout.status for rollout in fleet.rollouts.values())
+    yield gauge(
+        "caesura_rollouts",
+        "Known rollouts by status.",
+        ("status",),
+        [((status,), by_status[status]) for status in _ROLLOUT_STATES],
+    )
+
+
+def _waves(fleet: Fleet) -> Iterator[Metric]:
+    """When rollouts and waves began and ended, on the coordinator's wall clock: for durations and annotations."""
+    begun: list[tuple[tuple[str, ...], float]] = []
+    over: list[tuple[tuple[str, ...], float]] = []
+    bounds: list[tuple[tuple[str, ...], float]] = []
+    started: dict[tuple[str, ...], float] = {}
+    ended: dict[tuple[str, ...], tuple[float, str]] = {}
+    for name, rollout in sorted(fleet.rollout_of_sets().items()):
+        begun.append(((name,), rollout.created_at.timestamp()))
+        bounds.append(((name,), rollout.policy.clock_bound_s))
+        if rollout.ended_at is not None:
+            over.append(((name,), rollout.ended_at.timestamp()))
+        for wave in rollout.waves:
+            if name not in wave.domains:
+                continue
+            domain = (name, str(wave.domains[name]))
+            if wave.started_at is not None:
+                at = wave.started_at.timestamp()
+                started[domain] = max(at, started.get(domain, at))
+            if wave.ended_at is not None:
+                last = (wave.ended_at.timestamp(), wave.status)
+                ended[domain] = max(last, ended.get(domain, last))
+    yield gauge(
+        "caesura_rollout_created_timestamp_seconds", "When a set's rollout was created.", ("set",), begun
+    )
+    yield gauge(
+        "caesura_rollout_ended_timestamp_seconds",
+        "When a set's rollout completed or was aborted.",
+        ("set",),
+        over,
+    )
+    yield gauge(
+        "caesura_rollout_clock_bound_seconds",
+        "How far a guest's clock may be off, by the policy of its set's rollout.",
+        ("set",),
+        bounds,
+    )
+    yield gauge(
+        "caesura_wave_started_timestamp_seconds",
+        "When the last wave began to pause the domain.",
+        ("set", "update_domain"),
+        started.items(),
+    )
+    yield gauge(
+        "caesura_wave_ended_timestamp_seconds",
+        "When the last wave of the domain ended, and how.",
+        ("set", "update_domain", "status"),
+        [((*domain, status), at) for domain, (at, status) in ended.items()],
+    )
+
+
+def _events(fleet: Fleet, now_s: float) -> Iterator[Metric]:
+    open_events: Counter[tuple[str, ...]] = Counter()
+    ages: dict[tuple[str, ...], float] = {}
+    due: dict[tuple[str, ...], float] = {}
+    for document in fleet.documents.values():
+        since = fleet.events_since.get(document.set, {})
+        for event in document.events:
+            labels = (document.set, event.event_type, event.status)
+            open_events[labels] += 1
+            age_s = now_s - since.get((event.event_id, event.status), now_s)
+            ages[labels] = max(age_s, ages.get(labels, 0.0))
+            if event.status == "scheduled":
+                at = event.not_before.timestamp()
+                due[labels[:2]] = min(at, due.get(labels[:2], at))
+    yield gauge(
+        "caesura_events_open", "Open scheduled events.", ("set", "type", "status"), open_events.items()
+    )
+    yield gauge(
+        "caesura_event_open_seconds",
+        "Seconds that an open event has had its status, as far as the exporter saw, of the oldest.",
+        ("set", "type", "status"),
+        ages.items(),
+    )
+    yield gauge(
+        "caesura_event_not_before_timestamp_seconds",
+        "The earliest NotBefore of the events that have not started, unix time.",
+        ("set", "type"),
+        due.items(),
+    )
+    yield gauge(
+        "caesura_document_incarnation",
+        "DocumentIncarnation of a set.",
+        ("set",),
+        [((document.set,), document.incarnation) for document in fleet.documents.values()],
+    )

@@ -257,7 +257,7 @@ class Bench:
         now = time.time()
         began = time.perf_counter()
         for each in received:
-            live.take(each, now, fresh=True)
+            live.take(each, now, began, fresh=True)
         cost = (time.perf_counter() - began) / len(received)
         self.note(
             "page_fold_us", cost * 1e6, f"{cost * 1e6:.1f} µs a message", "of that, the live page's fold"

@@ -2,8 +2,10 @@
 # A host in a container: the host updater, its pause guard (which it starts) and its VMs. When the updater dies, the
 # VMs and the guard go on, as they do on a real host: so it is started again beside them, not the container.
 set -u
-mkdir -p /var/lib/caesura/workloads
-stopping="" updater="" told=""
+mkdir -p "$(dirname "$CAESURA_HOST_UPDATER_STATE_DIR")/workloads"
+stopping="" updater="" told="" ran="" failures=0
+MOST=5   # ends in a row, each soon after its start: what hurts it is in the container, which the engine starts anew
+SOON=60  # s
 
 stop() {
   stopping=1
@@ -12,7 +14,16 @@ stop() {
 }
 trap stop TERM INT
 
+say() { echo "caesura-host: $*" >&2; }
+
+# In the background, so that a signal ends the waiting.
+pause() {
+  sleep "$1" &
+  wait $!
+}
+
 while [ -z "$stopping" ]; do
+  begun=$(date +%s)
   caesura-host-updater &
   updater=$!
   [ -z "$stopping" ] || stop # it came before there was somebody to tell
@@ -25,8 +36,24 @@ while [ -z "$stopping" ]; do
   done
   updater=""
   [ -z "$stopping" ] || exit "$code"
-  # 2: the configuration is wrong. Starting again would change nothing.
-  [ "$code" != 2 ] || exit 2
-  echo "caesura-host: the updater ended with $code, its reason is above; it is started again" >&2
-  sleep 1
+  if [ "$code" = 2 ]; then
+    # The configuration is wrong: starting again at once would change nothing. VMs of an earlier one would be lost
+    # with the container.
+    [ -n "$ran" ] || exit 2
+    say "the updater cannot start, its reason is above; its VMs run on, it is tried again in 10 s"
+    pause 10
+    continue
+  fi
+  ran=1
+  why="its reason is above"
+  [ "$code" != 137 ] || why="it was killed, perhaps because memory ran out (docker inspect says OOMKilled)"
+  [ $(($(date +%s) - begun)) -lt "$SOON" ] || failures=0
+  failures=$((failures + 1))
+  if [ "$failures" -ge "$MOST" ]; then
+    say "the updater ended with $code, $why; that was $failures times in a row, so the container ends"
+    exit 1
+  fi
+  say "the updater ended with $code, $why; it is started again"
+  pause 1
 done
+exit 0

@@ -15,8 +15,8 @@ from caesura_ctl.demo.layout import Broker, DemoVm, Layout, host_file, listeners
 
 FIRST_METADATA_PORT = 18101
 _HOSTS = 3
-_PUBLISHER = "metadata-publisher"
-"""Name of the container that speaks for every VM: where the workloads poll."""
+_PUBLISHER = "metadata-of-host-{}"
+"""Names of the container that speaks for every VM, one on the network of each host: where its workloads poll."""
 
 UPDATES: Mapping[str, float] = {"hypervisor-patch": 2.0, "firmware-load": 6.0}
 """Update to the seconds that it takes. The second is longer than Prometheus' scrape interval of 5 s, so that a
@@ -55,7 +55,8 @@ def compose_layout() -> Layout:
 
     def add(name: str, host: int, **where: Any) -> None:
         port = FIRST_METADATA_PORT + len(vms)
-        vms.append(DemoVm(name=name, host=f"host-{host + 1}", port=port, metadata_host=_PUBLISHER, **where))
+        publisher = _PUBLISHER.format(host + 1)
+        vms.append(DemoVm(name=name, host=f"host-{host + 1}", port=port, metadata_host=publisher, **where))
 
     for host in range(_HOSTS):
         for copy in range(2):

@@ -7,8 +7,13 @@ from typing import Any, Literal
 
 import msgspec
 
-MOST_RESUMES = 3
-"""A rollout that halts more often than this has a fault that does not go away by itself."""
+from caesura_ctl.demo.halts import was_away
+
+RESUME_AFTER_S = (10.0, 60.0, 180.0)
+"""s from a halt to its resume, for the first, the second and the third time that a wave halts. A host that hangs is
+taken to be there until the broker has not heard of it for 90 s: the third time is beyond that."""
+MOST_RESUMES = len(RESUME_AFTER_S)
+"""A wave that halts more often than this has a fault that does not go away by itself."""
 
 
 class HostFacts(msgspec.Struct, frozen=True):
@@ -28,14 +33,27 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
     status: str = ""
     reason: str = ""
     requested_by: str = ""
+    waves_done: int = 0
+
+
+class Past(msgspec.Struct, frozen=True, kw_only=True):
+    """What we did before, and saw for how long."""
+
+    resumed: int = 0
+    """How often the wave that halted was resumed already; a resume that was not accepted does not count."""
+    halted_s: float = 0.0
+    """Seconds since we first saw this halt."""
+    found: str = ""
+    """The rollout that was aborted already when we began: whoever started us after that wants us to go on."""
 
 
 class Step(msgspec.Struct, frozen=True):
-    """What to do, about which rollout, and why."""
+    """What to do, about which rollout, and why; ``how`` is the command for what is left to a person."""
 
     what: Literal["wait", "roll", "watch", "resume", "leave"]
     rollout: str = ""
     why: str = ""
+    how: str = ""
 
 
 def facts_from(status: Mapping[str, Any]) -> Facts:
@@ -52,39 +70,57 @@ def facts_from(status: Mapping[str, Any]) -> Facts:
         status=rollout.get("status", ""),
         reason=rollout.get("reason", ""),
         requested_by=rollout.get("requested_by", ""),
+        waves_done=sum(wave["status"] == "completed" for wave in rollout.get("waves", ())),
     )
 
 
-def next_step(facts: Facts, *, client: str, resumed: int) -> Step:
+def next_step(facts: Facts, *, client: str, hosts: Sequence[str], past: Past) -> Step:
     """What an operator would do now.
 
     Args:
         client: under which name we ask: what somebody else started is theirs to go on with.
-        resumed: how often this halted rollout was resumed already.
+        hosts: every host that there has to be.
+        past: what we did before.
     """
     if facts.status in {"running", "aborting"}:
         return Step("watch", facts.rollout)
-    missing = _missing(facts)
+    missing = _missing(facts, hosts)
     if facts.status == "halted":
-        why = f"halted: {facts.reason or 'no reason given'}"
-        if facts.requested_by != client:
-            return Step("leave", facts.rollout, f"{why}; {facts.requested_by or 'somebody else'} started it")
-        if resumed >= MOST_RESUMES:
-            return Step("leave", facts.rollout, f"{why}; resumed {resumed} times already")
-        if missing:
-            return Step("wait", facts.rollout, f"{why}; resumed when all is there again: {missing}")
-        return Step("resume", facts.rollout, why)
+        return _halted(facts, client, missing, past)
+    if facts.status == "aborted" and facts.rollout != past.found:
+        why = f"{facts.reason or 'aborted'}; nothing is rolled out until you say so"
+        return Step("leave", facts.rollout, why, "docker compose restart rollout")
     return Step("wait", why=missing) if missing else Step("roll")
 
 
-def _missing(facts: Facts) -> str:
+def _halted(facts: Facts, client: str, missing: str, past: Past) -> Step:
+    why = f"halted: {facts.reason or 'no reason given'}"
+    theirs = ""
+    if facts.requested_by != client:
+        theirs = f"{facts.requested_by or 'somebody else'} started it"
+    elif not was_away(facts.reason):
+        theirs = "that is for a person to judge"
+    elif past.resumed >= MOST_RESUMES:
+        theirs = f"resumed {past.resumed} times already"
+    if theirs:
+        how = f"docker compose run --rm caesura resume {facts.rollout}   (or abort)"
+        return Step("leave", facts.rollout, f"{why}; {theirs}", how)
+    if missing:
+        return Step("wait", facts.rollout, f"{why}; resumed when all is there again: {missing}")
+    after_s = RESUME_AFTER_S[past.resumed]
+    if past.halted_s < after_s:
+        return Step("wait", facts.rollout, f"{why}; resumed {after_s:g} s after it halted")
+    return Step("resume", facts.rollout, why)
+
+
+def _missing(facts: Facts, hosts: Sequence[str]) -> str:
+    there = {each.name for each in facts.hosts}
     wrong = [] if facts.coordinator_online else ["the coordinator is not on the bus"]
+    wrong += [f"{name} was never on the bus" for name in hosts if name not in there]
     wrong += [f"{each.name} is offline" for each in facts.hosts if not each.online]
     wrong += [
         f"{each.name} has no pause guard" for each in facts.hosts if each.online and each.guard == "absent"
     ]
-    if not facts.hosts:
-        wrong.append("no host is on the bus")
     return ", ".join(wrong)
 
 

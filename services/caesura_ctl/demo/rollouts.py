@@ -1,7 +1,8 @@
 """``python -m caesura_ctl.demo.rollouts``: one rollout after another, so that there is something to see.
 
-It uses the command ``caesura`` as a person would, and says what it sees and does. A rollout that halts is
-resumed when everything that it needs is there again; one that halts over and over is left to a person.
+It uses the command ``caesura`` as a person would, and says what it sees and does. A rollout that halts because
+something was away is resumed when that is there again, some times; any other halt, and whatever a person aborted,
+is left to a person.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -21,8 +23,8 @@ import structlog
 
 from caesura.runtime.errors import CaesuraError
 from caesura.runtime.logs import configure_logging
-from caesura_ctl.demo.fleet import UPDATES
-from caesura_ctl.demo.patience import Step, facts_from, next_step, update_for
+from caesura_ctl.demo.fleet import UPDATES, compose_layout
+from caesura_ctl.demo.patience import Facts, Past, Step, facts_from, next_step, update_for
 
 _POLICY = ("--notice", "10s", "--budget", "15s", "--soak", "2s")
 """Workloads approve within a second or two, so the notice is for show; 15 s hold the longer update easily."""
@@ -71,22 +73,36 @@ def plan_from(environ: Mapping[str, str]) -> Plan:
 
 
 class Rollouts:
-    """The loop. ``stop`` may be called by a signal handler.
+    """The loop. ``stop`` is called by another thread.
 
     Args:
         command: the operator's command.
+        hosts: every host that there has to be.
         look_again_s: seconds between two looks while something is waited for.
+        clock: seconds that only grow.
     """
 
     def __init__(
-        self, plan: Plan, *, command: Sequence[str] = ("caesura",), look_again_s: float = _LOOK_AGAIN_S
+        self,
+        plan: Plan,
+        *,
+        command: Sequence[str] = ("caesura",),
+        hosts: Sequence[str] | None = None,
+        look_again_s: float = _LOOK_AGAIN_S,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._plan = plan
+        self._hosts = compose_layout().hosts if hosts is None else tuple(hosts)
+        self._clock = clock
         self._command = tuple(command)
         self._look_again_s = look_again_s
         self._stopping = threading.Event()
         self._child: subprocess.Popen[str] | None = None
-        self._resumed: dict[str, int] = {}
+        self._found: str | None = None
+        self._wave = ("", 0)
+        """The rollout and how many of its waves are done: what ``_resumed`` counts for."""
+        self._resumed = 0
+        self._halted_at: float | None = None
         self._count = 0
         self._said: Step | None = None
 
@@ -109,16 +125,16 @@ class Rollouts:
             self._stopping.wait()
             return
         while not self._stopping.is_set():
-            self._stopping.wait(self._once())
+            self._stopping.wait(self.once())
 
-    def _once(self) -> float:
+    def once(self) -> float:
         """Look, do one thing; how many seconds to wait before looking again."""
         seen = self._ask("status")
         if seen.code != 0:
             _log.warning("rollouts.cannot_look", code=seen.code, why=seen.words)
             return self._look_again_s
         facts = facts_from(seen.document)
-        step = next_step(facts, client=self._plan.client, resumed=self._resumed.get(facts.rollout, 0))
+        step = next_step(facts, client=self._plan.client, hosts=self._hosts, past=self._past(facts))
         if step.what in {"wait", "leave"}:
             self._say(step)
             return self._look_again_s
@@ -126,9 +142,26 @@ class Rollouts:
         if step.what == "roll":
             return self._roll()
         if step.what == "resume":
-            self._resumed[step.rollout] = self._resumed.get(step.rollout, 0) + 1
             _log.warning("rollout.resuming", rollout=step.rollout, why=step.why)
-        return self._concluded(self._ask(step.what, step.rollout))
+        answer = self._ask(step.what, step.rollout)
+        if step.what == "resume" and _followed(answer):
+            self._resumed += 1
+            self._halted_at = None  # the next halt is another one
+        return self._concluded(answer)
+
+    def _past(self, facts: Facts) -> Past:
+        """What was done about this before, brought up to now."""
+        if self._found is None:
+            self._found = facts.rollout if facts.status == "aborted" else ""
+        if self._wave != (facts.rollout, facts.waves_done):
+            self._wave = (facts.rollout, facts.waves_done)
+            self._resumed, self._halted_at = 0, None
+        if facts.status != "halted":
+            self._halted_at = None
+        elif self._halted_at is None:
+            self._halted_at = self._clock()
+        halted_s = 0.0 if self._halted_at is None else self._clock() - self._halted_at
+        return Past(resumed=self._resumed, halted_s=halted_s, found=self._found)
 
     def _roll(self) -> float:
         update = update_for(tuple(UPDATES), self._count)
@@ -138,8 +171,8 @@ class Rollouts:
 
     def _concluded(self, answer: Answer) -> float:
         """Say how it ended. An end is followed by the pause; anything else is looked into soon."""
-        state = answer.document.get("rollout")
-        if isinstance(state, dict) and answer.code in {0, 1}:
+        if _followed(answer):
+            state = answer.document["rollout"]
             longest = max((each["pause_s"] for each in answer.document.get("pauses", [])), default=0.0)
             _log.info(
                 "rollout.ended",
@@ -161,8 +194,7 @@ class Rollouts:
             return
         self._said = step
         if step.what == "leave":
-            how = f"docker compose run --rm caesura resume {step.rollout}   (or abort)"
-            _log.error("rollout.left_to_you", rollout=step.rollout, why=step.why, how=how)
+            _log.error("rollout.left_to_you", rollout=step.rollout, why=step.why, how=step.how)
         else:
             _log.info("rollouts.waiting", why=step.why)
 
@@ -186,6 +218,11 @@ class Rollouts:
         return answer
 
 
+def _followed(answer: Answer) -> bool:
+    """Whether the command was accepted and saw the rollout's end: it tells the state, well ended (0) or not (1)."""
+    return answer.code in {0, 1} and isinstance(answer.document.get("rollout"), dict)
+
+
 def _document(text: str) -> dict[str, Any]:
     try:
         found = json.loads(text)
@@ -202,13 +239,18 @@ def _reason(text: str) -> str:
     return str(told.get("reason", "")) or lines[-1]
 
 
+def _stop_soon(rollouts: Rollouts) -> None:
+    """From a signal handler: the code that it interrupts may hold the very lock that ``stop`` needs."""
+    threading.Thread(target=rollouts.stop, name="stop").start()
+
+
 def main() -> int:
     """0: told to stop; 2: the configuration is wrong."""
     configure_logging("rollout")
     try:
         rollouts = Rollouts(plan_from(os.environ))
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda _number, _frame: rollouts.stop())
+            signal.signal(number, lambda _number, _frame: _stop_soon(rollouts))
         rollouts.run()
     except CaesuraError as error:
         _log.error("rollouts.failed", why=str(error))

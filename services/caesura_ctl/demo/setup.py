@@ -1,5 +1,7 @@
 """``python -m caesura_ctl.demo.setup FOLDER``: secrets and configuration of the compose project, made on every start.
 
+What is no secret and not made, but written by hand for the broker, Prometheus and Grafana, is copied out of the image.
+
 A secret that is there is kept, one that is missing is made, one that is broken is named and nothing is started.
 Run it as root with CAP_CHOWN: a secret belongs to root and to the group of the one container that reads it.
 """
@@ -27,6 +29,7 @@ from caesura_ctl.demo.fleet import (
     config_files,
     secret_readers,
 )
+from caesura_ctl.demo.rollouts import plan_from
 
 VARIABLES = (
     "CAESURA_IMAGE",
@@ -41,6 +44,9 @@ VARIABLES = (
 
 _SHORTEST = 16
 """Characters: what is shorter is no password of ours, but the rest of a write that was cut off."""
+
+_SHARED = "broker"
+"""The folder that has files of ours besides those that are copied."""
 
 _log = structlog.get_logger("caesura.setup")
 
@@ -59,11 +65,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--renew", action="append", default=[], metavar="SECRET", help="make this secret anew"
     )
+    parser.add_argument(
+        "--files", type=Path, default=Path("/usr/local/share/caesura"), help="what is copied as it is"
+    )
     arguments = parser.parse_args(argv)
     configure_logging("setup")
     try:
         check_variables(os.environ)
         prepare(arguments.folder, state=arguments.state, renew=arguments.renew)
+        copy_files(arguments.files, arguments.folder)
     except (CaesuraError, OSError) as error:
         _log.error("setup.failed", why=str(error))
         return SetupError.exit_code
@@ -71,10 +81,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def check_variables(environ: Mapping[str, str]) -> None:
-    """A misspelt variable must not be a silent default.
+    """A misspelt variable must not be a silent default, nor a wrong value a service that ends again and again.
 
     Raises:
-        SetupError: naming each unknown one and the nearest known one.
+        SetupError: naming each unknown one and the nearest known one, or the value and what it may be.
     """
     unknown = [name for name in sorted(environ) if name.startswith("CAESURA_") and name not in VARIABLES]
     if unknown:
@@ -83,6 +93,10 @@ def check_variables(environ: Mapping[str, str]) -> None:
             near = difflib.get_close_matches(name, VARIABLES, n=1)
             said.append(f"unknown variable {name}" + (f", did you mean {near[0]}?" if near else ""))
         raise SetupError(f"{'; '.join(said)} (known: {', '.join(VARIABLES)}). Correct it in .env")
+    try:
+        plan_from(environ)
+    except CaesuraError as error:
+        raise SetupError(f"{error}. Correct it in .env, or in your shell") from error
 
 
 def prepare(folder: Path, *, state: str, renew: Sequence[str] = ()) -> None:
@@ -127,6 +141,23 @@ def prepare(folder: Path, *, state: str, renew: Sequence[str] = ()) -> None:
             made=sorted(made),
             advice="whatever runs still has the old ones: docker compose up --force-recreate",
         )
+
+
+def copy_files(source: Path, folder: Path) -> None:
+    """Copy every folder of ``source`` into ``folder``, for everybody to read; what it does not have any more is removed.
+
+    Raises:
+        OSError: something cannot be read or written.
+    """
+    for place in sorted(source.iterdir()):
+        files = {path.relative_to(source): path for path in place.rglob("*") if path.is_file()}
+        for name, path in files.items():
+            write(folder / name, path.read_text(encoding="utf-8"), mode=0o444)
+        if place.name == _SHARED:
+            continue
+        for path in (folder / place.name).rglob("*"):
+            if path.is_file() and path.relative_to(folder) not in files:
+                path.unlink()
 
 
 def _broken(path: Path) -> str:

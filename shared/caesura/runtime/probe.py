@@ -18,13 +18,12 @@ _ANSWER_S = 3.0
 
 def main(argv: Sequence[str]) -> int:
     """Ask once. 0: ready; 1: not ready or no answer; 2: called wrongly."""
-    if len(argv) != 1 or not argv[0].startswith("http://"):
+    connection = _connection(argv[0]) if len(argv) == 1 else None
+    if connection is None:
         _say("usage: python -m caesura.runtime.probe http://HOST:PORT/ready")
         return 2
-    url = urllib.parse.urlsplit(argv[0])
-    connection = http.client.HTTPConnection(url.netloc, timeout=_ANSWER_S)
     try:
-        connection.request("GET", url.path or "/")
+        connection.endheaders()
         answer = connection.getresponse()
         body = answer.read().decode(errors="replace")
     except (OSError, http.client.HTTPException) as error:
@@ -36,6 +35,19 @@ def main(argv: Sequence[str]) -> int:
         return 0
     _say(f"{answer.status}: {_wrong(body)}")
     return 1
+
+
+def _connection(address: str) -> http.client.HTTPConnection | None:
+    """Ready to ask, nothing sent yet; None if that is no address."""
+    try:
+        url = urllib.parse.urlsplit(address)
+        if url.scheme != "http" or not url.hostname:
+            return None
+        connection = http.client.HTTPConnection(url.hostname, url.port, timeout=_ANSWER_S)
+        connection.putrequest("GET", url.path or "/")
+    except (ValueError, http.client.InvalidURL):
+        return None
+    return connection
 
 
 def _wrong(body: str) -> str:

@@ -125,9 +125,18 @@ class Fleet:
             return done.returncode, None, done.stdout + done.stderr
 
     def rollouts(self) -> dict[str, Any]:
-        """Every rollout that the bus retains, by its id; empty while nobody answers."""
-        code, told, _ = self.caesura("history")
-        return {each["rollout"]: each for each in told} if code == 0 and told else {}
+        """Every rollout that the bus retains, by its id; asked again while the broker does not answer."""
+        found: list[dict[str, Any]] = []
+        said = ""
+
+        def look() -> bool:
+            nonlocal said
+            code, told, said = self.caesura("history")
+            found[:] = told or []
+            return code == 0
+
+        until(look, 30.0, lambda: f"the history is told: {said}")
+        return {each["rollout"]: each for each in found}
 
     def ended(self, rollout: str, *, timeout_s: float = 90.0) -> dict[str, Any]:
         """The state of a rollout once it completed, halted or was aborted."""

@@ -41,7 +41,7 @@ def docker() -> Iterator[Engine]:
 
 @pytest.fixture(scope="session")
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What a fresh clone has: no .env, no .venv, nothing that was made before."""
+    """What a fresh clone has: no .env, no .venv, nothing that was made before. Made under umask 077."""
     folder = tmp_path_factory.mktemp("clone")
     for name in _SHIPPED:
         source = _ROOT / name
@@ -51,6 +51,8 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
             )
         else:
             shutil.copy2(source, folder / name)
+    for path in (folder, *folder.rglob("*")):
+        path.chmod(path.stat().st_mode & 0o700)
     return folder
 
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import os
 import stat
+import subprocess
 import sys
 import threading
 import tomllib
@@ -15,13 +18,24 @@ import pytest
 from caesura.bus.mqtt import MqttBus
 from caesura.bus.options import BrokerOptions
 from caesura.contract.access import access_rules
+from caesura.runtime.logs import configure_logging
 from caesura.runtime.settings import Secret
 from caesura.testing.broker import mosquitto, mosquitto_installed
 from caesura.testing.fleet import until
 from caesura_ctl.demo.fleet import HEALTH_USER, UPDATES, compose_layout, config_files, secret_readers, users
-from caesura_ctl.demo.patience import MOST_RESUMES, Facts, HostFacts, facts_from, next_step, update_for
+from caesura_ctl.demo.patience import (
+    MOST_RESUMES,
+    RESUME_AFTER_S,
+    Facts,
+    HostFacts,
+    Past,
+    Step,
+    facts_from,
+    next_step,
+    update_for,
+)
 from caesura_ctl.demo.rollouts import Plan, Rollouts, RolloutsError, plan_from
-from caesura_ctl.demo.setup import SetupError, check_variables, main, prepare
+from caesura_ctl.demo.setup import SetupError, check_variables, copy_files, main, prepare
 from caesura_host_updater.hostfile import parse_host_file
 from caesura_host_updater.updates import UpdateFile, parse_update
 from caesura_metadata_publisher.listeners import parse_listeners
@@ -68,8 +82,11 @@ def test_the_files_are_accepted_by_those_who_read_them() -> None:
             agent, workload = (each["environ"] for each in table["process"])
             assert agent["CAESURA_VM_AGENT_BROKER_USERNAME"] == f"vm_{table['name']}"
             assert agent["CAESURA_VM_AGENT_BROKER_PASSWORD_FILE"] == f"/s/vm_{table['name']}"
-            assert workload["CAESURA_DEMO_URL"].startswith("http://metadata-publisher:181")
-    assert len(parse_listeners(files["listeners.toml"], "listeners.toml")) == len(layout.vms)
+            assert workload["CAESURA_DEMO_URL"].startswith(f"http://metadata-of-{host}:181")
+    host_of = {vm.name: vm.host for vm in layout.vms}
+    listeners = parse_listeners(files["listeners.toml"], "listeners.toml")
+    assert {each.vm for each in listeners} == set(host_of)
+    assert all(each.listen.startswith(f"metadata-of-{host_of[each.vm]}:") for each in listeners)
     for name in UPDATES:
         update = parse_update(name, files[f"updates.d/{name}.toml"], find=lambda program: program)
         assert isinstance(update, UpdateFile)
@@ -141,6 +158,38 @@ def test_a_misspelt_variable_is_named_with_the_nearest_one() -> None:
     check_variables({"CAESURA_ROLLOUTS": "off", "PATH": "/bin"})
 
 
+@pytest.mark.parametrize(
+    ("environ", "said"),
+    [
+        ({"CAESURA_ROLLOUTS": "no"}, "CAESURA_ROLLOUTS=no: it is on or off. Correct it in .env"),
+        ({"CAESURA_ROLLOUT_PAUSE": "1m"}, "CAESURA_ROLLOUT_PAUSE=1m: it is a number of seconds"),
+    ],
+)
+def test_a_wrong_value_is_said_before_anything_starts(environ: dict[str, str], said: str) -> None:
+    with pytest.raises(SetupError, match=said):
+        check_variables(environ)
+
+
+def test_files_of_the_image_are_copied_for_everybody_and_old_ones_go(tmp_path: Path) -> None:
+    source, folder = tmp_path / "image", tmp_path / "config"
+    for name in ("prometheus/rules/a.yml", "prometheus/rules/b.yml", "broker/mosquitto.conf"):
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        (source / name).write_text(name)
+        (source / name).chmod(0o600)
+    prepare(folder, state="/v")
+    copy_files(source, folder)
+    (source / "prometheus/rules/a.yml").rename(source / "prometheus/rules/c.yml")
+    copy_files(source, folder)
+    assert {path.name for path in (folder / "prometheus").rglob("*.yml")} == {"b.yml", "c.yml"}
+    assert stat.S_IMODE((folder / "prometheus" / "rules" / "b.yml").stat().st_mode) == 0o444
+    assert {path.name for path in (folder / "broker").iterdir()} == {
+        "acl",
+        "mosquitto.conf",
+        "mosquitto_sub",
+        "passwords",
+    }
+
+
 def test_the_command_says_why_on_one_line(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -194,16 +243,28 @@ async def _connects(bus: Any) -> bool:
 
 # -- one rollout after another --
 
+_LAYOUT_HOSTS = tuple(each.name for each in _HOSTS)
+_AWAY = "cannot go on: host-2 is offline"
+
+
+def step_for(known: Facts, **past: Any) -> Step:
+    return next_step(known, client="rollout", hosts=_LAYOUT_HOSTS, past=Past(**past))
+
+
+def halted(reason: str = _AWAY, **changes: Any) -> Facts:
+    return facts(
+        **{"status": "halted", "rollout": "r", "reason": reason, "requested_by": "rollout", **changes}
+    )
+
 
 def test_all_well_and_nothing_under_way_rolls() -> None:
-    assert next_step(facts(), client="rollout", resumed=0).what == "roll"
-    assert next_step(facts(status="completed", rollout="r"), client="rollout", resumed=0).what == "roll"
-    assert next_step(facts(status="aborted", rollout="r"), client="rollout", resumed=0).what == "roll"
+    assert step_for(facts()).what == "roll"
+    assert step_for(facts(status="completed", rollout="r")).what == "roll"
 
 
 @pytest.mark.parametrize("status", ["running", "aborting"])
 def test_what_is_under_way_is_watched_whatever_is_missing(status: str) -> None:
-    step = next_step(facts(status=status, rollout="r", hosts=()), client="rollout", resumed=0)
+    step = step_for(facts(status=status, rollout="r", hosts=()))
     assert (step.what, step.rollout) == ("watch", "r")
 
 
@@ -211,7 +272,7 @@ def test_what_is_under_way_is_watched_whatever_is_missing(status: str) -> None:
     ("changes", "why"),
     [
         ({"coordinator_online": False}, "the coordinator is not on the bus"),
-        ({"hosts": ()}, "no host is on the bus"),
+        ({"hosts": _HOSTS[:2]}, "host-3 was never on the bus"),
         ({"hosts": (*_HOSTS[:2], HostFacts("host-3", online=False, guard="ready"))}, "host-3 is offline"),
         (
             {"hosts": (*_HOSTS[:2], HostFacts("host-3", online=True, guard="absent"))},
@@ -220,36 +281,58 @@ def test_what_is_under_way_is_watched_whatever_is_missing(status: str) -> None:
     ],
 )
 def test_what_is_missing_is_waited_for_by_name(changes: dict[str, Any], why: str) -> None:
-    step = next_step(facts(**changes), client="rollout", resumed=0)
+    step = step_for(facts(**changes))
     assert (step.what, step.why) == ("wait", why)
-    halted = {"status": "halted", "rollout": "r", "reason": "why", "requested_by": "rollout"}
-    step = next_step(facts(**halted, **changes), client="rollout", resumed=0)
+    step = step_for(halted(**changes), halted_s=1000.0)
     assert step.what == "wait"
     assert why in step.why
 
 
-def test_a_halted_rollout_is_resumed_some_times_and_then_left_to_a_person() -> None:
-    halted = facts(status="halted", rollout="r", reason="host-2 did not report", requested_by="rollout")
-    for resumed in range(MOST_RESUMES):
-        step = next_step(halted, client="rollout", resumed=resumed)
-        assert (step.what, step.rollout) == ("resume", "r")
-        assert "host-2 did not report" in step.why
-    step = next_step(halted, client="rollout", resumed=MOST_RESUMES)
+def test_a_halted_rollout_is_resumed_later_each_time_and_then_left_to_a_person() -> None:
+    for resumed, after_s in enumerate(RESUME_AFTER_S):
+        step = step_for(halted(), resumed=resumed, halted_s=after_s - 0.1)
+        assert (step.what, step.why) == ("wait", f"halted: {_AWAY}; resumed {after_s:g} s after it halted")
+        step = step_for(halted(), resumed=resumed, halted_s=after_s)
+        assert (step.what, step.rollout, step.why) == ("resume", "r", f"halted: {_AWAY}")
+    assert list(RESUME_AFTER_S) == sorted(RESUME_AFTER_S)
+    assert RESUME_AFTER_S[-1] > 90.0, "beyond the broker's will for a host that hangs"
+    step = step_for(halted(), resumed=MOST_RESUMES, halted_s=10_000.0)
     assert step.what == "leave"
     assert f"resumed {MOST_RESUMES} times" in step.why
 
 
+def test_what_is_no_matter_of_being_away_is_left_to_a_person_at_once() -> None:
+    reason = "web-1 changed in memory during the pause: a is not b"
+    step = step_for(halted(reason), halted_s=10_000.0)
+    assert (step.what, step.why) == ("leave", f"halted: {reason}; that is for a person to judge")
+    assert step.how == "docker compose run --rm caesura resume r   (or abort)"
+
+
 def test_what_a_person_started_is_theirs() -> None:
-    halted = facts(status="halted", rollout="r", reason="why", requested_by="ops")
-    step = next_step(halted, client="rollout", resumed=0)
-    assert (step.what, step.why) == ("leave", "halted: why; ops started it")
+    step = step_for(halted(requested_by="ops"), halted_s=10_000.0)
+    assert (step.what, step.why) == ("leave", f"halted: {_AWAY}; ops started it")
+
+
+def test_after_an_abort_nothing_is_rolled_until_told_so() -> None:
+    aborted = facts(status="aborted", rollout="r", reason="aborted: wrong update", requested_by="rollout")
+    step = step_for(aborted, found="before")
+    assert (step.what, step.rollout) == ("leave", "r")
+    assert step.why == "aborted: wrong update; nothing is rolled out until you say so"
+    assert step.how == "docker compose restart rollout"
+    assert step_for(aborted, found="r").what == "roll", "whoever starts us after that says so"
 
 
 def test_facts_are_read_from_what_the_command_prints() -> None:
     document = {
         "coordinator": {"online": True, "epoch": 3},
         "hosts": [{"online": True, "inventory": {"host": "host-1", "guard": "armed"}}],
-        "rollout": {"rollout": "r", "status": "halted", "reason": "why", "requested_by": "ops"},
+        "rollout": {
+            "rollout": "r",
+            "status": "halted",
+            "reason": "why",
+            "requested_by": "ops",
+            "waves": [{"status": "completed"}, {"status": "failed"}, {"status": "pending"}],
+        },
     }
     assert facts_from(document) == Facts(
         coordinator_online=True,
@@ -258,6 +341,7 @@ def test_facts_are_read_from_what_the_command_prints() -> None:
         status="halted",
         reason="why",
         requested_by="ops",
+        waves_done=1,
     )
     assert facts_from({"coordinator": None, "hosts": [], "rollout": None}) == facts(
         coordinator_online=False, hosts=()
@@ -289,43 +373,123 @@ def test_values_as_they_are_given() -> None:
 
 _SCRIPT = """
 import json, pathlib, sys
-log = pathlib.Path(sys.argv[1])
-said = log.read_text().splitlines() if log.exists() else []
-log.write_text("\\n".join([*said, sys.argv[2]]) + "\\n")
-state = {"rollout": "r1", "update": "hypervisor-patch", "status": "completed", "reason": ""}
+folder = pathlib.Path(sys.argv[1])
+log = folder / "log"
+with log.open("a") as file:
+    file.write(sys.argv[2] + "\\n")
+told = json.loads((folder / "told.json").read_text())
+now = {"rollout": "r1", "update": "patch", "reason": told.get("reason", ""), "requested_by": "rollout"}
+now |= {"status": told["status"], "waves": [{"status": "completed"}] * told.get("waves", 0)}
 if sys.argv[2] == "status":
-    steered = [each for each in said if each != "status"]
-    now = {0: None, 1: state | {"status": "halted", "reason": "why"}}.get(len(steered), state)
-    if now:
-        now = now | {"requested_by": "rollout"}
     host = {"online": True, "inventory": {"host": "host-1", "guard": "ready"}}
-    print(json.dumps({"coordinator": {"online": True}, "hosts": [host], "rollout": now}))
-elif sys.argv[2] == "roll":
-    print(json.dumps({"rollout": state | {"status": "halted", "reason": "why"}, "pauses": []}))
-    print(json.dumps({"error": "NotCompleted", "reason": "halted", "exit_code": 1}), file=sys.stderr)
-    sys.exit(1)
-else:
-    print(json.dumps({"rollout": state, "pauses": [{"pause_s": 2.0}]}))
+    rollout = now if told["status"] else None
+    print(json.dumps({"coordinator": {"online": True}, "hosts": [host], "rollout": rollout}))
+    sys.exit()
+if told.get("refuses"):
+    print(json.dumps({"accepted": False, "reason": "not yet"}))
+    sys.exit(told["refuses"])
+(folder / "told.json").write_text(json.dumps(told["then"]))
+print(json.dumps({"rollout": now | {"status": told["then"]["status"]}, "pauses": []}))
+sys.exit(told["then"]["status"] != "completed")
 """
 
 
-def test_it_rolls_survives_a_halt_and_ends_when_told(tmp_path: Path) -> None:
-    script, log = tmp_path / "caesura.py", tmp_path / "log"
-    script.write_text(_SCRIPT)
-    rollouts = Rollouts(
-        Plan(on=True, pause_s=3600.0, client="rollout"),
-        command=(sys.executable, str(script), str(log)),
-        look_again_s=0.0,
-    )
+class Play:
+    """The loop against a command that tells what a test says; every second of the clock is the test's."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self.now = 0.0
+        (folder / "caesura.py").write_text(_SCRIPT)
+        self.rollouts = Rollouts(
+            Plan(on=True, pause_s=20.0, client="rollout"),
+            command=(sys.executable, str(folder / "caesura.py"), str(folder)),
+            hosts=("host-1",),
+            look_again_s=5.0,
+            clock=lambda: self.now,
+        )
+
+    def tell(self, **told: Any) -> None:
+        (self._folder / "told.json").write_text(json.dumps(told))
+
+    def step(self, after_s: float = 0.0) -> str:
+        """One look, and what it did besides looking."""
+        self.now += after_s
+        log = self._folder / "log"
+        log.write_text("")
+        self.rollouts.once()
+        return " ".join(log.read_text().split()[1:])
+
+
+@pytest.fixture
+def play(tmp_path: Path) -> Play:
+    return Play(tmp_path)
+
+
+_HALTED = {"status": "halted", "reason": _AWAY}
+
+
+def test_it_rolls_and_resumes_later_each_time(play: Play) -> None:
+    play.tell(status="", then={**_HALTED, "then": {**_HALTED, "then": {**_HALTED, "then": _HALTED}}})
+    assert play.step() == "roll"
+    for after_s in RESUME_AFTER_S:
+        assert play.step() == ""
+        assert play.step(after_s - 1.0) == ""
+        assert play.step(1.0) == "resume"
+    assert play.step() == ""
+    assert play.step(10_000.0) == "", "left to a person"
+
+
+@pytest.mark.parametrize("code", [3, 5])
+def test_a_resume_that_was_not_accepted_does_not_count(play: Play, code: int) -> None:
+    play.tell(**_HALTED, refuses=code)
+    assert play.step() == ""
+    assert [play.step(10.0) for _ in range(MOST_RESUMES + 1)] == ["resume"] * (MOST_RESUMES + 1)
+
+
+def test_a_wave_that_completed_is_the_end_of_the_count(play: Play) -> None:
+    play.tell(**_HALTED, then={**_HALTED, "waves": 1, "then": _HALTED})
+    assert play.step() == ""
+    assert play.step(10.0) == "resume"
+    assert play.step() == ""
+    assert play.step(10.0) == "resume", "as for the first time"
+
+
+def test_what_was_aborted_is_left_and_a_new_start_goes_on(play: Play, tmp_path: Path) -> None:
+    play.tell(status="", then={"status": "aborted", "reason": "aborted: wrong update"})
+    assert play.step() == "roll"
+    assert play.step(10_000.0) == ""
+    again = Play(tmp_path)
+    again.tell(status="aborted", reason="aborted: wrong update", then={"status": "completed"})
+    assert again.step() == "roll"
+
+
+def test_what_is_aborted_while_it_watches_is_left_whoever_began_it(play: Play) -> None:
+    play.tell(status="running", then={"status": "aborted", "reason": "aborted: wrong update"})
+    assert play.step() == "watch"
+    assert play.step(10_000.0) == ""
+
+
+def _in_thread(rollouts: Rollouts) -> threading.Thread:
     running = threading.Thread(target=rollouts.run)
     running.start()
+    return running
+
+
+def test_it_ends_when_told(play: Play, tmp_path: Path) -> None:
+    play.tell(status="", then={"status": "completed"})
+    running = _in_thread(play.rollouts)
     try:
-        until(lambda: log.exists() and "resume" in log.read_text(), 20.0, lambda: "it resumes")
+        until(lambda: "roll" in _log(tmp_path), 20.0, lambda: "it rolls")
     finally:
-        rollouts.stop()
+        play.rollouts.stop()
         running.join(timeout=20)
     assert not running.is_alive()
-    assert log.read_text().split() == ["status", "roll", "status", "resume"]
+    assert _log(tmp_path) == ["status", "roll"]
+
+
+def _log(folder: Path) -> list[str]:
+    return (folder / "log").read_text().split() if (folder / "log").exists() else []
 
 
 def test_a_configuration_that_the_command_refuses_ends_it(tmp_path: Path) -> None:
@@ -336,7 +500,41 @@ def test_a_configuration_that_the_command_refuses_ends_it(tmp_path: Path) -> Non
         rollouts.run()
 
 
-def test_switched_off_it_waits_to_be_told_to_stop() -> None:
-    rollouts = Rollouts(Plan(on=False, pause_s=0.0, client=""), command=("/nonexistent",))
-    rollouts.stop()
-    rollouts.run()
+def test_switched_off_it_waits_to_be_told_to_stop(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    configure_logging("rollout")
+    used = tmp_path / "used"
+    rollouts = Rollouts(
+        Plan(on=False, pause_s=0.0, client=""),
+        command=(sys.executable, "-c", f"open({str(used)!r}, 'w')"),
+        look_again_s=0.0,
+    )
+    running = _in_thread(rollouts)
+    said = ""
+
+    def says_so() -> bool:
+        nonlocal said
+        said += capfd.readouterr().err
+        return "rollouts.off" in said
+
+    try:
+        until(says_so, 20.0, lambda: "it says that it is off")
+        assert running.is_alive()
+    finally:
+        rollouts.stop()
+        running.join(timeout=20)
+    assert not running.is_alive()
+    assert not used.exists()
+
+
+def test_a_signal_stops_it_while_it_waits(tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "caesura_ctl.demo.rollouts"],
+        env={**os.environ, "CAESURA_ROLLOUTS": "off"},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    with process:
+        assert process.stderr is not None
+        assert "rollouts.off" in process.stderr.readline()
+        process.terminate()
+        assert process.wait(20) == 0

@@ -83,10 +83,9 @@ def test_every_service_comes_back_and_is_waited_for(services: dict[str, Any]) ->
         if name not in once | {"rollout"}:
             assert service["healthcheck"]["test"][0] == "CMD", name
     waits = services["rollout"]["depends_on"]
-    assert {name for name, each in waits.items() if each["condition"] == "service_healthy"} == {
-        "broker",
-        *_HEALTH_PORTS,
-    }
+    assert {name for name, each in waits.items() if each["condition"] == "service_started"} == set(
+        _HEALTH_PORTS
+    ), "one that is not well must not keep `up` from starting the rest"
     for name in ("host-1", "host-2", "host-3"):
         drain_s = read_settings(HostUpdaterSettings, "X_", {"X_HOST_FILE": "x"}).drain_timeout_s
         assert int(services[name]["stop_grace_period"].removesuffix("s")) > drain_s
@@ -149,12 +148,59 @@ def test_every_variable_is_known_and_explained() -> None:
     assert [name for name in VARIABLES if name not in page] == []
 
 
-def test_what_is_mounted_is_there(services: dict[str, Any]) -> None:
-    for service in services.values():
+def test_nothing_is_mounted_from_the_checkout_and_what_is_needed_is_in_the_image(
+    services: dict[str, Any],
+) -> None:
+    """A checkout's files are not for everybody to read everywhere (umask), nor is it always on the engine's machine."""
+    for name, service in services.items():
         for volume in service.get("volumes", []):
-            source = volume.split(":")[0]
-            if source.startswith("./"):
-                assert (_ROOT / source).exists(), source
+            assert re.fullmatch(r"[a-z0-9-]+:/\S+", volume), (name, volume)
+    copied = re.findall(r"^COPY (?:--chmod=\d+ )?(\S+) /usr/local/share/caesura/", _DOCKERFILE, re.MULTILINE)
+    assert copied
+    kept = [
+        line[1:]
+        for line in (_ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines()
+        if line[:1] == "!"
+    ]
+    for source in copied:
+        assert (_ROOT / source).exists(), source
+        assert any(each == source or each.startswith(f"{source}/") for each in kept), source
+
+
+def test_memory_files_are_limited(services: dict[str, Any]) -> None:
+    """What is written to a tmpfs counts as the container's memory."""
+    for name, service in services.items():
+        for mount in service.get("tmpfs", []):
+            size = re.search(r"[:,]size=(\d+)m\b", mount)
+            assert size is not None, (name, mount)
+            assert int(size[1]) <= int(service["mem_limit"].removesuffix("m")) / 4, (name, mount)
+
+
+def test_a_hosts_vms_share_a_network_with_the_publisher_alone(services: dict[str, Any]) -> None:
+    networks = yaml.safe_load(_COMPOSE)["networks"]
+    members: dict[str, set[str]] = {}
+    for name, service in services.items():
+        for network in service.get("networks", []):
+            members.setdefault(network, set()).add(name)
+    publisher = services["metadata-publisher"]["networks"]
+    for host in compose_layout().hosts:
+        network = f"metadata-{host.removeprefix('host-')}"
+        assert members[network] == {host, "metadata-publisher"}
+        assert networks[network] == {"internal": True}
+        (alias,) = publisher[network]["aliases"]
+        assert {vm.metadata_host for vm in compose_layout().on(host)} == {alias}
+        assert alias not in services, "a name that this network alone knows"
+    assert publisher["default"] is None
+
+
+def test_setup_sees_the_variables_that_it_judges(services: dict[str, Any]) -> None:
+    given, used = services["setup"]["environment"], services["rollout"]["environment"]
+    assert given == {name: used[name] for name in VARIABLES if name in used}
+
+
+def test_scripts_keep_their_line_ends_whatever_the_checkout_is_on() -> None:
+    told = (_ROOT / ".gitattributes").read_text(encoding="utf-8").splitlines()
+    assert {"*.sh text eol=lf", "*.conf text eol=lf"} <= set(told)
 
 
 def test_upstream_versions_are_pinned(services: dict[str, Any]) -> None:

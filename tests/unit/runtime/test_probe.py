@@ -44,6 +44,25 @@ async def test_nobody_there() -> None:
     assert said.startswith(f"no answer from {url}: ")
 
 
-@pytest.mark.parametrize("words", [(), ("ready",), ("http://a/", "http://b/")])
+@pytest.mark.parametrize(
+    "words",
+    [
+        (),
+        ("ready",),
+        ("http://a/", "http://b/"),
+        ("http://a:port/ready",),
+        ("http://a:99999/ready",),
+        ("http://[::1/ready",),
+        ("http:///ready",),
+        ("http://a/re ady",),
+    ],
+)
 async def test_called_wrongly(words: tuple[str, ...]) -> None:
     assert await probe(*words) == (2, "usage: python -m caesura.runtime.probe http://HOST:PORT/ready")
+
+
+async def test_an_address_of_ipv6_is_one() -> None:
+    url = f"http://[::1]:{free_port()}/ready"
+    code, said = await probe(url)
+    assert code == 1
+    assert said.startswith(f"no answer from {url}: ")

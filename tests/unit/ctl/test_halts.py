@@ -1,0 +1,319 @@
+"""Which halts are resumed without a person: each reason comes from the code that makes it, not from this file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import msgspec
+import pytest
+
+from caesura.contract import messages as m
+from caesura_coordinator.fleet import Fleet
+from caesura_coordinator.inputs import Approve, Authority, Input, Outdated, Tick
+from caesura_coordinator.plan import make_plan
+from caesura_coordinator.records import Rollout, Wave, new_rollout
+from caesura_coordinator.rollout import decide
+from caesura_ctl.demo.halts import was_away
+from caesura_host_updater import steps
+from caesura_host_updater.command import Authority as HostAuthority
+from caesura_host_updater.command import Host, Refuse, judge_freeze
+from caesura_host_updater.guard.intent import Catch, Fired, Intent
+from caesura_host_updater.operation_state import Operation, UpdateRun, VmPause
+from caesura_host_updater.pause import decide as decide_pause
+from caesura_host_updater.recovery import recovered
+from caesura_host_updater.report import final_report
+from caesura_host_updater.updates import Catalogue
+
+T0 = datetime(2026, 4, 20, 12, 0, 0, tzinfo=UTC)
+_AUTHORITY = Authority(coordinator="c", epoch=1)
+_POLICY = m.Policy(notice_s=10.0, budget_s=15.0, soak_s=2.0, verify_timeout_s=20.0)
+_PATCH = m.UpdateRecord(
+    update="patch", version="1", impact="pause", scope="host", expected_s=2.0, timeout_s=9.0
+)
+
+
+def _fleet() -> Fleet:
+    vm = m.VmRecord(vm="web-1", set="web", update_domain=0, state="running", methods=("live", "freeze"))
+    inventory = m.HostInventory(
+        host="host-1", driver="process", epoch=1, coordinator="c", vms=(vm,), updates=(_PATCH,), guard="ready"
+    )
+    return Fleet().with_inventory(inventory).with_host("host-1", online=True).with_agent("web-1", online=True)
+
+
+class Story:
+    """One host with one VM, and a rollout that goes as far as a test lets it."""
+
+    def __init__(self) -> None:
+        self.fleet = _fleet()
+        self.now = T0
+        plan = make_plan(self.fleet, update="patch", selection=m.Selection(), policy=_POLICY)
+        self.rollout: Rollout = new_rollout(
+            "r", plan, policy=_POLICY, set_hosts=("host-1",), requested_by="rollout", now=T0
+        )
+
+    def give(self, received: Input, after_s: float = 0.0) -> Story:
+        self.now += timedelta(seconds=after_s)
+        self.rollout, _ = decide(self.rollout, received, self.fleet, _AUTHORITY, self.now)
+        return self
+
+    def waits(self, seconds: float = 30.0) -> Story:
+        return self.give(Tick()).give(Tick(), seconds).give(Tick(), seconds)
+
+    @property
+    def wave(self) -> Wave:
+        wave = self.rollout.current
+        assert wave is not None
+        return wave
+
+    def changed(self, **changes: object) -> Story:
+        inventory = msgspec.structs.replace(self.fleet.inventories["host-1"], **changes)
+        self.fleet = self.fleet.with_inventory(inventory)
+        return self
+
+    def announced(self) -> Story:
+        return self.give(Tick())
+
+    def answered(self, *, ready: bool = True) -> Story:
+        event = self.wave.events[0].event_id
+        self.give(m.VmReady(vm="web-1", event_id=event, ready=ready, reason="" if ready else "disk is full"))
+        return self.give(Approve(event_id=event, by="web-1"))
+
+    def started(self) -> Story:
+        return self.announced().answered().give(Tick())
+
+    def reported(self, status: m.OperationStatus = "completed", reason: str = "", **result: object) -> Story:
+        values = {"state": "running", "frozen": True, "pause_s": 2.0, "resumed_by": "updater", **result}
+        vm = m.VmResult(vm="web-1", set="web", update_domain=0, **values)  # type: ignore[arg-type]
+        return self.give(
+            m.OperationReported(
+                operation=self.wave.operations[0].operation,
+                host="host-1",
+                epoch=1,
+                status=status,
+                reason=reason,
+                vms=(vm,),
+                at=self.now,
+            )
+        )
+
+    def clock(self, *, synced: bool = True, error_s: float = 0.001, memory: bool = True) -> Story:
+        return self.give(
+            m.VmClockSynced(
+                vm="web-1",
+                host="host-1",
+                set="web",
+                update_domain=0,
+                operation=self.wave.operations[0].operation,
+                synced=synced,
+                by="agent" if synced else "nobody",
+                error_after_s=error_s,
+                memory=m.MemoryProof(proof="heartbeat", ok=memory),
+                reason="" if synced else "no answer; the agent is silent",
+                at=self.now,
+            )
+        )
+
+    def halted(self) -> str:
+        assert self.rollout.status == "halted", self.rollout
+        return self.rollout.reason
+
+
+def _without_host(story: Story) -> Story:
+    story.fleet = story.fleet.with_host("host-1", online=False)
+    return story
+
+
+def _without_agent(story: Story) -> Story:
+    story.fleet = story.fleet.with_agent("web-1", online=False)
+    return story
+
+
+_AWAY: dict[str, Callable[[], Story]] = {
+    "host offline before": lambda: _without_host(Story()).waits(),
+    "agent offline before": lambda: _without_agent(Story()).waits(),
+    "no guard": lambda: Story().changed(guard="absent").waits(),
+    "epoch not acknowledged": lambda: Story().changed(epoch=7).waits(),
+    "host gone after the notice": lambda: _without_host(Story().announced()).answered().waits(),
+    "agent silent": lambda: Story().announced().waits(),
+    "not verified: host offline": lambda: _without_host(Story().started().reported()).clock().waits(),
+    "not verified: agent offline": lambda: _without_agent(Story().started().reported()).clock().waits(),
+    "agent gone in the soak": lambda: _without_agent(Story().started().reported().clock()).waits(),
+}
+
+_FOUND: dict[str, Callable[[], Story]] = {
+    "memory changed": lambda: (
+        Story().started().reported(memory=m.MemoryProof(proof="digest", ok=False, detail="a is not b"))
+    ),
+    "another guest": lambda: Story().started().reported().clock(memory=False),
+    "over budget": lambda: Story().started().reported(pause_s=40.8),
+    "unsynced": lambda: Story().started().reported().clock(synced=False),
+    "clock off": lambda: Story().started().reported().clock(error_s=-0.5),
+    "no verdict on the clock": lambda: Story().started().reported().waits(),
+    "VM paused after the resume": lambda: Story().started().reported(state="paused"),
+    "VM is gone": lambda: Story().changed(vms=()).waits(),
+    "lost": lambda: Story().started().waits(60.0),
+    "not ready": lambda: Story().announced().answered(ready=False),
+    "busy": lambda: Story().changed(operation="of somebody else").waits(),
+    "another coordinator": lambda: Story().announced().give(Outdated(set="web", open_events=frozenset())),
+    "agent offline, and a finding": lambda: _without_agent(
+        Story().started().reported().clock(synced=False)
+    ).waits(),
+    "agent offline, and no verdict": lambda: _without_agent(Story().started().reported()).waits(),
+}
+
+
+@pytest.mark.parametrize("name", list(_AWAY))
+def test_what_was_away_is_resumed(name: str) -> None:
+    reason = _AWAY[name]().halted()
+    assert was_away(reason), reason
+
+
+@pytest.mark.parametrize("name", list(_FOUND))
+def test_what_was_found_is_for_a_person(name: str) -> None:
+    reason = _FOUND[name]().halted()
+    assert not was_away(reason), reason
+
+
+@pytest.mark.parametrize(
+    "reason", ["", "something new", "host-1 is offline; something new", "host-1 is offline, or so"]
+)
+def test_what_is_unknown_is_for_a_person(reason: str) -> None:
+    assert not was_away(reason)
+
+
+# -- what hosts say --
+
+
+def _operation(**vm: Any) -> Operation:
+    pause = VmPause(vm="web-1", set="web", update_domain=0, **vm)
+    return Operation(
+        operation="o", method="freeze", budget_s=15.0, update="patch", runs=(UpdateRun(),), vms=(pause,)
+    )
+
+
+def _machine(*events: tuple[float, steps.Event]) -> Operation:
+    """The host's pause machine, begun at 100 s and fed with these, with the seconds at which they come."""
+    op = _operation()
+    for now, event in ((100.0, steps.Begin()), *events):
+        op, _ = decide_pause(op, event, now)
+    return op
+
+
+def _recovered(catch: Catch | None = None, *, same_boot: bool = True, **vm: Any) -> Operation:
+    """The operation of an updater that died, as its next start finds it."""
+    fired = None if catch is None else Fired("the host updater died", 101.0, {"web-1": catch})
+    record = Intent("o", "boot", 100.0, 109.0, (), fired)
+    return recovered(_operation(**vm), record, {}, same_boot=same_boot)
+
+
+_FROZEN = (
+    (100.1, steps.Armed()),
+    (100.2, steps.VmFroze("web-1", 100.1, 100.2)),
+)
+_RESUMED = ((104.0, steps.VmResumed("web-1", 104.0, "running")), (104.1, steps.Disarmed()))
+_ENDED_BY_SIGNAL = steps.UpdateEnded("", "failed", -15, 1.0, "")
+
+_ENDS: dict[str, tuple[bool, Callable[[], Operation]]] = {
+    "stopped before": (
+        True,
+        lambda: _machine((100.05, steps.AbortAsked("the host updater is stopping")), *_FROZEN[:1], *_RESUMED),
+    ),
+    "stopped in the pause": (
+        True,
+        lambda: _machine(
+            *_FROZEN,
+            (101.0, steps.AbortAsked("the host updater is stopping")),
+            (101.5, _ENDED_BY_SIGNAL),
+            *_RESUMED,
+        ),
+    ),
+    "guard died while it was armed": (
+        True,
+        lambda: _machine((100.05, steps.GuardLost()), *_FROZEN[:1], *_RESUMED),
+    ),
+    "guard died in the pause": (
+        True,
+        lambda: _machine(*_FROZEN, (101.0, steps.GuardLost()), (101.5, _ENDED_BY_SIGNAL), *_RESUMED),
+    ),
+    "updater died before": (True, _recovered),
+    "updater died in the pause, the guard resumed": (
+        True,
+        lambda: _recovered(Catch(True, None, 103.0, "running"), called_at=100.5, frozen_at=100.6),
+    ),
+    "updater died after the resume": (
+        True,
+        lambda: _recovered(called_at=100.5, frozen_at=100.6, resumed_at=102.0, resumed_by="updater"),
+    ),
+    "the machine was started anew": (True, lambda: _recovered(same_boot=False)),
+    "the update failed": (
+        False,
+        lambda: _machine(*_FROZEN, (101.0, steps.UpdateEnded("", "failed", 3, 1.0, "")), *_RESUMED),
+    ),
+    "aborted by a person": (
+        False,
+        lambda: _machine(
+            *_FROZEN, (101.0, steps.AbortAsked("wrong update")), (101.5, _ENDED_BY_SIGNAL), *_RESUMED
+        ),
+    ),
+    "not frozen": (
+        False,
+        lambda: _machine(
+            *_FROZEN[:1], (100.2, steps.VmNotFrozen("web-1", 100.1, "it did not stop")), *_RESUMED
+        ),
+    ),
+    "over budget, the guard resumed": (
+        False,
+        lambda: _recovered(Catch(True, None, 140.0, "running"), called_at=100.5, frozen_at=100.6),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", list(_ENDS))
+def test_how_a_host_ended_is_resumed_only_if_it_was_away(name: str) -> None:
+    away, ended = _ENDS[name]
+    op = ended()
+    assert op.end in {"failed", "cancelled"}, op
+    report = final_report("host-1", _command(), op, 1, {"web-1": "running"}, T0)
+    assert report.status in {"failed", "cancelled"}
+    reason = Story().started().reported(report.status, report.reason).halted()
+    assert was_away(reason) is away, reason
+
+
+def _command() -> m.FreezeCommanded:
+    return m.FreezeCommanded(
+        operation="o",
+        epoch=1,
+        coordinator="c",
+        host="host-1",
+        rollout="r",
+        wave=0,
+        method="freeze",
+        targets=(m.FreezeTarget(vm="web-1", set="web", update_domain=0),),
+        update="patch",
+        budget_s=15.0,
+        not_after=T0,
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "late_s", "away"),
+    [
+        ({}, 3.0, True),
+        ({"stopping": True}, 0.0, True),
+        ({"busy": "of another"}, 0.0, False),
+        ({}, 0.0, False),
+    ],
+    ids=["too late", "stopping", "busy", "no such VM"],
+)
+def test_what_a_host_refused_is_resumed_only_if_it_was_away(
+    changes: dict[str, Any], late_s: float, *, away: bool
+) -> None:
+    host = Host(host="host-1", vms={}, catalogue=Catalogue({}), **changes)
+    verdict = judge_freeze(
+        _command(), host=host, authority=HostAuthority(1, "c"), known=None, now=T0 + timedelta(seconds=late_s)
+    )
+    assert isinstance(verdict, Refuse)
+    reason = Story().started().reported("refused", verdict.why).halted()
+    assert was_away(reason) is away, reason

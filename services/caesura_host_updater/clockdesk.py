@@ -66,6 +66,8 @@ class ClockDesk:
         self._open: dict[str, _Case] = {}
         self._early: dict[tuple[str, str], tuple[Letter | None, AgentClockSynced | None, float | None]] = {}
         self._stir = asyncio.Event()
+        self._all_judged = asyncio.Event()
+        self._all_judged.set()
 
     def __len__(self) -> int:
         return len(self._open)
@@ -125,7 +127,16 @@ class ClockDesk:
             if told and case.told_at is None:
                 case.told_at = time.monotonic()
         self._early.clear()
+        if self._open:
+            self._all_judged.clear()
         self._stir.set()
+
+    async def settled(self, timeout_s: float) -> bool:
+        """Wait until no VM waits for its verdict; whether that came within the time."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                await self._all_judged.wait()
+        return self._all_judged.is_set()
 
     def connected(self) -> None:
         """The broker is back: everybody who waits gets the whole time again."""
@@ -223,6 +234,8 @@ class ClockDesk:
 
     def _close(self, case: _Case, verdict: VmClockSynced) -> None:
         del self._open[case.wait.vm]
+        if not self._open:
+            self._all_judged.set()
         if case.asking is not None:
             case.asking.cancel()
         log = _log.info if verdict.synced else _log.error

@@ -342,3 +342,39 @@ async def test_clocks_are_answered_and_judged(hosts: Callable[..., Any], fleet: 
     reborn = await verdict()
     assert reborn.memory is not None
     assert not reborn.memory.ok
+
+
+async def test_stopping_waits_for_the_verdict_on_the_clocks(hosts: Callable[..., Any], fleet: Any) -> None:
+    """Else the rollout would halt when it goes on: nobody would ever have judged them."""
+    host = hosts()
+    host.add_vm("a", agent=True)
+    host.settings["CLOCK_TIMEOUT_S"] = "30"
+    await host.start()
+    agent = FakeAgent(fleet, "a")
+    await agent.hello()
+    command = await host.freeze(hold_s=15.0, budget_s=20.0)
+    await host.until("a", "frozen")
+    stopped = asyncio.create_task(host.kill(signal.SIGTERM))
+    await fleet.report(command.operation)
+    await agent.synced(command.operation)
+    verdict = await fleet.ear.one(VmClockSynced, lambda m: m.operation == command.operation)
+    assert verdict.synced
+    goodbye = await fleet.ear.one(HostPresence, lambda m: not m.online)
+    assert fleet.position(verdict) < fleet.position(goodbye)
+    await stopped
+
+
+async def test_stopping_does_not_wait_for_a_silent_agent_for_long(
+    hosts: Callable[..., Any], fleet: Any
+) -> None:
+    host = hosts()
+    host.add_vm("a", agent=True)
+    host.settings["CLOCK_TIMEOUT_S"] = "300"
+    await host.start()
+    command = await host.freeze(hold_s=15.0, budget_s=20.0)
+    await host.until("a", "frozen")
+    began = time.monotonic()
+    await host.kill(signal.SIGTERM)
+    assert time.monotonic() - began < 15.0
+    assert host.process.returncode == 0
+    assert not fleet.ear.all(VmClockSynced, lambda m: m.operation == command.operation)

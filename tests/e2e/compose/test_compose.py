@@ -307,8 +307,13 @@ def test_stop_in_a_pause_leaves_nothing_frozen_and_up_goes_on(fleet: Fleet) -> N
 
     fleet.project.up()
 
-    # The VMs ended soon after they were resumed, so their clocks may have no verdict: that is for a person to accept.
-    fleet.completed(rollout)
+    until(
+        lambda: fleet.rollouts()[rollout]["status"] == "completed",
+        180.0,
+        lambda: (
+            f"the service goes on with it: {fleet.rollouts()[rollout]}; {fleet.project.logs('rollout')[-3000:]}"
+        ),
+    )
     assert fleet.frozen() == []
 
 

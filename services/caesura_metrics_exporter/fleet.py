@@ -12,7 +12,7 @@ import msgspec
 
 from caesura.contract import messages as m
 from caesura.contract.envelope import Message
-from caesura.contract.topics import TopicError, channel_at
+from caesura.contract.topics import placed
 from caesura_metrics_exporter.clocks import Clocks
 from caesura_metrics_exporter.pauses import Pauses, labels_of
 
@@ -102,11 +102,10 @@ class Fleet:
 
     def clear(self, topic: str) -> None:
         """A retained message was removed: its subject is gone."""
-        try:
-            channel = channel_at(topic)
-        except TopicError:
+        place = placed(topic)
+        if place is None:
             return
-        named = channel.match(topic) or {}
+        channel, named = place
         if channel.message is m.HostInventory:
             self.forget_host(named["host"])
         elif channel.message is m.HostPresence:

@@ -15,7 +15,7 @@ from msgspec.structs import replace
 from caesura.contract import messages as m
 from caesura.contract.codec import Received
 from caesura.contract.envelope import Message
-from caesura.contract.topics import TopicError, channel_at
+from caesura.contract.topics import placed
 from caesura_metrics_exporter.alarms import ALARMS_SENT, Alarms
 from caesura_metrics_exporter.fleet import is_last_will
 from caesura_metrics_exporter.happenings import Happening, Level, happening
@@ -76,13 +76,15 @@ class Live:
     def clear(self, topic: str, now: float, mono: float) -> None:
         """A retained message was removed: its subject is gone."""
         self.tick(now, mono)
-        try:
-            channel = channel_at(topic)
-        except TopicError:
+        place = placed(topic)
+        if place is None:
             return
-        named = channel.match(topic) or {}
+        channel, named = place
         if channel.message is m.HostInventory:
             self.forget_host(named["host"])
+        elif channel.message is m.HostPresence:
+            if named["host"] in self._online and named["host"] not in self._hosts:
+                self.forget_host(named["host"])
         elif channel.message is m.RolloutState and named["rollout"] in self._rollouts:
             rollout = self._rollouts.pop(named["rollout"])
             if rollout.status not in _OVER:

@@ -9,6 +9,7 @@ import structlog
 
 from caesura.bus.port import Bus, Delivery
 from caesura.contract.codec import ContractError, decode
+from caesura.contract.messages import HostInventory
 from caesura.contract.topics import PREFIX
 from caesura_metrics_exporter.fleet import Fleet
 from caesura_metrics_exporter.live import Live
@@ -84,8 +85,9 @@ class MetricsExporter:
             _log.warning("bus.message_refused", topic=delivery.topic, kind=error.kind, why=error.why)
             return
         now_s = self._monotonic()
-        for set_name in self.fleet.forget_empty_sets(now_s):
-            self.tally.forget_set(set_name)
+        if isinstance(received.message, HostInventory):  # often enough, and not with each message of a storm
+            for set_name in self.fleet.forget_empty_sets(now_s):
+                self.tally.forget_set(set_name)
         fresh = self.tally.take(received)
         self.fleet.take(received.message, now_s, fresh=fresh, stored=delivery.retained)
         self.live.take(received, self._wall(), now_s, fresh=fresh)
@@ -97,4 +99,3 @@ class MetricsExporter:
         for host in before - set(self.fleet.hosts):
             _log.info("exporter.host_forgotten", host=host)
             self.tally.forget_host(host)
-            self.live.forget_host(host)

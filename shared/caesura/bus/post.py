@@ -17,7 +17,7 @@ import structlog
 from caesura.bus.port import Bus, Delivery
 from caesura.contract.codec import ContractError, Received, decode, encode
 from caesura.contract.envelope import Message
-from caesura.contract.topics import TopicError, channel_at, channel_of
+from caesura.contract.topics import channel_of, placed
 from caesura.runtime.identity import new_id
 
 M = TypeVar("M", bound=Message)
@@ -116,10 +116,10 @@ class Post:
 
     async def _cleared(self, topic: str) -> None:
         """An empty retained payload clears a topic; it carries no message."""
-        try:
-            channel = channel_at(topic)
-        except TopicError:
+        place = placed(topic)
+        if place is None:
             return  # not of this contract
+        channel, parameters = place
         forgetter = self._forgetters.get(channel.message)
         if forgetter is not None:
-            await forgetter(channel.match(topic) or {})
+            await forgetter(parameters)

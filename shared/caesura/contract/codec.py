@@ -9,7 +9,7 @@ from functools import lru_cache
 import msgspec
 
 from caesura.contract.envelope import Header, Message, OutgoingEnvelope, RawEnvelope
-from caesura.contract.topics import CHANNELS, Channel, TopicError
+from caesura.contract.topics import Channel, TopicError, placed
 from caesura.runtime.errors import CaesuraError
 
 MAX_PAYLOAD_BYTES = 256 * 1024  # the smallest limit that all supported brokers share
@@ -105,12 +105,10 @@ def decode(topic: str, payload: bytes) -> Received:
     """
     if len(payload) > MAX_PAYLOAD_BYTES:
         raise Oversized(topic, f"{len(payload)} bytes, at most {MAX_PAYLOAD_BYTES} allowed")
-    for channel in CHANNELS:
-        parameters = channel.match(topic)
-        if parameters is not None:
-            break
-    else:
+    place = placed(topic)
+    if place is None:
         raise UnknownTopic(topic, "not in the topic table")
+    channel, parameters = place
     try:
         envelope = _header_decoder.decode(payload)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:

@@ -283,7 +283,16 @@ def channel_of(message: type[Message]) -> Channel:
 
 def channel_at(topic: str) -> Channel:
     """The row that a concrete topic belongs to. Raises TopicError where there is none."""
+    found = placed(topic)
+    if found is None:
+        raise TopicError(f"topic {topic!r} is not in the topic table")
+    return found[0]
+
+
+def placed(topic: str) -> tuple[Channel, Mapping[str, str]] | None:
+    """The row that a concrete topic belongs to, and its parameters; None where there is none."""
     for channel in CHANNELS:
-        if channel.match(topic) is not None:
-            return channel
-    raise TopicError(f"topic {topic!r} is not in the topic table")
+        parameters = channel.match(topic)
+        if parameters is not None:
+            return channel, parameters
+    return None

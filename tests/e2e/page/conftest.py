@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from playwright.async_api import Browser, Page
+from playwright.async_api import Error as PageError
 from prometheus_client import CollectorRegistry
 
 from caesura.bus.brokers import free_port
@@ -55,15 +56,26 @@ class Visit:
         return found
 
     async def until(self, expression: str, timeout_s: float = 20.0) -> None:
-        """Wait until a JavaScript expression is true in the page."""
+        """Wait until a JavaScript expression is true in the page; one that throws is not true yet.
+
+        What an expression reads may not be drawn when it is first asked, so an error counts as an answer only when
+        it is still there at the end, and is told then.
+        """
         # Not by playwright's own waiting: that evaluates text in the page, which the page's policy forbids.
+        thrown = ""
         try:
             async with asyncio.timeout(timeout_s):
-                while not await self.page.evaluate(expression):  # noqa: ASYNC110 - a page tells nobody
-                    await asyncio.sleep(0.03)
+                while True:
+                    try:
+                        if await self.page.evaluate(expression):
+                            return
+                        thrown = ""
+                    except PageError as error:
+                        thrown = str(error)
+                    await asyncio.sleep(0.03)  # a page tells nobody
         except TimeoutError:
             shown = await self.page.inner_text("body")
-            raise AssertionError(f"not within {timeout_s:g} s: {expression}\n{shown}") from None
+            raise AssertionError(f"not within {timeout_s:g} s: {expression}\n{thrown}\n{shown}") from None
 
 
 @pytest.fixture

@@ -26,10 +26,11 @@ class ImplausibleExchange(CaesuraError):
 
 
 class Sample(msgspec.Struct, frozen=True):
-    """What one exchange says. ``error_ns``: guest clock minus host clock."""
+    """What one exchange says. ``error_ns``: guest clock minus host clock. ``host_ns``: when the host was asked, by its clock."""
 
     error_ns: int
     delay_ns: int
+    host_ns: int = 0
 
     @property
     def uncertainty_ns(self) -> int:
@@ -86,12 +87,31 @@ def measure(t1_ns: int, t2_ns: int, t3_ns: int, t4_ns: int, *, max_delay_ns: int
     if delay_ns > max_delay_ns:
         raise ImplausibleExchange(f"delay of {delay_ns} ns, at most {max_delay_ns} ns says anything")
     offset_ns = ((t2_ns - t1_ns) + (t3_ns - t4_ns)) // 2
-    return Sample(error_ns=-offset_ns, delay_ns=delay_ns)
+    return Sample(error_ns=-offset_ns, delay_ns=delay_ns, host_ns=t2_ns)
 
 
 def best(samples: Sequence[Sample]) -> Sample | None:
     """The sample with the least delay, None of none."""
     return min(samples, key=lambda sample: sample.delay_ns, default=None)
+
+
+def error_found(
+    first: Sample | None, stepped: Sequence[Sample], *, paused_at_s: float | None
+) -> float | None:
+    """How far off the clock was after a pause, in seconds, None when nobody can tell.
+
+    A check that falls due in a pause runs the moment the guest runs again, before it is told of the pause: by the
+    sync for that pause the clock is right, and what was wrong is what the check stepped away.
+
+    Args:
+        first: what the sync for this pause found before its own first step.
+        stepped: what earlier syncs found and stepped away, the oldest first.
+        paused_at_s: the host's clock at the pause's begin, seconds since 1970; None when the sync is not about a pause.
+    """
+    if paused_at_s is not None:
+        earlier = next((each for each in stepped if each.host_ns >= paused_at_s * NS_PER_S), None)
+        first = earlier or first
+    return None if first is None else first.error_ns / NS_PER_S
 
 
 def next_step(

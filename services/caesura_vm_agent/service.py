@@ -69,7 +69,7 @@ class VmAgent:
         self._sync = ClockSync(settings.vm, boot_id, clock, settings.sync_policy, self._ask)
         self._state = readiness.Readiness(vm=settings.vm)
         self._hooks: asyncio.Queue[readiness.Prepare | readiness.Recover] = asyncio.Queue()
-        self._resumes: asyncio.Queue[readiness.Recover] = asyncio.Queue()
+        self._resumes: asyncio.Queue[tuple[readiness.Recover, VmResumed]] = asyncio.Queue()
         self._results: OrderedDict[str, AgentClockSynced] = OrderedDict()
         self._announce_now = asyncio.Event()
         self._repeat: asyncio.Queue[AgentClockSynced] = asyncio.Queue()
@@ -108,12 +108,13 @@ class VmAgent:
         while True:
             try:
                 async with asyncio.timeout(wait_s):
-                    resume = await self._resumes.get()
+                    resume, told = await self._resumes.get()
             except TimeoutError:
                 result = await self._sync_clock(trigger)
                 trigger = "periodic" if result.exchanges else trigger
             else:
-                result = await self._sync_clock("resume", resume.operation)
+                paused_at_s = told.at.timestamp() - told.pause_s
+                result = await self._sync_clock("resume", resume.operation, paused_at_s=paused_at_s)
                 self._results[resume.operation] = result
                 while len(self._results) > _RESULTS_KEPT:
                     self._results.popitem(last=False)
@@ -191,7 +192,8 @@ class VmAgent:
             _log.info("agent.resumed", operation=resumed.operation, pause_s=resumed.pause_s)
             recover = next((each for each in effects if isinstance(each, readiness.Recover)), None)
             # Without a recovery to do, the clock is still to be put right.
-            self._resumes.put_nowait(recover or readiness.Recover("", resumed.operation, resumed.pause_s))
+            recover = recover or readiness.Recover("", resumed.operation, resumed.pause_s)
+            self._resumes.put_nowait((recover, resumed))
 
     def _apply(self, decided: tuple[readiness.Readiness, list[readiness.Effect]]) -> None:
         self._state, effects = decided
@@ -268,8 +270,10 @@ class VmAgent:
     async def _ask(self, request: ClockSyncRequested) -> None:
         await self._voice.ask(request, self._settings.sync_answer_timeout_s)
 
-    async def _sync_clock(self, trigger: Trigger, operation: str = "") -> AgentClockSynced:
-        result = await self._sync.run(trigger, operation)
+    async def _sync_clock(
+        self, trigger: Trigger, operation: str = "", *, paused_at_s: float | None = None
+    ) -> AgentClockSynced:
+        result = await self._sync.run(trigger, operation, paused_at_s=paused_at_s)
         self.last_sync = result
         self.syncs[trigger, result.synced] += 1
         log = _log.info if result.synced else _log.warning

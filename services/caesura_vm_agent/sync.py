@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import Awaitable, Callable
 from typing import Literal
 
@@ -19,6 +20,7 @@ from caesura_vm_agent.clock import (
     Sample,
     SyncPolicy,
     best,
+    error_found,
     measure,
     next_step,
 )
@@ -28,6 +30,7 @@ Trigger = Literal["start", "resume", "periodic"]
 Ask = Callable[[ClockSyncRequested], Awaitable[None]]
 """Publishes one request at QoS 0; raises BusError when there is no connection."""
 
+_STEPS_KEPT = 16  # a pause that is told late is still matched with the step that mended it
 _SILENCE = 4  # exchanges lost in a row: nobody is there to answer, waiting for more only delays the verdict
 
 _log = structlog.get_logger("caesura.agent")
@@ -44,6 +47,7 @@ class ClockSync:
         self._ask = ask
         self._waiting: dict[str, asyncio.Future[tuple[ClockSyncAnswered, int]]] = {}
         self._one = asyncio.Lock()
+        self._stepped: deque[Sample] = deque(maxlen=_STEPS_KEPT)
 
     def answered(self, answer: ClockSyncAnswered, t4_ns: int) -> None:
         """An answer arrived at guest time ``t4_ns``; one that nobody waits for any more is ignored."""
@@ -51,12 +55,19 @@ class ClockSync:
         if waiting is not None and not waiting.done():
             waiting.set_result((answer, t4_ns))
 
-    async def run(self, trigger: Trigger, operation: str = "") -> AgentClockSynced:
-        """Measure, step if needed, measure again; the message that says how it went."""
-        async with self._one:
-            return await self._run(trigger, operation)
+    async def run(
+        self, trigger: Trigger, operation: str = "", *, paused_at_s: float | None = None
+    ) -> AgentClockSynced:
+        """Measure, step if needed, measure again; the message that says how it went.
 
-    async def _run(self, trigger: Trigger, operation: str) -> AgentClockSynced:
+        Args:
+            paused_at_s: when the pause began that this sync is about, seconds since 1970 by the host's clock.
+        """
+        async with self._one:
+            return await self._run(trigger, operation, paused_at_s)
+
+    async def _run(self, trigger: Trigger, operation: str, paused_at_s: float | None) -> AgentClockSynced:
+        earlier = tuple(self._stepped)
         policy = self._policy
         threshold_s = policy.periodic_threshold_s if trigger == "periodic" else policy.step_threshold_s
         rounds: list[Sample | None] = []
@@ -76,6 +87,8 @@ class ClockSync:
             except ClockError as error:
                 step = Done(synced=False, reason=str(error))
                 break
+            if (found := rounds[-1]) is not None:
+                self._stepped.append(found)
             _log.info("clock.stepped", by_s=step.by_ns / NS_PER_S, trigger=trigger, operation=operation)
         first, last = rounds[0], rounds[-1]
         return AgentClockSynced(
@@ -84,7 +97,7 @@ class ClockSync:
             trigger=trigger,
             operation=operation,
             synced=step.synced,
-            error_before_s=None if first is None else first.error_ns / NS_PER_S,
+            error_before_s=error_found(first, earlier, paused_at_s=paused_at_s),
             error_after_s=None if last is None else last.error_ns / NS_PER_S,
             uncertainty_s=None if last is None else last.uncertainty_ns / NS_PER_S,
             exchanges=answers,

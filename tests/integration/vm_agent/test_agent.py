@@ -491,6 +491,26 @@ async def test_a_periodic_sync_leaves_small_errors_alone(scene: Scene) -> None:
         assert mended.error_after_s == pytest.approx(0, abs=0.01)
 
 
+async def test_a_check_that_fell_due_in_a_pause_does_not_hide_what_the_pause_did(scene: Scene) -> None:
+    async with scene.agent(sync_interval_s=0.3):
+        await scene.host.hears(AgentClockSynced, trigger="start")
+        seen = len(scene.host.all(AgentClockSynced, trigger="periodic"))
+        scene.clock.error_ns = -2 * NS_PER_S
+        steps = len(scene.clock.steps)
+        await scene.host.hears(AgentClockSynced, count=seen + 2, trigger="periodic")
+        assert len(scene.clock.steps) > steps, "mended before the agent is told of the pause"
+        await scene.host.resumed(pause_s=9.0)
+        synced = await scene.host.hears(AgentClockSynced, trigger="resume")
+    assert synced.error_before_s == pytest.approx(-2, abs=0.05)
+    assert synced.error_after_s == pytest.approx(0, abs=0.01)
+
+
+async def test_a_pause_of_no_length_that_can_be_is_no_end_of_the_agent(scene: Scene) -> None:
+    async with scene.agent():
+        await scene.host.resumed(pause_s=1e300)
+        assert (await scene.host.hears(AgentClockSynced, trigger="resume")).synced
+
+
 async def test_a_host_that_comes_late_is_found_soon(scene: Scene) -> None:
     scene.host.answers = scene.host.silent
     async with scene.agent(sync_answer_timeout_s=0.02, sync_exchanges=2, sync_interval_s=0.1):

@@ -16,6 +16,7 @@ from caesura_vm_agent.clock import (
     Sample,
     Step,
     best,
+    error_found,
     measure,
     next_step,
 )
@@ -52,7 +53,9 @@ def test_with_equal_legs_the_error_is_exact(host_ns: int, error_ns: int, leg_ns:
 
 def test_the_example_of_rfc_5905_signs() -> None:
     # The guest is 100 ns ahead; 10 ns out, 5 ns of work, 10 ns back.
-    assert measure(1100, 1010, 1015, 1125, max_delay_ns=MAX_DELAY_NS) == Sample(error_ns=100, delay_ns=20)
+    assert measure(1100, 1010, 1015, 1125, max_delay_ns=MAX_DELAY_NS) == Sample(
+        error_ns=100, delay_ns=20, host_ns=1010
+    )
 
 
 @given(st.lists(st.tuples(errors, legs, legs), min_size=1, max_size=12), errors)
@@ -96,6 +99,19 @@ def decide(
     """After these rounds; each but the last led to a step, unless told otherwise."""
     made = len(rounds) - 1 if steps is None else steps
     return next_step(rounds, steps=made, threshold_s=threshold_s, bound_s=bound_s)
+
+
+def test_what_an_earlier_sync_stepped_away_is_what_the_pause_did() -> None:
+    def at(host_s: float, error_s: float) -> Sample:
+        return Sample(round(error_s * 1e9), 100, round(host_s * 1e9))
+
+    right = at(13, 0.0001)
+    assert error_found(right, [at(12.5, -2)], paused_at_s=10) == -2
+    assert error_found(right, [at(9.9, -5)], paused_at_s=10) == 0.0001, "of an earlier pause"
+    assert error_found(right, [at(9, -5), at(12.5, -2), at(12.6, 0.2)], paused_at_s=10) == -2
+    assert error_found(None, [at(12.5, -2)], paused_at_s=10) == -2
+    assert error_found(right, [at(12.5, -2)], paused_at_s=None) == 0.0001, "not about a pause"
+    assert error_found(None, [], paused_at_s=10) is None
 
 
 def test_a_guest_behind_by_a_pause_is_stepped_forward_by_it() -> None:

@@ -101,6 +101,7 @@ class Wave(Frozen, frozen=True, kw_only=True):
     """A host that has not reported by then is lost to this wave."""
     clocks: dict[str, ClockVerdict] = {}
     verify_by: datetime | None = None
+    """The end of the verification; None before it began."""
     soak_until: datetime | None = None
     ended_at: datetime | None = None
 

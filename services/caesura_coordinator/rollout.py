@@ -216,19 +216,28 @@ class _Step:
         if wave is None or wave.status != "failed":
             return
         done = wave.done + tuple(each for each in wave.operations if each.status == "completed")
-        again = Wave(index=wave.index, domains=wave.domains, vms=wave.vms, attempt=wave.attempt + 1)
         hosts = {each.host for each in done}
-        if any(vm.host not in hosts for vm in wave.vms):
-            # Hosts that did their part are not paused again, but what they did is yet to be verified.
-            clocks = {
+        # Hosts that did their part are not paused again.
+        again = Wave(
+            index=wave.index,
+            domains=wave.domains,
+            vms=wave.vms,
+            attempt=wave.attempt + 1,
+            done=done,
+            clocks={
                 vm.vm: wave.clocks[vm.vm] for vm in wave.vms if vm.host in hosts and vm.vm in wave.clocks
-            }
-            self._move(msgspec.structs.replace(again, done=done, clocks=clocks), "pending")
+            },
+        )
+        if any(vm.host not in hosts for vm in wave.vms):
+            self._move(again, "pending")
+            return
+        again = msgspec.structs.replace(again, started_at=wave.started_at)
+        if wave.verify_by is None:
+            # A host that was lost did its part after all: what it did was never looked at.
+            self._move(again, "verifying", verify_by=self._in(self.rollout.policy.verify_timeout_s))
         else:
-            # Every host did its part and the operator accepts what the verification found: only health is left.
-            self._move(
-                msgspec.structs.replace(again, started_at=wave.started_at), "soaking", soak_until=self.now
-            )
+            # The operator has seen what the verification found, and accepts it: only health is left.
+            self._move(again, "soaking", verify_by=wave.verify_by, soak_until=self.now)
 
     def outdated(self, found: Outdated) -> None:
         wave = self.rollout.current

@@ -333,6 +333,54 @@ def test_a_host_that_never_reports_is_lost_and_told_to_forget(story: Story) -> N
     assert story.is_("running")
 
 
+def test_a_lost_host_that_did_its_part_after_all_is_verified_before_the_next_domain(story: Story) -> None:
+    story.started().give(Tick(), 90).report("completed").give(Resume())
+    assert (story.rollout.waves[0].status, story.wave.index) == ("verifying", 0), (
+        "no verdict on its clock yet"
+    )
+    story.give(Tick(), 21)
+    assert story.is_("halted")
+    assert "no verdict on its clock" in story.rollout.reason
+    story.give(Resume())  # the operator has seen what the verification found, and accepts it
+    assert story.rollout.waves[0].status == "completed"
+
+
+@pytest.mark.parametrize("late", ["before the resume", "after it"])
+def test_a_lost_host_with_changed_memory_halts_the_rollout_again(late: str, story: Story) -> None:
+    changed = m.MemoryProof(proof="digest", ok=False, detail="other bytes")
+    story.started().give(Tick(), 90)
+    operation = story.wave.operations[0].operation
+    story.report("completed", memory=changed)
+    verdict = m.VmClockSynced(
+        vm="w1",
+        host="h1",
+        set="web",
+        update_domain=0,
+        operation=operation,
+        synced=True,
+        by="agent",
+        at=story.now,
+    )
+    if late == "before the resume":
+        story.give(verdict).give(Resume())
+    else:
+        story.give(Resume()).give(verdict)
+    assert story.is_("halted")
+    assert "changed in memory" in story.rollout.reason
+    assert story.wave.index == 0
+
+
+def test_what_an_operator_accepted_is_not_held_against_the_wave_again(story: Story) -> None:
+    story.started().report().clocks(synced=False)
+    healthy = story.fleet
+    story.fleet = _with_vm(healthy, "h1", state="stopped")
+    story.give(Resume()).give(Tick(), 21)
+    assert story.is_("halted")
+    story.fleet = healthy
+    story.give(Resume())
+    assert story.rollout.waves[0].status == "completed"
+
+
 def test_resume_tries_the_failed_wave_again_with_new_ids(story: Story) -> None:
     story.started()
     first = (story.wave.events[0].event_id, story.wave.operations[0].operation)

@@ -42,6 +42,16 @@ class Refuse(msgspec.Struct, frozen=True):
     why: str
 
 
+class Ignore(msgspec.Struct, frozen=True):
+    """Do nothing and report nothing: whoever sent it has no authority here.
+
+    A report would be the end of the operation, and the coordinator that leads may ask for the very same one: a
+    rollout that was under way at a takeover goes on with the ids it had.
+    """
+
+    why: str
+
+
 class Repeat(msgspec.Struct, frozen=True):
     """The operation is known: say again what became of it. None: it is under way."""
 
@@ -72,7 +82,7 @@ def judge_freeze(
     authority: Authority | str,
     known: Repeat | None,
     now: datetime,
-) -> Refuse | Repeat | Accept:
+) -> Ignore | Refuse | Repeat | Accept:
     """What to do with a freeze command.
 
     Args:
@@ -83,7 +93,7 @@ def judge_freeze(
     if known is not None:
         return known
     if isinstance(authority, str):
-        return Refuse(authority)
+        return Ignore(authority)
     if command.host != host.host:
         return Refuse(f"the command is for host {command.host}, this is {host.host}")
     if now > command.not_after:
@@ -166,10 +176,10 @@ def _judge_update(command: FreezeCommanded, host: Host) -> Refuse | Accept:
 
 def judge_abort(
     command: AbortCommanded, *, busy: str, authority: Authority | str, known: Repeat | None
-) -> Refuse | Repeat | Accept | None:
+) -> Ignore | Repeat | Accept | None:
     """What to do with an abort: None: abort the operation under way; Accept: remember that it never starts."""
     if isinstance(authority, str):
-        return Refuse(authority)
+        return Ignore(authority)
     if command.operation == busy:
         return None
     return known if known is not None else Accept(None)

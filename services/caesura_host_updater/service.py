@@ -35,7 +35,7 @@ from caesura.runtime.errors import StoreError
 from caesura_host_updater import command as rules
 from caesura_host_updater.clock import ClockWait
 from caesura_host_updater.clockdesk import ClockDesk
-from caesura_host_updater.command import Accept, Authority, Refuse, Repeat
+from caesura_host_updater.command import Accept, Authority, Ignore, Refuse, Repeat
 from caesura_host_updater.drivers.port import Driver
 from caesura_host_updater.endings import Endings, Letters
 from caesura_host_updater.guard.procfs import boot_id
@@ -274,6 +274,9 @@ class HostUpdater:
         except StoreError as error:
             # Nothing can be promised that cannot be written down, so nothing is touched.
             verdict = Refuse(f"nothing was touched: {error}")
+        if isinstance(verdict, Ignore):
+            _log.warning("command.ignored", operation=command.operation, why=verdict.why)
+            return
         if isinstance(verdict, Repeat):
             report = verdict.report or refusal(
                 self._host.host, command, self.authority.epoch, "accepted", "", now
@@ -352,9 +355,8 @@ class HostUpdater:
                 self._runner.abort(command.reason)  # letting VMs run needs no disk
             return
         verdict = rules.judge_abort(command, busy=self.operation, authority=heard, known=known)
-        if isinstance(verdict, Refuse):
-            # No report: it would look like the end of an operation that may be under way.
-            _log.warning("abort.refused", operation=command.operation, why=verdict.why)
+        if isinstance(verdict, Ignore):
+            _log.warning("abort.ignored", operation=command.operation, why=verdict.why)
         elif verdict is None and self._runner is not None:
             self._runner.abort(command.reason)
         elif isinstance(verdict, Repeat) and verdict.report is not None:

@@ -67,10 +67,11 @@ async def test_commands_that_are_refused_touch_nothing(hosts: Callable[..., Any]
     assert (broken.file, broken.line) == ("broken.toml", 3)
     assert {each.update for each in inventory.updates} == {"patch", "long", "restart", "rotate"}
 
-    assert "epoch 4 is old" in await refused(host, fleet, epoch=4, coordinator="coordinator-5")
-    assert "belongs to coordinator coordinator-5" in await refused(
-        host, fleet, epoch=5, coordinator="impostor"
-    )
+    # Nobody who does not lead gets an answer; the refusals below come after, in order.
+    unanswered = [
+        await host.freeze(**who)
+        for who in ({"epoch": 4, "coordinator": "coordinator-5"}, {"epoch": 5, "coordinator": "impostor"})
+    ]
     past = datetime.now(UTC) - timedelta(seconds=5)
     assert "after its not_after" in await refused(host, fleet, not_after=past, **obeyed)
     unknown = (FreezeTarget(vm="ghost", set="web", update_domain=0),)
@@ -91,6 +92,11 @@ async def test_commands_that_are_refused_touch_nothing(hosts: Callable[..., Any]
     assert "takes some 9 s" in await refused(host, fleet, update="long", budget_s=10.0, **obeyed)
     assert "too short" in await refused(host, fleet, hold_s=0.0, budget_s=0.3, **obeyed)
     assert fleet.ear.all(VmFrozen) == []
+    assert [fleet.reports(each.operation) for each in unanswered] == [[], []]
+    ignored = [line["why"] for line in host.log() if line["event"] == "command.ignored"]
+    assert len(ignored) == 2
+    assert "epoch 4 is old" in ignored[0]
+    assert "belongs to coordinator coordinator-5" in ignored[1]
     assert host.kernel("a") == "running"
     # A corrected file is taken up at SIGHUP.
     host.add_update("broken", "pass")

@@ -15,6 +15,7 @@ from caesura_host_updater.command import (
     Accept,
     Authority,
     Host,
+    Ignore,
     Refuse,
     Repeat,
     hear,
@@ -87,10 +88,18 @@ def test_known_operation_is_only_told_again_whatever_else_is_wrong() -> None:
 
 
 @pytest.mark.parametrize(
+    ("changes", "why"),
+    [({"epoch": 1}, "epoch 1 is old"), ({"coordinator": "d"}, "belongs to coordinator c")],
+)
+def test_who_has_no_authority_gets_no_answer(changes: dict[str, Any], why: str) -> None:
+    verdict = judge(command(**changes))
+    assert isinstance(verdict, Ignore)
+    assert why in verdict.why
+
+
+@pytest.mark.parametrize(
     ("changes", "at", "why"),
     [
-        ({"epoch": 1}, {}, "epoch 1 is old"),
-        ({"coordinator": "d"}, {}, "belongs to coordinator c"),
         ({"host": "host-2"}, {}, "is for host host-2"),
         ({"not_after": NOW - timedelta(seconds=3)}, {}, "3.0 s after"),
         ({}, {"stopping": True}, "stopping"),
@@ -165,4 +174,4 @@ def test_abort() -> None:
     assert judge_abort(sent, busy="op", authority=good, known=Repeat(None)) is None
     assert judge_abort(sent, busy="", authority=good, known=None) == Accept(None)
     assert judge_abort(sent, busy="", authority=good, known=Repeat(None)) == Repeat(None)
-    assert isinstance(judge_abort(sent, busy="op", authority="old", known=None), Refuse)
+    assert isinstance(judge_abort(sent, busy="op", authority="old", known=None), Ignore)

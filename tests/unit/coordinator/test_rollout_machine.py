@@ -119,6 +119,10 @@ class Fleetwide(RuleBasedStateMachine):
         self.approved: set[str] = set()
         self.away: tuple[Rollout, set[str]] | None = None
         self.cancelled = False
+        self.looked_at: set[tuple[str, int]] = set()
+        """Waves whose verification began."""
+        self.done: dict[tuple[str, int, str], str] = {}
+        """Rollout, wave and host to the operation by which the host did its part, as the coordinator knows."""
         self.late: list[m.FreezeCommanded | m.AbortCommanded] = []
 
     @property
@@ -148,19 +152,30 @@ class Fleetwide(RuleBasedStateMachine):
             if isinstance(effect, EventScheduled):
                 assert effect.event.event_id not in self.ended, "an id came back"
                 self.open.add(effect.event.event_id)
-            elif isinstance(effect, WaveMoved) and effect.wave.status == "soaking" and effect.wave.operations:
+            elif isinstance(effect, WaveMoved) and effect.wave.status == "verifying":
+                self.looked_at.add((self.rollout.id, effect.wave.index))
+            elif isinstance(effect, WaveMoved) and effect.wave.status == "soaking":
+                assert (self.rollout.id, effect.wave.index) in self.looked_at, "never verified (I8)"
+                if not effect.wave.operations:
+                    continue  # an operator accepted what the verification found
                 assert {vm.vm for vm in effect.wave.vms} == set(effect.wave.clocks), "not verified (I8)"
                 assert all(each.status == "completed" for each in effect.wave.operations), "not verified (I8)"
             elif isinstance(effect, EventEnded):
                 assert effect.event.event_id not in self.ended, "an event ended twice (I7)"
                 self.ended[effect.event.event_id] = effect.event.status
                 self.open.discard(effect.event.event_id)
+        for wave in self.rollout.waves:
+            for each in wave.operations:
+                if each.status == "completed":
+                    self.done.setdefault((self.rollout.id, wave.index, each.host), each.operation)
 
     def deliver(self, command: m.FreezeCommanded | m.AbortCommanded) -> None:
         if self.hosts[command.host].obey(command, self.now):
             assert isinstance(command, m.FreezeCommanded)
             if command.rollout != self.rollout.id:
                 return  # of a coordinator that is gone: only I1, below, can judge it
+            did = self.done.get((command.rollout, command.wave, command.host), command.operation)
+            assert did == command.operation, "a host that did its part is paused again"
             wave = self.rollout.waves[command.wave]
             ids = {event.event_id for event in wave.events}
             assert self.now >= (wave.not_before or self.now) or ids <= self.approved, (
@@ -323,6 +338,25 @@ class Fleetwide(RuleBasedStateMachine):
             self.give(Resume())
         except (IllegalTransition, NotYet):
             return
+
+    @rule()
+    def reports_come_too_late(self) -> None:
+        """Chance seldom puts these in order: hosts did their part, but are given up before they say so."""
+        self.commands_arrive()
+        self.hosts_finish("completed")
+        self.time_passes(95)
+        self.reports_arrive()
+        self.operator_resumes()
+
+    @precondition(lambda self: self.rollout.status == "halted")
+    @rule(name=st.sampled_from(sorted(_PLACES)))
+    def a_host_is_away_while_the_operator_resumes(self, name: str) -> None:
+        self.hosts[name].online = False
+        self.operator_resumes()
+        self.time_passes(41)
+        self.time_passes(41)
+        self.hosts[name].online = True
+        self.operator_resumes()
 
     @precondition(lambda self: self.now.second % 7 == 3)  # seldom, else nothing else gets far
     @rule()

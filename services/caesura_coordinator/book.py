@@ -9,12 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 from datetime import datetime
 
+import msgspec
 import structlog
 
 from caesura.contract.messages import (
     EventChanged,
     EventStatus,
     RequestAnswered,
+    RolloutState,
     ScheduledEvent,
     SetDocument,
     WaveChanged,
@@ -43,6 +45,7 @@ _KEPT = 500
 """How many rollouts the store and the memory keep."""
 _ANSWERS_KEPT = 1000
 
+_NO_RECORD = "the coordinator that scheduled it has lost its record"
 _log = structlog.get_logger("caesura.coordinator")
 
 _DESCRIPTION = {
@@ -177,7 +180,7 @@ class Book:
                         rollout=event.rollout,
                         wave=event.wave,
                         not_before=event.not_before,
-                        reason="the coordinator that scheduled it has lost its record",
+                        reason=_NO_RECORD,
                         at=now,
                     ),
                     set=published.set,
@@ -191,6 +194,46 @@ class Book:
         for rollout in self.active:
             if document.set in rollout.sets:
                 self.step(rollout, found, fleet, authority, now)
+
+    def end_unknown(self, published: RolloutState, now: datetime) -> None:
+        """End a rollout on the bus that no record here knows of: nobody leads it any more, and it would last for ever.
+
+        What it paused the hosts resume by themselves, its scheduled events end when their document is taken up.
+
+        Raises:
+            StoreError: nothing was said; it is tried again when the rollout is heard of again.
+        """
+        if published.rollout in self.rollouts or published.status in {"completed", "aborted"}:
+            return
+        waves = []
+        with self.store.transaction():
+            for wave in published.waves:
+                if wave.status in {"scheduled", "started", "verifying", "soaking"}:
+                    wave = msgspec.structs.replace(  # noqa: PLW2901
+                        wave,
+                        status="cancelled" if wave.status == "scheduled" else "failed",
+                        reason=_NO_RECORD,
+                        ended_at=now,
+                    )
+                    self.store.enqueue(
+                        WaveChanged(
+                            rollout=published.rollout,
+                            wave=wave.wave,
+                            status=wave.status,
+                            domains=wave.domains,
+                            hosts=wave.hosts,
+                            reason=_NO_RECORD,
+                            at=now,
+                        ),
+                        rollout=published.rollout,
+                        wave=wave.wave,
+                    )
+                waves.append(wave)
+            ended = msgspec.structs.replace(
+                published, status="aborted", reason=_NO_RECORD, waves=tuple(waves), ended_at=now
+            )
+            self.store.enqueue(ended, rollout=published.rollout)
+        _log.warning("rollout.ended_unknown", rollout=published.rollout, was=published.status, why=_NO_RECORD)
 
     def reassert(self, published: SetDocument) -> None:
         """Another coordinator's document is on the bus though we lead: publish ours again, above it.

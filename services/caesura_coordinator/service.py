@@ -59,6 +59,7 @@ def subscriptions() -> list[str]:
         m.VmReady,
         m.EventApproved,
         m.SetDocument,
+        m.RolloutState,
         m.CoordinatorPresence,
         m.RolloutRequested,
         m.FreezeRequested,
@@ -109,6 +110,7 @@ class Coordinator:
         self._to_clear: list[str] = []
         self._early: list[tuple[str, Request, str]] = []
         self._early_facts: list[Input] = []
+        self._early_rollouts: dict[str, m.RolloutState] = {}
         self._not_moved: dict[str, str] = {}
         """Rollout to why its last step failed: said once, not with every message."""
         self._outbox_filled = asyncio.Event()
@@ -155,6 +157,9 @@ class Coordinator:
         self._claim()
         self._open_sets(vm.set for _, vm in self.fleet.vms())
         # What was heard meanwhile counts before time does: nothing is awaited until it is taken in.
+        rollouts, self._early_rollouts = self._early_rollouts, {}
+        for rollout in rollouts.values():
+            self._end_unknown(rollout)
         facts, self._early_facts = self._early_facts, []
         for fact in facts:
             self._step_all(fact)
@@ -258,6 +263,7 @@ class Coordinator:
             (m.AgentPresence, self._on_agent_presence),
             (m.CoordinatorPresence, self._on_coordinator),
             (m.SetDocument, self._on_document),
+            (m.RolloutState, self._on_rollout),
             (m.OperationReported, self._on_fact),
             (m.VmClockSynced, self._on_fact),
             (m.VmReady, self._on_fact),
@@ -313,6 +319,19 @@ class Coordinator:
                 self.book.reassert(document)
         except StoreError as error:
             _log.error("document.not_taken", set=document.set, why=str(error))
+        self._outbox_filled.set()
+
+    async def _on_rollout(self, rollout: m.RolloutState, _: Received) -> None:
+        if self.leads:
+            self._end_unknown(rollout)
+        elif not self._claimed:
+            self._early_rollouts[rollout.rollout] = rollout
+
+    def _end_unknown(self, rollout: m.RolloutState) -> None:
+        try:
+            self.book.end_unknown(rollout, self._now())
+        except StoreError as error:
+            _log.error("rollout.not_ended", rollout=rollout.rollout, why=str(error))
         self._outbox_filled.set()
 
     async def _on_fact(self, fact: m.OperationReported | m.VmClockSynced | m.VmReady, _: Received) -> None:

@@ -87,7 +87,7 @@ CHANNELS: tuple[Channel, ...] = (
         address=f"{PREFIX}/fleet/rollout/{{rollout}}",
         message=m.RolloutState,
         writer="coordinator",
-        readers=("ctl", "exporter"),
+        readers=("ctl", "exporter", "coordinator"),
         retain=True,
         summary="A rollout, whole: what, how, where it is.",
     ),

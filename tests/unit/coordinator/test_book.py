@@ -198,6 +198,32 @@ def test_an_event_of_nobody_is_ended_when_its_document_is_taken_up(desk: Desk) -
     assert desk.book.rollouts["r"].status == "running", "it does not hold that set"
 
 
+def test_a_rollout_of_nobody_is_ended_once(desk: Desk) -> None:
+    desk.scheduled()
+    mine = rollout_state(desk.book.rollouts["r"])
+    desk.sent()
+    desk.book.end_unknown(mine, T0)
+    assert desk.sent() == [], "it is known here"
+    scheduled = mine.waves[0]
+    states: tuple[m.WaveStatus, ...] = ("completed", "verifying", "scheduled", "pending")
+    waves = tuple(
+        msgspec.structs.replace(scheduled, wave=index, status=status) for index, status in enumerate(states)
+    )
+    foreign = msgspec.structs.replace(mine, rollout="of-another", status="halted", waves=waves)
+    desk.book.end_unknown(foreign, T0)
+    sent = desk.sent()
+    (ended,) = [each for each in sent if isinstance(each, m.RolloutState)]
+    assert (ended.rollout, ended.status, ended.ended_at) == ("of-another", "aborted", T0)
+    assert "lost its record" in ended.reason
+    assert [each.status for each in ended.waves] == ["completed", "failed", "cancelled", "pending"]
+    assert [(each.wave, each.status) for each in sent if isinstance(each, m.WaveChanged)] == [
+        (1, "failed"),
+        (2, "cancelled"),
+    ]
+    desk.book.end_unknown(ended, T0)
+    assert desk.sent() == []
+
+
 def test_ids_of_one_attempt_differ_between_epochs(desk: Desk) -> None:
     """A store restored from an old copy must not use an id again whose event has ended meanwhile."""
     desk.give(Tick())

@@ -119,6 +119,30 @@ async def test_what_is_retained_is_published_again_at_the_start(
         await eventually(lambda: world.retained(m.RolloutState, rollout=rollout) is not None)
 
 
+async def test_a_rollout_whose_record_is_lost_does_not_run_for_ever_on_the_bus(
+    world: World, host: Callable[..., Any], build: Callable[..., Any]
+) -> None:
+    await world.host(host("h1", build("w1")))
+    async with world.coordinator("lost"):
+        await eventually(lambda: bool(world.of(m.SetDocument)))
+        lost = (await world.ask(_request("q"))).rollout
+        await eventually(lambda: world.retained(m.RolloutState, rollout=lost) is not None)
+    assert world.retained(m.RolloutState, rollout=lost).status == "running"
+    async with world.coordinator("another") as another:
+        await eventually(lambda: world.retained(m.RolloutState, rollout=lost).status == "aborted")
+        # One that is heard of only later, too; and its own stays.
+        late = msgspec.structs.replace(
+            world.retained(m.RolloutState, rollout=lost), rollout="late", status="halted"
+        )
+        await eventually(lambda: another.leads)
+        await world.host(host("h1", build("w1"), epoch=another.authority.epoch, coordinator="another"))
+        await world.post.send(late, rollout="late")
+        await eventually(lambda: world.retained(m.RolloutState, rollout="late").status == "aborted")
+        own = (await world.ask(_request("r"))).rollout
+        await eventually(lambda: world.retained(m.RolloutState, rollout=own) is not None)
+        assert world.retained(m.RolloutState, rollout=own).status == "running"
+
+
 async def test_a_host_whose_inventory_is_removed_is_forgotten_unless_it_is_on_the_bus(
     world: World, host: Callable[..., Any], build: Callable[..., Any]
 ) -> None:

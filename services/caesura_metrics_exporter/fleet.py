@@ -88,7 +88,7 @@ class Fleet:
                 self._presence(message, now_s, stored=stored)
             case m.VmFrozen() if fresh:
                 self._paused(message, "paused")
-                domain = self._domain_of(message.vm, message.set, message.update_domain)
+                domain = self._domain_of(message.host, message.vm, message.set, message.update_domain)
                 self.pauses.froze(message, domain, now_s)
             case m.VmResumed() if fresh:
                 self._paused(message, "running")
@@ -225,7 +225,7 @@ class Fleet:
             self._left[set_name] = now_s
         for record in inventory.vms:
             if record.state == "paused":
-                domain = self._domain_of(record.vm, record.set, record.update_domain)
+                domain = self._domain_of(inventory.host, record.vm, record.set, record.update_domain)
                 self.pauses.found(record, inventory.host, domain, now_s)
             elif not self.pauses.runs(record.vm, under_way=bool(inventory.operation)):
                 continue
@@ -251,11 +251,13 @@ class Fleet:
         of_set = [rollout for rollout in self.rollouts.values() if set_name in rollout.sets]
         return max(of_set, key=_importance).policy.clock_bound_s if of_set else None
 
-    def _domain_of(self, vm: str, set_name: str, update_domain: int) -> int:
+    def _domain_of(self, host: str, vm: str, set_name: str, update_domain: int) -> int:
         """The VM's domain by the key of the rollout that holds its set."""
         rollouts = self._rollouts_under_way(set_name)
         if any(rollout.policy.domain_key == "fault_domain" for rollout in rollouts):
-            for _, record, _state in self.vms():
+            known = self.hosts.get(host)
+            inventory = known.inventory if known is not None else None
+            for record in inventory.vms if inventory is not None else ():
                 if record.vm == vm:
                     return record.fault_domain
         return update_domain

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import signal
+import sys
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -14,6 +14,7 @@ import pytest
 
 from caesura.runtime.processes import freezers
 from caesura.testing.sandbox import Vm
+from caesura_host_updater.guard.procfs import read_process
 
 
 def _web(**changes: Any) -> dict[str, list[Vm]]:
@@ -23,23 +24,27 @@ def _web(**changes: Any) -> dict[str, list[Vm]]:
     }
 
 
-async def test_a_vm_that_cannot_be_frozen_fails_the_operation_and_all_run(stages: Callable[..., Any]) -> None:
-    stage = await stages(freezer="sigstop", **_web())
-    pids = stage.sandbox.vm_pids("web-1")
+# A process that waits for its vfork child to call exec cannot be stopped (kernel/fork.c, wait_for_vfork_done), and this
+# child never does: a file is opened for it before, a FIFO that nobody writes to.
+_UNSTOPPABLE = """
+import os, sys
+os.posix_spawn("/bin/true", ["true"], {}, file_actions=[(os.POSIX_SPAWN_OPEN, 9, sys.argv[1], os.O_RDONLY, 0)])
+"""
 
-    async def keep_it_running() -> None:
-        while True:
-            for pid in pids:
-                with suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGCONT)
-            await asyncio.sleep(0)
 
-    waking = asyncio.create_task(keep_it_running())
-    try:
-        state = await stage.ended(await stage.roll())
-    finally:
-        waking.cancel()
-        await asyncio.gather(waking, return_exceptions=True)
+async def test_a_vm_that_cannot_be_frozen_fails_the_operation_and_all_run(
+    stages: Callable[..., Any], tmp_path: Path
+) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    argv = (sys.executable, "-c", _UNSTOPPABLE, str(tmp_path / "fifo"))
+    stage = await stages(freezer="sigstop", **_web(argv=argv))
+
+    def stuck() -> bool:
+        found = map(read_process, stage.sandbox.vm_pids("web-1"))
+        return "D" in {each.state for each in found if each is not None}
+
+    await stage.sandbox.until(stuck, 10, "a process of web-1 that waits for its vfork child")
+    state = await stage.ended(await stage.roll())
     assert state.status == "halted"
     assert "web-1" in state.reason
     await stage.none_frozen()

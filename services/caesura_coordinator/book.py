@@ -6,7 +6,8 @@ transaction. It knows the store, no bus.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from datetime import datetime
 
 import msgspec
@@ -117,23 +118,35 @@ class Book:
         changed, effects = decide(rollout, received, fleet, authority, now)
         if changed == rollout and not effects and answer is None:
             return rollout
+        with self._all_or_nothing():
+            self._write(rollout, changed, effects, now)
+            if answer is not None:
+                self._keep_answer(*answer)
+        self._believe(changed, effects)
+        return changed
+
+    @contextmanager
+    def _all_or_nothing(self) -> Iterator[None]:
+        """What is stored in the block is stored whole, and the documents in memory change with it."""
         held = dict(self.documents)
         try:
             with self.store.transaction():
-                self.store.save_rollout(changed, rollout)
-                for effect in effects:
-                    self._perform(changed, effect, now)
-                if looks_different(rollout, changed):
-                    self.store.enqueue(rollout_state(changed), rollout=changed.id)
-                if answer is not None:
-                    self._keep_answer(*answer)
+                yield
         except BaseException:
             self.documents = held
             raise
+
+    def _write(self, before: Rollout, changed: Rollout, effects: Iterable[Effect], now: datetime) -> None:
+        self.store.save_rollout(changed, before)
+        for effect in effects:
+            self._perform(changed, effect, now)
+        if looks_different(before, changed):
+            self.store.enqueue(rollout_state(changed), rollout=changed.id)
+
+    def _believe(self, changed: Rollout, effects: Iterable[Effect]) -> None:
         self.rollouts[changed.id] = changed
         for effect in effects:
             _report(changed, effect)
-        return changed
 
     def _commanded_by_others(self, rollout: Rollout) -> dict[str, str]:
         """Hosts that other rollouts have commanded: two may share a host, which does one operation at a time."""
@@ -151,7 +164,7 @@ class Book:
         Rollouts that hold the set are halted: what they know is not what was announced.
 
         Raises:
-            StoreError: as ``step``; the document is taken up when it is heard again.
+            StoreError: nothing changed, in memory or on disk; the document is taken up when it is heard again.
         """
         ours = self.documents.get(published.set, documents.nothing_yet(published.set))
         if documents.adopt(ours, published) is ours:
@@ -164,7 +177,8 @@ class Book:
             if event.status in {"scheduled", "started"}
         }
         document = published
-        with self.store.transaction():
+        halted = []
+        with self._all_or_nothing():
             for event in published.events:
                 if event.event_id in owned:
                     continue
@@ -188,12 +202,18 @@ class Book:
                 )
             self.store.save_document(document)
             self.store.enqueue(document, set=document.set)
-        self.documents[document.set] = document
+            self.documents[document.set] = document
+            open_events = frozenset(each.event_id for each in document.events)
+            found = Outdated(set=document.set, open_events=open_events)
+            for rollout in self.active:
+                if document.set in rollout.sets:
+                    known = fleet.with_commanded(self._commanded_by_others(rollout))
+                    changed, effects = decide(rollout, found, known, authority, now)
+                    self._write(rollout, changed, effects, now)
+                    halted.append((changed, effects))
         _log.warning("document.adopted", set=document.set, incarnation=document.incarnation)
-        found = Outdated(set=document.set, open_events=frozenset(each.event_id for each in document.events))
-        for rollout in self.active:
-            if document.set in rollout.sets:
-                self.step(rollout, found, fleet, authority, now)
+        for changed, effects in halted:
+            self._believe(changed, effects)
 
     def end_unknown(self, published: RolloutState, now: datetime) -> None:
         """End a rollout on the bus that no record here knows of: nobody leads it any more, and it would last for ever.

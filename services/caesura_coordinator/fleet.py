@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterable, Mapping
 
 import msgspec
 
-from caesura.contract.messages import HostInventory, VmRecord
+from caesura.contract.messages import HostInventory, PlannedVm, VmRecord
 
 
 class Fleet(msgspec.Struct, frozen=True, kw_only=True):
@@ -123,3 +123,20 @@ def health_blockers(fleet: Fleet, vms: Iterable[tuple[str, str, bool]]) -> list[
         elif agent and not fleet.agents_online.get(name, False):
             found.append(f"{name}: its agent is offline")
     return found
+
+
+def moved_blockers(fleet: Fleet, vms: Iterable[PlannedVm]) -> list[str]:
+    """Which of these VMs are in another set or domain than when the plan was made: together they may not pause (I1)."""
+    records = {(host, vm.vm): vm for host, vm in fleet.vms()}
+    found = []
+    for vm in vms:
+        record = records.get((vm.host, vm.vm))
+        if record is not None and _place(record) != _place(vm):
+            found.append(
+                f"{vm.vm} is in {_place(record)} now, the plan has it in {_place(vm)}: abort and plan again"
+            )
+    return found
+
+
+def _place(vm: VmRecord | PlannedVm) -> str:
+    return f"set {vm.set} update domain {vm.update_domain} fault domain {vm.fault_domain}"

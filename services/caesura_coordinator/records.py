@@ -94,6 +94,8 @@ class Wave(Frozen, frozen=True, kw_only=True):
     """Operations of earlier attempts that completed: not repeated, and verified together with this attempt's."""
     fence_epoch: int = 0
     """The epoch under which the fence was last found open since the wave started; freezes are commanded under it only."""
+    outdated: str = ""
+    """Why the rollout halts when the hosts have come to the end of what they were commanded; empty if nothing is known."""
     started_at: datetime | None = None
     not_after: datetime | None = None
     """Hosts refuse the wave's commands after this."""
@@ -102,6 +104,8 @@ class Wave(Frozen, frozen=True, kw_only=True):
     clocks: dict[str, ClockVerdict] = {}
     verify_by: datetime | None = None
     """The end of the verification; None before it began."""
+    accepted: tuple[str, ...] = ()
+    """What the verification halted the rollout for: an operator who resumes accepts this, and nothing else."""
     soak_until: datetime | None = None
     ended_at: datetime | None = None
 

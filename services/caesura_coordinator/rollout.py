@@ -17,7 +17,7 @@ import msgspec
 
 from caesura.contract.messages import OperationReported, VmClockSynced, VmReady, WaveStatus
 from caesura.lifecycle.errors import IllegalTransition
-from caesura_coordinator.fleet import Fleet, fence_blockers, health_blockers
+from caesura_coordinator.fleet import Fleet, fence_blockers, health_blockers, moved_blockers
 from caesura_coordinator.inputs import (
     Abort,
     Approve,
@@ -232,16 +232,18 @@ class _Step:
             self._move(again, "pending")
             return
         again = msgspec.structs.replace(again, started_at=wave.started_at)
-        if wave.verify_by is None:
-            # A host that was lost did its part after all: what it did was never looked at.
-            self._move(again, "verifying", verify_by=self._in(self.rollout.policy.verify_timeout_s))
+        if wave.soak_until is None:
+            # The operator has seen what the verification found so far, and accepts it: what it did not come to
+            # (a lost host that did its part after all, a verdict that is still due) is looked at now.
+            verify_by = self._in(self.rollout.policy.verify_timeout_s)
+            self._move(again, "verifying", verify_by=verify_by, accepted=wave.accepted)
         else:
-            # The operator has seen what the verification found, and accepts it: only health is left.
+            # Verified before: only health is left.
             self._move(again, "soaking", verify_by=wave.verify_by, soak_until=self.now)
 
     def outdated(self, found: Outdated) -> None:
         wave = self.rollout.current
-        if wave is None or self.rollout.status != "running" or found.set not in self.rollout.sets:
+        if wave is None or self.rollout.status == "halted" or found.set not in self.rollout.sets:
             return
         # Events of ours that are not in the document any more had their end, announced by whoever ended them.
         events = tuple(
@@ -252,13 +254,13 @@ class _Step:
             else each
             for each in wave.events
         )
-        wave = self._put(msgspec.structs.replace(wave, events=events))
+        why = (
+            f"events of set {found.set} were announced that this coordinator has no record of: another one "
+            "was at work, or the store is an old copy. Look at the fleet, then resume or abort"
+        )
+        wave = self._put(msgspec.structs.replace(wave, events=events, outdated=why))
         if wave.status != "started":  # what hosts were commanded comes to its end first
-            self._halt(
-                wave,
-                f"events of set {found.set} were announced that this coordinator has no record of: another one "
-                "was at work, or the store is an old copy. Look at the fleet, then resume or abort",
-            )
+            self._halt(wave, why)
 
     def approve(self, approval: Approve) -> None:
         wave = self.rollout.current
@@ -335,7 +337,8 @@ class _Step:
 
     def _from_pending(self, wave: Wave) -> None:
         expected = [(vm.vm, vm.host, vm.agent) for vm in wave.vms]
-        blockers = health_blockers(self.fleet, expected) or self._fence(wave)
+        moved = moved_blockers(self.fleet, wave.ahead)
+        blockers = health_blockers(self.fleet, expected) or moved or self._fence(wave)
         if self._blocked(wave, blockers):
             return
         if all(vm.method == "live" for vm in wave.vms):
@@ -395,7 +398,7 @@ class _Step:
                 return  # they may have answered while nobody was there to hear it; they say it again
             self._halt(wave, f"no answer of the agent by NotBefore: {listed(silent, ', ')}")
             return
-        if not self._blocked(wave, self._fence(wave)):
+        if not self._blocked(wave, moved_blockers(self.fleet, wave.ahead) or self._fence(wave)):
             self._start(wave)
 
     def _start(self, wave: Wave) -> None:
@@ -434,6 +437,7 @@ class _Step:
             self._fence_again(wave)
             return
         wrong = [_why(each) for each in wave.operations if each.status != "completed"]
+        wrong += [wave.outdated] if wave.outdated else []
         if self.rollout.status == "aborting":
             self._aborted(wave)
         elif wrong:
@@ -464,14 +468,20 @@ class _Step:
         self._finish("aborted", self.rollout.reason)
 
     def _from_verifying(self, wave: Wave) -> None:
-        wrong, missing = verify(wave, self.rollout.policy)
+        wrong, missing = (
+            [each for each in found if each not in wave.accepted]
+            for found in verify(wave, self.rollout.policy)
+        )
         if wrong:
-            self._halt(wave, listed(wrong))
+            self._halt(
+                self._put(msgspec.structs.replace(wave, accepted=(*wave.accepted, *wrong))), listed(wrong)
+            )
             return
-        missing += health_blockers(self.fleet, [(vm.vm, vm.host, vm.agent) for vm in wave.vms])
-        if missing:
+        late = missing + health_blockers(self.fleet, [(vm.vm, vm.host, vm.agent) for vm in wave.vms])
+        if late:
             if wave.verify_by is not None and self.now >= wave.verify_by:
-                self._halt(wave, "not verified in time: " + listed(missing))
+                wave = self._put(msgspec.structs.replace(wave, accepted=(*wave.accepted, *missing)))
+                self._halt(wave, "not verified in time: " + listed(late))
             return
         wave = self._end_events(wave, "completed")
         self._move(wave, "soaking", soak_until=self._in(self.rollout.policy.soak_s))

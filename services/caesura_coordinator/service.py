@@ -110,6 +110,7 @@ class Coordinator:
         self._to_clear: list[str] = []
         self._early: list[tuple[str, Request, str]] = []
         self._early_facts: list[Input] = []
+        self._early_documents: dict[str, tuple[m.SetDocument, str]] = {}
         self._early_rollouts: dict[str, m.RolloutState] = {}
         self._not_moved: dict[str, str] = {}
         """Rollout to why its last step failed: said once, not with every message."""
@@ -155,6 +156,9 @@ class Coordinator:
             _log.warning("coordinator.waiting_for_broker", why=self.bus.stats.last_error)
         await self._settled()
         self._claim()
+        documents, self._early_documents = self._early_documents, {}
+        for document, source in documents.values():
+            self._take_document(document, source)
         self._open_sets(vm.set for _, vm in self.fleet.vms())
         # What was heard meanwhile counts before time does: nothing is awaited until it is taken in.
         rollouts, self._early_rollouts = self._early_rollouts, {}
@@ -312,10 +316,17 @@ class Coordinator:
             await self._announce()  # an older one's will must not stay as the last word
 
     async def _on_document(self, document: m.SetDocument, received: Received) -> None:
+        # Who does not lead ends no event of another: that one may be alive, and tell its end itself.
+        if self.leads:
+            self._take_document(document, received.header.source)
+        elif not self._claimed:
+            self._early_documents[document.set] = document, received.header.source
+
+    def _take_document(self, document: m.SetDocument, source: str) -> None:
         try:
             self.book.adopt(document, self.fleet, self.authority, self._now())
             # Our own come back to us, and may be older than what was decided meanwhile; another's must not stay.
-            if self.leads and received.header.source != self.post.source:
+            if source != self.post.source:
                 self.book.reassert(document)
         except StoreError as error:
             _log.error("document.not_taken", set=document.set, why=str(error))

@@ -126,7 +126,8 @@ class ClockDesk:
             case.repeat_at = time.monotonic() + REPEAT_S
             if told and case.told_at is None:
                 case.told_at = time.monotonic()
-        self._early.clear()
+        if waits:  # a report without VMs (refused, cancelled) may come while another operation is under way
+            self._early.clear()
         if self._open:
             self._all_judged.clear()
         self._stir.set()

@@ -15,7 +15,6 @@ from caesura.runtime.errors import StoreError
 from caesura_host_updater.clock import ClockWait
 from caesura_host_updater.clockdesk import ClockDesk
 from caesura_host_updater.command import Repeat
-from caesura_host_updater.hostfile import VmSpec
 from caesura_host_updater.journal import JournalThread, Letter
 from caesura_host_updater.metrics import HostMetrics
 from caesura_host_updater.operation_state import Operation
@@ -29,9 +28,8 @@ _log = structlog.get_logger("caesura.pause")
 class Letters:
     """Makes letters for this host. Their ids come from what they say, so the same fact has the same id."""
 
-    def __init__(self, host: str, vms: Mapping[str, VmSpec]) -> None:
+    def __init__(self, host: str) -> None:
         self._host = host
-        self._vms = vms
 
     def report(self, report: OperationReported) -> Letter:
         """The report of an operation."""
@@ -39,8 +37,8 @@ class Letters:
 
     def fact(self, fact: VmFrozen | VmResumed | VmClockSynced) -> Letter:
         """A fact about one VM."""
-        spec = self._vms[fact.vm]
-        of_vm: dict[str, str | int] = {"set": spec.set_name, "ud": spec.domain, "vm": fact.vm}
+        # Where the VM was when it was paused: by now it may be in another set, or not on this host any more.
+        of_vm: dict[str, str | int] = {"set": fact.set, "ud": fact.update_domain, "vm": fact.vm}
         return self._letter(fact, fact.TYPE, fact.operation, of_vm)
 
     def _letter(self, message: Message, kind: str, operation: str, of_vm: Mapping[str, str | int]) -> Letter:

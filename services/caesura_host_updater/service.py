@@ -114,7 +114,7 @@ class HostUpdater:
             verdict=self._clock_judged,
             repeat=self.outbox.queue,
         )
-        self._letters = Letters(host.host, self._vms)
+        self._letters = Letters(host.host)
         self._endings = Endings(
             self._letters, journal=journal, outbox=self.outbox, clocks=self.clocks, metrics=metrics
         )
@@ -272,6 +272,10 @@ class HostUpdater:
                 await self._accept(command, verdict.update)
                 return
         except StoreError as error:
+            if command.operation == self.operation:
+                # It is under way, and its own report is its one end; whoever asked asks again.
+                _log.error("command.without_journal", operation=command.operation, why=str(error))
+                return
             # Nothing can be promised that cannot be written down, so nothing is touched.
             verdict = Refuse(f"nothing was touched: {error}")
         if isinstance(verdict, Ignore):

@@ -58,6 +58,9 @@ class Desk:
         assert wave is not None
         return wave.events[0]
 
+    def status(self) -> str:
+        return self.book.rollouts["r"].status
+
     def scheduled(self) -> Desk:
         self.give(Tick())
         self.give(m.VmReady(vm="w1", event_id=self.event().event_id, ready=True))
@@ -185,6 +188,64 @@ def test_a_document_ahead_of_the_store_halts_what_holds_the_set_and_nothing_ends
     desk.give(Resume())
     assert desk.event().event_id != mine
     assert desk.book.documents["web"].incarnation > ahead.incarnation
+
+
+def _report(desk: Desk, status: m.OperationStatus) -> m.OperationReported:
+    wave = desk.book.rollouts["r"].current
+    assert wave is not None
+    vm = m.VmResult(vm="w1", set="web", update_domain=0, state="running", frozen=True, pause_s=1.0)
+    return m.OperationReported(
+        operation=wave.operations[0].operation, host="h1", epoch=1, status=status, vms=(vm,), at=T0
+    )
+
+
+def test_a_document_ahead_of_the_store_halts_a_started_wave_when_its_hosts_are_done(desk: Desk) -> None:
+    desk.scheduled().give(Approve(event_id=desk.event().event_id, by="w1"))
+    ahead = m.SetDocument(set="web", incarnation=desk.book.documents["web"].incarnation + 5, events=())
+    desk.book.adopt(ahead, desk.fleet, desk.authority, T0)
+    assert desk.status() == "running"
+    desk.give(_report(desk, "completed"))
+    assert desk.status() == "halted"
+    assert "no record of" in desk.book.rollouts["r"].reason
+    desk.give(Resume())
+    wave = desk.book.rollouts["r"].current
+    assert wave is not None
+    assert (wave.index, wave.status) == (0, "verifying"), "the operator has looked at the fleet"
+
+
+@pytest.mark.parametrize("reported", ["failed", "cancelled"])
+def test_an_event_that_another_ended_while_we_abort_does_not_end_again(
+    reported: m.OperationStatus, desk: Desk
+) -> None:
+    """We were away in the middle of an abort, and the other one has ended what it had no record of (I7)."""
+    desk.scheduled().give(Approve(event_id=desk.event().event_id, by="w1"))
+    desk.give(Abort())
+    assert desk.status() == "aborting"
+    desk.sent()
+    ahead = m.SetDocument(set="web", incarnation=desk.book.documents["web"].incarnation + 5, events=())
+    desk.book.adopt(ahead, desk.fleet, desk.authority, T0)
+    desk.give(_report(desk, reported))
+    assert desk.status() == "aborted"
+    assert not [each for each in desk.sent() if isinstance(each, m.EventChanged)]
+
+
+def test_a_document_ahead_of_the_store_is_taken_up_together_with_the_halt(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Were the document stored without the halt, nobody would ever tell the rollout: it would wait for its event."""
+    desk.scheduled()
+    ahead = m.SetDocument(set="web", incarnation=desk.book.documents["web"].incarnation + 5, events=())
+
+    def full(*_: object) -> None:
+        raise StoreError("disk full")
+
+    monkeypatch.setattr(desk.book.store, "save_rollout", full)
+    with pytest.raises(StoreError):
+        desk.book.adopt(ahead, desk.fleet, desk.authority, T0)
+    monkeypatch.undo()
+    desk.reopened().adopt(ahead, desk.fleet, desk.authority, T0)
+    assert desk.book.rollouts["r"].status == "halted"
+    assert desk.book.documents["web"] == ahead
 
 
 def test_an_event_of_nobody_is_ended_when_its_document_is_taken_up(desk: Desk) -> None:

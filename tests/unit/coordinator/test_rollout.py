@@ -23,6 +23,7 @@ from caesura_coordinator.inputs import (
     EventStarted,
     Input,
     NotYet,
+    Outdated,
     Resume,
     Tick,
 )
@@ -243,6 +244,39 @@ def test_any_host_of_the_set_can_block_the_start_though_it_is_not_in_the_wave(
     assert story.ends() == ["cancelled"]
 
 
+@pytest.mark.parametrize("stage", ["pending", "scheduled"])
+@pytest.mark.parametrize(
+    ("key", "change"),
+    [
+        ("fault_domain", {"fault_domain": 1}),
+        ("update_domain", {"update_domain": 1}),
+        ("update_domain", {"set": "db"}),
+    ],
+)
+def test_vms_that_are_in_another_domain_than_the_plan_has_them_in_do_not_pause(
+    key: str,
+    change: dict[str, object],
+    stage: str,
+    build: Callable[..., m.VmRecord],
+    host: Callable[..., m.HostInventory],
+    fleet: Callable[..., Fleet],
+    authority: Authority,
+) -> None:
+    """Else the wave pauses two domains of a set at once (I1). The host knows of the update domain only."""
+    both = fleet(host("h1", build("w1")), host("h2", build("w2")))
+    story = Story(both, authority, domain_key=key)
+    assert len(story.rollout.waves) == 1
+    if stage == "scheduled":
+        story.announce().ready()
+    story.fleet = _with_vm(both, "h2", **change)
+    story.announce().ready().approve().give(Tick())
+    assert story.commands() == []
+    assert "the plan has it in" in story.wave.waiting_for
+    story.give(Tick(), 60).give(Tick(), 20)
+    assert story.is_("halted")
+    assert "plan again" in story.rollout.reason
+
+
 def test_a_paused_vm_elsewhere_in_the_set_blocks_until_it_runs(story: Story) -> None:
     whole = story.fleet
     story.announce().ready()
@@ -379,6 +413,56 @@ def test_what_an_operator_accepted_is_not_held_against_the_wave_again(story: Sto
     story.fleet = healthy
     story.give(Resume())
     assert story.rollout.waves[0].status == "completed"
+
+
+def _verdict(story: Story, vm: str, host: str, **changes: Any) -> m.VmClockSynced:
+    operation = next(each.operation for each in story.wave.operations if each.host == host)
+    values: dict[str, Any] = {"synced": True, "by": "agent", "at": story.now, **changes}
+    return m.VmClockSynced(vm=vm, host=host, set="web", update_domain=0, operation=operation, **values)
+
+
+@pytest.mark.parametrize("when", ["before the resume", "after it"])
+def test_accepting_what_was_found_of_one_vm_accepts_nothing_of_another(when: str, pair: Story) -> None:
+    """The first thing wrong halts; what the verification had not come to is looked at after the resume (I3, I8)."""
+    pair.started().give(_report_of(pair, "h1", "completed")).give(_report_of(pair, "h2", "completed"))
+    other = m.MemoryProof(proof="heartbeat", ok=False, detail="it started anew")
+    anew = _verdict(pair, "w2", "h2", memory=other)
+    pair.give(_verdict(pair, "w1", "h1", synced=False, reason="no answer"))
+    assert pair.is_("halted")
+    assert "w1 is unsynced" in pair.rollout.reason
+    if when == "before the resume":
+        pair.give(anew).give(Resume())
+    else:
+        pair.give(Resume()).give(anew)
+    assert [wave.status for wave in pair.rollout.waves] == ["failed", "pending"]
+    assert pair.rollout.reason == "w2 is not the guest it was before the pause (heartbeat)"
+    pair.give(Resume())  # now the operator has seen both
+    assert pair.rollout.waves[0].status == "completed"
+
+
+def test_a_verification_that_was_cut_short_begins_anew(story: Story) -> None:
+    """Nothing was found yet when another coordinator's document halted it, so there is nothing to accept (I8)."""
+    story.started().report()
+    assert story.wave_is("verifying")
+    operations = story.wave.operations
+    story.give(Outdated(set="web", open_events=frozenset()))
+    assert story.is_("halted")
+    story.give(Resume())
+    assert (story.wave.index, story.wave.status) == (0, "verifying")
+    story.give(
+        m.VmClockSynced(
+            vm="w1",
+            host="h1",
+            set="web",
+            update_domain=0,
+            operation=operations[0].operation,
+            synced=False,
+            by="nobody",
+            at=story.now,
+        )
+    )
+    assert story.is_("halted")
+    assert "w1 is unsynced" in story.rollout.reason
 
 
 def test_resume_tries_the_failed_wave_again_with_new_ids(story: Story) -> None:

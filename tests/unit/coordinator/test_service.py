@@ -43,6 +43,7 @@ class World:
             m.CoordinatorPresence,
             m.RolloutState,
             m.FreezeCommanded,
+            m.EventChanged,
         ):
             self.post.on(kind, self._hear)
 
@@ -283,6 +284,29 @@ async def test_a_document_of_another_coordinator_does_not_stay(
             assert a.book.documents["web"].incarnation > incarnation, (
                 "else those who took the other's keep it"
             )
+
+
+async def test_events_of_another_are_not_ended_before_the_epoch_is_claimed(
+    world: World, host: Callable[..., Any], build: Callable[..., Any]
+) -> None:
+    """One that is stopped while it still listens took nothing over, and must not end those events at its next start."""
+    foreign = m.ScheduledEvent(
+        event_id="E", event_type="Freeze", status="started", resources=("w1",), not_before=T0
+    )
+    await world.host(host("h1", build("w1")))
+    await world.post.send(m.SetDocument(set="web", incarnation=5, events=(foreign,)), set="web")
+    async with world.coordinator("a", settle_s=60.0) as a:
+        await eventually(lambda: bool(a.fleet.inventories))
+        await world.post.send(m.SetDocument(set="web", incarnation=6, events=(foreign,)), set="web")
+        await world.post.send(host("h2", build("w2")), host="h2")
+        await eventually(lambda: "h2" in a.fleet.inventories)
+        assert a.waiting() == 0, "it has nothing to say"
+    ended = m.SetDocument(set="web", incarnation=7, events=())  # by the one that leads
+    await world.post.send(ended, set="web")
+    async with world.coordinator("a") as a:
+        await eventually(lambda: a.leads and not a.waiting())
+        assert not [each for each in world.of(m.EventChanged) if each.event_id == "E"], "a second end"
+        assert world.retained(m.SetDocument, set="web").incarnation >= 7
 
 
 async def test_a_message_that_nobody_could_read_does_not_hold_up_the_others(world: World) -> None:

@@ -64,8 +64,8 @@ class Desk:
             repeat=lambda _: None,
         )
 
-    def paused(self, vm: str, boot_id: str = "") -> None:
-        """It was resumed, and its operation is reported."""
+    def resumed(self, vm: str) -> None:
+        """It runs again, and the broker has taken that."""
         resumed = VmResumed(
             vm=vm,
             host="host-1",
@@ -81,6 +81,10 @@ class Desk:
         )
         letter: Any = object()
         self.desk.resumed_told(letter, resumed)
+
+    def paused(self, vm: str, boot_id: str = "") -> None:
+        """It was resumed, and its operation is reported."""
+        self.resumed(vm)
         self.desk.expect([ClockWait(vm, "web", 0, "op", 0.1, "agent-1", boot_id)])
 
     async def verdict(self) -> VmClockSynced:
@@ -168,6 +172,19 @@ def told(vm: str, *, synced: bool, boot_id: str = "agent-1") -> AgentClockSynced
         boot_id=boot_id,
         reason="" if synced else "not permitted to set the clock",
     )
+
+
+@pytest.mark.parametrize("answered", [True, False])
+async def test_a_refused_command_does_not_make_it_forget_who_was_resumed(answered: bool, make: Any) -> None:
+    """It is reported while another operation is under way, whose VMs run again already."""
+    desk = make(timeout_s=0.1)
+    desk.resumed("vm")
+    if answered:
+        desk.desk.answered(told("vm", synced=True))
+    desk.desk.expect([])  # the refusal
+    desk.desk.expect([ClockWait("vm", "web", 0, "op", 0.1, "agent-1", "")])
+    verdict = await desk.verdict()
+    assert verdict.synced is answered
 
 
 async def test_an_agent_that_cannot_is_followed_by_the_driver_and_its_proof_of_memory_counts(

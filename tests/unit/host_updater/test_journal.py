@@ -27,7 +27,7 @@ from caesura_host_updater.operation_state import Operation, VmPause
 from caesura_host_updater.outbox import Outbox
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
-LETTERS = Letters("host-1", {})
+LETTERS = Letters("host-1")
 
 
 def report(operation: str, status: Any = "completed") -> OperationReported:

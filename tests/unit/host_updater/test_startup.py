@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from caesura.bus.memory import MemoryBroker, MemoryBus
+from caesura.contract.messages import FreezeCommanded, FreezeTarget
 from caesura_host_updater import startup
 from caesura_host_updater.drivers.port import DriverError, NotRunningYet
+from caesura_host_updater.guard.procfs import boot_id
+from caesura_host_updater.hostfile import HostFile, VmSpec
+from caesura_host_updater.journal import Journal, JournalThread
+from caesura_host_updater.operation_state import Operation, VmPause
+from caesura_host_updater.service import HostUpdater
+from caesura_host_updater.settings import HostUpdaterSettings
 from caesura_host_updater.startup import Startup
 
 
@@ -57,6 +67,63 @@ async def test_what_was_prepared_for_a_vm_that_is_resumed_is_released_after_the_
     fleet = Fleet(NotRunningYet("a", "not yet"), "running")
     await at_start(fleet).run(1)
     assert fleet.asked == ["resume a", "resume a", "disarm op-1", "release a"]
+
+
+class Nothing:
+    """A bus, metrics and a guard that have nothing to say."""
+
+    on_lost: Any = None
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *_, **__: None
+
+
+async def test_a_vm_that_was_taken_out_of_the_host_file_does_not_keep_the_host_from_starting(
+    tmp_path: Path,
+) -> None:
+    """It was paused when the updater died; the operator removed it before the next start."""
+    vm = VmPause(
+        vm="removed", set="web", update_domain=3, called_at=1.0, frozen_at=1.5, resumed_at=2.0, end="running"
+    )
+    command = FreezeCommanded(
+        operation="op",
+        epoch=1,
+        coordinator="c",
+        host="host-1",
+        rollout="r",
+        wave=0,
+        method="freeze",
+        targets=(FreezeTarget(vm="removed", set="web", update_domain=3),),
+        budget_s=10.0,
+        not_after=datetime.now(UTC),
+    )
+    state = Operation(operation="op", method="freeze", budget_s=10.0, vms=(vm,), phase="resuming")
+    file = HostFile(host="host-1", vm=(VmSpec(name="other", set="web", update_domain=0),))
+    journal = JournalThread()
+    await journal.open(str(tmp_path / "journal.sqlite"))
+    await journal.do(lambda j: j.accept(command, state, boot_id(), []))
+    world: Any = Fleet("running")
+    nothing: Any = Nothing()
+    settings = HostUpdaterSettings(host_file="h.toml", updates_dir=str(tmp_path), state_dir=str(tmp_path))
+    updater = HostUpdater(
+        settings,
+        file,
+        bus=MemoryBus(MemoryBroker(), client_id="h", filters=[]),
+        driver=world,
+        guardian=world,
+        journal=journal,
+        metrics=nothing,
+        instance="i",
+        environ={},
+    )
+    await updater.recover()
+    told = await journal.do(Journal.letters)
+    assert [(each.type.split(".")[2], each.parameters.get("ud")) for each in told] == [
+        ("frozen", 3),
+        ("resumed", 3),
+        ("reported", None),
+    ]
+    await journal.close()
 
 
 async def test_an_error_nobody_thought_of_does_not_end_the_tries() -> None:

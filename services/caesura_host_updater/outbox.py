@@ -18,6 +18,7 @@ from caesura_host_updater.journal import Journal, JournalThread, Letter
 from caesura_host_updater.operation_state import Operation
 
 _RETRY_S = 2.0  # s: between two tries when the broker is there but will not take a message
+_PAUSE_S = 0.1  # s: after a connection that failed in the middle
 
 _log = structlog.get_logger("caesura.outbox")
 
@@ -93,6 +94,7 @@ class Outbox:
             message = msgspec.json.decode(letter.body, type=self._types[letter.type])
             await self._post.send(message, event_id=letter.event_id, **letter.parameters)
         except BusUnavailable:
+            await asyncio.sleep(_PAUSE_S)
             await self._post.bus.wait_connected(_RETRY_S)
             return False
         except PublishRefused as error:

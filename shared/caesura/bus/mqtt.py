@@ -89,6 +89,11 @@ class MqttBus(KeptBus):
                 await link.send(topic, payload, qos=qos, retain=retain, deadline=deadline)
         except (BusUnavailable, PublishRefused):
             self._stats.publish_failures += 1
+            if self._link is not None and self._link.ended:
+                self._ready.clear()  # known here before ``_serve`` is told
+            # Up to here nothing may have been awaited. Who tries again at once must not keep all others from
+            # running, ``_serve`` among them, which is yet to notice that the connection has ended.
+            await asyncio.sleep(0)
             raise
         self._stats.published += 1
 

@@ -244,8 +244,14 @@ async def test_guest_that_stands_still_already(rig: Any, tools: Any) -> None:
     await failed_release(rig, tools, driver)
 
 
-async def test_guard_that_finishes_the_swap_while_the_updater_looks_on(rig: Any, tools: Any) -> None:
-    """The old process is dead, the new one has everything: the guard gives it the guest, and we follow."""
+@pytest.mark.parametrize("noticed", [True, False])
+async def test_guard_that_finishes_the_swap_while_the_updater_looks_on(
+    noticed: bool, rig: Any, tools: Any
+) -> None:
+    """The old process is dead, the new one has everything: the guard gives it the guest, and we follow.
+
+    Not noticed: its connection is seen to end before its process is.
+    """
     from caesura_host_updater.guard.plans import thaw  # noqa: PLC0415
 
     driver = await rig.open({"a": SMALL})
@@ -256,8 +262,13 @@ async def test_guard_that_finishes_the_swap_while_the_updater_looks_on(rig: Any,
         await guest.qmp.execute("migrate", uri=f"unix:{rig.folder}/run/a/mig")
         await told.first(lambda event: event.data.get("status") == "completed")
     guest.prepared.begun = True
+    if not noticed:
+        guest.expect_end()
     os.kill(old, signal.SIGKILL)
     await tools.until(lambda: not tools.runs(old), "its death")
+    await tools.until(lambda: guest.qmp is None or guest.qmp.closed, "the end of its connection")
+    if noticed:
+        await tools.until(lambda: guest.run is None, "the end of its process to be noticed")
     await asyncio.to_thread(thaw, driver.resume_plan("a"))
     assert driver.states() == {"a": "paused"}
     assert await driver.resume("a", 5) == "running"

@@ -186,11 +186,12 @@ class Guest:
     @property
     def state(self) -> VmState:
         """Now."""
-        if self.run is None:
+        mute = not self._status or self.qmp is None or self.qmp.closed
+        if self.run is None or (mute and not alive(self.run.pid, self.run.start_ticks)):
             # The guard may have been quicker, or there is only its memory now: `resume` finds out.
             return "paused" if self.prepared is not None and self.prepared.begun else "stopped"
-        if not self._status or self.qmp is None or self.qmp.closed:
-            return "unknown" if alive(self.run.pid, self.run.start_ticks) else "stopped"
+        if mute:
+            return "unknown"
         if self._status in OVER:
             return "stopped"
         if self._status in ("running", "suspended"):

@@ -56,9 +56,11 @@ def make_plan(
     refusals += update_refusals
     if record is None or refusals:
         return Plan(update=update, refusals=tuple(refusals), hold_s=hold_s)
+    hosts = _hosts(fleet, record, selection, hold_s=hold_s)
+    if not hold_s:
+        record = _slowest(fleet, record, hosts)
     expected_s = hold_s or record.expected_s
     refusals += _update_limits(record, policy, expected_s)
-    hosts = _hosts(fleet, record, selection, hold_s=hold_s)
     if record.scope == "host" and selection.vms:
         refusals.append(
             Refusal(
@@ -174,6 +176,18 @@ def _definition(fleet: Fleet, update: str, selection: Selection) -> tuple[Update
         != (first.version, first.impact, first.scope, first.vmm)
     ]
     return first, refusals
+
+
+def _slowest(fleet: Fleet, record: UpdateRecord, hosts: Iterable[str]) -> UpdateRecord:
+    """The definition with the times of the host that takes longest: each host may have its own."""
+    all_of_them = [
+        each for host in hosts for each in fleet.inventories[host].updates if each.update == record.update
+    ]
+    return msgspec.structs.replace(
+        record,
+        expected_s=max((each.expected_s for each in all_of_them), default=record.expected_s),
+        timeout_s=max((each.timeout_s for each in all_of_them), default=record.timeout_s),
+    )
 
 
 def _update_limits(record: UpdateRecord, policy: Policy, expected_s: float) -> Iterable[Refusal]:

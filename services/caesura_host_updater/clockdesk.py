@@ -132,6 +132,10 @@ class ClockDesk:
             self._all_judged.clear()
         self._stir.set()
 
+    def waits_for(self, wait: ClockWait) -> bool:
+        """Whether the verdict is still due."""
+        return self._case(wait.vm, wait.operation) is not None
+
     async def settled(self, timeout_s: float) -> bool:
         """Wait until no VM waits for its verdict; whether that came within the time."""
         with suppress(TimeoutError):

@@ -74,10 +74,18 @@ class Endings:
         return None if entry is None else Repeat(entry.report)
 
     async def conclude(
-        self, report: OperationReported, state: Operation | None = None, waits: Sequence[ClockWait] = ()
+        self,
+        report: OperationReported,
+        state: Operation | None = None,
+        waits: Sequence[ClockWait] = (),
+        facts: Sequence[Letter] = (),
     ) -> None:
-        """Write the end down, tell it, and look after the clocks. A full disk delays the writing only."""
-        letters = (self._letters.report(report),)
+        """Write the end down, tell it, and look after the clocks. A full disk delays the writing only.
+
+        Args:
+            facts: what is told before the report.
+        """
+        letters = (*facts, self._letters.report(report))
         try:
             await self._journal.do(lambda journal: journal.finish(report, letters, waits))
         except StoreError as error:
@@ -92,8 +100,10 @@ class Endings:
         while True:
             await asyncio.sleep(_SAVE_RETRY_S)
             for operation, (report, letters, waits) in list(self._unsaved.items()):
+                # Judged meanwhile: at the next start nobody would answer for it any more.
+                left = [wait for wait in waits if self._clocks.waits_for(wait)]
                 with suppress(StoreError):
-                    await self._journal.do(lambda j, r=report, e=letters, w=waits: j.finish(r, e, w))  # type: ignore[misc]
+                    await self._journal.do(lambda j, r=report, e=letters, w=left: j.finish(r, e, w))  # type: ignore[misc]
                     del self._unsaved[operation]
 
     def count(self, report: OperationReported, state: Operation | None) -> None:

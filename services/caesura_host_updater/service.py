@@ -301,8 +301,26 @@ class HostUpdater:
             _log.warning("verdicts.not_repeated", operation=operation, why=str(error))
 
     async def _accept(self, command: FreezeCommanded, update: UpdateFile | None) -> None:
-        scope_vm = update is not None and update.scope == "vm"
         kernels = await self.clocks.kernel_boot_ids([target.vm for target in command.targets])
+        if self._stopping:  # while the guests were asked
+            why = "the host updater is stopping"
+            now = datetime.now(UTC)
+            await self._endings.conclude(
+                refusal(self._host.host, command, self.authority.epoch, "refused", why, now)
+            )
+            return
+        # `drain` waits for it from now on, though there is nothing to wait for before it is written down.
+        self._idle.clear()
+        try:
+            await self._begin(command, update, kernels)
+        except BaseException:
+            self._idle.set()
+            raise
+
+    async def _begin(
+        self, command: FreezeCommanded, update: UpdateFile | None, kernels: Mapping[str, str]
+    ) -> None:
+        scope_vm = update is not None and update.scope == "vm"
         state = Operation(
             operation=command.operation,
             method=command.method,
@@ -343,7 +361,8 @@ class HostUpdater:
             announce=self._announce,
             on_change=self._changed.set,
         )
-        self._idle.clear()
+        if self._stopping:
+            self._runner.abort("the host updater is stopping")
         self.outbox.queue(accepted)
         self._changed.set()
         self._accepted.put_nowait(self._runner)

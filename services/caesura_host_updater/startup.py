@@ -9,14 +9,17 @@ from datetime import UTC, datetime
 
 import structlog
 
+from caesura.contract.messages import OperationReported
 from caesura_host_updater.applying import end_orphans
+from caesura_host_updater.clock import ClockWait
 from caesura_host_updater.drivers.port import Driver, DriverError, NotRunningYet
 from caesura_host_updater.endings import Endings, Letters
 from caesura_host_updater.guard.intent import Intent
 from caesura_host_updater.guard.procfs import boot_id
 from caesura_host_updater.guardian import Guardian, GuardUnavailable
-from caesura_host_updater.journal import Entry, Journal, JournalThread
+from caesura_host_updater.journal import Entry, Journal, JournalThread, Letter
 from caesura_host_updater.operation import wall
+from caesura_host_updater.operation_state import Operation
 from caesura_host_updater.recovery import recovered
 from caesura_host_updater.report import clock_wait, final_report, frozen_fact, resumed_fact
 
@@ -59,6 +62,9 @@ class Startup:
         self._endings = endings
         self.late: list[asyncio.Task[None]] = []
         self._resuming: set[asyncio.Task[None]] = set()
+        self._settled: dict[str, asyncio.Event] = {}
+        self._unsettled: set[str] = set()
+        """VMs found frozen that do not run yet."""
         self._let_go = asyncio.Event()
 
     async def run(self, epoch: int) -> None:
@@ -75,7 +81,12 @@ class Startup:
         await self._driver.open()
         resumed_now = await self._resume_left_frozen()
         for entry in await self._journal.do(Journal.unfinished):
-            await self._end(entry, held, resumed_now, epoch)
+            end_orphans(entry.id, self._host, entry.update_processes)
+            paused = self._unsettled & {vm.vm for vm in entry.state.vms} if entry.state is not None else None
+            if paused:  # its end is told when its VMs run: until then nobody knows how long they were paused
+                self.late.append(asyncio.create_task(self._end_late(entry, held, resumed_now, epoch)))
+            else:
+                await self._end(entry, held, resumed_now, epoch)
         if held is not None:
             try:
                 await self._guardian.disarm(held.operation)
@@ -90,12 +101,14 @@ class Startup:
     async def _resume_left_frozen(self) -> dict[str, float]:
         frozen = [vm for vm, state in self._driver.states().items() if state == "paused"]
         resumed: dict[str, float] = {}
-        settled = {vm: asyncio.Event() for vm in frozen}
+        settled = self._settled = {vm: asyncio.Event() for vm in frozen}
+        self._unsettled = set(frozen)
 
         async def resume(vm: str) -> None:
             if await resume_until_running(self._driver, vm) == "running":
                 resumed[vm] = time.monotonic()
             settled[vm].set()
+            self._unsettled.discard(vm)
             await self._let_go.wait()
             try:
                 await self._driver.release(vm)
@@ -113,12 +126,35 @@ class Startup:
         self.late = [task for vm, task in tasks.items() if not settled[vm].is_set()]
         return resumed
 
+    async def _end_late(
+        self, entry: Entry, held: Intent | None, resumed_now: dict[str, float], epoch: int
+    ) -> None:
+        for vm in entry.state.vms if entry.state is not None else ():
+            if vm.vm in self._settled:
+                await self._settled[vm.vm].wait()
+        ended = self._ended(entry, held, resumed_now, epoch)
+        if ended is not None:
+            report, op, facts, waits = ended
+            await self._endings.conclude(report, op, waits, facts)
+
     async def _end(
         self, entry: Entry, held: Intent | None, resumed_now: dict[str, float], epoch: int
     ) -> None:
-        end_orphans(entry.id, self._host, entry.update_processes)
+        ended = self._ended(entry, held, resumed_now, epoch)
+        if ended is None:
+            return
+        report, op, facts, waits = ended
+        letters = [*facts, self._letters.report(report)]
+        await self._journal.do(lambda journal: journal.finish(report, letters, waits))
+        self._endings.count(report, op)
+
+    def _ended(
+        self, entry: Entry, held: Intent | None, resumed_now: dict[str, float], epoch: int
+    ) -> tuple[OperationReported, Operation, list[Letter], list[ClockWait]] | None:
         if entry.state is None or entry.command is None:
-            return  # an operation without an end always has both: `accept` writes them in one transaction
+            return (
+                None  # an operation without an end always has both: `accept` writes them in one transaction
+            )
         command = entry.command
         op = recovered(entry.state, held, resumed_now, same_boot=entry.boot_id == boot_id())
         letters, waits = [], []
@@ -131,6 +167,4 @@ class Startup:
             if not vm.told:
                 letters.append(self._letters.fact(resumed_fact(self._host, op, vm.vm, wall)))
         report = final_report(self._host, command, op, epoch, self._driver.states(), datetime.now(UTC))
-        letters.append(self._letters.report(report))
-        await self._journal.do(lambda journal: journal.finish(report, letters, waits))
-        self._endings.count(report, op)
+        return report, op, letters, waits

@@ -111,6 +111,25 @@ def test_an_update_that_differs_between_hosts_is_refused(build: Build, host: Hos
     assert "otherwise than h1" in _reasons(plan)["h2"]
 
 
+def test_the_slowest_host_says_how_long_an_update_takes(build: Build, host: Host, fleet: MakeFleet) -> None:
+    """Else it is refused by that host in the middle of the rollout, or given up for lost while it still works."""
+
+    def patch(expected_s: float, timeout_s: float, **changes: object) -> m.UpdateRecord:
+        values: dict[str, object] = {"update": "patch", "impact": "pause", "scope": "vm", **changes}
+        return m.UpdateRecord(expected_s=expected_s, timeout_s=timeout_s, **values)  # type: ignore[arg-type]
+
+    def both(**changes: object) -> Fleet:
+        swap = ("freeze", "swap")
+        return fleet(
+            host("h1", build("w1", methods=swap), updates=(patch(1, 9, **changes),)),
+            host("h2", build("w2", methods=swap), updates=(patch(40, 300, **changes),)),
+        )
+
+    assert "takes 40 s" in _reasons(_plan(both()))["patch"]
+    assert _plan(both(vmm="beside")).outside_pause_s == 300 + 60
+    assert _plan(both(), selection=m.Selection(hosts=("h1",))).expected_pause_s == 1, "h2 has no part in it"
+
+
 def test_an_update_longer_than_the_budget_is_refused(build: Build, host: Host, fleet: MakeFleet) -> None:
     assert "budget" in _reasons(_plan(fleet(host("h1", build("w1"))), budget_s=2.0))["patch"]
 

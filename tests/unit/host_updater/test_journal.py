@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -15,13 +16,20 @@ import pytest
 from caesura.bus.memory import MemoryBroker, MemoryBus
 from caesura.bus.post import Post
 from caesura.contract.codec import decode
-from caesura.contract.messages import FreezeCommanded, FreezeTarget, OperationReported
+from caesura.contract.messages import (
+    AgentClockSynced,
+    FreezeCommanded,
+    FreezeTarget,
+    OperationReported,
+    VmClockSynced,
+)
 from caesura.runtime.errors import StoreError
 from caesura.testing.collector import Collector, running
 from caesura_host_updater import journal as module
 from caesura_host_updater.clock import ClockWait
+from caesura_host_updater.clockdesk import ClockDesk
 from caesura_host_updater.command import Authority
-from caesura_host_updater.endings import Letters
+from caesura_host_updater.endings import Endings, Letters
 from caesura_host_updater.journal import Journal, JournalThread, Letter
 from caesura_host_updater.operation_state import Operation, VmPause
 from caesura_host_updater.outbox import Outbox
@@ -192,3 +200,52 @@ def test_the_newest_verdict_on_each_clock_is_kept_for_whoever_missed_it(tmp_path
     assert journal.verdicts("first") == []
     assert [each.event_id for each in journal.verdicts("second")] == ["e2"]
     journal.close()
+
+
+async def test_a_clock_that_was_judged_before_its_report_could_be_written_is_not_waited_for_at_the_next_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody would answer for it then, and a VM that is right would loudly be flagged as unsynced."""
+    monkeypatch.setattr("caesura_host_updater.endings._SAVE_RETRY_S", 0.01)
+    thread = JournalThread()
+    await thread.open(str(tmp_path / "journal.sqlite"))
+    driver: Any = SimpleNamespace(capabilities=lambda _: SimpleNamespace(clock="none"))
+
+    def judged(verdict: VmClockSynced) -> None:
+        thread.post(lambda journal: journal.judged(verdict.vm, verdict.operation, []))
+
+    clocks = ClockDesk(
+        "host-1", driver, without_agent=frozenset(), timeout_s=60, verdict=judged, repeat=lambda _: None
+    )
+    nothing: Any = SimpleNamespace(queue=lambda *_: None, finished=lambda *_: None)
+    endings = Endings(LETTERS, journal=thread, outbox=nothing, clocks=clocks, metrics=nothing)
+
+    def full(*_: object) -> None:
+        raise StoreError("disk full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "finish", full)
+        await endings.conclude(report("op"), None, [ClockWait("a", "web", 0, "op", 0.1, "b")])
+    clocks.answered(
+        AgentClockSynced(
+            vm="a",
+            operation="op",
+            trigger="resume",
+            synced=True,
+            error_after_s=0.0,
+            uncertainty_s=0.0,
+            boot_id="b",
+        )
+    )
+    judging = asyncio.create_task(clocks.run())
+    assert await clocks.settled(5)
+    saving = asyncio.create_task(endings.save_later())
+    async with asyncio.timeout(5):
+        while await thread.do(lambda journal: journal.find("op")) is None:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    assert await thread.do(Journal.clock_waits) == []
+    for task in (judging, saving):
+        task.cancel()
+        with suppress(asyncio.CancelledError):
+            await task
+    await thread.close()

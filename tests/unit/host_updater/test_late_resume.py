@@ -1,0 +1,93 @@
+"""A VM that a new life found paused, and that runs long after the host is on the bus again."""
+
+from __future__ import annotations
+
+import asyncio
+from datetime import UTC, datetime
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from caesura.contract.messages import FreezeCommanded, FreezeTarget
+from caesura_host_updater import startup
+from caesura_host_updater.clock import ClockWait
+from caesura_host_updater.command import Repeat
+from caesura_host_updater.endings import Endings
+from caesura_host_updater.guard.procfs import boot_id
+from caesura_host_updater.journal import Journal, JournalThread, Letter
+from caesura_host_updater.operation_state import Operation, VmPause
+from caesura_host_updater.outbox import letter_for
+from caesura_host_updater.startup import Startup
+
+
+class Slow:
+    """A driver and a guard: the VM runs when it is told."""
+
+    def __init__(self) -> None:
+        self.go = asyncio.Event()
+
+    async def open(self) -> None:
+        """Nothing to adopt."""
+
+    def states(self) -> dict[str, str]:
+        return {"a": "running" if self.go.is_set() else "paused"}
+
+    async def resume(self, *_: object) -> str:
+        await self.go.wait()
+        return "running"
+
+    async def release(self, _: str) -> None:
+        """Nothing was prepared."""
+
+    async def start(self) -> None:
+        """Nothing is held."""
+
+
+async def test_its_resume_is_told_its_clock_is_looked_after_and_its_operation_ends_not_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Until it runs nobody knows how long it is paused (I4, I7)."""
+    monkeypatch.setattr(startup, "_PATIENCE_S", 0.0)
+    vm = VmPause(vm="a", set="web", update_domain=0, called_at=1.0, frozen_at=1.5)
+    command = FreezeCommanded(
+        operation="op",
+        epoch=1,
+        coordinator="c",
+        host="host-1",
+        rollout="r",
+        wave=0,
+        method="freeze",
+        targets=(FreezeTarget(vm="a", set="web", update_domain=0),),
+        budget_s=10.0,
+        not_after=datetime.now(UTC),
+    )
+    state = Operation(operation="op", method="freeze", budget_s=10.0, vms=(vm,), phase="frozen")
+    journal = JournalThread()
+    await journal.open(str(tmp_path / "journal.sqlite"))
+    await journal.do(lambda j: j.accept(command, state, boot_id(), []))
+    world: Any = Slow()
+    queued: list[Letter] = []
+    waits: list[ClockWait] = []
+    nothing: Any = SimpleNamespace(
+        queue=lambda *letters: queued.extend(letters), expect=waits.extend, finished=lambda *_: None
+    )
+    place: dict[str, Any] = {"set": "web", "ud": 0, "vm": "a", "host": "host-1"}
+    letters: Any = SimpleNamespace(
+        fact=lambda fact: letter_for(fact, fact.TYPE, place),
+        report=lambda report: letter_for(report, report.status, {"host": "host-1"}),
+    )
+    endings = Endings(letters, journal=journal, outbox=nothing, clocks=nothing, metrics=nothing)
+    starting = Startup(
+        "host-1", driver=world, guardian=world, journal=journal, letters=letters, endings=endings
+    )
+    await starting.run(1)
+    assert await journal.do(Journal.letters) == [], "it is paused still"
+    assert await endings.known("op") == Repeat(None)
+    world.go.set()
+    await asyncio.gather(*starting.late)
+    assert [each.type.split(".")[2] for each in queued] == ["frozen", "resumed", "reported"]
+    assert await journal.do(Journal.letters) == queued
+    assert [each.vm for each in waits] == ["a"]
+    await journal.close()

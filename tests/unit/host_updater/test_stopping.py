@@ -1,0 +1,138 @@
+"""Told to stop while a command is being taken in: nothing is paused any more."""
+
+from __future__ import annotations
+
+import asyncio
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from caesura.bus.memory import MemoryBroker, MemoryBus
+from caesura.bus.port import Delivery
+from caesura.contract.codec import encode
+from caesura.contract.messages import FreezeCommanded, FreezeTarget
+from caesura.contract.topics import channel_of
+from caesura_host_updater.drivers.port import Capabilities
+from caesura_host_updater.hostfile import HostFile, VmSpec
+from caesura_host_updater.journal import Journal, JournalThread
+from caesura_host_updater.service import HostUpdater
+from caesura_host_updater.settings import HostUpdaterSettings
+
+
+class Guest:
+    """The driver of one VM that takes its time to tell its boot id."""
+
+    name = "slow"
+    on_lost: Any = None
+    state = "ready"
+
+    def __init__(self) -> None:
+        self.asked = asyncio.Event()
+        self.go = asyncio.Event()
+        self.frozen = False
+
+    def states(self) -> dict[str, str]:
+        return {"a": "running"}
+
+    def capabilities(self, _: str) -> Capabilities:
+        return Capabilities(methods=("freeze",), missing={}, clock="none")
+
+    def memory_size(self, _: str) -> int:
+        return 0
+
+    async def guest_boot_id(self, _: str) -> str:
+        self.asked.set()
+        await self.go.wait()
+        return "k"
+
+    async def run(self) -> None:
+        """The guard: not started."""
+
+    def resume_plan(self, _: str) -> None:
+        return None
+
+    async def arm(self, *_: object) -> None:
+        """Armed."""
+
+    async def disarm(self, _: str) -> None:
+        return None
+
+    async def freeze(self, *_: object) -> None:
+        self.frozen = True
+
+    async def resume(self, *_: object) -> str:
+        return "running"
+
+
+@pytest.mark.parametrize("where", ["while the guests are asked", "while it is written down"])
+async def test_a_command_that_is_being_taken_in_when_the_host_stops_pauses_nothing(
+    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    guest = Guest()
+    driver: Any = guest
+    journal = JournalThread()
+    await journal.open(str(tmp_path / "journal.sqlite"))
+    metrics: Any = SimpleNamespace(finished=lambda *_: None)
+    updater = HostUpdater(
+        HostUpdaterSettings(host_file="h.toml", updates_dir=str(tmp_path), state_dir=str(tmp_path)),
+        HostFile(host="host-1", vm=(VmSpec(name="a", set="web", update_domain=0),)),
+        bus=MemoryBus(MemoryBroker(), client_id="h", filters=[]),
+        driver=driver,
+        guardian=driver,
+        journal=journal,
+        metrics=metrics,
+        instance="i",
+        environ={},
+    )
+    command = FreezeCommanded(
+        operation="op",
+        epoch=1,
+        coordinator="c",
+        host="host-1",
+        rollout="r",
+        wave=0,
+        method="freeze",
+        targets=(FreezeTarget(vm="a", set="web", update_domain=0),),
+        budget_s=10.0,
+        hold_s=1.0,
+        not_after=datetime.now(UTC) + timedelta(seconds=30),
+    )
+    operations = asyncio.ensure_future(updater.tasks()["operations"]())
+    delivering = asyncio.create_task(
+        updater.post.deliver(
+            Delivery(
+                channel_of(FreezeCommanded).topic(host="host-1"),
+                encode(command, source="/c", event_id="e", time=datetime.now(UTC)),
+            )
+        )
+    )
+    await guest.asked.wait()
+    if where == "while it is written down":
+        accept, loop = Journal.accept, asyncio.get_running_loop()
+        draining: list[Any] = []
+
+        def stop(*given: Any) -> None:
+            draining.append(asyncio.run_coroutine_threadsafe(updater.drain(), loop))
+            accept(*given)
+
+        monkeypatch.setattr(Journal, "accept", stop)
+        guest.go.set()
+        await delivering
+        await asyncio.wrap_future(draining[0])
+    else:
+        stopping = asyncio.create_task(updater.drain())
+        await asyncio.sleep(0)
+        guest.go.set()
+        await delivering
+        await stopping
+    found = await journal.do(lambda j: j.find("op"))
+    operations.cancel()
+    assert not guest.frozen
+    assert found is not None
+    assert found.report is not None, "it has its end"
+    assert found.report.status in {"refused", "cancelled"}
+    assert "stopping" in found.report.reason
+    await journal.close()

@@ -231,15 +231,15 @@ class _Step:
         if any(vm.host not in hosts for vm in wave.vms):
             self._move(again, "pending")
             return
-        again = msgspec.structs.replace(again, started_at=wave.started_at)
-        if wave.soak_until is None:
-            # The operator has seen what the verification found so far, and accepts it: what it did not come to
-            # (a lost host that did its part after all, a verdict that is still due) is looked at now.
-            verify_by = self._in(self.rollout.policy.verify_timeout_s)
-            self._move(again, "verifying", verify_by=verify_by, accepted=wave.accepted)
-        else:
-            # Verified before: only health is left.
-            self._move(again, "soaking", verify_by=wave.verify_by, soak_until=self.now)
+        # The operator has seen what the verification found so far, and accepts it: what it did not come to (a lost
+        # host that did its part after all, a verdict that was still due) is looked at now.
+        again = msgspec.structs.replace(
+            again,
+            started_at=wave.started_at,
+            accepted=wave.accepted,
+            soak_until=self.now if wave.soak_until is not None else None,
+        )
+        self._move(again, "verifying", verify_by=self._in(self.rollout.policy.verify_timeout_s))
 
     def outdated(self, found: Outdated) -> None:
         wave = self.rollout.current
@@ -484,7 +484,7 @@ class _Step:
                 self._halt(wave, "not verified in time: " + listed(late))
             return
         wave = self._end_events(wave, "completed")
-        self._move(wave, "soaking", soak_until=self._in(self.rollout.policy.soak_s))
+        self._move(wave, "soaking", soak_until=wave.soak_until or self._in(self.rollout.policy.soak_s))
 
     def _from_soaking(self, wave: Wave) -> None:
         ill = health_blockers(self.fleet, [(vm.vm, vm.host, vm.agent) for vm in wave.vms])

@@ -465,6 +465,40 @@ def test_a_verification_that_was_cut_short_begins_anew(story: Story) -> None:
     assert "w1 is unsynced" in story.rollout.reason
 
 
+def test_a_verdict_that_comes_after_its_absence_was_accepted_is_looked_at(
+    two_hosts: Fleet, authority: Authority
+) -> None:
+    """Nobody has seen it: neither when the wave halted for want of it, nor when it halted again while it soaked."""
+    story = Story(two_hosts, authority, soak_s=100.0).started().report()
+    operation = story.wave.operations[0].operation
+    story.give(Tick(), 20)
+    assert "no verdict on its clock" in story.rollout.reason
+    story.give(Resume())
+    assert story.wave_is("soaking")
+    story.fleet = _with_vm(two_hosts, "h1", state="stopped")
+    story.give(Tick(), 1).give(Tick(), 20)
+    assert story.is_("halted")
+    story.fleet = two_hosts
+    story.give(
+        m.VmClockSynced(
+            vm="w1",
+            host="h1",
+            set="web",
+            update_domain=0,
+            operation=operation,
+            synced=True,
+            by="agent",
+            memory=m.MemoryProof(proof="heartbeat", ok=False, detail="it started anew"),
+            at=story.now,
+        )
+    )
+    story.give(Resume())
+    assert story.is_("halted")
+    assert "w1 is not the guest it was" in story.rollout.reason
+    story.give(Resume())  # now the operator has seen it; what is left of the soak is cut, as for ill health
+    assert story.rollout.waves[0].status == "completed"
+
+
 def test_resume_tries_the_failed_wave_again_with_new_ids(story: Story) -> None:
     story.started()
     first = (story.wave.events[0].event_id, story.wave.operations[0].operation)

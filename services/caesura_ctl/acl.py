@@ -6,6 +6,7 @@ import click
 
 from caesura.contract.access import Principal, access_rules
 from caesura.contract.names import is_name, own_set
+from caesura_ctl.names import read_set
 
 _PARTIES = {
     "coordinator": (0, 1),
@@ -38,6 +39,7 @@ class _PrincipalParam(click.ParamType[Principal]):
         if party not in _PARTIES:
             self.fail(f"{party!r} is none of {', '.join(_PARTIES)}", param, ctx)
         least, most = _PARTIES[party]
+        names[1:] = map(read_set, names[1:])
         if not least <= len(names) <= most or not all(is_name(name) for name in names):
             example = f"{party}[:NAME]" if least == 0 else f"{party}:NAME" + ("[:SET]" if most == 2 else "")
             self.fail(f"{value!r} should look like {example}, names of A-Z a-z 0-9 _ -", param, ctx)

@@ -18,9 +18,10 @@ from caesura_ctl.commandline import (
     run,
     selection,
 )
-from caesura_ctl.durations import DURATION, show_duration
+from caesura_ctl.durations import BUDGET, show_duration
 from caesura_ctl.follow import conclude, follow
-from caesura_ctl.session import Session, connect, new_request_id
+from caesura_ctl.names import NAME
+from caesura_ctl.session import Session, check, connect, new_request_id
 from caesura_ctl.tables import plan_view
 
 
@@ -37,7 +38,7 @@ async def _start(
     if not answer.accepted:
         if context.json:
             print_json(answer)
-        raise Refused(answer.reason)
+        raise Refused(answer.reason + await _refused_files(session, request))
     if request.plan_only or detach:
         if context.json:
             print_json(answer)
@@ -50,10 +51,24 @@ async def _start(
     conclude(session, context, state)
 
 
+async def _refused_files(session: Session, request: m.RolloutRequested | m.FreezeRequested) -> str:
+    """Where the update's file is, and was refused: an update that no host defines may be one with a slip in it."""
+    if isinstance(request, m.FreezeRequested):
+        return ""
+    await session.settled()
+    file = f"{request.update}.toml"
+    hosts = [
+        name
+        for name, inventory in sorted(session.picture.hosts.items())
+        if any(each.file == file for each in inventory.refused_updates)
+    ]
+    return f"; {file} was refused by {', '.join(hosts)}: see caesura updates" if hosts else ""
+
+
 @click.command(
     epilog=epilog("caesura plan qemu-security", "caesura plan qemu-security --set web --notice 30s --json"),
 )
-@click.argument("update")
+@click.argument("update", type=NAME)
 @selection
 @policy
 @common
@@ -84,7 +99,7 @@ def plan(update: str, broker: str | None, *, as_json: bool, **options: Any) -> N
         "caesura roll qemu-security --host host-3 --detach --json",
     ),
 )
-@click.argument("update")
+@click.argument("update", type=NAME)
 @selection
 @policy
 @click.option("--detach", is_flag=True, help="Return as soon as the rollout has started.")
@@ -114,7 +129,7 @@ def roll(update: str, broker: str | None, *, as_json: bool, detach: bool, **opti
         "caesura freeze --set web --for 2s --notice 1m --soak 10s",
     ),
 )
-@click.option("--for", "hold", type=DURATION, required=True, help="How long to stay frozen, for example 9s.")
+@click.option("--for", "hold", type=BUDGET, required=True, help="How long to stay frozen, for example 9s.")
 @selection
 @policy
 @click.option("--plan-only", is_flag=True, help="Only show what would happen.")
@@ -159,8 +174,9 @@ def abort(rollout: str, reason: str, broker: str | None, *, as_json: bool) -> No
     """
 
     async def body(context: Context) -> None:
+        request = m.AbortRequested(request=new_request_id(), rollout=rollout, reason=reason)
+        check(request)
         async with connect(context.settings) as session:
-            request = m.AbortRequested(request=new_request_id(), rollout=rollout, reason=reason)
             await _steer(session, context, request, "aborting")
 
     run(body, broker, as_json=as_json)
@@ -177,10 +193,11 @@ def resume(rollout: str, broker: str | None, *, as_json: bool, detach: bool) -> 
     """
 
     async def body(context: Context) -> None:
+        request = m.ResumeRequested(request=new_request_id(), rollout=rollout)
+        check(request)
         async with connect(context.settings) as session:
             await session.settled()
             before = dict(session.picture.rollouts)
-            request = m.ResumeRequested(request=new_request_id(), rollout=rollout)
             started = await _steer(session, context, request, "resuming", last_word=detach)
             if not detach:
                 if session.picture.rollouts.get(started) is before.get(started):

@@ -6,7 +6,7 @@ import click
 
 from caesura_ctl import act, look
 from caesura_ctl.acl import acl
-from caesura_ctl.commandline import EXIT_CODES
+from caesura_ctl.commandline import EXIT_CODES, Commands
 from caesura_ctl.demo.command import demo
 from caesura_ctl.guest.command import guest
 
@@ -28,7 +28,9 @@ shell completion:
 
 
 @click.group(
-    epilog=_EPILOG, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110}
+    cls=Commands,
+    epilog=_EPILOG,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
 @click.version_option(package_name="caesura", prog_name="caesura")
 def caesura() -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import sys
-from collections.abc import Callable, Coroutine
-from typing import Any, TypeVar
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager
+from typing import Any, NoReturn, TypeVar
 
 import click
 import msgspec
@@ -17,7 +19,8 @@ from caesura.runtime.command import leaves
 from caesura.runtime.errors import CaesuraError
 from caesura.runtime.logs import configure_logging
 from caesura.runtime.settings import read_settings
-from caesura_ctl.durations import DURATION
+from caesura_ctl.durations import BUDGET, DURATION, SOME_TIME
+from caesura_ctl.names import NAME, SET_NAME
 from caesura_ctl.settings import CtlSettings
 
 EXIT_CODES = """exit codes:
@@ -79,13 +82,26 @@ def common(command: F) -> F:
 def selection(command: F) -> F:
     """Which sets, hosts or VMs a request is about."""
     for option in (
-        click.option("--vm", "vms", multiple=True, metavar="NAME", help="A VM; may be given several times."),
         click.option(
-            "--host", "hosts", multiple=True, metavar="NAME", help="A host; may be given several times."
+            "--vm",
+            "vms",
+            type=NAME,
+            multiple=True,
+            metavar="NAME",
+            help="A VM; may be given several times.",
+        ),
+        click.option(
+            "--host",
+            "hosts",
+            type=NAME,
+            multiple=True,
+            metavar="NAME",
+            help="A host; may be given several times.",
         ),
         click.option(
             "--set",
             "sets",
+            type=SET_NAME,
             multiple=True,
             metavar="NAME",
             help="An availability set; may be given several times.",
@@ -122,14 +138,14 @@ def policy(command: F) -> F:
         ),
         click.option(
             "--verify-timeout",
-            type=DURATION,
+            type=SOME_TIME,
             default=60.0,
             show_default="1m",
             help="How long a wave may take to be healthy again.",
         ),
         click.option(
             "--clock-bound",
-            type=DURATION,
+            type=SOME_TIME,
             default=0.1,
             show_default="0.1s",
             help="How far a guest clock may be off after its sync.",
@@ -139,14 +155,14 @@ def policy(command: F) -> F:
         ),
         click.option(
             "--budget",
-            type=DURATION,
+            type=BUDGET,
             default=30.0,
             show_default="30s",
             help="The most a VM may be paused; 30s at most.",
         ),
         click.option(
             "--notice",
-            type=DURATION,
+            type=SOME_TIME,
             default=900.0,
             show_default="15m",
             help="Warning time before a wave, unless approved.",
@@ -201,13 +217,56 @@ def fail(error: CaesuraError, *, as_json: bool) -> None:
 
     code = 2 if isinstance(error, SettingsError) else error.exit_code
     if as_json:
-        click.echo(
-            msgspec.json.encode({"error": type(error).__name__, "reason": str(error), "exit_code": code}),
-            err=True,
-        )
-    else:
-        click.echo(f"caesura: {error}", err=True)
+        fail_json(type(error).__name__, str(error), code)
+    click.echo(f"caesura: {error}", err=True)
     sys.exit(code)
+
+
+def fail_json(error: str, reason: str, code: int) -> NoReturn:
+    """Say what went wrong as one JSON document on standard error, and exit."""
+    told = msgspec.json.encode({"error": error, "reason": reason, "exit_code": code})
+    click.echo(told, err=True)
+    sys.exit(code)
+
+
+def note(text: str, *, as_json: bool) -> None:
+    """Something to know meanwhile, on standard error: it is no part of the answer."""
+    click.echo(msgspec.json.encode({"note": text}) if as_json else f"caesura: {text}", err=True)
+
+
+class Commands(click.Group):
+    """A group whose usage errors are JSON when ``--json`` is asked for, as every other failure is."""
+
+    def make_context(
+        self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
+    ) -> click.Context:
+        """As click does it."""
+        # Looked for in the words: a command line that cannot be parsed has no options.
+        as_json = "--json" in itertools.takewhile(lambda word: word != "--", args)
+        with _usage_errors(as_json=as_json):
+            context = super().make_context(info_name, args, parent, **extra)
+        context.meta[_AS_JSON] = as_json
+        return context
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """As click does it."""
+        with _usage_errors(as_json=ctx.meta.get(_AS_JSON, False)):
+            return super().invoke(ctx)
+
+
+_AS_JSON = "caesura_ctl.as_json"
+
+
+@contextmanager
+def _usage_errors(*, as_json: bool) -> Iterator[None]:
+    try:
+        yield
+    except click.ClickException as error:
+        if not as_json:
+            raise
+        # One name for all kinds: click's own change from version to version.
+        kind = click.UsageError if isinstance(error, click.UsageError) else type(error)
+        fail_json(kind.__name__, error.format_message(), error.exit_code)
 
 
 def print_json(value: object) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Any
 
 import click
+
+from caesura.contract.messages import MAX_BUDGET_S
 
 _UNITS = {"h": 3600.0, "m": 60.0, "s": 1.0}
 _WHOLE = re.compile(r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\d+)?)s?)?")
@@ -40,18 +43,35 @@ def show_pause(seconds: float) -> str:
 
 
 class Duration(click.ParamType[float]):
-    """A click parameter of seconds."""
+    """A click parameter of seconds.
+
+    Args:
+        some: nothing (0s) will not do.
+        most_s: the longest that will do.
+    """
 
     name = "duration"
+
+    def __init__(self, *, some: bool = False, most_s: float = math.inf) -> None:
+        self._some = some
+        self._most_s = most_s
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
         """Seconds as a float; fails the command line on anything else."""
         if isinstance(value, int | float):
             return float(value)
         try:
-            return parse_duration(str(value))
+            seconds = parse_duration(str(value))
         except ValueError as error:
             self.fail(str(error), param, ctx)
+        if self._some and seconds <= 0:
+            self.fail("it must be longer than nothing", param, ctx)
+        if seconds > self._most_s:
+            self.fail(f"{value} is too long: at most {show_duration(self._most_s)}", param, ctx)
+        return seconds
 
 
 DURATION = Duration()
+SOME_TIME = Duration(some=True)
+BUDGET = Duration(some=True, most_s=MAX_BUDGET_S)
+"""What a pause may take at most, or a part of it."""

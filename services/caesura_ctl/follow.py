@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 from datetime import UTC, datetime
 
+from rich.console import Group, RenderableType
 from rich.live import Live
+from rich.text import Text
 
 from caesura.contract import messages as m
-from caesura_ctl.commandline import Context, NotCompleted
+from caesura_ctl.commandline import Context, NotCompleted, note
 from caesura_ctl.durations import show_pause
 from caesura_ctl.picture import Picture
 from caesura_ctl.session import Session
@@ -56,6 +58,18 @@ async def follow(session: Session, context: Context, rollout_id: str) -> m.Rollo
     def current() -> m.RolloutState | None:
         return session.picture.rollouts.get(rollout_id)
 
+    def view() -> RenderableType:
+        shown = live_view(session.picture, datetime.now(UTC), rollout_id)
+        return (
+            shown if session.connection.up else Group(shown, Text(session.connection.LOST, style="bold red"))
+        )
+
+    def say(news: list[str], lines: list[str]) -> None:
+        for each in news:
+            note(each, as_json=context.json)
+        for line in lines:
+            context.console.print(line, soft_wrap=True)
+
     async def wait(timeout_s: float) -> None:
         session.changed.clear()
         try:
@@ -71,11 +85,11 @@ async def follow(session: Session, context: Context, rollout_id: str) -> m.Rollo
     try:
         while True:
             state = current()
+            news = session.connection.news()
             if live is not None:
-                live.update(live_view(session.picture, datetime.now(UTC), rollout_id), refresh=True)
-            elif not context.json:
-                for line in progress.lines(session.picture, state):
-                    context.console.print(line, soft_wrap=True)
+                live.update(view(), refresh=True)
+            else:
+                say(news, [] if context.json else progress.lines(session.picture, state))
             if state is not None and state.status in ENDED:
                 ended_at = loop.time() if ended_at is None else ended_at
                 if not seen_under_way:
@@ -104,11 +118,16 @@ def conclude(session: Session, context: Context, state: m.RolloutState) -> None:
         NotCompleted: with the reason, when the rollout halted or was aborted.
     """
     pauses = session.picture.pauses_of(state.rollout)
+    complete = session.picture.heard_all(state)
     if context.json:
         from caesura_ctl.commandline import print_json  # noqa: PLC0415 - only for scripts
 
-        print_json({"rollout": state, "pauses": pauses})
+        print_json({"rollout": state, "pauses": pauses, "pauses_complete": complete})
     elif pauses:
         context.console.print(pauses_view(pauses, session.picture.clocks))
+        if not complete:
+            context.console.print(
+                "Only the pauses that this command heard: it was not there for all of them."
+            )
     if state.status != "completed":
         raise NotCompleted(f"rollout {state.rollout} {state.status}: {state.reason or 'no reason given'}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any
 
@@ -12,8 +13,9 @@ import msgspec
 from caesura.contract import messages as m
 from caesura.contract.codec import Received
 from caesura.contract.topics import CHANNELS, PREFIX
-from caesura_ctl.commandline import Context, NotCompleted, common, epilog, print_json, run
-from caesura_ctl.follow import conclude, follow
+from caesura_ctl.commandline import Context, NotCompleted, common, epilog, note, print_json, run
+from caesura_ctl.follow import REFRESH_S, conclude, follow
+from caesura_ctl.names import NAME, SET_NAME
 from caesura_ctl.session import connect
 from caesura_ctl.tables import (
     documents_view,
@@ -83,7 +85,9 @@ def _online(agent: m.AgentPresence | None) -> bool:
 def watch(rollout: str, broker: str | None, *, as_json: bool) -> None:
     """Watch a rollout live: sets and update domains, waves, who is paused now.
 
-    Without ROLLOUT: the newest one. Ends with it; Ctrl-C stops watching, not the rollout.
+    Without ROLLOUT: the newest one. Ends with it; Ctrl-C stops watching, not the rollout. Pauses are told by the
+    hosts as they happen and kept nowhere on the bus: those of before are not shown. With --json, "pauses" are those
+    that this command heard, and "pauses_complete" says whether that is all of them.
     """
 
     async def body(context: Context) -> None:
@@ -168,9 +172,9 @@ def updates(broker: str | None, *, as_json: bool) -> None:
     metavar="TYPE",
     help="Only this CloudEvents type; may be given several times.",
 )
-@click.option("--set", "set_name", metavar="NAME", help="Only messages of this set.")
-@click.option("--host", metavar="NAME", help="Only messages of this host.")
-@click.option("--vm", metavar="NAME", help="Only messages of this VM.")
+@click.option("--set", "set_name", type=SET_NAME, metavar="NAME", help="Only messages of this set.")
+@click.option("--host", type=NAME, metavar="NAME", help="Only messages of this host.")
+@click.option("--vm", type=NAME, metavar="NAME", help="Only messages of this VM.")
 @click.option("--count", type=click.IntRange(1), help="Stop after so many messages.")
 @common
 def tail(
@@ -199,8 +203,13 @@ def tail(
             if shown == count:
                 done.set()
 
-        async with connect(context.settings, listener=show):
-            await done.wait()
+        async with connect(context.settings, listener=show) as session:
+            while not done.is_set():
+                for each in session.connection.news():
+                    note(each, as_json=context.json)
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(REFRESH_S):
+                        await done.wait()
 
     run(body, broker, as_json=as_json)
 

@@ -45,6 +45,8 @@ class Picture:
         self.ready: dict[str, m.VmReady] = {}
         self.operations: dict[str, str] = {}
         """Operation id to rollout id, from the hosts' reports."""
+        self._from_start: dict[tuple[str, int], bool] = {}
+        """Rollout id and wave to whether the wave had not begun when it was first seen."""
 
     def fold(self, message: Message) -> None:  # noqa: PLR0912 - one case a message type
         """Take in one message."""
@@ -61,6 +63,10 @@ class Picture:
                 self.publishers[message.instance] = message.online
             case m.RolloutState():
                 self.rollouts[message.rollout] = message
+                for wave in message.waves:
+                    # The first sight counts: a wave that failed is pending again after a resume.
+                    before = wave.status in {"pending", "scheduled"}
+                    self._from_start.setdefault((message.rollout, wave.wave), before)
             case m.SetDocument():
                 self.documents[message.set] = message
             case m.EventChanged():
@@ -112,6 +118,21 @@ class Picture:
     def pauses_of(self, rollout: str) -> list[Pause]:
         """Finished pauses of one rollout, as far as this session saw them."""
         return [each for each in self.pauses.values() if self.operations.get(each.operation) == rollout]
+
+    def heard_wave(self, rollout: str, wave: int) -> bool:
+        """Whether every pause of this wave was heard: it was seen before it began, and nothing was missed since."""
+        return self._from_start.get((rollout, wave), False)
+
+    def heard_all(self, rollout: m.RolloutState) -> bool:
+        """Whether ``pauses_of`` has every pause of this rollout up to now."""
+        return all(
+            self.heard_wave(rollout.rollout, each.wave) for each in rollout.waves if each.status != "pending"
+        )
+
+    def missed(self) -> None:
+        """The connection was lost for a while: what hosts said meanwhile, nobody repeats."""
+        self._from_start.clear()
+        self.frozen.clear()
 
     def vm_places(self) -> dict[str, tuple[str, m.VmRecord]]:
         """VM name to (host, record)."""

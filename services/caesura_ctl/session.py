@@ -5,15 +5,26 @@ from __future__ import annotations
 import asyncio
 import getpass
 import re
+import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import TypeVar
 
 import msgspec
 
+from caesura.bus.diagnosis import (
+    BAD_USER_OR_PASSWORD,
+    NOT_AUTHORIZED,
+    ConnectionLost,
+    ConnectRefused,
+    Diagnosis,
+    SubscribeRefused,
+    explain,
+)
 from caesura.bus.mqtt import MqttBus
-from caesura.bus.options import options_from
-from caesura.bus.port import Bus, BusError
+from caesura.bus.options import BrokerOptions, options_from
+from caesura.bus.port import Bus, BusError, BusStats
 from caesura.bus.post import Post
 from caesura.contract import messages as m
 from caesura.contract.codec import Received
@@ -21,6 +32,7 @@ from caesura.contract.envelope import Message
 from caesura.contract.topics import CHANNELS, channel_of
 from caesura.runtime.errors import CaesuraError
 from caesura.runtime.identity import new_id
+from caesura.runtime.settings import SettingsError
 from caesura_ctl.picture import Picture
 from caesura_ctl.settings import CtlSettings
 
@@ -30,6 +42,8 @@ _REPEAT_S = 1.0
 """s: between two sendings of a request that has no answer yet; the coordinator answers a repeated one once."""
 _QUIET_S = 0.3
 """s: without a message, after which everything retained has arrived: MQTT has no end mark for it."""
+
+_NOT_KNOWN = frozenset({BAD_USER_OR_PASSWORD, NOT_AUTHORIZED})
 
 Listener = Callable[[Received], Awaitable[None]]
 R = TypeVar("R", bound=m.RolloutRequested | m.FreezeRequested | m.AbortRequested | m.ResumeRequested)
@@ -53,6 +67,37 @@ class BadRequest(CaesuraError):
     exit_code = 2
 
 
+class Connection:
+    """Whether the connection holds, and its loss and its return in words, each once.
+
+    Args:
+        stats: of a bus that was connected once.
+        missed: called at every loss.
+    """
+
+    LOST = "connection to the broker lost, trying again"
+
+    def __init__(self, stats: BusStats, missed: Callable[[], None]) -> None:
+        self.up = True
+        self._stats = stats
+        self._missed = missed
+        self._connects = 1
+
+    def news(self) -> list[str]:
+        """What to tell since the last call."""
+        told = []
+        # Lost and back between two looks: what was said meanwhile is missing all the same.
+        if self.up and (not self._stats.connected or self._stats.connects > self._connects):
+            self.up = False
+            self._missed()
+            told.append(self.LOST)
+        if not self.up and self._stats.connected:
+            self.up = True
+            told.append("connected to the broker again")
+        self._connects = self._stats.connects
+        return told
+
+
 def client_name(settings: CtlSettings) -> str:
     """The name under which requests are made: a clean topic level."""
     return settings.client or re.sub(r"[^A-Za-z0-9_-]", "-", _login())[:40] or "operator"
@@ -73,6 +118,7 @@ class Session:
         self.client = client
         self.picture = Picture()
         self.post = Post(bus, f"/caesura/ctl/{client}")
+        self.connection = Connection(bus.stats, self.picture.missed)
         self.changed = asyncio.Event()
         self.listeners: list[Listener] = []
         self._answers: dict[str, asyncio.Future[m.RequestAnswered]] = {}
@@ -106,10 +152,7 @@ class Session:
             BadRequest: it breaks the contract (a notice of zero, a budget above 30 s, an impossible name).
             NoAnswer: no coordinator answered within 10 s.
         """
-        try:
-            msgspec.convert(msgspec.to_builtins(request), type(request))
-        except msgspec.ValidationError as error:
-            raise BadRequest(_humane(error)) from error
+        check(request)
         loop = asyncio.get_running_loop()
         answer: asyncio.Future[m.RequestAnswered] = loop.create_future()
         self._answers[request.request] = answer
@@ -127,21 +170,38 @@ class Session:
             del self._answers[request.request]
         heard = self.picture.coordinator
         who = (
-            "is not on the bus"
+            "is not on the bus. Is caesura-coordinator running?"
             if heard is None or not heard.online
-            else f"({heard.coordinator}) is on the bus but silent"
+            else f"({heard.coordinator}) is on the bus but silent. Its log and its /ready say why."
         )
         raise NoAnswer(
-            f"no answer within {ANSWER_S:g} s: the coordinator {who}. Is caesura-coordinator running? "
+            f"no answer within {ANSWER_S:g} s: the coordinator {who} "
             "Should it come back within a minute it may still do what you asked: caesura status tells."
         )
 
 
+def check(request: m.RolloutRequested | m.FreezeRequested | m.AbortRequested | m.ResumeRequested) -> None:
+    """Hold a request against the contract, which no broker is needed for.
+
+    Raises:
+        BadRequest: naming the option that is wrong.
+    """
+    try:
+        msgspec.convert(msgspec.to_builtins(request), type(request))
+    except msgspec.ValidationError as error:
+        raise BadRequest(_humane(error)) from error
+
+
+_OPTIONS = {"rollout": "ROLLOUT", "reason": "--reason"}
+"""Members whose limits no option of the command line knows."""
+_TOO_LONG = re.compile(r"Expected `str` of length <= (\d+)")
+
+
 def _humane(error: msgspec.ValidationError) -> str:
-    text = str(error)
-    path = text.partition(" - at ")[2].strip("`$. ")
-    what = text.partition(" - at ")[0]
-    return f"{path or 'the request'}: {what}"
+    what, _, path = str(error).partition(" - at ")
+    name = path.strip("`$. ")
+    what = _TOO_LONG.sub(r"at most \1 characters", what)
+    return f"{_OPTIONS.get(name, name) or 'the request'}: {what}"
 
 
 def new_request_id() -> str:
@@ -160,10 +220,12 @@ async def connect(
         listener: called with every message, what is retained included.
 
     Raises:
+        SettingsError: a file for TLS cannot be used.
         NoBroker: not connected within 5 s; the text says why.
     """
     client = client_name(settings)
     options = options_from(settings, client_id=f"ctl-{client}-{new_id()[:8]}")
+    _check_tls(options)
     channels = (
         [channel for channel in CHANNELS if "ctl" in channel.readers]
         if kinds is None
@@ -180,11 +242,55 @@ async def connect(
     running = asyncio.create_task(bus.run(session.post.deliver), name="bus")
     try:
         if not await bus.wait_connected(CONNECT_S):
-            raise NoBroker(
-                f"cannot reach the broker at {settings.broker_url}: {bus.stats.last_error or 'no answer'}. "
-                "Start it, or name another one with --broker or CAESURA_CTL_BROKER_URL."
-            )
+            raise NoBroker(_no_broker(bus))
         yield session
     finally:
         await bus.close()
         await running
+
+
+def _check_tls(options: BrokerOptions) -> None:
+    """Whether the files are there and of use: otherwise the broker would be tried again and again, and blamed.
+
+    Raises:
+        SettingsError: naming the variable.
+    """
+    files = {
+        "CAESURA_CTL_BROKER_CA_FILE": options.ca_file,
+        "CAESURA_CTL_BROKER_CERT_FILE": options.cert_file,
+        "CAESURA_CTL_BROKER_KEY_FILE": options.key_file,
+    }
+    given = {name: path for name, path in files.items() if path}
+    for name, path in given.items():
+        try:
+            Path(path).read_bytes()
+        except OSError as error:
+            raise SettingsError(f"{name}={path!r}: cannot be read: {error.strerror or error}") from error
+    try:
+        options.tls()
+    except ssl.SSLError as error:
+        told = ", ".join(f"{name}={path!r}" for name, path in given.items())
+        diagnosis = explain(error, options)
+        raise SettingsError(f"{told}: {diagnosis.what}; {diagnosis.advice}") from error
+
+
+def _no_broker(bus: MqttBus) -> str:
+    """Why there is no connection, and what to do about just that."""
+    error, broker = bus.last_failure, f"the broker at {bus.options.url}"
+    if error is None:
+        why = Diagnosis("no answer", "check the network and the firewall")
+    else:
+        why = explain(error, bus.options)
+    if isinstance(error, ConnectRefused) and error.code in _NOT_KNOWN and not bus.options.username:
+        advice = "say who you are with CAESURA_CTL_BROKER_USERNAME and CAESURA_CTL_BROKER_PASSWORD_FILE"
+    elif isinstance(error, ssl.SSLError):
+        advice = f"{why.advice} (CAESURA_CTL_BROKER_CA_FILE)"
+    else:
+        advice = why.advice
+    advice = advice[0].upper() + advice[1:]
+    if isinstance(error, ConnectRefused | SubscribeRefused | ConnectionLost):
+        return f"{broker} does not let us in: {why.what}. {advice}."
+    return (
+        f"cannot reach {broker}: {why.what}. {advice}, or name another broker with --broker or "
+        "CAESURA_CTL_BROKER_URL."
+    )

@@ -102,6 +102,15 @@ def _wave_note(wave: m.WaveState, now: datetime) -> str:
     return wave.reason
 
 
+def _paused_so_far(wave: m.WaveState, paused: int, *, heard: bool) -> str:
+    """Of how many VMs a pause was heard; a wave that began before somebody listened may have had more."""
+    if not paused and wave.status in {"pending", "scheduled"}:
+        return ""
+    if heard or paused == len(wave.vms):
+        return f"{paused}/{len(wave.vms)}"
+    return f"{paused}+/{len(wave.vms)}" if paused else "-"
+
+
 def rollout_view(rollout: m.RolloutState, picture: Picture, now: datetime) -> RenderableType:
     """One rollout with its waves and how far each is."""
     done = sum(wave.status == "completed" for wave in rollout.waves)
@@ -115,7 +124,7 @@ def rollout_view(rollout: m.RolloutState, picture: Picture, now: datetime) -> Re
         f"  {done}/{len(rollout.waves)} waves",
     )
     table = _table(">wave", "status", "set/domain", "hosts", ">paused now", ">paused so far", "note")
-    operations = {vm.vm for vm in picture.pauses_of(rollout.rollout)}
+    paused = {vm.vm for vm in picture.pauses_of(rollout.rollout)}
     for wave in rollout.waves:
         frozen = [vm for vm in wave.vms if vm in picture.frozen]
         table.add_row(
@@ -124,7 +133,11 @@ def rollout_view(rollout: m.RolloutState, picture: Picture, now: datetime) -> Re
             _domains(wave.domains),
             ", ".join(wave.hosts),
             str(len(frozen) or ""),
-            f"{sum(vm in operations for vm in wave.vms)}/{len(wave.vms)}",
+            _paused_so_far(
+                wave,
+                sum(vm in paused for vm in wave.vms),
+                heard=picture.heard_wave(rollout.rollout, wave.wave),
+            ),
             _wave_note(wave, now),
         )
     parts: list[RenderableType] = [

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
+from caesura.lifecycle.budget import usable_s
 from caesura.runtime.command import leaves
 from caesura.runtime.errors import CaesuraError
 from caesura.runtime.logs import configure_logging
@@ -16,7 +18,16 @@ from caesura_ctl.commandline import fail, wide_console
 from caesura_ctl.demo.guests import MOST_VMS
 from caesura_ctl.demo.machine import until_signal
 from caesura_ctl.demo.run import Demo, Options
-from caesura_ctl.durations import DURATION
+from caesura_ctl.durations import BUDGET, DURATION, SOME_TIME, show_duration
+
+_ONLY_WITH = {"vms": "qemu", "memory_mib": "qemu", "accel": "qemu", "freezer": "process"}
+"""Option to the only driver that it means something to."""
+
+_UPDATE_STARTS_S = 0.5
+"""s: for the process of an update to start while all hosts of a domain do the same; it counts as the update's time."""
+
+_DIGEST_PART = 2 / 3
+"""The part of a budget after which a host does not read the memory again: the rule that it is unchanged needs that."""
 
 _EPILOG = """\b
 examples:
@@ -99,7 +110,7 @@ exit codes:
 @click.option(
     "--notice",
     "notice_s",
-    type=DURATION,
+    type=SOME_TIME,
     default=8.0,
     show_default="8s",
     help="Warning time; workloads approve earlier.",
@@ -107,7 +118,7 @@ exit codes:
 @click.option(
     "--budget",
     "budget_s",
-    type=DURATION,
+    type=BUDGET,
     default=10.0,
     show_default="10s",
     help="The most a VM may be paused; 30s at most.",
@@ -123,14 +134,13 @@ def demo(*, as_json: bool, methods: tuple[Any, ...], **options: Any) -> None:
     since a frozen process still sees host time pass. Under a minute. With --driver qemu 9 real guests with
     clocks of their own; some three minutes without KVM. Nothing is left behind.
     """
+    _check_driver(options["driver"])
     if options["driver"] == "process" and methods not in {(), ("freeze",)}:
         raise click.UsageError(
             "--method swap and replace need --driver qemu: a process cannot be handed over"
         )
-    if not 0 < options["budget_s"] <= 30 or options["update_s"] + 1 > options["budget_s"]:
-        raise click.UsageError("the budget is at most 30s, and at least a second longer than the update")
-    if options["notice_s"] <= 0:
-        raise click.UsageError("the notice must be longer than nothing")
+    if set(methods) != {"swap"}:  # that applies its update while the guests run
+        _check_times(options["update_s"], options["budget_s"])
     configure_logging("demo", level="error")
     console = wide_console()
     try:
@@ -148,3 +158,27 @@ def demo(*, as_json: bool, methods: tuple[Any, ...], **options: Any) -> None:
         if not known:
             raise
         fail(known[0], as_json=as_json)
+
+
+def _check_driver(driver: str) -> None:
+    """What is asked for must not be left out without a word."""
+    context = click.get_current_context()
+    for option in context.command.params:
+        wanted = _ONLY_WITH.get(option.name or "", driver)
+        if (
+            wanted != driver
+            and context.get_parameter_source(option.name or "") is ParameterSource.COMMANDLINE
+        ):
+            raise click.UsageError(f"{option.opts[0]} needs --driver {wanted}")
+
+
+def _check_times(update_s: float, budget_s: float) -> None:
+    """As the coordinator and the hosts will see it, before a whole fleet is started."""
+    most_s = min(usable_s(budget_s), budget_s * _DIGEST_PART) - _UPDATE_STARTS_S
+    if most_s <= 0:
+        raise click.UsageError(f"--budget {show_duration(budget_s)} leaves no time for an update")
+    if update_s > most_s:
+        raise click.UsageError(
+            f"--update-takes {show_duration(update_s)}: at most {show_duration(most_s)} with --budget "
+            f"{show_duration(budget_s)}; the rest of the pause is for its start, the check of the memory and the resume"
+        )

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import shutil
 import signal
 import socket
 import tempfile
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from caesura.runtime.errors import CaesuraError
@@ -23,26 +24,76 @@ class Interrupted(CaesuraError):
     exit_code = 130
 
 
+class FolderRefused(CaesuraError):
+    """The folder of ``--dir`` cannot be had."""
+
+    exit_code = 2
+
+
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+
+
 @contextmanager
 def run_folder(wanted: Path | None) -> Iterator[Path]:
-    """A short path (unix sockets allow some 100 characters), private, gone afterwards unless it was asked for."""
-    if wanted is not None:
-        wanted.mkdir(parents=True, exist_ok=False, mode=0o700)
-        yield wanted.resolve()
-        return
-    base = "/tmp" if os.access("/tmp", os.W_OK) else None  # noqa: S108 - mkdtemp makes it private
-    folder = Path(tempfile.mkdtemp(prefix="caesura-demo-", dir=base))
-    kept = False
+    """A short path (unix sockets allow some 100 characters), private, gone afterwards unless it was asked for.
+
+    Raises:
+        FolderRefused: the folder that is wanted is there already, or cannot be made.
+        CaesuraError: for an ``OSError`` of what is done meanwhile, with what to do about it.
+    """
+    try:
+        folder = _new_folder(wanted)
+    except OSError as error:
+        raise _unusable(error, Path(_base() or tempfile.gettempdir())) from error
+    kept = wanted is not None
     try:
         yield folder
     except CaesuraError as error:
-        kept = not isinstance(error, Interrupted)
-        if kept:
-            raise type(error)(f"{error}\nlogs are kept in {folder}") from error
+        if wanted is None and not isinstance(error, Interrupted) and _used(folder):
+            kept = True
+            # The very error, with more text: not each kind of them can be built from a text.
+            error.args = (f"{error}\nlogs are kept in {folder}",)
         raise
+    except OSError as error:
+        raise _unusable(error, folder) from error
     finally:
-        if not kept:
+        if not kept or not _used(folder):
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _used(folder: Path) -> bool:
+    """Whether there is anything to look into: on a full disk there may be empty files."""
+    with suppress(OSError):
+        return any(each.is_file() and each.stat().st_size for each in folder.iterdir())
+    return False
+
+
+def _new_folder(wanted: Path | None) -> Path:
+    if wanted is None:
+        return Path(tempfile.mkdtemp(prefix="caesura-demo-", dir=_base()))
+    try:
+        wanted.mkdir(parents=True, exist_ok=False, mode=0o700)
+    except FileExistsError as error:
+        raise FolderRefused(f"--dir: {wanted} exists already: name a new folder") from error
+    except OSError as error:
+        raise FolderRefused(f"--dir: {wanted} cannot be made: {error.strerror or error}") from error
+    return wanted.resolve()
+
+
+def _unusable(error: OSError, folder: Path) -> CaesuraError:
+    what = error.strerror or str(error)
+    if error.errno in _FULL:
+        place = error.filename or folder
+        return CaesuraError(f"{place}: {what}: make room there, or name a folder elsewhere with --dir")
+    where = f" ({error.filename})" if error.filename else ""
+    return CaesuraError(
+        f"the demo cannot go on: {what}{where}: see whether this user may write to {folder} and start processes, "
+        "or name a folder elsewhere with --dir"
+    )
+
+
+def _base() -> str | None:
+    return "/tmp" if os.access("/tmp", os.W_OK) else None  # noqa: S108 - mkdtemp makes it private
 
 
 @contextmanager

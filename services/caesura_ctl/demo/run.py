@@ -107,13 +107,13 @@ class Demo:
 
     async def run(self) -> int:
         """Everything, and clean up whatever happens. 0 when every rule held, else 1."""
-        if self._real:
-            self._image = await self._guest_image()
-        with (
-            run_folder(self.options.folder) as folder,
-            ram_folder(needed=self._real) as ram_dir,
-            self._display(),
-        ):
+        with run_folder(self.options.folder) as folder:  # first of all: it may be refused
+            if self._real:
+                self._image = await self._guest_image()
+            return await self._run_in(folder)
+
+    async def _run_in(self, folder: Path) -> int:
+        with ram_folder(needed=self._real) as ram_dir, self._display():
             broker = LocalBroker(kind=self.options.broker, data_dir=folder)
             self._say(f"broker: {_BROKERS[broker.kind]}; files and logs in {folder}")
             async with (

@@ -66,6 +66,8 @@ class MqttBus(KeptBus):
         self.options = options
         self._will = will
         self._backoff = Backoff(options.reconnect_min_s, options.reconnect_max_s, uniform)
+        self.last_failure: BusError | OSError | None = None
+        """What the last connection, or the last attempt at one, came to; ``explain`` makes words of it."""
         self._link: Link | None = None
         self._spoken: Protocol | None = None if options.protocol == "auto" else options.protocol
         self._short_lives = 0
@@ -216,6 +218,7 @@ class MqttBus(KeptBus):
         return self._backoff.next_s()
 
     def _report(self, event: str, error: BusError | OSError) -> None:
+        self.last_failure = error
         diagnosis = explain(error, self.options)
         self._stats.last_error = diagnosis.what
         _log.warning(

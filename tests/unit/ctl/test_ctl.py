@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+import errno
 import io
+import json
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
+from caesura.bus.embedded import EmbeddedBrokerMissing
 from caesura.contract import messages as m
 from caesura.contract.examples import examples
+from caesura.runtime.errors import CaesuraError
 from caesura_ctl.cli import caesura
+from caesura_ctl.demo import machine
 from caesura_ctl.demo.layout import standard_layout
+from caesura_ctl.demo.machine import Interrupted, run_folder
 from caesura_ctl.demo.verdict import WorkloadStatus, judge, overlaps
 from caesura_ctl.durations import parse_duration, show_duration
+from caesura_ctl.names import SET_NAME
 from caesura_ctl.picture import Picture
 from caesura_ctl.tables import (
     documents_view,
@@ -26,6 +35,8 @@ from caesura_ctl.tables import (
     live_view,
     pauses_view,
     plan_view,
+    rollout_view,
+    set_name,
     updates_view,
 )
 
@@ -241,12 +252,83 @@ def test_every_command_has_help_with_examples_and_exit_codes(name: str) -> None:
         (["acl", "host"], "host:NAME"),
         (["acl", "vm:a.b"], "A-Z"),
         (["history", "--limit", "0"], "not in the range"),
+        (["roll", "u", "--budget", "31s"], "'--budget': 31s is too long: at most 30s"),
+        (["roll", "u", "--budget", "0s"], "'--budget': it must be longer than nothing"),
+        (["plan", "u", "--notice", "0s"], "'--notice': it must be longer than nothing"),
+        (["plan", "u", "--clock-bound", "0s"], "'--clock-bound': it must be longer than nothing"),
+        (["plan", "u", "--verify-timeout", "0s"], "'--verify-timeout': it must be longer than nothing"),
+        (["freeze", "--vm", "w", "--for", "0s"], "'--for': it must be longer than nothing"),
+        (["freeze", "--vm", "w", "--for", "31s"], "'--for': 31s is too long: at most 30s"),
+        (["plan", "a/b"], "'UPDATE': 'a/b' is no name: letters, digits, _ and -, 1 to 63 of them"),
+        (["plan", "u", "--set", "a b"], "'--set': 'a b' is no name"),
+        (["plan", "u", "--set", "(a b)"], "'--set': '(a b)' is no name"),
+        (["plan", "u", "--host", "a.b"], "'--host': 'a.b' is no name"),
+        (["freeze", "--vm", "", "--for", "1s"], "'--vm': '' is no name"),
+        (["tail", "--set", "a b"], "'--set': 'a b' is no name"),
+        (["abort", "r" * 65], "ROLLOUT: at most 64 characters"),
+        (["abort", "--reason", "r" * 4097], "--reason: at most 4096 characters"),
+        (["demo", "--vms", "3"], "--vms needs --driver qemu"),
+        (["demo", "--accel", "kvm"], "--accel needs --driver qemu"),
+        (["demo", "--memory", "9999"], "--memory needs --driver qemu"),
+        (["demo", "--memory", "160"], "--memory needs --driver qemu"),
+        (["demo", "--method", "swap"], "need --driver qemu"),
+        (["demo", "--driver", "qemu", "--freezer", "sigstop"], "--freezer needs --driver process"),
+        (["demo", "--update-takes", "9s"], "--update-takes 9s: at most 6.17s with --budget 10s"),
+        (["demo", "--update-takes", "7s"], "--update-takes 7s: at most 6.17s with --budget 10s"),
+        (["demo", "--budget", "0.5s"], "--budget 0.5s leaves no time for an update"),
+        (["demo", "--dir", "."], "--dir: . exists already"),
+        (["demo", "--dir", __file__], "exists already"),
+        (["demo", "--dir", "/proc/none/such"], "--dir: /proc/none/such cannot be made: "),
     ],
 )
-def test_bad_usage_is_said_with_exit_code_2(words: list[str], error: str) -> None:
+def test_bad_usage_is_said_with_exit_code_2(
+    words: list[str], error: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CAESURA_CTL_BROKER_URL", "mqtt://127.0.0.1:1")  # what is found out without a broker
     result = CliRunner().invoke(caesura, words)
+    assert (result.exit_code, error in result.output) == (2, True), result.output
+
+
+@pytest.mark.parametrize(
+    ("words", "kind", "reason"),
+    [
+        (["roll", "--json"], "UsageError", "UPDATE"),
+        (["roll", "u", "--budget", "31s", "--json"], "UsageError", "at most 30s"),
+        (["freeze", "--json", "--for", "9s"], "UsageError", "say what to freeze"),
+        (["demo", "--json", "--vms", "3"], "UsageError", "--vms needs --driver qemu"),
+        (["nothing", "--json"], "UsageError", "No such command"),
+        (["abort", "--json", "r" * 65], "BadRequest", "ROLLOUT"),
+    ],
+)
+def test_bad_usage_with_json_is_json(words: list[str], kind: str, reason: str) -> None:
+    result = CliRunner().invoke(caesura, words)
+    assert (result.exit_code, result.stdout) == (2, "")
+    told = json.loads(result.stderr)
+    assert (told["error"], told["exit_code"]) == (kind, 2)
+    assert reason in told["reason"]
+
+
+def test_a_word_json_that_is_no_option_leaves_usage_errors_as_text() -> None:
+    result = CliRunner().invoke(caesura, ["roll", "u", "--nonsense", "--", "--json"])
     assert result.exit_code == 2
-    assert error in result.output
+    assert "Usage: caesura roll" in result.stderr
+
+
+@pytest.mark.parametrize("name", ["web", "_cache-01", "_" + "x" * 62])
+def test_a_set_can_be_named_as_it_is_shown(name: str) -> None:
+    assert SET_NAME.convert(set_name(name), None, None) == name
+    assert SET_NAME.convert(name, None, None) == name
+
+
+def test_a_set_that_is_shown_in_brackets_may_stand_so_in_access_rules() -> None:
+    shown = CliRunner().invoke(caesura, ["acl", "vm:cache-01:(cache-01)"])
+    plain = CliRunner().invoke(caesura, ["acl", "vm:cache-01:_cache-01"])
+    assert (shown.exit_code, shown.output) == (0, plain.output)
+
+
+def test_brackets_around_no_name_are_refused() -> None:
+    with pytest.raises(click.BadParameter, match="is no name"):
+        SET_NAME.convert("()", None, None)
 
 
 def test_bad_settings_are_said_with_exit_code_2(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -262,3 +344,146 @@ def test_a_vm_without_a_set_may_read_its_own_document_only() -> None:
     assert "topic read caesura/v1/fleet/set/_cache-1/document" in result.output
     assert "fleet/set/+/document" not in result.output.split("user coordinator_standby")[0]
     assert "user coordinator_standby\ntopic write caesura/v1/fleet/#" in result.output
+
+
+@pytest.mark.parametrize("text", ["", "not PEM"])
+def test_a_ca_file_that_cannot_be_used_is_named_with_its_variable(
+    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "ca.pem"
+    if text:
+        path.write_text(text)
+    monkeypatch.setenv("CAESURA_CTL_BROKER_URL", "mqtts://127.0.0.1:1")
+    monkeypatch.setenv("CAESURA_CTL_BROKER_CA_FILE", str(path))
+    result = CliRunner().invoke(caesura, ["status"])
+    assert result.exit_code == 2, result.output
+    assert "CAESURA_CTL_BROKER_CA_FILE" in result.output
+    assert str(path) in result.output
+    assert "Start it" not in result.output
+
+
+# -- what is known of pauses --
+
+
+def _wave(index: int, status: m.WaveStatus) -> m.WaveState:
+    vms = (f"w{index}a", f"w{index}b")
+    return m.WaveState(wave=index, status=status, domains={"web": index}, hosts=("h",), vms=vms)
+
+
+def _rollout(*waves: m.WaveState, status: m.RolloutStatus = "running") -> m.RolloutState:
+    return m.RolloutState(
+        rollout="r", update="u", status=status, policy=m.Policy(), sets=("web",), waves=waves, created_at=T0
+    )
+
+
+def _paused(picture: Picture, vm: str) -> None:
+    picture.fold(m.OperationReported(operation=vm, host="h", epoch=1, rollout="r", status="accepted", at=T0))
+    for message in _resumed(vm, 0, 0.0, 1.0, vm):
+        picture.fold(message)
+
+
+def _so_far(picture: Picture) -> list[str]:
+    """The column "paused so far", a cell a wave."""
+    written = io.StringIO()
+    Console(width=140, file=written).print(rollout_view(picture.rollouts["r"], picture, T0))
+    head = next(line for line in written.getvalue().splitlines() if "paused so far" in line)
+    end = head.index("paused so far") + len("paused so far")
+    rows = written.getvalue().splitlines()
+    return [row[end - 13 : end].strip() for row in rows if " web/" in row]
+
+
+def test_pauses_that_were_not_heard_are_not_counted_as_none() -> None:
+    picture = Picture()
+    picture.fold(_rollout(_wave(0, "completed"), _wave(1, "verifying"), _wave(2, "pending")))
+    assert _so_far(picture) == ["-", "-", ""]
+    assert not picture.heard_all(picture.rollouts["r"])
+    _paused(picture, "w1a")
+    assert _so_far(picture) == ["-", "1+/2", ""]
+    _paused(picture, "w1b")
+    picture.fold(_rollout(_wave(0, "completed"), _wave(1, "completed"), _wave(2, "started")))
+    assert _so_far(picture) == ["-", "2/2", "0/2"]
+
+
+def test_pauses_of_what_was_seen_from_its_beginning_are_counted() -> None:
+    picture = Picture()
+    picture.fold(_rollout(_wave(0, "scheduled"), _wave(1, "pending")))
+    picture.fold(_rollout(_wave(0, "started"), _wave(1, "pending")))
+    assert _so_far(picture) == ["0/2", ""]
+    _paused(picture, "w0a")
+    assert _so_far(picture) == ["1/2", ""]
+    assert picture.heard_all(picture.rollouts["r"])
+
+
+def test_what_was_missed_while_the_broker_was_away_is_not_counted_as_none() -> None:
+    picture = Picture()
+    picture.fold(_rollout(_wave(0, "pending"), _wave(1, "pending")))
+    picture.fold(_resumed("w0a", 0, 0.0, 1.0)[0])
+    picture.missed()
+    assert not picture.frozen, "it may have been resumed meanwhile"
+    picture.fold(_rollout(_wave(0, "started"), _wave(1, "pending")))
+    assert _so_far(picture) == ["-", ""]
+    assert not picture.heard_all(picture.rollouts["r"])
+    picture.fold(_rollout(_wave(0, "completed"), _wave(1, "started")))
+    assert _so_far(picture) == ["-", "0/2"]
+
+
+# -- the demo's folder --
+
+
+def _fail_in_folder(error: Exception, wanted: Path | None = None, *, log: bool = False) -> None:
+    with run_folder(wanted) as folder:
+        if log:
+            (folder / "x.log").write_text("x")
+        (folder / "empty").touch()
+        raise error
+
+
+def test_an_error_keeps_its_text_and_its_exit_code_when_the_logs_are_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "_base", lambda: str(tmp_path))
+    with pytest.raises(EmbeddedBrokerMissing, match=r"needs amqtt(.|\n)*logs are kept in") as told:
+        _fail_in_folder(EmbeddedBrokerMissing(), log=True)
+    (kept,) = tmp_path.iterdir()
+    assert str(told.value).endswith(f"logs are kept in {kept}")
+
+
+def test_a_folder_without_a_log_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "_base", lambda: str(tmp_path))
+    with pytest.raises(EmbeddedBrokerMissing) as told:
+        _fail_in_folder(EmbeddedBrokerMissing())
+    assert "logs are kept" not in str(told.value)
+    with pytest.raises(EmbeddedBrokerMissing):
+        _fail_in_folder(EmbeddedBrokerMissing(), tmp_path / "named")
+    with pytest.raises(Interrupted):
+        _fail_in_folder(Interrupted("interrupted"), log=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_a_full_disk_is_said_with_what_to_do(
+    named: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "_base", lambda: str(tmp_path))
+    folder = tmp_path / "named" if named else None
+    with pytest.raises(CaesuraError, match=r"No space left on device: make room there, or .* --dir") as told:
+        _fail_in_folder(OSError(errno.ENOSPC, "No space left on device"), folder)
+    assert str(folder or tmp_path) in str(told.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_stands_in_a_folder_that_was_asked_for_stays(tmp_path: Path) -> None:
+    with pytest.raises(CaesuraError):
+        _fail_in_folder(OSError(errno.EACCES, "Permission denied"), tmp_path / "named", log=True)
+    assert (tmp_path / "named" / "x.log").exists()
+
+
+def test_a_demo_without_any_broker_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "_base", lambda: str(tmp_path))
+    monkeypatch.setattr("caesura.bus.brokers.embedded_available", lambda: False)
+    result = CliRunner().invoke(caesura, ["demo", "--broker-kind", "embedded"])
+    assert result.exit_code == 1
+    assert "pip install 'caesura[embedded]'" in result.output
+    assert list(tmp_path.iterdir()) == []

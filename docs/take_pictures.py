@@ -1,4 +1,5 @@
-"""Takes the pictures of the live page from a real rollout: ``python docs/take_pictures.py``. Needs Chromium.
+"""Takes the pictures of the live page from a real rollout: ``python docs/take_pictures.py``. Needs Chromium,
+and the environment of ``./check``: that of ``./demo`` has no playwright.
 
 Runs ``caesura demo``, opens the page that it names in a headless browser, light and dark, and takes the pictures while
 the VMs of the third wave stand still.
@@ -12,10 +13,10 @@ import argparse
 import asyncio
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from playwright.async_api import Page
-
-from caesura.testing.browser import chromium
+if TYPE_CHECKING:
+    from playwright.async_api import Page
 
 _OUT = Path(__file__).parent / "images"
 _MOMENT = "document.querySelectorAll('.waves li')[2]?.textContent.includes('frozen') ?? false"
@@ -24,7 +25,13 @@ _INTO_THE_PAUSE_S = 1.6  # s: so that the bars have begun to fill
 
 
 async def take(out: Path) -> None:
-    """One demo, two pictures."""
+    """One demo, two pictures.
+
+    Raises:
+        ModuleNotFoundError: playwright is not installed.
+    """
+    from caesura.testing.browser import chromium  # noqa: PLC0415 - --help and main's words come without playwright
+
     demo = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "caesura_ctl", "demo", "--update-takes", "3s"),
         stdout=asyncio.subprocess.PIPE,
@@ -83,7 +90,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=_OUT, help="folder of the pictures")
     out = parser.parse_args().out
     out.mkdir(parents=True, exist_ok=True)
-    asyncio.run(take(out))
+    try:
+        asyncio.run(take(out))
+    except ModuleNotFoundError as error:
+        parser.exit(
+            2, f"{error.name} is not installed: run ./check --fast once, or uv sync --locked --all-extras\n"
+        )
 
 
 if __name__ == "__main__":

@@ -1,20 +1,20 @@
-"""A custom consumer with plain aiomqtt and json: who was paused, for how long, was the clock put right.
+"""A custom consumer with plain aiomqtt and json: who was paused, for how long, was the clock put right."""
 
-Usage: python examples/consumer.py [HOST [PORT]]
-"""
-
+import argparse
 import asyncio
 import json
 import sys
 
 import aiomqtt
 
-HOST = sys.argv[1] if len(sys.argv) > 1 else "127.0.0.1"
-PORT = int(sys.argv[2]) if len(sys.argv) > 2 else 1883
+parser = argparse.ArgumentParser(description=__doc__)
+parser.add_argument("host", nargs="?", default="127.0.0.1", help="of the broker (default: %(default)s)")
+parser.add_argument("port", nargs="?", default=1883, type=int, help="of the broker (default: %(default)s)")
+broker = parser.parse_args()
 
 
 async def main() -> None:
-    async with aiomqtt.Client(HOST, PORT) as client:
+    async with aiomqtt.Client(broker.host, broker.port) as client:
         await client.subscribe("caesura/v1/host/+/set/+/ud/+/vm/+/+", qos=1)
         async for message in client.messages:
             event = json.loads(bytes(message.payload))  # a CloudEvent; look at its type before its data
@@ -25,4 +25,9 @@ async def main() -> None:
                 print(f"{vm}: clock synced: {event['data']['synced']}", flush=True)
 
 
-asyncio.run(main())
+try:
+    asyncio.run(main())
+except KeyboardInterrupt:
+    sys.exit(130)
+except aiomqtt.MqttError as error:  # not there, not authorized, gone; a consumer for good would connect again
+    sys.exit(f"{broker.host}:{broker.port}: {error}")

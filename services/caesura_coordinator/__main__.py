@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-import sys
+from caesura.runtime.interrupt import QuietInterrupt
 
-from prometheus_client import CollectorRegistry
+with QuietInterrupt():
+    import sys
 
-from caesura.bus.mqtt import MqttBus
-from caesura.bus.options import options_from
-from caesura.bus.port import Will
-from caesura.contract.messages import CoordinatorPresence
-from caesura.contract.topics import channel_of
-from caesura.runtime.command import run_service
-from caesura.runtime.health import serve_health
-from caesura.runtime.lock import sole_user
-from caesura.runtime.serve import serve
-from caesura_coordinator.inputs import Authority
-from caesura_coordinator.metrics import CoordinatorCollector
-from caesura_coordinator.service import Coordinator, last_will, subscriptions
-from caesura_coordinator.settings import CoordinatorSettings
-from caesura_coordinator.store import Store
+    from prometheus_client import CollectorRegistry
+
+    from caesura.bus.mqtt import MqttBus
+    from caesura.bus.options import check_broker, options_from
+    from caesura.bus.port import Will
+    from caesura.contract.messages import CoordinatorPresence
+    from caesura.contract.topics import channel_of
+    from caesura.runtime.command import run_service
+    from caesura.runtime.health import serve_health
+    from caesura.runtime.listen import check_health_address
+    from caesura.runtime.lock import sole_user
+    from caesura.runtime.serve import serve
+    from caesura_coordinator.inputs import Authority
+    from caesura_coordinator.metrics import CoordinatorCollector
+    from caesura_coordinator.service import Coordinator, last_will, subscriptions
+    from caesura_coordinator.settings import CoordinatorSettings
+    from caesura_coordinator.store import Store
 
 SUMMARY = "Plans and runs rollouts: one per fleet. Announces scheduled events, commands hosts, halts on anything wrong."
 
@@ -50,7 +54,8 @@ async def run(settings: CoordinatorSettings) -> None:
 
 def main() -> None:
     """Entry point of ``caesura-coordinator``."""
-    sys.exit(run_service("coordinator", SUMMARY, CoordinatorSettings, run))
+    checks = (check_broker, check_health_address)
+    sys.exit(run_service("coordinator", SUMMARY, CoordinatorSettings, run, checks=checks))
 
 
 if __name__ == "__main__":

@@ -2,44 +2,50 @@
 
 from __future__ import annotations
 
-import asyncio
-import fcntl
-import os
-import signal
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from datetime import UTC, datetime
-from hashlib import blake2b
-from pathlib import Path
+from caesura.runtime.interrupt import QuietInterrupt
 
-import structlog
-from prometheus_client import CollectorRegistry
+with QuietInterrupt():
+    import asyncio
+    import fcntl
+    import os
+    import signal
+    import sys
+    from collections.abc import Iterator
+    from contextlib import contextmanager
+    from datetime import UTC, datetime
+    from hashlib import blake2b
+    from pathlib import Path
 
-from caesura.bus.mqtt import MqttBus
-from caesura.bus.options import options_from
-from caesura.bus.port import Will
-from caesura.contract.codec import encode
-from caesura.contract.messages import HostPresence
-from caesura.contract.topics import channel_of
-from caesura.runtime.command import run_service
-from caesura.runtime.errors import CaesuraError
-from caesura.runtime.health import serve_health
-from caesura.runtime.identity import new_id
-from caesura.runtime.serve import serve
-from caesura_host_updater.drivers.freezers import choose_freezer
-from caesura_host_updater.drivers.port import Driver
-from caesura_host_updater.drivers.process import ProcessDriver
-from caesura_host_updater.drivers.qemu.accel import Accelerator, find_accelerator
-from caesura_host_updater.drivers.qemu.discovery import with_discovered
-from caesura_host_updater.drivers.qemu.driver import QemuDriver
-from caesura_host_updater.guardian import Guardian
-from caesura_host_updater.hostfile import HostFile, read_host_file
-from caesura_host_updater.journal import JournalThread
-from caesura_host_updater.metrics import HostMetrics
-from caesura_host_updater.operation import clean_environ
-from caesura_host_updater.service import HostUpdater, filters, state_folder
-from caesura_host_updater.settings import HostUpdaterSettings
+    import structlog
+    from prometheus_client import CollectorRegistry
+
+    from caesura.bus.mqtt import MqttBus
+    from caesura.bus.options import check_broker, options_from
+    from caesura.bus.port import Will
+    from caesura.contract.codec import encode
+    from caesura.contract.messages import HostPresence
+    from caesura.contract.topics import channel_of
+    from caesura.runtime.command import run_service
+    from caesura.runtime.errors import CaesuraError
+    from caesura.runtime.health import serve_health
+    from caesura.runtime.identity import new_id
+    from caesura.runtime.listen import check_health_address
+    from caesura.runtime.lock import private_folder, usable
+    from caesura.runtime.serve import serve
+    from caesura_host_updater.drivers.freezers import choose_freezer
+    from caesura_host_updater.drivers.port import Driver
+    from caesura_host_updater.drivers.process import ProcessDriver
+    from caesura_host_updater.drivers.qemu.accel import Accelerator, find_accelerator
+    from caesura_host_updater.drivers.qemu.discovery import with_discovered
+    from caesura_host_updater.drivers.qemu.driver import QemuDriver
+    from caesura_host_updater.guardian import Guardian
+    from caesura_host_updater.hostfile import HostFile, read_host_file
+    from caesura_host_updater.journal import JournalThread
+    from caesura_host_updater.metrics import HostMetrics
+    from caesura_host_updater.operation import clean_environ
+    from caesura_host_updater.service import HostUpdater, filters
+    from caesura_host_updater.settings import HostUpdaterSettings
+    from caesura_host_updater.updates import read_updates
 
 _ACCEL = {"kvm": "kvm", "tcg": "tcg,thread=multi"}
 
@@ -57,6 +63,7 @@ def main() -> int:
         "Freezes this host's VMs for an update and resumes them within the budget, whatever happens.",
         HostUpdaterSettings,
         _main,
+        checks=(lambda settings: read_host_file(settings.host_file), check_broker, check_health_address),
     )
 
 
@@ -64,14 +71,26 @@ async def _main(settings: HostUpdaterSettings) -> None:
     host, passed = with_discovered(read_host_file(settings.host_file))
     for place, why in passed.items():
         _log.warning("discovery.passed_over", place=place, why=why)
-    folder = state_folder(settings.state_dir)
+    _look_at_updates(settings.updates_dir)
+    folder = private_folder(settings.state_dir)
     with _only_one(folder):
         await _run(settings, host, folder)
 
 
+def _look_at_updates(folder: str) -> None:
+    """Say at once what would be missed only when an update is to be applied. No reason not to start: it may come."""
+    if not Path(folder).exists():
+        _log.warning(
+            "updates.no_folder", folder=folder, hint="make it, or correct CAESURA_HOST_UPDATER_UPDATES_DIR"
+        )
+    for each in read_updates(folder).refused:
+        _log.warning("updates.refused", file=each.file, line=each.line, why=each.reason)
+
+
 @contextmanager
 def _only_one(folder: Path) -> Iterator[None]:
-    handle = os.open(folder / "updater.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    with usable(folder):
+        handle = os.open(folder / "updater.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -12,11 +12,12 @@ from msgspec import Meta
 
 from caesura.contract.messages import FaultDomain, UpdateDomain
 from caesura.contract.names import InvalidName, check_name, own_set
-from caesura.runtime.errors import CaesuraError
+from caesura.runtime.choices import explained
+from caesura.runtime.errors import ConfigError
 from caesura_host_updater.drivers.qemu.definition import Adopt, Definition, QemuOptions, definition_error
 
 
-class HostFileError(CaesuraError):
+class HostFileError(ConfigError):
     """The host file cannot be used; the text names the file and the key."""
 
 
@@ -83,7 +84,7 @@ def parse_host_file(text: str, name: str) -> HostFile:
     except tomllib.TOMLDecodeError as error:
         raise HostFileError(f"{name}: {error}") from error
     except msgspec.ValidationError as error:
-        raise HostFileError(f"{name}: {error}") from error
+        raise HostFileError(f"{name}: {explained(error, HostFile)}") from error
     try:
         check_name("host", file.host)
         for vm in file.vm:

@@ -7,7 +7,6 @@ import time
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
-from pathlib import Path
 
 import structlog
 
@@ -514,11 +513,3 @@ class HostUpdater:
 def _update_runs(op: Operation) -> bool:
     """Whether an update is at work under paused VMs: it is let finish, within the budget."""
     return op.phase in ("updating", "updated", "resuming", "resumed") and bool(op.update)
-
-
-def state_folder(path: str) -> Path:
-    """The state folder, made if needed, for nobody else to read."""
-    folder = Path(path)
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    folder.chmod(0o700)
-    return folder

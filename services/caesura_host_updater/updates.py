@@ -17,6 +17,7 @@ from msgspec import Meta
 
 from caesura.contract.messages import Impact, Method, RefusedUpdate, Scope, UpdateRecord, VmmChange
 from caesura.contract.names import InvalidName, check_name
+from caesura.runtime.choices import explained
 
 _LINE = re.compile(r"\(at line (\d+), column \d+\)")
 _AT = re.compile(r"at `\$\.([A-Za-z0-9_]+)")  # msgspec: where the value is wrong
@@ -81,7 +82,7 @@ def parse_update(file: str, text: str, *, find: Callable[[str], str | None]) -> 
         update = msgspec.convert(table, UpdateFile, strict=True)
         check_name("update", update.name)
     except msgspec.ValidationError as error:
-        return _refusal(file, text, str(error))
+        return _refusal(file, text, explained(error, UpdateFile))
     except InvalidName as error:
         return _refusal(file, text, str(error), key="name")
     program = update.argv[0]
@@ -137,9 +138,13 @@ def read_updates(folder: str) -> Catalogue:
     files: list[tuple[str, str]] = []
     unreadable: list[RefusedUpdate] = []
     try:
-        paths = sorted(Path(folder).glob("*.toml"))
+        paths = sorted(path for path in Path(folder).iterdir() if path.name.endswith(".toml"))
+    except FileNotFoundError:
+        return Catalogue()
     except OSError as error:
-        return Catalogue({}, (RefusedUpdate(file=folder, reason=str(error)),))
+        return Catalogue(
+            {}, (RefusedUpdate(file=folder, reason=f"cannot be read: {error.strerror or error}"),)
+        )
     for path in paths:
         try:
             files.append((path.name, path.read_text(encoding="utf-8")))

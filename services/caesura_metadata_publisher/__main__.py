@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
-import sys
-from datetime import UTC, datetime
+from caesura.runtime.interrupt import QuietInterrupt
 
-from prometheus_client import CollectorRegistry
+with QuietInterrupt():
+    import sys
+    from datetime import UTC, datetime
 
-from caesura.bus.mqtt import MqttBus
-from caesura.bus.options import options_from
-from caesura.bus.port import Will
-from caesura.contract.codec import encode
-from caesura.contract.messages import PublisherPresence
-from caesura.contract.topics import channel_of
-from caesura.runtime.command import run_service
-from caesura.runtime.health import serve_health
-from caesura.runtime.identity import new_id
-from caesura.runtime.serve import serve
-from caesura_metadata_publisher.http import serve_metadata
-from caesura_metadata_publisher.listeners import read_listeners
-from caesura_metadata_publisher.metrics import PublisherCollector
-from caesura_metadata_publisher.service import MetadataPublisher, filters
-from caesura_metadata_publisher.settings import MetadataPublisherSettings
+    from prometheus_client import CollectorRegistry
+
+    from caesura.bus.mqtt import MqttBus
+    from caesura.bus.options import check_broker, options_from
+    from caesura.bus.port import Will
+    from caesura.contract.codec import encode
+    from caesura.contract.messages import PublisherPresence
+    from caesura.contract.topics import channel_of
+    from caesura.runtime.command import run_service
+    from caesura.runtime.health import serve_health
+    from caesura.runtime.identity import new_id
+    from caesura.runtime.listen import check_health_address
+    from caesura.runtime.serve import serve
+    from caesura_metadata_publisher.http import serve_metadata
+    from caesura_metadata_publisher.listeners import read_listeners
+    from caesura_metadata_publisher.metrics import PublisherCollector
+    from caesura_metadata_publisher.service import MetadataPublisher, filters
+    from caesura_metadata_publisher.settings import MetadataPublisherSettings
 
 
 def main() -> int:
@@ -31,6 +35,11 @@ def main() -> int:
         "Serves scheduled events, approvals and instance metadata to the workloads in the VMs.",
         MetadataPublisherSettings,
         _main,
+        checks=(
+            lambda settings: read_listeners(settings.listeners_file),
+            check_broker,
+            check_health_address,
+        ),
     )
 
 

@@ -14,10 +14,10 @@ import msgspec
 from msgspec import Meta
 
 from caesura.contract.names import InvalidName, check_name
-from caesura.runtime.errors import CaesuraError
+from caesura.runtime.errors import ConfigError
 
 
-class ListenersError(CaesuraError):
+class ListenersError(ConfigError):
     """The listeners file cannot be used; the text names the file and the entry or line."""
 
 

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-import sys
-from socket import gethostname
+from caesura.runtime.interrupt import QuietInterrupt
 
-from prometheus_client import CollectorRegistry, ProcessCollector
+with QuietInterrupt():
+    import sys
+    from socket import gethostname
 
-from caesura.bus.mqtt import MqttBus
-from caesura.bus.options import options_from
-from caesura.runtime.command import run_service
-from caesura.runtime.health import serve_health
-from caesura.runtime.serve import serve
-from caesura_metrics_exporter.page import LivePage
-from caesura_metrics_exporter.scrape import Scrape
-from caesura_metrics_exporter.service import MetricsExporter, filters
-from caesura_metrics_exporter.settings import MetricsExporterSettings
+    from prometheus_client import CollectorRegistry, ProcessCollector
+
+    from caesura.bus.mqtt import MqttBus
+    from caesura.bus.options import check_broker, options_from
+    from caesura.runtime.command import run_service
+    from caesura.runtime.health import serve_health
+    from caesura.runtime.listen import check_health_address, parse_listen
+    from caesura.runtime.serve import serve
+    from caesura_metrics_exporter.page import LivePage
+    from caesura_metrics_exporter.scrape import Scrape
+    from caesura_metrics_exporter.service import MetricsExporter, filters
+    from caesura_metrics_exporter.settings import MetricsExporterSettings
 
 
 def main() -> int:
@@ -25,7 +29,13 @@ def main() -> int:
         "Reads everything on the bus and serves it as Prometheus metrics and as a live page.",
         MetricsExporterSettings,
         _main,
+        checks=(_check_address, check_broker, check_health_address),
     )
+
+
+def _check_address(settings: MetricsExporterSettings) -> None:
+    if settings.listen:
+        parse_listen(settings.listen)
 
 
 async def _main(settings: MetricsExporterSettings) -> None:

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-import sys
-from contextlib import AsyncExitStack
-from datetime import UTC, datetime
+from caesura.runtime.interrupt import QuietInterrupt
 
-import msgspec
+with QuietInterrupt():
+    import sys
+    from contextlib import AsyncExitStack
+    from datetime import UTC, datetime
 
-from caesura.bus.mqtt import MqttBus
-from caesura.bus.options import options_from
-from caesura.bus.port import Bus, Will
-from caesura.contract.codec import encode
-from caesura.contract.messages import AgentPresence
-from caesura.contract.topics import channel_of
-from caesura.runtime.command import run_service
-from caesura.runtime.identity import new_id
-from caesura.runtime.serve import serve
-from caesura_vm_agent.clocks import GuestClock, SimulatedClock, SystemClock
-from caesura_vm_agent.service import VmAgent, filters
-from caesura_vm_agent.settings import VmAgentSettings
+    import msgspec
+
+    from caesura.bus.mqtt import MqttBus
+    from caesura.bus.options import check_broker, options_from
+    from caesura.bus.port import Bus, Will
+    from caesura.contract.codec import encode
+    from caesura.contract.messages import AgentPresence
+    from caesura.contract.topics import channel_of
+    from caesura.runtime.command import run_service
+    from caesura.runtime.identity import new_id
+    from caesura.runtime.listen import check_health_address
+    from caesura.runtime.serve import serve
+    from caesura_vm_agent.clocks import GuestClock, SimulatedClock, SystemClock
+    from caesura_vm_agent.service import VmAgent, filters
+    from caesura_vm_agent.settings import VmAgentSettings
 
 # s: above the pause budget of 30, so that a frozen agent is not declared offline by its broker
 _KEEPALIVE_S = 60
@@ -28,7 +32,11 @@ _KEEPALIVE_S = 60
 def main() -> int:
     """The console script."""
     return run_service(
-        "vm-agent", "Runs in a VM: hooks, readiness and the guest's clock.", VmAgentSettings, _main
+        "vm-agent",
+        "Runs in a VM: hooks, readiness and the guest's clock.",
+        VmAgentSettings,
+        _main,
+        checks=(check_broker, check_health_address),
     )
 
 

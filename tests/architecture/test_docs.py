@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import shlex
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -138,3 +140,30 @@ def test_architecture_has_one_figure_and_names_a_real_test_for_every_invariant()
             ), f"{invariant}: no {test} in {file}"
         for file in re.findall(r"`((?:services|shared)/[\w/.-]+)`", row):
             assert (_ROOT / file).exists(), f"{invariant}: {file} does not exist"
+
+
+def test_the_pictures_script_says_what_it_lacks(tmp_path: Path) -> None:
+    """``./demo`` makes an environment without playwright, and README names the script after it."""
+    script = str(_ROOT / "docs" / "take_pictures.py")
+    without = f"import runpy, sys; sys.modules['playwright'] = None; runpy.run_path({script!r}, run_name='__main__')"
+
+    def run(*words: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-c", without, *words], capture_output=True, text=True, timeout=60, check=False
+        )
+
+    helped = run("--help")
+    assert (helped.returncode, helped.stderr) == (0, "")
+    assert "--out" in helped.stdout
+    lacking = run("--out", str(tmp_path))
+    assert (lacking.returncode, len(lacking.stderr.splitlines())) == (2, 1)
+    assert "playwright" in lacking.stderr
+    assert "./check --fast" in lacking.stderr
+
+
+def test_the_freeze_on_demand_page_ends_all_the_jobs_it_starts() -> None:
+    page = text("docs/operations.md").partition("\n## Freeze on demand")[2].partition("\n## ")[0]
+    started = re.findall(r"^(caesura-.* &)$", page, re.MULTILINE)
+    jobs = 1 + sum(line.count("&") for line in started)  # the broker is the first
+    (ended,) = re.findall(r"`kill ([%\d ]+)`", page)
+    assert sorted(ended.split()) == [f"%{number + 1}" for number in range(jobs)]

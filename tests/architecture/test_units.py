@@ -154,6 +154,14 @@ def test_the_service_accepts_its_example(
     environ |= read_env(_UNITS / "env" / f"{name}.env", commented=commented)
     prefix = f"CAESURA_{name.upper().replace('-', '_')}_"
     assert all(each.startswith(prefix) for each in environ)
+    # A check reads these two as well.
+    (tmp_path / "host.toml").write_text('host = "host-1"\n', encoding="utf-8")
+    (tmp_path / "listeners.toml").write_text(
+        '[[listener]]\nvm = "web-1"\nlisten = "127.0.0.1:80"\n', encoding="utf-8"
+    )
+    for variable in (f"{prefix}HOST_FILE", f"{prefix}LISTENERS_FILE"):
+        if variable in environ:
+            environ[variable] = environ[variable].replace("/etc/caesura", str(tmp_path))
     for variable, value in environ.items():
         monkeypatch.setenv(variable, value)
     command = Path(the(told, "ExecStart")).name

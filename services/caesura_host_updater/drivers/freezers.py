@@ -103,8 +103,10 @@ class CgroupFreezer:
         except (OSError, ValueError) as error:
             raise FreezerUnusable(f"{kind} under {base}: {error}") from error
         finally:
+            # The base too, unless VMs are in it: a start that fails after this leaves nothing behind.
             with suppress(OSError):
                 probe.rmdir()
+                base.rmdir()
 
     @property
     def kind(self) -> FreezerKind:

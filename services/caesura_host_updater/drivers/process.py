@@ -159,6 +159,7 @@ class ProcessDriver:
                 self._folder / f"{vm}.log",
             )
         except (OSError, SpawnError) as error:
+            self._freezer.remove(vm)
             raise DriverError(vm, f"cannot be started: {error}") from error
         ended = asyncio.Event()
         watch = ExitWatch(pid, ended.set)

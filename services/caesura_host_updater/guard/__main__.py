@@ -5,18 +5,22 @@
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
 import sys
-import time
-from collections.abc import Sequence
-from contextlib import suppress
 
-from caesura_host_updater.guard.intent import IntentFile, UnreadableIntent
-from caesura_host_updater.guard.procfs import boot_id
-from caesura_host_updater.guard.server import AlreadyRunning, GuardServer
-from caesura_host_updater.guard.watch import Watch
+try:
+    import argparse
+    import json
+    import os
+    import time
+    from collections.abc import Sequence
+    from contextlib import suppress
+
+    from caesura_host_updater.guard.intent import IntentFile, UnreadableIntent
+    from caesura_host_updater.guard.procfs import boot_id
+    from caesura_host_updater.guard.server import AlreadyRunning, GuardServer
+    from caesura_host_updater.guard.watch import Watch
+except KeyboardInterrupt:  # as caesura.runtime.interrupt, which the guard may not import
+    sys.exit(130)
 
 
 def log(event: str, **facts: object) -> None:
@@ -30,12 +34,20 @@ def log(event: str, **facts: object) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Serve until SIGTERM. Exit code: 0 stopped, 1 another guard runs or the state folder is unusable."""
+    """Serve until SIGTERM. Exit code: 0 stopped, 1 another guard runs or the state folder is unusable, 130 interrupted."""
+    try:
+        return _serve(argv)
+    except KeyboardInterrupt:  # before the server took the signal over
+        return 130
+
+
+def _serve(argv: Sequence[str] | None) -> int:
     parser = argparse.ArgumentParser(
         prog="caesura-pause-guard",
         description="Resumes paused VMs when the host updater cannot: at the deadline, or when it is gone.",
         epilog="example:\n  caesura-pause-guard --state-dir /var/lib/caesura/host-updater\n\n"
-        "exit codes: 0 stopped with every VM running, 1 another guard runs, or the folder cannot be used",
+        "exit codes: 0 stopped with every VM running, 1 another guard runs, or the folder cannot be used, "
+        "130 interrupted before it was up",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--state-dir", required=True, help="the host updater's state folder")

@@ -9,11 +9,11 @@ from urllib.parse import urlsplit
 
 import msgspec
 
-from caesura.runtime.errors import CaesuraError
+from caesura.runtime.errors import ConfigError
 from caesura.runtime.settings import Secret, ServiceSettings
 
 
-class BrokerOptionsError(CaesuraError):
+class BrokerOptionsError(ConfigError):
     """The broker's address or options make no sense; the text says which and why."""
 
 
@@ -128,14 +128,26 @@ def options_from(settings: ServiceSettings, *, client_id: str, clean: bool = Tru
     )
 
 
+def check_broker(settings: ServiceSettings) -> None:
+    """Find out before anything starts whether the settings make a broker's options.
+
+    Raises:
+        BrokerOptionsError: they do not; the text says which and why.
+    """
+    options_from(settings, client_id="check")
+
+
 def parse_address(url: str) -> Address:
     """Take a broker url apart.
 
     Raises:
         BrokerOptionsError: an unknown scheme, no host, or a port that is no number.
     """
-    parts = urlsplit(url)
     example = "write mqtt://host:1883, mqtts://host:8883 or unix:///path/to/socket"
+    try:
+        parts = urlsplit(url)
+    except ValueError:  # such as a bracket that is not closed
+        raise BrokerOptionsError(f"{url!r} is no broker url: {example}") from None
     if parts.username is not None or parts.password is not None:
         raise BrokerOptionsError(
             "the broker url may not hold a user or password: they have their own settings"

@@ -14,5 +14,11 @@ class CaesuraError(Exception):
     """What a service that ends with this error exits with."""
 
 
+class ConfigError(CaesuraError):
+    """The configuration is wrong: nothing was started, and a new start without a change will not help."""
+
+    exit_code = 2
+
+
 class StoreError(CaesuraError):
     """The durable store could not take or give a record (full disk, locked, broken file)."""

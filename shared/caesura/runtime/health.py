@@ -16,6 +16,7 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.aiohttp import make_aiohttp_handler
 
 from caesura.runtime.errors import CaesuraError
+from caesura.runtime.listen import parse_listen
 
 _SHUTDOWN_S = 2.0  # s: most answers take less; what does not end by itself is cut
 
@@ -29,34 +30,21 @@ class ListenError(CaesuraError):
     """A listener could not be opened."""
 
 
-def parse_listen(listen: str) -> tuple[str, int] | str:
-    """``host:port`` as a pair, ``unix:/path`` as the path.
-
-    Raises:
-        ListenError: neither of the two, or a port outside 0..65535.
-    """
-    if listen.startswith("unix:"):
-        return listen.removeprefix("unix:")
-    host, _, port = listen.rpartition(":")
-    if not host or not port.isdigit() or int(port) > 65535:
-        raise ListenError(f"cannot listen on {listen!r}: give host:port (127.0.0.1:9310) or unix:/path")
-    return host.strip("[]"), int(port)
-
-
 async def open_site(runner: web.AppRunner, listen: str) -> None:
     """Open one listener of an aiohttp runner.
 
     Raises:
+        ListenAddressError: it is no address.
         ListenError: saying which address and why, for example that it is in use.
     """
     where = parse_listen(listen)
     site: web.BaseSite
-    if isinstance(where, str):
-        Path(where).unlink(missing_ok=True)  # noqa: ASYNC240 - a stale socket of our own, once at start
-        site = web.UnixSite(runner, where)
-    else:
-        site = web.TCPSite(runner, *where)
     try:
+        if isinstance(where, str):
+            Path(where).unlink(missing_ok=True)  # noqa: ASYNC240 - a stale socket of our own, once at start
+            site = web.UnixSite(runner, where)
+        else:
+            site = web.TCPSite(runner, *where)
         await site.start()
     except OSError as error:
         raise ListenError(

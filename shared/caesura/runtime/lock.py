@@ -1,4 +1,4 @@
-"""One process at a time in a state folder."""
+"""A service's state folder: nobody else reads it, and one process at a time works in it."""
 
 from __future__ import annotations
 
@@ -10,8 +10,38 @@ from pathlib import Path
 from caesura.runtime.errors import CaesuraError
 
 
+class StateFolderUnusable(CaesuraError):
+    """The state folder cannot be made or written to; the text says why."""
+
+
 class InUse(CaesuraError):
     """Another process works in this state folder."""
+
+
+def private_folder(path: str) -> Path:
+    """The state folder, made if needed, for nobody else to read.
+
+    Raises:
+        StateFolderUnusable: it cannot be made, or is somebody else's.
+    """
+    folder = Path(path)
+    with usable(folder):
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        folder.chmod(0o700)
+    return folder
+
+
+@contextmanager
+def usable(folder: Path) -> Iterator[None]:
+    """What the operating system refuses in the block is said of the state folder.
+
+    Raises:
+        StateFolderUnusable: it refused something.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise StateFolderUnusable(f"cannot use the state folder {folder}: {error}") from error
 
 
 @contextmanager
@@ -19,13 +49,12 @@ def sole_user(folder: str) -> Iterator[None]:
     """Hold the folder's lock while the block runs; the kernel gives it back when the process dies.
 
     Raises:
-        InUse: another process holds it, or the folder cannot be used.
+        InUse: another process holds it.
+        StateFolderUnusable: it cannot be made or written to.
     """
-    try:
+    with usable(Path(folder)):
         Path(folder).mkdir(parents=True, exist_ok=True, mode=0o700)
         handle = (Path(folder) / "lock").open("w")
-    except OSError as error:
-        raise InUse(f"cannot use the state folder {folder}: {error}") from error
     with handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,8 +1,8 @@
 """Settings from the environment: read once, checked whole, printed without secrets.
 
 Each service has one frozen struct and one prefix, ``CAESURA_<SERVICE>_``. A variable with that prefix that
-names no setting is an error (a misspelt variable must not be a silent default). A secret is given as a file,
-``..._FILE``, and never printed.
+names no setting is an error (a misspelt variable must not be a silent default), and so is one that starts with
+``CAESURA_`` and is nobody's. A secret is given as a file, ``..._FILE``, and never printed.
 """
 
 from __future__ import annotations
@@ -16,10 +16,12 @@ from typing import Annotated, Any, Literal, TypeVar
 import msgspec
 from msgspec import Meta
 
-from caesura.runtime.errors import CaesuraError
+from caesura.runtime.choices import explained
+from caesura.runtime.errors import ConfigError
+from caesura.runtime.variables import OURS, TOLD, strangers
 
 
-class SettingsError(CaesuraError):
+class SettingsError(ConfigError):
     """The environment does not make a valid configuration; the text names the variables."""
 
 
@@ -92,14 +94,16 @@ def read_settings(settings: type[S], prefix: str, environ: Mapping[str, str]) ->
     """Build ``settings`` from the variables that start with ``prefix``.
 
     Raises:
-        SettingsError: naming every unknown variable (with the nearest known one), every missing one, and
+        SettingsError: naming every unknown variable (also one that is no service's, with the nearest known one), every missing one, and
             the value that does not fit.
     """
     fields = {variable_name(prefix, field): field for field in msgspec.structs.fields(settings)}
     given = {name: value for name, value in environ.items() if name.startswith(prefix)}
     unknown = sorted(set(given) - set(fields))
-    if unknown:
-        raise SettingsError("; ".join(_unknown(name, list(fields)) for name in unknown))
+    wrong = [_unknown(name, list(fields)) for name in unknown]
+    wrong += [_stranger(name, prefix, list(fields)) for name in strangers(environ)]
+    if wrong:
+        raise SettingsError("; ".join(wrong))
     missing = sorted(name for name, field in fields.items() if field.required and name not in given)
     if missing:
         raise SettingsError(
@@ -112,13 +116,12 @@ def read_settings(settings: type[S], prefix: str, environ: Mapping[str, str]) ->
     for name, field in fields.items():
         if field.name not in raw:
             continue
+        single = _single(field)
         try:
-            msgspec.convert(
-                {field.name: raw[field.name]}, _single(field), strict=False, dec_hook=_decode_custom
-            )
+            msgspec.convert({field.name: raw[field.name]}, single, strict=False, dec_hook=_decode_custom)
         except msgspec.ValidationError as error:
             shown = "the file's content" if is_secret(field) else repr(given[name])
-            why = str(error).split(" - at ")[0]
+            why = explained(error, single).split(" - at ")[0]
             if why.startswith("Expected `array`"):
                 why += '; give JSON, such as ["one", "two"]'
             raise SettingsError(f"{name}={shown}: {why}") from error
@@ -180,6 +183,19 @@ def _unknown(name: str, known: list[str]) -> str:
     near = difflib.get_close_matches(name, known, n=1)
     hint = f", did you mean {near[0]}?" if near else "; run with --help for the list"
     return f"unknown setting {name}{hint}"
+
+
+def _stranger(name: str, prefix: str, known: list[str]) -> str:
+    """As ``_unknown``, for a variable that is no service's: most likely the prefix is wrong."""
+    whole = prefix + name.removeprefix(OURS)
+    if whole in known:
+        return f"unknown setting {name}, did you mean {whole}?"
+    rests = {
+        each.removeprefix(OURS): each for each in (*known, *TOLD)
+    }  # what they share makes all look alike
+    near = difflib.get_close_matches(name.removeprefix(OURS), rests, n=1, cutoff=0.8)
+    hint = f"did you mean {rests[near[0]]}?" if near else f"no service has it; {OURS}* is for Caesura's own"
+    return f"unknown setting {name}, {hint}"
 
 
 def _read_secret(name: str, path: str) -> Secret:

@@ -328,6 +328,22 @@ async def test_vm_whose_program_is_missing(freezer: str, tmp_path: Path) -> None
     await driver.close(stop_vms=True)
 
 
+async def test_a_start_that_fails_leaves_no_cgroup(freezer: str, tmp_path: Path) -> None:
+    """A host updater may fail before it has VMs, or because it cannot write theirs (a full disk)."""
+    chosen, _ = choose_freezer(freezer, f"caesura-start-test-{os.getpid()}")  # type: ignore[arg-type]
+    base = getattr(chosen, "_base", None)
+    assert base is None or not base.exists(), "to find out whether it works needs no place that stays"
+    (tmp_path / "vms" / "full.spec.json").mkdir(parents=True)  # stands for what cannot be written
+    spec = VmSpec(name="full", process=(GuestProcess(argv=("sleep", "600")),))
+    driver = ProcessDriver("host-1", (spec,), tmp_path, chosen, environ=os.environ, max_digest_bytes=0)
+    await driver.open()
+    try:
+        assert "cannot be started" in driver.ping()
+        assert base is None or not base.exists()
+    finally:
+        await driver.close(stop_vms=True)
+
+
 async def test_vm_starts_in_a_place_that_was_left_frozen(lives: Lives) -> None:
     first = await lives.next()
     plan = first.resume_plan("plain")

@@ -33,6 +33,7 @@ def test_addresses(url: str, address: Address) -> None:
         "mqtt://broker:port",
         "mqtt://broker:99999",
         "unix://bus.sock",
+        "mqtt://[::1",
     ],
 )
 def test_an_address_that_makes_no_sense_is_answered_with_an_example(url: str) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from structlog.testing import capture_logs
 
 from caesura.contract.messages import RefusedUpdate
+from caesura_host_updater.__main__ import _look_at_updates
 from caesura_host_updater.hostfile import HostFileError, parse_host_file, read_host_file
 from caesura_host_updater.updates import UpdateFile, catalogue, parse_update, read_updates
 
@@ -44,7 +46,15 @@ def test_host_file() -> None:
         ('host = "h"\nhots = 1', "hots"),
         ('host = "h"\n' + VM.replace("argv", "arg"), "arg"),
         ('host = "h"\n[[vm]]\nname = "a"\n', "no [[vm.process]]"),
-        ('host = "h"\ndriver = "magic"', "magic"),
+        ('host = "h"\ndriver = "magic"', "'magic': write 'process' or 'qemu' - at `$.driver`"),
+        (
+            'host = "h"\n[process]\nfreezer = "ice"',
+            "'ice': write 'auto', 'cgroup1', 'cgroup2' or 'sigstop' - at `$.process.freezer`",
+        ),
+        (
+            'host = "h"\n' + VM.replace("[[vm.process]]", "[[vm.qemu.disk]]\nfile = '/a'\nformat = 'vdi'"),
+            "'vdi': write 'qcow2' or 'raw' - at `$.vm[0].qemu.disk[0].format`",
+        ),
     ],
 )
 def test_bad_host_files_are_named(text: str, why: str) -> None:
@@ -69,7 +79,12 @@ def test_update_file() -> None:
     ("text", "line", "why"),
     [
         (UPDATE + "x =", 7, ""),
-        (UPDATE.replace('"pause"', '"explode"'), 2, "explode"),
+        (
+            UPDATE.replace('"pause"', '"explode"'),
+            2,
+            "'explode': write 'none', 'pause' or 'reboot' - at `$.impact`",
+        ),
+        (UPDATE + 'vmm = "near"\n', 7, "'near': write '', 'beside' or 'instead'"),
         (UPDATE.replace("timeout_s = 5", "timeout_s = 0"), 6, "> 0"),
         (UPDATE.replace('["/bin/true"]', "[]"), 4, "length"),
         (UPDATE.replace("/bin/true", "nowhere"), 4, "'nowhere' is not on PATH"),
@@ -111,3 +126,22 @@ def test_folder(tmp_path: Path) -> None:
     found = read_updates(str(tmp_path))
     assert list(found.updates) == ["patch"]
     assert [each.file for each in found.refused] == ["binary.toml"]
+    (refused,) = read_updates(str(tmp_path / "good.toml")).refused
+    assert refused.file.endswith("/good.toml")
+    assert refused.reason == "cannot be read: Not a directory"
+
+
+def test_what_is_wrong_with_the_updates_is_said_at_the_start(tmp_path: Path) -> None:
+    (tmp_path / "good.toml").write_text(UPDATE)
+    with capture_logs() as said:
+        _look_at_updates(str(tmp_path))
+    assert said == []
+    (tmp_path / "slip.toml").write_text(UPDATE + "x =")
+    with capture_logs() as said:
+        _look_at_updates(str(tmp_path))
+        _look_at_updates(str(tmp_path / "nosuch"))
+    assert [each["log_level"] for each in said] == ["warning", "warning"]
+    refused, missing = said
+    assert (refused["event"], refused["file"], refused["line"]) == ("updates.refused", "slip.toml", 7)
+    assert missing["event"] == "updates.no_folder"
+    assert missing["folder"] == str(tmp_path / "nosuch")

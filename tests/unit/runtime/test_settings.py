@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import pytest
 from msgspec import Meta
@@ -25,6 +25,7 @@ class Sample(ServiceSettings, frozen=True, kw_only=True):
     count: Annotated[int, Meta(ge=1)] = 3
     words: tuple[str, ...] = ()
     loud: bool = False
+    kinds: tuple[Literal["a", "b"], ...] = ()
 
 
 _GIVEN = {"X_NAME": "me"}
@@ -42,12 +43,22 @@ def test_defaults_and_conversions() -> None:
     [
         ({**_GIVEN, "X_COUTN": "7"}, "unknown setting X_COUTN, did you mean X_COUNT"),
         ({**_GIVEN, "X_ZZZZZZ": "7"}, "unknown setting X_ZZZZZZ; run with --help"),
+        ({**_GIVEN, "CAESURA_COUNT": "7"}, "unknown setting CAESURA_COUNT, did you mean X_COUNT?"),
+        ({**_GIVEN, "CAESURA_MOON": "7"}, "unknown setting CAESURA_MOON, no service has it"),
         ({}, "missing setting X_NAME"),
         ({**_GIVEN, "X_COUNT": "0"}, "X_COUNT='0'"),
         ({**_GIVEN, "X_COUNT": "many"}, "X_COUNT='many'"),
         ({"X_NAME": "m"}, "X_NAME='m'"),
         ({**_GIVEN, "X_WORDS": "a b"}, "X_WORDS='a b'"),
-        ({**_GIVEN, "X_BROKER_PROTOCOL": "4"}, "X_BROKER_PROTOCOL='4'"),
+        (
+            {**_GIVEN, "X_BROKER_PROTOCOL": "4"},
+            "X_BROKER_PROTOCOL='4': Invalid enum value '4': write '3.1.1', '5' or 'auto'",
+        ),
+        ({**_GIVEN, "X_LOG_LEVEL": "loud"}, "write 'debug', 'error', 'info' or 'warning'"),
+        (
+            {**_GIVEN, "X_KINDS": '["a", "c"]'},
+            "X_KINDS='[\"a\", \"c\"]': Invalid enum value 'c': write 'a' or 'b'",
+        ),
         (
             {**_GIVEN, "X_BROKER_PASSWORD": "hunter2"},
             "unknown setting X_BROKER_PASSWORD, did you mean X_BROKER_PASSWORD_FILE",

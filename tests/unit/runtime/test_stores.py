@@ -9,7 +9,7 @@ import pytest
 
 from caesura.runtime.database import Database
 from caesura.runtime.errors import StoreError
-from caesura.runtime.lock import InUse, sole_user
+from caesura.runtime.lock import InUse, StateFolderUnusable, private_folder, sole_user
 
 _ONE = ("CREATE TABLE t (x INTEGER NOT NULL)",)
 
@@ -103,7 +103,15 @@ def test_a_state_folder_has_one_user(tmp_path: Path) -> None:
 def test_a_folder_that_cannot_be_made_is_said(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with (
-        pytest.raises(InUse, match="cannot use the state folder"),
+        pytest.raises(StateFolderUnusable, match="cannot use the state folder"),
         sole_user(str(tmp_path / "file" / "below")),
     ):
         pass
+    with pytest.raises(StateFolderUnusable, match=r"cannot use the state folder .*/file/below: "):
+        private_folder(str(tmp_path / "file" / "below"))
+
+
+def test_a_private_folder_is_nobody_elses(tmp_path: Path) -> None:
+    (tmp_path / "open").mkdir(mode=0o755)
+    for name in ("open", "new/below"):
+        assert private_folder(str(tmp_path / name)).stat().st_mode & 0o777 == 0o700

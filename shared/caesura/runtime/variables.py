@@ -1,0 +1,60 @@
+"""Every environment variable of ours. What starts with ``CAESURA_`` and is none of them is a misspelt one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+OURS = "CAESURA_"
+SETTINGS = tuple(
+    f"{OURS}{name}_"
+    for name in (
+        "COORDINATOR",
+        "CTL",
+        "HOST_UPDATER",
+        "METADATA_PUBLISHER",
+        "METRICS_EXPORTER",
+        "VM_AGENT",
+    )
+)
+"""What the settings of each service start with. Only the service itself knows which there are."""
+MARKS = (f"{OURS}DEMO_", f"{OURS}TEST_")
+"""What demo and tests give to whatever they start, to find it again."""
+TOLD = frozenset(
+    OURS + name
+    for name in (
+        # to updates, hooks and the processes of a VM; whoever of these is one of our commands inherits them
+        "EVENT_ID",
+        "EVENT_TYPE",
+        "HOST",
+        "NOT_BEFORE",
+        "OPERATION",
+        "PAUSE_S",
+        "QEMU",
+        "SET",
+        "UPDATE",
+        "UPDATE_DOMAIN",
+        "VM",
+        "VM_RAM",
+        # to docker compose, Grafana and the soak test
+        "IMAGE",
+        "PORT_BROKER",
+        "PORT_EXPORTER",
+        "PORT_GRAFANA",
+        "PORT_PROMETHEUS",
+        "PROMETHEUS_URL",
+        "ROLLOUTS",
+        "ROLLOUT_PAUSE",
+        "SOAK_S",
+        "SOAK_SEED",
+    )
+)
+"""What is no setting of a service."""
+
+
+def strangers(names: Iterable[str]) -> list[str]:
+    """Those of ``names`` that look like a variable of ours and are none, in order."""
+    return sorted(
+        name
+        for name in names
+        if name.startswith(OURS) and not name.startswith((*SETTINGS, *MARKS)) and name not in TOLD
+    )

@@ -1,0 +1,80 @@
+"""``examples/consumer.py`` when it does not go well: one line, and no traceback."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from caesura.bus.brokers import free_port
+
+_EXAMPLE = Path(__file__).parents[3] / "examples" / "consumer.py"
+
+
+async def consumer(*words: str) -> asyncio.subprocess.Process:
+    return await asyncio.create_subprocess_exec(
+        sys.executable, str(_EXAMPLE), *words, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
+    )
+
+
+@asynccontextmanager
+async def broker(connack: int, subscribed: asyncio.Event) -> AsyncIterator[str]:
+    """The port of just enough of MQTT 3.1.1: an answer to CONNECT and, if it was yes, to SUBSCRIBE."""
+
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await packet(reader)
+        writer.write(bytes((0x20, 2, 0, connack)))
+        if connack == 0:
+            subscribe = await packet(reader)
+            writer.write(bytes((0x90, 3)) + subscribe[:2] + b"\x01")
+            subscribed.set()
+            await reader.read()  # until it goes
+        writer.close()
+
+    async def packet(reader: asyncio.StreamReader) -> bytes:
+        head = await reader.readexactly(2)
+        return await reader.readexactly(head[1])
+
+    server = await asyncio.start_server(talk, "127.0.0.1", 0)
+    async with server:
+        yield str(server.sockets[0].getsockname()[1])
+
+
+async def test_ctrl_c_is_quiet() -> None:
+    subscribed = asyncio.Event()
+    async with broker(0, subscribed) as port, asyncio.timeout(30):
+        running = await consumer("127.0.0.1", port)
+        await subscribed.wait()
+        running.send_signal(signal.SIGINT)
+        assert await running.communicate() == (b"", b"")
+    assert running.returncode == 130
+
+
+async def test_a_broker_that_refuses_or_is_not_there_is_one_line() -> None:
+    async with broker(5, asyncio.Event()) as port, asyncio.timeout(30):
+        refused = await consumer("127.0.0.1", port)
+        _, said = await refused.communicate()
+    assert refused.returncode == 1
+    (line,) = said.decode().splitlines()
+    assert "Not authorized" in line
+    nobody = free_port()
+    alone = await consumer("127.0.0.1", str(nobody))
+    _, said = await alone.communicate()
+    assert alone.returncode == 1
+    (line,) = said.decode().splitlines()
+    assert line.startswith(f"127.0.0.1:{nobody}: ")
+    assert "Connection refused" in line
+
+
+@pytest.mark.parametrize("port", ["", "x"])
+async def test_a_port_that_is_none_is_bad_usage(port: str) -> None:
+    done = await consumer("127.0.0.1", port)
+    _, said = await done.communicate()
+    assert done.returncode == 2
+    assert b"Traceback" not in said
+    assert b"usage: " in said

@@ -7,6 +7,7 @@ block (the habit is kured's, whose reboot blockers do the same).
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
+from datetime import datetime
 
 import msgspec
 
@@ -21,6 +22,8 @@ class Fleet(msgspec.Struct, frozen=True, kw_only=True):
     agents_online: Mapping[str, bool] = {}
     commanded: Mapping[str, str] = {}
     """Host to an operation it was commanded and has not answered: its inventory may not show it yet."""
+    returning_until: datetime | None = None
+    """After an outage of the broker, agents that are said to be on the bus may be on their way back until then."""
 
     def with_inventory(self, inventory: HostInventory) -> Fleet:
         """This fleet with a host's newer inventory."""
@@ -45,6 +48,10 @@ class Fleet(msgspec.Struct, frozen=True, kw_only=True):
     def with_commanded(self, operations: Mapping[str, str]) -> Fleet:
         """This fleet with what other rollouts have asked of its hosts."""
         return msgspec.structs.replace(self, commanded=operations)
+
+    def with_return(self, until: datetime) -> Fleet:
+        """This fleet after the broker was away."""
+        return msgspec.structs.replace(self, returning_until=until)
 
     def is_online(self, host: str) -> bool:
         """Whether the host's updater says it is on the bus; unknown counts as no."""

@@ -394,7 +394,7 @@ class _Step:
         if not due and (not approved or silent):
             return
         if silent and policy.on_not_ready == "halt":
-            if wave.answers_by is not None and self.now < wave.answers_by:
+            if any(until and self.now < until for until in (wave.answers_by, self.fleet.returning_until)):
                 return  # they may have answered while nobody was there to hear it; they say it again
             self._halt(wave, f"no answer of the agent by NotBefore: {listed(silent, ', ')}")
             return

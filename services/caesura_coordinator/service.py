@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Mapping
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 
 import msgspec
 import structlog
@@ -26,6 +26,7 @@ from caesura_coordinator.fleet import Fleet
 from caesura_coordinator.inputs import Abort, Approve, Authority, Input, Resume, Tick
 from caesura_coordinator.plan import make_plan, sets_of
 from caesura_coordinator.records import largest_state, new_rollout
+from caesura_coordinator.rollout import RESTART_GRACE_S
 from caesura_coordinator.store import Store, Unsendable
 
 TICK_S = 0.2
@@ -203,6 +204,9 @@ class Coordinator:
                 await self._announce()
 
     async def _on_connected(self) -> None:
+        if self.bus.stats.connects > 1:
+            # The broker says of agents that they are there, as it last heard; each comes back in its own time.
+            self.fleet = self.fleet.with_return(self._now() + timedelta(seconds=RESTART_GRACE_S))
         if not self.leads:
             return
         await self._announce()

@@ -776,6 +776,15 @@ def test_agents_may_say_again_what_a_coordinator_that_was_away_did_not_hear(stor
     assert "no answer of the agent" in story.rollout.reason
 
 
+def test_agents_that_are_on_their_way_back_after_an_outage_of_the_broker_are_waited_for(story: Story) -> None:
+    story.fleet = story.fleet.with_return(T0 + timedelta(seconds=90))
+    story.announce().approve().give(Tick(), 60)
+    assert story.wave_is("scheduled"), "NotBefore has come, and nobody has answered"
+    story.give(Tick(), 30)
+    assert story.is_("halted")
+    assert "no answer of the agent" in story.rollout.reason
+
+
 def test_approval_counts_only_from_a_vm_of_the_set(story: Story) -> None:
     story.announce().ready()
     event_id = story.wave.events[0].event_id

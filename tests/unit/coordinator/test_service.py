@@ -144,6 +144,20 @@ async def test_a_rollout_whose_record_is_lost_does_not_run_for_ever_on_the_bus(
         assert world.retained(m.RolloutState, rollout=own).status == "running"
 
 
+async def test_agents_get_time_to_come_back_when_the_broker_was_away_and_not_before(world: World) -> None:
+    async with world.coordinator() as made:
+        await eventually(lambda: made.leads)
+
+        def left_s() -> float:
+            until = made.fleet.returning_until
+            return (until - datetime.now(UTC)).total_seconds() if until else 0.0
+
+        assert left_s() == 0
+        world.broker.kill("c")
+        await eventually(lambda: left_s() > 0)
+        assert 20 < left_s() <= 30
+
+
 async def test_a_host_whose_inventory_is_removed_is_forgotten_unless_it_is_on_the_bus(
     world: World, host: Callable[..., Any], build: Callable[..., Any]
 ) -> None:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from datetime import UTC, datetime
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from caesura.contract.messages import FreezeCommanded, FreezeTarget
+from caesura.contract.messages import FreezeCommanded
 from caesura_host_updater import startup
 from caesura_host_updater.clock import ClockWait
 from caesura_host_updater.command import Repeat
@@ -46,23 +46,12 @@ class Slow:
 
 
 async def test_its_resume_is_told_its_clock_is_looked_after_and_its_operation_ends_not_before(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, freeze_one: Callable[..., FreezeCommanded]
 ) -> None:
     """Until it runs nobody knows how long it is paused (I4, I7)."""
     monkeypatch.setattr(startup, "_PATIENCE_S", 0.0)
     vm = VmPause(vm="a", set="web", update_domain=0, called_at=1.0, frozen_at=1.5)
-    command = FreezeCommanded(
-        operation="op",
-        epoch=1,
-        coordinator="c",
-        host="host-1",
-        rollout="r",
-        wave=0,
-        method="freeze",
-        targets=(FreezeTarget(vm="a", set="web", update_domain=0),),
-        budget_s=10.0,
-        not_after=datetime.now(UTC),
-    )
+    command = freeze_one()
     state = Operation(operation="op", method="freeze", budget_s=10.0, vms=(vm,), phase="frozen")
     journal = JournalThread()
     await journal.open(str(tmp_path / "journal.sqlite"))

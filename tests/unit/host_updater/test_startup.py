@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from datetime import UTC, datetime
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from caesura.bus.memory import MemoryBroker, MemoryBus
-from caesura.contract.messages import FreezeCommanded, FreezeTarget
+from caesura.contract.messages import FreezeCommanded
 from caesura_host_updater import startup
 from caesura_host_updater.drivers.port import DriverError, NotRunningYet
 from caesura_host_updater.guard.procfs import boot_id
@@ -18,7 +17,6 @@ from caesura_host_updater.hostfile import HostFile, VmSpec
 from caesura_host_updater.journal import Journal, JournalThread
 from caesura_host_updater.operation_state import Operation, VmPause
 from caesura_host_updater.service import HostUpdater
-from caesura_host_updater.settings import HostUpdaterSettings
 from caesura_host_updater.startup import Startup
 
 
@@ -80,42 +78,21 @@ class Nothing:
 
 async def test_a_vm_that_was_taken_out_of_the_host_file_does_not_keep_the_host_from_starting(
     tmp_path: Path,
+    freeze_one: Callable[..., FreezeCommanded],
+    updater_with: Callable[..., HostUpdater],
 ) -> None:
     """It was paused when the updater died; the operator removed it before the next start."""
     vm = VmPause(
         vm="removed", set="web", update_domain=3, called_at=1.0, frozen_at=1.5, resumed_at=2.0, end="running"
     )
-    command = FreezeCommanded(
-        operation="op",
-        epoch=1,
-        coordinator="c",
-        host="host-1",
-        rollout="r",
-        wave=0,
-        method="freeze",
-        targets=(FreezeTarget(vm="removed", set="web", update_domain=3),),
-        budget_s=10.0,
-        not_after=datetime.now(UTC),
-    )
+    command = freeze_one("removed", domain=3)
     state = Operation(operation="op", method="freeze", budget_s=10.0, vms=(vm,), phase="resuming")
     file = HostFile(host="host-1", vm=(VmSpec(name="other", set="web", update_domain=0),))
     journal = JournalThread()
     await journal.open(str(tmp_path / "journal.sqlite"))
     await journal.do(lambda j: j.accept(command, state, boot_id(), []))
     world: Any = Fleet("running")
-    nothing: Any = Nothing()
-    settings = HostUpdaterSettings(host_file="h.toml", updates_dir=str(tmp_path), state_dir=str(tmp_path))
-    updater = HostUpdater(
-        settings,
-        file,
-        bus=MemoryBus(MemoryBroker(), client_id="h", filters=[]),
-        driver=world,
-        guardian=world,
-        journal=journal,
-        metrics=nothing,
-        instance="i",
-        environ={},
-    )
+    updater = updater_with(file, journal, driver=world, metrics=Nothing())
     await updater.recover()
     told = await journal.do(Journal.letters)
     assert [(each.type.split(".")[2], each.parameters.get("ud")) for each in told] == [

@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from datetime import UTC, datetime, timedelta
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from caesura.bus.memory import MemoryBroker, MemoryBus
-from caesura.bus.port import Delivery
-from caesura.contract.codec import encode
-from caesura.contract.messages import FreezeCommanded, FreezeTarget
-from caesura.contract.topics import channel_of
+from caesura.contract.messages import FreezeCommanded
 from caesura_host_updater.drivers.port import Capabilities
 from caesura_host_updater.hostfile import HostFile, VmSpec
 from caesura_host_updater.journal import Journal, JournalThread
 from caesura_host_updater.service import HostUpdater
-from caesura_host_updater.settings import HostUpdaterSettings
 
 
 class Guest:
@@ -69,46 +64,21 @@ class Guest:
 
 @pytest.mark.parametrize("where", ["while the guests are asked", "while it is written down"])
 async def test_a_command_that_is_being_taken_in_when_the_host_stops_pauses_nothing(
-    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    where: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    freeze_one: Callable[..., FreezeCommanded],
+    updater_with: Callable[..., HostUpdater],
+    hand: Callable[..., Any],
 ) -> None:
     guest = Guest()
-    driver: Any = guest
     journal = JournalThread()
     await journal.open(str(tmp_path / "journal.sqlite"))
-    metrics: Any = SimpleNamespace(finished=lambda *_: None)
-    updater = HostUpdater(
-        HostUpdaterSettings(host_file="h.toml", updates_dir=str(tmp_path), state_dir=str(tmp_path)),
-        HostFile(host="host-1", vm=(VmSpec(name="a", set="web", update_domain=0),)),
-        bus=MemoryBus(MemoryBroker(), client_id="h", filters=[]),
-        driver=driver,
-        guardian=driver,
-        journal=journal,
-        metrics=metrics,
-        instance="i",
-        environ={},
-    )
-    command = FreezeCommanded(
-        operation="op",
-        epoch=1,
-        coordinator="c",
-        host="host-1",
-        rollout="r",
-        wave=0,
-        method="freeze",
-        targets=(FreezeTarget(vm="a", set="web", update_domain=0),),
-        budget_s=10.0,
-        hold_s=1.0,
-        not_after=datetime.now(UTC) + timedelta(seconds=30),
-    )
+    file = HostFile(host="host-1", vm=(VmSpec(name="a", set="web", update_domain=0),))
+    metrics = SimpleNamespace(finished=lambda *_: None)
+    updater = updater_with(file, journal, driver=guest, metrics=metrics)
     operations = asyncio.ensure_future(updater.tasks()["operations"]())
-    delivering = asyncio.create_task(
-        updater.post.deliver(
-            Delivery(
-                channel_of(FreezeCommanded).topic(host="host-1"),
-                encode(command, source="/c", event_id="e", time=datetime.now(UTC)),
-            )
-        )
-    )
+    delivering = asyncio.create_task(hand(updater, freeze_one()))
     await guest.asked.wait()
     if where == "while it is written down":
         accept, loop = Journal.accept, asyncio.get_running_loop()

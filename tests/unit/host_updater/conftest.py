@@ -1,0 +1,75 @@
+"""A command, and a host updater on a bus in memory with a driver and a guard of the test's making."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from caesura.bus.memory import MemoryBroker, MemoryBus
+from caesura.bus.port import Delivery
+from caesura.contract.codec import encode
+from caesura.contract.messages import FreezeCommanded, FreezeTarget
+from caesura.contract.topics import channel_of
+from caesura_host_updater.hostfile import HostFile
+from caesura_host_updater.journal import JournalThread
+from caesura_host_updater.service import HostUpdater
+from caesura_host_updater.settings import HostUpdaterSettings
+
+
+@pytest.fixture
+def freeze_one() -> Callable[..., FreezeCommanded]:
+    """``freeze_one(**changes)``: a command to hold VM ``a`` of host-1 for a second."""
+
+    def make(vm: str = "a", domain: int = 0, **changes: Any) -> FreezeCommanded:
+        facts: dict[str, Any] = {
+            "operation": "op",
+            "epoch": 1,
+            "coordinator": "c",
+            "host": "host-1",
+            "rollout": "r",
+            "wave": 0,
+            "method": "freeze",
+            "targets": (FreezeTarget(vm=vm, set="web", update_domain=domain),),
+            "budget_s": 10.0,
+            "hold_s": 1.0,
+            "not_after": datetime.now(UTC) + timedelta(seconds=30),
+        }
+        return FreezeCommanded(**(facts | changes))
+
+    return make
+
+
+@pytest.fixture
+def updater_with(tmp_path: Path) -> Callable[..., HostUpdater]:
+    """``updater_with(file, journal, driver=..., metrics=...)``: not started; the driver is the guard as well."""
+
+    def make(file: HostFile, journal: JournalThread, *, driver: Any, metrics: Any) -> HostUpdater:
+        return HostUpdater(
+            HostUpdaterSettings(host_file="h.toml", updates_dir=str(tmp_path), state_dir=str(tmp_path)),
+            file,
+            bus=MemoryBus(MemoryBroker(), client_id="h", filters=[]),
+            driver=driver,
+            guardian=driver,
+            journal=journal,
+            metrics=metrics,
+            instance="i",
+            environ={},
+        )
+
+    return make
+
+
+@pytest.fixture
+def hand() -> Callable[..., Any]:
+    """``await hand(updater, command)``: as if the broker had delivered it."""
+
+    async def deliver(updater: HostUpdater, command: FreezeCommanded) -> None:
+        topic = channel_of(FreezeCommanded).topic(host=command.host)
+        payload = encode(command, source="/c", event_id="e", time=datetime.now(UTC))
+        await updater.post.deliver(Delivery(topic, payload))
+
+    return deliver

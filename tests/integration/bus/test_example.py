@@ -16,10 +16,32 @@ from caesura.bus.brokers import free_port
 _EXAMPLE = Path(__file__).parents[3] / "examples" / "consumer.py"
 
 
-async def consumer(*words: str) -> asyncio.subprocess.Process:
-    return await asyncio.create_subprocess_exec(
-        sys.executable, str(_EXAMPLE), *words, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
+# A shell's background job, as a test run may be one, ignores SIGINT, and so do its children.
+_RUN = """
+import runpy, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+runpy.run_path(sys.argv.pop(1), run_name="__main__")
+"""
+
+
+@asynccontextmanager
+async def consumer(*words: str) -> AsyncIterator[asyncio.subprocess.Process]:
+    """The example as a process, which does not outlive the block."""
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-c",
+        _RUN,
+        str(_EXAMPLE),
+        *words,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
     )
+    try:
+        yield process
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.communicate()
 
 
 @asynccontextmanager
@@ -47,8 +69,7 @@ async def broker(connack: int, subscribed: asyncio.Event) -> AsyncIterator[str]:
 
 async def test_ctrl_c_is_quiet() -> None:
     subscribed = asyncio.Event()
-    async with broker(0, subscribed) as port, asyncio.timeout(30):
-        running = await consumer("127.0.0.1", port)
+    async with broker(0, subscribed) as port, asyncio.timeout(30), consumer("127.0.0.1", port) as running:
         await subscribed.wait()
         running.send_signal(signal.SIGINT)
         assert await running.communicate() == (b"", b"")
@@ -56,15 +77,18 @@ async def test_ctrl_c_is_quiet() -> None:
 
 
 async def test_a_broker_that_refuses_or_is_not_there_is_one_line() -> None:
-    async with broker(5, asyncio.Event()) as port, asyncio.timeout(30):
-        refused = await consumer("127.0.0.1", port)
+    async with (
+        broker(5, asyncio.Event()) as port,
+        asyncio.timeout(30),
+        consumer("127.0.0.1", port) as refused,
+    ):
         _, said = await refused.communicate()
     assert refused.returncode == 1
     (line,) = said.decode().splitlines()
     assert "Not authorized" in line
     nobody = free_port()
-    alone = await consumer("127.0.0.1", str(nobody))
-    _, said = await alone.communicate()
+    async with consumer("127.0.0.1", str(nobody)) as alone:
+        _, said = await alone.communicate()
     assert alone.returncode == 1
     (line,) = said.decode().splitlines()
     assert line.startswith(f"127.0.0.1:{nobody}: ")
@@ -73,8 +97,8 @@ async def test_a_broker_that_refuses_or_is_not_there_is_one_line() -> None:
 
 @pytest.mark.parametrize("port", ["", "x"])
 async def test_a_port_that_is_none_is_bad_usage(port: str) -> None:
-    done = await consumer("127.0.0.1", port)
-    _, said = await done.communicate()
+    async with consumer("127.0.0.1", port) as done:
+        _, said = await done.communicate()
     assert done.returncode == 2
     assert b"Traceback" not in said
     assert b"usage: " in said

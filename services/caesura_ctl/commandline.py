@@ -213,13 +213,10 @@ def wide_console() -> Console:
 
 def fail(error: CaesuraError, *, as_json: bool) -> None:
     """Say what went wrong on standard error, and exit with the error's code."""
-    from caesura.runtime.settings import SettingsError  # noqa: PLC0415 - only here
-
-    code = 2 if isinstance(error, SettingsError) else error.exit_code
     if as_json:
-        fail_json(type(error).__name__, str(error), code)
+        fail_json(type(error).__name__, str(error), error.exit_code)
     click.echo(f"caesura: {error}", err=True)
-    sys.exit(code)
+    sys.exit(error.exit_code)
 
 
 def fail_json(error: str, reason: str, code: int) -> NoReturn:

@@ -17,6 +17,9 @@ from caesura.contract.messages import (
 from caesura.lifecycle.budget import MIN_BUDGET_S, usable_s
 from caesura_host_updater.updates import Catalogue, UpdateFile
 
+STOPPING = "the host updater is stopping"
+"""Why nothing begins, and what was begun is aborted."""
+
 
 class Authority(msgspec.Struct, frozen=True):
     """The coordinator this host obeys: the highest epoch it has heard of, and whose that is."""
@@ -100,7 +103,7 @@ def judge_freeze(
         late_s = (now - command.not_after).total_seconds()
         return Refuse(f"the command came {late_s:.1f} s after its not_after")
     if host.stopping:
-        return Refuse("the host updater is stopping")
+        return Refuse(STOPPING)
     if host.busy:
         return Refuse(f"busy with operation {host.busy}")
     why = _wrong_targets(command, host)

@@ -302,10 +302,9 @@ class HostUpdater:
     async def _accept(self, command: FreezeCommanded, update: UpdateFile | None) -> None:
         kernels = await self.clocks.kernel_boot_ids([target.vm for target in command.targets])
         if self._stopping:  # while the guests were asked
-            why = "the host updater is stopping"
             now = datetime.now(UTC)
             await self._endings.conclude(
-                refusal(self._host.host, command, self.authority.epoch, "refused", why, now)
+                refusal(self._host.host, command, self.authority.epoch, "refused", rules.STOPPING, now)
             )
             return
         # `drain` waits for it from now on, though there is nothing to wait for before it is written down.
@@ -361,7 +360,7 @@ class HostUpdater:
             on_change=self._changed.set,
         )
         if self._stopping:
-            self._runner.abort("the host updater is stopping")
+            self._runner.abort(rules.STOPPING)
         self.outbox.queue(accepted)
         self._changed.set()
         self._accepted.put_nowait(self._runner)
@@ -476,7 +475,7 @@ class HostUpdater:
         self._stopping = True
         runner = self._runner
         if runner is not None and (runner.state.schedule is None or not _update_runs(runner.state)):
-            runner.abort("the host updater is stopping")
+            runner.abort(rules.STOPPING)
         await self._idle.wait()
         if self.bus.stats.connected:
             # Without a verdict the rollout would halt, although nothing is wrong with the clocks.

@@ -63,8 +63,7 @@ class Startup:
         self.late: list[asyncio.Task[None]] = []
         self._resuming: set[asyncio.Task[None]] = set()
         self._settled: dict[str, asyncio.Event] = {}
-        self._unsettled: set[str] = set()
-        """VMs found frozen that do not run yet."""
+        """VMs found frozen to what is set when they run, or are gone."""
         self._let_go = asyncio.Event()
 
     async def run(self, epoch: int) -> None:
@@ -82,9 +81,9 @@ class Startup:
         resumed_now = await self._resume_left_frozen()
         for entry in await self._journal.do(Journal.unfinished):
             end_orphans(entry.id, self._host, entry.update_processes)
-            paused = self._unsettled & {vm.vm for vm in entry.state.vms} if entry.state is not None else None
-            if paused:  # its end is told when its VMs run: until then nobody knows how long they were paused
-                self.late.append(asyncio.create_task(self._end_late(entry, held, resumed_now, epoch)))
+            if waits := self._unsettled(entry):
+                # Its end is told when its VMs run: until then nobody knows how long they were paused.
+                self.late.append(asyncio.create_task(self._end_late(entry, waits, held, resumed_now, epoch)))
             else:
                 await self._end(entry, held, resumed_now, epoch)
         if held is not None:
@@ -102,13 +101,11 @@ class Startup:
         frozen = [vm for vm, state in self._driver.states().items() if state == "paused"]
         resumed: dict[str, float] = {}
         settled = self._settled = {vm: asyncio.Event() for vm in frozen}
-        self._unsettled = set(frozen)
 
         async def resume(vm: str) -> None:
             if await resume_until_running(self._driver, vm) == "running":
                 resumed[vm] = time.monotonic()
             settled[vm].set()
-            self._unsettled.discard(vm)
             await self._let_go.wait()
             try:
                 await self._driver.release(vm)
@@ -126,12 +123,22 @@ class Startup:
         self.late = [task for vm, task in tasks.items() if not settled[vm].is_set()]
         return resumed
 
+    def _unsettled(self, entry: Entry) -> list[asyncio.Event]:
+        """What is yet to be set for the VMs of an operation."""
+        vms = entry.state.vms if entry.state is not None else ()
+        events = (self._settled.get(vm.vm) for vm in vms)
+        return [each for each in events if each is not None and not each.is_set()]
+
     async def _end_late(
-        self, entry: Entry, held: Intent | None, resumed_now: dict[str, float], epoch: int
+        self,
+        entry: Entry,
+        waits_for: list[asyncio.Event],
+        held: Intent | None,
+        resumed_now: dict[str, float],
+        epoch: int,
     ) -> None:
-        for vm in entry.state.vms if entry.state is not None else ():
-            if vm.vm in self._settled:
-                await self._settled[vm.vm].wait()
+        for each in waits_for:
+            await each.wait()
         ended = self._ended(entry, held, resumed_now, epoch)
         if ended is not None:
             report, op, facts, waits = ended
@@ -152,9 +159,8 @@ class Startup:
         self, entry: Entry, held: Intent | None, resumed_now: dict[str, float], epoch: int
     ) -> tuple[OperationReported, Operation, list[Letter], list[ClockWait]] | None:
         if entry.state is None or entry.command is None:
-            return (
-                None  # an operation without an end always has both: `accept` writes them in one transaction
-            )
+            # An operation without an end always has both: `accept` writes them in one transaction.
+            return None
         command = entry.command
         op = recovered(entry.state, held, resumed_now, same_boot=entry.boot_id == boot_id())
         letters, waits = [], []

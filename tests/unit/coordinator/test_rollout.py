@@ -383,18 +383,8 @@ def test_a_lost_host_that_did_its_part_after_all_is_verified_before_the_next_dom
 def test_a_lost_host_with_changed_memory_halts_the_rollout_again(late: str, story: Story) -> None:
     changed = m.MemoryProof(proof="digest", ok=False, detail="other bytes")
     story.started().give(Tick(), 90)
-    operation = story.wave.operations[0].operation
     story.report("completed", memory=changed)
-    verdict = m.VmClockSynced(
-        vm="w1",
-        host="h1",
-        set="web",
-        update_domain=0,
-        operation=operation,
-        synced=True,
-        by="agent",
-        at=story.now,
-    )
+    verdict = _verdict(story, "w1", "h1")
     if late == "before the resume":
         story.give(verdict).give(Resume())
     else:
@@ -444,23 +434,12 @@ def test_a_verification_that_was_cut_short_begins_anew(story: Story) -> None:
     """Nothing was found yet when another coordinator's document halted it, so there is nothing to accept (I8)."""
     story.started().report()
     assert story.wave_is("verifying")
-    operations = story.wave.operations
+    unsynced = _verdict(story, "w1", "h1", synced=False, by="nobody")
     story.give(Outdated(set="web", open_events=frozenset()))
     assert story.is_("halted")
     story.give(Resume())
     assert (story.wave.index, story.wave.status) == (0, "verifying")
-    story.give(
-        m.VmClockSynced(
-            vm="w1",
-            host="h1",
-            set="web",
-            update_domain=0,
-            operation=operations[0].operation,
-            synced=False,
-            by="nobody",
-            at=story.now,
-        )
-    )
+    story.give(unsynced)
     assert story.is_("halted")
     assert "w1 is unsynced" in story.rollout.reason
 
@@ -470,7 +449,8 @@ def test_a_verdict_that_comes_after_its_absence_was_accepted_is_looked_at(
 ) -> None:
     """Nobody has seen it: neither when the wave halted for want of it, nor when it halted again while it soaked."""
     story = Story(two_hosts, authority, soak_s=100.0).started().report()
-    operation = story.wave.operations[0].operation
+    other = m.MemoryProof(proof="heartbeat", ok=False, detail="it started anew")
+    anew = _verdict(story, "w1", "h1", memory=other)
     story.give(Tick(), 20)
     assert "no verdict on its clock" in story.rollout.reason
     story.give(Resume())
@@ -479,20 +459,7 @@ def test_a_verdict_that_comes_after_its_absence_was_accepted_is_looked_at(
     story.give(Tick(), 1).give(Tick(), 20)
     assert story.is_("halted")
     story.fleet = two_hosts
-    story.give(
-        m.VmClockSynced(
-            vm="w1",
-            host="h1",
-            set="web",
-            update_domain=0,
-            operation=operation,
-            synced=True,
-            by="agent",
-            memory=m.MemoryProof(proof="heartbeat", ok=False, detail="it started anew"),
-            at=story.now,
-        )
-    )
-    story.give(Resume())
+    story.give(anew).give(Resume())
     assert story.is_("halted")
     assert "w1 is not the guest it was" in story.rollout.reason
     story.give(Resume())  # now the operator has seen it; what is left of the soak is cut, as for ill health

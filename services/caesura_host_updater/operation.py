@@ -308,8 +308,9 @@ class OperationRunner:
                 _log.error("vm.resume_failed", vm=vm, tries=tries, why=repr(error))
                 await asyncio.sleep(_RESUME_TRY_S)
             else:
-                at, detail = time.monotonic(), self._moved(vm)
-                self._events.put_nowait(steps.VmResumed(vm, at, end, was_held, detail))
+                at = time.monotonic()
+                detail = self._driver.why_left(vm) if end == "left" else self._moved(vm)
+                self._events.put_nowait(steps.VmResumed(vm, at, end, was_held and end != "left", detail))
                 return
 
     def _moved(self, vm: str) -> str:

@@ -52,7 +52,8 @@ class VmPause(msgspec.Struct, frozen=True, kw_only=True):
     frozen_at: float | None = None
     """When it was confirmed to stand still."""
     resumed_at: float | None = None
-    end: Literal["", "running", "gone"] = ""
+    end: Literal["", "running", "gone", "left"] = ""
+    """``left``: it is paused, or runs elsewhere, by somebody else's doing, who has to resume it."""
     resumed_by: Literal["updater", "guard", "nobody"] = "nobody"
     told: bool = False
     """Whether its `resumed` was announced."""

@@ -78,9 +78,12 @@ def vm_resumed(op: Operation, event: VmResumed) -> Decision:
     by = "updater" if vm_of(op, event.vm).called_at is not None and event.end == "running" else "nobody"
     detail = event.detail or vm_of(op, event.vm).detail
     op = changed_vm(op, event.vm, resumed_at=event.at, end=event.end, resumed_by=by, detail=detail)
-    if event.end == "gone":
-        op = changed_vm(op, event.vm, error=vm_of(op, event.vm).error or "ended while it was paused")
-        op = failed(op, f"VM {event.vm} ended while it was paused")
+    if event.end != "running":
+        why = "ended while it was paused"
+        if event.end == "left":
+            why = f"was not resumed: {event.detail}"
+        op = changed_vm(op, event.vm, error=vm_of(op, event.vm).error or why)
+        op = failed(op, f"VM {event.vm} {why}")
     # After the guard's deadline only the guard knows who let it run, and when: wait for its record.
     if event.at < schedule_of(op).guard_at:
         op, more = tell_resumed(op, event.vm)
@@ -123,7 +126,7 @@ def disarmed(op: Operation, event: Disarmed) -> Decision:
         if catch.frozen_after is not None and called_at is not None:
             called_at = max(called_at, catch.frozen_after)
         resumed_at = catch.running_at if vm.resumed_at is None else min(vm.resumed_at, catch.running_at)
-        by = vm.resumed_by if vm.end == "gone" else "guard"
+        by = "guard" if vm.end == "running" else vm.resumed_by
         op = changed_vm(op, catch.vm, called_at=called_at, resumed_at=resumed_at, resumed_by=by)
     if caught:
         why = f"the pause guard resumed VM {', '.join(caught)}: {event.why}"

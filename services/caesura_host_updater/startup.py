@@ -30,7 +30,7 @@ _log = structlog.get_logger("caesura.recovery")
 
 
 async def resume_until_running(driver: Driver, vm: str) -> str:
-    """Try until the VM runs or is gone: ``running`` or ``gone``."""
+    """Try until the VM runs, is gone, or is left to somebody else: ``running``, ``gone`` or ``left``."""
     while True:
         try:
             return await driver.resume(vm, _RESUME_TRY_S)
@@ -165,7 +165,7 @@ class Startup:
         op = recovered(entry.state, held, resumed_now, same_boot=entry.boot_id == boot_id())
         letters, waits = [], []
         for vm in op.vms:
-            if vm.frozen_at is None or vm.resumed_at is None or vm.end == "gone":
+            if vm.frozen_at is None or vm.resumed_at is None or vm.end in ("gone", "left"):
                 continue
             waits.append(clock_wait(op, vm, command.clock_bound_s))
             # May have been told already: the same fact has the same id.

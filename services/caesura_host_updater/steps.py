@@ -114,15 +114,15 @@ class GuardLost(msgspec.Struct, frozen=True):
 
 
 class VmResumed(msgspec.Struct, frozen=True):
-    """Confirmed to run again, or gone."""
+    """Confirmed to run again, or gone, or left to whoever else paused it."""
 
     vm: str
     at: float
-    end: Literal["running", "gone"]
+    end: Literal["running", "gone", "left"]
     was_held: bool = False
     """It stood still, at least partly, although its freeze had not been confirmed."""
     detail: str = ""
-    """What runs the guest now and what ran it before, where that changed."""
+    """What runs the guest now and what ran it before, where that changed; why it was left."""
 
 
 class GuardCatch(msgspec.Struct, frozen=True):

@@ -160,12 +160,17 @@ class Driver(Protocol):
     async def release(self, vm: str) -> None:
         """The operation is over: end and remove what ``prepare`` made and was not used."""
 
-    async def resume(self, vm: str, timeout_s: float) -> Literal["running", "gone"]:
-        """Make the VM run and confirm it: let go, roll back or restore, whatever it takes. Right in every state.
+    async def resume(self, vm: str, timeout_s: float) -> Literal["running", "gone", "left"]:
+        """Make the VM run and confirm it: resume, roll back or restore, whatever it takes. Right in every state.
+
+        ``left``: it does not run and is not ours to resume: somebody else paused it or has it; see ``why_left``.
 
         Raises:
             NotRunningYet: not confirmed in time.
         """
+
+    def why_left(self, vm: str) -> str:
+        """Why ``resume`` left the VM as it is; empty where it did not."""
 
     def memory_size(self, vm: str) -> int:
         """Bytes that ``memory_digest`` would read; 0 where it cannot."""

@@ -372,7 +372,11 @@ class ProcessDriver:
         except OSError as error:
             raise FreezeFailed(vm, f"{run.kind}: {error}") from error
 
-    async def resume(self, vm: str, timeout_s: float) -> Literal["running", "gone"]:
+    def why_left(self, vm: str) -> str:  # noqa: ARG002 - the port's
+        """A frozen process is nobody else's."""
+        return ""
+
+    async def resume(self, vm: str, timeout_s: float) -> Literal["running", "gone", "left"]:
         """Ask, then look until everything of the VM runs."""
         run = self._runs.get(vm) or self._read_run(vm)
         if run is None:

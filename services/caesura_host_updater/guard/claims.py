@@ -24,13 +24,14 @@ decided any more.
 """
 
 # light imports on purpose: no pathlib here.
-# ruff: noqa: PTH115, PTH208, PTH211
+# ruff: noqa: PTH108, PTH115, PTH208, PTH211
 
 from __future__ import annotations
 
 import errno
 import os
 import re
+import time
 from contextlib import suppress
 from typing import Literal, NamedTuple
 
@@ -38,6 +39,14 @@ _NEW = re.compile(r"new:([1-9][0-9]{0,9}):([0-9]{1,19})")
 _FILE = re.compile(r"file:([1-9][0-9]{0,18}):([0-9a-f]{64})")
 _TEXT_BYTES = 1000  # a symlink's target may have 4095; a reason is one or two lines
 _SHORT_BYTES = 59  # the longest target that ext4 keeps in the inode, without a block of its own
+_BEGUN = "begun"
+_KEPT = 50  # notes of failed tries: enough for a report, and no folder that grows without end
+_IN_TURN = 2  # command lines that are tried in turn
+_DIGITS = re.compile(r"[0-9]+")  # pids and addresses differ from try to try
+_FIRST_WAIT_S = 0.25
+STUCK_AFTER = 6
+"""So many tries with the same outcome are not bad luck: from then on they come ever later."""
+LONGEST_WAIT_S = 5.0
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -120,13 +129,34 @@ def _claim_again(folder: str, number: int, text: str, full: OSError) -> None:
     raise full
 
 
+def note_begun(folder: str) -> None:
+    """Write down that the guest's own process is asked to hand it over now.
+
+    Where this is not written, a guest that was migrated away was migrated by somebody else, and runs elsewhere.
+
+    Raises:
+        OSError: it cannot be written: nothing may be begun then.
+    """
+    with suppress(FileExistsError):
+        os.symlink("begun", f"{folder}/{_BEGUN}")
+
+
+def has_begun(folder: str) -> bool:
+    """Whether ``note_begun`` was called for this operation."""
+    return os.path.lexists(f"{folder}/{_BEGUN}")
+
+
 def note_failure(folder: str, why: str) -> None:
     """Write down why a new process could not take the guest, for the next try and for the report.
 
-    Never fails: on a full disk the note is short, or there is none.
+    Never fails: on a full disk the note is short, or there is none. Only the last ``_KEPT`` are kept.
     """
     text = " ".join(why.replace("\0", " ").split()) or "no reason"
-    number = len(failures(folder)) + 1
+    numbers = _failure_numbers(folder)
+    number = (numbers[-1] if numbers else 0) + 1
+    for oldest in numbers[: -_KEPT + 1]:
+        with suppress(OSError):
+            os.unlink(f"{folder}/failure-{oldest}")
     for limit in (_TEXT_BYTES, _SHORT_BYTES):
         cut = text.encode()[:limit].decode(errors="ignore")
         with suppress(OSError):
@@ -140,9 +170,45 @@ def note_failure(folder: str, why: str) -> None:
 
 
 def failures(folder: str) -> list[str]:
-    """What was noted, oldest first."""
+    """What was noted last, oldest first."""
     try:
-        names = [name for name in os.listdir(folder) if name.startswith("failure-")]
-        return [os.readlink(f"{folder}/{name}") for name in sorted(names, key=lambda name: int(name[8:]))]
+        return [os.readlink(f"{folder}/failure-{number}") for number in _failure_numbers(folder)]
     except FileNotFoundError:
         return []
+
+
+def tries(folder: str) -> int:
+    """How many tries have failed, those whose notes were dropped included."""
+    numbers = _failure_numbers(folder)
+    return numbers[-1] if numbers else 0
+
+
+def retry_in_s(folder: str) -> float:
+    """Seconds until another try is due: the first ones at once, then ever later. Whoever tries keeps to it."""
+    number = tries(folder)
+    if number < STUCK_AFTER:
+        return 0.0
+    wait_s = min(LONGEST_WAIT_S, _FIRST_WAIT_S * 2 ** (number - STUCK_AFTER))
+    try:
+        since_s = time.time() - os.lstat(f"{folder}/failure-{number}").st_mtime
+    except FileNotFoundError:
+        return 0.0
+    # A wall clock that was set must not put a try off.
+    return wait_s - since_s if 0 <= since_s < wait_s else 0.0
+
+
+def stuck(folder: str) -> str:
+    """The reason that the last tries have in common; empty: fewer than ``STUCK_AFTER`` tries, or they differ.
+
+    Two command lines are tried in turn, so two reasons may alternate.
+    """
+    last = failures(folder)[-STUCK_AFTER:]
+    if len(last) < STUCK_AFTER or len({_DIGITS.sub("", text) for text in last}) > _IN_TURN:
+        return ""
+    return last[-1]
+
+
+def _failure_numbers(folder: str) -> list[int]:
+    with suppress(FileNotFoundError):
+        return sorted(int(name[8:]) for name in os.listdir(folder) if name.startswith("failure-"))
+    return []

@@ -23,6 +23,20 @@ from caesura_host_updater.guard.qmp import Qmp, QmpError, QmpRefused, QmpSilent,
 RUNNING = frozenset({"running", "suspended"})  # suspended: the guest's own sleep, nothing of ours
 OVER = frozenset({"shutdown", "guest-panicked", "internal-error"})  # nothing but a reset makes it run again
 LOADING = frozenset({"inmigrate", "prelaunch"})
+AWAY = {
+    "postmigrate": "it was migrated away: QEMU says postmigrate",
+    "finish-migrate": "it is being migrated away: QEMU says finish-migrate",
+    "inmigrate": "it waits for an incoming migration: QEMU says inmigrate",
+    "prelaunch": "it was never started: QEMU says prelaunch",
+    "colo": "it is a COLO secondary: QEMU says colo",
+}
+"""States in which this process does not have the guest, or not alone: a ``cont`` could make it run twice."""
+NOT_OURS = AWAY | {
+    "io-error": "QEMU paused it for an I/O error: see to its storage, then resume it with `cont`",
+    "watchdog": "its watchdog paused it: resume it with `cont`",
+    "debug": "a debugger paused it",
+}
+"""States that no ``stop`` of ours leads to, each with what it means; whoever brought the guest there resumes it."""
 CONT_S = 1.0  # s: what ``cont`` may take: activating the disks may wait for a busy one
 _UNDER_WAY = frozenset(
     {"setup", "cancelling", "active", "pre-switchover", "device", "wait-unplug", "postcopy-active"}
@@ -92,8 +106,14 @@ def migration(qmp: Qmp, until: float) -> str:
     return str(qmp.execute("query-migrate", until=until).get("status", "none"))
 
 
-def look(pid: int, start_ticks: int, paths: Sequence[str]) -> Literal["running", "held", "frozen", "gone"]:
-    """The condition of the process that has the guest: as ``plans.condition``."""
+def look(
+    pid: int, start_ticks: int, paths: Sequence[str], *, ours: bool
+) -> Literal["running", "held", "frozen", "gone"]:
+    """The condition of the process that has the guest: as ``plans.condition``.
+
+    ``ours``: whether a migration of ours may have brought it to where it is; if not, a guest that was migrated away or
+    paused by somebody else is ``gone`` from our hands.
+    """
     if not alive(pid, start_ticks):
         return "gone"
     if is_held(pid):
@@ -106,16 +126,17 @@ def look(pid: int, start_ticks: int, paths: Sequence[str]) -> Literal["running",
         return "held" if alive(pid, start_ticks) else "gone"
     if state in RUNNING:
         return "running"
-    if state in OVER:
+    if state in OVER or (state in NOT_OURS and not ours):
         return "gone"
     return "held" if state in ("inmigrate", "finish-migrate") else "frozen"
 
 
-def make_run(qmp: Qmp, until: float, *, cancel: bool) -> None:
+def make_run(qmp: Qmp, until: float, *, ours: bool) -> None:
     """Have a guest run that this process has and nobody else may have.
 
     Args:
-        cancel: whether a migration that is under way is ours to cancel.
+        ours: whether a migration of this guest is ours: to cancel while it is under way, to go back from when it is
+            done. If not, a guest that was migrated away or paused by somebody else is left as it is.
 
     Raises:
         NotRunning: it does not by ``until``; QEMU's reason is in the text.
@@ -125,12 +146,12 @@ def make_run(qmp: Qmp, until: float, *, cancel: bool) -> None:
     cancelled, why = False, "no reason"
     while True:
         state = run_state(qmp, until)
-        if state in RUNNING or state in OVER:
+        if state in RUNNING or state in OVER or (state in NOT_OURS and not ours):
             return
         if state == "inmigrate":
             raise NotRunning("it waits for a state that nobody sends")
         wait = False
-        if cancel and time.monotonic() < give_up_waiting and migration(qmp, until) in _UNDER_WAY:
+        if ours and time.monotonic() < give_up_waiting and migration(qmp, until) in _UNDER_WAY:
             if not cancelled:
                 cancelled = True
                 qmp.execute("migrate_cancel", until=until)

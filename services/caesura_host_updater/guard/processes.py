@@ -31,7 +31,7 @@ class StillThere(OSError):
 
 
 def end(pid: int, start_ticks: int, until: float) -> None:
-    """SIGKILL it and wait until it is dead; one that is gone already is no error.
+    """SIGKILL it, wait until it is dead, and reap it if it is our child; one that is gone already is no error.
 
     Raises:
         StillThere: not dead by ``until`` (CLOCK_MONOTONIC).
@@ -42,6 +42,7 @@ def end(pid: int, start_ticks: int, until: float) -> None:
         return
     try:
         if not alive(pid, start_ticks):
+            _reap(pid, start_ticks)
             return
         with suppress(ProcessLookupError):
             signal.pidfd_send_signal(handle, signal.SIGKILL)
@@ -50,8 +51,17 @@ def end(pid: int, start_ticks: int, until: float) -> None:
         while not poll.poll(max(until - time.monotonic(), 0) * 1000):
             if time.monotonic() >= until:
                 raise StillThere(f"process {pid} was killed and is not dead yet")
+        _reap(pid, start_ticks)
     finally:
         os.close(handle)
+
+
+def _reap(pid: int, start_ticks: int) -> None:
+    """Collect it if it is a dead child of ours: whoever starts a process in a try must not leave a zombie a try."""
+    process = read_process(pid)
+    if process is not None and process.start_ticks == start_ticks and process.state in DEAD:
+        with suppress(ChildProcessError):
+            os.waitpid(pid, os.WNOHANG)
 
 
 def is_held(pid: int) -> bool:

@@ -36,6 +36,8 @@ _TOTAL_S = 1.0  # s: one call, but for a process that is starting; whoever calls
 _START_S = 3.0  # s: from the program's start to the loaded state; 60 ms on an idle host
 _CAPABILITIES = {"x-ignore-shared": True, "events": True, "return-path": False, "late-block-activate": True}
 _STEP_S = 0.001
+STUCK = "cannot be resumed"
+"""How the reason of a guest begins whose way out fails again and again."""
 _LOG_BYTES = 400  # how much of a new process's last words goes into the reason
 
 
@@ -63,7 +65,8 @@ def way_out(plan: ReplacePlan, *, alone: bool) -> None:
             lives = alive(plan.old.pid, plan.old.start_ticks)
             claims.claim(plan.claims, 1, "old" if lives else "gone")
         elif owner.kind == "old":
-            back(plan.old, [(each.pid, each.start_ticks) for each in started(plan)], until)
+            others = [(each.pid, each.start_ticks) for each in started(plan)]
+            back(plan.old, others, until, ours=claims.has_begun(plan.claims))
             return
         elif owner.kind == "gone":
             _clear_away(plan, 0, until)
@@ -77,9 +80,24 @@ def way_out(plan: ReplacePlan, *, alone: bool) -> None:
             until = time.monotonic() + _TOTAL_S  # another decision stands: time anew for that
         else:
             if tries == len(plan.argv):
-                raise NotRunning(f"no new process could take the guest: {claims.failures(plan.claims)[-1]}")
+                raise NotRunning(_failed_tries(plan))
+            if claims.retry_in_s(plan.claims) > 0:
+                raise NotRunning(_failed_tries(plan))
             tries += 1
             _restore(plan, number, owner, until)
+
+
+def _failed_tries(plan: ReplacePlan) -> str:
+    """Why no new process has the guest yet; when it is always the same, what an operator can do."""
+    why = claims.stuck(plan.claims)
+    if not why:
+        return f"no new process could take the guest: {claims.failures(plan.claims)[-1]}"
+    return (
+        f"{STUCK}: every try of a new process fails in the same way: {why}. Its memory is in its RAM file and its "
+        f"device state in {plan.state_file}; both are kept, and it is tried again every {claims.LONGEST_WAIT_S:g} s. "
+        f"See `tail -n 20 {plan.log}` and whether `{plan.argv[0][0]} --version` runs; when the cause is mended it "
+        f"resumes by itself. To give the guest up for good: `rm {plan.state_file}`"
+    )
 
 
 def _clear_away(plan: ReplacePlan, but: int, until: float) -> None:
@@ -205,7 +223,7 @@ def _check(path: str, handle: int, owner: Owner) -> None:
 
 def _try_next(plan: ReplacePlan, number: int, state: int, until: float) -> None:
     """One try; which command line is its turn follows from how many tries have failed, whoever made them."""
-    argv = plan.argv[len(claims.failures(plan.claims)) % len(plan.argv)]
+    argv = plan.argv[claims.tries(plan.claims) % len(plan.argv)]
     log_bytes = _size(plan.log)
     process: Process | None = None
     try:
@@ -279,4 +297,4 @@ def _after_the_operation(plan: ReplacePlan, until: float) -> None:
     old = plan.old
     if alive(old.pid, old.start_ticks) and not started(plan):
         with reach(old.pid, old.start_ticks, [old.qmp], until) as qmp:
-            make_run(qmp, until, cancel=False)
+            make_run(qmp, until, ours=False)

@@ -51,7 +51,7 @@ def way_out(plan: SwapPlan) -> None:
                 return
             _decide(plan, until)
         elif owner.kind == "old":
-            back(plan.old, [(plan.new.pid, plan.new.start_ticks)], until)
+            back(plan.old, [(plan.new.pid, plan.new.start_ticks)], until, ours=claims.has_begun(plan.claims))
             return
         elif owner.kind == "new":
             if _forward(plan, number, owner, until):
@@ -65,10 +65,11 @@ def way_out(plan: SwapPlan) -> None:
             raise claims.BadClaim(f"{owner.text!r} in a swap")
 
 
-def back(old: Vmm, others: list[tuple[int, int]], until: float) -> None:
-    """The old process has the guest for good: everybody else is dead before it is told to go on.
+def back(old: Vmm, others: list[tuple[int, int]], until: float, *, ours: bool) -> None:
+    """The old process has the guest for good: everybody else is dead before it is resumed.
 
     A QEMU that sends its state to one that hangs hangs itself until that one is dead.
+    ``ours``: whether our own migration of this guest was begun; if not, one that is done is somebody else's.
     """
     for pid, start_ticks in others:
         end(pid, start_ticks, until)
@@ -76,7 +77,7 @@ def back(old: Vmm, others: list[tuple[int, int]], until: float) -> None:
         let_go(old.pid, old.start_ticks)
         try:
             with reach(old.pid, old.start_ticks, [old.qmp], until) as qmp:
-                make_run(qmp, until, cancel=True)
+                make_run(qmp, until, ours=ours)
         except ProcessGone:
             return
 
@@ -150,4 +151,4 @@ def _after_the_operation(plan: SwapPlan, until: float) -> None:
     for vmm in left:
         with reach(vmm.pid, vmm.start_ticks, [plan.new.qmp, plan.old.qmp], until) as qmp:
             if run_state(qmp, until) not in LOADING:
-                make_run(qmp, until, cancel=False)
+                make_run(qmp, until, ours=False)

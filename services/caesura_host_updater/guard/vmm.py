@@ -30,17 +30,18 @@ class NobodyKnows(OSError):
 def condition(plan: VmmPlan) -> Literal["running", "held", "frozen", "gone"]:
     """The condition of the process that has the guest by the claims. Raises OSError: it cannot be told."""
     if isinstance(plan, QemuPlan):
-        return look(plan.vmm.pid, plan.vmm.start_ticks, [plan.vmm.qmp])
+        return look(plan.vmm.pid, plan.vmm.start_ticks, [plan.vmm.qmp], ours=False)
     paths = [plan.new.qmp if isinstance(plan, SwapPlan) else plan.qmp, plan.old.qmp]
     _, owner = _current(plan)
+    begun = claims.has_begun(plan.claims)
     if owner is None:
         if alive(plan.old.pid, plan.old.start_ticks) or not isinstance(plan, SwapPlan):
-            return look(plan.old.pid, plan.old.start_ticks, [plan.old.qmp])
-        return look(plan.new.pid, plan.new.start_ticks, paths)
+            return look(plan.old.pid, plan.old.start_ticks, [plan.old.qmp], ours=begun)
+        return look(plan.new.pid, plan.new.start_ticks, paths, ours=True)
     if owner.kind == "old":
-        return look(plan.old.pid, plan.old.start_ticks, [plan.old.qmp])
+        return look(plan.old.pid, plan.old.start_ticks, [plan.old.qmp], ours=begun)
     if owner.kind == "new":
-        found = look(owner.pid, owner.start_ticks, paths)
+        found = look(owner.pid, owner.start_ticks, paths, ours=True)
         # Dead and nobody has said yet what follows from it: whoever killed it may know that it never ran.
         undecided = found == "gone" and not alive(owner.pid, owner.start_ticks)
         return "held" if undecided else found
@@ -58,7 +59,7 @@ def thaw(plan: VmmPlan) -> None:
         let_go(vmm.pid, vmm.start_ticks)
         try:
             with reach(vmm.pid, vmm.start_ticks, [vmm.qmp], until) as qmp:
-                make_run(qmp, until, cancel=False)
+                make_run(qmp, until, ours=False)
         except ProcessGone:
             return
         return

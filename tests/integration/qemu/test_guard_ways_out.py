@@ -234,6 +234,7 @@ class Swap(Lab):
 
     def send(self) -> None:
         """The old one sends; nobody waits for it."""
+        claims.note_begun(str(self.claims))
         self.old.do("migrate", uri=f"unix:{self.folder}/mig")
 
     def load(self) -> None:
@@ -282,6 +283,7 @@ class Replace(Lab):
         finally:
             os.close(handle)
         self.old.do("stop")
+        claims.note_begun(str(self.claims))
         self.old.do("migrate", uri="fd:state")
         if done:
             wait(

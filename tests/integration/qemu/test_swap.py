@@ -14,6 +14,7 @@ import pytest
 
 from caesura_host_updater.drivers.port import DriverError, SwapFailed
 from caesura_host_updater.drivers.qemu.definition import Definition, Disk, Nic
+from caesura_host_updater.guard.claims import note_begun
 
 SMALL = Definition(memory_mib=16, machine="pc-q35-7.2", vcpus=2, nic=(Nic(),))
 
@@ -357,6 +358,7 @@ async def test_updater_that_dies_in_the_middle(rig: Any, tools: Any) -> None:
     await driver.prepare("a", "op-1", "swap", "")
     guest = driver._guests["a"]
     pid = tools.pid_of(driver, "a")
+    note_begun(guest.prepared.plan.claims)
     with guest.prepared.qmp.watch() as told:
         await guest.qmp.execute("migrate", uri=f"unix:{rig.folder}/run/a/mig")
         await told.first(lambda event: event.data.get("status") == "completed")

@@ -51,6 +51,7 @@ class FakeDriver:
         self.digests = ["same", "same"]
         self.broken_freezes: dict[str, Exception] = {}
         self.broken_resumes: list[Exception] = []
+        self.left: dict[str, str] = {}
         self.freezing = asyncio.Event()
 
     def ping(self) -> str:
@@ -118,7 +119,12 @@ class FakeDriver:
         if time.monotonic() >= by:
             raise FreezeFailed(vm, "too slow")
 
-    async def resume(self, vm: str, timeout_s: float) -> Literal["running", "gone"]:
+    def why_left(self, vm: str) -> str:
+        return self.left.get(vm, "")
+
+    async def resume(self, vm: str, timeout_s: float) -> Literal["running", "gone", "left"]:
+        if vm in self.left:
+            return "left"
         if self.broken_resumes:
             raise self.broken_resumes.pop()
         self.vms[vm] = "running"
@@ -308,6 +314,33 @@ async def test_somebody_else_resumed_it(journal: JournalThread) -> None:
     scene.driver.vms["a"] = "running"
     op = await task
     assert "VM a ran although it was paused" in op.failure
+
+
+async def test_a_vm_that_somebody_else_has_is_left_and_said_so(journal: JournalThread) -> None:
+    """Paused by its operator before the freeze, or migrated away in it: the others run, and it is not announced."""
+    scene = Scene(journal, "a", "b")
+    scene.driver.left["a"] = "it was migrated away"
+    async with asyncio.timeout(10):
+        op = await scene.runner.run()
+    assert (op.end, op.failure) == ("failed", "VM a was not resumed: it was migrated away")
+    assert op.vms[0].end == "left"
+    assert op.vms[0].resumed_by == "nobody"
+    assert op.vms[0].error == "was not resumed: it was migrated away"
+    assert scene.driver.vms["b"] == "running"
+    assert ("VmResumed", "a") not in scene.told()
+    assert ("VmResumed", "b") in scene.told()
+
+
+async def test_a_vm_that_was_paused_already_does_not_count_as_paused_by_us(journal: JournalThread) -> None:
+    scene = Scene(journal, "a")
+    scene.driver.vms["a"] = "paused"
+    scene.driver.broken_freezes["a"] = FreezeFailed("a", "was paused by somebody else")
+    scene.driver.left["a"] = "was paused by somebody else"
+    async with asyncio.timeout(10):
+        op = await scene.runner.run()
+    assert op.failure == "VM a could not be frozen: was paused by somebody else"
+    assert scene.told() == []
+    assert scene.driver.vms["a"] == "paused"
 
 
 async def test_guests_are_swapped_one_after_the_other_each_paused_for_milliseconds(

@@ -6,6 +6,7 @@ import shlex
 
 import pytest
 
+from caesura_host_updater.drivers.qemu.arguments import options, settings, with_setting
 from caesura_host_updater.drivers.qemu.commandline import (
     Memory,
     Paths,
@@ -14,16 +15,17 @@ from caesura_host_updater.drivers.qemu.commandline import (
     mac_of,
     machine_of,
     memory_of,
+)
+from caesura_host_updater.drivers.qemu.definition import Definition, Disk, Nic
+from caesura_host_updater.drivers.qemu.obstacles import obstacles, paths_of
+from caesura_host_updater.drivers.qemu.successor import (
     next_command,
     next_path,
-    options,
-    settings,
     settled,
     settled_path,
     sockets_of,
+    trial_command,
 )
-from caesura_host_updater.drivers.qemu.definition import Definition, Disk, Nic
-from caesura_host_updater.drivers.qemu.obstacles import obstacles
 
 AT = Paths(
     ram="/ram/c/a.ram",
@@ -112,11 +114,11 @@ def test_options_and_settings() -> None:
         ("-smp", "2"),
         ("-append", None),
     ]
-    assert settings("socket,path=/a,,b,server=on,wait") == (
+    assert settings("-chardev", "socket,path=/a,,b,server=on,wait") == (
         "socket",
         {"path": "/a,b", "server": "on", "wait": "on"},
     )
-    assert settings(None) == ("", {})
+    assert settings("-m", None) == ("", {})
 
 
 @pytest.mark.parametrize(
@@ -133,8 +135,33 @@ def test_options_and_settings() -> None:
         (RAM.replace("size=1G", "size=1Q"), "(1Q) is not understood"),
         (RAM + ",discard-data=on", "discard-data"),
         (RAM + " -object memory-backend-ram,id=more,size=1G", "several memory backends"),
-        (RAM + " -numa node,memdev=ram", "-numa"),
-        (RAM + """ -object '{"qom-type":"secret"}' """, "in JSON"),
+        (RAM + " -numa node,memdev=other", "is not the machine's RAM"),
+        (RAM + " -object {broken", "is no JSON object"),
+        (RAM + """ -device '{"driver":"vfio-pci","host":"1"}'""", "vfio-pci"),
+        (RAM + """ -netdev '{"type":"tap","id":"n","vhost":true}'""", "vhost"),
+        (RAM + """ -netdev '{"type":"tap","id":"n","fd":"3"}'""", "open file of its starter"),
+        (RAM + """ -blockdev '{"driver":"qcow2","file":{"driver":"file","filename":"d.img"}}'""", "'d.img'"),
+        (RAM + """ -drive 'file=json:{"file":{"driver":"file","filename":"d.img"}}'""", "is relative"),
+        (
+            RAM + """ -object '{"qom-type":"memory-backend-ram","id":"more","size":1}'""",
+            "several memory backends",
+        ),
+        (RAM + " -drive file=/d,id=v,snapshot=on", "-drive v with snapshot=on"),
+        (RAM + " -drive file=fat:rw:/tmp", "vvfat"),
+        (RAM + " -drive file=file:d.img", "'file:d.img' in its command line is relative"),
+        (
+            RAM + " -chardev socket,id=tpm,path=/run/swtpm -tpmdev emulator,id=t,chardev=tpm",
+            "client of /run/swtpm",
+        ),
+        (RAM + " -chardev socket,id=c,host=h,port=1", "client of h"),
+        (RAM + " -netdev stream,id=n,addr.type=unix,addr.path=/run/passt,server=off", "client of /run/passt"),
+        (RAM + " -netdev socket,id=n,connect=h:1", "client of h:1"),
+        (RAM + " -netdev socket,id=n,listen=:1", "network back end 'socket'"),
+        (RAM + " -netdev l2tpv3,id=n,src=a", "network back end 'l2tpv3'"),
+        (RAM + " -tpmdev passthrough,id=t", "the host's own"),
+        (RAM + " -device usb-host,vendorid=1", "usb-host"),
+        (RAM + " -device loader,addr=0,data=1", "writes to the guest's RAM"),
+        (RAM + " -chardev serial,id=s,path=/dev/ttyS0", "character device 'serial' (s)"),
         (RAM + " -snapshot", "-snapshot"),
         (RAM + " -device vfio-pci,host=1", "vfio-pci"),
         (RAM + " -netdev tap,id=n,vhost=on", "vhost"),
@@ -173,13 +200,104 @@ def test_what_forbids_a_process_beside(text: str, why: str) -> None:
 
 
 def test_what_forbids_nothing() -> None:
-    text = "-netdev bridge,id=n,br=br0 -vnc unix:/v -drive file=nbd:h:1 -chardev socket,id=c,port=1,host=h -vnc none"
+    text = "-netdev bridge,id=n,br=br0 -vnc unix:/v -drive file=nbd:h:1 -vnc none"
     found = obstacles(words(f"{RAM} {text}"), "pc-q35-7.2")
     assert found.both == found.beside == ()
 
 
+def test_every_reason_at_once() -> None:
+    text = "-m 1G -mem-path /dev/shm -snapshot -device vfio-pci,host=1 -s"
+    found = obstacles(words(text), "q35")
+    for word in ("-mem-path", "-snapshot", "vfio-pci", "no version"):
+        assert word in "; ".join(found.both)
+    two = RAM.replace(",share=on", "").replace("memory-backend=ram", "memory-backend=x").replace("/r", "r")
+    for word in ("lacks share=on", "is not the machine's RAM", "relative to a folder"):
+        assert word in "; ".join(obstacles(words(two), "pc-q35-7.2").both)
+
+
+def test_what_other_peoples_command_lines_have_and_may_have() -> None:
+    """JSON, one NUMA node on one backend, distributions' machine types: nothing that forbids another process."""
+    text = (
+        """-machine pc-q35-jammy -object '{"qom-type":"memory-backend-file","id":"m0","mem-path":"/r","size":1073741824,"""
+        """"share":true}' -numa node,memdev=m0 -device '{"driver":"virtio-blk-pci","drive":"d"}' """
+        """-blockdev '{"driver":"file","node-name":"d","filename":"/d.img"}' -netdev '{"type":"user","id":"n"}'"""
+    )
+    assert memory_of(words(text)) == Memory("/r", 1 << 30, "m0")
+    found = obstacles(words(text), "pc-q35-jammy")
+    assert found.both == found.beside == ()
+    forwarded = """-netdev '{"type":"user","id":"n","hostfwd":[{"str":"tcp::22-:22"}]}'"""
+    assert "tcp::22-:22" in "; ".join(obstacles(words(f"{RAM} {forwarded}"), "pc-q35-7.2").beside)
+
+
+def test_what_must_not_happen_twice() -> None:
+    argv = words(
+        "-device vmgenid,guid=auto,id=g -serial file:/log/a,b -serial null -serial file:/log/c -parallel file:/p"
+        " -mem-prealloc -object memory-backend-file,id=ram,mem-path=/r,size=1G,share=on,prealloc=on"
+        """ -object '{"qom-type":"memory-backend-file","id":"x","prealloc":true}'"""
+        """ -device '{"driver":"vmgenid","guid":"auto"}'"""
+    )
+    following = next_command(argv, "/new", "pc-q35-7.2", "3cb7e8cc")
+    assert following[1:] == (
+        *("-device", "vmgenid,guid=3cb7e8cc,id=g"),
+        *("-chardev", "file,id=serial0,path=/log/a,,b,append=on", "-serial", "chardev:serial0"),
+        *("-serial", "null"),
+        *("-chardev", "file,id=serial2,path=/log/c,append=on", "-serial", "chardev:serial2"),
+        *("-chardev", "file,id=parallel0,path=/p,append=on", "-parallel", "chardev:parallel0"),
+        *("-object", "memory-backend-file,id=ram,mem-path=/r,size=1G,share=on"),
+        *("-object", '{"qom-type": "memory-backend-file", "id": "x"}'),
+        *("-device", '{"driver": "vmgenid", "guid": "3cb7e8cc"}'),
+        *("-machine", "pc-q35-7.2", "-incoming", "defer", "-S"),
+    )
+    assert next_command(settled(following), "/new", "pc-q35-7.2", "3cb7e8cc") == following
+
+
+def test_a_trial_has_the_same_machine_and_nothing_that_others_could_notice() -> None:
+    argv = words(
+        "-machine pc-q35-7.2 -netdev user,id=n,hostfwd=tcp::22-:22 -device e1000,netdev=n -netdev tap,id=m,ifname=t0"
+        " -chardev socket,id=c,path=/s/c,server=on,mux=on -mon chardev=c -qmp unix:/s/qmp,server=on -vnc :1 -s"
+        " -spice port=5900 -serial file:/l -serial chardev:c -nic user,model=e1000,hostfwd=tcp::1-:1 -nic none"
+        " -net nic -net user -audiodev pa,id=a -display gtk -drive file=/d -gdb tcp::1 -monitor stdio"
+    )
+    trial = trial_command(next_command(argv, "/q", "pc-q35-7.2"), "/run/v")
+    assert trial == (
+        *("/q", "-machine", "pc-q35-7.2", "-netdev", "hubport,id=n,hubid=1", "-device", "e1000,netdev=n"),
+        *("-netdev", "hubport,id=m,hubid=2", "-chardev", "null,id=c,mux=on"),
+        *("-spice", "unix=on,addr=/run/v/spice,disable-ticketing=on"),
+        *("-chardev", "null,id=serial0", "-serial", "chardev:serial0", "-serial", "chardev:c"),
+        *("-nic", "hubport,hubid=3,model=e1000", "-net", "nic", "-audiodev", "none,id=a"),
+        *("-display", "none", "-drive", "file=/d", "-incoming", "defer", "-S"),
+        *("-display", "none", "-monitor", "none", "-qmp", "unix:/run/v/trial,server=on,wait=off"),
+    )
+
+
+def test_settings_that_are_changed() -> None:
+    assert with_setting("a,b=1,c=2", "b", "x,y") == "a,b=x,,y,c=2"
+    assert with_setting("a,b=1", "b", None) == "a"
+    assert with_setting("a", "b", "1") == "a,b=1"
+    assert settings("-netdev", "type=tap,id=n") == ("tap", {"type": "tap", "id": "n"})
+    assert settings("-blockdev", '{"driver": "raw", "file": {"filename": "/x"}, "n": [1]}') == (
+        "raw",
+        {"driver": "raw", "file.filename": "/x", "n.0": "1"},
+    )
+    assert settings("-object", "{broken") == ("", {})
+
+
+def test_paths_that_a_command_line_names() -> None:
+    argv = words(
+        "-kernel /k -drive file=/d,,1,id=x -qmp unix:/s/qmp,server=on -object secret,id=s,file=/f -append /a"
+    )
+    assert paths_of(argv) == ("/d,1", "/f", "/k", "/s", "/usr/bin/qemu")
+
+
 def test_machines_without_a_version() -> None:
-    for machine in ("microvm", "none", "isapc"):
+    for machine in ("microvm", "none", "isapc", "q35", "pc-q35", "virt"):
         assert f"machine type '{machine}' has no version" in "; ".join(obstacles(words(RAM), machine).both)
-    for machine in ("pc-q35-7.2", "virt-10.0", "pc-q35-rhel9.2.0"):
+    for machine in (
+        "pc-q35-7.2",
+        "virt-10.0",
+        "pc-q35-rhel9.2.0",
+        "pc-q35-jammy",
+        "pc-i440fx-focal",
+        "pc-i440fx-jammy-hpb",
+    ):
         assert obstacles(words(RAM), machine).both == ()

@@ -19,7 +19,7 @@ from caesura_host_updater.guard.plans import ReplacePlan
 from caesura_host_updater.guard.procfs import alive, send_signal
 
 _NAME = "caesura-state"
-_LARGEST_BYTES = 64 << 20  # device state is 0.2 to 0.4 MB, more with a display: beyond this RAM was written
+_STATE_BYTES = 8 << 20  # device state is 0.2 to 0.4 MB
 _DEATH_S = 2.0  # s: a killed QEMU unmaps its RAM, which stays in its file
 _LOOK_S = 0.001
 
@@ -29,11 +29,12 @@ async def get_ready(qmp: Qmp) -> None:
     await set_capabilities(qmp, x_ignore_shared=True, events=True, return_path=False)
 
 
-async def save_state(qmp: Qmp, plan: ReplacePlan, by: float, *, gone: bool) -> float:
+async def save_state(qmp: Qmp, plan: ReplacePlan, by: float, *, gone: bool, moved_bytes: int) -> float:
     """Save, claim, and kill the old process; when the guest stopped, on CLOCK_MONOTONIC.
 
     ``gone``: return when it is dead. Unmapping its RAM takes the kernel some 10 ms a GiB, in which a new process can
     be started already if nothing but the old one's death is waited for.
+    ``moved_bytes``: the RAM blocks beside the guest's shared RAM (firmware, video), which are in the file.
 
     Raises:
         HandOverFailed, QmpFailed, OSError: the guard's way out makes the guest run again.
@@ -55,7 +56,7 @@ async def save_state(qmp: Qmp, plan: ReplacePlan, by: float, *, gone: bool) -> f
         except TimeoutError:
             raise HandOverFailed("its state was not saved in time") from None
         stopped = next((event.at for event in told.events if event.name == "STOP"), time.monotonic())
-    text = _keep(part, plan.state_file)
+    text = _keep(part, plan.state_file, moved_bytes + _STATE_BYTES)
     if time.monotonic() >= by:
         raise HandOverFailed("its state was not saved in time")
     take_from(plan, text)
@@ -68,10 +69,10 @@ async def save_state(qmp: Qmp, plan: ReplacePlan, by: float, *, gone: bool) -> f
     return stopped
 
 
-def _keep(part: Path, state_file: str) -> str:
+def _keep(part: Path, state_file: str, limit_bytes: int) -> str:
     """Give the state its name; what is claimed of it."""
     size = part.stat().st_size
-    if not 0 < size <= _LARGEST_BYTES:
+    if not 0 < size <= limit_bytes:
         raise HandOverFailed(f"the state file has {size} bytes: that is not the state of devices alone")
     part.rename(state_file)
     return f"file:{size}:{hashlib.sha256(Path(state_file).read_bytes()).hexdigest()}"

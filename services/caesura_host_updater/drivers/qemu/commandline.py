@@ -1,4 +1,4 @@
-"""QEMU command lines. Pure: from a definition to the first process, from one process to the next.
+"""QEMU command lines. Pure: the one that starts a VM, and where a guest's RAM is.
 
 What a command line says of the guest's RAM decides whether another process can take it over. Sources: qemu(1), and
 QEMU's ``ramblock_is_ignored``: with ``x-ignore-shared`` only RAM that is
@@ -7,52 +7,15 @@ QEMU's ``ramblock_is_ignored``: with ``x-ignore-shared`` only RAM that is
 
 from __future__ import annotations
 
-import os.path
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 
+from caesura_host_updater.drivers.qemu.arguments import escaped, is_on, options, settings
 from caesura_host_updater.drivers.qemu.definition import Definition
 from caesura_host_updater.guard.qemuplans import SPARE
 
-NEXT = "next"
-"""The folder, beside a process's sockets, where those of the process that shall follow it are."""
-
-_FLAGS = frozenset(
-    [
-        "-S",
-        "-daemonize",
-        "-nodefaults",
-        "-no-user-config",
-        "-nographic",
-        "-snapshot",
-        "-no-reboot",
-        "-no-shutdown",
-        "-enable-kvm",
-        "-no-acpi",
-        "-no-hpet",
-        "-usb",
-        "-mem-prealloc",
-        "-s",
-        "-singlestep",
-        "-full-screen",
-        "-win2k-hack",
-        "-no-fd-bootchk",
-        "-show-cursor",
-        "-no-quit",
-        "-preconfig",
-        "-only-migratable",
-        "-xen-attach",
-        "-semihosting",
-        "-old-param",
-        "-enable-fips",
-        "-nouserconfig",
-        "-curses",
-    ]
-)
-_DROPPED = frozenset(("-S", "-daemonize", "-pidfile", "-incoming", "-loadvm"))
-SERVERS = frozenset(("-qmp", "-qmp-pretty", "-monitor", "-serial", "-parallel", "-debugcon", "-gdb", "-vnc"))
 _HUGE = re.compile(r"^(/dev/hugepages|/hugepages|/mnt/huge|/run/hugepages|/var/lib/hugetlbfs)")
 
 
@@ -132,53 +95,16 @@ def bridge_script(bridge: str) -> str:
     return f'#!/bin/sh\nexec ip link set dev "$1" master {bridge} up\n'
 
 
-def escaped(value: str) -> str:
-    """A value as it stands between QEMU's commas."""
-    return value.replace(",", ",,")
-
-
 # -- reading --------------------------------------------------------------------------------------------------
-
-
-def options(argv: Sequence[str]) -> Iterator[tuple[str, str | None]]:
-    """The options of a command line with their values; a word that is no option is ``("", word)``."""
-    words = iter(argv[1:])
-    for word in words:
-        if not word.startswith("-"):
-            yield "", word
-            continue
-        option = word[1:] if word.startswith("--") else word
-        yield option, None if option in _FLAGS else next(words, None)
-
-
-def _words(option: str, value: str | None) -> list[str]:
-    return ([option] if option else []) + ([value] if value is not None else [])
-
-
-def settings(value: str | None) -> tuple[str, dict[str, str]]:
-    """``kind,key=value,...`` as the kind and its keys; a lone key is ``on``."""
-    parts = (value or "").replace(",,", "\0").split(",")
-    found: dict[str, str] = {}
-    kind = ""
-    for index, part in enumerate(each.replace("\0", ",") for each in parts):
-        key, equals, text = part.partition("=")
-        if not equals and index == 0:
-            kind = part
-        elif part:
-            found[key] = text if equals else "on"
-    return kind, found
-
-
-def is_on(found: Mapping[str, str], key: str, *, default: bool = False) -> bool:
-    return found[key] in ("on", "yes", "true", "y") if key in found else default
 
 
 @dataclass(frozen=True)
 class Memory:
-    """The guest's RAM. ``size`` in bytes, as the command line says."""
+    """The guest's RAM. ``size`` in bytes, as the command line says; ``backend``: the id of its memory backend."""
 
     file: str
     size: int
+    backend: str = "ram"
 
 
 def machine_of(argv: Sequence[str]) -> tuple[str, dict[str, str]]:
@@ -186,133 +112,70 @@ def machine_of(argv: Sequence[str]) -> tuple[str, dict[str, str]]:
     kind, found = "", dict[str, str]()
     for option, value in options(argv):
         if option in ("-machine", "-M"):
-            one, more = settings(value)
-            kind = one or more.pop("type", "") or kind
+            one, more = settings(option, value)
+            more.pop("type", None)
+            kind = one or kind
             found |= more
     return kind, found
 
 
+def cpu_of(argv: Sequence[str]) -> str:
+    """The CPU model that is asked for, without its flags; empty: QEMU's default."""
+    asked = [value or "" for option, value in options(argv) if option == "-cpu"]
+    return asked[-1].split(",")[0] if asked else ""
+
+
 def memory_of(argv: Sequence[str]) -> Memory | str:
-    """Where the guest's RAM is, or why it cannot stay there when another process takes over."""
-    backends = []
+    """Where the guest's RAM is, or every reason why it cannot stay there when another process takes over."""
+    backends, nodes, wrong = [], list[str](), list[str]()
     for option, value in options(argv):
-        kind, found = settings(value)
-        if option == "-object" and value is not None and value.startswith("{"):
-            return "an -object in JSON is not understood here"
+        kind, found = settings(option, value)
         if option == "-object" and kind.startswith("memory-backend-"):
             backends.append((kind, found))
         if option == "-mem-path":
-            return f"its RAM (-mem-path {value}) is private to the process: use a memory-backend-file with share=on"
+            wrong.append(
+                f"its RAM (-mem-path {value}) is private to the process: use a memory-backend-file with share=on"
+            )
         if option == "-numa" and "memdev" in found:
-            return "its RAM is in several pieces (-numa): only one memory backend is supported"
-    if not backends:
-        return "its RAM is private memory of the process: start it with a memory-backend-file with share=on"
+            nodes.append(found["memdev"])
+    if not backends and not wrong:
+        wrong.append(
+            "its RAM is private memory of the process: start it with a memory-backend-file with share=on"
+        )
     if len(backends) > 1:
-        return "it has several memory backends: only one is supported"
-    return _memory(*backends[0], machine_of(argv)[1].get("memory-backend"))
+        wrong.append("it has several memory backends: only one is supported")
+    if len(backends) != 1:
+        return "; ".join(wrong)
+    kind, found = backends[0]
+    used = nodes[:1] or [machine_of(argv)[1].get("memory-backend", "")]
+    wrong += _memory_errors(kind, found, used[0])
+    size = _bytes(found.get("size", ""))
+    if not size:
+        wrong.append(f"the size of its RAM ({found.get('size')}) is not understood")
+    return "; ".join(wrong) if wrong else Memory(found.get("mem-path", ""), size, used[0])
 
 
-def _memory(kind: str, found: Mapping[str, str], used: str | None) -> Memory | str:
+def _memory_errors(kind: str, found: Mapping[str, str], used: str) -> Iterator[str]:
     file = found.get("mem-path", "")
     if kind == "memory-backend-memfd":
-        return "its RAM is a memfd, which no other process can open: use a memory-backend-file with share=on"
+        yield "its RAM is a memfd, which no other process can open: use a memory-backend-file with share=on"
+        return
     if kind != "memory-backend-file":
-        return f"its RAM is a {kind}: use a memory-backend-file with share=on"
+        yield f"its RAM is a {kind}: use a memory-backend-file with share=on"
+        return
     if used != found.get("id"):
-        return "its memory backend is not the machine's RAM (-machine memory-backend=ID)"
+        yield "its memory backend is not the machine's RAM (-machine memory-backend=ID)"
     if not is_on(found, "share"):
-        return "its RAM file is mapped privately: memory-backend-file lacks share=on"
+        yield "its RAM file is mapped privately: memory-backend-file lacks share=on"
+    if not file.startswith("/"):
+        yield f"its RAM file {file!r} is relative to a folder that is not ours"
     if _HUGE.match(file):
-        return f"its RAM is on huge pages ({file}), which is not supported"
+        yield f"its RAM is on huge pages ({file}), which is not supported"
     if is_on(found, "discard-data"):
-        return "discard-data=on would erase its RAM file when the old process ends"
-    size = _bytes(found.get("size", ""))
-    return Memory(file, size) if size else f"the size of its RAM ({found.get('size')}) is not understood"
+        yield "discard-data=on would erase its RAM file when the old process ends"
 
 
 def _bytes(text: str) -> int:
     match = re.fullmatch(r"(\d+)([KMGT]?)(i?B)?", text.strip(), re.IGNORECASE)
     # Without a suffix an -object counts bytes; only -m counts MiB.
     return int(match[1]) << {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}[match[2].upper()] if match else 0
-
-
-# -- from one process to the next ---------------------------------------------------------------------------
-
-
-def next_path(path: str) -> str:
-    """Where the next process listens for what the present one has at ``path``."""
-    folder, name = os.path.split(path)
-    return os.path.join(folder, NEXT, name)  # noqa: PTH118 - no file is touched here
-
-
-def settled_path(path: str) -> str:
-    """The inverse of ``next_path``; any other path is left alone."""
-    folder, name = os.path.split(path)
-    parent, last = os.path.split(folder)
-    return os.path.join(parent, name) if last == NEXT else path  # noqa: PTH118
-
-
-def _with_sockets(argv: Sequence[str], move: Callable[[str], str]) -> tuple[list[str], dict[str, str]]:
-    """The command line with every unix socket that it listens on moved, and from where to where."""
-    words, moved = [argv[0]], dict[str, str]()
-
-    def target(path: str) -> str:
-        moved[path] = move(path)
-        return moved[path]
-
-    for option, value in options(argv):
-        changed = value
-        kind, found = settings(value)
-        if option == "-chardev" and kind == "socket" and "path" in found and is_on(found, "server"):
-            changed = _replaced(value or "", "path", target(found["path"]))
-        elif option in SERVERS and value is not None and value.startswith("unix:"):
-            path, comma, rest = value.removeprefix("unix:").partition(",")
-            changed = f"unix:{target(path)}{comma}{rest}"
-        words += _words(option, changed)
-    return words, moved
-
-
-def _replaced(value: str, key: str, new: str) -> str:
-    parts = value.replace(",,", "\0").split(",")
-    parts = [f"{key}={escaped(new)}" if part.startswith(f"{key}=") else part for part in parts]
-    return ",".join(parts).replace("\0", ",,")
-
-
-def sockets_of(argv: Sequence[str]) -> tuple[str, ...]:
-    """Every unix socket that the process listens on."""
-    return tuple(_with_sockets(argv, lambda path: path)[1])
-
-
-def settled(argv: Sequence[str]) -> tuple[str, ...]:
-    """A process's own command line as if it had been the first: to derive the next one's from."""
-    words, _ = _with_sockets(argv, settled_path)
-    kept = [words[0]]
-    for option, value in options(words):
-        if option not in _DROPPED:
-            kept += _words(option, value)
-    return tuple(kept)
-
-
-def next_command(argv: Sequence[str], binary: str, machine: str) -> tuple[str, ...]:
-    """The command line of the process that follows: waits for the state, then stands still.
-
-    ``argv``: the present one's, settled. ``machine``: its type as QEMU resolved it.
-    """
-    words, _ = _with_sockets(argv, next_path)
-    kept = [binary]
-    for option, value in options(words):
-        kind, found = settings(value)
-        changed = value
-        if option in _DROPPED:
-            continue
-        if option in ("-machine", "-M") and (kind or "type" in found):
-            alias = kind or found["type"]
-            changed = (value or "").replace(alias, machine, 1)
-        elif option == "-chardev" and kind == "file" and "append" not in found:
-            changed = f"{value},append=on"  # else its start would empty the file
-        if option == "-chardev" and "logfile" in found and "logappend" not in found:
-            changed = f"{changed},logappend=on"
-        kept += _words(option, changed)
-    if not machine_of(kept)[0]:
-        kept += ["-machine", machine]
-    return (*kept, "-incoming", "defer", "-S")

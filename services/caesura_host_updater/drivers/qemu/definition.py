@@ -10,7 +10,11 @@ from msgspec import Meta
 
 _MAC = r"^([0-9a-fA-F]{2}:){5}[0-9a-fA-F]{2}$"
 _BRIDGE = r"^[A-Za-z0-9_.-]{1,15}$"  # an interface name has at most 15 characters (IFNAMSIZ - 1)
-_VERSION = re.compile(r"\d+\.\d+(\.\d+)*$")
+_VERSION = re.compile(
+    r"-\d+\.\d+(\.\d+)*$"
+    # Distributions name theirs: pc-q35-jammy, pc-i440fx-focal-hpb, pc-q35-rhel9.2.0. A bare family is the alias.
+    r"|^(pc-q35|pc-i440fx|virt|pseries|s390-ccw-virtio)-[a-z0-9][a-z0-9._+-]*$"
+)
 
 OptionalPath = Annotated[str, Meta(pattern=r"^(/.*)?$")]
 """Absolute, or empty: not given."""

@@ -21,6 +21,7 @@ from caesura_host_updater.drivers.port import (
     NotRunningYet,
 )
 from caesura_host_updater.drivers.qemu import commandline
+from caesura_host_updater.drivers.qemu.assessor import Assessor
 from caesura_host_updater.drivers.qemu.clock import set_clock
 from caesura_host_updater.drivers.qemu.definition import QemuOptions
 from caesura_host_updater.drivers.qemu.guest import Guest
@@ -31,10 +32,13 @@ from caesura_host_updater.drivers.qemu.moving import Mover
 from caesura_host_updater.drivers.qemu.preparing import Preparer
 from caesura_host_updater.drivers.qemu.qmp import QmpFailed, QmpTimeout
 from caesura_host_updater.drivers.qemu.records import Records
+from caesura_host_updater.drivers.qemu.trial import Trials
+from caesura_host_updater.guard.guest import NOT_OURS
 from caesura_host_updater.guard.plans import Plan, QemuPlan
 from caesura_host_updater.hostfile import VmSpec
 
 _METHODS: tuple[Method, ...] = ("live", "swap", "freeze", "replace")
+PAUSED_BEFORE = "it was paused by somebody else before anything was done: resume it with `cont`"
 _CONT_S = 0.1  # s: what our own connection gets before the guard's way is taken
 
 
@@ -73,9 +77,14 @@ class QemuDriver:
         records = Records(state_dir / "vms")
         launcher = Launcher(host, options, state_dir, records, accel=accel, environ=environ)
         self._threads = ThreadPoolExecutor(max_workers=16, thread_name_prefix="qemu")
-        self._preparer = Preparer(launcher, records, self._threads)
+        self._assessor = Assessor(
+            self._guests, launcher, Trials(launcher, records, self._threads), self._threads
+        )
+        self._preparer = Preparer(launcher, records, self._assessor, self._threads)
         self._mover = Mover(launcher, records, self._threads)
-        self._keeper = Keeper(self._guests, options, launcher, records, self._mover, self._threads)
+        self._keeper = Keeper(
+            self._guests, options, launcher, records, self._mover, self._assessor, self._threads
+        )
 
     # -- life ---------------------------------------------------------------------------------------------
 
@@ -151,19 +160,27 @@ class QemuDriver:
         """``stop``, and hear from QEMU that it stands still."""
         guest = self._guests[vm]
         qmp = guest.qmp
+        if guest.unguarded:
+            raise FreezeFailed(vm, guest.unguarded)
         if guest.run is None or qmp is None or guest.state == "stopped":
             raise FreezeFailed(vm, "is not running")
-        if not guest.run.guard:
-            raise FreezeFailed(vm, guest.missing.get("freeze", "has no QMP socket for the pause guard"))
         left = by - time.monotonic()
         if left <= 0:
             raise FreezeFailed(vm, "it was too late to freeze it")
-        try:
-            await qmp.execute("stop", left)
-            status = await qmp.status(max(by - time.monotonic(), 0.001))
-        except QmpFailed as error:
-            raise FreezeFailed(vm, str(error)) from error
-        if status in ("running", "shutdown", "guest-panicked", "internal-error"):
+        with qmp.watch() as told:
+            try:
+                await qmp.execute("stop", left)
+                status = await qmp.status(max(by - time.monotonic(), 0.001))
+            except QmpFailed as error:
+                raise FreezeFailed(vm, str(error)) from error
+        guest.stopped_by_us = any(event.name == "STOP" for event in told.events)
+        if status in NOT_OURS:
+            guest.leave(status, NOT_OURS[status])
+        elif status == "paused" and not guest.stopped_by_us:
+            guest.leave(status, PAUSED_BEFORE)
+        if guest.left:
+            raise FreezeFailed(vm, guest.left)
+        if status != "paused":
             raise FreezeFailed(vm, f"QEMU says {status} after a stop")
 
     async def hand_over(self, vm: str, by: float) -> HandOver:
@@ -178,26 +195,40 @@ class QemuDriver:
         """Forget what was prepared, and end whoever does not have the guest."""
         await self._mover.release(self._guests[vm])
 
-    async def resume(self, vm: str, timeout_s: float) -> Literal["running", "gone"]:
-        """Let go, roll back, or restore from the state file: whatever was prepared."""
+    async def resume(self, vm: str, timeout_s: float) -> Literal["running", "gone", "left"]:
+        """Resume, roll back, or restore from the state file: whatever was prepared."""
         guest = self._guests[vm]
         until = time.monotonic() + timeout_s
         plan = guest.plan()
         if plan is None:
             return "gone"
+        prepared = guest.prepared
+        if (
+            prepared is not None
+            and not prepared.begun
+            and not guest.stopped_by_us
+            and guest.state == "paused"
+        ):
+            guest.leave("paused", PAUSED_BEFORE)
         while True:
+            if guest.left:
+                return "left"
             if isinstance(plan, QemuPlan) and await self._cont(guest, min(_CONT_S, timeout_s)):
                 return "running"
             state = await self._mover.way_out(guest, until)
-            if state == "gone":
+            if state == "gone" and not await self._is_left(guest):
                 await self._keeper.gone(guest)
                 return "gone"
             if state == "running":
                 await self._mover.settle(guest)
                 if await self._runs(guest, until):
                     return "running"
-            if time.monotonic() >= until:
+            if not guest.left and time.monotonic() >= until:
                 raise NotRunningYet(vm, guest.why or f"is {state} after {timeout_s:.2f} s")
+
+    def why_left(self, vm: str) -> str:
+        """Why ``resume`` left the VM as it is."""
+        return self._guests[vm].left
 
     @staticmethod
     async def _cont(guest: Guest, timeout_s: float) -> bool:
@@ -205,10 +236,27 @@ class QemuDriver:
         if guest.qmp is None or guest.qmp.closed:
             return False
         try:
+            status = await guest.qmp.status(timeout_s)
+            if status in NOT_OURS:
+                guest.leave(status, NOT_OURS[status])
+                return False
             await guest.qmp.execute("cont", timeout_s)
             return await guest.qmp.status(timeout_s) == "running" and guest.state == "running"
         except QmpFailed:
             return False
+
+    @staticmethod
+    async def _is_left(guest: Guest) -> bool:
+        """Whether the guest's process lives, and the guest is somebody else's to resume."""
+        if guest.qmp is None or guest.qmp.closed:
+            return False
+        try:
+            status = await guest.qmp.status()
+        except QmpFailed:
+            return False
+        if status in NOT_OURS:
+            guest.leave(status, NOT_OURS[status])
+        return bool(guest.left)
 
     @staticmethod
     async def _runs(guest: Guest, until: float) -> bool:

@@ -5,6 +5,7 @@ Nothing here waits for a QEMU when its state is asked: the state follows the eve
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -14,25 +15,21 @@ import structlog
 
 from caesura.contract.messages import Method, VmState
 from caesura_host_updater.detached import ExitWatch
-from caesura_host_updater.drivers.qemu import commandline
-from caesura_host_updater.drivers.qemu.checks import (
-    Picture,
-    counted,
-    device_types,
-    disk_files,
-    pci_places,
-    ram_blocks,
-)
-from caesura_host_updater.drivers.qemu.obstacles import obstacles
+from caesura_host_updater.drivers.qemu import commandline, successor
+from caesura_host_updater.drivers.qemu.observer import read_machine
+from caesura_host_updater.drivers.qemu.obstacles import Obstacles, obstacles, paths_of
 from caesura_host_updater.drivers.qemu.qmp import Event, Qmp, QmpFailed, listener_of
-from caesura_host_updater.drivers.qemu.records import Run
+from caesura_host_updater.drivers.qemu.records import TRIAL, Run
+from caesura_host_updater.drivers.qemu.snapshot import VmSnapshot
 from caesura_host_updater.drivers.qemu.vmm import NoVmm, foreign, marked_as, ram_error, read_vmm
-from caesura_host_updater.guard.guest import OVER
+from caesura_host_updater.guard.guest import AWAY, OVER
 from caesura_host_updater.guard.plans import QemuPlan, ReplacePlan, SwapPlan, Vmm
 from caesura_host_updater.guard.procfs import STOPPED, alive, boot_id, read_process
+from caesura_host_updater.guard.replacing import STUCK
 from caesura_host_updater.hostfile import VmSpec
 
 _GREETING_S = 2.0  # s: QEMU greets within milliseconds; another client's turn may take the guard a second
+_LOOK_S = 1.0  # s: for the kernel's word on a process; a QEMU that is stuck in it may hold us up
 NO_REBOOT = "the qemu driver does not restart VMs for an update"
 
 _log = structlog.get_logger("caesura.qemu")
@@ -46,7 +43,8 @@ class NotAttached(Exception):
 class Prepared:
     """What ``prepare`` made for one operation.
 
-    ``qmp``: the connection to a swap's new process. ``begun``: the guest may be in another process, or in none.
+    ``seen``: the machine as it was when it was compared with the next process's, and ``moved_bytes``, what a hand-over
+    may copy at the most. ``qmp``: the connection to a swap's new process. ``begun``: the guest may be in another process, or in none.
     ``over``: it was to be released, and that could not be done yet.
     """
 
@@ -54,6 +52,8 @@ class Prepared:
     method: Method
     plan: SwapPlan | ReplacePlan
     claims: Path
+    seen: VmSnapshot | None = None
+    moved_bytes: int = 0
     qmp: Qmp | None = None
     watch: ExitWatch | None = None
     detail: str = ""
@@ -70,9 +70,18 @@ class Guest:
     run: Run | None = None
     qmp: Qmp | None = None
     machine: str = ""
-    missing: dict[Method, str] = field(default_factory=dict)
+    unguarded: str = ""
+    """Why the pause guard could not resume it, so that nothing may pause it; empty: it could."""
+    stated: Obstacles = field(default_factory=Obstacles)
+    """What its command line says against another process."""
+    compared: Obstacles = field(default_factory=Obstacles)
+    """What its host and its machine as it is now say against another process; see ``assessor``."""
     prepared: Prepared | None = None
     why: str = ""
+    left: str = ""
+    """Why it is not resumed although it is paused: somebody else has it, or paused it. Empty: nobody."""
+    stopped_by_us: bool = False
+    """Whether a ``stop`` of ours paused it, in this life."""
     _status: str = ""
     _exit: ExitWatch | None = None
 
@@ -102,29 +111,50 @@ class Guest:
             self.qmp = qmp if qmp is not None else await _connected(run)
             self.qmp.on_event = self._heard
             self.qmp.on_closed = self.changed
-            self._status = await self.qmp.status()
-            resolved = await self.qmp.execute("qom-get", path="/machine", property="type")
+            await self._ask(self.qmp)
         except (NotAttached, QmpFailed) as error:
             await self._let_go()
             raise NotAttached(str(error)) from error
-        self.machine = str(resolved).removesuffix("-machine")
-        self.missing = self._obstacles(run)
+        self.unguarded = _guard_error(run)
+        self.stated = obstacles(run.argv, self.machine)
+        self.compared = Obstacles(tuple(await _host_obstacles(run)))
         self.why = ""
+        if self.unguarded:
+            # Nothing can be done with it: whoever else wants its only QMP socket shall get it.
+            await self._let_go()
 
-    def _obstacles(self, run: Run) -> dict[Method, str]:
+    async def poll(self) -> None:
+        """Look at a VM whose QMP socket is not held, for a moment. Raises NotAttached."""
+        run = self.run
+        if run is None or self.qmp is not None:
+            return
+        if not _guard_error(run):
+            await self.attach(run)
+            return
+        qmp = await _connected(run)
+        try:
+            await self._ask(qmp)
+        except QmpFailed as error:
+            raise NotAttached(str(error)) from error
+        finally:
+            await qmp.close()
+
+    async def _ask(self, qmp: Qmp) -> None:
+        self._status = await qmp.status()
+        self.machine = await read_machine(qmp)
+
+    @property
+    def missing(self) -> dict[Method, str]:
+        """What cannot be done with it, and every reason."""
         missing: dict[Method, str] = {"reboot": NO_REBOOT}
-        why = _guard_error(run)
-        if why:
-            return {**missing, "freeze": why, "swap": why, "replace": why}
-        found = obstacles(run.argv, self.machine)
-        both = [*found.both, *filter(None, [foreign(run.pid)])]
-        memory = commandline.memory_of(run.argv)
-        if isinstance(memory, commandline.Memory):
-            both += filter(None, [ram_error(run.pid, memory.file, memory.size)])
+        both = [*filter(None, [self.unguarded]), *self.stated.both, *self.compared.both]
+        beside = [*both, *self.stated.beside, *self.compared.beside]
+        if self.unguarded:
+            missing["freeze"] = self.unguarded
         if both:
-            missing |= {"swap": "; ".join(both), "replace": "; ".join(both)}
-        elif found.beside:
-            missing["swap"] = "; ".join(found.beside)
+            missing["replace"] = "; ".join(dict.fromkeys(both))
+        if beside:
+            missing["swap"] = "; ".join(dict.fromkeys(beside))
         return missing
 
     def expect_end(self) -> None:
@@ -138,7 +168,7 @@ class Guest:
         self.expect_end()
         await self._let_go()
         self.run = None
-        self._status = ""
+        self._status = self.left = ""
 
     async def _let_go(self) -> None:
         if self.qmp is not None:
@@ -171,7 +201,7 @@ class Guest:
     def _heard(self, event: Event) -> None:
         match event.name:
             case "RESUME":
-                self._status = "running"
+                self._status, self.left, self.stopped_by_us = "running", "", False
             case "STOP" if self._status not in OVER:
                 self._status = "paused"
             case "GUEST_PANICKED" if event.data.get("action") != "run":
@@ -186,13 +216,16 @@ class Guest:
     @property
     def state(self) -> VmState:
         """Now."""
-        mute = not self._status or self.qmp is None or self.qmp.closed
+        held = self.qmp is not None and not self.qmp.closed
+        mute = not self._status or not (held or self.unguarded)
         if self.run is None or (mute and not alive(self.run.pid, self.run.start_ticks)):
             # The guard may have been quicker, or there is only its memory now: `resume` finds out.
             return "paused" if self.prepared is not None and self.prepared.begun else "stopped"
         if mute:
             return "unknown"
         if self._status in OVER:
+            return "stopped"
+        if self._status in AWAY and not (self.prepared is not None and self.prepared.begun):
             return "stopped"
         if self._status in ("running", "suspended"):
             process = read_process(self.run.pid)
@@ -201,9 +234,19 @@ class Guest:
 
     def complaint(self) -> str:
         """What is wrong with it, for the probe; empty: nothing."""
+        if self.left:
+            return self.left
+        if self.state == "paused" and self.why.startswith(STUCK):
+            return self.why
         if self.state == "stopped":
-            return self.why or "its process has ended"
+            return self.why or AWAY.get(self._status, "") or "its process has ended"
         return self.why or "it does not answer" if self.state == "unknown" else ""
+
+    def leave(self, status: str, why: str) -> None:
+        """It is not ours to resume: somebody else has it, or paused it; ``status`` is QEMU's word for that."""
+        self._status, self.left = status, why
+        _log.error("vm.left_as_it_is", vm=self.vm, status=status, why=why)
+        self.changed()
 
     # -- asking ---------------------------------------------------------------------------------------------
 
@@ -228,27 +271,30 @@ class Guest:
         return f"QEMU {version} (pid {self.run.pid})"
 
 
+async def _host_obstacles(run: Run) -> list[str]:
+    """What the host says against another process; asked in a thread, for the kernel may make us wait."""
+    try:
+        async with asyncio.timeout(_LOOK_S):
+            return await asyncio.to_thread(host_obstacles, run)
+    except TimeoutError:
+        return [f"process {run.pid} cannot be looked at within {_LOOK_S:g} s"]
+
+
+def host_obstacles(run: Run) -> list[str]:
+    """What the host says against another process that shall take this one's guest over. Blocking."""
+    found = foreign(run.pid, paths_of(run.argv))
+    memory = commandline.memory_of(run.argv)
+    if isinstance(memory, commandline.Memory):
+        found += filter(None, [ram_error(run.pid, memory.file, memory.size)])
+    return found
+
+
 async def _connected(run: Run) -> Qmp:
     qmp = await Qmp.connect(run.qmp, _GREETING_S)
     if qmp.listener != run.pid:
         await qmp.close()
         raise NotAttached(f"{run.qmp} belongs to process {qmp.listener}, not to {run.pid}")
     return qmp
-
-
-async def picture(qmp: Qmp) -> Picture:
-    """What a QEMU says of itself. Raises QmpFailed."""
-    peripheral = device_types(await qmp.execute("qom-list", path="/machine/peripheral"))
-    unnamed = device_types(await qmp.execute("qom-list", path="/machine/peripheral-anon"))
-    return Picture(
-        version=qmp.version,
-        machine=str(await qmp.execute("qom-get", path="/machine", property="type")).removesuffix("-machine"),
-        vcpus=len(await qmp.execute("query-cpus-fast")),
-        devices={**peripheral, **counted(unnamed)},
-        places=pci_places(await qmp.execute("query-pci")),
-        blocks=ram_blocks(await qmp.execute("human-monitor-command", command_line="info ramblock")),
-        disks=disk_files(await qmp.execute("query-block")),
-    )
 
 
 async def adopted(qmp_path: str, guard: str, agent: str) -> tuple[Run, Qmp]:
@@ -267,7 +313,7 @@ async def adopted(qmp_path: str, guard: str, agent: str) -> tuple[Run, Qmp]:
         raise NotAttached(f"{qmp_path} is served by somebody else: {error}") from error
     except QmpFailed as error:
         raise NotAttached(str(error)) from error
-    argv = commandline.settled(process.argv)
+    argv = successor.settled(process.argv)
     memory = commandline.memory_of(argv)
     run = Run(
         pid=process.pid,
@@ -289,11 +335,13 @@ def found_by_sockets(pid: int, mark: str) -> tuple[str, Run] | None:
     A process that was to follow and never came to it listens in a folder of its own, and is nobody's VM.
     """
     try:
-        argv = commandline.settled(read_vmm(pid).argv)
-        vm = marked_as(pid, mark).partition("/")[0]
-        sockets = {Path(path).name: path for path in commandline.sockets_of(argv)}
+        argv = successor.settled(read_vmm(pid).argv)
+        vm, _, operation = marked_as(pid, mark).partition("/")
+        sockets = {Path(path).name: path for path in successor.sockets_of(argv)}
         process = read_process(pid)
     except (OSError, NoVmm):
+        return None
+    if operation == TRIAL:
         return None
     if not vm or process is None or not any(_listens(pid, path) for path in sockets.values()):
         return None

@@ -17,7 +17,7 @@ from caesura_host_updater.guard.claims import claim
 from caesura_host_updater.guard.plans import ReplacePlan, SwapPlan
 from caesura_host_updater.guard.procfs import alive, send_signal
 
-_TRIPWIRE_BYTES = 1 << 20  # device state is 0.2 to 0.4 MB: more means that guest RAM was copied
+_STATE_BYTES = 1 << 20  # device state is 0.2 to 0.4 MB
 _DEATH_S = 0.3  # s: from the end of a process's connections to its own
 _LOOK_S = 0.001
 
@@ -61,8 +61,12 @@ async def late_activation(qmp: Qmp) -> bool:
     return any(each["capability"] == "late-block-activate" for each in known)
 
 
-async def run_hand_over(old: Qmp, new: Qmp, plan: SwapPlan, uri: str, by: float) -> Handed:
-    """Do it. Ends by ``by`` whatever hangs; then nothing of it goes on by itself but QEMU's own migration.
+async def run_hand_over(
+    old: Qmp, new: Qmp, plan: SwapPlan, uri: str, by: float, *, moved_bytes: int
+) -> Handed:
+    """Do it. Ends by ``by`` whatever hangs; then nothing of it continues by itself but QEMU's own migration.
+
+    ``moved_bytes``: the RAM blocks beside the guest's shared RAM (firmware, video), which are copied.
 
     Raises:
         HandOverFailed, QmpFailed: the guard's way out decides who runs the guest.
@@ -74,7 +78,7 @@ async def run_hand_over(old: Qmp, new: Qmp, plan: SwapPlan, uri: str, by: float)
                 await old.execute("migrate", uri=uri)
                 await _both_completed(told_by_old, told_by_new)
                 status, moved = await asyncio.gather(new.status(), old.execute("query-migrate"))
-                _check(status, moved)
+                _check(status, moved, moved_bytes + _STATE_BYTES)
                 if not alive(plan.new.pid, plan.new.start_ticks):
                     raise HandOverFailed("the new process died when it had the whole state")
                 take_from(plan, f"new:{plan.new.pid}:{plan.new.start_ticks}")
@@ -142,13 +146,13 @@ async def _first(event: Awaitable[Event]) -> Event:
     return await event
 
 
-def _check(status: str, moved: Any) -> None:
+def _check(status: str, moved: Any, limit_bytes: int) -> None:
     if status != "paused":
         raise HandOverFailed(f"the new process is {status!r} and should stand still with the loaded state")
     transferred = moved.get("ram", {}).get("transferred", 0)
-    if transferred > _TRIPWIRE_BYTES:
+    if transferred > limit_bytes:
         raise HandOverFailed(
-            f"{transferred} bytes of RAM were copied: the guest's RAM is not shared with the new process"
+            f"{transferred} bytes were copied and all but the guest's own RAM has {limit_bytes}: its RAM was copied too"
         )
 
 

@@ -13,7 +13,8 @@ import structlog
 
 from caesura.contract.messages import Method
 from caesura_host_updater.detached import ExitWatch
-from caesura_host_updater.drivers.qemu import commandline
+from caesura_host_updater.drivers.qemu import successor
+from caesura_host_updater.drivers.qemu.assessor import Assessor
 from caesura_host_updater.drivers.qemu.definition import Definition, QemuOptions
 from caesura_host_updater.drivers.qemu.discovery import discovered
 from caesura_host_updater.drivers.qemu.guest import Guest, NotAttached, Prepared, adopted, found_by_sockets
@@ -45,6 +46,7 @@ class Keeper:
         launcher: Launcher,
         records: Records,
         mover: Mover,
+        assessor: Assessor,
         threads: ThreadPoolExecutor,
     ) -> None:
         self._guests = guests
@@ -53,7 +55,8 @@ class Keeper:
         self._records = records
         self._mover = mover
         self._threads = threads
-        self._looking: asyncio.Task[None] | None = None
+        self._assessor = assessor
+        self._tasks: list[asyncio.Task[None]] = []
         self._found: dict[str, Run] = {}
         """Processes without a run file that have a VM's sockets."""
 
@@ -73,7 +76,10 @@ class Keeper:
             return
         await asyncio.to_thread(self._sweep)
         await asyncio.gather(*(self._open(guest) for guest in self._guests.values()))
-        self._looking = asyncio.create_task(self._look(), name="look for VMs")
+        self._tasks = [
+            asyncio.create_task(self._look(), name="look for VMs"),
+            asyncio.create_task(self._assessor.run(), name="assess VMs"),
+        ]
 
     def _sweep(self) -> None:
         """End processes that an earlier life started and nothing accounts for; remove RAM files without a guest."""
@@ -228,12 +234,23 @@ class Keeper:
         while True:
             await asyncio.sleep(_LOOK_S)
             for guest in self._guests.values():
+                if guest.unguarded and guest.run is not None:
+                    await self._poll(guest)
+                    continue
                 lost = guest.state == "unknown" or (guest.run is None and guest.spec.qemu is None)
                 if lost and guest.prepared is None:
                     before = guest.why
                     await self.find(guest)
                     if guest.state != "unknown" and (guest.run is not None or guest.why != before):
                         guest.changed()
+
+    @staticmethod
+    async def _poll(guest: Guest) -> None:
+        before = guest.state
+        with suppress(NotAttached):  # somebody else has its only socket: what is known of it stands
+            await guest.poll()
+        if guest.state != before:
+            guest.changed()
 
     # -- the end ----------------------------------------------------------------------------------------------
 
@@ -249,14 +266,14 @@ class Keeper:
 
     def _remove(self, vm: str, run: Run) -> None:
         if run.ours:
-            remove_files(run.ram_file, *commandline.sockets_of(run.argv))
+            remove_files(run.ram_file, *successor.sockets_of(run.argv))
         self._records.forget(vm)
 
     async def close(self, *, stop_vms: bool) -> None:
         """Stop looking, release what is not under way, and let go of all VMs, or stop ours."""
-        if self._looking is not None:
-            self._looking.cancel()
-            await asyncio.gather(self._looking, return_exceptions=True)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         await asyncio.gather(*(self._close(guest, stop=stop_vms) for guest in self._guests.values()))
         if stop_vms:
             self._launcher.remove_folders(self._guests)

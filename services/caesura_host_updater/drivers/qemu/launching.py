@@ -13,7 +13,7 @@ from hashlib import blake2b
 from pathlib import Path
 
 from caesura_host_updater.detached import ExitWatch, SpawnError, spawn_detached
-from caesura_host_updater.drivers.qemu import commandline
+from caesura_host_updater.drivers.qemu import commandline, successor
 from caesura_host_updater.drivers.qemu.definition import Definition, QemuOptions
 from caesura_host_updater.drivers.qemu.qmp import Qmp, QmpUnreachable
 from caesura_host_updater.drivers.qemu.records import Records, Run
@@ -91,7 +91,7 @@ class Launcher:
         """Remove what was made for VMs that were stopped, and the folders that are empty."""
         remove_files(*self.run_dir.glob("bridge-*.sh"))
         for vm in vms:
-            for folder in (self.folder(vm) / commandline.NEXT, self.folder(vm)):
+            for folder in (self.folder(vm) / successor.NEXT, self.folder(vm)):
                 with suppress(OSError):
                     folder.rmdir()
         for folder in (self.ram_dir, self.run_dir):
@@ -221,7 +221,7 @@ class Launcher:
 
     async def spawn(self, argv: Sequence[str], mark: str, log: Path, qmp: str) -> tuple[int, Qmp]:
         """Start a process and wait until it answers on ``qmp``. Raises LaunchFailed; it is dead then."""
-        remove_files(*commandline.sockets_of(argv))
+        remove_files(*successor.sockets_of(argv))
         try:
             pid = spawn_detached(argv, self.environ_of(mark), log)
         except SpawnError as error:
@@ -233,7 +233,7 @@ class Launcher:
             async with asyncio.timeout(self._options.start_timeout_s):
                 answers = await self._connected(qmp, ended)
         except TimeoutError:
-            remove_files(*commandline.sockets_of(argv))
+            remove_files(*successor.sockets_of(argv))
             raise LaunchFailed(
                 f"{argv[0]} does not answer within {self._options.start_timeout_s:g} s. {last_words(log)}".strip()
             ) from None
@@ -245,7 +245,7 @@ class Launcher:
             watch.close()
         if answers is not None and answers.listener == pid:
             return pid, answers
-        remove_files(*commandline.sockets_of(argv))
+        remove_files(*successor.sockets_of(argv))
         if answers is not None:
             await answers.close()
         raise LaunchFailed(f"{argv[0]} did not start: {last_words(log) or 'it ended without a word'}")

@@ -16,6 +16,7 @@ import structlog
 from caesura_host_updater.detached import ExitWatch, reap
 from caesura_host_updater.drivers.port import FreezeFailed, HandOver, SwapFailed
 from caesura_host_updater.drivers.qemu.checkpointing import save_state
+from caesura_host_updater.drivers.qemu.compatibility import differences
 from caesura_host_updater.drivers.qemu.guest import Guest, NotAttached, Prepared
 from caesura_host_updater.drivers.qemu.handover import (
     Handed,
@@ -25,6 +26,7 @@ from caesura_host_updater.drivers.qemu.handover import (
 )
 from caesura_host_updater.drivers.qemu.hurrying import Hurry
 from caesura_host_updater.drivers.qemu.launching import Launcher
+from caesura_host_updater.drivers.qemu.observer import read_snapshot
 from caesura_host_updater.drivers.qemu.qmp import Qmp, QmpFailed, Watch
 from caesura_host_updater.drivers.qemu.records import Records, Run
 from caesura_host_updater.drivers.qemu.releasing import end_losers, forget, link_sockets, run_of
@@ -46,6 +48,7 @@ _HAND_OVER_S = 2.0  # s: 3 to 10 ms is usual; a new process that hangs is given 
 _WAY_OUT_S = 4.0  # s: how long we try to put it right ourselves before the caller does
 _END_S = 2.0  # s: for a killed process to be dead
 _AGAIN_S = 0.005  # s: between two tries of the way out
+_LONGEST_AGAIN_S = 0.1  # s
 _ERROR_S = 0.3  # s: for the old process to say why
 
 _log = structlog.get_logger("caesura.qemu")
@@ -74,13 +77,23 @@ class Mover:
             raise SwapFailed(guest.vm, "it was too late to begin")
         if guest.state != "running":
             raise SwapFailed(guest.vm, f"is {guest.state} before anything was done")
-        prepared.begun = True
+        try:
+            await _begin(prepared, old)
+        except (HandOverFailed, QmpFailed, OSError) as error:
+            raise SwapFailed(guest.vm, str(error)) from error
         limit = min(by, called_at + _HAND_OVER_S)
         channel = str(self._launcher.folder(guest.vm) / "mig")
         with old.watch() as told:
             try:
                 with self._hurry((prepared.plan.old.pid, prepared.plan.new.pid)):
-                    handed = await run_hand_over(old, prepared.qmp, prepared.plan, f"unix:{channel}", limit)
+                    handed = await run_hand_over(
+                        old,
+                        prepared.qmp,
+                        prepared.plan,
+                        f"unix:{channel}",
+                        limit,
+                        moved_bytes=prepared.moved_bytes,
+                    )
             except (HandOverFailed, QmpFailed, OSError) as error:
                 return await self._failed_hand_over(guest, prepared, str(error), called_at, told)
         return self._committed(guest, prepared, handed, called_at)
@@ -145,10 +158,11 @@ class Mover:
         called_at = time.monotonic()
         if called_at >= by:
             raise FreezeFailed(guest.vm, "it was too late to begin")
-        prepared.begun = True
         try:
+            await _begin(prepared, qmp)
+            limit = min(by, called_at + _HAND_OVER_S)
             with self._hurry((prepared.plan.old.pid,)):
-                await save_state(qmp, prepared.plan, min(by, called_at + _HAND_OVER_S), gone=gone)
+                await save_state(qmp, prepared.plan, limit, gone=gone, moved_bytes=prepared.moved_bytes)
         except (HandOverFailed, QmpFailed, OSError) as error:
             told = await error_of_migration(qmp, _ERROR_S)
             raise FreezeFailed(guest.vm, f"{error}; QEMU said: {told}" if told else str(error)) from error
@@ -159,6 +173,7 @@ class Mover:
         """Try until the guest runs or is gone, or ``until``. One try at a time, whoever waits for it."""
         state: Condition = "held"
         plan = guest.plan()
+        again_s = _AGAIN_S
         while plan is not None:
             push = self._pushes.get(guest.vm)
             if push is None:
@@ -171,7 +186,8 @@ class Mover:
                 if state in ("running", "gone"):
                     return state
                 guest.why = why
-                await asyncio.sleep(_AGAIN_S)
+                await asyncio.sleep(again_s)
+                again_s = min(again_s * 2, _LONGEST_AGAIN_S)
             if time.monotonic() >= until:
                 return state
         return "gone"
@@ -267,6 +283,25 @@ class Mover:
             await asyncio.wait(self._burials)
         if self._pushes:
             await asyncio.wait(self._pushes.values())
+
+
+async def _begin(prepared: Prepared, qmp: Qmp) -> None:
+    """The last look while the guest runs: what was compared must be what is handed over. Then it is begun, durably.
+
+    Raises:
+        HandOverFailed: it was changed since it was compared.
+        QmpFailed, OSError: it cannot be asked, or nothing can be written down.
+    """
+    if (status := await qmp.status()) != "running":
+        raise HandOverFailed(f"is {status} before anything was done")
+    seen = prepared.seen
+    if seen is not None:
+        now = await read_snapshot(qmp)
+        wrong = [*now.busy, *now.blockers, *differences(now, seen, "")]
+        if wrong:
+            raise HandOverFailed(f"it was changed since it was compared: {'; '.join(wrong)}")
+    claims.note_begun(str(prepared.claims))
+    prepared.begun = True
 
 
 def _at(name: str, told: Watch) -> float | None:

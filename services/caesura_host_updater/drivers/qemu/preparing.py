@@ -2,61 +2,76 @@
 
 from __future__ import annotations
 
-import asyncio
-import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from caesura.contract.messages import Method
-from caesura_host_updater.detached import ExitWatch, reap
+from caesura_host_updater.detached import ExitWatch
 from caesura_host_updater.drivers.port import DriverError
-from caesura_host_updater.drivers.qemu import commandline
+from caesura_host_updater.drivers.qemu.assessor import Assessor
 from caesura_host_updater.drivers.qemu.checkpointing import get_ready
-from caesura_host_updater.drivers.qemu.checks import mismatch
-from caesura_host_updater.drivers.qemu.guest import Guest, Prepared, picture
+from caesura_host_updater.drivers.qemu.commandline import Memory, cpu_of, memory_of
+from caesura_host_updater.drivers.qemu.compatibility import differences, moved_bytes
+from caesura_host_updater.drivers.qemu.guest import Guest, Prepared
 from caesura_host_updater.drivers.qemu.handover import late_activation, set_capabilities
 from caesura_host_updater.drivers.qemu.launching import Launcher, LaunchFailed
+from caesura_host_updater.drivers.qemu.observer import read_snapshot
 from caesura_host_updater.drivers.qemu.qmp import Qmp, QmpFailed
 from caesura_host_updater.drivers.qemu.records import Records, Run
 from caesura_host_updater.drivers.qemu.releasing import forget, make_next_folders, remove_files
+from caesura_host_updater.drivers.qemu.snapshot import VmSnapshot, migration_under_way
+from caesura_host_updater.drivers.qemu.successor import next_command, next_path
+from caesura_host_updater.drivers.qemu.trial import drop
 from caesura_host_updater.drivers.qemu.vmm import NoVmm, VmmProcess, last_words, ram_error, read_vmm
 from caesura_host_updater.guard.plans import ReplacePlan, SwapPlan, Vmm
-from caesura_host_updater.guard.processes import end
 from caesura_host_updater.guard.procfs import read_process
-
-_END_S = 2.0  # s: for a killed process to be dead
 
 
 class Preparer:
     """See the module."""
 
-    def __init__(self, launcher: Launcher, records: Records, threads: ThreadPoolExecutor) -> None:
+    def __init__(
+        self, launcher: Launcher, records: Records, assessor: Assessor, threads: ThreadPoolExecutor
+    ) -> None:
         self._launcher = launcher
         self._records = records
+        self._assessor = assessor
         self._threads = threads
 
     async def prepare(self, guest: Guest, operation: str, method: Method, binary: str) -> None:
         """Get ready; the guest runs on. Raises DriverError, and nothing is left then."""
+        async with self._assessor.lock(guest.vm):
+            await self._prepare(guest, operation, method, binary)
+
+    async def _prepare(self, guest: Guest, operation: str, method: Method, binary: str) -> None:
         run, qmp = guest.run, guest.qmp
+        if guest.unguarded:
+            raise DriverError(guest.vm, guest.unguarded)
         if run is None or qmp is None or qmp.closed:
             raise DriverError(guest.vm, guest.complaint() or "is not running")
         if guest.prepared is not None:
             raise DriverError(guest.vm, f"operation {guest.prepared.operation} has not been released yet")
-        if method in guest.missing:
+        if method == "swap" and guest.stated.beside and not guest.stated.both:
+            raise DriverError(guest.vm, "; ".join(guest.stated.beside))
+        if method in ("swap", "replace") and guest.stated.both:
             raise DriverError(guest.vm, guest.missing[method])
         try:
-            await self._check(guest, run, qmp, method)
+            if (status := await qmp.status()) != "running":
+                raise DriverError(guest.vm, f"is {status} before anything was done")
+            if wrong := migration_under_way(await qmp.execute("query-migrate")):
+                raise DriverError(guest.vm, wrong)
             if method not in ("swap", "replace"):
                 return
-            program = binary or self._binary(run)
+            running = await self._look(guest, run, qmp)
+            program = binary or self._assessor.binary_of(run)
             await self._launcher.check_binary(program)
             folder = self._records.claims(guest.vm, operation)
             folder.mkdir(parents=True, mode=0o700)
             try:
                 make_next_folders(run)
                 begin = self._swap if method == "swap" else self._replace
-                guest.prepared = await begin(guest, run, qmp, folder, program)
+                guest.prepared = await begin(guest, run, qmp, folder, program, running)
             except BaseException:
                 runtime = self._launcher.folder(guest.vm)
                 forget(guest.vm, run, folder, runtime, self._records, new=False)
@@ -64,44 +79,46 @@ class Preparer:
         except (LaunchFailed, QmpFailed, OSError, NoVmm) as error:
             raise DriverError(guest.vm, str(error)) from error
 
-    async def _check(self, guest: Guest, run: Run, qmp: Qmp, method: Method) -> None:
-        if (status := await qmp.status()) != "running":
-            raise DriverError(guest.vm, f"is {status} before anything was done")
-        memory = commandline.memory_of(run.argv)
-        if method in ("swap", "replace") and isinstance(memory, commandline.Memory):
-            wrong = ram_error(run.pid, memory.file, memory.size)
-            if wrong:
-                raise DriverError(guest.vm, wrong)
-
-    def _binary(self, run: Run) -> str:
-        return self._launcher.default_binary() if run.ours else read_vmm(run.pid).binary
+    async def _look(self, guest: Guest, run: Run, qmp: Qmp) -> VmSnapshot:
+        """The machine that runs, if another process may take it over. Raises DriverError with every reason why not."""
+        running = await read_snapshot(qmp)
+        wrong = [*running.busy, *running.blockers, *await self._assessor.host_reasons(run, running)]
+        if wrong:
+            raise DriverError(guest.vm, "; ".join(wrong))
+        return running
 
     async def _start(
-        self, guest: Guest, qmp: Qmp, operation: str, argv: Sequence[str], at: str
+        self, guest: Guest, run: Run, running: VmSnapshot, operation: str, argv: Sequence[str]
     ) -> tuple[int, Qmp]:
         """Start the process that shall follow and compare it with the one that runs the guest."""
         log = self._records.next_log(guest.vm)
         log.unlink(missing_ok=True)
-        pid, new = await self._launcher.spawn(argv, self._launcher.mark_of(guest.vm, operation), log, at)
+        mark = self._launcher.mark_of(guest.vm, operation)
+        pid, new = await self._launcher.spawn(argv, mark, log, next_path(run.qmp))
         try:
-            cpu = next((value for option, value in commandline.options(argv) if option == "-cpu"), "")
-            wrong = mismatch(await picture(qmp), await picture(new), (cpu or "").split(",")[0])
+            wrong = list(differences(running, await read_snapshot(new), cpu_of(argv)))
+            if isinstance(memory := memory_of(argv), Memory):
+                # The proof that RAM will not be copied: the new process has the same file mapped, shared.
+                mapped = await self._assessor.in_thread(ram_error, pid, memory.file, memory.size)
+                wrong += filter(None, [mapped])
         except QmpFailed as error:
-            await self._drop(pid, new)
+            await drop(pid, new, self._threads)
             raise LaunchFailed(f"{error}. {last_words(log)}".strip()) from error
         except BaseException:
-            await self._drop(pid, new)
+            await drop(pid, new, self._threads)
             raise
         if wrong:
-            await self._drop(pid, new)
-            raise LaunchFailed(f"{argv[0]} (QEMU {new.version}) cannot take it over: {wrong}")
+            await drop(pid, new, self._threads)
+            raise LaunchFailed(_cannot(argv[0], new.version, wrong))
         return pid, new
 
-    async def _swap(self, guest: Guest, run: Run, qmp: Qmp, folder: Path, program: str) -> Prepared:
-        argv = commandline.next_command(run.argv, program, guest.machine)
-        pid, new = await self._start(guest, qmp, folder.name, argv, commandline.next_path(run.qmp))
+    async def _swap(
+        self, guest: Guest, run: Run, qmp: Qmp, folder: Path, program: str, running: VmSnapshot
+    ) -> Prepared:
+        argv = next_command(run.argv, program, guest.machine, running.generation_id)
+        pid, new = await self._start(guest, run, running, folder.name, argv)
         try:
-            plan = SwapPlan(guest.vm, _vmm(run), _vmm_of(pid, commandline.next_path(run.guard)), str(folder))
+            plan = SwapPlan(guest.vm, _vmm(run), _vmm_of(pid, next_path(run.guard)), str(folder))
             await set_capabilities(qmp, x_ignore_shared=True, events=True, return_path=True)
             late = await late_activation(new)
             await set_capabilities(
@@ -111,19 +128,30 @@ class Preparer:
             self._records.begin(folder, plan)
             watch = ExitWatch(pid, lambda: None)  # reaps it
         except BaseException:
-            await self._drop(pid, new)
+            await drop(pid, new, self._threads)
             raise
-        detail = f"QEMU {new.version} (pid {pid}), was QEMU {qmp.version} (pid {run.pid})"
-        return Prepared(folder.name, "swap", plan, folder, new, watch, detail)
+        return Prepared(
+            folder.name,
+            "swap",
+            plan,
+            folder,
+            seen=running,
+            moved_bytes=_moved(run, running),
+            qmp=new,
+            watch=watch,
+            detail=f"QEMU {new.version} (pid {pid}), was QEMU {qmp.version} (pid {run.pid})",
+        )
 
-    async def _replace(self, guest: Guest, run: Run, qmp: Qmp, folder: Path, program: str) -> Prepared:
-        argv = commandline.next_command(run.argv, program, guest.machine)
+    async def _replace(
+        self, guest: Guest, run: Run, qmp: Qmp, folder: Path, program: str, running: VmSnapshot
+    ) -> Prepared:
+        argv = next_command(run.argv, program, guest.machine, running.generation_id)
         present = read_vmm(run.pid)
-        beside = "swap" not in guest.missing
-        if beside:  # a new one can be tried beside the old one, while the guest runs
-            await self._drop(
-                *await self._start(guest, qmp, folder.name, argv, commandline.next_path(run.qmp))
-            )
+        beside = not guest.stated.beside
+        if beside:  # the very process can be tried beside the old one, while the guest runs
+            await drop(*await self._start(guest, run, running, folder.name, argv), self._threads)
+        elif wrong := await self._assessor.compare_with_trial(guest, running, argv):
+            raise LaunchFailed(_cannot(program, "", wrong))
         mark = self._launcher.mark_of(guest.vm, folder.name)
         log = self._records.next_log(guest.vm)
         log.unlink(missing_ok=True)
@@ -134,7 +162,7 @@ class Preparer:
             old=_vmm(run),
             claims=str(folder),
             state_file=str(runtime / f"{folder.name}.state"),
-            qmp=commandline.next_path(run.guard),
+            qmp=next_path(run.guard),
             argv=_lines(argv, present),
             environ=tuple(self._launcher.environ_of(mark).items()),
             mark=mark,
@@ -144,7 +172,15 @@ class Preparer:
         )
         await get_ready(qmp)
         self._records.begin(folder, plan)
-        return Prepared(folder.name, "replace", plan, folder, None, None, f"QEMU {qmp.version}")
+        return Prepared(
+            folder.name,
+            "replace",
+            plan,
+            folder,
+            seen=running,
+            moved_bytes=_moved(run, running),
+            detail=f"QEMU {qmp.version}",
+        )
 
     def _channel(self, guest: Guest) -> str:
         """Where the new process waits for the state of the old one."""
@@ -153,20 +189,20 @@ class Preparer:
         remove_files(folder / "mig")
         return str(folder / "mig")
 
-    async def _drop(self, pid: int, qmp: Qmp) -> None:
-        """End a process that was started here and runs nothing."""
-        process = read_process(pid)
-        await qmp.close()
-        if process is not None:
-            until = time.monotonic() + _END_S
-            loop = asyncio.get_running_loop()
-            await loop.run_in_executor(self._threads, end, pid, process.start_ticks, until)
-        reap(pid)
+
+def _cannot(program: str, version: str, wrong: Sequence[str]) -> str:
+    which = f"{program} (QEMU {version})" if version else program
+    return f"{which} cannot take it over: {'; '.join(wrong)}"
+
+
+def _moved(run: Run, running: VmSnapshot) -> int:
+    memory = memory_of(run.argv)
+    return moved_bytes(running.blocks, memory.backend) if isinstance(memory, Memory) else 0
 
 
 def _ram(run: Run) -> tuple[str, int, int] | None:
-    """The RAM file, which ``_check`` has just seen mapped. Raises OSError."""
-    memory = commandline.memory_of(run.argv)
+    """The RAM file, which was just seen to be mapped. Raises OSError."""
+    memory = memory_of(run.argv)
     if isinstance(memory, str):
         return None
     there = Path(memory.file).stat()

@@ -12,12 +12,14 @@ import msgspec
 from caesura_host_updater.guard.plans import BadPlan, ReplacePlan, SwapPlan, plan_from_json, plan_to_json
 
 _PLAN = "plan.json"
+TRIAL = "trial"
+"""In the place of an operation in the mark of a process that never runs a guest."""
 
 
 class Run(msgspec.Struct, frozen=True, kw_only=True):
     """The process that runs a VM.
 
-    ``argv``: as if it were the first process of the VM, see ``commandline.settled``. ``ours``: started by a host
+    ``argv``: as if it were the first process of the VM, see ``successor.settled``. ``ours``: started by a host
     updater, which stops it and removes its RAM file; else somebody else's, adopted.
     """
 
@@ -50,6 +52,10 @@ class Records:
         """What the process that shall follow says."""
         return self.folder / f"{vm}.next.log"
 
+    def trial_log(self, vm: str) -> Path:
+        """What a trial process says."""
+        return self.folder / f"{vm}.trial.log"
+
     def serial_log(self, vm: str) -> Path:
         """What the guest says on its serial line."""
         return self.folder / f"{vm}.serial.log"
@@ -74,7 +80,7 @@ class Records:
 
     def forget(self, vm: str) -> None:
         """The VM is stopped for good."""
-        for path in (self.run_file(vm), self.log(vm), self.next_log(vm)):
+        for path in (self.run_file(vm), self.log(vm), self.next_log(vm), self.trial_log(vm)):
             path.unlink(missing_ok=True)
 
     # -- operations -----------------------------------------------------------------------------------------

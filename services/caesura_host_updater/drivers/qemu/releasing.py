@@ -11,7 +11,7 @@ import msgspec
 import structlog
 
 from caesura_host_updater.detached import reap
-from caesura_host_updater.drivers.qemu import commandline
+from caesura_host_updater.drivers.qemu import successor
 from caesura_host_updater.drivers.qemu.records import Records, Run
 from caesura_host_updater.drivers.qemu.vmm import read_vmm
 from caesura_host_updater.guard import claims
@@ -26,7 +26,7 @@ _log = structlog.get_logger("caesura.qemu")
 
 def run_of(former: Run, pid: int, start_ticks: int) -> Run:
     """The record of a process that follows another one. Raises NoVmm."""
-    argv = commandline.settled(read_vmm(pid).argv)
+    argv = successor.settled(read_vmm(pid).argv)
     return msgspec.structs.replace(former, pid=pid, start_ticks=start_ticks, boot_id=boot_id(), argv=argv)
 
 
@@ -34,8 +34,8 @@ def link_sockets(run: Run) -> None:
     """Give the sockets of a process their settled names. Their first ones stay until the operation is released:
     a guard that acts on the plan finds the process under either. Raises OSError.
     """
-    for path in commandline.sockets_of(run.argv):
-        there = commandline.next_path(path)
+    for path in successor.sockets_of(run.argv):
+        there = successor.next_path(path)
         part = Path(f"{there}.ln")
         part.unlink(missing_ok=True)
         with suppress(FileNotFoundError):  # renamed in an earlier try
@@ -45,8 +45,8 @@ def link_sockets(run: Run) -> None:
 
 def make_next_folders(run: Run) -> None:
     """Where the process that shall follow listens. Raises OSError."""
-    for path in commandline.sockets_of(run.argv):
-        Path(commandline.next_path(path)).parent.mkdir(exist_ok=True, mode=0o700)
+    for path in successor.sockets_of(run.argv):
+        Path(successor.next_path(path)).parent.mkdir(exist_ok=True, mode=0o700)
 
 
 def remove_files(*paths: str | Path) -> None:
@@ -89,7 +89,7 @@ def forget(vm: str, run: Run | None, operation: Path, runtime: Path, records: Re
         else:
             log.unlink()
     if run is not None:
-        remove_files(*(commandline.next_path(path) for path in commandline.sockets_of(run.argv)))
+        remove_files(*(successor.next_path(path) for path in successor.sockets_of(run.argv)))
     state = runtime / f"{operation.name}.state"
     remove_files(runtime / "mig", state, f"{state}.part")
     with suppress(OSError):

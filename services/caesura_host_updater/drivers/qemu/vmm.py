@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from caesura_host_updater.guard.procfs import process_table, read_process
 
 _DELETED = " (deleted)"
 _WORDS = 400  # characters of a log that are quoted
-_NAMESPACES = {"mnt": "file system", "net": "network", "pid": "process"}
+_NAMESPACES = {"net": "network", "pid": "process"}
 
 
 class NoVmm(Exception):
@@ -50,18 +50,71 @@ def read_vmm(pid: int) -> VmmProcess:
     return VmmProcess(pid, process.start_ticks, exe.removesuffix(_DELETED), replaced, argv)
 
 
-def foreign(pid: int) -> str:
-    """Why a process that we start would not live as this one does; empty: it would."""
+def foreign(pid: int, paths: Iterable[str]) -> list[str]:
+    """Every reason why a process that we start would not live as this one does.
+
+    ``paths``: what its command line names. In another mount namespace (systemd's ``ProtectSystem=`` makes one) they
+    are compared by what they resolve to; the namespaces themselves say nothing.
+    """
+    found = []
     try:
         uid = Path(f"/proc/{pid}").stat().st_uid
         if uid != os.geteuid():
-            return f"it runs as user {uid} and we are {os.geteuid()}: a process that we start could not be the same"
+            found.append(
+                f"it runs as user {uid} and we are {os.geteuid()}: a process that we start could not be the same"
+            )
         for kind, name in _NAMESPACES.items():
             if Path(f"/proc/{pid}/ns/{kind}").stat().st_ino != Path(f"/proc/self/ns/{kind}").stat().st_ino:
-                return f"it lives in a {name} namespace of its own"
+                found.append(f"it lives in a {name} namespace of its own")
+        found += [
+            f"{path} is another file for its process than for us: it lives in a file system namespace of its own"
+            for path in sorted(set(paths))
+            if _identity(Path(path)) != _identity(Path(f"/proc/{pid}/root{path}"))
+        ]
     except OSError as error:
-        return f"process {pid} cannot be looked at: {error.strerror or error}"
-    return ""
+        found.append(f"process {pid} cannot be looked at: {error.strerror or error}")
+    return found
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """What a path resolves to: a device by its number, all else by device and inode; None: nothing."""
+    try:
+        there = path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    if stat.S_ISBLK(there.st_mode) or stat.S_ISCHR(there.st_mode):
+        return -1, there.st_rdev
+    return there.st_dev, there.st_ino
+
+
+def file_errors(pid: int, files: Iterable[str]) -> list[str]:
+    """What is wrong with the files that a guest's disks are in: a new process would open them by name.
+
+    ``files``: as QEMU names them. A file that was moved, removed or made again under the process is another one.
+    """
+    wanted = sorted({file for file in files if file.startswith("/")})
+    found = [
+        f"disk file {file!r} is relative to a folder that is not ours"
+        for file in sorted(set(files))
+        if not file.startswith(("/", "json:"))
+    ]
+    try:
+        handles = [_identity(each) for each in Path(f"/proc/{pid}/fd").iterdir()] if wanted else []
+    except OSError as error:
+        return [*found, f"the files of process {pid} cannot be looked at: {error.strerror or error}"]
+    for file in wanted:
+        try:
+            there = _identity(Path(file))
+        except OSError as error:
+            found.append(f"disk file {file} cannot be looked at: {error.strerror or error}")
+            continue
+        if there is None:
+            found.append(f"disk file {file} is not there any more: a new process could not open it")
+        elif there not in handles:
+            found.append(
+                f"disk file {file} is not the file that the guest writes to: it was moved or replaced"
+            )
+    return found
 
 
 def ram_error(pid: int, file: str, size: int) -> str:

@@ -10,6 +10,7 @@ import json
 import socket
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from caesura.runtime.processes import marked_processes
 
@@ -24,12 +25,13 @@ class Vmms:
         self._folder = folder
 
     def of(self, vm: str) -> list[int]:
-        """Every process of a VM, whoever started it, also one that is not a QEMU yet."""
+        """Every process of a VM, whoever started it, also one that is not a QEMU yet; but no trial, which is none's."""
         found = []
         for pid in marked_processes(self._mark):
             with suppress(OSError):
                 words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-                if vm.encode() in words and b"-machine" in words:
+                trial = any(word.endswith(b"/trial,server=on,wait=off") for word in words)
+                if vm.encode() in words and b"-machine" in words and not trial:
                     found.append(pid)
         return found
 
@@ -38,22 +40,28 @@ class Vmms:
         found = set()
         for place in ("", "next/"):
             with suppress(OSError, ValueError, KeyError):
-                pid, status = _ask(self._folder / f"{host}.run" / vm / f"{place}witness")
-                if status == "running":
+                pid, answer = _ask(self._folder / f"{host}.run" / vm / f"{place}witness", "query-status")
+                if answer["status"] == "running":
                     found.add(pid)
         return sorted(found)
 
+    def execute(self, host: str, vm: str, command: str, **arguments: object) -> Any:
+        """One QMP command to the process that has a VM's settled sockets, as an operator gives one."""
+        return _ask(self._folder / f"{host}.run" / vm / "witness", command, arguments)[1]
 
-def _ask(path: Path) -> tuple[int, str]:
-    """Who listens on a witness socket, and its run state."""
+
+def _ask(path: Path, command: str, arguments: dict[str, object] | None = None) -> tuple[int, Any]:
+    """Who listens on a witness socket, and its answer. An underscore in an argument's name stands for a dash."""
+    told = {name.replace("_", "-"): value for name, value in (arguments or {}).items()}
     with socket.socket(socket.AF_UNIX) as link:
         link.settimeout(_ANSWER_S)
         link.connect(str(path))
         pid = int.from_bytes(link.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)[:4], "little")
         lines = link.makefile("rb")
         lines.readline()
-        for command in ("qmp_capabilities", "query-status"):
-            link.sendall(json.dumps({"execute": command}).encode() + b"\n")
-            while "return" not in (answer := json.loads(lines.readline())):
+        answer: dict[str, Any] = {}
+        for each in ({"execute": "qmp_capabilities"}, {"execute": command, "arguments": told}):
+            link.sendall(json.dumps(each).encode() + b"\n")
+            while "return" not in (answer := json.loads(lines.readline())) and "error" not in answer:
                 pass
-    return pid, answer["return"]["status"]
+    return pid, answer["return"]

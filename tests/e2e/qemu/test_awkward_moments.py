@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 
+from caesura.contract import messages as m
 from caesura.testing.sandbox import Vm
+from caesura_ctl.session import new_request_id
 
 QEMU = shutil.which("qemu-system-x86_64") or ""
 
@@ -192,3 +194,31 @@ async def test_budget_that_is_as_short_as_can_be(two: Any) -> None:
     told = [each.vm for each in two.stage.picture.pauses.values()]
     assert sorted(told) == ["vm-1", "vm-2"]
     assert all(each.pause_s < 0.5 for each in two.stage.picture.pauses.values())
+
+
+@pytest.mark.parametrize("update", ["swap", "replace"])
+async def test_what_was_changed_at_run_time_is_refused_in_the_plan(two: Any, update: str) -> None:
+    """Nothing is announced, nothing is scheduled: the operator reads what to do before anybody is warned."""
+
+    def missing() -> str:
+        inventory = two.stage.picture.hosts["host-1"]
+        (record,) = [vm for vm in inventory.vms if vm.vm == "vm-2"]
+        return str(record.methods_missing.get(update, ""))
+
+    two.vmms.execute("host-1", "vm-2", "object-add", qom_type="iothread", id="io9")
+    await two.stage.sandbox.until(lambda: "object io9" in missing(), 60, "the host to notice")
+    answer = await two.stage.session.ask(
+        m.RolloutRequested(
+            request=new_request_id(),
+            update=update,
+            selection=m.Selection(),
+            policy=two.stage.policy(**LENIENT),
+        )
+    )
+    assert not answer.accepted
+    assert "vm-2" in answer.reason
+    assert "lacks object io9 (iothread)" in answer.reason
+    two.vmms.execute("host-1", "vm-2", "object-del", id="io9")
+    await two.stage.sandbox.until(lambda: missing() == "", 60, "the host to notice that it is undone")
+    state = await two.stage.ended(await two.stage.roll(update, **LENIENT))
+    assert state.status == "completed", state.reason

@@ -36,12 +36,14 @@ BOTH_WAYS = pytest.mark.parametrize(
 
 
 def with_disk(rig: Any, extra: tuple[str, ...] = ()) -> Definition:
-    """A guest with a disk ``disk0``, and room to plug another one."""
-    return msgspec.structs.replace(
-        SMALL,
-        disk=(Disk(file=str(rig.disk("d.qcow2"))),),
-        extra=("-device", "pcie-root-port,id=plug1", *extra),
+    """A guest with a disk ``disk0`` and a CD, and room to plug another disk and another vCPU."""
+    (rig.folder / "cd.iso").write_bytes(bytes(1 << 20))
+    more = (
+        *("-device", "pcie-root-port,id=plug1", "-smp", "1,maxcpus=2,sockets=2"),
+        *("-drive", f"file={rig.folder}/cd.iso,format=raw,if=none,id=cd,media=cdrom"),
+        *("-device", "ide-cd,drive=cd,id=cd0"),
     )
+    return msgspec.structs.replace(SMALL, disk=(Disk(file=str(rig.disk("d.qcow2"))),), extra=(*more, *extra))
 
 
 def read(path: str) -> str:
@@ -58,6 +60,12 @@ def qmp(driver: Any, vm: str = "a") -> Qmp:
     """The driver's own connection."""
     found: Qmp = driver._guests[vm].qmp
     return found
+
+
+async def disk_node(driver: Any) -> Any:
+    """What QEMU says of the medium of ``disk0``."""
+    blocks = await qmp(driver).execute("query-block")
+    return next(block["inserted"] for block in blocks if block["device"] == "disk0")
 
 
 async def snapshot(driver: Any, rig: Any) -> None:
@@ -99,8 +107,7 @@ async def export(driver: Any, rig: Any) -> None:
     """An NBD export."""
     address = {"type": "unix", "data": {"path": str(rig.folder / "nbd")}}
     await qmp(driver).execute("nbd-server-start", addr=address)
-    (block,) = await qmp(driver).execute("query-block")
-    node = block["inserted"]["node-name"]
+    node = (await disk_node(driver))["node-name"]
     await qmp(driver).execute("block-export-add", type="nbd", id="e0", node_name=node)
 
 
@@ -114,7 +121,33 @@ async def character_device(driver: Any, rig: Any) -> None:
     await qmp(driver).execute("chardev-add", id="c9", backend={"type": "null", "data": {}})
 
 
+async def another_medium(driver: Any, rig: Any) -> None:
+    """Another CD."""
+    (rig.folder / "other.iso").write_bytes(bytes(1 << 20))
+    await qmp(driver).execute(
+        "blockdev-change-medium", id="cd0", filename=str(rig.folder / "other.iso"), format="raw"
+    )
+
+
+async def no_medium(driver: Any, rig: Any) -> None:
+    """No CD any more."""
+    await qmp(driver).execute("eject", id="cd0", force=True)
+
+
+async def another_vcpu(driver: Any, rig: Any) -> None:
+    """A hot-plugged one."""
+    place = {"socket-id": 1, "core-id": 0, "thread-id": 0}
+    told = {"driver": "qemu64-x86_64-cpu", "id": "cpu1", **place}
+    assert await qmp(driver)._client.execute("device_add", told) == {}
+
+
 CHANGES = [
+    (
+        another_medium,
+        r"disk cd is raw .*other\.iso \(read-only\) and raw .*cd\.iso \(read-only\) in the new process",
+    ),
+    (no_medium, r"disk cd is empty and raw .*cd\.iso \(read-only\) in the new process"),
+    (another_vcpu, r"the guest has 2 vCPUs and the new process 1"),
     (
         snapshot,
         r"disk disk0 is qcow2 /tmp/cq-.*/ov\.qcow2 over qcow2 .*/d\.qcow2 and qcow2 .*d\.qcow2 in the new",
@@ -200,8 +233,7 @@ async def test_a_persistent_bitmap_goes_along(rig: Any, tools: Any) -> None:
     await driver.prepare("a", "op-1", "swap", "")
     await driver.hand_over("a", tools.soon())
     await driver.release("a")
-    (block,) = await qmp(driver).execute("query-block")
-    assert [bitmap["name"] for bitmap in block["inserted"]["dirty-bitmaps"]] == ["b0"]
+    assert [bitmap["name"] for bitmap in (await disk_node(driver))["dirty-bitmaps"]] == ["b0"]
 
 
 @BOTH_WAYS
@@ -524,6 +556,31 @@ async def test_memory_beside_the_guests_ram_is_no_obstacle(rig: Any, tools: Any,
     await (driver.hand_over if method == "swap" else driver.checkpoint)("a", tools.soon())
     assert await driver.resume("a", 10) == "running"
     await driver.release("a")
+
+
+async def test_a_command_line_as_libvirt_and_proxmox_write_it(rig: Any, tools: Any) -> None:
+    """JSON, the RAM as the memory of a NUMA node, a file that is reserved at the start."""
+    place = rig.place("v")
+    rig.disk("v/d.qcow2")
+    ram = f'{{"qom-type":"memory-backend-file","id":"m0","mem-path":"{place}/ram","size":16777216,"share":true}}'
+    disk = f'{{"driver":"qcow2","node-name":"d","file":{{"driver":"file","filename":"{place}/d.qcow2"}}}}'
+    argv = [rig.qemu, "-nodefaults", "-display", "none", "-m", "16", "-accel", "tcg", "-cpu", "qemu64"]
+    argv += ["-machine", "pc-q35-7.2", "-object", ram, "-numa", "node,memdev=m0", "-blockdev", disk]
+    argv += ["-device", '{"driver":"virtio-blk-pci","drive":"d","id":"virtio0"}']
+    argv += ["-netdev", '{"type":"user","id":"n0"}', "-device", '{"driver":"virtio-net-pci","netdev":"n0"}']
+    for name in ("qmp", "guard"):
+        argv += ["-qmp", f"unix:{place}/{name},server=on,wait=off"]
+    process = rig.start(argv, place / "log")
+    await tools.until((place / "guard").exists, "its sockets")
+    driver = await rig.open({"a": Adopt(qmp=f"{place}/qmp", guard_qmp=f"{place}/guard")})
+    for number, method in enumerate(("swap", "replace")):
+        await driver.prepare("a", f"op-{number}", method, "")
+        await (driver.hand_over if method == "swap" else driver.checkpoint)("a", tools.soon())
+        assert await driver.resume("a", 10) == "running"
+        await driver.release("a")
+    process.wait()
+    os.kill(tools.pid_of(driver, "a"), signal.SIGKILL)
+    await tools.until(lambda: driver.states() == {"a": "stopped"}, "its end")
 
 
 @pytest.mark.skipif(not Path("/usr/share/OVMF/OVMF_CODE.fd").exists(), reason="ovmf is not installed")

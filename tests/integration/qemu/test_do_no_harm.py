@@ -398,6 +398,26 @@ async def test_an_operators_own_pause_is_his(rig: Any, tools: Any) -> None:
     assert await driver.resume("a", 5) == "running"
 
 
+async def test_a_guest_that_its_storage_paused_is_named_and_not_resumed(
+    rig: Any, tools: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """QEMU says io-error: whoever mends the storage resumes it. Here every read of the boot disk fails."""
+    monkeypatch.setattr("caesura_host_updater.drivers.qemu.keeping._LOOK_S", 0.05)
+    broken = "driver=blkdebug,image.driver=null-co,image.size=1048576"
+    fault = "inject-error.0.event=none,inject-error.0.errno=5,rerror=stop,werror=stop"
+    extra = ("-drive", f"if=none,id=e,{broken},{fault}", "-device", "virtio-blk-pci,drive=e,bootindex=0")
+    driver = await rig.open({"a": msgspec.structs.replace(SMALL, extra=extra)})
+    plan = driver.resume_plan("a")
+    await tools.until(lambda: "QEMU paused it for an I/O error" in driver.ping(), "the look", 60)
+    assert driver.states() == {"a": "paused"}
+    with pytest.raises(FreezeFailed, match="I/O error"):
+        await driver.freeze("a", tools.soon())
+    assert await driver.resume("a", 5) == "left"
+    thaw(plan)
+    assert condition(plan) == "gone"
+    assert await qmp(driver).status() == "io-error"
+
+
 async def test_the_guard_leaves_what_no_stop_of_ours_leads_to(rig: Any, tools: Any) -> None:
     """A guest that waits for an incoming migration is not started by us."""
     place = rig.place("v")

@@ -22,7 +22,7 @@ from caesura_host_updater.drivers.qemu.qmp import Event, Qmp, QmpFailed, listene
 from caesura_host_updater.drivers.qemu.records import TRIAL, Run
 from caesura_host_updater.drivers.qemu.snapshot import VmSnapshot
 from caesura_host_updater.drivers.qemu.vmm import NoVmm, foreign, marked_as, ram_error, read_vmm
-from caesura_host_updater.guard.guest import AWAY, OVER
+from caesura_host_updater.guard.guest import AWAY, NOT_OURS, OVER
 from caesura_host_updater.guard.plans import QemuPlan, ReplacePlan, SwapPlan, Vmm
 from caesura_host_updater.guard.procfs import STOPPED, alive, boot_id, read_process
 from caesura_host_updater.guard.replacing import STUCK
@@ -139,6 +139,15 @@ class Guest:
         finally:
             await qmp.close()
 
+    async def refresh(self) -> None:
+        """Ask why a guest is paused that nobody of ours paused: the event says that it is, and not why."""
+        if self.qmp is None or self.qmp.closed:
+            return
+        with suppress(QmpFailed):
+            status = await self.qmp.status()
+            if self.state == "paused":
+                self._status = status
+
     async def _ask(self, qmp: Qmp) -> None:
         self._status = await qmp.status()
         self.machine = await read_machine(qmp)
@@ -238,8 +247,10 @@ class Guest:
             return self.left
         if self.state == "paused" and self.why.startswith(STUCK):
             return self.why
+        if self._status in NOT_OURS and not (self.prepared is not None and self.prepared.begun):
+            return NOT_OURS[self._status]
         if self.state == "stopped":
-            return self.why or AWAY.get(self._status, "") or "its process has ended"
+            return self.why or "its process has ended"
         return self.why or "it does not answer" if self.state == "unknown" else ""
 
     def leave(self, status: str, why: str) -> None:

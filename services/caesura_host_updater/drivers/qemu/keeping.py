@@ -237,6 +237,8 @@ class Keeper:
                 if guest.unguarded and guest.run is not None:
                     await self._poll(guest)
                     continue
+                if guest.state == "paused" and guest.prepared is None and not guest.stopped_by_us:
+                    await guest.refresh()
                 lost = guest.state == "unknown" or (guest.run is None and guest.spec.qemu is None)
                 if lost and guest.prepared is None:
                     before = guest.why

@@ -73,6 +73,7 @@ PINGS = {
     "journal": "the last write to the SQLite journal succeeded",
     "driver": "every VM of the host file runs",
     "guard": "the pause guard is connected",
+    "updates": "the folder of updates answers",
     "documents": "every VM of the listeners file has a document to be shown",
 }
 

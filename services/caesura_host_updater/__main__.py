@@ -45,7 +45,6 @@ with QuietInterrupt():
     from caesura_host_updater.operation import clean_environ
     from caesura_host_updater.service import HostUpdater, filters
     from caesura_host_updater.settings import HostUpdaterSettings
-    from caesura_host_updater.updates import read_updates
 
 _ACCEL = {"kvm": "kvm", "tcg": "tcg,thread=multi"}
 
@@ -71,20 +70,9 @@ async def _main(settings: HostUpdaterSettings) -> None:
     host, passed = with_discovered(read_host_file(settings.host_file))
     for place, why in passed.items():
         _log.warning("discovery.passed_over", place=place, why=why)
-    _look_at_updates(settings.updates_dir)
     folder = private_folder(settings.state_dir)
     with _only_one(folder):
         await _run(settings, host, folder)
-
-
-def _look_at_updates(folder: str) -> None:
-    """Say at once what would be missed only when an update is to be applied. No reason not to start: it may come."""
-    if not Path(folder).exists():
-        _log.warning(
-            "updates.no_folder", folder=folder, hint="make it, or correct CAESURA_HOST_UPDATER_UPDATES_DIR"
-        )
-    for each in read_updates(folder).refused:
-        _log.warning("updates.refused", file=each.file, line=each.line, why=each.reason)
 
 
 @contextmanager

@@ -32,6 +32,7 @@ from caesura.contract.messages import (
 from caesura.contract.topics import channel_of
 from caesura.runtime.errors import StoreError
 from caesura_host_updater import command as rules
+from caesura_host_updater.catalogue_reader import CatalogueReader
 from caesura_host_updater.clock import ClockWait
 from caesura_host_updater.clockdesk import ClockDesk
 from caesura_host_updater.command import Accept, Authority, Ignore, Refuse, Repeat
@@ -49,7 +50,7 @@ from caesura_host_updater.outbox import Outbox
 from caesura_host_updater.report import clock_wait, final_report, refusal
 from caesura_host_updater.settings import HostUpdaterSettings
 from caesura_host_updater.startup import Startup, resume_until_running
-from caesura_host_updater.updates import Catalogue, UpdateFile, read_updates
+from caesura_host_updater.updates import UpdateFile
 
 _CLOCKS_S = 5.0  # s: for the verdicts on clocks when told to stop; an agent answers in a fraction of a second
 _FLUSH_S = 3.0  # s: for the last facts when told to stop; what is left is told at the next start
@@ -126,13 +127,13 @@ class HostUpdater:
             endings=self._endings,
         )
         self.authority = Authority()
-        self._catalogue = Catalogue()
         self._runner: OperationRunner | None = None
         self._accepted: asyncio.Queue[OperationRunner] = asyncio.Queue()
         self._idle = asyncio.Event()
         self._idle.set()
         self._stopping = False
         self._changed = asyncio.Event()
+        self._updates = CatalogueReader(settings.updates_dir, self._changed.set)
         self._agents: dict[str, str] = {}
         self._received_ns = 0
         self._listen()
@@ -156,6 +157,7 @@ class HostUpdater:
             "clocks": self.clocks.run,
             "vms": self._watch_vms,
             "journal": self._endings.save_later,
+            "updates": self._updates.run,
         }
 
     @property
@@ -175,7 +177,7 @@ class HostUpdater:
         await self._startup.run(self.authority.epoch)
         await self.outbox.load()
         self.clocks.expect(await self._journal.do(Journal.clock_waits), told=True)
-        self._catalogue = read_updates(self._settings.updates_dir)
+        await self._updates.start()
 
     # -- the bus --------------------------------------------------------------------------------------------
 
@@ -195,7 +197,6 @@ class HostUpdater:
     async def _keep_inventory(self) -> None:
         while True:
             self._changed.clear()
-            self._catalogue = read_updates(self._settings.updates_dir)
             with suppress(BusError):  # told again after the reconnect
                 await self.post.send(
                     inventory(
@@ -204,7 +205,7 @@ class HostUpdater:
                         self._driver.detail(),
                         authority=self.authority,
                         vms=self._records(),
-                        catalogue=self._catalogue,
+                        catalogue=self._updates.catalogue,
                         operation=self.operation,
                         guard=self._guardian.state,
                     ),
@@ -218,7 +219,8 @@ class HostUpdater:
         return vm_records(self._host.vm, self._driver.capabilities, self._driver.states())
 
     def reread(self) -> None:
-        """Read the updates again and tell them, at once."""
+        """Read the updates again; the inventory follows when they were read."""
+        self._updates.reread()
         self._changed.set()
 
     async def _watch_vms(self) -> None:
@@ -259,7 +261,7 @@ class HostUpdater:
                 host=rules.Host(
                     host=self._host.host,
                     vms=self._records(),
-                    catalogue=read_updates(self._settings.updates_dir),
+                    catalogue=self._updates.catalogue,
                     busy=self.operation,
                     stopping=self._stopping,
                 ),
@@ -485,6 +487,7 @@ class HostUpdater:
                 _log.warning("outbox.left", letters=len(self.outbox))
             with suppress(BusError):
                 await self.post.send(self._presence(online=False), timeout_s=2.0, host=self._host.host)
+        self._updates.close()
         await self.bus.close()
 
     def pings(self) -> dict[str, Callable[[], str]]:
@@ -496,6 +499,7 @@ class HostUpdater:
             ),
             "journal": lambda: self._journal.trouble,
             "driver": self._driver.ping,
+            "updates": self._updates.complaint,
             "guard": lambda: "there is no pause guard" if self._guardian.state == "absent" else "",
         }
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
-from structlog.testing import capture_logs
 
 from caesura.contract.messages import RefusedUpdate
-from caesura_host_updater.__main__ import _look_at_updates
 from caesura_host_updater.hostfile import HostFileError, parse_host_file, read_host_file
 from caesura_host_updater.updates import UpdateFile, catalogue, parse_update, read_updates
 
@@ -131,17 +130,17 @@ def test_folder(tmp_path: Path) -> None:
     assert refused.reason == "cannot be read: Not a directory"
 
 
-def test_what_is_wrong_with_the_updates_is_said_at_the_start(tmp_path: Path) -> None:
+def test_what_is_not_a_regular_file_is_refused_by_name_and_never_waited_for(tmp_path: Path) -> None:
+    """Opening a FIFO waits for a writer: this test would not end."""
     (tmp_path / "good.toml").write_text(UPDATE)
-    with capture_logs() as said:
-        _look_at_updates(str(tmp_path))
-    assert said == []
-    (tmp_path / "slip.toml").write_text(UPDATE + "x =")
-    with capture_logs() as said:
-        _look_at_updates(str(tmp_path))
-        _look_at_updates(str(tmp_path / "nosuch"))
-    assert [each["log_level"] for each in said] == ["warning", "warning"]
-    refused, missing = said
-    assert (refused["event"], refused["file"], refused["line"]) == ("updates.refused", "slip.toml", 7)
-    assert missing["event"] == "updates.no_folder"
-    assert missing["folder"] == str(tmp_path / "nosuch")
+    os.mkfifo(tmp_path / "hangs.toml")
+    (tmp_path / "folder.toml").mkdir()
+    (tmp_path / "device.toml").symlink_to("/dev/zero")
+    (tmp_path / "huge.toml").write_bytes(b"#" * (1 << 20) + b"\n")
+    found = read_updates(str(tmp_path))
+    assert list(found.updates) == ["patch"]
+    why = {each.file: each.reason for each in found.refused}
+    assert "it is a FIFO, not a regular file" in why["hangs.toml"]
+    assert "it is a folder" in why["folder.toml"]
+    assert "it is a device" in why["device.toml"]
+    assert "an update has 1048576 at most" in why["huge.toml"]

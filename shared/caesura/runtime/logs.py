@@ -1,13 +1,128 @@
-"""Structured logs: console on a terminal, one JSON object a line otherwise. Event names are short and dotted."""
+"""Structured logs: console on a terminal, one JSON object a line otherwise. Event names are short and dotted.
+
+Whoever logs never waits for whoever reads: a standard error that is a full pipe would hold up an event loop, and with
+it the resume of paused VMs. So lines go through a bounded queue to a thread that writes them. What does not fit is
+dropped and counted, and the next line that is written is preceded by the count.
+"""
 
 from __future__ import annotations
 
+import atexit
+import io
 import logging
+import logging.handlers
+import os
+import queue
 import sys
+from contextlib import suppress
 from typing import Literal
 
 import structlog
 import structlog.tracebacks
+
+_QUEUED = 2000  # lines, some 300 bytes each: what a minute of trouble says
+_FLUSH_S = 1.0  # s: at the end of the process; a reader that is there takes all of it within milliseconds
+
+
+class _Writer(logging.Handler):
+    """Writes to a descriptor, without the locks of ``sys.stderr``: Python aborts if a thread holds them at exit."""
+
+    def __init__(self, out: int | io.TextIOBase) -> None:
+        super().__init__()
+        self._out = out
+
+    def createLock(self) -> None:  # noqa: N802 - as logging calls it
+        """No lock: one thread writes, and at exit logging would wait for it in the middle of a write."""
+        self.lock = None
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write one line; who closed the other end does not want it."""
+        with suppress(OSError, ValueError):
+            if not isinstance(self._out, int):
+                self._out.write(f"{record.getMessage()}\n")
+                self._out.flush()
+                return
+            left = f"{record.getMessage()}\n".encode(errors="replace")
+            while left:
+                left = left[os.write(self._out, left) :]
+
+
+class NonBlockingHandler(logging.handlers.QueueHandler):
+    """Formats a record and hands it to a thread that writes; see the module.
+
+    Args:
+        out: a file descriptor, or a text stream.
+        room: lines that wait at most.
+    """
+
+    def __init__(self, out: int | io.TextIOBase, *, room: int = _QUEUED) -> None:
+        self._lines: queue.Queue[logging.LogRecord] = queue.Queue(room)
+        super().__init__(self._lines)
+        self.dropped = 0
+        """Lines that did not fit, ever."""
+        self._listener = _Listener(self, self._lines, _Writer(out))
+        self._listener.start()
+
+    def enqueue(self, record: logging.LogRecord) -> None:
+        """Put it behind the others, or drop it."""
+        try:
+            self._lines.put_nowait(record)
+        except queue.Full:
+            self.dropped += 1
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802, ARG002 - as logging calls it
+        """A line that cannot be made is dropped: the standard way would write to standard error, and wait."""
+        self.dropped += 1
+
+    def flush(self, timeout_s: float = _FLUSH_S) -> None:
+        """Wait until everything is written, for ``timeout_s`` seconds at most."""
+        done = self._lines.all_tasks_done
+        with done:
+            done.wait_for(lambda: not self._lines.unfinished_tasks, timeout_s)
+
+
+class _Listener(logging.handlers.QueueListener):
+    """The thread that writes. A daemon: it may be in a write that never returns."""
+
+    def __init__(
+        self, source: NonBlockingHandler, lines: queue.Queue[logging.LogRecord], writer: _Writer
+    ) -> None:
+        super().__init__(lines, writer)
+        self._source = source
+        self._writer = writer
+        self._counted = 0
+
+    def handle(self, record: logging.LogRecord) -> None:
+        """Write it, and before it how many lines are missing."""
+        dropped, self._counted = self._source.dropped - self._counted, self._source.dropped
+        if dropped:
+            note = logging.LogRecord(
+                "caesura.logs",
+                logging.WARNING,
+                "",
+                0,
+                "log.dropped: %d lines, since standard error did not take them",
+                (dropped,),
+                None,
+            )
+            self._writer.handle(self._source.prepare(note))
+        super().handle(record)
+
+
+_running: NonBlockingHandler | None = None
+
+
+@atexit.register
+def flush_logs() -> None:
+    """Wait until what was logged is written, for a second at most."""
+    if _running is not None:
+        _running.flush()
+
+
+def _stderr() -> int | io.TextIOBase:
+    with suppress(OSError, ValueError):
+        return sys.stderr.fileno()
+    return sys.stderr  # type: ignore[return-value]  # what a test has put there
 
 
 def configure_logging(
@@ -42,7 +157,10 @@ def configure_logging(
         wrapper_class=structlog.stdlib.BoundLogger,
         cache_logger_on_first_use=False,
     )
-    handler = logging.StreamHandler(sys.stderr)
+    global _running  # noqa: PLW0603 - logging itself is global
+    if _running is not None:
+        _running.flush()
+    _running = handler = NonBlockingHandler(_stderr())
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             foreign_pre_chain=shared,

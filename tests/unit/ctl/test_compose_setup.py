@@ -18,7 +18,7 @@ import pytest
 from caesura.bus.mqtt import MqttBus
 from caesura.bus.options import BrokerOptions
 from caesura.contract.access import access_rules
-from caesura.runtime.logs import configure_logging
+from caesura.runtime.logs import configure_logging, flush_logs
 from caesura.runtime.settings import Secret
 from caesura.testing.broker import mosquitto, mosquitto_installed
 from caesura.testing.fleet import until
@@ -198,6 +198,7 @@ def test_the_command_says_why_on_one_line(
     file = tmp_path / "file"
     file.write_text("")
     assert main([str(file / "below")]) == 2
+    flush_logs()
     (line,) = capfd.readouterr().err.strip().splitlines()
     assert "setup.failed" in line
     assert "Not a directory" in line

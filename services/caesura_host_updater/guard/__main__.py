@@ -9,13 +9,12 @@ import sys
 
 try:
     import argparse
-    import json
     import os
-    import time
     from collections.abc import Sequence
     from contextlib import suppress
 
     from caesura_host_updater.guard.intent import IntentFile, UnreadableIntent
+    from caesura_host_updater.guard.output import Output
     from caesura_host_updater.guard.procfs import boot_id
     from caesura_host_updater.guard.server import AlreadyRunning, GuardServer
     from caesura_host_updater.guard.watch import Watch
@@ -23,14 +22,8 @@ except KeyboardInterrupt:  # as caesura.runtime.interrupt, which the guard may n
     sys.exit(130)
 
 
-def log(event: str, **facts: object) -> None:
-    """One JSON line on stderr. A closed or full stderr must never cost a resume, so failures are dropped."""
-    stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    line = json.dumps({"timestamp": stamp, "service": "pause-guard", "event": event, **facts}, default=str)
-    try:
-        os.write(2, line.encode() + b"\n")
-    except OSError:
-        return
+_output = Output()
+log = _output.log
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -39,6 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _serve(argv)
     except KeyboardInterrupt:  # before the server took the signal over
         return 130
+    finally:
+        _output.flush()
 
 
 def _serve(argv: Sequence[str] | None) -> int:

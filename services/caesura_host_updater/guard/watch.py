@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any, Literal, Protocol
 
+from caesura_host_updater.guard.bounded import BoundedCalls
 from caesura_host_updater.guard.intent import Catch, Fired, Intent
 from caesura_host_updater.guard.plans import Condition, Plan, SignalPlan, condition, thaw
 from caesura_host_updater.guard.procfs import Process, process_table
@@ -19,6 +21,10 @@ _ENFORCE_QEMU_S = 0.1  # s: the same for QEMU guests: a thread and two questions
 _LOOK_ROUND_S = 0.8  # s: how long an acknowledgement waits for QEMU guests: each is asked for half a second
 _LAST_ROUND_S = 0.3  # s: and for rounds that are under way; both together well under the updater's patience
 _STORE_RETRY_S = 1.0  # s: between two tries to write down what was done on a full disk
+
+_STORE_S = 0.5  # s: an fsync on a busy disk; every VM runs or is gone by then
+_STORE = ""
+"""The key of a call that writes the intent; no VM has this name."""
 
 State = Literal["ready", "armed", "firing", "fired"]
 Log = Callable[..., None]
@@ -71,6 +77,9 @@ class Watch:
         self._seen_running: dict[str, float] = {}
         self._unstored_since: float | None = None
         self._rounds = Rounds(look, release, clock, log)
+        self._calls = BoundedCalls()
+        self._complaints: dict[tuple[str, str], str] = {}
+        """What was logged last of each VM, by event: one that hangs is looked at every few milliseconds."""
 
     @property
     def intent(self) -> Intent | None:
@@ -160,7 +169,10 @@ class Watch:
         self.step()
         # A round that is still under way could let go a VM that the next operation has frozen.
         self._take_in(intent, self._rounds.ended(_LAST_ROUND_S))
-        stuck = set(self._rounds.under_way)
+        under_way = self._calls.under_way
+        if _STORE in under_way:
+            raise GuardRefusal("the record is still being written")
+        stuck = set(self._rounds.under_way | under_way)
         if intent.fired is not None:
             stuck |= {vm for vm, catch in intent.fired.vms.items() if not catch.end}
         if stuck:
@@ -209,6 +221,7 @@ class Watch:
                 ended = bool(intent.fired.vms[plan.vm].end)
                 self._rounds.begin(plan, pause_s=_ENFORCE_QEMU_S if ended else 0)
         plans = [plan for plan in intent.plans if not isinstance(plan, VMM_PLANS)]
+        self._calls.begin_sweep()
         table = self._table(intent)
         held = {plan.vm: self._held(plan, table) for plan in plans}
         for plan in plans:
@@ -246,6 +259,7 @@ class Watch:
         for plan in intent.plans:
             if plan.vm in asked:
                 self._rounds.begin(plan, only_look=True)
+        self._calls.begin_sweep()
         table = self._table(intent)
         if any(self._held(plan, table) for plan in intent.plans if plan.vm not in asked):
             return True
@@ -273,16 +287,25 @@ class Watch:
 
     def _condition(self, plan: Plan, table: Mapping[int, Process] | None) -> Condition:
         try:
-            return self._look(plan, table)
+            found = self._calls.call(plan.vm, lambda: self._look(plan, table))
         except OSError as error:
-            self._log("guard.look_failed", vm=plan.vm, why=str(error))
+            self._complain("guard.look_failed", plan.vm, str(error))
             return "held"  # cannot tell: treat it as standing still
+        self._complaints.pop(("guard.look_failed", plan.vm), None)
+        return found
 
     def _let_go(self, plan: Plan, table: Mapping[int, Process] | None) -> None:
         try:
-            self._release(plan, table)
+            self._calls.call(plan.vm, lambda: self._release(plan, table))
         except OSError as error:
-            self._log("guard.resume_failed", vm=plan.vm, why=str(error))
+            self._complain("guard.resume_failed", plan.vm, str(error))
+        else:
+            self._complaints.pop(("guard.resume_failed", plan.vm), None)
+
+    def _complain(self, event: str, vm: str, why: str) -> None:
+        if self._complaints.get((event, vm)) != why:
+            self._complaints[event, vm] = why
+            self._log(event, vm=vm, why=why)
 
     def _table(self, intent: Intent) -> Mapping[int, Process] | None:
         return process_table() if any(isinstance(plan, SignalPlan) for plan in intent.plans) else None
@@ -290,8 +313,9 @@ class Watch:
     def _save(self) -> None:
         if self._intent is None:
             return
+        record = copy.deepcopy(self._intent)  # a disk that hangs may read it while we go on
         try:
-            self._store.store(self._intent)
+            self._calls.call(_STORE, lambda: self._store.store(record), _STORE_S)
         except OSError as error:
             if self._unstored_since is None:
                 self._log("guard.record_failed", operation=self._intent.operation, why=str(error))

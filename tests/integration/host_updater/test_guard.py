@@ -39,11 +39,12 @@ class Guard:
         self.folder = folder
         self.processes: list[subprocess.Popen[bytes]] = []
         self.connections: list[socket.socket] = []
+        self.stderr: int = subprocess.DEVNULL
 
     def start(self, *arguments: str) -> subprocess.Popen[bytes]:
         """Start it and wait until it listens."""
         command = [sys.executable, "-m", "caesura_host_updater.guard", "--state-dir", str(self.folder)]
-        process = subprocess.Popen([*command, *arguments], stderr=subprocess.DEVNULL)
+        process = subprocess.Popen([*command, *arguments], stderr=self.stderr)
         self.processes.append(process)
         wait(self.listens, "the guard to listen")
         return process
@@ -148,6 +149,39 @@ def test_deadline(guard: Guard, vm: ProcessPlan) -> None:
     assert (catch["was_frozen"], catch["end"]) == (True, "running")
     assert guard.ask(connection, do="status")["state"] == "ready"
     assert not (guard.folder / "guard-intent.json").exists()
+
+
+@pytest.fixture
+def full_pipe() -> Iterator[int]:
+    """The writing end of a pipe that takes not one byte more, and that nobody reads."""
+    read, write = os.pipe2(os.O_CLOEXEC)
+    os.set_blocking(write, False)
+    with suppress(BlockingIOError):
+        while True:
+            os.write(write, b"x" * 4096)
+    os.set_blocking(write, True)
+    yield write
+    os.close(read)
+    os.close(write)
+
+
+def test_a_standard_error_that_is_a_full_pipe_costs_no_resume(
+    guard: Guard, vm: ProcessPlan, full_pipe: int
+) -> None:
+    guard.stderr = full_pipe
+    process = guard.start()
+    connection = guard.connect()
+    guard.arm(connection, vm, 0.5)
+    freeze(vm)
+    wait(lambda: condition(vm) == "running", "the resume")
+    # And it serves on: what it says of the next operation does not fit either.
+    assert guard.ask(connection, do="disarm", operation="op-1")["record"]["fired"]
+    guard.arm(connection, vm, 20)
+    freeze(vm)
+    connection.close()
+    wait(lambda: condition(vm) == "running", "the resume")
+    process.terminate()
+    assert process.wait(PATIENCE_S) == 0
 
 
 def test_connection_lost(guard: Guard, vm: ProcessPlan) -> None:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -242,3 +245,80 @@ def test_guard_needs_nothing_but_the_standard_library() -> None:
     )
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert told.stdout.strip() == "[]"
+
+
+class Hanging(World):
+    """A world in which the kernel does not answer for VM ``a`` until the test lets it."""
+
+    def __init__(self, *calls: str) -> None:
+        self.answers = threading.Event()
+        self.hangs = calls
+        self.begun: list[str] = []
+        super().__init__()
+
+    def look(self, plan: Plan, table: Mapping[int, Process] | None) -> Condition:
+        self._hang("look", plan)
+        return super().look(plan, table)
+
+    def release(self, plan: Plan, table: Mapping[int, Process] | None) -> None:
+        self._hang("release", plan)
+        super().release(plan, table)
+
+    def _hang(self, what: str, plan: Plan) -> None:
+        if plan.vm == "a" and what in self.hangs:
+            self.begun.append(what)
+            self.answers.wait()
+
+
+@pytest.mark.parametrize("hangs", ["look", "release"])
+def test_a_vm_whose_cgroup_hangs_does_not_keep_the_others_frozen(hangs: str) -> None:
+    """A blocking call would never return here: the other VM comes second in the sweep."""
+    world = Hanging(hangs)
+    world.watch.arm(world.intent())
+    world.freeze()
+    world.now += 10
+    world.watch.step()
+    assert world.vms["b"] == "running"
+    assert state(world) == "firing"
+    for _ in range(20):
+        world.watch.step()
+    assert len(world.begun) == 1, "one call at a time: no threads that pile up"
+    with pytest.raises(GuardRefusal, match="not running yet: a"):
+        world.watch.disarm("op")
+    world.answers.set()
+    world.hangs = ()
+    until = time.monotonic() + 20
+    while state(world) != "fired":
+        assert time.monotonic() < until
+        world.watch.step()
+    assert world.vms["a"] == "running"
+    assert world.watch.disarm("op") is not None
+
+
+def test_a_disk_that_hangs_keeps_no_vm_frozen_and_its_record_is_written_later() -> None:
+    world = World()
+    world.watch.arm(world.intent())
+    disk, stored = threading.Event(), world.store
+
+    def slow(intent: Intent) -> None:
+        disk.wait()
+        stored(intent)
+
+    world.store = slow  # type: ignore[method-assign]
+    world.freeze()
+    world.now += 10
+    world.watch.step()
+    assert set(world.vms.values()) == {"running"}
+    world.freeze()  # an updater that was stopped before its freeze call wakes up
+    world.watch.step()
+    assert set(world.vms.values()) == {"running"}
+    with pytest.raises(GuardRefusal, match="still being written"):
+        world.watch.disarm("op")
+    disk.set()
+    until = time.monotonic() + 20
+    while True:
+        assert time.monotonic() < until
+        with suppress(GuardRefusal):
+            assert world.watch.disarm("op") is not None
+            break
+    assert world.disk is None

@@ -6,17 +6,18 @@ import asyncio
 import os
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Mapping
-from contextlib import suppress
-from pathlib import Path
 
 import structlog
 
 from caesura.runtime.errors import CaesuraError
 from caesura_host_updater.detached import ExitWatch
+from caesura_host_updater.guard.bounded_read import environs
 from caesura_host_updater.guard.plans import SignalPlan
 from caesura_host_updater.guard.procfs import process_table, read_process, send_signal
+from caesura_host_updater.threads import in_thread
 from caesura_host_updater.updates import UpdateFile
 
 _TAIL_BYTES = 2048  # of the output, for the report
@@ -34,41 +35,69 @@ class UpdateProcess:
 
     Args:
         environ: the whole environment of the program.
-
-    Raises:
-        UpdateNotStarted: no such program or folder, or no permission.
     """
 
     def __init__(self, update: UpdateFile, environ: Mapping[str, str]) -> None:
         self.started_at = time.monotonic()
+        self._update = update
+        self._environ = dict(environ)
         self._tail = b""
         self._ended = asyncio.Event()
         self._loop = asyncio.get_running_loop()
+        self._read = -1
+        self._process: subprocess.Popen[bytes] | None = None
+        self._plan: SignalPlan | None = None
+        self._watch: ExitWatch | None = None
+        self._turn = threading.Lock()
+        self._unwanted = False
+
+    async def start(self) -> None:
+        """Start it, in a thread: its program or folder may be on a file system that does not answer.
+
+        One that was told to end while it was being started is killed as soon as it is there.
+
+        Raises:
+            UpdateNotStarted: no such program or folder, or no permission, or it was told to end before it began.
+        """
         self._read, write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         os.set_blocking(write, True)
         try:
-            self._process = subprocess.Popen(
-                update.argv,
+            process = await in_thread(f"start {self._update.name}", lambda: self._spawn(write))
+        except OSError as error:
+            raise UpdateNotStarted(f"update {self._update.name} cannot be started: {error}") from error
+        if process is None:
+            raise UpdateNotStarted(f"update {self._update.name} was told to end before it began")
+        self._loop.add_reader(self._read, self._on_output)
+        self._watch = ExitWatch(process.pid, self._on_exit, reap=False)
+
+    def _spawn(self, write: int) -> subprocess.Popen[bytes] | None:
+        try:
+            process = subprocess.Popen(
+                self._update.argv,
                 stdin=subprocess.DEVNULL,
                 stdout=write,
                 stderr=write,
-                cwd=update.working_directory,
-                env=dict(environ),
+                cwd=self._update.working_directory,
+                env=self._environ,
                 start_new_session=True,
             )
-        except OSError as error:
-            os.close(self._read)
-            raise UpdateNotStarted(f"update {update.name} cannot be started: {error}") from error
         finally:
             os.close(write)
-        own = read_process(self._process.pid)
-        self._plan = SignalPlan("", self._process.pid, own.start_ticks if own else 0)
-        self._loop.add_reader(self._read, self._on_output)
-        self._watch = ExitWatch(self._process.pid, self._on_exit, reap=False)
+        own = read_process(process.pid)
+        plan = SignalPlan("", process.pid, own.start_ticks if own else 0)
+        with self._turn:
+            if not self._unwanted:
+                self._process, self._plan = process, plan
+                return process
+        _signal_all(plan, signal.SIGKILL)
+        process.wait()
+        _log.warning("update.started_too_late", update=self._update.name, pid=process.pid)
+        return None
 
     @property
     def identity(self) -> tuple[int, int]:
-        """Pid and start time, for the journal."""
+        """Pid and start time, for the journal; of a process that was started."""
+        assert self._plan is not None  # noqa: S101 - `start` sets it
         return self._plan.leader, self._plan.start_ticks
 
     def _on_output(self) -> None:
@@ -81,14 +110,15 @@ class UpdateProcess:
         self._tail = (self._tail + data)[-_TAIL_BYTES:]
 
     def _on_exit(self) -> None:
-        self._process.poll()
+        if self._process is not None:
+            self._process.poll()
         self._ended.set()
 
     async def wait(self) -> tuple[int, float, str]:
         """Exit code (negative: the signal), seconds, the end of its output."""
         await self._ended.wait()
         seconds = time.monotonic() - self.started_at
-        code = self._process.returncode
+        code = self._process.returncode if self._process is not None else None
         self._on_output_left()
         return -1 if code is None else code, seconds, self._tail.decode(errors="replace")
 
@@ -101,19 +131,34 @@ class UpdateProcess:
             self._on_output()
 
     def end(self, number: signal.Signals) -> None:
-        """Signal everything in its session and below it."""
-        for member in self._plan.members(process_table()):
-            send_signal(member.pid, member.start_ticks, number)
+        """Signal everything in its session and below it, soon."""
+        with self._turn:
+            plan = self._plan
+            if plan is None:
+                self._unwanted = True
+                return
+        threading.Thread(
+            target=_signal_all, args=(plan, number), name=f"end {self._update.name}", daemon=True
+        ).start()
 
     def close(self) -> None:
         """Let go of the descriptors. A process that not even SIGKILL ends is left to the kernel."""
-        self._watch.close()
-        self._loop.remove_reader(self._read)
-        os.close(self._read)
-        if self._process.poll() is None:
+        with self._turn:
+            self._unwanted = True
+        if self._watch is not None:
+            self._watch.close()
+            self._loop.remove_reader(self._read)
+        if self._read >= 0:
+            os.close(self._read)
+        if self._process is not None and self._process.poll() is None:
             self._process.returncode = (
                 -signal.SIGKILL
             )  # it was sent; do not warn about a process we gave up on
+
+
+def _signal_all(plan: SignalPlan, number: signal.Signals) -> None:
+    for member in plan.members(process_table()):
+        send_signal(member.pid, member.start_ticks, number)
 
 
 def update_environ(
@@ -128,7 +173,7 @@ def end_orphans(operation: str, host: str, known: tuple[tuple[int, int], ...]) -
     """SIGKILL what an update of a dead host updater left behind; how many processes that were.
 
     Found by the journal's pid and start time, and by the environment that every update is given: the host
-    updater may have died between starting it and writing its pid down.
+    updater may have died between starting it and writing its pid down. Blocking: it reads the whole process table.
     """
     table = process_table()
     found = {
@@ -137,10 +182,7 @@ def end_orphans(operation: str, host: str, known: tuple[tuple[int, int], ...]) -
         for member in SignalPlan("", pid, start_ticks).members(table)
     }
     wanted = {f"CAESURA_OPERATION={operation}".encode(), f"CAESURA_HOST={host}".encode()}
-    for process in table.values():
-        with suppress(OSError):
-            if wanted <= set(Path(f"/proc/{process.pid}/environ").read_bytes().split(b"\0")):
-                found.add((process.pid, process.start_ticks))
+    found |= {(pid, table[pid].start_ticks) for pid, entries in environs(table) if wanted <= entries}
     for pid, start_ticks in found:
         send_signal(pid, start_ticks, signal.SIGKILL)
     if found:

@@ -8,47 +8,83 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
+import subprocess
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
 from caesura.runtime.errors import CaesuraError
+from caesura_host_updater.threads import in_thread
 
 
 class SpawnError(CaesuraError):
     """A program could not be started."""
 
 
+# vfork(2) keeps the caller until the program was executed, with Python's lock held: on a file system that does not
+# answer that is for good, and for every thread. (A documented switch: "Disabling use of vfork() or posix_spawn()".)
+subprocess._USE_VFORK = False  # type: ignore[misc]  # noqa: SLF001
+
+
 def spawn_detached(argv: Sequence[str], environ: Mapping[str, str], log_file: Path) -> int:
     """Start ``argv`` in a new session, stdin from /dev/null, output appended to ``log_file``. Returns the pid.
 
-    No descriptor of ours is inherited (Python's are close-on-exec).
+    No descriptor of ours is inherited. Blocking, for as long as the file systems of program and log file like: in the
+    event loop use ``start_detached``.
 
     Raises:
         SpawnError: the program cannot be started, or the log file cannot be opened.
     """
-    append = os.O_WRONLY | os.O_CREAT | os.O_APPEND
     try:
-        return os.posix_spawn(
-            argv[0],
-            list(argv),
-            dict(environ),
-            file_actions=[
-                (os.POSIX_SPAWN_OPEN, 0, "/dev/null", os.O_RDONLY, 0),
-                (os.POSIX_SPAWN_OPEN, 1, str(log_file), append, 0o600),
-                (os.POSIX_SPAWN_DUP2, 1, 2),
-            ],
-            setsid=True,
-            setsigmask=[],
-        )
+        log = os.open(log_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        try:
+            process = subprocess.Popen(
+                argv,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=dict(environ),
+                start_new_session=True,
+            )
+        finally:
+            os.close(log)
     except OSError as error:
         raise SpawnError(f"cannot start {argv[0]}: {error.strerror or error}") from error
+    process.returncode = (
+        0  # it is watched and reaped through a pidfd: not by the next Popen, and without a warning
+    )
+    return process.pid
 
 
-def reap(pid: int) -> None:
+async def start_detached(argv: Sequence[str], environ: Mapping[str, str], log_file: Path) -> int:
+    """``spawn_detached`` in a thread. Cancelled, it ends what is started after all.
+
+    Raises:
+        SpawnError: as ``spawn_detached``.
+    """
+    unwanted = threading.Event()
+
+    def spawn() -> int:
+        pid = spawn_detached(argv, environ, log_file)
+        if unwanted.is_set():
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+            reap(pid, wait=True)
+        return pid
+
+    try:
+        return await in_thread(f"start {argv[0]}", spawn)
+    except asyncio.CancelledError:
+        unwanted.set()
+        raise
+
+
+def reap(pid: int, *, wait: bool = False) -> None:
     """Collect a child that ended; one that was adopted is not ours to collect, init does."""
     with suppress(ChildProcessError):
-        os.waitpid(pid, os.WNOHANG)
+        os.waitpid(pid, 0 if wait else os.WNOHANG)
 
 
 class ExitWatch:

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import structlog
 
 from caesura.runtime.errors import CaesuraError
-from caesura_host_updater.detached import ExitWatch, SpawnError, spawn_detached
+from caesura_host_updater.detached import ExitWatch, SpawnError, start_detached
 from caesura_host_updater.guard.intent import Intent, UnreadableIntent
 from caesura_host_updater.guard.plans import Plan, plan_to_json
 from caesura_host_updater.guard.procfs import boot_id
@@ -187,7 +187,7 @@ class Guardian:
             str(_LINGER_S),
         ]
         try:
-            pid = spawn_detached(argv, os.environ, self._state_dir / "guard.log")
+            pid = await start_detached(argv, os.environ, self._state_dir / "guard.log")
         except SpawnError as error:
             raise GuardUnavailable(str(error)) from error
         self._exits = [watch for watch in self._exits if watch.watching]

@@ -23,6 +23,7 @@ from caesura_host_updater.drivers.port import (
     NotPossible,
     NotRunningYet,
     SwapFailed,
+    states_within,
 )
 from caesura_host_updater.guard.intent import Intent
 from caesura_host_updater.guard.plans import Plan
@@ -37,6 +38,7 @@ from caesura_host_updater.updates import UpdateFile
 _RESUME_TRY_S = 0.25  # s: one try of a resume; then it is logged and tried again
 _RESTORE_TRY_S = 1.0  # s: the same for a replace, which starts a process
 _FLUSH_S = 2.0  # s: for the journal to write what was posted, before the guard lets go
+_LOOK_S = 0.2  # s: for a look before a resume, which must not wait for it
 _WATCH_S = 0.1  # s: between two looks whether the paused VMs still stand still
 
 _log = structlog.get_logger("caesura.pause")
@@ -293,7 +295,7 @@ class OperationRunner:
             freezing.cancel()
             await asyncio.wait([freezing])
         unconfirmed = any(each.vm == vm and each.frozen_at is None for each in self.state.vms)
-        was_held = unconfirmed and self._driver.states()[vm] == "paused"
+        was_held = unconfirmed and (await states_within(self._driver, _LOOK_S)).get(vm, "paused") == "paused"
         tries = 0
         timeout_s = _RESTORE_TRY_S if self.state.method == "replace" else _RESUME_TRY_S
         while True:
@@ -324,12 +326,12 @@ class OperationRunner:
         while True:
             await asyncio.sleep(_WATCH_S)
             names = [vm.vm for vm in self.state.vms if vm.frozen_at is not None and vm.vm not in lost]
-            states = self._driver.states() if names else {}
+            states = await self._driver.read_states() if names else {}
             for name in names:
-                if states[name] == "stopped":
+                if states.get(name) == "stopped":
                     self._events.put_nowait(steps.VmLost(name, False, "ended while it was paused"))
                     self._on_change()
-                elif states[name] == "running":
+                elif states.get(name) == "running":
                     why = "ran although it was paused: somebody else resumed it"
                     self._events.put_nowait(steps.VmLost(name, True, why))
                 else:
@@ -355,12 +357,12 @@ class OperationRunner:
             raise RuntimeError("an operation without an update cannot run one")
         operation = self.state.operation
         told = update_environ(self._environ, self._update, operation=operation, host=self._host, vm=key)
+        process = self._processes[key] = UpdateProcess(self._update, told)
         try:
-            process = UpdateProcess(self._update, told)
+            await process.start()
         except UpdateNotStarted as error:
             self._events.put_nowait(steps.UpdateEnded(key, "failed", None, 0.0, str(error)))
             return
-        self._processes[key] = process
         pid, start_ticks = process.identity
         self._journal.post(lambda journal: journal.note_update(operation, pid, start_ticks))
         code, seconds, tail = await process.wait()

@@ -36,7 +36,7 @@ from caesura_host_updater.catalogue_reader import CatalogueReader
 from caesura_host_updater.clock import ClockWait
 from caesura_host_updater.clockdesk import ClockDesk
 from caesura_host_updater.command import Accept, Authority, Ignore, Refuse, Repeat
-from caesura_host_updater.drivers.port import Driver
+from caesura_host_updater.drivers.port import Driver, states_within
 from caesura_host_updater.endings import Endings, Letters
 from caesura_host_updater.guard.procfs import boot_id
 from caesura_host_updater.guardian import Guardian
@@ -54,6 +54,7 @@ from caesura_host_updater.updates import UpdateFile
 
 _CLOCKS_S = 5.0  # s: for the verdicts on clocks when told to stop; an agent answers in a fraction of a second
 _FLUSH_S = 3.0  # s: for the last facts when told to stop; what is left is told at the next start
+_STATES_S = 2.0  # s: to read the states of all VMs, which takes milliseconds
 _CLOCK_PUBLISH_S = 0.5  # s: an answer later than this is of no use to the agent
 
 _log = structlog.get_logger("caesura.host_updater")
@@ -204,7 +205,7 @@ class HostUpdater:
                         self._driver.name,
                         self._driver.detail(),
                         authority=self.authority,
-                        vms=self._records(),
+                        vms=await self._records(),
                         catalogue=self._updates.catalogue,
                         operation=self.operation,
                         guard=self._guardian.state,
@@ -215,8 +216,9 @@ class HostUpdater:
                 async with asyncio.timeout(self._settings.inventory_interval_s):
                     await self._changed.wait()
 
-    def _records(self) -> dict[str, VmRecord]:
-        return vm_records(self._host.vm, self._driver.capabilities, self._driver.states())
+    async def _records(self) -> dict[str, VmRecord]:
+        states = await states_within(self._driver, _STATES_S)
+        return vm_records(self._host.vm, self._driver.capabilities, states)
 
     def reread(self) -> None:
         """Read the updates again; the inventory follows when they were read."""
@@ -260,7 +262,7 @@ class HostUpdater:
                 command,
                 host=rules.Host(
                     host=self._host.host,
-                    vms=self._records(),
+                    vms=await self._records(),
                     catalogue=self._updates.catalogue,
                     busy=self.operation,
                     stopping=self._stopping,
@@ -419,7 +421,7 @@ class HostUpdater:
                 runner.command,
                 state,
                 self.authority.epoch,
-                self._driver.states(),
+                await states_within(self._driver, _STATES_S),
                 datetime.now(UTC),
             )
             waits = [

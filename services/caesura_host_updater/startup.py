@@ -12,7 +12,7 @@ import structlog
 from caesura.contract.messages import OperationReported
 from caesura_host_updater.applying import end_orphans
 from caesura_host_updater.clock import ClockWait
-from caesura_host_updater.drivers.port import Driver, DriverError, NotRunningYet
+from caesura_host_updater.drivers.port import Driver, DriverError, NotRunningYet, states_within
 from caesura_host_updater.endings import Endings, Letters
 from caesura_host_updater.guard.intent import Intent
 from caesura_host_updater.guard.procfs import boot_id
@@ -22,8 +22,11 @@ from caesura_host_updater.operation import wall
 from caesura_host_updater.operation_state import Operation
 from caesura_host_updater.recovery import recovered
 from caesura_host_updater.report import clock_wait, final_report, frozen_fact, resumed_fact
+from caesura_host_updater.threads import in_thread
 
 _RESUME_TRY_S = 0.25  # s: one try of a resume
+_STATES_S = 2.0  # s: to read the states of all VMs, which takes milliseconds
+_ORPHANS_S = 10.0  # s: to find what an update left behind; stuck processes take half a second each
 _PATIENCE_S = 10.0  # s: VMs found frozen are tried this long before the host goes on the bus without them
 
 _log = structlog.get_logger("caesura.recovery")
@@ -80,7 +83,7 @@ class Startup:
         await self._driver.open()
         resumed_now = await self._resume_left_frozen()
         for entry in await self._journal.do(Journal.unfinished):
-            end_orphans(entry.id, self._host, entry.update_processes)
+            await self._end_orphans(entry)
             if waits := self._unsettled(entry):
                 # Its end is told when its VMs run: until then nobody knows how long they were paused.
                 self.late.append(asyncio.create_task(self._end_late(entry, waits, held, resumed_now, epoch)))
@@ -97,8 +100,15 @@ class Startup:
         if done:
             await asyncio.wait(done)
 
+    async def _end_orphans(self, entry: Entry) -> None:
+        try:
+            async with asyncio.timeout(_ORPHANS_S):
+                await in_thread("orphans", lambda: end_orphans(entry.id, self._host, entry.update_processes))
+        except TimeoutError:
+            _log.error("update.orphans_unknown", operation=entry.id, why="/proc does not answer")
+
     async def _resume_left_frozen(self) -> dict[str, float]:
-        frozen = [vm for vm, state in self._driver.states().items() if state == "paused"]
+        frozen = [vm for vm, state in (await self._driver.read_states()).items() if state == "paused"]
         resumed: dict[str, float] = {}
         settled = self._settled = {vm: asyncio.Event() for vm in frozen}
 
@@ -139,7 +149,7 @@ class Startup:
     ) -> None:
         for each in waits_for:
             await each.wait()
-        ended = self._ended(entry, held, resumed_now, epoch)
+        ended = await self._ended(entry, held, resumed_now, epoch)
         if ended is not None:
             report, op, facts, waits = ended
             await self._endings.conclude(report, op, waits, facts)
@@ -147,7 +157,7 @@ class Startup:
     async def _end(
         self, entry: Entry, held: Intent | None, resumed_now: dict[str, float], epoch: int
     ) -> None:
-        ended = self._ended(entry, held, resumed_now, epoch)
+        ended = await self._ended(entry, held, resumed_now, epoch)
         if ended is None:
             return
         report, op, facts, waits = ended
@@ -155,7 +165,7 @@ class Startup:
         await self._journal.do(lambda journal: journal.finish(report, letters, waits))
         self._endings.count(report, op)
 
-    def _ended(
+    async def _ended(
         self, entry: Entry, held: Intent | None, resumed_now: dict[str, float], epoch: int
     ) -> tuple[OperationReported, Operation, list[Letter], list[ClockWait]] | None:
         if entry.state is None or entry.command is None:
@@ -172,5 +182,6 @@ class Startup:
             letters.append(self._letters.fact(frozen_fact(self._host, op, vm.vm, wall)))
             if not vm.told:
                 letters.append(self._letters.fact(resumed_fact(self._host, op, vm.vm, wall)))
-        report = final_report(self._host, command, op, epoch, self._driver.states(), datetime.now(UTC))
+        states = await states_within(self._driver, _STATES_S)
+        report = final_report(self._host, command, op, epoch, states, datetime.now(UTC))
         return report, op, letters, waits

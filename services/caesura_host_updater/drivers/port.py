@@ -5,6 +5,7 @@ One conformance suite (``tests/integration/host_updater/test_driver_conformance.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping
 from typing import Literal, Protocol
 
@@ -111,8 +112,8 @@ class Driver(Protocol):
     async def close(self, *, stop_vms: bool) -> None:
         """Let go. VMs run on unless ``stop_vms``."""
 
-    def states(self) -> Mapping[str, VmState]:
-        """The state of every VM, read now."""
+    async def read_states(self) -> Mapping[str, VmState]:
+        """The state of every VM, from the kernel or hypervisor. May take as long as they do: see ``states_within``."""
 
     async def changed(self) -> None:
         """Wait until the state of a VM changed by itself (it ended)."""
@@ -198,3 +199,12 @@ class Driver(Protocol):
         Raises:
             NotPossible, DriverError: there is no way to, or the guest does not answer or answers nonsense.
         """
+
+
+async def states_within(driver: Driver, timeout_s: float) -> Mapping[str, VmState]:
+    """The state of every VM; nothing, if the kernel or hypervisor does not say within ``timeout_s`` seconds."""
+    try:
+        async with asyncio.timeout(timeout_s):
+            return await driver.read_states()
+    except TimeoutError:
+        return {}

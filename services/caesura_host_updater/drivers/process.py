@@ -11,8 +11,9 @@ import asyncio
 import os
 import signal
 import sys
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -22,7 +23,7 @@ import msgspec
 import structlog
 
 from caesura.contract.messages import Method, VmState
-from caesura_host_updater.detached import ExitWatch, SpawnError, reap, spawn_detached
+from caesura_host_updater.detached import ExitWatch, SpawnError, reap, start_detached
 from caesura_host_updater.drivers import guest_init
 from caesura_host_updater.drivers.digest import digest_of
 from caesura_host_updater.drivers.freezers import Freezer, ProcessPlan, Run, ask_to_freeze, plan_of
@@ -38,10 +39,12 @@ from caesura_host_updater.drivers.port import (
 from caesura_host_updater.guard.plans import Condition, SignalPlan, condition, thaw
 from caesura_host_updater.guard.procfs import Process, alive, boot_id, process_table, send_signal
 from caesura_host_updater.hostfile import VmSpec
+from caesura_host_updater.threads import in_thread, in_thread_to_its_end
 
 _START_TIMEOUT_S = 15.0  # s: a VM's first process needs some 20 ms; this is for a machine that thrashes
 _STOP_TIMEOUT_S = guest_init.TERM_GRACE_S + 2.0
 _LOOK_S = 0.002  # s: between two looks at a VM that shall stand still or run: v1 and signals notify nobody
+_KERNEL_S = 0.25  # s: what a try of a resume may take longer than it was given
 _TABLE_AGE_S = 0.001  # s: so freezing many VMs reads the process table once a round, not once a VM
 _SETTLE_S = 0.004  # s: a stop by signals must last this long to count: somebody may send SIGCONT all the time
 
@@ -92,6 +95,9 @@ class ProcessDriver:
         """Plans of VMs that were asked to freeze, with the processes of that moment."""
         self._burials: set[asyncio.Task[None]] = set()
         self._table: tuple[float, Mapping[int, Process]] = (0.0, {})
+        self._table_turn = threading.Lock()
+        self._resuming: dict[str, asyncio.Future[Literal["running", "gone"]]] = {}
+        """Tries that wait for the kernel."""
         self._change = asyncio.Event()
         self._readers = ThreadPoolExecutor(max_workers=2, thread_name_prefix="digest")
 
@@ -116,7 +122,7 @@ class ProcessDriver:
 
     async def open(self) -> None:
         """Adopt the VMs that run, start the others, all at once."""
-        self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        await in_thread("state folder", lambda: self._folder.mkdir(parents=True, exist_ok=True, mode=0o700))
         await asyncio.gather(*(self._try_to_start(spec) for spec in self._specs.values()))
 
     async def _try_to_start(self, spec: VmSpec) -> None:
@@ -127,13 +133,14 @@ class ProcessDriver:
             _log.error("vm.not_started", vm=spec.name, why=error.why)
 
     async def _adopt_or_start(self, spec: VmSpec) -> None:
-        run = self._read_run(spec.name)
+        run = await in_thread(f"find {spec.name}", lambda: self._read_run(spec.name))
         if run is not None and alive(run.pid, run.start_ticks) and run.boot_id == boot_id():
             self._watch(spec.name, run)
             _log.info("vm.adopted", vm=spec.name, pid=run.pid, freezer=run.kind)
             return
         if run is not None:
-            await self._kill_rest(plan_of(spec.name, run))
+            former = run
+            await self._bury(spec.name, lambda: plan_of(spec.name, former))
         await self._start(spec)
 
     def _read_run(self, vm: str) -> Run | None:
@@ -147,17 +154,18 @@ class ProcessDriver:
     async def _start(self, spec: VmSpec) -> None:
         vm = spec.name
         run_file = self._folder / f"{vm}.run.json"
-        try:
+
+        def start() -> list[str]:
             run_file.unlink(missing_ok=True)
             control = self._freezer.place(vm)
             spec_file = self._folder / f"{vm}.spec.json"
             spec_file.write_bytes(self._init_spec(spec, control))
             spec_file.chmod(0o600)
-            pid = spawn_detached(
-                [sys.executable, "-I", "-S", guest_init.__file__, str(spec_file)],
-                self._environ,
-                self._folder / f"{vm}.log",
-            )
+            return [sys.executable, "-I", "-S", guest_init.__file__, str(spec_file)]
+
+        try:
+            argv = await in_thread(f"start {vm}", start)
+            pid = await start_detached(argv, self._environ, self._folder / f"{vm}.log")
         except (OSError, SpawnError) as error:
             self._freezer.remove(vm)
             raise DriverError(vm, f"cannot be started: {error}") from error
@@ -222,7 +230,7 @@ class ProcessDriver:
         self._change.set()
         _log.warning("vm.ended", vm=vm)
         if run is not None:
-            burial = asyncio.create_task(self._kill_rest(self._frozen.get(vm) or plan_of(vm, run)))
+            burial = asyncio.create_task(self._bury(vm, lambda: self._frozen.get(vm) or plan_of(vm, run)))
             self._burials.add(burial)
             burial.add_done_callback(self._burials.discard)
 
@@ -230,10 +238,10 @@ class ProcessDriver:
         """The process table, one for all VMs that ask within the same few milliseconds; None: not needed."""
         if run.kind != "sigstop":
             return None
-        now = time.monotonic()
-        if now - self._table[0] > _TABLE_AGE_S:
-            self._table = (time.monotonic(), process_table())
-        return self._table[1]
+        with self._table_turn:
+            if time.monotonic() - self._table[0] > _TABLE_AGE_S:
+                self._table = (time.monotonic(), process_table())
+            return self._table[1]
 
     async def changed(self) -> None:
         """Wait until a VM ended by itself."""
@@ -256,9 +264,7 @@ class ProcessDriver:
         self._readers.shutdown(wait=False, cancel_futures=True)
 
     async def _stop(self, vm: str, run: Run) -> None:
-        plan = plan_of(vm, run)
-        with suppress(OSError):
-            thaw(plan)
+        plan = await in_thread(f"stop {vm}", lambda: self._let_run(vm, run))
         ended = asyncio.Event()
         try:
             watch = ExitWatch(run.pid, ended.set)
@@ -273,24 +279,35 @@ class ProcessDriver:
                 send_signal(run.pid, run.start_ticks, signal.SIGKILL)
             finally:
                 watch.close()
-        await self._kill_rest(plan)
+        await self._bury(vm, lambda: plan)
         reap(run.pid)
         (self._folder / f"{vm}.run.json").unlink(missing_ok=True)
 
-    async def _kill_rest(self, plan: ProcessPlan) -> None:
+    def _let_run(self, vm: str, run: Run) -> ProcessPlan:
+        plan = plan_of(vm, run)
+        with suppress(OSError):
+            thaw(plan)
+        return plan
+
+    async def _bury(self, vm: str, find: Callable[[], ProcessPlan]) -> None:
         """End what a VM left behind when its first process is dead."""
-        with suppress(TimeoutError):
-            async with asyncio.timeout(_STOP_TIMEOUT_S):
-                while condition(plan) != "gone":
-                    if isinstance(plan, SignalPlan):
-                        for member in plan.members(process_table()):
-                            send_signal(member.pid, member.start_ticks, signal.SIGKILL)
-                    else:
-                        thaw(plan)  # a frozen v1 group does not even die
-                        for pid in (Path(plan.control).parent / "cgroup.procs").read_text().split():
-                            with suppress(ProcessLookupError):
-                                os.kill(int(pid), signal.SIGKILL)
-                    await asyncio.sleep(_LOOK_S)
+        with suppress(OSError):
+            await in_thread_to_its_end(f"bury {vm}", lambda stop: self._kill_rest(find(), stop))
+
+    @staticmethod
+    def _kill_rest(plan: ProcessPlan, stop: threading.Event) -> None:
+        until = time.monotonic() + _STOP_TIMEOUT_S
+        while condition(plan) != "gone" and time.monotonic() < until:
+            if isinstance(plan, SignalPlan):
+                for member in plan.members(process_table()):
+                    send_signal(member.pid, member.start_ticks, signal.SIGKILL)
+            else:
+                thaw(plan)  # a frozen v1 group does not even die
+                for pid in (Path(plan.control).parent / "cgroup.procs").read_text().split():
+                    with suppress(ProcessLookupError):
+                        os.kill(int(pid), signal.SIGKILL)
+            if stop.wait(_LOOK_S):
+                return
 
     # -- freezing -----------------------------------------------------------------------------------------
 
@@ -315,9 +332,14 @@ class ProcessDriver:
         run = self._runs.get(vm)
         return f"process group {run.pid}" if run is not None else ""
 
+    async def read_states(self) -> Mapping[str, VmState]:
+        """Read from the kernel, in a thread: a process table may be long, a cgroup busy."""
+        return await in_thread("states", self.states)
+
     def states(self) -> Mapping[str, VmState]:
-        """Read from the kernel, one process table for all."""
-        table = process_table() if any(run.kind == "sigstop" for run in self._runs.values()) else {}
+        """Read from the kernel, one process table for all. Blocking."""
+        runs = dict(self._runs)
+        table = process_table() if any(run.kind == "sigstop" for run in runs.values()) else {}
         shown: dict[Condition, VmState] = {
             "running": "running",
             "held": "paused",
@@ -325,7 +347,7 @@ class ProcessDriver:
             "gone": "stopped",
         }
         found: dict[str, VmState] = dict.fromkeys(self._specs, "stopped")
-        for vm, run in self._runs.items():
+        for vm, run in runs.items():
             plan: ProcessPlan = (
                 SignalPlan(vm, run.pid, run.start_ticks) if run.kind == "sigstop" else plan_of(vm, run)
             )
@@ -340,37 +362,42 @@ class ProcessDriver:
         run = self._runs.get(vm)
         if run is None:
             raise DriverError(vm, "is not running")
-        return plan_of(vm, run)
+        return plan_of(vm, run, self._processes(run))
 
     async def freeze(self, vm: str, by: float) -> None:
         """Ask, then look until the kernel says that everything of the VM stands still."""
         run = self._runs.get(vm)
         if run is None:
             raise FreezeFailed(vm, "is not running")
+        try:
+            await in_thread_to_its_end(f"freeze {vm}", lambda stop: self._freeze(vm, run, by, stop))
+        except OSError as error:
+            raise FreezeFailed(vm, f"{run.kind}: {error}") from error
+
+    def _freeze(self, vm: str, run: Run, by: float, stop: threading.Event) -> None:
         plan = self._frozen[vm] = plan_of(vm, run, self._processes(run))
         called_at = time.monotonic()
         frozen_since: float | None = None
-        try:
-            ask_to_freeze(plan, self._processes(run))
-            while True:
-                state, now = condition(plan, self._processes(run)), time.monotonic()
-                if state == "gone" or vm not in self._runs:
-                    raise FreezeFailed(vm, "ended while it was being frozen")
-                if state == "frozen":
-                    frozen_since = now if frozen_since is None else frozen_since
-                    if run.kind != "sigstop" or now - frozen_since >= _SETTLE_S:
-                        return
-                else:
-                    frozen_since = None
-                if now >= by:
-                    raise FreezeFailed(vm, f"does not stand still after {now - called_at:.2f} s ({state})")
-                if run.kind == "sigstop" and state != "frozen":
-                    ask_to_freeze(
-                        plan, self._processes(run)
-                    )  # a process forked meanwhile, or somebody sent SIGCONT
-                await asyncio.sleep(_LOOK_S)
-        except OSError as error:
-            raise FreezeFailed(vm, f"{run.kind}: {error}") from error
+        if stop.is_set() or called_at >= by:
+            raise FreezeFailed(vm, "it was too late to freeze it")
+        ask_to_freeze(plan, self._processes(run))
+        while not stop.is_set():
+            state, now = condition(plan, self._processes(run)), time.monotonic()
+            if state == "gone" or vm not in self._runs:
+                raise FreezeFailed(vm, "ended while it was being frozen")
+            if state == "frozen":
+                frozen_since = now if frozen_since is None else frozen_since
+                if run.kind != "sigstop" or now - frozen_since >= _SETTLE_S:
+                    return
+            else:
+                frozen_since = None
+            if now >= by:
+                raise FreezeFailed(vm, f"does not stand still after {now - called_at:.2f} s ({state})")
+            if run.kind == "sigstop" and state != "frozen":
+                # a process forked meanwhile, or somebody sent SIGCONT
+                ask_to_freeze(plan, self._processes(run))
+            stop.wait(_LOOK_S)
+        raise FreezeFailed(vm, "its freeze was called off")
 
     def why_left(self, vm: str) -> str:  # noqa: ARG002 - the port's
         """A frozen process is nobody else's."""
@@ -378,10 +405,22 @@ class ProcessDriver:
 
     async def resume(self, vm: str, timeout_s: float) -> Literal["running", "gone", "left"]:
         """Ask, then look until everything of the VM runs."""
+        # One try at a time: while the kernel keeps one waiting, no further thread is sent after it.
+        trying = self._resuming.get(vm)
+        if trying is None or trying.done():
+            trying = asyncio.ensure_future(in_thread(f"resume {vm}", lambda: self._resume(vm, timeout_s)))
+            self._resuming[vm] = trying
+        done, _ = await asyncio.wait([trying], timeout=timeout_s + _KERNEL_S)
+        if not done:
+            raise NotRunningYet(vm, f"the kernel does not answer within {timeout_s + _KERNEL_S:.2f} s")
+        self._resuming.pop(vm, None)
+        return trying.result()
+
+    def _resume(self, vm: str, timeout_s: float) -> Literal["running", "gone"]:
         run = self._runs.get(vm) or self._read_run(vm)
         if run is None:
             return "gone"
-        plan = self._frozen.get(vm) or plan_of(vm, run)
+        plan = self._frozen.get(vm) or plan_of(vm, run, self._processes(run))
         until = time.monotonic() + timeout_s
         state: Condition = "held"
         try:
@@ -394,7 +433,7 @@ class ProcessDriver:
                     raise NotRunningYet(vm, f"{run.kind} says {state} after {timeout_s:.2f} s")
                 thaw(plan)
                 if condition(plan) != "running":
-                    await asyncio.sleep(_LOOK_S)
+                    time.sleep(_LOOK_S)
         except OSError as error:
             raise NotRunningYet(vm, f"{run.kind}: {error}") from error
 

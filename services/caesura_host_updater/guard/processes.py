@@ -11,6 +11,7 @@ import signal
 import time
 from contextlib import suppress
 
+from caesura_host_updater.guard.bounded_read import environs
 from caesura_host_updater.guard.procfs import (
     DEAD,
     STOPPED,
@@ -85,20 +86,10 @@ def let_go(pid: int, start_ticks: int) -> None:
 
 def marked(mark: str) -> list[Process]:
     """The living processes with ``NAME=value`` in the environment they were started with, but not ourselves."""
-    wanted, found = mark.encode(), []
-    for name in os.listdir("/proc"):
-        if not name.isdigit() or int(name) == os.getpid():
-            continue
-        try:
-            with open(f"/proc/{name}/environ", "rb") as file:
-                variables = file.read()
-        except OSError:
-            continue  # gone, or another user's: none of ours
-        if wanted in variables.split(b"\0"):
-            process = read_process(int(name))
-            if process is not None and process.state not in DEAD:
-                found.append(process)
-    return found
+    pids = [int(name) for name in os.listdir("/proc") if name.isdigit() and int(name) != os.getpid()]
+    having = [pid for pid, entries in environs(pids) if mark.encode() in entries]
+    found = [process for pid in having if (process := read_process(pid)) is not None]
+    return [process for process in found if process.state not in DEAD]
 
 
 def start(argv: tuple[str, ...], environ: tuple[tuple[str, str], ...], log: str) -> Process:

@@ -180,16 +180,16 @@ def soon() -> float:
 
 
 async def test_freeze_and_resume_all_at_once(driver: Driver) -> None:
-    assert set(driver.states().values()) == {"running"}
+    assert set((await driver.read_states()).values()) == {"running"}
     began = time.monotonic()
-    await asyncio.gather(*(driver.freeze(vm, soon()) for vm in driver.states()))
+    await asyncio.gather(*(driver.freeze(vm, soon()) for vm in (await driver.read_states())))
     assert time.monotonic() - began < 5
-    assert set(driver.states().values()) == {"paused"}
-    assert {condition(driver.resume_plan(vm)) for vm in driver.states()} == {"frozen"}
-    for vm in driver.states():
+    assert set((await driver.read_states()).values()) == {"paused"}
+    assert {condition(driver.resume_plan(vm)) for vm in (await driver.read_states())} == {"frozen"}
+    for vm in await driver.read_states():
         assert await driver.resume(vm, 5) == "running"
         assert await driver.resume(vm, 5) == "running"  # right in every state
-    assert set(driver.states().values()) == {"running"}
+    assert set((await driver.read_states()).values()) == {"running"}
 
 
 async def test_nothing_of_a_frozen_vm_uses_time(process_driver: ProcessDriver) -> None:
@@ -225,7 +225,7 @@ async def test_the_guard_plan_resumes_without_the_driver(driver: Driver) -> None
     await driver.freeze("awkward", soon())
     thaw(plan)
     async with asyncio.timeout(5):
-        while condition(plan) != "running" or driver.states()["awkward"] != "running":  # noqa: ASYNC110 - nobody calls us
+        while condition(plan) != "running" or (await driver.read_states())["awkward"] != "running":  # noqa: ASYNC110 - nobody calls us
             await asyncio.sleep(0.002)
 
 
@@ -234,7 +234,7 @@ async def test_a_freeze_that_comes_too_late_does_not_keep_trying(driver: Driver)
     with suppress(FreezeFailed):
         await driver.freeze("plain", time.monotonic() - 1)
     assert await driver.resume("plain", 5) == "running"
-    assert driver.states()["plain"] == "running"
+    assert (await driver.read_states())["plain"] == "running"
 
 
 async def test_cancelled_freeze_leaves_nothing_behind(driver: Driver) -> None:
@@ -244,7 +244,7 @@ async def test_cancelled_freeze_leaves_nothing_behind(driver: Driver) -> None:
     with suppress(asyncio.CancelledError):
         await task
     assert await driver.resume("plain", 5) == "running"
-    assert driver.states()["plain"] == "running"
+    assert (await driver.read_states())["plain"] == "running"
 
 
 async def test_vm_that_ends(driver: Any, kind: str) -> None:
@@ -254,7 +254,7 @@ async def test_vm_that_ends(driver: Any, kind: str) -> None:
     os.kill(pids[0], signal.SIGKILL)
     async with asyncio.timeout(10):
         await driver.changed()
-    assert driver.states()["awkward"] == "stopped"
+    assert (await driver.read_states())["awkward"] == "stopped"
     assert await driver.resume("awkward", 5) == "gone"
     async with asyncio.timeout(10):
         while any(runs(pid) for pid in pids):  # noqa: ASYNC110 - the kernel does not call us
@@ -293,7 +293,7 @@ async def test_what_is_not_possible_is_refused_before_the_pause(driver: Any) -> 
         await driver.hand_over("plain", soon())
     with pytest.raises(DriverError):
         await driver.checkpoint("plain", soon())
-    assert driver.states()["plain"] == "running"
+    assert (await driver.read_states())["plain"] == "running"
 
 
 async def test_memory_digest(process_driver: ProcessDriver, tmp_path: Path) -> None:
@@ -320,7 +320,7 @@ async def test_vm_whose_program_is_missing(freezer: str, tmp_path: Path) -> None
     spec = VmSpec(name="bad", process=(GuestProcess(argv=("no-such-program",)),))
     driver = ProcessDriver("host-1", (spec,), tmp_path, chosen, environ=os.environ, max_digest_bytes=0)
     await driver.open()
-    assert driver.states() == {"bad": "stopped"}
+    assert (await driver.read_states()) == {"bad": "stopped"}
     assert (
         driver.ping()
         == "not running: bad (cannot be started: cannot start no-such-program: No such file or directory)"

@@ -32,8 +32,17 @@ async def test_a_command_under_a_new_epoch_that_cannot_be_written_down_does_not_
     monkeypatch.setattr(Journal, "obey", _full)
     journal = JournalThread()
     await journal.open(str(tmp_path / "journal.sqlite"))
+
+    async def no_states() -> dict[str, str]:
+        return {}
+
     idle = SimpleNamespace(
-        capabilities=None, states=dict, finished=lambda *_: None, name="idle", detail=str, on_lost=None
+        capabilities=None,
+        read_states=no_states,
+        finished=lambda *_: None,
+        name="idle",
+        detail=str,
+        on_lost=None,
     )
     updater = updater_with(HostFile(host="host-1"), journal, driver=idle, metrics=idle)
     await hand(updater, freeze_one(epoch=2, coordinator="c2"))

@@ -31,7 +31,7 @@ class Slow:
     async def open(self) -> None:
         """Nothing to adopt."""
 
-    def states(self) -> dict[str, str]:
+    async def read_states(self) -> dict[str, str]:
         return {"a": "running" if self.go.is_set() else "paused"}
 
     async def resume(self, *_: object) -> str:

@@ -63,7 +63,7 @@ class FakeDriver:
     async def close(self, *, stop_vms: bool) -> None:
         return
 
-    def states(self) -> Mapping[str, VmState]:
+    async def read_states(self) -> Mapping[str, VmState]:
         return self.vms
 
     async def changed(self) -> None:

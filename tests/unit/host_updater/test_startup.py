@@ -30,7 +30,7 @@ class Fleet:
     async def open(self) -> None:
         """Nothing to adopt."""
 
-    def states(self) -> dict[str, str]:
+    async def read_states(self) -> dict[str, str]:
         return {"a": "paused", "b": "running"}
 
     async def resume(self, vm: str, timeout_s: float) -> object:

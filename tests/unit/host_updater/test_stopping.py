@@ -29,7 +29,7 @@ class Guest:
         self.go = asyncio.Event()
         self.frozen = False
 
-    def states(self) -> dict[str, str]:
+    async def read_states(self) -> dict[str, str]:
         return {"a": "running"}
 
     def capabilities(self, _: str) -> Capabilities:

@@ -129,6 +129,10 @@ class QemuDriver:
         """As QEMU's events and the kernel say; nothing is waited for."""
         return {vm: guest.state for vm, guest in self._guests.items()}
 
+    async def read_states(self) -> Mapping[str, VmState]:
+        """As ``states``."""
+        return self.states()
+
     async def changed(self) -> None:
         """Wait until a VM ended, or was lost or found."""
         await self._change.wait()

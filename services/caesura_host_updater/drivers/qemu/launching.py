@@ -12,7 +12,7 @@ from contextlib import suppress
 from hashlib import blake2b
 from pathlib import Path
 
-from caesura_host_updater.detached import ExitWatch, SpawnError, spawn_detached
+from caesura_host_updater.detached import ExitWatch, SpawnError, start_detached
 from caesura_host_updater.drivers.qemu import commandline, successor
 from caesura_host_updater.drivers.qemu.definition import Definition, QemuOptions
 from caesura_host_updater.drivers.qemu.qmp import Qmp, QmpUnreachable
@@ -223,7 +223,7 @@ class Launcher:
         """Start a process and wait until it answers on ``qmp``. Raises LaunchFailed; it is dead then."""
         remove_files(*successor.sockets_of(argv))
         try:
-            pid = spawn_detached(argv, self.environ_of(mark), log)
+            pid = await start_detached(argv, self.environ_of(mark), log)
         except SpawnError as error:
             raise LaunchFailed(str(error)) from error
         ended = asyncio.Event()

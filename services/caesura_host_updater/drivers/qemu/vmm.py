@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from caesura_host_updater.guard.bounded_read import environs
 from caesura_host_updater.guard.procfs import process_table, read_process
 
 _DELETED = " (deleted)"
@@ -152,14 +153,10 @@ def last_words(log: Path) -> str:
 
 def marked(mark: str) -> Iterator[tuple[int, int]]:
     """Pid and start time of every process with this ``NAME=value`` in its environment; a value may be a prefix."""
-    wanted = mark.encode()
-    for process in process_table().values():
-        try:
-            environ = Path(f"/proc/{process.pid}/environ").read_bytes()
-        except OSError:
-            continue
-        if any(entry.startswith(wanted) for entry in environ.split(b"\0")):
-            yield process.pid, process.start_ticks
+    wanted, table = mark.encode(), process_table()
+    for pid, entries in environs(table):
+        if any(entry.startswith(wanted) for entry in entries):
+            yield pid, table[pid].start_ticks
 
 
 def marked_as(pid: int, mark: str) -> str:

@@ -38,6 +38,7 @@ with QuietInterrupt():
     from caesura_host_updater.drivers.qemu.accel import Accelerator, find_accelerator
     from caesura_host_updater.drivers.qemu.discovery import with_discovered
     from caesura_host_updater.drivers.qemu.driver import QemuDriver
+    from caesura_host_updater.guard.notify import Notifier
     from caesura_host_updater.guardian import Guardian
     from caesura_host_updater.hostfile import HostFile, read_host_file
     from caesura_host_updater.journal import JournalThread
@@ -90,6 +91,22 @@ def _only_one(folder: Path) -> Iterator[None]:
 
 
 async def _run(settings: HostUpdaterSettings, host: HostFile, folder: Path) -> None:
+    notifier = Notifier.taken_from(os.environ)
+    beating = asyncio.create_task(_beat(notifier), name="watchdog")
+    try:
+        await _serve(settings, host, folder, notifier)
+    finally:
+        beating.cancel()
+
+
+async def _beat(notifier: Notifier) -> None:
+    """From the event loop itself: one that does not turn does not beat, and systemd starts us again."""
+    while (interval_s := notifier.interval_s) is not None:
+        notifier.beat()
+        await asyncio.sleep(interval_s)
+
+
+async def _serve(settings: HostUpdaterSettings, host: HostFile, folder: Path, notifier: Notifier) -> None:
     environ = clean_environ(os.environ)
     instance = new_id()
     bus = MqttBus(
@@ -113,13 +130,19 @@ async def _run(settings: HostUpdaterSettings, host: HostFile, folder: Path) -> N
         environ=environ,
     )
     updater.show_gauges()
+
+    async def drain() -> None:
+        notifier.stopping()
+        await updater.drain()
+
     stopped = False
     try:
         await journal.open(str(folder / "journal.sqlite"))
         await updater.recover()
         asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, updater.reread)
         async with serve_health(settings.health_listen, updater.pings(), registry):
-            await serve(updater.tasks(), drain=updater.drain, drain_timeout_s=settings.drain_timeout_s)
+            notifier.ready()
+            await serve(updater.tasks(), drain=drain, drain_timeout_s=settings.drain_timeout_s)
         stopped = True
     finally:
         await driver.close(stop_vms=settings.stop_vms_on_exit and stopped)

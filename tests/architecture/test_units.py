@@ -22,6 +22,9 @@ _NAMES = (*_WITH_SETTINGS, "pause-guard")
 _START_NOTHING = ("coordinator", "metadata-publisher", "metrics-exporter", "pause-guard")
 """Services whose limits no VM, update or hook inherits."""
 
+_BEAT = ("host-updater", "pause-guard")
+"""Services that hold up VMs when their loop hangs."""
+
 Unit = Mapping[str, Sequence[str]]
 """``Section.Key`` to its values, in order: systemd adds up some keys that are given more than once."""
 
@@ -61,8 +64,8 @@ def test_every_service_has_a_unit_and_every_unit_a_service() -> None:
 
 
 def test_each_comes_back_and_is_never_given_up(unit: tuple[str, Unit]) -> None:
-    _, told = unit
-    assert the(told, "Type") == "exec"
+    name, told = unit
+    assert the(told, "Type") == ("notify" if name in _BEAT else "exec")
     assert the(told, "Restart") == "always"
     assert told["Unit.StartLimitIntervalSec"] == ["0"], (
         "systemd gives up after five starts in ten seconds else"
@@ -85,6 +88,15 @@ def test_each_has_least_rights(unit: tuple[str, Unit]) -> None:
     if name in _START_NOTHING:
         assert told["Service.SystemCallFilter"] == ["@system-service", "~@privileged @resources"]
         assert the(told, "RestrictNamespaces") == "yes"
+
+
+@pytest.mark.parametrize("name", _BEAT)
+def test_a_loop_that_hangs_is_noticed_within_the_longest_pause(name: str) -> None:
+    told = read_unit(name)
+    assert 0 < float(the(told, "WatchdogSec")) < MAX_BUDGET_S
+    assert the(told, "WatchdogSignal") == "SIGKILL", (
+        "the usual SIGABRT would write the memory to a core file first"
+    )
 
 
 def test_a_coordinator_that_was_superseded_stays_down() -> None:

@@ -14,6 +14,7 @@ try:
     from contextlib import suppress
 
     from caesura_host_updater.guard.intent import IntentFile, UnreadableIntent
+    from caesura_host_updater.guard.notify import Notifier
     from caesura_host_updater.guard.output import Output
     from caesura_host_updater.guard.procfs import boot_id
     from caesura_host_updater.guard.server import AlreadyRunning, GuardServer
@@ -58,7 +59,10 @@ def _serve(argv: Sequence[str] | None) -> int:
         os.makedirs(folder, mode=0o700, exist_ok=True)
         store = IntentFile(folder)
         watch = Watch(store, log)
-        server = GuardServer(folder, watch, log, exit_when_alone_s=arguments.exit_when_alone)
+        notifier = Notifier.taken_from(os.environ)
+        server = GuardServer(
+            folder, watch, log, exit_when_alone_s=arguments.exit_when_alone, notifier=notifier
+        )
         try:
             found = store.load()
         except UnreadableIntent as error:

@@ -23,6 +23,7 @@ from contextlib import suppress
 from typing import Any
 
 from caesura_host_updater.guard.intent import Intent
+from caesura_host_updater.guard.notify import Notifier
 from caesura_host_updater.guard.plans import BadPlan, plan_from_json
 from caesura_host_updater.guard.processes import reap
 from caesura_host_updater.guard.procfs import boot_id
@@ -57,20 +58,31 @@ class GuardServer:
     Args:
         folder: the state folder; holds the socket and a lock against a second guard.
         exit_when_alone_s: end after this many seconds without a client or work; None: never.
+        notifier: is told that it serves, and that its loop turns.
 
     Raises:
         AlreadyRunning: a second guard on the same folder.
     """
 
-    def __init__(self, folder: str, watch: Watch, log: Log, *, exit_when_alone_s: float | None) -> None:
+    def __init__(
+        self,
+        folder: str,
+        watch: Watch,
+        log: Log,
+        *,
+        exit_when_alone_s: float | None,
+        notifier: Notifier | None = None,
+    ) -> None:
         self._folder = folder
         self._watch = watch
         self._log = log
         self._exit_when_alone_s = exit_when_alone_s
+        self._notifier = notifier or Notifier()
         self._clients: dict[int, _Client] = {}
         self._owner: _Client | None = None
         self._owner_pidfd: int | None = None
         self._stopping = False
+        self._said_stopping = False
         self._alone_since = time.monotonic()
         self._boot_id = boot_id()
         self._selector = selectors.DefaultSelector()
@@ -103,8 +115,10 @@ class GuardServer:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
         signal.set_wakeup_fd(self._wake_write, warn_on_full_buffer=False)
+        self._notifier.ready()
         try:
             while True:
+                self._notifier.beat()
                 wait_s = self._watch.step()
                 if self._may_end():
                     return
@@ -112,6 +126,9 @@ class GuardServer:
                     wait_s = min(
                         self._exit_when_alone_s if wait_s is None else wait_s, self._exit_when_alone_s
                     )
+                beat_s = self._notifier.interval_s
+                if beat_s is not None:
+                    wait_s = beat_s if wait_s is None else min(wait_s, beat_s)
                 for key, _ in self._selector.select(wait_s):
                     key.data()
                 reap()  # QEMU processes that we started
@@ -122,6 +139,9 @@ class GuardServer:
     def _may_end(self) -> bool:
         """Whether nothing keeps us: no VM of ours stands still, and we were told to stop or nobody is here."""
         if self._stopping:
+            if not self._said_stopping:
+                self._said_stopping = True
+                self._notifier.stopping()
             self._watch.fire("the pause guard was told to stop")
             return self._watch.state != "firing"
         if self._clients or self._watch.state in ("armed", "firing"):

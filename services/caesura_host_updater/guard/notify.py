@@ -1,0 +1,69 @@
+"""Telling systemd that the service is up and alive: sd_notify(3) over its datagram socket, standard library only.
+
+The beat comes from the loop that must not hang, so a loop that hangs is noticed: systemd kills the service after
+``WatchdogSec=`` and starts it again. A send never waits: a supervisor that does not read costs a beat, not a resume.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import MutableMapping
+from contextlib import suppress
+
+_VARIABLES = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID")
+
+
+class Notifier:
+    """The connection to the service manager; without one, every method does nothing.
+
+    Args:
+        address: of the socket; empty: there is no service manager. ``@name`` is in the abstract namespace.
+        watchdog_s: seconds after which a service that did not beat is killed; 0: never.
+    """
+
+    def __init__(self, address: str = "", watchdog_s: float = 0.0) -> None:
+        self._address = "\0" + address[1:] if address.startswith("@") else address
+        self._watchdog_s = watchdog_s
+        self._next_beat = 0.0
+
+    @classmethod
+    def taken_from(cls, environ: MutableMapping[str, str]) -> Notifier:
+        """As the environment says; its variables are removed, so that no process that we start speaks in our name."""
+        address, timeout_us, pid = (environ.pop(name, "") for name in _VARIABLES)
+        # WATCHDOG_PID: the variables may have been inherited from another service (sd_watchdog_enabled(3)).
+        for_us = not pid or pid == str(os.getpid())
+        watchdog_s = int(timeout_us) / 1e6 if for_us and timeout_us.isdigit() else 0.0
+        return cls(address if address.startswith(("/", "@")) else "", watchdog_s)
+
+    @property
+    def interval_s(self) -> float | None:
+        """Seconds between two beats: a third of what is allowed. None: nobody listens."""
+        return self._watchdog_s / 3 if self._address and self._watchdog_s > 0 else None
+
+    def ready(self) -> None:
+        """The service is up."""
+        self._send("READY=1")
+
+    def stopping(self) -> None:
+        """The service ends because it was told to."""
+        self._send("STOPPING=1")
+
+    def beat(self) -> None:
+        """The loop turns. May be called as often as one likes."""
+        interval_s, now = self.interval_s, time.monotonic()
+        if interval_s is not None and now >= self._next_beat:
+            self._next_beat = now + interval_s
+            self._send("WATCHDOG=1")
+
+    def _send(self, state: str) -> None:
+        if not self._address:
+            return
+        with (
+            suppress(OSError),
+            socket.socket(
+                socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK
+            ) as out,
+        ):
+            out.sendto(state.encode(), self._address)

@@ -138,6 +138,8 @@ class Host:
         self.vms: list[dict[str, Any]] = []
         self.settings: dict[str, str] = {}
         self.process: asyncio.subprocess.Process | None = None
+        self.stderr: int | None = None
+        """Where the updater's log goes in place of a file."""
 
     def add_vm(
         self,
@@ -195,7 +197,12 @@ class Host:
         lives = {message.instance for message in ear.all(HostPresence)}
         with (self.folder / "updater.log").open("ab") as log:
             self.process = await asyncio.create_subprocess_exec(
-                sys.executable, "-m", "caesura_host_updater", env=self.environ(), stderr=log, stdout=log
+                sys.executable,
+                "-m",
+                "caesura_host_updater",
+                env=self.environ(),
+                stderr=log if self.stderr is None else self.stderr,
+                stdout=log,
             )
         await ear.one(HostPresence, lambda m: m.host == self.name and m.online and m.instance not in lives)
         await ear.one(
@@ -367,6 +374,20 @@ def no_stray_loop() -> None:
 def wait_for() -> Any:
     """``until``, for tests: fixtures are how a conftest is shared."""
     return until
+
+
+@pytest.fixture
+def full_pipe() -> Iterator[int]:
+    """The writing end of a pipe that takes not one byte more, and that nobody reads."""
+    read, write = os.pipe2(os.O_CLOEXEC)
+    os.set_blocking(write, False)
+    with suppress(BlockingIOError):
+        while True:
+            os.write(write, b"x" * 4096)
+    os.set_blocking(write, True)
+    yield write
+    os.close(read)
+    os.close(write)
 
 
 @pytest.fixture

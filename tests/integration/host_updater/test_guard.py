@@ -60,6 +60,7 @@ class Guard:
         """A connection as the updater makes it."""
         folder = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY)
         connection = socket.socket(socket.AF_UNIX)
+        connection.settimeout(PATIENCE_S)
         self.connections.append(connection)
         try:
             connection.connect(socket_address(folder))
@@ -149,20 +150,6 @@ def test_deadline(guard: Guard, vm: ProcessPlan) -> None:
     assert (catch["was_frozen"], catch["end"]) == (True, "running")
     assert guard.ask(connection, do="status")["state"] == "ready"
     assert not (guard.folder / "guard-intent.json").exists()
-
-
-@pytest.fixture
-def full_pipe() -> Iterator[int]:
-    """The writing end of a pipe that takes not one byte more, and that nobody reads."""
-    read, write = os.pipe2(os.O_CLOEXEC)
-    os.set_blocking(write, False)
-    with suppress(BlockingIOError):
-        while True:
-            os.write(write, b"x" * 4096)
-    os.set_blocking(write, True)
-    yield write
-    os.close(read)
-    os.close(write)
 
 
 def test_a_standard_error_that_is_a_full_pipe_costs_no_resume(
@@ -332,3 +319,24 @@ def test_unreadable_intent_is_kept_aside(guard: Guard) -> None:
     guard.start()
     assert guard.ask(guard.connect(), do="status")["state"] == "ready"
     assert (guard.folder / "guard-intent.json.unreadable").read_text() == "{ torn"
+
+
+def test_it_beats_from_its_loop_and_says_when_it_ends(
+    guard: Guard, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = str(tmp_path / "n")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listening:
+        listening.bind(path)
+        listening.settimeout(PATIENCE_S)
+        monkeypatch.setenv("NOTIFY_SOCKET", path)
+        monkeypatch.setenv("WATCHDOG_USEC", "100000")
+        process = guard.start()
+        assert [listening.recv(100) for _ in range(4)] == [b"READY=1", *[b"WATCHDOG=1"] * 3]
+        process.terminate()
+        assert process.wait(PATIENCE_S) == 0
+        listening.setblocking(False)
+        said = []
+        with suppress(BlockingIOError):
+            while True:
+                said.append(listening.recv(100))
+    assert said[-1] == b"STOPPING=1"

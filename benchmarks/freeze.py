@@ -29,6 +29,7 @@ from caesura_host_updater.hostfile import VmSpec
 from caesura_host_updater.journal import JournalThread
 from caesura_host_updater.operation import OperationRunner
 from caesura_host_updater.operation_state import Operation, UpdateRun, VmPause
+from caesura_host_updater.pauses import PauseMarkers
 from caesura_host_updater.report import final_report
 from caesura_host_updater.updates import UpdateFile
 
@@ -61,10 +62,14 @@ async def freeze(vms: int, times: int, seconds: float) -> list[float]:
         await journal.open(str(folder / "journal.sqlite"))
         await guardian.start()
         keeping = asyncio.create_task(guardian.run())
+        pauses = PauseMarkers(folder)
         await driver.open()
         try:
             await _until_idle(driver, names)
-            return [await _once(driver, guardian, journal, names, seconds, number) for number in range(times)]
+            return [
+                await _once(driver, guardian, pauses, journal, names, seconds, number)
+                for number in range(times)
+            ]
         finally:
             keeping.cancel()
             await driver.close(stop_vms=True)
@@ -87,6 +92,7 @@ async def _until_idle(driver: QemuDriver, names: list[str]) -> None:
 async def _once(
     driver: QemuDriver,
     guardian: Guardian,
+    pauses: PauseMarkers,
     journal: JournalThread,
     names: list[str],
     seconds: float,
@@ -130,6 +136,7 @@ async def _once(
         host="bench",
         driver=driver,
         guard=guardian,
+        pauses=pauses,
         journal=journal,
         environ=os.environ,
         announce=lambda *_: None,

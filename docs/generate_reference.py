@@ -47,6 +47,7 @@ from caesura_host_updater.guardian import Guardian
 from caesura_host_updater.hostfile import HostFile
 from caesura_host_updater.journal import JournalThread
 from caesura_host_updater.metrics import HostMetrics
+from caesura_host_updater.pauses import PauseMarkers
 from caesura_host_updater.service import HostUpdater
 from caesura_host_updater.settings import HostUpdaterSettings
 from caesura_metadata_publisher.metrics import PublisherCollector
@@ -73,6 +74,7 @@ PINGS = {
     "journal": "the last write to the SQLite journal succeeded",
     "driver": "every VM of the host file runs",
     "guard": "the pause guard is connected",
+    "pauses": "no VM is paused by somebody else",
     "updates": "the folder of updates answers",
     "documents": "every VM of the listeners file has a document to be shown",
 }
@@ -203,6 +205,7 @@ def _host_updater(folder: Path, registry: CollectorRegistry) -> HostUpdater:
         guardian=Guardian(folder, spawn=False),
         journal=JournalThread(),
         metrics=metrics,
+        pauses=PauseMarkers(folder),
         instance="example",
         environ={},
     )

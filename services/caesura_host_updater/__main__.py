@@ -10,8 +10,8 @@ with QuietInterrupt():
     import os
     import signal
     import sys
-    from collections.abc import Iterator
-    from contextlib import contextmanager
+    from collections.abc import Iterator, Mapping
+    from contextlib import contextmanager, suppress
     from datetime import UTC, datetime
     from hashlib import blake2b
     from pathlib import Path
@@ -26,11 +26,11 @@ with QuietInterrupt():
     from caesura.contract.messages import HostPresence
     from caesura.contract.topics import channel_of
     from caesura.runtime.command import run_service
-    from caesura.runtime.errors import CaesuraError
+    from caesura.runtime.errors import CaesuraError, StoreError
     from caesura.runtime.health import serve_health
     from caesura.runtime.identity import new_id
     from caesura.runtime.listen import check_health_address
-    from caesura.runtime.lock import private_folder, usable
+    from caesura.runtime.lock import StateFolderUnusable, private_folder, usable
     from caesura.runtime.serve import serve
     from caesura_host_updater.drivers.freezers import choose_freezer
     from caesura_host_updater.drivers.port import Driver
@@ -44,10 +44,15 @@ with QuietInterrupt():
     from caesura_host_updater.journal import JournalThread
     from caesura_host_updater.metrics import HostMetrics
     from caesura_host_updater.operation import clean_environ
+    from caesura_host_updater.pauses import PauseMarkers
     from caesura_host_updater.service import HostUpdater, filters
     from caesura_host_updater.settings import HostUpdaterSettings
+    from caesura_host_updater.startup import resume_marked
+    from caesura_host_updater.threads import in_thread
 
 _ACCEL = {"kvm": "kvm", "tcg": "tcg,thread=multi"}
+
+_OPEN_AGAIN_S = 1.0  # s: between two tries to open a journal that the disk refuses
 
 _log = structlog.get_logger("caesura.host_updater")
 
@@ -68,33 +73,56 @@ def main() -> int:
 
 
 async def _main(settings: HostUpdaterSettings) -> None:
-    host, passed = with_discovered(read_host_file(settings.host_file))
-    for place, why in passed.items():
-        _log.warning("discovery.passed_over", place=place, why=why)
-    folder = private_folder(settings.state_dir)
+    folder, wrong = Path(settings.state_dir), None
+    try:
+        folder = private_folder(settings.state_dir)
+    except StateFolderUnusable as error:
+        if not await in_thread("state folder", folder.is_dir):
+            raise
+        wrong = error
     with _only_one(folder):
-        await _run(settings, host, folder)
+        # Before anything that could wait or fail: VMs that a previous run left paused.
+        pauses = PauseMarkers(folder)
+        resumed = await resume_marked(pauses)
+        if wrong is not None:
+            raise wrong
+        file = read_host_file(settings.host_file)
+        host, passed = await in_thread("discovery", lambda: with_discovered(file))
+        for place, why in passed.items():
+            _log.warning("discovery.passed_over", place=place, why=why)
+        await _run(settings, host, folder, pauses, resumed)
 
 
 @contextmanager
 def _only_one(folder: Path) -> Iterator[None]:
+    """Keep a second updater out: by the folder's own lock, which needs no room on the disk, and by a file for people."""
     with usable(folder):
-        handle = os.open(folder / "updater.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        handles = [os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)]
     try:
+        with suppress(OSError):  # a full or read-only disk: the folder's lock does it
+            handles.append(os.open(folder / "updater.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for handle in handles:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise StateInUse(f"another host updater runs on {folder}") from None
         yield
     finally:
-        os.close(handle)
+        for handle in handles:
+            os.close(handle)
 
 
-async def _run(settings: HostUpdaterSettings, host: HostFile, folder: Path) -> None:
+async def _run(
+    settings: HostUpdaterSettings,
+    host: HostFile,
+    folder: Path,
+    pauses: PauseMarkers,
+    resumed: Mapping[str, float],
+) -> None:
     notifier = Notifier.taken_from(os.environ)
     beating = asyncio.create_task(_beat(notifier), name="watchdog")
     try:
-        await _serve(settings, host, folder, notifier)
+        await _serve(settings, host, folder, pauses, resumed, notifier)
     finally:
         beating.cancel()
 
@@ -106,7 +134,14 @@ async def _beat(notifier: Notifier) -> None:
         await asyncio.sleep(interval_s)
 
 
-async def _serve(settings: HostUpdaterSettings, host: HostFile, folder: Path, notifier: Notifier) -> None:
+async def _serve(
+    settings: HostUpdaterSettings,
+    host: HostFile,
+    folder: Path,
+    pauses: PauseMarkers,
+    resumed: Mapping[str, float],
+    notifier: Notifier,
+) -> None:
     environ = clean_environ(os.environ)
     instance = new_id()
     bus = MqttBus(
@@ -126,6 +161,8 @@ async def _serve(settings: HostUpdaterSettings, host: HostFile, folder: Path, no
         guardian=guardian,
         journal=journal,
         metrics=HostMetrics(registry),
+        pauses=pauses,
+        resumed=resumed,
         instance=instance,
         environ=environ,
     )
@@ -137,7 +174,8 @@ async def _serve(settings: HostUpdaterSettings, host: HostFile, folder: Path, no
 
     stopped = False
     try:
-        await journal.open(str(folder / "journal.sqlite"))
+        await updater.resume_paused()
+        await _open(journal, str(folder / "journal.sqlite"))
         await updater.recover()
         asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, updater.reread)
         async with serve_health(settings.health_listen, updater.pings(), registry):
@@ -148,6 +186,23 @@ async def _serve(settings: HostUpdaterSettings, host: HostFile, folder: Path, no
         await driver.close(stop_vms=settings.stop_vms_on_exit and stopped)
         await guardian.close()
         await journal.close()
+
+
+async def _open(journal: JournalThread, path: str) -> None:
+    """Open the journal; on a disk that is full, when there is room again. Until then the host is not on the bus."""
+    said = ""
+    while True:
+        try:
+            await journal.open(path)
+        except StoreError as error:
+            if not error.temporary:
+                raise
+            if str(error) != said:
+                said = str(error)
+                _log.error("journal.not_open", why=said, hint="every VM runs; make room, it is tried again")
+            await asyncio.sleep(_OPEN_AGAIN_S)
+        else:
+            return
 
 
 async def _driver(

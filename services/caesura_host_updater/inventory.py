@@ -13,19 +13,25 @@ from caesura_host_updater.updates import Catalogue
 
 
 def vm_records(
-    specs: Sequence[VmSpec], capabilities: Callable[[str], Capabilities], states: Mapping[str, VmState]
+    specs: Sequence[VmSpec],
+    capabilities: Callable[[str], Capabilities],
+    states: Mapping[str, VmState],
+    details: Mapping[str, str],
 ) -> dict[str, VmRecord]:
-    """The VMs by name."""
-    return {spec.name: _record(spec, capabilities(spec.name), states) for spec in specs}
+    """The VMs by name. ``details``: what is to be said of a state, where there is something."""
+    return {spec.name: _record(spec, capabilities(spec.name), states, details) for spec in specs}
 
 
-def _record(spec: VmSpec, can: Capabilities, states: Mapping[str, VmState]) -> VmRecord:
+def _record(
+    spec: VmSpec, can: Capabilities, states: Mapping[str, VmState], details: Mapping[str, str]
+) -> VmRecord:
     return VmRecord(
         vm=spec.name,
         set=spec.set_name,
         update_domain=spec.domain,
         fault_domain=spec.fault_domain,
         state=states.get(spec.name, "unknown"),
+        state_detail=details.get(spec.name, "")[:1000],
         methods=can.methods,
         methods_missing={method: why[:1000] for method, why in can.missing.items()},
         clock=can.clock if spec.agent or can.clock == "system" else "none",

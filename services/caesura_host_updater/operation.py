@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 import time
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from typing import Any, Protocol
@@ -31,6 +31,7 @@ from caesura_host_updater.guardian import GuardUnavailable
 from caesura_host_updater.journal import JournalThread
 from caesura_host_updater.operation_state import Operation
 from caesura_host_updater.pause import decide
+from caesura_host_updater.pauses import NotMarked
 from caesura_host_updater.report import frozen_fact, resumed_fact
 from caesura_host_updater.steps import Effect, Event
 from caesura_host_updater.updates import UpdateFile
@@ -61,10 +62,21 @@ class Guard(Protocol):
         """Let go; what it did if it fired. Raises GuardUnavailable."""
 
 
+class Marking(Protocol):
+    """What an operation needs of the pause markers; ``PauseMarkers`` is the real one."""
+
+    async def write(self, operation: str, plans: Sequence[Plan]) -> None:
+        """Mark its VMs, durably. Raises NotMarked."""
+
+    def remove(self, vms: Iterable[str]) -> None:
+        """These run again, or are gone."""
+
+
 class OperationRunner:
     """One operation, once.
 
     Args:
+        pauses: marks the VMs before the first of them is frozen.
         announce: takes each fact for the bus, with the state that makes it true; must not wait.
         on_change: called when the state of a VM may have changed.
     """
@@ -78,6 +90,7 @@ class OperationRunner:
         host: str,
         driver: Driver,
         guard: Guard,
+        pauses: Marking,
         journal: JournalThread,
         environ: Mapping[str, str],
         announce: Callable[[VmFrozen | VmResumed, Operation], None],
@@ -89,6 +102,7 @@ class OperationRunner:
         self._host = host
         self._driver = driver
         self._guard = guard
+        self._pauses = pauses
         self._journal = journal
         self._environ = environ
         self._announce = announce
@@ -121,6 +135,8 @@ class OperationRunner:
                 process.close()
             if self.state.method in ("swap", "replace"):
                 await self._release()
+        # Not in the `finally`: with an error in between, VMs may still be paused.
+        self._pauses.remove(vm.vm for vm in self.state.vms)
         return self.state
 
     async def _release(self) -> None:
@@ -216,7 +232,10 @@ class OperationRunner:
     async def _arm(self, deadline: float) -> None:
         try:
             plans = [self._driver.resume_plan(vm.vm) for vm in self.state.vms]
+            await self._pauses.write(self.state.operation, plans)
             await self._guard.arm(self.state.operation, deadline, plans)
+        except NotMarked as error:
+            self._events.put_nowait(steps.ArmRefused(str(error), "its VMs could not be marked"))
         except (GuardUnavailable, DriverError) as error:
             self._events.put_nowait(steps.ArmRefused(str(error)))
         except Exception as error:

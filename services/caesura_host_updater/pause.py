@@ -132,7 +132,7 @@ def _armed(op: Operation, event: Armed | ArmRefused, now: float) -> Decision:
     if op.phase != "arming":
         raise IllegalTransition(op.phase, event, "arming")
     if isinstance(event, ArmRefused):
-        op = failed(op, f"nothing was frozen: the pause guard could not be armed: {event.why}")
+        op = failed(op, f"nothing was frozen: {event.what}: {event.why}")
     elif op.failure or op.aborted:
         pass
     elif now >= schedule_of(op).freeze_by:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
+from types import MappingProxyType
 
 import structlog
 
@@ -36,8 +37,9 @@ from caesura_host_updater.catalogue_reader import CatalogueReader
 from caesura_host_updater.clock import ClockWait
 from caesura_host_updater.clockdesk import ClockDesk
 from caesura_host_updater.command import Accept, Authority, Ignore, Refuse, Repeat
-from caesura_host_updater.drivers.port import Driver, states_within
+from caesura_host_updater.drivers.port import Driver, DriverError, states_within
 from caesura_host_updater.endings import Endings, Letters
+from caesura_host_updater.guard.plans import Plan
 from caesura_host_updater.guard.procfs import boot_id
 from caesura_host_updater.guardian import Guardian
 from caesura_host_updater.hostfile import HostFile
@@ -47,6 +49,7 @@ from caesura_host_updater.metrics import HostMetrics
 from caesura_host_updater.operation import OperationRunner
 from caesura_host_updater.operation_state import Operation, UpdateRun, VmPause
 from caesura_host_updater.outbox import Outbox
+from caesura_host_updater.pauses import PauseMarkers, how_to_resume
 from caesura_host_updater.report import clock_wait, final_report, refusal
 from caesura_host_updater.settings import HostUpdaterSettings
 from caesura_host_updater.startup import Startup, resume_until_running
@@ -80,6 +83,7 @@ class HostUpdater:
     Args:
         instance: new with every start.
         environ: what updates inherit.
+        resumed: VMs that were resumed by their markers before we were made, and when (CLOCK_MONOTONIC).
     """
 
     def __init__(
@@ -92,8 +96,10 @@ class HostUpdater:
         guardian: Guardian,
         journal: JournalThread,
         metrics: HostMetrics,
+        pauses: PauseMarkers,
         instance: str,
         environ: Mapping[str, str],
+        resumed: Mapping[str, float] = MappingProxyType({}),
     ) -> None:
         self._settings = settings
         self._host = host
@@ -116,6 +122,7 @@ class HostUpdater:
             repeat=self.outbox.queue,
         )
         self._letters = Letters(host.host)
+        self._pauses = pauses
         self._endings = Endings(
             self._letters, journal=journal, outbox=self.outbox, clocks=self.clocks, metrics=metrics
         )
@@ -126,7 +133,11 @@ class HostUpdater:
             journal=journal,
             letters=self._letters,
             endings=self._endings,
+            pauses=pauses,
+            resumed=resumed,
         )
+        self._foreign: dict[str, str] = {}
+        """VMs that somebody else paused, and how he resumes them; as last looked."""
         self.authority = Authority()
         self._runner: OperationRunner | None = None
         self._accepted: asyncio.Queue[OperationRunner] = asyncio.Queue()
@@ -159,6 +170,7 @@ class HostUpdater:
             "vms": self._watch_vms,
             "journal": self._endings.save_later,
             "updates": self._updates.run,
+            "pause markers": self._pauses.remove_later,
         }
 
     @property
@@ -167,6 +179,10 @@ class HostUpdater:
         return self._runner.state.operation if self._runner is not None else ""
 
     # -- start ----------------------------------------------------------------------------------------------
+
+    async def resume_paused(self) -> None:
+        """Find all VMs and resume what a previous run left paused. Needs no journal."""
+        await self._startup.resume_paused()
 
     async def recover(self) -> None:
         """Before going on the bus: put right what an earlier life left behind, take up what it had to tell.
@@ -177,6 +193,7 @@ class HostUpdater:
         self.authority = await self._journal.do(Journal.authority)
         await self._startup.run(self.authority.epoch)
         await self.outbox.load()
+        await self._startup.conclude_unsaved()
         self.clocks.expect(await self._journal.do(Journal.clock_waits), told=True)
         await self._updates.start()
 
@@ -218,7 +235,20 @@ class HostUpdater:
 
     async def _records(self) -> dict[str, VmRecord]:
         states = await states_within(self._driver, _STATES_S)
-        return vm_records(self._host.vm, self._driver.capabilities, states)
+        runner = self._runner
+        ours = self._startup.resuming | {vm.vm for vm in (runner.state.vms if runner is not None else ())}
+        self._foreign = {
+            vm: f"paused, and not by Caesura; {how_to_resume(self._plan_of(vm))}"
+            for vm, state in states.items()
+            if state == "paused" and vm not in ours
+        }
+        return vm_records(self._host.vm, self._driver.capabilities, states, self._foreign)
+
+    def _plan_of(self, vm: str) -> Plan | None:
+        try:
+            return self._driver.resume_plan(vm)
+        except DriverError:
+            return None
 
     def reread(self) -> None:
         """Read the updates again; the inventory follows when they were read."""
@@ -358,6 +388,7 @@ class HostUpdater:
             host=self._host.host,
             driver=self._driver,
             guard=self._guardian,
+            pauses=self._pauses,
             journal=self._journal,
             environ=self._environ,
             announce=self._announce,
@@ -490,6 +521,7 @@ class HostUpdater:
             with suppress(BusError):
                 await self.post.send(self._presence(online=False), timeout_s=2.0, host=self._host.host)
         self._updates.close()
+        await self._pauses.close()
         await self.bus.close()
 
     def pings(self) -> dict[str, Callable[[], str]]:
@@ -502,6 +534,7 @@ class HostUpdater:
             "journal": lambda: self._journal.trouble,
             "driver": self._driver.ping,
             "updates": self._updates.complaint,
+            "pauses": lambda: "; ".join(f"VM {vm} is {why}" for vm, why in sorted(self._foreign.items())),
             "guard": lambda: "there is no pause guard" if self._guardian.state == "absent" else "",
         }
 

@@ -1,25 +1,33 @@
-"""At the start: everything that an earlier life left frozen runs again, every operation it left open has its end."""
+"""At the start: every VM that a previous run left paused runs again, every operation it left open has its end.
+
+Resume first: what stands paused with our marker is resumed before anything else is asked for, the journal least of all,
+which may be on a full disk or damaged. What is paused without our marker was paused by somebody else and stays so.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
 
 import structlog
 
 from caesura.contract.messages import OperationReported
+from caesura.runtime.errors import StoreError
 from caesura_host_updater.applying import end_orphans
 from caesura_host_updater.clock import ClockWait
 from caesura_host_updater.drivers.port import Driver, DriverError, NotRunningYet, states_within
 from caesura_host_updater.endings import Endings, Letters
 from caesura_host_updater.guard.intent import Intent
+from caesura_host_updater.guard.plans import Plan
 from caesura_host_updater.guard.procfs import boot_id
 from caesura_host_updater.guardian import Guardian, GuardUnavailable
 from caesura_host_updater.journal import Entry, Journal, JournalThread, Letter
 from caesura_host_updater.operation import wall
 from caesura_host_updater.operation_state import Operation
+from caesura_host_updater.pauses import PauseMarkers, how_to_resume
 from caesura_host_updater.recovery import recovered
 from caesura_host_updater.report import clock_wait, final_report, frozen_fact, resumed_fact
 from caesura_host_updater.threads import in_thread
@@ -44,8 +52,25 @@ async def resume_until_running(driver: Driver, vm: str) -> str:
             await asyncio.sleep(_RESUME_TRY_S)
 
 
+async def resume_marked(pauses: PauseMarkers) -> Mapping[str, float]:
+    """Resume what stands paused with our marker, by what the markers say alone: before anything else is looked at.
+
+    Returns:
+        Who runs again, and since when in seconds on CLOCK_MONOTONIC. Who does not is left to the driver.
+    """
+    found = await pauses.found_paused()
+    if found is None:
+        return {}
+    _log.error("vms.found_paused", vms=[plan.vm for plan in found.plans], operation=found.operation)
+    return await pauses.resume(found, _PATIENCE_S)
+
+
 class Startup:
-    """See the module. ``late`` are resumes that still go on."""
+    """See the module. ``late`` are resumes that still go on.
+
+    Args:
+        resumed: what ``resume_marked`` returned.
+    """
 
     def __init__(
         self,
@@ -56,6 +81,8 @@ class Startup:
         journal: JournalThread,
         letters: Letters,
         endings: Endings,
+        pauses: PauseMarkers,
+        resumed: Mapping[str, float],
     ) -> None:
         self._host = host
         self._driver = driver
@@ -63,25 +90,37 @@ class Startup:
         self._journal = journal
         self._letters = letters
         self._endings = endings
+        self._pauses = pauses
+        self._held: Intent | None = None
+        self._resumed = dict(resumed)
+        self._adopted = False
+        self._unsaved: list[tuple[OperationReported, Operation, list[Letter], list[ClockWait]]] = []
+        """Ends that a full disk did not take."""
         self.late: list[asyncio.Task[None]] = []
         self._resuming: set[asyncio.Task[None]] = set()
         self._settled: dict[str, asyncio.Event] = {}
         """VMs found frozen to what is set when they run, or are gone."""
         self._let_go = asyncio.Event()
 
-    async def run(self, epoch: int) -> None:
-        """Put everything right.
-
-        Raises:
-            StoreError: the journal cannot be read or written: nothing can be promised then.
-        """
-        held: Intent | None = None
+    async def resume_paused(self) -> None:
+        """Find all VMs and resume what is still paused with our marker. Needs no journal, and no room on a disk."""
+        self._adopted = True
         try:
-            held = await self._guardian.start()
+            self._held = await self._guardian.start()
         except GuardUnavailable as error:
             _log.error("guard.absent", why=str(error))  # fails closed: nothing will be frozen without it
         await self._driver.open()
-        resumed_now = await self._resume_left_frozen()
+        await self._resume_left_paused()
+
+    async def run(self, epoch: int) -> None:
+        """Give every operation that was left open its end.
+
+        Raises:
+            StoreError: the journal cannot be read: nothing can be promised then.
+        """
+        if not self._adopted:
+            await self.resume_paused()
+        held, resumed_now = self._held, self._resumed
         for entry in await self._journal.do(Journal.unfinished):
             await self._end_orphans(entry)
             if waits := self._unsettled(entry):
@@ -107,14 +146,21 @@ class Startup:
         except TimeoutError:
             _log.error("update.orphans_unknown", operation=entry.id, why="/proc does not answer")
 
-    async def _resume_left_frozen(self) -> dict[str, float]:
-        frozen = [vm for vm, state in (await self._driver.read_states()).items() if state == "paused"]
-        resumed: dict[str, float] = {}
-        settled = self._settled = {vm: asyncio.Event() for vm in frozen}
+    async def _resume_left_paused(self) -> None:
+        """The driver's way for marked VMs that did not run by now; what somebody else paused is left to him."""
+        marked = await self._pauses.read()
+        states = await self._driver.read_states()
+        paused = [vm for vm, state in states.items() if state == "paused"]
+        ours = [vm for vm in paused if vm in marked and self._pauses.is_ours(marked[vm], self._plan_of(vm))]
+        for vm in paused:
+            if vm not in ours:
+                _log.warning("vm.paused_by_somebody_else", vm=vm, hint=how_to_resume(self._plan_of(vm)))
+        settled = self._settled = {vm: asyncio.Event() for vm in ours}
 
         async def resume(vm: str) -> None:
             if await resume_until_running(self._driver, vm) == "running":
-                resumed[vm] = time.monotonic()
+                self._resumed[vm] = time.monotonic()
+            self._pauses.remove([vm])
             settled[vm].set()
             await self._let_go.wait()
             try:
@@ -122,16 +168,29 @@ class Startup:
             except DriverError as error:
                 _log.error("vm.not_released", vm=vm, why=error.why)
 
-        tasks = {vm: asyncio.create_task(resume(vm)) for vm in frozen}
+        tasks = {vm: asyncio.create_task(resume(vm)) for vm in ours}
         if tasks:
-            _log.error("vms.found_frozen", vms=frozen)
+            _log.error("vms.found_frozen", vms=ours)
             with suppress(TimeoutError):
                 async with asyncio.timeout(_PATIENCE_S):
                     for each in settled.values():
                         await each.wait()
         self._resuming = set(tasks.values())
         self.late = [task for vm, task in tasks.items() if not settled[vm].is_set()]
-        return resumed
+        # Those of VMs that run (an updater that died between marker and freeze, or between resume and removal), that
+        # ended, that somebody else paused since, or that are not in the host file any more.
+        self._pauses.remove(vm for vm in marked if vm not in ours)
+
+    def _plan_of(self, vm: str) -> Plan | None:
+        try:
+            return self._driver.resume_plan(vm)
+        except DriverError:
+            return None
+
+    @property
+    def resuming(self) -> frozenset[str]:
+        """The VMs that were found paused with our marker and do not run yet."""
+        return frozenset(vm for vm, settled in self._settled.items() if not settled.is_set())
 
     def _unsettled(self, entry: Entry) -> list[asyncio.Event]:
         """What is yet to be set for the VMs of an operation."""
@@ -162,8 +221,20 @@ class Startup:
             return
         report, op, facts, waits = ended
         letters = [*facts, self._letters.report(report)]
-        await self._journal.do(lambda journal: journal.finish(report, letters, waits))
-        self._endings.count(report, op)
+        try:
+            await self._journal.do(lambda journal: journal.finish(report, letters, waits))
+        except StoreError as error:
+            # A full disk: it is told all the same, and written down when there is room.
+            _log.error("report.not_written", operation=report.operation, why=str(error))
+            self._unsaved.append((report, op, facts, waits))
+        else:
+            self._endings.count(report, op)
+
+    async def conclude_unsaved(self) -> None:
+        """Tell the ends that the disk did not take; call it when the outbox was loaded."""
+        for report, op, facts, waits in self._unsaved:
+            await self._endings.conclude(report, op, waits, facts)
+        self._unsaved.clear()
 
     async def _ended(
         self, entry: Entry, held: Intent | None, resumed_now: dict[str, float], epoch: int

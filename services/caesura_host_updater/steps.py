@@ -20,9 +20,10 @@ class Armed(msgspec.Struct, frozen=True):
 
 
 class ArmRefused(msgspec.Struct, frozen=True):
-    """The guard would not, or did not answer."""
+    """The guard would not, or did not answer; or the pause markers could not be written. ``what`` it was."""
 
     why: str
+    what: str = "the pause guard could not be armed"
 
 
 class VmPrepared(msgspec.Struct, frozen=True):

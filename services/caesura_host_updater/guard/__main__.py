@@ -17,6 +17,7 @@ try:
     from caesura_host_updater.guard.notify import Notifier
     from caesura_host_updater.guard.output import Output
     from caesura_host_updater.guard.procfs import boot_id
+    from caesura_host_updater.guard.rescue import marked_and_paused
     from caesura_host_updater.guard.server import AlreadyRunning, GuardServer
     from caesura_host_updater.guard.watch import Watch
 except KeyboardInterrupt:  # as caesura.runtime.interrupt, which the guard may not import
@@ -77,8 +78,12 @@ def _serve(argv: Sequence[str] | None) -> int:
         log("guard.intent_of_another_boot", operation=found.operation)
         with suppress(OSError):
             store.clear()
-    elif found is not None:
+        found = None
+    if found is not None:
         watch.adopt(found)
+    elif (paused := marked_and_paused(folder, boot_id(), log)) is not None:
+        log("guard.found_paused", vms=[plan.vm for plan in paused.plans], operation=paused.operation)
+        watch.adopt(paused, "the guard started and found VMs paused by an operation that it does not hold")
     log("guard.ready", pid=os.getpid(), state=watch.state)
     server.run()
     return 0

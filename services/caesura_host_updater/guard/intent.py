@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from caesura_host_updater.guard.plans import Plan, plan_from_json, plan_to_json
+from caesura_host_updater.guard.sealed import is_sealed, seal, unseal
 
 FORMAT = 1
 
@@ -116,9 +117,10 @@ class IntentFile:
     def load(self) -> Intent | None:
         """The intent of an earlier life, or None. Raises UnreadableIntent after putting the file aside."""
         try:
-            with open(self._path, encoding="utf-8") as file:
-                data = json.load(file)
-            return Intent.from_json(data)
+            with open(self._path, "rb") as file:
+                raw = file.read()
+            # Before there were checksums it was plain JSON.
+            return Intent.from_json(unseal(raw) if is_sealed(raw) else json.loads(raw))
         except FileNotFoundError:
             return None
         except ValueError as error:
@@ -130,8 +132,8 @@ class IntentFile:
         temporary = f"{self._path}.new"
         handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         try:
-            with open(handle, "w", encoding="utf-8") as file:
-                json.dump(intent.to_json(), file)
+            with open(handle, "wb") as file:
+                file.write(seal(intent.to_json()))
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, self._path)

@@ -113,13 +113,13 @@ class Watch:
         self._owner_gone = False
         self._begin_anew()
 
-    def adopt(self, intent: Intent) -> None:
-        """Go on with an intent found on disk at start: whoever armed it cannot be trusted to undo it."""
+    def adopt(self, intent: Intent, why: str = "the guard started and found it armed") -> None:
+        """Undo an intent found on disk at start: whoever armed it cannot be trusted to undo it."""
         self._intent = intent
         self._owner_gone = True
         self._begin_anew()
         before, intent.fired = intent.fired, None
-        self.fire(before.why if before else "the guard started and found it armed")
+        self.fire(before.why if before else why)
         if before is not None:
             # What was written down before our time is closer to the truth than what we found now.
             self._keep(before)

@@ -58,6 +58,8 @@ class VmRecord(Record, frozen=True, kw_only=True):
     update_domain: UpdateDomain
     fault_domain: FaultDomain = 0
     state: VmState
+    state_detail: Text = ""
+    """What is to be said of the state, for people: who paused it, if that was not Caesura, and how it is resumed."""
     methods: tuple[Method, ...] = ()
     methods_missing: dict[str, str] = {}
     clock: Literal["simulated", "system", "none"] = "none"

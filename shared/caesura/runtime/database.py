@@ -7,6 +7,7 @@ path and the cause; the failed transaction left nothing behind.
 
 from __future__ import annotations
 
+import errno
 import sqlite3
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,6 +17,25 @@ from typing import Any
 from caesura.runtime.errors import StoreError
 
 _BUSY_TIMEOUT_S = 5.0  # s: longer than any transaction of ours, short enough to notice a stuck second process
+
+
+_TEMPORARY = frozenset(
+    (
+        sqlite3.SQLITE_FULL,
+        sqlite3.SQLITE_IOERR,
+        sqlite3.SQLITE_CANTOPEN,
+        sqlite3.SQLITE_READONLY,
+        sqlite3.SQLITE_BUSY,
+    )
+)
+"""The primary result codes (https://sqlite.org/rescode.html) behind which the disk stands, not the file's content."""
+
+
+def _is_temporary(error: sqlite3.Error | OSError) -> bool:
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
+    code = getattr(error, "sqlite_errorcode", None)
+    return code is not None and code & 0xFF in _TEMPORARY
 
 
 class Database:
@@ -40,7 +60,9 @@ class Database:
             self._connection.execute("PRAGMA synchronous=FULL")
             self._migrate(migrations)
         except (sqlite3.Error, OSError) as error:
-            raise StoreError(f"cannot open the store {path}: {error}") from error
+            refused = StoreError(f"cannot open the store {path}: {error}")
+            refused.temporary = _is_temporary(error)
+            raise refused from error
 
     def _migrate(self, migrations: Sequence[str]) -> None:
         (have,) = self._connection.execute("PRAGMA user_version").fetchone()

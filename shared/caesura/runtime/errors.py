@@ -22,3 +22,6 @@ class ConfigError(CaesuraError):
 
 class StoreError(CaesuraError):
     """The durable store could not take or give a record (full disk, locked, broken file)."""
+
+    temporary = False
+    """Whether the same may work later without anybody touching the file: a full disk, or one that does not answer."""

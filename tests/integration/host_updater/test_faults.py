@@ -87,9 +87,11 @@ async def test_updater_and_guard_killed_together(hosts: Callable[..., Any], flee
     await host.until("a", "running")
     report = await fleet.report(command.operation)
     assert report.status == "failed"
-    assert "the guard started and found it armed" in report.reason
+    # By its marker, before the new updater has so much as started a guard.
+    assert "host updater died during the operation; the VMs were paused for" in report.reason
     assert report.vms[0].pause_s > 0
-    assert report.vms[0].resumed_by == "guard"
+    assert report.vms[0].resumed_by == "updater"
+    assert not list((host.state_dir / "pauses").iterdir())
 
 
 async def test_updater_stopped_past_the_budget_freezes_nothing_when_it_wakes(

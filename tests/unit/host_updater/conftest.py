@@ -14,8 +14,13 @@ from caesura.bus.port import Delivery
 from caesura.contract.codec import encode
 from caesura.contract.messages import FreezeCommanded, FreezeTarget
 from caesura.contract.topics import channel_of
+from caesura_host_updater.guard import markers
+from caesura_host_updater.guard.markers import Marker
+from caesura_host_updater.guard.plans import CgroupPlan
+from caesura_host_updater.guard.procfs import boot_id
 from caesura_host_updater.hostfile import HostFile
 from caesura_host_updater.journal import JournalThread
+from caesura_host_updater.pauses import PauseMarkers
 from caesura_host_updater.service import HostUpdater
 from caesura_host_updater.settings import HostUpdaterSettings
 
@@ -43,6 +48,22 @@ def freeze_one() -> Callable[..., FreezeCommanded]:
     return make
 
 
+def plan(vm: str) -> CgroupPlan:
+    """How a VM that is made up is resumed."""
+    return CgroupPlan(vm, "cgroup2", f"/sys/fs/cgroup/caesura-made-up/{vm}/cgroup.freeze")
+
+
+@pytest.fixture
+def marked(tmp_path: Path) -> Callable[..., PauseMarkers]:
+    """``marked("a", "b")``: the pause markers of a state folder in which a previous run marked these VMs."""
+
+    def make(*vms: str) -> PauseMarkers:
+        markers.write(str(tmp_path), [Marker("op", boot_id(), 1.0, plan(vm)) for vm in vms])
+        return PauseMarkers(tmp_path)
+
+    return make
+
+
 @pytest.fixture
 def updater_with(tmp_path: Path) -> Callable[..., HostUpdater]:
     """``updater_with(file, journal, driver=..., metrics=...)``: not started; the driver is the guard as well."""
@@ -56,6 +77,7 @@ def updater_with(tmp_path: Path) -> Callable[..., HostUpdater]:
             guardian=driver,
             journal=journal,
             metrics=metrics,
+            pauses=PauseMarkers(tmp_path),
             instance="i",
             environ={},
         )

@@ -15,10 +15,12 @@ from caesura_host_updater import startup
 from caesura_host_updater.clock import ClockWait
 from caesura_host_updater.command import Repeat
 from caesura_host_updater.endings import Endings
+from caesura_host_updater.guard.plans import CgroupPlan
 from caesura_host_updater.guard.procfs import boot_id
 from caesura_host_updater.journal import Journal, JournalThread, Letter
 from caesura_host_updater.operation_state import Operation, VmPause
 from caesura_host_updater.outbox import letter_for
+from caesura_host_updater.pauses import PauseMarkers
 from caesura_host_updater.startup import Startup
 
 
@@ -41,12 +43,18 @@ class Slow:
     async def release(self, _: str) -> None:
         """Nothing was prepared."""
 
+    def resume_plan(self, vm: str) -> CgroupPlan:
+        return CgroupPlan(vm, "cgroup2", f"/sys/fs/cgroup/caesura-made-up/{vm}/cgroup.freeze")
+
     async def start(self) -> None:
         """Nothing is held."""
 
 
 async def test_its_resume_is_told_its_clock_is_looked_after_and_its_operation_ends_not_before(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, freeze_one: Callable[..., FreezeCommanded]
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    freeze_one: Callable[..., FreezeCommanded],
+    marked: Callable[..., PauseMarkers],
 ) -> None:
     """Until it runs nobody knows how long it is paused (I4, I7)."""
     monkeypatch.setattr(startup, "_PATIENCE_S", 0.0)
@@ -69,7 +77,14 @@ async def test_its_resume_is_told_its_clock_is_looked_after_and_its_operation_en
     )
     endings = Endings(letters, journal=journal, outbox=nothing, clocks=nothing, metrics=nothing)
     starting = Startup(
-        "host-1", driver=world, guardian=world, journal=journal, letters=letters, endings=endings
+        "host-1",
+        driver=world,
+        guardian=world,
+        journal=journal,
+        letters=letters,
+        endings=endings,
+        pauses=marked("a"),
+        resumed={},
     )
     await starting.run(1)
     assert await journal.do(Journal.letters) == [], "it is paused still"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +15,7 @@ from typing import Any, Literal
 import pytest
 
 from caesura.contract.messages import FreezeCommanded, FreezeTarget, Method, VmFrozen, VmResumed, VmState
+from caesura_host_updater import operation
 from caesura_host_updater.drivers.port import (
     Capabilities,
     ClockSet,
@@ -31,6 +32,7 @@ from caesura_host_updater.guardian import GuardUnavailable
 from caesura_host_updater.journal import JournalThread
 from caesura_host_updater.operation import OperationRunner
 from caesura_host_updater.operation_state import Operation, VmPause
+from caesura_host_updater.pauses import NotMarked
 
 
 class FakeDriver:
@@ -168,6 +170,29 @@ async def journal(tmp_path: Path) -> AsyncIterator[JournalThread]:
     await made.close()
 
 
+class FakeMarkers:
+    """Pause markers that are written unless the disk is full; ``said`` is what was asked, in order."""
+
+    def __init__(self, driver: FakeDriver) -> None:
+        self.driver = driver
+        self.full = False
+        self.marked: set[str] = set()
+        self.said: list[str] = []
+
+    async def write(self, operation: str, plans: Sequence[Plan]) -> None:
+        self.said.append("write")
+        assert not self.driver.freezing.is_set(), "a marker is on disk before the first freeze call"
+        if self.full:
+            raise NotMarked("cannot write the pause markers: No space left on device")
+        self.marked |= {plan.vm for plan in plans}
+
+    def remove(self, vms: Iterable[str]) -> None:
+        self.said.append("remove")
+        for vm in vms:
+            assert self.driver.vms[vm] == "running", "a marker is kept until its VM runs"
+            self.marked.discard(vm)
+
+
 class Scene:
     """One operation over a fake driver and guard."""
 
@@ -181,6 +206,7 @@ class Scene:
     ) -> None:
         self.driver = FakeDriver(*names)
         self.guard = FakeGuard()
+        self.markers = FakeMarkers(self.driver)
         self.facts: list[VmFrozen | VmResumed] = []
         targets = tuple(FreezeTarget(vm=name, set="web", update_domain=0) for name in names)
         command = FreezeCommanded(
@@ -210,6 +236,7 @@ class Scene:
             host="host-1",
             driver=self.driver,
             guard=self.guard,
+            pauses=self.markers,
             journal=journal,
             environ={},
             announce=lambda fact, _: self.facts.append(fact),
@@ -247,6 +274,43 @@ async def test_nothing_is_frozen_without_a_guard(journal: JournalThread) -> None
         assert op.end == "failed"
         assert "could not be armed" in op.failure
         assert not scene.driver.freezing.is_set()
+
+
+@pytest.mark.parametrize("method", ["freeze", "swap", "replace"])
+async def test_vms_are_marked_before_they_are_paused_and_until_they_run(
+    journal: JournalThread, method: Method
+) -> None:
+    scene = Scene(journal, "a", "b", method=method)
+    assert (await scene.run()).end == "completed"
+    assert scene.markers.said == ["write", "remove"]  # one batch for all
+    assert scene.markers.marked == set()
+
+
+@pytest.mark.parametrize("method", ["freeze", "swap", "replace"])
+async def test_nothing_is_frozen_that_cannot_be_marked(journal: JournalThread, method: Method) -> None:
+    scene = Scene(journal, "a", "b", method=method)
+    scene.markers.full = True
+    op = await scene.run()
+    assert op.end == "failed"
+    assert op.failure == (
+        "nothing was frozen: its VMs could not be marked: cannot write the pause markers: No space left on device"
+    )
+    assert not scene.driver.freezing.is_set()
+    assert scene.guard.armed == []
+
+
+async def test_an_operation_that_breaks_keeps_its_markers(
+    journal: JournalThread, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its VMs may still be paused: whoever resumes them removes the markers."""
+    scene = Scene(journal, "a", hold_s=5.0)
+    task = asyncio.create_task(scene.runner.run())
+    await scene.driver.freezing.wait()
+    monkeypatch.setattr(operation, "decide", lambda *_: 1 / 0)
+    scene.runner.abort("anything")
+    with pytest.raises(ZeroDivisionError):
+        await task
+    assert scene.markers.marked == {"a"}
 
 
 async def test_one_broken_freeze_lets_the_others_go(journal: JournalThread) -> None:

@@ -8,14 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from structlog.testing import capture_logs
 
 from caesura.contract.messages import FreezeCommanded
 from caesura_host_updater import startup
 from caesura_host_updater.drivers.port import DriverError, NotRunningYet
+from caesura_host_updater.guard import markers
+from caesura_host_updater.guard.plans import CgroupPlan
 from caesura_host_updater.guard.procfs import boot_id
 from caesura_host_updater.hostfile import HostFile, VmSpec
 from caesura_host_updater.journal import Journal, JournalThread
 from caesura_host_updater.operation_state import Operation, VmPause
+from caesura_host_updater.pauses import PauseMarkers
 from caesura_host_updater.service import HostUpdater
 from caesura_host_updater.startup import Startup
 
@@ -25,6 +29,7 @@ class Fleet:
 
     def __init__(self, *resumes: object) -> None:
         self.resumes = list(resumes)
+        self.control = "/sys/fs/cgroup/caesura-made-up/a/cgroup.freeze"
         self.asked: list[str] = []
 
     async def open(self) -> None:
@@ -32,6 +37,9 @@ class Fleet:
 
     async def read_states(self) -> dict[str, str]:
         return {"a": "paused", "b": "running"}
+
+    def resume_plan(self, vm: str) -> CgroupPlan:
+        return CgroupPlan(vm, "cgroup2", self.control)
 
     async def resume(self, vm: str, timeout_s: float) -> object:
         assert timeout_s > 0
@@ -56,14 +64,25 @@ class Fleet:
         return []
 
 
-def at_start(fleet: Fleet) -> Startup:
+def at_start(fleet: Fleet, pauses: PauseMarkers) -> Startup:
     given: Any = fleet
-    return Startup("host-1", driver=given, guardian=given, journal=given, letters=given, endings=given)
+    return Startup(
+        "host-1",
+        driver=given,
+        guardian=given,
+        journal=given,
+        letters=given,
+        endings=given,
+        pauses=pauses,
+        resumed={},
+    )
 
 
-async def test_what_was_prepared_for_a_vm_that_is_resumed_is_released_after_the_guard_let_go() -> None:
+async def test_what_was_prepared_for_a_vm_that_is_resumed_is_released_after_the_guard_let_go(
+    marked: Callable[..., PauseMarkers],
+) -> None:
     fleet = Fleet(NotRunningYet("a", "not yet"), "running")
-    await at_start(fleet).run(1)
+    await at_start(fleet, marked("a")).run(1)
     assert fleet.asked == ["resume a", "resume a", "disarm op-1", "release a"]
 
 
@@ -103,17 +122,71 @@ async def test_a_vm_that_was_taken_out_of_the_host_file_does_not_keep_the_host_f
     await journal.close()
 
 
-async def test_an_error_nobody_thought_of_does_not_end_the_tries() -> None:
+async def test_an_error_nobody_thought_of_does_not_end_the_tries(
+    marked: Callable[..., PauseMarkers],
+) -> None:
     fleet = Fleet(ValueError("a bug"), "running")
-    await at_start(fleet).run(1)
+    await at_start(fleet, marked("a")).run(1)
     assert fleet.asked.count("resume a") == 2
 
 
-async def test_vm_that_takes_longer_than_the_start_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_vm_that_takes_longer_than_the_start_waits(
+    monkeypatch: pytest.MonkeyPatch, marked: Callable[..., PauseMarkers]
+) -> None:
     monkeypatch.setattr(startup, "_PATIENCE_S", 0.0)
     fleet = Fleet(*[NotRunningYet("a", "not yet")] * 3, "running")
-    starting = at_start(fleet)
+    starting = at_start(fleet, marked("a"))
     await starting.run(1)
     assert "release a" not in fleet.asked
     await asyncio.gather(*starting.late)
     assert fleet.asked[-1] == "release a"
+
+
+async def test_what_somebody_else_paused_is_named_and_left_alone(
+    tmp_path: Path, marked: Callable[..., PauseMarkers]
+) -> None:
+    pauses = marked("b")  # runs: an updater that died between its marker and its freeze
+    fleet = Fleet()
+    with capture_logs() as said:
+        await at_start(fleet, pauses).run(1)
+    assert fleet.asked == ["disarm op-1"]
+    (line,) = [each for each in said if each["event"] == "vm.paused_by_somebody_else"]
+    assert line["vm"] == "a"
+    assert line["hint"] == f"resume it with: echo 0 > {fleet.control}"
+    await pauses.close()
+    assert markers.read(str(tmp_path)) == {}, "whoever freezes b by hand from now on does so himself"
+
+
+async def test_a_marker_of_another_vm_of_that_name_is_none(
+    tmp_path: Path, marked: Callable[..., PauseMarkers]
+) -> None:
+    fleet = Fleet()
+    fleet.control = "/sys/fs/cgroup/another/cgroup.freeze"
+    pauses = marked("a")
+    await at_start(fleet, pauses).run(1)
+    assert fleet.asked == ["disarm op-1"]
+    await pauses.close()
+    assert markers.read(str(tmp_path)) == {}
+
+
+async def test_a_marker_is_kept_until_its_vm_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, marked: Callable[..., PauseMarkers]
+) -> None:
+    monkeypatch.setattr(startup, "_PATIENCE_S", 0.0)
+    pauses = marked("a")
+    starting = at_start(Fleet(*[NotRunningYet("a", "not yet")] * 3, "running"), pauses)
+    await starting.run(1)
+    assert starting.resuming == {"a"}
+    assert list(markers.read(str(tmp_path))) == ["a"]
+    await asyncio.gather(*starting.late)
+    assert starting.resuming == frozenset()
+    await pauses.close()
+    assert markers.read(str(tmp_path)) == {}
+
+
+async def test_a_damaged_marker_counts(tmp_path: Path, marked: Callable[..., PauseMarkers]) -> None:
+    pauses = marked("a")
+    (tmp_path / "pauses" / "a.json").write_bytes(b"")
+    fleet = Fleet("running")
+    await at_start(fleet, pauses).run(1)
+    assert "resume a" in fleet.asked

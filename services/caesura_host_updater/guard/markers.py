@@ -1,0 +1,208 @@
+"""The pause marker: one small file a VM that says "Caesura pauses this one", and how it is resumed.
+
+It is on disk before the VM is frozen and is removed when the VM was seen to run again. It stands for itself: neither
+the journal nor the guard's intent is needed to read it. So a VM that is found paused *with* a marker is resumed,
+whatever else was lost; one *without* was paused by somebody else and is left alone.
+
+``pauses/VM.json`` in the state folder, sealed. One that is damaged counts: nobody but us writes there. Its way out
+comes from the VM's run files then.
+"""
+
+# light imports on purpose: no pathlib here.
+# ruff: noqa: PTH103, PTH108, PTH123, PTH208
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+from caesura_host_updater.guard.plans import (
+    BadPlan,
+    CgroupPlan,
+    Plan,
+    SignalPlan,
+    plan_from_json,
+    plan_to_json,
+)
+from caesura_host_updater.guard.qemuplans import QemuPlan, Vmm
+from caesura_host_updater.guard.sealed import Damaged, seal, unseal
+
+FOLDER = "pauses"
+_FORMAT = 1
+_END = ".json"
+_BATCH = 64  # files that are open at once
+
+
+@dataclass(frozen=True)
+class Marker:
+    """A VM that an operation pauses. ``at``: when it was written, seconds on the CLOCK_MONOTONIC of boot ``boot_id``."""
+
+    operation: str
+    boot_id: str
+    at: float
+    plan: Plan
+
+    @property
+    def vm(self) -> str:
+        """The VM."""
+        return self.plan.vm
+
+    def to_json(self) -> dict[str, Any]:
+        """As it stands in the file."""
+        return {
+            "format": _FORMAT,
+            "operation": self.operation,
+            "boot_id": self.boot_id,
+            "at": self.at,
+            "plan": plan_to_json(self.plan),
+        }
+
+    @classmethod
+    def from_json(cls, data: Any) -> Marker:
+        """Read a marker. Raises Damaged."""
+        try:
+            if data["format"] != _FORMAT:
+                raise Damaged(f"a pause marker of format {data['format']}, this version knows {_FORMAT}")
+            plan = plan_from_json(data["plan"])
+            return cls(str(data["operation"]), str(data["boot_id"]), float(data["at"]), plan)
+        except (KeyError, TypeError, ValueError, BadPlan) as error:
+            raise Damaged(f"the pause marker cannot be read: {error}") from error
+
+
+def write(state_dir: str, markers: Sequence[Marker]) -> None:
+    """Make the markers of one operation durable, all of them or none. Blocking.
+
+    The files are written first and synced side by side after that: one round of the disk for all VMs.
+
+    Raises:
+        OSError: the disk refused; nothing may be frozen.
+    """
+    folder = f"{state_dir}/{FOLDER}"
+    os.makedirs(folder, mode=0o700, exist_ok=True)
+    try:
+        for start in range(0, len(markers), _BATCH):
+            _write_batch(folder, markers[start : start + _BATCH])
+        _sync(folder)
+        _sync(state_dir)
+    except OSError:
+        remove(state_dir, [marker.vm for marker in markers])
+        raise
+
+
+def _write_batch(folder: str, markers: Sequence[Marker]) -> None:
+    handles: list[int] = []
+    try:
+        for marker in markers:
+            flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
+            handles.append(os.open(f"{folder}/{marker.vm}{_END}", flags, 0o600))
+            left = seal(marker.to_json())
+            while left:
+                left = left[os.write(handles[-1], left) :]
+        failed: list[OSError] = []
+        threads = [
+            threading.Thread(target=_fsync, args=(handle, failed), daemon=True) for handle in handles[1:]
+        ]
+        for thread in threads:
+            thread.start()
+        for handle in handles[:1]:
+            _fsync(handle, failed)
+        for thread in threads:
+            thread.join()
+        if failed:
+            raise failed[0]
+    finally:
+        for handle in handles:
+            os.close(handle)
+
+
+def _fsync(handle: int, failed: list[OSError]) -> None:
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        failed.append(error)
+
+
+def _sync(folder: str) -> None:
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def remove(state_dir: str, vms: Iterable[str]) -> list[str]:
+    """The VMs run: forget their markers. The names whose marker could not be removed. Blocking.
+
+    Not synced: one that comes back with a crash of the host is of another boot.
+    """
+    left = []
+    for vm in vms:
+        try:
+            os.unlink(f"{state_dir}/{FOLDER}/{vm}{_END}")
+        except FileNotFoundError:
+            continue
+        except OSError:
+            left.append(vm)
+    return left
+
+
+def read(state_dir: str) -> dict[str, Marker | None]:
+    """Every VM with a marker; None where it is damaged. Blocking. A folder that cannot be read holds none."""
+    found: dict[str, Marker | None] = {}
+    try:
+        names = os.listdir(f"{state_dir}/{FOLDER}")
+    except OSError:
+        return found
+    for name in sorted(names):
+        vm = name.removesuffix(_END)
+        if vm == name:
+            continue
+        found[vm] = None
+        with suppress(OSError, Damaged):
+            with open(f"{state_dir}/{FOLDER}/{name}", "rb") as file:
+                marker = Marker.from_json(unseal(file.read()))
+            found[vm] = marker if marker.vm == vm else None
+    return found
+
+
+def way_out(state_dir: str, vm: str, boot: str) -> Plan | None:
+    """The way out of a pause as far as the VM's run files tell it, for a marker that is damaged. Blocking.
+
+    The files are those of the drivers: what a swap or replace prepared, a QEMU's run file, a process VM's.
+    """
+    folder = f"{state_dir}/vms"
+    for operation in _names(f"{folder}/{vm}.claims"):
+        with suppress(OSError, ValueError, BadPlan):
+            return plan_from_json(_json(f"{folder}/{vm}.claims/{operation}/plan.json"))
+    with suppress(OSError, ValueError, KeyError, TypeError, BadPlan):
+        run = _json(f"{folder}/{vm}.qemu.json")
+        if run["boot_id"] == boot:
+            return QemuPlan(vm, Vmm(run["pid"], run["start_ticks"], run["guard"]))
+    with suppress(OSError, ValueError, KeyError, TypeError, BadPlan):
+        run = _json(f"{folder}/{vm}.run.json")
+        if run["boot_id"] == boot:
+            return _process_plan(vm, run)
+    return None
+
+
+def _process_plan(vm: str, run: Mapping[str, Any]) -> Plan:
+    if run["kind"] == "sigstop":
+        return SignalPlan(vm, run["pid"], run["start_ticks"])
+    return CgroupPlan(vm, run["kind"], run["control"])
+
+
+def _names(folder: str) -> list[str]:
+    try:
+        return sorted(os.listdir(folder))
+    except OSError:
+        return []
+
+
+def _json(path: str) -> Any:
+    with open(path, "rb") as file:
+        return json.loads(file.read())

@@ -1,0 +1,184 @@
+"""The host updater's side of the pause markers: written in one batch before a freeze, removed when VMs run.
+
+One thread does both, in order: a marker that a slow disk takes late is removed after that, not before.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from queue import SimpleQueue
+from typing import TypeVar
+
+import structlog
+
+from caesura.runtime.errors import CaesuraError
+from caesura_host_updater.guard import markers
+from caesura_host_updater.guard.intent import Intent
+from caesura_host_updater.guard.markers import Marker
+from caesura_host_updater.guard.plans import CgroupPlan, Plan, SignalPlan
+from caesura_host_updater.guard.procfs import boot_id
+from caesura_host_updater.guard.qemuplans import QemuPlan
+from caesura_host_updater.guard.rescue import marked_and_paused, resume
+
+_WRITE_S = 3.0  # s: one round of the disk; nothing is paused while it is waited for
+_REMOVE_AGAIN_S = 5.0  # s: between two tries to remove what the disk did not let go
+
+T = TypeVar("T")
+_log = structlog.get_logger("caesura.pause")
+
+
+class NotMarked(CaesuraError):
+    """The pause markers could not be made durable; nothing may be frozen."""
+
+
+class PauseMarkers:
+    """The markers in a state folder; see ``guard.markers`` for what they mean."""
+
+    def __init__(self, state_dir: Path) -> None:
+        self._state_dir = str(state_dir.resolve())
+        self._boot_id = boot_id()
+        self._jobs: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self._thread: threading.Thread | None = None
+        self._left: set[str] = set()
+        self._stop = threading.Event()
+
+    async def write(self, operation: str, plans: Sequence[Plan]) -> None:
+        """Mark the VMs of an operation, before the first of them is frozen.
+
+        Raises:
+            NotMarked: the disk refused, or did not answer in time. What it takes late is removed by ``remove``.
+        """
+        at = time.monotonic()
+        found = [Marker(operation, self._boot_id, at, plan) for plan in plans]
+        try:
+            async with asyncio.timeout(_WRITE_S):
+                await self._do(lambda: markers.write(self._state_dir, found))
+        except TimeoutError:
+            self.remove(plan.vm for plan in plans)
+            raise NotMarked(f"the disk did not take the pause markers within {_WRITE_S:g} s") from None
+        except OSError as error:
+            raise NotMarked(f"cannot write the pause markers: {error.strerror or error}") from error
+
+    def remove(self, vms: Iterable[str]) -> None:
+        """These VMs were seen to run, or are gone. Does not wait for the disk."""
+        self._submit(lambda names=tuple(vms): self._remove(names))  # type: ignore[misc]
+
+    def _remove(self, vms: Sequence[str]) -> None:
+        left = markers.remove(self._state_dir, vms)
+        if left and not self._left.issuperset(left):
+            _log.error("marker.not_removed", vms=left, hint="it is tried again; the VMs run")
+        self._left = (self._left - set(vms)) | set(left)
+
+    async def remove_later(self) -> None:
+        """Remove what the disk did not let go at first. Never ends."""
+        while True:
+            await asyncio.sleep(_REMOVE_AGAIN_S)
+            if self._left:
+                self.remove(tuple(self._left))
+
+    async def read(self) -> Mapping[str, Marker | None]:
+        """Every marker; None where it is damaged."""
+        return await self._do(lambda: markers.read(self._state_dir))
+
+    def is_ours(self, marker: Marker | None, plan: Plan | None) -> bool:
+        """Whether a marker is about the VM that this plan would resume. A damaged one is.
+
+        ``plan``: None where the driver cannot tell, as in the middle of a replace.
+        """
+        if marker is None:
+            return True
+        if marker.boot_id != self._boot_id:
+            return False
+        match marker.plan, plan:
+            case SignalPlan() as then, SignalPlan() as now:
+                return (then.leader, then.start_ticks) == (now.leader, now.start_ticks)
+            case CgroupPlan() as then, CgroupPlan() as now:
+                return then.control == now.control
+            case QemuPlan() as then, QemuPlan() as now:
+                return (then.vmm.pid, then.vmm.start_ticks) == (now.vmm.pid, now.vmm.start_ticks)
+            case _:
+                return True  # a swap or replace: another process may have the guest by now
+
+    # -- at the start ---------------------------------------------------------------------------------------
+
+    async def found_paused(self) -> Intent | None:
+        """What stands paused with our marker."""
+        return await self._do(lambda: marked_and_paused(self._state_dir, self._boot_id, _say))
+
+    async def resume(self, found: Intent, patience_s: float) -> Mapping[str, float]:
+        """Resume it; who runs, and since when on CLOCK_MONOTONIC."""
+        until = time.monotonic() + patience_s
+        return await self._do(
+            lambda: resume(
+                found, "the host updater started and found it paused", _say, until, self._stop.is_set
+            )
+        )
+
+    # -- the thread -----------------------------------------------------------------------------------------
+
+    async def _do(self, work: Callable[[], T]) -> T:
+        loop = asyncio.get_running_loop()
+        done: asyncio.Future[T] = loop.create_future()
+
+        def settle(result: T | None, error: Exception | None) -> None:
+            if done.done():
+                return
+            if error is not None:
+                done.set_exception(error)
+            else:
+                done.set_result(result)  # type: ignore[arg-type]
+
+        def job() -> None:
+            result: T | None = None
+            failed: Exception | None = None
+            try:
+                result = work()
+            except Exception as error:  # noqa: BLE001 - it is raised where it is awaited
+                failed = error
+            with suppress(RuntimeError):  # the loop was closed: nobody waits
+                loop.call_soon_threadsafe(settle, result, failed)
+
+        self._submit(job)
+        return await done
+
+    def _submit(self, job: Callable[[], None]) -> None:
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._work, name="pause markers", daemon=True)
+            self._thread.start()
+        self._jobs.put(job)
+
+    def _work(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            job()
+
+    async def close(self, patience_s: float = 1.0) -> None:
+        """Finish what was asked for, for ``patience_s`` seconds at most."""
+        self._stop.set()
+        if self._thread is not None:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(patience_s):
+                    await self._do(lambda: None)
+            self._jobs.put(None)
+            self._thread = None
+
+
+def _say(event: str, **facts: object) -> None:
+    _log.warning(event, **facts)
+
+
+def how_to_resume(plan: Plan | None) -> str:
+    """What whoever paused a VM may do to resume it, in words for an operator."""
+    match plan:
+        case CgroupPlan(kind=kind, control=control):
+            return f"resume it with: echo {'0' if kind == 'cgroup2' else 'THAWED'} > {control}"
+        case SignalPlan(leader=leader):
+            return f"resume it with: kill -CONT -- -{leader}"
+        case QemuPlan(vmm=vmm):
+            return f"resume it with the command cont on its QMP socket, such as {vmm.qmp}"
+        case _:
+            return "resume it with what paused it"

@@ -6,6 +6,7 @@ from caesura.runtime.interrupt import QuietInterrupt
 
 with QuietInterrupt():
     import asyncio
+    import errno
     import fcntl
     import os
     import signal
@@ -99,8 +100,8 @@ def _only_one(folder: Path) -> Iterator[None]:
     with usable(folder):
         handles = [os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)]
     try:
-        with suppress(OSError):  # a full or read-only disk: the folder's lock does it
-            handles.append(os.open(folder / "updater.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+        with usable(folder), suppress(_NoRoom):
+            handles.append(_open_lock(folder / "updater.lock"))
         try:
             for handle in handles:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -110,6 +111,19 @@ def _only_one(folder: Path) -> Iterator[None]:
     finally:
         for handle in handles:
             os.close(handle)
+
+
+class _NoRoom(Exception):
+    """The disk takes no new file."""
+
+
+def _open_lock(path: Path) -> int:
+    try:
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            raise _NoRoom from error
+        raise
 
 
 async def _run(

@@ -177,7 +177,7 @@ def how_to_resume(plan: Plan | None) -> str:
         case CgroupPlan(kind=kind, control=control):
             return f"resume it with: echo {'0' if kind == 'cgroup2' else 'THAWED'} > {control}"
         case SignalPlan(leader=leader):
-            return f"resume it with: kill -CONT -- -{leader}"
+            return f"resume it with: kill -CONT -{leader}"
         case QemuPlan(vmm=vmm):
             return f"resume it with the command cont on its QMP socket, such as {vmm.qmp}"
         case _:

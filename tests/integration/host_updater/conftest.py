@@ -195,15 +195,7 @@ class Host:
         ear = self.fleet.ear
         before = len(ear.heard)
         lives = {message.instance for message in ear.all(HostPresence)}
-        with (self.folder / "updater.log").open("ab") as log:
-            self.process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                "-m",
-                "caesura_host_updater",
-                env=self.environ(),
-                stderr=log if self.stderr is None else self.stderr,
-                stdout=log,
-            )
+        await self.launch()
         await ear.one(HostPresence, lambda m: m.host == self.name and m.online and m.instance not in lives)
         await ear.one(
             HostInventory,
@@ -213,6 +205,18 @@ class Host:
                 and any(each.message is m for each in ear.heard[before:])
             ),
         )
+
+    async def launch(self) -> None:
+        """Start it, and wait for nothing."""
+        with (self.folder / "updater.log").open("ab") as log:
+            self.process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                "-m",
+                "caesura_host_updater",
+                env=self.environ(),
+                stderr=log if self.stderr is None else self.stderr,
+                stdout=log,
+            )
 
     @property
     def pid(self) -> int:
@@ -297,6 +301,15 @@ class Host:
             "reason": "the test says so",
         } | changes
         await self.fleet.say(AbortCommanded(operation=operation, host=self.name, **facts), host=self.name)
+
+    async def kill_with_guard(self) -> None:
+        """Kill both; neither may act on the other's death."""
+        guard = self.guard_pid()
+        os.kill(guard, signal.SIGSTOP)
+        os.kill(self.pid, signal.SIGKILL)
+        os.kill(guard, signal.SIGKILL)
+        assert self.process is not None
+        await self.process.wait()
 
     async def kill(self, number: int = signal.SIGKILL) -> None:
         """Signal the updater and wait for its end."""

@@ -143,7 +143,9 @@ def test_deadline(guard: Guard, vm: ProcessPlan) -> None:
     guard.arm(connection, vm, 0.5)
     frozen_at = freeze(vm)
     wait(lambda: condition(vm) == "running", "the resume")
-    assert time.monotonic() - frozen_at < 0.8
+    assert (
+        time.monotonic() - frozen_at < PATIENCE_S / 2
+    )  # at the deadline, not some time; on a busy machine, too
     record = guard.ask(connection, do="disarm", operation="op-1")["record"]
     assert record["fired"]["why"] == "the deadline passed"
     catch = record["fired"]["vms"]["vm"]

@@ -298,6 +298,29 @@ def test_ids_of_one_attempt_differ_between_epochs(desk: Desk) -> None:
     assert desk.event().event_id != first
 
 
+def test_a_set_is_held_by_its_rollout_until_that_is_over(desk: Desk) -> None:
+    """One rollout per set (I1): halted and aborting ones hold it too, since their hosts may still be at work."""
+    book = desk.book
+    assert book.holder(["web"]) == ("web", "r")
+    assert book.holder(["db", "web"]) == ("web", "r")
+    assert book.holder(["db"]) is None
+    desk.scheduled().give(Approve(event_id=desk.event().event_id, by="w1"))
+    desk.give(Abort())
+    assert desk.status() == "aborting"
+    assert book.holder(["web"]) == ("web", "r")
+    desk.give(Tick(), 200)
+    assert desk.status() == "aborted"
+    assert book.holder(["web"]) is None
+
+
+def test_a_halted_rollout_holds_its_sets(desk: Desk) -> None:
+    desk.give(Tick())
+    desk.give(m.VmReady(vm="w1", event_id=desk.event().event_id, ready=False))
+    assert desk.status() == "halted"
+    assert desk.book.holder(["web"]) == ("web", "r")
+    assert desk.reopened().holder(["web"]) == ("web", "r")
+
+
 def test_two_rollouts_that_share_a_host_take_turns(
     tmp_path: Path,
     build: Callable[..., m.VmRecord],

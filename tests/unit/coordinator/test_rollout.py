@@ -200,6 +200,26 @@ def test_an_approval_shortens_the_notice_but_not_the_agents_answer(story: Story)
     assert story.wave_is("started")
 
 
+@pytest.mark.parametrize("answers", ["none", "one of two"])
+def test_policy_may_proceed_without_readiness_at_not_before_but_an_approval_does_not_replace_the_answer(
+    answers: str,
+    build: Callable[..., m.VmRecord],
+    host: Callable[..., m.HostInventory],
+    fleet: Callable[..., Fleet],
+    authority: Authority,
+) -> None:
+    """Approved early, the prepare hooks still have the notice: a silent agent may be in the middle of its hook."""
+    both = fleet(host("h1", build("w1"), build("w3")), host("h2", build("w2", domain=1)))
+    story = Story(both, authority, on_not_ready="proceed").announce()
+    if answers == "one of two":
+        story.give(m.VmReady(vm="w1", event_id=story.wave.events[0].event_id, ready=True))
+    story.approve().give(Tick(), 59.9)
+    assert story.wave_is("scheduled")
+    assert story.commands() == []
+    story.give(Tick(), 0.1)
+    assert story.wave_is("started")
+
+
 def test_an_agent_that_is_not_ready_halts_before_any_pause(story: Story) -> None:
     story.announce().ready(ready=False, reason="prepare hook exited with 3").approve()
     assert story.is_("halted")
@@ -242,6 +262,37 @@ def test_any_host_of_the_set_can_block_the_start_though_it_is_not_in_the_wave(
     assert story.is_("halted")
     assert words in story.rollout.reason
     assert story.ends() == ["cancelled"]
+
+
+@pytest.mark.parametrize("stage", ["pending", "scheduled"])
+@pytest.mark.parametrize("gone", ["h1", "h2"])
+def test_a_host_of_the_set_whose_inventory_has_vanished_blocks_the_start(
+    gone: str, stage: str, story: Story
+) -> None:
+    """Its VMs may be paused by a command of another coordinator: who cannot be asked is never assumed idle (I1)."""
+    whole = story.fleet
+    if stage == "scheduled":
+        story.announce().ready()
+    story.fleet = whole.without_host(gone)
+    story.give(Tick(), 60)
+    assert story.wave_is(stage)
+    assert story.commands() == []
+    assert gone in story.wave.waiting_for
+    story.fleet = whole
+    story.give(Tick())
+    assert story.wave_is("scheduled" if stage == "pending" else "started")
+
+
+def test_a_host_outside_the_wave_whose_inventory_has_vanished_is_named_and_halts_in_the_end(
+    story: Story,
+) -> None:
+    story.announce().ready()
+    story.fleet = story.fleet.without_host("h2")
+    story.approve()
+    assert story.wave.waiting_for == "h2 has not reported an inventory"
+    story.give(Tick(), 20)
+    assert (story.rollout.status, story.ends()) == ("halted", ["cancelled"])
+    assert "h2 has not reported an inventory" in story.rollout.reason
 
 
 @pytest.mark.parametrize("stage", ["pending", "scheduled"])
@@ -691,6 +742,24 @@ def test_a_coordinator_that_returns_commands_no_freeze_while_another_ones_pause_
     assert story.give(Tick()).commands() == ["FreezeCommanded"]
 
 
+def test_a_coordinator_that_returns_commands_no_freeze_while_a_host_of_the_set_has_vanished(
+    story: Story,
+) -> None:
+    story.started()
+    story.rollout = after_restart(story.rollout, story.now)
+    story.authority = Authority(coordinator="c2", epoch=3)
+    for inventory in story.fleet.inventories.values():
+        story.fleet = story.fleet.with_inventory(
+            msgspec.structs.replace(inventory, epoch=3, coordinator="c2")
+        )
+    whole = story.fleet
+    story.fleet = whole.without_host("h2")
+    assert story.give(Tick()).commands() == []
+    assert story.wave.waiting_for == "h2 has not reported an inventory"
+    story.fleet = whole
+    assert story.give(Tick()).commands() == ["FreezeCommanded"]
+
+
 def test_a_coordinator_that_returns_goes_on_with_its_own_pause(story: Story) -> None:
     story.started()
     mine = story.wave.operations[0].operation
@@ -760,6 +829,39 @@ def test_approval_counts_only_from_a_vm_of_the_set(story: Story) -> None:
     story.give(
         Approve(event_id=event_id, by="w2")
     )  # of the same set, not of this wave: it sees the event too
+    assert story.wave_is("started")
+
+
+@pytest.mark.parametrize("which", ["made up", "of another set", "of an earlier attempt", "empty"])
+def test_approval_counts_only_for_the_event_that_it_names(
+    which: str,
+    build: Callable[..., m.VmRecord],
+    host: Callable[..., m.HostInventory],
+    fleet: Callable[..., Fleet],
+    authority: Authority,
+) -> None:
+    """A workload approves what it saw: an id it kept from before, or took from elsewhere, starts no pause (I5)."""
+    two_sets = fleet(host("h1", build("w1"), build("d1", "db")), host("h2", build("w2", domain=1)))
+    story = Story(two_sets, authority).announce().ready()
+    earlier = {event.set: event.event_id for event in story.wave.events}
+    assert set(earlier) == {"web", "db"}
+    if which == "of an earlier attempt":
+        story.ready(ready=False)
+        assert story.is_("halted")
+        story.give(Resume()).ready()
+        assert story.wave_is("scheduled")
+    ids = {event.set: event.event_id for event in story.wave.events}
+    strange = {
+        "made up": "00000000-0000-0000-0000-000000000000",
+        "of another set": ids["db"],
+        "of an earlier attempt": earlier["web"],
+        "empty": "",
+    }[which]
+    story.give(Approve(event_id=ids["db"], by="d1"))
+    story.give(Approve(event_id=strange, by="w1")).give(Tick(), 1)
+    assert {event.set: event.approved_by for event in story.wave.events} == {"web": "", "db": "d1"}
+    assert story.wave_is("scheduled")
+    story.give(Approve(event_id=ids["web"].lower(), by="w1"))
     assert story.wave_is("started")
 
 

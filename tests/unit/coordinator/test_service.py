@@ -20,7 +20,7 @@ from caesura.contract.codec import Received, decode, encode, size_bytes
 from caesura.contract.envelope import Message
 from caesura.contract.topics import channel_of
 from caesura.runtime.errors import StoreError
-from caesura.testing.collector import eventually
+from caesura.testing.collector import PATIENCE_S, eventually
 from caesura_coordinator.fleet import fence_blockers
 from caesura_coordinator.service import Coordinator, Superseded, subscriptions
 from caesura_coordinator.store import Store
@@ -412,6 +412,79 @@ async def test_a_document_that_could_not_be_stored_is_tried_again(
         monkeypatch.undo()
         await world.host(host("h1", build("w1")))
         await eventually(lambda: world.retained(m.SetDocument, set="web") is not None)
+
+
+@pytest.mark.parametrize("first", ["running", "halted"])
+async def test_one_rollout_per_set(
+    first: str, world: World, host: Callable[..., Any], build: Callable[..., Any]
+) -> None:
+    """A second one over a set that is held is refused with the holder's name, whatever of the set it wants (I1)."""
+    async with world.coordinator() as one:
+        await eventually(lambda: one.leads)
+        mine = {"epoch": one.authority.epoch, "coordinator": one.authority.coordinator}
+        await world.host(host("h1", build("w1", agent=False), **mine))
+        await world.host(host("h2", build("w2", domain=1, agent=False), **mine))
+        await world.host(host("h3", build("d1", "db", agent=False), **mine))
+        await eventually(lambda: len(one.fleet.inventories) == 3)
+        held = (await world.ask(_request("first", selection=m.Selection(sets=("web",))))).rollout
+        await eventually(lambda: one.book.rollouts[held].waves[0].status == "scheduled")
+        if first == "halted":
+            ahead = m.SetDocument(set="web", incarnation=1000, events=())
+            await world.post.send(ahead, set="web")
+            await eventually(lambda: one.book.rollouts[held].status == "halted")
+        again = _request("again", selection=m.Selection(hosts=("h2",)))
+        hold = m.FreezeRequested(
+            request="hold", selection=m.Selection(vms=("w2",)), hold_s=1.0, policy=m.Policy(notice_s=600.0)
+        )
+        both = _request("both", selection=m.Selection(sets=("db", "web")))
+        for request in (again, hold, both):
+            answer = await world.ask(request)
+            assert not answer.accepted
+            assert f"set web is held by rollout {held}" in answer.reason
+        assert list(one.book.rollouts) == [held]
+        assert (await world.ask(_request("other", selection=m.Selection(sets=("db",))))).accepted
+        assert (await world.ask(m.AbortRequested(request="end", rollout=held))).accepted
+        assert (await world.ask(_request("then", selection=m.Selection(sets=("web",))))).accepted
+
+
+async def test_the_outbox_forgets_a_message_only_when_the_broker_has_it(
+    world: World, host: Callable[..., Any], build: Callable[..., Any]
+) -> None:
+    """Killed between sending and the acknowledgement: the next one sends it again, under the same id (I6)."""
+    ids: list[str] = []
+
+    async def receive(_: m.WaveChanged, received: Received) -> None:
+        ids.append(received.header.id)
+
+    world.post.on(m.WaveChanged, receive)
+    await world.host(host("h1", build("w1", agent=False)))
+    async with world.coordinator() as one:
+        await eventually(lambda: one.leads and one.waiting() == 0 and "web" in one.book.documents)
+        sent = asyncio.Event()
+        publish = one.bus.publish
+
+        async def never_acknowledged(topic: str, payload: bytes, **how: Any) -> None:
+            await publish(topic, payload, **how)
+            sent.set()
+            await asyncio.Event().wait()
+
+        one.bus.publish = never_acknowledged  # type: ignore[method-assign]
+        fact = m.WaveChanged(rollout="r", wave=0, status="scheduled", domains={"web": 0}, hosts=("h1",), at=T0)
+        one.store.enqueue(fact, rollout="r", wave=0)
+        (waiting,) = _outbox_of(one)
+        one._outbox_filled.set()
+        async with asyncio.timeout(PATIENCE_S):
+            await sent.wait()
+        assert _outbox_of(one) == [waiting], "forgotten before it was acknowledged"
+    await eventually(lambda: ids == [waiting])
+    async with world.coordinator() as two:
+        await eventually(lambda: ids == [waiting, waiting])
+        await eventually(lambda: two.waiting() == 0)
+
+
+def _outbox_of(coordinator: Coordinator) -> list[str]:
+    """Event ids of what waits in the outbox, oldest first."""
+    return [str(row[0]) for row in coordinator.store.database.run("SELECT event_id FROM outbox ORDER BY number")]
 
 
 async def test_abort_without_a_name_says_which_there_are(

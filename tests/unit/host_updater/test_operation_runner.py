@@ -10,6 +10,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import pytest
@@ -55,6 +56,15 @@ class FakeDriver:
         self.broken_resumes: list[Exception] = []
         self.left: dict[str, str] = {}
         self.freezing = asyncio.Event()
+        self.frozen: list[str] = []
+        """Every VM that was asked to freeze, whatever came of it."""
+        self.on_first: Callable[[], None] = lambda: None
+        """Called once, inside the first call that pauses a VM."""
+
+    def _pausing(self) -> None:
+        self.freezing.set()
+        first, self.on_first = self.on_first, lambda: None
+        first()
 
     def ping(self) -> str:
         return ""
@@ -82,7 +92,7 @@ class FakeDriver:
     async def hand_over(self, vm: str, by: float) -> HandOver:
         assert vm in self.prepared
         at = time.monotonic()
-        self.freezing.set()
+        self._pausing()
         trouble = self.hand_overs.get(vm)
         if isinstance(trouble, asyncio.Event):
             self.vms[vm] = "paused"
@@ -113,7 +123,8 @@ class FakeDriver:
         return CgroupPlan(vm, "cgroup2", f"/sys/fs/cgroup/x/{vm}/cgroup.freeze")
 
     async def freeze(self, vm: str, by: float) -> None:
-        self.freezing.set()
+        self.frozen.append(vm)
+        self._pausing()
         if vm in self.broken_freezes:
             raise self.broken_freezes[vm]
         self.vms[vm] = "paused"
@@ -321,6 +332,28 @@ async def test_one_broken_freeze_lets_the_others_go(journal: JournalThread) -> N
         op = await scene.run()
         assert op.end == "failed"
         assert op.failure.startswith("VM b could not be frozen")
+
+
+@pytest.mark.parametrize("method", ["freeze", "replace", "swap"])
+async def test_whoever_was_stopped_before_the_call_freezes_nothing_after_the_deadline(
+    method: Method, journal: JournalThread, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last look (I2): decided in time, then stopped (SIGSTOP, a busy host) until the guard has long let go."""
+    stopped_s = 0.0
+
+    def after_the_stop() -> None:
+        nonlocal stopped_s
+        stopped_s = 20.0  # more than the whole budget of 8 s
+
+    clock = SimpleNamespace(monotonic=lambda: time.monotonic() + stopped_s)
+    monkeypatch.setattr("caesura_host_updater.operation.time", clock)
+    scene = Scene(journal, "a", "b", "c", method=method)
+    scene.driver.on_first = after_the_stop
+    op = await scene.run()
+    paused = scene.driver.swapped if method == "swap" else scene.driver.frozen
+    assert paused == ["a"], "only the one whose call was made before the stop"
+    assert op.end == "failed"
+    assert [vm.frozen_at is None for vm in op.vms[1:]] == [True, True]
 
 
 async def test_resume_is_tried_until_it_takes(journal: JournalThread) -> None:

@@ -1,0 +1,62 @@
+"""What the guard finds on disk at its start: an intent of this boot is carried out, one of another boot never."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from caesura_host_updater.guard.intent import Intent, IntentFile
+from caesura_host_updater.guard.plans import SignalPlan
+from caesura_host_updater.guard.procfs import boot_id, read_process
+
+
+@pytest.fixture
+def stopped() -> Iterator[subprocess.Popen[bytes]]:
+    """A process that is stopped, the leader of its session as a VM's first process is."""
+    process = subprocess.Popen(["cat"], stdin=subprocess.PIPE, start_new_session=True)
+    os.kill(process.pid, signal.SIGSTOP)
+    os.waitpid(process.pid, os.WUNTRACED)
+    yield process
+    process.kill()
+    process.communicate()
+
+
+def _state(process: subprocess.Popen[bytes]) -> str:
+    found = read_process(process.pid)
+    assert found is not None
+    return found.state
+
+
+def _start_guard(folder: Path) -> list[dict[str, Any]]:
+    """What a guard says from its start to its end; it ends when it has nothing in its hands."""
+    command = [sys.executable, "-m", "caesura_host_updater.guard", "--state-dir", str(folder)]
+    done = subprocess.run([*command, "--exit-when-alone", "0"], capture_output=True, text=True, check=True)
+    return [json.loads(line) for line in done.stderr.splitlines()]
+
+
+@pytest.mark.parametrize("boot", ["this", "another"])
+def test_only_an_intent_of_this_boot_is_carried_out(
+    boot: str, tmp_path: Path, stopped: subprocess.Popen[bytes]
+) -> None:
+    """After a reboot the pids are other processes', and a state file belongs to memory that is gone (I12)."""
+    found = read_process(stopped.pid)
+    assert found is not None
+    plan = SignalPlan("a", stopped.pid, found.start_ticks)
+    mine = boot_id() if boot == "this" else "00000000-0000-0000-0000-000000000000"
+    # In the past of both boots: a guard that adopts it fires at once.
+    IntentFile(str(tmp_path)).store(Intent("op", mine, 0.0, 0.1, (plan,)))
+    told = _start_guard(tmp_path)
+    if boot == "this":
+        assert _state(stopped) != "T"
+        return
+    assert _state(stopped) == "T", "a process of this boot was signalled for an intent of another"
+    assert not any(line["event"] == "guard.fired" for line in told)
+    assert IntentFile(str(tmp_path)).load() is None, "it must not be found again"

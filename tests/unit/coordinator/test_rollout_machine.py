@@ -1,13 +1,17 @@
-"""Any order of messages, losses, repetitions, restarts and requests: the invariants hold (I1, I5, I7, I8, I9, I11).
+"""Any order of messages, losses, repetitions, restarts and requests: the invariants hold (I1, I5, I6, I7, I8, I9, I11).
 
-The machine under test drives model hosts. A model host obeys a command at most once, may be slow, silent or
-failing, and answers every repeated command with its last report, as the real one does.
+The machine under test is the coordinator's book with several rollouts over two sets that share hosts; only its disk
+is made up. It drives model hosts. A model host obeys a command at most once, may be slow, silent or failing, and
+answers every repeated command with its last report, as the real one does. Its inventory may vanish from the bus
+while it carries out what it was commanded.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
-from typing import Literal
+from typing import Literal, cast
 
 import msgspec
 from hypothesis import settings
@@ -15,27 +19,26 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from caesura.contract import messages as m
+from caesura.contract.envelope import Message
 from caesura.lifecycle.errors import IllegalTransition
+from caesura_coordinator.book import Book
 from caesura_coordinator.commands import due_commands
 from caesura_coordinator.fleet import Fleet
-from caesura_coordinator.inputs import (
-    Abort,
-    Approve,
-    Authority,
-    EventEnded,
-    EventScheduled,
-    Input,
-    NotYet,
-    Resume,
-    Tick,
-    WaveMoved,
-)
-from caesura_coordinator.plan import make_plan
-from caesura_coordinator.records import Rollout, new_rollout
-from caesura_coordinator.rollout import after_restart, decide
+from caesura_coordinator.inputs import Abort, Approve, Authority, Input, NotYet, Resume, Tick
+from caesura_coordinator.plan import make_plan, sets_of
+from caesura_coordinator.records import Rollout, Wave, new_rollout
+from caesura_coordinator.store import Store
 
 _PATCH = m.UpdateRecord(update="patch", impact="pause", scope="host", expected_s=2, timeout_s=9)
-_PLACES = {"h1": ("w1", 0), "h2": ("w2", 0), "h3": ("w3", 1), "h4": ("w4", 2)}
+_PLACES: dict[str, dict[str, tuple[str, int]]] = {
+    "h1": {"w1": ("web", 0)},
+    "h2": {"w2": ("web", 0)},
+    "h3": {"w3": ("web", 1), "d1": ("db", 0)},
+    "h4": {"w4": ("web", 2), "d2": ("db", 1)},
+}
+"""Host to its VMs, with set and update domain: two sets that share two hosts."""
+_ANSWER = m.RequestAnswered(request="q", accepted=True)
+_ENDS = {"completed", "failed", "cancelled"}
 
 
 class ModelHost:
@@ -43,25 +46,33 @@ class ModelHost:
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.vm, self.domain = _PLACES[name]
+        self.vms = _PLACES[name]
         self.epoch = 1
         self.online = True
-        self.frozen = False
+        self.shown = True
+        """Whether its inventory is on the bus."""
+        self.frozen: frozenset[str] = frozenset()
         self.running = ""
         self.command: m.FreezeCommanded | None = None
         self.reports: dict[str, m.OperationReported] = {}
 
     def inventory(self) -> m.HostInventory:
-        state: Literal["paused", "running"] = "paused" if self.frozen else "running"
-        record = m.VmRecord(
-            vm=self.vm, set="web", update_domain=self.domain, state=state, methods=("freeze",)
+        records = tuple(
+            m.VmRecord(
+                vm=vm,
+                set=set_name,
+                update_domain=domain,
+                state="paused" if vm in self.frozen else "running",
+                methods=("freeze",),
+            )
+            for vm, (set_name, domain) in self.vms.items()
         )
         return m.HostInventory(
             host=self.name,
             driver="process",
             epoch=self.epoch,
             coordinator=f"c{self.epoch}",
-            vms=(record,),
+            vms=records,
             updates=(_PATCH,),
             operation=self.running,
             guard="ready",
@@ -72,35 +83,83 @@ class ModelHost:
         if command.epoch < self.epoch or command.operation in self.reports:
             return False
         if isinstance(command, m.AbortCommanded):
-            touched = self.frozen and self.running == command.operation
-            if touched:
+            if self.running == command.operation:
                 self.end("failed", now)
             else:
-                self._report(command.operation, "cancelled", now)
+                self._report(command.operation, (), "cancelled", now)
             return False
         if self.running or now > command.not_after:
             return False
         self.running = command.operation
         self.command = command
-        self.frozen = True
+        self.frozen = frozenset(target.vm for target in command.targets)
         return True
 
     def end(self, status: m.OperationStatus, now: datetime) -> None:
-        operation, self.running, self.frozen = self.running, "", False
-        self._report(operation, status, now)
+        operation, self.running = self.running, ""
+        touched, self.frozen = self.frozen, frozenset()
+        self._report(operation, touched, status, now)
 
-    def _report(self, operation: str, status: m.OperationStatus, now: datetime) -> None:
-        result = m.VmResult(
-            vm=self.vm,
-            set="web",
-            update_domain=self.domain,
-            state="running",
-            frozen=status != "cancelled",
-            pause_s=2,
+    def _report(
+        self, operation: str, touched: Iterable[str], status: m.OperationStatus, now: datetime
+    ) -> None:
+        results = tuple(
+            m.VmResult(
+                vm=vm,
+                set=self.vms[vm][0],
+                update_domain=self.vms[vm][1],
+                state="running",
+                frozen=True,
+                pause_s=2,
+            )
+            for vm in touched
         )
         self.reports[operation] = m.OperationReported(
-            operation=operation, host=self.name, epoch=self.epoch, status=status, vms=(result,), at=now
+            operation=operation, host=self.name, epoch=self.epoch, status=status, vms=results, at=now
         )
+
+
+class Disk:
+    """What the book writes, and what it may be restarted from; every message it announces is judged at once."""
+
+    def __init__(self, judge: Fleetwide) -> None:
+        self.judge = judge
+        self.saved: dict[str, Rollout] = {}
+        self.shown: dict[str, m.SetDocument] = {}
+        self.open: set[str] = set()
+        """Events that were announced and have no end yet."""
+
+    @contextmanager
+    def transaction(self) -> Iterator[None]:
+        yield
+
+    def rollouts(self) -> list[Rollout]:
+        """As bytes and back: what a real one reads."""
+        found = [msgspec.json.decode(msgspec.json.encode(each), type=Rollout) for each in self.saved.values()]
+        assert found == list(self.saved.values())
+        return found
+
+    def documents(self) -> dict[str, m.SetDocument]:
+        return dict(self.shown)
+
+    def save_rollout(self, rollout: Rollout, _: Rollout | None = None) -> None:
+        self.saved[rollout.id] = rollout
+
+    def save_document(self, _: m.SetDocument) -> None:
+        """Kept when it is announced."""
+
+    def save_answer(self, client: str, answer: m.RequestAnswered) -> None:
+        """Nobody asks again here."""
+
+    def enqueue(self, message: Message, **_: object) -> None:
+        if isinstance(message, m.SetDocument):
+            known = self.shown.get(message.set)
+            assert known is None or message.incarnation > known.incarnation, "incarnations rise (I6)"
+            self.shown[message.set] = message
+        elif isinstance(message, m.EventChanged):
+            self.judge.event_changed(self, message)
+        elif isinstance(message, m.WaveChanged):
+            self.judge.wave_changed(self.saved[message.rollout].waves[message.wave], message)
 
 
 class Fleetwide(RuleBasedStateMachine):
@@ -111,103 +170,144 @@ class Fleetwide(RuleBasedStateMachine):
         self.now = datetime(2026, 4, 20, tzinfo=UTC)
         self.hosts = {name: ModelHost(name) for name in _PLACES}
         self.authority = Authority(coordinator="c1", epoch=1)
-        self.policy = m.Policy(notice_s=30.0, verify_timeout_s=40.0, budget_s=10.0)
-        self.rollouts = 0
-        self.rollout: Rollout = self.fresh()
-        self.open: set[str] = set()
         self.ended: dict[str, str] = {}
         self.approved: set[str] = set()
-        self.away: tuple[Rollout, set[str]] | None = None
-        self.cancelled = False
+        self.answered: set[tuple[str, str]] = set()
+        """Event and VM whose agent has answered."""
         self.looked_at: set[tuple[str, int]] = set()
         """Waves whose verification began."""
         self.done: dict[tuple[str, int, str], str] = {}
         """Rollout, wave and host to the operation by which the host did its part, as the coordinator knows."""
         self.late: list[m.FreezeCommanded | m.AbortCommanded] = []
+        self.asked = 0
+        self.disk = Disk(self)
+        self.away: Disk | None = None
+        self.book = self.open_book()
+        self.ask("web", hold=True, on_not_ready="proceed")
+        self.ask("db", hold=True)
+
+    # -- what the rules are made of --
 
     @property
     def fleet(self) -> Fleet:
         fleet = Fleet()
         for host in self.hosts.values():
-            fleet = fleet.with_inventory(host.inventory()).with_host(host.name, online=host.online)
-            fleet = fleet.with_agent(host.vm, online=True)
+            if host.shown:
+                fleet = fleet.with_inventory(host.inventory()).with_host(host.name, online=host.online)
+            for vm in host.vms:
+                fleet = fleet.with_agent(vm, online=True)
         return fleet
 
-    def fresh(self, hosts: tuple[str, ...] = ()) -> Rollout:
-        self.rollouts += 1
-        selection = m.Selection(hosts=hosts)
-        plan = make_plan(self.fleet, update="patch", selection=selection, policy=self.policy)
-        return new_rollout(
-            f"r{self.rollouts}",
+    @property
+    def active(self) -> list[Rollout]:
+        return self.book.active
+
+    def open_book(self) -> Book:
+        return Book(cast("Store", self.disk), self.now)
+
+    def ask(
+        self, *sets: str, hold: bool, hosts: tuple[str, ...] = (), on_not_ready: Literal["halt", "proceed"] = "halt"
+    ) -> bool:
+        """As the service does it: a plan, unless a rollout holds one of its sets. False: refused."""
+        policy = m.Policy(notice_s=30.0, verify_timeout_s=40.0, budget_s=10.0, on_not_ready=on_not_ready)
+        plan = make_plan(
+            self.fleet,
+            update="" if hold else "patch",
+            selection=m.Selection(sets=sets, hosts=hosts),
+            policy=policy,
+            hold_s=2.0 if hold else 0.0,
+        )
+        if plan.refusals or self.book.holder(sets_of(plan)) is not None:
+            return False
+        self.asked += 1
+        made = new_rollout(
+            f"r{self.asked}",
             plan,
-            policy=self.policy,
-            set_hosts=tuple(_PLACES),
+            policy=policy,
+            set_hosts=tuple(sorted(self.fleet.hosts_of(sets_of(plan)))),
             requested_by="t",
             now=self.now,
         )
+        self.book.add(made, "t", _ANSWER)
+        return True
 
-    def give(self, received: Input) -> None:
-        self.rollout, effects = decide(self.rollout, received, self.fleet, self.authority, self.now)
-        for effect in effects:
-            if isinstance(effect, EventScheduled):
-                assert effect.event.event_id not in self.ended, "an id came back"
-                self.open.add(effect.event.event_id)
-            elif isinstance(effect, WaveMoved) and effect.wave.status == "verifying":
-                self.looked_at.add((self.rollout.id, effect.wave.index))
-            elif isinstance(effect, WaveMoved) and effect.wave.status == "soaking":
-                assert (self.rollout.id, effect.wave.index) in self.looked_at, "never verified (I8)"
-                if not effect.wave.operations:
-                    continue  # an operator accepted what the verification found
-                assert {vm.vm for vm in effect.wave.vms} == set(effect.wave.clocks), "not verified (I8)"
-                assert all(each.status == "completed" for each in effect.wave.operations), "not verified (I8)"
-            elif isinstance(effect, EventEnded):
-                assert effect.event.event_id not in self.ended, "an event ended twice (I7)"
-                self.ended[effect.event.event_id] = effect.event.status
-                self.open.discard(effect.event.event_id)
-        for wave in self.rollout.waves:
-            for each in wave.operations:
-                if each.status == "completed":
-                    self.done.setdefault((self.rollout.id, wave.index, each.host), each.operation)
+    def event_changed(self, disk: Disk, event: m.EventChanged) -> None:
+        assert event.event_id not in self.ended, "an event after its end, or an id that came back (I7)"
+        if event.status == "scheduled":
+            disk.open.add(event.event_id)
+        elif event.status in _ENDS:
+            self.ended[event.event_id] = event.status
+            disk.open.discard(event.event_id)
+
+    def wave_changed(self, wave: Wave, told: m.WaveChanged) -> None:
+        place = (told.rollout, told.wave)
+        if told.status == "verifying":
+            self.looked_at.add(place)
+        elif told.status == "soaking":
+            assert place in self.looked_at, "never verified (I8)"
+            if wave.operations:  # else an operator accepted what the verification found
+                assert {vm.vm for vm in wave.vms} == set(wave.clocks), "not verified (I8)"
+                assert all(each.status == "completed" for each in wave.operations), "not verified (I8)"
+
+    def give(self, received: Input, rollout: Rollout | None = None) -> None:
+        """Give an input to one rollout, or to every active one as the service does."""
+        for each in [rollout] if rollout is not None else self.active:
+            changed = self.book.step(each, received, self.fleet, self.authority, self.now)
+            for wave in changed.waves:
+                for operation in wave.operations:
+                    if operation.status == "completed":
+                        key = (changed.id, wave.index, operation.host)
+                        self.done.setdefault(key, operation.operation)
+
+    def due(self) -> list[m.FreezeCommanded | m.AbortCommanded]:
+        return [command for each in self.active for command in due_commands(each, self.authority)]
 
     def deliver(self, command: m.FreezeCommanded | m.AbortCommanded) -> None:
-        if self.hosts[command.host].obey(command, self.now):
-            assert isinstance(command, m.FreezeCommanded)
-            if command.rollout != self.rollout.id:
-                return  # of a coordinator that is gone: only I1, below, can judge it
-            did = self.done.get((command.rollout, command.wave, command.host), command.operation)
-            assert did == command.operation, "a host that did its part is paused again"
-            wave = self.rollout.waves[command.wave]
-            ids = {event.event_id for event in wave.events}
-            assert self.now >= (wave.not_before or self.now) or ids <= self.approved, (
-                "a pause before its time (I5)"
-            )
-            for earlier in self.rollout.waves[: command.wave]:
-                assert earlier.status == "completed", "the domain before was not verified (I8)"
+        if not self.hosts[command.host].obey(command, self.now):
+            return
+        assert isinstance(command, m.FreezeCommanded)
+        self.never_two_domains_at_once()
+        rollout = self.book.rollouts.get(command.rollout)
+        if rollout is None:
+            return  # of a coordinator that is gone: only I1, above, can judge it
+        did = self.done.get((command.rollout, command.wave, command.host), command.operation)
+        assert did == command.operation, "a host that did its part is paused again"
+        wave = rollout.waves[command.wave]
+        if wave.not_before is not None and self.now < wave.not_before:
+            assert {event.event_id for event in wave.events} <= self.approved, "before its time (I5)"
+            needed = {(event.event_id, vm) for event in wave.events for vm in event.resources}
+            assert needed <= self.answered, "approved, but an agent may be in the middle of its hook (I5)"
+        for earlier in rollout.waves[: command.wave]:
+            assert earlier.status == "completed", "the domain before was not verified (I8)"
+
+    def waves(self) -> list[tuple[Rollout, Wave]]:
+        """The current wave of every active rollout."""
+        return [(each, each.current) for each in self.active if each.current is not None]
+
+    # -- rules --
 
     @rule(steps=st.integers(1, 16), heard=st.booleans())
     def all_goes_well_for_a_while(self, steps: int, heard: bool) -> None:
         """What normally happens, in its order: without this, random order seldom gets past a first wave."""
         for host in self.hosts.values():
-            host.online = True
+            host.online = host.shown = True
             host.epoch = self.authority.epoch if heard else host.epoch
         for _ in range(steps):
-            wave = self.rollout.current
-            if self.rollout.status == "halted":
-                self.operator_resumes()
-            elif wave is None or self.rollout.status != "running" or wave.status in {"pending", "soaking"}:
-                self.time_passes(0.1)
-            elif wave.status == "scheduled":
-                self.agents_answer(ready=True)
-                self.workloads_approve()
-                self.time_passes(0.1)
-            elif wave.status == "started" and not any(host.running for host in self.hosts.values()):
-                self.commands_arrive()
-                self.reports_arrive()
-            elif wave.status == "started":
-                self.hosts_finish("completed")
-                self.reports_arrive()
-            else:
-                self.clocks_arrive(synced=True)
+            self.time_passes(0.1)
+            for rollout, wave in self.waves():
+                if rollout.status == "halted":
+                    self.operator_resumes()
+                elif wave.status == "scheduled":
+                    self.agents_answer(ready=True)
+                    self.workloads_approve()
+                elif wave.status == "started" and not any(host.running for host in self.hosts.values()):
+                    self.commands_arrive()
+                    self.reports_arrive()
+                elif wave.status == "started":
+                    self.hosts_finish("completed")
+                    self.reports_arrive()
+                else:
+                    self.clocks_arrive(synced=True)
 
     @rule(seconds=st.sampled_from([0.1, 1.0, 5.0, 31.0, 95.0]))
     def time_passes(self, seconds: float) -> None:
@@ -216,13 +316,13 @@ class Fleetwide(RuleBasedStateMachine):
 
     @rule()
     def commands_arrive(self) -> None:
-        for command in due_commands(self.rollout, self.authority):
+        for command in self.due():
             self.late.append(command)
             self.deliver(command)
 
     @rule()
     def commands_are_lost(self) -> None:
-        self.late.extend(due_commands(self.rollout, self.authority))
+        self.late.extend(self.due())
 
     @precondition(lambda self: self.late)
     @rule(data=st.data())
@@ -230,10 +330,10 @@ class Fleetwide(RuleBasedStateMachine):
         command = data.draw(st.sampled_from(self.late))
         host = self.hosts[command.host]
         before = (host.frozen, host.running)
-        wave = self.rollout.current
+        rollout = self.book.rollouts.get(command.rollout) if isinstance(command, m.FreezeCommanded) else None
+        wave = rollout.current if rollout is not None else None
         current = {each.operation for each in wave.operations} if wave else set()
-        mine = isinstance(command, m.FreezeCommanded) and command.rollout == self.rollout.id
-        if isinstance(command, m.FreezeCommanded) and mine and command.operation not in current:
+        if isinstance(command, m.FreezeCommanded) and rollout and command.operation not in current:
             # A command of an attempt that is over: its host has reported on it, or its time has passed.
             assert command.operation in host.reports or self.now > command.not_after or host.running
             host.obey(command, self.now)
@@ -241,11 +341,14 @@ class Fleetwide(RuleBasedStateMachine):
         else:
             self.deliver(command)
 
-    @rule(status=st.sampled_from(["completed", "failed"]))
-    def hosts_finish(self, status: m.OperationStatus) -> None:
-        for host in self.hosts.values():
-            if host.running:
-                host.end(status, self.now)
+    @rule(status=st.sampled_from(["completed", "failed"]), names=st.sets(st.sampled_from(sorted(_PLACES))))
+    def some_hosts_finish(self, status: m.OperationStatus, names: set[str]) -> None:
+        self.hosts_finish(status, names)
+
+    def hosts_finish(self, status: m.OperationStatus, names: Iterable[str] = _PLACES) -> None:
+        for name in names:
+            if self.hosts[name].running:
+                self.hosts[name].end(status, self.now)
 
     @rule()
     def reports_arrive(self) -> None:
@@ -256,37 +359,45 @@ class Fleetwide(RuleBasedStateMachine):
 
     @rule(synced=st.booleans())
     def clocks_arrive(self, synced: bool) -> None:
-        wave = self.rollout.current
-        for operation in wave.operations if wave else ():
-            host = self.hosts[operation.host]
-            self.give(
-                m.VmClockSynced(
-                    vm=host.vm,
-                    host=host.name,
-                    set="web",
-                    update_domain=host.domain,
-                    operation=operation.operation,
-                    synced=synced,
-                    by="agent",
-                    error_after_s=0.0,
-                    at=self.now,
-                )
-            )
+        for _, wave in self.waves():
+            for operation in wave.operations:
+                for vm in wave.vms:
+                    if vm.host == operation.host:
+                        self.give(
+                            m.VmClockSynced(
+                                vm=vm.vm,
+                                host=vm.host,
+                                set=vm.set,
+                                update_domain=vm.update_domain,
+                                operation=operation.operation,
+                                synced=synced,
+                                by="agent",
+                                error_after_s=0.0,
+                                at=self.now,
+                            )
+                        )
 
     @rule(ready=st.sampled_from([True, True, True, False]))
     def agents_answer(self, ready: bool) -> None:
-        wave = self.rollout.current
-        for event in wave.events if wave else ():
-            for vm in event.resources:
-                self.give(m.VmReady(vm=vm, event_id=event.event_id, ready=ready))
+        for _, wave in self.waves():
+            for event in wave.events:
+                for vm in event.resources:
+                    self.answered.add((event.event_id, vm))
+                    self.give(m.VmReady(vm=vm, event_id=event.event_id, ready=ready))
 
     @rule()
     def workloads_approve(self) -> None:
-        wave = self.rollout.current
-        for event in wave.events if wave else ():
-            if wave and wave.status == "scheduled":
-                self.approved.add(event.event_id)
-            self.give(Approve(event_id=event.event_id, by="w1"))
+        for _, wave in self.waves():
+            for event in wave.events:
+                if wave.status == "scheduled":
+                    self.approved.add(event.event_id)
+                self.give(Approve(event_id=event.event_id, by=event.resources[0]))
+
+    @rule(data=st.data())
+    def a_workload_approves_something_else(self, data: st.DataObject) -> None:
+        """An event that is over, or one that never was."""
+        event_id = data.draw(st.sampled_from([*sorted(self.ended)[-3:], "E0000000"]))
+        self.give(Approve(event_id=event_id, by=data.draw(st.sampled_from(["w1", "w3", "d1"]))))
 
     @precondition(lambda self: self.now.second % 3 == 1)  # seldom, as below
     @rule(name=st.sampled_from(sorted(_PLACES)))
@@ -294,31 +405,45 @@ class Fleetwide(RuleBasedStateMachine):
         self.hosts[name].online = not self.hosts[name].online
         self.give(Tick())
 
+    @rule(name=st.sampled_from(sorted(_PLACES)))
+    def an_inventory_vanishes_or_comes_back(self, name: str) -> None:
+        """A broker that lost what it retained; the host carries on with what it was commanded."""
+        self.hosts[name].shown = not self.hosts[name].shown
+        self.give(Tick())
+
     @rule()
     def the_coordinator_restarts(self) -> None:
-        stored = msgspec.json.decode(msgspec.json.encode(self.rollout), type=Rollout)
-        assert stored == self.rollout
-        self.rollout = after_restart(stored, self.now)
+        self.book = self.open_book()
         epoch = self.authority.epoch + 1
         self.authority = Authority(coordinator=f"c{epoch}", epoch=epoch)
 
-    @precondition(lambda self: all(host.online for host in self.hosts.values()))
+    @precondition(lambda self: all(host.online and host.shown for host in self.hosts.values()))
     @rule(hosts=st.sampled_from([(), ("h3",), ("h3", "h4")]))
     def a_coordinator_without_memory_takes_over(self, hosts: tuple[str, ...]) -> None:
         """It has another store and a rollout of its own; the commands of the old one are still about."""
-        self.away = (self.rollout, set(self.open))
-        self.authority = Authority(coordinator=f"c{self.authority.epoch + 1}", epoch=self.authority.epoch + 1)
-        self.rollout = self.fresh(hosts)
-        self.open.clear()
+        self.away = self.disk
+        self.disk = Disk(self)
+        self.the_coordinator_restarts()
+        self.ask(hold=False, hosts=hosts)
 
     @precondition(lambda self: self.away is not None)
     @rule()
     def the_one_that_was_away_returns(self) -> None:
         """With its own store, in the middle of whatever it was doing; what the other one did, it does not know."""
         assert self.away is not None
-        (rollout, open_events), self.away = self.away, (self.rollout, set(self.open))
-        self.rollout, self.open = after_restart(rollout, self.now), open_events
-        self.authority = Authority(coordinator=f"c{self.authority.epoch + 1}", epoch=self.authority.epoch + 1)
+        self.disk, self.away = self.away, self.disk
+        self.the_coordinator_restarts()
+
+    @precondition(lambda self: self.asked < 8 and all(host.shown for host in self.hosts.values()))
+    @rule(
+        sets=st.sampled_from([("web",), ("db",), ("web", "db")]),
+        hold=st.booleans(),
+        on_not_ready=st.sampled_from(["halt", "proceed"]),
+    )
+    def an_operator_asks_for_another_rollout(
+        self, sets: tuple[str, ...], hold: bool, on_not_ready: Literal["halt", "proceed"]
+    ) -> None:
+        self.ask(*sets, hold=hold, on_not_ready=on_not_ready)
 
     @rule(name=st.sampled_from(sorted(_PLACES)))
     def one_host_hears_the_epoch(self, name: str) -> None:
@@ -334,10 +459,11 @@ class Fleetwide(RuleBasedStateMachine):
 
     @rule()
     def operator_resumes(self) -> None:
-        try:
-            self.give(Resume())
-        except (IllegalTransition, NotYet):
-            return
+        for rollout in self.active:
+            try:
+                self.give(Resume(), rollout)
+            except (IllegalTransition, NotYet):
+                continue
 
     @rule()
     def reports_come_too_late(self) -> None:
@@ -348,7 +474,7 @@ class Fleetwide(RuleBasedStateMachine):
         self.reports_arrive()
         self.operator_resumes()
 
-    @precondition(lambda self: self.rollout.status == "halted")
+    @precondition(lambda self: any(each.status == "halted" for each in self.active))
     @rule(name=st.sampled_from(sorted(_PLACES)))
     def a_host_is_away_while_the_operator_resumes(self, name: str) -> None:
         self.hosts[name].online = False
@@ -358,56 +484,91 @@ class Fleetwide(RuleBasedStateMachine):
         self.hosts[name].online = True
         self.operator_resumes()
 
-    @precondition(lambda self: self.now.second % 7 == 3)  # seldom, else nothing else gets far
-    @rule()
-    def operator_aborts(self) -> None:
-        try:
-            self.give(Abort())
-        except IllegalTransition:
-            assert not self.rollout.active, "abort works in every state (I11)"
+    @precondition(lambda self: self.active and self.now.second % 7 == 3)  # seldom, else nothing else gets far
+    @rule(data=st.data())
+    def operator_aborts(self, data: st.DataObject) -> None:
+        """Works in every state of an active rollout (I11)."""
+        name = data.draw(st.sampled_from([each.id for each in self.active]))
+        self.give(Abort(), self.book.rollouts[name])
+        assert self.book.rollouts[name].status in {"aborting", "aborted"}, "abort works in every state (I11)"
+
+    # -- what always holds --
 
     @invariant()
     def never_two_domains_at_once(self) -> None:
-        assert len({host.domain for host in self.hosts.values() if host.frozen}) <= 1, "I1"
+        paused: dict[str, set[int]] = {}
+        for host in self.hosts.values():
+            for vm in host.frozen:
+                set_name, domain = host.vms[vm]
+                paused.setdefault(set_name, set()).add(domain)
+        assert all(len(domains) == 1 for domains in paused.values()), f"I1: {paused}"
+
+    @invariant()
+    def a_set_has_one_rollout(self) -> None:
+        held = [name for each in self.active for name in each.sets]
+        assert len(held) == len(set(held)), "I1: two rollouts hold one set"
 
     @invariant()
     def an_ended_rollout_left_nothing_open(self) -> None:
-        if self.rollout.status in {"completed", "aborted", "halted"}:
-            assert not self.open, "I7: an event without an end"
-        if self.rollout.status == "completed":
-            assert set(self.ended.values()) <= {"completed", "failed", "cancelled"}
+        left = {
+            event.event_id
+            for rollout in self.book.rollouts.values()
+            if rollout.status in {"completed", "aborted", "halted"}
+            for wave in rollout.waves
+            for event in wave.events
+        }
+        assert not left & self.disk.open, "I7: an event without an end"
+        assert set(self.ended.values()) <= _ENDS
+
+    @invariant()
+    def documents_show_what_is_open(self) -> None:
+        shown = {event.event_id for document in self.disk.shown.values() for event in document.events}
+        assert shown == self.disk.open, "I6, I7: subscribers see what was announced"
 
     @invariant()
     def nothing_is_commanded_after_the_end(self) -> None:
-        if self.rollout.status in {"completed", "aborted"}:
-            assert not list(due_commands(self.rollout, self.authority))
+        for rollout in self.book.rollouts.values():
+            if rollout.status in {"completed", "aborted"}:
+                assert not list(due_commands(rollout, self.authority))
 
 
 Fleetwide.TestCase.settings = settings(max_examples=300, stateful_step_count=50, deadline=None)
 TestFleetwide = Fleetwide.TestCase
 
 
-def _start_a_wave(fleet: Fleetwide) -> None:
-    fleet.hosts_hear_the_epoch()
+def _start_waves(fleet: Fleetwide, *hosts: str) -> None:
+    """Until the current wave of every rollout is started; ``hosts`` are those that get to hear of the epoch."""
+    for name in hosts or tuple(_PLACES):
+        fleet.hosts[name].epoch = fleet.authority.epoch
     fleet.time_passes(0.1)
     fleet.agents_answer(ready=True)
     fleet.workloads_approve()
     fleet.time_passes(0.1)
-    wave = fleet.rollout.current
-    assert wave is not None
-    assert wave.status == "started"
 
 
 def _two_lead_in_turn() -> Fleetwide:
     """One dies before its first command arrives, another one pauses another domain meanwhile, the first returns."""
     fleet = Fleetwide()
-    _start_a_wave(fleet)
+    _start_waves(fleet)
+    web = fleet.active[0].current
+    assert web is not None
+    assert web.status == "started"
     fleet.a_coordinator_without_memory_takes_over(hosts=("h3",))
-    _start_a_wave(fleet)
+    _start_waves(fleet)
     fleet.commands_arrive()
-    assert fleet.hosts["h3"].frozen
+    assert fleet.hosts["h3"].frozen == {"w3", "d1"}
     fleet.the_one_that_was_away_returns()
     return fleet
+
+
+def _the_other_pause_ends(fleet: Fleetwide) -> None:
+    """And then the other rollout's operation on the host that the two sets share."""
+    for _ in range(2):
+        fleet.hosts_finish("completed")
+        fleet.reports_arrive()
+        fleet.time_passes(1.0)
+        fleet.commands_arrive()
+        fleet.never_two_domains_at_once()
 
 
 def test_a_coordinator_that_returns_waits_for_the_pause_of_the_one_that_led_meanwhile() -> None:
@@ -418,8 +579,47 @@ def test_a_coordinator_that_returns_waits_for_the_pause_of_the_one_that_led_mean
         fleet.never_two_domains_at_once()
         fleet.hosts_hear_the_epoch()
         fleet.time_passes(1.0)
-    fleet.hosts_finish("completed")
-    fleet.time_passes(1.0)
+    _the_other_pause_ends(fleet)
+    assert fleet.hosts["h1"].frozen, "then it continues where it was"
+
+
+def test_a_coordinator_that_returns_waits_though_the_paused_host_has_vanished() -> None:
+    """As above, and the host whose VM is paused is not in the inventories any more: it is not forgotten (I1)."""
+    fleet = _two_lead_in_turn()
+    fleet.hosts["h3"].shown = False
+    for _ in range(3):
+        fleet.commands_arrive()
+        fleet.never_two_domains_at_once()
+        fleet.hosts_hear_the_epoch()
+        fleet.time_passes(1.0)
+    assert not fleet.hosts["h1"].frozen
+    fleet.hosts["h3"].shown = True
+    _the_other_pause_ends(fleet)
+    assert fleet.hosts["h1"].frozen
+
+
+def test_two_rollouts_pause_two_sets_at_once_but_take_turns_at_a_host_they_share() -> None:
+    fleet = Fleetwide()
+    _start_waves(fleet)
+    web, db = (each.current for each in fleet.active)
+    assert web is not None
+    assert db is not None
+    assert (web.status, db.status) == ("started", "started")
     fleet.commands_arrive()
-    fleet.never_two_domains_at_once()
-    assert fleet.hosts["h1"].frozen, "then it goes on where it was"
+    assert {name for name, host in fleet.hosts.items() if host.frozen} == {"h1", "h2", "h3"}
+    fleet.hosts_finish("completed", ["h1", "h2"])
+    fleet.reports_arrive()
+    fleet.clocks_arrive(synced=True)
+    fleet.time_passes(0.1)
+    web = fleet.active[0].current
+    assert web is not None
+    assert web.index == 1
+    _start_waves(fleet)
+    fleet.commands_arrive()
+    assert fleet.hosts["h3"].frozen == {"d1"}, "busy with the other rollout's operation"
+    fleet.hosts_finish("completed")
+    fleet.reports_arrive()
+    fleet.clocks_arrive(synced=True)
+    fleet.all_goes_well_for_a_while(16, heard=True)
+    fleet.all_goes_well_for_a_while(16, heard=True)
+    assert [each.status for each in fleet.book.rollouts.values()] == ["completed", "completed"]

@@ -328,6 +328,16 @@ def test_vms_that_are_in_another_domain_than_the_plan_has_them_in_do_not_pause(
     assert "plan again" in story.rollout.reason
 
 
+@pytest.mark.parametrize("found", ["paused", "unknown"])
+def test_a_vm_elsewhere_in_the_set_that_may_be_paused_blocks(found: m.VmState, story: Story) -> None:
+    """A host that cannot tell is not assumed to have nothing paused (I1)."""
+    story.announce().ready()
+    story.fleet = _with_vm(story.fleet, "h2", state=found)
+    story.approve().give(Tick(), 1)
+    assert story.wave_is("scheduled")
+    assert f"w2 on h2 is {found}" in story.wave.waiting_for
+
+
 def test_a_paused_vm_elsewhere_in_the_set_blocks_until_it_runs(story: Story) -> None:
     whole = story.fleet
     story.announce().ready()
@@ -711,6 +721,21 @@ def test_a_host_speaks_only_for_itself(pair: Story) -> None:
             )
         )
     assert pair.rollout == before
+
+
+@pytest.mark.parametrize(
+    ("first", "then"), [("completed", "failed"), ("failed", "completed"), ("completed", "accepted")]
+)
+def test_the_first_end_that_a_host_reports_stands(
+    first: m.OperationStatus, then: m.OperationStatus, pair: Story
+) -> None:
+    """A late, repeated or contradicting report of an operation that is over changes nothing (I9)."""
+    pair.started()
+    pair.give(_report_of(pair, "h1", first))
+    pair.give(_report_of(pair, "h1", then, pause_s=9.0))
+    (operation,) = (each for each in pair.wave.operations if each.host == "h1")
+    assert operation.status == first
+    assert operation.vms[0].pause_s == 0.0
 
 
 def test_a_report_that_leaves_a_vm_out_verifies_nothing(story: Story) -> None:

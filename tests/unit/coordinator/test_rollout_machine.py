@@ -206,7 +206,11 @@ class Fleetwide(RuleBasedStateMachine):
         return Book(cast("Store", self.disk), self.now)
 
     def ask(
-        self, *sets: str, hold: bool, hosts: tuple[str, ...] = (), on_not_ready: Literal["halt", "proceed"] = "halt"
+        self,
+        *sets: str,
+        hold: bool,
+        hosts: tuple[str, ...] = (),
+        on_not_ready: Literal["halt", "proceed"] = "halt",
     ) -> bool:
         """As the service does it: a plan, unless a rollout holds one of its sets. False: refused."""
         policy = m.Policy(notice_s=30.0, verify_timeout_s=40.0, budget_s=10.0, on_not_ready=on_not_ready)

@@ -469,7 +469,9 @@ async def test_the_outbox_forgets_a_message_only_when_the_broker_has_it(
             await asyncio.Event().wait()
 
         one.bus.publish = never_acknowledged  # type: ignore[method-assign]
-        fact = m.WaveChanged(rollout="r", wave=0, status="scheduled", domains={"web": 0}, hosts=("h1",), at=T0)
+        fact = m.WaveChanged(
+            rollout="r", wave=0, status="scheduled", domains={"web": 0}, hosts=("h1",), at=T0
+        )
         one.store.enqueue(fact, rollout="r", wave=0)
         (waiting,) = _outbox_of(one)
         one._outbox_filled.set()
@@ -484,7 +486,9 @@ async def test_the_outbox_forgets_a_message_only_when_the_broker_has_it(
 
 def _outbox_of(coordinator: Coordinator) -> list[str]:
     """Event ids of what waits in the outbox, oldest first."""
-    return [str(row[0]) for row in coordinator.store.database.run("SELECT event_id FROM outbox ORDER BY number")]
+    return [
+        str(row[0]) for row in coordinator.store.database.run("SELECT event_id FROM outbox ORDER BY number")
+    ]
 
 
 async def test_abort_without_a_name_says_which_there_are(

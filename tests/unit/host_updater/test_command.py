@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from caesura.contract.messages import AbortCommanded, FreezeCommanded, FreezeTarget, VmRecord
+from caesura.contract.messages import AbortCommanded, FreezeCommanded, FreezeTarget, VmRecord, VmState
 from caesura_host_updater.command import (
     Accept,
     Authority,
@@ -68,6 +68,10 @@ def command(**changes: Any) -> FreezeCommanded:
     return FreezeCommanded(**(facts | changes))
 
 
+def _target(vm: str, set_name: str = "web", domain: int = 0) -> FreezeTarget:
+    return FreezeTarget(vm=vm, set=set_name, update_domain=domain)
+
+
 def judge(sent: FreezeCommanded, at: Host | None = None, known: Repeat | None = None) -> Any:
     """The verdict of a host that obeys epoch 2 of c."""
     heard = hear(Authority(2, "c"), sent.epoch, sent.coordinator)
@@ -108,12 +112,25 @@ def test_who_has_no_authority_gets_no_answer(changes: dict[str, Any], why: str) 
         ({"update": "nope"}, {}, "not known"),
         ({"budget_s": 3.0, "update": "", "hold_s": 2.5}, {}, "does not fit"),
         ({"method": "live", "update": ""}, {}, "does nothing"),
+        ({"targets": (_target("a"), _target("b", domain=1))}, {}, "VM b is in set web domain 0"),
+        ({"targets": (_target("a"), _target("b", set_name="db"))}, {}, "the command says db domain 0"),
+        ({"targets": (_target("a"), _target("a"))}, {}, "VM a is named 2 times"),
+        ({"targets": (_target("a"), _target("x"))}, {}, "VM x is not on this host"),
+        ({"targets": (_target("a"),)}, {}, "leaves out b"),
     ],
 )
 def test_refusals(changes: dict[str, Any], at: dict[str, Any], why: str) -> None:
     verdict = judge(command(**changes), host(**at))
     assert isinstance(verdict, Refuse)
     assert why in verdict.why
+
+
+@pytest.mark.parametrize("state", ["paused", "stopped", "unknown"])
+def test_a_vm_that_does_not_run_is_not_paused(state: VmState) -> None:
+    vms = {name: msgspec.structs.replace(vm, state=state) for name, vm in host().vms.items()}
+    verdict = judge(command(), host(vms=vms))
+    assert isinstance(verdict, Refuse)
+    assert f"VM a is {state}, not running" in verdict.why
 
 
 @pytest.mark.parametrize(

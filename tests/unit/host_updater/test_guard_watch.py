@@ -88,6 +88,17 @@ def test_not_armed_if_the_disk_is_full() -> None:
     assert state(world) == "ready"
 
 
+@pytest.mark.parametrize("deadline", [99.0, 100.0])
+def test_an_operation_whose_deadline_has_passed_is_not_taken(deadline: float) -> None:
+    """Whoever arms so late was stopped, or reads another clock; armed, it would begin to freeze (I2)."""
+    world = World()
+    late = world.intent()
+    late.deadline = deadline
+    with pytest.raises(GuardRefusal, match="deadline has passed"):
+        world.watch.arm(late)
+    assert (state(world), world.disk) == ("ready", None)
+
+
 def test_fires_at_the_deadline_not_before() -> None:
     world = World()
     world.watch.arm(world.intent())

@@ -8,12 +8,13 @@ from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 import pytest
 
 from caesura.bus.memory import MemoryBroker, MemoryBus
+from caesura.bus.port import BusUnavailable, PublishRefused
 from caesura.bus.post import Post
 from caesura.contract.codec import decode
 from caesura.contract.messages import (
@@ -24,7 +25,7 @@ from caesura.contract.messages import (
     VmClockSynced,
 )
 from caesura.runtime.errors import StoreError
-from caesura.testing.collector import Collector, running
+from caesura.testing.collector import PATIENCE_S, Collector, running
 from caesura_host_updater import journal as module
 from caesura_host_updater.clock import ClockWait
 from caesura_host_updater.clockdesk import ClockDesk
@@ -161,6 +162,43 @@ async def test_letters_are_told_in_order_after_the_broker_was_away(thread: Journ
     assert told == [letter.event_id for letter in letters]
     heard = [decode(each.topic, each.payload).header.id for each in ear.deliveries]
     assert list(dict.fromkeys(heard)) == told
+    assert await thread.do(Journal.letters) == []
+
+
+@pytest.mark.parametrize(
+    "why_not", [BusUnavailable("nobody answers"), PublishRefused("caesura/v1/host/host-1", "not authorized")]
+)
+async def test_a_fact_that_the_broker_did_not_take_is_kept_and_sent_again_before_newer_ones(
+    why_not: Exception, thread: JournalThread, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("caesura_host_updater.outbox._RETRY_S", 0.01)
+    sent: list[str] = []
+    refusals = 3
+
+    class Unwilling:
+        bus = SimpleNamespace(wait_connected=lambda _: asyncio.sleep(0))
+
+        async def send(self, _: Any, *, event_id: str, **__: Any) -> None:
+            nonlocal refusals
+            if refusals:
+                refusals -= 1
+                kept = [letter.event_id for letter in await thread.do(Journal.letters)]
+                assert kept == wanted, "forgotten before the broker had it"
+                raise why_not
+            sent.append(event_id)
+
+    told: list[str] = []
+    outbox = Outbox(cast("Post", Unwilling()), thread, lambda letter, _: told.append(letter.event_id))
+    letters = [LETTERS.report(report(f"op-{number}")) for number in range(2)]
+    wanted = [letter.event_id for letter in letters]
+    for letter in letters:
+        outbox.put(letter, state("op"))
+    sending = asyncio.create_task(outbox.run())
+    assert await outbox.drained(PATIENCE_S)
+    sending.cancel()
+    with suppress(asyncio.CancelledError):
+        await sending
+    assert sent == told == wanted
     assert await thread.do(Journal.letters) == []
 
 

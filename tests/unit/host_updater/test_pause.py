@@ -85,6 +85,20 @@ def test_hold_from_begin_to_end() -> None:
     assert steps.TellFrozen("a") in effects
 
 
+def test_a_hold_longer_than_the_budget_ends_with_the_budgets_share() -> None:
+    """Refused as a command; here the second line: whatever was accepted, the resume is asked for in time (I2)."""
+    op, _ = run(
+        operation(hold_s=25.0),
+        (100.0, steps.Begin()),
+        (100.01, steps.Armed()),
+        (100.02, steps.VmFroze("a", 100.011, 100.015)),
+    )
+    assert op.schedule is not None
+    assert op.wake_at == op.schedule.resume_at
+    _, effects = run(op, (op.schedule.resume_at, steps.Tick()))
+    assert steps.ResumeVms(("a",)) in effects
+
+
 def test_one_vm_that_cannot_be_frozen_lets_all_go_at_once() -> None:
     op, effects = run(
         operation("a", "b"),

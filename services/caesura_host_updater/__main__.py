@@ -14,7 +14,6 @@ with QuietInterrupt():
     from collections.abc import Iterator, Mapping
     from contextlib import contextmanager, suppress
     from datetime import UTC, datetime
-    from hashlib import blake2b
     from pathlib import Path
 
     import structlog
@@ -32,6 +31,7 @@ with QuietInterrupt():
     from caesura.runtime.identity import new_id
     from caesura.runtime.listen import check_health_address
     from caesura.runtime.lock import StateFolderUnusable, private_folder, usable
+    from caesura.runtime.processes import cgroup_name
     from caesura.runtime.serve import serve
     from caesura_host_updater.drivers.freezers import choose_freezer
     from caesura_host_updater.drivers.port import Driver
@@ -234,7 +234,7 @@ async def _driver(
             environ=environ,
             max_digest_bytes=settings.max_digest_bytes,
         )
-    freezer, passed = choose_freezer(host.process.freezer, _cgroup(host.host, folder))
+    freezer, passed = choose_freezer(host.process.freezer, cgroup_name(host.host, folder))
     for kind, why in passed.items():
         _log.warning("freezer.passed_over", kind=kind, why=why, chosen=freezer.kind)
     return ProcessDriver(
@@ -245,11 +245,6 @@ async def _driver(
         environ=environ,
         max_digest_bytes=settings.max_digest_bytes,
     )
-
-
-def _cgroup(host: str, folder: Path) -> str:
-    # Two hosts of one name may share a machine in a demo: the state folder tells them apart.
-    return f"caesura-{host}-{blake2b(str(folder.resolve()).encode(), digest_size=4).hexdigest()}"
 
 
 async def _accelerator(host: HostFile, folder: Path) -> Accelerator:

@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 from click.core import ParameterSource
+from rich.console import Console
 
 from caesura.lifecycle.budget import usable_s
 from caesura.runtime.command import leaves
@@ -16,7 +17,6 @@ from caesura.runtime.errors import CaesuraError
 from caesura.runtime.logs import configure_logging
 from caesura_ctl.commandline import fail, wide_console
 from caesura_ctl.demo.guests import MOST_VMS
-from caesura_ctl.demo.machine import until_signal
 from caesura_ctl.demo.run import Demo, Options
 from caesura_ctl.durations import BUDGET, DURATION, SOME_TIME, show_duration
 
@@ -146,9 +146,7 @@ def demo(*, as_json: bool, methods: tuple[Any, ...], **options: Any) -> None:
     try:
         sys.exit(
             asyncio.run(
-                until_signal(
-                    Demo(Options(json=as_json, methods=methods or ("freeze", "swap"), **options), console).run
-                )
+                _run(Options(json=as_json, methods=methods or ("freeze", "swap"), **options), console)
             )
         )
     except CaesuraError as error:
@@ -158,6 +156,10 @@ def demo(*, as_json: bool, methods: tuple[Any, ...], **options: Any) -> None:
         if not known:
             raise
         fail(known[0], as_json=as_json)
+
+
+async def _run(options: Options, console: Console) -> int:
+    return await Demo(options, console).until_signal()
 
 
 def _check_driver(driver: str) -> None:

@@ -9,10 +9,12 @@ import shutil
 import signal
 import socket
 import tempfile
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
+from caesura.runtime.cleanup import shielded
 from caesura.runtime.errors import CaesuraError
 
 FIRST_PORT = 18100
@@ -127,29 +129,60 @@ def free_ports(count: int, start: int = FIRST_PORT) -> Iterator[int]:
         count -= 1
 
 
-async def until_signal(body: Callable[[], Awaitable[int]]) -> int:
-    """Run ``body``; the first signal cancels it, and its clean-up is not disturbed by further ones.
+class CleanUp:
+    """What signals do to a run: none of them cuts its clean-up short.
 
-    Raises:
-        Interrupted: when a signal ended it.
+    The first signal cancels the run, which then cleans up. One that comes while it cleans up, because of a signal or
+    because it is over, is acknowledged; the next one sets ``hurry``: what is left is killed at once, and nothing is
+    left behind all the same.
+
+    Args:
+        say: tells the person who pressed Ctrl-C; must not fail.
     """
-    loop = asyncio.get_running_loop()
-    task = asyncio.ensure_future(body())
-    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    seen = False
 
-    def on_signal() -> None:
-        nonlocal seen
-        if not seen:
-            seen = True
-            task.cancel()
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self.hurry = asyncio.Event()
+        self._say = say
+        self._body: asyncio.Future[int] | None = None
+        self._cancelled = False
+        self._acknowledged = False
+        self._under_way = 0
 
-    for number in signals:
-        loop.add_signal_handler(number, on_signal)
-    try:
-        return await task
-    except asyncio.CancelledError:
-        raise Interrupted("interrupted; everything was resumed and stopped") from None
-    finally:
+    async def run(self, body: Callable[[], Awaitable[int]]) -> int:
+        """Run ``body`` until it ends, or until the first signal.
+
+        Raises:
+            Interrupted: when a signal ended it.
+        """
+        loop = asyncio.get_running_loop()
+        self._body = asyncio.ensure_future(body())
+        signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
         for number in signals:
-            loop.remove_signal_handler(number)
+            loop.add_signal_handler(number, self._on_signal)
+        try:
+            return await self._body
+        except asyncio.CancelledError:
+            raise Interrupted("interrupted; everything was resumed and stopped") from None
+        finally:
+            for number in signals:
+                loop.remove_signal_handler(number)
+
+    async def step(self, work: Coroutine[Any, Any, None]) -> None:
+        """One step of the clean-up, run to its end."""
+        self._under_way += 1
+        try:
+            await shielded(work)
+        finally:
+            self._under_way -= 1
+
+    def _on_signal(self) -> None:
+        if self._acknowledged:
+            if not self.hurry.is_set():
+                self._say("killing everything at once")
+            self.hurry.set()
+        elif self._cancelled or self._under_way:
+            self._acknowledged = True
+            self._say("already cleaning up; press again to kill everything at once")
+        elif self._body is not None:
+            self._cancelled = True
+            self._body.cancel()

@@ -10,16 +10,18 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from caesura.runtime.errors import CaesuraError
-from caesura.runtime.processes import kill_marked
+from caesura.runtime.processes import kill_marked, remove_cgroups
 
 _STOP_S = 20.0
 """s: a draining host updater resumes its VMs, stops them and says goodbye; a pause in the demo is far shorter."""
-_SWEEP_S = 5.0
+_KILLED_S = 5.0
+"""s: for processes that were killed to be gone; a frozen one is not, before the sweep thaws it."""
 
 
 class ServiceDied(CaesuraError):
@@ -32,11 +34,13 @@ class Processes:
     Args:
         run_id: marks every process of this run.
         folder: where each one's log goes.
+        cgroups: names of those that the services make for VMs.
     """
 
-    def __init__(self, run_id: str, folder: Path) -> None:
+    def __init__(self, run_id: str, folder: Path, cgroups: Collection[str] = ()) -> None:
         self.mark = f"CAESURA_DEMO_RUN={run_id}"
         self.folder = folder
+        self._cgroups = frozenset(cgroups)
         self.running: dict[str, asyncio.subprocess.Process] = {}
 
     async def start(self, name: str, module: str, environment: Mapping[str, str]) -> None:
@@ -72,20 +76,38 @@ class Processes:
                     f"{name} ended with exit code {process.returncode}; its last words:\n  {tail}"
                 )
 
-    async def stop(self) -> None:
-        """Terminate all services, let them drain, then kill what is left of this run, frozen or not."""
+    async def stop(self, hurry: asyncio.Event | None = None) -> None:
+        """Terminate all services, let them drain, then kill what is left of this run, frozen or not.
+
+        ``hurry``: once it is set nothing is waited for any more, and everything is killed.
+        """
         for process in self.running.values():
             with suppress(ProcessLookupError):
                 process.terminate()
         if self.running:
             waits = [asyncio.create_task(process.wait()) for process in self.running.values()]
-            await asyncio.wait(waits, timeout=_STOP_S)
+            await _all_or(hurry, waits, _STOP_S)
             for process in self.running.values():
                 if process.returncode is None:
-                    process.kill()
-            await asyncio.wait(waits, timeout=_SWEEP_S)
+                    with suppress(ProcessLookupError):
+                        process.kill()
+            await _all_or(hurry, waits, _KILLED_S)
+            for each in waits:
+                each.cancel()
         await self.sweep()
 
     async def sweep(self) -> None:
-        """Thaw and kill every process that carries this run's mark, until there is none."""
-        await kill_marked(self.mark, timeout_s=_SWEEP_S)
+        """Thaw and kill every process that carries this run's mark, until there is none; then their cgroups go."""
+        await kill_marked(self.mark)
+        await asyncio.to_thread(remove_cgroups, self._cgroups)
+
+
+async def _all_or(hurry: asyncio.Event | None, waits: Sequence[asyncio.Task[int]], timeout_s: float) -> None:
+    """Wait for all, for the time, or for ``hurry``."""
+    whole: asyncio.Future[Any] = asyncio.ensure_future(asyncio.wait(waits))
+    hurried = asyncio.ensure_future((hurry or asyncio.Event()).wait())
+    try:
+        await asyncio.wait({whole, hurried}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        whole.cancel()
+        hurried.cancel()

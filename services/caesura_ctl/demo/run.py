@@ -22,7 +22,7 @@ from caesura.bus.brokers import LocalBroker
 from caesura.contract import messages as m
 from caesura.runtime.errors import CaesuraError
 from caesura.runtime.identity import new_id
-from caesura.runtime.processes import frozen_processes
+from caesura.runtime.processes import cgroup_name, frozen_processes
 from caesura_ctl.demo.guests import (
     UPDATES,
     GuestImage,
@@ -32,6 +32,7 @@ from caesura_ctl.demo.guests import (
     guest_update_file,
     read_guest,
 )
+from caesura_ctl.demo.image import build_image
 from caesura_ctl.demo.layout import (
     UPDATE,
     Broker,
@@ -42,11 +43,10 @@ from caesura_ctl.demo.layout import (
     standard_layout,
     update_file,
 )
-from caesura_ctl.demo.machine import FIRST_PORT, free_ports, ram_folder, run_folder
+from caesura_ctl.demo.machine import FIRST_PORT, CleanUp, free_ports, ram_folder, run_folder
 from caesura_ctl.demo.processes import Processes
 from caesura_ctl.demo.verdict import Check, WorkloadStatus, judge, judge_guests
 from caesura_ctl.follow import ENDED, Progress
-from caesura_ctl.guest.build import build, default_cache
 from caesura_ctl.session import Session, connect, new_request_id
 from caesura_ctl.settings import CtlSettings
 from caesura_ctl.tables import live_view, pauses_view
@@ -104,6 +104,15 @@ class Demo:
         self._counts: dict[str, tuple[int, int]] = {}
         self._session: Session | None = None
         self._live: Live | None = None
+        self._clean_up = CleanUp(self._acknowledge)
+
+    async def until_signal(self) -> int:
+        """``run``, until the first signal; whatever comes later cuts no clean-up short.
+
+        Raises:
+            Interrupted: a signal ended it.
+        """
+        return await self._clean_up.run(self.run)
 
     async def run(self) -> int:
         """Everything, and clean up whatever happens. 0 when every rule held, else 1."""
@@ -117,7 +126,7 @@ class Demo:
             broker = LocalBroker(kind=self.options.broker, data_dir=folder)
             self._say(f"broker: {_BROKERS[broker.kind]}; files and logs in {folder}")
             async with (
-                broker,
+                self._broker(broker),
                 self._services(folder, ram_dir, Broker(broker.url, broker.protocol)) as processes,
             ):
                 settings = CtlSettings(broker_url=broker.url, broker_protocol=broker.protocol, client="demo")
@@ -144,15 +153,15 @@ class Demo:
                 "--driver qemu: its VMs are process groups then)"
             )
         self._say("guest: Debian's kernel, Python and the agent, built once and cached")
-        made = await asyncio.to_thread(build, default_cache(), lambda what: self._say(f"guest: {what}"))
-        return GuestImage(made.kernel, made.initrd)
+        return await build_image(self.run_id, lambda what: self._say(f"guest: {what}"), self._clean_up)
 
     # -- stages --
 
     @asynccontextmanager
     async def _services(self, folder: Path, ram_dir: str, broker: Broker) -> AsyncIterator[Processes]:
         self._write_files(folder, ram_dir, broker)
-        processes = Processes(self.run_id, folder)
+        cgroups = [cgroup_name(host, folder / host) for host in self.layout.hosts]  # their state folders
+        processes = Processes(self.run_id, folder, cgroups)
         self._stage = f"starting {len(self.layout.hosts) + 3} services and {len(self.layout.vms)} VMs"
         try:
             environments = service_environments(
@@ -169,7 +178,16 @@ class Demo:
             yield processes
         finally:
             self._stage = "stopping: resuming and ending every VM"
-            await processes.stop()
+            await self._clean_up.step(processes.stop(self._clean_up.hurry))
+
+    @asynccontextmanager
+    async def _broker(self, broker: LocalBroker) -> AsyncIterator[None]:
+        async with broker:
+            try:
+                yield
+            finally:
+                if self._clean_up.hurry.is_set():
+                    await self._clean_up.step(broker.kill())
 
     def _host_settings(self) -> dict[str, str]:
         if not self._real:
@@ -341,6 +359,11 @@ class Demo:
         """For the person who waits: beside the answer of ``--json``, not in it."""
         console = Console(stderr=True, highlight=False) if self.options.json else self.console
         console.print(text, soft_wrap=True)
+
+    def _acknowledge(self, text: str) -> None:
+        """For the person who pressed Ctrl-C, wherever standard output goes."""
+        with suppress(OSError):
+            Console(stderr=True, highlight=False).print(f"caesura: {text}", soft_wrap=True)
 
     @contextmanager
     def _display(self) -> Iterator[None]:

@@ -23,6 +23,7 @@ from pathlib import Path
 
 import msgspec
 
+from caesura.runtime.cleanup import undisturbed
 from caesura_ctl.guest import agent, contents
 from caesura_ctl.guest.cpio import Entry, pack
 from caesura_ctl.guest.packages import KERNEL, PACKAGES, GuestError, Progress, fetch, unpack
@@ -228,7 +229,8 @@ def new_folder(cache: Path) -> Iterator[Path]:
     try:
         yield folder
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        with undisturbed():  # a second Ctrl-C comes after it
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _prune(cache: Path, keep: set[str]) -> None:

@@ -26,6 +26,7 @@ from caesura.bus.embedded import EmbeddedBrokerMissing, embedded_available
 from caesura.bus.mqtt_link import Link
 from caesura.bus.options import BrokerOptions
 from caesura.bus.port import BusError
+from caesura.runtime.cleanup import shielded
 
 _ASK_EVERY_S = 0.05  # s: a broker is up after 10 ms (Mosquitto) to 1 s (embedded)
 _STOP_S = 5.0  # s: Mosquitto writes its store on SIGTERM
@@ -199,14 +200,14 @@ class LocalBroker:
         try:
             await self.start()
         except BaseException:
-            await self._clean_up()
+            await shielded(self._clean_up())
             raise
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        await self._clean_up()
+        await shielded(self._clean_up())
 
     async def start(self) -> None:
         """Start the process and wait until it answers.

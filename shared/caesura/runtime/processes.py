@@ -9,8 +9,9 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
+from hashlib import blake2b
 from pathlib import Path
 
 from caesura.runtime.errors import CaesuraError
@@ -19,11 +20,31 @@ CGROUP_PREFIX = "caesura-"
 """What the host updater's cgroups begin with; no other one is ever removed."""
 
 
+def cgroup_name(host: str, state_dir: Path) -> str:
+    """The cgroup that holds the VMs of a host updater.
+
+    Two hosts of one name may share a machine in a demo: the state folder tells them apart.
+    """
+    digest = blake2b(str(state_dir.resolve()).encode(), digest_size=4).hexdigest()
+    return f"{CGROUP_PREFIX}{host}-{digest}"
+
+
+def remove_cgroups(names: Collection[str]) -> None:
+    """Remove what is left of these cgroups, empty ones only: an updater killed while it started or stopped a VM
+    leaves a place without a process in it, which nothing else leads to."""
+    for mount in dict(_mounts()).values():
+        for folder, _, _ in os.walk(mount, topdown=False):
+            path = Path(folder)
+            if path.name in names or path.parent.name in names:
+                with suppress(OSError):
+                    path.rmdir()
+
+
 class StillAlive(CaesuraError):
     """Processes that could not be killed."""
 
 
-async def kill_marked(mark: str, *, timeout_s: float = 5.0) -> None:
+async def kill_marked(mark: str, *, timeout_s: float = 15.0) -> None:
     """Thaw and kill every process that carries ``mark``, until there is none, and remove the cgroups of ours
     that this empties. A frozen process cannot die, hence the thaw.
 

@@ -7,8 +7,9 @@ import contextlib
 from collections.abc import AsyncIterator, Callable
 
 from caesura.bus.port import Bus, Connected, Delivery, Handler
+from caesura.testing.patience import patient
 
-PATIENCE_S = 15.0  # s: a loaded CI machine; a test that passes never waits this long
+PATIENCE_S = patient(15.0)  # s: a loaded CI machine; a test that passes never waits this long
 
 
 class Collector:

@@ -5,17 +5,21 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import random
 import shutil
 import signal
 import sys
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from caesura.bus.brokers import find_mosquitto
 from caesura.runtime.processes import frozen_processes, marked_processes
+from caesura.testing.patience import patient
 
-pytestmark = pytest.mark.timeout(150)
+pytestmark = pytest.mark.timeout(patient(150))
 
 
 async def _demo(
@@ -74,6 +78,84 @@ async def test_ctrl_c_leaves_nothing_behind(moment: str) -> None:
     assert _cgroups() <= before, "cgroups were left behind"
 
 
+@pytest.mark.parametrize("services", ["healthy", "hung"])
+async def test_a_first_signal_during_the_clean_up_does_not_cancel_it(services: str) -> None:
+    """The last line is printed, all rules held, everything is being stopped: then Ctrl-C."""
+    mark = f"DEMO_TEST=in-the-clean-up-{services}"
+    before = _left()
+    process = await _demo(mark=mark)
+    assert process.stdout is not None
+    async with asyncio.timeout(patient(90)):
+        while b"every message: " not in (line := await process.stdout.readline()):
+            assert line, "it ended"
+    if services == "hung":
+        _hang(_services_of(mark))
+    process.send_signal(signal.SIGINT)
+    async with asyncio.timeout(patient(60)):
+        said, _ = await process.communicate()
+    assert not list(marked_processes(mark))
+    assert _left() <= before
+    if (
+        services == "hung"
+    ):  # then the clean-up takes long enough for the signal to come in it, and not before it
+        assert b"already cleaning up; press again to kill everything at once" in said
+        assert process.returncode == 0, "every rule held before the signal came"
+
+
+_RUNS = int(os.environ.get("CAESURA_DEMO_INTERRUPTIONS", "3"))
+_SEED = int(os.environ.get("CAESURA_DEMO_SEED", str(random.randrange(1 << 30))))
+_LONGEST_S = 30.0
+"""s: a whole run takes some 25 s on two cores; a moment after its end is one too."""
+
+
+@pytest.mark.parametrize("services", ["healthy", "hung"])
+@pytest.mark.parametrize("number", range(_RUNS))
+async def test_interrupted_at_any_moment_it_leaves_nothing_behind(number: int, services: str) -> None:
+    """One to four signals of any kind, at moments and with gaps of chance. CAESURA_DEMO_SEED=N repeats a run."""
+    dice = random.Random(f"{_SEED}/{number}/{services}")
+    presses = [dice.choice([signal.SIGINT, signal.SIGTERM, signal.SIGHUP]) for _ in range(dice.randint(1, 4))]
+    moment_s, gaps = dice.uniform(0.0, _LONGEST_S), [dice.choice([0.0, 0.01, 0.3, 2.0]) for _ in presses]
+    print(
+        f"\nseed {_SEED}: run {number}, {services}, after {moment_s:.2f} s: {[each.name for each in presses]} {gaps}"
+    )
+    mark = f"DEMO_TEST=moment-{number}-{services}"
+    before = _left()
+    process = await _demo(mark=mark)
+    ended = asyncio.create_task(process.communicate())
+    await asyncio.wait([ended], timeout=moment_s)
+    if services == "hung":
+        running = _services_of(mark)
+        _hang(dice.sample(running, dice.randint(0, len(running))))
+    for number_of_signal, gap_s in zip(presses, gaps, strict=True):
+        await asyncio.wait([ended], timeout=gap_s)
+        if process.returncode is None:
+            process.send_signal(number_of_signal)
+    async with asyncio.timeout(patient(90)):
+        said, _ = await ended
+    # -SIGTERM and so on: before anything was started, while the modules load, the signal itself ends it.
+    assert process.returncode in {0, 1, 130, *(-each for each in presses)}, said
+    assert not list(marked_processes(mark)), said
+    assert _left() <= before, said
+
+
+def _services_of(mark: str) -> list[int]:
+    """Every process of the demo that is not the demo: services, guards, VMs."""
+    me = [pid for pid in marked_processes(mark) if b"caesura_ctl\0demo" in _words(pid)]
+    return sorted(set(marked_processes(mark)) - set(me))
+
+
+def _words(pid: int) -> bytes:
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    return b""
+
+
+def _hang(pids: Iterable[int]) -> None:
+    for pid in pids:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGSTOP)
+
+
 async def test_json_is_all_that_is_on_stdout_while_it_is_kept() -> None:
     mark = "DEMO_TEST=kept"
     process = await _demo("--json", "--keep", mark=mark, stderr=asyncio.subprocess.PIPE)
@@ -93,6 +175,12 @@ async def test_json_is_all_that_is_on_stdout_while_it_is_kept() -> None:
 
 def _cgroups() -> set[Path]:
     return {each for each in Path("/sys/fs/cgroup").glob("**/caesura*") if each.is_dir()}
+
+
+def _left() -> set[Path]:
+    """What a demo makes outside its processes: cgroups, its folder, a folder for guest RAM."""
+    folders = {each for place in ("/tmp", "/dev/shm") for each in Path(place).glob("caesura-demo-*")}  # noqa: S108
+    return _cgroups() | folders
 
 
 @pytest.mark.timeout(600)

@@ -1,0 +1,99 @@
+"""The demo's guest image, built in a process of its own: a thread could not be stopped, and the demo would wait for it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+
+import msgspec
+
+from caesura.runtime.errors import CaesuraError
+from caesura.runtime.processes import kill_marked
+from caesura_ctl.demo.guests import GuestImage
+from caesura_ctl.demo.machine import CleanUp
+
+_STOP_S = 5.0
+"""s: for a build that was told to end to remove what it has made so far."""
+
+
+class _Built(msgspec.Struct):
+    kernel: str
+    initrd: str
+
+
+class _Failed(msgspec.Struct):
+    reason: str
+
+
+async def build_image(run_id: str, say: Callable[[str], None], clean_up: CleanUp) -> GuestImage:
+    """Build it, or take it from the cache.
+
+    Args:
+        run_id: marks the build's processes.
+        say: takes each line of progress.
+
+    Raises:
+        CaesuraError: it cannot be built here; the text says why.
+    """
+    mark = f"CAESURA_DEMO_RUN={run_id}"
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-m",
+        "caesura.bus.tether",
+        str(os.getpid()),
+        sys.executable,
+        "-m",
+        "caesura_ctl",
+        "guest",
+        "build",
+        "--json",
+        env={**os.environ, **dict([mark.split("=", 1)])},
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+        start_new_session=True,  # Ctrl-C goes to the demo alone
+    )
+    try:
+        answer, reason = await asyncio.gather(_read(process.stdout), _progress(process.stderr, say))
+        if await process.wait() == 0:
+            made = msgspec.json.decode(answer, type=_Built)
+            return GuestImage(made.kernel, made.initrd)
+    except msgspec.DecodeError as error:
+        raise CaesuraError(f"the guest was built, but not understood: {error}") from error
+    finally:
+        await clean_up.step(_end(process, mark, clean_up.hurry))
+    raise CaesuraError(reason or f"building the guest ended with exit code {process.returncode}")
+
+
+async def _read(stream: asyncio.StreamReader | None) -> bytes:
+    return b"" if stream is None else await stream.read()
+
+
+async def _progress(stream: asyncio.StreamReader | None, say: Callable[[str], None]) -> str:
+    """Pass each line on; the reason of a failure, which is a JSON document on the last one."""
+    reason = ""
+    while stream is not None and (line := (await stream.readline()).decode(errors="replace").strip()):
+        try:
+            reason = msgspec.json.decode(line, type=_Failed).reason
+        except msgspec.DecodeError:
+            say(line.removesuffix(" ..."))
+    return reason
+
+
+async def _end(process: asyncio.subprocess.Process, mark: str, hurry: asyncio.Event) -> None:
+    """Nothing of the build is left, whatever it was at."""
+    if process.returncode is None:
+        with suppress(ProcessLookupError):
+            process.terminate()
+        ended = asyncio.ensure_future(process.wait())
+        hurried = asyncio.ensure_future(hurry.wait())
+        await asyncio.wait({ended, hurried}, timeout=_STOP_S, return_when=asyncio.FIRST_COMPLETED)
+        hurried.cancel()
+        if process.returncode is None:
+            with suppress(ProcessLookupError):
+                process.kill()
+        await ended
+    await kill_marked(mark)

@@ -1,0 +1,47 @@
+"""Clean-up that nothing cuts short: neither the cancellation of the task that waits for it, nor Ctrl-C."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import threading
+from collections.abc import Coroutine, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+async def shielded(work: Coroutine[Any, Any, T]) -> T:
+    """Run ``work`` to its end, however often the caller is cancelled meanwhile; the cancellation continues after it.
+
+    Raises:
+        asyncio.CancelledError: the caller was cancelled; ``work`` is over. What it raised itself is the cause then.
+    """
+    task = asyncio.ensure_future(work)
+    cancelled: asyncio.CancelledError | None = None
+    while not task.done():
+        try:
+            # Not asyncio.shield: after a cancellation nobody would wait for the task any more.
+            await asyncio.wait([task])
+        except asyncio.CancelledError as error:
+            cancelled = error
+    if cancelled is not None:
+        raise cancelled from (None if task.cancelled() else task.exception())
+    return task.result()
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Put SIGINT, SIGTERM and SIGHUP off until the end of a short synchronous block, such as removing a folder.
+
+    Only the main thread gets Python's signal handlers; in any other one this does nothing.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -9,22 +9,35 @@ import random
 import shutil
 import signal
 import sys
-from collections.abc import Iterable
+from collections.abc import AsyncIterator, Iterable
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from caesura.bus.brokers import find_mosquitto
-from caesura.runtime.processes import frozen_processes, marked_processes
+from caesura.runtime.processes import frozen_processes, kill_marked, marked_processes
 from caesura.testing.patience import patient
 
 pytestmark = pytest.mark.timeout(patient(150))
 
 
+@pytest.fixture(autouse=True)
+async def swept() -> AsyncIterator[None]:
+    """Whatever a test found left behind does not stay for the next one; each run's mark begins with ``DEMO_TEST``."""
+    yield
+    for mark in _MARKS:
+        await kill_marked(mark)
+    _MARKS.clear()
+
+
+_MARKS: set[str] = set()
+
+
 async def _demo(
     *words: str, mark: str, stderr: int = asyncio.subprocess.STDOUT
 ) -> asyncio.subprocess.Process:
+    _MARKS.add(mark)
     return await asyncio.create_subprocess_exec(
         sys.executable,
         "-m",
@@ -115,9 +128,8 @@ async def test_interrupted_at_any_moment_it_leaves_nothing_behind(number: int, s
     dice = random.Random(f"{_SEED}/{number}/{services}")
     presses = [dice.choice([signal.SIGINT, signal.SIGTERM, signal.SIGHUP]) for _ in range(dice.randint(1, 4))]
     moment_s, gaps = dice.uniform(0.0, _LONGEST_S), [dice.choice([0.0, 0.01, 0.3, 2.0]) for _ in presses]
-    print(
-        f"\nseed {_SEED}: run {number}, {services}, after {moment_s:.2f} s: {[each.name for each in presses]} {gaps}"
-    )
+    what = f"run {number}, {services}, after {moment_s:.2f} s: {[each.name for each in presses]} {gaps}"
+    print(f"\nseed {_SEED}: {what}")  # noqa: T201 - a failure without its seed is no use
     mark = f"DEMO_TEST=moment-{number}-{services}"
     before = _left()
     process = await _demo(mark=mark)

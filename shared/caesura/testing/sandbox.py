@@ -139,7 +139,13 @@ class Sandbox:
         self.folder = Path(tempfile.mkdtemp(prefix="caesura-e2e-", dir="/tmp"))
         self.running: dict[str, asyncio.subprocess.Process] = {}
         self.environments: dict[str, tuple[str, dict[str, str]]] = {}
+        self.arguments: dict[str, tuple[str, ...]] = {}
+        """Words for the command line of a service, where it has any."""
+        self.outputs: dict[str, Path] = {}
+        """Where a service writes its output instead of to its log: a named pipe that the test holds open."""
         self.places: dict[str, tuple[str, int]] = {}
+        self.hosts: dict[str, str] = {}
+        """VM to its host."""
         self.watch = KernelWatch(self.mark)
         self.vmms = Vmms(self.mark, self.folder)
         self._watching: asyncio.Task[None] | None = None
@@ -244,6 +250,7 @@ class Sandbox:
         (self.folder / f"{name}.toml").write_text(tomli_w.dumps(table))
         for vm in vms:
             self.places[vm.name] = (vm.set or f"_{vm.name}", vm.update_domain)
+            self.hosts[vm.name] = name
         self.service(
             name,
             "caesura_host_updater",
@@ -316,11 +323,12 @@ class Sandbox:
             module, environment = self.environments[name]
             inherited = {key: value for key, value in os.environ.items() if not key.startswith("CAESURA_")}
             mark, value = self.mark.split("=", 1)
-            with (self.folder / f"{name}.log").open("ab") as log:
+            with self.outputs.get(name, self.folder / f"{name}.log").open("ab", buffering=0) as log:
                 self.running[name] = await asyncio.create_subprocess_exec(
                     sys.executable,
                     "-m",
                     module,
+                    *self.arguments.get(name, ()),
                     env={**inherited, **environment, mark: value},
                     stdin=asyncio.subprocess.DEVNULL,
                     stdout=log,

@@ -8,6 +8,8 @@ import os
 import pytest
 from hypothesis import Phase, settings
 
+from caesura.testing.patience import FACTOR, VARIABLE, patient
+
 # Whether an example fails is all that a mutation run asks: the smallest one takes most of the time to find.
 settings.register_profile("first-failure", phases=(Phase.explicit, Phase.generate))
 
@@ -15,6 +17,19 @@ settings.register_profile("first-failure", phases=(Phase.explicit, Phase.generat
 def pytest_configure() -> None:
     # pytest-asyncio makes an event loop that nobody closes when a synchronous test runs first; warnings are errors.
     asyncio.set_event_loop(None)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """The time limit of every test is multiplied by the patience factor, as all other upper bounds are."""
+    usual_s = float(config.getini("timeout"))
+    for item in items:
+        marker = item.get_closest_marker("timeout")
+        seconds = float(marker.args[0]) if marker is not None else usual_s
+        item.add_marker(pytest.mark.timeout(patient(seconds)), append=False)
+
+
+def pytest_report_header() -> str:
+    return f"patience: {FACTOR:.2f} ({VARIABLE} sets it)"
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from caesura.runtime.variables import SETTINGS, strangers
+from caesura.testing.patience import patient
 
 _BROKER = "write mqtt://host:1883"
 _LISTEN = "give host:port"
@@ -145,7 +146,7 @@ def test_a_state_folder_that_cannot_be_used_is_said_in_one_line(
         env={**os.environ, **{f"{module.upper()}_{key}": value for key, value in environ.items()}},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=patient(60),
         check=False,
     )
     assert done.returncode == 1

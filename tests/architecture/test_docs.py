@@ -13,6 +13,7 @@ import click
 import pytest
 from click.testing import CliRunner
 
+from caesura.testing.patience import patient
 from caesura_ctl.cli import caesura
 from caesura_host_updater.hostfile import parse_host_file
 from caesura_host_updater.updates import UpdateFile, parse_update
@@ -149,7 +150,11 @@ def test_the_pictures_script_says_what_it_lacks(tmp_path: Path) -> None:
 
     def run(*words: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [sys.executable, "-c", without, *words], capture_output=True, text=True, timeout=60, check=False
+            [sys.executable, "-c", without, *words],
+            capture_output=True,
+            text=True,
+            timeout=patient(60),
+            check=False,
         )
 
     helped = run("--help")

@@ -8,6 +8,8 @@ from importlib.metadata import entry_points
 
 import pytest
 
+from caesura.testing.patience import patient
+
 _COMMANDS = sorted(
     (entry.name, entry.module)
     for entry in entry_points(group="console_scripts")
@@ -47,7 +49,7 @@ def test_ctrl_c_while_modules_load(name: str, module: str, way: str) -> None:
         [sys.executable, "-c", _SCRIPT, module, late, way],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=patient(60),
         check=False,
     )
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "")

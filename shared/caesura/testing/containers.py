@@ -20,6 +20,8 @@ from pathlib import Path
 
 import msgspec
 
+from caesura.testing.patience import patient
+
 _START_S = 60.0
 _STOP_S = 30.0
 _LOOK_S = 0.05
@@ -107,7 +109,7 @@ class Engine:
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
-            timeout=timeout_s,
+            timeout=patient(timeout_s),
             check=False,
         )
         if check and done.returncode != 0:
@@ -259,7 +261,7 @@ def _tool(name: str, *words: str, text: str = "") -> str:
 
 def _await(condition: Callable[[], bool], timeout_s: float) -> bool:
     """Look until it holds; the engine announces nothing to wait for."""
-    end = time.monotonic() + timeout_s
+    end = time.monotonic() + patient(timeout_s)
     while not (held := condition()) and time.monotonic() < end:
         time.sleep(_LOOK_S)
     return held

@@ -19,6 +19,7 @@ import msgspec
 
 from caesura.runtime.processes import is_stopped
 from caesura.testing.compose import Project
+from caesura.testing.patience import patient
 
 HOSTS = ("host-1", "host-2", "host-3")
 _LOOK_S = 0.02
@@ -116,7 +117,7 @@ class Fleet:
             env=environ,
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=patient(120),
             check=False,
         )
         try:
@@ -224,7 +225,7 @@ def until(condition: Callable[[], bool], timeout_s: float, what: Callable[[], st
     """
     begun = time.monotonic()
     while not condition():
-        if time.monotonic() - begun > timeout_s:
+        if time.monotonic() - begun > patient(timeout_s):
             raise Waited(f"not within {timeout_s:g} s: {what()}")
         time.sleep(_LOOK_S)
     return time.monotonic() - begun

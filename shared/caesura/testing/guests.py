@@ -21,6 +21,8 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from caesura.testing.patience import patient
+
 QEMU = "qemu-system-x86_64"
 _BUILD_S = 600
 _BOOT_S = 60.0
@@ -196,7 +198,7 @@ class Heartbeat:
     async def next(self, timeout_s: float = _BOOT_S, *, after: float | None = None) -> Beat:
         """The next beat to come in (later than ``after``, an instant). Raises TimeoutError."""
         after = asyncio.get_running_loop().time() if after is None else after
-        async with asyncio.timeout(timeout_s):
+        async with asyncio.timeout(patient(timeout_s)):
             while not self.beats or self.beats[-1].received <= after:
                 self._news.clear()
                 await self._news.wait()
@@ -285,7 +287,7 @@ class RunningGuest:
         Raises:
             TimeoutError: no answer.
         """
-        async with asyncio.timeout(timeout_s):
+        async with asyncio.timeout(patient(timeout_s)):
             reader, writer = await connect((folder or self.folder) / workload, timeout_s)
             try:
                 writer.write(f"{request}\n".encode())
@@ -296,7 +298,7 @@ class RunningGuest:
 
     async def execute(self, command: str, folder: Path | None = None) -> Any:
         """One QMP command on the second socket, for a moment. Raises AssertionError with QEMU's words."""
-        async with asyncio.timeout(10.0):
+        async with asyncio.timeout(patient(10.0)):
             reader, writer = await connect((folder or self.folder) / "guard", 10.0)
             try:
                 await reader.readline()  # the greeting
@@ -319,7 +321,7 @@ class RunningGuest:
             AssertionError: it did not come true in time; with the last status.
         """
         loop = asyncio.get_running_loop()
-        end = loop.time() + timeout_s
+        end = loop.time() + patient(timeout_s)
         while not condition(status := await self.ask(workload, "status", timeout_s)):
             if loop.time() > end:
                 raise AssertionError(f"not within {timeout_s:g} s; {workload} says {status}\n{self.logs()}")
@@ -360,7 +362,7 @@ class RunningGuest:
 
 async def connect(path: Path, timeout_s: float) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
     """A connection to a unix socket that may not be there yet. Raises TimeoutError."""
-    async with asyncio.timeout(timeout_s):
+    async with asyncio.timeout(patient(timeout_s)):
         while True:
             try:
                 return await asyncio.open_unix_connection(str(path))

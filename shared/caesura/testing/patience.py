@@ -11,12 +11,12 @@ _MOST = 10.0
 
 
 def factor_from(text: str, load: float, cores: int) -> float:
-    """The factor: what was asked for, but at least 1; else how many runnable processes share a core, at most 10.
+    """The factor: what was asked for, but at least 1; else 1 and how many runnable processes share a core, at most 10.
 
     Raises:
         ValueError: ``text`` is not a number.
     """
-    wanted = float(text) if text else min(load / max(cores, 1), _MOST)
+    wanted = float(text) if text else min(1 + load / max(cores, 1), _MOST)
     return max(1.0, wanted)
 
 

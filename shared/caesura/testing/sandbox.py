@@ -24,6 +24,7 @@ import tomli_w
 from caesura.bus.brokers import LocalBroker
 from caesura.runtime.identity import new_id
 from caesura.runtime.processes import freezers, is_stopped, kill_marked, marked_processes, reads_frozen
+from caesura.testing.patience import patient
 from caesura.testing.vmms import Vmms
 
 _POLL_S = 0.02
@@ -348,12 +349,12 @@ class Sandbox:
     async def stop(self, name: str, timeout_s: float = 15.0) -> int:
         """Terminate a service and wait for its drain; its exit code."""
         self.running[name].terminate()
-        async with asyncio.timeout(timeout_s):
+        async with asyncio.timeout(patient(timeout_s)):
             return await self.running[name].wait()
 
     async def until_exit(self, name: str, timeout_s: float) -> int:
         """Wait until a service ends by itself; its exit code. Raises TimeoutError."""
-        async with asyncio.timeout(timeout_s):
+        async with asyncio.timeout(patient(timeout_s)):
             return await self.running[name].wait()
 
     def guard_pid(self, host: str) -> int:
@@ -383,7 +384,7 @@ class Sandbox:
             AssertionError: it did not come true in time; with the ends of all logs.
         """
         loop = asyncio.get_running_loop()
-        end = loop.time() + timeout_s
+        end = loop.time() + patient(timeout_s)
         while not condition():
             if loop.time() > end:
                 raise AssertionError(f"not within {timeout_s:g} s: {what}\n{self.logs()}")

@@ -14,6 +14,7 @@ import aiohttp
 import pytest
 
 from caesura.bus.brokers import free_port
+from caesura.testing.patience import patient
 from caesura.testing.sandbox import Vm
 
 _ROOT = Path(__file__).parents[3]
@@ -22,7 +23,7 @@ _ROOT = Path(__file__).parents[3]
 async def _lines(process: asyncio.subprocess.Process, wanted: int, timeout_s: float) -> list[str]:
     assert process.stdout is not None
     found: list[str] = []
-    async with asyncio.timeout(timeout_s):
+    async with asyncio.timeout(patient(timeout_s)):
         while len(found) < wanted:
             found.append((await process.stdout.readline()).decode().strip())
     return found
@@ -87,7 +88,7 @@ async def test_a_workload_is_warned_over_http_and_its_approval_starts_the_wave(
             return found
 
         async def event(status: str | None, timeout_s: float) -> dict[str, Any]:
-            end = loop.time() + timeout_s
+            end = loop.time() + patient(timeout_s)
             while True:
                 events = (await document())["Events"]
                 if (status is None and not events) or (events and events[0]["EventStatus"] == status):

@@ -20,7 +20,7 @@ from caesura.bus.brokers import find_mosquitto
 from caesura.runtime.processes import cgroup_name, frozen_processes, kill_marked, marked_processes
 from caesura.testing.patience import patient
 
-pytestmark = pytest.mark.timeout(patient(150))
+pytestmark = pytest.mark.timeout(150)
 
 
 @pytest.fixture(autouse=True)
@@ -200,7 +200,7 @@ def _left(said: bytes) -> list[Path]:
     ]
 
 
-@pytest.mark.timeout(patient(600))
+@pytest.mark.timeout(600)
 async def test_every_rule_holds_with_real_guests() -> None:
     """Three real guests with the agent inside: frozen, swapped and replaced, domain by domain, approving over HTTP."""
     if shutil.which("qemu-system-x86_64") is None:

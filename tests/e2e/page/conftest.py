@@ -18,6 +18,7 @@ from caesura.bus.port import Delivery
 from caesura.bus.post import Post
 from caesura.runtime.health import serve_health
 from caesura.testing.browser import chromium, find_chromium
+from caesura.testing.patience import patient
 from caesura_metrics_exporter.page import LivePage
 from caesura_metrics_exporter.service import MetricsExporter, filters
 from caesura_metrics_exporter.settings import MetricsExporterSettings
@@ -64,7 +65,7 @@ class Visit:
         # Not by playwright's own waiting: that evaluates text in the page, which the page's policy forbids.
         thrown = ""
         try:
-            async with asyncio.timeout(timeout_s):
+            async with asyncio.timeout(patient(timeout_s)):
                 while True:
                     try:
                         if await self.page.evaluate(expression):

@@ -25,7 +25,6 @@ import pytest
 from caesura.bus.brokers import LocalBroker
 from caesura.contract import messages as m
 from caesura.runtime.processes import marked_processes
-from caesura.testing.patience import patient
 from caesura.testing.sandbox import Vm
 from caesura_ctl.session import NoAnswer, NoBroker, new_request_id
 
@@ -73,13 +72,13 @@ class Soak:
         before = len(self.sandbox.watch.pauses)
         rollout = await self._roll(update, host)
         await self.sandbox.until(
-            lambda: bool(self.sandbox.watch.standing()), patient(20), f"a pause of {host}: {self.now}"
+            lambda: bool(self.sandbox.watch.standing()), 20, f"a pause of {host}: {self.now}"
         )
         await asyncio.sleep(self.dice.choice([0.0, 0.0, 0.2, 0.8]))  # somewhere in the pause
         await strike(host)
         await self.sandbox.until(
             lambda: not self.sandbox.watch.standing(),
-            patient(_BUDGET_S + 5),
+            _BUDGET_S + 5,
             f"the end of the pause: {self.now}",
         )
         pauses = self.sandbox.watch.pauses[before:]
@@ -108,9 +107,7 @@ class Soak:
 
     async def _all_well(self, rollout: str) -> None:
         """Every service is back, the rollout has its end, and there is nothing that was not there before."""
-        await self.sandbox.until(
-            self._over(rollout), patient(120), f"the end of rollout {rollout}: {self.now}"
-        )
+        await self.sandbox.until(self._over(rollout), 120, f"the end of rollout {rollout}: {self.now}")
         for _ in range(20):
             if self.stage.rollout(rollout).status in {"completed", "aborted"}:
                 break
@@ -118,15 +115,13 @@ class Soak:
                 await self.stage.session.ask(m.AbortRequested(request=new_request_id(), rollout=rollout))
                 await self.sandbox.until(
                     lambda: self.stage.rollout(rollout).status in {"completed", "aborted"},
-                    patient(20),
+                    20,
                     self.now,
                 )
         if any(self._vms_missing()):
             await self._restart_updaters()  # they start VMs that do not run
         await self.stage.ready("host-1", "host-2")
-        await self.sandbox.until(
-            lambda: not self._left_behind(), patient(20), f"nothing left behind: {self.now}"
-        )
+        await self.sandbox.until(lambda: not self._left_behind(), 20, f"nothing left behind: {self.now}")
         assert self._left_behind() == []
 
     def _over(self, rollout: str) -> Callable[[], bool]:
@@ -150,7 +145,7 @@ class Soak:
                 with suppress(ProcessLookupError):
                     os.kill(pid, 9)
         for host in ("host-1", "host-2"):
-            await self.sandbox.stop(host, patient(60))
+            await self.sandbox.stop(host, 60)
             await self.sandbox.start(host)
 
     def _left_behind(self) -> list[str]:
@@ -204,7 +199,7 @@ def _describe(stage: Any, stack: ExitStack, tools: ModuleType) -> tuple[str, dic
     return "host-1", pipes
 
 
-@pytest.mark.timeout(_SECONDS + patient(_DECK_S))
+@pytest.mark.timeout(_SECONDS + _DECK_S)
 async def test_a_fault_in_each_pause(stages: Callable[..., Any], broker: LocalBroker) -> None:
     dice, tools = random.Random(_SEED), _faults()
     stage = await stages(

@@ -18,6 +18,7 @@ from caesura.bus.mqtt import MqttBus
 from caesura.bus.options import BrokerOptions
 from caesura.testing.broker import mosquitto_installed
 from caesura.testing.collector import PATIENCE_S, Collector, eventually, running
+from caesura.testing.patience import patient
 
 KINDS = [
     pytest.param(
@@ -54,7 +55,7 @@ async def test_it_ends_quickly_with_clients_connected(kind: Kind) -> None:
     async with LocalBroker(kind=kind) as broker:
         bus = MqttBus(BrokerOptions(url=broker.url, protocol=broker.protocol))
         async with running(bus):
-            async with asyncio.timeout(4):
+            async with asyncio.timeout(patient(4)):
                 await broker.stop()
 
 

@@ -14,6 +14,7 @@ from structlog.testing import capture_logs
 from caesura.bus.port import BusUnavailable, Delivery, PublishRefused, Will
 from caesura.testing.collector import PATIENCE_S, Collector, eventually, running
 from caesura.testing.harness import KINDS, Can, Harness, why_not
+from caesura.testing.patience import patient
 
 
 def needs(ability: Can) -> pytest.MarkDecorator:
@@ -304,7 +305,7 @@ async def test_a_publish_in_flight_fails_as_soon_as_the_broker_dies(harness: Har
         began_s = time.monotonic()
         await harness.kill()
         results = await asyncio.gather(*publishing, return_exceptions=True)
-        assert time.monotonic() - began_s < 2
+        assert time.monotonic() - began_s < patient(2)
     assert {type(each) for each in results} == {BusUnavailable}
     assert sender.stats.publish_failures == 50
 
@@ -486,7 +487,7 @@ async def test_a_request_and_its_answer_take_a_few_milliseconds(harness: Harness
             await answered.wait()
             taken_s.append(time.perf_counter() - began_s)
     # Without TCP_NODELAY on both sides it is 44 to 88 ms.
-    assert statistics.median(taken_s) < 0.02
+    assert statistics.median(taken_s) < min(patient(0.02), 0.04)
 
 
 async def test_a_closed_bus_publishes_nothing_and_closes_again_at_once(harness: Harness) -> None:
@@ -497,7 +498,7 @@ async def test_a_closed_bus_publishes_nothing_and_closes_again_at_once(harness: 
     with pytest.raises(BusUnavailable, match="closed"):
         await bus.publish("open/a", b"x", timeout_s=30)
     await bus.close()
-    assert time.monotonic() - began_s < 1
+    assert time.monotonic() - began_s < patient(1)
     assert not bus.stats.connected
     with pytest.raises(RuntimeError, match="once"):
         await bus.run(Collector().receive)

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from caesura.bus.brokers import free_port
+from caesura.testing.patience import patient
 
 _EXAMPLE = Path(__file__).parents[3] / "examples" / "consumer.py"
 
@@ -71,7 +72,7 @@ async def broker(connack: int) -> AsyncIterator[str]:
 
 
 async def test_ctrl_c_is_quiet() -> None:
-    async with broker(0) as port, asyncio.timeout(30), consumer("127.0.0.1", port) as running:
+    async with broker(0) as port, asyncio.timeout(patient(30)), consumer("127.0.0.1", port) as running:
         # Once it listens. While it subscribes, Python before 3.12 may lose the first Ctrl-C (asyncio.wait_for).
         assert running.stdout is not None
         assert await running.stdout.readline() == b"a: paused 1.000 s\n"
@@ -83,7 +84,7 @@ async def test_ctrl_c_is_quiet() -> None:
 async def test_a_broker_that_refuses_or_is_not_there_is_one_line() -> None:
     async with (
         broker(5) as port,
-        asyncio.timeout(30),
+        asyncio.timeout(patient(30)),
         consumer("127.0.0.1", port) as refused,
     ):
         _, said = await refused.communicate()

@@ -19,6 +19,7 @@ from caesura.bus.port import Delivery, Will
 from caesura.runtime.settings import Secret
 from caesura.testing.broker import Certificates, mosquitto, mosquitto_installed
 from caesura.testing.collector import PATIENCE_S, Collector, eventually, running
+from caesura.testing.patience import patient
 from caesura.testing.proxy import TcpProxy
 
 Logs = Sequence[MutableMapping[str, Any]]
@@ -200,7 +201,7 @@ async def test_a_stalled_handshake_can_be_cancelled_at_once() -> None:
             task = asyncio.create_task(bus.run(Collector().receive))
             await eventually(partial(_more, proxy, before))
             task.cancel()
-            async with asyncio.timeout(2):
+            async with asyncio.timeout(patient(2)):
                 await asyncio.wait({task})
             assert task.cancelled()
 

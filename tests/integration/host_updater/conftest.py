@@ -32,6 +32,7 @@ from caesura.contract.messages import (
 )
 from caesura.runtime.identity import new_id
 from caesura.testing.broker import mosquitto, mosquitto_installed
+from caesura.testing.patience import patient
 from caesura_host_updater.guard.plans import condition, plan_from_json
 from caesura_host_updater.guard.procfs import process_table
 
@@ -73,7 +74,7 @@ class Ear:
     ) -> M:
         """The first message of a type for which ``where`` holds; waits for it."""
         try:
-            async with asyncio.timeout(timeout_s):
+            async with asyncio.timeout(patient(timeout_s)):
                 while not (found := self.all(kind, where)):
                     self._more.clear()
                     await self._more.wait()
@@ -315,7 +316,7 @@ class Host:
         """Signal the updater and wait for its end."""
         assert self.process is not None
         os.kill(self.process.pid, number)
-        async with asyncio.timeout(PATIENCE_S + 40):
+        async with asyncio.timeout(patient(PATIENCE_S + 40)):
             await self.process.wait()
 
     async def stop(self) -> None:
@@ -367,7 +368,7 @@ def remove_cgroup(folder: Path) -> bool:
 async def until(condition_holds: Callable[[], bool], what: str, timeout_s: float = PATIENCE_S) -> None:
     """Wait for something that announces itself to nobody, such as the state of a process."""
     try:
-        async with asyncio.timeout(timeout_s):
+        async with asyncio.timeout(patient(timeout_s)):
             while not condition_holds():  # noqa: ASYNC110 - the kernel does not call us
                 await asyncio.sleep(0.005)
     except TimeoutError:

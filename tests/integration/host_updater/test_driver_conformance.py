@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 
 from caesura.testing.guests import qemu_installed
+from caesura.testing.patience import patient
 from caesura_host_updater.drivers.freezers import FreezerUnusable, choose_freezer
 from caesura_host_updater.drivers.port import Driver, DriverError, FreezeFailed, NotPossible
 from caesura_host_updater.drivers.process import ProcessDriver
@@ -183,7 +184,7 @@ async def test_freeze_and_resume_all_at_once(driver: Driver) -> None:
     assert set((await driver.read_states()).values()) == {"running"}
     began = time.monotonic()
     await asyncio.gather(*(driver.freeze(vm, soon()) for vm in (await driver.read_states())))
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < patient(5)
     assert set((await driver.read_states()).values()) == {"paused"}
     assert {condition(driver.resume_plan(vm)) for vm in (await driver.read_states())} == {"frozen"}
     for vm in await driver.read_states():
@@ -202,14 +203,14 @@ async def test_nothing_of_a_frozen_vm_uses_time(process_driver: ProcessDriver) -
     await asyncio.sleep(0.2)  # the thing measured: time passes and nothing is used
     assert {pid: ticks_of(pid) for pid in pids} == before
     await driver.resume("busy", 5)
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(patient(10)):
         while {pid: ticks_of(pid) for pid in pids} == before:  # noqa: ASYNC110 - the kernel does not call us
             await asyncio.sleep(0.01)
 
 
 async def test_processes_that_escaped_stand_still_too(process_driver: ProcessDriver) -> None:
     driver = process_driver
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(patient(10)):
         while len(tree(driver, "awkward")) < 4:  # noqa: ASYNC110 - the kernel does not call us
             await asyncio.sleep(0.01)
     pids = tree(driver, "awkward")
@@ -224,7 +225,7 @@ async def test_the_guard_plan_resumes_without_the_driver(driver: Driver) -> None
     plan = driver.resume_plan("awkward")
     await driver.freeze("awkward", soon())
     thaw(plan)
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(patient(5)):
         while condition(plan) != "running" or (await driver.read_states())["awkward"] != "running":  # noqa: ASYNC110 - nobody calls us
             await asyncio.sleep(0.002)
 
@@ -252,11 +253,11 @@ async def test_vm_that_ends(driver: Any, kind: str) -> None:
     if kind != "cgroup1":  # a frozen v1 group does not die before it is thawed
         await driver.freeze("awkward", soon())
     os.kill(pids[0], signal.SIGKILL)
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(patient(10)):
         await driver.changed()
     assert (await driver.read_states())["awkward"] == "stopped"
     assert await driver.resume("awkward", 5) == "gone"
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(patient(10)):
         while any(runs(pid) for pid in pids):  # noqa: ASYNC110 - the kernel does not call us
             await asyncio.sleep(0.01)
     with pytest.raises(FreezeFailed):
@@ -354,7 +355,7 @@ async def test_vm_starts_in_a_place_that_was_left_frozen(lives: Lives) -> None:
     await first.close(stop_vms=False)
     if isinstance(plan, CgroupPlan) and plan.kind == "cgroup1":
         thaw(plan)  # a frozen v1 group does not even die
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(patient(10)):
         while condition(plan) != "gone":  # noqa: ASYNC110 - the kernel does not call us
             await asyncio.sleep(0.01)
     second = await lives.next()

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from caesura.contract.messages import HostInventory, VmResumed
+from caesura.testing.patience import patient
 from caesura_host_updater.guard.procfs import read_process
 
 IGNORES_TERM = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)"
@@ -38,7 +39,9 @@ async def test_updater_killed_while_vms_are_frozen(
     await host.kill()
     await host.until("a", "running", timeout_s=5)
     await host.until("b", "running", timeout_s=5)
-    assert time.monotonic() - began < 10  # far inside the budget of 20 s: at once, not at the deadline
+    assert time.monotonic() - began < patient(
+        10
+    )  # far inside the budget of 20 s: at once, not at the deadline
     await host.start()
     report = await fleet.report(command.operation)
     assert report.status == "failed"
@@ -102,21 +105,22 @@ async def test_updater_stopped_past_the_budget_freezes_nothing_when_it_wakes(
     ran = tmp_path / "ran"
     host.add_update("patch", f"import time; time.sleep(0.3); open({str(ran)!r}, 'a').write('x')")
     await host.start()
-    command = await host.freeze(hold_s=1.0, budget_s=2.0)
+    budget_s = min(patient(2.0), 20.0)
+    command = await host.freeze(hold_s=budget_s / 2, budget_s=budget_s)
     await host.until("a", "frozen")
     frozen_at = time.monotonic()
     os.kill(host.pid, signal.SIGSTOP)
     await host.until("a", "running", timeout_s=5)
-    assert time.monotonic() - frozen_at < 2.0
+    assert time.monotonic() - frozen_at < budget_s
     # A second command waits in its socket while it sleeps; it is too late for it when it wakes.
     late = await host.freeze(update="patch", budget_s=2.0, not_after=command.not_after.replace(year=2020))
-    await wait_for(lambda: time.monotonic() - frozen_at > 3.0, "the budget to be over")
+    await wait_for(lambda: time.monotonic() - frozen_at > budget_s + 1, "the budget to be over")
     os.kill(host.pid, signal.SIGCONT)
     report = await fleet.report(command.operation)
     assert report.status == "failed"
     assert "the pause guard resumed VM a: the deadline passed" in report.reason
     assert report.vms[0].resumed_by == "guard"
-    assert 0 < report.vms[0].pause_s < 2.0
+    assert 0 < report.vms[0].pause_s < budget_s
     assert (await fleet.report(late.operation)).status == "refused"
     assert host.kernel("a") == "running"
     assert not ran.exists()
@@ -168,7 +172,7 @@ async def test_broker_dead_during_the_pause(hosts: Callable[..., Any], fleet: An
     frozen_at = time.monotonic()
     await fleet.broker.kill()
     await host.until("a", "running", timeout_s=4)
-    assert time.monotonic() - frozen_at < 3
+    assert time.monotonic() - frozen_at < patient(3)
     await host.kill()  # the facts outlive the updater too
     await fleet.broker.restart()
     await host.start()
@@ -200,17 +204,18 @@ async def test_update_that_hangs_and_ignores_sigterm(
     host.add_vm("a")
     host.add_update("stubborn", IGNORES_TERM, timeout_s=60.0)
     await host.start()
-    command = await host.freeze(update="stubborn", budget_s=2.0)
+    budget_s = min(patient(2.0), 20.0)
+    command = await host.freeze(update="stubborn", budget_s=budget_s)
     await host.until("a", "frozen")
     frozen_at = time.monotonic()
     await host.until("a", "running", timeout_s=4)
-    assert time.monotonic() - frozen_at < 2.0
+    assert time.monotonic() - frozen_at < budget_s
     report = await fleet.report(command.operation)
     assert report.status == "failed"
     assert report.update is not None
     assert report.update.outcome == "timeout"
     assert report.vms[0].resumed_by == "updater"
-    assert report.vms[0].pause_s < 2.0
+    assert report.vms[0].pause_s < budget_s
     await wait_for(lambda: not orphans(command.operation), "the update to be gone")
 
 

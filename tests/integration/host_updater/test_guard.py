@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from caesura.testing.patience import patient
 from caesura_host_updater.drivers.freezers import ProcessPlan, Run, ask_to_freeze, choose_freezer, plan_of
 from caesura_host_updater.guard.plans import condition, plan_to_json, thaw
 from caesura_host_updater.guard.procfs import boot_id, read_process
@@ -26,7 +27,7 @@ PATIENCE_S = 10.0
 
 def wait(holds: Callable[[], bool], what: str, timeout_s: float = PATIENCE_S) -> None:
     """Wait for the kernel or another process."""
-    until = time.monotonic() + timeout_s
+    until = time.monotonic() + patient(timeout_s)
     while not holds():
         assert time.monotonic() < until, f"not within {timeout_s} s: {what}"
         time.sleep(0.002)
@@ -143,9 +144,7 @@ def test_deadline(guard: Guard, vm: ProcessPlan) -> None:
     guard.arm(connection, vm, 0.5)
     frozen_at = freeze(vm)
     wait(lambda: condition(vm) == "running", "the resume")
-    assert (
-        time.monotonic() - frozen_at < PATIENCE_S / 2
-    )  # at the deadline, not some time; on a busy machine, too
+    assert time.monotonic() - frozen_at < patient(0.8)
     record = guard.ask(connection, do="disarm", operation="op-1")["record"]
     assert record["fired"]["why"] == "the deadline passed"
     catch = record["fired"]["vms"]["vm"]
@@ -180,7 +179,7 @@ def test_connection_lost(guard: Guard, vm: ProcessPlan) -> None:
     frozen_at = freeze(vm)
     connection.close()
     wait(lambda: condition(vm) == "running", "the resume")
-    assert time.monotonic() - frozen_at < 2
+    assert time.monotonic() - frozen_at < patient(2)
 
 
 def test_found_armed_at_start(guard: Guard, vm: ProcessPlan) -> None:
@@ -211,7 +210,7 @@ def test_freeze_after_the_guard_fired_is_undone(guard: Guard, vm: ProcessPlan) -
         ask_to_freeze(vm)
         frozen_at = time.monotonic()
         wait(lambda: condition(vm) == "running", "the late freeze to be undone")
-        assert time.monotonic() - frozen_at < 1
+        assert time.monotonic() - frozen_at < patient(1)
     record = guard.ask(connection, do="disarm", operation="op-1")["record"]
     catch = record["fired"]["vms"]["vm"]
     assert catch["was_frozen"]
@@ -256,7 +255,7 @@ def test_told_to_stop_while_armed(guard: Guard, vm: ProcessPlan) -> None:
     guard.arm(connection, vm, 20)
     freeze(vm)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(PATIENCE_S) == 0
+    assert process.wait(patient(PATIENCE_S)) == 0
     assert condition(vm) == "running"
 
 
@@ -312,7 +311,7 @@ def test_what_is_refused(guard: Guard, vm: ProcessPlan, freezer: str) -> None:
 
 def test_ends_when_alone(guard: Guard) -> None:
     process = guard.start("--exit-when-alone", "0.2")
-    assert process.wait(PATIENCE_S) == 0
+    assert process.wait(patient(PATIENCE_S)) == 0
     assert not (guard.folder / "guard.sock").exists()
 
 

@@ -37,6 +37,7 @@ from caesura.contract.messages import (
     VmRecord,
 )
 from caesura.runtime.health import ListenError
+from caesura.testing.patience import patient
 from caesura_metadata_publisher.http import serve_metadata
 from caesura_metadata_publisher.listeners import Listener
 from caesura_metadata_publisher.service import MetadataPublisher, filters
@@ -83,7 +84,7 @@ def start_request(*ids: str) -> str:
 
 async def eventually(condition: Callable[[], Awaitable[bool]]) -> None:
     """Wait for something that can only be polled, as clients of this API do."""
-    async with asyncio.timeout(15):
+    async with asyncio.timeout(patient(15)):
         while not await condition():  # noqa: ASYNC110 - an HTTP answer has no event to wait for
             await asyncio.sleep(0.005)
 
@@ -107,7 +108,7 @@ class Fleet:
         self._news.set()
 
     async def until(self, condition: Callable[[], bool]) -> None:
-        async with asyncio.timeout(15):
+        async with asyncio.timeout(patient(15)):
             while not condition():
                 self._news.clear()
                 await self._news.wait()
@@ -523,7 +524,7 @@ async def test_a_client_that_asks_to_close_is_told_so_and_hung_up_on(scene: Scen
     host, port = scene.web_1.removeprefix("http://").split(":")
     reader, writer = await asyncio.open_connection(host, int(port))
     writer.write(f"GET {EVENTS} HTTP/1.1\r\nHost: x\r\nMetadata: true\r\nConnection: close\r\n\r\n".encode())
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(patient(5)):
         everything = await reader.read()
     assert b"connection: close" in everything.lower()
     writer.close()
@@ -534,7 +535,7 @@ async def test_garbage_instead_of_http_is_400(scene: Scene) -> None:
     host, port = scene.web_1.removeprefix("http://").split(":")
     reader, writer = await asyncio.open_connection(host, int(port))
     writer.write(b"\x16\x03\x01 not http\r\n\r\n")
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(patient(5)):
         assert b" 400 " in (await reader.read())[:40]
     writer.close()
     await writer.wait_closed()

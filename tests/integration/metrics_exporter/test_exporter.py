@@ -23,6 +23,7 @@ from caesura.bus.options import BrokerOptions
 from caesura.bus.port import Bus, Delivery
 from caesura.bus.post import Post
 from caesura.contract import messages as m
+from caesura.testing.patience import patient
 from caesura_metrics_exporter.service import MetricsExporter, filters
 from caesura_metrics_exporter.settings import MetricsExporterSettings
 
@@ -44,7 +45,7 @@ Series = dict[tuple[str, frozenset[tuple[str, str]]], float]
 
 async def eventually(condition: Callable[[], Awaitable[bool]]) -> None:
     """Wait for something that can only be polled, as Prometheus does."""
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(patient(20)):
         while not await condition():  # noqa: ASYNC110 - a scrape has no event to wait for
             await asyncio.sleep(0.002)
 

@@ -32,6 +32,7 @@ from caesura.contract import messages as m
 from caesura.runtime.health import serve_health
 from caesura.runtime.settings import SettingsError, read_settings
 from caesura.testing.collector import eventually
+from caesura.testing.patience import patient
 from caesura_metrics_exporter import __main__ as command
 from caesura_metrics_exporter.page import SECURITY_HEADERS, LivePage, own_host
 from caesura_metrics_exporter.scrape import Scrape
@@ -60,7 +61,7 @@ class Stream:
     async def next(self) -> Event | None:
         """The next event; None at the end of the stream."""
         event = Event("message", "", {})
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(patient(10)):
             while line := (await self.response.content.readline()).decode():
                 name, _, text = line.rstrip("\n").partition(": ")
                 match name:
@@ -238,7 +239,7 @@ async def test_a_reader_that_takes_nothing_slows_nobody_and_is_cut() -> None:
                 await stream.until_paused(2000)
                 await eventually(lambda: scene.exporter.stream.readers == 2)
                 number = 2000
-                async with asyncio.timeout(30):
+                async with asyncio.timeout(patient(30)):
                     while scene.exporter.stream.readers == 2:
                         # Every lane changes again and again: more than the kernel takes for a reader that is stuck.
                         for lane in range(2000):
@@ -368,7 +369,7 @@ async def test_the_end_of_the_exporter_ends_the_streams() -> None:
             stream = Stream(await session.get(f"http://127.0.0.1:{scene.port}/live/events"))
             assert await stream.next()
             began = time.monotonic()
-        assert time.monotonic() - began < 1.5, "nothing waited for the open stream"
+        assert time.monotonic() - began < patient(1.5), "nothing waited for the open stream"
         assert await stream.next() is None
 
 
@@ -529,7 +530,7 @@ async def test_the_command_serves_before_the_broker_is_there_and_stops_with_stre
     )
     try:
         async with aiohttp.ClientSession(f"http://127.0.0.1:{port}") as session:
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(patient(20)):
                 while True:
                     with suppress(aiohttp.ClientError):
                         answer = await session.get("/live/events")
@@ -543,9 +544,9 @@ async def test_the_command_serves_before_the_broker_is_there_and_stops_with_stre
             began = time.monotonic()
             process.send_signal(number)
             assert await stream.next() is None
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(patient(10)):
                 assert await process.wait() == 0
-            assert time.monotonic() - began < 5
+            assert time.monotonic() - began < patient(5)
     finally:
         if process.returncode is None:
             process.kill()

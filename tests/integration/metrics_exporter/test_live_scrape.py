@@ -19,6 +19,7 @@ from caesura.contract import messages as m
 from caesura.contract.codec import encode
 from caesura.contract.topics import channel_of
 from caesura.runtime.health import serve_health
+from caesura.testing.patience import patient
 from caesura_metrics_exporter.scrape import Scrape
 from caesura_metrics_exporter.service import MetricsExporter
 from caesura_metrics_exporter.settings import MetricsExporterSettings
@@ -119,7 +120,7 @@ async def test_messages_are_folded_while_a_scrape_is_written_out() -> None:
         aiohttp.ClientSession(f"http://{listen}") as session,
     ):
         asked = asyncio.create_task(session.get("/metrics"))
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(patient(10)):
             while not scrape._one.locked():  # noqa: ASYNC110 - the request is on its way
                 await asyncio.sleep(0.005)
         await exporter.deliver(resumed(7))

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from caesura.testing.guests import qemu_installed
+from caesura.testing.patience import patient
 from caesura_host_updater.drivers.qemu.definition import Adopt, Definition, QemuOptions
 from caesura_host_updater.drivers.qemu.driver import QemuDriver
 from caesura_host_updater.guard.procfs import alive, process_table, read_process
@@ -187,7 +188,7 @@ def soon() -> float:
 async def until(holds: Callable[[], bool], what: str, timeout_s: float = 10) -> None:
     """Wait for something that announces itself to nobody."""
     try:
-        async with asyncio.timeout(timeout_s):
+        async with asyncio.timeout(patient(timeout_s)):
             while not holds():  # noqa: ASYNC110 - the kernel does not call us
                 await asyncio.sleep(0.005)
     except TimeoutError:

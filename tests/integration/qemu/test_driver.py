@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from caesura.testing.patience import patient
 from caesura_host_updater.drivers.port import DriverError, FreezeFailed, NotPossible
 from caesura_host_updater.drivers.qemu.definition import Adopt, Definition, Nic
 from caesura_host_updater.drivers.qemu.discovery import with_discovered
@@ -104,7 +105,7 @@ async def test_guest_that_shuts_itself_down(rig: Any, tools: Any) -> None:
     driver = await rig.open({"a": SMALL, "b": SMALL})
     with suppress(QmpFailed):  # it may be gone before it answers whatever else it was asked
         await driver._guests["a"].qmp.execute("quit")
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(patient(10)):
         while driver.states()["a"] != "stopped":
             await driver.changed()
     assert driver.states() == {"a": "stopped", "b": "running"}
@@ -288,7 +289,7 @@ async def test_qmp_socket_that_is_busy(rig: Any, tools: Any) -> None:
         assert "somebody else is connected to it" in driver.ping()
         assert driver.capabilities("a").methods == ("live",)
         await client.close()
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(patient(20)):
             # QEMU first takes up, and drops, who gave up waiting: the next look may come too early.
             while driver.states() != {"a": "running"}:
                 await driver._keeper.find(driver._guests["a"])
@@ -354,7 +355,7 @@ async def test_process_that_hangs(rig: Any, tools: Any) -> None:
         await driver.freeze("a", time.monotonic() + 0.3)
     with pytest.raises(DriverError, match="does not answer"):
         await driver.prepare("a", "op-1", "freeze", "")
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < patient(5)
     assert await driver.resume("a", 5) == "running"
     # The `stop` that was given up comes late, and is undone: nothing of it is left.
     await asyncio.sleep(0.1)  # the thing measured: it does not freeze by itself

@@ -27,6 +27,7 @@ from typing import Any
 
 import pytest
 
+from caesura.testing.patience import patient
 from caesura_host_updater.guard import claims, replacing, swapping
 from caesura_host_updater.guard.guest import cont, never_ran
 from caesura_host_updater.guard.plans import (
@@ -46,7 +47,9 @@ from caesura_host_updater.guard.server import socket_address
 
 QEMU = "/usr/bin/qemu-system-x86_64"
 PATIENCE_S = 15.0
-SOON_S = 5.0  # s: a way out takes 0.1 to 0.3 s on an idle host, half a second more where QEMU hangs; this host is shared
+SOON_S = patient(
+    5.0
+)  # s: a way out takes 0.1 to 0.3 s on an idle host, half a second more where QEMU hangs; this host is shared
 
 Phase = Callable[[Any], None]
 """Plays the driver up to some point; gets a ``Swap`` or a ``Replace``."""
@@ -59,7 +62,7 @@ pytestmark = [
 
 def wait(holds: Callable[[], bool], what: str, timeout_s: float = PATIENCE_S) -> None:
     """Wait for the kernel or another process."""
-    until = time.monotonic() + timeout_s
+    until = time.monotonic() + patient(timeout_s)
     while not holds():
         assert time.monotonic() < until, f"not within {timeout_s} s: {what}"
         time.sleep(0.003)
@@ -67,7 +70,7 @@ def wait(holds: Callable[[], bool], what: str, timeout_s: float = PATIENCE_S) ->
 
 def soon() -> float:
     """A deadline for one QMP command of the test."""
-    return time.monotonic() + PATIENCE_S
+    return time.monotonic() + patient(PATIENCE_S)
 
 
 class Machine:
@@ -767,7 +770,7 @@ def test_started_by_the_guard_outlives_it(replace: Replace, guard: Guard) -> Non
     assert child.session == pid
     assert Path(f"/proc/{pid}/fd/2").readlink() == replace.log
     mine.send_signal(signal.SIGTERM)
-    assert mine.wait(PATIENCE_S) == 0
+    assert mine.wait(patient(PATIENCE_S)) == 0
     assert replace.owner() == "new"
     assert replace.living() == [pid]
 
@@ -842,7 +845,7 @@ def test_an_updater_stopped_in_the_middle_of_its_way_out(place: Path) -> None:
         lab.load()
         began = time.monotonic()
         thaw(lab.plan())
-        assert time.monotonic() - began < 1.4, "it waited for its turn"
+        assert time.monotonic() - began < patient(1.4), "it waited for its turn"
         assert condition(lab.plan()) == "running"
         assert lab.living() == [lab.old.vmm.pid]
         assert lab.old.do("query-status")["running"]
@@ -963,7 +966,7 @@ def test_claimed_but_not_loaded(swap: Swap) -> None:
 
 def until_it_runs(plan: Plan) -> None:
     """What the driver does: ``thaw`` until ``condition`` is content."""
-    until = time.monotonic() + PATIENCE_S
+    until = time.monotonic() + patient(PATIENCE_S)
     while True:
         why = "no reason"
         try:
@@ -1074,7 +1077,7 @@ def test_one_that_hangs_delays_nobody(place: Path, guard: Guard) -> None:
             began = time.monotonic()
             guard.let_fire()
             wait(lambda: bool(labs[1].old.do("query-status")["running"]), "the free one to run", 1.0)
-            assert time.monotonic() - began < 0.5
+            assert time.monotonic() - began < patient(0.5)
             answer = guard.ask(do="status")
             assert answer["state"] == "firing"
             assert not labs[0].old.do("query-status")["running"]

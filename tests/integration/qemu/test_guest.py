@@ -25,6 +25,7 @@ from caesura.contract.envelope import Message
 from caesura.contract.messages import AgentClockSynced, AgentPresence, ClockSyncAnswered, ClockSyncRequested
 from caesura.testing.broker import mosquitto, mosquitto_installed
 from caesura.testing.guests import Definition, RunningGuest, boot, qemu_installed
+from caesura.testing.patience import patient
 
 pytestmark = [
     pytest.mark.asyncio(loop_scope="module"),
@@ -34,7 +35,7 @@ pytestmark = [
 
 M = TypeVar("M", bound=Message)
 VM = "guest-1"
-PATIENCE_S = 30.0
+PATIENCE_S = patient(30.0)
 DISK_BLOCKS = 16384
 
 

@@ -9,6 +9,7 @@ import pytest
 import pytest_asyncio
 
 from caesura.testing.guests import Definition, RunningGuest, boot, connect, qemu_installed
+from caesura.testing.patience import patient
 from caesura_host_updater.drivers.qemu import clock
 from caesura_host_updater.drivers.qemu.clock import set_clock
 from caesura_host_updater.drivers.qemu.guest_agent import AgentRefused, AgentSilent, guest_agent
@@ -67,7 +68,7 @@ async def test_a_clock_that_fell_behind_is_put_right(
         # What the benchmark holds to a millisecond; here the machine may be busy with anything.
         assert abs(found.after_s) <= 0.005 + found.uncertainty_s
         assert found.uncertainty_s < 0.05
-        assert took_s < 5
+        assert took_s < patient(5)
     assert guest.heartbeat.faults() == []
 
 
@@ -79,7 +80,7 @@ async def test_a_guest_that_stands_still_does_not_answer(guest: RunningGuest) ->
             AgentSilent, match="VM vm: the guest agent does not answer: is qemu-guest-agent running"
         ):
             await set_clock("vm", str(guest.guest_agent), timeout_s=0.6)
-        assert asyncio.get_running_loop().time() - begun < 2
+        assert asyncio.get_running_loop().time() - begun < patient(2)
     finally:
         await guest.execute("cont")
     assert abs((await set_clock("vm", str(guest.guest_agent))).after_s) < 0.05

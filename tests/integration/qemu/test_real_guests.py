@@ -24,6 +24,7 @@ from caesura.testing.guests import (
     image,
     second_qemu,
 )
+from caesura.testing.patience import patient
 from caesura_host_updater.drivers.port import SwapFailed
 from caesura_host_updater.drivers.qemu import definition
 from caesura_host_updater.drivers.qemu.definition import Adopt, Nic
@@ -161,7 +162,7 @@ async def status_of(path: Path) -> dict[str, Any]:
     """What a workload says of itself."""
     import json  # noqa: PLC0415
 
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(patient(30)):
         reader, writer = await connect(path, 30)
         writer.write(b"status\n")
         found: dict[str, Any] = json.loads(await reader.readline())
@@ -235,7 +236,7 @@ def taps(bridge: str) -> list[str]:
 
 async def reached(path: Path, echoed: int) -> dict[str, Any]:
     """The workload's status when so many of its lines came back."""
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(patient(60)):
         while (found := await status_of(path))["echoed"] < echoed:  # noqa: ASYNC110 - the guest does not call us
             await asyncio.sleep(0.05)
     return found

@@ -37,6 +37,7 @@ from caesura.contract.messages import (
     VmReady,
     VmResumed,
 )
+from caesura.testing.patience import patient
 from caesura_vm_agent.clock import NS_PER_S
 from caesura_vm_agent.clocks import ClockError
 from caesura_vm_agent.service import VmAgent, filters
@@ -124,7 +125,7 @@ class Host:
         ]
 
     async def hears(self, message: type[M], *, count: int = 1, **wanted: object) -> M:
-        async with asyncio.timeout(15):
+        async with asyncio.timeout(patient(15)):
             while len(found := self.all(message, **wanted)) < count:
                 self._news.clear()
                 await self._news.wait()
@@ -316,7 +317,7 @@ async def test_a_hook_that_leaves_a_daemon_holding_its_output_is_not_waited_for(
         await scene.host.announce(1, event())
         finished = await scene.host.hears(HookFinished)
         assert (finished.outcome, finished.output_tail) == ("succeeded", "done\n")
-        assert time.monotonic() - began < 5
+        assert time.monotonic() - began < patient(5)
     os.kill(int((tmp_path / "child").read_text()), signal.SIGKILL)
 
 
@@ -343,7 +344,7 @@ async def test_draining_kills_a_running_hook(scene: Scene, tmp_path: Path) -> No
     )
     async with scene.agent(prepare_hook=hook):
         await scene.host.announce(1, event())
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(patient(10)):
             while not (tmp_path / "pid").exists():  # noqa: ASYNC110 - a file has no event to wait for
                 await asyncio.sleep(0.01)
     assert gone(int((tmp_path / "pid").read_text()))

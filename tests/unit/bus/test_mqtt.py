@@ -15,6 +15,7 @@ from caesura.bus.mqtt import MqttBus
 from caesura.bus.options import BrokerOptions
 from caesura.bus.port import BusUnavailable
 from caesura.testing.collector import Collector, eventually
+from caesura.testing.patience import patient
 from caesura.testing.scripted import (
     CONNECT,
     DISCONNECT,
@@ -152,7 +153,7 @@ async def test_a_publish_that_waits_for_its_turn_fails_with_the_connection_too(
         publishing = [asyncio.create_task(bus.publish("a", b"", timeout_s=60)) for _ in range(5)]
         await there.read(PUBLISH)
         there.close()
-        async with asyncio.timeout(2):
+        async with asyncio.timeout(patient(2)):
             results = await asyncio.gather(*publishing, return_exceptions=True)
     assert [type(each) for each in results] == [BusUnavailable] * 5
 
@@ -163,7 +164,7 @@ async def test_closing_while_a_publish_waits_for_a_connection_ends_it(broker: Sc
         publishing = asyncio.create_task(bus.publish("a", b"", timeout_s=60))
         await broker.accept()
         assert not publishing.done()
-    async with asyncio.timeout(2):
+    async with asyncio.timeout(patient(2)):
         with pytest.raises(BusUnavailable, match="closed"):
             await publishing
 

@@ -24,6 +24,7 @@ from caesura.bus.diagnosis import (
 from caesura.bus.mqtt_link import Arrival, Link, Protocol
 from caesura.bus.options import BrokerOptions
 from caesura.bus.port import BusUnavailable, PublishRefused, Will
+from caesura.testing.patience import patient
 from caesura.testing.scripted import (
     CONNECT,
     DISCONNECT,
@@ -80,7 +81,7 @@ async def connected(
 
 
 async def until(arrivals: list[Arrival], count: int) -> None:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(patient(10)):
         while len(arrivals) < count:  # noqa: ASYNC110 - a plain list has no event
             await asyncio.sleep(0.005)
 
@@ -142,7 +143,7 @@ async def test_a_pending_publish_ends_with_the_connection(broker: ScriptedBroker
         sending = asyncio.create_task(link.send("t", b"", qos=1, retain=False, deadline=in_s(60)))
         await there.read(PUBLISH)
         there.close()
-        async with asyncio.timeout(2):
+        async with asyncio.timeout(patient(2)):
             with pytest.raises(BusUnavailable, match="connection ended"):
                 await sending
         with pytest.raises(BusUnavailable):
@@ -213,7 +214,7 @@ async def test_a_broker_that_hangs_up_on_connect_is_not_waited_for(
     there = await broker.accept()
     await there.read(CONNECT)
     there.close()
-    async with asyncio.timeout(2):
+    async with asyncio.timeout(patient(2)):
         with pytest.raises(ClosedEarly):
             await opening
 
@@ -329,7 +330,7 @@ async def test_an_unread_ping_answer_ends_the_connection_when_not_paused(broker:
     link = link_to(broker, keepalive_s=1)
     async with connected(broker, link) as there:
         await there.read(PINGREQ)
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(patient(5)):
             await link.until_end()
 
 
@@ -352,7 +353,7 @@ async def test_an_unanswered_subscribe_ends_with_the_connection(broker: Scripted
         subscribing = asyncio.create_task(link.subscribe_all(["a"]))
         await there.read(SUBSCRIBE)
         there.close()
-        async with asyncio.timeout(2):
+        async with asyncio.timeout(patient(2)):
             with pytest.raises(ConnectionLost):
                 await subscribing
 
@@ -378,7 +379,7 @@ async def test_a_malformed_packet_ends_the_connection(broker: ScriptedBroker) ->
     link = link_to(broker)
     async with connected(broker, link) as there:
         await there.send(packet(PUBLISH, b"\xff\xff", flags=2))
-        async with asyncio.timeout(2):
+        async with asyncio.timeout(patient(2)):
             await link.until_end()
 
 
@@ -387,7 +388,7 @@ async def test_a_topic_that_is_no_utf_8_ends_the_connection(broker: ScriptedBrok
     link = link_to(broker, arrivals=arrivals)
     async with connected(broker, link) as there:
         await there.send(packet(PUBLISH, b"\0\2\xff\xfe\0\1\0x", flags=2))
-        async with asyncio.timeout(2):
+        async with asyncio.timeout(patient(2)):
             lost = await link.until_end()
     assert arrivals == []
     assert "utf-8" in lost.reason

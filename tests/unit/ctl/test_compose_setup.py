@@ -22,6 +22,7 @@ from caesura.runtime.logs import configure_logging, flush_logs
 from caesura.runtime.settings import Secret
 from caesura.testing.broker import mosquitto, mosquitto_installed
 from caesura.testing.fleet import until
+from caesura.testing.patience import patient
 from caesura_ctl.demo.fleet import HEALTH_USER, UPDATES, compose_layout, config_files, secret_readers, users
 from caesura_ctl.demo.patience import (
     MOST_RESUMES,
@@ -484,7 +485,7 @@ def test_it_ends_when_told(play: Play, tmp_path: Path) -> None:
         until(lambda: "roll" in _log(tmp_path), 20.0, lambda: "it rolls")
     finally:
         play.rollouts.stop()
-        running.join(timeout=20)
+        running.join(timeout=patient(20))
     assert not running.is_alive()
     assert _log(tmp_path) == ["status", "roll"]
 
@@ -522,7 +523,7 @@ def test_switched_off_it_waits_to_be_told_to_stop(tmp_path: Path, capfd: pytest.
         assert running.is_alive()
     finally:
         rollouts.stop()
-        running.join(timeout=20)
+        running.join(timeout=patient(20))
     assert not running.is_alive()
     assert not used.exists()
 

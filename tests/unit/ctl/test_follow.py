@@ -19,6 +19,7 @@ from caesura.bus.port import BusStats
 from caesura.contract import messages as m
 from caesura.contract.examples import examples
 from caesura.runtime.settings import Secret
+from caesura.testing.patience import patient
 from caesura_ctl import act
 from caesura_ctl import follow as following
 from caesura_ctl import session as sessions
@@ -71,7 +72,7 @@ async def _follow(
 ) -> m.RolloutState:
     console = Console(file=io.StringIO() if shown is None else shown, width=140, force_terminal=terminal)
     context = Context(CtlSettings(), as_json, console)
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(patient(10)):
         return await following.follow(cast("Session", seen), context, "r")
 
 
@@ -135,7 +136,7 @@ def test_the_live_view_shows_the_rollout_that_was_asked_for() -> None:
 
 
 async def _until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(patient(10)):
         while not condition():  # noqa: ASYNC110 - what is written to a stream announces itself to nobody
             await asyncio.sleep(0.001)
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from caesura.testing.patience import patient
 from caesura_ctl.guest import agent
 from caesura_ctl.guest.contents import APPLETS, MODULES, loader
 from caesura_ctl.guest.cpio import FOLDER, file_entry, link_entry, pack
@@ -167,7 +168,7 @@ def build(tmp_path: Path, path: str, *words: str) -> subprocess.CompletedProcess
         capture_output=True,
         text=True,
         check=False,
-        timeout=60,
+        timeout=patient(60),
     )
 
 
@@ -243,7 +244,7 @@ def test_an_interrupted_build_leaves_nothing_half_made(tmp_path: Path, number: s
         time.sleep(0.02)
     # As from a terminal: the whole process group hears it.
     os.killpg(process.pid, number)
-    _, said = process.communicate(timeout=30)
+    _, said = process.communicate(timeout=patient(30))
     assert process.returncode == 130, said
     assert "Traceback" not in said
     assert [

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from caesura.testing.fleet import until
+from caesura.testing.patience import patient
 
 _SCRIPT = Path(__file__).parents[3] / "deploy" / "compose" / "host.sh"
 
@@ -63,7 +64,7 @@ class Container:
 
     def ended(self) -> tuple[int, str]:
         """How it ended by itself, and what it said."""
-        _, said = self.process.communicate(timeout=20)
+        _, said = self.process.communicate(timeout=patient(20))
         return self.process.returncode, said
 
     def stopped(self, starts: int) -> tuple[int, str]:

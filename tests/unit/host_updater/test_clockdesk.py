@@ -14,6 +14,7 @@ from typing import Any, Literal
 import pytest
 
 from caesura.contract.messages import AgentClockSynced, VmClockSynced, VmResumed
+from caesura.testing.patience import patient
 from caesura_host_updater.clock import ClockWait
 from caesura_host_updater.clockdesk import ClockDesk
 from caesura_host_updater.drivers.port import Capabilities, ClockSet, DriverError, NotPossible
@@ -88,7 +89,7 @@ class Desk:
         self.desk.expect([ClockWait(vm, "web", 0, "op", 0.1, "agent-1", boot_id)])
 
     async def verdict(self) -> VmClockSynced:
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(patient(5)):
             return await self.verdicts.get()
 
 
@@ -215,7 +216,7 @@ async def test_a_driver_that_hangs_holds_up_nobody_else(make: Any) -> None:
     desk = make("vm-1", timeout_s=1.0)
     desk.driver.hold = asyncio.Event()
     desk.paused("vm-1")
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(patient(5)):
         while not desk.driver.asked:  # noqa: ASYNC110 - a plain list
             await asyncio.sleep(0.005)
     desk.paused("vm-2")

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from caesura.testing.patience import patient
 from caesura_host_updater.guard.qmp import Qmp, QmpClosed, QmpError, QmpRefused, QmpSilent, StrangeSocket
 
 GREETING = {"QMP": {"version": {"qemu": {"major": 7, "minor": 2, "micro": 22}}, "capabilities": ["oob"]}}
@@ -152,7 +153,7 @@ def test_what_is_no_qmp(peer: Peer, said: bytes, why: str) -> None:
     began = time.monotonic()
     with pytest.raises(QmpSilent, match=why):
         Qmp(peer.path, os.getpid(), within(0.3 if why == "does not answer" else 5))
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < patient(2)
 
 
 def test_silence_after_a_command_has_its_deadline(peer: Peer) -> None:
@@ -161,7 +162,7 @@ def test_silence_after_a_command_has_its_deadline(peer: Peer) -> None:
         began = time.monotonic()
         with pytest.raises(QmpSilent, match="does not answer"):
             qmp.execute("query-status", until=within(0.1))
-        assert 0.09 < time.monotonic() - began < 1
+        assert 0.09 < time.monotonic() - began < patient(1)
 
 
 def test_closed_in_the_middle(peer: Peer) -> None:

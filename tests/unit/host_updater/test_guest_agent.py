@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from caesura.testing.patience import patient
 from caesura_host_updater.drivers.port import DriverError
 from caesura_host_updater.drivers.qemu import clock
 from caesura_host_updater.drivers.qemu.clock import Sample, best, next_action, sample, set_clock
@@ -123,7 +124,7 @@ async def serving(serve: Callable[..., Any], place: Path) -> AsyncIterator[None]
     server = await asyncio.start_unix_server(one, str(place))
     yield
     server.close()
-    async with asyncio.timeout(5):  # they end when their client is gone
+    async with asyncio.timeout(patient(5)):  # they end when their client is gone
         await asyncio.gather(*tasks)
 
 
@@ -164,7 +165,7 @@ async def test_somebody_else_holds_the_socket(place: Path) -> None:
         with pytest.raises(AgentSilent, match="does nobody else hold its socket"):
             async with guest_agent("vm", str(place), by(0.6)):
                 pass
-        assert time.monotonic() - begun < 1.5
+        assert time.monotonic() - begun < patient(1.5)
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ from caesura.contract.messages import (
 )
 from caesura.runtime.errors import StoreError
 from caesura.testing.collector import PATIENCE_S, Collector, running
+from caesura.testing.patience import patient
 from caesura_host_updater import journal as module
 from caesura_host_updater.clock import ClockWait
 from caesura_host_updater.clockdesk import ClockDesk
@@ -278,7 +279,7 @@ async def test_a_clock_that_was_judged_before_its_report_could_be_written_is_not
     judging = asyncio.create_task(clocks.run())
     assert await clocks.settled(5)
     saving = asyncio.create_task(endings.save_later())
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(patient(5)):
         while await thread.do(lambda journal: journal.find("op")) is None:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
     assert await thread.do(Journal.clock_waits) == []

@@ -10,6 +10,7 @@ import pytest
 
 from caesura.runtime.command import leaves
 from caesura.runtime.serve import TaskEnded, serve
+from caesura.testing.patience import patient
 
 
 async def _for_ever() -> None:
@@ -33,7 +34,7 @@ async def test_the_first_signal_drains_then_cancels() -> None:
     running = asyncio.create_task(serve({"work": work}, drain=drain))
     await up.wait()
     os.kill(os.getpid(), signal.SIGTERM)
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(patient(5)):
         await running
     assert story == ["drained", "cancelled"]
 
@@ -55,7 +56,7 @@ async def test_after_the_first_signal_the_second_one_kills() -> None:
     running = asyncio.create_task(serve({"work": work}, drain=drain))
     await up.wait()
     os.kill(os.getpid(), signal.SIGTERM)
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(patient(5)):
         await running
     assert handlers == [False, True]
 
@@ -87,5 +88,5 @@ async def test_a_drain_that_hangs_is_cut_off() -> None:
     running = asyncio.create_task(serve({"work": work}, drain=_for_ever, drain_timeout_s=0.1))
     await up.wait()
     os.kill(os.getpid(), signal.SIGINT)
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(patient(5)):
         await running

@@ -45,6 +45,7 @@ from caesura_ctl.demo.layout import (
 )
 from caesura_ctl.demo.machine import FIRST_PORT, CleanUp, free_ports, ram_folder, run_folder
 from caesura_ctl.demo.processes import Processes
+from caesura_ctl.demo.sweeper import Sweeper, start_sweeper
 from caesura_ctl.demo.verdict import Check, WorkloadStatus, judge, judge_guests
 from caesura_ctl.follow import ENDED, Progress
 from caesura_ctl.session import Session, connect, new_request_id
@@ -117,13 +118,26 @@ class Demo:
     async def run(self) -> int:
         """Everything, and clean up whatever happens. 0 when every rule held, else 1."""
         with run_folder(self.options.folder) as folder:  # first of all: it may be refused
-            if self._real:
-                self._image = await self._guest_image()
-            return await self._run_in(folder)
+            sweeper = await start_sweeper(f"CAESURA_DEMO_RUN={self.run_id}", self._cgroups(folder))
+            try:
+                if self.options.folder is None:
+                    sweeper.remember(folder)
+                if self._real:
+                    self._image = await self._guest_image()
+                return await self._run_in(folder, sweeper)
+            finally:
+                await self._clean_up.step(sweeper.dismiss())
 
-    async def _run_in(self, folder: Path) -> int:
+    def _cgroups(self, folder: Path) -> list[str]:
+        return [cgroup_name(host, folder / host) for host in self.layout.hosts]  # their state folders
+
+    async def _run_in(self, folder: Path, sweeper: Sweeper) -> int:
         with ram_folder(needed=self._real) as ram_dir, self._display():
-            broker = LocalBroker(kind=self.options.broker, data_dir=folder)
+            if ram_dir:
+                sweeper.remember(ram_dir)
+            broker = LocalBroker(
+                kind=self.options.broker, data_dir=folder, environ={"CAESURA_DEMO_RUN": self.run_id}
+            )
             self._say(f"broker: {_BROKERS[broker.kind]}; files and logs in {folder}")
             async with (
                 self._broker(broker),
@@ -160,8 +174,7 @@ class Demo:
     @asynccontextmanager
     async def _services(self, folder: Path, ram_dir: str, broker: Broker) -> AsyncIterator[Processes]:
         self._write_files(folder, ram_dir, broker)
-        cgroups = [cgroup_name(host, folder / host) for host in self.layout.hosts]  # their state folders
-        processes = Processes(self.run_id, folder, cgroups)
+        processes = Processes(self.run_id, folder, self._cgroups(folder))
         self._stage = f"starting {len(self.layout.hosts) + 3} services and {len(self.layout.vms)} VMs"
         try:
             environments = service_environments(

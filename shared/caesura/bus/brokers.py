@@ -16,7 +16,7 @@ import shutil
 import socket
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Literal, Self
@@ -143,6 +143,7 @@ class LocalBroker:
         data_dir: where Mosquitto keeps messages over a restart and where logs go; None: a temporary folder.
         config: a whole Mosquitto configuration instead of ``mosquitto_config``'s.
         ready: how to reach it, to see when it is up; needed if ``config`` asks for TLS.
+        environ: added to its environment, for whoever looks for it by a mark there.
 
     Raises:
         EmbeddedBrokerMissing: neither Mosquitto nor amqtt is installed.
@@ -159,6 +160,7 @@ class LocalBroker:
         config: str | None = None,
         ready: BrokerOptions | None = None,
         start_timeout_s: float = 15.0,
+        environ: Mapping[str, str] | None = None,
     ) -> None:
         self.kind: Literal["mosquitto", "embedded"]
         self._mosquitto = find_mosquitto() if kind != "embedded" else None
@@ -173,6 +175,7 @@ class LocalBroker:
         self._config = config
         self._ready = ready
         self._start_timeout_s = start_timeout_s
+        self._environ = dict(environ or {})
         self._own_dir: tempfile.TemporaryDirectory[str] | None = None
         self._process: asyncio.subprocess.Process | None = None
 
@@ -220,7 +223,11 @@ class LocalBroker:
         log = self._data_dir / "broker.log"
         with log.open("ab") as output:
             self._process = await asyncio.create_subprocess_exec(
-                *self._command(self._data_dir), stdin=asyncio.subprocess.DEVNULL, stdout=output, stderr=output
+                *self._command(self._data_dir),
+                env={**os.environ, **self._environ},
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
             )
         ready = asyncio.create_task(
             wait_ready(self._ready or BrokerOptions(url=self.url), self._start_timeout_s)

@@ -44,6 +44,7 @@ TOLD = frozenset(
         "PROMETHEUS_URL",
         "ROLLOUTS",
         "ROLLOUT_PAUSE",
+        "SOAK_FAULTS",
         "SOAK_S",
         "SOAK_SEED",
     )

@@ -117,6 +117,25 @@ async def test_a_first_signal_during_the_clean_up_does_not_cancel_it(services: s
         assert process.returncode == 0, "every rule held before the signal came"
 
 
+@pytest.mark.parametrize("services", ["healthy", "hung"])
+async def test_killed_with_9_it_leaves_nothing_behind_after_a_while(services: str) -> None:
+    """Nobody can clean up after itself then: its sweeper does, when the services have had the time to drain."""
+    mark = f"DEMO_TEST=killed-{services}"
+    process = await _demo(mark=mark)
+    assert process.stdout is not None
+    said = b""
+    async with asyncio.timeout(patient(90)):
+        while b"wave 0: started" not in said:
+            said += await process.stdout.readline()
+    if services == "hung":
+        _hang(_services_of(mark))
+    process.kill()
+    await process.communicate()
+    async with asyncio.timeout(patient(60)):
+        while list(marked_processes(mark)) or _left(said):  # noqa: ASYNC110 - the kernel announces it to nobody
+            await asyncio.sleep(0.1)
+
+
 _RUNS = int(os.environ.get("CAESURA_DEMO_INTERRUPTIONS", "3"))
 _SEED = int(os.environ.get("CAESURA_DEMO_SEED", str(random.randrange(1 << 30))))
 _LONGEST_S = 30.0
@@ -154,6 +173,7 @@ async def test_interrupted_at_any_moment_it_leaves_nothing_behind(number: int, s
 def _services_of(mark: str) -> list[int]:
     """Every process of the demo that is not the demo: services, guards, VMs."""
     me = [pid for pid in marked_processes(mark) if b"caesura_ctl\0demo" in _words(pid)]
+    me += [pid for pid in marked_processes(mark) if b"caesura_ctl.demo.sweeper" in _words(pid)]
     return sorted(set(marked_processes(mark)) - set(me))
 
 

@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 
 from caesura.runtime.processes import cgroup_name, marked_processes
-from caesura.testing.collector import eventually
+from caesura.testing.collector import PATIENCE_S, eventually
 from caesura_ctl.demo.machine import CleanUp, Interrupted
 from caesura_ctl.demo.processes import Processes
+from caesura_ctl.demo.sweeper import start_sweeper
 
 
 class Run:
@@ -151,3 +152,41 @@ def test_its_name_is_the_one_that_the_host_updater_uses(tmp_path: Path) -> None:
     assert all(each.startswith("caesura-host-1-") for each in names)
     source = Path(sys.modules["caesura_ctl.demo.processes"].__file__ or "").parents[2]
     assert "cgroup_name(" in (source / "caesura_host_updater/__main__.py").read_text()
+
+
+@pytest.mark.parametrize("state", ["well", "hung", "dead"])
+async def test_a_sweeper_that_is_dismissed_sweeps_nothing(state: str, tmp_path: Path) -> None:
+    kept = tmp_path / "kept"
+    kept.mkdir()
+    sweeper = await start_sweeper(f"CAESURA_DEMO_RUN=dismissed-{os.getpid()}", [])
+    sweeper.remember(kept)
+    process = sweeper._process
+    if state == "hung":
+        os.kill(process.pid, signal.SIGSTOP)
+    elif state == "dead":
+        process.kill()
+        await process.wait()
+    await sweeper.dismiss()
+    assert process.returncode is not None
+    assert kept.exists()
+
+
+async def test_a_sweeper_whose_demo_died_kills_what_is_marked_and_removes_the_folders(tmp_path: Path) -> None:
+    folder = tmp_path / "made"
+    folder.mkdir()
+    mark = f"CAESURA_DEMO_RUN=died-{os.getpid()}"
+    name, value = mark.split("=")
+    hung = await asyncio.create_subprocess_exec("sleep", "1000", env={**os.environ, name: value})
+    os.kill(hung.pid, signal.SIGSTOP)
+    # As the demo starts it, but for the time that services have to drain.
+    code = (
+        "import sys; from caesura_ctl.demo import sweeper; sweeper._DRAIN_S = 0.0; sys.exit(sweeper.main())"
+    )
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", code, mark, stdin=asyncio.subprocess.PIPE
+    )
+    await process.communicate(f"{folder}\n".encode())  # and no `done`
+    assert process.returncode == 0
+    async with asyncio.timeout(PATIENCE_S):
+        assert await hung.wait() == -signal.SIGKILL
+    assert not folder.exists()

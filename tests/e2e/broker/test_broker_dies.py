@@ -15,6 +15,7 @@ from caesura.bus.post import Post
 from caesura.contract.codec import Received
 from caesura.contract.envelope import Message
 from caesura.contract.topics import CHANNELS
+from caesura.testing.patience import patient
 from caesura_ctl.picture import Picture
 
 _AWAY_S = 20.0
@@ -37,7 +38,7 @@ async def persistent_reader(broker: LocalBroker) -> AsyncIterator[Picture]:
     for channel in channels:
         post.on(channel.message, fold)
     running = asyncio.create_task(bus.run(post.deliver))
-    assert await bus.wait_connected(5)
+    assert await bus.wait_connected(patient(5))
     yield picture
     await bus.close()
     await running

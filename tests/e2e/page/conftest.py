@@ -183,8 +183,8 @@ async def booth() -> AsyncIterator[Booth]:
         for each in (exporter.run_bus(), exporter.stream.run(), speaker.run(_silent))
     ]
     try:
-        assert await bus.wait_connected(5)
-        assert await speaker.wait_connected(5)
+        assert await bus.wait_connected(patient(5))
+        assert await speaker.wait_connected(patient(5))
         page = LivePage(exporter.stream)
         async with serve_health(f"127.0.0.1:{port}", {}, CollectorRegistry(), extend=page.extend):
             made = Booth(exporter, Post(speaker, "/caesura/test"), port, page)

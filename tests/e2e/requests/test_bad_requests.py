@@ -219,7 +219,7 @@ async def test_a_broker_that_goes_away_is_said_and_its_return_too(pair: Any, bro
         assert b"connection to the broker lost, trying again" in await process.stderr.readline()
         await broker.start()
         assert b"connected to the broker again" in await process.stderr.readline()
-        assert await pair.session.bus.wait_connected(30)
+        assert await pair.session.bus.wait_connected(patient(30))
         await pair.give_up(rollout)
         out, err = await process.communicate()
     assert (process.returncode, b"aborted" in out) == (1, True), err

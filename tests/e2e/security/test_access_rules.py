@@ -17,6 +17,7 @@ from caesura.contract.access import Principal, access_rules
 from caesura.contract.topics import PREFIX
 from caesura.runtime.settings import Secret
 from caesura.testing.broker import mosquitto, mosquitto_installed
+from caesura.testing.patience import patient
 from caesura.testing.sandbox import Sandbox, Vm
 from caesura_ctl.session import connect
 from caesura_ctl.settings import CtlSettings
@@ -90,7 +91,7 @@ async def test_a_rollout_under_least_rights(
             filters=["#", f"{PREFIX}/fleet/set/web/document"],
         )
         running = asyncio.create_task(spy.run(listen))
-        assert await spy.wait_connected(5)
+        assert await spy.wait_connected(patient(5))
         for topic in (
             f"{PREFIX}/fleet/host/host-1/freeze",
             f"{PREFIX}/vm/web-1/ready",

@@ -428,7 +428,7 @@ async def fleet(tmp_path: Path) -> AsyncIterator[Fleet]:
         options = BrokerOptions(url=broker.url, client_id="ear", reconnect_max_s=0.5)
         bus = MqttBus(options, filters=["caesura/v1/#"])
         task = asyncio.create_task(bus.run(ear.receive))
-        assert await bus.wait_connected(10)
+        assert await bus.wait_connected(patient(10))
         yield Fleet(broker, bus, ear)
         await bus.close()
         await task

@@ -214,7 +214,7 @@ async def scene(tmp_path: Path) -> AsyncIterator[Scene]:
         serve_metadata(publisher, listeners) as urls,
         running(run, publisher.run_bus, publisher.run_approvals),
     ):
-        assert await fleet.bus.wait_connected(5)
+        assert await fleet.bus.wait_connected(patient(5))
         await fleet.until(lambda: fleet.presence == [True])
         yield Scene(fleet, broker, publisher, list(urls))
         await publisher.drain()
@@ -577,7 +577,7 @@ async def test_the_command_ends_with_words_when_it_cannot_serve(tmp_path: Path, 
             env=publisher_environment(tmp_path, f'[[listener]]\nvm = "{vm}"\nlisten = "{listen}"\n'),
             stderr=asyncio.subprocess.PIPE,
         )
-        _, err = await asyncio.wait_for(process.communicate(), 20)
+        _, err = await asyncio.wait_for(process.communicate(), patient(20))
     assert process.returncode == (1 if case == "in use" else 2), "2 is for what only a person can put right"
     assert (f"cannot listen on {listen}" if case == "in use" else "web.1") in err.decode()
     assert "Traceback" not in err.decode()
@@ -626,7 +626,7 @@ async def test_the_command_with_a_real_broker(kind: Literal["mosquitto", "embedd
                 assert "caesura_metadata_approvals_total 1.0" in metrics
                 assert 'endpoint="scheduledevents",method="POST",status="200"} 1.0' in metrics
                 process.terminate()
-                assert await asyncio.wait_for(process.wait(), 10) == 0
+                assert await asyncio.wait_for(process.wait(), patient(10)) == 0
                 await fleet.until(lambda: not fleet.presence[-1])
                 await fleet.bus.close()
         finally:

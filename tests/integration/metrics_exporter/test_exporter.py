@@ -297,8 +297,8 @@ async def scene() -> AsyncIterator[Scene]:
     async with asyncio.TaskGroup() as group:
         group.create_task(scene.exporter.run_bus())
         group.create_task(player.run(silent))
-        assert await scene.exporter_bus.wait_connected(5)
-        assert await player.wait_connected(5)
+        assert await scene.exporter_bus.wait_connected(patient(5))
+        assert await player.wait_connected(patient(5))
         yield scene
         await scene.exporter.drain()
         await player.close()
@@ -481,7 +481,7 @@ async def test_the_command_with_a_real_broker(kind: Literal["mosquitto", "embedd
                 wrong = (await (await session.get("/ready")).json())["wrong"]
                 assert "not connected" in wrong["broker"]
                 process.terminate()
-                assert await asyncio.wait_for(process.wait(), 10) == 0
+                assert await asyncio.wait_for(process.wait(), patient(10)) == 0
                 await player.close()
         finally:
             if process.returncode is None:

@@ -143,8 +143,8 @@ async def scenery(
         asyncio.create_task(each) for each in (exporter.run_bus(), exporter.stream.run(), speaker.run(silent))
     ]
     try:
-        assert await bus.wait_connected(5)
-        assert await speaker.wait_connected(5)
+        assert await bus.wait_connected(patient(5))
+        assert await speaker.wait_connected(patient(5))
         async with (
             serve_health(f"127.0.0.1:{port}", {}, CollectorRegistry(), extend=live_page.extend),
             aiohttp.ClientSession(f"http://127.0.0.1:{port}") as session,

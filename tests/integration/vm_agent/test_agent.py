@@ -216,7 +216,7 @@ async def scene() -> AsyncIterator[Scene]:
         await host.bus.run(host.receive)
 
     async with running(run):
-        assert await host.bus.wait_connected(5)
+        assert await host.bus.wait_connected(patient(5))
         yield Scene(host, broker, Guest())
         await host.bus.close()
 

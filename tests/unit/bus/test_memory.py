@@ -9,6 +9,7 @@ import pytest
 from caesura.bus.memory import MemoryBroker, MemoryBus
 from caesura.bus.port import BusUnavailable, Delivery, PublishRefused, Will
 from caesura.testing.collector import Collector, eventually, running
+from caesura.testing.patience import patient
 
 
 async def test_the_clients_that_are_connected_are_known() -> None:
@@ -45,7 +46,7 @@ async def test_a_broker_that_goes_down_sends_no_wills_and_keeps_what_is_retained
         with pytest.raises(BusUnavailable, match="went down"):
             await bus.publish("a", b"", timeout_s=0.01)
         broker.up()
-        assert await bus.wait_connected(5)
+        assert await bus.wait_connected(patient(5))
     assert broker.retained == {"kept": b"x"}
 
 

@@ -139,7 +139,7 @@ async def test_it_is_connected_only_once_subscribed(broker: ScriptedBroker) -> N
         with pytest.raises(BusUnavailable):
             await bus.publish("b", b"", timeout_s=0.05)
         await there.send(packet(9, message_id_of(asked) + b"\0\1"))
-        assert await bus.wait_connected(5)
+        assert await bus.wait_connected(patient(5))
 
 
 async def test_a_publish_that_waits_for_its_turn_fails_with_the_connection_too(

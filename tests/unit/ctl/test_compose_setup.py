@@ -539,4 +539,4 @@ def test_a_signal_stops_it_while_it_waits(tmp_path: Path) -> None:
         assert process.stderr is not None
         assert "rollouts.off" in process.stderr.readline()
         process.terminate()
-        assert process.wait(20) == 0
+        assert process.wait(patient(20)) == 0

@@ -224,7 +224,7 @@ async def _session() -> AsyncIterator[Session]:
     session = Session(bus, "ops")
     running = asyncio.create_task(bus.run(session.post.deliver))
     try:
-        assert await bus.wait_connected(5)
+        assert await bus.wait_connected(patient(5))
         yield session
     finally:
         await bus.close()

@@ -126,7 +126,7 @@ def test_a_stop_between_two_starts_is_obeyed_at_once(tmp_path: Path) -> None:
     try:
         until(lambda: "sleep 1" in container.log, 20.0, lambda: "it waits")
         container.process.send_signal(signal.SIGTERM)
-        container.process.wait(20)
+        container.process.wait(patient(20))
     finally:
         os.killpg(container.process.pid, signal.SIGKILL)  # the sleep, which in a container ends with it
     code, _ = container.ended()

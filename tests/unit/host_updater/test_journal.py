@@ -155,7 +155,7 @@ async def test_letters_are_told_in_order_after_the_broker_was_away(thread: Journ
             letter.event_id for letter in letters
         ]
         broker.up()
-        assert await outbox.drained(10)
+        assert await outbox.drained(patient(10))
         await ear.until(lambda deliveries: len(deliveries) >= 5)
         sending.cancel()
         with suppress(asyncio.CancelledError):
@@ -212,7 +212,7 @@ async def test_unsendable_letter_does_not_hold_up_the_others(thread: JournalThre
     async with running(bus):
         outbox.queue(Letter("bad", "caesura.no-such.v1", {}, good.body), good)
         sending = asyncio.create_task(outbox.run())
-        assert await outbox.drained(10)
+        assert await outbox.drained(patient(10))
         sending.cancel()
         with suppress(asyncio.CancelledError):
             await sending
@@ -277,7 +277,7 @@ async def test_a_clock_that_was_judged_before_its_report_could_be_written_is_not
         )
     )
     judging = asyncio.create_task(clocks.run())
-    assert await clocks.settled(5)
+    assert await clocks.settled(patient(5))
     saving = asyncio.create_task(endings.save_later())
     async with asyncio.timeout(patient(5)):
         while await thread.do(lambda journal: journal.find("op")) is None:  # noqa: ASYNC110

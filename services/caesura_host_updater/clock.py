@@ -6,13 +6,14 @@ from datetime import datetime
 
 import msgspec
 
-from caesura.contract.messages import AgentClockSynced, MemoryProof, VmClockSynced
+from caesura.contract.messages import AgentClockSynced, CanaryReport, MemoryProof, VmClockSynced
+from caesura.lifecycle.proof import combined, memory_proof
 from caesura_host_updater.drivers.port import ClockSet
 
 
 class ClockWait(msgspec.Struct, frozen=True):
-    """A resumed VM whose clock is not judged yet. ``boot_id``: its agent's before the pause, if known;
-    ``kernel_boot_id``: the guest kernel's."""
+    """A resumed VM whose clock is not judged yet. ``boot_id``: its agent's before the pause, if known; ``kernel_boot_id``: the
+    guest kernel's. ``canary_writes``: what the agent last said before the pause of the pages that it had written, 0: it holds none."""
 
     vm: str
     set: str
@@ -21,6 +22,7 @@ class ClockWait(msgspec.Struct, frozen=True):
     bound_s: float
     boot_id: str = ""
     kernel_boot_id: str = ""
+    canary_writes: int = 0
 
 
 def judge(host: str, wait: ClockWait, told: AgentClockSynced, at: datetime) -> VmClockSynced:
@@ -48,7 +50,7 @@ def judge(host: str, wait: ClockWait, told: AgentClockSynced, at: datetime) -> V
         error_after_s=told.error_after_s,
         uncertainty_s=told.uncertainty_s,
         simulated=told.simulated,
-        memory=heartbeat(wait.boot_id, told.boot_id),
+        memory=shown_by_guest(wait, told),
         reason=why[:4096],
         at=at,
     )
@@ -83,13 +85,33 @@ def _too_far(error_s: float, uncertainty_s: float, bound_s: float) -> str:
     return f"the clock may be {worst_s:.4f} s off after the sync, the bound is {bound_s:g} s"
 
 
-def heartbeat(before: str, after: str) -> MemoryProof:
-    """A boot id (the agent's, or the guest kernel's) lives in guest memory only: the same one shows that memory stayed."""
+def shown_by_guest(wait: ClockWait, told: AgentClockSynced) -> MemoryProof:
+    """What the agent's answer shows of the guest's memory: its boot id, and its canary if it holds one."""
+    one = same_boot(wait.boot_id, told.boot_id)
+    return combined(one, _canary(wait.canary_writes, told.canary)) or one
+
+
+def _canary(writes_before: int, found: CanaryReport | None) -> MemoryProof | None:
+    if found is None or not found.pages:
+        return None
+    what = f"{found.pages} pages of {found.page_bytes} bytes"
+    if found.bad_pages:
+        detail = f"canary differs: {found.bad_pages} of {what}: {found.detail}"
+        return memory_proof((), ["canary_equal"], detail)
+    if found.writes < writes_before:
+        # Pages and index agree, but both are of an earlier time: only somebody outside can know.
+        detail = f"canary differs: {found.writes} pages written after the pause, {writes_before} before it: all memory is an older copy"
+        return memory_proof((), ["canary_equal"], detail)
+    return memory_proof(["canary_equal"], (), f"canary equal: {what}")
+
+
+def same_boot(before: str, after: str) -> MemoryProof:
+    """A boot id (the agent's, or the guest kernel's) lives in guest memory only: the same one shows that it did not start over."""
     if not before:
-        return MemoryProof(proof="none", ok=True, detail="nobody in the guest was heard before the pause")
+        return memory_proof(detail="nobody in the guest was received before the pause")
     if before == after:
-        return MemoryProof(proof="heartbeat", ok=True, detail=f"{after} before and after")
-    return MemoryProof(proof="heartbeat", ok=False, detail=f"{before} became {after}: it started anew")
+        return memory_proof(["not_rebooted"], (), f"not rebooted: boot id {after}")
+    return memory_proof((), ["not_rebooted"], f"rebooted: boot id {before} became {after}")
 
 
 def unsynced(host: str, wait: ClockWait, reason: str, at: datetime) -> VmClockSynced:

@@ -12,7 +12,8 @@ import msgspec
 import structlog
 
 from caesura.contract.messages import AgentClockSynced, MemoryProof, VmClockSynced, VmResumed
-from caesura_host_updater.clock import ClockWait, heartbeat, judge, judge_driver, unsynced
+from caesura.lifecycle.proof import memory_proof
+from caesura_host_updater.clock import ClockWait, judge, judge_driver, same_boot, unsynced
 from caesura_host_updater.drivers.port import Driver, DriverError
 from caesura_host_updater.journal import Letter
 
@@ -218,7 +219,7 @@ class ClockDesk:
         try:
             async with asyncio.timeout(self._timeout_s):
                 told = await self._driver.sync_clock(wait.vm)
-                memory = await self._heartbeat(wait.vm, wait.kernel_boot_id)
+                memory = await self._same_boot(wait.vm, wait.kernel_boot_id)
         except DriverError as error:
             return unsynced(self._host, wait, f"{why}, and {error.why}", datetime.now(UTC))
         except TimeoutError:
@@ -229,13 +230,13 @@ class ClockDesk:
             return unsynced(self._host, wait, f"{why}, and {error!r}", datetime.now(UTC))
         return judge_driver(self._host, wait, told, memory, datetime.now(UTC))
 
-    async def _heartbeat(self, vm: str, before: str) -> MemoryProof | None:
+    async def _same_boot(self, vm: str, before: str) -> MemoryProof | None:
         if not before:
             return None
         try:
-            return heartbeat(before, await self._driver.guest_boot_id(vm))
+            return same_boot(before, await self._driver.guest_boot_id(vm))
         except DriverError as error:
-            return MemoryProof(proof="none", ok=True, detail=f"its boot id could not be read: {error.why}")
+            return memory_proof(detail=f"its boot id could not be read: {error.why}")
 
     def _close(self, case: _Case, verdict: VmClockSynced) -> None:
         del self._open[case.wait.vm]

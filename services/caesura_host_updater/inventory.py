@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Literal
 
-from caesura.contract.messages import HostInventory, VmRecord, VmState
+from caesura.contract.messages import HostInventory, ProofCode, VmRecord, VmState
+from caesura.lifecycle.proof import ordered
 from caesura_host_updater.command import Authority
 from caesura_host_updater.drivers.port import Capabilities
 from caesura_host_updater.hostfile import VmSpec
@@ -17,13 +18,38 @@ def vm_records(
     capabilities: Callable[[str], Capabilities],
     states: Mapping[str, VmState],
     details: Mapping[str, str],
+    canaries: Collection[str] = (),
 ) -> dict[str, VmRecord]:
-    """The VMs by name. ``details``: what is to be said of a state, where there is something."""
-    return {spec.name: _record(spec, capabilities(spec.name), states, details) for spec in specs}
+    """The VMs by name.
+
+    ``details``: what is to be said of a state, where there is something. ``canaries``: those whose agent holds a canary.
+    """
+    return {
+        spec.name: _record(spec, capabilities(spec.name), states, details, canary=spec.name in canaries)
+        for spec in specs
+    }
+
+
+def _proofs(spec: VmSpec, can: Capabilities, *, canary: bool) -> dict[str, tuple[ProofCode, ...]]:
+    """What can be shown about its memory after a pause, by method."""
+    by_guest: list[ProofCode] = []
+    if spec.agent or can.clock == "system":
+        by_guest.append("not_rebooted")
+    if spec.agent and canary:
+        by_guest.append("canary_equal")
+    # A swap's pause of milliseconds has no time for all of memory.
+    sampled: tuple[ProofCode, ...] = tuple(each for each in can.digests if each == "sampled_digest_equal")
+    by_method = {"swap": sampled, "freeze": can.digests, "replace": can.digests}
+    return {method: ordered((*by_method[method], *by_guest)) for method in can.methods if method in by_method}
 
 
 def _record(
-    spec: VmSpec, can: Capabilities, states: Mapping[str, VmState], details: Mapping[str, str]
+    spec: VmSpec,
+    can: Capabilities,
+    states: Mapping[str, VmState],
+    details: Mapping[str, str],
+    *,
+    canary: bool,
 ) -> VmRecord:
     return VmRecord(
         vm=spec.name,
@@ -36,6 +62,8 @@ def _record(
         methods_missing={method: why[:1000] for method, why in can.missing.items()},
         clock=can.clock if spec.agent or can.clock == "system" else "none",
         agent=spec.agent,
+        proofs=_proofs(spec, can, canary=canary),
+        no_digest=can.no_digest[:1000],
     )
 
 

@@ -192,9 +192,9 @@ class OperationRunner:
                 for vm in self.state.vms:
                     self._freezing[vm.vm] = self._start(self._freeze(vm.vm, by))
                 self._watching = self._start(self._watch())
-            case steps.DigestVms(vms, until):
+            case steps.DigestVms(vms, until, whole):
                 for name in vms:
-                    self._start(self._digest(name, until))
+                    self._start(self._digest(name, until, whole=name in whole))
             case steps.RunUpdate(keys):
                 for key in keys:
                     self._start(self._apply(key))
@@ -276,12 +276,20 @@ class OperationRunner:
             except SwapFailed as error:
                 why = error.why
                 paused, back = error.frozen_at, error.resumed_at
-                self._events.put_nowait(steps.VmNotSwapped(vm, called_at, why, paused, back))
+                self._events.put_nowait(steps.VmNotSwapped(vm, called_at, why, paused, back, error.differs))
             except DriverError as error:
                 why = error.why
                 self._events.put_nowait(steps.VmNotSwapped(vm, called_at, why))
             else:
-                told = steps.VmSwapped(vm, done.called_at, done.frozen_at, done.resumed_at, done.detail)
+                told = steps.VmSwapped(
+                    vm,
+                    done.called_at,
+                    done.frozen_at,
+                    done.resumed_at,
+                    done.detail,
+                    done.sampled,
+                    done.sampled_note,
+                )
                 self._events.put_nowait(told)
         for vm in left:
             self._events.put_nowait(steps.VmNotSwapped(vm, None, f"not begun, since another failed: {why}"))
@@ -362,7 +370,12 @@ class OperationRunner:
             self._watching.cancel()
             self._watching = None
 
-    async def _digest(self, vm: str, until: float) -> None:
+    async def _digest(self, vm: str, until: float, *, whole: bool) -> None:
+        if any(each.vm == vm and each.sampleable for each in self.state.vms):
+            await self._sample(vm)
+        if not whole:
+            self._events.put_nowait(steps.Digested(vm, ""))
+            return
         try:
             digest = await self._driver.memory_digest(vm, until)
         except DriverError as error:
@@ -370,6 +383,14 @@ class OperationRunner:
         else:
             note = "" if digest else "the digest took too long"
             self._events.put_nowait(steps.Digested(vm, digest or "", note))
+
+    async def _sample(self, vm: str) -> None:
+        try:
+            digest = await self._driver.sampled_digest(vm, f"{self.state.operation}/{vm}")
+        except DriverError as error:
+            self._events.put_nowait(steps.Sampled(vm, "", error.why))
+        else:
+            self._events.put_nowait(steps.Sampled(vm, digest))
 
     async def _apply(self, key: str) -> None:
         if self._update is None:

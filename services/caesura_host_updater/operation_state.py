@@ -47,6 +47,13 @@ class VmPause(msgspec.Struct, frozen=True, kw_only=True):
     kernel_boot_id: str = ""
     """The guest kernel's before the pause, as told through the driver; empty if nobody could be asked."""
     digestible: bool = False
+    """Whether a digest of all its memory can be taken."""
+    sampleable: bool = False
+    """Whether a digest of sampled pages of its memory can be."""
+    no_digest: str = ""
+    """Why neither can."""
+    canary_writes: int = 0
+    """Pages of its canary that its agent had written when it was last received, before the pause; 0: it holds none."""
     called_at: float | None = None
     """Just before its freeze call; None: it was never asked to freeze."""
     frozen_at: float | None = None
@@ -61,6 +68,11 @@ class VmPause(msgspec.Struct, frozen=True, kw_only=True):
     digest_after: str = ""
     digest_note: str = ""
     """Why there is no digest."""
+    sampled_before: str = ""
+    sampled: Literal["", "equal", "differs"] = ""
+    """What became of the sampled pages: in a swap, in both processes."""
+    sampled_note: str = ""
+    """Why they were not compared, or where they differ."""
     digesting: bool = False
     error: str = ""
     prepared: bool = False

@@ -47,6 +47,7 @@ from caesura_host_updater.steps import (
     Note,
     Outcome,
     RunUpdate,
+    Sampled,
     StopUpdate,
     TellFrozen,
     Tick,
@@ -69,6 +70,8 @@ from caesura_host_updater.swapping import (
     swap,
     swapped,
 )
+
+_SAMPLE_S = 1.0  # s: for sampled pages alone, which take a millisecond where no disk is waited for
 
 _BEFORE_RESUME: tuple[Phase, ...] = (
     "preparing",
@@ -100,6 +103,8 @@ def decide(op: Operation, event: Event, now: float) -> Decision:  # noqa: PLR091
             return _freeze_result(op, event, now)
         case VmLost():
             return _vm_lost(op, event, now)
+        case Sampled():
+            return _sampled(op, event)
         case Digested():
             return _digested(op, event, now)
         case UpdateEnded():
@@ -171,19 +176,39 @@ def _freeze_result(op: Operation, event: VmFroze | VmNotFrozen, now: float) -> D
 
 def _frozen(op: Operation, now: float) -> Decision:
     schedule = schedule_of(op)
-    digest = tuple(vm.vm for vm in op.vms if vm.digestible)
-    op = changed(op, phase="frozen", wake_at=schedule.digest_until)
+    whole = frozenset(vm.vm for vm in op.vms if vm.digestible)
+    digest = tuple(vm.vm for vm in op.vms if vm.digestible or vm.sampleable)
+    until = schedule.digest_until if whole else min(now + _SAMPLE_S, schedule.digest_until)
+    op = changed(op, phase="frozen", wake_at=until)
     if not digest or now >= schedule.digest_until:
         op, effects = _start_update(op, now)
         return op, (Note(), *effects)
     op = _digesting(op, digest)
-    return op, (Note(), DigestVms(digest, schedule.digest_until))
+    return op, (Note(), DigestVms(digest, until, whole))
 
 
 def _digesting(op: Operation, names: tuple[str, ...]) -> Operation:
     for name in names:
         op = changed_vm(op, name, digesting=True)
     return op
+
+
+def _sampled(op: Operation, event: Sampled) -> Decision:
+    vm = vm_of(op, event.vm)
+    if not vm.digesting or op.phase not in ("frozen", "updated"):
+        return op, ()  # too late: it was not waited for
+    if op.phase == "frozen":
+        return changed_vm(op, event.vm, sampled_before=event.digest, sampled_note=event.note), ()
+    if not event.digest:
+        return changed_vm(op, event.vm, sampled_note=event.note), ()
+    equal = event.digest == vm.sampled_before
+    note = event.digest if equal else f"{vm.sampled_before} became {event.digest}"
+    op = changed_vm(op, event.vm, sampled="equal" if equal else "differs", sampled_note=note)
+    return op if equal else _changed_memory(op, event.vm), ()
+
+
+def _changed_memory(op: Operation, name: str) -> Operation:
+    return failed(op, f"the memory of VM {name} changed while it was paused")
 
 
 def _digested(op: Operation, event: Digested, now: float) -> Decision:
@@ -193,9 +218,10 @@ def _digested(op: Operation, event: Digested, now: float) -> Decision:
     if op.phase == "frozen":
         op = changed_vm(op, event.vm, digest_before=event.digest, digest_note=event.note)
     else:
-        op = changed_vm(op, event.vm, digest_after=event.digest, digest_note=event.note)
+        note = event.note or vm_of(op, event.vm).digest_note
+        op = changed_vm(op, event.vm, digest_after=event.digest, digest_note=note)
         if event.digest and event.digest != vm_of(op, event.vm).digest_before:
-            op = failed(op, f"the memory of VM {event.vm} changed while it stood still")
+            op = _changed_memory(op, event.vm)
     if any(vm.digesting for vm in op.vms):
         return op, ()
     return _start_update(op, now) if op.phase == "frozen" else resume_all(op)
@@ -252,15 +278,22 @@ def _updated(op: Operation, now: float) -> Decision:
         return prepare(changed(op, kill_at=None), now)
     schedule = schedule_of(op)
     op = changed(op, phase="updated")
-    names = tuple(vm.vm for vm in op.vms if vm.digest_before and not vm.error)
-    if not names or op.aborted or now >= schedule.digest_until:
-        if not op.aborted:
-            for name in names:
-                op = changed_vm(op, name, digest_note="no time was left in the budget for the second digest")
+    whole = frozenset(vm.vm for vm in op.vms if vm.digest_before and not vm.error)
+    names = tuple(vm.vm for vm in op.vms if (vm.digest_before or vm.sampled_before) and not vm.error)
+    until = schedule.digest_until
+    if now >= until and not op.aborted:
+        # The update took long: sampled pages are looked at all the same, which takes next to no time.
+        for name in whole:
+            op = changed_vm(op, name, digest_note="no time was left in the budget for the second digest")
+        names = tuple(name for name in names if vm_of(op, name).sampled_before)
+        whole = frozenset()
+    if not whole:
+        until = min(now + _SAMPLE_S, schedule.resume_at)
+    if not names or op.aborted or now >= until:
         op, effects = resume_all(op)
         return op, (Note(), *effects)
-    op = changed(_digesting(op, names), wake_at=schedule.digest_until)
-    return op, (Note(), DigestVms(names, schedule.digest_until))
+    op = changed(_digesting(op, names), wake_at=until)
+    return op, (Note(), DigestVms(names, until, whole))
 
 
 def _stop_update(op: Operation, now: float, outcome: Outcome) -> Decision:
@@ -331,6 +364,9 @@ def _tick(op: Operation, now: float) -> Decision:  # noqa: PLR0912 - one flat ta
                     op = changed_vm(op, vm.vm, digesting=False, digest_note="the digest took too long")
             return _start_update(op, now)
         case "updated":
+            for vm in op.vms:
+                if vm.digesting:
+                    op = changed_vm(op, vm.vm, digest_note="the second digest took too long")
             return resume_all(op)
         case "updating" if not op.update:
             if now >= schedule_of(op).guard_at:

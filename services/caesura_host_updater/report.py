@@ -10,12 +10,14 @@ from caesura.contract.messages import (
     MemoryProof,
     OperationReported,
     OperationStatus,
+    ProofCode,
     UpdateOutcome,
     VmFrozen,
     VmResult,
     VmResumed,
     VmState,
 )
+from caesura.lifecycle.proof import BROKEN_WORDS, WORDS, memory_proof
 from caesura_host_updater.clock import ClockWait
 from caesura_host_updater.operation_state import Operation, VmPause
 from caesura_host_updater.steps import Outcome
@@ -27,16 +29,25 @@ Wall = Callable[[float], datetime]
 """An instant on CLOCK_MONOTONIC as wall-clock time."""
 
 
-def memory_proof(vm: VmPause) -> MemoryProof:
-    """What was shown about the VM's memory. ``none`` proves nothing: the agent's heartbeat comes later."""
+def shown_by_host(vm: VmPause) -> MemoryProof:
+    """What the host itself saw of the VM's memory; what the guest says comes after the resume."""
+    held: list[ProofCode] = []
+    broken: list[ProofCode] = []
+    details: list[str] = []
+    if vm.sampled:
+        (held if vm.sampled == "equal" else broken).append("sampled_digest_equal")
+        words = WORDS if vm.sampled == "equal" else BROKEN_WORDS
+        details.append(f"{words['sampled_digest_equal']}: {vm.sampled_note}")
     if vm.digest_before and vm.digest_after:
         same = vm.digest_before == vm.digest_after
+        (held if same else broken).append("digest_equal")
         detail = vm.digest_before if same else f"{vm.digest_before} became {vm.digest_after}"
-        return MemoryProof(proof="digest", ok=same, detail=detail)
-    note = vm.digest_note or (
-        "no memory file to digest" if not vm.digestible else "it was not digested twice"
-    )
-    return MemoryProof(proof="none", ok=True, detail=note)
+        details.append(f"{(WORDS if same else BROKEN_WORDS)['digest_equal']}: {detail}")
+    elif vm.digest_note:
+        details.append(f"no digest of all memory: {vm.digest_note}")
+    if not held and not broken and not vm.digest_note:
+        details.append(vm.sampled_note or vm.no_digest or "its memory was not digested twice")
+    return memory_proof(held, broken, "; ".join(details))
 
 
 def refusal(
@@ -86,7 +97,7 @@ def resumed_fact(host: str, op: Operation, name: str, wall: Wall) -> VmResumed:
         budget_s=op.budget_s,
         within_budget=vm.pause_s <= op.budget_s,
         resumed_by="guard" if vm.resumed_by == "guard" else "updater",
-        memory=memory_proof(vm),
+        memory=shown_by_host(vm),
         at=wall(vm.resumed_at or 0.0),
     )
 
@@ -101,6 +112,7 @@ def clock_wait(op: Operation, vm: VmPause, bound_s: float) -> ClockWait:
         bound_s=bound_s,
         boot_id=vm.boot_id,
         kernel_boot_id=vm.kernel_boot_id,
+        canary_writes=vm.canary_writes,
     )
 
 
@@ -164,7 +176,7 @@ def final_report(
                 frozen=vm.frozen_at is not None,
                 pause_s=vm.pause_s,
                 resumed_by=vm.resumed_by,
-                memory=memory_proof(vm) if vm.frozen_at is not None else None,
+                memory=shown_by_host(vm) if vm.frozen_at is not None else None,
                 error=vm.error[:4096],
                 detail=vm.detail[:4096],
             )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from caesura.lifecycle.budget import margin_s
+from caesura.lifecycle.budget import digest_by_s, margin_s
 
 
 class Schedule(msgspec.Struct, frozen=True):
@@ -30,9 +30,8 @@ class Schedule(msgspec.Struct, frozen=True):
 
     @property
     def digest_until(self) -> float:
-        """No digest goes on after this: the last third of the budget is for the resume."""
-        # A small budget is mostly margins: there the update's end comes before the last third.
-        return min(self.started_at + self.budget_s * 2 / 3, self.update_until)
+        """No digest of all memory continues after this: the last third of the budget is for the resume."""
+        return self.started_at + digest_by_s(self.budget_s)
 
     @property
     def update_until(self) -> float:

@@ -146,7 +146,7 @@ class HostUpdater:
         self._stopping = False
         self._changed = asyncio.Event()
         self._updates = CatalogueReader(settings.updates_dir, self._changed.set)
-        self._agents: dict[str, str] = {}
+        self._agents: dict[str, AgentPresence] = {}
         self._received_ns = 0
         self._listen()
 
@@ -242,7 +242,8 @@ class HostUpdater:
             for vm, state in states.items()
             if state == "paused" and vm not in ours
         }
-        return vm_records(self._host.vm, self._driver.capabilities, states, self._foreign)
+        canaries = {vm for vm, agent in self._agents.items() if agent.canary_bytes}
+        return vm_records(self._host.vm, self._driver.capabilities, states, self._foreign, canaries)
 
     def _plan_of(self, vm: str) -> Plan | None:
         try:
@@ -353,6 +354,7 @@ class HostUpdater:
         self, command: FreezeCommanded, update: UpdateFile | None, kernels: Mapping[str, str]
     ) -> None:
         scope_vm = update is not None and update.scope == "vm"
+        can = {target.vm: self._driver.capabilities(target.vm) for target in command.targets}
         state = Operation(
             operation=command.operation,
             method=command.method,
@@ -366,9 +368,12 @@ class HostUpdater:
                     set=target.set,
                     update_domain=target.update_domain,
                     event_id=target.event_id,
-                    boot_id=self._agents.get(target.vm, ""),
+                    boot_id=agent.boot_id if (agent := self._agents.get(target.vm)) else "",
                     kernel_boot_id=kernels[target.vm],
-                    digestible=self._driver.memory_size(target.vm) > 0,
+                    digestible="digest_equal" in can[target.vm].digests,
+                    sampleable="sampled_digest_equal" in can[target.vm].digests,
+                    no_digest=can[target.vm].no_digest,
+                    canary_writes=agent.canary_writes if agent else 0,
                 )
                 for target in command.targets
             ),
@@ -496,7 +501,10 @@ class HostUpdater:
         self.clocks.answered(message)
 
     async def _on_agent(self, message: AgentPresence, _: Received) -> None:
-        self._agents[message.vm] = message.boot_id
+        known = self._agents.get(message.vm)
+        self._agents[message.vm] = message
+        if message.vm in self._vms and bool(message.canary_bytes) != bool(known and known.canary_bytes):
+            self._changed.set()  # the inventory says what can be shown of its memory
 
     def _clock_judged(self, verdict: VmClockSynced) -> None:
         letter = self._letters.fact(verdict)

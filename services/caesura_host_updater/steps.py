@@ -47,6 +47,9 @@ class VmSwapped(msgspec.Struct, frozen=True):
     frozen_at: float
     resumed_at: float
     detail: str = ""
+    sampled: bool | None = None
+    """Whether sampled pages of its memory were the same in both processes; None: not compared, ``sampled_note`` says why."""
+    sampled_note: str = ""
 
 
 class VmNotSwapped(msgspec.Struct, frozen=True):
@@ -60,6 +63,8 @@ class VmNotSwapped(msgspec.Struct, frozen=True):
     why: str
     frozen_at: float | None = None
     resumed_at: float | None = None
+    differs: str = ""
+    """Where the memory of the new process differed, if that was why."""
 
 
 class VmFroze(msgspec.Struct, frozen=True):
@@ -86,8 +91,16 @@ class VmLost(msgspec.Struct, frozen=True):
     why: str
 
 
+class Sampled(msgspec.Struct, frozen=True):
+    """A digest of sampled pages of its memory, or why there is none. ``Digested`` follows, which ends the wait."""
+
+    vm: str
+    digest: str
+    note: str = ""
+
+
 class Digested(msgspec.Struct, frozen=True):
-    """A digest of its memory, or why there is none."""
+    """A digest of all its memory, or why there is none."""
 
     vm: str
     digest: str
@@ -157,6 +170,7 @@ Event = (
     | VmFroze
     | VmNotFrozen
     | VmLost
+    | Sampled
     | Digested
     | UpdateEnded
     | AbortAsked
@@ -198,10 +212,12 @@ class FreezeVms(msgspec.Struct, frozen=True):
 
 
 class DigestVms(msgspec.Struct, frozen=True):
-    """Digest the memory of these VMs, in the background."""
+    """Digest the memory of these VMs, in the background: sampled pages first, then all of it where there is time."""
 
     vms: tuple[str, ...]
     until: float
+    whole: frozenset[str] = frozenset()
+    """Those whose whole memory is digested too."""
 
 
 class RunUpdate(msgspec.Struct, frozen=True):

@@ -82,9 +82,19 @@ def swapped(op: Operation, event: VmSwapped | VmNotSwapped) -> Decision:
         raise IllegalTransition(op.phase, event, "swapping")
     told: list[Effect] = []
     if isinstance(event, VmSwapped):
-        op = changed_vm(op, event.vm, swap_answered=True, detail=event.detail)
+        sampled = {None: "", True: "equal", False: "differs"}[event.sampled]
+        op = changed_vm(
+            op,
+            event.vm,
+            swap_answered=True,
+            detail=event.detail,
+            sampled=sampled,
+            sampled_note=event.sampled_note,
+        )
     else:
         op = changed_vm(op, event.vm, swap_answered=True, error=event.why, called_at=event.called_at)
+        if event.differs:
+            op = changed_vm(op, event.vm, sampled="differs", sampled_note=event.differs)
         op = failed(op, f"VM {event.vm} was not swapped: {event.why}")
     if event.called_at is not None and event.frozen_at is not None:
         op = changed_vm(op, event.vm, called_at=event.called_at, frozen_at=event.frozen_at)

@@ -11,7 +11,7 @@ from typing import Literal, Protocol
 
 import msgspec
 
-from caesura.contract.messages import Method, VmState
+from caesura.contract.messages import Method, ProofCode, VmState
 from caesura.runtime.errors import CaesuraError
 from caesura_host_updater.guard.plans import Plan
 
@@ -32,14 +32,22 @@ class FreezeFailed(DriverError):
 class SwapFailed(DriverError):
     """The new process did not take the guest over. Whoever hears this calls ``resume``, which has the old one run.
 
-    ``frozen_at`` and ``resumed_at`` (CLOCK_MONOTONIC): the pause that the try cost, as far as it is known.
+    ``frozen_at`` and ``resumed_at`` (CLOCK_MONOTONIC): the pause that the try cost, as far as it is known. ``differs``: where the
+    memory of the two processes differed, if that was why.
     """
 
     def __init__(
-        self, vm: str, why: str, *, frozen_at: float | None = None, resumed_at: float | None = None
+        self,
+        vm: str,
+        why: str,
+        *,
+        frozen_at: float | None = None,
+        resumed_at: float | None = None,
+        differs: str = "",
     ) -> None:
         self.frozen_at = frozen_at
         self.resumed_at = resumed_at
+        self.differs = differs
         super().__init__(vm, why)
 
 
@@ -57,18 +65,25 @@ class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
     methods: tuple[Method, ...]
     missing: Mapping[str, str]
     clock: Literal["simulated", "system", "none"]
+    digests: tuple[ProofCode, ...] = ()
+    """Which digests of its memory can be taken while it is paused: `sampled_digest_equal`, and `digest_equal` if it is small enough."""
+    no_digest: str = ""
+    """Why none can."""
 
 
 class HandOver(msgspec.Struct, frozen=True, kw_only=True):
     """A swap that worked. Instants are seconds on CLOCK_MONOTONIC.
 
-    ``called_at`` to ``resumed_at`` is the pause; ``detail`` names what runs the guest now and before.
+    ``called_at`` to ``resumed_at`` is the pause; ``detail`` names what runs the guest now and before. ``sampled``: whether
+    sampled pages were the same in both processes inside the pause; None: not looked at, ``sampled_note`` says why.
     """
 
     called_at: float
     frozen_at: float
     resumed_at: float
     detail: str = ""
+    sampled: bool | None = None
+    sampled_note: str = ""
 
 
 class ClockSet(msgspec.Struct, frozen=True, kw_only=True):
@@ -178,6 +193,13 @@ class Driver(Protocol):
 
     async def memory_digest(self, vm: str, stop_at: float) -> str | None:
         """A digest of the guest's memory, only meaningful while it stands still; None: not done by ``stop_at``.
+
+        Raises:
+            NotPossible, DriverError: there is no memory to read, or reading it failed.
+        """
+
+    async def sampled_digest(self, vm: str, seed: str) -> str:
+        """A digest of pages of the guest's memory that ``seed`` chooses; takes no time worth mentioning, whatever the size.
 
         Raises:
             NotPossible, DriverError: there is no memory to read, or reading it failed.

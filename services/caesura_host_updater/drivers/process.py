@@ -22,7 +22,7 @@ from typing import Literal
 import msgspec
 import structlog
 
-from caesura.contract.messages import Method, VmState
+from caesura.contract.messages import Method, ProofCode, VmState
 from caesura_host_updater.detached import ExitWatch, SpawnError, reap, start_detached
 from caesura_host_updater.drivers import guest_init
 from caesura_host_updater.drivers.digest import digest_of
@@ -36,6 +36,7 @@ from caesura_host_updater.drivers.port import (
     NotPossible,
     NotRunningYet,
 )
+from caesura_host_updater.drivers.sampling import sampled_digest_of
 from caesura_host_updater.guard.plans import Condition, SignalPlan, condition, thaw
 from caesura_host_updater.guard.procfs import Process, alive, boot_id, process_table, send_signal
 from caesura_host_updater.hostfile import VmSpec
@@ -56,6 +57,9 @@ _MISSING: Mapping[str, str] = {
     "replace": "the process driver cannot save a process to a file and start it again",
     "reboot": "the process driver does not restart VMs for an update",
 }
+
+
+_NO_MEMORY_FILE = "has no memory file (ram_bytes)"
 
 
 class ProcessDriver:
@@ -105,9 +109,18 @@ class ProcessDriver:
         """The freezer."""
         return f"frozen by {self._freezer.kind}"
 
-    def capabilities(self, vm: str) -> Capabilities:  # noqa: ARG002 - the port's
-        """The same for every VM."""
-        return Capabilities(methods=("live", "freeze"), missing=_MISSING, clock="simulated")
+    def capabilities(self, vm: str) -> Capabilities:
+        """The same for every VM, but for its memory file."""
+        digests: tuple[ProofCode, ...] = ("sampled_digest_equal",) if self._specs[vm].ram_bytes else ()
+        if self.memory_size(vm):
+            digests = ("digest_equal", *digests)
+        return Capabilities(
+            methods=("live", "freeze"),
+            missing=_MISSING,
+            clock="simulated",
+            digests=digests,
+            no_digest="" if digests else _NO_MEMORY_FILE,
+        )
 
     def ping(self) -> str:
         """Names VMs that do not run."""
@@ -454,6 +467,16 @@ class ProcessDriver:
         loop = asyncio.get_running_loop()
         try:
             return await loop.run_in_executor(self._readers, digest_of, self._memory_file(vm), stop_at)
+        except (OSError, ValueError) as error:
+            raise DriverError(vm, f"its memory file cannot be read: {error}") from error
+
+    async def sampled_digest(self, vm: str, seed: str) -> str:
+        """BLAKE2b over pages of the memory file that the VM's processes map."""
+        if not self._specs[vm].ram_bytes:
+            raise NotPossible(vm, _NO_MEMORY_FILE)
+        loop = asyncio.get_running_loop()
+        try:
+            return await loop.run_in_executor(self._readers, sampled_digest_of, self._memory_file(vm), seed)
         except (OSError, ValueError) as error:
             raise DriverError(vm, f"its memory file cannot be read: {error}") from error
 

@@ -41,6 +41,14 @@ WaveStatus = Literal[
     "pending", "scheduled", "started", "verifying", "soaking", "completed", "failed", "cancelled"
 ]
 OperationStatus = Literal["accepted", "refused", "completed", "failed", "cancelled"]
+ProofCode = Literal["not_rebooted", "canary_equal", "sampled_digest_equal", "digest_equal"]
+"""What can be shown about a guest's memory after a pause; none of them: nothing was shown.
+
+`not_rebooted`: a boot id is the one of before the pause. It shows that the guest did not start over and says nothing of any
+other page. `canary_equal`: every page that the agent holds and rewrites is as it was written last. `sampled_digest_equal`: some
+pages, chosen at random for the operation, have the same digest at the pause's beginning and end; in a swap: in the old and in the
+new process. `digest_equal`: all pages of the guest's memory file have.
+"""
 
 
 class Record(msgspec.Struct, frozen=True, kw_only=True):
@@ -65,6 +73,10 @@ class VmRecord(Record, frozen=True, kw_only=True):
     clock: Literal["simulated", "system", "none"] = "none"
     agent: bool = True
     """Whether an agent is expected to answer in this VM."""
+    proofs: dict[str, tuple[ProofCode, ...]] | None = None
+    """Method to what can be shown about the VM's memory after a pause by it. None: a host updater that does not say."""
+    no_digest: Text = ""
+    """Why the host can take no digest of its memory; empty if it can."""
 
 
 VmmChange = Literal["", "beside", "instead"]
@@ -141,6 +153,10 @@ class Policy(Record, frozen=True, kw_only=True):
     """An agent whose prepare hook failed, or that never answered by NotBefore."""
     on_unsynced: Literal["halt", "proceed"] = "halt"
     """A VM whose clock could not be put right in time."""
+    on_unproven: Literal["halt", "proceed"] | None = None
+    """A VM of whose memory neither a digest nor a canary was shown to be equal after its pause; that it did not reboot is not enough.
+    None: `halt` for the methods swap and replace, where another process takes the memory over, `proceed` for freeze. With `halt`
+    a plan refuses VMs for which no such proof can be made."""
     domain_key: DomainKey = "update_domain"
     allow_reboot: bool = False
 
@@ -156,6 +172,8 @@ class PlannedVm(Record, frozen=True, kw_only=True):
     method: Method
     reason: Text
     agent: bool = True
+    proofs: tuple[ProofCode, ...] = ()
+    """What will be shown about its memory after the pause; empty: nothing."""
 
 
 class PlannedWave(Record, frozen=True, kw_only=True):
@@ -363,11 +381,17 @@ class AbortCommanded(Message, frozen=True, kw_only=True):
 
 
 class MemoryProof(Record, frozen=True, kw_only=True):
-    """How it was shown that the guest's memory stayed as it was."""
+    """What was shown about the guest's memory. `held` and `broken` are exact; `proof` and `ok` are for readers of the first v1."""
 
     proof: Literal["digest", "heartbeat", "none"]
+    """`digest`: of all pages, or one that differs. `heartbeat`: told by the guest itself. `none`: also where only pages were sampled."""
     ok: bool
+    """Whether nothing is `broken`."""
     detail: Text = ""
+    held: tuple[ProofCode, ...] = ()
+    """What was shown."""
+    broken: tuple[ProofCode, ...] = ()
+    """What was looked at and is not so: memory changed, or the guest started over."""
 
 
 class VmResult(Record, frozen=True, kw_only=True):
@@ -472,7 +496,7 @@ class VmClockSynced(Message, frozen=True, kw_only=True):
     """Half the round trip of the best exchange: the true error lies within plus or minus this."""
     simulated: bool = False
     memory: MemoryProof | None = None
-    """The heartbeat proof: the agent in the guest is the same one as before the pause."""
+    """What was shown from inside the guest: its boot id, and the agent's canary."""
     reason: Text = ""
     at: Instant
 
@@ -512,6 +536,10 @@ class AgentPresence(Message, frozen=True, kw_only=True):
     online: bool
     boot_id: Id
     clock: Literal["simulated", "system"] = "system"
+    canary_bytes: Annotated[int, Meta(ge=0)] = 0
+    """Guest memory that the agent holds and rewrites, to find lost pages after a pause; 0: none."""
+    canary_writes: Annotated[int, Meta(ge=0)] = 0
+    """How many pages of it were written so far: fewer after a pause show that all memory is an older copy."""
 
 
 class VmReady(Message, frozen=True, kw_only=True):
@@ -523,6 +551,18 @@ class VmReady(Message, frozen=True, kw_only=True):
     event_id: Id
     ready: bool
     reason: Text = ""
+
+
+class CanaryReport(Record, frozen=True, kw_only=True):
+    """What the agent found when it compared every page of its canary after a pause."""
+
+    pages: Annotated[int, Meta(ge=0)]
+    page_bytes: Annotated[int, Meta(gt=0)] = 4096
+    bad_pages: Annotated[int, Meta(ge=0)] = 0
+    """Pages that are not as they were written last: lost, stale, swapped or damaged."""
+    writes: Annotated[int, Meta(ge=0)] = 0
+    """How many pages were written so far."""
+    detail: Text = ""
 
 
 class AgentClockSynced(Message, frozen=True, kw_only=True):
@@ -541,6 +581,8 @@ class AgentClockSynced(Message, frozen=True, kw_only=True):
     exchanges: Annotated[int, Meta(ge=0)] = 0
     simulated: bool = False
     reason: Text = ""
+    canary: CanaryReport | None = None
+    """After a resume, if the agent holds one."""
 
 
 class HookFinished(Message, frozen=True, kw_only=True):

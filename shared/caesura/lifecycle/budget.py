@@ -6,6 +6,7 @@ resuming the VMs, and the guard's own resume.
 
 from __future__ import annotations
 
+DIGEST_S = 0.5  # s: what a plan allows for one digest of all memory; 64 MiB, the limit by default, take 0.1 s
 PREPARE_S = 60.0  # s: to start and check new VMM processes while the VMs run; a QEMU starts in 50 ms
 MIN_BUDGET_S = 0.5  # s: below it the margins leave nothing for the update
 
@@ -18,3 +19,9 @@ def margin_s(budget_s: float) -> float:
 def usable_s(budget_s: float) -> float:
     """Seconds of a budget that an update or a hold can use, at best."""
     return budget_s - 3 * margin_s(budget_s)
+
+
+def digest_by_s(budget_s: float) -> float:
+    """Seconds after a pause's begin by which a digest of all memory must be over: the last third of the budget is for the resume."""
+    # A small budget is mostly margins: there the update's end comes before the last third.
+    return min(budget_s * 2 / 3, usable_s(budget_s))

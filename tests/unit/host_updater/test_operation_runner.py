@@ -55,6 +55,8 @@ class FakeDriver:
         self.meet: Callable[[], Awaitable[object]] | None = None
         """Awaited in every freeze, before it takes effect, if a test sets it."""
         self.digests = ["same", "same"]
+        self.samples = ["same", "same"]
+        self.sampled: tuple[bool | None, str] = (True, "2 pages")
         self.broken_freezes: dict[str, Exception] = {}
         self.broken_resumes: list[Exception] = []
         self.left: dict[str, str] = {}
@@ -103,7 +105,14 @@ class FakeDriver:
         elif trouble is not None:
             raise trouble
         self.swapped.append(vm)
-        return HandOver(called_at=at, frozen_at=at, resumed_at=at + 0.004, detail="B, was A")
+        return HandOver(
+            called_at=at,
+            frozen_at=at,
+            resumed_at=at + 0.004,
+            detail="B, was A",
+            sampled=self.sampled[0],
+            sampled_note=self.sampled[1],
+        )
 
     async def checkpoint(self, vm: str, by: float, *, gone: bool = True) -> None:
         assert vm in self.prepared
@@ -153,6 +162,10 @@ class FakeDriver:
 
     async def memory_digest(self, vm: str, stop_at: float) -> str | None:
         return self.digests.pop()
+
+    async def sampled_digest(self, vm: str, seed: str) -> str:
+        assert seed == f"op/{vm}", "the same pages before and after"
+        return self.samples.pop()
 
     async def sync_clock(self, vm: str) -> ClockSet:
         raise NotPossible(vm, "no clock")
@@ -219,6 +232,7 @@ class Scene:
         *names: str,
         hold_s: float = 0.05,
         digestible: bool = False,
+        sampleable: bool = False,
         method: Method = "freeze",
     ) -> None:
         self.driver = FakeDriver(*names)
@@ -244,7 +258,10 @@ class Scene:
             method=method,
             budget_s=8.0,
             hold_s=hold_s,
-            vms=tuple(VmPause(vm=name, set="web", update_domain=0, digestible=digestible) for name in names),
+            vms=tuple(
+                VmPause(vm=name, set="web", update_domain=0, digestible=digestible, sampleable=sampleable)
+                for name in names
+            ),
         )
         self.runner = OperationRunner(
             command,
@@ -402,9 +419,48 @@ async def test_memory_that_changed(journal: JournalThread) -> None:
     scene = Scene(journal, "a", digestible=True)
     scene.driver.digests = ["after", "before"]
     op = await scene.run()
-    assert op.failure == "the memory of VM a changed while it stood still"
+    assert op.failure == "the memory of VM a changed while it was paused"
     fact: Any = scene.facts[-1]
-    assert fact.memory.ok is False
+    assert (fact.memory.ok, fact.memory.broken) == (False, ("digest_equal",))
+
+
+@pytest.mark.parametrize(
+    ("after", "held", "broken"),
+    [("before", ("sampled_digest_equal",), ()), ("after", (), ("sampled_digest_equal",))],
+)
+async def test_memory_too_large_for_a_digest_is_sampled(
+    journal: JournalThread, after: str, held: tuple[str, ...], broken: tuple[str, ...]
+) -> None:
+    scene = Scene(journal, "a", sampleable=True)
+    scene.driver.samples = [after, "before"]
+    op = await scene.run()
+    assert (op.end == "completed") is bool(held)
+    fact: Any = scene.facts[-1]
+    assert (fact.memory.held, fact.memory.broken) == (held, broken)
+
+
+@pytest.mark.parametrize(("sampled", "held"), [(True, ("sampled_digest_equal",)), (None, ())])
+async def test_what_a_swap_compared_is_reported(
+    journal: JournalThread, sampled: bool | None, held: tuple[str, ...]
+) -> None:
+    scene = Scene(journal, "a", method="swap", hold_s=0.0)
+    scene.driver.sampled = (sampled, "128 pages" if sampled else "reading memory is not permitted")
+    assert (await scene.run()).end == "completed", "whether that is enough is the rollout's policy"
+    fact: Any = scene.facts[-1]
+    assert fact.memory.held == held
+    assert scene.driver.sampled[1] in fact.memory.detail
+
+
+async def test_a_swap_into_other_memory_says_so(journal: JournalThread) -> None:
+    scene = Scene(journal, "a", method="swap", hold_s=0.0)
+    at = time.monotonic()
+    scene.driver.hand_overs["a"] = SwapFailed(
+        "a", "the page at 4096 differs; it is back", frozen_at=at, resumed_at=at + 0.1, differs="at 4096"
+    )
+    op = await scene.run()
+    assert op.end == "failed"
+    fact: Any = scene.facts[-1]
+    assert fact.memory.broken == ("sampled_digest_equal",)
 
 
 async def test_somebody_else_resumed_it(journal: JournalThread) -> None:

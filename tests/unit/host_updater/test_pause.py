@@ -12,7 +12,7 @@ from caesura.lifecycle.budget import MIN_BUDGET_S, usable_s
 from caesura_host_updater import steps
 from caesura_host_updater.operation_state import IllegalTransition, Operation, UpdateRun, VmPause
 from caesura_host_updater.pause import decide
-from caesura_host_updater.report import final_report, memory_proof, resumed_fact, update_outcome
+from caesura_host_updater.report import final_report, resumed_fact, shown_by_host, update_outcome
 from caesura_host_updater.schedule import Schedule
 
 START = datetime(2026, 1, 1, tzinfo=UTC)
@@ -216,9 +216,61 @@ def test_changed_memory_fails_the_operation() -> None:
         (101.1, steps.Tick()),
         (101.2, steps.Digested("a", "two")),
     )
-    assert op.failure == "the memory of VM a changed while it stood still"
-    proof = memory_proof(op.vms[0])
-    assert (proof.proof, proof.ok, proof.detail) == ("digest", False, "one became two")
+    assert op.failure == "the memory of VM a changed while it was paused"
+    proof = shown_by_host(op.vms[0])
+    assert (proof.proof, proof.ok, proof.detail) == ("digest", False, "digest differs: one became two")
+
+
+def _with_digests(budget_s: float, **vm: Any) -> Operation:
+    op = operation(update="patch", runs=(UpdateRun(),), update_timeout_s=budget_s)
+    one = VmPause(vm="a", set="web", update_domain=1, **vm)
+    op = msgspec.structs.replace(op, budget_s=budget_s, vms=(one,))
+    op, _ = run(op, (100.0, steps.Begin()), (100.0, steps.Armed()), (100.0, steps.VmFroze("a", 100.0, 100.0)))
+    return op
+
+
+@pytest.mark.parametrize(("took_s", "whole"), [(15.0, True), (20.5, False), (26.9, False)])
+def test_a_long_update_leaves_time_for_a_sampled_digest(took_s: float, whole: bool) -> None:
+    """Of a budget of 30 s no digest of all memory is begun after 20 s; today there was none at all then."""
+    op = _with_digests(30.0, digestible=True, sampleable=True)
+    op, _ = run(op, (100.1, steps.Sampled("a", "s")), (100.2, steps.Digested("a", "d")))
+    ended = 100.2 + took_s
+    op, effects = run(op, (ended, steps.UpdateEnded("", "succeeded", 0, took_s, "")))
+    (digest,) = [each for each in effects if isinstance(each, steps.DigestVms)]
+    assert digest.whole == (frozenset({"a"}) if whole else frozenset())
+    assert digest.until <= op.schedule.resume_at  # type: ignore[union-attr]
+    op, effects = run(
+        op, (ended, steps.Sampled("a", "s")), (ended, steps.Digested("a", "d" if whole else ""))
+    )
+    assert steps.ResumeVms(("a",)) in effects
+    proof = shown_by_host(op.vms[0])
+    assert proof.held == (("digest_equal", "sampled_digest_equal") if whole else ("sampled_digest_equal",))
+    assert ("no time was left" in proof.detail) is not whole
+
+
+def test_a_sample_that_does_not_come_holds_up_neither_the_update_nor_the_resume() -> None:
+    """RAM that was swapped out: a disk is waited for, at most a second, and never beyond the instant of the resume."""
+    op = _with_digests(30.0, sampleable=True)
+    assert op.wake_at == pytest.approx(101.0)
+    op, effects = run(op, (101.0, steps.Tick()))
+    assert any(isinstance(each, steps.RunUpdate) for each in effects)
+    assert shown_by_host(op.vms[0]).held == ()
+    op = _with_digests(30.0, sampleable=True)
+    op, _ = run(op, (100.1, steps.Sampled("a", "s")), (100.1, steps.Digested("a", "")))
+    op, _ = run(op, (127.5, steps.UpdateEnded("", "succeeded", 0, 27.4, "")))
+    assert op.wake_at == op.schedule.resume_at  # type: ignore[union-attr]
+    op, effects = run(op, (128.0, steps.Tick()))
+    assert steps.ResumeVms(("a",)) in effects
+    assert "too long" in shown_by_host(op.vms[0]).detail
+
+
+def test_sampled_pages_that_differ_fail_the_operation() -> None:
+    op = _with_digests(10.0, sampleable=True)
+    op, _ = run(op, (100.1, steps.Sampled("a", "one")), (100.1, steps.Digested("a", "")))
+    op, _ = run(op, (101.0, steps.UpdateEnded("", "succeeded", 0, 0.9, "")))
+    op, _ = run(op, (101.1, steps.Sampled("a", "two")), (101.1, steps.Digested("a", "")))
+    assert op.failure == "the memory of VM a changed while it was paused"
+    assert shown_by_host(op.vms[0]).broken == ("sampled_digest_equal",)
 
 
 def test_report_of_an_overrun_is_never_completed() -> None:

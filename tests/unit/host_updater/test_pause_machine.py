@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from caesura_host_updater import steps
-from caesura_host_updater.operation_state import Operation, UpdateRun, VmPause
+from caesura_host_updater.operation_state import Operation, UpdateRun, VmPause, vm_of
 from caesura_host_updater.pause import decide
+from caesura_host_updater.report import shown_by_host
 
 NAMES = ("a", "b", "c")
 
@@ -23,11 +24,20 @@ class PauseMachine(RuleBasedStateMachine):
         budget_s=st.sampled_from([0.5, 1.0, 2.0, 30.0]),
         kind=st.sampled_from(["hold", "host", "vm", "live", "swap", "swap of an update", "replace"]),
         digestible=st.booleans(),
+        sampleable=st.booleans(),
         faults=st.sets(
             st.sampled_from(["abort", "guard", "refuse", "freeze", "lost", "hurry", "prepare"]), max_size=2
         ),
     )
-    def begin(self, count: int, budget_s: float, kind: str, digestible: bool, faults: set[str]) -> None:
+    def begin(
+        self,
+        count: int,
+        budget_s: float,
+        kind: str,
+        digestible: bool,
+        sampleable: bool,
+        faults: set[str],
+    ) -> None:
         """An operation of some kind, accepted, and what may go wrong with it: few things, so that it gets far."""
         self.faults = faults
         names = NAMES[:count]
@@ -42,7 +52,10 @@ class PauseMachine(RuleBasedStateMachine):
             hold_s=0.1 if kind == "hold" else 0.0,
             update="" if kind in ("hold", "swap") else "patch",
             update_timeout_s=budget_s,
-            vms=tuple(VmPause(vm=name, set="s", update_domain=0, digestible=digestible) for name in names),
+            vms=tuple(
+                VmPause(vm=name, set="s", update_domain=0, digestible=digestible, sampleable=sampleable)
+                for name in names
+            ),
             runs=runs,
         )
         self.arming = self.disarming = False
@@ -97,6 +110,10 @@ class PauseMachine(RuleBasedStateMachine):
                 self.freezing = set(self.world)
                 self.called = set(self.world)
             case steps.DigestVms():
+                assert schedule is not None
+                assert self.now < effect.until <= schedule.resume_at
+                assert not effect.whole or effect.until <= schedule.digest_until
+                assert effect.whole <= {vm.vm for vm in self.op.vms if vm.digestible}
                 self.digesting |= set(effect.vms)
             case steps.RunUpdate():
                 assert not self.aborted, "update started after an abort"
@@ -214,10 +231,12 @@ class PauseMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.digesting)
     @rule(digest=st.sampled_from(["x", "x", "y", ""]), data=st.data())
     def digest_ends(self, digest: str, data: st.DataObject) -> None:
-        """A digest, or none."""
+        """A digest, or none; before it the sampled pages, where they are looked at."""
         vm = data.draw(st.sampled_from(sorted(self.digesting)))
         self.digesting.discard(vm)
-        self.feed(steps.Digested(vm, digest))
+        if vm_of(self.op, vm).sampleable:
+            self.feed(steps.Sampled(vm, data.draw(st.sampled_from(["x", "x", "y", ""]))))
+        self.feed(steps.Digested(vm, digest if vm_of(self.op, vm).digestible else ""))
 
     @precondition(lambda self: self.updating)
     @rule(outcome=st.sampled_from(["succeeded", "failed"]), data=st.data())
@@ -296,6 +315,8 @@ class PauseMachine(RuleBasedStateMachine):
             assert not self.op.failure
             assert self.op.method == "live" or all(vm.frozen_at is not None for vm in self.op.vms)
             assert all(run.outcome == "succeeded" for run in self.op.runs)
+            for vm in self.op.vms:
+                assert not shown_by_host(vm).broken, "memory changed, and the operation says completed (I3)"
         if self.op.end == "cancelled":
             assert not self.op.paused
             assert not any(run.started for run in self.op.runs)

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from caesura.contract.messages import AgentClockSynced
-from caesura_host_updater.clock import ClockWait, heartbeat, judge, unsynced
+from caesura.contract.messages import AgentClockSynced, CanaryReport
+from caesura_host_updater.clock import ClockWait, judge, same_boot, shown_by_guest, unsynced
 from caesura_host_updater.drivers.freezers import freezer_mounts, own_cgroups
 from caesura_host_updater.guard.intent import Catch, Fired, Intent
 from caesura_host_updater.operation_state import Operation, UpdateRun, VmPause
@@ -148,11 +148,40 @@ def test_clock_verdict(changes: dict[str, Any], synced: bool, why: str) -> None:
     assert bool(verdict.reason) is not synced
 
 
-def test_memory_by_heartbeat() -> None:
-    assert heartbeat("x", "x").ok
-    assert not heartbeat("x", "y").ok
-    assert (heartbeat("", "y").proof, heartbeat("", "y").ok) == ("none", True)
+def test_a_boot_id_shows_that_a_guest_did_not_reboot_and_no_more() -> None:
+    assert same_boot("x", "x").held == ("not_rebooted",)
+    assert same_boot("x", "y").broken == ("not_rebooted",)
+    assert (same_boot("", "y").held, same_boot("", "y").ok) == ((), True)
     assert unsynced("host-1", WAIT, "silent", NOW).memory is None
+
+
+@pytest.mark.parametrize(
+    ("canary", "held", "broken", "words"),
+    [
+        (None, ("not_rebooted",), (), "not rebooted"),
+        (CanaryReport(pages=0), ("not_rebooted",), (), "not rebooted"),
+        (CanaryReport(pages=8, writes=50), ("canary_equal", "not_rebooted"), (), "canary equal: 8 pages"),
+        (
+            CanaryReport(pages=8, bad_pages=2, writes=50, detail="page 3 is stale"),
+            ("not_rebooted",),
+            ("canary_equal",),
+            "canary differs: 2 of 8 pages of 4096 bytes: page 3 is stale",
+        ),
+        (
+            CanaryReport(pages=8, writes=39),
+            ("not_rebooted",),
+            ("canary_equal",),
+            "all memory is an older copy",
+        ),
+    ],
+)
+def test_what_the_guest_shows_of_its_memory(
+    canary: CanaryReport | None, held: tuple[str, ...], broken: tuple[str, ...], words: str
+) -> None:
+    wait = ClockWait("web-1", "web", 0, "op", 0.1, boot_id="b", canary_writes=40)
+    found = shown_by_guest(wait, told(boot_id="b", canary=canary))
+    assert (found.held, found.broken, found.ok) == (held, broken, not broken)
+    assert words in found.detail
 
 
 MOUNTS = """\

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal
 
-from caesura.contract.messages import Method, VmState
+from caesura.contract.messages import Method, ProofCode, VmState
 from caesura_host_updater.drivers.digest import digest_of
 from caesura_host_updater.drivers.port import (
     Capabilities,
@@ -33,6 +33,7 @@ from caesura_host_updater.drivers.qemu.preparing import Preparer
 from caesura_host_updater.drivers.qemu.qmp import QmpFailed, QmpTimeout
 from caesura_host_updater.drivers.qemu.records import Records
 from caesura_host_updater.drivers.qemu.trial import Trials
+from caesura_host_updater.drivers.sampling import sampled_digest_of
 from caesura_host_updater.guard.guest import NOT_OURS
 from caesura_host_updater.guard.plans import Plan, QemuPlan
 from caesura_host_updater.hostfile import VmSpec
@@ -123,7 +124,17 @@ class QemuDriver:
                 missing["freeze"] = why
         can = tuple(method for method in _METHODS if method not in missing)
         agent = guest.run.agent if guest.run is not None else guest.spec.qemu is not None
-        return Capabilities(methods=can, missing=missing, clock="system" if agent else "none")
+        ram = self._ram(guest)
+        digests: tuple[ProofCode, ...] = () if isinstance(ram, str) else ("sampled_digest_equal",)
+        if self.memory_size(vm):
+            digests = ("digest_equal", *digests)
+        return Capabilities(
+            methods=can,
+            missing=missing,
+            clock="system" if agent else "none",
+            digests=digests,
+            no_digest=ram if isinstance(ram, str) else "",
+        )
 
     def states(self) -> Mapping[str, VmState]:
         """As QEMU's events and the kernel say; nothing is waited for."""
@@ -293,10 +304,24 @@ class QemuDriver:
         if isinstance(ram, str):
             raise NotPossible(vm, ram)
         if ram.size > self._max_digest_bytes:
-            raise NotPossible(vm, f"its RAM of {ram.size} bytes is above the limit for digests")
+            raise NotPossible(
+                vm,
+                f"its RAM of {ram.size} bytes is above the limit for digests of all memory, {self._max_digest_bytes} bytes",
+            )
         loop = asyncio.get_running_loop()
         try:
             return await loop.run_in_executor(self._threads, _digest, Path(ram.file), ram.size, stop_at)
+        except (OSError, ValueError) as error:
+            raise DriverError(vm, f"its RAM file cannot be read: {error}") from error
+
+    async def sampled_digest(self, vm: str, seed: str) -> str:
+        """BLAKE2b over pages of the guest's RAM file."""
+        ram = self._ram(self._guests[vm])
+        if isinstance(ram, str):
+            raise NotPossible(vm, ram)
+        loop = asyncio.get_running_loop()
+        try:
+            return await loop.run_in_executor(self._threads, sampled_digest_of, Path(ram.file), seed)
         except (OSError, ValueError) as error:
             raise DriverError(vm, f"its RAM file cannot be read: {error}") from error
 

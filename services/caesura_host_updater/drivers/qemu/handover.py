@@ -9,9 +9,10 @@ from __future__ import annotations
 import asyncio
 import signal
 import time
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from typing import Any, NamedTuple
 
+from caesura_host_updater.drivers.qemu.memory_views import Compared
 from caesura_host_updater.drivers.qemu.qmp import Event, Qmp, QmpClosed, QmpFailed, Watch
 from caesura_host_updater.guard.claims import claim
 from caesura_host_updater.guard.plans import ReplacePlan, SwapPlan
@@ -20,17 +21,28 @@ from caesura_host_updater.guard.procfs import alive, send_signal
 _STATE_BYTES = 1 << 20  # device state is 0.2 to 0.4 MB
 _DEATH_S = 0.3  # s: from the end of a process's connections to its own
 _LOOK_S = 0.001
+_COMPARE_S = (
+    0.1  # s: 0.3 ms is usual, beside two QMP answers; RAM that was swapped out must not prolong the pause
+)
+
+Compare = Callable[[], Awaitable[Compared]]
+"""Compares sampled pages of the guest's RAM in both processes, while the guest is paused."""
 
 
 class HandOverFailed(Exception):
     """The new process does not run the guest, as far as we know; the text says why."""
 
 
+class MemoryDiffers(HandOverFailed):
+    """The new process has other memory than the old one; the old one still has the guest."""
+
+
 class Handed(NamedTuple):
-    """When the guest stopped in the old process and went on in the new one, on CLOCK_MONOTONIC."""
+    """When the guest stopped in the old process and continued in the new one, on CLOCK_MONOTONIC; what was shown of its memory."""
 
     stopped_at: float
     resumed_at: float
+    compared: Compared
 
 
 def is_verdict(event: Event) -> bool:
@@ -62,13 +74,14 @@ async def late_activation(qmp: Qmp) -> bool:
 
 
 async def run_hand_over(
-    old: Qmp, new: Qmp, plan: SwapPlan, uri: str, by: float, *, moved_bytes: int
+    old: Qmp, new: Qmp, plan: SwapPlan, uri: str, by: float, compare: Compare, *, moved_bytes: int
 ) -> Handed:
     """Do it. Ends by ``by`` whatever hangs; then nothing of it continues by itself but QEMU's own migration.
 
     ``moved_bytes``: the RAM blocks beside the guest's shared RAM (firmware, video), which are copied.
 
     Raises:
+        MemoryDiffers: before the new process was given the guest.
         HandOverFailed, QmpFailed: the guard's way out decides who runs the guest.
     """
     began_at = time.monotonic()
@@ -77,8 +90,13 @@ async def run_hand_over(
             async with asyncio.timeout_at(asyncio.get_running_loop().time() + by - time.monotonic()):
                 await old.execute("migrate", uri=uri)
                 await _both_completed(told_by_old, told_by_new)
-                status, moved = await asyncio.gather(new.status(), old.execute("query-migrate"))
+                # Both have stopped for good here: a disk's last reads have ended, and nothing writes to RAM until `cont`.
+                status, moved, compared = await asyncio.gather(
+                    new.status(), old.execute("query-migrate"), _in_time(compare)
+                )
                 _check(status, moved, moved_bytes + _STATE_BYTES)
+                if compared.equal is False:
+                    raise MemoryDiffers(f"the new process has other memory than the guest: {compared.note}")
                 if not alive(plan.new.pid, plan.new.start_ticks):
                     raise HandOverFailed("the new process died when it had the whole state")
                 take_from(plan, f"new:{plan.new.pid}:{plan.new.start_ticks}")
@@ -86,7 +104,17 @@ async def run_hand_over(
         except TimeoutError:
             raise HandOverFailed("the new process did not take the guest over in time") from None
         stopped_at = next((event.at for event in told_by_old.events if event.name == "STOP"), began_at)
-        return Handed(stopped_at, resumed.at)
+        return Handed(stopped_at, resumed.at, compared)
+
+
+async def _in_time(compare: Compare) -> Compared:
+    """A proof that takes too long is given up, not waited for: the guest is paused."""
+    looking = asyncio.ensure_future(compare())
+    done, _ = await asyncio.wait({looking}, timeout=_COMPARE_S)
+    if not done:
+        looking.add_done_callback(lambda task: task.cancelled() or task.exception())
+        return Compared(None, f"comparing the sampled pages took longer than {_COMPARE_S:g} s")
+    return looking.result()
 
 
 def take_from(plan: SwapPlan | ReplacePlan, text: str) -> None:

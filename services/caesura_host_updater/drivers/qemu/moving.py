@@ -15,17 +15,20 @@ import structlog
 
 from caesura_host_updater.detached import ExitWatch, reap
 from caesura_host_updater.drivers.port import FreezeFailed, HandOver, SwapFailed
+from caesura_host_updater.drivers.qemu import commandline
 from caesura_host_updater.drivers.qemu.checkpointing import save_state
 from caesura_host_updater.drivers.qemu.compatibility import differences
 from caesura_host_updater.drivers.qemu.guest import Guest, NotAttached, Prepared
 from caesura_host_updater.drivers.qemu.handover import (
     Handed,
     HandOverFailed,
+    MemoryDiffers,
     error_of_migration,
     run_hand_over,
 )
 from caesura_host_updater.drivers.qemu.hurrying import Hurry
 from caesura_host_updater.drivers.qemu.launching import Launcher
+from caesura_host_updater.drivers.qemu.memory_views import Compared, NoView, Views, open_views
 from caesura_host_updater.drivers.qemu.observer import read_snapshot
 from caesura_host_updater.drivers.qemu.qmp import Qmp, QmpFailed, Watch
 from caesura_host_updater.drivers.qemu.records import Records, Run
@@ -50,6 +53,7 @@ _END_S = 2.0  # s: for a killed process to be dead
 _AGAIN_S = 0.005  # s: between two tries of the way out
 _LONGEST_AGAIN_S = 0.1  # s
 _ERROR_S = 0.3  # s: for the old process to say why
+_VIEWS_S = 2.0  # s: to find and open both processes' mappings of the RAM, before the pause: 3 ms is usual
 
 _log = structlog.get_logger("caesura.qemu")
 
@@ -72,31 +76,65 @@ class Mover:
         prepared, old = guest.prepared, guest.qmp
         if prepared is None or prepared.qmp is None or not isinstance(prepared.plan, SwapPlan) or old is None:
             raise SwapFailed(guest.vm, "no swap was prepared")
-        called_at = time.monotonic()
-        if called_at >= by:
-            raise SwapFailed(guest.vm, "it was too late to begin")
-        if guest.state != "running":
-            raise SwapFailed(guest.vm, f"is {guest.state} before anything was done")
+        views = await self._views(guest, prepared.operation, prepared.plan)
         try:
-            await _begin(prepared, old)
-        except (HandOverFailed, QmpFailed, OSError) as error:
-            raise SwapFailed(guest.vm, str(error)) from error
-        limit = min(by, called_at + _HAND_OVER_S)
-        channel = str(self._launcher.folder(guest.vm) / "mig")
-        with old.watch() as told:
+            if guest.state != "running":
+                raise SwapFailed(guest.vm, f"is {guest.state} before anything was done")
+            if time.monotonic() >= by:
+                raise SwapFailed(guest.vm, "it was too late to begin")
             try:
-                with self._hurry((prepared.plan.old.pid, prepared.plan.new.pid)):
-                    handed = await run_hand_over(
-                        old,
-                        prepared.qmp,
-                        prepared.plan,
-                        f"unix:{channel}",
-                        limit,
-                        moved_bytes=prepared.moved_bytes,
-                    )
+                await _begin(prepared, old)
             except (HandOverFailed, QmpFailed, OSError) as error:
-                return await self._failed_hand_over(guest, prepared, str(error), called_at, told)
-        return self._committed(guest, prepared, handed, called_at)
+                raise SwapFailed(guest.vm, str(error)) from error
+            called_at = time.monotonic()
+            limit = min(by, called_at + _HAND_OVER_S)
+            channel = str(self._launcher.folder(guest.vm) / "mig")
+            with old.watch() as told:
+                try:
+                    with self._hurry((prepared.plan.old.pid, prepared.plan.new.pid)):
+                        handed = await run_hand_over(
+                            old,
+                            prepared.qmp,
+                            prepared.plan,
+                            f"unix:{channel}",
+                            limit,
+                            lambda: self._compare(views),
+                            moved_bytes=prepared.moved_bytes,
+                        )
+                except (HandOverFailed, QmpFailed, OSError) as error:
+                    return await self._failed_hand_over(guest, prepared, error, called_at, told)
+            return self._committed(guest, prepared, handed, called_at)
+        finally:
+            if isinstance(views, Views):
+                views.close()
+
+    async def _views(self, guest: Guest, operation: str, plan: SwapPlan) -> Views | str:
+        """What is compared inside the pause, opened before it; or why nothing can be."""
+        memory = commandline.memory_of(guest.run.argv) if guest.run is not None else "it is not running"
+        if isinstance(memory, str):
+            return memory
+        opening = asyncio.get_running_loop().run_in_executor(
+            self._threads,
+            open_views,
+            plan.old.pid,
+            plan.new.pid,
+            memory.file,
+            memory.size,
+            f"{operation}/{guest.vm}",
+        )
+        done, _ = await asyncio.wait({opening}, timeout=_VIEWS_S)
+        if not done:
+            opening.add_done_callback(_closed_unused)
+            return f"the mappings of its RAM were not found within {_VIEWS_S:g} s"
+        try:
+            return opening.result()
+        except NoView as error:
+            return str(error)
+
+    async def _compare(self, views: Views | str) -> Compared:
+        if isinstance(views, str):
+            return Compared(None, views)
+        return await asyncio.get_running_loop().run_in_executor(self._threads, views.compare)
 
     def _committed(self, guest: Guest, prepared: Prepared, handed: Handed, called_at: float) -> HandOver:
         former, new, plan = guest.run, prepared.qmp, prepared.plan
@@ -118,15 +156,18 @@ class Mover:
             frozen_at=max(called_at, handed.stopped_at),
             resumed_at=max(called_at, handed.stopped_at, handed.resumed_at),
             detail=prepared.detail,
+            sampled=handed.compared.equal,
+            sampled_note=handed.compared.note,
         )
 
     async def _failed_hand_over(
-        self, guest: Guest, prepared: Prepared, why: str, called_at: float, told_by_old: Watch
+        self, guest: Guest, prepared: Prepared, error: Exception, called_at: float, told_by_old: Watch
     ) -> HandOver:
+        differs = str(error) if isinstance(error, MemoryDiffers) else ""
         stopped_at = _at("STOP", told_by_old)
         state = await self.way_out(guest, time.monotonic() + _WAY_OUT_S)
         resumed_at = time.monotonic()
-        reasons = [why, *claims.failures(prepared.plan.claims)]
+        reasons = [str(error), *claims.failures(prepared.plan.claims)]
         if words := last_words(self._records.next_log(guest.vm)):
             reasons.append(f"the new QEMU said: {words}")
         if state == "running":
@@ -135,7 +176,11 @@ class Mover:
                 # The guard was quicker, or an answer was lost: the new process has it all the same.
                 detail = f"{prepared.detail} ({'; '.join(reasons)})"
                 return HandOver(
-                    called_at=called_at, frozen_at=called_at, resumed_at=resumed_at, detail=detail
+                    called_at=called_at,
+                    frozen_at=called_at,
+                    resumed_at=resumed_at,
+                    detail=detail,
+                    sampled_note="the swap was not ended by the host updater, so nothing was compared",
                 )
             if guest.qmp is not None and (told := await error_of_migration(guest.qmp, _ERROR_S)):
                 reasons.append(f"the old QEMU said: {told}")
@@ -147,7 +192,11 @@ class Mover:
         if stopped_at is not None and state == "running":
             back_at = max(stopped_at, _at("RESUME", told_by_old) or resumed_at)
         raise SwapFailed(
-            guest.vm, "; ".join(dict.fromkeys(reasons)), frozen_at=stopped_at, resumed_at=back_at
+            guest.vm,
+            "; ".join(dict.fromkeys(reasons)),
+            frozen_at=stopped_at,
+            resumed_at=back_at,
+            differs=differs,
         )
 
     async def checkpoint(self, guest: Guest, by: float, *, gone: bool) -> None:
@@ -302,6 +351,11 @@ async def _begin(prepared: Prepared, qmp: Qmp) -> None:
             raise HandOverFailed(f"it was changed since it was compared: {'; '.join(wrong)}")
     claims.note_begun(str(prepared.claims))
     prepared.begun = True
+
+
+def _closed_unused(opening: asyncio.Future[Views]) -> None:
+    if not opening.cancelled() and opening.exception() is None:
+        opening.result().close()
 
 
 def _at(name: str, told: Watch) -> float | None:

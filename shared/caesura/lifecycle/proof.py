@@ -1,0 +1,100 @@
+"""What was shown about a guest's memory: the words for it, what counts as proof, what a policy asks for. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from typing import Literal, get_args
+
+from caesura.contract.messages import MemoryProof, Method, Policy, ProofCode
+
+WORDS: dict[ProofCode, str] = {
+    "not_rebooted": "not rebooted",
+    "canary_equal": "canary equal",
+    "sampled_digest_equal": "sampled digest equal",
+    "digest_equal": "digest equal",
+}
+"""The exact words, everywhere that people read."""
+BROKEN_WORDS: dict[ProofCode, str] = {
+    "not_rebooted": "rebooted",
+    "canary_equal": "canary differs",
+    "sampled_digest_equal": "sampled digest differs",
+    "digest_equal": "digest differs",
+}
+NONE = "nothing shown"
+_PAUSED: frozenset[Method] = frozenset({"swap", "freeze", "replace"})
+"""The methods that promise to keep memory and pause the guest."""
+_OF_MEMORY: frozenset[ProofCode] = frozenset({"canary_equal", "sampled_digest_equal", "digest_equal"})
+_ORDER: tuple[ProofCode, ...] = tuple(reversed(get_args(ProofCode)))
+"""The strongest first."""
+
+
+def ordered(codes: Iterable[ProofCode]) -> tuple[ProofCode, ...]:
+    """Each once, the strongest first."""
+    found = set(codes)
+    return tuple(code for code in _ORDER if code in found)
+
+
+def in_words(codes: Iterable[ProofCode]) -> str:
+    """``digest equal, not rebooted``; ``nothing shown`` for none."""
+    return ", ".join(WORDS[code] for code in ordered(codes)) or NONE
+
+
+def is_proof(codes: Collection[ProofCode]) -> bool:
+    """Whether this shows that memory is what it was; that a guest did not reboot says nothing of its pages."""
+    return bool(_OF_MEMORY & set(codes))
+
+
+def held_codes(memory: MemoryProof | None) -> tuple[ProofCode, ...]:
+    """What was shown; also for a message of the first v1, which has no codes."""
+    if memory is None:
+        return ()
+    if memory.held or memory.broken or not memory.ok:
+        return memory.held
+    return _legacy(memory)
+
+
+def broken_codes(memory: MemoryProof | None) -> tuple[ProofCode, ...]:
+    """What was looked at and is not so."""
+    if memory is None or memory.ok:
+        return ()
+    return memory.broken or _legacy(memory)
+
+
+def _legacy(memory: MemoryProof) -> tuple[ProofCode, ...]:
+    codes: dict[str, ProofCode] = {"digest": "digest_equal", "heartbeat": "not_rebooted"}
+    return (codes[memory.proof],) if memory.proof in codes else ()
+
+
+def memory_proof(
+    held: Iterable[ProofCode] = (), broken: Iterable[ProofCode] = (), detail: str = ""
+) -> MemoryProof:
+    """The record, with what readers of the first v1 look at: these get no word for samples, which are not all of memory."""
+    good, bad = ordered(held), ordered(broken)
+    kind: Literal["digest", "heartbeat", "none"] = "none"
+    if "digest_equal" in (*good, *bad) or "sampled_digest_equal" in bad:
+        kind = "digest"
+    elif good or bad:
+        kind = "heartbeat" if {"not_rebooted", "canary_equal"} & {*good, *bad} else "none"
+    return MemoryProof(proof=kind, ok=not bad, detail=detail[:4096], held=good, broken=bad)
+
+
+def combined(*proofs: MemoryProof | None) -> MemoryProof | None:
+    """Several looks at one guest as one; None if there was none."""
+    seen = [proof for proof in proofs if proof is not None]
+    if not seen:
+        return None
+    detail = "; ".join(dict.fromkeys(proof.detail for proof in seen if proof.detail))
+    return memory_proof(
+        [code for proof in seen for code in held_codes(proof)],
+        [code for proof in seen for code in broken_codes(proof)],
+        detail,
+    )
+
+
+def asks_for_proof(policy: Policy, method: Method) -> bool:
+    """Whether a pause by this method halts the rollout unless memory was shown to be what it was."""
+    if method not in _PAUSED:
+        return False  # nothing pauses, or a reboot, which keeps no memory
+    if policy.on_unproven is None:
+        return method in ("swap", "replace")
+    return policy.on_unproven == "halt"

@@ -25,6 +25,7 @@ from caesura.contract.messages import (
 from caesura.contract.names import own_set
 from caesura.lifecycle.budget import MIN_BUDGET_S, PREPARE_S, usable_s
 from caesura_coordinator.fleet import Fleet
+from caesura_coordinator.proofs import planned_proofs, unprovable
 
 _WAVE_OVERHEAD_S = 2.0  # s: commands, resumes and clock-sync around a pause, for the estimate only
 _SWAP_PAUSE_S = 1.0  # s: far more than the milliseconds that a swap takes; what an event promises at most
@@ -254,6 +255,7 @@ def _members(
             ):
                 continue
             method, reason = _method(vm, record, hold_s=hold_s)
+            expected_s = hold_s or record.expected_s
             planned = PlannedVm(
                 vm=vm.vm,
                 set=vm.set,
@@ -263,11 +265,16 @@ def _members(
                 method=method,
                 reason=reason,
                 agent=vm.agent,
+                proofs=planned_proofs(vm, method, policy, expected_s),
             )
             if vm.state == "stopped":
-                skipped.append(msgspec.structs.replace(planned, method="skip", reason="the VM is stopped"))
+                skipped.append(
+                    msgspec.structs.replace(planned, method="skip", reason="the VM is stopped", proofs=())
+                )
             elif method == "skip":
                 refusals.append(Refusal(subject=vm.vm, reason=reason))
+            elif why := unprovable(vm, planned, policy):
+                refusals.append(Refusal(subject=vm.vm, reason=why[:4096]))
             else:
                 members.append(
                     _Member(host=host, vm=vm, planned=planned, domain=domain_of(vm, policy.domain_key))

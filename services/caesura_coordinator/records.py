@@ -14,6 +14,7 @@ from caesura.contract.messages import (
     Plan,
     PlannedVm,
     Policy,
+    ProofCode,
     RolloutState,
     RolloutStatus,
     UpdateOutcome,
@@ -56,11 +57,15 @@ class HostOperation(Frozen, frozen=True, kw_only=True):
 
 
 class ClockVerdict(Frozen, frozen=True, kw_only=True):
-    """The host's verdict on one VM's clock after the resume."""
+    """The host's verdict on one VM's clock after the resume, and what was shown of its memory from inside."""
 
     synced: bool
     error_after_s: float | None = None
     memory_ok: bool | None = None
+    """What a coordinator wrote that knew no codes."""
+    held: tuple[ProofCode, ...] = ()
+    broken: tuple[ProofCode, ...] = ()
+    memory_detail: str = ""
     reason: str = ""
 
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from caesura.contract.messages import Policy
-from caesura_coordinator.records import Wave
+from caesura.contract.messages import MemoryProof, Policy
+from caesura.lifecycle.proof import BROKEN_WORDS
+from caesura_coordinator.proofs import unproven
+from caesura_coordinator.records import ClockVerdict, Wave
 
 
 def verify(wave: Wave, policy: Policy) -> tuple[list[str], list[str]]:
     """What is wrong with the wave for good, and what is not known yet."""
     wrong: list[str] = []
     missing: list[str] = []
+    paused: dict[str, MemoryProof | None] = {}
     for operation in (*wave.done, *wave.operations):
         told = {result.vm for result in operation.vms}
         wrong += [
@@ -18,6 +21,8 @@ def verify(wave: Wave, policy: Policy) -> tuple[list[str], list[str]]:
             if vm.host == operation.host and vm.vm not in told
         ]
         for result in operation.vms:
+            if result.frozen:
+                paused[result.vm] = result.memory
             if result.state != "running":
                 wrong.append(f"{result.vm} is {result.state} after the resume")
             if result.pause_s > policy.budget_s:
@@ -30,17 +35,28 @@ def verify(wave: Wave, policy: Policy) -> tuple[list[str], list[str]]:
         clock = wave.clocks.get(vm.vm)
         if clock is None:
             missing.append(f"{vm.vm}: no verdict on its clock")
+            if vm.vm in paused and (why := unproven(vm, policy, paused[vm.vm], None)):
+                missing.append(f"{why}; its guest has not answered")
             continue
-        if clock.memory_ok is False:
-            wrong.append(f"{vm.vm} is not the guest it was before the pause (heartbeat)")
-        if policy.on_unsynced == "halt" and not clock.synced:
-            wrong.append(f"{vm.vm} is unsynced: {clock.reason or 'its clock could not be put right'}")
-        elif (
-            policy.on_unsynced == "halt"
-            and clock.error_after_s is not None
-            and abs(clock.error_after_s) > policy.clock_bound_s
-        ):
-            wrong.append(
-                f"{vm.vm} is {clock.error_after_s:+.3f} s off after its sync (bound {policy.clock_bound_s:g} s)"
-            )
+        wrong += _of_memory(vm.vm, clock)
+        if vm.vm in paused and (why := unproven(vm, policy, paused[vm.vm], clock)):
+            wrong.append(why)
+        if policy.on_unsynced == "halt":
+            wrong += _of_clock(vm.vm, clock, policy.clock_bound_s)
     return wrong, missing
+
+
+def _of_clock(vm: str, verdict: ClockVerdict, bound_s: float) -> list[str]:
+    if not verdict.synced:
+        return [f"{vm} is unsynced: {verdict.reason or 'its clock could not be corrected'}"]
+    if verdict.error_after_s is not None and abs(verdict.error_after_s) > bound_s:
+        return [f"{vm} is {verdict.error_after_s:+.3f} s off after its sync (bound {bound_s:g} s)"]
+    return []
+
+
+def _of_memory(vm: str, verdict: ClockVerdict) -> list[str]:
+    """What the guest itself showed to be wrong with its memory."""
+    broken = verdict.broken or (("not_rebooted",) if verdict.memory_ok is False else ())
+    words = [BROKEN_WORDS[code] for code in broken]
+    detail = f": {verdict.memory_detail}" if verdict.memory_detail else ""
+    return [f"{vm} is not the guest it was before the pause ({', '.join(words)}){detail}"] if words else []

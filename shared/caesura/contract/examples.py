@@ -14,7 +14,12 @@ _T0 = datetime(2026, 4, 20, 22, 11, 58, tzinfo=UTC)
 _EVENT = "C7061BAC-AFDC-4513-B24B-AA5F13A16123"
 _OPERATION = "0b6c1d8e-6a55-5b54-9a3d-2f4f0a5c9f01"
 _ROLLOUT = "20260420-221158-1f3a"
-_MEMORY = m.MemoryProof(proof="digest", ok=True, detail="blake2b of 1048576 bytes")
+_MEMORY = m.MemoryProof(
+    proof="digest",
+    ok=True,
+    detail="sampled digest equal: 5d0c; digest equal: 9a41",
+    held=("digest_equal", "sampled_digest_equal"),
+)
 
 
 class Example(msgspec.Struct, frozen=True):
@@ -34,6 +39,7 @@ def examples() -> list[Example]:
         host="host-1",
         method="freeze",
         reason="the update is of scope host: every VM of the host pauses",
+        proofs=("digest_equal", "sampled_digest_equal", "canary_equal", "not_rebooted"),
     )
     wave = m.WaveState(
         wave=0,
@@ -149,6 +155,9 @@ def examples() -> list[Example]:
                         methods=("live", "freeze"),
                         methods_missing={"swap": "the process driver has no second process to swap to"},
                         clock="simulated",
+                        proofs={
+                            "freeze": ("digest_equal", "sampled_digest_equal", "canary_equal", "not_rebooted")
+                        },
                     ),
                 ),
                 updates=(
@@ -238,7 +247,12 @@ def examples() -> list[Example]:
                 error_after_s=0.0003,
                 uncertainty_s=0.0004,
                 simulated=True,
-                memory=m.MemoryProof(proof="heartbeat", ok=True, detail="same boot id"),
+                memory=m.MemoryProof(
+                    proof="heartbeat",
+                    ok=True,
+                    detail="not rebooted: boot id f3b1c2; canary equal: 1024 pages of 4096 bytes",
+                    held=("canary_equal", "not_rebooted"),
+                ),
                 at=_T0,
             ),
             vm_place,
@@ -255,7 +269,15 @@ def examples() -> list[Example]:
             {"host": "host-1", "vm": "web-1"},
         ),
         Example(
-            m.AgentPresence(vm="web-1", online=True, boot_id="f3b1c2", clock="simulated"), {"vm": "web-1"}
+            m.AgentPresence(
+                vm="web-1",
+                online=True,
+                boot_id="f3b1c2",
+                clock="simulated",
+                canary_bytes=4_194_304,
+                canary_writes=5120,
+            ),
+            {"vm": "web-1"},
         ),
         Example(m.VmReady(vm="web-1", event_id=_EVENT, ready=True), {"vm": "web-1"}),
         Example(
@@ -274,6 +296,7 @@ def examples() -> list[Example]:
                 uncertainty_s=0.0004,
                 exchanges=16,
                 simulated=True,
+                canary=m.CanaryReport(pages=1024, writes=5184),
             ),
             {"vm": "web-1"},
         ),

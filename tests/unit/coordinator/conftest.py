@@ -26,6 +26,11 @@ def record(vm: str, set_name: str = "web", domain: int = 0, **changes: object) -
         "state": "running",
         "methods": ("live", "freeze"),
         "methods_missing": {"swap": "no second process to swap to", "reboot": "cannot reboot"},
+        "proofs": {
+            "swap": ("sampled_digest_equal", "not_rebooted"),
+            "freeze": ("digest_equal", "sampled_digest_equal", "not_rebooted"),
+            "replace": ("digest_equal", "sampled_digest_equal", "not_rebooted"),
+        },
     }
     return m.VmRecord(**{**values, **changes})  # type: ignore[arg-type]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -293,3 +294,99 @@ def test_a_selected_vm_whose_host_lacks_the_update_is_named(
     plan = make_plan(everybody, update="patch", selection=m.Selection(vms=("w1", "w2")), policy=m.Policy())
     assert [vm.vm for vm in plan.skipped] == ["w2"]
     assert "does not define the update" in plan.skipped[0].reason
+
+
+# -- proof of memory (I3) -----------------------------------------------------------------------------------
+
+INSTEAD = m.UpdateRecord(
+    update="patch", impact="pause", scope="host", expected_s=1, timeout_s=9, vmm="instead"
+)
+BESIDE = m.UpdateRecord(
+    update="patch", impact="pause", scope="vm", expected_s=600, timeout_s=900, vmm="beside"
+)
+AGENT_ONLY: dict[str, tuple[m.ProofCode, ...]] = dict.fromkeys(
+    ("swap", "freeze", "replace"), ("not_rebooted",)
+)
+
+
+def _planned(plan: m.Plan) -> dict[str, tuple[str, ...]]:
+    return {vm.vm: vm.proofs for wave in plan.waves for vm in wave.vms}
+
+
+def test_the_plan_says_for_each_vm_what_will_be_shown_of_its_memory(
+    build: Build, host: Host, fleet: MakeFleet
+) -> None:
+    small = build("w1")
+    large = build("w2", proofs={"freeze": ("sampled_digest_equal",)}, agent=False)
+    bare = build("w3", proofs={"freeze": ()}, agent=False)
+    assert _planned(_plan(fleet(host("h1", small, large, bare)))) == {
+        "w1": ("digest_equal", "sampled_digest_equal", "not_rebooted"),
+        "w2": ("sampled_digest_equal",),
+        "w3": (),
+    }
+
+
+@pytest.mark.parametrize(
+    ("expected_s", "budget_s", "whole"),
+    [(2, 30, True), (19, 30, True), (19.5, 30, False), (26.9, 30, False), (1, 2, False)],
+)
+def test_no_digest_of_all_memory_is_promised_where_the_update_leaves_no_time(
+    expected_s: float, budget_s: float, whole: bool, build: Build, host: Host, fleet: MakeFleet
+) -> None:
+    """An update of 20 to 27 s of a budget of 30 s: the host begins no digest of all memory after 20 s."""
+    patch = m.UpdateRecord(update="patch", impact="pause", scope="host", expected_s=expected_s, timeout_s=29)
+    plan = _plan(fleet(host("h1", build("w1"), updates=(patch,))), budget_s=budget_s, on_unproven="halt")
+    assert ("digest_equal" in _planned(plan)["w1"]) is whole
+    assert "sampled_digest_equal" in _planned(plan)["w1"]
+
+
+@pytest.mark.parametrize("update", [INSTEAD, BESIDE])
+@pytest.mark.parametrize("proofs", [AGENT_ONLY, {"freeze": ("digest_equal",)}, {}, None])
+def test_a_vm_of_which_nothing_can_be_shown_is_refused_by_name_before_another_process_takes_it_over(
+    update: m.UpdateRecord, proofs: Any, build: Build, host: Host, fleet: MakeFleet
+) -> None:
+    able = build(
+        "w1", methods=("live", "freeze", "swap", "replace"), proofs=proofs, no_digest="its RAM is private"
+    )
+    one = fleet(host("h1", able, build("w2", methods=able.methods), updates=(update,)))
+    plan = _plan(one)
+    assert set(_reasons(plan)) == {"w1"}
+    reason = _reasons(plan)["w1"]
+    assert "--on-unproven proceed" in reason
+    assert "CAESURA_VM_AGENT_CANARY_BYTES" in reason
+    assert ("its RAM is private" in reason) is (proofs is not None)
+    assert ("update the host updater" in reason) is (proofs is None)
+    assert ("not rebooted is no proof" in reason) is (proofs is AGENT_ONLY)
+    assert not _plan(one, on_unproven="proceed").refusals
+
+
+def test_a_freeze_is_refused_for_want_of_a_proof_only_when_asked(
+    build: Build, host: Host, fleet: MakeFleet
+) -> None:
+    """The same process keeps the memory, so a freeze is not asked for a proof by default."""
+    one = fleet(host("h1", build("w1", proofs=AGENT_ONLY)))
+    assert not _plan(one).refusals
+    assert "no proof can be made that freeze" in _reasons(_plan(one, on_unproven="halt"))["w1"]
+    hold = make_plan(
+        one, update="", selection=m.Selection(vms=("w1",)), policy=m.Policy(on_unproven="halt"), hold_s=3.0
+    )
+    assert "no proof can be made that freeze" in _reasons(hold)["w1"]
+
+
+def test_a_canary_is_a_proof_and_a_reboot_or_a_live_update_is_asked_for_none(
+    build: Build, host: Host, fleet: MakeFleet
+) -> None:
+    canary = {"replace": ("canary_equal", "not_rebooted")}
+    able = build("w1", methods=("live", "replace", "reboot"), proofs=canary)
+    assert not _plan(fleet(host("h1", able, updates=(INSTEAD,)))).refusals
+    bare = build("w1", methods=("live", "reboot"), proofs={})
+    for impact in ("none", "reboot"):
+        other = m.UpdateRecord(
+            update="patch",
+            impact=impact,
+            scope="host",
+            expected_s=1,
+            timeout_s=9,
+        )
+        plan = _plan(fleet(host("h1", bare, updates=(other,))), on_unproven="halt", allow_reboot=True)
+        assert not plan.refusals

@@ -11,6 +11,7 @@ import pytest
 
 from caesura.contract import messages as m
 from caesura.lifecycle.errors import IllegalTransition
+from caesura.lifecycle.proof import memory_proof
 from caesura_coordinator.commands import due_commands
 from caesura_coordinator.fleet import Fleet
 from caesura_coordinator.inputs import (
@@ -30,6 +31,7 @@ from caesura_coordinator.inputs import (
 from caesura_coordinator.plan import make_plan
 from caesura_coordinator.records import Rollout, Wave, new_rollout
 from caesura_coordinator.rollout import after_restart, decide
+from caesura_coordinator.verification import verify
 
 T0 = datetime(2026, 4, 20, 12, 0, 0, tzinfo=UTC)
 
@@ -388,6 +390,107 @@ def test_another_guest_after_the_pause_halts(story: Story) -> None:
     assert "not the guest it was" in story.rollout.reason
 
 
+# -- proof of memory (I3) -----------------------------------------------------------------------------------
+
+SHOWN_BY_HOST = memory_proof(["digest_equal"])
+NOTHING = memory_proof(detail="no time was left in the budget for the second digest")
+
+
+def test_memory_of_which_nothing_was_shown_halts_when_the_policy_asks(
+    two_hosts: Fleet, authority: Authority
+) -> None:
+    """A wave with proof `none`, or none at all, was verified."""
+    for memory in (NOTHING, None):
+        strict = Story(two_hosts, authority, on_unproven="halt").started().report(memory=memory).clocks()
+        assert strict.is_("halted")
+        assert strict.rollout.reason.startswith(
+            "w1 is unproven: not rebooted of its memory, planned was digest equal, sampled digest equal, not rebooted"
+        )
+    assert (
+        "no time was left"
+        in Story(two_hosts, authority, on_unproven="halt")
+        .started()
+        .report(memory=NOTHING)
+        .clocks()
+        .rollout.reason
+    )
+    for policy in ("proceed", None):  # None: a freeze, whose process keeps the memory
+        lax = Story(two_hosts, authority, on_unproven=policy).started().report(memory=NOTHING).clocks()
+        assert lax.rollout.waves[0].status == "completed"
+
+
+@pytest.mark.parametrize(
+    ("by_host", "by_guest"),
+    [
+        (SHOWN_BY_HOST, memory_proof(["not_rebooted"])),
+        (memory_proof(["sampled_digest_equal"]), None),
+        (None, memory_proof(["canary_equal", "not_rebooted"])),
+        (m.MemoryProof(proof="digest", ok=True), None),
+    ],
+)
+def test_one_proof_of_memory_from_either_side_is_enough(
+    by_host: m.MemoryProof | None, by_guest: m.MemoryProof | None, two_hosts: Fleet, authority: Authority
+) -> None:
+    story = Story(two_hosts, authority, on_unproven="halt").started().report(memory=by_host)
+    story.give(_verdict(story, "w1", "h1", memory=by_guest))
+    assert story.rollout.waves[0].status == "completed"
+
+
+@pytest.mark.parametrize("policy", ["halt", "proceed", None])
+def test_a_canary_that_differs_halts_whatever_the_policy(
+    policy: str | None, two_hosts: Fleet, authority: Authority
+) -> None:
+    story = Story(two_hosts, authority, on_unproven=policy).started().report(memory=SHOWN_BY_HOST)
+    wrong = memory_proof(["not_rebooted"], ["canary_equal"], "canary differs: 2 of 1024 pages")
+    story.give(_verdict(story, "w1", "h1", memory=wrong))
+    assert story.is_("halted")
+    assert "(canary differs): canary differs: 2 of 1024 pages" in story.rollout.reason
+
+
+def test_an_operator_who_resumes_accepts_what_is_unproven_and_nobody_is_paused_again(
+    two_hosts: Fleet, authority: Authority
+) -> None:
+    story = Story(two_hosts, authority, on_unproven="halt").started().report(memory=NOTHING).clocks()
+    story.give(Resume())
+    assert story.rollout.waves[0].status == "completed"
+
+
+def test_a_verdict_that_never_comes_leaves_the_vm_unproven_too(
+    two_hosts: Fleet, authority: Authority
+) -> None:
+    """Who accepts that no verdict came must have been shown that no proof did."""
+    story = Story(two_hosts, authority, on_unproven="halt").started().report(memory=NOTHING).give(Tick(), 20)
+    assert "no verdict on its clock" in story.rollout.reason
+    assert "w1 is unproven: nothing shown" in story.rollout.reason
+
+
+def test_a_swap_is_asked_for_a_proof_unless_the_policy_says_otherwise(
+    build: Callable[..., m.VmRecord],
+    host: Callable[..., m.HostInventory],
+    fleet: Callable[..., Fleet],
+    authority: Authority,
+) -> None:
+    beside = m.UpdateRecord(
+        update="patch", impact="pause", scope="vm", expected_s=2, timeout_s=9, vmm="beside"
+    )
+    able = fleet(host("h1", build("w1", methods=("live", "swap")), updates=(beside,)), host("h2", updates=()))
+    nothing = memory_proof(detail="reading the memory of process 7 is not permitted")
+    story = Story(able, authority).started().report(memory=nothing).clocks()
+    assert story.is_("halted")
+    assert "w1 is unproven" in story.rollout.reason
+    assert "is not permitted" in story.rollout.reason
+    shown = Story(able, authority).started().report(memory=memory_proof(["sampled_digest_equal"])).clocks()
+    assert shown.is_("completed")
+
+
+def test_a_wave_stored_by_an_older_coordinator_is_read_as_it_was_meant(story: Story) -> None:
+    story.started().report().clocks(memory=False)
+    wave = story.rollout.waves[0]
+    stored = msgspec.structs.replace(wave.clocks["w1"], held=(), broken=(), memory_detail="")
+    old = msgspec.structs.replace(wave, clocks={"w1": stored})
+    assert verify(old, story.policy)[0] == ["w1 is not the guest it was before the pause (rebooted)"]
+
+
 def test_a_missing_clock_verdict_is_asked_for_again_and_halts_in_the_end(story: Story) -> None:
     story.started().report()
     assert story.wave_is("verifying")
@@ -486,7 +589,7 @@ def test_accepting_what_was_found_of_one_vm_accepts_nothing_of_another(when: str
     else:
         pair.give(Resume()).give(anew)
     assert [wave.status for wave in pair.rollout.waves] == ["failed", "pending"]
-    assert pair.rollout.reason == "w2 is not the guest it was before the pause (heartbeat)"
+    assert pair.rollout.reason == ("w2 is not the guest it was before the pause (rebooted): it started anew")
     pair.give(Resume())  # now the operator has seen both
     assert pair.rollout.waves[0].status == "completed"
 

@@ -21,6 +21,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from caesura.contract import messages as m
 from caesura.contract.envelope import Message
 from caesura.lifecycle.errors import IllegalTransition
+from caesura.lifecycle.proof import memory_proof
 from caesura_coordinator.book import Book
 from caesura_coordinator.commands import due_commands
 from caesura_coordinator.fleet import Fleet
@@ -64,6 +65,7 @@ class ModelHost:
                 update_domain=domain,
                 state="paused" if vm in self.frozen else "running",
                 methods=("freeze",),
+                proofs={"freeze": ("digest_equal", "canary_equal")},
             )
             for vm, (set_name, domain) in self.vms.items()
         )
@@ -95,13 +97,18 @@ class ModelHost:
         self.frozen = frozenset(target.vm for target in command.targets)
         return True
 
-    def end(self, status: m.OperationStatus, now: datetime) -> None:
+    def end(self, status: m.OperationStatus, now: datetime, *, proven: bool = True) -> None:
         operation, self.running = self.running, ""
         touched, self.frozen = self.frozen, frozenset()
-        self._report(operation, touched, status, now)
+        self._report(operation, touched, status, now, memory_proof(["digest_equal"] if proven else []))
 
     def _report(
-        self, operation: str, touched: Iterable[str], status: m.OperationStatus, now: datetime
+        self,
+        operation: str,
+        touched: Iterable[str],
+        status: m.OperationStatus,
+        now: datetime,
+        memory: m.MemoryProof | None = None,
     ) -> None:
         results = tuple(
             m.VmResult(
@@ -111,6 +118,7 @@ class ModelHost:
                 state="running",
                 frozen=True,
                 pause_s=2,
+                memory=memory,
             )
             for vm in touched
         )
@@ -178,6 +186,8 @@ class Fleetwide(RuleBasedStateMachine):
         """Waves whose verification began."""
         self.done: dict[tuple[str, int, str], str] = {}
         """Rollout, wave and host to the operation by which the host did its part, as the coordinator knows."""
+        self.proven: set[str] = set()
+        """Operations of which a digest or a canary was shown."""
         self.late: list[m.FreezeCommanded | m.AbortCommanded] = []
         self.asked = 0
         self.disk = Disk(self)
@@ -213,7 +223,13 @@ class Fleetwide(RuleBasedStateMachine):
         on_not_ready: Literal["halt", "proceed"] = "halt",
     ) -> bool:
         """As the service does it: a plan, unless a rollout holds one of its sets. False: refused."""
-        policy = m.Policy(notice_s=30.0, verify_timeout_s=40.0, budget_s=10.0, on_not_ready=on_not_ready)
+        policy = m.Policy(
+            notice_s=30.0,
+            verify_timeout_s=40.0,
+            budget_s=10.0,
+            on_not_ready=on_not_ready,
+            on_unproven="halt",
+        )
         plan = make_plan(
             self.fleet,
             update="" if hold else "patch",
@@ -249,6 +265,10 @@ class Fleetwide(RuleBasedStateMachine):
             self.looked_at.add(place)
         elif told.status == "soaking":
             assert place in self.looked_at, "never verified (I8)"
+            for each in (*wave.done, *wave.operations):
+                for vm in (vm.vm for vm in wave.vms if vm.host == each.host):
+                    seen = any(text.startswith(f"{vm} is unproven") for text in wave.accepted)
+                    assert each.operation in self.proven or seen, "unproven, and nobody saw it (I3)"
             if wave.operations:  # else an operator accepted what the verification found
                 assert {vm.vm for vm in wave.vms} == set(wave.clocks), "not verified (I8)"
                 assert all(each.status == "completed" for each in wave.operations), "not verified (I8)"
@@ -345,14 +365,21 @@ class Fleetwide(RuleBasedStateMachine):
         else:
             self.deliver(command)
 
-    @rule(status=st.sampled_from(["completed", "failed"]), names=st.sets(st.sampled_from(sorted(_PLACES))))
-    def some_hosts_finish(self, status: m.OperationStatus, names: set[str]) -> None:
-        self.hosts_finish(status, names)
+    @rule(
+        status=st.sampled_from(["completed", "failed"]),
+        names=st.sets(st.sampled_from(sorted(_PLACES))),
+        proven=st.sampled_from([True, True, True, False]),
+    )
+    def some_hosts_finish(self, status: m.OperationStatus, names: set[str], proven: bool) -> None:
+        self.hosts_finish(status, names, proven=proven)
 
-    def hosts_finish(self, status: m.OperationStatus, names: Iterable[str] = _PLACES) -> None:
-        for name in names:
-            if self.hosts[name].running:
-                self.hosts[name].end(status, self.now)
+    def hosts_finish(
+        self, status: m.OperationStatus, names: Iterable[str] = _PLACES, *, proven: bool = True
+    ) -> None:
+        for host in (self.hosts[name] for name in names):
+            if host.running:
+                self.proven |= {host.running} if proven else set()
+                host.end(status, self.now, proven=proven)
 
     @rule()
     def reports_arrive(self) -> None:
@@ -361,10 +388,17 @@ class Fleetwide(RuleBasedStateMachine):
                 self.give(report)
                 self.give(report)
 
-    @rule(synced=st.booleans())
-    def clocks_arrive(self, synced: bool) -> None:
+    @rule(synced=st.booleans(), canary=st.booleans())
+    def clocks_arrive(self, synced: bool, canary: bool = False) -> None:
         for _, wave in self.waves():
             for operation in wave.operations:
+                host = self.hosts[operation.host]
+                ended = host.running != operation.operation and operation.operation in host.reports
+                if canary and ended:
+                    self.proven.add(operation.operation)
+                shown: list[m.ProofCode] = (
+                    ["canary_equal"] if canary and operation.operation in self.proven else []
+                )
                 for vm in wave.vms:
                     if vm.host == operation.host:
                         self.give(
@@ -377,6 +411,7 @@ class Fleetwide(RuleBasedStateMachine):
                                 synced=synced,
                                 by="agent",
                                 error_after_s=0.0,
+                                memory=memory_proof(shown),
                                 at=self.now,
                             )
                         )

@@ -10,6 +10,7 @@ import msgspec
 import pytest
 
 from caesura.contract import messages as m
+from caesura.lifecycle.proof import memory_proof
 from caesura_coordinator.fleet import Fleet
 from caesura_coordinator.inputs import Approve, Authority, Input, Outdated, Tick
 from caesura_coordinator.plan import make_plan
@@ -35,7 +36,14 @@ _PATCH = m.UpdateRecord(
 
 
 def _fleet() -> Fleet:
-    vm = m.VmRecord(vm="web-1", set="web", update_domain=0, state="running", methods=("live", "freeze"))
+    vm = m.VmRecord(
+        vm="web-1",
+        set="web",
+        update_domain=0,
+        state="running",
+        methods=("live", "freeze"),
+        proofs={"freeze": ("digest_equal",)},
+    )
     inventory = m.HostInventory(
         host="host-1", driver="process", epoch=1, coordinator="c", vms=(vm,), updates=(_PATCH,), guard="ready"
     )
@@ -45,12 +53,13 @@ def _fleet() -> Fleet:
 class Story:
     """One host with one VM, and a rollout that goes as far as a test lets it."""
 
-    def __init__(self) -> None:
+    def __init__(self, **changes: object) -> None:
         self.fleet = _fleet()
         self.now = T0
-        plan = make_plan(self.fleet, update="patch", selection=m.Selection(), policy=_POLICY)
+        policy = msgspec.structs.replace(_POLICY, **changes)
+        plan = make_plan(self.fleet, update="patch", selection=m.Selection(), policy=policy)
         self.rollout: Rollout = new_rollout(
-            "r", plan, policy=_POLICY, set_hosts=("host-1",), requested_by="rollout", now=T0
+            "r", plan, policy=policy, set_hosts=("host-1",), requested_by="rollout", now=T0
         )
 
     def give(self, received: Input, after_s: float = 0.0) -> Story:
@@ -98,7 +107,14 @@ class Story:
             )
         )
 
-    def clock(self, *, synced: bool = True, error_s: float = 0.001, memory: bool = True) -> Story:
+    def clock(
+        self,
+        *,
+        synced: bool = True,
+        error_s: float = 0.001,
+        memory: bool = True,
+        proof: m.MemoryProof | None = None,
+    ) -> Story:
         return self.give(
             m.VmClockSynced(
                 vm="web-1",
@@ -109,7 +125,7 @@ class Story:
                 synced=synced,
                 by="agent" if synced else "nobody",
                 error_after_s=error_s,
-                memory=m.MemoryProof(proof="heartbeat", ok=memory),
+                memory=proof or m.MemoryProof(proof="heartbeat", ok=memory),
                 reason="" if synced else "no answer; the agent is silent",
                 at=self.now,
             )
@@ -147,6 +163,10 @@ _FOUND: dict[str, Callable[[], Story]] = {
         Story().started().reported(memory=m.MemoryProof(proof="digest", ok=False, detail="a is not b"))
     ),
     "another guest": lambda: Story().started().reported().clock(memory=False),
+    "unproven": lambda: Story(on_unproven="halt").started().reported().clock(),
+    "canary": lambda: (
+        Story().started().reported().clock(proof=memory_proof((), ["canary_equal"], "canary differs: a; b"))
+    ),
     "over budget": lambda: Story().started().reported(pause_s=40.8),
     "unsynced": lambda: Story().started().reported().clock(synced=False),
     "clock off": lambda: Story().started().reported().clock(error_s=-0.5),

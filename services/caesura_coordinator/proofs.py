@@ -1,0 +1,57 @@
+"""Which proof of memory a plan promises, what it refuses for want of one, and what a wave's VMs have shown in the end. Pure."""
+
+from __future__ import annotations
+
+from caesura.contract.messages import MemoryProof, Method, PlannedVm, Policy, ProofCode, VmRecord
+from caesura.lifecycle.budget import DIGEST_S, digest_by_s
+from caesura.lifecycle.proof import asks_for_proof, held_codes, in_words, is_proof
+from caesura_coordinator.records import ClockVerdict
+
+
+def planned_proofs(vm: VmRecord, method: Method, policy: Policy, expected_s: float) -> tuple[ProofCode, ...]:
+    """What will be shown of the VM's memory, as its host says.
+
+    A digest of all memory needs time at the end of the pause too: where an update of ``expected_s`` leaves none of the budget,
+    sampled pages are what remains.
+    """
+    can = (vm.proofs or {}).get(method, ())
+    if expected_s + 2 * DIGEST_S <= digest_by_s(policy.budget_s):
+        return can
+    return tuple(code for code in can if code != "digest_equal")
+
+
+def unprovable(vm: VmRecord, planned: PlannedVm, policy: Policy) -> str:
+    """Why the policy forbids to pause this VM by the planned method, and what to do; empty if it does not."""
+    if not asks_for_proof(policy, planned.method) or is_proof(planned.proofs):
+        return ""
+    if vm.proofs is None:
+        why = f"its host {planned.host} does not say what it can show: update the host updater there"
+    else:
+        shown = f" ({in_words(planned.proofs)} is no proof of memory)" if planned.proofs else ""
+        why = f"{vm.no_digest or 'no digest of it can be taken'}{shown}"
+    return (
+        f"no proof can be made that {planned.method} leaves its memory as it is: {why}; run an agent with a canary in the guest "
+        "(CAESURA_VM_AGENT_CANARY_BYTES above 0), or accept it with --on-unproven proceed"
+    )
+
+
+def unproven(vm: PlannedVm, policy: Policy, memory: MemoryProof | None, verdict: ClockVerdict | None) -> str:
+    """What is missing for a proof of a VM that was paused, in words; empty if nothing is, or the policy does not ask.
+
+    Args:
+        memory: what its host saw.
+        verdict: what the guest itself showed, if it has answered.
+    """
+    if not asks_for_proof(policy, vm.method):
+        return ""
+    shown = (*held_codes(memory), *(verdict.held if verdict is not None else ()))
+    if is_proof(shown):
+        return ""
+    details = [
+        memory.detail if memory is not None else "",
+        verdict.memory_detail if verdict is not None else "",
+    ]
+    why = "; ".join(filter(None, dict.fromkeys(details)))
+    return f"{vm.vm} is unproven: {in_words(shown)} of its memory, planned was {in_words(vm.proofs)}" + (
+        f" ({why})" if why else ""
+    )

@@ -159,7 +159,8 @@ def _guests() -> list[Panel]:
         ),
         number(
             "Proofs of unchanged memory",
-            "By digest or heartbeat, since the exporter's start: how many held. `broken` must never appear.",
+            "Digest equal, sampled digest equal, canary equal, not rebooted: how many held since the exporter's start. "
+            "`not_rebooted` alone is no proof of memory. `broken` must never appear.",
             Ask(
                 f"max by (proof, outcome) ({of('caesura_memory_proofs_total', DOMAIN)})",
                 "{{proof}} {{outcome}}",

@@ -123,6 +123,14 @@ def policy(command: F) -> F:
             help="Which groups of a set go one after another.",
         ),
         click.option(
+            "--on-unproven",
+            type=click.Choice(["halt", "proceed"]),
+            default=None,
+            show_default="halt for swap and replace, proceed for freeze",
+            help="When neither a digest nor a canary shows that a guest's memory is what it was; with halt, the plan refuses VMs "
+            "that can show nothing.",
+        ),
+        click.option(
             "--on-unsynced",
             type=click.Choice(["halt", "proceed"]),
             default="halt",
@@ -182,6 +190,7 @@ def policy_from(options: dict[str, Any]) -> m.Policy:
         verify_timeout_s=options["verify_timeout"],
         on_not_ready=options["on_not_ready"],
         on_unsynced=options["on_unsynced"],
+        on_unproven=options["on_unproven"],
         domain_key=options["domain_key"],
         allow_reboot=options["allow_reboot"],
     )

@@ -15,6 +15,7 @@ from rich.text import Text
 from caesura.contract import messages as m
 from caesura_ctl.durations import show_duration, show_pause
 from caesura_ctl.picture import Pause, Picture
+from caesura_ctl.proofs import Shown, counted, planned
 
 _STYLE = {
     "pending": "dim",
@@ -30,6 +31,10 @@ _STYLE = {
     "aborted": "magenta",
     "aborting": "magenta",
 }
+
+
+_NO_PROOF = frozenset({"live", "reboot", "skip"})
+"""Methods after which no proof of memory is made: nothing pauses, or no memory is kept."""
 
 
 def _table(*columns: str, title: str | None = None) -> Table:
@@ -63,6 +68,7 @@ def plan_view(plan: m.Plan) -> RenderableType:
             "hosts",
             ">VMs",
             "method and why",
+            "memory proof",
             title=f"Plan: {plan.update or 'freeze on demand'}",
         )
         for wave in plan.waves:
@@ -73,6 +79,7 @@ def plan_view(plan: m.Plan) -> RenderableType:
                 ", ".join(wave.hosts),
                 str(len(wave.vms)),
                 "\n".join(sorted(methods)),
+                planned(wave.vms) if any(vm.method not in _NO_PROOF for vm in wave.vms) else "",
             )
         parts.append(table)
         parts.append(
@@ -209,7 +216,7 @@ def pauses_view(pauses: Iterable[Pause], clocks: dict[tuple[str, str], m.VmClock
             f"{max(each.budget_s for each in group):g}s",
             _worst([each.error_before_s for each in verdicts]),
             _worst([each.error_after_s for each in verdicts]),
-            _memory(group, verdicts),
+            counted(Shown(each, clocks) for each in group),
         )
     return table
 
@@ -217,16 +224,6 @@ def pauses_view(pauses: Iterable[Pause], clocks: dict[tuple[str, str], m.VmClock
 def _worst(errors: Sequence[float | None]) -> str:
     known = [each for each in errors if each is not None]
     return f"{max(known, key=abs):+.3f}s" if known else "?"
-
-
-def _memory(group: Sequence[Pause], verdicts: Sequence[m.VmClockSynced]) -> str:
-    proofs = [each.memory for each in group if each.memory] + [
-        each.memory for each in verdicts if each.memory
-    ]
-    if any(not proof.ok for proof in proofs if proof.proof != "none"):
-        return "CHANGED"
-    kinds = sorted({proof.proof for proof in proofs if proof.proof != "none"})
-    return "same" if kinds else "not shown"
 
 
 def hosts_view(picture: Picture) -> RenderableType:

@@ -7,6 +7,7 @@ from typing import Literal, get_args
 import msgspec
 
 from caesura.contract import messages as m
+from caesura.lifecycle.proof import BROKEN_WORDS, broken_codes
 
 ALARMS_KEPT = 200
 ALARMS_SENT = 20
@@ -78,18 +79,25 @@ class Alarms:
         if not message.within_budget:
             text = f"{where} stood still for {message.pause_s:.1f} s, its budget was {message.budget_s:g} s"
             self._raise(Alarm("overrun", "bad", text, message.vm, now, now))
-        if message.memory is not None and not message.memory.ok:
-            text = f"{where}: memory is not what it was before the pause"
-            self._raise(Alarm("memory", "bad", text, message.vm, now, now))
+        changed = self._memory(message.memory, where, message.vm, now)
         if message.resumed_by == "guard":
             text = f"{where} was resumed by the pause guard, not by its host updater"
             self._raise(Alarm("guard", "warning", text, message.vm, now, now))
-        return wrong or (message.memory is not None and not message.memory.ok)
+        return wrong or changed
+
+    def _memory(self, memory: m.MemoryProof | None, where: str, vm: str, now: float) -> bool:
+        broken = [BROKEN_WORDS[code] for code in broken_codes(memory)]
+        if broken:
+            text = f"{where}: memory is not what it was before the pause ({', '.join(broken)})"
+            self._raise(Alarm("memory", "bad", text, vm, now, now))
+        return bool(broken)
 
     def clock(self, message: m.VmClockSynced, now: float) -> bool:
-        """Look at a verdict on a clock; whether there is something to say."""
+        """Look at a verdict on a clock, and at what the guest showed of its memory; whether there is something to say."""
+        where = f"{message.vm} ({message.set}, domain {message.update_domain}) on {message.host}"
+        changed = self._memory(message.memory, where, message.vm, now)
         if message.synced:
-            return self._end("clock", message.vm, now)
+            return self._end("clock", message.vm, now) or changed
         text = f"the clock of {message.vm} ({message.set}, domain {message.update_domain}) could not be put right"
         self._raise(
             Alarm("clock", "bad", f"{text}: {message.reason}" if message.reason else text, message.vm, now)

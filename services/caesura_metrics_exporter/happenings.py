@@ -8,6 +8,7 @@ import msgspec
 
 from caesura.contract import messages as m
 from caesura.contract.envelope import Message
+from caesura.lifecycle.proof import BROKEN_WORDS, broken_codes, held_codes, in_words
 
 Level = Literal["quiet", "good", "warning", "bad"]
 
@@ -112,16 +113,15 @@ def _of_vm(
 
 
 def _resumed(message: m.VmResumed) -> Happening:
-    broken = message.memory is not None and not message.memory.ok
+    broken = broken_codes(message.memory)
     parts = []
     if not message.within_budget:
         parts.append(f"longer than its budget of {message.budget_s:g} s")
     if message.resumed_by == "guard":
         parts.append("by the pause guard")
-    if broken:
-        parts.append("memory changed")
-    elif message.memory is not None and message.memory.proof != "none":
-        parts.append(f"memory unchanged ({message.memory.proof})")
+    parts += [BROKEN_WORDS[code] for code in broken]
+    if held := held_codes(message.memory):
+        parts.append(in_words(held))
     level: Level = "bad" if broken or not message.within_budget else "good"
     if level == "good" and message.resumed_by == "guard":
         level = "warning"
@@ -135,12 +135,14 @@ def _clock(message: m.VmClockSynced) -> Happening:
             message, "clock not synced", "bad", seconds=message.error_after_s, detail=message.reason
         )
     before = "" if message.error_before_s is None else f", was off by {message.error_before_s:+.3f} s"
+    broken = [BROKEN_WORDS[code] for code in broken_codes(message.memory)]
+    shown = [in_words(held)] if (held := held_codes(message.memory)) else []
     return _of_vm(
         message,
         "clock synced",
-        "good",
+        "bad" if broken else "good",
         seconds=message.error_after_s,
-        detail=f"by the {message.by}{before}{simulated}",
+        detail=", ".join([f"by the {message.by}{before}{simulated}", *broken, *shown]),
     )
 
 

@@ -13,6 +13,7 @@ from typing import Any
 from caesura.contract import messages as m
 from caesura.contract.codec import Received
 from caesura.contract.envelope import Message
+from caesura.lifecycle.proof import broken_codes, held_codes
 from caesura_metrics_exporter.pauses import PauseLabels, labels_of
 from caesura_metrics_exporter.series import Counts, Histogram, Seen
 
@@ -161,8 +162,10 @@ class Tally:
         self._memory(resumed.set, resumed.update_domain, resumed.memory)
 
     def _memory(self, set_name: str, domain: int, proof: m.MemoryProof | None) -> None:
-        if proof is not None and proof.proof != "none":
-            self.memory_proofs.add(set_name, str(domain), proof.proof, "held" if proof.ok else "broken")
+        for code in held_codes(proof):
+            self.memory_proofs.add(set_name, str(domain), code, "held")
+        for code in broken_codes(proof):
+            self.memory_proofs.add(set_name, str(domain), code, "broken")
 
     def _clock(self, synced: m.VmClockSynced) -> None:
         domain = (synced.set, str(synced.update_domain))

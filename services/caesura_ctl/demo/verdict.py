@@ -11,6 +11,7 @@ from caesura.contract import messages as m
 from caesura_ctl.demo.guests import GuestMethod, GuestStatus
 from caesura_ctl.durations import show_pause
 from caesura_ctl.picture import Pause, Picture
+from caesura_ctl.proofs import Shown, counted
 
 
 class WorkloadStatus(msgspec.Struct, frozen=True):
@@ -51,7 +52,7 @@ def judge(
         _one_domain_at_a_time(pauses),
         _budget(pauses),
         _patched(patched, {host for wave in rollout.waves for host in wave.hosts}),
-        _memory(pauses, workloads, expected),
+        _memory(picture, pauses, workloads, expected),
         _clocks(picture, pauses, rollout.policy.clock_bound_s),
         _events(picture, rollout),
         Check(
@@ -121,18 +122,9 @@ def _moved(picture: Picture, pauses: Sequence[Pause]) -> Check:
 
 
 def _guest_memory(picture: Picture, pauses: Sequence[Pause]) -> Check:
-    proofs: list[list[m.MemoryProof]] = []
-    for pause in pauses:
-        verdict = picture.clocks.get((pause.operation, pause.vm))
-        told = (pause.memory, verdict.memory if verdict else None)
-        proofs.append([proof for proof in told if proof is not None and proof.proof != "none"])
-    digests = sum(any(proof.proof == "digest" for proof in found) for found in proofs)
-    beats = sum(any(proof.proof == "heartbeat" for proof in found) for found in proofs)
+    shown = [Shown(pause, picture.clocks) for pause in pauses]
     return Check(
-        "memory unchanged",
-        bool(proofs) and all(found and all(proof.ok for proof in found) for found in proofs),
-        f"same boot id in {beats}/{len(pauses)} guests"
-        + (f", same digest of all RAM for {digests}" if digests else ""),
+        "memory proven for every guest", bool(shown) and all(each.proven for each in shown), counted(shown)
     )
 
 
@@ -216,17 +208,21 @@ def _patched(patched: Sequence[str], hosts: set[str]) -> Check:
     )
 
 
-def _memory(pauses: Sequence[Pause], workloads: Mapping[str, WorkloadStatus], expected: set[str]) -> Check:
-    by_host = sum(
-        each.memory is not None and each.memory.proof == "digest" and each.memory.ok for each in pauses
-    )
+def _memory(
+    picture: Picture,
+    pauses: Sequence[Pause],
+    workloads: Mapping[str, WorkloadStatus],
+    expected: set[str],
+) -> Check:
+    shown = [Shown(pause, picture.clocks) for pause in pauses]
+    by_host = sum(each.proven and "digest_equal" in each.held for each in shown)
     by_guest = sum(
         vm in workloads and workloads[vm].digest_checks > 0 and workloads[vm].digests_ok for vm in expected
     )
     return Check(
-        "memory unchanged",
+        "memory proven for every VM",
         by_host == len(pauses) == len(expected) == by_guest,
-        f"digest by the host for {by_host} VMs, by the workload itself for {by_guest}",
+        f"{counted(shown)}; workload's own digest equal {by_guest}/{len(expected)}",
     )
 
 

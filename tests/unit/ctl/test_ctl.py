@@ -206,7 +206,7 @@ def test_a_good_rollout_holds_every_rule() -> None:
         ({"pause_s": 10.5, "begin": (0.0, 20.0)}, "every pause inside its budget"),
         ({"patched": ["h0"]}, "every host updated once, while its VMs stood still"),
         ({"patched": ["h0", "h1", "h1"]}, "every host updated once, while its VMs stood still"),
-        ({"digests_ok": False}, "memory unchanged"),
+        ({"digests_ok": False}, "memory proven for every VM"),
         ({"error_after_s": 0.2}, "clocks put right"),
         ({"end": "failed"}, "every event reached exactly one end"),
         ({"still_frozen": ["process 1"]}, "no VM left paused"),

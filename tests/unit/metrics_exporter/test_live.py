@@ -14,6 +14,7 @@ from caesura.contract import messages as m
 from caesura.contract.codec import Received
 from caesura.contract.envelope import Header, Message
 from caesura.contract.topics import channel_of
+from caesura.lifecycle.proof import memory_proof
 from caesura_metrics_exporter.alarms import ALARMS_KEPT, ALARMS_SENT
 from caesura_metrics_exporter.happenings import happening
 from caesura_metrics_exporter.lanebook import LANES_KEPT
@@ -273,6 +274,27 @@ class TestAlarms:
         (mark,) = story.lane().marks
         assert (mark.over, mark.guard) == (True, True)
         assert story.snapshot().log[-1].level == "bad"
+
+    def test_a_canary_that_differs_is_an_alarm_though_the_clock_is_right(self, story: Story) -> None:
+        """What the guest itself shows comes with its clock, after `resumed`: nothing was said of it on the page."""
+        story.inventory(0)
+        verdict = m.VmClockSynced(
+            vm="web-1",
+            host="h1",
+            set="web",
+            update_domain=0,
+            synced=True,
+            by="agent",
+            error_after_s=0.001,
+            memory=memory_proof(["not_rebooted"], ["canary_equal"], "2 pages"),
+            at=when(T0 + 1),
+        )
+        story.hear(verdict, 1)
+        assert story.alarms() == [("memory", False)]
+        entry = story.snapshot().log[-1]
+        assert entry.level == "bad"
+        assert "canary differs" in entry.detail
+        assert "not rebooted" in entry.detail
 
     def test_a_clock_that_is_not_synced_until_it_is(self, story: Story) -> None:
         def verdict(*, synced: bool, at: float) -> m.VmClockSynced:

@@ -215,8 +215,8 @@ def test_clock_errors_are_absolute_and_proofs_are_counted() -> None:
     tally.take(received(resumed(memory=m.MemoryProof(proof="digest", ok=False))))
     tally.take(received(resumed(operation="op2", memory=m.MemoryProof(proof="none", ok=True))))
     assert counted(tally.memory_proofs) == {
-        ("web", "2", "digest", "broken"): 1,
-        ("web", "2", "heartbeat", "held"): 1,
+        ("web", "2", "digest_equal", "broken"): 1,
+        ("web", "2", "not_rebooted", "held"): 1,
     }
 
 

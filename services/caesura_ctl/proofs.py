@@ -1,0 +1,57 @@
+"""What was shown of the memory of paused VMs, from both sides, in the exact words. Pure."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+from caesura.contract import messages as m
+from caesura.lifecycle.proof import (
+    BROKEN_WORDS,
+    NONE,
+    WORDS,
+    broken_codes,
+    held_codes,
+    in_words,
+    is_proof,
+    ordered,
+)
+from caesura_ctl.picture import Pause
+
+Clocks = dict[tuple[str, str], m.VmClockSynced]
+
+
+class Shown:
+    """Of one pause: what its host and its guest showed."""
+
+    def __init__(self, pause: Pause, clocks: Clocks) -> None:
+        verdict = clocks.get((pause.operation, pause.vm))
+        sides = (pause.memory, verdict.memory if verdict is not None else None)
+        self.vm = pause.vm
+        self.held = ordered(code for side in sides for code in held_codes(side))
+        self.broken = ordered(code for side in sides for code in broken_codes(side))
+
+    @property
+    def proven(self) -> bool:
+        """Whether memory was shown to be what it was, and nothing says otherwise."""
+        return is_proof(self.held) and not self.broken
+
+
+def counted(pauses: Iterable[Shown]) -> str:
+    """``digest equal 3/3, not rebooted 2/3``; what is broken comes first, loudly; ``nothing shown`` if nothing was."""
+    found = list(pauses)
+    broken = Counter(code for each in found for code in each.broken)
+    held = Counter(code for each in found for code in each.held)
+    parts = [f"{BROKEN_WORDS[code].upper()} {broken[code]}/{len(found)}" for code in ordered(broken)]
+    parts += [f"{WORDS[code]} {held[code]}/{len(found)}" for code in ordered(held)]
+    return ", ".join(parts) or NONE
+
+
+def planned(vms: Sequence[m.PlannedVm]) -> str:
+    """What a plan promises for these VMs, a line for each kind; names them where not all are alike."""
+    kinds: dict[tuple[m.ProofCode, ...], list[str]] = {}
+    for vm in vms:
+        kinds.setdefault(ordered(vm.proofs), []).append(vm.vm)
+    if len(kinds) == 1:
+        return in_words(next(iter(kinds)))
+    return "\n".join(f"{in_words(codes)}: {', '.join(names)}" for codes, names in kinds.items())

@@ -9,6 +9,7 @@ from contextlib import suppress
 from datetime import UTC, datetime
 from types import MappingProxyType
 
+import msgspec
 import structlog
 
 from caesura.bus.port import Bus, BusError, Delivery
@@ -502,6 +503,10 @@ class HostUpdater:
 
     async def _on_agent(self, message: AgentPresence, _: Received) -> None:
         known = self._agents.get(message.vm)
+        if known is not None and known.boot_id == message.boot_id:
+            # Its last will, written when it connected, knows nothing of the pages that were written since.
+            writes = max(known.canary_writes, message.canary_writes)
+            message = msgspec.structs.replace(message, canary_writes=writes)
         self._agents[message.vm] = message
         if message.vm in self._vms and bool(message.canary_bytes) != bool(known and known.canary_bytes):
             self._changed.set()  # the inventory says what can be shown of its memory

@@ -61,6 +61,8 @@ async def _main(settings: VmAgentSettings) -> None:
                 "hooks": agent.run_hooks,
                 "sync": agent.run_clock,
                 "announce": agent.run_announcements,
+                "canary": agent.run_canary,
+                "presence": agent.run_presence,
             },
             drain=agent.drain,
         )

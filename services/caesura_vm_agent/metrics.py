@@ -33,6 +33,16 @@ class AgentCollector(Collector):
         for (trigger, synced), count in self._agent.syncs.items():
             syncs.add_metric([trigger, "synced" if synced else "unsynced"], count)
         yield syncs
+        yield GaugeMetricFamily(
+            "caesura_agent_canary_bytes",
+            "Guest memory that the agent holds and rewrites; 0 until all of it was written.",
+            value=self._agent.canary.held_bytes,
+        )
+        yield CounterMetricFamily(
+            "caesura_agent_canary_bad_pages",
+            "Canary pages that were not as they were written, found after resumes.",
+            value=self._agent.canary.bad_pages,
+        )
         last = self._agent.last_sync
         if last is not None and last.error_after_s is not None:
             yield GaugeMetricFamily(

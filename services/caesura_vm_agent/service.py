@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter, OrderedDict
 
+import msgspec
 import structlog
 
 from caesura.bus.port import Bus, BusError, Delivery
@@ -24,6 +25,7 @@ from caesura.contract.messages import (
 )
 from caesura.contract.topics import channel_of
 from caesura_vm_agent import readiness
+from caesura_vm_agent.canary_keeper import CanaryKeeper
 from caesura_vm_agent.clocks import GuestClock
 from caesura_vm_agent.hooks import run_hook
 from caesura_vm_agent.settings import VmAgentSettings
@@ -49,29 +51,34 @@ def filters(settings: VmAgentSettings) -> tuple[str, ...]:
 
 
 class VmAgent:
-    """One agent. ``boot_id`` lives in this process's memory only: after a pause it proves that memory stayed."""
+    """One agent. ``boot_id`` lives in this process's memory only: the same one after a pause shows that the guest did not reboot."""
 
     def __init__(self, settings: VmAgentSettings, bus: Bus, clock: GuestClock, boot_id: str) -> None:
         self._settings = settings
         self._bus = bus
         self._clock = clock
         self.boot_id = boot_id
+        self._announce_now = asyncio.Event()
+        self._say_now = asyncio.Event()
+        """Its presence changed."""
         self._post = Post(bus, f"/caesura/vm/{settings.vm}")
         self._post.on(SetDocument, self._on_document)
         self._post.on(VmResumed, self._on_resumed)
         self._post.on(ClockSyncAnswered, self._on_answer)
+        self.canary = CanaryKeeper(settings.canary_bytes)
+        self.canary.on_filled = self._say_now.set
         self._voice = Voice(
             self._post,
             vm=settings.vm,
             boot_id=boot_id,
             clock="simulated" if clock.simulated else "system",
+            canary=self.canary,
         )
         self._sync = ClockSync(settings.vm, boot_id, clock, settings.sync_policy, self._ask)
         self._state = readiness.Readiness(vm=settings.vm)
         self._hooks: asyncio.Queue[readiness.Prepare | readiness.Recover] = asyncio.Queue()
         self._resumes: asyncio.Queue[tuple[readiness.Recover, VmResumed]] = asyncio.Queue()
         self._results: OrderedDict[str, AgentClockSynced] = OrderedDict()
-        self._announce_now = asyncio.Event()
         self._repeat: asyncio.Queue[AgentClockSynced] = asyncio.Queue()
         self._received_ns = 0
         self.hooks_run: Counter[tuple[str, str]] = Counter()
@@ -143,6 +150,17 @@ class VmAgent:
             if loop.time() - said_s >= _PRESENCE_BEAT_S:
                 said_s = loop.time()
                 await self._say_online()
+
+    async def run_canary(self) -> None:
+        """Hold and rewrite the canary."""
+        await self.canary.run()
+
+    async def run_presence(self) -> None:
+        """Say at once that the canary is there: only then can a plan count on it."""
+        while True:
+            await self._say_now.wait()
+            self._say_now.clear()
+            await self._say_online()
 
     async def _say_online(self) -> None:
         try:
@@ -274,6 +292,8 @@ class VmAgent:
         self, trigger: Trigger, operation: str = "", *, paused_at_s: float | None = None
     ) -> AgentClockSynced:
         result = await self._sync.run(trigger, operation, paused_at_s=paused_at_s)
+        if trigger == "resume":  # the clock first: it is wrong until then, and the canary waits well
+            result = msgspec.structs.replace(result, canary=await self.canary.report())
         self.last_sync = result
         self.syncs[trigger, result.synced] += 1
         log = _log.info if result.synced else _log.warning

@@ -72,6 +72,15 @@ class VmAgentSettings(ServiceSettings, frozen=True, kw_only=True, forbid_unknown
         Meta(gt=0, description="Seconds between repetitions of an answer while its event is scheduled."),
     ] = 3.0
 
+    canary_bytes: Annotated[
+        int,
+        Meta(
+            ge=0,
+            le=2**30,
+            description="Bytes of guest memory that the agent holds and rewrites, to find pages that a pause lost or made older; 0: none.",
+        ),
+    ] = 4 * 1024 * 1024
+
     @property
     def set_name(self) -> str:
         """The set whose document this agent reads."""

@@ -19,6 +19,7 @@ from caesura.contract.messages import (
     VmReady,
 )
 from caesura.runtime.identity import new_id
+from caesura_vm_agent.canary_keeper import CanaryKeeper
 
 _PATIENCE_S = 60.0  # s: how long a result waits for a lost broker before it is given up
 _RESEND_PAUSE_S = 0.2  # s: a broker that refuses at once must not be asked in a tight loop
@@ -32,13 +33,23 @@ class Voice:
     Args:
         boot_id: lives in this process's memory only; ids of repeated messages hang on it.
         clock: what kind of guest clock the presence shows.
+        canary: what the presence says of it.
     """
 
-    def __init__(self, post: Post, *, vm: str, boot_id: str, clock: Literal["simulated", "system"]) -> None:
+    def __init__(
+        self,
+        post: Post,
+        *,
+        vm: str,
+        boot_id: str,
+        clock: Literal["simulated", "system"],
+        canary: CanaryKeeper,
+    ) -> None:
         self._post = post
         self._vm = vm
         self._boot_id = boot_id
         self._clock: Literal["simulated", "system"] = clock
+        self._canary = canary
 
     async def online(self) -> None:
         """Say that we are here (retained). Raises BusError."""
@@ -69,7 +80,14 @@ class Voice:
         await self._patiently(finished, new_id())
 
     def _presence(self, *, online: bool) -> AgentPresence:
-        return AgentPresence(vm=self._vm, online=online, boot_id=self._boot_id, clock=self._clock)
+        return AgentPresence(
+            vm=self._vm,
+            online=online,
+            boot_id=self._boot_id,
+            clock=self._clock,
+            canary_bytes=self._canary.held_bytes,
+            canary_writes=self._canary.writes,
+        )
 
     def _stable_id(self, what: str, subject: str) -> str:
         return str(uuid5(NAMESPACE_URL, f"{self._boot_id}/{what}/{subject}"))

@@ -194,13 +194,20 @@ class Scene:
                 "update_domain": 2,
                 "sync_answer_timeout_s": 0.2,
                 "announce_interval_s": 0.1,
+                "canary_bytes": 0,
                 **settings,
             }
         )
         bus = MemoryBus(self.broker, client_id="agent", filters=filters(chosen), clean=False)
         agent = VmAgent(chosen, bus, self.clock, boot_id="boot-1")
         async with running(
-            agent.run_bus, agent.run_hooks, agent.run_clock, agent.run_announcements, self.clock.run
+            agent.run_bus,
+            agent.run_hooks,
+            agent.run_clock,
+            agent.run_announcements,
+            agent.run_canary,
+            agent.run_presence,
+            self.clock.run,
         ):
             await self.host.hears(AgentPresence, online=True)
             yield agent
@@ -543,6 +550,68 @@ async def test_an_agent_without_health_does_not_load_a_web_server() -> None:
     process = await asyncio.create_subprocess_exec(sys.executable, "-c", code, stdout=asyncio.subprocess.PIPE)
     out, _ = await process.communicate()
     assert out.decode().strip() == "[]"
+
+
+# -- the canary ---------------------------------------------------------------------------------------------
+
+
+async def test_its_presence_says_when_the_canary_is_there_and_a_resume_is_answered_with_it(
+    scene: Scene,
+) -> None:
+    async with scene.agent(canary_bytes=64 * 4096) as agent:
+        there = await scene.host.hears(AgentPresence, online=True, canary_bytes=64 * 4096)
+        assert there.canary_writes >= 64
+        await scene.host.resumed()
+        answer = await scene.host.hears(AgentClockSynced, trigger="resume")
+        assert answer.canary is not None
+        assert (answer.canary.pages, answer.canary.bad_pages, answer.canary.detail) == (64, 0, "")
+        assert answer.canary.writes >= there.canary_writes
+        assert all(each.canary is None for each in scene.host.all(AgentClockSynced, trigger="start"))
+        assert agent.canary.bad_pages == 0
+
+
+async def test_pages_that_changed_in_a_pause_are_told_with_that_pause_and_not_with_the_next(
+    scene: Scene,
+) -> None:
+    async with scene.agent(canary_bytes=64 * 4096) as agent:
+        await scene.host.hears(AgentPresence, online=True, canary_bytes=64 * 4096)
+        memory = agent.canary._memory
+        memory[5 * 4096 : 6 * 4096] = bytes(4096)
+        memory[9 * 4096 + 100] ^= 1
+        await scene.host.resumed("op1")
+        first = await scene.host.hears(AgentClockSynced, trigger="resume", operation="op1")
+        assert first.canary is not None
+        assert first.canary.bad_pages == 2
+        assert "page 5 is zeroed" in first.canary.detail
+        assert "page 9 is damaged" in first.canary.detail
+        await scene.host.resumed("op1")  # repeated: the same answer, not "nothing is wrong any more"
+        again = await scene.host.hears(AgentClockSynced, count=2, trigger="resume", operation="op1")
+        assert again.canary == first.canary
+        await scene.host.resumed("op2", event_id="e2")
+        second = await scene.host.hears(AgentClockSynced, trigger="resume", operation="op2")
+        assert second.canary is not None
+        assert second.canary.bad_pages == 0
+        assert agent.canary.bad_pages == 2
+
+
+async def test_a_large_canary_holds_up_no_clock_sync(scene: Scene) -> None:
+    """It is compared in slices: between them messages are received, so the answers of an exchange do not wait."""
+    async with scene.agent(canary_bytes=4096 * 4096) as agent:
+        await scene.host.hears(AgentPresence, online=True, canary_bytes=4096 * 4096)
+        passes = 0
+
+        async def count_passes() -> None:
+            nonlocal passes
+            while True:
+                await asyncio.sleep(0)
+                passes += 1
+
+        counting = asyncio.create_task(count_passes())
+        report = await agent.canary.report()
+        counting.cancel()
+        assert report is not None
+        assert report.bad_pages == 0
+        assert passes >= 5, "the event loop was held for the whole comparison"
 
 
 # -- the real thing -------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 import pytest
+from click import Context
 from click.testing import CliRunner
 from rich.console import Console
 
@@ -108,7 +109,7 @@ def test_every_command_that_pauses_takes_the_policy(command: Any) -> None:
     option = next(each for each in command.params if each.name == "on_unproven")
     assert option.default is None
     assert "proceed for freeze" in " ".join(CliRunner().invoke(command, ["--help"]).output.split())
-    given = {each.name: each.get_default(None) for each in command.params}
+    given = {each.name: each.get_default(Context(command)) for each in command.params}
     given |= {"notice": 1.0, "budget": 9.0}
     assert policy_from(given).on_unproven is None
     assert policy_from({**given, "on_unproven": "halt"}).on_unproven == "halt"

@@ -6,6 +6,7 @@ import asyncio
 import fcntl
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ import pytest
 from caesura.testing.patience import patient
 from caesura_host_updater.drivers.port import DriverError, SwapFailed
 from caesura_host_updater.drivers.qemu.definition import Definition, Disk, Nic
+from caesura_host_updater.drivers.qemu.memory_views import NoView, View
+from caesura_host_updater.drivers.sampling import sampled_offsets
 from caesura_host_updater.guard.claims import note_begun
 
 SMALL = Definition(memory_mib=16, machine="pc-q35-7.2", vcpus=2, nic=(Nic(),))
@@ -45,6 +48,7 @@ async def test_swap_there_and_on(rig: Any, tools: Any) -> None:
         assert handed.called_at <= handed.frozen_at <= handed.resumed_at <= time.monotonic()
         assert handed.resumed_at - handed.frozen_at < 0.5
         assert handed.detail.startswith("QEMU 7.2.")
+        assert handed.sampled is True, handed.sampled_note
         await rig.only(tools.pid_of(driver, "a"))
         assert tools.pid_of(driver, "a") != before
         assert policies(tools.pid_of(driver, "a")) == policies(os.getpid()) == {os.SCHED_OTHER}
@@ -369,3 +373,115 @@ async def test_updater_that_dies_in_the_middle(rig: Any, tools: Any) -> None:
     await driver.release("a")
     assert tools.pid_of(driver, "a") == pid
     await rig.only(pid)
+
+
+# -- the guest's memory in both processes (I3) --------------------------------------------------------------
+
+_OTHER_RAM = """
+    import shutil
+    at = next(number for number, word in enumerate(words) if "mem-path=" in word)
+    path = words[at].partition("mem-path=")[2].partition(",")[0]
+    {do}
+"""
+
+
+@pytest.mark.parametrize(
+    "do",
+    [
+        "shutil.copyfile(path, path + '.other'); words[at] = words[at].replace(path, path + '.other')",
+        "shutil.copyfile(path, path + '.other'); os.rename(path + '.other', path)",
+    ],
+    ids=["another file", "the same name"],
+)
+async def test_a_new_process_with_other_memory_never_gets_the_guest(rig: Any, tools: Any, do: str) -> None:
+    """The guest would run on in an old copy of its memory, and the swap would be said to have been done."""
+    driver = await rig.open({"a": SMALL})
+    pid = tools.pid_of(driver, "a")
+    binary = rig.wrapper(_OTHER_RAM.format(do=do).strip())
+    await driver.prepare("a", "op-1", "swap", binary)
+    with pytest.raises(SwapFailed, match="other memory than the guest") as caught:
+        await driver.hand_over("a", time.monotonic() + 10)
+    assert caught.value.frozen_at is None, "found out before the pause"
+    assert await driver.resume("a", 5) == "running"
+    await driver.release("a")
+    await rig.only(pid)
+    for path in Path(rig.ram_files("a")[0]).parent.glob("*.other"):
+        path.unlink()
+
+
+async def test_a_page_that_differs_in_the_pause_leaves_the_guest_where_it_was(
+    rig: Any, tools: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    driver = await rig.open({"a": SMALL})
+    pid = tools.pid_of(driver, "a")
+    await driver.prepare("a", "op-1", "swap", "")
+    new = tools.next_pid(driver, "a")
+    read = View.page
+
+    def damaged(view: View, offset: int) -> bytes:
+        page = read(view, offset)
+        mine = Path(f"/proc/self/fd/{view._handle}").readlink() == Path(f"/proc/{new}/mem")
+        return bytes([page[0] ^ 1]) + page[1:] if mine else page
+
+    monkeypatch.setattr(View, "page", damaged)
+    with pytest.raises(SwapFailed, match="other memory than the guest: the page at") as caught:
+        await driver.hand_over("a", time.monotonic() + 10)
+    assert "differs between the old and the new process" in caught.value.differs
+    assert caught.value.frozen_at is not None
+    assert caught.value.resumed_at is not None
+    assert driver.states() == {"a": "running"}
+    await driver.release("a")
+    await rig.only(pid)
+    monkeypatch.undo()
+    assert (await swap(driver, operation="op-2")).sampled is True
+
+
+@pytest.mark.parametrize("trouble", ["not permitted", "slow"])
+async def test_what_cannot_be_compared_holds_no_guest_up_and_is_said(
+    rig: Any, tools: Any, monkeypatch: pytest.MonkeyPatch, trouble: str
+) -> None:
+    """A proof that cannot be made costs the guest nothing: whether it is enough is for the rollout's policy."""
+    driver = await rig.open({"a": SMALL})
+    held = threading.Event()
+    if trouble == "slow":
+        read = View.page
+
+        def slow(view: View, offset: int) -> bytes:
+            held.wait(60)  # RAM that was swapped out to a disk which does not answer
+            return read(view, offset)
+
+        monkeypatch.setattr(View, "page", slow)
+    else:
+
+        def refused(*_: object) -> View:
+            raise NoView("reading the memory of process 7 is not permitted")
+
+        monkeypatch.setattr(View, "of", refused)
+    handed = await swap(driver)
+    held.set()
+    assert handed.sampled is None
+    assert ("took longer than" if trouble == "slow" else "not permitted") in handed.sampled_note
+    await rig.only(tools.pid_of(driver, "a"))
+
+
+async def test_a_page_that_changes_while_no_process_has_the_guest_is_found(rig: Any, tools: Any) -> None:
+    """Replace and freeze: RAM above the limit was never digested at all."""
+    driver = await rig.open({"a": SMALL})
+    await driver.prepare("a", "op-1", "replace", "")
+    await driver.checkpoint("a", tools.soon())
+    before = await driver.sampled_digest("a", "op-1/a")
+    assert await driver.sampled_digest("a", "op-1/a") == before
+    (ram,) = rig.ram_files("a")
+    chosen = sampled_offsets("op-1/a", ram.stat().st_size)
+    with ram.open("r+b") as file:
+        file.seek(chosen[100] + 9)
+        byte = file.read(1)
+        file.seek(chosen[100] + 9)
+        file.write(bytes([byte[0] ^ 0x10]))
+        file.flush()
+        assert await driver.sampled_digest("a", "op-1/a") != before
+        file.seek(chosen[100] + 9)
+        file.write(byte)
+    assert await driver.sampled_digest("a", "op-1/a") == before
+    assert await driver.resume("a", 10) == "running"
+    await driver.release("a")

@@ -12,7 +12,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from caesura_host_updater.drivers.qemu.memory_views import NoView, View, open_views, ram_mappings
+from caesura_host_updater.drivers.qemu.memory_views import (
+    NoView,
+    OtherMemory,
+    View,
+    Views,
+    open_views,
+    ram_mappings,
+)
 from caesura_host_updater.drivers.sampling import (
     PAGE_BYTES,
     SAMPLE_PAGES,
@@ -144,16 +151,32 @@ def test_two_processes_that_map_one_memory_show_the_same_pages(ram: Path, hold: 
     views.close()
 
 
-def test_another_file_of_the_same_name_is_found(ram: Path, hold: Hold) -> None:
+@pytest.mark.parametrize("how", ["renamed over", "unlinked", "renamed away"])
+def test_another_file_of_the_same_name_is_found_before_the_pause(how: str, ram: Path, hold: Hold) -> None:
     """What a swap must never do: the new process maps a RAM file that somebody has made again under the old name."""
     old = hold(ram, "shared")
+    data = ram.read_bytes()
+    if how == "unlinked":
+        ram.unlink()
+    elif how == "renamed away":
+        ram.rename(ram.with_name("away"))
     copy = ram.with_name("copy")
-    copy.write_bytes(ram.read_bytes()[:-1] + b"\xff")
-    pages = sampled_offsets("op/a", SIZE)
-    overwrite(copy, pages[len(pages) // 2] + 7, b"\x55")
+    copy.write_bytes(data)
     copy.rename(ram)
     new = hold(ram, "shared")
-    views = open_views(old, new, str(ram), SIZE, "op/a")
+    with pytest.raises(OtherMemory):
+        open_views(old, new, str(ram), SIZE, "op/a")
+    with pytest.raises(OtherMemory):
+        open_views(new, old, str(ram), SIZE, "op/a")
+
+
+def test_a_page_that_differs_is_found_and_named(ram: Path, hold: Hold) -> None:
+    """Two views of two files, as a kernel or a QEMU that maps wrongly would give."""
+    other = ram.with_name("other")
+    other.write_bytes(ram.read_bytes())
+    pages = sampled_offsets("op/a", SIZE)
+    overwrite(other, pages[len(pages) // 2] + 7, b"\x55")
+    views = Views(View.of(hold(ram, "shared"), str(ram)), View.of(hold(other, "shared"), str(other)), pages)
     compared = views.compare()
     assert compared.equal is False
     assert f"page at {pages[len(pages) // 2]} of the RAM differs" in compared.note
@@ -178,7 +201,7 @@ def test_a_page_in_a_hole_is_replaced_by_one_that_holds_data(tmp_path: Path, hol
 
 def test_a_process_that_has_the_memory_to_itself_has_no_view(ram: Path, hold: Hold) -> None:
     shared, private = hold(ram, "shared"), hold(ram, "private")
-    with pytest.raises(NoView, match="no shared mapping"):
+    with pytest.raises(OtherMemory, match="no shared mapping"):
         open_views(shared, private, str(ram), SIZE, "op/a")
     with pytest.raises(NoView, match="cannot be opened"):
         open_views(shared, shared, str(ram.with_name("gone")), SIZE, "op/a")

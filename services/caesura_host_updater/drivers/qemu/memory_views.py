@@ -27,6 +27,10 @@ class NoView(Exception):
     """The memory of a process cannot be looked at; the text says why."""
 
 
+class OtherMemory(NoView):
+    """The two processes do not have the same file mapped as the guest's RAM: the new one must not run the guest."""
+
+
 class Compared(NamedTuple):
     """What came of it. ``equal`` None: nothing was shown, and ``note`` says why."""
 
@@ -35,11 +39,15 @@ class Compared(NamedTuple):
 
 
 class Mapping(NamedTuple):
-    """One shared mapping of the RAM file: ``file_offset`` and ``length`` in bytes, at ``address`` in the process."""
+    """One shared mapping of the RAM file: ``file_offset`` and ``length`` in bytes, at ``address`` in the process.
+
+    ``identity``: device and inode as the kernel prints them, to be compared with those of another process only.
+    """
 
     file_offset: int
     length: int
     address: int
+    identity: str
 
 
 def ram_mappings(maps: str, file: str, device: int, inode: int) -> list[Mapping]:
@@ -55,7 +63,8 @@ def ram_mappings(maps: str, file: str, device: int, inode: int) -> list[Mapping]
         begin, end = int(match[1], 16), int(match[2], 16)
         same = (os.makedev(int(match[5], 16), int(match[6], 16)), int(match[7])) == (device, inode)
         if same or match[8].removesuffix(_DELETED) == file:
-            found.append(Mapping(int(match[4], 16), end - begin, begin))
+            identity = f"{match[5]}:{match[6]} {match[7]}"
+            found.append(Mapping(int(match[4], 16), end - begin, begin, identity))
     return found
 
 
@@ -65,16 +74,23 @@ class View:
     def __init__(self, handle: int, mappings: list[Mapping]) -> None:
         self._handle = handle
         self._mappings = mappings
+        self.identities = {mapping.identity for mapping in mappings}
+        """The files that are mapped, as the kernel prints them: one, if all is well."""
 
     @classmethod
     def of(cls, pid: int, file: str) -> View:
-        """Open it. Raises NoView: not permitted, or the process has no shared mapping of the file."""
+        """Open it.
+
+        Raises:
+            OtherMemory: the process has no shared mapping of the file.
+            NoView: not permitted, or the process or the file is gone.
+        """
         try:
             there = os.stat(file)  # noqa: PTH116 - runs in a thread, for a path that another process has
             with open(f"/proc/{pid}/maps", encoding="utf-8", errors="surrogateescape") as text:  # noqa: PTH123
                 mappings = ram_mappings(text.read(), os.path.realpath(file), there.st_dev, there.st_ino)
             if not mappings:
-                raise NoView(f"process {pid} has no shared mapping of {file}")
+                raise OtherMemory(f"process {pid} has no shared mapping of {file}")
             return cls(os.open(f"/proc/{pid}/mem", os.O_RDONLY | os.O_CLOEXEC), mappings)
         except PermissionError as error:
             why = "not permitted (the host updater must run as QEMU's user, or with CAP_SYS_PTRACE; see kernel.yama.ptrace_scope)"
@@ -148,6 +164,7 @@ def open_views(old_pid: int, new_pid: int, file: str, size: int, seed: str) -> V
     would give it memory, and it says little.
 
     Raises:
+        OtherMemory: the swap must not be done.
         NoView: a process's memory cannot be read; nothing can be shown.
     """
     try:
@@ -162,12 +179,22 @@ def open_views(old_pid: int, new_pid: int, file: str, size: int, seed: str) -> V
         os.close(handle)
     if not offsets:
         raise NoView("its RAM file holds no data")
-    old = View.of(old_pid, file)
+    views = [View.of(old_pid, file)]
     try:
-        return Views(old, View.of(new_pid, file), offsets)
+        views.append(View.of(new_pid, file))
+        _check_identities(*views, file)
     except BaseException:
-        old.close()
+        for view in views:
+            view.close()
         raise
+    return Views(*views, offsets)
+
+
+def _check_identities(old: View, new: View, file: str) -> None:
+    """Both have one file mapped, the same one. Raises OtherMemory."""
+    if old.identities != new.identities or len(new.identities) != 1:
+        before, after = (", ".join(sorted(view.identities)) for view in (old, new))
+        raise OtherMemory(f"the old process has {before} mapped as {file}, the new one {after}")
 
 
 def _with_data(handle: int, offset: int) -> int:

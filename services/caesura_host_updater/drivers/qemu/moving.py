@@ -28,7 +28,13 @@ from caesura_host_updater.drivers.qemu.handover import (
 )
 from caesura_host_updater.drivers.qemu.hurrying import Hurry
 from caesura_host_updater.drivers.qemu.launching import Launcher
-from caesura_host_updater.drivers.qemu.memory_views import Compared, NoView, Views, open_views
+from caesura_host_updater.drivers.qemu.memory_views import (
+    Compared,
+    NoView,
+    OtherMemory,
+    Views,
+    open_views,
+)
 from caesura_host_updater.drivers.qemu.observer import read_snapshot
 from caesura_host_updater.drivers.qemu.qmp import Qmp, QmpFailed, Watch
 from caesura_host_updater.drivers.qemu.records import Records, Run
@@ -109,7 +115,7 @@ class Mover:
                 views.close()
 
     async def _views(self, guest: Guest, operation: str, plan: SwapPlan) -> Views | str:
-        """What is compared inside the pause, opened before it; or why nothing can be."""
+        """What is compared inside the pause, opened before it; or why nothing can be. Raises SwapFailed: other memory."""
         memory = commandline.memory_of(guest.run.argv) if guest.run is not None else "it is not running"
         if isinstance(memory, str):
             return memory
@@ -128,6 +134,8 @@ class Mover:
             return f"the mappings of its RAM were not found within {_VIEWS_S:g} s"
         try:
             return opening.result()
+        except OtherMemory as error:
+            raise SwapFailed(guest.vm, f"the new process has other memory than the guest: {error}") from error
         except NoView as error:
             return str(error)
 

@@ -16,7 +16,7 @@ import pytest
 from caesura.testing.patience import patient
 from caesura_host_updater.drivers.port import DriverError, SwapFailed
 from caesura_host_updater.drivers.qemu.definition import Definition, Disk, Nic
-from caesura_host_updater.drivers.qemu.memory_views import NoView, View
+from caesura_host_updater.drivers.qemu.memory_views import Compared, NoView, View, Views
 from caesura_host_updater.drivers.sampling import sampled_offsets
 from caesura_host_updater.guard.claims import note_begun
 
@@ -416,14 +416,22 @@ async def test_a_page_that_differs_in_the_pause_leaves_the_guest_where_it_was(
     pid = tools.pid_of(driver, "a")
     await driver.prepare("a", "op-1", "swap", "")
     new = tools.next_pid(driver, "a")
-    read = View.page
+    read = View.read
 
-    def damaged(view: View, offset: int) -> bytes:
-        page = read(view, offset)
-        mine = Path(f"/proc/self/fd/{view._handle}").readlink() == Path(f"/proc/{new}/mem")
-        return bytes([page[0] ^ 1]) + page[1:] if mine else page
+    def damaged(view: View) -> memoryview:
+        pages = read(view)
+        if view.pid == new:
+            pages[-1] ^= 1
+        return pages
 
-    monkeypatch.setattr(View, "page", damaged)
+    # After the first look, which is before the pause.
+    compare = Views.compare
+
+    def late(views: Views) -> Compared:
+        monkeypatch.setattr(View, "read", damaged)
+        return compare(views)
+
+    monkeypatch.setattr(Views, "compare", late)
     with pytest.raises(SwapFailed, match="other memory than the guest: the page at") as caught:
         await driver.hand_over("a", time.monotonic() + 10)
     assert "differs between the old and the new process" in caught.value.differs
@@ -444,13 +452,12 @@ async def test_what_cannot_be_compared_holds_no_guest_up_and_is_said(
     driver = await rig.open({"a": SMALL})
     held = threading.Event()
     if trouble == "slow":
-        read = View.page
 
-        def slow(view: View, offset: int) -> bytes:
+        def slow(_: Views) -> Compared:
             held.wait(60)  # RAM that was swapped out to a disk which does not answer
-            return read(view, offset)
+            return Compared(True, "too late")
 
-        monkeypatch.setattr(View, "page", slow)
+        monkeypatch.setattr(Views, "compare", slow)
     else:
 
         def refused(*_: object) -> View:

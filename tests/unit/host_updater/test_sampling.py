@@ -147,8 +147,8 @@ def test_two_processes_that_map_one_memory_show_the_same_pages(ram: Path, hold: 
     compared = views.compare()
     assert compared.equal is True
     assert f"{SAMPLE_PAGES} pages" in compared.note
-    assert views.compare().equal is None, "once: its files are closed"
-    views.close()
+    overwrite(ram, views.offsets[3], b"new")
+    assert views.compare().equal is True, "what is compared is what is there at the time"
 
 
 @pytest.mark.parametrize("how", ["renamed over", "unlinked", "renamed away"])
@@ -176,7 +176,8 @@ def test_a_page_that_differs_is_found_and_named(ram: Path, hold: Hold) -> None:
     other.write_bytes(ram.read_bytes())
     pages = sampled_offsets("op/a", SIZE)
     overwrite(other, pages[len(pages) // 2] + 7, b"\x55")
-    views = Views(View.of(hold(ram, "shared"), str(ram)), View.of(hold(other, "shared"), str(other)), pages)
+    one = View.of(hold(ram, "shared"), str(ram), pages)
+    views = Views(one, View.of(hold(other, "shared"), str(other), pages), pages)
     compared = views.compare()
     assert compared.equal is False
     assert f"page at {pages[len(pages) // 2]} of the RAM differs" in compared.note
@@ -209,7 +210,19 @@ def test_a_process_that_has_the_memory_to_itself_has_no_view(ram: Path, hold: Ho
 
 def test_a_process_that_is_gone_has_no_view(ram: Path) -> None:
     with pytest.raises(NoView, match="cannot be read"):
-        View.of(2**22 + 1, str(ram))
+        View.of(2**22 + 1, str(ram), (0,))
+
+
+def test_pages_that_went_away_show_nothing(ram: Path, hold: Hold) -> None:
+    pid = hold(ram, "shared")
+    views = open_views(pid, pid, str(ram), SIZE, "op/a")
+    with ram.open("r+b") as file:
+        file.truncate(views.offsets[-1])
+    compared = views.compare()
+    assert compared.equal is None
+    assert "not mapped" in compared.note
+    with pytest.raises(NoView, match="is not mapped"):
+        View.of(pid, str(ram), (SIZE,))
 
 
 def test_page_size_is_the_kernels() -> None:

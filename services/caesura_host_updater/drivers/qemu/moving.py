@@ -83,36 +83,32 @@ class Mover:
         if prepared is None or prepared.qmp is None or not isinstance(prepared.plan, SwapPlan) or old is None:
             raise SwapFailed(guest.vm, "no swap was prepared")
         views = await self._views(guest, prepared.operation, prepared.plan)
+        if guest.state != "running":
+            raise SwapFailed(guest.vm, f"is {guest.state} before anything was done")
+        if time.monotonic() >= by:
+            raise SwapFailed(guest.vm, "it was too late to begin")
         try:
-            if guest.state != "running":
-                raise SwapFailed(guest.vm, f"is {guest.state} before anything was done")
-            if time.monotonic() >= by:
-                raise SwapFailed(guest.vm, "it was too late to begin")
+            await _begin(prepared, old)
+        except (HandOverFailed, QmpFailed, OSError) as error:
+            raise SwapFailed(guest.vm, str(error)) from error
+        called_at = time.monotonic()
+        limit = min(by, called_at + _HAND_OVER_S)
+        channel = f"unix:{self._launcher.folder(guest.vm) / 'mig'}"
+        with old.watch() as told:
             try:
-                await _begin(prepared, old)
+                with self._hurry((prepared.plan.old.pid, prepared.plan.new.pid)):
+                    handed = await run_hand_over(
+                        old,
+                        prepared.qmp,
+                        prepared.plan,
+                        channel,
+                        limit,
+                        lambda: self._compare(views),
+                        moved_bytes=prepared.moved_bytes,
+                    )
             except (HandOverFailed, QmpFailed, OSError) as error:
-                raise SwapFailed(guest.vm, str(error)) from error
-            called_at = time.monotonic()
-            limit = min(by, called_at + _HAND_OVER_S)
-            channel = str(self._launcher.folder(guest.vm) / "mig")
-            with old.watch() as told:
-                try:
-                    with self._hurry((prepared.plan.old.pid, prepared.plan.new.pid)):
-                        handed = await run_hand_over(
-                            old,
-                            prepared.qmp,
-                            prepared.plan,
-                            f"unix:{channel}",
-                            limit,
-                            lambda: self._compare(views),
-                            moved_bytes=prepared.moved_bytes,
-                        )
-                except (HandOverFailed, QmpFailed, OSError) as error:
-                    return await self._failed_hand_over(guest, prepared, error, called_at, told)
-            return self._committed(guest, prepared, handed, called_at)
-        finally:
-            if isinstance(views, Views):
-                views.close()
+                return await self._failed_hand_over(guest, prepared, error, called_at, told)
+        return self._committed(guest, prepared, handed, called_at)
 
     async def _views(self, guest: Guest, operation: str, plan: SwapPlan) -> Views | str:
         """What is compared inside the pause, opened before it; or why nothing can be. Raises SwapFailed: other memory."""
@@ -130,7 +126,7 @@ class Mover:
         )
         done, _ = await asyncio.wait({opening}, timeout=_VIEWS_S)
         if not done:
-            opening.add_done_callback(_closed_unused)
+            opening.add_done_callback(lambda task: task.cancelled() or task.exception())
             return f"the mappings of its RAM were not found within {_VIEWS_S:g} s"
         try:
             return opening.result()
@@ -359,11 +355,6 @@ async def _begin(prepared: Prepared, qmp: Qmp) -> None:
             raise HandOverFailed(f"it was changed since it was compared: {'; '.join(wrong)}")
     claims.note_begun(str(prepared.claims))
     prepared.begun = True
-
-
-def _closed_unused(opening: asyncio.Future[Views]) -> None:
-    if not opening.cancelled() and opening.exception() is None:
-        opening.result().close()
 
 
 def _at(name: str, told: Watch) -> float | None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -138,7 +139,21 @@ class Mover:
     async def _compare(self, views: Views | str) -> Compared:
         if isinstance(views, str):
             return Compared(None, views)
-        return await asyncio.get_running_loop().run_in_executor(self._threads, views.compare)
+        loop = asyncio.get_running_loop()
+        done: asyncio.Future[Compared] = loop.create_future()
+
+        def tell(found: Compared) -> None:
+            if not done.done():
+                done.set_result(found)
+
+        def compare() -> None:
+            found = views.compare()
+            with suppress(RuntimeError):  # the loop is closed: nobody waits any more
+                loop.call_soon_threadsafe(tell, found)
+
+        # A thread of its own, started while this one hurries, hurries too; one of the pool would wait for a time slice.
+        threading.Thread(target=compare, name="compare", daemon=True).start()
+        return await done
 
     def _committed(self, guest: Guest, prepared: Prepared, handed: Handed, called_at: float) -> HandOver:
         former, new, plan = guest.run, prepared.qmp, prepared.plan

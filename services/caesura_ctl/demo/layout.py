@@ -94,6 +94,7 @@ def _vm_table(vm: DemoVm, *, broker: Broker, folder: str, run_id: str) -> dict[s
         "CAESURA_VM_AGENT_BROKER_URL": broker.url,
         "CAESURA_VM_AGENT_BROKER_PROTOCOL": broker.protocol,
         "CAESURA_VM_AGENT_CLOCK": "simulated",
+        "CAESURA_VM_AGENT_CANARY_BYTES": "1048576",  # 25 agents share one machine
         "CAESURA_VM_AGENT_LOG_LEVEL": "warning",
         "CAESURA_VM_AGENT_UPDATE_DOMAIN": str(vm.update_domain),
         "CAESURA_DEMO_RUN": run_id,

@@ -27,6 +27,7 @@ from caesura_host_updater.drivers.port import Driver, DriverError, FreezeFailed,
 from caesura_host_updater.drivers.process import ProcessDriver
 from caesura_host_updater.drivers.qemu.definition import Definition, QemuOptions
 from caesura_host_updater.drivers.qemu.driver import QemuDriver
+from caesura_host_updater.drivers.sampling import sampled_offsets
 from caesura_host_updater.guard.plans import CgroupPlan, condition, thaw
 from caesura_host_updater.guard.procfs import alive, read_process
 from caesura_host_updater.hostfile import GuestProcess, VmSpec
@@ -314,6 +315,27 @@ async def test_memory_digest(process_driver: ProcessDriver, tmp_path: Path) -> N
         await driver.memory_digest("busy", soon())
     with pytest.raises(NotPossible):
         await driver.sync_clock("plain")
+
+
+async def test_sampled_digest(process_driver: ProcessDriver, tmp_path: Path) -> None:
+    """Of pages that the seed chooses, whatever the memory's size and the limit for digests of all of it."""
+    driver = process_driver
+    assert driver.capabilities("plain").digests == ("digest_equal", "sampled_digest_equal")
+    assert driver.capabilities("busy").digests == ()
+    assert "ram_bytes" in driver.capabilities("busy").no_digest
+    await driver.freeze("plain", soon())
+    first = await driver.sampled_digest("plain", "op-1/plain")
+    assert await driver.sampled_digest("plain", "op-1/plain") == first
+    assert await driver.sampled_digest("plain", "op-2/plain")
+    ram = tmp_path / "vms" / "plain.ram"
+    chosen = sampled_offsets("op-1/plain", ram.stat().st_size)
+    with ram.open("r+b") as file:
+        file.seek(chosen[-1])
+        file.write(b"x")
+    assert await driver.sampled_digest("plain", "op-1/plain") != first
+    await driver.resume("plain", 5)
+    with pytest.raises(NotPossible):
+        await driver.sampled_digest("busy", "op-1/busy")
 
 
 async def test_vm_whose_program_is_missing(freezer: str, tmp_path: Path) -> None:

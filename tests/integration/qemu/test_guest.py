@@ -9,6 +9,7 @@ import tempfile
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,7 +23,14 @@ from caesura.bus.port import Delivery
 from caesura.bus.post import Post
 from caesura.contract.codec import decode
 from caesura.contract.envelope import Message
-from caesura.contract.messages import AgentClockSynced, AgentPresence, ClockSyncAnswered, ClockSyncRequested
+from caesura.contract.messages import (
+    AgentClockSynced,
+    AgentPresence,
+    ClockSyncAnswered,
+    ClockSyncRequested,
+    VmResumed,
+)
+from caesura.runtime.identity import new_id
 from caesura.testing.broker import mosquitto, mosquitto_installed
 from caesura.testing.guests import Definition, RunningGuest, boot, qemu_installed
 from caesura.testing.patience import patient
@@ -225,3 +233,114 @@ async def test_the_agent_in_the_guest_is_on_the_bus_and_sets_its_clock(
     now = asyncio.get_running_loop().time()
     beat = await guest.heartbeat.next(after=now)
     assert abs(beat.realtime_ns / 1e9 - time.time()) < patient(0.25)
+
+
+# -- the canary in real RAM ---------------------------------------------------------------------------------
+
+_PAGE = 4096
+_MAGIC = b"CAESURAc"  # how each page of the agent's canary begins
+
+
+def _canary_pages(ram: Path) -> list[int]:
+    """Offsets in the guest's RAM of the pages that its agent holds."""
+    found = []
+    with ram.open("rb") as file:
+        offset = 0
+        while chunk := file.read(256 * _PAGE):
+            found += [offset + at for at in range(0, len(chunk), _PAGE) if chunk[at : at + 8] == _MAGIC]
+            offset += len(chunk)
+    return found
+
+
+async def _paused(guest: RunningGuest, outside: Outside, harm: Callable[[Path], None]) -> AgentClockSynced:
+    """A pause in which something happens to the guest's RAM, and what the agent says after it."""
+    await guest.execute("stop")
+    await asyncio.to_thread(harm, guest.ram_file)
+    await guest.execute("cont")
+    operation = new_id()
+    resumed = VmResumed(
+        vm=VM,
+        host="host-1",
+        set=f"_{VM}",
+        update_domain=0,
+        operation=operation,
+        method="freeze",
+        pause_s=0.1,
+        budget_s=30,
+        within_budget=True,
+        resumed_by="updater",
+        at=datetime.now(UTC),
+    )
+    await outside.post.send(resumed, host="host-1", set=f"_{VM}", ud=0, vm=VM)
+
+    def answers() -> list[AgentClockSynced]:
+        return [each for each in outside.all(AgentClockSynced) if each.operation == operation]
+
+    await until(lambda: bool(answers()), f"the agent's answer:\n{guest.logs()}")
+    return answers()[0]
+
+
+async def test_a_page_of_the_guests_ram_that_changed_in_a_pause_is_found_by_the_agent(
+    guest: RunningGuest, outside: Outside
+) -> None:
+    """A flipped bit, a zeroed page and a stale one, put into the RAM file while the guest is paused."""
+    await until(
+        lambda: any(each.canary_bytes for each in outside.all(AgentPresence)),
+        f"the agent's canary:\n{guest.logs()}",
+    )
+    held = next(each.canary_bytes for each in outside.all(AgentPresence) if each.canary_bytes)
+    whole = await _paused(guest, outside, lambda _: None)
+    assert whole.canary is not None
+    assert (whole.canary.pages * _PAGE, whole.canary.bad_pages) == (held, 0)
+
+    old: list[bytes] = []
+    pages: list[int] = []
+
+    def look(ram: Path) -> None:
+        pages.extend(_canary_pages(ram))
+        with ram.open("rb") as file:
+            for offset in pages:
+                file.seek(offset)
+                old.append(file.read(_PAGE))
+
+    await _paused(guest, outside, look)
+    assert len(pages) >= held // _PAGE, "they are in the guest's RAM, in the clear"
+    numbers = [int.from_bytes(page[8:16], "little") for page in old]
+    by_number = dict(zip(numbers, pages, strict=True))
+    versions = {
+        number: int.from_bytes(page[16:24], "little") for number, page in zip(numbers, old, strict=True)
+    }
+
+    def stale(ram: Path) -> list[int]:
+        """Pages that were rewritten since."""
+        found = []
+        with ram.open("rb") as file:
+            for number, offset in by_number.items():
+                file.seek(offset + 16)
+                if int.from_bytes(file.read(8), "little") != versions[number]:
+                    found.append(number)
+        return found
+
+    await until(lambda: bool(stale(guest.ram_file)), "a page that was rewritten")
+
+    def harm(ram: Path) -> None:
+        older = stale(ram)[0]
+        flipped, zeroed = [number for number in by_number if number != older][10:12]
+        with ram.open("r+b") as file:
+            file.seek(by_number[older])
+            file.write(old[numbers.index(older)])
+            file.seek(by_number[flipped] + 1234)
+            byte = file.read(1)[0]
+            file.seek(by_number[flipped] + 1234)
+            file.write(bytes([byte ^ 2]))
+            file.seek(by_number[zeroed])
+            file.write(bytes(_PAGE))
+
+    harmed = await _paused(guest, outside, harm)
+    assert harmed.canary is not None
+    assert harmed.canary.bad_pages == 3, harmed.canary
+    for words in ("is damaged", "is zeroed", "holds write"):
+        assert words in harmed.canary.detail
+    after = await _paused(guest, outside, lambda _: None)
+    assert after.canary is not None
+    assert after.canary.bad_pages == 0, "one pause is not blamed for another's"

@@ -37,21 +37,34 @@ class Shown:
         return is_proof(self.held) and not self.broken
 
 
-def counted(pauses: Iterable[Shown]) -> str:
-    """``digest equal 3/3, not rebooted 2/3``; what is broken comes first, loudly; ``nothing shown`` if nothing was."""
+def counted(pauses: Iterable[Shown], *, brief: bool = False) -> str:
+    """``digest equal 3/3, not rebooted 2/3``; what is broken comes first, loudly; ``nothing shown`` if nothing was.
+
+    Args:
+        brief: without the count where it is all of them.
+    """
     found = list(pauses)
     broken = Counter(code for each in found for code in each.broken)
-    held = Counter(code for each in found for code in each.held)
-    parts = [f"{BROKEN_WORDS[code].upper()} {broken[code]}/{len(found)}" for code in ordered(broken)]
-    parts += [f"{WORDS[code]} {held[code]}/{len(found)}" for code in ordered(held)]
+    held = Counter(code for each in found for code in _stated(each.held))
+
+    def share(count: int) -> str:
+        return "" if brief and count == len(found) else f" {count}/{len(found)}"
+
+    parts = [f"{BROKEN_WORDS[code].upper()}{share(broken[code])}" for code in ordered(broken)]
+    parts += [f"{WORDS[code]}{share(held[code])}" for code in ordered(held)]
     return ", ".join(parts) or NONE
+
+
+def _stated(held: Sequence[m.ProofCode]) -> tuple[m.ProofCode, ...]:
+    """Without the sampled pages where all pages were looked at, these among them."""
+    return tuple(code for code in held if code != "sampled_digest_equal" or "digest_equal" not in held)
 
 
 def planned(vms: Sequence[m.PlannedVm]) -> str:
     """What a plan promises for these VMs, a line for each kind; names them where not all are alike."""
     kinds: dict[tuple[m.ProofCode, ...], list[str]] = {}
     for vm in vms:
-        kinds.setdefault(ordered(vm.proofs), []).append(vm.vm)
+        kinds.setdefault(_stated(ordered(vm.proofs)), []).append(vm.vm)
     if len(kinds) == 1:
         return in_words(next(iter(kinds)))
     return "\n".join(f"{in_words(codes)}: {', '.join(names)}" for codes, names in kinds.items())

@@ -216,7 +216,7 @@ def pauses_view(pauses: Iterable[Pause], clocks: dict[tuple[str, str], m.VmClock
             f"{max(each.budget_s for each in group):g}s",
             _worst([each.error_before_s for each in verdicts]),
             _worst([each.error_after_s for each in verdicts]),
-            counted(Shown(each, clocks) for each in group),
+            counted((Shown(each, clocks) for each in group), brief=True),
         )
     return table
 

@@ -46,9 +46,10 @@ with QuietInterrupt():
     from caesura_host_updater.metrics import HostMetrics
     from caesura_host_updater.operation import clean_environ
     from caesura_host_updater.pauses import PauseMarkers
-    from caesura_host_updater.service import HostUpdater, filters
+    from caesura_host_updater.service import HostUpdater
     from caesura_host_updater.settings import HostUpdaterSettings
     from caesura_host_updater.startup import resume_marked
+    from caesura_host_updater.subscriptions import filters
     from caesura_host_updater.threads import in_thread
 
 _ACCEL = {"kvm": "kvm", "tcg": "tcg,thread=multi"}

@@ -6,11 +6,18 @@ import asyncio
 import uuid
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from datetime import datetime
 
 import structlog
 
 from caesura.contract.envelope import Message
-from caesura.contract.messages import OperationReported, VmClockSynced, VmFrozen, VmResumed
+from caesura.contract.messages import (
+    AbortCommanded,
+    OperationReported,
+    VmClockSynced,
+    VmFrozen,
+    VmResumed,
+)
 from caesura.runtime.errors import StoreError
 from caesura_host_updater.clock import ClockWait
 from caesura_host_updater.clockdesk import ClockDesk
@@ -23,6 +30,21 @@ from caesura_host_updater.outbox import Outbox, letter_for
 _SAVE_RETRY_S = 1.0  # s: between two tries to write reports that a full disk did not take
 
 _log = structlog.get_logger("caesura.pause")
+
+
+def cancelled_before_it_began(
+    host: str, command: AbortCommanded, epoch: int, now: datetime
+) -> OperationReported:
+    """The end of an operation whose abort overtook its command."""
+    why = "cancelled before it began"
+    return OperationReported(
+        operation=command.operation,
+        host=host,
+        epoch=epoch,
+        status="cancelled",
+        reason=f"{why}: {command.reason}" if command.reason else why,
+        at=now,
+    )
 
 
 class Letters:
@@ -72,6 +94,13 @@ class Endings:
             return Repeat(self._unsaved[operation][0])
         entry = await self._journal.do(lambda journal: journal.find(operation))
         return None if entry is None else Repeat(entry.report)
+
+    async def repeat_verdicts(self, operation: str) -> None:
+        """Publish again what became of the clocks: whoever repeats a command may have missed that, too."""
+        try:
+            self._outbox.queue(*await self._journal.do(lambda journal: journal.verdicts(operation)))
+        except StoreError as error:
+            _log.warning("verdicts.not_repeated", operation=operation, why=str(error))
 
     async def conclude(
         self,

@@ -25,57 +25,39 @@ from caesura.contract.messages import (
     CoordinatorPresence,
     FreezeCommanded,
     HostPresence,
-    OperationReported,
     VmClockSynced,
     VmFrozen,
     VmRecord,
     VmResumed,
 )
-from caesura.contract.topics import channel_of
 from caesura.runtime.errors import StoreError
 from caesura_host_updater import command as rules
 from caesura_host_updater.catalogue_reader import CatalogueReader
-from caesura_host_updater.clock import ClockWait
 from caesura_host_updater.clockdesk import ClockDesk
 from caesura_host_updater.command import Accept, Authority, Ignore, Refuse, Repeat
-from caesura_host_updater.drivers.port import Driver, DriverError, states_within
-from caesura_host_updater.endings import Endings, Letters
-from caesura_host_updater.guard.plans import Plan
+from caesura_host_updater.drivers.port import Driver, states_within
+from caesura_host_updater.endings import Endings, Letters, cancelled_before_it_began
 from caesura_host_updater.guard.procfs import boot_id
 from caesura_host_updater.guardian import Guardian
 from caesura_host_updater.hostfile import HostFile
-from caesura_host_updater.inventory import inventory, vm_records
+from caesura_host_updater.inventory import inventory
 from caesura_host_updater.journal import Journal, JournalThread, Letter
 from caesura_host_updater.metrics import HostMetrics
 from caesura_host_updater.operation import OperationRunner
 from caesura_host_updater.operation_state import Operation, UpdateRun, VmPause
 from caesura_host_updater.outbox import Outbox
-from caesura_host_updater.pauses import PauseMarkers, how_to_resume
+from caesura_host_updater.pauses import PauseMarkers
 from caesura_host_updater.report import clock_wait, final_report, refusal
 from caesura_host_updater.settings import HostUpdaterSettings
 from caesura_host_updater.startup import Startup, resume_until_running
 from caesura_host_updater.updates import UpdateFile
+from caesura_host_updater.vm_view import STATES_S, VmView
 
 _CLOCKS_S = 5.0  # s: for the verdicts on clocks when told to stop; an agent answers in a fraction of a second
 _FLUSH_S = 3.0  # s: for the last facts when told to stop; what is left is told at the next start
-_STATES_S = 2.0  # s: to read the states of all VMs, which takes milliseconds
 _CLOCK_PUBLISH_S = 0.5  # s: an answer later than this is of no use to the agent
 
 _log = structlog.get_logger("caesura.host_updater")
-
-
-def filters(host: HostFile) -> list[str]:
-    """What a host updater listens to."""
-    wanted = [
-        channel_of(CoordinatorPresence).filter(),
-        channel_of(FreezeCommanded).filter(host=host.host),
-        channel_of(AbortCommanded).filter(host=host.host),
-    ]
-    for vm in host.vm:
-        if vm.agent:
-            of_agents = (AgentPresence, AgentClockSynced, ClockSyncRequested)
-            wanted += [channel_of(message).filter(vm=vm.name) for message in of_agents]
-    return wanted
 
 
 class HostUpdater:
@@ -137,8 +119,7 @@ class HostUpdater:
             pauses=pauses,
             resumed=resumed,
         )
-        self._foreign: dict[str, str] = {}
-        """VMs that somebody else paused, and how he resumes them; as last looked."""
+        self._view = VmView(host.vm, driver)
         self.authority = Authority()
         self._runner: OperationRunner | None = None
         self._accepted: asyncio.Queue[OperationRunner] = asyncio.Queue()
@@ -235,22 +216,10 @@ class HostUpdater:
                     await self._changed.wait()
 
     async def _records(self) -> dict[str, VmRecord]:
-        states = await states_within(self._driver, _STATES_S)
         runner = self._runner
-        ours = self._startup.resuming | {vm.vm for vm in (runner.state.vms if runner is not None else ())}
-        self._foreign = {
-            vm: f"paused, and not by Caesura; {how_to_resume(self._plan_of(vm))}"
-            for vm, state in states.items()
-            if state == "paused" and vm not in ours
-        }
+        busy = (vm.vm for vm in (runner.state.vms if runner is not None else ()))
         canaries = {vm for vm, agent in self._agents.items() if agent.canary_bytes}
-        return vm_records(self._host.vm, self._driver.capabilities, states, self._foreign, canaries)
-
-    def _plan_of(self, vm: str) -> Plan | None:
-        try:
-            return self._driver.resume_plan(vm)
-        except DriverError:
-            return None
+        return await self._view.records(self._startup.resuming.union(busy), canaries)
 
     def reread(self) -> None:
         """Read the updates again; the inventory follows when they were read."""
@@ -321,19 +290,12 @@ class HostUpdater:
                 self._host.host, command, self.authority.epoch, "accepted", "", now
             )
             self.outbox.queue(self._letters.report(report))
-            await self._repeat_verdicts(command.operation)
+            await self._endings.repeat_verdicts(command.operation)
             _log.debug("command.repeated", operation=command.operation, status=report.status)
             return
         _log.warning("command.refused", operation=command.operation, why=verdict.why)
         refused = refusal(self._host.host, command, self.authority.epoch, "refused", verdict.why, now)
         await self._endings.conclude(refused)
-
-    async def _repeat_verdicts(self, operation: str) -> None:
-        # Whoever repeats a command may have missed what became of the clocks, too.
-        try:
-            self.outbox.queue(*await self._journal.do(lambda journal: journal.verdicts(operation)))
-        except StoreError as error:
-            _log.warning("verdicts.not_repeated", operation=operation, why=str(error))
 
     async def _accept(self, command: FreezeCommanded, update: UpdateFile | None) -> None:
         kernels = await self.clocks.kernel_boot_ids([target.vm for target in command.targets])
@@ -424,20 +386,9 @@ class HostUpdater:
         elif isinstance(verdict, Repeat) and verdict.report is not None:
             self.outbox.queue(self._letters.report(verdict.report))
         elif isinstance(verdict, Accept):
-            why = (
-                f"cancelled before it began: {command.reason}"
-                if command.reason
-                else "cancelled before it began"
+            await self._endings.conclude(
+                cancelled_before_it_began(self._host.host, command, self.authority.epoch, datetime.now(UTC))
             )
-            cancelled = OperationReported(
-                operation=command.operation,
-                host=self._host.host,
-                epoch=self.authority.epoch,
-                status="cancelled",
-                reason=why,
-                at=datetime.now(UTC),
-            )
-            await self._endings.conclude(cancelled)
 
     # -- operations -----------------------------------------------------------------------------------------
 
@@ -458,11 +409,11 @@ class HostUpdater:
                 runner.command,
                 state,
                 self.authority.epoch,
-                await states_within(self._driver, _STATES_S),
+                await states_within(self._driver, STATES_S),
                 datetime.now(UTC),
             )
             waits = [
-                self._wait_for(runner.command, state, vm)
+                clock_wait(state, vm, runner.command.clock_bound_s)
                 for vm in state.vms
                 if vm.frozen_at is not None and vm.end == "running"
             ]
@@ -470,9 +421,6 @@ class HostUpdater:
             self._runner = None
             self._idle.set()
             self._changed.set()
-
-    def _wait_for(self, command: FreezeCommanded, op: Operation, vm: VmPause) -> ClockWait:
-        return clock_wait(op, vm, command.clock_bound_s)
 
     def _announce(self, fact: VmFrozen | VmResumed, state: Operation) -> None:
         self.outbox.put(self._letters.fact(fact), state)
@@ -547,7 +495,7 @@ class HostUpdater:
             "journal": lambda: self._journal.trouble,
             "driver": self._driver.ping,
             "updates": self._updates.complaint,
-            "pauses": lambda: "; ".join(f"VM {vm} is {why}" for vm, why in sorted(self._foreign.items())),
+            "pauses": self._view.complaint,
             "guard": lambda: "there is no pause guard" if self._guardian.state == "absent" else "",
         }
 

@@ -21,7 +21,6 @@ from caesura_host_updater.clock import ClockWait
 from caesura_host_updater.drivers.port import Driver, DriverError, NotRunningYet, states_within
 from caesura_host_updater.endings import Endings, Letters
 from caesura_host_updater.guard.intent import Intent
-from caesura_host_updater.guard.plans import Plan
 from caesura_host_updater.guard.procfs import boot_id
 from caesura_host_updater.guardian import Guardian, GuardUnavailable
 from caesura_host_updater.journal import Entry, Journal, JournalThread, Letter
@@ -31,9 +30,9 @@ from caesura_host_updater.pauses import PauseMarkers, how_to_resume
 from caesura_host_updater.recovery import recovered
 from caesura_host_updater.report import clock_wait, final_report, frozen_fact, resumed_fact
 from caesura_host_updater.threads import in_thread
+from caesura_host_updater.vm_view import STATES_S, plan_of
 
 _RESUME_TRY_S = 0.25  # s: one try of a resume
-_STATES_S = 2.0  # s: to read the states of all VMs, which takes milliseconds
 _ORPHANS_S = 10.0  # s: to find what an update left behind; stuck processes take half a second each
 _PATIENCE_S = 10.0  # s: VMs found frozen are tried this long before the host goes on the bus without them
 
@@ -151,10 +150,16 @@ class Startup:
         marked = await self._pauses.read()
         states = await self._driver.read_states()
         paused = [vm for vm, state in states.items() if state == "paused"]
-        ours = [vm for vm in paused if vm in marked and self._pauses.is_ours(marked[vm], self._plan_of(vm))]
+        ours = [
+            vm
+            for vm in paused
+            if vm in marked and self._pauses.is_ours(marked[vm], plan_of(self._driver, vm))
+        ]
         for vm in paused:
             if vm not in ours:
-                _log.warning("vm.paused_by_somebody_else", vm=vm, hint=how_to_resume(self._plan_of(vm)))
+                _log.warning(
+                    "vm.paused_by_somebody_else", vm=vm, hint=how_to_resume(plan_of(self._driver, vm))
+                )
         settled = self._settled = {vm: asyncio.Event() for vm in ours}
 
         async def resume(vm: str) -> None:
@@ -180,12 +185,6 @@ class Startup:
         # Those of VMs that run (an updater that died between marker and freeze, or between resume and removal), that
         # ended, that somebody else paused since, or that are not in the host file any more.
         self._pauses.remove(vm for vm in marked if vm not in ours)
-
-    def _plan_of(self, vm: str) -> Plan | None:
-        try:
-            return self._driver.resume_plan(vm)
-        except DriverError:
-            return None
 
     @property
     def resuming(self) -> frozenset[str]:
@@ -253,6 +252,6 @@ class Startup:
             letters.append(self._letters.fact(frozen_fact(self._host, op, vm.vm, wall)))
             if not vm.told:
                 letters.append(self._letters.fact(resumed_fact(self._host, op, vm.vm, wall)))
-        states = await states_within(self._driver, _STATES_S)
+        states = await states_within(self._driver, STATES_S)
         report = final_report(self._host, command, op, epoch, states, datetime.now(UTC))
         return report, op, letters, waits

@@ -1,0 +1,28 @@
+"""What a host updater subscribes to on the bus."""
+
+from __future__ import annotations
+
+from caesura.contract.messages import (
+    AbortCommanded,
+    AgentClockSynced,
+    AgentPresence,
+    ClockSyncRequested,
+    CoordinatorPresence,
+    FreezeCommanded,
+)
+from caesura.contract.topics import channel_of
+from caesura_host_updater.hostfile import HostFile
+
+
+def filters(host: HostFile) -> list[str]:
+    """Its topic filters: commands for this host, and the agents of its VMs."""
+    wanted = [
+        channel_of(CoordinatorPresence).filter(),
+        channel_of(FreezeCommanded).filter(host=host.host),
+        channel_of(AbortCommanded).filter(host=host.host),
+    ]
+    for vm in host.vm:
+        if vm.agent:
+            of_agents = (AgentPresence, AgentClockSynced, ClockSyncRequested)
+            wanted += [channel_of(message).filter(vm=vm.name) for message in of_agents]
+    return wanted

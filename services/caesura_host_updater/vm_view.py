@@ -1,0 +1,49 @@
+"""The VMs as the inventory shows them: their state now, what can be done with them, and who paused them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+from caesura.contract.messages import VmRecord
+from caesura_host_updater.drivers.port import Driver, DriverError, states_within
+from caesura_host_updater.guard.plans import Plan
+from caesura_host_updater.hostfile import VmSpec
+from caesura_host_updater.inventory import vm_records
+from caesura_host_updater.pauses import how_to_resume
+
+STATES_S = 2.0  # s: to read the states of all VMs, which takes milliseconds
+
+
+class VmView:
+    """See the module."""
+
+    def __init__(self, specs: Sequence[VmSpec], driver: Driver) -> None:
+        self._specs = specs
+        self._driver = driver
+        self._foreign: dict[str, str] = {}
+        """VMs that somebody else paused, and how they are resumed; as last looked."""
+
+    async def records(self, ours: Collection[str], canaries: Collection[str]) -> dict[str, VmRecord]:
+        """The VMs by name, now.
+
+        ``ours``: those that may be paused because we paused them. ``canaries``: those whose agent holds a canary.
+        """
+        states = await states_within(self._driver, STATES_S)
+        self._foreign = {
+            vm: f"paused, and not by Caesura; {how_to_resume(plan_of(self._driver, vm))}"
+            for vm, state in states.items()
+            if state == "paused" and vm not in ours
+        }
+        return vm_records(self._specs, self._driver.capabilities, states, self._foreign, canaries)
+
+    def complaint(self) -> str:
+        """For the health probe: the VMs that somebody else paused, and how they are resumed."""
+        return "; ".join(f"VM {vm} is {why}" for vm, why in sorted(self._foreign.items()))
+
+
+def plan_of(driver: Driver, vm: str) -> Plan | None:
+    """How the VM would be resumed; None where the driver cannot tell."""
+    try:
+        return driver.resume_plan(vm)
+    except DriverError:
+        return None

@@ -23,8 +23,7 @@ class SpawnError(CaesuraError):
     """A program could not be started."""
 
 
-# vfork(2) keeps the caller until the program was executed, with Python's lock held: on a file system that does not
-# answer that is for good, and for every thread. (A documented switch: "Disabling use of vfork() or posix_spawn()".)
+# As in ``guard.processes``: with vfork(2) a thread of its own would be of no use.
 subprocess._USE_VFORK = False  # type: ignore[misc]  # noqa: SLF001
 
 

@@ -149,17 +149,18 @@ class Startup:
         """The driver's way for marked VMs that did not run by now; what somebody else paused is left to him."""
         marked = await self._pauses.read()
         states = await self._driver.read_states()
-        paused = [vm for vm, state in states.items() if state == "paused"]
+        # A marked VM that does not answer may be paused as well: `resume` finds out.
         ours = [
             vm
-            for vm in paused
-            if vm in marked and self._pauses.is_ours(marked[vm], plan_of(self._driver, vm))
+            for vm, state in states.items()
+            if state in ("paused", "unknown")
+            and vm in marked
+            and self._pauses.is_ours(marked[vm], plan_of(self._driver, vm))
         ]
-        for vm in paused:
-            if vm not in ours:
-                _log.warning(
-                    "vm.paused_by_somebody_else", vm=vm, hint=how_to_resume(plan_of(self._driver, vm))
-                )
+        for vm, state in states.items():
+            if state == "paused" and vm not in ours:
+                how = how_to_resume(plan_of(self._driver, vm))
+                _log.warning("vm.paused_by_somebody_else", vm=vm, hint=how)
         settled = self._settled = {vm: asyncio.Event() for vm in ours}
 
         async def resume(vm: str) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import select
 import signal
+import subprocess
 import time
 from contextlib import suppress
 
@@ -92,6 +93,11 @@ def marked(mark: str) -> list[Process]:
     return [process for process in found if process.state not in DEAD]
 
 
+# vfork(2), and posix_spawn(3) by it, keep the caller until the program was executed, with Python's lock held: a program
+# on a file system that does not answer would keep the guard from every other VM.
+subprocess._USE_VFORK = False  # type: ignore[misc]  # noqa: SLF001
+
+
 def start(argv: tuple[str, ...], environ: tuple[tuple[str, str], ...], log: str) -> Process:
     """Start a program that outlives us: a session of its own, no input, output appended to ``log``.
 
@@ -100,19 +106,20 @@ def start(argv: tuple[str, ...], environ: tuple[tuple[str, str], ...], log: str)
     Raises:
         OSError: it cannot be started.
     """
-    pid = os.posix_spawn(
-        argv[0],
-        list(argv),
-        dict(environ),
-        file_actions=[
-            (os.POSIX_SPAWN_OPEN, 0, "/dev/null", os.O_RDONLY, 0),
-            (os.POSIX_SPAWN_OPEN, 1, log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600),
-            (os.POSIX_SPAWN_DUP2, 1, 2),
-        ],
-        setsid=True,
-        setsigmask=[],
-        setsigdef=[signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGPIPE],
-    )
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+    try:
+        child = subprocess.Popen(
+            argv,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            env=dict(environ),
+            start_new_session=True,
+        )
+    finally:
+        os.close(output)
+    child.returncode = 0  # `reap` takes note of its end, not this object
+    pid = child.pid
     with suppress(OSError):
         if os.getpriority(os.PRIO_PROCESS, 0) < 0:
             os.setpriority(os.PRIO_PROCESS, pid, 0)

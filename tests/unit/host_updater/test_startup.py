@@ -30,13 +30,14 @@ class Fleet:
     def __init__(self, *resumes: object) -> None:
         self.resumes = list(resumes)
         self.control = "/sys/fs/cgroup/caesura-made-up/a/cgroup.freeze"
+        self.state = "paused"
         self.asked: list[str] = []
 
     async def open(self) -> None:
         """Nothing to adopt."""
 
     async def read_states(self) -> dict[str, str]:
-        return {"a": "paused", "b": "running"}
+        return {"a": self.state, "b": "running"}
 
     def resume_plan(self, vm: str) -> CgroupPlan:
         return CgroupPlan(vm, "cgroup2", self.control)
@@ -190,3 +191,10 @@ async def test_a_damaged_marker_counts(tmp_path: Path, marked: Callable[..., Pau
     fleet = Fleet("running")
     await at_start(fleet, pauses).run(1)
     assert "resume a" in fleet.asked
+
+
+async def test_a_marked_vm_that_does_not_answer_is_resumed_too(marked: Callable[..., PauseMarkers]) -> None:
+    fleet = Fleet(NotRunningYet("a", "does not answer"), "running")
+    fleet.state = "unknown"
+    await at_start(fleet, marked("a")).run(1)
+    assert fleet.asked.count("resume a") == 2

@@ -88,8 +88,9 @@ async def _main(settings: HostUpdaterSettings) -> None:
         resumed = await resume_marked(pauses)
         if wrong is not None:
             raise wrong
-        file = read_host_file(settings.host_file)
-        host, passed = await in_thread("discovery", lambda: with_discovered(file))
+        host, passed = await in_thread(
+            "host file", lambda: with_discovered(read_host_file(settings.host_file))
+        )
         for place, why in passed.items():
             _log.warning("discovery.passed_over", place=place, why=why)
         await _run(settings, host, folder, pauses, resumed)

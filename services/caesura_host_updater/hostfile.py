@@ -15,6 +15,7 @@ from caesura.contract.names import InvalidName, check_name, own_set
 from caesura.runtime.choices import explained
 from caesura.runtime.errors import ConfigError
 from caesura_host_updater.drivers.qemu.definition import Adopt, Definition, QemuOptions, definition_error
+from caesura_host_updater.files import read_regular
 
 
 class HostFileError(ConfigError):
@@ -135,6 +136,7 @@ def _qemu_error(vm: VmSpec, options: QemuOptions) -> str:
 def read_host_file(path: str) -> HostFile:
     """Read a host file from disk. Raises HostFileError."""
     try:
-        return parse_host_file(Path(path).read_text(encoding="utf-8"), path)
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_regular(Path(path))
+    except (OSError, ValueError) as error:
         raise HostFileError(f"{path}: cannot be read: {error}") from error
+    return parse_host_file(text, path)

@@ -5,10 +5,8 @@ A file that cannot be used is refused by name and line; the others stay usable. 
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
-import stat
 import tomllib
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -20,15 +18,8 @@ from msgspec import Meta
 from caesura.contract.messages import Impact, Method, RefusedUpdate, Scope, UpdateRecord, VmmChange
 from caesura.contract.names import InvalidName, check_name
 from caesura.runtime.choices import explained
+from caesura_host_updater.files import read_regular
 
-_MAX_BYTES = 1 << 20
-_KINDS = (
-    (stat.S_ISFIFO, "a FIFO"),
-    (stat.S_ISDIR, "a folder"),
-    (stat.S_ISSOCK, "a socket"),
-    (stat.S_ISCHR, "a device"),
-    (stat.S_ISBLK, "a device"),
-)
 _LINE = re.compile(r"\(at line (\d+), column \d+\)")
 _AT = re.compile(r"at `\$\.([A-Za-z0-9_]+)")  # msgspec: where the value is wrong
 _FIELD = re.compile(r"field `([A-Za-z0-9_]+)`")  # msgspec: an unknown or missing key
@@ -141,33 +132,6 @@ def catalogue(files: Iterable[tuple[str, str]], *, find: Callable[[str], str | N
             updates[parsed.name] = parsed
             home[parsed.name] = file
     return Catalogue(updates, tuple(refused))
-
-
-def read_regular(path: Path) -> str:
-    """The text of a regular file; nothing else is even waited for.
-
-    A FIFO would hold the open(2) until somebody writes, a device may do anything: both are refused unopened. Between
-    the look and the open the name may become another thing, so O_NONBLOCK and a second look at what was opened.
-
-    Raises:
-        OSError: the kernel refused.
-        ValueError: it is not a regular file, is too large for an update, or is not UTF-8 text.
-    """
-    _check_regular(path.stat())
-    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
-    with os.fdopen(handle, "rb") as file:
-        _check_regular(os.fstat(file.fileno()))
-        return file.read(_MAX_BYTES + 1).decode("utf-8")
-
-
-def _check_regular(found: os.stat_result) -> None:
-    if not stat.S_ISREG(found.st_mode):
-        kind = next((name for is_kind, name in _KINDS if is_kind(found.st_mode)), "something else")
-        raise ValueError(
-            f"it is {kind}, not a regular file: remove it, or rename it so that it does not end in .toml"
-        )
-    if found.st_size > _MAX_BYTES:
-        raise ValueError(f"it has {found.st_size} bytes; an update has {_MAX_BYTES} at most")
 
 
 def read_updates(folder: str) -> Catalogue:

@@ -67,6 +67,12 @@ def test_missing_host_file() -> None:
         read_host_file("/does/not/exist")
 
 
+def test_a_host_file_that_is_a_fifo_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "host.toml")
+    with pytest.raises(HostFileError, match=r"host\.toml: cannot be read: it is a FIFO"):
+        read_host_file(str(tmp_path / "host.toml"))
+
+
 def test_update_file() -> None:
     update = parse_update("patch.toml", UPDATE, find=find)
     assert isinstance(update, UpdateFile)
@@ -143,4 +149,4 @@ def test_what_is_not_a_regular_file_is_refused_by_name_and_never_waited_for(tmp_
     assert "it is a FIFO, not a regular file" in why["hangs.toml"]
     assert "it is a folder" in why["folder.toml"]
     assert "it is a device" in why["device.toml"]
-    assert "an update has 1048576 at most" in why["huge.toml"]
+    assert "such a file has 1048576 at most" in why["huge.toml"]

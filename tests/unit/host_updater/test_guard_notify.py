@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import socket
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
+from caesura_host_updater.__main__ import _beat
 from caesura_host_updater.guard.notify import Notifier
 
 
@@ -52,3 +55,23 @@ def test_a_manager_that_does_not_read_or_is_not_there_is_not_waited_for(
         Notifier(manager[0], 3.0).ready()  # many more than its queue takes
     Notifier(str(tmp_path / "nobody"), 3.0).beat()
     Notifier.taken_from({}).ready()
+
+
+async def test_the_updaters_beat_comes_from_its_event_loop(manager: tuple[str, socket.socket]) -> None:
+    """A thread would go on beating while the loop hangs: here it hangs in the test's own blocking read."""
+    address, listening = manager
+    beating = asyncio.create_task(_beat(Notifier(address, 0.03)))
+    listening.setblocking(False)
+    async with asyncio.timeout(20):
+        for _ in range(3):
+            assert await asyncio.get_running_loop().sock_recv(listening, 100) == b"WATCHDOG=1"
+    with suppress(BlockingIOError):
+        while True:
+            listening.recv(100)
+    listening.settimeout(0.5)  # many beats long
+    with pytest.raises(TimeoutError):
+        listening.recv(100)
+    listening.setblocking(False)
+    async with asyncio.timeout(20):
+        assert await asyncio.get_running_loop().sock_recv(listening, 100) == b"WATCHDOG=1"
+    beating.cancel()

@@ -17,12 +17,12 @@ from typing import TypeVar
 import structlog
 
 from caesura.runtime.errors import CaesuraError
-from caesura_host_updater.guard import markers
+from caesura_host_updater.guard import claims, markers
 from caesura_host_updater.guard.intent import Intent
 from caesura_host_updater.guard.markers import Marker
 from caesura_host_updater.guard.plans import CgroupPlan, Plan, SignalPlan
 from caesura_host_updater.guard.procfs import boot_id
-from caesura_host_updater.guard.qemuplans import QemuPlan
+from caesura_host_updater.guard.qemuplans import QemuPlan, ReplacePlan, SwapPlan
 from caesura_host_updater.guard.rescue import marked_and_paused, resume
 
 _WRITE_S = 3.0  # s: one round of the disk; nothing is paused while it is waited for
@@ -104,6 +104,18 @@ class PauseMarkers:
             case _:
                 return True  # a swap or replace: another process may have the guest by now
 
+    async def claimed(self, plans: Mapping[str, Plan | None]) -> list[str]:
+        """The VMs in the middle of a swap or replace that has begun: a claim says who has the guest, or which file."""
+
+        def begun() -> list[str]:
+            return [
+                vm
+                for vm, plan in plans.items()
+                if isinstance(plan, SwapPlan | ReplacePlan) and _owner(plan.claims) is not None
+            ]
+
+        return await self._do(begun)
+
     # -- at the start ---------------------------------------------------------------------------------------
 
     async def found_paused(self) -> Intent | None:
@@ -169,6 +181,13 @@ class PauseMarkers:
 
 def _say(event: str, **facts: object) -> None:
     _log.warning(event, **facts)
+
+
+def _owner(folder: str) -> claims.Owner | None:
+    try:
+        return claims.current(folder)[1]
+    except (OSError, claims.BadClaim):
+        return None
 
 
 def how_to_resume(plan: Plan | None) -> str:

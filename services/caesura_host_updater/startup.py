@@ -149,14 +149,13 @@ class Startup:
         """The driver's way for marked VMs that did not run by now; what somebody else paused is left to him."""
         marked = await self._pauses.read()
         states = await self._driver.read_states()
-        # A marked VM that does not answer may be paused as well: `resume` finds out.
-        ours = [
-            vm
-            for vm, state in states.items()
-            if state in ("paused", "unknown")
-            and vm in marked
-            and self._pauses.is_ours(marked[vm], plan_of(self._driver, vm))
-        ]
+        # A VM of ours that does not answer may be paused as well: `resume` finds out.
+        held = {
+            vm: plan_of(self._driver, vm) for vm, state in states.items() if state in ("paused", "unknown")
+        }
+        ours = [vm for vm, plan in held.items() if vm in marked and self._pauses.is_ours(marked[vm], plan)]
+        # Somebody of ours decided who has the guest: that is a mark, too, and nobody else can bring it to an end.
+        ours += [vm for vm in await self._pauses.claimed(held) if vm not in ours]
         for vm, state in states.items():
             if state == "paused" and vm not in ours:
                 how = how_to_resume(plan_of(self._driver, vm))

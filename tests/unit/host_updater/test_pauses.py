@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from caesura_host_updater import pauses
-from caesura_host_updater.guard import markers
+from caesura_host_updater.guard import claims, markers
 from caesura_host_updater.guard.markers import Marker
 from caesura_host_updater.guard.plans import CgroupPlan, Plan, SignalPlan
 from caesura_host_updater.guard.procfs import boot_id
@@ -123,3 +124,21 @@ def test_how_it_is_resumed_is_said_in_words_that_can_be_typed() -> None:
     assert how_to_resume(SignalPlan("a", 4711, 9)) == "resume it with: kill -CONT -4711"
     assert "cont on its QMP socket, such as /run/a/guard" in how_to_resume(QEMU)
     assert how_to_resume(None) == "resume it with what paused it"
+
+
+async def test_a_claim_is_a_mark_too(tmp_path: Path) -> None:
+    """Without a marker: of a guest that waits in a state file nobody but us knows."""
+    kept = PauseMarkers(tmp_path)
+    begun, only_prepared = tmp_path / "begun", tmp_path / "prepared"
+    for folder in (begun, only_prepared):
+        folder.mkdir()
+    claims.claim(str(begun), 1, "old")
+    plans: dict[str, Plan | None] = {
+        "begun": replace(SWAP, claims=str(begun)),
+        "prepared": replace(SWAP, claims=str(only_prepared)),
+        "over": replace(SWAP, claims=str(tmp_path / "none")),
+        "stopped": QEMU,
+        "lost": None,
+    }
+    assert await kept.claimed(plans) == ["begun"]
+    await kept.close()

@@ -54,10 +54,10 @@ class UpdateProcess:
     async def start(self) -> None:
         """Start it, in a thread: its program or folder may be on a file system that does not answer.
 
-        One that was told to end while it was being started is killed as soon as it is there.
+        One that is ended while it is being started is killed as soon as it is there.
 
         Raises:
-            UpdateNotStarted: no such program or folder, or no permission, or it was told to end before it began.
+            UpdateNotStarted: no such program or folder, or no permission, or it was ended before it began.
         """
         self._read, write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         os.set_blocking(write, True)
@@ -66,7 +66,7 @@ class UpdateProcess:
         except OSError as error:
             raise UpdateNotStarted(f"update {self._update.name} cannot be started: {error}") from error
         if process is None:
-            raise UpdateNotStarted(f"update {self._update.name} was told to end before it began")
+            raise UpdateNotStarted(f"update {self._update.name} was ended before it began")
         self._loop.add_reader(self._read, self._on_output)
         self._watch = ExitWatch(process.pid, self._on_exit, reap=False)
 

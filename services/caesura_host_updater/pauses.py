@@ -26,7 +26,7 @@ from caesura_host_updater.guard.qemuplans import QemuPlan, ReplacePlan, SwapPlan
 from caesura_host_updater.guard.rescue import marked_and_paused, resume
 
 _WRITE_S = 3.0  # s: one round of the disk; nothing is paused while it is waited for
-_REMOVE_AGAIN_S = 5.0  # s: between two tries to remove what the disk did not let go
+_REMOVE_AGAIN_S = 5.0  # s: between two tries to remove markers that the disk refused to remove
 
 T = TypeVar("T")
 _log = structlog.get_logger("caesura.pause")
@@ -75,7 +75,7 @@ class PauseMarkers:
         self._left = (self._left - set(vms)) | set(left)
 
     async def remove_later(self) -> None:
-        """Remove what the disk did not let go at first. Never ends."""
+        """Remove the markers that the disk refused to remove at first. Never ends."""
         while True:
             await asyncio.sleep(_REMOVE_AGAIN_S)
             if self._left:

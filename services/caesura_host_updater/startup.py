@@ -65,7 +65,7 @@ async def resume_marked(pauses: PauseMarkers) -> Mapping[str, float]:
 
 
 class Startup:
-    """See the module. ``late`` are resumes that still go on.
+    """See the module. ``late`` are resumes that have not succeeded yet.
 
     Args:
         resumed: what ``resume_marked`` returned.
@@ -149,12 +149,12 @@ class Startup:
         """The driver's way for marked VMs that did not run by now; what somebody else paused is left to him."""
         marked = await self._pauses.read()
         states = await self._driver.read_states()
-        # A VM of ours that does not answer may be paused as well: `resume` finds out.
+        # A marked VM that does not answer may be paused as well: `resume` finds out.
         held = {
             vm: plan_of(self._driver, vm) for vm, state in states.items() if state in ("paused", "unknown")
         }
         ours = [vm for vm, plan in held.items() if vm in marked and self._pauses.is_ours(marked[vm], plan)]
-        # Somebody of ours decided who has the guest: that is a mark, too, and nobody else can bring it to an end.
+        # An updater or guard decided who has the guest: that is a mark, too, and nobody else can finish it.
         ours += [vm for vm in await self._pauses.claimed(held) if vm not in ours]
         for vm, state in states.items():
             if state == "paused" and vm not in ours:
@@ -223,7 +223,7 @@ class Startup:
         try:
             await self._journal.do(lambda journal: journal.finish(report, letters, waits))
         except StoreError as error:
-            # A full disk: it is told all the same, and written down when there is room.
+            # A full disk: it is published all the same, and written down when there is room.
             _log.error("report.not_written", operation=report.operation, why=str(error))
             self._unsaved.append((report, op, facts, waits))
         else:

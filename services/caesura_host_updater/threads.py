@@ -46,7 +46,7 @@ async def in_thread(name: str, work: Callable[[], T]) -> T:
 
 
 async def in_thread_to_its_end(name: str, work: Callable[[threading.Event], T]) -> T:
-    """As ``in_thread``, for work that must not go on in the background: cancelled, it is told so and waited for.
+    """As ``in_thread``, for work that must not continue in the background: cancelled, it is asked to end and waited for.
 
     ``work`` is given the event that asks it to end, and looks at it before everything that cannot be undone.
     """

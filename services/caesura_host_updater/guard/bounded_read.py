@@ -28,7 +28,7 @@ def read_each(paths: Iterable[str], patience_s: float = _PATIENCE_S) -> Iterator
         try:
             data = found.get(timeout=patience_s)
         except Empty:
-            wanted = None  # that thread stays in its read; another one goes on
+            wanted = None  # that thread stays in its read; another one reads the rest
             yield path, None
             continue
         if data is not None:

@@ -47,7 +47,7 @@ class Notifier:
         self._send("READY=1")
 
     def stopping(self) -> None:
-        """The service ends because it was told to."""
+        """The service ends on request."""
         self._send("STOPPING=1")
 
     def beat(self) -> None:

@@ -19,11 +19,11 @@ from caesura_host_updater.guard.procfs import process_table
 from caesura_host_updater.guard.watch import Log, Watch
 
 _LOOK_S = 1.0  # s: for a first look at all marked VMs; a QEMU is asked for half a second
-_STEP_S = 0.02  # s: between two steps at most, so that it ends when it is told to
+_STEP_S = 0.02  # s: between two steps at most, so that it ends soon after ``stop`` says so
 
 
 class _NoStore:
-    """What is done is told to whoever asked, and stands in no file."""
+    """What is done is returned to the caller and kept in no file."""
 
     def store(self, _intent: Intent) -> None:
         """Nothing to do."""

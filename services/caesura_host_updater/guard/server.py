@@ -58,7 +58,7 @@ class GuardServer:
     Args:
         folder: the state folder; holds the socket and a lock against a second guard.
         exit_when_alone_s: end after this many seconds without a client or work; None: never.
-        notifier: is told that it serves, and that its loop turns.
+        notifier: is notified that it serves and that its loop turns.
 
     Raises:
         AlreadyRunning: a second guard on the same folder.

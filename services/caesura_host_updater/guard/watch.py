@@ -313,7 +313,7 @@ class Watch:
     def _save(self) -> None:
         if self._intent is None:
             return
-        record = copy.deepcopy(self._intent)  # a disk that hangs may read it while we go on
+        record = copy.deepcopy(self._intent)  # a disk that hangs may read it long after we changed it
         try:
             self._calls.call(_STORE, lambda: self._store.store(record), _STORE_S)
         except OSError as error:

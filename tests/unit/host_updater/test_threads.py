@@ -129,7 +129,7 @@ async def test_an_update_that_could_not_be_started_in_time_is_killed_when_it_sta
     await until(program.begun.is_set)  # and the loop turns, or this would not end
     process.end(signal.SIGKILL)
     program.answers.set()
-    with pytest.raises(UpdateNotStarted, match="told to end before it began"):
+    with pytest.raises(UpdateNotStarted, match="was ended before it began"):
         await starting
     assert read_process(program.started[0]) is None
     process.close()

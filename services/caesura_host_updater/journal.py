@@ -6,9 +6,7 @@ nor a resume. Everything that must be on disk *before* an effect is awaited; the
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import msgspec
@@ -20,6 +18,7 @@ from caesura.runtime.errors import StoreError
 from caesura_host_updater.clock import ClockWait
 from caesura_host_updater.command import Authority
 from caesura_host_updater.operation_state import Operation
+from caesura_host_updater.threads import Lane
 
 KEEP_FINISHED = 1000  # operations whose report is repeated when their command comes again
 
@@ -42,6 +41,8 @@ _MIGRATIONS = (
     CREATE TABLE verdict (vm TEXT PRIMARY KEY, operation TEXT NOT NULL, letter BLOB NOT NULL);
     """,
 )
+
+_CLOSE_S = 5.0  # s: for what was posted last; what a disk does not take by then is as after a crash
 
 T = TypeVar("T")
 _log = structlog.get_logger("caesura.journal")
@@ -232,20 +233,20 @@ class JournalThread:
     """The journal and its thread."""
 
     def __init__(self) -> None:
-        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="journal")
+        self._lane = Lane("journal")
         self._journal: Journal | None = None
         self.trouble = ""
         """Why the last write failed; empty when it did not."""
 
     async def open(self, path: str) -> None:
         """Open the file. Raises StoreError."""
-        self._journal = await asyncio.get_running_loop().run_in_executor(self._executor, Journal, path)
+        self._journal = await self._lane.do(lambda: Journal(path))
 
     async def do(self, work: Callable[[Journal], T]) -> T:
         """Run ``work`` after everything posted before and wait for it. Raises StoreError."""
         journal = self._opened()
         try:
-            result = await asyncio.get_running_loop().run_in_executor(self._executor, work, journal)
+            result = await self._lane.do(lambda: work(journal))
         except StoreError as error:
             self.trouble = str(error)
             raise
@@ -263,14 +264,15 @@ class JournalThread:
                 self.trouble = str(error)
                 _log.error("journal.write_failed", why=str(error))
 
-        self._executor.submit(attempt)
+        self._lane.post(attempt)
 
     async def close(self) -> None:
-        """Finish what was posted, close the file and the thread."""
-        if self._journal is not None:
-            await self.do(Journal.close)
-            self._journal = None
-        self._executor.shutdown(wait=True)
+        """Finish what was posted, close the file and the thread; one that hangs in a disk is not waited for longer."""
+        journal, self._journal = self._journal, None
+        if journal is not None:
+            self._lane.post(journal.close)
+        if not await self._lane.close(_CLOSE_S):
+            _log.error("journal.not_closed", why=f"the disk does not answer within {_CLOSE_S:g} s")
 
     def _opened(self) -> Journal:
         if self._journal is None:

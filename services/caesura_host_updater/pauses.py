@@ -8,11 +8,8 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from queue import SimpleQueue
-from typing import TypeVar
 
 import structlog
 
@@ -24,11 +21,11 @@ from caesura_host_updater.guard.plans import CgroupPlan, Plan, SignalPlan
 from caesura_host_updater.guard.procfs import boot_id
 from caesura_host_updater.guard.qemuplans import QemuPlan, ReplacePlan, SwapPlan
 from caesura_host_updater.guard.rescue import marked_and_paused, resume
+from caesura_host_updater.threads import Lane
 
 _WRITE_S = 3.0  # s: one round of the disk; nothing is paused while it is waited for
 _REMOVE_AGAIN_S = 5.0  # s: between two tries to remove markers that the disk refused to remove
 
-T = TypeVar("T")
 _log = structlog.get_logger("caesura.pause")
 
 
@@ -42,8 +39,7 @@ class PauseMarkers:
     def __init__(self, state_dir: Path) -> None:
         self._state_dir = str(state_dir.resolve())
         self._boot_id = boot_id()
-        self._jobs: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
-        self._thread: threading.Thread | None = None
+        self._lane = Lane("pause markers")
         self._left: set[str] = set()
         self._stop = threading.Event()
 
@@ -57,7 +53,7 @@ class PauseMarkers:
         found = [Marker(operation, self._boot_id, at, plan) for plan in plans]
         try:
             async with asyncio.timeout(_WRITE_S):
-                await self._do(lambda: markers.write(self._state_dir, found))
+                await self._lane.do(lambda: markers.write(self._state_dir, found))
         except TimeoutError:
             self.remove(plan.vm for plan in plans)
             raise NotMarked(f"the disk did not take the pause markers within {_WRITE_S:g} s") from None
@@ -66,7 +62,7 @@ class PauseMarkers:
 
     def remove(self, vms: Iterable[str]) -> None:
         """These VMs were seen to run, or are gone. Does not wait for the disk."""
-        self._submit(lambda names=tuple(vms): self._remove(names))  # type: ignore[misc]
+        self._lane.post(lambda names=tuple(vms): self._remove(names))  # type: ignore[misc]
 
     def _remove(self, vms: Sequence[str]) -> None:
         left = markers.remove(self._state_dir, vms)
@@ -83,7 +79,7 @@ class PauseMarkers:
 
     async def read(self) -> Mapping[str, Marker | None]:
         """Every marker; None where it is damaged."""
-        return await self._do(lambda: markers.read(self._state_dir))
+        return await self._lane.do(lambda: markers.read(self._state_dir))
 
     def is_ours(self, marker: Marker | None, plan: Plan | None) -> bool:
         """Whether a marker is about the VM that this plan would resume. A damaged one is.
@@ -114,69 +110,27 @@ class PauseMarkers:
                 if isinstance(plan, SwapPlan | ReplacePlan) and _owner(plan.claims) is not None
             ]
 
-        return await self._do(begun)
+        return await self._lane.do(begun)
 
     # -- at the start ---------------------------------------------------------------------------------------
 
     async def found_paused(self) -> Intent | None:
         """What stands paused with our marker."""
-        return await self._do(lambda: marked_and_paused(self._state_dir, self._boot_id, _say))
+        return await self._lane.do(lambda: marked_and_paused(self._state_dir, self._boot_id, _say))
 
     async def resume(self, found: Intent, patience_s: float) -> Mapping[str, float]:
         """Resume it; who runs, and since when on CLOCK_MONOTONIC."""
         until = time.monotonic() + patience_s
-        return await self._do(
+        return await self._lane.do(
             lambda: resume(
                 found, "the host updater started and found it paused", _say, until, self._stop.is_set
             )
         )
 
-    # -- the thread -----------------------------------------------------------------------------------------
-
-    async def _do(self, work: Callable[[], T]) -> T:
-        loop = asyncio.get_running_loop()
-        done: asyncio.Future[T] = loop.create_future()
-
-        def settle(result: T | None, error: Exception | None) -> None:
-            if done.done():
-                return
-            if error is not None:
-                done.set_exception(error)
-            else:
-                done.set_result(result)  # type: ignore[arg-type]
-
-        def job() -> None:
-            result: T | None = None
-            failed: Exception | None = None
-            try:
-                result = work()
-            except Exception as error:  # noqa: BLE001 - it is raised where it is awaited
-                failed = error
-            with suppress(RuntimeError):  # the loop was closed: nobody waits
-                loop.call_soon_threadsafe(settle, result, failed)
-
-        self._submit(job)
-        return await done
-
-    def _submit(self, job: Callable[[], None]) -> None:
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._work, name="pause markers", daemon=True)
-            self._thread.start()
-        self._jobs.put(job)
-
-    def _work(self) -> None:
-        while (job := self._jobs.get()) is not None:
-            job()
-
     async def close(self, patience_s: float = 1.0) -> None:
         """Finish what was asked for, for ``patience_s`` seconds at most."""
         self._stop.set()
-        if self._thread is not None:
-            with suppress(TimeoutError):
-                async with asyncio.timeout(patience_s):
-                    await self._do(lambda: None)
-            self._jobs.put(None)
-            self._thread = None
+        await self._lane.close(patience_s)
 
 
 def _say(event: str, **facts: object) -> None:

@@ -10,9 +10,13 @@ import asyncio
 import threading
 from collections.abc import Callable
 from contextlib import suppress
+from queue import SimpleQueue
 from typing import TypeVar
 
+import structlog
+
 T = TypeVar("T")
+_log = structlog.get_logger("caesura.threads")
 
 
 async def in_thread(name: str, work: Callable[[], T]) -> T:
@@ -22,26 +26,7 @@ async def in_thread(name: str, work: Callable[[], T]) -> T:
     """
     loop = asyncio.get_running_loop()
     done: asyncio.Future[T] = loop.create_future()
-
-    def settle(result: T | None, error: BaseException | None) -> None:
-        if done.done():
-            return
-        if error is not None:
-            done.set_exception(error)
-        else:
-            done.set_result(result)  # type: ignore[arg-type]
-
-    def run() -> None:
-        result: T | None = None
-        error: BaseException | None = None
-        try:
-            result = work()
-        except BaseException as raised:  # noqa: BLE001 - it is raised where it is awaited
-            error = raised
-        with suppress(RuntimeError):  # the loop was closed: nobody waits
-            loop.call_soon_threadsafe(settle, result, error)
-
-    threading.Thread(target=run, name=name, daemon=True).start()
+    threading.Thread(target=_report, args=(loop, done, work), name=name, daemon=True).start()
     return await done
 
 
@@ -60,3 +45,76 @@ async def in_thread_to_its_end(name: str, work: Callable[[threading.Event], T]) 
         if not running.cancelled():
             running.exception()  # taken note of
         raise
+
+
+class Lane:
+    """One thread that does one thing after the other, in the order in which they were asked for.
+
+    Unlike a pool's, its thread is a daemon: one that hangs does not keep the service from ending.
+
+    Args:
+        name: of the thread, for people.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._jobs: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self._thread: threading.Thread | None = None
+
+    def post(self, work: Callable[[], None]) -> None:
+        """Do ``work`` some time soon; what it raises is logged."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._work, name=self._name, daemon=True)
+            self._thread.start()
+        self._jobs.put(work)
+
+    async def do(self, work: Callable[[], T]) -> T:
+        """What ``work`` returns or raises, after everything that was posted before. Cancelled, it is done all the same."""
+        loop = asyncio.get_running_loop()
+        done: asyncio.Future[T] = loop.create_future()
+        self.post(lambda: _report(loop, done, work))
+        return await done
+
+    async def close(self, patience_s: float) -> bool:
+        """Finish what was asked for and end the thread; false: it hangs, and is left to itself after that time."""
+        if self._thread is None:
+            return True
+        finished = True
+        try:
+            async with asyncio.timeout(patience_s):
+                await self.do(lambda: None)
+        except TimeoutError:
+            finished = False
+        self._jobs.put(None)
+        self._thread = None
+        self._jobs = SimpleQueue()
+        return finished
+
+    def _work(self) -> None:
+        jobs = self._jobs
+        while (job := jobs.get()) is not None:
+            try:
+                job()
+            except Exception:
+                _log.exception("lane.job_failed", lane=self._name)
+
+
+def _report(loop: asyncio.AbstractEventLoop, done: asyncio.Future[T], work: Callable[[], T]) -> None:
+    """Do ``work`` in a thread and settle ``done`` in its loop."""
+
+    def settle(result: T | None, error: BaseException | None) -> None:
+        if done.done():
+            return
+        if error is not None:
+            done.set_exception(error)
+        else:
+            done.set_result(result)  # type: ignore[arg-type]
+
+    result: T | None = None
+    failed: BaseException | None = None
+    try:
+        result = work()
+    except BaseException as error:  # noqa: BLE001 - it is raised where it is awaited
+        failed = error
+    with suppress(RuntimeError):  # the loop was closed: nobody waits
+        loop.call_soon_threadsafe(settle, result, failed)

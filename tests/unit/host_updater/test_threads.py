@@ -20,7 +20,7 @@ from caesura_host_updater.detached import start_detached
 from caesura_host_updater.guard.bounded_read import environs, read_each
 from caesura_host_updater.guard.processes import marked
 from caesura_host_updater.guard.procfs import read_process
-from caesura_host_updater.threads import in_thread, in_thread_to_its_end
+from caesura_host_updater.threads import Lane, in_thread, in_thread_to_its_end
 from caesura_host_updater.updates import UpdateFile
 
 
@@ -61,6 +61,26 @@ async def test_cancelled_it_is_told_and_waited_for() -> None:
     with pytest.raises(asyncio.CancelledError):
         await task
     assert ended.is_set()
+
+
+async def test_a_lane_keeps_the_order_and_survives_what_fails() -> None:
+    lane, done = Lane("lane"), list[int]()
+    for number in range(100):
+        lane.post(lambda number=number: done.append(number))  # type: ignore[misc]
+    lane.post(lambda: done.append(1 // 0))
+    with pytest.raises(ZeroDivisionError):
+        await lane.do(lambda: 1 / 0)
+    assert await lane.do(lambda: list(done)) == list(range(100))
+    assert await lane.close(20)
+    assert await lane.do(lambda: "again") == "again"
+    assert await lane.close(20)
+
+
+async def test_a_lane_that_hangs_does_not_hold_up_the_end() -> None:
+    lane, disk = Lane("lane"), threading.Event()
+    lane.post(lambda: disk.wait() and None)
+    assert not await lane.close(0.05)
+    disk.set()
 
 
 def test_a_file_that_hangs_does_not_keep_the_others_from_being_read(tmp_path: Path) -> None:

@@ -95,7 +95,7 @@ class Lane:
         while (job := jobs.get()) is not None:
             try:
                 job()
-            except Exception:
+            except Exception:  # noqa: BLE001 - the next job must be done all the same
                 _log.exception("lane.job_failed", lane=self._name)
 
 

@@ -78,7 +78,11 @@ async def test_a_lane_keeps_the_order_and_survives_what_fails() -> None:
 
 async def test_a_lane_that_hangs_does_not_hold_up_the_end() -> None:
     lane, disk = Lane("lane"), threading.Event()
-    lane.post(lambda: disk.wait() and None)
+
+    def hang() -> None:
+        disk.wait()
+
+    lane.post(hang)
     assert not await lane.close(0.05)
     disk.set()
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import mmap
 import subprocess
 import sys
@@ -12,6 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from caesura_host_updater.drivers.qemu import memory_views
 from caesura_host_updater.drivers.qemu.memory_views import (
     NoView,
     OtherMemory,
@@ -211,6 +214,28 @@ def test_a_process_that_has_the_memory_to_itself_has_no_view(ram: Path, hold: Ho
 def test_a_process_that_is_gone_has_no_view(ram: Path) -> None:
     with pytest.raises(NoView, match="cannot be read"):
         View.of(2**22 + 1, str(ram), (0,))
+
+
+def test_where_memory_may_not_be_read_the_file_that_both_have_mapped_is(
+    ram: Path, hold: Hold, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under Yama a process that is no child of ours tells its mappings, and that is all."""
+
+    def refused(*_: object) -> int:
+        ctypes.set_errno(errno.EPERM)
+        return -1
+
+    monkeypatch.setattr(memory_views, "_READ", refused)
+    old, new = hold(ram, "shared"), hold(ram, "shared")
+    compared = open_views(old, new, str(ram), SIZE, "op/a").compare()
+    assert compared.equal is True
+    assert "of the file that both processes have mapped; reading the memory of process" in compared.note
+    views = open_views(old, new, str(ram), SIZE, "op/a")
+    ram.unlink()
+    assert views.compare().equal is None
+    ram.write_bytes(bytes(SIZE))
+    with pytest.raises(OtherMemory):
+        open_views(old, hold(ram, "shared"), str(ram), SIZE, "op/a")
 
 
 def test_pages_that_went_away_show_nothing(ram: Path, hold: Hold) -> None:

@@ -31,6 +31,10 @@ class OtherMemory(NoView):
     """The two processes do not have the same file mapped as the guest's RAM: the new one must not run the guest."""
 
 
+class NotPermitted(NoView):
+    """The kernel does not let us read the memory of a process, though it tells its mappings."""
+
+
 class Compared(NamedTuple):
     """What came of it. ``equal`` None: nothing was shown, and ``note`` says why."""
 
@@ -102,11 +106,11 @@ class View:
 
     @classmethod
     def of(cls, pid: int, file: str, offsets: tuple[int, ...]) -> View:
-        """Find the mappings, and read the pages once: what is not permitted, or not in memory, shows here.
+        """Find the mappings.
 
         Raises:
             OtherMemory: the process has no shared mapping of the file.
-            NoView: not permitted, or the process or the file is gone.
+            NoView: its mappings are not told, or the process or the file is gone.
         """
         try:
             there = os.stat(file)  # noqa: PTH116 - runs in a thread, for a path that another process has
@@ -118,12 +122,10 @@ class View:
             ) from error
         if not mappings:
             raise OtherMemory(f"process {pid} has no shared mapping of {file}")
-        view = cls(pid, mappings, offsets)
-        view.read()
-        return view
+        return cls(pid, mappings, offsets)
 
     def read(self) -> memoryview:
-        """All pages as they are now, in one system call. Raises NoView."""
+        """All pages as they are now, in one system call. Raises NoView, NotPermitted."""
         done = _READ(self.pid, ctypes.byref(self._here), 1, self._there, self._count, 0)
         if done == self._here.length:
             return memoryview(self._pages).cast("B")
@@ -131,11 +133,34 @@ class View:
             raise NoView(f"process {self.pid} has page {done // PAGE_BYTES} of the sample not mapped")
         number = ctypes.get_errno()
         if number in (errno.EPERM, errno.EACCES):
-            raise NoView(
-                f"reading the memory of process {self.pid} is not permitted: the host updater must run as QEMU's user, or with "
-                "CAP_SYS_PTRACE (see kernel.yama.ptrace_scope)"
+            raise NotPermitted(
+                f"reading the memory of process {self.pid} is not permitted (kernel.yama.ptrace_scope, or another user's)"
             )
         raise NoView(f"the memory of process {self.pid} cannot be read: {os.strerror(number)}")
+
+
+class FileView:
+    """The same pages read from the file that both processes have mapped: where a process's memory may not be read."""
+
+    def __init__(self, file: str, offsets: tuple[int, ...]) -> None:
+        self._file = file
+        self._offsets = offsets
+
+    def read(self) -> memoryview:
+        """All pages as they are now. Raises NoView."""
+        pages = bytearray(len(self._offsets) * PAGE_BYTES)
+        try:
+            handle = os.open(self._file, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                for number, offset in enumerate(self._offsets):
+                    place = memoryview(pages)[number * PAGE_BYTES : (number + 1) * PAGE_BYTES]
+                    if os.preadv(handle, [place], offset) != PAGE_BYTES:
+                        raise NoView(f"the RAM file ends before {offset + PAGE_BYTES} bytes")
+            finally:
+                os.close(handle)
+        except OSError as error:
+            raise NoView(f"its RAM file cannot be read: {error.strerror or error}") from error
+        return memoryview(pages)
 
 
 def _address(mappings: list[Mapping], offset: int) -> int:
@@ -147,12 +172,19 @@ def _address(mappings: list[Mapping], offset: int) -> int:
 
 
 class Views:
-    """Both processes' views of the chosen pages; make one with ``open_views``."""
+    """Both processes' views of the chosen pages; make one with ``open_views``. ``how``: what is compared, for people."""
 
-    def __init__(self, old: View, new: View, offsets: tuple[int, ...]) -> None:
+    def __init__(
+        self,
+        old: View | FileView,
+        new: View | FileView,
+        offsets: tuple[int, ...],
+        how: str = "in the old and in the new process",
+    ) -> None:
         self.offsets = offsets
         self._old = old
         self._new = new
+        self._how = how
 
     def compare(self) -> Compared:
         """Read every chosen page in both processes. May wait for a disk; for a thread, while the guest is paused."""
@@ -161,7 +193,7 @@ class Views:
         except NoView as error:
             return Compared(None, f"the sampled pages could not be read: {error}")
         if old == new:
-            return Compared(True, f"{len(self.offsets)} pages in the old and in the new process")
+            return Compared(True, f"{len(self.offsets)} pages {self._how}")
         pages = [slice(start, start + PAGE_BYTES) for start in range(0, len(old), PAGE_BYTES)]
         where = next(self.offsets[number] for number, page in enumerate(pages) if old[page] != new[page])
         return Compared(False, f"the page at {where} of the RAM differs between the old and the new process")
@@ -191,6 +223,13 @@ def open_views(old_pid: int, new_pid: int, file: str, size: int, seed: str) -> V
         raise NoView("its RAM file holds no data")
     old, new = View.of(old_pid, file, offsets), View.of(new_pid, file, offsets)
     _check_identities(old, new, file)
+    try:
+        # What is not permitted, or not in memory, shows here, while the guest runs.
+        old.read()
+        new.read()
+    except NotPermitted as error:
+        again = FileView(file, offsets)
+        return Views(again, again, offsets, f"of the file that both processes have mapped; {error}")
     return Views(old, new, offsets)
 
 

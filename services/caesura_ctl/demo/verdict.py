@@ -222,7 +222,7 @@ def _memory(
     return Check(
         "memory proven for every VM",
         by_host == len(pauses) == len(expected) == by_guest,
-        f"{counted(shown)}; workload's own digest equal {by_guest}/{len(expected)}",
+        f"{counted(shown)}; by the workload itself {by_guest}/{len(expected)}",
     )
 
 

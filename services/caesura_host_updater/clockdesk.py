@@ -36,6 +36,11 @@ class _Case:
         """The driver is setting the clock from outside."""
 
 
+def _fuller(earlier: AgentClockSynced | None, later: AgentClockSynced) -> AgentClockSynced:
+    """Of two answers to one resume the one that has the canary, whichever came first."""
+    return earlier if earlier is not None and later.canary is None and earlier.canary is not None else later
+
+
 class ClockDesk:
     """Judges each resumed VM's clock once.
 
@@ -101,12 +106,12 @@ class ClockDesk:
             return
         case = self._case(message.vm, message.operation)
         if case is not None:
-            case.answer = message
+            case.answer = _fuller(case.answer, message)
             self._stir.set()
             return
-        letter, _, at = self._early.get((message.vm, message.operation), (None, None, None))
+        letter, earlier, at = self._early.get((message.vm, message.operation), (None, None, None))
         if letter is not None:  # known to be resumed, its operation not reported yet
-            self._early[message.vm, message.operation] = (letter, message, at)
+            self._early[message.vm, message.operation] = (letter, _fuller(earlier, message), at)
 
     def expect(self, waits: Sequence[ClockWait], *, told: bool = False) -> None:
         """An operation was reported: its VMs may be judged from now on.
@@ -183,7 +188,7 @@ class ClockDesk:
         if case.asking is not None:
             if case.asking.done():
                 self._close(case, self._better(case, case.asking.result()))
-        elif case.answer is not None:
+        elif case.answer is not None and not self._waits_for_canary(case, now):
             verdict = judge(self._host, case.wait, case.answer, datetime.now(UTC))
             if verdict.synced or not self._settable(case.wait.vm):
                 self._close(case, verdict)
@@ -197,6 +202,12 @@ class ClockDesk:
         elif case.told_at is not None and case.resumed is not None and now >= case.repeat_at:
             case.repeat_at = now + REPEAT_S
             self._repeat(case.resumed)
+
+    def _waits_for_canary(self, case: _Case, now: float) -> bool:
+        """Whether the agent has its clock and still compares its canary; no longer than for an agent that keeps silent."""
+        if not case.wait.canary_writes or case.answer is None or case.answer.canary is not None:
+            return False
+        return case.told_at is None or now < case.told_at + self._timeout_s
 
     def _settable(self, vm: str) -> bool:
         """Whether the driver may be able to set the clock from outside."""

@@ -336,7 +336,7 @@ class HostUpdater:
                     digestible="digest_equal" in can[target.vm].digests,
                     sampleable="sampled_digest_equal" in can[target.vm].digests,
                     no_digest=can[target.vm].no_digest,
-                    canary_writes=agent.canary_writes if agent else 0,
+                    canary_writes=agent.canary_writes if agent and agent.canary_bytes else 0,
                 )
                 for target in command.targets
             ),

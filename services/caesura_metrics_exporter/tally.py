@@ -148,7 +148,8 @@ class Tally:
         self.pauses.expect(*labels)
 
     def _agent_synced(self, synced: m.AgentClockSynced) -> None:
-        self.agent_syncs.add(synced.trigger, "synced" if synced.synced else "unsynced")
+        if synced.canary is None:  # with the canary it is the same sync, told once more
+            self.agent_syncs.add(synced.trigger, "synced" if synced.synced else "unsynced")
 
     def _hook(self, hook: m.HookFinished) -> None:
         self.hooks.add(hook.hook, hook.outcome)

@@ -23,6 +23,7 @@ MAGIC = b"CAESURAc"
 """How each page begins: a person who looks at a memory image can tell what it is."""
 _HEAD = struct.Struct("<8sQQ")
 _ALL = 2**64 - 1
+KEY_BYTES = 16 * PAGE_BYTES
 
 
 class Memory(Protocol):
@@ -33,11 +34,15 @@ class Memory(Protocol):
     def __setitem__(self, key: slice, value: bytes, /) -> None: ...
 
 
+def key_of(seed: bytes) -> bytes:
+    """The random bytes that pages are cut from: made once, since a guest without KVM has no time to make them for each page."""
+    return hashlib.shake_128(seed).digest(KEY_BYTES)
+
+
 def page_of(key: bytes, number: int, version: int) -> bytes:
-    """The content of one page: unlike that of any other number or version. ``key``: at most 64 bytes."""
-    head = _HEAD.pack(MAGIC, number, version)
-    body = hashlib.shake_128(key + head).digest(PAGE_BYTES - _HEAD.size)
-    return head + body
+    """The content of one page: its number and version in the clear, then a piece of the key that depends on both."""
+    cut = (number * 40_503 + version * 2_654_435_761) % (KEY_BYTES - PAGE_BYTES)
+    return _HEAD.pack(MAGIC, number, version) + key[cut : cut + PAGE_BYTES - _HEAD.size]
 
 
 class Finding(msgspec.Struct, frozen=True):
@@ -52,13 +57,13 @@ class Canary:
 
     Args:
         memory: at least ``pages`` times PAGE_BYTES bytes.
-        key: random, new for each start of the agent, so that pages of an earlier start are never taken for current ones.
+        seed: random, new for each start of the agent, so that pages of an earlier start are never taken for current ones.
     """
 
-    def __init__(self, memory: Memory, pages: int, key: bytes) -> None:
+    def __init__(self, memory: Memory, pages: int, seed: bytes) -> None:
         self.pages = pages
         self._memory = memory
-        self._key = bytes(key)
+        self._key = key_of(seed)
         self._count = array("Q", (0, _ALL))
         """How many pages were written, and the same inverted: elsewhere in memory than the pages."""
         self._found: dict[int, Finding] = {}

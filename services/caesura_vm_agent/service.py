@@ -123,6 +123,7 @@ class VmAgent:
                 paused_at_s = told.at.timestamp() - told.pause_s
                 result = await self._sync_clock("resume", resume.operation, paused_at_s=paused_at_s)
                 self._results[resume.operation] = result
+                await self._compare_canary(result)
                 while len(self._results) > _RESULTS_KEPT:
                     self._results.popitem(last=False)
                 self._hooks.put_nowait(resume)
@@ -288,12 +289,18 @@ class VmAgent:
     async def _ask(self, request: ClockSyncRequested) -> None:
         await self._voice.ask(request, self._settings.sync_answer_timeout_s)
 
+    async def _compare_canary(self, synced: AgentClockSynced) -> None:
+        """After the clock was corrected and that was published: no verdict on a clock waits for pages to be compared."""
+        found = await self.canary.report()
+        if found is not None:
+            result = msgspec.structs.replace(synced, canary=found)
+            self._results[synced.operation] = result
+            await self._voice.synced(result)
+
     async def _sync_clock(
         self, trigger: Trigger, operation: str = "", *, paused_at_s: float | None = None
     ) -> AgentClockSynced:
         result = await self._sync.run(trigger, operation, paused_at_s=paused_at_s)
-        if trigger == "resume":  # the clock first: it is wrong until then, and the canary waits well
-            result = msgspec.structs.replace(result, canary=await self.canary.report())
         self.last_sync = result
         self.syncs[trigger, result.synced] += 1
         log = _log.info if result.synced else _log.warning

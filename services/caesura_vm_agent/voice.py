@@ -71,9 +71,12 @@ class Voice:
         await self._patiently(answer, self._stable_id("ready", answer.event_id))
 
     async def synced(self, result: AgentClockSynced) -> None:
-        """Tell how a clock-sync went; the one after a resume may be asked for again."""
-        repeatable = result.trigger == "resume"
-        await self._patiently(result, self._stable_id("synced", result.operation) if repeatable else new_id())
+        """Tell how a clock-sync went; the one after a resume may be asked for again, and comes a second time with the canary."""
+        if result.trigger != "resume":
+            await self._patiently(result, new_id())
+            return
+        what = "synced" if result.canary is None else "canary"
+        await self._patiently(result, self._stable_id(what, result.operation))
 
     async def hook_finished(self, finished: HookFinished) -> None:
         """Tell how a hook ended."""

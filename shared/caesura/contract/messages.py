@@ -582,7 +582,7 @@ class AgentClockSynced(Message, frozen=True, kw_only=True):
     simulated: bool = False
     reason: Text = ""
     canary: CanaryReport | None = None
-    """After a resume, if the agent holds one."""
+    """After a resume, if the agent holds one: the same message once more, when its pages were compared."""
 
 
 class HookFinished(Message, frozen=True, kw_only=True):

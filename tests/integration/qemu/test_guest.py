@@ -274,7 +274,8 @@ async def _paused(guest: RunningGuest, outside: Outside, harm: Callable[[Path], 
     await outside.post.send(resumed, host="host-1", set=f"_{VM}", ud=0, vm=VM)
 
     def answers() -> list[AgentClockSynced]:
-        return [each for each in outside.all(AgentClockSynced) if each.operation == operation]
+        told = [each for each in outside.all(AgentClockSynced) if each.operation == operation]
+        return [each for each in told if each.canary is not None]
 
     await until(lambda: bool(answers()), f"the agent's answer:\n{guest.logs()}")
     return answers()[0]

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import aiohttp
+import msgspec
 import pytest
 
 from caesura.bus.brokers import LocalBroker, find_mosquitto, free_port
@@ -562,8 +563,11 @@ async def test_its_presence_says_when_the_canary_is_there_and_a_resume_is_answer
         there = await scene.host.hears(AgentPresence, online=True, canary_bytes=64 * 4096)
         assert there.canary_writes >= 64
         await scene.host.resumed()
-        answer = await scene.host.hears(AgentClockSynced, trigger="resume")
+        clock = await scene.host.hears(AgentClockSynced, trigger="resume")
+        assert clock.canary is None, "no verdict on a clock waits for pages to be compared"
+        answer = await scene.host.hears(AgentClockSynced, count=2, trigger="resume")
         assert answer.canary is not None
+        assert msgspec.structs.replace(answer, canary=None) == clock
         assert (answer.canary.pages, answer.canary.bad_pages, answer.canary.detail) == (64, 0, "")
         assert answer.canary.writes >= there.canary_writes
         assert all(each.canary is None for each in scene.host.all(AgentClockSynced, trigger="start"))
@@ -579,16 +583,16 @@ async def test_pages_that_changed_in_a_pause_are_told_with_that_pause_and_not_wi
         memory[5 * 4096 : 6 * 4096] = bytes(4096)
         memory[9 * 4096 + 100] ^= 1
         await scene.host.resumed("op1")
-        first = await scene.host.hears(AgentClockSynced, trigger="resume", operation="op1")
+        first = await scene.host.hears(AgentClockSynced, count=2, trigger="resume", operation="op1")
         assert first.canary is not None
         assert first.canary.bad_pages == 2
         assert "page 5 is zeroed" in first.canary.detail
         assert "page 9 is damaged" in first.canary.detail
         await scene.host.resumed("op1")  # repeated: the same answer, not "nothing is wrong any more"
-        again = await scene.host.hears(AgentClockSynced, count=2, trigger="resume", operation="op1")
+        again = await scene.host.hears(AgentClockSynced, count=3, trigger="resume", operation="op1")
         assert again.canary == first.canary
         await scene.host.resumed("op2", event_id="e2")
-        second = await scene.host.hears(AgentClockSynced, trigger="resume", operation="op2")
+        second = await scene.host.hears(AgentClockSynced, count=2, trigger="resume", operation="op2")
         assert second.canary is not None
         assert second.canary.bad_pages == 0
         assert agent.canary.bad_pages == 2

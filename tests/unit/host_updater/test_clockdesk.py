@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import pytest
 
-from caesura.contract.messages import AgentClockSynced, VmClockSynced, VmResumed
+from caesura.contract.messages import AgentClockSynced, CanaryReport, VmClockSynced, VmResumed
 from caesura.testing.patience import patient
 from caesura_host_updater.clock import ClockWait
 from caesura_host_updater.clockdesk import ClockDesk
@@ -225,3 +225,78 @@ async def test_a_driver_that_hangs_holds_up_nobody_else(make: Any) -> None:
     assert (first.vm, first.by) == ("vm-2", "agent")
     assert (second.vm, second.by) == ("vm-1", "nobody")
     assert "could not be set from outside within 1 s" in second.reason
+
+
+# -- the canary ---------------------------------------------------------------------------------------------
+
+
+def answer(**changes: Any) -> AgentClockSynced:
+    """A good answer of the agent to the resume."""
+    values: dict[str, Any] = {
+        "vm": "a",
+        "boot_id": "agent-1",
+        "trigger": "resume",
+        "operation": "op",
+        "synced": True,
+        "error_after_s": 0.001,
+        **changes,
+    }
+    return AgentClockSynced(**values)
+
+
+def expect(desk: Desk, *, canary_writes: int) -> None:
+    desk.resumed("a")
+    desk.desk.expect([ClockWait("a", "web", 0, "op", 0.1, "agent-1", "", canary_writes)])
+
+
+CANARY = CanaryReport(pages=8, writes=50)
+
+
+@pytest.mark.parametrize("canary_first", [True, False])
+async def test_the_verdict_waits_for_the_canary_of_an_agent_that_holds_one(
+    make: Any, canary_first: bool
+) -> None:
+    """Messages may overtake each other; the fuller answer counts."""
+    desk = make(timeout_s=60)
+    expect(desk, canary_writes=40)
+    answers = [answer(), answer(canary=CANARY)]
+    if canary_first:
+        answers.reverse()
+    desk.desk.answered(answers[0])
+    if not canary_first:
+        await asyncio.sleep(0)
+        assert len(desk.desk) == 1, "not judged without it"
+    desk.desk.answered(answers[1])
+    verdict = await desk.verdict()
+    assert verdict.synced
+    assert verdict.memory is not None
+    assert verdict.memory.held == ("canary_equal", "not_rebooted")
+
+
+async def test_a_canary_that_does_not_come_leaves_the_clock_right_and_memory_unproven(make: Any) -> None:
+    desk = make(timeout_s=0.2)
+    expect(desk, canary_writes=40)
+    desk.desk.answered(answer())
+    verdict = await desk.verdict()
+    assert (verdict.synced, verdict.by) == (True, "agent")
+    assert verdict.memory is not None
+    assert verdict.memory.held == ("not_rebooted",)
+    assert not desk.driver.asked, "its clock is right: nobody sets it from outside"
+
+
+async def test_an_agent_without_a_canary_is_judged_at_once(make: Any) -> None:
+    desk = make(timeout_s=60)
+    expect(desk, canary_writes=0)
+    desk.desk.answered(answer())
+    assert (await desk.verdict()).synced
+
+
+async def test_an_answer_before_the_report_is_completed_by_the_canary(make: Any) -> None:
+    desk = make(timeout_s=60)
+    desk.resumed("a")
+    desk.desk.answered(answer(canary=CANARY))
+    desk.desk.answered(answer())
+    desk.desk.expect([ClockWait("a", "web", 0, "op", 0.1, "agent-1", "", 40)])
+    verdict = await desk.verdict()
+    assert verdict.memory is not None
+    assert "canary_equal" in verdict.memory.held

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from caesura_vm_agent.canary import PAGE_BYTES, Canary, page_of
+from caesura_vm_agent.canary import PAGE_BYTES, Canary, key_of, page_of
 
-KEY = bytes(range(32))
+SEED = bytes(range(32))
 PAGES = 5
 
 
@@ -19,7 +19,7 @@ class Guest:
 
     def __init__(self, rewrites: int = 0) -> None:
         self.memory = bytearray(PAGES * PAGE_BYTES)
-        self.canary = Canary(self.memory, PAGES, KEY)
+        self.canary = Canary(self.memory, PAGES, SEED)
         for _ in range(PAGES + rewrites):
             self.canary.rewrite()
 
@@ -143,7 +143,7 @@ def test_what_is_wrong_is_said_once_and_in_words() -> None:
     pages = [guest.page(number) for number in range(PAGES)]
     guest.put(0, bytes(PAGE_BYTES))
     guest.put(1, pages[2])
-    guest.put(2, page_of(KEY, 2, 3))
+    guest.put(2, page_of(key_of(SEED), 2, 3))
     guest.put(3, random.Random(1).randbytes(PAGE_BYTES))
     assert guest.look() == {
         0: "is zeroed",
@@ -156,13 +156,13 @@ def test_what_is_wrong_is_said_once_and_in_words() -> None:
 
 def test_pages_of_an_earlier_start_are_not_taken_for_current_ones() -> None:
     guest = Guest()
-    guest.put(1, page_of(b"another start", 1, 2))
+    guest.put(1, page_of(key_of(b"another start"), 1, 2))
     assert list(guest.look()) == [1]
 
 
 def test_a_page_that_was_never_written_is_not_judged() -> None:
     memory = bytearray(b"\xaa" * PAGES * PAGE_BYTES)
-    canary = Canary(memory, PAGES, KEY)
+    canary = Canary(memory, PAGES, SEED)
     canary.rewrite()
     assert not canary.filled
     for number in range(PAGES):
@@ -171,7 +171,7 @@ def test_a_page_that_was_never_written_is_not_judged() -> None:
 
 
 def test_no_canary_at_all() -> None:
-    canary = Canary(bytearray(), 0, KEY)
+    canary = Canary(bytearray(), 0, SEED)
     canary.rewrite()
     assert (canary.writes, canary.filled, canary.take()) == (0, True, ())
 

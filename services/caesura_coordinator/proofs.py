@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
-from caesura.contract.messages import MemoryProof, Method, PlannedVm, Policy, ProofCode, VmRecord
+from caesura.contract.messages import (
+    MemoryProof,
+    Method,
+    PlannedVm,
+    Policy,
+    ProofCode,
+    VmClockSynced,
+    VmRecord,
+)
 from caesura.lifecycle.budget import DIGEST_S, digest_by_s
-from caesura.lifecycle.proof import asks_for_proof, held_codes, in_words, is_proof
+from caesura.lifecycle.proof import asks_for_proof, broken_codes, held_codes, in_words, is_proof
+from caesura_coordinator.reasons import shortened
 from caesura_coordinator.records import ClockVerdict
+
+_DETAIL_CHARACTERS = 300  # of what a guest said of its memory: kept for each VM of a wave
 
 
 def planned_proofs(vm: VmRecord, method: Method, policy: Policy, expected_s: float) -> tuple[ProofCode, ...]:
@@ -32,6 +43,20 @@ def unprovable(vm: VmRecord, planned: PlannedVm, policy: Policy) -> str:
     return (
         f"no proof can be made that {planned.method} leaves its memory as it is: {why}; run an agent with a canary in the guest "
         "(CAESURA_VM_AGENT_CANARY_BYTES above 0), or accept it with --on-unproven proceed"
+    )
+
+
+def clock_verdict(message: VmClockSynced) -> ClockVerdict:
+    """What is kept of a host's verdict on a VM: its clock, and what the guest itself showed of its memory."""
+    memory = message.memory
+    return ClockVerdict(
+        synced=message.synced,
+        error_after_s=message.error_after_s,
+        memory_ok=memory.ok if memory is not None else None,
+        held=held_codes(memory),
+        broken=broken_codes(memory),
+        memory_detail=shortened(memory.detail, _DETAIL_CHARACTERS) if memory is not None else "",
+        reason=message.reason,
     )
 
 

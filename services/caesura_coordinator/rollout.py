@@ -17,7 +17,6 @@ import msgspec
 
 from caesura.contract.messages import OperationReported, VmClockSynced, VmReady, WaveStatus
 from caesura.lifecycle.errors import IllegalTransition
-from caesura.lifecycle.proof import broken_codes, held_codes
 from caesura_coordinator.fleet import Fleet, fence_blockers, health_blockers, moved_blockers
 from caesura_coordinator.inputs import (
     Abort,
@@ -36,10 +35,10 @@ from caesura_coordinator.inputs import (
     Tick,
     WaveMoved,
 )
+from caesura_coordinator.proofs import clock_verdict
 from caesura_coordinator.reasons import listed, shortened
 from caesura_coordinator.records import (
     FINAL,
-    ClockVerdict,
     HostOperation,
     Readiness,
     Rollout,
@@ -54,7 +53,6 @@ COMMAND_WINDOW_S = 30.0
 """s: hosts refuse a wave's command later than this after its start; a command lost for so long is better not obeyed."""
 REPORT_GRACE_S = 30.0
 """s: after the window and the budget, for a host that restarts and reconciles before it reports."""
-_DETAIL_CHARACTERS = 300  # of what a guest said of its memory: kept for each VM of a wave
 RESTART_GRACE_S = 30.0
 """s: what deadlines are moved by when the coordinator was away, so that it hears the hosts before it judges."""
 
@@ -313,15 +311,7 @@ class _Step:
             return
         if (verdict.vm, verdict.host) not in {(vm.vm, vm.host) for vm in wave.vms}:
             return
-        clock = ClockVerdict(
-            synced=verdict.synced,
-            error_after_s=verdict.error_after_s,
-            memory_ok=verdict.memory.ok if verdict.memory else None,
-            held=held_codes(verdict.memory),
-            broken=broken_codes(verdict.memory),
-            memory_detail=shortened(verdict.memory.detail, _DETAIL_CHARACTERS) if verdict.memory else "",
-            reason=verdict.reason,
-        )
+        clock = clock_verdict(verdict)
         if wave.clocks.get(verdict.vm) != clock:
             self._put(msgspec.structs.replace(wave, clocks={**wave.clocks, verdict.vm: clock}))
 

@@ -20,7 +20,14 @@ from caesura_host_updater.updates import UpdateFile, parse_update
 from caesura_metadata_publisher.listeners import parse_listeners
 
 _ROOT = Path(__file__).parents[2]
-_PAGES = ("README.md", "docs/operations.md", "docs/architecture.md", "docs/compose.md", "CONTRIBUTING.md")
+_PAGES = (
+    "README.md",
+    "docs/operations.md",
+    "docs/architecture.md",
+    "docs/compose.md",
+    "docs/reliability.md",
+    "CONTRIBUTING.md",
+)
 _FENCE = re.compile(r"^([ ]*)```(\w*)\n(.*?)^\1```$", re.DOTALL | re.MULTILINE)
 _HEREDOC = re.compile(r"^cat >(\S+) <<'END'\n(.*?)^END$", re.DOTALL | re.MULTILINE)
 _INVARIANTS = {f"I{number}" for number in range(1, 13)}
@@ -141,6 +148,31 @@ def test_architecture_has_one_figure_and_names_a_real_test_for_every_invariant()
             ), f"{invariant}: no {test} in {file}"
         for file in re.findall(r"`((?:services|shared)/[\w/.-]+)`", row):
             assert (_ROOT / file).exists(), f"{invariant}: {file} does not exist"
+
+
+def test_every_row_of_reliability_names_a_real_test() -> None:
+    """The page is the proof that a bug stays away: a test that was renamed must be renamed there too."""
+    rows = re.findall(r"^\| (.*) \|$", text("docs/reliability.md"), re.MULTILINE)
+    rows = [row for row in rows if not row.startswith(("---", "Bug |", "Defect |"))]
+    assert len(rows) >= 20
+    for row in rows:
+        named = re.findall(r"`(tests/[\w/.-]+\.py)(?:::(\w+))?`", row.split(" | ")[-1])
+        assert named, f"no test in: {row}"
+        for file, test in named:
+            path = _ROOT / file
+            assert path.is_file(), f"{file} does not exist"
+            assert not test or re.search(rf"def {test}\(", path.read_text(encoding="utf-8")), (
+                f"no {test} in {file}"
+            )
+
+
+def test_the_mutations_named_are_in_the_table() -> None:
+    table = text("tests/mutation/mutations.toml")
+    for row in re.findall(
+        r"^\| .* \| (I\d.*?) \| (`.*?) \| `tests/.*$", text("docs/reliability.md"), re.MULTILINE
+    ):
+        for name in re.findall(r"`([\w-]+)`", row[1]):
+            assert f'id = "{name}"' in table, name
 
 
 def test_the_pictures_script_says_what_it_lacks(tmp_path: Path) -> None:

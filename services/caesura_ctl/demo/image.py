@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 import msgspec
@@ -18,6 +18,8 @@ from caesura_ctl.demo.machine import CleanUp
 _STOP_S = 5.0
 """s: for a build that was told to end to remove what it has made so far."""
 
+_LOOK_S = 0.02
+
 
 class _Built(msgspec.Struct):
     kernel: str
@@ -28,12 +30,18 @@ class _Failed(msgspec.Struct):
     reason: str
 
 
-async def build_image(run_id: str, say: Callable[[str], None], clean_up: CleanUp) -> GuestImage:
+_BUILD = (sys.executable, "-m", "caesura_ctl", "guest", "build", "--json")
+
+
+async def build_image(
+    run_id: str, say: Callable[[str], None], clean_up: CleanUp, command: Sequence[str] = _BUILD
+) -> GuestImage:
     """Build it, or take it from the cache.
 
     Args:
         run_id: marks the build's processes.
         say: takes each line of progress.
+        command: what builds it; injected by tests only.
 
     Raises:
         CaesuraError: it cannot be built here; the text says why.
@@ -44,12 +52,7 @@ async def build_image(run_id: str, say: Callable[[str], None], clean_up: CleanUp
         "-m",
         "caesura.bus.tether",
         str(os.getpid()),
-        sys.executable,
-        "-m",
-        "caesura_ctl",
-        "guest",
-        "build",
-        "--json",
+        *command,
         env={**os.environ, **dict([mark.split("=", 1)])},
         stdin=asyncio.subprocess.DEVNULL,
         stdout=asyncio.subprocess.PIPE,
@@ -88,12 +91,12 @@ async def _end(process: asyncio.subprocess.Process, mark: str, hurry: asyncio.Ev
     if process.returncode is None:
         with suppress(ProcessLookupError):
             process.terminate()
-        ended = asyncio.ensure_future(process.wait())
-        hurried = asyncio.ensure_future(hurry.wait())
-        await asyncio.wait({ended, hurried}, timeout=_STOP_S, return_when=asyncio.FIRST_COMPLETED)
-        hurried.cancel()
-        if process.returncode is None:
-            with suppress(ProcessLookupError):
-                process.kill()
-        await ended
+        try:
+            async with asyncio.timeout(_STOP_S):
+                # Not `wait`: that waits also for whatever the build started and that has its output open.
+                while process.returncode is None and not hurry.is_set():  # noqa: ASYNC110
+                    await asyncio.sleep(_LOOK_S)
+        except TimeoutError:
+            pass
     await kill_marked(mark)
+    await process.wait()

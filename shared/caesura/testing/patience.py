@@ -7,11 +7,11 @@ import os
 VARIABLE = "CAESURA_TEST_PATIENCE"
 """The factor, 1 or more; without it the load of the machine at the start of the tests decides."""
 
-_MOST = 10.0
+_MOST = 5.0
 
 
 def factor_from(text: str, load: float, cores: int) -> float:
-    """The factor: what was asked for, but at least 1; else 1 and how many runnable processes share a core, at most 10.
+    """The factor: what was asked for, but at least 1; else 1 and how many runnable processes share a core, at most 5.
 
     Raises:
         ValueError: ``text`` is not a number.

@@ -59,6 +59,26 @@ async def test_it_ends_quickly_with_clients_connected(kind: Kind) -> None:
                 await broker.stop()
 
 
+async def test_a_cancelled_clean_up_is_finished_all_the_same() -> None:
+    """A broker that hangs is waited for and killed, though whoever waits for that is cancelled."""
+    broker = LocalBroker()
+    await broker.__aenter__()
+    pid = broker.pid
+    assert pid is not None
+    folder = broker._data_dir
+    assert folder is not None
+    os.kill(pid, signal.SIGSTOP)
+    leaving = asyncio.create_task(broker.__aexit__(None, None, None))
+    for _ in range(3):
+        await asyncio.sleep(0)
+        leaving.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await leaving
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
+    assert not folder.exists()
+
+
 @pytest.mark.parametrize("kind", KINDS)
 async def test_it_dies_with_its_owner_even_if_that_is_killed(kind: Kind, tmp_path: Path) -> None:
     program = (

@@ -109,9 +109,14 @@ class ClockDesk:
             case.answer = _fuller(case.answer, message)
             self._stir.set()
             return
-        letter, earlier, at = self._early.get((message.vm, message.operation), (None, None, None))
-        if letter is not None:  # known to be resumed, its operation not reported yet
-            self._early[message.vm, message.operation] = (letter, _fuller(earlier, message), at)
+        this = (message.vm, message.operation)
+        letter, earlier, at = self._early.get(this, (None, None, None))
+        if letter is None:
+            # It may be quicker than the broker's acknowledgement of `resumed`. One such answer of a VM is kept.
+            for key, early in list(self._early.items()):
+                if key[0] == message.vm and key != this and early[0] is None:
+                    del self._early[key]
+        self._early[this] = (letter, _fuller(earlier, message), at)
 
     def expect(self, waits: Sequence[ClockWait], *, told: bool = False) -> None:
         """An operation was reported: its VMs may be judged from now on.

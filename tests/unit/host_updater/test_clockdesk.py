@@ -11,6 +11,7 @@ from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any, Literal
 
+import msgspec
 import pytest
 
 from caesura.contract.messages import AgentClockSynced, CanaryReport, VmClockSynced, VmResumed
@@ -147,6 +148,32 @@ async def test_a_silent_agent_is_followed_by_the_driver(make: Any) -> None:
     assert (told.synced, told.by) == (True, "driver")
     assert told.memory is not None
     assert (told.memory.proof, told.memory.ok) == ("heartbeat", True)
+
+
+async def test_an_agent_that_answers_before_the_broker_acknowledges_the_resume_is_not_missed(
+    make: Any,
+) -> None:
+    """Two connections: the agent may have `resumed`, and answer, before the host updater gets its acknowledgement."""
+    desk = make(timeout_s=60.0)
+    answer = AgentClockSynced(
+        vm="vm",
+        boot_id="agent-1",
+        trigger="resume",
+        operation="op",
+        synced=True,
+        error_after_s=0.001,
+        uncertainty_s=0.001,
+    )
+    for earlier in (
+        "older-1",
+        "older-2",
+    ):  # an answer that nobody waits for any more: only the newest is kept
+        desk.desk.answered(msgspec.structs.replace(answer, operation=earlier))
+    desk.desk.answered(answer)
+    assert len(desk.desk._early) == 1
+    desk.paused("vm")
+    told = await desk.verdict()
+    assert (told.synced, told.by, told.error_after_s) == (True, "agent", 0.001)
 
 
 async def test_when_neither_answers_it_says_what_both_said(make: Any) -> None:

@@ -35,7 +35,7 @@ class Pipe:
                 os.write(self._handle, b".")
 
     def drain(self) -> None:
-        """Read what is in it: who waited goes on."""
+        """Read what is in it: who waited continues."""
         with suppress(BlockingIOError):
             while os.read(self._handle, 1 << 20):
                 pass

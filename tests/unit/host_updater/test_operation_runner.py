@@ -292,7 +292,7 @@ class Scene:
 async def test_vms_are_frozen_concurrently(journal: JournalThread) -> None:
     scene = Scene(journal, *(f"vm-{number}" for number in range(20)))
     together = asyncio.Barrier(20)
-    scene.driver.meet = together.wait  # one after the other, the first would wait for ever
+    scene.driver.meet = together.wait  # one after the other, the first would wait indefinitely
     op = await scene.run()
     assert (op.end, op.failure) == ("completed", "")
     assert together.n_waiting == 0
@@ -359,7 +359,7 @@ async def test_one_broken_freeze_lets_the_others_go(journal: JournalThread) -> N
 async def test_whoever_was_stopped_before_the_call_freezes_nothing_after_the_deadline(
     method: Method, journal: JournalThread, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The last look (I2): decided in time, then stopped (SIGSTOP, a busy host) until the guard has long let go."""
+    """The last look (I2): decided in time, then stopped (SIGSTOP, a busy host) until long after the guard has released it."""
     stopped_s = 0.0
 
     def after_the_stop() -> None:

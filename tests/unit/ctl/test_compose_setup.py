@@ -194,8 +194,8 @@ def test_files_of_the_image_are_copied_for_everybody_and_old_ones_go(tmp_path: P
 def test_the_command_says_why_on_one_line(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("CAESURA_ROLLOUTS", "CAESURA_IMAGE"):
-        monkeypatch.delenv(name, raising=False)
+    for name in [each for each in os.environ if each.startswith("CAESURA_")]:
+        monkeypatch.delenv(name)
     file = tmp_path / "file"
     file.write_text("")
     assert main([str(file / "below")]) == 2

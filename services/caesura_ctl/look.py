@@ -18,6 +18,7 @@ from caesura_ctl.follow import REFRESH_S, conclude, follow
 from caesura_ctl.names import NAME, SET_NAME
 from caesura_ctl.session import connect
 from caesura_ctl.tables import (
+    attention_view,
     documents_view,
     domains_view,
     history_view,
@@ -65,6 +66,8 @@ def status(broker: str | None, *, as_json: bool) -> None:
         )
         context.console.print(hosts_view(picture))
         context.console.print(domains_view(picture))
+        if (attention := attention_view(picture)) is not None:
+            context.console.print(attention)
         if silent:
             context.console.print(f"agents silent: {', '.join(silent)}")
         if any(document.events for document in picture.documents.values()):

@@ -243,6 +243,16 @@ def hosts_view(picture: Picture) -> RenderableType:
     return table
 
 
+def attention_view(picture: Picture) -> RenderableType | None:
+    """VMs that need a person: what their host says of them, such as who paused them; None: there are none."""
+    table = _table("VM", "host", "state", "what is wrong")
+    for name, inventory in sorted(picture.hosts.items()):
+        for vm in inventory.vms:
+            if vm.state_detail:
+                table.add_row(vm.vm, name, vm.state, Text(vm.state_detail))
+    return table if table.row_count else None
+
+
 def documents_view(picture: Picture) -> RenderableType:
     """Open scheduled events of every set."""
     table = _table("set", ">incarnation", "event", "type", "status", "NotBefore", "resources")

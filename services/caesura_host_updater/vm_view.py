@@ -34,7 +34,9 @@ class VmView:
             for vm, state in states.items()
             if state == "paused" and vm not in ours
         }
-        return vm_records(self._specs, self._driver.capabilities, states, self._foreign, canaries)
+        wrong = {vm: why for vm in states if (why := self._driver.complaint(vm))}
+        details = {**self._foreign, **wrong}
+        return vm_records(self._specs, self._driver.capabilities, states, details, canaries)
 
     def complaint(self) -> str:
         """For the health probe: the VMs that somebody else paused, and how they are resumed."""

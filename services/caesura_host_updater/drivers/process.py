@@ -131,6 +131,10 @@ class ProcessDriver:
         ]
         return f"not running: {', '.join(ended)}" if ended else ""
 
+    def complaint(self, vm: str) -> str:
+        """Why a VM was not started."""
+        return self._not_started.get(vm, "")
+
     # -- life ---------------------------------------------------------------------------------------------
 
     async def open(self) -> None:

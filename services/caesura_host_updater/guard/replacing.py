@@ -38,6 +38,7 @@ _CAPABILITIES = {"x-ignore-shared": True, "events": True, "return-path": False, 
 _STEP_S = 0.001
 STUCK = "cannot be resumed"
 """How the reason of a guest begins whose way out fails again and again."""
+_SAID = 400  # characters of a reason that is quoted in one
 _LOG_BYTES = 400  # how much of a new process's last words goes into the reason
 
 
@@ -93,7 +94,7 @@ def _failed_tries(plan: ReplacePlan) -> str:
     if not why:
         return f"no new process could take the guest: {claims.failures(plan.claims)[-1]}"
     return (
-        f"{STUCK}: every try of a new process fails in the same way: {why}. Its memory is in its RAM file and its "
+        f"{STUCK}: every try of a new process fails in the same way: {why[:_SAID]}. Its memory is in its RAM file and its "
         f"device state in {plan.state_file}; both are kept, and it is tried again every {claims.LONGEST_WAIT_S:g} s. "
         f"See `tail -n 20 {plan.log}` and whether `{plan.argv[0][0]} --version` runs; when the cause is mended it "
         f"resumes by itself. To give the guest up for good: `rm {plan.state_file}`"

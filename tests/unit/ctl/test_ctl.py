@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import msgspec
 import pytest
 from click.testing import CliRunner
 from hypothesis import given
@@ -29,6 +30,7 @@ from caesura_ctl.durations import parse_duration, show_duration
 from caesura_ctl.names import SET_NAME
 from caesura_ctl.picture import Picture
 from caesura_ctl.tables import (
+    attention_view,
     documents_view,
     history_view,
     hosts_view,
@@ -86,6 +88,21 @@ def _resumed(
             at=begin + timedelta(seconds=pause_s),
         ),
     ]
+
+
+def test_vms_that_need_a_person_are_named_with_what_their_host_says() -> None:
+    picture = Picture()
+    vm = m.VmRecord(vm="vm-1", set="_vm-1", update_domain=0, state="paused", methods=())
+    picture.fold(m.HostInventory(host="h", driver="qemu", epoch=1, vms=(vm,), guard="ready"))
+    assert attention_view(picture) is None
+    named = msgspec.structs.replace(vm, state_detail="QEMU paused it for an I/O error")
+    picture.fold(m.HostInventory(host="h", driver="qemu", epoch=1, vms=(named,), guard="ready"))
+    view = attention_view(picture)
+    assert view is not None
+    written = io.StringIO()
+    Console(width=140, file=written).print(view)
+    assert "vm-1" in written.getvalue()
+    assert "QEMU paused it for an I/O error" in written.getvalue()
 
 
 def test_the_picture_takes_every_message_and_repetition_changes_nothing() -> None:

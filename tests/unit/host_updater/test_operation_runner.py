@@ -74,6 +74,9 @@ class FakeDriver:
     def ping(self) -> str:
         return ""
 
+    def complaint(self, vm: str) -> str:
+        return ""
+
     async def open(self) -> None:
         return
 

@@ -104,6 +104,10 @@ class QemuDriver:
         wrong = [f"{guest.vm} ({why})" for guest in self._guests.values() if (why := guest.complaint())]
         return f"not running: {', '.join(wrong)}" if wrong else ""
 
+    def complaint(self, vm: str) -> str:
+        """As ``ping``, of one VM."""
+        return self._guests[vm].complaint()
+
     def detail(self) -> str:
         """QEMU's versions and the accelerator."""
         versions = {guest.qmp.version for guest in self._guests.values() if guest.qmp is not None}

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from caesura.contract import messages as m
+from caesura.testing.patience import patient
 from caesura.testing.sandbox import Vm
 from caesura_ctl.session import new_request_id
 
@@ -188,7 +189,8 @@ async def test_updater_and_guard_killed_while_guests_are_in_their_files(two: Any
 
 
 async def test_budget_that_is_as_short_as_can_be(two: Any) -> None:
-    state = await two.stage.ended(await two.stage.roll("swap", budget_s=1.0, **LENIENT))
+    # At rest a second; two swaps want a little more on a machine that does other things.
+    state = await two.stage.ended(await two.stage.roll("swap", budget_s=patient(1.0), **LENIENT))
     assert state.status == "completed", state.reason
     await two.whole()
     told = [each.vm for each in two.stage.picture.pauses.values()]

@@ -54,6 +54,7 @@ with QuietInterrupt():
 
 _ACCEL = {"kvm": "kvm", "tcg": "tcg,thread=multi"}
 
+_NO_WATCHDOG_S = 1.0  # s: between two looks whether there is something left to say to systemd
 _OPEN_AGAIN_S = 1.0  # s: between two tries to open a journal that the disk refuses
 
 _log = structlog.get_logger("caesura.host_updater")
@@ -145,9 +146,9 @@ async def _run(
 
 async def _beat(notifier: Notifier) -> None:
     """From the event loop itself: one that does not turn does not beat, and systemd starts us again."""
-    while (interval_s := notifier.interval_s) is not None:
+    while True:
         notifier.beat()
-        await asyncio.sleep(interval_s)
+        await asyncio.sleep(notifier.interval_s or _NO_WATCHDOG_S)
 
 
 async def _serve(

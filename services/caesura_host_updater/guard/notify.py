@@ -10,8 +10,8 @@ import os
 import socket
 import time
 from collections.abc import MutableMapping
-from contextlib import suppress
 
+_AGAIN_S = 0.5  # s: between two tries to say what the manager did not take
 _VARIABLES = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID")
 
 
@@ -27,6 +27,7 @@ class Notifier:
         self._address = "\0" + address[1:] if address.startswith("@") else address
         self._watchdog_s = watchdog_s
         self._next_beat = 0.0
+        self._unsent = ""
 
     @classmethod
     def taken_from(cls, environ: MutableMapping[str, str]) -> Notifier:
@@ -39,12 +40,15 @@ class Notifier:
 
     @property
     def interval_s(self) -> float | None:
-        """Seconds between two beats: a third of what is allowed. None: nobody listens."""
+        """Seconds between two beats: a third of what is allowed. None: nobody listens for any."""
+        if self._unsent:
+            return _AGAIN_S
         return self._watchdog_s / 3 if self._address and self._watchdog_s > 0 else None
 
     def ready(self) -> None:
-        """The service is up."""
-        self._send("READY=1")
+        """The service is up. If the manager does not take it at once, ``beat`` says it again: it must not be lost."""
+        if not self._send("READY=1"):
+            self._unsent = "READY=1"
 
     def stopping(self) -> None:
         """The service ends on request."""
@@ -53,17 +57,22 @@ class Notifier:
     def beat(self) -> None:
         """The loop turns. May be called as often as one likes."""
         interval_s, now = self.interval_s, time.monotonic()
+        if self._unsent and self._send(self._unsent):
+            self._unsent = ""
         if interval_s is not None and now >= self._next_beat:
             self._next_beat = now + interval_s
             self._send("WATCHDOG=1")
 
-    def _send(self, state: str) -> None:
+    def _send(self, state: str) -> bool:
+        """Whether the manager has it, or there is none."""
         if not self._address:
-            return
-        with (
-            suppress(OSError),
-            socket.socket(
-                socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK
-            ) as out,
-        ):
-            out.sendto(state.encode(), self._address)
+            return True
+        kind = socket.SOCK_DGRAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK
+        try:
+            with socket.socket(socket.AF_UNIX, kind) as out:
+                out.sendto(state.encode(), self._address)
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True  # nobody is there: saying it again would not help
+        return True

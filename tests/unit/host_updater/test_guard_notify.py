@@ -48,6 +48,25 @@ def test_another_services_watchdog_is_not_beaten(manager: tuple[str, socket.sock
     assert notifier.interval_s is None
 
 
+def test_that_it_is_up_is_said_until_the_manager_takes_it(manager: tuple[str, socket.socket]) -> None:
+    """Its queue has room for some ten messages on many machines: beats may have filled it."""
+    address, listening = manager
+    for _ in range(2000):
+        Notifier(address, 3.0).stopping()
+    notifier = Notifier(address, 3600.0)
+    notifier.ready()
+    listening.setblocking(False)
+    said = []
+    with suppress(BlockingIOError):
+        while True:
+            said.append(listening.recv(100))
+    assert b"READY=1" not in said
+    for _ in range(3):
+        notifier.beat()
+    listening.settimeout(20)
+    assert [listening.recv(100) for _ in range(2)] == [b"READY=1", b"WATCHDOG=1"]
+
+
 def test_a_manager_that_does_not_read_or_is_not_there_is_not_waited_for(
     manager: tuple[str, socket.socket], tmp_path: Path
 ) -> None:

@@ -216,10 +216,9 @@ class HostUpdater:
                     await self._changed.wait()
 
     async def _records(self) -> dict[str, VmRecord]:
-        runner = self._runner
-        busy = (vm.vm for vm in (runner.state.vms if runner is not None else ()))
+        busy = self._runner.state.vms if self._runner is not None else ()
         canaries = {vm for vm, agent in self._agents.items() if agent.canary_bytes}
-        return await self._view.records(self._startup.resuming.union(busy), canaries)
+        return await self._view.records(self._startup.resuming.union(vm.vm for vm in busy), canaries)
 
     def reread(self) -> None:
         """Read the updates again; the inventory follows when they were read."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -28,6 +27,7 @@ from caesura_host_updater.drivers.qemu.snapshot import VmSnapshot
 from caesura_host_updater.drivers.qemu.successor import next_command
 from caesura_host_updater.drivers.qemu.trial import Trials
 from caesura_host_updater.drivers.qemu.vmm import NoVmm, file_errors, read_vmm
+from caesura_host_updater.threads import in_thread
 
 _EVERY_S = 10.0  # s: between two looks at a guest
 _HOST_S = 3.0  # s: for the kernel to answer about a process and its files; a hung file system may not
@@ -50,13 +50,10 @@ class _Trial:
 class Assessor:
     """See the module."""
 
-    def __init__(
-        self, guests: Mapping[str, Guest], launcher: Launcher, trials: Trials, threads: ThreadPoolExecutor
-    ) -> None:
+    def __init__(self, guests: Mapping[str, Guest], launcher: Launcher, trials: Trials) -> None:
         self._guests = guests
         self._launcher = launcher
         self._trials = trials
-        self._threads = threads
         self._done: dict[str, _Trial] = {}
         self._locks = {vm: asyncio.Lock() for vm in guests}
 
@@ -113,13 +110,13 @@ class Assessor:
         """Ask the kernel about a process; it may make us wait. Raises OSError when it does for too long."""
         try:
             async with asyncio.timeout(_HOST_S):
-                return await asyncio.get_running_loop().run_in_executor(self._threads, look, *arguments)
+                return await in_thread("look at a QEMU", lambda: look(*arguments))
         except TimeoutError:
             raise OSError(f"the kernel does not answer within {_HOST_S:g} s") from None
 
     async def _trial(self, guest: Guest, run: Run, running: VmSnapshot) -> tuple[str, ...]:
         try:
-            binary = await asyncio.to_thread(_identity, self.binary_of(run))
+            binary = await self.in_thread(lambda: _identity(self.binary_of(run)))
         except (LaunchFailed, NoVmm, OSError) as error:
             return (str(error),)
         before = self._done.get(guest.vm)
@@ -142,7 +139,7 @@ class Assessor:
         return differences(running, await self._trials.take(guest.vm, command), cpu_of(command))
 
     def binary_of(self, run: Run) -> str:
-        """The program that would follow if an update names none. Raises LaunchFailed, NoVmm."""
+        """The program that would follow if an update names none. Blocking. Raises LaunchFailed, NoVmm."""
         return self._launcher.default_binary() if run.ours else read_vmm(run.pid).binary
 
 

@@ -78,9 +78,7 @@ class QemuDriver:
         records = Records(state_dir / "vms")
         launcher = Launcher(host, options, state_dir, records, accel=accel, environ=environ)
         self._threads = ThreadPoolExecutor(max_workers=16, thread_name_prefix="qemu")
-        self._assessor = Assessor(
-            self._guests, launcher, Trials(launcher, records, self._threads), self._threads
-        )
+        self._assessor = Assessor(self._guests, launcher, Trials(launcher, records, self._threads))
         self._preparer = Preparer(launcher, records, self._assessor, self._threads)
         self._mover = Mover(launcher, records, self._threads)
         self._keeper = Keeper(

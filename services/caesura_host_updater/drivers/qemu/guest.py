@@ -27,6 +27,7 @@ from caesura_host_updater.guard.plans import QemuPlan, ReplacePlan, SwapPlan, Vm
 from caesura_host_updater.guard.procfs import STOPPED, alive, boot_id, read_process
 from caesura_host_updater.guard.replacing import STUCK
 from caesura_host_updater.hostfile import VmSpec
+from caesura_host_updater.threads import in_thread
 
 _GREETING_S = 2.0  # s: QEMU greets within milliseconds; another client's turn may take the guard a second
 _LOOK_S = 1.0  # s: for the kernel's word on a process; a QEMU that is stuck in it may hold us up
@@ -286,7 +287,7 @@ async def _host_obstacles(run: Run) -> list[str]:
     """What the host says against another process; asked in a thread, for the kernel may make us wait."""
     try:
         async with asyncio.timeout(_LOOK_S):
-            return await asyncio.to_thread(host_obstacles, run)
+            return await in_thread("look at a QEMU", lambda: host_obstacles(run))
     except TimeoutError:
         return [f"process {run.pid} cannot be looked at within {_LOOK_S:g} s"]
 
@@ -316,8 +317,11 @@ async def adopted(qmp_path: str, guard: str, agent: str) -> tuple[Run, Qmp]:
     """
     try:
         listener = listener_of(qmp_path)
-        process = read_vmm(listener)
+        async with asyncio.timeout(_LOOK_S):
+            process = await in_thread("look at a QEMU", lambda: read_vmm(listener))
         qmp = await Qmp.connect(qmp_path, _GREETING_S)
+    except TimeoutError as error:
+        raise NotAttached(f"{qmp_path}: its process cannot be looked at within {_LOOK_S:g} s") from error
     except OSError as error:
         raise NotAttached(f"{qmp_path}: {error.strerror or error}") from error
     except NoVmm as error:

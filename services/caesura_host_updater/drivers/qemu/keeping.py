@@ -27,6 +27,7 @@ from caesura_host_updater.drivers.qemu.vmm import marked, place_error
 from caesura_host_updater.guard import claims
 from caesura_host_updater.guard.plans import ReplacePlan, SwapPlan, condition
 from caesura_host_updater.guard.procfs import alive, boot_id
+from caesura_host_updater.threads import in_thread
 
 _PROBE_S = 0.05  # s: for a QEMU to notice that who connected has gone; then it takes the next one
 _LOOK_S = 5.0  # s: between two looks for VMs that others start, or that did not answer
@@ -74,7 +75,7 @@ class Keeper:
             for guest in self._guests.values():
                 guest.why = f"no folder for its sockets: {error}"
             return
-        await asyncio.to_thread(self._sweep)
+        await in_thread("sweep", self._sweep)
         await asyncio.gather(*(self._open(guest) for guest in self._guests.values()))
         self._tasks = [
             asyncio.create_task(self._look(), name="look for VMs"),
@@ -159,12 +160,12 @@ class Keeper:
 
     async def find(self, guest: Guest) -> None:
         """Attach the process that runs the VM, if there is one; else ``why`` says what is wrong."""
-        run = self._records.read(guest.vm)
+        run = await in_thread("run file", lambda: self._records.read(guest.vm))
         lost = self._found.get(guest.vm)
         if lost is not None and (run is None or not _lives(run)):
             run = lost
             with suppress(OSError):
-                self._records.write(guest.vm, run)
+                await self._write(guest.vm, run)
         try:
             if run is not None and _lives(run):
                 await guest.attach(run)
@@ -188,13 +189,13 @@ class Keeper:
         except NotAttached:
             await qmp.close()
             raise
-        self._records.write(guest.vm, run)
+        await self._write(guest.vm, run)
         _log.info("vm.adopted", vm=guest.vm, pid=run.pid)
 
     async def _start(self, guest: Guest, definition: Definition) -> None:
         vm = guest.vm
         try:
-            self._check_place(vm)
+            await in_thread(f"place of {vm}", lambda: self._check_place(vm))
             remove_files(self._records.run_file(vm))
             run, qmp = await self._launcher.start(vm, definition)
         except (LaunchFailed, OSError) as error:
@@ -202,7 +203,7 @@ class Keeper:
             _log.error("vm.not_started", vm=vm, why=guest.why)
             return
         try:
-            self._records.write(vm, run)
+            await self._write(vm, run)
             await guest.attach(run, qmp)
         except (NotAttached, OSError) as error:
             guest.why = str(error)
@@ -213,6 +214,9 @@ class Keeper:
                 ExitWatch(run.pid, lambda: None)
             return
         _log.info("vm.started", vm=vm, pid=run.pid, version=qmp.version)
+
+    async def _write(self, vm: str, run: Run) -> None:
+        await in_thread("run file", lambda: self._records.write(vm, run))
 
     def _check_place(self, vm: str) -> None:
         """Whether a VM may be started where its things are to be.

@@ -7,6 +7,7 @@ import errno
 import os
 import shutil
 import signal
+import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from hashlib import blake2b
@@ -20,10 +21,12 @@ from caesura_host_updater.drivers.qemu.records import Records, Run
 from caesura_host_updater.drivers.qemu.releasing import remove_files
 from caesura_host_updater.drivers.qemu.vmm import last_words
 from caesura_host_updater.guard.procfs import boot_id, read_process, send_signal
+from caesura_host_updater.threads import in_thread
 
 _SOCKET_PATH_BYTES = 107  # unix(7): sun_path has 108 bytes with the closing zero
 _LONGEST = "next/guard.2"
 _VERSION_S = 3.0  # s: a QEMU says its version within 30 ms
+_KERNEL_S = 1.0  # s: to start it
 _LOOK_S = 0.002
 _MARK = "CAESURA_QEMU"
 _FOR_QEMU = frozenset(("PATH", "HOME", "LANG", "TZ", "TMPDIR", "LD_LIBRARY_PATH"))
@@ -109,34 +112,35 @@ class Launcher:
 
     async def check_binary(self, binary: str) -> str:
         """The version that a binary says it is. Raises LaunchFailed when it is no QEMU."""
-        if shutil.which(binary) != binary:
-            raise LaunchFailed(f"{binary} is no program, or not given with its whole path")
         try:
-            process = await asyncio.create_subprocess_exec(
-                binary,
-                "--version",
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=asyncio.subprocess.PIPE,
-                stderr=asyncio.subprocess.STDOUT,
-                env=self._environ,
-            )
-        except OSError as error:
-            raise LaunchFailed(f"{binary} cannot be run: {error.strerror or error}") from error
-        try:
-            async with asyncio.timeout(_VERSION_S):
-                said = (await process.communicate())[0].decode(errors="replace").strip()
-        except TimeoutError:
+            # The limit is kept by us, too: a program on a file system that hangs is not even started.
+            async with asyncio.timeout(_VERSION_S + _KERNEL_S):
+                said = await in_thread(f"version of {binary}", lambda: self._version(binary))
+        except (TimeoutError, subprocess.TimeoutExpired):
             raise LaunchFailed(
                 f"{binary} is no QEMU: asked for its version it says nothing for {_VERSION_S:g} s"
             ) from None
-        finally:
-            if process.returncode is None:
-                process.kill()
-                await process.wait()
+        except OSError as error:
+            raise LaunchFailed(f"{binary} cannot be run: {error.strerror or error}") from error
         first = said.splitlines()[0] if said else "nothing"
         if not first.startswith("QEMU emulator version "):
             raise LaunchFailed(f"{binary} is no QEMU: asked for its version it says {first[:200]!r}")
         return first.removeprefix("QEMU emulator version ").split()[0]
+
+    def _version(self, binary: str) -> str:
+        """What a program says when it is asked for its version. Blocking. Raises OSError, TimeoutExpired, LaunchFailed."""
+        if shutil.which(binary) != binary:
+            raise LaunchFailed(f"{binary} is no program, or not given with its whole path")
+        done = subprocess.run(
+            [binary, "--version"],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env=self._environ,
+            timeout=_VERSION_S,
+            check=False,
+        )
+        return done.stdout.decode(errors="replace").strip()
 
     # -- a VM's first process -------------------------------------------------------------------------------
 
@@ -148,7 +152,7 @@ class Launcher:
             remove_files(log)
             at = self._paths(vm, definition, ram)
             argv = commandline.first_command(vm, definition, self.default_binary(), self._accel, at)
-            await asyncio.to_thread(self._make_ram, ram, definition.memory_mib << 20)
+            await in_thread(f"RAM of {vm}", lambda: self._make_ram(ram, definition.memory_mib << 20))
         except OSError as error:
             raise LaunchFailed(f"cannot be started: {error}") from error
         try:

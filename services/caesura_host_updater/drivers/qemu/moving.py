@@ -53,6 +53,7 @@ from caesura_host_updater.guard.plans import (
 )
 from caesura_host_updater.guard.processes import calm
 from caesura_host_updater.guard.procfs import send_signal
+from caesura_host_updater.threads import in_thread, in_thread_to_its_end
 
 _HAND_OVER_S = 2.0  # s: 3 to 10 ms is usual; a new process that hangs is given up after this
 _WAY_OUT_S = 4.0  # s: how long we try to put it right ourselves before the caller does
@@ -109,7 +110,7 @@ class Mover:
                     )
             except (HandOverFailed, QmpFailed, OSError) as error:
                 return await self._failed_hand_over(guest, prepared, error, called_at, told)
-        return self._committed(guest, prepared, handed, called_at)
+        return await self._committed(guest, prepared, handed, called_at)
 
     async def _views(self, guest: Guest, operation: str, plan: SwapPlan) -> Views | str:
         """What is compared inside the pause, opened before it; or why nothing can be. Raises SwapFailed: other memory."""
@@ -155,7 +156,9 @@ class Mover:
         threading.Thread(target=compare, name="compare", daemon=True).start()
         return await done
 
-    def _committed(self, guest: Guest, prepared: Prepared, handed: Handed, called_at: float) -> HandOver:
+    async def _committed(
+        self, guest: Guest, prepared: Prepared, handed: Handed, called_at: float
+    ) -> HandOver:
         former, new, plan = guest.run, prepared.qmp, prepared.plan
         if former is None or new is None or not isinstance(plan, SwapPlan):
             raise SwapFailed(guest.vm, "its process ended while it was handed over")
@@ -169,7 +172,8 @@ class Mover:
             raise SwapFailed(guest.vm, f"it ran in the new process, which ended at once: {error}") from error
         left, watch = guest.take(run, new)
         self._bury(former.pid, left, watch)
-        self._publish(guest)
+        # To its end even when it is called off: a release removes the names that the sockets have before.
+        await in_thread_to_its_end(f"publish {guest.vm}", lambda _: self._publish(guest, run))
         return HandOver(
             called_at=called_at,
             frozen_at=max(called_at, handed.stopped_at),
@@ -187,7 +191,8 @@ class Mover:
         state = await self.way_out(guest, time.monotonic() + _WAY_OUT_S)
         resumed_at = time.monotonic()
         reasons = [str(error), *claims.failures(prepared.plan.claims)]
-        if words := last_words(self._records.next_log(guest.vm)):
+        log = self._records.next_log(guest.vm)
+        if words := await in_thread("last words", lambda: last_words(log)):
             reasons.append(f"the new QEMU said: {words}")
         if state == "running":
             await self.settle(guest)
@@ -266,7 +271,7 @@ class Mover:
         if prepared is None:
             return
         _, owner = claims.current(prepared.plan.claims)
-        former = guest.run or self._records.read(guest.vm)
+        former = guest.run or await in_thread("run file", lambda: self._records.read(guest.vm))
         if former is None:
             return
         if owner is not None and owner.kind == "new":
@@ -277,7 +282,9 @@ class Mover:
         if guest.run is not None and guest.run.pid == pid and guest.qmp is not None and not guest.qmp.closed:
             return
         try:
-            run = former if pid == former.pid else run_of(former, pid, start_ticks)
+            run = former
+            if pid != former.pid:
+                run = await in_thread("look at it", lambda: run_of(former, pid, start_ticks))
         except NoVmm as error:
             guest.why = str(error)
             return  # it ended since: whoever asks next hears it
@@ -286,23 +293,22 @@ class Mover:
             present, prepared.qmp = prepared.qmp, None
         try:
             if run.pid != former.pid:
-                link_sockets(run)
+                await in_thread_to_its_end("link sockets", lambda _: link_sockets(run))
             await guest.attach(run, present)
         except (NotAttached, OSError) as error:
             guest.why = str(error)
             _log.error("vm.not_attached", vm=guest.vm, pid=pid, why=guest.why)
-        self._write(guest.vm, run)
+        await in_thread_to_its_end("run file", lambda _: self._write(guest.vm, run))
         _log.info("vm.settled", vm=guest.vm, pid=pid, owner=owner.text if owner is not None else "old")
 
-    def _publish(self, guest: Guest) -> None:
-        """The new process's sockets get the names that everybody knows."""
-        if guest.run is not None:
-            try:
-                link_sockets(guest.run)
-            except OSError as error:
-                guest.why = f"its sockets could not be renamed: {error}"
-                _log.error("vm.sockets_not_renamed", vm=guest.vm, why=guest.why)
-            self._write(guest.vm, guest.run)
+    def _publish(self, guest: Guest, run: Run) -> None:
+        """The new process's sockets get the names that everybody knows. Blocking."""
+        try:
+            link_sockets(run)
+        except OSError as error:
+            guest.why = f"its sockets could not be renamed: {error}"
+            _log.error("vm.sockets_not_renamed", vm=guest.vm, why=guest.why)
+        self._write(guest.vm, run)
 
     def _write(self, vm: str, run: Run) -> None:
         try:
@@ -330,9 +336,13 @@ class Mover:
         if prepared.watch is not None:
             prepared.watch.close()
             reap(prepared.watch.pid)
-        runtime = self._launcher.folder(guest.vm)
-        run = guest.run or self._records.read(guest.vm)
-        forget(guest.vm, run, prepared.claims, runtime, self._records, new=owner.kind == "new")
+        runtime, present = self._launcher.folder(guest.vm), guest.run
+
+        def clean_up() -> None:
+            run = present or self._records.read(guest.vm)
+            forget(guest.vm, run, prepared.claims, runtime, self._records, new=owner.kind == "new")
+
+        await in_thread(f"release {guest.vm}", clean_up)
 
     def _bury(self, pid: int, qmp: Qmp | None, watch: ExitWatch | None) -> None:
         """Reap a process that was killed, and close its connection, while the guest runs on elsewhere."""

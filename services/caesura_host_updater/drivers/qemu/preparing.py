@@ -26,6 +26,7 @@ from caesura_host_updater.drivers.qemu.trial import drop
 from caesura_host_updater.drivers.qemu.vmm import NoVmm, VmmProcess, last_words, ram_error, read_vmm
 from caesura_host_updater.guard.plans import ReplacePlan, SwapPlan, Vmm
 from caesura_host_updater.guard.procfs import read_process
+from caesura_host_updater.threads import in_thread_to_its_end
 
 
 class Preparer:
@@ -64,17 +65,20 @@ class Preparer:
             if method not in ("swap", "replace"):
                 return
             running = await self._look(guest, run, qmp)
-            program = binary or self._assessor.binary_of(run)
+            program = binary or await self._assessor.in_thread(self._assessor.binary_of, run)
             await self._launcher.check_binary(program)
             folder = self._records.claims(guest.vm, operation)
-            folder.mkdir(parents=True, mode=0o700)
+            await self._assessor.in_thread(lambda: folder.mkdir(parents=True, mode=0o700))
             try:
-                make_next_folders(run)
+                await self._assessor.in_thread(make_next_folders, run)
                 begin = self._swap if method == "swap" else self._replace
                 guest.prepared = await begin(guest, run, qmp, folder, program, running)
             except BaseException:
                 runtime = self._launcher.folder(guest.vm)
-                forget(guest.vm, run, folder, runtime, self._records, new=False)
+                await in_thread_to_its_end(
+                    f"forget {operation}",
+                    lambda _: forget(guest.vm, run, folder, runtime, self._records, new=False),
+                )
                 raise
         except (LaunchFailed, QmpFailed, OSError, NoVmm) as error:
             raise DriverError(guest.vm, str(error)) from error
@@ -125,7 +129,7 @@ class Preparer:
                 new, x_ignore_shared=True, events=True, return_path=True, late_block_activate=late
             )
             await new.execute("migrate-incoming", uri=f"unix:{self._channel(guest)}")
-            self._records.begin(folder, plan)
+            await self._assessor.in_thread(self._records.begin, folder, plan)
             watch = ExitWatch(pid, lambda: None)  # reaps it
         except BaseException:
             await drop(pid, new, self._threads)
@@ -146,7 +150,8 @@ class Preparer:
         self, guest: Guest, run: Run, qmp: Qmp, folder: Path, program: str, running: VmSnapshot
     ) -> Prepared:
         argv = next_command(run.argv, program, guest.machine, running.generation_id)
-        present = read_vmm(run.pid)
+        present = await self._assessor.in_thread(read_vmm, run.pid)
+        ram = await self._assessor.in_thread(_ram, run)
         beside = not guest.stated.beside
         if beside:  # the very process can be tried beside the old one, while the guest runs
             await drop(*await self._start(guest, run, running, folder.name, argv), self._threads)
@@ -167,11 +172,11 @@ class Preparer:
             environ=tuple(self._launcher.environ_of(mark).items()),
             mark=mark,
             log=str(log),
-            ram=_ram(run),
+            ram=ram,
             beside=beside,
         )
         await get_ready(qmp)
-        self._records.begin(folder, plan)
+        await self._assessor.in_thread(self._records.begin, folder, plan)
         return Prepared(
             folder.name,
             "replace",

@@ -104,7 +104,7 @@ class Preparer:
             if isinstance(memory := memory_of(argv), Memory):
                 # The proof that RAM will not be copied: the new process has the same file mapped, shared.
                 mapped = await self._assessor.in_thread(ram_error, pid, memory.file, memory.size)
-                wrong += filter(None, [mapped])
+                wrong += [f"it has other memory than the guest: {mapped}"] if mapped else []
         except QmpFailed as error:
             await drop(pid, new, self._threads)
             raise LaunchFailed(f"{error}. {last_words(log)}".strip()) from error

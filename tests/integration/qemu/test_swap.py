@@ -398,10 +398,8 @@ async def test_a_new_process_with_other_memory_never_gets_the_guest(rig: Any, to
     driver = await rig.open({"a": SMALL})
     pid = tools.pid_of(driver, "a")
     binary = rig.wrapper(_OTHER_RAM.format(do=do).strip())
-    told = driver._guests["a"].qmp
-    with told.watch() as events, pytest.raises(DriverError, match="other memory than the guest"):
-        await driver.prepare("a", "op-1", "swap", binary)
-        await driver.hand_over("a", time.monotonic() + 10)
+    with driver._guests["a"].qmp.watch() as events, pytest.raises(DriverError, match="other memory than the"):
+        await swap(driver, binary=binary)
     assert "STOP" not in {event.name for event in events.events}, "found out before the pause"
     assert await driver.resume("a", 5) == "running"
     await driver.release("a")

@@ -25,6 +25,7 @@ import pytest
 from caesura.bus.brokers import LocalBroker
 from caesura.contract import messages as m
 from caesura.runtime.processes import marked_processes
+from caesura.testing.patience import patient
 from caesura.testing.sandbox import Vm
 from caesura_ctl.session import NoAnswer, NoBroker, new_request_id
 
@@ -85,7 +86,11 @@ class Soak:
         longest_s = max(each.ended - each.begun for each in pauses if each.ended is not None)
         self.done[kind] += 1
         self.longest[kind] = max(longest_s, self.longest.get(kind, 0.0))
-        assert longest_s <= _BUDGET_S + _SLACK_S, f"{longest_s:.2f} s: {self.now}"
+        limit_s = _BUDGET_S + _SLACK_S
+        if kind == "updater and guard killed":
+            # Nobody is left until they are restarted, and a busy machine takes seconds to import them.
+            limit_s = patient(_BUDGET_S)
+        assert longest_s <= limit_s, f"{longest_s:.2f} s: {self.now}"
         self.stage.assert_order()
         await self.faults.undo()
         await self._all_well(rollout)

@@ -58,16 +58,18 @@ async def test_a_clock_that_fell_behind_is_put_right(
     await set_clock("vm", str(guest.guest_agent))
     for pause_s in (0.01, 1.0):
         await guest.execute("stop")
+        stopped = asyncio.get_running_loop().time()
         await asyncio.sleep(pause_s)
         await guest.execute("cont")
+        lasted_s = asyncio.get_running_loop().time() - stopped  # as busy as the machine is
         begun = asyncio.get_running_loop().time()
         found = await set_clock("vm", str(guest.guest_agent))
         took_s = asyncio.get_running_loop().time() - begun
-        assert found.before_s == pytest.approx(-pause_s, abs=0.2)
+        assert -lasted_s - patient(0.2) < found.before_s
         assert found.before_s < -pause_s * 0.9, "a stopped guest's clock stands still"
         # What the benchmark holds to a millisecond; here the machine may be busy with anything.
         assert abs(found.after_s) <= 0.005 + found.uncertainty_s
-        assert found.uncertainty_s < 0.05
+        assert found.uncertainty_s < patient(0.05)
         assert took_s < patient(5)
     assert guest.heartbeat.faults() == []
 

@@ -236,7 +236,7 @@ async def test_a_far_clock_is_set_and_what_is_left_is_stepped_away(guest: Guest,
 
 async def test_a_guest_without_the_program_is_set_again(guest: Guest, place: Path) -> None:
     guest.programs.clear()
-    left = iter([-2 * MS, -100_000, 0])
+    left = iter([-200 * MS, -100_000, 0, 0, 0])  # the first is far beyond what a busy machine hides
     answer = guest.answer
 
     def set_time(request: dict[str, Any]) -> bytes:
@@ -245,9 +245,9 @@ async def test_a_guest_without_the_program_is_set_again(guest: Guest, place: Pat
 
     guest.bent["guest-set-time"] = set_time
     found = await set_clock("vm", str(place))
-    assert guest.asked.count("guest-set-time") == 2
+    assert guest.asked.count("guest-set-time") >= 2
     assert guest.asked.count("guest-exec") == 1, "asked for once"
-    assert abs(found.after_s) < 0.001
+    assert abs(found.after_s) <= 0.0003 + found.uncertainty_s
 
 
 async def test_a_right_clock_is_left_alone(guest: Guest, place: Path) -> None:

@@ -33,6 +33,9 @@ class Slow:
     async def open(self) -> None:
         """Nothing to adopt."""
 
+    def complaint(self, _: str) -> str:
+        return ""
+
     async def read_states(self) -> dict[str, str]:
         return {"a": "running" if self.go.is_set() else "paused"}
 

@@ -36,6 +36,9 @@ class Fleet:
     async def open(self) -> None:
         """Nothing to adopt."""
 
+    def complaint(self, _: str) -> str:
+        return ""
+
     async def read_states(self) -> dict[str, str]:
         return {"a": self.state, "b": "running"}
 

@@ -29,6 +29,9 @@ class Guest:
         self.go = asyncio.Event()
         self.frozen = False
 
+    def complaint(self, _: str) -> str:
+        return ""
+
     async def read_states(self) -> dict[str, str]:
         return {"a": "running"}
 

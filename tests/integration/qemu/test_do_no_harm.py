@@ -198,6 +198,25 @@ async def test_what_was_undone_is_refused_no_longer(rig: Any, tools: Any) -> Non
     await driver.release("a")
 
 
+async def test_a_trial_that_could_not_be_made_is_made_again(
+    rig: Any, tools: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A full tmpfs or a busy host must not forbid swaps for good."""
+    monkeypatch.setattr("caesura_host_updater.drivers.qemu.assessor._FAILED_S", 0.0)
+    binary = rig.wrapper("pass")
+    driver = await rig.open({"a": SMALL}, binary=binary)
+    guest = driver._guests["a"]
+    await driver._assessor.assess(guest)
+    good = read(binary)
+    write(binary, "#!/bin/sh\necho no room >&2\nexit 1\n")
+    await driver._assessor.assess(guest)
+    assert "a new process cannot be started beside it: " in driver.capabilities("a").missing["swap"]
+    assert "no room" in driver.capabilities("a").missing["swap"]
+    write(binary, good)
+    await driver._assessor.assess(guest)
+    assert "swap" in driver.capabilities("a").methods
+
+
 async def test_it_is_looked_at_without_being_asked(
     rig: Any, tools: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -450,7 +469,7 @@ async def test_the_guard_leaves_what_no_stop_of_ours_leads_to(rig: Any, tools: A
 
 
 def zombies() -> list[int]:
-    """Dead children of ours that nobody has collected."""
+    """Our dead children that nobody has collected."""
     table = process_table()
     return [pid for pid, process in table.items() if process.ppid == os.getpid() and process.state == "Z"]
 

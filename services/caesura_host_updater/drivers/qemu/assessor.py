@@ -8,6 +8,8 @@ something is different. What a host does just before a pause is the same compari
 from __future__ import annotations
 
 import asyncio
+import math
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +32,7 @@ from caesura_host_updater.drivers.qemu.vmm import NoVmm, file_errors, read_vmm
 from caesura_host_updater.threads import in_thread
 
 _EVERY_S = 10.0  # s: between two looks at a guest
+_FAILED_S = 60.0  # s: until a trial is repeated that could not be made
 _HOST_S = 3.0  # s: for the kernel to answer about a process and its files; a hung file system may not
 
 _T = TypeVar("_T")
@@ -39,12 +42,13 @@ _log = structlog.get_logger("caesura.qemu")
 
 @dataclass(frozen=True)
 class _Trial:
-    """What a trial found, and what it was made for: it holds as long as that does."""
+    """What a trial found, and what it was made for: it holds as long as that does, and ``until`` (CLOCK_MONOTONIC)."""
 
     running: VmSnapshot
     argv: tuple[str, ...]
     binary: tuple[str, int, int]
     reasons: tuple[str, ...]
+    until: float
 
 
 class Assessor:
@@ -62,7 +66,7 @@ class Assessor:
         return self._locks[vm]
 
     async def run(self) -> None:
-        """Look at one guest after the other, for ever."""
+        """Look at one guest after the other. Never ends."""
         while True:
             for guest in self._guests.values():
                 try:
@@ -119,17 +123,25 @@ class Assessor:
             binary = await self.in_thread(lambda: _identity(self.binary_of(run)))
         except (LaunchFailed, NoVmm, OSError) as error:
             return (str(error),)
-        before = self._done.get(guest.vm)
-        if before is not None and (before.running, before.argv, before.binary) == (running, run.argv, binary):
+        before, now = self._done.get(guest.vm), time.monotonic()
+        same = before is not None and (before.running, before.argv, before.binary) == (
+            running,
+            run.argv,
+            binary,
+        )
+        if before is not None and same and now < before.until:
             return before.reasons
+        until = math.inf
         try:
             command = next_command(run.argv, binary[0], guest.machine, running.generation_id)
             there = await self._trials.take(guest.vm, command)
         except (LaunchFailed, QmpFailed, OSError) as error:
+            # What a full tmpfs or a busy host brought about goes by itself.
+            until = now + _FAILED_S
             reasons: tuple[str, ...] = (f"a new process cannot be started beside it: {error}",)
         else:
             reasons = differences(running, there, cpu_of(command))
-        self._done[guest.vm] = _Trial(running, run.argv, binary, reasons)
+        self._done[guest.vm] = _Trial(running, run.argv, binary, reasons, until)
         return reasons
 
     async def compare_with_trial(

@@ -60,7 +60,7 @@ def _ram_differences(old: Mapping[str, int], new: Mapping[str, int]) -> Iterator
         which = "the new process lacks" if name in old else "the guest has no"
         yield f"{which} RAM block {name!r}"
     for name in sorted(old.keys() & new.keys()):
-        # Tables that the firmware reads are made anew by each version and travel with the state.
+        # Tables that the firmware reads are made by each version itself and travel with the state.
         if not name.startswith("/rom@") and new[name] != old[name]:
             yield f"RAM block {name!r} has {old[name]} bytes and {new[name]} in the new process"
 

@@ -35,13 +35,24 @@ async def shielded(work: Coroutine[Any, Any, T]) -> T:
 def undisturbed() -> Iterator[None]:
     """Put SIGINT, SIGTERM and SIGHUP off until the end of a short synchronous block, such as removing a folder.
 
-    Only the main thread gets Python's signal handlers; in any other one this does nothing.
+    Only the main thread gets Python's signal handlers; in any other one this does nothing. The handlers are replaced,
+    not the signal mask: a mask is one thread's, and the kernel gives the signal to another one then.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
+    put_off: list[int] = []
+    wakeup = signal.set_wakeup_fd(-1)  # an event loop would get it twice
+    before = {
+        number: signal.signal(number, lambda caught, _: put_off.append(caught))
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        if signal.getsignal(number) not in (signal.SIG_IGN, None)
+    }
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(wakeup)
+        for caught in dict.fromkeys(put_off):
+            signal.raise_signal(caught)

@@ -107,12 +107,12 @@ def migration(qmp: Qmp, until: float) -> str:
 
 
 def look(
-    pid: int, start_ticks: int, paths: Sequence[str], *, ours: bool
+    pid: int, start_ticks: int, paths: Sequence[str], *, ours: bool, claimed: bool = False
 ) -> Literal["running", "held", "frozen", "gone"]:
     """The condition of the process that has the guest: as ``plans.condition``.
 
     ``ours``: whether a migration of ours may have brought it to where it is; if not, a guest that was migrated away or
-    paused by somebody else is ``gone`` from our hands.
+    paused by somebody else is ``gone`` from our hands. ``claimed``: it is a new process that may be loading our state.
     """
     if not alive(pid, start_ticks):
         return "gone"
@@ -126,7 +126,7 @@ def look(
         return "held" if alive(pid, start_ticks) else "gone"
     if state in RUNNING:
         return "running"
-    if state in OVER or (state in NOT_OURS and not ours):
+    if state in OVER or (state in NOT_OURS and not ours and not (claimed and state in LOADING)):
         return "gone"
     return "held" if state in ("inmigrate", "finish-migrate") else "frozen"
 
@@ -172,7 +172,8 @@ def has_run(state: str) -> bool:
     """Whether a claimed process was told to go on already. Raises NotRunning where it could not even be claimed."""
     if state in LOADING:
         raise NotRunning(f"it has the guest by the claims and is {state}")
-    return state in RUNNING or state in OVER
+    # What only a guest that ran comes to, it was told already: another `cont` could make it run twice.
+    return state in RUNNING or state in OVER or state in NOT_OURS
 
 
 def cont(qmp: Qmp, until: float) -> QmpError | None:

@@ -41,7 +41,7 @@ def condition(plan: VmmPlan) -> Literal["running", "held", "frozen", "gone"]:
     if owner.kind == "old":
         return look(plan.old.pid, plan.old.start_ticks, [plan.old.qmp], ours=begun)
     if owner.kind == "new":
-        found = look(owner.pid, owner.start_ticks, paths, ours=True)
+        found = look(owner.pid, owner.start_ticks, paths, ours=False, claimed=True)
         # Dead and nobody has said yet what follows from it: whoever killed it may know that it never ran.
         undecided = found == "gone" and not alive(owner.pid, owner.start_ticks)
         return "held" if undecided else found

@@ -390,6 +390,43 @@ async def test_a_guest_that_was_migrated_away_between_two_steps_is_not_resumed_h
     await driver.release("a")
 
 
+async def test_a_guest_that_was_migrated_away_after_its_swap_is_not_resumed_by_the_guard(
+    rig: Any, tools: Any
+) -> None:
+    """The updater died between the swap and its release; the new process was claimed, and has run."""
+    driver = await rig.open({"a": SMALL})
+    await driver.prepare("a", "op-1", "swap", "")
+    plan = driver.resume_plan("a")
+    await driver.hand_over("a", tools.soon())
+    await migrate_away(driver, "a", rig.folder / "a")
+    assert condition(plan) == "gone"
+    thaw(plan)
+    assert await qmp(driver).status() == "postmigrate"
+    await driver.release("a")
+
+
+async def test_devices_behind_root_ports_are_no_difference_after_the_firmware_ran(
+    rig: Any, tools: Any
+) -> None:
+    """As libvirt places them: their buses are numbered by the guest, and a new process's guest never runs."""
+    extra = ("-device", "pcie-root-port,id=rp1,chassis=1", "-device", "virtio-balloon-pci,bus=rp1,id=behind")
+    driver = await rig.open({"a": msgspec.structs.replace(SMALL, extra=extra)})
+
+    async def numbered() -> bool:
+        buses = await qmp(driver).execute("query-pci")
+        bridges = [each["pci_bridge"] for each in buses[0]["devices"] if "pci_bridge" in each]
+        return any(bridge.get("devices") for bridge in bridges)
+
+    async with asyncio.timeout(60):
+        while not await numbered():  # noqa: ASYNC110 - the firmware tells nobody
+            await asyncio.sleep(0.05)
+    await driver._assessor.assess(driver._guests["a"])
+    assert driver.capabilities("a").methods == ("live", "swap", "freeze", "replace")
+    await driver.prepare("a", "op-1", "swap", "")
+    await driver.hand_over("a", tools.soon())
+    await driver.release("a")
+
+
 async def test_nothing_is_prepared_while_a_migration_is_under_way(rig: Any, tools: Any) -> None:
     driver = await rig.open({"a": SMALL})
     listener = socket.socket(socket.AF_UNIX)

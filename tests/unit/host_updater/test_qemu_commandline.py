@@ -159,6 +159,8 @@ def test_options_and_settings() -> None:
         (RAM + " -netdev socket,id=n,listen=:1", "network back end 'socket'"),
         (RAM + " -netdev l2tpv3,id=n,src=a", "network back end 'l2tpv3'"),
         (RAM + " -tpmdev passthrough,id=t", "the host's own"),
+        (RAM + " -object filter-dump,id=f,netdev=n,file=/d.pcap", "filter-dump f empties /d.pcap"),
+        (RAM + " -serial mon:unix:/s/serial,server=on", "shares a line with a monitor"),
         (RAM + " -device usb-host,vendorid=1", "usb-host"),
         (RAM + " -device loader,addr=0,data=1", "writes to the guest's RAM"),
         (RAM + " -chardev serial,id=s,path=/dev/ttyS0", "character device 'serial' (s)"),

@@ -94,6 +94,10 @@ def _forbidden(option: str, value: str | None, kind: str, found: Mapping[str, st
         or found.get("file", "").startswith("fat:")
     ):
         yield "vvfat keeps disk writes in a file that no other process can open"
+    if option == "-object" and kind == "filter-dump":
+        yield f"filter-dump {found.get('id')} empties {found.get('file')} when its process starts"
+    if option in SERVERS and (value or "").startswith("mon:") and value not in ("mon:stdio", "mon:null"):
+        yield f"{option} {value} shares a line with a monitor, which is not understood: give each its own chardev"
     if option in ("-chroot", "-runas", "-readconfig", "-preconfig", "-run-with"):
         yield f"it was started with {option}"
     if option == "-device" and kind.startswith(("vfio-", "vhost-", "ivshmem")):

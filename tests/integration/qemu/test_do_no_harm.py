@@ -41,7 +41,7 @@ def with_disk(rig: Any, extra: tuple[str, ...] = ()) -> Definition:
     more = (
         *("-device", "pcie-root-port,id=plug1", "-smp", "1,maxcpus=2,sockets=2"),
         *("-drive", f"file={rig.folder}/cd.iso,format=raw,if=none,id=cd,media=cdrom"),
-        *("-device", "ide-cd,drive=cd,id=cd0"),
+        *("-device", "ide-cd,drive=cd,id=cd0", "-object", "throttle-group,id=group1,x-iops-total=100"),
     )
     return msgspec.structs.replace(SMALL, disk=(Disk(file=str(rig.disk("d.qcow2"))),), extra=(*more, *extra))
 
@@ -89,6 +89,11 @@ async def throttle(driver: Any, rig: Any) -> None:
         "block_set_io_throttle", {"device": "disk0", "bps": 1_000_000, **limits}
     )
     assert answer == {}
+
+
+async def throttle_group(driver: Any, rig: Any) -> None:
+    """The same for a group that several disks share."""
+    await qmp(driver).execute("qom-set", path="/objects/group1", property="limits", value={"iops-total": 7})
 
 
 async def backup(driver: Any, rig: Any) -> None:
@@ -156,6 +161,10 @@ CHANGES = [
     (
         throttle,
         r"I/O setting of disk disk0 is bps 1000000, group disk0 and no limits in the new process: set",
+    ),
+    (
+        throttle_group,
+        r"object group1 is throttle-group with iops-total 7.* and throttle-group with iops-total 100",
     ),
     (backup, r"job '.*' \(backup\) is running: wait for its end"),
     (bitmap, r"dirty bitmap 'b0' of .* lives in this process only"),

@@ -55,13 +55,25 @@ async def read_snapshot(qmp: Qmp) -> VmSnapshot:
         disks=disk_images(blocks),
         limits=disk_limits(blocks),
         nodes=named_nodes(nodes),
-        objects=device_types(objects),
+        objects=await _objects(qmp, device_types(objects)),
         chardevs=chardev_names(chardevs),
         files=open_files(nodes),
         generation_id=await _generation_id(qmp),
         busy=tuple(busy_with(jobs, exports, nodes, migration)),
         blockers=tuple(str(why) for why in migration.get("blocked-reasons", ())),
     )
+
+
+async def _objects(qmp: Qmp, kinds: dict[str, str]) -> dict[str, str]:
+    """Objects and their types; of a throttle group its limits, too, which can be set at run time."""
+    found = dict(kinds)
+    for name, kind in kinds.items():
+        if kind == "throttle-group":
+            limits = await qmp.execute("qom-get", path=f"/objects/{name}", property="limits")
+            usual = {key: 1 if key.endswith("-max-length") else 0 for key in limits}
+            held = [f"{key} {value}" for key, value in sorted(limits.items()) if value != usual[key]]
+            found[name] = f"{kind} with {', '.join(held) or 'no limits'}"
+    return found
 
 
 async def _generation_id(qmp: Qmp) -> str:

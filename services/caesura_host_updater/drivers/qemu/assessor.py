@@ -106,11 +106,11 @@ class Assessor:
             return [*host_obstacles(run), *file_errors(run.pid, running.files)]
 
         try:
-            return await self.in_thread(look)
+            return await self.within_time(look)
         except OSError as error:
             return [f"its files cannot be looked at: {error}"]
 
-    async def in_thread(self, look: Callable[..., _T], *arguments: object) -> _T:
+    async def within_time(self, look: Callable[..., _T], *arguments: object) -> _T:
         """Ask the kernel about a process; it may make us wait. Raises OSError when it does for too long."""
         try:
             async with asyncio.timeout(_HOST_S):
@@ -120,7 +120,7 @@ class Assessor:
 
     async def _trial(self, guest: Guest, run: Run, running: VmSnapshot) -> tuple[str, ...]:
         try:
-            binary = await self.in_thread(lambda: _identity(self.binary_of(run)))
+            binary = await self.within_time(lambda: _identity(self.binary_of(run)))
         except (LaunchFailed, NoVmm, OSError) as error:
             return (str(error),)
         before, now = self._done.get(guest.vm), time.monotonic()

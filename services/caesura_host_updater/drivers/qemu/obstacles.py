@@ -45,7 +45,7 @@ _CHARDEVS = frozenset(
     )
 )
 _PROTOCOL = re.compile(r"^[a-z][a-z0-9+-]*:")
-_STARTER = ("fd", "fds", "vhostfd", "vhostfds", "fdset")
+_STARTER = frozenset(("fd", "fds", "vhostfd", "vhostfds", "fdset"))
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ def _forbidden(option: str, value: str | None, kind: str, found: Mapping[str, st
         yield f"network back end {kind!r} is not known to survive a new process: use a tap or a bridge"
     if option == "-chardev" and kind not in _CHARDEVS:
         yield f"character device {kind!r} ({found.get('id')}) is not known to survive a new process"
-    if option == "-add-fd" or any(key in found for key in _STARTER):
+    if option == "-add-fd" or _STARTER & found.keys():
         yield f"{option} {value} is an open file of its starter that no other process has"
 
 
@@ -132,15 +132,12 @@ def _peers(option: str, kind: str, found: Mapping[str, str]) -> Iterator[str]:
 
 def _is_client(option: str, kind: str, found: Mapping[str, str]) -> bool:
     if option == "-chardev":
-        return kind == "socket" and not is_on(found, "server") and not _STARTER_KEYS & found.keys()
+        return kind == "socket" and not is_on(found, "server") and not _STARTER & found.keys()
     if option in ("-netdev", "-nic"):
         return (kind in ("stream", "dgram") and not is_on(found, "server")) or (
             kind == "socket" and "connect" in found
         )
     return False
-
-
-_STARTER_KEYS = frozenset(_STARTER)
 
 
 def _held(option: str, value: str | None, kind: str, found: Mapping[str, str]) -> Iterator[str]:

@@ -65,12 +65,12 @@ class Preparer:
             if method not in ("swap", "replace"):
                 return
             running = await self._look(guest, run, qmp)
-            program = binary or await self._assessor.in_thread(self._assessor.binary_of, run)
+            program = binary or await self._assessor.within_time(self._assessor.binary_of, run)
             await self._launcher.check_binary(program)
             folder = self._records.claims(guest.vm, operation)
-            await self._assessor.in_thread(lambda: folder.mkdir(parents=True, mode=0o700))
+            await self._assessor.within_time(lambda: folder.mkdir(parents=True, mode=0o700))
             try:
-                await self._assessor.in_thread(make_next_folders, run)
+                await self._assessor.within_time(make_next_folders, run)
                 begin = self._swap if method == "swap" else self._replace
                 guest.prepared = await begin(guest, run, qmp, folder, program, running)
             except BaseException:
@@ -103,7 +103,7 @@ class Preparer:
             wrong = list(differences(running, await read_snapshot(new), cpu_of(argv)))
             if isinstance(memory := memory_of(argv), Memory):
                 # The proof that RAM will not be copied: the new process has the same file mapped, shared.
-                mapped = await self._assessor.in_thread(ram_error, pid, memory.file, memory.size)
+                mapped = await self._assessor.within_time(ram_error, pid, memory.file, memory.size)
                 wrong += [f"it has other memory than the guest: {mapped}"] if mapped else []
         except QmpFailed as error:
             await drop(pid, new, self._threads)
@@ -129,7 +129,7 @@ class Preparer:
                 new, x_ignore_shared=True, events=True, return_path=True, late_block_activate=late
             )
             await new.execute("migrate-incoming", uri=f"unix:{self._channel(guest)}")
-            await self._assessor.in_thread(self._records.begin, folder, plan)
+            await self._assessor.within_time(self._records.begin, folder, plan)
             watch = ExitWatch(pid, lambda: None)  # reaps it
         except BaseException:
             await drop(pid, new, self._threads)
@@ -150,8 +150,8 @@ class Preparer:
         self, guest: Guest, run: Run, qmp: Qmp, folder: Path, program: str, running: VmSnapshot
     ) -> Prepared:
         argv = next_command(run.argv, program, guest.machine, running.generation_id)
-        present = await self._assessor.in_thread(read_vmm, run.pid)
-        ram = await self._assessor.in_thread(_ram, run)
+        present = await self._assessor.within_time(read_vmm, run.pid)
+        ram = await self._assessor.within_time(_ram, run)
         beside = not guest.stated.beside
         if beside:  # the very process can be tried beside the old one, while the guest runs
             await drop(*await self._start(guest, run, running, folder.name, argv), self._threads)
@@ -176,7 +176,7 @@ class Preparer:
             beside=beside,
         )
         await get_ready(qmp)
-        await self._assessor.in_thread(self._records.begin, folder, plan)
+        await self._assessor.within_time(self._records.begin, folder, plan)
         return Prepared(
             folder.name,
             "replace",

@@ -23,6 +23,10 @@ class SpawnError(CaesuraError):
     """A program could not be started."""
 
 
+_UNWANTED_S = 1.0  # s: to end a process whose start was cancelled; some milliseconds are usual
+
+_endings: set[asyncio.Task[None]] = set()
+
 # As in ``guard.processes``: with vfork(2) a thread of its own would be of no use.
 subprocess._USE_VFORK = False  # type: ignore[misc]  # noqa: SLF001
 
@@ -58,7 +62,7 @@ def spawn_detached(argv: Sequence[str], environ: Mapping[str, str], log_file: Pa
 
 
 async def start_detached(argv: Sequence[str], environ: Mapping[str, str], log_file: Path) -> int:
-    """``spawn_detached`` in a thread. Cancelled, it ends what is started after all.
+    """``spawn_detached`` in a thread. Cancelled, it ends what was started all the same, and waits for that end.
 
     Raises:
         SpawnError: as ``spawn_detached``.
@@ -68,16 +72,36 @@ async def start_detached(argv: Sequence[str], environ: Mapping[str, str], log_fi
     def spawn() -> int:
         pid = spawn_detached(argv, environ, log_file)
         if unwanted.is_set():
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-            reap(pid, wait=True)
+            _end(pid)
+            return 0
         return pid
 
+    starting = asyncio.ensure_future(in_thread(f"start {argv[0]}", spawn))
     try:
-        return await in_thread(f"start {argv[0]}", spawn)
+        return await asyncio.shield(starting)
     except asyncio.CancelledError:
         unwanted.set()
+        ending = asyncio.create_task(_end_unwanted(starting))
+        _endings.add(ending)
+        ending.add_done_callback(_endings.discard)
+        # Whoever cancelled removes files next that a living process would make again. Not for ever: the program may be
+        # on a file system that does not answer, and is ended when it does.
+        await asyncio.wait({ending}, timeout=_UNWANTED_S)
         raise
+
+
+async def _end_unwanted(starting: asyncio.Future[int]) -> None:
+    """The start was cancelled: its thread ends the process, unless it was done just before."""
+    with suppress(SpawnError):
+        if pid := await starting:
+            await in_thread(f"end {pid}", lambda: _end(pid))
+
+
+def _end(pid: int) -> None:
+    """Kill a child and wait for its end. Blocking."""
+    with suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+    reap(pid, wait=True)
 
 
 def reap(pid: int, *, wait: bool = False) -> None:

@@ -29,7 +29,10 @@ from caesura_host_updater.drivers.port import SwapFailed
 from caesura_host_updater.drivers.qemu import definition
 from caesura_host_updater.drivers.qemu.definition import Adopt, Nic
 
-BRIDGE, HOST_SIDE, GUEST_SIDE = "caesura-t0", "10.213.7.1", "10.213.7.2"
+# Of this run alone: another one may be under way on the machine, or may have been killed with its bridge up.
+BRIDGE = f"cst{os.getpid()}"
+_NETWORK = f"10.213.{os.getpid() % 250}"
+HOST_SIDE, GUEST_SIDE = f"{_NETWORK}.1", f"{_NETWORK}.2"
 
 
 @pytest.fixture
@@ -147,6 +150,9 @@ def bridge() -> Iterator[str]:
     """A bridge of its own with an address for us; needs root."""
     if os.geteuid() != 0:
         pytest.skip("making a bridge needs root")
+    for left in Path("/sys/class/net").glob("cst*"):
+        if not Path("/proc", left.name.removeprefix("cst")).exists():
+            subprocess.run(["ip", "link", "del", left.name], check=False)
     made = subprocess.run(
         ["ip", "link", "add", BRIDGE, "type", "bridge"], capture_output=True, text=True, check=False
     )

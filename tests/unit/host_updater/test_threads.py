@@ -185,6 +185,26 @@ async def test_a_process_that_nobody_waits_for_any_more_does_not_stay(
     await until(lambda: bool(program.started) and read_process(program.started[0]) is None)
 
 
+async def test_a_start_that_is_cancelled_leaves_no_process(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """In the moment in which the process runs and nobody has its pid yet; whoever waits hears of it when it is dead."""
+    started: list[int] = []
+    spawn = detached.spawn_detached
+
+    def spawn_and_cancel(*arguments: Any) -> int:
+        started.append(spawn(*arguments))
+        starting.get_loop().call_soon_threadsafe(starting.cancel)
+        return started[0]
+
+    monkeypatch.setattr(detached, "spawn_detached", spawn_and_cancel)
+    monkeypatch.setattr(detached, "_UNWANTED_S", 20.0)
+    starting = asyncio.create_task(start_detached(["sleep", "600"], os.environ, tmp_path / "log"))
+    with pytest.raises(asyncio.CancelledError):
+        await starting
+    assert read_process(started[0]) is None
+
+
 def test_starting_a_program_never_holds_the_interpreter() -> None:
     """With vfork(2) Python's lock is held until the program was executed: no thread would help."""
     assert subprocess._USE_VFORK is False

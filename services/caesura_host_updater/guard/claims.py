@@ -19,6 +19,17 @@ After ``new`` somebody who *knows* that this process never ran the guest (see ``
 next number: ``old`` (swap) or ``file`` (replace). After ``file`` anybody may claim ``file`` again: what was started
 before and is not claimed has lost then, and can be killed safely.
 
+Beside the claims there are notes of how far the operation came, which QEMU's states do not tell:
+
+``begun``
+    The guest's process is about to be asked to migrate. Without it, a guest that was migrated away was so by somebody
+    else, and runs elsewhere. Taken back when QEMU refused to migrate.
+``accepted``
+    QEMU accepted our migration. Without it, and ``begun``, the migration may be ours or somebody else's: it is ours if
+    something of it arrived, see ``swapping.is_ours`` and ``replacing.is_ours``.
+``ran``
+    The claimed new process ran the guest. If it is paused after that, somebody else paused it.
+
 The folder is made before the guard is armed and removed after it was disarmed. Where there is no folder, nothing is
 decided any more.
 """
@@ -39,7 +50,6 @@ _NEW = re.compile(r"new:([1-9][0-9]{0,9}):([0-9]{1,19})")
 _FILE = re.compile(r"file:([1-9][0-9]{0,18}):([0-9a-f]{64})")
 _TEXT_BYTES = 1000  # a symlink's target may have 4095; a reason is one or two lines
 _SHORT_BYTES = 59  # the longest target that ext4 keeps in the inode, without a block of its own
-_BEGUN = "begun"
 _KEPT = 50  # notes of failed tries: enough for a report, and no folder that grows without end
 _IN_TURN = 2  # command lines that are tried in turn
 _DIGITS = re.compile(r"[0-9]+")  # pids and addresses differ from try to try
@@ -48,6 +58,9 @@ STUCK_AFTER = 6
 """So many tries with the same outcome are not bad luck: from then on they come ever later."""
 LONGEST_WAIT_S = 5.0
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+Note = Literal["begun", "accepted", "ran"]
 
 
 class BadClaim(ValueError):
@@ -98,6 +111,13 @@ def current(folder: str) -> tuple[int, Owner | None]:
         return 0, None
 
 
+def first_kind(folder: str) -> str:
+    """Of which kind the first claim was; empty where there is none."""
+    with suppress(FileNotFoundError):
+        return parse_owner(os.readlink(f"{folder}/1")).kind
+    return ""
+
+
 def claim(folder: str, number: int, text: str) -> str:
     """Try to make claim ``number``; the text that stands at this number now, ours or somebody else's.
 
@@ -129,21 +149,25 @@ def _claim_again(folder: str, number: int, text: str, full: OSError) -> None:
     raise full
 
 
-def note_begun(folder: str) -> None:
-    """Write down that the guest's own process is asked to hand it over now.
-
-    Where this is not written, a guest that was migrated away was migrated by somebody else, and runs elsewhere.
+def note(folder: str, what: Note) -> None:
+    """Write down how far the operation came.
 
     Raises:
-        OSError: it cannot be written: nothing may be begun then.
+        OSError: it cannot be written. Without ``begun`` nothing may be begun.
     """
     with suppress(FileExistsError):
-        os.symlink("begun", f"{folder}/{_BEGUN}")
+        os.symlink(what, f"{folder}/{what}")
 
 
-def has_begun(folder: str) -> bool:
-    """Whether ``note_begun`` was called for this operation."""
-    return os.path.lexists(f"{folder}/{_BEGUN}")
+def noted(folder: str, what: Note) -> bool:
+    """Whether that was written down."""
+    return os.path.lexists(f"{folder}/{what}")
+
+
+def strike_out(folder: str, what: Note) -> None:
+    """Take a note back. Never fails: what is left then is only less exact."""
+    with suppress(OSError):
+        os.unlink(f"{folder}/{what}")
 
 
 def note_failure(folder: str, why: str) -> None:

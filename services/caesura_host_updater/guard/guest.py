@@ -11,10 +11,11 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from typing import Literal
 
+from caesura_host_updater.guard import claims
 from caesura_host_updater.guard.processes import end, is_held
 from caesura_host_updater.guard.procfs import alive
 from caesura_host_updater.guard.qemuplans import SPARE
@@ -107,12 +108,19 @@ def migration(qmp: Qmp, until: float) -> str:
 
 
 def look(
-    pid: int, start_ticks: int, paths: Sequence[str], *, ours: bool, claimed: bool = False
+    pid: int,
+    start_ticks: int,
+    paths: Sequence[str],
+    *,
+    ours: Callable[[], bool],
+    claimed: bool = False,
+    ran: bool = False,
 ) -> Literal["running", "held", "frozen", "gone"]:
     """The condition of the process that has the guest: as ``plans.condition``.
 
-    ``ours``: whether a migration of ours may have brought it to where it is; if not, a guest that was migrated away or
-    paused by somebody else is ``gone`` from our hands. ``claimed``: it is a new process that may be loading our state.
+    ``ours``: tells whether a migration of ours may have brought it to where it is; if not, a guest that was migrated away
+    or paused by somebody else is ``gone`` from our hands. ``claimed``: it is a new process that may be loading our state;
+    ``ran``: and which ran the guest since.
     """
     if not alive(pid, start_ticks):
         return "gone"
@@ -126,7 +134,9 @@ def look(
         return "held" if alive(pid, start_ticks) else "gone"
     if state in RUNNING:
         return "running"
-    if state in OVER or (state in NOT_OURS and not ours and not (claimed and state in LOADING)):
+    if state in OVER or (state == "paused" and ran):
+        return "gone"
+    if state in NOT_OURS and not (claimed and state in LOADING) and not ours():
         return "gone"
     return "held" if state in ("inmigrate", "finish-migrate") else "frozen"
 
@@ -168,12 +178,25 @@ def make_run(qmp: Qmp, until: float, *, ours: bool) -> None:
         time.sleep(_STEP_S)
 
 
-def has_run(state: str) -> bool:
-    """Whether a claimed process was told to go on already. Raises NotRunning where it could not even be claimed."""
+def has_run(claims_folder: str, state: str) -> bool:
+    """Whether a claimed process ran the guest already. Raises NotRunning where it could not even be claimed."""
+    if claims.noted(claims_folder, "ran"):
+        return True
     if state in LOADING:
         raise NotRunning(f"it has the guest by the claims and is {state}")
     # What only a guest that ran comes to, it was told already: another `cont` could make it run twice.
-    return state in RUNNING or state in OVER or state in NOT_OURS
+    found = state in RUNNING or state in OVER or state in NOT_OURS
+    if found:
+        note_ran(claims_folder)
+    return found
+
+
+def note_ran(claims_folder: str) -> None:
+    """The claimed process runs the guest: whatever it is found in from now on, it is not resumed again, nor sent back."""
+    with suppress(
+        OSError
+    ):  # a full disk: the guest runs, and who pauses it in the next seconds may find it resumed
+        claims.note(claims_folder, "ran")
 
 
 def cont(qmp: Qmp, until: float) -> QmpError | None:

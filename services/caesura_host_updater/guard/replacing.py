@@ -23,6 +23,7 @@ from caesura_host_updater.guard.guest import (
     make_run,
     migration,
     never_ran,
+    note_ran,
     reach,
     run_state,
 )
@@ -36,6 +37,8 @@ _TOTAL_S = 1.0  # s: one call, but for a process that is starting; whoever calls
 _START_S = 3.0  # s: from the program's start to the loaded state; 60 ms on an idle host
 _CAPABILITIES = {"x-ignore-shared": True, "events": True, "return-path": False, "late-block-activate": True}
 _STEP_S = 0.001
+PART = ".part"
+"""The end of the path of the state file while it is being written."""
 STUCK = "cannot be resumed"
 """How the reason of a guest begins whose way out fails again and again."""
 _SAID = 400  # characters of a reason that is quoted in one
@@ -67,7 +70,7 @@ def way_out(plan: ReplacePlan, *, alone: bool) -> None:
             claims.claim(plan.claims, 1, "old" if lives else "gone")
         elif owner.kind == "old":
             others = [(each.pid, each.start_ticks) for each in started(plan)]
-            back(plan.old, others, until, ours=claims.has_begun(plan.claims))
+            back(plan.old, others, until, ours=is_ours(plan))
             return
         elif owner.kind == "gone":
             _clear_away(plan, 0, until)
@@ -86,6 +89,14 @@ def way_out(plan: ReplacePlan, *, alone: bool) -> None:
                 raise NotRunning(_failed_tries(plan))
             tries += 1
             _restore(plan, number, owner, until)
+
+
+def is_ours(plan: ReplacePlan) -> bool:
+    """Whether the old process's last migration is ours: QEMU accepted it, or has written to our file."""
+    if claims.noted(plan.claims, "accepted"):
+        return True
+    written = _size(f"{plan.state_file}{PART}") > 0 or _size(plan.state_file) > 0
+    return written and claims.noted(plan.claims, "begun")
 
 
 def _failed_tries(plan: ReplacePlan) -> str:
@@ -122,7 +133,7 @@ def _forward(plan: ReplacePlan, number: int, owner: Owner, until: float) -> bool
         claims.claim(plan.claims, number + 1, "gone")  # nobody can tell whether it ran
         return False
     with qmp:
-        if not has_run(run_state(qmp, until)):
+        if not has_run(plan.claims, run_state(qmp, until)):
             return _let_run(plan, number, owner, qmp, until)
     end(plan.old.pid, plan.old.start_ticks, until)
     return True
@@ -134,6 +145,7 @@ def _let_run(plan: ReplacePlan, number: int, owner: Owner, qmp: Qmp, until: floa
     until = max(until, time.monotonic() + CONT_S)
     refused = cont(qmp, until)
     if refused is None:
+        note_ran(plan.claims)
         return True
     claims.note_failure(plan.claims, str(refused))
     proven = never_ran(qmp, owner.pid, owner.start_ticks, until + _TOTAL_S)

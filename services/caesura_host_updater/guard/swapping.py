@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import time
+from contextlib import suppress
 
 from caesura_host_updater.guard import claims
 from caesura_host_updater.guard.claims import Owner
@@ -21,18 +22,20 @@ from caesura_host_updater.guard.guest import (
     make_run,
     migration,
     never_ran,
+    note_ran,
     reach,
     run_state,
 )
 from caesura_host_updater.guard.processes import end, hold, let_go
 from caesura_host_updater.guard.procfs import alive
 from caesura_host_updater.guard.qemuplans import SwapPlan, Vmm
-from caesura_host_updater.guard.qmp import Qmp
+from caesura_host_updater.guard.qmp import Qmp, QmpError
 
 _TOTAL_S = 1.0  # s: one call; whoever calls comes again
 _NOBODY_COMES_S = (
     0.1  # s: a dead process's connection that is not accepted yet is accepted within a millisecond
 )
+_ARRIVED_S = 0.5  # s: an answer takes a millisecond
 _STEP_S = 0.002
 
 
@@ -51,7 +54,8 @@ def way_out(plan: SwapPlan) -> None:
                 return
             _decide(plan, until)
         elif owner.kind == "old":
-            back(plan.old, [(plan.new.pid, plan.new.start_ticks)], until, ours=claims.has_begun(plan.claims))
+            ours = is_ours(plan)  # asked before the new process is ended, which alone may tell
+            back(plan.old, [(plan.new.pid, plan.new.start_ticks)], until, ours=ours)
             return
         elif owner.kind == "new":
             if _forward(plan, number, owner, until):
@@ -80,6 +84,30 @@ def back(old: Vmm, others: list[tuple[int, int]], until: float, *, ours: bool) -
                 make_run(qmp, until, ours=ours)
         except ProcessGone:
             return
+
+
+def is_ours(plan: SwapPlan) -> bool:
+    """Whether the old process's last migration is ours.
+
+    Who began it may have died before he wrote down that QEMU accepted it; then it is ours if it arrived.
+    """
+    if claims.noted(plan.claims, "accepted") or claims.first_kind(plan.claims) == "new":
+        return True
+    if not claims.noted(plan.claims, "begun") or not _arrived(plan):
+        return False
+    with suppress(OSError):
+        claims.note(plan.claims, "accepted")
+    return True
+
+
+def _arrived(plan: SwapPlan) -> bool:
+    """Whether the new process has received anything; a dead or silent one cannot tell."""
+    until = time.monotonic() + _ARRIVED_S
+    try:
+        with reach(plan.new.pid, plan.new.start_ticks, [plan.new.qmp, plan.old.qmp], until) as qmp:
+            return run_state(qmp, until) not in LOADING or migration(qmp, until) not in ("none", "setup")
+    except QmpError:
+        return False
 
 
 def _decide(plan: SwapPlan, until: float) -> None:
@@ -128,7 +156,7 @@ def _forward(plan: SwapPlan, number: int, owner: Owner, until: float) -> bool:
         claims.claim(plan.claims, number + 1, "gone")  # nobody can tell whether it ran
         return False
     with qmp:
-        if not has_run(run_state(qmp, until)):
+        if not has_run(plan.claims, run_state(qmp, until)):
             until = max(until, time.monotonic() + CONT_S)
             refused = cont(qmp, until)
             if refused is not None:
@@ -139,6 +167,7 @@ def _forward(plan: SwapPlan, number: int, owner: Owner, until: float) -> bool:
                 proven = never_ran(qmp, pid, ticks, until + _TOTAL_S)
                 claims.claim(plan.claims, number + 1, "old" if proven else "gone")
                 return False
+            note_ran(plan.claims)
     end(old.pid, old.start_ticks, until)
     return True
 

@@ -30,18 +30,22 @@ class NobodyKnows(OSError):
 def condition(plan: VmmPlan) -> Literal["running", "held", "frozen", "gone"]:
     """The condition of the process that has the guest by the claims. Raises OSError: it cannot be told."""
     if isinstance(plan, QemuPlan):
-        return look(plan.vmm.pid, plan.vmm.start_ticks, [plan.vmm.qmp], ours=False)
+        return look(plan.vmm.pid, plan.vmm.start_ticks, [plan.vmm.qmp], ours=lambda: False)
     paths = [plan.new.qmp if isinstance(plan, SwapPlan) else plan.qmp, plan.old.qmp]
     _, owner = _current(plan)
-    begun = claims.has_begun(plan.claims)
+
+    def ours() -> bool:
+        return swapping.is_ours(plan) if isinstance(plan, SwapPlan) else replacing.is_ours(plan)
+
     if owner is None:
         if alive(plan.old.pid, plan.old.start_ticks) or not isinstance(plan, SwapPlan):
-            return look(plan.old.pid, plan.old.start_ticks, [plan.old.qmp], ours=begun)
-        return look(plan.new.pid, plan.new.start_ticks, paths, ours=True)
+            return look(plan.old.pid, plan.old.start_ticks, [plan.old.qmp], ours=ours)
+        return look(plan.new.pid, plan.new.start_ticks, paths, ours=lambda: True)
     if owner.kind == "old":
-        return look(plan.old.pid, plan.old.start_ticks, [plan.old.qmp], ours=begun)
+        return look(plan.old.pid, plan.old.start_ticks, [plan.old.qmp], ours=ours)
     if owner.kind == "new":
-        found = look(owner.pid, owner.start_ticks, paths, ours=False, claimed=True)
+        ran = claims.noted(plan.claims, "ran")
+        found = look(owner.pid, owner.start_ticks, paths, ours=lambda: False, claimed=True, ran=ran)
         # Dead and nobody has said yet what follows from it: whoever killed it may know that it never ran.
         undecided = found == "gone" and not alive(owner.pid, owner.start_ticks)
         return "held" if undecided else found

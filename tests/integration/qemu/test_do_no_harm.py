@@ -399,21 +399,6 @@ async def test_a_guest_that_was_migrated_away_between_two_steps_is_not_resumed_h
     await driver.release("a")
 
 
-async def test_a_guest_that_was_migrated_away_after_its_swap_is_not_resumed_by_the_guard(
-    rig: Any, tools: Any
-) -> None:
-    """The updater died between the swap and its release; the new process was claimed, and has run."""
-    driver = await rig.open({"a": SMALL})
-    await driver.prepare("a", "op-1", "swap", "")
-    plan = driver.resume_plan("a")
-    await driver.hand_over("a", tools.soon())
-    await migrate_away(driver, "a", rig.folder / "a")
-    assert condition(plan) == "gone"
-    thaw(plan)
-    assert await qmp(driver).status() == "postmigrate"
-    await driver.release("a")
-
-
 async def test_devices_behind_root_ports_are_no_difference_after_the_firmware_ran(
     rig: Any, tools: Any
 ) -> None:

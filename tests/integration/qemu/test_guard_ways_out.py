@@ -237,8 +237,9 @@ class Swap(Lab):
 
     def send(self) -> None:
         """The old one sends; nobody waits for it."""
-        claims.note_begun(str(self.claims))
+        claims.note(str(self.claims), "begun")
         self.old.do("migrate", uri=f"unix:{self.folder}/mig")
+        claims.note(str(self.claims), "accepted")
 
     def load(self) -> None:
         """Everything is over there, and stands still."""
@@ -286,8 +287,9 @@ class Replace(Lab):
         finally:
             os.close(handle)
         self.old.do("stop")
-        claims.note_begun(str(self.claims))
+        claims.note(str(self.claims), "begun")
         self.old.do("migrate", uri="fd:state")
+        claims.note(str(self.claims), "accepted")
         if done:
             wait(
                 lambda: str(self.old.do("query-migrate")["status"]) == "completed",

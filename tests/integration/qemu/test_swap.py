@@ -16,9 +16,10 @@ import pytest
 from caesura.testing.patience import patient
 from caesura_host_updater.drivers.port import DriverError, SwapFailed
 from caesura_host_updater.drivers.qemu.definition import Definition, Disk, Nic
+from caesura_host_updater.drivers.qemu.handover import SWAP_CAPABILITIES, set_capabilities
 from caesura_host_updater.drivers.qemu.memory_views import Compared, NoView, View, Views
 from caesura_host_updater.drivers.sampling import sampled_offsets
-from caesura_host_updater.guard.claims import note_begun
+from caesura_host_updater.guard.claims import note
 
 SMALL = Definition(memory_mib=16, machine="pc-q35-7.2", vcpus=2, nic=(Nic(),))
 
@@ -265,6 +266,7 @@ async def test_guard_that_finishes_the_swap_while_the_updater_looks_on(
     guest = driver._guests["a"]
     old, new = tools.pid_of(driver, "a"), tools.next_pid(driver, "a")
     with guest.prepared.qmp.watch() as told:
+        await set_capabilities(guest.qmp, SWAP_CAPABILITIES)
         await guest.qmp.execute("migrate", uri=f"unix:{rig.folder}/run/a/mig")
         await told.first(lambda event: event.data.get("status") == "completed")
     guest.prepared.begun = True
@@ -363,8 +365,9 @@ async def test_updater_that_dies_in_the_middle(rig: Any, tools: Any) -> None:
     await driver.prepare("a", "op-1", "swap", "")
     guest = driver._guests["a"]
     pid = tools.pid_of(driver, "a")
-    note_begun(guest.prepared.plan.claims)
+    note(guest.prepared.plan.claims, "begun")
     with guest.prepared.qmp.watch() as told:
+        await set_capabilities(guest.qmp, SWAP_CAPABILITIES)
         await guest.qmp.execute("migrate", uri=f"unix:{rig.folder}/run/a/mig")
         await told.first(lambda event: event.data.get("status") == "completed")
     driver = await rig.open({"a": SMALL})

@@ -13,20 +13,18 @@ import signal
 import time
 from pathlib import Path
 
-from caesura_host_updater.drivers.qemu.handover import HandOverFailed, is_verdict, set_capabilities, take_from
+from caesura_host_updater.drivers.qemu.handover import HandOverFailed, is_verdict, migrate, take_from
 from caesura_host_updater.drivers.qemu.qmp import Qmp
 from caesura_host_updater.guard.plans import ReplacePlan
 from caesura_host_updater.guard.procfs import alive, send_signal
+from caesura_host_updater.guard.replacing import PART
 
+CAPABILITIES = {"x-ignore-shared": True, "events": True}
+"""What the process is told that saves its state. A file never answers, so it has no return path."""
 _NAME = "caesura-state"
 _STATE_BYTES = 8 << 20  # device state is 0.2 to 0.4 MB
 _DEATH_S = 2.0  # s: a killed QEMU unmaps its RAM, which stays in its file
 _LOOK_S = 0.001
-
-
-async def get_ready(qmp: Qmp) -> None:
-    """What can be said before the pause. A file as target never answers, so without a return path."""
-    await set_capabilities(qmp, x_ignore_shared=True, events=True, return_path=False)
 
 
 async def save_state(qmp: Qmp, plan: ReplacePlan, by: float, *, gone: bool, moved_bytes: int) -> float:
@@ -39,7 +37,7 @@ async def save_state(qmp: Qmp, plan: ReplacePlan, by: float, *, gone: bool, move
     Raises:
         HandOverFailed, QmpFailed, OSError: the guard's way out makes the guest run again.
     """
-    part = Path(f"{plan.state_file}.part")
+    part = Path(f"{plan.state_file}{PART}")
     handle = os.open(part, os.O_CREAT | os.O_TRUNC | os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     try:
         await qmp.pass_file(handle, _NAME)
@@ -49,7 +47,7 @@ async def save_state(qmp: Qmp, plan: ReplacePlan, by: float, *, gone: bool, move
         try:
             async with asyncio.timeout_at(asyncio.get_running_loop().time() + by - time.monotonic()):
                 await qmp.execute("stop")
-                await qmp.execute("migrate", uri=f"fd:{_NAME}")
+                await migrate(qmp, plan, f"fd:{_NAME}")
                 verdict = await told.first(is_verdict)
                 if verdict.data["status"] != "completed":
                     raise HandOverFailed(f"QEMU says that saving its state {verdict.data['status']}")

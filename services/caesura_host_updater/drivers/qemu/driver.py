@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
@@ -34,12 +35,13 @@ from caesura_host_updater.drivers.qemu.qmp import QmpFailed, QmpTimeout
 from caesura_host_updater.drivers.qemu.records import Records
 from caesura_host_updater.drivers.qemu.trial import Trials
 from caesura_host_updater.drivers.sampling import sampled_digest_of
-from caesura_host_updater.guard.guest import NOT_OURS
+from caesura_host_updater.guard.guest import NOT_OURS, RUNNING
 from caesura_host_updater.guard.plans import Plan, QemuPlan
 from caesura_host_updater.hostfile import VmSpec
 
 _METHODS: tuple[Method, ...] = ("live", "swap", "freeze", "replace")
 PAUSED_BEFORE = "it was paused by somebody else before anything was done: resume it with `cont`"
+PAUSED_AFTER = "it ran again and was paused by somebody else since: resume it with `cont`"
 _CONT_S = 0.1  # s: what our own connection gets before the guard's way is taken
 
 
@@ -226,7 +228,7 @@ class QemuDriver:
             and not guest.stopped_by_us
             and guest.state == "paused"
         ):
-            guest.leave("paused", PAUSED_BEFORE)
+            await self._leave_as_found(guest)
         while True:
             if guest.left:
                 return "left"
@@ -246,6 +248,16 @@ class QemuDriver:
     def why_left(self, vm: str) -> str:
         """Why ``resume`` left the VM as it is."""
         return self._guests[vm].left
+
+    @staticmethod
+    async def _leave_as_found(guest: Guest) -> None:
+        """It is paused, and nothing of ours paused it."""
+        status = "paused"
+        if guest.qmp is not None and not guest.qmp.closed:
+            with suppress(QmpFailed):
+                status = await guest.qmp.status(_CONT_S)
+        if status not in RUNNING:
+            guest.leave(status, NOT_OURS.get(status, PAUSED_BEFORE))
 
     @staticmethod
     async def _cont(guest: Guest, timeout_s: float) -> bool:
@@ -273,6 +285,8 @@ class QemuDriver:
             return False
         if status in NOT_OURS:
             guest.leave(status, NOT_OURS[status])
+        elif status == "paused":
+            guest.leave(status, PAUSED_AFTER)
         return bool(guest.left)
 
     @staticmethod

@@ -6,7 +6,7 @@ Nothing here waits for a QEMU when its state is asked: the state follows the eve
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,6 +46,7 @@ class Prepared:
 
     ``seen``: the machine as it was when it was compared with the next process's, and ``moved_bytes``, what a hand-over
     may copy at the most. ``qmp``: the connection to a swap's new process. ``begun``: the guest may be in another process, or in none.
+    ``usual``: the migration capabilities that the guest's process had before, which are restored.
     ``over``: it was to be released, and that could not be done yet.
     """
 
@@ -58,6 +59,7 @@ class Prepared:
     qmp: Qmp | None = None
     watch: ExitWatch | None = None
     detail: str = ""
+    usual: Mapping[str, bool] = field(default_factory=dict)
     begun: bool = False
     over: bool = False
 

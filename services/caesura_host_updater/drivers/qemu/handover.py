@@ -9,15 +9,19 @@ from __future__ import annotations
 import asyncio
 import signal
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 from caesura_host_updater.drivers.qemu.memory_views import Compared
-from caesura_host_updater.drivers.qemu.qmp import Event, Qmp, QmpClosed, QmpFailed, Watch
-from caesura_host_updater.guard.claims import claim
+from caesura_host_updater.drivers.qemu.qmp import Event, Qmp, QmpClosed, QmpFailed, QmpRefused, Watch
+from caesura_host_updater.guard.claims import claim, note, strike_out
+from caesura_host_updater.guard.guest import note_ran
 from caesura_host_updater.guard.plans import ReplacePlan, SwapPlan
 from caesura_host_updater.guard.procfs import alive, send_signal
 
+SWAP_CAPABILITIES = {"x-ignore-shared": True, "events": True, "return-path": True}
+"""What both processes of a swap are told."""
 _STATE_BYTES = 1 << 20  # device state is 0.2 to 0.4 MB
 _DEATH_S = 0.3  # s: from the end of a process's connections to its own
 _LOOK_S = 0.001
@@ -50,27 +54,39 @@ def is_verdict(event: Event) -> bool:
     return event.name == "MIGRATION" and event.data.get("status") in ("completed", "failed", "cancelled")
 
 
-async def set_capabilities(qmp: Qmp, **wanted: bool) -> None:
-    """Set exactly these and clear all others that are set: they last from one migration to the next.
+async def read_capabilities(qmp: Qmp) -> dict[str, bool]:
+    """Every migration capability that this QEMU knows, and whether it is on."""
+    return {each["capability"]: each["state"] for each in await qmp.execute("query-migrate-capabilities")}
 
-    An underscore stands for a dash; one that this QEMU does not know is an error unless it is not wanted.
-    """
-    told = {name.replace("_", "-"): on for name, on in wanted.items()}
-    known = {each["capability"]: each["state"] for each in await qmp.execute("query-migrate-capabilities")}
-    lacking = [name for name, on in told.items() if on and name not in known]
+
+async def usual_capabilities(qmp: Qmp, wanted: Mapping[str, bool]) -> dict[str, bool]:
+    """As ``read_capabilities``. Raises QmpFailed: what is wanted could not be set later."""
+    known = await read_capabilities(qmp)
+    _check_known(qmp, known, wanted)
+    return known
+
+
+def _check_known(qmp: Qmp, known: Mapping[str, bool], wanted: Mapping[str, bool]) -> None:
+    lacking = [name for name, on in wanted.items() if on and name not in known]
     if lacking:
         raise QmpFailed(f"QEMU {qmp.version} has no migration capability {', '.join(lacking)}")
-    told |= {name: False for name, on in known.items() if on and name not in told}
-    await qmp.execute(
-        "migrate-set-capabilities",
-        capabilities=[{"capability": name, "state": on} for name, on in told.items() if name in known],
-    )
 
 
-async def late_activation(qmp: Qmp) -> bool:
-    """Whether it can wait with taking its disks' locks until ``cont``."""
-    known = await qmp.execute("query-migrate-capabilities")
-    return any(each["capability"] == "late-block-activate" for each in known)
+async def set_capabilities(qmp: Qmp, wanted: Mapping[str, bool]) -> None:
+    """Set exactly these and clear all others that are on: they last from one migration to the next.
+
+    So whoever sets them restores what there was before: an operator's migration with our ``x-ignore-shared`` would
+    leave the guest's memory behind.
+
+    Raises:
+        QmpFailed: this QEMU does not know one that is wanted on.
+    """
+    known = await read_capabilities(qmp)
+    _check_known(qmp, known, wanted)
+    told = {name: wanted.get(name, False) for name, on in known.items() if on or wanted.get(name)}
+    if told:
+        capabilities = [{"capability": name, "state": on} for name, on in told.items()]
+        await qmp.execute("migrate-set-capabilities", capabilities=capabilities)
 
 
 async def run_hand_over(
@@ -88,7 +104,7 @@ async def run_hand_over(
     with old.watch() as told_by_old, new.watch() as told_by_new:
         try:
             async with asyncio.timeout_at(asyncio.get_running_loop().time() + by - time.monotonic()):
-                await old.execute("migrate", uri=uri)
+                await migrate(old, plan, uri)
                 await _both_completed(told_by_old, told_by_new)
                 # Both have stopped for good here: a disk's last reads have ended, and nothing writes to RAM until `cont`.
                 status, moved, compared = await asyncio.gather(
@@ -101,10 +117,26 @@ async def run_hand_over(
                     raise HandOverFailed("the new process died when it had the whole state")
                 take_from(plan, f"new:{plan.new.pid}:{plan.new.start_ticks}")
                 resumed = await _let_run(new, told_by_new, plan)
+                note_ran(plan.claims)
         except TimeoutError:
             raise HandOverFailed("the new process did not take the guest over in time") from None
         stopped_at = next((event.at for event in told_by_old.events if event.name == "STOP"), began_at)
         return Handed(stopped_at, resumed.at, compared)
+
+
+async def migrate(old: Qmp, plan: SwapPlan | ReplacePlan, uri: str) -> None:
+    """Have QEMU begin, and write down whether it did: a migration that it refused ours for is somebody else's.
+
+    Raises:
+        QmpFailed: it did not, or nobody knows.
+    """
+    try:
+        await old.execute("migrate", uri=uri)
+    except QmpRefused:
+        strike_out(plan.claims, "begun")
+        raise
+    with suppress(OSError):  # a full disk: `is_ours` looks at what arrived
+        note(plan.claims, "accepted")
 
 
 async def _in_time(compare: Compare) -> Compared:

@@ -138,7 +138,8 @@ class Keeper:
             if plan is None:
                 self._records.end(folder)
                 continue
-            guest.prepared = Prepared(folder.name, _method(plan), plan, folder, begun=True)
+            usual = self._records.capabilities(folder)
+            guest.prepared = Prepared(folder.name, _method(plan), plan, folder, usual=usual, begun=True)
             try:
                 state = await loop.run_in_executor(self._threads, condition, plan)
             except OSError:

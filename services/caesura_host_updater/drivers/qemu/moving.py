@@ -9,6 +9,7 @@ import asyncio
 import signal
 import threading
 import time
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
@@ -17,15 +18,17 @@ import structlog
 from caesura_host_updater.detached import ExitWatch, reap
 from caesura_host_updater.drivers.port import FreezeFailed, HandOver, SwapFailed
 from caesura_host_updater.drivers.qemu import commandline
-from caesura_host_updater.drivers.qemu.checkpointing import save_state
+from caesura_host_updater.drivers.qemu.checkpointing import CAPABILITIES, save_state
 from caesura_host_updater.drivers.qemu.compatibility import differences
 from caesura_host_updater.drivers.qemu.guest import Guest, NotAttached, Prepared
 from caesura_host_updater.drivers.qemu.handover import (
+    SWAP_CAPABILITIES,
     Handed,
     HandOverFailed,
     MemoryDiffers,
     error_of_migration,
     run_hand_over,
+    set_capabilities,
 )
 from caesura_host_updater.drivers.qemu.hurrying import Hurry
 from caesura_host_updater.drivers.qemu.launching import Launcher
@@ -90,7 +93,7 @@ class Mover:
         if time.monotonic() >= by:
             raise SwapFailed(guest.vm, "it was too late to begin")
         try:
-            await _begin(prepared, old)
+            await _begin(prepared, old, SWAP_CAPABILITIES)
         except (HandOverFailed, QmpFailed, OSError) as error:
             raise SwapFailed(guest.vm, str(error)) from error
         called_at = time.monotonic()
@@ -172,6 +175,7 @@ class Mover:
             raise SwapFailed(guest.vm, f"it ran in the new process, which ended at once: {error}") from error
         left, watch = guest.take(run, new)
         self._bury(former.pid, left, watch)
+        await _restore_capabilities(guest, prepared)
         # To its end even when it is called off: a release removes the names that the sockets have before.
         await in_thread_to_its_end(f"publish {guest.vm}", lambda _: self._publish(guest, run))
         return HandOver(
@@ -187,6 +191,7 @@ class Mover:
         self, guest: Guest, prepared: Prepared, error: Exception, called_at: float, told_by_old: Watch
     ) -> HandOver:
         differs = str(error) if isinstance(error, MemoryDiffers) else ""
+        prepared.begun = claims.noted(prepared.plan.claims, "begun")
         stopped_at = _at("STOP", told_by_old)
         state = await self.way_out(guest, time.monotonic() + _WAY_OUT_S)
         resumed_at = time.monotonic()
@@ -231,14 +236,17 @@ class Mover:
         called_at = time.monotonic()
         if called_at >= by:
             raise FreezeFailed(guest.vm, "it was too late to begin")
-        try:
-            await _begin(prepared, qmp)
-            limit = min(by, called_at + _HAND_OVER_S)
-            with self._hurry((prepared.plan.old.pid,)):
-                await save_state(qmp, prepared.plan, limit, gone=gone, moved_bytes=prepared.moved_bytes)
-        except (HandOverFailed, QmpFailed, OSError) as error:
-            told = await error_of_migration(qmp, _ERROR_S)
-            raise FreezeFailed(guest.vm, f"{error}; QEMU said: {told}" if told else str(error)) from error
+        with qmp.watch() as events:
+            try:
+                await _begin(prepared, qmp, CAPABILITIES)
+                limit = min(by, called_at + _HAND_OVER_S)
+                with self._hurry((prepared.plan.old.pid,)):
+                    await save_state(qmp, prepared.plan, limit, gone=gone, moved_bytes=prepared.moved_bytes)
+            except (HandOverFailed, QmpFailed, OSError) as error:
+                prepared.begun = claims.noted(prepared.plan.claims, "begun")
+                guest.stopped_by_us = _at("STOP", events) is not None
+                told = await error_of_migration(qmp, _ERROR_S)
+                raise FreezeFailed(guest.vm, f"{error}; QEMU said: {told}" if told else str(error)) from error
 
     # -- the way out ----------------------------------------------------------------------------------------
 
@@ -336,6 +344,7 @@ class Mover:
         if prepared.watch is not None:
             prepared.watch.close()
             reap(prepared.watch.pid)
+        await _restore_capabilities(guest, prepared)
         runtime, present = self._launcher.folder(guest.vm), guest.run
 
         def clean_up() -> None:
@@ -363,7 +372,17 @@ class Mover:
             await asyncio.wait(self._pushes.values())
 
 
-async def _begin(prepared: Prepared, qmp: Qmp) -> None:
+async def _restore_capabilities(guest: Guest, prepared: Prepared) -> None:
+    """What our migrations need must not be told to somebody else's next one."""
+    if guest.qmp is None or guest.qmp.closed:
+        return
+    try:
+        await set_capabilities(guest.qmp, prepared.usual)
+    except QmpFailed as error:
+        _log.error("vm.migration_capabilities_not_restored", vm=guest.vm, why=str(error))
+
+
+async def _begin(prepared: Prepared, qmp: Qmp, capabilities: Mapping[str, bool]) -> None:
     """The last look while the guest runs: what was compared must be what is handed over. Then it is begun, durably.
 
     Raises:
@@ -378,7 +397,8 @@ async def _begin(prepared: Prepared, qmp: Qmp) -> None:
         wrong = [*now.busy, *now.blockers, *differences(now, seen, "")]
         if wrong:
             raise HandOverFailed(f"it was changed since it was compared: {'; '.join(wrong)}")
-    claims.note_begun(str(prepared.claims))
+    await set_capabilities(qmp, capabilities)
+    claims.note(str(prepared.claims), "begun")
     prepared.begun = True
 
 

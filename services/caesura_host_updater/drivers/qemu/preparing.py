@@ -10,11 +10,16 @@ from caesura.contract.messages import Method
 from caesura_host_updater.detached import ExitWatch
 from caesura_host_updater.drivers.port import DriverError
 from caesura_host_updater.drivers.qemu.assessor import Assessor
-from caesura_host_updater.drivers.qemu.checkpointing import get_ready
+from caesura_host_updater.drivers.qemu.checkpointing import CAPABILITIES
 from caesura_host_updater.drivers.qemu.commandline import Memory, cpu_of, memory_of
 from caesura_host_updater.drivers.qemu.compatibility import differences, moved_bytes
 from caesura_host_updater.drivers.qemu.guest import Guest, Prepared
-from caesura_host_updater.drivers.qemu.handover import late_activation, set_capabilities
+from caesura_host_updater.drivers.qemu.handover import (
+    SWAP_CAPABILITIES,
+    read_capabilities,
+    set_capabilities,
+    usual_capabilities,
+)
 from caesura_host_updater.drivers.qemu.launching import Launcher, LaunchFailed
 from caesura_host_updater.drivers.qemu.observer import read_snapshot
 from caesura_host_updater.drivers.qemu.qmp import Qmp, QmpFailed
@@ -123,13 +128,13 @@ class Preparer:
         pid, new = await self._start(guest, run, running, folder.name, argv)
         try:
             plan = SwapPlan(guest.vm, _vmm(run), _vmm_of(pid, next_path(run.guard)), str(folder))
-            await set_capabilities(qmp, x_ignore_shared=True, events=True, return_path=True)
-            late = await late_activation(new)
-            await set_capabilities(
-                new, x_ignore_shared=True, events=True, return_path=True, late_block_activate=late
-            )
+            # Not of the old process yet: until the last moment its migrations are its operator's.
+            usual = await usual_capabilities(qmp, SWAP_CAPABILITIES)
+            late = "late-block-activate" in await read_capabilities(new)
+            await set_capabilities(new, {**SWAP_CAPABILITIES, "late-block-activate": late})
             await new.execute("migrate-incoming", uri=f"unix:{self._channel(guest)}")
             await self._assessor.within_time(self._records.begin, folder, plan)
+            await self._assessor.within_time(self._records.keep_capabilities, folder, usual)
             watch = ExitWatch(pid, lambda: None)  # reaps it
         except BaseException:
             await drop(pid, new, self._threads)
@@ -141,6 +146,7 @@ class Preparer:
             folder,
             seen=running,
             moved_bytes=_moved(run, running),
+            usual=usual,
             qmp=new,
             watch=watch,
             detail=f"QEMU {new.version} (pid {pid}), was QEMU {qmp.version} (pid {run.pid})",
@@ -175,8 +181,9 @@ class Preparer:
             ram=ram,
             beside=beside,
         )
-        await get_ready(qmp)
+        usual = await usual_capabilities(qmp, CAPABILITIES)
         await self._assessor.within_time(self._records.begin, folder, plan)
+        await self._assessor.within_time(self._records.keep_capabilities, folder, usual)
         return Prepared(
             folder.name,
             "replace",
@@ -184,6 +191,7 @@ class Preparer:
             folder,
             seen=running,
             moved_bytes=_moved(run, running),
+            usual=usual,
             detail=f"QEMU {qmp.version}",
         )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import msgspec
 from caesura_host_updater.guard.plans import BadPlan, ReplacePlan, SwapPlan, plan_from_json, plan_to_json
 
 _PLAN = "plan.json"
+_CAPABILITIES = "capabilities.json"
 TRIAL = "trial"
 """In the place of an operation in the mark of a process that never runs a guest."""
 
@@ -92,6 +94,17 @@ class Records:
     def begin(self, folder: Path, plan: SwapPlan | ReplacePlan) -> None:
         """Write down what was prepared: a later life finds its way out. Raises OSError."""
         (folder / _PLAN).write_text(json.dumps(plan_to_json(plan)))
+
+    def keep_capabilities(self, folder: Path, usual: Mapping[str, bool]) -> None:
+        """Write down which migration capabilities the guest's process had before. Raises OSError."""
+        (folder / _CAPABILITIES).write_text(json.dumps(usual))
+
+    def capabilities(self, folder: Path) -> dict[str, bool]:
+        """What ``keep_capabilities`` wrote; empty, QEMU's default, where nothing of it can be read."""
+        try:
+            return msgspec.json.decode((folder / _CAPABILITIES).read_bytes(), type=dict[str, bool])
+        except (OSError, msgspec.DecodeError):
+            return {}
 
     def unfinished(self, vm: str) -> list[tuple[Path, SwapPlan | ReplacePlan | None]]:
         """What an earlier life prepared and did not release; None: it never came to a plan."""

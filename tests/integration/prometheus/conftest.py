@@ -34,6 +34,7 @@ _HURRIED = {
             "CaesuraPauseOverran",
             "CaesuraTwoDomainsPaused",
             "CaesuraPauseGuardActed",
+            "CaesuraGuestMemoryChanged",
             "CaesuraMessagesRefused",
         ),
         ("[15m]", "[5s]"),

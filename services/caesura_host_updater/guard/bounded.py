@@ -18,6 +18,20 @@ class NoAnswer(OSError):
     """The call did not return in time, or an earlier one for the same VM has not returned yet."""
 
 
+def within(patience_s: float, work: Callable[[], T]) -> T:
+    """What ``work`` returns, if it does so within ``patience_s`` seconds; else its thread is left to it.
+
+    Raises:
+        NoAnswer: it did not.
+        OSError: whatever else ``work`` raises.
+    """
+    calls = BoundedCalls()
+    try:
+        return calls.call("", work, patience_s)
+    finally:
+        calls.end()
+
+
 class BoundedCalls:
     """Runs calls one after the other in a thread, and leaves that thread to a call that hangs."""
 
@@ -64,6 +78,12 @@ class BoundedCalls:
             raise value
         found: T = value
         return found
+
+    def end(self) -> None:
+        """No more calls: its thread ends when it has nothing to do."""
+        if self._work is not None:
+            work, self._work = self._work, None
+            work.put((lambda: None, SimpleQueue()))
 
     def _thread(self) -> SimpleQueue[tuple[Callable[[], Any], SimpleQueue[Any]]]:
         if self._work is None:

@@ -33,6 +33,8 @@ from caesura_host_updater.guard.qemuplans import QemuPlan, Vmm
 from caesura_host_updater.guard.sealed import Damaged, seal, unseal
 
 FOLDER = "pauses"
+OPERATIONS = ".operations"
+"""The end of the name of the folder, beside a VM's run file, with what was prepared for operations on it."""
 _FORMAT = 1
 _END = ".json"
 _BATCH = 64  # files that are open at once
@@ -176,9 +178,9 @@ def way_out(state_dir: str, vm: str, boot: str) -> Plan | None:
     The files are those of the drivers: what a swap or replace prepared, a QEMU's run file, a process VM's.
     """
     folder = f"{state_dir}/vms"
-    for operation in _names(f"{folder}/{vm}.claims"):
+    for operation in _names(f"{folder}/{vm}{OPERATIONS}"):
         with suppress(OSError, ValueError, BadPlan):
-            return plan_from_json(_json(f"{folder}/{vm}.claims/{operation}/plan.json"))
+            return plan_from_json(_json(f"{folder}/{vm}{OPERATIONS}/{operation}/plan.json"))
     with suppress(OSError, ValueError, KeyError, TypeError, BadPlan):
         run = _json(f"{folder}/{vm}.qemu.json")
         if run["boot_id"] == boot:

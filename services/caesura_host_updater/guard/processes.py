@@ -12,6 +12,7 @@ import subprocess
 import time
 from contextlib import suppress
 
+from caesura_host_updater.guard.bounded import NoAnswer, within
 from caesura_host_updater.guard.bounded_read import environs
 from caesura_host_updater.guard.procfs import (
     DEAD,
@@ -25,6 +26,8 @@ from caesura_host_updater.guard.procfs import (
 
 _HOLD_S = 0.1  # s: a stop signal is acted on when the kernel next gives the thread a turn
 _STEP_S = 0.001
+LOG_S = 0.1  # s: to open or read a log; some microseconds are usual
+_TO_LOG = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
 _LOWEST = 1  # of the real-time priorities: enough to come before everything ordinary
 
 
@@ -101,12 +104,16 @@ subprocess._USE_VFORK = False  # type: ignore[misc]  # noqa: SLF001
 def start(argv: tuple[str, ...], environ: tuple[tuple[str, str], ...], log: str) -> Process:
     """Start a program that outlives us: a session of its own, no input, output appended to ``log``.
 
-    What the guard has of its own (nearly unkillable, first in the queue for a CPU) is not handed on.
+    What the guard has of its own (nearly unkillable, first in the queue for a CPU) is not handed on. Where the log's disk does
+    not answer, its output is lost: a guest may be paused until this program runs.
 
     Raises:
         OSError: it cannot be started.
     """
-    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+    try:
+        output = within(LOG_S, lambda: os.open(log, _TO_LOG, 0o600))
+    except NoAnswer:
+        output = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
     try:
         child = subprocess.Popen(
             argv,

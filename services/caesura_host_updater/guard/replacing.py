@@ -12,6 +12,7 @@ import time
 from contextlib import suppress
 
 from caesura_host_updater.guard import claims
+from caesura_host_updater.guard.bounded import within
 from caesura_host_updater.guard.claims import Owner
 from caesura_host_updater.guard.guest import (
     CONT_S,
@@ -27,7 +28,7 @@ from caesura_host_updater.guard.guest import (
     reach,
     run_state,
 )
-from caesura_host_updater.guard.processes import calm, end, hurry, let_go, marked, start
+from caesura_host_updater.guard.processes import LOG_S, calm, end, hurry, let_go, marked, start
 from caesura_host_updater.guard.procfs import Process, alive, send_signal
 from caesura_host_updater.guard.qemuplans import ReplacePlan
 from caesura_host_updater.guard.qmp import Qmp
@@ -292,16 +293,22 @@ def _load(qmp: Qmp, state: int, until: float) -> None:
 
 
 def _size(path: str) -> int:
+    """In bytes; 0 where it cannot be told, or not at once."""
     with suppress(OSError):
-        return os.path.getsize(path)
+        return within(LOG_S, lambda: os.path.getsize(path))
     return 0
 
 
 def _read_from(path: str, offset: int) -> str:
     """What was appended to the log since, its end."""
-    with suppress(OSError), open(path, "rb") as file:
-        file.seek(offset)
-        return " ".join(file.read()[-_LOG_BYTES:].decode(errors="replace").split())
+
+    def read() -> str:
+        with open(path, "rb") as file:
+            file.seek(offset)
+            return " ".join(file.read()[-_LOG_BYTES:].decode(errors="replace").split())
+
+    with suppress(OSError):
+        return within(LOG_S, read)
     return ""
 
 

@@ -58,7 +58,7 @@ class Two:
             15,
             "one process runs each guest",
         )
-        assert not list((self.stage.sandbox.folder / "host-1" / "vms").glob("*.claims"))
+        assert not list((self.stage.sandbox.folder / "host-1" / "vms").glob("*.operations"))
 
     def report(self, rollout: str) -> Any:
         """The host's last report of a rollout."""

@@ -10,7 +10,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,9 @@ if "--version" not in words:
     {change}
 os.execv({binary!r}, [{binary!r}, *words])
 """
+
+
+_HANGS_S = 60.0
 
 
 class Rig:
@@ -201,6 +204,30 @@ def runs(pid: int) -> bool:
     return process is not None and alive(pid, process.start_ticks)
 
 
+class HungDisk:
+    """A file system of its own whose writes do not return while it is frozen (ioctl FIFREEZE)."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    @contextmanager
+    def hangs(self) -> Iterator[None]:
+        """Every write to it hangs in here, and is done afterwards; a test that waits for one fails after a minute."""
+        subprocess.run(["fsfreeze", "--freeze", self.folder], check=True)
+        limit = subprocess.Popen(
+            ["sh", "-c", f"sleep {patient(_HANGS_S)}; exec fsfreeze --unfreeze {self.folder}"],
+            start_new_session=True,
+        )
+        try:
+            yield
+            assert limit.poll() is None, "something waited for the disk"
+        finally:
+            if limit.poll() is None:
+                os.killpg(limit.pid, signal.SIGKILL)
+                subprocess.run(["fsfreeze", "--unfreeze", self.folder], check=True)
+            limit.wait()
+
+
 class Tools:
     """What the tests share; fixtures are how a conftest is shared."""
 
@@ -232,6 +259,24 @@ async def rig() -> AsyncIterator[Rig]:
         rig = Rig(Path(folder))
         yield rig
         await rig.end()
+
+
+@pytest.fixture
+def hung_disk() -> Iterator[HungDisk]:
+    """A disk in a file; needs root."""
+    if os.geteuid() != 0:
+        pytest.skip("mounting a file system needs root")
+    with tempfile.TemporaryDirectory(prefix="ch-", dir="/tmp") as folder:
+        image, place = Path(folder, "image"), Path(folder, "disk")
+        place.mkdir()
+        with image.open("wb") as file:
+            file.truncate(32 << 20)
+        subprocess.run(["mkfs.ext4", "-q", image], check=True)
+        subprocess.run(["mount", "-o", "loop", image, place], check=True)
+        try:
+            yield HungDisk(place)
+        finally:
+            subprocess.run(["umount", "-l", place], check=True)
 
 
 @pytest.fixture

@@ -36,7 +36,7 @@ async def test_replace(rig: Any, tools: Any) -> None:
     new = tools.pid_of(driver, "a")
     await rig.only(new)
     await driver.release("a")
-    assert not (rig.folder / "state" / "vms" / "a.claims").exists()
+    assert not (rig.folder / "state" / "vms" / "a.operations").exists()
     assert sorted(path.name for path in (rig.folder / "run" / "a").iterdir()) == [
         "ga",
         "guard",
@@ -134,7 +134,7 @@ async def test_new_binary_that_fails_and_the_old_one_that_is_still_there(rig: An
     assert guest.run.argv[0] == rig.qemu
     from caesura_host_updater.guard.claims import failures  # noqa: PLC0415
 
-    assert "the update broke me" in " ".join(failures(str(guest.prepared.claims)))
+    assert "the update broke me" in " ".join(failures(guest.prepared.plan.claims))
     await driver.release("a")
     await rig.only(tools.pid_of(driver, "a"))
 

@@ -57,7 +57,7 @@ async def test_swap_there_and_on(rig: Any, tools: Any) -> None:
     assert tools.pid_of(driver, "a") != first
     assert {path.name for path in (rig.folder / "run" / "a").iterdir()} == names | {"next"}
     assert not list((rig.folder / "run" / "a" / "next").iterdir())
-    assert not (rig.folder / "state" / "vms" / "a.claims").exists()
+    assert not (rig.folder / "state" / "vms" / "a.operations").exists()
     await driver.freeze("a", tools.soon())
     assert await driver.resume("a", 5) == "running"
     pid = tools.pid_of(driver, "a")
@@ -95,7 +95,7 @@ async def test_new_process_that_is_not_the_same_is_refused_before_the_pause(
     assert why in caught.value.why
     assert driver.states() == {"a": "running"}
     await rig.only(pid)
-    assert not (rig.folder / "state" / "vms" / "a.claims").exists()
+    assert not (rig.folder / "state" / "vms" / "a.operations").exists()
     await swap(driver, operation="op-2")
 
 
@@ -134,7 +134,7 @@ async def failed(rig: Any, tools: Any, driver: Any, operation: str = "op-1") -> 
     assert driver.states() == {"a": "running"}
     await rig.only(pid)
     await driver.release("a")
-    assert not (rig.folder / "state" / "vms" / "a.claims").exists()
+    assert not (rig.folder / "state" / "vms" / "a.operations").exists()
     await swap(driver, operation=f"{operation}-again")
     return str(caught.value.why)
 
@@ -300,7 +300,7 @@ async def test_decided_otherwise_meanwhile(rig: Any, tools: Any) -> None:
 
     driver = await rig.open({"a": SMALL})
     await driver.prepare("a", "op-1", "swap", "")
-    claim(str(driver._guests["a"].prepared.claims), 1, "old")
+    claim(driver._guests["a"].prepared.plan.claims, 1, "old")
     assert "decided otherwise" in await failed(rig, tools, driver)
 
 
@@ -341,7 +341,7 @@ async def test_updater_that_dies_after_preparing(rig: Any, tools: Any) -> None:
     assert driver.states() == {"a": "running"}
     assert tools.pid_of(driver, "a") == pid
     await rig.only(pid)
-    assert not (rig.folder / "state" / "vms" / "a.claims").exists()
+    assert not (rig.folder / "state" / "vms" / "a.operations").exists()
     await swap(driver)
 
 

@@ -44,6 +44,8 @@ class Line:
 
     def _connect(self) -> None:
         fresh = socket.create_connection(self._address, timeout=5)
+        # With a timeout, every `recv` would wait for so long, and a slow host would lose the connection.
+        fresh.settimeout(None)
         fresh.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._socket, self._rest = fresh, b""
         self.connects += 1

@@ -46,14 +46,14 @@ class Prepared:
 
     ``seen``: the machine as it was when it was compared with the next process's, and ``moved_bytes``, what a hand-over
     may copy at the most. ``qmp``: the connection to a swap's new process. ``begun``: the guest may be in another process, or in none.
-    ``usual``: the migration capabilities that the guest's process had before, which are restored.
+    ``folder``: its record. ``usual``: the migration capabilities that the guest's process had before, which are restored.
     ``over``: it was to be released, and that could not be done yet.
     """
 
     operation: str
     method: Method
     plan: SwapPlan | ReplacePlan
-    claims: Path
+    folder: Path
     seen: VmSnapshot | None = None
     moved_bytes: int = 0
     qmp: Qmp | None = None

@@ -185,21 +185,22 @@ def _is_resume(event: Event) -> bool:
 
 async def _both_completed(old: Watch, new: Watch) -> None:
     """Wait for both verdicts; the first bad one counts."""
-    verdicts: set[asyncio.Task[Event]] = {
+    both = (
         asyncio.create_task(_first(old.first(is_verdict))),
         asyncio.create_task(_first(new.first(is_verdict))),
-    }
+    )
+    waiting: set[asyncio.Task[Event]] = set(both)
     try:
-        while verdicts:
-            done, verdicts = await asyncio.wait(verdicts, return_when=asyncio.FIRST_COMPLETED)
+        while waiting:
+            done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
                 status = task.result().data["status"]
                 if status != "completed":
                     raise HandOverFailed(f"QEMU says that the migration {status}")
     finally:
-        for task in verdicts:
+        for task in waiting:
             task.cancel()
-        await asyncio.gather(*verdicts, return_exceptions=True)
+        await asyncio.gather(*both, return_exceptions=True)
 
 
 async def _first(event: Awaitable[Event]) -> Event:

@@ -7,7 +7,6 @@ import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from pathlib import Path
 
 import structlog
 
@@ -22,9 +21,10 @@ from caesura_host_updater.drivers.qemu.launching import Launcher, LaunchFailed, 
 from caesura_host_updater.drivers.qemu.moving import Mover
 from caesura_host_updater.drivers.qemu.qmp import QmpFailed, listener_of
 from caesura_host_updater.drivers.qemu.records import Records, Run
-from caesura_host_updater.drivers.qemu.releasing import remove_files
+from caesura_host_updater.drivers.qemu.releasing import CLAIMS, remove_claims, remove_files
 from caesura_host_updater.drivers.qemu.vmm import marked, place_error
 from caesura_host_updater.guard import claims
+from caesura_host_updater.guard.markers import OPERATIONS
 from caesura_host_updater.guard.plans import ReplacePlan, SwapPlan, condition
 from caesura_host_updater.guard.procfs import alive, boot_id
 from caesura_host_updater.threads import in_thread
@@ -88,8 +88,8 @@ class Keeper:
         runs = {vm: run for vm, run in records.items() if _lives(run)}
         kept = {(run.pid, run.start_ticks) for run in runs.values()}
         held_files = {run.ram_file for run in runs.values()}
-        for folder in self._records.folder.glob("*.claims"):
-            vm = folder.name.removesuffix(".claims")
+        for folder in self._records.folder.glob(f"*{OPERATIONS}"):
+            vm = folder.name.removesuffix(OPERATIONS)
             for claimed, plan in self._records.unfinished(vm):
                 if vm in records and records[vm].boot_id != boot_id():
                     # The guest ended with the host: its state must not be loaded into memory that is not its own.
@@ -97,7 +97,7 @@ class Keeper:
                     self._records.end(claimed)
                     continue
                 if plan is not None:
-                    kept |= _processes_of(claimed, plan)
+                    kept |= _processes_of(plan)
                     held_files.add(str(self._launcher.ram_dir / f"{vm}.ram"))
         for pid, start_ticks in marked(self._launcher.mark):
             if (pid, start_ticks) in kept:
@@ -113,12 +113,15 @@ class Keeper:
             held_files.add(run.ram_file)
             if str(self._launcher.folder(vm) / "qmp") == run.qmp:
                 self._found[vm] = run
-        for state in self._launcher.run_dir.glob("*/*.state*"):
-            if (
-                state.parent.name in self._guests
-                and not self._records.claims(state.parent.name, state.name.partition(".")[0]).exists()
-            ):
-                remove_files(state)
+        self._sweep_files(held_files)
+
+    def _sweep_files(self, held_files: set[str]) -> None:
+        """Remove state files and claims without an operation, and RAM files without a guest."""
+        for end, remove in ((".state*", remove_files), (CLAIMS, remove_claims)):
+            for left in self._launcher.run_dir.glob(f"*/*{end}"):
+                vm, operation = left.parent.name, left.name.partition(".")[0]
+                if vm in self._guests and not self._records.operation(vm, operation).exists():
+                    remove(left)
         for file in self._launcher.ram_dir.glob("*.ram"):
             if str(file) not in held_files:
                 _log.warning("ram_file.left_over", file=str(file))
@@ -264,7 +267,7 @@ class Keeper:
     async def gone(self, guest: Guest) -> None:
         """Nobody can run the guest any more: nothing of it is left."""
         run = guest.run or self._records.read(guest.vm)
-        tried = claims.failures(str(guest.prepared.claims)) if guest.prepared is not None else []
+        tried = claims.failures(guest.prepared.plan.claims) if guest.prepared is not None else []
         await guest.detach()
         await self._mover.release(guest)
         guest.why = (tried[-1] if tried else guest.why) or "its process has ended"
@@ -287,7 +290,7 @@ class Keeper:
 
     async def _close(self, guest: Guest, *, stop: bool) -> None:
         prepared = guest.prepared
-        if prepared is not None and (stop or claims.current(str(prepared.claims))[1] is None):
+        if prepared is not None and (stop or claims.current(prepared.plan.claims)[1] is None):
             await self._mover.release(guest)
         run = guest.run
         if stop and run is not None and run.ours:
@@ -332,13 +335,13 @@ def _lives(run: Run) -> bool:
     return run.boot_id == boot_id() and alive(run.pid, run.start_ticks)
 
 
-def _processes_of(folder: Path, plan: SwapPlan | ReplacePlan) -> set[tuple[int, int]]:
+def _processes_of(plan: SwapPlan | ReplacePlan) -> set[tuple[int, int]]:
     """Who may have the guest of an unfinished operation."""
     found = {(plan.old.pid, plan.old.start_ticks)}
     if isinstance(plan, SwapPlan):
         found.add((plan.new.pid, plan.new.start_ticks))
     with suppress(OSError, claims.BadClaim):
-        _, owner = claims.current(str(folder))
+        _, owner = claims.current(plan.claims)
         if owner is not None and owner.kind == "new":
             found.add((owner.pid, owner.start_ticks))
     return found

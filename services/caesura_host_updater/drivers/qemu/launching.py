@@ -18,7 +18,7 @@ from caesura_host_updater.drivers.qemu import commandline, successor
 from caesura_host_updater.drivers.qemu.definition import Definition, QemuOptions
 from caesura_host_updater.drivers.qemu.qmp import Qmp, QmpUnreachable
 from caesura_host_updater.drivers.qemu.records import Records, Run
-from caesura_host_updater.drivers.qemu.releasing import remove_files
+from caesura_host_updater.drivers.qemu.releasing import CLAIMS, remove_files
 from caesura_host_updater.drivers.qemu.vmm import last_words
 from caesura_host_updater.guard.procfs import boot_id, read_process, send_signal
 from caesura_host_updater.threads import in_thread
@@ -84,6 +84,10 @@ class Launcher:
     def folder(self, vm: str) -> Path:
         """Where the VM's sockets are."""
         return self.run_dir / vm
+
+    def claims(self, vm: str, operation: str) -> Path:
+        """Where it is decided who runs the guest. Not on a disk: neither a full one nor a slow one may keep it paused."""
+        return self.folder(vm) / f"{operation}{CLAIMS}"
 
     def prepare_folders(self) -> None:
         """Make what all VMs share. Raises OSError."""

@@ -349,7 +349,7 @@ class Mover:
 
         def clean_up() -> None:
             run = present or self._records.read(guest.vm)
-            forget(guest.vm, run, prepared.claims, runtime, self._records, new=owner.kind == "new")
+            forget(guest.vm, run, prepared.folder, runtime, self._records, new=owner.kind == "new")
 
         await in_thread(f"release {guest.vm}", clean_up)
 
@@ -398,7 +398,7 @@ async def _begin(prepared: Prepared, qmp: Qmp, capabilities: Mapping[str, bool])
         if wrong:
             raise HandOverFailed(f"it was changed since it was compared: {'; '.join(wrong)}")
     await set_capabilities(qmp, capabilities)
-    claims.note(str(prepared.claims), "begun")
+    claims.note(prepared.plan.claims, "begun")
     prepared.begun = True
 
 

@@ -72,9 +72,11 @@ class Preparer:
             running = await self._look(guest, run, qmp)
             program = binary or await self._assessor.within_time(self._assessor.binary_of, run)
             await self._launcher.check_binary(program)
-            folder = self._records.claims(guest.vm, operation)
+            folder = self._records.operation(guest.vm, operation)
             await self._assessor.within_time(lambda: folder.mkdir(parents=True, mode=0o700))
             try:
+                claims = self._launcher.claims(guest.vm, operation)
+                await self._assessor.within_time(lambda: claims.mkdir(parents=True, mode=0o700))
                 await self._assessor.within_time(make_next_folders, run)
                 begin = self._swap if method == "swap" else self._replace
                 guest.prepared = await begin(guest, run, qmp, folder, program, running)
@@ -125,9 +127,10 @@ class Preparer:
         self, guest: Guest, run: Run, qmp: Qmp, folder: Path, program: str, running: VmSnapshot
     ) -> Prepared:
         argv = next_command(run.argv, program, guest.machine, running.generation_id)
+        claims = self._launcher.claims(guest.vm, folder.name)
         pid, new = await self._start(guest, run, running, folder.name, argv)
         try:
-            plan = SwapPlan(guest.vm, _vmm(run), _vmm_of(pid, next_path(run.guard)), str(folder))
+            plan = SwapPlan(guest.vm, _vmm(run), _vmm_of(pid, next_path(run.guard)), str(claims))
             # Not of the old process yet: until the last moment its migrations are its operator's.
             usual = await usual_capabilities(qmp, SWAP_CAPABILITIES)
             late = "late-block-activate" in await read_capabilities(new)
@@ -171,7 +174,7 @@ class Preparer:
         plan = ReplacePlan(
             vm=guest.vm,
             old=_vmm(run),
-            claims=str(folder),
+            claims=str(self._launcher.claims(guest.vm, folder.name)),
             state_file=str(runtime / f"{folder.name}.state"),
             qmp=next_path(run.guard),
             argv=_lines(argv, present),

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import msgspec
 
+from caesura_host_updater.guard.markers import OPERATIONS
 from caesura_host_updater.guard.plans import BadPlan, ReplacePlan, SwapPlan, plan_from_json, plan_to_json
 
 _PLAN = "plan.json"
@@ -37,7 +38,7 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Records:
-    """The folder of run files and claims. Writes are small and replace a file whole."""
+    """The folder of run files and of what operations prepared. Writes are small and replace a file whole."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -87,9 +88,9 @@ class Records:
 
     # -- operations -----------------------------------------------------------------------------------------
 
-    def claims(self, vm: str, operation: str) -> Path:
-        """The claims of one operation on a VM."""
-        return self.folder / f"{vm}.claims" / operation
+    def operation(self, vm: str, operation: str) -> Path:
+        """What was prepared for one operation on a VM."""
+        return self.folder / f"{vm}{OPERATIONS}" / operation
 
     def begin(self, folder: Path, plan: SwapPlan | ReplacePlan) -> None:
         """Write down what was prepared: a later life finds its way out. Raises OSError."""
@@ -109,7 +110,7 @@ class Records:
     def unfinished(self, vm: str) -> list[tuple[Path, SwapPlan | ReplacePlan | None]]:
         """What an earlier life prepared and did not release; None: it never came to a plan."""
         found = []
-        for folder in sorted((self.folder / f"{vm}.claims").glob("*")):
+        for folder in sorted((self.folder / f"{vm}{OPERATIONS}").glob("*")):
             plan = None
             with suppress(OSError, ValueError, BadPlan):
                 read = plan_from_json(json.loads((folder / _PLAN).read_text()))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -19,6 +20,8 @@ from caesura_host_updater.guard.plans import ReplacePlan, SwapPlan
 from caesura_host_updater.guard.processes import end, marked
 from caesura_host_updater.guard.procfs import boot_id
 
+CLAIMS = ".claims"
+"""The end of the path of an operation's claims, in the folder of the VM's sockets."""
 _END_S = 2.0  # s: for a killed process to be dead
 
 _log = structlog.get_logger("caesura.qemu")
@@ -92,6 +95,13 @@ def forget(vm: str, run: Run | None, operation: Path, runtime: Path, records: Re
         remove_files(*(successor.next_path(path) for path in successor.sockets_of(run.argv)))
     state = runtime / f"{operation.name}.state"
     remove_files(runtime / "mig", state, f"{state}.part")
+    records.end(operation)
+    # After the record: whoever finds that must find what was decided, too.
+    remove_claims(runtime / f"{operation.name}{CLAIMS}")
     with suppress(OSError):
         runtime.rmdir()  # of a VM whose sockets are elsewhere
-    records.end(operation)
+
+
+def remove_claims(folder: Path) -> None:
+    """The operation is over and was disarmed; never fails."""
+    shutil.rmtree(folder, ignore_errors=True)

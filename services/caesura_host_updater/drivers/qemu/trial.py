@@ -10,6 +10,7 @@ import asyncio
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 from caesura_host_updater.detached import reap
 from caesura_host_updater.drivers.qemu.launching import Launcher
@@ -54,6 +55,8 @@ class Trials:
                 await drop(pid, qmp, self._threads)
         finally:
             remove_files(folder / "trial", folder / "spice", log)
+            with suppress(OSError):
+                folder.rmdir()  # of a VM whose sockets are elsewhere
 
 
 async def drop(pid: int, qmp: Qmp, threads: ThreadPoolExecutor) -> None:

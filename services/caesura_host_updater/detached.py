@@ -9,13 +9,13 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import subprocess
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
 from caesura.runtime.errors import CaesuraError
+from caesura_host_updater.guard import processes
 from caesura_host_updater.threads import in_thread
 
 
@@ -27,38 +27,20 @@ _UNWANTED_S = 1.0  # s: to end a process whose start was cancelled; some millise
 
 _endings: set[asyncio.Task[None]] = set()
 
-# As in ``guard.processes``: with vfork(2) a thread of its own would be of no use.
-subprocess._USE_VFORK = False  # type: ignore[misc]  # noqa: SLF001
-
 
 def spawn_detached(argv: Sequence[str], environ: Mapping[str, str], log_file: Path) -> int:
     """Start ``argv`` in a new session, stdin from /dev/null, output appended to ``log_file``. Returns the pid.
 
-    No descriptor of ours is inherited. Blocking, for as long as the file systems of program and log file like: in the
-    event loop use ``start_detached``.
+    Nothing of ours is handed on: no descriptor, no priority. Blocking, for as long as the file systems of program and log
+    file like: in the event loop use ``start_detached``.
 
     Raises:
         SpawnError: the program cannot be started, or the log file cannot be opened.
     """
     try:
-        log = os.open(log_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
-        try:
-            process = subprocess.Popen(
-                argv,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                env=dict(environ),
-                start_new_session=True,
-            )
-        finally:
-            os.close(log)
+        return processes.start(tuple(argv), tuple(environ.items()), str(log_file)).pid
     except OSError as error:
         raise SpawnError(f"cannot start {argv[0]}: {error.strerror or error}") from error
-    process.returncode = (
-        0  # it is watched and reaped through a pidfd: not by the next Popen, and without a warning
-    )
-    return process.pid
 
 
 async def start_detached(argv: Sequence[str], environ: Mapping[str, str], log_file: Path) -> int:

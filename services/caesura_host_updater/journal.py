@@ -18,7 +18,7 @@ from caesura.runtime.errors import StoreError
 from caesura_host_updater.clock import ClockWait
 from caesura_host_updater.command import Authority
 from caesura_host_updater.operation_state import Operation
-from caesura_host_updater.threads import Lane
+from caesura_host_updater.threads import Worker
 
 KEEP_FINISHED = 1000  # operations whose report is repeated when their command comes again
 
@@ -233,20 +233,20 @@ class JournalThread:
     """The journal and its thread."""
 
     def __init__(self) -> None:
-        self._lane = Lane("journal")
+        self._worker = Worker("journal")
         self._journal: Journal | None = None
         self.trouble = ""
         """Why the last write failed; empty when it did not."""
 
     async def open(self, path: str) -> None:
         """Open the file. Raises StoreError."""
-        self._journal = await self._lane.do(lambda: Journal(path))
+        self._journal = await self._worker.do(lambda: Journal(path))
 
     async def do(self, work: Callable[[Journal], T]) -> T:
         """Run ``work`` after everything posted before and wait for it. Raises StoreError."""
         journal = self._opened()
         try:
-            result = await self._lane.do(lambda: work(journal))
+            result = await self._worker.do(lambda: work(journal))
         except StoreError as error:
             self.trouble = str(error)
             raise
@@ -264,14 +264,14 @@ class JournalThread:
                 self.trouble = str(error)
                 _log.error("journal.write_failed", why=str(error))
 
-        self._lane.post(attempt)
+        self._worker.post(attempt)
 
     async def close(self) -> None:
         """Finish what was posted, close the file and the thread; one that hangs in a disk is not waited for longer."""
         journal, self._journal = self._journal, None
         if journal is not None:
-            self._lane.post(journal.close)
-        if not await self._lane.close(_CLOSE_S):
+            self._worker.post(journal.close)
+        if not await self._worker.close(_CLOSE_S):
             _log.error("journal.not_closed", why=f"the disk does not answer within {_CLOSE_S:g} s")
 
     def _opened(self) -> Journal:

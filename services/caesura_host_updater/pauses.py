@@ -21,7 +21,7 @@ from caesura_host_updater.guard.plans import CgroupPlan, Plan, SignalPlan
 from caesura_host_updater.guard.procfs import boot_id
 from caesura_host_updater.guard.qemuplans import QemuPlan, ReplacePlan, SwapPlan
 from caesura_host_updater.guard.rescue import marked_and_paused, resume
-from caesura_host_updater.threads import Lane
+from caesura_host_updater.threads import Worker
 
 _WRITE_S = 3.0  # s: one round of the disk; nothing is paused while it is waited for
 _REMOVE_AGAIN_S = 5.0  # s: between two tries to remove markers that the disk refused to remove
@@ -39,7 +39,7 @@ class PauseMarkers:
     def __init__(self, state_dir: Path) -> None:
         self._state_dir = str(state_dir.resolve())
         self._boot_id = boot_id()
-        self._lane = Lane("pause markers")
+        self._worker = Worker("pause markers")
         self._left: set[str] = set()
         self._stop = threading.Event()
 
@@ -53,7 +53,7 @@ class PauseMarkers:
         found = [Marker(operation, self._boot_id, at, plan) for plan in plans]
         try:
             async with asyncio.timeout(_WRITE_S):
-                await self._lane.do(lambda: markers.write(self._state_dir, found))
+                await self._worker.do(lambda: markers.write(self._state_dir, found))
         except TimeoutError:
             self.remove(plan.vm for plan in plans)
             raise NotMarked(f"the disk did not take the pause markers within {_WRITE_S:g} s") from None
@@ -62,7 +62,7 @@ class PauseMarkers:
 
     def remove(self, vms: Iterable[str]) -> None:
         """These VMs were seen to run, or are gone. Does not wait for the disk."""
-        self._lane.post(lambda names=tuple(vms): self._remove(names))  # type: ignore[misc]
+        self._worker.post(lambda names=tuple(vms): self._remove(names))  # type: ignore[misc]
 
     def _remove(self, vms: Sequence[str]) -> None:
         left = markers.remove(self._state_dir, vms)
@@ -79,7 +79,7 @@ class PauseMarkers:
 
     async def read(self) -> Mapping[str, Marker | None]:
         """Every marker; None where it is damaged."""
-        return await self._lane.do(lambda: markers.read(self._state_dir))
+        return await self._worker.do(lambda: markers.read(self._state_dir))
 
     def is_ours(self, marker: Marker | None, plan: Plan | None) -> bool:
         """Whether a marker is about the VM that this plan would resume. A damaged one is.
@@ -110,18 +110,18 @@ class PauseMarkers:
                 if isinstance(plan, SwapPlan | ReplacePlan) and _owner(plan.claims) is not None
             ]
 
-        return await self._lane.do(begun)
+        return await self._worker.do(begun)
 
     # -- at the start ---------------------------------------------------------------------------------------
 
     async def found_paused(self) -> Intent | None:
         """What stands paused with our marker."""
-        return await self._lane.do(lambda: marked_and_paused(self._state_dir, self._boot_id, _say))
+        return await self._worker.do(lambda: marked_and_paused(self._state_dir, self._boot_id, _say))
 
     async def resume(self, found: Intent, patience_s: float) -> Mapping[str, float]:
         """Resume it; who runs, and since when on CLOCK_MONOTONIC."""
         until = time.monotonic() + patience_s
-        return await self._lane.do(
+        return await self._worker.do(
             lambda: resume(
                 found, "the host updater started and found it paused", _say, until, self._stop.is_set
             )
@@ -130,7 +130,7 @@ class PauseMarkers:
     async def close(self, patience_s: float = 1.0) -> None:
         """Finish what was asked for, for ``patience_s`` seconds at most."""
         self._stop.set()
-        await self._lane.close(patience_s)
+        await self._worker.close(patience_s)
 
 
 def _say(event: str, **facts: object) -> None:

@@ -47,7 +47,7 @@ async def in_thread_to_its_end(name: str, work: Callable[[threading.Event], T]) 
         raise
 
 
-class Lane:
+class Worker:
     """One thread that does one thing after the other, in the order in which they were asked for.
 
     Unlike a pool's, its thread is a daemon: one that hangs does not keep the service from ending.
@@ -96,7 +96,7 @@ class Lane:
             try:
                 job()
             except Exception:  # noqa: BLE001 - the next job must be done all the same
-                _log.exception("lane.job_failed", lane=self._name)
+                _log.exception("worker.job_failed", worker=self._name)
 
 
 def _report(loop: asyncio.AbstractEventLoop, done: asyncio.Future[T], work: Callable[[], T]) -> None:

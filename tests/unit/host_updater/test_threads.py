@@ -17,10 +17,11 @@ import pytest
 from caesura_host_updater import applying, detached
 from caesura_host_updater.applying import UpdateNotStarted, UpdateProcess
 from caesura_host_updater.detached import start_detached
+from caesura_host_updater.guard import processes
 from caesura_host_updater.guard.bounded_read import environs, read_each
 from caesura_host_updater.guard.processes import marked
 from caesura_host_updater.guard.procfs import read_process
-from caesura_host_updater.threads import Lane, in_thread, in_thread_to_its_end
+from caesura_host_updater.threads import Worker, in_thread, in_thread_to_its_end
 from caesura_host_updater.updates import UpdateFile
 
 
@@ -64,26 +65,26 @@ async def test_cancelled_it_is_told_and_waited_for() -> None:
 
 
 async def test_a_lane_keeps_the_order_and_survives_what_fails() -> None:
-    lane, done = Lane("lane"), list[int]()
+    worker, done = Worker("worker"), list[int]()
     for number in range(100):
-        lane.post(lambda number=number: done.append(number))  # type: ignore[misc]
-    lane.post(lambda: done.append(1 // 0))
+        worker.post(lambda number=number: done.append(number))  # type: ignore[misc]
+    worker.post(lambda: done.append(1 // 0))
     with pytest.raises(ZeroDivisionError):
-        await lane.do(lambda: 1 / 0)
-    assert await lane.do(lambda: list(done)) == list(range(100))
-    assert await lane.close(20)
-    assert await lane.do(lambda: "again") == "again"
-    assert await lane.close(20)
+        await worker.do(lambda: 1 / 0)
+    assert await worker.do(lambda: list(done)) == list(range(100))
+    assert await worker.close(20)
+    assert await worker.do(lambda: "again") == "again"
+    assert await worker.close(20)
 
 
 async def test_a_lane_that_hangs_does_not_hold_up_the_end() -> None:
-    lane, disk = Lane("lane"), threading.Event()
+    worker, disk = Worker("worker"), threading.Event()
 
     def hang() -> None:
         disk.wait()
 
-    lane.post(hang)
-    assert not await lane.close(0.05)
+    worker.post(hang)
+    assert not await worker.close(0.05)
     disk.set()
 
 
@@ -175,7 +176,7 @@ async def test_an_update_that_starts_when_its_operation_is_over_is_killed(
 async def test_a_process_that_nobody_waits_for_any_more_does_not_stay(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    program = Exec(monkeypatch, detached)
+    program = Exec(monkeypatch, processes)
     starting = asyncio.create_task(start_detached(["sleep", "600"], os.environ, tmp_path / "log"))
     await until(program.begun.is_set)
     starting.cancel()

@@ -108,6 +108,16 @@ def settings(option: str, value: str | None) -> tuple[str, dict[str, str]]:
     return kind or found.get(key, ""), found
 
 
+def repeated(value: str | None, key: str) -> list[str]:
+    """Every value of a setting that may be given more than once, such as ``hostfwd``."""
+    if (data := parse_json(value)) is not None:
+        listed = data.get(key, [])
+        each = listed if isinstance(listed, list) else [listed]
+        return [str(one.get("str", "")) if isinstance(one, dict) else str(one) for one in each]
+    parts = (part.partition("=") for part in _parts(value))
+    return [text for name, equals, text in parts if equals and name == key]
+
+
 def _parts(value: str | None) -> list[str]:
     return [each.replace("\0", ",") for each in (value or "").replace(",,", "\0").split(",")]
 

@@ -18,7 +18,7 @@ from typing import TypeVar
 import structlog
 
 from caesura_host_updater.drivers.qemu.commandline import cpu_of
-from caesura_host_updater.drivers.qemu.compatibility import differences
+from caesura_host_updater.drivers.qemu.compatibility import as_stated, differences
 from caesura_host_updater.drivers.qemu.guest import Guest, host_obstacles
 from caesura_host_updater.drivers.qemu.launching import Launcher, LaunchFailed
 from caesura_host_updater.drivers.qemu.observer import read_snapshot
@@ -140,7 +140,7 @@ class Assessor:
             until = now + _FAILED_S
             reasons: tuple[str, ...] = (f"a new process cannot be started beside it: {error}",)
         else:
-            reasons = differences(running, there, cpu_of(command))
+            reasons = differences(running, as_stated(running, there, command), cpu_of(command))
         self._done[guest.vm] = _Trial(running, run.argv, binary, reasons, until)
         return reasons
 
@@ -148,7 +148,8 @@ class Assessor:
         self, guest: Guest, running: VmSnapshot, command: tuple[str, ...]
     ) -> tuple[str, ...]:
         """What speaks against a process with this command line. Raises LaunchFailed, QmpFailed, OSError: there is none."""
-        return differences(running, await self._trials.take(guest.vm, command), cpu_of(command))
+        there = await self._trials.take(guest.vm, command)
+        return differences(running, as_stated(running, there, command), cpu_of(command))
 
     def binary_of(self, run: Run) -> str:
         """The program that would follow if an update names none. Blocking. Raises LaunchFailed, NoVmm."""

@@ -7,8 +7,10 @@ themselves. Every difference is named, with what an operator can do about it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
+from caesura_host_updater.drivers.qemu.networks import stated_networks
 from caesura_host_updater.drivers.qemu.snapshot import VmSnapshot
 
 _AT_START = "the VM's command line must name what it has now"
@@ -30,6 +32,8 @@ def _differences(old: VmSnapshot, new: VmSnapshot, cpu: str) -> Iterator[str]:
         yield f"the guest's vCPUs are at {'; '.join(old.vcpus)} and the new process's at {'; '.join(new.vcpus)}"
     yield from _difference("device", old.devices, new.devices, _AT_START)
     yield from _difference("device", old.places, new.places, _AT_START)
+    yield from _setting_differences(old, new)
+    yield from _network_differences(old, new)
     disks = list(
         _difference(
             "disk",
@@ -55,6 +59,38 @@ def _differences(old: VmSnapshot, new: VmSnapshot, cpu: str) -> Iterator[str]:
         yield f"the VM generation id is {old.generation_id or 'none'} and {new.generation_id or 'none'} in the new process"
 
 
+def _setting_differences(old: VmSnapshot, new: VmSnapshot) -> Iterator[str]:
+    """Properties that only one of the two versions knows are what its machine type made of them."""
+    for name in sorted(old.settings.keys() & new.settings.keys()):
+        here, there = old.settings[name], new.settings[name]
+        keys = sorted(key for key in here.keys() & there.keys() if here[key] != there[key])
+        what, _, label = name.partition(" ")
+        kinds = old.devices if what == "device" else old.objects
+        if keys and kinds.get(label) == (new.devices if what == "device" else new.objects).get(label):
+            yield (
+                f"{name} has {_listed(here, keys)} and {_listed(there, keys)} in the new process: plugged in again or "
+                f"set since its start: {_AT_START}"
+            )
+
+
+def _listed(settings: Mapping[str, str], keys: Sequence[str]) -> str:
+    return ", ".join(f"{key} {settings[key] or 'unset'}" for key in keys)
+
+
+def _network_differences(old: VmSnapshot, new: VmSnapshot) -> Iterator[str]:
+    yield from _difference(
+        "network",
+        {name: network.text for name, network in old.networks.items()},
+        {name: network.text for name, network in new.networks.items()},
+        f"netdev_add, netdev_del, hostfwd_add or hostfwd_remove since its start: {_AT_START}",
+    )
+    for card in sorted(old.plugged.keys() - new.plugged.keys()):
+        yield (
+            f"network card {card} was plugged in at run time, and QEMU does not say all that its network "
+            f"{old.plugged[card] or '(without an id)'} was given (dns, guestfwd, sndbuf and the like): restart the VM once"
+        )
+
+
 def _ram_differences(old: Mapping[str, int], new: Mapping[str, int]) -> Iterator[str]:
     for name in sorted(old.keys() ^ new.keys()):
         which = "the new process lacks" if name in old else "the guest has no"
@@ -73,6 +109,17 @@ def _difference(what: str, old: Mapping[str, str], new: Mapping[str, str], hint:
             yield f"the new process has {what} {name} ({new[name]}) that the guest has not: {hint}"
         elif old[name] != new[name]:
             yield f"{what} {name} is {old[name] or 'empty'} and {new[name] or 'empty'} in the new process: {hint}"
+
+
+def as_stated(running: VmSnapshot, new: VmSnapshot, argv: Sequence[str]) -> VmSnapshot:
+    """A process's machine with the networks that its command line names: a trial has no others than user networks."""
+    cards = {
+        name: {key: text for key, text in settings.items() if key != "vectors"}
+        for name, settings in new.settings.items()
+        if "netdev" in settings  # its vectors are made for the queues of a tap
+    }
+    networks = stated_networks(running.networks, new.networks, argv)
+    return replace(new, networks=networks, settings={**new.settings, **cards})
 
 
 def moved_bytes(blocks: Mapping[str, int], shared: str) -> int:

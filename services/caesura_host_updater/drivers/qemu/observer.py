@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
+import os
+from collections.abc import Mapping
 from typing import Any
 
+from caesura_host_updater.drivers.qemu.devices import Settings, device_settings
+from caesura_host_updater.drivers.qemu.networks import network_names, read_networks
 from caesura_host_updater.drivers.qemu.qmp import Qmp, QmpRefused
 from caesura_host_updater.drivers.qemu.snapshot import (
     VmSnapshot,
@@ -21,6 +26,11 @@ from caesura_host_updater.drivers.qemu.snapshot import (
     vcpu_places,
 )
 
+_STATE = frozenset(("type", "realized", "hotplugged", "hotpluggable", "loaded", "opened", "limits"))
+"""What an object is or has become, not what it was given; the limits of throttle groups are read by name."""
+_SECRET = frozenset(("data", "password"))
+_KEY = os.urandom(16)
+
 
 async def read_machine(qmp: Qmp) -> str:
     """The machine type as QEMU resolved it, such as ``pc-q35-7.2``. Raises QmpFailed."""
@@ -28,7 +38,7 @@ async def read_machine(qmp: Qmp) -> str:
 
 
 async def read_snapshot(qmp: Qmp) -> VmSnapshot:
-    """What a QEMU says of its machine, in some 5 ms. Raises QmpFailed."""
+    """What a QEMU says of its machine, in some 10 ms for ten devices. Raises QmpFailed."""
     ask = qmp.execute
     answers = await asyncio.gather(
         ask("qom-list", path="/machine/peripheral"),
@@ -43,14 +53,32 @@ async def read_snapshot(qmp: Qmp) -> VmSnapshot:
         ask("query-block-exports"),
         ask("query-migrate"),
         ask("query-chardev"),
+        ask("human-monitor-command", command_line="info qtree"),
+        ask("human-monitor-command", command_line="info network"),
+        ask("human-monitor-command", command_line="info usernet"),
     )
-    named, unnamed, objects, cpus, buses, ram, blocks, nodes, jobs, exports, migration, chardevs = answers
+    named, unnamed, objects, cpus, buses, ram, blocks, nodes, jobs, exports, migration, chardevs = answers[:12]
+    tree, clients, users = answers[12:]
+    kinds, others = device_types(named), device_types(unnamed)
+    tree_settings = device_settings(tree, kinds, set(others.values()))
+    devices, gone, plugged, held = await asyncio.gather(
+        _device_settings(qmp, kinds, others, tree_settings),
+        _removed_networks(qmp, network_names(clients)),
+        _plugged_cards(qmp, kinds, others, tree_settings),
+        _object_settings(qmp, device_types(objects)),
+    )
     return VmSnapshot(
         version=qmp.version,
         machine=await read_machine(qmp),
         vcpus=vcpu_places(cpus),
-        devices={**device_types(named), **counted(device_types(unnamed))},
+        devices={**kinds, **counted(others)},
         places=pci_places(buses),
+        settings={
+            **{f"device {name}": settings for name, settings in devices.items()},
+            **{f"object {name}": settings for name, settings in held.items()},
+        },
+        networks=read_networks(clients, users, gone),
+        plugged=plugged,
         blocks=ram_blocks(ram),
         disks=disk_images(blocks),
         limits=disk_limits(blocks),
@@ -74,6 +102,94 @@ async def _objects(qmp: Qmp, kinds: dict[str, str]) -> dict[str, str]:
             held = [f"{key} {value}" for key, value in sorted(limits.items()) if value != usual[key]]
             found[name] = f"{kind} with {', '.join(held) or 'no limits'}"
     return found
+
+
+async def _device_settings(
+    qmp: Qmp, kinds: Mapping[str, str], others: Mapping[str, str], tree: Mapping[str, Settings]
+) -> dict[str, Settings]:
+    """What the device tree lacks: devices that are on no bus (memory modules), and the order in which disks are booted."""
+    names, paths = list(kinds), [f"/machine/peripheral/{name}" for name in kinds]
+    unnamed = [f"/machine/peripheral-anon/{name}" for name in others]
+    orders = await asyncio.gather(*(_property(qmp, path, "bootindex") for path in (*paths, *unnamed)))
+    # A CPU has hundreds of properties, which its model gives it; it is compared by its place.
+    absent = [name for name in names if name not in tree and not kinds[name].endswith("-cpu")]
+    alone = await asyncio.gather(*(_properties(qmp, f"/machine/peripheral/{name}") for name in absent))
+    found: dict[str, Settings] = {**tree, **dict(zip(absent, alone, strict=True))}
+    for name, order in zip(names, orders, strict=False):
+        if order and name in found:
+            found[name] = {**found[name], "bootindex": order}
+    for kind in sorted(set(others.values())):
+        listed = zip(others.values(), orders[len(names) :], strict=True)
+        if booted := sorted(order for each, order in listed if each == kind and order):
+            # Which of them has which is not known; the devices without an id are a set.
+            found[f"{kind} 1"] = {**found.get(f"{kind} 1", {}), "bootindex": ", ".join(booted)}
+    return found
+
+
+async def _plugged_cards(
+    qmp: Qmp, kinds: Mapping[str, str], others: Mapping[str, str], tree: Mapping[str, Settings]
+) -> dict[str, str]:
+    """The network cards that were plugged in at run time, and their networks."""
+    cards = {name: settings["netdev"] for name, settings in tree.items() if settings.get("netdev", '""') != '""'}
+    types = {name.rpartition(" ")[0] for name in cards if name not in kinds}
+    paths = {name: f"/machine/peripheral/{name}" for name in cards if name in kinds}
+    paths |= {name: f"/machine/peripheral-anon/{name}" for name, kind in others.items() if kind in types}
+    when = await asyncio.gather(*(_property(qmp, path, "hotplugged") for path in paths.values()))
+    return {
+        name if name in kinds else others[name]: cards.get(name, "").strip('"')
+        for name, hot in zip(paths, when, strict=True)
+        if hot == "True"
+    }
+
+
+async def _removed_networks(qmp: Qmp, names: tuple[str, ...]) -> list[str]:
+    """The networks that were removed while a card is on them: ``info network`` shows them still.
+
+    QEMU looks a name up in ``query-rx-filter`` (``net/net.c``) and says "isn't a NIC" of a network that there is.
+    """
+
+    async def known(name: str) -> bool:
+        try:
+            await qmp.execute("query-rx-filter", name=name)
+        except QmpRefused as error:
+            return "invalid net client name" not in str(error)
+        return True
+
+    there = await asyncio.gather(*map(known, names))
+    return [name for name, is_known in zip(names, there, strict=True) if not is_known]
+
+
+async def _object_settings(qmp: Qmp, kinds: Mapping[str, str]) -> dict[str, Settings]:
+    """What objects were given. Not memory: that is compared by its blocks and by what the processes have mapped."""
+    names = [name for name, kind in kinds.items() if not kind.startswith("memory-backend")]
+    found = await asyncio.gather(*(_properties(qmp, f"/objects/{name}") for name in names))
+    return dict(zip(names, found, strict=True))
+
+
+async def _properties(qmp: Qmp, path: str) -> Settings:
+    """The properties of one object that are a word or a number; passwords in a form that shows nothing."""
+    try:
+        listed = await qmp.execute("qom-list", path=path)
+    except QmpRefused:
+        return {}  # it was removed this moment
+    names = [
+        each["name"]
+        for each in listed
+        if each["name"] not in _STATE and not each["type"].startswith(("child<", "link<"))
+    ]
+    found = await asyncio.gather(*(_property(qmp, path, name) for name in names))
+    return {name: _hidden(text) if name in _SECRET else text for name, text in zip(names, found, strict=True)}
+
+
+async def _property(qmp: Qmp, path: str, name: str) -> str:
+    try:
+        return str(await qmp.execute("qom-get", path=path, property=name))
+    except QmpRefused:
+        return ""  # there is none, or it can only be set
+
+
+def _hidden(text: str) -> str:
+    return f"secret {hashlib.blake2b(text.encode(), key=_KEY, digest_size=8).hexdigest()}" if text else ""
 
 
 async def _generation_id(qmp: Qmp) -> str:

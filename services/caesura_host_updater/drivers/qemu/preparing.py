@@ -12,7 +12,7 @@ from caesura_host_updater.drivers.port import DriverError
 from caesura_host_updater.drivers.qemu.assessor import Assessor
 from caesura_host_updater.drivers.qemu.checkpointing import CAPABILITIES
 from caesura_host_updater.drivers.qemu.commandline import Memory, cpu_of, memory_of
-from caesura_host_updater.drivers.qemu.compatibility import differences, moved_bytes
+from caesura_host_updater.drivers.qemu.compatibility import as_stated, differences, moved_bytes
 from caesura_host_updater.drivers.qemu.guest import Guest, Prepared
 from caesura_host_updater.drivers.qemu.handover import (
     SWAP_CAPABILITIES,
@@ -107,7 +107,8 @@ class Preparer:
         mark = self._launcher.mark_of(guest.vm, operation)
         pid, new = await self._launcher.spawn(argv, mark, log, next_path(run.qmp))
         try:
-            wrong = list(differences(running, await read_snapshot(new), cpu_of(argv)))
+            there = as_stated(running, await read_snapshot(new), argv)
+            wrong = list(differences(running, there, cpu_of(argv)))
             if isinstance(memory := memory_of(argv), Memory):
                 # The proof that RAM will not be copied: the new process has the same file mapped, shared.
                 mapped = await self._assessor.within_time(ram_error, pid, memory.file, memory.size)

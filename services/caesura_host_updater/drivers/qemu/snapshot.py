@@ -12,6 +12,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from caesura_host_updater.drivers.qemu.devices import Settings
+from caesura_host_updater.drivers.qemu.networks import Network
+
 _LIMITS = ("bps", "bps_rd", "bps_wr", "iops", "iops_rd", "iops_wr")
 _UNDER_WAY = frozenset(
     {
@@ -30,6 +33,9 @@ class VmSnapshot:
         vcpus: each vCPU's place (socket, core, thread) and type.
         devices: qdev ids to their types; devices without an id by type and number.
         places: PCI addresses to vendor and device.
+        settings: what devices and objects were given, by ``device net0`` or ``object io0``.
+        networks: network back ends by their ids, those without one by kind and number.
+        plugged: network cards that were plugged in at run time, and their networks.
         blocks: RAM blocks to their used sizes in bytes.
         disks: each disk's image with its backing chain, by device or by what it is plugged into.
         limits: I/O limits and other settings of each disk that can be changed at run time.
@@ -48,6 +54,9 @@ class VmSnapshot:
     places: Mapping[str, str]
     blocks: Mapping[str, int]
     disks: Mapping[str, str]
+    settings: Mapping[str, Settings] = field(default_factory=dict)
+    networks: Mapping[str, Network] = field(default_factory=dict)
+    plugged: Mapping[str, str] = field(default_factory=dict)
     limits: Mapping[str, str] = field(default_factory=dict)
     nodes: Mapping[str, str] = field(default_factory=dict)
     objects: Mapping[str, str] = field(default_factory=dict)

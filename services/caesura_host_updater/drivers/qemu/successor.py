@@ -28,6 +28,10 @@ _LINES = {"-serial": "serial{}", "-parallel": "parallel{}", "-debugcon": "debugc
 """Options that may name a file, and the id of the character device that QEMU makes of each (``qemu_chr_new``)."""
 _MUTE = frozenset(("-mon", "-qmp", "-qmp-pretty", "-monitor", "-gdb", "-s", "-vnc", "-D", "-d", "-trace"))
 
+_NETWORK = ("-netdev", "-nic", "-net")
+_NOTICED = ("hostfwd", "guestfwd", "smb", "smbserver")
+"""What a user network takes from its host: ports, connections, a folder."""
+
 
 def next_path(path: str) -> str:
     """Where the next process listens for what the present one has at ``path``."""
@@ -133,7 +137,8 @@ def _line(option: str, value: str, number: int) -> Iterator[str]:
 def trial_command(command: Sequence[str], folder: str) -> tuple[str, ...]:
     """A next process's command line without what only one process can have, and without all that others could notice.
 
-    The process has the same machine, memory, disks and devices, and one QMP socket ``trial`` in ``folder``.
+    The process has the same machine, memory, disks, devices and user networks (without forwarded ports), and one QMP
+    socket ``trial`` in ``folder``.
     """
     kept = [command[0]]
     hubs = 0
@@ -146,6 +151,8 @@ def trial_command(command: Sequence[str], folder: str) -> tuple[str, ...]:
             kept += ["-chardev", f"null,id={escaped(found.get('id', ''))}{mux}"]
         elif option in _LINES:
             kept += [option, value if value is not None and _is_quiet(value) else "null"]
+        elif option in _NETWORK and kind == "user":
+            kept += [option, _quiet_user(value or "")]
         elif option == "-netdev":
             hubs += 1
             kept += ["-netdev", f"hubport,id={escaped(found.get('id', ''))},hubid={hubs}"]
@@ -166,6 +173,13 @@ def trial_command(command: Sequence[str], folder: str) -> tuple[str, ...]:
             kept += words_of(option, value)
     kept += ["-display", "none", "-monitor", "none"]
     return (*kept, "-qmp", f"unix:{folder}/trial,server=on,wait=off")
+
+
+def _quiet_user(value: str) -> str:
+    """QEMU's own network without what the host could notice: its guest never runs, so nothing is ever sent."""
+    for key in _NOTICED:
+        value = with_setting(value, key, None)
+    return value
 
 
 def _is_quiet(value: str) -> bool:

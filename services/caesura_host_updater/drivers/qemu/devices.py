@@ -14,7 +14,9 @@ from dataclasses import dataclass, field
 Settings = Mapping[str, str]
 """What a device or an object was given: property to text."""
 
-_LINE = re.compile(r'^( *)(?:bus: (?P<bus>.*)|dev: (?P<kind>[^,]+), id "(?P<id>.*)"|(?P<key>[\w.-]+) = (?P<value>.*))$')
+_LINE = re.compile(
+    r'^( *)(?:bus: (?P<bus>.*)|dev: (?P<kind>[^,]+), id "(?P<id>.*)"|(?P<key>[\w.-]+) = (?P<value>.*))$'
+)
 _NUMBER = re.compile(r"^(-?\d+) \(.*\)$")
 _USB_PORT = re.compile(r"^ *addr \d+\.\d+, port (\S+), speed ")
 _AUTOMATIC = re.compile(r'^"?#')

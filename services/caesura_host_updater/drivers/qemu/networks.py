@@ -49,7 +49,9 @@ class Network:
         if self.removed:
             return f"{self.kind} removed with netdev_del"
         words = [f"{key}={value}" for key, value in self.settings]
-        return " ".join((self.kind, ",".join([*words, *(f"hostfwd={each}" for each in self.forwards)]))).strip()
+        return " ".join(
+            (self.kind, ",".join([*words, *(f"hostfwd={each}" for each in self.forwards)]))
+        ).strip()
 
 
 def network_names(said: str) -> tuple[str, ...]:

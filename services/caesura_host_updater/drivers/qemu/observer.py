@@ -7,6 +7,7 @@ import hashlib
 import os
 from collections.abc import Mapping
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from caesura_host_updater.drivers.qemu.devices import Settings, device_settings
 from caesura_host_updater.drivers.qemu.networks import network_names, read_networks
@@ -28,8 +29,17 @@ from caesura_host_updater.drivers.qemu.snapshot import (
 
 _STATE = frozenset(("type", "realized", "hotplugged", "hotpluggable", "loaded", "opened", "limits"))
 """What an object is or has become, not what it was given; the limits of throttle groups are read by name."""
+_ELSEWHERE = {
+    "iothread": frozenset(("poll-max-ns", "poll-grow", "poll-shrink", "aio-max-batch")),  # query-iothreads
+    "secret": frozenset(("iv", "keyid", "format", "file")),  # what they lead to is `data`
+}
 _SECRET = frozenset(("data", "password"))
 _KEY = os.urandom(16)
+"""For the digests that stand for passwords; it ends with this process, as they do."""
+_BOOTABLE = frozenset(("drive", "netdev"))
+"""Devices with one of these properties have a place in the boot order, which the device tree does not show."""
+_NAMES: WeakKeyDictionary[Qmp, dict[str, tuple[str, ...]]] = WeakKeyDictionary()
+"""The names of the properties of each kind of object: the same as long as a process lives."""
 
 
 async def read_machine(qmp: Qmp) -> str:
@@ -38,7 +48,7 @@ async def read_machine(qmp: Qmp) -> str:
 
 
 async def read_snapshot(qmp: Qmp) -> VmSnapshot:
-    """What a QEMU says of its machine, in some 10 ms for ten devices. Raises QmpFailed."""
+    """What a QEMU says of its machine, in some 10 to 20 ms for ten devices. Raises QmpFailed."""
     ask = qmp.execute
     answers = await asyncio.gather(
         ask("qom-list", path="/machine/peripheral"),
@@ -57,19 +67,25 @@ async def read_snapshot(qmp: Qmp) -> VmSnapshot:
         ask("human-monitor-command", command_line="info network"),
         ask("human-monitor-command", command_line="info usernet"),
     )
-    named, unnamed, objects, cpus, buses, ram, blocks, nodes, jobs, exports, migration, chardevs = answers[:12]
-    tree, clients, users = answers[12:]
+    named, unnamed, objects, cpus, buses, ram, blocks, nodes, jobs, exports, migration, *more = answers
+    chardevs, tree, clients, users = more
     kinds, others = device_types(named), device_types(unnamed)
     tree_settings = device_settings(tree, kinds, set(others.values()))
-    devices, gone, plugged, held = await asyncio.gather(
-        _device_settings(qmp, kinds, others, tree_settings),
-        _removed_networks(qmp, network_names(clients)),
-        _plugged_cards(qmp, kinds, others, tree_settings),
-        _object_settings(qmp, device_types(objects)),
+    (devices, held, stated), (gone, plugged), (machine, generation_id) = await asyncio.gather(
+        asyncio.gather(
+            _device_settings(qmp, kinds, others, tree_settings),
+            _object_settings(qmp, device_types(objects)),
+            _objects(qmp, device_types(objects)),
+        ),
+        asyncio.gather(
+            _removed_networks(qmp, network_names(clients)),
+            _plugged_cards(qmp, kinds, others, tree_settings),
+        ),
+        asyncio.gather(read_machine(qmp), _generation_id(qmp)),
     )
     return VmSnapshot(
         version=qmp.version,
-        machine=await read_machine(qmp),
+        machine=machine,
         vcpus=vcpu_places(cpus),
         devices={**kinds, **counted(others)},
         places=pci_places(buses),
@@ -83,10 +99,10 @@ async def read_snapshot(qmp: Qmp) -> VmSnapshot:
         disks=disk_images(blocks),
         limits=disk_limits(blocks),
         nodes=named_nodes(nodes),
-        objects=await _objects(qmp, device_types(objects)),
+        objects=stated,
         chardevs=chardev_names(chardevs),
         files=open_files(nodes),
-        generation_id=await _generation_id(qmp),
+        generation_id=generation_id,
         busy=tuple(busy_with(jobs, exports, nodes, migration)),
         blockers=tuple(str(why) for why in migration.get("blocked-reasons", ())),
     )
@@ -108,21 +124,25 @@ async def _device_settings(
     qmp: Qmp, kinds: Mapping[str, str], others: Mapping[str, str], tree: Mapping[str, Settings]
 ) -> dict[str, Settings]:
     """What the device tree lacks: devices that are on no bus (memory modules), and the order in which disks are booted."""
-    names, paths = list(kinds), [f"/machine/peripheral/{name}" for name in kinds]
-    unnamed = [f"/machine/peripheral-anon/{name}" for name in others]
-    orders = await asyncio.gather(*(_property(qmp, path, "bootindex") for path in (*paths, *unnamed)))
     # A CPU has hundreds of properties, which its model gives it; it is compared by its place.
-    absent = [name for name in names if name not in tree and not kinds[name].endswith("-cpu")]
-    alone = await asyncio.gather(*(_properties(qmp, f"/machine/peripheral/{name}") for name in absent))
+    absent = [name for name, kind in kinds.items() if name not in tree and not kind.endswith("-cpu")]
+    bootable = [name for name, settings in tree.items() if settings.keys() & _BOOTABLE]
+    types = {name.rpartition(" ")[0] for name in bootable if name not in kinds}
+    # Which of the devices without an id has which place in the order is not known: they are a set.
+    paths = [(name, f"/machine/peripheral/{name}") for name in bootable if name in kinds]
+    paths += [
+        (f"{kind} 1", f"/machine/peripheral-anon/{name}") for name, kind in others.items() if kind in types
+    ]
+    orders, alone = await asyncio.gather(
+        asyncio.gather(*(_property(qmp, path, "bootindex") for _, path in paths)),
+        asyncio.gather(*(_properties(qmp, f"/machine/peripheral/{name}", kinds[name]) for name in absent)),
+    )
     found: dict[str, Settings] = {**tree, **dict(zip(absent, alone, strict=True))}
-    for name, order in zip(names, orders, strict=False):
-        if order and name in found:
-            found[name] = {**found[name], "bootindex": order}
-    for kind in sorted(set(others.values())):
-        listed = zip(others.values(), orders[len(names) :], strict=True)
-        if booted := sorted(order for each, order in listed if each == kind and order):
-            # Which of them has which is not known; the devices without an id are a set.
-            found[f"{kind} 1"] = {**found.get(f"{kind} 1", {}), "bootindex": ", ".join(booted)}
+    booted: dict[str, list[str]] = {}
+    for (name, _), order in zip(paths, orders, strict=True):
+        booted.setdefault(name, []).append(order)
+    for name, each in booted.items():
+        found[name] = {**found[name], "bootindex": ", ".join(sorted(filter(None, each)))}
     return found
 
 
@@ -130,7 +150,9 @@ async def _plugged_cards(
     qmp: Qmp, kinds: Mapping[str, str], others: Mapping[str, str], tree: Mapping[str, Settings]
 ) -> dict[str, str]:
     """The network cards that were plugged in at run time, and their networks."""
-    cards = {name: settings["netdev"] for name, settings in tree.items() if settings.get("netdev", '""') != '""'}
+    cards = {
+        name: settings["netdev"] for name, settings in tree.items() if settings.get("netdev", '""') != '""'
+    }
     types = {name.rpartition(" ")[0] for name in cards if name not in kinds}
     paths = {name: f"/machine/peripheral/{name}" for name in cards if name in kinds}
     paths |= {name: f"/machine/peripheral-anon/{name}" for name, kind in others.items() if kind in types}
@@ -162,21 +184,30 @@ async def _removed_networks(qmp: Qmp, names: tuple[str, ...]) -> list[str]:
 async def _object_settings(qmp: Qmp, kinds: Mapping[str, str]) -> dict[str, Settings]:
     """What objects were given. Not memory: that is compared by its blocks and by what the processes have mapped."""
     names = [name for name, kind in kinds.items() if not kind.startswith("memory-backend")]
-    found = await asyncio.gather(*(_properties(qmp, f"/objects/{name}") for name in names))
-    return dict(zip(names, found, strict=True))
+    threads = await qmp.execute("query-iothreads") if "iothread" in kinds.values() else []
+    found = await asyncio.gather(*(_properties(qmp, f"/objects/{name}", kinds[name]) for name in names))
+    settings = dict(zip(names, found, strict=True))
+    for thread in threads:
+        polling = {key: str(value) for key, value in thread.items() if key not in ("id", "thread-id")}
+        settings[thread["id"]] = {**settings.get(thread["id"], {}), **polling}
+    return settings
 
 
-async def _properties(qmp: Qmp, path: str) -> Settings:
+async def _properties(qmp: Qmp, path: str, kind: str) -> Settings:
     """The properties of one object that are a word or a number; passwords in a form that shows nothing."""
-    try:
-        listed = await qmp.execute("qom-list", path=path)
-    except QmpRefused:
-        return {}  # it was removed this moment
-    names = [
-        each["name"]
-        for each in listed
-        if each["name"] not in _STATE and not each["type"].startswith(("child<", "link<"))
-    ]
+    known = _NAMES.setdefault(qmp, {})
+    if kind not in known:
+        try:
+            listed = await qmp.execute("qom-list", path=path)
+        except QmpRefused:
+            return {}  # it was removed this moment
+        known[kind] = tuple(
+            each["name"]
+            for each in listed
+            if each["name"] not in _STATE | _ELSEWHERE.get(kind, frozenset())
+            and not each["type"].startswith(("child<", "link<"))
+        )
+    names = known[kind]
     found = await asyncio.gather(*(_property(qmp, path, name) for name in names))
     return {name: _hidden(text) if name in _SECRET else text for name, text in zip(names, found, strict=True)}
 
@@ -189,7 +220,7 @@ async def _property(qmp: Qmp, path: str, name: str) -> str:
 
 
 def _hidden(text: str) -> str:
-    return f"secret {hashlib.blake2b(text.encode(), key=_KEY, digest_size=8).hexdigest()}" if text else ""
+    return f"hidden-{hashlib.blake2b(text.encode(), key=_KEY, digest_size=4).hexdigest()}" if text else ""
 
 
 async def _generation_id(qmp: Qmp) -> str:

@@ -59,7 +59,7 @@ async def ask(updater: Any, command: str, /, **arguments: Any) -> Any:
 async def type_in(driver: Any, line: str) -> None:
     """What an operator types into the monitor; QEMU answers nothing when it did it."""
     answer = await ask(driver, "human-monitor-command", **{"command-line": line})
-    assert answer.strip() in ("", f"host forwarding rule for {line.split()[-1]} removed"), answer
+    assert answer.strip() in ("", f"host forwarding rule for {line.rpartition(' ')[2]} removed"), answer
 
 
 async def unplug(driver: Any, name: str, *, reset: bool = False) -> None:

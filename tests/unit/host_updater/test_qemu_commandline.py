@@ -258,15 +258,17 @@ def test_a_trial_has_the_same_machine_and_nothing_that_others_could_notice() -> 
         "-machine pc-q35-7.2 -netdev user,id=n,hostfwd=tcp::22-:22 -device e1000,netdev=n -netdev tap,id=m,ifname=t0"
         " -chardev socket,id=c,path=/s/c,server=on,mux=on -mon chardev=c -qmp unix:/s/qmp,server=on -vnc :1 -s"
         " -spice port=5900 -serial file:/l -serial chardev:c -nic user,model=e1000,hostfwd=tcp::1-:1 -nic none"
+        " -nic bridge,model=rtl8139 -net bridge"
         " -net nic -net user -audiodev pa,id=a -display gtk -drive file=/d -gdb tcp::1 -monitor stdio"
     )
     trial = trial_command(next_command(argv, "/q", "pc-q35-7.2"), "/run/v")
     assert trial == (
-        *("/q", "-machine", "pc-q35-7.2", "-netdev", "hubport,id=n,hubid=1", "-device", "e1000,netdev=n"),
+        *("/q", "-machine", "pc-q35-7.2", "-netdev", "user,id=n", "-device", "e1000,netdev=n"),
         *("-netdev", "hubport,id=m,hubid=2", "-chardev", "null,id=c,mux=on"),
         *("-spice", "unix=on,addr=/run/v/spice,disable-ticketing=on"),
         *("-chardev", "null,id=serial0", "-serial", "chardev:serial0", "-serial", "chardev:c"),
-        *("-nic", "hubport,hubid=3,model=e1000", "-net", "nic", "-audiodev", "none,id=a"),
+        *("-nic", "user,model=e1000", "-nic", "none", "-nic", "hubport,hubid=5,model=rtl8139"),
+        *("-net", "nic", "-net", "user", "-audiodev", "none,id=a"),
         *("-display", "none", "-drive", "file=/d", "-incoming", "defer", "-S"),
         *("-display", "none", "-monitor", "none", "-qmp", "unix:/run/v/trial,server=on,wait=off"),
     )

@@ -121,7 +121,7 @@ def _forwards(users: str) -> dict[str, list[str]]:
 
 
 def _forward(kind: str, host: str, port: str, guest: str, guest_port: str) -> str:
-    return f"{kind}:{'' if host in ('*', '0.0.0.0') else host}:{port}-{guest}:{guest_port}"  # noqa: S104 - as it is shown
+    return f"{kind}:{'' if host in ('*', '0.0.0.0') else host}:{port}-{guest}:{guest_port}"
 
 
 def stated_networks(
@@ -162,7 +162,7 @@ def _stated_forward(text: str, given: Mapping[str, str], network: Network) -> st
     if match is None:
         return text  # which equals nothing that QEMU says, so it is refused
     kind, host, port, guest, guest_port = match.groups()
-    guest = guest if guest not in ("", "0.0.0.0") else given.get("dhcpstart", "")  # noqa: S104 - no address
+    guest = guest if guest not in ("", "0.0.0.0") else given.get("dhcpstart", "")
     if not guest:
         with suppress(ValueError):
             guest = str(IPv4Address(int(IPv4Address(dict(network.settings).get("net", ""))) | 15))

@@ -143,7 +143,7 @@ def trial_command(command: Sequence[str], folder: str) -> tuple[str, ...]:
     kept = [command[0]]
     hubs = 0
     for option, value in options(command):
-        kind, found = settings(option, value)
+        _, found = settings(option, value)
         if option in _MUTE:
             continue
         if option == "-chardev":
@@ -151,18 +151,9 @@ def trial_command(command: Sequence[str], folder: str) -> tuple[str, ...]:
             kept += ["-chardev", f"null,id={escaped(found.get('id', ''))}{mux}"]
         elif option in _LINES:
             kept += [option, value if value is not None and _is_quiet(value) else "null"]
-        elif option in _NETWORK and kind == "user":
-            kept += [option, _quiet_user(value or "")]
-        elif option == "-netdev":
+        elif option in _NETWORK:
             hubs += 1
-            kept += ["-netdev", f"hubport,id={escaped(found.get('id', ''))},hubid={hubs}"]
-        elif option == "-nic":
-            if kind != "none":
-                hubs += 1
-                card = {key: text for key, text in found.items() if key in ("id", "model", "mac")}
-                kept += ["-nic", ",".join((f"hubport,hubid={hubs}", *(f"{k}={v}" for k, v in card.items())))]
-        elif option == "-net":
-            kept += ["-net", value or ""] if kind == "nic" else []
+            kept += _trial_network(option, value or "", hubs)
         elif option == "-spice":
             kept += ["-spice", f"unix=on,addr={escaped(folder)}/spice,disable-ticketing=on"]
         elif option == "-audiodev":
@@ -175,11 +166,22 @@ def trial_command(command: Sequence[str], folder: str) -> tuple[str, ...]:
     return (*kept, "-qmp", f"unix:{folder}/trial,server=on,wait=off")
 
 
-def _quiet_user(value: str) -> str:
-    """QEMU's own network without what the host could notice: its guest never runs, so nothing is ever sent."""
-    for key in _NOTICED:
-        value = with_setting(value, key, None)
-    return value
+def _trial_network(option: str, value: str, hub: int) -> Iterator[str]:
+    """A network of a trial: QEMU's own without what the host could notice, and a hub of its own for any other one."""
+    kind, found = settings(option, value)
+    if kind == "user":
+        for key in _NOTICED:
+            value = with_setting(value, key, None)
+    elif option == "-netdev":
+        value = f"hubport,id={escaped(found.get('id', ''))},hubid={hub}"
+    elif kind == "none" or (option, kind) == ("-net", "nic"):
+        pass  # without `none` there would be a card by default
+    elif option == "-nic":
+        card = {key: text for key, text in found.items() if key in ("id", "model", "mac")}
+        value = ",".join((f"hubport,hubid={hub}", *(f"{key}={text}" for key, text in card.items())))
+    else:
+        return
+    yield from (option, value)
 
 
 def _is_quiet(value: str) -> bool:

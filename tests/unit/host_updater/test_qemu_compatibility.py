@@ -7,7 +7,8 @@ from typing import Any
 import msgspec
 import pytest
 
-from caesura_host_updater.drivers.qemu.compatibility import differences, moved_bytes
+from caesura_host_updater.drivers.qemu.compatibility import as_stated, differences, moved_bytes
+from caesura_host_updater.drivers.qemu.networks import Network
 from caesura_host_updater.drivers.qemu.snapshot import (
     VmSnapshot,
     busy_with,
@@ -29,6 +30,12 @@ ONE = VmSnapshot(
     vcpus=("core-id 0", "core-id 1"),
     devices={"net": "virtio-net-pci"},
     places={"at PCI 00:01.0": "1af4:1000"},
+    settings={
+        "device net": {"mac": "1", "netdev": "n0", "vectors": "4"},
+        "object ram": {"size": "1"},
+        "object gone": {"size": "1"},
+    },
+    networks={"n0": Network("user", (("net", "10.0.2.0"),))},
     blocks={"ram": 1 << 30, "pc.bios": 1 << 18, "/rom@etc/acpi/tables": 1 << 17},
     disks={"disk0": "qcow2 /d.qcow2"},
     limits={"disk0": "no limits"},
@@ -60,6 +67,14 @@ def test_the_same() -> None:
         (changed(devices={}), "", "lacks device net (virtio-net-pci)"),
         (changed(devices={**ONE.devices, "x": "y"}), "", "has device x (y) that the guest has not"),
         (changed(devices={"net": "e1000"}), "", "device net is virtio-net-pci and e1000"),
+        (
+            changed(settings={"device net": {"mac": "", "netdev": "n1"}}),
+            "",
+            "device net has mac 1, netdev n0 and mac unset, netdev n1 in the new process: plugged in again or",
+        ),
+        (changed(settings={"object ram": {"size": "2"}}), "", "object ram has size 1 and size 2 in"),
+        (changed(networks={}), "", "lacks network n0 (user net=10.0.2.0): netdev_add, netdev_del"),
+        (changed(networks={"n0": Network("tap")}), "", "network n0 is user net=10.0.2.0 and tap in the new"),
         (changed(places={"at PCI 00:02.0": "1af4:1000"}), "", "lacks device at PCI 00:01.0"),
         (changed(vcpus=("core-id 0", "core-id 2")), "", "vCPUs are at core-id 0; core-id 1 and"),
         (changed(nodes={}), "", "lacks block node n (qcow2 /d.qcow2): blockdev-add"),
@@ -81,6 +96,39 @@ def test_the_same() -> None:
 )
 def test_what_differs_is_named(new: VmSnapshot, cpu: str, why: str) -> None:
     assert why in "; ".join(differences(ONE, new, cpu))
+
+
+def test_settings_that_only_one_version_has_are_its_machine_types() -> None:
+    newer = {"device net": {"mac": "1", "netdev": "n0", "x-new": "2"}, "object more": {}}
+    assert differences(ONE, changed(settings=newer), "") == ()
+
+
+def test_settings_of_another_type_say_nothing_more() -> None:
+    other = changed(devices={"net": "e1000"}, settings={"device net": {"mac": "2"}})
+    assert not [each for each in differences(ONE, other, "") if "mac" in each]
+
+
+def test_a_card_that_was_plugged_in_at_run_time() -> None:
+    """Its network may be another one in ways that QEMU does not say."""
+    plugged = changed(plugged={"net": "n0"})
+    assert (
+        "card net was plugged in at run time, and QEMU does not say all that its network n0 was given"
+        in "; ".join(differences(plugged, ONE, ""))
+    )
+    assert differences(plugged, plugged, "") == differences(ONE, plugged, "") == ()
+
+
+def test_a_trial_has_the_networks_of_its_command_line() -> None:
+    argv = ("/q", "-netdev", "user,id=n0,hostfwd=tcp::22-:22", "-netdev", "tap,id=n1,ifname=t0")
+    found = as_stated(ONE, ONE, argv)
+    assert {name: network.text for name, network in found.networks.items()} == {
+        "n0": "user net=10.0.2.0,hostfwd=tcp::22-10.0.2.15:22",
+        "n1": "tap ifname=t0",
+    }
+    assert found.settings["device net"] == {"mac": "1", "netdev": "n0"}, (
+        "vectors are made for the queues of a tap"
+    )
+    assert found.settings["object ram"] == ONE.settings["object ram"]
 
 
 def test_every_difference_is_named_at_once() -> None:

@@ -281,6 +281,15 @@ async def test_what_changes_between_the_comparison_and_the_pause_is_refused_too(
     await rig.only(pid)
 
 
+async def test_a_new_qemu_that_makes_another_device_of_the_same_name(rig: Any, tools: Any) -> None:
+    """It was noticed by QEMU itself, when it loaded the state: in the pause."""
+    driver = await rig.open({"a": with_devices()})
+    vectors = 'words = [w.replace("virtio-serial-pci,", "virtio-serial-pci,vectors=5,") for w in words]'
+    with pytest.raises(DriverError, match="device channels has vectors 2 and vectors 5 in the new process"):
+        await driver.prepare("a", "op-1", "swap", rig.wrapper(vectors))
+    await rig.only(tools.pid_of(driver, "a"))
+
+
 @pytest.mark.parametrize("version", ["the same QEMU", "another QEMU"])
 async def test_a_machine_that_nobody_changed_is_taken_over(rig: Any, tools: Any, version: str) -> None:
     """Every kind of device here, and the firmware has run: nothing of what it did is a difference."""

@@ -140,10 +140,10 @@ async def failed(rig: Any, tools: Any, driver: Any, operation: str = "op-1") -> 
 
 
 async def test_new_process_that_refuses_the_state(rig: Any, tools: Any) -> None:
-    """The same devices with another property: QEMU notices when it loads the state."""
+    """The same devices on a board that lacks a timer: QEMU notices when it loads the state."""
     driver = await rig.open({"a": SMALL})
-    vectors = 'words = [w.replace("virtio-serial-pci,", "virtio-serial-pci,vectors=5,") for w in words]'
-    await driver.prepare("a", "op-1", "swap", rig.wrapper(vectors))
+    timer = 'words = [w.replace("pc-q35-7.2,", "pc-q35-7.2,hpet=off,") for w in words]'
+    await driver.prepare("a", "op-1", "swap", rig.wrapper(timer))
     why = await failed(rig, tools, driver)
     assert "the new QEMU said: " in why
     assert "error while loading state" in why

@@ -14,6 +14,13 @@ from caesura_host_updater.drivers.qemu.networks import stated_networks
 from caesura_host_updater.drivers.qemu.snapshot import VmSnapshot
 
 _AT_START = "the VM's command line must name what it has now"
+_IDENTITY = frozenset(
+    (
+        *("bus", "addr", "at port", "port", "unit", "nr", "channel", "scsi-id", "lun", "slot", "node"),
+        *("mac", "serial", "wwn", "name", "drive", "netdev", "chardev", "bootindex"),
+    )
+)
+"""The properties that say what a device is and where: they have no default that could change."""
 
 
 def differences(old: VmSnapshot, new: VmSnapshot, cpu: str) -> tuple[str, ...]:
@@ -60,16 +67,24 @@ def _differences(old: VmSnapshot, new: VmSnapshot, cpu: str) -> Iterator[str]:
 
 
 def _setting_differences(old: VmSnapshot, new: VmSnapshot) -> Iterator[str]:
-    """Properties that only one of the two versions knows are what its machine type made of them."""
+    """What a device or an object was given.
+
+    A property that only one of two versions knows is as its machine type made it. So is, across versions, one whose default
+    changed: of a device that was there at the start they are compared only if they say what the device is and where.
+    """
     for name in sorted(old.settings.keys() & new.settings.keys()):
         here, there = old.settings[name], new.settings[name]
-        keys = sorted(key for key in here.keys() & there.keys() if here[key] != there[key])
         what, _, label = name.partition(" ")
-        kinds = old.devices if what == "device" else old.objects
-        if keys and kinds.get(label) == (new.devices if what == "device" else new.objects).get(label):
+        is_device = what == "device"
+        keys = here.keys() & there.keys()
+        if old.version != new.version and is_device and label not in old.plugged:
+            keys &= _IDENTITY
+        differing = sorted(key for key in keys if here[key] != there[key])
+        kinds = (old.devices, new.devices) if is_device else (old.objects, new.objects)
+        if differing and kinds[0].get(label) == kinds[1].get(label):
             yield (
-                f"{name} has {_listed(here, keys)} and {_listed(there, keys)} in the new process: plugged in again or "
-                f"set since its start: {_AT_START}"
+                f"{name} has {_listed(here, differing)} and {_listed(there, differing)} in the new process: plugged in "
+                f"again or set since its start: {_AT_START}"
             )
 
 
@@ -84,11 +99,13 @@ def _network_differences(old: VmSnapshot, new: VmSnapshot) -> Iterator[str]:
         {name: network.text for name, network in new.networks.items()},
         f"netdev_add, netdev_del, hostfwd_add or hostfwd_remove since its start: {_AT_START}",
     )
-    for card in sorted(old.plugged.keys() - new.plugged.keys()):
-        yield (
-            f"network card {card} was plugged in at run time, and QEMU does not say all that its network "
-            f"{old.plugged[card] or '(without an id)'} was given (dns, guestfwd, sndbuf and the like): restart the VM once"
-        )
+    for card in old.plugged:
+        network = old.settings.get(f"device {card}", {}).get("netdev", "").strip('"')
+        if network and card not in new.plugged:
+            yield (
+                f"network card {card} was plugged in at run time, and QEMU does not say all that its network {network} "
+                "was given (dns, guestfwd, sndbuf and the like): restart the VM once"
+            )
 
 
 def _ram_differences(old: Mapping[str, int], new: Mapping[str, int]) -> Iterator[str]:

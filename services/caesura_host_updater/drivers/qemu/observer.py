@@ -79,7 +79,7 @@ async def read_snapshot(qmp: Qmp) -> VmSnapshot:
         ),
         asyncio.gather(
             _removed_networks(qmp, network_names(clients)),
-            _plugged_cards(qmp, kinds, others, tree_settings),
+            _plugged_in(qmp, kinds, others, tree_settings),
         ),
         asyncio.gather(read_machine(qmp), _generation_id(qmp)),
     )
@@ -146,22 +146,16 @@ async def _device_settings(
     return found
 
 
-async def _plugged_cards(
+async def _plugged_in(
     qmp: Qmp, kinds: Mapping[str, str], others: Mapping[str, str], tree: Mapping[str, Settings]
-) -> dict[str, str]:
-    """The network cards that were plugged in at run time, and their networks."""
-    cards = {
-        name: settings["netdev"] for name, settings in tree.items() if settings.get("netdev", '""') != '""'
-    }
-    types = {name.rpartition(" ")[0] for name in cards if name not in kinds}
-    paths = {name: f"/machine/peripheral/{name}" for name in cards if name in kinds}
-    paths |= {name: f"/machine/peripheral-anon/{name}" for name, kind in others.items() if kind in types}
-    when = await asyncio.gather(*(_property(qmp, path, "hotplugged") for path in paths.values()))
-    return {
-        name if name in kinds else others[name]: cards.get(name, "").strip('"')
-        for name, hot in zip(paths, when, strict=True)
-        if hot == "True"
-    }
+) -> tuple[str, ...]:
+    """The devices that were plugged in at run time; of those without an id all of a type if one of them was."""
+    paths = [f"/machine/peripheral/{name}" for name in kinds]
+    paths += [f"/machine/peripheral-anon/{name}" for name in others]
+    when = await asyncio.gather(*(_property(qmp, path, "hotplugged") for path in paths))
+    found = {name for name, hot in zip((*kinds, *others.values()), when, strict=True) if hot == "True"}
+    unnamed = {name for name in tree if name not in kinds and name.rpartition(" ")[0] in found}
+    return tuple(sorted(unnamed | {name for name in kinds if name in found}))
 
 
 async def _removed_networks(qmp: Qmp, names: tuple[str, ...]) -> list[str]:

@@ -35,7 +35,7 @@ class VmSnapshot:
         places: PCI addresses to vendor and device.
         settings: what devices and objects were given, by ``device net0`` or ``object io0``.
         networks: network back ends by their ids, those without one by kind and number.
-        plugged: network cards that were plugged in at run time, and their networks.
+        plugged: the devices that were plugged in at run time.
         blocks: RAM blocks to their used sizes in bytes.
         disks: each disk's image with its backing chain, by device or by what it is plugged into.
         limits: I/O limits and other settings of each disk that can be changed at run time.
@@ -56,7 +56,7 @@ class VmSnapshot:
     disks: Mapping[str, str]
     settings: Mapping[str, Settings] = field(default_factory=dict)
     networks: Mapping[str, Network] = field(default_factory=dict)
-    plugged: Mapping[str, str] = field(default_factory=dict)
+    plugged: tuple[str, ...] = ()
     limits: Mapping[str, str] = field(default_factory=dict)
     nodes: Mapping[str, str] = field(default_factory=dict)
     objects: Mapping[str, str] = field(default_factory=dict)

@@ -24,8 +24,9 @@ from caesura.testing.guests import second_qemu
 from caesura.testing.patience import patient
 from caesura_host_updater.drivers.port import DriverError
 from caesura_host_updater.drivers.qemu.definition import Definition, Disk, Nic
+from caesura_host_updater.drivers.qemu.launching import LaunchFailed
 from caesura_host_updater.drivers.qemu.observer import read_snapshot
-from caesura_host_updater.drivers.qemu.qmp import Qmp
+from caesura_host_updater.drivers.qemu.qmp import Qmp, listener_of
 
 SMALL = Definition(memory_mib=16, machine="pc-q35-7.2")
 PORT = ("-gdb", "tcp:127.0.0.1:0")
@@ -411,6 +412,23 @@ async def test_a_tap_that_gets_a_name_at_each_start(rig: Any, tools: Any, taps: 
         await (driver.hand_over if method == "swap" else driver.checkpoint)("a", tools.soon())
         assert await driver.resume("a", 10) == "running"
         await driver.release("a")
+
+
+async def test_a_spice_socket_goes_along(rig: Any, tools: Any) -> None:
+    """It was refused as a port of the host, which it is not."""
+    place = rig.place("spice")
+    extra = ("-spice", f"unix=on,addr={place}/socket,disable-ticketing=on", "-device", "VGA")
+    try:
+        driver = await rig.open({"a": msgspec.structs.replace(SMALL, extra=extra)})
+    except LaunchFailed as error:
+        pytest.skip(f"this QEMU has no SPICE: {error}")
+    for number, method in enumerate(("swap", "replace")):
+        await driver.prepare("a", f"op-{number}", method, "")
+        await (driver.hand_over if method == "swap" else driver.checkpoint)("a", tools.soon())
+        assert await driver.resume("a", 10) == "running"
+        await driver.release("a")
+        assert listener_of(str(place / "socket")) == tools.pid_of(driver, "a")
+    assert [path.name for path in place.rglob("*")] == ["socket", "next"]
 
 
 async def test_looking_at_ten_devices_is_quick(rig: Any, tools: Any) -> None:

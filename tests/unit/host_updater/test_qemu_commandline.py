@@ -82,6 +82,17 @@ def test_next_command_is_the_same_but_for_where_it_listens() -> None:
     assert settled_path("/a/b") == "/a/b"
 
 
+def test_a_spice_socket_is_moved_as_others_are() -> None:
+    argv = words("-spice unix=on,addr=/s/a,,b,disable-ticketing=on -spice port=1,addr=127.0.0.1")
+    assert sockets_of(argv) == ("/s/a,b",)
+    following = next_command(argv, "/q", "pc-q35-7.2")
+    assert following[1:5] == (
+        *("-spice", "unix=on,addr=/s/next/a,,b,disable-ticketing=on"),
+        *("-spice", "port=1,addr=127.0.0.1"),
+    )
+    assert settled(following)[1:5] == argv[1:]
+
+
 def test_macs_differ_and_stay() -> None:
     assert mac_of("a", 0) == mac_of("a", 0)
     assert len({mac_of("a", 0), mac_of("a", 1), mac_of("b", 0)}) == 3
@@ -148,6 +159,8 @@ def test_options_and_settings() -> None:
         ),
         (RAM + " -drive file=/d,id=v,snapshot=on", "-drive v with snapshot=on"),
         (RAM + " -drive file=fat:rw:/tmp", "vvfat"),
+        (RAM + " -qmp unix:s/qmp,server=on", "'s/qmp' in its command line is relative"),
+        (RAM + " -spice unix=on,addr=spice", "'spice' in its command line is relative"),
         (RAM + " -drive file=file:d.img", "'file:d.img' in its command line is relative"),
         (
             RAM + " -chardev socket,id=tpm,path=/run/swtpm -tpmdev emulator,id=t,chardev=tpm",
@@ -190,7 +203,8 @@ def test_what_forbids_any_other_process(text: str, why: str) -> None:
         ("-s", "gdb"),
         ("-gdb tcp::1", "gdb"),
         ("-vnc :1", "-vnc"),
-        ("-spice port=1", "-spice"),
+        ("-spice port=1", "-spice holds a port"),
+        ("-spice unix=on,addr=/s/spice,tls-port=1", "-spice holds a port"),
         ("-monitor tcp:127.0.0.1:1,server=on", "-monitor tcp:"),
         ("-chardev socket,id=c,port=1,host=::1,server=on", "chardev c"),
     ],
@@ -202,7 +216,9 @@ def test_what_forbids_a_process_beside(text: str, why: str) -> None:
 
 
 def test_what_forbids_nothing() -> None:
-    text = "-netdev bridge,id=n,br=br0 -vnc unix:/v -drive file=nbd:h:1 -vnc none"
+    text = (
+        "-netdev bridge,id=n,br=br0 -vnc unix:/v -drive file=nbd:h:1 -vnc none -spice unix=on,addr=/s/spice"
+    )
     found = obstacles(words(f"{RAM} {text}"), "pc-q35-7.2")
     assert found.both == found.beside == ()
 

@@ -150,7 +150,9 @@ def _held(option: str, value: str | None, kind: str, found: Mapping[str, str]) -
             yield f"hostfwd {found[key]} holds a port of the host"
     if option == "-s" or (option == "-gdb" and text.startswith("tcp")):
         yield "its gdb server holds a port of the host"
-    elif option == "-spice" or (option == "-vnc" and not text.startswith(("unix:", "none"))):
+    elif (option == "-spice" and (not is_on(found, "unix") or "tls-port" in found)) or (
+        option == "-vnc" and not text.startswith(("unix:", "none"))
+    ):
         yield f"{option} holds a port of the host"
     elif option == "-chardev" and ("port" in found or kind == "udp") and not _is_client(option, kind, found):
         yield f"chardev {found.get('id')} holds a port of the host"
@@ -169,6 +171,8 @@ def _relative(option: str, value: str | None, found: Mapping[str, str]) -> Itera
                 continue
             if not _is_absolute(found[key]):
                 yield found[key]
+    # A socket's path: the process that follows would listen elsewhere.
+    yield from (path for path in sockets_of(("", option, value or "")) if not path.startswith("/"))
 
 
 def _is_absolute(name: str) -> bool:

@@ -59,6 +59,8 @@ def _with_sockets(argv: Sequence[str], move: Callable[[str], str]) -> tuple[list
         kind, found = settings(option, value)
         if option == "-chardev" and kind == "socket" and "path" in found and is_on(found, "server"):
             changed = with_setting(value or "", "path", target(found["path"]))
+        elif option == "-spice" and is_on(found, "unix") and "addr" in found:
+            changed = with_setting(value or "", "addr", target(found["addr"]))
         elif option in SERVERS and value is not None and value.startswith("unix:"):
             path, comma, rest = value.removeprefix("unix:").partition(",")
             changed = f"unix:{target(path)}{comma}{rest}"

@@ -1,7 +1,7 @@
 """A process like the one that would follow, started for a moment to see which machine it has; no guest ever runs in it.
 
-It has the guest's machine, RAM, disks and devices, but no network, no character devices and no ports, so it can be
-started beside any running guest without anybody noticing.
+It has the guest's machine, RAM, disks and devices, but no taps, no character devices and no ports, so it can be
+started beside any running guest without anybody noticing. A user network is QEMU's own; nothing is ever sent on it.
 """
 
 from __future__ import annotations

@@ -291,6 +291,23 @@ async def test_a_new_qemu_that_makes_another_device_of_the_same_name(rig: Any, t
     await rig.only(tools.pid_of(driver, "a"))
 
 
+@pytest.mark.parametrize("model", ["virtio-net-pci", "e1000"])
+@pytest.mark.parametrize("again", [False, True], ids=["removed", "made again"])
+async def test_a_network_that_was_removed_under_a_card_of_the_same_name(
+    rig: Any, tools: Any, model: str, again: bool
+) -> None:
+    """As Proxmox names them. A card of the one kind answers in its network's place, the other kind refuses to."""
+    extra = ("-netdev", "user,id=net0", "-device", f"{model},netdev=net0,id=net0,romfile=")
+    driver = await rig.open({"a": msgspec.structs.replace(SMALL, extra=extra)})
+    await driver._assessor.assess(driver._guests["a"])
+    assert "swap" in driver.capabilities("a").methods
+    await ask(driver, "netdev_del", id="net0")
+    if again:
+        await ask(driver, "netdev_add", type="user", id="net0")
+    with pytest.raises(DriverError, match="network net0 is user removed with netdev_del and user net="):
+        await driver.prepare("a", "op-1", "swap", "")
+
+
 @pytest.mark.parametrize("version", ["the same QEMU", "another QEMU"])
 async def test_a_machine_that_nobody_changed_is_taken_over(rig: Any, tools: Any, version: str) -> None:
     """Every kind of device here, and the firmware has run: nothing of what it did is a difference."""

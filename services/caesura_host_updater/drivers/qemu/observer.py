@@ -36,6 +36,7 @@ _ELSEWHERE = {
 _SECRET = frozenset(("data", "password"))
 _KEY = os.urandom(16)
 """For the digests that stand for passwords; it ends with this process, as they do."""
+_NO_NETWORK = ("invalid net client name", "support rx-filter querying")
 _BOOTABLE = frozenset(("drive", "netdev"))
 """Devices with one of these properties have a place in the boot order, which the device tree does not show."""
 _NAMES: WeakKeyDictionary[Qmp, dict[str, tuple[str, ...]]] = WeakKeyDictionary()
@@ -161,15 +162,16 @@ async def _plugged_in(
 async def _removed_networks(qmp: Qmp, names: tuple[str, ...]) -> list[str]:
     """The networks that were removed while a card is on them: ``info network`` shows them still.
 
-    QEMU looks a name up in ``query-rx-filter`` (``net/net.c``) and says "isn't a NIC" of a network that there is.
+    QEMU looks a name up in ``query-rx-filter`` (``net/net.c``): of a network it says "isn't a NIC". When the card has the
+    name, too, as Proxmox gives it, and answers, there is no network of that name before it in QEMU's list.
     """
 
     async def known(name: str) -> bool:
         try:
             await qmp.execute("query-rx-filter", name=name)
         except QmpRefused as error:
-            return "invalid net client name" not in str(error)
-        return True
+            return not any(words in str(error) for words in _NO_NETWORK)
+        return False
 
     there = await asyncio.gather(*map(known, names))
     return [name for name, is_known in zip(names, there, strict=True) if not is_known]

@@ -43,6 +43,7 @@ DEVICES = (
     *("-device", "virtio-scsi-pci,id=scsi0"),
     *("-device", "scsi-hd,id=sd0,drive=null0,bus=scsi0.0,scsi-id=1,lun=2,serial=abc,bootindex=3"),
     *("-device", "virtio-rng-pci", "-device", "virtio-rng-pci,max-bytes=1024,period=1000"),
+    *("-chardev", "null,id=line0", "-device", "pci-serial,chardev=line0,id=serial7"),
     *("-object", "iothread,id=io0", "-object", "secret,id=key0,data=one"),
 )
 
@@ -210,7 +211,20 @@ async def other_secret(driver: Any) -> None:
     await ask(driver, "object-add", **{"qom-type": "secret", "id": "key0", "data": "two"})
 
 
+async def other_line(driver: Any) -> None:
+    """Another socket behind the guest's serial line."""
+    path = Path(driver._guests["a"].run.qmp).parent / "elsewhere"
+    address = {"type": "unix", "data": {"path": str(path)}}
+    backend = {"type": "socket", "data": {"addr": address, "server": True, "wait": False}}
+    await ask(driver, "chardev-change", id="line0", backend=backend)
+    path.unlink()
+
+
 CHANGES = [
+    (
+        other_line,
+        r"character device 'line0' is unix /.*/elsewhere and null in the new process: chardev-change or chardev-add",
+    ),
     (
         forwarded,
         r"network n0 is user net=.*,restrict=off,hostfwd=tcp:127\.0\.0\.1:\d+-10\.0\.2\.15:22 and user net=.* in the new",
@@ -343,6 +357,23 @@ async def test_a_machine_that_nobody_changed_is_taken_over(rig: Any, tools: Any,
             "ich9-ahci,id=ahci",
         ),
         *("-device", "vmgenid,guid=auto,id=gen", "-object", "filter-buffer,id=f0,netdev=n1,interval=1000"),
+        *(
+            "-serial",
+            "null",
+            "-serial",
+            f"file:{rig.folder}/log",
+            "-parallel",
+            "null",
+            "-chardev",
+            "ringbuf,id=c1",
+        ),
+        *(
+            "-chardev",
+            f"socket,id=c2,path={rig.folder}/c2,server=on,wait=off,mux=on",
+            "-chardev",
+            "pty,id=c3",
+        ),
+        *("-serial", f"unix:{rig.folder}/c4,server=on,wait=off"),
         *("-net", "nic,model=e1000", "-net", "user", "-device", "virtio-balloon-pci,bus=rp2,id=balloon"),
     )
     definition = msgspec.structs.replace(

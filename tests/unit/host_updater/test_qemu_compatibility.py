@@ -42,6 +42,7 @@ ONE = VmSnapshot(
     nodes={"n": "qcow2 /d.qcow2"},
     objects={"ram": "memory-backend-file"},
     chardevs=("serial0",),
+    lines={"serial0": "unix /s"},
     generation_id="3cb7",
 )
 
@@ -81,6 +82,7 @@ def test_the_same() -> None:
         (changed(limits={"disk0": "bps 1"}), "", "disk disk0 is no limits and bps 1"),
         (changed(objects={}), "", "lacks object ram"),
         (changed(chardevs=()), "", "lacks character device 'serial0'"),
+        (changed(lines={"serial0": "null"}), "", "device 'serial0' is unix /s and null in the new process"),
         (changed(chardevs=("serial0", "x")), "", "no character device 'x'"),
         (changed(generation_id=""), "", "generation id is 3cb7 and none"),
         (changed(disks={"disk0": ""}), "", "and empty in the new process"),

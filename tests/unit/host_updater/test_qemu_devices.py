@@ -8,6 +8,7 @@ import pytest
 
 from caesura_host_updater.drivers.qemu.arguments import repeated
 from caesura_host_updater.drivers.qemu.devices import device_settings
+from caesura_host_updater.drivers.qemu.lines import line_texts, stated_lines
 from caesura_host_updater.drivers.qemu.networks import (
     Network,
     network_names,
@@ -209,3 +210,51 @@ def test_settings_that_may_be_repeated() -> None:
     assert repeated('{"type":"user","hostfwd":[{"str":"a"},{"str":"b"}]}', "hostfwd") == ["a", "b"]
     assert repeated('{"type":"user","hostfwd":"a"}', "hostfwd") == ["a"]
     assert repeated('{"type":"user"}', "hostfwd") == repeated(None, "hostfwd") == []
+
+
+@pytest.mark.parametrize(
+    ("said", "text"),
+    [
+        ("disconnected:unix:/s/next/a,server=on", "unix /s/a"),
+        ("unix:/s/a,b,server=on", "unix /s/a,b"),
+        ("disconnected:telnet:127.0.0.1:38455,server=on", "telnet port 38455"),
+        ("tcp:127.0.0.1:5,server=on <-> 127.0.0.1:6", "tcp port 5"),
+        ("pty:/dev/pts/0", "pty"),
+        ("null", "null"),
+    ],
+)
+def test_what_is_behind_a_character_device(said: str, text: str) -> None:
+    assert line_texts([{"label": "c", "filename": said}]) == {"c": text}
+
+
+def test_a_line_that_is_shared_is_the_one_below() -> None:
+    shared = [{"label": "c-base", "filename": "null"}, {"label": "c", "filename": "mux"}]
+    assert line_texts(shared) == line_texts(shared[::-1]) == {"c": "null"}
+
+
+@pytest.mark.parametrize(
+    ("text", "running", "stated"),
+    [
+        ("-chardev socket,id=c,path=/s/next/a,server=on", "", "unix /s/a"),
+        ("-chardev socket,id=c,host=h,port=5,server=on", "", "tcp port 5"),
+        ("-chardev socket,id=c,host=h,port=5,server=on,telnet=on", "", "telnet port 5"),
+        ("-chardev socket,id=c,host=h,port=0,server=on", "tcp port 7", "tcp port 7"),
+        ("-chardev socket,id=c,host=h,port=0,server=on", "unix /a", "tcp port "),
+        ("-chardev pty,id=c", "", "pty"),
+        ("-chardev braille,id=c", "", None),
+        ("-chardev socket,id=c,path=a,abstract=on,server=on", "", None),
+    ],
+)
+def test_character_devices_as_a_command_line_writes_them(text: str, running: str, stated: str | None) -> None:
+    assert stated_lines({"c": running}, words(text)) == ({} if stated is None else {"c": stated})
+
+
+def test_serial_lines_as_a_command_line_writes_them() -> None:
+    text = "-serial null -serial unix:/s/next/a,server=on -serial telnet::5,server=on -serial chardev:x -serial stdio"
+    assert stated_lines({}, words(f"{text} -serial pty -parallel none -debugcon file:/l")) == {
+        "serial0": "null",
+        "serial1": "unix /s/a",
+        "serial2": "telnet port 5",
+        "serial5": "pty",
+        "debugcon": "file",
+    }

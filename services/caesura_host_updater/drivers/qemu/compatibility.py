@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
+from caesura_host_updater.drivers.qemu.lines import line_differences, stated_lines
 from caesura_host_updater.drivers.qemu.networks import stated_networks
 from caesura_host_updater.drivers.qemu.snapshot import VmSnapshot
 
@@ -61,6 +62,11 @@ def _differences(old: VmSnapshot, new: VmSnapshot, cpu: str) -> Iterator[str]:
     for name in sorted(set(old.chardevs) ^ set(new.chardevs)):
         which = "the new process lacks" if name in old.chardevs else "the guest has no"
         yield f"{which} character device {name!r}: {_AT_START}"
+    for name, here, there in line_differences(old.lines, new.lines):
+        yield (
+            f"character device {name!r} is {here or 'nothing'} and {there or 'nothing'} in the new process: chardev-change "
+            f"or chardev-add since its start: {_AT_START}"
+        )
     yield from _ram_differences(old.blocks, new.blocks)
     if old.generation_id != new.generation_id:
         yield f"the VM generation id is {old.generation_id or 'none'} and {new.generation_id or 'none'} in the new process"
@@ -129,14 +135,18 @@ def _difference(what: str, old: Mapping[str, str], new: Mapping[str, str], hint:
 
 
 def as_stated(running: VmSnapshot, new: VmSnapshot, argv: Sequence[str]) -> VmSnapshot:
-    """A process's machine with the networks that its command line names: a trial has no others than user networks."""
+    """A process's machine with the networks and character devices that its command line names.
+
+    A trial has user networks only and nothing behind its character devices.
+    """
     cards = {
         name: {key: text for key, text in settings.items() if key != "vectors"}
         for name, settings in new.settings.items()
         if "netdev" in settings  # its vectors are made for the queues of a tap
     }
     networks = stated_networks(running.networks, new.networks, argv)
-    return replace(new, networks=networks, settings={**new.settings, **cards})
+    lines = stated_lines(running.lines, argv)
+    return replace(new, networks=networks, lines=lines, settings={**new.settings, **cards})
 
 
 def moved_bytes(blocks: Mapping[str, int], shared: str) -> int:

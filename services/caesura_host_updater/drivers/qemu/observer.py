@@ -10,6 +10,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from caesura_host_updater.drivers.qemu.devices import Settings, device_settings
+from caesura_host_updater.drivers.qemu.lines import line_texts
 from caesura_host_updater.drivers.qemu.networks import network_names, read_networks
 from caesura_host_updater.drivers.qemu.qmp import Qmp, QmpRefused
 from caesura_host_updater.drivers.qemu.snapshot import (
@@ -102,6 +103,7 @@ async def read_snapshot(qmp: Qmp) -> VmSnapshot:
         nodes=named_nodes(nodes),
         objects=stated,
         chardevs=chardev_names(chardevs),
+        lines=line_texts(chardevs),
         files=open_files(nodes),
         generation_id=generation_id,
         busy=tuple(busy_with(jobs, exports, nodes, migration)),

@@ -42,6 +42,7 @@ class VmSnapshot:
         nodes: named block nodes to driver and file.
         objects: user-created QOM objects to their types.
         chardevs: the names of the character devices.
+        lines: what is behind them, by their names.
         files: every file name that its block nodes have open.
         busy: what is under way or is served, which another process would not know of; each a reason for people.
         blockers: QEMU's own reasons against a migration.
@@ -61,6 +62,7 @@ class VmSnapshot:
     nodes: Mapping[str, str] = field(default_factory=dict)
     objects: Mapping[str, str] = field(default_factory=dict)
     chardevs: tuple[str, ...] = ()
+    lines: Mapping[str, str] = field(default_factory=dict)
     files: tuple[str, ...] = ()
     generation_id: str = ""
     busy: tuple[str, ...] = ()

@@ -24,7 +24,7 @@ NEXT = "next"
 
 SERVERS = frozenset(("-qmp", "-qmp-pretty", "-monitor", "-serial", "-parallel", "-debugcon", "-gdb", "-vnc"))
 _DROPPED = frozenset(("-S", "-daemonize", "-pidfile", "-incoming", "-loadvm", "-mem-prealloc"))
-_LINES = {"-serial": "serial{}", "-parallel": "parallel{}", "-debugcon": "debugcon"}
+LINES = {"-serial": "serial{}", "-parallel": "parallel{}", "-debugcon": "debugcon"}
 """Options that may name a file, and the id of the character device that QEMU makes of each (``qemu_chr_new``)."""
 _MUTE = frozenset(("-mon", "-qmp", "-qmp-pretty", "-monitor", "-gdb", "-s", "-vnc", "-D", "-d", "-trace"))
 
@@ -93,11 +93,11 @@ def next_command(argv: Sequence[str], binary: str, machine: str, generation_id: 
     """
     words, _ = _with_sockets(argv, next_path)
     kept = [binary]
-    lines = dict.fromkeys(_LINES, 0)
+    lines = dict.fromkeys(LINES, 0)
     for option, value in options(words):
         if option in _DROPPED:
             continue
-        if option in _LINES:
+        if option in LINES:
             lines[option] += 1
             kept += _line(option, value or "", lines[option] - 1)
             continue
@@ -131,7 +131,7 @@ def _line(option: str, value: str, number: int) -> Iterator[str]:
     if not value.startswith("file:"):
         yield from (option, value)
         return
-    name = _LINES[option].format(number)
+    name = LINES[option].format(number)
     yield from ("-chardev", f"file,id={name},path={escaped(value.removeprefix('file:'))},append=on")
     yield from (option, f"chardev:{name}")
 
@@ -151,7 +151,7 @@ def trial_command(command: Sequence[str], folder: str) -> tuple[str, ...]:
         if option == "-chardev":
             mux = ",mux=on" if is_on(found, "mux") else ""
             kept += ["-chardev", f"null,id={escaped(found.get('id', ''))}{mux}"]
-        elif option in _LINES:
+        elif option in LINES:
             kept += [option, value if value is not None and _is_quiet(value) else "null"]
         elif option in _NETWORK:
             hubs += 1

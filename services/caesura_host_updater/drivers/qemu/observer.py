@@ -50,7 +50,7 @@ async def read_machine(qmp: Qmp) -> str:
 
 
 async def read_snapshot(qmp: Qmp) -> VmSnapshot:
-    """What a QEMU says of its machine, in some 10 to 20 ms for ten devices. Raises QmpFailed."""
+    """What a QEMU says of its machine, in some 25 ms for ten devices. Raises QmpFailed."""
     ask = qmp.execute
     answers = await asyncio.gather(
         ask("qom-list", path="/machine/peripheral"),

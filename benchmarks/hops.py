@@ -298,7 +298,7 @@ def _precopy(downtime_limit_ms: int | None) -> Callable[[Bench], Awaitable[dict[
             await bench.heartbeat.connect(folder / "heartbeat")
             try:
                 for qmp in (old, new):
-                    await set_capabilities(qmp, events=True, return_path=True)
+                    await set_capabilities(qmp, {"events": True, "return-path": True})
                 await old.execute("migrate-set-parameters", **_parameters(downtime_limit_ms))
                 uri = f"unix:{folder}/mig"
                 await new.execute("migrate-incoming", uri=uri)
@@ -331,7 +331,7 @@ async def _save_restore(bench: Bench) -> dict[str, Any]:
     saved = bench.folder / "saved"
     old = await Qmp.connect(str(bench.vm / "qmp"), _CONNECT_S)
     try:
-        await set_capabilities(old, events=True)
+        await set_capabilities(old, {"events": True})
         await old.execute("migrate-set-parameters", **_parameters(None))
         with saved.open("wb") as file:
             await old.pass_file(file.fileno(), "saved")
@@ -350,7 +350,7 @@ async def _save_restore(bench: Bench) -> dict[str, Any]:
         new = await _connect_soon(folder / "qmp")
         try:
             await bench.heartbeat.connect(folder / "heartbeat")
-            await set_capabilities(new, events=True)
+            await set_capabilities(new, {"events": True})
             with saved.open("rb") as file:
                 await new.pass_file(file.fileno(), "saved")
             with new.watch() as told:

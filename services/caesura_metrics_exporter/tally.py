@@ -163,10 +163,11 @@ class Tally:
         self._memory(resumed.set, resumed.update_domain, resumed.memory)
 
     def _memory(self, set_name: str, domain: int, proof: m.MemoryProof | None) -> None:
-        for code in held_codes(proof):
-            self.memory_proofs.add(set_name, str(domain), code, "held")
-        for code in broken_codes(proof):
-            self.memory_proofs.add(set_name, str(domain), code, "broken")
+        held, broken = held_codes(proof), broken_codes(proof)
+        for code in (*held, *broken):
+            # Both outcomes from the first proof on: a counter that begins at 1 has not increased, for Prometheus.
+            self.memory_proofs.add(set_name, str(domain), code, "held", by=float(code in held))
+            self.memory_proofs.add(set_name, str(domain), code, "broken", by=float(code in broken))
 
     def _clock(self, synced: m.VmClockSynced) -> None:
         domain = (synced.set, str(synced.update_domain))

@@ -22,11 +22,11 @@ before and is not claimed has lost then, and can be killed safely.
 Beside the claims there are notes of how far the operation came, which QEMU's states do not tell:
 
 ``begun``
-    The guest's process is about to be asked to migrate. Without it, a guest that was migrated away was so by somebody
-    else, and runs elsewhere. Taken back when QEMU refused to migrate.
-``accepted``
-    QEMU accepted our migration. Without it, and ``begun``, the migration may be ours or somebody else's: it is ours if
-    something of it arrived, see ``swapping.is_ours`` and ``replacing.is_ours``.
+    The guest's process is about to be stopped and asked to migrate. Without it, a guest that is paused or was migrated
+    away was so by somebody else.
+``accepted``, ``refused``
+    What QEMU said to our migration. With neither, a migration may be ours or somebody else's: it is ours if something
+    of it arrived, see ``swapping.is_ours`` and ``replacing.is_ours``.
 ``ran``
     The claimed new process ran the guest. If it is paused after that, somebody else paused it.
 
@@ -35,7 +35,7 @@ decided any more.
 """
 
 # light imports on purpose: no pathlib here.
-# ruff: noqa: PTH108, PTH115, PTH208, PTH211
+# ruff: noqa: PTH108, PTH112, PTH115, PTH208, PTH211
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ LONGEST_WAIT_S = 5.0
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
-Note = Literal["begun", "accepted", "ran"]
+Note = Literal["begun", "accepted", "refused", "ran"]
 
 
 class BadClaim(ValueError):
@@ -109,6 +109,11 @@ def current(folder: str) -> tuple[int, Owner | None]:
         return (number, parse_owner(os.readlink(f"{folder}/{number}"))) if number else (0, None)
     except FileNotFoundError:
         return 0, None
+
+
+def untouched(folder: str) -> bool:
+    """Whether nothing was begun and nothing decided: whatever the guest is found in, it was not brought there by us."""
+    return os.path.isdir(folder) and not noted(folder, "begun") and not first_kind(folder)
 
 
 def first_kind(folder: str) -> str:
@@ -162,12 +167,6 @@ def note(folder: str, what: Note) -> None:
 def noted(folder: str, what: Note) -> bool:
     """Whether that was written down."""
     return os.path.lexists(f"{folder}/{what}")
-
-
-def strike_out(folder: str, what: Note) -> None:
-    """Take a note back. Never fails: what is left then is only less exact."""
-    with suppress(OSError):
-        os.unlink(f"{folder}/{what}")
 
 
 def note_failure(folder: str, why: str) -> None:

@@ -39,9 +39,10 @@ NOT_OURS = AWAY | {
 }
 """States that no ``stop`` of ours leads to, each with what it means; whoever brought the guest there resumes it."""
 CONT_S = 1.0  # s: what ``cont`` may take: activating the disks may wait for a busy one
-_UNDER_WAY = frozenset(
+UNDER_WAY = frozenset(
     {"setup", "cancelling", "active", "pre-switchover", "device", "wait-unplug", "postcopy-active"}
 )
+_LEAVES_MEMORY = "x-ignore-shared"
 _STEP_S = 0.002  # s: between two questions
 _LOOK_S = 0.5  # s: an answer takes a millisecond; a QEMU that hangs must not hold us
 _BUSY_S = 0.2  # s: a greeting takes a millisecond; then the spare socket, and so on in turn
@@ -114,13 +115,13 @@ def look(
     *,
     ours: Callable[[], bool],
     claimed: bool = False,
-    ran: bool = False,
+    theirs: bool = False,
 ) -> Literal["running", "held", "frozen", "gone"]:
     """The condition of the process that has the guest: as ``plans.condition``.
 
     ``ours``: tells whether a migration of ours may have brought it to where it is; if not, a guest that was migrated away
-    or paused by somebody else is ``gone`` from our hands. ``claimed``: it is a new process that may be loading our state;
-    ``ran``: and which ran the guest since.
+    or paused by somebody else is ``gone`` from our hands. ``claimed``: it is a new process that may be loading our state.
+    ``theirs``: if it is paused, it was paused by somebody else, too.
     """
     if not alive(pid, start_ticks):
         return "gone"
@@ -134,19 +135,20 @@ def look(
         return "held" if alive(pid, start_ticks) else "gone"
     if state in RUNNING:
         return "running"
-    if state in OVER or (state == "paused" and ran):
+    if state in OVER or (state == "paused" and theirs):
         return "gone"
     if state in NOT_OURS and not (claimed and state in LOADING) and not ours():
         return "gone"
     return "held" if state in ("inmigrate", "finish-migrate") else "frozen"
 
 
-def make_run(qmp: Qmp, until: float, *, ours: bool) -> None:
+def make_run(qmp: Qmp, until: float, *, ours: bool, stopped: bool) -> None:
     """Have a guest run that this process has and nobody else may have.
 
     Args:
         ours: whether a migration of this guest is ours: to cancel while it is under way, to go back from when it is
             done. If not, a guest that was migrated away or paused by somebody else is left as it is.
+        stopped: whether we may have paused it; if not, a pause is somebody else's, and is left, too.
 
     Raises:
         NotRunning: it does not by ``until``; QEMU's reason is in the text.
@@ -155,17 +157,22 @@ def make_run(qmp: Qmp, until: float, *, ours: bool) -> None:
     give_up_waiting = time.monotonic() + _CANCEL_S
     cancelled, why = False, "no reason"
     while True:
-        state = run_state(qmp, until)
-        if state in RUNNING or state in OVER or (state in NOT_OURS and not ours):
-            return
-        if state == "inmigrate":
-            raise NotRunning("it waits for a state that nobody sends")
         wait = False
-        if ours and time.monotonic() < give_up_waiting and migration(qmp, until) in _UNDER_WAY:
+        if ours and time.monotonic() < give_up_waiting and migration(qmp, until) in UNDER_WAY:
             if not cancelled:
                 cancelled = True
                 qmp.execute("migrate_cancel", until=until)
-            wait = True
+            wait = True  # also of a guest that runs: it would be paused again when that comes to its end
+        state = run_state(qmp, until)
+        if state in OVER or (state in RUNNING and not wait) or (state == "paused" and not stopped):
+            return
+        if state in NOT_OURS and not ours:
+            # One of ours that failed, for nobody is there to receive it, comes back from there by itself.
+            wait = stopped and state == "finish-migrate" and time.monotonic() < give_up_waiting
+            if not wait:
+                return
+        elif state == "inmigrate":
+            raise NotRunning("it waits for a state that nobody sends")
         if not wait:
             try:
                 qmp.execute("cont", until=until)
@@ -189,6 +196,18 @@ def has_run(claims_folder: str, state: str) -> bool:
     if found:
         note_ran(claims_folder)
     return found
+
+
+def keep_memory_along(qmp: Qmp, until: float) -> None:
+    """Switch ``x-ignore-shared`` off, which our migrations need: somebody else's next one would leave the memory behind.
+
+    Never fails: a migration that is under way forbids it. Whoever began the operation restores the rest.
+    """
+    with suppress(QmpError):
+        listed = qmp.execute("query-migrate-capabilities", until=until)
+        if any(each["capability"] == _LEAVES_MEMORY and each["state"] for each in listed):
+            off = [{"capability": _LEAVES_MEMORY, "state": False}]
+            qmp.execute("migrate-set-capabilities", {"capabilities": off}, until=until)
 
 
 def note_ran(claims_folder: str) -> None:

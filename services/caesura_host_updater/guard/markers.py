@@ -179,8 +179,10 @@ def way_out(state_dir: str, vm: str, boot: str) -> Plan | None:
     """
     folder = f"{state_dir}/vms"
     for operation in _names(f"{folder}/{vm}{OPERATIONS}"):
-        with suppress(OSError, ValueError, BadPlan):
-            return plan_from_json(_json(f"{folder}/{vm}{OPERATIONS}/{operation}/plan.json"))
+        with suppress(OSError, ValueError, KeyError, TypeError, BadPlan):
+            raw = _json(f"{folder}/{vm}{OPERATIONS}/{operation}/plan.json")
+            if raw["boot_id"] == boot:
+                return plan_from_json(raw)
     with suppress(OSError, ValueError, KeyError, TypeError, BadPlan):
         run = _json(f"{folder}/{vm}.qemu.json")
         if run["boot_id"] == boot:

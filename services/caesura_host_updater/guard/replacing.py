@@ -17,11 +17,12 @@ from caesura_host_updater.guard.claims import Owner
 from caesura_host_updater.guard.guest import (
     CONT_S,
     LOADING,
+    UNDER_WAY,
     NotRunning,
     ProcessGone,
     cont,
     has_run,
-    make_run,
+    keep_memory_along,
     migration,
     never_ran,
     note_ran,
@@ -31,12 +32,13 @@ from caesura_host_updater.guard.guest import (
 from caesura_host_updater.guard.processes import LOG_S, calm, end, hurry, let_go, marked, start
 from caesura_host_updater.guard.procfs import Process, alive, send_signal
 from caesura_host_updater.guard.qemuplans import ReplacePlan
-from caesura_host_updater.guard.qmp import Qmp
+from caesura_host_updater.guard.qmp import Qmp, QmpError
 from caesura_host_updater.guard.swapping import back
 
 _TOTAL_S = 1.0  # s: one call, but for a process that is starting; whoever calls comes again
 _START_S = 3.0  # s: from the program's start to the loaded state; 60 ms on an idle host
 _CAPABILITIES = {"x-ignore-shared": True, "events": True, "return-path": False, "late-block-activate": True}
+_SHOWS_S = 0.3  # s: for a migration of ours to write something; some milliseconds are usual
 _STEP_S = 0.001
 PART = ".part"
 """The end of the path of the state file while it is being written."""
@@ -70,8 +72,7 @@ def way_out(plan: ReplacePlan, *, alone: bool) -> None:
             lives = alive(plan.old.pid, plan.old.start_ticks)
             claims.claim(plan.claims, 1, "old" if lives else "gone")
         elif owner.kind == "old":
-            others = [(each.pid, each.start_ticks) for each in started(plan)]
-            back(plan.old, others, until, ours=is_ours(plan))
+            _back(plan, until)
             return
         elif owner.kind == "gone":
             _clear_away(plan, 0, until)
@@ -96,8 +97,42 @@ def is_ours(plan: ReplacePlan) -> bool:
     """Whether the old process's last migration is ours: QEMU accepted it, or has written to our file."""
     if claims.noted(plan.claims, "accepted"):
         return True
-    written = _size(f"{plan.state_file}{PART}") > 0 or _size(plan.state_file) > 0
-    return written and claims.noted(plan.claims, "begun")
+    return _is_open(plan) and _written(plan) > 0
+
+
+def _is_open(plan: ReplacePlan) -> bool:
+    """Whether nobody wrote down what QEMU said to our migration."""
+    return claims.noted(plan.claims, "begun") and not claims.noted(plan.claims, "refused")
+
+
+def _written(plan: ReplacePlan) -> int:
+    """Bytes of our state file so far; -1: there is none."""
+    sizes = [-1]
+    for path in (plan.state_file, f"{plan.state_file}{PART}"):
+        with suppress(OSError):
+            sizes.append(os.path.getsize(path))
+    return max(sizes)
+
+
+def _back(plan: ReplacePlan, until: float) -> None:
+    """The old process has the guest for good."""
+    while True:
+        _wait_until_it_shows(plan, until)
+        ours, begun = is_ours(plan), claims.noted(plan.claims, "begun")
+        others = [(each.pid, each.start_ticks) for each in started(plan)]
+        back(plan.old, others, until, ours=ours, begun=begun)
+        if ours or not is_ours(plan):
+            return
+
+
+def _wait_until_it_shows(plan: ReplacePlan, until: float) -> None:
+    """A migration is under way that may be ours: that writes to our file within milliseconds."""
+    give_up = min(until, time.monotonic() + _SHOWS_S)
+    with suppress(QmpError), reach(plan.old.pid, plan.old.start_ticks, [plan.old.qmp], give_up) as qmp:
+        while _is_open(plan) and not is_ours(plan) and time.monotonic() < give_up:
+            if migration(qmp, give_up) not in UNDER_WAY:
+                return
+            time.sleep(_STEP_S)
 
 
 def _failed_tries(plan: ReplacePlan) -> str:
@@ -136,6 +171,7 @@ def _forward(plan: ReplacePlan, number: int, owner: Owner, until: float) -> bool
     with qmp:
         if not has_run(plan.claims, run_state(qmp, until)):
             return _let_run(plan, number, owner, qmp, until)
+        keep_memory_along(qmp, until)
     end(plan.old.pid, plan.old.start_ticks, until)
     return True
 
@@ -147,6 +183,7 @@ def _let_run(plan: ReplacePlan, number: int, owner: Owner, qmp: Qmp, until: floa
     refused = cont(qmp, until)
     if refused is None:
         note_ran(plan.claims)
+        keep_memory_along(qmp, until)
         return True
     claims.note_failure(plan.claims, str(refused))
     proven = never_ran(qmp, owner.pid, owner.start_ticks, until + _TOTAL_S)
@@ -316,5 +353,7 @@ def _after_the_operation(plan: ReplacePlan, until: float) -> None:
     """The claims were removed: if the old process is left, it has the guest; of any other we know nothing."""
     old = plan.old
     if alive(old.pid, old.start_ticks) and not started(plan):
-        with reach(old.pid, old.start_ticks, [old.qmp], until) as qmp:
-            make_run(qmp, until, ours=False)
+        let_go(old.pid, old.start_ticks)
+        written = _written(plan)
+        if written >= 0:  # they were lost in the middle, for the state file goes first
+            back(old, [], until, ours=written > 0, begun=True)

@@ -14,11 +14,14 @@ from caesura_host_updater.guard.claims import Owner
 from caesura_host_updater.guard.guest import (
     CONT_S,
     LOADING,
+    NOT_OURS,
     OVER,
+    RUNNING,
     NotRunning,
     ProcessGone,
     cont,
     has_run,
+    keep_memory_along,
     make_run,
     migration,
     never_ran,
@@ -54,8 +57,9 @@ def way_out(plan: SwapPlan) -> None:
                 return
             _decide(plan, until)
         elif owner.kind == "old":
-            ours = is_ours(plan)  # asked before the new process is ended, which alone may tell
-            back(plan.old, [(plan.new.pid, plan.new.start_ticks)], until, ours=ours)
+            begun = claims.noted(plan.claims, "begun")
+            ours = begun and _find_out_whose(plan, until)
+            back(plan.old, [(plan.new.pid, plan.new.start_ticks)], until, ours=ours, begun=begun)
             return
         elif owner.kind == "new":
             if _forward(plan, number, owner, until):
@@ -69,11 +73,12 @@ def way_out(plan: SwapPlan) -> None:
             raise claims.BadClaim(f"{owner.text!r} in a swap")
 
 
-def back(old: Vmm, others: list[tuple[int, int]], until: float, *, ours: bool) -> None:
+def back(old: Vmm, others: list[tuple[int, int]], until: float, *, ours: bool, begun: bool) -> None:
     """The old process has the guest for good: everybody else is dead before it is resumed.
 
     A QEMU that sends its state to one that hangs hangs itself until that one is dead.
-    ``ours``: whether our own migration of this guest was begun; if not, one that is done is somebody else's.
+    ``ours``: whether its last migration is ours; if not, one that is done is somebody else's. ``begun``: whether we may
+    have stopped it; if not, its pause is somebody else's, too.
     """
     for pid, start_ticks in others:
         end(pid, start_ticks, until)
@@ -81,7 +86,9 @@ def back(old: Vmm, others: list[tuple[int, int]], until: float, *, ours: bool) -
         let_go(old.pid, old.start_ticks)
         try:
             with reach(old.pid, old.start_ticks, [old.qmp], until) as qmp:
-                make_run(qmp, until, ours=ours)
+                make_run(qmp, until, ours=ours, stopped=begun)
+                if begun:
+                    keep_memory_along(qmp, until)
         except ProcessGone:
             return
 
@@ -91,13 +98,40 @@ def is_ours(plan: SwapPlan) -> bool:
 
     Who began it may have died before he wrote down that QEMU accepted it; then it is ours if it arrived.
     """
-    if claims.noted(plan.claims, "accepted") or claims.first_kind(plan.claims) == "new":
+    if _known_as_ours(plan):
         return True
-    if not claims.noted(plan.claims, "begun") or not _arrived(plan):
+    if claims.noted(plan.claims, "refused") or not claims.noted(plan.claims, "begun") or not _arrived(plan):
         return False
     with suppress(OSError):
         claims.note(plan.claims, "accepted")
     return True
+
+
+def _known_as_ours(plan: SwapPlan) -> bool:
+    return claims.noted(plan.claims, "accepted") or claims.first_kind(plan.claims) == "new"
+
+
+def _find_out_whose(plan: SwapPlan, until: float) -> bool:
+    """As ``is_ours``, for the last time: the new process, which alone may tell, is ended next.
+
+    It is stopped first, so that the answer holds: a migration of ours has a return path, and cannot be completed while its
+    other end stands. If the old process has not been migrated by then, one that completes later is somebody else's.
+    """
+    if _known_as_ours(plan):
+        return True
+    hold(plan.new.pid, plan.new.start_ticks)
+    let_go(plan.old.pid, plan.old.start_ticks)
+    try:
+        with reach(
+            plan.old.pid, plan.old.start_ticks, [plan.old.qmp], min(until, time.monotonic() + _ARRIVED_S)
+        ) as qmp:
+            away = run_state(qmp, time.monotonic() + _ARRIVED_S) == "postmigrate"
+    except QmpError:
+        return False  # dead, or waiting for the new one to take what it sends
+    if not away:
+        return False
+    let_go(plan.new.pid, plan.new.start_ticks)
+    return is_ours(plan)
 
 
 def _arrived(plan: SwapPlan) -> bool:
@@ -168,16 +202,33 @@ def _forward(plan: SwapPlan, number: int, owner: Owner, until: float) -> bool:
                 claims.claim(plan.claims, number + 1, "old" if proven else "gone")
                 return False
             note_ran(plan.claims)
+        keep_memory_along(qmp, until)
     end(old.pid, old.start_ticks, until)
     return True
 
 
 def _after_the_operation(plan: SwapPlan, until: float) -> None:
-    """The claims were removed: exactly one of the two is left, and it has the guest."""
-    left = [each for each in (plan.old, plan.new) if alive(each.pid, each.start_ticks)]
-    if len(left) > 1:
-        raise FileNotFoundError(f"both processes live and the claims are gone: {plan.claims}")
+    """The claims were removed: exactly one of the two is left and has the guest, which is paused by others if at all.
+
+    If both are left, the claims were lost in the middle: the new one has the guest if it has its state.
+    """
+    old, new = plan.old, plan.new
+    left = [each for each in (old, new) if alive(each.pid, each.start_ticks)]
     for vmm in left:
-        with reach(vmm.pid, vmm.start_ticks, [plan.new.qmp, plan.old.qmp], until) as qmp:
-            if run_state(qmp, until) not in LOADING:
-                make_run(qmp, until, ours=False)
+        let_go(vmm.pid, vmm.start_ticks)
+    if len(left) == 1:
+        return
+    try:
+        with reach(new.pid, new.start_ticks, [new.qmp, old.qmp], until) as qmp:
+            state = run_state(qmp, until)
+            if state not in LOADING:
+                hold(old.pid, old.start_ticks)
+                if not (state in RUNNING or state in OVER or state in NOT_OURS):
+                    refused = cont(qmp, max(until, time.monotonic() + CONT_S))
+                    if refused is not None:
+                        raise refused
+                end(old.pid, old.start_ticks, until + _TOTAL_S)
+                return
+    except ProcessGone:
+        return
+    back(old, [(new.pid, new.start_ticks)], until, ours=False, begun=True)

@@ -33,19 +33,21 @@ def condition(plan: VmmPlan) -> Literal["running", "held", "frozen", "gone"]:
         return look(plan.vmm.pid, plan.vmm.start_ticks, [plan.vmm.qmp], ours=lambda: False)
     paths = [plan.new.qmp if isinstance(plan, SwapPlan) else plan.qmp, plan.old.qmp]
     _, owner = _current(plan)
+    theirs = claims.untouched(plan.claims)
 
     def ours() -> bool:
         return swapping.is_ours(plan) if isinstance(plan, SwapPlan) else replacing.is_ours(plan)
 
     if owner is None:
         if alive(plan.old.pid, plan.old.start_ticks) or not isinstance(plan, SwapPlan):
-            return look(plan.old.pid, plan.old.start_ticks, [plan.old.qmp], ours=ours)
+            return look(plan.old.pid, plan.old.start_ticks, [plan.old.qmp], ours=ours, theirs=theirs)
         return look(plan.new.pid, plan.new.start_ticks, paths, ours=lambda: True)
     if owner.kind == "old":
-        return look(plan.old.pid, plan.old.start_ticks, [plan.old.qmp], ours=ours)
+        theirs = not claims.noted(plan.claims, "begun")
+        return look(plan.old.pid, plan.old.start_ticks, [plan.old.qmp], ours=ours, theirs=theirs)
     if owner.kind == "new":
         ran = claims.noted(plan.claims, "ran")
-        found = look(owner.pid, owner.start_ticks, paths, ours=lambda: False, claimed=True, ran=ran)
+        found = look(owner.pid, owner.start_ticks, paths, ours=lambda: False, claimed=True, theirs=ran)
         # Dead and nobody has said yet what follows from it: whoever killed it may know that it never ran.
         undecided = found == "gone" and not alive(owner.pid, owner.start_ticks)
         return "held" if undecided else found
@@ -63,7 +65,7 @@ def thaw(plan: VmmPlan) -> None:
         let_go(vmm.pid, vmm.start_ticks)
         try:
             with reach(vmm.pid, vmm.start_ticks, [vmm.qmp], until) as qmp:
-                make_run(qmp, until, ours=False)
+                make_run(qmp, until, ours=False, stopped=True)
         except ProcessGone:
             return
         return
@@ -76,6 +78,34 @@ def thaw(plan: VmmPlan) -> None:
                 replacing.way_out(plan, alone=alone)
     except claims.BadClaim as error:
         raise NobodyKnows(f"{plan.claims}: {error}") from error
+
+
+def heir(plan: SwapPlan | ReplacePlan) -> claims.Owner | None:
+    """Who has the guest when the claims are no more; None: two processes may."""
+    if isinstance(plan, SwapPlan):
+        others = [(each.pid, each.start_ticks) for each in (plan.new,) if alive(each.pid, each.start_ticks)]
+    else:
+        others = [(each.pid, each.start_ticks) for each in replacing.started(plan)]
+    lives = alive(plan.old.pid, plan.old.start_ticks)
+    if len(others) + lives > 1:
+        return None
+    if others:
+        return claims.Owner("new", *others[0])
+    return claims.Owner("old" if lives else "gone")
+
+
+def holder(plan: SwapPlan | ReplacePlan) -> tuple[int, int] | None:
+    """The living process that has the guest, pid and start time; None: none has, or it is not decided."""
+    _, owner = _current(plan)
+    if not os.path.isdir(plan.claims):
+        owner = heir(plan)
+    if owner is None or owner.kind == "old":
+        found = plan.old.pid, plan.old.start_ticks
+    elif owner.kind == "new":
+        found = owner.pid, owner.start_ticks
+    else:
+        return None
+    return found if alive(*found) else None
 
 
 def owner_of(plan: VmmPlan) -> str:

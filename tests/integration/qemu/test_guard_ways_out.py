@@ -40,7 +40,7 @@ from caesura_host_updater.guard.plans import (
     plan_to_json,
     thaw,
 )
-from caesura_host_updater.guard.processes import end, marked
+from caesura_host_updater.guard.processes import end, hold, marked
 from caesura_host_updater.guard.procfs import alive, boot_id, read_process, thread_states
 from caesura_host_updater.guard.qmp import Qmp, QmpError, QmpRefused
 from caesura_host_updater.guard.server import socket_address
@@ -129,7 +129,7 @@ class Lab:
         self.ram = ram
         self.spare = spare
         self.machines: list[Machine] = []
-        self.mark = f"CAESURA_TEST_MARK={folder.name}"
+        self.mark = f"CAESURA_TEST_MARK={folder}"  # of this run alone: what carries it is ended
         self.disk = folder / "d.qcow2"
         subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", self.disk, "16M"], check=True)
         (folder / "next").mkdir()
@@ -573,6 +573,7 @@ def replace_before(lab: Replace) -> None:
 
 
 def replace_stopped(lab: Replace) -> None:
+    claims.note(str(lab.claims), "begun")
     lab.old.do("stop")
 
 
@@ -1106,15 +1107,47 @@ def test_disarmed_after_a_swap(swap: Swap, guard: Guard) -> None:
     assert swap.owner() == "new"
 
 
-def test_claims_that_are_gone_decide_nothing(swap: Swap) -> None:
-    """A guard that comes late to an operation that is over touches only what is left."""
+def test_claims_that_were_lost_before_the_new_one_had_anything(swap: Swap) -> None:
     swap.prepare()
     plan = swap.plan()
     swap.claims.rmdir()
-    with pytest.raises(FileNotFoundError):
-        thaw(plan)
-    assert len(swap.living()) == 2
-    swap.new.kill()
     thaw(plan)
     assert swap.owner() == "old"
     assert condition(plan) == "running"
+
+
+def test_claims_that_were_lost_when_the_new_one_had_everything(swap: Swap) -> None:
+    """And the old one was stopped, so that the new one could be claimed."""
+    swap.prepare()
+    swap.load()
+    plan = swap.plan()
+    shutil.rmtree(swap.claims)
+    hold(swap.old.vmm.pid, swap.old.vmm.start_ticks)
+    thaw(plan)
+    assert swap.owner() == "new"
+    assert condition(plan) == "running"
+
+
+def test_claims_that_were_lost_before_a_state_was_claimed(replace: Replace) -> None:
+    replace.save()
+    plan = replace.plan()
+    shutil.rmtree(replace.claims)
+    hold(replace.old.vmm.pid, replace.old.vmm.start_ticks)
+    thaw(plan)
+    assert replace.owner() == "old"
+
+
+@pytest.mark.parametrize("method", ["swap", "replace"])
+def test_a_guard_that_comes_late_to_an_operation_that_is_over(
+    method: str, request: pytest.FixtureRequest
+) -> None:
+    """It could not be disarmed, and the operator has paused the guest since."""
+    lab: Lab = request.getfixturevalue(method)
+    if isinstance(lab, Swap):
+        lab.prepare()
+        lab.new.kill()
+    plan = lab.plan()  # type: ignore[attr-defined]
+    lab.claims.rmdir()
+    lab.old.do("stop")
+    thaw(plan)
+    assert str(lab.old.do("query-status")["status"]) == "paused"

@@ -163,7 +163,8 @@ async def test_ram_file_that_is_deleted_while_the_guest_is_in_its_file(rig: Any,
     assert rig.processes() == []
 
 
-async def test_host_that_was_started_anew_during_a_replace(rig: Any, tools: Any) -> None:
+@pytest.mark.parametrize("run_file", ["there", "gone"])
+async def test_host_that_was_started_anew_during_a_replace(rig: Any, tools: Any, run_file: str) -> None:
     """Device state of before the reboot, memory of nobody: it is never loaded, and the VM is started afresh."""
     driver = await rig.open({"a": SMALL})
     await driver.prepare("a", "op-1", "replace", "")
@@ -173,15 +174,18 @@ async def test_host_that_was_started_anew_during_a_replace(rig: Any, tools: Any)
     await rig.crash()
     run = json.loads(path.read_text())
     path.write_text(json.dumps(run | {"boot_id": "another"}))
-    ram.unlink()
-    for path in (rig.folder / "run" / "a" / "next").iterdir():
+    if run_file == "gone":
         path.unlink()
+    record = rig.folder / "state" / "vms" / "a.operations" / "op-1" / "plan.json"
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"boot_id": "another"}))
+    ram.unlink()
+    shutil.rmtree(rig.folder / "run")
     driver = await rig.open({"a": SMALL})
     assert driver.states() == {"a": "running"}
     guest = driver._guests["a"]
     assert guest.prepared is None
     assert "-incoming" not in read_vmm(guest.run.pid).argv
-    assert not list((rig.folder / "run").rglob("*.state*"))
+    assert not [*(rig.folder / "run").rglob("*.state*"), *(rig.folder / "run").rglob("*.claims")]
     assert not (rig.folder / "state" / "vms" / "a.operations").exists()
 
 

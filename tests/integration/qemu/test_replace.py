@@ -14,6 +14,7 @@ import pytest
 
 from caesura_host_updater.drivers.port import DriverError, FreezeFailed, NotRunningYet
 from caesura_host_updater.drivers.qemu.definition import Definition, Nic
+from caesura_host_updater.guard.claims import note
 from caesura_host_updater.guard.plans import condition, thaw
 
 SMALL = Definition(memory_mib=16, machine="pc-q35-7.2", nic=(Nic(),))
@@ -185,6 +186,7 @@ async def test_updater_that_dies(rig: Any, tools: Any, when: str) -> None:
     pid = tools.pid_of(driver, "a")
     await driver.prepare("a", "op-1", "replace", "")
     if when == "stopped":
+        note(driver.resume_plan("a").claims, "begun")
         await driver._guests["a"].qmp.execute("stop")
     if when == "saved":
         await driver.checkpoint("a", tools.soon())

@@ -278,11 +278,11 @@ async def test_the_prepare_hook_runs_once_with_the_event_in_its_environment(
         for _ in range(3):
             await scene.host.announce(1, event())
         await scene.host.announce(2, event(), event("e2", vm="web-9"))
-        await scene.host.announce(3, event(status="started"))
         finished = await scene.host.hears(HookFinished)
         assert (finished.hook, finished.outcome, finished.exit_code) == ("prepare", "succeeded", 0)
         assert finished.output_tail == "e1 web-1 2\n"
         await scene.host.hears(VmReady, event_id="e1", ready=True)
+        await scene.host.announce(3, event(status="started"))
         await scene.host.announce(4, event(status="started"), event("e3"))
         await scene.host.hears(VmReady, event_id="e3")
     assert (tmp_path / "out").read_text() == "e1 web-1 2\ne3 web-1 2\n"

@@ -145,7 +145,7 @@ def test_the_way_out_of_a_vm_whose_marker_is_damaged(
 def test_what_a_swap_prepared_comes_before_the_run_file(tmp_path: Path) -> None:
     folder = tmp_path / "vms" / "d.operations" / "op"
     folder.mkdir(parents=True)
-    (folder / "plan.json").write_text(json.dumps(plan_to_json(PLANS[3])))
+    (folder / "plan.json").write_text(json.dumps({**plan_to_json(PLANS[3]), "boot_id": "boot"}))
     (tmp_path / "vms" / "d.qemu.json").write_text("{")
     assert markers.way_out(str(tmp_path), "d", "boot") == PLANS[3]
 

@@ -216,6 +216,8 @@ def test_clock_errors_are_absolute_and_proofs_are_counted() -> None:
     tally.take(received(resumed(operation="op2", memory=m.MemoryProof(proof="none", ok=True))))
     assert counted(tally.memory_proofs) == {
         ("web", "2", "digest_equal", "broken"): 1,
+        ("web", "2", "digest_equal", "held"): 0,
+        ("web", "2", "not_rebooted", "broken"): 0,
         ("web", "2", "not_rebooted", "held"): 1,
     }
 

@@ -6,7 +6,6 @@ import asyncio
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
@@ -25,7 +24,7 @@ from caesura_host_updater.drivers.qemu import commandline
 from caesura_host_updater.drivers.qemu.assessor import Assessor
 from caesura_host_updater.drivers.qemu.clock import set_clock
 from caesura_host_updater.drivers.qemu.definition import QemuOptions
-from caesura_host_updater.drivers.qemu.guest import Guest
+from caesura_host_updater.drivers.qemu.guest import PAUSED_BEFORE, Guest
 from caesura_host_updater.drivers.qemu.guest_agent import read_boot_id
 from caesura_host_updater.drivers.qemu.keeping import Keeper
 from caesura_host_updater.drivers.qemu.launching import Launcher
@@ -35,13 +34,12 @@ from caesura_host_updater.drivers.qemu.qmp import QmpFailed, QmpTimeout
 from caesura_host_updater.drivers.qemu.records import Records
 from caesura_host_updater.drivers.qemu.trial import Trials
 from caesura_host_updater.drivers.sampling import sampled_digest_of
-from caesura_host_updater.guard.guest import NOT_OURS, RUNNING
+from caesura_host_updater.guard import claims
+from caesura_host_updater.guard.guest import NOT_OURS
 from caesura_host_updater.guard.plans import Plan, QemuPlan
 from caesura_host_updater.hostfile import VmSpec
 
 _METHODS: tuple[Method, ...] = ("live", "swap", "freeze", "replace")
-PAUSED_BEFORE = "it was paused by somebody else before anything was done: resume it with `cont`"
-PAUSED_AFTER = "it ran again and was paused by somebody else since: resume it with `cont`"
 _CONT_S = 0.1  # s: what our own connection gets before the guard's way is taken
 
 
@@ -186,6 +184,12 @@ class QemuDriver:
         left = by - time.monotonic()
         if left <= 0:
             raise FreezeFailed(vm, "it was too late to freeze it")
+        if guest.prepared is not None:
+            try:
+                claims.note(guest.prepared.plan.claims, "begun")
+            except OSError as error:
+                raise FreezeFailed(vm, f"its stop cannot be noted: {error}") from error
+            guest.prepared.begun = True
         with qmp.watch() as told:
             try:
                 await qmp.execute("stop", left)
@@ -228,16 +232,16 @@ class QemuDriver:
             and not guest.stopped_by_us
             and guest.state == "paused"
         ):
-            await self._leave_as_found(guest)
+            await guest.leave_as_found()
         while True:
             if guest.left:
                 return "left"
             if isinstance(plan, QemuPlan) and await self._cont(guest, min(_CONT_S, timeout_s)):
                 return "running"
             state = await self._mover.way_out(guest, until)
-            if state == "gone" and not await self._is_left(guest):
+            if state == "gone":
                 await self._keeper.gone(guest)
-                return "gone"
+                return "left" if guest.left else "gone"
             if state == "running":
                 await self._mover.settle(guest)
                 if await self._runs(guest, until):
@@ -248,16 +252,6 @@ class QemuDriver:
     def why_left(self, vm: str) -> str:
         """Why ``resume`` left the VM as it is."""
         return self._guests[vm].left
-
-    @staticmethod
-    async def _leave_as_found(guest: Guest) -> None:
-        """It is paused, and nothing of ours paused it."""
-        status = "paused"
-        if guest.qmp is not None and not guest.qmp.closed:
-            with suppress(QmpFailed):
-                status = await guest.qmp.status(_CONT_S)
-        if status not in RUNNING:
-            guest.leave(status, NOT_OURS.get(status, PAUSED_BEFORE))
 
     @staticmethod
     async def _cont(guest: Guest, timeout_s: float) -> bool:
@@ -273,21 +267,6 @@ class QemuDriver:
             return await guest.qmp.status(timeout_s) == "running" and guest.state == "running"
         except QmpFailed:
             return False
-
-    @staticmethod
-    async def _is_left(guest: Guest) -> bool:
-        """Whether the guest's process lives, and the guest is somebody else's to resume."""
-        if guest.qmp is None or guest.qmp.closed:
-            return False
-        try:
-            status = await guest.qmp.status()
-        except QmpFailed:
-            return False
-        if status in NOT_OURS:
-            guest.leave(status, NOT_OURS[status])
-        elif status == "paused":
-            guest.leave(status, PAUSED_AFTER)
-        return bool(guest.left)
 
     @staticmethod
     async def _runs(guest: Guest, until: float) -> bool:

@@ -6,7 +6,7 @@ Nothing here waits for a QEMU when its state is asked: the state follows the eve
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +22,7 @@ from caesura_host_updater.drivers.qemu.qmp import Event, Qmp, QmpFailed, listene
 from caesura_host_updater.drivers.qemu.records import TRIAL, Run
 from caesura_host_updater.drivers.qemu.snapshot import VmSnapshot
 from caesura_host_updater.drivers.qemu.vmm import NoVmm, foreign, marked_as, ram_error, read_vmm
-from caesura_host_updater.guard.guest import AWAY, NOT_OURS, OVER
+from caesura_host_updater.guard.guest import AWAY, NOT_OURS, OVER, RUNNING
 from caesura_host_updater.guard.plans import QemuPlan, ReplacePlan, SwapPlan, Vmm
 from caesura_host_updater.guard.procfs import STOPPED, alive, boot_id, read_process
 from caesura_host_updater.guard.replacing import STUCK
@@ -31,6 +31,9 @@ from caesura_host_updater.threads import in_thread
 
 _GREETING_S = 2.0  # s: QEMU greets within milliseconds; another client's turn may take the guard a second
 _LOOK_S = 1.0  # s: for the kernel's word on a process; a QEMU that is stuck in it may hold us up
+_STATUS_S = 0.1  # s: QEMU answers within a millisecond
+PAUSED_BEFORE = "it was paused by somebody else before anything was done: resume it with `cont`"
+PAUSED_AFTER = "it ran again and was paused by somebody else since: resume it with `cont`"
 NO_REBOOT = "the qemu driver does not restart VMs for an update"
 
 _log = structlog.get_logger("caesura.qemu")
@@ -46,7 +49,7 @@ class Prepared:
 
     ``seen``: the machine as it was when it was compared with the next process's, and ``moved_bytes``, what a hand-over
     may copy at the most. ``qmp``: the connection to a swap's new process. ``begun``: the guest may be in another process, or in none.
-    ``folder``: its record. ``usual``: the migration capabilities that the guest's process had before, which are restored.
+    ``folder``: its record.
     ``over``: it was to be released, and that could not be done yet.
     """
 
@@ -59,7 +62,6 @@ class Prepared:
     qmp: Qmp | None = None
     watch: ExitWatch | None = None
     detail: str = ""
-    usual: Mapping[str, bool] = field(default_factory=dict)
     begun: bool = False
     over: bool = False
 
@@ -237,7 +239,7 @@ class Guest:
             return "unknown"
         if self._status in OVER:
             return "stopped"
-        if self._status in AWAY and not (self.prepared is not None and self.prepared.begun):
+        if self._status in AWAY and (self.left or not (self.prepared is not None and self.prepared.begun)):
             return "stopped"
         if self._status in ("running", "suspended"):
             process = read_process(self.run.pid)
@@ -261,6 +263,18 @@ class Guest:
         self._status, self.left = status, why
         _log.error("vm.left_as_it_is", vm=self.vm, status=status, why=why)
         self.changed()
+
+    async def leave_as_found(self) -> None:
+        """It is paused or away, and nothing of ours brought it there."""
+        status = "paused"
+        if self.qmp is not None and not self.qmp.closed:
+            with suppress(QmpFailed):
+                status = await self.qmp.status(_STATUS_S)
+        if status in RUNNING or status in OVER:
+            self._status = status
+            return
+        begun = self.prepared is not None and self.prepared.begun
+        self.leave(status, NOT_OURS.get(status, PAUSED_AFTER if begun else PAUSED_BEFORE))
 
     # -- asking ---------------------------------------------------------------------------------------------
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from caesura_host_updater.drivers.qemu.memory_views import Compared
 from caesura_host_updater.drivers.qemu.qmp import Event, Qmp, QmpClosed, QmpFailed, QmpRefused, Watch
-from caesura_host_updater.guard.claims import claim, note, strike_out
+from caesura_host_updater.guard.claims import claim, note
 from caesura_host_updater.guard.guest import note_ran
 from caesura_host_updater.guard.plans import ReplacePlan, SwapPlan
 from caesura_host_updater.guard.procfs import alive, send_signal
@@ -59,11 +59,9 @@ async def read_capabilities(qmp: Qmp) -> dict[str, bool]:
     return {each["capability"]: each["state"] for each in await qmp.execute("query-migrate-capabilities")}
 
 
-async def usual_capabilities(qmp: Qmp, wanted: Mapping[str, bool]) -> dict[str, bool]:
-    """As ``read_capabilities``. Raises QmpFailed: what is wanted could not be set later."""
-    known = await read_capabilities(qmp)
-    _check_known(qmp, known, wanted)
-    return known
+async def check_capabilities(qmp: Qmp, wanted: Mapping[str, bool]) -> None:
+    """Raises QmpFailed: what is wanted could not be set later."""
+    _check_known(qmp, await read_capabilities(qmp), wanted)
 
 
 def _check_known(qmp: Qmp, known: Mapping[str, bool], wanted: Mapping[str, bool]) -> None:
@@ -133,10 +131,16 @@ async def migrate(old: Qmp, plan: SwapPlan | ReplacePlan, uri: str) -> None:
     try:
         await old.execute("migrate", uri=uri)
     except QmpRefused:
-        strike_out(plan.claims, "begun")
+        note(plan.claims, "refused")
         raise
     with suppress(OSError):  # a full disk: `is_ours` looks at what arrived
         note(plan.claims, "accepted")
+
+
+async def restore_capabilities(qmp: Qmp, usual: Mapping[str, bool]) -> None:
+    """As they were before, those that this QEMU knows. Raises QmpFailed: not now, while a migration is under way."""
+    known = await read_capabilities(qmp)
+    await set_capabilities(qmp, {name: on for name, on in usual.items() if name in known})
 
 
 async def _in_time(compare: Compare) -> Compared:
@@ -152,7 +156,11 @@ async def _in_time(compare: Compare) -> Compared:
 def take_from(plan: SwapPlan | ReplacePlan, text: str) -> None:
     """Fence the old process and claim; it is held from here on, unless it was decided otherwise meanwhile."""
     send_signal(plan.old.pid, plan.old.start_ticks, signal.SIGSTOP)
-    standing = claim(plan.claims, 1, text)
+    try:
+        standing = claim(plan.claims, 1, text)
+    except BaseException:
+        send_signal(plan.old.pid, plan.old.start_ticks, signal.SIGCONT)
+        raise
     if standing != text:
         if standing == "old":  # whoever decided that may be talking to it right now
             send_signal(plan.old.pid, plan.old.start_ticks, signal.SIGCONT)

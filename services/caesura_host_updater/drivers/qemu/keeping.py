@@ -21,8 +21,8 @@ from caesura_host_updater.drivers.qemu.launching import Launcher, LaunchFailed, 
 from caesura_host_updater.drivers.qemu.moving import Mover
 from caesura_host_updater.drivers.qemu.qmp import QmpFailed, listener_of
 from caesura_host_updater.drivers.qemu.records import Records, Run
-from caesura_host_updater.drivers.qemu.releasing import CLAIMS, remove_claims, remove_files
-from caesura_host_updater.drivers.qemu.vmm import marked, place_error
+from caesura_host_updater.drivers.qemu.releasing import remove_claims, remove_files
+from caesura_host_updater.drivers.qemu.vmm import marked, marked_as, place_error
 from caesura_host_updater.guard import claims
 from caesura_host_updater.guard.markers import OPERATIONS
 from caesura_host_updater.guard.plans import ReplacePlan, SwapPlan, condition
@@ -88,19 +88,21 @@ class Keeper:
         runs = {vm: run for vm, run in records.items() if _lives(run)}
         kept = {(run.pid, run.start_ticks) for run in runs.values()}
         held_files = {run.ram_file for run in runs.values()}
+        unfinished: set[str] = set()
         for folder in self._records.folder.glob(f"*{OPERATIONS}"):
             vm = folder.name.removesuffix(OPERATIONS)
-            for claimed, plan in self._records.unfinished(vm):
-                if vm in records and records[vm].boot_id != boot_id():
-                    # The guest ended with the host: its state must not be loaded into memory that is not its own.
-                    _log.warning("operation.of_another_boot", vm=vm, operation=claimed.name)
-                    self._records.end(claimed)
+            for operation, plan in self._records.unfinished(vm):
+                if plan is None:
+                    # Or the guest ended with the host: its state must not be loaded into memory that is not its own.
+                    _log.warning("operation.without_a_plan", vm=vm, operation=operation.name)
+                    self._records.end(operation)
                     continue
-                if plan is not None:
-                    kept |= _processes_of(plan)
-                    held_files.add(str(self._launcher.ram_dir / f"{vm}.ram"))
+                unfinished.add(f"{vm}/{operation.name}")
+                kept.add((plan.old.pid, plan.old.start_ticks))
+                held_files.add(str(self._launcher.ram_dir / f"{vm}.ram"))
         for pid, start_ticks in marked(self._launcher.mark):
-            if (pid, start_ticks) in kept:
+            # Of an unfinished operation the way out decides who is ended; the guard may be at it right now.
+            if (pid, start_ticks) in kept or marked_as(pid, self._launcher.mark) in unfinished:
                 continue
             there = found_by_sockets(pid, self._launcher.mark)
             if there is None:
@@ -117,10 +119,13 @@ class Keeper:
 
     def _sweep_files(self, held_files: set[str]) -> None:
         """Remove state files and claims without an operation, and RAM files without a guest."""
-        for end, remove in ((".state*", remove_files), (CLAIMS, remove_claims)):
+        for end, remove in (
+            (f"{self._launcher.state_end}*", remove_files),
+            (self._launcher.claims_end, remove_claims),
+        ):
             for left in self._launcher.run_dir.glob(f"*/*{end}"):
                 vm, operation = left.parent.name, left.name.partition(".")[0]
-                if vm in self._guests and not self._records.operation(vm, operation).exists():
+                if not self._records.operation(vm, operation).exists():
                     remove(left)
         for file in self._launcher.ram_dir.glob("*.ram"):
             if str(file) not in held_files:
@@ -129,8 +134,8 @@ class Keeper:
 
     async def _open(self, guest: Guest) -> None:
         await self._find_unfinished(guest)
-        if guest.prepared is not None:
-            return  # found frozen, or on its way: `resume` decides
+        if guest.prepared is not None or guest.run is not None:
+            return  # found frozen, or on its way: `resume` decides; or found in its new process
         await self.find(guest)
         if guest.run is None and guest.spec.qemu is not None:
             await self._start(guest, guest.spec.qemu)
@@ -141,8 +146,8 @@ class Keeper:
             if plan is None:
                 self._records.end(folder)
                 continue
-            usual = self._records.capabilities(folder)
-            guest.prepared = Prepared(folder.name, _method(plan), plan, folder, usual=usual, begun=True)
+            begun = not claims.untouched(plan.claims)
+            guest.prepared = Prepared(folder.name, _method(plan), plan, folder, begun=begun)
             try:
                 state = await loop.run_in_executor(self._threads, condition, plan)
             except OSError:
@@ -155,6 +160,7 @@ class Keeper:
                 await self._mover.release(guest)
             elif state == "gone":
                 await self.gone(guest)
+                await self._mover.release(guest)
             else:
                 former = self._records.read(guest.vm)
                 if former is not None and _lives(former) and (former.pid == plan.old.pid):
@@ -173,6 +179,7 @@ class Keeper:
         try:
             if run is not None and _lives(run):
                 await guest.attach(run)
+                await self._mover.restore_capabilities(guest)
                 _log.info("vm.adopted", vm=guest.vm, pid=run.pid)
             elif guest.spec.qemu is None:
                 await self._adopt(guest)
@@ -245,6 +252,8 @@ class Keeper:
                 if guest.unguarded and guest.run is not None:
                     await self._poll(guest)
                     continue
+                if guest.prepared is None:
+                    await self._mover.restore_capabilities(guest)
                 if guest.state == "paused" and guest.prepared is None and not guest.stopped_by_us:
                     await guest.refresh()
                 lost = guest.state == "unknown" or (guest.run is None and guest.spec.qemu is None)
@@ -265,7 +274,14 @@ class Keeper:
     # -- the end ----------------------------------------------------------------------------------------------
 
     async def gone(self, guest: Guest) -> None:
-        """Nobody can run the guest any more: nothing of it is left."""
+        """The guest is gone from our hands: nothing of it is left, or it is left to whoever paused it or took it away."""
+        prepared = guest.prepared
+        if prepared is not None and await self._mover.holder(prepared) is not None:
+            await self._mover.settle(guest)
+        if guest.run is not None and _lives(guest.run):
+            await guest.leave_as_found()
+            if guest.left:
+                return
         run = guest.run or self._records.read(guest.vm)
         tried = claims.failures(guest.prepared.plan.claims) if guest.prepared is not None else []
         await guest.detach()
@@ -277,6 +293,7 @@ class Keeper:
     def _remove(self, vm: str, run: Run) -> None:
         if run.ours:
             remove_files(run.ram_file, *successor.sockets_of(run.argv))
+        remove_files(self._launcher.usual_capabilities(vm))
         self._records.forget(vm)
 
     async def close(self, *, stop_vms: bool) -> None:
@@ -333,18 +350,6 @@ class Keeper:
 
 def _lives(run: Run) -> bool:
     return run.boot_id == boot_id() and alive(run.pid, run.start_ticks)
-
-
-def _processes_of(plan: SwapPlan | ReplacePlan) -> set[tuple[int, int]]:
-    """Who may have the guest of an unfinished operation."""
-    found = {(plan.old.pid, plan.old.start_ticks)}
-    if isinstance(plan, SwapPlan):
-        found.add((plan.new.pid, plan.new.start_ticks))
-    with suppress(OSError, claims.BadClaim):
-        _, owner = claims.current(plan.claims)
-        if owner is not None and owner.kind == "new":
-            found.add((owner.pid, owner.start_ticks))
-    return found
 
 
 def _method(plan: SwapPlan | ReplacePlan) -> Method:

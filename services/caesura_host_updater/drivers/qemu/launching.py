@@ -18,9 +18,10 @@ from caesura_host_updater.drivers.qemu import commandline, successor
 from caesura_host_updater.drivers.qemu.definition import Definition, QemuOptions
 from caesura_host_updater.drivers.qemu.qmp import Qmp, QmpUnreachable
 from caesura_host_updater.drivers.qemu.records import Records, Run
-from caesura_host_updater.drivers.qemu.releasing import CLAIMS, remove_files
+from caesura_host_updater.drivers.qemu.releasing import CLAIMS, STATE, remove_files
 from caesura_host_updater.drivers.qemu.vmm import last_words
 from caesura_host_updater.guard.procfs import boot_id, read_process, send_signal
+from caesura_host_updater.guard.replacing import PART
 from caesura_host_updater.threads import in_thread
 
 _SOCKET_PATH_BYTES = 107  # unix(7): sun_path has 108 bytes with the closing zero
@@ -87,7 +88,41 @@ class Launcher:
 
     def claims(self, vm: str, operation: str) -> Path:
         """Where it is decided who runs the guest. Not on a disk: neither a full one nor a slow one may keep it paused."""
-        return self.folder(vm) / f"{operation}{CLAIMS}"
+        return self.folder(vm) / f"{operation}{self.claims_end}"
+
+    @property
+    def claims_end(self) -> str:
+        """The end of the names of our claims: another host updater may have its sockets in the same folder."""
+        return f".{self._own}{CLAIMS}"
+
+    def state_file(self, vm: str, operation: str) -> Path:
+        """Where a replace keeps the device state."""
+        return self.folder(vm) / f"{operation}{self.state_end}"
+
+    @property
+    def state_end(self) -> str:
+        """As ``claims_end``, of state files."""
+        return f".{self._own}{STATE}"
+
+    def own_files(self, vm: str, operation: str) -> tuple[Path, ...]:
+        """What an operation has in the folder of the VM's sockets; the folder of its claims last."""
+        state = self.state_file(vm, operation)
+        return (
+            self.folder(vm) / "mig",
+            state,
+            state.with_name(f"{state.name}{PART}"),
+            self.claims(vm, operation),
+        )
+
+    def usual_capabilities(self, vm: str) -> Path:
+        """Which migration capabilities the guest's process had before ours; it is there until they are restored."""
+        return self.folder(vm) / f"{self._own}.capabilities"
+
+    def make_folder(self, vm: str) -> Path:
+        """The folder of the VM's sockets, made if need be. Raises OSError."""
+        folder = self.folder(vm)
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        return folder
 
     def prepare_folders(self) -> None:
         """Make what all VMs share. Raises OSError."""

@@ -12,7 +12,9 @@ import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from pathlib import Path
 
+import msgspec
 import structlog
 
 from caesura_host_updater.detached import ExitWatch, reap
@@ -27,6 +29,8 @@ from caesura_host_updater.drivers.qemu.handover import (
     HandOverFailed,
     MemoryDiffers,
     error_of_migration,
+    read_capabilities,
+    restore_capabilities,
     run_hand_over,
     set_capabilities,
 )
@@ -42,7 +46,7 @@ from caesura_host_updater.drivers.qemu.memory_views import (
 from caesura_host_updater.drivers.qemu.observer import read_snapshot
 from caesura_host_updater.drivers.qemu.qmp import Qmp, QmpFailed, Watch
 from caesura_host_updater.drivers.qemu.records import Records, Run
-from caesura_host_updater.drivers.qemu.releasing import end_losers, forget, link_sockets, run_of
+from caesura_host_updater.drivers.qemu.releasing import end_losers, forget, link_sockets, remove_files, run_of
 from caesura_host_updater.drivers.qemu.vmm import NoVmm, last_words
 from caesura_host_updater.guard import claims
 from caesura_host_updater.guard.plans import (
@@ -56,6 +60,7 @@ from caesura_host_updater.guard.plans import (
 )
 from caesura_host_updater.guard.processes import calm
 from caesura_host_updater.guard.procfs import send_signal
+from caesura_host_updater.guard.vmm import heir, holder
 from caesura_host_updater.threads import in_thread, in_thread_to_its_end
 
 _HAND_OVER_S = 2.0  # s: 3 to 10 ms is usual; a new process that hangs is given up after this
@@ -93,7 +98,7 @@ class Mover:
         if time.monotonic() >= by:
             raise SwapFailed(guest.vm, "it was too late to begin")
         try:
-            await _begin(prepared, old, SWAP_CAPABILITIES)
+            await self._begin(guest, prepared, old, SWAP_CAPABILITIES)
         except (HandOverFailed, QmpFailed, OSError) as error:
             raise SwapFailed(guest.vm, str(error)) from error
         called_at = time.monotonic()
@@ -175,7 +180,7 @@ class Mover:
             raise SwapFailed(guest.vm, f"it ran in the new process, which ended at once: {error}") from error
         left, watch = guest.take(run, new)
         self._bury(former.pid, left, watch)
-        await _restore_capabilities(guest, prepared)
+        await self.restore_capabilities(guest)
         # To its end even when it is called off: a release removes the names that the sockets have before.
         await in_thread_to_its_end(f"publish {guest.vm}", lambda _: self._publish(guest, run))
         return HandOver(
@@ -191,7 +196,6 @@ class Mover:
         self, guest: Guest, prepared: Prepared, error: Exception, called_at: float, told_by_old: Watch
     ) -> HandOver:
         differs = str(error) if isinstance(error, MemoryDiffers) else ""
-        prepared.begun = claims.noted(prepared.plan.claims, "begun")
         stopped_at = _at("STOP", told_by_old)
         state = await self.way_out(guest, time.monotonic() + _WAY_OUT_S)
         resumed_at = time.monotonic()
@@ -236,17 +240,14 @@ class Mover:
         called_at = time.monotonic()
         if called_at >= by:
             raise FreezeFailed(guest.vm, "it was too late to begin")
-        with qmp.watch() as events:
-            try:
-                await _begin(prepared, qmp, CAPABILITIES)
-                limit = min(by, called_at + _HAND_OVER_S)
-                with self._hurry((prepared.plan.old.pid,)):
-                    await save_state(qmp, prepared.plan, limit, gone=gone, moved_bytes=prepared.moved_bytes)
-            except (HandOverFailed, QmpFailed, OSError) as error:
-                prepared.begun = claims.noted(prepared.plan.claims, "begun")
-                guest.stopped_by_us = _at("STOP", events) is not None
-                told = await error_of_migration(qmp, _ERROR_S)
-                raise FreezeFailed(guest.vm, f"{error}; QEMU said: {told}" if told else str(error)) from error
+        try:
+            await self._begin(guest, prepared, qmp, CAPABILITIES)
+            limit = min(by, called_at + _HAND_OVER_S)
+            with self._hurry((prepared.plan.old.pid,)):
+                await save_state(qmp, prepared.plan, limit, gone=gone, moved_bytes=prepared.moved_bytes)
+        except (HandOverFailed, QmpFailed, OSError) as error:
+            told = await error_of_migration(qmp, _ERROR_S)
+            raise FreezeFailed(guest.vm, f"{error}; QEMU said: {told}" if told else str(error)) from error
 
     # -- the way out ----------------------------------------------------------------------------------------
 
@@ -278,9 +279,9 @@ class Mover:
         prepared = guest.prepared
         if prepared is None:
             return
-        _, owner = claims.current(prepared.plan.claims)
+        owner = await in_thread("claims", lambda: _owner(prepared.plan))
         former = guest.run or await in_thread("run file", lambda: self._records.read(guest.vm))
-        if former is None:
+        if former is None or (owner is not None and owner.kind in ("file", "gone")):
             return
         if owner is not None and owner.kind == "new":
             pid, start_ticks = owner.pid, owner.start_ticks
@@ -332,6 +333,10 @@ class Mover:
         prepared = guest.prepared
         if prepared is None:
             return
+        if not await self._is_settled(guest, prepared):
+            prepared.over = True
+            _log.error("vm.not_released", vm=guest.vm, operation=prepared.operation, why=guest.why)
+            return
         loop = asyncio.get_running_loop()
         owner = await loop.run_in_executor(self._threads, end_losers, prepared.plan)
         if owner is None:
@@ -344,14 +349,68 @@ class Mover:
         if prepared.watch is not None:
             prepared.watch.close()
             reap(prepared.watch.pid)
-        await _restore_capabilities(guest, prepared)
-        runtime, present = self._launcher.folder(guest.vm), guest.run
+        await self.restore_capabilities(guest)
+        present, own = guest.run, self._launcher.own_files(guest.vm, prepared.operation)
 
         def clean_up() -> None:
             run = present or self._records.read(guest.vm)
-            forget(guest.vm, run, prepared.folder, runtime, self._records, new=owner.kind == "new")
+            forget(guest.vm, run, prepared.folder, own, self._records, new=owner.kind == "new")
 
         await in_thread(f"release {guest.vm}", clean_up)
+
+    async def _is_settled(self, guest: Guest, prepared: Prepared) -> bool:
+        """Whether the process that has the guest is the VM for us: a new one has no other sockets than those that go now."""
+        found = await self.holder(prepared)
+        if found is None or found[0] == prepared.plan.old.pid:
+            return True
+        if guest.run is None or guest.run.pid != found[0]:
+            await self.settle(guest)
+        return guest.run is not None and guest.run.pid == found[0]
+
+    async def holder(self, prepared: Prepared) -> tuple[int, int] | None:
+        """The living process that has the guest; None: none, or it cannot be told."""
+        try:
+            return await in_thread(f"holder of {prepared.plan.vm}", lambda: holder(prepared.plan))
+        except OSError:
+            return None
+
+    async def restore_capabilities(self, guest: Guest) -> None:
+        """What our migrations need must not be told to somebody else's next one. Comes again until it is done."""
+        kept = self._launcher.usual_capabilities(guest.vm)
+        if guest.qmp is None or guest.qmp.closed or not kept.exists():
+            return
+        try:
+            await restore_capabilities(guest.qmp, _read_capabilities(kept))
+        except QmpFailed as error:
+            _log.warning("vm.migration_capabilities_not_restored", vm=guest.vm, why=str(error))
+            return
+        remove_files(kept)
+        with suppress(OSError):
+            kept.parent.rmdir()  # of a VM whose sockets are elsewhere
+
+    async def _begin(
+        self, guest: Guest, prepared: Prepared, qmp: Qmp, capabilities: Mapping[str, bool]
+    ) -> None:
+        """The last look while the guest runs: what was compared must be what is handed over. Then it is begun, and noted.
+
+        Raises:
+            HandOverFailed: it was changed since it was compared.
+            QmpFailed, OSError: it cannot be asked, or nothing can be written down.
+        """
+        if (status := await qmp.status()) != "running":
+            raise HandOverFailed(f"is {status} before anything was done")
+        seen = prepared.seen
+        if seen is not None:
+            now = await read_snapshot(qmp)
+            wrong = [*now.busy, *now.blockers, *differences(now, seen, "")]
+            if wrong:
+                raise HandOverFailed(f"it was changed since it was compared: {'; '.join(wrong)}")
+        kept = self._launcher.usual_capabilities(guest.vm)
+        if not kept.exists():  # else those of an operation that is still to be restored
+            kept.write_bytes(msgspec.json.encode(await read_capabilities(qmp)))
+        claims.note(prepared.plan.claims, "begun")
+        prepared.begun = True
+        await set_capabilities(qmp, capabilities)
 
     def _bury(self, pid: int, qmp: Qmp | None, watch: ExitWatch | None) -> None:
         """Reap a process that was killed, and close its connection, while the guest runs on elsewhere."""
@@ -372,34 +431,12 @@ class Mover:
             await asyncio.wait(self._pushes.values())
 
 
-async def _restore_capabilities(guest: Guest, prepared: Prepared) -> None:
-    """What our migrations need must not be told to somebody else's next one."""
-    if guest.qmp is None or guest.qmp.closed:
-        return
+def _read_capabilities(path: Path) -> dict[str, bool]:
+    """Empty, QEMU's default, where it cannot be read."""
     try:
-        await set_capabilities(guest.qmp, prepared.usual)
-    except QmpFailed as error:
-        _log.error("vm.migration_capabilities_not_restored", vm=guest.vm, why=str(error))
-
-
-async def _begin(prepared: Prepared, qmp: Qmp, capabilities: Mapping[str, bool]) -> None:
-    """The last look while the guest runs: what was compared must be what is handed over. Then it is begun, durably.
-
-    Raises:
-        HandOverFailed: it was changed since it was compared.
-        QmpFailed, OSError: it cannot be asked, or nothing can be written down.
-    """
-    if (status := await qmp.status()) != "running":
-        raise HandOverFailed(f"is {status} before anything was done")
-    seen = prepared.seen
-    if seen is not None:
-        now = await read_snapshot(qmp)
-        wrong = [*now.busy, *now.blockers, *differences(now, seen, "")]
-        if wrong:
-            raise HandOverFailed(f"it was changed since it was compared: {'; '.join(wrong)}")
-    await set_capabilities(qmp, capabilities)
-    claims.note(prepared.plan.claims, "begun")
-    prepared.begun = True
+        return msgspec.json.decode(path.read_bytes(), type=dict[str, bool])
+    except (OSError, msgspec.DecodeError):
+        return {}
 
 
 def _at(name: str, told: Watch) -> float | None:
@@ -420,3 +457,7 @@ def _push(plan: Plan) -> tuple[Condition, str]:
         return condition(plan), why
     except OSError as error:
         return "held", f"{why}; {error}"
+
+
+def _owner(plan: SwapPlan | ReplacePlan) -> claims.Owner | None:
+    return claims.current(plan.claims)[1] if Path(plan.claims).is_dir() else heir(plan)

@@ -16,9 +16,9 @@ from caesura_host_updater.drivers.qemu.compatibility import as_stated, differenc
 from caesura_host_updater.drivers.qemu.guest import Guest, Prepared
 from caesura_host_updater.drivers.qemu.handover import (
     SWAP_CAPABILITIES,
+    check_capabilities,
     read_capabilities,
     set_capabilities,
-    usual_capabilities,
 )
 from caesura_host_updater.drivers.qemu.launching import Launcher, LaunchFailed
 from caesura_host_updater.drivers.qemu.observer import read_snapshot
@@ -76,15 +76,16 @@ class Preparer:
             await self._assessor.within_time(lambda: folder.mkdir(parents=True, mode=0o700))
             try:
                 claims = self._launcher.claims(guest.vm, operation)
-                await self._assessor.within_time(lambda: claims.mkdir(parents=True, mode=0o700))
+                await self._assessor.within_time(self._launcher.make_folder, guest.vm)
+                await self._assessor.within_time(lambda: claims.mkdir(mode=0o700))
                 await self._assessor.within_time(make_next_folders, run)
                 begin = self._swap if method == "swap" else self._replace
                 guest.prepared = await begin(guest, run, qmp, folder, program, running)
             except BaseException:
-                runtime = self._launcher.folder(guest.vm)
+                own = self._launcher.own_files(guest.vm, operation)
                 await in_thread_to_its_end(
                     f"forget {operation}",
-                    lambda _: forget(guest.vm, run, folder, runtime, self._records, new=False),
+                    lambda _: forget(guest.vm, run, folder, own, self._records, new=False),
                 )
                 raise
         except (LaunchFailed, QmpFailed, OSError, NoVmm) as error:
@@ -133,12 +134,11 @@ class Preparer:
         try:
             plan = SwapPlan(guest.vm, _vmm(run), _vmm_of(pid, next_path(run.guard)), str(claims))
             # Not of the old process yet: until the last moment its migrations are its operator's.
-            usual = await usual_capabilities(qmp, SWAP_CAPABILITIES)
+            await check_capabilities(qmp, SWAP_CAPABILITIES)
             late = "late-block-activate" in await read_capabilities(new)
             await set_capabilities(new, {**SWAP_CAPABILITIES, "late-block-activate": late})
             await new.execute("migrate-incoming", uri=f"unix:{self._channel(guest)}")
             await self._assessor.within_time(self._records.begin, folder, plan)
-            await self._assessor.within_time(self._records.keep_capabilities, folder, usual)
             watch = ExitWatch(pid, lambda: None)  # reaps it
         except BaseException:
             await drop(pid, new, self._threads)
@@ -150,7 +150,6 @@ class Preparer:
             folder,
             seen=running,
             moved_bytes=_moved(run, running),
-            usual=usual,
             qmp=new,
             watch=watch,
             detail=f"QEMU {new.version} (pid {pid}), was QEMU {qmp.version} (pid {run.pid})",
@@ -170,13 +169,11 @@ class Preparer:
         mark = self._launcher.mark_of(guest.vm, folder.name)
         log = self._records.next_log(guest.vm)
         log.unlink(missing_ok=True)
-        runtime = self._launcher.folder(guest.vm)
-        runtime.mkdir(parents=True, exist_ok=True, mode=0o700)
         plan = ReplacePlan(
             vm=guest.vm,
             old=_vmm(run),
             claims=str(self._launcher.claims(guest.vm, folder.name)),
-            state_file=str(runtime / f"{folder.name}.state"),
+            state_file=str(self._launcher.state_file(guest.vm, folder.name)),
             qmp=next_path(run.guard),
             argv=_lines(argv, present),
             environ=tuple(self._launcher.environ_of(mark).items()),
@@ -185,9 +182,8 @@ class Preparer:
             ram=ram,
             beside=beside,
         )
-        usual = await usual_capabilities(qmp, CAPABILITIES)
+        await check_capabilities(qmp, CAPABILITIES)
         await self._assessor.within_time(self._records.begin, folder, plan)
-        await self._assessor.within_time(self._records.keep_capabilities, folder, usual)
         return Prepared(
             folder.name,
             "replace",
@@ -195,7 +191,6 @@ class Preparer:
             folder,
             seen=running,
             moved_bytes=_moved(run, running),
-            usual=usual,
             detail=f"QEMU {qmp.version}",
         )
 

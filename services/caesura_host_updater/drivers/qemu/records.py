@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -12,9 +11,9 @@ import msgspec
 
 from caesura_host_updater.guard.markers import OPERATIONS
 from caesura_host_updater.guard.plans import BadPlan, ReplacePlan, SwapPlan, plan_from_json, plan_to_json
+from caesura_host_updater.guard.procfs import boot_id
 
 _PLAN = "plan.json"
-_CAPABILITIES = "capabilities.json"
 TRIAL = "trial"
 """In the place of an operation in the mark of a process that never runs a guest."""
 
@@ -94,27 +93,18 @@ class Records:
 
     def begin(self, folder: Path, plan: SwapPlan | ReplacePlan) -> None:
         """Write down what was prepared: a later life finds its way out. Raises OSError."""
-        (folder / _PLAN).write_text(json.dumps(plan_to_json(plan)))
-
-    def keep_capabilities(self, folder: Path, usual: Mapping[str, bool]) -> None:
-        """Write down which migration capabilities the guest's process had before. Raises OSError."""
-        (folder / _CAPABILITIES).write_text(json.dumps(usual))
-
-    def capabilities(self, folder: Path) -> dict[str, bool]:
-        """What ``keep_capabilities`` wrote; empty, QEMU's default, where nothing of it can be read."""
-        try:
-            return msgspec.json.decode((folder / _CAPABILITIES).read_bytes(), type=dict[str, bool])
-        except (OSError, msgspec.DecodeError):
-            return {}
+        (folder / _PLAN).write_text(json.dumps({**plan_to_json(plan), "boot_id": boot_id()}))
 
     def unfinished(self, vm: str) -> list[tuple[Path, SwapPlan | ReplacePlan | None]]:
-        """What an earlier life prepared and did not release; None: it never came to a plan."""
+        """What an earlier life prepared and did not release; None: it never came to a plan, or its guests ended with the host."""
         found = []
         for folder in sorted((self.folder / f"{vm}{OPERATIONS}").glob("*")):
             plan = None
             with suppress(OSError, ValueError, BadPlan):
-                read = plan_from_json(json.loads((folder / _PLAN).read_text()))
-                plan = read if isinstance(read, SwapPlan | ReplacePlan) else None
+                raw = json.loads((folder / _PLAN).read_text())
+                read = plan_from_json(raw)
+                if isinstance(read, SwapPlan | ReplacePlan) and raw.get("boot_id") == boot_id():
+                    plan = read
             found.append((folder, plan))
         return found
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -16,12 +17,15 @@ from caesura_host_updater.drivers.qemu import successor
 from caesura_host_updater.drivers.qemu.records import Records, Run
 from caesura_host_updater.drivers.qemu.vmm import read_vmm
 from caesura_host_updater.guard import claims
-from caesura_host_updater.guard.plans import ReplacePlan, SwapPlan
+from caesura_host_updater.guard.plans import ReplacePlan, SwapPlan, thaw
 from caesura_host_updater.guard.processes import end, marked
 from caesura_host_updater.guard.procfs import boot_id
+from caesura_host_updater.guard.vmm import heir
 
 CLAIMS = ".claims"
 """The end of the path of an operation's claims, in the folder of the VM's sockets."""
+STATE = ".state"
+"""As ``CLAIMS``, of the device state of a replace."""
 _END_S = 2.0  # s: for a killed process to be dead
 
 _log = structlog.get_logger("caesura.qemu")
@@ -62,11 +66,9 @@ def remove_files(*paths: str | Path) -> None:
 def end_losers(plan: SwapPlan | ReplacePlan) -> claims.Owner | None:
     """Decide for the old process if nobody has decided, and end whoever has lost; None: that cannot be done now."""
     try:
-        number, owner = claims.current(plan.claims)
-        if owner is None:
-            owner = claims.parse_owner(claims.claim(plan.claims, number + 1, "old"))
-        if owner.kind == "file":
-            return None  # the guest is nowhere but in the file
+        owner = _owner(plan)
+        if owner is None or owner.kind == "file":
+            return None  # not known, or the guest is nowhere but in the file
         old, until = (plan.old.pid, plan.old.start_ticks), time.monotonic() + _END_S
         if isinstance(plan, SwapPlan):
             others = [(plan.new.pid, plan.new.start_ticks)]
@@ -83,8 +85,28 @@ def end_losers(plan: SwapPlan | ReplacePlan) -> claims.Owner | None:
     return owner
 
 
-def forget(vm: str, run: Run | None, operation: Path, runtime: Path, records: Records, *, new: bool) -> None:
-    """Remove what an operation left. ``new``: whether the new process has the guest; it goes on with its own log."""
+def _owner(plan: SwapPlan | ReplacePlan) -> claims.Owner | None:
+    if not Path(plan.claims).is_dir():
+        # Lost in the middle, or an earlier release came so far: whoever is left has the guest.
+        if heir(plan) is None:
+            thaw(plan)
+        return heir(plan)
+    number, owner = claims.current(plan.claims)
+    if owner is None:
+        owner = claims.parse_owner(claims.claim(plan.claims, number + 1, "old"))
+    return owner
+
+
+def forget(
+    vm: str, run: Run | None, operation: Path, own: Sequence[Path], records: Records, *, new: bool
+) -> None:
+    """Remove what an operation left. Blocking.
+
+    Args:
+        operation: its record.
+        own: its files in the folder of the VM's sockets, the folder of its claims last.
+        new: whether the new process has the guest; it goes on with its own log.
+    """
     log = records.next_log(vm)
     with suppress(OSError):
         if new:
@@ -93,13 +115,13 @@ def forget(vm: str, run: Run | None, operation: Path, runtime: Path, records: Re
             log.unlink()
     if run is not None:
         remove_files(*(successor.next_path(path) for path in successor.sockets_of(run.argv)))
-    state = runtime / f"{operation.name}.state"
-    remove_files(runtime / "mig", state, f"{state}.part")
+    *files, folder = own
+    remove_files(*files)
     records.end(operation)
     # After the record: whoever finds that must find what was decided, too.
-    remove_claims(runtime / f"{operation.name}{CLAIMS}")
+    remove_claims(folder)
     with suppress(OSError):
-        runtime.rmdir()  # of a VM whose sockets are elsewhere
+        folder.parent.rmdir()  # of a VM whose sockets are elsewhere
 
 
 def remove_claims(folder: Path) -> None:

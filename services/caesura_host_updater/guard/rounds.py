@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 
@@ -32,6 +32,8 @@ class Round:
     tries: tuple[str, ...] = ()
     why_not: str = ""
     """The reason of a round that could not make the guest run."""
+    only_look: bool = False
+    """It looked and did nothing; the operation may not be decided."""
 
 
 class Rounds:
@@ -52,6 +54,9 @@ class Rounds:
         self._clock = clock
         self._done: SimpleQueue[Round] = SimpleQueue()
         self._under_way: set[str] = set()
+        self._owed: set[str] = set()
+        self._fresh: set[str] = set()
+        """The VMs whose round under way is a whole one that began after it was demanded."""
         self._decided: set[str] = set()
         self._not_before: dict[str, float] = {}
         self._wait_s: dict[str, float] = {}
@@ -61,15 +66,35 @@ class Rounds:
         """The VMs whose rounds have not ended yet."""
         return frozenset(self._under_way)
 
+    @property
+    def owed(self) -> frozenset[str]:
+        """The VMs whose demanded round has not ended yet with a guest that runs or is gone."""
+        return frozenset(self._owed)
+
+    def demand(self, vms: Iterable[str]) -> None:
+        """Something happened: whatever was seen of these VMs before may be untrue now.
+
+        Each is owed a whole round that begins from now on. No pause between rounds holds it up, and a round that is under
+        way, or one that only looks, does not count.
+        """
+        named = frozenset(vms)
+        self._owed |= named
+        self._fresh -= named
+
     def begin(self, plan: Plan, *, only_look: bool = False, pause_s: float = 0) -> None:
         """Start a round unless one is under way or it is too early for another.
 
-        ``pause_s``: the least time since the last one ended.
+        ``pause_s``: the least time since the last one ended, unless one was demanded since.
         """
         vm = plan.vm
-        if vm in self._under_way or (not only_look and self._clock() < self._not_before.get(vm, 0) + pause_s):
+        if vm in self._under_way:
+            return
+        not_before = self._not_before.get(vm, 0) + (0 if vm in self._owed else pause_s)
+        if not only_look and self._clock() < not_before:
             return
         self._under_way.add(vm)
+        if not only_look:
+            self._fresh.add(vm)
         decide = vm not in self._decided
         work = threading.Thread(
             target=self._go, args=(plan, only_look, decide), name=f"round of {vm}", daemon=True
@@ -89,6 +114,10 @@ class Rounds:
             except Empty:
                 break
             self._under_way.discard(last.vm)
+            if last.vm in self._fresh:
+                self._fresh.discard(last.vm)
+                if not last.why_not and last.state in ("running", "gone"):
+                    self._owed.discard(last.vm)
             found.append(last)
             self._pace(last)
             self._tell(last)
@@ -128,7 +157,9 @@ class Rounds:
         except Exception as error:  # noqa: BLE001 - see above; whatever it was is told in the log
             why_not = str(error) or type(error).__name__
             state = "held"
-        self._done.put(Round(plan.vm, was_held, state, self._clock(), owner, tuple(tries), why_not))
+        self._done.put(
+            Round(plan.vm, was_held, state, self._clock(), owner, tuple(tries), why_not, only_look)
+        )
 
 
 def _settled(plan: Plan) -> bool:

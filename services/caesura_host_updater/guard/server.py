@@ -137,14 +137,15 @@ class GuardServer:
             self._close()
 
     def _may_end(self) -> bool:
-        """Whether nothing keeps us: no VM of ours stands still, and we were told to stop or nobody is here."""
+        """Whether nothing keeps us: every VM of ours runs, and we were asked to stop or nobody is here."""
         if self._stopping:
             if not self._said_stopping:
                 self._said_stopping = True
                 self._notifier.stopping()
+                self._watch.look_again()  # nobody looks after us
             self._watch.fire("the pause guard was told to stop")
             return self._watch.state != "firing"
-        if self._clients or self._watch.state in ("armed", "firing"):
+        if self._clients or not self._watch.at_rest:
             self._alone_since = time.monotonic()
             return False
         limit = self._exit_when_alone_s
@@ -219,6 +220,8 @@ class GuardServer:
                     return {"ok": False, "error": f"cannot do {other!r}"}
         except GuardRefusal as refusal:
             return {"ok": False, "error": str(refusal)}
+        except OSError as error:  # of whoever asked: it died meanwhile, or we have no descriptor left
+            return {"ok": False, "error": f"cannot do it: {error}"}
         except (BadPlan, ValueError, KeyError, TypeError, AttributeError) as error:
             return {"ok": False, "error": f"bad request: {type(error).__name__}: {error}"}
 

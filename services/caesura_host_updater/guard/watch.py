@@ -18,6 +18,12 @@ _RETRY_S = 0.005  # s: between two looks at VMs that do not run yet
 _ENFORCE_S = 0.02  # s: between two looks while a late freeze of a stopped updater may still come
 _ENFORCE_IDLE_S = 0.1  # s: the same, after a minute of that: a process table costs milliseconds
 _ENFORCE_QEMU_S = 0.1  # s: the same for QEMU guests: a thread and two questions over a socket each time
+_LATE_S = 2.0
+"""How long the guard keeps enforcing after its owner's death, in seconds: what the dead one asked for may take effect later.
+
+QEMU carries out a ``stop`` that waits in its socket, and pauses the guest at the end of a migration that was begun: both
+within milliseconds on an idle host, a device's state of some megabytes within a second on a busy one.
+"""
 _LOOK_ROUND_S = 0.8  # s: how long an acknowledgement waits for QEMU guests: each is asked for half a second
 _LAST_ROUND_S = 0.3  # s: and for rounds that are under way; both together well under the updater's patience
 _STORE_RETRY_S = 1.0  # s: between two tries to write down what was done on a full disk
@@ -47,9 +53,12 @@ class Store(Protocol):
 class Watch:
     """One operation at a time: armed, then disarmed or fired.
 
-    After it fired, it goes on holding "nothing of this operation stands still" until the operation is
-    disarmed or its owner is dead: an updater that was stopped between its last check and its freeze call
-    may freeze a VM long after the deadline.
+    After it fired, it enforces "nothing of this operation is paused" until the operation is disarmed or its owner is
+    dead: an updater that was stopped between its last check and its freeze call may freeze a VM long after the deadline.
+
+    A look tells nothing of what happens after it began. So each event after which a VM may be paused (it fires, the owner
+    dies, a disarm, the guard's own end) demands another whole look at every VM, and neither the pause between two looks
+    nor a look that is under way stands in for it.
 
     Args:
         store: where intents are kept.
@@ -73,7 +82,7 @@ class Watch:
         self._look = look
         self._release = release
         self._intent: Intent | None = None
-        self._owner_gone = False
+        self._owner_gone_at: float | None = None
         self._seen_running: dict[str, float] = {}
         self._unstored_since: float | None = None
         self._rounds = Rounds(look, release, clock, log)
@@ -93,7 +102,16 @@ class Watch:
             return "ready"
         if self._intent.fired is None:
             return "armed"
-        return "fired" if self._intent.fired.done else "firing"
+        return "fired" if self._intent.fired.done and not self._rounds.owed else "firing"
+
+    @property
+    def at_rest(self) -> bool:
+        """Whether there is nothing to do before the next request: no operation, or one that nobody is left to pause."""
+        return self._intent is None or (self.state == "fired" and not self._may_be_paused_late())
+
+    def _may_be_paused_late(self) -> bool:
+        """Whether the owner lives, or died so recently that something it asked for may yet take effect."""
+        return self._owner_gone_at is None or self._clock() < self._owner_gone_at + _LATE_S
 
     def arm(self, intent: Intent) -> None:
         """Take an operation; durable when this returns.
@@ -110,69 +128,92 @@ class Watch:
         except OSError as error:
             raise GuardRefusal(f"cannot write the intent: {error.strerror or error}") from error
         self._intent = intent
-        self._owner_gone = False
-        self._begin_anew()
+        self._owner_gone_at = None
+        self._reset()
 
     def adopt(self, intent: Intent, why: str = "the guard started and found it armed") -> None:
         """Undo an intent found on disk at start: whoever armed it cannot be trusted to undo it."""
         self._intent = intent
-        self._owner_gone = True
-        self._begin_anew()
-        before, intent.fired = intent.fired, None
-        self.fire(before.why if before else why)
-        if before is not None:
-            # What was written down before our time is closer to the truth than what we found now.
-            self._keep(before)
+        self._owner_gone_at = self._clock()
+        self._reset()
+        before = intent.fired
+        if before is None:
+            self.fire(why)
+            return
+        # What was written down before our time is closer to the truth than what we find now; what is paused again since
+        # is found so by the looks to come.
+        self._seen_running = {
+            vm: catch.running_at for vm, catch in before.vms.items() if catch.running_at is not None
+        }
+        vms = {plan.vm: before.vms.get(plan.vm) or Catch(was_frozen=False) for plan in intent.plans}
+        self._begin(intent, Fired(before.why, before.at, vms))
 
-    def _begin_anew(self) -> None:
+    def _reset(self) -> None:
         self._seen_running = {}
         self._rounds = Rounds(self._look, self._release, self._clock, self._log)
-
-    def _keep(self, before: Fired) -> None:
-        intent = self._intent
-        if intent is None or intent.fired is None:
-            return
-        intent.fired.at = before.at
-        intent.fired.vms.update({vm: catch for vm, catch in before.vms.items() if catch.end})
-        self._save()
 
     def owner_gone(self, *, dead: bool) -> None:
         """The updater's connection ended, or its process did (``dead``)."""
         if self._intent is None:
             return
+        is_news = dead and self._owner_gone_at is None
+        if is_news:
+            self._owner_gone_at = self._clock()
         if self._intent.fired is None:
             self.fire("the host updater died" if dead else "the host updater closed its connection")
-        if dead and not self._owner_gone:
-            self._owner_gone = True
-            self._sweep()  # its last act may have been a freeze
+        elif is_news:
+            self.look_again()  # its last act may have been a freeze
 
     def fire(self, why: str) -> None:
         """Resume everything of the operation, now."""
         intent = self._intent
         if intent is None or intent.fired is not None:
             return
-        intent.fired = Fired(why, self._clock(), {plan.vm: Catch(was_frozen=False) for plan in intent.plans})
-        self._sweep()
-        self._log("guard.fired", operation=intent.operation, why=why, state=self.state)
+        vms = {plan.vm: Catch(was_frozen=False) for plan in intent.plans}
+        self._begin(intent, Fired(why, self._clock(), vms))
+
+    def _begin(self, intent: Intent, fired: Fired) -> None:
+        intent.fired = fired
+        self.look_again()
+        self._log("guard.fired", operation=intent.operation, why=fired.why, state=self.state)
+
+    def look_again(self) -> None:
+        """Something happened: if the guard fired, look at every VM once more, whatever was seen before.
+
+        Process guests are resumed whatever they are found in: one whose stop signal is still pending is seen running.
+        """
+        intent = self._intent
+        if intent is None or intent.fired is None:
+            return
+        self._rounds.demand(plan.vm for plan in intent.plans if isinstance(plan, VMM_PLANS))
+        self._sweep(release_all=True)
 
     def disarm(self, operation: str) -> dict[str, Any] | None:
         """The operation is over. Its intent is returned if the guard had to fire, else None.
 
         Raises:
-            GuardRefusal: a VM of it stands still (the guard fires then), or the disk refused.
+            GuardRefusal: a VM of it is paused (the guard fires then), or the disk refused.
         """
         intent = self._intent
         if intent is None or intent.operation != operation:
             return None
-        if intent.fired is None and self._any_held(intent):
+        wait_s = _LAST_ROUND_S
+        if intent.fired is not None:
+            wait_s = _LOOK_ROUND_S
+            self.look_again()  # the owner may have frozen something since the last look
+        elif self._any_held(intent):
             self.fire("disarmed while a VM stood still")
-        self.step()
-        # A round that is still under way could let go a VM that the next operation has frozen.
-        self._take_in(intent, self._rounds.ended(_LAST_ROUND_S))
+        until = time.monotonic() + wait_s
+        for _ in range(2):  # a round that began earlier is waited for; then comes the one that counts
+            self.step()
+            # A round that is still under way could resume a VM that the next operation has frozen.
+            self._take_in(intent, self._rounds.ended(max(until - time.monotonic(), 0)))
+            if not self._rounds.owed:
+                break
         under_way = self._calls.under_way
         if _STORE in under_way:
             raise GuardRefusal("the record is still being written")
-        stuck = set(self._rounds.under_way | under_way)
+        stuck = set(self._rounds.under_way | self._rounds.owed | under_way)
         if intent.fired is not None:
             stuck |= {vm for vm, catch in intent.fired.vms.items() if not catch.end}
         if stuck:
@@ -197,18 +238,22 @@ class Watch:
         fired = intent.fired
         assert fired is not None  # noqa: S101 - fire() sets it
         self._take_in(intent, self._rounds.ended())
-        if not fired.done or not self._owner_gone:
+        if not self.at_rest:
             self._sweep()
         if self._unstored_since is not None and now - self._unstored_since > _STORE_RETRY_S:
             self._save()
-        if not fired.done or self._rounds.under_way:
+        if self.state == "firing" or self._rounds.under_way:
             return _RETRY_S
-        if not self._owner_gone:
+        if self._owner_gone_at is None:
             return _ENFORCE_S if now - fired.at < 60 else _ENFORCE_IDLE_S
+        if self._may_be_paused_late():
+            return _ENFORCE_IDLE_S
         return _STORE_RETRY_S if self._unstored_since is not None else None
 
-    def _sweep(self) -> None:
-        """Look at every VM once, let go what stands still, write down what changed.
+    def _sweep(self, *, release_all: bool = False) -> None:
+        """Look at every VM once, resume what is paused, write down what changed.
+
+        ``release_all``: resume every process guest, those that are seen running, too.
 
         Process guests at once, all with one process table; QEMU guests each in a round of its own, whose outcome
         is taken in when it has ended.
@@ -225,7 +270,7 @@ class Watch:
         table = self._table(intent)
         held = {plan.vm: self._held(plan, table) for plan in plans}
         for plan in plans:
-            if held[plan.vm]:
+            if held[plan.vm] or release_all:
                 self._let_go(plan, table)
         table = self._table(intent) if any(held.values()) else table
         changed = False
@@ -239,8 +284,8 @@ class Watch:
         """Write down what rounds of QEMU guests have found."""
         changed = False
         for each in rounds:
-            if intent.fired is None:
-                continue
+            if intent.fired is None or each.only_look:
+                continue  # a look that a disarm has asked for decides nothing
             catch = intent.fired.vms[each.vm]
             before = catch.end
             changed |= catch.owner != each.owner
@@ -272,7 +317,7 @@ class Watch:
             return False
         catch = self._intent.fired.vms[vm]
         before = asdict(catch)
-        if was_held:
+        if was_held or state not in ("running", "gone"):
             if not catch.was_frozen:
                 catch.frozen_after = self._seen_running.get(vm)
             catch.was_frozen, catch.end, catch.running_at = True, "", None
@@ -308,7 +353,12 @@ class Watch:
             self._log(event, vm=vm, why=why)
 
     def _table(self, intent: Intent) -> Mapping[int, Process] | None:
-        return process_table() if any(isinstance(plan, SignalPlan) for plan in intent.plans) else None
+        if not any(isinstance(plan, SignalPlan) for plan in intent.plans):
+            return None
+        try:
+            return process_table()
+        except OSError:  # then each look and each release reads its own, or fails and is tried again
+            return None
 
     def _save(self) -> None:
         if self._intent is None:

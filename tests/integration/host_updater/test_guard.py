@@ -249,6 +249,68 @@ time.sleep(600)
 """
 
 
+def test_it_stays_while_an_owner_without_a_connection_lives(guard: Guard, vm: ProcessPlan) -> None:
+    """One that is stopped may still freeze; what ends the guard is that nobody can."""
+    process = guard.start("--exit-when-alone", "0.2")
+    owner = subprocess.Popen(
+        [sys.executable, "-c", LOST_OWNER, str(guard.folder), json.dumps(arming(vm, 20))],
+        stdout=subprocess.PIPE,
+    )
+    try:
+        assert owner.stdout is not None
+        assert b"closed" in owner.stdout.readline()
+        until = time.monotonic() + 1
+        while time.monotonic() < until:
+            ask_to_freeze(vm)
+            wait(lambda: condition(vm) == "running", "the late freeze to be undone")
+        ask_to_freeze(vm)
+    finally:
+        owner.kill()
+        owner.wait()
+        assert owner.stdout is not None
+        owner.stdout.close()
+    wait(lambda: condition(vm) == "running", "the last freeze to be undone")
+    for connection in guard.connections:
+        connection.close()
+    assert process.wait(patient(PATIENCE_S)) == 0
+
+
+LOST_OWNER = """
+import json, os, socket, sys, time
+folder = os.open(sys.argv[1], os.O_RDONLY)
+connection = socket.socket(socket.AF_UNIX)
+connection.connect(f"/proc/self/fd/{folder}/guard.sock")
+connection.sendall(sys.argv[2].encode() + b"\\n")
+assert json.loads(connection.recv(65536))["ok"]
+connection.close()
+print("closed", flush=True)
+time.sleep(600)
+"""
+
+
+def test_a_client_that_is_dead_when_its_request_is_read_does_not_end_the_guard(
+    guard: Guard, vm: ProcessPlan
+) -> None:
+    process = guard.start()
+    process.send_signal(signal.SIGSTOP)
+    subprocess.run(
+        [sys.executable, "-c", DEAD_CLIENT, str(guard.folder), json.dumps(arming(vm, 20))], check=True
+    )
+    process.send_signal(signal.SIGCONT)
+    connection = guard.connect()
+    assert guard.ask(connection, do="status")["state"] == "ready"
+    assert process.poll() is None
+
+
+DEAD_CLIENT = """
+import os, socket, sys
+folder = os.open(sys.argv[1], os.O_RDONLY)
+connection = socket.socket(socket.AF_UNIX)
+connection.connect(f"/proc/self/fd/{folder}/guard.sock")
+connection.sendall(sys.argv[2].encode() + b"\\n")
+"""
+
+
 def test_told_to_stop_while_armed(guard: Guard, vm: ProcessPlan) -> None:
     process = guard.start()
     connection = guard.connect()

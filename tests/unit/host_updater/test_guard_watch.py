@@ -6,19 +6,22 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from typing import Any
 
 import pytest
 
+from caesura.testing.patience import patient
 from caesura_host_updater.guard.intent import Catch, Fired, Intent, UnreadableIntent
 from caesura_host_updater.guard.plans import (
     BadPlan,
     CgroupPlan,
     Condition,
     Plan,
+    QemuPlan,
     SignalPlan,
+    Vmm,
     plan_from_json,
     plan_to_json,
 )
@@ -333,3 +336,223 @@ def test_a_disk_that_hangs_keeps_no_vm_frozen_and_its_record_is_written_later() 
             assert world.watch.disarm("op") is not None
             break
     assert world.disk is None
+
+
+class Qemu(World):
+    """``a`` is a QEMU guest, ``b`` a process guest. The clock moves with each step; a look can be held after it has looked."""
+
+    def __init__(self) -> None:
+        self.released: list[str] = []
+        self.looked = threading.Event()
+        self.answers = threading.Event()
+        self.answers.set()
+        super().__init__()
+
+    def look(self, plan: Plan, table: Mapping[int, Process] | None) -> Condition:
+        found = super().look(plan, table)
+        if plan.vm == "a":
+            self.looked.set()
+            self.answers.wait(patient(20))
+        return found
+
+    def release(self, plan: Plan, table: Mapping[int, Process] | None) -> None:
+        super().release(plan, table)
+        self.released.append(plan.vm)
+
+    def intent(self, operation: str = "op") -> Intent:
+        made = super().intent(operation)
+        made.plans = (QemuPlan("a", Vmm(4711, 5, "/run/x")), *made.plans[1:])
+        return made
+
+    def until(self, holds: Callable[[], bool], step_s: float = 0.2) -> None:
+        """Serve until it holds; each step is ``step_s`` seconds later than the last one."""
+        until = time.monotonic() + patient(20)
+        while not holds():
+            assert time.monotonic() < until
+            self.watch.step()
+            self.now += step_s
+            time.sleep(0.001)  # the rounds are threads
+
+    def fire(self) -> None:
+        """Armed and fired; everything runs, and the last look was just now."""
+        self.watch.arm(self.intent())
+        self.now += 10
+        self.until(lambda: state(self) == "fired", 0)
+        self.until(lambda: not self.watch._rounds.under_way, 0)
+
+    def hold_a_look(self) -> None:
+        """A round of ``a`` has looked already, and has not ended."""
+        self.looked.clear()
+        self.answers.clear()
+        self.until(self.looked.is_set)
+
+
+@pytest.fixture
+def qemu() -> Iterator[Qemu]:
+    """No thread of it hangs when the test is over."""
+    made = Qemu()
+    yield made
+    made.answers.set()
+
+
+def test_the_owners_last_act_is_undone_however_short_ago_the_last_look_was(qemu: Qemu) -> None:
+    qemu.fire()
+    qemu.vms["a"] = "frozen"
+    qemu.watch.owner_gone(dead=True)
+    qemu.until(lambda: qemu.vms["a"] == "running")
+    qemu.until(lambda: state(qemu) == "fired")
+    assert qemu.watch.disarm("op") is not None
+
+
+def test_a_look_from_before_the_owners_death_is_not_the_last_one(qemu: Qemu) -> None:
+    qemu.fire()
+    qemu.hold_a_look()
+    qemu.vms["a"] = "frozen"
+    qemu.watch.owner_gone(dead=True)
+    assert state(qemu) == "firing"
+    qemu.answers.set()
+    qemu.until(lambda: qemu.vms["a"] == "running")
+    qemu.until(lambda: state(qemu) == "fired")
+
+
+def test_it_does_not_rest_before_the_look_after_the_owners_death_has_ended(qemu: Qemu) -> None:
+    qemu.fire()
+    qemu.looked.clear()
+    qemu.answers.clear()
+    qemu.watch.owner_gone(dead=True)
+    assert qemu.looked.wait(patient(20))
+    qemu.now += 60
+    assert (state(qemu), qemu.watch.at_rest) == ("firing", False)
+    qemu.answers.set()
+    qemu.until(lambda: qemu.watch.at_rest)
+    assert state(qemu) == "fired"
+    assert qemu.watch.step() is None
+
+
+def test_what_the_owner_began_and_takes_effect_after_its_death_is_undone(qemu: Qemu) -> None:
+    """QEMU ends a migration that it was asked for, and the guest is paused then; nobody asks it to continue."""
+    qemu.fire()
+    qemu.watch.owner_gone(dead=True)
+    qemu.until(lambda: state(qemu) == "fired", 0)
+    qemu.vms["a"] = "frozen"
+    assert not qemu.watch.at_rest
+    qemu.until(lambda: qemu.vms["a"] == "running")
+    qemu.until(lambda: qemu.watch.at_rest)
+
+
+def test_a_stop_signal_that_is_still_pending_at_the_owners_death_is_taken_back() -> None:
+    """The kernel says *running* until a thread has acted on SIGSTOP; SIGCONT removes what is pending (signal(7))."""
+    world = World()
+    pending: set[str] = set()
+    released = world.release
+
+    def release(plan: Plan, table: Mapping[int, Process] | None) -> None:
+        pending.discard(plan.vm)
+        released(plan, table)
+
+    world.watch = Watch(world, no_log, clock=lambda: world.now, look=world.look, release=release)
+    world.watch.arm(world.intent())
+    world.now += 10
+    world.watch.step()
+    pending = {"a", "b"}
+    world.watch.owner_gone(dead=True)
+    assert not pending
+
+
+def test_a_disarm_looks_again_however_short_ago_the_last_look_was(qemu: Qemu) -> None:
+    qemu.fire()
+    qemu.vms["a"] = "frozen"
+    with suppress(GuardRefusal):
+        qemu.watch.disarm("op")
+    assert qemu.vms["a"] == "running" or state(qemu) == "firing"
+    qemu.until(lambda: state(qemu) in ("fired", "ready"))
+    assert qemu.vms["a"] == "running"
+
+
+def test_the_look_of_a_disarm_is_no_decision(qemu: Qemu) -> None:
+    """It only looks; what fires then has to bring the operation of each guest to a decision before it is over."""
+    qemu.watch.arm(qemu.intent())
+    qemu.vms["b"] = "frozen"
+    qemu.answers.clear()
+    with pytest.raises(GuardRefusal, match="not running yet: a"):
+        qemu.watch.disarm("op")
+    assert qemu.released == ["b"]
+    qemu.answers.set()
+    until = time.monotonic() + patient(20)
+    while state(qemu) != "ready":
+        assert time.monotonic() < until
+        with suppress(GuardRefusal):
+            qemu.watch.disarm("op")
+    assert "a" in qemu.released
+
+
+def test_found_at_start_with_a_record_a_guest_that_is_frozen_again_is_not_at_its_end() -> None:
+    world = World()
+    intent = world.intent()
+    intent.fired = Fired(
+        "the deadline passed", 90.0, {vm: Catch(False, None, 90.1, "running") for vm in ("a", "b")}
+    )
+    world.vms["a"] = "frozen"
+    world.stubborn = {"a"}
+    world.watch.adopt(intent)
+    assert state(world) == "firing"
+    world.stubborn = set()
+    world.watch.step()
+    assert world.vms["a"] == "running"
+    record = world.watch.disarm("op")
+    assert record is not None
+    assert record["fired"]["at"] == 90.0
+    assert record["fired"]["vms"]["a"] == {
+        "was_frozen": True,
+        "frozen_after": 90.1,
+        "running_at": 100.0,
+        "end": "running",
+        "owner": "",
+    }
+    assert record["fired"]["vms"]["b"]["running_at"] == 90.1
+
+
+def test_found_at_start_with_a_record_a_qemu_guest_is_looked_at_before_it_rests(qemu: Qemu) -> None:
+    intent = qemu.intent()
+    intent.fired = Fired(
+        "the deadline passed", 90.0, {vm: Catch(False, None, 90.1, "running") for vm in ("a", "b")}
+    )
+    qemu.answers.clear()
+    qemu.watch.adopt(intent)
+    assert state(qemu) == "firing"
+    qemu.answers.set()
+    qemu.until(lambda: state(qemu) == "fired")
+
+
+def test_a_guest_that_a_round_leaves_paused_is_not_at_its_end() -> None:
+    """It ran at the round's first look, and does not at its last one."""
+    first: list[Condition] = ["running", "frozen"]
+    seen = iter(first)
+    vms: dict[str, Condition] = {"a": "running"}
+    world = World()
+
+    def look(plan: Plan, _: Mapping[int, Process] | None) -> Condition:
+        return next(seen, vms[plan.vm])
+
+    world.watch = Watch(world, no_log, clock=lambda: world.now, look=look, release=lambda *_: None)
+    intent = Intent("op", "boot", 90.0, 99.0, (QemuPlan("a", Vmm(4711, 5, "/run/x")),))
+    world.watch.adopt(intent)
+    until = time.monotonic() + patient(20)
+    while not intent.fired or not intent.fired.vms["a"].was_frozen:
+        assert time.monotonic() < until
+        world.watch.step()
+        world.now += 0.2
+        time.sleep(0.001)
+
+
+def test_a_process_table_that_cannot_be_read_does_not_end_the_guard(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse() -> Mapping[int, Process]:
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr("caesura_host_updater.guard.watch.process_table", refuse)
+    world = World()
+    intent = world.intent()
+    intent.plans = (*intent.plans[:1], SignalPlan("b", 4711, 5))
+    world.freeze()
+    world.watch.adopt(intent)
+    assert world.vms == {"a": "running", "b": "running"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
 
@@ -18,18 +19,87 @@ class NoAnswer(OSError):
     """The call did not return in time, or an earlier one for the same VM has not returned yet."""
 
 
-def within(patience_s: float, work: Callable[[], T]) -> T:
+class _Call:
+    """One call of ``within``, in a thread of its own."""
+
+    def __init__(self, key: object, work: Callable[[], Any], discard: Callable[[Any], None] | None) -> None:
+        self.key = key
+        self.answer: SimpleQueue[tuple[bool, Any]] = SimpleQueue()
+        self._work = work
+        self._discard = discard
+
+    def run(self) -> None:
+        """In the thread: whoever waits gets the result; if nobody does any more, it is discarded."""
+        try:
+            is_error, result = False, self._work()
+        except BaseException as error:  # noqa: BLE001 - it is raised where the call was made
+            is_error, result = True, error
+        with _lock:
+            if self not in _given_up:
+                self.answer.put((is_error, result))
+                return
+        if not is_error and self._discard is not None:
+            with suppress(OSError):
+                self._discard(result)
+        with _lock:
+            _given_up.discard(self)
+
+    def give_up(self) -> bool:
+        """Whether nobody waits from now on; false: its answer has come."""
+        with _lock:
+            if self.answer.empty():
+                _given_up.add(self)
+                return True
+            return False
+
+
+_lock = threading.Lock()
+_given_up: set[_Call] = set()
+"""The calls that were given up and have not returned."""
+
+
+def within(
+    patience_s: float,
+    work: Callable[[], T],
+    *,
+    key: object = None,
+    discard: Callable[[T], None] | None = None,
+) -> T:
     """What ``work`` returns, if it does so within ``patience_s`` seconds; else its thread is left to it.
+
+    It is not called again while an earlier call with the same ``key`` that was given up has not returned: one that is
+    tried again and again would leave a thread each time. ``key``: what it waits for, such as a path; by default the same
+    function with the same captured values is the same call.
+
+    ``discard``: what is done with a result that comes too late, such as closing it, in that thread.
 
     Raises:
         NoAnswer: it did not.
         OSError: whatever else ``work`` raises.
     """
-    calls = BoundedCalls()
+    call = _Call(_identity(work) if key is None else key, work, discard)
+    with _lock:
+        if any(each.key == call.key for each in _given_up):
+            raise NoAnswer("the kernel still has not answered")
     try:
-        return calls.call("", work, patience_s)
-    finally:
-        calls.end()
+        threading.Thread(target=call.run, name="bounded call", daemon=True).start()
+    except RuntimeError:  # the host has no room for a thread: better to wait than not to act
+        return work()
+    try:
+        is_error, result = call.answer.get(timeout=patience_s)
+    except Empty:
+        if call.give_up():
+            raise NoAnswer("the kernel does not answer") from None
+        is_error, result = call.answer.get()
+    if is_error:
+        raise result
+    found: T = result
+    return found
+
+
+def _identity(work: Callable[[], Any]) -> object:
+    captured = getattr(work, "__closure__", None) or ()
+    return getattr(work, "__code__", work), tuple(cell.cell_contents for cell in captured)
 
 
 class BoundedCalls:
@@ -78,12 +148,6 @@ class BoundedCalls:
             raise value
         found: T = value
         return found
-
-    def end(self) -> None:
-        """No more calls: its thread ends when it has nothing to do."""
-        if self._work is not None:
-            work, self._work = self._work, None
-            work.put((lambda: None, SimpleQueue()))
 
     def _thread(self) -> SimpleQueue[tuple[Callable[[], Any], SimpleQueue[Any]]]:
         if self._work is None:

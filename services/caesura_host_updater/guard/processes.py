@@ -111,7 +111,8 @@ def start(argv: tuple[str, ...], environ: tuple[tuple[str, str], ...], log: str)
         OSError: it cannot be started.
     """
     try:
-        output = within(LOG_S, lambda: os.open(log, _TO_LOG, 0o600))
+        # One that opens too late is closed there, and is not opened again before: a start may be tried for hours.
+        output = within(LOG_S, lambda: os.open(log, _TO_LOG, 0o600), key=log, discard=os.close)
     except NoAnswer:
         output = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
     try:

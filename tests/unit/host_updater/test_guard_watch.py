@@ -410,6 +410,7 @@ def test_a_look_from_before_the_owners_death_is_not_the_last_one(qemu: Qemu) -> 
     qemu.vms["a"] = "frozen"
     qemu.watch.owner_gone(dead=True)
     assert state(qemu) == "firing"
+    qemu.now += 60  # it ends when nothing that the owner asked for is waited for any more
     qemu.answers.set()
     qemu.until(lambda: qemu.vms["a"] == "running")
     qemu.until(lambda: state(qemu) == "fired")

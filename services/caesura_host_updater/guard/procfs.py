@@ -30,11 +30,18 @@ class Process:
 
 
 def read_process(pid: int) -> Process | None:
-    """The process with this pid, or None if there is none."""
+    """The process with this pid, or None if there is none, or it cannot be looked at."""
+    try:
+        return _read(pid)
+    except OSError:
+        return None
+
+
+def _read(pid: int) -> Process | None:
     try:
         with open(f"/proc/{pid}/stat", "rb") as file:
             raw = file.read().decode(errors="replace")
-    except OSError:
+    except (FileNotFoundError, ProcessLookupError):
         return None
     # The command name may hold anything, parentheses too: the last one ends it.
     fields = raw[raw.rindex(")") + 2 :].split()
@@ -48,8 +55,11 @@ def process_table() -> dict[int, Process]:
 
 
 def alive(pid: int, start_ticks: int) -> bool:
-    """Whether exactly this process still runs; a zombie does not."""
-    process = read_process(pid)
+    """Whether exactly this process still runs; a zombie does not. One that cannot be looked at is taken for alive."""
+    try:
+        process = _read(pid)
+    except OSError:  # no free descriptor: who takes it for dead gives up its guest
+        return True
     return process is not None and process.start_ticks == start_ticks and process.state not in DEAD
 
 

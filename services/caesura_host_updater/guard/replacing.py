@@ -332,7 +332,7 @@ def _load(qmp: Qmp, state: int, until: float) -> None:
 def _size(path: str) -> int:
     """In bytes; 0 where it cannot be told, or not at once."""
     with suppress(OSError):
-        return within(LOG_S, lambda: os.path.getsize(path))
+        return within(LOG_S, lambda: os.path.getsize(path), key=path)
     return 0
 
 
@@ -345,7 +345,7 @@ def _read_from(path: str, offset: int) -> str:
             return " ".join(file.read()[-_LOG_BYTES:].decode(errors="replace").split())
 
     with suppress(OSError):
-        return within(LOG_S, read)
+        return within(LOG_S, read, key=path)
     return ""
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import errno
+import os
 from typing import Literal
 
 import pytest
 
-from caesura_host_updater.guard import plans
+from caesura_host_updater.guard import plans, procfs
 from caesura_host_updater.guard.plans import CgroupPlan, Condition
 
 _V2 = "/sys/fs/cgroup/x/a/cgroup.freeze"
@@ -73,3 +74,16 @@ def test_a_cgroup_that_was_removed_is_gone(
 ) -> None:
     _files(monkeypatch)
     assert plans.condition(CgroupPlan("a", kind, control)) == "gone"
+
+
+def test_a_process_that_cannot_be_looked_at_is_not_taken_for_dead(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a free descriptor the guard would give a living VM up."""
+    own = procfs.read_process(os.getpid())
+    assert own is not None
+
+    def none_free(*_: object) -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(procfs, "open", none_free, raising=False)
+    assert procfs.alive(own.pid, own.start_ticks)
+    assert procfs.read_process(own.pid) is None

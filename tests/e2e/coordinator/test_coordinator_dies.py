@@ -43,7 +43,9 @@ async def test_killed_in_each_state_of_a_wave(state: str, stages: Callable[..., 
 
 
 async def test_a_second_coordinator_takes_over_and_the_first_stands_down(pair: Any) -> None:
-    pair.sandbox.update("patch", ["sleep", "3"], expected_s=3.0)
+    # The update lasts until the other one leads, however long that takes to start: the first would go on with host-2.
+    go = pair.sandbox.folder / "go"
+    pair.sandbox.update("patch", ["sh", "-c", f"until [ -e {go} ]; do sleep 0.1; done"], expected_s=3.0)
     pair.sandbox.coordinator("standby")
     rollout = await pair.roll()
     await pair.frozen("web-1")
@@ -57,6 +59,7 @@ async def test_a_second_coordinator_takes_over_and_the_first_stands_down(pair: A
     )
     exit_code = await pair.sandbox.until_exit("coordinator", 10)
     assert exit_code == 3
+    go.touch()
     await pair.ready("host-1", "host-2")
     await pair.none_frozen()
     assert [each.vm for each in pair.sandbox.watch.pauses] == ["web-1"], (

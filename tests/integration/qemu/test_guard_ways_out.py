@@ -381,13 +381,13 @@ class Guard:
             os.close(handle)
 
     def kill(self) -> None:
-        """-9."""
-        if self.connection is not None:
-            self.connection.close()
+        """-9, before it can see that whoever armed it is gone."""
         if self.process is not None:
             self.process.kill()
             self.process.wait()
             self.process = None
+        if self.connection is not None:
+            self.connection.close()
 
     def record(self) -> dict[str, Any]:
         """What it says it did to the VM, once it is done."""

@@ -130,6 +130,9 @@ class Faults:
         self._stop(self.sandbox.running[host].pid)
 
     async def _kill_guard(self, host: str) -> None:
+        if f"{host}-guard" in self.sandbox.running:
+            await self.sandbox.kill(f"{host}-guard")  # and wait: `undo` starts only what has ended
+            return
         with suppress(LookupError):
             os.kill(self.sandbox.guard_pid(host), signal.SIGKILL)
 

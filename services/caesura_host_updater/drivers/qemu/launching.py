@@ -18,7 +18,7 @@ from caesura_host_updater.drivers.qemu import commandline, successor
 from caesura_host_updater.drivers.qemu.definition import Definition, QemuOptions
 from caesura_host_updater.drivers.qemu.qmp import Qmp, QmpUnreachable
 from caesura_host_updater.drivers.qemu.records import Records, Run
-from caesura_host_updater.drivers.qemu.releasing import CLAIMS, STATE, remove_files
+from caesura_host_updater.drivers.qemu.releasing import remove_files
 from caesura_host_updater.drivers.qemu.vmm import last_words
 from caesura_host_updater.guard.procfs import boot_id, read_process, send_signal
 from caesura_host_updater.guard.replacing import PART
@@ -93,7 +93,7 @@ class Launcher:
     @property
     def claims_end(self) -> str:
         """The end of the names of our claims: another host updater may have its sockets in the same folder."""
-        return f".{self._own}{CLAIMS}"
+        return f".{self._own}.claims"
 
     def state_file(self, vm: str, operation: str) -> Path:
         """Where a replace keeps the device state."""
@@ -102,7 +102,7 @@ class Launcher:
     @property
     def state_end(self) -> str:
         """As ``claims_end``, of state files."""
-        return f".{self._own}{STATE}"
+        return f".{self._own}.state"
 
     def own_files(self, vm: str, operation: str) -> tuple[Path, ...]:
         """What an operation has in the folder of the VM's sockets; the folder of its claims last."""

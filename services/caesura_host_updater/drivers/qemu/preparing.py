@@ -196,8 +196,7 @@ class Preparer:
 
     def _channel(self, guest: Guest) -> str:
         """Where the new process waits for the state of the old one."""
-        folder = self._launcher.folder(guest.vm)
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        folder = self._launcher.make_folder(guest.vm)
         remove_files(folder / "mig")
         return str(folder / "mig")
 

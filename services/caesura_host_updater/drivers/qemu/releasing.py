@@ -22,10 +22,6 @@ from caesura_host_updater.guard.processes import end, marked
 from caesura_host_updater.guard.procfs import boot_id
 from caesura_host_updater.guard.vmm import heir
 
-CLAIMS = ".claims"
-"""The end of the path of an operation's claims, in the folder of the VM's sockets."""
-STATE = ".state"
-"""As ``CLAIMS``, of the device state of a replace."""
 _END_S = 2.0  # s: for a killed process to be dead
 
 _log = structlog.get_logger("caesura.qemu")

@@ -40,8 +40,7 @@ class Trials:
         Raises:
             LaunchFailed, QmpFailed, OSError: there would be none; the text says why, in QEMU's own words where it had some.
         """
-        folder = self._launcher.folder(vm)
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        folder = self._launcher.make_folder(vm)
         log = self._records.trial_log(vm)
         remove_files(log, folder / "spice")
         argv = trial_command(command, str(folder))

@@ -228,17 +228,22 @@ class Guest:
                 self._status = "running" if self._status == "shutdown" else self._status
 
     @property
+    def mute(self) -> bool:
+        """Whether it tells us nothing now: its QMP connection is gone, or never answered."""
+        held = self.qmp is not None and not self.qmp.closed
+        return not self._status or not (held or self.unguarded)
+
+    @property
     def state(self) -> VmState:
         """Now."""
-        held = self.qmp is not None and not self.qmp.closed
-        mute = not self._status or not (held or self.unguarded)
+        mute = self.mute
         if self.run is None or (mute and not alive(self.run.pid, self.run.start_ticks)):
             # The guard may have been quicker, or there is only its memory now: `resume` finds out.
             return "paused" if self.prepared is not None and self.prepared.begun else "stopped"
+        if self._status in OVER:
+            return "stopped"  # also between the end of its connection and that of its process
         if mute:
             return "unknown"
-        if self._status in OVER:
-            return "stopped"
         if self._status in AWAY and (self.left or not (self.prepared is not None and self.prepared.begun)):
             return "stopped"
         if self._status in ("running", "suspended"):

@@ -256,7 +256,7 @@ class Keeper:
                     await self._mover.restore_capabilities(guest)
                 if guest.state == "paused" and guest.prepared is None and not guest.stopped_by_us:
                     await guest.refresh()
-                lost = guest.state == "unknown" or (guest.run is None and guest.spec.qemu is None)
+                lost = guest.mute if guest.run is not None else guest.spec.qemu is None
                 if lost and guest.prepared is None:
                     before = guest.why
                     await self.find(guest)

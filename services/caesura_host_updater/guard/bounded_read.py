@@ -16,36 +16,70 @@ from queue import Empty, SimpleQueue
 _PATIENCE_S = 0.5  # s: a read takes microseconds
 
 
+_hanging: set[str] = set()
+"""The paths whose read was given up and has not returned: each keeps one thread and one descriptor, and no more."""
+_lock = threading.Lock()
+
+
 def read_each(paths: Iterable[str], patience_s: float = _PATIENCE_S) -> Iterator[tuple[str, bytes | None]]:
-    """Each path with its bytes; None: it does not answer within ``patience_s`` seconds. What cannot be read is left out."""
-    wanted: SimpleQueue[str] | None = None
-    found: SimpleQueue[bytes | None] = SimpleQueue()
+    """Each path with its bytes; None: it does not answer within ``patience_s`` seconds. What cannot be read is left out.
+
+    A path whose last read still hangs is not read again, and is None at once.
+    """
+    reader: _Reader | None = None
     for path in paths:
-        if wanted is None:
-            wanted, found = SimpleQueue(), SimpleQueue()
-            threading.Thread(target=_serve, args=(wanted, found), name="bounded read", daemon=True).start()
-        wanted.put(path)
-        try:
-            data = found.get(timeout=patience_s)
-        except Empty:
-            wanted = None  # that thread stays in its read; another one reads the rest
+        with _lock:
+            hangs = path in _hanging
+        if hangs:
             yield path, None
             continue
+        if reader is None:
+            reader = _Reader()
+        reader.wanted.put(path)
+        try:
+            data = reader.found.get(timeout=patience_s)
+        except Empty:
+            if reader.give_up(path):
+                reader = None  # that thread stays in its read; another one reads the rest
+                yield path, None
+                continue
+            data = reader.found.get()
         if data is not None:
             yield path, data
-    if wanted is not None:
-        wanted.put("")
+    if reader is not None:
+        reader.wanted.put("")
 
 
-def _serve(wanted: SimpleQueue[str], found: SimpleQueue[bytes | None]) -> None:
-    while path := wanted.get():
-        try:
-            with open(path, "rb") as file:
-                data = file.read()
-        except OSError:
-            found.put(None)
-        else:
-            found.put(data)
+class _Reader:
+    """A thread that reads one file after the other, until one of them hangs."""
+
+    def __init__(self) -> None:
+        self.wanted: SimpleQueue[str] = SimpleQueue()
+        self.found: SimpleQueue[bytes | None] = SimpleQueue()
+        self._is_given_up = False
+        threading.Thread(target=self._serve, name="bounded read", daemon=True).start()
+
+    def _serve(self) -> None:
+        while path := self.wanted.get():
+            try:
+                with open(path, "rb") as file:
+                    data: bytes | None = file.read()
+            except OSError:
+                data = None
+            with _lock:
+                if self._is_given_up:
+                    _hanging.discard(path)
+                    return
+                self.found.put(data)
+
+    def give_up(self, path: str) -> bool:
+        """Whether nobody waits for it from now on; false: its answer has come."""
+        with _lock:
+            if not self.found.empty():
+                return False
+            self._is_given_up = True
+            _hanging.add(path)
+            return True
 
 
 def environs(pids: Iterable[int]) -> Iterator[tuple[int, frozenset[bytes]]]:

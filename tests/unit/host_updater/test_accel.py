@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
+import subprocess
+import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,6 +16,7 @@ from caesura.testing.patience import patient
 from caesura_host_updater.drivers.qemu import accel
 from caesura_host_updater.drivers.qemu.accel import find_accelerator, newest_kernel, probe_command, try_boot
 
+SILENCE_S, WHOLE_S = patient(0.3), patient(1)
 BOOTS = "echo '[    0.1] Linux version 6.1'; echo '[    1.9] Kernel panic - not syncing: VFS: Unable to mount root fs'; exec sleep 60"
 
 
@@ -31,17 +36,17 @@ async def test_a_kernel_that_comes_to_its_panic_has_booted(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("body", "said"),
     [
-        ("echo Booting; exec sleep 60", "silent for 0.3 s (last line: Booting)"),
+        ("echo Booting; exec sleep 60", f"silent for {SILENCE_S:g} s (last line: Booting)"),
         (
             "echo 'failed to set MSR 0x10a' >&2; exit 134",
             "exit code 134 (last line: failed to set MSR 0x10a)",
         ),
         ("exit 0", "exit code 0 (last line: none)"),
-        ("while :; do echo loop; sleep 0.1; done", "not through after 1 s (last line: loop)"),
+        ("while :; do echo loop; sleep 0.1; done", f"not through after {WHOLE_S:g} s"),
     ],
 )
 async def test_everything_else_has_not(tmp_path: Path, body: str, said: str) -> None:
-    found = await try_boot([program(tmp_path, body)], silence_s=0.3, whole_s=1)
+    found = await try_boot([program(tmp_path, body)], silence_s=SILENCE_S, whole_s=WHOLE_S)
     assert said in found
 
 
@@ -98,3 +103,36 @@ async def test_the_answer_is_kept_until_something_changes(
     program(tmp_path, f"echo >>{tried}; {body} #")
     await find()
     assert len(tried.read_text()) == 4, "another QEMU"
+
+
+async def test_a_program_that_hangs_in_exec_does_not_hold_up_the_event_loop(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    disk, ended = threading.Event(), threading.Event()
+
+    class Ended(subprocess.Popen):  # type: ignore[type-arg]
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            disk.wait()
+            super().__init__(*arguments, **options)
+
+        def __exit__(self, *error: object) -> None:
+            super().__exit__(*error)  # type: ignore[arg-type]
+            ended.set()
+
+    monkeypatch.setattr(subprocess, "Popen", Ended)
+    # As the time limit is an event of the loop, a loop that waits for the disk never comes to it.
+    assert await try_boot([program(tmp_path, BOOTS)], whole_s=0.1) == "not through after 0.1 s"
+    disk.set()  # a late start is ended by its own thread
+    assert await asyncio.to_thread(ended.wait, patient(10))
+
+
+async def test_a_disk_that_does_not_answer_means_tcg(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    disk, device = threading.Event(), tmp_path / "kvm"
+    device.touch()
+    monkeypatch.setattr(accel, "_DEVICE", str(device))
+    monkeypatch.setattr(accel, "_WHOLE_S", 0.1)
+    monkeypatch.setattr(accel, "_key", lambda *_: disk.wait())
+    found = await find_accelerator("qemu", kernel="/boot/vmlinuz")
+    disk.set()
+    assert found.name == "tcg"
+    assert "has not answered for 0.1 s" in found.reason

@@ -203,6 +203,8 @@ def test_what_forbids_any_other_process(text: str, why: str) -> None:
         ("-s", "gdb"),
         ("-gdb tcp::1", "gdb"),
         ("-vnc :1", "-vnc"),
+        ("-display vnc=:1", "write it as -vnc :1"),
+        ("-display vnc=unix:/v", "write it as -vnc unix:/v"),
         ("-spice port=1", "-spice holds a port"),
         ("-spice unix=on,addr=/s/spice,tls-port=1", "-spice holds a port"),
         ("-monitor tcp:127.0.0.1:1,server=on", "-monitor tcp:"),
@@ -216,9 +218,7 @@ def test_what_forbids_a_process_beside(text: str, why: str) -> None:
 
 
 def test_what_forbids_nothing() -> None:
-    text = (
-        "-netdev bridge,id=n,br=br0 -vnc unix:/v -drive file=nbd:h:1 -vnc none -spice unix=on,addr=/s/spice"
-    )
+    text = "-netdev bridge,id=n,br=br0 -vnc unix:/v -drive file=nbd:h:1 -vnc none -display vnc=none -spice unix=on,addr=/s/spice"
     found = obstacles(words(f"{RAM} {text}"), "pc-q35-7.2")
     assert found.both == found.beside == ()
 

@@ -8,12 +8,14 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from caesura.testing.patience import patient
 from caesura_host_updater import applying, detached
 from caesura_host_updater.applying import UpdateNotStarted, UpdateProcess
 from caesura_host_updater.detached import start_detached
@@ -97,8 +99,16 @@ def test_a_file_that_hangs_does_not_keep_the_others_from_being_read(tmp_path: Pa
     paths = [str(tmp_path / name) for name in "abcde"]
     found = dict(read_each(paths, 0.05))
     assert found == {paths[0]: b"a", paths[1]: None, paths[2]: b"c", paths[3]: None}
-    for name in ("b", "d"):  # let the threads end
-        (tmp_path / name).write_text("")
+    threads = threading.active_count()
+    assert dict(read_each(paths, patient(5))) == found, "what hangs is not waited for again"
+    assert threading.active_count() <= threads, "and costs no further thread"
+    for name in ("b", "d"):
+        (tmp_path / name).write_text("")  # its thread comes back, some time soon
+        (tmp_path / name).unlink()
+        (tmp_path / name).touch()
+    until = time.monotonic() + patient(10)
+    while dict(read_each(paths)) != {**found, paths[1]: b"", paths[3]: b""}:
+        assert time.monotonic() < until, "a file that answered at last is read again"
 
 
 def test_processes_are_found_by_their_environment() -> None:

@@ -10,7 +10,11 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import os
+import select
 import shutil
+import subprocess
+import threading
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -18,11 +22,16 @@ from typing import Literal
 
 import msgspec
 
+from caesura_host_updater.threads import in_thread
+
 _DEVICE = "/dev/kvm"
+_BOOT = Path("/boot")
 _ARRIVED = b"Kernel panic - not syncing"
 _SILENCE_S = 5.0
 """s: a kernel that says nothing for so long hangs; a booting one prints a line every few milliseconds."""
 _WHOLE_S = 30.0
+_TURN_S = 0.1
+"""s: how often the thread of a trial sees whether anybody still waits for it."""
 _KERNEL_WORDS = "console=ttyS0,115200 earlyprintk=serial,ttyS0,115200 panic=-1"
 
 
@@ -51,12 +60,18 @@ async def find_accelerator(
     unusable = device_fault(_DEVICE)
     if unusable:
         return Accelerator("tcg", unusable)
-    kernel = kernel or newest_kernel(Path("/boot"))
-    if not kernel:
-        why = 'there is no readable kernel in /boot to try KVM with; set accel = "kvm" if you know that it works'
-        return Accelerator("tcg", why)
-    key = await asyncio.to_thread(_key, binary, cpu, kernel)
-    kept = _read(cache)
+    try:
+        async with asyncio.timeout(_WHOLE_S):
+            kernel = kernel or await in_thread("trial boot", lambda: newest_kernel(_BOOT))
+            if not kernel:
+                why = f'there is no readable kernel in {_BOOT} to try KVM with; set accel = "kvm" if you know that it works'
+                return Accelerator("tcg", why)
+            key = await in_thread("trial boot", lambda: _key(binary, cpu, kernel))
+            kept = await in_thread("trial boot", lambda: _read(cache))
+    except TimeoutError:
+        return Accelerator(
+            "tcg", f"the disk with QEMU, the kernel or {cache} has not answered for {_WHOLE_S:g} s"
+        )
     if kept is not None and kept.key == key:
         return kept.found
     why = await try_boot(probe_command(binary, "kvm", cpu, kernel))
@@ -67,7 +82,7 @@ async def find_accelerator(
     )
     if cache is not None:
         with suppress(OSError):  # the next start tries again
-            _write(cache, _Kept(key, found))
+            await in_thread("trial boot", lambda: _write(cache, _Kept(key, found)))
     return found
 
 
@@ -96,45 +111,53 @@ def newest_kernel(folder: Path) -> str:
 
 
 async def try_boot(argv: Sequence[str], *, silence_s: float = _SILENCE_S, whole_s: float = _WHOLE_S) -> str:
-    """Empty if the kernel came all the way, else what was seen instead."""
+    """Empty if the kernel came all the way, else what was seen instead.
+
+    In a thread, for executing a program may wait for a disk; that thread ends the program when nobody waits any more.
+    """
+    stop = threading.Event()
     try:
-        process = await asyncio.create_subprocess_exec(
-            *argv,
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.STDOUT,
+        async with asyncio.timeout(whole_s):
+            return await in_thread("trial boot", lambda: _boot(argv, silence_s, stop))
+    except TimeoutError:
+        return f"not through after {whole_s:g} s"
+    finally:
+        stop.set()
+
+
+def _boot(argv: Sequence[str], silence_s: float, stop: threading.Event) -> str:
+    try:
+        process = subprocess.Popen(
+            argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, bufsize=0
         )
     except OSError as error:
         return f"{argv[0]} cannot be started: {error.strerror or error}"
     seen = bytearray()
-    why = ""
-    try:
-        async with asyncio.timeout(whole_s):
-            why = await _watch(process, seen, silence_s)
-    except TimeoutError:
-        why = f"not through after {whole_s:g} s"
-    finally:
-        with suppress(ProcessLookupError):
+    with process:
+        try:
+            why = _watch(process, seen, silence_s, stop)
+        finally:
             process.kill()
-        await process.wait()
     return f"{why} (last line: {_last_line(seen)})" if why else ""
 
 
-async def _watch(process: asyncio.subprocess.Process, seen: bytearray, silence_s: float) -> str:
+def _watch(process: subprocess.Popen[bytes], seen: bytearray, silence_s: float, stop: threading.Event) -> str:
     output = process.stdout
     if output is None:
         return "no output"
-    while True:
-        try:
-            async with asyncio.timeout(silence_s):
-                data = await output.read(65536)
-        except TimeoutError:
+    heard = time.monotonic()
+    while not stop.is_set():
+        if select.select([output], [], [], _TURN_S)[0]:
+            data = output.read(65536)
+            heard = time.monotonic()
+            seen += data
+            if _ARRIVED in seen:
+                return ""
+            if not data:
+                return f"QEMU ended with exit code {process.wait()}"
+        elif time.monotonic() >= heard + silence_s:
             return f"silent for {silence_s:g} s"
-        seen += data
-        if _ARRIVED in seen:
-            return ""
-        if not data:
-            return f"QEMU ended with exit code {await process.wait()}"
+    return "given up"
 
 
 def _last_line(seen: bytearray) -> str:

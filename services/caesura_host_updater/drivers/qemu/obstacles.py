@@ -150,6 +150,9 @@ def _held(option: str, value: str | None, kind: str, found: Mapping[str, str]) -
             yield f"hostfwd {found[key]} holds a port of the host"
     if option == "-s" or (option == "-gdb" and text.startswith("tcp")):
         yield "its gdb server holds a port of the host"
+    elif option == "-display" and text.startswith("vnc=") and not text.startswith("vnc=none"):
+        # Also a unix socket: only that of -vnc is given to the next process under a name of its own.
+        yield f"two processes cannot use -display {text} at once: write it as -vnc {text.removeprefix('vnc=')}"
     elif (option == "-spice" and (not is_on(found, "unix") or "tls-port" in found)) or (
         option == "-vnc" and not text.startswith(("unix:", "none"))
     ):

@@ -90,6 +90,10 @@ _READ.argtypes = [
 ]
 
 
+_MEMCMP = ctypes.CDLL(None).memcmp
+_MEMCMP.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
+
+
 class View:
     """Pages of the RAM file as one process has them mapped. Make one with ``of``."""
 
@@ -163,6 +167,13 @@ class FileView:
         return memoryview(pages)
 
 
+def _equal(one: memoryview, other: memoryview) -> bool:
+    """By memcmp(3): Python compares memoryviews element by element, which takes 2 ms for half a megabyte."""
+    size = len(one)
+    pieces = [(ctypes.c_char * size).from_buffer(each) for each in (one, other) if len(each) == size]
+    return len(pieces) == 2 and _MEMCMP(*pieces, size) == 0
+
+
 def _address(mappings: list[Mapping], offset: int) -> int:
     for mapping in mappings:
         within = offset - mapping.file_offset
@@ -192,7 +203,7 @@ class Views:
             old, new = self._old.read(), self._new.read()
         except NoView as error:
             return Compared(None, f"the sampled pages could not be read: {error}")
-        if old == new:
+        if _equal(old, new):
             return Compared(True, f"{len(self.offsets)} pages {self._how}")
         pages = [slice(start, start + PAGE_BYTES) for start in range(0, len(old), PAGE_BYTES)]
         where = next(self.offsets[number] for number, page in enumerate(pages) if old[page] != new[page])

@@ -42,7 +42,7 @@ async def test_a_kernel_that_comes_to_its_panic_has_booted(tmp_path: Path) -> No
             "exit code 134 (last line: failed to set MSR 0x10a)",
         ),
         ("exit 0", "exit code 0 (last line: none)"),
-        ("while :; do echo loop; sleep 0.1; done", f"not through after {WHOLE_S:g} s"),
+        ("while :; do echo loop; sleep 0.1; done", f"not through after {WHOLE_S:g} s (last line: loop)"),
     ],
 )
 async def test_everything_else_has_not(tmp_path: Path, body: str, said: str) -> None:
@@ -121,7 +121,9 @@ async def test_a_program_that_hangs_in_exec_does_not_hold_up_the_event_loop(
 
     monkeypatch.setattr(subprocess, "Popen", Ended)
     # As the time limit is an event of the loop, a loop that waits for the disk never comes to it.
-    assert await try_boot([program(tmp_path, BOOTS)], whole_s=0.1) == "not through after 0.1 s"
+    assert (
+        await try_boot([program(tmp_path, BOOTS)], whole_s=0.1) == "not through after 0.1 s (last line: none)"
+    )
     disk.set()  # a late start is ended by its own thread
     assert await asyncio.to_thread(ended.wait, patient(10))
 

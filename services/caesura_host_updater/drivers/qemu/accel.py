@@ -81,8 +81,11 @@ async def find_accelerator(
         else Accelerator("kvm", f"a kernel booted with it ({cpu})")
     )
     if cache is not None:
-        with suppress(OSError):  # the next start tries again
-            await in_thread("trial boot", lambda: _write(cache, _Kept(key, found)))
+        with suppress(
+            OSError
+        ):  # the next start tries again, also where the disk does not answer (TimeoutError is one)
+            async with asyncio.timeout(_WHOLE_S):
+                await in_thread("trial boot", lambda: _write(cache, _Kept(key, found)))
     return found
 
 
@@ -115,30 +118,29 @@ async def try_boot(argv: Sequence[str], *, silence_s: float = _SILENCE_S, whole_
 
     In a thread, for executing a program may wait for a disk; that thread ends the program when nobody waits any more.
     """
-    stop = threading.Event()
+    stop, seen = threading.Event(), bytearray()
     try:
         async with asyncio.timeout(whole_s):
-            return await in_thread("trial boot", lambda: _boot(argv, silence_s, stop))
+            return await in_thread("trial boot", lambda: _boot(argv, seen, silence_s, stop))
     except TimeoutError:
-        return f"not through after {whole_s:g} s"
+        return _with_last_line(f"not through after {whole_s:g} s", seen)
     finally:
         stop.set()
 
 
-def _boot(argv: Sequence[str], silence_s: float, stop: threading.Event) -> str:
+def _boot(argv: Sequence[str], seen: bytearray, silence_s: float, stop: threading.Event) -> str:
     try:
         process = subprocess.Popen(
             argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, bufsize=0
         )
     except OSError as error:
         return f"{argv[0]} cannot be started: {error.strerror or error}"
-    seen = bytearray()
     with process:
         try:
             why = _watch(process, seen, silence_s, stop)
         finally:
             process.kill()
-    return f"{why} (last line: {_last_line(seen)})" if why else ""
+    return _with_last_line(why, seen) if why else ""
 
 
 def _watch(process: subprocess.Popen[bytes], seen: bytearray, silence_s: float, stop: threading.Event) -> str:
@@ -160,9 +162,9 @@ def _watch(process: subprocess.Popen[bytes], seen: bytearray, silence_s: float, 
     return "given up"
 
 
-def _last_line(seen: bytearray) -> str:
+def _with_last_line(why: str, seen: bytearray) -> str:
     lines = [line.strip() for line in seen.decode(errors="replace").splitlines() if line.strip()]
-    return lines[-1][:160] if lines else "none"
+    return f"{why} (last line: {lines[-1][:160] if lines else 'none'})"
 
 
 def _key(binary: str, cpu: str, kernel: str) -> str:

@@ -78,7 +78,8 @@ class _Piece(ctypes.Structure):
     _fields_ = [("base", ctypes.c_void_p), ("length", ctypes.c_size_t)]
 
 
-_READ = ctypes.CDLL(None, use_errno=True).process_vm_readv
+_LIBC = ctypes.CDLL(None, use_errno=True)
+_READ = _LIBC.process_vm_readv
 _READ.restype = ctypes.c_ssize_t
 _READ.argtypes = [
     ctypes.c_int,
@@ -88,9 +89,7 @@ _READ.argtypes = [
     ctypes.c_ulong,
     ctypes.c_ulong,
 ]
-
-
-_MEMCMP = ctypes.CDLL(None).memcmp
+_MEMCMP = _LIBC.memcmp
 _MEMCMP.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
 
 
@@ -169,9 +168,11 @@ class FileView:
 
 def _equal(one: memoryview, other: memoryview) -> bool:
     """By memcmp(3): Python compares memoryviews element by element, which takes 2 ms for half a megabyte."""
-    size = len(one)
-    pieces = [(ctypes.c_char * size).from_buffer(each) for each in (one, other) if len(each) == size]
-    return len(pieces) == 2 and _MEMCMP(*pieces, size) == 0
+    if len(one) != len(other):
+        return False
+    here, there = ((ctypes.c_char * len(each)).from_buffer(each) for each in (one, other))
+    difference: int = _MEMCMP(here, there, len(one))
+    return difference == 0
 
 
 def _address(mappings: list[Mapping], offset: int) -> int:

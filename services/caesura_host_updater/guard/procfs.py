@@ -16,17 +16,22 @@ from dataclasses import dataclass
 
 STOPPED = "T"  # stopped by a signal; "t" is a tracer's business, not ours
 DEAD = frozenset("ZXx")
+_EXITING = 0x4  # PF_EXITING of include/linux/sched.h
 
 
 @dataclass(frozen=True, slots=True)
 class Process:
-    """One line of the process table. ``start_ticks``: clock ticks between boot and its start."""
+    """One line of the process table. ``start_ticks``: clock ticks between boot and its start.
+
+    ``exiting``: its first thread runs no more of its program, though the kernel may still be giving back what it had.
+    """
 
     pid: int
     ppid: int
     session: int
     state: str
     start_ticks: int
+    exiting: bool = False
 
 
 def read_process(pid: int) -> Process | None:
@@ -45,7 +50,8 @@ def _read(pid: int) -> Process | None:
         return None
     # The command name may hold anything, parentheses too: the last one ends it.
     fields = raw[raw.rindex(")") + 2 :].split()
-    return Process(pid, int(fields[1]), int(fields[3]), fields[0], int(fields[19]))
+    exiting = bool(int(fields[6]) & _EXITING)
+    return Process(pid, int(fields[1]), int(fields[3]), fields[0], int(fields[19]), exiting)
 
 
 def process_table() -> dict[int, Process]:
@@ -61,6 +67,18 @@ def alive(pid: int, start_ticks: int) -> bool:
     except OSError:  # no free descriptor: who takes it for dead gives up its guest
         return True
     return process is not None and process.start_ticks == start_ticks and process.state not in DEAD
+
+
+def ending(pid: int, start_ticks: int) -> bool:
+    """Whether this process has ended, or is about to: whoever was connected to it hears of that a moment before it is dead.
+
+    Not for those who need what it held: it may still be in use.
+    """
+    try:
+        process = _read(pid)
+    except OSError:
+        return False
+    return process is None or process.start_ticks != start_ticks or process.exiting or process.state in DEAD
 
 
 def thread_states(pid: int) -> Iterator[str]:

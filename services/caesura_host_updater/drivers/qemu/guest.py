@@ -24,7 +24,7 @@ from caesura_host_updater.drivers.qemu.snapshot import VmSnapshot
 from caesura_host_updater.drivers.qemu.vmm import NoVmm, foreign, marked_as, ram_error, read_vmm
 from caesura_host_updater.guard.guest import AWAY, NOT_OURS, OVER, RUNNING
 from caesura_host_updater.guard.plans import QemuPlan, ReplacePlan, SwapPlan, Vmm
-from caesura_host_updater.guard.procfs import STOPPED, alive, boot_id, read_process
+from caesura_host_updater.guard.procfs import STOPPED, alive, boot_id, ending, read_process
 from caesura_host_updater.guard.replacing import STUCK
 from caesura_host_updater.hostfile import VmSpec
 from caesura_host_updater.threads import in_thread
@@ -237,7 +237,7 @@ class Guest:
     def state(self) -> VmState:
         """Now."""
         mute = self.mute
-        if self.run is None or (mute and not alive(self.run.pid, self.run.start_ticks)):
+        if self.run is None or (mute and ending(self.run.pid, self.run.start_ticks)):
             # The guard may have been quicker, or there is only its memory now: `resume` finds out.
             return "paused" if self.prepared is not None and self.prepared.begun else "stopped"
         if self._status in OVER:

@@ -26,10 +26,14 @@ from caesura.bus.embedded import EmbeddedBrokerMissing, embedded_available
 from caesura.bus.mqtt_link import Link
 from caesura.bus.options import BrokerOptions
 from caesura.bus.port import BusError
+from caesura.contract.codec import MAX_PACKET_BYTES
 from caesura.runtime.cleanup import shielded
 
 _ASK_EVERY_S = 0.05  # s: a broker is up after 10 ms (Mosquitto) to 1 s (embedded)
 _STOP_S = 5.0  # s: Mosquitto writes its store on SIGTERM
+MAX_QUEUED_BYTES = 64 * 1024 * 1024
+"""What Mosquitto keeps for one client that is away or slow. All that a fleet of 10,000 VMs retains has to fit (some
+20 MB): a client that subscribes gets it at once, and what is above the limit is lost silently."""
 _HASH_ROUNDS = 101  # mosquitto_passwd's own default
 _SBIN = ("/usr/sbin", "/usr/local/sbin", "/opt/homebrew/sbin", "/sbin")  # not on the PATH of most users
 
@@ -74,6 +78,8 @@ def mosquitto_config(
         "set_tcp_nodelay true",
         "max_queued_messages 100000",
         "max_inflight_messages 100",
+        f"max_queued_bytes {MAX_QUEUED_BYTES}",
+        f"max_packet_size {MAX_PACKET_BYTES}",
         "log_type error",
         "log_type warning",
         "log_type notice",

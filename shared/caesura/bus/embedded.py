@@ -20,6 +20,7 @@ from typing import Any
 
 from caesura.bus.port import BusError
 from caesura.bus.tether import die_with
+from caesura.contract.codec import MAX_PACKET_BYTES
 
 READY = "embedded broker ready"
 """The first line on stdout begins with this as soon as the broker accepts connections."""
@@ -54,6 +55,7 @@ async def serve_embedded(host: str, port: int) -> None:
     try:
         from amqtt.broker import Broker  # noqa: PLC0415 - an optional dependency
         from amqtt.errors import AMQTTError  # noqa: PLC0415
+        from amqtt.mqtt.packet import MQTTFixedHeader  # noqa: PLC0415
     except ImportError:
         raise EmbeddedBrokerMissing from None
     bind = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
@@ -85,6 +87,7 @@ async def serve_embedded(host: str, port: int) -> None:
             if current is not None and current[0] is session and current[1] is not handler:
                 session.transitions.connect()
 
+    _limit_packets(MQTTFixedHeader)
     broker = DemoBroker(config)
     try:
         await broker.start()
@@ -101,6 +104,20 @@ async def serve_embedded(host: str, port: int) -> None:
         with contextlib.suppress(TimeoutError, AMQTTError):
             async with asyncio.timeout(2):
                 await broker.shutdown()
+
+
+def _limit_packets(fixed_header: Any) -> None:
+    """Have amqtt 0.12.1 take a packet that is announced as larger than the limit for the end of the connection.
+
+    It has no setting for that, and reads any packet whole. This process is its own, so nobody else sees the change.
+    """
+    read = fixed_header.from_stream
+
+    async def from_stream(reader: Any) -> Any:
+        header = await read(reader)
+        return None if header is not None and header.remaining_length >= MAX_PACKET_BYTES else header
+
+    fixed_header.from_stream = from_stream
 
 
 def main() -> None:

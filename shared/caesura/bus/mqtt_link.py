@@ -7,6 +7,8 @@ What stock aiomqtt 2.5 does, and why it is not enough here:
 - it hides a denied publish: ``on_publish`` here keeps the reason code;
 - a pending publish waits out its timeout when the broker dies: here it ends with the connection;
 - a broker that closes without answering CONNECT is waited for in vain: here that fails at once;
+- it reads a message of any size: here MQTT 5 asks the broker to leave out what the contract does not allow, and what
+  comes all the same is read to its end and thrown away from the limit on;
 - it connects in a thread, and registers sockets with the loop later, when they may be closed again.
 
 This touches private attributes of both libraries, hence their upper bounds in pyproject.toml and one test
@@ -17,6 +19,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import socket
 import ssl
 from collections.abc import Callable, Iterator, Sequence
@@ -33,9 +36,14 @@ from paho.mqtt.reasoncodes import ReasonCode
 from caesura.bus.diagnosis import ClosedEarly, ConnectionLost, ConnectRefused, NoAnswer, SubscribeRefused
 from caesura.bus.dial import open_socket
 from caesura.bus.options import BrokerOptions
-from caesura.bus.port import BusUnavailable, PublishRefused, Will
+from caesura.bus.port import BusUnavailable, PublishRefused, PublishTooLarge, Will
+from caesura.contract.codec import MAX_PACKET_BYTES
 
 Protocol = Literal["5", "3.1.1"]
+_CHUNK_BYTES = 64 * 1024  # at most so much is read at once, and so held above the limit
+_PUBLISH_BYTES = (
+    12  # fixed header (5), lengths of topic and properties, packet id: at most, MQTT 5.0, section 3.3
+)
 _GOODBYE_S = 1.0  # s: the DISCONNECT packet goes into the kernel's buffer; a full one means a dead peer
 _MISC_S = 1.0  # s: how often paho looks at its keepalive; its smallest unit is a second
 
@@ -90,12 +98,17 @@ class Link(aiomqtt.Client):
             will=aiomqtt.Will(will.topic, will.payload, qos=1, retain=True) if will else None,
             clean_session=None if five else options.clean,
             clean_start=options.clean if five else paho.MQTT_CLEAN_START_FIRST_ONLY,
-            properties=_session(options) if five else None,
+            properties=_connect_properties(options) if five else None,
             timeout=options.connect_timeout_s,
             keepalive=options.keepalive_s,
             max_inflight_messages=options.max_in_flight,
         )
         self._client.manual_ack_set(True)
+        self._receive = self._client._sock_recv  # noqa: SLF001
+        self._client._sock_recv = self._receive_bounded  # type: ignore[method-assign]  # noqa: SLF001
+        self._largest_bytes = math.inf
+        self._read_at_s = -math.inf
+        """When bytes came last, by the loop's clock."""
         # It logs every lost connection as an error; the bus reports each, with advice.
         self._client.disable_logger()
         self._disconnected.add_done_callback(self._on_end)
@@ -136,22 +149,34 @@ class Link(aiomqtt.Client):
     async def subscribe_all(self, filters: Sequence[str]) -> None:
         """Subscribe at QoS 1 to all filters with one packet.
 
+        The broker's answer may come behind all that it kept for this session, however much that is: it is waited for
+        as long as anything comes, and while we are the ones who do not read.
+
         Raises:
-            SubscribeRefused, ConnectionLost, TimeoutError.
+            SubscribeRefused, ConnectionLost.
+            TimeoutError: the broker was silent for the connect timeout.
         """
         if not filters:
             return
-        call = asyncio.ensure_future(self.subscribe([(each, 1) for each in filters]))
+        call = asyncio.ensure_future(self.subscribe([(each, 1) for each in filters], timeout=math.inf))
         try:
             waits: set[asyncio.Future[Any]] = {call, self._disconnected}
-            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-            if not call.done():
-                raise self._lost()
+            silent_s, silence_s = 0.0, self._options.connect_timeout_s
+            self._read_at_s = self._loop.time()
+            while not call.done():
+                await asyncio.wait(waits, timeout=silence_s - silent_s, return_when=asyncio.FIRST_COMPLETED)
+                if self.ended and not call.done():
+                    raise self._lost()
+                if self._paused:
+                    self._read_at_s = self._loop.time()
+                silent_s = self._loop.time() - self._read_at_s
+                if silent_s >= silence_s and not call.done():
+                    raise TimeoutError("no answer to SUBSCRIBE")
             codes = call.result()
         except aiomqtt.MqttError as error:
             if self.ended:
                 raise self._lost() from error
-            raise TimeoutError("no answer to SUBSCRIBE") from error
+            raise
         finally:
             call.cancel()
             with contextlib.suppress(asyncio.CancelledError, aiomqtt.MqttError):
@@ -174,9 +199,12 @@ class Link(aiomqtt.Client):
         Raises:
             BusUnavailable: the connection ended, or no answer by ``deadline``. The slot in flight stays taken
                 until the answer comes or the connection ends: memory stays bounded however many give up.
-            PublishRefused: the broker said no.
+            PublishRefused: the broker said no, or would.
         """
         loop = asyncio.get_running_loop()
+        size_bytes = len(topic.encode()) + len(payload) + _PUBLISH_BYTES
+        if size_bytes > self._largest_bytes:
+            raise PublishTooLarge(topic, size_bytes, int(self._largest_bytes))
         try:
             async with asyncio.timeout_at(deadline):
                 await self._slots.acquire()
@@ -274,6 +302,7 @@ class Link(aiomqtt.Client):
         limit = getattr(rest[0], "ReceiveMaximum", self._options.max_in_flight) if rest else None
         if limit is not None and limit < self._options.max_in_flight:
             self._slots = asyncio.Semaphore(limit)
+        self._largest_bytes = getattr(rest[0], "MaximumPacketSize", math.inf) if rest else math.inf
         super()._on_connect(client, userdata, flags, reason_code, *rest)
 
     def _on_disconnect(
@@ -320,7 +349,15 @@ class Link(aiomqtt.Client):
         if sock.fileno() >= 0:
             self._loop.remove_writer(sock.fileno())
 
+    def _receive_bounded(self, bufsize: int) -> bytes:
+        """paho's read of the socket; of a packet above the limit it keeps the beginning, enough to acknowledge it."""
+        packet = self._client._in_packet["packet"]  # noqa: SLF001
+        if len(packet) > MAX_PACKET_BYTES:
+            del packet[MAX_PACKET_BYTES:]
+        return self._receive(min(bufsize, _CHUNK_BYTES))
+
     def _read(self) -> None:
+        self._read_at_s = self._loop.time()
         with self._ending_on_error():
             while not self._paused:
                 self._client.loop_read()
@@ -366,12 +403,12 @@ class Link(aiomqtt.Client):
         return ConnectionLost(0, str(error) if error else "closed")
 
 
-def _session(options: BrokerOptions) -> Properties | None:
-    """Without an expiry, MQTT 5 forgets a session when its connection ends, whatever clean_start says."""
-    if options.clean:
-        return None
+def _connect_properties(options: BrokerOptions) -> Properties:
     properties = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]
-    properties.SessionExpiryInterval = options.session_expiry_s
+    properties.MaximumPacketSize = MAX_PACKET_BYTES
+    if not options.clean:
+        # Without an expiry, MQTT 5 forgets a session when its connection ends, whatever clean_start says.
+        properties.SessionExpiryInterval = options.session_expiry_s
     return properties
 
 

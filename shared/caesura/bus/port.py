@@ -47,6 +47,16 @@ class PublishRefused(BusError):
         )
 
 
+class PublishTooLarge(PublishRefused):
+    """The message is larger than this broker takes: it would answer with the end of the connection."""
+
+    def __init__(self, topic: str, size_bytes: int, limit_bytes: int) -> None:
+        super().__init__(
+            topic, f"{size_bytes} bytes, and this broker takes at most {limit_bytes} in a packet"
+        )
+        self.args = (f"a message on {topic!r} has {self.reason}: raise its max_packet_size",)
+
+
 class Delivery(msgspec.Struct, frozen=True):
     """One message as it came from the bus. ``retained`` is true for state that was stored before we subscribed."""
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 
 import msgspec
 
-from caesura.contract.topics import CHANNELS, PREFIX, Party
+from caesura.contract.topics import CHANNELS, Party
 
 
 class Principal(msgspec.Struct, frozen=True):
@@ -27,13 +27,6 @@ class Principal(msgspec.Struct, frozen=True):
         return f"{self.party}_{self.instance}" if self.instance else self.party
 
 
-_OWN_SUBTREE: Mapping[Party, str] = {
-    "coordinator": "fleet/#",
-    "host": "host/{}/#",
-    "vm": "vm/{}/#",
-    "metadata": "metadata/{}/#",
-    "ctl": "ctl/{}/#",
-}
 _OWN_PARAMETER: Mapping[Party, str] = {"host": "host", "vm": "vm", "ctl": "client", "metadata": "instance"}
 
 
@@ -44,12 +37,25 @@ def access_rules(principals: Iterable[Principal]) -> str:
     ]
     for principal in principals:
         lines = [f"user {principal.username}"]
-        subtree = _OWN_SUBTREE.get(principal.party)
-        if subtree:
-            lines.append(f"topic write {PREFIX}/{subtree.format(principal.instance)}")
+        lines += [f"topic write {pattern}" for pattern in writable(principal)]
         lines += [f"topic read {pattern}" for pattern in readable(principal)]
         blocks.append("\n".join(lines))
     return "\n\n".join(blocks) + "\n"
+
+
+def writable(principal: Principal) -> list[str]:
+    """The topic filters that this user may write: its own rows of the topic table, with its own name in them.
+
+    No subtree: a broker keeps whatever is retained on topics that nobody reads, and there is no end of such topics.
+    """
+    own = {}
+    if principal.party in _OWN_PARAMETER:
+        own[_OWN_PARAMETER[principal.party]] = principal.instance
+    return [
+        channel.filter(**{name: own[name] for name in channel.parameters if name in own})
+        for channel in CHANNELS
+        if channel.writer == principal.party
+    ]
 
 
 def readable(principal: Principal) -> list[str]:

@@ -14,6 +14,10 @@ from caesura.runtime.errors import CaesuraError
 
 MAX_PAYLOAD_BYTES = 256 * 1024  # the smallest limit that all supported brokers share
 
+MAX_PACKET_BYTES = MAX_PAYLOAD_BYTES + 8 * 1024
+"""The largest MQTT packet with such a payload: the longest topic of the table has some 350 bytes, the rest is room for
+properties. It is `max_packet_size` of the shipped broker configurations, and what clients ask of a broker by MQTT 5."""
+
 
 class ContractError(CaesuraError):
     """A message that breaks the contract. ``kind`` is a bounded label for metrics."""
@@ -148,6 +152,7 @@ def _check_parameters(topic: str, parameters: Mapping[str, str], message: Messag
 
 
 __all__ = [
+    "MAX_PACKET_BYTES",
     "MAX_PAYLOAD_BYTES",
     "ContractError",
     "Malformed",

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 
 from caesura.bus.brokers import LocalBroker, find_mosquitto, free_port, mosquitto_config, password_line
 from caesura.bus.options import BrokerOptions
 from caesura.runtime.settings import Secret
+
+_DEPLOY = Path(__file__).resolve().parents[3] / "deploy"
 
 
 class Certificates(msgspec.Struct, frozen=True):
@@ -46,15 +50,8 @@ def mosquitto(
         require_certificate: clients need a certificate of the same authority.
     """
     port = free_port()
-    password_file = acl_file = None
-    if users is not None:
-        password_file = data_dir / "passwords"
-        password_file.write_text("".join(password_line(*each) for each in users.items()))
-        password_file.chmod(0o600)
-    if acl is not None:
-        acl_file = data_dir / "acl"
-        acl_file.write_text(acl)
-        acl_file.chmod(0o600)
+    password_file = None if users is None else _written(data_dir / "passwords", _password_lines(users))
+    acl_file = None if acl is None else _written(data_dir / "acl", acl)
     config = mosquitto_config(
         port=port,
         data_dir=data_dir,
@@ -78,6 +75,48 @@ def mosquitto(
             password=Secret(""),
         )
     return LocalBroker(kind="mosquitto", port=port, data_dir=data_dir, config=config, ready=ready)
+
+
+def shipped_mosquitto(
+    name: Literal["broker", "compose"], data_dir: Path, *, users: Mapping[str, str], acl: str
+) -> LocalBroker:
+    """A Mosquitto with a configuration as it is shipped (``deploy/<name>/mosquitto.conf``); enter it with ``async with``.
+
+    Every line is kept but the paths, the address, and TLS, which changes nothing of what may be sent.
+
+    Args:
+        data_dir: a temporary folder of the test.
+        users: name to password.
+        acl: the text of an access rules file.
+    """
+    port = free_port()
+    password_file = _written(data_dir / "passwords", _password_lines(users))
+    acl_file = _written(data_dir / "acl", acl)
+    here = {
+        "persistence_location": f"persistence_location {data_dir}/",
+        "password_file": f"password_file {password_file}",
+        "acl_file": f"acl_file {acl_file}",
+        "log_dest": "log_dest stderr",
+        "listener": f"listener {port} 127.0.0.1",
+        "cafile": "",
+        "certfile": "",
+        "keyfile": "",
+    }
+    shipped = (_DEPLOY / name / "mosquitto.conf").read_text(encoding="utf-8").splitlines()
+    lines = [here.get(line.partition(" ")[0], line) for line in shipped]
+    if os.geteuid() == 0:
+        lines.insert(0, "user root")  # else it changes to a user who may not read our files
+    return LocalBroker(kind="mosquitto", port=port, data_dir=data_dir, config="\n".join([*lines, ""]))
+
+
+def _password_lines(users: Mapping[str, str]) -> str:
+    return "".join(password_line(*each) for each in users.items())
+
+
+def _written(path: Path, text: str) -> Path:
+    path.write_text(text, encoding="utf-8")
+    path.chmod(0o600)
+    return path
 
 
 def make_certificates(folder: Path, *, name: str = "localhost") -> Certificates:

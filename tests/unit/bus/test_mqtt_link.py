@@ -23,7 +23,8 @@ from caesura.bus.diagnosis import (
 )
 from caesura.bus.mqtt_link import Arrival, Link, Protocol
 from caesura.bus.options import BrokerOptions
-from caesura.bus.port import BusUnavailable, PublishRefused, Will
+from caesura.bus.port import BusUnavailable, PublishRefused, PublishTooLarge, Will
+from caesura.contract.codec import MAX_PACKET_BYTES, MAX_PAYLOAD_BYTES
 from caesura.testing.patience import patient
 from caesura.testing.scripted import (
     CONNECT,
@@ -40,6 +41,8 @@ from caesura.testing.scripted import (
     puback,
     publish,
 )
+
+_MAXIMUM_PACKET_SIZE = bytes([0x27]) + MAX_PACKET_BYTES.to_bytes(4)  # MQTT 5.0, section 3.1.2.11.4
 
 PROTOCOLS: tuple[Protocol, ...] = ("5", "3.1.1")
 both_versions = pytest.mark.parametrize("protocol", PROTOCOLS)
@@ -367,6 +370,70 @@ async def test_an_unanswered_subscribe_times_out(broker: ScriptedBroker) -> None
             await subscribing
 
 
+@both_versions
+async def test_a_subscribe_is_answered_behind_whatever_the_broker_kept(
+    broker: ScriptedBroker, protocol: Protocol
+) -> None:
+    """Silence counts, not work: messages of a session may come for longer than an answer may take."""
+    silence_s = 1.0
+    arrivals: list[Arrival] = []
+    link = link_to(broker, protocol, arrivals=arrivals, connect_timeout_s=silence_s)
+    async with connected(broker, link) as there:
+        subscribing = asyncio.create_task(link.subscribe_all(["a"]))
+        asked = await there.read(SUBSCRIBE)
+        end = in_s(1.5 * silence_s)
+        while in_s(0) < end:
+            await there.send(publish("a", b"x", 7, protocol=protocol))
+            await asyncio.sleep(silence_s / 50)
+        assert arrivals
+        await there.send(packet(9, message_id_of(asked) + (b"\0" if protocol == "5" else b"") + b"\1"))
+        await subscribing
+
+
+async def test_a_subscribe_waits_while_we_are_the_ones_who_do_not_read(broker: ScriptedBroker) -> None:
+    link = link_to(broker, connect_timeout_s=0.2)
+    async with connected(broker, link) as there:
+        subscribing = asyncio.create_task(link.subscribe_all(["a"]))
+        asked = await there.read(SUBSCRIBE)
+        link.pause()
+        await there.send(packet(9, message_id_of(asked) + b"\0\1"))
+        assert await there.silent(0.5)
+        assert not subscribing.done()
+        link.resume()
+        await subscribing
+
+
+@both_versions
+async def test_of_an_oversized_message_the_beginning_is_kept_and_acknowledged(
+    broker: ScriptedBroker, protocol: Protocol
+) -> None:
+    arrivals: list[Arrival] = []
+    link = link_to(broker, protocol, arrivals=arrivals)
+    head = b"\0\1a\0\7" + (b"\0" if protocol == "5" else b"")
+    length = 8 * 1024 * 1024
+    async with connected(broker, link) as there:
+        await there.send(bytes([PUBLISH << 4 | 2, 0x80, 0x80, 0x80, 0x04]), head, bytes(length - len(head)))
+        await there.send(publish("a", b"x", 8, protocol=protocol))
+        await until(arrivals, 2)
+        link.acknowledge(arrivals[0])
+        assert (await there.read(PUBACK)).body[:2] == b"\0\7"
+    assert MAX_PAYLOAD_BYTES < len(arrivals[0].payload) <= MAX_PACKET_BYTES + 64 * 1024
+    assert arrivals[1].payload == b"x"
+
+
+async def test_what_the_broker_says_is_too_large_is_refused_and_ends_no_connection(
+    broker: ScriptedBroker,
+) -> None:
+    link = link_to(broker)
+    async with connected(broker, link, properties=bytes([0x27]) + (100).to_bytes(4)) as there:
+        with pytest.raises(PublishTooLarge, match="at most 100") as refusal:
+            await link.send("a", bytes(100), qos=1, retain=False, deadline=in_s(10))
+        assert refusal.value.topic == "a"
+        sending = asyncio.create_task(link.send("a", bytes(50), qos=1, retain=False, deadline=in_s(10)))
+        await there.send(puback(message_id_of(await there.read(PUBLISH))))
+        await sending
+
+
 async def test_a_takeover_is_told_apart_from_other_ends(broker: ScriptedBroker) -> None:
     link = link_to(broker)
     async with connected(broker, link) as there:
@@ -399,8 +466,8 @@ async def test_a_topic_that_is_no_utf_8_ends_the_connection(broker: ScriptedBrok
     [
         ("3.1.1", True, 0b10, None),
         ("3.1.1", False, 0b00, None),
-        ("5", True, 0b10, b""),
-        ("5", False, 0b00, bytes([0x11]) + (86_400).to_bytes(4)),
+        ("5", True, 0b10, _MAXIMUM_PACKET_SIZE),
+        ("5", False, 0b00, bytes([0x11]) + (86_400).to_bytes(4) + _MAXIMUM_PACKET_SIZE),
     ],
 )
 async def test_sessions_are_asked_for_in_each_versions_own_way(

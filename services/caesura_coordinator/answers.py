@@ -6,6 +6,7 @@ import msgspec
 
 from caesura.contract import messages as m
 from caesura.contract.codec import MAX_PAYLOAD_BYTES, size_bytes
+from caesura.contract.fitting import fitted
 from caesura.runtime.errors import CaesuraError
 
 REASON_CHARACTERS = 4000
@@ -13,10 +14,11 @@ REASON_CHARACTERS = 4000
 
 
 def with_plan(request: str, plan: m.Plan, reason: str, *, rollout: str = "") -> m.RequestAnswered:
-    """The answer with the plan, or, when that is too large for a message, without it and saying so."""
-    answer = m.RequestAnswered(
+    """The answer with the plan, its texts cut if need be; when it is too large even so, without it and saying so."""
+    whole = m.RequestAnswered(
         request=request, accepted=not reason, reason=reason[:REASON_CHARACTERS], plan=plan, rollout=rollout
     )
+    answer = msgspec.structs.replace(fitted(whole), reason=whole.reason)
     size = size_bytes(answer)
     if size <= MAX_PAYLOAD_BYTES:
         return answer

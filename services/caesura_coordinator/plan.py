@@ -6,11 +6,13 @@ The rule that shapes every plan: of one availability set, a wave pauses VMs of o
 from __future__ import annotations
 
 import difflib
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
 import msgspec
 
 from caesura.contract.messages import (
+    MOST_TARGETS,
     DomainKey,
     Method,
     Plan,
@@ -111,6 +113,18 @@ def _outside_pause_s(record: UpdateRecord) -> float:
 def sets_of(plan: Plan) -> tuple[str, ...]:
     """Every set that the plan touches, each once, in order of first touch."""
     return tuple(dict.fromkeys(vm.set for wave in plan.waves for vm in wave.vms))
+
+
+def most_targets(plan: Plan) -> str:
+    """Why a host's part of a wave is more than one command can name; empty if none is."""
+    for wave in plan.waves:
+        for host, count in Counter(vm.host for vm in wave.vms).items():
+            if count > MOST_TARGETS:
+                return (
+                    f"{host} would pause {count} VMs at once, and a command names at most {MOST_TARGETS}: "
+                    "select fewer sets, or spread them over more hosts"
+                )
+    return ""
 
 
 def domain_of(vm: VmRecord | PlannedVm, key: DomainKey) -> int:
@@ -319,7 +333,10 @@ def _method(vm: VmRecord, record: UpdateRecord, *, hold_s: float) -> tuple[Metho
         if method in vm.methods:
             return method, reason
     wanted = candidates[-1][0]
-    why = vm.methods_missing.get(wanted, "the driver does not offer it")
+    nothing = (
+        "" if vm.methods else ", nor anything else: `caesura status` shows what its host says of its driver"
+    )
+    why = vm.methods_missing.get(wanted, f"the driver does not offer it{nothing}")
     return "skip", f"cannot {wanted}: {why}"[:1000]
 
 

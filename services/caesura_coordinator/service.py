@@ -24,7 +24,7 @@ from caesura_coordinator.book import Book
 from caesura_coordinator.commands import due_commands
 from caesura_coordinator.fleet import Fleet
 from caesura_coordinator.inputs import Abort, Approve, Authority, Input, Resume, Tick
-from caesura_coordinator.plan import make_plan, sets_of
+from caesura_coordinator.plan import make_plan, most_targets, sets_of
 from caesura_coordinator.records import largest_state, new_rollout
 from caesura_coordinator.rollout import RESTART_GRACE_S
 from caesura_coordinator.store import Store, Unsendable
@@ -473,7 +473,7 @@ class Coordinator:
         plan = make_plan(
             self.fleet, update=update, selection=request.selection, policy=request.policy, hold_s=hold_s
         )
-        reason = "; ".join(f"{each.subject}: {each.reason}" for each in plan.refusals)
+        reason = "; ".join(f"{each.subject}: {each.reason}" for each in plan.refusals) or most_targets(plan)
         held = self.book.holder(sets_of(plan))
         if held and not request.plan_only:
             reason = f"set {held[0]} is held by rollout {held[1]}: wait for its end, resume or abort it"
@@ -524,11 +524,14 @@ class Coordinator:
     # -- messages out --
 
     async def _try_send(self, message: Message, **parameters: str) -> bool:
+        """Whether the bus took it, or never will: either way the next one is tried."""
         try:
             await self.post.send(message, timeout_s=2.0, **parameters)
         except BusError as error:
             _log.debug("coordinator.not_sent", type=type(message).TYPE, why=str(error))
             return False
+        except (ContractError, TopicError) as error:
+            _log.error("coordinator.unsendable", type=type(message).TYPE, why=str(error), **parameters)
         return True
 
     async def _outbox(self) -> None:

@@ -15,6 +15,7 @@ from caesura.contract.messages import (
     VmRecord,
 )
 from caesura.lifecycle.budget import MIN_BUDGET_S, usable_s
+from caesura_host_updater.report import unreportable
 from caesura_host_updater.updates import Catalogue, UpdateFile
 
 STOPPING = "the host updater is stopping"
@@ -106,7 +107,7 @@ def judge_freeze(
         return Refuse(STOPPING)
     if host.busy:
         return Refuse(f"busy with operation {host.busy}")
-    why = _wrong_targets(command, host)
+    why = _wrong_targets(command, host) or unreportable(command, now)
     if why:
         return Refuse(why)
     return _judge_update(command, host)

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
-from caesura.contract.messages import FaultDomain, UpdateDomain
+from caesura.contract.messages import MOST_TARGETS, FaultDomain, UpdateDomain
 from caesura.contract.names import InvalidName, check_name, own_set
 from caesura.runtime.choices import explained
 from caesura.runtime.errors import ConfigError
@@ -94,6 +94,10 @@ def parse_host_file(text: str, name: str) -> HostFile:
                 check_name("set", vm.set)
     except InvalidName as error:
         raise HostFileError(f"{name}: {error}") from error
+    if len(file.vm) > MOST_TARGETS:
+        raise HostFileError(
+            f"{name}: {len(file.vm)} VMs; one operation holds at most {MOST_TARGETS}, so a host cannot have more"
+        )
     for vm_name, count in Counter(vm.name for vm in file.vm).items():
         if count > 1:
             raise HostFileError(f"{name}: VM {vm_name!r} stands {count} times in it; names are unique")

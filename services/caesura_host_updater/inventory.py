@@ -5,6 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Literal
 
+from msgspec.structs import replace
+
+from caesura.contract.codec import MAX_PAYLOAD_BYTES, size_bytes
+from caesura.contract.fitting import fits, fitted
 from caesura.contract.messages import HostInventory, ProofCode, VmRecord, VmState
 from caesura.lifecycle.proof import ordered
 from caesura_host_updater.command import Authority
@@ -78,7 +82,49 @@ def inventory(
     operation: str,
     guard: Literal["ready", "armed", "absent"],
 ) -> HostInventory:
-    """The whole host, now."""
+    """The whole host, now; as much of it as fits into a message.
+
+    Texts are cut first. If that is not enough, no VM has a method any more: all VMs stay known, with their states, to
+    whoever must not pause another domain beside them, but nothing can be planned for them.
+    """
+    whole = fitted(
+        _whole(
+            host,
+            driver,
+            driver_detail,
+            authority=authority,
+            vms=vms,
+            catalogue=catalogue,
+            operation=operation,
+            guard=guard,
+        )
+    )
+    if fits(whole):
+        return whole
+    return replace(
+        whole,
+        driver_detail=f"{TOO_MANY_VMS}: {len(vms)} VMs make {size_bytes(whole)} bytes of {MAX_PAYLOAD_BYTES}",
+        vms=tuple(
+            replace(vm, methods=(), methods_missing={}, proofs=None, state_detail="", no_digest="")
+            for vm in whole.vms
+        ),
+    )
+
+
+TOO_MANY_VMS = "too many VMs for one inventory, so none of them can be updated: spread them over more hosts"
+
+
+def _whole(
+    host: str,
+    driver: str,
+    driver_detail: str,
+    *,
+    authority: Authority,
+    vms: Mapping[str, VmRecord],
+    catalogue: Catalogue,
+    operation: str,
+    guard: Literal["ready", "armed", "absent"],
+) -> HostInventory:
     return HostInventory(
         host=host,
         driver=driver,

@@ -5,6 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from datetime import datetime
 
+from msgspec.structs import replace
+
+from caesura.contract.codec import MAX_PAYLOAD_BYTES, size_bytes
+from caesura.contract.fitting import fits, fitted
 from caesura.contract.messages import (
     FreezeCommanded,
     MemoryProof,
@@ -159,7 +163,7 @@ def final_report(
         worst = max(vm.pause_s for vm in over)
         note = f"pause of {worst:.2f} s is over the budget of {op.budget_s:g} s"
         reason = f"{reason}; {note}" if reason else note
-    return OperationReported(
+    report = OperationReported(
         operation=op.operation,
         host=host,
         epoch=epoch,
@@ -185,4 +189,54 @@ def final_report(
         update=update,
         overhead_s=max(0.0, max(pauses) - _under_the_pause(op, update)) if pauses else None,
         at=at,
+    )
+    return _reportable(report)
+
+
+def _reportable(report: OperationReported) -> OperationReported:
+    """A report that can be sent: a VM's texts give way, its verdict stays."""
+    report = fitted(report)
+    if fits(report):
+        return report
+    silent = tuple(
+        replace(vm, detail="", memory=vm.memory and replace(vm.memory, detail="")) for vm in report.vms
+    )
+    report = replace(report, vms=silent)
+    return report if fits(report) else replace(report, vms=tuple(replace(vm, error="") for vm in silent))
+
+
+def unreportable(command: FreezeCommanded, at: datetime) -> str:
+    """Why the end of this operation could not be reported, so that it must not begin; empty if it can be."""
+    proof = memory_proof(("digest_equal", "sampled_digest_equal"), (), "")
+    vms = tuple(
+        VmResult(
+            vm=target.vm,
+            set=target.set,
+            update_domain=target.update_domain,
+            state="running",
+            frozen=True,
+            pause_s=29.123456789012345,
+            resumed_by="updater",
+            memory=proof,
+        )
+        for target in command.targets
+    )
+    update = UpdateOutcome(update=command.update, outcome="not_run", output_tail="x" * 64)
+    report = OperationReported(
+        operation=command.operation,
+        host=command.host,
+        epoch=command.epoch,
+        rollout=command.rollout,
+        wave=command.wave,
+        status="cancelled",
+        reason="x" * 64,
+        vms=vms,
+        update=update,
+        at=at,
+    )
+    if fits(report):
+        return ""
+    return (
+        f"what became of {len(vms)} VMs does not fit into a message ({size_bytes(report)} bytes of {MAX_PAYLOAD_BYTES}): "
+        "pause fewer at a time, or spread them over more hosts"
     )

@@ -14,7 +14,7 @@ import structlog
 
 from caesura.bus.port import Bus, BusError, Delivery
 from caesura.bus.post import Post
-from caesura.contract.codec import Received
+from caesura.contract.codec import Oversized, Received
 from caesura.contract.envelope import Message
 from caesura.contract.messages import (
     AbortCommanded,
@@ -40,7 +40,7 @@ from caesura_host_updater.endings import Endings, Letters, cancelled_before_it_b
 from caesura_host_updater.guard.procfs import boot_id
 from caesura_host_updater.guardian import Guardian
 from caesura_host_updater.hostfile import HostFile
-from caesura_host_updater.inventory import inventory
+from caesura_host_updater.inventory import TOO_MANY_VMS, inventory
 from caesura_host_updater.journal import Journal, JournalThread, Letter
 from caesura_host_updater.metrics import HostMetrics
 from caesura_host_updater.operation import OperationRunner
@@ -130,6 +130,7 @@ class HostUpdater:
         self._updates = CatalogueReader(settings.updates_dir, self._changed.set)
         self._agents: dict[str, AgentPresence] = {}
         self._received_ns = 0
+        self._unsent = ""
         self._listen()
 
     def _listen(self) -> None:
@@ -197,23 +198,35 @@ class HostUpdater:
     async def _keep_inventory(self) -> None:
         while True:
             self._changed.clear()
-            with suppress(BusError):  # told again after the reconnect
-                await self.post.send(
-                    inventory(
-                        self._host.host,
-                        self._driver.name,
-                        self._driver.detail(),
-                        authority=self.authority,
-                        vms=await self._records(),
-                        catalogue=self._updates.catalogue,
-                        operation=self.operation,
-                        guard=self._guardian.state,
-                    ),
-                    host=self._host.host,
-                )
+            message = inventory(
+                self._host.host,
+                self._driver.name,
+                self._driver.detail(),
+                authority=self.authority,
+                vms=await self._records(),
+                catalogue=self._updates.catalogue,
+                operation=self.operation,
+                guard=self._guardian.state,
+            )
+            try:
+                await self.post.send(message, host=self._host.host)
+            except Oversized as error:
+                # What was published before stays: a host without VMs would count in no fence.
+                self._say_unsent(f"{TOO_MANY_VMS} ({error.why})")
+            except BusError:
+                pass  # published again after the reconnect
+            else:
+                left_out = message.driver_detail.startswith(TOO_MANY_VMS)
+                self._say_unsent(message.driver_detail if left_out else "")
             with suppress(TimeoutError):
                 async with asyncio.timeout(self._settings.inventory_interval_s):
                     await self._changed.wait()
+
+    def _say_unsent(self, why: str) -> None:
+        """What of the inventory could not be published; once, and in the health probe for as long as it is so."""
+        if why and not self._unsent:
+            _log.error("inventory.too_large", vms=len(self._vms), why=why)
+        self._unsent = why
 
     async def _records(self) -> dict[str, VmRecord]:
         busy = self._runner.state.vms if self._runner is not None else ()
@@ -493,6 +506,7 @@ class HostUpdater:
             ),
             "journal": lambda: self._journal.trouble,
             "driver": self._driver.ping,
+            "inventory": lambda: self._unsent,
             "updates": self._updates.complaint,
             "pauses": self._view.complaint,
             "guard": lambda: "there is no pause guard" if self._guardian.state == "absent" else "",

@@ -19,6 +19,9 @@ MAX_BUDGET_S = 30.0  # s: the seed's promise, "resumed within 30 seconds of bein
 EPOCH_MOST = 2**53 - 1
 """What every JSON reader takes for the same integer (RFC 8259, section 6), and SQLite too."""
 
+MOST_TARGETS = 1024
+"""VMs of one command, so of one operation of a host, and so of one host."""
+
 Seconds = Annotated[float, Meta(ge=0)]
 Positive = Annotated[float, Meta(gt=0)]
 Budget = Annotated[
@@ -358,7 +361,7 @@ class FreezeCommanded(Message, frozen=True, kw_only=True):
     rollout: Id
     wave: Annotated[int, Meta(ge=0)]
     method: Method
-    targets: Annotated[tuple[FreezeTarget, ...], Meta(min_length=1, max_length=1024)]
+    targets: Annotated[tuple[FreezeTarget, ...], Meta(min_length=1, max_length=MOST_TARGETS)]
     update: Annotated[str, Meta(max_length=63)] = ""
     hold_s: Annotated[float, Meta(ge=0, le=MAX_BUDGET_S)] = 0.0
     """Seconds to stay frozen when no update is named (freeze on demand)."""

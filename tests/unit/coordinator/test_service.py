@@ -16,11 +16,12 @@ import pytest
 from caesura.bus.memory import MemoryBroker, MemoryBus
 from caesura.bus.post import Post
 from caesura.contract import messages as m
-from caesura.contract.codec import Received, decode, encode, size_bytes
+from caesura.contract.codec import MAX_PAYLOAD_BYTES, Received, decode, encode, size_bytes
 from caesura.contract.envelope import Message
 from caesura.contract.topics import channel_of
-from caesura.runtime.errors import StoreError
+from caesura.runtime.errors import CaesuraError, StoreError
 from caesura.testing.collector import PATIENCE_S, eventually
+from caesura_coordinator.answers import with_plan
 from caesura_coordinator.fleet import fence_blockers
 from caesura_coordinator.service import Coordinator, Superseded, subscriptions
 from caesura_coordinator.store import Store
@@ -542,3 +543,62 @@ def test_size_is_never_below_what_is_sent() -> None:
     sent = encode(answer, source="/" + "s" * 255, event_id="e" * 128, time=T0)
     assert size_bytes(answer) >= len(sent)
     assert msgspec.json.decode(sent)["data"]["reason"] == "ä" * 100
+
+
+async def test_a_host_of_more_vms_than_a_command_names_ends_no_coordinator(
+    world: World, host: Callable[..., Any], build: Callable[..., Any]
+) -> None:
+    """A plan over them is refused in words."""
+    names = [f"w{number:04d}" for number in range(m.MOST_TARGETS + 1)]
+    crowd = msgspec.structs.replace(host("h1", build("w1")), vms=tuple(map(_small, names)))
+    async with world.coordinator() as one:
+        await eventually(lambda: one.leads)
+        await world.host(crowd)
+        for plan_only in (True, False):
+            refused = await world.ask(_request(f"q-{plan_only}", plan_only=plan_only))
+            assert not refused.accepted
+            assert "h1 would pause 1025 VMs at once, and a command names at most 1024" in refused.reason
+        assert not any(task.done() for task in one.running)  # type: ignore[attr-defined]
+
+
+async def test_a_command_that_cannot_be_sent_holds_up_no_other(world: World) -> None:
+    targets = tuple(
+        m.FreezeTarget(vm=f"w{number}" * 8, set="s" * 63, update_domain=0) for number in range(3000)
+    )
+    command = m.FreezeCommanded(
+        operation="op",
+        epoch=1,
+        coordinator="c",
+        host="h1",
+        rollout="r",
+        wave=0,
+        method="freeze",
+        targets=targets,
+        budget_s=10.0,
+        not_after=T0,
+    )
+    async with world.coordinator() as one:
+        await eventually(lambda: one.leads)
+        assert await one._try_send(command, host="h1"), "the next one is tried"
+
+
+def _small(name: str) -> m.VmRecord:
+    return m.VmRecord(vm=name, set="web", update_domain=0, state="running", methods=("freeze",))
+
+
+def test_texts_of_a_plan_give_way_before_the_plan_does() -> None:
+    vms = tuple(
+        m.PlannedVm(
+            vm=f"w{number}", set="web", update_domain=0, host="h", method="skip", reason="because " * 100
+        )
+        for number in range(600)
+    )
+    answer = with_plan("q", m.Plan(update="patch", skipped=vms), "the reason " * 20)
+    assert size_bytes(answer) <= MAX_PAYLOAD_BYTES
+    assert answer.plan is not None
+    assert len(answer.plan.skipped) == len(vms)
+    assert answer.plan.skipped[0].reason.startswith("because because")
+    assert answer.reason == "the reason " * 20, "what is asked about is said whole"
+    more = tuple(msgspec.structs.replace(vms[0], vm=f"w{number}") for number in range(2000))
+    with pytest.raises(CaesuraError, match="too large for a message .* select fewer sets or hosts"):
+        with_plan("q", m.Plan(update="patch", waves=(), skipped=more), "")

@@ -1,0 +1,51 @@
+"""Messages that would be too large: what is left of them when their texts are cut. Pure.
+
+An inventory or a report grows with the VMs of its host, and each VM may bring paragraphs of explanation. The facts
+are what others decide on, the texts are for people: so texts give way first, the longest before the short ones.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import msgspec
+
+from caesura.contract.codec import MAX_PAYLOAD_BYTES, size_bytes
+from caesura.contract.envelope import Message
+
+M = TypeVar("M", bound=Message)
+
+_LENGTHS = (1000, 250, 64)
+"""Characters that are left of a text, tried in turn. Names and identifiers have at most 64, so they stay whole."""
+
+
+def fits(message: Message) -> bool:
+    """Whether the message can be sent."""
+    return size_bytes(message) <= MAX_PAYLOAD_BYTES
+
+
+def fitted(message: M) -> M:
+    """The message itself if it can be sent, else with its texts cut as far as it takes.
+
+    If not even that is enough, the shortest one: whoever sends it asks ``fits`` and says what is to be done.
+    """
+    for length in _LENGTHS:
+        if fits(message):
+            break
+        message = _cut(message, length)
+    return message
+
+
+def _cut(value: Any, length: int) -> Any:
+    match value:
+        case str():
+            return value if len(value) <= length else value[: length - 1] + "…"
+        case msgspec.Struct():
+            changed = {name: _cut(getattr(value, name), length) for name in value.__struct_fields__}
+            return msgspec.structs.replace(value, **changed)
+        case tuple():
+            return tuple(_cut(each, length) for each in value)
+        case dict():
+            return {key: _cut(each, length) for key, each in value.items()}
+        case _:
+            return value

@@ -196,11 +196,14 @@ _OPTIONS = {"rollout": "ROLLOUT", "reason": "--reason"}
 """Members whose limits no option of the command line knows."""
 _TOO_LONG = re.compile(r"Expected `str` of length <= (\d+)")
 
+_NO_NAME = re.compile(r"Expected `str` matching regex '\^\[A-Za-z0-9_-\]\{\d,(\d+)\}.*'")
+
 
 def _humane(error: msgspec.ValidationError) -> str:
     what, _, path = str(error).partition(" - at ")
     name = path.strip("`$. ")
     what = _TOO_LONG.sub(r"at most \1 characters", what)
+    what = _NO_NAME.sub(r"at most \1 characters, of A-Z a-z 0-9 _ -", what)
     return f"{_OPTIONS.get(name, name) or 'the request'}: {what}"
 
 

@@ -15,7 +15,7 @@ class CtlSettings(ServiceSettings, frozen=True, kw_only=True):
     client: Annotated[
         str,
         Meta(
-            pattern=r"^[A-Za-z0-9_-]{0,40}$",
+            pattern=r"^[A-Za-z0-9_-]{0,40}\Z",
             description="Name under which requests are made; empty: the login name.",
         ),
     ] = ""

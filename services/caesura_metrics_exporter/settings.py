@@ -9,7 +9,7 @@ from msgspec import Meta
 from caesura.contract.names import NAME_PATTERN
 from caesura.runtime.settings import ServiceSettings
 
-PageHost = Annotated[str, Meta(pattern=r"^(\*|[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?)$")]
+PageHost = Annotated[str, Meta(pattern=r"^(\*|[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?)\Z")]
 """A name as it stands in a Host header, without the port."""
 
 

@@ -20,7 +20,7 @@ class VmAgentSettings(ServiceSettings, frozen=True, kw_only=True, forbid_unknown
     set: Annotated[
         str,
         Meta(
-            pattern=r"^[A-Za-z0-9_-]{0,63}$",
+            pattern=r"^[A-Za-z0-9_-]{0,63}\Z",
             description="Availability set of this VM; empty for a VM outside any set.",
         ),
     ] = ""
@@ -30,7 +30,7 @@ class VmAgentSettings(ServiceSettings, frozen=True, kw_only=True, forbid_unknown
     host: Annotated[
         str,
         Meta(
-            pattern=r"^[A-Za-z0-9_-]{0,63}$",
+            pattern=r"^[A-Za-z0-9_-]{0,63}\Z",
             description="Host of this VM, if it never changes; empty: listen to whichever host speaks of this VM.",
         ),
     ] = ""

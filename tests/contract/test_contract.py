@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec import inspect
 
 from caesura.bus.filters import matches
 from caesura.contract import messages as m
@@ -24,7 +26,7 @@ from caesura.contract.codec import (
     encode,
 )
 from caesura.contract.examples import examples
-from caesura.contract.generated import golden_payload
+from caesura.contract.generated import asyncapi, golden_payload
 from caesura.contract.names import InvalidName, check_name, own_set
 from caesura.contract.topics import CHANNELS, PREFIX, TopicError, channel_at, channel_of
 
@@ -239,3 +241,83 @@ def test_a_host_reads_its_own_commands_only() -> None:
 def test_a_vm_reads_its_own_set_only() -> None:
     assert f"{PREFIX}/fleet/set/web/document" in readable(Principal("vm", "web-1", "web"))
     assert not any("+/document" in each for each in readable(Principal("vm", "web-1", "web")))
+
+
+_IDENTIFIERS = (
+    "operation",
+    "request",
+    "rollout",
+    "event_id",
+    "coordinator",
+    "instance",
+    "exchange",
+    "boot_id",
+)
+_WITH_IDENTIFIERS = [
+    (number, name)
+    for number, channel in enumerate(CHANNELS)
+    for name in channel.message.__struct_fields__
+    if name in _IDENTIFIERS
+]
+
+
+@pytest.mark.parametrize(("number", "name"), _WITH_IDENTIFIERS)
+@pytest.mark.parametrize(
+    "value", ["../../../victim", "..", ".", "a/b", "a\0b", "a\n", "a b", "é", "x" * 65, "$(reboot)"]
+)
+def test_an_identifier_is_a_name_and_no_path(number: int, name: str, value: str) -> None:
+    """`operation = "../../../victim"` removed a folder of others, and a NUL in an environment ended agents."""
+    event = json.loads(golden_payload(number))
+    event["data"][name] = value
+    topic = CHANNELS[number].topic(**examples()[number].parameters)
+    with pytest.raises(Malformed):
+        decode(topic, json.dumps(event).encode())
+
+
+@pytest.mark.parametrize("value", [10**30, 2**64, -1])
+def test_an_integer_has_bounds(value: int) -> None:
+    kinds = [channel.message for channel in CHANNELS]
+    number = kinds.index(m.ClockSyncAnswered)
+    event = json.loads(golden_payload(number))
+    event["data"]["t2_ns"] = value
+    with pytest.raises(Malformed):
+        decode(CHANNELS[number].topic(**examples()[number].parameters), json.dumps(event).encode())
+
+
+def _unbounded(kind: object, path: str, seen: set[type]) -> Iterator[str]:
+    """What in a type may be as long or as large as a sender likes."""
+    match kind:
+        case inspect.StructType(cls=cls, fields=fields):
+            if cls not in seen:
+                seen.add(cls)
+                for field in fields:
+                    yield from _unbounded(field.type, f"{cls.__name__}.{field.encode_name}", seen)
+        case inspect.IntType(ge=least, gt=above, le=most):
+            if most is None or (least is None and above is None):
+                yield path
+        case inspect.StrType(pattern=pattern, max_length=longest):
+            if longest is None and not (pattern or "").endswith(r"\Z"):
+                yield path
+        case inspect.UnionType(types=types):
+            for each in types:
+                yield from _unbounded(each, path, seen)
+        case inspect.VarTupleType(item_type=item):
+            yield from _unbounded(item, path, seen)
+
+
+def test_every_number_and_every_text_of_a_message_has_bounds() -> None:
+    seen: set[type] = set()
+    found = [
+        path
+        for channel in CHANNELS
+        for path in _unbounded(inspect.type_info(channel.message), channel.message.__name__, seen)
+    ]
+    assert found == []
+    assert m.VmRecord in seen, "the walk goes down"
+
+
+def test_readers_of_the_schemas_get_patterns_that_they_understand() -> None:
+    """JSON Schema's patterns are ECMA-262's, where an escaped Z is the letter."""
+    text = json.dumps(asyncapi())
+    assert '"pattern": "^[A-Za-z0-9_-]{1,64}$"' in text
+    assert r"\\Z" not in text

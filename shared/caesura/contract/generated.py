@@ -64,6 +64,7 @@ def asyncapi() -> dict[str, Any]:
     _, schemas = msgspec.json.schema_components(kinds, ref_template="#/components/schemas/{name}")
     header = msgspec.json.schema_components([Header], ref_template="#/components/schemas/{name}")[1]["Header"]
     schemas["CloudEvent"] = {**header, "description": "CloudEvents 1.0 attributes, structured JSON mode."}
+    schemas = _for_readers(schemas)
     wire = {number: msgspec.json.decode(golden_payload(number)) for number in range(len(CHANNELS))}
     return {
         "asyncapi": "3.0.0",
@@ -121,6 +122,18 @@ def asyncapi() -> dict[str, Any]:
             "schemas": dict(sorted(schemas.items())),
         },
     }
+
+
+def _for_readers(schema: Any) -> Any:
+    """Patterns as JSON Schema has them: there `$` is the end of the text alone, and `\\Z` is a letter."""
+    if isinstance(schema, dict):
+        return {
+            key: value.replace(r"\Z", "$")
+            if key == "pattern" and isinstance(value, str)
+            else _for_readers(value)
+            for key, value in schema.items()
+        }
+    return [_for_readers(each) for each in schema] if isinstance(schema, list) else schema
 
 
 def _key(channel: Channel) -> str:

@@ -22,12 +22,32 @@ EPOCH_MOST = 2**53 - 1
 MOST_TARGETS = 1024
 """VMs of one command, so of one operation of a host, and so of one host."""
 
-Seconds = Annotated[float, Meta(ge=0)]
-Positive = Annotated[float, Meta(gt=0)]
+SECONDS_MOST = 1e9
+"""Some 31 years: what is added to an instant must stay one."""
+
+Count = Annotated[int, Meta(ge=0, le=EPOCH_MOST)]
+Nanoseconds = Annotated[int, Meta(ge=0, le=2**63 - 1, description="Since 1970, on a wall clock.")]
+ExitCode = Annotated[int, Meta(ge=-(2**31), le=2**31 - 1)]
+Seconds = Annotated[float, Meta(ge=0, le=SECONDS_MOST)]
+Positive = Annotated[float, Meta(gt=0, le=SECONDS_MOST)]
 Budget = Annotated[
     float, Meta(gt=0, le=MAX_BUDGET_S, description="Seconds; the most a pause may last; at most 30.")
 ]
-Id = Annotated[str, Meta(min_length=1, max_length=64)]
+Id = Annotated[
+    str,
+    Meta(
+        pattern=r"^[A-Za-z0-9_-]{1,64}\Z",
+        description="An identifier: letters, digits, `_` and `-`, 1 to 64 of them.",
+    ),
+]
+"""It becomes a file name, a part of an environment, a log line: so no more than may stand in a topic level."""
+OptionalId = Annotated[
+    str,
+    Meta(pattern=r"^[A-Za-z0-9_-]{0,64}\Z", description="An identifier, or empty where there is none."),
+]
+OptionalName = Annotated[
+    str, Meta(pattern=r"^[A-Za-z0-9_-]{0,63}\Z", description="A name, or empty where there is none.")
+]
 Text = Annotated[str, Meta(max_length=4096)]
 UpdateDomain = Annotated[int, Meta(ge=0, le=19)]
 FaultDomain = Annotated[int, Meta(ge=0, le=2)]
@@ -104,7 +124,7 @@ class RefusedUpdate(Record, frozen=True, kw_only=True):
     """A file in `updates.d` that cannot be used, and why; the others stay usable."""
 
     file: Text
-    line: Annotated[int, Meta(ge=0)] = 0
+    line: Count = 0
     reason: Text
 
 
@@ -118,11 +138,11 @@ class HostInventory(Message, frozen=True, kw_only=True):
     driver_detail: Text = ""
     """How the driver works here, for people: the freezer, or QEMU's version and accelerator."""
     epoch: Annotated[int, Meta(ge=0, le=EPOCH_MOST)]
-    coordinator: Annotated[str, Meta(max_length=64)] = ""
+    coordinator: OptionalId = ""
     vms: tuple[VmRecord, ...]
     updates: tuple[UpdateRecord, ...] = ()
     refused_updates: tuple[RefusedUpdate, ...] = ()
-    operation: Annotated[str, Meta(max_length=64)] = ""
+    operation: OptionalId = ""
     """The operation under way, empty when idle."""
     guard: Literal["ready", "armed", "absent"] = "absent"
 
@@ -182,7 +202,7 @@ class PlannedVm(Record, frozen=True, kw_only=True):
 class PlannedWave(Record, frozen=True, kw_only=True):
     """The VMs handled together: of every set, VMs of one domain only."""
 
-    wave: Annotated[int, Meta(ge=0)]
+    wave: Count
     domains: dict[str, int]
     """Set name to the one domain of it that this wave touches."""
     hosts: tuple[Name, ...]
@@ -199,7 +219,7 @@ class Refusal(Record, frozen=True, kw_only=True):
 class Plan(Record, frozen=True, kw_only=True):
     """Waves in order, what is skipped, what is refused, how long it should take."""
 
-    update: Annotated[str, Meta(max_length=63)]
+    update: OptionalName
     event_type: EventType = "Freeze"
     waves: tuple[PlannedWave, ...] = ()
     skipped: tuple[PlannedVm, ...] = ()
@@ -215,7 +235,7 @@ class Plan(Record, frozen=True, kw_only=True):
 class WaveState(Record, frozen=True, kw_only=True):
     """Where a wave is."""
 
-    wave: Annotated[int, Meta(ge=0)]
+    wave: Count
     status: WaveStatus
     domains: dict[str, int]
     hosts: tuple[Name, ...]
@@ -236,7 +256,7 @@ class RolloutState(Message, frozen=True, kw_only=True):
     TYPE: ClassVar[str] = "caesura.rollout.state.v1"
 
     rollout: Id
-    update: Annotated[str, Meta(max_length=63)]
+    update: OptionalName
     hold_s: Seconds = 0.0
     status: RolloutStatus
     reason: Text = ""
@@ -244,7 +264,7 @@ class RolloutState(Message, frozen=True, kw_only=True):
     sets: tuple[Name, ...]
     waves: tuple[WaveState, ...]
     estimate_s: Seconds = 0.0
-    requested_by: Annotated[str, Meta(max_length=63)] = ""
+    requested_by: OptionalName = ""
     created_at: Instant
     ended_at: Instant | None = None
 
@@ -255,7 +275,7 @@ class WaveChanged(Message, frozen=True, kw_only=True):
     TYPE: ClassVar[str] = "caesura.wave.changed.v1"
 
     rollout: Id
-    wave: Annotated[int, Meta(ge=0)]
+    wave: Count
     status: WaveStatus
     domains: dict[str, int]
     hosts: tuple[Name, ...] = ()
@@ -286,11 +306,11 @@ class ScheduledEvent(Record, frozen=True, kw_only=True):
     not_before: Instant
     description: Text = ""
     source: Literal["Platform", "User"] = "Platform"
-    duration_s: int = -1
+    duration_s: Annotated[int, Meta(ge=-1, le=EPOCH_MOST)] = -1
     """Expected seconds of interruption; 0 none, -1 unknown."""
     approved: bool = False
-    rollout: Annotated[str, Meta(max_length=64)] = ""
-    wave: Annotated[int, Meta(ge=0)] = 0
+    rollout: OptionalId = ""
+    wave: Count = 0
 
 
 class SetDocument(Message, frozen=True, kw_only=True):
@@ -299,7 +319,7 @@ class SetDocument(Message, frozen=True, kw_only=True):
     TYPE: ClassVar[str] = "caesura.set.document.v1"
 
     set: Name
-    incarnation: Annotated[int, Meta(ge=0)]
+    incarnation: Count
     events: tuple[ScheduledEvent, ...]
 
 
@@ -313,11 +333,11 @@ class EventChanged(Message, frozen=True, kw_only=True):
     event_type: EventType
     status: EventStatus
     resources: tuple[Name, ...]
-    incarnation: Annotated[int, Meta(ge=0)]
-    rollout: Annotated[str, Meta(max_length=64)] = ""
-    wave: Annotated[int, Meta(ge=0)] = 0
+    incarnation: Count
+    rollout: OptionalId = ""
+    wave: Count = 0
     not_before: Instant
-    approved_by: Annotated[str, Meta(max_length=63)] = ""
+    approved_by: OptionalName = ""
     reason: Text = ""
     notice_s: Seconds = 0.0
     """Seconds between publication and NotBefore."""
@@ -346,7 +366,7 @@ class FreezeTarget(Record, frozen=True, kw_only=True):
     vm: Name
     set: Name
     update_domain: UpdateDomain
-    event_id: Annotated[str, Meta(max_length=64)] = ""
+    event_id: OptionalId = ""
 
 
 class FreezeCommanded(Message, frozen=True, kw_only=True):
@@ -359,10 +379,10 @@ class FreezeCommanded(Message, frozen=True, kw_only=True):
     coordinator: Id
     host: Name
     rollout: Id
-    wave: Annotated[int, Meta(ge=0)]
+    wave: Count
     method: Method
     targets: Annotated[tuple[FreezeTarget, ...], Meta(min_length=1, max_length=MOST_TARGETS)]
-    update: Annotated[str, Meta(max_length=63)] = ""
+    update: OptionalName = ""
     hold_s: Annotated[float, Meta(ge=0, le=MAX_BUDGET_S)] = 0.0
     """Seconds to stay frozen when no update is named (freeze on demand)."""
     budget_s: Budget
@@ -418,9 +438,9 @@ class VmResult(Record, frozen=True, kw_only=True):
 class UpdateOutcome(Record, frozen=True, kw_only=True):
     """How the update itself ended."""
 
-    update: Annotated[str, Meta(max_length=63)]
+    update: OptionalName
     outcome: Literal["succeeded", "failed", "timeout", "interrupted", "not_run"]
-    exit_code: int | None = None
+    exit_code: ExitCode | None = None
     seconds: Seconds = 0.0
     output_tail: Text = ""
 
@@ -433,8 +453,8 @@ class OperationReported(Message, frozen=True, kw_only=True):
     operation: Id
     host: Name
     epoch: Annotated[int, Meta(ge=0, le=EPOCH_MOST)]
-    rollout: Annotated[str, Meta(max_length=64)] = ""
-    wave: Annotated[int, Meta(ge=0)] = 0
+    rollout: OptionalId = ""
+    wave: Count = 0
     status: OperationStatus
     reason: Text = ""
     vms: tuple[VmResult, ...] = ()
@@ -454,7 +474,7 @@ class VmFrozen(Message, frozen=True, kw_only=True):
     set: Name
     update_domain: UpdateDomain
     operation: Id
-    event_id: Annotated[str, Meta(max_length=64)] = ""
+    event_id: OptionalId = ""
     method: Method
     budget_s: Budget
     at: Instant
@@ -470,7 +490,7 @@ class VmResumed(Message, frozen=True, kw_only=True):
     set: Name
     update_domain: UpdateDomain
     operation: Id
-    event_id: Annotated[str, Meta(max_length=64)] = ""
+    event_id: OptionalId = ""
     method: Method
     pause_s: Seconds
     budget_s: Budget
@@ -489,7 +509,7 @@ class VmClockSynced(Message, frozen=True, kw_only=True):
     host: Name
     set: Name
     update_domain: UpdateDomain
-    operation: Annotated[str, Meta(max_length=64)] = ""
+    operation: OptionalId = ""
     synced: bool
     by: Literal["agent", "driver", "nobody"]
     error_before_s: float | None = None
@@ -514,7 +534,7 @@ class ClockSyncRequested(Message, frozen=True, kw_only=True):
 
     vm: Name
     exchange: Id
-    t1_ns: int
+    t1_ns: Nanoseconds
 
 
 class ClockSyncAnswered(Message, frozen=True, kw_only=True):
@@ -525,9 +545,9 @@ class ClockSyncAnswered(Message, frozen=True, kw_only=True):
     vm: Name
     host: Name
     exchange: Id
-    t1_ns: int
-    t2_ns: int
-    t3_ns: int
+    t1_ns: Nanoseconds
+    t2_ns: Nanoseconds
+    t3_ns: Nanoseconds
 
 
 class AgentPresence(Message, frozen=True, kw_only=True):
@@ -539,9 +559,9 @@ class AgentPresence(Message, frozen=True, kw_only=True):
     online: bool
     boot_id: Id
     clock: Literal["simulated", "system"] = "system"
-    canary_bytes: Annotated[int, Meta(ge=0)] = 0
+    canary_bytes: Count = 0
     """Guest memory that the agent holds and rewrites, to find lost pages after a pause; 0: none."""
-    canary_writes: Annotated[int, Meta(ge=0)] = 0
+    canary_writes: Count = 0
     """How many pages of it were written so far: fewer after a pause show that all memory is an older copy."""
 
 
@@ -559,11 +579,11 @@ class VmReady(Message, frozen=True, kw_only=True):
 class CanaryReport(Record, frozen=True, kw_only=True):
     """What the agent found when it compared every page of its canary after a pause."""
 
-    pages: Annotated[int, Meta(ge=0)]
-    page_bytes: Annotated[int, Meta(gt=0)] = 4096
-    bad_pages: Annotated[int, Meta(ge=0)] = 0
+    pages: Count
+    page_bytes: Annotated[int, Meta(gt=0, le=EPOCH_MOST)] = 4096
+    bad_pages: Count = 0
     """Pages that are not as they were written last: lost, stale, swapped or damaged."""
-    writes: Annotated[int, Meta(ge=0)] = 0
+    writes: Count = 0
     """How many pages were written so far."""
     detail: Text = ""
 
@@ -576,12 +596,12 @@ class AgentClockSynced(Message, frozen=True, kw_only=True):
     vm: Name
     boot_id: Id
     trigger: Literal["start", "resume", "periodic"]
-    operation: Annotated[str, Meta(max_length=64)] = ""
+    operation: OptionalId = ""
     synced: bool
     error_before_s: float | None = None
     error_after_s: float | None = None
     uncertainty_s: Seconds | None = None
-    exchanges: Annotated[int, Meta(ge=0)] = 0
+    exchanges: Count = 0
     simulated: bool = False
     reason: Text = ""
     canary: CanaryReport | None = None
@@ -595,9 +615,9 @@ class HookFinished(Message, frozen=True, kw_only=True):
 
     vm: Name
     hook: Literal["prepare", "recover"]
-    event_id: Annotated[str, Meta(max_length=64)] = ""
+    event_id: OptionalId = ""
     outcome: Literal["succeeded", "failed", "timeout", "missing"]
-    exit_code: int | None = None
+    exit_code: ExitCode | None = None
     seconds: Seconds = 0.0
     output_tail: Text = ""
 
@@ -652,7 +672,7 @@ class AbortRequested(Message, frozen=True, kw_only=True):
     TYPE: ClassVar[str] = "caesura.abort.requested.v1"
 
     request: Id
-    rollout: Annotated[str, Meta(max_length=64)] = ""
+    rollout: OptionalId = ""
     reason: Text = ""
 
 
@@ -662,7 +682,7 @@ class ResumeRequested(Message, frozen=True, kw_only=True):
     TYPE: ClassVar[str] = "caesura.resume.requested.v1"
 
     request: Id
-    rollout: Annotated[str, Meta(max_length=64)] = ""
+    rollout: OptionalId = ""
 
 
 class RequestAnswered(Message, frozen=True, kw_only=True):
@@ -673,5 +693,5 @@ class RequestAnswered(Message, frozen=True, kw_only=True):
     request: Id
     accepted: bool
     reason: Text = ""
-    rollout: Annotated[str, Meta(max_length=64)] = ""
+    rollout: OptionalId = ""
     plan: Plan | None = None

@@ -13,7 +13,7 @@ from msgspec import Meta
 
 from caesura.runtime.errors import CaesuraError
 
-NAME_PATTERN = r"^[A-Za-z0-9_-]{1,63}$"
+NAME_PATTERN = r"^[A-Za-z0-9_-]{1,63}\Z"
 
 Name = Annotated[
     str,

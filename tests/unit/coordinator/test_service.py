@@ -600,5 +600,5 @@ def test_texts_of_a_plan_give_way_before_the_plan_does() -> None:
     assert answer.plan.skipped[0].reason.startswith("because because")
     assert answer.reason == "the reason " * 20, "what is asked about is said whole"
     more = tuple(msgspec.structs.replace(vms[0], vm=f"w{number}") for number in range(2000))
-    with pytest.raises(CaesuraError, match="too large for a message .* select fewer sets or hosts"):
+    with pytest.raises(CaesuraError, match=r"too large for a message .* select fewer sets or hosts"):
         with_plan("q", m.Plan(update="patch", waves=(), skipped=more), "")

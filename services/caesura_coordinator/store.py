@@ -12,10 +12,10 @@ from typing import TypeVar
 import msgspec
 
 from caesura.contract.envelope import Message
-from caesura.contract.messages import RequestAnswered, SetDocument
+from caesura.contract.messages import Epoch, RequestAnswered, SetDocument
 from caesura.contract.topics import CHANNELS, channel_of
 from caesura.runtime.database import Database
-from caesura.runtime.errors import CaesuraError, StoreError
+from caesura.runtime.errors import CaesuraError
 from caesura.runtime.identity import new_id
 from caesura_coordinator.records import Rollout, Wave
 
@@ -40,6 +40,7 @@ _MIGRATIONS = (
     """,
 )
 _TYPES: Mapping[str, type[Message]] = {channel.message.TYPE: channel.message for channel in CHANNELS}
+_T = TypeVar("_T")
 
 
 class Outgoing(msgspec.Struct, frozen=True):
@@ -68,8 +69,9 @@ class Store:
 
     def epoch(self) -> int:
         """The last epoch claimed from this store."""
-        ((value,),) = self.database.run("SELECT value FROM epoch")
-        return int(value)
+        with self.database.reading("the epoch"):
+            ((value,),) = self.database.run("SELECT value FROM epoch")
+            return msgspec.convert(value, Epoch)
 
     def save_epoch(self, epoch: int) -> None:
         """Remember a claimed epoch before it is used."""
@@ -79,9 +81,11 @@ class Store:
         """Every rollout kept, oldest first."""
         waves: dict[str, list[Wave]] = {}
         for name, body in self.database.run("SELECT rollout, body FROM wave ORDER BY rollout, number"):
-            waves.setdefault(name, []).append(_read(body, Wave, f"a wave of rollout {name}"))
+            waves.setdefault(name, []).append(self._read(body, Wave, f"a wave of rollout {name}"))
         return [
-            msgspec.structs.replace(_read(body, Rollout, f"rollout {name}"), waves=tuple(waves.get(name, ())))
+            msgspec.structs.replace(
+                self._read(body, Rollout, f"rollout {name}"), waves=tuple(waves.get(name, ()))
+            )
             for name, body in self.database.run("SELECT id, body FROM rollout ORDER BY number")
         ]
 
@@ -120,7 +124,7 @@ class Store:
     def documents(self) -> dict[str, SetDocument]:
         """The document of every set that ever had an event."""
         rows = self.database.run("SELECT set_name, body FROM document")
-        return {name: _read(body, SetDocument, f"the document of set {name}") for name, body in rows}
+        return {name: self._read(body, SetDocument, f"the document of set {name}") for name, body in rows}
 
     def save_document(self, document: SetDocument) -> None:
         """Insert or replace."""
@@ -133,7 +137,7 @@ class Store:
     def answer(self, client: str, request: str) -> RequestAnswered | None:
         """The answer that this request of this client got before."""
         rows = self.database.run("SELECT body FROM answer WHERE request = ? AND client = ?", request, client)
-        return _read(rows[0][0], RequestAnswered, f"the answer to request {request}") if rows else None
+        return self._read(rows[0][0], RequestAnswered, f"the answer to request {request}") if rows else None
 
     def save_answer(self, client: str, answer: RequestAnswered) -> None:
         """Remember the answer, so that a repeated request gets the same one."""
@@ -177,8 +181,10 @@ class Store:
                 msgspec.json.decode(body, type=_TYPES[kind]),
                 msgspec.json.decode(parameters, type=dict[str, str]),
             )
-        except (msgspec.DecodeError, KeyError) as error:
-            raise Unsendable(number, f"a message of type {kind}: {error}") from error
+        except (msgspec.DecodeError, ValueError, TypeError, KeyError) as error:
+            raise Unsendable(
+                number, f"a message of type {kind!r} in {self.database.path} cannot be read: {error}"
+            ) from error
 
     def sent(self, number: int) -> None:
         """The broker accepted this message."""
@@ -189,12 +195,6 @@ class Store:
         ((count,),) = self.database.run("SELECT count(*) FROM outbox")
         return int(count)
 
-
-_T = TypeVar("_T")
-
-
-def _read(body: bytes, kind: type[_T], what: str) -> _T:
-    try:
-        return msgspec.json.decode(body, type=kind)
-    except msgspec.DecodeError as error:
-        raise StoreError(f"{what} in the store cannot be read: {error}") from error
+    def _read(self, body: bytes, kind: type[_T], what: str) -> _T:
+        with self.database.reading(what):
+            return msgspec.json.decode(body, type=kind)

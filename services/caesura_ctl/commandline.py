@@ -22,6 +22,7 @@ from caesura.runtime.settings import read_settings
 from caesura_ctl.durations import BUDGET, DURATION, SOME_TIME
 from caesura_ctl.names import NAME, SET_NAME
 from caesura_ctl.settings import CtlSettings
+from caesura_ctl.visible import VisibleConsole, visible, visible_json
 
 EXIT_CODES = """exit codes:
   0  done, or the rollout completed
@@ -216,28 +217,33 @@ def run(body: Callable[[Context], Coroutine[Any, Any, None]], broker: str | None
 
 def wide_console() -> Console:
     """Standard output; in a pipe or a log, wide enough that tables are not broken up."""
-    console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=140)
+    console = VisibleConsole(highlight=False, markup=False, emoji=False)
+    return (
+        console
+        if console.is_terminal
+        else VisibleConsole(highlight=False, markup=False, emoji=False, width=140)
+    )
 
 
 def fail(error: CaesuraError, *, as_json: bool) -> None:
     """Say what went wrong on standard error, and exit with the error's code."""
     if as_json:
         fail_json(type(error).__name__, str(error), error.exit_code)
-    click.echo(f"caesura: {error}", err=True)
+    click.echo(f"caesura: {visible(str(error))}", err=True)
     sys.exit(error.exit_code)
 
 
 def fail_json(error: str, reason: str, code: int) -> NoReturn:
     """Say what went wrong as one JSON document on standard error, and exit."""
     told = msgspec.json.encode({"error": error, "reason": reason, "exit_code": code})
-    click.echo(told, err=True)
+    click.echo(visible_json(told), err=True)
     sys.exit(code)
 
 
 def note(text: str, *, as_json: bool) -> None:
     """Something to know meanwhile, on standard error: it is no part of the answer."""
-    click.echo(msgspec.json.encode({"note": text}) if as_json else f"caesura: {text}", err=True)
+    told = visible_json(msgspec.json.encode({"note": text})) if as_json else f"caesura: {visible(text)}"
+    click.echo(told, err=True)
 
 
 class Commands(click.Group):
@@ -277,7 +283,7 @@ def _usage_errors(*, as_json: bool) -> Iterator[None]:
 
 def print_json(value: object) -> None:
     """One JSON document on one line."""
-    click.echo(msgspec.json.encode(value).decode())
+    click.echo(visible_json(msgspec.json.encode(value)))
 
 
 def epilog(*examples: str) -> str:

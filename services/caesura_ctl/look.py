@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 import msgspec
+from rich.text import Text
 
 from caesura.contract import messages as m
 from caesura.contract.codec import Received
@@ -26,6 +27,7 @@ from caesura_ctl.tables import (
     rollout_view,
     updates_view,
 )
+from caesura_ctl.visible import visible_json
 
 
 @click.command(epilog=epilog("caesura status", "caesura status --json"))
@@ -233,10 +235,9 @@ def _print_message(context: Context, received: Received) -> None:
         header = msgspec.to_builtins(received.header)
         print_json({"topic": topic, **header, "data": received.message})
         return
-    body = msgspec.json.encode(received.message).decode()
     context.console.print(
-        f"{received.header.time:%H:%M:%S.%f} [bold]{topic.removeprefix(PREFIX + '/')}[/bold] {body}".replace(
-            "[{", r"\[{"
-        ),
+        f"{received.header.time:%H:%M:%S.%f}",
+        Text(topic.removeprefix(PREFIX + "/"), style="bold"),
+        Text(visible_json(msgspec.json.encode(received.message))),  # no markup: the text is others'
         soft_wrap=True,
     )

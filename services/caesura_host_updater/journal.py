@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import msgspec
 import structlog
 
-from caesura.contract.messages import FreezeCommanded, OperationReported
+from caesura.contract.messages import Epoch, FreezeCommanded, OperationReported
 from caesura.runtime.database import Database
 from caesura.runtime.errors import StoreError
 from caesura_host_updater.clock import ClockWait
@@ -78,7 +78,11 @@ class Journal:
     def authority(self) -> Authority:
         """The epoch obeyed."""
         rows = self._db.run("SELECT epoch, coordinator FROM authority")
-        return Authority(*rows[0]) if rows else Authority()
+        if not rows:
+            return Authority()
+        with self._db.reading("the epoch that this host obeys"):
+            epoch, coordinator = rows[0]
+            return Authority(msgspec.convert(epoch, Epoch), msgspec.convert(coordinator, str))
 
     def obey(self, authority: Authority) -> None:
         """Hold this authority from now on."""
@@ -161,7 +165,7 @@ class Journal:
     def _entry(self, row: tuple[str, str, str, bytes | None, bytes | None, bytes | None]) -> Entry:
         name, phase, boot_id, command, state, report = row
         processes = self._db.run("SELECT pid, start_ticks FROM update_process WHERE operation = ?", name)
-        try:
+        with self._db.reading(f"operation {name}"):
             return Entry(
                 name,
                 phase,
@@ -169,10 +173,8 @@ class Journal:
                 None if command is None else msgspec.json.decode(command, type=FreezeCommanded),
                 None if state is None else msgspec.json.decode(state, type=Operation),
                 None if report is None else msgspec.json.decode(report, type=OperationReported),
-                tuple((pid, ticks) for pid, ticks in processes),
+                msgspec.convert(processes, tuple[tuple[int, int], ...]),
             )
-        except msgspec.DecodeError as error:
-            raise StoreError(f"operation {name} in {self._db.path} cannot be read: {error}") from error
 
     # -- outbox and clock waits ---------------------------------------------------------------------------
 
@@ -187,7 +189,8 @@ class Journal:
     def letters(self) -> list[Letter]:
         """What is not told yet, in order."""
         rows = self._db.run("SELECT letter FROM outbox ORDER BY number")
-        return [msgspec.json.decode(row[0], type=Letter) for row in rows]
+        with self._db.reading("a fact that was not sent yet"):
+            return [msgspec.json.decode(row[0], type=Letter) for row in rows]
 
     def told(self, event_id: str) -> None:
         """The broker has it."""
@@ -196,9 +199,9 @@ class Journal:
 
     def clock_waits(self) -> list[ClockWait]:
         """VMs whose clock is not judged yet."""
-        return [
-            msgspec.json.decode(row[0], type=ClockWait) for row in self._db.run("SELECT body FROM clock_wait")
-        ]
+        rows = self._db.run("SELECT body FROM clock_wait")
+        with self._db.reading("a clock that was not judged yet"):
+            return [msgspec.json.decode(row[0], type=ClockWait) for row in rows]
 
     def judged(self, vm: str, operation: str, letters: Sequence[Letter]) -> None:
         """A VM's clock was judged. The verdict on the VM's newest operation is kept, to be told again."""
@@ -218,7 +221,8 @@ class Journal:
     def verdicts(self, operation: str) -> list[Letter]:
         """What was judged of the clocks of an operation's VMs, where no newer operation touched them."""
         rows = self._db.run("SELECT letter FROM verdict WHERE operation = ? ORDER BY vm", operation)
-        return [msgspec.json.decode(row[0], type=Letter) for row in rows]
+        with self._db.reading(f"the clocks of operation {operation}"):
+            return [msgspec.json.decode(row[0], type=Letter) for row in rows]
 
     def ping(self) -> str:
         """For the health probe."""

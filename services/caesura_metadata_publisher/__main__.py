@@ -56,7 +56,7 @@ async def _main(settings: MetadataPublisherSettings) -> None:
     pings = {"broker": publisher.broker_ping, "documents": lambda: publisher.documents_ping(listeners)}
     async with (
         serve_health(settings.health_listen, pings, registry),
-        serve_metadata(publisher, listeners),
+        serve_metadata(publisher, listeners, settings.http_hosts),
     ):
         await serve(
             {

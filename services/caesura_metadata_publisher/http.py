@@ -9,8 +9,16 @@ import structlog
 from aiohttp import web
 
 from caesura.runtime.health import open_site
+from caesura.runtime.listen import own_host
 from caesura_metadata_publisher.listeners import Listener
-from caesura_metadata_publisher.request import MAX_BODY_BYTES, Answer, parse, service_error
+from caesura_metadata_publisher.request import (
+    MAX_BODY_BYTES,
+    Answer,
+    Request,
+    foreign_host,
+    parse,
+    service_error,
+)
 from caesura_metadata_publisher.service import MetadataPublisher
 
 _SHUTDOWN_S = 1.0  # s: requests in flight at the end take milliseconds; an approval on a dead bus is cut
@@ -20,7 +28,7 @@ _log = structlog.get_logger("caesura.metadata")
 
 @asynccontextmanager
 async def serve_metadata(
-    publisher: MetadataPublisher, listeners: Sequence[Listener]
+    publisher: MetadataPublisher, listeners: Sequence[Listener], http_hosts: Sequence[str] = ()
 ) -> AsyncIterator[tuple[str, ...]]:
     """Serve every listener while the block runs; gives the addresses, with real ports where 0 was asked for.
 
@@ -31,7 +39,7 @@ async def serve_metadata(
         addresses = []
         for listener in listeners:
             runner = web.AppRunner(
-                metadata_app(publisher, listener), access_log=None, shutdown_timeout=_SHUTDOWN_S
+                metadata_app(publisher, listener, http_hosts), access_log=None, shutdown_timeout=_SHUTDOWN_S
             )
             await runner.setup()
             stack.push_async_callback(runner.cleanup)
@@ -41,13 +49,20 @@ async def serve_metadata(
         yield tuple(addresses)
 
 
-def metadata_app(publisher: MetadataPublisher, listener: Listener) -> web.Application:
-    """The HTTP API as the VM of ``listener`` sees it."""
+def metadata_app(
+    publisher: MetadataPublisher, listener: Listener, http_hosts: Sequence[str] = ()
+) -> web.Application:
+    """The HTTP API as the VM of ``listener`` sees it; ``http_hosts`` as in the settings."""
+    known = frozenset(each.lower() for each in http_hosts)
 
     async def handle(request: web.Request) -> web.StreamResponse:
         body = await _read(request) if request.method == "POST" else b""
         headers = {name.lower(): value for name, value in request.headers.items()}
-        parsed = parse(request.method, request.path, list(request.query.items()), headers, body)
+        parsed: Request | Answer
+        if own_host(headers.get("host", "localhost"), known):
+            parsed = parse(request.method, request.path, list(request.query.items()), headers, body)
+        else:
+            parsed = foreign_host(headers["host"])
         try:
             answer = parsed if isinstance(parsed, Answer) else await publisher.answer(listener, parsed)
         except Exception:  # noqa: BLE001 - a client must get the documented 500, not aiohttp's page

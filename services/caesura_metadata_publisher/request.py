@@ -115,6 +115,16 @@ def bad_request(why: str) -> Answer:
     return Answer(status=400, body=error_body(f"Bad request. {why}"))
 
 
+def foreign_host(host: str) -> Answer:
+    """421: a browser that was led here by a name of somebody else's must get nothing."""
+    return Answer(
+        status=421,
+        body=error_body(
+            f"This is not known to be {host[:253]!r}. If it is: name it in CAESURA_METADATA_PUBLISHER_HTTP_HOSTS."
+        ),
+    )
+
+
 def not_found() -> Answer:
     """404: the element does not exist."""
     return Answer(status=404, body=error_body("Not found. The requested element does not exist."))

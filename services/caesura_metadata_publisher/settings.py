@@ -10,6 +10,8 @@ from caesura.contract.names import NAME_PATTERN
 from caesura.runtime.settings import ServiceSettings
 from caesura_metadata_publisher.instance import Place
 
+HttpHost = Annotated[str, Meta(pattern=r"^(\*|[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?)\Z")]
+
 
 class MetadataPublisherSettings(ServiceSettings, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One publisher, for the VMs of its listeners file."""
@@ -29,6 +31,13 @@ class MetadataPublisherSettings(ServiceSettings, frozen=True, kw_only=True, forb
             description="`host:port` or `unix:/path` for /live, /ready and /metrics; empty for no listener."
         ),
     ] = "127.0.0.1:9313"
+    http_hosts: Annotated[
+        tuple[HttpHost, ...],
+        Meta(
+            description="Names under which VMs ask, besides addresses and names without a dot; `*` allows all. Others are refused: "
+            "a web site could have its own name point here (DNS rebinding)."
+        ),
+    ] = ()
     approval_timeout_s: Annotated[
         float,
         Meta(gt=0, description="Seconds an approval may wait for the bus before it is answered with 500."),

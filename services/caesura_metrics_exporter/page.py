@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import ipaddress
 from collections.abc import Awaitable, Callable, Sequence
 from importlib import resources
 from importlib.metadata import version
 
 from aiohttp import web
 
+from caesura.runtime.listen import own_host
 from caesura_metrics_exporter.stream import LiveStream, TooManyReaders
 
 HEARTBEAT_S = (
@@ -159,28 +159,6 @@ def _not_across_sites(handler: _Handler) -> _Handler:
         return await handler(request)
 
     return handle
-
-
-def own_host(host: str, known: frozenset[str]) -> bool:
-    """Whether a Host header cannot be a stranger's name for this machine.
-
-    An IP address is no name; a name without a dot, or below ``.localhost``, is not to be had in public DNS. Everything
-    else must be among ``known``; ``*`` there allows all.
-    """
-    name = _without_port(host.strip().lower())
-    if "*" in known or name in known:
-        return True
-    try:
-        ipaddress.ip_address(name)
-    except ValueError:
-        return bool(name) and ("." not in name or name.endswith(".localhost"))
-    return True
-
-
-def _without_port(host: str) -> str:
-    if host.startswith("["):
-        return host[1:].partition("]")[0]
-    return host.rpartition(":")[0] if host.count(":") == 1 else host
 
 
 def _file(name: str) -> _Handler:

@@ -106,7 +106,7 @@ def test_the_words_shown_give_a_standby_the_coordinators_rights_and_a_reader_non
     rules = CliRunner().invoke(caesura, ["acl", "coordinator:standby", "exporter:alice"]).output
     standby, consumer = (each.splitlines() for each in rules.split("\n\n")[1:])
     assert standby[0] == "user coordinator_standby"
-    assert "topic write caesura/v1/fleet/#" in standby
+    assert "topic write caesura/v1/fleet/rollout/+" in standby
     assert consumer[0] == "user exporter_alice"
     assert not [line for line in consumer if "write" in line]
 

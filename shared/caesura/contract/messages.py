@@ -28,6 +28,7 @@ SECONDS_MOST = 1e9
 Count = Annotated[int, Meta(ge=0, le=EPOCH_MOST)]
 Nanoseconds = Annotated[int, Meta(ge=0, le=2**63 - 1, description="Since 1970, on a wall clock.")]
 ExitCode = Annotated[int, Meta(ge=-(2**31), le=2**31 - 1)]
+Epoch = Annotated[int, Meta(ge=0, le=EPOCH_MOST)]
 Seconds = Annotated[float, Meta(ge=0, le=SECONDS_MOST)]
 Positive = Annotated[float, Meta(gt=0, le=SECONDS_MOST)]
 Budget = Annotated[

@@ -14,10 +14,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from caesura.runtime.errors import StoreError
 
 _BUSY_TIMEOUT_S = 5.0  # s: longer than any transaction of ours, short enough to notice a stuck second process
 
+_ERRORS = (
+    sqlite3.Error,
+    UnicodeDecodeError,
+)  # the latter is what the module makes of a damaged error text or schema
 
 _TEMPORARY = frozenset(
     (
@@ -31,7 +37,7 @@ _TEMPORARY = frozenset(
 """The primary result codes (https://sqlite.org/rescode.html) behind which the disk stands, not the file's content."""
 
 
-def _is_temporary(error: sqlite3.Error | OSError) -> bool:
+def _is_temporary(error: Exception) -> bool:
     if isinstance(error, OSError):
         return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
     code = getattr(error, "sqlite_errorcode", None)
@@ -59,7 +65,7 @@ class Database:
             self._connection.execute("PRAGMA journal_mode=WAL")
             self._connection.execute("PRAGMA synchronous=FULL")
             self._migrate(migrations)
-        except (sqlite3.Error, OSError) as error:
+        except (*_ERRORS, OSError) as error:
             refused = StoreError(f"cannot open the store {path}: {error}")
             refused.temporary = _is_temporary(error)
             raise refused from error
@@ -82,7 +88,7 @@ class Database:
         """
         try:
             self._connection.execute("BEGIN IMMEDIATE")
-        except sqlite3.Error as error:
+        except _ERRORS as error:
             raise self._failed("cannot write to the store", error) from error
         try:
             yield
@@ -90,12 +96,12 @@ class Database:
         except BaseException as error:
             if self._connection.in_transaction:
                 self._connection.execute("ROLLBACK")
-            if isinstance(error, sqlite3.Error):
+            if isinstance(error, _ERRORS):
                 raise self._failed("cannot write to the store", error) from error
             raise
         self._refused = ""
 
-    def _failed(self, what: str, error: sqlite3.Error) -> StoreError:
+    def _failed(self, what: str, error: Exception) -> StoreError:
         self._refused = f"{what} {self.path}: {error}"
         return StoreError(self._refused)
 
@@ -107,8 +113,23 @@ class Database:
         """
         try:
             return self._connection.execute(sql, values).fetchall()
-        except sqlite3.Error as error:
+        except _ERRORS as error:
             raise self._failed("cannot use the store", error) from error
+
+    @contextmanager
+    def reading(self, what: str) -> Iterator[None]:
+        """Make sense of what ``run`` gave, in the block; a bad disk or memory leaves anything.
+
+        Raises:
+            StoreError: it makes none; names ``what`` and the file.
+        """
+        try:
+            yield
+        except (msgspec.DecodeError, ValueError, TypeError, KeyError) as error:
+            raise StoreError(
+                f"{what} in the store {self.path} cannot be read: {error}. The file is damaged: put a copy of it back, or move "
+                "it away to begin without it."
+            ) from error
 
     def ping(self) -> str:
         """Empty text when the store answers, else what is wrong; for health probes.

@@ -7,17 +7,21 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
+from aiohttp.log import server_logger
 from prometheus_client import CollectorRegistry
 from prometheus_client.aiohttp import make_aiohttp_handler
 
 from caesura.runtime.errors import CaesuraError
 from caesura.runtime.listen import parse_listen
 
+_WHY = 200  # characters of what was wrong with a request: a header may be long
 _SHUTDOWN_S = 2.0  # s: most answers take less; what does not end by itself is cut
 
 Ping = Callable[[], str]
@@ -30,6 +34,22 @@ class ListenError(CaesuraError):
     """A listener could not be opened."""
 
 
+class _OneLine(logging.Filter):
+    """What a client did wrong is one line of a log: aiohttp gives it a traceback, which anybody could have us write."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        error = record.exc_info[1] if record.exc_info else None
+        if isinstance(error, HttpProcessingError | web.RequestPayloadError | ConnectionError):
+            why = ascii(" ".join(str(error).split()))[1:-1]
+            record.msg, record.args = "%s: %s: %s", (record.getMessage(), type(error).__name__, why[:_WHY])
+            record.exc_info = record.exc_text = None
+            record.levelno, record.levelname = logging.WARNING, "WARNING"
+        return True
+
+
+_ONE_LINE = _OneLine()
+
+
 async def open_site(runner: web.AppRunner, listen: str) -> None:
     """Open one listener of an aiohttp runner.
 
@@ -37,6 +57,7 @@ async def open_site(runner: web.AppRunner, listen: str) -> None:
         ListenAddressError: it is no address.
         ListenError: saying which address and why, for example that it is in use.
     """
+    server_logger.addFilter(_ONE_LINE)  # the same one each time: added once
     where = parse_listen(listen)
     site: web.BaseSite
     try:

@@ -1,6 +1,8 @@
-"""Addresses to listen on, as settings have them. Without aiohttp, which most agents never need."""
+"""Addresses to listen on, as settings have them, and names that requests may call them by. Without aiohttp, which most agents never need."""
 
 from __future__ import annotations
+
+import ipaddress
 
 from caesura.runtime.errors import ConfigError
 from caesura.runtime.settings import ServiceSettings
@@ -34,3 +36,25 @@ def check_health_address(settings: ServiceSettings) -> None:
     """
     if settings.health_listen:
         parse_listen(settings.health_listen)
+
+
+def own_host(host: str, known: frozenset[str]) -> bool:
+    """Whether a Host header cannot be a stranger's name for this machine.
+
+    An IP address is no name; a name without a dot, or below ``.localhost``, is not to be had in public DNS. Everything
+    else must be among ``known``; ``*`` there allows all.
+    """
+    name = _without_port(host.strip().lower())
+    if "*" in known or name in known:
+        return True
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return bool(name) and ("." not in name or name.endswith(".localhost"))
+    return True
+
+
+def _without_port(host: str) -> str:
+    if host.startswith("["):
+        return host[1:].partition("]")[0]
+    return host.rpartition(":")[0] if host.count(":") == 1 else host

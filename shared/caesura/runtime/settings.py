@@ -8,6 +8,8 @@ names no setting is an error (a misspelt variable must not be a silent default),
 from __future__ import annotations
 
 import difflib
+import os
+import stat
 import typing
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +21,8 @@ from msgspec import Meta
 from caesura.runtime.choices import explained
 from caesura.runtime.errors import ConfigError
 from caesura.runtime.variables import OURS, TOLD, strangers
+
+_SECRET_BYTES = 4096  # a line; a device or another file of any size is none
 
 
 class SettingsError(ConfigError):
@@ -199,10 +203,44 @@ def _stranger(name: str, prefix: str, known: list[str]) -> str:
 
 
 def _read_secret(name: str, path: str) -> Secret:
+    """What the file of a secret holds: one line, for its owner (and perhaps a group) alone.
+
+    Neither the content nor, where that may be the secret itself, the name is in any error.
+    """
+    shown = f" {path!r}" if _is_path(path) else " that it names"
     try:
-        return Secret(Path(path).read_text(encoding="utf-8").strip())
-    except (OSError, UnicodeDecodeError) as error:
-        raise SettingsError(f"{name}: cannot read {path!r}: {error}") from error
+        with Path(path).open("rb") as file:
+            mode = os.fstat(file.fileno()).st_mode
+            content = file.read(_SECRET_BYTES + 1)
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or "no file has such a name"
+        raise SettingsError(
+            f"{name}: cannot read the file{shown}: {why} (it is the name of a file with the secret, not the secret)"
+        ) from None
+    if stat.S_ISREG(mode) and mode & (stat.S_IROTH | stat.S_IWOTH):
+        raise SettingsError(f"{name}: every user of this machine can use the file{shown}: chmod 600 it")
+    try:
+        text = content.decode().strip()
+    except UnicodeDecodeError:
+        raise SettingsError(f"{name}: the file{shown} is not UTF-8") from None
+    if not text:
+        raise SettingsError(f"{name}: the file{shown} is empty; unset the variable if there is no secret")
+    if len(text.splitlines()) > 1:
+        raise SettingsError(
+            f"{name}: the file{shown} has more than one line: it holds the secret and nothing else"
+        )
+    if len(content) > _SECRET_BYTES:
+        raise SettingsError(f"{name}: the file{shown} has more than {_SECRET_BYTES} bytes")
+    return Secret(text)
+
+
+def _is_path(text: str) -> bool:
+    """Whether this can be shown: the name of something in a folder that is there, and hardly a password."""
+    path = Path(text)
+    try:
+        return path.is_absolute() and path.parent != Path("/") and path.parent.is_dir()
+    except (OSError, ValueError):
+        return False
 
 
 def _plain(text: str, wanted: Any) -> Any:

@@ -104,6 +104,7 @@ class Fleet:
                 "caesura",
                 "/etc/caesura/secrets/ctl_ops",
             )
+            self._password.touch(mode=0o600)
             self._password.write_text(self.project.run(*read).out)
         environ = {key: value for key, value in os.environ.items() if not key.startswith("CAESURA_")} | {
             "CAESURA_CTL_BROKER_URL": self._broker_url,

@@ -39,6 +39,7 @@ def passwords(tmp_path: Path) -> Mapping[str, Path]:
     found = {}
     for user in _USERS:
         found[user.username] = folder / user.username
+        found[user.username].touch(mode=0o600)
         found[user.username].write_text(f"password of {user.username}\n")
     return found
 

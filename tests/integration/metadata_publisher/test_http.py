@@ -541,6 +541,74 @@ async def test_garbage_instead_of_http_is_400(scene: Scene) -> None:
     await writer.wait_closed()
 
 
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        ("169.254.169.254", 200),
+        ("localhost:8101", 200),
+        ("metadata", 200),
+        ("[::1]:8101", 200),
+        ("evil.example", 421),
+        ("169.254.169.254.evil.example:80", 421),
+        ("evil.example.", 421),
+        ("", 421),
+    ],
+)
+async def test_a_name_of_somebody_elses_that_points_here_gets_nothing(
+    scene: Scene, host: str, status: int
+) -> None:
+    """DNS rebinding: to the browser in the VM it is the attacker's own origin, so it may set any header."""
+    await scene.fleet.inventory()
+    await scene.fleet.document(3)
+    await scene.shows(3)
+    got, body, _ = await scene.get(headers={**HEADERS, "Host": host})
+    assert got == status
+    if status == 421:
+        assert "CAESURA_METADATA_PUBLISHER_HTTP_HOSTS" in body["error"]
+
+
+async def test_a_name_that_is_known_is_served(scene: Scene) -> None:
+    await scene.fleet.inventory()
+    await scene.fleet.document(3)
+    await scene.shows(3)
+    async with (
+        serve_metadata(scene.publisher, [Listener("web-1", "127.0.0.1:0")], ("Metadata.Example",)) as urls,
+        aiohttp.ClientSession() as session,
+    ):
+        for host, status in (("metadata.example:80", 200), ("other.example", 421)):
+            async with session.get(f"http://{urls[0]}{EVENTS}", headers={**HEADERS, "Host": host}) as answer:
+                assert answer.status == status
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"GARBAGE\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: x\r\nno header\r\n\r\n",
+        b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
+        b"GET / HTTP/1.1\r\nHost: x\r\nX: " + b"a" * 20_000 + b"\r\n\r\n",
+        b"GET /\x9b31m HTTP/1.1\r\nHost: x\r\n\r\n",
+    ],
+)
+async def test_malformed_http_costs_one_line(
+    scene: Scene, raw: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    host, port = scene.web_1.removeprefix("http://").split(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    writer.write(raw)
+    async with asyncio.timeout(patient(5)):
+        assert b" 400 " in (await reader.read(40))[:40]
+    writer.close()
+    await writer.wait_closed()
+    for record in (each for each in caplog.records if each.name == "aiohttp.server"):
+        line = record.getMessage()
+        assert record.exc_info is None
+        assert record.levelname in {"WARNING", "DEBUG"}
+        assert "\n" not in line
+        assert line.isascii()
+        assert len(line) < 400
+
+
 # -- starting -------------------------------------------------------------------------------------------------
 
 

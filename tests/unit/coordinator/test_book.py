@@ -14,12 +14,13 @@ from caesura.contract import messages as m
 from caesura.contract.codec import encode, size_bytes
 from caesura.contract.envelope import Message
 from caesura.runtime.errors import StoreError
+from caesura.testing.damage import flip_bits
 from caesura_coordinator.book import Book
 from caesura_coordinator.fleet import Fleet
 from caesura_coordinator.inputs import Abort, Approve, Authority, Resume, Tick
 from caesura_coordinator.plan import make_plan
 from caesura_coordinator.records import Rollout, WaveEvent, largest_state, new_rollout, rollout_state
-from caesura_coordinator.store import Store
+from caesura_coordinator.store import Store, Unsendable
 
 T0 = datetime(2026, 4, 20, 12, 0, 0, tzinfo=UTC)
 _ANSWER = m.RequestAnswered(request="q", accepted=True)
@@ -135,7 +136,7 @@ def test_a_report_with_the_longest_reason_can_be_announced(desk: Desk) -> None:
 def test_a_record_that_cannot_be_read_is_said_to_be(desk: Desk) -> None:
     desk.book.store.database.run("UPDATE wave SET body = '{}'")
     desk.book.store.database.close()
-    with pytest.raises(StoreError, match="a wave of rollout r in the store cannot be read"):
+    with pytest.raises(StoreError, match=r"a wave of rollout r in the store .* cannot be read"):
         Book(Store(desk.path), T0)
 
 
@@ -354,3 +355,39 @@ def test_the_largest_state_is_at_least_what_is_ever_announced(desk: Desk) -> Non
     state = rollout_state(desk.book.rollouts["r"])
     assert state.status == "aborted"
     assert largest >= size_bytes(state)
+
+
+def test_a_store_with_a_flipped_bit_is_a_store_error_and_no_other(
+    tmp_path: Path,
+    fleet: Callable[..., Fleet],
+    host: Callable[..., Any],
+    build: Callable[..., Any],
+    authority: Authority,
+) -> None:
+    desk = Desk(tmp_path, fleet(host("h1", build("w1")), host("h2", build("w2", domain=1))), authority)
+    desk.scheduled()
+    desk.book.store.save_epoch(7)
+    desk.book.store.database.close()
+    path = Path(desk.path)
+
+    def read_all() -> None:
+        store = Store(str(path))
+        try:
+            store.epoch()
+            store.rollouts()
+            store.documents()
+            store.answer("ops", "q")
+            while True:
+                try:
+                    outgoing = store.next_outgoing()
+                    if outgoing is None:
+                        break
+                    store.sent(outgoing.number)
+                except Unsendable as error:
+                    store.sent(error.number)
+        finally:
+            store.database.close()
+
+    refused = flip_bits(path, read_all)
+    assert "cannot be read" in " ".join(refused)
+    assert all(str(path) in each for each in refused), "the file is named"

@@ -26,6 +26,7 @@ from caesura.contract.messages import (
 )
 from caesura.runtime.errors import StoreError
 from caesura.testing.collector import PATIENCE_S, Collector, running
+from caesura.testing.damage import flip_bits
 from caesura.testing.patience import patient
 from caesura_host_updater import journal as module
 from caesura_host_updater.clock import ClockWait
@@ -288,3 +289,30 @@ async def test_a_clock_that_was_judged_before_its_report_could_be_written_is_not
         with suppress(asyncio.CancelledError):
             await task
     await thread.close()
+
+
+def test_a_journal_with_a_flipped_bit_is_a_store_error_and_no_other(tmp_path: Path) -> None:
+    path = tmp_path / "journal.sqlite"
+    first = Journal(str(path))
+    first.obey(Authority(7, "c"))
+    first.accept(command("op"), state("op"), "boot", [LETTERS.report(report("op", "accepted"))])
+    first.note_update("op", 12, 34)
+    first.finish(report("op2"), [LETTERS.report(report("op2"))], [ClockWait("a", "web", 0, "op", 0.1)])
+    first.judged("b", "op", [LETTERS.report(report("op2"))])
+    first.close()
+
+    def read_all() -> None:
+        journal = Journal(str(path))
+        try:
+            journal.authority()
+            journal.find("op2")
+            journal.unfinished()
+            journal.letters()
+            journal.clock_waits()
+            journal.verdicts("op")
+        finally:
+            journal.close()
+
+    refused = flip_bits(path, read_all)
+    assert "cannot be read" in " ".join(refused)
+    assert all(str(path) in each for each in refused), "the file is named"

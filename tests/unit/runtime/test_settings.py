@@ -63,7 +63,10 @@ def test_defaults_and_conversions() -> None:
             {**_GIVEN, "X_BROKER_PASSWORD": "hunter2"},
             "unknown setting X_BROKER_PASSWORD, did you mean X_BROKER_PASSWORD_FILE",
         ),
-        ({**_GIVEN, "X_BROKER_PASSWORD_FILE": "/nowhere/at/all"}, "cannot read '/nowhere/at/all'"),
+        (
+            {**_GIVEN, "X_BROKER_PASSWORD_FILE": "/nowhere/at/all"},
+            "cannot read the file that it names: No such file",
+        ),
     ],
 )
 def test_what_is_refused_names_the_variable(environ: dict[str, str], words: str) -> None:
@@ -76,11 +79,51 @@ def test_what_is_refused_names_the_variable(environ: dict[str, str], words: str)
 def test_a_secret_comes_from_a_file_and_is_never_shown(tmp_path: Path) -> None:
     file = tmp_path / "password"
     file.write_text("hunter2\n")
+    file.chmod(0o640)  # a group of its own may read it: units and containers hand it on so
     settings = read_settings(Sample, "X_", {**_GIVEN, "X_BROKER_PASSWORD_FILE": str(file)})
     assert settings.broker_password.reveal() == "hunter2"
     assert "hunter2" not in show_settings(settings, "X_")
     assert "hunter2" not in repr(settings)
     assert "X_BROKER_PASSWORD_FILE=(set, not shown)" in show_settings(settings, "X_")
+
+
+@pytest.mark.parametrize(
+    ("content", "mode", "words"),
+    [
+        (b"hunter2\n", 0o604, "every user of this machine can use the file"),
+        (b"hunter2\n", 0o602, "chmod 600"),
+        (b"", 0o600, "is empty"),
+        (b" \n\n", 0o600, "is empty"),
+        (b"hunter2\nhunter3\n", 0o600, "has more than one line"),
+        (b"hunter2\rhunter3", 0o600, "has more than one line"),
+        (b"hunter2\xff", 0o600, "is not UTF-8"),
+        (b"hunter2" * 1000, 0o600, "more than 4096 bytes"),
+    ],
+)
+def test_a_file_that_can_be_no_secret_is_refused(
+    content: bytes, mode: int, words: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "password"
+    file.write_bytes(content)
+    file.chmod(mode)
+    with pytest.raises(SettingsError) as caught:
+        read_settings(Sample, "X_", {**_GIVEN, "X_BROKER_PASSWORD_FILE": str(file)})
+    assert words in str(caught.value)
+    assert "X_BROKER_PASSWORD_FILE: " in str(caught.value)
+    assert str(file) in str(caught.value)
+    assert "hunter" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "typed", ["hunter2", "/hunter2", "hunter2/x", "hunter2" * 100, "/no/such/hunter2", "hunter2\0"]
+)
+def test_a_password_in_the_place_of_a_file_name_is_not_printed(typed: str) -> None:
+    with pytest.raises(SettingsError) as caught:
+        read_settings(Sample, "X_", {**_GIVEN, "X_BROKER_PASSWORD_FILE": typed})
+    assert "hunter2" not in str(caught.value)
+    assert "it is the name of a file with the secret" in str(caught.value)
+    assert caught.value.__cause__ is None
+    assert caught.value.__suppress_context__, "nor in a traceback"
 
 
 def test_what_is_printed_can_be_read_again() -> None:

@@ -16,7 +16,7 @@ find_uv() {
       say "$(python3 --version) is too old; Caesura needs Python 3.11 or newer"; exit 2; }
     python3 -m pip --version >/dev/null 2>&1 || { say "pip is not installed for python3 (on Debian: apt-get install python3-pip)"; exit 2; }
     say "installing uv into .uv (once, some 2 s) ..."
-    python3 -m pip install --quiet --disable-pip-version-check --target .uv uv || { say "pip could not install uv, see above"; exit 2; }
+    python3 -m pip install --quiet --disable-pip-version-check --target .uv --require-hashes -r deploy/uv.txt || { say "pip could not install uv, see above"; exit 2; }
     UV=.uv/bin/uv
   fi
 }

@@ -17,8 +17,8 @@ from pathlib import Path
 from caesura.testing.containers import CannotRun, Engine
 
 BASE = "caesura-stand-in:base"
-PYTHON = "python:3.11-slim-bookworm"
-BROKER = "eclipse-mosquitto:2.0"
+PYTHON = "python:3.11.11-slim-bookworm"
+BROKER = "eclipse-mosquitto:2.0.20"
 PROMETHEUS = "prom/prometheus:v2.53.3"
 WITHOUT_STAND_IN = ("grafana",)
 

@@ -100,6 +100,7 @@ def test_the_environment_is_one_that_the_service_accepts(
     given = f"{prefix}BROKER_PASSWORD_FILE"
     secret = Path(environ[given])
     environ[given] = str(tmp_path / secret.name)
+    (tmp_path / secret.name).touch(mode=0o600)
     (tmp_path / secret.name).write_text("a password of some length")
     read = read_settings(settings, prefix, environ)
 

@@ -68,9 +68,9 @@ class Fleet(msgspec.Struct, frozen=True, kw_only=True):
         wanted = set(sets)
         return {host for host, vm in self.vms() if vm.set in wanted}
 
-    def highest_epoch(self) -> int:
-        """The highest epoch that any host has accepted."""
-        return max((inventory.epoch for inventory in self.inventories.values()), default=0)
+    def epochs(self) -> list[int]:
+        """The epoch that each host obeys."""
+        return [inventory.epoch for inventory in self.inventories.values()]
 
 
 def fence_blockers(
@@ -102,7 +102,7 @@ def fence_blockers(
         if not fleet.is_online(name):
             found.append(f"{name} is offline")
         elif (inventory.epoch, inventory.coordinator) != (epoch, coordinator):
-            found.append(f"{name} has not acknowledged epoch {epoch}")
+            found.append(f"{name} has not acknowledged epoch {epoch}{_why_not(inventory, epoch)}")
         elif busy and busy not in own:
             found.append(f"{name} is busy with operation {busy}")
         elif inventory.guard == "absent":
@@ -113,6 +113,15 @@ def fence_blockers(
             if vm.set in wanted and vm.state in {"paused", "unknown"} and inventory.operation not in own
         )
     return found
+
+
+def _why_not(inventory: HostInventory, epoch: int) -> str:
+    """More of a host that obeys another, if it will not change by itself."""
+    if inventory.refused_epoch:
+        return f": {inventory.refused_epoch}"
+    if inventory.epoch > epoch:
+        return f": it obeys epoch {inventory.epoch} of {inventory.coordinator}; the coordinator's log says what to do"
+    return ""
 
 
 def health_blockers(fleet: Fleet, vms: Iterable[tuple[str, str, bool]]) -> list[str]:

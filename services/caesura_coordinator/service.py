@@ -16,9 +16,10 @@ from caesura.contract.codec import MAX_PAYLOAD_BYTES, ContractError, Received, e
 from caesura.contract.envelope import Message
 from caesura.contract.names import is_name
 from caesura.contract.topics import PREFIX, TopicError, channel_of
+from caesura.lifecycle.epoch import epoch_floor, leaps
 from caesura.runtime.errors import CaesuraError, StoreError
 from caesura.runtime.identity import new_id
-from caesura_coordinator.admission import believable, outlived
+from caesura_coordinator.admission import outlived
 from caesura_coordinator.answers import REASON_CHARACTERS, with_plan
 from caesura_coordinator.book import Book
 from caesura_coordinator.commands import due_commands
@@ -37,10 +38,25 @@ _ANNOUNCE_S = 20.0
 """s: between two announcements of an unchanged presence. A last will needs a broker: one that stopped with the
 coordinator says it is online for ever, so its silence has to tell (the hosts' inventories do the same)."""
 
+_ANNOUNCED_KEPT = 10
+ABOVE_OURS = (
+    "nothing is paused in its sets. Is another coordinator at work? If none is, restart this one: it claims an epoch above. If "
+    "that changes nothing, see 'An epoch that nobody claimed' in docs/operations.md"
+)
 _SETTLE_AT_MOST_S = 30.0
 _log = structlog.get_logger("caesura.coordinator")
 
 Request = m.RolloutRequested | m.FreezeRequested | m.AbortRequested | m.ResumeRequested
+
+
+class NoEpochLeft(CaesuraError):
+    """There is no epoch above the one in the store, or above what the bus shows to an empty store."""
+
+    def __init__(self, store: str) -> None:
+        super().__init__(
+            f"there is no epoch above the one that {store} or the bus has: it was claimed by nobody. See 'An epoch that nobody "
+            "claimed' in docs/operations.md."
+        )
 
 
 class Superseded(CaesuraError):
@@ -105,6 +121,8 @@ class Coordinator:
         self.fleet = Fleet()
         self.authority = Authority(coordinator=f"{instance}-{new_id()[:8]}", epoch=0)
         self._claimed = False
+        self._announced: list[int] = []
+        """Epochs that coordinators had claimed on the bus before ours."""
         self._settle_s = settle_s
         self._announce_s = announce_s
         self._now = now
@@ -188,7 +206,10 @@ class Coordinator:
             await asyncio.sleep(TICK_S)
 
     def _claim(self) -> None:
-        epoch = max(self.store.epoch(), self.fleet.highest_epoch(), self.authority.epoch) + 1
+        stored = max(self.store.epoch(), self.authority.epoch)
+        epoch = epoch_floor(stored, self._announced, self.fleet.epochs()) + 1
+        if epoch > m.EPOCH_MOST:
+            raise NoEpochLeft(self.store.database.path)
         self.store.save_epoch(epoch)
         self.authority = msgspec.structs.replace(self.authority, epoch=epoch)
         self._claimed = True
@@ -240,16 +261,18 @@ class Coordinator:
         except StoreError as error:
             _log.error("coordinator.store_failed", why=str(error))  # the next inventory brings it here again
 
-    async def _heard_epoch(self, epoch: int, coordinator: str, *, alive: bool = False) -> None:
+    async def _on_claim(self, epoch: int, coordinator: str, *, alive: bool = False) -> None:
         """Stand down for a higher epoch; at an equal one, one of the two claims again above it."""
         mine = self.authority
         if coordinator == mine.coordinator:
             return
         if not self._claimed:
-            if epoch > mine.epoch:
-                self.authority = msgspec.structs.replace(mine, epoch=epoch)
+            self._announced = sorted({*self._announced, epoch})[-_ANNOUNCED_KEPT:]
         elif self._superseded.done() or epoch < mine.epoch:
             return
+        elif leaps(mine.epoch, epoch):
+            # No host obeys it either; ours is announced again, so that it does not stay retained.
+            _log.error("coordinator.epoch_impossible", coordinator=coordinator, epoch=epoch, ours=mine.epoch)
         elif epoch == mine.epoch and not (alive and coordinator > mine.coordinator):
             # Both claimed it at once, and hosts may obey the other: were both to stand down, nobody would lead.
             self._claim()
@@ -283,16 +306,22 @@ class Coordinator:
         ]
 
     async def _on_inventory(self, inventory: m.HostInventory, _: Received) -> None:
-        known = believable(inventory, self.authority.epoch)
-        if known.epoch != inventory.epoch:
+        # What a host obeys is no claim: it counts for the next claim of ours, and blocks this host's sets until then.
+        before = self.fleet.inventories.get(inventory.host)
+        if (
+            self.leads
+            and inventory.epoch > self.authority.epoch
+            and (before is None or before.epoch != inventory.epoch)
+        ):
             _log.error(
-                "inventory.epoch_impossible",
+                "inventory.epoch_above_ours",
                 host=inventory.host,
                 epoch=inventory.epoch,
-                advice="the host obeys nobody: stop its updater and remove its state folder, or look who else uses its user at the broker",
+                coordinator=inventory.coordinator,
+                ours=self.authority.epoch,
+                advice=ABOVE_OURS,
             )
-        self.fleet = self.fleet.with_inventory(known)
-        await self._heard_epoch(known.epoch, known.coordinator)
+        self.fleet = self.fleet.with_inventory(inventory)
         self._open_sets(vm.set for vm in inventory.vms)
         self._changed.set()
 
@@ -315,7 +344,7 @@ class Coordinator:
         self._changed.set()
 
     async def _on_coordinator(self, heard: m.CoordinatorPresence, _: Received) -> None:
-        await self._heard_epoch(heard.epoch, heard.coordinator, alive=heard.online)
+        await self._on_claim(heard.epoch, heard.coordinator, alive=heard.online)
         if self.leads and heard != presence(self.authority, online=True):
             await self._announce()  # an older one's will must not stay as the last word
 

@@ -15,6 +15,7 @@ from caesura.contract.messages import (
     VmRecord,
 )
 from caesura.lifecycle.budget import MIN_BUDGET_S, usable_s
+from caesura.lifecycle.epoch import EPOCH_LEAP, leaps
 from caesura_host_updater.report import unreportable
 from caesura_host_updater.updates import Catalogue, UpdateFile
 
@@ -31,6 +32,11 @@ class Authority(msgspec.Struct, frozen=True):
 
 def hear(authority: Authority, epoch: int, coordinator: str) -> Authority | str:
     """What hearing from a coordinator does: the authority to hold from now on, or why it is not obeyed."""
+    if leaps(authority.epoch, epoch):
+        return (
+            f"epoch {epoch} is more than {EPOCH_LEAP} above epoch {authority.epoch} of {authority.coordinator}, which this host "
+            "obeys: no coordinator can have claimed it"
+        )
     if epoch > authority.epoch:
         return Authority(epoch, coordinator)
     if epoch < authority.epoch:

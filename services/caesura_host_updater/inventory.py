@@ -81,6 +81,7 @@ def inventory(
     catalogue: Catalogue,
     operation: str,
     guard: Literal["ready", "armed", "absent"],
+    refused_epoch: str = "",
 ) -> HostInventory:
     """The whole host, now; as much of it as fits into a message.
 
@@ -97,6 +98,7 @@ def inventory(
             catalogue=catalogue,
             operation=operation,
             guard=guard,
+            refused_epoch=refused_epoch,
         )
     )
     if fits(whole):
@@ -124,6 +126,7 @@ def _whole(
     catalogue: Catalogue,
     operation: str,
     guard: Literal["ready", "armed", "absent"],
+    refused_epoch: str = "",
 ) -> HostInventory:
     return HostInventory(
         host=host,
@@ -136,4 +139,5 @@ def _whole(
         refused_updates=catalogue.refused,
         operation=operation,
         guard=guard,
+        refused_epoch=refused_epoch,
     )

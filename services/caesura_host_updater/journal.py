@@ -94,6 +94,11 @@ class Journal:
                 authority.coordinator,
             )
 
+    def forget_authority(self) -> None:
+        """Obey nobody: the next epoch that is announced is taken, whatever it is."""
+        with self._db.transaction():
+            self._db.run("DELETE FROM authority")
+
     def accept(
         self, command: FreezeCommanded, state: Operation, boot_id: str, letters: Sequence[Letter]
     ) -> None:

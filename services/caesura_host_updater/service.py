@@ -57,6 +57,8 @@ _CLOCKS_S = 5.0  # s: for the verdicts on clocks when told to stop; an agent ans
 _FLUSH_S = 3.0  # s: for the last facts when told to stop; what is left is told at the next start
 _CLOCK_PUBLISH_S = 0.5  # s: an answer later than this is of no use to the agent
 
+FORGET_ADVICE = "see 'An epoch that nobody claimed' in docs/operations.md"
+
 _log = structlog.get_logger("caesura.host_updater")
 
 
@@ -131,6 +133,7 @@ class HostUpdater:
         self._agents: dict[str, AgentPresence] = {}
         self._received_ns = 0
         self._unsent = ""
+        self._refused_epoch = ""
         self._listen()
 
     def _listen(self) -> None:
@@ -207,6 +210,7 @@ class HostUpdater:
                 catalogue=self._updates.catalogue,
                 operation=self.operation,
                 guard=self._guardian.state,
+                refused_epoch=self._refused_epoch,
             )
             try:
                 await self.post.send(message, host=self._host.host)
@@ -248,6 +252,12 @@ class HostUpdater:
     async def _hear(self, epoch: int, coordinator: str) -> Authority | str:
         """Obey a newer epoch, durably, before anything else."""
         heard = rules.hear(self.authority, epoch, coordinator)
+        refused = heard if isinstance(heard, str) and epoch > self.authority.epoch else ""
+        if refused != self._refused_epoch and (refused or isinstance(heard, Authority)):
+            self._refused_epoch = refused
+            self._changed.set()
+            if refused:
+                _log.error("epoch.refused", why=refused, advice=FORGET_ADVICE)
         if isinstance(heard, Authority) and heard != self.authority:
             await self._journal.do(lambda journal: journal.obey(heard))
             self.authority = heard

@@ -158,6 +158,7 @@ def test_the_service_accepts_its_example(
     told = read_unit(name)
     assert the(told, "EnvironmentFile") == f"/etc/caesura/{name}.env", "missing settings must be an error"
     assert the(told, "LoadCredential") == f"broker-password:/etc/caesura/{name}.password"
+    (tmp_path / "broker-password").touch(mode=0o600)
     (tmp_path / "broker-password").write_text("secret\n", encoding="utf-8")
     environ = dict(
         each.replace("%d", str(tmp_path)).replace("%S", "/var/lib").split("=", 1)

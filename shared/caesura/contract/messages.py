@@ -146,6 +146,8 @@ class HostInventory(Message, frozen=True, kw_only=True):
     operation: OptionalId = ""
     """The operation under way, empty when idle."""
     guard: Literal["ready", "armed", "absent"] = "absent"
+    refused_epoch: Text = ""
+    """Why the epoch that was announced last is not obeyed, if it is too far above the one that is."""
 
 
 class HostPresence(Message, frozen=True, kw_only=True):

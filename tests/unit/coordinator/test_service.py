@@ -20,10 +20,12 @@ from caesura.contract.codec import MAX_PAYLOAD_BYTES, Received, decode, encode, 
 from caesura.contract.envelope import Message
 from caesura.contract.topics import channel_of
 from caesura.runtime.errors import CaesuraError, StoreError
+from caesura.runtime.lock import InUse, StateFolderUnusable, sole_user
 from caesura.testing.collector import PATIENCE_S, eventually
 from caesura_coordinator.answers import with_plan
 from caesura_coordinator.fleet import fence_blockers
-from caesura_coordinator.service import Coordinator, Superseded, subscriptions
+from caesura_coordinator.forget_epoch import forget_epoch
+from caesura_coordinator.service import Coordinator, NoEpochLeft, Superseded, subscriptions
 from caesura_coordinator.store import Store
 
 T0 = datetime(2026, 4, 20, 12, 0, 0, tzinfo=UTC)
@@ -213,7 +215,76 @@ async def test_an_epoch_that_nobody_can_have_claimed_sends_no_coordinator_away(
         await eventually(lambda: "h3" in made.fleet.inventories)
         assert made.leads
         why = fence_blockers(made.fleet, ["web"], [], epoch=2, coordinator=made.authority.coordinator)
-        assert "h2 has not acknowledged epoch 2" in why
+        assert any(each.startswith("h2 has not acknowledged epoch 2: it obeys epoch 9007") for each in why)
+
+
+async def test_the_word_of_a_host_is_no_claim_but_the_next_claim_is_above_it(
+    world: World, host: Callable[..., Any], build: Callable[..., Any]
+) -> None:
+    """One inventory with the next epoch ended the coordinator for good: its unit does not start it again."""
+    await world.host(host("h1", build("w1")))
+    async with world.coordinator() as made:
+        await eventually(lambda: made.leads)
+        assert made.authority.epoch == 2
+        await world.host(host("h1", build("w1"), epoch=3, coordinator="x"))
+        await eventually(lambda: made.fleet.inventories["h1"].epoch == 3)
+        assert made.leads
+        assert not any(task.done() for task in made.running)  # type: ignore[attr-defined]
+        (why,) = fence_blockers(made.fleet, ["web"], [], epoch=2, coordinator=made.authority.coordinator)
+        assert "h1 has not acknowledged epoch 2: it obeys epoch 3 of x" in why
+        # With a store that was lost, the host would obey nobody that begins below it.
+    (world.folder / "c.sqlite").unlink()
+    async with world.coordinator() as made:
+        await eventually(lambda: made.leads)
+        assert made.authority.epoch == 4
+
+
+async def test_a_claim_that_nobody_can_have_made_ends_no_coordinator_and_does_not_stay_retained(
+    world: World, host: Callable[..., Any], build: Callable[..., Any]
+) -> None:
+    """Epoch 2**53-1 on the coordinator's own topic left none for anybody: the fleet was out of order until hosts were wiped."""
+    await world.host(host("h1", build("w1")))
+    thief = m.CoordinatorPresence(coordinator="thief", epoch=m.EPOCH_MOST, online=True)
+    async with world.coordinator() as made:
+        await eventually(lambda: made.leads)
+        await world.post.send(thief)
+        await eventually(lambda: thief in world.of(m.CoordinatorPresence))
+        await eventually(lambda: world.retained(m.CoordinatorPresence).epoch == 2)
+        assert made.leads
+        await world.post.send(thief)
+        await eventually(lambda: world.of(m.CoordinatorPresence).count(thief) == 2)
+    await world.post.send(thief)
+    async with world.coordinator() as again:
+        await eventually(lambda: again.leads)
+        assert again.authority.epoch == 3
+        await eventually(lambda: world.retained(m.CoordinatorPresence).epoch == 3)
+    # Known hosts say what is believable to a new store, too.
+    async with world.coordinator("new") as new:
+        await eventually(lambda: new.leads)
+        assert new.authority.epoch < 10
+
+
+async def test_a_store_without_an_epoch_left_says_so_and_there_is_a_way_back(
+    world: World, host: Callable[..., Any], build: Callable[..., Any]
+) -> None:
+    store = Store(str(world.folder / "c.sqlite"))
+    store.save_epoch(m.EPOCH_MOST)
+    store.database.close()
+    await world.host(host("h1", build("w1"), epoch=5))
+    async with world.coordinator() as made:
+        await eventually(lambda: any(task.done() for task in made.running))  # type: ignore[attr-defined]
+        (ended,) = (task for task in made.running if task.done())  # type: ignore[attr-defined]
+        assert isinstance(ended.exception(), NoEpochLeft)
+        assert "An epoch that nobody claimed" in str(ended.exception())
+        with pytest.raises(StateFolderUnusable, match=r"holds no coordinator\.sqlite"):
+            forget_epoch(world.folder)
+    (world.folder / "c.sqlite").rename(world.folder / "coordinator.sqlite")
+    with sole_user(str(world.folder)), pytest.raises(InUse):
+        forget_epoch(world.folder)
+    assert forget_epoch(world.folder) == m.EPOCH_MOST
+    async with world.coordinator("coordinator") as again:
+        await eventually(lambda: again.leads)
+        assert again.authority.epoch == 6
 
 
 async def test_a_request_that_waited_at_the_broker_for_long_is_refused_but_an_abort_is_not(

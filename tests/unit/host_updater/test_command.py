@@ -10,7 +10,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from caesura.contract.messages import AbortCommanded, FreezeCommanded, FreezeTarget, VmRecord, VmState
+from caesura.contract.messages import (
+    EPOCH_MOST,
+    AbortCommanded,
+    FreezeCommanded,
+    FreezeTarget,
+    VmRecord,
+    VmState,
+)
+from caesura.lifecycle.epoch import EPOCH_LEAP
 from caesura_host_updater.command import (
     Accept,
     Authority,
@@ -183,6 +191,18 @@ def test_authority_never_goes_back_and_never_changes_hands_within_an_epoch(
             authority = heard
         else:
             assert epoch < authority.epoch or coordinator != authority.coordinator
+
+
+def test_an_epoch_that_nobody_can_have_claimed_is_refused_with_a_reason() -> None:
+    here = Authority(7, "c")
+    assert hear(here, 7 + EPOCH_LEAP, "d") == Authority(7 + EPOCH_LEAP, "d")
+    for epoch in (8 + EPOCH_LEAP, EPOCH_MOST):
+        why = hear(here, epoch, "d")
+        assert isinstance(why, str)
+        assert f"epoch {epoch} is more than 1000 above epoch 7 of c" in why
+    # A new host takes what comes first, but for one above which there is nothing.
+    assert hear(Authority(), 10**9, "d") == Authority(10**9, "d")
+    assert isinstance(hear(Authority(), EPOCH_MOST, "d"), str)
 
 
 def test_abort() -> None:

@@ -18,6 +18,7 @@ from caesura.bus.port import BusUnavailable, PublishRefused
 from caesura.bus.post import Post
 from caesura.contract.codec import decode
 from caesura.contract.messages import (
+    EPOCH_MOST,
     AgentClockSynced,
     FreezeCommanded,
     FreezeTarget,
@@ -25,14 +26,17 @@ from caesura.contract.messages import (
     VmClockSynced,
 )
 from caesura.runtime.errors import StoreError
+from caesura.runtime.lock import InUse, StateFolderUnusable
 from caesura.testing.collector import PATIENCE_S, Collector, running
 from caesura.testing.damage import flip_bits
 from caesura.testing.patience import patient
 from caesura_host_updater import journal as module
+from caesura_host_updater.__main__ import _only_one
 from caesura_host_updater.clock import ClockWait
 from caesura_host_updater.clockdesk import ClockDesk
 from caesura_host_updater.command import Authority
 from caesura_host_updater.endings import Endings, Letters
+from caesura_host_updater.forget_epoch import forget_epoch
 from caesura_host_updater.journal import Journal, JournalThread, Letter
 from caesura_host_updater.operation_state import Operation, VmPause
 from caesura_host_updater.outbox import Outbox
@@ -316,3 +320,19 @@ def test_a_journal_with_a_flipped_bit_is_a_store_error_and_no_other(tmp_path: Pa
     refused = flip_bits(path, read_all)
     assert "cannot be read" in " ".join(refused)
     assert all(str(path) in each for each in refused), "the file is named"
+
+
+def test_a_host_can_be_made_to_forget_whom_it_obeys_while_it_is_stopped(tmp_path: Path) -> None:
+    with pytest.raises(StateFolderUnusable, match=r"holds no journal\.sqlite"):
+        forget_epoch(tmp_path)
+    journal = Journal(str(tmp_path / "journal.sqlite"))
+    journal.obey(Authority(EPOCH_MOST, "x"))
+    journal.finish(report("op"), [])
+    journal.close()
+    with _only_one(tmp_path), pytest.raises(InUse, match="stop it first"):
+        forget_epoch(tmp_path)
+    assert forget_epoch(tmp_path) == Authority(EPOCH_MOST, "x")
+    again = Journal(str(tmp_path / "journal.sqlite"))
+    assert again.authority() == Authority()
+    assert again.find("op") is not None, "all else stays"
+    again.close()

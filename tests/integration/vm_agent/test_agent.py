@@ -28,6 +28,7 @@ from caesura.bus.post import Post
 from caesura.contract.codec import decode
 from caesura.contract.envelope import Header, Message
 from caesura.contract.messages import (
+    SECONDS_MOST,
     AgentClockSynced,
     AgentPresence,
     ClockSyncAnswered,
@@ -515,9 +516,11 @@ async def test_a_check_that_fell_due_in_a_pause_does_not_hide_what_the_pause_did
 
 
 async def test_a_pause_of_no_length_that_can_be_is_no_end_of_the_agent(scene: Scene) -> None:
-    async with scene.agent():
+    async with scene.agent() as agent:
         await scene.host.resumed(pause_s=1e300)
+        await scene.host.resumed(operation="op-2", pause_s=SECONDS_MOST)
         assert (await scene.host.hears(AgentClockSynced, trigger="resume")).synced
+        assert agent.decode_errors["malformed"] == 1, "beyond what the contract allows"
 
 
 async def test_a_host_that_comes_late_is_found_soon(scene: Scene) -> None:

@@ -150,7 +150,7 @@ _AWAY: dict[str, Callable[[], Story]] = {
     "host offline before": lambda: _without_host(Story()).waits(),
     "agent offline before": lambda: _without_agent(Story()).waits(),
     "no guard": lambda: Story().changed(guard="absent").waits(),
-    "epoch not acknowledged": lambda: Story().changed(epoch=7).waits(),
+    "epoch not acknowledged": lambda: Story().changed(epoch=0).waits(),
     "host gone after the notice": lambda: _without_host(Story().announced()).answered().waits(),
     "agent silent": lambda: Story().announced().waits(),
     "not verified: host offline": lambda: _without_host(Story().started().reported()).clock().waits(),
@@ -159,6 +159,10 @@ _AWAY: dict[str, Callable[[], Story]] = {
 }
 
 _FOUND: dict[str, Callable[[], Story]] = {
+    "another is obeyed": lambda: Story().changed(epoch=7).waits(),
+    "an epoch is refused": lambda: (
+        Story().changed(epoch=0, refused_epoch="no coordinator can have it").waits()
+    ),
     "memory changed": lambda: (
         Story().started().reported(memory=m.MemoryProof(proof="digest", ok=False, detail="a is not b"))
     ),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ssl
+import stat
 from pathlib import Path
 from typing import Literal
 from urllib.parse import urlsplit
@@ -15,6 +16,10 @@ from caesura.runtime.settings import Secret, ServiceSettings
 
 class BrokerOptionsError(ConfigError):
     """The broker's address or options make no sense; the text says which and why."""
+
+
+class KeyExposed(OSError):
+    """Every user of this machine can use the key of our certificate; the text names the file."""
 
 
 class Address(msgspec.Struct, frozen=True):
@@ -100,10 +105,13 @@ class BrokerOptions(msgspec.Struct, frozen=True, kw_only=True):
         """The TLS context, or None without TLS. Read from disk each time, so that renewed files are picked up.
 
         Raises:
+            KeyExposed: every user can use the key.
             OSError, ssl.SSLError: a file is missing, unreadable or no certificate.
         """
         if self.address.scheme != "mqtts":
             return None
+        if self.key_file and stat.S_IMODE(Path(self.key_file).stat().st_mode) & (stat.S_IROTH | stat.S_IWOTH):
+            raise KeyExposed(f"every user of this machine can use the key {self.key_file}")
         for path in (self.ca_file, self.cert_file, self.key_file):
             if path:
                 Path(path).read_bytes()  # ssl's own errors do not name the file

@@ -88,6 +88,12 @@ async def test_tls_and_mutual_tls(tmp_path: Path, certificates: Certificates) ->
             await got.until_payload(payload)
         async with trying(options(url, **trusted)) as (_, logs):
             assert "certificate" in logs[0]["advice"]
+        shown = tmp_path / "shown.key"
+        shown.write_bytes(certificates.key_file.read_bytes())
+        shown.chmod(0o644)
+        async with trying(options(url, **trusted, **ours | {"key_file": str(shown)})) as (_, logs):
+            assert "every user of this machine can use the key" in logs[0]["error"]
+            assert logs[0]["advice"] == f"chmod 600 {shown}"
 
 
 @needs_mosquitto

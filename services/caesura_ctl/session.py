@@ -23,7 +23,7 @@ from caesura.bus.diagnosis import (
     explain,
 )
 from caesura.bus.mqtt import MqttBus
-from caesura.bus.options import BrokerOptions, KeyExposed, options_from
+from caesura.bus.options import BrokerOptions, TlsFilesUnusable, options_from
 from caesura.bus.port import Bus, BusError, BusStats
 from caesura.bus.post import Post
 from caesura.contract import messages as m
@@ -271,7 +271,7 @@ def _check_tls(options: BrokerOptions) -> None:
             raise SettingsError(f"{name}={path!r}: cannot be read: {error.strerror or error}") from error
     try:
         options.tls()
-    except (ssl.SSLError, KeyExposed) as error:
+    except (ssl.SSLError, TlsFilesUnusable) as error:
         told = ", ".join(f"{name}={path!r}" for name, path in given.items())
         diagnosis = explain(error, options)
         raise SettingsError(f"{told}: {diagnosis.what}; {diagnosis.advice}") from error

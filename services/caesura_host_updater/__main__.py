@@ -33,6 +33,7 @@ with QuietInterrupt():
     from caesura.runtime.lock import StateFolderUnusable, private_folder, usable
     from caesura.runtime.processes import cgroup_name
     from caesura.runtime.serve import serve
+    from caesura.runtime.threads import in_thread
     from caesura_host_updater.drivers.freezers import choose_freezer
     from caesura_host_updater.drivers.port import Driver
     from caesura_host_updater.drivers.process import ProcessDriver
@@ -50,7 +51,6 @@ with QuietInterrupt():
     from caesura_host_updater.settings import HostUpdaterSettings
     from caesura_host_updater.startup import resume_marked
     from caesura_host_updater.subscriptions import filters
-    from caesura_host_updater.threads import in_thread
 
 _ACCEL = {"kvm": "kvm", "tcg": "tcg,thread=multi"}
 

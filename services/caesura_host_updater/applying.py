@@ -13,11 +13,11 @@ from collections.abc import Mapping
 import structlog
 
 from caesura.runtime.errors import CaesuraError
+from caesura.runtime.threads import in_thread
 from caesura_host_updater.detached import ExitWatch
 from caesura_host_updater.guard.bounded_read import environs
 from caesura_host_updater.guard.plans import SignalPlan
 from caesura_host_updater.guard.procfs import process_table, read_process, send_signal
-from caesura_host_updater.threads import in_thread
 from caesura_host_updater.updates import UpdateFile
 
 _TAIL_BYTES = 2048  # of the output, for the report

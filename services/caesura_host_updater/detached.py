@@ -15,8 +15,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from caesura.runtime.errors import CaesuraError
+from caesura.runtime.threads import in_thread
 from caesura_host_updater.guard import processes
-from caesura_host_updater.threads import in_thread
 
 
 class SpawnError(CaesuraError):

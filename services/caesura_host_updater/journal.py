@@ -15,10 +15,10 @@ import structlog
 from caesura.contract.messages import Epoch, FreezeCommanded, OperationReported
 from caesura.runtime.database import Database
 from caesura.runtime.errors import StoreError
+from caesura.runtime.threads import Worker
 from caesura_host_updater.clock import ClockWait
 from caesura_host_updater.command import Authority
 from caesura_host_updater.operation_state import Operation
-from caesura_host_updater.threads import Worker
 
 KEEP_FINISHED = 1000  # operations whose report is repeated when their command comes again
 

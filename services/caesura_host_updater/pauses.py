@@ -14,6 +14,7 @@ from pathlib import Path
 import structlog
 
 from caesura.runtime.errors import CaesuraError
+from caesura.runtime.threads import Worker
 from caesura_host_updater.guard import claims, markers
 from caesura_host_updater.guard.intent import Intent
 from caesura_host_updater.guard.markers import Marker
@@ -21,7 +22,6 @@ from caesura_host_updater.guard.plans import CgroupPlan, Plan, SignalPlan
 from caesura_host_updater.guard.procfs import boot_id
 from caesura_host_updater.guard.qemuplans import QemuPlan, ReplacePlan, SwapPlan
 from caesura_host_updater.guard.rescue import marked_and_paused, resume
-from caesura_host_updater.threads import Worker
 
 _WRITE_S = 3.0  # s: one round of the disk; nothing is paused while it is waited for
 _REMOVE_AGAIN_S = 5.0  # s: between two tries to remove markers that the disk refused to remove

@@ -16,6 +16,7 @@ import structlog
 
 from caesura.contract.messages import OperationReported
 from caesura.runtime.errors import StoreError
+from caesura.runtime.threads import in_thread
 from caesura_host_updater.applying import end_orphans
 from caesura_host_updater.clock import ClockWait
 from caesura_host_updater.drivers.port import Driver, DriverError, NotRunningYet, states_within
@@ -29,7 +30,6 @@ from caesura_host_updater.operation_state import Operation
 from caesura_host_updater.pauses import PauseMarkers, how_to_resume
 from caesura_host_updater.recovery import recovered
 from caesura_host_updater.report import clock_wait, final_report, frozen_fact, resumed_fact
-from caesura_host_updater.threads import in_thread
 from caesura_host_updater.vm_view import STATES_S, plan_of
 
 _RESUME_TRY_S = 0.25  # s: one try of a resume

@@ -23,6 +23,7 @@ import msgspec
 import structlog
 
 from caesura.contract.messages import Method, ProofCode, VmState
+from caesura.runtime.threads import in_thread, in_thread_to_its_end
 from caesura_host_updater.detached import ExitWatch, SpawnError, reap, start_detached
 from caesura_host_updater.drivers import guest_init
 from caesura_host_updater.drivers.digest import digest_of
@@ -40,7 +41,6 @@ from caesura_host_updater.drivers.sampling import sampled_digest_of
 from caesura_host_updater.guard.plans import Condition, SignalPlan, condition, thaw
 from caesura_host_updater.guard.procfs import Process, alive, boot_id, process_table, send_signal
 from caesura_host_updater.hostfile import VmSpec
-from caesura_host_updater.threads import in_thread, in_thread_to_its_end
 
 _START_TIMEOUT_S = 15.0  # s: a VM's first process needs some 20 ms; this is for a machine that thrashes
 _STOP_TIMEOUT_S = guest_init.TERM_GRACE_S + 2.0

@@ -7,7 +7,7 @@ import ssl
 
 import msgspec
 
-from caesura.bus.options import BrokerOptions, KeyExposed
+from caesura.bus.options import BrokerOptions, TlsFilesUnusable
 from caesura.bus.port import BusError
 
 UNSUPPORTED_PROTOCOL = 0x84
@@ -79,8 +79,8 @@ def explain(error: BaseException, options: BrokerOptions) -> Diagnosis:
             )
         case ssl.SSLError():
             return _tls(error)
-        case KeyExposed():
-            return Diagnosis(str(error), f"chmod 600 {options.key_file}")
+        case TlsFilesUnusable():
+            return Diagnosis(str(error), error.advice)
         case FileNotFoundError() | PermissionError():
             return _file(error, options)
         case _:

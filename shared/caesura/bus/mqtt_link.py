@@ -35,9 +35,10 @@ from paho.mqtt.reasoncodes import ReasonCode
 
 from caesura.bus.diagnosis import ClosedEarly, ConnectionLost, ConnectRefused, NoAnswer, SubscribeRefused
 from caesura.bus.dial import open_socket
-from caesura.bus.options import BrokerOptions
+from caesura.bus.options import BrokerOptions, TlsFilesUnusable
 from caesura.bus.port import BusUnavailable, PublishRefused, PublishTooLarge, Will
 from caesura.contract.codec import MAX_PACKET_BYTES
+from caesura.runtime.threads import Worker
 
 Protocol = Literal["5", "3.1.1"]
 _CHUNK_BYTES = 64 * 1024  # at most so much is read at once, and so held above the limit
@@ -46,6 +47,10 @@ _PUBLISH_BYTES = (
 )
 _GOODBYE_S = 1.0  # s: the DISCONNECT packet goes into the kernel's buffer; a full one means a dead peer
 _MISC_S = 1.0  # s: how often paho looks at its keepalive; its smallest unit is a second
+
+
+_disk = Worker("certificates")
+"""One for all connections: a disk that hangs costs one thread, however often they are tried."""
 
 
 class Arrival(msgspec.Struct, frozen=True):
@@ -122,11 +127,12 @@ class Link(aiomqtt.Client):
         """Connect and wait for the broker's yes.
 
         Raises:
-            OSError: not reached in time (``TimeoutError``), refused, TLS.
+            OSError: not reached in time (``TimeoutError``), refused, TLS (``TlsFilesUnusable`` among them).
             ConnectRefused, ClosedEarly, NoAnswer: reached, but not let in.
         """
         options = self._options
-        sock = await open_socket(options.address, options.tls(), options.connect_timeout_s)
+        context = await _tls(options)
+        sock = await open_socket(options.address, context, options.connect_timeout_s)
         self._client._create_socket = lambda: sock  # type: ignore[method-assign]  # noqa: SLF001
         try:
             self._client_connect()
@@ -401,6 +407,20 @@ class Link(aiomqtt.Client):
         if self._end_reason is not None:
             return ConnectionLost(self._end_reason.value, self._end_reason.getName())
         return ConnectionLost(0, str(error) if error else "closed")
+
+
+async def _tls(options: BrokerOptions) -> ssl.SSLContext | None:
+    """``BrokerOptions.tls``, outside the event loop: the disk with the certificates may hang."""
+    if options.address.scheme != "mqtts":
+        return None
+    try:
+        async with asyncio.timeout(options.connect_timeout_s):
+            return await _disk.do(options.tls)
+    except TimeoutError:
+        raise TlsFilesUnusable(
+            f"the files of CA, certificate and key cannot be read within {options.connect_timeout_s:g} s",
+            "check the disk or the mount that they are on",
+        ) from None
 
 
 def _connect_properties(options: BrokerOptions) -> Properties:

@@ -18,8 +18,12 @@ class BrokerOptionsError(ConfigError):
     """The broker's address or options make no sense; the text says which and why."""
 
 
-class KeyExposed(OSError):
-    """Every user of this machine can use the key of our certificate; the text names the file."""
+class TlsFilesUnusable(OSError):
+    """The files of a TLS connection must not or cannot be used; ``advice`` says what to do."""
+
+    def __init__(self, what: str, advice: str) -> None:
+        super().__init__(what)
+        self.advice = advice
 
 
 class Address(msgspec.Struct, frozen=True):
@@ -102,16 +106,18 @@ class BrokerOptions(msgspec.Struct, frozen=True, kw_only=True):
         return parse_address(self.url)
 
     def tls(self) -> ssl.SSLContext | None:
-        """The TLS context, or None without TLS. Read from disk each time, so that renewed files are picked up.
+        """The TLS context, or None without TLS. Read from disk each time, so that renewed files are picked up. Blocking.
 
         Raises:
-            KeyExposed: every user can use the key.
+            TlsFilesUnusable: every user can use the key.
             OSError, ssl.SSLError: a file is missing, unreadable or no certificate.
         """
         if self.address.scheme != "mqtts":
             return None
         if self.key_file and stat.S_IMODE(Path(self.key_file).stat().st_mode) & (stat.S_IROTH | stat.S_IWOTH):
-            raise KeyExposed(f"every user of this machine can use the key {self.key_file}")
+            raise TlsFilesUnusable(
+                f"every user of this machine can use the key {self.key_file}", f"chmod 600 {self.key_file}"
+            )
         for path in (self.ca_file, self.cert_file, self.key_file):
             if path:
                 Path(path).read_bytes()  # ssl's own errors do not name the file

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import AsyncIterator, MutableMapping, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
@@ -94,6 +95,22 @@ async def test_tls_and_mutual_tls(tmp_path: Path, certificates: Certificates) ->
         async with trying(options(url, **trusted, **ours | {"key_file": str(shown)})) as (_, logs):
             assert "every user of this machine can use the key" in logs[0]["error"]
             assert logs[0]["advice"] == f"chmod 600 {shown}"
+
+
+async def test_certificates_on_a_disk_that_hangs_do_not_hold_up_the_event_loop(
+    tmp_path: Path, certificates: Certificates
+) -> None:
+    silent, good = tmp_path / "ca.crt", tmp_path / "good.crt"
+    os.mkfifo(silent)  # as a file on a mount that does not answer
+    good.write_bytes(certificates.ca_file.read_bytes())
+    hung = options(f"mqtts://127.0.0.1:{free_port()}", ca_file=str(silent), connect_timeout_s=0.2)
+    async with trying(hung) as (bus, logs):
+        assert "cannot be read within 0.2 s" in logs[0]["error"]
+        assert "mount" in logs[0]["advice"]
+        # It answers at last: what hangs returns, and the file is read at the next attempt.
+        with silent.open("r+b", buffering=0):
+            good.replace(silent)
+        await eventually(lambda: "nothing listens" in bus.stats.last_error)
 
 
 @needs_mosquitto

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from caesura.testing.patience import patient
+from caesura.runtime.threads import Worker, in_thread, in_thread_to_its_end
 from caesura_host_updater import applying, detached
 from caesura_host_updater.applying import UpdateNotStarted, UpdateProcess
 from caesura_host_updater.detached import start_detached
@@ -23,7 +24,6 @@ from caesura_host_updater.guard import processes
 from caesura_host_updater.guard.bounded_read import environs, read_each
 from caesura_host_updater.guard.processes import marked
 from caesura_host_updater.guard.procfs import read_process
-from caesura_host_updater.threads import Worker, in_thread, in_thread_to_its_end
 from caesura_host_updater.updates import UpdateFile
 
 

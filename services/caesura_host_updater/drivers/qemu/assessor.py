@@ -17,6 +17,7 @@ from typing import TypeVar
 
 import structlog
 
+from caesura.runtime.threads import in_thread
 from caesura_host_updater.drivers.qemu.commandline import cpu_of
 from caesura_host_updater.drivers.qemu.compatibility import as_stated, differences
 from caesura_host_updater.drivers.qemu.guest import Guest, host_obstacles
@@ -29,7 +30,6 @@ from caesura_host_updater.drivers.qemu.snapshot import VmSnapshot
 from caesura_host_updater.drivers.qemu.successor import next_command
 from caesura_host_updater.drivers.qemu.trial import Trials
 from caesura_host_updater.drivers.qemu.vmm import NoVmm, file_errors, read_vmm
-from caesura_host_updater.threads import in_thread
 
 _EVERY_S = 10.0  # s: between two looks at a guest
 _FAILED_S = 60.0  # s: until a trial is repeated that could not be made

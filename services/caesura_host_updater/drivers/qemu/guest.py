@@ -14,6 +14,7 @@ from pathlib import Path
 import structlog
 
 from caesura.contract.messages import Method, VmState
+from caesura.runtime.threads import in_thread
 from caesura_host_updater.detached import ExitWatch
 from caesura_host_updater.drivers.qemu import commandline, successor
 from caesura_host_updater.drivers.qemu.observer import read_machine
@@ -27,7 +28,6 @@ from caesura_host_updater.guard.plans import QemuPlan, ReplacePlan, SwapPlan, Vm
 from caesura_host_updater.guard.procfs import STOPPED, alive, boot_id, ending, read_process
 from caesura_host_updater.guard.replacing import STUCK
 from caesura_host_updater.hostfile import VmSpec
-from caesura_host_updater.threads import in_thread
 
 _GREETING_S = 2.0  # s: QEMU greets within milliseconds; another client's turn may take the guard a second
 _LOOK_S = 1.0  # s: for the kernel's word on a process; a QEMU that is stuck in it may hold us up

@@ -11,6 +11,7 @@ from contextlib import suppress
 import structlog
 
 from caesura.contract.messages import Method
+from caesura.runtime.threads import in_thread
 from caesura_host_updater.detached import ExitWatch
 from caesura_host_updater.drivers.qemu import successor
 from caesura_host_updater.drivers.qemu.assessor import Assessor
@@ -27,7 +28,6 @@ from caesura_host_updater.guard import claims
 from caesura_host_updater.guard.markers import OPERATIONS
 from caesura_host_updater.guard.plans import ReplacePlan, SwapPlan, condition
 from caesura_host_updater.guard.procfs import alive, boot_id
-from caesura_host_updater.threads import in_thread
 
 _PROBE_S = 0.05  # s: for a QEMU to notice that who connected has gone; then it takes the next one
 _LOOK_S = 5.0  # s: between two looks for VMs that others start, or that did not answer

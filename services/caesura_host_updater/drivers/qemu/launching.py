@@ -13,6 +13,7 @@ from contextlib import suppress
 from hashlib import blake2b
 from pathlib import Path
 
+from caesura.runtime.threads import in_thread
 from caesura_host_updater.detached import ExitWatch, SpawnError, start_detached
 from caesura_host_updater.drivers.qemu import commandline, successor
 from caesura_host_updater.drivers.qemu.definition import Definition, QemuOptions
@@ -22,7 +23,6 @@ from caesura_host_updater.drivers.qemu.releasing import remove_files
 from caesura_host_updater.drivers.qemu.vmm import last_words
 from caesura_host_updater.guard.procfs import boot_id, read_process, send_signal
 from caesura_host_updater.guard.replacing import PART
-from caesura_host_updater.threads import in_thread
 
 _SOCKET_PATH_BYTES = 107  # unix(7): sun_path has 108 bytes with the closing zero
 _LONGEST = "next/guard.2"

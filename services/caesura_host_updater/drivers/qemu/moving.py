@@ -17,6 +17,7 @@ from pathlib import Path
 import msgspec
 import structlog
 
+from caesura.runtime.threads import in_thread, in_thread_to_its_end
 from caesura_host_updater.detached import ExitWatch, reap
 from caesura_host_updater.drivers.port import FreezeFailed, HandOver, SwapFailed
 from caesura_host_updater.drivers.qemu import commandline
@@ -61,7 +62,6 @@ from caesura_host_updater.guard.plans import (
 from caesura_host_updater.guard.processes import calm
 from caesura_host_updater.guard.procfs import send_signal
 from caesura_host_updater.guard.vmm import heir, holder
-from caesura_host_updater.threads import in_thread, in_thread_to_its_end
 
 _HAND_OVER_S = 2.0  # s: 3 to 10 ms is usual; a new process that hangs is given up after this
 _WAY_OUT_S = 4.0  # s: how long we try to put it right ourselves before the caller does

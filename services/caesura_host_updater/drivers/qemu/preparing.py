@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from caesura.contract.messages import Method
+from caesura.runtime.threads import in_thread_to_its_end
 from caesura_host_updater.detached import ExitWatch
 from caesura_host_updater.drivers.port import DriverError
 from caesura_host_updater.drivers.qemu.assessor import Assessor
@@ -31,7 +32,6 @@ from caesura_host_updater.drivers.qemu.trial import drop
 from caesura_host_updater.drivers.qemu.vmm import NoVmm, VmmProcess, last_words, ram_error, read_vmm
 from caesura_host_updater.guard.plans import ReplacePlan, SwapPlan, Vmm
 from caesura_host_updater.guard.procfs import read_process
-from caesura_host_updater.threads import in_thread_to_its_end
 
 
 class Preparer:

@@ -16,7 +16,7 @@ from typing import TypeVar
 import structlog
 
 T = TypeVar("T")
-_log = structlog.get_logger("caesura.threads")
+_log = structlog.get_logger("caesura.runtime.threads")
 
 
 async def in_thread(name: str, work: Callable[[], T]) -> T:

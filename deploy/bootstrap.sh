@@ -5,7 +5,20 @@ export UV_PYTHON_DOWNLOADS=never UV_NO_PROGRESS=1 PIP_ROOT_USER_ACTION=ignore
 
 say() { printf '%s\n' "$*" >&2; }
 
+trust_the_system() { # uv brings roots of its own: behind a proxy that inspects TLS it would fail where pip works
+  SSL_CERT_FILE=${SSL_CERT_FILE:-${PIP_CERT:-${REQUESTS_CA_BUNDLE:-}}}
+  [ -n "$SSL_CERT_FILE" ] && export SSL_CERT_FILE || unset SSL_CERT_FILE
+  # Where a system keeps its roots: Debian, Fedora, SUSE, Alpine, macOS. A machine without any is served by uv's own.
+  for store in "${SSL_CERT_FILE:-}" /etc/ssl/certs/ca-certificates.crt /etc/pki/tls/certs/ca-bundle.crt \
+    /etc/ssl/ca-bundle.pem /etc/ssl/cert.pem; do
+    # The second name is that of uv before 0.10 (one from the PATH may be older).
+    [ -s "$store" ] && export UV_SYSTEM_CERTS="${UV_SYSTEM_CERTS:-true}" UV_NATIVE_TLS="${UV_NATIVE_TLS:-true}" && return
+  done
+  return 0
+}
+
 find_uv() {
+  trust_the_system
   if [ -x .uv/bin/uv ]; then
     UV=.uv/bin/uv
   elif command -v uv >/dev/null 2>&1; then

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -321,3 +322,29 @@ def test_readers_of_the_schemas_get_patterns_that_they_understand() -> None:
     text = json.dumps(asyncapi())
     assert '"pattern": "^[A-Za-z0-9_-]{1,64}$"' in text
     assert r"\\Z" not in text
+
+
+def test_everything_that_code_is_generated_from_has_a_name() -> None:
+    """Generators number what has none: ``AnonymousSchema_17``. A const, a plain type and a reference make no type."""
+    document = asyncapi()
+    messages = document["components"]["messages"].values()
+    assert all(each["payload"].keys() == {"$ref"} for each in messages)
+    nameless: list[str] = []
+
+    def walk(schema: Any, path: str) -> None:
+        if isinstance(schema, dict):
+            if {"enum", "properties", "items"} & schema.keys() and not isinstance(schema.get("title"), str):
+                nameless.append(path)
+            for key, part in schema.items():
+                if key not in ("default", "examples"):
+                    walk(part, f"{path}/{key}")
+        elif isinstance(schema, list):
+            for number, part in enumerate(schema):
+                walk(part, f"{path}/{number}")
+
+    schemas = document["components"]["schemas"]
+    for name, schema in schemas.items():
+        walk(schema, name)
+    assert nameless == []
+    titles = [schema["title"] for schema in schemas.values()]
+    assert len(set(titles)) == len(titles)

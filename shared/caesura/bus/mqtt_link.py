@@ -42,9 +42,10 @@ from caesura.runtime.threads import Worker
 
 Protocol = Literal["5", "3.1.1"]
 _CHUNK_BYTES = 64 * 1024  # at most so much is read at once, and so held above the limit
-_PUBLISH_BYTES = (
-    12  # fixed header (5), lengths of topic and properties, packet id: at most, MQTT 5.0, section 3.3
-)
+_CONTENT_TYPE = "application/cloudevents+json"
+"""What every payload is: the MQTT binding of CloudEvents 1.0.2, section 3.2.2. MQTT 3.1.1 cannot say it."""
+_PUBLISH_BYTES = 12 + 3 + len(_CONTENT_TYPE)
+"""Fixed header (5), lengths of topic and properties, packet id, content type: at most, MQTT 5.0, section 3.3."""
 _GOODBYE_S = 1.0  # s: the DISCONNECT packet goes into the kernel's buffer; a full one means a dead peer
 _MISC_S = 1.0  # s: how often paho looks at its keepalive; its smallest unit is a second
 
@@ -92,6 +93,7 @@ class Link(aiomqtt.Client):
         self._slots = asyncio.Semaphore(options.max_in_flight)
         self._end_reason: ReasonCode | None = None
         five = protocol == "5"
+        self._publish_properties = _content_type(PacketTypes.PUBLISH) if five else None
         super().__init__(
             # paho wants a host and a port; the socket is opened by ``dial``, which knows the real address.
             hostname=options.address.host or "unix-socket",
@@ -100,7 +102,15 @@ class Link(aiomqtt.Client):
             username=options.username or None,
             password=options.password.reveal() or None,
             protocol=aiomqtt.ProtocolVersion.V5 if five else aiomqtt.ProtocolVersion.V311,
-            will=aiomqtt.Will(will.topic, will.payload, qos=1, retain=True) if will else None,
+            will=aiomqtt.Will(
+                will.topic,
+                will.payload,
+                qos=1,
+                retain=True,
+                properties=_content_type(PacketTypes.WILLMESSAGE) if five else None,
+            )
+            if will
+            else None,
             clean_session=None if five else options.clean,
             clean_start=options.clean if five else paho.MQTT_CLEAN_START_FIRST_ONLY,
             properties=_connect_properties(options) if five else None,
@@ -222,7 +232,10 @@ class Link(aiomqtt.Client):
             self._slots.release()
             raise BusUnavailable(f"the connection ended before the message on {topic!r} was sent")
         try:
-            info = self._client.publish(topic, payload, qos, retain)
+            # An empty one removes what is retained, and is of no type.
+            info = self._client.publish(
+                topic, payload, qos, retain, self._publish_properties if payload else None
+            )
         except BaseException:
             self._slots.release()
             raise
@@ -429,6 +442,12 @@ def _connect_properties(options: BrokerOptions) -> Properties:
     if not options.clean:
         # Without an expiry, MQTT 5 forgets a session when its connection ends, whatever clean_start says.
         properties.SessionExpiryInterval = options.session_expiry_s
+    return properties
+
+
+def _content_type(packet: int) -> Properties:
+    properties = Properties(packet)  # type: ignore[no-untyped-call]
+    properties.ContentType = _CONTENT_TYPE
     return properties
 
 

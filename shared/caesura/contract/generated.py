@@ -63,8 +63,8 @@ def asyncapi() -> dict[str, Any]:
     kinds = [channel.message for channel in CHANNELS]
     _, schemas = msgspec.json.schema_components(kinds, ref_template="#/components/schemas/{name}")
     header = msgspec.json.schema_components([Header], ref_template="#/components/schemas/{name}")[1]["Header"]
-    schemas["CloudEvent"] = {**header, "description": "CloudEvents 1.0 attributes, structured JSON mode."}
-    schemas = _for_readers(schemas)
+    schemas |= {_message(channel): _payload(header, channel) for channel in CHANNELS}
+    schemas = {name: _named(_for_readers(schema), name) for name, schema in schemas.items()}
     wire = {number: msgspec.json.decode(golden_payload(number)) for number in range(len(CHANNELS))}
     return {
         "asyncapi": "3.0.0",
@@ -80,7 +80,17 @@ def asyncapi() -> dict[str, Any]:
                 "host": "localhost:1883",
                 "protocol": "mqtt",
                 "description": "Any MQTT broker, protocol 5 or 3.1.1.",
-            }
+                "security": [{"$ref": "#/components/securitySchemes/password"}],
+            },
+            "brokerTls": {
+                "host": "localhost:8883",
+                "protocol": "mqtts",
+                "description": "The same with TLS, as between machines.",
+                "security": [
+                    {"$ref": "#/components/securitySchemes/password"},
+                    {"$ref": "#/components/securitySchemes/certificate"},
+                ],
+            },
         },
         "channels": {_key(channel): _channel(channel) for channel in CHANNELS},
         "operations": {
@@ -102,26 +112,66 @@ def asyncapi() -> dict[str, Any]:
                     "title": channel.message.__name__,
                     "summary": channel.summary,
                     "contentType": "application/cloudevents+json",
-                    "payload": {
-                        "allOf": [
-                            {"$ref": "#/components/schemas/CloudEvent"},
-                            {
-                                "type": "object",
-                                "required": ["type", "data"],
-                                "properties": {
-                                    "type": {"const": channel.message.TYPE},
-                                    "data": {"$ref": f"#/components/schemas/{channel.message.__name__}"},
-                                },
-                            },
-                        ]
-                    },
+                    "payload": {"$ref": f"#/components/schemas/{_message(channel)}"},
                     "examples": [{"name": "example", "payload": wire[number]}],
                 }
                 for number, channel in enumerate(CHANNELS)
             },
             "schemas": dict(sorted(schemas.items())),
+            "securitySchemes": {
+                "password": {
+                    "type": "userPassword",
+                    "description": "MQTT user name and password. What a user may read and write: deploy/broker/acl.example. "
+                    "The broker of ./demo asks for none.",
+                },
+                "certificate": {
+                    "type": "X509",
+                    "description": "A client certificate, where the broker asks for one (Mosquitto: require_certificate).",
+                },
+            },
         },
     }
+
+
+def _message(channel: Channel) -> str:
+    return f"{channel.message.__name__}Message"
+
+
+def _payload(header: dict[str, Any], channel: Channel) -> dict[str, Any]:
+    """One schema for the whole message, attributes and data: what generators of code make one class of."""
+    name = channel.message.__name__
+    return {
+        **header,
+        "description": f"{channel.summary} CloudEvents 1.0, structured JSON mode.",
+        "required": [*header["required"], "data"],
+        "properties": {
+            **header["properties"],
+            "type": {"const": channel.message.TYPE},
+            "data": {"$ref": f"#/components/schemas/{name}"},
+        },
+    }
+
+
+def _named(schema: dict[str, Any], name: str) -> dict[str, Any]:
+    """Gives everything that generators make a type of a title: its schema's and its property's, as ``VmRecordState``."""
+    if "$ref" in schema or schema.get("type") == "null":
+        return schema
+    if len(schema.get("enum", ())) == 1:
+        return {**{key: value for key, value in schema.items() if key != "enum"}, "const": schema["enum"][0]}
+    named = dict(schema)
+    if not {"type", "const"} & schema.keys() or "enum" in schema or schema.get("type") in {"object", "array"}:
+        named["title"] = name
+    if "properties" in schema:
+        named["properties"] = {
+            each: _named(part, name + "".join(word.capitalize() for word in each.split("_")))
+            for each, part in schema["properties"].items()
+        }
+    for key, suffix in (("items", "Item"), ("additionalProperties", "Value")):
+        if isinstance(schema.get(key), dict):
+            named[key] = _named(schema[key], name + suffix)
+    if "anyOf" in schema:
+        named["anyOf"] = [_named(each, name) for each in schema["anyOf"]]
+    return named
 
 
 def _for_readers(schema: Any) -> Any:

@@ -1,8 +1,9 @@
-"""``examples/consumer.py`` when it does not go well: one line, and no traceback."""
+"""``examples/consumer.py``: what it misses, and when it does not go well: one line, and no traceback."""
 
 from __future__ import annotations
 
 import asyncio
+import json
 import signal
 import sys
 from collections.abc import AsyncIterator
@@ -12,6 +13,11 @@ from pathlib import Path
 import pytest
 
 from caesura.bus.brokers import free_port
+from caesura.bus.mqtt import MqttBus
+from caesura.bus.options import BrokerOptions
+from caesura.runtime.settings import Secret
+from caesura.testing.broker import make_certificates, mosquitto, mosquitto_installed
+from caesura.testing.collector import running
 from caesura.testing.patience import patient
 
 _EXAMPLE = Path(__file__).parents[3] / "examples" / "consumer.py"
@@ -107,3 +113,38 @@ async def test_a_port_that_is_none_is_bad_usage(port: str) -> None:
     assert done.returncode == 2
     assert b"Traceback" not in said
     assert b"usage: " in said
+
+
+def resumed(vm: str) -> bytes:
+    return json.dumps({"type": "caesura.vm.resumed.v1", "data": {"vm": vm, "pause_s": 1.0}}).encode()
+
+
+@pytest.mark.skipif(not mosquitto_installed(), reason="mosquitto is not installed")
+async def test_with_tls_a_password_and_a_session_nothing_is_missed_while_it_is_away(tmp_path: Path) -> None:
+    certificates = make_certificates(tmp_path / "tls")
+    secret = tmp_path / "password"
+    secret.write_text("hunter2\n")
+    users = {"reader": "hunter2", "writer": "x"}
+    async with mosquitto(tmp_path, users=users, tls=certificates) as real:
+        url = f"mqtts://localhost:{real.port}"
+        trusted = BrokerOptions(
+            url=url, ca_file=str(certificates.ca_file), username="writer", password=Secret("x")
+        )
+        words = ["localhost", str(real.port), "--ca", str(certificates.ca_file)]
+        words += ["--user", "reader", "--password-file", str(secret), "--session", "books"]
+        bus = MqttBus(trusted)
+        topic = "caesura/v1/host/h/set/s/ud/1/vm/{}/resumed"
+        async with running(bus), asyncio.timeout(patient(30)):
+            async with consumer(*words) as first:
+                assert first.stdout is not None
+                heard = asyncio.create_task(first.stdout.readline())
+                while not heard.done():  # until it has subscribed
+                    await bus.publish(topic.format("a"), resumed("a"))
+                    await asyncio.wait({heard}, timeout=0.1)
+                assert heard.result() == b"a: paused 1.000 s\n"
+            await bus.publish(topic.format("b"), resumed("b"))  # nobody is there
+            async with consumer(*words) as second:
+                assert second.stdout is not None
+                while (line := await second.stdout.readline()) == b"a: paused 1.000 s\n":
+                    pass
+                assert line == b"b: paused 1.000 s\n"

@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 
-from caesura.testing.patience import patient
 from caesura.runtime.threads import Worker, in_thread, in_thread_to_its_end
+from caesura.testing.patience import patient
 from caesura_host_updater import applying, detached
 from caesura_host_updater.applying import UpdateNotStarted, UpdateProcess
 from caesura_host_updater.detached import start_detached

@@ -22,7 +22,7 @@ from typing import Literal
 
 import msgspec
 
-from caesura_host_updater.threads import in_thread
+from caesura.runtime.threads import in_thread
 
 _DEVICE = "/dev/kvm"
 _BOOT = Path("/boot")

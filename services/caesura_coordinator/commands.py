@@ -21,7 +21,9 @@ def due_commands(rollout: Rollout, authority: Authority) -> Iterable[FreezeComma
         # A host repeats its report and its verdicts on the clocks when it gets a command again that it has
         # carried out: the way to a verdict that was lost on its way.
         unheard = wave.status == "verifying" and any(
-            vm.vm not in wave.clocks for vm in wave.vms if vm.host == operation.host and vm.method != "live"
+            vm.vm not in wave.clocks
+            for vm in wave.vms
+            if vm.host == operation.host and vm.method != "live" and vm.clock != "none"
         )
         open_ = operation.status not in FINAL and wave.status == "started"
         aborting = lost or (open_ and rollout.status == "aborting")

@@ -136,6 +136,8 @@ def health_blockers(fleet: Fleet, vms: Iterable[tuple[str, str, bool]]) -> list[
             found.append(f"{name} is gone from {host}")
         elif record.state != "running":
             found.append(f"{name} on {host} is {record.state}")
+        elif record.state_detail:
+            found.append(f"{name} on {host}: {record.state_detail}")
         elif agent and not fleet.agents_online.get(name, False):
             found.append(f"{name}: its agent is offline")
     return found

@@ -279,6 +279,7 @@ def _members(
                 method=method,
                 reason=reason,
                 agent=vm.agent,
+                clock=vm.clock,
                 proofs=planned_proofs(vm, method, policy, expected_s),
             )
             if vm.state == "stopped":
@@ -308,6 +309,7 @@ def _members(
                     method="skip",
                     reason=f"{host} does not define the update",
                     agent=vm.agent,
+                    clock=vm.clock,
                 )
             )
     return members, skipped, refusals

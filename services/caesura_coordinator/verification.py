@@ -33,14 +33,16 @@ def verify(wave: Wave, policy: Policy) -> tuple[list[str], list[str]]:
         if vm.method == "live":
             continue
         clock = wave.clocks.get(vm.vm)
+        why = unproven(vm, policy, paused[vm.vm], clock) if vm.vm in paused else ""
+        if vm.clock == "none":
+            wrong += [why] if why else []
+            continue
         if clock is None:
             missing.append(f"{vm.vm}: no verdict on its clock")
-            if vm.vm in paused and (why := unproven(vm, policy, paused[vm.vm], None)):
-                missing.append(f"{why}; its guest has not answered")
+            missing += [f"{why}; its guest has not answered"] if why else []
             continue
         wrong += _of_memory(vm.vm, clock)
-        if vm.vm in paused and (why := unproven(vm, policy, paused[vm.vm], clock)):
-            wrong.append(why)
+        wrong += [why] if why else []
         if policy.on_unsynced == "halt":
             wrong += _of_clock(vm.vm, clock, policy.clock_bound_s)
     return wrong, missing

@@ -61,10 +61,17 @@ def _stated(held: Sequence[m.ProofCode]) -> tuple[m.ProofCode, ...]:
 
 
 def planned(vms: Sequence[m.PlannedVm]) -> str:
-    """What a plan promises for these VMs, a line for each kind; names them where not all are alike."""
+    """What a plan promises for these VMs, a line for each kind; names them where not all are alike.
+
+    VMs without a clock to be corrected are named, too: what a verdict on it would show is not shown.
+    """
     kinds: dict[tuple[m.ProofCode, ...], list[str]] = {}
     for vm in vms:
         kinds.setdefault(_stated(ordered(vm.proofs)), []).append(vm.vm)
+    lines = [f"{in_words(codes)}: {', '.join(names)}" for codes, names in kinds.items()]
     if len(kinds) == 1:
-        return in_words(next(iter(kinds)))
-    return "\n".join(f"{in_words(codes)}: {', '.join(names)}" for codes, names in kinds.items())
+        lines = [in_words(next(iter(kinds)))]
+    clockless = [vm.vm for vm in vms if vm.clock == "none"]
+    if clockless:
+        lines.append(f"no agent, so no clock to correct: {', '.join(clockless)}")
+    return "\n".join(lines)

@@ -14,6 +14,7 @@ from caesura.contract.messages import MOST_TARGETS, FaultDomain, UpdateDomain
 from caesura.contract.names import InvalidName, check_name, own_set
 from caesura.runtime.choices import explained
 from caesura.runtime.errors import ConfigError
+from caesura_host_updater.drivers.elsewhere import hands_over
 from caesura_host_updater.drivers.qemu.definition import Adopt, Definition, QemuOptions, definition_error
 from caesura_host_updater.files import read_regular
 
@@ -121,7 +122,7 @@ def _process_error(vm: VmSpec) -> str:
         return "has no [[vm.process]]: give it at least one argv"
     if "" in (process.argv[0] for process in vm.process):
         return "has a process whose argv starts with an empty word"
-    return ""
+    return next((why for process in vm.process if (why := hands_over(process.argv))), "")
 
 
 def _qemu_error(vm: VmSpec, options: QemuOptions) -> str:

@@ -47,6 +47,11 @@ def _proofs(spec: VmSpec, can: Capabilities, *, canary: bool) -> dict[str, tuple
     return {method: ordered((*by_method[method], *by_guest)) for method in can.methods if method in by_method}
 
 
+def clock_of(spec: VmSpec, can: Capabilities) -> Literal["simulated", "system", "none"]:
+    """What the verdict after a pause is about. ``none``: a process without an agent, whose time is the host's own."""
+    return can.clock if spec.agent or can.clock == "system" else "none"
+
+
 def _record(
     spec: VmSpec,
     can: Capabilities,
@@ -64,7 +69,7 @@ def _record(
         state_detail=details.get(spec.name, "")[:1000],
         methods=can.methods,
         methods_missing={method: why[:1000] for method, why in can.missing.items()},
-        clock=can.clock if spec.agent or can.clock == "system" else "none",
+        clock=clock_of(spec, can),
         agent=spec.agent,
         proofs=_proofs(spec, can, canary=canary),
         no_digest=can.no_digest[:1000],

@@ -111,6 +111,7 @@ class HostUpdater:
         self._endings = Endings(
             self._letters, journal=journal, outbox=self.outbox, clocks=self.clocks, metrics=metrics
         )
+        self._view = VmView(host.vm, driver)
         self._startup = Startup(
             host.host,
             driver=driver,
@@ -120,8 +121,8 @@ class HostUpdater:
             endings=self._endings,
             pauses=pauses,
             resumed=resumed,
+            has_clock=self._view.has_clock,
         )
-        self._view = VmView(host.vm, driver)
         self.authority = Authority()
         self._runner: OperationRunner | None = None
         self._accepted: asyncio.Queue[OperationRunner] = asyncio.Queue()
@@ -437,7 +438,7 @@ class HostUpdater:
             waits = [
                 clock_wait(state, vm, runner.command.clock_bound_s)
                 for vm in state.vms
-                if vm.frozen_at is not None and vm.end == "running"
+                if vm.frozen_at is not None and vm.end == "running" and self._view.has_clock(vm.vm)
             ]
             await self._endings.conclude(report, state, waits)
             self._runner = None

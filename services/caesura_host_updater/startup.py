@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
 
@@ -69,6 +69,7 @@ class Startup:
 
     Args:
         resumed: what ``resume_marked`` returned.
+        has_clock: whether a VM's clock is judged after a pause.
     """
 
     def __init__(
@@ -82,6 +83,7 @@ class Startup:
         endings: Endings,
         pauses: PauseMarkers,
         resumed: Mapping[str, float],
+        has_clock: Callable[[str], bool],
     ) -> None:
         self._host = host
         self._driver = driver
@@ -90,6 +92,7 @@ class Startup:
         self._letters = letters
         self._endings = endings
         self._pauses = pauses
+        self._has_clock = has_clock
         self._held: Intent | None = None
         self._resumed = dict(resumed)
         self._adopted = False
@@ -247,7 +250,8 @@ class Startup:
         for vm in op.vms:
             if vm.frozen_at is None or vm.resumed_at is None or vm.end in ("gone", "left"):
                 continue
-            waits.append(clock_wait(op, vm, command.clock_bound_s))
+            if self._has_clock(vm.vm):
+                waits.append(clock_wait(op, vm, command.clock_bound_s))
             # May have been told already: the same fact has the same id.
             letters.append(self._letters.fact(frozen_fact(self._host, op, vm.vm, wall)))
             if not vm.told:

@@ -8,7 +8,7 @@ from caesura.contract.messages import VmRecord
 from caesura_host_updater.drivers.port import Driver, DriverError, states_within
 from caesura_host_updater.guard.plans import Plan
 from caesura_host_updater.hostfile import VmSpec
-from caesura_host_updater.inventory import vm_records
+from caesura_host_updater.inventory import clock_of, vm_records
 from caesura_host_updater.pauses import how_to_resume
 
 STATES_S = 2.0  # s: to read the states of all VMs, which takes milliseconds
@@ -37,6 +37,11 @@ class VmView:
         wrong = {vm: why for vm in states if (why := self._driver.complaint(vm))}
         details = {**self._foreign, **wrong}
         return vm_records(self._specs, self._driver.capabilities, states, details, canaries)
+
+    def has_clock(self, vm: str) -> bool:
+        """Whether there is a verdict on its clock after a pause."""
+        spec = next((each for each in self._specs if each.name == vm), None)
+        return spec is not None and clock_of(spec, self._driver.capabilities(vm)) != "none"
 
     def complaint(self) -> str:
         """For the health probe: the VMs that somebody else paused, and how they are resumed."""

@@ -83,6 +83,31 @@ def ask_to_freeze(plan: ProcessPlan, table: Mapping[int, Process] | None = None)
         os.close(handle)
 
 
+def outside(plan: CgroupPlan, run: Run, table: Mapping[int, Process]) -> str:
+    """What the VM's first process has below it that is not in the VM's cgroup, in words; empty if nothing is.
+
+    A freeze does not hold it: something moved it (``podman``, ``systemd-run --scope``, ``cgexec``). Blocking.
+    """
+    held: set[int] = set()
+    for folder, _, names in os.walk(Path(plan.control).parent):
+        if "cgroup.procs" in names:
+            with suppress(OSError):
+                held.update(map(int, (Path(folder) / "cgroup.procs").read_text(encoding="ascii").split()))
+    strays = [
+        each.pid
+        for each in SignalPlan(plan.vm, run.pid, run.start_ticks).members(table)
+        if each.pid not in held
+    ]
+    return ", ".join(f"{pid} ({_name_of(pid)})" for pid in sorted(strays)[:5])
+
+
+def _name_of(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/comm").read_text(errors="replace").strip()
+    except OSError:
+        return "?"
+
+
 class CgroupFreezer:
     """The kernel's cgroup freezer, v1 or v2. VMs live in ``<base>/<vm>``.
 

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
+ending: list[bool] = []
+"""Not empty once the VM was told to end."""
 TERM_GRACE_S = 3  # s: between SIGTERM and SIGKILL of the VM's processes
 
 
@@ -55,7 +57,7 @@ def main(spec_path: str) -> int:
     except OSError as error:
         kill_all()
         return fail(str(error))
-    return reap(children)
+    return reap(children, spec["ended_file"])
 
 
 def start(process: dict[str, Any], libc: ctypes.CDLL) -> int:
@@ -82,22 +84,48 @@ def start(process: dict[str, Any], libc: ctypes.CDLL) -> int:
     return pid
 
 
-def reap(children: dict[int, str]) -> int:
-    """Wait until the last of the VM's own processes ended; strays are reaped and end with us."""
+def reap(children: dict[int, str], ended_file: str) -> int:
+    """Wait until the last of the VM's own processes ended; strays are reaped and end with us.
+
+    One that failed while others run on is noted in ``ended_file``, a line each: the VM is not what it was.
+    """
     code = 0
     while children:
         try:
             pid, status = os.waitpid(-1, 0)
         except ChildProcessError:
             break
-        if children.pop(pid, None) is not None:
-            code = code or abs(os.waitstatus_to_exitcode(status))
+        program = children.pop(pid, None)
+        if program is not None:
+            own = os.waitstatus_to_exitcode(status)
+            code = code or abs(own)
+            if own != 0 and children and not ending:
+                note(ended_file, f"{program} {how(own)}")
     kill_all()
     return min(code, 255)
 
 
+def how(code: int) -> str:
+    """How a process ended, from its exit code, or its signal as a negative number."""
+    if code >= 0:
+        return f"ended with exit code {code}"
+    try:
+        return f"was ended by {signal.Signals(-code).name}"
+    except ValueError:
+        return f"was ended by signal {-code}"
+
+
+def note(path: str, line: str) -> None:
+    """Add a line to a file; a full disk must not end the VM."""
+    try:
+        write(path, f"{line}\n".encode(), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    except OSError as error:
+        fail(f"{line}; it cannot be noted: {error.strerror}")
+
+
 def terminate(children: dict[int, str]) -> None:
     """SIGTERM to the VM's processes; SIGKILL for what is left after the grace."""
+    ending.append(True)
     for pid in children:
         try:
             os.kill(pid, signal.SIGTERM)

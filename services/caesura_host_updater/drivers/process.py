@@ -27,7 +27,7 @@ from caesura.runtime.threads import in_thread, in_thread_to_its_end
 from caesura_host_updater.detached import ExitWatch, SpawnError, reap, start_detached
 from caesura_host_updater.drivers import guest_init
 from caesura_host_updater.drivers.digest import digest_of
-from caesura_host_updater.drivers.freezers import Freezer, ProcessPlan, Run, ask_to_freeze, plan_of
+from caesura_host_updater.drivers.freezers import Freezer, ProcessPlan, Run, ask_to_freeze, outside, plan_of
 from caesura_host_updater.drivers.port import (
     Capabilities,
     ClockSet,
@@ -38,7 +38,7 @@ from caesura_host_updater.drivers.port import (
     NotRunningYet,
 )
 from caesura_host_updater.drivers.sampling import sampled_digest_of
-from caesura_host_updater.guard.plans import Condition, SignalPlan, condition, thaw
+from caesura_host_updater.guard.plans import CgroupPlan, Condition, SignalPlan, condition, thaw
 from caesura_host_updater.guard.procfs import Process, alive, boot_id, process_table, send_signal
 from caesura_host_updater.hostfile import VmSpec
 
@@ -95,6 +95,8 @@ class ProcessDriver:
         self._runs: dict[str, Run] = {}
         self._watches: dict[str, ExitWatch] = {}
         self._not_started: dict[str, str] = {}
+        self._maimed: Mapping[str, str] = {}
+        """VMs of whose processes some have failed, and which; as last looked."""
         self._frozen: dict[str, ProcessPlan] = {}
         """Plans of VMs that were asked to freeze, with the processes of that moment."""
         self._burials: set[asyncio.Task[None]] = set()
@@ -129,11 +131,13 @@ class ProcessDriver:
             for vm in self._specs
             if vm not in self._runs
         ]
-        return f"not running: {', '.join(ended)}" if ended else ""
+        maimed = [f"{vm} ({why})" for vm, why in self._maimed.items() if vm in self._runs]
+        parts = {"not running": ended, "not whole": maimed}
+        return "; ".join(f"{what}: {', '.join(vms)}" for what, vms in parts.items() if vms)
 
     def complaint(self, vm: str) -> str:
-        """Why a VM was not started."""
-        return self._not_started.get(vm, "")
+        """Why a VM was not started, or which of its processes has failed."""
+        return self._not_started.get(vm, "") or (self._maimed.get(vm, "") if vm in self._runs else "")
 
     # -- life ---------------------------------------------------------------------------------------------
 
@@ -174,6 +178,7 @@ class ProcessDriver:
 
         def start() -> list[str]:
             run_file.unlink(missing_ok=True)
+            self._ended_file(vm).unlink(missing_ok=True)
             control = self._freezer.place(vm)
             spec_file = self._folder / f"{vm}.spec.json"
             spec_file.write_bytes(self._init_spec(spec, control))
@@ -218,6 +223,7 @@ class ProcessDriver:
             {
                 "lock_file": f"{files}.lock",
                 "run_file": f"{files}.run.json",
+                "ended_file": str(self._ended_file(spec.name)),
                 "cgroup_procs": str(Path(control).parent / "cgroup.procs") if control else "",
                 "run": {"kind": self._freezer.kind, "control": control, "boot_id": boot_id()},
                 "processes": [
@@ -253,8 +259,9 @@ class ProcessDriver:
 
     def _processes(self, run: Run) -> Mapping[int, Process] | None:
         """The process table, one for all VMs that ask within the same few milliseconds; None: not needed."""
-        if run.kind != "sigstop":
-            return None
+        return self._process_table() if run.kind == "sigstop" else None
+
+    def _process_table(self) -> Mapping[int, Process]:
         with self._table_turn:
             if time.monotonic() - self._table[0] > _TABLE_AGE_S:
                 self._table = (time.monotonic(), process_table())
@@ -364,6 +371,7 @@ class ProcessDriver:
             "gone": "stopped",
         }
         found: dict[str, VmState] = dict.fromkeys(self._specs, "stopped")
+        self._maimed = {vm: why for vm in runs if (why := self._failures(vm))}
         for vm, run in runs.items():
             plan: ProcessPlan = (
                 SignalPlan(vm, run.pid, run.start_ticks) if run.kind == "sigstop" else plan_of(vm, run)
@@ -373,6 +381,17 @@ class ProcessDriver:
             except OSError:
                 found[vm] = "unknown"
         return found
+
+    def _ended_file(self, vm: str) -> Path:
+        return self._folder / f"{vm}.ended"
+
+    def _failures(self, vm: str) -> str:
+        """Which of the VM's own processes failed while the others run on; empty: none."""
+        try:
+            lines = self._ended_file(vm).read_text(errors="replace").splitlines()
+        except OSError:
+            return ""
+        return "; ".join(lines)[:1000]
 
     def resume_plan(self, vm: str) -> ProcessPlan:
         """The plan for the guard, with the processes of this moment."""
@@ -404,7 +423,10 @@ class ProcessDriver:
                 raise FreezeFailed(vm, "ended while it was being frozen")
             if state == "frozen":
                 frozen_since = now if frozen_since is None else frozen_since
-                if run.kind != "sigstop" or now - frozen_since >= _SETTLE_S:
+                if isinstance(plan, CgroupPlan):
+                    self._check_whole(plan, run)
+                    return
+                if now - frozen_since >= _SETTLE_S:
                     return
             else:
                 frozen_since = None
@@ -415,6 +437,15 @@ class ProcessDriver:
                 ask_to_freeze(plan, self._processes(run))
             stop.wait(_LOOK_S)
         raise FreezeFailed(vm, "its freeze was called off")
+
+    def _check_whole(self, plan: CgroupPlan, run: Run) -> None:
+        strays = outside(plan, run, self._process_table())
+        if strays:
+            raise FreezeFailed(
+                plan.vm,
+                f"processes of it are in another cgroup than {Path(plan.control).parent} and run on: {strays}; "
+                "start them without what moves them, or use freezer sigstop",
+            )
 
     def why_left(self, vm: str) -> str:  # noqa: ARG002 - the port's
         """A frozen process is nobody else's."""

@@ -198,6 +198,8 @@ class PlannedVm(Record, frozen=True, kw_only=True):
     method: Method
     reason: Text
     agent: bool = True
+    clock: Literal["simulated", "system", "none"] = "system"
+    """``none``: it has no clock of its own, or none that anybody could measure, and gets no verdict on one."""
     proofs: tuple[ProofCode, ...] = ()
     """What will be shown about its memory after the pause; empty: nothing."""
 

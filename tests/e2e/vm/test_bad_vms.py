@@ -121,17 +121,36 @@ async def test_a_failing_prepare_hook_halts_before_any_pause(stages: Callable[..
 
 
 @pytest.mark.parametrize("policy", ["halt", "proceed"])
-async def test_a_vm_without_an_agent_is_flagged_and_policy_decides(
+async def test_a_vm_whose_agent_is_silent_after_the_pause_is_flagged_and_policy_decides(
     policy: str, stages: Callable[..., Any]
 ) -> None:
-    stage = await stages(**_web(agent=False, run_agent=False))
-    state = await stage.ended(await stage.roll(on_unsynced=policy))
+    stage = await stages(**_web())
+    if not freezers(stage.sandbox.vm_pids("web-1")[0]):
+        pytest.skip("needs a cgroup freezer: a resume by SIGCONT would wake the agent")
+    rollout = await stage.roll(on_unsynced=policy)
+    await stage.frozen("web-1")
+    agent = next(pid for pid in stage.sandbox.vm_pids("web-1") if b"caesura_vm_agent" in _cmdline(pid))
+    os.kill(agent, signal.SIGSTOP)  # takes effect with the resume
+    try:
+        state = await stage.ended(rollout)
+    finally:
+        os.kill(agent, signal.SIGCONT)
     verdicts = {each.vm: each for each in stage.picture.clocks.values() if each.operation}
     assert verdicts["web-1"].synced is False
     assert verdicts["web-1"].by == "nobody"
     assert state.status == ("halted" if policy == "halt" else "completed"), state.reason
     if policy == "halt":
         assert "web-1 is unsynced" in state.reason
+    assert not stage.sandbox.watch.frozen()
+
+
+async def test_a_process_vm_without_an_agent_has_no_clock_to_judge(stages: Callable[..., Any]) -> None:
+    stage = await stages(**_web(agent=False, run_agent=False))
+    rollout = await stage.roll(on_unsynced="halt")
+    state = await stage.ended(rollout)
+    assert state.status == "completed", state.reason
+    assert "web-1" in {each.vm for each in stage.sandbox.watch.pauses}
+    assert "web-1" not in {each.vm for each in stage.picture.clocks.values()}
     assert not stage.sandbox.watch.frozen()
 
 

@@ -211,15 +211,67 @@ async def test_nothing_of_a_frozen_vm_uses_time(process_driver: ProcessDriver) -
 
 async def test_processes_that_escaped_stand_still_too(process_driver: ProcessDriver) -> None:
     driver = process_driver
-    async with asyncio.timeout(patient(10)):
-        while len(tree(driver, "awkward")) < 4:  # noqa: ASYNC110 - the kernel does not call us
-            await asyncio.sleep(0.01)
-    pids = tree(driver, "awkward")
+    pids = await settled_tree(driver, "awkward")
     await driver.freeze("awkward", soon())
     switches = {pid: switches_of(pid) for pid in pids}
     await asyncio.sleep(0.1)  # the thing measured: nobody is scheduled meanwhile
     assert {pid: switches_of(pid) for pid in pids} == switches
     assert await driver.resume("awkward", 5) == "running"
+
+
+async def test_a_process_that_was_moved_out_of_the_freezer_is_no_frozen_vm(
+    process_driver: ProcessDriver, freezer: str
+) -> None:
+    driver = process_driver
+    plan = driver.resume_plan("awkward")
+    (stray,) = (pid for pid in await settled_tree(driver, "awkward") if "601" in words_of(pid))
+    if not isinstance(plan, CgroupPlan):  # signals find it by its parents, wherever it is
+        await driver.freeze("awkward", soon())
+        assert await driver.resume("awkward", 5) == "running"
+        return
+    elsewhere = Path(plan.control).parent.parent / "somebody-elses"
+    elsewhere.mkdir()
+    try:
+        (elsewhere / "cgroup.procs").write_text(str(stray))
+        with pytest.raises(FreezeFailed, match=rf"in another cgroup than .*/awkward and run on: {stray} \("):
+            await driver.freeze("awkward", soon())
+        assert await driver.resume("awkward", 5) == "running"
+        inside = Path(plan.control).parent / "below"  # a cgroup in the VM's own is frozen with it
+        inside.mkdir()
+        (inside / "cgroup.procs").write_text(str(stray))
+        await driver.freeze("awkward", soon())
+        assert await driver.resume("awkward", 5) == "running"
+        (Path(plan.control).parent / "cgroup.procs").write_text(str(stray))
+        inside.rmdir()
+    finally:
+        elsewhere.rmdir()
+    assert freezer == plan.kind
+
+
+async def test_a_vm_whose_application_died_is_not_whole(process_lives: Lives) -> None:
+    driver = await process_lives.next()
+    assert driver.ping() == ""
+    leader, *rest = await settled_tree(driver, "awkward")
+    (sleeper,) = (pid for pid in rest if "601" in words_of(pid))
+    os.kill(sleeper, signal.SIGKILL)
+    async with asyncio.timeout(patient(10)):
+        while (await driver.read_states())["awkward"] == "running" and not driver.complaint("awkward"):  # noqa: ASYNC110 - nobody calls us
+            await asyncio.sleep(0.01)
+    assert driver.complaint("awkward") == "sleep was ended by SIGKILL"
+    assert driver.ping() == "not whole: awkward (sleep was ended by SIGKILL)"
+    # What is left of it is paused and resumed like any other.
+    await driver.freeze("awkward", soon())
+    assert (await driver.read_states())["awkward"] == "paused"
+    assert await driver.resume("awkward", 5) == "running"
+    await driver.close(stop_vms=False)
+    again = await process_lives.next()  # the next host updater knows it, too
+    assert tree(again, "awkward")[0] == leader
+    await again.read_states()
+    assert again.complaint("awkward") == "sleep was ended by SIGKILL"
+    await again.close(stop_vms=True)
+    anew = await process_lives.next()
+    assert set((await anew.read_states()).values()) == {"running"}
+    assert anew.ping() == ""
 
 
 async def test_the_guard_plan_resumes_without_the_driver(driver: Driver) -> None:
@@ -383,6 +435,22 @@ async def test_vm_starts_in_a_place_that_was_left_frozen(lives: Lives) -> None:
     second = await lives.next()
     assert second.states()["plain"] == "running"
     assert tree(second, "plain")[0] not in pids
+
+
+async def settled_tree(driver: Any, vm: str) -> list[int]:
+    """Pids of the VM ``awkward``, when all that it starts is there and what only forks has ended."""
+    async with asyncio.timeout(patient(10)):
+        while True:
+            pids = tree(driver, vm)
+            with suppress(ProcessLookupError):
+                escaped = [pid for pid in pids if os.getsid(pid) != pids[0]]
+                if len(pids) == 4 and len(escaped) == 1:
+                    return pids
+            await asyncio.sleep(0.01)
+
+
+def words_of(pid: int) -> list[str]:
+    return Path(f"/proc/{pid}/cmdline").read_text().split("\0")
 
 
 def tree(driver: Any, vm: str) -> list[int]:

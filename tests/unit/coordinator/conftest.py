@@ -24,6 +24,7 @@ def record(vm: str, set_name: str = "web", domain: int = 0, **changes: object) -
         "set": set_name,
         "update_domain": domain,
         "state": "running",
+        "clock": "none" if changes.get("agent") is False else "simulated",
         "methods": ("live", "freeze"),
         "methods_missing": {"swap": "no second process to swap to", "reboot": "cannot reboot"},
         "proofs": {

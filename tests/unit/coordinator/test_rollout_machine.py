@@ -65,6 +65,7 @@ class ModelHost:
                 update_domain=domain,
                 state="paused" if vm in self.frozen else "running",
                 methods=("freeze",),
+                clock="simulated",
                 proofs={"freeze": ("digest_equal", "canary_equal")},
             )
             for vm, (set_name, domain) in self.vms.items()

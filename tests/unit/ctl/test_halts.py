@@ -42,6 +42,7 @@ def _fleet() -> Fleet:
         update_domain=0,
         state="running",
         methods=("live", "freeze"),
+        clock="simulated",
         proofs={"freeze": ("digest_equal",)},
     )
     inventory = m.HostInventory(

@@ -87,6 +87,7 @@ async def test_its_resume_is_told_its_clock_is_looked_after_and_its_operation_en
         letters=letters,
         endings=endings,
         pauses=marked("a"),
+        has_clock=lambda _: True,
         resumed={},
     )
     await starting.run(1)

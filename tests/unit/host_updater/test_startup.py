@@ -78,6 +78,7 @@ def at_start(fleet: Fleet, pauses: PauseMarkers) -> Startup:
         letters=given,
         endings=given,
         pauses=pauses,
+        has_clock=lambda _: True,
         resumed={},
     )
 

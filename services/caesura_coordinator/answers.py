@@ -13,16 +13,27 @@ REASON_CHARACTERS = 4000
 """The contract allows 4096."""
 
 
-def with_plan(request: str, plan: m.Plan, reason: str, *, rollout: str = "") -> m.RequestAnswered:
-    """The answer with the plan, its texts cut if need be; when it is too large even so, without it and saying so."""
+def with_plan(
+    request: str, plan: m.Plan, reason: str, *, rollout: str = "", note: str = ""
+) -> m.RequestAnswered:
+    """The answer with the plan, its texts cut if need be; when it is too large even so, without it and saying so.
+
+    Args:
+        reason: why it is refused; empty: it is accepted.
+        note: what is to be said of one that is accepted.
+    """
     whole = m.RequestAnswered(
-        request=request, accepted=not reason, reason=reason[:REASON_CHARACTERS], plan=plan, rollout=rollout
+        request=request,
+        accepted=not reason,
+        reason=(reason or note)[:REASON_CHARACTERS],
+        plan=plan,
+        rollout=rollout,
     )
     answer = msgspec.structs.replace(fitted(whole), reason=whole.reason)
     size = size_bytes(answer)
     if size <= MAX_PAYLOAD_BYTES:
         return answer
-    if rollout or reason:
+    if rollout or reason or note:
         return msgspec.structs.replace(answer, plan=None)
     vms = sum(len(wave.vms) for wave in plan.waves)
     raise CaesuraError(

@@ -7,39 +7,38 @@ from __future__ import annotations
 
 import difflib
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import msgspec
 
 from caesura.contract.messages import (
     MOST_TARGETS,
     DomainKey,
+    HostInventory,
+    Limits,
     Method,
     Plan,
     PlannedVm,
-    PlannedWave,
     Policy,
     Refusal,
     Selection,
+    SkipCode,
     UpdateRecord,
     VmRecord,
 )
-from caesura.contract.names import own_set
 from caesura.lifecycle.budget import MIN_BUDGET_S, PREPARE_S, usable_s
 from caesura_coordinator.fleet import Fleet
 from caesura_coordinator.proofs import planned_proofs, unprovable
+from caesura_coordinator.waves import Member, most_hosts, waves
 
 _WAVE_OVERHEAD_S = 2.0  # s: commands, resumes and clock-sync around a pause, for the estimate only
 _SWAP_PAUSE_S = 1.0  # s: far more than the milliseconds that a swap takes; what an event promises at most
 HOLD = UpdateRecord(update="hold", impact="pause", scope="vm", expected_s=0.0, timeout_s=1.0)
 """Freeze on demand, as an update that does nothing but take time."""
+_NO_LIMITS = Limits()
 
-
-class _Member(msgspec.Struct, frozen=True, kw_only=True):
-    host: str
-    vm: VmRecord
-    planned: PlannedVm
-    domain: int
+_Passed = Mapping[tuple[str, str], tuple[SkipCode, str]]
+"""(host, VM) to why nothing is done with it: as a code, and in words."""
 
 
 def make_plan(
@@ -48,13 +47,15 @@ def make_plan(
     update: str,
     selection: Selection,
     policy: Policy,
+    limits: Limits = _NO_LIMITS,
     hold_s: float = 0.0,
 ) -> Plan:
     """Plan a rollout of ``update`` (or, with ``hold_s`` above zero, a freeze on demand).
 
-    Every refusal names what is in the way; a plan with refusals must not be started.
+    Every refusal names what is in the way; a plan with refusals must not be started. One with neither waves nor
+    refusals has nothing to do: all that was selected has the update.
     """
-    refusals = [*_unknown_names(fleet, selection), *_duplicate_vms(fleet)]
+    refusals = [*_unknown_names(fleet, selection, limits), *_duplicate_vms(fleet)]
     record, update_refusals = (HOLD, []) if hold_s else _definition(fleet, update, selection)
     refusals += update_refusals
     if record is None or refusals:
@@ -71,30 +72,46 @@ def make_plan(
                 reason="a host-scope update pauses every VM of a host: select hosts or sets, not single VMs",
             )
         )
-    refusals += _host_refusals(fleet, hosts)
-    members, skipped, member_refusals = _members(fleet, hosts, record, selection, policy, hold_s=hold_s)
+    passed = _passed_over(fleet, hosts, record, limits)
+    refusals += _host_refusals(fleet, [host for host in hosts if not _all_passed(fleet, host, passed)])
+    members, skipped, member_refusals = _members(
+        fleet, hosts, record, selection, policy, passed, hold_s=hold_s
+    )
     refusals += member_refusals
     if record.scope == "host":
         refusals += _split_hosts(members, policy.domain_key)
-    if not members and not refusals:
+    refusals += _canary_refusals(members, skipped, limits)
+    if not members and not refusals and not any(each.skip == "installed" for each in skipped):
         refusals.append(
             Refusal(subject=update or "hold", reason="nothing selected has a running VM to act on")
         )
-    waves = () if refusals else tuple(_waves(members, by_host=record.scope == "host"))
+    planned = () if refusals else tuple(waves(members, by_host=record.scope == "host", limits=limits))
     wave_s = (
         (policy.notice_s if record.impact != "none" else 0.0) + expected_s + _WAVE_OVERHEAD_S + policy.soak_s
     )
     return Plan(
         update=update,
         event_type="Reboot" if record.impact == "reboot" else "Freeze",
-        waves=waves,
+        waves=planned,
         skipped=tuple(skipped),
         refusals=tuple(refusals),
-        estimate_s=round(len(waves) * wave_s, 3),
+        estimate_s=round(len(planned) * wave_s, 3),
         expected_pause_s=_expected_pause_s(record, expected_s),
         outside_pause_s=_outside_pause_s(record),
         hold_s=hold_s,
         scope=record.scope,
+        max_hosts=most_hosts(members, limits),
+        max_hosts_by_default=not limits.max_hosts and most_hosts(members, limits) > 0,
+    )
+
+
+def nothing_to_do(plan: Plan) -> str:
+    """Why a plan without refusals has no waves; empty if it has some, or was refused."""
+    if plan.waves or plan.refusals:
+        return ""
+    return (
+        f"nothing to do: all that was selected has {plan.update or 'it'} already, or is skipped for what the plan says; "
+        "--again applies it once more"
     )
 
 
@@ -132,14 +149,19 @@ def domain_of(vm: VmRecord | PlannedVm, key: DomainKey) -> int:
     return vm.update_domain if key == "update_domain" else vm.fault_domain
 
 
-def _unknown_names(fleet: Fleet, selection: Selection) -> Iterable[Refusal]:
+def _unknown_names(fleet: Fleet, selection: Selection, limits: Limits) -> Iterable[Refusal]:
     known = {
         "host": sorted(fleet.inventories),
         "set": sorted({vm.set for _, vm in fleet.vms()}),
         "VM": sorted({vm.vm for _, vm in fleet.vms()}),
     }
-    for kind, names in (("host", selection.hosts), ("set", selection.sets), ("VM", selection.vms)):
-        for name in names:
+    canary = (limits.canary_host,) if limits.canary_host else ()
+    for kind, names in (
+        ("host", (*selection.hosts, *limits.exclude_hosts, *canary)),
+        ("set", (*selection.sets, *limits.exclude_sets)),
+        ("VM", (*selection.vms, *limits.exclude_vms)),
+    ):
+        for name in dict.fromkeys(names):
             if name not in known[kind]:
                 near = difflib.get_close_matches(name, known[kind], n=1)
                 hint = f", did you mean {near[0]!r}?" if near else ""
@@ -249,16 +271,79 @@ def _host_refusals(fleet: Fleet, hosts: Sequence[str]) -> Iterable[Refusal]:
             yield Refusal(subject=host, reason="it has no pause guard, so no pause may start there")
 
 
+def _passed_over(fleet: Fleet, hosts: Iterable[str], record: UpdateRecord, limits: Limits) -> _Passed:
+    """What is excluded, and what has the update already; an excluded VM excludes its host from what pauses hosts whole."""
+    passed: dict[tuple[str, str], tuple[SkipCode, str]] = {}
+    for host in hosts:
+        inventory = fleet.inventories[host]
+        for vm in inventory.vms:
+            if why := _excluded(host, vm, limits):
+                passed[host, vm.vm] = "excluded", why
+            elif not limits.again and (why := _installed(inventory, vm, record)):
+                passed[host, vm.vm] = "installed", why
+        if record.scope == "host":
+            for vm in inventory.vms:
+                if passed.get((host, vm.vm), ("", ""))[0] == "excluded":
+                    whole: tuple[SkipCode, str] = (
+                        "excluded",
+                        f"{host} is excluded: {_excluded(host, vm, limits)}",
+                    )
+                    passed |= {(host, each.vm): whole for each in inventory.vms}
+                    break
+    return passed
+
+
+def _excluded(host: str, vm: VmRecord, limits: Limits) -> str:
+    if host in limits.exclude_hosts:
+        return f"host {host} was excluded"
+    if vm.set in limits.exclude_sets:
+        return f"set {vm.set} of {vm.vm} was excluded"
+    return f"VM {vm.vm} was excluded" if vm.vm in limits.exclude_vms else ""
+
+
+def _installed(inventory: HostInventory, vm: VmRecord, record: UpdateRecord) -> str:
+    """That the VM has the update in the version that is to be applied, in words; empty if it has not."""
+    for each in inventory.installed:
+        if (each.update, each.version) == (record.update, record.version) and (
+            not each.vms or vm.vm in each.vms
+        ):
+            who = inventory.host if record.scope == "host" else vm.vm
+            version = f" {each.version}" if each.version else ""
+            since = f" since {each.at:%Y-%m-%d %H:%M}Z" if each.at else ""
+            return f"{who} has {each.update}{version}{since}"
+    return ""
+
+
+def _all_passed(fleet: Fleet, host: str, passed: _Passed) -> bool:
+    vms = fleet.inventories[host].vms
+    return bool(vms) and all((host, vm.vm) in passed for vm in vms)
+
+
+def _canary_refusals(
+    members: Sequence[Member], skipped: Iterable[PlannedVm], limits: Limits
+) -> Iterable[Refusal]:
+    name = limits.canary_host
+    done = {each.host for each in skipped if each.skip == "installed"}
+    if name and name not in done and name not in {each.host for each in members}:
+        yield Refusal(subject=name, reason="cannot be the canary: the plan does nothing on this host")
+    if limits.max_hosts and limits.canary_count > limits.max_hosts:
+        yield Refusal(
+            subject="canary",
+            reason=f"{limits.canary_count} hosts are more than the {limits.max_hosts} that a wave may have",
+        )
+
+
 def _members(
     fleet: Fleet,
     hosts: Sequence[str],
     record: UpdateRecord,
     selection: Selection,
     policy: Policy,
+    passed: _Passed,
     *,
     hold_s: float,
-) -> tuple[list[_Member], list[PlannedVm], list[Refusal]]:
-    members: list[_Member] = []
+) -> tuple[list[Member], list[PlannedVm], list[Refusal]]:
+    members: list[Member] = []
     skipped: list[PlannedVm] = []
     refusals: list[Refusal] = []
     narrowed = record.scope == "vm" and (selection.sets or selection.vms)
@@ -282,9 +367,12 @@ def _members(
                 clock=vm.clock,
                 proofs=planned_proofs(vm, method, policy, expected_s),
             )
-            if vm.state == "stopped":
+            skip, why = passed.get((host, vm.vm), ("", ""))
+            if not skip and vm.state == "stopped":
+                skip, why = "stopped", "the VM is stopped"
+            if skip:
                 skipped.append(
-                    msgspec.structs.replace(planned, method="skip", reason="the VM is stopped", proofs=())
+                    msgspec.structs.replace(planned, method="skip", reason=why, proofs=(), skip=skip)
                 )
             elif method == "skip":
                 refusals.append(Refusal(subject=vm.vm, reason=reason))
@@ -292,7 +380,7 @@ def _members(
                 refusals.append(Refusal(subject=vm.vm, reason=why[:4096]))
             else:
                 members.append(
-                    _Member(host=host, vm=vm, planned=planned, domain=domain_of(vm, policy.domain_key))
+                    Member(host=host, vm=vm, planned=planned, domain=domain_of(vm, policy.domain_key))
                 )
     # Hosts of a selected set that lack the update keep theirs: named, so that nobody thinks they were done.
     for host, vm in fleet.vms():
@@ -308,6 +396,7 @@ def _members(
                     host=host,
                     method="skip",
                     reason=f"{host} does not define the update",
+                    skip="undefined",
                     agent=vm.agent,
                     clock=vm.clock,
                 )
@@ -342,7 +431,7 @@ def _method(vm: VmRecord, record: UpdateRecord, *, hold_s: float) -> tuple[Metho
     return "skip", f"cannot {wanted}: {why}"[:1000]
 
 
-def _split_hosts(members: Sequence[_Member], key: DomainKey) -> Iterable[Refusal]:
+def _split_hosts(members: Sequence[Member], key: DomainKey) -> Iterable[Refusal]:
     """Hosts that hold VMs of one set in two domains cannot take a host-scope pause."""
     held: dict[tuple[str, str], dict[int, str]] = {}
     for member in members:
@@ -354,34 +443,3 @@ def _split_hosts(members: Sequence[_Member], key: DomainKey) -> Iterable[Refusal
                 subject=host,
                 reason=f"holds VMs of set {set_name} in {len(domains)} domains ({named}): one pause of the host would pause both",
             )
-
-
-def _waves(members: Sequence[_Member], *, by_host: bool) -> Iterable[PlannedWave]:
-    """First fit, lowest domains first: a unit (host, or set's domain) joins the first wave it does not clash with."""
-    units: dict[tuple[str, ...], list[_Member]] = {}
-    for member in members:
-        unit = (member.host,) if by_host else (member.vm.set, f"{member.domain:02d}")
-        units.setdefault(unit, []).append(member)
-
-    def order(item: tuple[tuple[str, ...], list[_Member]]) -> tuple[list[int], tuple[str, ...]]:
-        # A VM in no set is in domain 0 of itself, which says nothing about when its neighbours' turn is.
-        own = {each.domain for each in item[1] if each.vm.set != own_set(each.vm.vm)}
-        return sorted(own), item[0]
-
-    placed: list[tuple[dict[str, int], list[_Member]]] = []
-    for _, group in sorted(units.items(), key=order):
-        domains = {each.vm.set: each.domain for each in group}
-        for taken, inside in placed:
-            if all(taken.get(name, domain) == domain for name, domain in domains.items()):
-                taken.update(domains)
-                inside.extend(group)
-                break
-        else:
-            placed.append((dict(domains), list(group)))
-    for number, (domains, inside) in enumerate(placed):
-        yield PlannedWave(
-            wave=number,
-            domains=domains,
-            hosts=tuple(dict.fromkeys(each.host for each in inside)),
-            vms=tuple(each.planned for each in inside),
-        )

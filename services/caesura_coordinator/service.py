@@ -25,7 +25,7 @@ from caesura_coordinator.book import Book
 from caesura_coordinator.commands import due_commands
 from caesura_coordinator.fleet import Fleet
 from caesura_coordinator.inputs import Abort, Approve, Authority, Input, Resume, Tick
-from caesura_coordinator.plan import make_plan, most_targets, sets_of
+from caesura_coordinator.plan import make_plan, most_targets, nothing_to_do, sets_of
 from caesura_coordinator.records import largest_state, new_rollout
 from caesura_coordinator.rollout import RESTART_GRACE_S
 from caesura_coordinator.store import Store, Unsendable
@@ -500,14 +500,20 @@ class Coordinator:
         self, client: str, request: m.RolloutRequested | m.FreezeRequested, update: str, hold_s: float
     ) -> None:
         plan = make_plan(
-            self.fleet, update=update, selection=request.selection, policy=request.policy, hold_s=hold_s
+            self.fleet,
+            update=update,
+            selection=request.selection,
+            policy=request.policy,
+            limits=request.limits,
+            hold_s=hold_s,
         )
         reason = "; ".join(f"{each.subject}: {each.reason}" for each in plan.refusals) or most_targets(plan)
         held = self.book.holder(sets_of(plan))
         if held and not request.plan_only:
             reason = f"set {held[0]} is held by rollout {held[1]}: wait for its end, resume or abort it"
-        if reason or request.plan_only:
-            self.book.remember_answer(client, with_plan(request.request, plan, reason))
+        if reason or request.plan_only or not plan.waves:
+            answer = with_plan(request.request, plan, reason, note=nothing_to_do(plan))
+            self.book.remember_answer(client, answer)
             return
         now = self._now()
         rollout = new_rollout(

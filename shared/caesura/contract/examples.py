@@ -172,6 +172,7 @@ def examples() -> list[Example]:
                 ),
                 refused_updates=(m.RefusedUpdate(file="typo.toml", line=3, reason="unknown key 'impcat'"),),
                 guard="ready",
+                installed=(m.InstalledUpdate(update="qemu-security", version="1.2", at=_T0),),
             ),
             {"host": "host-1"},
         ),

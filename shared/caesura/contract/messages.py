@@ -129,6 +129,17 @@ class RefusedUpdate(Record, frozen=True, kw_only=True):
     reason: Text
 
 
+class InstalledUpdate(Record, frozen=True, kw_only=True):
+    """An update that a host has in the version that it defines: plans skip it there, unless it is asked for again."""
+
+    update: Name
+    version: Annotated[str, Meta(max_length=64)] = ""
+    vms: tuple[Name, ...] = ()
+    """The VMs that have it, where not all of the host's do (scope vm). Empty: the whole host has it."""
+    at: Instant | None = None
+    """When it last succeeded here. None: only the update's own command (`installed`) says that it is installed."""
+
+
 class HostInventory(Message, frozen=True, kw_only=True):
     """What a host has: its VMs with their sets and domains, its updates, the operation it is busy with."""
 
@@ -148,6 +159,8 @@ class HostInventory(Message, frozen=True, kw_only=True):
     guard: Literal["ready", "armed", "absent"] = "absent"
     refused_epoch: Text = ""
     """Why the epoch that was announced last is not obeyed, if it is too far above the one that is."""
+    installed: tuple[InstalledUpdate, ...] = ()
+    """Which of `updates` it has already."""
 
 
 class HostPresence(Message, frozen=True, kw_only=True):
@@ -187,6 +200,11 @@ class Policy(Record, frozen=True, kw_only=True):
     allow_reboot: bool = False
 
 
+SkipCode = Literal["", "stopped", "undefined", "excluded", "installed"]
+"""Why a plan does nothing with a VM; empty where it does something. `undefined`: its host does not define the update.
+`installed`: it has it already."""
+
+
 class PlannedVm(Record, frozen=True, kw_only=True):
     """What happens to one VM, and why that and nothing less."""
 
@@ -202,6 +220,7 @@ class PlannedVm(Record, frozen=True, kw_only=True):
     """``none``: it has no clock of its own, or none that anybody could measure, and gets no verdict on one."""
     proofs: tuple[ProofCode, ...] = ()
     """What will be shown about its memory after the pause; empty: nothing."""
+    skip: SkipCode = ""
 
 
 class PlannedWave(Record, frozen=True, kw_only=True):
@@ -212,6 +231,8 @@ class PlannedWave(Record, frozen=True, kw_only=True):
     """Set name to the one domain of it that this wave touches."""
     hosts: tuple[Name, ...]
     vms: tuple[PlannedVm, ...]
+    canary: bool = False
+    """Whether it goes first and alone, so that the others learn from it."""
 
 
 class Refusal(Record, frozen=True, kw_only=True):
@@ -235,6 +256,10 @@ class Plan(Record, frozen=True, kw_only=True):
     """At most so many seconds of a host's work pass while its VMs run: a live update's or a swap's own time."""
     hold_s: Seconds = 0.0
     scope: Scope = "host"
+    max_hosts: Count = 0
+    """The most hosts of one wave; 0: only the domains of the sets limit it."""
+    max_hosts_by_default: bool = False
+    """Nobody asked for `max_hosts`: it counts only hosts with VMs that are in no set."""
 
 
 class WaveState(Record, frozen=True, kw_only=True):
@@ -647,6 +672,25 @@ class Selection(Record, frozen=True, kw_only=True):
     vms: tuple[Name, ...] = ()
 
 
+class Limits(Record, frozen=True, kw_only=True):
+    """How much of the fleet a rollout may touch at once, and what it leaves alone."""
+
+    max_hosts: Count = 0
+    """The most hosts of one wave. 0: of the hosts with VMs in no set, a tenth of all that are planned and at least one;
+    where every VM is in a set, its domains are the limit."""
+    canary_host: OptionalName = ""
+    """This host goes first and alone."""
+    canary_count: Count = 0
+    """So many hosts go first and alone, of one domain of each set; 0: none."""
+    exclude_hosts: tuple[Name, ...] = ()
+    exclude_sets: tuple[Name, ...] = ()
+    """An update of scope host leaves out every host that holds a VM of such a set."""
+    exclude_vms: tuple[Name, ...] = ()
+    """An update of scope host leaves out the VM's whole host."""
+    again: bool = False
+    """Apply it also where it is installed already."""
+
+
 class RolloutRequested(Message, frozen=True, kw_only=True):
     """Start a rollout of a named update, or only plan it."""
 
@@ -657,6 +701,7 @@ class RolloutRequested(Message, frozen=True, kw_only=True):
     selection: Selection = Selection()
     policy: Policy = Policy()
     plan_only: bool = False
+    limits: Limits = Limits()
 
 
 class FreezeRequested(Message, frozen=True, kw_only=True):
@@ -669,6 +714,7 @@ class FreezeRequested(Message, frozen=True, kw_only=True):
     hold_s: Annotated[float, Meta(gt=0, le=MAX_BUDGET_S)]
     policy: Policy = Policy()
     plan_only: bool = False
+    limits: Limits = Limits()
 
 
 class AbortRequested(Message, frozen=True, kw_only=True):
@@ -691,7 +737,10 @@ class ResumeRequested(Message, frozen=True, kw_only=True):
 
 
 class RequestAnswered(Message, frozen=True, kw_only=True):
-    """The coordinator's answer to a request. A repeated request gets the same answer."""
+    """The coordinator's answer to a request. A repeated request gets the same answer.
+
+    Accepted without a rollout and not only planned: there is nothing to do, and `reason` says why.
+    """
 
     TYPE: ClassVar[str] = "caesura.request.answered.v1"
 

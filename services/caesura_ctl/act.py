@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from caesura.contract import messages as m
+from caesura_ctl.blast import again, confirm, everything, limits, limits_from
 from caesura_ctl.commandline import (
     Context,
     Refused,
@@ -18,6 +19,7 @@ from caesura_ctl.commandline import (
     run,
     selection,
 )
+from caesura_ctl.completion import complete
 from caesura_ctl.durations import BUDGET, show_duration
 from caesura_ctl.follow import conclude, follow
 from caesura_ctl.names import NAME
@@ -39,11 +41,15 @@ async def _start(
         if context.json:
             print_json(answer)
         raise Refused(answer.reason + await _refused_files(session, request))
-    if request.plan_only or detach:
+    if request.plan_only or detach or not answer.rollout:
         if context.json:
             print_json(answer)
         elif answer.rollout:
-            context.console.print(f"rollout {answer.rollout} started; follow it with: caesura watch")
+            context.console.print(
+                f"rollout {answer.rollout} started; follow it with: caesura watch {answer.rollout}"
+            )
+        elif answer.reason:
+            context.console.print(answer.reason)
         return
     if not context.json:
         context.console.print(f"rollout {answer.rollout} started; Ctrl-C stops watching, not the rollout")
@@ -68,14 +74,17 @@ async def _refused_files(session: Session, request: m.RolloutRequested | m.Freez
 @click.command(
     epilog=epilog("caesura plan qemu-security", "caesura plan qemu-security --set web --notice 30s --json"),
 )
-@click.argument("update", type=NAME)
+@click.argument("update", type=NAME, shell_complete=complete("update"))
 @selection
+@everything
+@limits
+@again
 @policy
 @common
 def plan(update: str, broker: str | None, *, as_json: bool, **options: Any) -> None:
     """Show what a rollout of UPDATE would do: waves, method and reason per VM, refusals, an estimate.
 
-    Nothing is changed. Exit code 3 when the plan is refused.
+    Nothing is changed, so without a selection the whole fleet is planned unasked; `roll` asks. Exit code 3 when the plan is refused.
     """
 
     async def body(context: Context) -> None:
@@ -85,6 +94,7 @@ def plan(update: str, broker: str | None, *, as_json: bool, **options: Any) -> N
                 update=update,
                 selection=_chosen(options),
                 policy=policy_from(options),
+                limits=limits_from(options),
                 plan_only=True,
             )
             await _start(session, context, request, detach=True)
@@ -94,21 +104,26 @@ def plan(update: str, broker: str | None, *, as_json: bool, **options: Any) -> N
 
 @click.command(
     epilog=epilog(
-        "caesura roll qemu-security",
         "caesura roll qemu-security --set web --notice 2m --soak 5m",
+        "caesura roll qemu-security --all --canary 1 --soak 30m --max-hosts 4 --exclude-host host-9",
         "caesura roll qemu-security --host host-3 --detach --json",
     ),
 )
-@click.argument("update", type=NAME)
+@click.argument("update", type=NAME, shell_complete=complete("update"))
 @selection
+@everything
+@limits
+@again
 @policy
 @click.option("--detach", is_flag=True, help="Return as soon as the rollout has started.")
 @common
 def roll(update: str, broker: str | None, *, as_json: bool, detach: bool, **options: Any) -> None:
     """Roll UPDATE out, one domain of a set at a time, and watch it to its end.
 
-    UPDATE is a name from updates.d of the hosts (see: caesura updates).
+    UPDATE is a name from updates.d of the hosts (see: caesura updates). Hosts that have it already are skipped. Without a
+    selection it asks on a terminal, and elsewhere needs --all.
     """
+    confirm("roll out", options, as_json=as_json, what=update)
 
     async def body(context: Context) -> None:
         async with connect(context.settings) as session:
@@ -117,6 +132,7 @@ def roll(update: str, broker: str | None, *, as_json: bool, detach: bool, **opti
                 update=update,
                 selection=_chosen(options),
                 policy=policy_from(options),
+                limits=limits_from(options),
             )
             await _start(session, context, request, detach=detach)
 
@@ -131,6 +147,8 @@ def roll(update: str, broker: str | None, *, as_json: bool, detach: bool, **opti
 )
 @click.option("--for", "hold", type=BUDGET, required=True, help="How long to stay frozen, for example 9s.")
 @selection
+@everything
+@limits
 @policy
 @click.option("--plan-only", is_flag=True, help="Only show what would happen.")
 @click.option("--detach", is_flag=True, help="Return as soon as it has started.")
@@ -142,12 +160,12 @@ def freeze(
 
     For testing that an application survives a Freeze: nothing is updated, the VMs only stand still.
     """
-    if not (options["vms"] or options["sets"] or options["hosts"]):
-        raise click.UsageError("say what to freeze: --vm, --set or --host")
     if hold >= options["budget"]:
         raise click.UsageError(
             f"--for {show_duration(hold)} leaves nothing of the pause budget of {show_duration(options['budget'])}"
         )
+    if not plan_only:
+        confirm("freeze VMs", options, as_json=as_json)
 
     async def body(context: Context) -> None:
         async with connect(context.settings) as session:
@@ -156,6 +174,7 @@ def freeze(
                 selection=_chosen(options),
                 hold_s=hold,
                 policy=policy_from(options),
+                limits=limits_from(options),
                 plan_only=plan_only,
             )
             await _start(session, context, request, detach=detach)
@@ -164,7 +183,7 @@ def freeze(
 
 
 @click.command(epilog=epilog("caesura abort", "caesura abort 20260420-221158-1f3a --reason 'wrong update'"))
-@click.argument("rollout", default="")
+@click.argument("rollout", default="", shell_complete=complete("rollout"))
 @click.option("--reason", default="", help="Why; it is kept in the record.")
 @common
 def abort(rollout: str, reason: str, broker: str | None, *, as_json: bool) -> None:
@@ -183,7 +202,7 @@ def abort(rollout: str, reason: str, broker: str | None, *, as_json: bool) -> No
 
 
 @click.command(epilog=epilog("caesura resume", "caesura resume 20260420-221158-1f3a --detach"))
-@click.argument("rollout", default="")
+@click.argument("rollout", default="", shell_complete=complete("rollout"))
 @click.option("--detach", is_flag=True, help="Return at once instead of watching to the end.")
 @common
 def resume(rollout: str, broker: str | None, *, as_json: bool, detach: bool) -> None:

@@ -19,6 +19,7 @@ from caesura.runtime.command import leaves
 from caesura.runtime.errors import CaesuraError
 from caesura.runtime.logs import configure_logging
 from caesura.runtime.settings import read_settings
+from caesura_ctl.completion import complete
 from caesura_ctl.durations import BUDGET, DURATION, SOME_TIME
 from caesura_ctl.names import NAME, SET_NAME
 from caesura_ctl.settings import CtlSettings
@@ -86,6 +87,7 @@ def selection(command: F) -> F:
         click.option(
             "--vm",
             "vms",
+            shell_complete=complete("vm"),
             type=NAME,
             multiple=True,
             metavar="NAME",
@@ -94,6 +96,7 @@ def selection(command: F) -> F:
         click.option(
             "--host",
             "hosts",
+            shell_complete=complete("host"),
             type=NAME,
             multiple=True,
             metavar="NAME",
@@ -102,6 +105,7 @@ def selection(command: F) -> F:
         click.option(
             "--set",
             "sets",
+            shell_complete=complete("set"),
             type=SET_NAME,
             multiple=True,
             metavar="NAME",

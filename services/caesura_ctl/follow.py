@@ -14,7 +14,7 @@ from caesura_ctl.commandline import Context, NotCompleted, note
 from caesura_ctl.durations import show_pause
 from caesura_ctl.picture import Picture
 from caesura_ctl.session import Session
-from caesura_ctl.tables import live_view, pauses_view
+from caesura_ctl.tables import live_view, next_commands, pauses_view
 
 REFRESH_S = 0.25
 ENDED = frozenset({"completed", "halted", "aborted"})
@@ -35,7 +35,7 @@ class Progress:
             f"rollout {rollout.rollout}: {rollout.status}" + (f": {rollout.reason}" if rollout.reason else "")
         ]
         facts += [
-            f"wave {wave.wave}: {wave.status}" + (f": {wave.reason}" if wave.reason else "")
+            f"wave {wave.wave + 1}: {wave.status}" + (f": {wave.reason}" if wave.reason else "")
             for wave in rollout.waves
             if wave.status != "pending"
         ]
@@ -59,7 +59,14 @@ async def follow(session: Session, context: Context, rollout_id: str) -> m.Rollo
         return session.picture.rollouts.get(rollout_id)
 
     def view() -> RenderableType:
-        shown = live_view(session.picture, datetime.now(UTC), rollout_id)
+        size = context.console.size
+        shown = live_view(
+            session.picture,
+            datetime.now(UTC),
+            rollout_id,
+            lines=size.height - (not session.connection.up),
+            width=size.width,
+        )
         return (
             shown if session.connection.up else Group(shown, Text(session.connection.LOST, style="bold red"))
         )
@@ -130,4 +137,6 @@ def conclude(session: Session, context: Context, state: m.RolloutState) -> None:
                 "Only the pauses that this command heard: it was not there for all of them."
             )
     if state.status != "completed":
-        raise NotCompleted(f"rollout {state.rollout} {state.status}: {state.reason or 'no reason given'}")
+        why = f"rollout {state.rollout} {state.status}: {state.reason or 'no reason given'}"
+        following = [] if context.json else next_commands(state)
+        raise NotCompleted("\n".join([why, *following]))

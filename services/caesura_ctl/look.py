@@ -15,6 +15,7 @@ from caesura.contract import messages as m
 from caesura.contract.codec import Received
 from caesura.contract.topics import CHANNELS, PREFIX
 from caesura_ctl.commandline import Context, NotCompleted, common, epilog, note, print_json, run
+from caesura_ctl.completion import complete
 from caesura_ctl.follow import REFRESH_S, conclude, follow
 from caesura_ctl.names import NAME, SET_NAME
 from caesura_ctl.session import connect
@@ -85,7 +86,7 @@ def _online(agent: m.AgentPresence | None) -> bool:
 
 
 @click.command(epilog=epilog("caesura watch", "caesura watch 20260420-221158-1f3a"))
-@click.argument("rollout", default="")
+@click.argument("rollout", default="", shell_complete=complete("rollout"))
 @common
 def watch(rollout: str, broker: str | None, *, as_json: bool) -> None:
     """Watch a rollout live: sets and update domains, waves, who is paused now.
@@ -151,7 +152,11 @@ def updates(broker: str | None, *, as_json: bool) -> None:
         if context.json:
             print_json(
                 {
-                    name: {"updates": each.updates, "refused": each.refused_updates}
+                    name: {
+                        "updates": each.updates,
+                        "refused": each.refused_updates,
+                        "installed": each.installed,
+                    }
                     for name, each in sorted(picture.hosts.items())
                 }
             )
@@ -177,9 +182,20 @@ def updates(broker: str | None, *, as_json: bool) -> None:
     metavar="TYPE",
     help="Only this CloudEvents type; may be given several times.",
 )
-@click.option("--set", "set_name", type=SET_NAME, metavar="NAME", help="Only messages of this set.")
-@click.option("--host", type=NAME, metavar="NAME", help="Only messages of this host.")
-@click.option("--vm", type=NAME, metavar="NAME", help="Only messages of this VM.")
+@click.option(
+    "--set",
+    "set_name",
+    type=SET_NAME,
+    shell_complete=complete("set"),
+    metavar="NAME",
+    help="Only messages of this set.",
+)
+@click.option(
+    "--host", type=NAME, shell_complete=complete("host"), metavar="NAME", help="Only messages of this host."
+)
+@click.option(
+    "--vm", type=NAME, shell_complete=complete("vm"), metavar="NAME", help="Only messages of this VM."
+)
 @click.option("--count", type=click.IntRange(1), help="Stop after so many messages.")
 @common
 def tail(

@@ -214,17 +214,22 @@ def new_request_id() -> str:
 
 @asynccontextmanager
 async def connect(
-    settings: CtlSettings, kinds: Sequence[type[Message]] | None = None, *, listener: Listener | None = None
+    settings: CtlSettings,
+    kinds: Sequence[type[Message]] | None = None,
+    *,
+    listener: Listener | None = None,
+    connect_s: float = CONNECT_S,
 ) -> AsyncIterator[Session]:
     """A session with the broker of ``settings``.
 
     Args:
         kinds: message types to subscribe to; None: all that an operator may read.
         listener: called with every message, what is retained included.
+        connect_s: seconds to wait for the connection.
 
     Raises:
         SettingsError: a file for TLS cannot be used.
-        NoBroker: not connected within 5 s; the text says why.
+        NoBroker: not connected within ``connect_s``; the text says why.
     """
     client = client_name(settings)
     options = options_from(settings, client_id=f"ctl-{client}-{new_id()[:8]}")
@@ -244,7 +249,7 @@ async def connect(
         session.listeners.append(listener)
     running = asyncio.create_task(bus.run(session.post.deliver), name="bus")
     try:
-        if not await bus.wait_connected(CONNECT_S):
+        if not await bus.wait_connected(connect_s):
             raise NoBroker(_no_broker(bus))
         yield session
     finally:

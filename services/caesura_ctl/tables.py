@@ -6,13 +6,12 @@ from collections.abc import Iterable, Sequence
 from datetime import datetime
 from statistics import median
 
-from rich import box
 from rich.console import Group, RenderableType
 from rich.progress_bar import ProgressBar
-from rich.table import Table
 from rich.text import Text
 
 from caesura.contract import messages as m
+from caesura_ctl.columns import Columns
 from caesura_ctl.durations import show_duration, show_pause
 from caesura_ctl.picture import Pause, Picture
 from caesura_ctl.proofs import Shown, counted, planned
@@ -37,14 +36,6 @@ _NO_PROOF = frozenset({"live", "reboot", "skip"})
 """Methods after which no proof of memory is made: nothing pauses, or no memory is kept."""
 
 
-def _table(*columns: str, title: str | None = None) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", title_style="bold", pad_edge=False)
-    for column in columns:
-        right = column.startswith(">")
-        table.add_column(column.lstrip(">"), justify="right" if right else "left", overflow="fold")
-    return table
-
-
 def _status(text: str) -> Text:
     return Text(text, style=_STYLE.get(text, ""))
 
@@ -62,19 +53,20 @@ def plan_view(plan: m.Plan) -> RenderableType:
     """A plan: waves, then what is skipped, then what is refused."""
     parts: list[RenderableType] = []
     if plan.waves:
-        table = _table(
+        table = Columns(
             ">wave",
             "set/domain",
             "hosts",
             ">VMs",
-            "method and why",
-            "memory proof",
+            "~method and why",
+            "~memory proof",
+            drop=("set/domain",),
             title=f"Plan: {plan.update or 'freeze on demand'}",
         )
         for wave in plan.waves:
             methods = {f"{vm.method}: {vm.reason}" for vm in wave.vms}
             table.add_row(
-                str(wave.wave),
+                f"{wave.wave + 1}{' canary' if wave.canary else ''}",
                 _domains(wave.domains),
                 ", ".join(wave.hosts),
                 str(len(wave.vms)),
@@ -88,17 +80,30 @@ def plan_view(plan: m.Plan) -> RenderableType:
                 f"each paused about {show_duration(plan.expected_pause_s)}; at most {show_duration(plan.estimate_s)} in all"
             )
         )
+        if limit := _limit(plan):
+            parts.append(Text(limit))
     if plan.skipped:
-        table = _table("VM", "host", "why", title="Skipped")
+        table = Columns("VM", "host", "~why", title="Skipped", drop=("host",))
         for vm in plan.skipped:
             table.add_row(vm.vm, vm.host, vm.reason)
         parts.append(table)
     if plan.refusals:
-        table = _table("what", "why", title="Refused: nothing was started")
+        table = Columns("what", "~why", title="Refused: nothing was started")
         for refusal in plan.refusals:
             table.add_row(Text(refusal.subject, style="bold red"), refusal.reason)
         parts.append(table)
     return Group(*parts)
+
+
+def _limit(plan: m.Plan) -> str:
+    if not plan.max_hosts:
+        return ""
+    most = f"at most {_count(plan.max_hosts, 'host')} in a wave"
+    if plan.max_hosts_by_default:
+        return (
+            f"{most} of those with VMs in no set: a tenth of the hosts, if nothing else is said (--max-hosts)"
+        )
+    return most
 
 
 def _wave_note(wave: m.WaveState, now: datetime) -> str:
@@ -118,8 +123,21 @@ def _paused_so_far(wave: m.WaveState, paused: int, *, heard: bool) -> str:
     return f"{paused}+/{len(wave.vms)}" if paused else "-"
 
 
-def rollout_view(rollout: m.RolloutState, picture: Picture, now: datetime) -> RenderableType:
-    """One rollout with its waves and how far each is."""
+MANY = 1000
+"""More than any list that is shown whole has."""
+_EDGES = 6
+"""Lines around the rows of a table of waves: title, progress, heading and its lines."""
+
+
+def rollout_view(
+    rollout: m.RolloutState, picture: Picture, now: datetime, *, lines: int = 0
+) -> RenderableType:
+    """One rollout with its waves and how far each is.
+
+    Args:
+        lines: how many of them there is room for; 0: as many as it takes. Then a wave is one line, and those around the
+            first that is not completed are shown.
+    """
     done = sum(wave.status == "completed" for wave in rollout.waves)
     head = Text.assemble(
         ("Rollout ", "bold"),
@@ -130,42 +148,102 @@ def rollout_view(rollout: m.RolloutState, picture: Picture, now: datetime) -> Re
         _status(rollout.status),
         f"  {done}/{len(rollout.waves)} waves",
     )
-    table = _table(">wave", "status", "set/domain", "hosts", ">paused now", ">paused so far", "note")
+    table = Columns(
+        ">wave",
+        "status",
+        "set/domain",
+        "hosts",
+        ">paused now",
+        ">paused so far",
+        "~note",
+        drop=("set/domain", "paused so far", "note")
+        if not lines
+        else ("paused so far", "set/domain", "note"),
+        one_line=bool(lines),
+    )
     paused = {vm.vm for vm in picture.pauses_of(rollout.rollout)}
-    for wave in rollout.waves:
+    rest = _rest(rollout)
+    shown = _window(rollout.waves, max(1, lines - _EDGES - len(rest)) if lines else len(rollout.waves))
+    few = 1 if lines else len(rollout.waves) + MANY
+    for wave in shown:
         frozen = [vm for vm in wave.vms if vm in picture.frozen]
         table.add_row(
-            str(wave.wave),
+            str(wave.wave + 1),
             _status(wave.status),
-            _domains(wave.domains),
-            ", ".join(wave.hosts),
+            _some([f"{set_name(name)}/{domain}" for name, domain in sorted(wave.domains.items())], few),
+            _some(wave.hosts, few),
             str(len(frozen) or ""),
             _paused_so_far(
                 wave,
                 sum(vm in paused for vm in wave.vms),
                 heard=picture.heard_wave(rollout.rollout, wave.wave),
             ),
-            _wave_note(wave, now),
+            # What halted it is said in full below.
+            "" if lines and wave.status == "failed" else _wave_note(wave, now),
         )
     parts: list[RenderableType] = [
         head,
         ProgressBar(total=max(1, len(rollout.waves)), completed=done, width=60),
         table,
     ]
+    if len(shown) < len(rollout.waves):
+        before, after = shown[0].wave, len(rollout.waves) - shown[-1].wave - 1
+        parts.append(Text(f"{before} waves before these, {after} after", style="dim"))
+    return Group(*parts, *rest)
+
+
+def _rest(rollout: m.RolloutState) -> list[Text]:
+    """What is said below the waves: the reason, and what to do."""
+    said = []
     if rollout.reason:
-        parts.append(Text(rollout.reason, style=_STYLE.get(rollout.status, "")))
-    return Group(*parts)
+        said.append(Text(rollout.reason, style=_STYLE.get(rollout.status, "")))
+    said += [Text(each) for each in next_commands(rollout)]
+    return said
 
 
-def domains_view(picture: Picture) -> RenderableType:
-    """Every set and update domain with its VMs by state, and who is paused now."""
+def next_commands(rollout: m.RolloutState) -> list[str]:
+    """What an operator can do about a halted rollout, a line each; nothing for another one."""
+    if rollout.status != "halted":
+        return []
+    return [
+        "Every VM runs, and nothing is tried again until you say so:",
+        f"  caesura history {rollout.rollout}    what happened, and why",
+        f"  caesura resume {rollout.rollout}     try the failed wave again",
+        f"  caesura abort {rollout.rollout}      give it up",
+    ]
+
+
+def _window(waves: Sequence[m.WaveState], most: int) -> Sequence[m.WaveState]:
+    """So many waves at most, from the one before the first that is not completed."""
+    current = next((at for at, wave in enumerate(waves) if wave.status != "completed"), len(waves))
+    first = max(0, min(current - 1, len(waves) - most))
+    return waves[first : first + most]
+
+
+def _some(names: Sequence[str], most: int) -> str:
+    """The first of these names, and how many there are besides."""
+    left = len(names) - most
+    return ", ".join(names[:most]) + (f" +{left}" if left > 0 else "")
+
+
+def domains_view(picture: Picture, *, most: int = MANY * MANY) -> RenderableType:
+    """Every set and update domain with its VMs by state, and who is paused now.
+
+    Args:
+        most: rows; those with a VM that does not run come first where not all fit.
+    """
     counts: dict[tuple[str, int], dict[str, int]] = {}
     for vm, (_, record) in picture.vm_places().items():
         row = counts.setdefault((record.set, record.update_domain), {"running": 0, "paused": 0, "other": 0})
         state = "paused" if vm in picture.frozen else record.state
         row[state if state in row else "other"] += 1
-    table = _table("set", ">update domain", ">VMs", ">running", ">paused", ">other", "")
-    for (name, domain), row in sorted(counts.items()):
+    table = Columns(
+        "set", ">update domain", ">VMs", ">running", ">paused", ">other", "~", drop=("", "running", "VMs")
+    )
+    rows = sorted(counts.items())
+    if len(rows) > most:
+        rows = sorted(rows, key=lambda each: not (each[1]["paused"] or each[1]["other"]))
+    for (name, domain), row in rows[:most]:
         bar = "█" * row["running"] + "░" * row["paused"] + "?" * row["other"]
         table.add_row(
             set_name(name),
@@ -176,21 +254,48 @@ def domains_view(picture: Picture) -> RenderableType:
             Text(str(row["other"] or ""), style="bold red"),
             bar[:40],
         )
-    return table
+    if len(rows) <= most:
+        return table
+    return Group(table, Text(f"{len(rows) - most} more domains: caesura status", style="dim"))
 
 
-def live_view(picture: Picture, now: datetime, rollout_id: str = "") -> RenderableType:
-    """What ``watch`` and the demo show while they run: one rollout, without a name the newest."""
+def live_view(
+    picture: Picture, now: datetime, rollout_id: str = "", *, lines: int = 0, width: int = 80
+) -> RenderableType:
+    """What ``watch`` and the demo show while they run: one rollout, without a name the newest; then the domains.
+
+    Args:
+        lines: of the terminal; 0: as many as it takes.
+        width: of the terminal, in characters.
+    """
     rollout = picture.rollouts.get(rollout_id) if rollout_id else picture.latest()
-    parts: list[RenderableType] = [domains_view(picture)]
-    parts.append(rollout_view(rollout, picture, now) if rollout else Text("no rollout yet", style="dim"))
-    if picture.frozen:
-        paused = ", ".join(
-            f"{each.vm} {max(0.0, (now - each.at).total_seconds()):.1f}s"
-            for each in sorted(picture.frozen.values(), key=lambda each: each.vm)
-        )
-        parts.append(Text(f"paused now: {paused}", style="bold cyan"))
+    frozen = sorted(picture.frozen.values(), key=lambda each: each.vm)
+    names = [f"{each.vm} {max(0.0, (now - each.at).total_seconds()):.1f}s" for each in frozen]
+    paused = Text(
+        f"paused now: {_fitting(names, width - 16) if lines else ', '.join(names)}", style="bold cyan"
+    )
+    if not lines:
+        top = rollout_view(rollout, picture, now) if rollout else Text("no rollout yet", style="dim")
+        return Group(top, *([paused] if frozen else []), domains_view(picture))
+    room = max(8, lines - 1 - bool(frozen))
+    # A reason may take several lines, and is never cut: what it takes is taken from the waves.
+    extra = sum(len(each.plain) // max(1, width) for each in _rest(rollout)) if rollout else 0
+    waves = min(len(rollout.waves), max(1, room - extra - _EDGES - 8)) if rollout else 0
+    need = waves + _EDGES + 1 + (len(_rest(rollout)) if rollout else 0)
+    top = rollout_view(rollout, picture, now, lines=need) if rollout else Text("no rollout yet", style="dim")
+    left = room - need - extra - 4
+    parts: list[RenderableType] = [top, *([paused] if frozen else [])]
+    if left > 0:
+        parts.append(domains_view(picture, most=left))
     return Group(*parts)
+
+
+def _fitting(names: Sequence[str], width: int) -> str:
+    """As many of these names as fit into a line, and how many there are besides."""
+    shown = len(names)
+    while shown > 1 and len(_some(names, shown)) > width:
+        shown -= 1
+    return _some(names, shown)
 
 
 def _count(number: int, noun: str) -> str:
@@ -202,8 +307,17 @@ def pauses_view(pauses: Iterable[Pause], clocks: dict[tuple[str, str], m.VmClock
     groups: dict[tuple[str, int], list[Pause]] = {}
     for pause in pauses:
         groups.setdefault((pause.set, pause.update_domain), []).append(pause)
-    table = _table(
-        "set", ">domain", ">pauses", ">median", ">max", ">budget", ">clock before", ">after", "memory"
+    table = Columns(
+        "set",
+        ">domain",
+        ">pauses",
+        ">median",
+        ">max",
+        ">budget",
+        ">clock before",
+        ">after",
+        "~memory",
+        drop=("clock before", "median", "after", "budget"),
     )
     for (name, domain), group in sorted(groups.items()):
         verdicts = [clocks[each.operation, each.vm] for each in group if (each.operation, each.vm) in clocks]
@@ -228,7 +342,16 @@ def _worst(errors: Sequence[float | None]) -> str:
 
 def hosts_view(picture: Picture) -> RenderableType:
     """Every host: online, guard, what it is busy with."""
-    table = _table("host", "updater", "driver", "guard", ">VMs", ">epoch", "busy with")
+    table = Columns(
+        "host",
+        "updater",
+        "~driver",
+        "guard",
+        ">VMs",
+        ">epoch",
+        "busy with",
+        drop=("epoch", "driver", "VMs", "busy with"),
+    )
     for name, inventory in sorted(picture.hosts.items()):
         online = picture.online.get(name, False)
         table.add_row(
@@ -245,7 +368,7 @@ def hosts_view(picture: Picture) -> RenderableType:
 
 def attention_view(picture: Picture) -> RenderableType | None:
     """VMs that need a person: what their host says of them, such as who paused them; None: there are none."""
-    table = _table("VM", "host", "state", "what is wrong")
+    table = Columns("VM", "host", "state", "~what is wrong", drop=("host",))
     for name, inventory in sorted(picture.hosts.items()):
         for vm in inventory.vms:
             if vm.state_detail:
@@ -255,7 +378,16 @@ def attention_view(picture: Picture) -> RenderableType | None:
 
 def documents_view(picture: Picture) -> RenderableType:
     """Open scheduled events of every set."""
-    table = _table("set", ">incarnation", "event", "type", "status", "NotBefore", "resources")
+    table = Columns(
+        "set",
+        ">incarnation",
+        "event",
+        "type",
+        "status",
+        "NotBefore",
+        "resources",
+        drop=("incarnation", "type", "resources", "event"),
+    )
     for name, document in sorted(picture.documents.items()):
         for event in document.events:
             table.add_row(
@@ -272,7 +404,18 @@ def documents_view(picture: Picture) -> RenderableType:
 
 def history_view(rollouts: Sequence[m.RolloutState]) -> RenderableType:
     """Rollouts, newest first."""
-    table = _table("rollout", "update", "status", ">waves", "sets", "started", ">took", "by", "reason")
+    table = Columns(
+        "rollout",
+        "update",
+        "status",
+        ">waves",
+        "sets",
+        "started",
+        ">took",
+        "by",
+        "~reason",
+        drop=("by", "sets", "took", "started", "waves", "update"),
+    )
     for each in rollouts:
         took = show_duration((each.ended_at - each.created_at).total_seconds()) if each.ended_at else ""
         table.add_row(
@@ -289,6 +432,20 @@ def history_view(rollouts: Sequence[m.RolloutState]) -> RenderableType:
     return table
 
 
+def _installed_on(picture: Picture, update: str, version: str, hosts: Sequence[str]) -> str:
+    found = {
+        host: each
+        for host in hosts
+        for each in picture.hosts[host].installed
+        if (each.update, each.version) == (update, version)
+    }
+    whole = [host for host, each in found.items() if not each.vms]
+    if len(whole) == len(hosts):
+        return "all"
+    partly = [f"{host} ({len(each.vms)} VMs)" for host, each in found.items() if each.vms]
+    return ", ".join([*whole, *partly])
+
+
 def updates_view(picture: Picture) -> RenderableType:
     """Updates by name with the hosts that define them, then refused files."""
     found: dict[tuple[str, str, str, str, str, float], list[str]] = {}
@@ -297,16 +454,35 @@ def updates_view(picture: Picture) -> RenderableType:
             found.setdefault(
                 (each.update, each.version, each.impact, each.scope, each.vmm, each.expected_s), []
             ).append(host)
-    table = _table("update", "version", "impact", "scope", "new VMM", ">expected", "hosts")
+    table = Columns(
+        "update",
+        "version",
+        "impact",
+        "scope",
+        "~new VMM",
+        ">expected",
+        "hosts",
+        "installed on",
+        drop=("new VMM", "scope", "expected", "impact"),
+    )
     for (name, version, impact, scope, vmm, expected_s), hosts in sorted(found.items()):
         shown = {"beside": "beside the old", "instead": "instead of the old"}.get(vmm, "")
-        table.add_row(name, version, impact, scope, shown, show_duration(expected_s), ", ".join(hosts))
+        table.add_row(
+            name,
+            version,
+            impact,
+            scope,
+            shown,
+            show_duration(expected_s),
+            ", ".join(hosts),
+            _installed_on(picture, name, version, hosts),
+        )
     refused = [
         (host, bad) for host, inventory in sorted(picture.hosts.items()) for bad in inventory.refused_updates
     ]
     if not refused:
         return table
-    broken = _table("host", "file", ">line", "why", title="Refused files (the others stay usable)")
+    broken = Columns("host", "file", ">line", "~why", title="Refused files (the others stay usable)")
     for host, bad in refused:
         broken.add_row(host, bad.file, str(bad.line or ""), Text(bad.reason, style="red"))
     return Group(table, broken)

@@ -168,5 +168,9 @@ def fingerprint(folder: str, known: Catalogue) -> Fingerprint:
                         files.append((entry.name, status.st_ino, status.st_size, status.st_mtime_ns))
     except OSError as error:
         files.append(error.errno)
-    programs = [(each.argv[0], shutil.which(each.argv[0])) for each in known.updates.values()]
+    programs = [
+        (program, shutil.which(program))
+        for each in known.updates.values()
+        for program in (each.argv[0], *each.installed[:1])
+    ]
     return (tuple(sorted(files, key=str)), tuple(programs))

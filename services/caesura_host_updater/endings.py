@@ -22,7 +22,8 @@ from caesura.runtime.errors import StoreError
 from caesura_host_updater.clock import ClockWait
 from caesura_host_updater.clockdesk import ClockDesk
 from caesura_host_updater.command import Repeat
-from caesura_host_updater.journal import JournalThread, Letter
+from caesura_host_updater.installs import Mark, marks_of, remembered
+from caesura_host_updater.journal import Journal, JournalThread, Letter
 from caesura_host_updater.metrics import HostMetrics
 from caesura_host_updater.operation_state import Operation
 from caesura_host_updater.outbox import Outbox, letter_for
@@ -86,7 +87,15 @@ class Endings:
         self._outbox = outbox
         self._clocks = clocks
         self._metrics = metrics
-        self._unsaved: dict[str, tuple[OperationReported, tuple[Letter, ...], tuple[ClockWait, ...]]] = {}
+        self._unsaved: dict[
+            str, tuple[OperationReported, tuple[Letter, ...], tuple[ClockWait, ...], tuple[Mark, ...]]
+        ] = {}
+        self.marks: tuple[Mark, ...] = ()
+        """The updates that succeeded on this host."""
+
+    async def load(self) -> None:
+        """Take up which updates succeeded before. Raises StoreError."""
+        self.marks = tuple(await self._journal.do(Journal.installed))
 
     async def known(self, operation: str) -> Repeat | None:
         """What is known of an operation that is not under way. Raises StoreError."""
@@ -115,11 +124,13 @@ class Endings:
             facts: what is told before the report.
         """
         letters = (*facts, self._letters.report(report))
+        marks = marks_of(state, report.at) if state is not None else ()
+        self.marks = remembered(self.marks, marks)
         try:
-            await self._journal.do(lambda journal: journal.finish(report, letters, waits))
+            await self._journal.do(lambda journal: journal.finish(report, letters, waits, marks))
         except StoreError as error:
             _log.error("report.not_written", operation=report.operation, why=str(error))
-            self._unsaved[report.operation] = (report, letters, tuple(waits))
+            self._unsaved[report.operation] = (report, letters, tuple(waits), marks)
         self._outbox.queue(*letters)
         self._clocks.expect(waits)
         self.count(report, state)
@@ -128,11 +139,13 @@ class Endings:
         """Write what a full disk did not take, for ever."""
         while True:
             await asyncio.sleep(_SAVE_RETRY_S)
-            for operation, (report, letters, waits) in list(self._unsaved.items()):
+            for operation, (report, letters, waits, marks) in list(self._unsaved.items()):
                 # Judged meanwhile: at the next start nobody would answer for it any more.
                 left = [wait for wait in waits if self._clocks.waits_for(wait)]
                 with suppress(StoreError):
-                    await self._journal.do(lambda j, r=report, e=letters, w=left: j.finish(r, e, w))  # type: ignore[misc]
+                    await self._journal.do(
+                        lambda j, r=report, e=letters, w=left, m=marks: j.finish(r, e, w, m)  # type: ignore[misc]
+                    )
                     del self._unsaved[operation]
 
     def count(self, report: OperationReported, state: Operation | None) -> None:

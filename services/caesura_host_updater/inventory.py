@@ -9,7 +9,7 @@ from msgspec.structs import replace
 
 from caesura.contract.codec import MAX_PAYLOAD_BYTES, size_bytes
 from caesura.contract.fitting import fits, fitted
-from caesura.contract.messages import HostInventory, ProofCode, VmRecord, VmState
+from caesura.contract.messages import HostInventory, InstalledUpdate, ProofCode, VmRecord, VmState
 from caesura.lifecycle.proof import ordered
 from caesura_host_updater.command import Authority
 from caesura_host_updater.drivers.port import Capabilities
@@ -87,6 +87,7 @@ def inventory(
     operation: str,
     guard: Literal["ready", "armed", "absent"],
     refused_epoch: str = "",
+    installed: tuple[InstalledUpdate, ...] = (),
 ) -> HostInventory:
     """The whole host, now; as much of it as fits into a message.
 
@@ -104,6 +105,7 @@ def inventory(
             operation=operation,
             guard=guard,
             refused_epoch=refused_epoch,
+            installed=installed,
         )
     )
     if fits(whole):
@@ -115,6 +117,7 @@ def inventory(
             replace(vm, methods=(), methods_missing={}, proofs=None, state_detail="", no_digest="")
             for vm in whole.vms
         ),
+        installed=(),
     )
 
 
@@ -132,6 +135,7 @@ def _whole(
     operation: str,
     guard: Literal["ready", "armed", "absent"],
     refused_epoch: str = "",
+    installed: tuple[InstalledUpdate, ...] = (),
 ) -> HostInventory:
     return HostInventory(
         host=host,
@@ -145,4 +149,5 @@ def _whole(
         operation=operation,
         guard=guard,
         refused_epoch=refused_epoch,
+        installed=installed,
     )

@@ -18,6 +18,7 @@ from caesura.runtime.errors import StoreError
 from caesura.runtime.threads import Worker
 from caesura_host_updater.clock import ClockWait
 from caesura_host_updater.command import Authority
+from caesura_host_updater.installs import Mark
 from caesura_host_updater.operation_state import Operation
 
 KEEP_FINISHED = 1000  # operations whose report is repeated when their command comes again
@@ -39,6 +40,9 @@ _MIGRATIONS = (
     CREATE TABLE outbox (number INTEGER PRIMARY KEY AUTOINCREMENT, event_id TEXT NOT NULL UNIQUE, letter BLOB NOT NULL);
     CREATE TABLE clock_wait (vm TEXT PRIMARY KEY, body BLOB NOT NULL);
     CREATE TABLE verdict (vm TEXT PRIMARY KEY, operation TEXT NOT NULL, letter BLOB NOT NULL);
+    """,
+    """
+    CREATE TABLE installed (name TEXT NOT NULL, vm TEXT NOT NULL, mark BLOB NOT NULL, PRIMARY KEY (name, vm));
     """,
 )
 
@@ -131,10 +135,19 @@ class Journal:
             self._db.run("INSERT INTO update_process VALUES (?, ?, ?)", operation, pid, start_ticks)
 
     def finish(
-        self, report: OperationReported, letters: Sequence[Letter], waits: Sequence[ClockWait] = ()
+        self,
+        report: OperationReported,
+        letters: Sequence[Letter],
+        waits: Sequence[ClockWait] = (),
+        marks: Sequence[Mark] = (),
     ) -> None:
         """The one end of an operation; also for one that never began. A second end changes nothing."""
         with self._db.transaction():
+            ended = self._db.run(
+                "SELECT 1 FROM operation WHERE id = ? AND report IS NOT NULL", report.operation
+            )
+            for mark in () if ended else marks:
+                self._remember(mark)
             self._db.run(
                 "INSERT INTO operation (id, phase, report) VALUES (?, 'reported', ?) ON CONFLICT (id) DO UPDATE "
                 "SET phase = 'reported', report = excluded.report WHERE report IS NULL",
@@ -152,6 +165,19 @@ class Journal:
                 self._db.run(
                     "INSERT OR REPLACE INTO clock_wait VALUES (?, ?)", wait.vm, msgspec.json.encode(wait)
                 )
+
+    def _remember(self, mark: Mark) -> None:
+        self._db.run("DELETE FROM installed WHERE name = ? AND vm = ?", mark.update, mark.vm)
+        if mark.succeeded:
+            self._db.run(
+                "INSERT INTO installed VALUES (?, ?, ?)", mark.update, mark.vm, msgspec.json.encode(mark)
+            )
+
+    def installed(self) -> list[Mark]:
+        """The updates that succeeded here last, by update and VM."""
+        rows = self._db.run("SELECT mark FROM installed ORDER BY name, vm")
+        with self._db.reading("an update that succeeded here"):
+            return [msgspec.json.decode(row[0], type=Mark) for row in rows]
 
     def find(self, operation: str) -> Entry | None:
         """What is known of an operation."""

@@ -109,6 +109,7 @@ class Operation(msgspec.Struct, frozen=True, kw_only=True):
     budget_s: float
     hold_s: float = 0.0
     update: str = ""
+    update_version: str = ""
     update_timeout_s: float = 0.0
     vms: tuple[VmPause, ...]
     runs: tuple[UpdateRun, ...] = ()

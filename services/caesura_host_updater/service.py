@@ -32,6 +32,7 @@ from caesura.contract.messages import (
 )
 from caesura.runtime.errors import StoreError
 from caesura_host_updater import command as rules
+from caesura_host_updater.asker import Asker
 from caesura_host_updater.catalogue_reader import CatalogueReader
 from caesura_host_updater.clockdesk import ClockDesk
 from caesura_host_updater.command import Accept, Authority, Ignore, Refuse, Repeat
@@ -40,6 +41,7 @@ from caesura_host_updater.endings import Endings, Letters, cancelled_before_it_b
 from caesura_host_updater.guard.procfs import boot_id
 from caesura_host_updater.guardian import Guardian
 from caesura_host_updater.hostfile import HostFile
+from caesura_host_updater.installs import installed
 from caesura_host_updater.inventory import TOO_MANY_VMS, inventory
 from caesura_host_updater.journal import Journal, JournalThread, Letter
 from caesura_host_updater.metrics import HostMetrics
@@ -130,7 +132,14 @@ class HostUpdater:
         self._idle.set()
         self._stopping = False
         self._changed = asyncio.Event()
-        self._updates = CatalogueReader(settings.updates_dir, self._changed.set)
+        self._updates = CatalogueReader(settings.updates_dir, self._updates_changed)
+        self._asker = Asker(
+            host.host,
+            environ,
+            catalogue=lambda: self._updates.catalogue,
+            busy=lambda: bool(self.operation),
+            changed=self._changed.set,
+        )
         self._agents: dict[str, AgentPresence] = {}
         self._received_ns = 0
         self._unsent = ""
@@ -157,6 +166,7 @@ class HostUpdater:
             "vms": self._watch_vms,
             "journal": self._endings.save_later,
             "updates": self._updates.run,
+            "installed updates": self._asker.run,
             "pause markers": self._pauses.remove_later,
         }
 
@@ -179,6 +189,7 @@ class HostUpdater:
         """
         self.authority = await self._journal.do(Journal.authority)
         await self._startup.run(self.authority.epoch)
+        await self._endings.load()
         await self.outbox.load()
         await self._startup.conclude_unsaved()
         self.clocks.expect(await self._journal.do(Journal.clock_waits), told=True)
@@ -202,16 +213,20 @@ class HostUpdater:
     async def _keep_inventory(self) -> None:
         while True:
             self._changed.clear()
+            records = await self._records()
             message = inventory(
                 self._host.host,
                 self._driver.name,
                 self._driver.detail(),
                 authority=self.authority,
-                vms=await self._records(),
+                vms=records,
                 catalogue=self._updates.catalogue,
                 operation=self.operation,
                 guard=self._guardian.state,
                 refused_epoch=self._refused_epoch,
+                installed=installed(
+                    self._updates.catalogue, self._endings.marks, self._asker.answers, records.keys()
+                ),
             )
             try:
                 await self.post.send(message, host=self._host.host)
@@ -241,6 +256,10 @@ class HostUpdater:
     def reread(self) -> None:
         """Read the updates again; the inventory follows when they were read."""
         self._updates.reread()
+        self._updates_changed()
+
+    def _updates_changed(self) -> None:
+        self._asker.ask()
         self._changed.set()
 
     async def _watch_vms(self) -> None:
@@ -347,6 +366,7 @@ class HostUpdater:
             budget_s=command.budget_s,
             hold_s=command.hold_s,
             update=update.name if update else "",
+            update_version=update.version if update else "",
             update_timeout_s=update.timeout_s if update else 0.0,
             vms=tuple(
                 VmPause(
@@ -370,6 +390,7 @@ class HostUpdater:
         accepted = self._letters.report(
             refusal(self._host.host, command, self.authority.epoch, "accepted", "", datetime.now(UTC))
         )
+        self._asker.interrupt()
         # The intent is on disk before anything is done; `arming` because the next thing is the guard.
         await self._journal.do(lambda journal: journal.accept(command, state, boot_id(), [accepted]))
         self._runner = OperationRunner(
@@ -443,6 +464,7 @@ class HostUpdater:
             await self._endings.conclude(report, state, waits)
             self._runner = None
             self._idle.set()
+            self._asker.ask()
             self._changed.set()
 
     def _announce(self, fact: VmFrozen | VmResumed, state: Operation) -> None:

@@ -24,6 +24,7 @@ from caesura_host_updater.endings import Endings, Letters
 from caesura_host_updater.guard.intent import Intent
 from caesura_host_updater.guard.procfs import boot_id
 from caesura_host_updater.guardian import Guardian, GuardUnavailable
+from caesura_host_updater.installs import marks_of
 from caesura_host_updater.journal import Entry, Journal, JournalThread, Letter
 from caesura_host_updater.operation import wall
 from caesura_host_updater.operation_state import Operation
@@ -224,7 +225,8 @@ class Startup:
         report, op, facts, waits = ended
         letters = [*facts, self._letters.report(report)]
         try:
-            await self._journal.do(lambda journal: journal.finish(report, letters, waits))
+            marks = marks_of(op, report.at)
+            await self._journal.do(lambda journal: journal.finish(report, letters, waits, marks))
         except StoreError as error:
             # A full disk: it is published all the same, and written down when there is room.
             _log.error("report.not_written", operation=report.operation, why=str(error))

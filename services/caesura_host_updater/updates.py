@@ -43,6 +43,8 @@ class UpdateFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     ``instead``: it replaces the VMM's own files, so no VMM runs meanwhile (method replace)."""
     vmm_binary: str = ""
     """The new VMM; empty: the binary that the host file names, as the update left it."""
+    installed: tuple[str, ...] = ()
+    """A command whose exit code 0 says that the update is installed; empty: what succeeded here is remembered."""
 
     @property
     def method(self) -> Method:
@@ -89,6 +91,9 @@ def parse_update(file: str, text: str, *, find: Callable[[str], str | None]) -> 
     program = update.argv[0]
     if not program or find(program) is None:
         return _refusal(file, text, f"program {program!r} is not on PATH, or not executable", key="argv")
+    if update.installed and (not update.installed[0] or find(update.installed[0]) is None):
+        why = f"program {update.installed[0]!r} is not on PATH, or not executable"
+        return _refusal(file, text, why, key="installed")
     if update.expected_s > update.timeout_s:
         return _refusal(
             file,

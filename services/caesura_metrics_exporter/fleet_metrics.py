@@ -161,6 +161,17 @@ def _hosts(fleet: Fleet, now_s: float) -> Iterator[Metric]:
     yield gauge(
         "caesura_host_guard_state", "1 for the state of the host's pause guard.", ("host", "state"), guards
     )
+    yield gauge(
+        "caesura_update_info",
+        "1 for an update that the whole host has, in the version that it defines.",
+        ("host", "update", "version"),
+        [
+            ((host, each.update, each.version), 1.0)
+            for host, state in fleet.hosts.items()
+            for each in (state.inventory.installed if state.inventory is not None else ())
+            if not each.vms
+        ],
+    )
     yield gauge("caesura_host_busy", "1 while an operation is under way on the host.", ("host",), busy)
 
 

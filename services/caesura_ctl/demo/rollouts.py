@@ -120,7 +120,7 @@ class Rollouts:
         """
         if not self._plan.on:
             _log.info(
-                "rollouts.off", how="docker compose run --rm caesura roll hypervisor-patch --notice 10s"
+                "rollouts.off", how="docker compose run --rm caesura roll hypervisor-patch --all --notice 10s"
             )
             self._stopping.wait()
             return
@@ -167,7 +167,7 @@ class Rollouts:
         update = update_for(tuple(UPDATES), self._count)
         self._count += 1
         _log.info("rollout.starting", update=update)
-        return self._concluded(self._ask("roll", update, *_POLICY))
+        return self._concluded(self._ask("roll", update, "--all", "--again", *_POLICY))
 
     def _concluded(self, answer: Answer) -> float:
         """Say how it ended. An end is followed by the pause; anything else is looked into soon."""

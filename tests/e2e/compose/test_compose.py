@@ -45,7 +45,7 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
 def roll(fleet: Fleet, update: str) -> str:
     """Start a rollout as the operator; its id."""
-    code, told, said = fleet.caesura("roll", update, "--detach", *_OPERATOR)
+    code, told, said = fleet.caesura("roll", update, "--all", "--again", "--detach", *_OPERATOR)
     assert code == 0, (told, said)
     return str(told["rollout"])
 
@@ -55,7 +55,19 @@ def roll_as_the_service(fleet: Fleet, update: str) -> str:
 
     The longer update leaves time to do something in its pause.
     """
-    words = ("exec", "-T", "rollout", "caesura", "roll", update, "--detach", "--json", *_OPERATOR)
+    words = (
+        "exec",
+        "-T",
+        "rollout",
+        "caesura",
+        "roll",
+        update,
+        "--all",
+        "--again",
+        "--detach",
+        "--json",
+        *_OPERATOR,
+    )
     return str(json.loads(fleet.project.run(*words).out)["rollout"])
 
 

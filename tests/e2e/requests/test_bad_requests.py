@@ -131,11 +131,11 @@ async def _caesura(pair: Any, *words: str) -> tuple[int, str, str]:
 
 
 async def test_the_command_says_what_is_wrong_and_exits_with_its_code(pair: Any) -> None:
-    code, _, err = await _caesura(pair, "roll", "patch", "--notice", "0s")
+    code, _, err = await _caesura(pair, "roll", "patch", "--all", "--notice", "0s")
     assert (code, "'--notice': it must be longer than nothing" in err) == (2, True), err
-    code, _, err = await _caesura(pair, "roll", "patch", "--budget", "31s")
+    code, _, err = await _caesura(pair, "roll", "patch", "--all", "--budget", "31s")
     assert (code, "'--budget': 31s is too long: at most 30s" in err) == (2, True), err
-    code, _, err = await _caesura(pair, "roll", "pach")
+    code, _, err = await _caesura(pair, "roll", "pach", "--all")
     assert (code, "did you mean 'patch'" in err) == (3, True), err
     code, _, err = await _caesura(pair, "status", "--broker", "mqtt://127.0.0.1:1")
     assert (code, "cannot reach the broker" in err) == (4, True), err
@@ -157,7 +157,7 @@ async def test_the_command_from_plan_to_history(pair: Any) -> None:
     assert [each["vm"] for each in result["pauses"]] == ["web-2"]
     assert 1.0 <= result["pauses"][0]["pause_s"] < min(patient(2.0), 5.0)
     assert result["pauses_complete"]
-    code, out, err = await _caesura(pair, "roll", "patch", "--notice", "1s", "--budget", "8s")
+    code, out, err = await _caesura(pair, "roll", "patch", "--all", "--notice", "1s", "--budget", "8s")
     assert code == 0, err
     assert "web-1: paused" in out
     code, out, err = await _caesura(pair, "watch", "--json")
@@ -200,7 +200,7 @@ async def test_an_update_that_a_host_refused_is_said_to_be_refused(pair: Any) ->
     await pair.sandbox.until(
         lambda: all(host.refused_updates for host in pair.picture.hosts.values()), 20, "both to refuse it"
     )
-    code, _, err = await _caesura(pair, "roll", "three")
+    code, _, err = await _caesura(pair, "roll", "three", "--all")
     assert code == 3, err
     assert "three.toml was refused by host-1, host-2: see caesura updates" in err
 
@@ -228,3 +228,24 @@ async def test_a_broker_that_goes_away_is_said_and_its_return_too(pair: Any, bro
         out, err = await process.communicate()
     assert (process.returncode, b"aborted" in out) == (1, True), err
     assert err.count(b"\n") == 1, "nothing is said twice"
+
+
+async def test_a_host_that_has_the_update_is_not_paused_again_and_nothing_to_do_ends_well(pair: Any) -> None:
+    code, _, err = await _caesura(pair, "roll", "patch")
+    assert (code, "--all" in err) == (2, True), err
+    first = ("roll", "patch", "--host", "host-1", "--notice", "1s", "--budget", "8s")
+    code, _, err = await _caesura(pair, *first)
+    assert code == 0, err
+    await pair.sandbox.until(lambda: bool(pair.picture.hosts["host-1"].installed), 20, "host-1 to have it")
+    code, out, err = await _caesura(pair, "plan", "patch", "--canary", "host-2", "--json")
+    assert code == 0, err
+    plan = json.loads(out)["plan"]
+    assert [(wave["hosts"], wave["canary"]) for wave in plan["waves"]] == [(["host-2"], True)]
+    assert {(vm["host"], vm["skip"]) for vm in plan["skipped"]} == {("host-1", "installed")}
+    code, out, err = await _caesura(pair, *first)
+    assert (code, "nothing to do" in out) == (0, True), (out, err)
+    code, out, err = await _caesura(pair, "updates")
+    assert "host-1" in out.split("installed on")[1], out
+    code, out, err = await _caesura(pair, *first, "--again")
+    assert code == 0, err
+    assert len(pair.picture.rollouts) == 2

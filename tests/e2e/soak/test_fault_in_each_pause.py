@@ -105,7 +105,13 @@ class Soak:
         )
         selection = m.Selection(hosts=(host,))
         answer = await self.stage.session.ask(
-            m.RolloutRequested(request=new_request_id(), update=update, policy=policy, selection=selection)
+            m.RolloutRequested(
+                request=new_request_id(),
+                update=update,
+                policy=policy,
+                selection=selection,
+                limits=m.Limits(again=True),
+            )
         )
         assert answer.accepted, f"{answer.reason}: before {self.now}"
         return str(answer.rollout)

@@ -154,7 +154,10 @@ async def _one_rollout(stage: Any, chaos: Chaos, dice: random.Random) -> str:
     """Start a rollout, do harm in it, and bring it to an end; what end that was."""
     policy = stage.policy(budget_s=_BUDGET_S, notice_s=0.5, verify_timeout_s=12.0, on_not_ready="proceed")
     answer = await asked(
-        stage, lambda: m.RolloutRequested(request=new_request_id(), update="patch", policy=policy)
+        stage,
+        lambda: m.RolloutRequested(
+            request=new_request_id(), update="patch", policy=policy, limits=m.Limits(again=True)
+        ),
     )
     if answer is None or not answer.accepted:
         # A host is still coming back, or the rollout before holds the sets: that is what a refusal is for.

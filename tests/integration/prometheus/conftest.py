@@ -89,6 +89,7 @@ class Scene:
             request=new_request_id(),
             update=update,
             policy=m.Policy(notice_s=4.0, budget_s=10.0, verify_timeout_s=15.0),
+            limits=m.Limits(again=True),
         )
         answer = await self.session.ask(request)
         assert answer.accepted, answer.reason
@@ -108,6 +109,7 @@ class Scene:
             request=new_request_id(),
             update=update,
             policy=m.Policy(**{"notice_s": 1.0, "verify_timeout_s": 15.0, **policy}),  # type: ignore[arg-type]
+            limits=m.Limits(again=True),
         )
         answer = await self.session.ask(request)
         assert answer.accepted, answer.reason

@@ -259,7 +259,7 @@ def test_every_command_has_help_with_examples_and_exit_codes(name: str) -> None:
     ("words", "error"),
     [
         (["freeze", "--vm", "w", "--for", "soon"], "is no duration"),
-        (["freeze", "--for", "9s"], "say what to freeze"),
+        (["freeze", "--for", "9s"], "say where to freeze"),
         (["freeze", "--vm", "w", "--for", "30s"], "leaves nothing of the pause budget"),
         (["roll"], "Missing argument 'UPDATE'"),
         (["tail", "--type", "caesura.nothing.v1"], "is none of"),
@@ -312,7 +312,7 @@ def test_bad_usage_is_said_with_exit_code_2(
     [
         (["roll", "--json"], "UsageError", "UPDATE"),
         (["roll", "u", "--budget", "31s", "--json"], "UsageError", "at most 30s"),
-        (["freeze", "--json", "--for", "9s"], "UsageError", "say what to freeze"),
+        (["freeze", "--json", "--for", "9s"], "UsageError", "say where to freeze"),
         (["demo", "--json", "--vms", "3"], "UsageError", "--vms needs --driver qemu"),
         (["nothing", "--json"], "UsageError", "No such command"),
         (["abort", "--json", "r" * 65], "BadRequest", "ROLLOUT"),

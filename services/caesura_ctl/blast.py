@@ -1,0 +1,134 @@
+"""How much of the fleet a request may touch: its options, and the question when nothing was selected."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+from caesura.contract import messages as m
+from caesura_ctl.completion import complete
+from caesura_ctl.names import NAME, SET_NAME
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class Canary(click.ParamType[str]):
+    """A click parameter: the name of a host, or a number of hosts."""
+
+    name = "canary"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """The name or the number; a host whose name is a number cannot be named here."""
+        text = str(value)
+        if text.isascii() and text.isdigit():
+            if not 0 < int(text) <= m.EPOCH_MOST:
+                self.fail(f"{text} hosts cannot be a canary: at least 1", param, ctx)
+            return str(int(text))
+        return NAME.convert(text, param, ctx)
+
+
+def limits(command: F) -> F:
+    """How much at once, who goes first, and what is left alone."""
+    for option in (
+        click.option(
+            "--exclude-vm",
+            "exclude_vms",
+            type=NAME,
+            multiple=True,
+            metavar="NAME",
+            shell_complete=complete("vm"),
+            help="Leave this VM alone, and its host if the update pauses hosts whole; may be given several times.",
+        ),
+        click.option(
+            "--exclude-set",
+            "exclude_sets",
+            type=SET_NAME,
+            multiple=True,
+            metavar="NAME",
+            shell_complete=complete("set"),
+            help="Leave this set alone, and its hosts likewise; may be given several times.",
+        ),
+        click.option(
+            "--exclude-host",
+            "exclude_hosts",
+            type=NAME,
+            multiple=True,
+            metavar="NAME",
+            shell_complete=complete("host"),
+            help="Leave this host alone; may be given several times.",
+        ),
+        click.option(
+            "--canary",
+            type=Canary(),
+            metavar="HOST|N",
+            shell_complete=complete("host"),
+            help="This host, or so many, go first and alone; after their soak the others follow.",
+        ),
+        click.option(
+            "--max-hosts",
+            type=click.IntRange(1),
+            metavar="N",
+            show_default="a tenth of the hosts, at least 1, where VMs are in no set; else the sets' domains",
+            help="The most hosts of one wave.",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def again(command: F) -> F:
+    """The option that repeats what is done."""
+    return click.option("--again", is_flag=True, help="Apply the update also where it is installed already.")(
+        command
+    )
+
+
+def limits_from(options: dict[str, Any]) -> m.Limits:
+    """The limits that the options of ``limits`` describe."""
+    canary = options["canary"] or ""
+    counted = canary.isdigit()
+    return m.Limits(
+        max_hosts=options["max_hosts"] or 0,
+        canary_host="" if counted else canary,
+        canary_count=int(canary) if counted else 0,
+        exclude_hosts=options["exclude_hosts"],
+        exclude_sets=options["exclude_sets"],
+        exclude_vms=options["exclude_vms"],
+        again=options.get("again", False),
+    )
+
+
+def everything(command: F) -> F:
+    """The option that says that nothing was forgotten."""
+    return click.option(
+        "--all", "all_hosts", is_flag=True, help="The whole fleet; without a selection it must be said."
+    )(command)
+
+
+def confirm(verb: str, options: dict[str, Any], *, as_json: bool, what: str = "") -> None:
+    """Make sure that a request without a selection is meant: ask on a terminal, else want ``--all``.
+
+    Args:
+        verb: what is done to hosts and VMs; ``what``: the update's name.
+
+    Raises:
+        click.UsageError: nothing was selected and nobody can be asked, or everything and something was.
+        click.Abort: the answer was no.
+    """
+    selected = bool(options["sets"] or options["hosts"] or options["vms"])
+    if options["all_hosts"]:
+        if selected:
+            raise click.UsageError("--all is the whole fleet: leave out --set, --host and --vm, or --all")
+        return
+    if selected:
+        return
+    if as_json or not (sys.stdin.isatty() and sys.stderr.isatty()):
+        raise click.UsageError(f"say where to {verb}: --set, --host or --vm, or --all for the whole fleet")
+    click.confirm(
+        f"Nothing was selected: {f'{verb} {what}'.strip()} on ALL hosts of the fleet?",
+        abort=True,
+        err=True,
+    )

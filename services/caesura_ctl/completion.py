@@ -1,0 +1,91 @@
+"""What a shell can complete: names of sets, hosts, VMs, updates and rollouts, as the broker retains them now.
+
+A shell waits while this runs, so it is bounded in time, and whatever is wrong completes nothing and says nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from typing import Literal
+
+import click
+import structlog
+from click.shell_completion import CompletionItem
+
+from caesura.contract import messages as m
+from caesura.runtime.errors import CaesuraError
+from caesura_ctl.picture import Picture
+
+Kind = Literal["set", "host", "vm", "update", "rollout"]
+_PATIENCE_S = 1.5  # s: from Tab to the shell's prompt, with a broker that does not answer
+_SETTLED_S = 0.8  # s: of that for what is retained
+
+
+def complete(kind: Kind) -> Callable[[click.Context, click.Parameter, str], list[CompletionItem]]:
+    """A completer of names for an option or argument."""
+
+    def completer(context: click.Context, _: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        broker = context.params.get("broker")
+        try:
+            picture = _asked(kind, str(broker) if broker else None)
+        except (CaesuraError, OSError, TimeoutError, BaseExceptionGroup):
+            return []
+        return [
+            CompletionItem(name, help=hint)
+            for name, hint in names(picture, kind)
+            if name.startswith(incomplete)
+        ]
+
+    return completer
+
+
+def names(picture: Picture, kind: Kind) -> Iterable[tuple[str, str]]:
+    """The names of a kind with a word about each; of rollouts the newest first. Pure."""
+    match kind:
+        case "set":
+            found: dict[str, int] = {}
+            for _, record in picture.vm_places().values():
+                found[record.set] = found.get(record.set, 0) + 1
+            return [(name, f"{count} VMs") for name, count in sorted(found.items())]
+        case "host":
+            return [(name, f"{len(each.vms)} VMs") for name, each in sorted(picture.hosts.items())]
+        case "vm":
+            return [(vm, host) for vm, (host, _) in sorted(picture.vm_places().items())]
+        case "update":
+            updates = {each.update: each for host in picture.hosts.values() for each in host.updates}
+            return [(name, f"{each.version} {each.impact}") for name, each in sorted(updates.items())]
+        case "rollout":
+            newest = sorted(picture.rollouts.values(), key=lambda each: each.created_at, reverse=True)
+            return [(each.rollout, f"{each.update} {each.status}") for each in newest]
+
+
+def _asked(kind: Kind, broker: str | None) -> Picture:
+    """What the broker retains.
+
+    Raises:
+        CaesuraError: no settings or no broker.
+        TimeoutError: it did not answer in time.
+    """
+    # Imported here: these two are slow to load, and a shell that completes an option's name needs neither.
+    from caesura_ctl.commandline import settings_for  # noqa: PLC0415
+    from caesura_ctl.session import connect  # noqa: PLC0415
+
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
+    settings = settings_for(broker)
+
+    async def ask() -> Picture:
+        # The time is up also where the broker lets itself be connected to and then says nothing: so the whole of it.
+        wanted = m.RolloutState if kind == "rollout" else m.HostInventory
+        async with connect(settings, [wanted], connect_s=_PATIENCE_S - _SETTLED_S) as session:
+            with suppress(TimeoutError):
+                await session.settled(_SETTLED_S)
+            return session.picture
+
+    async def bounded() -> Picture:
+        async with asyncio.timeout(_PATIENCE_S):
+            return await ask()
+
+    return asyncio.run(bounded())

@@ -1,0 +1,136 @@
+"""Tables and the live view at the width and height of a terminal: nothing that names something is broken or cut off."""
+
+from __future__ import annotations
+
+import io
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import msgspec
+import pytest
+from rich.console import Console, RenderableType
+
+from caesura.contract import messages as m
+from caesura.contract.examples import examples
+from caesura_ctl.columns import Columns
+from caesura_ctl.follow import conclude
+from caesura_ctl.picture import Picture
+from caesura_ctl.tables import documents_view, history_view, hosts_view, live_view, rollout_view
+
+NOW = datetime(2026, 4, 20, 12, 0, tzinfo=UTC)
+ROLLOUT = "20260420-221158-1f3a"
+EVENT = "C7061BAC-AFDC-4513-B24B-AA5F13A16123"
+OPERATION = "0b6c1d8e-6a55-5b54-9a3d-2f4f0a5c9f01"
+
+
+def _printed(view: RenderableType, width: int = 80) -> list[str]:
+    console = Console(file=io.StringIO(), width=width, force_terminal=False)
+    console.print(view)
+    return console.file.getvalue().splitlines()  # type: ignore[attr-defined, no-any-return]
+
+
+def _example(kind: type[Any], **changes: Any) -> Any:
+    found = next(each.message for each in examples() if isinstance(each.message, kind))
+    return msgspec.structs.replace(found, **changes)
+
+
+def _rollout(waves: int = 2, **changes: Any) -> m.RolloutState:
+    made = tuple(
+        m.WaveState(
+            wave=number,
+            status="completed" if number < waves // 2 else "pending",
+            domains={f"set-{number}-{each}": 0 for each in range(12)},
+            hosts=tuple(f"host-{number}-{each}" for each in range(12)),
+            vms=tuple(f"vm-{number}-{each}" for each in range(12)),
+        )
+        for number in range(waves)
+    )
+    return _example(m.RolloutState, waves=made, **changes)  # type: ignore[no-any-return]
+
+
+def test_an_id_in_a_history_is_whole_at_80_columns_and_columns_are_left_out_instead() -> None:
+    state = _rollout(
+        status="halted",
+        reason="update qemu-security failed on host-1: exit code 3, see the output of the update",
+    )
+    lines = _printed(history_view([state]))
+    assert all(len(line) <= 80 for line in lines)
+    assert any(line.strip().startswith(ROLLOUT) for line in lines)
+    text = " ".join(" ".join(lines).split())
+    assert "halted" in text
+    assert "requested" not in text
+    wide = " ".join(_printed(history_view([state]), 200))
+    assert "ops" in wide
+    assert "2026-04-20 22:11:58Z" in wide
+
+
+def test_ids_of_operations_and_events_are_whole_or_their_column_is_not_there() -> None:
+    picture = Picture()
+    picture.fold(_example(m.HostInventory, operation=OPERATION, driver_detail="cgroup v2 freezer " * 4))
+    picture.fold(_example(m.SetDocument))
+    for width in (60, 80, 100, 140):
+        for view, name in ((hosts_view(picture), OPERATION), (documents_view(picture), EVENT)):
+            lines = _printed(view, width)
+            assert all(len(line) <= width for line in lines)
+            whole = any(name in line for line in lines)
+            assert whole or not any(name[:8] in line for line in lines), (width, lines)
+    assert any(OPERATION in line for line in _printed(hosts_view(picture), 80))
+    assert any(EVENT in line for line in _printed(documents_view(picture), 80))
+
+
+def test_what_is_left_out_first_is_what_was_said_to_matter_least() -> None:
+    table = Columns("name", "much", "more", ">n", drop=("more", "much"))
+    table.add_row("a-long-name", "x" * 20, "y" * 20, "1")
+    assert table.shown(80) == ["name", "much", "more", "n"]
+    assert table.shown(42) == ["name", "much", "n"]
+    assert table.shown(21) == ["name", "n"]
+    assert table.shown(5) == ["name", "n"], "what may not be left out never is"
+
+
+@pytest.mark.parametrize(("width", "height"), [(80, 24), (80, 40), (120, 24), (100, 60), (80, 18)])
+@pytest.mark.parametrize("waves", [1, 3, 60])
+@pytest.mark.parametrize("status", ["running", "halted"])
+def test_watch_fits_the_terminal_and_its_rollout_comes_first(
+    width: int, height: int, waves: int, status: Any
+) -> None:
+    picture = Picture()
+    reason = "update qemu-security failed on host-1: exit code 3" * 3 if status == "halted" else ""
+    picture.fold(_rollout(waves, status=status, reason=reason))
+    inventory = _example(m.HostInventory)
+    for number in range(60):
+        vms = tuple(
+            msgspec.structs.replace(inventory.vms[0], vm=f"vm-{number}-{each}", set=f"set-{number}")
+            for each in range(5)
+        )
+        picture.fold(msgspec.structs.replace(inventory, host=f"host-{number}", vms=vms))
+    for number in range(30):
+        picture.fold(_example(m.VmFrozen, vm=f"vm-{number}-0", operation=f"op-{number}", at=NOW))
+    view = live_view(picture, NOW + timedelta(seconds=3), ROLLOUT, lines=height, width=width)
+    lines = _printed(view, width)
+    assert len(lines) <= height, "\n".join(lines)
+    assert ROLLOUT in lines[0]
+    assert any("paused now: vm-0-0 3.0s" in line for line in lines)
+    assert any(line.split()[:1] == [str(waves // 2 + 1)] for line in lines), "the wave that is next is shown"
+    if status == "halted":
+        assert f"caesura resume {ROLLOUT}" in "\n".join(lines)
+
+
+def test_waves_are_counted_from_one() -> None:
+    first = next(
+        line for line in _printed(rollout_view(_rollout(1), Picture(), NOW), 140) if "pending" in line
+    )
+    assert first.split()[0] == "1"
+
+
+def test_a_halt_names_the_next_commands() -> None:
+    class Session:
+        picture = Picture()
+
+    class Context:
+        json = False
+
+    state = _rollout(status="halted", reason="it failed")
+    with pytest.raises(Exception, match="it failed") as caught:
+        conclude(Session(), Context(), state)  # type: ignore[arg-type]
+    for command in ("history", "resume", "abort"):
+        assert f"caesura {command} {ROLLOUT}" in str(caught.value)

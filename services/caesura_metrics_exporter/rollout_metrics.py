@@ -49,6 +49,16 @@ def _rollouts(fleet: Fleet) -> Iterator[Metric]:
     yield gauge("caesura_rollout_status", "1 for the status of a set's rollout.", ("set", "status"), rollouts)
     yield gauge("caesura_rollout_waves", "Waves of a set's rollout that touch the set.", ("set",), waves)
     yield gauge("caesura_rollout_waves_completed", "The completed ones of these waves.", ("set",), completed)
+    yield gauge(
+        "caesura_rollout_halted",
+        "1 for each rollout that is halted; it has no series otherwise.",
+        ("rollout", "update"),
+        [
+            ((rollout.rollout, rollout.update or "freeze-on-demand"), 1.0)
+            for rollout in fleet.rollouts.values()
+            if rollout.status == "halted"
+        ],
+    )
     by_status = Counter[str](rollout.status for rollout in fleet.rollouts.values())
     yield gauge(
         "caesura_rollouts",

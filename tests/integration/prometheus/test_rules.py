@@ -33,6 +33,32 @@ def loaded(path: Path) -> Any:
     return yaml.safe_load(path.read_text(encoding="utf-8"))
 
 
+def test_nothing_wakes_anybody_while_nothing_happens() -> None:
+    """A critical alert says in its expression that a rollout runs or a VM is paused, or tells of such a time."""
+    of_a_pause = {"CaesuraPausedBeyondBudget", "CaesuraTwoDomainsPaused", "CaesuraGuestMemoryChanged"}
+    found = [
+        rule
+        for path in _RULES
+        for group in loaded(path)["groups"]
+        for rule in group["rules"]
+        if "alert" in rule
+    ]
+    by_name = defaultdict(list)
+    for rule in found:
+        by_name[rule["alert"]].append(rule)
+    for name, both in by_name.items():
+        severities = [rule["labels"]["severity"] for rule in both]
+        if "critical" in severities and name not in of_a_pause:
+            assert severities == ["critical", "warning"], name
+            awake, asleep = (" ".join(rule["expr"].split()) for rule in both)
+            assert re.search(r"and on \(\) .*fleet:caesura_active:bool.* == 1$", awake), name
+            assert awake.replace(" and on () ", " unless on () ") == asleep, name
+            assert both[0]["annotations"] == both[1]["annotations"]
+            assert both[0]["for"] == both[1]["for"]
+        else:
+            assert len(both) == 1, name
+
+
 def rules(kind: str) -> dict[str, dict[str, Any]]:
     return {
         rule[kind]: rule
@@ -97,7 +123,7 @@ def test_every_record_is_tested_with_a_result() -> None:
 
 def test_records_are_named_level_metric_operation() -> None:
     for name in rules("record"):
-        assert re.fullmatch(r"set(_update_domain)?(_le)?:caesura_\w+:\w+", name), name
+        assert re.fullmatch(r"(fleet|set(_update_domain)?(_le)?):caesura_\w+:\w+", name), name
 
 
 def test_every_alert_says_how_bad_it_is_what_it_is_and_where_to_read_on() -> None:

@@ -182,7 +182,11 @@ class _Step:
             return
         if not self.rollout.active:
             raise IllegalTransition(f"rollout {self.rollout.id}", self.rollout.status, "aborted")
-        text = shortened(f"aborted: {reason}" if reason else "aborted by the operator")
+        text = f"aborted: {reason}" if reason else "aborted by the operator"
+        if self.rollout.status == "halted" and self.rollout.reason:
+            # Why it failed is what somebody looks for afterwards, not only that it was given up.
+            text = f"{text}; it had halted: {self.rollout.reason}"
+        text = shortened(text)
         wave = self.rollout.current
         if wave is not None and wave.status == "started" and self.rollout.status == "running":
             self.rollout = msgspec.structs.replace(self.rollout, status="aborting", reason=text)

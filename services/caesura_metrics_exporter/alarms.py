@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Literal, get_args
 
 import msgspec
@@ -41,6 +42,10 @@ class Alarms:
     def current(self) -> tuple[Alarm, ...]:
         """The first ``ALARMS_SENT``: those that last before those that are over, the worst first."""
         return tuple(self._alarms[:ALARMS_SENT])
+
+    def counts(self) -> dict[str, int]:
+        """How many of each rule there are."""
+        return dict(Counter(each.rule for each in self._alarms))
 
     def two_domains(self, set_name: str, domains: list[int], now: float) -> None:
         """VMs of two domains of a set stand still at once."""

@@ -47,7 +47,7 @@ def happening(message: Message, at: float) -> Happening | None:
         case m.WaveChanged():
             return Happening(
                 at=message.at.timestamp(),
-                what=f"wave {message.wave} {message.status}",
+                what=f"wave {message.wave + 1} {message.status}",
                 level=_WAVE_LEVEL.get(message.status, "quiet"),
                 detail=message.reason or _domains(message.domains),
             )

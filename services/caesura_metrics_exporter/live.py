@@ -179,6 +179,7 @@ class Live:
             paused=len(self._standing),
             full=self._lanes.full,
             alarms=self.alarms.current(),
+            alarms_by_rule=self.alarms.counts(),
             alarms_more=max(0, len(self.alarms) - ALARMS_SENT),
         )
 

@@ -90,6 +90,8 @@ class Fleet(msgspec.Struct, frozen=True, omit_defaults=True):
     full: bool = False
     """There are more domains than the exporter keeps for this page."""
     alarms: tuple[Alarm, ...] = ()
+    alarms_by_rule: dict[str, int] = {}
+    """How many there are of each rule, those that are not sent included."""
     alarms_more: int = 0
     """How many more there are."""
 

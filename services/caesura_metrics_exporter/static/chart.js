@@ -17,6 +17,7 @@ const SHAPE = {
 const LEAST_W = 3; // px: a swap takes milliseconds and is to be seen
 const AHEAD = 0.1; // of the span, for what is announced
 const MOST_LANES = 60;
+const FEW_LANES = 12; // where there are more than twice as many, and nothing happens in more of them
 
 export function legend(list) {
   for (const [state, name] of Object.entries(STATES)) {
@@ -35,6 +36,7 @@ export class Chart {
     this.more = more;
     this.rows = new Map();
     this.groups = new Map();
+    this.unfolded = false; // whether idle domains are drawn, too
     this.drawn = null; // what the last whole drawing was of
     this.focused = null; // "lane|start|state" of the stretch that the keyboard is on
     this.axis = element("svg", { class: "axis", "aria-hidden": "true", focusable: "false" });
@@ -50,7 +52,7 @@ export class Chart {
   // Draws what changed, and everything when the picture has moved by a pixel.
   draw(model, set, spanS) {
     const now = model.now();
-    const asked = [set, spanS, this.root.clientWidth].join("|");
+    const asked = [set, spanS, this.root.clientWidth, this.unfolded].join("|");
     const same = this.drawn && this.drawn.asked === asked && Math.abs(now - this.drawn.now) * this.drawn.scale < 1;
     if (same && this.drawn.changes === model.changes) {
       for (const row of this.rows.values()) if (row.lane && row.lane.state) this.drawWords(row, row.lane, model);
@@ -58,9 +60,9 @@ export class Chart {
     }
     const held = this.body.contains(document.activeElement);
     const all = model.ordered(set);
-    const lanes = all.length > MOST_LANES ? busiest(all, MOST_LANES, model) : all;
-    this.more.hidden = lanes.length === all.length;
-    this.more.textContent = `${lanes.length} of ${all.length} domains are drawn, those that changed last. Choose a set to see all of its own.`;
+    const most = this.mostOf(all);
+    const lanes = all.length > most ? busiest(all, most, model) : all;
+    this.tellMore(lanes.length, all.length);
     const span = spanS || fit(model, lanes, now);
     const view = { now, from: now - span, to: now + span * AHEAD };
     const names = new Set(lanes.map((lane) => lane.lane));
@@ -70,7 +72,7 @@ export class Chart {
         this.rows.delete(name);
       }
     }
-    this.arrange(lanes);
+    this.arrange(lanes, all);
     const first = lanes.length ? this.rows.get(lanes[0].lane) : null;
     const width = first ? first.strip.clientWidth : 0;
     if (!width) return;
@@ -88,7 +90,22 @@ export class Chart {
     if (held && stop && !this.body.contains(document.activeElement)) stop.focus({ preventScroll: true });
   }
 
-  arrange(lanes) {
+  // Idle domains are folded where there are many; what happens is drawn up to a limit.
+  mostOf(all) {
+    if (this.unfolded || all.length <= 2 * FEW_LANES + 1) return MOST_LANES;
+    return Math.min(MOST_LANES, Math.max(FEW_LANES, all.filter(happens).length));
+  }
+
+  tellMore(drawn, total) {
+    const { root, text, button } = this.more;
+    root.hidden = drawn === total && !(this.unfolded && total > 2 * FEW_LANES + 1);
+    setText(text, `${drawn} of ${total} domains are drawn: those in which something happens, then those that changed last. Choose a set to see all of its own.`);
+    button.hidden = !this.unfolded && drawn >= Math.min(total, MOST_LANES);
+    button.setAttribute("aria-expanded", String(this.unfolded));
+    setText(button, this.unfolded ? "Fold idle domains" : `Draw ${Math.min(total, MOST_LANES)}`);
+  }
+
+  arrange(lanes, all) {
     const sets = [...new Set(lanes.map(groupOf))];
     for (const [name, group] of this.groups) {
       if (!sets.includes(name)) {
@@ -101,8 +118,10 @@ export class Chart {
     for (const name of sets) {
       const mine = lanes.filter((lane) => groupOf(lane) === name);
       const group = this.groups.get(name);
-      const vms = mine.reduce((sum, lane) => sum + (lane.key === mine[0].key ? lane.vms : 0), 0);
-      setText(group.count, name === "_" ? String(vms) : `${count(mine.length, "domain")}, ${count(vms, "VM")}`);
+      const whole = all.filter((lane) => groupOf(lane) === name);
+      const vms = whole.reduce((sum, lane) => sum + (lane.key === mine[0].key ? lane.vms : 0), 0);
+      const drawn = mine.length < whole.length ? `${mine.length} of ` : "";
+      setText(group.count, name === "_" ? String(vms) : `${drawn}${count(whole.length, "domain")}, ${count(vms, "VM")}`);
       const wanted = mine.map((lane) => {
         if (!this.rows.has(lane.lane)) this.rows.set(lane.lane, newRow());
         return this.rows.get(lane.lane).item;
@@ -116,6 +135,7 @@ export class Chart {
     setText(row.word, word);
     setText(row.detail, detail);
     row.now.dataset.state = lane.state || "";
+    row.now.dataset.late = model.standingIn(lane).some((each) => model.isLate(each)) ? "yes" : "no";
   }
 
   drawLane(row, lane, view, model) {
@@ -249,9 +269,25 @@ export class Chart {
   }
 }
 
+// Whether something is under way in a domain, or went wrong last.
+function happens(lane) {
+  const last = (lane.segments || []).at(-1);
+  return Boolean(lane.state || lane.standing || (last && last.state === "failed"));
+}
+
+// Whether the rollout that is shown ended, or halted, before its wave came to this domain.
+function unreached(lane, model) {
+  if (lane.waits != null && model.rollouts.some((each) => each.status === "halted" && (each.key || "update_domain") === lane.key)) return true;
+  const last = model.rollouts[0];
+  if (!last || last.status !== "aborted" || (last.key || "update_domain") !== lane.key) return false;
+  const mine = last.waves.filter((wave) => wave.domains[lane.set] === lane.domain);
+  return mine.length > 0 && mine.every((wave) => wave.status === "pending");
+}
+
 function present(lane, model) {
   const last = (lane.segments || []).at(-1);
-  if (!lane.state && lane.waits != null && model.rollouts.some((each) => each.status === "running" && (each.key || "update_domain") === lane.key)) return ["", `waits for wave ${lane.waits}`];
+  if (!lane.state && lane.waits != null && model.rollouts.some((each) => each.status === "running" && (each.key || "update_domain") === lane.key)) return ["", `waits for wave ${lane.waits + 1}`];
+  if (!lane.state && unreached(lane, model)) return ["", lane.waits == null ? "not reached" : `not reached (wave ${lane.waits + 1})`];
   if (!last) return ["", ""];
   if (lane.state === "frozen") return ["frozen", stillness(lane, last, model)];
   if (lane.state === "scheduled" && last.not_before) {
@@ -305,7 +341,7 @@ function busiest(lanes, most, model) {
     const last = (lane.segments || []).at(-1);
     return last ? (last.end ?? model.now() + 1) : 0;
   };
-  const chosen = new Set([...lanes].sort((a, b) => when(b) - when(a)).slice(0, most));
+  const chosen = new Set([...lanes].sort((a, b) => happens(b) - happens(a) || when(b) - when(a)).slice(0, most));
   return lanes.filter((lane) => chosen.has(lane));
 }
 

@@ -80,6 +80,12 @@ export class Model {
     return paused.since == null ? null : Math.max(0, this.asOf(paused) - paused.since);
   }
 
+  // Whether a VM stands still for longer than it may, as far as is known.
+  isLate(paused) {
+    const stood = this.stood(paused);
+    return stood != null && paused.budget != null && stood > paused.budget + 0.5;
+  }
+
   standingIn(lane) {
     return lane.state === "frozen" ? this.paused.filter((each) => each.set === lane.set && each.domain === lane.domain) : [];
   }

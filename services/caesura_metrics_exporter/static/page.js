@@ -2,7 +2,7 @@
 
 import { Chart, legend, setText } from "./chart.js";
 import { Model, clock, domainName, groupName, setName, time } from "./model.js";
-import { alarmRows, drawAlarms, drawLog, drawPauses, drawRollout, drawSegments, drawStanding } from "./tables.js";
+import { alarmRows, drawAlarms, drawLog, drawPauses, drawRollout, drawSegments, drawStanding, pinned } from "./tables.js";
 
 const POLL_MS = 5000; // where no stream is to be had
 const SILENT_MS = 15000; // three beats of the stream were missed
@@ -11,7 +11,7 @@ const find = (id) => document.getElementById(id);
 const calm = matchMedia("(prefers-reduced-motion: reduce)");
 
 const model = new Model();
-const chart = new Chart(find("chart"), find("tip"), find("more"));
+const chart = new Chart(find("chart"), find("tip"), { root: find("more"), text: find("more-text"), button: find("unfold") });
 legend(find("legend"));
 
 // -- the connection --------------------------------------------------------------------------------------
@@ -155,8 +155,16 @@ function drawMoving() {
   if (document.hidden) return;
   drawRollout(find("rollout-body"), find("numbers"), model);
   drawAlarms(find("alarms"), find("alarm-list"), rows, model);
+  drawPin(rows);
   drawStanding(find("standing-body"), find("standing-count"), model);
   chart.draw(model, set, span);
+}
+
+// What is worst, in sight where the alarms are scrolled away.
+function drawPin(rows) {
+  const pin = pinned(rows, model);
+  find("pin").hidden = !pin || find("alarms").getBoundingClientRect().bottom > 0;
+  setText(find("pin-text"), pin);
 }
 
 function offerSets() {
@@ -180,6 +188,10 @@ find("set").addEventListener("change", (event) => {
   set = event.target.value;
   drawChanged();
 });
+find("unfold").addEventListener("click", () => {
+  chart.unfolded = !chart.unfolded;
+  drawChanged();
+});
 find("view").addEventListener("submit", (event) => event.preventDefault());
 for (const each of document.querySelectorAll("input[name=span]")) {
   each.addEventListener("change", () => {
@@ -191,6 +203,7 @@ find("as-table").addEventListener("toggle", () => {
   if (find("as-table").open) drawSegments(find("segment-table"), model, set);
 });
 addEventListener("resize", drawMoving);
+addEventListener("scroll", () => model.heard && drawPin(alarmRows(model)), { passive: true });
 document.addEventListener("visibilitychange", drawMoving);
 
 const zone = Intl.DateTimeFormat().resolvedOptions().timeZone;

@@ -8,6 +8,11 @@ const WAVE_WORDS = { pending: "waits", verifying: "being verified", soaking: "so
 const WAVE_LOOK = { scheduled: "scheduled", started: "started", verifying: "resumed", soaking: "resumed", completed: "verified", failed: "failed", cancelled: "cancelled" };
 const LEVELS = { quiet: ["·", ""], good: ["✓", "well"], warning: ["!", "warning"], bad: ["✕", "bad"] };
 const MOST_ROWS = 60;
+const FEW_ROWS = 12; // where there are more than twice as many, the worst
+const MOST_WAVES = 12;
+const MOST_STANDING = 24;
+const MOST_NAMED = 3;
+const MOST_OTHERS = 20; // alarms of one kind, besides the first
 
 // Builds a node; strings become text. Attributes whose value is null are left out.
 export function h(name, attributes, ...children) {
@@ -56,7 +61,7 @@ function sentence(rollout, model) {
   if (!current) return "No wave is planned.";
   if (rollout.status === "halted") {
     const failed = rollout.waves.find((wave) => wave.status === "failed") || current;
-    return `Wave ${failed.wave} stopped the rollout; ${verified}. Nothing more starts until somebody resumes or aborts it.`;
+    return `Wave ${failed.wave + 1} stopped the rollout; ${verified}. Nothing more starts until somebody resumes or aborts it.`;
   }
   const standing = current.standing || 0;
   const seen = model.paused.some((each) => model.blindSince(each) == null);
@@ -69,14 +74,32 @@ function sentence(rollout, model) {
     const approved = current.events ? `, ${current.approved || 0} of ${current.events} approved` : "";
     what = `is announced: it starts ${left ? `within ${left} s` : "now"}${approved}`;
   }
-  return `Wave ${current.wave} ${what}; ${verified}.`;
+  return `Wave ${current.wave + 1} ${what}; ${verified}.`;
+}
+
+// Where there are many, those that are done and those that are to come are one each.
+function folded(all) {
+  if (all.length <= MOST_WAVES) return { before: [], shown: all, after: [] };
+  const current = all.findIndex((wave) => wave.status !== "completed");
+  const first = Math.max(0, Math.min((current < 0 ? all.length : current) - 1, all.length - (MOST_WAVES - 2)));
+  return { before: all.slice(0, first), shown: all.slice(first, first + MOST_WAVES - 2), after: all.slice(first + MOST_WAVES - 2) };
+}
+
+function several(list, look, word) {
+  const bar = element("svg", { class: `seg ${look}`, height: 8, width: "100%", "aria-hidden": "true" });
+  bar.append(element("rect", { class: "body", x: 0, y: 0, width: "100%", height: 8, rx: 2 }));
+  const range = list.length > 1 ? `${list[0].wave + 1} to ${list.at(-1).wave + 1}` : String(list[0].wave + 1);
+  return h("li", { class: "several" }, bar, h("b", {}, `${range} `), h("span", {}, word), h("small", {}, count(list.reduce((sum, wave) => sum + wave.vms, 0), "VM")));
 }
 
 function waves(rollout) {
+  const { before, shown, after } = folded(rollout.waves);
+  const reached = rollout.status === "halted" || rollout.status === "aborted" ? "not reached" : "wait";
   return h(
     "ol",
     { class: "waves", "aria-label": "Waves" },
-    rollout.waves.map((wave) => {
+    before.length ? several(before, "verified", "verified") : null,
+    shown.map((wave) => {
       const frozen = wave.status === "started" && wave.standing > 0;
       const look = frozen ? "frozen" : WAVE_LOOK[wave.status] || "pending";
       const bar = element("svg", { class: `seg ${look}`, height: 8, width: "100%", "aria-hidden": "true" });
@@ -84,8 +107,9 @@ function waves(rollout) {
       const names = Object.entries(wave.domains).map(([set, domain]) => (set.startsWith("_") ? setName(set) : `${set} ${domain}`));
       const more = wave.sets - names.length;
       const where = names.join(", ") + (more > 0 ? ` and ${more} more` : "");
-      return h("li", { title: wave.reason || null }, bar, h("b", {}, `${wave.wave} `), h("span", {}, frozen ? "frozen" : WAVE_WORDS[wave.status] || wave.status), h("small", {}, where));
+      return h("li", { title: wave.reason || null }, bar, h("b", {}, `${wave.wave + 1} `), h("span", {}, frozen ? "frozen" : wave.status === "pending" && reached !== "wait" ? reached : WAVE_WORDS[wave.status] || wave.status), h("small", {}, where));
     }),
+    after.length ? several(after, "pending", reached) : null,
   );
 }
 
@@ -95,16 +119,18 @@ function drawNumbers(list, model) {
   const blind = model.blindSince();
   const unseen = model.paused.length > 0 && model.paused.every((each) => model.blindSince(each) != null);
   const offline = fleet.hosts_offline || [];
+  const over = overdue(model).length;
+  const missing = offline.length > MOST_NAMED ? `${offline.slice(0, MOST_NAMED).join(", ")} and ${offline.length - MOST_NAMED} more` : offline.join(", ");
   const rows = [
-    [blind != null ? `Still at ${time(blind)}` : unseen ? "Stood still last" : "Standing still", String(fleet.paused), fleet.paused ? "ice" : ""],
+    [blind != null ? `Still at ${time(blind)}` : unseen ? "Stood still last" : "Standing still", String(fleet.paused), over ? "warn" : fleet.paused ? "ice" : "", over ? `${over} over budget` : ""],
     ["VMs", String(fleet.vms), ""],
     ["Update domains", `${fleet.domains}`, ""],
-    ["Hosts", offline.length ? `${fleet.hosts - offline.length} of ${fleet.hosts}` : String(fleet.hosts), offline.length ? "warn" : ""],
+    ["Hosts", offline.length ? `${fleet.hosts - offline.length} of ${fleet.hosts}` : String(fleet.hosts), offline.length ? "warn" : "", offline.length ? `without ${missing}` : ""],
     ["Coordinator", fleet.coordinator, fleet.coordinator === "online" ? "" : "warn"],
   ];
   replaceIfChanged(
     list,
-    rows.map(([name, value, look]) => h("div", { class: look || null }, h("dt", {}, name), h("dd", { class: /^[\d]/.test(value) ? null : "word" }, value))),
+    rows.map(([name, value, look, more]) => h("div", { class: look || null }, h("dt", {}, name), h("dd", { class: /^[\d]/.test(value) ? null : "word" }, value), more ? h("dd", { class: "sub" }, more) : null)),
   );
 }
 
@@ -133,17 +159,17 @@ export function alarmRows(model) {
     rows.push({ key: "broker", level: "bad", title: "The exporter is not connected to the broker", text, over: "The exporter is connected to the broker again" });
   }
   for (const each of model.rollouts) {
-    if (each.status === "halted") rows.push({ key: `halted ${each.rollout}`, level: "bad", title: "Rollout halted", text: each.reason || each.update });
+    if (each.status === "halted") rows.push({ key: `halted ${each.rollout}`, level: "bad", title: "Rollout halted", text: halt(each), pin: `Rollout halted: ${halt(each)}` });
   }
   const alarms = (fleet.alarms || []).map((each) => {
     const when = each.until == null ? `since ${time(each.at)}` : each.until > each.at ? `${time(each.at)} to ${time(each.until)}` : time(each.at);
-    return { key: `${each.rule} ${each.about} ${each.at}`, level: each.level, title: TITLES[each.rule] || each.rule, text: each.text, when, lasts: each.until == null };
+    return { rule: each.rule, key: `${each.rule} ${each.about} ${each.at}`, level: each.level, title: TITLES[each.rule] || each.rule, text: each.text, when, lasts: each.until == null };
   });
   rows.push(...alarms.filter((each) => each.lasts));
+  const late = new Set(overdue(model));
   const silent = new Map();
   for (const each of model.paused) {
-    const stood = model.stood(each);
-    if (stood != null && each.budget != null && stood > each.budget + 0.5) {
+    if (late.has(each)) {
       const text = `${each.vm} (${setName(each.set)}, domain ${each.domain}) on ${each.host}, budget ${each.budget} s`;
       rows.push({ key: `overdue ${each.vm} ${each.since}`, level: "bad", title: "Standing still beyond the budget", text });
     } else if (model.blindSince() == null && model.blindSince(each) != null) silent.set(each.host, [...(silent.get(each.host) || []), each]);
@@ -156,6 +182,25 @@ export function alarmRows(model) {
   return [...rows, ...alarms.filter((each) => !each.lasts)];
 }
 
+// What a halted rollout says of itself.
+function halt(rollout) {
+  const failed = rollout.waves.find((wave) => wave.status === "failed");
+  const where = `${rollout.update || "freeze on demand"}${failed ? `, wave ${failed.wave + 1}` : ""}`;
+  return rollout.reason ? `${where}: ${rollout.reason}` : where;
+}
+
+// VMs that stand still for longer than they may, as far as is known.
+export function overdue(model) {
+  return model.paused.filter((each) => model.isLate(each));
+}
+
+// What must stay in sight however far down one reads; empty if nothing must.
+export function pinned(rows, model) {
+  const halted = rows.find((row) => row.pin);
+  const late = overdue(model).length;
+  return [late ? `${count(late, "VM stands", "VMs stand")} still beyond the budget` : "", halted ? halted.pin : ""].filter(Boolean).join(" · ");
+}
+
 // What must have become of pauses that nothing more is heard of.
 function guards(model, paused) {
   if (!paused.length) return "";
@@ -166,19 +211,38 @@ function guards(model, paused) {
   return `. ${names} stood still then${last}`;
 }
 
+// One of each kind: the first of it in full, the others behind it.
 export function drawAlarms(section, list, rows, model) {
-  section.hidden = rows.length === 0;
-  const shown = rows.slice(0, 6).map(({ level, title, text, when }) => h("li", { class: level }, h("span", { class: "sign", "aria-hidden": "true" }, LEVELS[level][0]), h("p", {}, h("b", {}, title), " ", text), when ? h("small", {}, when) : null));
-  const more = rows.length - shown.length + ((model.fleet && model.fleet.alarms_more) || 0);
-  if (more) shown.push(h("li", { class: "warning" }, h("span", { class: "sign", "aria-hidden": "true" }, "!"), h("p", {}, `and ${more} more`)));
-  replaceIfChanged(list, shown);
+  const groups = new Map();
+  for (const row of rows) groups.set(row.title, [...(groups.get(row.title) || []), row]);
+  const counts = (model.fleet && model.fleet.alarms_by_rule) || {};
+  for (const rule of Object.keys(counts)) {
+    const title = TITLES[rule] || rule;
+    if (!groups.has(title)) groups.set(title, [{ rule, level: "warning", title, text: "" }]);
+  }
+  section.hidden = groups.size === 0;
+  const worst = (group) => (group.some((row) => row.level === "bad") ? "bad" : "warning");
+  replaceIfChanged(
+    list,
+    [...groups].map(([title, group]) => {
+      const [first, ...others] = group;
+      const total = Math.max(group.length, counts[first.rule] || 0);
+      const level = worst(group);
+      const more = total - 1 - Math.min(others.length, MOST_OTHERS);
+      const rest = total > 1 ? h("details", {}, h("summary", {}, `and ${count(total - 1, "more of the same", "more of the same")}`), h("ul", {}, others.slice(0, MOST_OTHERS).map((row) => h("li", {}, row.text, row.when ? `, ${row.when}` : ""))), more > 0 ? h("p", { class: "note" }, `and ${more} more`) : null) : null;
+      return h("li", { class: level }, h("span", { class: "sign", "aria-hidden": "true" }, LEVELS[level][0]), h("div", {}, h("p", {}, h("b", {}, title), total > 1 ? ` (${total}) ` : " ", first.text), rest), first.when ? h("small", {}, first.when) : null);
+    }),
+  );
 }
 
 // -- who stands still ------------------------------------------------------------------------------------
 
 export function drawStanding(root, counter, model) {
   const total = model.fleet ? model.fleet.paused : model.paused.length;
-  setText(counter, total ? count(total, "VM") : "");
+  const late = overdue(model).length;
+  setText(counter, total ? `${count(total, "VM")}${late ? `, ${late} over budget` : ""}` : "");
+  counter.classList.toggle("bad", late > 0);
+  root.closest("section").classList.toggle("calm", !model.paused.length);
   if (!model.paused.length) {
     replaceIfChanged(root, [h("p", { class: "empty" }, "No VM stands still.")]);
     return;
@@ -187,7 +251,7 @@ export function drawStanding(root, counter, model) {
   if (root.dataset.names !== names || !root.querySelector("li")) {
     root.dataset.names = names;
     delete root.dataset.hash;
-    const rows = model.paused.slice(0, 24).map((each) => {
+    const rows = model.paused.slice(0, MOST_STANDING).map((each) => {
       const bar = element("svg", { class: "meter", height: 6, width: "100%", "aria-hidden": "true" });
       bar.append(element("rect", { class: "rail", width: "100%", height: 6, rx: 3 }), element("rect", { class: "fill", width: 0, height: 6, rx: 3 }));
       const where = each.set.startsWith("_") ? each.host : `${each.set} ${each.domain} · ${each.host}`;
@@ -218,7 +282,9 @@ export function drawPauses(root, note, model, set) {
     replaceIfChanged(root, [h("p", { class: "empty" }, "No pause within the last hour.")]);
     return;
   }
-  const shown = lanes.slice(0, MOST_ROWS);
+  const many = lanes.length > 2 * FEW_ROWS && !set;
+  const wrong = (lane) => (lane.pauses.over ? 2 : 0) + (lane.unsynced ? 1 : 0);
+  const shown = many ? [...lanes].sort((a, b) => wrong(b) - wrong(a) || b.pauses.most - a.pauses.most).slice(0, FEW_ROWS) : lanes.slice(0, MOST_ROWS);
   const most = Math.max(...shown.map((lane) => Math.max(lane.budget || 0, lane.pauses.most)));
   const cut = shown.some((lane) => lane.pauses.count > lane.marks.length);
   setText(note, `scale 0 to ${seconds(most)}${cut ? "; of many, the worst are drawn" : ""}`);
@@ -245,7 +311,7 @@ export function drawPauses(root, note, model, set) {
       h("thead", { role: "rowgroup" }, h("tr", { role: "row" }, heads.map((head, index) => h("th", { scope: "col", role: "columnheader", class: index === 3 ? "wide" : null }, head)))),
       h("tbody", { role: "rowgroup" }, rows),
     ),
-    lanes.length > shown.length ? h("p", { class: "note" }, `and ${lanes.length - shown.length} more domains: choose a set above`) : null,
+    lanes.length > shown.length ? h("p", { class: "note" }, `${many ? "the worst first; " : ""}and ${lanes.length - shown.length} more domains: choose a set above`) : null,
     simulated ? h("p", { class: "note" }, "Guest clocks of process VMs are simulated: a frozen process still sees host time pass.") : null,
   ].filter(Boolean));
 }

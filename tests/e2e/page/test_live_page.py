@@ -53,10 +53,10 @@ async def test_it_follows_a_rollout_to_its_end_and_over_a_restart(
     await wide.until("document.querySelectorAll('.standing li').length === 2")
     assert "2 VMs" in await wide.text("#standing-count")
     assert (await wide.text("#rollout-title")).startswith("patch")
-    assert "Wave 0 is under way: 2 VMs stand still" in await wide.text(".line")
+    assert "Wave 1 is under way: 2 VMs stand still" in await wide.text(".line")
     assert await wide.states("web/ud/0") == ["scheduled", "started", "frozen"]
     await wide.until("document.getElementById('say').textContent.includes('frozen: web domain 0')")
-    assert "waits for wave 1" in await wide.text(".lane:nth-child(2) .now")
+    assert "waits for wave 2" in await wide.text(".lane:nth-child(2) .now")
 
     state = await stage.ended(rollout)
     assert state.status == "completed", state.reason

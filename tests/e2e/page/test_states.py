@@ -57,14 +57,14 @@ async def _freeze(booth: Any, vm: str, domain: int) -> None:
 
 
 async def test_hostile_text_is_text(booth: Any, visit: Callable[..., Any]) -> None:
-    await booth.post.send(_rollout(_MARKUP[:63], "halted", _MARKUP), rollout="r1")
+    # The name of an update cannot be hostile: the contract allows letters, digits, _ and -.
+    await booth.post.send(_rollout(status="halted", reason=_MARKUP), rollout="r1")
     refused = m.RequestAnswered(request="q", accepted=False, reason=_MARKUP)
     await booth.post.send(refused, client="c")
     visited = await visit(booth.url)
     await visited.until(
         "document.querySelector('.log tbody') !== null && document.querySelector('.chip') !== null"
     )
-    assert _MARKUP[:63] in await visited.text("#rollout-title")
     assert _MARKUP in await visited.text("#alarms")
     assert _MARKUP in await visited.text("#log-body")
     await visited.page.focus("g.seg[tabindex='0']")
@@ -147,7 +147,9 @@ async def test_a_large_fleet_is_cut_and_can_be_chosen_from(booth: Any, visit: Ca
     visited = await visit(booth.url, width=1600)
     await visited.until("document.querySelectorAll('#set option').length === 101")
     await visited.until("document.getElementById('more').textContent.includes('of 2000 domains')")
-    assert await visited.page.locator(".lane").count() == 60
+    assert await visited.page.locator(".lane").count() == 12, "nothing happens in any of them"
+    await visited.page.click("#unfold")
+    await visited.until("document.querySelectorAll('.lane').length === 60")
     await visited.page.select_option("#set", "set-42")
     await visited.until("document.querySelectorAll('.lane').length === 20")
     assert await visited.page.is_hidden("#more")

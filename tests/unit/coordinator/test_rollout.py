@@ -683,6 +683,15 @@ def test_abort_works_in_every_other_state(stage: str, two_hosts: Fleet, authorit
     assert len(story.ends()) == sum(bool(wave.events) for wave in story.rollout.waves)
 
 
+def test_an_abort_keeps_why_the_rollout_had_halted(story: Story) -> None:
+    story.started().report("failed", "the disk of h1 is full")
+    halted = story.rollout.reason
+    assert "the disk of h1 is full" in halted
+    story.give(Abort(reason="not tonight"))
+    assert story.rollout.reason == f"aborted: not tonight; it had halted: {halted}"
+    assert "the disk of h1 is full" in story.rollout.waves[0].reason
+
+
 def test_illegal_requests_name_both_states(story: Story) -> None:
     with pytest.raises(IllegalTransition, match="'running' to 'running'"):
         story.give(Resume())

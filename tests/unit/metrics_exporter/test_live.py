@@ -174,13 +174,13 @@ def test_a_lane_walks_through_the_states_and_ends_with_the_rollout(story: Story)
     assert pauses is not None
     assert (pauses.count, pauses.least, pauses.median, pauses.most) == (1, 2.0, 2.0, 2.0)
     assert [line.what for line in story.snapshot().log] == [
-        "wave 0 scheduled",
-        "wave 0 started",
+        "wave 1 scheduled",
+        "wave 1 started",
         "frozen",
         "resumed",
-        "wave 0 verifying",
-        "wave 0 soaking",
-        "wave 0 completed",
+        "wave 1 verifying",
+        "wave 1 soaking",
+        "wave 1 completed",
         "rollout completed",
     ]
 

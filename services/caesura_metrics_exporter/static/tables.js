@@ -198,7 +198,7 @@ export function overdue(model) {
 export function pinned(rows, model) {
   const halted = rows.find((row) => row.pin);
   const late = overdue(model).length;
-  return [late ? `${count(late, "VM stands", "VMs stand")} still beyond the budget` : "", halted ? halted.pin : ""].filter(Boolean).join(" · ");
+  return [late ? `${count(late, "VM")} paused beyond the budget` : "", halted ? halted.pin : ""].filter(Boolean).join(" · ");
 }
 
 // What must have become of pauses that nothing more is heard of.

@@ -131,7 +131,7 @@ async def test_300_vms_of_which_a_third_is_beyond_its_budget(
     assert "1 of 3 domains, 15 VMs" in await visited.text(".set h3")
     await visited.page.evaluate("scrollTo(0, document.documentElement.scrollHeight)")
     await visited.until("!document.getElementById('pin').hidden")
-    assert "100 VMs stand still beyond the budget" in await visited.text("#pin")
+    assert "100 VMs paused beyond the budget" in await visited.text("#pin")
     assert await visited.page.evaluate("document.documentElement.scrollWidth") <= width
     looked, poor = await poor_contrast(visited.page)
     assert looked > 40

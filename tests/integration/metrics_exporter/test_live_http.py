@@ -439,7 +439,7 @@ async def test_the_page_needs_nothing_from_elsewhere(scene: Scene) -> None:
     assert wants.inline == []
     files = {path for path in wants.paths if path.startswith("page/")}
     assert {"page/page.js", "page/style.css", "page/mark.svg"} <= files
-    assert wants.paths - files == {"#lanes", "live/state", "metrics"}
+    assert wants.paths - files == {"#lanes", "#alarms", "live/state", "metrics"}
     found = set()
     for name in ("page.js", "model.js", "chart.js", "tables.js", "style.css", "mark.svg"):
         body = await (await scene.session.get(f"/page/{name}")).text()

@@ -8,19 +8,20 @@ from caesura.contract.access import Principal, access_rules
 from caesura.contract.names import is_name, own_set
 from caesura_ctl.names import read_set
 
-_PARTIES = {
-    "coordinator": (0, 1),
-    "exporter": (0, 1),
-    "host": (1, 1),
-    "metadata": (1, 1),
-    "ctl": (1, 1),
-    "vm": (1, 2),
+_FORMS = {
+    "coordinator": "coordinator[:NAME]",
+    "exporter": "exporter[:NAME]",
+    "host": "host:NAME[:VM,VM...]",
+    "metadata": "metadata:NAME[:VM,VM...]",
+    "ctl": "ctl:NAME",
+    "vm": "vm:NAME[:SET[:HOST]]",
 }
-"""Party to how many names follow it, at least and at most; a VM's second one is its set."""
+"""Party to how it is written; a list of VMs is what a host has, or what a publisher serves."""
 
 _EPILOG = """\b
 examples:
   caesura acl coordinator exporter metadata:fleet host:host-1 vm:web-1:web ctl:ops > acl
+  caesura acl host:host-1:web-1,web-2 metadata:host-1:web-1,web-2 vm:web-1:web:host-1
   caesura acl --users vm:web-1:web host:host-1
 
 \b
@@ -30,22 +31,43 @@ exit codes:
 
 
 class _PrincipalParam(click.ParamType[Principal]):
-    name = "party[:name[:set]]"
+    name = "party[:name[:...]]"
 
     def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> Principal:
         if isinstance(value, Principal):
             return value
-        party, *names = str(value).split(":")
-        if party not in _PARTIES:
-            self.fail(f"{party!r} is none of {', '.join(_PARTIES)}", param, ctx)
-        least, most = _PARTIES[party]
-        names[1:] = map(read_set, names[1:])
-        if not least <= len(names) <= most or not all(is_name(name) for name in names):
-            example = f"{party}[:NAME]" if least == 0 else f"{party}:NAME" + ("[:SET]" if most == 2 else "")
-            self.fail(f"{value!r} should look like {example}, names of A-Z a-z 0-9 _ -", param, ctx)
-        if party == "vm" and len(names) == 1:
-            names.append(own_set(names[0]))
-        return Principal(party, *names)  # type: ignore[arg-type]  # one of _PARTIES, checked above
+        party, *words = str(value).split(":")
+        if party not in _FORMS:
+            self.fail(f"{party!r} is none of {', '.join(_FORMS)}", param, ctx)
+        made = _principal(party, words)
+        if made is None:
+            self.fail(
+                f"{value!r} should look like {_FORMS[party]}, names of A-Z a-z 0-9 _ -",
+                param,
+                ctx,
+            )
+        return made
+
+
+def _principal(party: str, words: list[str]) -> Principal | None:
+    """What the words after the party say; None where they say nothing that makes sense."""
+    name, set_name, host = (*words, "", "", "")[:3]
+    vms: tuple[str, ...] = ()
+    match party, len(words):
+        case (("coordinator" | "exporter"), 0):
+            return Principal(party)
+        case (("coordinator" | "exporter" | "ctl"), 1):
+            pass
+        case (("host" | "metadata"), 1 | 2):
+            vms, set_name = tuple(set_name.split(",")) if len(words) == 2 else (), ""
+        case "vm", 1 | 2 | 3:
+            set_name = read_set(set_name) if len(words) > 1 else own_set(name)
+        case _:
+            return None
+    names = [name, *vms, *([set_name] if party == "vm" else []), *([host] if len(words) == 3 else [])]
+    if not all(is_name(each) for each in names):
+        return None
+    return Principal(party, name, set_name, host, vms)
 
 
 @click.command(epilog=_EPILOG)
@@ -54,9 +76,10 @@ class _PrincipalParam(click.ParamType[Principal]):
 def acl(principals: tuple[Principal, ...], *, users: bool) -> None:
     """Print the broker's access rules (Mosquitto acl_file) for the users of a fleet.
 
-    Each PRINCIPAL is coordinator, exporter, host:NAME, vm:NAME[:SET], metadata:NAME or ctl:NAME; its user
-    name at the broker is party_name. A standby coordinator or a second exporter has a name, too:
-    coordinator:standby. Whoever is not named may do nothing.
+    Each PRINCIPAL is coordinator, exporter, host:NAME[:VM,VM...], vm:NAME[:SET[:HOST]], metadata:NAME[:VM,VM...]
+    or ctl:NAME; its user name at the broker is party_name. A standby coordinator or a second exporter has a name,
+    too: coordinator:standby. VMs bind a host or a publisher to them, a HOST binds a VM to it: it then gets clock
+    answers from no other. Whoever is not named may do nothing.
     """
     if users:
         for each in principals:

@@ -11,15 +11,21 @@ from collections.abc import Iterable, Mapping
 
 import msgspec
 
-from caesura.contract.topics import CHANNELS, Party
+from caesura.contract.topics import CHANNELS, Channel, Party
 
 
 class Principal(msgspec.Struct, frozen=True):
-    """A user at the broker: which party it is, its instance (host, VM, publisher or client name), its set."""
+    """A user at the broker: which party it is, its instance (host, VM, publisher or client name), its set.
+
+    ``host`` of a VM: where it runs, if it never moves. ``vms`` of a publisher: those that it serves. Each narrows what the
+    user may do; empty: any.
+    """
 
     party: Party
     instance: str = ""
     set: str = ""
+    host: str = ""
+    vms: tuple[str, ...] = ()
 
     @property
     def username(self) -> str:
@@ -52,10 +58,19 @@ def writable(principal: Principal) -> list[str]:
     if principal.party in _OWN_PARAMETER:
         own[_OWN_PARAMETER[principal.party]] = principal.instance
     return [
-        channel.filter(**{name: own[name] for name in channel.parameters if name in own})
+        filled
         for channel in CHANNELS
-        if channel.writer == principal.party
+        if channel.writer == principal.party and not channel.deprecated
+        for filled in _for_each_vm(channel, principal, own)
     ]
+
+
+def _for_each_vm(channel: Channel, principal: Principal, own: Mapping[str, str]) -> list[str]:
+    """The channel's filter, or one for each VM that the principal is bound to."""
+    known = {name: own[name] for name in channel.parameters if name in own}
+    if "vm" in channel.parameters and principal.vms:
+        return [channel.filter(**known, vm=vm) for vm in principal.vms]
+    return [channel.filter(**known)]
 
 
 def readable(principal: Principal) -> list[str]:
@@ -63,8 +78,8 @@ def readable(principal: Principal) -> list[str]:
     known = {}
     if principal.instance and principal.party in _OWN_PARAMETER:
         known[_OWN_PARAMETER[principal.party]] = principal.instance
-    if principal.party == "vm" and principal.set:
-        known["set"] = principal.set
+    if principal.party == "vm":
+        known |= {name: value for name, value in (("set", principal.set), ("host", principal.host)) if value}
     found = []
     for channel in CHANNELS:
         if principal.party in channel.readers:

@@ -331,4 +331,8 @@ def examples() -> list[Example]:
         ),
         Example(m.AbortRequested(request="r-3", rollout=_ROLLOUT, reason="wrong update"), {"client": "ops"}),
         Example(m.ResumeRequested(request="r-4", rollout=_ROLLOUT), {"client": "ops"}),
+        Example(m.VmOwner(vm="web-1", host="host-1", epoch=3, contested_by=("host-2",)), {"vm": "web-1"}),
+        Example(
+            m.VmApproved(event_id=_EVENT, set="web", vm="web-1", at=_T0), {"instance": "fleet", "vm": "web-1"}
+        ),
     ]

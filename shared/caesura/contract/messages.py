@@ -323,6 +323,23 @@ class CoordinatorPresence(Message, frozen=True, kw_only=True):
     online: bool
 
 
+MOST_RIVALS = 16
+
+
+class VmOwner(Message, frozen=True, kw_only=True):
+    """Which host a VM belongs to. Retained; removed when no host names the VM any more. Only this host's word about it counts."""
+
+    TYPE: ClassVar[str] = "caesura.vm.owner.v1"
+
+    vm: Name
+    host: OptionalName
+    """Empty: several hosts name it and none has it on record, so it belongs to nobody."""
+    epoch: Annotated[int, Meta(ge=0, le=EPOCH_MOST)]
+    """Of the coordinator that made the record: of two records the one of the higher epoch is the newer."""
+    contested_by: Annotated[tuple[Name, ...], Meta(max_length=MOST_RIVALS)] = ()
+    """Hosts that name the VM though it is not theirs."""
+
+
 # --- scheduled events ------------------------------------------------------------------------------------
 
 
@@ -385,6 +402,12 @@ class EventApproved(Message, frozen=True, kw_only=True):
     set: Name
     vm: Name
     at: Instant
+
+
+class VmApproved(EventApproved, frozen=True, kw_only=True):
+    """The same, on a topic that names the VM: so that the broker's access rules can say for whom a publisher may approve."""
+
+    TYPE: ClassVar[str] = "caesura.vm.approved.v1"
 
 
 # --- commands and reports --------------------------------------------------------------------------------
@@ -634,6 +657,8 @@ class AgentClockSynced(Message, frozen=True, kw_only=True):
     exchanges: Count = 0
     simulated: bool = False
     reason: Text = ""
+    refused_step_s: float | None = None
+    """Guest minus host, seconds: the clock is so far off that the agent does not step it outside a resume. None: nothing was refused."""
     canary: CanaryReport | None = None
     """After a resume, if the agent holds one: the same message once more, when its pages were compared."""
 

@@ -35,6 +35,8 @@ class Channel(msgspec.Struct, frozen=True, kw_only=True):
     readers: tuple[Party, ...]
     retain: bool = False
     qos: Literal[0, 1] = 1
+    deprecated: bool = False
+    """Read from those who have not been upgraded; this version writes it no more, and its access rules let nobody write it."""
     summary: str
 
     @property
@@ -239,7 +241,8 @@ CHANNELS: tuple[Channel, ...] = (
         message=m.EventApproved,
         writer="metadata",
         readers=("coordinator", "exporter"),
-        summary="A workload approved an event; repeated until the document shows it.",
+        deprecated=True,
+        summary="The same without the VM in the topic; written by publishers of before.",
     ),
     # -- ctl: written by an operator's client --
     Channel(
@@ -269,6 +272,22 @@ CHANNELS: tuple[Channel, ...] = (
         writer="ctl",
         readers=("coordinator",),
         summary="Go on with a halted rollout.",
+    ),
+    # -- later rows: each golden payload is numbered by its row --
+    Channel(
+        address=f"{PREFIX}/fleet/vm/{{vm}}/owner",
+        message=m.VmOwner,
+        writer="coordinator",
+        readers=("vm", "host", "metadata", "ctl", "exporter", "coordinator"),
+        retain=True,
+        summary="Which host the VM belongs to; nobody else's word about it counts.",
+    ),
+    Channel(
+        address=f"{PREFIX}/metadata/{{instance}}/vm/{{vm}}/approval",
+        message=m.VmApproved,
+        writer="metadata",
+        readers=("coordinator", "exporter"),
+        summary="A workload in the VM approved an event; repeated until the document shows it.",
     ),
 )
 

@@ -1,0 +1,189 @@
+"""Whose VM is it: the fold of the coordinator's records and the hosts' inventories. Pure.
+
+A VM belongs to the host that the coordinator has on record, and nobody else's word about it counts. Inventories are
+retained, and arrive in any order, so neither the first nor the last one decides. Where there is no record (yet, or with
+a coordinator that writes none), a VM belongs to the only host that names it, and to nobody when there are several.
+
+Every message costs in its own size, whatever the size of the fleet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import msgspec
+
+from caesura.contract.messages import HostInventory, VmRecord
+
+
+class Ownership:
+    """Records, inventories as they were received, and inventories as they count: each host's own VMs only."""
+
+    def __init__(self) -> None:
+        self._records: dict[str, str] = {}
+        """VM to its host; an empty one is a record, too: several hosts name the VM, and none has it."""
+        self._recorded: dict[str, set[str]] = {}
+        """Host to the VMs that it has on record."""
+        self._inventories: dict[str, HostInventory] = {}
+        self._named: dict[str, dict[str, VmRecord]] = {}
+        self._namers: dict[str, set[str]] = {}
+        self._contested: set[str] = set()
+
+    # -- in: each gives back the inventories that count differently now ------------------------------------
+
+    def take_inventory(self, inventory: HostInventory) -> list[HostInventory]:
+        """A host says what it has; first in the answer is what counts of it."""
+        host = inventory.host
+        before = self._named.get(host, {})
+        after = {record.vm: record for record in inventory.vms}
+        self._inventories[host] = inventory
+        self._named[host] = after
+        others = self._rename(host, before.keys() - after.keys(), after.keys() - before.keys())
+        return [self.judged(host), *map(self.judged, sorted(others - {host}))]
+
+    def forget_host(self, host: str) -> list[HostInventory]:
+        """A host's inventory was removed. What it has on record it keeps, until the coordinator says otherwise."""
+        self._inventories.pop(host, None)
+        others = self._rename(host, self._named.pop(host, {}).keys(), ())
+        return [*map(self.judged, sorted(others - {host}))]
+
+    def take_record(self, vm: str, host: str | None) -> list[HostInventory]:
+        """The coordinator says whose a VM is: a host's, nobody's (empty), or that it has no record any more (None)."""
+        before = self.owner_of(vm)
+        old = self._records.pop(vm, "")
+        self._recorded.get(old, set()).discard(vm)
+        if host is not None:
+            self._records[vm] = host
+            if host:
+                self._recorded.setdefault(host, set()).add(vm)
+        self._look(vm)
+        after = self.owner_of(vm)
+        if before == after:
+            return []
+        return [*map(self.judged, sorted({before, after} & self.namers(vm)))]
+
+    # -- out -----------------------------------------------------------------------------------------------
+
+    def owner_of(self, vm: str) -> str:
+        """The host that the VM belongs to; empty when that is nobody, or when the VM is not known."""
+        recorded = self._records.get(vm)
+        if recorded is not None:
+            return recorded
+        namers = self._namers.get(vm, ())
+        return next(iter(namers)) if len(namers) == 1 else ""
+
+    def may_speak(self, host: str, vm: str) -> bool:
+        """Whether the host's word about this VM counts. About a VM that nobody has named yet, everybody's does."""
+        if vm not in self._records and vm not in self._namers:
+            return True
+        return self.owner_of(vm) == host
+
+    def judged(self, host: str) -> HostInventory:
+        """The host's inventory with its own VMs only.
+
+        Raises:
+            KeyError: it has reported none.
+        """
+        inventory = self._inventories[host]
+        own = tuple(record for record in inventory.vms if self.owner_of(record.vm) == host)
+        if len(own) == len(inventory.vms):
+            return inventory
+        return msgspec.structs.replace(inventory, vms=own)
+
+    def record(self, vm: str) -> str | None:
+        """What the coordinator has on record, None for nothing."""
+        return self._records.get(vm)
+
+    def recorded(self, host: str) -> frozenset[str]:
+        """The VMs that the host has on record."""
+        return frozenset(self._recorded.get(host, ()))
+
+    def namers(self, vm: str) -> set[str]:
+        """The hosts whose inventory names the VM."""
+        return set(self._namers.get(vm, ()))
+
+    def names(self, host: str, vm: str) -> bool:
+        """Whether the host's inventory names the VM."""
+        return vm in self._named.get(host, {})
+
+    def reported(self, host: str) -> bool:
+        """Whether there is an inventory of the host."""
+        return host in self._inventories
+
+    def rivals(self, vm: str) -> tuple[str, ...]:
+        """The hosts that name the VM and do not have it."""
+        return tuple(sorted(self.namers(vm) - {self.owner_of(vm)}))
+
+    @property
+    def contested(self) -> frozenset[str]:
+        """The VMs that have rivals."""
+        return frozenset(self._contested)
+
+    def foreign(self) -> Mapping[str, int]:
+        """Every host that has reported to how many VMs it names that are not its own."""
+        found = dict.fromkeys(self._inventories, 0)
+        for vm in self._contested:
+            for host in self.rivals(vm):
+                found[host] += 1
+        return found
+
+    # -- inside --------------------------------------------------------------------------------------------
+
+    def _rename(self, host: str, gone: Iterable[str], new: Iterable[str]) -> set[str]:
+        """Keep the index; the hosts for whom a VM counts differently without a record."""
+        others: set[str] = set()
+        gone, new = set(gone), set(new)
+        for vm in gone | new:
+            before = self.owner_of(vm)
+            namers = self._namers.setdefault(vm, set())
+            if vm in new:
+                namers.add(host)
+            else:
+                namers.discard(host)
+            after = self.owner_of(vm)
+            if before != after:
+                others |= {before, after} & namers
+            if not namers:
+                del self._namers[vm]
+            self._look(vm)
+        return others
+
+    def _look(self, vm: str) -> None:
+        if self.rivals(vm):
+            self._contested.add(vm)
+        else:
+            self._contested.discard(vm)
+
+
+def settle(ownership: Ownership, vms: Iterable[str], online: Mapping[str, bool]) -> dict[str, str | None]:
+    """The records that must change among these VMs, so that each belongs to the host that has it until that one releases it.
+
+    A host has released a VM when it is online and its inventory does not list it any more. What is released, or was on
+    no record, goes to the only host that names it; where several do, to none of them.
+
+    Args:
+        online: host to whether its updater is on the bus; unknown counts as no.
+    """
+    changes: dict[str, str | None] = {}
+    for vm in vms:
+        host = ownership.record(vm)
+        if host:
+            released = online.get(host, False) and ownership.reported(host) and not ownership.names(host, vm)
+            if not released:
+                continue
+        namers = ownership.namers(vm)
+        wanted = "" if len(namers) > 1 else next(iter(namers), None)
+        if wanted != host:
+            changes[vm] = wanted
+    return changes
+
+
+def conflict(owner: str, rivals: Iterable[str]) -> str:
+    """What is wrong with a contested VM, in words that say what to do."""
+    named = ", ".join(rivals)
+    if owner:
+        return (
+            f"it belongs to {owner}, and {named} names a VM of this name, too: rename one, or take it out of one host's "
+            "host file"
+        )
+    return f"{named} all name a VM of this name, and none has it on record: rename one, or take it out of the others' host files"

@@ -14,10 +14,23 @@ import msgspec
 from caesura.contract.messages import HostInventory, PlannedVm, VmRecord
 
 
+class Contested(msgspec.Struct, frozen=True, kw_only=True):
+    """A VM that several hosts name."""
+
+    record: VmRecord
+    """As ``host`` describes it."""
+    host: str
+    """The one it belongs to; if that is nobody, one that names it."""
+    reason: str
+
+
 class Fleet(msgspec.Struct, frozen=True, kw_only=True):
     """The latest inventory of every host by name, and which hosts and agents are on the bus."""
 
     inventories: Mapping[str, HostInventory] = {}
+    """With the VMs that belong to the host, and no others."""
+    contested: Mapping[str, Contested] = {}
+    """For a plan: the VMs that stay as they are because it is not clear whose they are."""
     hosts_online: Mapping[str, bool] = {}
     agents_online: Mapping[str, bool] = {}
     commanded: Mapping[str, str] = {}
@@ -28,6 +41,15 @@ class Fleet(msgspec.Struct, frozen=True, kw_only=True):
     def with_inventory(self, inventory: HostInventory) -> Fleet:
         """This fleet with a host's newer inventory."""
         return msgspec.structs.replace(self, inventories={**self.inventories, inventory.host: inventory})
+
+    def with_inventories(self, inventories: Iterable[HostInventory]) -> Fleet:
+        """This fleet with these hosts' newer inventories."""
+        newer = {each.host: each for each in inventories}
+        return msgspec.structs.replace(self, inventories={**self.inventories, **newer}) if newer else self
+
+    def with_contested(self, contested: Mapping[str, Contested]) -> Fleet:
+        """This fleet with the VMs that several hosts name."""
+        return msgspec.structs.replace(self, contested=contested)
 
     def with_host(self, host: str, *, online: bool) -> Fleet:
         """This fleet with a host's presence."""

@@ -55,7 +55,7 @@ def make_plan(
     Every refusal names what is in the way; a plan with refusals must not be started. One with neither waves nor
     refusals has nothing to do: all that was selected has the update.
     """
-    refusals = [*_unknown_names(fleet, selection, limits), *_duplicate_vms(fleet)]
+    refusals = [*_unknown_names(fleet, selection, limits), *_contested_vms(fleet, selection)]
     record, update_refusals = (HOLD, []) if hold_s else _definition(fleet, update, selection)
     refusals += update_refusals
     if record is None or refusals:
@@ -153,7 +153,7 @@ def _unknown_names(fleet: Fleet, selection: Selection, limits: Limits) -> Iterab
     known = {
         "host": sorted(fleet.inventories),
         "set": sorted({vm.set for _, vm in fleet.vms()}),
-        "VM": sorted({vm.vm for _, vm in fleet.vms()}),
+        "VM": sorted({vm.vm for _, vm in fleet.vms()} | fleet.contested.keys()),
     }
     canary = (limits.canary_host,) if limits.canary_host else ()
     for kind, names in (
@@ -172,14 +172,11 @@ def _unknown_names(fleet: Fleet, selection: Selection, limits: Limits) -> Iterab
         )
 
 
-def _duplicate_vms(fleet: Fleet) -> Iterable[Refusal]:
-    seen: dict[str, str] = {}
-    for host, vm in fleet.vms():
-        if vm.vm in seen and seen[vm.vm] != host:
-            yield Refusal(
-                subject=vm.vm, reason=f"the VM name is used on {seen[vm.vm]} and on {host}: rename one"
-            )
-        seen[vm.vm] = host
+def _contested_vms(fleet: Fleet, selection: Selection) -> Iterable[Refusal]:
+    """Who names a VM that several hosts have is told so; whoever does not gets a plan without it."""
+    for name in selection.vms:
+        if name in fleet.contested:
+            yield Refusal(subject=name, reason=fleet.contested[name].reason)
 
 
 def _definition(fleet: Fleet, update: str, selection: Selection) -> tuple[UpdateRecord | None, list[Refusal]]:
@@ -368,6 +365,9 @@ def _members(
                 proofs=planned_proofs(vm, method, policy, expected_s),
             )
             skip, why = passed.get((host, vm.vm), ("", ""))
+            if not skip and vm.vm in fleet.contested and record.scope == "vm":
+                # A pause of the whole host cannot leave it out, and is not another host's business to prevent.
+                skip, why = "contested", fleet.contested[vm.vm].reason
             if not skip and vm.state == "stopped":
                 skip, why = "stopped", "the VM is stopped"
             if skip:
@@ -382,6 +382,7 @@ def _members(
                 members.append(
                     Member(host=host, vm=vm, planned=planned, domain=domain_of(vm, policy.domain_key))
                 )
+    skipped += _ownerless(fleet, hosts, selection)
     # Hosts of a selected set that lack the update keep theirs: named, so that nobody thinks they were done.
     for host, vm in fleet.vms():
         everything = not (selection.hosts or selection.sets or selection.vms)
@@ -402,6 +403,28 @@ def _members(
                 )
             )
     return members, skipped, refusals
+
+
+def _ownerless(fleet: Fleet, hosts: Sequence[str], selection: Selection) -> Iterable[PlannedVm]:
+    """The VMs of the selection that belong to no host, since several name them."""
+    everything = not (selection.hosts or selection.sets or selection.vms)
+    owned = {vm.vm for _, vm in fleet.vms()}
+    for name, contested in fleet.contested.items():
+        vm = contested.record
+        chosen = everything or vm.set in selection.sets or contested.host in selection.hosts
+        if chosen and name not in owned and contested.host in hosts:
+            yield PlannedVm(
+                vm=name,
+                set=vm.set,
+                update_domain=vm.update_domain,
+                fault_domain=vm.fault_domain,
+                host=contested.host,
+                method="skip",
+                reason=contested.reason,
+                agent=vm.agent,
+                clock=vm.clock,
+                skip="contested",
+            )
 
 
 def _method(vm: VmRecord, record: UpdateRecord, *, hold_s: float) -> tuple[Method, str]:

@@ -25,6 +25,7 @@ from caesura_coordinator.book import Book
 from caesura_coordinator.commands import due_commands
 from caesura_coordinator.fleet import Fleet
 from caesura_coordinator.inputs import Abort, Approve, Authority, Input, Resume, Tick
+from caesura_coordinator.owners import Owners
 from caesura_coordinator.plan import make_plan, most_targets, nothing_to_do, sets_of
 from caesura_coordinator.records import largest_state, new_rollout
 from caesura_coordinator.rollout import RESTART_GRACE_S
@@ -78,6 +79,8 @@ def subscriptions() -> list[str]:
         m.SetDocument,
         m.RolloutState,
         m.CoordinatorPresence,
+        m.VmOwner,
+        m.VmApproved,
         m.RolloutRequested,
         m.FreezeRequested,
         m.AbortRequested,
@@ -119,6 +122,7 @@ class Coordinator:
         self.post = Post(bus, f"/caesura/{instance}", on_refused=self._on_refused)
         self.book = Book(store, now())
         self.fleet = Fleet()
+        self.owners = Owners(store)
         self.authority = Authority(coordinator=f"{instance}-{new_id()[:8]}", epoch=0)
         self._claimed = False
         self._announced: list[int] = []
@@ -135,11 +139,13 @@ class Coordinator:
         """Rollout to why its last step failed: said once, not with every message."""
         self._outbox_filled = asyncio.Event()
         self._changed = asyncio.Event()
+        self._owners_changed = asyncio.Event()
         self._superseded: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._last_sent: dict[tuple[str, str], float] = {}
         for kind, receiver in self._receivers():
             self.post.on(kind, receiver)
         self.post.on_cleared(m.HostInventory, self._on_host_removed)
+        self.post.on_cleared(m.VmOwner, self._on_owner_removed)
 
     def tasks(self) -> dict[str, Callable[[], Awaitable[None]]]:
         """Name to eternal task, for ``serve``."""
@@ -149,6 +155,7 @@ class Coordinator:
             "outbox": self._outbox,
             "authority": self._watch_authority,
             "presence": self._keep_announcing,
+            "owners": self._publish_owners,
         }
 
     async def drain(self) -> None:
@@ -175,6 +182,8 @@ class Coordinator:
             _log.warning("coordinator.waiting_for_broker", why=self.bus.stats.last_error)
         await self._settled()
         self._claim()
+        self.fleet = self.fleet.with_inventories(self.owners.lead(self.authority.epoch))
+        self._owners_changed.set()
         documents, self._early_documents = self._early_documents, {}
         for document, source in documents.values():
             self._take_document(document, source)
@@ -230,6 +239,8 @@ class Coordinator:
             self.fleet = self.fleet.with_return(self._now() + timedelta(seconds=RESTART_GRACE_S))
         if not self.leads:
             return
+        self.owners.reconnected()
+        self._owners_changed.set()
         await self._announce()
         await self._republish()
 
@@ -299,6 +310,8 @@ class Coordinator:
             (m.VmClockSynced, self._on_fact),
             (m.VmReady, self._on_fact),
             (m.EventApproved, self._on_approval),
+            (m.VmApproved, self._on_approval),
+            (m.VmOwner, self._on_owner),
             (m.RolloutRequested, self._on_request),
             (m.FreezeRequested, self._on_request),
             (m.AbortRequested, self._on_request),
@@ -321,8 +334,10 @@ class Coordinator:
                 ours=self.authority.epoch,
                 advice=ABOVE_OURS,
             )
-        self.fleet = self.fleet.with_inventory(inventory)
-        self._open_sets(vm.set for vm in inventory.vms)
+        counting = self.owners.reported(inventory)
+        self.fleet = self.fleet.with_inventories(counting)
+        self._owners_changed.set()
+        self._open_sets(vm.set for each in counting for vm in each.vms)
         self._changed.set()
 
     async def _on_host_removed(self, parameters: Mapping[str, str]) -> None:
@@ -331,13 +346,24 @@ class Coordinator:
         if self.fleet.is_online(host):
             _log.warning("host.not_forgotten", host=host, why="it is on the bus, and reports again")
             return
-        self.fleet = self.fleet.without_host(host)
+        self.fleet = self.fleet.without_host(host).with_inventories(self.owners.forgotten(host))
+        self._owners_changed.set()
         _log.info("host.forgotten", host=host)
         self._changed.set()
 
     async def _on_host_presence(self, presence: m.HostPresence, _: Received) -> None:
-        self.fleet = self.fleet.with_host(presence.host, online=presence.online)
+        released = self.owners.seen(presence.host, online=presence.online)
+        self.fleet = self.fleet.with_host(presence.host, online=presence.online).with_inventories(released)
+        self._owners_changed.set()
         self._changed.set()
+
+    async def _on_owner(self, owner: m.VmOwner, _: Received) -> None:
+        self.owners.heard(owner.vm, owner)
+        self._owners_changed.set()
+
+    async def _on_owner_removed(self, parameters: Mapping[str, str]) -> None:
+        self.owners.heard(parameters["vm"], None)
+        self._owners_changed.set()
 
     async def _on_agent_presence(self, presence: m.AgentPresence, _: Received) -> None:
         self.fleet = self.fleet.with_agent(presence.vm, online=presence.online)
@@ -499,8 +525,9 @@ class Coordinator:
     def _plan_or_start(
         self, client: str, request: m.RolloutRequested | m.FreezeRequested, update: str, hold_s: float
     ) -> None:
+        fleet = self.fleet.with_contested(self.owners.contested())
         plan = make_plan(
-            self.fleet,
+            fleet,
             update=update,
             selection=request.selection,
             policy=request.policy,
@@ -568,6 +595,27 @@ class Coordinator:
         except (ContractError, TopicError) as error:
             _log.error("coordinator.unsendable", type=type(message).TYPE, why=str(error), **parameters)
         return True
+
+    async def _publish_owners(self) -> None:
+        """Publish whose VM it is until the bus shows it. What was retained comes back first, so that little is sent twice."""
+        while True:
+            await self._owners_changed.wait()
+            self._owners_changed.clear()
+            if not self.leads:
+                continue
+            for vm, owner in self.owners.unpublished():
+                try:
+                    if owner is None:
+                        await self.post.clear(m.VmOwner, vm=vm)
+                    else:
+                        await self.post.send(owner, vm=vm, timeout_s=5.0)
+                except BusError as error:
+                    _log.debug("vm.owner_unpublished", vm=vm, why=str(error))
+                    await self.bus.wait_connected(5.0)
+                    await asyncio.sleep(TICK_S)
+                    self._owners_changed.set()
+                    break
+                self.owners.published(vm, owner)
 
     async def _outbox(self) -> None:
         """Drain the outbox for ever, in order, each message until the broker took it."""

@@ -13,6 +13,7 @@ import msgspec
 
 from caesura.contract.envelope import Message
 from caesura.contract.messages import Epoch, RequestAnswered, SetDocument
+from caesura.contract.names import Name
 from caesura.contract.topics import CHANNELS, channel_of
 from caesura.runtime.database import Database
 from caesura.runtime.errors import CaesuraError
@@ -38,6 +39,7 @@ _MIGRATIONS = (
         parameters TEXT NOT NULL, body BLOB NOT NULL
     );
     """,
+    "CREATE TABLE owner (vm TEXT PRIMARY KEY, host TEXT NOT NULL, epoch INTEGER NOT NULL);",
 )
 _TYPES: Mapping[str, type[Message]] = {channel.message.TYPE: channel.message for channel in CHANNELS}
 _T = TypeVar("_T")
@@ -133,6 +135,27 @@ class Store:
             document.set,
             msgspec.json.encode(document),
         )
+
+    def owners(self) -> dict[str, tuple[str, int]]:
+        """VM to the host that it belongs to and the epoch of the record."""
+        with self.database.reading("whose VM it is"):
+            rows = self.database.run("SELECT vm, host, epoch FROM owner")
+            return {
+                msgspec.convert(vm, Name): (msgspec.convert(host, Name), msgspec.convert(epoch, Epoch))
+                for vm, host, epoch in rows
+            }
+
+    def save_owner(self, vm: str, host: str | None, epoch: int) -> None:
+        """Insert, replace, or with no host remove. Call inside a transaction."""
+        if host is None:
+            self.database.run("DELETE FROM owner WHERE vm = ?", vm)
+        else:
+            self.database.run(
+                "INSERT INTO owner VALUES (?, ?, ?) ON CONFLICT (vm) DO UPDATE SET host = excluded.host, epoch = excluded.epoch",
+                vm,
+                host,
+                epoch,
+            )
 
     def answer(self, client: str, request: str) -> RequestAnswered | None:
         """The answer that this request of this client got before."""

@@ -14,13 +14,17 @@ def verify(wave: Wave, policy: Policy) -> tuple[list[str], list[str]]:
     missing: list[str] = []
     paused: dict[str, MemoryProof | None] = {}
     for operation in (*wave.done, *wave.operations):
-        told = {result.vm for result in operation.vms}
+        ours = {vm.vm for vm in wave.vms if vm.host == operation.host}
+        results = [
+            each for each in operation.vms if each.vm in ours
+        ]  # of another's VM its word means nothing
+        told = {result.vm for result in results}
         wrong += [
             f"{vm.vm}: {operation.host} reported nothing about it"
             for vm in wave.vms
             if vm.host == operation.host and vm.vm not in told
         ]
-        for result in operation.vms:
+        for result in results:
             if result.frozen:
                 paused[result.vm] = result.memory
             if result.state != "running":

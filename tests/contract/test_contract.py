@@ -26,6 +26,7 @@ from caesura.contract.codec import (
     decode,
     encode,
 )
+from caesura.contract.envelope import Message
 from caesura.contract.examples import examples
 from caesura.contract.generated import asyncapi, golden_payload
 from caesura.contract.names import InvalidName, check_name, own_set
@@ -247,10 +248,11 @@ def test_a_vm_reads_its_own_set_only() -> None:
 def test_a_vm_whose_host_is_known_reads_the_words_of_no_other() -> None:
     fleet = (Principal("vm", "web-1", "web", host="host-1"), Principal("vm", "web-2", "web"))
     rules = access_rules(fleet)
-    for kind, place in (
-        (m.ClockSyncAnswered, {}),
-        (m.VmResumed, {"set": "web", "ud": 0}),
-    ):
+    places: dict[type[Message], dict[str, str]] = {
+        m.ClockSyncAnswered: {},
+        m.VmResumed: {"set": "web", "ud": "0"},
+    }
+    for kind, place in places.items():
         for vm, host, may in (
             ("web-1", "host-1", True),
             ("web-1", "host-2", False),

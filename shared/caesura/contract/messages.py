@@ -200,7 +200,7 @@ class Policy(Record, frozen=True, kw_only=True):
     allow_reboot: bool = False
 
 
-SkipCode = Literal["", "stopped", "undefined", "excluded", "installed"]
+SkipCode = Literal["", "stopped", "undefined", "excluded", "installed", "contested"]
 """Why a plan does nothing with a VM; empty where it does something. `undefined`: its host does not define the update.
 `installed`: it has it already."""
 

@@ -102,6 +102,18 @@ class Ownership:
         """The hosts whose inventory names the VM."""
         return set(self._namers.get(vm, ()))
 
+    def named(self, host: str) -> frozenset[str]:
+        """The VMs that the host's inventory names."""
+        return frozenset(self._named.get(host, ()))
+
+    def all_named(self) -> frozenset[str]:
+        """The VMs that any inventory names."""
+        return frozenset(self._namers)
+
+    def described(self, host: str, vm: str) -> VmRecord:
+        """The VM as the host describes it. Raises KeyError if it does not."""
+        return self._named[host][vm]
+
     def names(self, host: str, vm: str) -> bool:
         """Whether the host's inventory names the VM."""
         return vm in self._named.get(host, {})
@@ -113,6 +125,10 @@ class Ownership:
     def rivals(self, vm: str) -> tuple[str, ...]:
         """The hosts that name the VM and do not have it."""
         return tuple(sorted(self.namers(vm) - {self.owner_of(vm)}))
+
+    def contested_of(self, host: str) -> frozenset[str]:
+        """The VMs that the host names and that have rivals."""
+        return frozenset(self._named.get(host, ())) & self._contested
 
     @property
     def contested(self) -> frozenset[str]:

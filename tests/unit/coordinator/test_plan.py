@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from caesura.contract import messages as m
-from caesura_coordinator.fleet import Fleet
+from caesura_coordinator.fleet import Contested, Fleet
 from caesura_coordinator.plan import make_plan
 
 Build = Callable[..., m.VmRecord]
@@ -100,8 +100,29 @@ def test_unknown_names_are_refused_with_the_nearest_known_one(
     )
 
 
-def test_one_vm_name_on_two_hosts_is_refused(build: Build, host: Host, fleet: MakeFleet) -> None:
-    assert "h1 and on h2" in _reasons(_plan(fleet(host("h1", build("w1")), host("h2", build("w1")))))["w1"]
+def test_a_vm_that_two_hosts_name_is_left_out_by_name_and_nothing_else_is(
+    build: Build, host: Host, fleet: MakeFleet
+) -> None:
+    """What counts of an inventory is the host's own VMs; a VM of nobody is in none."""
+    guest = m.UpdateRecord(update="guest", impact="pause", scope="vm", expected_s=1, timeout_s=5)
+    patch = host("h1").updates[0]
+    updates = (patch, guest)
+    one = fleet(host("h1", build("w1"), build("w2"), updates=updates), host("h2", updates=updates))
+    one = one.with_contested(
+        {
+            "w1": Contested(record=build("w1"), host="h1", reason="w1 is h1's"),
+            "w9": Contested(record=build("w9"), host="h2", reason="w9 is nobody's"),
+        }
+    )
+    by_vm, by_host = _plan(one, "guest"), _plan(one, "patch")
+    assert not by_vm.refusals
+    assert [each.vm for wave in by_vm.waves for each in wave.vms] == ["w2"]
+    assert {each.vm: each.reason for each in by_vm.skipped} == {"w1": "w1 is h1's", "w9": "w9 is nobody's"}
+    # Nobody else's word keeps a host from its update: its pause cannot leave a VM out.
+    assert [each.vm for wave in by_host.waves for each in wave.vms] == ["w1", "w2"]
+    assert {each.vm for each in by_host.skipped} == {"w9"}
+    for name in ("w1", "w9"):
+        assert name in _reasons(_plan(one, "guest", selection=m.Selection(vms=(name,))))[name]
 
 
 def test_an_update_that_differs_between_hosts_is_refused(build: Build, host: Host, fleet: MakeFleet) -> None:

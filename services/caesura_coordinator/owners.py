@@ -1,0 +1,202 @@
+"""Which host each VM belongs to: decided from what hosts report, stored before it counts, published until the bus shows it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import structlog
+
+from caesura.contract.messages import MOST_RIVALS, HostInventory, VmOwner
+from caesura.lifecycle.ownership import Ownership, conflict, settle
+from caesura.runtime.errors import StoreError
+from caesura.runtime.sampled import Sampled
+from caesura_coordinator.fleet import Contested
+from caesura_coordinator.store import Store
+
+_NAMED = 8
+"""How many VMs a log line names before it only counts them."""
+
+_log = structlog.get_logger("caesura.coordinator")
+
+
+class Owners:
+    """Records of VMs and hosts.
+
+    Args:
+        store: where the records are kept.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._ownership = Ownership()
+        self._online: dict[str, bool] = {}
+        self._epochs: dict[str, int] = {}
+        """VM to the epoch of its record."""
+        self._epoch = 0
+        """Ours; 0 before it is claimed: nothing is decided then."""
+        self._heard: dict[str, VmOwner] = {}
+        """VM to the record on the bus, as far as it was received or sent."""
+        self._due: set[str] = set()
+        """VMs whose record on the bus may not be the one that is kept here."""
+        self._sampled = Sampled()
+        self._foreign: dict[str, frozenset[str]] = {}
+        """Host to the VMs that it was last reported to name and not to have."""
+
+    # -- in: each gives back the inventories that count differently now ------------------------------------
+
+    def lead(self, epoch: int) -> list[HostInventory]:
+        """An epoch was claimed: from now on records are made. Those of the store count, and newer ones on the bus.
+
+        Raises:
+            StoreError: the records cannot be read.
+        """
+        known = self._store.owners()
+        for vm, heard in self._heard.items():
+            if heard.host and (vm not in known or known[vm][1] < heard.epoch):
+                known[vm] = heard.host, heard.epoch
+        self._epoch = epoch
+        self._epochs = {vm: at for vm, (_, at) in known.items()}
+        changed: dict[str, HostInventory] = {}
+        for vm, (host, _) in known.items():
+            changed |= {each.host: each for each in self._ownership.take_record(vm, host)}
+        self._save({vm: host for vm, (host, _) in known.items()})
+        vms = {*known, *self._heard, *self._ownership.all_named()}
+        changed |= {each.host: each for each in self._settle(vms)}
+        return list(changed.values())
+
+    def reported(self, inventory: HostInventory) -> list[HostInventory]:
+        """A host's inventory arrived."""
+        host = inventory.host
+        touched = self._ownership.named(host) | self._ownership.recorded(host)
+        changed = {each.host: each for each in self._ownership.take_inventory(inventory)}
+        touched |= self._ownership.named(host)
+        changed |= {each.host: each for each in self._settle(touched)}
+        self._say(host)
+        return list(changed.values())
+
+    def seen(self, host: str, *, online: bool) -> list[HostInventory]:
+        """A host's presence arrived: one that is online releases what it does not list."""
+        self._online[host] = online
+        return self._settle(self._ownership.recorded(host)) if online else []
+
+    def forgotten(self, host: str) -> list[HostInventory]:
+        """An operator removed the host for good: it has no VM any more."""
+        self._online.pop(host, None)
+        self._foreign.pop(host, None)
+        had = self._ownership.recorded(host) | self._ownership.named(host)
+        changed = {each.host: each for each in self._ownership.forget_host(host)}
+        if self._epoch and self._save(dict.fromkeys(self._ownership.recorded(host))):
+            for vm in self._ownership.recorded(host):
+                changed |= {each.host: each for each in self._ownership.take_record(vm, None)}
+        changed |= {each.host: each for each in self._settle(had)}
+        return [each for each in changed.values() if each.host != host]
+
+    def heard(self, vm: str, owner: VmOwner | None) -> None:
+        """A record is on the bus (None: it was removed): ours comes back to us, another's must not stay."""
+        if owner is None:
+            self._heard.pop(vm, None)
+        else:
+            self._heard[vm] = owner
+        self._due.add(vm)
+
+    def reconnected(self) -> None:
+        """A broker may have lost what it retained; what it has it sends again."""
+        self._heard.clear()
+        self._due |= self._epochs.keys() | self._ownership.contested
+
+    # -- out -----------------------------------------------------------------------------------------------
+
+    def unpublished(self) -> list[tuple[str, VmOwner | None]]:
+        """What must be published (None: removed) for the bus to show the records."""
+        found = []
+        for vm in sorted(self._due):
+            wanted = self._wanted(vm)
+            if wanted == self._heard.get(vm):
+                self._due.discard(vm)
+            else:
+                found.append((vm, wanted))
+        return found
+
+    def published(self, vm: str, owner: VmOwner | None) -> None:
+        """The broker took it."""
+        if owner is None:
+            self._heard.pop(vm, None)
+        else:
+            self._heard[vm] = owner
+
+    def contested(self) -> dict[str, Contested]:
+        """The VMs that several hosts name, each with what is wrong and how one of them describes it."""
+        found = {}
+        for vm in sorted(self._ownership.contested):
+            owner, rivals = self._ownership.owner_of(vm), self._ownership.rivals(vm)
+            host = owner if owner and self._ownership.names(owner, vm) else rivals[0]
+            found[vm] = Contested(
+                record=self._ownership.described(host, vm), host=host, reason=conflict(owner, rivals)
+            )
+        return found
+
+    # -- inside --------------------------------------------------------------------------------------------
+
+    def _wanted(self, vm: str) -> VmOwner | None:
+        host = self._ownership.record(vm)
+        if host is None:
+            return None
+        return VmOwner(
+            vm=vm,
+            host=host,
+            epoch=self._epochs.get(vm, self._epoch),
+            contested_by=self._ownership.rivals(vm)[:MOST_RIVALS],
+        )
+
+    def _settle(self, vms: Iterable[str]) -> list[HostInventory]:
+        if not self._epoch:
+            return []
+        vms = set(vms)
+        changes = settle(self._ownership, vms, self._online)
+        self._due |= vms
+        if not changes or not self._save(changes):
+            return []
+        changed: dict[str, HostInventory] = {}
+        for vm, host in changes.items():
+            before = self._ownership.record(vm)
+            if before and host:
+                _log.info("vm.moved", vm=vm, host=host, before=before)
+            if host:
+                self._epochs[vm] = self._epoch
+            else:
+                self._epochs.pop(vm, None)
+            changed |= {each.host: each for each in self._ownership.take_record(vm, host)}
+        return list(changed.values())
+
+    def _save(self, changes: Mapping[str, str | None]) -> bool:
+        """Whether the records are on disk; what is not does not count, and is decided again with the next inventory."""
+        try:
+            with self._store.transaction():
+                for vm, host in changes.items():
+                    self._store.save_owner(vm, host or None, self._epochs.get(vm, self._epoch))
+        except StoreError as error:
+            _log.error("vm.owner_not_stored", vms=len(changes), why=str(error))
+            return False
+        return True
+
+    def _say(self, host: str) -> None:
+        """Name what a host names and does not have, once."""
+        foreign = frozenset(
+            vm for vm in self._ownership.contested_of(host) if self._ownership.owner_of(vm) != host
+        )
+        if not self._epoch or foreign == self._foreign.get(host, frozenset()):
+            return
+        self._foreign[host] = foreign
+        left_out = self._sampled.due(host) if foreign else None
+        if left_out is None:
+            return
+        some = sorted(foreign)[:_NAMED]
+        _log.error(
+            "vm.contested",
+            host=host,
+            vms=len(foreign),
+            belongs_to={vm: self._ownership.owner_of(vm) for vm in some},
+            left_out=left_out,
+            advice="only the host on record counts for these VMs; rename them there, or take them out of its host file: see "
+            "'A VM has two hosts' in docs/operations.md",
+        )

@@ -1,0 +1,45 @@
+"""What somebody else can cause at will is logged now and then, with a count of what was left out. Pure but for its clock."""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+
+EVERY_S = 10.0
+_KEYS = 1024  # whoever can make up keys gets no more memory than this
+
+CUT = 200
+"""Characters of a foreign text in a log line."""
+
+
+class Sampled:
+    """Says of each key when a line is due again.
+
+    Args:
+        every_s: seconds between two lines of one key.
+        now: a monotonic clock, seconds.
+    """
+
+    def __init__(self, every_s: float = EVERY_S, now: Callable[[], float] = time.monotonic) -> None:
+        self._every_s = every_s
+        self._now = now
+        self._seen: OrderedDict[str, tuple[float, int]] = OrderedDict()
+
+    def due(self, key: str) -> int | None:
+        """None: no line now. Else how many were left out since the last line of this key."""
+        now = self._now()
+        said_at, left_out = self._seen.get(key, (float("-inf"), 0))
+        if now - said_at < self._every_s:
+            self._seen[key] = (said_at, left_out + 1)
+            return None
+        self._seen[key] = (now, 0)
+        self._seen.move_to_end(key)
+        if len(self._seen) > _KEYS:
+            self._seen.popitem(last=False)
+        return left_out
+
+
+def cut(text: str) -> str:
+    """A foreign text for a log line."""
+    return text if len(text) <= CUT else text[: CUT - 1] + "…"

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
+from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 from uuid import NAMESPACE_URL, uuid5
 
@@ -20,11 +21,12 @@ from caesura.bus.port import Bus, BusError
 from caesura.bus.post import Post
 from caesura.contract.codec import Received
 from caesura.contract.messages import (
-    EventApproved,
     HostInventory,
     PublisherPresence,
     ScheduledEvent,
     SetDocument,
+    VmApproved,
+    VmOwner,
 )
 from caesura.contract.topics import channel_of
 from caesura_metadata_publisher.directory import Directory
@@ -57,14 +59,14 @@ _PRESENCE_BEAT_S = 30.0  # s: a broker that lost its retained messages hears of 
 class _Pending(msgspec.Struct, frozen=True):
     """An approval that was published and is not seen in the document yet."""
 
-    approved: EventApproved
+    approved: VmApproved
     message_id: str
     not_before: datetime
 
 
 def filters() -> tuple[str, ...]:
     """What a publisher subscribes to."""
-    return (channel_of(SetDocument).filter(), channel_of(HostInventory).filter())
+    return tuple(channel_of(kind).filter() for kind in (SetDocument, HostInventory, VmOwner))
 
 
 class MetadataPublisher:
@@ -76,6 +78,9 @@ class MetadataPublisher:
         self._post = Post(bus, f"/caesura/metadata/{settings.instance}")
         self._post.on(SetDocument, self._on_document)
         self._post.on(HostInventory, self._on_inventory)
+        self._post.on_cleared(HostInventory, self._on_host_removed)
+        self._post.on(VmOwner, self._on_owner)
+        self._post.on_cleared(VmOwner, self._on_owner_removed)
         self._directory = Directory()
         self._pending: dict[str, _Pending] = {}
         self.answers: Counter[tuple[str, str, int]] = Counter()
@@ -165,6 +170,15 @@ class MetadataPublisher:
     async def _on_inventory(self, inventory: HostInventory, _: Received) -> None:
         self._directory.take_inventory(inventory)
 
+    async def _on_host_removed(self, parameters: Mapping[str, str]) -> None:
+        self._directory.forget_host(parameters["host"])
+
+    async def _on_owner(self, owner: VmOwner, _: Received) -> None:
+        self._directory.take_owner(owner.vm, owner.host)
+
+    async def _on_owner_removed(self, parameters: Mapping[str, str]) -> None:
+        self._directory.take_owner(parameters["vm"], None)
+
     # -- from the workloads -------------------------------------------------------------------------------
 
     async def answer(self, listener: Listener, request: Request) -> Answer:
@@ -212,7 +226,7 @@ class MetadataPublisher:
         return Answer(status=200)
 
     def _approval(self, set_name: str, vm: str, event: ScheduledEvent) -> _Pending:
-        approved = EventApproved(event_id=event.event_id, set=set_name, vm=vm, at=datetime.now(UTC))
+        approved = VmApproved(event_id=event.event_id, set=set_name, vm=vm, at=datetime.now(UTC))
         # The same id on every repetition, so that readers count one approval.
         message_id = str(uuid5(NAMESPACE_URL, f"caesura/approval/{event.event_id}/{vm}"))
         return _Pending(approved, message_id, event.not_before)
@@ -222,6 +236,7 @@ class MetadataPublisher:
             pending.approved,
             event_id=pending.message_id,
             instance=self._settings.instance,
+            vm=pending.approved.vm,
             timeout_s=self._settings.approval_timeout_s,
         )
 
@@ -242,4 +257,6 @@ class MetadataPublisher:
     def _unknown(self, vm: str) -> Answer:
         if self._bus.stats.connects == 0:
             return service_error("The message bus was not reached yet.")
+        if rivals := self._directory.foreign_hosts(vm):
+            return service_error(f"VM {vm} is not on record as one of {', '.join(rivals)}.")
         return service_error(f"No host has spoken of VM {vm} yet.")

@@ -13,7 +13,7 @@ from caesura.lifecycle.proof import BROKEN_WORDS, broken_codes
 ALARMS_KEPT = 200
 ALARMS_SENT = 20
 
-Rule = Literal["two-domains", "memory", "stopped", "overrun", "clock", "guard"]
+Rule = Literal["two-domains", "memory", "stopped", "overrun", "clock", "guard", "owner"]
 _ORDER: dict[Rule, int] = {rule: number for number, rule in enumerate(get_args(Rule))}
 """The worst first."""
 
@@ -96,6 +96,22 @@ class Alarms:
             text = f"{where}: memory is not what it was before the pause ({', '.join(broken)})"
             self._raise(Alarm("memory", "bad", text, vm, now, now))
         return bool(broken)
+
+    def contested(self, message: m.VmOwner, now: float) -> bool:
+        """Look at whose VM it is; whether there is something to say."""
+        if not message.contested_by:
+            return self.agreed(message.vm, now)
+        rivals = ", ".join(message.contested_by)
+        whose = (
+            f"{message.vm} belongs to {message.host}" if message.host else f"{message.vm} belongs to no host"
+        )
+        text = f"{whose}, and {rivals} names a VM of this name, too: what it says of it does not count"
+        self._raise(Alarm("owner", "warning", text, message.vm, now))
+        return True
+
+    def agreed(self, vm: str, now: float) -> bool:
+        """No host names the VM that does not have it; whether that ends something."""
+        return self._end("owner", vm, now)
 
     def clock(self, message: m.VmClockSynced, now: float) -> bool:
         """Look at a verdict on a clock, and at what the guest showed of its memory; whether there is something to say."""

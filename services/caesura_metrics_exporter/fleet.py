@@ -60,6 +60,8 @@ class Fleet:
         self.budgets: dict[tuple[str, str, str, str], float] = {}
         """(set, update domain, host, method) to the budget of the last pause, seconds."""
         self.pauses = Pauses()
+        self.foreign_vms: dict[str, int] = {}
+        """Host to how many VMs its inventory names that belong to another one, or to none."""
         self._left: dict[str, float] = {}
         """Set to when a host's last VM of it went, seconds on the exporter's monotonic clock."""
         self.events_since: dict[str, dict[tuple[str, str], float]] = {}

@@ -172,6 +172,12 @@ def _hosts(fleet: Fleet, now_s: float) -> Iterator[Metric]:
             if not each.vms
         ],
     )
+    yield gauge(
+        "caesura_host_foreign_vms",
+        "VMs that the host names in its inventory although they are not on record as its own.",
+        ("host",),
+        [((host,), float(fleet.foreign_vms.get(host, 0))) for host in fleet.hosts],
+    )
     yield gauge("caesura_host_busy", "1 while an operation is under way on the host.", ("host",), busy)
 
 

@@ -73,6 +73,11 @@ class Live:
             if line is not None:
                 self._say(line)
 
+    def recount(self, inventory: m.HostInventory, now: float, mono: float) -> None:
+        """An inventory of before counts differently: it is known now whose its VMs are."""
+        self.tick(now, mono)
+        self._inventory(inventory)
+
     def clear(self, topic: str, now: float, mono: float) -> None:
         """A retained message was removed: its subject is gone."""
         self.tick(now, mono)
@@ -85,6 +90,9 @@ class Live:
         elif channel.message is m.HostPresence:
             if named["host"] in self._online and named["host"] not in self._hosts:
                 self.forget_host(named["host"])
+        elif channel.message is m.VmOwner:
+            if self.alarms.agreed(named["vm"], now):
+                self._head_at = self._touch()
         elif channel.message is m.RolloutState and named["rollout"] in self._rollouts:
             rollout = self._rollouts.pop(named["rollout"])
             if rollout.status not in _OVER:
@@ -196,6 +204,9 @@ class Live:
                 self._rollout(message, sent)
             case m.HostInventory():
                 self._inventory(message)
+            case m.VmOwner():
+                if self.alarms.contested(message, self._now):
+                    self._head_at = self._touch()
             case m.HostPresence():
                 self._presence(message)
             case m.CoordinatorPresence():

@@ -124,4 +124,9 @@ class FleetCollector(Collector):
             "Longest pause of an operation minus its update's own seconds.",
             tally.overhead,
         )
+        yield counter(
+            "caesura_foreign_facts",
+            "Facts of a host about a VM that belongs to another one; they count for nothing else.",
+            tally.foreign,
+        )
         yield counter("caesura_requests", "Operators' requests that were answered.", tally.requests)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import structlog
+from msgspec.structs import replace
 
 from caesura.bus.port import Bus, Delivery
 from caesura.contract.codec import ContractError, decode
-from caesura.contract.messages import HostInventory
-from caesura.contract.topics import PREFIX
+from caesura.contract.messages import HostInventory, VmClockSynced, VmFrozen, VmOwner, VmResumed
+from caesura.contract.topics import PREFIX, placed
+from caesura.lifecycle.ownership import Ownership
+from caesura.runtime.sampled import Sampled
 from caesura_metrics_exporter.fleet import Fleet
 from caesura_metrics_exporter.live import Live
 from caesura_metrics_exporter.metrics import FleetCollector, SelfStats
@@ -47,6 +50,8 @@ class MetricsExporter:
         self._own = SelfStats(handler=Histogram(_HANDLER_BUCKETS), began_s=monotonic())
         self.tally = Tally()
         self.fleet = Fleet()
+        self._ownership = Ownership()
+        self._sampled = Sampled()
         self.live = Live()
         self.stream = LiveStream(self.live, wall, monotonic, self.broker_ping)
 
@@ -85,17 +90,68 @@ class MetricsExporter:
             _log.warning("bus.message_refused", topic=delivery.topic, kind=error.kind, why=error.why)
             return
         now_s = self._monotonic()
-        if isinstance(received.message, HostInventory):  # often enough, and not with each message of a storm
-            for set_name in self.fleet.forget_empty_sets(now_s):
-                self.tally.forget_set(set_name)
+        match received.message:
+            case HostInventory():  # often enough, and not with each message of a storm
+                for set_name in self.fleet.forget_empty_sets(now_s):
+                    self.tally.forget_set(set_name)
+                own, *others = self._ownership.take_inventory(received.message)
+                received = replace(received, message=own)
+            case VmOwner(vm=vm, host=host):
+                others = self._ownership.take_record(vm, host)
+            case VmFrozen() | VmResumed() | VmClockSynced() as fact if not self._ownership.may_speak(
+                fact.host, fact.vm
+            ):
+                self._foreign(fact)
+                return
+            case _:
+                others = []
         fresh = self.tally.take(received)
         self.fleet.take(received.message, now_s, fresh=fresh, stored=delivery.retained)
         self.live.take(received, self._wall(), now_s, fresh=fresh)
+        self._count_again(others)
+
+    def _foreign(self, fact: VmFrozen | VmResumed | VmClockSynced) -> None:
+        """What a host says of another's VM is counted, and means nothing."""
+        self.tally.foreign.add(fact.host, fact.TYPE)
+        left_out = self._sampled.due(fact.host)
+        if left_out is not None:
+            owner = self._ownership.owner_of(fact.vm)
+            _log.warning(
+                "fact.of_foreign_vm",
+                host=fact.host,
+                vm=fact.vm,
+                belongs_to=owner,
+                kind=fact.TYPE,
+                left_out=left_out,
+            )
+
+    def _count_again(self, inventories: Iterable[HostInventory]) -> None:
+        """Inventories of before that count differently since it is known whose the VMs are."""
+        for each in inventories:
+            known = self.fleet.hosts.get(each.host)
+            if known is not None:
+                # It says whose the VMs are, not how they are: facts that came since know better.
+                states = self.fleet.vm_states
+                vms = tuple(replace(record, state=states.get(record.vm, record.state)) for record in each.vms)
+                each = replace(each, vms=vms)  # noqa: PLW2901
+                self.fleet.take(each, known.heard_s, fresh=False, stored=True)
+                self.live.recount(each, self._wall(), self._monotonic())
+        if self._ownership.contested or self.fleet.foreign_vms:
+            self.fleet.foreign_vms = dict(self._ownership.foreign())
 
     def _cleared(self, topic: str) -> None:
         before = set(self.fleet.hosts)
         self.fleet.clear(topic)
         self.live.clear(topic, self._wall(), self._monotonic())
+        self._count_again(self._disown(topic))
         for host in before - set(self.fleet.hosts):
             _log.info("exporter.host_forgotten", host=host)
             self.tally.forget_host(host)
+
+    def _disown(self, topic: str) -> list[HostInventory]:
+        place = placed(topic)
+        if place is not None and place[0].message is VmOwner:
+            return self._ownership.take_record(place[1]["vm"], None)
+        if place is not None and place[0].message is HostInventory:
+            return self._ownership.forget_host(place[1]["host"])
+        return []

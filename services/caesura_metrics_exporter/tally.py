@@ -67,6 +67,7 @@ class Tally:
         self.overhead = Histogram(PAUSE_BUCKETS, "host")
         self.commands = Counts("host", "command")
         self.requests = Counts("outcome")
+        self.foreign = Counts("host", "type")
         self._counted: Mapping[type[Message], Callable[[Any], None]] = {
             m.HostInventory: self._inventory,
             m.VmFrozen: self._frozen,
@@ -76,6 +77,7 @@ class Tally:
             m.WaveChanged: lambda wave: self.waves.add(wave.status),
             m.EventChanged: self._event,
             m.EventApproved: lambda approved: self.approvals.add(approved.set),
+            m.VmApproved: lambda approved: self.approvals.add(approved.set),
             m.VmReady: lambda answer: self.readiness.add("ready" if answer.ready else "not_ready"),
             m.HookFinished: self._hook,
             m.OperationReported: self._operation,
@@ -107,6 +109,7 @@ class Tally:
             self.update_seconds,
             self.overhead,
             self.commands,
+            self.foreign,
         ):
             series.forget("host", host)
 
@@ -133,6 +136,8 @@ class Tally:
     def _inventory(self, inventory: m.HostInventory) -> None:
         # Known from zero on, long before a pause: it may begin and end between two scrapes, and nearly every overrun
         # is the first with its labels, which would be no increase of anything.
+        for kind in (m.VmFrozen, m.VmResumed, m.VmClockSynced):
+            self.foreign.add(inventory.host, kind.TYPE, by=0.0)
         for record in inventory.vms:
             for method in _PAUSING.intersection(record.methods):
                 self._expect((record.set, str(record.update_domain), inventory.host, method))

@@ -143,6 +143,7 @@ const TITLES = {
   stopped: "Not running after its pause",
   guard: "The pause guard had to act",
   clock: "Clock not synced",
+  owner: "A VM has two hosts",
 };
 const GRACE_S = 3; // a connection that is back so soon is not worth an alarm
 

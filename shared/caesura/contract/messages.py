@@ -202,7 +202,7 @@ class Policy(Record, frozen=True, kw_only=True):
 
 SkipCode = Literal["", "stopped", "undefined", "excluded", "installed", "contested"]
 """Why a plan does nothing with a VM; empty where it does something. `undefined`: its host does not define the update.
-`installed`: it has it already."""
+`installed`: it has it already. `contested`: more than one host names it."""
 
 
 class PlannedVm(Record, frozen=True, kw_only=True):

@@ -136,11 +136,11 @@ class Ownership:
         return frozenset(self._contested)
 
     def foreign(self) -> Mapping[str, int]:
-        """Every host that has reported to how many VMs it names that are not its own."""
-        found = dict.fromkeys(self._inventories, 0)
+        """Host to how many VMs it names that are not its own; those that name none are left out."""
+        found: dict[str, int] = {}
         for vm in self._contested:
             for host in self.rivals(vm):
-                found[host] += 1
+                found[host] = found.get(host, 0) + 1
         return found
 
     # -- inside --------------------------------------------------------------------------------------------

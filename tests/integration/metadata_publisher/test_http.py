@@ -29,11 +29,11 @@ from caesura.bus.post import Post
 from caesura.contract.codec import decode
 from caesura.contract.envelope import Header
 from caesura.contract.messages import (
-    EventApproved,
     HostInventory,
     PublisherPresence,
     ScheduledEvent,
     SetDocument,
+    VmApproved,
     VmRecord,
 )
 from caesura.runtime.health import ListenError
@@ -95,13 +95,13 @@ class Fleet:
     def __init__(self, bus: Bus) -> None:
         self.bus = bus
         self.post = Post(bus, "/caesura/fleet")
-        self.approvals: list[tuple[Header, EventApproved]] = []
+        self.approvals: list[tuple[Header, VmApproved]] = []
         self.presence: list[bool] = []
         self._news = asyncio.Event()
 
     async def receive(self, delivery: Delivery) -> None:
         received = decode(delivery.topic, delivery.payload)
-        if isinstance(received.message, EventApproved):
+        if isinstance(received.message, VmApproved):
             self.approvals.append((received.header, received.message))
         elif isinstance(received.message, PublisherPresence):
             self.presence.append(received.message.online)

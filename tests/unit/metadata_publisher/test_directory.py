@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -18,16 +21,40 @@ def document(incarnation: int) -> SetDocument:
     return SetDocument(set="web", incarnation=incarnation, events=())
 
 
-def test_a_vm_is_where_the_last_inventory_says() -> None:
+def places(directory: Directory, vm: str) -> tuple[str, str] | None:
+    """Host and set of a VM."""
+    placed = directory.vm(vm)
+    return (placed.host, placed.record.set) if placed is not None else None
+
+
+def test_a_vm_is_where_the_record_says_in_whatever_order_inventories_come() -> None:
+    steps: list[Callable[[Directory], None]] = [
+        lambda it: it.take_owner("web-1", "host-1"),
+        lambda it: it.take_inventory(inventory("host-1", "web-1", "web-2")),
+        lambda it: it.take_inventory(inventory("host-2", "web-1", set_name="mine")),
+    ]
+    for order in itertools.permutations(steps):
+        directory = Directory()
+        for step in order:
+            step(directory)
+        assert places(directory, "web-1") == ("host-1", "web")
+        assert directory.foreign_hosts("web-1") == ("host-2",)
+        directory.take_owner("web-1", "host-2")
+        assert places(directory, "web-1") == ("host-2", "mine")
+
+
+def test_without_a_record_a_vm_of_two_hosts_is_nowhere() -> None:
     directory = Directory()
-    directory.take_inventory(inventory("host-1", "web-1", "web-2"))
-    directory.take_inventory(inventory("host-2", "web-1"))
-    placed = directory.vm("web-1")
-    assert placed is not None
-    assert placed.host == "host-2"
-    # host-1 no longer lists it: that must not take it away from host-2.
-    directory.take_inventory(inventory("host-1", "web-2"))
-    assert directory.vm("web-1") == placed
+    directory.take_inventory(inventory("host-1", "web-1"))
+    assert places(directory, "web-1") == ("host-1", "web")
+    directory.take_inventory(inventory("host-2", "web-1", set_name="mine"))
+    assert directory.vm("web-1") is None
+    directory.forget_host("host-2")
+    assert places(directory, "web-1") == ("host-1", "web")
+    directory.take_owner("web-1", "")
+    assert directory.vm("web-1") is None
+    directory.take_owner("web-1", None)
+    assert places(directory, "web-1") == ("host-1", "web")
 
 
 def test_a_vm_that_its_host_no_longer_has_is_gone() -> None:

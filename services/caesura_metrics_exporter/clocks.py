@@ -32,6 +32,12 @@ class Clocks:
 
     def __init__(self) -> None:
         self._verdicts: dict[str, Verdict] = {}
+        self._refused: set[str] = set()
+        """VMs whose agent refused to step the clock when it looked last."""
+
+    def refused(self, vm: str) -> bool:
+        """Whether the VM's clock is further off than its agent steps it outside a resume."""
+        return vm in self._refused
 
     def get(self, vm: str) -> Verdict | None:
         """The last verdict, if there is one."""
@@ -40,6 +46,7 @@ class Clocks:
     def forget_vm(self, vm: str) -> None:
         """The VM is gone."""
         self._verdicts.pop(vm, None)
+        self._refused.discard(vm)
 
     def judged(self, message: m.VmClockSynced, bound_s: float | None) -> None:
         """A host judged a clock after a resume."""
@@ -49,6 +56,10 @@ class Clocks:
 
     def checked(self, message: m.AgentClockSynced) -> None:
         """An agent measured its clock. A good verdict of the host's stands: it tells of the sync after the pause."""
+        if message.refused_step_s is not None:
+            self._refused.add(message.vm)
+        elif message.exchanges:
+            self._refused.discard(message.vm)
         if message.trigger == "resume" or not message.exchanges:
             return  # the host's verdict follows; or nobody answered, and nothing was measured
         known = self._verdicts.get(message.vm)

@@ -127,6 +127,15 @@ def _clocks(fleet: Fleet) -> Iterator[Metric]:
         ("set", "update_domain"),
         unsynced.items(),
     )
+    refused: Counter[tuple[str, ...]] = Counter()
+    for _, record, _state in fleet.vms():
+        refused[record.set, str(record.update_domain)] += fleet.clocks.refused(record.vm)
+    yield gauge(
+        "caesura_vms_clock_step_refused",
+        "VMs whose clock is so far off that their agent does not step it outside a resume.",
+        ("set", "update_domain"),
+        refused.items(),
+    )
     # A VM's name is no label: the worst VM speaks for its domain, with its sign.
     yield gauge(
         "caesura_clock_error_last_seconds",

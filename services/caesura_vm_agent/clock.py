@@ -52,6 +52,8 @@ class SyncPolicy(msgspec.Struct, frozen=True, kw_only=True):
     """Errors up to this are left alone after a resume and at start: stepping costs more than it mends."""
     periodic_threshold_s: float = 0.05
     """The same for periodic syncs, where an NTP daemon may be at work too."""
+    step_most_s: float = 60.0
+    """The largest step that is made outside a resume."""
 
 
 class Done(msgspec.Struct, frozen=True):
@@ -59,6 +61,8 @@ class Done(msgspec.Struct, frozen=True):
 
     synced: bool
     reason: str = ""
+    refused_ns: int | None = None
+    """Guest minus host: the clock would have to be stepped by more than is allowed now."""
 
 
 class MeasureAgain(msgspec.Struct, frozen=True):
@@ -115,7 +119,7 @@ def error_found(
 
 
 def next_step(
-    rounds: Sequence[Sample | None], *, steps: int, threshold_s: float, bound_s: float
+    rounds: Sequence[Sample | None], *, steps: int, threshold_s: float, bound_s: float, most_s: float
 ) -> Step | MeasureAgain | Done:
     """What to do after these rounds of measuring (each round's best sample, None where nobody answered).
 
@@ -125,6 +129,7 @@ def next_step(
 
     Args:
         steps: made so far.
+        most_s: the largest step that is allowed; infinite after a pause, of which nobody here knows the length.
     """
     last = rounds[-1]
     if last is None:
@@ -133,6 +138,12 @@ def next_step(
     inside = abs(last.error_ns) + last.uncertainty_ns <= bound_s * NS_PER_S
     worth_it = abs(last.error_ns) > max(threshold_s * NS_PER_S, last.uncertainty_ns)
     if len(rounds) < MAX_ROUNDS:
+        if worth_it and abs(last.error_ns) > most_s * NS_PER_S:
+            return Done(
+                synced=False,
+                reason=f"the clock is {last.error_ns / NS_PER_S:+.3f} s off, and outside a resume it is stepped by {most_s:g} s at most",
+                refused_ns=last.error_ns,
+            )
         if steps < MAX_STEPS and worth_it and (not inside or len(rounds) == 1):
             return Step(by_ns=-last.error_ns)
         if not inside and not worth_it:

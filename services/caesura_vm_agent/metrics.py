@@ -33,6 +33,16 @@ class AgentCollector(Collector):
         for (trigger, synced), count in self._agent.syncs.items():
             syncs.add_metric([trigger, "synced" if synced else "unsynced"], count)
         yield syncs
+        yield CounterMetricFamily(
+            "caesura_agent_clock_steps_refused",
+            "Clock-syncs outside a resume that found the clock too far off to step it.",
+            value=self._agent.steps_refused,
+        )
+        yield CounterMetricFamily(
+            "caesura_agent_foreign_messages",
+            "Clock answers and resumes of hosts that this VM does not belong to; ignored.",
+            value=self._agent.binding.ignored,
+        )
         yield GaugeMetricFamily(
             "caesura_agent_canary_bytes",
             "Guest memory that the agent holds and rewrites; 0 until all of it was written.",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter, OrderedDict
+from collections.abc import Mapping
 
 import msgspec
 import structlog
@@ -21,10 +22,13 @@ from caesura.contract.messages import (
     ClockSyncRequested,
     HookFinished,
     SetDocument,
+    VmOwner,
     VmResumed,
 )
 from caesura.contract.topics import channel_of
+from caesura.runtime.sampled import Sampled
 from caesura_vm_agent import readiness
+from caesura_vm_agent.binding import HostBinding
 from caesura_vm_agent.canary_keeper import CanaryKeeper
 from caesura_vm_agent.clocks import GuestClock
 from caesura_vm_agent.hooks import run_hook
@@ -41,12 +45,13 @@ _RESULTS_KEPT = 64  # sync results kept to answer a repeated `resumed`
 
 
 def filters(settings: VmAgentSettings) -> tuple[str, ...]:
-    """What an agent subscribes to: its set's document, its own resumes, the answers of its clock-syncs."""
+    """What an agent subscribes to: its set's document, its own resumes, the answers of its clock-syncs, whose VM it is."""
     host = {"host": settings.host} if settings.host else {}
     return (
         channel_of(SetDocument).filter(set=settings.set_name),
         channel_of(VmResumed).filter(vm=settings.vm, **host),
         channel_of(ClockSyncAnswered).filter(vm=settings.vm, **host),
+        channel_of(VmOwner).filter(vm=settings.vm),
     )
 
 
@@ -65,6 +70,10 @@ class VmAgent:
         self._post.on(SetDocument, self._on_document)
         self._post.on(VmResumed, self._on_resumed)
         self._post.on(ClockSyncAnswered, self._on_answer)
+        self._post.on(VmOwner, self._on_owner)
+        self._post.on_cleared(VmOwner, self._on_owner_removed)
+        self.binding = HostBinding(settings.host)
+        self._sampled = Sampled()
         self.canary = CanaryKeeper(settings.canary_bytes)
         self.canary.on_filled = self._say_now.set
         self._voice = Voice(
@@ -86,6 +95,7 @@ class VmAgent:
         self.syncs: Counter[tuple[str, bool]] = Counter()
         """(trigger, synced) to how often."""
         self.last_sync: AgentClockSynced | None = None
+        self.steps_refused = 0
 
     # -- tasks, each eternal ------------------------------------------------------------------------------
 
@@ -186,7 +196,30 @@ class VmAgent:
         await self._voice.online()
         self._announce_now.set()
 
+    async def _on_owner(self, owner: VmOwner, _: Received) -> None:
+        self.binding.record(owner.host)
+
+    async def _on_owner_removed(self, _: Mapping[str, str]) -> None:
+        self.binding.record(None)
+
+    def _foreign(self, message: ClockSyncAnswered | VmResumed) -> bool:
+        """Whether it comes from a host that this VM does not belong to: then it means nothing here."""
+        if self.binding.accepts(message.host):
+            return False
+        left_out = self._sampled.due(message.TYPE)
+        if left_out is not None:
+            _log.warning(
+                "agent.foreign_host",
+                host=message.host,
+                belongs_to=self.binding.host,
+                kind=message.TYPE,
+                left_out=left_out,
+            )
+        return True
+
     async def _on_answer(self, answer: ClockSyncAnswered, _: Received) -> None:
+        if self._foreign(answer):
+            return
         self._sync.answered(answer, self._received_ns)
 
     async def _on_document(self, document: SetDocument, _: Received) -> None:
@@ -197,6 +230,8 @@ class VmAgent:
         self._apply(readiness.on_document(self._state, document))
 
     async def _on_resumed(self, resumed: VmResumed, _: Received) -> None:
+        if self._foreign(resumed):
+            return
         done = self._results.get(resumed.operation)
         if done is not None:
             self._repeat.put_nowait(done)
@@ -303,6 +338,7 @@ class VmAgent:
         result = await self._sync.run(trigger, operation, paused_at_s=paused_at_s)
         self.last_sync = result
         self.syncs[trigger, result.synced] += 1
+        self.steps_refused += result.refused_step_s is not None
         log = _log.info if result.synced else _log.warning
         log(
             "clock.synced" if result.synced else "clock.unsynced",

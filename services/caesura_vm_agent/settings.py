@@ -31,7 +31,7 @@ class VmAgentSettings(ServiceSettings, frozen=True, kw_only=True, forbid_unknown
         str,
         Meta(
             pattern=r"^[A-Za-z0-9_-]{0,63}\Z",
-            description="Host of this VM, if it never changes; empty: listen to whichever host speaks of this VM.",
+            description="Host of this VM, if it never changes: no other is listened to. Empty: the one that the coordinator has on record.",
         ),
     ] = ""
     prepare_hook: Annotated[
@@ -67,6 +67,14 @@ class VmAgentSettings(ServiceSettings, frozen=True, kw_only=True, forbid_unknown
     sync_periodic_threshold_s: Annotated[
         float, Meta(gt=0, description="Seconds: a periodic check steps the clock only above this.")
     ] = 0.05
+    sync_step_most_s: Annotated[
+        float,
+        Meta(
+            gt=0,
+            description="Seconds: a clock that is off by more is stepped after a resume only, and else flagged as unsynced. "
+            "Above the longest pause, since a check may fall due before the resume is announced.",
+        ),
+    ] = 60.0
     announce_interval_s: Annotated[
         float,
         Meta(gt=0, description="Seconds between repetitions of an answer while its event is scheduled."),
@@ -94,4 +102,5 @@ class VmAgentSettings(ServiceSettings, frozen=True, kw_only=True, forbid_unknown
             answer_timeout_s=self.sync_answer_timeout_s,
             bound_s=self.sync_bound_s,
             periodic_threshold_s=self.sync_periodic_threshold_s,
+            step_most_s=self.sync_step_most_s,
         )

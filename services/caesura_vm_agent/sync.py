@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections import deque
 from collections.abc import Awaitable, Callable
 from typing import Literal
@@ -70,13 +71,16 @@ class ClockSync:
         earlier = tuple(self._stepped)
         policy = self._policy
         threshold_s = policy.periodic_threshold_s if trigger == "periodic" else policy.step_threshold_s
+        most_s = math.inf if trigger == "resume" else policy.step_most_s
         rounds: list[Sample | None] = []
         answers = steps = 0
         while True:
             samples = await self._measure()
             answers += len(samples)
             rounds.append(best(samples))
-            step = next_step(rounds, steps=steps, threshold_s=threshold_s, bound_s=policy.bound_s)
+            step = next_step(
+                rounds, steps=steps, threshold_s=threshold_s, bound_s=policy.bound_s, most_s=most_s
+            )
             if isinstance(step, Done):
                 break
             if isinstance(step, MeasureAgain):
@@ -103,6 +107,7 @@ class ClockSync:
             exchanges=answers,
             simulated=self._clock.simulated,
             reason=step.reason,
+            refused_step_s=None if step.refused_ns is None else step.refused_ns / NS_PER_S,
         )
 
     async def _measure(self) -> list[Sample]:

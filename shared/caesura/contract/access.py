@@ -87,5 +87,5 @@ def readable(principal: Principal) -> list[str]:
             mine = known if channel.writer in {"coordinator", "host"} and principal.party != "ctl" else {}
             if principal.party == "ctl" and "client" in channel.parameters:
                 mine = known
-            found.append(channel.filter(**{name: mine[name] for name in channel.parameters if name in mine}))
+            found += _for_each_vm(channel, principal, mine)
     return found

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -94,11 +96,29 @@ def ms(error: float, delay: float = 0.2) -> Sample:
 
 
 def decide(
-    *rounds: Sample | None, steps: int | None = None, threshold_s: float = 0.001, bound_s: float = 0.1
+    *rounds: Sample | None,
+    steps: int | None = None,
+    threshold_s: float = 0.001,
+    bound_s: float = 0.1,
+    most_s: float = 60.0,
 ) -> Step | MeasureAgain | Done:
     """After these rounds; each but the last led to a step, unless told otherwise."""
     made = len(rounds) - 1 if steps is None else steps
-    return next_step(rounds, steps=made, threshold_s=threshold_s, bound_s=bound_s)
+    return next_step(rounds, steps=made, threshold_s=threshold_s, bound_s=bound_s, most_s=most_s)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_step_above_the_most_is_refused_with_what_was_found(sign: int) -> None:
+    far = ms(sign * 61_000)
+    refused = decide(far)
+    assert isinstance(refused, Done)
+    assert not refused.synced
+    assert refused.refused_ns == far.error_ns
+    assert "outside a resume" in refused.reason
+    assert decide(far, most_s=math.inf) == Step(by_ns=-far.error_ns), (
+        "after a pause it is stepped, however far"
+    )
+    assert decide(ms(sign * 59_000)) == Step(by_ns=-ms(sign * 59_000).error_ns)
 
 
 def test_what_an_earlier_sync_stepped_away_is_what_the_pause_did() -> None:

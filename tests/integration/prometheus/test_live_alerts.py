@@ -1,7 +1,7 @@
 """What the alerts are for really happens: every service and the broker is killed, VMs stand still for too long.
 
 Each alert fires and resolves on a real fleet's series. Only its times are shortened; what is left out is judged by
-promtool alone: CaesuraGuestClock*, CaesuraPauseGuardAbsent, CaesuraExporterDeaf, CaesuraConnectionUnsteady.
+promtool alone: CaesuraGuestClock*, CaesuraForeignVms, CaesuraPauseGuardAbsent, CaesuraExporterDeaf, CaesuraConnectionUnsteady.
 """
 
 from __future__ import annotations

@@ -26,6 +26,7 @@ from caesura.contract.messages import (
 from caesura.runtime.settings import Secret
 from caesura.testing.broker import mosquitto_installed, shipped_mosquitto
 from caesura.testing.collector import eventually, running
+from caesura.testing.patience import patient
 from caesura_vm_agent.clock import NS_PER_S
 from caesura_vm_agent.service import VmAgent, filters
 from caesura_vm_agent.settings import VmAgentSettings
@@ -64,7 +65,9 @@ class Host:
         self.name = name
         self.off_ns = round(off_s * NS_PER_S)
         self.post = Post(self.bus, f"/caesura/host/{name}")
-        self.asked = 0
+        self.asked = self.answered = 0
+        self.after: Host | None = None
+        """The host that answers before this one."""
         self.found: list[AgentClockSynced] = []
 
     async def receive(self, delivery: Delivery) -> None:
@@ -75,6 +78,8 @@ class Host:
         if not isinstance(message, ClockSyncRequested):
             return
         self.asked += 1
+        if (other := self.after) is not None:
+            await eventually(lambda: other.answered >= self.asked)
         answer = ClockSyncAnswered(
             vm=message.vm,
             host=self.name,
@@ -84,6 +89,7 @@ class Host:
             t3_ns=time.time_ns() + self.off_ns,
         )
         await self.post.send(answer, host=self.name, vm=message.vm)
+        self.answered += 1
 
 
 @asynccontextmanager
@@ -114,7 +120,12 @@ async def fleet(folder: Path, *, vm: Principal, hosts: dict[str, float]) -> Asyn
 async def agent(bus: Any, **settings: Any) -> AsyncIterator[tuple[VmAgent, Guest]]:
     """An agent that checks its clock all the time."""
     chosen = VmAgentSettings(
-        vm="web-1", set="web", sync_answer_timeout_s=0.2, sync_interval_s=0.05, canary_bytes=0, **settings
+        vm="web-1",
+        set="web",
+        sync_answer_timeout_s=patient(2),
+        sync_interval_s=0.05,
+        canary_bytes=0,
+        **settings,
     )
     guest = Guest()
     made = VmAgent(chosen, bus("vm_web-1", filters(chosen)), guest, boot_id="boot-1")
@@ -132,6 +143,7 @@ async def agent(bus: Any, **settings: Any) -> AsyncIterator[tuple[VmAgent, Guest
 async def test_a_foreign_host_steps_no_clock(tmp_path: Path, bound: str) -> None:
     user = Principal("vm", "web-1", "web", host="h1" if bound == "by access rules" else "")
     async with fleet(tmp_path, vm=user, hosts={"h1": 0.0, "thief": HOUR_S}) as (bus, hosts):
+        hosts["h1"].after = hosts["thief"]
         if bound == "by the record":
             coordinator = bus("coordinator")
             owner = b'{"vm":"web-1","host":"h1","epoch":1}'

@@ -12,6 +12,7 @@ with QuietInterrupt():
     from caesura.bus.mqtt import MqttBus
     from caesura.bus.options import check_broker, options_from
     from caesura.bus.port import Will
+    from caesura.bus.rates import Rates
     from caesura.contract.messages import CoordinatorPresence
     from caesura.contract.topics import channel_of
     from caesura.runtime.command import run_service
@@ -35,6 +36,7 @@ async def run(settings: CoordinatorSettings) -> None:
         bus = MqttBus(
             options_from(settings, client_id=settings.instance, clean=False),
             filters=subscriptions(),
+            rates=Rates(),
             will=Will(
                 channel_of(CoordinatorPresence).topic(),
                 last_will(Authority(coordinator=settings.instance, epoch=0)),

@@ -22,6 +22,7 @@ with QuietInterrupt():
     from caesura.bus.mqtt import MqttBus
     from caesura.bus.options import check_broker, options_from
     from caesura.bus.port import Will
+    from caesura.bus.rates import Rates
     from caesura.contract.codec import encode
     from caesura.contract.messages import HostPresence
     from caesura.contract.topics import channel_of
@@ -164,6 +165,7 @@ async def _serve(
     bus = MqttBus(
         options_from(settings, client_id=f"caesura-host-{host.host}"),
         filters=filters(host),
+        rates=Rates(),
         will=_will(host.host, instance),
     )
     registry = CollectorRegistry()

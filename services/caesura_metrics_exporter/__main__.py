@@ -12,6 +12,7 @@ with QuietInterrupt():
 
     from caesura.bus.mqtt import MqttBus
     from caesura.bus.options import check_broker, options_from
+    from caesura.bus.rates import Rates
     from caesura.runtime.command import run_service
     from caesura.runtime.health import serve_health
     from caesura.runtime.listen import check_health_address, parse_listen
@@ -41,7 +42,7 @@ def _check_address(settings: MetricsExporterSettings) -> None:
 async def _main(settings: MetricsExporterSettings) -> None:
     # A persistent session: facts sent while the exporter restarts are counted when it is back.
     options = options_from(settings, client_id=f"caesura-metrics-{settings.instance}", clean=False)
-    bus = MqttBus(options, filters=filters())
+    bus = MqttBus(options, filters=filters(), rates=Rates())
     exporter = MetricsExporter(settings, bus)
     registry = CollectorRegistry()
     process, collector = ProcessCollector(registry=registry), exporter.collector()

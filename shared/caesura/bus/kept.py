@@ -17,6 +17,8 @@ import structlog
 from caesura.bus.filters import check_filter
 from caesura.bus.inbox import Inbox
 from caesura.bus.port import BusStats, BusUnavailable, Connected, Delivery, Handler
+from caesura.bus.rates import MUTED_S, Rates, writer_of
+from caesura.runtime.sampled import Sampled, cut
 
 _log = structlog.get_logger("caesura.bus")
 
@@ -44,13 +46,20 @@ class KeptBus(ABC):
         backlog_limit: messages of each QoS that may wait for the handler.
         backlog_bytes: bytes that may wait for the handler.
         close_timeout_s: how long ``close`` waits for the message that is being handled.
+        rates: how much each writer may send; None: as much as it likes.
 
     Raises:
         ValueError: a filter that no broker accepts.
     """
 
     def __init__(
-        self, *, filters: Sequence[str], backlog_limit: int, backlog_bytes: int, close_timeout_s: float
+        self,
+        *,
+        filters: Sequence[str],
+        backlog_limit: int,
+        backlog_bytes: int,
+        close_timeout_s: float,
+        rates: Rates | None = None,
     ) -> None:
         for each in filters:
             check_filter(each)
@@ -65,6 +74,10 @@ class KeptBus(ABC):
         self._on_connected: Connected | None = None
         self._started = False
         self._warned_at = float("-inf")
+        self._rates = rates
+        self._sampled = Sampled()
+        self._muted: dict[str, float] = {}
+        """Filters of writers that flooded to when they are subscribed to again, by the loop's clock."""
 
     @abstractmethod
     async def _keep_connected(self) -> None:
@@ -158,11 +171,45 @@ class KeptBus(ABC):
     def _take(self, parcel: Parcel) -> None:
         """Put a message that arrived into the inbox, or drop it (QoS 0), loudly when there is no room."""
         self._stats.received += 1
+        if self._refuses(parcel):
+            parcel.acknowledge()
+            return
         if not self._inbox.put(parcel):
             self._stats.dropped += 1
             self._warn_backlog(parcel.delivery.topic, "messages are being dropped (QoS 0)")
         elif self._inbox.full:
             self._warn_backlog(parcel.delivery.topic, "the broker is being held back (QoS 1)")
+
+    def _refuses(self, parcel: Parcel) -> bool:
+        """Whether the message is above its writer's rate; the rest of what it sends is kept away, where it can be."""
+        topic, now_s = parcel.delivery.topic, asyncio.get_running_loop().time()
+        if (
+            self._rates is None
+            or parcel.delivery.retained
+            or self._rates.admits(topic, parcel.size_bytes, now_s)
+        ):
+            return False
+        party, name = writer_of(topic)
+        self._stats.refused[party] = self._stats.refused.get(party, 0) + 1
+        own = f"{'/'.join(topic.split('/', 2)[:2])}/{party}/{name}/"
+        muted = [each for each in self.filters if each.startswith(own) and each not in self._muted]
+        self._muted |= dict.fromkeys(muted, now_s + MUTED_S)
+        if muted:
+            self._mute(muted)
+        left_out = self._sampled.due(party)
+        if left_out is not None:
+            _log.warning(
+                "bus.flood",
+                writer=f"{party}/{name}",
+                topic=cut(topic),
+                muted_s=MUTED_S if self._muted else 0,
+                left_out=left_out,
+                advice="it sends more than anything of Caesura does: look at it, or give it another password",
+            )
+        return True
+
+    def _mute(self, filters: Sequence[str]) -> None:  # noqa: B027 - an adapter need not
+        """These filters were put into ``_muted``; an adapter that can unsubscribe does, until their time has come."""
 
     def _warn_backlog(self, topic: str, effect: str) -> None:
         now = asyncio.get_running_loop().time()

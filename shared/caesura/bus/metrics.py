@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from caesura.bus.port import BusStats
+from caesura.bus.rates import LIMITS
 from caesura.contract.codec import ContractError
 
 # Known from zero on: else the first error of a kind is no increase of anything.
@@ -30,6 +31,12 @@ def bus_families(stats: BusStats, decode_errors: Mapping[str, int]) -> Iterator[
     yield CounterMetricFamily(
         "caesura_bus_dropped", "QoS 0 messages dropped because the handler was too slow.", stats.dropped
     )
+    refused = CounterMetricFamily(
+        "caesura_bus_refused", "Messages above the rate of their writer, by its party.", labels=["writer"]
+    )
+    for party in LIMITS:
+        refused.add_metric([party], stats.refused.get(party, 0))
+    yield refused
     errors = CounterMetricFamily(
         "caesura_bus_decode_errors", "Messages that broke the contract.", labels=["kind"]
     )

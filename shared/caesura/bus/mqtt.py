@@ -28,6 +28,7 @@ from caesura.bus.kept import KeptBus, Parcel
 from caesura.bus.mqtt_link import Arrival, Link, Protocol
 from caesura.bus.options import BrokerOptions
 from caesura.bus.port import BusError, BusUnavailable, Delivery, PublishRefused, Will
+from caesura.bus.rates import Rates
 
 _log = structlog.get_logger("caesura.bus")
 
@@ -42,6 +43,8 @@ class MqttBus(KeptBus):
         filters: topic filters to subscribe to, at QoS 1, after every connect.
         will: what the broker publishes (retained) when we vanish without a goodbye.
         uniform: random source of the reconnect delays, as ``random.uniform``.
+        rates: how much each writer may send. One that sends more is unsubscribed from for a while, where a filter names it:
+            else its messages would stand before all others in the broker's queue for us.
 
     Raises:
         ValueError: a filter that no broker accepts.
@@ -54,8 +57,10 @@ class MqttBus(KeptBus):
         filters: Sequence[str] = (),
         will: Will | None = None,
         uniform: Callable[[float, float], float] = random.uniform,
+        rates: Rates | None = None,
     ) -> None:
         super().__init__(
+            rates=rates,
             filters=filters,
             backlog_limit=options.backlog_limit,
             backlog_bytes=options.backlog_bytes,
@@ -68,6 +73,7 @@ class MqttBus(KeptBus):
         self._backoff = Backoff(options.reconnect_min_s, options.reconnect_max_s, uniform)
         self.last_failure: BusError | OSError | None = None
         """What the last connection, or the last attempt at one, came to; ``explain`` makes words of it."""
+        self._to_unmute = asyncio.Event()
         self._link: Link | None = None
         self._spoken: Protocol | None = None if options.protocol == "auto" else options.protocol
         self._short_lives = 0
@@ -183,7 +189,7 @@ class MqttBus(KeptBus):
         """Subscribe, say that we are connected, and wait for the end."""
         self._link = link
         with self._listening(link):
-            await link.subscribe_all(self.filters)
+            await link.subscribe_all([each for each in self.filters if each not in self._muted])
         async with self._connected():
             _log.info(
                 "bus.connected",
@@ -192,7 +198,32 @@ class MqttBus(KeptBus):
                 client_id=self.options.client_id,
                 session_present=link.session_present,
             )
-            return await link.until_end()
+            unmuting = asyncio.create_task(self._unmute(link), name="bus-unmute")
+            try:
+                return await link.until_end()
+            finally:
+                unmuting.cancel()
+
+    def _mute(self, filters: Sequence[str]) -> None:
+        if self._link is not None:
+            self._link.drop(filters)
+        self._to_unmute.set()
+
+    async def _unmute(self, link: Link) -> None:
+        """Subscribe again when the time of what is muted has come."""
+        loop = asyncio.get_running_loop()
+        while True:
+            self._to_unmute.clear()
+            due = min(self._muted.values(), default=None)
+            try:
+                async with asyncio.timeout_at(due):
+                    await self._to_unmute.wait()
+            except TimeoutError:
+                back = [each for each, until_s in self._muted.items() if until_s <= loop.time()]
+                for each in back:
+                    del self._muted[each]
+                with contextlib.suppress(OSError, BusError), self._listening(link):
+                    await link.subscribe_all(back)
 
     def _after(self, lost: BusError | OSError, *, held_s: float) -> float:
         """Report the end of a connection; the seconds to wait before the next."""

@@ -206,6 +206,14 @@ class Link(aiomqtt.Client):
         if refused:
             raise SubscribeRefused(refused)
 
+    def drop(self, filters: Sequence[str]) -> None:
+        """Unsubscribe, without waiting: the broker's answer comes behind what it has for us already."""
+        if self.ended:
+            return
+        _, number = self._client.unsubscribe(list(filters))
+        if number is not None:
+            self._pending_unsubscribes[number] = asyncio.Event()
+
     async def send(self, topic: str, payload: bytes, *, qos: int, retain: bool, deadline: float) -> None:
         """Publish and wait until the broker accepted it (QoS 1) or it was written to the socket (QoS 0).
 

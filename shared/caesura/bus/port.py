@@ -82,6 +82,8 @@ class BusStats(msgspec.Struct):
     publish_failures: int = 0
     dropped: int = 0
     """QoS 0 messages dropped because the handler was too slow (the bounded queue was full)."""
+    refused: dict[str, int] = {}
+    """Party to its messages that were above the rate of their writer."""
     backlog: int = 0
     """Messages received and not yet handled."""
     last_error: str = ""

@@ -1,0 +1,159 @@
+"""One guest's password sends as much as it can, on a broker as it is shipped: its host still gets its commands, an operator his plan."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from caesura.bus.brokers import LocalBroker
+from caesura.bus.mqtt import MqttBus
+from caesura.bus.options import BrokerOptions
+from caesura.bus.post import Post
+from caesura.bus.rates import LIMITS, Rates
+from caesura.contract import messages as m
+from caesura.contract.access import Principal, access_rules
+from caesura.contract.codec import encode
+from caesura.contract.topics import channel_of
+from caesura.runtime.identity import new_id
+from caesura.runtime.settings import Secret
+from caesura.testing.broker import mosquitto_installed, shipped_mosquitto
+from caesura.testing.collector import eventually, running
+from caesura.testing.patience import patient
+
+pytestmark = pytest.mark.skipif(not mosquitto_installed(), reason="mosquitto is not installed")
+
+_USERS = (
+    Principal("coordinator"),
+    Principal("host", "h1"),
+    Principal("ctl", "ops"),
+    Principal("vm", "web-1", "web"),
+    Principal("vm", "web-2", "web"),
+)
+_PASSWORDS = {each.username: f"password of {each.username}" for each in _USERS}
+
+# MQTT 3.1.1 by hand: a client in Python would be slower than the broker. Answers are read and thrown away.
+_FLOODER = r"""
+import socket, struct, sys, threading
+port, user, password, topic = int(sys.argv[1]), *sys.argv[2:5]
+payload = sys.stdin.buffer.read()
+def text(each): return struct.pack("!H", len(each)) + each.encode()
+def packet(kind, body):
+    size, head = len(body), bytearray([kind])
+    while True:
+        size, digit = divmod(size, 128)
+        head.append(digit | (0x80 if size else 0))
+        if not size: return bytes(head) + body
+link = socket.create_connection(("127.0.0.1", port))
+link.sendall(packet(0x10, text("MQTT") + b"\x04\xc2\x00\x3c" + text(user) + text(user) + text(password)))
+assert link.recv(4)[3] == 0
+def drain():
+    while link.recv(65536): pass
+threading.Thread(target=drain, daemon=True).start()
+many = b"".join(packet(0x32, text(topic) + struct.pack("!H", number) + payload) for number in range(1, 1001))
+print("on", flush=True)
+while True: link.sendall(many)
+"""
+
+
+def options(broker: LocalBroker, user: str, **more: Any) -> BrokerOptions:
+    return BrokerOptions(
+        url=broker.url, username=user, password=Secret(_PASSWORDS[user]), protocol="5", client_id=user, **more
+    )
+
+
+@asynccontextmanager
+async def flood(broker: LocalBroker, topic: str, payload: bytes) -> AsyncIterator[None]:
+    """A guest that sends this for the block, as fast as the broker takes it."""
+    words = [str(broker.port), "vm_web-1", _PASSWORDS["vm_web-1"], topic]
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-c",
+        _FLOODER,
+        *words,
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+    )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    try:
+        process.stdin.write(payload)
+        process.stdin.close()
+        assert await process.stdout.readline() == b"on\n"
+        yield
+        assert process.returncode is None, "it went on to the end"
+    finally:
+        with suppress(ProcessLookupError):
+            process.kill()
+        await process.wait()
+
+
+def message(body: Any) -> bytes:
+    return encode(body, source="/test", event_id=new_id(), time=datetime.now(UTC))
+
+
+def freeze(number: int) -> m.FreezeCommanded:
+    return m.FreezeCommanded(
+        operation=f"o{number}",
+        epoch=1,
+        coordinator="c",
+        host="h1",
+        rollout="r",
+        wave=0,
+        method="freeze",
+        targets=(m.FreezeTarget(vm="web-1", set="web", update_domain=0),),
+        budget_s=5,
+        hold_s=1,
+        not_after=datetime.now(UTC) + timedelta(seconds=60),
+    )
+
+
+async def test_a_flooding_guest_keeps_its_host_from_no_command(tmp_path: Path) -> None:
+    async with AsyncExitStack() as stack:
+        broker = await stack.enter_async_context(
+            shipped_mosquitto("broker", tmp_path, users=_PASSWORDS, acl=access_rules(_USERS))
+        )
+        filters = [channel_of(m.FreezeCommanded).filter(host="h1")]
+        for vm in ("web-1", "web-2"):
+            filters += [
+                channel_of(kind).filter(vm=vm)
+                for kind in (m.AgentPresence, m.AgentClockSynced, m.ClockSyncRequested)
+            ]
+        host = MqttBus(options(broker, "host_h1"), filters=filters, rates=Rates())
+        post = Post(host, "/caesura/host/h1")
+        commands: list[str] = []
+        others: list[str] = []
+
+        async def on_freeze(command: m.FreezeCommanded, _: object) -> None:
+            commands.append(command.operation)
+
+        async def on_agent(presence: m.AgentPresence, _: object) -> None:
+            others.append(presence.vm)
+
+        post.on(m.FreezeCommanded, on_freeze)
+        post.on(m.AgentPresence, on_agent)
+        coordinator = Post(MqttBus(options(broker, "coordinator")), "/caesura/c")
+        neighbour = Post(MqttBus(options(broker, "vm_web-2")), "/caesura/vm/web-2")
+        for bus, receive in ((host, post.deliver), (coordinator.bus, None), (neighbour.bus, None)):
+            await stack.enter_async_context(running(bus, receive))
+        payload = message(
+            m.AgentClockSynced(vm="web-1", boot_id="b", trigger="periodic", synced=True, reason="x" * 500)
+        )
+        async with flood(broker, "caesura/v1/vm/web-1/clock-synced", payload):
+            # Well above what may be handled: from then on the flood is in the way of everything, if it is at all.
+            await eventually(lambda: host.stats.received > 3 * LIMITS["vm"].burst, patient(20))
+            for number in range(3):
+                async with asyncio.timeout(patient(4)):
+                    await coordinator.send(freeze(number), host="h1")
+                    while f"o{number}" not in commands:  # noqa: ASYNC110 - the handler announces nothing
+                        await asyncio.sleep(0.01)
+            await neighbour.send(m.AgentPresence(vm="web-2", online=True, boot_id="b"), vm="web-2")
+            await eventually(lambda: "web-2" in others)
+            assert host.stats.connects == 1
+            assert host.stats.refused["vm"] > 0

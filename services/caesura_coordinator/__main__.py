@@ -43,6 +43,7 @@ async def run(settings: CoordinatorSettings) -> None:
             ),
         )
         coordinator = Coordinator(bus, store, instance=settings.instance, settle_s=settings.settle_s)
+        bus.peers = coordinator.known
         registry = CollectorRegistry()
         registry.register(CoordinatorCollector(coordinator))
         pings = {

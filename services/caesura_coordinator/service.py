@@ -158,6 +158,16 @@ class Coordinator:
             "owners": self._publish_owners,
         }
 
+    def known(self, party: str) -> list[str]:
+        """The names that are known of a party: they are still listened to when one that nobody knows floods."""
+        match party:
+            case "vm":
+                return [vm.vm for _, vm in self.fleet.vms()]
+            case "host":
+                return list(self.fleet.inventories)
+            case _:
+                return []
+
     async def drain(self) -> None:
         """Say what is decided, say goodbye. Rollouts stay where they are, for the next start."""
         # One that was superseded says nothing more: its documents are older than what the other has published.

@@ -9,12 +9,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 
 import msgspec
 import structlog
 
-from caesura.bus.filters import check_filter
+from caesura.bus.filters import check_filter, matches
 from caesura.bus.inbox import Inbox
 from caesura.bus.port import BusStats, BusUnavailable, Connected, Delivery, Handler
 from caesura.bus.rates import MUTED_S, Rates, writer_of
@@ -78,6 +78,10 @@ class KeptBus(ABC):
         self._sampled = Sampled()
         self._muted: dict[str, float] = {}
         """Filters of writers that flooded to when they are subscribed to again, by the loop's clock."""
+        self._instead: dict[str, tuple[str, ...]] = {}
+        """A muted filter with a wildcard to the filters that stand in for it."""
+        self.peers: Callable[[str], Iterable[str]] | None = None
+        """Party to the names of those that are known of it: a filter for all of them can then be muted for one."""
 
     @abstractmethod
     async def _keep_connected(self) -> None:
@@ -192,10 +196,17 @@ class KeptBus(ABC):
         party, name = writer_of(topic)
         self._stats.refused[party] = self._stats.refused.get(party, 0) + 1
         own = f"{'/'.join(topic.split('/', 2)[:2])}/{party}/{name}/"
-        muted = [each for each in self.filters if each.startswith(own) and each not in self._muted]
+        muted = [each for each in self.subscribed() if each not in self._muted and each.startswith(own)]
+        wide = [each for each in self.filters if each not in self._muted and matches(each, topic)]
+        if self.peers is not None and wide and not muted:
+            # Others of its kind are still listened to, each by its name.
+            names = set(self.peers(party)) - {name}
+            for each in wide:
+                self._instead[each] = tuple(each.replace("/+/", f"/{peer}/", 1) for peer in sorted(names))
+            muted = wide
         self._muted |= dict.fromkeys(muted, now_s + MUTED_S)
         if muted:
-            self._mute(muted)
+            self._mute(muted, [instead for each in muted for instead in self._instead.get(each, ())])
         left_out = self._sampled.due(party)
         if left_out is not None:
             _log.warning(
@@ -208,8 +219,13 @@ class KeptBus(ABC):
             )
         return True
 
-    def _mute(self, filters: Sequence[str]) -> None:  # noqa: B027 - an adapter need not
-        """These filters were put into ``_muted``; an adapter that can unsubscribe does, until their time has come."""
+    def subscribed(self) -> list[str]:
+        """What is to be subscribed to now: without what is muted, and with what stands in for it."""
+        stand_ins = [each for wide in self._muted for each in self._instead.get(wide, ())]
+        return [each for each in (*self.filters, *stand_ins) if each not in self._muted]
+
+    def _mute(self, filters: Sequence[str], instead: Sequence[str]) -> None:  # noqa: B027 - an adapter need not
+        """These filters were put into ``_muted``: an adapter that can unsubscribes, until their time has come."""
 
     def _warn_backlog(self, topic: str, effect: str) -> None:
         now = asyncio.get_running_loop().time()

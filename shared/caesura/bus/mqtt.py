@@ -32,6 +32,7 @@ from caesura.bus.rates import Rates
 
 _log = structlog.get_logger("caesura.bus")
 
+_FILTERS_AT_ONCE = 1_000  # a packet of some 100 KiB
 _UNSTABLE = 3  # connections in a row that ended soon: worth saying that another client may use our id
 
 
@@ -74,6 +75,7 @@ class MqttBus(KeptBus):
         self.last_failure: BusError | OSError | None = None
         """What the last connection, or the last attempt at one, came to; ``explain`` makes words of it."""
         self._to_unmute = asyncio.Event()
+        self._to_subscribe: list[str] = []
         self._link: Link | None = None
         self._spoken: Protocol | None = None if options.protocol == "auto" else options.protocol
         self._short_lives = 0
@@ -189,7 +191,7 @@ class MqttBus(KeptBus):
         """Subscribe, say that we are connected, and wait for the end."""
         self._link = link
         with self._listening(link):
-            await link.subscribe_all([each for each in self.filters if each not in self._muted])
+            await self._subscribe(link, self.subscribed())
         async with self._connected():
             _log.info(
                 "bus.connected",
@@ -204,9 +206,15 @@ class MqttBus(KeptBus):
             finally:
                 unmuting.cancel()
 
-    def _mute(self, filters: Sequence[str]) -> None:
+    async def _subscribe(self, link: Link, filters: Sequence[str]) -> None:
+        """In packets that any broker takes. None at all is well, too."""
+        for first in range(0, len(filters), _FILTERS_AT_ONCE):
+            await link.subscribe_all(filters[first : first + _FILTERS_AT_ONCE])
+
+    def _mute(self, filters: Sequence[str], instead: Sequence[str]) -> None:
         if self._link is not None:
             self._link.drop(filters)
+            self._to_subscribe += instead
         self._to_unmute.set()
 
     async def _unmute(self, link: Link) -> None:
@@ -220,10 +228,15 @@ class MqttBus(KeptBus):
                     await self._to_unmute.wait()
             except TimeoutError:
                 back = [each for each, until_s in self._muted.items() if until_s <= loop.time()]
+                stood_in = [each for wide in back for each in self._instead.pop(wide, ())]
                 for each in back:
                     del self._muted[each]
-                with contextlib.suppress(OSError, BusError), self._listening(link):
-                    await link.subscribe_all(back)
+                for first in range(0, len(stood_in), _FILTERS_AT_ONCE):
+                    link.drop(stood_in[first : first + _FILTERS_AT_ONCE])
+                self._to_subscribe += [each for each in back if each in self.filters]
+            wanted, self._to_subscribe = self._to_subscribe, []
+            with contextlib.suppress(OSError, BusError), self._listening(link):
+                await self._subscribe(link, wanted)
 
     def _after(self, lost: BusError | OSError, *, held_s: float) -> float:
         """Report the end of a connection; the seconds to wait before the next."""

@@ -174,7 +174,7 @@ class Coordinator:
         if self.leads and self.bus.stats.connected:
             try:
                 await self._flush(limit=1000)
-                await self.post.send(presence(self.authority, online=False), timeout_s=2)
+                await self.post.send_last(presence(self.authority, online=False), timeout_s=2)
             except (BusError, StoreError) as error:
                 _log.warning("coordinator.no_goodbye", why=str(error))
         await self.bus.close()

@@ -525,7 +525,7 @@ class HostUpdater:
             if not await self.outbox.drained(_FLUSH_S):
                 _log.warning("outbox.left", letters=len(self.outbox))
             with suppress(BusError):
-                await self.post.send(self._presence(online=False), timeout_s=2.0, host=self._host.host)
+                await self.post.send_last(self._presence(online=False), timeout_s=2.0, host=self._host.host)
         self._updates.close()
         await self._pauses.close()
         await self.bus.close()

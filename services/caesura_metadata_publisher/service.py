@@ -150,7 +150,8 @@ class MetadataPublisher:
 
     async def _say_online(self, *, online: bool, timeout_s: float) -> None:
         presence = PublisherPresence(instance=self._settings.instance, online=online)
-        await self._post.send(presence, instance=self._settings.instance, timeout_s=timeout_s)
+        send = self._post.send if online else self._post.send_last
+        await send(presence, instance=self._settings.instance, timeout_s=timeout_s)
 
     # -- from the bus -------------------------------------------------------------------------------------
 

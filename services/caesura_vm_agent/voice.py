@@ -58,7 +58,7 @@ class Voice:
     async def offline(self, timeout_s: float) -> None:
         """Say goodbye; the last will says it if this cannot."""
         try:
-            await self._post.send(self._presence(online=False), vm=self._vm, timeout_s=timeout_s)
+            await self._post.send_last(self._presence(online=False), vm=self._vm, timeout_s=timeout_s)
         except BusError as error:
             _log.debug("agent.offline_unsaid", why=str(error))
 

@@ -53,6 +53,8 @@ class Post:
         self._forgetters: dict[type[Message], Forgetter] = {}
         self._sequence = 0
         self._on_refused = on_refused
+        self._farewells: set[str] = set()
+        """Topics on which the last word of this service is out."""
 
     def on(self, message: type[M], receiver: Callable[[M, Received], Awaitable[None]]) -> None:
         """Have ``receiver`` called for every message of this type that arrives."""
@@ -76,18 +78,32 @@ class Post:
             BusUnavailable, PublishRefused: as ``Bus.publish``.
             TopicError, ContractError: the message cannot be sent as it is.
         """
+        topic = channel_of(type(message)).topic(**parameters)
+        if topic in self._farewells:
+            _log.debug("bus.after_farewell", topic=topic)
+            return
+        await self._publish(message, topic, event_id or new_id(), timeout_s)
+
+    async def send_last(self, message: Message, *, timeout_s: float = 10.0, **parameters: str | int) -> None:
+        """Publish the last message of this service on its topic; what ``send`` is given for that topic later is dropped.
+
+        For a goodbye. The tasks that announce a presence (a beat, a reconnect, a goodbye that comes back to its sender) run
+        until the bus is closed, and would leave a stopped service retained as online.
+
+        Raises:
+            As ``send``; later messages are dropped all the same, since the last will is the goodbye then.
+        """
+        topic = channel_of(type(message)).topic(**parameters)
+        self._farewells.add(topic)
+        await self._publish(message, topic, new_id(), timeout_s)
+
+    async def _publish(self, message: Message, topic: str, event_id: str, timeout_s: float) -> None:
         channel = channel_of(type(message))
         self._sequence += 1
         payload = encode(
-            message,
-            source=self.source,
-            event_id=event_id or new_id(),
-            time=datetime.now(UTC),
-            sequence=self._sequence,
+            message, source=self.source, event_id=event_id, time=datetime.now(UTC), sequence=self._sequence
         )
-        await self.bus.publish(
-            channel.topic(**parameters), payload, qos=channel.qos, retain=channel.retain, timeout_s=timeout_s
-        )
+        await self.bus.publish(topic, payload, qos=channel.qos, retain=channel.retain, timeout_s=timeout_s)
 
     async def clear(self, message: type[Message], **parameters: str | int) -> None:
         """Remove a retained message (an empty retained payload, MQTT 3.1.1 section 3.3.1.3).

@@ -673,3 +673,27 @@ def test_texts_of_a_plan_give_way_before_the_plan_does() -> None:
     more = tuple(msgspec.structs.replace(vms[0], vm=f"w{number}") for number in range(2000))
     with pytest.raises(CaesuraError, match=r"too large for a message .* select fewer sets or hosts"):
         with_plan("q", m.Plan(update="patch", waves=(), skipped=more), "")
+
+
+async def test_a_coordinator_that_was_stopped_stays_retained_as_offline(world: World) -> None:
+    async with world.coordinator("a", announce_s=0.01) as a:
+        await eventually(lambda: a.leads and bool(world.of(m.CoordinatorPresence)))
+        # What it publishes comes back to it before the bus is closed, however soon that is.
+        close, closing = a.bus.close, asyncio.Event()
+
+        async def close_later() -> None:
+            await closing.wait()
+            await close()
+
+        a.bus.close = close_later  # type: ignore[method-assign]
+        draining = asyncio.ensure_future(a.drain())
+        await eventually(lambda: any(not each.online for each in world.of(m.CoordinatorPresence)))
+        # The answer shows that everything before it, its own goodbye among that, was delivered to it.
+        await world.post.send(m.AbortRequested(request="r1"), client="ops")
+        await eventually(lambda: any(each.request == "r1" for each in world.of(m.RequestAnswered)))
+        goodbye = world.retained(m.CoordinatorPresence)
+        closing.set()
+        await draining
+        assert goodbye == m.CoordinatorPresence(
+            coordinator=a.authority.coordinator, epoch=a.authority.epoch, online=False
+        )

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 
 import structlog
 from aiohttp import web
 
-from caesura.runtime.health import open_site
+from caesura.runtime.connections import Bounds, fair_share
+from caesura.runtime.health import serve_app
 from caesura.runtime.listen import own_host
 from caesura_metadata_publisher.listeners import Listener
 from caesura_metadata_publisher.request import (
@@ -22,6 +24,8 @@ from caesura_metadata_publisher.request import (
 from caesura_metadata_publisher.service import MetadataPublisher
 
 _SHUTDOWN_S = 1.0  # s: requests in flight at the end take milliseconds; an approval on a dead bus is cut
+
+_BODY_S = 10.0  # s for a body of some kilobytes
 
 _log = structlog.get_logger("caesura.metadata")
 
@@ -37,14 +41,11 @@ async def serve_metadata(
     """
     async with AsyncExitStack() as stack:
         addresses = []
+        bounds = Bounds(connections=fair_share(len(listeners), Bounds.connections))
         for listener in listeners:
-            runner = web.AppRunner(
-                metadata_app(publisher, listener, http_hosts), access_log=None, shutdown_timeout=_SHUTDOWN_S
-            )
-            await runner.setup()
-            stack.push_async_callback(runner.cleanup)
-            await open_site(runner, listener.listen)
-            addresses.append(_opened(runner))
+            app = metadata_app(publisher, listener, http_hosts)
+            served = serve_app(app, listener.listen, shutdown_s=_SHUTDOWN_S, bounds=bounds)
+            addresses.append(await stack.enter_async_context(served))
         _log.info("metadata.listening", listeners=len(addresses))
         yield tuple(addresses)
 
@@ -56,7 +57,11 @@ def metadata_app(
     known = frozenset(each.lower() for each in http_hosts)
 
     async def handle(request: web.Request) -> web.StreamResponse:
-        body = await _read(request) if request.method == "POST" else b""
+        try:
+            async with asyncio.timeout(_BODY_S):
+                body = await _read(request) if request.method == "POST" else b""
+        except TimeoutError:
+            raise web.HTTPRequestTimeout from None  # it closes the connection, too
         headers = {name.lower(): value for name, value in request.headers.items()}
         parsed: Request | Answer
         if own_host(headers.get("host", "localhost"), known):
@@ -91,14 +96,6 @@ def _response(answer: Answer) -> web.Response:
     if answer.body:
         headers["Content-Type"] = answer.content_type
     return web.Response(status=answer.status, body=answer.body, headers=headers)
-
-
-def _opened(runner: web.AppRunner) -> str:
-    address = runner.addresses[0]
-    if isinstance(address, str):
-        return f"unix:{address}"
-    host = f"[{address[0]}]" if ":" in address[0] else address[0]
-    return f"{host}:{address[1]}"
 
 
 def _endpoint(path: str) -> str:

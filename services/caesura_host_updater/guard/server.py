@@ -13,6 +13,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
+import math
 import os
 import selectors
 import signal
@@ -31,6 +32,9 @@ from caesura_host_updater.guard.watch import GuardRefusal, Log, Watch
 
 SOCKET_NAME = "guard.sock"
 MAX_LINE_BYTES = 8 * 1024 * 1024  # a thousand VMs with a hundred processes each
+
+ACCEPT_RETRY_S = 1.0  # s without an accept after one that failed
+ACCEPT_LOG_S = 60.0  # s between two log lines about that
 
 
 class AlreadyRunning(Exception):
@@ -84,6 +88,9 @@ class GuardServer:
         self._stopping = False
         self._said_stopping = False
         self._alone_since = time.monotonic()
+        self._accept_at: float | None = None
+        """When to accept again after a failure; None: the listener is looked at."""
+        self._accept_said_at = -math.inf
         self._boot_id = boot_id()
         self._selector = selectors.DefaultSelector()
         self._handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -126,9 +133,9 @@ class GuardServer:
                     wait_s = min(
                         self._exit_when_alone_s if wait_s is None else wait_s, self._exit_when_alone_s
                     )
-                beat_s = self._notifier.interval_s
-                if beat_s is not None:
-                    wait_s = beat_s if wait_s is None else min(wait_s, beat_s)
+                for limit_s in (self._notifier.interval_s, self._accept_again()):
+                    if limit_s is not None:
+                        wait_s = limit_s if wait_s is None else min(wait_s, limit_s)
                 for key, _ in self._selector.select(wait_s):
                     key.data()
                 reap()  # QEMU processes that we started
@@ -161,7 +168,10 @@ class GuardServer:
     def _accept(self) -> None:
         try:
             connection, _ = self._listener.accept()
-        except OSError:
+        except (BlockingIOError, InterruptedError, ConnectionAbortedError):
+            return
+        except OSError as error:
+            self._accept_later(error)
             return
         connection.setblocking(False)
         client = _Client(connection)
@@ -170,6 +180,26 @@ class GuardServer:
             return
         self._clients[connection.fileno()] = client
         self._selector.register(connection, selectors.EVENT_READ, lambda: self._receive(client))
+
+    def _accept_later(self, error: OSError) -> None:
+        """For want of a descriptor the listener stays readable: looked at again at once, it would take the whole CPU."""
+        now = time.monotonic()
+        self._selector.unregister(self._listener)
+        self._accept_at = now + ACCEPT_RETRY_S
+        if now - self._accept_said_at >= ACCEPT_LOG_S:
+            self._accept_said_at = now
+            self._log("guard.accept_failed", why=str(error), clients=len(self._clients))
+
+    def _accept_again(self) -> float | None:
+        """Seconds until the listener is looked at again; None when it is."""
+        if self._accept_at is None:
+            return None
+        left_s = self._accept_at - time.monotonic()
+        if left_s > 0:
+            return left_s
+        self._accept_at = None
+        self._selector.register(self._listener, selectors.EVENT_READ, self._accept)
+        return None
 
     def _receive(self, client: _Client) -> None:
         try:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -18,6 +19,7 @@ from aiohttp.log import server_logger
 from prometheus_client import CollectorRegistry
 from prometheus_client.aiohttp import make_aiohttp_handler
 
+from caesura.runtime.connections import Bounds, Gate, bound_sockets
 from caesura.runtime.errors import CaesuraError
 from caesura.runtime.listen import parse_listen
 
@@ -27,7 +29,11 @@ _SHUTDOWN_S = 2.0  # s: most answers take less; what does not end by itself is c
 Ping = Callable[[], str]
 """Empty text when well, else what is wrong."""
 
-MetricsHandler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+MetricsHandler = Handler
+
+DEFAULT_BOUNDS = Bounds()
 
 
 class ListenError(CaesuraError):
@@ -50,8 +56,15 @@ class _OneLine(logging.Filter):
 _ONE_LINE = _OneLine()
 
 
-async def open_site(runner: web.AppRunner, listen: str) -> None:
-    """Open one listener of an aiohttp runner.
+@asynccontextmanager
+async def serve_app(
+    app: web.Application, listen: str, *, shutdown_s: float = _SHUTDOWN_S, bounds: Bounds = DEFAULT_BOUNDS
+) -> AsyncIterator[str]:
+    """Serve ``app`` on one listener while the block runs; gives its address, with the real port where 0 was asked for.
+
+    Args:
+        shutdown_s: seconds that requests in flight get at the end; what takes longer is cut.
+        bounds: how many connections there are, and how long one may take before its request is there.
 
     Raises:
         ListenAddressError: it is no address.
@@ -59,18 +72,48 @@ async def open_site(runner: web.AppRunner, listen: str) -> None:
     """
     server_logger.addFilter(_ONE_LINE)  # the same one each time: added once
     where = parse_listen(listen)
-    site: web.BaseSite
+    runner = web.AppRunner(app, access_log=None, shutdown_timeout=shutdown_s, keepalive_timeout=bounds.idle_s)
+    gate: Gate | None = None
+
+    @web.middleware
+    async def timed(request: web.Request, handler: Handler) -> web.StreamResponse:
+        connection = gate.connection(request.protocol) if gate else None
+        if connection is None:
+            return await handler(request)
+        connection.began()
+        try:
+            return await handler(request)
+        finally:
+            connection.answered()
+
+    app.middlewares.append(timed)
+    await runner.setup()
+    server = runner.server
+    assert server is not None  # noqa: S101 - set up above
+    gate = Gate(server, listen, bounds)
     try:
-        if isinstance(where, str):
-            Path(where).unlink(missing_ok=True)  # noqa: ASYNC240 - a stale socket of our own, once at start
-            site = web.UnixSite(runner, where)
-        else:
-            site = web.TCPSite(runner, *where)
-        await site.start()
-    except OSError as error:
-        raise ListenError(
-            f"cannot listen on {listen}: {error.strerror or error}. Choose another address or stop what uses it."
-        ) from error
+        try:
+            if isinstance(where, str):
+                Path(where).unlink(missing_ok=True)  # noqa: ASYNC240 - a stale socket of our own, once at start
+            sockets = await bound_sockets(where)
+            for each in sockets:
+                gate.listen(each)
+        except OSError as error:
+            raise ListenError(
+                f"cannot listen on {listen}: {error.strerror or error}. Choose another address or stop what uses it."
+            ) from error
+        yield _address(sockets[0])
+    finally:
+        gate.close()
+        await asyncio.shield(runner.cleanup())
+
+
+def _address(opened: socket.socket) -> str:
+    address = opened.getsockname()
+    if isinstance(address, str):
+        return f"unix:{address}"
+    host = f"[{address[0]}]" if ":" in address[0] else address[0]
+    return f"{host}:{address[1]}"
 
 
 def health_app(
@@ -104,10 +147,12 @@ async def serve_health(
     *,
     extend: Callable[[web.Application], None] | None = None,
     metrics: MetricsHandler | None = None,
+    bounds: Bounds = DEFAULT_BOUNDS,
 ) -> AsyncIterator[None]:
     """Serve health on ``listen`` while the block runs; with an empty ``listen``, serve nothing.
 
-    ``extend`` adds what the service serves besides; for ``metrics`` see ``health_app``.
+    ``extend`` adds what the service serves besides; for ``metrics`` see ``health_app``, for ``bounds``
+    ``serve_app``.
     """
     if not listen:
         yield
@@ -115,10 +160,5 @@ async def serve_health(
     app = health_app(pings, registry, metrics)
     if extend is not None:
         extend(app)
-    runner = web.AppRunner(app, access_log=None, shutdown_timeout=_SHUTDOWN_S)
-    await runner.setup()
-    try:
-        await open_site(runner, listen)
+    async with serve_app(app, listen, bounds=bounds):
         yield
-    finally:
-        await asyncio.shield(runner.cleanup())

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import json
 import os
 import signal
+import socket
+import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,7 +17,7 @@ from caesura_host_updater.guard.intent import Intent
 from caesura_host_updater.guard.notify import Notifier
 from caesura_host_updater.guard.plans import Condition, Plan, QemuPlan, Vmm
 from caesura_host_updater.guard.procfs import Process
-from caesura_host_updater.guard.server import GuardServer
+from caesura_host_updater.guard.server import ACCEPT_RETRY_S, SOCKET_NAME, GuardServer
 from caesura_host_updater.guard.watch import Watch
 
 
@@ -61,3 +65,67 @@ def test_before_it_ends_it_looks_again_however_short_ago_the_last_look_was(tmp_p
         for number, handler in before.items():
             signal.signal(number, handler)
     assert vms["a"] == "running"
+
+
+class NoDescriptors:
+    """A listener whose first accepts fail; everything else is the real one's."""
+
+    def __init__(self, listener: socket.socket, failures: int) -> None:
+        self._listener = listener
+        self._failures = failures
+
+    def accept(self) -> tuple[socket.socket, object]:
+        if self._failures:
+            self._failures -= 1
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        return self._listener.accept()
+
+    def fileno(self) -> int:
+        return self._listener.fileno()
+
+    def close(self) -> None:
+        self._listener.close()
+
+
+def test_without_descriptors_it_neither_spins_nor_stays_deaf_and_says_it_once(tmp_path: Path) -> None:
+    logged: list[str] = []
+    watch = Watch(NoStore(), lambda event, **_: logged.append(event), clock=time.monotonic)
+    server = GuardServer(
+        str(tmp_path), watch, lambda event, **_: logged.append(event), exit_when_alone_s=None
+    )
+    server._listener = NoDescriptors(server._listener, failures=2)  # type: ignore[assignment]
+    took_s: list[float] = []
+    answers: list[bytes] = []
+
+    def ask() -> None:
+        began = time.monotonic()
+        try:
+            with socket.socket(socket.AF_UNIX) as client:
+                client.settimeout(patient(20))
+                client.connect(str(tmp_path / SOCKET_NAME))
+                client.sendall(b'{"do": "status"}\n')
+                answers.append(client.recv(65536))
+            took_s.append(time.monotonic() - began)
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    asking = threading.Timer(0, ask)
+
+    class AskedAtOnce(Notifier):
+        """The client comes when the loop begins."""
+
+        def ready(self) -> None:
+            asking.start()
+
+    server._notifier = AskedAtOnce()
+    try:
+        server.run()
+    finally:
+        asking.join()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert json.loads(answers[0])["ok"]
+    assert took_s[0] >= 2 * ACCEPT_RETRY_S, "each failure is followed by a pause"
+    assert logged.count("guard.accept_failed") == 1

@@ -1,0 +1,288 @@
+"""Bounded listeners: how many connections one may have, and how long one may take before its request is there.
+
+asyncio's own accept loop sets no limit, and at EMFILE it logs once for each connection in its backlog, again every second.
+aiohttp has no deadline for the head of a request: a client that sends a byte now and then keeps its connection. So the
+listeners accept for themselves, and stand between the transport and the HTTP protocol. Without aiohttp, which knows
+nothing of it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import resource
+import socket
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import cast
+
+import structlog
+
+_log = structlog.get_logger("caesura.listen")
+
+_ACCEPT_RETRY_S = 1.0  # s without an accept after one that failed for want of a resource
+_LOG_EVERY_S = 60.0  # s between two log lines about the same trouble of one listener
+_BACKLOG = 128  # connections that the kernel completes for us meanwhile
+_AT_ONCE = 16  # accepts in one turn of the event loop: others have their turn
+_FILES_KEPT = 128  # descriptors for the bus, logs, files, and the health listener with its connections
+_SHARE_WARNED = 8
+_SCARCE = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What one listener grants its clients."""
+
+    connections: int = 64
+    """At once. One more takes the place of the one that has waited the longest without a request; where all are being
+    answered, it is closed."""
+    head_s: float = 10.0
+    """s from the first byte (or the connection's start) until a request's head is there."""
+    idle_s: float = 75.0
+    """s between an answer and the first byte of the next request; also what an answer may take to be read. Above
+    the usual scrape intervals, which keep their connection."""
+
+
+def fair_share(listeners: int, most: int) -> int:
+    """Connections that each of ``listeners`` may have, so that all of them together leave descriptors for everything else.
+
+    At most ``most``, at least two. From this process's limit of open files (``LimitNOFILE=`` in its unit).
+    """
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if files == resource.RLIM_INFINITY:
+        return most
+    share = (files - _FILES_KEPT) // max(listeners, 1) - 1  # the listener itself
+    if share < min(most, _SHARE_WARNED):
+        _log.warning(
+            "listen.few_files",
+            listeners=listeners,
+            connections_each=max(2, share),
+            open_files=files,
+            advice="raise LimitNOFILE= of the service",
+        )
+    return max(2, min(most, share))
+
+
+class Connection(asyncio.Protocol):
+    """One client between the transport and the HTTP protocol: passes everything on, and keeps the time."""
+
+    def __init__(self, gate: Gate, inner: asyncio.Protocol) -> None:
+        self._gate = gate
+        self._inner = inner
+        self._transport: asyncio.Transport | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._requests = 0
+        self._idle = False
+        self._early = False
+        """Whether bytes came while a request was being answered: of its body, or of the next head."""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast("asyncio.Transport", transport)
+        self._gate.waits(self)
+        self._wait(self._gate.bounds.head_s)
+        self._inner.connection_made(transport)
+
+    def data_received(self, data: bytes) -> None:
+        if self._requests:
+            self._early = True
+        elif self._idle:
+            self._idle = False
+            self._wait(self._gate.bounds.head_s)
+        self._inner.data_received(data)
+
+    def eof_received(self) -> bool | None:
+        return self._inner.eof_received()
+
+    def pause_writing(self) -> None:
+        self._inner.pause_writing()
+
+    def resume_writing(self) -> None:
+        self._inner.resume_writing()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop()
+        self._gate.left(self, self._inner)
+        self._inner.connection_lost(exc)
+
+    def began(self) -> None:
+        """The head of a request is there: from now on its handler keeps the time."""
+        self._requests += 1
+        self._idle = self._early = False
+        self._stop()
+        self._gate.busy(self)
+
+    def answered(self) -> None:
+        """The handler is done."""
+        self._requests -= 1
+        if self._transport is None or self._transport.is_closing():
+            return
+        self._idle = not self._early
+        self._wait(self._gate.bounds.idle_s if self._idle else self._gate.bounds.head_s)
+        self._gate.waits(self)
+
+    def cut(self) -> None:
+        """Close it at once: what is buffered for it goes, too."""
+        self._stop()
+        if self._transport is not None:
+            self._transport.abort()
+
+    def _wait(self, seconds: float) -> None:
+        self._stop()
+        self._timer = asyncio.get_running_loop().call_later(seconds, self.cut)
+
+    def _stop(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+
+class Gate:
+    """The connections of one listener.
+
+    Args:
+        factory: makes the HTTP protocol of a connection.
+        name: of the listener, for the log.
+    """
+
+    def __init__(self, factory: Callable[[], asyncio.Protocol], name: str, bounds: Bounds) -> None:
+        self.bounds = bounds
+        self.open = 0
+        """Connections that were accepted and are not closed."""
+        self._factory = factory
+        self._name = name
+        self._by_inner: dict[object, Connection] = {}
+        self._waiting: dict[Connection, None] = {}
+        """Those without a request, the one that has waited longest first."""
+        self._sockets: list[socket.socket] = []
+        self._paused: dict[int, asyncio.TimerHandle] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._said_at: dict[str, float] = {}
+
+    def listen(self, listener: socket.socket) -> None:
+        """Accept on a bound socket until ``close``, which closes it."""
+        listener.setblocking(False)
+        listener.listen(_BACKLOG)
+        self._sockets.append(listener)
+        self._resume(listener)
+
+    def close(self) -> None:
+        """Accept no more; the connections are their server's to close."""
+        loop = asyncio.get_running_loop()
+        for timer in self._paused.values():
+            timer.cancel()
+        for each in self._sockets:
+            loop.remove_reader(each)
+            each.close()
+        self._sockets.clear()
+
+    def connection(self, inner: object) -> Connection | None:
+        """The connection of an HTTP protocol, None after its end."""
+        return self._by_inner.get(inner)
+
+    def waits(self, connection: Connection) -> None:
+        """It has no request."""
+        self._waiting[connection] = None
+
+    def busy(self, connection: Connection) -> None:
+        """It has one that is being answered."""
+        self._waiting.pop(connection, None)
+
+    def left(self, connection: Connection, inner: object) -> None:
+        """It is closed."""
+        self.open -= 1
+        self._waiting.pop(connection, None)
+        self._by_inner.pop(inner, None)
+
+    def _accept(self, listener: socket.socket) -> None:
+        for _ in range(_AT_ONCE):
+            try:
+                accepted, _address = listener.accept()
+            except (BlockingIOError, InterruptedError, ConnectionAbortedError):
+                return
+            except OSError as error:
+                self._fail(listener, error)
+                return
+            accepted.setblocking(False)
+            if self.open >= self.bounds.connections and not self._evict():
+                self._say(
+                    "full",
+                    "all connections of this listener are being answered",
+                    most=self.bounds.connections,
+                )
+                accepted.close()
+                continue
+            self.open += 1
+            task = asyncio.get_running_loop().create_task(self._admit(accepted))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    def _fail(self, listener: socket.socket, error: OSError) -> None:
+        """The kernel says the socket is readable for as long as it fails: look again after a while."""
+        self._say("accept_failed", error.strerror or str(error), open=self.open)
+        if error.errno in _SCARCE:
+            self._evict()
+        loop = asyncio.get_running_loop()
+        loop.remove_reader(listener)
+        self._paused[listener.fileno()] = loop.call_later(_ACCEPT_RETRY_S, self._resume, listener)
+
+    def _resume(self, listener: socket.socket) -> None:
+        self._paused.pop(listener.fileno(), None)
+        asyncio.get_running_loop().add_reader(listener, self._accept, listener)
+
+    def _evict(self) -> bool:
+        """Cut the one that has waited the longest; whether there was one."""
+        oldest = next(iter(self._waiting), None)
+        if oldest is None:
+            return False
+        del self._waiting[oldest]
+        oldest.cut()
+        return True
+
+    async def _admit(self, accepted: socket.socket) -> None:
+        inner = self._factory()
+        connection = Connection(self, inner)
+        self._by_inner[inner] = connection
+        try:
+            await asyncio.get_running_loop().connect_accepted_socket(lambda: connection, accepted)
+        except OSError as error:
+            self.left(connection, inner)
+            with suppress(OSError):
+                accepted.close()
+            self._say("admit_failed", str(error))
+
+    def _say(self, what: str, why: str, **more: int) -> None:
+        now = asyncio.get_running_loop().time()
+        if now - self._said_at.get(what, -_LOG_EVERY_S) >= _LOG_EVERY_S:
+            self._said_at[what] = now
+            _log.warning(f"listen.{what}", listener=self._name, why=why, **more)
+
+
+async def bound_sockets(where: tuple[str, int] | str) -> list[socket.socket]:
+    """Sockets bound to an address as ``parse_listen`` gives it: one, or one for each address of a host name.
+
+    Raises:
+        OSError: the address cannot be had; none is left open.
+    """
+    if isinstance(where, str):
+        found = [(socket.AF_UNIX, where)]
+    else:
+        host, port = where
+        infos = await asyncio.get_running_loop().getaddrinfo(
+            None if host == "*" else host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )
+        found = list(dict.fromkeys((info[0], info[4]) for info in infos))  # type: ignore[misc]
+    sockets: list[socket.socket] = []
+    try:
+        for family, address in found:
+            sockets.append(each := socket.socket(family, socket.SOCK_STREAM))
+            if family != socket.AF_UNIX:
+                each.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6:
+                each.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            each.bind(address)
+    except BaseException:
+        for each in sockets:
+            each.close()
+        raise
+    return sockets

@@ -8,9 +8,11 @@ from typing import Literal
 
 import msgspec
 
+from caesura.contract.fitting import fits
 from caesura.contract.messages import (
     EventStatus,
     EventType,
+    FailedUpdate,
     Plan,
     PlannedVm,
     Policy,
@@ -28,6 +30,13 @@ _NAMESPACE = uuid.UUID("6f1d4e52-6f0b-5e0a-9a51-0c1f3a7f3f0e")
 
 OperationProgress = Literal["planned", "accepted", "refused", "completed", "failed", "cancelled", "lost"]
 FINAL: frozenset[OperationProgress] = frozenset({"refused", "completed", "failed", "cancelled", "lost"})
+
+
+_FAILED_NAMED = 16
+"""Hosts of a wave whose failed update is published."""
+_OUTPUTS_SHOWN = 3
+"""Of those, hosts whose output is published with it."""
+_OUTPUT_CHARACTERS = 2048
 
 
 class Frozen(msgspec.Struct, frozen=True, kw_only=True):
@@ -205,7 +214,7 @@ def operation_id(rollout: Rollout, wave: Wave, host: str, epoch: int) -> str:
 
 def rollout_state(rollout: Rollout) -> RolloutState:
     """The rollout as it is published."""
-    return RolloutState(
+    state = RolloutState(
         rollout=rollout.id,
         update=rollout.update,
         hold_s=rollout.hold_s,
@@ -219,6 +228,19 @@ def rollout_state(rollout: Rollout) -> RolloutState:
         created_at=rollout.created_at,
         ended_at=rollout.ended_at,
     )
+    if not any(wave.failed_updates for wave in state.waves) or fits(state):
+        return state
+    # What an update wrote gives way: where everything is must be known.
+    silent = [
+        msgspec.structs.replace(
+            wave,
+            failed_updates=tuple(
+                msgspec.structs.replace(each, output_tail="") for each in wave.failed_updates
+            ),
+        )
+        for wave in state.waves
+    ]
+    return msgspec.structs.replace(state, waves=tuple(silent))
 
 
 def looks_different(before: Rollout, after: Rollout) -> bool:
@@ -249,7 +271,10 @@ def largest_state(rollout: Rollout) -> RolloutState:
                 ended_at=at,
             )
         )
-    waves[-1] = msgspec.structs.replace(waves[-1], reason="?" * 4096)
+    failed = FailedUpdate(host="h" * 64, outcome="interrupted", exit_code=-255)
+    waves[-1] = msgspec.structs.replace(
+        waves[-1], reason="?" * 4096, failed_updates=(failed,) * min(_FAILED_NAMED, len(waves[-1].hosts))
+    )
     return msgspec.structs.replace(
         state, status="completed", reason="?" * 4096, waves=tuple(waves), ended_at=at
     )
@@ -268,4 +293,22 @@ def _wave_state(wave: Wave) -> WaveState:
         started_at=wave.started_at,
         ended_at=wave.ended_at,
         reason=wave.reason or wave.waiting_for,
+        failed_updates=_failed_updates(wave),
     )
+
+
+def _failed_updates(wave: Wave) -> tuple[FailedUpdate, ...]:
+    """Of the last attempt. As a rule hosts fail alike, so the output of the first few is enough."""
+    failed: list[FailedUpdate] = []
+    for each in wave.operations:
+        update = each.update
+        # Not `in`: mypy would not see which outcomes are left.
+        if update is None or update.outcome == "succeeded" or update.outcome == "not_run":  # noqa: PLR1714
+            continue
+        if len(failed) == _FAILED_NAMED:
+            break
+        tail = update.output_tail[-_OUTPUT_CHARACTERS:] if len(failed) < _OUTPUTS_SHOWN else ""
+        failed.append(
+            FailedUpdate(host=each.host, outcome=update.outcome, exit_code=update.exit_code, output_tail=tail)
+        )
+    return tuple(failed)

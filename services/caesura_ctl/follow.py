@@ -12,6 +12,7 @@ from rich.text import Text
 from caesura.contract import messages as m
 from caesura_ctl.commandline import Context, NotCompleted, note
 from caesura_ctl.durations import show_pause
+from caesura_ctl.outputs import failure_lines
 from caesura_ctl.picture import Picture
 from caesura_ctl.session import Session
 from caesura_ctl.tables import live_view, next_commands, pauses_view
@@ -39,6 +40,8 @@ class Progress:
             for wave in rollout.waves
             if wave.status != "pending"
         ]
+        if lines := failure_lines(rollout):
+            facts.append("\n".join(lines))
         facts += [
             f"{pause.vm}: paused {show_pause(pause.pause_s)} of {pause.budget_s:g}s, resumed by the {pause.resumed_by}"
             for pause in picture.pauses_of(rollout.rollout)

@@ -112,7 +112,12 @@ def watch(rollout: str, broker: str | None, *, as_json: bool) -> None:
     run(body, broker, as_json=as_json)
 
 
-@click.command(epilog=epilog("caesura history", "caesura history --limit 5 --json"))
+@click.command(
+    epilog=epilog(
+        "caesura history", "caesura history --limit 5 --json", "caesura history 20260420-221158-1f3a"
+    )
+)
+@click.argument("rollout", default="")
 @click.option(
     "--limit",
     type=click.IntRange(1, 1000),
@@ -121,16 +126,24 @@ def watch(rollout: str, broker: str | None, *, as_json: bool) -> None:
     help="How many to show, newest first.",
 )
 @common
-def history(limit: int, broker: str | None, *, as_json: bool) -> None:
-    """List past rollouts, newest first."""
+def history(rollout: str, limit: int, broker: str | None, *, as_json: bool) -> None:
+    """List past rollouts, newest first; with ROLLOUT, that one: its waves, its reason, what failed updates wrote last."""
 
     async def body(context: Context) -> None:
         async with connect(context.settings, [m.RolloutState]) as session:
             await session.settled()
+            one = session.picture.rollouts.get(rollout) if rollout else None
+            if rollout and one is None:
+                raise NotCompleted(f"no rollout {rollout!r} on this broker; see: caesura history")
             rollouts = sorted(
                 session.picture.rollouts.values(), key=lambda each: each.created_at, reverse=True
             )[:limit]
-        if context.json:
+        if one is not None:
+            if context.json:
+                print_json(one)
+            else:
+                context.console.print(rollout_view(one, session.picture, datetime.now(UTC)))
+        elif context.json:
             print_json(rollouts)
         elif rollouts:
             context.console.print(history_view(rollouts))

@@ -13,6 +13,7 @@ from rich.text import Text
 from caesura.contract import messages as m
 from caesura_ctl.columns import Columns
 from caesura_ctl.durations import show_duration, show_pause
+from caesura_ctl.outputs import failures_view
 from caesura_ctl.picture import Pause, Picture
 from caesura_ctl.proofs import Shown, counted, planned
 
@@ -192,11 +193,13 @@ def rollout_view(
     return Group(*parts, *rest)
 
 
-def _rest(rollout: m.RolloutState) -> list[Text]:
+def _rest(rollout: m.RolloutState) -> list[RenderableType]:
     """What is said below the waves: the reason, and what to do."""
-    said = []
+    said: list[RenderableType] = []
     if rollout.reason:
         said.append(Text(rollout.reason, style=_STYLE.get(rollout.status, "")))
+    if (failures := failures_view(rollout)) is not None:
+        said.append(failures)
     said += [Text(each) for each in next_commands(rollout)]
     return said
 

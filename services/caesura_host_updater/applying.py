@@ -14,6 +14,7 @@ import structlog
 
 from caesura.runtime.errors import CaesuraError
 from caesura.runtime.threads import in_thread
+from caesura.runtime.visible import visible
 from caesura_host_updater.detached import ExitWatch
 from caesura_host_updater.guard.bounded_read import environs
 from caesura_host_updater.guard.plans import SignalPlan
@@ -22,6 +23,8 @@ from caesura_host_updater.updates import UpdateFile
 
 _TAIL_BYTES = 2048  # of the output, for the report
 _LAST_WORDS_S = 0.05  # s: output written just before the end is still in the pipe
+
+KEPT_HERE = "(its output stays on the host: see the log of the host updater there)"
 
 _log = structlog.get_logger("caesura.update")
 
@@ -120,7 +123,12 @@ class UpdateProcess:
         seconds = time.monotonic() - self.started_at
         code = self._process.returncode if self._process is not None else None
         self._on_output_left()
-        return -1 if code is None else code, seconds, self._tail.decode(errors="replace")
+        tail = self._tail.decode(errors="replace")
+        if code != 0:
+            _log.warning("update.failed", update=self._update.name, exit_code=code, output=visible(tail))
+        if self._update.output == "host":
+            tail = KEPT_HERE if tail else ""
+        return -1 if code is None else code, seconds, tail
 
     def _on_output_left(self) -> None:
         # A background process of the update may hold the pipe open for ever, so there is no waiting for its end.

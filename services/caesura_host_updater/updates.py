@@ -10,7 +10,7 @@ import shutil
 import tomllib
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 from msgspec import Meta
@@ -38,6 +38,9 @@ class UpdateFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     description: Annotated[str, Meta(max_length=4096)] = ""
     environ: dict[str, str] = {}
     working_directory: str = "/"
+    output: Literal["report", "host"] = "report"
+    """Where the end of a failed run's output goes: into the report to coordinator and operators, or into the log of
+    this host's updater only."""
     vmm: VmmChange = ""
     """``beside``: it puts a new VMM on the host while guests run, and each VM is swapped to it afterwards.
     ``instead``: it replaces the VMM's own files, so no VMM runs meanwhile (method replace)."""

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 import msgspec
 
 from caesura.contract import messages as m
+from caesura.runtime.visible import visible
 from caesura_metrics_exporter.alarms import Alarm
 from caesura_metrics_exporter.happenings import Happening
 from caesura_metrics_exporter.lanes import LaneView
@@ -50,6 +51,15 @@ class WaveView(msgspec.Struct, frozen=True, omit_defaults=True):
     reason: str = ""
 
 
+class OutputView(msgspec.Struct, frozen=True, omit_defaults=True):
+    """How the update failed on one host; ``output`` with control characters escaped."""
+
+    host: str
+    outcome: str
+    exit_code: int | None = None
+    output: str = ""
+
+
 class RolloutView(msgspec.Struct, frozen=True, omit_defaults=True):
     """A rollout. Times are unix seconds."""
 
@@ -69,6 +79,7 @@ class RolloutView(msgspec.Struct, frozen=True, omit_defaults=True):
     requested_by: str = ""
     ended_at: float | None = None
     key: str = "update_domain"
+    failed_updates: tuple[OutputView, ...] = ()
 
 
 class Fleet(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -131,6 +142,11 @@ def rollout_view(rollout: m.RolloutState, standing: Callable[[Iterable[str]], in
         requested_by=rollout.requested_by,
         ended_at=rollout.ended_at.timestamp() if rollout.ended_at else None,
         key=rollout.policy.domain_key,
+        failed_updates=tuple(
+            OutputView(each.host, each.outcome, each.exit_code, visible(each.output_tail))
+            for wave in rollout.waves
+            for each in wave.failed_updates
+        ),
     )
 
 

@@ -37,6 +37,7 @@ export function drawRollout(root, numbers, model) {
     parts.push(h("h2", { id: "rollout-title" }, title, " ", h("span", { class: `chip ${rollout.status}` }, rollout.status)));
     parts.push(h("p", { class: "line" }, sentence(rollout, model)));
     if (rollout.reason && rollout.status !== "halted") parts.push(h("p", { class: "reason" }, rollout.reason)); // a halt's is an alarm
+    parts.push(...failedUpdates(rollout));
     parts.push(waves(rollout));
     const facts = [`started ${time(rollout.created_at)}`, `budget ${rollout.budget_s} s`, `notice ${rollout.notice_s} s`];
     if (rollout.ended_at) facts.push(`ended ${time(rollout.ended_at)}, after ${seconds(rollout.ended_at - rollout.created_at)}`);
@@ -49,6 +50,14 @@ export function drawRollout(root, numbers, model) {
   }
   replaceIfChanged(root, parts);
   drawNumbers(numbers, model);
+}
+
+function failedUpdates(rollout) {
+  return (rollout.failed_updates || []).map((each) => {
+    const code = each.exit_code == null ? "" : `, exit code ${each.exit_code}`;
+    const line = h("p", { class: "reason" }, h("bdi", {}, rollout.update), " on ", h("bdi", {}, each.host), `: ${each.outcome}${code}`);
+    return h("div", { class: "failed-update" }, line, each.output ? h("pre", {}, each.output) : null);
+  });
 }
 
 function sentence(rollout, model) {

@@ -262,6 +262,17 @@ class Plan(Record, frozen=True, kw_only=True):
     """Nobody asked for `max_hosts`: it counts only hosts with VMs that are in no set."""
 
 
+class FailedUpdate(Record, frozen=True, kw_only=True):
+    """How the update failed on one host of a wave."""
+
+    host: Name
+    outcome: Literal["failed", "timeout", "interrupted"]
+    exit_code: ExitCode | None = None
+    output_tail: Text = ""
+    """The end of what it wrote, as it wrote it: control characters are for the reader to escape. Empty: nothing, or it
+    did not fit, or the update says that its output stays on the host."""
+
+
 class WaveState(Record, frozen=True, kw_only=True):
     """Where a wave is."""
 
@@ -278,6 +289,7 @@ class WaveState(Record, frozen=True, kw_only=True):
     started_at: Instant | None = None
     ended_at: Instant | None = None
     reason: Text = ""
+    failed_updates: tuple[FailedUpdate, ...] = ()
 
 
 class RolloutState(Message, frozen=True, kw_only=True):

@@ -197,6 +197,23 @@ async def test_update_that_fails(hosts: Callable[..., Any], fleet: Any) -> None:
     assert host.kernel("a") == "running"
 
 
+async def test_output_that_is_to_stay_on_its_host_is_in_the_hosts_log_only(
+    hosts: Callable[..., Any], fleet: Any
+) -> None:
+    host = hosts()
+    host.add_vm("a")
+    host.add_update("secret", "print('pass' + 'word: \\x1b[31mx'); raise SystemExit(3)", output="host")
+    host.add_update("open", "print('no such' + ' package'); raise SystemExit(3)")
+    await host.start()
+    kept = await fleet.report((await host.freeze(update="secret")).operation)
+    assert kept.update is not None
+    assert "password" not in kept.update.output_tail
+    assert "stays on the host" in kept.update.output_tail
+    await fleet.report((await host.freeze(update="open")).operation)
+    logged = [str(each["output"]) for each in host.log() if each["event"] == "update.failed"]
+    assert logged == ["password: \\u001b[31mx\n", "no such package\n"]
+
+
 async def test_update_that_hangs_and_ignores_sigterm(
     hosts: Callable[..., Any], fleet: Any, wait_for: Any
 ) -> None:

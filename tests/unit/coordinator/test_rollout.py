@@ -10,6 +10,7 @@ import msgspec
 import pytest
 
 from caesura.contract import messages as m
+from caesura.contract.fitting import fits
 from caesura.lifecycle.errors import IllegalTransition
 from caesura.lifecycle.proof import memory_proof
 from caesura_coordinator.commands import due_commands
@@ -29,7 +30,7 @@ from caesura_coordinator.inputs import (
     Tick,
 )
 from caesura_coordinator.plan import make_plan
-from caesura_coordinator.records import Rollout, Wave, new_rollout
+from caesura_coordinator.records import HostOperation, Rollout, Wave, new_rollout, rollout_state
 from caesura_coordinator.rollout import after_restart, decide
 from caesura_coordinator.verification import verify
 
@@ -357,6 +358,47 @@ def test_a_failed_operation_halts_and_the_event_ends_failed(story: Story) -> Non
     assert (story.rollout.status, story.ends()) == ("halted", ["failed"])
     assert story.rollout.reason == "h1 failed: update exited with 1"
     assert story.rollout.waves[1].status == "pending"
+
+
+def test_what_a_failed_update_wrote_last_is_published_with_its_wave(story: Story) -> None:
+    story.started()
+    (operation,) = story.wave.operations
+    told = m.UpdateOutcome(
+        update="patch", outcome="failed", exit_code=3, output_tail="x" * 5000 + "no space\x1b[2J"
+    )
+    story.give(
+        m.OperationReported(
+            operation=operation.operation, host="h1", epoch=1, status="failed", update=told, at=story.now
+        )
+    )
+    (failed,) = rollout_state(story.rollout).waves[0].failed_updates
+    assert (failed.host, failed.outcome, failed.exit_code) == ("h1", "failed", 3)
+    assert len(failed.output_tail) == 2048
+    assert failed.output_tail.endswith("xno space\x1b[2J"), "as the update wrote it"
+    succeeded = msgspec.structs.replace(told, outcome="succeeded")
+    again = msgspec.structs.replace(operation, update=succeeded)
+    wave = msgspec.structs.replace(story.rollout.waves[0], operations=(again,))
+    assert not rollout_state(msgspec.structs.replace(story.rollout, waves=(wave,))).waves[0].failed_updates
+
+
+def test_outputs_give_way_before_a_rollouts_state_becomes_too_large(story: Story) -> None:
+    told = m.UpdateOutcome(update="patch", outcome="failed", exit_code=1, output_tail="\0" * 4096)
+    operations = tuple(
+        HostOperation(host=f"h{n}", operation=f"o{n}", status="failed", update=told) for n in range(40)
+    )
+    wave = msgspec.structs.replace(story.rollout.waves[0], operations=operations)
+    few = msgspec.structs.replace(story.rollout, waves=(wave,))
+    shown = rollout_state(few)
+    assert fits(shown)
+    assert [len(each.output_tail) for each in shown.waves[0].failed_updates] == [2048] * 3 + [0] * 13
+    reason = "?" * 4096
+    many = msgspec.structs.replace(
+        few, waves=(wave, *(msgspec.structs.replace(wave, operations=(), reason=reason),) * 55)
+    )
+    cut = rollout_state(many)
+    assert fits(cut)
+    assert [each.host for each in cut.waves[0].failed_updates] == [f"h{n}" for n in range(16)]
+    assert not any(each.output_tail for each in cut.waves[0].failed_updates)
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,7 @@ from caesura_ctl.demo.layout import standard_layout
 from caesura_ctl.demo.machine import Interrupted, run_folder
 from caesura_ctl.demo.verdict import WorkloadStatus, judge, overlaps
 from caesura_ctl.durations import parse_duration, show_duration
+from caesura_ctl.follow import Progress
 from caesura_ctl.names import SET_NAME
 from caesura_ctl.picture import Picture
 from caesura_ctl.tables import (
@@ -41,6 +42,7 @@ from caesura_ctl.tables import (
     set_name,
     updates_view,
 )
+from caesura_ctl.visible import VisibleConsole
 
 T0 = datetime(2026, 4, 20, 12, 0, 0, tzinfo=UTC)
 
@@ -379,6 +381,22 @@ def test_a_ca_file_that_cannot_be_used_is_named_with_its_variable(
     assert "CAESURA_CTL_BROKER_CA_FILE" in result.output
     assert str(path) in result.output
     assert "Start it" not in result.output
+
+
+# -- what failed updates wrote --
+
+
+def test_what_a_failed_update_wrote_is_shown_and_does_nothing_to_the_terminal() -> None:
+    failed = m.FailedUpdate(host="h", outcome="failed", exit_code=3, output_tail="E: no space\n\x1b[2Jdpkg\n")
+    wave = msgspec.structs.replace(_wave(0, "failed"), failed_updates=(failed,))
+    rollout = _rollout(wave, status="halted")
+    written = io.StringIO()
+    VisibleConsole(width=80, file=written).print(rollout_view(rollout, Picture(), T0))
+    assert (
+        "u on h: failed, exit code 3, last output:\n  E: no space\n  \\u001b[2Jdpkg\n" in written.getvalue()
+    )
+    lines = Progress().lines(Picture(), rollout)
+    assert "u on h: failed, exit code 3, last output:\n  E: no space\n  \x1b[2Jdpkg" in lines
 
 
 # -- what is known of pauses --

@@ -1,0 +1,31 @@
+"""What failed updates wrote last, as a rollout's state has it. Pure."""
+
+from __future__ import annotations
+
+from rich.console import Group, RenderableType
+from rich.text import Text
+
+from caesura.contract import messages as m
+
+
+def failure_lines(rollout: m.RolloutState) -> list[str]:
+    """A line for each host on which the update failed, and the lines of its output; texts as the update wrote them."""
+    lines = []
+    for wave in rollout.waves:
+        for each in wave.failed_updates:
+            code = "" if each.exit_code is None else f", exit code {each.exit_code}"
+            output = each.output_tail.strip().splitlines()
+            lines.append(
+                f"{rollout.update} on {each.host}: {each.outcome}{code}"
+                + (", last output:" if output else "")
+            )
+            lines += [f"  {line}" for line in output]
+    return lines
+
+
+def failures_view(rollout: m.RolloutState) -> RenderableType | None:
+    """The same for a terminal; None: no update of it failed."""
+    lines = failure_lines(rollout)
+    if not lines:
+        return None
+    return Group(*(Text(line, style="dim" if line.startswith("  ") else "bold red") for line in lines))

@@ -78,6 +78,12 @@ def make_plan(
         fleet, hosts, record, selection, policy, passed, hold_s=hold_s
     )
     refusals += member_refusals
+    # The fence asks every host of these sets before a pause: what would block there is no surprise for later.
+    others = sorted(fleet.hosts_of({each.vm.set for each in members}) - set(hosts))
+    refusals += (
+        msgspec.structs.replace(each, reason=f"{each.reason}: it holds VMs of the same sets")
+        for each in _host_refusals(fleet, others)
+    )
     if record.scope == "host":
         refusals += _split_hosts(members, policy.domain_key)
     refusals += _canary_refusals(members, skipped, limits)

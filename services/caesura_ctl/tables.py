@@ -78,7 +78,7 @@ def plan_view(plan: m.Plan) -> RenderableType:
         parts.append(
             Text(
                 f"{_count(sum(len(wave.vms) for wave in plan.waves), 'VM')} in {_count(len(plan.waves), 'wave')}, "
-                f"each paused about {show_duration(plan.expected_pause_s)}; at most {show_duration(plan.estimate_s)} in all"
+                f"each paused about {show_duration(plan.expected_pause_s)}; about {show_duration(plan.estimate_s)} in all without waiting for anybody"
             )
         )
         if limit := _limit(plan):

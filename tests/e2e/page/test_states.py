@@ -6,6 +6,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any
 
+import msgspec
 import pytest
 
 from caesura.contract import messages as m
@@ -58,7 +59,12 @@ async def _freeze(booth: Any, vm: str, domain: int) -> None:
 
 async def test_hostile_text_is_text(booth: Any, visit: Callable[..., Any]) -> None:
     # The name of an update cannot be hostile: the contract allows letters, digits, _ and -.
-    await booth.post.send(_rollout(status="halted", reason=_MARKUP), rollout="r1")
+    rollout = _rollout(status="halted", reason=_MARKUP)
+    wrote = m.FailedUpdate(
+        host="h1", outcome="failed", exit_code=3, output_tail=f"{_MARKUP}\n\x1b[2J\u202eend"
+    )
+    wave = msgspec.structs.replace(rollout.waves[0], failed_updates=(wrote,))
+    await booth.post.send(msgspec.structs.replace(rollout, waves=(wave,)), rollout="r1")
     refused = m.RequestAnswered(request="q", accepted=False, reason=_MARKUP)
     await booth.post.send(refused, client="c")
     visited = await visit(booth.url)
@@ -66,6 +72,9 @@ async def test_hostile_text_is_text(booth: Any, visit: Callable[..., Any]) -> No
         "document.querySelector('.log tbody') !== null && document.querySelector('.chip') !== null"
     )
     assert _MARKUP in await visited.text("#alarms")
+    output = await visited.text(".failed-update")
+    assert "on h1: failed, exit code 3" in output
+    assert f"{_MARKUP}\n\\u001b[2J\\u202eend" in output
     assert _MARKUP in await visited.text("#log-body")
     await visited.page.focus("g.seg[tabindex='0']")
     assert _MARKUP in await visited.text("#tip")

@@ -89,6 +89,34 @@ def test_an_offline_host_is_refused_by_name(build: Build, host: Host, fleet: Mak
     assert "offline" in _reasons(_plan(fleet(host("h1", build("w1")), offline=("h1",))))["h1"]
 
 
+@pytest.mark.parametrize(
+    "selection", [m.Selection(sets=("web",)), m.Selection(hosts=("h1",))], ids=["set", "host"]
+)
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [({}, "its host updater is offline"), ({"guard": "absent"}, "it has no pause guard")],
+)
+def test_a_host_that_the_fence_will_ask_refuses_the_plan_however_the_others_were_selected(
+    change: dict[str, object],
+    words: str,
+    selection: m.Selection,
+    build: Build,
+    host: Host,
+    fleet: MakeFleet,
+) -> None:
+    one, other = host("h1", build("w1")), host("h2", build("w2", update_domain=1), **change)
+    plan = _plan(fleet(one, other, offline=() if change else ("h2",)), selection=selection)
+    assert words in _reasons(plan)["h2"]
+    assert not plan.waves
+
+
+def test_an_offline_host_of_another_set_is_in_nobodys_way(build: Build, host: Host, fleet: MakeFleet) -> None:
+    other = host("h2", build("w2", set="db"))
+    plan = _plan(fleet(host("h1", build("w1")), other, offline=("h2",)), selection=m.Selection(hosts=("h1",)))
+    assert not plan.refusals
+    assert plan.waves
+
+
 def test_unknown_names_are_refused_with_the_nearest_known_one(
     build: Build, host: Host, fleet: MakeFleet
 ) -> None:

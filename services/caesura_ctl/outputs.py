@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from rich.console import Group, RenderableType
 from rich.text import Text
 
 from caesura.contract import messages as m
@@ -23,9 +22,14 @@ def failure_lines(rollout: m.RolloutState) -> list[str]:
     return lines
 
 
-def failures_view(rollout: m.RolloutState) -> RenderableType | None:
-    """The same for a terminal; None: no update of it failed."""
+def failures_view(rollout: m.RolloutState, *, most: int = 0) -> list[Text]:
+    """The same for a terminal.
+
+    Args:
+        most: lines, the first half and the end of them; 0: all.
+    """
     lines = failure_lines(rollout)
-    if not lines:
-        return None
-    return Group(*(Text(line, style="dim" if line.startswith("  ") else "bold red") for line in lines))
+    if most and len(lines) > most:
+        command = f"  ... {len(lines) - most} lines: caesura history {rollout.rollout}"
+        lines = [*lines[: most // 2], command, *lines[len(lines) - most + most // 2 :]]
+    return [Text(line, style="dim" if line.startswith("  ") else "bold red") for line in lines]

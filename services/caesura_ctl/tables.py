@@ -128,6 +128,8 @@ MANY = 1000
 """More than any list that is shown whole has."""
 _EDGES = 6
 """Lines around the rows of a table of waves: title, progress, heading and its lines."""
+_OUTPUT_LINES = 6
+"""Of what failed updates wrote last, where a rollout must fit the terminal."""
 
 
 def rollout_view(
@@ -163,7 +165,7 @@ def rollout_view(
         one_line=bool(lines),
     )
     paused = {vm.vm for vm in picture.pauses_of(rollout.rollout)}
-    rest = _rest(rollout)
+    rest = _rest(rollout, brief=bool(lines))
     shown = _window(rollout.waves, max(1, lines - _EDGES - len(rest)) if lines else len(rollout.waves))
     few = 1 if lines else len(rollout.waves) + MANY
     for wave in shown:
@@ -193,13 +195,12 @@ def rollout_view(
     return Group(*parts, *rest)
 
 
-def _rest(rollout: m.RolloutState) -> list[RenderableType]:
-    """What is said below the waves: the reason, and what to do."""
-    said: list[RenderableType] = []
+def _rest(rollout: m.RolloutState, *, brief: bool = False) -> list[Text]:
+    """What is said below the waves: the reason, what a failed update wrote last, and what to do."""
+    said = []
     if rollout.reason:
         said.append(Text(rollout.reason, style=_STYLE.get(rollout.status, "")))
-    if (failures := failures_view(rollout)) is not None:
-        said.append(failures)
+    said += failures_view(rollout, most=_OUTPUT_LINES if brief else 0)
     said += [Text(each) for each in next_commands(rollout)]
     return said
 
@@ -282,9 +283,9 @@ def live_view(
         return Group(top, *([paused] if frozen else []), domains_view(picture))
     room = max(8, lines - 1 - bool(frozen))
     # A reason may take several lines, and is never cut: what it takes is taken from the waves.
-    extra = sum(len(each.plain) // max(1, width) for each in _rest(rollout)) if rollout else 0
+    extra = sum(len(each.plain) // max(1, width) for each in _rest(rollout, brief=True)) if rollout else 0
     waves = min(len(rollout.waves), max(1, room - extra - _EDGES - 8)) if rollout else 0
-    need = waves + _EDGES + 1 + (len(_rest(rollout)) if rollout else 0)
+    need = waves + _EDGES + 1 + (len(_rest(rollout, brief=True)) if rollout else 0)
     top = rollout_view(rollout, picture, now, lines=need) if rollout else Text("no rollout yet", style="dim")
     left = room - need - extra - 4
     parts: list[RenderableType] = [top, *([paused] if frozen else [])]

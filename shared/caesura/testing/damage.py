@@ -27,7 +27,7 @@ def flip_bits(path: Path, read: Callable[[], None], *, seed: int = 1) -> list[st
         damaged = bytearray(whole)
         damaged[chance.choice(places)] ^= 1 << chance.randrange(8)
         for each in path.parent.glob(f"{path.name}-*"):
-            each.unlink(missing_ok=True)  # SQLite may remove it meanwhile: a write-ahead log of the round before
+            each.unlink(missing_ok=True)  # a write-ahead log of the round before; SQLite may remove it, too
         path.write_bytes(damaged)
         try:
             read()

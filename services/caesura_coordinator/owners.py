@@ -9,7 +9,7 @@ import structlog
 from caesura.contract.messages import MOST_RIVALS, HostInventory, VmOwner
 from caesura.lifecycle.ownership import Ownership, conflict, settle
 from caesura.runtime.errors import StoreError
-from caesura.runtime.sampled import Sampled
+from caesura.runtime.sampler import Sampler
 from caesura_coordinator.fleet import Contested
 from caesura_coordinator.store import Store
 
@@ -38,7 +38,7 @@ class Owners:
         """VM to the record on the bus, as far as it was received or sent."""
         self._due: set[str] = set()
         """VMs whose record on the bus may not be the one that is kept here."""
-        self._sampled = Sampled()
+        self._sampled = Sampler()
         self._foreign: dict[str, frozenset[str]] = {}
         """Host to the VMs that it was last reported to name and not to have."""
 

@@ -19,6 +19,7 @@ from caesura.contract.topics import PREFIX, TopicError, channel_of
 from caesura.lifecycle.epoch import epoch_floor, leaps
 from caesura.runtime.errors import CaesuraError, StoreError
 from caesura.runtime.identity import new_id
+from caesura.runtime.sampler import Sampler
 from caesura_coordinator.admission import outlived
 from caesura_coordinator.answers import REASON_CHARACTERS, with_plan
 from caesura_coordinator.book import Book
@@ -140,6 +141,7 @@ class Coordinator:
         self._outbox_filled = asyncio.Event()
         self._changed = asyncio.Event()
         self._owners_changed = asyncio.Event()
+        self._sampler = Sampler()
         self._superseded: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._last_sent: dict[tuple[str, str], float] = {}
         for kind, receiver in self._receivers():
@@ -335,10 +337,12 @@ class Coordinator:
             self.leads
             and inventory.epoch > self.authority.epoch
             and (before is None or before.epoch != inventory.epoch)
+            and (left_out := self._sampler.due(inventory.host)) is not None
         ):
             _log.error(
                 "inventory.epoch_above_ours",
                 host=inventory.host,
+                left_out=left_out,
                 epoch=inventory.epoch,
                 coordinator=inventory.coordinator,
                 ours=self.authority.epoch,

@@ -13,7 +13,7 @@ from caesura.contract.codec import ContractError, decode
 from caesura.contract.messages import HostInventory, VmClockSynced, VmFrozen, VmOwner, VmResumed
 from caesura.contract.topics import PREFIX, placed
 from caesura.lifecycle.ownership import Ownership
-from caesura.runtime.sampled import Sampled
+from caesura.runtime.sampler import Sampler
 from caesura_metrics_exporter.fleet import Fleet
 from caesura_metrics_exporter.live import Live
 from caesura_metrics_exporter.metrics import FleetCollector, SelfStats
@@ -51,7 +51,7 @@ class MetricsExporter:
         self.tally = Tally()
         self.fleet = Fleet()
         self._ownership = Ownership()
-        self._sampled = Sampled()
+        self._sampled = Sampler()
         self.live = Live()
         self.stream = LiveStream(self.live, wall, monotonic, self.broker_ping)
 

@@ -26,7 +26,7 @@ from caesura.contract.messages import (
     VmResumed,
 )
 from caesura.contract.topics import channel_of
-from caesura.runtime.sampled import Sampled
+from caesura.runtime.sampler import Sampler
 from caesura_vm_agent import readiness
 from caesura_vm_agent.binding import HostBinding
 from caesura_vm_agent.canary_keeper import CanaryKeeper
@@ -73,7 +73,7 @@ class VmAgent:
         self._post.on(VmOwner, self._on_owner)
         self._post.on_cleared(VmOwner, self._on_owner_removed)
         self.binding = HostBinding(settings.host)
-        self._sampled = Sampled()
+        self._sampled = Sampler()
         self.canary = CanaryKeeper(settings.canary_bytes)
         self.canary.on_filled = self._say_now.set
         self._voice = Voice(

@@ -18,7 +18,7 @@ from caesura.bus.filters import check_filter, matches
 from caesura.bus.inbox import Inbox
 from caesura.bus.port import BusStats, BusUnavailable, Connected, Delivery, Handler
 from caesura.bus.rates import MUTED_S, Rates, writer_of
-from caesura.runtime.sampled import Sampled, cut
+from caesura.runtime.sampler import Sampler, cut
 
 _log = structlog.get_logger("caesura.bus")
 
@@ -75,7 +75,7 @@ class KeptBus(ABC):
         self._started = False
         self._warned_at = float("-inf")
         self._rates = rates
-        self._sampled = Sampled()
+        self._sampled = Sampler()
         self._muted: dict[str, float] = {}
         """Filters of writers that flooded to when they are subscribed to again, by the loop's clock."""
         self._instead: dict[str, tuple[str, ...]] = {}

@@ -12,6 +12,7 @@ from typing import Any
 
 import msgspec
 import pytest
+from structlog.testing import capture_logs
 
 from caesura.bus.memory import MemoryBroker, MemoryBus
 from caesura.bus.post import Post
@@ -237,6 +238,18 @@ async def test_the_word_of_a_host_is_no_claim_but_the_next_claim_is_above_it(
     async with world.coordinator() as made:
         await eventually(lambda: made.leads)
         assert made.authority.epoch == 4
+
+
+async def test_a_host_that_raises_its_epoch_with_each_word_does_not_fill_the_log(
+    world: World, host: Callable[..., Any], build: Callable[..., Any]
+) -> None:
+    async with world.coordinator() as made:
+        await eventually(lambda: made.leads)
+        with capture_logs() as logs:
+            for epoch in range(5, 105):
+                await world.host(host("h1", build("w1"), epoch=epoch, coordinator="x"))
+            await eventually(lambda: made.fleet.inventories["h1"].epoch == 104)
+    assert len([each for each in logs if each["event"] == "inventory.epoch_above_ours"]) < 10
 
 
 async def test_a_claim_that_nobody_can_have_made_ends_no_coordinator_and_does_not_stay_retained(

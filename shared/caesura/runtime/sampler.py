@@ -13,7 +13,7 @@ CUT = 200
 """Characters of a foreign text in a log line."""
 
 
-class Sampled:
+class Sampler:
     """Says of each key when a line is due again.
 
     Args:

@@ -68,7 +68,7 @@ async def test_every_rule_holds(kind: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "moment", ["broker: ", "VMs running", "wave 0: scheduled", "wave 0: started", "frozen"]
+    "moment", ["broker: ", "VMs running", "wave 1: scheduled", "wave 1: started", "frozen"]
 )
 async def test_ctrl_c_leaves_nothing_behind(moment: str) -> None:
     mark = f"DEMO_TEST=interrupted-{moment.replace(' ', '-').replace(':', '')}"
@@ -125,7 +125,7 @@ async def test_killed_with_9_it_leaves_nothing_behind_after_a_while(services: st
     assert process.stdout is not None
     said = b""
     async with asyncio.timeout(patient(90)):
-        while b"wave 0: started" not in said:
+        while b"wave 1: started" not in said:
             said += await process.stdout.readline()
     if services == "hung":
         _hang(_services_of(mark))

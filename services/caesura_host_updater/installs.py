@@ -66,7 +66,8 @@ def installed(
         done.setdefault((mark.update, mark.version), {})[mark.vm] = mark.at
     found = []
     for update in catalogue.updates.values():
-        have = done.get((update.name, update.version), {})
+        # Without a version nobody can tell what is in the file now from what was applied: it is never taken for installed.
+        have = done.get((update.name, update.version), {}) if update.version else {}
         if update.installed and not answers.get(update.name, False):
             continue
         if update.scope == "host":

@@ -137,7 +137,8 @@ class HostUpdater:
             host.host,
             environ,
             catalogue=lambda: self._updates.catalogue,
-            busy=lambda: bool(self.operation),
+            # From the moment that a command is accepted: it is written down before there is an operation.
+            busy=lambda: bool(self.operation) or not self._idle.is_set(),
             changed=self._changed.set,
         )
         self._agents: dict[str, AgentPresence] = {}

@@ -199,11 +199,12 @@ class KeptBus(ABC):
         muted = [each for each in self.subscribed() if each not in self._muted and each.startswith(own)]
         wide = [each for each in self.filters if each not in self._muted and matches(each, topic)]
         if self.peers is not None and wide and not muted:
-            # Others of its kind are still listened to, each by its name.
+            # Others of its kind are still listened to, each by its name. Where none is known (operators have no
+            # inventory) the filter stays: an honest one's request is worth more than what the flood costs.
             names = set(self.peers(party)) - {name}
-            for each in wide:
+            for each in wide if names else ():
                 self._instead[each] = tuple(each.replace("/+/", f"/{peer}/", 1) for peer in sorted(names))
-            muted = wide
+                muted.append(each)
         self._muted |= dict.fromkeys(muted, now_s + MUTED_S)
         if muted:
             self._mute(muted, [instead for each in muted for instead in self._instead.get(each, ())])

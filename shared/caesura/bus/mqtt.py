@@ -76,6 +76,8 @@ class MqttBus(KeptBus):
         """What the last connection, or the last attempt at one, came to; ``explain`` makes words of it."""
         self._to_unmute = asyncio.Event()
         self._to_subscribe: list[str] = []
+        self._to_drop: list[str] = []
+        """Filters that something else stands in for, once that is subscribed to."""
         self._link: Link | None = None
         self._spoken: Protocol | None = None if options.protocol == "auto" else options.protocol
         self._short_lives = 0
@@ -190,6 +192,7 @@ class MqttBus(KeptBus):
     async def _serve(self, link: Link) -> BusError:
         """Subscribe, say that we are connected, and wait for the end."""
         self._link = link
+        self._to_subscribe, self._to_drop = [], []  # of the connection before
         with self._listening(link):
             await self._subscribe(link, self.subscribed())
         async with self._connected():
@@ -208,13 +211,16 @@ class MqttBus(KeptBus):
 
     async def _subscribe(self, link: Link, filters: Sequence[str]) -> None:
         """In packets that any broker takes. None at all is well, too."""
-        for first in range(0, len(filters), _FILTERS_AT_ONCE):
-            await link.subscribe_all(filters[first : first + _FILTERS_AT_ONCE])
+        for each in _packets(filters):
+            await link.subscribe_all(each)
 
     def _mute(self, filters: Sequence[str], instead: Sequence[str]) -> None:
-        if self._link is not None:
+        if self._link is not None and not instead:
             self._link.drop(filters)
+        elif self._link is not None:
+            # Others may be heard through it: it is dropped when what stands in for it is there.
             self._to_subscribe += instead
+            self._to_drop += filters
         self._to_unmute.set()
 
     async def _unmute(self, link: Link) -> None:
@@ -231,12 +237,18 @@ class MqttBus(KeptBus):
                 stood_in = [each for wide in back for each in self._instead.pop(wide, ())]
                 for each in back:
                     del self._muted[each]
-                for first in range(0, len(stood_in), _FILTERS_AT_ONCE):
-                    link.drop(stood_in[first : first + _FILTERS_AT_ONCE])
+                self._to_drop += stood_in
                 self._to_subscribe += [each for each in back if each in self.filters]
             wanted, self._to_subscribe = self._to_subscribe, []
+            dropped, self._to_drop = self._to_drop, []
             with contextlib.suppress(OSError, BusError), self._listening(link):
-                await self._subscribe(link, wanted)
+                packets = _packets(wanted)
+                if not wanted:
+                    link.drop(dropped)
+                await asyncio.gather(
+                    *(link.subscribe_all(each) for each in packets[:-1]),
+                    *(link.subscribe_all(each, instead_of=dropped) for each in packets[-1:]),
+                )
 
     def _after(self, lost: BusError | OSError, *, held_s: float) -> float:
         """Report the end of a connection; the seconds to wait before the next."""
@@ -272,3 +284,7 @@ class MqttBus(KeptBus):
             error=diagnosis.what,
             advice=diagnosis.advice,
         )
+
+
+def _packets(filters: Sequence[str]) -> list[Sequence[str]]:
+    return [filters[first : first + _FILTERS_AT_ONCE] for first in range(0, len(filters), _FILTERS_AT_ONCE)]

@@ -162,8 +162,11 @@ class Link(aiomqtt.Client):
         except TimeoutError:
             raise NoAnswer from None
 
-    async def subscribe_all(self, filters: Sequence[str]) -> None:
-        """Subscribe at QoS 1 to all filters with one packet.
+    async def subscribe_all(self, filters: Sequence[str], instead_of: Sequence[str] = ()) -> None:
+        """Subscribe at QoS 1 to all filters with one packet; right behind it, unsubscribe from those of ``instead_of``.
+
+        A broker takes them in this order, so nothing is missed in between; and nobody waits for its first answer, which
+        comes behind all that it has for us.
 
         The broker's answer may come behind all that it kept for this session, however much that is: it is waited for
         as long as anything comes, and while we are the ones who do not read.
@@ -176,6 +179,8 @@ class Link(aiomqtt.Client):
             return
         call = asyncio.ensure_future(self.subscribe([(each, 1) for each in filters], timeout=math.inf))
         try:
+            await asyncio.sleep(0)  # it runs until it waits for the answer
+            self.drop(instead_of)
             waits: set[asyncio.Future[Any]] = {call, self._disconnected}
             silent_s, silence_s = 0.0, self._options.connect_timeout_s
             self._read_at_s = self._loop.time()
@@ -208,7 +213,7 @@ class Link(aiomqtt.Client):
 
     def drop(self, filters: Sequence[str]) -> None:
         """Unsubscribe, without waiting: the broker's answer comes behind what it has for us already."""
-        if self.ended:
+        if self.ended or not filters:
             return
         _, number = self._client.unsubscribe(list(filters))
         if number is not None:

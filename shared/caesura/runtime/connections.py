@@ -74,8 +74,6 @@ class Connection(asyncio.Protocol):
         self._timer: asyncio.TimerHandle | None = None
         self._requests = 0
         self._idle = False
-        self._early = False
-        """Whether bytes came while a request was being answered: of its body, or of the next head."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast("asyncio.Transport", transport)
@@ -84,9 +82,7 @@ class Connection(asyncio.Protocol):
         self._inner.connection_made(transport)
 
     def data_received(self, data: bytes) -> None:
-        if self._requests:
-            self._early = True
-        elif self._idle:
+        if self._idle and not self._requests:
             self._idle = False
             self._wait(self._gate.bounds.head_s)
         self._inner.data_received(data)
@@ -108,7 +104,7 @@ class Connection(asyncio.Protocol):
     def began(self) -> None:
         """The head of a request is there: from now on its handler keeps the time."""
         self._requests += 1
-        self._idle = self._early = False
+        self._idle = False
         self._stop()
         self._gate.busy(self)
 
@@ -117,8 +113,9 @@ class Connection(asyncio.Protocol):
         self._requests -= 1
         if self._transport is None or self._transport.is_closing():
             return
-        self._idle = not self._early
-        self._wait(self._gate.bounds.idle_s if self._idle else self._gate.bounds.head_s)
+        # What came meanwhile was its body, or the begin of the next head, which has as long as any from its next byte.
+        self._idle = True
+        self._wait(self._gate.bounds.idle_s)
         self._gate.waits(self)
 
     def cut(self) -> None:

@@ -35,6 +35,7 @@ _USERS = (
     Principal("coordinator"),
     Principal("host", "h1"),
     Principal("ctl", "ops"),
+    Principal("ctl", "thief"),
     Principal("vm", "web-1", "web"),
     Principal("vm", "web-2", "web"),
 )
@@ -205,6 +206,47 @@ async def test_a_flooding_guest_keeps_an_operator_from_no_plan(tmp_path: Path) -
                 await eventually(lambda: made.fleet.agents_online.get("web-2", False))
                 assert bus.stats.connects == 1
                 assert bus.stats.refused["vm"] > 0
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def test_a_flooding_operator_keeps_another_from_no_abort(tmp_path: Path) -> None:
+    """Nobody knows who else is an operator: a filter for all of them has nothing to stand in for it, and stays."""
+    async with AsyncExitStack() as stack:
+        broker = await stack.enter_async_context(
+            shipped_mosquitto("broker", tmp_path, users=_PASSWORDS, acl=access_rules(_USERS))
+        )
+        store = Store(str(tmp_path / "coordinator.sqlite"))
+        stack.callback(store.database.close)
+        bus = MqttBus(options(broker, "coordinator", clean=False), filters=subscriptions(), rates=Rates())
+        made = Coordinator(bus, store, instance="coordinator", settle_s=0.1)
+        bus.peers = made.known
+        tasks = [asyncio.ensure_future(start()) for start in made.tasks().values()]
+        try:
+            await eventually(lambda: made.leads)
+            operator = MqttBus(options(broker, "ctl_ops"), filters=["caesura/v1/fleet/ctl/ops/answer"])
+            asking = Post(operator, "/caesura/ctl/ops")
+            answers: list[str] = []
+
+            async def on_answer(answer: m.RequestAnswered, _: object) -> None:
+                answers.append(answer.request)
+
+            asking.on(m.RequestAnswered, on_answer)
+            thief = MqttBus(options(broker, "ctl_thief"))
+            for each, receive in ((operator, asking.deliver), (thief, None)):
+                await stack.enter_async_context(running(each, receive))
+            for number in range(4 * int(LIMITS["ctl"].burst)):
+                kind = ("start", "freeze", "abort", "resume")[number % 4]
+                await thief.publish(f"caesura/v1/ctl/thief/{kind}", b"x", qos=0)
+            await eventually(lambda: bus.stats.refused.get("ctl", 0) > LIMITS["ctl"].burst, patient(20))
+            request = new_id()
+            async with asyncio.timeout(patient(10)):
+                await asking.send(m.AbortRequested(request=request, reason="stop it"), client="ops")
+                while request not in answers:  # noqa: ASYNC110 - the handler announces nothing
+                    await asyncio.sleep(0.01)
+            assert bus.stats.connects == 1
         finally:
             for task in tasks:
                 task.cancel()

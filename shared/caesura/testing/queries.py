@@ -27,6 +27,7 @@ from caesura.testing.prometheus import Prometheus, PrometheusError, Rule, Series
 ONLY_WHEN_WRONG: Mapping[str, str] = {
     'ALERTS{alertstate="firing"': "an alert fires",
     'status="failed"}': "a wave failed",
+    "caesura_rollout_halted": "a rollout is halted",
 }
 """Parts of selectors that have no data in a fleet that is well, and what it takes."""
 
@@ -164,7 +165,8 @@ def selectors(expr: str) -> list[str]:
 
     Good for queries without comments and without braces inside strings, as the project's are.
     """
-    bare = re.sub(r"\b(by|without|on|ignoring|group_left|group_right)\s*\([^)]*\)", " ", expr)
+    bare = re.sub(r'(\{[^}]*\})|"[^"]*"', r"\1", expr)  # strings, such as the arguments of label_replace
+    bare = re.sub(r"\b(by|without|on|ignoring|group_left|group_right)\s*\([^)]*\)", " ", bare)
     bare = re.sub(r"\[[^\]]*\]", " ", bare)  # ranges
     bare = re.sub(r"\boffset\s+\w+", " ", bare)
     found = (f"{name}{matchers or ''}" for name, matchers in _NAME.findall(bare) if name not in _NOT_METRICS)

@@ -57,7 +57,10 @@ async def play(post: Post, *, online: bool = True) -> None:
     event_id, operation = "e1", "op1"
     await post.send(m.CoordinatorPresence(coordinator="c1", epoch=3, online=True))
     await post.send(m.HostPresence(host="host-1", online=online, instance="i1"), host="host-1")
-    inventory = m.HostInventory(host="host-1", driver="process", epoch=3, vms=(vm,), guard="ready")
+    installed = (m.InstalledUpdate(update="qemu", version="7.2.22", at=NOW),)
+    inventory = m.HostInventory(
+        host="host-1", driver="process", epoch=3, vms=(vm,), guard="ready", installed=installed
+    )
     await post.send(inventory, host="host-1")
     await post.send(m.AgentPresence(vm="web-1", online=True, boot_id="b1"), vm="web-1")
     await post.send(m.PublisherPresence(instance="m1", online=True), instance="m1")

@@ -28,7 +28,8 @@ async def test_a_rollout_and_a_halted_one_answer_every_query(scene: Any) -> None
     # A fleet that is well: what may be missing is what has gone wrong nowhere.
     for domain in ("0", "1"):
         chosen = {"set": "web", "update_domain": domain}
-        assert await problems(prometheus, _DASHBOARDS, since=began, rate_interval="5s", choose=chosen) == []
+        found = await problems(prometheus, _DASHBOARDS, since=began, rate_interval="5s", choose=chosen)
+        assert not found, "\n".join(found)
     assert await prometheus.firing() == set()
     (longest,) = await prometheus.now('set_update_domain:caesura_pause_last_seconds:max{update_domain="0"}')
     assert 3.0 <= longest.values[0] < 8.0
@@ -39,7 +40,7 @@ async def test_a_rollout_and_a_halted_one_answer_every_query(scene: Any) -> None
 
     state = await scene.roll("broken")
     assert state.status == "halted", state.reason
-    await prometheus.until('ALERTS{alertname="CaesuraRolloutHalted", alertstate="firing", set="web"}')
+    await prometheus.until('ALERTS{alertname="CaesuraRolloutHalted", alertstate="firing", update="broken"}')
     # Now nothing is excused.
     assert await problems(prometheus, _DASHBOARDS, since=began, rate_interval="5s", excused={}) == []
 

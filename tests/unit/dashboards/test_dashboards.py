@@ -191,6 +191,7 @@ def test_provisioning_has_the_scrape_interval_and_the_variable_that_compose_sets
         ("(a unless a offset 20s) or increase(a[20s])", ["a"]),
         ("level:metric:sum > 1e3 and on () time() - 30", ["level:metric:sum"]),
         ("histogram_quantile(0.99, sum by (le) (rate(x_bucket[1m]))) >= 0", ["x_bucket"]),
+        ('max by (b) (label_replace(a{c="d"}, "b", "what it is", "", ""))', ['a{c="d"}']),
     ],
 )
 def test_selectors_are_found_in_expressions(expr: str, found: list[str]) -> None:

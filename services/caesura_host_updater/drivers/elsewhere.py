@@ -86,9 +86,14 @@ def _programs(words: list[str]) -> Iterator[str]:
             return
         if name not in _WRAPPERS and name != "busybox":
             return
-        # Options, their values and NAME=value come before the program; a value is taken for one, which does no harm.
+        # Options, their values and NAME=value come before the program. Which options have a value only the wrapper
+        # knows: a word behind one may be the value or the program, so it is taken for both.
         words = words[1:]
-        while words and (words[0].startswith("-") or "=" in words[0] or _is_value(words[0])):
+        after_option = False
+        while words and (words[0].startswith("-") or "=" in words[0] or _is_value(words[0]) or after_option):
+            if after_option and not words[0].startswith("-"):
+                yield from _programs(words)
+            after_option = words[0].startswith("-") and words[0] != "--"
             words = words[1:]
 
 

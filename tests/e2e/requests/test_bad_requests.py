@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -95,7 +96,12 @@ async def test_what_a_plan_refuses_by_name(stages: Callable[..., Any]) -> None:
         assert not answer.accepted
         return str(answer.reason)
 
-    assert "web-1: the VM name is used on host-1 and on host-2" in await reasons()
+    assert "host-1: holds VMs of set web in 2 domains" in await reasons()
+    # Whoever names the VM that two hosts have is told so, by name; all others get a plan without it.
+    named = await reasons(vms=("web-1",))
+    assert re.search(
+        r"web-1: it belongs to (host-1, and host-2|host-2, and host-1) names a VM of this name, too", named
+    ), named
     assert "host-7: no host of this name" in await reasons(hosts=("host-7",))
     assert not stage.picture.rollouts
 

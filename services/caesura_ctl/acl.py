@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import click
 
-from caesura.contract.access import Principal, access_rules
+from caesura.contract.access import Place, Principal, access_rules
 from caesura.contract.names import is_name, own_set
 from caesura_ctl.names import read_set
 
 _FORMS = {
     "coordinator": "coordinator[:NAME]",
     "exporter": "exporter[:NAME]",
-    "host": "host:NAME[:VM,VM...]",
+    "host": "host:NAME[:VM[=SET[/DOMAIN]],...]",
     "metadata": "metadata:NAME[:VM,VM...]",
     "ctl": "ctl:NAME",
     "vm": "vm:NAME[:SET[:HOST]]",
 }
 """Party to how it is written; a list of VMs is what a host has, or what a publisher serves."""
 
+_DOMAIN_MOST = 19
+_ADVICE = {"host": "host:NAME:VM=SET/DOMAIN,...", "metadata": "metadata:NAME:VM,..."}
+"""Party to the form that ends the list of its topics."""
+
 _EPILOG = """\b
 examples:
   caesura acl coordinator exporter metadata:fleet host:host-1 vm:web-1:web ctl:ops > acl
-  caesura acl host:host-1:web-1,web-2 metadata:host-1:web-1,web-2 vm:web-1:web:host-1
+  caesura acl host:host-1:web-1=web/0,db-1=db/0 metadata:host-1:web-1,db-1 vm:web-1:web:host-1
   caesura acl --users vm:web-1:web host:host-1
 
 \b
@@ -53,6 +57,7 @@ def _principal(party: str, words: list[str]) -> Principal | None:
     """What the words after the party say; None where they say nothing that makes sense."""
     name, set_name, host = (*words, "", "", "")[:3]
     vms: tuple[str, ...] = ()
+    places: list[Place] = []
     match party, len(words):
         case (("coordinator" | "exporter"), 0):
             return Principal(party)
@@ -64,10 +69,35 @@ def _principal(party: str, words: list[str]) -> Principal | None:
             set_name = read_set(set_name) if len(words) > 1 else own_set(name)
         case _:
             return None
-    names = [name, *vms, *([set_name] if party == "vm" else []), *([host] if len(words) == 3 else [])]
+    if party == "host":
+        read = [_place(each) for each in vms]
+        if None in read:
+            return None
+        vms = tuple(each.vm for each in read if each)
+        places = [each for each in read if each and each.set]
+    names = [
+        name,
+        *vms,
+        *(each.set for each in places),
+        *([set_name] if party == "vm" else []),
+        *([host] if len(words) == 3 else []),
+    ]
     if not all(is_name(each) for each in names):
         return None
-    return Principal(party, name, set_name, host, vms)
+    return Principal(party, name, set_name, host, vms, tuple(places))
+
+
+def _place(text: str) -> Place | None:
+    """``VM``, ``VM=SET`` or ``VM=SET/DOMAIN``; an empty set where none is said. None: it makes no sense."""
+    vm, equals, where = text.partition("=")
+    set_name, slash, domain = where.partition("/")
+    if bool(equals) != bool(set_name) or bool(slash) != bool(domain):
+        return None
+    if not domain:
+        return Place(vm, read_set(set_name) if set_name else "")
+    if not (domain.isascii() and domain.isdecimal() and int(domain) <= _DOMAIN_MOST):
+        return None
+    return Place(vm, read_set(set_name), int(domain))
 
 
 @click.command(epilog=_EPILOG)
@@ -76,13 +106,23 @@ def _principal(party: str, words: list[str]) -> Principal | None:
 def acl(principals: tuple[Principal, ...], *, users: bool) -> None:
     """Print the broker's access rules (Mosquitto acl_file) for the users of a fleet.
 
-    Each PRINCIPAL is coordinator, exporter, host:NAME[:VM,VM...], vm:NAME[:SET[:HOST]], metadata:NAME[:VM,VM...]
-    or ctl:NAME; its user name at the broker is party_name. A standby coordinator or a second exporter has a name,
-    too: coordinator:standby. VMs bind a host or a publisher to them, a HOST binds a VM to it: it then gets clock
-    answers from no other. Whoever is not named may do nothing.
+    Each PRINCIPAL is coordinator, exporter, host:NAME[:VM[=SET[/DOMAIN]],...], vm:NAME[:SET[:HOST]],
+    metadata:NAME[:VM,VM...] or ctl:NAME; its user name at the broker is party_name. A standby coordinator or a second
+    exporter has a name, too: coordinator:standby. VMs bind a host or a publisher to them, a HOST binds a VM to it: it
+    then gets clock answers from no other. With the SET of each VM (and its update DOMAIN) there is an end of what a
+    stolen password of the host can make the broker keep. Whoever is not named may do nothing.
     """
     if users:
         for each in principals:
             click.echo(each.username)
-    else:
-        click.echo(access_rules(principals), nl=False)
+        return
+    click.echo(access_rules(principals), nl=False)
+    endless = [each.username for each in principals if each.party in _ADVICE and not each.bounded]
+    if endless:
+        named = ", ".join(endless[:3]) + (f" and {len(endless) - 3} more" if len(endless) > 3 else "")
+        parties = sorted({each.party for each in principals if each.username in endless})
+        click.echo(
+            f"note: {named} may write any number of topics, so a thief of the password can fill the broker: "
+            f"where the VMs are known, write {' and '.join(_ADVICE[each] for each in parties)}",
+            err=True,
+        )

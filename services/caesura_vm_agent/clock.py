@@ -53,7 +53,7 @@ class SyncPolicy(msgspec.Struct, frozen=True, kw_only=True):
     periodic_threshold_s: float = 0.05
     """The same for periodic syncs, where an NTP daemon may be at work too."""
     step_most_s: float = 60.0
-    """The largest step that is made outside a resume."""
+    """The largest step that is made outside a resume, or for a host that is not known to be the VM's."""
 
 
 class Done(msgspec.Struct, frozen=True):
@@ -119,7 +119,13 @@ def error_found(
 
 
 def next_step(
-    rounds: Sequence[Sample | None], *, steps: int, threshold_s: float, bound_s: float, most_s: float
+    rounds: Sequence[Sample | None],
+    *,
+    steps: int,
+    threshold_s: float,
+    bound_s: float,
+    most_s: float,
+    limited: str = "outside a resume",
 ) -> Step | MeasureAgain | Done:
     """What to do after these rounds of measuring (each round's best sample, None where nobody answered).
 
@@ -130,6 +136,7 @@ def next_step(
     Args:
         steps: made so far.
         most_s: the largest step that is allowed; infinite after a pause, of which nobody here knows the length.
+        limited: why there is a largest one, in words.
     """
     last = rounds[-1]
     if last is None:
@@ -141,7 +148,7 @@ def next_step(
         if worth_it and abs(last.error_ns) > most_s * NS_PER_S:
             return Done(
                 synced=False,
-                reason=f"the clock is {last.error_ns / NS_PER_S:+.3f} s off, and outside a resume it is stepped by {most_s:g} s at most",
+                reason=f"the clock is {last.error_ns / NS_PER_S:+.3f} s off, and {limited} it is stepped by {most_s:g} s at most",
                 refused_ns=last.error_ns,
             )
         if steps < MAX_STEPS and worth_it and (not inside or len(rounds) == 1):

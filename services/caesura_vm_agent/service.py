@@ -335,7 +335,9 @@ class VmAgent:
     async def _sync_clock(
         self, trigger: Trigger, operation: str = "", *, paused_at_s: float | None = None
     ) -> AgentClockSynced:
-        result = await self._sync.run(trigger, operation, paused_at_s=paused_at_s)
+        # Without a record whoever speaks is listened to, so anybody could announce a resume to have any step made.
+        known = bool(self.binding.host)
+        result = await self._sync.run(trigger, operation, paused_at_s=paused_at_s, host_known=known)
         self.last_sync = result
         self.syncs[trigger, result.synced] += 1
         self.steps_refused += result.refused_step_s is not None

@@ -57,21 +57,31 @@ class ClockSync:
             waiting.set_result((answer, t4_ns))
 
     async def run(
-        self, trigger: Trigger, operation: str = "", *, paused_at_s: float | None = None
+        self,
+        trigger: Trigger,
+        operation: str = "",
+        *,
+        paused_at_s: float | None = None,
+        host_known: bool = True,
     ) -> AgentClockSynced:
         """Measure, step if needed, measure again; the message that says how it went.
 
         Args:
+            host_known: whether only the VM's own host is listened to. If not, anybody may have announced the resume.
             paused_at_s: when the pause began that this sync is about, seconds since 1970 by the host's clock.
         """
         async with self._one:
-            return await self._run(trigger, operation, paused_at_s)
+            return await self._run(trigger, operation, paused_at_s, host_known=host_known)
 
-    async def _run(self, trigger: Trigger, operation: str, paused_at_s: float | None) -> AgentClockSynced:
+    async def _run(
+        self, trigger: Trigger, operation: str, paused_at_s: float | None, *, host_known: bool
+    ) -> AgentClockSynced:
         earlier = tuple(self._stepped)
         policy = self._policy
         threshold_s = policy.periodic_threshold_s if trigger == "periodic" else policy.step_threshold_s
-        most_s = math.inf if trigger == "resume" else policy.step_most_s
+        resumed = trigger == "resume"
+        most_s = math.inf if resumed and host_known else policy.step_most_s
+        limited = "while no record names this VM's host" if resumed else "outside a resume"
         rounds: list[Sample | None] = []
         answers = steps = 0
         while True:
@@ -79,7 +89,12 @@ class ClockSync:
             answers += len(samples)
             rounds.append(best(samples))
             step = next_step(
-                rounds, steps=steps, threshold_s=threshold_s, bound_s=policy.bound_s, most_s=most_s
+                rounds,
+                steps=steps,
+                threshold_s=threshold_s,
+                bound_s=policy.bound_s,
+                most_s=most_s,
+                limited=limited,
             )
             if isinstance(step, Done):
                 break

@@ -16,7 +16,7 @@ from msgspec import inspect
 
 from caesura.bus.filters import matches
 from caesura.contract import messages as m
-from caesura.contract.access import Principal, access_rules, readable
+from caesura.contract.access import Place, Principal, access_rules, readable
 from caesura.contract.codec import (
     ContractError,
     Malformed,
@@ -281,6 +281,31 @@ def test_a_publisher_and_a_host_may_be_bound_to_their_vms() -> None:
     assert not _may(rules, "metadata_h1", "write", channel_of(m.EventApproved).topic(instance="h1")), (
         "the topic of before has no VM in it"
     )
+
+
+def test_a_host_may_be_bound_to_the_places_of_its_vms_and_then_its_topics_have_an_end() -> None:
+    places = (Place("web-1", "web", 3), Place("db-1", "db"))
+    host = Principal("host", "h1", vms=("web-1", "db-1"), places=places)
+    rules = access_rules((host,))
+    for kind in (m.VmFrozen, m.VmResumed, m.VmClockSynced):
+        for vm, set_name, domain, may in (
+            ("web-1", "web", "3", True),
+            ("web-1", "web", "4", False),
+            ("web-1", "db", "3", False),
+            ("db-1", "db", "0", True),
+            ("db-1", "db", "19", True),
+            ("db-1", "db", "20", False),
+            ("db-1", "db", "more", False),
+        ):
+            topic = channel_of(kind).topic(host="h1", set=set_name, ud=domain, vm=vm)
+            assert _may(rules, "host_h1", "write", topic) == may, topic
+    assert host.bounded
+    assert not Principal("host", "h1", vms=("web-1", "db-1"), places=places[:1]).bounded
+    assert not Principal("host", "h1").bounded
+    assert not Principal("metadata", "m").bounded
+    assert Principal("metadata", "m", vms=("a",)).bounded
+    assert Principal("vm", "a", "web").bounded
+    assert Principal("ctl", "ops").bounded
 
 
 _IDENTIFIERS = (

@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 import tomli_w
 
-from caesura.contract.access import Principal, access_rules
+from caesura.contract.access import Place, Principal, access_rules
 from caesura.contract.names import own_set
 from caesura_ctl.demo.layout import Broker, DemoVm, Layout, host_file, listeners_file, update_file
 
@@ -71,14 +71,22 @@ def users(layout: Layout) -> tuple[User, ...]:
     uid_of = {host: 10011 + number for number, host in enumerate(layout.hosts)}
     return (
         User(Principal("coordinator"), 10001),
-        User(Principal("metadata", "fleet"), 10002),
+        User(Principal("metadata", "fleet", vms=tuple(vm.name for vm in layout.vms)), 10002),
         User(Principal("exporter"), 10003),
         User(Principal("ctl", "rollout"), 10004),
         User(Principal("ctl", "ops"), OPERATOR_UID),
         User(Principal("exporter", "consumer"), OPERATOR_UID),
-        *(User(Principal("host", host), uid) for host, uid in uid_of.items()),
+        *(User(_host_user(layout, host), uid) for host, uid in uid_of.items()),
         *(User(Principal("vm", vm.name, vm.set or own_set(vm.name)), uid_of[vm.host]) for vm in layout.vms),
     )
+
+
+def _host_user(layout: Layout, host: str) -> Principal:
+    """A host that may speak of its own VMs only, each in its set and domain."""
+    places = tuple(
+        Place(vm.name, vm.set or own_set(vm.name), vm.update_domain) for vm in layout.vms if vm.host == host
+    )
+    return Principal("host", host, vms=tuple(each.vm for each in places), places=places)
 
 
 def secret_readers(layout: Layout) -> dict[str, int]:

@@ -35,6 +35,8 @@ _STOP_S = 5.0  # s: Mosquitto writes its store on SIGTERM
 MAX_QUEUED_BYTES = 64 * 1024 * 1024
 """What Mosquitto keeps for one client that is away or slow. All that a fleet of 10,000 VMs retains has to fit (some
 20 MB): a client that subscribes gets it at once, and what is above the limit is lost silently."""
+MEMORY_LIMIT_BYTES = 1024 * 1024 * 1024
+"""What Mosquitto may have in all: who sends what does not fit is disconnected, and the machine's memory is left to others."""
 _HASH_ROUNDS = 101  # mosquitto_passwd's own default
 _SBIN = ("/usr/sbin", "/usr/local/sbin", "/opt/homebrew/sbin", "/sbin")  # not on the PATH of most users
 
@@ -61,6 +63,7 @@ def mosquitto_config(
     cert_file: Path | None = None,
     key_file: Path | None = None,
     require_certificate: bool = False,
+    memory_limit_bytes: int = MEMORY_LIMIT_BYTES,
     extra: Sequence[str] = (),
 ) -> str:
     """A Mosquitto configuration (2.0), with the settings that the suite needs.
@@ -72,6 +75,7 @@ def mosquitto_config(
         acl_file: who may read and write what; None: everybody everything.
         ca_file, cert_file, key_file: TLS on the TCP listener when ``cert_file`` is given.
         require_certificate: only clients with a certificate of ``ca_file``; its common name is the user.
+        memory_limit_bytes: what the broker may have in all.
         extra: lines to append.
     """
     lines = [
@@ -81,6 +85,7 @@ def mosquitto_config(
         "max_inflight_messages 100",
         f"max_queued_bytes {MAX_QUEUED_BYTES}",
         f"max_packet_size {MAX_PACKET_BYTES}",
+        f"memory_limit {memory_limit_bytes}",
         "log_type error",
         "log_type warning",
         "log_type notice",

@@ -18,6 +18,7 @@ from caesura.bus.filters import check_filter, matches
 from caesura.bus.inbox import Inbox
 from caesura.bus.port import BusStats, BusUnavailable, Connected, Delivery, Handler
 from caesura.bus.rates import MUTED_S, Rates, writer_of
+from caesura.contract.topics import may_be_retained
 from caesura.runtime.sampler import Sampler, cut
 
 _log = structlog.get_logger("caesura.bus")
@@ -185,16 +186,31 @@ class KeptBus(ABC):
             self._warn_backlog(parcel.delivery.topic, "the broker is being held back (QoS 1)")
 
     def _refuses(self, parcel: Parcel) -> bool:
-        """Whether the message is above its writer's rate; the rest of what it sends is kept away, where it can be."""
+        """Whether the message is above its writer's rate; the rest of what it sends is kept away, where it can be.
+
+        A fact or a command that was retained is refused, too: nothing of the contract retains one, and there is no end of
+        the topics on which somebody could. It is charged to its writer.
+        """
         topic, now_s = parcel.delivery.topic, asyncio.get_running_loop().time()
-        if (
-            self._rates is None
-            or parcel.delivery.retained
-            or self._rates.admits(topic, parcel.size_bytes, now_s)
-        ):
+        state = parcel.delivery.retained and may_be_retained(topic)
+        within = state or self._rates is None or self._rates.admits(topic, parcel.size_bytes, now_s)
+        if within and (state or not parcel.delivery.retained):
             return False
         party, name = writer_of(topic)
         self._stats.refused[party] = self._stats.refused.get(party, 0) + 1
+        if parcel.delivery.retained:
+            # Nothing is unsubscribed from: what is stored would only come again with the next subscription.
+            left_out = self._sampled.due(f"retained/{party}")
+            if left_out is not None:
+                _log.warning(
+                    "bus.retained_refused",
+                    writer=f"{party}/{name}",
+                    topic=cut(topic),
+                    left_out=left_out,
+                    advice="no service retains it: give its user another password, and remove it from the broker "
+                    "(an empty retained message on its topic)",
+                )
+            return True
         own = f"{'/'.join(topic.split('/', 2)[:2])}/{party}/{name}/"
         muted = [each for each in self.subscribed() if each not in self._muted and each.startswith(own)]
         wide = [each for each in self.filters if each not in self._muted and matches(each, topic)]

@@ -32,7 +32,9 @@ def bus_families(stats: BusStats, decode_errors: Mapping[str, int]) -> Iterator[
         "caesura_bus_dropped", "QoS 0 messages dropped because the handler was too slow.", stats.dropped
     )
     refused = CounterMetricFamily(
-        "caesura_bus_refused", "Messages above the rate of their writer, by its party.", labels=["writer"]
+        "caesura_bus_refused",
+        "Messages above the rate of their writer, or retained where nothing is, by the writer's party.",
+        labels=["writer"],
     )
     for party in LIMITS:
         refused.add_metric([party], stats.refused.get(party, 0))

@@ -83,7 +83,7 @@ class BusStats(msgspec.Struct):
     dropped: int = 0
     """QoS 0 messages dropped because the handler was too slow (the bounded queue was full)."""
     refused: dict[str, int] = {}
-    """Party to its messages that were above the rate of their writer."""
+    """Party to its messages that were above the rate of their writer, or retained on a topic where nothing is."""
     backlog: int = 0
     """Messages received and not yet handled."""
     last_error: str = ""

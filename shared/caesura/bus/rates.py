@@ -1,8 +1,8 @@
 """How much each writer may send to a reader: one that floods is refused, and the others are served. Pure.
 
 The first levels of a topic name its writer (``caesura/v1/vm/web-1/...``), and access rules hold every writer to its own. So a
-bucket of tokens for each is enough: a message costs one, and one for each 4 KiB. The coordinator has no limit; what a broker had
-retained costs nothing, since nobody can send it again and again.
+bucket of tokens for each is enough: a message costs one, and one for each 4 KiB. The coordinator has no limit; state that a broker had
+retained costs nothing, since there is one message on each of a writer's few topics for it.
 """
 
 from __future__ import annotations

@@ -13,12 +13,22 @@ import msgspec
 
 from caesura.contract.topics import CHANNELS, Channel, Party
 
+_UPDATE_DOMAINS = range(20)
+
+
+class Place(msgspec.Struct, frozen=True):
+    """The set of a host's VM and its update domain there; a domain of None: any of them."""
+
+    vm: str
+    set: str
+    update_domain: int | None = None
+
 
 class Principal(msgspec.Struct, frozen=True):
     """A user at the broker: which party it is, its instance (host, VM, publisher or client name), its set.
 
-    ``host`` of a VM: where it runs, if it never moves. ``vms`` of a publisher: those that it serves. Each narrows what the
-    user may do; empty: any.
+    ``host`` of a VM: where it runs, if it never moves. ``vms`` of a host or a publisher: those that it has or serves. ``places``
+    of a host: where those of its VMs are of which that is known. Each narrows what the user may do; empty: any.
     """
 
     party: Party
@@ -26,11 +36,20 @@ class Principal(msgspec.Struct, frozen=True):
     set: str = ""
     host: str = ""
     vms: tuple[str, ...] = ()
+    places: tuple[Place, ...] = ()
 
     @property
     def username(self) -> str:
         """The user name at the broker."""
         return f"{self.party}_{self.instance}" if self.instance else self.party
+
+    @property
+    def bounded(self) -> bool:
+        """Whether there is an end of the topics that it may write, and so of what it can make a broker retain.
+
+        The coordinator's have none: it names rollouts and sets.
+        """
+        return not any("+" in each for each in writable(self))
 
 
 _OWN_PARAMETER: Mapping[Party, str] = {"host": "host", "vm": "vm", "ctl": "client", "metadata": "instance"}
@@ -68,9 +87,18 @@ def writable(principal: Principal) -> list[str]:
 def _for_each_vm(channel: Channel, principal: Principal, own: Mapping[str, str]) -> list[str]:
     """The channel's filter, or one for each VM that the principal is bound to."""
     known = {name: own[name] for name in channel.parameters if name in own}
-    if "vm" in channel.parameters and principal.vms:
-        return [channel.filter(**known, vm=vm) for vm in principal.vms]
-    return [channel.filter(**known)]
+    if "vm" not in channel.parameters or not principal.vms:
+        return [channel.filter(**known)]
+    places = {each.vm: each for each in principal.places}
+    found = []
+    for vm in principal.vms:
+        place = places.get(vm)
+        if place is None or "ud" not in channel.parameters:
+            found.append(channel.filter(**known, vm=vm))
+            continue
+        domains = _UPDATE_DOMAINS if place.update_domain is None else (place.update_domain,)
+        found += [channel.filter(**known, vm=vm, set=place.set, ud=domain) for domain in domains]
+    return found
 
 
 def readable(principal: Principal) -> list[str]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import msgspec
 
-from caesura.contract.access import Principal, access_rules
+from caesura.contract.access import Place, Principal, access_rules
 from caesura.contract.codec import encode
 from caesura.contract.envelope import Header
 from caesura.contract.examples import examples
@@ -26,8 +26,8 @@ _README_END = "<!-- /topics -->"
 EXAMPLE_FLEET = (
     Principal("coordinator"),
     Principal("exporter"),
-    Principal("metadata", "fleet"),
-    Principal("host", "host-1"),
+    Principal("metadata", "fleet", vms=("web-1",)),
+    Principal("host", "host-1", vms=("web-1",), places=(Place("web-1", "web", 0),)),
     Principal("vm", "web-1", "web"),
     Principal("ctl", "ops"),
 )

@@ -315,3 +315,9 @@ def placed(topic: str) -> tuple[Channel, Mapping[str, str]] | None:
         if parameters is not None:
             return channel, parameters
     return None
+
+
+def may_be_retained(topic: str) -> bool:
+    """Whether a broker may keep a message on this topic: where the table says so, and on topics that are none of ours."""
+    place = placed(topic)
+    return place is None or place[0].retain

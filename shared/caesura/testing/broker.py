@@ -10,7 +10,14 @@ from typing import Literal
 
 import msgspec
 
-from caesura.bus.brokers import LocalBroker, find_mosquitto, free_port, mosquitto_config, password_line
+from caesura.bus.brokers import (
+    MEMORY_LIMIT_BYTES,
+    LocalBroker,
+    find_mosquitto,
+    free_port,
+    mosquitto_config,
+    password_line,
+)
 from caesura.bus.options import BrokerOptions
 from caesura.runtime.settings import Secret
 
@@ -38,6 +45,7 @@ def mosquitto(
     tls: Certificates | None = None,
     require_certificate: bool = False,
     unix_path: Path | None = None,
+    memory_limit_bytes: int = MEMORY_LIMIT_BYTES,
     extra: Sequence[str] = (),
 ) -> LocalBroker:
     """A Mosquitto with this project's settings; enter it with ``async with``.
@@ -48,6 +56,7 @@ def mosquitto(
         acl: the text of an access rules file.
         tls: the server's certificates; the port then speaks only TLS.
         require_certificate: clients need a certificate of the same authority.
+        memory_limit_bytes: what the broker may have in all.
     """
     port = free_port()
     password_file = None if users is None else _written(data_dir / "passwords", _password_lines(users))
@@ -62,6 +71,7 @@ def mosquitto(
         cert_file=tls.cert_file if tls else None,
         key_file=tls.key_file if tls else None,
         require_certificate=require_certificate,
+        memory_limit_bytes=memory_limit_bytes,
         extra=extra,
     )
     ready = None

@@ -52,8 +52,13 @@ class Served:
             await self.release.wait()
             return web.Response(text="late")
 
+        async def body(request: web.Request) -> web.Response:
+            self.busy += 1
+            return web.Response(text=await request.text())
+
         app = web.Application()
         app.router.add_get("/", now)
+        app.router.add_post("/", body)
         app.router.add_get("/later", later)
         return app
 
@@ -116,6 +121,19 @@ async def test_a_kept_connection_has_the_same_time_for_its_next_request() -> Non
         assert await answer(kept) == "here"
         kept[1].write(b"GET / HT")
         assert await answer(kept) == ""
+
+
+async def test_a_kept_connection_whose_request_had_a_body_may_be_idle_as_long_as_any() -> None:
+    """Its body came while the request was being answered: that is no begin of a next head."""
+    async with served(QUICK) as scene:
+        kept = await scene.client(b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 4\r\n\r\n")
+        await eventually(lambda: scene.busy == 1)
+        kept[1].write(b"here")
+        assert await answer(kept) == "here"
+        for _ in range(2):  # each takes as long as a head may
+            assert await answer(await scene.client(b"GET / HT")) == ""
+        kept[1].write(GET)
+        assert await answer(kept) == "here"
 
 
 async def test_requests_that_are_being_answered_are_neither_cut_nor_replaced() -> None:

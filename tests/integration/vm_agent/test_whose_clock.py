@@ -163,26 +163,45 @@ async def test_a_foreign_host_steps_no_clock(tmp_path: Path, bound: str) -> None
         assert all(each.synced for each in hosts["h1"].found[-3:])
 
 
+RESUMED = (
+    b'{"specversion":"1.0","id":"1","source":"/h","type":"caesura.vm.resumed.v1","time":"2026-04-20T22:11:58Z","data":'
+    b'{"vm":"web-1","host":"h1","set":"web","update_domain":0,"operation":"op1","method":"freeze","pause_s":5,'
+    b'"budget_s":9,"within_budget":true,"resumed_by":"updater","at":"2026-04-20T22:11:58Z"}}'
+)
+
+
 async def test_outside_a_resume_a_clock_is_not_stepped_by_an_hour_and_inside_one_it_is(
     tmp_path: Path,
 ) -> None:
     async with fleet(tmp_path, vm=Principal("vm", "web-1", "web"), hosts={"h1": HOUR_S}) as (bus, hosts):
         host = hosts["h1"]
-        async with agent(bus) as (made, guest):
+        async with agent(bus, host="h1") as (made, guest):
             await eventually(lambda: len(host.found) >= 2)
             assert guest.error_ns == 0
             assert [each.synced for each in host.found[:2]] == [False, False]
             assert host.found[0].refused_step_s == pytest.approx(-HOUR_S, abs=5)
             assert "outside a resume" in host.found[0].reason
             assert made.steps_refused >= 2
-            resumed = (
-                b'{"vm":"web-1","host":"h1","set":"web","update_domain":0,"operation":"op1","method":"freeze",'
-                b'"pause_s":5,"budget_s":9,"within_budget":true,"resumed_by":"updater","at":"2026-04-20T22:11:58Z"}'
-            )
-            envelope = (
-                b'{"specversion":"1.0","id":"1","source":"/h","type":"caesura.vm.resumed.v1",'
-                b'"time":"2026-04-20T22:11:58Z","data":' + resumed + b"}"
-            )
-            await host.bus.publish("caesura/v1/host/h1/set/web/ud/0/vm/web-1/resumed", envelope)
+            await host.bus.publish("caesura/v1/host/h1/set/web/ud/0/vm/web-1/resumed", RESUMED)
             await eventually(lambda: any(each.trigger == "resume" and each.synced for each in host.found))
             assert guest.error_ns == pytest.approx(HOUR_S * NS_PER_S, abs=5 * NS_PER_S)
+
+
+async def test_where_no_record_names_its_host_nobodys_resume_steps_a_clock_by_an_hour(tmp_path: Path) -> None:
+    """Any host's password could announce one. A real pause is at most 30 s, and is still corrected."""
+    async with fleet(tmp_path, vm=Principal("vm", "web-1", "web"), hosts={"h1": HOUR_S}) as (bus, hosts):
+        host = hosts["h1"]
+        async with agent(bus) as (made, guest):
+            await eventually(lambda: bool(host.found))
+            await host.bus.publish("caesura/v1/host/h1/set/web/ud/0/vm/web-1/resumed", RESUMED)
+            await eventually(lambda: any(each.trigger == "resume" for each in host.found))
+            (found,) = (each for each in host.found if each.trigger == "resume")
+            assert (found.synced, guest.error_ns) == (False, 0)
+            assert found.refused_step_s == pytest.approx(-HOUR_S, abs=5)
+            assert "no record" in found.reason
+            assert made.binding.host is None
+            host.off_ns = 30 * NS_PER_S
+            again = RESUMED.replace(b'"op1"', b'"op2"').replace(b'"id":"1"', b'"id":"2"')
+            await host.bus.publish("caesura/v1/host/h1/set/web/ud/0/vm/web-1/resumed", again)
+            await eventually(lambda: any(each.operation == "op2" and each.synced for each in host.found))
+            assert guest.error_ns == pytest.approx(30 * NS_PER_S, abs=5 * NS_PER_S)

@@ -82,3 +82,21 @@ async def test_it_runs_on_fake_time() -> None:
         began_s = loop.time()
         assert await bus.wait_connected(10_000)
         assert 3_590 < loop.time() - began_s < 3_610
+
+
+async def test_a_fact_that_was_retained_is_not_handed_on_and_counted() -> None:
+    """Whatever the bus and whether or not it has rates: only what the topic table retains is state."""
+    broker = MemoryBroker()
+    fact, state = "caesura/v1/host/h1/operation", "caesura/v1/host/h1/inventory"
+    writer = MemoryBus(broker, client_id="h1")
+    async with running(writer):
+        for topic in (fact, state, "of/others"):
+            await writer.publish(topic, topic.encode(), retain=True)
+        got = Collector()
+        reader = MemoryBus(broker, client_id="c", filters=["#"])
+        async with running(reader, got.receive):
+            await got.until(lambda deliveries: len(deliveries) >= 2)
+            assert reader.stats.refused == {"host": 1}
+            await writer.publish(fact, b"now", retain=True)
+            await got.until_payload(b"now")
+        assert {each.payload for each in got.deliveries} == {state.encode(), b"of/others", b"now"}

@@ -270,6 +270,12 @@ def test_every_command_has_help_with_examples_and_exit_codes(name: str) -> None:
         (["acl", "hots:host-1"], "'hots' is none of"),
         (["acl", "host"], "host:NAME"),
         (["acl", "vm:a.b"], "A-Z"),
+        (["acl", "host:h:a=web/20"], "host:NAME[:VM"),
+        (["acl", "host:h:a=web/x"], "host:NAME[:VM"),
+        (["acl", "host:h:a=/1"], "host:NAME[:VM"),
+        (["acl", "host:h:a="], "host:NAME[:VM"),
+        (["acl", "host:h:a=web/"], "host:NAME[:VM"),
+        (["acl", "metadata:m:a=web"], "metadata:NAME[:VM"),
         (["history", "--limit", "0"], "not in the range"),
         (["roll", "u", "--budget", "31s"], "'--budget': 31s is too long: at most 30s"),
         (["roll", "u", "--budget", "0s"], "'--budget': it must be longer than nothing"),
@@ -344,6 +350,23 @@ def test_a_set_that_is_shown_in_brackets_may_stand_so_in_access_rules() -> None:
     shown = CliRunner().invoke(caesura, ["acl", "vm:cache-01:(cache-01)"])
     plain = CliRunner().invoke(caesura, ["acl", "vm:cache-01:_cache-01"])
     assert (shown.exit_code, shown.output) == (0, plain.output)
+
+
+def test_a_host_is_bound_to_its_vms_where_they_are_and_one_that_is_not_is_named() -> None:
+    bound = CliRunner().invoke(caesura, ["acl", "host:h1:web-1=web/0,c-1=(c-1)", "metadata:m1:web-1"])
+    assert (bound.exit_code, bound.stderr) == (0, "")
+    assert "topic write caesura/v1/host/h1/set/web/ud/0/vm/web-1/frozen\n" in bound.stdout
+    assert "topic write caesura/v1/host/h1/set/_c-1/ud/19/vm/c-1/frozen\n" in bound.stdout
+    assert not [line for line in bound.stdout.splitlines() if line.startswith("topic write") and "+" in line]
+    endless = CliRunner().invoke(
+        caesura, ["acl", "coordinator", "host:h1:web-1", "metadata:fleet", "vm:a:web"]
+    )
+    assert endless.exit_code == 0
+    (said,) = endless.stderr.splitlines()
+    assert "host_h1, metadata_fleet" in said
+    assert "host:NAME:VM=SET/DOMAIN" in said
+    assert "metadata:NAME:VM" in said
+    assert "note" not in endless.stdout, "it is the file"
 
 
 def test_brackets_around_no_name_are_refused() -> None:

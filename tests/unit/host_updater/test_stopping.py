@@ -1,8 +1,10 @@
-"""Told to stop while a command is being taken in: nothing is paused any more."""
+"""While a command is being taken in: after a stop nothing is paused any more, and no update is asked whether it is installed."""
 
 from __future__ import annotations
 
 import asyncio
+import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,10 +13,14 @@ from typing import Any
 import pytest
 
 from caesura.contract.messages import FreezeCommanded
+from caesura.testing.collector import eventually
+from caesura_host_updater import asker, service
+from caesura_host_updater.applying import UpdateProcess
 from caesura_host_updater.drivers.port import Capabilities
 from caesura_host_updater.hostfile import HostFile, VmSpec
 from caesura_host_updater.journal import Journal, JournalThread
 from caesura_host_updater.service import HostUpdater
+from caesura_host_updater.updates import Catalogue, UpdateFile
 
 
 class Guest:
@@ -109,3 +115,75 @@ async def test_a_command_that_is_being_taken_in_when_the_host_stops_pauses_nothi
     assert found.report.status in {"refused", "cancelled"}
     assert "stopping" in found.report.reason
     await journal.close()
+
+
+async def test_no_update_is_asked_while_a_command_is_written_down(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    freeze_one: Callable[..., FreezeCommanded],
+    updater_with: Callable[..., HostUpdater],
+    hand: Callable[..., Any],
+) -> None:
+    """Its command would run on into the pause: nothing interrupts it any more once the operation has begun."""
+    patch = UpdateFile(
+        name="patch",
+        version="1",
+        impact="pause",
+        scope="host",
+        argv=("true",),
+        installed=("true",),
+        expected_s=1,
+        timeout_s=2,
+    )
+    askers: list[asker.Asker] = []
+    started: list[str] = []
+    start = UpdateProcess.start
+
+    class Known(asker.Asker):
+        def __init__(self, host: str, _: Any, **more: Any) -> None:
+            more["catalogue"] = lambda: Catalogue({"patch": patch})
+            super().__init__(host, os.environ, **more)
+            askers.append(self)
+
+    async def started_one(process: UpdateProcess) -> None:
+        started.append("patch")
+        await start(process)
+
+    monkeypatch.setattr(service, "Asker", Known)
+    monkeypatch.setattr(UpdateProcess, "start", started_one)
+    writing, written = asyncio.Event(), threading.Event()
+    accept, loop = Journal.accept, asyncio.get_running_loop()
+
+    def slow_disk(*given: Any) -> None:
+        loop.call_soon_threadsafe(writing.set)
+        written.wait()
+        accept(*given)
+
+    monkeypatch.setattr(Journal, "accept", slow_disk)
+    guest = Guest()
+    guest.go.set()
+    journal = JournalThread()
+    await journal.open(str(tmp_path / "journal.sqlite"))
+    file = HostFile(host="host-1", vm=(VmSpec(name="a", set="web", update_domain=0),))
+    metrics = SimpleNamespace(finished=lambda *_: None)
+    updater = updater_with(file, journal, driver=guest, metrics=metrics)
+    tasks = [asyncio.ensure_future(updater.tasks()[name]()) for name in ("installed updates", "operations")]
+    (asking,) = askers
+    await eventually(lambda: asking.answers == {"patch": True})
+    delivering = asyncio.create_task(hand(updater, freeze_one()))
+    try:
+        await writing.wait()
+        asking.ask()  # as when a file in updates.d changed
+        for _ in range(20):  # the loop turns as often as it likes: nothing is started
+            await asyncio.sleep(0)
+        assert started == ["patch"], "the one before the command"
+        assert not updater.operation, "it is still being written down"
+    finally:
+        stopping = asyncio.create_task(updater.drain())
+        await asyncio.sleep(0)
+        written.set()
+        await asyncio.gather(delivering, stopping)
+        for each in tasks:
+            each.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await journal.close()

@@ -51,3 +51,16 @@ def test_a_few_hosts_do_not_lift_it_beyond_the_others_reach(
     floor = epoch_floor(0, [], [most] * honest + strange)
     assert floor >= most
     assert not leaps(most, floor + 1)
+
+
+def test_a_lying_host_locks_out_no_host_that_missed_fewer_than_nine_starts() -> None:
+    """It can raise each claim by no more than its own leap, and only a start of a coordinator is a claim."""
+    stored, obeyed = 7, [7]
+    for _ in range(50):
+        claim = epoch_floor(stored, [], [*obeyed[-1:], stored + HOST_LEAP]) + 1
+        assert claim <= stored + HOST_LEAP + 1
+        assert not any(leaps(each, claim) for each in obeyed[-9:]), (
+            "one that is on the bus, or missed up to eight"
+        )
+        stored = claim
+        obeyed.append(claim)

@@ -137,7 +137,7 @@ def conclude(session: Session, context: Context, state: m.RolloutState) -> None:
         context.console.print(pauses_view(pauses, session.picture.clocks))
         if not complete:
             context.console.print(
-                "Only the pauses that this command heard: it was not there for all of them."
+                "Only the pauses that this command received: it started after some of them."
             )
     if state.status != "completed":
         why = f"rollout {state.rollout} {state.status}: {state.reason or 'no reason given'}"

@@ -290,7 +290,7 @@ export function drawPauses(root, note, model, set) {
   const lanes = model.ordered(set).filter((lane) => lane.pauses);
   if (!lanes.length) {
     setText(note, "");
-    replaceIfChanged(root, [h("p", { class: "empty" }, "No pause within the last hour.")]);
+    replaceIfChanged(root, [h("p", { class: "empty" }, "No pause has ended within the last hour.")]);
     return;
   }
   const many = lanes.length > 2 * FEW_ROWS && !set;

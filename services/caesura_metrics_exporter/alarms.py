@@ -65,7 +65,7 @@ class Alarms:
     def stopped(self, vm: str, set_name: str, host: str, state: m.VmState, now: float) -> None:
         """A VM stood still and does not run now."""
         how = "in an unknown state" if state == "unknown" else state
-        text = f"{vm} ({set_name}) on {host} is {how} after its pause"
+        text = f"{_of_set(vm, set_name)} on {host} is {how} after its pause"
         self._raise(Alarm("stopped", "bad", text, vm, now))
 
     def runs(self, vm: str, now: float) -> bool:
@@ -76,7 +76,7 @@ class Alarms:
         """Look at what its host says of a VM, such as that its application has ended; whether there is something to say."""
         if not record.state_detail:
             return self._end("attention", record.vm, now)
-        text = f"{record.vm} ({record.set}) on {host} is {record.state}: {record.state_detail}"
+        text = f"{_of_set(record.vm, record.set)} on {host} is {record.state}: {record.state_detail}"
         return self._raise(Alarm("attention", "warning", text, record.vm, now))
 
     def gone(self, vm: str, now: float) -> bool:
@@ -87,7 +87,7 @@ class Alarms:
     def resumed(self, message: m.VmResumed, now: float) -> bool:
         """Look at a finished pause; whether there is something to say."""
         wrong = not message.within_budget or message.resumed_by == "guard"
-        where = f"{message.vm} ({message.set}, domain {message.update_domain}) on {message.host}"
+        where = _where(message)
         if not message.within_budget:
             text = f"{where} was paused for {message.pause_s:.1f} s, its budget was {message.budget_s:g} s"
             self._raise(Alarm("overrun", "bad", text, message.vm, now, now))
@@ -122,11 +122,11 @@ class Alarms:
 
     def clock(self, message: m.VmClockSynced, now: float) -> bool:
         """Look at a verdict on a clock, and at what the guest showed of its memory; whether there is something to say."""
-        where = f"{message.vm} ({message.set}, domain {message.update_domain}) on {message.host}"
+        where = _where(message)
         changed = self._memory(message.memory, where, message.vm, now)
         if message.synced:
             return self._end("clock", message.vm, now) or changed
-        text = f"the clock of {message.vm} ({message.set}, domain {message.update_domain}) could not be corrected"
+        text = f"the clock of {_where(message)} could not be corrected"
         self._raise(
             Alarm("clock", "bad", f"{text}: {message.reason}" if message.reason else text, message.vm, now)
         )
@@ -168,3 +168,14 @@ class Alarms:
 
     def _sort(self) -> None:
         self._alarms.sort(key=lambda each: (each.until is not None, _ORDER[each.rule], -each.at))
+
+
+def _where(message: m.VmResumed | m.VmClockSynced) -> str:
+    """Which VM, and where it is; one in no set has no domain worth a word."""
+    if message.set.startswith("_"):
+        return f"{message.vm} on {message.host}"
+    return f"{message.vm} ({message.set}, domain {message.update_domain}) on {message.host}"
+
+
+def _of_set(vm: str, set_name: str) -> str:
+    return vm if set_name.startswith("_") else f"{vm} ({set_name})"

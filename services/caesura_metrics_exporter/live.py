@@ -337,7 +337,7 @@ class Live:
                     at=self._at(sent),
                     what=f"rollout {rollout.status}",
                     level=levels.get(rollout.status, "quiet"),  # type: ignore[arg-type]
-                    detail=rollout.reason or rollout.update,
+                    detail=": ".join(filter(None, (rollout.update or "freeze on demand", rollout.reason))),
                 )
             )
 

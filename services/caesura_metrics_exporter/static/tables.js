@@ -181,7 +181,7 @@ export function alarmRows(model) {
   const silent = new Map();
   for (const each of model.paused) {
     if (late.has(each)) {
-      const text = `${each.vm} (${setName(each.set)}, domain ${each.domain}) on ${each.host}, budget ${each.budget} s`;
+      const text = `${each.vm}${each.set.startsWith("_") ? "" : ` (${each.set}, domain ${each.domain})`} on ${each.host}, budget ${each.budget} s`;
       rows.push({ key: `overdue ${each.vm} ${each.since}`, level: "bad", title: "Paused beyond the budget", text });
     } else if (model.blindSince() == null && model.blindSince(each) != null) silent.set(each.host, [...(silent.get(each.host) || []), each]);
   }

@@ -114,7 +114,8 @@ def _wave_note(wave: m.WaveState, now: datetime) -> str:
     if wave.status == "scheduled" and wave.not_before is not None:
         left = (wave.not_before - now).total_seconds()
         approved = f"{len(wave.approved)}/{len(wave.events)} approved"
-        return f"{approved}, NotBefore in {max(0, left):.0f}s" + (f"; {wave.reason}" if wave.reason else "")
+        # Seconds first: a narrow terminal cuts the end.
+        return f"NotBefore in {max(0, left):.0f}s, {approved}" + (f"; {wave.reason}" if wave.reason else "")
     return wave.reason
 
 
@@ -260,7 +261,7 @@ def domains_view(picture: Picture, *, most: int = MANY * MANY) -> RenderableType
         )
     if len(rows) <= most:
         return table
-    return Group(table, Text(f"{len(rows) - most} more domains: caesura status", style="dim"))
+    return Group(table, Text(f"{_count(len(rows) - most, 'more domain')}: caesura status", style="dim"))
 
 
 def live_view(

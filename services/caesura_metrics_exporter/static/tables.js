@@ -367,7 +367,7 @@ export function drawLog(root, model) {
   const rows = [...model.log].reverse().map((line) => {
     const level = line.level || "quiet";
     const [sign, word] = LEVELS[level];
-    const where = [line.set ? (line.set.startsWith("_") ? "" : line.domain == null ? line.set : `${line.set} ${line.domain}`) : "", line.vm || "", line.host || ""].filter(Boolean).join(" · ");
+    const where = [line.set ? (line.set.startsWith("_") ? (line.vm ? "" : setName(line.set)) : line.domain == null ? line.set : `${line.set} ${line.domain}`) : "", line.vm || "", line.host || ""].filter(Boolean).join(" · ");
     return h(
       "tr",
       { role: "row", class: level },

@@ -13,8 +13,8 @@ from rich.console import Console, RenderableType
 from caesura.contract import messages as m
 from caesura.contract.examples import examples
 from caesura_ctl.columns import Columns
-from caesura_ctl.commandline import wide_console
-from caesura_ctl.follow import conclude
+from caesura_ctl.commandline import NotCompleted, wide_console
+from caesura_ctl.follow import Progress, conclude
 from caesura_ctl.picture import Picture
 from caesura_ctl.tables import (
     documents_view,
@@ -207,3 +207,29 @@ def test_a_vm_whose_application_ended_does_not_count_as_running() -> None:
 def test_in_a_pipe_columns_is_obeyed(monkeypatch: pytest.MonkeyPatch, columns: str, width: int) -> None:
     monkeypatch.setenv("COLUMNS", columns)
     assert wide_console().width == width
+
+
+def test_how_long_until_a_wave_starts_is_in_sight_on_a_narrow_terminal() -> None:
+    state = _rollout(waves=6, status="running")
+    scheduled = msgspec.structs.replace(
+        state.waves[0], status="scheduled", not_before=NOW + timedelta(seconds=7), events={"web": EVENT}
+    )
+    picture = Picture()
+    picture.fold(msgspec.structs.replace(state, waves=(scheduled, *state.waves[1:])))
+    lines = _printed(live_view(picture, NOW, ROLLOUT, lines=24, width=60), 60)
+    assert any("NotBefore in 7s" in line for line in lines), lines
+
+
+def test_a_reason_does_not_repeat_the_status_that_stands_before_it() -> None:
+    state = _rollout(status="aborted", reason="aborted: wrong day")
+
+    class Session:
+        picture = Picture()
+
+    class Context:
+        json = False
+
+    with pytest.raises(NotCompleted) as stopped:
+        conclude(Session(), Context(), state)  # type: ignore[arg-type]
+    assert str(stopped.value) == f"rollout {ROLLOUT} aborted: wrong day"
+    assert Progress().lines(Picture(), state)[0] == f"rollout {ROLLOUT}: aborted: wrong day"

@@ -212,11 +212,17 @@ def test_in_a_pipe_columns_is_obeyed(monkeypatch: pytest.MonkeyPatch, columns: s
 def test_how_long_until_a_wave_starts_is_in_sight_on_a_narrow_terminal() -> None:
     state = _rollout(waves=6, status="running")
     scheduled = msgspec.structs.replace(
-        state.waves[0], status="scheduled", not_before=NOW + timedelta(seconds=7), events={"web": EVENT}
+        state.waves[0],
+        domains={"_solo-4": 0},
+        hosts=("h-4",),
+        vms=("solo-4",),
+        status="scheduled",
+        not_before=NOW + timedelta(seconds=7),
+        events={"web": EVENT},
     )
     picture = Picture()
-    picture.fold(msgspec.structs.replace(state, waves=(scheduled, *state.waves[1:])))
-    lines = _printed(live_view(picture, NOW, ROLLOUT, lines=24, width=60), 60)
+    picture.fold(msgspec.structs.replace(state, waves=(scheduled,)))
+    lines = _printed(live_view(picture, NOW, ROLLOUT, lines=24, width=68), 68)
     assert any("NotBefore in 7s" in line for line in lines), lines
 
 

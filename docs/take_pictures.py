@@ -2,7 +2,7 @@
 and the environment of ``./check``: that of ``./demo`` has no playwright.
 
 Runs ``caesura demo``, opens the page that it names in a headless browser, light and dark, and takes the pictures while
-the VMs of the third wave stand still.
+the VMs of the third wave are paused.
 """
 
 # ruff: noqa: INP001 - a script for developers, not a package
@@ -24,16 +24,21 @@ _PATIENCE_S = 120.0
 _INTO_THE_PAUSE_S = 1.6  # s: so that the bars have begun to fill
 
 
+class TooLate(Exception):
+    """What the pictures are to show was over before they were taken."""
+
+
 async def take(out: Path) -> None:
     """One demo, two pictures.
 
     Raises:
         ModuleNotFoundError: playwright is not installed.
+        TooLate: the machine is too busy.
     """
     from caesura.testing.browser import chromium  # noqa: PLC0415 - --help and main's words come without playwright
 
     demo = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "caesura_ctl", "demo", "--update-takes", "3s"),
+        *(sys.executable, "-m", "caesura_ctl", "demo", "--update-takes", "5s"),
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.STDOUT,
     )
@@ -54,8 +59,13 @@ async def take(out: Path) -> None:
                     while not await page.evaluate(_MOMENT):  # noqa: ASYNC110 - a page tells nobody
                         await asyncio.sleep(0.05)
             await asyncio.sleep(_INTO_THE_PAUSE_S)
-            for name, page in pages.items():
-                await page.screenshot(path=out / name)
+            taken = await asyncio.gather(*(page.screenshot() for page in pages.values()))
+            if not all([await page.evaluate(_MOMENT) for page in pages.values()]):
+                raise TooLate(
+                    "the wave was over before the pictures were taken: try again on a machine that is less busy"
+                )
+            for name, picture in zip(pages, taken, strict=True):
+                (out / name).write_bytes(picture)
                 sys.stdout.write(f"{out / name}: {(out / name).stat().st_size} bytes\n")
     finally:
         if demo.returncode is None:

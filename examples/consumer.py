@@ -14,7 +14,7 @@ from paho.mqtt.properties import Properties
 
 EXAMPLES = """examples:
   consumer.py                       a broker on this machine that asks for nothing, as that of ./demo --keep
-  consumer.py broker.example.net 8883 --ca ca.pem --user ctl_ops --password-file ~/.config/caesura/password
+  consumer.py broker.example.net 8883 --ca ca.pem --user exporter_billing --password-file ~/.config/caesura/password
   consumer.py --session billing     what happens while it is away waits at the broker, for an hour
 """
 SESSION_S = 3600

@@ -382,6 +382,12 @@ def _members(
                 )
             elif method == "skip":
                 refusals.append(Refusal(subject=vm.vm, reason=reason))
+            elif vm.state_detail:
+                # No wave with it would start: what its start will say is said here, before anybody is warned.
+                why = (
+                    f"{vm.state_detail}: no wave with it can start; repair it, or leave it out (--exclude-vm)"
+                )
+                refusals.append(Refusal(subject=vm.vm, reason=why[:4096]))
             elif why := unprovable(vm, planned, policy):
                 refusals.append(Refusal(subject=vm.vm, reason=why[:4096]))
             else:

@@ -158,7 +158,7 @@ def freeze(
 ) -> None:
     """Freeze VMs on demand, with notice through the Scheduled Events API, one domain of a set at a time.
 
-    For testing that an application survives a Freeze: nothing is updated, the VMs only stand still.
+    For testing that an application survives a Freeze: nothing is updated, the VMs are only paused.
     """
     if hold >= options["budget"]:
         raise click.UsageError(

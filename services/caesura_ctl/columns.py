@@ -17,7 +17,7 @@ _GAP = 3
 _EDGES = 2
 """Characters of the two outer lines that are not drawn."""
 _TEXT = 24
-"""Characters that a column of sentences needs at least; a word in it may be broken, if it is longer than this."""
+"""Characters that a column of sentences gets at least, if it has so many; a longer word in it may be broken."""
 
 
 class Columns:
@@ -112,5 +112,12 @@ class Columns:
         cells = [self._headings[at], *(row[at].plain for row in self._rows)]
         if self._right[at]:
             return max(cell_len(cell) for cell in cells)
-        longest = max((cell_len(word) for cell in cells for word in cell.split()), default=0)
-        return min(longest, _TEXT) if self._prose[at] else longest
+        if self._prose[at]:
+            return min(_TEXT, max(cell_len(line) for cell in cells for line in [*cell.splitlines(), ""]))
+        return max((cell_len(word) for cell in cells for word in cell.split()), default=0)
+
+
+def first_of(names: Sequence[str], most: int) -> str:
+    """The first of these names, and how many there are besides."""
+    left = len(names) - most
+    return ", ".join(names[:most]) + (f" +{left}" if left > 0 else "")

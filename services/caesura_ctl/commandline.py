@@ -32,7 +32,7 @@ EXIT_CODES = """exit codes:
   3  refused: the plan or the request cannot be carried out
   4  the broker cannot be reached
   5  the coordinator does not answer
-  130  interrupted (a rollout that was started goes on)"""
+  130  interrupted (a rollout that was started continues)"""
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -140,7 +140,7 @@ def policy(command: F) -> F:
             type=click.Choice(["halt", "proceed"]),
             default="halt",
             show_default=True,
-            help="When a guest clock cannot be put right.",
+            help="When a guest clock cannot be corrected.",
         ),
         click.option(
             "--on-not-ready",
@@ -220,11 +220,11 @@ def run(body: Callable[[Context], Coroutine[Any, Any, None]], broker: str | None
 
 
 def wide_console() -> Console:
-    """Standard output; in a pipe or a log, wide enough that tables are not broken up."""
+    """Standard output; in a pipe or a log, as wide as ``COLUMNS`` says, else so wide that tables are not broken up."""
     console = VisibleConsole(highlight=False, markup=False, emoji=False)
     return (
         console
-        if console.is_terminal
+        if console.is_terminal or os.environ.get("COLUMNS", "").isdecimal()
         else VisibleConsole(highlight=False, markup=False, emoji=False, width=140)
     )
 

@@ -33,7 +33,8 @@ class Progress:
         if rollout is None:
             return []
         facts = [
-            f"rollout {rollout.rollout}: {rollout.status}" + (f": {rollout.reason}" if rollout.reason else "")
+            f"rollout {rollout.rollout}: {rollout.status}"
+            + (f": {_reason(rollout)}" if rollout.reason else "")
         ]
         facts += [
             f"wave {wave.wave + 1}: {wave.status}" + (f": {wave.reason}" if wave.reason else "")
@@ -113,6 +114,11 @@ async def follow(session: Session, context: Context, rollout_id: str) -> m.Rollo
             live.stop()
 
 
+def _reason(state: m.RolloutState) -> str:
+    """Its reason, for a line that has named its status already."""
+    return state.reason.removeprefix(f"{state.status}: ")
+
+
 def _reports_missing(picture: Picture, state: m.RolloutState) -> bool:
     """A completed rollout has all its pauses, those of VMs that nothing paused aside."""
     if state.status != "completed":
@@ -137,9 +143,9 @@ def conclude(session: Session, context: Context, state: m.RolloutState) -> None:
         context.console.print(pauses_view(pauses, session.picture.clocks))
         if not complete:
             context.console.print(
-                "Only the pauses that this command heard: it was not there for all of them."
+                "Only the pauses that this command received: it started after some of them."
             )
     if state.status != "completed":
-        why = f"rollout {state.rollout} {state.status}: {state.reason or 'no reason given'}"
+        why = f"rollout {state.rollout} {state.status}: {_reason(state) or 'no reason given'}"
         following = [] if context.json else next_commands(state)
         raise NotCompleted("\n".join([why, *following]))

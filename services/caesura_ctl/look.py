@@ -26,8 +26,8 @@ from caesura_ctl.tables import (
     history_view,
     hosts_view,
     rollout_view,
-    updates_view,
 )
+from caesura_ctl.updates_table import updates_view
 from caesura_ctl.visible import visible_json
 
 
@@ -117,7 +117,7 @@ def watch(rollout: str, broker: str | None, *, as_json: bool) -> None:
         "caesura history", "caesura history --limit 5 --json", "caesura history 20260420-221158-1f3a"
     )
 )
-@click.argument("rollout", default="")
+@click.argument("rollout", default="", shell_complete=complete("rollout"))
 @click.option(
     "--limit",
     type=click.IntRange(1, 1000),

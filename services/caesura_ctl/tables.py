@@ -11,7 +11,7 @@ from rich.progress_bar import ProgressBar
 from rich.text import Text
 
 from caesura.contract import messages as m
-from caesura_ctl.columns import Columns
+from caesura_ctl.columns import Columns, first_of
 from caesura_ctl.durations import show_duration, show_pause
 from caesura_ctl.outputs import failures_view
 from caesura_ctl.picture import Pause, Picture
@@ -54,27 +54,30 @@ def plan_view(plan: m.Plan) -> RenderableType:
     """A plan: waves, then what is skipped, then what is refused."""
     parts: list[RenderableType] = []
     if plan.waves:
+        reasons = ["\n".join(sorted({f"{vm.method}: {vm.reason}" for vm in wave.vms})) for wave in plan.waves]
+        alike = len(set(reasons)) == 1
         table = Columns(
             ">wave",
             "set/domain",
             "hosts",
             ">VMs",
-            "~method and why",
+            *(() if alike else ("~method and why",)),
             "~memory proof",
             drop=("set/domain",),
             title=f"Plan: {plan.update or 'freeze on demand'}",
         )
-        for wave in plan.waves:
-            methods = {f"{vm.method}: {vm.reason}" for vm in wave.vms}
+        for wave, reason in zip(plan.waves, reasons, strict=True):
             table.add_row(
                 f"{wave.wave + 1}{' canary' if wave.canary else ''}",
                 _domains(wave.domains),
                 ", ".join(wave.hosts),
                 str(len(wave.vms)),
-                "\n".join(sorted(methods)),
+                *(() if alike else (reason,)),
                 planned(wave.vms) if any(vm.method not in _NO_PROOF for vm in wave.vms) else "",
             )
         parts.append(table)
+        if alike:
+            parts.append(Text(reasons[0]))
         parts.append(
             Text(
                 f"{_count(sum(len(wave.vms) for wave in plan.waves), 'VM')} in {_count(len(plan.waves), 'wave')}, "
@@ -111,7 +114,8 @@ def _wave_note(wave: m.WaveState, now: datetime) -> str:
     if wave.status == "scheduled" and wave.not_before is not None:
         left = (wave.not_before - now).total_seconds()
         approved = f"{len(wave.approved)}/{len(wave.events)} approved"
-        return f"{approved}, NotBefore in {max(0, left):.0f}s" + (f"; {wave.reason}" if wave.reason else "")
+        # Seconds first: a narrow terminal cuts the end.
+        return f"NotBefore in {max(0, left):.0f}s, {approved}" + (f"; {wave.reason}" if wave.reason else "")
     return wave.reason
 
 
@@ -173,8 +177,8 @@ def rollout_view(
         table.add_row(
             str(wave.wave + 1),
             _status(wave.status),
-            _some([f"{set_name(name)}/{domain}" for name, domain in sorted(wave.domains.items())], few),
-            _some(wave.hosts, few),
+            first_of([f"{set_name(name)}/{domain}" for name, domain in sorted(wave.domains.items())], few),
+            first_of(wave.hosts, few),
             str(len(frozen) or ""),
             _paused_so_far(
                 wave,
@@ -182,7 +186,9 @@ def rollout_view(
                 heard=picture.heard_wave(rollout.rollout, wave.wave),
             ),
             # What halted it is said in full below.
-            "" if lines and wave.status == "failed" else _wave_note(wave, now),
+            ""
+            if wave.status == "failed" and (lines or (wave.reason and wave.reason in rollout.reason))
+            else _wave_note(wave, now),
         )
     parts: list[RenderableType] = [
         head,
@@ -224,12 +230,6 @@ def _window(waves: Sequence[m.WaveState], most: int) -> Sequence[m.WaveState]:
     return waves[first : first + most]
 
 
-def _some(names: Sequence[str], most: int) -> str:
-    """The first of these names, and how many there are besides."""
-    left = len(names) - most
-    return ", ".join(names[:most]) + (f" +{left}" if left > 0 else "")
-
-
 def domains_view(picture: Picture, *, most: int = MANY * MANY) -> RenderableType:
     """Every set and update domain with its VMs by state, and who is paused now.
 
@@ -239,8 +239,9 @@ def domains_view(picture: Picture, *, most: int = MANY * MANY) -> RenderableType
     counts: dict[tuple[str, int], dict[str, int]] = {}
     for vm, (_, record) in picture.vm_places().items():
         row = counts.setdefault((record.set, record.update_domain), {"running": 0, "paused": 0, "other": 0})
-        state = "paused" if vm in picture.frozen else record.state
-        row[state if state in row else "other"] += 1
+        impaired = record.state == "running" and record.state_detail  # what is wrong is said below the tables
+        column = "paused" if vm in picture.frozen else "other" if impaired else str(record.state)
+        row[column if column in row else "other"] += 1
     table = Columns(
         "set", ">update domain", ">VMs", ">running", ">paused", ">other", "~", drop=("", "running", "VMs")
     )
@@ -260,7 +261,7 @@ def domains_view(picture: Picture, *, most: int = MANY * MANY) -> RenderableType
         )
     if len(rows) <= most:
         return table
-    return Group(table, Text(f"{len(rows) - most} more domains: caesura status", style="dim"))
+    return Group(table, Text(f"{_count(len(rows) - most, 'more domain')}: caesura status", style="dim"))
 
 
 def live_view(
@@ -297,9 +298,9 @@ def live_view(
 def _fitting(names: Sequence[str], width: int) -> str:
     """As many of these names as fit into a line, and how many there are besides."""
     shown = len(names)
-    while shown > 1 and len(_some(names, shown)) > width:
+    while shown > 1 and len(first_of(names, shown)) > width:
         shown -= 1
-    return _some(names, shown)
+    return first_of(names, shown)
 
 
 def _count(number: int, noun: str) -> str:
@@ -434,59 +435,3 @@ def history_view(rollouts: Sequence[m.RolloutState]) -> RenderableType:
             each.reason,
         )
     return table
-
-
-def _installed_on(picture: Picture, update: str, version: str, hosts: Sequence[str]) -> str:
-    found = {
-        host: each
-        for host in hosts
-        for each in picture.hosts[host].installed
-        if (each.update, each.version) == (update, version)
-    }
-    whole = [host for host, each in found.items() if not each.vms]
-    if len(whole) == len(hosts):
-        return "all"
-    partly = [f"{host} ({len(each.vms)} VMs)" for host, each in found.items() if each.vms]
-    return ", ".join([*whole, *partly])
-
-
-def updates_view(picture: Picture) -> RenderableType:
-    """Updates by name with the hosts that define them, then refused files."""
-    found: dict[tuple[str, str, str, str, str, float], list[str]] = {}
-    for host, inventory in sorted(picture.hosts.items()):
-        for each in inventory.updates:
-            found.setdefault(
-                (each.update, each.version, each.impact, each.scope, each.vmm, each.expected_s), []
-            ).append(host)
-    table = Columns(
-        "update",
-        "version",
-        "impact",
-        "scope",
-        "~new VMM",
-        ">expected",
-        "hosts",
-        "installed on",
-        drop=("new VMM", "scope", "expected", "impact"),
-    )
-    for (name, version, impact, scope, vmm, expected_s), hosts in sorted(found.items()):
-        shown = {"beside": "beside the old", "instead": "instead of the old"}.get(vmm, "")
-        table.add_row(
-            name,
-            version,
-            impact,
-            scope,
-            shown,
-            show_duration(expected_s),
-            ", ".join(hosts),
-            _installed_on(picture, name, version, hosts),
-        )
-    refused = [
-        (host, bad) for host, inventory in sorted(picture.hosts.items()) for bad in inventory.refused_updates
-    ]
-    if not refused:
-        return table
-    broken = Columns("host", "file", ">line", "~why", title="Refused files (the others stay usable)")
-    for host, bad in refused:
-        broken.add_row(host, bad.file, str(bad.line or ""), Text(bad.reason, style="red"))
-    return Group(table, broken)

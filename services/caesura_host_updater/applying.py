@@ -38,9 +38,11 @@ class UpdateProcess:
 
     Args:
         environ: the whole environment of the program.
+        question: it is the update's ``installed`` command, whose exit code is an answer: one that is not 0 is no failure.
     """
 
-    def __init__(self, update: UpdateFile, environ: Mapping[str, str]) -> None:
+    def __init__(self, update: UpdateFile, environ: Mapping[str, str], *, question: bool = False) -> None:
+        self._question = question
         self.started_at = time.monotonic()
         self._update = update
         self._environ = dict(environ)
@@ -124,7 +126,7 @@ class UpdateProcess:
         code = self._process.returncode if self._process is not None else None
         self._on_output_left()
         tail = self._tail.decode(errors="replace")
-        if code != 0:
+        if code != 0 and not self._question:
             _log.warning("update.failed", update=self._update.name, exit_code=code, output=visible(tail))
         if self._update.output == "host":
             tail = KEPT_HERE if tail else ""

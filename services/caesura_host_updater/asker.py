@@ -105,7 +105,7 @@ class Asker:
         """Whether it is installed; one that does not say so in time is not, so that nothing is skipped by mistake."""
         told = {"CAESURA_UPDATE": update.name, "CAESURA_HOST": self._host}
         question = msgspec.structs.replace(update, argv=update.installed)
-        process = UpdateProcess(question, {**self._environ, **update.environ, **told})
+        process = UpdateProcess(question, {**self._environ, **update.environ, **told}, question=True)
         started = False
         try:
             async with asyncio.timeout(self._limit_s):

@@ -13,7 +13,7 @@ from caesura.lifecycle.proof import BROKEN_WORDS, broken_codes
 ALARMS_KEPT = 200
 ALARMS_SENT = 20
 
-Rule = Literal["two-domains", "memory", "stopped", "overrun", "clock", "guard", "owner"]
+Rule = Literal["two-domains", "memory", "stopped", "overrun", "clock", "guard", "attention", "owner"]
 _ORDER: dict[Rule, int] = {rule: number for number, rule in enumerate(get_args(Rule))}
 """The worst first."""
 
@@ -49,7 +49,7 @@ class Alarms:
 
     def two_domains(self, set_name: str, domains: list[int], now: float) -> None:
         """VMs of two domains of a set stand still at once."""
-        text = f"VMs of domains {' and '.join(map(str, domains))} of set {set_name} stand still at once"
+        text = f"VMs of domains {' and '.join(map(str, domains))} of set {set_name} are paused at once"
         self._raise(Alarm("two-domains", "bad", text, set_name, now))
 
     def end_two_domains(self, set_name: str, now: float, *, mistaken: bool = False) -> None:
@@ -65,24 +65,31 @@ class Alarms:
     def stopped(self, vm: str, set_name: str, host: str, state: m.VmState, now: float) -> None:
         """A VM stood still and does not run now."""
         how = "in an unknown state" if state == "unknown" else state
-        text = f"{vm} ({set_name}) on {host} is {how} after its pause"
+        text = f"{_of_set(vm, set_name)} on {host} is {how} after its pause"
         self._raise(Alarm("stopped", "bad", text, vm, now))
 
     def runs(self, vm: str, now: float) -> bool:
         """The VM runs; whether that ends something."""
         return self._end("stopped", vm, now)
 
+    def attention(self, record: m.VmRecord, host: str, now: float) -> bool:
+        """Look at what its host says of a VM, such as that its application has ended; whether there is something to say."""
+        if not record.state_detail:
+            return self._end("attention", record.vm, now)
+        text = f"{_of_set(record.vm, record.set)} on {host} is {record.state}: {record.state_detail}"
+        return self._raise(Alarm("attention", "warning", text, record.vm, now))
+
     def gone(self, vm: str, now: float) -> bool:
         """The VM is no more; whether that ends something."""
-        ended = [self._end(rule, vm, now) for rule in ("stopped", "clock")]
+        ended = [self._end(rule, vm, now) for rule in ("stopped", "clock", "attention")]
         return any(ended)
 
     def resumed(self, message: m.VmResumed, now: float) -> bool:
         """Look at a finished pause; whether there is something to say."""
         wrong = not message.within_budget or message.resumed_by == "guard"
-        where = f"{message.vm} ({message.set}, domain {message.update_domain}) on {message.host}"
+        where = _where(message)
         if not message.within_budget:
-            text = f"{where} stood still for {message.pause_s:.1f} s, its budget was {message.budget_s:g} s"
+            text = f"{where} was paused for {message.pause_s:.1f} s, its budget was {message.budget_s:g} s"
             self._raise(Alarm("overrun", "bad", text, message.vm, now, now))
         changed = self._memory(message.memory, where, message.vm, now)
         if message.resumed_by == "guard":
@@ -105,7 +112,7 @@ class Alarms:
         whose = (
             f"{message.vm} belongs to {message.host}" if message.host else f"{message.vm} belongs to no host"
         )
-        text = f"{whose}, and {rivals} names a VM of this name, too: what it says of it does not count"
+        text = f"{whose}, and {rivals} names a VM of this name, too: what it reports of it does not count"
         self._raise(Alarm("owner", "warning", text, message.vm, now))
         return True
 
@@ -115,11 +122,11 @@ class Alarms:
 
     def clock(self, message: m.VmClockSynced, now: float) -> bool:
         """Look at a verdict on a clock, and at what the guest showed of its memory; whether there is something to say."""
-        where = f"{message.vm} ({message.set}, domain {message.update_domain}) on {message.host}"
+        where = _where(message)
         changed = self._memory(message.memory, where, message.vm, now)
         if message.synced:
             return self._end("clock", message.vm, now) or changed
-        text = f"the clock of {message.vm} ({message.set}, domain {message.update_domain}) could not be put right"
+        text = f"the clock of {_where(message)} could not be corrected"
         self._raise(
             Alarm("clock", "bad", f"{text}: {message.reason}" if message.reason else text, message.vm, now)
         )
@@ -137,14 +144,17 @@ class Alarms:
             each.at += by
             each.until = None if each.until is None else each.until + by
 
-    def _raise(self, alarm: Alarm) -> None:
+    def _raise(self, alarm: Alarm) -> bool:
+        """Whether that is anything new."""
         for each in self._alarms:
             if each.until is None and (each.rule, each.about) == (alarm.rule, alarm.about):
+                changed = each.text != alarm.text
                 each.text = alarm.text
-                return
+                return changed
         self._alarms.append(alarm)
         self._sort()
         del self._alarms[ALARMS_KEPT:]
+        return True
 
     def _end(self, rule: Rule, about: str, now: float) -> bool:
         found = False
@@ -158,3 +168,14 @@ class Alarms:
 
     def _sort(self) -> None:
         self._alarms.sort(key=lambda each: (each.until is not None, _ORDER[each.rule], -each.at))
+
+
+def _where(message: m.VmResumed | m.VmClockSynced) -> str:
+    """Which VM, and where it is; one in no set has no domain worth a word."""
+    if message.set.startswith("_"):
+        return f"{message.vm} on {message.host}"
+    return f"{message.vm} ({message.set}, domain {message.update_domain}) on {message.host}"
+
+
+def _of_set(vm: str, set_name: str) -> str:
+    return vm if set_name.startswith("_") else f"{vm} ({set_name})"

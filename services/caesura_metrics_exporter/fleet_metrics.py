@@ -13,7 +13,8 @@ from caesura_metrics_exporter.families import gauge, states
 from caesura_metrics_exporter.fleet import Fleet
 from caesura_metrics_exporter.rollout_metrics import rollout_families
 
-_VM_STATES: tuple[str, ...] = get_args(m.VmState)
+_VM_STATES: tuple[str, ...] = (*get_args(m.VmState), "impaired")
+"""``impaired``: it runs, and its host says what is wrong with it, such as that its application has ended."""
 _GUARD_STATES = ("ready", "armed", "absent")
 _AGENT_STATES = ("online", "offline", "silent")
 _PAUSE = ("set", "update_domain", "host", "method")
@@ -62,21 +63,21 @@ def _pauses(fleet: Fleet, now_s: float) -> Iterator[Metric]:
     # An age and no time stamp: it then hangs on one monotonic clock, and not on two wall clocks that may jump.
     yield gauge(
         "caesura_pause_open_seconds",
-        "Seconds since the exporter heard that a VM stands still that is not known to run, of the oldest such pause; "
-        "0 with none. The method is unknown where its freeze was not heard.",
+        "Seconds since the exporter was notified of the pause of a VM that is not known to run, of the oldest such pause; "
+        "0 with none. The method is unknown where its freeze was not received.",
         _PAUSE,
         (dict.fromkeys(fleet.budgets, 0.0) | opened).items(),
     )
     sets = sorted({record.set for _, record, _ in fleet.vms()} | set(fleet.pauses.clashes))
     yield gauge(
         "caesura_domains_paused",
-        "Domains of a set in which a VM stands still, by the key of its rollout; more than 1 must never be.",
+        "Domains of a set in which a VM is paused, by the key of its rollout; more than 1 must never be.",
         ("set",),
         [((name,), fleet.pauses.domains(name)) for name in sets],
     )
     clashes = CounterMetricFamily(
         "caesura_domain_clashes",
-        "VMs frozen while a VM of another domain of their set stood still; more than 0 must never be.",
+        "VMs frozen while a VM of another domain of their set was paused; more than 0 must never be.",
         labels=("set",),
     )
     for name in sets:
@@ -88,8 +89,9 @@ def _vms(fleet: Fleet, now_s: float) -> Iterator[Metric]:
     vms: Counter[tuple[str, ...]] = Counter()
     agents: Counter[tuple[str, ...]] = Counter()
     for _, record, state in fleet.vms():
+        shown = "impaired" if state == "running" and record.state_detail else state
         for each in _VM_STATES:
-            vms[record.set, str(record.update_domain), each] += each == state
+            vms[record.set, str(record.update_domain), each] += each == shown
         if record.agent:
             known = fleet.agents.get(record.vm)
             presence = "offline"
@@ -97,7 +99,12 @@ def _vms(fleet: Fleet, now_s: float) -> Iterator[Metric]:
                 presence = "silent" if now_s - known.heard_s > AGENT_SILENT_S else "online"
             for name in _AGENT_STATES:
                 agents[record.set, name] += name == presence
-    yield gauge("caesura_vms", "VMs by state.", ("set", "update_domain", "state"), vms.items())
+    yield gauge(
+        "caesura_vms",
+        "VMs by state; impaired: running, and its host says what is wrong with it.",
+        ("set", "update_domain", "state"),
+        vms.items(),
+    )
     yield gauge(
         "caesura_agents",
         f"VM agents by presence; silent: should be online, and said nothing for {AGENT_SILENT_S:g} s.",
@@ -123,7 +130,7 @@ def _clocks(fleet: Fleet) -> Iterator[Metric]:
                     bounds[domain] = verdict.bound_s
     yield gauge(
         "caesura_vms_unsynced",
-        "VMs whose clock could not be put right, after their last pause or by their agent since.",
+        "VMs whose clock could not be corrected, after their last pause or by their agent since.",
         ("set", "update_domain"),
         unsynced.items(),
     )

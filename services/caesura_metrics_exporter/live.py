@@ -265,7 +265,10 @@ class Live:
                 self.alarms.stopped(record.vm, record.set, inventory.host, record.state, self._now)
                 self._stand_no_more(standing, self._now, "failed")
                 self._say_of(standing, f"{record.state} after its pause", "bad")
-        if record.state == "running" and self.alarms.runs(record.vm, self._now):
+        changed = [self.alarms.attention(record, inventory.host, self._now)]
+        if record.state == "running":
+            changed.append(self.alarms.runs(record.vm, self._now))
+        if any(changed):
             self._head_at = self._touch()
 
     def _join(self, record: m.VmRecord, host: str) -> None:
@@ -281,7 +284,7 @@ class Live:
         if self._standing.get(record.vm) is not None:
             self._put_right(record.set)
 
-    def _leave(self, record: m.VmRecord, host: str, why: str = "gone while it stood still") -> None:
+    def _leave(self, record: m.VmRecord, host: str, why: str = "gone while it was paused") -> None:
         if self._vms.get(record.vm, ("", record))[0] != host:
             return  # it moved: another host has it
         self._vms.pop(record.vm, None)
@@ -334,7 +337,7 @@ class Live:
                     at=self._at(sent),
                     what=f"rollout {rollout.status}",
                     level=levels.get(rollout.status, "quiet"),  # type: ignore[arg-type]
-                    detail=rollout.reason or rollout.update,
+                    detail=": ".join(filter(None, (rollout.update or "freeze on demand", rollout.reason))),
                 )
             )
 

@@ -202,7 +202,7 @@ def _budget(pauses: Sequence[Pause]) -> Check:
 
 def _patched(patched: Sequence[str], hosts: set[str]) -> Check:
     return Check(
-        "every host updated once, while its VMs stood still",
+        "every host updated once, while its VMs were paused",
         sorted(patched) == sorted(hosts),
         f"{len(patched)}/{len(hosts)} hosts",
     )
@@ -237,7 +237,7 @@ def _clocks(picture: Picture, pauses: Sequence[Pause], bound_s: float) -> Check:
     before = max((abs(each.error_before_s or 0.0) for each in right), default=0.0)
     simulated = " (simulated guest clocks)" if any(each.simulated for each in right) else ""
     return Check(
-        "clocks put right",
+        "clocks corrected",
         len(right) == len(pauses) > 0,
         f"{len(right)}/{len(pauses)} VMs, off by up to {before:.3f} s before, {worst * 1000:.2f} ms after{simulated}",
     )

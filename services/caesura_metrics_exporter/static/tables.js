@@ -77,7 +77,7 @@ function sentence(rollout, model) {
   let what = `is ${WAVE_WORDS[current.status] || current.status}`;
   if (current.status === "pending") what = "is next";
   if (current.status === "soaking") what = "soaks";
-  if (current.status === "started") what = `is under way: ${standing ? (seen ? `${count(standing, "VM stands", "VMs stand")} still` : `${count(standing, "VM")} stood still when last heard of`) : "no VM stands still"}`;
+  if (current.status === "started") what = `is under way: ${standing ? (seen ? `${count(standing, "VM is", "VMs are")} paused` : `${count(standing, "VM was", "VMs were")} paused at the last report`) : "no VM is paused"}`;
   if (current.status === "scheduled") {
     const left = current.not_before ? Math.max(0, Math.ceil(current.not_before - model.asOf())) : 0;
     const approved = current.events ? `, ${current.approved || 0} of ${current.events} approved` : "";
@@ -131,7 +131,7 @@ function drawNumbers(list, model) {
   const over = overdue(model).length;
   const missing = offline.length > MOST_NAMED ? `${offline.slice(0, MOST_NAMED).join(", ")} and ${offline.length - MOST_NAMED} more` : offline.join(", ");
   const rows = [
-    [blind != null ? `Still at ${time(blind)}` : unseen ? "Stood still last" : "Standing still", String(fleet.paused), over ? "warn" : fleet.paused ? "ice" : "", over ? `${over} over budget` : ""],
+    [blind != null ? `Paused at ${time(blind)}` : unseen ? "Last seen paused" : "Paused now", String(fleet.paused), over ? "warn" : fleet.paused ? "ice" : "", over ? `${over} over budget` : ""],
     ["VMs", String(fleet.vms), ""],
     ["Update domains", `${fleet.domains}`, ""],
     ["Hosts", offline.length ? `${fleet.hosts - offline.length} of ${fleet.hosts}` : String(fleet.hosts), offline.length ? "warn" : "", offline.length ? `without ${missing}` : ""],
@@ -152,6 +152,7 @@ const TITLES = {
   stopped: "Not running after its pause",
   guard: "The pause guard had to act",
   clock: "Clock not synced",
+  attention: "A VM needs attention",
   owner: "A VM has two hosts",
 };
 const GRACE_S = 3; // a connection that is back so soon is not worth an alarm
@@ -161,11 +162,11 @@ export function alarmRows(model) {
   const fleet = model.fleet || {};
   const rows = [];
   if (model.lost != null && model.now() - model.missed > GRACE_S) {
-    const text = `nothing heard since ${time(model.lost)}; what is below is as of then${guards(model, model.paused)}`;
-    rows.push({ key: "link", level: "warning", loud: true, title: "The exporter is not reached", text, over: "The exporter is heard again" });
+    const text = `nothing received since ${time(model.lost)}; what is below is as of then${guards(model, model.paused)}`;
+    rows.push({ key: "link", level: "warning", loud: true, title: "The exporter is not reached", text, over: "The exporter is reached again" });
   }
   if (fleet.broker) {
-    const text = `${fleet.broker}; nothing heard since ${time(fleet.broker_since)}, what is below is as of then${model.lost == null ? guards(model, model.paused) : ""}`;
+    const text = `${fleet.broker}; nothing received since ${time(fleet.broker_since)}, what is below is as of then${model.lost == null ? guards(model, model.paused) : ""}`;
     rows.push({ key: "broker", level: "bad", title: "The exporter is not connected to the broker", text, over: "The exporter is connected to the broker again" });
   }
   for (const each of model.rollouts) {
@@ -180,12 +181,12 @@ export function alarmRows(model) {
   const silent = new Map();
   for (const each of model.paused) {
     if (late.has(each)) {
-      const text = `${each.vm} (${setName(each.set)}, domain ${each.domain}) on ${each.host}, budget ${each.budget} s`;
-      rows.push({ key: `overdue ${each.vm} ${each.since}`, level: "bad", title: "Standing still beyond the budget", text });
+      const text = `${each.vm}${each.set.startsWith("_") ? "" : ` (${each.set}, domain ${each.domain})`} on ${each.host}, budget ${each.budget} s`;
+      rows.push({ key: `overdue ${each.vm} ${each.since}`, level: "bad", title: "Paused beyond the budget", text });
     } else if (model.blindSince() == null && model.blindSince(each) != null) silent.set(each.host, [...(silent.get(each.host) || []), each]);
   }
   for (const [host, paused] of silent) {
-    const text = `its host updater was last heard at ${time(fleet.offline_since[host])}${guards(model, paused)}`;
+    const text = `its host updater last reported at ${time(fleet.offline_since[host])}${guards(model, paused)}`;
     rows.push({ key: `silent ${host}`, level: "warning", loud: true, title: `${host} is silent`, text });
   }
   if (fleet.full) rows.push({ key: "full", level: "warning", title: "Not everything is shown", text: "there are more update domains than this page keeps" });
@@ -218,7 +219,7 @@ function guards(model, paused) {
   const known = paused.filter((each) => each.since != null && each.budget != null);
   const by = Math.max(...known.map((each) => each.since + each.budget));
   const last = known.length ? `; the pause guard ${by > model.now() ? "has" : "had"} to end that by ${time(by)}` : "";
-  return `. ${names} stood still then${last}`;
+  return `. ${names} ${paused.length > 1 ? "were" : "was"} paused then${last}`;
 }
 
 // One of each kind: the first of it in full, the others behind it.
@@ -254,7 +255,7 @@ export function drawStanding(root, counter, model) {
   counter.classList.toggle("bad", late > 0);
   root.closest("section").classList.toggle("calm", !model.paused.length);
   if (!model.paused.length) {
-    replaceIfChanged(root, [h("p", { class: "empty" }, "No VM stands still.")]);
+    replaceIfChanged(root, [h("p", { class: "empty" }, "No VM is paused.")]);
     return;
   }
   const names = model.paused.map((each) => each.vm).join("\n");
@@ -289,7 +290,7 @@ export function drawPauses(root, note, model, set) {
   const lanes = model.ordered(set).filter((lane) => lane.pauses);
   if (!lanes.length) {
     setText(note, "");
-    replaceIfChanged(root, [h("p", { class: "empty" }, "No pause within the last hour.")]);
+    replaceIfChanged(root, [h("p", { class: "empty" }, "No pause has ended within the last hour.")]);
     return;
   }
   const many = lanes.length > 2 * FEW_ROWS && !set;
@@ -366,7 +367,7 @@ export function drawLog(root, model) {
   const rows = [...model.log].reverse().map((line) => {
     const level = line.level || "quiet";
     const [sign, word] = LEVELS[level];
-    const where = [line.set ? (line.set.startsWith("_") ? "" : line.domain == null ? line.set : `${line.set} ${line.domain}`) : "", line.vm || "", line.host || ""].filter(Boolean).join(" · ");
+    const where = [line.set ? (line.set.startsWith("_") ? (line.vm ? "" : setName(line.set)) : line.domain == null ? line.set : `${line.set} ${line.domain}`) : "", line.vm || "", line.host || ""].filter(Boolean).join(" · ");
     return h(
       "tr",
       { role: "row", class: level },

@@ -55,8 +55,8 @@ async def _nothing_is_counted_on(visited: Any) -> None:
     assert await visited.text(".lane .now") == lane
     assert "beyond the budget" not in await visited.text("#alarms")
     assert await visited.page.locator(".standing .over").count() == 0
-    assert "1 VM stood still when last heard of" in await visited.text(".line")
-    assert "web-1 stood still then; the pause guard had to end that by " in await visited.text("#alarms")
+    assert "1 VM was paused at the last report" in await visited.text(".line")
+    assert "web-1 was paused then; the pause guard had to end that by " in await visited.text("#alarms")
 
 
 async def test_an_exporter_that_is_gone(booth: Any, visit: Callable[..., Any]) -> None:
@@ -65,14 +65,14 @@ async def test_an_exporter_that_is_gone(booth: Any, visit: Callable[..., Any]) -
     await visited.until(_STANDS)
     await booth.wire.cut()
     await visited.until(_contains("link-text", "exporter not reached since "))
-    await visited.until(_contains("shout", "The exporter is not reached: nothing heard since "))
+    await visited.until(_contains("shout", "The exporter is not reached: nothing received since "))
     await _nothing_is_counted_on(visited)
     await booth.wire.mend()
     await visited.until(_LIVE)
-    await visited.until(_contains("shout", "The exporter is heard again"))
+    await visited.until(_contains("shout", "The exporter is reached again"))
     # Now it is heard of again: it does stand still, and too long.
-    await visited.until(_contains("alarm-list", "Standing still beyond the budget"))
-    await visited.until(_contains("shout", "Standing still beyond the budget: web-1"))
+    await visited.until(_contains("alarm-list", "Paused beyond the budget"))
+    await visited.until(_contains("shout", "Paused beyond the budget: web-1"))
 
 
 async def test_a_connection_that_goes_dead_without_a_word(booth: Any, visit: Callable[..., Any]) -> None:
@@ -80,7 +80,7 @@ async def test_a_connection_that_goes_dead_without_a_word(booth: Any, visit: Cal
     await visited.until(_LIVE)
     booth.wire.hush()
     await visited.until(_contains("link-text", "silent since "), timeout_s=30)
-    await visited.until(_contains("alarm-list", "nothing heard since "))
+    await visited.until(_contains("alarm-list", "nothing received since "))
     booth.wire._open.set()
     await visited.until(_LIVE, timeout_s=30)
     assert await visited.page.is_hidden("#alarms")

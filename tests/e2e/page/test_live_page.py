@@ -53,7 +53,7 @@ async def test_it_follows_a_rollout_to_its_end_and_over_a_restart(
     await wide.until("document.querySelectorAll('.standing li').length === 2")
     assert "2 VMs" in await wide.text("#standing-count")
     assert (await wide.text("#rollout-title")).startswith("patch")
-    assert "Wave 1 is under way: 2 VMs stand still" in await wide.text(".line")
+    assert "Wave 1 is under way: 2 VMs are paused" in await wide.text(".line")
     assert await wide.states("web/ud/0") == ["scheduled", "started", "frozen"]
     await wide.until("document.getElementById('say').textContent.includes('frozen: web domain 0')")
     assert "waits for wave 2" in await wide.text(".lane:nth-child(2) .now")
@@ -63,7 +63,7 @@ async def test_it_follows_a_rollout_to_its_end_and_over_a_restart(
     await wide.until("document.querySelector('.chip.completed') !== null")
     for lane in ("web/ud/0", "web/ud/1"):
         assert await wide.states(lane) == ["scheduled", "started", "frozen", "resumed", "verified"]
-    assert await wide.text("#standing-body") == "No VM stands still."
+    assert await wide.text("#standing-body") == "No VM is paused."
     assert await wide.page.is_hidden("#alarms")
 
     # The seconds are those that the hosts measured.

@@ -48,10 +48,10 @@ async def test_of_two_rollouts_each_is_said_what_is_its_own(booth: Any, visit: C
     visited = await visit(booth.url)
     await visited.until("document.querySelectorAll('.standing li').length === 1")
     assert (await visited.text("#rollout-title")).startswith("patch-web")
-    assert "no VM stands still" in await visited.text(".line")
+    assert "no VM is paused" in await visited.text(".line")
     assert "started" in await visited.text(".waves li")
     await _freeze(booth, "web-1", "web")
-    await visited.until("document.querySelector('.line').textContent.includes('1 VM stands still')")
+    await visited.until("document.querySelector('.line').textContent.includes('1 VM is paused')")
     assert "frozen" in await visited.text(".waves li")
 
 
@@ -102,7 +102,7 @@ async def test_a_late_answer_to_a_poll_does_not_undo_what_the_stream_said(
         answer.set()
     await visited.until(f"!({_LIVE}) || (window.looks = (window.looks || 0) + 1) > 20")
     assert await visited.text("#link-text") == "live"
-    assert await visited.text("#standing-body") == "No VM stands still."
+    assert await visited.text("#standing-body") == "No VM is paused."
 
 
 async def test_the_keyboard_stays_where_it_is_when_a_set_comes(booth: Any, visit: Callable[..., Any]) -> None:

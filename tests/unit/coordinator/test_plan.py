@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from caesura.contract import messages as m
-from caesura_coordinator.fleet import Contested, Fleet
+from caesura_coordinator.fleet import Contested, Fleet, health_blockers
 from caesura_coordinator.plan import make_plan
 
 Build = Callable[..., m.VmRecord]
@@ -439,3 +440,22 @@ def test_a_canary_is_a_proof_and_a_reboot_or_a_live_update_is_asked_for_none(
         )
         plan = _plan(fleet(host("h1", bare, updates=(other,))), on_unproven="halt", allow_reboot=True)
         assert not plan.refusals
+
+
+def test_what_no_wave_would_start_with_refuses_the_plan_by_name(
+    build: Build, host: Host, fleet: MakeFleet
+) -> None:
+    """Accepted, it would have warned the workloads, waited, and halted for what was known when it was planned."""
+    dead = msgspec.structs.replace(build("w1"), state_detail="/bin/web was ended by SIGKILL")
+    one = fleet(host("h1", dead), host("h2", build("w2")))
+    assert "/bin/web was ended by SIGKILL" in _reasons(_plan(one))["w1"]
+    assert health_blockers(one, [("w1", "h1", False)]), "the same fact, the same refusal"
+    without = make_plan(
+        one,
+        update="patch",
+        selection=m.Selection(),
+        policy=m.Policy(),
+        limits=m.Limits(exclude_vms=("w1",)),
+    )
+    assert not without.refusals
+    assert [wave.hosts for wave in without.waves] == [("h2",)]

@@ -13,9 +13,19 @@ from rich.console import Console, RenderableType
 from caesura.contract import messages as m
 from caesura.contract.examples import examples
 from caesura_ctl.columns import Columns
-from caesura_ctl.follow import conclude
+from caesura_ctl.commandline import NotCompleted, wide_console
+from caesura_ctl.follow import Progress, conclude
 from caesura_ctl.picture import Picture
-from caesura_ctl.tables import documents_view, history_view, hosts_view, live_view, rollout_view
+from caesura_ctl.tables import (
+    documents_view,
+    domains_view,
+    history_view,
+    hosts_view,
+    live_view,
+    plan_view,
+    rollout_view,
+)
+from caesura_ctl.updates_table import updates_view
 
 NOW = datetime(2026, 4, 20, 12, 0, tzinfo=UTC)
 ROLLOUT = "20260420-221158-1f3a"
@@ -102,7 +112,7 @@ def test_watch_fits_the_terminal_and_its_rollout_comes_first(
             msgspec.structs.replace(inventory.vms[0], vm=f"vm-{number}-{each}", set=f"set-{number}")
             for each in range(5)
         )
-        picture.fold(msgspec.structs.replace(inventory, host=f"host-{number}", vms=vms))
+        picture.fold(msgspec.structs.replace(inventory, host=f"host-{number}", vms=vms, refused_updates=()))
     for number in range(30):
         picture.fold(_example(m.VmFrozen, vm=f"vm-{number}-0", operation=f"op-{number}", at=NOW))
     view = live_view(picture, NOW + timedelta(seconds=3), ROLLOUT, lines=height, width=width)
@@ -134,3 +144,98 @@ def test_a_halt_names_the_next_commands() -> None:
         conclude(Session(), Context(), state)  # type: ignore[arg-type]
     for command in ("history", "resume", "abort"):
         assert f"caesura {command} {ROLLOUT}" in str(caught.value)
+
+
+def _hosts(count: int) -> Picture:
+    picture = Picture()
+    for number in range(count):
+        inventory = _example(m.HostInventory)
+        vms = tuple(msgspec.structs.replace(vm, vm=f"{vm.vm}-{number}") for vm in inventory.vms)
+        picture.fold(msgspec.structs.replace(inventory, host=f"host-{number}", vms=vms, refused_updates=()))
+    return picture
+
+
+def test_a_sentence_is_not_squeezed_into_a_column_of_single_words() -> None:
+    reason = "host-1 failed: update qemu-security failed with exit code 7"
+    lines = _printed(history_view([_rollout(update="bad", status="halted", reason=reason)]))
+    assert len([line for line in lines if line.strip()]) <= 6, lines
+
+
+def test_the_reason_of_a_halt_is_said_once_below_the_waves() -> None:
+    reason = "host-1 failed: update qemu-security failed with exit code 7"
+    failed = msgspec.structs.replace(_rollout().waves[0], status="failed", reason=reason)
+    state = _rollout(status="halted", reason=reason)
+    state = msgspec.structs.replace(state, waves=(failed, *state.waves[1:]))
+    text = " ".join(" ".join(_printed(rollout_view(state, Picture(), NOW), 200)).split())
+    assert text.count("exit code 7") == 1
+
+
+@pytest.mark.parametrize("count", [6, 40])
+def test_the_hosts_of_an_update_take_a_line_or_two_and_not_one_each(count: int) -> None:
+    lines = _printed(updates_view(_hosts(count)))
+    assert len(lines) < 12, lines
+    assert f"all {count}" in " ".join(lines)
+
+
+def test_what_all_waves_of_a_plan_have_in_common_is_said_once() -> None:
+    answer = _example(m.RequestAnswered)
+    (first, *_) = answer.plan.waves
+    second = msgspec.structs.replace(first, wave=1)
+    plan = msgspec.structs.replace(answer.plan, waves=(first, second))
+    reason = f"{first.vms[0].method}: {first.vms[0].reason}"
+    text = " ".join(" ".join(_printed(plan_view(plan), 300)).split())
+    assert text.count(reason) == 1
+    other = msgspec.structs.replace(first.vms[0], reason="another reason")
+    mixed = msgspec.structs.replace(plan, waves=(first, msgspec.structs.replace(second, vms=(other,))))
+    text = " ".join(" ".join(_printed(plan_view(mixed), 300)).split())
+    assert reason in text
+    assert "another reason" in text
+
+
+def test_a_vm_whose_application_ended_does_not_count_as_running() -> None:
+    picture = Picture()
+    inventory = _example(m.HostInventory)
+    dead = msgspec.structs.replace(
+        inventory.vms[0], state="running", state_detail="/bin/web was ended by SIGKILL"
+    )
+    picture.fold(msgspec.structs.replace(inventory, vms=(dead,)))
+    (row,) = [line for line in _printed(domains_view(picture)) if line.strip().startswith(dead.set)]
+    assert row.split()[2:] == ["1", "0", "1", "?"]
+
+
+@pytest.mark.parametrize(("columns", "width"), [("80", 80), ("", 140), ("wide", 140)])
+def test_in_a_pipe_columns_is_obeyed(monkeypatch: pytest.MonkeyPatch, columns: str, width: int) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    assert wide_console().width == width
+
+
+def test_how_long_until_a_wave_starts_is_in_sight_on_a_narrow_terminal() -> None:
+    state = _rollout(waves=6, status="running")
+    scheduled = msgspec.structs.replace(
+        state.waves[0],
+        domains={"_solo-4": 0},
+        hosts=("h-4",),
+        vms=("solo-4",),
+        status="scheduled",
+        not_before=NOW + timedelta(seconds=7),
+        events={"web": EVENT},
+    )
+    picture = Picture()
+    picture.fold(msgspec.structs.replace(state, waves=(scheduled,)))
+    lines = _printed(live_view(picture, NOW, ROLLOUT, lines=24, width=68), 68)
+    assert any("NotBefore in 7s" in line for line in lines), lines
+
+
+def test_a_reason_does_not_repeat_the_status_that_stands_before_it() -> None:
+    state = _rollout(status="aborted", reason="aborted: wrong day")
+
+    class Session:
+        picture = Picture()
+
+    class Context:
+        json = False
+
+    with pytest.raises(NotCompleted) as stopped:
+        conclude(Session(), Context(), state)  # type: ignore[arg-type]
+    assert str(stopped.value) == f"rollout {ROLLOUT} aborted: wrong day"
+    assert Progress().lines(Picture(), state)[0] == f"rollout {ROLLOUT}: aborted: wrong day"

@@ -52,6 +52,7 @@ def _completed(words: list[str], incomplete: str = "") -> list[str]:
     ("words", "expected"),
     [
         (["roll"], ["qemu-security"]),
+        (["history"], ["20260420-221158-1f3a", "older"]),
         (["plan"], ["qemu-security"]),
         (["roll", "qemu-security", "--set"], ["web"]),
         (["roll", "qemu-security", "--host"], ["host-1"]),

@@ -40,8 +40,8 @@ from caesura_ctl.tables import (
     plan_view,
     rollout_view,
     set_name,
-    updates_view,
 )
+from caesura_ctl.updates_table import updates_view
 from caesura_ctl.visible import VisibleConsole
 
 T0 = datetime(2026, 4, 20, 12, 0, 0, tzinfo=UTC)
@@ -223,10 +223,10 @@ def test_a_good_rollout_holds_every_rule() -> None:
         ({"status": "halted"}, "the rollout completed"),
         ({"begin": (0.0, 1.0)}, "one update domain of a set at a time"),
         ({"pause_s": 10.5, "begin": (0.0, 20.0)}, "every pause inside its budget"),
-        ({"patched": ["h0"]}, "every host updated once, while its VMs stood still"),
-        ({"patched": ["h0", "h1", "h1"]}, "every host updated once, while its VMs stood still"),
+        ({"patched": ["h0"]}, "every host updated once, while its VMs were paused"),
+        ({"patched": ["h0", "h1", "h1"]}, "every host updated once, while its VMs were paused"),
         ({"digests_ok": False}, "memory proven for every VM"),
-        ({"error_after_s": 0.2}, "clocks put right"),
+        ({"error_after_s": 0.2}, "clocks corrected"),
         ({"end": "failed"}, "every event reached exactly one end"),
         ({"still_frozen": ["process 1"]}, "no VM left paused"),
     ],

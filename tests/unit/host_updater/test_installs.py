@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import structlog
+from structlog.testing import capture_logs
 
 from caesura.contract.messages import InstalledUpdate, OperationReported, RefusedUpdate
 from caesura.testing.collector import eventually
@@ -208,6 +210,21 @@ async def test_nobody_is_asked_in_an_operation_and_one_that_is_being_asked_is_ki
 
     await _running(asked, body)
     assert asked.asker.answers == {}
+
+
+async def test_an_update_that_is_not_installed_is_an_answer_and_no_failure_in_the_log() -> None:
+    """It is asked every minute: a warning for each host and update that is merely due would drown the real ones."""
+    structlog.reset_defaults()  # another test may have silenced it
+    asked = Asked("print('not here'); raise SystemExit(1)")
+    broken = update("broken", installed=("/nonexistent/program",))
+    asked.known = catalogue(*asked.known.updates.values(), broken)
+
+    async def body() -> None:
+        await eventually(lambda: asked.asker.answers == {"patch": False, "broken": False})
+
+    with capture_logs() as logs:
+        await _running(asked, body)
+    assert [(each["event"], each["update"]) for each in logs] == [("update.not_asked", "broken")]
 
 
 async def test_an_answer_holds_only_for_the_definition_that_was_asked() -> None:

@@ -79,10 +79,22 @@ def test_vms_are_counted_by_state_and_follow_pauses() -> None:
         ("web", "1", "paused"): 1,
         ("web", "1", "stopped"): 0,
         ("web", "1", "unknown"): 0,
+        ("web", "1", "impaired"): 0,
     }
     assert samples(fleet, "caesura_pause_budget_seconds") == {("web", "1", "host-1", "freeze"): 20}
     fleet.take(resumed(), 0, fresh=True)
     assert samples(fleet, "caesura_vms")["web", "1", "paused"] == 0
+
+
+def test_a_vm_whose_application_ended_does_not_count_as_running() -> None:
+    (record,) = inventory("host-1", "web-1").vms
+    dead = msgspec.structs.replace(record, state_detail="/bin/web was ended by SIGKILL")
+    fleet = fold(msgspec.structs.replace(inventory("host-1", "web-1"), vms=(dead,)))
+    assert samples(fleet, "caesura_vms")["web", "1", "running"] == 0
+    assert samples(fleet, "caesura_vms")["web", "1", "impaired"] == 1
+    fleet.take(frozen(), 0, fresh=True)
+    assert samples(fleet, "caesura_vms")["web", "1", "paused"] == 1
+    assert samples(fleet, "caesura_vms")["web", "1", "impaired"] == 0
 
 
 def test_a_late_repetition_of_frozen_does_not_pause_anything() -> None:

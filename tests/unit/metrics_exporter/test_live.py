@@ -185,6 +185,41 @@ def test_a_lane_walks_through_the_states_and_ends_with_the_rollout(story: Story)
     ]
 
 
+def test_what_a_host_says_is_wrong_with_a_vm_is_shown_while_it_lasts(story: Story) -> None:
+    def record(detail: str) -> m.VmRecord:
+        return m.VmRecord(vm="web-1", set="web", update_domain=0, state="running", state_detail=detail)
+
+    story.inventory(0, vms=(record(""),))
+    assert story.alarms() == []
+    for at in (1, 2):
+        story.inventory(at, vms=(record("/bin/web was ended by SIGKILL"),))
+        assert story.alarms() == [("attention", True)]
+    fleet = story.snapshot().fleet
+    assert fleet is not None
+    assert "web-1 (web) on h1 is running: /bin/web was ended by SIGKILL" in fleet.alarms[0].text
+    story.inventory(3, vms=(record(""),))
+    assert story.alarms() == [("attention", False)]
+
+
+def test_a_vm_in_no_set_is_named_without_one(story: Story) -> None:
+    record = m.VmRecord(vm="solo", set="_solo", update_domain=0, state="running", state_detail="it is ill")
+    story.inventory(0, vms=(record,))
+    story.resumed(1, 9.0, vm="solo", set="_solo", within_budget=False)
+    fleet = story.snapshot().fleet
+    assert fleet is not None
+    assert [each.text for each in fleet.alarms] == [
+        "solo on h1 is running: it is ill",
+        "solo on h1 was paused for 9.0 s, its budget was 5 s",
+    ]
+
+
+def test_the_log_names_what_a_rollout_was_about(story: Story) -> None:
+    story.rollout(0)
+    story.rollout(1, "halted", reason="h1 failed")
+    story.rollout(2, "aborted", reason="given up")
+    assert [each.detail for each in story.snapshot().log] == ["patch: h1 failed", "patch: given up"]
+
+
 def test_the_rollout_is_told_with_its_waves(story: Story) -> None:
     story.wave(1, "completed", 0)
     story.wave(2, "scheduled", 1, events={"web": "e1"}, approved=("web",))

@@ -7,6 +7,7 @@ is left to a person.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import re
@@ -23,6 +24,7 @@ import structlog
 
 from caesura.runtime.errors import CaesuraError
 from caesura.runtime.logs import configure_logging
+from caesura.runtime.threads import in_thread
 from caesura_ctl.demo.fleet import UPDATES, compose_layout
 from caesura_ctl.demo.patience import Facts, Past, Step, facts_from, next_step, update_for
 
@@ -239,19 +241,23 @@ def _reason(text: str) -> str:
     return str(told.get("reason", "")) or lines[-1]
 
 
-def _stop_soon(rollouts: Rollouts) -> None:
-    """From a signal handler: the code that it interrupts may hold the very lock that ``stop`` needs."""
-    threading.Thread(target=rollouts.stop, name="stop").start()
+async def _run_until_stopped(rollouts: Rollouts) -> None:
+    """Run in a thread: a signal that comes just before a call begins to wait would be noticed when that returns.
+
+    Raises:
+        RolloutsError: as ``Rollouts.run``.
+    """
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, rollouts.stop)
+    await in_thread("roll updates out", rollouts.run)
 
 
 def main() -> int:
     """0: told to stop; 2: the configuration is wrong."""
     configure_logging("rollout")
     try:
-        rollouts = Rollouts(plan_from(os.environ))
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda _number, _frame: _stop_soon(rollouts))
-        rollouts.run()
+        asyncio.run(_run_until_stopped(Rollouts(plan_from(os.environ))))
     except CaesuraError as error:
         _log.error("rollouts.failed", why=str(error))
         return error.exit_code

@@ -24,6 +24,8 @@ TYPE_CHECKING = False  # as `typing` has it, without the milliseconds of importi
 if TYPE_CHECKING:
     from typing import Any
 
+SIGNALS = frozenset((signal.SIGTERM, signal.SIGALRM, signal.SIGCHLD))
+"""Blocked, and taken by ``sigwait``: a handler that is set off just before a system call waits is run when that returns."""
 PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
 ending: list[bool] = []
@@ -47,8 +49,7 @@ def main(spec_path: str) -> int:
         if spec["cgroup_procs"]:
             write(spec["cgroup_procs"], b"0", os.O_WRONLY)
         children: dict[int, str] = {}
-        signal.signal(signal.SIGTERM, lambda *_: terminate(children))
-        signal.signal(signal.SIGALRM, lambda *_: kill_all())
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         for process in spec["processes"]:
             children[start(process, libc)] = process["argv"][0]
         run = {**spec["run"], "pid": os.getpid(), "start_ticks": start_ticks()}
@@ -70,7 +71,7 @@ def start(process: dict[str, Any], libc: ctypes.CDLL) -> int:
             libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
             if os.getppid() != parent:
                 os._exit(127)
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
             os.execvpe(process["argv"][0], process["argv"], process["environ"])
         except OSError as error:
             os.write(write_end, f"{process['argv'][0]}: {error.strerror}".encode())
@@ -92,9 +93,16 @@ def reap(children: dict[int, str], ended_file: str) -> int:
     code = 0
     while children:
         try:
-            pid, status = os.waitpid(-1, 0)
+            pid, status = os.waitpid(-1, os.WNOHANG)
         except ChildProcessError:
             break
+        if pid == 0:
+            number = signal.sigwait(SIGNALS)
+            if number == signal.SIGTERM:
+                terminate(children)
+            elif number == signal.SIGALRM:
+                kill_all()
+            continue
         program = children.pop(pid, None)
         if program is not None:
             own = os.waitstatus_to_exitcode(status)

@@ -31,11 +31,11 @@ async def test_a_rollout_and_a_halted_one_answer_every_query(scene: Any) -> None
         found = await problems(prometheus, _DASHBOARDS, since=began, rate_interval="5s", choose=chosen)
         assert not found, "\n".join(found)
     assert await prometheus.firing() == set()
-    (longest,) = await prometheus.now('set_update_domain:caesura_pause_last_seconds:max{update_domain="0"}')
+    (longest,) = await prometheus.until('set_update_domain:caesura_pause_last_seconds:max{update_domain="0"}')
     assert 3.0 <= longest.values[0] < 8.0
-    (used,) = await prometheus.now('set_update_domain:caesura_pause_budget_used:ratio{update_domain="1"}')
+    (used,) = await prometheus.until('set_update_domain:caesura_pause_budget_used:ratio{update_domain="1"}')
     assert 0.3 <= used.values[0] < 0.8
-    (median,) = await prometheus.now('set_update_domain:caesura_pause_seconds:p50_1h{update_domain="0"}')
+    (median,) = await prometheus.until('set_update_domain:caesura_pause_seconds:p50_1h{update_domain="0"}')
     assert 3.0 <= median.values[0] <= 5.0, "the bucket that a pause of three seconds and a little falls into"
 
     state = await scene.roll("broken")

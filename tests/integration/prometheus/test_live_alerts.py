@@ -120,13 +120,14 @@ async def what_dies_with_the_broker_leaves_no_will(scene: Any) -> None:
     await prometheus.until(
         'ALERTS{alertname="CaesuraHostUpdaterOffline", alertstate="firing", host="host-2"}'
     )
-    assert await prometheus.now('caesura_host_online{host="host-2"} == 1'), "nobody said otherwise"
+    # Nobody said otherwise. Awaited: a scrape that a busy machine was too slow for leaves no series for a moment.
+    await prometheus.until('caesura_host_online{host="host-2"} == 1')
     await sandbox.start("host-2")
     await prometheus.until_alerts(silent={"CaesuraHostUpdaterOffline", "CaesuraBrokerLost"})
     # The coordinator spoke every 20 s: until its silence tells, there is time for more.
     await two_domains_are_frozen_at_once(scene)
     await prometheus.until_alerts("CaesuraCoordinatorOffline", timeout_s=30)
-    assert await prometheus.now("caesura_coordinator_online == 1"), "nobody said otherwise"
+    await prometheus.until("caesura_coordinator_online == 1")
     await sandbox.start("coordinator")
     await prometheus.until_alerts(silent={"CaesuraCoordinatorOffline"})
 

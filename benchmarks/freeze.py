@@ -19,7 +19,7 @@ from statistics import median
 import structlog
 from pause import percentile
 
-from caesura.contract.messages import FreezeCommanded, FreezeTarget
+from caesura.contract.messages import OperationTarget, StartOperation
 from caesura.testing.guests import image
 from caesura_host_updater.drivers.qemu.definition import Definition, QemuOptions
 from caesura_host_updater.drivers.qemu.driver import QemuDriver
@@ -106,7 +106,7 @@ async def _once(
         expected_s=seconds,
         timeout_s=seconds + 5,
     )
-    command = FreezeCommanded(
+    command = StartOperation(
         operation=f"freeze-{number}",
         epoch=1,
         coordinator="bench",
@@ -114,7 +114,7 @@ async def _once(
         rollout="bench",
         wave=0,
         method="freeze",
-        targets=tuple(FreezeTarget(vm=name, set="bench", update_domain=0) for name in names),
+        targets=tuple(OperationTarget(vm=name, set="bench", update_domain=0) for name in names),
         update="sleep",
         budget_s=seconds + 8,
         not_after=datetime.now(UTC) + timedelta(seconds=30),

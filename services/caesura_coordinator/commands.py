@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from datetime import datetime
 
-from caesura.contract.messages import AbortCommanded, FreezeCommanded, FreezeTarget
+from caesura.contract.messages import AbortOperation, OperationTarget, StartOperation
 from caesura_coordinator.inputs import Authority
 from caesura_coordinator.records import FINAL, HostOperation, Rollout, Wave
 
 
-def due_commands(rollout: Rollout, authority: Authority) -> Iterable[FreezeCommanded | AbortCommanded]:
+def due_commands(rollout: Rollout, authority: Authority) -> Iterable[StartOperation | AbortOperation]:
     """Commands for every operation of the current wave that has no final answer of its host."""
     wave = rollout.current
     if wave is None:
@@ -28,7 +28,7 @@ def due_commands(rollout: Rollout, authority: Authority) -> Iterable[FreezeComma
         open_ = operation.status not in FINAL and wave.status == "started"
         aborting = lost or (open_ and rollout.status == "aborting")
         if aborting:
-            yield AbortCommanded(
+            yield AbortOperation(
                 operation=operation.operation,
                 epoch=authority.epoch,
                 coordinator=authority.coordinator,
@@ -45,10 +45,10 @@ def due_commands(rollout: Rollout, authority: Authority) -> Iterable[FreezeComma
 
 def _freeze(
     rollout: Rollout, wave: Wave, operation: HostOperation, authority: Authority, *, not_after: datetime
-) -> FreezeCommanded:
+) -> StartOperation:
     events = {each.set: each.event_id for each in wave.events}
     vms = [vm for vm in wave.vms if vm.host == operation.host]
-    return FreezeCommanded(
+    return StartOperation(
         operation=operation.operation,
         epoch=authority.epoch,
         coordinator=authority.coordinator,
@@ -57,7 +57,7 @@ def _freeze(
         wave=wave.index,
         method=vms[0].method,
         targets=tuple(
-            FreezeTarget(
+            OperationTarget(
                 vm=vm.vm, set=vm.set, update_domain=vm.update_domain, event_id=events.get(vm.set, "")
             )
             for vm in vms

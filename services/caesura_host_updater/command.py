@@ -9,9 +9,9 @@ from datetime import datetime
 import msgspec
 
 from caesura.contract.messages import (
-    AbortCommanded,
-    FreezeCommanded,
+    AbortOperation,
     OperationReported,
+    StartOperation,
     VmRecord,
 )
 from caesura.lifecycle.budget import MIN_BUDGET_S, usable_s
@@ -85,15 +85,15 @@ class Host(msgspec.Struct, frozen=True, kw_only=True):
     stopping: bool = False
 
 
-def judge_freeze(
-    command: FreezeCommanded,
+def evaluate_start(
+    command: StartOperation,
     *,
     host: Host,
     authority: Authority | str,
     known: Repeat | None,
     now: datetime,
 ) -> Ignore | Refuse | Repeat | Accept:
-    """What to do with a freeze command.
+    """What to do with a command to start an operation.
 
     Args:
         authority: the answer of ``hear`` to this command.
@@ -119,7 +119,7 @@ def judge_freeze(
     return _judge_update(command, host)
 
 
-def _wrong_targets(command: FreezeCommanded, host: Host) -> str:
+def _wrong_targets(command: StartOperation, host: Host) -> str:
     """What is wrong with the command's VMs, empty if nothing is."""
     for vm, count in Counter(target.vm for target in command.targets).items():
         if count > 1:
@@ -138,7 +138,7 @@ def _wrong_targets(command: FreezeCommanded, host: Host) -> str:
     return ""
 
 
-def _judge_update(command: FreezeCommanded, host: Host) -> Refuse | Accept:
+def _judge_update(command: StartOperation, host: Host) -> Refuse | Accept:
     for target in command.targets:
         record = host.vms[target.vm]
         if command.method not in record.methods:
@@ -185,7 +185,7 @@ def _judge_update(command: FreezeCommanded, host: Host) -> Refuse | Accept:
 
 
 def judge_abort(
-    command: AbortCommanded, *, busy: str, authority: Authority | str, known: Repeat | None
+    command: AbortOperation, *, busy: str, authority: Authority | str, known: Repeat | None
 ) -> Ignore | Repeat | Accept | None:
     """What to do with an abort: None: abort the operation under way; Accept: remember that it never starts."""
     if isinstance(authority, str):

@@ -12,7 +12,7 @@ import structlog
 
 from caesura.contract.envelope import Message
 from caesura.contract.messages import (
-    AbortCommanded,
+    AbortOperation,
     OperationReported,
     VmClockSynced,
     VmFrozen,
@@ -34,7 +34,7 @@ _log = structlog.get_logger("caesura.pause")
 
 
 def cancelled_before_it_began(
-    host: str, command: AbortCommanded, epoch: int, now: datetime
+    host: str, command: AbortOperation, epoch: int, now: datetime
 ) -> OperationReported:
     """The end of an operation whose abort overtook its command."""
     why = "cancelled before it began"

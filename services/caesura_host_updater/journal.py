@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import msgspec
 import structlog
 
-from caesura.contract.messages import Epoch, FreezeCommanded, OperationReported
+from caesura.contract.messages import Epoch, OperationReported, StartOperation
 from caesura.runtime.database import Database
 from caesura.runtime.errors import StoreError
 from caesura.runtime.threads import Worker
@@ -67,7 +67,7 @@ class Entry(msgspec.Struct, frozen=True):
     id: str
     phase: str
     boot_id: str
-    command: FreezeCommanded | None
+    command: StartOperation | None
     state: Operation | None
     report: OperationReported | None
     update_processes: tuple[tuple[int, int], ...] = ()
@@ -104,7 +104,7 @@ class Journal:
             self._db.run("DELETE FROM authority")
 
     def accept(
-        self, command: FreezeCommanded, state: Operation, boot_id: str, letters: Sequence[Letter]
+        self, command: StartOperation, state: Operation, boot_id: str, letters: Sequence[Letter]
     ) -> None:
         """A new operation, before anything of it is done."""
         with self._db.transaction():
@@ -201,7 +201,7 @@ class Journal:
                 name,
                 phase,
                 boot_id,
-                None if command is None else msgspec.json.decode(command, type=FreezeCommanded),
+                None if command is None else msgspec.json.decode(command, type=StartOperation),
                 None if state is None else msgspec.json.decode(state, type=Operation),
                 None if report is None else msgspec.json.decode(report, type=OperationReported),
                 msgspec.convert(processes, tuple[tuple[int, int], ...]),

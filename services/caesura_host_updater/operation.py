@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import structlog
 
-from caesura.contract.messages import FreezeCommanded, VmFrozen, VmResumed
+from caesura.contract.messages import StartOperation, VmFrozen, VmResumed
 from caesura.runtime.errors import StoreError
 from caesura_host_updater import steps
 from caesura_host_updater.applying import UpdateNotStarted, UpdateProcess, update_environ
@@ -83,7 +83,7 @@ class OperationRunner:
 
     def __init__(
         self,
-        command: FreezeCommanded,
+        command: StartOperation,
         state: Operation,
         update: UpdateFile | None,
         *,

@@ -10,11 +10,11 @@ from msgspec.structs import replace
 from caesura.contract.codec import MAX_PAYLOAD_BYTES, size_bytes
 from caesura.contract.fitting import fits, fitted
 from caesura.contract.messages import (
-    FreezeCommanded,
     MemoryProof,
     OperationReported,
     OperationStatus,
     ProofCode,
+    StartOperation,
     UpdateOutcome,
     VmFrozen,
     VmResult,
@@ -55,7 +55,7 @@ def shown_by_host(vm: VmPause) -> MemoryProof:
 
 
 def refusal(
-    host: str, command: FreezeCommanded, epoch: int, status: OperationStatus, reason: str, at: datetime
+    host: str, command: StartOperation, epoch: int, status: OperationStatus, reason: str, at: datetime
 ) -> OperationReported:
     """A report without VMs: accepted, refused, or cancelled before it began."""
     return OperationReported(
@@ -148,7 +148,7 @@ def _under_the_pause(op: Operation, update: UpdateOutcome | None) -> float:
 
 def final_report(
     host: str,
-    command: FreezeCommanded,
+    command: StartOperation,
     op: Operation,
     epoch: int,
     states: Mapping[str, VmState],
@@ -205,7 +205,7 @@ def _reportable(report: OperationReported) -> OperationReported:
     return report if fits(report) else replace(report, vms=tuple(replace(vm, error="") for vm in silent))
 
 
-def unreportable(command: FreezeCommanded, at: datetime) -> str:
+def unreportable(command: StartOperation, at: datetime) -> str:
     """Why the end of this operation could not be reported, so that it must not begin; empty if it can be."""
     proof = memory_proof(("digest_equal", "sampled_digest_equal"), (), "")
     vms = tuple(

@@ -17,14 +17,14 @@ from caesura.bus.post import Post
 from caesura.contract.codec import Oversized, Received
 from caesura.contract.envelope import Message
 from caesura.contract.messages import (
-    AbortCommanded,
+    AbortOperation,
     AgentClockSynced,
     AgentPresence,
     ClockSyncAnswered,
     ClockSyncRequested,
     CoordinatorPresence,
-    FreezeCommanded,
     HostPresence,
+    StartOperation,
     VmClockSynced,
     VmFrozen,
     VmRecord,
@@ -148,8 +148,8 @@ class HostUpdater:
         self._listen()
 
     def _listen(self) -> None:
-        self.post.on(FreezeCommanded, self._on_freeze)
-        self.post.on(AbortCommanded, self._on_abort)
+        self.post.on(StartOperation, self._on_freeze)
+        self.post.on(AbortOperation, self._on_abort)
         self.post.on(CoordinatorPresence, self._on_coordinator)
         self.post.on(ClockSyncRequested, self._on_clock_request)
         self.post.on(AgentClockSynced, self._on_agent_synced)
@@ -297,12 +297,12 @@ class HostUpdater:
     async def _known(self, operation: str) -> Repeat | None:
         return Repeat(None) if operation == self.operation else await self._endings.known(operation)
 
-    async def _on_freeze(self, command: FreezeCommanded, _: Received) -> None:
+    async def _on_freeze(self, command: StartOperation, _: Received) -> None:
         now = datetime.now(UTC)
         try:
             known = await self._known(command.operation)
             heard = await self._hear(command.epoch, command.coordinator)
-            verdict = rules.judge_freeze(
+            verdict = rules.evaluate_start(
                 command,
                 host=rules.Host(
                     host=self._host.host,
@@ -340,7 +340,7 @@ class HostUpdater:
         refused = refusal(self._host.host, command, self.authority.epoch, "refused", verdict.why, now)
         await self._endings.conclude(refused)
 
-    async def _accept(self, command: FreezeCommanded, update: UpdateFile | None) -> None:
+    async def _accept(self, command: StartOperation, update: UpdateFile | None) -> None:
         kernels = await self.clocks.kernel_boot_ids([target.vm for target in command.targets])
         if self._stopping:  # while the guests were asked
             now = datetime.now(UTC)
@@ -357,7 +357,7 @@ class HostUpdater:
             raise
 
     async def _begin(
-        self, command: FreezeCommanded, update: UpdateFile | None, kernels: Mapping[str, str]
+        self, command: StartOperation, update: UpdateFile | None, kernels: Mapping[str, str]
     ) -> None:
         scope_vm = update is not None and update.scope == "vm"
         can = {target.vm: self._driver.capabilities(target.vm) for target in command.targets}
@@ -414,7 +414,7 @@ class HostUpdater:
         self._accepted.put_nowait(self._runner)
         _log.info("operation.accepted", operation=command.operation, update=state.update, vms=len(state.vms))
 
-    async def _on_abort(self, command: AbortCommanded, _: Received) -> None:
+    async def _on_abort(self, command: AbortOperation, _: Received) -> None:
         try:
             known = await self._known(command.operation)
             heard = await self._hear(command.epoch, command.coordinator)

@@ -118,7 +118,7 @@ class UpdateEnded(msgspec.Struct, frozen=True):
 
 
 class AbortAsked(msgspec.Struct, frozen=True):
-    """An abort command, or the host updater is stopping."""
+    """An operation is to be aborted, or the host updater is stopping."""
 
     why: str
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from caesura.contract.messages import (
-    AbortCommanded,
+    AbortOperation,
     AgentClockSynced,
     AgentPresence,
     ClockSyncRequested,
     CoordinatorPresence,
-    FreezeCommanded,
+    StartOperation,
 )
 from caesura.contract.topics import channel_of
 from caesura_host_updater.hostfile import HostFile
@@ -18,8 +18,8 @@ def filters(host: HostFile) -> list[str]:
     """Its topic filters: commands for this host, and the agents of its VMs."""
     wanted = [
         channel_of(CoordinatorPresence).filter(),
-        channel_of(FreezeCommanded).filter(host=host.host),
-        channel_of(AbortCommanded).filter(host=host.host),
+        channel_of(StartOperation).filter(host=host.host),
+        channel_of(AbortOperation).filter(host=host.host),
     ]
     for vm in host.vm:
         if vm.agent:

@@ -81,7 +81,7 @@ def happening(message: Message, at: float) -> Happening | None:
                 host=message.host,
                 detail=message.reason,
             )
-        case m.AbortCommanded():
+        case m.AbortOperation():
             return Happening(
                 at=at, what="abort commanded", level="warning", host=message.host, detail=message.reason
             )

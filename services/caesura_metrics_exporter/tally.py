@@ -81,8 +81,8 @@ class Tally:
             m.VmReady: lambda answer: self.readiness.add("ready" if answer.ready else "not_ready"),
             m.HookFinished: self._hook,
             m.OperationReported: self._operation,
-            m.FreezeCommanded: lambda command: self.commands.add(command.host, "freeze"),
-            m.AbortCommanded: lambda command: self.commands.add(command.host, "abort"),
+            m.StartOperation: lambda command: self.commands.add(command.host, "freeze"),
+            m.AbortOperation: lambda command: self.commands.add(command.host, "abort"),
             m.RequestAnswered: lambda a: self.requests.add("accepted" if a.accepted else "refused"),
         }
 
@@ -208,7 +208,7 @@ def _identity(received: Received) -> Hashable:
             return (message.TYPE, message.operation, message.vm)
         case m.EventChanged():
             return (message.TYPE, message.event_id, message.status)
-        case m.OperationReported() | m.FreezeCommanded() | m.AbortCommanded():
+        case m.OperationReported() | m.StartOperation() | m.AbortOperation():
             status = message.status if isinstance(message, m.OperationReported) else ""
             return (type(message).TYPE, message.host, message.operation, status)
         case _:

@@ -82,8 +82,8 @@ def test_no_two_channels_claim_one_topic() -> None:
 
 def test_commands_are_never_retained() -> None:
     for kind in (
-        m.FreezeCommanded,
-        m.AbortCommanded,
+        m.StartOperation,
+        m.AbortOperation,
         m.RolloutRequested,
         m.FreezeRequested,
         m.AbortRequested,
@@ -234,7 +234,7 @@ def test_every_reader_in_the_table_may_read_and_nobody_else(number: int) -> None
 
 def test_a_host_reads_its_own_commands_only() -> None:
     rules = access_rules(_FLEET)
-    topic = channel_of(m.FreezeCommanded).topic(host="host-1")
+    topic = channel_of(m.StartOperation).topic(host="host-1")
     assert _may(rules, "host_host-1", "read", topic)
     assert not _may(rules, "host_host-2", "read", topic)
     assert not _may(rules, "vm_host-1", "read", topic)

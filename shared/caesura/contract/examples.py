@@ -100,7 +100,7 @@ def examples() -> list[Example]:
             {"set": "web", "status": "scheduled"},
         ),
         Example(
-            m.FreezeCommanded(
+            m.StartOperation(
                 operation=_OPERATION,
                 epoch=7,
                 coordinator="coordinator-5d1c9a70",
@@ -108,7 +108,7 @@ def examples() -> list[Example]:
                 rollout=_ROLLOUT,
                 wave=0,
                 method="freeze",
-                targets=(m.FreezeTarget(vm="web-1", set="web", update_domain=0, event_id=_EVENT),),
+                targets=(m.OperationTarget(vm="web-1", set="web", update_domain=0, event_id=_EVENT),),
                 update="qemu-security",
                 budget_s=30.0,
                 not_after=_T0 + timedelta(seconds=930),
@@ -116,7 +116,7 @@ def examples() -> list[Example]:
             {"host": "host-1"},
         ),
         Example(
-            m.AbortCommanded(
+            m.AbortOperation(
                 operation=_OPERATION,
                 epoch=7,
                 coordinator="coordinator-5d1c9a70",

@@ -425,8 +425,8 @@ class VmApproved(EventApproved, frozen=True, kw_only=True):
 # --- commands and reports --------------------------------------------------------------------------------
 
 
-class FreezeTarget(Record, frozen=True, kw_only=True):
-    """One VM of a freeze command."""
+class OperationTarget(Record, frozen=True, kw_only=True):
+    """One VM of an operation."""
 
     vm: Name
     set: Name
@@ -434,10 +434,13 @@ class FreezeTarget(Record, frozen=True, kw_only=True):
     event_id: OptionalId = ""
 
 
-class FreezeCommanded(Message, frozen=True, kw_only=True):
-    """Freeze these VMs, apply the named update (or hold), resume. Names an update; never carries a command line."""
+class StartOperation(Message, frozen=True, kw_only=True):
+    """Start one operation on a host: apply the named update to these VMs by one method, or hold them paused.
 
-    TYPE: ClassVar[str] = "caesura.freeze.commanded.v1"
+    Names an update; never carries a command line.
+    """
+
+    TYPE: ClassVar[str] = "caesura.operation.start.v1"
 
     operation: Id
     epoch: Annotated[int, Meta(ge=1, le=EPOCH_MOST)]
@@ -446,7 +449,7 @@ class FreezeCommanded(Message, frozen=True, kw_only=True):
     rollout: Id
     wave: Count
     method: Method
-    targets: Annotated[tuple[FreezeTarget, ...], Meta(min_length=1, max_length=MOST_TARGETS)]
+    targets: Annotated[tuple[OperationTarget, ...], Meta(min_length=1, max_length=MOST_TARGETS)]
     update: OptionalName = ""
     hold_s: Annotated[float, Meta(ge=0, le=MAX_BUDGET_S)] = 0.0
     """Seconds to stay frozen when no update is named (freeze on demand)."""
@@ -456,10 +459,10 @@ class FreezeCommanded(Message, frozen=True, kw_only=True):
     """A host that reads the command later than this refuses it."""
 
 
-class AbortCommanded(Message, frozen=True, kw_only=True):
-    """Undo this operation: resume its VMs if it runs, never start it if it did not."""
+class AbortOperation(Message, frozen=True, kw_only=True):
+    """Abort this operation: resume its VMs if it runs, never start it if it has not begun."""
 
-    TYPE: ClassVar[str] = "caesura.abort.commanded.v1"
+    TYPE: ClassVar[str] = "caesura.operation.abort.v1"
 
     operation: Id
     epoch: Annotated[int, Meta(ge=1, le=EPOCH_MOST)]

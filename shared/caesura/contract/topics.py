@@ -116,18 +116,18 @@ CHANNELS: tuple[Channel, ...] = (
         summary="A scheduled event reached a status: scheduled, started, then completed, cancelled or failed.",
     ),
     Channel(
-        address=f"{PREFIX}/fleet/host/{{host}}/freeze",
-        message=m.FreezeCommanded,
+        address=f"{PREFIX}/fleet/host/{{host}}/operation/start",
+        message=m.StartOperation,
         writer="coordinator",
         readers=("host",),
-        summary="Freeze these VMs, apply the named update, resume. Repeated until the host reports.",
+        summary="Start an operation: these VMs, this method, the named update. Repeated until the host reports.",
     ),
     Channel(
-        address=f"{PREFIX}/fleet/host/{{host}}/abort",
-        message=m.AbortCommanded,
+        address=f"{PREFIX}/fleet/host/{{host}}/operation/abort",
+        message=m.AbortOperation,
         writer="coordinator",
         readers=("host",),
-        summary="Undo this operation, or never start it. Repeated until the host reports.",
+        summary="Abort an operation, or never start it. Repeated until the host reports.",
     ),
     Channel(
         address=f"{PREFIX}/fleet/ctl/{{client}}/answer",
@@ -158,7 +158,7 @@ CHANNELS: tuple[Channel, ...] = (
         message=m.OperationReported,
         writer="host",
         readers=("coordinator", "ctl", "exporter"),
-        summary="What became of a commanded operation.",
+        summary="Accepted, refused, or how the operation ended.",
     ),
     Channel(
         address=f"{PREFIX}/host/{{host}}/set/{{set}}/ud/{{ud}}/vm/{{vm}}/frozen",

@@ -15,22 +15,22 @@ from caesura.contract import messages as m
 from caesura_ctl.session import new_request_id
 
 
-def _capture_commands(pair: Any) -> list[m.FreezeCommanded]:
+def _capture_commands(pair: Any) -> list[m.StartOperation]:
     """Freeze commands as they pass by on the bus (the session must be subscribed to them)."""
-    captured: list[m.FreezeCommanded] = []
+    captured: list[m.StartOperation] = []
 
     async def listen(received: Any) -> None:
-        if isinstance(received.message, m.FreezeCommanded):
+        if isinstance(received.message, m.StartOperation):
             captured.append(received.message)
 
     pair.session.listeners.append(listen)
     return captured
 
 
-def _command(pair: Any, **changes: Any) -> m.FreezeCommanded:
+def _command(pair: Any, **changes: Any) -> m.StartOperation:
     """A command as this coordinator would give it."""
     boss = pair.picture.coordinator
-    command = m.FreezeCommanded(
+    command = m.StartOperation(
         operation=new_request_id(),
         epoch=boss.epoch,
         coordinator=boss.coordinator,
@@ -38,7 +38,7 @@ def _command(pair: Any, **changes: Any) -> m.FreezeCommanded:
         rollout="by-hand",
         wave=0,
         method="freeze",
-        targets=(m.FreezeTarget(vm="web-1", set="web", update_domain=0),),
+        targets=(m.OperationTarget(vm="web-1", set="web", update_domain=0),),
         hold_s=1.0,
         budget_s=5.0,
         not_after=datetime.now(UTC) + timedelta(seconds=20),
@@ -75,7 +75,7 @@ async def test_one_command_delivered_twice_freezes_once(pair: Any) -> None:
     [
         ({"epoch": 0}, None),
         ({"not_after": datetime(2026, 1, 1, tzinfo=UTC)}, "not_after"),
-        ({"targets": (m.FreezeTarget(vm="web-9", set="web", update_domain=0),)}, "web-9"),
+        ({"targets": (m.OperationTarget(vm="web-9", set="web", update_domain=0),)}, "web-9"),
         ({"method": "swap"}, "swap"),
         ({"update": "unheard-of", "hold_s": 0.0}, "unheard-of"),
     ],
@@ -128,7 +128,7 @@ async def test_who_shares_the_epoch_but_is_not_the_coordinator_is_not_obeyed(pai
 
 async def test_an_abort_that_overtakes_its_command_prevents_the_pause(pair: Any) -> None:
     command = _command(pair)
-    abort = m.AbortCommanded(
+    abort = m.AbortOperation(
         operation=command.operation, epoch=command.epoch, coordinator=command.coordinator, host="host-1"
     )
     await pair.session.post.send(abort, host="host-1")

@@ -94,7 +94,7 @@ async def test_a_rollout_under_least_rights(
         running = asyncio.create_task(spy.run(listen))
         assert await spy.wait_connected(patient(5))
         for topic in (
-            f"{PREFIX}/fleet/host/host-1/freeze",
+            f"{PREFIX}/fleet/host/host-1/operation/start",
             f"{PREFIX}/vm/web-1/ready",
             f"{PREFIX}/host/host-1/inventory",
             f"{PREFIX}/metadata/fleet/approval",

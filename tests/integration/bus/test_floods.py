@@ -153,8 +153,8 @@ def message(body: Any) -> bytes:
     return encode(body, source="/test", event_id=new_id(), time=datetime.now(UTC))
 
 
-def freeze(number: int) -> m.FreezeCommanded:
-    return m.FreezeCommanded(
+def freeze(number: int) -> m.StartOperation:
+    return m.StartOperation(
         operation=f"o{number}",
         epoch=1,
         coordinator="c",
@@ -162,7 +162,7 @@ def freeze(number: int) -> m.FreezeCommanded:
         rollout="r",
         wave=0,
         method="freeze",
-        targets=(m.FreezeTarget(vm="web-1", set="web", update_domain=0),),
+        targets=(m.OperationTarget(vm="web-1", set="web", update_domain=0),),
         budget_s=5,
         hold_s=1,
         not_after=datetime.now(UTC) + timedelta(seconds=60),
@@ -174,7 +174,7 @@ async def test_a_flooding_guest_keeps_its_host_from_no_command(tmp_path: Path) -
         broker = await stack.enter_async_context(
             shipped_mosquitto("broker", tmp_path, users=_PASSWORDS, acl=access_rules(_USERS))
         )
-        filters = [channel_of(m.FreezeCommanded).filter(host="h1")]
+        filters = [channel_of(m.StartOperation).filter(host="h1")]
         for vm in ("web-1", "web-2"):
             filters += [
                 channel_of(kind).filter(vm=vm)
@@ -185,13 +185,13 @@ async def test_a_flooding_guest_keeps_its_host_from_no_command(tmp_path: Path) -
         commands: list[str] = []
         others: list[str] = []
 
-        async def on_freeze(command: m.FreezeCommanded, _: object) -> None:
+        async def on_freeze(command: m.StartOperation, _: object) -> None:
             commands.append(command.operation)
 
         async def on_agent(presence: m.AgentPresence, _: object) -> None:
             others.append(presence.vm)
 
-        post.on(m.FreezeCommanded, on_freeze)
+        post.on(m.StartOperation, on_freeze)
         post.on(m.AgentPresence, on_agent)
         coordinator = Post(MqttBus(options(broker, "coordinator")), "/caesura/c")
         neighbour = Post(MqttBus(options(broker, "vm_web-2")), "/caesura/vm/web-2")

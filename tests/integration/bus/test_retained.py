@@ -86,8 +86,8 @@ def endless(user: str, number: int) -> str:
     return f"{PREFIX}/host/h1/{kinds[number % len(kinds)]}"
 
 
-def freeze(number: int) -> m.FreezeCommanded:
-    return m.FreezeCommanded(
+def freeze(number: int) -> m.StartOperation:
+    return m.StartOperation(
         operation=f"o{number}",
         epoch=1,
         coordinator="c",
@@ -95,7 +95,7 @@ def freeze(number: int) -> m.FreezeCommanded:
         rollout="r",
         wave=0,
         method="freeze",
-        targets=(m.FreezeTarget(vm="web-2", set="web", update_domain=1),),
+        targets=(m.OperationTarget(vm="web-2", set="web", update_domain=1),),
         budget_s=5,
         hold_s=1,
         not_after=datetime.now(UTC) + timedelta(seconds=60),
@@ -109,14 +109,14 @@ async def test_a_thief_of_a_bound_account_neither_fills_the_broker_nor_stops_a_c
     rules = access_rules(_FLEET)
     async with shipped_mosquitto("broker", tmp_path, users=passwords(_FLEET), acl=rules) as broker:
         stealing = MqttBus(options(broker, thief))
-        host = MqttBus(options(broker, "host_h2"), filters=[channel_of(m.FreezeCommanded).filter(host="h2")])
+        host = MqttBus(options(broker, "host_h2"), filters=[channel_of(m.StartOperation).filter(host="h2")])
         post = Post(host, "/caesura/host/h2")
         commands: list[str] = []
 
-        async def on_freeze(command: m.FreezeCommanded, _: object) -> None:
+        async def on_freeze(command: m.StartOperation, _: object) -> None:
             commands.append(command.operation)
 
-        post.on(m.FreezeCommanded, on_freeze)
+        post.on(m.StartOperation, on_freeze)
         coordinator = Post(MqttBus(options(broker, "coordinator")), "/caesura/c")
         async with running(stealing), running(host, post.deliver), running(coordinator.bus):
             before = memory_bytes(broker)
@@ -176,7 +176,7 @@ async def test_a_broker_that_keeps_no_more_refuses_the_one_who_fills_it(tmp_path
     made = mosquitto(tmp_path, users=passwords(_UNBOUND), acl=rules, memory_limit_bytes=limit)
     async with made as broker:
         stealing = MqttBus(options(broker, "host_h1"))
-        host = MqttBus(options(broker, "host_h2"), filters=[channel_of(m.FreezeCommanded).filter(host="h2")])
+        host = MqttBus(options(broker, "host_h2"), filters=[channel_of(m.StartOperation).filter(host="h2")])
         got = Collector()
         coordinator = MqttBus(options(broker, "coordinator"))
         async with running(stealing), running(host, got.receive), running(coordinator):
@@ -190,7 +190,7 @@ async def test_a_broker_that_keeps_no_more_refuses_the_one_who_fills_it(tmp_path
                     refused += 1
             assert refused > 0
             command = encode(freeze(1), source="/t", event_id=new_id(), time=datetime.now(UTC))
-            await coordinator.publish(channel_of(m.FreezeCommanded).topic(host="h2"), command)
+            await coordinator.publish(channel_of(m.StartOperation).topic(host="h2"), command)
             await got.until_payload(command)
             assert memory_bytes(broker) < limit + 32 * MIB
             assert (host.stats.connects, coordinator.stats.connects) == (1, 1)

@@ -23,12 +23,12 @@ from caesura.bus.post import Post
 from caesura.contract.codec import Received, decode
 from caesura.contract.envelope import Message
 from caesura.contract.messages import (
-    AbortCommanded,
-    FreezeCommanded,
-    FreezeTarget,
+    AbortOperation,
     HostInventory,
     HostPresence,
     OperationReported,
+    OperationTarget,
+    StartOperation,
 )
 from caesura.runtime.identity import new_id
 from caesura.testing.broker import mosquitto, mosquitto_installed
@@ -266,8 +266,8 @@ class Host:
         """Wait until the kernel says so of the VM."""
         await until(lambda: self.kernel(vm) in states, f"{vm} {states}", timeout_s)
 
-    def command(self, *vms: str, **changes: Any) -> FreezeCommanded:
-        """A freeze command; by default for all VMs, holding for a second."""
+    def command(self, *vms: str, **changes: Any) -> StartOperation:
+        """A command to start an operation; by default for all VMs, holding for a second."""
         known = {vm["name"]: vm for vm in self.vms}
         facts: dict[str, Any] = {
             "operation": new_id(),
@@ -278,7 +278,7 @@ class Host:
             "budget_s": 10.0,
             "not_after": datetime.now(UTC) + timedelta(seconds=30),
             "targets": tuple(
-                FreezeTarget(
+                OperationTarget(
                     vm=name,
                     set=known[name]["set"] or f"_{name}",
                     update_domain=known[name]["ud"] if known[name]["set"] else 0,
@@ -286,10 +286,10 @@ class Host:
                 for name in (vms or known)
             ),
         }
-        return FreezeCommanded(host=self.name, rollout="r-1", wave=0, **(facts | changes))
+        return StartOperation(host=self.name, rollout="r-1", wave=0, **(facts | changes))
 
-    async def freeze(self, *vms: str, **changes: Any) -> FreezeCommanded:
-        """Send a freeze command, see ``command``."""
+    async def freeze(self, *vms: str, **changes: Any) -> StartOperation:
+        """Send a command, see ``command``."""
         command = self.command(*vms, **changes)
         await self.fleet.say(command, host=self.name)
         return command
@@ -301,7 +301,7 @@ class Host:
             "coordinator": "coordinator-1",
             "reason": "the test says so",
         } | changes
-        await self.fleet.say(AbortCommanded(operation=operation, host=self.name, **facts), host=self.name)
+        await self.fleet.say(AbortOperation(operation=operation, host=self.name, **facts), host=self.name)
 
     async def kill_with_guard(self) -> None:
         """Kill both; neither may act on the other's death."""

@@ -22,10 +22,10 @@ from caesura.contract.messages import (
     ClockSyncAnswered,
     ClockSyncRequested,
     CoordinatorPresence,
-    FreezeTarget,
     HostInventory,
     HostPresence,
     OperationReported,
+    OperationTarget,
     VmClockSynced,
     VmFrozen,
     VmResumed,
@@ -76,11 +76,11 @@ async def test_commands_that_are_refused_touch_nothing(hosts: Callable[..., Any]
     ]
     past = datetime.now(UTC) - timedelta(seconds=5)
     assert "after its not_after" in await refused(host, fleet, not_after=past, **obeyed)
-    unknown = (FreezeTarget(vm="ghost", set="web", update_domain=0),)
+    unknown = (OperationTarget(vm="ghost", set="web", update_domain=0),)
     assert "ghost is not on this host" in await refused(host, fleet, targets=unknown, **obeyed)
-    moved = (FreezeTarget(vm="a", set="web", update_domain=2),)
+    moved = (OperationTarget(vm="a", set="web", update_domain=2),)
     assert "plan again" in await refused(host, fleet, targets=moved, **obeyed)
-    twice = (FreezeTarget(vm="a", set="web", update_domain=0),) * 2
+    twice = (OperationTarget(vm="a", set="web", update_domain=0),) * 2
     assert "named 2 times" in await refused(host, fleet, targets=twice, **obeyed)
     assert "leaves out b, single" in await refused(host, fleet, "a", update="patch", **obeyed)
     assert "not known here" in await refused(host, fleet, update="absent", **obeyed)
@@ -111,12 +111,12 @@ async def test_bad_messages_change_nothing(hosts: Callable[..., Any], fleet: Any
     host = hosts()
     host.add_vm("a")
     await host.start()
-    topic = f"caesura/v1/fleet/host/{host.name}/freeze"
+    topic = f"caesura/v1/fleet/host/{host.name}/operation/start"
     envelope = {
         "specversion": "1.0",
         "id": "1",
         "source": "/x",
-        "type": "caesura.freeze.commanded.v1",
+        "type": "caesura.operation.start.v1",
         "time": "2026-01-01T00:00:00Z",
     }
     for payload in (

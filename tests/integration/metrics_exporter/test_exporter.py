@@ -137,7 +137,7 @@ async def play(post: Post, *, online: bool = True) -> None:
     await post.send(m.EventApproved(event_id=event_id, set="web", vm="web-1", at=NOW), instance="m1")
     await post.send(m.VmReady(vm="web-1", event_id=event_id, ready=True), vm="web-1")
     await post.send(m.HookFinished(vm="web-1", hook="prepare", outcome="succeeded", seconds=0.2), vm="web-1")
-    command = m.FreezeCommanded(
+    command = m.StartOperation(
         operation=operation,
         epoch=3,
         coordinator="c1",
@@ -145,7 +145,7 @@ async def play(post: Post, *, online: bool = True) -> None:
         rollout="r1",
         wave=0,
         method="freeze",
-        targets=(m.FreezeTarget(vm="web-1", set="web", update_domain=1),),
+        targets=(m.OperationTarget(vm="web-1", set="web", update_domain=1),),
         update="kernel",
         budget_s=20,
         not_after=NOW,

@@ -166,7 +166,7 @@ def _with_vm(fleet: Fleet, host: str, **changes: object) -> Fleet:
 
 def test_a_whole_rollout_goes_domain_by_domain(story: Story) -> None:
     story.started()
-    assert story.commands() == ["FreezeCommanded"]
+    assert story.commands() == ["StartOperation"]
     story.report().clocks()
     assert [wave.status for wave in story.rollout.waves] == ["completed", "scheduled"]
     story.ready().approve().give(Tick()).report().clocks()
@@ -536,7 +536,7 @@ def test_a_wave_stored_by_an_older_coordinator_is_read_as_it_was_meant(story: St
 def test_a_missing_clock_verdict_is_asked_for_again_and_halts_in_the_end(story: Story) -> None:
     story.started().report()
     assert story.wave_is("verifying")
-    assert story.commands() == ["FreezeCommanded"]
+    assert story.commands() == ["StartOperation"]
     story.give(Tick(), 20)
     assert "no verdict on its clock" in story.rollout.reason
 
@@ -564,7 +564,7 @@ def test_a_host_that_never_reports_is_lost_and_told_to_forget(story: Story) -> N
     story.started().give(Tick(), 90)
     assert story.is_("halted")
     assert "did not report in time" in story.rollout.reason
-    assert story.commands() == ["AbortCommanded"]
+    assert story.commands() == ["AbortOperation"]
     with pytest.raises(NotYet, match="h1"):
         story.give(Resume())
     story.report("cancelled")
@@ -700,7 +700,7 @@ def test_abort_while_scheduled_cancels_the_event_and_sends_nothing(story: Story)
 
 def test_abort_while_started_waits_for_the_hosts_word(story: Story) -> None:
     story.started().give(Abort())
-    assert (story.rollout.status, story.commands()) == ("aborting", ["AbortCommanded"])
+    assert (story.rollout.status, story.commands()) == ("aborting", ["AbortOperation"])
     story.report("cancelled", frozen=False)
     assert (story.rollout.status, story.ends()) == ("aborted", ["cancelled"])
 
@@ -850,7 +850,7 @@ def test_a_verdict_of_an_earlier_attempt_that_was_lost_is_asked_for_again(pair: 
     pair.started().give(_report_of(pair, "h1", "completed")).give(_report_of(pair, "h2", "failed"))
     pair.give(Resume()).ready().approve().give(Tick()).give(_report_of(pair, "h2", "completed"))
     asked = [
-        each for each in due_commands(pair.rollout, pair.authority) if isinstance(each, m.FreezeCommanded)
+        each for each in due_commands(pair.rollout, pair.authority) if isinstance(each, m.StartOperation)
     ]
     assert [each.host for each in asked] == ["h1", "h2"]
     assert all(each.not_after <= pair.now for each in asked), "a host that forgot must not pause again"
@@ -918,7 +918,7 @@ def test_a_coordinator_that_returns_commands_no_freeze_while_another_ones_pause_
     story.fleet = _with_vm(acknowledged, "h2", state="paused")
     assert story.give(Tick()).commands() == []
     story.fleet = acknowledged
-    assert story.give(Tick()).commands() == ["FreezeCommanded"]
+    assert story.give(Tick()).commands() == ["StartOperation"]
 
 
 def test_a_coordinator_that_returns_commands_no_freeze_while_a_host_of_the_set_has_vanished(
@@ -936,7 +936,7 @@ def test_a_coordinator_that_returns_commands_no_freeze_while_a_host_of_the_set_h
     assert story.give(Tick()).commands() == []
     assert story.wave.waiting_for == "h2 has not reported an inventory"
     story.fleet = whole
-    assert story.give(Tick()).commands() == ["FreezeCommanded"]
+    assert story.give(Tick()).commands() == ["StartOperation"]
 
 
 def test_a_coordinator_that_returns_goes_on_with_its_own_pause(story: Story) -> None:
@@ -951,7 +951,7 @@ def test_a_coordinator_that_returns_goes_on_with_its_own_pause(story: Story) -> 
     h1 = story.fleet.inventories["h1"]
     paused = (msgspec.structs.replace(h1.vms[0], state="paused"),)
     story.fleet = story.fleet.with_inventory(msgspec.structs.replace(h1, operation=mine, vms=paused))
-    assert story.give(Tick()).commands() == ["FreezeCommanded"]
+    assert story.give(Tick()).commands() == ["StartOperation"]
     story.fleet = story.fleet.with_inventory(msgspec.structs.replace(h1, operation="", vms=paused))
     story.rollout = after_restart(story.rollout, story.now)
     story.authority = Authority(coordinator="c3", epoch=3)
@@ -962,7 +962,7 @@ def test_an_abort_needs_no_fence(story: Story) -> None:
     story.started()
     story.rollout = after_restart(story.rollout, story.now)
     story.authority = Authority(coordinator="c2", epoch=2)
-    assert story.give(Abort()).commands() == ["AbortCommanded"]
+    assert story.give(Abort()).commands() == ["AbortOperation"]
 
 
 def test_a_gate_that_opened_again_is_waited_for_anew(two_hosts: Fleet, authority: Authority) -> None:

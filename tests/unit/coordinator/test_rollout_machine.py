@@ -54,7 +54,7 @@ class ModelHost:
         """Whether its inventory is on the bus."""
         self.frozen: frozenset[str] = frozenset()
         self.running = ""
-        self.command: m.FreezeCommanded | None = None
+        self.command: m.StartOperation | None = None
         self.reports: dict[str, m.OperationReported] = {}
 
     def inventory(self) -> m.HostInventory:
@@ -81,11 +81,11 @@ class ModelHost:
             guard="ready",
         )
 
-    def obey(self, command: m.FreezeCommanded | m.AbortCommanded, now: datetime) -> bool:
+    def obey(self, command: m.StartOperation | m.AbortOperation, now: datetime) -> bool:
         """True when a pause begins."""
         if command.epoch < self.epoch or command.operation in self.reports:
             return False
-        if isinstance(command, m.AbortCommanded):
+        if isinstance(command, m.AbortOperation):
             if self.running == command.operation:
                 self.end("failed", now)
             else:
@@ -189,7 +189,7 @@ class Fleetwide(RuleBasedStateMachine):
         """Rollout, wave and host to the operation by which the host did its part, as the coordinator knows."""
         self.proven: set[str] = set()
         """Operations of which a digest or a canary was shown."""
-        self.late: list[m.FreezeCommanded | m.AbortCommanded] = []
+        self.late: list[m.StartOperation | m.AbortOperation] = []
         self.asked = 0
         self.disk = Disk(self)
         self.away: Disk | None = None
@@ -284,13 +284,13 @@ class Fleetwide(RuleBasedStateMachine):
                         key = (changed.id, wave.index, operation.host)
                         self.done.setdefault(key, operation.operation)
 
-    def due(self) -> list[m.FreezeCommanded | m.AbortCommanded]:
+    def due(self) -> list[m.StartOperation | m.AbortOperation]:
         return [command for each in self.active for command in due_commands(each, self.authority)]
 
-    def deliver(self, command: m.FreezeCommanded | m.AbortCommanded) -> None:
+    def deliver(self, command: m.StartOperation | m.AbortOperation) -> None:
         if not self.hosts[command.host].obey(command, self.now):
             return
-        assert isinstance(command, m.FreezeCommanded)
+        assert isinstance(command, m.StartOperation)
         self.never_two_domains_at_once()
         rollout = self.book.rollouts.get(command.rollout)
         if rollout is None:
@@ -355,10 +355,10 @@ class Fleetwide(RuleBasedStateMachine):
         command = data.draw(st.sampled_from(self.late))
         host = self.hosts[command.host]
         before = (host.frozen, host.running)
-        rollout = self.book.rollouts.get(command.rollout) if isinstance(command, m.FreezeCommanded) else None
+        rollout = self.book.rollouts.get(command.rollout) if isinstance(command, m.StartOperation) else None
         wave = rollout.current if rollout is not None else None
         current = {each.operation for each in wave.operations} if wave else set()
-        if isinstance(command, m.FreezeCommanded) and rollout and command.operation not in current:
+        if isinstance(command, m.StartOperation) and rollout and command.operation not in current:
             # A command of an attempt that is over: its host has reported on it, or its time has passed.
             assert command.operation in host.reports or self.now > command.not_after or host.running
             host.obey(command, self.now)

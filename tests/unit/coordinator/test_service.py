@@ -46,7 +46,7 @@ class World:
             m.RequestAnswered,
             m.CoordinatorPresence,
             m.RolloutState,
-            m.FreezeCommanded,
+            m.StartOperation,
             m.EventChanged,
         ):
             self.post.on(kind, self._hear)
@@ -647,9 +647,9 @@ async def test_a_host_of_more_vms_than_a_command_names_ends_no_coordinator(
 
 async def test_a_command_that_cannot_be_sent_holds_up_no_other(world: World) -> None:
     targets = tuple(
-        m.FreezeTarget(vm=f"w{number}" * 8, set="s" * 63, update_domain=0) for number in range(3000)
+        m.OperationTarget(vm=f"w{number}" * 8, set="s" * 63, update_domain=0) for number in range(3000)
     )
-    command = m.FreezeCommanded(
+    command = m.StartOperation(
         operation="op",
         epoch=1,
         coordinator="c",

@@ -19,7 +19,7 @@ from caesura_coordinator.rollout import decide
 from caesura_ctl.demo.halts import was_away
 from caesura_host_updater import steps
 from caesura_host_updater.command import Authority as HostAuthority
-from caesura_host_updater.command import Host, Refuse, judge_freeze
+from caesura_host_updater.command import Host, Refuse, evaluate_start
 from caesura_host_updater.guard.intent import Catch, Fired, Intent
 from caesura_host_updater.operation_state import Operation, UpdateRun, VmPause
 from caesura_host_updater.pause import decide as decide_pause
@@ -306,8 +306,8 @@ def test_how_a_host_ended_is_resumed_only_if_it_was_away(name: str) -> None:
     assert was_away(reason) is away, reason
 
 
-def _command() -> m.FreezeCommanded:
-    return m.FreezeCommanded(
+def _command() -> m.StartOperation:
+    return m.StartOperation(
         operation="o",
         epoch=1,
         coordinator="c",
@@ -315,7 +315,7 @@ def _command() -> m.FreezeCommanded:
         rollout="r",
         wave=0,
         method="freeze",
-        targets=(m.FreezeTarget(vm="web-1", set="web", update_domain=0),),
+        targets=(m.OperationTarget(vm="web-1", set="web", update_domain=0),),
         update="patch",
         budget_s=15.0,
         not_after=T0,
@@ -336,7 +336,7 @@ def test_what_a_host_refused_is_resumed_only_if_it_was_away(
     changes: dict[str, Any], late_s: float, *, away: bool
 ) -> None:
     host = Host(host="host-1", vms={}, catalogue=Catalogue({}), **changes)
-    verdict = judge_freeze(
+    verdict = evaluate_start(
         _command(), host=host, authority=HostAuthority(1, "c"), known=None, now=T0 + timedelta(seconds=late_s)
     )
     assert isinstance(verdict, Refuse)

@@ -12,7 +12,7 @@ import pytest
 from caesura.bus.memory import MemoryBroker, MemoryBus
 from caesura.bus.port import Delivery
 from caesura.contract.codec import encode
-from caesura.contract.messages import FreezeCommanded, FreezeTarget
+from caesura.contract.messages import OperationTarget, StartOperation
 from caesura.contract.topics import channel_of
 from caesura_host_updater.guard import markers
 from caesura_host_updater.guard.markers import Marker
@@ -26,10 +26,10 @@ from caesura_host_updater.settings import HostUpdaterSettings
 
 
 @pytest.fixture
-def freeze_one() -> Callable[..., FreezeCommanded]:
+def freeze_one() -> Callable[..., StartOperation]:
     """``freeze_one(**changes)``: a command to hold VM ``a`` of host-1 for a second."""
 
-    def make(vm: str = "a", domain: int = 0, **changes: Any) -> FreezeCommanded:
+    def make(vm: str = "a", domain: int = 0, **changes: Any) -> StartOperation:
         facts: dict[str, Any] = {
             "operation": "op",
             "epoch": 1,
@@ -38,12 +38,12 @@ def freeze_one() -> Callable[..., FreezeCommanded]:
             "rollout": "r",
             "wave": 0,
             "method": "freeze",
-            "targets": (FreezeTarget(vm=vm, set="web", update_domain=domain),),
+            "targets": (OperationTarget(vm=vm, set="web", update_domain=domain),),
             "budget_s": 10.0,
             "hold_s": 1.0,
             "not_after": datetime.now(UTC) + timedelta(seconds=30),
         }
-        return FreezeCommanded(**(facts | changes))
+        return StartOperation(**(facts | changes))
 
     return make
 
@@ -89,8 +89,8 @@ def updater_with(tmp_path: Path) -> Callable[..., HostUpdater]:
 def hand() -> Callable[..., Any]:
     """``await hand(updater, command)``: as if the broker had delivered it."""
 
-    async def deliver(updater: HostUpdater, command: FreezeCommanded) -> None:
-        topic = channel_of(FreezeCommanded).topic(host=command.host)
+    async def deliver(updater: HostUpdater, command: StartOperation) -> None:
+        topic = channel_of(StartOperation).topic(host=command.host)
         payload = encode(command, source="/c", event_id="e", time=datetime.now(UTC))
         await updater.post.deliver(Delivery(topic, payload))
 

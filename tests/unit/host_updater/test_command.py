@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from caesura.contract.messages import (
     EPOCH_MOST,
-    AbortCommanded,
-    FreezeCommanded,
-    FreezeTarget,
+    AbortOperation,
+    OperationTarget,
+    StartOperation,
     VmRecord,
     VmState,
 )
@@ -26,9 +26,9 @@ from caesura_host_updater.command import (
     Ignore,
     Refuse,
     Repeat,
+    evaluate_start,
     hear,
     judge_abort,
-    judge_freeze,
 )
 from caesura_host_updater.updates import Catalogue, UpdateFile
 
@@ -58,7 +58,7 @@ def host(**changes: Any) -> Host:
     return Host(**(facts | changes))
 
 
-def command(**changes: Any) -> FreezeCommanded:
+def command(**changes: Any) -> StartOperation:
     """A good command."""
     facts: dict[str, Any] = {
         "operation": "op",
@@ -68,22 +68,22 @@ def command(**changes: Any) -> FreezeCommanded:
         "rollout": "r",
         "wave": 0,
         "method": "freeze",
-        "targets": tuple(FreezeTarget(vm=name, set="web", update_domain=0) for name in ("a", "b")),
+        "targets": tuple(OperationTarget(vm=name, set="web", update_domain=0) for name in ("a", "b")),
         "update": "patch",
         "budget_s": 10.0,
         "not_after": NOW + timedelta(seconds=1),
     }
-    return FreezeCommanded(**(facts | changes))
+    return StartOperation(**(facts | changes))
 
 
-def _target(vm: str, set_name: str = "web", domain: int = 0) -> FreezeTarget:
-    return FreezeTarget(vm=vm, set=set_name, update_domain=domain)
+def _target(vm: str, set_name: str = "web", domain: int = 0) -> OperationTarget:
+    return OperationTarget(vm=vm, set=set_name, update_domain=domain)
 
 
-def judge(sent: FreezeCommanded, at: Host | None = None, known: Repeat | None = None) -> Any:
+def judge(sent: StartOperation, at: Host | None = None, known: Repeat | None = None) -> Any:
     """The verdict of a host that obeys epoch 2 of c."""
     heard = hear(Authority(2, "c"), sent.epoch, sent.coordinator)
-    return judge_freeze(sent, host=at or host(), authority=heard, known=known, now=NOW)
+    return evaluate_start(sent, host=at or host(), authority=heard, known=known, now=NOW)
 
 
 def test_good_command_is_accepted() -> None:
@@ -206,7 +206,7 @@ def test_an_epoch_that_nobody_can_have_claimed_is_refused_with_a_reason() -> Non
 
 
 def test_abort() -> None:
-    sent = AbortCommanded(operation="op", epoch=2, coordinator="c", host="host-1")
+    sent = AbortOperation(operation="op", epoch=2, coordinator="c", host="host-1")
     good = Authority(2, "c")
     assert judge_abort(sent, busy="op", authority=good, known=Repeat(None)) is None
     assert judge_abort(sent, busy="", authority=good, known=None) == Accept(None)

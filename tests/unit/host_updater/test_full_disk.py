@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from caesura.contract.messages import FreezeCommanded
+from caesura.contract.messages import StartOperation
 from caesura.runtime.errors import StoreError
 from caesura_host_updater.hostfile import HostFile
 from caesura_host_updater.journal import Journal, JournalThread
@@ -23,7 +23,7 @@ def _full(*_: object) -> None:
 async def test_a_command_under_a_new_epoch_that_cannot_be_written_down_does_not_end_what_is_under_way(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    freeze_one: Callable[..., FreezeCommanded],
+    freeze_one: Callable[..., StartOperation],
     updater_with: Callable[..., HostUpdater],
     hand: Callable[..., Any],
 ) -> None:

@@ -20,9 +20,9 @@ from caesura.contract.codec import decode
 from caesura.contract.messages import (
     EPOCH_MOST,
     AgentClockSynced,
-    FreezeCommanded,
-    FreezeTarget,
     OperationReported,
+    OperationTarget,
+    StartOperation,
     VmClockSynced,
 )
 from caesura.runtime.errors import StoreError
@@ -50,9 +50,9 @@ def report(operation: str, status: Any = "completed") -> OperationReported:
     return OperationReported(operation=operation, host="host-1", epoch=1, status=status, at=NOW)
 
 
-def command(operation: str) -> FreezeCommanded:
+def command(operation: str) -> StartOperation:
     """A command."""
-    return FreezeCommanded(
+    return StartOperation(
         operation=operation,
         epoch=1,
         coordinator="c",
@@ -60,7 +60,7 @@ def command(operation: str) -> FreezeCommanded:
         rollout="r",
         wave=0,
         method="freeze",
-        targets=(FreezeTarget(vm="a", set="web", update_domain=0),),
+        targets=(OperationTarget(vm="a", set="web", update_domain=0),),
         budget_s=1.0,
         not_after=NOW + timedelta(days=1),
     )

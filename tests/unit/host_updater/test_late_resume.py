@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from caesura.contract.messages import FreezeCommanded
+from caesura.contract.messages import StartOperation
 from caesura_host_updater import startup
 from caesura_host_updater.clock import ClockWait
 from caesura_host_updater.command import Repeat
@@ -56,7 +56,7 @@ class Slow:
 async def test_its_resume_is_told_its_clock_is_looked_after_and_its_operation_ends_not_before(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    freeze_one: Callable[..., FreezeCommanded],
+    freeze_one: Callable[..., StartOperation],
     marked: Callable[..., PauseMarkers],
 ) -> None:
     """Until it runs nobody knows how long it is paused (I4, I7)."""

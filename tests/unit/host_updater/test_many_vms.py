@@ -18,10 +18,10 @@ from caesura.contract.codec import decode, size_bytes
 from caesura.contract.fitting import fits, fitted
 from caesura.contract.messages import (
     MOST_TARGETS,
-    FreezeCommanded,
-    FreezeTarget,
     HostInventory,
     OperationReported,
+    OperationTarget,
+    StartOperation,
     VmRecord,
 )
 from caesura.testing.collector import Collector, eventually, running
@@ -198,11 +198,13 @@ def operation(count: int, text: str) -> Operation:
     )
 
 
-def targets(count: int) -> tuple[FreezeTarget, ...]:
-    return tuple(FreezeTarget(vm=f"web-{number:04d}", set="web", update_domain=0) for number in range(count))
+def targets(count: int) -> tuple[OperationTarget, ...]:
+    return tuple(
+        OperationTarget(vm=f"web-{number:04d}", set="web", update_domain=0) for number in range(count)
+    )
 
 
-def test_a_report_on_many_vms_can_be_sent(freeze_one: Callable[..., FreezeCommanded]) -> None:
+def test_a_report_on_many_vms_can_be_sent(freeze_one: Callable[..., StartOperation]) -> None:
     """Without its one report an operation has no end for its coordinator, whatever became of it."""
     count = 600
     command = freeze_one(targets=targets(count))
@@ -213,7 +215,7 @@ def test_a_report_on_many_vms_can_be_sent(freeze_one: Callable[..., FreezeComman
 
 
 def test_an_operation_whose_end_could_not_be_reported_does_not_begin(
-    freeze_one: Callable[..., FreezeCommanded],
+    freeze_one: Callable[..., StartOperation],
 ) -> None:
     why = unreportable(freeze_one(targets=targets(MOST_TARGETS)), NOW)
     assert "1024 VMs does not fit into a message" in why

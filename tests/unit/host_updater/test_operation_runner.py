@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import pytest
 
-from caesura.contract.messages import FreezeCommanded, FreezeTarget, Method, VmFrozen, VmResumed, VmState
+from caesura.contract.messages import Method, OperationTarget, StartOperation, VmFrozen, VmResumed, VmState
 from caesura.testing.patience import patient
 from caesura_host_updater import operation
 from caesura_host_updater.drivers.port import (
@@ -242,8 +242,8 @@ class Scene:
         self.guard = FakeGuard()
         self.markers = FakeMarkers(self.driver)
         self.facts: list[VmFrozen | VmResumed] = []
-        targets = tuple(FreezeTarget(vm=name, set="web", update_domain=0) for name in names)
-        command = FreezeCommanded(
+        targets = tuple(OperationTarget(vm=name, set="web", update_domain=0) for name in names)
+        command = StartOperation(
             operation="op",
             epoch=1,
             coordinator="c",

@@ -298,9 +298,9 @@ def test_update_outcome_is_the_worst_of_its_runs() -> None:
 
 def command() -> Any:
     """The command behind the reports."""
-    from caesura.contract.messages import FreezeCommanded, FreezeTarget  # noqa: PLC0415
+    from caesura.contract.messages import OperationTarget, StartOperation  # noqa: PLC0415
 
-    return FreezeCommanded(
+    return StartOperation(
         operation="op",
         epoch=3,
         coordinator="c",
@@ -308,7 +308,7 @@ def command() -> Any:
         rollout="r",
         wave=2,
         method="freeze",
-        targets=(FreezeTarget(vm="a", set="web", update_domain=1),),
+        targets=(OperationTarget(vm="a", set="web", update_domain=1),),
         budget_s=10.0,
         not_after=START,
     )

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from structlog.testing import capture_logs
 
-from caesura.contract.messages import FreezeCommanded
+from caesura.contract.messages import StartOperation
 from caesura_host_updater import startup
 from caesura_host_updater.drivers.port import DriverError, NotRunningYet
 from caesura_host_updater.guard import markers
@@ -102,7 +102,7 @@ class Nothing:
 
 async def test_a_vm_that_was_taken_out_of_the_host_file_does_not_keep_the_host_from_starting(
     tmp_path: Path,
-    freeze_one: Callable[..., FreezeCommanded],
+    freeze_one: Callable[..., StartOperation],
     updater_with: Callable[..., HostUpdater],
 ) -> None:
     """It was paused when the updater died; the operator removed it before the next start."""

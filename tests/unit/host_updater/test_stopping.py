@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from caesura.contract.messages import FreezeCommanded
+from caesura.contract.messages import StartOperation
 from caesura.testing.collector import eventually
 from caesura_host_updater import asker, service
 from caesura_host_updater.applying import UpdateProcess
@@ -76,7 +76,7 @@ async def test_a_command_that_is_being_taken_in_when_the_host_stops_pauses_nothi
     where: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    freeze_one: Callable[..., FreezeCommanded],
+    freeze_one: Callable[..., StartOperation],
     updater_with: Callable[..., HostUpdater],
     hand: Callable[..., Any],
 ) -> None:
@@ -120,7 +120,7 @@ async def test_a_command_that_is_being_taken_in_when_the_host_stops_pauses_nothi
 async def test_no_update_is_asked_while_a_command_is_written_down(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    freeze_one: Callable[..., FreezeCommanded],
+    freeze_one: Callable[..., StartOperation],
     updater_with: Callable[..., HostUpdater],
     hand: Callable[..., Any],
 ) -> None:

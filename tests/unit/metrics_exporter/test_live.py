@@ -981,7 +981,7 @@ def _hold(plan: list[tuple[Any, ...]]) -> Reader:
             "bad",
         ),
         (
-            m.AbortCommanded(operation="o", epoch=1, coordinator="c", host="h1", reason="asked"),
+            m.AbortOperation(operation="o", epoch=1, coordinator="c", host="h1", reason="asked"),
             "abort commanded",
             "warning",
         ),

@@ -163,7 +163,7 @@ def test_the_same_message_twice_counts_once() -> None:
             at=AT,
         ),
         m.OperationReported(operation="op1", host="host-1", epoch=1, status="completed", at=AT),
-        m.FreezeCommanded(
+        m.StartOperation(
             operation="op1",
             epoch=1,
             coordinator="c1",
@@ -171,7 +171,7 @@ def test_the_same_message_twice_counts_once() -> None:
             rollout="r1",
             wave=0,
             method="freeze",
-            targets=(m.FreezeTarget(vm="web-1", set="web", update_domain=2),),
+            targets=(m.OperationTarget(vm="web-1", set="web", update_domain=2),),
             budget_s=30,
             not_after=AT,
         ),

@@ -22,6 +22,7 @@ from caesura.contract.messages import (
     SetDocument,
     WaveChanged,
 )
+from caesura.contract.reasons import ReasonCode
 from caesura.lifecycle import document as documents
 from caesura_coordinator.fleet import Fleet
 from caesura_coordinator.inputs import (
@@ -47,6 +48,7 @@ _KEPT = 500
 _ANSWERS_KEPT = 1000
 
 _NO_RECORD = "the coordinator that scheduled it has lost its record"
+_NO_RECORD_CODES: tuple[ReasonCode, ...] = ("record_missing",)
 _log = structlog.get_logger("caesura.coordinator")
 
 _DESCRIPTION = {
@@ -112,7 +114,7 @@ class Book:
 
         Raises:
             StoreError: nothing changed, in memory or on disk.
-            IllegalTransition, NotYet: as ``decide``.
+            IllegalTransition, RequestRefused: as ``decide``.
         """
         fleet = fleet.with_commanded(self._commanded_by_others(rollout))
         changed, effects = decide(rollout, received, fleet, authority, now)
@@ -195,6 +197,7 @@ class Book:
                         wave=event.wave,
                         not_before=event.not_before,
                         reason=_NO_RECORD,
+                        codes=_NO_RECORD_CODES,
                         at=now,
                     ),
                     set=published.set,
@@ -233,6 +236,7 @@ class Book:
                         wave,
                         status="cancelled" if wave.status == "scheduled" else "failed",
                         reason=_NO_RECORD,
+                        codes=_NO_RECORD_CODES,
                         ended_at=now,
                     )
                     self.store.enqueue(
@@ -243,6 +247,7 @@ class Book:
                             domains=wave.domains,
                             hosts=wave.hosts,
                             reason=_NO_RECORD,
+                            codes=_NO_RECORD_CODES,
                             at=now,
                         ),
                         rollout=published.rollout,
@@ -250,7 +255,12 @@ class Book:
                     )
                 waves.append(wave)
             ended = msgspec.structs.replace(
-                published, status="aborted", reason=_NO_RECORD, waves=tuple(waves), ended_at=now
+                published,
+                status="aborted",
+                reason=_NO_RECORD,
+                codes=_NO_RECORD_CODES,
+                waves=tuple(waves),
+                ended_at=now,
             )
             self.store.enqueue(ended, rollout=published.rollout)
         _log.warning("rollout.ended_unknown", rollout=published.rollout, was=published.status, why=_NO_RECORD)
@@ -350,10 +360,10 @@ class Book:
                 document = documents.start(self._document(event), event.event_id)
                 self._save(document)
                 self._announce(rollout, event, "started", now)
-            case EventEnded(event=event, reason=reason):
+            case EventEnded(event=event, reason=reason, codes=codes):
                 document = documents.end(self._document(event), event.event_id)
                 self._save(document)
-                self._announce(rollout, event, event.status, now, reason)
+                self._announce(rollout, event, event.status, now, reason, codes)
             case WaveMoved(wave=wave):
                 self.store.enqueue(
                     WaveChanged(
@@ -363,6 +373,7 @@ class Book:
                         domains=wave.domains,
                         hosts=wave.hosts,
                         reason=wave.reason,
+                        codes=wave.codes,
                         at=now,
                     ),
                     rollout=rollout.id,
@@ -382,7 +393,13 @@ class Book:
         self.documents[document.set] = document
 
     def _announce(
-        self, rollout: Rollout, event: WaveEvent, status: EventStatus, now: datetime, reason: str = ""
+        self,
+        rollout: Rollout,
+        event: WaveEvent,
+        status: EventStatus,
+        now: datetime,
+        reason: str = "",
+        codes: tuple[str, ...] = (),
     ) -> None:
         wave = _wave_of(rollout, event)
         published = wave.published_at or now
@@ -400,6 +417,7 @@ class Book:
                 not_before=not_before,
                 approved_by=event.approved_by,
                 reason=reason,
+                codes=codes,
                 notice_s=max(0.0, (not_before - published).total_seconds()),
                 approval_delay_s=max(0.0, (event.approved_at - published).total_seconds())
                 if event.approved_at
@@ -444,8 +462,11 @@ def _report(rollout: Rollout, effect: Effect) -> None:
                 status=wave.status,
                 domains=wave.domains,
                 reason=wave.reason,
+                codes=wave.codes,
             )
         case RolloutMoved(rollout=moved):
-            _log.info("rollout.moved", rollout=moved.id, status=moved.status, reason=moved.reason)
+            _log.info(
+                "rollout.moved", rollout=moved.id, status=moved.status, reason=moved.reason, codes=moved.codes
+            )
         case _:
             pass

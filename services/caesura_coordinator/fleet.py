@@ -12,6 +12,7 @@ from datetime import datetime
 import msgspec
 
 from caesura.contract.messages import HostInventory, PlannedVm, VmRecord
+from caesura.contract.reasons import Reason, ReasonCode
 
 
 class Contested(msgspec.Struct, frozen=True, kw_only=True):
@@ -103,8 +104,8 @@ def fence_blockers(
     epoch: int,
     coordinator: str,
     own: Collection[str] = (),
-) -> list[str]:
-    """Why no VM of ``sets`` may be paused now, in words; empty when it may.
+) -> list[Reason]:
+    """Why no VM of ``sets`` may be paused now; empty when it may.
 
     Every host that holds a VM of these sets, and every one in ``hosts`` (those known when the plan was
     made), must be online, idle, guarded, have acknowledged this coordinator's epoch and have no VM paused:
@@ -118,19 +119,21 @@ def fence_blockers(
     for name in sorted(fleet.hosts_of(wanted) | set(hosts)):
         inventory = fleet.inventories.get(name)
         if inventory is None:
-            found.append(f"{name} has not reported an inventory")
+            found.append(Reason("host_unknown", f"{name} has not reported an inventory"))
             continue
         busy = inventory.operation or fleet.commanded.get(name, "")
         if not fleet.is_online(name):
-            found.append(f"{name} is offline")
+            found.append(Reason("host_offline", f"{name} is offline"))
         elif (inventory.epoch, inventory.coordinator) != (epoch, coordinator):
-            found.append(f"{name} has not acknowledged epoch {epoch}{_why_not(inventory, epoch)}")
+            why = _why_not(inventory, epoch)
+            code: ReasonCode = "epoch_refused" if why else "host_behind"
+            found.append(Reason(code, f"{name} has not acknowledged epoch {epoch}{why}"))
         elif busy and busy not in own:
-            found.append(f"{name} is busy with operation {busy}")
+            found.append(Reason("host_busy", f"{name} is busy with operation {busy}"))
         elif inventory.guard == "absent":
-            found.append(f"{name} has no pause guard")
+            found.append(Reason("guard_absent", f"{name} has no pause guard"))
         found.extend(
-            f"{vm.vm} on {name} is {vm.state}"
+            Reason("vm_not_running", f"{vm.vm} on {name} is {vm.state}")
             for vm in inventory.vms
             if vm.set in wanted and vm.state in {"paused", "unknown"} and inventory.operation not in own
         )
@@ -146,26 +149,26 @@ def _why_not(inventory: HostInventory, epoch: int) -> str:
     return ""
 
 
-def health_blockers(fleet: Fleet, vms: Iterable[tuple[str, str, bool]]) -> list[str]:
-    """Which of these VMs (name, host, agent expected) are not healthy now, in words."""
+def health_blockers(fleet: Fleet, vms: Iterable[tuple[str, str, bool]]) -> list[Reason]:
+    """Which of these VMs (name, host, agent expected) are not healthy now, and why."""
     found = []
     for name, host, agent in vms:
         inventory = fleet.inventories.get(host)
         record = next((each for each in inventory.vms if each.vm == name), None) if inventory else None
         if inventory is None or not fleet.is_online(host):
-            found.append(f"{name}: its host {host} is offline")
+            found.append(Reason("host_offline", f"{name}: its host {host} is offline"))
         elif record is None:
-            found.append(f"{name} is gone from {host}")
+            found.append(Reason("vm_gone", f"{name} is gone from {host}"))
         elif record.state != "running":
-            found.append(f"{name} on {host} is {record.state}")
+            found.append(Reason("vm_not_running", f"{name} on {host} is {record.state}"))
         elif record.state_detail:
-            found.append(f"{name} on {host}: {record.state_detail}")
+            found.append(Reason("vm_unhealthy", f"{name} on {host}: {record.state_detail}"))
         elif agent and not fleet.agents_online.get(name, False):
-            found.append(f"{name}: its agent is offline")
+            found.append(Reason("agent_offline", f"{name}: its agent is offline"))
     return found
 
 
-def moved_blockers(fleet: Fleet, vms: Iterable[PlannedVm]) -> list[str]:
+def moved_blockers(fleet: Fleet, vms: Iterable[PlannedVm]) -> list[Reason]:
     """Which of these VMs are in another set or domain than when the plan was made: together they may not pause (I1)."""
     records = {(host, vm.vm): vm for host, vm in fleet.vms()}
     found = []
@@ -173,7 +176,10 @@ def moved_blockers(fleet: Fleet, vms: Iterable[PlannedVm]) -> list[str]:
         record = records.get((vm.host, vm.vm))
         if record is not None and _place(record) != _place(vm):
             found.append(
-                f"{vm.vm} is in {_place(record)} now, the plan has it in {_place(vm)}: abort and plan again"
+                Reason(
+                    "vm_moved",
+                    f"{vm.vm} is in {_place(record)} now, the plan has it in {_place(vm)}: abort and plan again",
+                )
             )
     return found
 

@@ -5,12 +5,17 @@ from __future__ import annotations
 from typing import TypeAlias
 
 from caesura.contract.messages import OperationReported, VmClockSynced, VmReady
+from caesura.contract.reasons import ReasonCode
 from caesura.runtime.errors import CaesuraError
 from caesura_coordinator.records import Frozen, Rollout, Wave, WaveEvent
 
 
-class NotYet(CaesuraError):
-    """A request that may be made again later; the text says what must happen first."""
+class RequestRefused(CaesuraError):
+    """A request that cannot be carried out; the text says why, and what to do."""
+
+    def __init__(self, code: ReasonCode, why: str) -> None:
+        self.code: ReasonCode = code
+        super().__init__(why)
 
 
 class Authority(Frozen, frozen=True, kw_only=True):
@@ -80,6 +85,7 @@ class EventEnded(Frozen, frozen=True, kw_only=True):
 
     event: WaveEvent
     reason: str
+    codes: tuple[str, ...] = ()
 
 
 class WaveMoved(Frozen, frozen=True, kw_only=True):

@@ -69,6 +69,7 @@ def make_plan(
         refusals.append(
             Refusal(
                 subject=record.update,
+                code="selection_too_narrow",
                 reason="a host-scope update pauses every VM of a host: select hosts or sets, not single VMs",
             )
         )
@@ -89,7 +90,11 @@ def make_plan(
     refusals += _canary_refusals(members, skipped, limits)
     if not members and not refusals and not any(each.skip == "installed" for each in skipped):
         refusals.append(
-            Refusal(subject=update or "hold", reason="nothing selected has a running VM to act on")
+            Refusal(
+                subject=update or "hold",
+                code="nothing_selected",
+                reason="nothing selected has a running VM to act on",
+            )
         )
     planned = () if refusals else tuple(waves(members, by_host=record.scope == "host", limits=limits))
     wave_s = (
@@ -171,10 +176,14 @@ def _unknown_names(fleet: Fleet, selection: Selection, limits: Limits) -> Iterab
             if name not in known[kind]:
                 near = difflib.get_close_matches(name, known[kind], n=1)
                 hint = f", did you mean {near[0]!r}?" if near else ""
-                yield Refusal(subject=name, reason=f"no {kind} of this name has reported{hint}")
+                yield Refusal(
+                    subject=name, code="name_unknown", reason=f"no {kind} of this name has reported{hint}"
+                )
     if not fleet.inventories:
         yield Refusal(
-            subject="fleet", reason="no host has reported an inventory yet: are the host updaters running?"
+            subject="fleet",
+            code="host_unknown",
+            reason="no host has reported an inventory yet: are the host updaters running?",
         )
 
 
@@ -182,7 +191,7 @@ def _contested_vms(fleet: Fleet, selection: Selection) -> Iterable[Refusal]:
     """Who names a VM that several hosts have is told so; whoever does not gets a plan without it."""
     for name in selection.vms:
         if name in fleet.contested:
-            yield Refusal(subject=name, reason=fleet.contested[name].reason)
+            yield Refusal(subject=name, code="vm_contested", reason=fleet.contested[name].reason)
 
 
 def _definition(fleet: Fleet, update: str, selection: Selection) -> tuple[UpdateRecord | None, list[Refusal]]:
@@ -199,9 +208,15 @@ def _definition(fleet: Fleet, update: str, selection: Selection) -> tuple[Update
         )
         near = difflib.get_close_matches(update, names, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"hosts know: {', '.join(names) or 'none'}"
-        return None, [Refusal(subject=update, reason=f"no host defines this update; {hint}")]
+        return None, [
+            Refusal(subject=update, code="update_unknown", reason=f"no host defines this update; {hint}")
+        ]
     refusals = [
-        Refusal(subject=host, reason=f"does not define the update {update!r}: add it to updates.d there")
+        Refusal(
+            subject=host,
+            code="update_unknown",
+            reason=f"does not define the update {update!r}: add it to updates.d there",
+        )
         for host in selection.hosts
         if host in fleet.inventories and host not in found
     ]
@@ -209,6 +224,7 @@ def _definition(fleet: Fleet, update: str, selection: Selection) -> tuple[Update
     refusals += [
         Refusal(
             subject=host,
+            code="update_differs",
             reason=f"defines {update!r} otherwise than {first_host} does (version, impact, scope or vmm)",
         )
         for host, record in others
@@ -235,17 +251,20 @@ def _update_limits(record: UpdateRecord, policy: Policy, expected_s: float) -> I
     if record.impact == "pause" and policy.budget_s < MIN_BUDGET_S:
         yield Refusal(
             subject=record.update,
+            code="budget_too_short",
             reason=f"a pause budget of {policy.budget_s:g} s is too short: resuming in time needs at least {MIN_BUDGET_S:g} s",
         )
     elif record.impact == "pause" and record.vmm != "beside" and expected_s > usable:
         yield Refusal(
             subject=record.update,
+            code="budget_too_short",
             reason=f"takes {expected_s:g} s, a pause budget of {policy.budget_s:g} s leaves {usable:.2f} s for it "
             "(the rest is for the resume)",
         )
     if record.impact == "reboot" and not policy.allow_reboot:
         yield Refusal(
             subject=record.update,
+            code="reboot_not_allowed",
             reason="needs a reboot, which loses guest memory: allow it with --allow-reboot",
         )
 
@@ -269,9 +288,11 @@ def _hosts(fleet: Fleet, record: UpdateRecord, selection: Selection, *, hold_s: 
 def _host_refusals(fleet: Fleet, hosts: Sequence[str]) -> Iterable[Refusal]:
     for host in hosts:
         if not fleet.is_online(host):
-            yield Refusal(subject=host, reason="its host updater is offline")
+            yield Refusal(subject=host, code="host_offline", reason="its host updater is offline")
         elif fleet.inventories[host].guard == "absent":
-            yield Refusal(subject=host, reason="it has no pause guard, so no pause may start there")
+            yield Refusal(
+                subject=host, code="guard_absent", reason="it has no pause guard, so no pause may start there"
+            )
 
 
 def _passed_over(fleet: Fleet, hosts: Iterable[str], record: UpdateRecord, limits: Limits) -> _Passed:
@@ -328,10 +349,15 @@ def _canary_refusals(
     name = limits.canary_host
     done = {each.host for each in skipped if each.skip == "installed"}
     if name and name not in done and name not in {each.host for each in members}:
-        yield Refusal(subject=name, reason="cannot be the canary: the plan does nothing on this host")
+        yield Refusal(
+            subject=name,
+            code="canary_impossible",
+            reason="cannot be the canary: the plan does nothing on this host",
+        )
     if limits.max_hosts and limits.canary_count > limits.max_hosts:
         yield Refusal(
             subject="canary",
+            code="canary_impossible",
             reason=f"{limits.canary_count} hosts are more than the {limits.max_hosts} that a wave may have",
         )
 
@@ -381,15 +407,15 @@ def _members(
                     msgspec.structs.replace(planned, method="skip", reason=why, proofs=(), skip=skip)
                 )
             elif method == "skip":
-                refusals.append(Refusal(subject=vm.vm, reason=reason))
+                refusals.append(Refusal(subject=vm.vm, code="method_unavailable", reason=reason))
             elif vm.state_detail:
                 # No wave with it would start: what its start will say is said here, before anybody is warned.
                 why = (
                     f"{vm.state_detail}: no wave with it can start; repair it, or leave it out (--exclude-vm)"
                 )
-                refusals.append(Refusal(subject=vm.vm, reason=why[:4096]))
+                refusals.append(Refusal(subject=vm.vm, code="vm_unhealthy", reason=why[:4096]))
             elif why := unprovable(vm, planned, policy):
-                refusals.append(Refusal(subject=vm.vm, reason=why[:4096]))
+                refusals.append(Refusal(subject=vm.vm, code="proof_impossible", reason=why[:4096]))
             else:
                 members.append(
                     Member(host=host, vm=vm, planned=planned, domain=domain_of(vm, policy.domain_key))
@@ -476,5 +502,6 @@ def _split_hosts(members: Sequence[Member], key: DomainKey) -> Iterable[Refusal]
             named = ", ".join(f"{vm} in {key} {domain}" for domain, vm in sorted(domains.items()))
             yield Refusal(
                 subject=host,
+                code="host_in_two_domains",
                 reason=f"holds VMs of set {set_name} in {len(domains)} domains ({named}): one pause of the host would pause both",
             )

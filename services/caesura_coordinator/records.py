@@ -24,6 +24,7 @@ from caesura.contract.messages import (
     WaveState,
     WaveStatus,
 )
+from caesura.contract.reasons import KNOWN
 
 _NAMESPACE = uuid.UUID("6f1d4e52-6f0b-5e0a-9a51-0c1f3a7f3f0e")
 """Ids of events and operations are named after what they are for; the store keeps them."""
@@ -61,6 +62,7 @@ class HostOperation(Frozen, frozen=True, kw_only=True):
     operation: str
     status: OperationProgress = "planned"
     reason: str = ""
+    codes: tuple[str, ...] = ()
     vms: tuple[VmResult, ...] = ()
     update: UpdateOutcome | None = None
 
@@ -94,9 +96,11 @@ class Wave(Frozen, frozen=True, kw_only=True):
     attempt: int = 0
     status: WaveStatus = "pending"
     reason: str = ""
+    codes: tuple[str, ...] = ()
     waiting_since: datetime | None = None
     """Since when a gate has been in the way."""
     waiting_for: str = ""
+    waiting_codes: tuple[str, ...] = ()
     published_at: datetime | None = None
     not_before: datetime | None = None
     answers_by: datetime | None = None
@@ -149,6 +153,7 @@ class Rollout(Frozen, frozen=True, kw_only=True):
     """Every host that held a VM of these sets when the plan was made: all are asked before every pause."""
     status: RolloutStatus = "running"
     reason: str = ""
+    codes: tuple[str, ...] = ()
     expected_pause_s: float = 0.0
     outside_pause_s: float = 0.0
     """Seconds that a host may work before its first pause, beyond the budget."""
@@ -220,6 +225,7 @@ def rollout_state(rollout: Rollout) -> RolloutState:
         hold_s=rollout.hold_s,
         status=rollout.status,
         reason=rollout.reason,
+        codes=rollout.codes,
         policy=rollout.policy,
         sets=rollout.sets,
         waves=tuple(_wave_state(wave) for wave in rollout.waves),
@@ -273,10 +279,13 @@ def largest_state(rollout: Rollout) -> RolloutState:
         )
     failed = FailedUpdate(host="h" * 64, outcome="interrupted", exit_code=-255)
     waves[-1] = msgspec.structs.replace(
-        waves[-1], reason="?" * 4096, failed_updates=(failed,) * min(_FAILED_NAMED, len(waves[-1].hosts))
+        waves[-1],
+        reason="?" * 4096,
+        codes=tuple(KNOWN),
+        failed_updates=(failed,) * min(_FAILED_NAMED, len(waves[-1].hosts)),
     )
     return msgspec.structs.replace(
-        state, status="completed", reason="?" * 4096, waves=tuple(waves), ended_at=at
+        state, status="completed", reason="?" * 4096, codes=tuple(KNOWN), waves=tuple(waves), ended_at=at
     )
 
 
@@ -293,6 +302,7 @@ def _wave_state(wave: Wave) -> WaveState:
         started_at=wave.started_at,
         ended_at=wave.ended_at,
         reason=wave.reason or wave.waiting_for,
+        codes=wave.codes or wave.waiting_codes,
         failed_updates=_failed_updates(wave),
     )
 

@@ -16,6 +16,7 @@ from datetime import datetime, timedelta
 import msgspec
 
 from caesura.contract.messages import OperationReported, VmClockSynced, VmReady, WaveStatus
+from caesura.contract.reasons import Reason, codes_of
 from caesura.lifecycle.errors import IllegalTransition
 from caesura_coordinator.fleet import Fleet, fence_blockers, health_blockers, moved_blockers
 from caesura_coordinator.inputs import (
@@ -28,8 +29,8 @@ from caesura_coordinator.inputs import (
     EventScheduled,
     EventStarted,
     Input,
-    NotYet,
     Outdated,
+    RequestRefused,
     Resume,
     RolloutMoved,
     Tick,
@@ -64,7 +65,7 @@ def decide(
 
     Raises:
         IllegalTransition: an operator's request that the rollout's status does not allow.
-        NotYet: a resume while a host still owes its report.
+        RequestRefused: a resume while a host still owes its report.
     """
     step = _Step(rollout, fleet, authority, now)
     match received:
@@ -133,46 +134,56 @@ class _Step:
 
     def _move(self, wave: Wave, status: WaveStatus, **changes: object) -> Wave:
         moved = self._put(
-            msgspec.structs.replace(wave, status=status, waiting_since=None, waiting_for="", **changes)
+            msgspec.structs.replace(
+                wave, status=status, waiting_since=None, waiting_for="", waiting_codes=(), **changes
+            )
         )
         self.effects.append(WaveMoved(wave=moved))
         return moved
 
-    def _end_events(self, wave: Wave, status: str, reason: str = "") -> Wave:
+    def _end_events(self, wave: Wave, status: str, reason: str = "", codes: tuple[str, ...] = ()) -> Wave:
         """Bring every open event of the wave to its one end."""
         events = []
         for event in wave.events:
             if event.status in {"scheduled", "started"}:
                 event = msgspec.structs.replace(event, status=status)  # noqa: PLW2901
-                self.effects.append(EventEnded(event=event, reason=reason))
+                self.effects.append(EventEnded(event=event, reason=reason, codes=codes))
             events.append(event)
         return self._put(msgspec.structs.replace(wave, events=tuple(events)))
 
-    def _halt(self, wave: Wave, reason: str) -> None:
+    def _halt(self, wave: Wave, why: Sequence[Reason], before: str = "") -> None:
         """Wave failed, rollout halted. Events not started are cancelled, started ones failed."""
+        self._halt_for(wave, before + listed(why), codes_of(why))
+
+    def _halt_for(self, wave: Wave, reason: str, codes: tuple[str, ...]) -> None:
         reason = shortened(reason)
         started = wave.started_at is not None
-        wave = self._end_events(wave, "failed" if started else "cancelled", reason)
-        self._move(wave, "failed", reason=reason, ended_at=self.now)
-        self.rollout = msgspec.structs.replace(self.rollout, status="halted", reason=reason)
+        wave = self._end_events(wave, "failed" if started else "cancelled", reason, codes)
+        self._move(wave, "failed", reason=reason, codes=codes, ended_at=self.now)
+        self.rollout = msgspec.structs.replace(self.rollout, status="halted", reason=reason, codes=codes)
         self.effects.append(RolloutMoved(rollout=self.rollout))
 
-    def _finish(self, status: str, reason: str = "") -> None:
-        self.rollout = msgspec.structs.replace(self.rollout, status=status, reason=reason, ended_at=self.now)
+    def _finish(self, status: str, reason: str = "", codes: tuple[str, ...] = ()) -> None:
+        self.rollout = msgspec.structs.replace(
+            self.rollout, status=status, reason=reason, codes=codes, ended_at=self.now
+        )
         self.effects.append(RolloutMoved(rollout=self.rollout))
 
-    def _blocked(self, wave: Wave, blockers: Sequence[str]) -> bool:
+    def _blocked(self, wave: Wave, blockers: Sequence[Reason]) -> bool:
         """Wait for a gate; halt when it stays shut for the verify timeout."""
         if not blockers:
             if wave.waiting_since is not None:  # it opened: what shuts it next time has the whole time again
-                self._put(msgspec.structs.replace(wave, waiting_since=None, waiting_for=""))
+                self._put(msgspec.structs.replace(wave, waiting_since=None, waiting_for="", waiting_codes=()))
             return False
         why = listed(blockers)
         since = wave.waiting_since or self.now
         if self.now - since >= timedelta(seconds=self.rollout.policy.verify_timeout_s):
-            self._halt(wave, f"cannot go on: {why}")
+            self._halt(wave, blockers, "cannot go on: ")
         elif (wave.waiting_since, wave.waiting_for) != (since, why):
-            self._put(msgspec.structs.replace(wave, waiting_since=since, waiting_for=why))
+            codes = codes_of(blockers)
+            self._put(
+                msgspec.structs.replace(wave, waiting_since=since, waiting_for=why, waiting_codes=codes)
+            )
         return True
 
     # -- inputs --
@@ -187,23 +198,25 @@ class _Step:
             # Why it failed is what somebody looks for afterwards, not only that it was given up.
             text = f"{text}; it had halted: {self.rollout.reason}"
         text = shortened(text)
+        codes = tuple(dict.fromkeys(("aborted", *self.rollout.codes)))
         wave = self.rollout.current
         if wave is not None and wave.status == "started" and self.rollout.status == "running":
-            self.rollout = msgspec.structs.replace(self.rollout, status="aborting", reason=text)
+            self.rollout = msgspec.structs.replace(self.rollout, status="aborting", reason=text, codes=codes)
             self.effects.append(RolloutMoved(rollout=self.rollout))
             return
         if wave is not None and wave.status in {"pending", "scheduled", "verifying", "soaking"}:
-            self._cancel(wave, text)
-        self._finish("aborted", text)
+            self._cancel(wave, text, codes)
+        self._finish("aborted", text, codes)
 
-    def _cancel(self, wave: Wave, text: str) -> None:
+    def _cancel(self, wave: Wave, text: str, codes: tuple[str, ...]) -> None:
         if (
             wave.status == "soaking"
         ):  # its events are over and its VMs verified: it is done, only the waiting is cut
             self._move(wave, "completed", ended_at=self.now)
             return
-        wave = self._end_events(wave, "failed" if wave.started_at else "cancelled", text)
-        self._move(wave, "failed" if wave.started_at else "cancelled", reason=text, ended_at=self.now)
+        status: WaveStatus = "failed" if wave.started_at else "cancelled"
+        wave = self._end_events(wave, status, text, codes)
+        self._move(wave, status, reason=text, codes=codes, ended_at=self.now)
 
     def resume(self) -> None:
         if self.rollout.status != "halted":
@@ -211,11 +224,12 @@ class _Step:
         wave = self.rollout.current
         lost = sorted(each.host for each in wave.operations if each.status == "lost") if wave else []
         if lost:
-            raise NotYet(
+            raise RequestRefused(
+                "report_outstanding",
                 f"rollout {self.rollout.id} cannot go on yet: {', '.join(lost)} never said what became of its operation; "
-                "bring the host updater back (it reports at start), or abort the rollout"
+                "bring the host updater back (it reports at start), or abort the rollout",
             )
-        self.rollout = msgspec.structs.replace(self.rollout, status="running", reason="")
+        self.rollout = msgspec.structs.replace(self.rollout, status="running", reason="", codes=())
         self.effects.append(RolloutMoved(rollout=self.rollout))
         if wave is None or wave.status != "failed":
             return
@@ -264,7 +278,7 @@ class _Step:
         )
         wave = self._put(msgspec.structs.replace(wave, events=events, outdated=why))
         if wave.status != "started":  # what hosts were commanded comes to its end first
-            self._halt(wave, why)
+            self._halt(wave, [Reason("superseded", why)])
 
     def approve(self, approval: Approve) -> None:
         wave = self.rollout.current
@@ -365,7 +379,7 @@ class _Step:
         )
         self.effects.extend(EventScheduled(event=event) for event in events)
 
-    def _fence(self, wave: Wave) -> list[str]:
+    def _fence(self, wave: Wave) -> list[Reason]:
         """Why the wave may not be started, or, started by an earlier life of this coordinator, not be gone on with."""
         hosts = {*self.rollout.set_hosts, *wave.hosts}
         return fence_blockers(
@@ -382,20 +396,21 @@ class _Step:
         due = wave.not_before is not None and self.now >= wave.not_before
         approved = all(event.approved_by for event in wave.events)
         refusing = [
-            f"{vm} is not ready: {answer.reason or 'its prepare hook said no'}"
+            Reason("agent_not_ready", f"{vm} is not ready: {answer.reason or 'its prepare hook said no'}")
             for vm, answer in sorted(wave.readiness.items())
             if not answer.ready
         ]
         silent = [vm.vm for vm in wave.ahead if vm.agent and vm.vm not in wave.readiness]
         if refusing and policy.on_not_ready == "halt":
-            self._halt(wave, listed(refusing))
+            self._halt(wave, refusing)
             return
         if not due and (not approved or silent):
             return
         if silent and policy.on_not_ready == "halt":
             if any(until and self.now < until for until in (wave.answers_by, self.fleet.returning_until)):
                 return  # they may have answered while nobody was there to hear it; they say it again
-            self._halt(wave, f"no answer of the agent by NotBefore: {listed(silent, ', ')}")
+            text = f"no answer of the agent by NotBefore: {listed(silent, ', ')}"
+            self._halt(wave, [Reason("agent_silent", text)])
             return
         if not self._blocked(wave, moved_blockers(self.fleet, wave.ahead) or self._fence(wave)):
             self._start(wave)
@@ -426,7 +441,9 @@ class _Step:
     def _from_started(self, wave: Wave) -> None:
         if wave.report_by is not None and self.now >= wave.report_by:
             lost = tuple(
-                msgspec.structs.replace(each, status="lost", reason="did not report in time")
+                msgspec.structs.replace(
+                    each, status="lost", reason="did not report in time", codes=("report_lost",)
+                )
                 if each.status not in FINAL
                 else each
                 for each in wave.operations
@@ -435,12 +452,14 @@ class _Step:
         if any(each.status not in FINAL for each in wave.operations):
             self._fence_again(wave)
             return
-        wrong = [_why(each) for each in wave.operations if each.status != "completed"]
-        wrong += [wave.outdated] if wave.outdated else []
+        wrong = [each for each in wave.operations if each.status != "completed"]
         if self.rollout.status == "aborting":
             self._aborted(wave)
-        elif wrong:
-            self._halt(wave, listed(wrong))
+        elif wrong or wave.outdated:
+            texts = [_why(each) for each in wrong] + ([wave.outdated] if wave.outdated else [])
+            codes = [code for each in wrong for code in each.codes or ("unexplained",)]
+            codes += ["superseded"] if wave.outdated else []
+            self._halt_for(wave, listed(texts), tuple(dict.fromkeys(codes)))
         else:
             self._move(wave, "verifying", verify_by=self._in(self.rollout.policy.verify_timeout_s))
 
@@ -452,38 +471,41 @@ class _Step:
         """
         if wave.fence_epoch == self.authority.epoch:
             return
-        why = listed(self._fence(wave))
+        blockers = self._fence(wave)
+        why, codes = listed(blockers), codes_of(blockers)
         epoch = wave.fence_epoch if why else self.authority.epoch
         if (wave.waiting_for, wave.fence_epoch) != (why, epoch):
-            self._put(msgspec.structs.replace(wave, waiting_for=why, fence_epoch=epoch))
+            self._put(msgspec.structs.replace(wave, waiting_for=why, waiting_codes=codes, fence_epoch=epoch))
 
     def _aborted(self, wave: Wave) -> None:
         """All hosts have answered the abort: the record says whether anything had been paused."""
         untouched = all(each.status in {"cancelled", "refused"} for each in wave.operations)
-        wave = self._end_events(wave, "cancelled" if untouched else "failed", self.rollout.reason)
-        self._move(
-            wave, "cancelled" if untouched else "failed", reason=self.rollout.reason, ended_at=self.now
-        )
-        self._finish("aborted", self.rollout.reason)
+        status: WaveStatus = "cancelled" if untouched else "failed"
+        reason, codes = self.rollout.reason, self.rollout.codes
+        wave = self._end_events(wave, status, reason, codes)
+        self._move(wave, status, reason=reason, codes=codes, ended_at=self.now)
+        self._finish("aborted", reason, codes)
 
     def _from_verifying(self, wave: Wave) -> None:
         wrong, missing = (
-            [each for each in found if each not in wave.accepted]
+            [each for each in found if each.text not in wave.accepted]
             for found in verify(wave, self.rollout.policy)
         )
         if wrong:
-            self._halt(
-                self._put(msgspec.structs.replace(wave, accepted=(*wave.accepted, *wrong))), listed(wrong)
-            )
+            self._halt(self._accepting(wave, wrong), wrong)
             return
         late = missing + health_blockers(self.fleet, [(vm.vm, vm.host, vm.agent) for vm in wave.vms])
         if late:
             if wave.verify_by is not None and self.now >= wave.verify_by:
-                wave = self._put(msgspec.structs.replace(wave, accepted=(*wave.accepted, *missing)))
-                self._halt(wave, "not verified in time: " + listed(late))
+                self._halt(self._accepting(wave, missing), late, "not verified in time: ")
             return
         wave = self._end_events(wave, "completed")
         self._move(wave, "soaking", soak_until=wave.soak_until or self._in(self.rollout.policy.soak_s))
+
+    def _accepting(self, wave: Wave, found: Sequence[Reason]) -> Wave:
+        """The wave with what an operator accepts by a resume."""
+        accepted = (*wave.accepted, *(each.text for each in found))
+        return self._put(msgspec.structs.replace(wave, accepted=accepted))
 
     def _from_soaking(self, wave: Wave) -> None:
         ill = health_blockers(self.fleet, [(vm.vm, vm.host, vm.agent) for vm in wave.vms])
@@ -501,6 +523,7 @@ def _reported(operation: HostOperation, report: OperationReported) -> HostOperat
         operation,
         status=report.status,
         reason=report.reason,
+        codes=report.codes,
         vms=report.vms,
         update=report.update,
     )

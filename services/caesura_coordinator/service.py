@@ -15,8 +15,10 @@ from caesura.contract import messages as m
 from caesura.contract.codec import MAX_PAYLOAD_BYTES, ContractError, Received, encode, size_bytes
 from caesura.contract.envelope import Message
 from caesura.contract.names import is_name
+from caesura.contract.reasons import ReasonCode
 from caesura.contract.topics import PREFIX, TopicError, channel_of
 from caesura.lifecycle.epoch import epoch_floor, leaps
+from caesura.lifecycle.errors import IllegalTransition
 from caesura.runtime.errors import CaesuraError, StoreError
 from caesura.runtime.identity import new_id
 from caesura.runtime.sampler import Sampler
@@ -25,7 +27,7 @@ from caesura_coordinator.answers import REASON_CHARACTERS, with_plan
 from caesura_coordinator.book import Book
 from caesura_coordinator.commands import due_commands
 from caesura_coordinator.fleet import Fleet
-from caesura_coordinator.inputs import Abort, Approve, Authority, Input, Resume, Tick
+from caesura_coordinator.inputs import Abort, Approve, Authority, Input, RequestRefused, Resume, Tick
 from caesura_coordinator.owners import Owners
 from caesura_coordinator.plan import make_plan, most_targets, nothing_to_do, sets_of
 from caesura_coordinator.records import largest_state, new_rollout
@@ -438,7 +440,9 @@ class Coordinator:
         """An operator's request that breaks the contract is answered too, as far as its topic tells who asked."""
         parts = topic.removeprefix(PREFIX + "/").split("/")
         if len(parts) == 3 and parts[0] == "ctl" and is_name(parts[1]):
-            answer = m.RequestAnswered(request="unreadable", accepted=False, reason=str(error)[:1000])
+            answer = m.RequestAnswered(
+                request="unreadable", accepted=False, reason=str(error)[:1000], codes=("message_invalid",)
+            )
             try:
                 self.book.remember_answer(parts[1], answer)
             except StoreError as failed:
@@ -508,7 +512,7 @@ class Coordinator:
                 self.store.enqueue(known, client=client)
             elif self.leads and late:
                 _log.warning("request.outlived", client=client, request=request.request, why=late)
-                self._refuse(client, request, late)
+                self._refuse(client, request, "request_late", late)
             elif self.leads:
                 self._decide_request(client, request)
         except StoreError as error:
@@ -529,11 +533,15 @@ class Coordinator:
                     self._steer(client, request, Resume())
         except StoreError:
             raise
-        except CaesuraError as error:
-            self._refuse(client, request, str(error))
+        except RequestRefused as error:
+            self._refuse(client, request, error.code, str(error))
+        except IllegalTransition as error:
+            self._refuse(client, request, "rollout_state", str(error))
 
-    def _refuse(self, client: str, request: Request, why: str) -> None:
-        answer = m.RequestAnswered(request=request.request, accepted=False, reason=why[:REASON_CHARACTERS])
+    def _refuse(self, client: str, request: Request, code: ReasonCode, why: str) -> None:
+        answer = m.RequestAnswered(
+            request=request.request, accepted=False, reason=why[:REASON_CHARACTERS], codes=(code,)
+        )
         self.book.remember_answer(client, answer)
 
     def _plan_or_start(
@@ -548,12 +556,19 @@ class Coordinator:
             limits=request.limits,
             hold_s=hold_s,
         )
-        reason = "; ".join(f"{each.subject}: {each.reason}" for each in plan.refusals) or most_targets(plan)
+        reason = "; ".join(f"{each.subject}: {each.reason}" for each in plan.refusals)
+        codes = tuple(dict.fromkeys(each.code for each in plan.refusals))
+        if not reason and (reason := most_targets(plan)):
+            codes = ("too_large",)
         held = self.book.holder(sets_of(plan))
         if held and not request.plan_only:
             reason = f"set {held[0]} is held by rollout {held[1]}: wait for its end, resume or abort it"
+            codes = ("set_held",)
         if reason or request.plan_only or not plan.waves:
-            answer = with_plan(request.request, plan, reason, note=nothing_to_do(plan))
+            note = nothing_to_do(plan)
+            if note and not reason:
+                codes = ("nothing_to_do",)
+            answer = with_plan(request.request, plan, reason, codes, note=note)
             self.book.remember_answer(client, answer)
             return
         now = self._now()
@@ -565,12 +580,13 @@ class Coordinator:
             requested_by=client,
             now=now,
         )
-        answer = with_plan(request.request, plan, "", rollout=rollout.id)
+        answer = with_plan(request.request, plan, "", (), rollout=rollout.id)
         largest = size_bytes(largest_state(rollout))
         if largest > MAX_PAYLOAD_BYTES:
-            raise CaesuraError(
+            raise RequestRefused(
+                "too_large",
                 f"a rollout over {sum(len(wave.vms) for wave in plan.waves)} VMs is too large to be announced "
-                f"({largest} bytes of {MAX_PAYLOAD_BYTES}): select fewer sets or hosts at a time"
+                f"({largest} bytes of {MAX_PAYLOAD_BYTES}): select fewer sets or hosts at a time",
             )
         self.book.add(rollout, client, answer)
         _log.info("rollout.started", rollout=rollout.id, update=update, waves=len(plan.waves), client=client)
@@ -585,14 +601,17 @@ class Coordinator:
         if request.rollout:
             rollout = self.book.rollouts.get(request.rollout)
             if rollout is None:
-                raise CaesuraError(f"no rollout {request.rollout!r}; not at their end: {known}")
+                raise RequestRefused(
+                    "rollout_unknown", f"no rollout {request.rollout!r}; not at their end: {known}"
+                )
         elif len(active) == 1:
             rollout = active[0]
         else:
-            raise CaesuraError(
+            raise RequestRefused(
+                "rollout_unknown",
                 f"several rollouts are not at their end, say which: {known}"
                 if active
-                else "no rollout is under way: all are at their end"
+                else "no rollout is under way: all are at their end",
             )
         answer = m.RequestAnswered(request=request.request, accepted=True, rollout=rollout.id)
         self.book.step(rollout, received, self.fleet, self.authority, self._now(), answer=(client, answer))

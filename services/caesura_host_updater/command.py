@@ -14,6 +14,7 @@ from caesura.contract.messages import (
     StartOperation,
     VmRecord,
 )
+from caesura.contract.reasons import ReasonCode
 from caesura.lifecycle.budget import MIN_BUDGET_S, usable_s
 from caesura.lifecycle.epoch import EPOCH_LEAP, leaps
 from caesura_host_updater.report import unreportable
@@ -49,6 +50,7 @@ def hear(authority: Authority, epoch: int, coordinator: str) -> Authority | str:
 class Refuse(msgspec.Struct, frozen=True):
     """Do nothing but say why."""
 
+    code: ReasonCode
     why: str
 
 
@@ -105,37 +107,41 @@ def evaluate_start(
     if isinstance(authority, str):
         return Ignore(authority)
     if command.host != host.host:
-        return Refuse(f"the command is for host {command.host}, this is {host.host}")
+        return Refuse("command_misdirected", f"the command is for host {command.host}, this is {host.host}")
     if now > command.not_after:
         late_s = (now - command.not_after).total_seconds()
-        return Refuse(f"the command came {late_s:.1f} s after its not_after")
+        return Refuse("command_late", f"the command came {late_s:.1f} s after its not_after")
     if host.stopping:
-        return Refuse(STOPPING)
+        return Refuse("host_stopping", STOPPING)
     if host.busy:
-        return Refuse(f"busy with operation {host.busy}")
-    why = _wrong_targets(command, host) or unreportable(command, now)
+        return Refuse("host_busy", f"busy with operation {host.busy}")
+    wrong = _wrong_targets(command, host)
+    if wrong is not None:
+        return wrong
+    why = unreportable(command, now)
     if why:
-        return Refuse(why)
+        return Refuse("too_large", why)
     return _judge_update(command, host)
 
 
-def _wrong_targets(command: StartOperation, host: Host) -> str:
-    """What is wrong with the command's VMs, empty if nothing is."""
+def _wrong_targets(command: StartOperation, host: Host) -> Refuse | None:
+    """What is wrong with the command's VMs, None if nothing is."""
     for vm, count in Counter(target.vm for target in command.targets).items():
         if count > 1:
-            return f"VM {vm} is named {count} times"
+            return Refuse("command_invalid", f"VM {vm} is named {count} times")
     for target in command.targets:
         record = host.vms.get(target.vm)
         if record is None:
-            return f"VM {target.vm} is not on this host"
+            return Refuse("vm_gone", f"VM {target.vm} is not on this host")
         if (target.set, target.update_domain) != (record.set, record.update_domain):
-            return (
+            return Refuse(
+                "vm_moved",
                 f"VM {target.vm} is in set {record.set} domain {record.update_domain}, "
-                f"the command says {target.set} domain {target.update_domain}: plan again"
+                f"the command says {target.set} domain {target.update_domain}: plan again",
             )
         if record.state != "running":
-            return f"VM {target.vm} is {record.state}, not running"
-    return ""
+            return Refuse("vm_not_running", f"VM {target.vm} is {record.state}, not running")
+    return None
 
 
 def _judge_update(command: StartOperation, host: Host) -> Refuse | Accept:
@@ -143,43 +149,50 @@ def _judge_update(command: StartOperation, host: Host) -> Refuse | Accept:
         record = host.vms[target.vm]
         if command.method not in record.methods:
             missing = record.methods_missing.get(command.method, "this host does not know it")
-            return Refuse(f"method {command.method} is not possible for VM {target.vm}: {missing}")
+            why = f"method {command.method} is not possible for VM {target.vm}: {missing}"
+            return Refuse("method_unavailable", why)
     if command.method != "live" and command.budget_s < MIN_BUDGET_S:
         return Refuse(
-            f"a budget of {command.budget_s:g} s is too short: resuming in time needs at least {MIN_BUDGET_S:g} s"
+            "budget_too_short",
+            f"a budget of {command.budget_s:g} s is too short: resuming in time needs at least {MIN_BUDGET_S:g} s",
         )
     if not command.update:
         if command.method != "freeze":
-            return Refuse(f"method {command.method} without an update does nothing")
+            return Refuse("command_invalid", f"method {command.method} without an update does nothing")
         if command.hold_s > usable_s(command.budget_s):
             return Refuse(
+                "budget_too_short",
                 f"holding for {command.hold_s:g} s does not fit a budget of {command.budget_s:g} s: "
-                f"at most {usable_s(command.budget_s):.2f} s do, the rest is for the resume"
+                f"at most {usable_s(command.budget_s):.2f} s do, the rest is for the resume",
             )
         return Accept(None)
     update = host.catalogue.updates.get(command.update)
     if update is None:
         files = ", ".join(f"{each.file}: {each.reason}" for each in host.catalogue.refused)
         return Refuse(
-            f"update {command.update} is not known here{f' (refused files: {files})' if files else ''}"
+            "update_unknown",
+            f"update {command.update} is not known here{f' (refused files: {files})' if files else ''}",
         )
     if command.method != update.method:
         return Refuse(
+            "update_differs",
             f"update {update.name} has impact {update.impact}"
             + (f" and vmm {update.vmm}" if update.vmm else "")
-            + f": it is applied by method {update.method}, not by {command.method}"
+            + f": it is applied by method {update.method}, not by {command.method}",
         )
     if command.method in ("freeze", "replace"):
         if update.expected_s > usable_s(command.budget_s):
             return Refuse(
+                "budget_too_short",
                 f"update {update.name} takes some {update.expected_s:g} s, a budget of {command.budget_s:g} s "
-                f"leaves {usable_s(command.budget_s):.2f} s for it"
+                f"leaves {usable_s(command.budget_s):.2f} s for it",
             )
         named = {target.vm for target in command.targets}
         left = [vm for vm, record in host.vms.items() if record.state == "running" and vm not in named]
         if update.scope == "host" and left:
             return Refuse(
-                f"update {update.name} is of scope host, but the command leaves out {', '.join(left)}"
+                "command_invalid",
+                f"update {update.name} is of scope host, but the command leaves out {', '.join(left)}",
             )
     return Accept(update)
 

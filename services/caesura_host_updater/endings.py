@@ -44,6 +44,7 @@ def cancelled_before_it_began(
         epoch=epoch,
         status="cancelled",
         reason=f"{why}: {command.reason}" if command.reason else why,
+        codes=("aborted",),
         at=now,
     )
 

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import structlog
 
 from caesura.contract.messages import StartOperation, VmFrozen, VmResumed
+from caesura.contract.reasons import ReasonCode
 from caesura.runtime.errors import StoreError
 from caesura_host_updater import steps
 from caesura_host_updater.applying import UpdateNotStarted, UpdateProcess, update_environ
@@ -115,9 +116,9 @@ class OperationRunner:
         self._processes: dict[str, UpdateProcess] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
-    def abort(self, why: str) -> None:
+    def abort(self, code: ReasonCode, why: str) -> None:
         """Undo it, or never start it."""
-        self._events.put_nowait(steps.AbortAsked(why))
+        self._events.put_nowait(steps.AbortAsked(code, why))
 
     async def run(self) -> Operation:
         """From the journalled intent to the end; every VM runs or is gone when this returns."""
@@ -227,7 +228,9 @@ class OperationRunner:
         if not task.cancelled() and task.exception() is not None:
             # A bug in an adapter must not leave a VM paused: give up the operation in an orderly way.
             _log.error("operation.broken", operation=self.state.operation, exc_info=task.exception())
-            self._events.put_nowait(steps.AbortAsked(f"internal error: {task.exception()!r}"))
+            self._events.put_nowait(
+                steps.AbortAsked("internal_error", f"internal error: {task.exception()!r}")
+            )
 
     async def _arm(self, deadline: float) -> None:
         try:

@@ -7,6 +7,7 @@ from typing import Literal
 import msgspec
 
 from caesura.contract.messages import Method
+from caesura.contract.reasons import ReasonCode
 from caesura.runtime.errors import CaesuraError
 from caesura_host_updater.schedule import Schedule
 from caesura_host_updater.steps import Effect, Outcome
@@ -116,6 +117,8 @@ class Operation(msgspec.Struct, frozen=True, kw_only=True):
     phase: Phase = "accepted"
     schedule: Schedule | None = None
     failure: str = ""
+    codes: tuple[ReasonCode, ...] = ()
+    """Of ``failure``."""
     """The first thing that went wrong."""
     aborted: bool = False
     wake_at: float | None = None
@@ -153,9 +156,9 @@ def vm_of(op: Operation, name: str) -> VmPause:
     return next(vm for vm in op.vms if vm.vm == name)
 
 
-def failed(op: Operation, why: str) -> Operation:
+def failed(op: Operation, code: ReasonCode, why: str) -> Operation:
     """The operation with its first failure noted."""
-    return changed(op, failure=op.failure or why)
+    return op if op.failure else changed(op, failure=why, codes=(code,))
 
 
 def schedule_of(op: Operation) -> Schedule:

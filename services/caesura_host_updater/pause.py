@@ -137,12 +137,13 @@ def _armed(op: Operation, event: Armed | ArmRefused, now: float) -> Decision:
     if op.phase != "arming":
         raise IllegalTransition(op.phase, event, "arming")
     if isinstance(event, ArmRefused):
-        op = failed(op, f"nothing was frozen: {event.what}: {event.why}")
+        op = failed(op, "guard_refused", f"nothing was frozen: {event.what}: {event.why}")
     elif op.failure or op.aborted:
         pass
     elif now >= schedule_of(op).freeze_by:
         op = failed(
             op,
+            "pause_ran_out",
             f"nothing was frozen: {now - schedule_of(op).started_at:.2f} s passed before the first freeze call",
         )
     elif op.method == "swap":
@@ -162,7 +163,7 @@ def _freeze_result(op: Operation, event: VmFroze | VmNotFrozen, now: float) -> D
         told = (TellFrozen(event.vm),)
     else:
         op = changed_vm(op, event.vm, called_at=event.called_at, error=event.why)
-        op = failed(op, f"VM {event.vm} could not be frozen: {event.why}")
+        op = failed(op, "freeze_failed", f"VM {event.vm} could not be frozen: {event.why}")
     if op.phase != "freezing":
         return op, told
     if op.failure:
@@ -208,7 +209,7 @@ def _sampled(op: Operation, event: Sampled) -> Decision:
 
 
 def _changed_memory(op: Operation, name: str) -> Operation:
-    return failed(op, f"the memory of VM {name} changed while it was paused")
+    return failed(op, "memory_changed", f"the memory of VM {name} changed while it was paused")
 
 
 def _digested(op: Operation, event: Digested, now: float) -> Decision:
@@ -231,7 +232,7 @@ def _start_update(op: Operation, now: float) -> Decision:
     """From frozen; at once for method live, and for swap, whose update runs before anything pauses."""
     schedule = op.schedule
     if schedule is not None and now >= schedule.update_until:
-        return resume_all(failed(op, "the budget was used up before the update could start"))
+        return resume_all(failed(op, "pause_ran_out", "the budget was used up before the update could start"))
     if not op.update:
         op = changed(op, phase="updating", wake_at=min(now + op.hold_s, schedule_of(op).resume_at))
         return op, (Note(),)
@@ -263,7 +264,7 @@ def _update_ended(op: Operation, event: UpdateEnded, now: float) -> Decision:
             if event.exit_code is not None and event.exit_code < 0:
                 code = f": killed by signal {-event.exit_code}"
             where = f" for VM {event.key}" if event.key else ""
-            op = failed(op, f"update {op.update} failed{where}{code}")
+            op = failed(op, "update_failed", f"update {op.update} failed{where}{code}")
     op = changed(op, runs=tuple(runs))
     if op.phase != "updating" or update_runs(op):
         return op, ()
@@ -310,7 +311,7 @@ def _vm_lost(op: Operation, event: VmLost, now: float) -> Decision:
     if op.phase not in ("freezing", "frozen", "updating", "updated"):
         return op, ()
     op = changed_vm(op, event.vm, error=vm_of(op, event.vm).error or event.why)
-    op = failed(op, f"VM {event.vm} {event.why}")
+    op = failed(op, "vm_ended", f"VM {event.vm} {event.why}")
     if event.thawed or op.phase == "freezing":
         return resume_all(
             op
@@ -323,7 +324,7 @@ def _vm_lost(op: Operation, event: VmLost, now: float) -> Decision:
 def _abort(op: Operation, event: AbortAsked, now: float) -> Decision:
     if op.phase not in ("accepted", *_BEFORE_RESUME) or op.aborted:
         return op, ()
-    op = changed(failed(op, f"aborted: {event.why}" if event.why else "aborted"), aborted=True)
+    op = changed(failed(op, event.code, f"aborted: {event.why}" if event.why else "aborted"), aborted=True)
     if op.phase in ("accepted", "preparing", "arming"):
         return op, ()  # Begin, the last VM's answer, or the guard's ends it without a freeze
     if op.phase == "updating" and update_runs(op):
@@ -333,12 +334,13 @@ def _abort(op: Operation, event: AbortAsked, now: float) -> Decision:
 
 def _guard_lost(op: Operation, now: float) -> Decision:
     if op.phase == "arming":
-        return failed(op, "nothing was frozen: the pause guard died"), ()
+        return failed(op, "guard_died", "nothing was frozen: the pause guard died"), ()
     if op.phase not in _BEFORE_RESUME or op.schedule is None:
         return op, ()
     return resume_all(
         failed(
             op,
+            "guard_died",
             f"the pause guard died after {now - schedule_of(op).started_at:.2f} s, so all VMs were resumed",
         )
     )
@@ -356,7 +358,9 @@ def _tick(op: Operation, now: float) -> Decision:  # noqa: PLR0912 - one flat ta
         case "freezing":
             late = ", ".join(vm.vm for vm in op.vms if vm.frozen_at is None)
             return resume_all(
-                failed(op, f"not frozen within {now - schedule_of(op).started_at:.2f} s: {late}")
+                failed(
+                    op, "freeze_failed", f"not frozen within {now - schedule_of(op).started_at:.2f} s: {late}"
+                )
             )
         case "frozen":
             for vm in op.vms:
@@ -370,14 +374,17 @@ def _tick(op: Operation, now: float) -> Decision:  # noqa: PLR0912 - one flat ta
             return resume_all(op)
         case "updating" if not op.update:
             if now >= schedule_of(op).guard_at:
-                op = failed(op, "the host updater woke up after the guard's deadline")
+                op = failed(op, "pause_ran_out", "the host updater woke up after the guard's deadline")
             return _updated(op, now)
         case "updating":
             if op.kill_at is None and (schedule is None or now < schedule.resume_at):
-                op = failed(op, f"update {op.update} did not end within {_allowed(op)}")
+                op = failed(op, "update_timeout", f"update {op.update} did not end within {_allowed(op)}")
                 return _stop_update(op, now, "timeout")
             if op.kill_at is None:
-                op = changed(failed(op, f"update {op.update} did not end in time"), stop_outcome="timeout")
+                op = changed(
+                    failed(op, "update_timeout", f"update {op.update} did not end in time"),
+                    stop_outcome="timeout",
+                )
             if op.schedule is None:
                 return finish_killed(op)
             return resume_all(op)

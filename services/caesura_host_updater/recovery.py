@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import msgspec
 
+from caesura.contract.reasons import ReasonCode
 from caesura_host_updater.guard.intent import Catch, Intent
 from caesura_host_updater.operation_state import Operation, VmPause
 
@@ -22,12 +23,12 @@ def recovered(
         same_boot: false after a reboot of the host: instants of another boot mean nothing, and no memory is left.
     """
     if not same_boot:
-        return _ended(op, "the host was started anew during the operation")
+        return _ended(op, "host_rebooted", "the host was restarted during the operation")
     if record is not None and record.operation != op.operation:
         record = None
     vms = tuple(_vm(vm, op, record, resumed_now.get(vm.vm)) for vm in op.vms)
     why = record.fired.why if record is not None and record.fired is not None else ""
-    return _ended(msgspec.structs.replace(op, vms=vms), _reason(vms, why))
+    return _ended(msgspec.structs.replace(op, vms=vms), "updater_died", _reason(vms, why))
 
 
 def _vm(vm: VmPause, op: Operation, record: Intent | None, resumed_now: float | None) -> VmPause:
@@ -86,13 +87,13 @@ def _reason(vms: tuple[VmPause, ...], guard_why: str) -> str:
     return f"host updater died during the operation; the VMs were paused for {longest_s:.1f} s at most"
 
 
-def _ended(op: Operation, why: str) -> Operation:
+def _ended(op: Operation, code: ReasonCode, why: str) -> Operation:
     runs = tuple(
         run
         if run.outcome is not None
         else msgspec.structs.replace(run, outcome="interrupted" if run.started else "not_run")
         for run in op.runs
     )
-    return msgspec.structs.replace(
-        op, runs=runs, phase="ended", end="failed", failure=op.failure or why, wake_at=None
-    )
+    if not op.failure:
+        op = msgspec.structs.replace(op, failure=why, codes=(code,))
+    return msgspec.structs.replace(op, runs=runs, phase="ended", end="failed", wake_at=None)

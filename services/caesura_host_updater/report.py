@@ -21,6 +21,7 @@ from caesura.contract.messages import (
     VmResumed,
     VmState,
 )
+from caesura.contract.reasons import ReasonCode
 from caesura.lifecycle.proof import BROKEN_WORDS, WORDS, memory_proof
 from caesura_host_updater.clock import ClockWait
 from caesura_host_updater.operation_state import Operation, VmPause
@@ -55,7 +56,14 @@ def shown_by_host(vm: VmPause) -> MemoryProof:
 
 
 def refusal(
-    host: str, command: StartOperation, epoch: int, status: OperationStatus, reason: str, at: datetime
+    host: str,
+    command: StartOperation,
+    epoch: int,
+    status: OperationStatus,
+    at: datetime,
+    *,
+    reason: str = "",
+    codes: tuple[ReasonCode, ...] = (),
 ) -> OperationReported:
     """A report without VMs: accepted, refused, or cancelled before it began."""
     return OperationReported(
@@ -66,6 +74,7 @@ def refusal(
         wave=command.wave,
         status=status,
         reason=reason[:4096],
+        codes=codes,
         at=at,
     )
 
@@ -158,11 +167,12 @@ def final_report(
     update = update_outcome(op)
     pauses = [vm.pause_s for vm in op.vms if vm.frozen_at is not None]
     over = [vm for vm in op.vms if vm.pause_s > op.budget_s]
-    reason = op.failure
+    reason, codes = op.failure, op.codes
     if over:
         worst = max(vm.pause_s for vm in over)
         note = f"pause of {worst:.2f} s is over the budget of {op.budget_s:g} s"
         reason = f"{reason}; {note}" if reason else note
+        codes = tuple(dict.fromkeys((*codes, "pause_over_budget")))
     report = OperationReported(
         operation=op.operation,
         host=host,
@@ -171,6 +181,7 @@ def final_report(
         wave=command.wave,
         status=op.end if op.end is not None and not (over and op.end == "completed") else "failed",
         reason=reason[:4096],
+        codes=codes,
         vms=tuple(
             VmResult(
                 vm=vm.vm,

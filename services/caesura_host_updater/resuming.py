@@ -83,7 +83,7 @@ def vm_resumed(op: Operation, event: VmResumed) -> Decision:
         if event.end == "left":
             why = f"was not resumed: {event.detail}"
         op = changed_vm(op, event.vm, error=vm_of(op, event.vm).error or why)
-        op = failed(op, f"VM {event.vm} {why}")
+        op = failed(op, "resume_failed", f"VM {event.vm} {why}")
     # After the guard's deadline only the guard knows who let it run, and when: wait for its record.
     if event.at < schedule_of(op).guard_at:
         op, more = tell_resumed(op, event.vm)
@@ -130,7 +130,12 @@ def disarmed(op: Operation, event: Disarmed) -> Decision:
         op = changed_vm(op, catch.vm, called_at=called_at, resumed_at=resumed_at, resumed_by=by)
     if caught:
         why = f"the pause guard resumed VM {', '.join(caught)}: {event.why}"
-        op = changed(op, failure=f"{why}; {op.failure}" if op.failure else why, guard_why=event.why)
+        op = changed(
+            op,
+            failure=f"{why}; {op.failure}" if op.failure else why,
+            codes=tuple(dict.fromkeys(("guard_acted", *op.codes))),
+            guard_why=event.why,
+        )
     for vm in op.vms:
         op, more = tell_resumed(op, vm.vm)
         effects += more

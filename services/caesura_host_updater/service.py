@@ -324,20 +324,28 @@ class HostUpdater:
                 _log.error("command.without_journal", operation=command.operation, why=str(error))
                 return
             # Nothing can be promised that cannot be written down, so nothing is touched.
-            verdict = Refuse(f"nothing was touched: {error}")
+            verdict = Refuse("store_failed", f"nothing was touched: {error}")
         if isinstance(verdict, Ignore):
             _log.warning("command.ignored", operation=command.operation, why=verdict.why)
             return
         if isinstance(verdict, Repeat):
             report = verdict.report or refusal(
-                self._host.host, command, self.authority.epoch, "accepted", "", now
+                self._host.host, command, self.authority.epoch, "accepted", now
             )
             self.outbox.queue(self._letters.report(report))
             await self._endings.repeat_verdicts(command.operation)
             _log.debug("command.repeated", operation=command.operation, status=report.status)
             return
         _log.warning("command.refused", operation=command.operation, why=verdict.why)
-        refused = refusal(self._host.host, command, self.authority.epoch, "refused", verdict.why, now)
+        refused = refusal(
+            self._host.host,
+            command,
+            self.authority.epoch,
+            "refused",
+            now,
+            reason=verdict.why,
+            codes=(verdict.code,),
+        )
         await self._endings.conclude(refused)
 
     async def _accept(self, command: StartOperation, update: UpdateFile | None) -> None:
@@ -345,7 +353,15 @@ class HostUpdater:
         if self._stopping:  # while the guests were asked
             now = datetime.now(UTC)
             await self._endings.conclude(
-                refusal(self._host.host, command, self.authority.epoch, "refused", rules.STOPPING, now)
+                refusal(
+                    self._host.host,
+                    command,
+                    self.authority.epoch,
+                    "refused",
+                    now,
+                    reason=rules.STOPPING,
+                    codes=("host_stopping",),
+                )
             )
             return
         # `drain` waits for it from now on, though there is nothing to wait for before it is written down.
@@ -389,7 +405,7 @@ class HostUpdater:
             else (UpdateRun(),) * (update is not None),
         )
         accepted = self._letters.report(
-            refusal(self._host.host, command, self.authority.epoch, "accepted", "", datetime.now(UTC))
+            refusal(self._host.host, command, self.authority.epoch, "accepted", datetime.now(UTC))
         )
         self._asker.interrupt()
         # The intent is on disk before anything is done; `arming` because the next thing is the guard.
@@ -408,7 +424,7 @@ class HostUpdater:
             on_change=self._changed.set,
         )
         if self._stopping:
-            self._runner.abort(rules.STOPPING)
+            self._runner.abort("host_stopping", rules.STOPPING)
         self.outbox.queue(accepted)
         self._changed.set()
         self._accepted.put_nowait(self._runner)
@@ -421,13 +437,13 @@ class HostUpdater:
         except StoreError as error:
             _log.error("abort.without_journal", operation=command.operation, why=str(error))
             if self._runner is not None and command.operation == self.operation:
-                self._runner.abort(command.reason)  # letting VMs run needs no disk
+                self._runner.abort("aborted", command.reason)  # letting VMs run needs no disk
             return
         verdict = rules.judge_abort(command, busy=self.operation, authority=heard, known=known)
         if isinstance(verdict, Ignore):
             _log.warning("abort.ignored", operation=command.operation, why=verdict.why)
         elif verdict is None and self._runner is not None:
-            self._runner.abort(command.reason)
+            self._runner.abort("aborted", command.reason)
         elif isinstance(verdict, Repeat) and verdict.report is not None:
             self.outbox.queue(self._letters.report(verdict.report))
         elif isinstance(verdict, Accept):
@@ -517,7 +533,7 @@ class HostUpdater:
         self._stopping = True
         runner = self._runner
         if runner is not None and (runner.state.schedule is None or not _update_runs(runner.state)):
-            runner.abort(rules.STOPPING)
+            runner.abort("host_stopping", rules.STOPPING)
         await self._idle.wait()
         if self.bus.stats.connected:
             # Without a verdict the rollout would halt, although nothing is wrong with the clocks.

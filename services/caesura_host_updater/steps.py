@@ -6,6 +6,8 @@ from typing import Literal
 
 import msgspec
 
+from caesura.contract.reasons import ReasonCode
+
 Outcome = Literal["succeeded", "failed", "timeout", "interrupted", "not_run"]
 
 # -- events ---------------------------------------------------------------------------------------------------
@@ -120,6 +122,7 @@ class UpdateEnded(msgspec.Struct, frozen=True):
 class AbortAsked(msgspec.Struct, frozen=True):
     """An operation is to be aborted, or the host updater is stopping."""
 
+    code: ReasonCode
     why: str
 
 

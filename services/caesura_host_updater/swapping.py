@@ -48,7 +48,9 @@ def prepared(op: Operation, event: VmPrepared | VmNotPrepared, now: float) -> De
         return op, ()  # too late: it was not waited for
     if isinstance(event, VmNotPrepared):
         op = changed_vm(op, event.vm, error=event.why)
-        op = failed(op, f"nothing was frozen: VM {event.vm} cannot {op.method}: {event.why}")
+        op = failed(
+            op, "prepare_failed", f"nothing was frozen: VM {event.vm} cannot {op.method}: {event.why}"
+        )
     else:
         op = changed_vm(op, event.vm, prepared=True)
     if any(not vm.prepared and not vm.error for vm in op.vms):
@@ -66,7 +68,9 @@ def arm(op: Operation, now: float) -> Decision:
 def not_prepared_in_time(op: Operation) -> Decision:
     """Give up before anything was paused."""
     late = ", ".join(vm.vm for vm in op.vms if not vm.prepared and not vm.error)
-    return finish(failed(op, f"nothing was frozen: not ready within {PREPARE_S:g} s: {late}"))
+    return finish(
+        failed(op, "prepare_failed", f"nothing was frozen: not ready within {PREPARE_S:g} s: {late}")
+    )
 
 
 def swap(op: Operation) -> Decision:
@@ -95,7 +99,7 @@ def swapped(op: Operation, event: VmSwapped | VmNotSwapped) -> Decision:
         op = changed_vm(op, event.vm, swap_answered=True, error=event.why, called_at=event.called_at)
         if event.differs:
             op = changed_vm(op, event.vm, sampled="differs", sampled_note=event.differs)
-        op = failed(op, f"VM {event.vm} was not swapped: {event.why}")
+        op = failed(op, "swap_failed", f"VM {event.vm} was not swapped: {event.why}")
     if event.called_at is not None and event.frozen_at is not None:
         op = changed_vm(op, event.vm, called_at=event.called_at, frozen_at=event.frozen_at)
         told.append(TellFrozen(event.vm))
@@ -115,4 +119,4 @@ def swapped(op: Operation, event: VmSwapped | VmNotSwapped) -> Decision:
 def overdue(op: Operation) -> Decision:
     """The instant of the resume came while guests were being handed over."""
     late = ", ".join(vm.vm for vm in op.vms if not vm.swap_answered)
-    return resume_all(failed(op, f"not swapped in time: {late}"))
+    return resume_all(failed(op, "swap_failed", f"not swapped in time: {late}"))

@@ -32,6 +32,7 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
     rollout: str = ""
     status: str = ""
     reason: str = ""
+    codes: tuple[str, ...] = ()
     requested_by: str = ""
     waves_done: int = 0
 
@@ -69,6 +70,7 @@ def facts_from(status: Mapping[str, Any]) -> Facts:
         rollout=rollout.get("rollout", ""),
         status=rollout.get("status", ""),
         reason=rollout.get("reason", ""),
+        codes=tuple(rollout.get("codes", ())),
         requested_by=rollout.get("requested_by", ""),
         waves_done=sum(wave["status"] == "completed" for wave in rollout.get("waves", ())),
     )
@@ -98,7 +100,7 @@ def _halted(facts: Facts, client: str, missing: str, past: Past) -> Step:
     theirs = ""
     if facts.requested_by != client:
         theirs = f"{facts.requested_by or 'somebody else'} started it"
-    elif not was_away(facts.reason):
+    elif not was_away(facts.codes):
         theirs = "that is for a person to judge"
     elif past.resumed >= MOST_RESUMES:
         theirs = f"resumed {past.resumed} times already"

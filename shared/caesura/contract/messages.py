@@ -13,6 +13,7 @@ from msgspec import Meta
 
 from caesura.contract.envelope import Instant, Message
 from caesura.contract.names import Name
+from caesura.contract.reasons import Code
 
 MAX_BUDGET_S = 30.0  # s: the seed's promise, "resumed within 30 seconds of being paused"
 
@@ -127,6 +128,7 @@ class RefusedUpdate(Record, frozen=True, kw_only=True):
     file: Text
     line: Count = 0
     reason: Text
+    code: Code = "update_unusable"
 
 
 class InstalledUpdate(Record, frozen=True, kw_only=True):
@@ -240,6 +242,7 @@ class Refusal(Record, frozen=True, kw_only=True):
 
     subject: Text
     reason: Text
+    code: Code
 
 
 class Plan(Record, frozen=True, kw_only=True):
@@ -289,6 +292,9 @@ class WaveState(Record, frozen=True, kw_only=True):
     started_at: Instant | None = None
     ended_at: Instant | None = None
     reason: Text = ""
+    """Why it failed or was cancelled, or what it waits for."""
+    codes: tuple[Code, ...] = ()
+    """Of everything in `reason`, each once."""
     failed_updates: tuple[FailedUpdate, ...] = ()
 
 
@@ -302,6 +308,8 @@ class RolloutState(Message, frozen=True, kw_only=True):
     hold_s: Seconds = 0.0
     status: RolloutStatus
     reason: Text = ""
+    codes: tuple[Code, ...] = ()
+    """Of everything in `reason`, each once."""
     policy: Policy
     sets: tuple[Name, ...]
     waves: tuple[WaveState, ...]
@@ -322,6 +330,7 @@ class WaveChanged(Message, frozen=True, kw_only=True):
     domains: dict[str, int]
     hosts: tuple[Name, ...] = ()
     reason: Text = ""
+    codes: tuple[Code, ...] = ()
     at: Instant
 
 
@@ -398,6 +407,7 @@ class EventChanged(Message, frozen=True, kw_only=True):
     not_before: Instant
     approved_by: OptionalName = ""
     reason: Text = ""
+    codes: tuple[Code, ...] = ()
     notice_s: Seconds = 0.0
     """Seconds between publication and NotBefore."""
     approval_delay_s: Seconds | None = None
@@ -525,6 +535,8 @@ class OperationReported(Message, frozen=True, kw_only=True):
     wave: Count = 0
     status: OperationStatus
     reason: Text = ""
+    codes: tuple[Code, ...] = ()
+    """Of everything in `reason`, each once; the first is why it ended."""
     vms: tuple[VmResult, ...] = ()
     update: UpdateOutcome | None = None
     overhead_s: Seconds | None = None
@@ -787,5 +799,6 @@ class RequestAnswered(Message, frozen=True, kw_only=True):
     request: Id
     accepted: bool
     reason: Text = ""
+    codes: tuple[Code, ...] = ()
     rollout: OptionalId = ""
     plan: Plan | None = None

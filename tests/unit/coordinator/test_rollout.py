@@ -11,6 +11,7 @@ import pytest
 
 from caesura.contract import messages as m
 from caesura.contract.fitting import fits
+from caesura.contract.reasons import Reason
 from caesura.lifecycle.errors import IllegalTransition
 from caesura.lifecycle.proof import memory_proof
 from caesura_coordinator.commands import due_commands
@@ -24,8 +25,8 @@ from caesura_coordinator.inputs import (
     EventScheduled,
     EventStarted,
     Input,
-    NotYet,
     Outdated,
+    RequestRefused,
     Resume,
     Tick,
 )
@@ -530,7 +531,8 @@ def test_a_wave_stored_by_an_older_coordinator_is_read_as_it_was_meant(story: St
     wave = story.rollout.waves[0]
     stored = msgspec.structs.replace(wave.clocks["w1"], held=(), broken=(), memory_detail="")
     old = msgspec.structs.replace(wave, clocks={"w1": stored})
-    assert verify(old, story.policy)[0] == ["w1 is not the guest it was before the pause (rebooted)"]
+    (wrong,) = verify(old, story.policy)[0]
+    assert wrong == Reason("memory_changed", "w1 is not the guest it was before the pause (rebooted)")
 
 
 def test_a_missing_clock_verdict_is_asked_for_again_and_halts_in_the_end(story: Story) -> None:
@@ -565,7 +567,7 @@ def test_a_host_that_never_reports_is_lost_and_told_to_forget(story: Story) -> N
     assert story.is_("halted")
     assert "did not report in time" in story.rollout.reason
     assert story.commands() == ["AbortOperation"]
-    with pytest.raises(NotYet, match="h1"):
+    with pytest.raises(RequestRefused, match="h1"):
         story.give(Resume())
     story.report("cancelled")
     assert story.commands() == []

@@ -25,7 +25,7 @@ from caesura.lifecycle.proof import memory_proof
 from caesura_coordinator.book import Book
 from caesura_coordinator.commands import due_commands
 from caesura_coordinator.fleet import Fleet
-from caesura_coordinator.inputs import Abort, Approve, Authority, Input, NotYet, Resume, Tick
+from caesura_coordinator.inputs import Abort, Approve, Authority, Input, RequestRefused, Resume, Tick
 from caesura_coordinator.plan import make_plan, sets_of
 from caesura_coordinator.records import Rollout, Wave, new_rollout
 from caesura_coordinator.store import Store
@@ -502,7 +502,7 @@ class Fleetwide(RuleBasedStateMachine):
         for rollout in self.active:
             try:
                 self.give(Resume(), rollout)
-            except (IllegalTransition, NotYet):
+            except (IllegalTransition, RequestRefused):
                 continue
 
     @rule()

@@ -19,6 +19,7 @@ from caesura.bus.post import Post
 from caesura.contract import messages as m
 from caesura.contract.codec import MAX_PAYLOAD_BYTES, Received, decode, encode, size_bytes
 from caesura.contract.envelope import Message
+from caesura.contract.reasons import Reason
 from caesura.contract.topics import channel_of
 from caesura.runtime.errors import CaesuraError, StoreError
 from caesura.runtime.lock import InUse, StateFolderUnusable, sole_user
@@ -169,16 +170,16 @@ async def test_a_host_whose_inventory_is_removed_is_forgotten_unless_it_is_on_th
         await world.host(host(name, build(vm)))
     async with world.coordinator() as made:
 
-        def why_not() -> list[str]:
+        def why_not() -> list[Reason]:
             known = made.authority
             return fence_blockers(made.fleet, ["web"], [], epoch=known.epoch, coordinator=known.coordinator)
 
         await world.post.send(m.HostPresence(host="h2", online=False, instance="i"), host="h2")
-        await eventually(lambda: "h2 is offline" in why_not())
+        await eventually(lambda: any(why.text == "h2 is offline" for why in why_not()))
         for name in ("h1", "h2"):
             await world.post.clear(m.HostInventory, host=name)
         await eventually(lambda: set(made.fleet.inventories) == {"h1"})
-        assert not any("h2" in why for why in why_not())
+        assert not any("h2" in why.text for why in why_not())
 
 
 async def test_the_leader_says_again_and_again_that_it_is_there(world: World) -> None:
@@ -216,7 +217,9 @@ async def test_an_epoch_that_nobody_can_have_claimed_sends_no_coordinator_away(
         await eventually(lambda: "h3" in made.fleet.inventories)
         assert made.leads
         why = fence_blockers(made.fleet, ["web"], [], epoch=2, coordinator=made.authority.coordinator)
-        assert any(each.startswith("h2 has not acknowledged epoch 2: it obeys epoch 9007") for each in why)
+        assert any(
+            each.text.startswith("h2 has not acknowledged epoch 2: it obeys epoch 9007") for each in why
+        )
 
 
 async def test_the_word_of_a_host_is_no_claim_but_the_next_claim_is_above_it(
@@ -232,7 +235,8 @@ async def test_the_word_of_a_host_is_no_claim_but_the_next_claim_is_above_it(
         assert made.leads
         assert not any(task.done() for task in made.running)  # type: ignore[attr-defined]
         (why,) = fence_blockers(made.fleet, ["web"], [], epoch=2, coordinator=made.authority.coordinator)
-        assert "h1 has not acknowledged epoch 2: it obeys epoch 3 of x" in why
+        assert "h1 has not acknowledged epoch 2: it obeys epoch 3 of x" in why.text
+        assert why.code == "epoch_refused"
         # With a store that was lost, the host would obey nobody that begins below it.
     (world.folder / "c.sqlite").unlink()
     async with world.coordinator() as made:
@@ -677,7 +681,7 @@ def test_texts_of_a_plan_give_way_before_the_plan_does() -> None:
         )
         for number in range(600)
     )
-    answer = with_plan("q", m.Plan(update="patch", skipped=vms), "the reason " * 20)
+    answer = with_plan("q", m.Plan(update="patch", skipped=vms), "the reason " * 20, ("too_large",))
     assert size_bytes(answer) <= MAX_PAYLOAD_BYTES
     assert answer.plan is not None
     assert len(answer.plan.skipped) == len(vms)
@@ -685,7 +689,7 @@ def test_texts_of_a_plan_give_way_before_the_plan_does() -> None:
     assert answer.reason == "the reason " * 20, "what is asked about is said whole"
     more = tuple(msgspec.structs.replace(vms[0], vm=f"w{number}") for number in range(2000))
     with pytest.raises(CaesuraError, match=r"too large for a message .* select fewer sets or hosts"):
-        with_plan("q", m.Plan(update="patch", waves=(), skipped=more), "")
+        with_plan("q", m.Plan(update="patch", waves=(), skipped=more), "", ())
 
 
 async def test_a_coordinator_that_was_stopped_stays_retained_as_offline(world: World) -> None:

@@ -52,4 +52,4 @@ def test_what_a_host_reports_of_anothers_vm_is_neither_a_fault_nor_a_proof() -> 
         clocks=wave.clocks,
     )
     wrong, _ = verify(wave, m.Policy(on_unproven="halt"))
-    assert any(each.startswith("w1") for each in wrong), "another host's proof proves nothing"
+    assert any(each.text.startswith("w1") for each in wrong), "another host's proof proves nothing"

@@ -247,15 +247,23 @@ async def _connects(bus: Any) -> bool:
 
 _LAYOUT_HOSTS = tuple(each.name for each in _HOSTS)
 _AWAY = "cannot go on: host-2 is offline"
+_AWAY_CODES = ("host_offline",)
 
 
 def step_for(known: Facts, **past: Any) -> Step:
     return next_step(known, client="rollout", hosts=_LAYOUT_HOSTS, past=Past(**past))
 
 
-def halted(reason: str = _AWAY, **changes: Any) -> Facts:
+def halted(reason: str = _AWAY, codes: tuple[str, ...] = _AWAY_CODES, **changes: Any) -> Facts:
     return facts(
-        **{"status": "halted", "rollout": "r", "reason": reason, "requested_by": "rollout", **changes}
+        **{
+            "status": "halted",
+            "rollout": "r",
+            "reason": reason,
+            "codes": codes,
+            "requested_by": "rollout",
+            **changes,
+        }
     )
 
 
@@ -305,7 +313,7 @@ def test_a_halted_rollout_is_resumed_later_each_time_and_then_left_to_a_person()
 
 def test_what_is_no_matter_of_being_away_is_left_to_a_person_at_once() -> None:
     reason = "web-1 changed in memory during the pause: a is not b"
-    step = step_for(halted(reason), halted_s=10_000.0)
+    step = step_for(halted(reason, ("memory_changed",)), halted_s=10_000.0)
     assert (step.what, step.why) == ("leave", f"halted: {reason}; that is for a person to judge")
     assert step.how == "docker compose run --rm caesura resume r   (or abort)"
 
@@ -428,7 +436,7 @@ def play(tmp_path: Path) -> Play:
     return Play(tmp_path)
 
 
-_HALTED = {"status": "halted", "reason": _AWAY}
+_HALTED = {"status": "halted", "reason": _AWAY, "codes": _AWAY_CODES}
 
 
 def test_it_rolls_and_resumes_later_each_time(play: Play) -> None:

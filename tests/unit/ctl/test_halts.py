@@ -10,6 +10,7 @@ import msgspec
 import pytest
 
 from caesura.contract import messages as m
+from caesura.contract.reasons import KNOWN
 from caesura.lifecycle.proof import memory_proof
 from caesura_coordinator.fleet import Fleet
 from caesura_coordinator.inputs import Approve, Authority, Input, Outdated, Tick
@@ -93,7 +94,13 @@ class Story:
     def started(self) -> Story:
         return self.announced().answered().give(Tick())
 
-    def reported(self, status: m.OperationStatus = "completed", reason: str = "", **result: object) -> Story:
+    def reported(
+        self,
+        status: m.OperationStatus = "completed",
+        reason: str = "",
+        codes: tuple[str, ...] = (),
+        **result: object,
+    ) -> Story:
         values = {"state": "running", "frozen": True, "pause_s": 2.0, "resumed_by": "updater", **result}
         vm = m.VmResult(vm="web-1", set="web", update_domain=0, **values)  # type: ignore[arg-type]
         return self.give(
@@ -103,6 +110,7 @@ class Story:
                 epoch=1,
                 status=status,
                 reason=reason,
+                codes=codes,
                 vms=(vm,),
                 at=self.now,
             )
@@ -132,9 +140,11 @@ class Story:
             )
         )
 
-    def halted(self) -> str:
+    def halted(self) -> tuple[str, ...]:
         assert self.rollout.status == "halted", self.rollout
-        return self.rollout.reason
+        assert self.rollout.codes == self.rollout.waves[self.wave.index].codes
+        assert KNOWN.issuperset(self.rollout.codes)
+        return self.rollout.codes
 
 
 def _without_host(story: Story) -> Story:
@@ -191,21 +201,26 @@ _FOUND: dict[str, Callable[[], Story]] = {
 
 @pytest.mark.parametrize("name", list(_AWAY))
 def test_what_was_away_is_resumed(name: str) -> None:
-    reason = _AWAY[name]().halted()
-    assert was_away(reason), reason
+    codes = _AWAY[name]().halted()
+    assert was_away(codes), codes
 
 
 @pytest.mark.parametrize("name", list(_FOUND))
 def test_what_was_found_is_for_a_person(name: str) -> None:
-    reason = _FOUND[name]().halted()
-    assert not was_away(reason), reason
+    codes = _FOUND[name]().halted()
+    assert not was_away(codes), codes
 
 
-@pytest.mark.parametrize(
-    "reason", ["", "something new", "host-1 is offline; something new", "host-1 is offline, or so"]
-)
-def test_what_is_unknown_is_for_a_person(reason: str) -> None:
-    assert not was_away(reason)
+@pytest.mark.parametrize("codes", [(), ("something_new",), ("host_offline", "something_new")])
+def test_what_is_unknown_is_for_a_person(codes: tuple[str, ...]) -> None:
+    assert not was_away(codes)
+
+
+def test_a_host_that_gives_no_codes_is_for_a_person() -> None:
+    """One of an older version: its words are for people."""
+    codes = Story().started().reported("failed", "the host updater is stopping").halted()
+    assert codes == ("unexplained",)
+    assert not was_away(codes)
 
 
 # -- what hosts say --
@@ -243,13 +258,17 @@ _ENDED_BY_SIGNAL = steps.UpdateEnded("", "failed", -15, 1.0, "")
 _ENDS: dict[str, tuple[bool, Callable[[], Operation]]] = {
     "stopped before": (
         True,
-        lambda: _machine((100.05, steps.AbortAsked("the host updater is stopping")), *_FROZEN[:1], *_RESUMED),
+        lambda: _machine(
+            (100.05, steps.AbortAsked("host_stopping", "the host updater is stopping")),
+            *_FROZEN[:1],
+            *_RESUMED,
+        ),
     ),
     "stopped in the pause": (
         True,
         lambda: _machine(
             *_FROZEN,
-            (101.0, steps.AbortAsked("the host updater is stopping")),
+            (101.0, steps.AbortAsked("host_stopping", "the host updater is stopping")),
             (101.5, _ENDED_BY_SIGNAL),
             *_RESUMED,
         ),
@@ -279,7 +298,10 @@ _ENDS: dict[str, tuple[bool, Callable[[], Operation]]] = {
     "aborted by a person": (
         False,
         lambda: _machine(
-            *_FROZEN, (101.0, steps.AbortAsked("wrong update")), (101.5, _ENDED_BY_SIGNAL), *_RESUMED
+            *_FROZEN,
+            (101.0, steps.AbortAsked("aborted", "wrong update")),
+            (101.5, _ENDED_BY_SIGNAL),
+            *_RESUMED,
         ),
     ),
     "not frozen": (
@@ -302,8 +324,9 @@ def test_how_a_host_ended_is_resumed_only_if_it_was_away(name: str) -> None:
     assert op.end in {"failed", "cancelled"}, op
     report = final_report("host-1", _command(), op, 1, {"web-1": "running"}, T0)
     assert report.status in {"failed", "cancelled"}
-    reason = Story().started().reported(report.status, report.reason).halted()
-    assert was_away(reason) is away, reason
+    codes = Story().started().reported(report.status, report.reason, report.codes).halted()
+    assert codes == report.codes
+    assert was_away(codes) is away, codes
 
 
 def _command() -> m.StartOperation:
@@ -340,5 +363,6 @@ def test_what_a_host_refused_is_resumed_only_if_it_was_away(
         _command(), host=host, authority=HostAuthority(1, "c"), known=None, now=T0 + timedelta(seconds=late_s)
     )
     assert isinstance(verdict, Refuse)
-    reason = Story().started().reported("refused", verdict.why).halted()
-    assert was_away(reason) is away, reason
+    codes = Story().started().reported("refused", verdict.why, (verdict.code,)).halted()
+    assert codes == (verdict.code,)
+    assert was_away(codes) is away, codes

@@ -343,7 +343,7 @@ async def test_an_operation_that_breaks_keeps_its_markers(
     task = asyncio.create_task(scene.runner.run())
     await scene.driver.freezing.wait()
     monkeypatch.setattr(operation, "decide", lambda *_: 1 / 0)
-    scene.runner.abort("anything")
+    scene.runner.abort("aborted", "anything")
     with pytest.raises(ZeroDivisionError):
         await task
     assert scene.markers.marked == {"a"}
@@ -399,7 +399,7 @@ async def test_abort_calls_off_the_freeze(journal: JournalThread) -> None:
     task = asyncio.create_task(scene.run())
     await scene.driver.freezing.wait()
     began = time.monotonic()
-    scene.runner.abort("enough")
+    scene.runner.abort("aborted", "enough")
     op = await task
     assert time.monotonic() - began < patient(1)
     # Both stood still without a confirmation, which is told and counted all the same.
@@ -552,7 +552,7 @@ async def test_abort_in_the_middle_of_a_swap(journal: JournalThread) -> None:
     scene.driver.hand_overs["a"] = asyncio.Event()
     task = asyncio.create_task(scene.run())
     await scene.driver.freezing.wait()
-    scene.runner.abort("enough")
+    scene.runner.abort("aborted", "enough")
     op = await task
     assert (op.end, op.failure) == ("failed", "aborted: enough")
     assert scene.driver.swapped == []

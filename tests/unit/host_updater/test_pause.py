@@ -153,10 +153,10 @@ def test_update_is_asked_to_end_then_killed_and_never_waited_for() -> None:
 
 
 def test_grace_of_a_late_abort_does_not_delay_the_resume() -> None:
-    op, effects = run(updating(), (106.9, steps.AbortAsked("x")))
+    op, effects = run(updating(), (106.9, steps.AbortAsked("aborted", "x")))
     assert effects == [steps.StopUpdate(kill=False)]
     assert op.wake_at == pytest.approx(107.9)
-    op, _ = run(updating(update_timeout_s=6.8), (107.8, steps.AbortAsked("x")))
+    op, _ = run(updating(update_timeout_s=6.8), (107.8, steps.AbortAsked("aborted", "x")))
     assert op.wake_at == pytest.approx(108.0)  # `resume_at`, not a whole margin later
 
 
@@ -196,7 +196,9 @@ def test_late_freeze_counts_from_when_it_was_last_seen_running() -> None:
 
 
 def test_freeze_found_at_the_resume_is_counted() -> None:
-    op, _ = run(operation(), (100.0, steps.Begin()), (100.0, steps.Armed()), (100.1, steps.AbortAsked("x")))
+    op, _ = run(
+        operation(), (100.0, steps.Begin()), (100.0, steps.Armed()), (100.1, steps.AbortAsked("aborted", "x"))
+    )
     op, _ = run(op, (100.1, steps.VmNotFrozen("a", 100.0, "called off")))
     op, effects = run(op, (100.2, steps.VmResumed("a", 100.2, "running", True)))
     assert effects[:2] == [steps.TellFrozen("a"), steps.TellResumed("a")]

@@ -251,7 +251,7 @@ class PauseMachine(RuleBasedStateMachine):
     def abort(self) -> None:
         """At any time, and again."""
         self.aborted = True
-        self.feed(steps.AbortAsked("test"))
+        self.feed(steps.AbortAsked("aborted", "test"))
 
     @precondition(lambda self: "guard" in self.faults)
     @rule()

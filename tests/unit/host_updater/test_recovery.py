@@ -100,7 +100,7 @@ def test_after_a_reboot_instants_mean_nothing() -> None:
         {},
         same_boot=False,
     )
-    assert op.failure == "the host was started anew during the operation"
+    assert (op.failure, op.codes) == ("the host was restarted during the operation", ("host_rebooted",))
     assert op.vms[0].pause_s == 0.0
 
 

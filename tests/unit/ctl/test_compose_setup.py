@@ -389,6 +389,7 @@ with log.open("a") as file:
     file.write(sys.argv[2] + "\\n")
 told = json.loads((folder / "told.json").read_text())
 now = {"rollout": "r1", "update": "patch", "reason": told.get("reason", ""), "requested_by": "rollout"}
+now |= {"codes": told.get("codes", ())}
 now |= {"status": told["status"], "waves": [{"status": "completed"}] * told.get("waves", 0)}
 if sys.argv[2] == "status":
     host = {"online": True, "inventory": {"host": "host-1", "guard": "ready"}}

@@ -31,19 +31,29 @@ class Authority(msgspec.Struct, frozen=True):
     coordinator: str = ""
 
 
-def hear(authority: Authority, epoch: int, coordinator: str) -> Authority | str:
-    """What hearing from a coordinator does: the authority to hold from now on, or why it is not obeyed."""
+class NotObeyed(msgspec.Struct, frozen=True):
+    """A coordinator that has no authority here, and why."""
+
+    why: str
+
+
+def observe_epoch(authority: Authority, epoch: int, coordinator: str) -> Authority | NotObeyed:
+    """What a coordinator's epoch does: the authority to hold from now on, or why it is not obeyed."""
     if leaps(authority.epoch, epoch):
-        return (
+        return NotObeyed(
             f"epoch {epoch} is more than {EPOCH_LEAP} above epoch {authority.epoch} of {authority.coordinator}, which this host "
             "obeys: no coordinator can have claimed it"
         )
     if epoch > authority.epoch:
         return Authority(epoch, coordinator)
     if epoch < authority.epoch:
-        return f"epoch {epoch} is old: this host obeys epoch {authority.epoch} of {authority.coordinator}"
+        return NotObeyed(
+            f"epoch {epoch} is old: this host obeys epoch {authority.epoch} of {authority.coordinator}"
+        )
     if coordinator != authority.coordinator:
-        return f"epoch {epoch} belongs to coordinator {authority.coordinator}, not to {coordinator}"
+        return NotObeyed(
+            f"epoch {epoch} belongs to coordinator {authority.coordinator}, not to {coordinator}"
+        )
     return authority
 
 
@@ -64,16 +74,28 @@ class Ignore(msgspec.Struct, frozen=True):
     why: str
 
 
-class Repeat(msgspec.Struct, frozen=True):
-    """The operation is known: say again what became of it. None: it is under way."""
+class Underway(msgspec.Struct, frozen=True):
+    """The operation is known and not at its end."""
 
-    report: OperationReported | None
+
+class Repeat(msgspec.Struct, frozen=True):
+    """The operation is known and ended: say again how."""
+
+    report: OperationReported
 
 
 class Accept(msgspec.Struct, frozen=True):
     """Do it. ``update`` is None for a freeze on demand."""
 
     update: UpdateFile | None
+
+
+class AbortRunning(msgspec.Struct, frozen=True):
+    """Abort the operation under way."""
+
+
+class Tombstone(msgspec.Struct, frozen=True):
+    """Remember that the operation never starts here: its abort came first."""
 
 
 class Host(msgspec.Struct, frozen=True, kw_only=True):
@@ -91,21 +113,21 @@ def evaluate_start(
     command: StartOperation,
     *,
     host: Host,
-    authority: Authority | str,
-    known: Repeat | None,
+    authority: Authority | NotObeyed,
+    known: Underway | Repeat | None,
     now: datetime,
-) -> Ignore | Refuse | Repeat | Accept:
+) -> Ignore | Refuse | Underway | Repeat | Accept:
     """What to do with a command to start an operation.
 
     Args:
-        authority: the answer of ``hear`` to this command.
-        known: what is known of its operation id.
+        authority: the answer of ``observe_epoch`` to this command.
+        known: what is known of its operation id; None: it is a new one.
         now: the host's wall clock.
     """
     if known is not None:
         return known
-    if isinstance(authority, str):
-        return Ignore(authority)
+    if isinstance(authority, NotObeyed):
+        return Ignore(authority.why)
     if command.host != host.host:
         return Refuse("command_misdirected", f"the command is for host {command.host}, this is {host.host}")
     if now > command.not_after:
@@ -198,11 +220,11 @@ def _judge_update(command: StartOperation, host: Host) -> Refuse | Accept:
 
 
 def judge_abort(
-    command: AbortOperation, *, busy: str, authority: Authority | str, known: Repeat | None
-) -> Ignore | Repeat | Accept | None:
-    """What to do with an abort: None: abort the operation under way; Accept: remember that it never starts."""
-    if isinstance(authority, str):
-        return Ignore(authority)
+    command: AbortOperation, *, busy: str, authority: Authority | NotObeyed, known: Underway | Repeat | None
+) -> Ignore | AbortRunning | Underway | Repeat | Tombstone:
+    """What to do with a command to abort an operation."""
+    if isinstance(authority, NotObeyed):
+        return Ignore(authority.why)
     if command.operation == busy:
-        return None
-    return known if known is not None else Accept(None)
+        return AbortRunning()
+    return known if known is not None else Tombstone()

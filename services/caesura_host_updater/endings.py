@@ -21,7 +21,7 @@ from caesura.contract.messages import (
 from caesura.runtime.errors import StoreError
 from caesura_host_updater.clock import ClockWait
 from caesura_host_updater.clockdesk import ClockDesk
-from caesura_host_updater.command import Repeat
+from caesura_host_updater.command import Repeat, Underway
 from caesura_host_updater.installs import Mark, marks_of, remembered
 from caesura_host_updater.journal import Journal, JournalThread, Letter
 from caesura_host_updater.metrics import HostMetrics
@@ -98,12 +98,14 @@ class Endings:
         """Take up which updates succeeded before. Raises StoreError."""
         self.marks = tuple(await self._journal.do(Journal.installed))
 
-    async def known(self, operation: str) -> Repeat | None:
+    async def known(self, operation: str) -> Underway | Repeat | None:
         """What is known of an operation that is not under way. Raises StoreError."""
         if operation in self._unsaved:
             return Repeat(self._unsaved[operation][0])
         entry = await self._journal.do(lambda journal: journal.find(operation))
-        return None if entry is None else Repeat(entry.report)
+        if entry is None:
+            return None
+        return Underway() if entry.report is None else Repeat(entry.report)
 
     async def repeat_verdicts(self, operation: str) -> None:
         """Publish again what became of the clocks: whoever repeats a command may have missed that, too."""

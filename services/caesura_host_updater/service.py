@@ -35,7 +35,17 @@ from caesura_host_updater import command as rules
 from caesura_host_updater.asker import Asker
 from caesura_host_updater.catalogue_reader import CatalogueReader
 from caesura_host_updater.clockdesk import ClockDesk
-from caesura_host_updater.command import Accept, Authority, Ignore, Refuse, Repeat
+from caesura_host_updater.command import (
+    AbortRunning,
+    Accept,
+    Authority,
+    Ignore,
+    NotObeyed,
+    Refuse,
+    Repeat,
+    Tombstone,
+    Underway,
+)
 from caesura_host_updater.drivers.port import Driver, states_within
 from caesura_host_updater.endings import Endings, Letters, cancelled_before_it_began
 from caesura_host_updater.guard.procfs import boot_id
@@ -270,10 +280,10 @@ class HostUpdater:
 
     # -- commands -------------------------------------------------------------------------------------------
 
-    async def _hear(self, epoch: int, coordinator: str) -> Authority | str:
+    async def _observe_epoch(self, epoch: int, coordinator: str) -> Authority | NotObeyed:
         """Obey a newer epoch, durably, before anything else."""
-        heard = rules.hear(self.authority, epoch, coordinator)
-        refused = heard if isinstance(heard, str) and epoch > self.authority.epoch else ""
+        heard = rules.observe_epoch(self.authority, epoch, coordinator)
+        refused = heard.why if isinstance(heard, NotObeyed) and epoch > self.authority.epoch else ""
         if refused != self._refused_epoch and (refused or isinstance(heard, Authority)):
             self._refused_epoch = refused
             self._changed.set()
@@ -290,18 +300,18 @@ class HostUpdater:
         if not message.online:
             return
         try:
-            await self._hear(message.epoch, message.coordinator)
+            await self._observe_epoch(message.epoch, message.coordinator)
         except StoreError as error:
             _log.error("epoch.not_adopted", epoch=message.epoch, why=str(error))
 
-    async def _known(self, operation: str) -> Repeat | None:
-        return Repeat(None) if operation == self.operation else await self._endings.known(operation)
+    async def _known(self, operation: str) -> Underway | Repeat | None:
+        return Underway() if operation == self.operation else await self._endings.known(operation)
 
     async def _on_freeze(self, command: StartOperation, _: Received) -> None:
         now = datetime.now(UTC)
         try:
             known = await self._known(command.operation)
-            heard = await self._hear(command.epoch, command.coordinator)
+            heard = await self._observe_epoch(command.epoch, command.coordinator)
             verdict = rules.evaluate_start(
                 command,
                 host=rules.Host(
@@ -328,9 +338,11 @@ class HostUpdater:
         if isinstance(verdict, Ignore):
             _log.warning("command.ignored", operation=command.operation, why=verdict.why)
             return
-        if isinstance(verdict, Repeat):
-            report = verdict.report or refusal(
-                self._host.host, command, self.authority.epoch, "accepted", now
+        if isinstance(verdict, Underway | Repeat):
+            report = (
+                verdict.report
+                if isinstance(verdict, Repeat)
+                else refusal(self._host.host, command, self.authority.epoch, "accepted", now)
             )
             self.outbox.queue(self._letters.report(report))
             await self._endings.repeat_verdicts(command.operation)
@@ -433,7 +445,7 @@ class HostUpdater:
     async def _on_abort(self, command: AbortOperation, _: Received) -> None:
         try:
             known = await self._known(command.operation)
-            heard = await self._hear(command.epoch, command.coordinator)
+            heard = await self._observe_epoch(command.epoch, command.coordinator)
         except StoreError as error:
             _log.error("abort.without_journal", operation=command.operation, why=str(error))
             if self._runner is not None and command.operation == self.operation:
@@ -442,11 +454,12 @@ class HostUpdater:
         verdict = rules.judge_abort(command, busy=self.operation, authority=heard, known=known)
         if isinstance(verdict, Ignore):
             _log.warning("abort.ignored", operation=command.operation, why=verdict.why)
-        elif verdict is None and self._runner is not None:
-            self._runner.abort("aborted", command.reason)
-        elif isinstance(verdict, Repeat) and verdict.report is not None:
+        elif isinstance(verdict, AbortRunning):
+            if self._runner is not None:
+                self._runner.abort("aborted", command.reason)
+        elif isinstance(verdict, Repeat):
             self.outbox.queue(self._letters.report(verdict.report))
-        elif isinstance(verdict, Accept):
+        elif isinstance(verdict, Tombstone):
             await self._endings.conclude(
                 cancelled_before_it_began(self._host.host, command, self.authority.epoch, datetime.now(UTC))
             )

@@ -20,15 +20,19 @@ from caesura.contract.messages import (
 )
 from caesura.lifecycle.epoch import EPOCH_LEAP
 from caesura_host_updater.command import (
+    AbortRunning,
     Accept,
     Authority,
     Host,
     Ignore,
+    NotObeyed,
     Refuse,
     Repeat,
+    Tombstone,
+    Underway,
     evaluate_start,
-    hear,
     judge_abort,
+    observe_epoch,
 )
 from caesura_host_updater.updates import Catalogue, UpdateFile
 
@@ -80,9 +84,9 @@ def _target(vm: str, set_name: str = "web", domain: int = 0) -> OperationTarget:
     return OperationTarget(vm=vm, set=set_name, update_domain=domain)
 
 
-def judge(sent: StartOperation, at: Host | None = None, known: Repeat | None = None) -> Any:
+def judge(sent: StartOperation, at: Host | None = None, known: Underway | Repeat | None = None) -> Any:
     """The verdict of a host that obeys epoch 2 of c."""
-    heard = hear(Authority(2, "c"), sent.epoch, sent.coordinator)
+    heard = observe_epoch(Authority(2, "c"), sent.epoch, sent.coordinator)
     return evaluate_start(sent, host=at or host(), authority=heard, known=known, now=NOW)
 
 
@@ -96,7 +100,7 @@ def test_good_command_is_accepted() -> None:
 
 def test_known_operation_is_only_told_again_whatever_else_is_wrong() -> None:
     sent = command(epoch=1, not_after=NOW - timedelta(days=1), host="other")
-    assert judge(sent, known=Repeat(None)) == Repeat(None)
+    assert judge(sent, known=Underway()) == Underway()
 
 
 @pytest.mark.parametrize(
@@ -183,7 +187,7 @@ def test_authority_never_goes_back_and_never_changes_hands_within_an_epoch(
     authority = Authority(start, "c")
     owners = {start: "c"}
     for epoch, coordinator in said:
-        heard = hear(authority, epoch, coordinator)
+        heard = observe_epoch(authority, epoch, coordinator)
         if isinstance(heard, Authority):
             assert heard.epoch >= authority.epoch
             assert owners.setdefault(heard.epoch, heard.coordinator) == heard.coordinator
@@ -195,20 +199,20 @@ def test_authority_never_goes_back_and_never_changes_hands_within_an_epoch(
 
 def test_an_epoch_that_nobody_can_have_claimed_is_refused_with_a_reason() -> None:
     here = Authority(7, "c")
-    assert hear(here, 7 + EPOCH_LEAP, "d") == Authority(7 + EPOCH_LEAP, "d")
+    assert observe_epoch(here, 7 + EPOCH_LEAP, "d") == Authority(7 + EPOCH_LEAP, "d")
     for epoch in (8 + EPOCH_LEAP, EPOCH_MOST):
-        why = hear(here, epoch, "d")
-        assert isinstance(why, str)
-        assert f"epoch {epoch} is more than 1000 above epoch 7 of c" in why
+        why = observe_epoch(here, epoch, "d")
+        assert isinstance(why, NotObeyed)
+        assert f"epoch {epoch} is more than 1000 above epoch 7 of c" in why.why
     # A new host takes what comes first, but for one above which there is nothing.
-    assert hear(Authority(), 10**9, "d") == Authority(10**9, "d")
-    assert isinstance(hear(Authority(), EPOCH_MOST, "d"), str)
+    assert observe_epoch(Authority(), 10**9, "d") == Authority(10**9, "d")
+    assert isinstance(observe_epoch(Authority(), EPOCH_MOST, "d"), NotObeyed)
 
 
 def test_abort() -> None:
     sent = AbortOperation(operation="op", epoch=2, coordinator="c", host="host-1")
     good = Authority(2, "c")
-    assert judge_abort(sent, busy="op", authority=good, known=Repeat(None)) is None
-    assert judge_abort(sent, busy="", authority=good, known=None) == Accept(None)
-    assert judge_abort(sent, busy="", authority=good, known=Repeat(None)) == Repeat(None)
-    assert isinstance(judge_abort(sent, busy="op", authority="old", known=None), Ignore)
+    assert judge_abort(sent, busy="op", authority=good, known=Underway()) == AbortRunning()
+    assert judge_abort(sent, busy="", authority=good, known=None) == Tombstone()
+    assert judge_abort(sent, busy="", authority=good, known=Underway()) == Underway()
+    assert isinstance(judge_abort(sent, busy="op", authority=NotObeyed("old"), known=None), Ignore)

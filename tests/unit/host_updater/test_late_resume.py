@@ -13,7 +13,7 @@ import pytest
 from caesura.contract.messages import StartOperation
 from caesura_host_updater import startup
 from caesura_host_updater.clock import ClockWait
-from caesura_host_updater.command import Repeat
+from caesura_host_updater.command import Underway
 from caesura_host_updater.endings import Endings
 from caesura_host_updater.guard.plans import CgroupPlan
 from caesura_host_updater.guard.procfs import boot_id
@@ -92,7 +92,7 @@ async def test_its_resume_is_told_its_clock_is_looked_after_and_its_operation_en
     )
     await starting.run(1)
     assert await journal.do(Journal.letters) == [], "it is paused still"
-    assert await endings.known("op") == Repeat(None)
+    assert await endings.known("op") == Underway()
     world.go.set()
     await asyncio.gather(*starting.late)
     assert [each.type.split(".")[2] for each in queued] == ["frozen", "resumed", "reported"]

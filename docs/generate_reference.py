@@ -31,6 +31,7 @@ from caesura.bus.port import BusStats, Delivery
 from caesura.contract.examples import examples
 from caesura.contract.generated import golden_payload
 from caesura.contract.messages import AgentClockSynced, OperationReported
+from caesura.contract.reasons import DESCRIPTIONS, TRANSIENT
 from caesura.contract.topics import channel_of
 from caesura.runtime.command import EXIT_CONFIG, EXIT_INTERRUPTED
 from caesura.runtime.errors import CaesuraError
@@ -293,12 +294,21 @@ def exit_codes() -> str:
     )
 
 
+def reason_codes() -> str:
+    """The vocabulary, and which of it a rollout may be resumed after without a person."""
+    return table(
+        ["Code", "Transient", "Meaning"],
+        [[code(each), "yes" if each in TRANSIENT else "", text] for each, text in DESCRIPTIONS.items()],
+    )
+
+
 # -- the file -------------------------------------------------------------------------------------------------
 
 REGIONS: Mapping[str, Callable[[], str]] = {
     "settings": settings_tables,
     "probes": probes_table,
     "metrics": metrics_tables,
+    "reason codes": reason_codes,
     "exit codes": exit_codes,
 }
 

@@ -1,7 +1,7 @@
 """Typed messages over the bus port: publish by message type, receive by message type.
 
-A service holds one ``Post``. It gives every outgoing message its topic, CloudEvents id, source, time and
-sequence, and turns deliveries into typed messages. A message that breaks the contract is counted, logged
+A service holds one ``Post``. It gives every outgoing message its topic, CloudEvents id, source and
+time, and turns deliveries into typed messages. A message that breaks the contract is counted, logged
 and dropped: it changes nothing.
 """
 
@@ -51,7 +51,6 @@ class Post:
         self.decode_errors: Counter[str] = Counter()
         self._receivers: dict[type[Message], Receiver] = {}
         self._forgetters: dict[type[Message], Forgetter] = {}
-        self._sequence = 0
         self._on_refused = on_refused
         self._farewells: set[str] = set()
         """Topics on which the last word of this service is out."""
@@ -99,10 +98,7 @@ class Post:
 
     async def _publish(self, message: Message, topic: str, event_id: str, timeout_s: float) -> None:
         channel = channel_of(type(message))
-        self._sequence += 1
-        payload = encode(
-            message, source=self.source, event_id=event_id, time=datetime.now(UTC), sequence=self._sequence
-        )
+        payload = encode(message, source=self.source, event_id=event_id, time=datetime.now(UTC))
         await self.bus.publish(topic, payload, qos=channel.qos, retain=channel.retain, timeout_s=timeout_s)
 
     async def clear(self, message: type[Message], **parameters: str | int) -> None:

@@ -74,7 +74,7 @@ def _data_decoder(message: type[Message]) -> msgspec.json.Decoder[Message]:
     return msgspec.json.Decoder(message)
 
 
-def encode(message: Message, *, source: str, event_id: str, time: datetime, sequence: int = 0) -> bytes:
+def encode(message: Message, *, source: str, event_id: str, time: datetime) -> bytes:
     """One CloudEvent in structured JSON mode.
 
     Raises:
@@ -87,7 +87,6 @@ def encode(message: Message, *, source: str, event_id: str, time: datetime, sequ
             source=source,
             type=type(message).TYPE,
             time=time,
-            sequence=f"{sequence:020d}",
             data=message,
         )
     )

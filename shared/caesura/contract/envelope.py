@@ -1,8 +1,7 @@
 """CloudEvents 1.0 in JSON, structured mode: what surrounds every message on the bus.
 
-Source of the members: CloudEvents 1.0.2, section 3.1 (required and optional attributes) and the
-``sequence`` extension. MQTT binding 1.0.2, section 3.2: the whole event is the payload, so nothing
-depends on MQTT 5 properties.
+Source of the members: CloudEvents 1.0.2, section 3.1 (required and optional attributes). MQTT binding 1.0.2,
+section 3.2: the whole event is the payload, so nothing depends on MQTT 5 properties.
 """
 
 from __future__ import annotations
@@ -33,9 +32,6 @@ class Header(msgspec.Struct, frozen=True, kw_only=True):
     ]
     type: Annotated[str, Meta(min_length=1, max_length=128)]
     time: Instant
-    sequence: Annotated[
-        str, Meta(max_length=32, description="Rises with every message of one source since it started.")
-    ] = ""
     datacontenttype: Literal["application/json"] = "application/json"
 
 

@@ -41,7 +41,6 @@ def golden_payload(number: int) -> bytes:
         source="/caesura/example",
         event_id=f"00000000-0000-4000-8000-{number:012d}",
         time=_TIME,
-        sequence=number,
     )
 
 

@@ -29,6 +29,7 @@ from caesura.contract.messages import (
     VmFrozen,
     VmRecord,
     VmResumed,
+    VmStatus,
 )
 from caesura.runtime.errors import StoreError
 from caesura_host_updater import command as rules
@@ -63,6 +64,7 @@ from caesura_host_updater.report import clock_wait, final_report, refusal
 from caesura_host_updater.settings import HostUpdaterSettings
 from caesura_host_updater.startup import Startup, resume_until_running
 from caesura_host_updater.updates import UpdateFile
+from caesura_host_updater.vm_status import VmStatuses
 from caesura_host_updater.vm_view import STATES_S, VmView
 
 _CLOCKS_S = 5.0  # s: for the verdicts on clocks when told to stop; an agent answers in a fraction of a second
@@ -119,6 +121,7 @@ class HostUpdater:
             repeat=self.outbox.queue,
         )
         self._letters = Letters(host.host)
+        self._statuses = VmStatuses(host.host, self._vms, self.post)
         self._pauses = pauses
         self._endings = Endings(
             self._letters, journal=journal, outbox=self.outbox, clocks=self.clocks, metrics=metrics
@@ -164,6 +167,7 @@ class HostUpdater:
         self.post.on(ClockSyncRequested, self._on_clock_request)
         self.post.on(AgentClockSynced, self._on_agent_synced)
         self.post.on(AgentPresence, self._on_agent)
+        self.post.on(VmStatus, self._on_status)
 
     def tasks(self) -> dict[str, Callable[[], Awaitable[None]]]:
         """The eternal tasks, for ``serve``."""
@@ -173,6 +177,7 @@ class HostUpdater:
             "operations": self._operate,
             "outbox": self.outbox.run,
             "inventory": self._keep_inventory,
+            "vm statuses": self._statuses.run,
             "clocks": self.clocks.run,
             "vms": self._watch_vms,
             "journal": self._endings.save_later,
@@ -216,6 +221,7 @@ class HostUpdater:
     async def _on_connected(self) -> None:
         self._changed.set()
         self.clocks.connected()
+        self._statuses.connected()
         await self.post.send(self._presence(online=True), host=self._host.host)
 
     def _presence(self, *, online: bool) -> HostPresence:
@@ -225,6 +231,8 @@ class HostUpdater:
         while True:
             self._changed.clear()
             records = await self._records()
+            busy = self._runner.state.vms if self._runner is not None else ()
+            self._statuses.observe(records.values(), {vm.vm for vm in busy})
             message = inventory(
                 self._host.host,
                 self._driver.name,
@@ -499,10 +507,15 @@ class HostUpdater:
 
     def _announce(self, fact: VmFrozen | VmResumed, state: Operation) -> None:
         self.outbox.put(self._letters.fact(fact), state)
+        if isinstance(fact, VmFrozen):
+            self._statuses.frozen(fact)
+        else:
+            self._statuses.resumed(fact)
 
     def _told(self, letter: Letter, message: Message) -> None:
         if isinstance(message, VmResumed):
             self.clocks.resumed_told(letter, message)
+            self._statuses.resumed(message)  # one that a previous run of this service left to be published
 
     # -- clocks and agents ----------------------------------------------------------------------------------
 
@@ -520,6 +533,9 @@ class HostUpdater:
         )
         with suppress(BusError):  # the agent asks again
             await self.post.send(answer, timeout_s=_CLOCK_PUBLISH_S, host=self._host.host, vm=message.vm)
+
+    async def _on_status(self, message: VmStatus, _: Received) -> None:
+        self._statuses.published_earlier(message)
 
     async def _on_agent_synced(self, message: AgentClockSynced, _: Received) -> None:
         self.clocks.answered(message)
@@ -554,6 +570,8 @@ class HostUpdater:
                 _log.warning("clocks.left", vms=len(self.clocks))
             if not await self.outbox.drained(_FLUSH_S):
                 _log.warning("outbox.left", letters=len(self.outbox))
+            if not await self._statuses.drained(_FLUSH_S):
+                _log.warning("vm_statuses.left")
             with suppress(BusError):
                 await self.post.send_last(self._presence(online=False), timeout_s=2.0, host=self._host.host)
         self._updates.close()

@@ -9,6 +9,7 @@ from caesura.contract.messages import (
     ClockSyncRequested,
     CoordinatorPresence,
     StartOperation,
+    VmStatus,
 )
 from caesura.contract.topics import channel_of
 from caesura_host_updater.hostfile import HostFile
@@ -20,6 +21,7 @@ def filters(host: HostFile) -> list[str]:
         channel_of(CoordinatorPresence).filter(),
         channel_of(StartOperation).filter(host=host.host),
         channel_of(AbortOperation).filter(host=host.host),
+        channel_of(VmStatus).filter(host=host.host),
     ]
     for vm in host.vm:
         if vm.agent:

@@ -335,4 +335,23 @@ def examples() -> list[Example]:
         Example(
             m.VmApproved(event_id=_EVENT, set="web", vm="web-1", at=_T0), {"instance": "fleet", "vm": "web-1"}
         ),
+        Example(
+            m.VmStatus(
+                vm="web-1",
+                host="host-1",
+                set="web",
+                update_domain=1,
+                state="running",
+                last_pause=m.LastPause(
+                    operation=_OPERATION,
+                    method="freeze",
+                    pause_s=2.1,
+                    within_budget=True,
+                    resumed_by="updater",
+                    at=_T0,
+                ),
+                at=_T0,
+            ),
+            {"host": "host-1", "vm": "web-1"},
+        ),
     ]

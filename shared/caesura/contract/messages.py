@@ -580,6 +580,41 @@ class VmResumed(Message, frozen=True, kw_only=True):
     at: Instant
 
 
+class LastPause(Record, frozen=True, kw_only=True):
+    """The last pause of a VM that ended."""
+
+    operation: Id
+    method: Method
+    pause_s: Seconds
+    within_budget: bool
+    resumed_by: Literal["updater", "guard"]
+    at: Instant
+    """When it ran again."""
+
+
+class VmStatus(Message, frozen=True, kw_only=True):
+    """How a VM is now, for dashboards and home automation. Retained; removed when its host does not have it any more.
+
+    The facts `frozen` and `resumed` say each pause once; this says what is so, to whoever looks.
+    """
+
+    TYPE: ClassVar[str] = "caesura.vm.status.v1"
+
+    vm: Name
+    host: Name
+    set: Name
+    update_domain: UpdateDomain
+    state: VmState
+    state_detail: Text = ""
+    paused_since: Instant | None = None
+    """Since when Caesura has it paused. None: it does not, whoever else may have."""
+    operation: OptionalId = ""
+    """By which operation it is paused."""
+    last_pause: LastPause | None = None
+    at: Instant
+    """When anything of this changed."""
+
+
 class VmClockSynced(Message, frozen=True, kw_only=True):
     """The host's verdict on a VM's clock after a resume. ``synced`` false: loudly flagged as unsynced."""
 

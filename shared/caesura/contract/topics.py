@@ -289,6 +289,14 @@ CHANNELS: tuple[Channel, ...] = (
         readers=("coordinator", "exporter"),
         summary="A workload in the VM approved an event; repeated until the document shows it.",
     ),
+    Channel(
+        address=f"{PREFIX}/host/{{host}}/vm/{{vm}}/status",
+        message=m.VmStatus,
+        writer="host",
+        readers=("host", "ctl", "exporter"),
+        retain=True,
+        summary="How a VM is now: running or paused, since when, by which operation, and its last pause.",
+    ),
 )
 
 

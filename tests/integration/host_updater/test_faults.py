@@ -15,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from caesura.contract.messages import HostInventory, VmResumed
+from caesura.contract.messages import HostInventory, VmResumed, VmStatus
 from caesura.testing.patience import patient
 from caesura_host_updater.guard.procfs import read_process
 
@@ -379,3 +379,34 @@ async def test_stopping_lets_an_update_finish(hosts: Callable[..., Any], fleet: 
     report = await fleet.report(command.operation)
     assert report.status == "completed"
     assert host.kernel("a") == "running"
+
+
+async def test_the_retained_status_of_a_vm_follows_its_pause_and_survives_a_dead_updater(
+    hosts: Callable[..., Any], fleet: Any
+) -> None:
+    host = hosts()
+    host.add_vm("a")
+    await host.start()
+    await fleet.ear.one(VmStatus, lambda m: m.vm == "a" and m.state == "running")
+    first = await host.freeze(hold_s=0.5, budget_s=5.0)
+    paused = await fleet.ear.one(VmStatus, lambda m: m.state == "paused")
+    assert (paused.operation, paused.paused_since is not None) == (first.operation, True)
+    fact = await fleet.ear.one(VmResumed)
+    ran = await fleet.ear.one(VmStatus, lambda m: m.state == "running" and m.last_pause is not None)
+    assert (ran.last_pause.operation, ran.last_pause.pause_s) == (first.operation, fact.pause_s)
+    await fleet.report(first.operation)
+
+    # Killed in the middle of a pause: what is retained says "paused" until the next run finds out, and then says how it ended.
+    second = await host.freeze(hold_s=20.0, budget_s=25.0)
+    await fleet.ear.one(VmStatus, lambda m: m.operation == second.operation)
+    await host.kill()
+    await host.until("a", "running")
+    await host.start()
+    after = await fleet.ear.one(
+        VmStatus,
+        lambda m: (
+            m.state == "running" and m.last_pause is not None and m.last_pause.operation == second.operation
+        ),
+    )
+    assert after.last_pause.resumed_by == "guard"
+    await fleet.until(lambda: fleet.last(VmStatus) == after)

@@ -2,6 +2,9 @@
 
 A large fleet's messages go through the exporter's own ``deliver`` (decode, count, fold) in one process; scrapers and
 readers of the live page are other processes that ask over HTTP. No broker: its share is not the exporter's.
+
+A storm is a rollout over the whole fleet, with every message that its coordinator, hosts and agents would send, as fast
+as the exporter takes it in: there is no idle time in which a scrape could be served. Scrapes ask as Prometheus does.
 """
 
 from __future__ import annotations
@@ -9,10 +12,12 @@ from __future__ import annotations
 import argparse
 import asyncio
 import gc
+import gzip
 import json
 import logging
 import os
 import resource
+import select
 import sys
 import time
 import urllib.request
@@ -44,8 +49,13 @@ _MIB = 1 << 20
 class Fleet:
     """Hosts that hold VMs of one domain each, of as many sets as fit: the messages of such a fleet."""
 
-    def __init__(self, vms: int, sets: int, domains: int, per_host: int = 25) -> None:
+    def __init__(self, vms: int, sets: int, domains: int, hosts: int) -> None:
         self.sets, self.domains = sets, domains
+        if hosts < domains:
+            raise SystemExit(
+                f"exporter: {hosts} hosts for {domains} domains: a host holds VMs of one domain only"
+            )
+        per_host = -(-vms // hosts)
         self.vms: list[tuple[str, str, int, str]] = []
         """(VM, set, domain, host)."""
         in_domain = [0] * domains
@@ -80,7 +90,14 @@ class Fleet:
 
     @staticmethod
     def _inventory(host: str, records: tuple[m.VmRecord, ...]) -> m.HostInventory:
-        return m.HostInventory(host=host, driver="process", epoch=1, vms=records, guard="ready")
+        return m.HostInventory(
+            host=host,
+            driver="process",
+            epoch=1,
+            vms=records,
+            guard="ready",
+            installed=(m.InstalledUpdate(update="bench", version="1", at=datetime.now(UTC)),),
+        )
 
     def storm(self, rollout: str) -> Iterator[Delivery]:
         """One rollout over everything, a wave a domain, without the time that it would take."""
@@ -98,6 +115,9 @@ class Fleet:
             mine = [each for each in self.vms if each[2] == domain]
             for status in ("scheduled", "started"):
                 yield from self._wave(rollout, waves, planned, status, at)
+            for host in planned.hosts:
+                yield self._sent(self._command(rollout, planned.wave, host, mine, at), host=host)
+                yield self._sent(self._report(rollout, planned.wave, host, "accepted", at), host=host)
             for vm, group, ud, host in mine:
                 yield self._of_vm(
                     m.VmFrozen, rollout, vm, group, ud, host, at, method="freeze", budget_s=10.0
@@ -113,10 +133,61 @@ class Fleet:
                 }
                 yield self._of_vm(m.VmResumed, rollout, vm, group, ud, host, at, **told)
             for vm, group, ud, host in mine:
-                told = {"synced": True, "by": "agent", "error_before_s": -2.0, "error_after_s": 0.0003}
+                told = {
+                    "synced": True,
+                    "by": "agent",
+                    "error_before_s": -2.0,
+                    "error_after_s": 0.0003,
+                    "memory": m.MemoryProof(
+                        proof="heartbeat", ok=True, held=("not_rebooted", "canary_equal")
+                    ),
+                }
                 yield self._of_vm(m.VmClockSynced, rollout, vm, group, ud, host, at, **told)
+                checked = m.AgentClockSynced(
+                    vm=vm, boot_id="b", trigger="resume", operation=f"{rollout}-{host}", synced=True
+                )
+                yield self._sent(checked, vm=vm)
+            for host in planned.hosts:
+                yield self._sent(self._report(rollout, planned.wave, host, "completed", at), host=host)
             for status in ("verifying", "completed"):
                 yield from self._wave(rollout, waves, planned, status, at)
+
+    @staticmethod
+    def _command(
+        rollout: str, wave: int, host: str, mine: list[tuple[str, str, int, str]], at: datetime
+    ) -> m.FreezeCommanded:
+        return m.FreezeCommanded(
+            operation=f"{rollout}-{host}",
+            epoch=1,
+            coordinator="c",
+            host=host,
+            rollout=rollout,
+            wave=wave,
+            method="freeze",
+            targets=tuple(
+                m.FreezeTarget(vm=vm, set=group, update_domain=ud)
+                for vm, group, ud, where in mine
+                if where == host
+            ),
+            update="bench",
+            budget_s=10.0,
+            not_after=at,
+        )
+
+    @staticmethod
+    def _report(rollout: str, wave: int, host: str, status: Any, at: datetime) -> m.OperationReported:
+        over = status == "completed"
+        return m.OperationReported(
+            operation=f"{rollout}-{host}",
+            host=host,
+            epoch=1,
+            rollout=rollout,
+            wave=wave,
+            status=status,
+            update=m.UpdateOutcome(update="bench", outcome="succeeded", seconds=1.0) if over else None,
+            overhead_s=0.05 if over else None,
+            at=at,
+        )
 
     def _wave(
         self, rollout: str, waves: list[m.WaveState], planned: m.WaveState, status: Any, at: datetime
@@ -181,25 +252,40 @@ class Bench:
     def __init__(self, fleet: Fleet) -> None:
         self.fleet = fleet
         self.exporter = MetricsExporter(MetricsExporterSettings(), MemoryBus(MemoryBroker()))
+        self.collector = self.exporter.collector()
+        self.copied_ms = 0.0
+        self._time_copies()
         self.rows: list[tuple[str, str]] = []
         self.figures: dict[str, float] = {}
+
+    def _time_copies(self) -> None:
+        families = self.collector.families
+
+        def timed() -> Any:
+            began = time.perf_counter()
+            copied = families()
+            self.copied_ms = max(self.copied_ms, (time.perf_counter() - began) * 1000)
+            return copied
+
+        setattr(self.collector, "families", timed)  # noqa: B010 - the type checker's sake
 
     def note(self, name: str, value: float, text: str, what: str) -> None:
         """One figure: its name in the JSON, its number, and its row in the table."""
         self.figures[name] = round(value, 6)
         self.rows.append((what, text))
 
-    async def run(self, *, scrapes: int, readers: Sequence[int]) -> None:
+    async def run(self, *, scrapes: int, storms_scraped: int, readers: Sequence[int]) -> None:
         """Everything, in order."""
         gc.collect()
         empty = _resident()
         present = list(self.fleet.present())
-        storms = [list(self.fleet.storm(f"r{number}")) for number in range(len(readers) + 1)]
+        count = 1 + storms_scraped + len(readers)
+        storms = [list(self.fleet.storm(f"r{number}")) for number in range(count)]
         gc.collect()
         with_messages = _resident()
         port = free_port()
         registry = CollectorRegistry()
-        scrape = Scrape(self.exporter.collector())
+        scrape = Scrape(self.collector)
         page = LivePage(self.exporter.stream)
         ticking = asyncio.create_task(self.exporter.stream.run())
         try:
@@ -224,7 +310,8 @@ class Bench:
                 peak = _peak() - with_messages + empty
                 text = f"{peak / _MIB:.0f} MiB"
                 self.note("resident_peak_bytes", peak, text, "the most memory, while a scrape is written out")
-                for count, storm in zip(readers, storms[1:], strict=True):
+                await self._scrape_in_storms(port, storms[1 : 1 + storms_scraped])
+                for count, storm in zip(readers, storms[1 + storms_scraped :], strict=True):
                     await self._read(port, count, storm)
         finally:
             ticking.cancel()
@@ -273,6 +360,12 @@ class Bench:
         watching = asyncio.create_task(late.run())
         told = await _other("scrape", port, scrapes)
         watching.cancel()
+        self.note(
+            "copy_ms",
+            self.copied_ms,
+            f"{self.copied_ms:.0f} ms",
+            "a scrape's copy on the event loop, at most",
+        )
         series, size = told["series"], told["bytes"]
         self.note("series", series, f"{series:,}", "series")
         self.note("scrape_bytes", size, f"{size / _MIB:.1f} MiB", "one scrape, as text")
@@ -285,6 +378,34 @@ class Bench:
             f"{late.worst_ms:.0f} ms",
             "event loop held up by a scrape, at most",
         )
+
+    async def _scrape_in_storms(self, port: int, storms: Sequence[list[Delivery]]) -> None:
+        """Scrapes while messages come as fast as they are taken in, and what the two do to each other."""
+        if not storms:
+            return
+        self.copied_ms = 0.0
+        late = Lateness()
+        watching = asyncio.create_task(late.run())
+        process = await _start("storm", port, 0)
+        seconds = 0.0
+        for storm in storms:
+            seconds += await self._deliver(storm)
+        assert process.stdin is not None
+        process.stdin.close()
+        out, _ = await process.communicate()
+        watching.cancel()
+        told = json.loads(out)
+        rate = sum(map(len, storms)) / seconds
+        asked = len(told["seconds"])
+        self.note("storm_series", told["series"], f"{told['series']:,}", "series at the end of the storm")
+        self.note("storm_scrapes", asked, str(asked), "scrapes while a rollout storms")
+        for share in (50, 99):
+            value = percentile(told["seconds"], share / 100)
+            self.note(f"storm_scrape_p{share}_s", value, f"{value:.3f} s", f"  p{share} of them")
+        self.note("storm_scraped_per_s", rate, f"{rate:,.0f}/s", "  messages taken in meanwhile")
+        text = f"{self.copied_ms:.0f} ms"
+        self.note("storm_copy_ms", self.copied_ms, text, "  a scrape's copy on the event loop, at most")
+        self.note("storm_block_ms", late.worst_ms, f"{late.worst_ms:.0f} ms", "  event loop held up, at most")
 
     async def _read(self, port: int, count: int, storm: list[Delivery]) -> None:
         reading = asyncio.create_task(_other("read", port, count)) if count else None
@@ -318,26 +439,40 @@ class Bench:
         )
 
 
-async def _other(task: str, port: int, number: int) -> dict[str, Any]:
+async def _start(task: str, port: int, number: int) -> asyncio.subprocess.Process:
     """Another process of this script, so that its work is not ours."""
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, __file__, "--task", task, str(port), str(number), stdout=asyncio.subprocess.PIPE
-    )
-    out, _ = await process.communicate()
+    words = (sys.executable, __file__, "--task", task, str(port), str(number))
+    pipe = asyncio.subprocess.PIPE
+    return await asyncio.create_subprocess_exec(*words, stdin=pipe, stdout=pipe)
+
+
+async def _other(task: str, port: int, number: int) -> dict[str, Any]:
+    out, _ = await (await _start(task, port, number)).communicate()
     answer: dict[str, Any] = json.loads(out)
     return answer
 
 
-def scrape(port: int, times: int) -> dict[str, Any]:
-    """Scrape so many times; seconds of each, and what came."""
+_AS_PROMETHEUS = {
+    "Accept": "application/openmetrics-text;version=1.0.0;q=0.5,text/plain;version=0.0.4;q=0.3,*/*;q=0.2",
+    "Accept-Encoding": "gzip",
+}
+_BETWEEN_S = 0.25  # s between two scrapes in a storm
+
+
+def scrape(port: int, times: int | None) -> dict[str, Any]:
+    """Scrape so many times, or until the standard input ends; seconds of each, and what came."""
     seconds, body = [], b""
-    for _ in range(times):
+    request = urllib.request.Request(f"http://127.0.0.1:{port}/metrics", headers=_AS_PROMETHEUS)
+    while times is None or len(seconds) < times:
         began = time.perf_counter()
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=120) as answer:
+        with urllib.request.urlopen(request, timeout=120) as answer:  # noqa: S310
             body = answer.read()
         seconds.append(time.perf_counter() - began)
-    series = sum(not line.startswith(b"#") for line in body.splitlines())
-    return {"seconds": seconds, "bytes": len(body), "series": series}
+        if times is None and select.select([sys.stdin], [], [], _BETWEEN_S)[0]:
+            break
+    text = gzip.decompress(body)
+    series = sum(not line.startswith(b"#") for line in text.splitlines())
+    return {"seconds": seconds, "bytes": len(text), "series": series}
 
 
 async def read(port: int, readers: int) -> dict[str, Any]:
@@ -371,13 +506,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="examples:\n  python benchmarks/exporter.py\n  python benchmarks/exporter.py --vms 500 --sets 10 --domains 5\n"
-        "  python benchmarks/exporter.py --json | jq .scrape_p99_s",
+        epilog="examples:\n  python benchmarks/exporter.py\n  python benchmarks/exporter.py --vms 500 --hosts 50 --sets 10 --domains 5\n"
+        "  python benchmarks/exporter.py --readers --storms 5    # scrapes in storms, without the page's readers\n"
+        "  python benchmarks/exporter.py --json | jq .storm_scrape_p99_s",
     )
     parser.add_argument("--vms", type=int, default=10_000, help="VMs (default 10000)")
-    parser.add_argument("--sets", type=int, default=100, help="availability sets (default 100)")
+    parser.add_argument("--hosts", type=int, default=1000, help="hosts (default 1000)")
+    parser.add_argument("--sets", type=int, default=50, help="availability sets (default 50)")
     parser.add_argument("--domains", type=int, default=20, help="update domains of each set (default 20)")
-    parser.add_argument("--scrapes", type=int, default=20, help="scrapes to time (default 20)")
+    parser.add_argument("--scrapes", type=int, default=20, help="scrapes to time at rest (default 20)")
+    parser.add_argument("--storms", type=int, default=2, help="storms in which to scrape (default 2)")
     parser.add_argument(
         "--readers", type=int, nargs="*", default=[0, 8, 32], help="readers of the page, storms in turn"
     )
@@ -386,16 +524,27 @@ def main() -> int:
     given = parser.parse_args()
     if given.task:
         task, port, number = given.task
-        told = (
-            scrape(int(port), int(number)) if task == "scrape" else asyncio.run(read(int(port), int(number)))
-        )
+        if task == "read":
+            told = asyncio.run(read(int(port), int(number)))
+        else:
+            told = scrape(int(port), None if task == "storm" else int(number))
         print(json.dumps(told))
         return 0
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.ERROR))
-    bench = Bench(Fleet(given.vms, given.sets, given.domains))
-    asyncio.run(bench.run(scrapes=given.scrapes, readers=given.readers))
+    bench = Bench(Fleet(given.vms, given.sets, given.domains, given.hosts))
+    asyncio.run(bench.run(scrapes=given.scrapes, storms_scraped=given.storms, readers=given.readers))
     if given.json:
-        print(json.dumps({"vms": given.vms, "sets": given.sets, "domains": given.domains, **bench.figures}))
+        print(
+            json.dumps(
+                {
+                    "vms": given.vms,
+                    "hosts": len(bench.fleet.hosts),
+                    "sets": given.sets,
+                    "domains": given.domains,
+                    **bench.figures,
+                }
+            )
+        )
         return 0
     print(
         f"{given.vms:,} VMs on {len(bench.fleet.hosts)} hosts, {given.sets} sets of {given.domains} domains;"

@@ -47,6 +47,10 @@ class Census:
         self._errors: dict[tuple[str, str, str], Largest] = {}
         """Set, update domain, and before or after the sync: the errors of its VMs by VM and host."""
         self._counted: dict[tuple[str, str], Counted] = {}
+        self._unlooked: set[tuple[str, str, str]] = set()
+        """Those of ``_errors`` that are not in the two below as they are now."""
+        self._worst: dict[tuple[str, str, str], float] = {}
+        self._bounds: dict[Domain, float] = {}
 
     def count(self, vm: str, host: str, now: Counted | None) -> None:
         """The VM on this host is counted as this from now on; None: not at all."""
@@ -68,21 +72,31 @@ class Census:
 
     def worst_errors(self) -> dict[tuple[str, str, str], float]:
         """Set, update domain and when to the error of the VM that was off most, seconds with its sign."""
-        found = ((labels, errors.top()) for labels, errors in self._errors.items())
-        return {labels: top[1] for labels, top in found if top is not None}
+        self._look()
+        return self._worst
 
     def bounds(self) -> dict[Domain, float]:
         """Domain to the bound that the VM whose clock was off most after its sync was held to, seconds."""
-        made: dict[Domain, float] = {}
-        for (set_name, domain, when), errors in self._errors.items():
-            top = errors.top() if when == "after" else None
+        self._look()
+        return self._bounds
+
+    def _look(self) -> None:
+        for labels in self._unlooked:
+            set_name, domain, when = labels
+            errors = self._errors.get(labels)
+            top = errors.top() if errors is not None else None
+            if when == "after":
+                self._bounds.pop((set_name, domain), None)
             if top is None:
+                self._worst.pop(labels, None)
                 continue
-            vm, _, host = top[0].partition(" ")
-            verdict = self._counted[vm, host].verdict
-            if verdict is not None and verdict.bound_s is not None:
-                made[set_name, domain] = verdict.bound_s
-        return made
+            self._worst[labels] = top[1]
+            if when == "after":
+                vm, _, host = top[0].partition(" ")
+                verdict = self._counted[vm, host].verdict
+                if verdict is not None and verdict.bound_s is not None:
+                    self._bounds[set_name, domain] = verdict.bound_s
+        self._unlooked.clear()
 
     def _add(self, counted: Counted, by: int, key: tuple[str, str]) -> None:
         record = counted.record
@@ -129,6 +143,7 @@ class Census:
         after_s = verdict.after_s if verdict is not None else None
         for when, error_s in (("before", before_s), ("after", after_s)):
             labels = (*domain, when)
+            self._unlooked.add(labels)
             errors = self._errors.get(labels)
             if error_s is not None:
                 if errors is None:

@@ -6,7 +6,7 @@ written here is what it would write (a test compares the two), in either text fo
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from threading import Lock
 
 import msgspec
@@ -22,17 +22,14 @@ from caesura_metrics_exporter.series import Buckets, Labels
 AnyFamily = Family | HistogramFamily
 
 
-class _Line(msgspec.Struct, frozen=True):
-    head: str
-    """Name and labels."""
-    value: float
-    text: str
+class _Written(msgspec.Struct):
+    """What a family was at the last scrape, and how that was written."""
 
-
-class _Lines(msgspec.Struct, frozen=True):
-    heads: tuple[str, ...]
-    """Of each bucket, the count and the sum."""
-    values: Buckets
+    values: Mapping[Labels, object]
+    heads: dict[Labels, tuple[str, ...]]
+    """Name and labels of each line of a series."""
+    parts: dict[Labels, str]
+    """The lines of each series."""
     text: str
 
 
@@ -41,8 +38,7 @@ class Renderer:
 
     def __init__(self) -> None:
         self._one = Lock()
-        self._lines: dict[str, dict[Labels, _Line]] = {}
-        self._histograms: dict[str, dict[Labels, _Lines]] = {}
+        self._written: dict[str, _Written] = {}
 
     def render(self, families: Iterable[AnyFamily], *, modern: bool) -> str:
         """The families as text; ``modern``: in OpenMetrics, without its end."""
@@ -57,28 +53,45 @@ class Renderer:
         return head, self._simple(family, family.name + total)
 
     def _simple(self, family: Family, name: str) -> str:
-        known = self._lines.get(name, {})
-        made: dict[Labels, _Line] = {}
+        written = self._of(name)
+        if written.values == family.values:
+            return written.text
+        known, heads, parts = written.values.get, written.heads, written.parts
         for labels, value in family.values.items():
-            line = known.get(labels)
-            if line is None or line.value != value:
-                head = line.head if line is not None else _series(name, family.names, labels)
-                line = _Line(head, value, f"{head} {_number(value)}\n")
-            made[labels] = line
-        self._lines[name] = made
-        return "".join([line.text for line in made.values()])
+            if known(labels) != value:
+                head = heads.get(labels)
+                if head is None:
+                    head = heads[labels] = (_series(name, family.names, labels),)
+                parts[labels] = f"{head[0]} {_number(value)}\n"
+        return self._kept(written, family.values)
 
     def _histogram(self, family: HistogramFamily) -> str:
-        known = self._histograms.get(family.name, {})
-        made: dict[Labels, _Lines] = {}
+        written = self._of(family.name)
+        if written.values == family.values:
+            return written.text
+        known, heads, parts = written.values.get, written.heads, written.parts
         for labels, values in family.values.items():
-            lines = known.get(labels)
-            if lines is None or lines.values != values:
-                heads = lines.heads if lines is not None else _bucket_heads(family, labels)
-                lines = _Lines(heads, values, _bucket_lines(heads, values))
-            made[labels] = lines
-        self._histograms[family.name] = made
-        return "".join([lines.text for lines in made.values()])
+            if known(labels) != values:
+                head = heads.get(labels)
+                if head is None:
+                    head = heads[labels] = _bucket_heads(family, labels)
+                parts[labels] = _bucket_lines(head, values)
+        return self._kept(written, family.values)
+
+    def _of(self, name: str) -> _Written:
+        written = self._written.get(name)
+        if written is None:
+            written = self._written[name] = _Written({}, {}, {}, "")
+        return written
+
+    @staticmethod
+    def _kept(written: _Written, values: Mapping[Labels, object]) -> str:
+        if len(written.parts) != len(values):  # some are gone
+            for labels in written.parts.keys() - values.keys():
+                del written.parts[labels], written.heads[labels]
+        written.values = values
+        written.text = "".join(written.parts.values())
+        return written.text
 
 
 class Wanted(Collector):

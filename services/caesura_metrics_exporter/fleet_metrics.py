@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from caesura_metrics_exporter.agents import AGENT_SILENT_S
-from caesura_metrics_exporter.families import Family, gauge, number, states
+from caesura_metrics_exporter.families import Family, gauge, number
 from caesura_metrics_exporter.fleet import Fleet
 from caesura_metrics_exporter.rollout_metrics import rollout_families
 
@@ -169,7 +169,8 @@ def _hosts(fleet: Fleet, now_s: float, foreign: Mapping[str, int]) -> Iterator[F
     busy: list[tuple[tuple[str, ...], float]] = []
     for host, state in fleet.hosts.items():
         if state.inventory is not None:
-            guards += states((host,), _GUARD_STATES, state.inventory.guard)
+            guard = state.inventory.guard
+            guards += [((host, each), 1.0 if each == guard else 0.0) for each in _GUARD_STATES]
             busy.append(((host,), float(bool(state.inventory.operation))))
     yield gauge(
         "caesura_host_guard_state", "1 for the state of the host's pause guard.", ("host", "state"), guards

@@ -17,7 +17,7 @@ from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
 from caesura_metrics_exporter.families import Family, HistogramFamily
-from caesura_metrics_exporter.series import Buckets, Labels
+from caesura_metrics_exporter.series import Buckets, Labels, ends
 
 AnyFamily = Family | HistogramFamily
 
@@ -47,9 +47,9 @@ class Renderer:
 
     def _family(self, family: AnyFamily, *, modern: bool) -> tuple[str, str]:
         if isinstance(family, HistogramFamily):
-            return _head(family.name, family.text, "histogram"), self._histogram(family)
+            return _head(family.name, family.text, "histogram", modern=modern), self._histogram(family)
         total = "_total" if family.kind == "counter" else ""
-        head = _head(family.name + ("" if modern else total), family.text, family.kind)
+        head = _head(family.name + ("" if modern else total), family.text, family.kind, modern=modern)
         return head, self._simple(family, family.name + total)
 
     def _simple(self, family: Family, name: str) -> str:
@@ -120,8 +120,8 @@ def encoded(metrics: Iterable[Metric], accept: str, names: frozenset[str] = froz
     return bytes(encoder(registry))
 
 
-def _head(name: str, text: str, kind: str) -> str:
-    escaped = text.replace("\\", r"\\").replace("\n", r"\n")
+def _head(name: str, text: str, kind: str, *, modern: bool) -> str:
+    escaped = _escaped(text) if modern else text.replace("\\", r"\\").replace("\n", r"\n")
     return f"# HELP {name} {escaped}\n# TYPE {name} {kind}\n"
 
 
@@ -134,8 +134,7 @@ def _series(name: str, names: Labels, labels: Labels) -> str:
 
 def _bucket_heads(family: HistogramFamily, labels: Labels) -> tuple[str, ...]:
     names = (*family.names, "le")
-    ends = (*(_number(bound) for bound in family.bounds), "+Inf")
-    buckets = (_series(f"{family.name}_bucket", names, (*labels, end)) for end in ends)
+    buckets = (_series(f"{family.name}_bucket", names, (*labels, end)) for end in ends(family.bounds))
     rest = (_series(f"{family.name}_{part}", family.names, labels) for part in ("count", "sum"))
     return (*buckets, *rest)
 

@@ -95,11 +95,16 @@ class Histogram:
         return values
 
 
+def ends(bounds: tuple[float, ...]) -> tuple[str, ...]:
+    """Upper bounds as the label ``le`` has them."""
+    return (*(f"{bound:g}" for bound in bounds), "+Inf")
+
+
 def cumulative(bounds: tuple[float, ...], values: Buckets) -> list[tuple[str, float]]:
     """Buckets as Prometheus has them: (upper bound, how many observations are at most that)."""
     total = 0
     found: list[tuple[str, float]] = []
-    for end, count in zip((*(f"{bound:g}" for bound in bounds), "+Inf"), values[0], strict=True):
+    for end, count in zip(ends(bounds), values[0], strict=True):
         total += count
         found.append((end, total))
     return found

@@ -16,7 +16,6 @@ import yaml
 
 from caesura.testing.queries import all_of, queries_of, selectors, substituted
 from caesura_metrics_exporter.rollout_metrics import WAVE_STATUS_NUMBERS
-from grafana.generate.queries import STATES
 
 with warnings.catch_warnings():
     # It would rather have the schema of Grafana 12 and later used, which 11 does not read.
@@ -166,7 +165,9 @@ def test_all_of_a_variable_is_a_list_or_its_own_value() -> None:
 
 
 def test_states_have_the_numbers_that_the_exporter_gives_them() -> None:
-    assert dict(enumerate(name for name, _ in STATES)) == {
+    asked = "import json; from grafana.generate.queries import STATES; print(json.dumps(STATES))"
+    out = subprocess.run([sys.executable, "-c", asked], capture_output=True, check=True, cwd=_ROOT).stdout
+    assert dict(enumerate(name for name, _ in json.loads(out))) == {
         0: "no rollout",
         **{number: status for status, number in WAVE_STATUS_NUMBERS.items()},
     }

@@ -359,8 +359,11 @@ class Bench:
     async def _scrape(self, port: int, scrapes: int) -> None:
         late = Lateness()
         watching = asyncio.create_task(late.run())
+        began_s = time.process_time()
         told = await _other("scrape", port, scrapes)
+        cost_ms = (time.process_time() - began_s) / scrapes * 1000
         watching.cancel()
+        self.note("scrape_cpu_ms", cost_ms, f"{cost_ms:.0f} ms", "processor time of a scrape")
         self.note(
             "copy_ms",
             self.copied_ms,

@@ -56,26 +56,24 @@ class Renderer:
         written = self._of(name)
         if written.values == family.values:
             return written.text
-        known, heads, parts = written.values.get, written.heads, written.parts
-        for labels, value in family.values.items():
-            if known(labels) != value:
-                head = heads.get(labels)
-                if head is None:
-                    head = heads[labels] = (_series(name, family.names, labels),)
-                parts[labels] = f"{head[0]} {_number(value)}\n"
+        heads, parts = written.heads, written.parts
+        for labels in _changed(written.values, family.values):
+            head = heads.get(labels)
+            if head is None:
+                head = heads[labels] = (_series(name, family.names, labels),)
+            parts[labels] = f"{head[0]} {_number(family.values[labels])}\n"
         return self._kept(written, family.values)
 
     def _histogram(self, family: HistogramFamily) -> str:
         written = self._of(family.name)
         if written.values == family.values:
             return written.text
-        known, heads, parts = written.values.get, written.heads, written.parts
-        for labels, values in family.values.items():
-            if known(labels) != values:
-                head = heads.get(labels)
-                if head is None:
-                    head = heads[labels] = _bucket_heads(family, labels)
-                parts[labels] = _bucket_lines(head, values)
+        heads, parts = written.heads, written.parts
+        for labels in _changed(written.values, family.values):
+            head = heads.get(labels)
+            if head is None:
+                head = heads[labels] = _bucket_heads(family, labels)
+            parts[labels] = _bucket_lines(head, family.values[labels])
         return self._kept(written, family.values)
 
     def _of(self, name: str) -> _Written:
@@ -118,6 +116,14 @@ def encoded(metrics: Iterable[Metric], accept: str, names: frozenset[str] = froz
     encoder, _ = choose_encoder(accept)
     registry.register(Wanted(metrics, names))
     return bytes(encoder(registry))
+
+
+def _changed(before: Mapping[Labels, object], now: Mapping[Labels, object]) -> list[Labels]:
+    if list(before) == list(now):  # as a rule; then no label has to be hashed
+        pairs = zip(now.values(), before.values(), strict=True)
+        return [labels for labels, (new, old) in zip(now, pairs, strict=True) if new != old]
+    known = before.get
+    return [labels for labels, value in now.items() if known(labels) != value]
 
 
 def _head(name: str, text: str, kind: str, *, modern: bool) -> str:

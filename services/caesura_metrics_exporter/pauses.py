@@ -75,10 +75,9 @@ class _Kind:
         self.last.pop(host, None)
         self.longest_of_last.drop(host)
 
-    def oldest_s(self) -> float | None:
-        """When the oldest open pause was received."""
-        hosts = self.open.values()
-        return min((next(iter(vms.values())).heard_s for vms in hosts), default=None)
+    def oldest_s(self) -> float:
+        """When the oldest open pause was received; there must be one."""
+        return min([next(iter(vms.values())).heard_s for vms in self.open.values()])
 
 
 class Pauses:
@@ -174,8 +173,7 @@ class Pauses:
 
     def open_s(self, now_s: float) -> dict[PauseLabels, float]:
         """Labels to the seconds that the oldest open pause with them has lasted, as far as it was received."""
-        found = ((labels, kind.oldest_s()) for labels, kind in self._all())
-        return {labels: max(0.0, now_s - since_s) for labels, since_s in found if since_s is not None}
+        return {labels: max(0.0, now_s - kind.oldest_s()) for labels, kind in self._all() if kind.open}
 
     def budgets(self) -> dict[PauseLabels, float]:
         """Labels to the budget that was said last, seconds."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -44,7 +45,8 @@ def by_hand(renderer: Renderer, families: list[AnyFamily], *, modern: bool) -> l
 def by_the_library(families: list[AnyFamily], *, modern: bool) -> list[str]:
     registry = CollectorRegistry()
     registry.register(Fixed(families))
-    text = (generate_openmetrics(registry) if modern else generate_latest(registry)).decode()
+    encoder: Any = generate_openmetrics if modern else generate_latest
+    text = encoder(registry).decode()
     return sorted(text.removesuffix("# EOF\n").split("\n"))
 
 

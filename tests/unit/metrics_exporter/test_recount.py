@@ -23,7 +23,8 @@ VMS = ("a", "b", "c", "d")
 HOSTS = ("h1", "h2")
 SETS = ("s1", "s2")
 
-vms, hosts, sets, domains = map(st.sampled_from, (VMS, HOSTS, SETS, (0, 1)))
+vms, hosts, sets = (st.sampled_from(names) for names in (VMS, HOSTS, SETS))
+domains = st.sampled_from((0, 1))
 errors_s = st.none() | st.sampled_from([-9.0, -0.002, 0.001, 0.002, 9.0])
 records = st.builds(
     m.VmRecord,

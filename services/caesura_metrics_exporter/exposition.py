@@ -6,8 +6,8 @@ written here is what it would write (a test compares the two), in either text fo
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from threading import Lock
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import accumulate
 
 import msgspec
 from prometheus_client import CollectorRegistry
@@ -20,6 +20,8 @@ from caesura_metrics_exporter.families import Family, HistogramFamily
 from caesura_metrics_exporter.series import Buckets, Labels, ends
 
 AnyFamily = Family | HistogramFamily
+
+_AS_IT_IS = 1_000_000  # from here on numbers have an exponent
 
 
 class _Written(msgspec.Struct):
@@ -34,16 +36,19 @@ class _Written(msgspec.Struct):
 
 
 class Renderer:
-    """Writes scrapes out, one after the other, in whatever thread."""
+    """Writes scrapes out, one after the other."""
 
     def __init__(self) -> None:
-        self._one = Lock()
         self._written: dict[str, _Written] = {}
 
     def render(self, families: Iterable[AnyFamily], *, modern: bool) -> str:
         """The families as text; ``modern``: in OpenMetrics, without its end."""
-        with self._one:
-            return "".join([part for family in families for part in self._family(family, modern=modern)])
+        return "".join(self.parts(families, modern=modern))
+
+    def parts(self, families: Iterable[AnyFamily], *, modern: bool) -> Iterator[str]:
+        """The same family by family, so that others have their turn between two of them. May be given up at any of them."""
+        for family in families:
+            yield from self._family(family, modern=modern)
 
     def _family(self, family: AnyFamily, *, modern: bool) -> tuple[str, str]:
         if isinstance(family, HistogramFamily):
@@ -139,25 +144,26 @@ def _series(name: str, names: Labels, labels: Labels) -> str:
 
 
 def _bucket_heads(family: HistogramFamily, labels: Labels) -> tuple[str, ...]:
+    """Of each bucket, the count and the sum; and last all of them at once, for counts that are written as they are."""
     names = (*family.names, "le")
     buckets = (_series(f"{family.name}_bucket", names, (*labels, end)) for end in ends(family.bounds))
     rest = (_series(f"{family.name}_{part}", family.names, labels) for part in ("count", "sum"))
-    return (*buckets, *rest)
+    heads = (*buckets, *rest)
+    whole = "".join(f"{head.replace('%', '%%')} %d.0\n" for head in heads[:-1])
+    return (*heads, f"{whole}{heads[-1].replace('%', '%%')} %s\n")
 
 
 def _bucket_lines(heads: tuple[str, ...], values: Buckets) -> str:
     counts, total = values
-    lines: list[str] = []
-    seen = 0
-    for head, count in zip(heads, counts, strict=False):
-        seen += count
-        lines.append(f"{head} {_number(seen)}\n")
-    lines.append(f"{heads[-2]} {_number(seen)}\n{heads[-1]} {_number(total)}\n")
-    return "".join(lines)
+    seen = list(accumulate(counts))
+    if seen[-1] < _AS_IT_IS:
+        return heads[-1] % (*seen, seen[-1], _number(total))
+    lines = zip(heads, (*seen, seen[-1], total), strict=False)
+    return "".join([f"{head} {_number(value)}\n" for head, value in lines])
 
 
 def _number(value: float) -> str:
-    if type(value) is int and 0 <= value < 1_000_000:
+    if type(value) is int and 0 <= value < _AS_IT_IS:
         return f"{value}.0"
     return str(floatToGoString(value))  # type: ignore[no-untyped-call]
 

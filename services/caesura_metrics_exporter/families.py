@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Literal
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
 
 import msgspec
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
@@ -58,9 +58,12 @@ def histogram(name: str, text: str, values: Histogram) -> HistogramFamily:
 
 
 def gauge(
-    name: str, text: str, names: tuple[str, ...], values: Iterable[tuple[tuple[str, ...], float]]
+    name: str,
+    text: str,
+    names: tuple[str, ...],
+    values: Mapping[Any, float] | Iterable[tuple[tuple[str, ...], float]],
 ) -> Family:
-    """A gauge family; ``names`` are the label names, ``values`` pairs of label values and number."""
+    """A gauge family; ``names`` are the label names, ``values`` numbers by label values, which are copied."""
     return Family(name, text, "gauge", names, dict(values))
 
 

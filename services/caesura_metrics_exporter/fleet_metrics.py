@@ -13,6 +13,8 @@ _GUARD_STATES = ("ready", "armed", "absent")
 _PAUSE = ("set", "update_domain", "method")
 _HOST_PAUSE = ("set", "update_domain", "host", "method")
 
+Values = dict[tuple[str, ...], float]
+
 
 def fleet_families(fleet: Fleet, now_s: float, foreign: Mapping[str, int] | None = None) -> Iterator[Family]:
     """Every gauge of the fleet at ``now_s`` on the clock that it was fed with; what is not known has no series.
@@ -39,7 +41,7 @@ def _pauses(fleet: Fleet, now_s: float) -> Iterator[Family]:
         "caesura_pause_budget_seconds",
         "Budget of the pause that is open, else of the last one; where hosts differ, what was said last.",
         _PAUSE,
-        (budgets | found).items(),
+        budgets | found,
     )
     yield gauge(
         "caesura_pause_last_seconds",
@@ -57,7 +59,7 @@ def _pauses(fleet: Fleet, now_s: float) -> Iterator[Family]:
         "caesura_pause_longest_seconds",
         "Longest pause since the exporter's start, host monotonic clock.",
         _PAUSE,
-        fleet.pauses.longest().items(),
+        fleet.pauses.longest(),
     )
     # An age and no time stamp: it then hangs on one monotonic clock, and not on two wall clocks that may jump.
     yield gauge(
@@ -65,7 +67,7 @@ def _pauses(fleet: Fleet, now_s: float) -> Iterator[Family]:
         "Seconds since the exporter received that a VM is paused that is not known to run, of the oldest such pause; "
         "0 with none. The method is unknown where its freeze was not received.",
         _PAUSE,
-        (dict.fromkeys(budgets, 0.0) | opened).items(),
+        dict.fromkeys(budgets, 0.0) | opened,
     )
     sets = sorted(fleet.census.sets.keys() | fleet.pauses.clashes.keys())
     yield gauge(
@@ -105,25 +107,23 @@ def _pauses_by_host(fleet: Fleet, now_s: float) -> Iterator[Family]:
         "caesura_host_pause_overrun_age_seconds",
         "Seconds since the exporter received that a pause on the host was longer than its budget, of the last one; for half an hour.",
         _HOST_PAUSE,
-        fleet.pauses.overran_s(now_s).items(),
+        fleet.pauses.overran_s(now_s),
     )
     yield gauge(
         "caesura_host_guard_resume_age_seconds",
         "Seconds since the exporter received that the host's pause guard ended a pause, of the last one; for half an hour.",
         _HOST_PAUSE,
-        fleet.pauses.guarded_s(now_s).items(),
+        fleet.pauses.guarded_s(now_s),
     )
 
 
 def _vms(fleet: Fleet) -> Iterator[Family]:
-    yield gauge(
-        "caesura_vms", "VMs by state.", ("set", "update_domain", "state"), fleet.census.states.items()
-    )
+    yield gauge("caesura_vms", "VMs by state.", ("set", "update_domain", "state"), fleet.census.states)
     yield gauge(
         "caesura_agents",
         f"VM agents by presence; silent: should be online, and said nothing for {AGENT_SILENT_S:g} s.",
         ("set", "state"),
-        fleet.census.agents.items(),
+        fleet.census.agents,
     )
 
 
@@ -132,46 +132,58 @@ def _clocks(fleet: Fleet) -> Iterator[Family]:
         "caesura_vms_unsynced",
         "VMs whose clock could not be put right, after their last pause or by their agent since.",
         ("set", "update_domain"),
-        fleet.census.unsynced.items(),
+        fleet.census.unsynced,
     )
     yield gauge(
         "caesura_vms_clock_step_refused",
         "VMs whose clock is so far off that their agent does not step it outside a resume.",
         ("set", "update_domain"),
-        fleet.census.refused.items(),
+        fleet.census.refused,
     )
     # A VM's name is no label: the worst VM speaks for its domain, with its sign.
     yield gauge(
         "caesura_clock_error_last_seconds",
         "Guest minus host clock at the last sync, of the VM of the domain that was off most.",
         ("set", "update_domain", "when"),
-        fleet.census.worst_errors().items(),
+        fleet.census.worst_errors(),
     )
     yield gauge(
         "caesura_clock_bound_last_seconds",
         "How far the clock of caesura_clock_error_last_seconds after the sync might be off, by the rollout of its pause.",
         ("set", "update_domain"),
-        fleet.census.bounds().items(),
+        fleet.census.bounds(),
     )
 
 
 def _hosts(fleet: Fleet, now_s: float, foreign: Mapping[str, int]) -> Iterator[Family]:
-    online = [((host,), float(state.online)) for host, state in fleet.hosts.items()]
+    online: Values = {}
+    silence_s: Values = {}
+    guards: Values = {}
+    busy: Values = {}
+    installed: Values = {}
+    foreign_vms: Values = {}
+    for host, state in fleet.hosts.items():
+        label = (host,)
+        online[label] = 1.0 if state.online else 0.0
+        silence_s[label] = now_s - state.heard_s if now_s > state.heard_s else 0.0
+        foreign_vms[label] = foreign.get(host, 0)
+        inventory = state.inventory
+        if inventory is None:
+            continue
+        for each in _GUARD_STATES:
+            guards[host, each] = 1.0 if each == inventory.guard else 0.0
+        busy[label] = 1.0 if inventory.operation else 0.0
+        for update in inventory.installed:
+            if not update.vms:
+                installed[host, update.update, update.version] = 1.0
     yield gauge("caesura_host_online", "1 while the host updater is on the bus, else 0.", ("host",), online)
     # A last will needs a broker: one that died with the host, or before it, tells nothing when it is back.
     yield gauge(
         "caesura_host_heard_seconds",
         "Seconds since the exporter heard the host updater itself, which speaks every 20 s.",
         ("host",),
-        [((host,), max(0.0, now_s - state.heard_s)) for host, state in fleet.hosts.items()],
+        silence_s,
     )
-    guards: list[tuple[tuple[str, ...], float]] = []
-    busy: list[tuple[tuple[str, ...], float]] = []
-    for host, state in fleet.hosts.items():
-        if state.inventory is not None:
-            guard = state.inventory.guard
-            guards += [((host, each), 1.0 if each == guard else 0.0) for each in _GUARD_STATES]
-            busy.append(((host,), float(bool(state.inventory.operation))))
     yield gauge(
         "caesura_host_guard_state", "1 for the state of the host's pause guard.", ("host", "state"), guards
     )
@@ -179,18 +191,13 @@ def _hosts(fleet: Fleet, now_s: float, foreign: Mapping[str, int]) -> Iterator[F
         "caesura_update_info",
         "1 for an update that the whole host has, in the version that it defines.",
         ("host", "update", "version"),
-        [
-            ((host, each.update, each.version), 1.0)
-            for host, state in fleet.hosts.items()
-            for each in (state.inventory.installed if state.inventory is not None else ())
-            if not each.vms
-        ],
+        installed,
     )
     yield gauge(
         "caesura_host_foreign_vms",
         "VMs that the host names in its inventory although they are not on record as its own.",
         ("host",),
-        [((host,), float(foreign.get(host, 0))) for host in fleet.hosts],
+        foreign_vms,
     )
     yield gauge("caesura_host_busy", "1 while an operation is under way on the host.", ("host",), busy)
 

@@ -19,7 +19,7 @@ from caesura_metrics_exporter.exposition import AnyFamily, Renderer, encoded
 from caesura_metrics_exporter.metrics import FleetCollector, scrape_duration
 
 _GZIP_LEVEL = 1  # series are alike: more work makes them hardly smaller
-_TURN_S = 0.01  # s of writing, after which the event loop has its turn
+_TURN_S = 0.02  # s of writing, after which the event loop has its turn
 
 
 class Scrape:

@@ -21,6 +21,7 @@ from caesura_metrics_exporter.series import Buckets, Labels, ends
 
 AnyFamily = Family | HistogramFamily
 
+_PIECE = 64  # series that changed in one piece
 _AS_IT_IS = 1_000_000  # from here on numbers have an exponent
 
 
@@ -46,55 +47,49 @@ class Renderer:
         return "".join(self.parts(families, modern=modern))
 
     def parts(self, families: Iterable[AnyFamily], *, modern: bool) -> Iterator[str]:
-        """The same family by family, so that others have their turn between two of them. May be given up at any of them."""
+        """The same in pieces, so that others have their turn between two of them. May be given up at any of them."""
         for family in families:
-            yield from self._family(family, modern=modern)
+            if isinstance(family, HistogramFamily):
+                yield _head(family.name, family.text, "histogram", modern=modern)
+                yield from self._histogram(family)
+                continue
+            total = "_total" if family.kind == "counter" else ""
+            yield _head(family.name + ("" if modern else total), family.text, family.kind, modern=modern)
+            yield from self._simple(family, family.name + total)
 
-    def _family(self, family: AnyFamily, *, modern: bool) -> tuple[str, str]:
-        if isinstance(family, HistogramFamily):
-            return _head(family.name, family.text, "histogram", modern=modern), self._histogram(family)
-        total = "_total" if family.kind == "counter" else ""
-        head = _head(family.name + ("" if modern else total), family.text, family.kind, modern=modern)
-        return head, self._simple(family, family.name + total)
-
-    def _simple(self, family: Family, name: str) -> str:
+    def _simple(self, family: Family, name: str) -> Iterator[str]:
         written = self._of(name)
-        if written.values == family.values:
-            return written.text
-        heads, parts = written.heads, written.parts
-        for labels in _changed(written.values, family.values):
-            head = heads.get(labels)
-            if head is None:
-                head = heads[labels] = (_series(name, family.names, labels),)
-            parts[labels] = f"{head[0]} {_number(family.values[labels])}\n"
-        return self._kept(written, family.values)
+        if written.values != family.values:
+            heads, parts = written.heads, written.parts
+            for number, labels in enumerate(_changed(written.values, family.values)):
+                head = heads.get(labels)
+                if head is None:
+                    head = heads[labels] = (_series(name, family.names, labels),)
+                parts[labels] = f"{head[0]} {_number(family.values[labels])}\n"
+                if number % _PIECE == _PIECE - 1:
+                    yield ""
+            _keep(written, family.values)
+        yield written.text
 
-    def _histogram(self, family: HistogramFamily) -> str:
+    def _histogram(self, family: HistogramFamily) -> Iterator[str]:
         written = self._of(family.name)
-        if written.values == family.values:
-            return written.text
-        heads, parts = written.heads, written.parts
-        for labels in _changed(written.values, family.values):
-            head = heads.get(labels)
-            if head is None:
-                head = heads[labels] = _bucket_heads(family, labels)
-            parts[labels] = _bucket_lines(head, family.values[labels])
-        return self._kept(written, family.values)
+        if written.values != family.values:
+            heads, parts = written.heads, written.parts
+            for number, labels in enumerate(_changed(written.values, family.values)):
+                head = heads.get(labels)
+                if head is None:
+                    head = heads[labels] = _bucket_heads(family, labels)
+                parts[labels] = _bucket_lines(head, family.values[labels])
+                if number % _PIECE == _PIECE - 1:
+                    yield ""
+            _keep(written, family.values)
+        yield written.text
 
     def _of(self, name: str) -> _Written:
         written = self._written.get(name)
         if written is None:
             written = self._written[name] = _Written({}, {}, {}, "")
         return written
-
-    @staticmethod
-    def _kept(written: _Written, values: Mapping[Labels, object]) -> str:
-        if len(written.parts) != len(values):  # some are gone
-            for labels in written.parts.keys() - values.keys():
-                del written.parts[labels], written.heads[labels]
-        written.values = values
-        written.text = "".join(written.parts.values())
-        return written.text
 
 
 class Wanted(Collector):
@@ -121,6 +116,14 @@ def encoded(metrics: Iterable[Metric], accept: str, names: frozenset[str] = froz
     encoder, _ = choose_encoder(accept)
     registry.register(Wanted(metrics, names))
     return bytes(encoder(registry))
+
+
+def _keep(written: _Written, values: Mapping[Labels, object]) -> None:
+    if len(written.parts) != len(values):  # some are gone
+        for labels in written.parts.keys() - values.keys():
+            del written.parts[labels], written.heads[labels]
+    written.values = values
+    written.text = "".join(written.parts.values())
 
 
 def _changed(before: Mapping[Labels, object], now: Mapping[Labels, object]) -> list[Labels]:

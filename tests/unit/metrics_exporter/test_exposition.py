@@ -84,3 +84,16 @@ def test_what_did_not_change_is_not_written_again() -> None:
     del values["db", "h", "freeze"]
     assert renderer.render([Family("a", "A.", "gauge", NAMES, values)], modern=False) == first
     assert set(renderer._written["a"].heads) == set(values), "what is gone takes no room"
+
+
+def test_a_scrape_that_was_given_up_leaves_nothing_wrong() -> None:
+    renderer = Renderer()
+    many: dict[Labels, float] = {(f"s{number}", "h", "freeze"): 1.0 for number in range(200)}
+    next(
+        piece
+        for piece in renderer.parts([Family("a", "A.", "gauge", NAMES, many)], modern=False)
+        if not piece
+    )
+    few: list[AnyFamily] = [Family("a", "A.", "gauge", NAMES, {("s1", "h", "freeze"): 2.0})]
+    assert by_hand(renderer, few, modern=False) == by_the_library(few, modern=False)
+    assert len(renderer._written["a"].heads) == 1

@@ -1,7 +1,7 @@
 """Counters and histograms as plain numbers, by label values. Pure; the Prometheus adapter is in ``metrics``.
 
 They are grouped by their first label (a set or a host), so that what is gone for good costs what it had, and not what
-everybody has. ``copied`` gives numbers that stay as they are: a scrape reads them in a thread.
+everybody has. ``copied`` gives numbers that stay as they are while a scrape is written.
 """
 
 from __future__ import annotations

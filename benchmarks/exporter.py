@@ -2,6 +2,9 @@
 
 A large fleet's messages go through the exporter's own ``deliver`` (decode, count, fold) in one process; scrapers and
 readers of the live page are other processes that ask over HTTP. No broker: its share is not the exporter's.
+
+A storm is a rollout over the whole fleet, with every message that its coordinator, hosts and agents would send, as fast
+as the exporter takes it in: there is no idle time in which a scrape could be served. Scrapes ask as Prometheus does.
 """
 
 from __future__ import annotations
@@ -9,28 +12,27 @@ from __future__ import annotations
 import argparse
 import asyncio
 import gc
+import gzip
+import http.client
 import json
 import logging
 import os
 import resource
+import select
 import sys
 import time
-import urllib.request
-from collections.abc import Iterator, Sequence
-from datetime import UTC, datetime, timedelta
+from collections.abc import Sequence
 from typing import Any
 
 import structlog
 from pause import percentile
 from prometheus_client import CollectorRegistry
+from storms import Storms
 
 from caesura.bus.brokers import free_port
 from caesura.bus.memory import MemoryBroker, MemoryBus
 from caesura.bus.port import Delivery
-from caesura.contract import messages as m
-from caesura.contract.codec import decode, encode
-from caesura.contract.envelope import Message
-from caesura.contract.topics import channel_of
+from caesura.contract.codec import decode
 from caesura.runtime.health import serve_health
 from caesura_metrics_exporter.page import LivePage
 from caesura_metrics_exporter.scrape import Scrape
@@ -39,126 +41,6 @@ from caesura_metrics_exporter.settings import MetricsExporterSettings
 
 _PORTION = 64  # messages between two turns of the event loop, as a full inbox gives them
 _MIB = 1 << 20
-
-
-class Fleet:
-    """Hosts that hold VMs of one domain each, of as many sets as fit: the messages of such a fleet."""
-
-    def __init__(self, vms: int, sets: int, domains: int, per_host: int = 25) -> None:
-        self.sets, self.domains = sets, domains
-        self.vms: list[tuple[str, str, int, str]] = []
-        """(VM, set, domain, host)."""
-        in_domain = [0] * domains
-        for number in range(vms):
-            group, domain = number % sets, number // sets % domains
-            host = f"host-{domain}-{in_domain[domain] // per_host}"
-            in_domain[domain] += 1
-            self.vms.append((f"vm-{number}", f"set-{group}", domain, host))
-        self.hosts = sorted({host for _, _, _, host in self.vms})
-        self._count = 0
-
-    def _sent(self, message: Message, **where: str | int) -> Delivery:
-        self._count += 1
-        payload = encode(message, source="/bench", event_id=str(self._count), time=datetime.now(UTC))
-        return Delivery(channel_of(type(message)).topic(**where), payload, retained=False)
-
-    def present(self) -> Iterator[Delivery]:
-        """What is retained: presences, inventories, documents."""
-        yield self._sent(m.CoordinatorPresence(coordinator="c", epoch=1, online=True))
-        of_host: dict[str, list[m.VmRecord]] = {}
-        for vm, group, domain, host in self.vms:
-            record = m.VmRecord(vm=vm, set=group, update_domain=domain, state="running", methods=("freeze",))
-            of_host.setdefault(host, []).append(record)
-            yield self._sent(m.AgentPresence(vm=vm, online=True, boot_id="b"), vm=vm)
-        for host, records in of_host.items():
-            yield self._sent(m.HostPresence(host=host, online=True, instance="i"), host=host)
-            yield self._sent(self._inventory(host, tuple(records)), host=host)
-        for number in range(self.sets):
-            yield self._sent(
-                m.SetDocument(set=f"set-{number}", incarnation=1, events=()), set=f"set-{number}"
-            )
-
-    @staticmethod
-    def _inventory(host: str, records: tuple[m.VmRecord, ...]) -> m.HostInventory:
-        return m.HostInventory(host=host, driver="process", epoch=1, vms=records, guard="ready")
-
-    def storm(self, rollout: str) -> Iterator[Delivery]:
-        """One rollout over everything, a wave a domain, without the time that it would take."""
-        at = datetime.now(UTC)
-        waves: list[m.WaveState] = []
-        for domain in range(self.domains):
-            mine = [each for each in self.vms if each[2] == domain]
-            named = {group: domain for _, group, _, _ in mine}
-            hosts = sorted({host for _, _, _, host in mine})
-            vms = tuple(vm for vm, _, _, _ in mine)
-            waves.append(
-                m.WaveState(wave=domain, status="pending", domains=named, hosts=tuple(hosts), vms=vms)
-            )
-        for domain, planned in enumerate(waves):
-            mine = [each for each in self.vms if each[2] == domain]
-            for status in ("scheduled", "started"):
-                yield from self._wave(rollout, waves, planned, status, at)
-            for vm, group, ud, host in mine:
-                yield self._of_vm(
-                    m.VmFrozen, rollout, vm, group, ud, host, at, method="freeze", budget_s=10.0
-                )
-            for number, (vm, group, ud, host) in enumerate(mine):
-                told = {
-                    "method": "freeze",
-                    "budget_s": 10.0,
-                    "pause_s": 1.0 + number % 50 / 20,
-                    "within_budget": True,
-                    "resumed_by": "updater",
-                    "memory": m.MemoryProof(proof="digest", ok=True),
-                }
-                yield self._of_vm(m.VmResumed, rollout, vm, group, ud, host, at, **told)
-            for vm, group, ud, host in mine:
-                told = {"synced": True, "by": "agent", "error_before_s": -2.0, "error_after_s": 0.0003}
-                yield self._of_vm(m.VmClockSynced, rollout, vm, group, ud, host, at, **told)
-            for status in ("verifying", "completed"):
-                yield from self._wave(rollout, waves, planned, status, at)
-
-    def _wave(
-        self, rollout: str, waves: list[m.WaveState], planned: m.WaveState, status: Any, at: datetime
-    ) -> Iterator[Delivery]:
-        fact = m.WaveChanged(
-            rollout=rollout, wave=planned.wave, status=status, domains=planned.domains, at=at
-        )
-        yield self._sent(fact, rollout=rollout, wave=planned.wave)
-        waves[planned.wave] = m.WaveState(
-            wave=planned.wave, status=status, domains=planned.domains, hosts=planned.hosts, vms=planned.vms
-        )
-        state = m.RolloutState(
-            rollout=rollout,
-            update="bench",
-            status="running",
-            policy=m.Policy(),
-            sets=tuple(planned.domains),
-            waves=tuple(waves),
-            created_at=at,
-        )
-        yield self._sent(state, rollout=rollout)
-        for group in planned.domains:
-            if status in {"scheduled", "started", "completed"}:
-                changed = m.EventChanged(
-                    event_id=f"{rollout}-{planned.wave}-{group}",
-                    set=group,
-                    event_type="Freeze",
-                    status=status,
-                    resources=(group,),
-                    incarnation=1,
-                    not_before=at + timedelta(seconds=900),
-                    at=at,
-                )
-                yield self._sent(changed, set=group, status=status)
-
-    def _of_vm(
-        self, kind: Any, rollout: str, vm: str, group: str, domain: int, host: str, at: datetime, **told: Any
-    ) -> Delivery:
-        message = kind(
-            vm=vm, host=host, set=group, update_domain=domain, operation=f"{rollout}-{host}", at=at, **told
-        )
-        return self._sent(message, host=host, set=group, ud=domain, vm=vm)
 
 
 class Lateness:
@@ -178,28 +60,44 @@ class Lateness:
 class Bench:
     """One exporter under load."""
 
-    def __init__(self, fleet: Fleet) -> None:
+    def __init__(self, fleet: Storms) -> None:
         self.fleet = fleet
         self.exporter = MetricsExporter(MetricsExporterSettings(), MemoryBus(MemoryBroker()))
+        self.collector = self.exporter.collector()
+        self.copied_ms = 0.0
+        self._time_copies()
         self.rows: list[tuple[str, str]] = []
         self.figures: dict[str, float] = {}
+
+    def _time_copies(self) -> None:
+        families = self.collector.families
+
+        def timed() -> Any:
+            began = time.perf_counter()
+            copied = families()
+            self.copied_ms = max(self.copied_ms, (time.perf_counter() - began) * 1000)
+            return copied
+
+        setattr(self.collector, "families", timed)  # noqa: B010 - the type checker's sake
 
     def note(self, name: str, value: float, text: str, what: str) -> None:
         """One figure: its name in the JSON, its number, and its row in the table."""
         self.figures[name] = round(value, 6)
         self.rows.append((what, text))
 
-    async def run(self, *, scrapes: int, readers: Sequence[int]) -> None:
+    async def run(self, *, scrapes: int, storms_scraped: int, readers: Sequence[int]) -> None:
         """Everything, in order."""
         gc.collect()
         empty = _resident()
         present = list(self.fleet.present())
-        storms = [list(self.fleet.storm(f"r{number}")) for number in range(len(readers) + 1)]
+        count = 1 + storms_scraped + len(readers)
+        storms = [list(self.fleet.storm(f"r{number}")) for number in range(count)]
         gc.collect()
+        gc.freeze()  # these messages are the benchmark's: an exporter would not look through them
         with_messages = _resident()
         port = free_port()
         registry = CollectorRegistry()
-        scrape = Scrape(self.exporter.collector())
+        scrape = Scrape(self.collector)
         page = LivePage(self.exporter.stream)
         ticking = asyncio.create_task(self.exporter.stream.run())
         try:
@@ -224,7 +122,8 @@ class Bench:
                 peak = _peak() - with_messages + empty
                 text = f"{peak / _MIB:.0f} MiB"
                 self.note("resident_peak_bytes", peak, text, "the most memory, while a scrape is written out")
-                for count, storm in zip(readers, storms[1:], strict=True):
+                await self._scrape_in_storms(port, storms[1 : 1 + storms_scraped])
+                for count, storm in zip(readers, storms[1 + storms_scraped :], strict=True):
                     await self._read(port, count, storm)
         finally:
             ticking.cancel()
@@ -271,8 +170,17 @@ class Bench:
     async def _scrape(self, port: int, scrapes: int) -> None:
         late = Lateness()
         watching = asyncio.create_task(late.run())
+        began_s = time.process_time()
         told = await _other("scrape", port, scrapes)
+        cost_ms = (time.process_time() - began_s) / scrapes * 1000
         watching.cancel()
+        self.note("scrape_cpu_ms", cost_ms, f"{cost_ms:.0f} ms", "processor time of a scrape")
+        self.note(
+            "copy_ms",
+            self.copied_ms,
+            f"{self.copied_ms:.0f} ms",
+            "a scrape's copy on the event loop, at most",
+        )
         series, size = told["series"], told["bytes"]
         self.note("series", series, f"{series:,}", "series")
         self.note("scrape_bytes", size, f"{size / _MIB:.1f} MiB", "one scrape, as text")
@@ -285,6 +193,34 @@ class Bench:
             f"{late.worst_ms:.0f} ms",
             "event loop held up by a scrape, at most",
         )
+
+    async def _scrape_in_storms(self, port: int, storms: Sequence[list[Delivery]]) -> None:
+        """Scrapes while messages come as fast as they are taken in, and what the two do to each other."""
+        if not storms:
+            return
+        self.copied_ms = 0.0
+        late = Lateness()
+        watching = asyncio.create_task(late.run())
+        process = await _start("storm", port, 0)
+        seconds = 0.0
+        for storm in storms:
+            seconds += await self._deliver(storm)
+        assert process.stdin is not None
+        process.stdin.close()
+        out, _ = await process.communicate()
+        watching.cancel()
+        told = json.loads(out)
+        rate = sum(map(len, storms)) / seconds
+        asked = len(told["seconds"])
+        self.note("storm_series", told["series"], f"{told['series']:,}", "series at the end of the storm")
+        self.note("storm_scrapes", asked, str(asked), "scrapes while a rollout storms")
+        for share in (50, 99):
+            value = percentile(told["seconds"], share / 100)
+            self.note(f"storm_scrape_p{share}_s", value, f"{value:.3f} s", f"  p{share} of them")
+        self.note("storm_scraped_per_s", rate, f"{rate:,.0f}/s", "  messages taken in meanwhile")
+        text = f"{self.copied_ms:.0f} ms"
+        self.note("storm_copy_ms", self.copied_ms, text, "  a scrape's copy on the event loop, at most")
+        self.note("storm_block_ms", late.worst_ms, f"{late.worst_ms:.0f} ms", "  event loop held up, at most")
 
     async def _read(self, port: int, count: int, storm: list[Delivery]) -> None:
         reading = asyncio.create_task(_other("read", port, count)) if count else None
@@ -318,26 +254,41 @@ class Bench:
         )
 
 
-async def _other(task: str, port: int, number: int) -> dict[str, Any]:
+async def _start(task: str, port: int, number: int) -> asyncio.subprocess.Process:
     """Another process of this script, so that its work is not ours."""
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, __file__, "--task", task, str(port), str(number), stdout=asyncio.subprocess.PIPE
-    )
-    out, _ = await process.communicate()
+    words = (sys.executable, __file__, "--task", task, str(port), str(number))
+    pipe = asyncio.subprocess.PIPE
+    return await asyncio.create_subprocess_exec(*words, stdin=pipe, stdout=pipe)
+
+
+async def _other(task: str, port: int, number: int) -> dict[str, Any]:
+    out, _ = await (await _start(task, port, number)).communicate()
     answer: dict[str, Any] = json.loads(out)
     return answer
 
 
-def scrape(port: int, times: int) -> dict[str, Any]:
-    """Scrape so many times; seconds of each, and what came."""
+_AS_PROMETHEUS = {
+    "Accept": "application/openmetrics-text;version=1.0.0;q=0.5,text/plain;version=0.0.4;q=0.3,*/*;q=0.2",
+    "Accept-Encoding": "gzip",
+}
+_BETWEEN_S = 0.25  # s between two scrapes in a storm
+
+
+def scrape(port: int, times: int | None) -> dict[str, Any]:
+    """Scrape so many times, or until the standard input ends; seconds of each, and what came."""
     seconds, body = [], b""
-    for _ in range(times):
+    kept = http.client.HTTPConnection("127.0.0.1", port, timeout=120)  # as Prometheus keeps it
+    while times is None or len(seconds) < times:
         began = time.perf_counter()
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=120) as answer:
-            body = answer.read()
+        kept.request("GET", "/metrics", headers=_AS_PROMETHEUS)
+        body = kept.getresponse().read()
         seconds.append(time.perf_counter() - began)
-    series = sum(not line.startswith(b"#") for line in body.splitlines())
-    return {"seconds": seconds, "bytes": len(body), "series": series}
+        if times is None and select.select([sys.stdin], [], [], _BETWEEN_S)[0]:
+            break
+    kept.close()
+    text = gzip.decompress(body)
+    series = sum(not line.startswith(b"#") for line in text.splitlines())
+    return {"seconds": seconds, "bytes": len(text), "series": series}
 
 
 async def read(port: int, readers: int) -> dict[str, Any]:
@@ -371,13 +322,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="examples:\n  python benchmarks/exporter.py\n  python benchmarks/exporter.py --vms 500 --sets 10 --domains 5\n"
-        "  python benchmarks/exporter.py --json | jq .scrape_p99_s",
+        epilog="examples:\n  python benchmarks/exporter.py\n  python benchmarks/exporter.py --vms 500 --hosts 50 --sets 10 --domains 5\n"
+        "  python benchmarks/exporter.py --readers --storms 5    # scrapes in storms, without the page's readers\n"
+        "  python benchmarks/exporter.py --json | jq .storm_scrape_p99_s",
     )
     parser.add_argument("--vms", type=int, default=10_000, help="VMs (default 10000)")
-    parser.add_argument("--sets", type=int, default=100, help="availability sets (default 100)")
+    parser.add_argument("--hosts", type=int, default=1000, help="hosts (default 1000)")
+    parser.add_argument("--sets", type=int, default=50, help="availability sets (default 50)")
     parser.add_argument("--domains", type=int, default=20, help="update domains of each set (default 20)")
-    parser.add_argument("--scrapes", type=int, default=20, help="scrapes to time (default 20)")
+    parser.add_argument("--scrapes", type=int, default=20, help="scrapes to time at rest (default 20)")
+    parser.add_argument("--storms", type=int, default=2, help="storms in which to scrape (default 2)")
     parser.add_argument(
         "--readers", type=int, nargs="*", default=[0, 8, 32], help="readers of the page, storms in turn"
     )
@@ -386,16 +340,27 @@ def main() -> int:
     given = parser.parse_args()
     if given.task:
         task, port, number = given.task
-        told = (
-            scrape(int(port), int(number)) if task == "scrape" else asyncio.run(read(int(port), int(number)))
-        )
+        if task == "read":
+            told = asyncio.run(read(int(port), int(number)))
+        else:
+            told = scrape(int(port), None if task == "storm" else int(number))
         print(json.dumps(told))
         return 0
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.ERROR))
-    bench = Bench(Fleet(given.vms, given.sets, given.domains))
-    asyncio.run(bench.run(scrapes=given.scrapes, readers=given.readers))
+    bench = Bench(Storms(given.vms, given.sets, given.domains, given.hosts))
+    asyncio.run(bench.run(scrapes=given.scrapes, storms_scraped=given.storms, readers=given.readers))
     if given.json:
-        print(json.dumps({"vms": given.vms, "sets": given.sets, "domains": given.domains, **bench.figures}))
+        print(
+            json.dumps(
+                {
+                    "vms": given.vms,
+                    "hosts": len(bench.fleet.hosts),
+                    "sets": given.sets,
+                    "domains": given.domains,
+                    **bench.figures,
+                }
+            )
+        )
         return 0
     print(
         f"{given.vms:,} VMs on {len(bench.fleet.hosts)} hosts, {given.sets} sets of {given.domains} domains;"

@@ -1,4 +1,4 @@
-"""*One update domain*: its state, its pauses by host, its clocks, its proofs."""
+"""*One update domain*: its state, its pauses, its clocks, its proofs."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from grafana.generate.page import DOMAIN_UID, choice, page, scrape_choices, wave
 from grafana.generate.panels import NONE_WANTED, Ask, Panel, Size, curve, heat, number, timeline
 from grafana.generate.queries import (
     DOMAIN,
-    DOMAIN_HOSTS,
     SCRAPED,
     domain_states,
     is_,
@@ -17,19 +16,18 @@ from grafana.generate.queries import (
 )
 from grafana_foundation_sdk.models.dashboard import Dashboard
 
-_BUCKETS = of("caesura_pause_seconds_bucket", DOMAIN_HOSTS)
-_BUDGET = of("caesura_pause_budget_seconds", DOMAIN_HOSTS)
-_LAST = of("caesura_pause_last_seconds", DOMAIN_HOSTS)
-_LAST_BUDGET = of("caesura_pause_last_budget_seconds", DOMAIN_HOSTS)
-_LONGEST = of("caesura_pause_longest_seconds", DOMAIN_HOSTS)
-_HOSTS = (*SCRAPED, 'host=~"$host"')
+_BUCKETS = of("caesura_pause_seconds_bucket", DOMAIN)
+_BUDGET = of("caesura_pause_budget_seconds", DOMAIN)
+_LAST = of("caesura_pause_last_seconds", DOMAIN)
+_LAST_BUDGET = of("caesura_pause_last_budget_seconds", DOMAIN)
+_LONGEST = of("caesura_pause_longest_seconds", DOMAIN)
 
 
 def _now() -> list[Panel]:
     return [
         number(
             "VMs paused now",
-            "VMs of the domain that stand still at this moment.",
+            "VMs of the domain that are paused at this moment.",
             Ask(f"max({of('caesura_vms', DOMAIN, is_('state', 'paused'))})"),
             steps=((None, "green"), (1, "orange")),
         ),
@@ -60,14 +58,14 @@ def _now() -> list[Panel]:
         number(
             "Beyond budget",
             "Pauses longer than their budget, since the exporter's start.",
-            Ask(f"max(sum by (job, instance) ({of('caesura_pause_overruns_total', DOMAIN_HOSTS)}))"),
+            Ask(f"max(sum by (job, instance) ({of('caesura_pause_overruns_total', DOMAIN)}))"),
             size=Size(3, 4),
             steps=NONE_WANTED,
         ),
         number(
             "Resumed by the guard",
             "Pauses that the pause guard had to end, since the exporter's start.",
-            Ask(f"max(sum by (job, instance) ({of('caesura_pauses_resumed_by_guard_total', DOMAIN_HOSTS)}))"),
+            Ask(f"max(sum by (job, instance) ({of('caesura_pauses_resumed_by_guard_total', DOMAIN)}))"),
             size=Size(3, 4),
             steps=NONE_WANTED,
         ),
@@ -84,11 +82,12 @@ def _pauses() -> list[Panel]:
             words=STATE_WORDS,
         ),
         curve(
-            "Pause seconds by host",
-            "The longest pause of the last operation on each host, how long VMs stand still now, and the budget.",
-            Ask(f"max by (host, method) ({_LAST})", "{{host}}, {{method}}"),
+            "Pause seconds",
+            "The longest pause of each host's last operation, how long VMs are paused now, by host, and the budget. "
+            "A host is named only while a pause on it is open.",
+            Ask(f"max by (method) ({_LAST})", "longest, {{method}}"),
             Ask(
-                f"max by (host) ({of('caesura_pause_open_seconds', DOMAIN_HOSTS)})",
+                f"max by (host) ({of('caesura_host_pause_open_seconds', DOMAIN)})",
                 "{{host}}, paused now",
             ),
             Ask(f"min by (set) ({_BUDGET})", "budget of {{set}}"),
@@ -105,31 +104,9 @@ def _pauses() -> list[Panel]:
             "VMs by state",
             "All VMs of the domain, as the hosts told.",
             Ask(f"max by (state) ({of('caesura_vms', DOMAIN)})", "{{state}}"),
-            size=Size(8, 8),
+            size=Size(12, 8),
             stacked=True,
             colours={"paused": "orange", "running": "green", "stopped": "red", "unknown": "purple"},
-        ),
-        curve(
-            "Updates on these hosts",
-            "Mean seconds that each update ran, since the exporter's start.",
-            Ask(
-                f"max by (host, update) ({of('caesura_update_seconds_sum', _HOSTS)} "
-                f"/ {of('caesura_update_seconds_count', _HOSTS)})",
-                "{{update}} on {{host}}",
-            ),
-            size=Size(8, 8),
-            unit="s",
-        ),
-        curve(
-            "Added to updates by Caesura",
-            "Mean seconds of a pause that were not the update's own, since the exporter's start.",
-            Ask(
-                f"max by (host) ({of('caesura_operation_overhead_seconds_sum', _HOSTS)} "
-                f"/ {of('caesura_operation_overhead_seconds_count', _HOSTS)})",
-                "{{host}}",
-            ),
-            size=Size(8, 8),
-            unit="s",
         ),
     ]
 
@@ -175,7 +152,7 @@ def domain() -> Dashboard:
     return page(
         "One update domain",
         DOMAIN_UID,
-        "One update domain of one availability set, by host.",
+        "One update domain of one availability set.",
         [
             *scrape_choices("caesura_exporter_build_info"),
             choice("set", "Set", "caesura_vms", SCRAPED, several=False, description="Availability set."),
@@ -186,16 +163,6 @@ def domain() -> Dashboard:
                 (*SCRAPED, 'set="$set"'),
                 several=False,
                 description="Update domain of the set.",
-            ),
-            choice(
-                "host",
-                "Host",
-                "caesura_freezes_total",
-                DOMAIN,
-                several=True,
-                description="Hosts that froze VMs of the domain.",
-                # Updates and their overhead are of hosts: those of other domains are none of this page's business.
-                anything=False,
             ),
         ],
         [("", _now()), ("Pauses", _pauses()), ("Guests", _guests())],

@@ -34,7 +34,8 @@ STATE_WORDS = [
 ]
 _BY_DOMAIN = "{{set}} · {{update_domain}}"
 _BY_PAUSE = "set, update_domain, host, method"
-_OPEN = of("caesura_pause_open_seconds", SETS)
+_OPEN = of("caesura_host_pause_open_seconds", SETS)
+_OPEN_BUDGET = of("caesura_host_pause_budget_seconds", SETS)
 _BUDGET = of("caesura_pause_budget_seconds", SETS)
 _LAST = of("caesura_pause_last_seconds", SETS)
 _LAST_BUDGET = of("caesura_pause_last_budget_seconds", SETS)
@@ -112,7 +113,7 @@ def _rollout() -> list[Panel]:
             "Paused now",
             "Who stands still, since when (as the exporter heard it), and the budget. Empty as a rule.",
             Ask(f"max by ({_BY_PAUSE}) ({_OPEN}) > 0"),
-            Ask(f"max by ({_BY_PAUSE}) ({_BUDGET}) and on ({_BY_PAUSE}) ({_OPEN} > 0)"),
+            Ask(f"max by ({_BY_PAUSE}) ({_OPEN_BUDGET}) and on ({_BY_PAUSE}) ({_OPEN} > 0)"),
             size=Size(16, 7),
             columns={
                 "set": "Set",
@@ -148,6 +149,28 @@ def _pauses() -> list[Panel]:
             "max by (le) (sum by (le, job, instance) "
             f"({new_in_window(of('caesura_pause_seconds_bucket', SETS))}))",
             size=Size(10, 9),
+        ),
+        curve(
+            "Updates",
+            "Mean seconds that each update ran, on all hosts, since the exporter's start.",
+            Ask(
+                f"max by (update) ({of('caesura_update_seconds_sum', SCRAPED)} "
+                f"/ {of('caesura_update_seconds_count', SCRAPED)})",
+                "{{update}}",
+            ),
+            size=Size(12, 8),
+            unit="s",
+        ),
+        curve(
+            "Added to updates by Caesura",
+            "Mean seconds of a pause that were not the update's own, on all hosts, since the exporter's start.",
+            Ask(
+                f"max ({of('caesura_operation_overhead_seconds_sum', SCRAPED)} "
+                f"/ {of('caesura_operation_overhead_seconds_count', SCRAPED)})",
+                "added",
+            ),
+            size=Size(12, 8),
+            unit="s",
         ),
     ]
 

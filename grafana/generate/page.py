@@ -44,11 +44,10 @@ def choice(
     *,
     several: bool,
     description: str,
-    anything: bool = True,
 ) -> dashboard.QueryVariable:
     """Values of a label of a metric to choose from; all of them at first, where several can be chosen.
 
-    With ``anything`` all of them is whatever there is, and not just the values to choose from.
+    All of them is whatever there is, and not just the values to choose from.
     """
     asked = f"{metric}{{{', '.join(matchers)}}}" if matchers else metric
     query = f"label_values({asked}, {name})"
@@ -66,8 +65,7 @@ def choice(
     )
     if several:
         variable.current(dm.VariableOption(text=["All"], value=["$__all"], selected=True))
-        if anything:
-            variable.all_value(".+")
+        variable.all_value(".+")
     return variable
 
 

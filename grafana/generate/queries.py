@@ -8,9 +8,8 @@ OURS = (*SCRAPED, 'job=~"caesura-.+"')
 """For what Prometheus tells of every target: all jobs are not all of ours."""
 SETS = (*SCRAPED, 'set=~"$set"')
 DOMAIN = (*SCRAPED, 'set="$set"', 'update_domain="$update_domain"')
-DOMAIN_HOSTS = (*DOMAIN, 'host=~"$host"')
 
-# The order in which a domain goes through them, with the colours of the timeline.
+# By the number that caesura_domain_wave_status gives them (none: 0), with the colours of the timeline.
 STATES = (
     ("no rollout", "#9ca3af"),
     ("pending", "#6b7280"),
@@ -38,15 +37,11 @@ def is_(label: str, value: str) -> str:
 
 def domain_states(scope: tuple[str, ...]) -> str:
     """The number of each domain's state, ``PAUSED_FROM`` more while a VM of it stands still."""
-    states = [
-        f"{of('caesura_domain_status', scope, is_('status', name))} * {number}"
-        for number, (name, _) in enumerate(STATES)
-        if number  # what no rollout touches has no status
-    ]
+    states = of("caesura_domain_wave_status", scope)
     # A point may stand for minutes, in which a pause came and went; or for less than a scrape, and has no sample of its own.
     vms = of("caesura_vms", scope, is_("state", "paused"))
     paused = f"((max_over_time({vms}[$__interval]) or {vms}) > bool 0) * {PAUSED_FROM}"
-    every = "\n    or ".join([*states, paused])
+    every = f"{states}\n    or {paused}"
     # Summed within one exporter: its series of one domain are told apart by status and state.
     return (
         f"max by (set, update_domain) (\n  sum by (set, update_domain, job, instance) (\n    {every}\n  )\n)"

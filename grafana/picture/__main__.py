@@ -19,7 +19,7 @@ from typing import Any
 import aiohttp
 
 from caesura.testing.browser import chromium
-from caesura.testing.queries import all_of, substituted
+from caesura.testing.queries import substituted
 
 _HERE = Path(__file__).parent
 _EMPTY = "<!doctype html><title>Panels</title><div id=page></div>"
@@ -57,16 +57,6 @@ async def answered(
     return panels
 
 
-async def hosts(base_url: str, set_name: str, domain: str) -> str:
-    """The hosts of the domain, as Grafana puts in all of them."""
-    selector = f'caesura_freezes_total{{set=~"{set_name}", update_domain=~"{domain}"}}'
-    async with (
-        aiohttp.ClientSession(base_url) as session,
-        session.get("/api/v1/label/host/values", params={"match[]": selector}) as answer,
-    ):
-        return all_of({}, (await answer.json())["data"])
-
-
 async def draw(arguments: argparse.Namespace) -> None:
     """Ask, draw, write the file."""
     script = _HERE / "build" / "panels.js"
@@ -87,7 +77,6 @@ async def draw(arguments: argparse.Namespace) -> None:
         "set": arguments.set,
     }
     values["update_domain"] = arguments.domain
-    values["host"] = await hosts(arguments.prometheus, arguments.set, arguments.domain)
     what = {
         "title": dashboard["title"],
         "panels": await answered(arguments.prometheus, dashboard, values, start, end),

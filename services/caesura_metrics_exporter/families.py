@@ -1,43 +1,75 @@
-"""Numbers by label values to Prometheus metric families."""
+"""Metric families as plain numbers: what a scrape is written out from, and what ``prometheus_client`` makes of it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
 
-from prometheus_client.core import (
-    CounterMetricFamily,
-    GaugeMetricFamily,
-    HistogramMetricFamily,
-    Metric,
-)
+import msgspec
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 
-from caesura_metrics_exporter.series import Counts, Histogram
+from caesura_metrics_exporter.series import Buckets, Counts, Histogram, Labels, cumulative
 
 
-def counter(name: str, text: str, counts: Counts) -> Metric:
+class Family(msgspec.Struct, frozen=True):
+    """Counters or gauges of one name. Nobody changes ``values``: they may be read in a thread."""
+
+    name: str
+    """Of a counter without its ``_total``."""
+    text: str
+    kind: Literal["counter", "gauge"]
+    names: Labels
+    values: dict[Labels, float]
+
+    def metric(self) -> Metric:
+        """As ``prometheus_client`` has it."""
+        make = CounterMetricFamily if self.kind == "counter" else GaugeMetricFamily
+        family = make(self.name, self.text, labels=self.names)
+        for labels, value in self.values.items():
+            family.add_metric(labels, value)
+        return family
+
+
+class HistogramFamily(msgspec.Struct, frozen=True):
+    """Classic histograms of one name; as ``Family``."""
+
+    name: str
+    text: str
+    names: Labels
+    bounds: tuple[float, ...]
+    values: dict[Labels, Buckets]
+
+    def metric(self) -> Metric:
+        """As ``prometheus_client`` has it."""
+        family = HistogramMetricFamily(self.name, self.text, labels=self.names)
+        for labels, values in self.values.items():
+            family.add_metric(labels, buckets=cumulative(self.bounds, values), sum_value=values[1])
+        return family
+
+
+def counter(name: str, text: str, counts: Counts) -> Family:
     """A counter family; the exposition adds ``_total`` to the name."""
-    family = CounterMetricFamily(name, text, labels=counts.names)
-    for labels, value in counts.items():
-        family.add_metric(labels, value)
-    return family
+    return Family(name, text, "counter", counts.names, counts.copied())
 
 
-def histogram(name: str, text: str, values: Histogram) -> Metric:
+def histogram(name: str, text: str, values: Histogram) -> HistogramFamily:
     """A classic histogram family."""
-    family = HistogramMetricFamily(name, text, labels=values.names)
-    for labels, buckets, total in values.items():
-        family.add_metric(labels, buckets=buckets, sum_value=total)
-    return family
+    return HistogramFamily(name, text, values.names, values.bounds, values.copied())
 
 
 def gauge(
-    name: str, text: str, names: tuple[str, ...], values: Iterable[tuple[tuple[str, ...], float]]
-) -> Metric:
-    """A gauge family; ``names`` are the label names, ``values`` pairs of label values and number."""
-    family = GaugeMetricFamily(name, text, labels=names)
-    for labels, value in values:
-        family.add_metric(labels, value)
-    return family
+    name: str,
+    text: str,
+    names: tuple[str, ...],
+    values: Mapping[Any, float] | Iterable[tuple[tuple[str, ...], float]],
+) -> Family:
+    """A gauge family; ``names`` are the label names, ``values`` numbers by label values, which are copied."""
+    return Family(name, text, "gauge", names, dict(values))
+
+
+def number(name: str, text: str, value: float) -> Family:
+    """A gauge without labels."""
+    return Family(name, text, "gauge", (), {(): value})
 
 
 def states(

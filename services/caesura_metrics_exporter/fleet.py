@@ -6,25 +6,21 @@ seen to be dead until somebody removes what the broker retains of it. How long a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import heapq
 
 import msgspec
 
 from caesura.contract import messages as m
 from caesura.contract.envelope import Message
 from caesura.contract.topics import placed
+from caesura_metrics_exporter.agents import Agents
+from caesura_metrics_exporter.census import Census, Counted, shown_state
 from caesura_metrics_exporter.clocks import Clocks
-from caesura_metrics_exporter.pauses import Pauses, labels_of
-
-_ROLLOUTS_KEPT = 100  # retained rollouts pile up at the broker; the newest are enough to say what is so now
+from caesura_metrics_exporter.pauses import Pauses
+from caesura_metrics_exporter.rollout_index import RolloutIndex
 
 _SET_KEPT_S = 900.0
 """s: as long as the alerts look back."""
-
-_OVER = frozenset({"completed", "aborted"})
-
-# Where two waves of a rollout touch one domain, the more telling status counts.
-_TELLING = ("started", "verifying", "soaking", "scheduled", "failed", "cancelled", "pending", "completed")
 
 
 class HostState(msgspec.Struct):
@@ -36,34 +32,28 @@ class HostState(msgspec.Struct):
     online: bool = False
 
 
-class AgentState(msgspec.Struct, frozen=True):
-    """One agent, as last heard; ``heard_s`` as for a host."""
-
-    online: bool
-    heard_s: float
-
-
 class Fleet:
     """The present, as far as the bus has told."""
 
     def __init__(self) -> None:
         self.hosts: dict[str, HostState] = {}
         self.vm_states: dict[str, m.VmState] = {}
-        self.agents: dict[str, AgentState] = {}
+        self.agents = Agents()
         self.publishers: dict[str, bool] = {}
         self.coordinator: m.CoordinatorPresence | None = None
         self.coordinator_heard_s: float | None = None
         """When the one that leads last said so, seconds on the exporter's monotonic clock."""
         self.documents: dict[str, m.SetDocument] = {}
-        self.rollouts: dict[str, m.RolloutState] = {}
+        self.rollouts = RolloutIndex()
         self.clocks = Clocks()
-        self.budgets: dict[tuple[str, str, str, str], float] = {}
-        """(set, update domain, host, method) to the budget of the last pause, seconds."""
         self.pauses = Pauses()
-        self.foreign_vms: dict[str, int] = {}
-        """Host to how many VMs its inventory names that belong to another one, or to none."""
+        self.census = Census()
+        self._placed: dict[str, dict[str, m.VmRecord]] = {}
+        """VM to the hosts that name it, and how they describe it."""
         self._left: dict[str, float] = {}
         """Set to when a host's last VM of it went, seconds on the exporter's monotonic clock."""
+        self._left_first: list[tuple[float, str]] = []
+        """The same as a heap, with what ``_left`` does not say any more."""
         self.events_since: dict[str, dict[tuple[str, str], float]] = {}
         """Set to (event, status) to when it was first seen so, seconds on the exporter's monotonic clock."""
 
@@ -85,20 +75,23 @@ class Fleet:
                     self.documents[message.set] = message
                     self._since(message, now_s)
             case m.RolloutState():
-                self._rollout(message)
+                self.rollouts.take(message)
             case m.HostPresence() | m.AgentPresence() | m.PublisherPresence() | m.CoordinatorPresence():
                 self._presence(message, now_s, stored=stored)
             case m.VmFrozen() if fresh:
-                self._paused(message, "paused")
-                domain = self._domain_of(message.host, message.vm, message.set, message.update_domain)
-                self.pauses.froze(message, domain, now_s)
+                self.vm_states[message.vm] = "paused"
+                self.pauses.froze(message, self._domain_of(message), now_s)
+                self._recount(message.vm)
             case m.VmResumed() if fresh:
-                self._paused(message, "running")
-                self.pauses.resumed(message)
+                self.vm_states[message.vm] = "running"
+                self.pauses.resumed(message, now_s)
+                self._recount(message.vm)
             case m.VmClockSynced() if fresh:
                 self.clocks.judged(message, self._clock_bound_of(message.set))
+                self._recount(message.vm)
             case m.AgentClockSynced() if fresh:
                 self.clocks.checked(message)
+                self._recount(message.vm)
             case _:
                 pass
 
@@ -115,23 +108,29 @@ class Fleet:
             if known is not None and known.inventory is None:
                 self.forget_host(named["host"])
         elif channel.message is m.AgentPresence:
-            self.agents.pop(named["vm"], None)
+            self.agents.forget(named["vm"])
+            self._recount(named["vm"])
         elif channel.message is m.PublisherPresence:
             self.publishers.pop(named["instance"], None)
         elif channel.message is m.SetDocument:
             self.documents.pop(named["set"], None)
             self.events_since.pop(named["set"], None)
         elif channel.message is m.RolloutState:
-            self.rollouts.pop(named["rollout"], None)
+            self.rollouts.forget(named["rollout"])
+
+    def settle(self, now_s: float) -> None:
+        """Time has passed: call it before what is so now is read."""
+        for vm in self.agents.settle(now_s):
+            self._recount(vm)
 
     def forget_host(self, host: str) -> None:
         """Drop a host and its VMs."""
         state = self.hosts.pop(host, None)
         if state is not None and state.inventory is not None:
             for record in state.inventory.vms:
-                self._forget_vm(record.vm)
-                self._left[record.set] = state.heard_s
-        self.budgets = {labels: value for labels, value in self.budgets.items() if labels[2] != host}
+                self._remove(record.vm, host)
+            for set_name in {record.set for record in state.inventory.vms}:
+                self._leave(set_name, state.heard_s)
         self.pauses.forget_host(host)
 
     def forget_empty_sets(self, now_s: float) -> list[str]:
@@ -140,46 +139,21 @@ class Fleet:
         A VM in no set is a set of its own: many short-lived ones would leave series behind for ever. Not at once, since a
         VM that moves is nowhere for a moment.
         """
-        due = [name for name, since_s in self._left.items() if now_s - since_s > _SET_KEPT_S]
-        if not due:
-            return []
-        for name in due:
+        gone: set[str] = set()
+        while self._left_first and now_s - self._left_first[0][0] > _SET_KEPT_S:
+            since_s, name = heapq.heappop(self._left_first)
+            if self._left.get(name) != since_s:
+                continue  # it was left again, later
             del self._left[name]
-        gone = set(due) - {record.set for _, record, _ in self.vms()}
+            if name not in self.census.sets:
+                gone.add(name)
         for name in gone:
             self.pauses.forget_set(name)
-        self.budgets = {labels: value for labels, value in self.budgets.items() if labels[0] not in gone}
         return sorted(gone)
-
-    def vms(self) -> Iterator[tuple[str, m.VmRecord, m.VmState]]:
-        """Host, record and present state of every known VM."""
-        for host, state in self.hosts.items():
-            for record in state.inventory.vms if state.inventory else ():
-                yield host, record, self.vm_states.get(record.vm, record.state)
-
-    def rollout_of_sets(self) -> dict[str, m.RolloutState]:
-        """Set to the rollout that tells most about it: the one that holds it, else the newest."""
-        chosen: dict[str, m.RolloutState] = {}
-        for rollout in sorted(self.rollouts.values(), key=_importance):
-            chosen.update(dict.fromkeys(rollout.sets, rollout))
-        return chosen
-
-    @staticmethod
-    def domain_states(rollout: m.RolloutState, set_name: str) -> dict[int, str]:
-        """Domain of the set to the status of the rollout's wave that touches it."""
-        found: dict[int, str] = {}
-        for wave in rollout.waves:
-            domain = wave.domains.get(set_name)
-            if domain is None:
-                continue
-            known = found.get(domain)
-            if known is None or _TELLING.index(wave.status) < _TELLING.index(known):
-                found[domain] = wave.status
-        return found
 
     def budget_of(self, set_name: str) -> float:
         """Seconds that a pause of the set may last, as far as its rollout is known; else the most that any may."""
-        rollouts = self._rollouts_under_way(set_name)
+        rollouts = self.rollouts.under_way(set_name)
         return max((each.policy.budget_s for each in rollouts), default=m.MAX_BUDGET_S)
 
     def _presence(
@@ -196,9 +170,8 @@ class Fleet:
                 if message.online and not stored:
                     state.heard_s = now_s
             case m.AgentPresence():
-                agent = self.agents.get(message.vm)
-                heard_s = agent.heard_s if agent is not None and stored else now_s
-                self.agents[message.vm] = AgentState(message.online, heard_s)
+                self.agents.take(message.vm, online=message.online, now_s=now_s, stored=stored)
+                self._recount(message.vm)
             case m.PublisherPresence():
                 self.publishers[message.instance] = message.online
             case m.CoordinatorPresence():
@@ -221,47 +194,64 @@ class Fleet:
         state.inventory = inventory
         if not stored:
             state.heard_s = now_s
-        for vm in {record.vm for record in before} - {record.vm for record in inventory.vms}:
-            self._forget_vm(vm)
+        stays = {record.vm for record in inventory.vms}
+        for record in before:
+            if record.vm not in stays:
+                self._remove(record.vm, inventory.host)
         for set_name in {record.set for record in before} - {record.set for record in inventory.vms}:
-            self._left[set_name] = now_s
+            self._leave(set_name, now_s)
         for record in inventory.vms:
+            self._placed.setdefault(record.vm, {})[inventory.host] = record
             if record.state == "paused":
-                domain = self._domain_of(inventory.host, record.vm, record.set, record.update_domain)
+                domain = self._by_key(record.set, record.update_domain, record)
                 self.pauses.found(record, inventory.host, domain, now_s)
-            elif not self.pauses.runs(record.vm, under_way=bool(inventory.operation)):
-                continue
-            self.vm_states[record.vm] = record.state
+                self.vm_states[record.vm] = record.state
+            elif self.pauses.runs(record.vm, under_way=bool(inventory.operation)):
+                self.vm_states[record.vm] = record.state
+            self._recount(record.vm)
 
-    def _forget_vm(self, vm: str) -> None:
-        if any(record.vm == vm for _, record, _ in self.vms()):
+    def _remove(self, vm: str, host: str) -> None:
+        self.census.count(vm, host, None)
+        hosts = self._placed.get(vm, {})
+        hosts.pop(host, None)
+        if hosts:
             return  # it moved: another host has it
+        self._placed.pop(vm, None)
         self.vm_states.pop(vm, None)
         self.clocks.forget_vm(vm)
-        self.agents.pop(vm, None)
+        self.agents.forget(vm)
         self.pauses.forget_vm(vm)
 
-    def _rollouts_under_way(self, set_name: str) -> list[m.RolloutState]:
-        return [
-            rollout
-            for rollout in self.rollouts.values()
-            if rollout.status not in _OVER and set_name in rollout.sets
-        ]
+    def _leave(self, set_name: str, at_s: float) -> None:
+        self._left[set_name] = at_s
+        heapq.heappush(self._left_first, (at_s, set_name))
+
+    def _recount(self, vm: str) -> None:
+        """Something about the VM may be different."""
+        for host, record in self._placed.get(vm, {}).items():
+            now = Counted(
+                record,
+                shown_state(record, self.vm_states.get(vm, record.state)),
+                self.agents.presence(vm),
+                self.clocks.get(vm),
+                self.clocks.refused(vm),
+            )
+            self.census.count(vm, host, now)
 
     def _clock_bound_of(self, set_name: str) -> float | None:
         """By the rollout that tells most about the set, as it stands now."""
-        of_set = [rollout for rollout in self.rollouts.values() if set_name in rollout.sets]
-        return max(of_set, key=_importance).policy.clock_bound_s if of_set else None
+        rollout = self.rollouts.of_set(set_name)
+        return rollout.policy.clock_bound_s if rollout is not None else None
 
-    def _domain_of(self, host: str, vm: str, set_name: str, update_domain: int) -> int:
+    def _domain_of(self, frozen: m.VmFrozen) -> int:
+        record = self._placed.get(frozen.vm, {}).get(frozen.host)
+        return self._by_key(frozen.set, frozen.update_domain, record)
+
+    def _by_key(self, set_name: str, update_domain: int, record: m.VmRecord | None) -> int:
         """The VM's domain by the key of the rollout that holds its set."""
-        rollouts = self._rollouts_under_way(set_name)
-        if any(rollout.policy.domain_key == "fault_domain" for rollout in rollouts):
-            known = self.hosts.get(host)
-            inventory = known.inventory if known is not None else None
-            for record in inventory.vms if inventory is not None else ():
-                if record.vm == vm:
-                    return record.fault_domain
+        rollouts = self.rollouts.under_way(set_name)
+        if record is not None and any(each.policy.domain_key == "fault_domain" for each in rollouts):
+            return record.fault_domain
         return update_domain
 
     def _since(self, document: m.SetDocument, now_s: float) -> None:
@@ -270,21 +260,7 @@ class Fleet:
             key: known.get(key, now_s) for key in ((each.event_id, each.status) for each in document.events)
         }
 
-    def _paused(self, message: m.VmFrozen | m.VmResumed, state: m.VmState) -> None:
-        self.vm_states[message.vm] = state
-        self.budgets[labels_of(message)] = message.budget_s
-
-    def _rollout(self, rollout: m.RolloutState) -> None:
-        self.rollouts[rollout.rollout] = rollout
-        if len(self.rollouts) > _ROLLOUTS_KEPT:
-            oldest = min(self.rollouts.values(), key=_importance)
-            del self.rollouts[oldest.rollout]
-
 
 def is_last_will(message: m.CoordinatorPresence) -> bool:
     """Whether the broker says it for a coordinator that is gone: no epoch was claimed yet when the will was made."""
     return not message.online and message.epoch == 0
-
-
-def _importance(rollout: m.RolloutState) -> tuple[bool, float]:
-    return (rollout.status not in _OVER, rollout.created_at.timestamp())

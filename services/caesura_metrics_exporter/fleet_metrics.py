@@ -2,178 +2,193 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator
-from typing import get_args
+from collections.abc import Iterator, Mapping
 
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
-
-from caesura.contract import messages as m
-from caesura_metrics_exporter.families import gauge, states
+from caesura_metrics_exporter.agents import AGENT_SILENT_S
+from caesura_metrics_exporter.families import Family, gauge, number
 from caesura_metrics_exporter.fleet import Fleet
 from caesura_metrics_exporter.rollout_metrics import rollout_families
 
-_VM_STATES: tuple[str, ...] = (*get_args(m.VmState), "impaired")
-"""``impaired``: it runs, and its host says what is wrong with it, such as that its application has ended."""
 _GUARD_STATES = ("ready", "armed", "absent")
-_AGENT_STATES = ("online", "offline", "silent")
-_PAUSE = ("set", "update_domain", "host", "method")
+_PAUSE = ("set", "update_domain", "method")
+_HOST_PAUSE = ("set", "update_domain", "host", "method")
 
-AGENT_SILENT_S = 300.0
-"""s: an agent says every 30 s that it is there, and is frozen for 30 s at most."""
+Values = dict[tuple[str, ...], float]
 
 
-def fleet_families(fleet: Fleet, now_s: float) -> Iterator[Metric]:
-    """Every gauge of the fleet at ``now_s`` on the clock that it was fed with; what is not known has no series."""
+def fleet_families(fleet: Fleet, now_s: float, foreign: Mapping[str, int] | None = None) -> Iterator[Family]:
+    """Every gauge of the fleet at ``now_s`` on the clock that it was fed with; what is not known has no series.
+
+    Args:
+        foreign: host to how many VMs it names that are not its own; those that name none may be left out.
+    """
+    fleet.settle(now_s)
     yield from _pauses(fleet, now_s)
-    yield from _vms(fleet, now_s)
+    yield from _pauses_by_host(fleet, now_s)
+    yield from _vms(fleet)
     yield from _clocks(fleet)
     yield from rollout_families(fleet, now_s)
-    yield from _hosts(fleet, now_s)
+    yield from _hosts(fleet, now_s, foreign or {})
     yield from _others(fleet, now_s)
 
 
-def _pauses(fleet: Fleet, now_s: float) -> Iterator[Metric]:
-    opened = dict(fleet.pauses.longest_open_s(now_s))
-    found = {labels: fleet.budget_of(labels[0]) for labels in opened if labels not in fleet.budgets}
+def _pauses(fleet: Fleet, now_s: float) -> Iterator[Family]:
+    opened = fleet.pauses.open_s(now_s)
+    budgets = fleet.pauses.budgets()
+    found = {labels: fleet.budget_of(labels[0]) for labels in opened if labels not in budgets}
+    last = fleet.pauses.last()
     yield gauge(
         "caesura_pause_budget_seconds",
-        "Budget of the pause that is open, else of the last one.",
+        "Budget of the pause that is open, else of the last one; where hosts differ, what was said last.",
         _PAUSE,
-        (fleet.budgets | found).items(),
+        budgets | found,
     )
     yield gauge(
         "caesura_pause_last_seconds",
-        "Longest pause of the last operation, host monotonic clock.",
+        "Longest pause of the last operation of each host, host monotonic clock; of the hosts, the longest.",
         _PAUSE,
-        [(labels, pause.seconds) for labels, pause in sorted(fleet.pauses.last.items())],
+        [(labels, pause.seconds) for labels, pause in last.items()],
     )
     yield gauge(
         "caesura_pause_last_budget_seconds",
         "Budget of the pause that caesura_pause_last_seconds tells of.",
         _PAUSE,
-        [(labels, pause.budget_s) for labels, pause in sorted(fleet.pauses.last.items())],
+        [(labels, pause.budget_s) for labels, pause in last.items()],
     )
     yield gauge(
         "caesura_pause_longest_seconds",
         "Longest pause since the exporter's start, host monotonic clock.",
         _PAUSE,
-        fleet.pauses.longest.items(),
+        fleet.pauses.longest(),
     )
     # An age and no time stamp: it then hangs on one monotonic clock, and not on two wall clocks that may jump.
     yield gauge(
         "caesura_pause_open_seconds",
-        "Seconds since the exporter was notified of the pause of a VM that is not known to run, of the oldest such pause; "
+        "Seconds since the exporter received that a VM is paused that is not known to run, of the oldest such pause; "
         "0 with none. The method is unknown where its freeze was not received.",
         _PAUSE,
-        (dict.fromkeys(fleet.budgets, 0.0) | opened).items(),
+        dict.fromkeys(budgets, 0.0) | opened,
     )
-    sets = sorted({record.set for _, record, _ in fleet.vms()} | set(fleet.pauses.clashes))
+    sets = sorted(fleet.census.sets.keys() | fleet.pauses.clashes.keys())
     yield gauge(
         "caesura_domains_paused",
         "Domains of a set in which a VM is paused, by the key of its rollout; more than 1 must never be.",
         ("set",),
         [((name,), fleet.pauses.domains(name)) for name in sets],
     )
-    clashes = CounterMetricFamily(
+    yield Family(
         "caesura_domain_clashes",
         "VMs frozen while a VM of another domain of their set was paused; more than 0 must never be.",
-        labels=("set",),
+        "counter",
+        ("set",),
+        {(name,): fleet.pauses.clashes[name] for name in sets},
     )
-    for name in sets:
-        clashes.add_metric((name,), fleet.pauses.clashes[name])
-    yield clashes
 
 
-def _vms(fleet: Fleet, now_s: float) -> Iterator[Metric]:
-    vms: Counter[tuple[str, ...]] = Counter()
-    agents: Counter[tuple[str, ...]] = Counter()
-    for _, record, state in fleet.vms():
-        shown = "impaired" if state == "running" and record.state_detail else state
-        for each in _VM_STATES:
-            vms[record.set, str(record.update_domain), each] += each == shown
-        if record.agent:
-            known = fleet.agents.get(record.vm)
-            presence = "offline"
-            if known is not None and known.online:
-                presence = "silent" if now_s - known.heard_s > AGENT_SILENT_S else "online"
-            for name in _AGENT_STATES:
-                agents[record.set, name] += name == presence
+def _pauses_by_host(fleet: Fleet, now_s: float) -> Iterator[Family]:
+    """Hosts times domains are as many as VMs: only what somebody has to look at."""
+    opened = fleet.pauses.on_hosts(now_s)
+    yield gauge(
+        "caesura_host_pause_open_seconds",
+        "As caesura_pause_open_seconds, by host: only while a pause is open.",
+        _HOST_PAUSE,
+        [(labels, pause.open_s) for labels, pause in opened.items()],
+    )
+    yield gauge(
+        "caesura_host_pause_budget_seconds",
+        "Budget of the pause that caesura_host_pause_open_seconds tells of.",
+        _HOST_PAUSE,
+        [
+            (labels, fleet.budget_of(labels[0]) if pause.budget_s is None else pause.budget_s)
+            for labels, pause in opened.items()
+        ],
+    )
+    yield gauge(
+        "caesura_host_pause_overrun_age_seconds",
+        "Seconds since the exporter received that a pause on the host was longer than its budget, of the last one; for half an hour.",
+        _HOST_PAUSE,
+        fleet.pauses.overran_s(now_s),
+    )
+    yield gauge(
+        "caesura_host_guard_resume_age_seconds",
+        "Seconds since the exporter received that the host's pause guard ended a pause, of the last one; for half an hour.",
+        _HOST_PAUSE,
+        fleet.pauses.guarded_s(now_s),
+    )
+
+
+def _vms(fleet: Fleet) -> Iterator[Family]:
     yield gauge(
         "caesura_vms",
         "VMs by state; impaired: running, and its host says what is wrong with it.",
         ("set", "update_domain", "state"),
-        vms.items(),
+        fleet.census.states,
     )
     yield gauge(
         "caesura_agents",
         f"VM agents by presence; silent: should be online, and said nothing for {AGENT_SILENT_S:g} s.",
         ("set", "state"),
-        agents.items(),
+        fleet.census.agents,
     )
 
 
-def _clocks(fleet: Fleet) -> Iterator[Metric]:
-    unsynced: Counter[tuple[str, ...]] = Counter()
-    worst: dict[tuple[str, ...], float] = {}
-    bounds: dict[tuple[str, ...], float | None] = {}
-    for _, record, _state in fleet.vms():
-        domain = (record.set, str(record.update_domain))
-        verdict = fleet.clocks.get(record.vm)
-        unsynced[domain] += verdict is not None and not verdict.synced
-        if verdict is None:
-            continue
-        for when, error_s in (("before", verdict.before_s), ("after", verdict.after_s)):
-            if error_s is not None and abs(error_s) >= abs(worst.get((*domain, when), 0.0)):
-                worst[*domain, when] = error_s
-                if when == "after":
-                    bounds[domain] = verdict.bound_s
+def _clocks(fleet: Fleet) -> Iterator[Family]:
     yield gauge(
         "caesura_vms_unsynced",
         "VMs whose clock could not be corrected, after their last pause or by their agent since.",
         ("set", "update_domain"),
-        unsynced.items(),
+        fleet.census.unsynced,
     )
-    refused: Counter[tuple[str, ...]] = Counter()
-    for _, record, _state in fleet.vms():
-        refused[record.set, str(record.update_domain)] += fleet.clocks.refused(record.vm)
     yield gauge(
         "caesura_vms_clock_step_refused",
         "VMs whose clock is so far off that their agent does not step it outside a resume.",
         ("set", "update_domain"),
-        refused.items(),
+        fleet.census.refused,
     )
     # A VM's name is no label: the worst VM speaks for its domain, with its sign.
     yield gauge(
         "caesura_clock_error_last_seconds",
         "Guest minus host clock at the last sync, of the VM of the domain that was off most.",
         ("set", "update_domain", "when"),
-        worst.items(),
+        fleet.census.worst_errors(),
     )
     yield gauge(
         "caesura_clock_bound_last_seconds",
         "How far the clock of caesura_clock_error_last_seconds after the sync might be off, by the rollout of its pause.",
         ("set", "update_domain"),
-        [(domain, bound_s) for domain, bound_s in bounds.items() if bound_s is not None],
+        fleet.census.bounds(),
     )
 
 
-def _hosts(fleet: Fleet, now_s: float) -> Iterator[Metric]:
-    online = [((host,), float(state.online)) for host, state in fleet.hosts.items()]
+def _hosts(fleet: Fleet, now_s: float, foreign: Mapping[str, int]) -> Iterator[Family]:
+    online: Values = {}
+    silence_s: Values = {}
+    guards: Values = {}
+    busy: Values = {}
+    installed: Values = {}
+    foreign_vms: Values = {}
+    for host, state in fleet.hosts.items():
+        label = (host,)
+        online[label] = 1.0 if state.online else 0.0
+        silence_s[label] = now_s - state.heard_s if now_s > state.heard_s else 0.0
+        foreign_vms[label] = foreign.get(host, 0)
+        inventory = state.inventory
+        if inventory is None:
+            continue
+        for each in _GUARD_STATES:
+            guards[host, each] = 1.0 if each == inventory.guard else 0.0
+        busy[label] = 1.0 if inventory.operation else 0.0
+        for update in inventory.installed:
+            if not update.vms:
+                installed[host, update.update, update.version] = 1.0
     yield gauge("caesura_host_online", "1 while the host updater is on the bus, else 0.", ("host",), online)
     # A last will needs a broker: one that died with the host, or before it, tells nothing when it is back.
     yield gauge(
         "caesura_host_heard_seconds",
         "Seconds since the exporter heard the host updater itself, which speaks every 20 s.",
         ("host",),
-        [((host,), max(0.0, now_s - state.heard_s)) for host, state in fleet.hosts.items()],
+        silence_s,
     )
-    guards: list[tuple[tuple[str, ...], float]] = []
-    busy: list[tuple[tuple[str, ...], float]] = []
-    for host, state in fleet.hosts.items():
-        if state.inventory is not None:
-            guards += states((host,), _GUARD_STATES, state.inventory.guard)
-            busy.append(((host,), float(bool(state.inventory.operation))))
     yield gauge(
         "caesura_host_guard_state", "1 for the state of the host's pause guard.", ("host", "state"), guards
     )
@@ -181,23 +196,18 @@ def _hosts(fleet: Fleet, now_s: float) -> Iterator[Metric]:
         "caesura_update_info",
         "1 for an update that the whole host has, in the version that it defines.",
         ("host", "update", "version"),
-        [
-            ((host, each.update, each.version), 1.0)
-            for host, state in fleet.hosts.items()
-            for each in (state.inventory.installed if state.inventory is not None else ())
-            if not each.vms
-        ],
+        installed,
     )
     yield gauge(
         "caesura_host_foreign_vms",
         "VMs that the host names in its inventory although they are not on record as its own.",
         ("host",),
-        [((host,), float(fleet.foreign_vms.get(host, 0))) for host in fleet.hosts],
+        foreign_vms,
     )
     yield gauge("caesura_host_busy", "1 while an operation is under way on the host.", ("host",), busy)
 
 
-def _others(fleet: Fleet, now_s: float) -> Iterator[Metric]:
+def _others(fleet: Fleet, now_s: float) -> Iterator[Family]:
     yield gauge(
         "caesura_publisher_online",
         "1 while the metadata publisher is on the bus, else 0.",
@@ -205,18 +215,16 @@ def _others(fleet: Fleet, now_s: float) -> Iterator[Metric]:
         [((name,), float(online)) for name, online in fleet.publishers.items()],
     )
     coordinator = fleet.coordinator
-    yield GaugeMetricFamily(
+    yield number(
         "caesura_coordinator_online",
         "1 while the coordinator is on the bus, else 0.",
-        value=float(coordinator is not None and coordinator.online),
+        float(coordinator is not None and coordinator.online),
     )
     if fleet.coordinator_heard_s is not None:
-        yield GaugeMetricFamily(
+        yield number(
             "caesura_coordinator_heard_seconds",
             "Seconds since the exporter heard the coordinator itself, which speaks every 20 s.",
-            value=max(0.0, now_s - fleet.coordinator_heard_s),
+            max(0.0, now_s - fleet.coordinator_heard_s),
         )
     if coordinator is not None:
-        yield GaugeMetricFamily(
-            "caesura_coordinator_epoch", "Epoch of the coordinator.", value=coordinator.epoch
-        )
+        yield number("caesura_coordinator_epoch", "Epoch of the coordinator.", coordinator.epoch)

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import version
 
 import msgspec
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
 
 from caesura.bus.metrics import bus_families
 from caesura.bus.port import Bus
-from caesura_metrics_exporter.families import counter, histogram
+from caesura_metrics_exporter.exposition import AnyFamily
+from caesura_metrics_exporter.families import Family, counter, gauge, histogram, number
 from caesura_metrics_exporter.fleet import Fleet
 from caesura_metrics_exporter.fleet_metrics import fleet_families
 from caesura_metrics_exporter.series import Histogram
@@ -33,51 +34,70 @@ class SelfStats(msgspec.Struct):
 
 
 class FleetCollector(Collector):
-    """Everything the exporter says, worked out at scrape time: what vanished from the fold vanishes here."""
+    """Everything the exporter says, copied at scrape time: what vanished from the fold vanishes here.
+
+    Args:
+        foreign: host to how many VMs it names that are not its own.
+    """
 
     def __init__(
-        self, tally: Tally, fleet: Fleet, own: SelfStats, bus: Bus, monotonic: Callable[[], float]
+        self,
+        tally: Tally,
+        fleet: Fleet,
+        own: SelfStats,
+        bus: Bus,
+        monotonic: Callable[[], float],
+        foreign: Callable[[], Mapping[str, int]],
     ) -> None:
         self._monotonic = monotonic
         self._tally = tally
         self._fleet = fleet
         self._own = own
         self._bus = bus
+        self._foreign = foreign
+        self._version = version("caesura")  # a file is read for it
 
     def collect(self) -> Iterator[Metric]:
-        """Every metric family."""
+        """Every metric family, as ``prometheus_client`` has them."""
         started = time.perf_counter()
-        yield from self._facts()
-        yield from fleet_families(self._fleet, self._monotonic())
-        yield from bus_families(self._bus.stats, self._own.decode_errors)
-        yield CounterMetricFamily(
+        yield from (family.metric() for family in self.families())
+        yield scrape_duration(time.perf_counter() - started).metric()
+
+    def families(self) -> list[AnyFamily]:
+        """Every family but the scrape's own. They stay as they are while messages are folded."""
+        return [
+            *self._facts(),
+            *fleet_families(self._fleet, self._monotonic(), self._foreign()),
+            *(_of_metric(each) for each in bus_families(self._bus.stats, self._own.decode_errors)),
+            *self._itself(),
+        ]
+
+    def _itself(self) -> Iterator[AnyFamily]:
+        yield Family(
             "caesura_bus_reconnects",
             "Connects to the broker after the first.",
-            value=max(0, self._bus.stats.connects - 1),
+            "counter",
+            (),
+            {(): max(0, self._bus.stats.connects - 1)},
         )
         yield histogram("caesura_exporter_handler_seconds", "Seconds to fold one message.", self._own.handler)
-        yield GaugeMetricFamily(
+        yield number(
             "caesura_exporter_last_message_timestamp_seconds",
             "When the last message arrived, unix time; 0 before the first.",
-            value=self._own.last_message_at,
+            self._own.last_message_at,
         )
         # Counters begin with the exporter: while it is young, all that they hold is new. Not a time stamp, since two
         # wall clocks may differ.
-        yield GaugeMetricFamily(
+        yield number(
             "caesura_exporter_age_seconds",
             "Seconds since the exporter's start, by its monotonic clock.",
-            value=self._monotonic() - self._own.began_s,
+            self._monotonic() - self._own.began_s,
         )
-        built = GaugeMetricFamily("caesura_exporter_build_info", "Version of Caesura.", labels=["version"])
-        built.add_metric([version("caesura")], 1.0)
-        yield built
-        yield GaugeMetricFamily(
-            "caesura_exporter_scrape_duration_seconds",
-            "Seconds that this scrape took to work out.",
-            value=time.perf_counter() - started,
+        yield gauge(
+            "caesura_exporter_build_info", "Version of Caesura.", ("version",), [((self._version,), 1.0)]
         )
 
-    def _facts(self) -> Iterator[Metric]:
+    def _facts(self) -> Iterator[AnyFamily]:
         tally = self._tally
         yield counter("caesura_messages", "Messages read from the bus, by type.", tally.messages)
         yield counter(
@@ -130,3 +150,21 @@ class FleetCollector(Collector):
             tally.foreign,
         )
         yield counter("caesura_requests", "Operators' requests that were answered.", tally.requests)
+
+
+def scrape_duration(seconds: float) -> Family:
+    """The family that comes last in a scrape."""
+    return number(
+        "caesura_exporter_scrape_duration_seconds", "Seconds that this scrape took to work out.", seconds
+    )
+
+
+def _of_metric(metric: Metric) -> Family:
+    """Counters and gauges of the bus, which every service makes with ``prometheus_client``."""
+    names = tuple(next((sample.labels for sample in metric.samples), {}))
+    values = {tuple(sample.labels[name] for name in names): sample.value for sample in metric.samples}
+    if metric.type == "counter":
+        return Family(metric.name, metric.documentation, "counter", names, values)
+    if metric.type == "gauge":
+        return Family(metric.name, metric.documentation, "gauge", names, values)
+    raise TypeError(f"{metric.name} is a {metric.type}, which is not written out yet")

@@ -6,42 +6,54 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import get_args
 
-from prometheus_client.core import Metric
-
 from caesura.contract import messages as m
-from caesura_metrics_exporter.families import gauge, states
+from caesura_metrics_exporter.families import Family, gauge, states
 from caesura_metrics_exporter.fleet import Fleet
+from caesura_metrics_exporter.rollout_index import SetProgress
 
-_WAVE_STATES: tuple[str, ...] = get_args(m.WaveStatus)
+_WAVE_STATES: tuple[m.WaveStatus, ...] = get_args(m.WaveStatus)
+_NONE = SetProgress()
+WAVE_STATUS_NUMBERS: dict[m.WaveStatus, int] = {
+    "pending": 1,
+    "scheduled": 2,
+    "started": 3,
+    "verifying": 4,
+    "soaking": 5,
+    "completed": 6,
+    "failed": 7,
+    "cancelled": 8,
+}
+"""In the order in which a wave goes through them."""
 _ROLLOUT_STATES: tuple[str, ...] = get_args(m.RolloutStatus)
 
 
-def rollout_families(fleet: Fleet, now_s: float) -> Iterator[Metric]:
+def rollout_families(fleet: Fleet, now_s: float) -> Iterator[Family]:
     """As ``fleet_families``."""
     yield from _rollouts(fleet)
     yield from _waves(fleet)
     yield from _events(fleet, now_s)
 
 
-def _rollouts(fleet: Fleet) -> Iterator[Metric]:
+def _rollouts(fleet: Fleet) -> Iterator[Family]:
     domains: list[tuple[tuple[str, ...], float]] = []
     counts: list[tuple[tuple[str, ...], float]] = []
     rollouts: list[tuple[tuple[str, ...], float]] = []
     waves: list[tuple[tuple[str, ...], float]] = []
     completed: list[tuple[tuple[str, ...], float]] = []
-    for set_name, rollout in sorted(fleet.rollout_of_sets().items()):
+    for set_name, rollout in fleet.rollouts.of_sets().items():
         rollouts += states((set_name,), _ROLLOUT_STATES, rollout.status)
-        mine = [wave for wave in rollout.waves if set_name in wave.domains]
-        waves.append(((set_name,), len(mine)))
-        completed.append(((set_name,), sum(wave.status == "completed" for wave in mine)))
-        now = fleet.domain_states(rollout, set_name)
-        for domain, status in sorted(now.items()):
-            domains += states((set_name, str(domain)), _WAVE_STATES, status)
-        by_wave_status = Counter(now.values())
+        progress = fleet.rollouts.progress(rollout).get(set_name, _NONE)
+        waves.append(((set_name,), progress.waves))
+        completed.append(((set_name,), progress.completed))
+        for domain, status in progress.status.items():
+            domains.append(((set_name, str(domain), status), WAVE_STATUS_NUMBERS[status]))
+        by_wave_status = Counter(progress.status.values())
         counts += [((set_name, status), by_wave_status[status]) for status in _WAVE_STATES]
     yield gauge(
-        "caesura_domain_status",
-        "1 for the status of the wave that touches the domain.",
+        "caesura_domain_wave_status",
+        "Status of the wave that touches the domain: one series a domain, with the status as its label and as its number: "
+        + ", ".join(f"{status} {number}" for status, number in WAVE_STATUS_NUMBERS.items())
+        + ".",
         ("set", "update_domain", "status"),
         domains,
     )
@@ -55,11 +67,11 @@ def _rollouts(fleet: Fleet) -> Iterator[Metric]:
         ("rollout", "update"),
         [
             ((rollout.rollout, rollout.update or "freeze-on-demand"), 1.0)
-            for rollout in fleet.rollouts.values()
+            for rollout in fleet.rollouts.known.values()
             if rollout.status == "halted"
         ],
     )
-    by_status = Counter[str](rollout.status for rollout in fleet.rollouts.values())
+    by_status = Counter[str](rollout.status for rollout in fleet.rollouts.known.values())
     yield gauge(
         "caesura_rollouts",
         "Known rollouts by status.",
@@ -68,28 +80,21 @@ def _rollouts(fleet: Fleet) -> Iterator[Metric]:
     )
 
 
-def _waves(fleet: Fleet) -> Iterator[Metric]:
+def _waves(fleet: Fleet) -> Iterator[Family]:
     """When rollouts and waves began and ended, on the coordinator's wall clock: for durations and annotations."""
     begun: list[tuple[tuple[str, ...], float]] = []
     over: list[tuple[tuple[str, ...], float]] = []
     bounds: list[tuple[tuple[str, ...], float]] = []
-    started: dict[tuple[str, ...], float] = {}
-    ended: dict[tuple[str, ...], tuple[float, str]] = {}
-    for name, rollout in sorted(fleet.rollout_of_sets().items()):
+    started: list[tuple[tuple[str, ...], float]] = []
+    ended: list[tuple[tuple[str, ...], float]] = []
+    for name, rollout in fleet.rollouts.of_sets().items():
         begun.append(((name,), rollout.created_at.timestamp()))
         bounds.append(((name,), rollout.policy.clock_bound_s))
         if rollout.ended_at is not None:
             over.append(((name,), rollout.ended_at.timestamp()))
-        for wave in rollout.waves:
-            if name not in wave.domains:
-                continue
-            domain = (name, str(wave.domains[name]))
-            if wave.started_at is not None:
-                at = wave.started_at.timestamp()
-                started[domain] = max(at, started.get(domain, at))
-            if wave.ended_at is not None:
-                last = (wave.ended_at.timestamp(), wave.status)
-                ended[domain] = max(last, ended.get(domain, last))
+        progress = fleet.rollouts.progress(rollout).get(name, _NONE)
+        started += [((name, str(domain)), at) for domain, at in progress.started.items()]
+        ended += [((name, str(domain), status), at) for domain, (at, status) in progress.ended.items()]
     yield gauge(
         "caesura_rollout_created_timestamp_seconds", "When a set's rollout was created.", ("set",), begun
     )
@@ -109,17 +114,17 @@ def _waves(fleet: Fleet) -> Iterator[Metric]:
         "caesura_wave_started_timestamp_seconds",
         "When the last wave began to pause the domain.",
         ("set", "update_domain"),
-        started.items(),
+        started,
     )
     yield gauge(
         "caesura_wave_ended_timestamp_seconds",
         "When the last wave of the domain ended, and how.",
         ("set", "update_domain", "status"),
-        [((*domain, status), at) for domain, (at, status) in ended.items()],
+        ended,
     )
 
 
-def _events(fleet: Fleet, now_s: float) -> Iterator[Metric]:
+def _events(fleet: Fleet, now_s: float) -> Iterator[Family]:
     open_events: Counter[tuple[str, ...]] = Counter()
     ages: dict[tuple[str, ...], float] = {}
     due: dict[tuple[str, ...], float] = {}

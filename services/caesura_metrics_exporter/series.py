@@ -1,12 +1,19 @@
-"""Counters and histograms as plain numbers, by label values. Pure; the Prometheus adapter is in ``metrics``."""
+"""Counters and histograms as plain numbers, by label values. Pure; the Prometheus adapter is in ``metrics``.
+
+They are grouped by their first label (a set or a host), so that what is gone for good costs what it had, and not what
+everybody has. ``copied`` gives numbers that stay as they are while a scrape is written.
+"""
 
 from __future__ import annotations
 
+import heapq
 from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Hashable, Iterator
 
 Labels = tuple[str, ...]
+Buckets = tuple[tuple[int, ...], float]
+"""How many observations each bucket alone has, the last one those above all bounds; and the sum of all observations."""
 
 
 class Counts:
@@ -14,26 +21,29 @@ class Counts:
 
     def __init__(self, *names: str) -> None:
         self.names = names
-        self._values: dict[Labels, float] = {}
+        self._values: dict[str, dict[Labels, float]] = {}
 
     def add(self, *labels: str, by: float = 1.0) -> None:
         """Count up."""
-        self._check(labels)
-        self._values[labels] = self._values.get(labels, 0.0) + by
+        _check(self.names, labels)
+        group = self._values.setdefault(_first(labels), {})
+        group[labels] = group.get(labels, 0.0) + by
+
+    def copied(self) -> dict[Labels, float]:
+        """Label values to numbers."""
+        made: dict[Labels, float] = {}
+        for group in self._values.values():
+            made.update(group)
+        return made
 
     def items(self) -> Iterator[tuple[Labels, float]]:
-        """Label values and numbers."""
-        return iter(sorted(self._values.items()))
+        """Label values and numbers, sorted."""
+        return iter(sorted(self.copied().items()))
 
     def forget(self, name: str, value: str) -> None:
-        """Drop what carries this label value; nothing if there is no such label."""
-        if name in self.names:
-            at = self.names.index(name)
-            self._values = {labels: count for labels, count in self._values.items() if labels[at] != value}
-
-    def _check(self, labels: Labels) -> None:
-        if len(labels) != len(self.names):
-            raise ValueError(f"labels {self.names} were given {labels}")
+        """Drop what carries this value of the first label; nothing where another label is the first."""
+        if self.names[:1] == (name,):
+            self._values.pop(value, None)
 
 
 class Histogram:
@@ -46,40 +56,95 @@ class Histogram:
     def __init__(self, bounds: tuple[float, ...], *names: str) -> None:
         self.names = names
         self.bounds = bounds
-        self._buckets: dict[Labels, list[int]] = {}
-        self._sums: dict[Labels, float] = {}
+        self._values: dict[str, dict[Labels, tuple[list[int], list[float]]]] = {}
 
     def expect(self, *labels: str) -> None:
         """Show these label values, with no observation as yet."""
-        if len(labels) != len(self.names):
-            raise ValueError(f"labels {self.names} were given {labels}")
-        if labels not in self._buckets:
-            self._buckets[labels] = [0] * (len(self.bounds) + 1)
-            self._sums[labels] = 0.0
+        self._of(labels)
 
     def observe(self, value: float, *labels: str) -> None:
         """Take one value."""
-        self.expect(*labels)
-        self._buckets[labels][bisect_left(self.bounds, value)] += 1
-        self._sums[labels] += value
+        buckets, total = self._of(labels)
+        buckets[bisect_left(self.bounds, value)] += 1
+        total[0] += value
+
+    def copied(self) -> dict[Labels, Buckets]:
+        """Label values to buckets and sum."""
+        return {
+            labels: (tuple(buckets), total[0])
+            for group in self._values.values()
+            for labels, (buckets, total) in group.items()
+        }
 
     def items(self) -> Iterator[tuple[Labels, list[tuple[str, float]], float]]:
-        """Label values, cumulative buckets as (upper bound, count), and the sum."""
-        ends = [*(f"{bound:g}" for bound in self.bounds), "+Inf"]
-        for labels, buckets in sorted(self._buckets.items()):
-            total = 0
-            cumulative: list[tuple[str, float]] = []
-            for end, count in zip(ends, buckets, strict=True):
-                total += count
-                cumulative.append((end, total))
-            yield labels, cumulative, self._sums[labels]
+        """Label values, cumulative buckets as (upper bound, count), and the sum; sorted."""
+        for labels, values in sorted(self.copied().items()):
+            yield labels, cumulative(self.bounds, values), values[1]
 
     def forget(self, name: str, value: str) -> None:
-        """Drop what carries this label value; nothing if there is no such label."""
-        if name in self.names:
-            at = self.names.index(name)
-            for labels in [labels for labels in self._buckets if labels[at] == value]:
-                del self._buckets[labels], self._sums[labels]
+        """As in ``Counts``."""
+        if self.names[:1] == (name,):
+            self._values.pop(value, None)
+
+    def _of(self, labels: Labels) -> tuple[list[int], list[float]]:
+        _check(self.names, labels)
+        group = self._values.setdefault(_first(labels), {})
+        values = group.get(labels)
+        if values is None:
+            values = group[labels] = ([0] * (len(self.bounds) + 1), [0.0])
+        return values
+
+
+def ends(bounds: tuple[float, ...]) -> tuple[str, ...]:
+    """Upper bounds as the label ``le`` has them."""
+    return (*(f"{bound:g}" for bound in bounds), "+Inf")
+
+
+def cumulative(bounds: tuple[float, ...], values: Buckets) -> list[tuple[str, float]]:
+    """Buckets as Prometheus has them: (upper bound, how many observations are at most that)."""
+    total = 0
+    found: list[tuple[str, float]] = []
+    for end, count in zip(ends(bounds), values[0], strict=True):
+        total += count
+        found.append((end, total))
+    return found
+
+
+class Largest:
+    """Numbers by name, and which of them is the largest by magnitude; with the same magnitude, the first by name.
+
+    Asking for it costs the logarithm of how many there are, however many changed: outdated entries of the heap are
+    dropped when they come to its top, or all at once when most are outdated.
+    """
+
+    def __init__(self) -> None:
+        self._values: dict[str, float] = {}
+        self._heap: list[tuple[float, str]] = []
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def put(self, name: str, value: float) -> None:
+        """This is the name's number now."""
+        self._values[name] = value
+        heapq.heappush(self._heap, (-abs(value), name))
+        if len(self._heap) > 2 * len(self._values) + 8:
+            self._heap = [(-abs(each), known) for known, each in self._values.items()]
+            heapq.heapify(self._heap)
+
+    def drop(self, name: str) -> None:
+        """The name has no number any more."""
+        self._values.pop(name, None)
+
+    def top(self) -> tuple[str, float] | None:
+        """Name and number of the largest; None where there is none."""
+        while self._heap:
+            magnitude, name = self._heap[0]
+            value = self._values.get(name)
+            if value is not None and -abs(value) == magnitude:
+                return name, value
+            heapq.heappop(self._heap)
+        return None
 
 
 class Seen:
@@ -98,3 +163,12 @@ class Seen:
         if len(self._keys) > self._limit:
             self._keys.popitem(last=False)
         return True
+
+
+def _first(labels: Labels) -> str:
+    return labels[0] if labels else ""
+
+
+def _check(names: Labels, labels: Labels) -> None:
+    if len(labels) != len(names):
+        raise ValueError(f"labels {names} were given {labels}")

@@ -57,7 +57,8 @@ class MetricsExporter:
 
     def collector(self) -> FleetCollector:
         """What is registered with Prometheus."""
-        return FleetCollector(self.tally, self.fleet, self._own, self._bus, self._monotonic)
+        foreign = self._ownership.foreign
+        return FleetCollector(self.tally, self.fleet, self._own, self._bus, self._monotonic, foreign)
 
     def broker_ping(self) -> str:
         """For /ready."""
@@ -112,7 +113,7 @@ class MetricsExporter:
 
     def _foreign(self, fact: VmFrozen | VmResumed | VmClockSynced) -> None:
         """What a host says of another's VM is counted, and means nothing."""
-        self.tally.foreign.add(fact.host, fact.TYPE)
+        self.tally.foreign.add(fact.host)
         left_out = self._sampled.due(fact.host)
         if left_out is not None:
             owner = self._ownership.owner_of(fact.vm)
@@ -136,15 +137,15 @@ class MetricsExporter:
                 each = replace(each, vms=vms)  # noqa: PLW2901
                 self.fleet.take(each, known.heard_s, fresh=False, stored=True)
                 self.live.recount(each, self._wall(), self._monotonic())
-        if self._ownership.contested or self.fleet.foreign_vms:
-            self.fleet.foreign_vms = dict(self._ownership.foreign())
 
     def _cleared(self, topic: str) -> None:
-        before = set(self.fleet.hosts)
+        place = placed(topic)
+        host = place[1].get("host", "") if place is not None else ""
+        known = host in self.fleet.hosts
         self.fleet.clear(topic)
         self.live.clear(topic, self._wall(), self._monotonic())
         self._count_again(self._disown(topic))
-        for host in before - set(self.fleet.hosts):
+        if known and host not in self.fleet.hosts:
             _log.info("exporter.host_forgotten", host=host)
             self.tally.forget_host(host)
 

@@ -18,10 +18,8 @@ from caesura_metrics_exporter.pauses import PauseLabels, labels_of
 from caesura_metrics_exporter.series import Counts, Histogram, Seen
 
 # From 1 ms (an in-place swap) to 60 s, with boundaries at the budget limit of 30 s and at usual smaller budgets.
-PAUSE_BUCKETS = (
-    0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5,
-    1.0, 2.0, 3.0, 5.0, 7.5, 9.0, 10.0, 15.0, 20.0, 25.0, 30.0, 45.0, 60.0,
-)  # fmt: skip
+# Few, since they are the most of all series; the longest and the last pauses are told exactly beside them.
+PAUSE_BUCKETS = (0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 2.0, 3.0, 5.0, 10.0, 15.0, 20.0, 30.0, 60.0)
 # Microseconds after a good sync, whole pauses before it.
 CLOCK_BUCKETS = (
     0.00001, 0.00005, 0.0001, 0.0005, 0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 30.0, 60.0,
@@ -34,7 +32,7 @@ _PAUSING: frozenset[m.Method] = frozenset({"swap", "freeze", "replace"})
 
 _REMEMBERED = 20_000  # facts; a large wave makes some hundreds, so many waves' repetitions are known
 
-_PAUSE = ("set", "update_domain", "host", "method")
+_PAUSE = ("set", "update_domain", "method")
 _DOMAIN = ("set", "update_domain")
 
 
@@ -50,7 +48,7 @@ class Tally:
         self.overruns = Counts(*_PAUSE)
         self.guard_resumes = Counts(*_PAUSE)
         self.memory_proofs = Counts(*_DOMAIN, "proof", "outcome")
-        self.clock_errors = Histogram(CLOCK_BUCKETS, *_DOMAIN, "when")
+        self.clock_errors = Histogram(CLOCK_BUCKETS, "set", "when")
         self.clock_syncs = Counts(*_DOMAIN, "by", "outcome")
         self.agent_syncs = Counts("trigger", "outcome")
         self.waves = Counts("status")
@@ -61,13 +59,13 @@ class Tally:
         self.readiness = Counts("outcome")
         self.hooks = Counts("hook", "outcome")
         self.hook_seconds = Histogram(SECONDS_BUCKETS, "hook")
-        self.operations = Counts("host", "status")
+        self.operations = Counts("status")
         self.updates = Counts("host", "update", "outcome")
-        self.update_seconds = Histogram(SECONDS_BUCKETS, "host", "update")
-        self.overhead = Histogram(PAUSE_BUCKETS, "host")
-        self.commands = Counts("host", "command")
+        self.update_seconds = Histogram(SECONDS_BUCKETS, "update")
+        self.overhead = Histogram(PAUSE_BUCKETS)
+        self.commands = Counts("command")
         self.requests = Counts("outcome")
-        self.foreign = Counts("host", "type")
+        self.foreign = Counts("host")
         self._counted: Mapping[type[Message], Callable[[Any], None]] = {
             m.HostInventory: self._inventory,
             m.VmFrozen: self._frozen,
@@ -81,8 +79,8 @@ class Tally:
             m.VmReady: lambda answer: self.readiness.add("ready" if answer.ready else "not_ready"),
             m.HookFinished: self._hook,
             m.OperationReported: self._operation,
-            m.StartOperation: lambda command: self.commands.add(command.host, "freeze"),
-            m.AbortOperation: lambda command: self.commands.add(command.host, "abort"),
+            m.StartOperation: lambda _: self.commands.add("start"),
+            m.AbortOperation: lambda _: self.commands.add("abort"),
             m.RequestAnswered: lambda a: self.requests.add("accepted" if a.accepted else "refused"),
         }
 
@@ -99,18 +97,7 @@ class Tally:
 
     def forget_host(self, host: str) -> None:
         """The host is gone for good: its series go too."""
-        for series in (
-            self.freezes,
-            self.pauses,
-            self.overruns,
-            self.guard_resumes,
-            self.operations,
-            self.updates,
-            self.update_seconds,
-            self.overhead,
-            self.commands,
-            self.foreign,
-        ):
+        for series in (self.updates, self.foreign):
             series.forget("host", host)
 
     def forget_set(self, set_name: str) -> None:
@@ -136,11 +123,10 @@ class Tally:
     def _inventory(self, inventory: m.HostInventory) -> None:
         # Known from zero on, long before a pause: it may begin and end between two scrapes, and nearly every overrun
         # is the first with its labels, which would be no increase of anything.
-        for kind in (m.VmFrozen, m.VmResumed, m.VmClockSynced):
-            self.foreign.add(inventory.host, kind.TYPE, by=0.0)
+        self.foreign.add(inventory.host, by=0.0)
         for record in inventory.vms:
             for method in _PAUSING.intersection(record.methods):
-                self._expect((record.set, str(record.update_domain), inventory.host, method))
+                self._expect((record.set, str(record.update_domain), method))
 
     def _expect(self, labels: PauseLabels) -> None:
         self.overruns.add(*labels, by=0.0)
@@ -179,7 +165,7 @@ class Tally:
         self.clock_syncs.add(*domain, synced.by, "synced" if synced.synced else "unsynced")
         for when, error_s in (("before", synced.error_before_s), ("after", synced.error_after_s)):
             if error_s is not None:
-                self.clock_errors.observe(abs(error_s), *domain, when)
+                self.clock_errors.observe(abs(error_s), synced.set, when)
         self._memory(synced.set, synced.update_domain, synced.memory)
 
     def _event(self, event: m.EventChanged) -> None:
@@ -190,12 +176,12 @@ class Tally:
             self.approval_delay.observe(event.approval_delay_s, event.event_type)
 
     def _operation(self, report: m.OperationReported) -> None:
-        self.operations.add(report.host, report.status)
+        self.operations.add(report.status)
         if report.update is not None and report.update.update:
             self.updates.add(report.host, report.update.update, report.update.outcome)
-            self.update_seconds.observe(report.update.seconds, report.host, report.update.update)
+            self.update_seconds.observe(report.update.seconds, report.update.update)
         if report.overhead_s is not None:
-            self.overhead.observe(report.overhead_s, report.host)
+            self.overhead.observe(report.overhead_s)
 
 
 def _identity(received: Received) -> Hashable:

@@ -28,6 +28,8 @@ ONLY_WHEN_WRONG: Mapping[str, str] = {
     'ALERTS{alertstate="firing"': "an alert fires",
     'status="failed"}': "a wave failed",
     "caesura_rollout_halted": "a rollout is halted",
+    "caesura_host_pause_overrun_age_seconds": "a pause was longer than its budget",
+    "caesura_host_guard_resume_age_seconds": "a pause guard ended a pause",
 }
 """Parts of selectors that have no data in a fleet that is well, and what it takes."""
 

@@ -49,7 +49,7 @@ def hurried(rule: dict[str, Any]) -> None:
         rule["for"] = "2s"
     slow, fast = _HURRIED.get(rule["alert"], ("", ""))
     assert slow in rule["expr"], rule
-    rule["expr"] = rule["expr"].replace(slow, fast).replace("age_seconds < 900", "age_seconds < 5")
+    rule["expr"] = rule["expr"].replace(slow, fast).replace("< 900", "< 5")
 
 
 def scrape_config(targets: dict[str, list[str]], folder: Path, *, hurry: bool = False) -> str:

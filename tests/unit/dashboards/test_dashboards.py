@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 from caesura.testing.queries import all_of, queries_of, selectors, substituted
+from caesura_metrics_exporter.rollout_metrics import WAVE_STATUS_NUMBERS
 
 with warnings.catch_warnings():
     # It would rather have the schema of Grafana 12 and later used, which 11 does not read.
@@ -158,15 +159,18 @@ def test_what_is_so_now_is_asked_of_now(dashboards: dict[str, Any]) -> None:
                 ]
 
 
-def test_hosts_of_a_domain_are_those_that_froze_its_vms(dashboards: dict[str, Any]) -> None:
-    """All of them is a list, since some metrics know the host alone."""
-    (host,) = [
-        each for each in dashboards["update-domain.json"]["templating"]["list"] if each["name"] == "host"
-    ]
-    assert host["includeAll"]
-    assert "allValue" not in host
-    assert all_of(host, ["host-1", "rack.2"]) == r"(host\\-1|rack\\.2)"
+def test_all_of_a_variable_is_a_list_or_its_own_value() -> None:
+    assert all_of({}, ["host-1", "rack.2"]) == r"(host\\-1|rack\\.2)"
     assert all_of({"allValue": ".+"}, ["x"]) == ".+"
+
+
+def test_states_have_the_numbers_that_the_exporter_gives_them() -> None:
+    asked = "import json; from grafana.generate.queries import STATES; print(json.dumps(STATES))"
+    out = subprocess.run([sys.executable, "-c", asked], capture_output=True, check=True, cwd=_ROOT).stdout
+    assert dict(enumerate(name for name, _ in json.loads(out))) == {
+        0: "no rollout",
+        **{number: status for status, number in WAVE_STATUS_NUMBERS.items()},
+    }
 
 
 def test_provisioning_has_the_scrape_interval_and_the_variable_that_compose_sets() -> None:

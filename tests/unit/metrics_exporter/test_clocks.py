@@ -19,7 +19,7 @@ WEB = ("web", "1")
 def samples(fleet: Fleet, name: str) -> dict[tuple[str, ...], float]:
     """Label values to value of one metric."""
     (family,) = [each for each in fleet_families(fleet, 0.0) if each.name == name]
-    return {tuple(sample.labels.values()): sample.value for sample in family.samples}
+    return dict(family.values)
 
 
 def fold(*messages: Message, fleet: Fleet | None = None) -> Fleet:

@@ -82,8 +82,8 @@ async def test_a_foreign_freeze_is_no_pause_and_no_second_domain() -> None:
     await scene.freezes("h2", "web-2", "web", 1)
     assert scene.value("caesura_domains_paused", set="web") == 1
     assert scene.value("caesura_domain_clashes_total", set="web") == 0
-    assert scene.value("caesura_foreign_facts_total", host="h2", type=m.VmFrozen.TYPE) == 1
-    assert scene.value("caesura_foreign_facts_total", host="h1", type=m.VmFrozen.TYPE) == 0
+    assert scene.value("caesura_foreign_facts_total", host="h2") == 1
+    assert scene.value("caesura_foreign_facts_total", host="h1") == 0
     assert scene.value("caesura_host_foreign_vms", host="h2") == 1
     assert scene.value("caesura_host_foreign_vms", host="h1") == 0
     assert scene.value("caesura_vms", set="web", update_domain="1", state="running") == 1

@@ -11,7 +11,7 @@ from caesura_metrics_exporter.fleet_metrics import fleet_families
 def samples(fleet: Fleet, name: str, now_s: float) -> dict[tuple[str, ...], float]:
     """Label values to value of one metric."""
     (family,) = [each for each in fleet_families(fleet, now_s) if each.name == name]
-    return {tuple(sample.labels.values()): sample.value for sample in family.samples}
+    return dict(family.values)
 
 
 def fold(*messages: tuple[float, Message], fleet: Fleet | None = None, stored: bool = False) -> Fleet:

@@ -5,19 +5,22 @@ from __future__ import annotations
 from datetime import UTC, datetime, timedelta
 from typing import Literal
 
+import msgspec
+
 from caesura.contract import messages as m
 from caesura.contract.envelope import Message
 from caesura_metrics_exporter.fleet import Fleet
 from caesura_metrics_exporter.fleet_metrics import fleet_families
 
 AT = datetime(2026, 4, 20, 22, 26, 58, tzinfo=UTC)
-WEB = ("web", "1", "host-1", "freeze")
+WEB = ("web", "1", "freeze")
+ON_HOST = ("web", "1", "host-1", "freeze")
 
 
 def samples(fleet: Fleet, name: str, now_s: float = 0.0) -> dict[tuple[str, ...], float]:
     """Label values to value of one metric."""
     (family,) = [each for each in fleet_families(fleet, now_s) if each.name == name]
-    return {tuple(sample.labels.values()): sample.value for sample in family.samples}
+    return dict(family.values)
 
 
 def fold(*messages: tuple[float, Message], fleet: Fleet | None = None) -> Fleet:
@@ -41,18 +44,26 @@ def frozen(vm: str, domain: int = 1, operation: str = "op1", budget_s: float = 2
     )
 
 
-def resumed(vm: str, pause_s: float, operation: str = "op1") -> m.VmResumed:
+def resumed(
+    vm: str,
+    pause_s: float,
+    operation: str = "op1",
+    *,
+    host: str = "host-1",
+    budget_s: float = 20,
+    by: Literal["updater", "guard"] = "updater",
+) -> m.VmResumed:
     return m.VmResumed(
         vm=vm,
-        host="host-1",
+        host=host,
         set="web",
         update_domain=1,
         operation=operation,
         method="freeze",
         pause_s=pause_s,
-        budget_s=20,
-        within_budget=True,
-        resumed_by="updater",
+        budget_s=budget_s,
+        within_budget=pause_s <= budget_s,
+        resumed_by=by,
         at=AT,
     )
 
@@ -92,7 +103,9 @@ def test_a_host_or_vm_that_is_gone_takes_its_pauses_along() -> None:
     fleet.forget_host("host-1")
     assert samples(fleet, "caesura_pause_open_seconds", 3.0) == {}
     assert samples(fleet, "caesura_pause_last_seconds") == {}
-    assert samples(fleet, "caesura_pause_longest_seconds") == {}
+    assert samples(fleet, "caesura_pause_budget_seconds") == {}
+    # The histogram goes on with the set, and no quantile of it may be cut at another host's longest.
+    assert samples(fleet, "caesura_pause_longest_seconds") == {WEB: 3.0}
 
 
 def test_the_longest_pause_of_the_newest_operation_counts() -> None:
@@ -103,6 +116,49 @@ def test_the_longest_pause_of_the_newest_operation_counts() -> None:
     assert samples(fleet, "caesura_pause_longest_seconds") == {WEB: 5.0}
 
 
+def test_a_host_is_named_only_while_a_pause_of_it_is_open_with_its_own_budget() -> None:
+    here, there = frozen("web-1", budget_s=8), msgspec.structs.replace(frozen("web-2"), host="host-9")
+    fleet = fold((10.0, here), (12.0, there))
+    far = ("web", "1", "host-9", "freeze")
+    assert samples(fleet, "caesura_host_pause_open_seconds", 15.0) == {ON_HOST: 5.0, far: 3.0}
+    assert samples(fleet, "caesura_host_pause_budget_seconds", 15.0) == {ON_HOST: 8.0, far: 20.0}
+    assert samples(fleet, "caesura_pause_open_seconds", 15.0) == {WEB: 5.0}
+    assert samples(fleet, "caesura_pause_budget_seconds", 15.0) == {WEB: 20.0}, "what was said last"
+    fold((16.0, resumed("web-1", 6)), fleet=fleet)
+    assert samples(fleet, "caesura_host_pause_open_seconds", 17.0) == {far: 5.0}
+    fleet.forget_host("host-9")
+    assert samples(fleet, "caesura_host_pause_open_seconds", 17.0) == {}
+    assert samples(fleet, "caesura_host_pause_budget_seconds", 17.0) == {}
+
+
+def test_a_host_is_named_for_half_an_hour_after_it_overran_or_needed_its_guard() -> None:
+    late, guarded = "caesura_host_pause_overrun_age_seconds", "caesura_host_guard_resume_age_seconds"
+    fleet = fold((0.0, resumed("web-1", 5)))
+    assert samples(fleet, late) == samples(fleet, guarded) == {}, "nothing is wrong with it"
+    fold((10.0, resumed("web-2", 21)), (20.0, resumed("web-3", 3, host="host-2", by="guard")), fleet=fleet)
+    far = ("web", "1", "host-2", "freeze")
+    assert samples(fleet, late, 30.0) == {ON_HOST: 20.0}
+    assert samples(fleet, guarded, 30.0) == {far: 10.0}
+    fold((1000.0, resumed("web-2", 22, "op2")), fleet=fleet)
+    assert samples(fleet, late, 1811.0) == {ON_HOST: 811.0}, "of the last one"
+    assert samples(fleet, guarded, 1821.0) == {}
+    assert samples(fleet, late, 2801.0) == {}
+    fold((2900.0, resumed("web-2", 22, "op3")), fleet=fleet)
+    fleet.forget_host("host-1")
+    assert samples(fleet, late, 2901.0) == {}
+
+
+def test_the_hosts_longest_pauses_do_not_hide_each_other() -> None:
+    """Operations of one wave come mixed: each host's own last one counts, and of the hosts the longest."""
+    near, far = resumed("web-1", 3), resumed("web-9", 5, "op2", host="host-2", budget_s=6)
+    fleet = fold((0.0, near), (0.0, far), (1.0, resumed("web-2", 4)))
+    assert samples(fleet, "caesura_pause_last_seconds") == {WEB: 5.0}
+    assert samples(fleet, "caesura_pause_last_budget_seconds") == {WEB: 6.0}, "of that pause"
+    fleet.forget_host("host-2")
+    assert samples(fleet, "caesura_pause_last_seconds") == {WEB: 4.0}
+    assert samples(fleet, "caesura_pause_last_budget_seconds") == {WEB: 20.0}
+
+
 def test_the_budget_used_is_that_of_the_pause_and_not_of_the_next_one() -> None:
     fleet = fold((0.0, frozen("web-1")), (3.0, resumed("web-1", 3)), (9.0, frozen("web-1", budget_s=4)))
     assert samples(fleet, "caesura_pause_budget_seconds") == {WEB: 4.0}
@@ -110,7 +166,7 @@ def test_the_budget_used_is_that_of_the_pause_and_not_of_the_next_one() -> None:
     assert samples(fleet, "caesura_pause_last_budget_seconds") == {WEB: 20.0}
 
 
-FOUND = ("web", "1", "host-1", "unknown")
+FOUND = ("web", "1", "unknown")
 
 
 def test_a_vm_that_is_found_paused_is_in_a_pause_since_then() -> None:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from caesura_metrics_exporter.series import Counts, Histogram, Seen
+from caesura_metrics_exporter.series import Counts, Histogram, Largest, Seen
 
 BOUNDS = (0.1, 1.0, 30.0)
 
@@ -63,3 +63,28 @@ def test_a_key_is_first_once_while_remembered() -> None:
     assert [seen.first(key) for key in ("a", "a", "b", "a", "c")] == [True, False, True, False, True]
     # b was pushed out by c: memory is bounded. a was asked for after it, so it stayed until then.
     assert [seen.first(key) for key in ("c", "b")] == [False, True]
+
+
+@given(st.lists(st.tuples(st.sampled_from("abc"), st.none() | st.integers(-3, 3))))
+def test_the_largest_by_magnitude_is_what_looking_at_all_would_find(
+    steps: list[tuple[str, int | None]],
+) -> None:
+    largest, naive = Largest(), dict[str, float]()
+    for name, value in steps:
+        if value is None:
+            largest.drop(name)
+            naive.pop(name, None)
+        else:
+            largest.put(name, value)
+            naive[name] = value
+        assert len(largest) == len(naive)
+        best = min(naive.items(), key=lambda each: (-abs(each[1]), each[0]), default=None)
+        assert largest.top() == best
+
+
+def test_what_was_the_largest_long_ago_takes_no_room() -> None:
+    largest = Largest()
+    for number in range(1000):
+        largest.put("vm", 1000 - number)
+    assert len(largest._heap) < 20
+    assert largest.top() == ("vm", 1)

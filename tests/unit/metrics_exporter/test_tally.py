@@ -56,10 +56,10 @@ def observed(histogram: Histogram) -> dict[tuple[str, ...], tuple[float, float]]
     return {labels: (buckets[-1][1], total) for labels, buckets, total in histogram.items()}
 
 
-PAUSE = ("web", "2", "host-1", "freeze")
+PAUSE = ("web", "2", "freeze")
 
 
-def test_a_pause_is_observed_under_set_domain_host_and_method() -> None:
+def test_a_pause_is_observed_under_set_domain_and_method() -> None:
     tally = Tally()
     tally.take(received(resumed(9.0)))
     assert observed(tally.pauses) == {PAUSE: (1, 9.0)}
@@ -75,12 +75,14 @@ def test_overruns_and_guard_resumes_are_known_from_zero_for_all_that_a_host_coul
         m.VmRecord(vm="db-1", set="db", update_domain=0, state="running", methods=("swap", "reboot")),
     )
     tally.take(received(m.HostInventory(host="host-1", driver="process", epoch=1, vms=vms)))
-    zeros = {PAUSE: 0.0, ("db", "0", "host-1", "swap"): 0.0}
+    zeros = {PAUSE: 0.0, ("db", "0", "swap"): 0.0}
     assert counted(tally.overruns) == zeros
     assert counted(tally.guard_resumes) == zeros
-    assert observed(tally.pauses) == {}, "a histogram is 24 series"
+    assert observed(tally.pauses) == {}, "a histogram is 18 series"
     tally.forget_host("host-1")
-    assert counted(tally.overruns) == {}
+    assert counted(tally.overruns) == zeros, "what happened to the domain stays"
+    tally.forget_set("db")
+    assert counted(tally.overruns) == {PAUSE: 0.0}
 
 
 def test_what_ends_a_pause_is_known_from_zero_while_the_vm_stands_still() -> None:
@@ -208,8 +210,8 @@ def test_clock_errors_are_absolute_and_proofs_are_counted() -> None:
     )
     tally.take(received(synced))
     assert observed(tally.clock_errors) == {
-        ("web", "2", "after"): (1, 0.25),
-        ("web", "2", "before"): (1, 9.0),
+        ("web", "after"): (1, 0.25),
+        ("web", "before"): (1, 9.0),
     }
     assert counted(tally.clock_syncs) == {("web", "2", "agent", "unsynced"): 1}
     tally.take(received(resumed(memory=m.MemoryProof(proof="digest", ok=False))))
@@ -260,10 +262,10 @@ def test_an_operation_with_its_update() -> None:
     )
     for message in (accepted, failed):
         tally.take(received(message, message.status))
-    assert counted(tally.operations) == {("host-1", "accepted"): 1, ("host-1", "failed"): 1}
+    assert counted(tally.operations) == {("accepted",): 1, ("failed",): 1}
     assert counted(tally.updates) == {("host-1", "kernel", "timeout"): 1}
-    assert observed(tally.update_seconds) == {("host-1", "kernel"): (1, 20.0)}
-    assert observed(tally.overhead) == {("host-1",): (1, 0.05)}
+    assert observed(tally.update_seconds) == {("kernel",): (1, 20.0)}
+    assert observed(tally.overhead) == {(): (1, 0.05)}
 
 
 def test_hooks_readiness_and_waves() -> None:
@@ -284,13 +286,26 @@ def test_hooks_readiness_and_waves() -> None:
 def test_a_host_that_is_gone_takes_its_series_with_it() -> None:
     tally = Tally()
     tally.take(received(resumed()))
-    tally.take(
-        received(m.OperationReported(operation="o", host="host-2", epoch=1, status="failed", at=AT), "b")
-    )
+    for host in ("host-1", "host-2"):
+        outcome = m.UpdateOutcome(update="kernel", outcome="failed", seconds=1.0)
+        report = m.OperationReported(
+            operation="o", host=host, epoch=1, status="failed", update=outcome, at=AT
+        )
+        tally.take(received(report, host))
     tally.forget_host("host-1")
-    assert observed(tally.pauses) == {}
-    assert counted(tally.overruns) == {}
-    assert counted(tally.operations) == {("host-2", "failed"): 1}
+    assert counted(tally.updates) == {("host-2", "kernel", "failed"): 1}
+    assert observed(tally.pauses) == {PAUSE: (1, 9.0)}, "they are the domain's"
+    assert counted(tally.operations) == {("failed",): 2}
+
+
+def test_hosts_times_domains_is_no_label() -> None:
+    """They are as many as VMs: no series has both, and no histogram has a host."""
+    for each in vars(Tally()).values():
+        if isinstance(each, Counts | Histogram):
+            assert not {"host", "update_domain"} <= set(each.names)
+            assert not {"host", "set"} <= set(each.names)
+        if isinstance(each, Histogram):
+            assert "host" not in each.names
 
 
 def test_no_label_is_an_event_a_rollout_an_operation_or_a_vm() -> None:

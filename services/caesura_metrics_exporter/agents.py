@@ -1,0 +1,73 @@
+"""Which VM agents are on the bus, and which should be and said nothing for long. Pure.
+
+Silence is noticed when somebody asks, and costs what fell silent: not a look at every agent.
+"""
+
+from __future__ import annotations
+
+import heapq
+from typing import Literal, get_args
+
+import msgspec
+
+Presence = Literal["online", "offline", "silent"]
+PRESENCES: tuple[Presence, ...] = get_args(Presence)
+
+AGENT_SILENT_S = 300.0
+"""s: an agent says every 30 s that it is there, and is frozen for 30 s at most."""
+
+
+class AgentState(msgspec.Struct, frozen=True):
+    """One agent, as it was last received; ``heard_s`` on the exporter's monotonic clock."""
+
+    online: bool
+    heard_s: float
+
+
+class Agents:
+    """VM to its agent."""
+
+    def __init__(self) -> None:
+        self._agents: dict[str, AgentState] = {}
+        self._silent: set[str] = set()
+        self._watched: list[tuple[float, str]] = []
+        """A heap with one entry for each agent that is online and not silent: a time at or before its last message."""
+        self._entries: set[str] = set()
+
+    def take(self, vm: str, *, online: bool, now_s: float, stored: bool) -> None:
+        """An agent says that it is there, or its last will says that it is not. ``stored``: no sign of life."""
+        known = self._agents.get(vm)
+        heard_s = known.heard_s if known is not None and stored else now_s
+        self._agents[vm] = AgentState(online, heard_s)
+        self._silent.discard(vm)
+        if online and vm not in self._entries:
+            self._entries.add(vm)
+            heapq.heappush(self._watched, (heard_s, vm))
+
+    def forget(self, vm: str) -> None:
+        """There is no such agent any more."""
+        self._agents.pop(vm, None)
+        self._silent.discard(vm)
+
+    def presence(self, vm: str) -> Presence:
+        """As of the last ``settle``; offline where nothing is known."""
+        known = self._agents.get(vm)
+        if known is None or not known.online:
+            return "offline"
+        return "silent" if vm in self._silent else "online"
+
+    def settle(self, now_s: float) -> list[str]:
+        """Time has passed: the VMs whose agents are silent from now."""
+        fell: list[str] = []
+        while self._watched and now_s - self._watched[0][0] > AGENT_SILENT_S:
+            _, vm = heapq.heappop(self._watched)
+            known = self._agents.get(vm)
+            if known is None or not known.online:
+                self._entries.discard(vm)
+            elif now_s - known.heard_s > AGENT_SILENT_S:
+                self._entries.discard(vm)
+                self._silent.add(vm)
+                fell.append(vm)
+            else:
+                heapq.heappush(self._watched, (known.heard_s, vm))
+        return fell

@@ -1,0 +1,107 @@
+"""Rollouts by id and by set, and what their waves say of each set's domains. Pure.
+
+A rollout's state costs its own size when it is received, and once more when it is asked for; a fact of a VM finds its
+rollout by its set.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from caesura.contract import messages as m
+
+ROLLOUTS_KEPT = 100  # retained rollouts pile up at the broker; the newest are enough to say what is so now
+
+_OVER = frozenset({"completed", "aborted"})
+
+# Where two waves of a rollout touch one domain, the more telling status counts.
+_TELLING = ("started", "verifying", "soaking", "scheduled", "failed", "cancelled", "pending", "completed")
+
+
+class SetProgress(msgspec.Struct):
+    """How far a rollout is with one set. Times are unix seconds, by domain."""
+
+    waves: int = 0
+    completed: int = 0
+    status: dict[int, m.WaveStatus] = {}
+    """Of the wave that touches the domain."""
+    started: dict[int, float] = {}
+    """When its last wave began."""
+    ended: dict[int, tuple[float, m.WaveStatus]] = {}
+    """When its last wave ended, and how."""
+
+
+class RolloutIndex:
+    """See the module."""
+
+    def __init__(self) -> None:
+        self.known: dict[str, m.RolloutState] = {}
+        self._of_set: dict[str, dict[str, m.RolloutState]] = {}
+        self._progress: dict[str, dict[str, SetProgress]] = {}
+        """Of the rollouts that were asked for since their last state: by set."""
+
+    def take(self, rollout: m.RolloutState) -> None:
+        """The state of a rollout; the oldest one goes when there are too many."""
+        self.forget(rollout.rollout)
+        self.known[rollout.rollout] = rollout
+        for name in rollout.sets:
+            self._of_set.setdefault(name, {})[rollout.rollout] = rollout
+        if len(self.known) > ROLLOUTS_KEPT:
+            oldest = min(self.known.values(), key=_importance)
+            self.forget(oldest.rollout)
+
+    def forget(self, rollout: str) -> None:
+        """It is gone."""
+        gone = self.known.pop(rollout, None)
+        self._progress.pop(rollout, None)
+        for name in gone.sets if gone is not None else ():
+            of_set = self._of_set.get(name, {})
+            of_set.pop(rollout, None)
+            if not of_set:
+                self._of_set.pop(name, None)
+
+    def of_set(self, set_name: str) -> m.RolloutState | None:
+        """The rollout that says most about the set: the one that holds it, else the newest."""
+        return max(self._of_set.get(set_name, {}).values(), key=_importance, default=None)
+
+    def of_sets(self) -> dict[str, m.RolloutState]:
+        """Set to the rollout that says most about it, sorted by set."""
+        return {name: max(self._of_set[name].values(), key=_importance) for name in sorted(self._of_set)}
+
+    def under_way(self, set_name: str) -> list[m.RolloutState]:
+        """Those of the set that are not over."""
+        return [each for each in self._of_set.get(set_name, {}).values() if each.status not in _OVER]
+
+    def progress(self, rollout: m.RolloutState) -> dict[str, SetProgress]:
+        """By set; sets that none of its waves touch are left out."""
+        known = self._progress.get(rollout.rollout)
+        if known is None:
+            known = self._progress[rollout.rollout] = progress_of(rollout)
+        return known
+
+
+def progress_of(rollout: m.RolloutState) -> dict[str, SetProgress]:
+    """Set to how far the rollout is with it."""
+    made: dict[str, SetProgress] = {}
+    for wave in rollout.waves:
+        started = wave.started_at.timestamp() if wave.started_at is not None else None
+        ended = wave.ended_at.timestamp() if wave.ended_at is not None else None
+        for name, domain in wave.domains.items():
+            of_set = made.get(name)
+            if of_set is None:
+                of_set = made[name] = SetProgress()
+            of_set.waves += 1
+            of_set.completed += wave.status == "completed"
+            known = of_set.status.get(domain)
+            if known is None or _TELLING.index(wave.status) < _TELLING.index(known):
+                of_set.status[domain] = wave.status
+            if started is not None:
+                of_set.started[domain] = max(started, of_set.started.get(domain, started))
+            if ended is not None:
+                last = (ended, wave.status)
+                of_set.ended[domain] = max(last, of_set.ended.get(domain, last))
+    return made
+
+
+def _importance(rollout: m.RolloutState) -> tuple[bool, float]:
+    return (rollout.status not in _OVER, rollout.created_at.timestamp())

@@ -58,7 +58,8 @@ Method = Literal["live", "swap", "freeze", "replace", "reboot", "skip"]
 Impact = Literal["none", "pause", "reboot"]
 Scope = Literal["vm", "host"]
 DomainKey = Literal["update_domain", "fault_domain"]
-EventType = Literal["Freeze", "Reboot"]
+EventType = Literal["Freeze", "Reboot", "Redeploy", "Preempt", "Terminate"]
+"""As in Azure's Scheduled Events. Caesura announces Freeze and Reboot; the others are for what is to come."""
 EventStatus = Literal["scheduled", "started", "completed", "cancelled", "failed"]
 VmState = Literal["running", "paused", "stopped", "unknown"]
 RolloutStatus = Literal["running", "aborting", "halted", "completed", "aborted"]
@@ -371,6 +372,8 @@ class ScheduledEvent(Record, frozen=True, kw_only=True):
     event_type: EventType
     status: Literal["scheduled", "started"]
     resources: tuple[Name, ...]
+    host: OptionalName = ""
+    """The host that it is about; empty: all hosts of its resources, as every event of today."""
     not_before: Instant
     description: Text = ""
     source: Literal["Platform", "User"] = "Platform"
@@ -401,6 +404,8 @@ class EventChanged(Message, frozen=True, kw_only=True):
     event_type: EventType
     status: EventStatus
     resources: tuple[Name, ...]
+    host: OptionalName = ""
+    """As in the document."""
     incarnation: Count
     rollout: OptionalId = ""
     wave: Count = 0

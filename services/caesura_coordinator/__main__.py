@@ -39,10 +39,12 @@ async def run(settings: CoordinatorSettings) -> None:
             rates=Rates(),
             will=Will(
                 channel_of(CoordinatorPresence).topic(),
-                last_will(Authority(coordinator=settings.instance, epoch=0)),
+                last_will(Authority(coordinator=settings.instance, epoch=0), settings.fleet),
             ),
         )
-        coordinator = Coordinator(bus, store, instance=settings.instance, settle_s=settings.settle_s)
+        coordinator = Coordinator(
+            bus, store, instance=settings.instance, settle_s=settings.settle_s, fleet=settings.fleet
+        )
         bus.peers = coordinator.known
         registry = CollectorRegistry()
         registry.register(CoordinatorCollector(coordinator))

@@ -13,7 +13,7 @@ from caesura.bus.port import Bus, BusError
 from caesura.bus.post import Post
 from caesura.contract import messages as m
 from caesura.contract.codec import MAX_PAYLOAD_BYTES, ContractError, Received, encode, size_bytes
-from caesura.contract.envelope import Message
+from caesura.contract.envelope import Message, source_of
 from caesura.contract.names import is_name
 from caesura.contract.reasons import ReasonCode
 from caesura.contract.topics import PREFIX, TopicError, channel_of
@@ -97,11 +97,11 @@ def presence(authority: Authority, *, online: bool) -> m.CoordinatorPresence:
     return m.CoordinatorPresence(coordinator=authority.coordinator, epoch=authority.epoch, online=online)
 
 
-def last_will(authority: Authority) -> bytes:
+def last_will(authority: Authority, fleet: str) -> bytes:
     """The encoded presence that the broker publishes when the coordinator is gone."""
     return encode(
         presence(authority, online=False),
-        source=f"/caesura/{authority.coordinator}",
+        source=source_of(fleet, "coordinator", authority.coordinator),
         event_id=new_id(),
         time=datetime.now(UTC),
     )
@@ -117,12 +117,13 @@ class Coordinator:
         *,
         instance: str,
         settle_s: float,
+        fleet: str = "default",
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
         announce_s: float = _ANNOUNCE_S,
     ) -> None:
         self.bus = bus
         self.store = store
-        self.post = Post(bus, f"/caesura/{instance}", on_refused=self._on_refused)
+        self.post = Post(bus, source_of(fleet, "coordinator", instance), on_refused=self._on_refused)
         self.book = Book(store, now())
         self.fleet = Fleet()
         self.owners = Owners(store)

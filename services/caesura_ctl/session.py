@@ -28,7 +28,7 @@ from caesura.bus.port import Bus, BusError, BusStats
 from caesura.bus.post import Post
 from caesura.contract import messages as m
 from caesura.contract.codec import Received
-from caesura.contract.envelope import Message
+from caesura.contract.envelope import Message, source_of
 from caesura.contract.topics import CHANNELS, channel_of
 from caesura.runtime.errors import CaesuraError
 from caesura.runtime.identity import new_id
@@ -113,11 +113,11 @@ def _login() -> str:
 class Session:
     """The command's side of the bus while it is connected."""
 
-    def __init__(self, bus: Bus, client: str) -> None:
+    def __init__(self, bus: Bus, client: str, fleet: str = "default") -> None:
         self.bus = bus
         self.client = client
         self.picture = Picture()
-        self.post = Post(bus, f"/caesura/ctl/{client}")
+        self.post = Post(bus, source_of(fleet, "ctl", client))
         self.connection = Connection(bus.stats, self.picture.missed)
         self.changed = asyncio.Event()
         self.listeners: list[Listener] = []
@@ -244,7 +244,7 @@ async def connect(
         for channel in channels
     ]
     bus = MqttBus(options, filters=filters)
-    session = Session(bus, client)
+    session = Session(bus, client, settings.fleet)
     if listener is not None:
         session.listeners.append(listener)
     running = asyncio.create_task(bus.run(session.post.deliver), name="bus")

@@ -24,6 +24,7 @@ with QuietInterrupt():
     from caesura.bus.port import Will
     from caesura.bus.rates import Rates
     from caesura.contract.codec import encode
+    from caesura.contract.envelope import source_of
     from caesura.contract.messages import HostPresence
     from caesura.contract.topics import channel_of
     from caesura.runtime.command import run_service
@@ -166,7 +167,7 @@ async def _serve(
         options_from(settings, client_id=f"caesura-host-{host.host}"),
         filters=filters(host),
         rates=Rates(),
-        will=_will(host.host, instance),
+        will=_will(settings.fleet, host.host, instance),
     )
     registry = CollectorRegistry()
     journal = JournalThread()
@@ -266,9 +267,11 @@ async def _accelerator(host: HostFile, folder: Path) -> Accelerator:
     return found
 
 
-def _will(host: str, instance: str) -> Will:
+def _will(fleet: str, host: str, instance: str) -> Will:
     offline = HostPresence(host=host, online=False, instance=instance)
-    payload = encode(offline, source=f"/caesura/host/{host}", event_id=new_id(), time=datetime.now(UTC))
+    payload = encode(
+        offline, source=source_of(fleet, "host", host), event_id=new_id(), time=datetime.now(UTC)
+    )
     return Will(channel_of(HostPresence).topic(host=host), payload)
 
 

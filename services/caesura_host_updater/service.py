@@ -15,7 +15,7 @@ import structlog
 from caesura.bus.port import Bus, BusError, Delivery
 from caesura.bus.post import Post
 from caesura.contract.codec import Oversized, Received
-from caesura.contract.envelope import Message
+from caesura.contract.envelope import Message, source_of
 from caesura.contract.messages import (
     AbortOperation,
     AgentClockSynced,
@@ -110,7 +110,7 @@ class HostUpdater:
         self._instance = instance
         self._environ = environ
         self.bus = bus
-        self.post = Post(bus, f"/caesura/host/{host.host}")
+        self.post = Post(bus, source_of(settings.fleet, "host", host.host))
         self.outbox = Outbox(self.post, journal, self._told)
         self.clocks = ClockDesk(
             host.host,

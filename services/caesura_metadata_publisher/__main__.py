@@ -14,6 +14,7 @@ with QuietInterrupt():
     from caesura.bus.options import check_broker, options_from
     from caesura.bus.port import Will
     from caesura.contract.codec import encode
+    from caesura.contract.envelope import source_of
     from caesura.contract.messages import PublisherPresence
     from caesura.contract.topics import channel_of
     from caesura.runtime.command import run_service
@@ -71,7 +72,7 @@ async def _main(settings: MetadataPublisherSettings) -> None:
 def _will(settings: MetadataPublisherSettings) -> Will:
     payload = encode(
         PublisherPresence(instance=settings.instance, online=False),
-        source=f"/caesura/metadata/{settings.instance}",
+        source=source_of(settings.fleet, "metadata", settings.instance),
         event_id=new_id(),
         time=datetime.now(UTC),
     )

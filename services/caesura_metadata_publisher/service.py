@@ -20,6 +20,7 @@ import structlog
 from caesura.bus.port import Bus, BusError
 from caesura.bus.post import Post
 from caesura.contract.codec import Received
+from caesura.contract.envelope import source_of
 from caesura.contract.messages import (
     HostInventory,
     PublisherPresence,
@@ -75,7 +76,7 @@ class MetadataPublisher:
     def __init__(self, settings: MetadataPublisherSettings, bus: Bus) -> None:
         self._settings = settings
         self._bus = bus
-        self._post = Post(bus, f"/caesura/metadata/{settings.instance}")
+        self._post = Post(bus, source_of(settings.fleet, "metadata", settings.instance))
         self._post.on(SetDocument, self._on_document)
         self._post.on(HostInventory, self._on_inventory)
         self._post.on_cleared(HostInventory, self._on_host_removed)

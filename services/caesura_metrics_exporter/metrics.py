@@ -48,6 +48,7 @@ class FleetCollector(Collector):
         bus: Bus,
         monotonic: Callable[[], float],
         foreign: Callable[[], Mapping[str, int]],
+        name: str = "default",
     ) -> None:
         self._monotonic = monotonic
         self._tally = tally
@@ -55,6 +56,7 @@ class FleetCollector(Collector):
         self._own = own
         self._bus = bus
         self._foreign = foreign
+        self._name = name
         self._version = version("caesura")  # a file is read for it
 
     def collect(self) -> Iterator[Metric]:
@@ -94,7 +96,10 @@ class FleetCollector(Collector):
             self._monotonic() - self._own.began_s,
         )
         yield gauge(
-            "caesura_exporter_build_info", "Version of Caesura.", ("version",), [((self._version,), 1.0)]
+            "caesura_exporter_build_info",
+            "Version of Caesura, and the name of the fleet.",
+            ("version", "fleet"),
+            [((self._version, self._name), 1.0)],
         )
 
     def _facts(self) -> Iterator[AnyFamily]:

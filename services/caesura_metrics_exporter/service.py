@@ -58,7 +58,9 @@ class MetricsExporter:
     def collector(self) -> FleetCollector:
         """What is registered with Prometheus."""
         foreign = self._ownership.foreign
-        return FleetCollector(self.tally, self.fleet, self._own, self._bus, self._monotonic, foreign)
+        return FleetCollector(
+            self.tally, self.fleet, self._own, self._bus, self._monotonic, foreign, self._settings.fleet
+        )
 
     def broker_ping(self) -> str:
         """For /ready."""

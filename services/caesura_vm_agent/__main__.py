@@ -15,6 +15,7 @@ with QuietInterrupt():
     from caesura.bus.options import check_broker, options_from
     from caesura.bus.port import Bus, Will
     from caesura.contract.codec import encode
+    from caesura.contract.envelope import source_of
     from caesura.contract.messages import AgentPresence
     from caesura.contract.topics import channel_of
     from caesura.runtime.command import run_service
@@ -70,7 +71,12 @@ async def _main(settings: VmAgentSettings) -> None:
 
 def _will(settings: VmAgentSettings, boot_id: str) -> Will:
     offline = AgentPresence(vm=settings.vm, online=False, boot_id=boot_id, clock=settings.clock)
-    payload = encode(offline, source=f"/caesura/vm/{settings.vm}", event_id=new_id(), time=datetime.now(UTC))
+    payload = encode(
+        offline,
+        source=source_of(settings.fleet, "vm", settings.vm),
+        event_id=new_id(),
+        time=datetime.now(UTC),
+    )
     return Will(channel_of(AgentPresence).topic(vm=settings.vm), payload)
 
 

@@ -16,6 +16,7 @@ import structlog
 from caesura.bus.port import Bus, BusError, Delivery
 from caesura.bus.post import Post
 from caesura.contract.codec import Received
+from caesura.contract.envelope import source_of
 from caesura.contract.messages import (
     AgentClockSynced,
     ClockSyncAnswered,
@@ -66,7 +67,7 @@ class VmAgent:
         self._announce_now = asyncio.Event()
         self._say_now = asyncio.Event()
         """Its presence changed."""
-        self._post = Post(bus, f"/caesura/vm/{settings.vm}")
+        self._post = Post(bus, source_of(settings.fleet, "vm", settings.vm))
         self._post.on(SetDocument, self._on_document)
         self._post.on(VmResumed, self._on_resumed)
         self._post.on(ClockSyncAnswered, self._on_answer)

@@ -15,6 +15,11 @@ from msgspec import Meta
 Instant = Annotated[datetime, Meta(tz=True, description="RFC 3339, with a time zone; Caesura writes UTC.")]
 
 
+def source_of(fleet: str, *writer: str) -> str:
+    """The CloudEvents source of a writer, such as ``/caesura/default/host/host-1``."""
+    return "/".join(("/caesura", fleet, *writer))
+
+
 class Message(msgspec.Struct, frozen=True, kw_only=True):
     """The base of every message body. ``TYPE`` is the CloudEvents ``type``; v1 only ever grows."""
 

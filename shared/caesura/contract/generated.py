@@ -15,7 +15,7 @@ import msgspec
 
 from caesura.contract.access import Place, Principal, access_rules
 from caesura.contract.codec import encode
-from caesura.contract.envelope import Header
+from caesura.contract.envelope import Header, source_of
 from caesura.contract.examples import examples
 from caesura.contract.topics import CHANNELS, Channel
 
@@ -38,7 +38,7 @@ def golden_payload(number: int) -> bytes:
     example = examples()[number]
     return encode(
         example.message,
-        source="/caesura/example",
+        source=source_of("example", "writer"),
         event_id=f"00000000-0000-4000-8000-{number:012d}",
         time=_TIME,
     )

@@ -51,6 +51,13 @@ class Secret:
 class ServiceSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What every service that is on the bus needs to know."""
 
+    fleet: Annotated[
+        str,
+        Meta(
+            pattern=r"^[A-Za-z0-9_-]{1,63}\Z",
+            description="Name of the fleet, in the CloudEvents `source` of its messages and in metrics. Each fleet has a broker of its own.",
+        ),
+    ] = "default"
     broker_url: Annotated[
         str, Meta(description="`mqtt://host:port`, `mqtts://host:port` (TLS) or `unix:///path/to/socket`.")
     ] = "mqtt://127.0.0.1:1883"

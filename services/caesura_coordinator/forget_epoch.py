@@ -6,10 +6,9 @@ and documents stay. Run it while the coordinator is stopped; FOLDER is its state
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
-from caesura.runtime.errors import CaesuraError
+from caesura.runtime.folder_command import run_on_folder
 from caesura.runtime.lock import StateFolderUnusable, sole_user
 from caesura_coordinator.store import Store
 
@@ -39,13 +38,7 @@ def forget_epoch(folder: Path) -> int:
 
 def main() -> None:
     """Entry point."""
-    if len(sys.argv) != 2 or sys.argv[1].startswith("-"):  # the program's name and a folder
-        sys.exit(__doc__)
-    try:
-        claimed = forget_epoch(Path(sys.argv[1]))
-    except CaesuraError as error:
-        sys.exit(str(error))
-    print(f"forgot epoch {claimed}")  # noqa: T201 - the command's answer
+    run_on_folder(__doc__, lambda folder: f"forgot epoch {forget_epoch(folder)}")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import click
 
 from caesura.contract import messages as m
-from caesura_ctl.completion import complete
+from caesura_ctl.completion import Kind, complete
 from caesura_ctl.names import NAME, SET_NAME
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -30,36 +30,24 @@ class Canary(click.ParamType[str]):
         return NAME.convert(text, param, ctx)
 
 
+def _exclude(kind: Kind, of: click.ParamType[str], what: str) -> Callable[[F], F]:
+    return click.option(
+        f"--exclude-{kind}",
+        f"exclude_{kind}s",
+        type=of,
+        multiple=True,
+        metavar="NAME",
+        shell_complete=complete(kind),
+        help=f"{what}; may be given several times.",
+    )
+
+
 def limits(command: F) -> F:
     """How much at once, who goes first, and what is left alone."""
     for option in (
-        click.option(
-            "--exclude-vm",
-            "exclude_vms",
-            type=NAME,
-            multiple=True,
-            metavar="NAME",
-            shell_complete=complete("vm"),
-            help="Leave this VM alone, and its host if the update pauses hosts whole; may be given several times.",
-        ),
-        click.option(
-            "--exclude-set",
-            "exclude_sets",
-            type=SET_NAME,
-            multiple=True,
-            metavar="NAME",
-            shell_complete=complete("set"),
-            help="Leave this set alone, and its hosts likewise; may be given several times.",
-        ),
-        click.option(
-            "--exclude-host",
-            "exclude_hosts",
-            type=NAME,
-            multiple=True,
-            metavar="NAME",
-            shell_complete=complete("host"),
-            help="Leave this host alone; may be given several times.",
-        ),
+        _exclude("vm", NAME, "Leave this VM alone, and its host if the update pauses hosts whole"),
+        _exclude("set", SET_NAME, "Leave this set alone, and its hosts likewise"),
+        _exclude("host", NAME, "Leave this host alone"),
         click.option(
             "--canary",
             type=Canary(),

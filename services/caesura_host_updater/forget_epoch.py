@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import fcntl
 import os
-import sys
 from pathlib import Path
 
-from caesura.runtime.errors import CaesuraError
+from caesura.runtime.folder_command import run_on_folder
 from caesura.runtime.lock import InUse, StateFolderUnusable
 from caesura_host_updater.command import Authority
 from caesura_host_updater.journal import Journal
@@ -48,13 +47,12 @@ def forget_epoch(folder: Path) -> Authority:
 
 def main() -> None:
     """Entry point."""
-    if len(sys.argv) != 2 or sys.argv[1].startswith("-"):  # the program's name and a folder
-        sys.exit(__doc__)
-    try:
-        obeyed = forget_epoch(Path(sys.argv[1]))
-    except CaesuraError as error:
-        sys.exit(str(error))
-    print(f"forgot epoch {obeyed.epoch} of {obeyed.coordinator or 'nobody'}")  # noqa: T201 - the command's answer
+    run_on_folder(__doc__, _answer)
+
+
+def _answer(folder: Path) -> str:
+    obeyed = forget_epoch(folder)
+    return f"forgot epoch {obeyed.epoch} of {obeyed.coordinator or 'nobody'}"
 
 
 if __name__ == "__main__":

@@ -95,13 +95,15 @@ def inventory(
     whoever must not pause another domain beside them, but nothing can be planned for them.
     """
     whole = fitted(
-        _whole(
-            host,
-            driver,
-            driver_detail,
-            authority=authority,
-            vms=vms,
-            catalogue=catalogue,
+        HostInventory(
+            host=host,
+            driver=driver,
+            driver_detail=driver_detail[:1000],
+            epoch=authority.epoch,
+            coordinator=authority.coordinator,
+            vms=tuple(vms.values()),
+            updates=tuple(update.record() for update in catalogue.updates.values()),
+            refused_updates=catalogue.refused,
             operation=operation,
             guard=guard,
             refused_epoch=refused_epoch,
@@ -122,32 +124,3 @@ def inventory(
 
 
 TOO_MANY_VMS = "too many VMs for one inventory, so none of them can be updated: spread them over more hosts"
-
-
-def _whole(
-    host: str,
-    driver: str,
-    driver_detail: str,
-    *,
-    authority: Authority,
-    vms: Mapping[str, VmRecord],
-    catalogue: Catalogue,
-    operation: str,
-    guard: Literal["ready", "armed", "absent"],
-    refused_epoch: str = "",
-    installed: tuple[InstalledUpdate, ...] = (),
-) -> HostInventory:
-    return HostInventory(
-        host=host,
-        driver=driver,
-        driver_detail=driver_detail[:1000],
-        epoch=authority.epoch,
-        coordinator=authority.coordinator,
-        vms=tuple(vms.values()),
-        updates=tuple(update.record() for update in catalogue.updates.values()),
-        refused_updates=catalogue.refused,
-        operation=operation,
-        guard=guard,
-        refused_epoch=refused_epoch,
-        installed=installed,
-    )

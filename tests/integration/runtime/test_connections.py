@@ -7,7 +7,7 @@ import os
 import resource
 import socket
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import ExitStack, asynccontextmanager, contextmanager
 from pathlib import Path
 
 import pytest
@@ -146,20 +146,26 @@ async def test_requests_that_are_being_answered_are_neither_cut_nor_replaced() -
         assert await answer(await scene.client(GET)) == "here"
 
 
+@pytest.fixture
+def closed_at_the_end() -> Iterator[ExitStack]:
+    with ExitStack() as stack:
+        yield stack
+
+
 @contextmanager
-def no_descriptors_left() -> Iterator[list[int]]:
-    """The process has no free descriptor; those in the list may be closed to give some back."""
+def no_descriptors_left() -> Iterator[None]:
+    """The process has no free descriptor."""
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     spare: list[int] = []
     highest = max(int(each.name) for each in Path("/proc/self/fd").iterdir())
-    resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 2, limits[1]))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 1, limits[1]))
     try:
         while True:
             try:
                 spare.append(os.dup(0))
             except OSError:
                 break
-        yield spare
+        yield
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
         for each in spare:
@@ -179,30 +185,29 @@ def publisher() -> MetadataPublisher:
     return MetadataPublisher(settings, MemoryBus(MemoryBroker(), client_id="p"))
 
 
-async def test_without_descriptors_little_is_logged_and_the_listener_recovers() -> None:
+async def test_without_descriptors_little_is_logged_and_the_listener_recovers(
+    closed_at_the_end: ExitStack,
+) -> None:
     async with serve_metadata(publisher(), vms("w1")) as (address,):
         port = int(address.rpartition(":")[2])
-        clients = [socket.socket() for _ in range(8)]  # their descriptors are there already
+        # Their descriptors are there already.
+        clients = [closed_at_the_end.enter_context(socket.socket()) for _ in range(8)]
         problems: list[dict[str, object]] = []
         asyncio.get_running_loop().set_exception_handler(lambda _, context: problems.append(context))
         with structlog.testing.capture_logs() as logs:
-            with no_descriptors_left() as spare:
+            with no_descriptors_left():
                 for each in clients:
                     each.setblocking(False)
                     await asyncio.get_running_loop().sock_connect(each, ("127.0.0.1", port))
                 await eventually(
                     lambda: bool(problems) or any("accept" in str(each["event"]) for each in logs)
                 )
-                for _ in range(4):  # what it needs comes back
-                    os.close(spare.pop())
             loop = asyncio.get_running_loop()
             await loop.sock_sendall(clients[0], GET)
             async with asyncio.timeout(patient(20)):
                 assert (await loop.sock_recv(clients[0], 100)).startswith(b"HTTP/1.1 404")
         assert not problems, "asyncio logs each of them with a traceback"
         assert len([each for each in logs if "accept" in str(each["event"])]) == 1
-        for each in clients:
-            each.close()
 
 
 async def test_one_vms_connections_keep_neither_another_vm_nor_the_probe_waiting(

@@ -11,6 +11,7 @@ from msgspec.structs import replace
 from caesura.bus.port import Bus, Delivery
 from caesura.contract.codec import ContractError, decode
 from caesura.contract.messages import HostInventory, VmClockSynced, VmFrozen, VmOwner, VmResumed
+from caesura.contract.parts import PARTS, Joiner
 from caesura.contract.topics import PREFIX, placed
 from caesura.lifecycle.ownership import Ownership
 from caesura.runtime.sampler import Sampler
@@ -50,6 +51,7 @@ class MetricsExporter:
         self._own = SelfStats(handler=Histogram(_HANDLER_BUCKETS), began_s=monotonic())
         self.tally = Tally()
         self.fleet = Fleet()
+        self._joiner = Joiner()
         self._ownership = Ownership()
         self._sampled = Sampler()
         self.live = Live()
@@ -92,6 +94,12 @@ class MetricsExporter:
             self._own.decode_errors[error.kind] += 1
             _log.warning("bus.message_refused", topic=delivery.topic, kind=error.kind, why=error.why)
             return
+        if received.channel.message in PARTS.values():
+            self.tally.take(received)
+        whole = self._joiner.take(received)
+        if whole is None:
+            return
+        received = whole
         now_s = self._monotonic()
         match received.message:
             case HostInventory():  # often enough, and not with each message of a storm
@@ -145,6 +153,7 @@ class MetricsExporter:
         host = place[1].get("host", "") if place is not None else ""
         known = host in self.fleet.hosts
         self.fleet.clear(topic)
+        self._joiner.clear(topic)
         self.live.clear(topic, self._wall(), self._monotonic())
         self._count_again(self._disown(topic))
         if known and host not in self.fleet.hosts:

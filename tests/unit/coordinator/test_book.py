@@ -406,13 +406,13 @@ def test_the_largest_state_is_at_least_what_is_ever_announced(desk: Desk) -> Non
 
 
 def test_a_store_with_a_flipped_bit_is_a_store_error_and_no_other(
-    tmp_path: Path,
+    ram_path: Path,
     fleet: Callable[..., Fleet],
     host: Callable[..., Any],
     build: Callable[..., Any],
     authority: Authority,
 ) -> None:
-    desk = Desk(tmp_path, fleet(host("h1", build("w1")), host("h2", build("w2", domain=1))), authority)
+    desk = Desk(ram_path, fleet(host("h1", build("w1")), host("h2", build("w2", domain=1))), authority)
     desk.scheduled()
     desk.book.store.save_epoch(7)
     desk.book.store.database.close()

@@ -66,7 +66,7 @@ async def test_a_message_that_breaks_the_contract_is_answered_and_changes_nothin
         if isinstance(received.message, m.RequestAnswered):
             answers.append(received.message)
 
-    pair.session.listeners.append(listen)
+    pair.session.post.listeners.append(listen)
     await pair.session.bus.publish(_TOPIC, payload)
     await pair.sandbox.until(lambda: bool(answers), 10, "an answer")
     assert not answers[0].accepted

@@ -23,7 +23,7 @@ def _capture_commands(pair: Any) -> list[m.StartOperation]:
         if isinstance(received.message, m.StartOperation):
             captured.append(received.message)
 
-    pair.session.listeners.append(listen)
+    pair.session.post.listeners.append(listen)
     return captured
 
 

@@ -131,7 +131,7 @@ async def test_no_rule_is_broken_whatever_dies(stages: Callable[..., Any], broke
         if isinstance(received.message, m.SetDocument):
             seen[received.message.set].append(received.message.incarnation)
 
-    stage.session.listeners.append(note)
+    stage.session.post.listeners.append(note)
     chaos = Chaos(stage, broker, dice)
     ends: list[str] = []
     try:

@@ -195,7 +195,7 @@ async def _serve(
     stopped = False
     try:
         await updater.resume_paused()
-        await _open(journal, str(folder / "journal.sqlite"))
+        await _open(journal, str(folder / "journal.sqlite"), settings.fleet)
         await updater.recover()
         asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, updater.reread)
         async with serve_health(settings.health_listen, updater.pings(), registry):
@@ -208,12 +208,12 @@ async def _serve(
         await journal.close()
 
 
-async def _open(journal: JournalThread, path: str) -> None:
+async def _open(journal: JournalThread, path: str, fleet: str) -> None:
     """Open the journal; on a disk that is full, when there is room again. Until then the host is not on the bus."""
     said = ""
     while True:
         try:
-            await journal.open(path)
+            await journal.open(path, fleet)
         except StoreError as error:
             if not error.temporary:
                 raise

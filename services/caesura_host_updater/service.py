@@ -15,7 +15,7 @@ import structlog
 from caesura.bus.port import Bus, BusError, Delivery
 from caesura.bus.post import Post
 from caesura.contract.codec import Oversized, Received
-from caesura.contract.envelope import Message, source_of
+from caesura.contract.envelope import source_of
 from caesura.contract.messages import (
     AbortOperation,
     AgentClockSynced,
@@ -31,6 +31,7 @@ from caesura.contract.messages import (
     VmResumed,
     VmStatus,
 )
+from caesura.delivery.message import OutboxMessage
 from caesura.runtime.errors import StoreError
 from caesura_host_updater import command as rules
 from caesura_host_updater.asker import Asker
@@ -54,7 +55,7 @@ from caesura_host_updater.guardian import Guardian
 from caesura_host_updater.hostfile import HostFile
 from caesura_host_updater.installs import installed
 from caesura_host_updater.inventory import TOO_MANY_VMS, inventory
-from caesura_host_updater.journal import Journal, JournalThread, Letter
+from caesura_host_updater.journal import Journal, JournalThread
 from caesura_host_updater.metrics import HostMetrics
 from caesura_host_updater.operation import OperationRunner
 from caesura_host_updater.operation_state import Operation, UpdateRun, VmPause
@@ -111,7 +112,7 @@ class HostUpdater:
         self._environ = environ
         self.bus = bus
         self.post = Post(bus, source_of(settings.fleet, "host", host.host))
-        self.outbox = Outbox(self.post, journal, self._told)
+        self.outbox = Outbox(bus, journal, self._published)
         self.clocks = ClockDesk(
             host.host,
             driver,
@@ -120,7 +121,7 @@ class HostUpdater:
             verdict=self._clock_judged,
             repeat=self.outbox.queue,
         )
-        self._letters = Letters(host.host)
+        self._letters = Letters(host.host, settings.fleet)
         self._statuses = VmStatuses(host.host, self._vms, self.post)
         self._pauses = pauses
         self._endings = Endings(
@@ -512,9 +513,12 @@ class HostUpdater:
         else:
             self._statuses.resumed(fact)
 
-    def _told(self, letter: Letter, message: Message) -> None:
+    def _published(self, fact: OutboxMessage) -> None:
+        if fact.type != VmResumed.TYPE:
+            return
+        message = fact.read()
         if isinstance(message, VmResumed):
-            self.clocks.resumed_told(letter, message)
+            self.clocks.resumed_told(fact, message)
             self._statuses.resumed(message)  # one that a previous run of this service left to be published
 
     # -- clocks and agents ----------------------------------------------------------------------------------
@@ -590,6 +594,7 @@ class HostUpdater:
             "inventory": lambda: self._unsent,
             "updates": self._updates.complaint,
             "pauses": self._view.complaint,
+            "outbox": self.outbox.ping,
             "guard": lambda: "there is no pause guard" if self._guardian.state == "absent" else "",
         }
 
@@ -598,6 +603,7 @@ class HostUpdater:
         self._metrics.observe_bus(self.bus.stats, self.post.decode_errors)
         self._metrics.observe_gauges(
             outbox=lambda: len(self.outbox),
+            refused=lambda: self.outbox.refused,
             clocks=lambda: len(self.clocks),
             busy=lambda: bool(self.operation),
         )

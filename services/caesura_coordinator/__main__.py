@@ -51,6 +51,7 @@ async def run(settings: CoordinatorSettings) -> None:
         pings = {
             "broker": lambda: "" if bus.stats.connected else bus.stats.last_error or "not connected",
             "store": store.database.ping,
+            "outbox": coordinator.publisher.ping,
         }
         async with serve_health(settings.health_listen, pings, registry):
             await serve(coordinator.tasks(), drain=coordinator.drain)

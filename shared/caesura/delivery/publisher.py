@@ -35,6 +35,7 @@ _PAUSE_S = 0.1  # s: after a connection that failed in the middle, before the ne
 _RETRY_S = 2.0  # s: before a refused topic is tried again; doubled with every refusal
 _RETRY_MOST_S = 60.0  # s: an operator who corrected the access rules does not want to wait longer
 _SAY_EVERY_S = 300.0  # s: between two log lines about one refused topic
+_TICK_S = 0.001  # s: a timer may fire this much before its time, and must not fire again for that
 _CLOSE_S = 0.05  # s: a publish that ends by its deadline may end a tick before it
 _LONG_S = 3600.0  # s: how long one wait for the connection is; there is another one after it
 
@@ -145,7 +146,7 @@ class ReliablePublisher:
         self._removal = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
-        self._sampler = Sampler(_SAY_EVERY_S)
+        self._sampler = Sampler(_SAY_EVERY_S, lambda: asyncio.get_running_loop().time())
 
     def __len__(self) -> int:
         """Messages that the broker has not taken, the refused ones included."""
@@ -246,8 +247,7 @@ class ReliablePublisher:
             group.create_task(self._reconnected(0.0), name="outbox-connect")
             while True:
                 self._wake.clear()
-                now = asyncio.get_running_loop().time()
-                self._look_at_time(now)
+                self._look_at_time(asyncio.get_running_loop().time() + _TICK_S)
                 while (entry := self._next()) is not None:
                     self._in_flight[entry.message.topic] = entry
                     group.create_task(self._send(entry, group), name="outbox-send")

@@ -481,13 +481,18 @@ class _Packed(Properties):
 
     def __init__(self, packet: int) -> None:
         super().__init__(packet)  # type: ignore[no-untyped-call]
-        object.__setattr__(self, "packed", b"")
+        self._set_packed(b"")
+
+    def _set_packed(self, packed: bytes) -> None:
+        self.__dict__["_packed"] = packed  # paho's own setter takes properties of MQTT only
 
     def pack(self) -> bytes:
         """The bytes; as they were at the first call."""
-        if not self.packed:
-            object.__setattr__(self, "packed", super().pack())  # type: ignore[no-untyped-call]
-        return self.packed  # type: ignore[no-any-return]
+        packed: bytes = self.__dict__["_packed"]
+        if not packed:
+            packed = super().pack()  # type: ignore[no-untyped-call]
+            self._set_packed(packed)
+        return packed
 
 
 def _too_late(answer: asyncio.Future[ReasonCode | None]) -> None:

@@ -186,7 +186,7 @@ class ReliablePublisher:
         policy: Policy = EVERY,
         accepted: Callable[[], None] | None = None,
     ) -> None:
-        """Publish these as soon as it can be; does not wait. One whose id waits already changes nothing.
+        """Publish these as soon as it can be; does not wait. One whose id waits already takes that one's place.
 
         Args:
             accepted: called when the broker has each.
@@ -221,6 +221,8 @@ class ReliablePublisher:
     def _take(self, message: OutboxMessage, policy: Policy, accepted: Callable[[], None] | None) -> _Entry:
         known = self._known.get(message.event_id)
         if known is not None:
+            if self._in_flight.get(message.topic) is not known:
+                known.message = message
             return known
         now = asyncio.get_running_loop().time()
         deadline = math.inf if policy.give_up_s is None else now + policy.give_up_s

@@ -10,10 +10,11 @@ from functools import partial
 import msgspec
 import structlog
 
-from caesura.bus.port import Bus, BusError
+from caesura.bus.port import Bus, BusError, Will
 from caesura.bus.post import Post
+from caesura.bus.presence import Presence, last_will
 from caesura.contract import messages as m
-from caesura.contract.codec import MAX_PAYLOAD_BYTES, ContractError, Received, encode, size_bytes
+from caesura.contract.codec import MAX_PAYLOAD_BYTES, ContractError, Received, size_bytes
 from caesura.contract.envelope import Message, source_of
 from caesura.contract.names import is_name
 from caesura.contract.reasons import ReasonCode
@@ -106,14 +107,10 @@ def presence(authority: Authority, *, online: bool) -> m.CoordinatorPresence:
     return m.CoordinatorPresence(coordinator=authority.coordinator, epoch=authority.epoch, online=online)
 
 
-def last_will(authority: Authority, fleet: str) -> bytes:
-    """The encoded presence that the broker publishes when the coordinator is gone."""
-    return encode(
-        presence(authority, online=False),
-        source=source_of(fleet, "coordinator", authority.coordinator),
-        event_id=new_id(),
-        time=datetime.now(UTC),
-    )
+def will(authority: Authority, fleet: str) -> Will:
+    """What the broker publishes when the coordinator is gone."""
+    source = source_of(fleet, "coordinator", authority.coordinator)
+    return last_will(presence(authority, online=False), source)
 
 
 class Coordinator:
@@ -148,7 +145,12 @@ class Coordinator:
         self._announced: list[int] = []
         """Epochs that coordinators had claimed on the bus before ours."""
         self._settle_s = settle_s
-        self._announce_s = announce_s
+        self._presence = Presence(
+            self.post,
+            lambda: presence(self.authority, online=True),
+            lambda: presence(self.authority, online=False),
+            beat_s=announce_s,
+        )
         self._now = now
         self._to_clear: list[str] = []
         self._early: list[tuple[str, Request, str]] = []
@@ -175,7 +177,7 @@ class Coordinator:
             "rollouts": self._rollouts,
             "outbox": self._outbox,
             "authority": self._watch_authority,
-            "presence": self._keep_announcing,
+            "presence": lambda: self._presence.run(lambda: self.leads and self.bus.stats.connected),
             "owners": self._publish_owners,
             "publisher": self.publisher.run,
             "owner publisher": self._owner_publisher.run,
@@ -195,13 +197,10 @@ class Coordinator:
         """Say what is decided, say goodbye. Rollouts stay where they are, for the next start."""
         # One that was superseded says nothing more: its documents are older than what the other has published.
         if self.leads and self.bus.stats.connected:
-            try:
-                self._hand_over()
-                if not await self.publisher.drained(_FLUSH_S):
-                    _log.warning("outbox.left", messages=len(self.publisher))
-                await self.post.send_last(presence(self.authority, online=False), timeout_s=2)
-            except BusError as error:
-                _log.warning("coordinator.no_goodbye", why=str(error))
+            self._hand_over()
+            if not await self.publisher.drained(_FLUSH_S):
+                _log.warning("outbox.left", messages=len(self.publisher))
+            await self._presence.goodbye(timeout_s=2.0)
         await self.bus.close()
 
     # -- authority --
@@ -260,13 +259,7 @@ class Coordinator:
         _log.info("coordinator.claimed", epoch=epoch, coordinator=self.authority.coordinator)
 
     async def _announce(self) -> None:
-        await self._try_send(presence(self.authority, online=True))
-
-    async def _keep_announcing(self) -> None:
-        while True:
-            await asyncio.sleep(self._announce_s)
-            if self.leads and self.bus.stats.connected:
-                await self._announce()
+        await self._presence.try_announce(timeout_s=2.0)
 
     async def _on_connected(self) -> None:
         if self.bus.stats.connects > 1:

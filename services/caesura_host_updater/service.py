@@ -7,6 +7,7 @@ import time
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
+from functools import partial
 from types import MappingProxyType
 
 import msgspec
@@ -14,6 +15,7 @@ import structlog
 
 from caesura.bus.port import Bus, BusError, Delivery
 from caesura.bus.post import Post
+from caesura.bus.presence import Presence
 from caesura.contract.codec import Oversized, Received
 from caesura.contract.envelope import source_of
 from caesura.contract.messages import (
@@ -77,6 +79,11 @@ FORGET_ADVICE = "see 'An epoch that nobody claimed' in docs/operations.md"
 _log = structlog.get_logger("caesura.host_updater")
 
 
+def presence(host: str, instance: str, *, online: bool) -> HostPresence:
+    """A host updater's presence, also as its last will."""
+    return HostPresence(host=host, online=online, instance=instance)
+
+
 class HostUpdater:
     """See the module.
 
@@ -112,6 +119,12 @@ class HostUpdater:
         self._environ = environ
         self.bus = bus
         self.post = Post(bus, source_of(settings.fleet, "host", host.host))
+        self._presence = Presence(
+            self.post,
+            partial(presence, host.host, instance, online=True),
+            partial(presence, host.host, instance, online=False),
+            host=host.host,
+        )
         self.outbox = Outbox(bus, journal, self._published)
         self.clocks = ClockDesk(
             host.host,
@@ -177,6 +190,7 @@ class HostUpdater:
             "guard": self._guardian.run,
             "operations": self._operate,
             "outbox": self.outbox.run,
+            "presence": self._presence.run,
             "inventory": self._keep_inventory,
             "vm statuses": self._statuses.run,
             "clocks": self.clocks.run,
@@ -223,10 +237,7 @@ class HostUpdater:
         self._changed.set()
         self.clocks.connected()
         self._statuses.connected()
-        await self.post.send(self._presence(online=True), host=self._host.host)
-
-    def _presence(self, *, online: bool) -> HostPresence:
-        return HostPresence(host=self._host.host, online=online, instance=self._instance)
+        await self._presence.announce()
 
     async def _keep_inventory(self) -> None:
         while True:
@@ -576,8 +587,7 @@ class HostUpdater:
                 _log.warning("outbox.left", letters=len(self.outbox))
             if not await self._statuses.drained(_FLUSH_S):
                 _log.warning("vm_statuses.left")
-            with suppress(BusError):
-                await self.post.send_last(self._presence(online=False), timeout_s=2.0, host=self._host.host)
+            await self._presence.goodbye(timeout_s=2.0)
         self._updates.close()
         await self._pauses.close()
         await self.bus.close()

@@ -259,7 +259,7 @@ class Coordinator:
         _log.info("coordinator.claimed", epoch=epoch, coordinator=self.authority.coordinator)
 
     async def _announce(self) -> None:
-        await self._presence.try_announce(timeout_s=2.0)
+        await self._presence.announce(timeout_s=2.0)
 
     async def _on_connected(self) -> None:
         if self.bus.stats.connects > 1:

@@ -13,7 +13,7 @@ from types import MappingProxyType
 import msgspec
 import structlog
 
-from caesura.bus.port import Bus, BusError, Delivery
+from caesura.bus.port import Bus, BusError, BusUnavailable, Delivery, PublishRefused
 from caesura.bus.post import Post
 from caesura.bus.presence import Presence
 from caesura.contract.codec import Oversized, Received
@@ -264,7 +264,9 @@ class HostUpdater:
             except Oversized as error:
                 # What was published before stays: a host without VMs would count in no fence.
                 self._say_unsent(f"{TOO_MANY_VMS} ({error.why})")
-            except BusError:
+            except PublishRefused as error:
+                self._say_unsent(str(error), "inventory.refused")
+            except BusUnavailable:
                 pass  # published again after the reconnect
             else:
                 left_out = message.driver_detail.startswith(TOO_MANY_VMS)
@@ -273,10 +275,10 @@ class HostUpdater:
                 async with asyncio.timeout(self._settings.inventory_interval_s):
                     await self._changed.wait()
 
-    def _say_unsent(self, why: str) -> None:
+    def _say_unsent(self, why: str, event: str = "inventory.too_large") -> None:
         """What of the inventory could not be published; once, and in the health probe for as long as it is so."""
         if why and not self._unsent:
-            _log.error("inventory.too_large", vms=len(self._vms), why=why)
+            _log.error(event, vms=len(self._vms), why=why)
         self._unsent = why
 
     async def _records(self) -> dict[str, VmRecord]:
@@ -604,7 +606,7 @@ class HostUpdater:
             "inventory": lambda: self._unsent,
             "updates": self._updates.complaint,
             "pauses": self._view.complaint,
-            "outbox": self.outbox.ping,
+            "outbox": lambda: self.outbox.ping() or self._statuses.ping(),
             "guard": lambda: "there is no pause guard" if self._guardian.state == "absent" else "",
         }
 
@@ -613,7 +615,7 @@ class HostUpdater:
         self._metrics.observe_bus(self.bus.stats, self.post.decode_errors)
         self._metrics.observe_gauges(
             outbox=lambda: len(self.outbox),
-            refused=lambda: self.outbox.refused,
+            refused=lambda: self.outbox.refused + self._statuses.refused,
             clocks=lambda: len(self.clocks),
             busy=lambda: bool(self.operation),
         )

@@ -90,7 +90,6 @@ class MetadataPublisher:
             partial(presence, settings.instance, online=False),
             instance=settings.instance,
         )
-        self.publish_state = self._presence.announce
         self.run_approvals = self._approvals.run
         self.run_presence = self._presence.run
         self._pending: set[str] = set()
@@ -125,6 +124,10 @@ class MetadataPublisher:
     async def run_bus(self) -> None:
         """Keep the connection; deliver."""
         await self._bus.run(self._post.deliver, self.publish_state)
+
+    async def publish_state(self) -> None:
+        """The retained presence, after every (re)connect."""
+        await self._presence.announce()
 
     async def drain(self) -> None:
         """Say offline and leave the bus."""

@@ -8,15 +8,17 @@ from datetime import UTC, datetime
 
 import structlog
 
-from caesura.bus.port import BusError, Will
+from caesura.bus.port import BusError, PublishRefused, Will
 from caesura.bus.post import Post
 from caesura.contract.codec import encode
 from caesura.contract.envelope import Message
 from caesura.contract.topics import channel_of
 from caesura.runtime.identity import new_id
+from caesura.runtime.sampler import Sampler
 
 BEAT_S = 30.0
 """s: between two announcements of an unchanged presence, for a broker that lost what it retained."""
+_SAY_EVERY_S = 300.0  # s: between two log lines that it is refused
 _ANNOUNCE_S = 10.0  # s: for the broker to take an announcement
 
 _log = structlog.get_logger("caesura.presence")
@@ -60,14 +62,7 @@ class Presence:
         self._beat_s = beat_s
         self._parameters = parameters
         self._now = asyncio.Event()
-
-    async def announce(self, timeout_s: float = _ANNOUNCE_S) -> None:
-        """Say that the service is there. After the goodbye nothing is said any more.
-
-        Raises:
-            BusUnavailable, PublishRefused: as ``Bus.publish``.
-        """
-        await self._post.send(self._online(), event_id=None, timeout_s=timeout_s, **self._parameters)
+        self._sampler = Sampler(_SAY_EVERY_S)
 
     def changed(self) -> None:
         """Have ``run`` announce it now."""
@@ -87,12 +82,20 @@ class Presence:
                 pass
             self._now.clear()
             if allowed():
-                await self.try_announce()
+                await self.announce()
 
-    async def try_announce(self, timeout_s: float = _ANNOUNCE_S) -> bool:
-        """``announce``; false where the bus did not take it: the next beat or connect says it again."""
+    async def announce(self, timeout_s: float = _ANNOUNCE_S) -> bool:
+        """Say that the service is there; after the goodbye nothing is said any more.
+
+        Returns:
+            False where the broker did not take it. The next beat or connect says it again; that it is refused is logged.
+        """
         try:
-            await self.announce(timeout_s)
+            await self._post.send(self._online(), event_id=None, timeout_s=timeout_s, **self._parameters)
+        except PublishRefused as error:
+            if self._sampler.due(error.topic) is not None:
+                _log.error("presence.refused", topic=error.topic, why=str(error))
+            return False
         except BusError as error:
             _log.debug("presence.not_announced", why=str(error))
             return False

@@ -78,6 +78,7 @@ PINGS = {
     "pauses": "no VM is paused by somebody else",
     "inventory": "the inventory can be published: without its VMs it fits into a message",
     "updates": "the folder of updates answers",
+    "outbox": "the broker refuses no message that must be published",
     "documents": "every VM of the listeners file has a document to be shown",
 }
 

@@ -11,10 +11,7 @@ with QuietInterrupt():
 
     from caesura.bus.mqtt import MqttBus
     from caesura.bus.options import check_broker, options_from
-    from caesura.bus.port import Will
     from caesura.bus.rates import Rates
-    from caesura.contract.messages import CoordinatorPresence
-    from caesura.contract.topics import channel_of
     from caesura.runtime.command import run_service
     from caesura.runtime.health import serve_health
     from caesura.runtime.listen import check_health_address
@@ -22,7 +19,7 @@ with QuietInterrupt():
     from caesura.runtime.serve import serve
     from caesura_coordinator.inputs import Authority
     from caesura_coordinator.metrics import CoordinatorCollector
-    from caesura_coordinator.service import Coordinator, last_will, subscriptions
+    from caesura_coordinator.service import Coordinator, subscriptions, will
     from caesura_coordinator.settings import CoordinatorSettings
     from caesura_coordinator.store import Store
 
@@ -37,10 +34,7 @@ async def run(settings: CoordinatorSettings) -> None:
             options_from(settings, client_id=settings.instance, clean=False),
             filters=subscriptions(),
             rates=Rates(),
-            will=Will(
-                channel_of(CoordinatorPresence).topic(),
-                last_will(Authority(coordinator=settings.instance, epoch=0), settings.fleet),
-            ),
+            will=will(Authority(coordinator=settings.instance, epoch=0), settings.fleet),
         )
         coordinator = Coordinator(
             bus, store, instance=settings.instance, settle_s=settings.settle_s, fleet=settings.fleet
@@ -51,6 +45,7 @@ async def run(settings: CoordinatorSettings) -> None:
         pings = {
             "broker": lambda: "" if bus.stats.connected else bus.stats.last_error or "not connected",
             "store": store.database.ping,
+            "outbox": coordinator.publisher.ping,
         }
         async with serve_health(settings.health_listen, pings, registry):
             await serve(coordinator.tasks(), drain=coordinator.drain)

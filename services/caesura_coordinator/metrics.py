@@ -38,4 +38,9 @@ class CoordinatorCollector(Collector):
             "Messages stored and not yet accepted by the broker.",
             coordinator.waiting(),
         )
+        yield GaugeMetricFamily(
+            "caesura_coordinator_outbox_refused_messages",
+            "Messages of these on topics that the broker refuses.",
+            coordinator.publisher.refused,
+        )
         yield from bus_families(coordinator.bus.stats, coordinator.post.decode_errors)

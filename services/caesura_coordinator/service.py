@@ -5,18 +5,24 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from datetime import UTC, datetime, timedelta
+from functools import partial
 
 import msgspec
 import structlog
 
-from caesura.bus.port import Bus, BusError
+from caesura.bus.port import Bus, BusError, Will
 from caesura.bus.post import Post
+from caesura.bus.presence import Presence, last_will
 from caesura.contract import messages as m
-from caesura.contract.codec import MAX_PAYLOAD_BYTES, ContractError, Received, encode, size_bytes
+from caesura.contract.codec import MAX_PAYLOAD_BYTES, ContractError, Received, size_bytes
 from caesura.contract.envelope import Message, source_of
 from caesura.contract.names import is_name
 from caesura.contract.reasons import ReasonCode
 from caesura.contract.topics import PREFIX, TopicError, channel_of
+from caesura.delivery.message import OutboxMessage, clearing, prepare
+from caesura.delivery.policy import EVERY, NEWEST
+from caesura.delivery.publisher import ReliablePublisher
+from caesura.delivery.sqlite import SqliteOutbox, beside
 from caesura.lifecycle.epoch import epoch_floor, leaps
 from caesura.lifecycle.errors import IllegalTransition
 from caesura.runtime.errors import CaesuraError, StoreError
@@ -32,7 +38,7 @@ from caesura_coordinator.owners import Owners
 from caesura_coordinator.plan import make_plan, most_targets, nothing_to_do, sets_of
 from caesura_coordinator.records import Rollout, largest_states, new_rollout
 from caesura_coordinator.rollout import RESTART_GRACE_S
-from caesura_coordinator.store import Store, Unsendable
+from caesura_coordinator.store import Store
 
 TICK_S = 0.2
 _REPEAT_S = 2.0
@@ -48,6 +54,10 @@ ABOVE_OURS = (
     "that changes nothing, see 'An epoch that nobody claimed' in docs/operations.md"
 )
 _SETTLE_AT_MOST_S = 30.0
+_ANSWER_S = 5.0
+"""s: for the broker to acknowledge a message of the outbox."""
+_FLUSH_S = 3.0
+"""s: for the last messages when told to stop; what is left is published at the next start."""
 _log = structlog.get_logger("caesura.coordinator")
 
 Request = m.RolloutRequested | m.FreezeRequested | m.AbortRequested | m.ResumeRequested
@@ -119,14 +129,10 @@ def presence(authority: Authority, *, online: bool) -> m.CoordinatorPresence:
     return m.CoordinatorPresence(coordinator=authority.coordinator, epoch=authority.epoch, online=online)
 
 
-def last_will(authority: Authority, fleet: str) -> bytes:
-    """The encoded presence that the broker publishes when the coordinator is gone."""
-    return encode(
-        presence(authority, online=False),
-        source=source_of(fleet, "coordinator", authority.coordinator),
-        event_id=new_id(),
-        time=datetime.now(UTC),
-    )
+def will(authority: Authority, fleet: str) -> Will:
+    """What the broker publishes when the coordinator is gone."""
+    source = source_of(fleet, "coordinator", authority.coordinator)
+    return last_will(presence(authority, online=False), source)
 
 
 class Coordinator:
@@ -146,6 +152,13 @@ class Coordinator:
         self.bus = bus
         self.store = store
         self.post = Post(bus, source_of(fleet, "coordinator", instance), on_refused=self._on_refused)
+        store.write_as(self.post.source)
+        self.publisher = ReliablePublisher(bus, SqliteOutbox(beside(store.database.path)), answer_s=_ANSWER_S)
+        """Of what is stored first."""
+        self._owner_publisher = ReliablePublisher(bus, answer_s=_ANSWER_S)
+        """Of whose VM it is: it follows from the store, and is so much after a reconnect that facts must not wait behind it."""
+        self._owners_sent: dict[str, m.VmOwner | None] = {}
+        """VM to what is on its way to the broker; None: its record's removal."""
         self.book = Book(store, now())
         self.fleet = Fleet()
         self.owners = Owners(store)
@@ -154,7 +167,12 @@ class Coordinator:
         self._announced: list[int] = []
         """Epochs that coordinators had claimed on the bus before ours."""
         self._settle_s = settle_s
-        self._announce_s = announce_s
+        self._presence = Presence(
+            self.post,
+            lambda: presence(self.authority, online=True),
+            lambda: presence(self.authority, online=False),
+            beat_s=announce_s,
+        )
         self._now = now
         self._to_remove: list[Removal] = []
         self._early: list[tuple[str, Request, str]] = []
@@ -182,8 +200,10 @@ class Coordinator:
             "rollouts": self._rollouts,
             "outbox": self._outbox,
             "authority": self._watch_authority,
-            "presence": self._keep_announcing,
+            "presence": lambda: self._presence.run(lambda: self.leads and self.bus.stats.connected),
             "owners": self._publish_owners,
+            "publisher": self.publisher.run,
+            "owner publisher": self._owner_publisher.run,
         }
 
     def known(self, party: str) -> list[str]:
@@ -200,11 +220,10 @@ class Coordinator:
         """Say what is decided, say goodbye. Rollouts stay where they are, for the next start."""
         # One that was superseded says nothing more: its documents are older than what the other has published.
         if self.leads and self.bus.stats.connected:
-            try:
-                await self._flush(limit=1000)
-                await self.post.send_last(presence(self.authority, online=False), timeout_s=2)
-            except (BusError, StoreError) as error:
-                _log.warning("coordinator.no_goodbye", why=str(error))
+            self._hand_over()
+            if not await self.publisher.drained(_FLUSH_S):
+                _log.warning("outbox.left", messages=len(self.publisher))
+            await self._presence.goodbye(timeout_s=2.0)
         await self.bus.close()
 
     # -- authority --
@@ -263,13 +282,7 @@ class Coordinator:
         _log.info("coordinator.claimed", epoch=epoch, coordinator=self.authority.coordinator)
 
     async def _announce(self) -> None:
-        await self._try_send(presence(self.authority, online=True))
-
-    async def _keep_announcing(self) -> None:
-        while True:
-            await asyncio.sleep(self._announce_s)
-            if self.leads and self.bus.stats.connected:
-                await self._announce()
+        await self._presence.announce(timeout_s=2.0)
 
     async def _on_connected(self) -> None:
         if self.bus.stats.connects > 1:
@@ -290,17 +303,16 @@ class Coordinator:
             _log.error("coordinator.not_republished", why=str(error))
         self._outbox_filled.set()
 
-    async def _remove(self, removals: Iterable[Removal]) -> None:
+    def _remove(self, removals: Iterable[Removal]) -> None:
+        """Have removed from the bus what is not to be seen any more."""
         for each in removals:
-            try:
-                for wave in range(each.waves):
-                    await self.post.clear(m.WaveState, rollout=each.rollout, wave=wave)
-                if each.whole:
-                    await self.post.clear(m.RolloutState, rollout=each.rollout)
-            except BusError as error:
-                # What stays is heard again with the next connection.
-                _log.debug("rollout.not_removed", rollout=each.rollout, why=str(error))
-                return
+            for wave in range(each.waves):
+                self._clear(m.WaveState, rollout=each.rollout, wave=wave)
+            if each.whole:
+                self._clear(m.RolloutState, rollout=each.rollout)
+
+    def _clear(self, kind: type[Message], **parameters: str | int) -> None:
+        self.publisher.put(clearing(kind, event_id=new_id(), **parameters), policy=NEWEST)
 
     def _open_sets(self, sets: Iterable[str]) -> None:
         # Not before the epoch is claimed: a document that is already on the bus must be heard first.
@@ -662,62 +674,47 @@ class Coordinator:
             if not self.leads:
                 continue
             for vm, owner in self.owners.unpublished():
-                try:
-                    if owner is None:
-                        await self.post.clear(m.VmOwner, vm=vm)
-                    else:
-                        await self.post.send(owner, vm=vm, timeout_s=5.0)
-                except BusError as error:
-                    _log.debug("vm.owner_unpublished", vm=vm, why=str(error))
-                    await self.bus.wait_connected(5.0)
-                    await asyncio.sleep(TICK_S)
-                    self._owners_changed.set()
-                    break
-                self.owners.published(vm, owner)
+                if vm not in self._owners_sent or self._owners_sent[vm] != owner:
+                    self._owners_sent[vm] = owner
+                    accepted = partial(self._owner_published, vm, owner)
+                    self._owner_publisher.put(
+                        self._owner_message(vm, owner), policy=NEWEST, accepted=accepted
+                    )
+
+    def _owner_message(self, vm: str, owner: m.VmOwner | None) -> OutboxMessage:
+        if owner is None:
+            return clearing(m.VmOwner, event_id=new_id(), vm=vm)
+        return prepare(owner, source=self.post.source, event_id=new_id(), at=datetime.now(UTC), vm=vm)
+
+    def _owner_published(self, vm: str, owner: m.VmOwner | None) -> None:
+        if vm in self._owners_sent and self._owners_sent[vm] == owner:
+            del self._owners_sent[vm]
+        self.owners.published(vm, owner)
 
     async def _outbox(self) -> None:
-        """Drain the outbox for ever, in order, each message until the broker took it."""
+        """Give what is stored to the publisher, as soon as there is an epoch to publish it under."""
+        loaded = False
         while True:
             await self._outbox_filled.wait()
             self._outbox_filled.clear()
             if not self.leads:
                 continue
+            while not loaded:
+                try:
+                    await self.publisher.load()
+                    loaded = True
+                except StoreError as error:
+                    _log.error("outbox.not_loaded", why=str(error))
+                    await asyncio.sleep(TICK_S)
+            self.store.left_over = 0
+            self._hand_over()
             removals, self._to_remove = self._to_remove, []
-            try:
-                await self._flush()
-                await self._remove(removals)
-            except (BusError, StoreError) as error:
-                _log.warning("outbox.waiting", why=str(error), messages=self.waiting())
-                await self.bus.wait_connected(5.0)
-                await asyncio.sleep(0.2)  # a broker that refuses at once must not make this a busy loop
-                self._outbox_filled.set()
+            self._remove(removals)
 
-    async def _flush(self, limit: int = 1_000_000) -> None:
-        for _ in range(limit):
-            try:
-                outgoing = self.store.next_outgoing()
-            except Unsendable as error:
-                self._drop(error.number, error)
-                continue
-            if outgoing is None:
-                return
-            try:
-                await self.post.send(
-                    outgoing.message, event_id=outgoing.event_id, timeout_s=5.0, **outgoing.parameters
-                )
-            except (ContractError, TopicError) as error:
-                self._drop(outgoing.number, error)
-            else:
-                self.store.sent(outgoing.number)
-
-    def _drop(self, number: int, error: CaesuraError) -> None:
-        # It will never be sendable, and would hold up everything behind it for ever.
-        _log.error("outbox.unsendable", number=number, why=str(error))
-        self.store.sent(number)
+    def _hand_over(self) -> None:
+        for message in self.store.stored():
+            self.publisher.put(message, policy=NEWEST if message.retain else EVERY)
 
     def waiting(self) -> int:
-        """Messages in the outbox; -1 when the store does not answer."""
-        try:
-            return self.store.waiting()
-        except StoreError:
-            return -1
+        """Messages that are stored, those included that the broker has just taken."""
+        return self.store.left_over + len(self.publisher) + self.publisher.unremoved + self.store.unread

@@ -1,20 +1,27 @@
 """The coordinator's durable state: epoch, rollouts, documents, answers, and the outbox.
 
 What is saved together is saved in one transaction with the messages that announce it (a transactional
-outbox): after a crash nothing was announced that is not stored, and nothing stored stays unannounced.
+outbox): after a crash nothing was announced that is not stored, and nothing stored stays unannounced. Messages are
+encoded here, once; ``stored`` gives those to the publisher whose transaction is on disk.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
 from typing import TypeVar
 
 import msgspec
+import structlog
 
-from caesura.contract.envelope import Message
+from caesura.contract.codec import ContractError
+from caesura.contract.envelope import Message, source_of
 from caesura.contract.messages import Epoch, RequestAnswered, SetDocument
 from caesura.contract.names import Name
-from caesura.contract.topics import CHANNELS, channel_of
+from caesura.contract.topics import TopicError
+from caesura.delivery.message import OutboxMessage, from_body, prepare
+from caesura.delivery.sqlite import SCHEMA, OutboxTable
 from caesura.runtime.database import Database
 from caesura.runtime.errors import CaesuraError
 from caesura.runtime.identity import new_id
@@ -40,30 +47,15 @@ _MIGRATIONS = (
     );
     """,
     "CREATE TABLE owner (vm TEXT PRIMARY KEY, host TEXT NOT NULL, epoch INTEGER NOT NULL);",
+    f"ALTER TABLE outbox RENAME TO outbox_1; {SCHEMA}",
 )
-_TYPES: Mapping[str, type[Message]] = {channel.message.TYPE: channel.message for channel in CHANNELS}
 _T = TypeVar("_T")
 
 _ANSWERS_KEPT = 1000
 _ANSWERS_KEPT_BYTES = 64 * 1024 * 1024
 """A plan for 10,000 VMs has some 4 MB."""
 
-
-class Outgoing(msgspec.Struct, frozen=True):
-    """One message that waits in the outbox."""
-
-    number: int
-    event_id: str
-    message: Message
-    parameters: dict[str, str]
-
-
-class Unsendable(CaesuraError):
-    """A message in the outbox that nobody could read."""
-
-    def __init__(self, number: int, why: str) -> None:
-        self.number = number
-        super().__init__(why)
+_log = structlog.get_logger("caesura.coordinator")
 
 
 class Store:
@@ -71,7 +63,41 @@ class Store:
 
     def __init__(self, path: str) -> None:
         self.database = Database(path, _MIGRATIONS)
-        self.transaction = self.database.transaction
+        self.outbox = OutboxTable(self.database)
+        self._source = source_of("default", "coordinator")
+        self.left_over = 0
+        """Messages that a previous run did not publish and the publisher has not loaded yet."""
+        self._fresh: list[OutboxMessage] = []
+        self._stored: list[OutboxMessage] = []
+        self._writing = False
+
+    def write_as(self, source: str) -> None:
+        """Encode messages as from this CloudEvents source, those included that a version of before left unencoded."""
+        self._source = source
+        self._take_over()
+        self.left_over = self.outbox.count()
+
+    @contextmanager
+    def transaction(self) -> Iterator[None]:
+        """All or nothing, the messages that are enqueued in it among them; see ``Database.transaction``."""
+        self._fresh = []
+        self._writing = True
+        try:
+            with self.database.transaction():
+                yield
+        finally:
+            self._writing = False
+        self._stored += self._fresh
+
+    def stored(self) -> list[OutboxMessage]:
+        """What was enqueued since the last call and is on disk, oldest first."""
+        stored, self._stored = self._stored, []
+        return stored
+
+    @property
+    def unread(self) -> int:
+        """How many messages ``stored`` would return."""
+        return len(self._stored)
 
     def epoch(self) -> int:
         """The last epoch claimed from this store."""
@@ -185,51 +211,42 @@ class Store:
         )
 
     def enqueue(self, message: Message, **parameters: str | int) -> None:
-        """Append to the outbox. A newer retained message replaces older ones of its topic that still wait."""
-        shown = msgspec.json.encode({name: str(value) for name, value in parameters.items()}).decode()
-        kind = type(message)
-        if channel_of(kind).retain:
-            self.database.run("DELETE FROM outbox WHERE type = ? AND parameters = ?", kind.TYPE, shown)
-        self.database.run(
-            "INSERT INTO outbox (event_id, type, parameters, body) VALUES (?, ?, ?, ?)",
-            new_id(),
-            kind.TYPE,
-            shown,
-            msgspec.json.encode(message),
-        )
+        """Append to the outbox. A newer retained message replaces older ones of its topic that still wait.
 
-    def next_outgoing(self) -> Outgoing | None:
-        """The oldest message that waits.
-
-        Raises:
-            Unsendable: it is not what its type allows; nobody could read it.
+        One that can never be sent is dropped, and that is logged: what it announces happened all the same.
         """
-        rows = self.database.run(
-            "SELECT number, event_id, type, parameters, body FROM outbox ORDER BY number LIMIT 1"
-        )
-        if not rows:
-            return None
-        number, event_id, kind, parameters, body = rows[0]
         try:
-            return Outgoing(
-                number,
-                event_id,
-                msgspec.json.decode(body, type=_TYPES[kind]),
-                msgspec.json.decode(parameters, type=dict[str, str]),
+            outgoing = prepare(
+                message, source=self._source, event_id=new_id(), at=datetime.now(UTC), **parameters
             )
-        except (msgspec.DecodeError, ValueError, TypeError, KeyError) as error:
-            raise Unsendable(
-                number, f"a message of type {kind!r} in {self.database.path} cannot be read: {error}"
-            ) from error
+        except (ContractError, TopicError) as error:
+            _log.error("outbox.unsendable", type=type(message).TYPE, why=str(error))
+            return
+        if self._writing:
+            self.outbox.add([outgoing])
+            self._fresh.append(outgoing)
+        else:
+            with self.transaction():
+                self.outbox.add([outgoing])
+                self._fresh.append(outgoing)
 
-    def sent(self, number: int) -> None:
-        """The broker accepted this message."""
-        self.database.run("DELETE FROM outbox WHERE number = ?", number)
-
-    def waiting(self) -> int:
-        """How many messages wait."""
-        ((count,),) = self.database.run("SELECT count(*) FROM outbox")
-        return int(count)
+    def _take_over(self) -> None:
+        """Encode the messages that a version of before kept unencoded."""
+        rows = self.database.run("SELECT event_id, type, parameters, body FROM outbox_1 ORDER BY number")
+        if not rows:
+            return
+        with self.database.transaction():
+            for event_id, kind, parameters, body in rows:
+                try:
+                    where = msgspec.json.decode(parameters, type=dict[str, str])
+                    message = from_body(
+                        kind, where, body, source=self._source, event_id=event_id, at=datetime.now(UTC)
+                    )
+                except (CaesuraError, ValueError, TypeError, KeyError) as error:
+                    _log.error("outbox.unreadable", store=self.database.path, why=str(error))
+                else:
+                    self.outbox.add([message])
+            self.database.run("DELETE FROM outbox_1")
 
     def _read(self, body: bytes, kind: type[_T], what: str) -> _T:
         with self.database.reading(what):

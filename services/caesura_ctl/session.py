@@ -8,6 +8,7 @@ import re
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TypeVar
 
@@ -31,6 +32,9 @@ from caesura.contract.codec import Received
 from caesura.contract.envelope import Message, source_of
 from caesura.contract.parts import with_parts
 from caesura.contract.topics import CHANNELS, channel_of
+from caesura.delivery.message import prepare
+from caesura.delivery.policy import Policy
+from caesura.delivery.publisher import ReliablePublisher
 from caesura.runtime.errors import CaesuraError
 from caesura.runtime.identity import new_id
 from caesura.runtime.settings import SettingsError
@@ -39,6 +43,8 @@ from caesura_ctl.settings import CtlSettings
 
 CONNECT_S = 5.0
 ANSWER_S = 10.0
+_TAKEN_S = 2.0
+"""s: for the broker to take a request."""
 _REPEAT_S = 1.0
 """s: between two sendings of a request that has no answer yet; the coordinator answers a repeated one once."""
 _QUIET_S = 0.3
@@ -148,24 +154,37 @@ class Session:
 
         Raises:
             BadRequest: it breaks the contract (a notice of zero, a budget above 30 s, an impossible name).
+            NoBroker: the broker did not take it, or was lost.
             NoAnswer: no coordinator answered within 10 s.
         """
         check(request)
         loop = asyncio.get_running_loop()
         answer: asyncio.Future[m.RequestAnswered] = loop.create_future()
         self._answers[request.request] = answer
+        message = prepare(
+            request, source=self.post.source, event_id=new_id(), at=datetime.now(UTC), client=self.client
+        )
+        policy = Policy(
+            give_up_s=_TAKEN_S, refusal_ends=True, repeat_s=_REPEAT_S, wanted=lambda: not answer.done()
+        )
         end = loop.time() + ANSWER_S
+        publisher = ReliablePublisher(self.bus)
+        publishing = asyncio.create_task(publisher.run(), name="request")
         try:
-            while loop.time() < end:
-                try:
-                    await self.post.send(request, client=self.client, timeout_s=2.0)
-                except BusError as error:
-                    raise NoBroker(str(error)) from error
-                done, _ = await asyncio.wait({answer}, timeout=_REPEAT_S)
-                if done:
-                    return answer.result()
+            await publisher.deliver(message, policy)
+            async with asyncio.timeout_at(end):
+                return await answer
+        except BusError as error:
+            raise NoBroker(str(error)) from error
+        except TimeoutError:
+            pass
         finally:
             del self._answers[request.request]
+            answer.cancel()
+            publishing.cancel()
+            await asyncio.wait({publishing})
+        if not self.bus.stats.connected:
+            raise NoBroker(f"the connection to the broker was lost: {self.bus.stats.last_error}")
         heard = self.picture.coordinator
         who = (
             "is not on the bus. Is caesura-coordinator running?"

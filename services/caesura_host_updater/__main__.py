@@ -13,7 +13,6 @@ with QuietInterrupt():
     import sys
     from collections.abc import Iterator, Mapping
     from contextlib import contextmanager, suppress
-    from datetime import UTC, datetime
     from pathlib import Path
 
     import structlog
@@ -21,12 +20,9 @@ with QuietInterrupt():
 
     from caesura.bus.mqtt import MqttBus
     from caesura.bus.options import check_broker, options_from
-    from caesura.bus.port import Will
+    from caesura.bus.presence import last_will
     from caesura.bus.rates import Rates
-    from caesura.contract.codec import encode
     from caesura.contract.envelope import source_of
-    from caesura.contract.messages import HostPresence
-    from caesura.contract.topics import channel_of
     from caesura.runtime.command import run_service
     from caesura.runtime.errors import CaesuraError, StoreError
     from caesura.runtime.health import serve_health
@@ -49,7 +45,7 @@ with QuietInterrupt():
     from caesura_host_updater.metrics import HostMetrics
     from caesura_host_updater.operation import clean_environ
     from caesura_host_updater.pauses import PauseMarkers
-    from caesura_host_updater.service import HostUpdater
+    from caesura_host_updater.service import HostUpdater, presence
     from caesura_host_updater.settings import HostUpdaterSettings
     from caesura_host_updater.startup import resume_marked
     from caesura_host_updater.subscriptions import filters
@@ -167,7 +163,11 @@ async def _serve(
         options_from(settings, client_id=f"caesura-host-{host.host}"),
         filters=filters(host),
         rates=Rates(),
-        will=_will(settings.fleet, host.host, instance),
+        will=last_will(
+            presence(host.host, instance, online=False),
+            source_of(settings.fleet, "host", host.host),
+            host=host.host,
+        ),
     )
     registry = CollectorRegistry()
     journal = JournalThread()
@@ -195,7 +195,7 @@ async def _serve(
     stopped = False
     try:
         await updater.resume_paused()
-        await _open(journal, str(folder / "journal.sqlite"))
+        await _open(journal, str(folder / "journal.sqlite"), settings.fleet)
         await updater.recover()
         asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, updater.reread)
         async with serve_health(settings.health_listen, updater.pings(), registry):
@@ -208,12 +208,12 @@ async def _serve(
         await journal.close()
 
 
-async def _open(journal: JournalThread, path: str) -> None:
+async def _open(journal: JournalThread, path: str, fleet: str) -> None:
     """Open the journal; on a disk that is full, when there is room again. Until then the host is not on the bus."""
     said = ""
     while True:
         try:
-            await journal.open(path)
+            await journal.open(path, fleet)
         except StoreError as error:
             if not error.temporary:
                 raise
@@ -265,14 +265,6 @@ async def _accelerator(host: HostFile, folder: Path) -> Accelerator:
     )
     _log.info("accelerator.chosen", name=found.name, why=found.reason)
     return found
-
-
-def _will(fleet: str, host: str, instance: str) -> Will:
-    offline = HostPresence(host=host, online=False, instance=instance)
-    payload = encode(
-        offline, source=source_of(fleet, "host", host), event_id=new_id(), time=datetime.now(UTC)
-    )
-    return Will(channel_of(HostPresence).topic(host=host), payload)
 
 
 if __name__ == "__main__":

@@ -12,10 +12,10 @@ import msgspec
 import structlog
 
 from caesura.contract.messages import AgentClockSynced, MemoryProof, VmClockSynced, VmResumed
+from caesura.delivery.message import OutboxMessage
 from caesura.lifecycle.proof import memory_proof
 from caesura_host_updater.clock import ClockWait, judge, judge_driver, same_boot, unsynced
 from caesura_host_updater.drivers.port import Driver, DriverError
-from caesura_host_updater.journal import Letter
 
 _BOOT_ID_S = 0.5  # s: for a guest to tell its boot id before it is paused
 REPEAT_S = 2.0  # s: the agent may have been away when `resumed` was told: it is told again this often
@@ -29,7 +29,7 @@ class _Case:
     def __init__(self, wait: ClockWait) -> None:
         self.wait = wait
         self.answer: AgentClockSynced | None = None
-        self.resumed: Letter | None = None
+        self.resumed: OutboxMessage | None = None
         self.told_at: float | None = None
         self.repeat_at = 0.0
         self.asking: asyncio.Task[VmClockSynced] | None = None
@@ -61,7 +61,7 @@ class ClockDesk:
         without_agent: frozenset[str],
         timeout_s: float,
         verdict: Callable[[VmClockSynced], None],
-        repeat: Callable[[Letter], None],
+        repeat: Callable[[OutboxMessage], None],
     ) -> None:
         self._host = host
         self._driver = driver
@@ -70,7 +70,9 @@ class ClockDesk:
         self._verdict = verdict
         self._repeat = repeat
         self._open: dict[str, _Case] = {}
-        self._early: dict[tuple[str, str], tuple[Letter | None, AgentClockSynced | None, float | None]] = {}
+        self._early: dict[
+            tuple[str, str], tuple[OutboxMessage | None, AgentClockSynced | None, float | None]
+        ] = {}
         self._stir = asyncio.Event()
         self._all_judged = asyncio.Event()
         self._all_judged.set()
@@ -89,7 +91,7 @@ class ClockDesk:
 
         return dict(zip(vms, await asyncio.gather(*map(ask, vms)), strict=True))
 
-    def resumed_told(self, letter: Letter, message: VmResumed) -> None:
+    def resumed_told(self, letter: OutboxMessage, message: VmResumed) -> None:
         """The broker has a VM's `resumed`."""
         case = self._case(message.vm, message.operation)
         now = time.monotonic()

@@ -6,11 +6,11 @@ import asyncio
 import uuid
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from datetime import datetime
+from datetime import UTC, datetime
 
 import structlog
 
-from caesura.contract.envelope import Message
+from caesura.contract.envelope import Message, source_of
 from caesura.contract.messages import (
     AbortOperation,
     OperationReported,
@@ -18,15 +18,16 @@ from caesura.contract.messages import (
     VmFrozen,
     VmResumed,
 )
+from caesura.delivery.message import OutboxMessage, prepare
 from caesura.runtime.errors import StoreError
 from caesura_host_updater.clock import ClockWait
 from caesura_host_updater.clockdesk import ClockDesk
 from caesura_host_updater.command import Repeat, Underway
 from caesura_host_updater.installs import Mark, marks_of, remembered
-from caesura_host_updater.journal import Journal, JournalThread, Letter
+from caesura_host_updater.journal import Journal, JournalThread
 from caesura_host_updater.metrics import HostMetrics
 from caesura_host_updater.operation_state import Operation
-from caesura_host_updater.outbox import Outbox, letter_for
+from caesura_host_updater.outbox import Outbox
 
 _SAVE_RETRY_S = 1.0  # s: between two tries to write reports that a full disk did not take
 
@@ -50,25 +51,29 @@ def cancelled_before_it_began(
 
 
 class Letters:
-    """Makes letters for this host. Their ids come from what they say, so the same fact has the same id."""
+    """Encodes the facts of this host. Their ids come from what they say, so the same fact has the same id."""
 
-    def __init__(self, host: str) -> None:
+    def __init__(self, host: str, fleet: str = "default") -> None:
         self._host = host
+        self._source = source_of(fleet, "host", host)
 
-    def report(self, report: OperationReported) -> Letter:
+    def report(self, report: OperationReported) -> OutboxMessage:
         """The report of an operation."""
         return self._letter(report, report.status, report.operation, {})
 
-    def fact(self, fact: VmFrozen | VmResumed | VmClockSynced) -> Letter:
+    def fact(self, fact: VmFrozen | VmResumed | VmClockSynced) -> OutboxMessage:
         """A fact about one VM."""
         # Where the VM was when it was paused: by now it may be in another set, or not on this host any more.
         of_vm: dict[str, str | int] = {"set": fact.set, "ud": fact.update_domain, "vm": fact.vm}
         return self._letter(fact, fact.TYPE, fact.operation, of_vm)
 
-    def _letter(self, message: Message, kind: str, operation: str, of_vm: Mapping[str, str | int]) -> Letter:
+    def _letter(
+        self, message: Message, kind: str, operation: str, of_vm: Mapping[str, str | int]
+    ) -> OutboxMessage:
         name = f"{self._host}/{operation}/{kind}/{of_vm.get('vm', '')}"
         event_id = str(uuid.uuid5(uuid.NAMESPACE_URL, name))
-        return letter_for(message, event_id, {"host": self._host, **of_vm})
+        now = datetime.now(UTC)
+        return prepare(message, source=self._source, event_id=event_id, at=now, host=self._host, **of_vm)
 
 
 class Endings:
@@ -89,7 +94,7 @@ class Endings:
         self._clocks = clocks
         self._metrics = metrics
         self._unsaved: dict[
-            str, tuple[OperationReported, tuple[Letter, ...], tuple[ClockWait, ...], tuple[Mark, ...]]
+            str, tuple[OperationReported, tuple[OutboxMessage, ...], tuple[ClockWait, ...], tuple[Mark, ...]]
         ] = {}
         self.marks: tuple[Mark, ...] = ()
         """The updates that succeeded on this host."""
@@ -119,7 +124,7 @@ class Endings:
         report: OperationReported,
         state: Operation | None = None,
         waits: Sequence[ClockWait] = (),
-        facts: Sequence[Letter] = (),
+        facts: Sequence[OutboxMessage] = (),
     ) -> None:
         """Write the end down, tell it, and look after the clocks. A full disk delays the writing only.
 

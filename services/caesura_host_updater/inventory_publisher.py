@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import structlog
 
-from caesura.bus.port import BusError
+from caesura.bus.port import BusUnavailable, PublishRefused
 from caesura.bus.post import Post
 from caesura.contract.codec import Oversized
 from caesura.contract.fitting import fitted
@@ -58,13 +58,15 @@ class InventoryPublisher:
             self._say_unsent(
                 f"the inventory is too large even without its VMs: take updates out of updates.d ({error.why})"
             )
-        except BusError:
+        except PublishRefused as error:
+            self._say_unsent(str(error), "inventory.refused")
+        except BusUnavailable:
             pass
         else:
             self._say_unsent("")
 
-    def _say_unsent(self, why: str) -> None:
+    def _say_unsent(self, why: str, event: str = "inventory.too_large") -> None:
         """Said once, and in the health probe for as long as it is so."""
         if why and not self._unsent:
-            _log.error("inventory.too_large", why=why)
+            _log.error(event, why=why)
         self._unsent = why

@@ -7,14 +7,18 @@ nor a resume. Everything that must be on disk *before* an effect is awaited; the
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
 from typing import Any, TypeVar
 
 import msgspec
 import structlog
 
+from caesura.contract.envelope import source_of
 from caesura.contract.messages import Epoch, OperationReported, StartOperation
+from caesura.delivery.message import OutboxMessage, from_body
+from caesura.delivery.sqlite import SCHEMA, OutboxTable
 from caesura.runtime.database import Database
-from caesura.runtime.errors import StoreError
+from caesura.runtime.errors import CaesuraError, StoreError
 from caesura.runtime.threads import Worker
 from caesura_host_updater.clock import ClockWait
 from caesura_host_updater.command import Authority
@@ -44,6 +48,7 @@ _MIGRATIONS = (
     """
     CREATE TABLE installed (name TEXT NOT NULL, vm TEXT NOT NULL, mark BLOB NOT NULL, PRIMARY KEY (name, vm));
     """,
+    f"ALTER TABLE outbox RENAME TO outbox_1; {SCHEMA}",
 )
 
 _CLOSE_S = 5.0  # s: for what was posted last; what a disk does not take by then is as after a crash
@@ -52,8 +57,8 @@ T = TypeVar("T")
 _log = structlog.get_logger("caesura.journal")
 
 
-class Letter(msgspec.Struct, frozen=True):
-    """A message on its way to the bus. ``type`` is its CloudEvents type, ``body`` its JSON."""
+class _Letter(msgspec.Struct, frozen=True):
+    """A message as journals of before kept it: ``type`` is its CloudEvents type, ``body`` its data in JSON."""
 
     event_id: str
     type: str
@@ -78,6 +83,34 @@ class Journal:
 
     def __init__(self, path: str) -> None:
         self._db = Database(path, _MIGRATIONS)
+        self._fleet = "default"
+        self.outbox = OutboxTable(self._db)
+
+    def take_over(self, fleet: str) -> None:
+        """Encode the facts that a version of before kept unencoded."""
+        self._fleet = fleet
+        rows = self._db.run("SELECT letter FROM outbox_1 ORDER BY number")
+        if not rows:
+            return
+        found = [each for (letter,) in rows if (each := self._encoded(letter)) is not None]
+        with self._db.transaction():
+            self.outbox.add(found)
+            self._db.run("DELETE FROM outbox_1")
+
+    def _encoded(self, letter: bytes) -> OutboxMessage | None:
+        try:
+            old = msgspec.json.decode(letter, type=_Letter)
+            return from_body(
+                old.type,
+                old.parameters,
+                bytes(old.body),
+                source=source_of(self._fleet, "host", old.parameters["host"]),
+                event_id=old.event_id,
+                at=datetime.now(UTC),
+            )
+        except (CaesuraError, ValueError, TypeError, KeyError) as error:
+            _log.error("outbox.unreadable", store=self._db.path, why=str(error))
+            return None
 
     def authority(self) -> Authority:
         """The epoch obeyed."""
@@ -104,7 +137,7 @@ class Journal:
             self._db.run("DELETE FROM authority")
 
     def accept(
-        self, command: StartOperation, state: Operation, boot_id: str, letters: Sequence[Letter]
+        self, command: StartOperation, state: Operation, boot_id: str, facts: Sequence[OutboxMessage]
     ) -> None:
         """A new operation, before anything of it is done."""
         with self._db.transaction():
@@ -116,9 +149,9 @@ class Journal:
                 msgspec.json.encode(command),
                 msgspec.json.encode(state),
             )
-            self._insert(letters)
+            self.outbox.add(facts)
 
-    def note(self, state: Operation, letters: Sequence[Letter] = ()) -> None:
+    def note(self, state: Operation, facts: Sequence[OutboxMessage] = ()) -> None:
         """Where an operation is, together with the facts that this makes true."""
         with self._db.transaction():
             self._db.run(
@@ -127,7 +160,7 @@ class Journal:
                 msgspec.json.encode(state),
                 state.operation,
             )
-            self._insert(letters)
+            self.outbox.add(facts)
 
     def note_update(self, operation: str, pid: int, start_ticks: int) -> None:
         """A process of the update: ended at the next start if it outlives us."""
@@ -137,7 +170,7 @@ class Journal:
     def finish(
         self,
         report: OperationReported,
-        letters: Sequence[Letter],
+        facts: Sequence[OutboxMessage],
         waits: Sequence[ClockWait] = (),
         marks: Sequence[Mark] = (),
     ) -> None:
@@ -160,7 +193,7 @@ class Journal:
                 "(SELECT max(number) FROM operation) - ?",
                 KEEP_FINISHED,
             )
-            self._insert(letters)
+            self.outbox.add(facts)
             for wait in waits:
                 self._db.run(
                     "INSERT OR REPLACE INTO clock_wait VALUES (?, ?)", wait.vm, msgspec.json.encode(wait)
@@ -207,26 +240,7 @@ class Journal:
                 msgspec.convert(processes, tuple[tuple[int, int], ...]),
             )
 
-    # -- outbox and clock waits ---------------------------------------------------------------------------
-
-    def _insert(self, letters: Sequence[Letter]) -> None:
-        for letter in letters:
-            self._db.run(
-                "INSERT OR IGNORE INTO outbox (event_id, letter) VALUES (?, ?)",
-                letter.event_id,
-                msgspec.json.encode(letter),
-            )
-
-    def letters(self) -> list[Letter]:
-        """What is not told yet, in order."""
-        rows = self._db.run("SELECT letter FROM outbox ORDER BY number")
-        with self._db.reading("a fact that was not sent yet"):
-            return [msgspec.json.decode(row[0], type=Letter) for row in rows]
-
-    def told(self, event_id: str) -> None:
-        """The broker has it."""
-        with self._db.transaction():
-            self._db.run("DELETE FROM outbox WHERE event_id = ?", event_id)
+    # -- clock waits ---------------------------------------------------------------------------------------
 
     def clock_waits(self) -> list[ClockWait]:
         """VMs whose clock is not judged yet."""
@@ -234,26 +248,33 @@ class Journal:
         with self._db.reading("a clock that was not judged yet"):
             return [msgspec.json.decode(row[0], type=ClockWait) for row in rows]
 
-    def judged(self, vm: str, operation: str, letters: Sequence[Letter]) -> None:
+    def judged(self, vm: str, operation: str, facts: Sequence[OutboxMessage]) -> None:
         """A VM's clock was judged. The verdict on the VM's newest operation is kept, to be told again."""
         with self._db.transaction():
-            for letter in letters:
+            for fact in facts:
                 self._db.run(
                     "INSERT OR REPLACE INTO verdict VALUES (?, ?, ?)",
                     vm,
                     operation,
-                    msgspec.json.encode(letter),
+                    msgspec.json.encode(fact),
                 )
             self._db.run(
                 "DELETE FROM clock_wait WHERE vm = ? AND json_extract(body, '$.operation') = ?", vm, operation
             )
-            self._insert(letters)
+            self.outbox.add(facts)
 
-    def verdicts(self, operation: str) -> list[Letter]:
+    def verdicts(self, operation: str) -> list[OutboxMessage]:
         """What was judged of the clocks of an operation's VMs, where no newer operation touched them."""
         rows = self._db.run("SELECT letter FROM verdict WHERE operation = ? ORDER BY vm", operation)
         with self._db.reading(f"the clocks of operation {operation}"):
-            return [msgspec.json.decode(row[0], type=Letter) for row in rows]
+            found = [self._verdict(letter) for (letter,) in rows]
+        return [each for each in found if each is not None]
+
+    def _verdict(self, letter: bytes) -> OutboxMessage | None:
+        try:
+            return msgspec.json.decode(letter, type=OutboxMessage)
+        except msgspec.ValidationError:
+            return self._encoded(letter)  # kept by a version of before
 
     def ping(self) -> str:
         """For the health probe."""
@@ -273,9 +294,15 @@ class JournalThread:
         self.trouble = ""
         """Why the last write failed; empty when it did not."""
 
-    async def open(self, path: str) -> None:
+    async def open(self, path: str, fleet: str = "default") -> None:
         """Open the file. Raises StoreError."""
-        self._journal = await self._worker.do(lambda: Journal(path))
+
+        def opened() -> Journal:
+            journal = Journal(path)
+            journal.take_over(fleet)
+            return journal
+
+        self._journal = await self._worker.do(opened)
 
     async def do(self, work: Callable[[Journal], T]) -> T:
         """Run ``work`` after everything posted before and wait for it. Raises StoreError."""
@@ -287,6 +314,10 @@ class JournalThread:
             raise
         self.trouble = ""
         return result
+
+    async def outbox(self, work: Callable[[OutboxTable], T]) -> T:
+        """``do`` with the facts that are not published yet."""
+        return await self.do(lambda journal: work(journal.outbox))
 
     def post(self, work: Callable[[Journal], None]) -> None:
         """Run ``work`` some time soon, in order; a failure is logged and shows in ``trouble``."""

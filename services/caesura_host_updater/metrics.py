@@ -60,11 +60,17 @@ class HostMetrics:
         self._registry.register(_BusCollector(stats, decode_errors))
 
     def observe_gauges(
-        self, *, outbox: Callable[[], int], clocks: Callable[[], int], busy: Callable[[], bool]
+        self,
+        *,
+        outbox: Callable[[], int],
+        refused: Callable[[], int],
+        clocks: Callable[[], int],
+        busy: Callable[[], bool],
     ) -> None:
         """Numbers that are read when they are scraped."""
         gauges: tuple[tuple[str, str, Callable[[], float]], ...] = (
             ("outbox_messages", "Facts that the broker has not taken yet.", outbox),
+            ("outbox_refused_messages", "Facts and statuses on topics that the broker refuses.", refused),
             ("clock_waits", "Resumed VMs whose clock is not judged yet.", clocks),
             ("operation_active", "1 while an operation is under way, else 0.", lambda: float(busy())),
         )

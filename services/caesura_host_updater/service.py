@@ -7,6 +7,7 @@ import time
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
+from functools import partial
 from types import MappingProxyType
 
 import msgspec
@@ -14,8 +15,9 @@ import structlog
 
 from caesura.bus.port import Bus, BusError, Delivery
 from caesura.bus.post import Post
+from caesura.bus.presence import Presence
 from caesura.contract.codec import Received
-from caesura.contract.envelope import Message, source_of
+from caesura.contract.envelope import source_of
 from caesura.contract.messages import (
     AbortOperation,
     AgentClockSynced,
@@ -32,6 +34,7 @@ from caesura.contract.messages import (
     VmResumed,
     VmStatus,
 )
+from caesura.delivery.message import OutboxMessage
 from caesura.runtime.errors import StoreError
 from caesura_host_updater import command as rules
 from caesura_host_updater.asker import Asker
@@ -56,7 +59,7 @@ from caesura_host_updater.hostfile import HostFile
 from caesura_host_updater.installs import installed
 from caesura_host_updater.inventory import inventory
 from caesura_host_updater.inventory_publisher import InventoryPublisher
-from caesura_host_updater.journal import Journal, JournalThread, Letter
+from caesura_host_updater.journal import Journal, JournalThread
 from caesura_host_updater.metrics import HostMetrics
 from caesura_host_updater.operation import OperationRunner
 from caesura_host_updater.operation_state import Operation, UpdateRun, VmPause
@@ -76,6 +79,11 @@ _CLOCK_PUBLISH_S = 0.5  # s: an answer later than this is of no use to the agent
 FORGET_ADVICE = "see 'An epoch that nobody claimed' in docs/operations.md"
 
 _log = structlog.get_logger("caesura.host_updater")
+
+
+def presence(host: str, instance: str, *, online: bool) -> HostPresence:
+    """A host updater's presence, also as its last will."""
+    return HostPresence(host=host, online=online, instance=instance)
 
 
 class HostUpdater:
@@ -113,7 +121,13 @@ class HostUpdater:
         self._environ = environ
         self.bus = bus
         self.post = Post(bus, source_of(settings.fleet, "host", host.host))
-        self.outbox = Outbox(self.post, journal, self._told)
+        self._presence = Presence(
+            self.post,
+            partial(presence, host.host, instance, online=True),
+            partial(presence, host.host, instance, online=False),
+            host=host.host,
+        )
+        self.outbox = Outbox(bus, journal, self._published)
         self.clocks = ClockDesk(
             host.host,
             driver,
@@ -122,7 +136,7 @@ class HostUpdater:
             verdict=self._clock_judged,
             repeat=self.outbox.queue,
         )
-        self._letters = Letters(host.host)
+        self._letters = Letters(host.host, settings.fleet)
         self._statuses = VmStatuses(host.host, self._vms, self.post)
         self._inventories = InventoryPublisher(host.host, self.post)
         self._pauses = pauses
@@ -179,6 +193,7 @@ class HostUpdater:
             "guard": self._guardian.run,
             "operations": self._operate,
             "outbox": self.outbox.run,
+            "presence": self._presence.run,
             "inventory": self._keep_inventory,
             "vm statuses": self._statuses.run,
             "clocks": self.clocks.run,
@@ -226,10 +241,7 @@ class HostUpdater:
         self.clocks.connected()
         self._statuses.connected()
         self._inventories.connected()
-        await self.post.send(self._presence(online=True), host=self._host.host)
-
-    def _presence(self, *, online: bool) -> HostPresence:
-        return HostPresence(host=self._host.host, online=online, instance=self._instance)
+        await self._presence.announce()
 
     async def _keep_inventory(self) -> None:
         while True:
@@ -501,9 +513,12 @@ class HostUpdater:
         else:
             self._statuses.resumed(fact)
 
-    def _told(self, letter: Letter, message: Message) -> None:
+    def _published(self, fact: OutboxMessage) -> None:
+        if fact.type != VmResumed.TYPE:
+            return
+        message = fact.read()
         if isinstance(message, VmResumed):
-            self.clocks.resumed_told(letter, message)
+            self.clocks.resumed_told(fact, message)
             self._statuses.resumed(message)  # one that a previous run of this service left to be published
 
     # -- clocks and agents ----------------------------------------------------------------------------------
@@ -564,8 +579,7 @@ class HostUpdater:
                 _log.warning("outbox.left", letters=len(self.outbox))
             if not await self._statuses.drained(_FLUSH_S):
                 _log.warning("vm_statuses.left")
-            with suppress(BusError):
-                await self.post.send_last(self._presence(online=False), timeout_s=2.0, host=self._host.host)
+            await self._presence.goodbye(timeout_s=2.0)
         self._updates.close()
         await self._pauses.close()
         await self.bus.close()
@@ -582,6 +596,7 @@ class HostUpdater:
             "inventory": self._inventories.ping,
             "updates": self._updates.complaint,
             "pauses": self._view.complaint,
+            "outbox": lambda: self.outbox.ping() or self._statuses.ping(),
             "guard": lambda: "there is no pause guard" if self._guardian.state == "absent" else "",
         }
 
@@ -590,6 +605,7 @@ class HostUpdater:
         self._metrics.observe_bus(self.bus.stats, self.post.decode_errors)
         self._metrics.observe_gauges(
             outbox=lambda: len(self.outbox),
+            refused=lambda: self.outbox.refused + self._statuses.refused,
             clocks=lambda: len(self.clocks),
             busy=lambda: bool(self.operation),
         )

@@ -15,6 +15,7 @@ from datetime import UTC, datetime
 import structlog
 
 from caesura.contract.messages import OperationReported
+from caesura.delivery.message import OutboxMessage
 from caesura.runtime.errors import StoreError
 from caesura.runtime.threads import in_thread
 from caesura_host_updater.applying import end_orphans
@@ -25,7 +26,7 @@ from caesura_host_updater.guard.intent import Intent
 from caesura_host_updater.guard.procfs import boot_id
 from caesura_host_updater.guardian import Guardian, GuardUnavailable
 from caesura_host_updater.installs import marks_of
-from caesura_host_updater.journal import Entry, Journal, JournalThread, Letter
+from caesura_host_updater.journal import Entry, Journal, JournalThread
 from caesura_host_updater.operation import wall
 from caesura_host_updater.operation_state import Operation
 from caesura_host_updater.pauses import PauseMarkers, how_to_resume
@@ -97,7 +98,7 @@ class Startup:
         self._held: Intent | None = None
         self._resumed = dict(resumed)
         self._adopted = False
-        self._unsaved: list[tuple[OperationReported, Operation, list[Letter], list[ClockWait]]] = []
+        self._unsaved: list[tuple[OperationReported, Operation, list[OutboxMessage], list[ClockWait]]] = []
         """Ends that a full disk did not take."""
         self.late: list[asyncio.Task[None]] = []
         self._resuming: set[asyncio.Task[None]] = set()
@@ -242,7 +243,7 @@ class Startup:
 
     async def _ended(
         self, entry: Entry, held: Intent | None, resumed_now: dict[str, float], epoch: int
-    ) -> tuple[OperationReported, Operation, list[Letter], list[ClockWait]] | None:
+    ) -> tuple[OperationReported, Operation, list[OutboxMessage], list[ClockWait]] | None:
         if entry.state is None or entry.command is None:
             # An operation without an end always has both: `accept` writes them in one transaction.
             return None

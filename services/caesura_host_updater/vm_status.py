@@ -1,25 +1,21 @@
 """What is retained about each VM of this host: kept here, published when it changed, until the broker has it.
 
-Nothing waits for it: a pause only notes what is to be said, and a task says it when the bus is there.
+Nothing waits for it: a pause only notes what is so, and the newest is published when the bus is there.
 """
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Collection, Iterable
 from datetime import UTC, datetime
 
 import msgspec
-import structlog
 
-from caesura.bus.port import BusError
 from caesura.bus.post import Post
 from caesura.contract.messages import LastPause, VmFrozen, VmRecord, VmResumed, VmStatus
-
-_LONG_S = 3600.0  # s: how long one wait for the bus is; there is another one after it
-_RETRY_S = 1.0  # s: after a publish that the bus did not take though it is connected
-
-_log = structlog.get_logger("caesura.host.vms")
+from caesura.delivery.message import clearing, prepare
+from caesura.delivery.policy import NEWEST
+from caesura.delivery.publisher import ReliablePublisher
+from caesura.runtime.identity import new_id
 
 
 def _now() -> datetime:
@@ -39,17 +35,21 @@ class VmStatuses:
     def __init__(self, host: str, vms: Iterable[str], post: Post, now: Callable[[], datetime] = _now) -> None:
         self._host = host
         self._vms = frozenset(vms)
-        self._post = post
+        self._source = post.source
         self._now = now
         self._known: dict[str, VmStatus] = {}
         self._earlier: dict[str, LastPause] = {}
         """VM to its last pause as a previous run of this service published it."""
-        self._due: dict[str, None] = {}
-        self._wake = asyncio.Event()
-        self._done = asyncio.Event()
-        self._done.set()
+        # One of its own: no fact waits behind the statuses of a thousand VMs.
+        self._publisher = ReliablePublisher(post.bus)
+        self.run = self._publisher.run
+        self.drained = self._publisher.drained
+        self.ping = self._publisher.ping
 
-    # -- what is so ---------------------------------------------------------------------------------------
+    @property
+    def refused(self) -> int:
+        """Statuses that wait because the broker refuses their topic."""
+        return self._publisher.refused
 
     def observe(self, records: Iterable[VmRecord], busy: Collection[str] = ()) -> None:
         """The VMs as the inventory has them now.
@@ -145,44 +145,12 @@ class VmStatuses:
         self._ask(status.vm)
 
     def _ask(self, vm: str) -> None:
-        self._due[vm] = None
-        self._done.clear()
-        self._wake.set()
-
-    async def drained(self, timeout_s: float) -> bool:
-        """Whether all was published within the time."""
-        try:
-            async with asyncio.timeout(timeout_s):
-                await self._done.wait()
-        except TimeoutError:
-            return False
-        return True
-
-    # -- out ----------------------------------------------------------------------------------------------
-
-    async def run(self) -> None:
-        """Publish what is due, until cancelled."""
-        while True:
-            await self._wake.wait()
-            if not await self._post.bus.wait_connected(_LONG_S):
-                continue
-            self._wake.clear()
-            failed = False
-            for vm in list(self._due):
-                status = self._known.get(vm)
-                self._due.pop(vm, None)
-                try:
-                    if status is not None:
-                        await self._post.send(status, host=self._host, vm=vm)
-                    else:
-                        await self._post.clear(VmStatus, host=self._host, vm=vm)
-                except BusError as error:
-                    _log.debug("vm.status_not_published", vm=vm, why=str(error))
-                    self._due.setdefault(vm)
-                    failed = True
-            if failed:
-                await asyncio.sleep(_RETRY_S)
-            if self._due:
-                self._wake.set()
-            else:
-                self._done.set()
+        status = self._known.get(vm)
+        self._publisher.put(
+            clearing(VmStatus, event_id=new_id(), host=self._host, vm=vm)
+            if status is None
+            else prepare(
+                status, source=self._source, event_id=new_id(), at=self._now(), host=self._host, vm=vm
+            ),
+            policy=NEWEST,
+        )

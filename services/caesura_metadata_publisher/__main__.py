@@ -6,26 +6,21 @@ from caesura.runtime.interrupt import QuietInterrupt
 
 with QuietInterrupt():
     import sys
-    from datetime import UTC, datetime
 
     from prometheus_client import CollectorRegistry
 
     from caesura.bus.mqtt import MqttBus
     from caesura.bus.options import check_broker, options_from
-    from caesura.bus.port import Will
-    from caesura.contract.codec import encode
+    from caesura.bus.presence import last_will
     from caesura.contract.envelope import source_of
-    from caesura.contract.messages import PublisherPresence
-    from caesura.contract.topics import channel_of
     from caesura.runtime.command import run_service
     from caesura.runtime.health import serve_health
-    from caesura.runtime.identity import new_id
     from caesura.runtime.listen import check_health_address
     from caesura.runtime.serve import serve
     from caesura_metadata_publisher.http import serve_metadata
     from caesura_metadata_publisher.listeners import read_listeners
     from caesura_metadata_publisher.metrics import PublisherCollector
-    from caesura_metadata_publisher.service import MetadataPublisher, filters
+    from caesura_metadata_publisher.service import MetadataPublisher, filters, presence
     from caesura_metadata_publisher.settings import MetadataPublisherSettings
 
 
@@ -49,7 +44,11 @@ async def _main(settings: MetadataPublisherSettings) -> None:
     bus = MqttBus(
         options_from(settings, client_id=f"caesura-metadata-{settings.instance}"),
         filters=filters(),
-        will=_will(settings),
+        will=last_will(
+            presence(settings.instance, online=False),
+            source_of(settings.fleet, "metadata", settings.instance),
+            instance=settings.instance,
+        ),
     )
     publisher = MetadataPublisher(settings, bus)
     registry = CollectorRegistry()
@@ -67,16 +66,6 @@ async def _main(settings: MetadataPublisherSettings) -> None:
             },
             drain=publisher.drain,
         )
-
-
-def _will(settings: MetadataPublisherSettings) -> Will:
-    payload = encode(
-        PublisherPresence(instance=settings.instance, online=False),
-        source=source_of(settings.fleet, "metadata", settings.instance),
-        event_id=new_id(),
-        time=datetime.now(UTC),
-    )
-    return Will(channel_of(PublisherPresence).topic(instance=settings.instance), payload)
 
 
 if __name__ == "__main__":

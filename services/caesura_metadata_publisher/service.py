@@ -8,10 +8,10 @@ set it knows, also while nothing is scheduled. With the bus lost, the last docum
 
 from __future__ import annotations
 
-import asyncio
 from collections import Counter
 from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from uuid import NAMESPACE_URL, uuid5
 
 import msgspec
@@ -19,6 +19,7 @@ import structlog
 
 from caesura.bus.port import Bus, BusError
 from caesura.bus.post import Post
+from caesura.bus.presence import Presence
 from caesura.contract.codec import Received
 from caesura.contract.envelope import source_of
 from caesura.contract.messages import (
@@ -31,6 +32,9 @@ from caesura.contract.messages import (
 )
 from caesura.contract.parts import with_parts
 from caesura.contract.topics import channel_of
+from caesura.delivery.message import prepare
+from caesura.delivery.policy import Policy
+from caesura.delivery.publisher import ReliablePublisher
 from caesura_metadata_publisher.directory import Directory
 from caesura_metadata_publisher.document import (
     awaits_approval,
@@ -55,15 +59,11 @@ from caesura_metadata_publisher.versions import INSTANCE_VERSIONS
 _log = structlog.get_logger("caesura.metadata")
 
 _LATE = timedelta(seconds=5)  # after NotBefore an approval says nothing new; this much for clocks that differ
-_PRESENCE_BEAT_S = 30.0  # s: a broker that lost its retained messages hears of us again this soon
 
 
-class _Pending(msgspec.Struct, frozen=True):
-    """An approval that was published and is not seen in the document yet."""
-
-    approved: VmApproved
-    message_id: str
-    not_before: datetime
+def presence(instance: str, *, online: bool) -> PublisherPresence:
+    """The publisher's presence, also as its last will."""
+    return PublisherPresence(instance=instance, online=online)
 
 
 def filters() -> tuple[str, ...]:
@@ -84,7 +84,17 @@ class MetadataPublisher:
         self._post.on(VmOwner, self._on_owner)
         self._post.on_cleared(VmOwner, self._on_owner_removed)
         self._directory = Directory()
-        self._pending: dict[str, _Pending] = {}
+        self._approvals = ReliablePublisher(bus)
+        self._presence = Presence(
+            self._post,
+            partial(presence, settings.instance, online=True),
+            partial(presence, settings.instance, online=False),
+            instance=settings.instance,
+        )
+        self.run_approvals = self._approvals.run
+        self.run_presence = self._presence.run
+        self._pending: set[str] = set()
+        """Events whose approval was published and is not seen in the document yet."""
         self.answers: Counter[tuple[str, str, int]] = Counter()
         """(endpoint, method, status) to how often."""
         self.approvals = 0
@@ -116,44 +126,14 @@ class MetadataPublisher:
         """Keep the connection; deliver."""
         await self._bus.run(self._post.deliver, self.publish_state)
 
-    async def run_approvals(self) -> None:
-        """Repeat approvals until the document shows them: that a publish returned proves nothing."""
-        while True:
-            await asyncio.sleep(self._settings.approval_repeat_s)
-            for key, pending in list(self._pending.items()):
-                if not self._still_wanted(pending, datetime.now(UTC)):
-                    self._pending.pop(key, None)
-                    continue
-                try:
-                    await self._publish(pending)
-                except BusError as error:
-                    _log.debug("approval.repeat_failed", event_id=pending.approved.event_id, why=str(error))
-
-    async def run_presence(self) -> None:
-        """Say online from time to time, for a broker that forgot."""
-        while True:
-            await asyncio.sleep(_PRESENCE_BEAT_S)
-            try:
-                await self.publish_state()
-            except BusError as error:
-                _log.debug("presence.unsaid", why=str(error))
-
     async def publish_state(self) -> None:
-        """The retained presence; also after every (re)connect."""
-        await self._say_online(online=True, timeout_s=10.0)
+        """The retained presence, after every (re)connect."""
+        await self._presence.announce()
 
     async def drain(self) -> None:
         """Say offline and leave the bus."""
-        try:
-            await self._say_online(online=False, timeout_s=1.0)
-        except BusError as error:
-            _log.debug("presence.unsaid", why=str(error))  # the last will says it
+        await self._presence.goodbye(timeout_s=1.0)
         await self._bus.close()
-
-    async def _say_online(self, *, online: bool, timeout_s: float) -> None:
-        presence = PublisherPresence(instance=self._settings.instance, online=online)
-        send = self._post.send if online else self._post.send_last
-        await send(presence, instance=self._settings.instance, timeout_s=timeout_s)
 
     # -- from the bus -------------------------------------------------------------------------------------
 
@@ -217,36 +197,47 @@ class MetadataPublisher:
             # Unknown, started or approved already: 200 and no change, also when another VM approved it.
             if event is None or not awaits_approval(event) or event.event_id in self._pending:
                 continue
-            pending = self._approval(document.set, vm, event)
-            try:
-                await self._publish(pending)
-            except BusError as error:
-                _log.warning("approval.refused", vm=vm, event_id=event.event_id, why=str(error))
+            if not await self._pass_on(document.set, vm, event):
                 return service_error("The approval could not be passed on.")
-            self._pending[event.event_id] = pending
             self.approvals += 1
             _log.info("approval.accepted", vm=vm, set=document.set, event_id=event.event_id)
         return Answer(status=200)
 
-    def _approval(self, set_name: str, vm: str, event: ScheduledEvent) -> _Pending:
+    async def _pass_on(self, set_name: str, vm: str, event: ScheduledEvent) -> bool:
+        """Whether the broker has it. From then on it is repeated until the document shows it: that it was published proves nothing."""
         approved = VmApproved(event_id=event.event_id, set=set_name, vm=vm, at=datetime.now(UTC))
-        # The same id on every repetition, so that readers count one approval.
-        message_id = str(uuid5(NAMESPACE_URL, f"caesura/approval/{event.event_id}/{vm}"))
-        return _Pending(approved, message_id, event.not_before)
-
-    async def _publish(self, pending: _Pending) -> None:
-        await self._post.send(
-            pending.approved,
-            event_id=pending.message_id,
+        message = prepare(
+            approved,
+            source=self._post.source,
+            # The same id on every repetition, so that readers count one approval.
+            event_id=str(uuid5(NAMESPACE_URL, f"caesura/approval/{event.event_id}/{vm}")),
+            at=approved.at,
             instance=self._settings.instance,
-            vm=pending.approved.vm,
-            timeout_s=self._settings.approval_timeout_s,
+            vm=vm,
         )
+        policy = Policy(
+            give_up_s=self._settings.approval_timeout_s,
+            refusal_ends=True,
+            repeat_s=self._settings.approval_repeat_s,
+            wanted=partial(self._still_wanted, set_name, event),
+        )
+        try:
+            await self._approvals.deliver(message, policy)
+        except BusError as error:
+            _log.warning("approval.refused", vm=vm, event_id=event.event_id, why=str(error))
+            return False
+        return True
 
-    def _still_wanted(self, pending: _Pending, now: datetime) -> bool:
-        document = self._directory.document(pending.approved.set)
-        event = find_event(document, pending.approved.event_id) if document else None
-        return awaits_approval(event) and now < pending.not_before + _LATE
+    def _still_wanted(self, set_name: str, event: ScheduledEvent) -> bool:
+        """Whether the document does not show the approval yet, and it is not too late for it."""
+        document = self._directory.document(set_name)
+        shown = find_event(document, event.event_id) if document else None
+        wanted = awaits_approval(shown) and datetime.now(UTC) < event.not_before + _LATE
+        if wanted:
+            self._pending.add(event.event_id)
+        else:
+            self._pending.discard(event.event_id)
+        return wanted
 
     def _document(self, vm: str) -> SetDocument | Answer:
         placed = self._directory.vm(vm)

@@ -7,17 +7,15 @@ from caesura.runtime.interrupt import QuietInterrupt
 with QuietInterrupt():
     import sys
     from contextlib import AsyncExitStack
-    from datetime import UTC, datetime
 
     import msgspec
 
     from caesura.bus.mqtt import MqttBus
     from caesura.bus.options import check_broker, options_from
     from caesura.bus.port import Bus, Will
-    from caesura.contract.codec import encode
+    from caesura.bus.presence import last_will
     from caesura.contract.envelope import source_of
     from caesura.contract.messages import AgentPresence
-    from caesura.contract.topics import channel_of
     from caesura.runtime.command import run_service
     from caesura.runtime.identity import new_id
     from caesura.runtime.listen import check_health_address
@@ -64,6 +62,7 @@ async def _main(settings: VmAgentSettings) -> None:
                 "announce": agent.run_announcements,
                 "canary": agent.run_canary,
                 "presence": agent.run_presence,
+                "publisher": agent.run_publisher,
             },
             drain=agent.drain,
         )
@@ -71,13 +70,7 @@ async def _main(settings: VmAgentSettings) -> None:
 
 def _will(settings: VmAgentSettings, boot_id: str) -> Will:
     offline = AgentPresence(vm=settings.vm, online=False, boot_id=boot_id, clock=settings.clock)
-    payload = encode(
-        offline,
-        source=source_of(settings.fleet, "vm", settings.vm),
-        event_id=new_id(),
-        time=datetime.now(UTC),
-    )
-    return Will(channel_of(AgentPresence).topic(vm=settings.vm), payload)
+    return last_will(offline, source_of(settings.fleet, "vm", settings.vm), vm=settings.vm)
 
 
 async def _serve_health(stack: AsyncExitStack, settings: VmAgentSettings, agent: VmAgent, bus: Bus) -> None:

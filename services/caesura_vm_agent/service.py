@@ -13,7 +13,7 @@ from collections.abc import Mapping
 import msgspec
 import structlog
 
-from caesura.bus.port import Bus, BusError, Delivery
+from caesura.bus.port import Bus, Delivery
 from caesura.bus.post import Post
 from caesura.contract.codec import Received
 from caesura.contract.envelope import source_of
@@ -41,7 +41,7 @@ _log = structlog.get_logger("caesura.agent")
 
 _RETRY_SYNC_S = 2.0  # s: after a sync that nobody answered, for example because the host updater restarts
 _FIRST_CONNECT_S = 60.0  # s: a first sync without a broker would only say that nobody answers
-_PRESENCE_BEAT_S = 30.0  # s: a broker that lost its retained messages hears of us again this soon
+_FLUSH_S = 1.0  # s: for the last results when told to stop
 _RESULTS_KEPT = 64  # sync results kept to answer a repeated `resumed`
 
 
@@ -65,8 +65,6 @@ class VmAgent:
         self._clock = clock
         self.boot_id = boot_id
         self._announce_now = asyncio.Event()
-        self._say_now = asyncio.Event()
-        """Its presence changed."""
         self._post = Post(bus, source_of(settings.fleet, "vm", settings.vm))
         self._post.on(SetDocument, self._on_document)
         self._post.on(VmResumed, self._on_resumed)
@@ -76,7 +74,6 @@ class VmAgent:
         self.binding = HostBinding(settings.host)
         self._sampled = Sampler()
         self.canary = CanaryKeeper(settings.canary_bytes)
-        self.canary.on_filled = self._say_now.set
         self._voice = Voice(
             self._post,
             vm=settings.vm,
@@ -84,6 +81,9 @@ class VmAgent:
             clock="simulated" if clock.simulated else "system",
             canary=self.canary,
         )
+        self.canary.on_filled = self._voice.presence.changed  # only then can a plan count on it
+        self.run_presence = self._voice.presence.run
+        self.run_publisher = self._voice.publisher.run
         self._sync = ClockSync(settings.vm, boot_id, clock, settings.sync_policy, self._ask)
         self._state = readiness.Readiness(vm=settings.vm)
         self._hooks: asyncio.Queue[readiness.Prepare | readiness.Recover] = asyncio.Queue()
@@ -145,8 +145,6 @@ class VmAgent:
 
     async def run_announcements(self) -> None:
         """Say answers again: on request at once, and every few seconds while an event is scheduled."""
-        loop = asyncio.get_running_loop()
-        said_s = loop.time()
         while True:
             fresh = True
             try:
@@ -156,33 +154,19 @@ class VmAgent:
                 fresh = False
             self._announce_now.clear()
             for announce in readiness.announcements(self._state, scheduled_only=not fresh):
-                await self._voice.ready(announce.ready)
+                self._voice.ready(announce.ready)
             while not self._repeat.empty():
-                await self._voice.synced(self._repeat.get_nowait())
-            if loop.time() - said_s >= _PRESENCE_BEAT_S:
-                said_s = loop.time()
-                await self._say_online()
+                self._voice.synced(self._repeat.get_nowait())
 
     async def run_canary(self) -> None:
         """Hold and rewrite the canary."""
         await self.canary.run()
 
-    async def run_presence(self) -> None:
-        """Say at once that the canary is there: only then can a plan count on it."""
-        while True:
-            await self._say_now.wait()
-            self._say_now.clear()
-            await self._say_online()
-
-    async def _say_online(self) -> None:
-        try:
-            await self._voice.online()
-        except BusError as error:
-            _log.debug("agent.online_unsaid", why=str(error))  # said again after the next connect
-
     async def drain(self) -> None:
         """Say offline and leave the bus."""
-        await self._voice.offline(timeout_s=1.0)
+        if self._bus.stats.connected and not await self._voice.publisher.drained(_FLUSH_S):
+            _log.warning("outbox.left", messages=len(self._voice.publisher))
+        await self._voice.presence.goodbye(timeout_s=1.0)
         await self._bus.close()
 
     # -- bus ----------------------------------------------------------------------------------------------
@@ -194,7 +178,7 @@ class VmAgent:
 
     async def publish_state(self) -> None:
         """On every (re)connect: the retained presence, and the answers that may have been lost."""
-        await self._voice.online()
+        await self._voice.presence.announce()
         self._announce_now.set()
 
     async def _on_owner(self, owner: VmOwner, _: Received) -> None:
@@ -318,7 +302,7 @@ class VmAgent:
             exit_code=finished.exit_code,
             seconds=round(finished.seconds, 3),
         )
-        await self._voice.hook_finished(finished)
+        self._voice.hook_finished(finished)
 
     # -- clock --------------------------------------------------------------------------------------------
 
@@ -331,7 +315,7 @@ class VmAgent:
         if found is not None:
             result = msgspec.structs.replace(synced, canary=found)
             self._results[synced.operation] = result
-            await self._voice.synced(result)
+            self._voice.synced(result)
 
     async def _sync_clock(
         self, trigger: Trigger, operation: str = "", *, paused_at_s: float | None = None
@@ -351,5 +335,5 @@ class VmAgent:
             error_after_s=result.error_after_s,
             reason=result.reason,
         )
-        await self._voice.synced(result)
+        self._voice.synced(result)
         return result

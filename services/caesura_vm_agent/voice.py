@@ -1,15 +1,18 @@
-"""What an agent says on the bus: each message with an id that repetitions share, patient with a lost broker."""
+"""What an agent says on the bus: each message with an id that repetitions share, patient with a lost broker.
+
+Nothing waits for a message to be published: a hook or a clock-sync goes on whatever the broker does. A result that the bus
+did not take within a minute is given up, and that is logged.
+"""
 
 from __future__ import annotations
 
-import asyncio
+from datetime import UTC, datetime
+from functools import partial
 from typing import Literal
 from uuid import NAMESPACE_URL, uuid5
 
-import structlog
-
-from caesura.bus.port import BusError
 from caesura.bus.post import Post
+from caesura.bus.presence import Presence
 from caesura.contract.envelope import Message
 from caesura.contract.messages import (
     AgentClockSynced,
@@ -18,13 +21,14 @@ from caesura.contract.messages import (
     HookFinished,
     VmReady,
 )
+from caesura.delivery.message import prepare
+from caesura.delivery.policy import Policy
+from caesura.delivery.publisher import ReliablePublisher
 from caesura.runtime.identity import new_id
 from caesura_vm_agent.canary_keeper import CanaryKeeper
 
-_PATIENCE_S = 60.0  # s: how long a result waits for a lost broker before it is given up
-_RESEND_PAUSE_S = 0.2  # s: a broker that refuses at once must not be asked in a tight loop
-
-_log = structlog.get_logger("caesura.agent")
+_RESULT = Policy(give_up_s=60.0)
+"""A result is of no use to anybody much later."""
 
 
 class Voice:
@@ -50,37 +54,30 @@ class Voice:
         self._boot_id = boot_id
         self._clock: Literal["simulated", "system"] = clock
         self._canary = canary
-
-    async def online(self) -> None:
-        """Say that we are here (retained). Raises BusError."""
-        await self._post.send(self._presence(online=True), vm=self._vm)
-
-    async def offline(self, timeout_s: float) -> None:
-        """Say goodbye; the last will says it if this cannot."""
-        try:
-            await self._post.send_last(self._presence(online=False), vm=self._vm, timeout_s=timeout_s)
-        except BusError as error:
-            _log.debug("agent.offline_unsaid", why=str(error))
+        self.publisher = ReliablePublisher(post.bus)
+        self.presence = Presence(
+            post, partial(self._presence, online=True), partial(self._presence, online=False), vm=vm
+        )
 
     async def ask(self, request: ClockSyncRequested, timeout_s: float) -> None:
         """Publish one half of a clock-sync exchange, once. Raises BusError."""
         await self._post.send(request, vm=self._vm, timeout_s=timeout_s)
 
-    async def ready(self, answer: VmReady) -> None:
+    def ready(self, answer: VmReady) -> None:
         """Answer a scheduled event, the first time or again."""
-        await self._patiently(answer, self._stable_id("ready", answer.event_id))
+        self._put(answer, self._stable_id("ready", answer.event_id))
 
-    async def synced(self, result: AgentClockSynced) -> None:
+    def synced(self, result: AgentClockSynced) -> None:
         """Tell how a clock-sync went; the one after a resume may be asked for again, and comes a second time with the canary."""
         if result.trigger != "resume":
-            await self._patiently(result, new_id())
+            self._put(result, new_id())
             return
         what = "synced" if result.canary is None else "canary"
-        await self._patiently(result, self._stable_id(what, result.operation))
+        self._put(result, self._stable_id(what, result.operation))
 
-    async def hook_finished(self, finished: HookFinished) -> None:
+    def hook_finished(self, finished: HookFinished) -> None:
         """Tell how a hook ended."""
-        await self._patiently(finished, new_id())
+        self._put(finished, new_id())
 
     def _presence(self, *, online: bool) -> AgentPresence:
         return AgentPresence(
@@ -95,17 +92,7 @@ class Voice:
     def _stable_id(self, what: str, subject: str) -> str:
         return str(uuid5(NAMESPACE_URL, f"{self._boot_id}/{what}/{subject}"))
 
-    async def _patiently(self, message: Message, message_id: str) -> None:
-        """Publish; a result that the bus did not take within a minute is given up, and that is said."""
-        try:
-            async with asyncio.timeout(_PATIENCE_S):
-                while True:
-                    try:
-                        await self._post.send(message, event_id=message_id, vm=self._vm)
-                    except BusError as error:
-                        _log.debug("agent.publish_retry", message=type(message).TYPE, why=str(error))
-                        await asyncio.sleep(_RESEND_PAUSE_S)
-                    else:
-                        return
-        except TimeoutError:
-            _log.warning("agent.publish_given_up", message=type(message).TYPE, seconds=_PATIENCE_S)
+    def _put(self, message: Message, message_id: str) -> None:
+        now = datetime.now(UTC)
+        prepared = prepare(message, source=self._post.source, event_id=message_id, at=now, vm=self._vm)
+        self.publisher.put(prepared, policy=_RESULT)

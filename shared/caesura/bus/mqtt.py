@@ -96,9 +96,18 @@ class MqttBus(KeptBus):
             raise ValueError(f"QoS {qos} is not used here: 0 or 1")
         deadline = asyncio.get_running_loop().time() + timeout_s
         try:
-            link = await self._link_for(topic, timeout_s)
-            with self._listening(link):
+            link = self._link
+            if link is None or not self._ready.is_set():
+                link = await self._link_for(topic, timeout_s)
+            link.calls += 1
+            if link.paused:
+                self._throttle(link)
+            try:
                 await link.send(topic, payload, qos=qos, retain=retain, deadline=deadline)
+            finally:
+                link.calls -= 1
+                if not link.calls:
+                    self._throttle(link)
         except (BusUnavailable, PublishRefused):
             self._stats.publish_failures += 1
             if self._link is not None and self._link.ended:

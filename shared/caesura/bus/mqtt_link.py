@@ -230,17 +230,13 @@ class Link(aiomqtt.Client):
                 until the answer comes or the connection ends: memory stays bounded however many give up.
             PublishRefused: the broker said no, or would.
         """
-        loop = asyncio.get_running_loop()
-        size_bytes = len(topic.encode()) + len(payload) + _PUBLISH_BYTES
+        size_bytes = len(payload) + _PUBLISH_BYTES + (len(topic) if topic.isascii() else len(topic.encode()))
         if size_bytes > self._largest_bytes:
             raise PublishTooLarge(topic, size_bytes, int(self._largest_bytes))
-        try:
-            async with asyncio.timeout_at(deadline):
-                await self._slots.acquire()
-        except TimeoutError:
-            raise BusUnavailable(
-                f"no room to publish on {topic!r}: {len(self._acks)} messages wait for the broker's answer"
-            ) from None
+        if self._slots.locked():
+            await self._slot(topic, deadline)
+        else:
+            await self._slots.acquire()  # at once
         if self.ended:
             self._slots.release()
             raise BusUnavailable(f"the connection ended before the message on {topic!r} was sent")
@@ -255,20 +251,32 @@ class Link(aiomqtt.Client):
         if info.rc != paho.MQTT_ERR_SUCCESS:
             self._slots.release()
             raise BusUnavailable(f"could not send on {topic!r}: {paho.error_string(info.rc)}")
-        answer: asyncio.Future[ReasonCode | None] = loop.create_future()
-        answer.add_done_callback(lambda _: self._slots.release())
         if info.is_published():
-            answer.set_result(None)
+            self._slots.release()
             return
+        # The slot is free again with the broker's answer, not with ours to the caller.
+        answer: asyncio.Future[ReasonCode | None] = self._loop.create_future()
         self._acks[info.mid] = answer
-        await asyncio.wait({answer}, timeout=max(0.0, deadline - loop.time()))
-        if not answer.done():
-            raise BusUnavailable(f"the broker did not acknowledge the message on {topic!r} in time")
-        code = answer.result()
+        timer = self._loop.call_at(deadline, _too_late, answer)
+        try:
+            code = await answer
+        except TimeoutError:
+            raise BusUnavailable(f"the broker did not acknowledge the message on {topic!r} in time") from None
+        finally:
+            timer.cancel()
         if code is None:
             raise BusUnavailable(f"the connection ended before the message on {topic!r} was acknowledged")
         if code.is_failure:
             raise PublishRefused(topic, f"{code.getName()} (0x{code.value:02x})")
+
+    async def _slot(self, topic: str, deadline: float) -> None:
+        try:
+            async with asyncio.timeout_at(deadline):
+                await self._slots.acquire()
+        except TimeoutError:
+            raise BusUnavailable(
+                f"no room to publish on {topic!r}: {len(self._acks)} messages wait for the broker's answer"
+            ) from None
 
     def acknowledge(self, arrival: Arrival) -> None:
         """Tell the broker that this message is dealt with; nothing to do for QoS 0 or once the connection ended."""
@@ -355,7 +363,10 @@ class Link(aiomqtt.Client):
         self, client: paho.Client, userdata: Any, mid: int, reason_code: ReasonCode, properties: Properties
     ) -> None:
         answer = self._acks.pop(mid, None)
-        if answer is not None and not answer.done():
+        if answer is None:
+            return
+        self._slots.release()
+        if not answer.done():
             answer.set_result(reason_code)
 
     def _on_message(self, client: paho.Client, userdata: Any, message: paho.MQTTMessage) -> None:
@@ -424,6 +435,7 @@ class Link(aiomqtt.Client):
 
     def _on_end(self, _: asyncio.Future[None]) -> None:
         for answer in list(self._acks.values()):
+            self._slots.release()
             if not answer.done():
                 answer.set_result(None)
         self._acks.clear()
@@ -459,9 +471,33 @@ def _connect_properties(options: BrokerOptions) -> Properties:
 
 
 def _content_type(packet: int) -> Properties:
-    properties = Properties(packet)  # type: ignore[no-untyped-call]
+    properties = _Packed(packet)
     properties.ContentType = _CONTENT_TYPE
     return properties
+
+
+class _Packed(Properties):
+    """Properties that are the same for every message: put into bytes once."""
+
+    def __init__(self, packet: int) -> None:
+        super().__init__(packet)  # type: ignore[no-untyped-call]
+        self._set_packed(b"")
+
+    def _set_packed(self, packed: bytes) -> None:
+        self.__dict__["_packed"] = packed  # paho's own setter takes properties of MQTT only
+
+    def pack(self) -> bytes:
+        """The bytes; as they were at the first call."""
+        packed: bytes = self.__dict__["_packed"]
+        if not packed:
+            packed = super().pack()  # type: ignore[no-untyped-call]
+            self._set_packed(packed)
+        return packed
+
+
+def _too_late(answer: asyncio.Future[ReasonCode | None]) -> None:
+    if not answer.done():
+        answer.set_exception(TimeoutError())
 
 
 def _refused(error: MqttConnectError) -> ConnectRefused:

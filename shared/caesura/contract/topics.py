@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from functools import cache
+from functools import cache, lru_cache
 from typing import Literal
 
 import msgspec
@@ -43,7 +43,7 @@ class Channel(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def parameters(self) -> tuple[str, ...]:
         """Names of the template's parameters, in order."""
-        return tuple(re.findall(r"\{(\w+)\}", self.address))
+        return _names(self.address)
 
     def topic(self, **parameters: str | int) -> str:
         """The concrete topic.
@@ -51,12 +51,7 @@ class Channel(msgspec.Struct, frozen=True, kw_only=True):
         Raises:
             TopicError: a parameter is missing, unknown, or not one clean topic level.
         """
-        if set(parameters) != set(self.parameters):
-            raise TopicError(f"{self.address} takes {self.parameters}, was given {tuple(parameters)}")
-        for name, value in parameters.items():
-            if not _LEVEL.fullmatch(str(value)):
-                raise TopicError(f"{name}={value!r} cannot stand in a topic level of {self.address}")
-        return self.address.format(**parameters)
+        return _filled(self.address, tuple(parameters.items()))
 
     def filter(self, **parameters: str | int) -> str:
         """A subscription filter: given parameters are filled in, the others become ``+``."""
@@ -69,6 +64,23 @@ class Channel(msgspec.Struct, frozen=True, kw_only=True):
 
 
 _LEVEL = re.compile(r"[A-Za-z0-9_-]{1,64}")
+
+
+@cache
+def _names(address: str) -> tuple[str, ...]:
+    return tuple(re.findall(r"\{(\w+)\}", address))
+
+
+@lru_cache(maxsize=8_192)
+def _filled(address: str, parameters: tuple[tuple[str, str | int], ...]) -> str:
+    # The same few topics again and again: checking their levels took longer than encoding their messages.
+    names = _names(address)
+    if {name for name, _ in parameters} != set(names):
+        raise TopicError(f"{address} takes {names}, was given {tuple(name for name, _ in parameters)}")
+    for name, value in parameters:
+        if not _LEVEL.fullmatch(str(value)):
+            raise TopicError(f"{name}={value!r} cannot stand in a topic level of {address}")
+    return address.format(**dict(parameters))
 
 
 @cache
@@ -325,6 +337,7 @@ CHANNELS: tuple[Channel, ...] = (
 )
 
 
+@cache
 def channel_of(message: type[Message]) -> Channel:
     """The row of a message type. Raises TopicError for a type that is not in the table."""
     for channel in CHANNELS:

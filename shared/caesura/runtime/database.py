@@ -49,19 +49,26 @@ class Database:
 
     Args:
         path: the file; its folder is created with mode 0700. ``:memory:`` is for unit tests.
-        migrations: one SQL script per schema version, oldest first; those the file lacks are run at open.
+        migrations: one SQL script per schema version, oldest first; those the file lacks are run at open. None: a second
+            connection, for another thread, to a file that is there and has its schema. What that one commits is synced to
+            the disk only with the next transaction of the first (``synchronous=NORMAL``): for what may be done again
+            after a power cut.
 
     Raises:
         StoreError: the file cannot be opened, is not ours, or comes from a newer Caesura.
     """
 
-    def __init__(self, path: str, migrations: Sequence[str]) -> None:
+    def __init__(self, path: str, migrations: Sequence[str] | None) -> None:
         self.path = path
         self._refused = ""
         try:
+            if migrations is None:
+                self._connection = self._connect(f"{Path(path).absolute().as_uri()}?mode=rw")
+                self._connection.execute("PRAGMA synchronous=NORMAL")
+                return
             if path != ":memory:":
                 Path(path).parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            self._connection = sqlite3.connect(path, timeout=_BUSY_TIMEOUT_S, isolation_level=None)
+            self._connection = self._connect(path)
             self._connection.execute("PRAGMA journal_mode=WAL")
             self._connection.execute("PRAGMA synchronous=FULL")
             self._migrate(migrations)
@@ -69,6 +76,11 @@ class Database:
             refused = StoreError(f"cannot open the store {path}: {error}")
             refused.temporary = _is_temporary(error)
             raise refused from error
+
+    @staticmethod
+    def _connect(place: str) -> sqlite3.Connection:
+        uri = place.startswith("file:")
+        return sqlite3.connect(place, timeout=_BUSY_TIMEOUT_S, isolation_level=None, uri=uri)
 
     def _migrate(self, migrations: Sequence[str]) -> None:
         (have,) = self._connection.execute("PRAGMA user_version").fetchone()

@@ -209,6 +209,7 @@ class Scene:
             agent.run_announcements,
             agent.run_canary,
             agent.run_presence,
+            agent.run_publisher,
             self.clock.run,
         ):
             await self.host.hears(AgentPresence, online=True)

@@ -129,7 +129,7 @@ async def agent(bus: Any, **settings: Any) -> AsyncIterator[tuple[VmAgent, Guest
     )
     guest = Guest()
     made = VmAgent(chosen, bus("vm_web-1", filters(chosen)), guest, boot_id="boot-1")
-    tasks = [asyncio.ensure_future(each()) for each in (made.run_bus, made.run_clock)]
+    tasks = [asyncio.ensure_future(each()) for each in (made.run_bus, made.run_clock, made.run_publisher)]
     try:
         yield made, guest
     finally:

@@ -74,9 +74,9 @@ async def test_an_agent_that_said_goodbye_does_not_announce_itself_again() -> No
     bus = MemoryBus(broker, client_id="w1")
     voice = Voice(Post(bus, "/caesura/vm/w1"), vm="w1", boot_id="b", clock="system", canary=CanaryKeeper(0))
     async with running(bus):
-        await voice.online()
-        await voice.offline(timeout_s=1.0)
-        await voice.online()
+        await voice.presence.announce()
+        await voice.presence.goodbye(timeout_s=1.0)
+        await voice.presence.announce()
     heard = retained(broker, m.AgentPresence, vm="w1")
     assert isinstance(heard, m.AgentPresence)
     assert not heard.online

@@ -11,7 +11,7 @@ import msgspec
 import pytest
 
 from caesura.contract import messages as m
-from caesura.contract.codec import encode, size_bytes
+from caesura.contract.codec import size_bytes
 from caesura.contract.envelope import Message
 from caesura.runtime.errors import StoreError
 from caesura.testing.damage import flip_bits
@@ -26,7 +26,7 @@ from caesura_coordinator.records import (
     new_rollout,
     rollout_state,
 )
-from caesura_coordinator.store import Store, Unsendable
+from caesura_coordinator.store import Store
 
 T0 = datetime(2026, 4, 20, 12, 0, 0, tzinfo=UTC)
 _ANSWER = m.RequestAnswered(request="q", accepted=True)
@@ -75,12 +75,9 @@ class Desk:
 
     def sent(self) -> list[Message]:
         """Everything in the outbox, as a broker would take it."""
-        found = []
-        while (outgoing := self.book.store.next_outgoing()) is not None:
-            encode(outgoing.message, source="/x", event_id=outgoing.event_id, time=T0)
-            self.book.store.sent(outgoing.number)
-            found.append(outgoing.message)
-        return found
+        kept = self.book.store.outbox.load()
+        self.book.store.outbox.remove([each.event_id for each in kept])
+        return [each.read() for each in kept]
 
     def reopened(self) -> Book:
         self.book.store.database.close()
@@ -425,14 +422,7 @@ def test_a_store_with_a_flipped_bit_is_a_store_error_and_no_other(
             store.rollouts()
             store.documents()
             store.answer("ops", "q")
-            while True:
-                try:
-                    outgoing = store.next_outgoing()
-                    if outgoing is None:
-                        break
-                    store.sent(outgoing.number)
-                except Unsendable as error:
-                    store.sent(error.number)
+            store.outbox.load()
         finally:
             store.database.close()
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import sqlite3
+import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
@@ -22,6 +24,7 @@ from caesura.contract.envelope import Message
 from caesura.contract.parts import inventory_in_parts
 from caesura.contract.reasons import Reason
 from caesura.contract.topics import channel_of
+from caesura.delivery.sqlite import OutboxTable
 from caesura.runtime.errors import CaesuraError, StoreError
 from caesura.runtime.lock import InUse, StateFolderUnusable, sole_user
 from caesura.testing.collector import PATIENCE_S, eventually
@@ -495,7 +498,7 @@ async def test_a_repeated_abort_gets_the_answer_that_was_stored_with_the_abort(
         assert (await world.ask(_request("q"))).accepted
         monkeypatch.setattr(one.store, "save_answer", _full)
         await world.post.send(m.AbortRequested(request="a"), client="ops")
-        await eventually(lambda: not one.store.waiting())
+        await eventually(lambda: not one.waiting())
         (rollout,) = one.book.rollouts.values()
         assert rollout.status == "running", "aborted without an answer that says so"
         monkeypatch.undo()
@@ -604,6 +607,74 @@ async def test_the_outbox_forgets_a_message_only_when_the_broker_has_it(
     async with world.coordinator() as two:
         await eventually(lambda: ids == [waiting, waiting])
         await eventually(lambda: two.waiting() == 0)
+
+
+async def test_a_topic_that_the_broker_refuses_does_not_hold_up_the_others(
+    world: World, host: Callable[..., Any], build: Callable[..., Any]
+) -> None:
+    """Access rules that miss a set, or the owner of one VM: whoever asks is answered, all else is published."""
+    refused = {"caesura/v1/fleet/set/db/document", "caesura/v1/fleet/vm/d1/owner"}
+    world.broker.may_publish = lambda client, topic: client != "c" or topic not in refused
+    await world.host(host("h1", build("d1", "db", agent=False), build("w1", agent=False)))
+    async with world.coordinator() as one:
+        await eventually(lambda: one.publisher.refused == 1)
+        assert "set/db/document" in one.publisher.ping()
+        assert not (await world.ask(_request("q", selection=m.Selection(vms=("nobody",))))).accepted
+        await eventually(lambda: world.retained(m.SetDocument, set="web") is not None)
+        await eventually(lambda: world.retained(m.VmOwner, vm="w1") is not None)
+        assert world.retained(m.SetDocument, set="db") is None
+        assert world.retained(m.VmOwner, vm="d1") is None
+        await eventually(lambda: len(_outbox_of(one)) == 1)
+
+
+async def test_what_is_published_is_forgotten_without_a_wait_for_the_disk(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk that does not answer holds up neither the loop nor what is behind in the outbox."""
+    go, removals = threading.Event(), 0
+    remove = OutboxTable.remove
+
+    def hanging(table: OutboxTable, event_ids: Any) -> None:
+        nonlocal removals
+        removals += 1
+        go.wait()
+        remove(table, event_ids)
+
+    async with world.coordinator() as one:
+        await eventually(lambda: one.leads and one.waiting() == 0)
+        monkeypatch.setattr(OutboxTable, "remove", hanging)
+        try:
+            for number in range(20):
+                await world.ask(m.AbortRequested(request=f"a{number}"))
+            assert one.publisher.unremoved == 20
+            assert removals == 1
+        finally:
+            go.set()
+        await eventually(lambda: one.waiting() == 0)
+        assert _outbox_of(one) == []
+        assert removals <= 3, "what came together is forgotten in one transaction"
+
+
+async def test_what_a_version_of_before_left_in_the_outbox_is_published(world: World) -> None:
+    path = world.folder / "c.sqlite"
+    Store(str(path)).database.close()
+    answer = m.RequestAnswered(request="old", accepted=False, reason="kept")
+    with sqlite3.connect(path) as old:
+        old.executescript(
+            "DROP TABLE outbox; DROP TABLE outbox_1; PRAGMA user_version=2; CREATE TABLE outbox ("
+            "number INTEGER PRIMARY KEY AUTOINCREMENT, event_id TEXT NOT NULL, type TEXT NOT NULL, "
+            "parameters TEXT NOT NULL, body BLOB NOT NULL);"
+        )
+        row = ("the-id", answer.TYPE, '{"client": "ops"}', msgspec.json.encode(answer))
+        old.execute("INSERT INTO outbox (event_id, type, parameters, body) VALUES (?, ?, ?, ?)", row)
+        old.execute(
+            "INSERT INTO outbox (event_id, type, parameters, body) VALUES ('x', 'no-such', '{}', '{}')"
+        )
+    old.close()
+    async with world.coordinator() as one:
+        assert one.waiting() == 1
+        await eventually(lambda: world.of(m.RequestAnswered) == [answer])
+        await eventually(lambda: one.waiting() == 0)
 
 
 def _outbox_of(coordinator: Coordinator) -> list[str]:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from caesura.contract.messages import StartOperation
+from caesura.delivery.sqlite import OutboxTable
 from caesura.runtime.errors import StoreError
 from caesura_host_updater.hostfile import HostFile
 from caesura_host_updater.journal import Journal, JournalThread
@@ -46,6 +47,8 @@ async def test_a_command_under_a_new_epoch_that_cannot_be_written_down_does_not_
     )
     updater = updater_with(HostFile(host="host-1"), journal, driver=idle, metrics=idle)
     await hand(updater, freeze_one(epoch=2, coordinator="c2"))
-    assert [each.body for each in await journal.do(Journal.letters)] == [], "no report: it has not ended"
+    assert [each.payload for each in await journal.outbox(OutboxTable.load)] == [], (
+        "no report: it has not ended"
+    )
     assert await journal.do(lambda j: j.find("op")) is None
     await journal.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sqlite3
 from collections.abc import AsyncIterator
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
@@ -14,8 +15,7 @@ import msgspec
 import pytest
 
 from caesura.bus.memory import MemoryBroker, MemoryBus
-from caesura.bus.port import BusUnavailable, PublishRefused
-from caesura.bus.post import Post
+from caesura.bus.port import Bus, BusUnavailable, PublishRefused
 from caesura.contract.codec import decode
 from caesura.contract.messages import (
     EPOCH_MOST,
@@ -24,10 +24,13 @@ from caesura.contract.messages import (
     OperationTarget,
     StartOperation,
     VmClockSynced,
+    VmFrozen,
 )
+from caesura.delivery.message import OutboxMessage
+from caesura.delivery.sqlite import OutboxTable
 from caesura.runtime.errors import StoreError
 from caesura.runtime.lock import InUse, StateFolderUnusable
-from caesura.testing.collector import PATIENCE_S, Collector, running
+from caesura.testing.collector import PATIENCE_S, Collector, eventually, running
 from caesura.testing.damage import flip_bits
 from caesura.testing.patience import patient
 from caesura_host_updater import journal as module
@@ -37,7 +40,7 @@ from caesura_host_updater.clockdesk import ClockDesk
 from caesura_host_updater.command import Authority
 from caesura_host_updater.endings import Endings, Letters
 from caesura_host_updater.forget_epoch import forget_epoch
-from caesura_host_updater.journal import Journal, JournalThread, Letter
+from caesura_host_updater.journal import Journal, JournalThread
 from caesura_host_updater.operation_state import Operation, VmPause
 from caesura_host_updater.outbox import Outbox
 
@@ -48,6 +51,20 @@ LETTERS = Letters("host-1")
 def report(operation: str, status: Any = "completed") -> OperationReported:
     """An end."""
     return OperationReported(operation=operation, host="host-1", epoch=1, status=status, at=NOW)
+
+
+def frozen(operation: str) -> VmFrozen:
+    """A fact."""
+    return VmFrozen(
+        vm="a",
+        host="host-1",
+        set="web",
+        update_domain=0,
+        operation=operation,
+        method="freeze",
+        budget_s=1.0,
+        at=NOW,
+    )
 
 
 def command(operation: str) -> StartOperation:
@@ -91,7 +108,7 @@ def test_an_operation_survives_with_its_state_and_ends_once(tmp_path: Path) -> N
     assert found.report == report("op")
     assert found.update_processes == ()
     assert again.unfinished() == []
-    assert [letter.event_id for letter in again.letters()] == [
+    assert [letter.event_id for letter in again.outbox.load()] == [
         LETTERS.report(report("op", "accepted")).event_id,
         LETTERS.report(report("op")).event_id,
     ]
@@ -145,7 +162,7 @@ async def test_letters_are_told_in_order_after_the_broker_was_away(thread: Journ
     ear = Collector()
     bus = MemoryBus(broker, client_id="host")
     told: list[str] = []
-    outbox = Outbox(Post(bus, "/caesura/host/host-1"), thread, lambda letter, _: told.append(letter.event_id))
+    outbox = Outbox(bus, thread, lambda fact: told.append(fact.event_id))
     letters = [LETTERS.report(report(f"op-{number}")) for number in range(5)]
     async with (
         running(MemoryBus(broker, client_id="ear", filters=["caesura/v1/#"]), ear.receive),
@@ -156,7 +173,7 @@ async def test_letters_are_told_in_order_after_the_broker_was_away(thread: Journ
             outbox.put(letter, state("op"))
         sending = asyncio.create_task(outbox.run())
         assert not await outbox.drained(0.05)
-        assert [letter.event_id for letter in await thread.do(Journal.letters)] == [
+        assert [letter.event_id for letter in await thread.outbox(OutboxTable.load)] == [
             letter.event_id for letter in letters
         ]
         broker.up()
@@ -168,60 +185,141 @@ async def test_letters_are_told_in_order_after_the_broker_was_away(thread: Journ
     assert told == [letter.event_id for letter in letters]
     heard = [decode(each.topic, each.payload).header.id for each in ear.deliveries]
     assert list(dict.fromkeys(heard)) == told
-    assert await thread.do(Journal.letters) == []
+    assert await thread.outbox(OutboxTable.load) == []
 
 
 @pytest.mark.parametrize(
     "why_not", [BusUnavailable("nobody answers"), PublishRefused("caesura/v1/host/host-1", "not authorized")]
 )
 async def test_a_fact_that_the_broker_did_not_take_is_kept_and_sent_again_before_newer_ones(
-    why_not: Exception, thread: JournalThread, monkeypatch: pytest.MonkeyPatch
+    why_not: Exception, thread: JournalThread
 ) -> None:
-    monkeypatch.setattr("caesura_host_updater.outbox._RETRY_S", 0.01)
     sent: list[str] = []
     refusals = 3
 
     class Unwilling:
-        bus = SimpleNamespace(wait_connected=lambda _: asyncio.sleep(0))
+        async def wait_connected(self, _: float) -> bool:
+            return True
 
-        async def send(self, _: Any, *, event_id: str, **__: Any) -> None:
+        async def publish(self, topic: str, payload: bytes, **_: Any) -> None:
             nonlocal refusals
             if refusals:
                 refusals -= 1
-                kept = [letter.event_id for letter in await thread.do(Journal.letters)]
+                kept = [letter.event_id for letter in await thread.outbox(OutboxTable.load)]
                 assert kept == wanted, "forgotten before the broker had it"
                 raise why_not
-            sent.append(event_id)
+            sent.append(decode(topic, payload).header.id)
 
     told: list[str] = []
-    outbox = Outbox(cast("Post", Unwilling()), thread, lambda letter, _: told.append(letter.event_id))
+    outbox = Outbox(cast("Bus", Unwilling()), thread, lambda fact: told.append(fact.event_id), retry_s=0.01)
     letters = [LETTERS.report(report(f"op-{number}")) for number in range(2)]
     wanted = [letter.event_id for letter in letters]
     for letter in letters:
         outbox.put(letter, state("op"))
     sending = asyncio.create_task(outbox.run())
+    await eventually(lambda: not len(outbox))
     assert await outbox.drained(PATIENCE_S)
     sending.cancel()
     with suppress(asyncio.CancelledError):
         await sending
     assert sent == told == wanted
-    assert await thread.do(Journal.letters) == []
+    assert await thread.outbox(OutboxTable.load) == []
 
 
 async def test_unsendable_letter_does_not_hold_up_the_others(thread: JournalThread) -> None:
     broker = MemoryBroker()
     bus = MemoryBus(broker, client_id="host")
     told: list[str] = []
-    outbox = Outbox(Post(bus, "/caesura/host/host-1"), thread, lambda letter, _: told.append(letter.event_id))
+    outbox = Outbox(bus, thread, lambda fact: told.append(fact.event_id))
     good = LETTERS.report(report("op"))
     async with running(bus):
-        outbox.queue(Letter("bad", "caesura.no-such.v1", {}, good.body), good)
+        outbox.queue(
+            OutboxMessage(event_id="bad", type="caesura.no-such.v1", topic="not/#/a topic", payload=b""), good
+        )
         sending = asyncio.create_task(outbox.run())
         assert await outbox.drained(patient(10))
         sending.cancel()
         with suppress(asyncio.CancelledError):
             await sending
     assert told == [good.event_id]
+
+
+async def test_a_fact_that_the_broker_refuses_does_not_hold_up_the_others(thread: JournalThread) -> None:
+    """The access rules miss a topic: all others are published, and nothing of the refused one is lost or out of order."""
+    allowed = asyncio.Event()
+    broker = MemoryBroker(may_publish=lambda _, topic: allowed.is_set() or not topic.endswith("/frozen"))
+    ear = Collector()
+    bus = MemoryBus(broker, client_id="host")
+    outbox = Outbox(bus, thread, lambda _: None, retry_s=0.01)
+    facts = [LETTERS.fact(frozen(f"op-{number}")) for number in range(3)]
+    ends = [LETTERS.report(report(f"op-{number}")) for number in range(3)]
+    async with (
+        running(MemoryBus(broker, client_id="ear", filters=["caesura/v1/#"]), ear.receive),
+        running(bus),
+    ):
+        for fact, end in zip(facts, ends, strict=True):
+            outbox.put(fact, state("op"))
+            outbox.put(end, state("op"))
+        sending = asyncio.create_task(outbox.run())
+        await ear.until(lambda deliveries: len(deliveries) == 3)
+        assert not await outbox.drained(PATIENCE_S), "what is refused is left"
+        assert [decode(each.topic, each.payload).header.id for each in ear.deliveries] == [
+            each.event_id for each in ends
+        ]
+        assert await thread.outbox(OutboxTable.load) == facts
+        assert (len(outbox), outbox.refused) == (3, 3)
+        assert "/frozen" in outbox.ping()
+        assert "access rules" in outbox.ping()
+        allowed.set()
+        await ear.until(lambda deliveries: len(deliveries) == 6)
+        assert await outbox.drained(PATIENCE_S)
+        sending.cancel()
+        with suppress(asyncio.CancelledError):
+            await sending
+    assert [decode(each.topic, each.payload).header.id for each in ear.deliveries][3:] == [
+        each.event_id for each in facts
+    ]
+    assert (len(outbox), outbox.refused, outbox.ping()) == (0, 0, "")
+    assert await thread.outbox(OutboxTable.load) == []
+
+
+async def test_facts_that_a_version_of_before_kept_are_published(tmp_path: Path) -> None:
+    """Its outbox and its verdicts held the data of a message; the event's id stays the same."""
+    path = tmp_path / "journal.sqlite"
+    fresh = Journal(str(path))
+    fresh.close()
+    one, two = report("op-1"), report("op-2")
+
+    def letter(message: OperationReported) -> bytes:
+        return msgspec.json.encode(
+            {
+                "event_id": LETTERS.report(message).event_id,
+                "type": message.TYPE,
+                "parameters": {"host": "host-1"},
+                "body": message,
+            }
+        )
+
+    with sqlite3.connect(path) as old:
+        old.executescript(
+            "DROP TABLE outbox; DROP TABLE outbox_1; PRAGMA user_version=2;"
+            "CREATE TABLE outbox (number INTEGER PRIMARY KEY AUTOINCREMENT, event_id TEXT NOT NULL UNIQUE, letter BLOB NOT NULL);"
+        )
+        old.execute("INSERT INTO outbox (event_id, letter) VALUES ('1', ?)", (letter(one),))
+        old.execute("INSERT INTO outbox (event_id, letter) VALUES ('x', '{\"damaged\": true}')")
+        old.execute("INSERT INTO verdict VALUES ('a', 'op-2', ?)", (letter(two),))
+    old.close()
+    thread = JournalThread()
+    for _ in range(2):
+        await thread.open(str(path), "blue")
+        (kept,) = await thread.outbox(OutboxTable.load)
+        (verdict,) = await thread.do(lambda journal: journal.verdicts("op-2"))
+        await thread.close()
+        for message, said in ((kept, one), (verdict, two)):
+            received = decode(message.topic, message.payload)
+            assert received.message == said
+            assert received.header.id == message.event_id == LETTERS.report(said).event_id
+            assert received.header.source == "/caesura/blue/host/host-1"
 
 
 async def test_broken_journal_says_so(tmp_path: Path) -> None:
@@ -236,8 +334,8 @@ async def test_broken_journal_says_so(tmp_path: Path) -> None:
 
 def test_the_newest_verdict_on_each_clock_is_kept_for_whoever_missed_it(tmp_path: Path) -> None:
     journal = Journal(str(tmp_path / "journal.sqlite"))
-    one = Letter("e1", "t", {}, msgspec.Raw(b"{}"))
-    two = Letter("e2", "t", {}, msgspec.Raw(b"{}"))
+    one = OutboxMessage(event_id="e1", type="t", topic="a", payload=b"{}")
+    two = OutboxMessage(event_id="e2", type="t", topic="a", payload=b"{}")
     journal.judged("web-1", "first", [one])
     assert [each.event_id for each in journal.verdicts("first")] == ["e1"]
     journal.judged("web-1", "second", [two])
@@ -311,7 +409,7 @@ def test_a_journal_with_a_flipped_bit_is_a_store_error_and_no_other(ram_path: Pa
             journal.authority()
             journal.find("op2")
             journal.unfinished()
-            journal.letters()
+            journal.outbox.load()
             journal.clock_waits()
             journal.verdicts("op")
         finally:

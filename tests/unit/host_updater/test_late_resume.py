@@ -11,15 +11,16 @@ from typing import Any
 import pytest
 
 from caesura.contract.messages import StartOperation
+from caesura.delivery.message import OutboxMessage, prepare
+from caesura.delivery.sqlite import OutboxTable
 from caesura_host_updater import startup
 from caesura_host_updater.clock import ClockWait
 from caesura_host_updater.command import Underway
 from caesura_host_updater.endings import Endings
 from caesura_host_updater.guard.plans import CgroupPlan
 from caesura_host_updater.guard.procfs import boot_id
-from caesura_host_updater.journal import Journal, JournalThread, Letter
+from caesura_host_updater.journal import JournalThread
 from caesura_host_updater.operation_state import Operation, VmPause
-from caesura_host_updater.outbox import letter_for
 from caesura_host_updater.pauses import PauseMarkers
 from caesura_host_updater.startup import Startup
 
@@ -68,15 +69,17 @@ async def test_its_resume_is_told_its_clock_is_looked_after_and_its_operation_en
     await journal.open(str(tmp_path / "journal.sqlite"))
     await journal.do(lambda j: j.accept(command, state, boot_id(), []))
     world: Any = Slow()
-    queued: list[Letter] = []
+    queued: list[OutboxMessage] = []
     waits: list[ClockWait] = []
     nothing: Any = SimpleNamespace(
         queue=lambda *letters: queued.extend(letters), expect=waits.extend, finished=lambda *_: None
     )
     place: dict[str, Any] = {"set": "web", "ud": 0, "vm": "a", "host": "host-1"}
     letters: Any = SimpleNamespace(
-        fact=lambda fact: letter_for(fact, fact.TYPE, place),
-        report=lambda report: letter_for(report, report.status, {"host": "host-1"}),
+        fact=lambda fact: prepare(fact, source="/s", event_id=fact.TYPE, at=fact.at, **place),
+        report=lambda report: prepare(
+            report, source="/s", event_id=report.status, at=report.at, host="host-1"
+        ),
     )
     endings = Endings(letters, journal=journal, outbox=nothing, clocks=nothing, metrics=nothing)
     starting = Startup(
@@ -91,11 +94,11 @@ async def test_its_resume_is_told_its_clock_is_looked_after_and_its_operation_en
         resumed={},
     )
     await starting.run(1)
-    assert await journal.do(Journal.letters) == [], "it is paused still"
+    assert await journal.outbox(OutboxTable.load) == [], "it is paused still"
     assert await endings.known("op") == Underway()
     world.go.set()
     await asyncio.gather(*starting.late)
     assert [each.type.split(".")[2] for each in queued] == ["frozen", "resumed", "reported"]
-    assert await journal.do(Journal.letters) == queued
+    assert await journal.outbox(OutboxTable.load) == queued
     assert [each.vm for each in waits] == ["a"]
     await journal.close()

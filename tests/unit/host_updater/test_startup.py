@@ -11,13 +11,14 @@ import pytest
 from structlog.testing import capture_logs
 
 from caesura.contract.messages import StartOperation
+from caesura.delivery.sqlite import OutboxTable
 from caesura_host_updater import startup
 from caesura_host_updater.drivers.port import DriverError, NotRunningYet
 from caesura_host_updater.guard import markers
 from caesura_host_updater.guard.plans import CgroupPlan
 from caesura_host_updater.guard.procfs import boot_id
 from caesura_host_updater.hostfile import HostFile, VmSpec
-from caesura_host_updater.journal import Journal, JournalThread
+from caesura_host_updater.journal import JournalThread
 from caesura_host_updater.operation_state import Operation, VmPause
 from caesura_host_updater.pauses import PauseMarkers
 from caesura_host_updater.service import HostUpdater
@@ -118,11 +119,11 @@ async def test_a_vm_that_was_taken_out_of_the_host_file_does_not_keep_the_host_f
     world: Any = Fleet("running")
     updater = updater_with(file, journal, driver=world, metrics=Nothing())
     await updater.recover()
-    told = await journal.do(Journal.letters)
-    assert [(each.type.split(".")[2], each.parameters.get("ud")) for each in told] == [
-        ("frozen", 3),
-        ("resumed", 3),
-        ("reported", None),
+    told = await journal.outbox(OutboxTable.load)
+    assert [each.topic.removeprefix("caesura/v1/host/host-1/") for each in told] == [
+        f"set/{vm.set}/ud/3/vm/removed/frozen",
+        f"set/{vm.set}/ud/3/vm/removed/resumed",
+        "operation",
     ]
     await journal.close()
 

@@ -1,0 +1,58 @@
+"""Where messages wait so that they outlive the process: the port, and the store that keeps them in memory.
+
+The SQLite store is in ``caesura.delivery.sqlite``; one suite (``tests/unit/delivery``) holds both to what is
+written here. A message is *added* by its owner, in the transaction that makes it true; ``ReliablePublisher`` only reads
+at start and removes what the broker has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Protocol
+
+from caesura.delivery.message import OutboxMessage
+
+
+class OutboxStore(Protocol):
+    """What is kept of an outbox. Nothing here holds the event loop; every method raises StoreError."""
+
+    async def add(self, messages: Sequence[OutboxMessage]) -> None:
+        """Keep these, all or none, behind what is kept already.
+
+        One whose id is kept already changes nothing. A retained message replaces those that wait on its topic.
+        """
+
+    async def load(self) -> list[OutboxMessage]:
+        """What is kept, in the order in which it was added. What nobody could read is dropped, and that is logged."""
+
+    async def remove(self, event_ids: Iterable[str]) -> None:
+        """Forget these, in one transaction. An id that is not kept changes nothing."""
+
+
+class MemoryOutbox:
+    """An outbox that does not outlive the process."""
+
+    def __init__(self) -> None:
+        self._kept: dict[str, OutboxMessage] = {}
+
+    async def add(self, messages: Sequence[OutboxMessage]) -> None:
+        """See ``OutboxStore.add``."""
+        for message in messages:
+            if message.event_id in self._kept:
+                continue
+            if message.retain:
+                older = [
+                    key for key, each in self._kept.items() if each.retain and each.topic == message.topic
+                ]
+                for key in older:
+                    del self._kept[key]
+            self._kept[message.event_id] = message
+
+    async def load(self) -> list[OutboxMessage]:
+        """See ``OutboxStore.load``."""
+        return list(self._kept.values())
+
+    async def remove(self, event_ids: Iterable[str]) -> None:
+        """See ``OutboxStore.remove``."""
+        for each in event_ids:
+            self._kept.pop(each, None)

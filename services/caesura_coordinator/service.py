@@ -10,7 +10,7 @@ from functools import partial
 import msgspec
 import structlog
 
-from caesura.bus.port import Bus, BusError, Will
+from caesura.bus.port import Bus, BusError, PublishRefused, Will
 from caesura.bus.post import Post
 from caesura.bus.presence import Presence, last_will
 from caesura.contract import messages as m
@@ -659,6 +659,9 @@ class Coordinator:
         """Whether the bus took it, or never will: either way the next one is tried."""
         try:
             await self.post.send(message, timeout_s=2.0, **parameters)
+        except PublishRefused as error:
+            if self._sampler.due(error.topic) is not None:
+                _log.error("coordinator.refused", topic=error.topic, why=str(error))
         except BusError as error:
             _log.debug("coordinator.not_sent", type=type(message).TYPE, why=str(error))
             return False
@@ -699,13 +702,15 @@ class Coordinator:
             self._outbox_filled.clear()
             if not self.leads:
                 continue
-            while not loaded:
+            if not loaded:
                 try:
                     await self.publisher.load()
-                    loaded = True
                 except StoreError as error:
                     _log.error("outbox.not_loaded", why=str(error))
                     await asyncio.sleep(TICK_S)
+                    self._outbox_filled.set()
+                    continue
+                loaded = True
             self.store.left_over = 0
             self._hand_over()
             removals, self._to_remove = self._to_remove, []

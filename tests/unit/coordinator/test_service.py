@@ -774,6 +774,25 @@ async def test_a_command_that_cannot_be_sent_holds_up_no_other(world: World) -> 
         assert await one._try_send(command, host="h1"), "the next one is tried"
 
 
+async def test_a_command_that_the_broker_refuses_holds_up_no_other(
+    world: World, host: Callable[..., Any], build: Callable[..., Any]
+) -> None:
+    """Access rules that miss one host: the others of the wave are commanded, and that it is refused is logged."""
+    refused = "caesura/v1/fleet/host/h1/operation/start"
+    world.broker.may_publish = lambda client, topic: client != "c" or topic != refused
+    with capture_logs() as logs:
+        async with world.coordinator() as one:
+            await eventually(lambda: one.leads)
+            mine = {"epoch": one.authority.epoch, "coordinator": one.authority.coordinator}
+            for name in ("h1", "h2", "h3"):
+                await world.host(host(name, build(f"vm-{name}", f"set-{name}", agent=False), **mine))
+            await eventually(lambda: len(one.fleet.inventories) == 3)
+            request = m.RolloutRequested(request="q", update="patch", policy=m.Policy(notice_s=0.05))
+            assert (await world.ask(request)).accepted
+            await eventually(lambda: {each.host for each in world.of(m.StartOperation)} == {"h2", "h3"})
+    assert [each["topic"] for each in logs if each["event"] == "coordinator.refused"] == [refused]
+
+
 def _small(name: str) -> m.VmRecord:
     return m.VmRecord(vm=name, set="web", update_domain=0, state="running", methods=("freeze",))
 

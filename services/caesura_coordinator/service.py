@@ -17,6 +17,7 @@ from caesura.contract.envelope import Message, source_of
 from caesura.contract.names import is_name
 from caesura.contract.reasons import ReasonCode
 from caesura.contract.topics import PREFIX, TopicError, channel_of
+from caesura.lifecycle.commands import COMMANDS
 from caesura.lifecycle.epoch import epoch_floor, leaps
 from caesura.lifecycle.errors import IllegalTransition
 from caesura.runtime.errors import CaesuraError, StoreError
@@ -26,7 +27,7 @@ from caesura_coordinator.admission import outlived
 from caesura_coordinator.answers import REASON_CHARACTERS, with_plan
 from caesura_coordinator.book import Book
 from caesura_coordinator.commands import due_commands
-from caesura_coordinator.fleet import Fleet
+from caesura_coordinator.fleet import Fleet, why_outdated
 from caesura_coordinator.inputs import Abort, Approve, Authority, Input, RequestRefused, Resume, Tick
 from caesura_coordinator.owners import Owners
 from caesura_coordinator.plan import make_plan, most_targets, nothing_to_do, sets_of
@@ -94,7 +95,9 @@ def subscriptions() -> list[str]:
 
 def presence(authority: Authority, *, online: bool) -> m.CoordinatorPresence:
     """The coordinator's presence, also as its last will."""
-    return m.CoordinatorPresence(coordinator=authority.coordinator, epoch=authority.epoch, online=online)
+    return m.CoordinatorPresence(
+        coordinator=authority.coordinator, epoch=authority.epoch, online=online, commands=COMMANDS
+    )
 
 
 def last_will(authority: Authority, fleet: str) -> bytes:
@@ -351,6 +354,10 @@ class Coordinator:
                 ours=self.authority.epoch,
                 advice=ABOVE_OURS,
             )
+        if (outdated := why_outdated(inventory)) and (
+            before is None or before.commands != inventory.commands
+        ):
+            _log.error("host.outdated", host=inventory.host, why=outdated)
         counting = self.owners.reported(inventory)
         self.fleet = self.fleet.with_inventories(counting)
         self._owners_changed.set()

@@ -10,6 +10,7 @@ from msgspec.structs import replace
 from caesura.contract.codec import MAX_PAYLOAD_BYTES, size_bytes
 from caesura.contract.fitting import fits, fitted
 from caesura.contract.messages import HostInventory, InstalledUpdate, ProofCode, VmRecord, VmState
+from caesura.lifecycle.commands import COMMANDS
 from caesura.lifecycle.proof import ordered
 from caesura_host_updater.command import Authority
 from caesura_host_updater.drivers.port import Capabilities
@@ -108,6 +109,7 @@ def inventory(
             guard=guard,
             refused_epoch=refused_epoch,
             installed=installed,
+            commands=COMMANDS,
         )
     )
     if fits(whole):

@@ -9,10 +9,10 @@ from datetime import UTC, datetime, timedelta
 import msgspec
 import structlog
 
-from caesura.bus.port import Bus, BusError
+from caesura.bus.port import Bus, BusError, Delivery
 from caesura.bus.post import Post
 from caesura.contract import messages as m
-from caesura.contract.codec import MAX_PAYLOAD_BYTES, ContractError, Received, encode, size_bytes
+from caesura.contract.codec import MAX_PAYLOAD_BYTES, ContractError, Received, encode, request_in, size_bytes
 from caesura.contract.envelope import Message, source_of
 from caesura.contract.names import is_name
 from caesura.contract.reasons import ReasonCode
@@ -444,12 +444,15 @@ class Coordinator:
         else:
             self._early.append((client, request, late))
 
-    async def _on_refused(self, topic: str, error: ContractError) -> None:
+    async def _on_refused(self, delivery: Delivery, error: ContractError) -> None:
         """An operator's request that breaks the contract is answered too, as far as its topic tells who asked."""
-        parts = topic.removeprefix(PREFIX + "/").split("/")
+        parts = delivery.topic.removeprefix(PREFIX + "/").split("/")
         if len(parts) == 3 and parts[0] == "ctl" and is_name(parts[1]):
             answer = m.RequestAnswered(
-                request="unreadable", accepted=False, reason=str(error)[:1000], codes=("message_invalid",)
+                request=request_in(delivery.payload) or "unreadable",
+                accepted=False,
+                reason=f"the coordinator cannot read this request; is it of a newer version? {error}"[:1000],
+                codes=("message_invalid",),
             )
             try:
                 self.book.remember_answer(parts[1], answer)

@@ -249,7 +249,8 @@ class Refusal(Record, frozen=True, kw_only=True):
 
     subject: Text
     reason: Text
-    code: Code
+    code: Code = "unexplained"
+    """Always written; a coordinator of before 0.1.0 had no codes."""
 
 
 class Plan(Record, frozen=True, kw_only=True):

@@ -148,7 +148,7 @@ DESCRIPTIONS: Final[Mapping[ReasonCode, str]] = {
     "host_rebooted": "The host was restarted during the operation.",
     "report_lost": "A host did not report in time how its operation ended.",
     "result_missing": "A host's report says nothing about one of its VMs.",
-    "unexplained": "A host of an older version reported a failure in words only.",
+    "unexplained": "A host or coordinator of an older version said in words only what was wrong.",
     "clock_unsynced": "A guest's clock is off by more than the bound, or could not be corrected.",
     "clock_unknown": "There is no verdict on a guest's clock.",
 }

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from hypothesis import Phase, settings
@@ -26,6 +29,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         marker = item.get_closest_marker("timeout")
         seconds = float(marker.args[0]) if marker is not None else usual_s
         item.add_marker(pytest.mark.timeout(patient(seconds)), append=False)
+
+
+@pytest.fixture
+def ram_path() -> Iterator[Path]:
+    """A folder in memory, for a test that writes so often that a busy disk would take minutes over it."""
+    shm = Path("/dev/shm")  # noqa: S108 - the kernel's tmpfs is meant
+    with tempfile.TemporaryDirectory(
+        prefix="caesura-test-", dir=shm if os.access(shm, os.W_OK) else None
+    ) as folder:
+        yield Path(folder)
 
 
 def pytest_report_header() -> str:

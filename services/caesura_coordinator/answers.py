@@ -1,12 +1,11 @@
-"""Answers with plans that fit into a message. Pure."""
+"""Answers with plans. Pure."""
 
 from __future__ import annotations
 
 import msgspec
 
 from caesura.contract import messages as m
-from caesura.contract.codec import MAX_PAYLOAD_BYTES, size_bytes
-from caesura.contract.fitting import fitted
+from caesura.contract.parts import answer_in_parts
 from caesura_coordinator.inputs import RequestRefused
 
 REASON_CHARACTERS = 4000
@@ -22,12 +21,15 @@ def with_plan(
     rollout: str = "",
     note: str = "",
 ) -> m.RequestAnswered:
-    """The answer with the plan, its texts cut if need be; when it is too large even so, without it and saying so.
+    """The answer with the plan, which is sent in parts where it does not fit into one message.
 
     Args:
         reason: why it is refused; empty: it is accepted.
         codes: of ``reason``, or of ``note``.
         note: what is to be said of one that is accepted.
+
+    Raises:
+        RequestRefused: not even in parts can the plan be sent.
     """
     whole = m.RequestAnswered(
         request=request,
@@ -37,15 +39,11 @@ def with_plan(
         plan=plan,
         rollout=rollout,
     )
-    answer = msgspec.structs.replace(fitted(whole), reason=whole.reason)
-    size = size_bytes(answer)
-    if size <= MAX_PAYLOAD_BYTES:
-        return answer
+    if answer_in_parts(whole)[0].plan_parts <= m.MOST_PARTS:
+        return whole
     if rollout or reason or note:
-        return msgspec.structs.replace(answer, plan=None)
-    vms = sum(len(wave.vms) for wave in plan.waves)
+        return msgspec.structs.replace(whole, plan=None)
+    vms = sum(len(wave.vms) for wave in plan.waves) + len(plan.skipped)
     raise RequestRefused(
-        "too_large",
-        f"the plan for {vms} VMs is too large for a message ({size} bytes of {MAX_PAYLOAD_BYTES}): "
-        "select fewer sets or hosts at a time",
+        "too_large", f"the plan for {vms} VMs is too large to be sent: select fewer sets or hosts at a time"
     )

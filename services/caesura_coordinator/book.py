@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import datetime
+from typing import Literal
 
 import msgspec
 import structlog
@@ -21,7 +22,9 @@ from caesura.contract.messages import (
     ScheduledEvent,
     SetDocument,
     WaveChanged,
+    WaveState,
 )
+from caesura.contract.parts import answer_in_parts
 from caesura.contract.reasons import ReasonCode
 from caesura.lifecycle import document as documents
 from caesura_coordinator.fleet import Fleet
@@ -37,24 +40,36 @@ from caesura_coordinator.inputs import (
     RolloutMoved,
     WaveMoved,
 )
-from caesura_coordinator.records import FINAL, Rollout, Wave, WaveEvent, looks_different, rollout_state
+from caesura_coordinator.records import FINAL, Rollout, Wave, WaveEvent, rollout_state, with_etags
 from caesura_coordinator.rollout import after_restart, decide
 from caesura_coordinator.store import Store
 
 _SHOWN = 50
 """How many ended rollouts stay on the bus as retained messages; the store keeps more."""
+_SHOWN_WITH_WAVES = 5
+"""Of these, how many with their waves: whoever subscribes gets them all at once."""
 _KEPT = 500
 """How many rollouts the store and the memory keep."""
-_ANSWERS_KEPT = 1000
 
 _NO_RECORD = "the coordinator that scheduled it has lost its record"
 _NO_RECORD_CODES: tuple[ReasonCode, ...] = ("record_missing",)
+Shown = Literal["with waves", "without waves", "hidden"]
+"""How much of a rollout is retained on the bus."""
+
 _log = structlog.get_logger("caesura.coordinator")
 
 _DESCRIPTION = {
     "Freeze": "Host server is undergoing maintenance.",  # the wording of Azure for an in-place host update
     "Reboot": "Host server is undergoing maintenance that needs a reboot.",
 }
+
+
+class Removal(msgspec.Struct, frozen=True):
+    """What must be removed from the bus of a rollout: its waves, and unless it stays shown, the rollout."""
+
+    rollout: str
+    waves: int
+    whole: bool
 
 
 class Book:
@@ -69,7 +84,7 @@ class Book:
         self.store = store
         self.rollouts: dict[str, Rollout] = {each.id: after_restart(each, now) for each in store.rollouts()}
         self.documents: dict[str, SetDocument] = store.documents()
-        self._cleared: set[str] = set()
+        self._shown = self._to_show()
 
     @property
     def active(self) -> list[Rollout]:
@@ -91,8 +106,10 @@ class Book:
         Raises:
             StoreError: nothing changed, in memory or on disk.
         """
+        rollout, waves = with_etags(rollout)
         with self.store.transaction():
             self.store.save_rollout(rollout)
+            self._enqueue_waves(waves)
             self.store.enqueue(rollout_state(rollout), rollout=rollout.id)
             self._keep_answer(client, answer)
         self.rollouts[rollout.id] = rollout
@@ -121,7 +138,7 @@ class Book:
         if changed == rollout and not effects and answer is None:
             return rollout
         with self._all_or_nothing():
-            self._write(rollout, changed, effects, now)
+            changed = self._write(rollout, changed, effects, now)
             if answer is not None:
                 self._keep_answer(*answer)
         self._believe(changed, effects)
@@ -138,12 +155,22 @@ class Book:
             self.documents = held
             raise
 
-    def _write(self, before: Rollout, changed: Rollout, effects: Iterable[Effect], now: datetime) -> None:
+    def _write(self, before: Rollout, changed: Rollout, effects: Iterable[Effect], now: datetime) -> Rollout:
+        """Store a decision and what announces it; gives back the rollout as it is stored."""
+        changed, waves = with_etags(changed, before)
         self.store.save_rollout(changed, before)
         for effect in effects:
             self._perform(changed, effect, now)
-        if looks_different(before, changed):
-            self.store.enqueue(rollout_state(changed), rollout=changed.id)
+        # The waves first: a reader has the rollout whole when the rollout arrives.
+        self._enqueue_waves(waves)
+        state = rollout_state(changed)
+        if waves or state != rollout_state(before):
+            self.store.enqueue(state, rollout=changed.id)
+        return changed
+
+    def _enqueue_waves(self, waves: Iterable[WaveState]) -> None:
+        for wave in waves:
+            self.store.enqueue(wave, rollout=wave.rollout, wave=wave.wave)
 
     def _believe(self, changed: Rollout, effects: Iterable[Effect]) -> None:
         self.rollouts[changed.id] = changed
@@ -212,58 +239,56 @@ class Book:
                 if document.set in rollout.sets:
                     known = fleet.with_commanded(self._commanded_by_others(rollout))
                     changed, effects = decide(rollout, found, known, authority, now)
-                    self._write(rollout, changed, effects, now)
-                    halted.append((changed, effects))
+                    halted.append((self._write(rollout, changed, effects, now), effects))
         _log.warning("document.adopted", set=document.set, incarnation=document.incarnation)
         for changed, effects in halted:
             self._believe(changed, effects)
 
-    def end_unknown(self, published: RolloutState, now: datetime) -> None:
+    def end_unknown(self, published: RolloutState, now: datetime) -> Removal | None:
         """End a rollout on the bus that no record here knows of: nobody leads it any more, and it would last for ever.
 
-        What it paused the hosts resume by themselves, its scheduled events end when their document is taken up.
+        What it paused the hosts resume by themselves, its scheduled events end when their document is taken up. Its waves go: what is
+        in them nobody can vouch for.
 
         Raises:
             StoreError: nothing was said; it is tried again when the rollout is heard of again.
         """
         if published.rollout in self.rollouts or published.status in {"completed", "aborted"}:
-            return
-        waves = []
+            return None
         with self.store.transaction():
-            for wave in published.waves:
-                if wave.status in {"scheduled", "started", "verifying", "soaking"}:
-                    wave = msgspec.structs.replace(  # noqa: PLW2901
-                        wave,
-                        status="cancelled" if wave.status == "scheduled" else "failed",
+            wave, status = published.current_wave, published.current_status
+            if wave is not None and status in {"scheduled", "started", "verifying", "soaking"}:
+                self.store.enqueue(
+                    WaveChanged(
+                        rollout=published.rollout,
+                        wave=wave,
+                        status="cancelled" if status == "scheduled" else "failed",
+                        domains={},
                         reason=_NO_RECORD,
                         codes=_NO_RECORD_CODES,
-                        ended_at=now,
-                    )
-                    self.store.enqueue(
-                        WaveChanged(
-                            rollout=published.rollout,
-                            wave=wave.wave,
-                            status=wave.status,
-                            domains=wave.domains,
-                            hosts=wave.hosts,
-                            reason=_NO_RECORD,
-                            codes=_NO_RECORD_CODES,
-                            at=now,
-                        ),
-                        rollout=published.rollout,
-                        wave=wave.wave,
-                    )
-                waves.append(wave)
+                        at=now,
+                    ),
+                    rollout=published.rollout,
+                    wave=wave,
+                )
             ended = msgspec.structs.replace(
                 published,
                 status="aborted",
                 reason=_NO_RECORD,
                 codes=_NO_RECORD_CODES,
-                waves=tuple(waves),
+                wave_etags=(),
                 ended_at=now,
             )
             self.store.enqueue(ended, rollout=published.rollout)
         _log.warning("rollout.ended_unknown", rollout=published.rollout, was=published.status, why=_NO_RECORD)
+        return Removal(published.rollout, published.wave_count, whole=False)
+
+    def outlived(self, published: RolloutState) -> Removal | None:
+        """What is to be removed of a rollout that the bus shows and ours is past: a broker may bring back what it had."""
+        shown = self._shown.get(published.rollout)
+        if shown is None or shown == "with waves" or (shown == "without waves" and not published.wave_etags):
+            return None
+        return Removal(published.rollout, published.wave_count, whole=shown == "hidden")
 
     def reassert(self, published: SetDocument) -> None:
         """Another coordinator's document is on the bus though we lead: publish ours again, above it.
@@ -295,43 +320,63 @@ class Book:
             self.documents.update(fresh)
         return bool(fresh)
 
-    def republish(self) -> list[str]:
-        """Put every retained document and rollout into the outbox again; ids of rollouts to clear from the bus.
+    def republish(self) -> None:
+        """Put everything that is retained into the outbox again.
 
         Raises:
             StoreError: nothing was put there.
         """
-        hidden = self._hidden()
         with self.store.transaction():
             for document in self.documents.values():
                 self.store.enqueue(document, set=document.set)
-            for rollout in self.rollouts.values():
-                if rollout.id not in hidden:
-                    self.store.enqueue(rollout_state(rollout), rollout=rollout.id)
-        self._cleared.clear()  # a broker may have brought them back
-        return self.forget()
+            for rollout, shown in [(self.rollouts[name], how) for name, how in self._to_show().items()]:
+                if shown == "with waves":
+                    # Etags anew: this version may publish a wave in other words than the one that stored it.
+                    current, waves = with_etags(rollout)
+                    self.rollouts[rollout.id] = current
+                    self._enqueue_waves(waves)
+                    self.store.enqueue(rollout_state(current), rollout=rollout.id)
+                elif shown == "without waves":
+                    self.store.enqueue(rollout_state(rollout, with_waves=False), rollout=rollout.id)
 
-    def forget(self) -> list[str]:
-        """Drop what is old and at its end, from the store and from memory; ids to clear from the bus.
+    def forget(self) -> list[Removal]:
+        """Drop what is old and at its end, from the store and from memory; gives back what is to be removed from the bus.
 
         A rollout that still holds its sets is never old.
 
         Raises:
             StoreError: nothing was dropped.
         """
-        hidden = self._hidden()
+        shown = self._to_show()
+        hidden = [name for name, how in shown.items() if how == "hidden"]
         old = hidden[: max(0, len(self.rollouts) - _KEPT)]
-        self.store.forget(old, answers_kept=_ANSWERS_KEPT)
+        removals = []
+        with self.store.transaction():
+            for name, how in shown.items():
+                if how in {"with waves", self._shown.get(name, "with waves")}:
+                    continue
+                rollout = self.rollouts[name]
+                removals.append(Removal(name, len(rollout.waves), whole=how == "hidden"))
+                if how == "without waves":
+                    self.store.enqueue(rollout_state(rollout, with_waves=False), rollout=name)
+        self.store.forget(old)
         for name in old:
             del self.rollouts[name]
-        fresh = [name for name in hidden if name not in self._cleared]
-        self._cleared = set(hidden) - set(old)
-        return fresh
+            del shown[name]
+        self._shown = shown
+        return removals
 
-    def _hidden(self) -> list[str]:
-        """Ended rollouts beyond the newest that are shown on the bus, oldest first."""
-        ended = [each.id for each in self.rollouts.values() if not each.active]
-        return ended[: max(0, len(ended) - _SHOWN)]
+    def _to_show(self) -> dict[str, Shown]:
+        """Rollout to how much of it the bus shows: all of the active ones, and of the ended ones the newest."""
+        shown: dict[str, Shown] = {}
+        ended = sum(not each.active for each in self.rollouts.values())
+        for each in self.rollouts.values():  # oldest first
+            if each.active or ended <= _SHOWN_WITH_WAVES:
+                shown[each.id] = "with waves"
+            else:
+                shown[each.id] = "without waves" if ended <= _SHOWN else "hidden"
+            ended -= not each.active
+        return shown
 
     def remember_answer(self, client: str, answer: RequestAnswered) -> None:
         """Store an answer that changed nothing else, and announce it.
@@ -345,6 +390,21 @@ class Book:
     def _keep_answer(self, client: str, answer: RequestAnswered) -> None:
         if answer.request:
             self.store.save_answer(client, answer)
+        self._enqueue_answer(client, answer)
+
+    def repeat_answer(self, client: str, answer: RequestAnswered) -> None:
+        """Send an answer that is stored once more.
+
+        Raises:
+            StoreError: it is not sent.
+        """
+        with self.store.transaction():
+            self._enqueue_answer(client, answer)
+
+    def _enqueue_answer(self, client: str, answer: RequestAnswered) -> None:
+        answer, parts = answer_in_parts(answer)
+        for part in parts:
+            self.store.enqueue(part, client=client, part=part.part)
         self.store.enqueue(answer, client=client)
 
     def _perform(self, rollout: Rollout, effect: Effect, now: datetime) -> None:

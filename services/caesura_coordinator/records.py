@@ -8,8 +8,11 @@ from typing import Literal
 
 import msgspec
 
+from caesura.contract.envelope import Message
 from caesura.contract.fitting import fits
 from caesura.contract.messages import (
+    EPOCH_MOST,
+    EventChanged,
     EventStatus,
     EventType,
     FailedUpdate,
@@ -24,6 +27,7 @@ from caesura.contract.messages import (
     WaveState,
     WaveStatus,
 )
+from caesura.contract.parts import etag_of
 from caesura.contract.reasons import KNOWN
 
 _NAMESPACE = uuid.UUID("6f1d4e52-6f0b-5e0a-9a51-0c1f3a7f3f0e")
@@ -38,6 +42,7 @@ _FAILED_NAMED = 16
 _OUTPUTS_SHOWN = 3
 """Of those, hosts whose output is published with it."""
 _OUTPUT_CHARACTERS = 2048
+_NO_ETAG = "0" * 12
 
 
 class Frozen(msgspec.Struct, frozen=True, kw_only=True):
@@ -93,6 +98,8 @@ class Wave(Frozen, frozen=True, kw_only=True):
     index: int
     domains: dict[str, int]
     vms: tuple[PlannedVm, ...]
+    etag: str = ""
+    """Of its published state; empty before it has one."""
     attempt: int = 0
     status: WaveStatus = "pending"
     reason: str = ""
@@ -217,9 +224,14 @@ def operation_id(rollout: Rollout, wave: Wave, host: str, epoch: int) -> str:
     return str(uuid.uuid5(_NAMESPACE, name))
 
 
-def rollout_state(rollout: Rollout) -> RolloutState:
-    """The rollout as it is published."""
-    state = RolloutState(
+def rollout_state(rollout: Rollout, *, with_waves: bool = True) -> RolloutState:
+    """The rollout as it is published beside its waves.
+
+    Args:
+        with_waves: whether its waves are retained, too.
+    """
+    current = rollout.current
+    return RolloutState(
         rollout=rollout.id,
         update=rollout.update,
         hold_s=rollout.hold_s,
@@ -228,70 +240,24 @@ def rollout_state(rollout: Rollout) -> RolloutState:
         codes=rollout.codes,
         policy=rollout.policy,
         sets=rollout.sets,
-        waves=tuple(_wave_state(wave) for wave in rollout.waves),
+        wave_count=len(rollout.waves),
+        waves_completed=sum(wave.status == "completed" for wave in rollout.waves),
+        current_wave=current.index if current is not None else None,
+        current_status=current.status if current is not None else None,
+        wave_etags=tuple(wave.etag for wave in rollout.waves) if with_waves else (),
         estimate_s=rollout.estimate_s,
         requested_by=rollout.requested_by,
         created_at=rollout.created_at,
         ended_at=rollout.ended_at,
     )
-    if not any(wave.failed_updates for wave in state.waves) or fits(state):
-        return state
-    # What an update wrote gives way: where everything is must be known.
-    silent = [
-        msgspec.structs.replace(
-            wave,
-            failed_updates=tuple(
-                msgspec.structs.replace(each, output_tail="") for each in wave.failed_updates
-            ),
-        )
-        for wave in state.waves
-    ]
-    return msgspec.structs.replace(state, waves=tuple(silent))
 
 
-def looks_different(before: Rollout, after: Rollout) -> bool:
-    """Whether the two are published differently; looks only at the waves that changed, since most never do at once."""
-    heads = [msgspec.structs.replace(each, waves=()) for each in (before, after)]
-    return heads[0] != heads[1] or any(
-        _wave_state(one) != _wave_state(two)
-        for one, two in zip(before.waves, after.waves, strict=True)
-        if one is not two
-    )
-
-
-def largest_state(rollout: Rollout) -> RolloutState:
-    """The largest message that this rollout may come to be announced with: every event approved, two long reasons."""
-    state = rollout_state(rollout)
-    at = rollout.created_at.replace(microsecond=999999)
-    waves = []
-    for wave in state.waves:
-        events = {name: str(_NAMESPACE) for name in wave.domains}
-        waves.append(
-            msgspec.structs.replace(
-                wave,
-                status="cancelled",
-                events=events,
-                approved=tuple(events),
-                not_before=at,
-                started_at=at,
-                ended_at=at,
-            )
-        )
-    failed = FailedUpdate(host="h" * 64, outcome="interrupted", exit_code=-255)
-    waves[-1] = msgspec.structs.replace(
-        waves[-1],
-        reason="?" * 4096,
-        codes=tuple(KNOWN),
-        failed_updates=(failed,) * min(_FAILED_NAMED, len(waves[-1].hosts)),
-    )
-    return msgspec.structs.replace(
-        state, status="completed", reason="?" * 4096, codes=tuple(KNOWN), waves=tuple(waves), ended_at=at
-    )
-
-
-def _wave_state(wave: Wave) -> WaveState:
-    return WaveState(
+def wave_state(rollout: str, wave: Wave) -> WaveState:
+    """The wave as it is published, of the rollout with this id."""
+    state = WaveState(
+        rollout=rollout,
         wave=wave.index,
+        etag=_NO_ETAG,
         status=wave.status,
         domains=wave.domains,
         hosts=wave.hosts,
@@ -305,6 +271,84 @@ def _wave_state(wave: Wave) -> WaveState:
         codes=wave.codes or wave.waiting_codes,
         failed_updates=_failed_updates(wave),
     )
+    if state.failed_updates and not fits(state):
+        # What an update wrote gives way: where everything is must be known.
+        silent = tuple(msgspec.structs.replace(each, output_tail="") for each in state.failed_updates)
+        state = msgspec.structs.replace(state, failed_updates=silent)
+    return msgspec.structs.replace(state, etag=etag_of(state))
+
+
+def with_etags(rollout: Rollout, before: Rollout | None = None) -> tuple[Rollout, list[WaveState]]:
+    """The rollout with the etags of its waves, and the states of the waves that are published differently now.
+
+    Args:
+        before: what was published last: its waves have their etags, and those that are the same objects are not looked at, since
+            most waves never change at once.
+    """
+    known = before.waves if before is not None else (None,) * len(rollout.waves)
+    waves, states = [], []
+    for wave, old in zip(rollout.waves, known, strict=True):
+        if wave is old and wave.etag:
+            waves.append(wave)
+            continue
+        state = wave_state(rollout.id, wave)
+        if old is None or state.etag != old.etag:
+            states.append(state)
+        waves.append(wave if wave.etag == state.etag else msgspec.structs.replace(wave, etag=state.etag))
+    return msgspec.structs.replace(rollout, waves=tuple(waves)), states
+
+
+def largest_states(rollout: Rollout) -> list[Message]:
+    """The largest messages that this rollout may come to be announced with: every event approved, long reasons; a set's document."""
+    at = rollout.created_at.replace(microsecond=999999)
+    head = msgspec.structs.replace(
+        rollout_state(with_etags(rollout)[0]),
+        status="completed",
+        reason="?" * 4096,
+        codes=tuple(KNOWN),
+        ended_at=at,
+    )
+    found: list[Message] = [head]
+    failed = FailedUpdate(host="h" * 64, outcome="interrupted", exit_code=-255)
+    for wave in rollout.waves:
+        events = {name: str(_NAMESPACE) for name in wave.domains}
+        found.append(
+            msgspec.structs.replace(
+                wave_state(rollout.id, wave),
+                status="cancelled",
+                events=events,
+                approved=tuple(events),
+                not_before=at,
+                started_at=at,
+                ended_at=at,
+                reason="?" * 4096,
+                codes=tuple(KNOWN),
+                failed_updates=(failed,) * min(_FAILED_NAMED, len(wave.hosts)),
+            )
+        )
+        resources: dict[str, list[str]] = {}
+        for vm in wave.vms:
+            resources.setdefault(vm.set, []).append(vm.vm)
+        found += [
+            EventChanged(
+                event_id=str(_NAMESPACE),
+                set=name,
+                event_type=rollout.event_type,
+                status="cancelled",
+                resources=tuple(vms),
+                incarnation=EPOCH_MOST,
+                rollout=rollout.id,
+                wave=wave.index,
+                not_before=at,
+                approved_by="v" * 63,
+                reason="?" * 4096,
+                codes=tuple(KNOWN),
+                approval_delay_s=0.123456789,
+                at=at,
+            )
+            for name, vms in resources.items()
+        ]
+    return found
 
 
 def _failed_updates(wave: Wave) -> tuple[FailedUpdate, ...]:

@@ -25,13 +25,13 @@ from caesura.runtime.identity import new_id
 from caesura.runtime.sampler import Sampler
 from caesura_coordinator.admission import outlived
 from caesura_coordinator.answers import REASON_CHARACTERS, with_plan
-from caesura_coordinator.book import Book
+from caesura_coordinator.book import Book, Removal
 from caesura_coordinator.commands import due_commands
 from caesura_coordinator.fleet import Fleet, why_outdated
 from caesura_coordinator.inputs import Abort, Approve, Authority, Input, RequestRefused, Resume, Tick
 from caesura_coordinator.owners import Owners
 from caesura_coordinator.plan import make_plan, most_targets, nothing_to_do, sets_of
-from caesura_coordinator.records import largest_state, new_rollout
+from caesura_coordinator.records import Rollout, largest_states, new_rollout
 from caesura_coordinator.rollout import RESTART_GRACE_S
 from caesura_coordinator.store import Store, Unsendable
 
@@ -54,6 +54,27 @@ _log = structlog.get_logger("caesura.coordinator")
 Request = m.RolloutRequested | m.FreezeRequested | m.AbortRequested | m.ResumeRequested
 
 
+def _too_large(message: Message, rollout: Rollout) -> str:
+    """Why a rollout cannot be announced, by the message that would be too large."""
+    size = f"{size_bytes(message)} bytes of {MAX_PAYLOAD_BYTES}"
+    match message:
+        case m.WaveState():
+            return (
+                f"wave {message.wave + 1} with {len(message.vms)} VMs is too large to be announced ({size}): let fewer hosts be in "
+                "a wave (--max-hosts), or select fewer sets at a time"
+            )
+        case m.EventChanged():
+            return (
+                f"set {message.set} has {len(message.resources)} VMs in one wave, too many for its scheduled event ({size}): let "
+                "fewer hosts be in a wave (--max-hosts), or put its VMs in more sets or domains"
+            )
+        case _:
+            return (
+                f"a rollout over {len(rollout.sets)} sets in {len(rollout.waves)} waves is too large to be announced ({size}): select "
+                "fewer sets at a time"
+            )
+
+
 class NoEpochLeft(CaesuraError):
     """There is no epoch above the one in the store, or above what the bus shows to an empty store."""
 
@@ -74,6 +95,7 @@ def subscriptions() -> list[str]:
     """The filters that the coordinator needs."""
     kinds = (
         m.HostInventory,
+        m.InventoryPart,
         m.HostPresence,
         m.OperationReported,
         m.VmClockSynced,
@@ -137,7 +159,7 @@ class Coordinator:
         self._settle_s = settle_s
         self._announce_s = announce_s
         self._now = now
-        self._to_clear: list[str] = []
+        self._to_remove: list[Removal] = []
         self._early: list[tuple[str, Request, str]] = []
         self._early_facts: list[Input] = []
         self._early_documents: dict[str, tuple[m.SetDocument, str]] = {}
@@ -151,7 +173,8 @@ class Coordinator:
         self._superseded: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._last_sent: dict[tuple[str, str], float] = {}
         for kind, receiver in self._receivers():
-            self.post.on(kind, receiver)
+            # Of what others say of rollouts only that they are there matters, not what is in their waves.
+            self.post.on(kind, receiver, whole=kind is not m.RolloutState)
         self.post.on_cleared(m.HostInventory, self._on_host_removed)
         self.post.on_cleared(m.VmOwner, self._on_owner_removed)
 
@@ -209,7 +232,7 @@ class Coordinator:
         # What was heard meanwhile counts before time does: nothing is awaited until it is taken in.
         rollouts, self._early_rollouts = self._early_rollouts, {}
         for rollout in rollouts.values():
-            self._end_unknown(rollout)
+            self._take_rollout(rollout)
         facts, self._early_facts = self._early_facts, []
         for fact in facts:
             self._step_all(fact)
@@ -217,7 +240,7 @@ class Coordinator:
         for client, request, late in early:
             self._answer(client, request, late)
         await self._announce()
-        await self._republish()  # the broker may have lost what is retained while this one was away
+        self._republish()  # the broker may have lost what is retained while this one was away
         self._changed.set()
         await self._superseded
 
@@ -260,24 +283,26 @@ class Coordinator:
         self.owners.reconnected()
         self._owners_changed.set()
         await self._announce()
-        await self._republish()
+        self._republish()
 
-    async def _republish(self) -> None:
+    def _republish(self) -> None:
         """Put what is retained on the bus again."""
         try:
-            hidden = self.book.republish()
+            self.book.republish()
         except StoreError as error:
             _log.error("coordinator.not_republished", why=str(error))
-            return
         self._outbox_filled.set()
-        await self._clear(hidden)
 
-    async def _clear(self, rollouts: Iterable[str]) -> None:
-        for name in rollouts:
+    async def _remove(self, removals: Iterable[Removal]) -> None:
+        for each in removals:
             try:
-                await self.post.clear(m.RolloutState, rollout=name)
+                for wave in range(each.waves):
+                    await self.post.clear(m.WaveState, rollout=each.rollout, wave=wave)
+                if each.whole:
+                    await self.post.clear(m.RolloutState, rollout=each.rollout)
             except BusError as error:
-                _log.debug("rollout.not_cleared", rollout=name, why=str(error))  # the next connect does it
+                # What stays is heard again with the next connection.
+                _log.debug("rollout.not_removed", rollout=each.rollout, why=str(error))
                 return
 
     def _open_sets(self, sets: Iterable[str]) -> None:
@@ -417,15 +442,18 @@ class Coordinator:
 
     async def _on_rollout(self, rollout: m.RolloutState, _: Received) -> None:
         if self.leads:
-            self._end_unknown(rollout)
+            self._take_rollout(rollout)
         elif not self._claimed:
             self._early_rollouts[rollout.rollout] = rollout
 
-    def _end_unknown(self, rollout: m.RolloutState) -> None:
+    def _take_rollout(self, rollout: m.RolloutState) -> None:
+        removal = self.book.outlived(rollout)
         try:
-            self.book.end_unknown(rollout, self._now())
+            removal = removal or self.book.end_unknown(rollout, self._now())
         except StoreError as error:
             _log.error("rollout.not_ended", rollout=rollout.rollout, why=str(error))
+        if removal is not None:
+            self._to_remove.append(removal)
         self._outbox_filled.set()
 
     async def _on_fact(self, fact: m.OperationReported | m.VmClockSynced | m.VmReady, _: Received) -> None:
@@ -520,7 +548,7 @@ class Coordinator:
         try:
             known = self.store.answer(client, request.request)
             if known is not None:
-                self.store.enqueue(known, client=client)
+                self.book.repeat_answer(client, known)
             elif self.leads and late:
                 _log.warning("request.outlived", client=client, request=request.request, why=late)
                 self._refuse(client, request, "request_late", late)
@@ -592,17 +620,13 @@ class Coordinator:
             now=now,
         )
         answer = with_plan(request.request, plan, "", (), rollout=rollout.id)
-        largest = size_bytes(largest_state(rollout))
-        if largest > MAX_PAYLOAD_BYTES:
-            raise RequestRefused(
-                "too_large",
-                f"a rollout over {sum(len(wave.vms) for wave in plan.waves)} VMs is too large to be announced "
-                f"({largest} bytes of {MAX_PAYLOAD_BYTES}): select fewer sets or hosts at a time",
-            )
+        largest = max(largest_states(rollout), key=size_bytes)
+        if size_bytes(largest) > MAX_PAYLOAD_BYTES:
+            raise RequestRefused("too_large", _too_large(largest, rollout))
         self.book.add(rollout, client, answer)
         _log.info("rollout.started", rollout=rollout.id, update=update, waves=len(plan.waves), client=client)
         try:
-            self._to_clear += self.book.forget()
+            self._to_remove += self.book.forget()
         except StoreError as error:
             _log.error("rollout.not_forgotten", why=str(error))
 
@@ -668,10 +692,10 @@ class Coordinator:
             self._outbox_filled.clear()
             if not self.leads:
                 continue
-            cleared, self._to_clear = self._to_clear, []
+            removals, self._to_remove = self._to_remove, []
             try:
                 await self._flush()
-                await self._clear(cleared)
+                await self._remove(removals)
             except (BusError, StoreError) as error:
                 _log.warning("outbox.waiting", why=str(error), messages=self.waiting())
                 await self.bus.wait_connected(5.0)

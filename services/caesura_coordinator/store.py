@@ -44,6 +44,10 @@ _MIGRATIONS = (
 _TYPES: Mapping[str, type[Message]] = {channel.message.TYPE: channel.message for channel in CHANNELS}
 _T = TypeVar("_T")
 
+_ANSWERS_KEPT = 1000
+_ANSWERS_KEPT_BYTES = 64 * 1024 * 1024
+"""A plan for 10,000 VMs has some 4 MB."""
+
 
 class Outgoing(msgspec.Struct, frozen=True):
     """One message that waits in the outbox."""
@@ -113,15 +117,12 @@ class Store:
                     msgspec.json.encode(wave),
                 )
 
-    def forget(self, rollouts: Iterable[str], *, answers_kept: int) -> None:
-        """Drop these rollouts, and all but the newest answers."""
+    def forget(self, rollouts: Iterable[str]) -> None:
+        """Drop these rollouts."""
         with self.transaction():
             for name in rollouts:
                 self.database.run("DELETE FROM wave WHERE rollout = ?", name)
                 self.database.run("DELETE FROM rollout WHERE id = ?", name)
-            self.database.run(
-                "DELETE FROM answer WHERE number <= (SELECT max(number) FROM answer) - ?", answers_kept
-            )
 
     def documents(self) -> dict[str, SetDocument]:
         """The document of every set that ever had an event."""
@@ -163,12 +164,24 @@ class Store:
         return self._read(rows[0][0], RequestAnswered, f"the answer to request {request}") if rows else None
 
     def save_answer(self, client: str, answer: RequestAnswered) -> None:
-        """Remember the answer, so that a repeated request gets the same one."""
+        """Remember the answer, so that a repeated request gets the same one, and drop the oldest that are too many or too large."""
         self.database.run(
             "INSERT OR REPLACE INTO answer (client, request, body) VALUES (?, ?, ?)",
             client,
             answer.request,
             msgspec.json.encode(answer),
+        )
+        self.database.run(
+            """
+            DELETE FROM answer WHERE number IN (
+                SELECT number FROM (
+                    SELECT number, row_number() OVER newest AS place, sum(length(body)) OVER newest - length(body) AS newer_bytes
+                    FROM answer WINDOW newest AS (ORDER BY number DESC)
+                ) WHERE place > ? OR newer_bytes > ?
+            )
+            """,
+            _ANSWERS_KEPT,
+            _ANSWERS_KEPT_BYTES,
         )
 
     def enqueue(self, message: Message, **parameters: str | int) -> None:

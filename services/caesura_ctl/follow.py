@@ -9,7 +9,7 @@ from rich.console import Group, RenderableType
 from rich.live import Live
 from rich.text import Text
 
-from caesura.contract import messages as m
+from caesura.contract.parts import WholeRollout
 from caesura_ctl.commandline import Context, NotCompleted, note
 from caesura_ctl.durations import show_pause
 from caesura_ctl.outputs import failure_lines
@@ -28,7 +28,7 @@ class Progress:
     def __init__(self) -> None:
         self._said: set[str] = set()
 
-    def lines(self, picture: Picture, rollout: m.RolloutState | None) -> list[str]:
+    def lines(self, picture: Picture, rollout: WholeRollout | None) -> list[str]:
         """What changed since the last call."""
         if rollout is None:
             return []
@@ -52,14 +52,14 @@ class Progress:
         return new
 
 
-async def follow(session: Session, context: Context, rollout_id: str) -> m.RolloutState:
+async def follow(session: Session, context: Context, rollout_id: str) -> WholeRollout:
     """Show a rollout until it completes, halts or is aborted; give back its last state."""
     progress = Progress()
     loop = asyncio.get_running_loop()
     ended_at: float | None = None
     seen_under_way = False
 
-    def current() -> m.RolloutState | None:
+    def current() -> WholeRollout | None:
         return session.picture.rollouts.get(rollout_id)
 
     def view() -> RenderableType:
@@ -114,12 +114,12 @@ async def follow(session: Session, context: Context, rollout_id: str) -> m.Rollo
             live.stop()
 
 
-def _reason(state: m.RolloutState) -> str:
+def _reason(state: WholeRollout) -> str:
     """Its reason, for a line that has named its status already."""
     return state.reason.removeprefix(f"{state.status}: ")
 
 
-def _reports_missing(picture: Picture, state: m.RolloutState) -> bool:
+def _reports_missing(picture: Picture, state: WholeRollout) -> bool:
     """A completed rollout has all its pauses, those of VMs that nothing paused aside."""
     if state.status != "completed":
         return False
@@ -127,7 +127,7 @@ def _reports_missing(picture: Picture, state: m.RolloutState) -> bool:
     return not expected <= {pause.vm for pause in picture.pauses_of(state.rollout)}
 
 
-def conclude(session: Session, context: Context, state: m.RolloutState) -> None:
+def conclude(session: Session, context: Context, state: WholeRollout) -> None:
     """Print the pauses per update domain.
 
     Raises:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from rich.text import Text
 
-from caesura.contract import messages as m
+from caesura.contract.parts import WholeRollout
 
 
-def failure_lines(rollout: m.RolloutState) -> list[str]:
+def failure_lines(rollout: WholeRollout) -> list[str]:
     """A line for each host on which the update failed, and the lines of its output; texts as the update wrote them."""
     lines = []
     for wave in rollout.waves:
@@ -22,7 +22,7 @@ def failure_lines(rollout: m.RolloutState) -> list[str]:
     return lines
 
 
-def failures_view(rollout: m.RolloutState, *, most: int = 0) -> list[Text]:
+def failures_view(rollout: WholeRollout, *, most: int = 0) -> list[Text]:
     """The same for a terminal.
 
     Args:

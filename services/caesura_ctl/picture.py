@@ -8,6 +8,7 @@ import msgspec
 
 from caesura.contract import messages as m
 from caesura.contract.envelope import Message
+from caesura.contract.parts import WholeRollout
 
 
 class Pause(msgspec.Struct, frozen=True):
@@ -35,7 +36,7 @@ class Picture:
         self.online: dict[str, bool] = {}
         self.agents: dict[str, m.AgentPresence] = {}
         self.publishers: dict[str, bool] = {}
-        self.rollouts: dict[str, m.RolloutState] = {}
+        self.rollouts: dict[str, WholeRollout] = {}
         self.documents: dict[str, m.SetDocument] = {}
         self.events: dict[str, list[m.EventChanged]] = {}
         self.frozen: dict[str, m.VmFrozen] = {}
@@ -61,7 +62,7 @@ class Picture:
                 self.agents[message.vm] = message
             case m.PublisherPresence():
                 self.publishers[message.instance] = message.online
-            case m.RolloutState():
+            case WholeRollout():
                 self.rollouts[message.rollout] = message
                 for wave in message.waves:
                     # The first sight counts: a wave that failed is pending again after a resume.
@@ -110,7 +111,7 @@ class Picture:
             ),
         )
 
-    def latest(self) -> m.RolloutState | None:
+    def latest(self) -> WholeRollout | None:
         """The newest rollout, active ones first."""
         active = [each for each in self.rollouts.values() if each.status in {"running", "aborting", "halted"}]
         return max(active or self.rollouts.values(), key=lambda each: each.created_at, default=None)
@@ -123,7 +124,7 @@ class Picture:
         """Whether every pause of this wave was heard: it was seen before it began, and nothing was missed since."""
         return self._from_start.get((rollout, wave), False)
 
-    def heard_all(self, rollout: m.RolloutState) -> bool:
+    def heard_all(self, rollout: WholeRollout) -> bool:
         """Whether ``pauses_of`` has every pause of this rollout up to now."""
         return all(
             self.heard_wave(rollout.rollout, each.wave) for each in rollout.waves if each.status != "pending"

@@ -29,6 +29,7 @@ from caesura.bus.post import Post
 from caesura.contract import messages as m
 from caesura.contract.codec import Received
 from caesura.contract.envelope import Message, source_of
+from caesura.contract.parts import with_parts
 from caesura.contract.topics import CHANNELS, channel_of
 from caesura.runtime.errors import CaesuraError
 from caesura.runtime.identity import new_id
@@ -120,21 +121,18 @@ class Session:
         self.post = Post(bus, source_of(fleet, "ctl", client))
         self.connection = Connection(bus.stats, self.picture.missed)
         self.changed = asyncio.Event()
-        self.listeners: list[Listener] = []
         self._answers: dict[str, asyncio.Future[m.RequestAnswered]] = {}
         self._last = asyncio.get_running_loop().time()
         for channel in CHANNELS:
             self.post.on(channel.message, self._received)
 
-    async def _received(self, message: Message, received: Received) -> None:
+    async def _received(self, message: Message, _: Received) -> None:
         self._last = asyncio.get_running_loop().time()
         self.picture.fold(message)
         if isinstance(message, m.RequestAnswered):
             waiting = self._answers.get(message.request)
             if waiting is not None and not waiting.done():
                 waiting.set_result(message)
-        for listener in self.listeners:
-            await listener(received)
         self.changed.set()
 
     async def settled(self, limit_s: float = 3.0) -> None:
@@ -224,7 +222,7 @@ async def connect(
 
     Args:
         kinds: message types to subscribe to; None: all that an operator may read.
-        listener: called with every message, what is retained included.
+        listener: called with every message as it was sent, what is retained included.
         connect_s: seconds to wait for the connection.
 
     Raises:
@@ -237,7 +235,7 @@ async def connect(
     channels = (
         [channel for channel in CHANNELS if "ctl" in channel.readers]
         if kinds is None
-        else [channel_of(kind) for kind in kinds]
+        else [channel_of(kind) for kind in with_parts(kinds)]
     )
     filters = [
         channel.filter(client=client) if "client" in channel.parameters else channel.filter()
@@ -246,7 +244,7 @@ async def connect(
     bus = MqttBus(options, filters=filters)
     session = Session(bus, client, settings.fleet)
     if listener is not None:
-        session.listeners.append(listener)
+        session.post.listeners.append(listener)
     running = asyncio.create_task(bus.run(session.post.deliver), name="bus")
     try:
         if not await bus.wait_connected(connect_s):

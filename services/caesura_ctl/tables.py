@@ -11,6 +11,7 @@ from rich.progress_bar import ProgressBar
 from rich.text import Text
 
 from caesura.contract import messages as m
+from caesura.contract.parts import WholeRollout
 from caesura_ctl.columns import Columns, first_of
 from caesura_ctl.durations import show_duration, show_pause
 from caesura_ctl.outputs import failures_view
@@ -136,16 +137,14 @@ _OUTPUT_LINES = 6
 """Of what failed updates wrote last, where a rollout must fit the terminal."""
 
 
-def rollout_view(
-    rollout: m.RolloutState, picture: Picture, now: datetime, *, lines: int = 0
-) -> RenderableType:
+def rollout_view(rollout: WholeRollout, picture: Picture, now: datetime, *, lines: int = 0) -> RenderableType:
     """One rollout with its waves and how far each is.
 
     Args:
         lines: how many of them there is room for; 0: as many as it takes. Then a wave is one line, and those around the
             first that is not completed are shown.
     """
-    done = sum(wave.status == "completed" for wave in rollout.waves)
+    done = rollout.waves_completed
     head = Text.assemble(
         ("Rollout ", "bold"),
         rollout.rollout,
@@ -153,7 +152,7 @@ def rollout_view(
         rollout.update or f"freeze on demand, {show_duration(rollout.hold_s)}",
         "  ",
         _status(rollout.status),
-        f"  {done}/{len(rollout.waves)} waves",
+        f"  {done}/{rollout.wave_count} waves",
     )
     table = Columns(
         ">wave",
@@ -192,16 +191,21 @@ def rollout_view(
         )
     parts: list[RenderableType] = [
         head,
-        ProgressBar(total=max(1, len(rollout.waves)), completed=done, width=60),
-        table,
+        ProgressBar(total=max(1, rollout.wave_count), completed=done, width=60),
     ]
+    if rollout.waves or not rollout.wave_count:
+        parts.append(table)
+    else:
+        parts.append(
+            Text("Its waves are not on the bus any more: newer rollouts have ended since.", style="dim")
+        )
     if len(shown) < len(rollout.waves):
         before, after = shown[0].wave, len(rollout.waves) - shown[-1].wave - 1
         parts.append(Text(f"{before} waves before these, {after} after", style="dim"))
     return Group(*parts, *rest)
 
 
-def _rest(rollout: m.RolloutState, *, brief: bool = False) -> list[Text]:
+def _rest(rollout: WholeRollout, *, brief: bool = False) -> list[Text]:
     """What is said below the waves: the reason, what a failed update wrote last, and what to do."""
     said = []
     if rollout.reason:
@@ -211,7 +215,7 @@ def _rest(rollout: m.RolloutState, *, brief: bool = False) -> list[Text]:
     return said
 
 
-def next_commands(rollout: m.RolloutState) -> list[str]:
+def next_commands(rollout: WholeRollout) -> list[str]:
     """What an operator can do about a halted rollout, a line each; nothing for another one."""
     if rollout.status != "halted":
         return []
@@ -407,7 +411,7 @@ def documents_view(picture: Picture) -> RenderableType:
     return table
 
 
-def history_view(rollouts: Sequence[m.RolloutState]) -> RenderableType:
+def history_view(rollouts: Sequence[WholeRollout]) -> RenderableType:
     """Rollouts, newest first."""
     table = Columns(
         "rollout",
@@ -427,7 +431,7 @@ def history_view(rollouts: Sequence[m.RolloutState]) -> RenderableType:
             each.rollout,
             each.update or f"freeze {show_duration(each.hold_s)}",
             _status(each.status),
-            f"{sum(wave.status == 'completed' for wave in each.waves)}/{len(each.waves)}",
+            f"{each.waves_completed}/{each.wave_count}",
             ", ".join(set_name(name) for name in each.sets),
             f"{each.created_at:%Y-%m-%d %H:%M:%S}Z",
             took,

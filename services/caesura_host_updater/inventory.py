@@ -5,10 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Literal
 
-from msgspec.structs import replace
-
-from caesura.contract.codec import MAX_PAYLOAD_BYTES, size_bytes
-from caesura.contract.fitting import fits, fitted
 from caesura.contract.messages import HostInventory, InstalledUpdate, ProofCode, VmRecord, VmState
 from caesura.lifecycle.commands import COMMANDS
 from caesura.lifecycle.proof import ordered
@@ -90,39 +86,19 @@ def inventory(
     refused_epoch: str = "",
     installed: tuple[InstalledUpdate, ...] = (),
 ) -> HostInventory:
-    """The whole host, now; as much of it as fits into a message.
-
-    Texts are cut first. If that is not enough, no VM has a method any more: all VMs stay known, with their states, to
-    whoever must not pause another domain beside them, but nothing can be planned for them.
-    """
-    whole = fitted(
-        HostInventory(
-            host=host,
-            driver=driver,
-            driver_detail=driver_detail[:1000],
-            epoch=authority.epoch,
-            coordinator=authority.coordinator,
-            vms=tuple(vms.values()),
-            updates=tuple(update.record() for update in catalogue.updates.values()),
-            refused_updates=catalogue.refused,
-            operation=operation,
-            guard=guard,
-            refused_epoch=refused_epoch,
-            installed=installed,
-            commands=COMMANDS,
-        )
+    """The whole host, now."""
+    return HostInventory(
+        host=host,
+        driver=driver,
+        driver_detail=driver_detail[:1000],
+        epoch=authority.epoch,
+        coordinator=authority.coordinator,
+        vms=tuple(vms.values()),
+        updates=tuple(update.record() for update in catalogue.updates.values()),
+        refused_updates=catalogue.refused,
+        operation=operation,
+        guard=guard,
+        refused_epoch=refused_epoch,
+        installed=installed,
+        commands=COMMANDS,
     )
-    if fits(whole):
-        return whole
-    return replace(
-        whole,
-        driver_detail=f"{TOO_MANY_VMS}: {len(vms)} VMs make {size_bytes(whole)} bytes of {MAX_PAYLOAD_BYTES}",
-        vms=tuple(
-            replace(vm, methods=(), methods_missing={}, proofs=None, state_detail="", no_digest="")
-            for vm in whole.vms
-        ),
-        installed=(),
-    )
-
-
-TOO_MANY_VMS = "too many VMs for one inventory, so none of them can be updated: spread them over more hosts"

@@ -14,7 +14,7 @@ import structlog
 
 from caesura.bus.port import Bus, BusError, Delivery
 from caesura.bus.post import Post
-from caesura.contract.codec import Oversized, Received
+from caesura.contract.codec import Received
 from caesura.contract.envelope import Message, source_of
 from caesura.contract.messages import (
     AbortOperation,
@@ -24,6 +24,7 @@ from caesura.contract.messages import (
     ClockSyncRequested,
     CoordinatorPresence,
     HostPresence,
+    InventoryPart,
     StartOperation,
     VmClockSynced,
     VmFrozen,
@@ -54,7 +55,8 @@ from caesura_host_updater.guard.procfs import boot_id
 from caesura_host_updater.guardian import Guardian
 from caesura_host_updater.hostfile import HostFile
 from caesura_host_updater.installs import installed
-from caesura_host_updater.inventory import TOO_MANY_VMS, inventory
+from caesura_host_updater.inventory import inventory
+from caesura_host_updater.inventory_publisher import InventoryPublisher
 from caesura_host_updater.journal import Journal, JournalThread, Letter
 from caesura_host_updater.metrics import HostMetrics
 from caesura_host_updater.operation import OperationRunner
@@ -123,6 +125,7 @@ class HostUpdater:
         )
         self._letters = Letters(host.host)
         self._statuses = VmStatuses(host.host, self._vms, self.post)
+        self._inventories = InventoryPublisher(host.host, self.post)
         self._pauses = pauses
         self._endings = Endings(
             self._letters, journal=journal, outbox=self.outbox, clocks=self.clocks, metrics=metrics
@@ -157,7 +160,6 @@ class HostUpdater:
         )
         self._agents: dict[str, AgentPresence] = {}
         self._received_ns = 0
-        self._unsent = ""
         self._refused_epoch = ""
         self._outdated = ""
         """The coordinator that is refused because this host would not receive its commands."""
@@ -171,6 +173,7 @@ class HostUpdater:
         self.post.on(AgentClockSynced, self._on_agent_synced)
         self.post.on(AgentPresence, self._on_agent)
         self.post.on(VmStatus, self._on_status)
+        self.post.on(InventoryPart, self._on_inventory_part)
 
     def tasks(self) -> dict[str, Callable[[], Awaitable[None]]]:
         """The eternal tasks, for ``serve``."""
@@ -225,6 +228,7 @@ class HostUpdater:
         self._changed.set()
         self.clocks.connected()
         self._statuses.connected()
+        self._inventories.connected()
         await self.post.send(self._presence(online=True), host=self._host.host)
 
     def _presence(self, *, online: bool) -> HostPresence:
@@ -250,16 +254,7 @@ class HostUpdater:
                     self._updates.catalogue, self._endings.marks, self._asker.answers, records.keys()
                 ),
             )
-            try:
-                await self.post.send(message, host=self._host.host)
-            except Oversized as error:
-                # What was published before stays: a host without VMs would count in no fence.
-                self._say_unsent(f"{TOO_MANY_VMS} ({error.why})")
-            except BusError:
-                pass  # published again after the reconnect
-            else:
-                left_out = message.driver_detail.startswith(TOO_MANY_VMS)
-                self._say_unsent(message.driver_detail if left_out else "")
+            await self._inventories.publish(message)
             with suppress(TimeoutError):
                 async with asyncio.timeout(self._settings.inventory_interval_s):
                     await self._changed.wait()
@@ -269,12 +264,6 @@ class HostUpdater:
         if self._outdated and self._outdated == self.authority.coordinator:
             return Authority(self.authority.epoch)
         return self.authority
-
-    def _say_unsent(self, why: str) -> None:
-        """What of the inventory could not be published; once, and in the health probe for as long as it is so."""
-        if why and not self._unsent:
-            _log.error("inventory.too_large", vms=len(self._vms), why=why)
-        self._unsent = why
 
     async def _records(self) -> dict[str, VmRecord]:
         busy = self._runner.state.vms if self._runner is not None else ()
@@ -554,6 +543,9 @@ class HostUpdater:
     async def _on_status(self, message: VmStatus, _: Received) -> None:
         self._statuses.published_earlier(message)
 
+    async def _on_inventory_part(self, message: InventoryPart, _: Received) -> None:
+        self._inventories.retained_earlier(message)
+
     async def _on_agent_synced(self, message: AgentClockSynced, _: Received) -> None:
         self.clocks.answered(message)
 
@@ -604,7 +596,7 @@ class HostUpdater:
             ),
             "journal": lambda: self._journal.trouble,
             "driver": self._driver.ping,
-            "inventory": lambda: self._unsent,
+            "inventory": self._inventories.ping,
             "updates": self._updates.complaint,
             "pauses": self._view.complaint,
             "guard": lambda: "there is no pause guard" if self._guardian.state == "absent" else "",

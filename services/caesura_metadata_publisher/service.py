@@ -29,6 +29,7 @@ from caesura.contract.messages import (
     VmApproved,
     VmOwner,
 )
+from caesura.contract.parts import with_parts
 from caesura.contract.topics import channel_of
 from caesura_metadata_publisher.directory import Directory
 from caesura_metadata_publisher.document import (
@@ -67,7 +68,7 @@ class _Pending(msgspec.Struct, frozen=True):
 
 def filters() -> tuple[str, ...]:
     """What a publisher subscribes to."""
-    return tuple(channel_of(kind).filter() for kind in (SetDocument, HostInventory, VmOwner))
+    return tuple(channel_of(kind).filter() for kind in with_parts((SetDocument, HostInventory, VmOwner)))
 
 
 class MetadataPublisher:

@@ -12,6 +12,7 @@ import msgspec
 
 from caesura.contract import messages as m
 from caesura.contract.envelope import Message
+from caesura.contract.parts import WholeRollout
 from caesura.contract.topics import placed
 from caesura_metrics_exporter.agents import Agents
 from caesura_metrics_exporter.census import Census, Counted, shown_state
@@ -74,7 +75,7 @@ class Fleet:
                 if known is None or message.incarnation >= known.incarnation:
                     self.documents[message.set] = message
                     self._since(message, now_s)
-            case m.RolloutState():
+            case WholeRollout():
                 self.rollouts.take(message)
             case m.HostPresence() | m.AgentPresence() | m.PublisherPresence() | m.CoordinatorPresence():
                 self._presence(message, now_s, stored=stored)

@@ -15,6 +15,7 @@ from msgspec.structs import replace
 from caesura.contract import messages as m
 from caesura.contract.codec import Received
 from caesura.contract.envelope import Message
+from caesura.contract.parts import WholeRollout
 from caesura.contract.topics import placed
 from caesura_metrics_exporter.alarms import ALARMS_SENT, Alarms
 from caesura_metrics_exporter.fleet import is_last_will
@@ -45,7 +46,7 @@ class Live:
         self._head_at = self._rollouts_at = self._paused_at = 1
         self._lanes = LaneBook(self._touch, self._members)
         self._log = LogBook()
-        self._rollouts: dict[str, m.RolloutState] = {}
+        self._rollouts: dict[str, WholeRollout] = {}
         self._holder: dict[str, str] = {}  # set to the rollout that has it
         self._standing = Standing()
         self._hosts: dict[str, m.HostInventory] = {}
@@ -191,7 +192,7 @@ class Live:
             alarms_more=max(0, len(self.alarms) - ALARMS_SENT),
         )
 
-    def _shown(self) -> list[m.RolloutState]:
+    def _shown(self) -> list[WholeRollout]:
         newest = sorted(self._rollouts.values(), key=lambda each: each.created_at, reverse=True)
         open_ones = [each for each in newest if each.status not in _OVER]
         return open_ones or newest[:1]
@@ -200,7 +201,7 @@ class Live:
 
     def _state(self, message: Message, sent: float) -> None:
         match message:
-            case m.RolloutState():
+            case WholeRollout():
                 self._rollout(message, sent)
             case m.HostInventory():
                 self._inventory(message)
@@ -306,7 +307,7 @@ class Live:
         by_fault = self._lanes.get(record.set, "fault_domain", record.fault_domain)
         return [lane for lane in (by_update, by_fault) if lane is not None]
 
-    def _rollout(self, rollout: m.RolloutState, sent: float) -> None:
+    def _rollout(self, rollout: WholeRollout, sent: float) -> None:
         known = self._rollouts.get(rollout.rollout)
         self._rollouts[rollout.rollout] = rollout
         self._rollouts_at = self._touch()
@@ -341,7 +342,7 @@ class Live:
                 )
             )
 
-    def _release(self, rollout: m.RolloutState, sent: float) -> None:
+    def _release(self, rollout: WholeRollout, sent: float) -> None:
         for lane in [each for each in self._lanes if each.rollout == rollout.rollout]:
             if lane.state != "frozen":
                 lane.close(self._at(sent))
@@ -353,7 +354,7 @@ class Live:
         for name in [name for name, holder in self._holder.items() if holder == rollout.rollout]:
             del self._holder[name]
 
-    def _wave(self, rollout: m.RolloutState, wave: m.WaveState, at: float) -> None:
+    def _wave(self, rollout: WholeRollout, wave: m.WaveState, at: float) -> None:
         key = rollout.policy.domain_key
         not_before = wave.not_before.timestamp() if wave.not_before is not None else None
         for name, domain in wave.domains.items():

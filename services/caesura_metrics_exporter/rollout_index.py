@@ -9,6 +9,7 @@ from __future__ import annotations
 import msgspec
 
 from caesura.contract import messages as m
+from caesura.contract.parts import WholeRollout
 
 ROLLOUTS_KEPT = 100  # retained rollouts pile up at the broker; the newest are enough to say what is so now
 
@@ -35,12 +36,12 @@ class RolloutIndex:
     """See the module."""
 
     def __init__(self) -> None:
-        self.known: dict[str, m.RolloutState] = {}
-        self._of_set: dict[str, dict[str, m.RolloutState]] = {}
+        self.known: dict[str, WholeRollout] = {}
+        self._of_set: dict[str, dict[str, WholeRollout]] = {}
         self._progress: dict[str, dict[str, SetProgress]] = {}
         """Of the rollouts that were asked for since their last state: by set."""
 
-    def take(self, rollout: m.RolloutState) -> None:
+    def take(self, rollout: WholeRollout) -> None:
         """The state of a rollout; the oldest one goes when there are too many."""
         self.forget(rollout.rollout)
         self.known[rollout.rollout] = rollout
@@ -60,19 +61,19 @@ class RolloutIndex:
             if not of_set:
                 self._of_set.pop(name, None)
 
-    def of_set(self, set_name: str) -> m.RolloutState | None:
+    def of_set(self, set_name: str) -> WholeRollout | None:
         """The rollout that says most about the set: the one that holds it, else the newest."""
         return max(self._of_set.get(set_name, {}).values(), key=_importance, default=None)
 
-    def of_sets(self) -> dict[str, m.RolloutState]:
+    def of_sets(self) -> dict[str, WholeRollout]:
         """Set to the rollout that says most about it, sorted by set."""
         return {name: max(self._of_set[name].values(), key=_importance) for name in sorted(self._of_set)}
 
-    def under_way(self, set_name: str) -> list[m.RolloutState]:
+    def under_way(self, set_name: str) -> list[WholeRollout]:
         """Those of the set that are not over."""
         return [each for each in self._of_set.get(set_name, {}).values() if each.status not in _OVER]
 
-    def progress(self, rollout: m.RolloutState) -> dict[str, SetProgress]:
+    def progress(self, rollout: WholeRollout) -> dict[str, SetProgress]:
         """By set; sets that none of its waves touch are left out."""
         known = self._progress.get(rollout.rollout)
         if known is None:
@@ -80,7 +81,7 @@ class RolloutIndex:
         return known
 
 
-def progress_of(rollout: m.RolloutState) -> dict[str, SetProgress]:
+def progress_of(rollout: WholeRollout) -> dict[str, SetProgress]:
     """Set to how far the rollout is with it."""
     made: dict[str, SetProgress] = {}
     for wave in rollout.waves:
@@ -103,5 +104,5 @@ def progress_of(rollout: m.RolloutState) -> dict[str, SetProgress]:
     return made
 
 
-def _importance(rollout: m.RolloutState) -> tuple[bool, float]:
+def _importance(rollout: WholeRollout) -> tuple[bool, float]:
     return (rollout.status not in _OVER, rollout.created_at.timestamp())

@@ -12,6 +12,7 @@ from caesura.bus.port import Bus, Delivery
 from caesura.bus.refused import Refused
 from caesura.contract.codec import ContractError, decode
 from caesura.contract.messages import HostInventory, VmClockSynced, VmFrozen, VmOwner, VmResumed
+from caesura.contract.parts import PARTS, Joiner
 from caesura.contract.topics import PREFIX, placed
 from caesura.lifecycle.ownership import Ownership
 from caesura.runtime.sampler import Sampler
@@ -51,6 +52,7 @@ class MetricsExporter:
         self._own = SelfStats(handler=Histogram(_HANDLER_BUCKETS), began_s=monotonic())
         self.tally = Tally()
         self.fleet = Fleet()
+        self._joiner = Joiner()
         self._ownership = Ownership()
         self._sampled = Sampler()
         self._refused = Refused()
@@ -94,6 +96,12 @@ class MetricsExporter:
             self._own.decode_errors[error.kind] += 1
             self._refused.say(delivery.topic, error)
             return
+        if received.channel.message in PARTS.values():
+            self.tally.take(received)
+        whole = self._joiner.take(received)
+        if whole is None:
+            return
+        received = whole
         now_s = self._monotonic()
         match received.message:
             case HostInventory():  # often enough, and not with each message of a storm
@@ -147,6 +155,7 @@ class MetricsExporter:
         host = place[1].get("host", "") if place is not None else ""
         known = host in self.fleet.hosts
         self.fleet.clear(topic)
+        self._joiner.clear(topic)
         self.live.clear(topic, self._wall(), self._monotonic())
         self._count_again(self._disown(topic))
         if known and host not in self.fleet.hosts:

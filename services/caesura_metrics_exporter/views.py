@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 import msgspec
 
 from caesura.contract import messages as m
+from caesura.contract.parts import WholeRollout
 from caesura.runtime.visible import visible
 from caesura_metrics_exporter.alarms import Alarm
 from caesura_metrics_exporter.happenings import Happening
@@ -125,7 +126,7 @@ class Change(msgspec.Struct, frozen=True, omit_defaults=True):
     log: tuple[Happening, ...] = ()
 
 
-def rollout_view(rollout: m.RolloutState, standing: Callable[[Iterable[str]], int]) -> RolloutView:
+def rollout_view(rollout: WholeRollout, standing: Callable[[Iterable[str]], int]) -> RolloutView:
     """A rollout as it is sent. ``standing`` counts VMs that stand still."""
     return RolloutView(
         rollout=rollout.rollout,

@@ -11,7 +11,7 @@ import msgspec
 import pytest
 
 from caesura.contract import messages as m
-from caesura.contract.codec import ContractError, UnknownTopic, decode
+from caesura.contract.codec import ContractError, Malformed, UnknownTopic, decode
 from caesura.contract.topics import CHANNELS
 
 _FOLDER = Path(__file__).parent / "before-0.1.0"
@@ -20,6 +20,8 @@ _MOVED = {
     "caesura.abort.commanded.v1": "caesura/v1/fleet/host/host-1/abort",
 }
 """Commands, under the names and topics of before: whoever sends them is refused (`caesura.lifecycle.commands`)."""
+_TAKEN_APART = {"caesura.rollout.state.v1": "wave_count"}
+"""Before 0.1.0 its waves were in it: a coordinator that has the rollout publishes it again at its start, taken apart."""
 _CHANNELS = {channel.message.TYPE: channel for channel in CHANNELS}
 _PATHS = sorted(_FOLDER.glob("*.json"))
 _PARAMETERS = {"set": "web", "client": "ops", "ud": "0", "instance": "fleet"}
@@ -47,7 +49,12 @@ def test_each_message_of_before_means_the_same_or_is_refused_by_name(path: Path)
         name: str(event["data"].get("update_domain" if name == "ud" else name, _PARAMETERS.get(name)))
         for name in channel.parameters
     }
-    message = decode(channel.topic(**parameters), payload).message
+    topic = channel.topic(**parameters)
+    if (lacking := _TAKEN_APART.get(event["type"])) is not None:
+        with pytest.raises(Malformed, match=f"data of {re.escape(event['type'])}: .*{lacking}"):
+            decode(topic, payload)
+        return
+    message = decode(topic, payload).message
     assert _same(event["data"], json.loads(msgspec.json.encode(message)))
 
 

@@ -12,6 +12,7 @@ import pytest
 
 from caesura.bus.brokers import LocalBroker
 from caesura.contract import messages as m
+from caesura.contract.parts import WholeRollout
 from caesura.testing.broker import mosquitto, mosquitto_installed
 from caesura.testing.sandbox import Sandbox, Vm
 from caesura_ctl.picture import Picture
@@ -87,7 +88,7 @@ class Stage:
         }
         return m.Policy(**values)  # type: ignore[arg-type]
 
-    def rollout(self, rollout: str) -> m.RolloutState | None:
+    def rollout(self, rollout: str) -> WholeRollout | None:
         return self.picture.rollouts.get(rollout)
 
     async def wave(self, rollout: str, index: int, *statuses: str, timeout_s: float = 20.0) -> None:
@@ -99,7 +100,7 @@ class Stage:
 
         await self.sandbox.until(there, timeout_s, f"wave {index} {'/'.join(statuses)}")
 
-    async def ended(self, rollout: str, timeout_s: float = 45.0) -> m.RolloutState:
+    async def ended(self, rollout: str, timeout_s: float = 45.0) -> WholeRollout:
         """Wait until the rollout completed, halted or was aborted."""
 
         def over() -> bool:

@@ -20,6 +20,7 @@ from rich.text import Text
 
 from caesura.bus.brokers import LocalBroker
 from caesura.contract import messages as m
+from caesura.contract.parts import WholeRollout
 from caesura.runtime.errors import CaesuraError
 from caesura.runtime.identity import new_id
 from caesura.runtime.processes import cgroup_name, frozen_processes
@@ -281,7 +282,7 @@ class Demo:
         rollout = await self._follow(session, processes, self._update(kind))
         return Story(rollout, await self._judge(session, rollout, folder, kind))
 
-    async def _follow(self, session: Session, processes: Processes, update: str) -> m.RolloutState:
+    async def _follow(self, session: Session, processes: Processes, update: str) -> WholeRollout:
         self._stage = f"rolling out {update}"
         request = m.RolloutRequested(
             request=new_request_id(),
@@ -314,7 +315,7 @@ class Demo:
         return session.picture.rollouts[name]
 
     async def _judge(
-        self, session: Session, rollout: m.RolloutState, folder: Path, kind: GuestMethod
+        self, session: Session, rollout: WholeRollout, folder: Path, kind: GuestMethod
     ) -> list[Check]:
         self._stage = "checking what was promised"
         loop = asyncio.get_running_loop()
@@ -327,7 +328,7 @@ class Demo:
             await asyncio.sleep(_REFRESH_S)
 
     async def _look(
-        self, session: Session, rollout: m.RolloutState, folder: Path, kind: GuestMethod
+        self, session: Session, rollout: WholeRollout, folder: Path, kind: GuestMethod
     ) -> list[Check]:
         if self._real:
             guests = await asyncio.gather(*(read_guest(folder, vm) for vm in self.layout.vms))
@@ -452,7 +453,7 @@ class Demo:
 class Story(msgspec.Struct, frozen=True):
     """One rollout of the demo and what was found out about it."""
 
-    rollout: m.RolloutState
+    rollout: WholeRollout
     checks: list[Check]
 
 

@@ -8,6 +8,7 @@ from datetime import datetime
 import msgspec
 
 from caesura.contract import messages as m
+from caesura.contract.parts import WholeRollout
 from caesura_ctl.demo.guests import GuestMethod, GuestStatus
 from caesura_ctl.durations import show_pause
 from caesura_ctl.picture import Pause, Picture
@@ -37,7 +38,7 @@ class Check(msgspec.Struct, frozen=True):
 
 def judge(
     picture: Picture,
-    rollout: m.RolloutState,
+    rollout: WholeRollout,
     workloads: Mapping[str, WorkloadStatus],
     patched: Sequence[str],
     still_frozen: Sequence[str],
@@ -65,7 +66,7 @@ def judge(
 
 def judge_guests(
     picture: Picture,
-    rollout: m.RolloutState,
+    rollout: WholeRollout,
     guests: Sequence[GuestStatus],
     patched: Sequence[str],
     *,
@@ -128,7 +129,7 @@ def _guest_memory(picture: Picture, pauses: Sequence[Pause]) -> Check:
     )
 
 
-def _approvals(picture: Picture, rollout: m.RolloutState, workloads: Mapping[str, WorkloadStatus]) -> Check:
+def _approvals(picture: Picture, rollout: WholeRollout, workloads: Mapping[str, WorkloadStatus]) -> Check:
     ids = {event_id.lower() for wave in rollout.waves for event_id in wave.events.values()}
     asked = sum(any(each.lower() in ids for each in work.approved) for work in workloads.values())
     return _approved(picture, ids, asked)
@@ -243,7 +244,7 @@ def _clocks(picture: Picture, pauses: Sequence[Pause], bound_s: float) -> Check:
     )
 
 
-def _events(picture: Picture, rollout: m.RolloutState) -> Check:
+def _events(picture: Picture, rollout: WholeRollout) -> Check:
     ids = [event_id for wave in rollout.waves for event_id in wave.events.values()]
     ends = {
         event_id: [

@@ -18,6 +18,7 @@ from caesura.bus.port import Bus, Delivery
 from caesura.bus.refused import Refused
 from caesura.contract.codec import ContractError, Received, decode, encode
 from caesura.contract.envelope import Message
+from caesura.contract.parts import PARTS, Joiner
 from caesura.contract.topics import channel_of, placed
 from caesura.runtime.identity import new_id
 
@@ -28,6 +29,8 @@ Receiver = Callable[[Any, Received], Awaitable[None]]
 
 Forgetter = Callable[[Mapping[str, str]], Awaitable[None]]
 """Takes the parameters of a topic whose retained message was removed."""
+
+PART_TYPES = frozenset(PARTS.values())
 
 _log = structlog.get_logger("caesura.bus")
 
@@ -51,15 +54,33 @@ class Post:
         self.source = source
         self.decode_errors: Counter[str] = Counter()
         self._receivers: dict[type[Message], Receiver] = {}
+        self._joiner = Joiner()
+        self._as_sent: set[type[Message]] = set()
+        """Types of messages that are not waited for until they are whole."""
         self._forgetters: dict[type[Message], Forgetter] = {}
         self._on_refused = on_refused
         self._refused = Refused()
+        self.listeners: list[Callable[[Received], Awaitable[None]]] = []
+        """Called with every message as it was sent, before its receiver is."""
         self._farewells: set[str] = set()
         """Topics on which the last word of this service is out."""
 
-    def on(self, message: type[M], receiver: Callable[[M, Received], Awaitable[None]]) -> None:
-        """Have ``receiver`` called for every message of this type that arrives."""
+    def on(
+        self,
+        message: type[M],
+        receiver: Callable[[M, Received], Awaitable[None]],
+        *,
+        whole: bool = True,
+    ) -> None:
+        """Have ``receiver`` called for every message of this type that arrives.
+
+        Args:
+            whole: one that comes in parts is given when it is whole (``caesura.contract.parts``): subscribe to the parts, too. False: as
+                it was sent.
+        """
         self._receivers[message] = receiver
+        if not whole:
+            self._as_sent.add(message)
 
     def on_cleared(self, message: type[Message], forgetter: Forgetter) -> None:
         """Have ``forgetter`` called when a retained message of this type is removed."""
@@ -124,12 +145,23 @@ class Post:
             if self._on_refused is not None:
                 await self._on_refused(delivery, error)
             return
-        receiver = self._receivers.get(type(received.message))
+        for listener in self.listeners:
+            await listener(received)
+        kind = received.channel.message
+        if kind in PART_TYPES:
+            await self._hand_over(received)
+        whole = received if kind in self._as_sent else self._joiner.take(received)
+        if whole is not None:
+            await self._hand_over(whole)
+
+    async def _hand_over(self, received: Received) -> None:
+        receiver = self._receivers.get(received.channel.message)
         if receiver is not None:
             await receiver(received.message, received)
 
     async def _cleared(self, topic: str) -> None:
         """An empty retained payload clears a topic; it carries no message."""
+        self._joiner.clear(topic)
         place = placed(topic)
         if place is None:
             return  # not of this contract

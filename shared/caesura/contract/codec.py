@@ -161,6 +161,7 @@ _PARAMETER_MEMBER = {
     "ud": "update_domain",
     "status": "status",
     "wave": "wave",
+    "part": "part",
     "instance": "instance",
 }
 

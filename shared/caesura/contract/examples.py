@@ -43,7 +43,9 @@ def examples() -> list[Example]:
         proofs=("digest_equal", "sampled_digest_equal", "canary_equal", "not_rebooted"),
     )
     wave = m.WaveState(
+        rollout=_ROLLOUT,
         wave=0,
+        etag="5f3a0c91d27e",
         status="scheduled",
         domains={"web": 0},
         hosts=("host-1",),
@@ -76,7 +78,10 @@ def examples() -> list[Example]:
                 status="running",
                 policy=policy,
                 sets=("web",),
-                waves=(wave,),
+                wave_count=1,
+                current_wave=0,
+                current_status="scheduled",
+                wave_etags=(wave.etag,),
                 estimate_s=971.0,
                 requested_by="ops",
                 created_at=_T0,
@@ -360,5 +365,27 @@ def examples() -> list[Example]:
                 at=_T0,
             ),
             {"host": "host-1", "vm": "web-1"},
+        ),
+        Example(wave, {"rollout": _ROLLOUT, "wave": "0"}),
+        Example(
+            m.InventoryPart(
+                host="host-1",
+                part=1,
+                etag="b1c0ffee0042",
+                vms=(
+                    m.VmRecord(
+                        vm="web-1", set="web", update_domain=0, state="running", methods=("live", "freeze")
+                    ),
+                ),
+            ),
+            {"host": "host-1", "part": "1"},
+        ),
+        Example(
+            m.PlanPart(
+                request="r-1",
+                part=1,
+                waves=(m.PlannedWave(wave=0, domains={"web": 0}, hosts=("host-1",), vms=(planned,)),),
+            ),
+            {"client": "ops", "part": "1"},
         ),
     ]

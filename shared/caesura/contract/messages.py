@@ -23,6 +23,12 @@ EPOCH_MOST = 2**53 - 1
 MOST_TARGETS = 1024
 """VMs of one command, so of one operation of a host, and so of one host."""
 
+VMS_IN_PART = 4
+"""A part of an inventory that another follows has at least so many VMs: one with the longest texts takes 50 kB."""
+
+MOST_PARTS = MOST_TARGETS // VMS_IN_PART
+"""Parts of one inventory or plan."""
+
 SECONDS_MOST = 1e9
 """Some 31 years: what is added to an instant must stay one."""
 
@@ -54,6 +60,13 @@ Text = Annotated[str, Meta(max_length=4096)]
 MessageType = Annotated[
     str, Meta(min_length=1, max_length=128, description="A CloudEvents `type`, as in the message's envelope.")
 ]
+Etag = Annotated[
+    str,
+    Meta(
+        pattern=r"^[0-9a-f]{12}\Z", description="Opaque; another whenever the content is another, as in HTTP."
+    ),
+]
+PartNumber = Annotated[int, Meta(ge=1, le=MOST_PARTS)]
 UpdateDomain = Annotated[int, Meta(ge=0, le=19)]
 FaultDomain = Annotated[int, Meta(ge=0, le=2)]
 
@@ -147,7 +160,10 @@ class InstalledUpdate(Record, frozen=True, kw_only=True):
 
 
 class HostInventory(Message, frozen=True, kw_only=True):
-    """What a host has: its VMs with their sets and domains, its updates, the operation it is busy with."""
+    """What a host has: its VMs with their sets and domains, its updates, the operation it is busy with.
+
+    Its VMs are here, or where they do not fit into one message, in parts on topics of their own.
+    """
 
     TYPE: ClassVar[str] = "caesura.host.inventory.v1"
 
@@ -158,6 +174,10 @@ class HostInventory(Message, frozen=True, kw_only=True):
     epoch: Annotated[int, Meta(ge=0, le=EPOCH_MOST)]
     coordinator: OptionalId = ""
     vms: tuple[VmRecord, ...]
+    """All of them, or none where there are parts."""
+    part_etags: Annotated[tuple[Etag, ...], Meta(max_length=MOST_PARTS)] = ()
+    """Of the parts 1, 2 and so on. The inventory is whole with the parts of just these etags; others belong to an older one or to
+    the next."""
     updates: tuple[UpdateRecord, ...] = ()
     refused_updates: tuple[RefusedUpdate, ...] = ()
     operation: OptionalId = ""
@@ -170,6 +190,17 @@ class HostInventory(Message, frozen=True, kw_only=True):
     commands: tuple[MessageType, ...] = ()
     """Types of the commands that its host updater reads. A coordinator asks nothing of a host that does not list what it would
     be sent. Empty: a host updater of before 0.1.0."""
+
+
+class InventoryPart(Message, frozen=True, kw_only=True):
+    """Some of a host's VMs, where they do not fit into its inventory. Retained; removed when there are fewer parts."""
+
+    TYPE: ClassVar[str] = "caesura.host.inventory-part.v1"
+
+    host: Name
+    part: PartNumber
+    etag: Etag
+    vms: tuple[VmRecord, ...]
 
 
 class HostPresence(Message, frozen=True, kw_only=True):
@@ -284,15 +315,19 @@ class FailedUpdate(Record, frozen=True, kw_only=True):
     did not fit, or the update says that its output stays on the host."""
 
 
-class WaveState(Record, frozen=True, kw_only=True):
-    """Where a wave is."""
+class WaveState(Message, frozen=True, kw_only=True):
+    """Where a wave is. Retained, one message per wave, until a newer rollout has ended."""
 
+    TYPE: ClassVar[str] = "caesura.wave.state.v1"
+
+    rollout: Id
     wave: Count
+    etag: Etag
     status: WaveStatus
     domains: dict[str, int]
     hosts: tuple[Name, ...]
     vms: tuple[Name, ...]
-    events: dict[str, str] = {}
+    events: dict[str, str] = msgspec.field(default_factory=dict)
     """Set name to the id of its scheduled event."""
     not_before: Instant | None = None
     approved: tuple[Name, ...] = ()
@@ -307,7 +342,7 @@ class WaveState(Record, frozen=True, kw_only=True):
 
 
 class RolloutState(Message, frozen=True, kw_only=True):
-    """A rollout, whole: what, how, where it is. Retained, one message per rollout."""
+    """A rollout: what, how, where it is. Retained, one message per rollout; its waves have messages of their own."""
 
     TYPE: ClassVar[str] = "caesura.rollout.state.v1"
 
@@ -320,7 +355,15 @@ class RolloutState(Message, frozen=True, kw_only=True):
     """Of everything in `reason`, each once."""
     policy: Policy
     sets: tuple[Name, ...]
-    waves: tuple[WaveState, ...]
+    wave_count: Count
+    waves_completed: Count = 0
+    current_wave: Count | None = None
+    """The first wave that is not completed. None: all are."""
+    current_status: WaveStatus | None = None
+    """Of that wave."""
+    wave_etags: tuple[Etag, ...] = ()
+    """Of the waves in order: with the wave states of just these etags this is the rollout at one moment. Empty: it ended before others
+    did, and its waves are retained no more."""
     estimate_s: Seconds = 0.0
     requested_by: OptionalName = ""
     created_at: Instant
@@ -395,12 +438,15 @@ class ScheduledEvent(Record, frozen=True, kw_only=True):
 
 
 class SetDocument(Message, frozen=True, kw_only=True):
-    """The document of a set: its open events and the incarnation, which rises with every change. Retained."""
+    """The document of a set: its open events and the incarnation, which rises with every change that a workload sees. Retained."""
 
     TYPE: ClassVar[str] = "caesura.set.document.v1"
 
     set: Name
     incarnation: Count
+    revision: Count = 0
+    """Rises with every change that only services see, as a host's part in an event; from 0 with each incarnation. Of two documents the
+    one of the higher incarnation and then revision is the newer."""
     events: tuple[ScheduledEvent, ...]
 
 
@@ -852,3 +898,18 @@ class RequestAnswered(Message, frozen=True, kw_only=True):
     codes: tuple[Code, ...] = ()
     rollout: OptionalId = ""
     plan: Plan | None = None
+    """Without waves, skipped VMs and refusals where there are parts."""
+    plan_parts: Annotated[int, Meta(ge=0, le=MOST_PARTS)] = 0
+    """In so many parts, on topics of their own, come the waves, the skipped VMs and the refusals of the plan."""
+
+
+class PlanPart(Message, frozen=True, kw_only=True):
+    """A part of the plan in an answer that does not fit into one message. A wave may go on in the next part: under the same number."""
+
+    TYPE: ClassVar[str] = "caesura.plan.part.v1"
+
+    request: Id
+    part: PartNumber
+    waves: tuple[PlannedWave, ...] = ()
+    skipped: tuple[PlannedVm, ...] = ()
+    refusals: tuple[Refusal, ...] = ()

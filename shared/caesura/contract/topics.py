@@ -93,7 +93,7 @@ CHANNELS: tuple[Channel, ...] = (
         writer="coordinator",
         readers=("ctl", "exporter", "coordinator"),
         retain=True,
-        summary="A rollout, whole: what, how, where it is.",
+        summary="A rollout: what, how, where it is.",
     ),
     Channel(
         address=f"{PREFIX}/fleet/rollout/{{rollout}}/wave/{{wave}}",
@@ -298,6 +298,29 @@ CHANNELS: tuple[Channel, ...] = (
         readers=("host", "ctl", "exporter"),
         retain=True,
         summary="How a VM is now: running or paused, since when, by which operation, and its last pause.",
+    ),
+    Channel(
+        address=f"{PREFIX}/fleet/rollout/{{rollout}}/wave/{{wave}}/state",
+        message=m.WaveState,
+        writer="coordinator",
+        readers=("ctl", "exporter"),
+        retain=True,
+        summary="Where a wave is: its VMs, hosts, events, and what it waits for.",
+    ),
+    Channel(
+        address=f"{PREFIX}/host/{{host}}/inventory/{{part}}",
+        message=m.InventoryPart,
+        writer="host",
+        readers=("host", "coordinator", "metadata", "ctl", "exporter"),
+        retain=True,
+        summary="Some of the host's VMs, where they do not fit into its inventory.",
+    ),
+    Channel(
+        address=f"{PREFIX}/fleet/ctl/{{client}}/answer/{{part}}",
+        message=m.PlanPart,
+        writer="coordinator",
+        readers=("ctl",),
+        summary="A part of the plan in an answer, where it does not fit into one message.",
     ),
 )
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from caesura.bus.brokers import free_port
 from caesura.contract import messages as m
+from caesura.testing.rollouts import wave_state, whole_rollout
 from caesura.testing.sandbox import Vm
 
 _LIVE = "document.getElementById('link-text').textContent === 'live'"
@@ -21,8 +22,8 @@ def _contains(node: str, text: str) -> str:
 
 async def _freeze(booth: Any, budget_s: float = 2.0) -> None:
     now = datetime.now(UTC)
-    wave = m.WaveState(wave=0, status="started", domains={"web": 0}, hosts=("h1",), vms=("web-1",))
-    rollout = m.RolloutState(
+    wave = wave_state(wave=0, status="started", domains={"web": 0}, hosts=("h1",), vms=("web-1",))
+    rollout = whole_rollout(
         rollout="r1",
         update="patch",
         status="running",

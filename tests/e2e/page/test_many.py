@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 
 from caesura.contract import messages as m
+from caesura.contract.parts import WholeRollout
 from caesura.testing.browser import poor_contrast
+from caesura.testing.rollouts import wave_state, whole_rollout
 
 REASON = "update qemu-security failed on host-03: exit code 3"
 _PER_HOST = 10
@@ -37,10 +39,10 @@ async def fleet(booth: Any) -> None:
         )
 
 
-def rollout(status: m.RolloutStatus, waves: tuple[m.WaveStatus, ...], reason: str = "") -> m.RolloutState:
+def rollout(status: m.RolloutStatus, waves: tuple[m.WaveStatus, ...], reason: str = "") -> WholeRollout:
     sets = tuple(f"set-{number:02}" for number in range(20))
     made = tuple(
-        m.WaveState(
+        wave_state(
             wave=number,
             status=each,
             domains=dict.fromkeys(sets, number),
@@ -52,7 +54,7 @@ def rollout(status: m.RolloutStatus, waves: tuple[m.WaveStatus, ...], reason: st
         )
         for number, each in enumerate(waves)
     )
-    return m.RolloutState(
+    return whole_rollout(
         rollout="20260420-221158-1f3a",
         update="qemu-security",
         status=status,
@@ -145,8 +147,8 @@ async def test_a_halt_stays_in_sight_and_says_nothing_of_what_it_never_reached(
     await fleet(booth)
     done = rollout("completed", ("completed",) * 3)
     earlier = {"rollout": "earlier", "created_at": _now() - timedelta(seconds=600), "ended_at": _now()}
-    before = m.RolloutState(**{name: getattr(done, name) for name in done.__struct_fields__} | earlier)
-    running = m.RolloutState(
+    before = whole_rollout(**{name: getattr(done, name) for name in done.__struct_fields__} | earlier)
+    running = whole_rollout(
         **{name: getattr(before, name) for name in before.__struct_fields__}
         | {"status": "running", "ended_at": None, "waves": rollout("running", ("verifying",) * 3).waves}
     )
@@ -196,7 +198,7 @@ async def test_many_waves_are_folded_around_the_one_that_is_under_way(
     booth: Any, visit: Callable[..., Any]
 ) -> None:
     waves = tuple(
-        m.WaveState(
+        wave_state(
             wave=number,
             status="completed" if number < 20 else "pending",
             domains={f"_vm-{number}": 0},
@@ -207,7 +209,7 @@ async def test_many_waves_are_folded_around_the_one_that_is_under_way(
     )
     state = rollout("running", ("started",))
     fields = {name: getattr(state, name) for name in state.__struct_fields__}
-    await booth.post.send(m.RolloutState(**fields | {"waves": waves}), rollout=state.rollout)
+    await booth.post.send(whole_rollout(**fields | {"waves": waves}), rollout=state.rollout)
     visited = await visit(booth.url)
     await visited.until("document.querySelectorAll('.waves li').length === 12")
     assert "1 to 19" in await visited.text(".waves li:first-child")

@@ -10,7 +10,9 @@ import msgspec
 import pytest
 
 from caesura.contract import messages as m
+from caesura.contract.parts import WholeRollout
 from caesura.testing.browser import poor_contrast
+from caesura.testing.rollouts import wave_state, whole_rollout
 
 _MARKUP = '<img src=x onerror="window.hacked=1"> & </script><script>window.hacked=2</script>'
 
@@ -24,9 +26,9 @@ def _now() -> datetime:
     return datetime.now(UTC)
 
 
-def _rollout(update: str = "patch", status: m.RolloutStatus = "running", reason: str = "") -> m.RolloutState:
+def _rollout(update: str = "patch", status: m.RolloutStatus = "running", reason: str = "") -> WholeRollout:
     failed: m.WaveStatus = "failed" if status == "halted" else "started"
-    return m.RolloutState(
+    return whole_rollout(
         rollout="r1",
         update=update,
         status=status,
@@ -34,7 +36,7 @@ def _rollout(update: str = "patch", status: m.RolloutStatus = "running", reason:
         policy=m.Policy(),
         sets=("web",),
         waves=(
-            m.WaveState(
+            wave_state(
                 wave=0, status=failed, domains={"web": 0}, hosts=("h1",), vms=("web-1",), reason=reason
             ),
         ),

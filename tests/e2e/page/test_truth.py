@@ -10,6 +10,7 @@ from typing import Any
 from playwright.async_api import Route
 
 from caesura.contract import messages as m
+from caesura.testing.rollouts import wave_state, whole_rollout
 
 _LIVE = "document.getElementById('link-text').textContent === 'live'"
 
@@ -19,9 +20,9 @@ def _now() -> datetime:
 
 
 async def _roll(booth: Any, name: str, *vms: str, **more: Any) -> None:
-    wave = m.WaveState(wave=0, status="started", domains={name: 0}, hosts=("h1",), vms=vms)
+    wave = wave_state(wave=0, status="started", domains={name: 0}, hosts=("h1",), vms=vms)
     given: dict[str, Any] = {"status": "running", "waves": (wave,), "created_at": _now(), **more}
-    rollout = m.RolloutState(rollout=name, update=f"patch-{name}", policy=m.Policy(), sets=(name,), **given)
+    rollout = whole_rollout(rollout=name, update=f"patch-{name}", policy=m.Policy(), sets=(name,), **given)
     await booth.post.send(rollout, rollout=name)
 
 
@@ -160,8 +161,8 @@ async def test_what_only_an_inventory_says_has_no_beginning(booth: Any, visit: C
 
 async def test_every_domain_says_what_it_waits_for(booth: Any, visit: Callable[..., Any]) -> None:
     names = tuple(f"s{number:02}" for number in range(12))
-    wave = m.WaveState(wave=1, status="pending", domains=dict.fromkeys(names, 1), hosts=(), vms=())
-    rollout = m.RolloutState(
+    wave = wave_state(wave=1, status="pending", domains=dict.fromkeys(names, 1), hosts=(), vms=())
+    rollout = whole_rollout(
         rollout="r1",
         update="patch",
         status="running",

@@ -24,6 +24,7 @@ from caesura.bus.port import Bus, Delivery
 from caesura.bus.post import Post
 from caesura.contract import messages as m
 from caesura.testing.patience import patient
+from caesura.testing.rollouts import wave_state, whole_rollout
 from caesura_metrics_exporter.service import MetricsExporter, filters
 from caesura_metrics_exporter.settings import MetricsExporterSettings
 
@@ -73,7 +74,7 @@ async def play(post: Post, *, online: bool = True) -> None:
     )
     await post.send(m.SetDocument(set="web", incarnation=1, events=(event,)), set="web")
     waves = (
-        m.WaveState(
+        wave_state(
             wave=0,
             status="started",
             domains={"web": 1},
@@ -81,9 +82,9 @@ async def play(post: Post, *, online: bool = True) -> None:
             vms=("web-1",),
             started_at=NOW,
         ),
-        m.WaveState(wave=1, status="pending", domains={"web": 2}, hosts=("host-2",), vms=("web-2",)),
+        wave_state(wave=1, status="pending", domains={"web": 2}, hosts=("host-2",), vms=("web-2",)),
     )
-    rollout = m.RolloutState(
+    rollout = whole_rollout(
         rollout="r1",
         update="kernel",
         status="running",
@@ -93,7 +94,7 @@ async def play(post: Post, *, online: bool = True) -> None:
         created_at=NOW,
     )
     await post.send(rollout, rollout="r1")
-    before = m.WaveState(
+    before = wave_state(
         wave=0,
         status="completed",
         domains={"db": 0},
@@ -103,7 +104,7 @@ async def play(post: Post, *, online: bool = True) -> None:
         ended_at=NOW - timedelta(seconds=50),
     )
     await post.send(
-        m.RolloutState(
+        whole_rollout(
             rollout="r0",
             update="kernel",
             status="completed",

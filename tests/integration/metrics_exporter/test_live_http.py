@@ -34,6 +34,7 @@ from caesura.runtime.listen import own_host
 from caesura.runtime.settings import SettingsError, read_settings
 from caesura.testing.collector import eventually
 from caesura.testing.patience import patient
+from caesura.testing.rollouts import whole_rollout
 from caesura_metrics_exporter import __main__ as command
 from caesura_metrics_exporter.page import SECURITY_HEADERS, LivePage
 from caesura_metrics_exporter.scrape import Scrape
@@ -470,7 +471,7 @@ async def test_names_that_are_set_are_known() -> None:
 async def test_what_the_broker_forgets_the_page_forgets(scene: Scene) -> None:
     record = m.VmRecord(vm="web-1", set="web", update_domain=0, state="running")
     inventory = m.HostInventory(host="host-1", driver="process", epoch=1, vms=(record,))
-    rollout = m.RolloutState(
+    rollout = whole_rollout(
         rollout="r1",
         update="patch",
         status="running",

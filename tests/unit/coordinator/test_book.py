@@ -15,11 +15,17 @@ from caesura.contract.codec import encode, size_bytes
 from caesura.contract.envelope import Message
 from caesura.runtime.errors import StoreError
 from caesura.testing.damage import flip_bits
-from caesura_coordinator.book import Book
+from caesura_coordinator.book import Book, Removal
 from caesura_coordinator.fleet import Fleet
 from caesura_coordinator.inputs import Abort, Approve, Authority, Resume, Tick
 from caesura_coordinator.plan import make_plan
-from caesura_coordinator.records import Rollout, WaveEvent, largest_state, new_rollout, rollout_state
+from caesura_coordinator.records import (
+    Rollout,
+    WaveEvent,
+    largest_states,
+    new_rollout,
+    rollout_state,
+)
 from caesura_coordinator.store import Store, Unsendable
 
 T0 = datetime(2026, 4, 20, 12, 0, 0, tzinfo=UTC)
@@ -154,7 +160,8 @@ def test_a_rollout_that_holds_its_sets_is_never_forgotten(desk: Desk) -> None:
     done = msgspec.structs.replace(desk.book.rollouts["r"], status="completed")
     for number in range(520):
         desk.book.add(msgspec.structs.replace(done, id=f"x{number}"), "ops", _ANSWER)
-    cleared = desk.book.republish()
+    cleared = [each.rollout for each in desk.book.forget()]
+    desk.book.republish()
     assert "r" in desk.book.rollouts
     assert "r" not in cleared
     assert any(isinstance(each, m.RolloutState) and each.rollout == "r" for each in desk.sent())
@@ -163,15 +170,49 @@ def test_a_rollout_that_holds_its_sets_is_never_forgotten(desk: Desk) -> None:
     assert len(desk.book.rollouts) <= 500
 
 
-def test_an_ended_rollout_is_cleared_from_the_bus_once(desk: Desk) -> None:
+def test_of_ended_rollouts_the_bus_shows_the_newest_and_of_the_newest_the_waves(desk: Desk) -> None:
     done = msgspec.structs.replace(desk.book.rollouts["r"], status="completed")
-    cleared: list[str] = []
+    removals: list[Removal] = []
     for number in range(60):
         desk.book.add(msgspec.structs.replace(done, id=f"x{number}"), "ops", _ANSWER)
-        cleared += desk.book.forget()
-    assert cleared == [f"x{number}" for number in range(10)]
+        removals += desk.book.forget()
+    waves = len(done.waves)
+    assert [each for each in removals if not each.whole] == [
+        Removal(f"x{number}", waves, whole=False) for number in range(55)
+    ]
+    assert [each for each in removals if each.whole] == [
+        Removal(f"x{number}", waves, whole=True) for number in range(10)
+    ]
     assert desk.book.forget() == []
-    assert desk.book.republish() == cleared, "a broker restored from a copy may have them again"
+    desk.sent()
+    desk.book.republish()
+    shown = {each.rollout: each for each in desk.sent() if isinstance(each, m.RolloutState)}
+    assert list(shown) == ["r", *(f"x{number}" for number in range(10, 60))]
+    assert [name for name, each in shown.items() if each.wave_etags] == [
+        "r",
+        *(f"x{number}" for number in range(55, 60)),
+    ]
+
+
+def test_a_rollout_that_a_broker_brings_back_is_removed_again(desk: Desk) -> None:
+    done = msgspec.structs.replace(desk.book.rollouts["r"], status="completed")
+    for number in range(60):
+        desk.book.add(msgspec.structs.replace(done, id=f"x{number}"), "ops", _ANSWER)
+    desk.book.forget()
+    state, waves = rollout_state(done), len(done.waves)
+    outlived = {
+        name: desk.book.outlived(msgspec.structs.replace(state, rollout=name))
+        for name in ("r", "x59", "x54", "x9", "of-another")
+    }
+    assert outlived == {
+        "r": None,
+        "x59": None,
+        "x54": Removal("x54", waves, whole=False),
+        "x9": Removal("x9", waves, whole=True),
+        "of-another": None,
+    }
+    thin = msgspec.structs.replace(state, rollout="x54", wave_etags=())
+    assert desk.book.outlived(thin) is None, "it is as it should be"
 
 
 def test_a_document_ahead_of_the_store_halts_what_holds_the_set_and_nothing_ends_twice(desk: Desk) -> None:
@@ -264,26 +305,29 @@ def test_a_rollout_of_nobody_is_ended_once(desk: Desk) -> None:
     desk.scheduled()
     mine = rollout_state(desk.book.rollouts["r"])
     desk.sent()
-    desk.book.end_unknown(mine, T0)
+    assert desk.book.end_unknown(mine, T0) is None
     assert desk.sent() == [], "it is known here"
-    scheduled = mine.waves[0]
-    states: tuple[m.WaveStatus, ...] = ("completed", "verifying", "scheduled", "pending")
-    waves = tuple(
-        msgspec.structs.replace(scheduled, wave=index, status=status) for index, status in enumerate(states)
-    )
-    foreign = msgspec.structs.replace(mine, rollout="of-another", status="halted", waves=waves)
-    desk.book.end_unknown(foreign, T0)
-    sent = desk.sent()
-    (ended,) = [each for each in sent if isinstance(each, m.RolloutState)]
-    assert (ended.rollout, ended.status, ended.ended_at) == ("of-another", "aborted", T0)
-    assert "lost its record" in ended.reason
-    assert [each.status for each in ended.waves] == ["completed", "failed", "cancelled", "pending"]
-    assert [(each.wave, each.status) for each in sent if isinstance(each, m.WaveChanged)] == [
-        (1, "failed"),
-        (2, "cancelled"),
-    ]
-    desk.book.end_unknown(ended, T0)
-    assert desk.sent() == []
+    states: dict[m.WaveStatus, m.WaveStatus | None] = {
+        "verifying": "failed",
+        "scheduled": "cancelled",
+        "pending": None,
+        "failed": None,
+    }
+    for status, end in states.items():
+        foreign = msgspec.structs.replace(
+            mine, rollout=f"of-another-{status}", status="halted", current_wave=1, current_status=status
+        )
+        removal = desk.book.end_unknown(foreign, T0)
+        sent = desk.sent()
+        (ended,) = [each for each in sent if isinstance(each, m.RolloutState)]
+        assert (ended.rollout, ended.status, ended.ended_at) == (foreign.rollout, "aborted", T0)
+        assert "lost its record" in ended.reason
+        assert removal == Removal(foreign.rollout, mine.wave_count, whole=False)
+        assert not ended.wave_etags, "nobody waits for waves that are removed"
+        changes = [(each.wave, each.status) for each in sent if isinstance(each, m.WaveChanged)]
+        assert changes == ([(1, end)] if end else [])
+        assert desk.book.end_unknown(ended, T0) is None
+        assert desk.sent() == []
 
 
 def test_ids_of_one_attempt_differ_between_epochs(desk: Desk) -> None:
@@ -348,23 +392,27 @@ def test_two_rollouts_that_share_a_host_take_turns(
 
 
 def test_the_largest_state_is_at_least_what_is_ever_announced(desk: Desk) -> None:
-    largest = size_bytes(largest_state(desk.book.rollouts["r"]))
+    largest: dict[type[Message], int] = {}
+    for each in largest_states(desk.book.rollouts["r"]):
+        largest[type(each)] = max(largest.get(type(each), 0), size_bytes(each))
     desk.scheduled().give(Approve(event_id=desk.event().event_id, by="w1"))
     desk.give(Abort(reason="z" * 4096))
     desk.give(Tick(), 200)
-    state = rollout_state(desk.book.rollouts["r"])
-    assert state.status == "aborted"
-    assert largest >= size_bytes(state)
+    assert desk.book.rollouts["r"].status == "aborted"
+    announced = [each for each in desk.sent() if type(each) in largest]
+    assert {type(each) for each in announced} == {m.RolloutState, m.WaveState, m.EventChanged}
+    for each in announced:
+        assert largest[type(each)] >= size_bytes(each)
 
 
 def test_a_store_with_a_flipped_bit_is_a_store_error_and_no_other(
-    tmp_path: Path,
+    ram_path: Path,
     fleet: Callable[..., Fleet],
     host: Callable[..., Any],
     build: Callable[..., Any],
     authority: Authority,
 ) -> None:
-    desk = Desk(tmp_path, fleet(host("h1", build("w1")), host("h2", build("w2", domain=1))), authority)
+    desk = Desk(ram_path, fleet(host("h1", build("w1")), host("h2", build("w2", domain=1))), authority)
     desk.scheduled()
     desk.book.store.save_epoch(7)
     desk.book.store.database.close()

@@ -31,7 +31,7 @@ from caesura_coordinator.inputs import (
     Tick,
 )
 from caesura_coordinator.plan import make_plan
-from caesura_coordinator.records import HostOperation, Rollout, Wave, new_rollout, rollout_state
+from caesura_coordinator.records import HostOperation, Rollout, Wave, new_rollout, wave_state
 from caesura_coordinator.rollout import after_restart, decide
 from caesura_coordinator.verification import verify
 
@@ -372,34 +372,30 @@ def test_what_a_failed_update_wrote_last_is_published_with_its_wave(story: Story
             operation=operation.operation, host="h1", epoch=1, status="failed", update=told, at=story.now
         )
     )
-    (failed,) = rollout_state(story.rollout).waves[0].failed_updates
+    (failed,) = wave_state("r", story.rollout.waves[0]).failed_updates
     assert (failed.host, failed.outcome, failed.exit_code) == ("h1", "failed", 3)
     assert len(failed.output_tail) == 2048
     assert failed.output_tail.endswith("xno space\x1b[2J"), "as the update wrote it"
     succeeded = msgspec.structs.replace(told, outcome="succeeded")
     again = msgspec.structs.replace(operation, update=succeeded)
     wave = msgspec.structs.replace(story.rollout.waves[0], operations=(again,))
-    assert not rollout_state(msgspec.structs.replace(story.rollout, waves=(wave,))).waves[0].failed_updates
+    assert not wave_state("r", wave).failed_updates
 
 
-def test_outputs_give_way_before_a_rollouts_state_becomes_too_large(story: Story) -> None:
+def test_outputs_give_way_before_a_waves_state_becomes_too_large(story: Story) -> None:
     told = m.UpdateOutcome(update="patch", outcome="failed", exit_code=1, output_tail="\0" * 4096)
     operations = tuple(
         HostOperation(host=f"h{n}", operation=f"o{n}", status="failed", update=told) for n in range(40)
     )
-    wave = msgspec.structs.replace(story.rollout.waves[0], operations=operations)
-    few = msgspec.structs.replace(story.rollout, waves=(wave,))
-    shown = rollout_state(few)
+    few = msgspec.structs.replace(story.rollout.waves[0], operations=operations)
+    shown = wave_state("r", few)
     assert fits(shown)
-    assert [len(each.output_tail) for each in shown.waves[0].failed_updates] == [2048] * 3 + [0] * 13
-    reason = "?" * 4096
-    many = msgspec.structs.replace(
-        few, waves=(wave, *(msgspec.structs.replace(wave, operations=(), reason=reason),) * 55)
-    )
-    cut = rollout_state(many)
+    assert [len(each.output_tail) for each in shown.failed_updates] == [2048] * 3 + [0] * 13
+    vms = tuple(msgspec.structs.replace(few.vms[0], vm=f"vm-{n:060d}") for n in range(3600))
+    cut = wave_state("r", msgspec.structs.replace(few, vms=vms))
     assert fits(cut)
-    assert [each.host for each in cut.waves[0].failed_updates] == [f"h{n}" for n in range(16)]
-    assert not any(each.output_tail for each in cut.waves[0].failed_updates)
+    assert [each.host for each in cut.failed_updates] == [f"h{n}" for n in range(16)]
+    assert not any(each.output_tail for each in cut.failed_updates)
 
 
 @pytest.mark.parametrize(

@@ -17,13 +17,14 @@ from structlog.testing import capture_logs
 from caesura.bus.memory import MemoryBroker, MemoryBus
 from caesura.bus.post import Post
 from caesura.contract import messages as m
-from caesura.contract.codec import MAX_PAYLOAD_BYTES, Received, decode, encode, size_bytes
+from caesura.contract.codec import Received, decode, encode, size_bytes
 from caesura.contract.envelope import Message
 from caesura.contract.reasons import Reason
 from caesura.contract.topics import channel_of
 from caesura.runtime.errors import CaesuraError, StoreError
 from caesura.runtime.lock import InUse, StateFolderUnusable, sole_user
 from caesura.testing.collector import PATIENCE_S, eventually
+from caesura.testing.rollouts import wave_state
 from caesura_coordinator.answers import with_plan
 from caesura_coordinator.fleet import fence_blockers
 from caesura_coordinator.forget_epoch import forget_epoch
@@ -412,22 +413,14 @@ async def test_a_message_that_nobody_could_read_does_not_hold_up_the_others(worl
         await eventually(lambda: one.leads)
         one.store.enqueue(m.RequestAnswered(request="a", accepted=False, reason="x" * 5000), client="ops")
         one.store.enqueue(m.RequestAnswered(request="a", accepted=False), client="not a/level")
-        waves = tuple(
-            m.WaveState(
-                wave=0, status="pending", domains={}, hosts=(), vms=tuple(f"vm-{i:060d}" for i in range(5000))
-            )
-            for _ in range(1)
-        )
-        huge = m.RolloutState(
-            rollout="r", update="u", status="running", policy=m.Policy(), sets=(), waves=waves, created_at=T0
-        )
-        one.store.enqueue(huge, rollout="r")
+        huge = wave_state(wave=0, vms=tuple(f"vm-{i:060d}" for i in range(5000)))
+        one.store.enqueue(huge, rollout="r", wave=0)
         answer = await world.ask(_request("q"))
         assert not answer.accepted
         assert one.waiting() == 0
 
 
-async def test_a_plan_too_large_for_a_message_is_said_to_be(
+async def test_a_plan_too_large_for_a_message_comes_in_parts(
     world: World, host: Callable[..., Any], build: Callable[..., Any]
 ) -> None:
     for number in range(80):
@@ -436,8 +429,12 @@ async def test_a_plan_too_large_for_a_message_is_said_to_be(
     async with world.coordinator() as one:
         await eventually(lambda: len(one.fleet.inventories) == 80)
         planned = await world.ask(_request("p", plan_only=True))
-        assert not planned.accepted
-        assert "select fewer" in planned.reason
+        assert planned.accepted
+        assert planned.plan is not None
+        assert planned.plan_parts > 1
+        assert len({vm.vm for wave in planned.plan.waves for vm in wave.vms}) == 80 * 20
+        again = await world.ask(_request("p", plan_only=True))
+        assert again == planned, "a repeated request gets the same answer"
         some = await world.ask(
             _request("s", plan_only=True, selection=m.Selection(hosts=("host-01", "host-02")))
         )
@@ -445,7 +442,7 @@ async def test_a_plan_too_large_for_a_message_is_said_to_be(
         assert len(some.plan.waves) == 2
         started = await world.ask(_request("q"))
         assert started.accepted
-        assert started.plan is None
+        assert started.plan == planned.plan
 
 
 async def test_a_repeated_abort_gets_the_answer_that_was_stored_with_the_abort(
@@ -669,7 +666,7 @@ def _small(name: str) -> m.VmRecord:
     return m.VmRecord(vm=name, set="web", update_domain=0, state="running", methods=("freeze",))
 
 
-def test_texts_of_a_plan_give_way_before_the_plan_does() -> None:
+def test_a_plan_is_whole_unless_not_even_its_parts_can_be_sent(monkeypatch: pytest.MonkeyPatch) -> None:
     vms = tuple(
         m.PlannedVm(
             vm=f"w{number}", set="web", update_domain=0, host="h", method="skip", reason="because " * 100
@@ -677,14 +674,14 @@ def test_texts_of_a_plan_give_way_before_the_plan_does() -> None:
         for number in range(600)
     )
     answer = with_plan("q", m.Plan(update="patch", skipped=vms), "the reason " * 20, ("too_large",))
-    assert size_bytes(answer) <= MAX_PAYLOAD_BYTES
     assert answer.plan is not None
-    assert len(answer.plan.skipped) == len(vms)
-    assert answer.plan.skipped[0].reason.startswith("because because")
-    assert answer.reason == "the reason " * 20, "what is asked about is said whole"
-    more = tuple(msgspec.structs.replace(vms[0], vm=f"w{number}") for number in range(2000))
-    with pytest.raises(CaesuraError, match=r"too large for a message .* select fewer sets or hosts"):
-        with_plan("q", m.Plan(update="patch", waves=(), skipped=more), "", ())
+    assert answer.plan.skipped == vms
+    assert answer.reason == "the reason " * 20
+    monkeypatch.setattr(m, "MOST_PARTS", 2)
+    with pytest.raises(CaesuraError, match=r"600 VMs is too large to be sent: select fewer sets or hosts"):
+        with_plan("q", m.Plan(update="patch", waves=(), skipped=vms), "", ())
+    refused = with_plan("q", m.Plan(update="patch", waves=(), skipped=vms), "the reason", ("too_large",))
+    assert (refused.plan, refused.reason) == (None, "the reason"), "what is asked about is said all the same"
 
 
 async def test_a_coordinator_that_was_stopped_stays_retained_as_offline(world: World) -> None:

@@ -12,6 +12,8 @@ from rich.console import Console, RenderableType
 
 from caesura.contract import messages as m
 from caesura.contract.examples import examples
+from caesura.contract.parts import WholeRollout
+from caesura.testing.rollouts import wave_state, whole_rollout
 from caesura_ctl.columns import Columns
 from caesura_ctl.commandline import NotCompleted, wide_console
 from caesura_ctl.follow import Progress, conclude
@@ -44,9 +46,9 @@ def _example(kind: type[Any], **changes: Any) -> Any:
     return msgspec.structs.replace(found, **changes)
 
 
-def _rollout(waves: int = 2, **changes: Any) -> m.RolloutState:
+def _rollout(waves: int = 2, **changes: Any) -> WholeRollout:
     made = tuple(
-        m.WaveState(
+        wave_state(
             wave=number,
             status="completed" if number < waves // 2 else "pending",
             domains={f"set-{number}-{each}": 0 for each in range(12)},
@@ -55,7 +57,9 @@ def _rollout(waves: int = 2, **changes: Any) -> m.RolloutState:
         )
         for number in range(waves)
     )
-    return _example(m.RolloutState, waves=made, **changes)  # type: ignore[no-any-return]
+    example = _example(m.RolloutState)
+    names = ("update", "policy", "sets", "estimate_s", "requested_by", "created_at")
+    return whole_rollout(example.rollout, made, **{name: getattr(example, name) for name in names} | changes)
 
 
 def test_an_id_in_a_history_is_whole_at_80_columns_and_columns_are_left_out_instead() -> None:

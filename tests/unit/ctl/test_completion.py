@@ -15,6 +15,7 @@ from click.shell_completion import ShellComplete
 from caesura.contract import messages as m
 from caesura.contract.examples import examples
 from caesura.testing.patience import patient
+from caesura.testing.rollouts import whole_rollout
 from caesura_ctl import completion
 from caesura_ctl.cli import caesura
 from caesura_ctl.picture import Picture
@@ -24,7 +25,8 @@ def _picture() -> Picture:
     picture = Picture()
     for each in examples():
         picture.fold(each.message)
-    (newest,) = picture.rollouts.values()
+    newest = whole_rollout("20260420-221158-1f3a", update="qemu-security")
+    picture.fold(newest)
     older = msgspec.structs.replace(newest, rollout="older", created_at=newest.created_at - timedelta(days=1))
     picture.fold(older)
     return picture

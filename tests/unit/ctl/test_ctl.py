@@ -20,7 +20,9 @@ from rich.console import Console
 from caesura.bus.embedded import EmbeddedBrokerMissing
 from caesura.contract import messages as m
 from caesura.contract.examples import examples
+from caesura.contract.parts import WholeRollout
 from caesura.runtime.errors import CaesuraError
+from caesura.testing.rollouts import wave_state, whole_rollout
 from caesura_ctl.cli import caesura
 from caesura_ctl.demo import machine
 from caesura_ctl.demo.layout import standard_layout
@@ -146,7 +148,7 @@ def _judged(**changes: Any) -> dict[str, bool]:
     picture = Picture()
     events = {"web": ("E1", "E2")}
     waves = tuple(
-        m.WaveState(
+        wave_state(
             wave=index,
             status="completed",
             domains={"web": index},
@@ -156,7 +158,7 @@ def _judged(**changes: Any) -> dict[str, bool]:
         )
         for index in range(2)
     )
-    rollout = m.RolloutState(
+    rollout = whole_rollout(
         rollout="r",
         update="patch",
         status=changes.get("status", "completed"),
@@ -427,11 +429,11 @@ def test_what_a_failed_update_wrote_is_shown_and_does_nothing_to_the_terminal() 
 
 def _wave(index: int, status: m.WaveStatus) -> m.WaveState:
     vms = (f"w{index}a", f"w{index}b")
-    return m.WaveState(wave=index, status=status, domains={"web": index}, hosts=("h",), vms=vms)
+    return wave_state(wave=index, status=status, domains={"web": index}, hosts=("h",), vms=vms)
 
 
-def _rollout(*waves: m.WaveState, status: m.RolloutStatus = "running") -> m.RolloutState:
-    return m.RolloutState(
+def _rollout(*waves: m.WaveState, status: m.RolloutStatus = "running") -> WholeRollout:
+    return whole_rollout(
         rollout="r", update="u", status=status, policy=m.Policy(), sets=("web",), waves=waves, created_at=T0
     )
 

@@ -18,8 +18,10 @@ from caesura.bus.memory import MemoryBroker, MemoryBus
 from caesura.bus.port import BusStats
 from caesura.contract import messages as m
 from caesura.contract.examples import examples
+from caesura.contract.parts import WholeRollout
 from caesura.runtime.settings import Secret
 from caesura.testing.patience import patient
+from caesura.testing.rollouts import wave_state, whole_rollout
 from caesura_ctl import act
 from caesura_ctl import follow as following
 from caesura_ctl import session as sessions
@@ -46,8 +48,8 @@ class Seen:
         self.changed.set()
 
 
-def _state(status: m.RolloutStatus, name: str = "r") -> m.RolloutState:
-    wave = m.WaveState(
+def _state(status: m.RolloutStatus, name: str = "r") -> WholeRollout:
+    wave = wave_state(
         wave=0,
         status="completed",
         domains={"web": 0},
@@ -56,7 +58,7 @@ def _state(status: m.RolloutStatus, name: str = "r") -> m.RolloutState:
         events={"web": "E"},
         reason=f"wave of {name}",
     )
-    return m.RolloutState(
+    return whole_rollout(
         rollout=name,
         update="patch",
         status=status,
@@ -69,7 +71,7 @@ def _state(status: m.RolloutStatus, name: str = "r") -> m.RolloutState:
 
 async def _follow(
     seen: Seen, *, terminal: bool = False, as_json: bool = False, shown: io.StringIO | None = None
-) -> m.RolloutState:
+) -> WholeRollout:
     console = Console(file=io.StringIO() if shown is None else shown, width=140, force_terminal=terminal)
     context = Context(CtlSettings(), as_json, console)
     async with asyncio.timeout(patient(10)):

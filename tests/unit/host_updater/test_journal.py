@@ -295,8 +295,8 @@ async def test_a_clock_that_was_judged_before_its_report_could_be_written_is_not
     await thread.close()
 
 
-def test_a_journal_with_a_flipped_bit_is_a_store_error_and_no_other(tmp_path: Path) -> None:
-    path = tmp_path / "journal.sqlite"
+def test_a_journal_with_a_flipped_bit_is_a_store_error_and_no_other(ram_path: Path) -> None:
+    path = ram_path / "journal.sqlite"
     first = Journal(str(path))
     first.obey(Authority(7, "c"))
     first.accept(command("op"), state("op"), "boot", [LETTERS.report(report("op", "accepted"))])

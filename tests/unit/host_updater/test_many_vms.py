@@ -1,4 +1,4 @@
-"""A host with more VMs than a message holds: it says so, goes on, and stays in everybody's fence."""
+"""A host with many VMs: its inventory in parts, its reports within a message, its file refused where it has too many."""
 
 from __future__ import annotations
 
@@ -7,28 +7,33 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 import pytest
 from structlog.testing import capture_logs
 
 from caesura.bus.memory import MemoryBus
-from caesura.contract.codec import decode, size_bytes
+from caesura.bus.post import Post
+from caesura.contract.codec import Oversized, decode, size_bytes
+from caesura.contract.envelope import Message
 from caesura.contract.fitting import fits, fitted
 from caesura.contract.messages import (
     MOST_TARGETS,
     HostInventory,
+    InventoryPart,
     OperationReported,
     OperationTarget,
     StartOperation,
     VmRecord,
 )
+from caesura.contract.parts import Joiner, inventory_in_parts
 from caesura.testing.collector import Collector, eventually, running
 from caesura_host_updater.command import Authority
 from caesura_host_updater.drivers.port import Capabilities
 from caesura_host_updater.hostfile import HostFile, HostFileError, VmSpec, parse_host_file
-from caesura_host_updater.inventory import TOO_MANY_VMS, inventory
+from caesura_host_updater.inventory import inventory
+from caesura_host_updater.inventory_publisher import InventoryPublisher
 from caesura_host_updater.journal import JournalThread
 from caesura_host_updater.operation_state import Operation, VmPause
 from caesura_host_updater.report import final_report, unreportable
@@ -69,24 +74,32 @@ def inventory_of(count: int) -> HostInventory:
     )
 
 
-def test_texts_give_way_before_facts() -> None:
-    few, many = inventory_of(3), inventory_of(300)
-    assert few.vms[0] == record(0), "nothing is cut without need"
-    assert fits(many)
-    for number, vm in enumerate(many.vms):
-        assert vm.state_detail.endswith("…")
-        assert vm.methods_missing["kexec"].startswith("no other kernel")
-        cut = {"state_detail": vm.state_detail, "methods_missing": vm.methods_missing}
-        assert vm == record(number, **cut), "all else is as it was"
+def test_a_few_vms_are_one_message() -> None:
+    few = inventory_of(3)
+    assert inventory_in_parts(few) == (few, [])
 
 
-def test_too_many_vms_are_all_there_and_none_can_be_updated() -> None:
-    crowd = inventory_of(MOST_TARGETS)
-    assert fits(crowd)
-    assert [vm.vm for vm in crowd.vms] == [f"web-{number:04d}" for number in range(MOST_TARGETS)]
-    assert {(vm.state, vm.methods) for vm in crowd.vms} == {("running", ())}
-    assert crowd.driver_detail.startswith(TOO_MANY_VMS)
-    assert (crowd.epoch, crowd.coordinator, crowd.guard) == (7, "c", "ready")
+def test_many_vms_come_in_parts_with_every_word_of_theirs() -> None:
+    whole = inventory_of(MOST_TARGETS)
+    head, parts = inventory_in_parts(whole)
+    assert fits(head)
+    assert all(fits(each) for each in parts)
+    assert head == msgspec.structs.replace(whole, vms=(), part_etags=tuple(each.etag for each in parts))
+    assert tuple(vm for each in parts for vm in each.vms) == whole.vms
+    assert [each.part for each in parts] == list(range(1, len(parts) + 1))
+
+
+def test_a_part_in_which_nothing_changed_has_the_same_etag() -> None:
+    whole = inventory_of(300)
+    vms = list(whole.vms)
+    vms[-1] = msgspec.structs.replace(vms[-1], state="paused")
+    before = inventory_in_parts(whole)[1]
+    after = inventory_in_parts(msgspec.structs.replace(whole, vms=tuple(vms)))[1]
+    assert len(after) == len(before) > 2
+    assert [one.etag == two.etag for one, two in zip(before, after, strict=True)] == [
+        *[True] * (len(before) - 1),
+        False,
+    ]
 
 
 def test_what_fits_is_not_touched() -> None:
@@ -137,13 +150,11 @@ class Driver:
         return Capabilities(methods=("freeze",), missing={"swap": self.missing}, clock="none")
 
 
-@pytest.mark.parametrize("name_length", [10, 62])
-async def test_the_updater_does_not_end_for_it(
-    name_length: int, tmp_path: Path, updater_with: Callable[..., HostUpdater]
+async def test_the_updater_publishes_the_parts_before_the_inventory_that_names_them(
+    tmp_path: Path, updater_with: Callable[..., HostUpdater]
 ) -> None:
-    """With the longest names not even the bare list of VMs fits: what was published before stays, and the probe says why."""
-    names = [f"v{number:04d}".ljust(name_length, "x") for number in range(MOST_TARGETS)]
-    vms = tuple(VmSpec(name=name, set="s" * name_length, update_domain=0) for name in names)
+    names = [f"v{number:04d}".ljust(62, "x") for number in range(MOST_TARGETS)]
+    vms = tuple(VmSpec(name=name, set="s" * 62, update_domain=0) for name in names)
     journal = JournalThread()
     await journal.open(str(tmp_path / "journal.sqlite"))
     updater = updater_with(
@@ -151,25 +162,74 @@ async def test_the_updater_does_not_end_for_it(
     )
     broker = updater.bus._broker  # type: ignore[attr-defined]
     got = Collector()
-    ear = MemoryBus(broker, client_id="ear", filters=["caesura/v1/host/+/inventory"])
-    with capture_logs() as logs:
-        async with running(updater.bus), running(ear, got.receive):
-            keeping = asyncio.ensure_future(updater.tasks()["inventory"]())
-            await eventually(lambda: bool(updater.pings()["inventory"]()) or keeping.done())
-            for _ in range(3):  # not once only: nothing changes, and it is said once
-                updater._changed.set()
-                await asyncio.sleep(0)
-            assert not keeping.done()
-            assert TOO_MANY_VMS in updater.pings()["inventory"]()
-            keeping.cancel()
-    assert sum(each["event"] == "inventory.too_large" for each in logs) == 1
-    if name_length == 10:
-        message = decode(got.deliveries[0].topic, got.deliveries[0].payload).message
-        assert isinstance(message, HostInventory)
-        assert len(message.vms) == MOST_TARGETS
-    else:
-        assert got.deliveries == []
+    ear = MemoryBus(broker, client_id="ear", filters=["caesura/v1/host/+/inventory/#"])
+    async with running(updater.bus), running(ear, got.receive):
+        keeping = asyncio.ensure_future(updater.tasks()["inventory"]())
+        await eventually(lambda: any(each.topic.endswith("/inventory") for each in got.deliveries))
+        keeping.cancel()
+    received = [decode(each.topic, each.payload) for each in got.deliveries]
+    joiner = Joiner()
+    wholes = [joiner.take(each) for each in received]
+    assert [each is not None for each in wholes] == [*[False] * (len(wholes) - 1), True]
+    whole = wholes[-1].message if wholes[-1] is not None else None
+    assert isinstance(whole, HostInventory)
+    assert [vm.vm for vm in whole.vms] == names
+    assert updater.pings()["inventory"]() == ""
     await journal.close()
+
+
+class Heard:
+    """What a publisher's post is given."""
+
+    def __init__(self) -> None:
+        self.sent: list[tuple[str, int]] = []
+        self.refused = False
+
+    async def send(self, message: Message, **parameters: str | int) -> None:
+        if self.refused:
+            raise Oversized("t", "300000 bytes")
+        self.sent.append((type(message).TYPE.split(".")[2], int(parameters.get("part", 0))))
+
+    async def clear(self, _: type[Message], **parameters: str | int) -> None:
+        self.sent.append(("cleared", int(parameters["part"])))
+
+    def new(self) -> list[tuple[str, int]]:
+        sent, self.sent = self.sent, []
+        return sent
+
+
+async def test_only_parts_that_changed_are_sent_again_and_those_too_many_removed() -> None:
+    heard = Heard()
+    publisher = InventoryPublisher("host-1", cast("Post", heard))
+    whole = inventory_of(300)
+    parts = len(inventory_in_parts(whole)[1])
+    await publisher.publish(whole)
+    everything = [*(("inventory-part", number) for number in range(1, parts + 1)), ("inventory", 0)]
+    assert heard.new() == everything
+    await publisher.publish(whole)
+    assert heard.new() == [("inventory", 0)]
+    publisher.connected()
+    await publisher.publish(whole)
+    assert heard.new() == everything, "a broker may have lost them"
+    await publisher.publish(inventory_of(3))
+    assert heard.new() == [("inventory", 0), *(("cleared", number) for number in range(1, parts + 1))]
+    publisher.retained_earlier(InventoryPart(host="host-1", part=9, etag="0" * 12, vms=()))
+    await publisher.publish(inventory_of(3))
+    assert heard.new() == [("inventory", 0), ("cleared", 9)], "an earlier run left it"
+
+
+async def test_an_inventory_that_cannot_be_sent_is_said_once_and_shows_in_the_probe() -> None:
+    heard = Heard()
+    publisher = InventoryPublisher("host-1", cast("Post", heard))
+    heard.refused = True
+    with capture_logs() as logs:
+        await publisher.publish(inventory_of(3))
+        await publisher.publish(inventory_of(3))
+    assert [each["event"] for each in logs] == ["inventory.too_large"]
+    assert "take updates out of updates.d" in publisher.ping()
+    heard.refused = False
+    await publisher.publish(inventory_of(3))
+    assert publisher.ping() == ""
 
 
 def operation(count: int, text: str) -> Operation:

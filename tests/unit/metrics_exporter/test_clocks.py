@@ -9,6 +9,8 @@ import pytest
 
 from caesura.contract import messages as m
 from caesura.contract.envelope import Message
+from caesura.contract.parts import WholeRollout
+from caesura.testing.rollouts import whole_rollout
 from caesura_metrics_exporter.fleet import Fleet
 from caesura_metrics_exporter.fleet_metrics import fleet_families
 
@@ -35,10 +37,8 @@ def fold(*messages: Message, fleet: Fleet | None = None) -> Fleet:
     return fleet
 
 
-def rollout(
-    name: str, bound_s: float, minute: int = 0, status: m.RolloutStatus = "running"
-) -> m.RolloutState:
-    return m.RolloutState(
+def rollout(name: str, bound_s: float, minute: int = 0, status: m.RolloutStatus = "running") -> WholeRollout:
+    return whole_rollout(
         rollout=name,
         update="kernel",
         status=status,

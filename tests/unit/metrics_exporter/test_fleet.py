@@ -9,6 +9,8 @@ import pytest
 
 from caesura.contract import messages as m
 from caesura.contract.envelope import Message
+from caesura.contract.parts import WholeRollout
+from caesura.testing.rollouts import wave_state, whole_rollout
 from caesura_metrics_exporter.fleet import Fleet
 from caesura_metrics_exporter.fleet_metrics import fleet_families
 
@@ -175,11 +177,11 @@ def test_agents_by_presence() -> None:
 
 
 def wave(number: int, domain: int, status: m.WaveStatus) -> m.WaveState:
-    return m.WaveState(wave=number, status=status, domains={"web": domain}, hosts=("host-1",), vms=("web-1",))
+    return wave_state(wave=number, status=status, domains={"web": domain}, hosts=("host-1",), vms=("web-1",))
 
 
-def rollout(name: str, status: m.RolloutStatus, *waves: m.WaveState, minute: int = 0) -> m.RolloutState:
-    return m.RolloutState(
+def rollout(name: str, status: m.RolloutStatus, *waves: m.WaveState, minute: int = 0) -> WholeRollout:
+    return whole_rollout(
         rollout=name,
         update="kernel",
         status=status,

@@ -13,8 +13,10 @@ from hypothesis import strategies as st
 from caesura.contract import messages as m
 from caesura.contract.codec import Received
 from caesura.contract.envelope import Header, Message
+from caesura.contract.parts import WholeRollout
 from caesura.contract.topics import channel_of
 from caesura.lifecycle.proof import memory_proof
+from caesura.testing.rollouts import wave_state, whole_rollout
 from caesura_metrics_exporter.alarms import ALARMS_KEPT, ALARMS_SENT
 from caesura_metrics_exporter.happenings import happening
 from caesura_metrics_exporter.lanebook import LANES_KEPT
@@ -40,7 +42,8 @@ def when(at: float) -> datetime:
 
 def received(message: Message, sent: float) -> Received:
     header = Header(specversion="1.0", id="1", source="/test", type=type(message).TYPE, time=when(sent))
-    return Received(channel_of(type(message)), {}, header, message)
+    kind = m.RolloutState if isinstance(message, WholeRollout) else type(message)
+    return Received(channel_of(kind), {}, header, message)
 
 
 class Story:
@@ -81,12 +84,12 @@ class Story:
     def rollout(self, at: float, status: m.RolloutStatus = "running", **more: Any) -> None:
         given = {"policy": m.Policy(), "sets": ("web",), "rollout": "r1", "created_at": when(T0), **more}
         waves = tuple(self.waves[index] for index in sorted(self.waves))
-        self.hear(m.RolloutState(update="patch", status=status, waves=waves, **given), at)
+        self.hear(whole_rollout(update="patch", status=status, waves=waves, **given), at)
 
     def wave(self, at: float, status: m.WaveStatus, index: int = 0, **more: Any) -> None:
         """The coordinator says both: the fact, then the rollout's state."""
         domains = more.pop("domains", {"web": index})
-        self.waves[index] = m.WaveState(
+        self.waves[index] = wave_state(
             wave=index, status=status, domains=domains, hosts=("h1",), vms=("web-1",), **more
         )
         reason = more.get("reason", "")
@@ -411,7 +414,7 @@ class TestState:
 
     def test_a_rollout_under_way_is_restored_from_its_state(self, story: Story) -> None:
         story.waves = {
-            0: m.WaveState(
+            0: wave_state(
                 wave=0, status="started", domains={"web": 0}, hosts=(), vms=(), started_at=when(T0 - 5)
             )
         }
@@ -420,7 +423,7 @@ class TestState:
 
     def test_a_rollout_that_was_over_is_told_but_not_drawn(self, story: Story) -> None:
         story.waves = {
-            0: m.WaveState(
+            0: wave_state(
                 wave=0, status="completed", domains={"web": 0}, hosts=(), vms=(), ended_at=when(T0 - 5)
             )
         }
@@ -442,7 +445,7 @@ class TestState:
         record = m.VmRecord(vm="web-1", set="web", update_domain=7, fault_domain=1, state="running")
         story.inventory(0, vms=(record,))
         policy = m.Policy(domain_key="fault_domain")
-        story.waves = {0: m.WaveState(wave=0, status="started", domains={"web": 1}, hosts=(), vms=("web-1",))}
+        story.waves = {0: wave_state(wave=0, status="started", domains={"web": 1}, hosts=(), vms=("web-1",))}
         story.rollout(1, policy=policy)
         story.frozen(2, domain=7)
         assert story.lane("web/fd/1").state == "frozen"
@@ -517,7 +520,7 @@ class TestFaultDomains:
     def test_a_rollout_that_is_heard_of_later_puts_it_right(self, story: Story) -> None:
         self.fleet(story)
         assert story.alarms() == [("two-domains", True)]
-        story.waves = {0: m.WaveState(wave=0, status="started", domains={"web": 2}, hosts=(), vms=())}
+        story.waves = {0: wave_state(wave=0, status="started", domains={"web": 2}, hosts=(), vms=())}
         story.rollout(1.1, policy=FD)
         assert story.alarms() == [], "it never was so"
         assert {each.domain for each in story.snapshot().paused or ()} == {2}
@@ -551,7 +554,7 @@ class TestFaultDomains:
 
     def test_their_lanes_go_with_what_is_drawn_of_them(self, story: Story) -> None:
         story.inventory(0, vms=(in_fault_domain(0, 1),))
-        story.waves = {0: m.WaveState(wave=0, status="started", domains={"web": 1}, hosts=(), vms=())}
+        story.waves = {0: wave_state(wave=0, status="started", domains={"web": 1}, hosts=(), vms=())}
         story.rollout(1, policy=FD)
         fleet = story.snapshot().fleet
         assert fleet is not None
@@ -565,7 +568,7 @@ class TestFaultDomains:
 
     def test_a_vm_that_leaves_leaves_both(self, story: Story) -> None:
         story.inventory(0, vms=(in_fault_domain(0, 1), in_fault_domain(1, 1)))
-        story.waves = {0: m.WaveState(wave=0, status="started", domains={"web": 1}, hosts=(), vms=())}
+        story.waves = {0: wave_state(wave=0, status="started", domains={"web": 1}, hosts=(), vms=())}
         story.rollout(1, policy=FD)
         story.inventory(2, vms=(in_fault_domain(0, 1),))
         assert (story.lane("web/fd/1").vms, story.lane("web/ud/1").vms) == (1, 0)
@@ -603,7 +606,7 @@ class TestPauses:
     def test_each_wave_counts_its_own(self, story: Story) -> None:
         started: dict[str, Any] = {"status": "started", "hosts": (), "wave": 0}
         for name, vms in (("web", ("web-1",)), ("db", ("db-1", "db-2"))):
-            story.waves = {0: m.WaveState(domains={name: 0}, vms=vms, **started)}
+            story.waves = {0: wave_state(domains={name: 0}, vms=vms, **started)}
             story.rollout(0, rollout=name, sets=(name,))
         story.frozen(1, "db-1", set="db")
         before = story.live.revision
@@ -696,8 +699,8 @@ class TestWaves:
         done: dict[str, Any] = {"status": "completed", "hosts": (), "vms": ()}
         begun: dict[str, Any] = {"status": "started", "hosts": (), "vms": ()}
         story.waves = {
-            0: m.WaveState(wave=0, domains={"web": 0}, ended_at=when(T0 - 7200), **done),
-            1: m.WaveState(wave=1, domains={"web": 1}, started_at=when(T0 - 7200), **begun),
+            0: wave_state(wave=0, domains={"web": 0}, ended_at=when(T0 - 7200), **done),
+            1: wave_state(wave=1, domains={"web": 1}, started_at=when(T0 - 7200), **begun),
         }
         story.rollout(0)
         assert story.drawn() == []

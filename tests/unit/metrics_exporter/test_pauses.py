@@ -9,6 +9,8 @@ import msgspec
 
 from caesura.contract import messages as m
 from caesura.contract.envelope import Message
+from caesura.contract.parts import WholeRollout
+from caesura.testing.rollouts import wave_state, whole_rollout
 from caesura_metrics_exporter.fleet import Fleet
 from caesura_metrics_exporter.fleet_metrics import fleet_families
 
@@ -215,8 +217,8 @@ def rollout(
     key: m.DomainKey = "update_domain",
     ended_at: datetime | None = None,
     budget_s: float = m.MAX_BUDGET_S,
-) -> m.RolloutState:
-    return m.RolloutState(
+) -> WholeRollout:
+    return whole_rollout(
         rollout="r1",
         update="patch",
         status="running" if ended_at is None else "completed",
@@ -261,7 +263,7 @@ def test_an_event_ages_in_its_status_whatever_else_changes_in_the_document() -> 
 def wave(
     number: int, domain: int, status: m.WaveStatus, begun_s: float, ended_s: float | None
 ) -> m.WaveState:
-    return m.WaveState(
+    return wave_state(
         wave=number,
         status=status,
         domains={"web": domain},

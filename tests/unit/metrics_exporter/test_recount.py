@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 
 from caesura.contract import messages as m
 from caesura.contract.envelope import Message
+from caesura.contract.parts import WholeRollout
+from caesura.testing.rollouts import wave_state, whole_rollout
 from caesura_metrics_exporter.agents import AGENT_SILENT_S, PRESENCES
 from caesura_metrics_exporter.census import VM_STATES
 from caesura_metrics_exporter.fleet import Fleet
@@ -303,11 +305,11 @@ def test_pauses_are_what_looking_through_all_of_them_finds(steps: list[tuple[Any
 
 
 @st.composite
-def rollouts(draw: st.DrawFn) -> m.RolloutState:
+def rollouts(draw: st.DrawFn) -> WholeRollout:
     minute = draw(st.integers(0, 5))
     names = tuple(sorted(draw(st.sets(sets, min_size=1))))
     waves = tuple(
-        m.WaveState(
+        wave_state(
             wave=number,
             status=draw(st.sampled_from(get_args(m.WaveStatus))),
             domains={name: draw(domains) for name in draw(st.sets(st.sampled_from(names), min_size=1))},
@@ -318,7 +320,7 @@ def rollouts(draw: st.DrawFn) -> m.RolloutState:
         )
         for number in range(draw(st.integers(0, 3)))
     )
-    return m.RolloutState(
+    return whole_rollout(
         rollout=f"r{minute}",
         update="u",
         status=draw(st.sampled_from(get_args(m.RolloutStatus))),
@@ -332,9 +334,9 @@ def rollouts(draw: st.DrawFn) -> m.RolloutState:
 @settings(max_examples=200, deadline=None)
 @given(st.lists(rollouts() | st.sampled_from([f"r{number}" for number in range(6)]), max_size=12))
 def test_rollouts_of_sets_are_what_looking_through_all_of_them_finds(
-    steps: list[m.RolloutState | str],
+    steps: list[WholeRollout | str],
 ) -> None:
-    index, known = RolloutIndex(), dict[str, m.RolloutState]()
+    index, known = RolloutIndex(), dict[str, WholeRollout]()
     telling = ("started", "verifying", "soaking", "scheduled", "failed", "cancelled", "pending", "completed")
     for step in steps:
         if isinstance(step, str):
@@ -344,7 +346,7 @@ def test_rollouts_of_sets_are_what_looking_through_all_of_them_finds(
             index.take(step)
             known[step.rollout] = step
         assert index.known == known
-        chosen: dict[str, m.RolloutState] = {}
+        chosen: dict[str, WholeRollout] = {}
         over = ("completed", "aborted")
         for each in sorted(known.values(), key=lambda each: (each.status not in over, each.created_at)):
             chosen.update(dict.fromkeys(each.sets, each))
@@ -377,7 +379,7 @@ def test_the_oldest_rollout_leaves_no_trace_in_the_index() -> None:
     index = RolloutIndex()
     for number in range(ROLLOUTS_KEPT + 5):
         index.take(
-            m.RolloutState(
+            whole_rollout(
                 rollout=f"r{number}",
                 update="u",
                 status="completed",

@@ -1,0 +1,257 @@
+"""Messages that come in parts: taken apart by their writer, put together by their readers. Pure.
+
+No message grows with the fleet: a rollout's waves, the VMs of a large host and the plan of a large rollout have topics of their own.
+What is retained names its parts by their etags, so a reader that holds an older or a newer part waits for the right one and never
+takes two moments for one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from hashlib import blake2b
+from typing import Any, TypeVar
+
+import msgspec
+from msgspec.structs import replace
+
+from caesura.contract import messages as m
+from caesura.contract.codec import MAX_PAYLOAD_BYTES, Received, size_bytes
+from caesura.contract.envelope import Message
+from caesura.contract.topics import channel_of
+
+PARTS: Mapping[type[Message], type[Message]] = {
+    m.RolloutState: m.WaveState,
+    m.HostInventory: m.InventoryPart,
+    m.RequestAnswered: m.PlanPart,
+}
+"""Message type to the type of its parts."""
+
+_FILL_BYTES = MAX_PAYLOAD_BYTES * 3 // 4
+"""Of a part: the rest is for its envelope and for what else it says."""
+_PLANS_HELD = 16
+"""Answers whose parts are not complete."""
+
+T = TypeVar("T")
+
+
+class WholeRollout(m.RolloutState, frozen=True, kw_only=True):
+    """A rollout with its waves, as a reader has it: never on the bus."""
+
+    waves: tuple[m.WaveState, ...] = ()
+    """In order. None of a rollout whose waves are retained no more."""
+
+
+def with_parts(kinds: Iterable[type[Message]]) -> list[type[Message]]:
+    """The message types to subscribe to for these to come whole."""
+    return [each for kind in kinds for each in (kind, PARTS.get(kind)) if each is not None]
+
+
+def etag_of(content: Any) -> str:
+    """The etag of what a part says, ``content`` being anything that msgspec encodes."""
+    return blake2b(msgspec.json.encode(content), digest_size=6).hexdigest()
+
+
+# --- taken apart -------------------------------------------------------------------------------------------
+
+
+def inventory_in_parts(whole: m.HostInventory) -> tuple[m.HostInventory, list[m.InventoryPart]]:
+    """The inventory as it is published: whole if it can be sent, else without VMs and with its parts.
+
+    If it still cannot be sent then, the VMs are not what makes it large. More parts than ``MOST_PARTS`` are possible here, and refused
+    by readers: the bound on the VMs of a host keeps an inventory far below it.
+    """
+    if size_bytes(whole) <= MAX_PAYLOAD_BYTES:
+        return whole, []
+    parts = [
+        m.InventoryPart(host=whole.host, part=number, etag=etag_of(vms), vms=vms)
+        for number, vms in enumerate(_filled(whole.vms), 1)
+    ]
+    return replace(whole, vms=(), part_etags=tuple(each.etag for each in parts)), parts
+
+
+def answer_in_parts(whole: m.RequestAnswered) -> tuple[m.RequestAnswered, list[m.PlanPart]]:
+    """The answer as it is sent: whole if it can be, else with its plan in parts."""
+    if whole.plan is None or size_bytes(whole) <= MAX_PAYLOAD_BYTES:
+        return whole, []
+    plan = whole.plan
+    slices: list[dict[str, Any]] = []
+    for wave in plan.waves:
+        slices += [{"waves": (_slice_of(wave, vms),)} for vms in _filled(wave.vms)]
+    slices += [{"skipped": vms} for vms in _filled(plan.skipped)]
+    slices += [{"refusals": refusals} for refusals in _filled(plan.refusals)]
+    merged: list[dict[str, Any]] = []
+    room = 0
+    for each in slices:
+        taken = len(msgspec.json.encode(each))
+        if taken > room:
+            merged.append({"waves": (), "skipped": (), "refusals": ()})
+            room = _FILL_BYTES
+        merged[-1] = {name: (*had, *each.get(name, ())) for name, had in merged[-1].items()}
+        room -= taken
+    parts = [m.PlanPart(request=whole.request, part=number, **each) for number, each in enumerate(merged, 1)]
+    empty = replace(plan, waves=(), skipped=(), refusals=())
+    return replace(whole, plan=empty, plan_parts=len(parts)), parts
+
+
+def _slice_of(wave: m.PlannedWave, vms: tuple[m.PlannedVm, ...]) -> m.PlannedWave:
+    hosts = {vm.host for vm in vms}
+    sets = {vm.set for vm in vms}
+    return replace(
+        wave,
+        vms=vms,
+        hosts=tuple(each for each in wave.hosts if each in hosts),
+        domains={name: domain for name, domain in wave.domains.items() if name in sets},
+    )
+
+
+def _filled(records: Sequence[T]) -> Iterator[tuple[T, ...]]:
+    """The records in order, as many together as one part takes."""
+    some: list[T] = []
+    room = _FILL_BYTES
+    for record in records:
+        taken = len(msgspec.json.encode(record)) + 1
+        if some and taken > room:
+            yield tuple(some)
+            some, room = [], _FILL_BYTES
+        some.append(record)
+        room -= taken
+    if some:
+        yield tuple(some)
+
+
+# --- put together ------------------------------------------------------------------------------------------
+
+
+class Joiner:
+    """A reader's parts, and the messages that wait for theirs.
+
+    A message that is whole as it is passes through. One whose parts are not all here is held back; the reader keeps what it had
+    until the new one is whole.
+    """
+
+    def __init__(self) -> None:
+        self._waves: dict[str, dict[int, m.WaveState]] = {}
+        self._vms: dict[str, dict[int, m.InventoryPart]] = {}
+        self._plans: dict[tuple[str, str], dict[int, m.PlanPart]] = {}
+        self._waiting: dict[tuple[type[Message], str], Received] = {}
+
+    def take(self, received: Received) -> Received | None:
+        """The message that this one is or completes, whole; None: it waits, or it is a part of one that does."""
+        message = received.message
+        match message:
+            case m.WaveState():
+                self._waves.setdefault(message.rollout, {})[message.wave] = message
+                return self._completed(m.RolloutState, message.rollout, self._rollout)
+            case m.RolloutState():
+                self._waiting[m.RolloutState, message.rollout] = received
+                return self._completed(m.RolloutState, message.rollout, self._rollout)
+            case m.InventoryPart():
+                self._vms.setdefault(message.host, {})[message.part] = message
+                return self._completed(m.HostInventory, message.host, self._inventory)
+            case m.HostInventory():
+                self._waiting[m.HostInventory, message.host] = received
+                return self._completed(m.HostInventory, message.host, self._inventory)
+            case m.PlanPart():
+                client = received.parameters["client"]
+                self._plans.setdefault((client, message.request), {})[message.part] = message
+                while len(self._plans) > _PLANS_HELD:
+                    oldest = next(iter(self._plans))
+                    del self._plans[oldest]
+                    self._waiting.pop((m.RequestAnswered, "/".join(oldest)), None)
+                return self._completed(m.RequestAnswered, f"{client}/{message.request}", self._answer)
+            case m.RequestAnswered() if message.plan_parts:
+                client = received.parameters["client"]
+                self._waiting[m.RequestAnswered, f"{client}/{message.request}"] = received
+                return self._completed(m.RequestAnswered, f"{client}/{message.request}", self._answer)
+            case _:
+                return received
+
+    def clear(self, topic: str) -> None:
+        """A retained message was removed."""
+        for kind, part in PARTS.items():
+            if (found := channel_of(kind).match(topic)) is not None:
+                self._waiting.pop((kind, next(iter(found.values()))), None)
+            if (found := channel_of(part).match(topic)) is None:
+                continue
+            if part is m.WaveState:
+                _removed(self._waves, found["rollout"], found["wave"])
+            elif part is m.InventoryPart:
+                _removed(self._vms, found["host"], found["part"])
+
+    def waiting(self) -> list[str]:
+        """What is not whole, by message type and name: for diagnosis."""
+        return sorted(f"{kind.TYPE} {name}" for kind, name in self._waiting)
+
+    def _completed(
+        self, kind: type[Message], name: str, complete: Callable[[Received], Message | None]
+    ) -> Received | None:
+        head = self._waiting.get((kind, name))
+        whole = complete(head) if head is not None else None
+        if head is None or whole is None:
+            return None
+        del self._waiting[kind, name]
+        return replace(head, message=whole)
+
+    def _rollout(self, head: Received) -> Message | None:
+        state = head.message
+        assert isinstance(state, m.RolloutState)  # noqa: S101 - for mypy
+        known = self._waves.get(state.rollout, {})
+        waves = [known.get(index) for index in range(len(state.wave_etags))]
+        found = tuple(wave for wave in waves if wave is not None)
+        if tuple(wave.etag for wave in found) != state.wave_etags:
+            return None
+        if not state.wave_etags:
+            self._waves.pop(state.rollout, None)
+        members = {name: getattr(state, name) for name in m.RolloutState.__struct_fields__}
+        return WholeRollout(**members, waves=found)
+
+    def _inventory(self, head: Received) -> Message | None:
+        state = head.message
+        assert isinstance(state, m.HostInventory)  # noqa: S101 - for mypy
+        if not state.part_etags:
+            return state
+        known = self._vms.get(state.host, {})
+        parts = [known.get(number) for number in range(1, len(state.part_etags) + 1)]
+        found = [part for part in parts if part is not None]
+        if tuple(part.etag for part in found) != state.part_etags:
+            return None
+        return replace(state, vms=tuple(vm for part in found for vm in part.vms))
+
+    def _answer(self, head: Received) -> Message | None:
+        answer = head.message
+        assert isinstance(answer, m.RequestAnswered)  # noqa: S101 - for mypy
+        key = head.parameters["client"], answer.request
+        known = self._plans.get(key, {})
+        parts = [known.get(number) for number in range(1, answer.plan_parts + 1)]
+        found = [part for part in parts if part is not None]
+        if len(found) != answer.plan_parts or answer.plan is None:
+            return None
+        self._plans.pop(key, None)
+        waves: dict[int, m.PlannedWave] = {}
+        for wave in (each for part in found for each in part.waves):
+            had = waves.get(wave.wave)
+            waves[wave.wave] = wave if had is None else _merged(had, wave)
+        plan = replace(
+            answer.plan,
+            waves=tuple(waves.values()),
+            skipped=tuple(vm for part in found for vm in part.skipped),
+            refusals=tuple(each for part in found for each in part.refusals),
+        )
+        return replace(answer, plan=plan)
+
+
+def _merged(one: m.PlannedWave, other: m.PlannedWave) -> m.PlannedWave:
+    return replace(
+        one,
+        vms=(*one.vms, *other.vms),
+        hosts=tuple(dict.fromkeys((*one.hosts, *other.hosts))),
+        domains={**one.domains, **other.domains},
+    )
+
+
+def _removed(parts: dict[str, dict[int, T]], name: str, number: str) -> None:
+    held = parts.get(name, {})
+    if number.isdigit():
+        held.pop(int(number), None)
+    if not held:
+        parts.pop(name, None)

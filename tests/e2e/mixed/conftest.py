@@ -165,6 +165,25 @@ class Mixed:
         await self.until(lambda: bool(ended()), f"the report of {operation}")
         return ended()[-1]
 
+    async def refused_store(self, host: str, operation: str) -> bool:
+        """Whether a host updater ended since its journal is of a newer version; waits for that or for its report."""
+
+        def why() -> list[str]:
+            return [each["why"] for each in self.logged(host, "service.failed")]
+
+        def reported() -> bool:
+            reports = self.wire.of(f"caesura/v1/host/{host}/operation")
+            return any(each["operation"] == operation and each["status"] != "accepted" for each in reports)
+
+        await self.until(
+            lambda: bool(why()) or reported(), f"{host} reports {operation}, or says why it does not"
+        )
+        if reported():
+            return False
+        assert "run the newer version" in why()[-1]
+        assert await self.sandbox.until_exit(host, 30) != 0
+        return True
+
     async def ask(self, kind: str = "rollout", **data: Any) -> dict[str, Any]:
         """Ask the coordinator for a rollout (or ``plan_only``), as an operator does; its answer."""
         request = new_id()

@@ -41,6 +41,11 @@ async def test_a_pause_of_one_version_ends_under_the_next(
     await host.start("host-1", after)
     await host.running()
     os.kill(armed, signal.SIGCONT) if guard == "is late" else None
+    refused = after is other and await host.refused_store("host-1", operation)
+    if refused:
+        # Set back over a journal that it does not know: the VM runs, the unit stays down, and the newer version has the report.
+        after = this
+        await host.start("host-1", after)
     report = await host.report(operation)
     assert report["status"] == "failed"
     assert report["reason"]
@@ -54,7 +59,7 @@ async def test_a_pause_of_one_version_ends_under_the_next(
     await host.until(
         lambda: host.inventory()["guard"] == "ready" and not host.inventory()["operation"], "idle again"
     )
-    if guard == "is late":
+    if guard == "is late" and not refused:  # alone for too long, it may have ended
         assert host.sandbox.guard_pid("host-1") == armed, "the guard of the version before is still at work"
 
     # Both work together from now on: a guard that was started by one version is armed and disarmed by the other.

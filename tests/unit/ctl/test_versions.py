@@ -18,7 +18,9 @@ def test_a_host_that_is_well_is_not_named() -> None:
 
 def test_a_host_of_an_older_version_and_one_that_refuses_the_coordinator_are_named_with_what_to_do() -> None:
     older = msgspec.structs.replace(_WELL, commands=())
-    refusing = msgspec.structs.replace(_WELL, refused_epoch="coordinator c is of an older version: upgrade it")
+    refusing = msgspec.structs.replace(
+        _WELL, refused_epoch="coordinator c is of an older version: upgrade it"
+    )
     lines = not_together({"h2": refusing, "h1": older, "h3": _WELL})
     assert len(lines) == 2
     assert lines[0].startswith("h1 is of an older version and does not read caesura.operation.start.v1")

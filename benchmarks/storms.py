@@ -6,11 +6,14 @@ from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+from msgspec.structs import replace
+
 from caesura.bus.port import Delivery
 from caesura.contract import messages as m
 from caesura.contract.codec import encode
 from caesura.contract.envelope import Message
 from caesura.contract.topics import channel_of
+from caesura.testing.rollouts import sent, wave_state, whole_rollout
 
 
 class Storms:
@@ -75,9 +78,7 @@ class Storms:
             named = {group: domain for _, group, _, _ in mine}
             hosts = sorted({host for _, _, _, host in mine})
             vms = tuple(vm for vm, _, _, _ in mine)
-            waves.append(
-                m.WaveState(wave=domain, status="pending", domains=named, hosts=tuple(hosts), vms=vms)
-            )
+            waves.append(wave_state(wave=domain, domains=named, hosts=tuple(hosts), vms=vms))
         for domain, planned in enumerate(waves):
             mine = [each for each in self.vms if each[2] == domain]
             for status in ("scheduled", "started"):
@@ -163,19 +164,13 @@ class Storms:
             rollout=rollout, wave=planned.wave, status=status, domains=planned.domains, at=at
         )
         yield self._sent(fact, rollout=rollout, wave=planned.wave)
-        waves[planned.wave] = m.WaveState(
-            wave=planned.wave, status=status, domains=planned.domains, hosts=planned.hosts, vms=planned.vms
-        )
-        state = m.RolloutState(
-            rollout=rollout,
-            update="bench",
-            status="running",
-            policy=m.Policy(),
-            sets=tuple(planned.domains),
-            waves=tuple(waves),
-            created_at=at,
-        )
-        yield self._sent(state, rollout=rollout)
+        begun = all(wave.status == "pending" for wave in waves)
+        waves[planned.wave] = replace(planned, status=status)
+        whole = whole_rollout(rollout, waves, update="bench", sets=tuple(planned.domains), created_at=at)
+        for message, parameters in sent(whole):
+            # As a coordinator does: all waves once, then those that changed.
+            if begun or not isinstance(message, m.WaveState) or message.wave == planned.wave:
+                yield self._sent(message, **parameters)
         for group in planned.domains:
             if status in {"scheduled", "started", "completed"}:
                 changed = m.EventChanged(

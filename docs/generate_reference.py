@@ -76,7 +76,7 @@ PINGS = {
     "driver": "every VM of the host file runs",
     "guard": "the pause guard is connected",
     "pauses": "no VM is paused by somebody else",
-    "inventory": "the inventory, with all that can be done with the VMs, fits into a message",
+    "inventory": "the inventory can be published: without its VMs it fits into a message",
     "updates": "the folder of updates answers",
     "documents": "every VM of the listeners file has a document to be shown",
 }

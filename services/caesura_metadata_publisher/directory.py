@@ -1,6 +1,6 @@
 """Who the VMs are and what their sets' documents say: the fold of everything heard on the bus. Pure.
 
-A document is only ever replaced by one with a higher incarnation: what a workload was shown never goes back,
+A document is only ever replaced by a newer one: what a workload was shown never goes back,
 whatever a broker or a coordinator restored from an old copy.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 import msgspec
 
 from caesura.contract.messages import HostInventory, SetDocument, VmRecord
+from caesura.lifecycle.document import version_of
 from caesura.lifecycle.ownership import Ownership
 
 
@@ -41,7 +42,7 @@ class Directory:
     def take_document(self, document: SetDocument) -> bool:
         """A set's document arrived; whether it was kept (false: known already, or older than what was shown)."""
         known = self._documents.get(document.set)
-        if known is not None and document.incarnation <= known.incarnation:
+        if known is not None and version_of(document) <= version_of(known):
             return False
         self._documents[document.set] = document
         return True

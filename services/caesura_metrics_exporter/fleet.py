@@ -14,6 +14,7 @@ from caesura.contract import messages as m
 from caesura.contract.envelope import Message
 from caesura.contract.parts import WholeRollout
 from caesura.contract.topics import placed
+from caesura.lifecycle.document import version_of
 from caesura_metrics_exporter.agents import Agents
 from caesura_metrics_exporter.census import Census, Counted, shown_state
 from caesura_metrics_exporter.clocks import Clocks
@@ -72,7 +73,7 @@ class Fleet:
                 self._inventory(message, now_s, stored=stored)
             case m.SetDocument():
                 known = self.documents.get(message.set)
-                if known is None or message.incarnation >= known.incarnation:
+                if known is None or version_of(message) >= version_of(known):
                     self.documents[message.set] = message
                     self._since(message, now_s)
             case WholeRollout():

@@ -1,4 +1,6 @@
-"""The document of a set: which events are open, and an incarnation that strictly rises with every change.
+"""The document of a set: which events are open, and an incarnation that strictly rises with every change that a workload sees.
+
+What only services see, that an event is approved, raises the revision within the incarnation.
 
 Events only ever go scheduled → started → ended (removed), or scheduled → ended; completed and cancelled
 look the same in the document, as in Azure's. Source: Azure Scheduled Events, "Scheduled Events API".
@@ -22,6 +24,11 @@ def first_document(set_name: str) -> SetDocument:
     return SetDocument(set=set_name, incarnation=1, events=())
 
 
+def version_of(document: SetDocument) -> tuple[int, int]:
+    """What orders the documents of one set: the higher one is the newer."""
+    return document.incarnation, document.revision
+
+
 def find_event(document: SetDocument, event_id: str) -> ScheduledEvent | None:
     """The open event with this id; ids are GUIDs, compared without case."""
     return next((each for each in document.events if each.event_id.lower() == event_id.lower()), None)
@@ -42,11 +49,15 @@ def schedule(document: SetDocument, event: ScheduledEvent) -> SetDocument:
 
 
 def approve(document: SetDocument, event_id: str) -> SetDocument:
-    """Mark a scheduled event approved. Approving it again, a started or an ended one changes nothing."""
+    """Mark a scheduled event approved. Approving it again, a started or an ended one changes nothing.
+
+    Azure's document has no member that says so, so for workloads it stays the same.
+    """
     event = find_event(document, event_id)
     if event is None or event.approved or event.status == "started":
         return document
-    return _replaced(document, msgspec.structs.replace(event, approved=True))
+    approved = _events_with(document, msgspec.structs.replace(event, approved=True))
+    return msgspec.structs.replace(document, revision=document.revision + 1, events=approved)
 
 
 def start(document: SetDocument, event_id: str) -> SetDocument:
@@ -60,7 +71,7 @@ def start(document: SetDocument, event_id: str) -> SetDocument:
         raise IllegalTransition(f"event {event_id}", "ended or unknown", "started")
     if event.status == "started":
         return document
-    return _replaced(document, msgspec.structs.replace(event, status="started"))
+    return _changed(document, _events_with(document, msgspec.structs.replace(event, status="started")))
 
 
 def end(document: SetDocument, event_id: str) -> SetDocument:
@@ -72,28 +83,26 @@ def end(document: SetDocument, event_id: str) -> SetDocument:
 
 
 def adopt(document: SetDocument, published: SetDocument) -> SetDocument:
-    """Never fall behind what subscribers saw: take a published document if its incarnation is higher.
+    """Never fall behind what subscribers saw: take a published document if it is newer.
 
     For a coordinator that lost its store, or was restored from an old copy of it.
     """
-    return published if published.incarnation > document.incarnation else document
+    return published if version_of(published) > version_of(document) else document
 
 
 def above(document: SetDocument, published: SetDocument) -> SetDocument:
-    """The document with an incarnation above a published one that says something else.
+    """The document with an incarnation above that of a published one that says something else.
 
     For a coordinator that leads and hears what another has published: subscribers that took the other's
     document only take ours when it is higher.
     """
-    if document.incarnation > published.incarnation:
+    if version_of(document) > version_of(published):
         return document
     return SetDocument(set=document.set, incarnation=published.incarnation + 1, events=document.events)
 
 
-def _replaced(document: SetDocument, event: ScheduledEvent) -> SetDocument:
-    return _changed(
-        document, tuple(event if each.event_id == event.event_id else each for each in document.events)
-    )
+def _events_with(document: SetDocument, event: ScheduledEvent) -> tuple[ScheduledEvent, ...]:
+    return tuple(event if each.event_id == event.event_id else each for each in document.events)
 
 
 def _changed(document: SetDocument, events: tuple[ScheduledEvent, ...]) -> SetDocument:

@@ -8,6 +8,7 @@ from typing import Any
 
 from msgspec.structs import replace
 
+from caesura.bus.post import Post
 from caesura.contract import messages as m
 from caesura.contract.envelope import Message
 from caesura.contract.parts import WholeRollout, etag_of
@@ -53,7 +54,7 @@ def changed(known: WholeRollout, **members: Any) -> WholeRollout:
         for name in ("hold_s", "reason", "codes", "estimate_s", "requested_by", "ended_at")
     }
     waves = members.pop("waves", known.waves)
-    return whole_rollout(known.rollout, waves, **(facts | members))
+    return whole_rollout(members.pop("rollout", known.rollout), waves, **(facts | members))
 
 
 def sent(whole: WholeRollout) -> list[tuple[Message, dict[str, str | int]]]:
@@ -63,3 +64,9 @@ def sent(whole: WholeRollout) -> list[tuple[Message, dict[str, str | int]]]:
         (each, {"rollout": each.rollout, "wave": each.wave}) for each in whole.waves
     ]
     return [*messages, (head, {"rollout": whole.rollout})]
+
+
+async def announce(post: Post, whole: WholeRollout) -> None:
+    """Publish it as a coordinator does."""
+    for message, parameters in sent(whole):
+        await post.send(message, **parameters)  # type: ignore[arg-type]

@@ -9,7 +9,7 @@ from typing import Any
 
 from caesura.bus.brokers import free_port
 from caesura.contract import messages as m
-from caesura.testing.rollouts import wave_state, whole_rollout
+from caesura.testing.rollouts import announce, wave_state, whole_rollout
 from caesura.testing.sandbox import Vm
 
 _LIVE = "document.getElementById('link-text').textContent === 'live'"
@@ -32,7 +32,7 @@ async def _freeze(booth: Any, budget_s: float = 2.0) -> None:
         waves=(wave,),
         created_at=now,
     )
-    await booth.post.send(rollout, rollout="r1")
+    await announce(booth.post, rollout)
     message = m.VmFrozen(
         vm="web-1",
         host="h1",

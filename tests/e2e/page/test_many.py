@@ -11,7 +11,7 @@ import pytest
 from caesura.contract import messages as m
 from caesura.contract.parts import WholeRollout
 from caesura.testing.browser import poor_contrast
-from caesura.testing.rollouts import wave_state, whole_rollout
+from caesura.testing.rollouts import announce, changed, wave_state, whole_rollout
 
 REASON = "update qemu-security failed on host-03: exit code 3"
 _PER_HOST = 10
@@ -108,9 +108,7 @@ async def test_300_vms_of_which_a_third_is_beyond_its_budget(
     booth: Any, visit: Callable[..., Any], width: int
 ) -> None:
     await fleet(booth)
-    await booth.post.send(
-        rollout("running", ("started", "pending", "pending")), rollout="20260420-221158-1f3a"
-    )
+    await announce(booth.post, rollout("running", ("started", "pending", "pending")))
     await freeze(booth, first_domain())
     visited = await visit(booth.url, width=width)
     await visited.until(
@@ -147,16 +145,13 @@ async def test_a_halt_stays_in_sight_and_says_nothing_of_what_it_never_reached(
     await fleet(booth)
     done = rollout("completed", ("completed",) * 3)
     earlier = {"rollout": "earlier", "created_at": _now() - timedelta(seconds=600), "ended_at": _now()}
-    before = whole_rollout(**{name: getattr(done, name) for name in done.__struct_fields__} | earlier)
-    running = whole_rollout(
-        **{name: getattr(before, name) for name in before.__struct_fields__}
-        | {"status": "running", "ended_at": None, "waves": rollout("running", ("verifying",) * 3).waves}
+    before = changed(done, **earlier)
+    running = changed(
+        before, status="running", ended_at=None, waves=rollout("running", ("verifying",) * 3).waves
     )
-    await booth.post.send(running, rollout="earlier")
-    await booth.post.send(before, rollout="earlier")
-    await booth.post.send(
-        rollout("halted", ("failed", "pending", "pending"), REASON), rollout="20260420-221158-1f3a"
-    )
+    await announce(booth.post, running)
+    await announce(booth.post, before)
+    await announce(booth.post, rollout("halted", ("failed", "pending", "pending"), REASON))
     await resume(booth, first_domain()[:60])
     await booth.post.send(m.HostPresence(host="host-07", online=False, instance="i"), host="host-07")
     visited = await visit(booth.url, width=1280)
@@ -188,7 +183,7 @@ async def test_a_halt_stays_in_sight_and_says_nothing_of_what_it_never_reached(
     aborted = rollout(
         "aborted", ("failed", "pending", "pending"), f"aborted by the operator; it had halted: {REASON}"
     )
-    await booth.post.send(aborted, rollout="20260420-221158-1f3a")
+    await announce(booth.post, aborted)
     await visited.until("document.querySelector('.chip.aborted') !== null")
     assert REASON in await visited.text("#rollout-body")
     assert visited.errors == []
@@ -208,8 +203,7 @@ async def test_many_waves_are_folded_around_the_one_that_is_under_way(
         for number in range(60)
     )
     state = rollout("running", ("started",))
-    fields = {name: getattr(state, name) for name in state.__struct_fields__}
-    await booth.post.send(whole_rollout(**fields | {"waves": waves}), rollout=state.rollout)
+    await announce(booth.post, changed(state, waves=waves))
     visited = await visit(booth.url)
     await visited.until("document.querySelectorAll('.waves li').length === 12")
     assert "1 to 19" in await visited.text(".waves li:first-child")

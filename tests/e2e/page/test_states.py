@@ -12,7 +12,7 @@ import pytest
 from caesura.contract import messages as m
 from caesura.contract.parts import WholeRollout
 from caesura.testing.browser import poor_contrast
-from caesura.testing.rollouts import wave_state, whole_rollout
+from caesura.testing.rollouts import announce, changed, wave_state, whole_rollout
 
 _MARKUP = '<img src=x onerror="window.hacked=1"> & </script><script>window.hacked=2</script>'
 
@@ -66,7 +66,7 @@ async def test_hostile_text_is_text(booth: Any, visit: Callable[..., Any]) -> No
         host="h1", outcome="failed", exit_code=3, output_tail=f"{_MARKUP}\n\x1b[2J\u202eend"
     )
     wave = msgspec.structs.replace(rollout.waves[0], failed_updates=(wrote,))
-    await booth.post.send(msgspec.structs.replace(rollout, waves=(wave,)), rollout="r1")
+    await announce(booth.post, changed(rollout, waves=(wave,)))
     refused = m.RequestAnswered(request="q", accepted=False, reason=_MARKUP)
     await booth.post.send(refused, client="c")
     visited = await visit(booth.url)
@@ -122,7 +122,7 @@ async def test_what_is_wrong_is_loud_and_readable(booth: Any, visit: Callable[..
         at=_now(),
     )
     await booth.post.send(unsynced, host="h1", set="web", ud=0, vm="web-1")
-    await booth.post.send(_rollout(status="halted", reason="web-1 is not well"), rollout="r1")
+    await announce(booth.post, _rollout(status="halted", reason="web-1 is not well"))
     await visited.until("document.querySelector('.chip.halted') !== null")
     await visited.until("document.getElementById('shout').textContent.includes('web-1 is not well')")
     alarms = await visited.text("#alarms")
@@ -197,7 +197,7 @@ async def test_an_empty_fleet_and_no_sideways_scroll(
             at=_now(),
         )
         await booth.post.send(message, host=name, set=name, ud=domain, vm=name)
-    await booth.post.send(_rollout("y" * 63, "halted", "z" * 500), rollout="r1")
+    await announce(booth.post, _rollout("y" * 63, "halted", "z" * 500))
     await visited.until("document.querySelector('.chip.halted') && document.querySelector('.standing li')")
     for spacing in ("", _SPACING):
         await visited.page.evaluate(

@@ -10,7 +10,7 @@ from typing import Any
 from playwright.async_api import Route
 
 from caesura.contract import messages as m
-from caesura.testing.rollouts import wave_state, whole_rollout
+from caesura.testing.rollouts import announce, wave_state, whole_rollout
 
 _LIVE = "document.getElementById('link-text').textContent === 'live'"
 
@@ -23,7 +23,7 @@ async def _roll(booth: Any, name: str, *vms: str, **more: Any) -> None:
     wave = wave_state(wave=0, status="started", domains={name: 0}, hosts=("h1",), vms=vms)
     given: dict[str, Any] = {"status": "running", "waves": (wave,), "created_at": _now(), **more}
     rollout = whole_rollout(rollout=name, update=f"patch-{name}", policy=m.Policy(), sets=(name,), **given)
-    await booth.post.send(rollout, rollout=name)
+    await announce(booth.post, rollout)
 
 
 def _fact(vm: str, set_name: str, domain: int) -> dict[str, Any]:
@@ -161,6 +161,7 @@ async def test_what_only_an_inventory_says_has_no_beginning(booth: Any, visit: C
 
 async def test_every_domain_says_what_it_waits_for(booth: Any, visit: Callable[..., Any]) -> None:
     names = tuple(f"s{number:02}" for number in range(12))
+    done = wave_state(wave=0, status="completed")
     wave = wave_state(wave=1, status="pending", domains=dict.fromkeys(names, 1), hosts=(), vms=())
     rollout = whole_rollout(
         rollout="r1",
@@ -168,10 +169,10 @@ async def test_every_domain_says_what_it_waits_for(booth: Any, visit: Callable[.
         status="running",
         policy=m.Policy(),
         sets=names,
-        waves=(wave,),
+        waves=(done, wave),
         created_at=_now(),
     )
-    await booth.post.send(rollout, rollout="r1")
+    await announce(booth.post, rollout)
     visited = await visit(booth.url)
     await visited.until("document.querySelectorAll('.lane').length === 12")
     said = await visited.page.locator(".lane .now").all_inner_texts()

@@ -24,7 +24,7 @@ from caesura.bus.port import Bus, Delivery
 from caesura.bus.post import Post
 from caesura.contract import messages as m
 from caesura.testing.patience import patient
-from caesura.testing.rollouts import wave_state, whole_rollout
+from caesura.testing.rollouts import announce, wave_state, whole_rollout
 from caesura_metrics_exporter.service import MetricsExporter, filters
 from caesura_metrics_exporter.settings import MetricsExporterSettings
 
@@ -93,7 +93,7 @@ async def play(post: Post, *, online: bool = True) -> None:
         waves=waves,
         created_at=NOW,
     )
-    await post.send(rollout, rollout="r1")
+    await announce(post, rollout)
     before = wave_state(
         wave=0,
         status="completed",
@@ -103,7 +103,8 @@ async def play(post: Post, *, online: bool = True) -> None:
         started_at=NOW - timedelta(seconds=60),
         ended_at=NOW - timedelta(seconds=50),
     )
-    await post.send(
+    await announce(
+        post,
         whole_rollout(
             rollout="r0",
             update="kernel",
@@ -114,7 +115,6 @@ async def play(post: Post, *, online: bool = True) -> None:
             created_at=NOW - timedelta(seconds=90),
             ended_at=NOW - timedelta(seconds=50),
         ),
-        rollout="r0",
     )
     await post.send(
         m.WaveChanged(rollout="r1", wave=0, status="started", domains={"web": 1}, at=NOW),

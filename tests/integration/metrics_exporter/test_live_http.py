@@ -34,7 +34,7 @@ from caesura.runtime.listen import own_host
 from caesura.runtime.settings import SettingsError, read_settings
 from caesura.testing.collector import eventually
 from caesura.testing.patience import patient
-from caesura.testing.rollouts import whole_rollout
+from caesura.testing.rollouts import announce, whole_rollout
 from caesura_metrics_exporter import __main__ as command
 from caesura_metrics_exporter.page import SECURITY_HEADERS, LivePage
 from caesura_metrics_exporter.scrape import Scrape
@@ -481,7 +481,7 @@ async def test_what_the_broker_forgets_the_page_forgets(scene: Scene) -> None:
         created_at=datetime.now(UTC),
     )
     await scene.post.send(inventory, host="host-1")
-    await scene.post.send(rollout, rollout="r1")
+    await announce(scene.post, rollout)
     live = scene.exporter.live
     await eventually(lambda: len(live.snapshot(0).rollouts or ()) == 1)
     for topic in ("caesura/v1/host/host-1/inventory", "caesura/v1/fleet/rollout/r1"):

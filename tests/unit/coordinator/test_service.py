@@ -19,6 +19,7 @@ from caesura.bus.post import Post
 from caesura.contract import messages as m
 from caesura.contract.codec import Received, decode, encode, size_bytes
 from caesura.contract.envelope import Message
+from caesura.contract.parts import inventory_in_parts
 from caesura.contract.reasons import Reason
 from caesura.contract.topics import channel_of
 from caesura.runtime.errors import CaesuraError, StoreError
@@ -443,6 +444,41 @@ async def test_a_plan_too_large_for_a_message_comes_in_parts(
         started = await world.ask(_request("q"))
         assert started.accepted
         assert started.plan == planned.plan
+
+
+async def test_a_host_whose_inventory_comes_in_parts_is_planned_and_counts_in_the_fence(
+    world: World, host: Callable[..., Any], build: Callable[..., Any]
+) -> None:
+    small = host("h2", build("w-last", domain=1))
+    vms = [build(f"w-{number:04d}".ljust(60, "w"), domain=0) for number in range(1000)]
+
+    async def report(state: m.VmState) -> None:
+        whole = host("h1", *(msgspec.structs.replace(each, state=state) for each in vms))
+        head, parts = inventory_in_parts(whole)
+        assert len(parts) > 1
+        for part in parts:
+            await world.post.send(part, host="h1", part=part.part)
+        await world.post.send(head, host="h1")
+
+    async with world.coordinator() as one:
+        await eventually(lambda: one.leads)
+        await world.post.send(m.HostPresence(host="h1", online=True, instance="i"), host="h1")
+        await report("running")
+        await world.host(small)
+        await eventually(lambda: len(one.fleet.inventories) == 2)
+        planned = await world.ask(_request("p", plan_only=True))
+        assert planned.plan is not None
+        assert [len(wave.vms) for wave in planned.plan.waves] == [1000, 1]
+
+        def blocked() -> int:
+            found = fence_blockers(one.fleet, ["web"], [], epoch=1, coordinator="c")
+            return sum(each.code == "vm_not_running" for each in found)
+
+        assert blocked() == 0
+        await report("paused")
+        await eventually(lambda: blocked() == 1000)
+        await report("running")
+        await eventually(lambda: blocked() == 0)
 
 
 async def test_a_repeated_abort_gets_the_answer_that_was_stored_with_the_abort(

@@ -27,15 +27,26 @@ def test_every_change_raises_the_incarnation_and_repetition_does_not() -> None:
     one = d.schedule(d.nothing_yet("web"), _event("A"))
     assert one.incarnation == 1
     assert d.schedule(one, _event("A")) == one
+    two = d.start(one, "A")
+    assert (two.incarnation, two.events[0].status) == (2, "started")
+    assert d.start(two, "A") == two
+    three = d.end(two, "A")
+    assert (three.incarnation, three.events) == (3, ())
+    assert d.end(three, "A") == three
+
+
+def test_an_approval_is_newer_for_services_and_no_change_for_workloads() -> None:
+    one = d.schedule(d.nothing_yet("web"), _event("A"))
     two = d.approve(one, "a")  # ids are compared without case
-    assert (two.incarnation, two.events[0].approved) == (2, True)
+    assert (two.incarnation, two.revision, two.events[0].approved) == (1, 1, True)
+    assert d.version_of(two) > d.version_of(one)
     assert d.approve(two, "A") == two
+    assert d.adopt(one, two) is two
+    assert d.adopt(two, one) is two
     three = d.start(two, "A")
-    assert (three.incarnation, three.events[0].status) == (3, "started")
-    assert d.start(three, "A") == three
-    four = d.end(three, "A")
-    assert (four.incarnation, four.events) == (4, ())
-    assert d.end(four, "A") == four
+    assert (three.incarnation, three.revision) == (2, 0)
+    assert d.version_of(three) > d.version_of(two)
+    assert d.above(one, two).incarnation == 2, "newer for whoever took the other"
 
 
 def test_an_ended_event_cannot_start_and_the_error_names_both_states() -> None:

@@ -280,7 +280,11 @@ def exit_codes() -> str:
     services = [
         ["0", "all", "Told to stop by a signal, and drained."],
         [str(CaesuraError.exit_code), "all", "Failed; the last line of the log says why."],
-        [str(EXIT_CONFIG), "all", "The configuration or the command line is wrong; nothing was started."],
+        [
+            str(EXIT_CONFIG),
+            "all",
+            "The configuration or the command line is wrong, or the state folder is of a newer version; nothing was started.",
+        ],
         [str(Superseded.exit_code), code("caesura-coordinator"), (Superseded.__doc__ or "").strip()],
         [str(EXIT_INTERRUPTED), "all", "Interrupted before it was up."],
     ]

@@ -13,6 +13,7 @@ import msgspec
 
 from caesura.contract.messages import HostInventory, PlannedVm, VmRecord
 from caesura.contract.reasons import Reason, ReasonCode
+from caesura.lifecycle.commands import UPGRADE, missing
 
 
 class Contested(msgspec.Struct, frozen=True, kw_only=True):
@@ -124,6 +125,8 @@ def fence_blockers(
         busy = inventory.operation or fleet.commanded.get(name, "")
         if not fleet.is_online(name):
             found.append(Reason("host_offline", f"{name} is offline"))
+        elif outdated := why_outdated(inventory):
+            found.append(Reason("host_outdated", f"{name}: {outdated}"))
         elif (inventory.epoch, inventory.coordinator) != (epoch, coordinator):
             why = _why_not(inventory, epoch)
             code: ReasonCode = "epoch_refused" if why else "host_behind"
@@ -138,6 +141,14 @@ def fence_blockers(
             if vm.set in wanted and vm.state in {"paused", "unknown"} and inventory.operation not in own
         )
     return found
+
+
+def why_outdated(inventory: HostInventory) -> str:
+    """Why the host would not receive this coordinator's commands; empty if it does."""
+    unread = missing(inventory.commands)
+    if not unread:
+        return ""
+    return f"its host updater is of a version that does not read {', '.join(unread)}: upgrade it ({UPGRADE})"
 
 
 def _why_not(inventory: HostInventory, epoch: int) -> str:

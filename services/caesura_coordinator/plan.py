@@ -27,7 +27,7 @@ from caesura.contract.messages import (
     VmRecord,
 )
 from caesura.lifecycle.budget import MIN_BUDGET_S, PREPARE_S, usable_s
-from caesura_coordinator.fleet import Fleet
+from caesura_coordinator.fleet import Fleet, why_outdated
 from caesura_coordinator.proofs import planned_proofs, unprovable
 from caesura_coordinator.waves import Member, most_hosts, waves
 
@@ -289,6 +289,8 @@ def _host_refusals(fleet: Fleet, hosts: Sequence[str]) -> Iterable[Refusal]:
     for host in hosts:
         if not fleet.is_online(host):
             yield Refusal(subject=host, code="host_offline", reason="its host updater is offline")
+        elif outdated := why_outdated(fleet.inventories[host]):
+            yield Refusal(subject=host, code="host_outdated", reason=outdated)
         elif fleet.inventories[host].guard == "absent":
             yield Refusal(
                 subject=host, code="guard_absent", reason="it has no pause guard, so no pause may start there"

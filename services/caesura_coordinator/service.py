@@ -10,11 +10,11 @@ from functools import partial
 import msgspec
 import structlog
 
-from caesura.bus.port import Bus, BusError, PublishRefused, Will
+from caesura.bus.port import Bus, BusError, Delivery, PublishRefused, Will
 from caesura.bus.post import Post
 from caesura.bus.presence import Presence, last_will
 from caesura.contract import messages as m
-from caesura.contract.codec import MAX_PAYLOAD_BYTES, ContractError, Received, size_bytes
+from caesura.contract.codec import MAX_PAYLOAD_BYTES, ContractError, Received, request_in, size_bytes
 from caesura.contract.envelope import Message, source_of
 from caesura.contract.names import is_name
 from caesura.contract.reasons import ReasonCode
@@ -23,6 +23,7 @@ from caesura.delivery.message import OutboxMessage, clearing, prepare
 from caesura.delivery.policy import EVERY, NEWEST
 from caesura.delivery.publisher import ReliablePublisher
 from caesura.delivery.sqlite import SqliteOutbox, beside
+from caesura.lifecycle.commands import COMMANDS
 from caesura.lifecycle.epoch import epoch_floor, leaps
 from caesura.lifecycle.errors import IllegalTransition
 from caesura.runtime.errors import CaesuraError, StoreError
@@ -32,7 +33,7 @@ from caesura_coordinator.admission import outlived
 from caesura_coordinator.answers import REASON_CHARACTERS, with_plan
 from caesura_coordinator.book import Book, Removal
 from caesura_coordinator.commands import due_commands
-from caesura_coordinator.fleet import Fleet
+from caesura_coordinator.fleet import Fleet, why_outdated
 from caesura_coordinator.inputs import Abort, Approve, Authority, Input, RequestRefused, Resume, Tick
 from caesura_coordinator.owners import Owners
 from caesura_coordinator.plan import make_plan, most_targets, nothing_to_do, sets_of
@@ -126,7 +127,9 @@ def subscriptions() -> list[str]:
 
 def presence(authority: Authority, *, online: bool) -> m.CoordinatorPresence:
     """The coordinator's presence, also as its last will."""
-    return m.CoordinatorPresence(coordinator=authority.coordinator, epoch=authority.epoch, online=online)
+    return m.CoordinatorPresence(
+        coordinator=authority.coordinator, epoch=authority.epoch, online=online, commands=COMMANDS
+    )
 
 
 def will(authority: Authority, fleet: str) -> Will:
@@ -388,6 +391,10 @@ class Coordinator:
                 ours=self.authority.epoch,
                 advice=ABOVE_OURS,
             )
+        if (outdated := why_outdated(inventory)) and (
+            before is None or before.commands != inventory.commands
+        ):
+            _log.error("host.outdated", host=inventory.host, why=outdated)
         counting = self.owners.reported(inventory)
         self.fleet = self.fleet.with_inventories(counting)
         self._owners_changed.set()
@@ -477,12 +484,15 @@ class Coordinator:
         else:
             self._early.append((client, request, late))
 
-    async def _on_refused(self, topic: str, error: ContractError) -> None:
+    async def _on_refused(self, delivery: Delivery, error: ContractError) -> None:
         """An operator's request that breaks the contract is answered too, as far as its topic tells who asked."""
-        parts = topic.removeprefix(PREFIX + "/").split("/")
+        parts = delivery.topic.removeprefix(PREFIX + "/").split("/")
         if len(parts) == 3 and parts[0] == "ctl" and is_name(parts[1]):
             answer = m.RequestAnswered(
-                request="unreadable", accepted=False, reason=str(error)[:1000], codes=("message_invalid",)
+                request=request_in(delivery.payload) or "unreadable",
+                accepted=False,
+                reason=f"the coordinator cannot read this request; is it of a newer version? {error}"[:1000],
+                codes=("message_invalid",),
             )
             try:
                 self.book.remember_answer(parts[1], answer)

@@ -28,6 +28,7 @@ from caesura_ctl.tables import (
     rollout_view,
 )
 from caesura_ctl.updates_table import updates_view
+from caesura_ctl.versions import not_together
 from caesura_ctl.visible import visible_json
 
 
@@ -71,6 +72,8 @@ def status(broker: str | None, *, as_json: bool) -> None:
         context.console.print(domains_view(picture))
         if (attention := attention_view(picture)) is not None:
             context.console.print(attention)
+        for line in not_together(picture.hosts):
+            context.console.print(Text(line))
         if silent:
             context.console.print(f"agents silent: {', '.join(silent)}")
         if any(document.events for document in picture.documents.values()):

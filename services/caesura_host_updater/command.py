@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from datetime import datetime
 
 import msgspec
@@ -16,6 +16,7 @@ from caesura.contract.messages import (
 )
 from caesura.contract.reasons import ReasonCode
 from caesura.lifecycle.budget import MIN_BUDGET_S, usable_s
+from caesura.lifecycle.commands import COMMANDS, UPGRADE, missing
 from caesura.lifecycle.epoch import EPOCH_LEAP, leaps
 from caesura_host_updater.report import unreportable
 from caesura_host_updater.updates import Catalogue, UpdateFile
@@ -35,21 +36,35 @@ class NotObeyed(msgspec.Struct, frozen=True):
     """A coordinator that has no authority here, and why."""
 
     why: str
+    outdated: bool = False
+    """It is of a version whose commands this host would never receive."""
 
 
-def observe_epoch(authority: Authority, epoch: int, coordinator: str) -> Authority | NotObeyed:
-    """What a coordinator's epoch does: the authority to hold from now on, or why it is not obeyed."""
+def observe_epoch(
+    authority: Authority, epoch: int, coordinator: str, commands: Collection[str] = COMMANDS
+) -> Authority | NotObeyed:
+    """What a coordinator's epoch does: the authority to hold from now on, or why it is not obeyed.
+
+    Args:
+        commands: types of the commands that it sends. Whose command was received sends what this host reads.
+    """
     if leaps(authority.epoch, epoch):
         return NotObeyed(
             f"epoch {epoch} is more than {EPOCH_LEAP} above epoch {authority.epoch} of {authority.coordinator}, which this host "
             "obeys: no coordinator can have claimed it"
         )
-    if epoch > authority.epoch:
-        return Authority(epoch, coordinator)
     if epoch < authority.epoch:
         return NotObeyed(
             f"epoch {epoch} is old: this host obeys epoch {authority.epoch} of {authority.coordinator}"
         )
+    if unsent := missing(commands):
+        return NotObeyed(
+            f"coordinator {coordinator} of epoch {epoch} is of a version that does not send {', '.join(unsent)}, and this host "
+            f"would not receive what it sends: upgrade the coordinator ({UPGRADE})",
+            outdated=True,
+        )
+    if epoch > authority.epoch:
+        return Authority(epoch, coordinator)
     if coordinator != authority.coordinator:
         return NotObeyed(
             f"epoch {epoch} belongs to coordinator {authority.coordinator}, not to {coordinator}"

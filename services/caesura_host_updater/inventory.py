@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Literal
 
 from caesura.contract.messages import HostInventory, InstalledUpdate, ProofCode, VmRecord, VmState
+from caesura.lifecycle.commands import COMMANDS
 from caesura.lifecycle.proof import ordered
 from caesura_host_updater.command import Authority
 from caesura_host_updater.drivers.port import Capabilities
@@ -99,4 +100,5 @@ def inventory(
         guard=guard,
         refused_epoch=refused_epoch,
         installed=installed,
+        commands=COMMANDS,
     )

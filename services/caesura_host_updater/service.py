@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
 from functools import partial
@@ -35,6 +35,7 @@ from caesura.contract.messages import (
     VmStatus,
 )
 from caesura.delivery.message import OutboxMessage
+from caesura.lifecycle.commands import COMMANDS
 from caesura.runtime.errors import StoreError
 from caesura_host_updater import command as rules
 from caesura_host_updater.asker import Asker
@@ -174,6 +175,8 @@ class HostUpdater:
         self._agents: dict[str, AgentPresence] = {}
         self._received_ns = 0
         self._refused_epoch = ""
+        self._outdated = ""
+        """The coordinator that is refused because this host would not receive its commands."""
         self._listen()
 
     def _listen(self) -> None:
@@ -253,7 +256,7 @@ class HostUpdater:
                 self._host.host,
                 self._driver.name,
                 self._driver.detail(),
-                authority=self.authority,
+                authority=self._acknowledged(),
                 vms=records,
                 catalogue=self._updates.catalogue,
                 operation=self.operation,
@@ -267,6 +270,12 @@ class HostUpdater:
             with suppress(TimeoutError):
                 async with asyncio.timeout(self._settings.inventory_interval_s):
                     await self._changed.wait()
+
+    def _acknowledged(self) -> Authority:
+        """What a coordinator's fence is told. One that was obeyed before this host was upgraded must see that it is no more."""
+        if self._outdated and self._outdated == self.authority.coordinator:
+            return Authority(self.authority.epoch)
+        return self.authority
 
     async def _records(self) -> dict[str, VmRecord]:
         busy = self._runner.state.vms if self._runner is not None else ()
@@ -289,14 +298,22 @@ class HostUpdater:
 
     # -- commands -------------------------------------------------------------------------------------------
 
-    async def _observe_epoch(self, epoch: int, coordinator: str) -> Authority | NotObeyed:
+    async def _observe_epoch(
+        self, epoch: int, coordinator: str, commands: Collection[str] = COMMANDS
+    ) -> Authority | NotObeyed:
         """Obey a newer epoch, durably, before anything else."""
-        heard = rules.observe_epoch(self.authority, epoch, coordinator)
-        refused = heard.why if isinstance(heard, NotObeyed) and epoch > self.authority.epoch else ""
+        heard = rules.observe_epoch(self.authority, epoch, coordinator, commands)
+        outdated = isinstance(heard, NotObeyed) and heard.outdated
+        refused = (
+            heard.why if isinstance(heard, NotObeyed) and (outdated or epoch > self.authority.epoch) else ""
+        )
         if refused != self._refused_epoch and (refused or isinstance(heard, Authority)):
             self._refused_epoch = refused
+            self._outdated = coordinator if outdated else ""
             self._changed.set()
-            if refused:
+            if outdated:
+                _log.error("coordinator.outdated", why=refused)
+            elif refused:
                 _log.error("epoch.refused", why=refused, advice=FORGET_ADVICE)
         if isinstance(heard, Authority) and heard != self.authority:
             await self._journal.do(lambda journal: journal.obey(heard))
@@ -309,7 +326,7 @@ class HostUpdater:
         if not message.online:
             return
         try:
-            await self._observe_epoch(message.epoch, message.coordinator)
+            await self._observe_epoch(message.epoch, message.coordinator, message.commands)
         except StoreError as error:
             _log.error("epoch.not_adopted", epoch=message.epoch, why=str(error))
 

@@ -9,6 +9,7 @@ import structlog
 from msgspec.structs import replace
 
 from caesura.bus.port import Bus, Delivery
+from caesura.bus.refused import Refused
 from caesura.contract.codec import ContractError, decode
 from caesura.contract.messages import HostInventory, VmClockSynced, VmFrozen, VmOwner, VmResumed
 from caesura.contract.parts import PARTS, Joiner
@@ -54,6 +55,7 @@ class MetricsExporter:
         self._joiner = Joiner()
         self._ownership = Ownership()
         self._sampled = Sampler()
+        self._refused = Refused()
         self.live = Live()
         self.stream = LiveStream(self.live, wall, monotonic, self.broker_ping)
 
@@ -92,7 +94,7 @@ class MetricsExporter:
             received = decode(delivery.topic, delivery.payload)
         except ContractError as error:
             self._own.decode_errors[error.kind] += 1
-            _log.warning("bus.message_refused", topic=delivery.topic, kind=error.kind, why=error.why)
+            self._refused.say(delivery.topic, error)
             return
         if received.channel.message in PARTS.values():
             self.tally.take(received)

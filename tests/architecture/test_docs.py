@@ -23,6 +23,7 @@ _ROOT = Path(__file__).parents[2]
 _PAGES = (
     "README.md",
     "docs/operations.md",
+    "docs/operate/upgrade.md",
     "docs/architecture.md",
     "docs/compose.md",
     "docs/reliability.md",

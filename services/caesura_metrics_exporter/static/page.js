@@ -138,12 +138,36 @@ let set = "";
 let span = 0;
 let setsShown = null;
 
+// What is wrong and who is paused at once, the rest piece by piece: drawn in one go a large fleet would hold the page up.
+const pieces = new Set();
+
+function soon(piece) {
+  if (pieces.has(piece)) return;
+  pieces.add(piece);
+  setTimeout(() => {
+    pieces.delete(piece);
+    piece();
+  });
+}
+
 function drawChanged() {
   offerSets();
+  drawMoving();
+  soon(drawLines);
+  soon(drawTables);
+}
+
+function drawChart() {
+  if (!document.hidden) chart.draw(model, set, span);
+}
+
+function drawLines() {
   drawLog(find("log-body"), model);
+}
+
+function drawTables() {
   drawPauses(find("pauses-body"), find("pauses-note"), model, set);
   if (find("as-table").open) drawSegments(find("segment-table"), model, set);
-  drawMoving();
 }
 
 function drawMoving() {
@@ -157,7 +181,7 @@ function drawMoving() {
   drawAlarms(find("alarms"), find("alarm-list"), rows, model);
   drawPin(rows);
   drawStanding(find("standing-body"), find("standing-count"), model);
-  chart.draw(model, set, span);
+  soon(drawChart);
 }
 
 // What is worst, in sight where the alarms are scrolled away.

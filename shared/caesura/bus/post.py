@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import structlog
 
 from caesura.bus.port import Bus, Delivery
+from caesura.bus.refused import Refused
 from caesura.contract.codec import ContractError, Received, decode, encode
 from caesura.contract.envelope import Message
 from caesura.contract.parts import PARTS, Joiner
@@ -40,14 +41,14 @@ class Post:
     Args:
         bus: the connection; its ``run`` must be given ``self.deliver``.
         source: CloudEvents source, for example ``/caesura/host/host-1``.
-        on_refused: told of every message that breaks the contract, with its topic and the reason.
+        on_refused: called with every message that breaks the contract, and the reason.
     """
 
     def __init__(
         self,
         bus: Bus,
         source: str,
-        on_refused: Callable[[str, ContractError], Awaitable[None]] | None = None,
+        on_refused: Callable[[Delivery, ContractError], Awaitable[None]] | None = None,
     ) -> None:
         self.bus = bus
         self.source = source
@@ -58,6 +59,7 @@ class Post:
         """Types of messages that are not waited for until they are whole."""
         self._forgetters: dict[type[Message], Forgetter] = {}
         self._on_refused = on_refused
+        self._refused = Refused()
         self.listeners: list[Callable[[Received], Awaitable[None]]] = []
         """Called with every message as it was sent, before its receiver is."""
         self._farewells: set[str] = set()
@@ -139,9 +141,9 @@ class Post:
             received = decode(delivery.topic, delivery.payload)
         except ContractError as error:
             self.decode_errors[error.kind] += 1
-            _log.warning("bus.message_refused", topic=delivery.topic, kind=error.kind, why=error.why)
+            self._refused.say(delivery.topic, error)
             if self._on_refused is not None:
-                await self._on_refused(delivery.topic, error)
+                await self._on_refused(delivery, error)
             return
         for listener in self.listeners:
             await listener(received)

@@ -9,6 +9,7 @@ from functools import lru_cache
 import msgspec
 
 from caesura.contract.envelope import Header, Message, OutgoingEnvelope, RawEnvelope
+from caesura.contract.messages import Id
 from caesura.contract.topics import Channel, TopicError, placed
 from caesura.runtime.errors import CaesuraError
 
@@ -129,6 +130,27 @@ def decode(topic: str, payload: bytes) -> Received:
     return Received(channel, parameters, header, message)
 
 
+class _Asked(msgspec.Struct):
+    """The id of a request, whatever else it says."""
+
+    request: Id
+
+
+class _Request(msgspec.Struct):
+    data: _Asked
+
+
+_request_decoder = msgspec.json.Decoder(_Request)
+
+
+def request_in(payload: bytes) -> str:
+    """The id of a request that cannot be read otherwise, so that whoever sent it can be answered; empty if there is none."""
+    try:
+        return _request_decoder.decode(payload).data.request
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return ""
+
+
 # A writer may only speak for itself: where a topic parameter repeats a member of the data, they must agree.
 # Access rules guard the topic; without this check they would not guard the data.
 _PARAMETER_MEMBER = {
@@ -163,5 +185,6 @@ __all__ = [
     "UnknownType",
     "decode",
     "encode",
+    "request_in",
     "size_bytes",
 ]

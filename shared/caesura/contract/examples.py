@@ -14,6 +14,7 @@ _T0 = datetime(2026, 4, 20, 22, 11, 58, tzinfo=UTC)
 _EVENT = "C7061BAC-AFDC-4513-B24B-AA5F13A16123"
 _OPERATION = "0b6c1d8e-6a55-5b54-9a3d-2f4f0a5c9f01"
 _ROLLOUT = "20260420-221158-1f3a"
+_COMMANDS = (m.StartOperation.TYPE, m.AbortOperation.TYPE)
 _MEMORY = m.MemoryProof(
     proof="digest",
     ok=True,
@@ -64,7 +65,12 @@ def examples() -> list[Example]:
     )
     vm_place = {"host": "host-1", "set": "web", "ud": "0", "vm": "web-1"}
     return [
-        Example(m.CoordinatorPresence(coordinator="coordinator-5d1c9a70", epoch=7, online=True), {}),
+        Example(
+            m.CoordinatorPresence(
+                coordinator="coordinator-5d1c9a70", epoch=7, online=True, commands=_COMMANDS
+            ),
+            {},
+        ),
         Example(
             m.RolloutState(
                 rollout=_ROLLOUT,
@@ -177,6 +183,7 @@ def examples() -> list[Example]:
                 ),
                 refused_updates=(m.RefusedUpdate(file="typo.toml", line=3, reason="unknown key 'impcat'"),),
                 guard="ready",
+                commands=_COMMANDS,
                 installed=(m.InstalledUpdate(update="qemu-security", version="1.2", at=_T0),),
             ),
             {"host": "host-1"},

@@ -57,6 +57,9 @@ OptionalName = Annotated[
     str, Meta(pattern=r"^[A-Za-z0-9_-]{0,63}\Z", description="A name, or empty where there is none.")
 ]
 Text = Annotated[str, Meta(max_length=4096)]
+MessageType = Annotated[
+    str, Meta(min_length=1, max_length=128, description="A CloudEvents `type`, as in the message's envelope.")
+]
 Etag = Annotated[
     str,
     Meta(
@@ -184,6 +187,9 @@ class HostInventory(Message, frozen=True, kw_only=True):
     """Why the epoch that was announced last is not obeyed, if it is too far above the one that is."""
     installed: tuple[InstalledUpdate, ...] = ()
     """Which of `updates` it has already."""
+    commands: tuple[MessageType, ...] = ()
+    """Types of the commands that its host updater reads. A coordinator asks nothing of a host that does not list what it would
+    be sent. Empty: a host updater of before 0.1.0."""
 
 
 class InventoryPart(Message, frozen=True, kw_only=True):
@@ -274,7 +280,8 @@ class Refusal(Record, frozen=True, kw_only=True):
 
     subject: Text
     reason: Text
-    code: Code
+    code: Code = "unexplained"
+    """Always written; a coordinator of before 0.1.0 had no codes."""
 
 
 class Plan(Record, frozen=True, kw_only=True):
@@ -386,6 +393,9 @@ class CoordinatorPresence(Message, frozen=True, kw_only=True):
     coordinator: Id
     epoch: Annotated[int, Meta(ge=0, le=EPOCH_MOST)]
     online: bool
+    commands: tuple[MessageType, ...] = ()
+    """Types of the commands that it sends to hosts. A host obeys no coordinator whose commands it would not receive, and says so
+    in its inventory. Empty: a coordinator of before 0.1.0."""
 
 
 MOST_RIVALS = 16

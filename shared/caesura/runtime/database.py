@@ -16,7 +16,7 @@ from typing import Any
 
 import msgspec
 
-from caesura.runtime.errors import StoreError
+from caesura.runtime.errors import NewerStore, StoreError
 
 _BUSY_TIMEOUT_S = 5.0  # s: longer than any transaction of ours, short enough to notice a stuck second process
 
@@ -55,7 +55,8 @@ class Database:
             after a power cut.
 
     Raises:
-        StoreError: the file cannot be opened, is not ours, or comes from a newer Caesura.
+        StoreError: the file cannot be opened or is not ours.
+        NewerStore: it comes from a newer Caesura.
     """
 
     def __init__(self, path: str, migrations: Sequence[str] | None) -> None:
@@ -85,8 +86,9 @@ class Database:
     def _migrate(self, migrations: Sequence[str]) -> None:
         (have,) = self._connection.execute("PRAGMA user_version").fetchone()
         if have > len(migrations):
-            raise StoreError(
-                f"the store {self.path} has schema version {have}, this Caesura knows {len(migrations)}: run the newer version"
+            raise NewerStore(
+                f"the store {self.path} has schema version {have}, this Caesura knows {len(migrations)}: run the newer version, or "
+                "move the file away to begin without it (docs/operate/upgrade.md)"
             )
         for number, script in enumerate(migrations[have:], start=have + 1):
             self._connection.executescript(f"BEGIN;{script};PRAGMA user_version={number};COMMIT;")
@@ -139,8 +141,8 @@ class Database:
             yield
         except (msgspec.DecodeError, ValueError, TypeError, KeyError) as error:
             raise StoreError(
-                f"{what} in the store {self.path} cannot be read: {error}. The file is damaged: put a copy of it back, or move "
-                "it away to begin without it."
+                f"{what} in the store {self.path} cannot be read: {error}. It was written by a newer Caesura, which is to be run "
+                "then, or the file is damaged: put a copy of it back, or move it away to begin without it."
             ) from error
 
     def ping(self) -> str:

@@ -25,3 +25,9 @@ class StoreError(CaesuraError):
 
     temporary = False
     """Whether the same may work later without anybody touching the file: a full disk, or one that does not answer."""
+
+
+class NewerStore(StoreError):
+    """The durable store was written by a newer version: this one must not guess what is in it, and a new start will not help."""
+
+    exit_code = ConfigError.exit_code

@@ -142,6 +142,8 @@ class Sandbox:
         self.environments: dict[str, tuple[str, dict[str, str]]] = {}
         self.arguments: dict[str, tuple[str, ...]] = {}
         """Words for the command line of a service, where it has any."""
+        self.versions: dict[str, Path] = {}
+        """The folder of another version's sources, for a service that runs it; its guard and the VMs that it starts do, too."""
         self.outputs: dict[str, Path] = {}
         """Where a service writes its output instead of to its log: a named pipe that the test holds open."""
         self.places: dict[str, tuple[str, int]] = {}
@@ -323,6 +325,8 @@ class Sandbox:
         for name in names:
             module, environment = self.environments[name]
             inherited = {key: value for key, value in os.environ.items() if not key.startswith("CAESURA_")}
+            if (sources := self.versions.get(name)) is not None:
+                inherited["PYTHONPATH"] = f"{sources}/services:{sources}/shared"
             mark, value = self.mark.split("=", 1)
             with self.outputs.get(name, self.folder / f"{name}.log").open("ab", buffering=0) as log:
                 self.running[name] = await asyncio.create_subprocess_exec(

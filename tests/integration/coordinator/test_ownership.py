@@ -18,6 +18,7 @@ from caesura.bus.port import Delivery
 from caesura.bus.post import Post
 from caesura.contract import messages as m
 from caesura.contract.access import Principal, access_rules
+from caesura.lifecycle.commands import COMMANDS
 from caesura.runtime.identity import new_id
 from caesura.runtime.settings import Secret
 from caesura.testing.broker import mosquitto_installed, shipped_mosquitto
@@ -64,7 +65,13 @@ class Host:
     async def has(self, *vms: m.VmRecord) -> None:
         await self.post.send(
             m.HostInventory(
-                host=self.name, driver="process", epoch=0, vms=vms, updates=(_OF_VM, _OF_HOST), guard="ready"
+                host=self.name,
+                driver="process",
+                epoch=0,
+                vms=vms,
+                updates=(_OF_VM, _OF_HOST),
+                guard="ready",
+                commands=COMMANDS,
             ),
             host=self.name,
         )

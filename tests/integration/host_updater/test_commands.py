@@ -30,6 +30,7 @@ from caesura.contract.messages import (
     VmFrozen,
     VmResumed,
 )
+from caesura.lifecycle.commands import COMMANDS
 from caesura.testing.patience import patient
 from caesura_host_updater.guard.procfs import alive
 
@@ -56,7 +57,7 @@ async def test_commands_that_are_refused_touch_nothing(hosts: Callable[..., Any]
     (host.updates_dir / "broken.toml").write_text('name = "broken"\nimpact = "pause"\nscope = "galaxy"\n')
     await host.start()
     obeyed: dict[str, Any] = {"epoch": 5, "coordinator": "coordinator-5"}
-    await fleet.say(CoordinatorPresence(online=True, **obeyed))
+    await fleet.say(CoordinatorPresence(online=True, commands=COMMANDS, **obeyed))
     inventory = await fleet.ear.one(
         HostInventory, lambda m: m.epoch == 5 and m.coordinator == "coordinator-5"
     )

@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 import pytest
 
 from caesura.contract import messages as m
+from caesura.lifecycle.commands import COMMANDS
 from caesura_coordinator.fleet import Fleet
 from caesura_coordinator.inputs import Authority
 
@@ -46,6 +47,7 @@ def inventory(host: str, *vms: m.VmRecord, **changes: object) -> m.HostInventory
         "vms": vms,
         "updates": (PATCH,),
         "guard": "ready",
+        "commands": COMMANDS,
     }
     return m.HostInventory(**{**values, **changes})  # type: ignore[arg-type]
 

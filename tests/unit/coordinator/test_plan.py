@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from caesura.contract import messages as m
+from caesura.lifecycle.commands import COMMANDS
 from caesura_coordinator.fleet import Contested, Fleet, health_blockers
 from caesura_coordinator.plan import make_plan
 
@@ -286,6 +287,7 @@ def test_no_wave_ever_holds_two_domains_of_a_set(placement: dict[str, dict[str, 
             driver="process",
             epoch=1,
             guard="ready",
+            commands=COMMANDS,
             updates=(
                 m.UpdateRecord(update="patch", impact="pause", scope="host", expected_s=2, timeout_s=9),
             ),
@@ -459,3 +461,28 @@ def test_what_no_wave_would_start_with_refuses_the_plan_by_name(
     )
     assert not without.refusals
     assert [wave.hosts for wave in without.waves] == [("h2",)]
+
+
+def test_a_host_that_does_not_read_this_coordinators_commands_is_refused_by_name(
+    build: Build, host: Host, fleet: MakeFleet
+) -> None:
+    """A host updater of before 0.1.0 says nothing of commands: it would never receive one, and the wave would time out."""
+    one = fleet(
+        host("h1", build("w1")),
+        host("h2", build("w2", domain=1), commands=()),
+        host("h3", build("w3", domain=2), commands=("caesura.operation.start.v1",)),
+    )
+    refusals = {each.subject: each for each in _plan(one).refusals}
+    assert set(refusals) == {"h2", "h3"}
+    assert {each.code for each in refusals.values()} == {"host_outdated"}
+    assert "caesura.operation.start.v1, caesura.operation.abort.v1" in refusals["h2"].reason
+    assert "upgrade" in refusals["h2"].reason
+    assert "caesura.operation.start.v1" not in refusals["h3"].reason
+    assert not _plan(one).waves
+
+
+def test_a_host_that_reads_more_than_it_is_sent_is_planned(
+    build: Build, host: Host, fleet: MakeFleet
+) -> None:
+    newer = (*COMMANDS, "caesura.operation.of-a-later-version.v1")
+    assert _plan(fleet(host("h1", build("w1"), commands=newer))).waves

@@ -20,6 +20,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from caesura.contract import messages as m
 from caesura.contract.envelope import Message
+from caesura.lifecycle.commands import COMMANDS
 from caesura.lifecycle.document import version_of
 from caesura.lifecycle.errors import IllegalTransition
 from caesura.lifecycle.proof import memory_proof
@@ -80,6 +81,7 @@ class ModelHost:
             updates=(_PATCH,),
             operation=self.running,
             guard="ready",
+            commands=COMMANDS,
         )
 
     def obey(self, command: m.StartOperation | m.AbortOperation, now: datetime) -> bool:

@@ -32,7 +32,7 @@ from caesura.testing.rollouts import wave_state
 from caesura_coordinator.answers import with_plan
 from caesura_coordinator.fleet import fence_blockers
 from caesura_coordinator.forget_epoch import forget_epoch
-from caesura_coordinator.service import Coordinator, NoEpochLeft, Superseded, subscriptions
+from caesura_coordinator.service import Coordinator, NoEpochLeft, Superseded, presence, subscriptions
 from caesura_coordinator.store import Store
 
 T0 = datetime(2026, 4, 20, 12, 0, 0, tzinfo=UTC)
@@ -192,7 +192,7 @@ async def test_the_leader_says_again_and_again_that_it_is_there(world: World) ->
         await eventually(lambda: len(world.of(m.CoordinatorPresence)) > 3)
         assert a.leads
         assert a.authority.epoch == 1, "what it hears of itself is no reason to claim another"
-        mine = m.CoordinatorPresence(coordinator=a.authority.coordinator, epoch=1, online=True)
+        mine = presence(a.authority, online=True)
         assert all(each == mine for each in world.of(m.CoordinatorPresence))
         assert world.retained(m.CoordinatorPresence) == mine
         higher = m.CoordinatorPresence(coordinator="b", epoch=9, online=True)
@@ -339,12 +339,7 @@ async def test_of_two_that_claim_the_same_epoch_exactly_one_leads(world: World) 
         await eventually(lambda: a.leads != b.leads)
         leader = a if a.leads else b
         await eventually(
-            lambda: (
-                world.retained(m.CoordinatorPresence)
-                == m.CoordinatorPresence(
-                    coordinator=leader.authority.coordinator, epoch=leader.authority.epoch, online=True
-                )
-            )
+            lambda: world.retained(m.CoordinatorPresence) == presence(leader.authority, online=True)
         )
         assert a.leads != b.leads
 
@@ -834,6 +829,4 @@ async def test_a_coordinator_that_was_stopped_stays_retained_as_offline(world: W
         goodbye = world.retained(m.CoordinatorPresence)
         closing.set()
         await draining
-        assert goodbye == m.CoordinatorPresence(
-            coordinator=a.authority.coordinator, epoch=a.authority.epoch, online=False
-        )
+        assert goodbye == presence(a.authority, online=False)

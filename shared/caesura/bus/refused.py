@@ -1,0 +1,41 @@
+"""Messages that break the contract, in the log: of each topic and fault one line, and now and then how many there were since.
+
+A service of another version repeats what this one cannot read, some of it several times a second and for as long as both run.
+Each message is counted (``caesura_bus_decode_errors_total``); the log says what is the matter and is not filled with it.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable
+
+import structlog
+
+from caesura.contract.codec import ContractError
+from caesura.runtime.sampler import Sampler, cut
+
+_EVERY_S = 600.0  # s: between two lines about the same
+_VALUES = re.compile(r"'[^']*'|\d+")
+"""What differs from one message to the next though the fault is the same: values, places in the text."""
+
+_log = structlog.get_logger("caesura.bus")
+
+
+class Refused:
+    """What one service was sent and could not read.
+
+    Args:
+        now: a monotonic clock, seconds.
+    """
+
+    def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
+        self._sampler = Sampler(_EVERY_S, now)
+
+    def say(self, topic: str, error: ContractError) -> None:
+        """Log this message, unless one like it was logged a short while ago."""
+        left_out = self._sampler.due(f"{topic} {error.kind} {_VALUES.sub('', error.why)}")
+        if left_out is not None:
+            _log.warning(
+                "bus.message_refused", topic=topic, kind=error.kind, why=cut(error.why), left_out=left_out
+            )

@@ -6,9 +6,12 @@ transaction. It knows the store, no bus.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import datetime
+from functools import partial
+from operator import attrgetter
 
 import msgspec
 import structlog
@@ -16,22 +19,28 @@ import structlog
 from caesura.contract.messages import (
     EventChanged,
     EventStatus,
+    OperationReported,
     RequestAnswered,
     RolloutState,
     ScheduledEvent,
     SetDocument,
+    VmClockSynced,
+    VmReady,
     WaveChanged,
 )
 from caesura.contract.reasons import ReasonCode
 from caesura.lifecycle import document as documents
+from caesura_coordinator.active import ActiveRollouts
 from caesura_coordinator.fleet import Fleet
 from caesura_coordinator.inputs import (
+    Approve,
     Authority,
     Effect,
     EventApprovedEffect,
     EventEnded,
     EventScheduled,
     EventStarted,
+    Fact,
     Input,
     Outdated,
     RolloutMoved,
@@ -69,21 +78,35 @@ class Book:
         self.store = store
         self.rollouts: dict[str, Rollout] = {each.id: after_restart(each, now) for each in store.rollouts()}
         self.documents: dict[str, SetDocument] = store.documents()
+        self._before: dict[str, SetDocument | None] = {}
+        """Documents as they were before the transaction that is under way."""
         self._cleared: set[str] = set()
+        self._active = ActiveRollouts()
+        for rollout in self.rollouts.values():
+            self._active.put(rollout)
 
     @property
     def active(self) -> list[Rollout]:
         """Rollouts that hold their sets, oldest first."""
-        return [each for each in self.rollouts.values() if each.active]
+        return [self.rollouts[name] for name in self._active.active]
+
+    def holding(self, sets: Iterable[str]) -> list[Rollout]:
+        """Rollouts that hold one of these sets, oldest first."""
+        names = {self._active.of_set.get(each) for each in sets}
+        return [self.rollouts[name] for name in self._active.active if name in names] if names else []
 
     def holder(self, sets: Iterable[str]) -> tuple[str, str] | None:
         """(set, rollout id) of the first of these sets that a rollout holds."""
-        wanted = set(sets)
-        for rollout in self.active:
-            for name in rollout.sets:
-                if name in wanted:
-                    return name, rollout.id
-        return None
+        return next(((name, self._active.of_set[name]) for name in sets if name in self._active.of_set), None)
+
+    def rollout_of(self, fact: Fact) -> Rollout | None:
+        """The rollout under way whose event or operation the fact is about; None if there is none."""
+        match fact:
+            case Approve() | VmReady():
+                name = self._active.of_event.get(fact.event_id.lower())
+            case OperationReported() | VmClockSynced():
+                name = self._active.of_operation.get(fact.operation)
+        return self.rollouts[name] if name is not None else None
 
     def add(self, rollout: Rollout, client: str, answer: RequestAnswered) -> None:
         """Store a new rollout with the answer to its request, and announce both.
@@ -95,7 +118,7 @@ class Book:
             self.store.save_rollout(rollout)
             self.store.enqueue(rollout_state(rollout), rollout=rollout.id)
             self._keep_answer(client, answer)
-        self.rollouts[rollout.id] = rollout
+        self._keep(rollout)
 
     def step(
         self,
@@ -116,9 +139,9 @@ class Book:
             StoreError: nothing changed, in memory or on disk.
             IllegalTransition, RequestRefused: as ``decide``.
         """
-        fleet = fleet.with_commanded(self._commanded_by_others(rollout))
+        fleet = fleet.with_commanded(lambda: self._commanded_by_others(rollout))
         changed, effects = decide(rollout, received, fleet, authority, now)
-        if changed == rollout and not effects and answer is None:
+        if not effects and answer is None and (changed is rollout or changed == rollout):
             return rollout
         with self._all_or_nothing():
             self._write(rollout, changed, effects, now)
@@ -130,13 +153,22 @@ class Book:
     @contextmanager
     def _all_or_nothing(self) -> Iterator[None]:
         """What is stored in the block is stored whole, and the documents in memory change with it."""
-        held = dict(self.documents)
+        self._before.clear()
         try:
             with self.store.transaction():
                 yield
         except BaseException:
-            self.documents = held
+            for name, document in self._before.items():
+                if document is None:
+                    del self.documents[name]
+                else:
+                    self.documents[name] = document
             raise
+
+    def _set_document(self, document: SetDocument) -> None:
+        """Change a document in memory, inside ``_all_or_nothing``."""
+        self._before.setdefault(document.set, self.documents.get(document.set))
+        self.documents[document.set] = document
 
     def _write(self, before: Rollout, changed: Rollout, effects: Iterable[Effect], now: datetime) -> None:
         self.store.save_rollout(changed, before)
@@ -145,8 +177,12 @@ class Book:
         if looks_different(before, changed):
             self.store.enqueue(rollout_state(changed), rollout=changed.id)
 
+    def _keep(self, rollout: Rollout) -> None:
+        self.rollouts[rollout.id] = rollout
+        self._active.put(rollout)
+
     def _believe(self, changed: Rollout, effects: Iterable[Effect]) -> None:
-        self.rollouts[changed.id] = changed
+        self._keep(changed)
         for effect in effects:
             _report(changed, effect)
 
@@ -205,12 +241,12 @@ class Book:
                 )
             self.store.save_document(document)
             self.store.enqueue(document, set=document.set)
-            self.documents[document.set] = document
+            self._set_document(document)
             open_events = frozenset(each.event_id for each in document.events)
             found = Outdated(set=document.set, open_events=open_events)
             for rollout in self.active:
                 if document.set in rollout.sets:
-                    known = fleet.with_commanded(self._commanded_by_others(rollout))
+                    known = fleet.with_commanded(partial(self._commanded_by_others, rollout))
                     changed, effects = decide(rollout, found, known, authority, now)
                     self._write(rollout, changed, effects, now)
                     halted.append((changed, effects))
@@ -286,7 +322,8 @@ class Book:
 
         True when there was a new one.
         """
-        fresh = {name: documents.first_document(name) for name in sorted({*sets} - self.documents.keys())}
+        new = {name for name in sets if name not in self.documents}
+        fresh = {name: documents.first_document(name) for name in sorted(new)}
         if fresh:
             with self.store.transaction():
                 for name, document in fresh.items():
@@ -323,7 +360,7 @@ class Book:
         old = hidden[: max(0, len(self.rollouts) - _KEPT)]
         self.store.forget(old, answers_kept=_ANSWERS_KEPT)
         for name in old:
-            del self.rollouts[name]
+            self._active.forget(self.rollouts.pop(name))
         fresh = [name for name in hidden if name not in self._cleared]
         self._cleared = set(hidden) - set(old)
         return fresh
@@ -390,7 +427,7 @@ class Book:
             return
         self.store.save_document(document)
         self.store.enqueue(document, set=document.set)
-        self.documents[document.set] = document
+        self._set_document(document)
 
     def _announce(
         self,
@@ -430,9 +467,15 @@ class Book:
 
 
 def _wave_of(rollout: Rollout, event: WaveEvent) -> Wave:
-    return next(
-        wave for wave in rollout.waves if any(each.event_id == event.event_id for each in wave.events)
-    )
+    """The wave of an event that something has just happened to: the current one, or one that has just come to its end."""
+    current = rollout.current
+    place = current.index if current is not None else len(rollout.waves) - 1
+    for wave in (*rollout.waves[place::-1], *rollout.waves[place + 1 :]):
+        # Events are in the order of their sets' names.
+        at = bisect_left(wave.events, event.set, key=attrgetter("set"))
+        if at < len(wave.events) and wave.events[at].event_id == event.event_id:
+            return wave
+    raise AssertionError(f"event {event.event_id} is in no wave of rollout {rollout.id}")
 
 
 def _scheduled_event(rollout: Rollout, wave: Wave, event: WaveEvent) -> ScheduledEvent:

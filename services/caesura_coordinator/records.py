@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import uuid
+from bisect import bisect_left
 from datetime import datetime
 from typing import Literal
 
@@ -164,8 +165,17 @@ class Rollout(Frozen, frozen=True, kw_only=True):
 
     @property
     def current(self) -> Wave | None:
-        """The first wave that is not completed, or None when all are."""
-        return next((wave for wave in self.waves if wave.status != "completed"), None)
+        """The first wave that is not completed, or None when all are. They complete in order."""
+        place = bisect_left(self.waves, True, key=lambda wave: wave.status != "completed")
+        return self.waves[place] if place < len(self.waves) else None
+
+    @property
+    def stage(self) -> tuple[RolloutStatus, int, WaveStatus, int]:
+        """Where the rollout is: what its hosts are commanded changes with it."""
+        wave = self.current
+        if wave is None:
+            return self.status, len(self.waves), "completed", 0
+        return self.status, wave.index, wave.status, wave.attempt
 
     @property
     def active(self) -> bool:
@@ -253,10 +263,35 @@ def looks_different(before: Rollout, after: Rollout) -> bool:
     """Whether the two are published differently; looks only at the waves that changed, since most never do at once."""
     heads = [msgspec.structs.replace(each, waves=()) for each in (before, after)]
     return heads[0] != heads[1] or any(
-        _wave_state(one) != _wave_state(two)
+        _wave_looks_different(one, two)
         for one, two in zip(before.waves, after.waves, strict=True)
         if one is not two
     )
+
+
+def _wave_looks_different(one: Wave, two: Wave) -> bool:
+    """Without the VMs, which a wave keeps: most messages change nothing that is published."""
+    same_vms = one.vms is two.vms or one.vms == two.vms
+    same_events = one.events is two.events or [
+        (each.set, each.event_id, bool(each.approved_by)) for each in one.events
+    ] == [(each.set, each.event_id, bool(each.approved_by)) for each in two.events]
+    same_updates = one.operations is two.operations or _failed_updates(one) == _failed_updates(two)
+    return not (same_vms and same_events and same_updates) or any(
+        getattr(one, name) != getattr(two, name) for name in _SHOWN
+    )
+
+
+_SHOWN = (
+    "status",
+    "domains",
+    "not_before",
+    "started_at",
+    "ended_at",
+    "reason",
+    "waiting_for",
+    "codes",
+    "waiting_codes",
+)
 
 
 def largest_state(rollout: Rollout) -> RolloutState:

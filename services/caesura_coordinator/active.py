@@ -55,4 +55,3 @@ class ActiveRollouts:
         self._seen[name][wave.index] = made
         self.of_event |= {each.event_id.lower(): name for each in wave.events}
         self.of_operation |= {each.operation: name for each in (*wave.done, *wave.operations)}
-

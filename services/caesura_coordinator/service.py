@@ -359,7 +359,9 @@ class Coordinator:
                 advice=ABOVE_OURS,
             )
         self._take_in(self.owners.reported(inventory, self._loop_s()))
-        self._open_sets(self.state.sets_of_host(inventory.host))  # a document that was not stored is tried again
+        self._open_sets(
+            self.state.sets_of_host(inventory.host)
+        )  # a document that was not stored is tried again
 
     def _take_in(self, changes: Changes) -> None:
         """Something of the fleet is different: its sets have their documents, and their rollouts look again."""

@@ -558,6 +558,47 @@ def test_a_missing_clock_verdict_is_asked_for_again_and_halts_in_the_end(story: 
     assert "no verdict on its clock" in story.rollout.reason
 
 
+def test_an_answer_that_nobody_asked_for_stands_in_for_none_that_is_missing(
+    build: Callable[..., m.VmRecord],
+    host: Callable[..., m.HostInventory],
+    fleet: Callable[..., Fleet],
+    authority: Authority,
+) -> None:
+    """As many answers as there are agents are not the answers of all agents."""
+    without = build("w2", agent=False)
+    story = Story(fleet(host("h1", build("w1"), without), host("h2", build("w3", domain=1))), authority)
+    story.announce().approve()
+    event = story.wave.events[0].event_id
+    story.give(m.VmReady(vm="w2", event_id=event, ready=True))
+    assert story.wave.readiness.keys() == {"w2"}
+    assert story.wave_is("scheduled")
+    story.give(m.VmReady(vm="w1", event_id=event, ready=True))
+    assert story.wave_is("started")
+
+
+def test_a_verdict_that_nobody_waits_for_stands_in_for_none_that_is_missing(
+    build: Callable[..., m.VmRecord],
+    host: Callable[..., m.HostInventory],
+    fleet: Callable[..., Fleet],
+    authority: Authority,
+) -> None:
+    without = build("w2", agent=False)
+    story = Story(fleet(host("h1", build("w1"), without), host("h2", build("w3", domain=1))), authority)
+    story.started().report()
+    operation = story.wave.operations[0].operation
+
+    def verdict(vm: str) -> m.VmClockSynced:
+        return m.VmClockSynced(
+            vm=vm, host="h1", set="web", update_domain=0, operation=operation, synced=True, by="agent", at=T0
+        )
+
+    story.give(verdict("w2"))
+    assert story.wave.clocks.keys() == {"w2"}
+    assert story.wave_is("verifying")
+    story.give(verdict("w1"))
+    assert story.rollout.waves[0].status == "completed"
+
+
 def test_a_silent_agent_after_the_resume_halts(story: Story) -> None:
     story.started().report()
     story.fleet = _told(story.fleet, _AGENT_GONE)

@@ -558,7 +558,9 @@ def test_a_missing_clock_verdict_is_asked_for_again_and_halts_in_the_end(story: 
     assert "no verdict on its clock" in story.rollout.reason
 
 
+@pytest.mark.parametrize("on_not_ready", ["halt", "proceed"])
 def test_an_answer_that_nobody_asked_for_stands_in_for_none_that_is_missing(
+    on_not_ready: str,
     build: Callable[..., m.VmRecord],
     host: Callable[..., m.HostInventory],
     fleet: Callable[..., Fleet],
@@ -566,7 +568,8 @@ def test_an_answer_that_nobody_asked_for_stands_in_for_none_that_is_missing(
 ) -> None:
     """As many answers as there are agents are not the answers of all agents."""
     without = build("w2", agent=False)
-    story = Story(fleet(host("h1", build("w1"), without), host("h2", build("w3", domain=1))), authority)
+    hosts = fleet(host("h1", build("w1"), without), host("h2", build("w3", domain=1)))
+    story = Story(hosts, authority, on_not_ready=on_not_ready)
     story.announce().approve()
     event = story.wave.events[0].event_id
     story.give(m.VmReady(vm="w2", event_id=event, ready=True))

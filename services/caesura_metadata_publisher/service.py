@@ -20,7 +20,7 @@ import structlog
 from caesura.bus.port import Bus, BusError
 from caesura.bus.post import Post
 from caesura.contract.codec import Received
-from caesura.contract.envelope import source_of
+from caesura.contract.envelope import Message, source_of
 from caesura.contract.messages import (
     HostInventory,
     PublisherPresence,
@@ -30,6 +30,8 @@ from caesura.contract.messages import (
     VmOwner,
 )
 from caesura.contract.topics import channel_of
+from caesura.fleet.fold import Changes
+from caesura.fleet.words import Cleared
 from caesura_metadata_publisher.directory import Directory
 from caesura_metadata_publisher.document import (
     awaits_approval,
@@ -158,7 +160,7 @@ class MetadataPublisher:
 
     async def _on_document(self, document: SetDocument, _: Received) -> None:
         known = self._directory.document(document.set)
-        if self._directory.take_document(document):
+        if self._take(document).word:
             _log.debug("document.taken", set=document.set, incarnation=document.incarnation)
         elif known is not None and document.incarnation < known.incarnation:
             _log.warning(
@@ -170,16 +172,19 @@ class MetadataPublisher:
             )
 
     async def _on_inventory(self, inventory: HostInventory, _: Received) -> None:
-        self._directory.take_inventory(inventory)
+        self._take(inventory)
 
     async def _on_host_removed(self, parameters: Mapping[str, str]) -> None:
-        self._directory.forget_host(parameters["host"])
+        self._take(Cleared(HostInventory, parameters))
 
     async def _on_owner(self, owner: VmOwner, _: Received) -> None:
-        self._directory.take_owner(owner.vm, owner.host)
+        self._take(owner)
 
     async def _on_owner_removed(self, parameters: Mapping[str, str]) -> None:
-        self._directory.take_owner(parameters["vm"], None)
+        self._take(Cleared(VmOwner, parameters))
+
+    def _take(self, message: Message | Cleared) -> Changes:
+        return self._directory.take(message, asyncio.get_running_loop().time())
 
     # -- from the workloads -------------------------------------------------------------------------------
 

@@ -64,9 +64,9 @@ def apply(state: FleetState, message: Message | Cleared, now_s: float) -> tuple[
     if isinstance(message, Cleared):
         before = state.words.clear(message.kind, message.parameters, now_s)
         return state, _cleared(state, before) if before is not None else NOTHING
-    if isinstance(message, m.CoordinatorPresence):
-        _lead(state, message)
-    if not state.words.put(message, now_s):
+    if not state.words.put(message, now_s, state.leader_epoch):
+        if isinstance(message, m.CoordinatorPresence):
+            _gone(state, message)
         return state, NOTHING
     match message:
         case m.HostInventory():
@@ -77,6 +77,9 @@ def apply(state: FleetState, message: Message | Cleared, now_s: float) -> tuple[
             changes = _agent(state, message.vm, online=message.online)
         case m.VmOwner():
             changes = _owner(state, message.vm, message.host)
+        case m.CoordinatorPresence():
+            state.coordinator = message
+            changes = NOTHING
         case _:
             changes = NOTHING
     return state, msgspec.structs.replace(changes, word=True)
@@ -130,14 +133,11 @@ def _owner(state: FleetState, vm: str, host: str | None) -> Changes:
     return Changes(vms=frozenset({vm}), sets=sets) if sets else NOTHING
 
 
-def _lead(state: FleetState, presence: m.CoordinatorPresence) -> None:
+def _gone(state: FleetState, presence: m.CoordinatorPresence) -> None:
     known = state.coordinator
     if known is not None and not presence.online and presence.epoch == 0:
         # Were it the will of another one, the leader would say at once that it is there.
         state.coordinator = msgspec.structs.replace(known, online=False)
-    elif known is None or presence.epoch >= known.epoch:
-        # One that was replaced says late that it is gone: it does not speak for the new one.
-        state.coordinator = presence
 
 
 def _head(inventory: m.HostInventory | None) -> m.HostInventory | None:

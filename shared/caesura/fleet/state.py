@@ -59,6 +59,11 @@ class FleetState:
         self._located: dict[str, LocatedVm] = {}
         self._sets: dict[str, SetIndex] = {}
 
+    @property
+    def leader_epoch(self) -> int | None:
+        """The epoch of the coordinator that is on the bus; None if none is."""
+        return self.coordinator.epoch if self.coordinator is not None and self.coordinator.online else None
+
     # -- reading --------------------------------------------------------------------------------------------
 
     def vm(self, name: str) -> LocatedVm | None:

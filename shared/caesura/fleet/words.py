@@ -5,8 +5,10 @@ decided here and nowhere else:
 
 - A *document* only gives way to one of a higher incarnation. One that was removed leaves its incarnation behind: what comes later
   must not be below it, or workloads would see a set's documents go back.
-- A *record of an owner* and a *coordinator's presence* give way to one of the same or a higher epoch. Their removal is an operator's
-  or a coordinator's own act and leaves nothing behind: after an epoch that nobody claimed, a lower one must be able to begin.
+- A *coordinator's presence* gives way to one of the same or a higher epoch; one that is gone gives way to any that is there.
+- A *record of an owner* gives way to one of the same or a higher epoch; one from above the epoch of the coordinator that is there gives
+  way to any. An operator may have the coordinator forget an epoch that nobody claimed: then a lower one must be able to begin.
+  The removal of either leaves nothing behind.
 - Of everything else the last word counts, whatever it says.
 """
 
@@ -65,15 +67,19 @@ class Words:
         self._tombstones: dict[tuple[type[Message], Key], None] = {}
         """Those that may be dropped, the oldest first."""
 
-    def put(self, message: Message, now_s: float) -> bool:
-        """Take a message; false if it changes nothing: it is older than what is known, or no retained one."""
+    def put(self, message: Message, now_s: float, leader_epoch: int | None = None) -> bool:
+        """Take a message; false if it changes nothing: it is older than what is known, or no retained one.
+
+        Args:
+            leader_epoch: of the coordinator that is on the bus; None if none is known to be.
+        """
         channel = retained_channel(type(message))
         if channel is None:
             return False
         key = tuple(str(getattr(message, name)) for name in channel.parameters)
         words = self._words.setdefault(type(message), {})
         before = words.get(key)
-        if before is not None and not _replaces(message, before):
+        if before is not None and not _replaces(message, before, leader_epoch):
             return False
         same = before is not None and before.message == message
         incarnation = message.incarnation if isinstance(message, SetDocument) else 0
@@ -119,7 +125,7 @@ class Words:
         return {key for key, word in self._words.get(kind, {}).items() if word.message is None}
 
 
-def _replaces(message: Message, before: Word) -> bool:
+def _replaces(message: Message, before: Word, leader_epoch: int | None) -> bool:
     known = before.message
     match message:
         case SetDocument():
@@ -127,8 +133,9 @@ def _replaces(message: Message, before: Word) -> bool:
                 return message.incarnation >= before.incarnation
             return message.incarnation > before.incarnation or message == known
         case VmOwner() if isinstance(known, VmOwner):
-            return message.epoch >= known.epoch
+            forgotten = leader_epoch is not None and known.epoch > leader_epoch
+            return message.epoch >= known.epoch or forgotten
         case CoordinatorPresence() if isinstance(known, CoordinatorPresence):
-            return message.epoch >= known.epoch
+            return message.epoch >= known.epoch or (message.online and leader_epoch is None)
         case _:
             return True

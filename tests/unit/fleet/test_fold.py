@@ -68,16 +68,18 @@ def fold(*messages: Message | Cleared) -> FleetState:
 # --- the naive rebuild -------------------------------------------------------------------------------------
 
 
-def naive_words(
+def naive_words(  # noqa: PLR0912 - one rule after the other, as they are written down
     messages: Iterable[Message | Cleared],
 ) -> dict[tuple[type[Message], tuple[str, ...]], Message | None]:
     """The last word on each topic, by the rules as they are written down."""
     words: dict[tuple[type[Message], tuple[str, ...]], Message | None] = {}
     shown: dict[str, int] = {}
+    leader: m.CoordinatorPresence | None = None
     for each in messages:
         match each:
             case Cleared(kind=kind, parameters=parameters):
                 words[kind, tuple(parameters.values())] = None
+                leader = None if kind is m.CoordinatorPresence else leader
                 continue
             case m.HostInventory() | m.HostPresence():
                 key: tuple[str, ...] = (each.host,)
@@ -95,10 +97,18 @@ def naive_words(
             if each.incarnation < least:
                 continue
             shown[each.set] = each.incarnation
-        if isinstance(each, m.VmOwner | m.CoordinatorPresence) and known is not None:
-            assert isinstance(known, m.VmOwner | m.CoordinatorPresence)
-            if each.epoch < known.epoch:
+        leads = leader.epoch if leader is not None and leader.online else None
+        older = isinstance(each, m.VmOwner) and isinstance(known, m.VmOwner) and each.epoch < known.epoch
+        if older and isinstance(known, m.VmOwner) and (leads is None or known.epoch <= leads):
+            continue
+        if isinstance(each, m.CoordinatorPresence):
+            if leader is not None and each.epoch < leader.epoch and not (each.online and leads is None):
+                if each.epoch == 0 and not each.online:
+                    leader = m.CoordinatorPresence(
+                        coordinator=leader.coordinator, epoch=leader.epoch, online=False
+                    )
                 continue
+            leader = each
         words[type(each), key] = each
     return words
 
@@ -276,6 +286,27 @@ def test_a_record_of_an_older_epoch_changes_nothing_until_the_record_is_removed(
     apply(state, Cleared(m.VmOwner, {"vm": "a"}), 0.0)
     assert state.ownership.owner_of("a") == ""
     apply(state, owner("a", "h2", 4), 0.0)
+    assert state.ownership.owner_of("a") == "h2"
+
+
+def test_a_lower_epoch_begins_when_the_operator_had_the_higher_one_forgotten() -> None:
+    """Nobody had claimed it: were it to count for good, no view would believe a record again before its restart."""
+
+    def said(epoch: int, *, online: bool) -> m.CoordinatorPresence:
+        return m.CoordinatorPresence(coordinator="c", epoch=epoch, online=online)
+
+    high = 2**50
+    state = fold(
+        inventory("h1", vm("a")), inventory("h2", vm("a")), said(high, online=True), owner("a", "h1", high)
+    )
+    apply(state, said(7, online=True), 0.0)
+    assert state.leader_epoch == high, "one of an older epoch that wakes up leads nobody"
+    apply(state, owner("a", "h2", 7), 0.0)
+    assert state.ownership.owner_of("a") == "h1"
+    apply(state, said(high, online=False), 0.0)
+    apply(state, said(7, online=True), 0.0)
+    apply(state, owner("a", "h2", 7), 0.0)
+    assert state.leader_epoch == 7
     assert state.ownership.owner_of("a") == "h2"
 
 

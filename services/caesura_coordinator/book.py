@@ -6,9 +6,12 @@ transaction. It knows the store, no bus.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import datetime
+from functools import partial
+from operator import attrgetter
 from typing import Literal
 
 import msgspec
@@ -17,30 +20,36 @@ import structlog
 from caesura.contract.messages import (
     EventChanged,
     EventStatus,
+    OperationReported,
     RequestAnswered,
     RolloutState,
     ScheduledEvent,
     SetDocument,
+    VmClockSynced,
+    VmReady,
     WaveChanged,
     WaveState,
 )
 from caesura.contract.parts import answer_in_parts
 from caesura.contract.reasons import ReasonCode
 from caesura.lifecycle import document as documents
+from caesura_coordinator.active import ActiveRollouts
 from caesura_coordinator.fleet import Fleet
 from caesura_coordinator.inputs import (
+    Approve,
     Authority,
     Effect,
     EventApprovedEffect,
     EventEnded,
     EventScheduled,
     EventStarted,
+    Fact,
     Input,
     Outdated,
     RolloutMoved,
     WaveMoved,
 )
-from caesura_coordinator.records import FINAL, Rollout, Wave, WaveEvent, rollout_state, with_etags
+from caesura_coordinator.records import FINAL, Rollout, Wave, WaveEvent, headless, rollout_state, with_etags
 from caesura_coordinator.rollout import after_restart, decide
 from caesura_coordinator.store import Store
 
@@ -84,21 +93,35 @@ class Book:
         self.store = store
         self.rollouts: dict[str, Rollout] = {each.id: after_restart(each, now) for each in store.rollouts()}
         self.documents: dict[str, SetDocument] = store.documents()
+        self._before: dict[str, SetDocument | None] = {}
+        """Documents as they were before the transaction that is under way."""
+        self._active = ActiveRollouts()
+        for rollout in self.rollouts.values():
+            self._active.put(rollout)
         self._shown = self._to_show()
 
     @property
     def active(self) -> list[Rollout]:
         """Rollouts that hold their sets, oldest first."""
-        return [each for each in self.rollouts.values() if each.active]
+        return [self.rollouts[name] for name in self._active.active]
+
+    def holding(self, sets: Iterable[str]) -> list[Rollout]:
+        """Rollouts that hold one of these sets, oldest first."""
+        names = {self._active.of_set.get(each) for each in sets}
+        return [self.rollouts[name] for name in self._active.active if name in names] if names else []
 
     def holder(self, sets: Iterable[str]) -> tuple[str, str] | None:
         """(set, rollout id) of the first of these sets that a rollout holds."""
-        wanted = set(sets)
-        for rollout in self.active:
-            for name in rollout.sets:
-                if name in wanted:
-                    return name, rollout.id
-        return None
+        return next(((name, self._active.of_set[name]) for name in sets if name in self._active.of_set), None)
+
+    def rollout_of(self, fact: Fact) -> Rollout | None:
+        """The rollout under way whose event or operation the fact is about; None if there is none."""
+        match fact:
+            case Approve() | VmReady():
+                name = self._active.of_event.get(fact.event_id.lower())
+            case OperationReported() | VmClockSynced():
+                name = self._active.of_operation.get(fact.operation)
+        return self.rollouts[name] if name is not None else None
 
     def add(self, rollout: Rollout, client: str, answer: RequestAnswered) -> None:
         """Store a new rollout with the answer to its request, and announce both.
@@ -112,7 +135,7 @@ class Book:
             self._enqueue_waves(waves)
             self.store.enqueue(rollout_state(rollout), rollout=rollout.id)
             self._keep_answer(client, answer)
-        self.rollouts[rollout.id] = rollout
+        self._keep(rollout)
 
     def step(
         self,
@@ -133,9 +156,9 @@ class Book:
             StoreError: nothing changed, in memory or on disk.
             IllegalTransition, RequestRefused: as ``decide``.
         """
-        fleet = fleet.with_commanded(self._commanded_by_others(rollout))
+        fleet = fleet.with_commanded(lambda: self._commanded_by_others(rollout))
         changed, effects = decide(rollout, received, fleet, authority, now)
-        if changed == rollout and not effects and answer is None:
+        if not effects and answer is None and (changed is rollout or changed == rollout):
             return rollout
         with self._all_or_nothing():
             changed = self._write(rollout, changed, effects, now)
@@ -147,13 +170,22 @@ class Book:
     @contextmanager
     def _all_or_nothing(self) -> Iterator[None]:
         """What is stored in the block is stored whole, and the documents in memory change with it."""
-        held = dict(self.documents)
+        self._before.clear()
         try:
             with self.store.transaction():
                 yield
         except BaseException:
-            self.documents = held
+            for name, document in self._before.items():
+                if document is None:
+                    del self.documents[name]
+                else:
+                    self.documents[name] = document
             raise
+
+    def _set_document(self, document: SetDocument) -> None:
+        """Change a document in memory, inside ``_all_or_nothing``."""
+        self._before.setdefault(document.set, self.documents.get(document.set))
+        self.documents[document.set] = document
 
     def _write(self, before: Rollout, changed: Rollout, effects: Iterable[Effect], now: datetime) -> Rollout:
         """Store a decision and what announces it; gives back the rollout as it is stored."""
@@ -163,17 +195,20 @@ class Book:
             self._perform(changed, effect, now)
         # The waves first: a reader has the rollout whole when the rollout arrives.
         self._enqueue_waves(waves)
-        state = rollout_state(changed)
-        if waves or state != rollout_state(before):
-            self.store.enqueue(state, rollout=changed.id)
+        if waves or headless(changed) != headless(before):
+            self.store.enqueue(rollout_state(changed), rollout=changed.id)
         return changed
 
     def _enqueue_waves(self, waves: Iterable[WaveState]) -> None:
         for wave in waves:
             self.store.enqueue(wave, rollout=wave.rollout, wave=wave.wave)
 
+    def _keep(self, rollout: Rollout) -> None:
+        self.rollouts[rollout.id] = rollout
+        self._active.put(rollout)
+
     def _believe(self, changed: Rollout, effects: Iterable[Effect]) -> None:
-        self.rollouts[changed.id] = changed
+        self._keep(changed)
         for effect in effects:
             _report(changed, effect)
 
@@ -232,12 +267,12 @@ class Book:
                 )
             self.store.save_document(document)
             self.store.enqueue(document, set=document.set)
-            self.documents[document.set] = document
+            self._set_document(document)
             open_events = frozenset(each.event_id for each in document.events)
             found = Outdated(set=document.set, open_events=open_events)
             for rollout in self.active:
                 if document.set in rollout.sets:
-                    known = fleet.with_commanded(self._commanded_by_others(rollout))
+                    known = fleet.with_commanded(partial(self._commanded_by_others, rollout))
                     changed, effects = decide(rollout, found, known, authority, now)
                     halted.append((self._write(rollout, changed, effects, now), effects))
         _log.warning("document.adopted", set=document.set, incarnation=document.incarnation)
@@ -311,7 +346,8 @@ class Book:
 
         True when there was a new one.
         """
-        fresh = {name: documents.first_document(name) for name in sorted({*sets} - self.documents.keys())}
+        new = {name for name in sets if name not in self.documents}
+        fresh = {name: documents.first_document(name) for name in sorted(new)}
         if fresh:
             with self.store.transaction():
                 for name, document in fresh.items():
@@ -333,7 +369,7 @@ class Book:
                 if shown == "with waves":
                     # Etags anew: this version may publish a wave in other words than the one that stored it.
                     current, waves = with_etags(rollout)
-                    self.rollouts[rollout.id] = current
+                    self._keep(current)
                     self._enqueue_waves(waves)
                     self.store.enqueue(rollout_state(current), rollout=rollout.id)
                 elif shown == "without waves":
@@ -361,7 +397,7 @@ class Book:
                     self.store.enqueue(rollout_state(rollout, with_waves=False), rollout=name)
         self.store.forget(old)
         for name in old:
-            del self.rollouts[name]
+            self._active.forget(self.rollouts.pop(name))
             del shown[name]
         self._shown = shown
         return removals
@@ -450,7 +486,7 @@ class Book:
             return
         self.store.save_document(document)
         self.store.enqueue(document, set=document.set)
-        self.documents[document.set] = document
+        self._set_document(document)
 
     def _announce(
         self,
@@ -490,9 +526,15 @@ class Book:
 
 
 def _wave_of(rollout: Rollout, event: WaveEvent) -> Wave:
-    return next(
-        wave for wave in rollout.waves if any(each.event_id == event.event_id for each in wave.events)
-    )
+    """The wave of an event that something has just happened to: the current one, or one that has just come to its end."""
+    current = rollout.current
+    place = current.index if current is not None else len(rollout.waves) - 1
+    for wave in (*rollout.waves[place::-1], *rollout.waves[place + 1 :]):
+        # Events are in the order of their sets' names.
+        at = bisect_left(wave.events, event.set, key=attrgetter("set"))
+        if at < len(wave.events) and wave.events[at].event_id == event.event_id:
+            return wave
+    raise AssertionError(f"event {event.event_id} is in no wave of rollout {rollout.id}")
 
 
 def _scheduled_event(rollout: Rollout, wave: Wave, event: WaveEvent) -> ScheduledEvent:

@@ -4,50 +4,76 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from datetime import datetime
+from typing import Literal
+
+import msgspec
 
 from caesura.contract.messages import AbortOperation, OperationTarget, StartOperation
 from caesura_coordinator.inputs import Authority
+from caesura_coordinator.members import has_verdict, members_of
 from caesura_coordinator.records import FINAL, HostOperation, Rollout, Wave
 
 
-def due_commands(rollout: Rollout, authority: Authority) -> Iterable[StartOperation | AbortOperation]:
-    """Commands for every operation of the current wave that has no final answer of its host."""
+class Due(msgspec.Struct, frozen=True):
+    """A command that is to be sent, or repeated; ``not_after`` is for a start."""
+
+    operation: HostOperation
+    what: Literal["start", "abort"]
+    not_after: datetime | None = None
+
+
+def due_operations(rollout: Rollout, authority: Authority) -> Iterable[Due]:
+    """What every operation of the current wave asks for that has no final answer of its host."""
     wave = rollout.current
     if wave is None:
         return
     for operation in (*wave.done, *wave.operations):
-        # A lost host is told to forget the operation for as long as the rollout waits for a decision.
+        # A lost host is commanded to abort the operation for as long as the rollout waits for a decision.
         lost = operation.status == "lost" and rollout.status == "halted"
-        # A host repeats its report and its verdicts on the clocks when it gets a command again that it has
-        # carried out: the way to a verdict that was lost on its way.
-        unheard = wave.status == "verifying" and any(
-            vm.vm not in wave.clocks
-            for vm in wave.vms
-            if vm.host == operation.host and vm.method != "live" and vm.clock != "none"
-        )
         open_ = operation.status not in FINAL and wave.status == "started"
-        aborting = lost or (open_ and rollout.status == "aborting")
-        if aborting:
-            yield AbortOperation(
-                operation=operation.operation,
-                epoch=authority.epoch,
-                coordinator=authority.coordinator,
-                host=operation.host,
-                reason=rollout.reason,
-            )
-        elif unheard and wave.started_at is not None:
+        if lost or (open_ and rollout.status == "aborting"):
+            yield Due(operation, "abort")
+        elif wave.status == "verifying" and wave.started_at is not None and _verdict_missing(wave, operation):
             # Its time has passed: a host that knows the operation says again what became of it, and one that
             # has forgotten it (a lost journal) refuses instead of pausing its VMs a second time.
-            yield _freeze(rollout, wave, operation, authority, not_after=wave.started_at)
+            yield Due(operation, "start", wave.started_at)
         elif open_ and wave.fence_epoch == authority.epoch and wave.not_after is not None:
-            yield _freeze(rollout, wave, operation, authority, not_after=wave.not_after)
+            yield Due(operation, "start", wave.not_after)
+
+
+def due_commands(rollout: Rollout, authority: Authority) -> Iterable[StartOperation | AbortOperation]:
+    """The same as messages."""
+    return (command_for(rollout, due, authority) for due in due_operations(rollout, authority))
+
+
+def command_for(rollout: Rollout, due: Due, authority: Authority) -> StartOperation | AbortOperation:
+    """The message that says it."""
+    wave = rollout.current
+    if wave is None:
+        raise AssertionError(f"a command for rollout {rollout.id}, which has completed its waves")
+    if due.what == "start" and due.not_after is not None:
+        return _freeze(rollout, wave, due.operation, authority, not_after=due.not_after)
+    return AbortOperation(
+        operation=due.operation.operation,
+        epoch=authority.epoch,
+        coordinator=authority.coordinator,
+        host=due.operation.host,
+        reason=rollout.reason,
+    )
+
+
+def _verdict_missing(wave: Wave, operation: HostOperation) -> bool:
+    """Whether a verdict on a clock was lost on its way: a host repeats its report and its verdicts when it gets a command
+    again that it has carried out."""
+    mine = members_of(wave.vms).by_host.get(operation.host, ())
+    return any(vm.vm not in wave.clocks for vm in mine if has_verdict(vm))
 
 
 def _freeze(
     rollout: Rollout, wave: Wave, operation: HostOperation, authority: Authority, *, not_after: datetime
 ) -> StartOperation:
     events = {each.set: each.event_id for each in wave.events}
-    vms = [vm for vm in wave.vms if vm.host == operation.host]
+    vms = members_of(wave.vms).by_host[operation.host]
     return StartOperation(
         operation=operation.operation,
         epoch=authority.epoch,

@@ -1,19 +1,28 @@
-"""What the coordinator knows of the hosts, and why a wave may not go on now. Pure.
+"""What decisions may read of the fleet, and why a wave may not go on now. Pure.
 
 Blockers fail closed: a host that cannot be asked, an epoch that is not acknowledged, an unknown VM state all
 block (the habit is kured's, whose reboot blockers do the same).
+
+A gate is asked again and again, so it does not ask every host and VM: each set has what is in the way ready
+(``caesura.fleet.sets``), and only what is found there is looked at and named.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from datetime import datetime
+from typing import TypeVar
 
 import msgspec
 
 from caesura.contract.messages import HostInventory, PlannedVm, VmRecord
 from caesura.contract.reasons import Reason, ReasonCode
+from caesura.fleet.state import FleetState, LocatedVm
 from caesura.lifecycle.commands import UPGRADE, missing
+from caesura_coordinator.members import members_of
+
+T = TypeVar("T")
+_REMEMBERED = 64
 
 
 class Contested(msgspec.Struct, frozen=True, kw_only=True):
@@ -26,121 +35,202 @@ class Contested(msgspec.Struct, frozen=True, kw_only=True):
     reason: str
 
 
-class Fleet(msgspec.Struct, frozen=True, kw_only=True):
-    """The latest inventory of every host by name, and which hosts and agents are on the bus."""
+class _Places:
+    """What was found out about the places of planned VMs: true for as long as no VM comes, goes or moves."""
 
-    inventories: Mapping[str, HostInventory] = {}
-    """With the VMs that belong to the host, and no others."""
-    contested: Mapping[str, Contested] = {}
-    """For a plan: the VMs that stay as they are because it is not clear whose they are."""
-    hosts_online: Mapping[str, bool] = {}
-    agents_online: Mapping[str, bool] = {}
-    commanded: Mapping[str, str] = {}
-    """Host to an operation it was commanded and has not answered: its inventory may not show it yet."""
-    returning_until: datetime | None = None
-    """After an outage of the broker, agents that are said to be on the bus may be on their way back until then."""
+    def __init__(self) -> None:
+        self._placements = -1
+        self._found: dict[tuple[int, int], tuple[object, object, tuple[object, ...]]] = {}
 
-    def with_inventory(self, inventory: HostInventory) -> Fleet:
-        """This fleet with a host's newer inventory."""
-        return msgspec.structs.replace(self, inventories={**self.inventories, inventory.host: inventory})
-
-    def with_inventories(self, inventories: Iterable[HostInventory]) -> Fleet:
-        """This fleet with these hosts' newer inventories."""
-        newer = {each.host: each for each in inventories}
-        return msgspec.structs.replace(self, inventories={**self.inventories, **newer}) if newer else self
-
-    def with_contested(self, contested: Mapping[str, Contested]) -> Fleet:
-        """This fleet with the VMs that several hosts name."""
-        return msgspec.structs.replace(self, contested=contested)
-
-    def with_host(self, host: str, *, online: bool) -> Fleet:
-        """This fleet with a host's presence."""
-        return msgspec.structs.replace(self, hosts_online={**self.hosts_online, host: online})
-
-    def without_host(self, host: str) -> Fleet:
-        """This fleet without a host and its VMs."""
-        return msgspec.structs.replace(
-            self,
-            inventories={name: each for name, each in self.inventories.items() if name != host},
-            hosts_online={name: online for name, online in self.hosts_online.items() if name != host},
+    def displaced(self, state: FleetState, vms: tuple[PlannedVm, ...]) -> tuple[PlannedVm, ...]:
+        """Those that are not where and what the plan has them as."""
+        return self._remembered(
+            state, vms, None, lambda: tuple(vm for vm in vms if not _as_planned(state.vm(vm.vm), vm))
         )
 
-    def with_agent(self, vm: str, *, online: bool) -> Fleet:
-        """This fleet with an agent's presence."""
-        return msgspec.structs.replace(self, agents_online={**self.agents_online, vm: online})
+    def outside(self, state: FleetState, sets: Collection[str], hosts: Collection[str]) -> tuple[str, ...]:
+        """Those of these hosts that have no VM of these sets any more."""
 
-    def with_commanded(self, operations: Mapping[str, str]) -> Fleet:
-        """This fleet with what other rollouts have asked of its hosts."""
-        return msgspec.structs.replace(self, commanded=operations)
+        def look() -> tuple[str, ...]:
+            inside: set[str] = set()
+            for name in sets:
+                inside.update(state.set_index(name).hosts)
+            return tuple(host for host in hosts if host not in inside)
 
-    def with_return(self, until: datetime) -> Fleet:
-        """This fleet after the broker was away."""
-        return msgspec.structs.replace(self, returning_until=until)
+        return self._remembered(state, sets, hosts, look)
+
+    def _remembered(
+        self, state: FleetState, one: object, two: object, look: Callable[[], tuple[T, ...]]
+    ) -> tuple[T, ...]:
+        if state.placements != self._placements or len(self._found) >= _REMEMBERED:
+            self._placements = state.placements
+            self._found.clear()
+        key = id(one), id(two)
+        known = self._found.get(key)
+        if known is None or known[0] is not one or known[1] is not two:
+            known = one, two, look()
+            self._found[key] = known
+        return known[2]  # type: ignore[return-value]
+
+
+class Fleet:
+    """A read-only view of the fleet.
+
+    Args:
+        state: the fold of the bus; it may change between two decisions, never within one.
+        commanded: host to an operation it was commanded and has not answered: its inventory may not show it yet.
+        contested: for a plan: the VMs that stay as they are because it is not clear whose they are.
+        grace_until: after an outage of the broker, agents that are said to be on the bus may be on their way back until then.
+    """
+
+    def __init__(
+        self,
+        state: FleetState,
+        *,
+        commanded: Callable[[], Mapping[str, str]] = dict,
+        contested: Mapping[str, Contested] | None = None,
+        grace_until: datetime | None = None,
+        places: _Places | None = None,
+    ) -> None:
+        self.state = state
+        self.contested: Mapping[str, Contested] = contested or {}
+        self.grace_until = grace_until
+        self._commanded = commanded
+        self._commanded_now: Mapping[str, str] | None = None
+        self._places = places or _Places()
+
+    def with_contested(self, contested: Mapping[str, Contested]) -> Fleet:
+        """This view with the VMs that several hosts name."""
+        return self._view(contested=contested)
+
+    def with_commanded(self, commanded: Callable[[], Mapping[str, str]]) -> Fleet:
+        """This view with what other rollouts have asked of its hosts; worked out when a gate asks for it."""
+        return self._view(commanded=commanded)
+
+    def with_reconnect_grace(self, until: datetime) -> Fleet:
+        """This view after the broker was away."""
+        return self._view(grace_until=until)
+
+    def _view(
+        self,
+        *,
+        commanded: Callable[[], Mapping[str, str]] | None = None,
+        contested: Mapping[str, Contested] | None = None,
+        grace_until: datetime | None = None,
+    ) -> Fleet:
+        return Fleet(
+            self.state,
+            commanded=commanded or self._commanded,
+            contested=contested if contested is not None else self.contested,
+            grace_until=grace_until or self.grace_until,
+            places=self._places,
+        )
+
+    @property
+    def inventories(self) -> Mapping[str, HostInventory]:
+        """Host to its latest inventory, with the VMs that belong to it and no others."""
+        return self.state.inventories
+
+    def commanded(self) -> Mapping[str, str]:
+        """Host to an operation that another rollout has commanded there."""
+        if self._commanded_now is None:
+            self._commanded_now = self._commanded()
+        return self._commanded_now
 
     def is_online(self, host: str) -> bool:
         """Whether the host's updater says it is on the bus; unknown counts as no."""
-        return self.hosts_online.get(host, False)
+        return self.state.is_online(host)
 
-    def vms(self) -> Iterable[tuple[str, VmRecord]]:
-        """Every VM with its host's name."""
+    def vm(self, name: str) -> LocatedVm | None:
+        """The VM and the host that it belongs to."""
+        return self.state.vm(name)
+
+    def vm_names(self) -> Collection[str]:
+        """The VMs that belong to a host, and those that several name."""
+        return self.state.vm_names() | self.contested.keys() if self.contested else self.state.vm_names()
+
+    def vms(self) -> Iterator[tuple[str, VmRecord]]:
+        """Every VM with its host's name: the whole fleet, for a plan."""
         for host, inventory in sorted(self.inventories.items()):
             for vm in inventory.vms:
                 yield host, vm
 
     def hosts_of(self, sets: Iterable[str]) -> set[str]:
         """Hosts that hold a VM of one of these sets."""
-        wanted = set(sets)
-        return {host for host, vm in self.vms() if vm.set in wanted}
+        return {host for name in sets for host in self.state.set_index(name).hosts}
 
     def epochs(self) -> list[int]:
         """The epoch that each host obeys."""
-        return [inventory.epoch for inventory in self.inventories.values()]
+        return [inventory.epoch for inventory in self.state.words.of(HostInventory)]
+
+    def displaced(self, vms: tuple[PlannedVm, ...]) -> tuple[PlannedVm, ...]:
+        """Those of the planned VMs that are not where and what the plan has them as."""
+        return self._places.displaced(self.state, vms)
+
+    def outside(self, sets: Collection[str], hosts: Collection[str]) -> tuple[str, ...]:
+        """Those of these hosts that have no VM of these sets any more."""
+        return self._places.outside(self.state, sets, hosts)
 
 
 def fence_blockers(
     fleet: Fleet,
-    sets: Iterable[str],
-    hosts: Iterable[str],
-    *,
+    sets: Collection[str],
+    *known: Collection[str],
     epoch: int,
     coordinator: str,
     own: Collection[str] = (),
 ) -> list[Reason]:
     """Why no VM of ``sets`` may be paused now; empty when it may.
 
-    Every host that holds a VM of these sets, and every one in ``hosts`` (those known when the plan was
+    Every host that holds a VM of these sets, and every one in ``known`` (those known when the plan was
     made), must be online, idle, guarded, have acknowledged this coordinator's epoch and have no VM paused:
     then no command of an older coordinator can still be obeyed anywhere in the set (I1, I10).
 
     Args:
         own: operations of the very wave that asks: they, and what they paused, are not in its way.
     """
-    wanted = set(sets)
-    found = []
-    for name in sorted(fleet.hosts_of(wanted) | set(hosts)):
-        inventory = fleet.inventories.get(name)
-        if inventory is None:
-            found.append(Reason("host_unknown", f"{name} has not reported an inventory"))
-            continue
-        busy = inventory.operation or fleet.commanded.get(name, "")
-        if not fleet.is_online(name):
-            found.append(Reason("host_offline", f"{name} is offline"))
-        elif outdated := why_outdated(inventory):
-            found.append(Reason("host_outdated", f"{name}: {outdated}"))
-        elif (inventory.epoch, inventory.coordinator) != (epoch, coordinator):
-            why = _why_not(inventory, epoch)
-            code: ReasonCode = "epoch_refused" if why else "host_behind"
-            found.append(Reason(code, f"{name} has not acknowledged epoch {epoch}{why}"))
-        elif busy and busy not in own:
-            found.append(Reason("host_busy", f"{name} is busy with operation {busy}"))
-        elif inventory.guard == "absent":
-            found.append(Reason("guard_absent", f"{name} has no pause guard"))
-        found.extend(
-            Reason("vm_not_running", f"{vm.vm} on {name} is {vm.state}")
-            for vm in inventory.vms
-            if vm.set in wanted and vm.state in {"paused", "unknown"} and inventory.operation not in own
-        )
+    state = fleet.state
+    commanded = fleet.commanded()
+    in_the_way: set[str] = set()
+    for hosts in known:
+        in_the_way.update(fleet.outside(sets, hosts))
+    for name in sets:
+        index = state.set_index(name)
+        in_the_way.update(index.offline, index.outdated, index.unguarded, index.busy)
+        in_the_way.update(index.not_obeying((epoch, coordinator)))
+        in_the_way.update(index.vms[vm] for vm in index.held)
+        in_the_way.update(host for host in commanded if host in index.hosts)
+    found: list[Reason] = []
+    for host in sorted(in_the_way):
+        found += _why_not(fleet, host, sets, epoch=epoch, coordinator=coordinator, own=own)
     return found
+
+
+def _why_not(
+    fleet: Fleet, host: str, sets: Collection[str], *, epoch: int, coordinator: str, own: Collection[str]
+) -> Iterator[Reason]:
+    """Why this host is in the way."""
+    inventory = fleet.state.inventory(host)
+    if inventory is None:
+        yield Reason("host_unknown", f"{host} has not reported an inventory")
+        return
+    busy = inventory.operation or fleet.commanded().get(host, "")
+    if not fleet.is_online(host):
+        yield Reason("host_offline", f"{host} is offline")
+    elif outdated := why_outdated(inventory):
+        yield Reason("host_outdated", f"{host}: {outdated}")
+    elif (inventory.epoch, inventory.coordinator) != (epoch, coordinator):
+        why = _why_another(inventory, epoch)
+        code: ReasonCode = "epoch_refused" if why else "host_behind"
+        yield Reason(code, f"{host} has not acknowledged epoch {epoch}{why}")
+    elif busy and busy not in own:
+        yield Reason("host_busy", f"{host} is busy with operation {busy}")
+    elif inventory.guard == "absent":
+        yield Reason("guard_absent", f"{host} has no pause guard")
+    if inventory.operation not in own:
+        for vm in inventory.vms:
+            if vm.state in {"paused", "unknown"} and vm.set in sets:
+                yield Reason("vm_not_running", f"{vm.vm} on {host} is {vm.state}")
 
 
 def why_outdated(inventory: HostInventory) -> str:
@@ -151,7 +241,7 @@ def why_outdated(inventory: HostInventory) -> str:
     return f"its host updater is of a version that does not read {', '.join(unread)}: upgrade it ({UPGRADE})"
 
 
-def _why_not(inventory: HostInventory, epoch: int) -> str:
+def _why_another(inventory: HostInventory, epoch: int) -> str:
     """More of a host that obeys another, if it will not change by itself."""
     if inventory.refused_epoch:
         return f": {inventory.refused_epoch}"
@@ -160,39 +250,66 @@ def _why_not(inventory: HostInventory, epoch: int) -> str:
     return ""
 
 
-def health_blockers(fleet: Fleet, vms: Iterable[tuple[str, str, bool]]) -> list[Reason]:
-    """Which of these VMs (name, host, agent expected) are not healthy now, and why."""
+def health_blockers(fleet: Fleet, vms: tuple[PlannedVm, ...]) -> list[Reason]:
+    """Which of these VMs are not healthy now, and why: in their order."""
+    members = members_of(vms)
+    suspects = {vm.vm for vm in fleet.displaced(vms)}
+    for name in members.sets:
+        index = fleet.state.set_index(name)
+        for unhealthy in (index.not_running, index.unwell, index.agent_offline):
+            suspects.update(vm for vm in unhealthy if vm in members.by_vm)
+        for host in index.offline:
+            suspects.update(vm.vm for vm in members.by_host.get(host, ()))
     found = []
-    for name, host, agent in vms:
-        inventory = fleet.inventories.get(host)
-        record = next((each for each in inventory.vms if each.vm == name), None) if inventory else None
-        if inventory is None or not fleet.is_online(host):
-            found.append(Reason("host_offline", f"{name}: its host {host} is offline"))
-        elif record is None:
-            found.append(Reason("vm_gone", f"{name} is gone from {host}"))
-        elif record.state != "running":
-            found.append(Reason("vm_not_running", f"{name} on {host} is {record.state}"))
-        elif record.state_detail:
-            found.append(Reason("vm_unhealthy", f"{name} on {host}: {record.state_detail}"))
-        elif agent and not fleet.agents_online.get(name, False):
-            found.append(Reason("agent_offline", f"{name}: its agent is offline"))
+    for name in sorted(suspects, key=members.position.__getitem__):
+        why = _unhealthy(fleet, members.by_vm[name])
+        if why is not None:
+            found.append(why)
     return found
 
 
-def moved_blockers(fleet: Fleet, vms: Iterable[PlannedVm]) -> list[Reason]:
-    """Which of these VMs are in another set or domain than when the plan was made: together they may not pause (I1)."""
-    records = {(host, vm.vm): vm for host, vm in fleet.vms()}
+def _unhealthy(fleet: Fleet, vm: PlannedVm) -> Reason | None:
+    name, host = vm.vm, vm.host
+    located = fleet.vm(name)
+    if fleet.state.inventory(host) is None or not fleet.is_online(host):
+        return Reason("host_offline", f"{name}: its host {host} is offline")
+    if located is None or located.host != host:
+        return Reason("vm_gone", f"{name} is gone from {host}")
+    if located.record.state != "running":
+        return Reason("vm_not_running", f"{name} on {host} is {located.record.state}")
+    if located.record.state_detail:
+        return Reason("vm_unhealthy", f"{name} on {host}: {located.record.state_detail}")
+    if vm.agent and not fleet.state.agents_online.get(name, False):
+        return Reason("agent_offline", f"{name}: its agent is offline")
+    return None
+
+
+def placement_blockers(fleet: Fleet, vms: tuple[PlannedVm, ...], done: Collection[str] = ()) -> list[Reason]:
+    """Which of these VMs are in another set or domain than when the plan was made: together they may not pause (I1).
+
+    Args:
+        done: hosts that are not paused again.
+    """
     found = []
-    for vm in vms:
-        record = records.get((vm.host, vm.vm))
-        if record is not None and _place(record) != _place(vm):
+    for vm in fleet.displaced(vms):
+        located = fleet.vm(vm.vm)
+        if located is None or located.host != vm.host or vm.host in done:
+            continue
+        if _place(located.record) != _place(vm):
             found.append(
                 Reason(
                     "vm_moved",
-                    f"{vm.vm} is in {_place(record)} now, the plan has it in {_place(vm)}: abort and plan again",
+                    f"{vm.vm} is in {_place(located.record)} now, the plan has it in {_place(vm)}: abort and plan again",
                 )
             )
     return found
+
+
+def _as_planned(located: LocatedVm | None, vm: PlannedVm) -> bool:
+    """Whether the VM is counted in its set as the plan has it: where not, it has to be looked at by itself."""
+    if located is None or located.host != vm.host or _place(located.record) != _place(vm):
+        return False
+    return located.record.agent or not vm.agent
 
 
 def _place(vm: VmRecord | PlannedVm) -> str:

@@ -57,7 +57,9 @@ class Outdated(Frozen, frozen=True, kw_only=True):
     """Ids of the events that the document on the bus still shows."""
 
 
-Input: TypeAlias = Tick | Approve | Abort | Resume | Outdated | VmReady | OperationReported | VmClockSynced
+Fact: TypeAlias = Approve | VmReady | OperationReported | VmClockSynced
+"""What is about one event or operation, and so about one rollout."""
+Input: TypeAlias = Tick | Abort | Resume | Outdated | Fact
 
 # --- effects ---------------------------------------------------------------------------------------------
 

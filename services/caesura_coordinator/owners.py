@@ -6,8 +6,11 @@ from collections.abc import Iterable, Mapping
 
 import structlog
 
-from caesura.contract.messages import MOST_RIVALS, HostInventory, VmOwner
-from caesura.lifecycle.ownership import Ownership, conflict, settle
+from caesura.contract.messages import MOST_RIVALS, HostInventory, HostPresence, VmOwner
+from caesura.fleet.fold import NOTHING, Changes, apply, together
+from caesura.fleet.state import FleetState
+from caesura.fleet.words import Cleared
+from caesura.lifecycle.ownership import conflict, settle
 from caesura.runtime.errors import StoreError
 from caesura.runtime.sampler import Sampler
 from caesura_coordinator.fleet import Contested
@@ -24,12 +27,13 @@ class Owners:
 
     Args:
         store: where the records are kept.
+        state: the fold in which they count.
     """
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, state: FleetState) -> None:
         self._store = store
-        self._ownership = Ownership()
-        self._online: dict[str, bool] = {}
+        self._state = state
+        self._ownership = state.ownership
         self._epochs: dict[str, int] = {}
         """VM to the epoch of its record."""
         self._epoch = 0
@@ -42,9 +46,9 @@ class Owners:
         self._foreign: dict[str, frozenset[str]] = {}
         """Host to the VMs that it was last reported to name and not to have."""
 
-    # -- in: each gives back the inventories that count differently now ------------------------------------
+    # -- in: each gives back what counts differently now ---------------------------------------------------
 
-    def lead(self, epoch: int) -> list[HostInventory]:
+    def lead(self, epoch: int) -> Changes:
         """An epoch was claimed: from now on records are made. Those of the store count, and newer ones on the bus.
 
         Raises:
@@ -56,40 +60,40 @@ class Owners:
                 known[vm] = heard.host, heard.epoch
         self._epoch = epoch
         self._epochs = {vm: at for vm, (_, at) in known.items()}
-        changed: dict[str, HostInventory] = {}
-        for vm, (host, _) in known.items():
-            changed |= {each.host: each for each in self._ownership.take_record(vm, host)}
+        changes = [self._record(vm, host) for vm, (host, _) in known.items()]
         self._save({vm: host for vm, (host, _) in known.items()})
-        vms = {*known, *self._heard, *self._ownership.all_named()}
-        changed |= {each.host: each for each in self._settle(vms)}
-        return list(changed.values())
+        changes.append(self._settle({*known, *self._heard, *self._ownership.all_named()}))
+        return together(changes)
 
-    def reported(self, inventory: HostInventory) -> list[HostInventory]:
+    def reported(self, inventory: HostInventory, now_s: float) -> Changes:
         """A host's inventory arrived."""
         host = inventory.host
         touched = self._ownership.named(host) | self._ownership.recorded(host)
-        changed = {each.host: each for each in self._ownership.take_inventory(inventory)}
+        _, taken = apply(self._state, inventory, now_s)
         touched |= self._ownership.named(host)
-        changed |= {each.host: each for each in self._settle(touched)}
+        settled = self._settle(touched)
         self._say(host)
-        return list(changed.values())
+        return together([taken, settled])
 
-    def seen(self, host: str, *, online: bool) -> list[HostInventory]:
+    def seen(self, presence: HostPresence, now_s: float) -> Changes:
         """A host's presence arrived: one that is online releases what it does not list."""
-        self._online[host] = online
-        return self._settle(self._ownership.recorded(host)) if online else []
+        _, taken = apply(self._state, presence, now_s)
+        settled = self._settle(self._ownership.recorded(presence.host)) if presence.online else NOTHING
+        return together([taken, settled])
 
-    def forgotten(self, host: str) -> list[HostInventory]:
+    def forgotten(self, host: str, now_s: float) -> Changes:
         """An operator removed the host for good: it has no VM any more."""
-        self._online.pop(host, None)
         self._foreign.pop(host, None)
-        had = self._ownership.recorded(host) | self._ownership.named(host)
-        changed = {each.host: each for each in self._ownership.forget_host(host)}
-        if self._epoch and self._save(dict.fromkeys(self._ownership.recorded(host))):
-            for vm in self._ownership.recorded(host):
-                changed |= {each.host: each for each in self._ownership.take_record(vm, None)}
-        changed |= {each.host: each for each in self._settle(had)}
-        return [each for each in changed.values() if each.host != host]
+        recorded = self._ownership.recorded(host)
+        had = recorded | self._ownership.named(host)
+        changes = [
+            apply(self._state, Cleared(kind, {"host": host}), now_s)[1]
+            for kind in (HostInventory, HostPresence)
+        ]
+        if self._epoch and self._save(dict.fromkeys(recorded)):
+            changes += [self._record(vm, None) for vm in recorded]
+        changes.append(self._settle(had))
+        return together(changes)
 
     def heard(self, vm: str, owner: VmOwner | None) -> None:
         """A record is on the bus (None: it was removed): ours comes back to us, another's must not stay."""
@@ -148,15 +152,23 @@ class Owners:
             contested_by=self._ownership.rivals(vm)[:MOST_RIVALS],
         )
 
-    def _settle(self, vms: Iterable[str]) -> list[HostInventory]:
+    def _record(self, vm: str, host: str | None) -> Changes:
+        """Our own record counts from now on. Those on the bus are not folded: they are ours, or are to be ours."""
+        if host is None:
+            _, changes = apply(self._state, Cleared(VmOwner, {"vm": vm}), 0.0)
+        else:
+            _, changes = apply(self._state, VmOwner(vm=vm, host=host, epoch=self._epoch), 0.0)
+        return changes
+
+    def _settle(self, vms: Iterable[str]) -> Changes:
         if not self._epoch:
-            return []
+            return NOTHING
         vms = set(vms)
-        changes = settle(self._ownership, vms, self._online)
+        changes = settle(self._ownership, vms, self._state.is_online)
         self._due |= vms
         if not changes or not self._save(changes):
-            return []
-        changed: dict[str, HostInventory] = {}
+            return NOTHING
+        found = []
         for vm, host in changes.items():
             before = self._ownership.record(vm)
             if before and host:
@@ -165,8 +177,8 @@ class Owners:
                 self._epochs[vm] = self._epoch
             else:
                 self._epochs.pop(vm, None)
-            changed |= {each.host: each for each in self._ownership.take_record(vm, host)}
-        return list(changed.values())
+            found.append(self._record(vm, host))
+        return together(found)
 
     def _save(self, changes: Mapping[str, str | None]) -> bool:
         """Whether the records are on disk; what is not does not count, and is decided again with the next inventory."""

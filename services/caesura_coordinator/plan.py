@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import msgspec
 
@@ -161,20 +161,16 @@ def domain_of(vm: VmRecord | PlannedVm, key: DomainKey) -> int:
 
 
 def _unknown_names(fleet: Fleet, selection: Selection, limits: Limits) -> Iterable[Refusal]:
-    known = {
-        "host": sorted(fleet.inventories),
-        "set": sorted({vm.set for _, vm in fleet.vms()}),
-        "VM": sorted({vm.vm for _, vm in fleet.vms()} | fleet.contested.keys()),
-    }
     canary = (limits.canary_host,) if limits.canary_host else ()
-    for kind, names in (
-        ("host", (*selection.hosts, *limits.exclude_hosts, *canary)),
-        ("set", (*selection.sets, *limits.exclude_sets)),
-        ("VM", (*selection.vms, *limits.exclude_vms)),
-    ):
+    asked: tuple[tuple[str, Collection[str], tuple[str, ...]], ...] = (
+        ("host", fleet.inventories, (*selection.hosts, *limits.exclude_hosts, *canary)),
+        ("set", fleet.state.sets(), (*selection.sets, *limits.exclude_sets)),
+        ("VM", fleet.vm_names(), (*selection.vms, *limits.exclude_vms)),
+    )
+    for kind, known, names in asked:
         for name in dict.fromkeys(names):
-            if name not in known[kind]:
-                near = difflib.get_close_matches(name, known[kind], n=1)
+            if name not in known:
+                near = difflib.get_close_matches(name, sorted(known), n=1)
                 hint = f", did you mean {near[0]!r}?" if near else ""
                 yield Refusal(
                     subject=name, code="name_unknown", reason=f"no {kind} of this name has reported{hint}"
@@ -273,9 +269,9 @@ def _hosts(fleet: Fleet, record: UpdateRecord, selection: Selection, *, hold_s: 
     """Hosts that the selection reaches and that can apply the update."""
     chosen = set(fleet.inventories)
     if selection.hosts or selection.sets or selection.vms:
-        chosen = set(selection.hosts) | {
-            host for host, vm in fleet.vms() if vm.set in selection.sets or vm.vm in selection.vms
-        }
+        of_vms = (fleet.vm(name) for name in selection.vms)
+        chosen = {*selection.hosts, *fleet.hosts_of(selection.sets)}
+        chosen |= {located.host for located in of_vms if located is not None}
     if not hold_s:
         chosen = {
             host
@@ -424,10 +420,11 @@ def _members(
                 )
     skipped += _ownerless(fleet, hosts, selection)
     # Hosts of a selected set that lack the update keep theirs: named, so that nobody thinks they were done.
-    for host, vm in fleet.vms():
-        everything = not (selection.hosts or selection.sets or selection.vms)
+    everything = not (selection.hosts or selection.sets or selection.vms)
+    others = set(hosts)
+    for host, vm in fleet.vms() if len(others) < len(fleet.inventories) else ():
         selected = everything or vm.set in selection.sets or vm.vm in selection.vms
-        if host not in hosts and selected:
+        if host not in others and selected:
             skipped.append(
                 PlannedVm(
                     vm=vm.vm,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import uuid
+from bisect import bisect_left
 from datetime import datetime
 from typing import Literal
 
@@ -171,8 +172,17 @@ class Rollout(Frozen, frozen=True, kw_only=True):
 
     @property
     def current(self) -> Wave | None:
-        """The first wave that is not completed, or None when all are."""
-        return next((wave for wave in self.waves if wave.status != "completed"), None)
+        """The first wave that is not completed, or None when all are. They complete in order."""
+        place = bisect_left(self.waves, True, key=lambda wave: wave.status != "completed")
+        return self.waves[place] if place < len(self.waves) else None
+
+    @property
+    def stage(self) -> tuple[RolloutStatus, int, WaveStatus, int]:
+        """Where the rollout is: what its hosts are commanded changes with it."""
+        wave = self.current
+        if wave is None:
+            return self.status, len(self.waves), "completed", 0
+        return self.status, wave.index, wave.status, wave.attempt
 
     @property
     def active(self) -> bool:
@@ -252,6 +262,36 @@ def rollout_state(rollout: Rollout, *, with_waves: bool = True) -> RolloutState:
     )
 
 
+def headless(rollout: Rollout) -> Rollout:
+    """The rollout without its waves: what its own message says of it beside what follows from them."""
+    return msgspec.structs.replace(rollout, waves=())
+
+
+def _wave_looks_different(one: Wave, two: Wave) -> bool:
+    """Without the VMs, which a wave keeps: most messages change nothing that is published."""
+    same_vms = one.vms is two.vms or one.vms == two.vms
+    same_events = one.events is two.events or [
+        (each.set, each.event_id, bool(each.approved_by)) for each in one.events
+    ] == [(each.set, each.event_id, bool(each.approved_by)) for each in two.events]
+    same_updates = one.operations is two.operations or _failed_updates(one) == _failed_updates(two)
+    return not (same_vms and same_events and same_updates) or any(
+        getattr(one, name) != getattr(two, name) for name in _PUBLISHED
+    )
+
+
+_PUBLISHED = (
+    "status",
+    "domains",
+    "not_before",
+    "started_at",
+    "ended_at",
+    "reason",
+    "waiting_for",
+    "codes",
+    "waiting_codes",
+)
+
+
 def wave_state(rollout: str, wave: Wave) -> WaveState:
     """The wave as it is published, of the rollout with this id."""
     state = WaveState(
@@ -288,7 +328,7 @@ def with_etags(rollout: Rollout, before: Rollout | None = None) -> tuple[Rollout
     known = before.waves if before is not None else (None,) * len(rollout.waves)
     waves, states = [], []
     for wave, old in zip(rollout.waves, known, strict=True):
-        if wave is old and wave.etag:
+        if wave.etag and old is not None and (wave is old or not _wave_looks_different(old, wave)):
             waves.append(wave)
             continue
         state = wave_state(rollout.id, wave)

@@ -10,15 +10,18 @@ state shows the host's answer.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
 from datetime import datetime, timedelta
+from operator import attrgetter
+from typing import TypeVar
 
 import msgspec
 
 from caesura.contract.messages import OperationReported, VmClockSynced, VmReady, WaveStatus
 from caesura.contract.reasons import Reason, codes_of
 from caesura.lifecycle.errors import IllegalTransition
-from caesura_coordinator.fleet import Fleet, fence_blockers, health_blockers, moved_blockers
+from caesura_coordinator.fleet import Fleet, fence_blockers, health_blockers, placement_blockers
 from caesura_coordinator.inputs import (
     Abort,
     Approve,
@@ -36,6 +39,7 @@ from caesura_coordinator.inputs import (
     Tick,
     WaveMoved,
 )
+from caesura_coordinator.members import members_of
 from caesura_coordinator.proofs import clock_verdict
 from caesura_coordinator.reasons import listed, shortened
 from caesura_coordinator.records import (
@@ -48,7 +52,10 @@ from caesura_coordinator.records import (
     event_id,
     operation_id,
 )
-from caesura_coordinator.verification import verify
+from caesura_coordinator.verification import verify, verify_vm
+
+V = TypeVar("V")
+_SET_OF: Callable[[WaveEvent], str] = attrgetter("set")
 
 COMMAND_WINDOW_S = 30.0
 """s: hosts refuse a wave's command later than this after its start; a command lost for so long is better not obeyed."""
@@ -109,12 +116,17 @@ def after_restart(rollout: Rollout, now: datetime) -> Rollout:
 
 
 def _with_wave(rollout: Rollout, wave: Wave) -> Rollout:
-    waves = tuple(wave if each.index == wave.index else each for each in rollout.waves)
-    return msgspec.structs.replace(rollout, waves=waves)
+    before, after = rollout.waves[: wave.index], rollout.waves[wave.index + 1 :]
+    return msgspec.structs.replace(rollout, waves=(*before, wave, *after))
 
 
 class _Step:
-    """One call of ``decide``: the rollout as it changes, and the effects so far."""
+    """One call of ``decide``: the rollout as it changes, and the effects so far.
+
+    A wave gets several messages of each of its VMs, so no message looks at all of them. What a message says is judged when it
+    comes; the whole wave is judged when everything is there, or its time is over. Waves complete one after the other only
+    by that judgement.
+    """
 
     def __init__(self, rollout: Rollout, fleet: Fleet, authority: Authority, now: datetime) -> None:
         self.rollout = rollout
@@ -122,6 +134,10 @@ class _Step:
         self.authority = authority
         self.now = now
         self.effects: list[Effect] = []
+        self._refused = False
+        """Whether an agent has just said that its guest is not ready."""
+        self._wrong = False
+        """Whether something is known to be wrong that only this step has brought, or might be."""
 
     # -- small pieces --
 
@@ -257,6 +273,7 @@ class _Step:
             accepted=wave.accepted,
             soak_until=self.now if wave.soak_until is not None else None,
         )
+        self._wrong = True
         self._move(again, "verifying", verify_by=self._in(self.rollout.policy.verify_timeout_s))
 
     def outdated(self, found: Outdated) -> None:
@@ -284,86 +301,114 @@ class _Step:
         wave = self.rollout.current
         if wave is None or wave.status != "scheduled":
             return
-        sees = {record.set for _, record in self.fleet.vms() if record.vm == approval.by}
-        events = []
-        for event in wave.events:
-            mine = event.event_id.lower() == approval.event_id.lower() and event.set in sees
-            if mine and not event.approved_by:
-                event = msgspec.structs.replace(event, approved_by=approval.by, approved_at=self.now)  # noqa: PLW2901
-                self.effects.append(EventApprovedEffect(event=event))
-            events.append(event)
-        self._put(msgspec.structs.replace(wave, events=tuple(events)))
+        located = self.fleet.vm(approval.by)
+        place = _event_of(wave, located.record.set) if located is not None else None
+        if place is None:
+            return
+        event = wave.events[place]
+        if event.event_id.lower() == approval.event_id.lower() and not event.approved_by:
+            event = msgspec.structs.replace(event, approved_by=approval.by, approved_at=self.now)
+            self.effects.append(EventApprovedEffect(event=event))
+            self._put(msgspec.structs.replace(wave, events=_replaced(wave.events, place, event)))
 
     def ready(self, answer: VmReady) -> None:
         wave = self.rollout.current
         if wave is None or wave.status != "scheduled":
             return
-        if any(
-            event.event_id.lower() == answer.event_id.lower() and answer.vm in event.resources
-            for event in wave.events
-        ):
-            verdict = Readiness(ready=answer.ready, reason=answer.reason)
-            if wave.readiness.get(answer.vm) != verdict:
-                self._put(msgspec.structs.replace(wave, readiness={**wave.readiness, answer.vm: verdict}))
+        vm = members_of(wave.vms).by_vm.get(answer.vm)
+        place = _event_of(wave, vm.set) if vm is not None else None
+        if vm is None or place is None or wave.events[place].event_id.lower() != answer.event_id.lower():
+            return
+        if any(each.host == vm.host for each in wave.done):
+            return  # it is not paused again, and no resource of the event
+        verdict = Readiness(ready=answer.ready, reason=answer.reason)
+        if wave.readiness.get(answer.vm) != verdict:
+            self._refused = not answer.ready
+            self._put(
+                msgspec.structs.replace(wave, readiness=newest_last(wave.readiness, answer.vm, verdict))
+            )
 
     def report(self, report: OperationReported) -> None:
         wave = self.rollout.current
         if wave is None or wave.status not in {"started", "failed"}:
             return
-        operations = tuple(
-            _reported(each, report)
-            if (each.operation, each.host) == (report.operation, report.host)
-            else each
-            for each in wave.operations
-        )
-        if operations != wave.operations:
-            self._put(msgspec.structs.replace(wave, operations=operations))
+        place = _operation_of(wave, report.host)
+        if place is None or wave.operations[place].operation != report.operation:
+            return
+        operation = _reported(wave.operations[place], report)
+        if operation != wave.operations[place]:
+            self._put(msgspec.structs.replace(wave, operations=_replaced(wave.operations, place, operation)))
 
     def clock(self, verdict: VmClockSynced) -> None:
         wave = self.rollout.current
         # In a failed wave too: when it is tried again, the hosts that did their part are verified with the rest.
         if wave is None or wave.status not in {"pending", "scheduled", "started", "verifying", "failed"}:
             return
-        operations = {(each.operation, each.host) for each in (*wave.done, *wave.operations)}
-        if (verdict.operation, verdict.host) not in operations:
+        vm = members_of(wave.vms).by_vm.get(verdict.vm)
+        if vm is None or vm.host != verdict.host:
             return
-        if (verdict.vm, verdict.host) not in {(vm.vm, vm.host) for vm in wave.vms}:
+        place = _operation_of(wave, verdict.host)
+        operations = [*wave.done, *(() if place is None else (wave.operations[place],))]
+        operation = next(
+            (each for each in operations if (each.operation, each.host) == (verdict.operation, verdict.host)),
+            None,
+        )
+        if operation is None:
             return
         clock = clock_verdict(verdict)
         if wave.clocks.get(verdict.vm) != clock:
-            self._put(msgspec.structs.replace(wave, clocks={**wave.clocks, verdict.vm: clock}))
+            result = next((each for each in operation.vms if each.vm == vm.vm and each.frozen), None)
+            wrong, _ = verify_vm(vm, result, clock, self.rollout.policy)
+            self._wrong = bool(wrong)
+            self._put(msgspec.structs.replace(wave, clocks=newest_last(wave.clocks, verdict.vm, clock)))
 
     # -- time --
 
     def advance(self) -> None:
         """Go as far as the state, the fleet and the time allow."""
         while self.rollout.status in {"running", "aborting"}:
-            before = (self.rollout.status, tuple((wave.status, wave.attempt) for wave in self.rollout.waves))
             wave = self.rollout.current
             if wave is None:
                 self._finish("completed")
                 return
-            getattr(self, f"_from_{wave.status}")(wave)
-            after = (self.rollout.status, tuple((each.status, each.attempt) for each in self.rollout.waves))
-            if after == before:
+            status = self.rollout.status
+            self._from(wave)
+            now = self.rollout.waves[wave.index]
+            if (self.rollout.status, now.status, now.attempt) == (status, wave.status, wave.attempt):
                 return
 
+    def _from(self, wave: Wave) -> None:
+        match wave.status:
+            case "pending":
+                self._from_pending(wave)
+            case "scheduled":
+                self._from_scheduled(wave)
+            case "started":
+                self._from_started(wave)
+            case "verifying":
+                self._from_verifying(wave)
+            case "soaking":
+                self._from_soaking(wave)
+            case "completed" | "failed" | "cancelled":
+                raise AssertionError(f"wave {wave.index} is {wave.status} in a rollout that is not halted")
+
     def _from_pending(self, wave: Wave) -> None:
-        expected = [(vm.vm, vm.host, vm.agent) for vm in wave.vms]
-        moved = moved_blockers(self.fleet, wave.ahead)
-        blockers = health_blockers(self.fleet, expected) or moved or self._fence(wave)
+        blockers = health_blockers(self.fleet, wave.vms) or self._placement(wave) or self._fence(wave)
         if self._blocked(wave, blockers):
             return
         if all(vm.method == "live" for vm in wave.vms):
             self._start(wave)  # nothing pauses: nobody is warned
             return
+        resources: dict[str, list[str]] = {}
+        for vm in wave.ahead:
+            resources.setdefault(vm.set, []).append(vm.vm)
         events = tuple(
             WaveEvent(
                 set=name,
                 event_id=event_id(self.rollout, wave, name, self.authority.epoch),
-                resources=tuple(vm.vm for vm in wave.ahead if vm.set == name),
+                resources=tuple(vms),
             )
-            for name in sorted({vm.set for vm in wave.ahead})
+            for name, vms in sorted(resources.items())
         )
         # Whole seconds, rounded up: NotBefore is published in RFC 1123, and a wave must not start before it.
         not_before = self._in(self.rollout.policy.notice_s)
@@ -379,13 +424,16 @@ class _Step:
         )
         self.effects.extend(EventScheduled(event=event) for event in events)
 
+    def _placement(self, wave: Wave) -> list[Reason]:
+        return placement_blockers(self.fleet, wave.vms, {each.host for each in wave.done})
+
     def _fence(self, wave: Wave) -> list[Reason]:
-        """Why the wave may not be started, or, started by an earlier life of this coordinator, not be gone on with."""
-        hosts = {*self.rollout.set_hosts, *wave.hosts}
+        """Why the wave may not be started, or not be continued if a previous run of this coordinator started it."""
         return fence_blockers(
             self.fleet,
             wave.domains,
-            hosts,
+            self.rollout.set_hosts,
+            members_of(wave.vms).by_host,
             epoch=self.authority.epoch,
             coordinator=self.authority.coordinator,
             own={each.operation for each in wave.operations},
@@ -394,7 +442,11 @@ class _Step:
     def _from_scheduled(self, wave: Wave) -> None:
         policy = self.rollout.policy
         due = wave.not_before is not None and self.now >= wave.not_before
-        approved = all(event.approved_by for event in wave.events)
+        # So few answers cannot be all: then nobody is asked who is missing.
+        expected = sum(vm.agent for vm in wave.ahead) if wave.done else members_of(wave.vms).agents
+        answered = len(wave.readiness) >= expected and all(event.approved_by for event in wave.events)
+        if not due and not answered and not self._refused:
+            return
         refusing = [
             Reason("agent_not_ready", f"{vm} is not ready: {answer.reason or 'its prepare hook said no'}")
             for vm, answer in sorted(wave.readiness.items())
@@ -404,15 +456,15 @@ class _Step:
         if refusing and policy.on_not_ready == "halt":
             self._halt(wave, refusing)
             return
-        if not due and (not approved or silent):
+        if not due and (not answered or silent):
             return
         if silent and policy.on_not_ready == "halt":
-            if any(until and self.now < until for until in (wave.answers_by, self.fleet.returning_until)):
+            if any(until and self.now < until for until in (wave.answers_by, self.fleet.grace_until)):
                 return  # they may have answered while nobody was there to hear it; they say it again
             text = f"no answer of the agent by NotBefore: {listed(silent, ', ')}"
             self._halt(wave, [Reason("agent_silent", text)])
             return
-        if not self._blocked(wave, moved_blockers(self.fleet, wave.ahead) or self._fence(wave)):
+        if not self._blocked(wave, self._placement(wave) or self._fence(wave)):
             self._start(wave)
 
     def _start(self, wave: Wave) -> None:
@@ -461,6 +513,7 @@ class _Step:
             codes += ["superseded"] if wave.outdated else []
             self._halt_for(wave, listed(texts), tuple(dict.fromkeys(codes)))
         else:
+            self._wrong = True
             self._move(wave, "verifying", verify_by=self._in(self.rollout.policy.verify_timeout_s))
 
     def _fence_again(self, wave: Wave) -> None:
@@ -487,6 +540,11 @@ class _Step:
         self._finish("aborted", reason, codes)
 
     def _from_verifying(self, wave: Wave) -> None:
+        over = wave.verify_by is not None and self.now >= wave.verify_by
+        ill = health_blockers(self.fleet, wave.vms)
+        # What was wrong would have halted the wave when it became known; so few verdicts cannot be all.
+        if not self._wrong and not over and (ill or len(wave.clocks) < members_of(wave.vms).verdicts):
+            return
         wrong, missing = (
             [each for each in found if each.text not in wave.accepted]
             for found in verify(wave, self.rollout.policy)
@@ -494,9 +552,9 @@ class _Step:
         if wrong:
             self._halt(self._accepting(wave, wrong), wrong)
             return
-        late = missing + health_blockers(self.fleet, [(vm.vm, vm.host, vm.agent) for vm in wave.vms])
+        late = missing + ill
         if late:
-            if wave.verify_by is not None and self.now >= wave.verify_by:
+            if over:
                 self._halt(self._accepting(wave, missing), late, "not verified in time: ")
             return
         wave = self._end_events(wave, "completed")
@@ -508,11 +566,37 @@ class _Step:
         return self._put(msgspec.structs.replace(wave, accepted=accepted))
 
     def _from_soaking(self, wave: Wave) -> None:
-        ill = health_blockers(self.fleet, [(vm.vm, vm.host, vm.agent) for vm in wave.vms])
+        ill = health_blockers(self.fleet, wave.vms)
         if self._blocked(wave, ill):
             return
         if wave.soak_until is None or self.now >= wave.soak_until:
             self._move(wave, "completed", ended_at=self.now)
+
+
+def newest_last(known: dict[str, V], name: str, value: V) -> dict[str, V]:
+    """These entries with another one, which is the last of them: so what is new is found from the end."""
+    changed = known.copy()  # of pointers, in one piece: far less than anything else that a message costs
+    changed.pop(name, None)
+    changed[name] = value
+    return changed
+
+
+def _replaced(items: tuple[V, ...], place: int, item: V) -> tuple[V, ...]:
+    return (*items[:place], item, *items[place + 1 :])
+
+
+def _event_of(wave: Wave, set_name: str) -> int | None:
+    """Where the event of this set is; events are in the order of their sets' names."""
+    place = bisect_left(wave.events, set_name, key=_SET_OF)
+    return place if place < len(wave.events) and wave.events[place].set == set_name else None
+
+
+def _operation_of(wave: Wave, host: str) -> int | None:
+    """Where the operation of this host is. In a first attempt they are in the order of the hosts."""
+    place = members_of(wave.vms).host_position.get(host, 0)
+    if place < len(wave.operations) and wave.operations[place].host == host:
+        return place
+    return next((number for number, each in enumerate(wave.operations) if each.host == host), None)
 
 
 def _reported(operation: HostOperation, report: OperationReported) -> HostOperation:

@@ -23,6 +23,8 @@ from caesura.delivery.message import OutboxMessage, clearing, prepare
 from caesura.delivery.policy import EVERY, NEWEST
 from caesura.delivery.publisher import ReliablePublisher
 from caesura.delivery.sqlite import SqliteOutbox, beside
+from caesura.fleet.fold import Changes, apply
+from caesura.fleet.state import FleetState
 from caesura.lifecycle.commands import COMMANDS
 from caesura.lifecycle.epoch import epoch_floor, leaps
 from caesura.lifecycle.errors import IllegalTransition
@@ -32,9 +34,9 @@ from caesura.runtime.sampler import Sampler
 from caesura_coordinator.admission import outlived
 from caesura_coordinator.answers import REASON_CHARACTERS, with_plan
 from caesura_coordinator.book import Book, Removal
-from caesura_coordinator.commands import due_commands
+from caesura_coordinator.commands import command_for, due_operations
 from caesura_coordinator.fleet import Fleet, why_outdated
-from caesura_coordinator.inputs import Abort, Approve, Authority, Input, RequestRefused, Resume, Tick
+from caesura_coordinator.inputs import Abort, Approve, Authority, Fact, Input, RequestRefused, Resume, Tick
 from caesura_coordinator.owners import Owners
 from caesura_coordinator.plan import make_plan, most_targets, nothing_to_do, sets_of
 from caesura_coordinator.records import Rollout, largest_states, new_rollout
@@ -163,8 +165,10 @@ class Coordinator:
         self._owners_sent: dict[str, m.VmOwner | None] = {}
         """VM to what is on its way to the broker; None: its record's removal."""
         self.book = Book(store, now())
-        self.fleet = Fleet()
-        self.owners = Owners(store)
+        self.state = FleetState()
+        """The fold of the bus; the event loop is the only one that changes or reads it."""
+        self.fleet = Fleet(self.state)
+        self.owners = Owners(store, self.state)
         self.authority = Authority(coordinator=f"{instance}-{new_id()[:8]}", epoch=0)
         self._claimed = False
         self._announced: list[int] = []
@@ -179,13 +183,16 @@ class Coordinator:
         self._now = now
         self._to_remove: list[Removal] = []
         self._early: list[tuple[str, Request, str]] = []
-        self._early_facts: list[Input] = []
+        self._early_facts: list[Fact] = []
         self._early_documents: dict[str, tuple[m.SetDocument, str]] = {}
         self._early_rollouts: dict[str, m.RolloutState] = {}
         self._not_moved: dict[str, str] = {}
         """Rollout to why its last step failed: said once, not with every message."""
         self._outbox_filled = asyncio.Event()
         self._changed = asyncio.Event()
+        self._stirred: set[str] = set()
+        """Sets of which something has changed since their rollouts last looked."""
+        self._commands_due = False
         self._owners_changed = asyncio.Event()
         self._sampler = Sampler()
         self._superseded: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -213,7 +220,7 @@ class Coordinator:
         """The names that are known of a party: they are still listened to when one that nobody knows floods."""
         match party:
             case "vm":
-                return [vm.vm for _, vm in self.fleet.vms()]
+                return list(self.fleet.vm_names())
             case "host":
                 return list(self.fleet.inventories)
             case _:
@@ -242,19 +249,19 @@ class Coordinator:
             _log.warning("coordinator.waiting_for_broker", why=self.bus.stats.last_error)
         await self._settled()
         self._claim()
-        self.fleet = self.fleet.with_inventories(self.owners.lead(self.authority.epoch))
+        self.owners.lead(self.authority.epoch)
         self._owners_changed.set()
         documents, self._early_documents = self._early_documents, {}
         for document, source in documents.values():
             self._take_document(document, source)
-        self._open_sets(vm.set for _, vm in self.fleet.vms())
+        self._open_sets(self.state.sets())
         # What was heard meanwhile counts before time does: nothing is awaited until it is taken in.
         rollouts, self._early_rollouts = self._early_rollouts, {}
         for rollout in rollouts.values():
             self._take_rollout(rollout)
         facts, self._early_facts = self._early_facts, []
         for fact in facts:
-            self._step_all(fact)
+            self._give(fact)
         early, self._early = self._early, []
         for client, request, late in early:
             self._answer(client, request, late)
@@ -290,7 +297,7 @@ class Coordinator:
     async def _on_connected(self) -> None:
         if self.bus.stats.connects > 1:
             # The broker says of agents that they are there, as it last heard; each comes back in its own time.
-            self.fleet = self.fleet.with_return(self._now() + timedelta(seconds=RESTART_GRACE_S))
+            self.fleet = self.fleet.with_reconnect_grace(self._now() + timedelta(seconds=RESTART_GRACE_S))
         if not self.leads:
             return
         self.owners.reconnected()
@@ -361,9 +368,9 @@ class Coordinator:
             (m.CoordinatorPresence, self._on_coordinator),
             (m.SetDocument, self._on_document),
             (m.RolloutState, self._on_rollout),
-            (m.OperationReported, self._on_fact),
-            (m.VmClockSynced, self._on_fact),
-            (m.VmReady, self._on_fact),
+            (m.OperationReported, self._on_report),
+            (m.VmClockSynced, self._on_clock),
+            (m.VmReady, self._on_ready),
             (m.EventApproved, self._on_approval),
             (m.VmApproved, self._on_approval),
             (m.VmOwner, self._on_owner),
@@ -375,7 +382,7 @@ class Coordinator:
 
     async def _on_inventory(self, inventory: m.HostInventory, _: Received) -> None:
         # What a host obeys is no claim: it counts for the next claim of ours, and blocks this host's sets until then.
-        before = self.fleet.inventories.get(inventory.host)
+        before = self.state.reported(inventory.host)
         if (
             self.leads
             and inventory.epoch > self.authority.epoch
@@ -395,11 +402,21 @@ class Coordinator:
             before is None or before.commands != inventory.commands
         ):
             _log.error("host.outdated", host=inventory.host, why=outdated)
-        counting = self.owners.reported(inventory)
-        self.fleet = self.fleet.with_inventories(counting)
+        self._take_in(self.owners.reported(inventory, self._loop_s()))
+        # A document that was not stored is tried again.
+        self._open_sets(self.state.sets_of_host(inventory.host))
+
+    def _take_in(self, changes: Changes) -> None:
+        """Something of the fleet is different: its sets have their documents, and their rollouts look again."""
         self._owners_changed.set()
-        self._open_sets(vm.set for each in counting for vm in each.vms)
-        self._changed.set()
+        self._open_sets(name for name in changes.sets if self.state.set_index(name).vms)
+        if changes.sets:
+            self._stirred |= changes.sets
+            self._changed.set()
+
+    @staticmethod
+    def _loop_s() -> float:
+        return asyncio.get_running_loop().time()
 
     async def _on_host_removed(self, parameters: Mapping[str, str]) -> None:
         """An operator removed what the broker retained of a host: it was taken out of service for good."""
@@ -407,16 +424,11 @@ class Coordinator:
         if self.fleet.is_online(host):
             _log.warning("host.not_forgotten", host=host, why="it is on the bus, and reports again")
             return
-        self.fleet = self.fleet.without_host(host).with_inventories(self.owners.forgotten(host))
-        self._owners_changed.set()
+        self._take_in(self.owners.forgotten(host, self._loop_s()))
         _log.info("host.forgotten", host=host)
-        self._changed.set()
 
     async def _on_host_presence(self, presence: m.HostPresence, _: Received) -> None:
-        released = self.owners.seen(presence.host, online=presence.online)
-        self.fleet = self.fleet.with_host(presence.host, online=presence.online).with_inventories(released)
-        self._owners_changed.set()
-        self._changed.set()
+        self._take_in(self.owners.seen(presence, self._loop_s()))
 
     async def _on_owner(self, owner: m.VmOwner, _: Received) -> None:
         self.owners.heard(owner.vm, owner)
@@ -427,8 +439,8 @@ class Coordinator:
         self._owners_changed.set()
 
     async def _on_agent_presence(self, presence: m.AgentPresence, _: Received) -> None:
-        self.fleet = self.fleet.with_agent(presence.vm, online=presence.online)
-        self._changed.set()
+        changes = apply(self.state, presence, self._loop_s())[1]
+        self._take_in(changes)
 
     async def _on_coordinator(self, heard: m.CoordinatorPresence, _: Received) -> None:
         await self._on_claim(heard.epoch, heard.coordinator, alive=heard.online)
@@ -468,12 +480,18 @@ class Coordinator:
             self._to_remove.append(removal)
         self._outbox_filled.set()
 
-    async def _on_fact(self, fact: m.OperationReported | m.VmClockSynced | m.VmReady, _: Received) -> None:
-        self._step_all(fact)
+    async def _on_report(self, report: m.OperationReported, _: Received) -> None:
+        self._give(report)
+
+    async def _on_clock(self, verdict: m.VmClockSynced, _: Received) -> None:
+        self._give(verdict)
+
+    async def _on_ready(self, answer: m.VmReady, _: Received) -> None:
+        self._give(answer)
 
     async def _on_approval(self, approval: m.EventApproved, _: Received) -> None:
         _log.info("event.approved", event_id=approval.event_id, vm=approval.vm)
-        self._step_all(Approve(event_id=approval.event_id, by=approval.vm))
+        self._give(Approve(event_id=approval.event_id, by=approval.vm))
 
     async def _on_request(self, request: Request, received: Received) -> None:
         client = received.parameters["client"]
@@ -502,27 +520,38 @@ class Coordinator:
 
     # -- decisions --
 
-    def _step_all(self, received: Input) -> None:
-        """Give an input to every active rollout, which ignores what is not its own."""
+    def _give(self, fact: Fact) -> None:
+        """Give a fact to the rollout that it is about; one that is about none of the active ones is not ours, or late."""
         if not self._claimed:
-            self._early_facts.append(received)  # a persistent session may deliver before the epoch is claimed
+            self._early_facts.append(fact)  # a persistent session may deliver before the epoch is claimed
             return
+        rollout = self.book.rollout_of(fact)
+        if rollout is not None:
+            self._step(rollout, fact)
+
+    def _step(self, rollout: Rollout, received: Input) -> None:
         if self._superseded.done():
             return
-        for rollout in self.book.active:
-            try:
-                self.book.step(rollout, received, self.fleet, self.authority, self._now())
-            except CaesuraError as error:  # it stays where it is: the others must not stand still for it
-                if self._not_moved.get(rollout.id) != str(error):
-                    _log.error("rollout.not_moved", why=str(error), rollout=rollout.id)
-                self._not_moved[rollout.id] = str(error)
-            else:
-                self._not_moved.pop(rollout.id, None)
-        self._outbox_filled.set()
-        self._changed.set()
+        try:
+            changed = self.book.step(rollout, received, self.fleet, self.authority, self._now())
+        except CaesuraError as error:  # it stays where it is: the others must not wait for it
+            if self._not_moved.get(rollout.id) != str(error):
+                _log.error("rollout.not_moved", why=str(error), rollout=rollout.id)
+            self._not_moved[rollout.id] = str(error)
+            return
+        self._not_moved.pop(rollout.id, None)
+        if changed is not rollout:
+            self._outbox_filled.set()
+        if changed.stage != rollout.stage:
+            self._commands_due = True
+            self._changed.set()
 
     async def _rollouts(self) -> None:
-        """Time passes for every rollout, and unanswered commands are repeated."""
+        """Time passes for every rollout, and unanswered commands are repeated.
+
+        What changes in the fleet is looked at once for all that came together, by the rollouts of its sets only.
+        """
+        last = float("-inf")
         while True:
             try:
                 async with asyncio.timeout(TICK_S):
@@ -530,28 +559,35 @@ class Coordinator:
             except TimeoutError:
                 pass
             self._changed.clear()
-            if self.leads:
-                active = self.book.active
-                if active:
-                    self._step_all(Tick())
-                    self._changed.clear()
+            if not self.leads:
+                continue
+            due = self._loop_s() - last >= TICK_S
+            if due:
+                last = self._loop_s()
+            stirred, self._stirred = self._stirred, set()
+            for rollout in self.book.active if due else self.book.holding(stirred):
+                self._step(rollout, Tick())
+            if due or self._commands_due:
+                self._commands_due = False
                 await self._send_commands()
 
     async def _send_commands(self) -> None:
         loop = asyncio.get_running_loop()
         open_keys = set()
         for rollout in self.book.active:
-            for command in due_commands(rollout, self.authority):
+            for due in due_operations(rollout, self.authority):
                 if self.book.rollouts.get(rollout.id) is not rollout or not self.leads:
-                    # Sending takes time, and meanwhile an answer or an abort came: what is due now is another matter.
+                    # Sending takes time, and an answer or an abort came in it: what is due now is another matter.
+                    self._commands_due = True
                     self._changed.set()
                     return
-                key = (command.operation, type(command).TYPE)
+                key = (due.operation.operation, due.what)
                 open_keys.add(key)
                 if loop.time() - self._last_sent.get(key, -_REPEAT_S) < _REPEAT_S:
                     continue
+                command = command_for(rollout, due, self.authority)
                 if not await self._try_send(command, host=command.host):
-                    return  # no broker to send the others to either: time must not stand still for that
+                    return  # no broker to send the others to either: time must go on for them
                 self._last_sent[key] = loop.time()
         self._last_sent = {key: at for key, at in self._last_sent.items() if key in open_keys}
 
@@ -662,6 +698,7 @@ class Coordinator:
             )
         answer = m.RequestAnswered(request=request.request, accepted=True, rollout=rollout.id)
         self.book.step(rollout, received, self.fleet, self.authority, self._now(), answer=(client, answer))
+        self._commands_due = True
 
     # -- messages out --
 

@@ -7,17 +7,17 @@ encoded here, once; ``stored`` gives those to the publisher whose transaction is
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 import structlog
 
 from caesura.contract.codec import ContractError
 from caesura.contract.envelope import Message, source_of
-from caesura.contract.messages import Epoch, RequestAnswered, SetDocument
+from caesura.contract.messages import Epoch, PlannedVm, RequestAnswered, SetDocument
 from caesura.contract.names import Name
 from caesura.contract.topics import TopicError
 from caesura.delivery.message import OutboxMessage, from_body, prepare
@@ -25,7 +25,7 @@ from caesura.delivery.sqlite import SCHEMA, OutboxTable
 from caesura.runtime.database import Database
 from caesura.runtime.errors import CaesuraError
 from caesura.runtime.identity import new_id
-from caesura_coordinator.records import Rollout, Wave
+from caesura_coordinator.records import ClockVerdict, HostOperation, Readiness, Rollout, Wave
 
 _MIGRATIONS = (
     """
@@ -48,7 +48,20 @@ _MIGRATIONS = (
     """,
     "CREATE TABLE owner (vm TEXT PRIMARY KEY, host TEXT NOT NULL, epoch INTEGER NOT NULL);",
     f"ALTER TABLE outbox RENAME TO outbox_1; {SCHEMA}",
+    """
+    CREATE TABLE wave_vms (
+        rollout TEXT NOT NULL, number INTEGER NOT NULL, body BLOB NOT NULL,
+        PRIMARY KEY (rollout, number)
+    );
+    CREATE TABLE wave_part (
+        row INTEGER PRIMARY KEY AUTOINCREMENT,
+        rollout TEXT NOT NULL, number INTEGER NOT NULL, kind TEXT NOT NULL, name TEXT NOT NULL, body BLOB NOT NULL,
+        UNIQUE (rollout, number, kind, name)
+    );
+    """,
 )
+_READY, _CLOCK, _OPERATION = "ready", "clock", "operation"
+"""What is kept of a wave by VM (its agent's answer, its clock), and by the place of a host's operation."""
 _T = TypeVar("_T")
 
 _ANSWERS_KEPT = 1000
@@ -111,9 +124,22 @@ class Store:
 
     def rollouts(self) -> list[Rollout]:
         """Every rollout kept, oldest first."""
+        vms = {
+            (name, number): self._read(body, tuple[PlannedVm, ...], f"the VMs of a wave of rollout {name}")
+            for name, number, body in self.database.run("SELECT rollout, number, body FROM wave_vms")
+        }
+        parts: dict[tuple[str, int], dict[str, dict[str, bytes]]] = {}
+        rows = self.database.run("SELECT rollout, number, kind, name, body FROM wave_part ORDER BY row")
+        for name, number, kind, part, body in rows:
+            parts.setdefault((name, number), {}).setdefault(kind, {})[part] = body
         waves: dict[str, list[Wave]] = {}
-        for name, body in self.database.run("SELECT rollout, body FROM wave ORDER BY rollout, number"):
-            waves.setdefault(name, []).append(self._read(body, Wave, f"a wave of rollout {name}"))
+        for name, number, body in self.database.run(
+            "SELECT rollout, number, body FROM wave ORDER BY rollout, number"
+        ):
+            wave = self._read(body, Wave, f"a wave of rollout {name}")
+            if (name, number) in vms:
+                wave = self._whole(wave, vms[name, number], parts.get((name, number), {}), name)
+            waves.setdefault(name, []).append(wave)
         return [
             msgspec.structs.replace(
                 self._read(body, Rollout, f"rollout {name}"), waves=tuple(waves.get(name, ()))
@@ -121,33 +147,96 @@ class Store:
             for name, body in self.database.run("SELECT id, body FROM rollout ORDER BY number")
         ]
 
+    def _whole(
+        self, wave: Wave, vms: tuple[PlannedVm, ...], parts: Mapping[str, Mapping[str, bytes]], name: str
+    ) -> Wave:
+        what = f"a wave of rollout {name}"
+        operations = {
+            place: self._read(body, HostOperation, what) for place, body in parts.get(_OPERATION, {}).items()
+        }
+        return msgspec.structs.replace(
+            wave,
+            vms=vms,
+            readiness={vm: self._read(body, Readiness, what) for vm, body in parts.get(_READY, {}).items()},
+            clocks={vm: self._read(body, ClockVerdict, what) for vm, body in parts.get(_CLOCK, {}).items()},
+            operations=tuple(operations[place] for place in sorted(operations)),
+        )
+
     def save_rollout(self, rollout: Rollout, before: Rollout | None = None) -> None:
         """Insert or replace. Call inside a transaction.
 
+        A message about one VM writes what it changed, not its whole wave: what is kept of each VM and host has a row of its own.
+
         Args:
-            before: what was saved last. Waves that are the same objects in it are not written again: a large
-                rollout changes with every message, one wave at a time.
+            before: what was saved last; parts of it that are the same objects are not written again.
         """
-        self.database.run(
-            "INSERT INTO rollout (id, body) VALUES (?, ?) ON CONFLICT (id) DO UPDATE SET body = excluded.body",
-            rollout.id,
-            msgspec.json.encode(msgspec.structs.replace(rollout, waves=())),
+        if before is None or _bare_rollout(before) != _bare_rollout(rollout):
+            self.database.run(
+                "INSERT INTO rollout (id, body) VALUES (?, ?) ON CONFLICT (id) DO UPDATE SET body = excluded.body",
+                rollout.id,
+                msgspec.json.encode(_bare_rollout(rollout)),
+            )
+        old = before.waves if before is not None else (None,) * len(rollout.waves)
+        for wave, known in zip(rollout.waves, old, strict=True):
+            if wave is not known:
+                self._save_wave(rollout.id, wave, known)
+
+    def _save_wave(self, rollout: str, wave: Wave, before: Wave | None) -> None:
+        stored = before is not None and self.database.run(
+            "SELECT 1 FROM wave_vms WHERE rollout = ? AND number = ?", rollout, wave.index
         )
-        saved = {id(wave) for wave in before.waves} if before is not None else set()
-        for wave in rollout.waves:
-            if id(wave) not in saved:
-                self.database.run(
-                    "INSERT OR REPLACE INTO wave VALUES (?, ?, ?)",
-                    rollout.id,
-                    wave.index,
-                    msgspec.json.encode(wave),
-                )
+        if not stored:
+            before = None  # a new one, or one that a version before this wrote in one piece
+            body = msgspec.json.encode(wave.vms)
+            self.database.run("INSERT INTO wave_vms VALUES (?, ?, ?)", rollout, wave.index, body)
+        bare = _bare_wave(wave)
+        if before is None or _bare_wave(before) != bare:
+            body = msgspec.json.encode(bare)
+            self.database.run("INSERT OR REPLACE INTO wave VALUES (?, ?, ?)", rollout, wave.index, body)
+        parts: tuple[tuple[str, dict[str, Any], dict[str, Any] | None], ...] = (
+            (_READY, wave.readiness, before.readiness if before else None),
+            (_CLOCK, wave.clocks, before.clocks if before else None),
+        )
+        for kind, now, known in parts:
+            if now is not known:
+                self._save_parts(rollout, wave.index, kind, now, newer_entries(known, now))
+        if before is None or wave.operations is not before.operations:
+            numbered = {f"{place:06}": each for place, each in enumerate(wave.operations)}
+            newer = None
+            if before is not None and len(before.operations) == len(wave.operations):
+                pairs = zip(numbered.items(), before.operations, strict=True)
+                newer = {place: each for (place, each), known in pairs if each is not known}
+            self._save_parts(rollout, wave.index, _OPERATION, numbered, newer)
+
+    def _save_parts(
+        self,
+        rollout: str,
+        wave: int,
+        kind: str,
+        every: Mapping[str, object],
+        newer: Mapping[str, object] | None,
+    ) -> None:
+        """Write what is newer; if that is not known, everything, in place of what was there."""
+        if newer is None:
+            self.database.run(
+                "DELETE FROM wave_part WHERE rollout = ? AND number = ? AND kind = ?", rollout, wave, kind
+            )
+        for name, part in (every if newer is None else newer).items():
+            self.database.run(
+                "INSERT OR REPLACE INTO wave_part (rollout, number, kind, name, body) VALUES (?, ?, ?, ?, ?)",
+                rollout,
+                wave,
+                kind,
+                name,
+                msgspec.json.encode(part),
+            )
 
     def forget(self, rollouts: Iterable[str]) -> None:
         """Drop these rollouts."""
         with self.transaction():
             for name in rollouts:
-                self.database.run("DELETE FROM wave WHERE rollout = ?", name)
+                for table in ("wave", "wave_vms", "wave_part"):
+                    self.database.run(f"DELETE FROM {table} WHERE rollout = ?", name)  # noqa: S608 - our own three
                 self.database.run("DELETE FROM rollout WHERE id = ?", name)
 
     def documents(self) -> dict[str, SetDocument]:
@@ -251,3 +340,27 @@ class Store:
     def _read(self, body: bytes, kind: type[_T], what: str) -> _T:
         with self.database.reading(what):
             return msgspec.json.decode(body, type=kind)
+
+
+def newer_entries(before: dict[str, _T] | None, now: dict[str, _T]) -> dict[str, _T] | None:
+    """The entries that are not as they were before; None if that cannot be told, since some were taken out.
+
+    The newest entry is the last one (``rollout.newest_last``), so this looks at no more than what is new.
+    """
+    if before is None or len(now) < len(before):
+        return None
+    newer: dict[str, _T] = {}
+    for name in reversed(now):
+        if name in before and before[name] is now[name]:
+            break
+        newer[name] = now[name]
+    return dict(reversed(newer.items()))
+
+
+def _bare_rollout(rollout: Rollout) -> Rollout:
+    return msgspec.structs.replace(rollout, waves=())
+
+
+def _bare_wave(wave: Wave) -> Wave:
+    """Without what has rows of its own."""
+    return msgspec.structs.replace(wave, vms=(), readiness={}, clocks={}, operations=())

@@ -2,57 +2,77 @@
 
 from __future__ import annotations
 
-from caesura.contract.messages import MemoryProof, Policy
+from caesura.contract.messages import PlannedVm, Policy, VmResult
 from caesura.contract.reasons import Reason
 from caesura.lifecycle.proof import BROKEN_WORDS
+from caesura_coordinator.members import members_of
 from caesura_coordinator.proofs import unproven
-from caesura_coordinator.records import ClockVerdict, Wave
+from caesura_coordinator.records import ClockVerdict, HostOperation, Wave
 
 
 def verify(wave: Wave, policy: Policy) -> tuple[list[Reason], list[Reason]]:
     """What is wrong with the wave for good, and what is not known yet."""
+    members = members_of(wave.vms)
     wrong: list[Reason] = []
     missing: list[Reason] = []
-    paused: dict[str, MemoryProof | None] = {}
+    frozen: dict[tuple[str, str], VmResult] = {}
     for operation in (*wave.done, *wave.operations):
-        ours = {vm.vm for vm in wave.vms if vm.host == operation.host}
-        results = [
-            each for each in operation.vms if each.vm in ours
-        ]  # of another's VM its word means nothing
-        told = {result.vm for result in results}
-        wrong += [
-            Reason("result_missing", f"{vm.vm}: {operation.host} reported nothing about it")
-            for vm in wave.vms
-            if vm.host == operation.host and vm.vm not in told
-        ]
-        for result in results:
-            if result.frozen:
-                paused[result.vm] = result.memory
-            if result.state != "running":
-                wrong.append(Reason("vm_not_running", f"{result.vm} is {result.state} after the resume"))
-            if result.pause_s > policy.budget_s:
-                over = f"{result.vm} was paused {result.pause_s:.3f} s, budget {policy.budget_s:g} s"
-                wrong.append(Reason("pause_over_budget", over))
-            if result.memory is not None and not result.memory.ok:
-                changed = f"{result.vm} changed in memory during the pause: {result.memory.detail}"
-                wrong.append(Reason("memory_changed", changed))
+        frozen |= {(operation.host, each.vm): each for each in operation.vms if each.frozen}
+        wrong += _of_results(operation, members.by_host.get(operation.host, ()), policy)
     for vm in wave.vms:
-        if vm.method == "live":
-            continue
-        clock = wave.clocks.get(vm.vm)
-        why = unproven(vm, policy, paused[vm.vm], clock) if vm.vm in paused else ""
-        if vm.clock == "none":
-            wrong += [Reason("memory_unproven", why)] if why else []
-            continue
-        if clock is None:
-            missing.append(Reason("clock_unknown", f"{vm.vm}: no verdict on its clock"))
-            missing += [Reason("memory_unproven", f"{why}; its guest has not answered")] if why else []
-            continue
-        wrong += _of_memory(vm.vm, clock)
-        wrong += [Reason("memory_unproven", why)] if why else []
-        if policy.on_unsynced == "halt":
-            wrong += _of_clock(vm.vm, clock, policy.clock_bound_s)
+        result, clock = frozen.get((vm.host, vm.vm)), wave.clocks.get(vm.vm)
+        wrong_here, missing_here = verify_vm(vm, result, clock, policy)
+        wrong += wrong_here
+        missing += missing_here
     return wrong, missing
+
+
+def verify_vm(
+    vm: PlannedVm, result: VmResult | None, clock: ClockVerdict | None, policy: Policy
+) -> tuple[list[Reason], list[Reason]]:
+    """The same of one VM, as far as its clock and its memory go.
+
+    Args:
+        result: what its host did to it, if it was paused.
+        clock: its host's verdict on it afterwards, if it is there.
+    """
+    if vm.method == "live":
+        return [], []
+    why = unproven(vm, policy, result.memory, clock) if result is not None else ""
+    unshown = [Reason("memory_unproven", why)] if why else []
+    if vm.clock == "none":
+        return unshown, []
+    if clock is None:
+        missing = [Reason("clock_unknown", f"{vm.vm}: no verdict on its clock")]
+        missing += [Reason("memory_unproven", f"{why}; its guest has not answered")] if why else []
+        return [], missing
+    wrong = _of_memory(vm.vm, clock) + unshown
+    if policy.on_unsynced == "halt":
+        wrong += _of_clock(vm.vm, clock, policy.clock_bound_s)
+    return wrong, []
+
+
+def _of_results(operation: HostOperation, vms: tuple[PlannedVm, ...], policy: Policy) -> list[Reason]:
+    """What is wrong with what a host reported of its VMs."""
+    ours = {vm.vm for vm in vms}
+    # Of another's VM its word means nothing.
+    results = [each for each in operation.vms if each.vm in ours]
+    reported = {each.vm for each in results}
+    wrong = [
+        Reason("result_missing", f"{vm.vm}: {operation.host} reported nothing about it")
+        for vm in vms
+        if vm.vm not in reported
+    ]
+    for result in results:
+        if result.state != "running":
+            wrong.append(Reason("vm_not_running", f"{result.vm} is {result.state} after the resume"))
+        if result.pause_s > policy.budget_s:
+            over = f"{result.vm} was paused {result.pause_s:.3f} s, budget {policy.budget_s:g} s"
+            wrong.append(Reason("pause_over_budget", over))
+        if result.memory is not None and not result.memory.ok:
+            changed = f"{result.vm} changed in memory during the pause: {result.memory.detail}"
+            wrong.append(Reason("memory_changed", changed))
+    return wrong
 
 
 def _of_clock(vm: str, verdict: ClockVerdict, bound_s: float) -> list[Reason]:

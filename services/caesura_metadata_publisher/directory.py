@@ -1,4 +1,4 @@
-"""Who the VMs are and what their sets' documents say: the fold of everything heard on the bus. Pure.
+"""Who the VMs are and what their sets' documents say: the publisher's view of the fold of the bus. Pure.
 
 A document is only ever replaced by a newer one: what a workload was shown never goes back,
 whatever a broker or a coordinator restored from an old copy.
@@ -6,58 +6,40 @@ whatever a broker or a coordinator restored from an old copy.
 
 from __future__ import annotations
 
-import msgspec
-
-from caesura.contract.messages import HostInventory, SetDocument, VmRecord
-from caesura.lifecycle.document import version_of
-from caesura.lifecycle.ownership import Ownership
-
-
-class Placed(msgspec.Struct, frozen=True):
-    """A VM and the host that has it."""
-
-    record: VmRecord
-    host: str
+from caesura.contract.envelope import Message
+from caesura.contract.messages import SetDocument
+from caesura.fleet.fold import Changes, apply
+from caesura.fleet.state import FleetState, LocatedVm
+from caesura.fleet.words import Cleared
 
 
 class Directory:
     """VMs by name, documents by set."""
 
     def __init__(self) -> None:
-        self._ownership = Ownership()
-        self._documents: dict[str, SetDocument] = {}
+        self._state = FleetState()
 
-    def take_inventory(self, inventory: HostInventory) -> None:
-        """A host says what it has; its word counts about its own VMs only."""
-        self._ownership.take_inventory(inventory)
+    def take(self, message: Message | Cleared, now_s: float) -> Changes:
+        """A message arrived, or a topic was cleared; what changed.
 
-    def forget_host(self, host: str) -> None:
-        """The host was removed for good."""
-        self._ownership.forget_host(host)
+        A document that is cleared is still shown: nothing can be said in its place.
 
-    def take_owner(self, vm: str, host: str | None) -> None:
-        """The coordinator says whose a VM is: a host's, nobody's (empty), or that there is no record (None)."""
-        self._ownership.take_record(vm, host)
+        Args:
+            now_s: seconds on a monotonic clock.
+        """
+        if isinstance(message, Cleared) and message.kind is SetDocument:
+            return Changes()
+        _, changes = apply(self._state, message, now_s)
+        return changes
 
-    def take_document(self, document: SetDocument) -> bool:
-        """A set's document arrived; whether it was kept (false: known already, or older than what was shown)."""
-        known = self._documents.get(document.set)
-        if known is not None and version_of(document) <= version_of(known):
-            return False
-        self._documents[document.set] = document
-        return True
-
-    def vm(self, name: str) -> Placed | None:
+    def vm(self, name: str) -> LocatedVm | None:
         """The VM of this name, None if the host that it belongs to has not spoken of it."""
-        host = self._ownership.owner_of(name)
-        if not self._ownership.names(host, name):
-            return None
-        return Placed(self._ownership.described(host, name), host)
+        return self._state.vm(name)
 
     def foreign_hosts(self, name: str) -> tuple[str, ...]:
         """Hosts that name the VM and do not have it."""
-        return self._ownership.rivals(name)
+        return self._state.ownership.rivals(name)
 
     def document(self, set_name: str) -> SetDocument | None:
-        """The newest document of a set, None if none was heard."""
-        return self._documents.get(set_name)
+        """The newest document of a set, None if none was received."""
+        return self._state.words.get(SetDocument, set_name)

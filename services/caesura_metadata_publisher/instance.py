@@ -13,7 +13,7 @@ from uuid import UUID, uuid5
 
 import msgspec
 
-from caesura_metadata_publisher.directory import Placed
+from caesura.fleet.state import LocatedVm
 from caesura_metadata_publisher.request import Answer, bad_request, not_found
 
 _NAMESPACE = UUID(
@@ -37,7 +37,7 @@ def vm_id(vm: str) -> str:
     return str(uuid5(_NAMESPACE, f"vm/{vm}"))
 
 
-def instance_tree(placed: Placed, version: str, place: Place, address: str) -> Mapping[str, Tree]:
+def instance_tree(placed: LocatedVm, version: str, place: Place, address: str) -> Mapping[str, Tree]:
     """Everything under ``/metadata/instance`` for this VM at this api-version.
 
     Args:
@@ -78,7 +78,7 @@ def _listing(element: Mapping[str, Tree] | Sequence[Tree]) -> list[str]:
     return [name if isinstance(child, str) else f"{name}/" for name, child in pairs]
 
 
-def _compute(placed: Placed, version: str, place: Place) -> Mapping[str, Tree]:
+def _compute(placed: LocatedVm, version: str, place: Place) -> Mapping[str, Tree]:
     record, vm = placed.record, placed.record.vm
     in_a_set = not record.set.startswith("_")
     group = f"/subscriptions/{place.subscription}/resourceGroups/{place.resource_group}/providers/Microsoft.Compute"

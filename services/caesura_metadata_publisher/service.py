@@ -14,6 +14,7 @@ from datetime import UTC, datetime, timedelta
 from functools import partial
 from uuid import NAMESPACE_URL, uuid5
 
+import asyncio
 import msgspec
 import structlog
 
@@ -21,7 +22,7 @@ from caesura.bus.port import Bus, BusError
 from caesura.bus.post import Post
 from caesura.bus.presence import Presence
 from caesura.contract.codec import Received
-from caesura.contract.envelope import source_of
+from caesura.contract.envelope import Message, source_of
 from caesura.contract.messages import (
     HostInventory,
     PublisherPresence,
@@ -35,6 +36,8 @@ from caesura.contract.topics import channel_of
 from caesura.delivery.message import prepare
 from caesura.delivery.policy import Policy
 from caesura.delivery.publisher import ReliablePublisher
+from caesura.fleet.fold import Changes
+from caesura.fleet.words import Cleared
 from caesura_metadata_publisher.directory import Directory
 from caesura_metadata_publisher.document import (
     awaits_approval,
@@ -139,7 +142,7 @@ class MetadataPublisher:
 
     async def _on_document(self, document: SetDocument, _: Received) -> None:
         known = self._directory.document(document.set)
-        if self._directory.take_document(document):
+        if self._take(document).word:
             _log.debug("document.taken", set=document.set, incarnation=document.incarnation)
         elif known is not None and document.incarnation < known.incarnation:
             _log.warning(
@@ -151,16 +154,19 @@ class MetadataPublisher:
             )
 
     async def _on_inventory(self, inventory: HostInventory, _: Received) -> None:
-        self._directory.take_inventory(inventory)
+        self._take(inventory)
 
     async def _on_host_removed(self, parameters: Mapping[str, str]) -> None:
-        self._directory.forget_host(parameters["host"])
+        self._take(Cleared(HostInventory, parameters))
 
     async def _on_owner(self, owner: VmOwner, _: Received) -> None:
-        self._directory.take_owner(owner.vm, owner.host)
+        self._take(owner)
 
     async def _on_owner_removed(self, parameters: Mapping[str, str]) -> None:
-        self._directory.take_owner(parameters["vm"], None)
+        self._take(Cleared(VmOwner, parameters))
+
+    def _take(self, message: Message | Cleared) -> Changes:
+        return self._directory.take(message, asyncio.get_running_loop().time())
 
     # -- from the workloads -------------------------------------------------------------------------------
 

@@ -16,9 +16,10 @@ from functools import partial
 import msgspec
 import structlog
 
-from caesura.bus.filters import check_topic, matches
+from caesura.bus.filters import check_topic
 from caesura.bus.kept import KeptBus, Parcel
 from caesura.bus.port import BusUnavailable, Delivery, PublishRefused, Will
+from caesura.bus.routes import FilterTree, RetainedTopics
 
 _log = structlog.get_logger("caesura.bus")
 
@@ -38,6 +39,8 @@ class MemorySession(msgspec.Struct):
     """What the broker knows of one client, connected or away."""
 
     clean: bool
+    number: int
+    """In the order in which sessions began; messages are handed out in it."""
     connection: MemoryConnection | None = None
     filters: tuple[str, ...] = ()
     queue: deque[MemoryMessage] = msgspec.field(default_factory=deque)
@@ -77,9 +80,12 @@ class MemoryBroker:
         window: int = _WINDOW,
     ) -> None:
         self.may_publish = may_publish
-        self.retained: dict[str, bytes] = {}
+        self.retained = RetainedTopics()
         self._window = window
         self._sessions: dict[str, MemorySession] = {}
+        self._begun = 0
+        self._subscribed: FilterTree[str] = FilterTree()
+        """Filters with the ids of the clients that have them."""
         self._up = asyncio.Event()
         self._up.set()
         self._answering = asyncio.Event()
@@ -134,7 +140,12 @@ class MemoryBroker:
             self._end(taken, f"another client connected with the id {connection.client_id!r}")
             self._send_will(taken)
             old = self._sessions.get(connection.client_id)
-        session = old if old is not None and not clean else MemorySession(clean=clean)
+        if old is None or clean:
+            self._unsubscribe(connection.client_id)
+            self._begun += 1
+            session = MemorySession(clean=clean, number=self._begun)
+        else:
+            session = old
         session.clean = clean
         session.connection = connection
         self._sessions[connection.client_id] = session
@@ -145,11 +156,21 @@ class MemoryBroker:
 
     def subscribe(self, connection: MemoryConnection, filters: tuple[str, ...]) -> None:
         """Subscribe, in place of what was subscribed before, and get the retained messages."""
+        self._unsubscribe(connection.client_id)
         session = self._sessions[connection.client_id]
         session.filters = filters
-        for topic, payload in self.retained.items():
-            if any(matches(each, topic) for each in filters):
-                self._hand(session, MemoryMessage(topic, payload, qos=1, retained=True))
+        for each in filters:
+            self._subscribed.add(each, connection.client_id)
+        topics = dict.fromkeys(topic for each in filters for topic in self.retained.covered_by(each))
+        for topic in topics:
+            self._hand(session, MemoryMessage(topic, self.retained[topic], qos=1, retained=True))
+
+    def _unsubscribe(self, client_id: str) -> None:
+        session = self._sessions.get(client_id)
+        if session is not None:
+            for each in session.filters:
+                self._subscribed.discard(each, client_id)
+            session.filters = ()
 
     def disconnect(self, connection: MemoryConnection) -> None:
         """The client's goodbye."""
@@ -172,9 +193,9 @@ class MemoryBroker:
                 self.retained[message.topic] = message.payload
             else:
                 self.retained.pop(message.topic, None)
-        for session in list(self._sessions.values()):
-            if any(matches(each, message.topic) for each in session.filters):
-                self._hand(session, message)
+        sessions = [self._sessions[client_id] for client_id in self._subscribed.covering(message.topic)]
+        for session in sorted(sessions, key=lambda each: each.number):
+            self._hand(session, message)
 
     def _hand(self, session: MemorySession, message: MemoryMessage) -> None:
         if message.qos == 0:
@@ -203,6 +224,7 @@ class MemoryBroker:
         session = self._sessions[connection.client_id]
         session.connection = None
         if session.clean:
+            self._unsubscribe(connection.client_id)
             del self._sessions[connection.client_id]
         connection.why = why
         connection.ended.set()

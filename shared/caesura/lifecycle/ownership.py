@@ -9,7 +9,7 @@ Every message costs in its own size, whatever the size of the fleet.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import msgspec
 
@@ -29,38 +29,58 @@ class Ownership:
         self._namers: dict[str, set[str]] = {}
         self._contested: set[str] = set()
 
-    # -- in: each gives back the inventories that count differently now ------------------------------------
+    # -- in, VM by VM: each gives back whose owner is another now ----------------------------------------------
 
-    def take_inventory(self, inventory: HostInventory) -> list[HostInventory]:
-        """A host says what it has; first in the answer is what counts of it."""
+    def put_inventory(self, inventory: HostInventory) -> dict[str, tuple[str, str]]:
+        """A host says what it has. VM to its owner before and now, where that changed."""
         host = inventory.host
         before = self._named.get(host, {})
         after = {record.vm: record for record in inventory.vms}
         self._inventories[host] = inventory
         self._named[host] = after
-        others = self._rename(host, before.keys() - after.keys(), after.keys() - before.keys())
-        return [self.judged(host), *map(self.judged, sorted(others - {host}))]
+        return self._rename(host, before.keys() - after.keys(), after.keys() - before.keys())
 
-    def forget_host(self, host: str) -> list[HostInventory]:
+    def drop_inventory(self, host: str) -> dict[str, tuple[str, str]]:
         """A host's inventory was removed. What it has on record it keeps, until the coordinator says otherwise."""
         self._inventories.pop(host, None)
-        others = self._rename(host, self._named.pop(host, {}).keys(), ())
-        return [*map(self.judged, sorted(others - {host}))]
+        return self._rename(host, self._named.pop(host, {}).keys(), ())
 
-    def take_record(self, vm: str, host: str | None) -> list[HostInventory]:
-        """The coordinator says whose a VM is: a host's, nobody's (empty), or that it has no record any more (None)."""
+    def put_record(self, vm: str, host: str | None) -> tuple[str, str] | None:
+        """The coordinator says whose a VM is: a host's, nobody's (empty), or that it has no record any more (None).
+
+        The owner before and now; None if that did not change.
+        """
         before = self.owner_of(vm)
         old = self._records.pop(vm, "")
-        self._recorded.get(old, set()).discard(vm)
+        if old:
+            recorded = self._recorded[old]
+            recorded.discard(vm)
+            if not recorded:
+                del self._recorded[old]
         if host is not None:
             self._records[vm] = host
             if host:
                 self._recorded.setdefault(host, set()).add(vm)
         self._look(vm)
         after = self.owner_of(vm)
-        if before == after:
-            return []
-        return [*map(self.judged, sorted({before, after} & self.namers(vm)))]
+        return None if before == after else (before, after)
+
+    # -- in, host by host: each gives back the inventories that count differently now ---------------------------
+
+    def take_inventory(self, inventory: HostInventory) -> list[HostInventory]:
+        """A host says what it has; first in the answer is what counts of it."""
+        changed = self.put_inventory(inventory)
+        others = self._namers_among(changed) - {inventory.host}
+        return [self.judged(inventory.host), *map(self.judged, sorted(others))]
+
+    def forget_host(self, host: str) -> list[HostInventory]:
+        """A host's inventory was removed. What it has on record it keeps, until the coordinator says otherwise."""
+        return [*map(self.judged, sorted(self._namers_among(self.drop_inventory(host)) - {host}))]
+
+    def take_record(self, vm: str, host: str | None) -> list[HostInventory]:
+        """The coordinator says whose a VM is: a host's, nobody's (empty), or that it has no record any more (None)."""
+        changed = self.put_record(vm, host)
+        return [*map(self.judged, sorted(self._namers_among({vm: changed})))] if changed else []
 
     # -- out -----------------------------------------------------------------------------------------------
 
@@ -145,9 +165,9 @@ class Ownership:
 
     # -- inside --------------------------------------------------------------------------------------------
 
-    def _rename(self, host: str, gone: Iterable[str], new: Iterable[str]) -> set[str]:
-        """Keep the index; the hosts for whom a VM counts differently without a record."""
-        others: set[str] = set()
+    def _rename(self, host: str, gone: Iterable[str], new: Iterable[str]) -> dict[str, tuple[str, str]]:
+        """Keep the index; the VMs that belong to another now, without a record."""
+        changed: dict[str, tuple[str, str]] = {}
         gone, new = set(gone), set(new)
         for vm in gone | new:
             before = self.owner_of(vm)
@@ -158,11 +178,15 @@ class Ownership:
                 namers.discard(host)
             after = self.owner_of(vm)
             if before != after:
-                others |= {before, after} & namers
+                changed[vm] = before, after
             if not namers:
                 del self._namers[vm]
             self._look(vm)
-        return others
+        return changed
+
+    def _namers_among(self, changed: Mapping[str, tuple[str, str]]) -> set[str]:
+        """The hosts that lost or got one of these VMs, as far as they name it."""
+        return {host for vm, hosts in changed.items() for host in hosts if self.names(host, vm)}
 
     def _look(self, vm: str) -> None:
         if self.rivals(vm):
@@ -171,20 +195,22 @@ class Ownership:
             self._contested.discard(vm)
 
 
-def settle(ownership: Ownership, vms: Iterable[str], online: Mapping[str, bool]) -> dict[str, str | None]:
+def settle(
+    ownership: Ownership, vms: Iterable[str], is_online: Callable[[str], bool]
+) -> dict[str, str | None]:
     """The records that must change among these VMs, so that each belongs to the host that has it until that one releases it.
 
     A host has released a VM when it is online and its inventory does not list it any more. What is released, or was on
     no record, goes to the only host that names it; where several do, to none of them.
 
     Args:
-        online: host to whether its updater is on the bus; unknown counts as no.
+        is_online: whether a host's updater is on the bus; unknown counts as no.
     """
     changes: dict[str, str | None] = {}
     for vm in vms:
         host = ownership.record(vm)
         if host:
-            released = online.get(host, False) and ownership.reported(host) and not ownership.names(host, vm)
+            released = is_online(host) and ownership.reported(host) and not ownership.names(host, vm)
             if not released:
                 continue
         namers = ownership.namers(vm)

@@ -8,6 +8,8 @@ from datetime import UTC, datetime
 import pytest
 
 from caesura.contract import messages as m
+from caesura.fleet.fold import apply
+from caesura.fleet.state import FleetState
 from caesura.lifecycle.commands import COMMANDS
 from caesura_coordinator.fleet import Fleet
 from caesura_coordinator.inputs import Authority
@@ -54,12 +56,13 @@ def inventory(host: str, *vms: m.VmRecord, **changes: object) -> m.HostInventory
 
 def fleet_of(*inventories: m.HostInventory, offline: tuple[str, ...] = ()) -> Fleet:
     """A fleet with all these hosts and their agents on the bus."""
-    fleet = Fleet()
+    state = FleetState()
     for each in inventories:
-        fleet = fleet.with_inventory(each).with_host(each.host, online=each.host not in offline)
+        apply(state, each, 0.0)
+        apply(state, m.HostPresence(host=each.host, online=each.host not in offline, instance="i"), 0.0)
         for vm in each.vms:
-            fleet = fleet.with_agent(vm.vm, online=True)
-    return fleet
+            apply(state, m.AgentPresence(vm=vm.vm, online=True, boot_id="b"), 0.0)
+    return Fleet(state)
 
 
 @pytest.fixture

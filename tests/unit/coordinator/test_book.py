@@ -15,6 +15,7 @@ from caesura.contract.codec import size_bytes
 from caesura.contract.envelope import Message
 from caesura.runtime.errors import StoreError
 from caesura.testing.damage import flip_bits
+from caesura.testing.retold import retold
 from caesura_coordinator.book import Book, Removal
 from caesura_coordinator.fleet import Fleet
 from caesura_coordinator.inputs import Abort, Approve, Authority, Resume, Tick
@@ -335,7 +336,7 @@ def test_ids_of_one_attempt_differ_between_epochs(desk: Desk) -> None:
     desk.reopened()
     desk.authority = Authority(coordinator="c", epoch=2)
     for inventory in desk.fleet.inventories.values():
-        desk.fleet = desk.fleet.with_inventory(msgspec.structs.replace(inventory, epoch=2))
+        desk.fleet = Fleet(retold(desk.fleet.state, msgspec.structs.replace(inventory, epoch=2)))
     desk.give(Tick())
     assert desk.event().event_id != first
 

@@ -11,7 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from caesura.contract import messages as m
+from caesura.fleet.state import FleetState
 from caesura.lifecycle.commands import COMMANDS
+from caesura.testing.retold import retold
 from caesura_coordinator.fleet import Contested, Fleet, health_blockers
 from caesura_coordinator.plan import make_plan
 
@@ -269,7 +271,7 @@ def test_a_freeze_on_demand_takes_only_the_vms_asked_for_one_domain_at_a_time(
 
 
 def test_an_empty_fleet_says_so() -> None:
-    assert "no host has reported" in _reasons(_plan(Fleet()))["fleet"]
+    assert "no host has reported" in _reasons(_plan(Fleet(FleetState())))["fleet"]
 
 
 _PLACEMENT = st.dictionaries(
@@ -300,10 +302,8 @@ def test_no_wave_ever_holds_two_domains_of_a_set(placement: dict[str, dict[str, 
         )
         for name, sets in placement.items()
     ]
-    fleet = Fleet()
-    for each in inventories:
-        fleet = fleet.with_inventory(each).with_host(each.host, online=True)
-    plan = _plan(fleet)
+    present = [m.HostPresence(host=each.host, online=True, instance="i") for each in inventories]
+    plan = _plan(Fleet(retold(FleetState(), *inventories, *present)))
     assert sorted(host for wave in plan.waves for host in wave.hosts) == sorted(placement)
     for wave in plan.waves:
         for vm in wave.vms:
@@ -444,6 +444,18 @@ def test_a_canary_is_a_proof_and_a_reboot_or_a_live_update_is_asked_for_none(
         assert not plan.refusals
 
 
+def _planned_vm(vm: m.VmRecord, host: str) -> m.PlannedVm:
+    return m.PlannedVm(
+        vm=vm.vm,
+        set=vm.set,
+        update_domain=vm.update_domain,
+        host=host,
+        method="freeze",
+        reason="",
+        agent=False,
+    )
+
+
 def test_what_no_wave_would_start_with_refuses_the_plan_by_name(
     build: Build, host: Host, fleet: MakeFleet
 ) -> None:
@@ -451,7 +463,7 @@ def test_what_no_wave_would_start_with_refuses_the_plan_by_name(
     dead = msgspec.structs.replace(build("w1"), state_detail="/bin/web was ended by SIGKILL")
     one = fleet(host("h1", dead), host("h2", build("w2")))
     assert "/bin/web was ended by SIGKILL" in _reasons(_plan(one))["w1"]
-    assert health_blockers(one, [("w1", "h1", False)]), "the same fact, the same refusal"
+    assert health_blockers(one, (_planned_vm(dead, "h1"),)), "the same fact, the same refusal"
     without = make_plan(
         one,
         update="patch",

@@ -10,10 +10,13 @@ import msgspec
 import pytest
 
 from caesura.contract import messages as m
+from caesura.contract.envelope import Message
 from caesura.contract.fitting import fits
 from caesura.contract.reasons import Reason
+from caesura.fleet.words import Cleared
 from caesura.lifecycle.errors import IllegalTransition
 from caesura.lifecycle.proof import memory_proof
+from caesura.testing.retold import retold
 from caesura_coordinator.commands import due_commands
 from caesura_coordinator.fleet import Fleet
 from caesura_coordinator.inputs import (
@@ -159,10 +162,22 @@ def story(two_hosts: Fleet, authority: Authority) -> Story:
     return Story(two_hosts, authority)
 
 
+_AGENT_GONE = m.AgentPresence(vm="w1", online=False, boot_id="b")
+
+
+def _told(fleet: Fleet, *messages: Message | Cleared) -> Fleet:
+    """The fleet told this, too."""
+    return Fleet(retold(fleet.state, *messages))
+
+
+def _gone(host: str) -> tuple[Cleared, Cleared]:
+    return Cleared(m.HostInventory, {"host": host}), Cleared(m.HostPresence, {"host": host})
+
+
 def _with_vm(fleet: Fleet, host: str, **changes: object) -> Fleet:
     inventory = fleet.inventories[host]
     vms = tuple(msgspec.structs.replace(vm, **changes) for vm in inventory.vms)
-    return fleet.with_inventory(msgspec.structs.replace(inventory, vms=vms))
+    return _told(fleet, msgspec.structs.replace(inventory, vms=vms))
 
 
 def test_a_whole_rollout_goes_domain_by_domain(story: Story) -> None:
@@ -258,7 +273,7 @@ def test_any_host_of_the_set_can_block_the_start_though_it_is_not_in_the_wave(
 ) -> None:
     story.announce().ready()
     blocked = msgspec.structs.replace(story.fleet.inventories["h2"], **change)
-    story.fleet = story.fleet.with_inventory(blocked)
+    story.fleet = _told(story.fleet, blocked)
     story.approve().give(Tick())
     assert story.wave_is("scheduled")
     assert words in story.wave.waiting_for
@@ -277,7 +292,7 @@ def test_a_host_of_the_set_whose_inventory_has_vanished_blocks_the_start(
     whole = story.fleet
     if stage == "scheduled":
         story.announce().ready()
-    story.fleet = whole.without_host(gone)
+    story.fleet = _told(whole, *_gone(gone))
     story.give(Tick(), 60)
     assert story.wave_is(stage)
     assert story.commands() == []
@@ -291,7 +306,7 @@ def test_a_host_outside_the_wave_whose_inventory_has_vanished_is_named_and_halts
     story: Story,
 ) -> None:
     story.announce().ready()
-    story.fleet = story.fleet.without_host("h2")
+    story.fleet = _told(story.fleet, *_gone("h2"))
     story.approve()
     assert story.wave.waiting_for == "h2 has not reported an inventory"
     story.give(Tick(), 20)
@@ -539,9 +554,53 @@ def test_a_missing_clock_verdict_is_asked_for_again_and_halts_in_the_end(story: 
     assert "no verdict on its clock" in story.rollout.reason
 
 
+@pytest.mark.parametrize("on_not_ready", ["halt", "proceed"])
+def test_an_answer_that_nobody_asked_for_stands_in_for_none_that_is_missing(
+    on_not_ready: str,
+    build: Callable[..., m.VmRecord],
+    host: Callable[..., m.HostInventory],
+    fleet: Callable[..., Fleet],
+    authority: Authority,
+) -> None:
+    """As many answers as there are agents are not the answers of all agents."""
+    without = build("w2", agent=False)
+    hosts = fleet(host("h1", build("w1"), without), host("h2", build("w3", domain=1)))
+    story = Story(hosts, authority, on_not_ready=on_not_ready)
+    story.announce().approve()
+    event = story.wave.events[0].event_id
+    story.give(m.VmReady(vm="w2", event_id=event, ready=True))
+    assert story.wave.readiness.keys() == {"w2"}
+    assert story.wave_is("scheduled")
+    story.give(m.VmReady(vm="w1", event_id=event, ready=True))
+    assert story.wave_is("started")
+
+
+def test_a_verdict_that_nobody_waits_for_stands_in_for_none_that_is_missing(
+    build: Callable[..., m.VmRecord],
+    host: Callable[..., m.HostInventory],
+    fleet: Callable[..., Fleet],
+    authority: Authority,
+) -> None:
+    without = build("w2", agent=False)
+    story = Story(fleet(host("h1", build("w1"), without), host("h2", build("w3", domain=1))), authority)
+    story.started().report()
+    operation = story.wave.operations[0].operation
+
+    def verdict(vm: str) -> m.VmClockSynced:
+        return m.VmClockSynced(
+            vm=vm, host="h1", set="web", update_domain=0, operation=operation, synced=True, by="agent", at=T0
+        )
+
+    story.give(verdict("w2"))
+    assert story.wave.clocks.keys() == {"w2"}
+    assert story.wave_is("verifying")
+    story.give(verdict("w1"))
+    assert story.rollout.waves[0].status == "completed"
+
+
 def test_a_silent_agent_after_the_resume_halts(story: Story) -> None:
     story.started().report()
-    story.fleet = story.fleet.with_agent("w1", online=False)
+    story.fleet = _told(story.fleet, _AGENT_GONE)
     story.clocks().give(Tick(), 20)
     assert "its agent is offline" in story.rollout.reason
 
@@ -906,11 +965,9 @@ def test_a_coordinator_that_returns_commands_no_freeze_while_another_ones_pause_
     assert story.give(Tick()).commands() == [], "no host has acknowledged the new epoch"
     acknowledged = whole
     for inventory in whole.inventories.values():
-        acknowledged = acknowledged.with_inventory(
-            msgspec.structs.replace(inventory, epoch=3, coordinator="c2")
-        )
+        acknowledged = _told(acknowledged, msgspec.structs.replace(inventory, epoch=3, coordinator="c2"))
     h2 = acknowledged.inventories["h2"]
-    story.fleet = acknowledged.with_inventory(msgspec.structs.replace(h2, operation="another's"))
+    story.fleet = _told(acknowledged, msgspec.structs.replace(h2, operation="another's"))
     assert story.give(Tick()).commands() == []
     assert "busy with operation another's" in story.wave.waiting_for
     story.fleet = _with_vm(acknowledged, "h2", state="paused")
@@ -926,11 +983,9 @@ def test_a_coordinator_that_returns_commands_no_freeze_while_a_host_of_the_set_h
     story.rollout = after_restart(story.rollout, story.now)
     story.authority = Authority(coordinator="c2", epoch=3)
     for inventory in story.fleet.inventories.values():
-        story.fleet = story.fleet.with_inventory(
-            msgspec.structs.replace(inventory, epoch=3, coordinator="c2")
-        )
+        story.fleet = _told(story.fleet, msgspec.structs.replace(inventory, epoch=3, coordinator="c2"))
     whole = story.fleet
-    story.fleet = whole.without_host("h2")
+    story.fleet = _told(whole, *_gone("h2"))
     assert story.give(Tick()).commands() == []
     assert story.wave.waiting_for == "h2 has not reported an inventory"
     story.fleet = whole
@@ -943,14 +998,12 @@ def test_a_coordinator_that_returns_goes_on_with_its_own_pause(story: Story) -> 
     story.rollout = after_restart(story.rollout, story.now)
     story.authority = Authority(coordinator="c2", epoch=2)
     for inventory in story.fleet.inventories.values():
-        story.fleet = story.fleet.with_inventory(
-            msgspec.structs.replace(inventory, epoch=2, coordinator="c2")
-        )
+        story.fleet = _told(story.fleet, msgspec.structs.replace(inventory, epoch=2, coordinator="c2"))
     h1 = story.fleet.inventories["h1"]
     paused = (msgspec.structs.replace(h1.vms[0], state="paused"),)
-    story.fleet = story.fleet.with_inventory(msgspec.structs.replace(h1, operation=mine, vms=paused))
+    story.fleet = _told(story.fleet, msgspec.structs.replace(h1, operation=mine, vms=paused))
     assert story.give(Tick()).commands() == ["StartOperation"]
-    story.fleet = story.fleet.with_inventory(msgspec.structs.replace(h1, operation="", vms=paused))
+    story.fleet = _told(story.fleet, msgspec.structs.replace(h1, operation="", vms=paused))
     story.rollout = after_restart(story.rollout, story.now)
     story.authority = Authority(coordinator="c3", epoch=3)
     assert story.give(Tick()).commands() == []
@@ -965,7 +1018,7 @@ def test_an_abort_needs_no_fence(story: Story) -> None:
 
 def test_a_gate_that_opened_again_is_waited_for_anew(two_hosts: Fleet, authority: Authority) -> None:
     story = Story(two_hosts, authority, soak_s=1000.0).started().report().clocks()
-    ill = two_hosts.with_agent("w1", online=False)
+    ill = _told(two_hosts, _AGENT_GONE)
     for _ in range(3):
         story.fleet = ill
         story.give(Tick(), 15)
@@ -990,7 +1043,7 @@ def test_agents_may_say_again_what_a_coordinator_that_was_away_did_not_hear(stor
 
 
 def test_agents_that_are_on_their_way_back_after_an_outage_of_the_broker_are_waited_for(story: Story) -> None:
-    story.fleet = story.fleet.with_return(T0 + timedelta(seconds=90))
+    story.fleet = story.fleet.with_reconnect_grace(T0 + timedelta(seconds=90))
     story.announce().approve().give(Tick(), 60)
     assert story.wave_is("scheduled"), "NotBefore has come, and nobody has answered"
     story.give(Tick(), 30)

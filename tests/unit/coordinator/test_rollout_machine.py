@@ -20,6 +20,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from caesura.contract import messages as m
 from caesura.contract.envelope import Message
+from caesura.fleet.fold import apply
+from caesura.fleet.state import FleetState
 from caesura.lifecycle.commands import COMMANDS
 from caesura.lifecycle.document import version_of
 from caesura.lifecycle.errors import IllegalTransition
@@ -207,13 +209,14 @@ class Fleetwide(RuleBasedStateMachine):
 
     @property
     def fleet(self) -> Fleet:
-        fleet = Fleet()
+        state = FleetState()
         for host in self.hosts.values():
             if host.shown:
-                fleet = fleet.with_inventory(host.inventory()).with_host(host.name, online=host.online)
+                apply(state, host.inventory(), 0.0)
+                apply(state, m.HostPresence(host=host.name, online=host.online, instance="i"), 0.0)
             for vm in host.vms:
-                fleet = fleet.with_agent(vm, online=True)
-        return fleet
+                apply(state, m.AgentPresence(vm=vm, online=True, boot_id="b"), 0.0)
+        return Fleet(state)
 
     @property
     def active(self) -> list[Rollout]:

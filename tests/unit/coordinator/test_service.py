@@ -159,7 +159,7 @@ async def test_agents_get_time_to_come_back_when_the_broker_was_away_and_not_bef
         await eventually(lambda: made.leads)
 
         def left_s() -> float:
-            until = made.fleet.returning_until
+            until = made.fleet.grace_until
             return (until - datetime.now(UTC)).total_seconds() if until else 0.0
 
         assert left_s() == 0
@@ -177,7 +177,7 @@ async def test_a_host_whose_inventory_is_removed_is_forgotten_unless_it_is_on_th
 
         def why_not() -> list[Reason]:
             known = made.authority
-            return fence_blockers(made.fleet, ["web"], [], epoch=known.epoch, coordinator=known.coordinator)
+            return fence_blockers(made.fleet, ["web"], epoch=known.epoch, coordinator=known.coordinator)
 
         await world.post.send(m.HostPresence(host="h2", online=False, instance="i"), host="h2")
         await eventually(lambda: any(why.text == "h2 is offline" for why in why_not()))
@@ -221,7 +221,7 @@ async def test_an_epoch_that_nobody_can_have_claimed_sends_no_coordinator_away(
         await world.post.send(host("h3", build("w3")), host="h3")
         await eventually(lambda: "h3" in made.fleet.inventories)
         assert made.leads
-        why = fence_blockers(made.fleet, ["web"], [], epoch=2, coordinator=made.authority.coordinator)
+        why = fence_blockers(made.fleet, ["web"], epoch=2, coordinator=made.authority.coordinator)
         assert any(
             each.text.startswith("h2 has not acknowledged epoch 2: it obeys epoch 9007") for each in why
         )
@@ -239,7 +239,7 @@ async def test_the_word_of_a_host_is_no_claim_but_the_next_claim_is_above_it(
         await eventually(lambda: made.fleet.inventories["h1"].epoch == 3)
         assert made.leads
         assert not any(task.done() for task in made.running)  # type: ignore[attr-defined]
-        (why,) = fence_blockers(made.fleet, ["web"], [], epoch=2, coordinator=made.authority.coordinator)
+        (why,) = fence_blockers(made.fleet, ["web"], epoch=2, coordinator=made.authority.coordinator)
         assert "h1 has not acknowledged epoch 2: it obeys epoch 3 of x" in why.text
         assert why.code == "epoch_refused"
         # With a store that was lost, the host would obey nobody that begins below it.
@@ -514,7 +514,7 @@ async def test_a_rollout_that_could_not_be_stored_does_not_run(
         monkeypatch.setattr(one.store, "save_answer", _full)
         await world.post.send(_request("q"), client="ops")
         await world.post.send(m.AgentPresence(vm="w1", online=True, boot_id="b"), vm="w1")
-        await eventually(lambda: one.fleet.agents_online.get("w1", False))
+        await eventually(lambda: one.state.agents_online.get("w1", False))
         assert not one.book.rollouts
         monkeypatch.undo()
         assert (await world.ask(_request("q"))).accepted

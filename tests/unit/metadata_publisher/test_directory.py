@@ -8,7 +8,8 @@ from collections.abc import Callable
 from hypothesis import given
 from hypothesis import strategies as st
 
-from caesura.contract.messages import HostInventory, SetDocument, VmRecord
+from caesura.contract.messages import HostInventory, SetDocument, VmOwner, VmRecord
+from caesura.fleet.words import Cleared
 from caesura_metadata_publisher.directory import Directory
 
 
@@ -21,6 +22,10 @@ def document(incarnation: int) -> SetDocument:
     return SetDocument(set="web", incarnation=incarnation, events=())
 
 
+def owned(directory: Directory, vm: str, host: str) -> None:
+    directory.take(VmOwner(vm=vm, host=host, epoch=1), 0.0)
+
+
 def places(directory: Directory, vm: str) -> tuple[str, str] | None:
     """Host and set of a VM."""
     placed = directory.vm(vm)
@@ -28,10 +33,10 @@ def places(directory: Directory, vm: str) -> tuple[str, str] | None:
 
 
 def test_a_vm_is_where_the_record_says_in_whatever_order_inventories_come() -> None:
-    steps: list[Callable[[Directory], None]] = [
-        lambda it: it.take_owner("web-1", "host-1"),
-        lambda it: it.take_inventory(inventory("host-1", "web-1", "web-2")),
-        lambda it: it.take_inventory(inventory("host-2", "web-1", set_name="mine")),
+    steps: list[Callable[[Directory], object]] = [
+        lambda it: owned(it, "web-1", "host-1"),
+        lambda it: it.take(inventory("host-1", "web-1", "web-2"), 0.0),
+        lambda it: it.take(inventory("host-2", "web-1", set_name="mine"), 0.0),
     ]
     for order in itertools.permutations(steps):
         directory = Directory()
@@ -39,28 +44,28 @@ def test_a_vm_is_where_the_record_says_in_whatever_order_inventories_come() -> N
             step(directory)
         assert places(directory, "web-1") == ("host-1", "web")
         assert directory.foreign_hosts("web-1") == ("host-2",)
-        directory.take_owner("web-1", "host-2")
+        owned(directory, "web-1", "host-2")
         assert places(directory, "web-1") == ("host-2", "mine")
 
 
 def test_without_a_record_a_vm_of_two_hosts_is_nowhere() -> None:
     directory = Directory()
-    directory.take_inventory(inventory("host-1", "web-1"))
+    directory.take(inventory("host-1", "web-1"), 0.0)
     assert places(directory, "web-1") == ("host-1", "web")
-    directory.take_inventory(inventory("host-2", "web-1", set_name="mine"))
+    directory.take(inventory("host-2", "web-1", set_name="mine"), 0.0)
     assert directory.vm("web-1") is None
-    directory.forget_host("host-2")
+    directory.take(Cleared(HostInventory, {"host": "host-2"}), 0.0)
     assert places(directory, "web-1") == ("host-1", "web")
-    directory.take_owner("web-1", "")
+    owned(directory, "web-1", "")
     assert directory.vm("web-1") is None
-    directory.take_owner("web-1", None)
+    directory.take(Cleared(VmOwner, {"vm": "web-1"}), 0.0)
     assert places(directory, "web-1") == ("host-1", "web")
 
 
 def test_a_vm_that_its_host_no_longer_has_is_gone() -> None:
     directory = Directory()
-    directory.take_inventory(inventory("host-1", "web-1"))
-    directory.take_inventory(inventory("host-1"))
+    directory.take(inventory("host-1", "web-1"), 0.0)
+    directory.take(inventory("host-1"), 0.0)
     assert directory.vm("web-1") is None
 
 
@@ -69,9 +74,16 @@ def test_what_was_shown_never_goes_back(incarnations: list[int]) -> None:
     directory = Directory()
     shown = -1
     for incarnation in incarnations:
-        kept = directory.take_document(document(incarnation))
+        kept = directory.take(document(incarnation), 0.0).word
         now = directory.document("web")
         assert now is not None
         assert now.incarnation == max(shown, incarnation)
         assert kept == (incarnation > shown)
         shown = now.incarnation
+
+
+def test_a_document_that_was_cleared_is_still_shown() -> None:
+    directory = Directory()
+    directory.take(document(3), 0.0)
+    directory.take(Cleared(SetDocument, {"set": "web"}), 0.0)
+    assert directory.document("web") == document(3)

@@ -9,15 +9,15 @@ from uuid import UUID
 import pytest
 
 from caesura.contract.messages import VmRecord
-from caesura_metadata_publisher.directory import Placed
+from caesura.fleet.state import LocatedVm
 from caesura_metadata_publisher.instance import Place, answer_instance, instance_tree, vm_id
 from caesura_metadata_publisher.versions import INSTANCE_VERSIONS
 
-WEB = Placed(VmRecord(vm="web-1", set="web", update_domain=2, fault_domain=1, state="running"), "host-7")
-LONE = Placed(VmRecord(vm="db", set="_db", update_domain=0, state="running"), "host-7")
+WEB = LocatedVm("host-7", VmRecord(vm="web-1", set="web", update_domain=2, fault_domain=1, state="running"))
+LONE = LocatedVm("host-7", VmRecord(vm="db", set="_db", update_domain=0, state="running"))
 
 
-def whole(placed: Placed = WEB, version: str = "2021-02-01") -> dict[str, Any]:
+def whole(placed: LocatedVm = WEB, version: str = "2021-02-01") -> dict[str, Any]:
     answer = answer_instance(instance_tree(placed, version, Place(), "10.0.0.4"), (), "json")
     assert answer.status == 200
     decoded = json.loads(answer.body)

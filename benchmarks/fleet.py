@@ -1,0 +1,520 @@
+"""What a rollout over a large fleet costs its coordinator: ``python benchmarks/fleet.py``. See --help.
+
+The real coordinator, with its store on a disk, leads scripted hosts and agents over the bus in memory: every host is a client
+of its own that acknowledges the epoch, pauses its VMs at once and reports; agents answer each event, workloads approve it. No
+VM and no broker is there, so what is measured is what the suite's own decisions and messages cost. All of it is one process on one
+event loop; the coordinator's part is told apart by its tasks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextvars
+import cProfile
+import gc
+import json
+import logging
+import pstats
+import sys
+import tempfile
+import time
+from collections.abc import Coroutine, Generator, Iterable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import structlog
+from storms import Storms
+
+from caesura.bus.memory import MemoryBroker, MemoryBus
+from caesura.bus.post import Post
+from caesura.contract import messages as m
+from caesura.contract.codec import Received
+from caesura.contract.topics import channel_of
+from caesura_coordinator.service import Coordinator, subscriptions
+from caesura_coordinator.store import Store
+
+_PER_HOST = 10
+_RATIO_MOST = 1.5
+_VERDICT_MOST_MS = 100.0
+_PATIENCE_S = 900.0
+_UPDATE = m.UpdateRecord(
+    update="bench", version="1", impact="pause", scope="host", expected_s=2.0, timeout_s=9.0
+)
+_of_coordinator: contextvars.ContextVar[Steps | None] = contextvars.ContextVar("steps", default=None)
+
+
+class Steps:
+    """How long the tasks of one service hold the event loop."""
+
+    def __init__(self) -> None:
+        self.total_s = 0.0
+        self.longest_s = 0.0
+        self.longest_cpu_s = 0.0
+
+    def took(self, seconds: float, cpu_s: float) -> None:
+        """One step of a task, from one await that waits to the next: how long it was, and its processor time."""
+        self.total_s += cpu_s
+        self.longest_s = max(self.longest_s, seconds)
+        self.longest_cpu_s = max(self.longest_cpu_s, cpu_s)
+
+
+class Timed:
+    """A coroutine whose steps are timed."""
+
+    def __init__(self, inner: Coroutine[Any, Any, Any], steps: Steps) -> None:
+        self._inner = inner
+        self._steps = steps
+
+    def __await__(self) -> Generator[Any, Any, Any]:
+        send, value = self._inner.send, None
+        while True:
+            began, began_cpu = time.perf_counter(), time.thread_time()
+            try:
+                waited = send(value)
+            except StopIteration as end:
+                return end.value
+            finally:
+                self._steps.took(time.perf_counter() - began, time.thread_time() - began_cpu)
+            try:
+                value = yield waited
+                send = self._inner.send
+            except BaseException as error:  # noqa: BLE001 - it is the inner one's to handle
+                send, value = self._inner.throw, error
+
+
+def timed_tasks(
+    loop: asyncio.AbstractEventLoop, coro: Coroutine[Any, Any, Any], **options: Any
+) -> asyncio.Task[Any]:
+    """A task factory: tasks that the coordinator starts, and those that they start, are timed."""
+    steps = _of_coordinator.get()
+    if steps is None:
+        return asyncio.Task(coro, loop=loop, **options)
+
+    async def run() -> Any:
+        return await Timed(coro, steps)
+
+    return asyncio.Task(run(), loop=loop, **options)
+
+
+class Host:
+    """One host that obeys at once: a client of its own."""
+
+    def __init__(
+        self, world: World, name: str, records: tuple[m.VmRecord, ...], places: dict[str, int]
+    ) -> None:
+        start, abort = channel_of(m.StartOperation), channel_of(m.AbortOperation)
+        filters = [
+            start.filter(host=name),
+            abort.filter(host=name),
+            channel_of(m.CoordinatorPresence).filter(),
+        ]
+        self.world = world
+        self.name = name
+        self.records = records
+        self.places = places
+        self.bus = MemoryBus(world.broker, client_id=name, filters=filters)
+        self.post = Post(self.bus, f"/caesura/bench/host/{name}")
+        self.post.on(m.CoordinatorPresence, self._epoch)
+        self.post.on(m.StartOperation, self._start)
+        self.epoch, self.coordinator = 1, "none"
+        self.done: set[str] = set()
+
+    def inventory(self, operation: str = "") -> m.HostInventory:
+        """What it says it has."""
+        records = self.records
+        if operation:
+            records = tuple(
+                m.VmRecord(
+                    **{**{name: getattr(each, name) for name in each.__struct_fields__}, "state": "paused"}
+                )
+                for each in records
+            )
+        return m.HostInventory(
+            host=self.name,
+            driver="process",
+            epoch=self.epoch,
+            coordinator=self.coordinator,
+            vms=records,
+            updates=(_UPDATE,),
+            operation=operation,
+            guard="ready",
+        )
+
+    async def report_in(self) -> None:
+        """Be on the bus."""
+        await self.post.send(m.HostPresence(host=self.name, online=True, instance="i"), host=self.name)
+        await self.post.send(self.inventory(), host=self.name)
+
+    async def _epoch(self, claimed: m.CoordinatorPresence, _: Received) -> None:
+        if claimed.online and claimed.epoch > self.epoch:
+            self.epoch, self.coordinator = claimed.epoch, claimed.coordinator
+            await self.post.send(self.inventory(), host=self.name)
+
+    async def _start(self, command: m.StartOperation, _: Received) -> None:
+        if command.operation in self.done:
+            return
+        self.done.add(command.operation)
+        await self._report(command, "accepted")
+        await self.post.send(self.inventory(command.operation), host=self.name)
+        for each in command.targets:
+            where = {"host": self.name, "set": each.set, "ud": each.update_domain, "vm": each.vm}
+            frozen = m.VmFrozen(
+                **self._named(each, command), method="freeze", budget_s=command.budget_s, at=datetime.now(UTC)
+            )
+            await self.post.send(frozen, **where)
+        for each in command.targets:
+            where = {"host": self.name, "set": each.set, "ud": each.update_domain, "vm": each.vm}
+            resumed = m.VmResumed(
+                **self._named(each, command),
+                method="freeze",
+                budget_s=command.budget_s,
+                pause_s=2.0,
+                within_budget=True,
+                resumed_by="updater",
+                at=datetime.now(UTC),
+            )
+            await self.post.send(resumed, **where)
+        await self.post.send(self.inventory(), host=self.name)
+        for each in command.targets:
+            where = {"host": self.name, "set": each.set, "ud": each.update_domain, "vm": each.vm}
+            clock = m.VmClockSynced(
+                vm=each.vm,
+                host=self.name,
+                set=each.set,
+                update_domain=each.update_domain,
+                operation=command.operation,
+                synced=True,
+                by="agent",
+                error_before_s=-2.0,
+                error_after_s=0.0003,
+                memory=m.MemoryProof(proof="heartbeat", ok=True, held=("not_rebooted", "canary_equal")),
+                at=datetime.now(UTC),
+            )
+            await self.post.send(clock, **where)
+        await self.world.before_last_report(command)
+        await self._report(command, "completed")
+
+    def _named(self, target: m.OperationTarget, command: m.StartOperation) -> dict[str, Any]:
+        return {
+            "vm": target.vm,
+            "host": self.name,
+            "set": target.set,
+            "update_domain": target.update_domain,
+            "operation": command.operation,
+        }
+
+    async def _report(self, command: m.StartOperation, status: Any) -> None:
+        results: tuple[m.VmResult, ...] = ()
+        if status == "completed":
+            memory = m.MemoryProof(proof="digest", ok=True, held=("digest_equal", "not_rebooted"))
+            results = tuple(
+                m.VmResult(
+                    vm=each.vm,
+                    set=each.set,
+                    update_domain=each.update_domain,
+                    state="running",
+                    frozen=True,
+                    pause_s=2.0,
+                    resumed_by="updater",
+                    memory=memory,
+                )
+                for each in command.targets
+            )
+        report = m.OperationReported(
+            operation=command.operation,
+            host=self.name,
+            epoch=self.epoch,
+            rollout=command.rollout,
+            wave=command.wave,
+            status=status,
+            vms=results,
+            update=m.UpdateOutcome(update="bench", outcome="succeeded", seconds=2.0) if results else None,
+            at=datetime.now(UTC),
+        )
+        await self.post.send(report, host=self.name)
+        if results:
+            self.world.last_report(command)
+
+
+class World:
+    """The fleet on one broker, and one rollout over all of it."""
+
+    def __init__(self, vms: int, sets: int, domains: int, hosts: int, folder: Path, *, patient: bool) -> None:
+        layout = Storms(vms, sets, domains, hosts)
+        self.vms = vms
+        self.folder = folder
+        self.broker = MemoryBroker()
+        self.patient = patient
+        """Whether the last host of a wave reports only when the coordinator has taken in all that the others said."""
+        self.steps = Steps()
+        self.verdicts_s: list[float] = []
+        self.waves_seen = 0
+        self.halted = ""
+        self._hosts_of_wave: dict[int, int] = {}
+        self._to_report: dict[int, int] = {}
+        self._waiting: dict[int, int] = {}
+        self._last_report: dict[int, float] = {}
+        self.over = asyncio.Event()
+        self.planned = asyncio.Event()
+        of_host: dict[str, list[m.VmRecord]] = {}
+        for vm, group, domain, host in layout.vms:
+            record = m.VmRecord(
+                vm=vm,
+                set=group,
+                update_domain=domain,
+                state="running",
+                methods=("live", "freeze"),
+                clock="simulated",
+                proofs={"freeze": ("digest_equal", "not_rebooted")},
+            )
+            of_host.setdefault(host, []).append(record)
+            self._hosts_of_wave.setdefault(domain, 0)
+        for host in of_host:
+            self._hosts_of_wave[int(host.split("-")[1])] += 1
+        self._to_report = dict(self._hosts_of_wave)
+        self._waiting = dict(self._hosts_of_wave)
+        self.hosts = [Host(self, name, tuple(records), {}) for name, records in of_host.items()]
+        kinds = (m.SetDocument, m.WaveChanged, m.RequestAnswered)
+        self.bus = MemoryBus(
+            self.broker, client_id="guests", filters=[channel_of(each).filter() for each in kinds]
+        )
+        self.post = Post(self.bus, "/caesura/bench/guests")
+        self.post.on(m.SetDocument, self._document)
+        self.post.on(m.WaveChanged, self._wave)
+        self.post.on(m.RequestAnswered, self._answer)
+        self._seen: set[str] = set()
+        self.coordinator: Coordinator | None = None
+        self.messages = 0
+
+    # -- what guests and workloads do --
+
+    async def _document(self, document: m.SetDocument, _: Received) -> None:
+        for event in document.events:
+            if event.status == "scheduled" and event.event_id not in self._seen:
+                self._seen.add(event.event_id)
+                for vm in event.resources:
+                    await self.post.send(m.VmReady(vm=vm, event_id=event.event_id, ready=True), vm=vm)
+                first = event.resources[0]
+                approved = m.VmApproved(
+                    event_id=event.event_id, set=document.set, vm=first, at=datetime.now(UTC)
+                )
+                await self.post.send(approved, instance="bench", vm=first)
+
+    async def _wave(self, changed: m.WaveChanged, _: Received) -> None:
+        if changed.status == "soaking":
+            self.verdicts_s.append(time.perf_counter() - self._last_report[changed.wave])
+        elif changed.status in {"failed", "cancelled"}:
+            self.halted = changed.reason
+            self.over.set()
+        elif changed.status == "completed":
+            self.waves_seen += 1
+            if self.waves_seen == len(self._hosts_of_wave):
+                self.over.set()
+
+    async def _answer(self, answer: m.RequestAnswered, _: Received) -> None:
+        if not answer.accepted:
+            self.halted = answer.reason
+            self.over.set()
+        self.planned.set()
+
+    # -- the end of a wave --
+
+    async def before_last_report(self, command: m.StartOperation) -> None:
+        """The last host of a wave waits until the others' words are taken in, if that is to be measured."""
+        self._waiting[command.wave] -= 1
+        if self._waiting[command.wave] or not self.patient or self.coordinator is None:
+            return
+        quiet = 0
+        while quiet < 3:
+            await asyncio.sleep(0.05)
+            idle = not self.coordinator.bus.stats.backlog and not self.coordinator.waiting()
+            quiet = quiet + 1 if idle else 0
+
+    def last_report(self, command: m.StartOperation) -> None:
+        """A host has said how its operation ended."""
+        self._to_report[command.wave] -= 1
+        if not self._to_report[command.wave]:
+            self._last_report[command.wave] = time.perf_counter()
+
+    # -- the run --
+
+    async def run(self, profile: cProfile.Profile | None) -> dict[str, float]:
+        """One rollout over everything; the figures."""
+        tasks = [asyncio.ensure_future(self.bus.run(self.post.deliver))]
+        tasks += [asyncio.ensure_future(host.bus.run(host.post.deliver)) for host in self.hosts]
+        await asyncio.gather(*(host.bus.wait_connected(60) for host in self.hosts))
+        await self.bus.wait_connected(60)
+        for host in self.hosts:
+            await host.report_in()
+            for each in host.records:
+                await self.post.send(m.AgentPresence(vm=each.vm, online=True, boot_id="b"), vm=each.vm)
+        store = Store(str(self.folder / "coordinator.sqlite"))
+        bus = MemoryBus(self.broker, client_id="c", filters=subscriptions(), clean=False)
+        loop = asyncio.get_running_loop()
+        loop.set_task_factory(timed_tasks)
+        token = _of_coordinator.set(self.steps)
+        made = self.coordinator = Coordinator(bus, store, instance="c", settle_s=0.2)
+        tasks += [asyncio.ensure_future(start()) for start in made.tasks().values()]
+        _of_coordinator.reset(token)
+        began_s = time.process_time()
+        try:
+            await self._until_acknowledged(made)
+            start_s = time.process_time() - began_s
+            self.steps.total_s = self.steps.longest_s = self.steps.longest_cpu_s = 0.0
+            received = made.bus.stats.received
+            gc.collect()
+            began_s, began = time.process_time(), time.perf_counter()
+            if profile is not None:
+                profile.enable()
+            request = m.RolloutRequested(
+                request="q", update="bench", policy=m.Policy(notice_s=900.0, verify_timeout_s=600.0)
+            )
+            await self.post.send(request, client="bench")
+            await self.planned.wait()
+            plan_s = time.perf_counter() - began
+            async with asyncio.timeout(_PATIENCE_S):
+                await self.over.wait()
+            if profile is not None:
+                profile.disable()
+            cpu_s, wall_s = time.process_time() - began_s, time.perf_counter() - began
+            if self.halted:
+                raise SystemExit(f"fleet: the rollout did not complete: {self.halted}")
+            received = made.bus.stats.received - received
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            store.database.close()
+        return {
+            "vms": self.vms,
+            "hosts": len(self.hosts),
+            "waves": len(self._hosts_of_wave),
+            "start_s": start_s,
+            "plan_s": plan_s,
+            "rollout_s": wall_s,
+            "cpu_s": cpu_s,
+            "cpu_per_vm_ms": cpu_s / self.vms * 1000,
+            "coordinator_per_vm_ms": self.steps.total_s / self.vms * 1000,
+            "coordinator_messages": received,
+            "longest_step_ms": self.steps.longest_s * 1000,
+            "longest_step_cpu_ms": self.steps.longest_cpu_s * 1000,
+            "verdict_ms": max(self.verdicts_s) * 1000,
+        }
+
+    async def _until_acknowledged(self, made: Coordinator) -> None:
+        async with asyncio.timeout(_PATIENCE_S):
+            while not made.leads or made.bus.stats.backlog or made.waiting():  # noqa: ASYNC110
+                await asyncio.sleep(0.05)
+            while any(host.epoch != made.authority.epoch for host in self.hosts):  # noqa: ASYNC110
+                await asyncio.sleep(0.05)
+            while made.bus.stats.backlog or made.waiting():  # noqa: ASYNC110
+                await asyncio.sleep(0.05)
+
+
+def measure(
+    vms: int, sets: int, domains: int, hosts: int, *, patient: bool, profile: bool = False
+) -> dict[str, float]:
+    """One fleet and one rollout, in a store of its own."""
+    recorded = cProfile.Profile() if profile else None
+    with tempfile.TemporaryDirectory(prefix="caesura-bench-") as folder:
+
+        async def run() -> dict[str, float]:
+            world = World(vms, sets, domains, hosts, Path(folder), patient=patient)
+            return await world.run(recorded)
+
+        figures = asyncio.run(run())
+    if recorded is not None:
+        pstats.Stats(recorded, stream=sys.stderr).sort_stats("tottime").print_stats(45)
+    gc.collect()
+    return {name: round(value, 4) for name, value in figures.items()}
+
+
+def _arguments(words: Iterable[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="""targets:
+  processor time of a VM of a rollout at most 1.5 times that of the smallest fleet; at most 100 ms from the last report of a
+  wave of 1,000 VMs, everything before it taken in, to its verdict on the bus
+
+examples:
+  python benchmarks/fleet.py
+  python benchmarks/fleet.py --vms 500 --vms 2000 --json
+  python benchmarks/fleet.py --vms 2000 --no-verdict --profile
+
+exit codes: 0 all targets were met, 1 one was missed, 2 bad usage""",
+    )
+    parser.add_argument(
+        "--vms",
+        type=int,
+        action="append",
+        help="VMs of a fleet; several times for several (500, 2000, 10000)",
+    )
+    parser.add_argument("--domains", type=int, default=20, help="update domains, so waves (%(default)s)")
+    parser.add_argument("--per-set", type=int, default=200, help="VMs of a set (%(default)s)")
+    parser.add_argument(
+        "--wave", type=int, default=1000, help="VMs of the waves whose verdict is timed (%(default)s)"
+    )
+    parser.add_argument("--no-verdict", action="store_true", help="do not time the verdict")
+    parser.add_argument(
+        "--profile", action="store_true", help="print where the time goes; times are larger then"
+    )
+    parser.add_argument("--json", action="store_true", help="print the figures as JSON")
+    return parser.parse_args(list(words) if words is not None else None)
+
+
+def main() -> int:
+    """Entry point."""
+    options = _arguments()
+    logging.disable(logging.WARNING)
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.ERROR))
+    fleets = []
+    for vms in options.vms or [500, 2000, 10_000]:
+        hosts = -(-vms // options.domains // _PER_HOST) * options.domains
+        sets = max(1, vms // options.per_set)
+        figures = measure(vms, sets, options.domains, hosts, patient=False, profile=options.profile)
+        fleets.append(figures)
+        if not options.json:
+            _print(figures)
+    told: dict[str, Any] = {"fleets": fleets}
+    smallest, largest = fleets[0], fleets[-1]
+    told["ratio"] = round(largest["cpu_per_vm_ms"] / smallest["cpu_per_vm_ms"], 3)
+    missed = told["ratio"] > _RATIO_MOST
+    if not options.no_verdict:
+        waves = 4
+        vms = options.wave * waves
+        hosts = -(-options.wave // _PER_HOST) * waves
+        verdict = measure(vms, max(1, vms // options.per_set), waves, hosts, patient=True)
+        told["verdict"] = verdict
+        missed = missed or verdict["verdict_ms"] > _VERDICT_MOST_MS
+    if options.json:
+        print(json.dumps(told, indent=2))
+    else:
+        print(
+            f"\nprocessor time of a VM, {largest['vms']:,.0f} against {smallest['vms']:,.0f}: {told['ratio']:.2f} x (at most {_RATIO_MOST})"
+        )
+        if not options.no_verdict:
+            print(
+                f"last report of a wave of {options.wave} VMs to its verdict: {told['verdict']['verdict_ms']:.0f} ms at most, "
+                f"of {told['verdict']['waves']:.0f} waves (at most {_VERDICT_MOST_MS:.0f} ms); "
+                f"longest step of the coordinator there {told['verdict']['longest_step_ms']:.0f} ms"
+            )
+    return int(missed)
+
+
+def _print(figures: dict[str, float]) -> None:
+    print(
+        f"{figures['vms']:>6,.0f} VMs on {figures['hosts']:,.0f} hosts, {figures['waves']:.0f} waves: "
+        f"{figures['cpu_s']:.1f} s of processor time, {figures['cpu_per_vm_ms']:.2f} ms a VM "
+        f"({figures['coordinator_per_vm_ms']:.2f} ms in the coordinator), longest step {figures['longest_step_ms']:.0f} ms "
+        f"({figures['longest_step_cpu_ms']:.0f} ms of processor time), "
+        f"plan {figures['plan_s'] * 1000:.0f} ms, verdict {figures['verdict_ms']:.0f} ms in the storm, "
+        f"{figures['coordinator_messages']:,.0f} messages, start {figures['start_s']:.1f} s",
+        flush=True,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

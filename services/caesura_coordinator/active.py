@@ -1,0 +1,57 @@
+"""Which rollout a set, an event or an operation belongs to, so that a message goes to its own rollout only. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+
+from caesura_coordinator.records import Rollout, Wave
+
+
+class ActiveRollouts:
+    """The rollouts that hold their sets, the oldest first, and what they can be found by."""
+
+    def __init__(self) -> None:
+        self.active: dict[str, None] = {}
+        self.of_set: dict[str, str] = {}
+        self.of_event: dict[str, str] = {}
+        """Id of an event, in lower case, to the rollout."""
+        self.of_operation: dict[str, str] = {}
+        self._seen: dict[str, dict[int, tuple[Hashable, ...]]] = {}
+        """Rollout to its waves and what of them was indexed last."""
+
+    def put(self, rollout: Rollout) -> None:
+        """A rollout is new, or has changed."""
+        if not rollout.active:
+            self.forget(rollout)
+            return
+        seen = self._seen.get(rollout.id)
+        if seen is None:
+            self.active[rollout.id] = None
+            self.of_set |= dict.fromkeys(rollout.sets, rollout.id)
+            self._seen[rollout.id] = {}
+            for wave in rollout.waves:
+                self._put_wave(rollout.id, wave)
+        else:
+            current = rollout.current
+            if current is not None:
+                self._put_wave(rollout.id, current)
+
+    def forget(self, rollout: Rollout) -> None:
+        """A rollout is at its end."""
+        if rollout.id not in self._seen:
+            return
+        del self._seen[rollout.id], self.active[rollout.id]
+        for index in (self.of_set, self.of_event, self.of_operation):
+            for name in [name for name, holder in index.items() if holder == rollout.id]:
+                del index[name]
+
+    def _put_wave(self, name: str, wave: Wave) -> None:
+        # Events and operations are made whole, when a wave is scheduled or started.
+        events = (wave.events[0].event_id, len(wave.events)) if wave.events else ()
+        operations = (wave.operations[0].operation, len(wave.operations)) if wave.operations else ()
+        made = wave.attempt, events, operations
+        if self._seen[name].get(wave.index) == made:
+            return
+        self._seen[name][wave.index] = made
+        self.of_event |= {each.event_id.lower(): name for each in wave.events}
+        self.of_operation |= {each.operation: name for each in (*wave.done, *wave.operations)}

@@ -1,0 +1,144 @@
+"""One message into the fleet's state: ``apply(state, message, now_s) -> (state, changes)``. Pure.
+
+Every service that folds the bus folds it here, so these are decided once:
+
+- *A fact may come before its inventory.* What is retained arrives in any order. Presences, agents, records and documents are kept by
+  name, and count as soon as the inventory comes that they are about.
+- *A cleared topic* takes back what stood on it and nothing else: a host without an inventory has no VMs, but what it has on record
+  stays its own; one without a presence is not on the bus.
+- *An older epoch, a lower incarnation* changes nothing (``words``). The last will of a coordinator has no epoch: it was made before
+  one was claimed, and says of the one that leads that it is gone.
+
+A message costs in its own size: an inventory in its VMs, a presence in the sets of that one host, everything else nothing but itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import msgspec
+
+from caesura.contract import messages as m
+from caesura.contract.envelope import Message
+from caesura.fleet.state import FleetState
+from caesura.fleet.words import Cleared
+
+
+class Changes(msgspec.Struct, frozen=True, kw_only=True):
+    """What a message changed: names to look at again, nothing that did not change."""
+
+    word: bool = False
+    """Whether the last word on its topic is another now."""
+    vms: frozenset[str] = frozenset()
+    """VMs that count differently: another host, record or agent."""
+    hosts: frozenset[str] = frozenset()
+    """Hosts of which something else than their VMs is different."""
+    sets: frozenset[str] = frozenset()
+    """Sets of these VMs and hosts, those before and those now."""
+
+
+NOTHING = Changes()
+
+
+def together(changes: Iterable[Changes]) -> Changes:
+    """What several messages changed."""
+    found = [each for each in changes if each is not NOTHING]
+    if len(found) < 2:
+        return found[0] if found else NOTHING
+    return Changes(
+        word=any(each.word for each in found),
+        vms=frozenset().union(*(each.vms for each in found)),
+        hosts=frozenset().union(*(each.hosts for each in found)),
+        sets=frozenset().union(*(each.sets for each in found)),
+    )
+
+
+def apply(state: FleetState, message: Message | Cleared, now_s: float) -> tuple[FleetState, Changes]:
+    """Fold one message.
+
+    Args:
+        state: changed in place and given back; see ``FleetState`` for whose it is.
+        message: a message, or that a topic was cleared. What is not retained changes nothing here.
+        now_s: when it arrived, seconds on the receiver's monotonic clock.
+    """
+    if isinstance(message, Cleared):
+        before = state.words.clear(message.kind, message.parameters, now_s)
+        return state, _cleared(state, before) if before is not None else NOTHING
+    if not state.words.put(message, now_s, state.leader_epoch):
+        if isinstance(message, m.CoordinatorPresence):
+            _gone(state, message)
+        return state, NOTHING
+    match message:
+        case m.HostInventory():
+            changes = _inventory(state, message.host, message)
+        case m.HostPresence():
+            changes = _presence(state, message.host, online=message.online)
+        case m.AgentPresence():
+            changes = _agent(state, message.vm, online=message.online)
+        case m.VmOwner():
+            changes = _owner(state, message.vm, message.host)
+        case m.CoordinatorPresence():
+            state.coordinator = message
+            changes = NOTHING
+        case _:
+            changes = NOTHING
+    return state, msgspec.structs.replace(changes, word=True)
+
+
+def _cleared(state: FleetState, before: Message) -> Changes:
+    match before:
+        case m.HostInventory():
+            changes = _inventory(state, before.host, None)
+        case m.HostPresence():
+            changes = _presence(state, before.host, online=False)
+        case m.AgentPresence():
+            changes = _agent(state, before.vm, online=None)
+        case m.VmOwner():
+            changes = _owner(state, before.vm, None)
+        case m.CoordinatorPresence():
+            state.coordinator = None
+            changes = NOTHING
+        case _:
+            changes = NOTHING
+    return msgspec.structs.replace(changes, word=True)
+
+
+def _inventory(state: FleetState, host: str, inventory: m.HostInventory | None) -> Changes:
+    known = state.reported(host)
+    sets = state.sets_of_host(host)
+    vms = state.put_inventory(host, inventory)
+    same_head = inventory is not None and _head(known) == _head(inventory)
+    return Changes(
+        vms=frozenset(vms),
+        hosts=frozenset(() if same_head else {host}),
+        sets=frozenset().union(*vms.values(), () if same_head else sets | state.sets_of_host(host)),
+    )
+
+
+def _presence(state: FleetState, host: str, *, online: bool) -> Changes:
+    if not state.put_host(host, online=online):
+        return NOTHING
+    return Changes(hosts=frozenset({host}), sets=frozenset(state.sets_of_host(host)))
+
+
+def _agent(state: FleetState, vm: str, *, online: bool | None) -> Changes:
+    if not state.put_agent(vm, online=online):
+        return NOTHING
+    located = state.vm(vm)
+    return Changes(vms=frozenset({vm}), sets=frozenset({located.record.set} if located else ()))
+
+
+def _owner(state: FleetState, vm: str, host: str | None) -> Changes:
+    sets = state.put_record(vm, host)
+    return Changes(vms=frozenset({vm}), sets=sets) if sets else NOTHING
+
+
+def _gone(state: FleetState, presence: m.CoordinatorPresence) -> None:
+    known = state.coordinator
+    if known is not None and not presence.online and presence.epoch == 0:
+        # Were it the will of another one, the leader would say at once that it is there.
+        state.coordinator = msgspec.structs.replace(known, online=False)
+
+
+def _head(inventory: m.HostInventory | None) -> m.HostInventory | None:
+    return msgspec.structs.replace(inventory, vms=()) if inventory is not None else None

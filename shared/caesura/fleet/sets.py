@@ -1,0 +1,112 @@
+"""One availability set: its VMs and hosts, and whatever of them may be in the way of a pause, ready to be asked. Pure.
+
+Each collection holds what is in the way only, so an empty one answers for the whole set at once, and one that is not empty has
+the names.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from caesura.contract.messages import HostInventory, VmRecord
+from caesura.lifecycle.commands import missing
+
+Obeyed = tuple[int, str]
+"""Epoch and coordinator that a host has acknowledged."""
+
+
+class SetIndex(msgspec.Struct):
+    """See the module."""
+
+    vms: dict[str, str] = {}
+    """VM to its host; the VMs that belong to a host only."""
+    domains: dict[int, set[str]] = {}
+    """Update domain to its VMs."""
+    hosts: dict[str, Obeyed] = {}
+    """The hosts that have a VM of the set, and whom they obey."""
+    obeying: dict[Obeyed, set[str]] = {}
+    """The same the other way round."""
+    offline: set[str] = msgspec.field(default_factory=set)
+    """Hosts that are not on the bus."""
+    outdated: set[str] = msgspec.field(default_factory=set)
+    """Hosts that do not read the commands of this version."""
+    unguarded: set[str] = msgspec.field(default_factory=set)
+    """Hosts without a pause guard."""
+    busy: dict[str, str] = {}
+    """Host to the operation that it says is under way."""
+    held: set[str] = msgspec.field(default_factory=set)
+    """VMs that are paused, or of which nobody knows whether they are."""
+    not_running: set[str] = msgspec.field(default_factory=set)
+    unwell: set[str] = msgspec.field(default_factory=set)
+    """VMs of whose state there is something to be said."""
+    agent_offline: set[str] = msgspec.field(default_factory=set)
+    """VMs in which an agent is expected, and is not on the bus."""
+
+    def not_obeying(self, obeyed: Obeyed) -> set[str]:
+        """The hosts that have acknowledged something else."""
+        there = self.obeying.get(obeyed, set())
+        return set() if len(there) == len(self.hosts) else self.hosts.keys() - there
+
+    # -- changing: for ``state`` only --------------------------------------------------------------------------
+
+    def mark_host(self, inventory: HostInventory, *, online: bool) -> None:
+        """How a host of the set is now."""
+        host = inventory.host
+        obeyed = (inventory.epoch, inventory.coordinator)
+        if self.hosts.get(host) != obeyed:
+            self._obey_no_more(host)
+            self.hosts[host] = obeyed
+            self.obeying.setdefault(obeyed, set()).add(host)
+        _mark(self.offline, host, there=not online)
+        _mark(self.outdated, host, there=bool(missing(inventory.commands)))
+        _mark(self.unguarded, host, there=inventory.guard == "absent")
+        if inventory.operation:
+            self.busy[host] = inventory.operation
+        else:
+            self.busy.pop(host, None)
+
+    def drop_host(self, host: str) -> None:
+        """It has no VM of the set any more."""
+        self._obey_no_more(host)
+        self.hosts.pop(host, None)
+        self.offline.discard(host)
+        self.outdated.discard(host)
+        self.unguarded.discard(host)
+        self.busy.pop(host, None)
+
+    def mark_vm(self, record: VmRecord, *, agent_online: bool) -> None:
+        """How a VM of the set is now."""
+        _mark(self.held, record.vm, there=record.state in {"paused", "unknown"})
+        _mark(self.not_running, record.vm, there=record.state != "running")
+        _mark(self.unwell, record.vm, there=bool(record.state_detail))
+        _mark(self.agent_offline, record.vm, there=record.agent and not agent_online)
+
+    def put_vm(self, record: VmRecord, host: str) -> None:
+        """A VM that belongs to this host is in the set now."""
+        self.vms[record.vm] = host
+        self.domains.setdefault(record.update_domain, set()).add(record.vm)
+
+    def drop_vm(self, record: VmRecord) -> None:
+        """It is not in the set, or in this domain of it, any more."""
+        del self.vms[record.vm]
+        domain = self.domains[record.update_domain]
+        domain.discard(record.vm)
+        if not domain:
+            del self.domains[record.update_domain]
+        for each in (self.held, self.not_running, self.unwell, self.agent_offline):
+            each.discard(record.vm)
+
+    def _obey_no_more(self, host: str) -> None:
+        obeyed = self.hosts.get(host)
+        if obeyed is not None:
+            there = self.obeying[obeyed]
+            there.discard(host)
+            if not there:
+                del self.obeying[obeyed]
+
+
+def _mark(names: set[str], name: str, *, there: bool) -> None:
+    if there:
+        names.add(name)
+    else:
+        names.discard(name)

@@ -1,0 +1,32 @@
+"""The benchmark of whole fleets runs; whether its targets are met is for a quiet machine to say."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from caesura.testing.patience import patient
+
+_BENCHMARK = Path(__file__).parents[3] / "benchmarks" / "fleet.py"
+
+
+def test_whole_rollouts_over_scripted_hosts_complete() -> None:
+    words = ["--vms", "40", "--vms", "80", "--domains", "2", "--per-set", "20", "--wave", "40", "--json"]
+    done = subprocess.run(
+        [sys.executable, str(_BENCHMARK), *words],
+        capture_output=True,
+        text=True,
+        timeout=patient(100),
+        check=False,
+    )
+    assert done.returncode in {0, 1}, done.stderr
+    told = json.loads(done.stdout)
+    assert [each["vms"] for each in told["fleets"]] == [40, 80]
+    assert told["verdict"]["vms"] == 160
+    for each in (*told["fleets"], told["verdict"]):
+        # Of each VM at least its agent's answer and its clock's verdict arrived: no rollout ended before it was one.
+        assert each["coordinator_messages"] > 2 * each["vms"]
+        assert each["cpu_s"] > 0
+        assert each["verdict_ms"] > 0

@@ -9,12 +9,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hypothesis import Phase, settings
+from hypothesis import HealthCheck, Phase, settings
 
 from caesura.testing.patience import FACTOR, VARIABLE, patient
 
+# How long an example takes depends on what else the machine does: no test fails for that.
+settings.register_profile("any-machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any-machine")
 # Whether an example fails is all that a mutation run asks: the smallest one takes most of the time to find.
-settings.register_profile("first-failure", phases=(Phase.explicit, Phase.generate))
+settings.register_profile(
+    "first-failure", parent=settings.get_profile("any-machine"), phases=(Phase.explicit, Phase.generate)
+)
 
 
 def pytest_configure() -> None:

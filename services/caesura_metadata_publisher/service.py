@@ -8,13 +8,13 @@ set it knows, also while nothing is scheduled. With the bus lost, the last docum
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter
 from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from uuid import NAMESPACE_URL, uuid5
 
-import asyncio
 import msgspec
 import structlog
 

@@ -47,7 +47,7 @@ def status(broker: str | None, *, as_json: bool) -> None:
                 {
                     "coordinator": picture.coordinator,
                     "hosts": [
-                        {"online": picture.online.get(name, False), "inventory": each}
+                        {"online": picture.is_online(name), "inventory": each}
                         for name, each in sorted(picture.hosts.items())
                     ],
                     "agents": sorted(picture.agents.values(), key=lambda each: each.vm),

@@ -1,7 +1,8 @@
-"""What an operator sees: a fold of messages into the latest state of everything. Pure."""
+"""What an operator sees: a view of the fold of the bus, and the facts that this session received. Pure."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from datetime import datetime
 
 import msgspec
@@ -9,6 +10,9 @@ import msgspec
 from caesura.contract import messages as m
 from caesura.contract.envelope import Message
 from caesura.contract.parts import WholeRollout
+from caesura.fleet.fold import apply
+from caesura.fleet.state import FleetState
+from caesura.fleet.words import Cleared
 
 
 class Pause(msgspec.Struct, frozen=True):
@@ -31,13 +35,8 @@ class Picture:
     """The latest of everything, by name. Repeated messages change nothing."""
 
     def __init__(self) -> None:
-        self.coordinator: m.CoordinatorPresence | None = None
-        self.hosts: dict[str, m.HostInventory] = {}
-        self.online: dict[str, bool] = {}
-        self.agents: dict[str, m.AgentPresence] = {}
-        self.publishers: dict[str, bool] = {}
+        self.state = FleetState()
         self.rollouts: dict[str, WholeRollout] = {}
-        self.documents: dict[str, m.SetDocument] = {}
         self.events: dict[str, list[m.EventChanged]] = {}
         self.frozen: dict[str, m.VmFrozen] = {}
         self.pauses: dict[tuple[str, str], Pause] = {}
@@ -49,27 +48,51 @@ class Picture:
         self._from_start: dict[tuple[str, int], bool] = {}
         """Rollout id and wave to whether the wave had not begun when it was first seen."""
 
-    def fold(self, message: Message) -> None:  # noqa: PLR0912 - one case a message type
-        """Take in one message."""
+    @property
+    def coordinator(self) -> m.CoordinatorPresence | None:
+        """Who leads, or led last."""
+        return self.state.coordinator
+
+    @property
+    def hosts(self) -> Mapping[str, m.HostInventory]:
+        """Host to its inventory, in its own words: also with VMs that are not its own."""
+        return self.state.words.named(m.HostInventory)
+
+    @property
+    def agents(self) -> Mapping[str, m.AgentPresence]:
+        """VM to its agent's presence."""
+        return self.state.words.named(m.AgentPresence)
+
+    @property
+    def publishers(self) -> dict[str, bool]:
+        """Metadata publisher to whether it is on the bus."""
+        return {name: each.online for name, each in self.state.words.named(m.PublisherPresence).items()}
+
+    @property
+    def documents(self) -> Mapping[str, m.SetDocument]:
+        """Set to its newest document."""
+        return self.state.words.named(m.SetDocument)
+
+    def is_online(self, host: str) -> bool:
+        """Whether the host's updater says it is on the bus; unknown counts as no."""
+        return self.state.is_online(host)
+
+    def fold(self, message: Message | Cleared, now_s: float = 0.0) -> None:
+        """Take in one message, or that a topic was cleared.
+
+        Args:
+            now_s: when it arrived, seconds on a monotonic clock.
+        """
+        apply(self.state, message, now_s)
         match message:
-            case m.CoordinatorPresence():
-                self.coordinator = message
-            case m.HostInventory():
-                self.hosts[message.host] = message
-            case m.HostPresence():
-                self.online[message.host] = message.online
-            case m.AgentPresence():
-                self.agents[message.vm] = message
-            case m.PublisherPresence():
-                self.publishers[message.instance] = message.online
+            case Cleared(kind=m.RolloutState):
+                self.rollouts.pop(message.parameters["rollout"], None)
             case WholeRollout():
                 self.rollouts[message.rollout] = message
                 for wave in message.waves:
                     # The first sight counts: a wave that failed is pending again after a resume.
                     before = wave.status in {"pending", "scheduled"}
                     self._from_start.setdefault((message.rollout, wave.wave), before)
-            case m.SetDocument():
-                self.documents[message.set] = message
             case m.EventChanged():
                 seen = self.events.setdefault(message.event_id, [])
                 if message.status not in {each.status for each in seen}:

@@ -6,9 +6,10 @@ import asyncio
 import getpass
 import re
 import ssl
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -35,6 +36,7 @@ from caesura.contract.topics import CHANNELS, channel_of
 from caesura.delivery.message import prepare
 from caesura.delivery.policy import Policy
 from caesura.delivery.publisher import ReliablePublisher
+from caesura.fleet.words import Cleared
 from caesura.runtime.errors import CaesuraError
 from caesura.runtime.identity import new_id
 from caesura.runtime.settings import SettingsError
@@ -131,14 +133,21 @@ class Session:
         self._last = asyncio.get_running_loop().time()
         for channel in CHANNELS:
             self.post.on(channel.message, self._received)
+            if channel.retain:
+                self.post.on_cleared(channel.message, partial(self._cleared, channel.message))
 
     async def _received(self, message: Message, _: Received) -> None:
         self._last = asyncio.get_running_loop().time()
-        self.picture.fold(message)
+        self.picture.fold(message, self._last)
         if isinstance(message, m.RequestAnswered):
             waiting = self._answers.get(message.request)
             if waiting is not None and not waiting.done():
                 waiting.set_result(message)
+        self.changed.set()
+
+    async def _cleared(self, kind: type[Message], parameters: Mapping[str, str]) -> None:
+        self._last = asyncio.get_running_loop().time()
+        self.picture.fold(Cleared(kind, parameters), self._last)
         self.changed.set()
 
     async def settled(self, limit_s: float = 3.0) -> None:

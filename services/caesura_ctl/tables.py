@@ -362,7 +362,7 @@ def hosts_view(picture: Picture) -> RenderableType:
         drop=("epoch", "driver", "VMs", "busy with"),
     )
     for name, inventory in sorted(picture.hosts.items()):
-        online = picture.online.get(name, False)
+        online = picture.is_online(name)
         table.add_row(
             name,
             Text("online" if online else "offline", style="green" if online else "bold red"),

@@ -121,9 +121,32 @@ class Words:
             if word.message is not None:
                 yield word.message  # type: ignore[misc]
 
+    def named(self, kind: type[M]) -> Mapping[str, M]:
+        """The same by the one parameter of their topics, such as the host: a view, no copy."""
+        return _Named(self._words.setdefault(kind, {}))
+
     def removed(self, kind: type[Message]) -> set[Key]:
         """The topics of a type that were removed, as far as that is remembered."""
         return {key for key, word in self._words.get(kind, {}).items() if word.message is None}
+
+
+class _Named(Mapping[str, M]):
+    """Messages by the one parameter of their topics."""
+
+    def __init__(self, words: dict[Key, Word]) -> None:
+        self._words = words
+
+    def __getitem__(self, name: str) -> M:
+        message = self._words[name,].message
+        if message is None:
+            raise KeyError(name)
+        return message  # type: ignore[return-value]
+
+    def __iter__(self) -> Iterator[str]:
+        return (name for (name,), word in self._words.items() if word.message is not None)
+
+    def __len__(self) -> int:
+        return sum(word.message is not None for word in self._words.values())
 
 
 def _replaces(message: Message, before: Word, leader_epoch: int | None) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import io
 import json
@@ -18,10 +19,13 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from caesura.bus.embedded import EmbeddedBrokerMissing
+from caesura.bus.memory import MemoryBroker, MemoryBus
+from caesura.bus.post import Post
 from caesura.contract import messages as m
 from caesura.contract.examples import examples
 from caesura.contract.parts import WholeRollout
 from caesura.runtime.errors import CaesuraError
+from caesura.testing.collector import eventually
 from caesura.testing.rollouts import wave_state, whole_rollout
 from caesura_ctl.cli import caesura
 from caesura_ctl.demo import machine
@@ -32,6 +36,7 @@ from caesura_ctl.durations import parse_duration, show_duration
 from caesura_ctl.follow import Progress
 from caesura_ctl.names import SET_NAME
 from caesura_ctl.picture import Picture
+from caesura_ctl.session import Session
 from caesura_ctl.tables import (
     attention_view,
     documents_view,
@@ -107,6 +112,30 @@ def test_vms_that_need_a_person_are_named_with_what_their_host_says() -> None:
     Console(width=140, file=written).print(view)
     assert "vm-1" in written.getvalue()
     assert "QEMU paused it for an I/O error" in written.getvalue()
+
+
+async def test_what_is_removed_from_the_broker_leaves_the_view_of_a_command_that_watches() -> None:
+    """A host that was taken out of service stayed on the screen of every running ``caesura watch``."""
+    broker = MemoryBroker()
+    bus = MemoryBus(broker, client_id="ops", filters=["caesura/v1/#"])
+    session = Session(bus, "ops")
+    other = MemoryBus(broker, client_id="host-1")
+    post = Post(other, "/caesura/default/host/host-1")
+    running = [
+        asyncio.create_task(bus.run(session.post.deliver)),
+        asyncio.create_task(other.run(post.deliver)),
+    ]
+    try:
+        assert await bus.wait_connected(5)
+        await post.send(m.HostInventory(host="host-1", driver="qemu", epoch=1, vms=()), host="host-1")
+        await eventually(lambda: "host-1" in session.picture.hosts)
+        await post.clear(m.HostInventory, host="host-1")
+        await eventually(lambda: "host-1" not in session.picture.hosts)
+        assert len(session.picture.hosts) == 0
+    finally:
+        await bus.close()
+        await other.close()
+        await asyncio.gather(*running)
 
 
 def test_the_picture_takes_every_message_and_repetition_changes_nothing() -> None:

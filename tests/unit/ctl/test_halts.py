@@ -11,7 +11,9 @@ import pytest
 
 from caesura.contract import messages as m
 from caesura.contract.reasons import KNOWN
+from caesura.fleet.state import FleetState
 from caesura.lifecycle.proof import memory_proof
+from caesura.testing.retold import retold
 from caesura_coordinator.fleet import Fleet
 from caesura_coordinator.inputs import Approve, Authority, Input, Outdated, Tick
 from caesura_coordinator.plan import make_plan
@@ -49,7 +51,15 @@ def _fleet() -> Fleet:
     inventory = m.HostInventory(
         host="host-1", driver="process", epoch=1, coordinator="c", vms=(vm,), updates=(_PATCH,), guard="ready"
     )
-    return Fleet().with_inventory(inventory).with_host("host-1", online=True).with_agent("web-1", online=True)
+    return Fleet(retold(FleetState(), inventory, _host(online=True), _agent(online=True)))
+
+
+def _host(*, online: bool) -> m.HostPresence:
+    return m.HostPresence(host="host-1", online=online, instance="i")
+
+
+def _agent(*, online: bool) -> m.AgentPresence:
+    return m.AgentPresence(vm="web-1", online=online, boot_id="b")
 
 
 class Story:
@@ -80,7 +90,7 @@ class Story:
 
     def changed(self, **changes: object) -> Story:
         inventory = msgspec.structs.replace(self.fleet.inventories["host-1"], **changes)
-        self.fleet = self.fleet.with_inventory(inventory)
+        self.fleet = Fleet(retold(self.fleet.state, inventory))
         return self
 
     def announced(self) -> Story:
@@ -148,12 +158,12 @@ class Story:
 
 
 def _without_host(story: Story) -> Story:
-    story.fleet = story.fleet.with_host("host-1", online=False)
+    story.fleet = Fleet(retold(story.fleet.state, _host(online=False)))
     return story
 
 
 def _without_agent(story: Story) -> Story:
-    story.fleet = story.fleet.with_agent("web-1", online=False)
+    story.fleet = Fleet(retold(story.fleet.state, _agent(online=False)))
     return story
 
 

@@ -32,6 +32,7 @@ from caesura.bus.post import Post
 from caesura.contract import messages as m
 from caesura.contract.codec import Received
 from caesura.contract.topics import channel_of
+from caesura.lifecycle.commands import COMMANDS
 from caesura_coordinator.service import Coordinator, subscriptions
 from caesura_coordinator.store import Store
 
@@ -140,6 +141,7 @@ class Host:
             updates=(_UPDATE,),
             operation=operation,
             guard="ready",
+            commands=COMMANDS,
         )
 
     async def report_in(self) -> None:

@@ -91,7 +91,9 @@ async def test_what_a_plan_refuses_by_name(stages: Callable[..., Any]) -> None:
     )
     await stage.sandbox.start("coordinator", "host-1", "host-2")
     await stage.sandbox.until(
-        lambda: len(stage.picture.hosts) == 2 and all(map(stage.picture.is_online, stage.picture.hosts)), 20, "two hosts"
+        lambda: len(stage.picture.hosts) == 2 and all(map(stage.picture.is_online, stage.picture.hosts)),
+        20,
+        "two hosts",
     )
 
     async def reasons(**selection: Any) -> str:

@@ -656,7 +656,7 @@ async def test_what_a_version_of_before_left_in_the_outbox_is_published(world: W
     answer = m.RequestAnswered(request="old", accepted=False, reason="kept")
     with sqlite3.connect(path) as old:
         old.executescript(
-            "DROP TABLE outbox; DROP TABLE outbox_1; PRAGMA user_version=2; CREATE TABLE outbox ("
+            "DROP TABLE outbox; DROP TABLE outbox_1; DROP TABLE wave_vms; DROP TABLE wave_part; PRAGMA user_version=2; CREATE TABLE outbox ("
             "number INTEGER PRIMARY KEY AUTOINCREMENT, event_id TEXT NOT NULL, type TEXT NOT NULL, "
             "parameters TEXT NOT NULL, body BLOB NOT NULL);"
         )

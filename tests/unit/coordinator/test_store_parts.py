@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from caesura.contract import messages as m
 from caesura.fleet.state import FleetState
+from caesura.lifecycle.commands import COMMANDS
 from caesura.lifecycle.errors import IllegalTransition
 from caesura.runtime.errors import StoreError
 from caesura.testing.retold import retold
@@ -58,6 +59,7 @@ def fleet_of(hosts: int, per_host: int, sets: int = 2) -> Fleet:
                 vms=vms,
                 updates=(_PATCH,),
                 guard="ready",
+                commands=COMMANDS,
             )
         )
         messages.append(m.HostPresence(host=host, online=True, instance="i"))

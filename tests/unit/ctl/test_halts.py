@@ -12,6 +12,7 @@ import pytest
 from caesura.contract import messages as m
 from caesura.contract.reasons import KNOWN
 from caesura.fleet.state import FleetState
+from caesura.lifecycle.commands import COMMANDS
 from caesura.lifecycle.proof import memory_proof
 from caesura.testing.retold import retold
 from caesura_coordinator.fleet import Fleet
@@ -49,7 +50,14 @@ def _fleet() -> Fleet:
         proofs={"freeze": ("digest_equal",)},
     )
     inventory = m.HostInventory(
-        host="host-1", driver="process", epoch=1, coordinator="c", vms=(vm,), updates=(_PATCH,), guard="ready"
+        host="host-1",
+        driver="process",
+        epoch=1,
+        coordinator="c",
+        vms=(vm,),
+        updates=(_PATCH,),
+        guard="ready",
+        commands=COMMANDS,
     )
     return Fleet(retold(FleetState(), inventory, _host(online=True), _agent(online=True)))
 

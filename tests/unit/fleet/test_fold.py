@@ -18,6 +18,7 @@ from caesura.contract.topics import CHANNELS
 from caesura.fleet.fold import NOTHING, apply
 from caesura.fleet.state import FleetState, LocatedVm
 from caesura.fleet.words import TOMBSTONES_KEPT, Cleared, Words, retained_channel
+from caesura.lifecycle.commands import COMMANDS, missing
 
 T0 = datetime(2026, 4, 20, 12, 0, 0, tzinfo=UTC)
 _HOSTS = ("h1", "h2", "h3")
@@ -38,6 +39,7 @@ def inventory(host: str, *vms: m.VmRecord, **changes: Any) -> m.HostInventory:
         "coordinator": "c",
         "vms": vms,
         "guard": "ready",
+        "commands": COMMANDS,
     }
     return m.HostInventory(**values | changes)
 
@@ -163,6 +165,7 @@ def check(state: FleetState, messages: list[Message | Cleared]) -> None:
             assert index.not_obeying((epoch, "c")) == {host for host in hosts if obeyed[host] != (epoch, "c")}
         assert index.offline == hosts - online
         assert index.unguarded == {host for host in hosts if inventories[host].guard == "absent"}
+        assert index.outdated == {host for host in hosts if missing(inventories[host].commands)}
         assert index.busy == {
             host: inventories[host].operation for host in hosts if inventories[host].operation
         }
@@ -191,6 +194,7 @@ _INVENTORIES = st.builds(
             "epoch": st.integers(1, 3),
             "operation": st.sampled_from(["", "o1"]),
             "guard": st.sampled_from(["ready", "absent"]),
+            "commands": st.sampled_from([(), COMMANDS]),
         },
     ),
 )
@@ -247,7 +251,7 @@ def test_after_every_message_it_is_what_a_rebuild_makes_of_the_words(
 
 
 def _head(known: m.HostInventory | None, online: bool) -> Any:
-    return online, known and (known.epoch, known.coordinator, known.operation, known.guard)
+    return online, known and (known.epoch, known.coordinator, known.operation, known.guard, known.commands)
 
 
 @given(st.lists(_MESSAGES, max_size=12))

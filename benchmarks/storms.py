@@ -13,6 +13,7 @@ from caesura.contract import messages as m
 from caesura.contract.codec import encode
 from caesura.contract.envelope import Message
 from caesura.contract.topics import channel_of
+from caesura.lifecycle.commands import COMMANDS
 from caesura.testing.rollouts import sent, wave_state, whole_rollout
 
 
@@ -66,6 +67,7 @@ class Storms:
             epoch=1,
             vms=records,
             guard="ready",
+            commands=COMMANDS,
             installed=(m.InstalledUpdate(update="bench", version="1", at=datetime.now(UTC)),),
         )
 

@@ -279,12 +279,8 @@ class Coordinator:
         except StoreError as error:
             _log.error("coordinator.not_republished", why=str(error))
             return
+        self._to_clear += hidden
         self._outbox_filled.set()
-        self._clear(hidden)
-
-    def _clear(self, rollouts: Iterable[str]) -> None:
-        for name in rollouts:
-            self.publisher.put(clearing(m.RolloutState, event_id=new_id(), rollout=name), policy=NEWEST)
 
     def _open_sets(self, sets: Iterable[str]) -> None:
         # Not before the epoch is claimed: a document that is already on the bus must be heard first.
@@ -686,8 +682,10 @@ class Coordinator:
                 loaded = True
             self.store.left_over = 0
             self._hand_over()
-            cleared, self._to_clear = self._to_clear, []
-            self._clear(cleared)
+            # Behind what a previous run left of the same rollouts.
+            for name in self._to_clear:
+                self.publisher.put(clearing(m.RolloutState, event_id=new_id(), rollout=name), policy=NEWEST)
+            self._to_clear.clear()
 
     def _hand_over(self) -> None:
         for message in self.store.stored():

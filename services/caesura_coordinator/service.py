@@ -761,7 +761,7 @@ class Coordinator:
             self.store.left_over = 0
             self._hand_over()
             removals, self._to_remove = self._to_remove, []
-            self._remove(removals)
+            self._remove(removals)  # behind what a previous run left of the same rollouts
 
     def _hand_over(self) -> None:
         for message in self.store.stored():

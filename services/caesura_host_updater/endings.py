@@ -8,8 +8,10 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 
+import msgspec
 import structlog
 
+from caesura.contract.codec import Oversized
 from caesura.contract.envelope import Message, source_of
 from caesura.contract.messages import (
     AbortOperation,
@@ -58,8 +60,20 @@ class Letters:
         self._source = source_of(fleet, "host", host)
 
     def report(self, report: OperationReported) -> OutboxMessage:
-        """The report of an operation."""
-        return self._letter(report, report.status, report.operation, {})
+        """The report of an operation. One that does not fit into a message is published without its VMs, as failed."""
+        try:
+            return self._letter(report, report.status, report.operation, {})
+        except Oversized as error:
+            _log.error("report.too_large", operation=report.operation, vms=len(report.vms), why=error.why)
+            short = msgspec.structs.replace(
+                report,
+                status="failed",
+                reason=f"it ended as {report.status}, and its report does not fit into a message: {error.why}",
+                codes=("too_large",),
+                vms=(),
+                update=None,
+            )
+            return self._letter(short, report.status, report.operation, {})
 
     def fact(self, fact: VmFrozen | VmResumed | VmClockSynced) -> OutboxMessage:
         """A fact about one VM."""

@@ -122,6 +122,7 @@ class HostUpdater:
         self._environ = environ
         self.bus = bus
         self.post = Post(bus, source_of(settings.fleet, "host", host.host))
+        # It needs no beat: the inventory is one.
         self._presence = Presence(
             self.post,
             partial(presence, host.host, instance, online=True),
@@ -196,7 +197,6 @@ class HostUpdater:
             "guard": self._guardian.run,
             "operations": self._operate,
             "outbox": self.outbox.run,
-            "presence": self._presence.run,
             "inventory": self._keep_inventory,
             "vm statuses": self._statuses.run,
             "clocks": self.clocks.run,

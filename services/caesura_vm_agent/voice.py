@@ -1,6 +1,6 @@
 """What an agent says on the bus: each message with an id that repetitions share, patient with a lost broker.
 
-Nothing waits for a message to be published: a hook or a clock-sync goes on whatever the broker does. A result that the bus
+Nothing waits for a message to be published: a hook or a clock-sync continues whatever the broker does. A result that the bus
 did not take within a minute is given up, and that is logged.
 """
 

@@ -5,22 +5,23 @@ after the transaction that stored its decision, a host calls it though its disk 
 
 Order. Messages go out in the order of ``put``, and of one topic never two at a time: a topic's messages arrive in order
 whatever happens to the connection. Only a topic that the broker refuses is left behind: its messages wait, in order, and
-are tried again at growing intervals, while all others go out. No message is dropped for a refusal unless its policy says so.
+are tried again at growing intervals, while all others go out; one that is larger than the broker takes waits alone. No message
+is dropped for a refusal unless its policy says so.
 """
 
 from __future__ import annotations
 
 import asyncio
 import math
-from collections import deque
 from collections.abc import Callable
 from heapq import heappop, heappush
-from itertools import count
+from itertools import count, islice
 from typing import Protocol
 
 import structlog
 
-from caesura.bus.port import BusUnavailable, PublishRefused
+from caesura.bus.port import BusUnavailable, PublishRefused, PublishTooLarge
+from caesura.delivery.entries import Entry, Refused
 from caesura.delivery.message import OutboxMessage
 from caesura.delivery.policy import EVERY, NEWEST, Policy
 from caesura.delivery.store import MemoryOutbox, OutboxStore
@@ -37,6 +38,7 @@ _RETRY_MOST_S = 60.0  # s: an operator who corrected the access rules does not w
 _SAY_EVERY_S = 300.0  # s: between two log lines about one refused topic
 _TICK_S = 0.001  # s: a timer may fire this much before its time, and must not fire again for that
 _CLOSE_S = 0.05  # s: a publish that ends by its deadline may end a tick before it
+_REMOVED_AT_ONCE = 250  # messages in one transaction of the store: its owner waits while it lasts
 _LONG_S = 3600.0  # s: how long one wait for the connection is; there is another one after it
 
 _log = structlog.get_logger("caesura.outbox")
@@ -50,50 +52,6 @@ class Publishes(Protocol):
     ) -> None: ...
 
     async def wait_connected(self, timeout_s: float) -> bool: ...
-
-
-class _Entry:
-    """A message that is not dealt with."""
-
-    __slots__ = ("accepted", "deadline", "message", "number", "over", "policy", "taken", "waiter")
-
-    def __init__(
-        self,
-        number: int,
-        message: OutboxMessage,
-        policy: Policy,
-        deadline: float,
-        accepted: Callable[[], None] | None,
-    ) -> None:
-        self.number = number
-        self.message = message
-        self.policy = policy
-        self.deadline = deadline
-        self.accepted = accepted
-        self.waiter: asyncio.Future[None] | None = None
-        self.taken = False
-        """The broker has had it once."""
-        self.over = False
-        """Nothing is to be done for it any more; it may still be in a queue."""
-
-    def __lt__(self, other: _Entry) -> bool:
-        return self.number < other.number
-
-
-class _Refused:
-    """A topic that the broker refuses, and what waits on it."""
-
-    def __init__(self, retry_s: float) -> None:
-        self.entries: deque[_Entry] = deque()
-        self.why = ""
-        self.delay_s = retry_s
-        self.due = math.inf
-        """Loop time of the next try; infinite while one is under way."""
-        self.trial: _Entry | None = None
-        """The first of its messages, while it is tried again."""
-
-    def __len__(self) -> int:
-        return sum(not each.over for each in self.entries) + (self.trial is not None)
 
 
 class ReliablePublisher:
@@ -128,15 +86,15 @@ class ReliablePublisher:
         self._retry_s = retry_s
         self._retry_most_s = retry_most_s
         self._numbers = count()
-        self._known: dict[str, _Entry] = {}
+        self._known: dict[str, Entry] = {}
         """Event id to what is not dealt with."""
-        self._newest: dict[str, _Entry] = {}
+        self._newest: dict[str, Entry] = {}
         """Topic to the message on it that a newer one replaces."""
-        self._queue: list[_Entry] = []
-        self._in_flight: dict[str, _Entry] = {}
-        self._refused: dict[str, _Refused] = {}
-        self._deadlines: list[tuple[float, _Entry]] = []
-        self._repeats: list[tuple[float, _Entry]] = []
+        self._queue: list[Entry] = []
+        self._in_flight: dict[str, Entry] = {}
+        self._refused: dict[str, Refused] = {}
+        self._deadlines: list[tuple[float, Entry]] = []
+        self._repeats: list[tuple[float, Entry]] = []
         self._repeating = 0
         self._to_remove: dict[str, None] = {}
         self._removing = False
@@ -163,11 +121,12 @@ class ReliablePublisher:
         return sum(len(each) for each in self._refused.values())
 
     def ping(self) -> str:
-        """For the health probe: which topic is refused, and what to do."""
-        for topic, refused in self._refused.items():
-            others = f" and {len(self._refused) - 1} other topics" if len(self._refused) > 1 else ""
-            return f"{self.refused} messages are refused, on {topic}{others}: {refused.why}"
-        return ""
+        """For the health probe: empty, or which topic is refused and what to do."""
+        if not self._refused:
+            return ""
+        why = next(iter(self._refused.values())).why
+        more = f"; so are {len(self._refused) - 1} more topics" if len(self._refused) > 1 else ""
+        return f"{self.refused} messages wait for the broker: {why}{more}"
 
     # -- in ------------------------------------------------------------------------------------------------
 
@@ -218,7 +177,7 @@ class ReliablePublisher:
             return False
         return not len(self)
 
-    def _take(self, message: OutboxMessage, policy: Policy, accepted: Callable[[], None] | None) -> _Entry:
+    def _take(self, message: OutboxMessage, policy: Policy, accepted: Callable[[], None] | None) -> Entry:
         known = self._known.get(message.event_id)
         if known is not None:
             if self._in_flight.get(message.topic) is not known:
@@ -226,7 +185,7 @@ class ReliablePublisher:
             return known
         now = asyncio.get_running_loop().time()
         deadline = math.inf if policy.give_up_s is None else now + policy.give_up_s
-        entry = _Entry(next(self._numbers), message, policy, deadline, accepted)
+        entry = Entry(next(self._numbers), message, policy, deadline, accepted)
         if policy.newest_only:
             older = self._newest.get(message.topic)
             if older is not None and self._in_flight.get(message.topic) is not older:
@@ -261,7 +220,7 @@ class ReliablePublisher:
                 except TimeoutError:
                     pass
 
-    def _next(self) -> _Entry | None:
+    def _next(self) -> Entry | None:
         """The next message to send now; None: none can be."""
         while self._queue and not self._held and len(self._in_flight) < self._window:
             entry = self._queue[0]
@@ -277,7 +236,7 @@ class ReliablePublisher:
                 return heappop(self._queue)
         return None
 
-    async def _send(self, entry: _Entry, group: asyncio.TaskGroup) -> None:
+    async def _send(self, entry: Entry, group: asyncio.TaskGroup) -> None:
         message, loop = entry.message, asyncio.get_running_loop()
         try:
             await self._bus.publish(
@@ -312,7 +271,7 @@ class ReliablePublisher:
         self._held = False
         self._wake.set()
 
-    def _back(self, entry: _Entry, error: BusUnavailable, now: float) -> None:
+    def _back(self, entry: Entry, error: BusUnavailable, now: float) -> None:
         newest = self._newest.get(entry.message.topic)
         if entry.policy.newest_only and newest is not entry:
             self._end(entry, BusUnavailable(f"a newer message on {entry.message.topic!r} came first"))
@@ -321,12 +280,15 @@ class ReliablePublisher:
         else:
             heappush(self._queue, entry)
 
-    def _refuse(self, entry: _Entry, error: PublishRefused, now: float) -> None:
+    def _refuse(self, entry: Entry, error: PublishRefused, now: float) -> None:
         if entry.policy.refusal_ends and not entry.taken:
             self._end(entry, error)
             return
         topic = entry.message.topic
-        refused = self._refused.setdefault(topic, _Refused(self._retry_s))
+        if isinstance(error, PublishTooLarge):
+            # That the broker would take the next one of its topic is likely; this one may wait for good.
+            entry.refused_as = entry.message.event_id
+        refused = self._refused.setdefault(entry.refused_as, Refused(self._retry_s))
         refused.trial = None
         refused.why = str(error)
         refused.due = now + refused.delay_s
@@ -346,8 +308,9 @@ class ReliablePublisher:
                 advice="correct the access rules of the broker: it is kept and tried again, and the others are published",
             )
 
-    def _took(self, entry: _Entry, now: float) -> None:
-        refused = self._refused.pop(entry.message.topic, None)
+    def _took(self, entry: Entry, now: float) -> None:
+        refused = self._refused.pop(entry.refused_as, None)
+        entry.refused_as = entry.message.topic
         if refused is not None:
             _log.info("outbox.accepted_again", topic=entry.message.topic, waiting=len(refused))
             for each in refused.entries:
@@ -367,7 +330,7 @@ class ReliablePublisher:
         else:
             self._end(entry, None)
 
-    def _end(self, entry: _Entry, error: Exception | None) -> None:
+    def _end(self, entry: Entry, error: Exception | None) -> None:
         """Nothing more is done for it."""
         if entry.over:
             return
@@ -376,7 +339,7 @@ class ReliablePublisher:
         self._known.pop(message.event_id, None)
         if self._newest.get(message.topic) is entry:
             del self._newest[message.topic]
-        refused = self._refused.get(message.topic)
+        refused = self._refused.get(entry.refused_as)
         if refused is not None and refused.trial is entry:
             refused.trial, refused.due = None, -math.inf  # the next of its topic is tried
         if error is not None and entry.waiter is not None and not entry.waiter.done():
@@ -385,7 +348,7 @@ class ReliablePublisher:
         self._removal.set()
         self._idle.clear()
 
-    def _give_up(self, entry: _Entry, error: Exception) -> None:
+    def _give_up(self, entry: Entry, error: Exception) -> None:
         _log.warning(
             "outbox.given_up",
             type=entry.message.type,
@@ -404,7 +367,7 @@ class ReliablePublisher:
                 and entry.deadline <= now
                 and self._in_flight.get(entry.message.topic) is not entry
             ):
-                refused = self._refused.get(entry.message.topic)
+                refused = self._refused.get(entry.refused_as)
                 why = refused.why if refused is not None else "no connection to the broker"
                 self._give_up(entry, BusUnavailable(why))
         while self._repeats and self._repeats[0][0] <= now:
@@ -419,7 +382,7 @@ class ReliablePublisher:
             if refused.due <= now:
                 self._try_again(topic, refused)
 
-    def _try_again(self, topic: str, refused: _Refused) -> None:
+    def _try_again(self, topic: str, refused: Refused) -> None:
         """The first of a refused topic goes out; the others follow if the broker takes it."""
         while refused.entries and refused.entries[0].over:
             refused.entries.popleft()
@@ -446,7 +409,7 @@ class ReliablePublisher:
         while True:
             await self._removal.wait()
             self._removal.clear()
-            batch = list(self._to_remove)
+            batch = list(islice(self._to_remove, _REMOVED_AT_ONCE))
             if not batch:
                 continue
             try:
@@ -460,4 +423,6 @@ class ReliablePublisher:
             else:
                 for each in batch:
                     self._to_remove.pop(each, None)
+                if self._to_remove:
+                    self._removal.set()
                 self._wake.set()

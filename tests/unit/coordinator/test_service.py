@@ -30,6 +30,7 @@ from caesura.runtime.lock import InUse, StateFolderUnusable, sole_user
 from caesura.testing.collector import PATIENCE_S, eventually
 from caesura.testing.rollouts import wave_state
 from caesura_coordinator.answers import with_plan
+from caesura_coordinator.book import Book
 from caesura_coordinator.fleet import fence_blockers
 from caesura_coordinator.forget_epoch import forget_epoch
 from caesura_coordinator.service import Coordinator, NoEpochLeft, Superseded, presence, subscriptions
@@ -670,6 +671,22 @@ async def test_what_a_version_of_before_left_in_the_outbox_is_published(world: W
         assert one.waiting() == 1
         await eventually(lambda: world.of(m.RequestAnswered) == [answer])
         await eventually(lambda: one.waiting() == 0)
+
+
+async def test_a_rollout_is_removed_from_the_bus_after_what_a_previous_run_left_of_it(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = m.RolloutState(
+        rollout="r", update="u", status="completed", policy=m.Policy(), sets=(), waves=(), created_at=T0
+    )
+    before = Store(str(world.folder / "c.sqlite"))
+    before.enqueue(state, rollout="r")
+    before.database.close()
+    monkeypatch.setattr(Book, "republish", lambda _: ["r"])
+    async with world.coordinator() as one:
+        assert one.waiting() == 1
+        await eventually(lambda: one.leads and not one.waiting())
+        assert world.retained(m.RolloutState, rollout="r") is None
 
 
 def _outbox_of(coordinator: Coordinator) -> list[str]:

@@ -11,7 +11,7 @@ from contextlib import asynccontextmanager, suppress
 import pytest
 from structlog.testing import capture_logs
 
-from caesura.bus.port import BusUnavailable, PublishRefused
+from caesura.bus.port import BusUnavailable, PublishRefused, PublishTooLarge
 from caesura.delivery.message import OutboxMessage
 from caesura.delivery.policy import NEWEST, Policy
 from caesura.delivery.publisher import IN_FLIGHT, ReliablePublisher
@@ -142,7 +142,7 @@ async def test_a_refused_topic_is_tried_again_ever_less_often_while_the_others_a
             assert not await publisher.drained(60), "what is refused is left"
             assert broker.taken == [f"yes-{number}" for number in range(5)]
             assert (len(publisher), publisher.refused) == (5, 5)
-            assert "5 messages are refused, on no: " in publisher.ping()
+            assert "5 messages wait for the broker: the broker refused a message on 'no'" in publisher.ping()
             await asyncio.sleep(600)
             assert 10 <= broker.tries["no-0"] <= 16
             assert set(broker.tries) == {"no-0", *broker.taken}
@@ -155,6 +155,29 @@ async def test_a_refused_topic_is_tried_again_ever_less_often_while_the_others_a
     said = [each["event"] for each in logs]
     assert said.count("outbox.refused") == 2, "once, and every five minutes"
     assert said[-1] == "outbox.accepted_again"
+
+
+async def test_one_that_is_too_large_waits_alone() -> None:
+    class Small(Broker):
+        limit = 100
+
+        async def answer(self, topic: str, name: str, timeout_s: float) -> None:
+            if name == "answers-1" and self.limit:
+                raise PublishTooLarge(topic, 300, self.limit)
+            await super().answer(topic, name, timeout_s)
+
+    broker = Small()
+    async with running(ReliablePublisher(broker)) as publisher:
+        publisher.put(*(message("answers", number) for number in range(4)))
+        assert not await publisher.drained(60)
+        assert broker.taken == ["answers-0", "answers-2", "answers-3"]
+        assert publisher.refused == 1
+        assert "max_packet_size" in publisher.ping()
+        broker.limit = 0
+        await asyncio.sleep(61)
+        assert await publisher.drained(60)
+        assert (publisher.refused, publisher.ping()) == (0, "")
+    assert broker.taken[-1] == "answers-1"
 
 
 async def test_of_a_state_the_newest_is_published() -> None:

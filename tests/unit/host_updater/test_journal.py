@@ -25,6 +25,7 @@ from caesura.contract.messages import (
     StartOperation,
     VmClockSynced,
     VmFrozen,
+    VmResult,
 )
 from caesura.delivery.message import OutboxMessage
 from caesura.delivery.sqlite import OutboxTable
@@ -320,6 +321,19 @@ async def test_facts_that_a_version_of_before_kept_are_published(tmp_path: Path)
             assert received.message == said
             assert received.header.id == message.event_id == LETTERS.report(said).event_id
             assert received.header.source == "/caesura/blue/host/host-1"
+
+
+def test_a_report_that_fits_into_no_message_is_published_as_failed_and_ends_nothing() -> None:
+    vms = tuple(
+        VmResult(
+            vm=f"vm-{number}", set="web", update_domain=0, state="running", frozen=True, error="e" * 4000
+        )
+        for number in range(100)
+    )
+    message = LETTERS.report(msgspec.structs.replace(report("op"), vms=vms)).read()
+    assert isinstance(message, OperationReported)
+    assert (message.status, message.codes, message.vms) == ("failed", ("too_large",), ())
+    assert "it ended as completed, and its report does not fit" in message.reason
 
 
 async def test_broken_journal_says_so(tmp_path: Path) -> None:

@@ -1,0 +1,67 @@
+"""What a reliable publisher keeps of a message that is not dealt with, and of one that the broker refuses."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections import deque
+from collections.abc import Callable
+
+from caesura.delivery.message import OutboxMessage
+from caesura.delivery.policy import Policy
+
+
+class Entry:
+    """A message that is not dealt with."""
+
+    __slots__ = (
+        "accepted",
+        "deadline",
+        "message",
+        "number",
+        "over",
+        "policy",
+        "refused_as",
+        "taken",
+        "waiter",
+    )
+
+    def __init__(
+        self,
+        number: int,
+        message: OutboxMessage,
+        policy: Policy,
+        deadline: float,
+        accepted: Callable[[], None] | None,
+    ) -> None:
+        self.number = number
+        self.message = message
+        self.policy = policy
+        self.deadline = deadline
+        self.accepted = accepted
+        self.waiter: asyncio.Future[None] | None = None
+        self.taken = False
+        """The broker has had it once."""
+        self.refused_as = message.topic
+        """The key in the publisher's record of refusals under which it waits: its topic, or its own id where only it is too large."""
+        self.over = False
+        """Nothing is to be done for it any more; it may still be in a queue."""
+
+    def __lt__(self, other: Entry) -> bool:
+        return self.number < other.number
+
+
+class Refused:
+    """A topic that the broker refuses, and what waits on it."""
+
+    def __init__(self, retry_s: float) -> None:
+        self.entries: deque[Entry] = deque()
+        self.why = ""
+        self.delay_s = retry_s
+        self.due = math.inf
+        """Loop time of the next try; infinite while one is under way."""
+        self.trial: Entry | None = None
+        """The first of its messages, while it is tried again."""
+
+    def __len__(self) -> int:
+        return sum(not each.over for each in self.entries) + (self.trial is not None)

@@ -49,7 +49,7 @@ class Stage:
                 return False
             for name in hosts:
                 inventory = self.picture.hosts.get(name)
-                if inventory is None or not self.picture.online.get(name) or inventory.guard != "ready":
+                if inventory is None or not self.picture.is_online(name) or inventory.guard != "ready":
                     return False
                 if (inventory.epoch, inventory.coordinator) != (boss.epoch, boss.coordinator):
                     return False

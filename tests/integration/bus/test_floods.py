@@ -267,7 +267,7 @@ async def test_a_flooding_guest_keeps_an_operator_from_no_plan(tmp_path: Path) -
                 for _ in range(3):
                     await plan()
                 await neighbour.send(m.AgentPresence(vm="web-2", online=True, boot_id="b"), vm="web-2")
-                await eventually(lambda: made.fleet.agents_online.get("web-2", False), _HANG_S)
+                await eventually(lambda: made.state.agents_online.get("web-2", False), _HANG_S)
                 assert bus.stats.received - before < _STRAY
                 assert bus.stats.connects == 1
                 assert bus.stats.refused["vm"] > 0

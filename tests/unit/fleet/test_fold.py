@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
@@ -362,11 +363,13 @@ def _calls(state: FleetState, message: Message | Cleared) -> tuple[int, int]:
         calls += event in {"call", "c_call"}
 
     before = state.touched
+    gc.disable()  # others may have callbacks for it, which would be counted
     sys.setprofile(count)
     try:
         apply(state, message, 1.0)
     finally:
         sys.setprofile(None)
+        gc.enable()
     return state.touched - before, calls
 
 

@@ -7,6 +7,7 @@ seen to be dead until somebody removes what the broker retains of it. How long a
 from __future__ import annotations
 
 import heapq
+from collections.abc import Mapping
 
 import msgspec
 
@@ -14,7 +15,9 @@ from caesura.contract import messages as m
 from caesura.contract.envelope import Message
 from caesura.contract.parts import WholeRollout
 from caesura.contract.topics import placed
-from caesura.lifecycle.document import version_of
+from caesura.fleet.fold import apply
+from caesura.fleet.state import FleetState
+from caesura.fleet.words import Cleared
 from caesura_metrics_exporter.agents import Agents
 from caesura_metrics_exporter.census import Census, Counted, shown_state
 from caesura_metrics_exporter.clocks import Clocks
@@ -41,11 +44,10 @@ class Fleet:
         self.hosts: dict[str, HostState] = {}
         self.vm_states: dict[str, m.VmState] = {}
         self.agents = Agents()
-        self.publishers: dict[str, bool] = {}
-        self.coordinator: m.CoordinatorPresence | None = None
+        self.state = FleetState()
+        """The fold of the bus: documents, presences, and whose VM it is. Facts are laid over it here, and nowhere in it."""
         self.coordinator_heard_s: float | None = None
         """When the one that leads last said so, seconds on the exporter's monotonic clock."""
-        self.documents: dict[str, m.SetDocument] = {}
         self.rollouts = RolloutIndex()
         self.clocks = Clocks()
         self.pauses = Pauses()
@@ -58,6 +60,21 @@ class Fleet:
         """The same as a heap, with what ``_left`` does not say any more."""
         self.events_since: dict[str, dict[tuple[str, str], float]] = {}
         """Set to (event, status) to when it was first seen so, seconds on the exporter's monotonic clock."""
+
+    @property
+    def coordinator(self) -> m.CoordinatorPresence | None:
+        """The one that leads, or led last."""
+        return self.state.coordinator
+
+    @property
+    def publishers(self) -> dict[str, bool]:
+        """Metadata publisher to whether it is on the bus."""
+        return {name: each.online for name, each in self.state.words.named(m.PublisherPresence).items()}
+
+    @property
+    def documents(self) -> Mapping[str, m.SetDocument]:
+        """Set to its newest document."""
+        return self.state.words.named(m.SetDocument)
 
     def take(self, message: Message, now_s: float, *, fresh: bool, stored: bool = False) -> None:
         """Fold one message.
@@ -72,9 +89,8 @@ class Fleet:
             case m.HostInventory():
                 self._inventory(message, now_s, stored=stored)
             case m.SetDocument():
-                known = self.documents.get(message.set)
-                if known is None or version_of(message) >= version_of(known):
-                    self.documents[message.set] = message
+                _, changes = apply(self.state, message, now_s)
+                if changes.word:
                     self._since(message, now_s)
             case WholeRollout():
                 self.rollouts.take(message)
@@ -113,9 +129,9 @@ class Fleet:
             self.agents.forget(named["vm"])
             self._recount(named["vm"])
         elif channel.message is m.PublisherPresence:
-            self.publishers.pop(named["instance"], None)
+            apply(self.state, Cleared(m.PublisherPresence, named), 0.0)
         elif channel.message is m.SetDocument:
-            self.documents.pop(named["set"], None)
+            apply(self.state, Cleared(m.SetDocument, named), 0.0)
             self.events_since.pop(named["set"], None)
         elif channel.message is m.RolloutState:
             self.rollouts.forget(named["rollout"])
@@ -175,20 +191,18 @@ class Fleet:
                 self.agents.take(message.vm, online=message.online, now_s=now_s, stored=stored)
                 self._recount(message.vm)
             case m.PublisherPresence():
-                self.publishers[message.instance] = message.online
+                apply(self.state, message, now_s)
             case m.CoordinatorPresence():
                 self._coordinator(message, now_s, stored=stored)
 
     def _coordinator(self, message: m.CoordinatorPresence, now_s: float, *, stored: bool) -> None:
-        known = self.coordinator
-        if known is not None and is_last_will(message):
-            # Were it another one's, the leader would say at once that it is there.
-            self.coordinator = msgspec.structs.replace(known, online=False)
-        elif known is None or message.epoch >= known.epoch:
-            # One that was replaced says offline late: it does not speak for the new one.
-            self.coordinator = message
-            if message.online and (self.coordinator_heard_s is None or not stored):
-                self.coordinator_heard_s = now_s
+        apply(self.state, message, now_s)
+        if (
+            self.coordinator is message
+            and message.online
+            and (self.coordinator_heard_s is None or not stored)
+        ):
+            self.coordinator_heard_s = now_s
 
     def _inventory(self, inventory: m.HostInventory, now_s: float, *, stored: bool) -> None:
         state = self.hosts.setdefault(inventory.host, HostState(heard_s=now_s))

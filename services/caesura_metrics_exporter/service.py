@@ -11,10 +11,12 @@ from msgspec.structs import replace
 from caesura.bus.port import Bus, Delivery
 from caesura.bus.refused import Refused
 from caesura.contract.codec import ContractError, decode
+from caesura.contract.envelope import Message
 from caesura.contract.messages import HostInventory, VmClockSynced, VmFrozen, VmOwner, VmResumed
 from caesura.contract.parts import PARTS, Joiner
 from caesura.contract.topics import PREFIX, placed
-from caesura.lifecycle.ownership import Ownership
+from caesura.fleet.fold import apply
+from caesura.fleet.words import Cleared
 from caesura.runtime.sampler import Sampler
 from caesura_metrics_exporter.fleet import Fleet
 from caesura_metrics_exporter.live import Live
@@ -53,7 +55,7 @@ class MetricsExporter:
         self.tally = Tally()
         self.fleet = Fleet()
         self._joiner = Joiner()
-        self._ownership = Ownership()
+        self._ownership = self.fleet.state.ownership
         self._sampled = Sampler()
         self._refused = Refused()
         self.live = Live()
@@ -107,21 +109,27 @@ class MetricsExporter:
             case HostInventory():  # often enough, and not with each message of a storm
                 for set_name in self.fleet.forget_empty_sets(now_s):
                     self.tally.forget_set(set_name)
-                own, *others = self._ownership.take_inventory(received.message)
-                received = replace(received, message=own)
-            case VmOwner(vm=vm, host=host):
-                others = self._ownership.take_record(vm, host)
+                host = received.message.host
+                others = self._fold(received.message, now_s) - {host}
+                received = replace(received, message=self.fleet.state.inventories[host])
+            case VmOwner():
+                others = self._fold(received.message, now_s)
             case VmFrozen() | VmResumed() | VmClockSynced() as fact if not self._ownership.may_speak(
                 fact.host, fact.vm
             ):
                 self._foreign(fact)
                 return
             case _:
-                others = []
+                others = frozenset()
         fresh = self.tally.take(received)
         self.fleet.take(received.message, now_s, fresh=fresh, stored=delivery.retained)
         self.live.take(received, self._wall(), now_s, fresh=fresh)
         self._count_again(others)
+
+    def _fold(self, message: Message | Cleared, now_s: float) -> frozenset[str]:
+        """Whose VM is it: what an inventory or a record says; the hosts whose inventories count differently now."""
+        _, changes = apply(self.fleet.state, message, now_s)
+        return changes.owners
 
     def _foreign(self, fact: VmFrozen | VmResumed | VmClockSynced) -> None:
         """What a host says of another's VM is counted, and means nothing."""
@@ -138,15 +146,16 @@ class MetricsExporter:
                 left_out=left_out,
             )
 
-    def _count_again(self, inventories: Iterable[HostInventory]) -> None:
-        """Inventories of before that count differently since it is known whose the VMs are."""
-        for each in inventories:
-            known = self.fleet.hosts.get(each.host)
-            if known is not None:
+    def _count_again(self, hosts: Iterable[str]) -> None:
+        """Hosts whose inventories count differently since it is known whose the VMs are."""
+        for host in sorted(hosts):
+            known = self.fleet.hosts.get(host)
+            each = self.fleet.state.inventory(host)
+            if known is not None and each is not None:
                 # It says whose the VMs are, not how they are: facts that came since know better.
                 states = self.fleet.vm_states
                 vms = tuple(replace(record, state=states.get(record.vm, record.state)) for record in each.vms)
-                each = replace(each, vms=vms)  # noqa: PLW2901
+                each = replace(each, vms=vms)
                 self.fleet.take(each, known.heard_s, fresh=False, stored=True)
                 self.live.recount(each, self._wall(), self._monotonic())
 
@@ -162,10 +171,8 @@ class MetricsExporter:
             _log.info("exporter.host_forgotten", host=host)
             self.tally.forget_host(host)
 
-    def _disown(self, topic: str) -> list[HostInventory]:
+    def _disown(self, topic: str) -> frozenset[str]:
         place = placed(topic)
-        if place is not None and place[0].message is VmOwner:
-            return self._ownership.take_record(place[1]["vm"], None)
-        if place is not None and place[0].message is HostInventory:
-            return self._ownership.forget_host(place[1]["host"])
-        return []
+        if place is None or place[0].message not in {VmOwner, HostInventory}:
+            return frozenset()
+        return self._fold(Cleared(place[0].message, place[1]), self._monotonic())

@@ -35,6 +35,8 @@ class Changes(msgspec.Struct, frozen=True, kw_only=True):
     """Hosts of which something else than their VMs is different."""
     sets: frozenset[str] = frozenset()
     """Sets of these VMs and hosts, those before and those now."""
+    owners: frozenset[str] = frozenset()
+    """Hosts that have or had one of these VMs: their inventories count differently now."""
 
 
 NOTHING = Changes()
@@ -50,6 +52,7 @@ def together(changes: Iterable[Changes]) -> Changes:
         vms=frozenset().union(*(each.vms for each in found)),
         hosts=frozenset().union(*(each.hosts for each in found)),
         sets=frozenset().union(*(each.sets for each in found)),
+        owners=frozenset().union(*(each.owners for each in found)),
     )
 
 
@@ -64,9 +67,10 @@ def apply(state: FleetState, message: Message | Cleared, now_s: float) -> tuple[
     if isinstance(message, Cleared):
         before = state.words.clear(message.kind, message.parameters, now_s)
         return state, _cleared(state, before) if before is not None else NOTHING
-    if not state.words.put(message, now_s, state.leader_epoch):
-        if isinstance(message, m.CoordinatorPresence):
-            _gone(state, message)
+    taken = state.words.put(message, now_s, state.leader_epoch)
+    if isinstance(message, m.CoordinatorPresence):
+        _lead(state, message, refused=taken == "refused")
+    if taken != "new":
         return state, NOTHING
     match message:
         case m.HostInventory():
@@ -77,9 +81,6 @@ def apply(state: FleetState, message: Message | Cleared, now_s: float) -> tuple[
             changes = _agent(state, message.vm, online=message.online)
         case m.VmOwner():
             changes = _owner(state, message.vm, message.host)
-        case m.CoordinatorPresence():
-            state.coordinator = message
-            changes = NOTHING
         case _:
             changes = NOTHING
     return state, msgspec.structs.replace(changes, word=True)
@@ -111,7 +112,10 @@ def _inventory(state: FleetState, host: str, inventory: m.HostInventory | None) 
     return Changes(
         vms=frozenset(vms),
         hosts=frozenset(() if same_head else {host}),
-        sets=frozenset().union(*vms.values(), () if same_head else sets | state.sets_of_host(host)),
+        sets=frozenset().union(
+            *(shift.sets for shift in vms.values()), () if same_head else sets | state.sets_of_host(host)
+        ),
+        owners=frozenset().union(*(shift.hosts for shift in vms.values())),
     )
 
 
@@ -129,13 +133,17 @@ def _agent(state: FleetState, vm: str, *, online: bool | None) -> Changes:
 
 
 def _owner(state: FleetState, vm: str, host: str | None) -> Changes:
-    sets = state.put_record(vm, host)
-    return Changes(vms=frozenset({vm}), sets=sets) if sets else NOTHING
+    shift = state.put_record(vm, host)
+    if shift is None:
+        return NOTHING
+    return Changes(vms=frozenset({vm}), sets=shift.sets, owners=shift.hosts)
 
 
-def _gone(state: FleetState, presence: m.CoordinatorPresence) -> None:
+def _lead(state: FleetState, presence: m.CoordinatorPresence, *, refused: bool) -> None:
     known = state.coordinator
-    if known is not None and not presence.online and presence.epoch == 0:
+    if not refused:
+        state.coordinator = presence
+    elif known is not None and not presence.online and presence.epoch == 0:
         # Were it the will of another one, the leader would say at once that it is there.
         state.coordinator = msgspec.structs.replace(known, online=False)
 

@@ -8,6 +8,7 @@ here and in ``sets``.
 from __future__ import annotations
 
 from collections.abc import Iterator, KeysView, Mapping
+from typing import NamedTuple
 
 import msgspec
 
@@ -17,8 +18,13 @@ from caesura.fleet.words import Words
 from caesura.lifecycle.ownership import Ownership
 
 _NO_SET = SetIndex()
-Sets = frozenset[str]
-_UNCHANGED: Sets = frozenset()
+
+
+class Shift(NamedTuple):
+    """Where a VM was before and is now: of each two, or one, or the same one twice."""
+
+    sets: frozenset[str]
+    hosts: frozenset[str]
 
 
 class LocatedVm(msgspec.Struct, frozen=True):
@@ -61,8 +67,8 @@ class FleetState:
 
     @property
     def leader_epoch(self) -> int | None:
-        """The epoch of the coordinator that is on the bus; None if none is."""
-        return self.coordinator.epoch if self.coordinator is not None and self.coordinator.online else None
+        """The epoch of the coordinator that leads, or led last; None if none is known."""
+        return self.coordinator.epoch if self.coordinator is not None else None
 
     # -- reading --------------------------------------------------------------------------------------------
 
@@ -128,8 +134,8 @@ class FleetState:
             del self._hosts[host]
         return True
 
-    def put_inventory(self, host: str, inventory: HostInventory | None) -> dict[str, Sets]:
-        """A host's inventory, or that it was removed; the VMs that count differently now, with their sets before and now."""
+    def put_inventory(self, host: str, inventory: HostInventory | None) -> dict[str, Shift]:
+        """A host's inventory, or that it was removed; the VMs that count differently now, with where they were and are."""
         entry = self._hosts.setdefault(host, HostEntry())
         affected = set(self.ownership.named(host))
         if inventory is None:
@@ -139,15 +145,15 @@ class FleetState:
             affected |= {record.vm for record in inventory.vms}
         entry.inventory = inventory
         entry.own = None
-        changed = {vm: sets for vm in affected if (sets := self._locate(vm))}
+        changed = {vm: shift for vm in affected if (shift := self._locate(vm)) is not None}
         self._mark_host(entry)
         if inventory is None and not entry.online:
             del self._hosts[host]
         return changed
 
-    def put_record(self, vm: str, host: str | None) -> Sets:
-        """Whose a VM is; its sets before and now if it counts differently now, else none."""
-        return self._locate(vm) if self.ownership.put_record(vm, host) is not None else _UNCHANGED
+    def put_record(self, vm: str, host: str | None) -> Shift | None:
+        """Whose a VM is; None if it counts as before."""
+        return self._locate(vm) if self.ownership.put_record(vm, host) is not None else None
 
     def put_agent(self, vm: str, *, online: bool | None) -> bool:
         """Whether the VM's agent is on the bus (None: nobody says); whether that differs."""
@@ -164,8 +170,8 @@ class FleetState:
 
     # -- inside ------------------------------------------------------------------------------------------------
 
-    def _locate(self, vm: str) -> Sets:
-        """Look again at where the VM is; its sets before and now if anything of it differs, else none."""
+    def _locate(self, vm: str) -> Shift | None:
+        """Look again at where the VM is; None if nothing of it differs."""
         self.touched += 1
         before = self._located.get(vm)
         host = self.ownership.owner_of(vm)
@@ -175,7 +181,7 @@ class FleetState:
         if after is not None:
             self._hosts[host].own = None
         if before == after:
-            return _UNCHANGED
+            return None
         if before is not None:
             self._hosts[before.host].own = None
         if before is None or after is None or _place(before) != _place(after):
@@ -189,7 +195,8 @@ class FleetState:
         else:
             self._located[vm] = after
             self._mark_vm(after)
-        return frozenset(each.record.set for each in (before, after) if each is not None)
+        there = [each for each in (before, after) if each is not None]
+        return Shift(frozenset(each.record.set for each in there), frozenset(each.host for each in there))
 
     def _leave(self, located: LocatedVm) -> None:
         name, entry = located.record.set, self._hosts[located.host]

@@ -5,10 +5,11 @@ decided here and nowhere else:
 
 - A *document* only gives way to a newer one. One that was removed leaves its incarnation behind: what comes later
   must not be below it, or workloads would see a set's documents go back.
-- A *coordinator's presence* gives way to one of the same or a higher epoch; one that is gone gives way to any that is there.
-- A *record of an owner* gives way to one of the same or a higher epoch; one from above the epoch of the coordinator that is there gives
-  way to any. An operator may have the coordinator forget an epoch that nobody claimed: then a lower one must be able to begin.
-  The removal of either leaves nothing behind.
+- A *coordinator's presence* gives way to one of the same or a higher epoch; one that has said goodbye itself gives way to any that
+  is there, and one of which the broker said that it is gone does not.
+- A *record of an owner* gives way to one of the same or a higher epoch. One from above the epoch of the coordinator that is known to lead
+  gives way to any, as does each where none is known: an operator may have the coordinator forget an epoch that nobody claimed, and
+  then a lower one must be able to begin. The removal of either leaves nothing behind.
 - Of everything else the last word counts, whatever it says.
 """
 
@@ -16,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from functools import cache
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import msgspec
 
@@ -28,6 +29,8 @@ from caesura.lifecycle.document import version_of
 TOMBSTONES_KEPT = 10_000
 """Removed topics that are remembered, the newest; documents' are never dropped, since their incarnation would be."""
 
+Taken = Literal["new", "same", "refused"]
+"""What became of a message: ``same`` says again what was known."""
 M = TypeVar("M", bound=Message)
 Key = tuple[str, ...]
 """The parameters of a topic, in its order."""
@@ -68,25 +71,25 @@ class Words:
         self._tombstones: dict[tuple[type[Message], Key], None] = {}
         """Those that may be dropped, the oldest first."""
 
-    def put(self, message: Message, now_s: float, leader_epoch: int | None = None) -> bool:
-        """Take a message; false if it changes nothing: it is older than what is known, or no retained one.
+    def put(self, message: Message, now_s: float, leader_epoch: int | None = None) -> Taken:
+        """Take a message, unless it is older than what is known, or no retained one.
 
         Args:
-            leader_epoch: of the coordinator that is on the bus; None if none is known to be.
+            leader_epoch: of the coordinator that leads, or led last; None if none is known.
         """
         channel = retained_channel(type(message))
         if channel is None:
-            return False
+            return "refused"
         key = tuple(str(getattr(message, name)) for name in channel.parameters)
         words = self._words.setdefault(type(message), {})
         before = words.get(key)
         if before is not None and not _replaces(message, before, leader_epoch):
-            return False
+            return "refused"
         same = before is not None and before.message == message
         incarnation = message.incarnation if isinstance(message, SetDocument) else 0
         words[key] = Word(message, now_s, incarnation)
         self._tombstones.pop((type(message), key), None)
-        return not same
+        return "same" if same else "new"
 
     def clear(self, kind: type[Message], parameters: Mapping[str, str], now_s: float) -> Message | None:
         """Take a removal; what stood on the topic."""
@@ -157,9 +160,9 @@ def _replaces(message: Message, before: Word, leader_epoch: int | None) -> bool:
                 return message.incarnation >= before.incarnation
             return version_of(message) > version_of(known) or message == known
         case VmOwner() if isinstance(known, VmOwner):
-            forgotten = leader_epoch is not None and known.epoch > leader_epoch
+            forgotten = leader_epoch is None or known.epoch > leader_epoch
             return message.epoch >= known.epoch or forgotten
         case CoordinatorPresence() if isinstance(known, CoordinatorPresence):
-            return message.epoch >= known.epoch or (message.online and leader_epoch is None)
+            return message.epoch >= known.epoch or (message.online and not known.online)
         case _:
             return True

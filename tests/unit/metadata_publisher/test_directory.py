@@ -87,3 +87,13 @@ def test_a_document_that_was_cleared_is_still_shown() -> None:
     directory.take(document(3), 0.0)
     directory.take(Cleared(SetDocument, {"set": "web"}), 0.0)
     assert directory.document("web") == document(3)
+
+
+def test_a_record_of_a_lower_epoch_counts_where_nobody_is_known_to_lead() -> None:
+    """A publisher does not read who leads, and an operator may have had an epoch forgotten that nobody claimed."""
+    directory = Directory()
+    for host in ("host-1", "host-2"):
+        directory.take(inventory(host, "web-1"), 0.0)
+    directory.take(VmOwner(vm="web-1", host="host-1", epoch=2**50), 0.0)
+    directory.take(VmOwner(vm="web-1", host="host-2", epoch=7), 0.0)
+    assert places(directory, "web-1") == ("host-2", "web")

@@ -30,7 +30,7 @@ from caesura.runtime.lock import InUse, StateFolderUnusable, sole_user
 from caesura.testing.collector import PATIENCE_S, eventually
 from caesura.testing.rollouts import wave_state
 from caesura_coordinator.answers import with_plan
-from caesura_coordinator.book import Book
+from caesura_coordinator.book import Book, Removal
 from caesura_coordinator.fleet import fence_blockers
 from caesura_coordinator.forget_epoch import forget_epoch
 from caesura_coordinator.service import Coordinator, NoEpochLeft, Superseded, presence, subscriptions
@@ -677,15 +677,26 @@ async def test_a_rollout_is_removed_from_the_bus_after_what_a_previous_run_left_
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     state = m.RolloutState(
-        rollout="r", update="u", status="completed", policy=m.Policy(), sets=(), waves=(), created_at=T0
+        rollout="r",
+        update="u",
+        status="completed",
+        policy=m.Policy(),
+        sets=(),
+        wave_count=1,
+        waves_completed=1,
+        created_at=T0,
     )
+    wave = wave_state(rollout="r", wave=0)
     before = Store(str(world.folder / "c.sqlite"))
+    before.enqueue(wave, rollout="r", wave=0)
     before.enqueue(state, rollout="r")
     before.database.close()
-    monkeypatch.setattr(Book, "republish", lambda _: ["r"])
+    monkeypatch.setattr(Book, "republish", lambda _: None)
     async with world.coordinator() as one:
-        assert one.waiting() == 1
+        assert one.waiting() == 2
+        one._to_remove.append(Removal("r", 1, whole=True))
         await eventually(lambda: one.leads and not one.waiting())
+        assert world.retained(m.WaveState, rollout="r", wave="0") is None
         assert world.retained(m.RolloutState, rollout="r") is None
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sqlite3
 import tarfile
 from collections.abc import AsyncIterator, Callable
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, closing
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -211,6 +212,18 @@ class Mixed:
     async def frozen(self, *vms: str) -> None:
         """Wait until the kernel says that these VMs are paused."""
         await self.until(lambda: set(vms) <= self.sandbox.watch.standing(), f"{', '.join(vms)} paused")
+
+    async def journalled(self, host: str, operation: str) -> None:
+        """Wait until the host's journal has the pause: it follows the pause, which waits for no disk."""
+        path = f"file:{self.sandbox.folder}/{host}/journal.sqlite?mode=ro"
+
+        def there() -> bool:
+            with closing(sqlite3.connect(path, uri=True)) as journal:
+                rows = journal.execute("SELECT state FROM operation WHERE id = ?", (operation,)).fetchall()
+            state = json.loads(rows[0][0]) if rows and rows[0][0] else {}
+            return any(vm.get("frozen_at") is not None for vm in state.get("vms", ()))
+
+        await self.until(there, "the pause in the journal")
 
     async def running(self) -> None:
         """Wait until the kernel says that no VM is paused."""

@@ -30,6 +30,7 @@ async def test_a_pause_of_one_version_ends_under_the_next(
     await host.up("host-1", before)
     operation = await host.hold(before, hold_s=_HOLD_S, budget_s=_BUDGET_S)
     await host.frozen("web-1")
+    await host.journalled("host-1", operation)
     armed = host.sandbox.guard_pid("host-1")
     if guard != "runs":
         os.kill(armed, signal.SIGSTOP)  # it does not see the end of its updater

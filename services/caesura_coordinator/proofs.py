@@ -12,7 +12,7 @@ from caesura.contract.messages import (
     VmRecord,
 )
 from caesura.lifecycle.budget import DIGEST_S, digest_by_s
-from caesura.lifecycle.proof import asks_for_proof, broken_codes, held_codes, in_words, is_proof
+from caesura.lifecycle.proof import asks_for_proof, broken_codes, held_codes, in_words, is_proof, ordered
 from caesura_coordinator.reasons import shortened
 from caesura_coordinator.records import ClockVerdict
 
@@ -25,7 +25,7 @@ def planned_proofs(vm: VmRecord, method: Method, policy: Policy, expected_s: flo
     A digest of all memory needs time at the end of the pause too: where an update of ``expected_s`` leaves none of the budget,
     sampled pages are what remains.
     """
-    can = (vm.proofs or {}).get(method, ())
+    can = ordered((vm.proofs or {}).get(method, ()))
     if expected_s + 2 * DIGEST_S <= digest_by_s(policy.budget_s):
         return can
     return tuple(code for code in can if code != "digest_equal")

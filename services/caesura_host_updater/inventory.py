@@ -31,7 +31,7 @@ def vm_records(
     }
 
 
-def _proofs(spec: VmSpec, can: Capabilities, *, canary: bool) -> dict[str, tuple[ProofCode, ...]]:
+def _proofs(spec: VmSpec, can: Capabilities, *, canary: bool) -> dict[str, tuple[str, ...]]:
     """What can be shown about its memory after a pause, by method."""
     by_guest: list[ProofCode] = []
     if spec.agent or can.clock == "system":

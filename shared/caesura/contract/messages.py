@@ -110,13 +110,15 @@ class VmRecord(Record, frozen=True, kw_only=True):
     state: VmState
     state_detail: Text = ""
     """What is to be said of the state, for people: who paused it, if that was not Caesura, and how it is resumed."""
-    methods: tuple[Method, ...] = ()
+    methods: tuple[Annotated[str, Meta(pattern=r"^[a-z][a-z0-9_-]{0,63}\Z")], ...] = ()
+    """Open on the wire: a host lists what it can do to whoever reads it, and a reader passes over what it does not know (ADR 14)."""
     methods_missing: dict[str, str] = {}
     clock: Literal["simulated", "system", "none"] = "none"
     agent: bool = True
     """Whether an agent is expected to answer in this VM."""
-    proofs: dict[str, tuple[ProofCode, ...]] | None = None
-    """Method to what can be shown about the VM's memory after a pause by it. None: a host updater that does not say."""
+    proofs: dict[str, tuple[Annotated[str, Meta(pattern=r"^[a-z][a-z0-9_]{0,63}\Z")], ...]] | None = None
+    """Method to what can be shown about the VM's memory after a pause by it: proof codes, open on the wire as `methods` is. None: a host updater
+    that does not say."""
     no_digest: Text = ""
     """Why the host can take no digest of its memory; empty if it can."""
 

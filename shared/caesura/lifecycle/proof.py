@@ -28,8 +28,8 @@ _ORDER: tuple[ProofCode, ...] = tuple(reversed(get_args(ProofCode)))
 """The strongest first."""
 
 
-def ordered(codes: Iterable[ProofCode]) -> tuple[ProofCode, ...]:
-    """Each once, the strongest first."""
+def ordered(codes: Iterable[str]) -> tuple[ProofCode, ...]:
+    """Each once, the strongest first; what this version does not know is no proof to it."""
     found = set(codes)
     return tuple(code for code in _ORDER if code in found)
 

@@ -498,3 +498,21 @@ def test_a_host_that_reads_more_than_it_is_sent_is_planned(
 ) -> None:
     newer = (*COMMANDS, "caesura.operation.of-a-later-version.v1")
     assert _plan(fleet(host("h1", build("w1"), commands=newer))).waves
+
+
+def test_what_a_newer_host_can_do_and_show_does_not_make_its_inventory_unreadable(
+    build: Build, host: Host, fleet: MakeFleet
+) -> None:
+    """A method or proof of a later version is passed over: what both know is planned."""
+    record = build(
+        "w1",
+        methods=("freeze", "hibernate-elsewhere"),
+        proofs={
+            "freeze": ("signed_by_hardware", "digest_equal"),
+            "hibernate-elsewhere": ("signed_by_hardware",),
+        },
+    )
+    payload = msgspec.json.encode(host("h1", record))
+    (wave,) = _plan(fleet(msgspec.json.decode(payload, type=m.HostInventory))).waves
+    (planned,) = wave.vms
+    assert (planned.method, planned.proofs) == ("freeze", ("digest_equal",))

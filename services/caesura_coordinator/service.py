@@ -110,6 +110,7 @@ def subscriptions() -> list[str]:
         m.InventoryPart,
         m.HostPresence,
         m.OperationReported,
+        m.ReportPart,
         m.VmClockSynced,
         m.AgentPresence,
         m.VmReady,

@@ -18,7 +18,6 @@ from caesura.contract.reasons import ReasonCode
 from caesura.lifecycle.budget import MIN_BUDGET_S, usable_s
 from caesura.lifecycle.commands import COMMANDS, UPGRADE, missing
 from caesura.lifecycle.epoch import EPOCH_LEAP, leaps
-from caesura_host_updater.report import unreportable
 from caesura_host_updater.updates import Catalogue, UpdateFile
 
 STOPPING = "the host updater is stopping"
@@ -155,9 +154,6 @@ def evaluate_start(
     wrong = _wrong_targets(command, host)
     if wrong is not None:
         return wrong
-    why = unreportable(command, now)
-    if why:
-        return Refuse("too_large", why)
     return _judge_update(command, host)
 
 

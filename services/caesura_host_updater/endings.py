@@ -8,10 +8,8 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 
-import msgspec
 import structlog
 
-from caesura.contract.codec import Oversized
 from caesura.contract.envelope import Message, source_of
 from caesura.contract.messages import (
     AbortOperation,
@@ -20,6 +18,7 @@ from caesura.contract.messages import (
     VmFrozen,
     VmResumed,
 )
+from caesura.contract.parts import report_in_parts
 from caesura.delivery.message import OutboxMessage, prepare
 from caesura.runtime.errors import StoreError
 from caesura_host_updater.clock import ClockWait
@@ -59,21 +58,16 @@ class Letters:
         self._host = host
         self._source = source_of(fleet, "host", host)
 
-    def report(self, report: OperationReported) -> OutboxMessage:
-        """The report of an operation. One that does not fit into a message is published without its VMs, as failed."""
-        try:
-            return self._letter(report, report.status, report.operation, {})
-        except Oversized as error:
-            _log.error("report.too_large", operation=report.operation, vms=len(report.vms), why=error.why)
-            short = msgspec.structs.replace(
-                report,
-                status="failed",
-                reason=f"it ended as {report.status}, and its report does not fit into a message: {error.why}",
-                codes=("too_large",),
-                vms=(),
-                update=None,
-            )
-            return self._letter(short, report.status, report.operation, {})
+    def report(self, report: OperationReported) -> tuple[OutboxMessage, ...]:
+        """The report of an operation, after its parts where it does not fit into one message."""
+        head, parts = report_in_parts(report)
+        return (
+            *(
+                self._letter(part, f"{report.status}-{part.part}", report.operation, {"part": part.part})
+                for part in parts
+            ),
+            self._letter(head, report.status, report.operation, {}),
+        )
 
     def fact(self, fact: VmFrozen | VmResumed | VmClockSynced) -> OutboxMessage:
         """A fact about one VM."""
@@ -145,7 +139,7 @@ class Endings:
         Args:
             facts: what is told before the report.
         """
-        letters = (*facts, self._letters.report(report))
+        letters = (*facts, *self._letters.report(report))
         marks = marks_of(state, report.at) if state is not None else ()
         self.marks = remembered(self.marks, marks)
         try:

@@ -5,10 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from datetime import datetime
 
-from msgspec.structs import replace
-
-from caesura.contract.codec import MAX_PAYLOAD_BYTES, size_bytes
-from caesura.contract.fitting import fits, fitted
+from caesura.contract.fitting import cut, fits
 from caesura.contract.messages import (
     MemoryProof,
     OperationReported,
@@ -28,6 +25,8 @@ from caesura_host_updater.operation_state import Operation, VmPause
 from caesura_host_updater.steps import Outcome
 
 _WORST: tuple[Outcome, ...] = ("timeout", "failed", "interrupted", "not_run", "succeeded")
+_TEXT_CHARACTERS = 1000
+"""Of each text of a VM, where there are many: a part of a report holds several VMs all the same."""
 _TAIL_CHARACTERS = 3800  # the contract allows 4096; the rest names the VM
 
 Wall = Callable[[float], datetime]
@@ -205,49 +204,5 @@ def final_report(
 
 
 def _reportable(report: OperationReported) -> OperationReported:
-    """A report that can be sent: a VM's texts give way, its verdict stays."""
-    report = fitted(report)
-    if fits(report):
-        return report
-    silent = tuple(
-        replace(vm, detail="", memory=vm.memory and replace(vm.memory, detail="")) for vm in report.vms
-    )
-    report = replace(report, vms=silent)
-    return report if fits(report) else replace(report, vms=tuple(replace(vm, error="") for vm in silent))
-
-
-def unreportable(command: StartOperation, at: datetime) -> str:
-    """Why the end of this operation could not be reported, so that it must not begin; empty if it can be."""
-    proof = memory_proof(("digest_equal", "sampled_digest_equal"), (), "")
-    vms = tuple(
-        VmResult(
-            vm=target.vm,
-            set=target.set,
-            update_domain=target.update_domain,
-            state="running",
-            frozen=True,
-            pause_s=29.123456789012345,
-            resumed_by="updater",
-            memory=proof,
-        )
-        for target in command.targets
-    )
-    update = UpdateOutcome(update=command.update, outcome="not_run", output_tail="x" * 64)
-    report = OperationReported(
-        operation=command.operation,
-        host=command.host,
-        epoch=command.epoch,
-        rollout=command.rollout,
-        wave=command.wave,
-        status="cancelled",
-        reason="x" * 64,
-        vms=vms,
-        update=update,
-        at=at,
-    )
-    if fits(report):
-        return ""
-    return (
-        f"what became of {len(vms)} VMs does not fit into a message ({size_bytes(report)} bytes of {MAX_PAYLOAD_BYTES}): "
-        "pause fewer at a time, or spread them over more hosts"
-    )
+    """A report of which no part can be too large: where it is not one message, the texts of its VMs are shorter."""
+    return report if fits(report) else cut(report, _TEXT_CHARACTERS)

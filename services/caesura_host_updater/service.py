@@ -370,7 +370,7 @@ class HostUpdater:
                 if isinstance(verdict, Repeat)
                 else refusal(self._host.host, command, self.authority.epoch, "accepted", now)
             )
-            self.outbox.queue(self._letters.report(report))
+            self.outbox.queue(*self._letters.report(report))
             await self._endings.repeat_verdicts(command.operation)
             _log.debug("command.repeated", operation=command.operation, status=report.status)
             return
@@ -447,7 +447,7 @@ class HostUpdater:
         )
         self._asker.interrupt()
         # The intent is on disk before anything is done; `arming` because the next thing is the guard.
-        await self._journal.do(lambda journal: journal.accept(command, state, boot_id(), [accepted]))
+        await self._journal.do(lambda journal: journal.accept(command, state, boot_id(), accepted))
         self._runner = OperationRunner(
             command,
             state,
@@ -463,7 +463,7 @@ class HostUpdater:
         )
         if self._stopping:
             self._runner.abort("host_stopping", rules.STOPPING)
-        self.outbox.queue(accepted)
+        self.outbox.queue(*accepted)
         self._changed.set()
         self._accepted.put_nowait(self._runner)
         _log.info("operation.accepted", operation=command.operation, update=state.update, vms=len(state.vms))
@@ -484,7 +484,7 @@ class HostUpdater:
             if self._runner is not None:
                 self._runner.abort("aborted", command.reason)
         elif isinstance(verdict, Repeat):
-            self.outbox.queue(self._letters.report(verdict.report))
+            self.outbox.queue(*self._letters.report(verdict.report))
         elif isinstance(verdict, Tombstone):
             await self._endings.conclude(
                 cancelled_before_it_began(self._host.host, command, self.authority.epoch, datetime.now(UTC))

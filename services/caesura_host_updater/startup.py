@@ -224,7 +224,7 @@ class Startup:
         if ended is None:
             return
         report, op, facts, waits = ended
-        letters = [*facts, self._letters.report(report)]
+        letters = [*facts, *self._letters.report(report)]
         try:
             marks = marks_of(op, report.at)
             await self._journal.do(lambda journal: journal.finish(report, letters, waits, marks))

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 
 import msgspec
 
-from caesura.contract.messages import VMS_IN_PART, InventoryPart
+from caesura.contract.messages import VMS_IN_PART, InventoryPart, ReportPart
 from caesura.contract.topics import CHANNELS, Channel, Party
 
 _UPDATE_DOMAINS = range(20)
@@ -86,9 +86,9 @@ def writable(principal: Principal) -> list[str]:
 
 
 def _for_each_vm(channel: Channel, principal: Principal, own: Mapping[str, str]) -> list[str]:
-    """The channel's filter, or one for each VM that the principal is bound to; of an inventory's parts, as many as these VMs may make."""
+    """The channel's filter, or one for each VM that the principal is bound to; of an inventory's and a report's parts, as many as these VMs may make."""
     known = {name: own[name] for name in channel.parameters if name in own}
-    if channel.message is InventoryPart and principal.party == "host" and principal.vms:
+    if channel.message in {InventoryPart, ReportPart} and principal.party == "host" and principal.vms:
         parts = range(1, -(-len(principal.vms) // VMS_IN_PART) + 1)
         return [channel.filter(**known, part=part) for part in parts]
     if "vm" not in channel.parameters or not principal.vms:

@@ -381,6 +381,25 @@ def examples() -> list[Example]:
             {"host": "host-1", "part": "1"},
         ),
         Example(
+            m.ReportPart(
+                host="host-1",
+                operation=_OPERATION,
+                part=1,
+                vms=(
+                    m.VmResult(
+                        vm="web-1",
+                        set="web",
+                        update_domain=0,
+                        state="running",
+                        frozen=True,
+                        pause_s=2.1,
+                        resumed_by="updater",
+                    ),
+                ),
+            ),
+            {"host": "host-1", "part": "1"},
+        ),
+        Example(
             m.PlanPart(
                 request="r-1",
                 part=1,

@@ -32,8 +32,14 @@ def fitted(message: M) -> M:
     for length in _LENGTHS:
         if fits(message):
             break
-        message = _cut(message, length)
+        message = cut(message, length)
     return message
+
+
+def cut(message: M, length: int) -> M:
+    """The message with no text of more than ``length`` characters."""
+    shorter: M = _cut(message, length)
+    return shorter
 
 
 def _cut(value: Any, length: int) -> Any:

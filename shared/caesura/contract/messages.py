@@ -24,10 +24,10 @@ MOST_TARGETS = 1024
 """VMs of one command, so of one operation of a host, and so of one host."""
 
 VMS_IN_PART = 4
-"""A part of an inventory that another follows has at least so many VMs: one with the longest texts takes 50 kB."""
+"""A part of an inventory or report that another follows has at least so many VMs: one with the longest texts takes 50 kB."""
 
 MOST_PARTS = MOST_TARGETS // VMS_IN_PART
-"""Parts of one inventory or plan."""
+"""Parts of one inventory, plan or report."""
 
 SECONDS_MOST = 1e9
 """Some 31 years: what is added to an instant must stay one."""
@@ -601,10 +601,24 @@ class OperationReported(Message, frozen=True, kw_only=True):
     codes: tuple[Code, ...] = ()
     """Of everything in `reason`, each once; the first is why it ended."""
     vms: tuple[VmResult, ...] = ()
+    """All of them, or none where there are parts."""
+    vm_parts: Annotated[int, Meta(ge=0, le=MOST_PARTS)] = 0
+    """In so many parts, on topics of their own, comes what became of the VMs."""
     update: UpdateOutcome | None = None
     overhead_s: Seconds | None = None
     """Longest pause minus the update's own seconds; a swap's update runs before the pause and is not taken off."""
     at: Instant
+
+
+class ReportPart(Message, frozen=True, kw_only=True):
+    """What became of some of an operation's VMs, where it does not fit into the report."""
+
+    TYPE: ClassVar[str] = "caesura.operation.report-part.v1"
+
+    host: Name
+    operation: Id
+    part: PartNumber
+    vms: tuple[VmResult, ...]
 
 
 class VmFrozen(Message, frozen=True, kw_only=True):

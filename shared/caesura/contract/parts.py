@@ -23,13 +23,14 @@ PARTS: Mapping[type[Message], type[Message]] = {
     m.RolloutState: m.WaveState,
     m.HostInventory: m.InventoryPart,
     m.RequestAnswered: m.PlanPart,
+    m.OperationReported: m.ReportPart,
 }
 """Message type to the type of its parts."""
 
 _FILL_BYTES = MAX_PAYLOAD_BYTES * 3 // 4
 """Of a part: the rest is for its envelope and for what else it says."""
-_PLANS_HELD = 16
-"""Answers whose parts are not complete."""
+_HELD = 16
+"""Answers, and as many reports of a host, whose parts are not complete: they are not retained, so some may never be."""
 
 T = TypeVar("T")
 
@@ -93,6 +94,17 @@ def answer_in_parts(whole: m.RequestAnswered) -> tuple[m.RequestAnswered, list[m
     return replace(whole, plan=empty, plan_parts=len(parts)), parts
 
 
+def report_in_parts(whole: m.OperationReported) -> tuple[m.OperationReported, list[m.ReportPart]]:
+    """The report as it is sent: whole if it can be, else without VMs, and what became of them in parts."""
+    if size_bytes(whole) <= MAX_PAYLOAD_BYTES:
+        return whole, []
+    parts = [
+        m.ReportPart(host=whole.host, operation=whole.operation, part=number, vms=vms)
+        for number, vms in enumerate(_filled(whole.vms), 1)
+    ]
+    return replace(whole, vms=(), vm_parts=len(parts)), parts
+
+
 def _slice_of(wave: m.PlannedWave, vms: tuple[m.PlannedVm, ...]) -> m.PlannedWave:
     hosts = {vm.host for vm in vms}
     sets = {vm.set for vm in vms}
@@ -133,6 +145,7 @@ class Joiner:
         self._waves: dict[str, dict[int, m.WaveState]] = {}
         self._vms: dict[str, dict[int, m.InventoryPart]] = {}
         self._plans: dict[tuple[str, str], dict[int, m.PlanPart]] = {}
+        self._reports: dict[str, dict[str, dict[int, m.ReportPart]]] = {}
         self._waiting: dict[tuple[type[Message], str], Received] = {}
 
     def take(self, received: Received) -> Received | None:
@@ -154,7 +167,7 @@ class Joiner:
             case m.PlanPart():
                 client = received.parameters["client"]
                 self._plans.setdefault((client, message.request), {})[message.part] = message
-                while len(self._plans) > _PLANS_HELD:
+                while len(self._plans) > _HELD:
                     oldest = next(iter(self._plans))
                     del self._plans[oldest]
                     self._waiting.pop((m.RequestAnswered, "/".join(oldest)), None)
@@ -163,6 +176,16 @@ class Joiner:
                 client = received.parameters["client"]
                 self._waiting[m.RequestAnswered, f"{client}/{message.request}"] = received
                 return self._completed(m.RequestAnswered, f"{client}/{message.request}", self._answer)
+            case m.ReportPart():
+                self._parts_of(message.host, message.operation)[message.part] = message
+                return self._completed(
+                    m.OperationReported, f"{message.host}/{message.operation}", self._report
+                )
+            case m.OperationReported() if message.vm_parts:
+                self._parts_of(message.host, message.operation)
+                name = f"{message.host}/{message.operation}"
+                self._waiting[m.OperationReported, name] = received
+                return self._completed(m.OperationReported, name, self._report)
             case _:
                 return received
 
@@ -238,6 +261,30 @@ class Joiner:
             refusals=tuple(each for part in found for each in part.refusals),
         )
         return replace(answer, plan=plan)
+
+    def _parts_of(self, host: str, operation: str) -> dict[int, m.ReportPart]:
+        """The parts of a report, or none so far; the host's oldest report goes when there are too many."""
+        of_host = self._reports.setdefault(host, {})
+        parts = of_host.setdefault(operation, {})
+        while len(of_host) > _HELD:
+            oldest = next(iter(of_host))
+            del of_host[oldest]
+            self._waiting.pop((m.OperationReported, f"{host}/{oldest}"), None)
+        return parts
+
+    def _report(self, head: Received) -> Message | None:
+        report = head.message
+        assert isinstance(report, m.OperationReported)  # noqa: S101 - for mypy
+        of_host = self._reports.get(report.host, {})
+        known = of_host.get(report.operation, {})
+        parts = [known.get(number) for number in range(1, report.vm_parts + 1)]
+        found = [part for part in parts if part is not None]
+        if len(found) != report.vm_parts:
+            return None
+        del of_host[report.operation]
+        if not of_host:
+            del self._reports[report.host]
+        return replace(report, vms=tuple(vm for part in found for vm in part.vms))
 
 
 def _merged(one: m.PlannedWave, other: m.PlannedWave) -> m.PlannedWave:

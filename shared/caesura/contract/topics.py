@@ -328,6 +328,13 @@ CHANNELS: tuple[Channel, ...] = (
         summary="Some of the host's VMs, where they do not fit into its inventory.",
     ),
     Channel(
+        address=f"{PREFIX}/host/{{host}}/operation/{{part}}",
+        message=m.ReportPart,
+        writer="host",
+        readers=("coordinator", "ctl", "exporter"),
+        summary="What became of some of an operation's VMs, where it does not fit into the report.",
+    ),
+    Channel(
         address=f"{PREFIX}/fleet/ctl/{{client}}/answer/{{part}}",
         message=m.PlanPart,
         writer="coordinator",

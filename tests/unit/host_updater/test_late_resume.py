@@ -77,8 +77,8 @@ async def test_its_resume_is_told_its_clock_is_looked_after_and_its_operation_en
     place: dict[str, Any] = {"set": "web", "ud": 0, "vm": "a", "host": "host-1"}
     letters: Any = SimpleNamespace(
         fact=lambda fact: prepare(fact, source="/s", event_id=fact.TYPE, at=fact.at, **place),
-        report=lambda report: prepare(
-            report, source="/s", event_id=report.status, at=report.at, host="host-1"
+        report=lambda report: (
+            prepare(report, source="/s", event_id=report.status, at=report.at, host="host-1"),
         ),
     )
     endings = Endings(letters, journal=journal, outbox=nothing, clocks=nothing, metrics=nothing)

@@ -15,10 +15,11 @@ from structlog.testing import capture_logs
 
 from caesura.bus.memory import MemoryBus
 from caesura.bus.post import Post
-from caesura.contract.codec import Oversized, decode, size_bytes
+from caesura.contract.codec import Oversized, decode
 from caesura.contract.envelope import Message
 from caesura.contract.fitting import fits, fitted
 from caesura.contract.messages import (
+    MOST_PARTS,
     MOST_TARGETS,
     HostInventory,
     InventoryPart,
@@ -31,12 +32,13 @@ from caesura.contract.parts import Joiner, inventory_in_parts
 from caesura.testing.collector import Collector, eventually, running
 from caesura_host_updater.command import Authority
 from caesura_host_updater.drivers.port import Capabilities
+from caesura_host_updater.endings import Letters
 from caesura_host_updater.hostfile import HostFile, HostFileError, VmSpec, parse_host_file
 from caesura_host_updater.inventory import inventory
 from caesura_host_updater.inventory_publisher import InventoryPublisher
 from caesura_host_updater.journal import JournalThread
 from caesura_host_updater.operation_state import Operation, VmPause
-from caesura_host_updater.report import final_report, unreportable
+from caesura_host_updater.report import final_report
 from caesura_host_updater.service import HostUpdater
 from caesura_host_updater.updates import Catalogue
 
@@ -264,21 +266,36 @@ def targets(count: int) -> tuple[OperationTarget, ...]:
     )
 
 
-def test_a_report_on_many_vms_can_be_sent(freeze_one: Callable[..., StartOperation]) -> None:
+@pytest.mark.parametrize("text", ["", "it went wrong " * 20, "\0" * 5000])
+def test_a_report_on_many_vms_comes_in_parts(freeze_one: Callable[..., StartOperation], text: str) -> None:
     """Without its one report an operation has no end for its coordinator, whatever became of it."""
-    count = 600
-    command = freeze_one(targets=targets(count))
-    assert unreportable(command, NOW) == ""
-    report = final_report("host-1", command, operation(count, "it went wrong " * 20), 1, {}, NOW)
-    assert fits(report), size_bytes(report)
+    command = freeze_one(targets=targets(MOST_TARGETS))
+    report = final_report("host-1", command, operation(MOST_TARGETS, text), 1, {}, NOW)
+    messages = Letters("host-1").report(report)
+    assert (len(messages) > 1) == (not fits(report))
+    assert len(messages) <= MOST_PARTS + 1
+    assert len({each.event_id for each in messages}) == len(messages)
+    joiner = Joiner()
+    joined = [joiner.take(decode(each.topic, each.payload)) for each in messages]
+    assert [each is not None for each in joined] == [*[False] * (len(messages) - 1), True]
+    whole = joined[-1].message if joined[-1] is not None else None
+    assert whole == msgspec.structs.replace(report, vm_parts=len(messages) - 1)
     assert [vm.vm for vm in report.vms] == [target.vm for target in command.targets]
 
 
-def test_an_operation_whose_end_could_not_be_reported_does_not_begin(
-    freeze_one: Callable[..., StartOperation],
-) -> None:
-    why = unreportable(freeze_one(targets=targets(MOST_TARGETS)), NOW)
-    assert "1024 VMs does not fit into a message" in why
-    assert "pause fewer at a time" in why
-    shortest = msgspec.structs.replace(freeze_one(), targets=targets(1))
-    assert unreportable(shortest, NOW) == ""
+def test_a_report_on_a_few_vms_is_one_message(freeze_one: Callable[..., StartOperation]) -> None:
+    command = freeze_one(targets=targets(3))
+    report = final_report("host-1", command, operation(3, "it went wrong"), 1, {}, NOW)
+    (message,) = Letters("host-1").report(report)
+    assert message.read() == report
+
+
+def test_reports_whose_parts_never_come_are_not_kept() -> None:
+    joiner = Joiner()
+    for number in range(1000):
+        head = OperationReported(
+            operation=f"o{number}", host="h", epoch=1, status="completed", vm_parts=2, at=NOW
+        )
+        (message,) = Letters("h").report(head)
+        assert joiner.take(decode(message.topic, message.payload)) is None
+    assert len(joiner.waiting()) <= 16

@@ -13,6 +13,7 @@ from caesura.contract.envelope import Message
 from caesura.fleet.fold import apply
 from caesura.fleet.state import FleetState
 from caesura.fleet.words import Cleared
+from caesura.lifecycle.commands import COMMANDS, missing
 from caesura_coordinator.fleet import Fleet, fence_blockers, health_blockers, placement_blockers
 
 _HOSTS, _VMS, _SETS = ("h1", "h2", "h3"), ("a", "b", "c"), ("web", "db")
@@ -36,6 +37,7 @@ def asked_of_everybody(fleet: Fleet, commanded: dict[str, str]) -> tuple[set[str
             or (found.epoch, found.coordinator) != (1, "c")
             or (found.operation or commanded.get(host)) not in {None, "", "own"}
             or found.guard == "absent"
+            or missing(found.commands)
         ):
             fence.add(host)
         if found is not None and found.operation != "own":
@@ -74,10 +76,19 @@ _CHANGES: dict[str, st.SearchStrategy[Any]] = {
     "coordinator": st.sampled_from(["c", "d"]),
     "operation": st.sampled_from(["own", "another"]),
     "guard": st.just("absent"),
+    "commands": st.just(()),
 }
 _INVENTORIES = st.builds(
     lambda host, vms, changes: m.HostInventory(
-        **{"host": host, "driver": "p", "epoch": 1, "coordinator": "c", "vms": tuple(vms), "guard": "ready"}
+        **{
+            "host": host,
+            "driver": "p",
+            "epoch": 1,
+            "coordinator": "c",
+            "vms": tuple(vms),
+            "guard": "ready",
+            "commands": COMMANDS,
+        }
         | changes
     ),
     st.sampled_from(_HOSTS),
@@ -107,7 +118,13 @@ def _well() -> FleetState:
     for vm in _WAVE:
         record = m.VmRecord(vm=vm.vm, set="web", update_domain=0, state="running", agent=vm.agent)
         inventory = m.HostInventory(
-            host=vm.host, driver="p", epoch=1, coordinator="c", vms=(record,), guard="ready"
+            host=vm.host,
+            driver="p",
+            epoch=1,
+            coordinator="c",
+            vms=(record,),
+            guard="ready",
+            commands=COMMANDS,
         )
         presence = m.HostPresence(host=vm.host, online=True, instance="i")
         for message in (inventory, presence, m.AgentPresence(vm=vm.vm, online=True, boot_id="b")):

@@ -110,6 +110,10 @@ class Book:
         names = {self._active.of_set.get(each) for each in sets}
         return [self.rollouts[name] for name in self._active.active if name in names] if names else []
 
+    def commanded(self, operation: str) -> bool:
+        """Whether a rollout that is not at its end commanded this operation."""
+        return operation in self._active.of_operation
+
     def holder(self, sets: Iterable[str]) -> tuple[str, str] | None:
         """(set, rollout id) of the first of these sets that a rollout holds."""
         return next(((name, self._active.of_set[name]) for name in sets if name in self._active.of_set), None)
@@ -356,12 +360,14 @@ class Book:
             self.documents.update(fresh)
         return bool(fresh)
 
-    def republish(self) -> None:
-        """Put everything that is retained into the outbox again.
+    def republish(self) -> list[Removal]:
+        """Put everything that is retained into the outbox again; what is to be removed from the bus, whoever left it there.
 
         Raises:
             StoreError: nothing was put there.
         """
+        current_ones: list[Rollout] = []
+        removals: list[Removal] = []
         with self.store.transaction():
             for document in self.documents.values():
                 self.store.enqueue(document, set=document.set)
@@ -369,11 +375,32 @@ class Book:
                 if shown == "with waves":
                     # Etags anew: this version may publish a wave in other words than the one that stored it.
                     current, waves = with_etags(rollout)
-                    self._keep(current)
+                    current_ones.append(current)
                     self._enqueue_waves(waves)
                     self.store.enqueue(rollout_state(current), rollout=rollout.id)
                 elif shown == "without waves":
                     self.store.enqueue(rollout_state(rollout, with_waves=False), rollout=rollout.id)
+                    removals.append(Removal(rollout.id, len(rollout.waves), whole=False))
+        for current in current_ones:
+            self._keep(current)
+        return removals
+
+    def heal(self, published: RolloutState) -> bool:
+        """Publish a rollout of ours again that somebody else published; whether there is one.
+
+        Raises:
+            StoreError: it was not published.
+        """
+        rollout = self.rollouts.get(published.rollout)
+        if rollout is None or self._shown.get(rollout.id, "with waves") != "with waves":
+            return False
+        current, waves = with_etags(rollout)
+        with self.store.transaction():
+            self._enqueue_waves(waves)
+            self.store.enqueue(rollout_state(current), rollout=current.id)
+        self._keep(current)
+        _log.warning("rollout.reasserted", rollout=rollout.id)
+        return True
 
     def forget(self) -> list[Removal]:
         """Drop what is old and at its end, from the store and from memory; gives back what is to be removed from the bus.

@@ -80,6 +80,7 @@ class Fleet:
         state: the fold of the bus; it may change between two decisions, never within one.
         commanded: host to an operation it was commanded and has not answered: its inventory may not show it yet.
         contested: for a plan: the VMs that stay as they are because it is not clear whose they are.
+        incomplete: host to its newest inventory, of which parts are missing: how its VMs are is not known. It may change as the state does.
         grace_until: after an outage of the broker, agents that are said to be on the bus may be on their way back until then.
     """
 
@@ -90,9 +91,11 @@ class Fleet:
         commanded: Callable[[], Mapping[str, str]] = dict,
         contested: Mapping[str, Contested] | None = None,
         grace_until: datetime | None = None,
+        incomplete: Mapping[str, HostInventory] | None = None,
         places: _Places | None = None,
     ) -> None:
         self.state = state
+        self.incomplete: Mapping[str, HostInventory] = incomplete if incomplete is not None else {}
         self.contested: Mapping[str, Contested] = contested or {}
         self.grace_until = grace_until
         self._commanded = commanded
@@ -123,6 +126,7 @@ class Fleet:
             commanded=commanded or self._commanded,
             contested=contested if contested is not None else self.contested,
             grace_until=grace_until or self.grace_until,
+            incomplete=self.incomplete,
             places=self._places,
         )
 
@@ -161,7 +165,8 @@ class Fleet:
 
     def epochs(self) -> list[int]:
         """The epoch that each host obeys."""
-        return [inventory.epoch for inventory in self.state.words.of(HostInventory)]
+        reported = (*self.state.words.of(HostInventory), *self.incomplete.values())
+        return [inventory.epoch for inventory in reported]
 
     def displaced(self, vms: tuple[PlannedVm, ...]) -> tuple[PlannedVm, ...]:
         """Those of the planned VMs that are not where and what the plan has them as."""
@@ -194,12 +199,14 @@ def fence_blockers(
     in_the_way: set[str] = set()
     for hosts in known:
         in_the_way.update(fleet.outside(sets, hosts))
+        in_the_way.update(host for host in fleet.incomplete if host in hosts)
     for name in sets:
         index = state.set_index(name)
         in_the_way.update(index.offline, index.outdated, index.unguarded, index.busy)
         in_the_way.update(index.not_obeying((epoch, coordinator)))
         in_the_way.update(index.vms[vm] for vm in index.held)
         in_the_way.update(host for host in commanded if host in index.hosts)
+        in_the_way.update(host for host in fleet.incomplete if host in index.hosts)
     found: list[Reason] = []
     for host in sorted(in_the_way):
         found += _why_not(fleet, host, sets, epoch=epoch, coordinator=coordinator, own=own)
@@ -214,6 +221,8 @@ def _why_not(
     if inventory is None:
         yield Reason("host_unknown", f"{host} has not reported an inventory")
         return
+    if host in fleet.incomplete:
+        yield Reason("inventory_incomplete", f"parts of the inventory of {host} are missing")
     busy = inventory.operation or fleet.commanded().get(host, "")
     if not fleet.is_online(host):
         yield Reason("host_offline", f"{host} is offline")
@@ -258,7 +267,7 @@ def health_blockers(fleet: Fleet, vms: tuple[PlannedVm, ...]) -> list[Reason]:
         index = fleet.state.set_index(name)
         for unhealthy in (index.not_running, index.unwell, index.agent_offline):
             suspects.update(vm for vm in unhealthy if vm in members.by_vm)
-        for host in index.offline:
+        for host in (*index.offline, *fleet.incomplete):
             suspects.update(vm.vm for vm in members.by_host.get(host, ()))
     found = []
     for name in sorted(suspects, key=members.position.__getitem__):
@@ -273,6 +282,8 @@ def _unhealthy(fleet: Fleet, vm: PlannedVm) -> Reason | None:
     located = fleet.vm(name)
     if fleet.state.inventory(host) is None or not fleet.is_online(host):
         return Reason("host_offline", f"{name}: its host {host} is offline")
+    if host in fleet.incomplete:
+        return Reason("inventory_incomplete", f"{name}: parts of the inventory of {host} are missing")
     if located is None or located.host != host:
         return Reason("vm_gone", f"{name} is gone from {host}")
     if located.record.state != "running":

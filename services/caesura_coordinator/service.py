@@ -51,6 +51,12 @@ _ANNOUNCE_S = 20.0
 """s: between two announcements of an unchanged presence. A last will needs a broker: one that stopped with the
 coordinator says it is online for ever, so its silence has to tell (the hosts' inventories do the same)."""
 
+_REPEAT_PARTS_S = 5.0
+"""s: between two sendings of a stored answer with a large plan."""
+_LARGE_PLAN_VMS = 300
+_INCOMPLETE_S = 10.0
+"""s: after which a host whose inventory lacks parts is named."""
+
 _ANNOUNCED_KEPT = 10
 ABOVE_OURS = (
     "nothing is paused in its sets. Is another coordinator at work? If none is, restart this one: it claims an epoch above. If "
@@ -157,7 +163,9 @@ class Coordinator:
     ) -> None:
         self.bus = bus
         self.store = store
-        self.post = Post(bus, source_of(fleet, "coordinator", instance), on_refused=self._on_refused)
+        self.post = Post(
+            bus, source_of(fleet, "coordinator", instance), on_refused=self._on_refused, wanted=self._wants
+        )
         store.write_as(self.post.source)
         self.publisher = ReliablePublisher(bus, SqliteOutbox(beside(store.database.path)), answer_s=_ANSWER_S)
         """Of what is stored first."""
@@ -168,7 +176,10 @@ class Coordinator:
         self.book = Book(store, now())
         self.state = FleetState()
         """The fold of the bus; the event loop is the only one that changes or reads it."""
-        self.fleet = Fleet(self.state)
+        self._incomplete: dict[str, m.HostInventory] = {}
+        """Host to its newest inventory, of which parts are missing."""
+        self._incomplete_since: dict[str, float] = {}
+        self.fleet = Fleet(self.state, incomplete=self._incomplete)
         self.owners = Owners(store, self.state)
         self.authority = Authority(coordinator=f"{instance}-{new_id()[:8]}", epoch=0)
         self._claimed = False
@@ -183,6 +194,9 @@ class Coordinator:
         )
         self._now = now
         self._to_remove: list[Removal] = []
+        self._republish_due = False
+        self._repeated: dict[tuple[str, str], float] = {}
+        """Client and request to when an answer in parts was sent last."""
         self._early: list[tuple[str, Request, str]] = []
         self._early_facts: list[Fact] = []
         self._early_documents: dict[str, tuple[m.SetDocument, str]] = {}
@@ -201,6 +215,7 @@ class Coordinator:
         for kind, receiver in self._receivers():
             # Of what others say of rollouts only that they are there matters, not what is in their waves.
             self.post.on(kind, receiver, whole=kind is not m.RolloutState)
+        self.post.listeners.append(self._on_any)
         self.post.on_cleared(m.HostInventory, self._on_host_removed)
         self.post.on_cleared(m.VmOwner, self._on_owner_removed)
 
@@ -267,7 +282,8 @@ class Coordinator:
         for client, request, late in early:
             self._answer(client, request, late)
         await self._announce()
-        self._republish()  # the broker may have lost what is retained while this one was away
+        if self.leads:
+            self._republish()  # the broker may have lost what is retained while this one was away
         self._changed.set()
         await self._superseded
 
@@ -304,14 +320,18 @@ class Coordinator:
         self.owners.reconnected()
         self._owners_changed.set()
         await self._announce()
-        self._republish()
+        if self.leads:  # another's claim may have come in meanwhile
+            self._republish()
 
     def _republish(self) -> None:
         """Put what is retained on the bus again."""
         try:
-            self.book.republish()
+            self._to_remove += self.book.republish()
+            self._republish_due = False
         except StoreError as error:
-            _log.error("coordinator.not_republished", why=str(error))
+            if not self._republish_due:
+                _log.error("coordinator.not_republished", why=str(error))
+            self._republish_due = True  # tried again with the next tick
         self._outbox_filled.set()
 
     def _remove(self, removals: Iterable[Removal]) -> None:
@@ -381,7 +401,33 @@ class Coordinator:
             (m.ResumeRequested, self._on_request),
         ]
 
+    def _wants(self, message: Message) -> bool:
+        return not isinstance(message, m.ReportPart) or self.book.commanded(message.operation)
+
+    async def _on_any(self, received: Received) -> None:
+        inventory = received.message
+        if isinstance(inventory, m.HostInventory) and inventory.part_etags:
+            # Until it is whole, which it may be at once.
+            self._incomplete[inventory.host] = inventory
+            self._incomplete_since.setdefault(inventory.host, self._loop_s())
+
+    def _complete(self, host: str) -> None:
+        self._incomplete.pop(host, None)
+        self._incomplete_since.pop(host, None)
+
+    def _say_incomplete(self, now_s: float) -> None:
+        """Name the hosts whose inventory stays incomplete."""
+        for host, since in self._incomplete_since.items():
+            if now_s - since > _INCOMPLETE_S and self._sampler.due(f"incomplete {host}") is not None:
+                _log.error(
+                    "inventory.incomplete",
+                    host=host,
+                    seconds=round(now_s - since),
+                    advice="nothing is paused in its sets. Its host updater publishes the parts when it connects: restart it",
+                )
+
     async def _on_inventory(self, inventory: m.HostInventory, _: Received) -> None:
+        self._complete(inventory.host)
         # What a host obeys is no claim: it counts for the next claim of ours, and blocks this host's sets until then.
         before = self.state.reported(inventory.host)
         if (
@@ -422,6 +468,7 @@ class Coordinator:
     async def _on_host_removed(self, parameters: Mapping[str, str]) -> None:
         """An operator removed what the broker retained of a host: it was taken out of service for good."""
         host = parameters["host"]
+        self._complete(host)
         if self.fleet.is_online(host):
             _log.warning("host.not_forgotten", host=host, why="it is on the bus, and reports again")
             return
@@ -465,11 +512,20 @@ class Coordinator:
             _log.error("document.not_taken", set=document.set, why=str(error))
         self._outbox_filled.set()
 
-    async def _on_rollout(self, rollout: m.RolloutState, _: Received) -> None:
+    async def _on_rollout(self, rollout: m.RolloutState, received: Received) -> None:
         if self.leads:
             self._take_rollout(rollout)
+            if received.header.source != self.post.source:
+                self._heal(rollout)
         elif not self._claimed:
             self._early_rollouts[rollout.rollout] = rollout
+
+    def _heal(self, rollout: m.RolloutState) -> None:
+        """Another coordinator published a rollout of ours, which may be one that woke up: what it said must not stay."""
+        try:
+            self.book.heal(rollout)
+        except StoreError as error:
+            _log.error("rollout.not_reasserted", rollout=rollout.rollout, why=str(error))
 
     def _take_rollout(self, rollout: m.RolloutState) -> None:
         removal = self.book.outlived(rollout)
@@ -565,6 +621,9 @@ class Coordinator:
             due = self._loop_s() - last >= TICK_S
             if due:
                 last = self._loop_s()
+                if self._republish_due:
+                    self._republish()
+                self._say_incomplete(last)
             stirred, self._stirred = self._stirred, set()
             for rollout in self.book.active if due else self.book.holding(stirred):
                 self._step(rollout, Tick())
@@ -597,7 +656,7 @@ class Coordinator:
         try:
             known = self.store.answer(client, request.request)
             if known is not None:
-                self.book.repeat_answer(client, known)
+                self._repeat(client, known)
             elif self.leads and late:
                 _log.warning("request.outlived", client=client, request=request.request, why=late)
                 self._refuse(client, request, "request_late", late)
@@ -607,6 +666,16 @@ class Coordinator:
             _log.error("request.failed", request=request.request, why=str(error))
         self._outbox_filled.set()
         self._changed.set()
+
+    def _repeat(self, client: str, answer: m.RequestAnswered) -> None:
+        """Send a stored answer again. One in parts not with every repetition: it may be megabytes, and stands before everything else."""
+        now_s = self._loop_s()
+        self._repeated = {key: at for key, at in self._repeated.items() if now_s - at < _REPEAT_PARTS_S}
+        if (client, answer.request) in self._repeated:
+            return
+        if answer.plan is not None and sum(len(wave.vms) for wave in answer.plan.waves) > _LARGE_PLAN_VMS:
+            self._repeated[client, answer.request] = now_s
+        self.book.repeat_answer(client, answer)
 
     def _decide_request(self, client: str, request: Request) -> None:
         try:

@@ -149,7 +149,7 @@ class Picture:
 
     def heard_all(self, rollout: WholeRollout) -> bool:
         """Whether ``pauses_of`` has every pause of this rollout up to now."""
-        return all(
+        return len(rollout.waves) == rollout.wave_count and all(
             self.heard_wave(rollout.rollout, each.wave) for each in rollout.waves if each.status != "pending"
         )
 

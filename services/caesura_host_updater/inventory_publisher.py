@@ -29,9 +29,21 @@ class InventoryPublisher:
         """Number of a part that the broker may have to its etag there; empty: not known."""
         self._unsent = ""
 
-    def retained_earlier(self, part: InventoryPart) -> None:
-        """The broker has this part: from an earlier run of this service, or as it was sent."""
-        self._parts.setdefault(part.part, "")
+    def retained(self, part: InventoryPart) -> bool:
+        """The broker has this part: from an earlier run of this service, from somebody else, or as it was sent. Whether the inventory
+        must be published again for it."""
+        known = self._parts.get(part.part)
+        if known == part.etag:
+            return False
+        self._parts[part.part] = ""
+        return True
+
+    def removed(self, part: int) -> bool:
+        """The broker has this part no more. Whether the inventory must be published again for it."""
+        if part not in self._parts:
+            return False
+        self._parts[part] = ""
+        return True
 
     def connected(self) -> None:
         """A broker may have lost what it retained: all parts are sent again."""
@@ -50,9 +62,7 @@ class InventoryPublisher:
                     await self._post.send(part, host=self._host, part=part.part)
                     self._parts[part.part] = part.etag
             await self._post.send(fitted(head), host=self._host)
-            for number in [each for each in self._parts if each > len(parts)]:
-                await self._post.clear(InventoryPart, host=self._host, part=number)
-                del self._parts[number]
+            await self._clear_beyond(len(parts))
         except Oversized as error:
             # What was published before stays: a host without VMs would count in no fence.
             self._say_unsent(
@@ -64,6 +74,18 @@ class InventoryPublisher:
             pass
         else:
             self._say_unsent("")
+
+    async def _clear_beyond(self, last: int) -> None:
+        for number in [each for each in self._parts if each > last]:
+            del self._parts[number]
+            try:
+                await self._post.clear(InventoryPart, host=self._host, part=number)
+            except PublishRefused as error:
+                # By access rules for as many VMs as there are now; nobody reads that part any more.
+                _log.warning("inventory.part_not_removed", part=number, why=str(error))
+            except BusUnavailable:
+                self._parts[number] = ""
+                raise
 
     def _say_unsent(self, why: str, event: str = "inventory.too_large") -> None:
         """Said once, and in the health probe for as long as it is so."""

@@ -189,6 +189,8 @@ class HostUpdater:
         self.post.on(AgentPresence, self._on_agent)
         self.post.on(VmStatus, self._on_status)
         self.post.on(InventoryPart, self._on_inventory_part)
+        self.post.on_cleared(InventoryPart, self._on_part_removed)
+        self.post.on_cleared(HostPresence, self._on_presence_removed)
 
     def tasks(self) -> dict[str, Callable[[], Awaitable[None]]]:
         """The eternal tasks, for ``serve``."""
@@ -559,7 +561,16 @@ class HostUpdater:
         self._statuses.published_earlier(message)
 
     async def _on_inventory_part(self, message: InventoryPart, _: Received) -> None:
-        self._inventories.retained_earlier(message)
+        if self._inventories.retained(message):
+            self._changed.set()
+
+    async def _on_part_removed(self, parameters: Mapping[str, str]) -> None:
+        """An operator made the fleet forget this host, which is on the bus after all."""
+        if parameters["part"].isdigit() and self._inventories.removed(int(parameters["part"])):
+            self._changed.set()
+
+    async def _on_presence_removed(self, _: Mapping[str, str]) -> None:
+        await self._presence.announce()
 
     async def _on_agent_synced(self, message: AgentClockSynced, _: Received) -> None:
         self.clocks.answered(message)

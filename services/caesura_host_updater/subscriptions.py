@@ -8,6 +8,7 @@ from caesura.contract.messages import (
     AgentPresence,
     ClockSyncRequested,
     CoordinatorPresence,
+    HostPresence,
     InventoryPart,
     StartOperation,
     VmStatus,
@@ -24,6 +25,7 @@ def filters(host: HostFile) -> list[str]:
         channel_of(AbortOperation).filter(host=host.host),
         channel_of(VmStatus).filter(host=host.host),
         channel_of(InventoryPart).filter(host=host.host),
+        channel_of(HostPresence).filter(host=host.host),
     ]
     for vm in host.vm:
         if vm.agent:

@@ -94,13 +94,13 @@ class MetricsExporter:
     def _take(self, delivery: Delivery) -> None:
         try:
             received = decode(delivery.topic, delivery.payload)
+            if received.channel.message in PARTS.values():
+                self.tally.take(received)
+            whole = self._joiner.take(received)
         except ContractError as error:
             self._own.decode_errors[error.kind] += 1
             self._refused.say(delivery.topic, error)
             return
-        if received.channel.message in PARTS.values():
-            self.tally.take(received)
-        whole = self._joiner.take(received)
         if whole is None:
             return
         received = whole

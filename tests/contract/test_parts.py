@@ -10,7 +10,15 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from caesura.contract import messages as m
-from caesura.contract.codec import MAX_PAYLOAD_BYTES, Malformed, Received, decode, encode, size_bytes
+from caesura.contract.codec import (
+    MAX_PAYLOAD_BYTES,
+    Malformed,
+    Oversized,
+    Received,
+    decode,
+    encode,
+    size_bytes,
+)
 from caesura.contract.envelope import Message
 from caesura.contract.parts import Joiner, WholeRollout, answer_in_parts, inventory_in_parts, with_parts
 from caesura.contract.topics import channel_of
@@ -194,6 +202,74 @@ def test_parts_of_plans_that_nobody_completes_are_not_kept() -> None:
         answer = m.RequestAnswered(request=f"q{number}", accepted=True, plan=m.Plan(update="u"), plan_parts=2)
         assert joiner.take(received(answer, client="ops")) is None
     assert len(joiner.waiting()) <= 16
+
+
+def test_plan_parts_fit_however_many_hosts_and_sets_a_wave_has() -> None:
+    vms = tuple(
+        m.PlannedVm(
+            vm=f"v{number:04d}".ljust(63, "v"),
+            set=f"s{number:04d}".ljust(63, "s"),
+            update_domain=0,
+            host=f"h{number:04d}".ljust(63, "h"),
+            method="live",
+            reason="live",
+        )
+        for number in range(1500)
+    )
+    wave = m.PlannedWave(
+        wave=0, domains={vm.set: 0 for vm in vms}, hosts=tuple(vm.host for vm in vms), vms=vms
+    )
+    whole = m.RequestAnswered(request="q", accepted=True, plan=m.Plan(update="u", waves=(wave,)))
+    head, parts = answer_in_parts(whole)
+    joiner = Joiner()
+    for part in parts:
+        joiner.take(received(part, client="ops", part=part.part))
+    joined = joiner.take(received(head, client="ops"))
+    assert joined is not None
+    assert joined.message == replace(whole, plan_parts=len(parts))
+
+
+def test_a_host_cannot_have_more_vms_in_parts_than_in_its_file() -> None:
+    head, parts = inventory_in_parts(inventory(900))
+    joiner = Joiner()
+    more = m.InventoryPart(host="h", part=len(parts) + 1, etag="0" * 12, vms=inventory(200).vms)
+    for part in (*parts, more):
+        joiner.take(received(part, host="h", part=part.part))
+    with pytest.raises(Oversized, match="more than 1024 VMs"):
+        joiner.take(received(replace(head, part_etags=(*head.part_etags, more.etag)), host="h"))
+    assert joiner.waiting() == []
+    got = joiner.take(received(head, host="h"))
+    assert got is not None
+    assert len(got.message.vms) == 900  # type: ignore[attr-defined]
+
+
+def report_part(operation: str, part: int, vms: int) -> Received:
+    results = tuple(
+        m.VmResult(vm=f"v{part}-{number}", set="s", update_domain=0, state="running", frozen=True)
+        for number in range(vms)
+    )
+    message = m.ReportPart(host="h", operation=operation, part=part, vms=results)
+    return received(message, host="h", part=part)
+
+
+def test_a_report_cannot_name_more_vms_than_a_command() -> None:
+    joiner = Joiner()
+    for part in (1, 2):
+        joiner.take(report_part("o", part, 500))
+    with pytest.raises(Oversized, match="more than 1024 VMs"):
+        joiner.take(report_part("o", 3, 500))
+
+
+def test_parts_of_reports_that_nobody_asked_for_are_not_kept() -> None:
+    joiner = Joiner(wanted=lambda message: getattr(message, "operation", "") == "mine")
+    head = m.OperationReported(operation="mine", host="h", epoch=1, status="completed", vm_parts=1, at=NOW)
+    joiner.take(report_part("another", 1, 3))
+    joiner.take(report_part("mine", 1, 3))
+    got = joiner.take(received(head, host="h"))
+    assert got is not None
+    assert len(got.message.vms) == 3  # type: ignore[attr-defined]
+    joiner.take(report_part("another", 1, 3))
+    assert joiner.take(received(replace(head, operation="another"), host="h")) is None
 
 
 def test_who_subscribes_to_a_message_in_parts_subscribes_to_its_parts() -> None:

@@ -42,6 +42,7 @@ class Post:
         bus: the connection; its ``run`` must be given ``self.deliver``.
         source: CloudEvents source, for example ``/caesura/host/host-1``.
         on_refused: called with every message that breaks the contract, and the reason.
+        wanted: whether a part of what is not retained is kept until the whole is there (``Joiner``).
     """
 
     def __init__(
@@ -49,12 +50,13 @@ class Post:
         bus: Bus,
         source: str,
         on_refused: Callable[[Delivery, ContractError], Awaitable[None]] | None = None,
+        wanted: Callable[[Message], bool] = lambda _: True,
     ) -> None:
         self.bus = bus
         self.source = source
         self.decode_errors: Counter[str] = Counter()
         self._receivers: dict[type[Message], Receiver] = {}
-        self._joiner = Joiner()
+        self._joiner = Joiner(wanted)
         self._as_sent: set[type[Message]] = set()
         """Types of messages that are not waited for until they are whole."""
         self._forgetters: dict[type[Message], Forgetter] = {}
@@ -140,19 +142,26 @@ class Post:
         try:
             received = decode(delivery.topic, delivery.payload)
         except ContractError as error:
-            self.decode_errors[error.kind] += 1
-            self._refused.say(delivery.topic, error)
-            if self._on_refused is not None:
-                await self._on_refused(delivery, error)
+            await self._refuse(delivery, error)
             return
         for listener in self.listeners:
             await listener(received)
         kind = received.channel.message
         if kind in PART_TYPES:
             await self._hand_over(received)
-        whole = received if kind in self._as_sent else self._joiner.take(received)
+        try:
+            whole = received if kind in self._as_sent else self._joiner.take(received)
+        except ContractError as error:
+            await self._refuse(delivery, error)
+            return
         if whole is not None:
             await self._hand_over(whole)
+
+    async def _refuse(self, delivery: Delivery, error: ContractError) -> None:
+        self.decode_errors[error.kind] += 1
+        self._refused.say(delivery.topic, error)
+        if self._on_refused is not None:
+            await self._on_refused(delivery, error)
 
     async def _hand_over(self, received: Received) -> None:
         receiver = self._receivers.get(received.channel.message)

@@ -202,7 +202,7 @@ class InventoryPart(Message, frozen=True, kw_only=True):
     host: Name
     part: PartNumber
     etag: Etag
-    vms: tuple[VmRecord, ...]
+    vms: Annotated[tuple[VmRecord, ...], Meta(max_length=MOST_TARGETS)]
 
 
 class HostPresence(Message, frozen=True, kw_only=True):
@@ -618,7 +618,7 @@ class ReportPart(Message, frozen=True, kw_only=True):
     host: Name
     operation: Id
     part: PartNumber
-    vms: tuple[VmResult, ...]
+    vms: Annotated[tuple[VmResult, ...], Meta(max_length=MOST_TARGETS)]
 
 
 class VmFrozen(Message, frozen=True, kw_only=True):

@@ -15,7 +15,7 @@ import msgspec
 from msgspec.structs import replace
 
 from caesura.contract import messages as m
-from caesura.contract.codec import MAX_PAYLOAD_BYTES, Received, size_bytes
+from caesura.contract.codec import MAX_PAYLOAD_BYTES, Oversized, Received, size_bytes
 from caesura.contract.envelope import Message
 from caesura.contract.topics import channel_of
 
@@ -29,8 +29,13 @@ PARTS: Mapping[type[Message], type[Message]] = {
 
 _FILL_BYTES = MAX_PAYLOAD_BYTES * 3 // 4
 """Of a part: the rest is for its envelope and for what else it says."""
-_HELD = 16
-"""Answers, and as many reports of a host, whose parts are not complete: they are not retained, so some may never be."""
+_ANSWERS_HELD = 16
+"""Answers whose parts are not complete: they are not retained, so some may never be."""
+_REPORTS_HELD = 2
+"""Of a host, the same: it does one operation at a time."""
+
+_NAME_BYTES = 12
+"""Around a host's name and a set's with its domain."""
 
 T = TypeVar("T")
 
@@ -77,7 +82,11 @@ def answer_in_parts(whole: m.RequestAnswered) -> tuple[m.RequestAnswered, list[m
     plan = whole.plan
     slices: list[dict[str, Any]] = []
     for wave in plan.waves:
-        slices += [{"waves": (_slice_of(wave, vms),)} for vms in _filled(wave.vms)]
+        # Each slice of a wave names the hosts and sets of its VMs once more.
+        slices += [
+            {"waves": (_slice_of(wave, vms),)}
+            for vms in _filled(wave.vms, lambda vm: len(vm.host) + len(vm.set) + _NAME_BYTES)
+        ]
     slices += [{"skipped": vms} for vms in _filled(plan.skipped)]
     slices += [{"refusals": refusals} for refusals in _filled(plan.refusals)]
     merged: list[dict[str, Any]] = []
@@ -116,12 +125,16 @@ def _slice_of(wave: m.PlannedWave, vms: tuple[m.PlannedVm, ...]) -> m.PlannedWav
     )
 
 
-def _filled(records: Sequence[T]) -> Iterator[tuple[T, ...]]:
-    """The records in order, as many together as one part takes."""
+def _filled(records: Sequence[T], besides: Callable[[T], int] = lambda _: 0) -> Iterator[tuple[T, ...]]:
+    """The records in order, as many together as one part takes.
+
+    Args:
+        besides: bytes that a record takes in its part at most, beside its own.
+    """
     some: list[T] = []
     room = _FILL_BYTES
     for record in records:
-        taken = len(msgspec.json.encode(record)) + 1
+        taken = len(msgspec.json.encode(record)) + 1 + besides(record)
         if some and taken > room:
             yield tuple(some)
             some, room = [], _FILL_BYTES
@@ -139,9 +152,13 @@ class Joiner:
 
     A message that is whole as it is passes through. One whose parts are not all here is held back; the reader keeps what it had
     until the new one is whole.
+
+    Args:
+        wanted: whether a part of what is not retained is kept; without it all are, within bounds.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, wanted: Callable[[Message], bool] = lambda _: True) -> None:
+        self._wanted = wanted
         self._waves: dict[str, dict[int, m.WaveState]] = {}
         self._vms: dict[str, dict[int, m.InventoryPart]] = {}
         self._plans: dict[tuple[str, str], dict[int, m.PlanPart]] = {}
@@ -149,7 +166,11 @@ class Joiner:
         self._waiting: dict[tuple[type[Message], str], Received] = {}
 
     def take(self, received: Received) -> Received | None:
-        """The message that this one is or completes, whole; None: it waits, or it is a part of one that does."""
+        """The message that this one is or completes, whole; None: it waits, or it is a part of one that does.
+
+        Raises:
+            Oversized: whole it would name more VMs than a host can have.
+        """
         message = received.message
         match message:
             case m.WaveState():
@@ -166,23 +187,26 @@ class Joiner:
                 return self._completed(m.HostInventory, message.host, self._inventory)
             case m.PlanPart():
                 client = received.parameters["client"]
-                self._plans.setdefault((client, message.request), {})[message.part] = message
-                while len(self._plans) > _HELD:
-                    oldest = next(iter(self._plans))
-                    del self._plans[oldest]
-                    self._waiting.pop((m.RequestAnswered, "/".join(oldest)), None)
+                self._parts_of_plan(client, message.request)[message.part] = message
                 return self._completed(m.RequestAnswered, f"{client}/{message.request}", self._answer)
             case m.RequestAnswered() if message.plan_parts:
                 client = received.parameters["client"]
+                self._parts_of_plan(client, message.request)
                 self._waiting[m.RequestAnswered, f"{client}/{message.request}"] = received
                 return self._completed(m.RequestAnswered, f"{client}/{message.request}", self._answer)
             case m.ReportPart():
-                self._parts_of(message.host, message.operation)[message.part] = message
+                if not self._wanted(message):
+                    return None
+                parts = self._parts_of_report(message.host, message.operation)
+                parts[message.part] = message
+                if sum(len(part.vms) for part in parts.values()) > m.MOST_TARGETS:
+                    self._forget_report(message.host, message.operation)
+                    raise _too_many(received)
                 return self._completed(
                     m.OperationReported, f"{message.host}/{message.operation}", self._report
                 )
             case m.OperationReported() if message.vm_parts:
-                self._parts_of(message.host, message.operation)
+                self._parts_of_report(message.host, message.operation)
                 name = f"{message.host}/{message.operation}"
                 self._waiting[m.OperationReported, name] = received
                 return self._completed(m.OperationReported, name, self._report)
@@ -212,7 +236,7 @@ class Joiner:
         whole = complete(head) if head is not None else None
         if head is None or whole is None:
             return None
-        del self._waiting[kind, name]
+        self._waiting.pop((kind, name), None)
         return replace(head, message=whole)
 
     def _rollout(self, head: Received) -> Message | None:
@@ -238,6 +262,9 @@ class Joiner:
         found = [part for part in parts if part is not None]
         if tuple(part.etag for part in found) != state.part_etags:
             return None
+        if sum(len(part.vms) for part in found) > m.MOST_TARGETS:
+            del self._waiting[m.HostInventory, state.host]
+            raise _too_many(head)
         return replace(state, vms=tuple(vm for part in found for vm in part.vms))
 
     def _answer(self, head: Received) -> Message | None:
@@ -262,15 +289,29 @@ class Joiner:
         )
         return replace(answer, plan=plan)
 
-    def _parts_of(self, host: str, operation: str) -> dict[int, m.ReportPart]:
+    def _parts_of_plan(self, client: str, request: str) -> dict[int, m.PlanPart]:
+        """The parts of a plan, or none so far; the oldest plan goes when there are too many."""
+        parts = self._plans.setdefault((client, request), {})
+        while len(self._plans) > _ANSWERS_HELD:
+            oldest = next(iter(self._plans))
+            del self._plans[oldest]
+            self._waiting.pop((m.RequestAnswered, "/".join(oldest)), None)
+        return parts
+
+    def _parts_of_report(self, host: str, operation: str) -> dict[int, m.ReportPart]:
         """The parts of a report, or none so far; the host's oldest report goes when there are too many."""
         of_host = self._reports.setdefault(host, {})
         parts = of_host.setdefault(operation, {})
-        while len(of_host) > _HELD:
-            oldest = next(iter(of_host))
-            del of_host[oldest]
-            self._waiting.pop((m.OperationReported, f"{host}/{oldest}"), None)
+        while len(of_host) > _REPORTS_HELD:
+            self._forget_report(host, next(iter(of_host)))
         return parts
+
+    def _forget_report(self, host: str, operation: str) -> None:
+        of_host = self._reports.get(host, {})
+        of_host.pop(operation, None)
+        if not of_host:
+            self._reports.pop(host, None)
+        self._waiting.pop((m.OperationReported, f"{host}/{operation}"), None)
 
     def _report(self, head: Received) -> Message | None:
         report = head.message
@@ -281,9 +322,7 @@ class Joiner:
         found = [part for part in parts if part is not None]
         if len(found) != report.vm_parts:
             return None
-        del of_host[report.operation]
-        if not of_host:
-            del self._reports[report.host]
+        self._forget_report(report.host, report.operation)
         return replace(report, vms=tuple(vm for part in found for vm in part.vms))
 
 
@@ -293,6 +332,12 @@ def _merged(one: m.PlannedWave, other: m.PlannedWave) -> m.PlannedWave:
         vms=(*one.vms, *other.vms),
         hosts=tuple(dict.fromkeys((*one.hosts, *other.hosts))),
         domains={**one.domains, **other.domains},
+    )
+
+
+def _too_many(received: Received) -> Oversized:
+    return Oversized(
+        received.channel.topic(**received.parameters), f"more than {m.MOST_TARGETS} VMs in its parts"
     )
 
 

@@ -33,6 +33,7 @@ ReasonCode = Literal[
     "too_large",
     "host_offline",
     "host_unknown",
+    "inventory_incomplete",
     "host_behind",
     "host_outdated",
     "epoch_refused",
@@ -104,6 +105,7 @@ DESCRIPTIONS: Final[Mapping[ReasonCode, str]] = {
     "too_large": "What would have to be sent does not fit into one message or command.",
     "host_offline": "The host updater is not on the bus.",
     "host_unknown": "The host has not reported an inventory.",
+    "inventory_incomplete": "Parts of the host's newest inventory are missing, so how its VMs are is not known.",
     "host_behind": "The host has not acknowledged this coordinator's epoch yet.",
     "host_outdated": "The host updater is of a version that does not read this coordinator's commands.",
     "epoch_refused": "The host obeys another coordinator, or refuses this epoch; it does not change by itself.",
@@ -164,6 +166,7 @@ TRANSIENT: frozenset[ReasonCode] = frozenset(
     (
         "host_offline",
         "host_unknown",
+        "inventory_incomplete",
         "host_behind",
         "host_stopping",
         "guard_absent",

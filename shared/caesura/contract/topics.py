@@ -155,7 +155,7 @@ CHANNELS: tuple[Channel, ...] = (
         address=f"{PREFIX}/host/{{host}}/presence",
         message=m.HostPresence,
         writer="host",
-        readers=("coordinator", "ctl", "exporter"),
+        readers=("host", "coordinator", "ctl", "exporter"),
         retain=True,
         summary="Whether the host updater is on the bus; last will says offline.",
     ),

@@ -287,6 +287,9 @@ class ReliablePublisher:
         topic = entry.message.topic
         if isinstance(error, PublishTooLarge):
             # That the broker would take the next one of its topic is likely; this one may wait for good.
+            of_topic = self._refused.get(topic)
+            if of_topic is not None and of_topic.trial is entry:
+                of_topic.trial, of_topic.due = None, now
             entry.refused_as = entry.message.event_id
         refused = self._refused.setdefault(entry.refused_as, Refused(self._retry_s))
         refused.trial = None

@@ -31,7 +31,7 @@ from caesura.testing.collector import PATIENCE_S, eventually
 from caesura.testing.rollouts import wave_state
 from caesura_coordinator.answers import with_plan
 from caesura_coordinator.book import Book, Removal
-from caesura_coordinator.fleet import fence_blockers
+from caesura_coordinator.fleet import fence_blockers, health_blockers
 from caesura_coordinator.forget_epoch import forget_epoch
 from caesura_coordinator.service import Coordinator, NoEpochLeft, Superseded, presence, subscriptions
 from caesura_coordinator.store import Store
@@ -485,6 +485,79 @@ async def test_a_host_whose_inventory_comes_in_parts_is_planned_and_counts_in_th
         await eventually(lambda: blocked() == 0)
 
 
+async def test_a_host_of_whose_inventory_parts_are_missing_blocks_its_sets_and_is_named(
+    world: World, host: Callable[..., Any], build: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is known of it may be long ago: nothing is paused beside it, and its epoch counts for the next claim."""
+    monkeypatch.setattr("caesura_coordinator.service._INCOMPLETE_S", 0.0)
+    async with world.coordinator() as one:
+        await eventually(lambda: one.leads)
+        await world.host(host("h1", build("w1"), build("w2")))
+        await eventually(lambda: len(one.fleet.inventories) == 1)
+
+        def why(blockers: Any) -> set[str]:
+            return {each.code for each in blockers}
+
+        planned = (await world.ask(_request("p", plan_only=True))).plan
+        assert planned is not None
+        vms = planned.waves[0].vms
+        assert why(fence_blockers(one.fleet, ["web"], epoch=1, coordinator="c")) == set()
+        newest = host("h1", epoch=7, part_etags=("0" * 12,))
+        with capture_logs() as logs:
+            await world.post.send(newest, host="h1")
+            await eventually(lambda: any(each["event"] == "inventory.incomplete" for each in logs))
+        assert why(fence_blockers(one.fleet, ["web"], epoch=1, coordinator="c")) == {"inventory_incomplete"}
+        assert why(fence_blockers(one.fleet, [], ["h1"], epoch=1, coordinator="c")) == {
+            "inventory_incomplete"
+        }
+        assert why(health_blockers(one.fleet, vms)) == {"inventory_incomplete"}
+        assert 7 in one.fleet.epochs()
+        part = m.InventoryPart(host="h1", part=1, etag="0" * 12, vms=(build("w1"), build("w2")))
+        await world.post.send(part, host="h1", part=1)
+        await eventually(lambda: one.fleet.inventories["h1"].epoch == 7)
+        assert "inventory_incomplete" not in why(fence_blockers(one.fleet, ["web"], epoch=7, coordinator="c"))
+
+
+async def test_a_rollout_that_another_coordinator_published_is_published_again(
+    world: World, host: Callable[..., Any], build: Callable[..., Any]
+) -> None:
+    """One that was frozen, and wakes up, may publish what it knew before it stands down."""
+    await world.host(host("h1", build("w1")))
+    async with world.coordinator() as one:
+        await eventually(lambda: one.leads)
+        name = (await world.ask(_request("q"))).rollout
+        await eventually(lambda: world.retained(m.WaveState, rollout=name, wave="0") is not None)
+        own = (
+            world.retained(m.RolloutState, rollout=name),
+            world.retained(m.WaveState, rollout=name, wave="0"),
+        )
+        old = msgspec.structs.replace(own[1], status="failed", etag="0" * 12)
+        await world.post.send(old, rollout=name, wave=0)
+        await world.post.send(msgspec.structs.replace(own[0], wave_etags=(old.etag,)), rollout=name)
+        await eventually(
+            lambda: (
+                world.retained(m.RolloutState, rollout=name).wave_etags
+                == (world.retained(m.WaveState, rollout=name, wave="0").etag,)
+                != (old.etag,)
+            )
+        )
+        assert world.retained(m.WaveState, rollout=name, wave="0").status != "failed"
+
+
+async def test_a_large_answer_is_not_sent_with_every_repetition(
+    world: World, host: Callable[..., Any], build: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("caesura_coordinator.service._LARGE_PLAN_VMS", 1)
+    await world.host(host("h1", build("w1"), build("w2")))
+    async with world.coordinator() as one:
+        await eventually(lambda: one.leads)
+        assert (await world.ask(_request("p", plan_only=True))).plan is not None
+        for _ in range(20):
+            await world.post.send(_request("p", plan_only=True), client="ops")
+        await world.ask(m.AbortRequested(request="last"))  # behind them all
+        assert sum(each.request == "p" for each in world.of(m.RequestAnswered)) <= 2
+
+
 async def test_a_repeated_abort_gets_the_answer_that_was_stored_with_the_abort(
     world: World, host: Callable[..., Any], build: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -691,7 +764,7 @@ async def test_a_rollout_is_removed_from_the_bus_after_what_a_previous_run_left_
     before.enqueue(wave, rollout="r", wave=0)
     before.enqueue(state, rollout="r")
     before.database.close()
-    monkeypatch.setattr(Book, "republish", lambda _: None)
+    monkeypatch.setattr(Book, "republish", lambda _: [])
     async with world.coordinator() as one:
         assert one.waiting() == 2
         one._to_remove.append(Removal("r", 1, whole=True))

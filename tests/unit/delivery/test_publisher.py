@@ -180,6 +180,30 @@ async def test_one_that_is_too_large_waits_alone() -> None:
     assert broker.taken[-1] == "answers-1"
 
 
+async def test_one_that_turns_out_too_large_when_its_topic_is_tried_again_waits_alone() -> None:
+    """Its topic was refused, it is what is tried when the access rules were corrected, and the others must not wait for it."""
+
+    class Strict(Broker):
+        corrected = False
+
+        async def answer(self, topic: str, name: str, timeout_s: float) -> None:
+            if not self.corrected:
+                raise PublishRefused(topic, "not authorized")
+            if name == "answers-0":
+                raise PublishTooLarge(topic, 300, 100)
+            await super().answer(topic, name, timeout_s)
+
+    broker = Strict()
+    async with running(ReliablePublisher(broker)) as publisher:
+        publisher.put(*(message("answers", number) for number in range(3)))
+        assert not await publisher.drained(5)
+        broker.corrected = True
+        await asyncio.sleep(61)
+        assert not await publisher.drained(60)
+        assert broker.taken == ["answers-1", "answers-2"]
+        assert publisher.refused == 1
+
+
 async def test_of_a_state_the_newest_is_published() -> None:
     broker = Broker()
     async with running(ReliablePublisher(broker)) as publisher:

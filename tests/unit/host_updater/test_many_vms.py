@@ -14,6 +14,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from caesura.bus.memory import MemoryBus
+from caesura.bus.port import PublishRefused
 from caesura.bus.post import Post
 from caesura.contract.codec import Oversized, decode
 from caesura.contract.envelope import Message
@@ -215,9 +216,40 @@ async def test_only_parts_that_changed_are_sent_again_and_those_too_many_removed
     assert heard.new() == everything, "a broker may have lost them"
     await publisher.publish(inventory_of(3))
     assert heard.new() == [("inventory", 0), *(("cleared", number) for number in range(1, parts + 1))]
-    publisher.retained_earlier(InventoryPart(host="host-1", part=9, etag="0" * 12, vms=()))
+    assert publisher.retained(InventoryPart(host="host-1", part=9, etag="0" * 12, vms=()))
     await publisher.publish(inventory_of(3))
     assert heard.new() == [("inventory", 0), ("cleared", 9)], "an earlier run left it"
+
+
+async def test_parts_that_somebody_removes_or_overwrites_are_published_again() -> None:
+    """As an operator does who makes the fleet forget a host that is on the bus after all."""
+    heard = Heard()
+    publisher = InventoryPublisher("host-1", cast("Post", heard))
+    whole = inventory_of(300)
+    parts = inventory_in_parts(whole)[1]
+    await publisher.publish(whole)
+    heard.new()
+    assert not publisher.retained(parts[0]), "its own comes back to it"
+    assert publisher.removed(1)
+    assert publisher.retained(msgspec.structs.replace(parts[1], etag="0" * 12))
+    assert not publisher.removed(99)
+    await publisher.publish(whole)
+    assert heard.new() == [("inventory-part", 1), ("inventory-part", 2), ("inventory", 0)]
+
+
+async def test_a_part_that_may_not_be_removed_leaves_the_inventory_published() -> None:
+    heard = Heard()
+    publisher = InventoryPublisher("host-1", cast("Post", heard))
+    await publisher.publish(inventory_of(300))
+
+    async def refused(*_: object, **__: object) -> None:
+        raise PublishRefused("t", "not authorized")
+
+    heard.clear = refused  # type: ignore[method-assign]
+    with capture_logs() as logs:
+        await publisher.publish(inventory_of(3))
+    assert publisher.ping() == ""
+    assert {each["event"] for each in logs} == {"inventory.part_not_removed"}
 
 
 async def test_an_inventory_that_cannot_be_sent_is_said_once_and_shows_in_the_probe() -> None:

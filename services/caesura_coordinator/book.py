@@ -49,7 +49,15 @@ from caesura_coordinator.inputs import (
     RolloutMoved,
     WaveMoved,
 )
-from caesura_coordinator.records import FINAL, Rollout, Wave, WaveEvent, headless, rollout_state, with_etags
+from caesura_coordinator.records import (
+    FINAL,
+    Rollout,
+    Wave,
+    WaveEvent,
+    rollout_state,
+    with_etags,
+    without_waves,
+)
 from caesura_coordinator.rollout import after_restart, decide
 from caesura_coordinator.store import Store
 
@@ -199,7 +207,7 @@ class Book:
             self._perform(changed, effect, now)
         # The waves first: a reader has the rollout whole when the rollout arrives.
         self._enqueue_waves(waves)
-        if waves or headless(changed) != headless(before):
+        if waves or without_waves(changed) != without_waves(before):
             self.store.enqueue(rollout_state(changed), rollout=changed.id)
         return changed
 

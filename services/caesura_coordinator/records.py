@@ -262,8 +262,8 @@ def rollout_state(rollout: Rollout, *, with_waves: bool = True) -> RolloutState:
     )
 
 
-def headless(rollout: Rollout) -> Rollout:
-    """The rollout without its waves: what its own message says of it beside what follows from them."""
+def without_waves(rollout: Rollout) -> Rollout:
+    """The rollout by itself: its waves are stored and published apart from it."""
     return msgspec.structs.replace(rollout, waves=())
 
 

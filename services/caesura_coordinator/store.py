@@ -25,7 +25,14 @@ from caesura.delivery.sqlite import SCHEMA, OutboxTable
 from caesura.runtime.database import Database
 from caesura.runtime.errors import CaesuraError
 from caesura.runtime.identity import new_id
-from caesura_coordinator.records import ClockVerdict, HostOperation, Readiness, Rollout, Wave
+from caesura_coordinator.records import (
+    ClockVerdict,
+    HostOperation,
+    Readiness,
+    Rollout,
+    Wave,
+    without_waves,
+)
 
 _MIGRATIONS = (
     """
@@ -170,11 +177,11 @@ class Store:
         Args:
             before: what was saved last; parts of it that are the same objects are not written again.
         """
-        if before is None or _bare_rollout(before) != _bare_rollout(rollout):
+        if before is None or without_waves(before) != without_waves(rollout):
             self.database.run(
                 "INSERT INTO rollout (id, body) VALUES (?, ?) ON CONFLICT (id) DO UPDATE SET body = excluded.body",
                 rollout.id,
-                msgspec.json.encode(_bare_rollout(rollout)),
+                msgspec.json.encode(without_waves(rollout)),
             )
         old = before.waves if before is not None else (None,) * len(rollout.waves)
         for wave, known in zip(rollout.waves, old, strict=True):
@@ -355,10 +362,6 @@ def newer_entries(before: dict[str, _T] | None, now: dict[str, _T]) -> dict[str,
             break
         newer[name] = now[name]
     return dict(reversed(newer.items()))
-
-
-def _bare_rollout(rollout: Rollout) -> Rollout:
-    return msgspec.structs.replace(rollout, waves=())
 
 
 def _bare_wave(wave: Wave) -> Wave:

@@ -155,8 +155,11 @@ class Session:
         loop = asyncio.get_running_loop()
         end = loop.time() + limit_s
         # Silence is what is awaited, and nothing announces it: hence a sleep until it would be complete.
-        while (left := min(self._last + _QUIET_S, end) - loop.time()) > 0:  # noqa: ASYNC110
-            await asyncio.sleep(left)
+        # What was caught between a wave and its rollout is whole a moment later: it must not be missing.
+        while (left := min(self._last + _QUIET_S, end) - loop.time()) > 0 or (  # noqa: ASYNC110
+            self.post.incomplete and loop.time() < end
+        ):
+            await asyncio.sleep(max(left, _QUIET_S / 4))
 
     async def ask(self, request: R) -> m.RequestAnswered:
         """Send a request until it is answered.

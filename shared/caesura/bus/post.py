@@ -84,6 +84,11 @@ class Post:
         if not whole:
             self._as_sent.add(message)
 
+    @property
+    def incomplete(self) -> bool:
+        """Whether something is waited for until it is whole: its parts, or a newer message, are on their way."""
+        return bool(self._joiner.waiting())
+
     def on_cleared(self, message: type[Message], forgetter: Forgetter) -> None:
         """Have ``forgetter`` called when a retained message of this type is removed."""
         self._forgetters[message] = forgetter

@@ -26,7 +26,8 @@ from caesura.contract.examples import examples
 from caesura.contract.parts import WholeRollout
 from caesura.runtime.errors import CaesuraError
 from caesura.testing.collector import eventually
-from caesura.testing.rollouts import wave_state, whole_rollout
+from caesura.testing.patience import patient
+from caesura.testing.rollouts import sent, wave_state, whole_rollout
 from caesura_ctl.cli import caesura
 from caesura_ctl.demo import machine
 from caesura_ctl.demo.layout import standard_layout
@@ -136,6 +137,31 @@ async def test_what_is_removed_from_the_broker_leaves_the_view_of_a_command_that
         await bus.close()
         await other.close()
         await asyncio.gather(*running)
+
+
+async def test_a_rollout_that_is_caught_between_two_messages_is_not_missing() -> None:
+    """A wave's state is published before the rollout that names it: whoever looks just then waits for the rollout."""
+    broker = MemoryBroker()
+    bus = MemoryBus(broker, client_id="ops", filters=["caesura/v1/#"])
+    session = Session(bus, "ops")
+    running = asyncio.create_task(bus.run(session.post.deliver))
+    try:
+        assert await bus.wait_connected(5)
+        before = whole_rollout("r1", [wave_state(wave=0, status="started", vms=("w1",))])
+        after = whole_rollout("r1", [wave_state(wave=0, status="verifying", vms=("w1",))])
+        (newer, _), (head, _) = sent(after)[0], sent(before)[1]
+        await session.post.send(newer, rollout="r1", wave=0)
+        await session.post.send(head, rollout="r1")
+        await eventually(lambda: session.post.incomplete)
+        settled = asyncio.ensure_future(session.settled(patient(30)))
+        await asyncio.sleep(0.5)  # longer than the silence that is waited for
+        assert not settled.done()
+        await session.post.send(sent(after)[1][0], rollout="r1")
+        await settled
+        assert [each.status for each in session.picture.rollouts["r1"].waves] == ["verifying"]
+    finally:
+        await bus.close()
+        await running
 
 
 def test_the_picture_takes_every_message_and_repetition_changes_nothing() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 from collections.abc import AsyncIterator, Callable
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
 import pytest
@@ -13,6 +13,7 @@ import pytest
 from caesura.bus.brokers import LocalBroker
 from caesura.contract import messages as m
 from caesura.contract.parts import WholeRollout
+from caesura.runtime.processes import freezers
 from caesura.testing.broker import mosquitto, mosquitto_installed
 from caesura.testing.sandbox import Sandbox, Vm
 from caesura_ctl.picture import Picture
@@ -128,6 +129,32 @@ class Stage:
         await self.sandbox.until(
             lambda: set(vms) <= self.sandbox.watch.standing(), timeout_s, f"{', '.join(vms)} frozen"
         )
+
+    @asynccontextmanager
+    async def held_in(self, state: str, rollout: str) -> AsyncIterator[None]:
+        """Wait until the first wave of ``pair``'s rollout is in this state, where it stays while the block begins.
+
+        A VM is verified within milliseconds, so its agent is silent then. ``pending`` lasts an instant: there is no
+        waiting for it.
+
+        Args:
+            state: a wave's status, or ``frozen`` for VM web-1 standing still.
+        """
+        async with AsyncExitStack() as held:
+            match state:
+                case "pending":
+                    pass
+                case "frozen":
+                    await self.frozen("web-1")
+                case "verifying":
+                    await self.frozen("web-1")
+                    if not freezers(self.sandbox.agent_pid("web-1")):
+                        pytest.skip("needs a cgroup freezer: a resume by SIGCONT would wake the agent")
+                    held.enter_context(self.sandbox.silent_agent("web-1"))
+                    await self.wave(rollout, 0, "verifying")
+                case _:
+                    await self.wave(rollout, 0, state)
+            yield
 
     async def none_frozen(self, timeout_s: float = 10.0) -> None:
         """Wait until the kernel says that no VM stands still."""

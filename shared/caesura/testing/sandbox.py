@@ -12,8 +12,8 @@ import shutil
 import signal
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -378,6 +378,34 @@ class Sandbox:
     def vm_pids(self, vm: str) -> list[int]:
         """All processes of a VM."""
         return self.watch.learn().get(vm, [])
+
+    def agent_pid(self, vm: str) -> int:
+        """The agent in a VM.
+
+        Raises:
+            LookupError: none runs.
+        """
+        for pid in self.vm_pids(vm):
+            with suppress(OSError):
+                if b"caesura_vm_agent" in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0"):
+                    return pid
+        raise LookupError(f"no agent in {vm}")
+
+    @contextmanager
+    def silent_agent(self, vm: str) -> Iterator[None]:
+        """The VM's agent says nothing in this block; where the VM is paused now, from its resume on.
+
+        A VM that is resumed by SIGCONT (freezer ``sigstop``) wakes its agent: then this holds nothing back.
+
+        Raises:
+            LookupError: no agent runs.
+        """
+        agent = self.agent_pid(vm)
+        os.kill(agent, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            os.kill(agent, signal.SIGCONT)
 
     # -- waiting --
 

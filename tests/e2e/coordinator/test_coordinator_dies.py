@@ -18,14 +18,11 @@ async def test_killed_in_each_state_of_a_wave(state: str, stages: Callable[..., 
     )
     stage.sandbox.update("patch", ["sleep", "1.5"], expected_s=1.5)
     stage.notice_s = 2.0
-    rollout = await stage.roll(soak_s=1.5)
-    if state == "frozen":
-        await stage.frozen("web-1")
-    elif state != "pending":  # pending lasts an instant: there the kill comes right after the answer
-        await stage.wave(rollout, 0, state)
-    before = {event_id: list(facts) for event_id, facts in stage.picture.events.items()}
-    incarnation = stage.picture.documents["web"].incarnation if "web" in stage.picture.documents else 0
-    await stage.sandbox.kill("coordinator")
+    rollout = await stage.roll(soak_s=4.0)
+    async with stage.held_in(state, rollout):
+        before = {event_id: list(facts) for event_id, facts in stage.picture.events.items()}
+        incarnation = stage.picture.documents["web"].incarnation if "web" in stage.picture.documents else 0
+        await stage.sandbox.kill("coordinator")
     await stage.sandbox.start("coordinator")
     await stage.sandbox.until(
         lambda: stage.picture.coordinator.online and stage.picture.coordinator.epoch == 2, 15, "epoch 2"

@@ -78,10 +78,6 @@ def _shown(stage: Any, vm: str) -> tuple[set[str], set[str]]:
     return {code for each in known for code in each.held}, {code for each in known for code in each.broken}
 
 
-def _command_line(pid: int) -> bytes:
-    return Path(f"/proc/{pid}/cmdline").read_bytes()
-
-
 async def test_a_whole_guest_shows_digest_canary_and_boot_id(stages: Callable[..., Any]) -> None:
     stage = await stages(host_1=_vms())
     await _canary_planned(stage, "web-1")
@@ -161,8 +157,7 @@ async def test_a_proof_that_was_planned_and_not_made_halts(stages: Callable[...,
     stage.sandbox.update("kill-agent", ["sh", "-c", f"kill -KILL $(cat {victim})"])
     await stage.up("host-1")
     await _canary_planned(stage, "web-1")
-    (agent,) = [pid for pid in stage.sandbox.vm_pids("web-1") if b"caesura_vm_agent" in _command_line(pid)]
-    victim.write_text(str(agent))
+    victim.write_text(str(stage.sandbox.agent_pid("web-1")))
     state = await stage.ended(
         await stage.roll("kill-agent", on_unproven="halt", on_unsynced="proceed", verify_timeout_s=10.0),
         timeout_s=90.0,

@@ -147,13 +147,10 @@ async def test_abort_in_each_state(state: str, pair: Any) -> None:
     pair.sandbox.update("patch", ["sleep", "3"], expected_s=3.0)
     pair.notice_s = 2.0
     rollout = await pair.roll(soak_s=4.0)
-    if state == "frozen":
-        await pair.frozen("web-1")
-    else:
-        await pair.wave(rollout, 0, state)
-    answer = await pair.session.ask(
-        m.AbortRequested(request=new_request_id(), rollout=rollout, reason="test")
-    )
+    async with pair.held_in(state, rollout):
+        answer = await pair.session.ask(
+            m.AbortRequested(request=new_request_id(), rollout=rollout, reason="test")
+        )
     assert answer.accepted, answer.reason
     ended = await pair.ended(rollout)
     assert ended.status == "aborted"

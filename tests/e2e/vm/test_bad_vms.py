@@ -93,12 +93,8 @@ async def test_a_vm_that_dies_while_frozen_is_reported_and_the_others_run(stages
 async def test_an_agent_that_never_answers_halts_before_any_pause(stages: Callable[..., Any]) -> None:
     stage = await stages(**_web(), up=False)
     await stage.up("host-1", "host-2")
-    agent = next(pid for pid in stage.sandbox.vm_pids("web-1") if b"caesura_vm_agent" in _cmdline(pid))
-    os.kill(agent, signal.SIGSTOP)
-    try:
+    with stage.sandbox.silent_agent("web-1"):
         state = await stage.ended(await stage.roll(notice_s=2.0))
-    finally:
-        os.kill(agent, signal.SIGCONT)
     assert state.status == "halted"
     assert "no answer of the agent" in state.reason
     assert "web-1" in state.reason
@@ -129,12 +125,8 @@ async def test_a_vm_whose_agent_is_silent_after_the_pause_is_flagged_and_policy_
         pytest.skip("needs a cgroup freezer: a resume by SIGCONT would wake the agent")
     rollout = await stage.roll(on_unsynced=policy)
     await stage.frozen("web-1")
-    agent = next(pid for pid in stage.sandbox.vm_pids("web-1") if b"caesura_vm_agent" in _cmdline(pid))
-    os.kill(agent, signal.SIGSTOP)  # takes effect with the resume
-    try:
+    with stage.sandbox.silent_agent("web-1"):
         state = await stage.ended(rollout)
-    finally:
-        os.kill(agent, signal.SIGCONT)
     verdicts = {each.vm: each for each in stage.picture.clocks.values() if each.operation}
     assert verdicts["web-1"].synced is False
     assert verdicts["web-1"].by == "nobody"
@@ -152,10 +144,3 @@ async def test_a_process_vm_without_an_agent_has_no_clock_to_judge(stages: Calla
     assert "web-1" in {each.vm for each in stage.sandbox.watch.pauses}
     assert "web-1" not in {each.vm for each in stage.picture.clocks.values()}
     assert not stage.sandbox.watch.frozen()
-
-
-def _cmdline(pid: int) -> bytes:
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes()
-    except OSError:
-        return b""

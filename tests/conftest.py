@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import structlog
 from hypothesis import HealthCheck, Phase, settings
 
 from caesura.testing.patience import FACTOR, VARIABLE, patient
@@ -34,6 +36,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         marker = item.get_closest_marker("timeout")
         seconds = float(marker.args[0]) if marker is not None else usual_s
         item.add_marker(pytest.mark.timeout(patient(seconds)), append=False)
+
+
+@pytest.fixture(autouse=True)
+def logging_as_it_was() -> Iterator[None]:
+    """A test may set up logging, as the command that it runs does; the next one finds it as it was."""
+    root = logging.getLogger()
+    handlers, level, structured = root.handlers[:], root.level, structlog.get_config()
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(level)
+    structlog.configure(**structured)
+    structlog.contextvars.clear_contextvars()
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+from caesura.contract.messages import VmFrozen
 from caesura.runtime.errors import ConfigError
 
 
@@ -27,6 +28,7 @@ async def test_vms_run_again_and_the_operation_is_reported_by_the_version_that_c
     await host.start()
     command = await host.freeze(hold_s=5.0)
     await host.until("a", "frozen")
+    await fleet.ear.one(VmFrozen, lambda m: m.operation == command.operation, 40.0)  # so it is in the journal
     await host.kill_with_guard()
     assert host.kernel("a") == "frozen", "nobody is left to resume it"
     journal = host.state_dir / "journal.sqlite"

@@ -28,8 +28,12 @@ class Container:
             "caesura-host-updater",
             f"""
             cd {folder}
+            read -r code ran <ends || {{
+              trap 'echo stopped >>log; exit 0' TERM
+              echo start >>log  # only now: who reads it sends the signal
+              while :; do /bin/sleep 0.02; done
+            }}
             echo start >>log
-            read -r code ran <ends || {{ trap 'echo stopped >>log; exit 0' TERM; while :; do /bin/sleep 0.02; done; }}
             sed -i 1d ends
             echo $(($(cat now) + ${{ran:-0}})) >now
             [ "$code" != 137 ] || kill -KILL $$

@@ -1,7 +1,8 @@
 #!/bin/sh
-# The built wheel, installed alone in the environment $1: nothing of the checkout may be on its path.
+# The built wheel, installed alone in the environment $1, of which nothing of the checkout may be on the path. More arguments are for pytest.
 set -eu
 venv=$1
+shift
 cd "$(dirname "$0")/../.."
 where=$("$venv/bin/python" -c 'import caesura, caesura_coordinator; print(caesura.__file__, caesura_coordinator.__file__)')
 case "$where" in
@@ -12,4 +13,4 @@ for command in caesura caesura-coordinator caesura-host-updater caesura-pause-gu
   caesura-metadata-publisher caesura-metrics-exporter; do
   "$venv/bin/$command" --help >/dev/null || { echo "$command --help failed" >&2; exit 1; }
 done
-PATH="$venv/bin:$PATH" "$venv/bin/python" -m pytest -q -p no:cacheprovider tests/unit tests/contract
+PATH="$venv/bin:$PATH" "$venv/bin/python" -m pytest -q -p no:cacheprovider "$@" tests/unit tests/contract

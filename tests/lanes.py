@@ -1,0 +1,319 @@
+"""The lanes of ``./check``: what each runs, and a runner that has several of them under way at once.
+
+Standard library only: ``./check --help`` needs no environment.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple, TextIO
+
+CORES = os.cpu_count() or 1
+LOGS = Path(".lanes")
+_SKIPPED = 77
+"""The exit code of a lane whose tool is missing, after a line ``SKIPPED: why`` (the convention of Automake)."""
+_SAY_EVERY_S = 30.0
+_END_S = 20.0
+"""s: for the lanes to end when told to, before they are killed."""
+
+# Most of the time the tests wait: for a pause, a broker's answer, a process. Tests of one file stay in one process, where its
+# fixtures are shared.
+_WORKERS = f"-n {2 * min(CORES, 4)} --dist loadfile"
+
+
+class Lane(NamedTuple):
+    """One thing that must hold.
+
+    Args:
+        about: one line for ``--help``.
+        script: POSIX sh, run with ``-eu`` and the environment's commands on the path.
+        fast: it is in the inner loop.
+        named: it runs only when it is named: it takes minutes to hours.
+    """
+
+    about: str
+    script: str
+    fast: bool = False
+    named: bool = False
+
+
+LANES = {
+    "e2e": Lane(
+        "tests/e2e: the installed commands as processes, faults included",
+        "pytest -q tests/e2e --ignore tests/e2e/soak --ignore tests/e2e/compose",
+    ),
+    "format": Lane("ruff format finds nothing to change", "ruff format --check .", fast=True),
+    "lint": Lane("ruff check", "ruff check .", fast=True),
+    "types": Lane("mypy --strict", "mypy", fast=True),
+    "layers": Lane("import-linter: who may import what", "lint-imports", fast=True),
+    "generated": Lane(
+        "files made from the topic table and the settings are fresh",
+        """
+        python -m caesura.contract.generated --check
+        python docs/generate_reference.py --check
+        python -m grafana.generate --check
+        """,
+        fast=True,
+    ),
+    "unit": Lane(
+        "tests/unit, tests/contract and tests/architecture",
+        f"pytest -q {_WORKERS} tests/unit tests/contract tests/architecture",
+        fast=True,
+    ),
+    "integration": Lane(
+        "tests/integration: real Mosquitto, embedded broker, frozen processes, HTTP, promtool",
+        "pytest -q tests/integration",
+    ),
+    "compose": Lane(
+        "tests/e2e/compose: docker compose up, with an engine of its own and stand-in images (root; minutes)",
+        """
+        why=$(python -m caesura.testing.containers) || { echo "SKIPPED: $why"; exit 77; }
+        pytest -q -s tests/e2e/compose
+        """,
+    ),
+    "asyncapi": Lane(
+        "docs/asyncapi.yaml passes the official AsyncAPI parser (npm)",
+        """
+        command -v npm >/dev/null 2>&1 || { echo "SKIPPED: npm is not installed (on Debian: apt-get install npm)"; exit 77; }
+        cd tests/contract/asyncapi
+        npm ci --no-audit --no-fund --loglevel=error
+        node validate.mjs ../../../docs/asyncapi.yaml
+        """,
+    ),
+    "wheel": Lane(
+        "the built wheel, installed alone, passes the unit tests and starts every command",
+        f"""
+        rm -rf .lanes/wheel
+        mkdir -p .lanes/wheel
+        "$UV" build --quiet --wheel --out-dir .lanes/wheel/dist
+        "$UV" venv --quiet --python python3 .lanes/wheel/venv
+        "$UV" export --quiet --locked --all-extras --no-emit-project --format requirements-txt >.lanes/wheel/requirements.txt
+        VIRTUAL_ENV=$PWD/.lanes/wheel/venv "$UV" pip install --quiet -r .lanes/wheel/requirements.txt .lanes/wheel/dist/*.whl
+        tests/architecture/wheel.sh "$PWD/.lanes/wheel/venv" {_WORKERS}
+        """,
+    ),
+    "soak": Lane(
+        "random kills, and one fault inside each pause, each for a minute and longer; CAESURA_SOAK_S=300 for five; the seeds are "
+        "printed",
+        "pytest -q -s tests/e2e/soak",
+        named=True,
+    ),
+    "mutation": Lane(
+        "plants each defect of tests/mutation/mutations.toml in a copy of the tree; some test must notice it (minutes)",
+        "python tests/mutation/run.py",
+        named=True,
+    ),
+}
+
+
+class Result(NamedTuple):
+    """How a lane ended.
+
+    Args:
+        code: its exit code; negative: the signal that ended it.
+        seconds: on the wall clock.
+        cpu_s: CPU seconds of all its processes.
+    """
+
+    lane: str
+    code: int
+    seconds: float
+    cpu_s: float
+
+    @property
+    def skipped(self) -> bool:
+        return self.code == _SKIPPED
+
+    def line(self) -> str:
+        """One line for whoever reads along."""
+        how = "passed" if self.code == 0 else "skipped" if self.skipped else "FAILED"
+        return f"== {self.lane} {how} ({self.seconds:.0f} s, {self.cpu_s:.0f} s of CPU)"
+
+
+class Run:
+    """Lanes under way, ``jobs`` at once, in order.
+
+    With one job a lane writes to the terminal. With several each writes to ``.lanes/<lane>.log``, which is printed when it ended.
+    """
+
+    def __init__(self, lanes: Iterable[str], *, jobs: int, out: TextIO = sys.stdout) -> None:
+        self._waiting = list(lanes)
+        self._jobs = min(jobs, len(self._waiting))
+        self._out = out
+        self._lock = threading.Lock()
+        self._under_way: dict[str, tuple[subprocess.Popen[bytes], float]] = {}
+        self._stopped = False
+        self.results: list[Result] = []
+
+    def run(self) -> None:
+        """Run them all. Raises KeyboardInterrupt, after all that was under way has ended."""
+        threads = [threading.Thread(target=self._work, daemon=True) for _ in range(self._jobs)]
+        for thread in threads:
+            thread.start()
+        said = time.monotonic()
+        try:
+            while any(thread.is_alive() for thread in threads):
+                for thread in threads:
+                    thread.join(0.2)
+                if self._jobs > 1 and time.monotonic() - said > _SAY_EVERY_S:
+                    said = time.monotonic()
+                    self._say_progress(said)
+        except KeyboardInterrupt:
+            self._stop(threads)
+            raise
+
+    def _work(self) -> None:
+        while True:
+            with self._lock:
+                if self._stopped or not self._waiting:
+                    return
+                lane = self._waiting.pop(0)
+                log = None
+                if self._jobs > 1:
+                    LOGS.mkdir(exist_ok=True)
+                    log = (LOGS / f"{lane}.log").open("wb")
+                else:
+                    self._say(f"== {lane}")
+                begun = time.monotonic()
+                process = subprocess.Popen(
+                    ("/bin/sh", "-euc", LANES[lane].script),
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    start_new_session=True,
+                )
+                self._under_way[lane] = process, begun
+            _, status, usage = os.wait4(process.pid, 0)
+            process.returncode = os.waitstatus_to_exitcode(status)
+            result = Result(
+                lane, process.returncode, time.monotonic() - begun, usage.ru_utime + usage.ru_stime
+            )
+            with self._lock:
+                del self._under_way[lane]
+                self.results.append(result)
+                if log is not None:
+                    log.close()
+                    self._say(f"== {lane}\n{Path(log.name).read_text(errors='replace').rstrip()}")
+                self._say(f"{result.line()}\n")
+
+    def _say(self, text: str) -> None:
+        print(text, file=self._out, flush=True)
+
+    def _say_progress(self, now: float) -> None:
+        with self._lock:
+            parts = [
+                f"{lane} {now - begun:.0f} s ({LOGS}/{lane}.log)"
+                for lane, (_, begun) in self._under_way.items()
+            ]
+            if parts:
+                self._say(f".. {', '.join(parts)}; {len(self._waiting)} more to do")
+
+    def _stop(self, threads: Sequence[threading.Thread]) -> None:
+        with self._lock:
+            self._stopped = True
+            processes = [process for process, _ in self._under_way.values()]
+        for number in (signal.SIGINT, signal.SIGKILL):
+            for process in processes:
+                if process.returncode is None:
+                    with suppress(ProcessLookupError):
+                        os.killpg(process.pid, number)
+            end = time.monotonic() + _END_S
+            for thread in threads:
+                thread.join(max(0.0, end - time.monotonic()))
+            if not any(thread.is_alive() for thread in threads):
+                return
+
+
+def _count(text: str) -> int:
+    if (count := int(text)) < 1:
+        raise argparse.ArgumentTypeError("at least 1")
+    return count
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line of ``./check``."""
+    names = "\n".join(f"  {name:<12} {lane.about}" for name, lane in LANES.items() if not lane.named)
+    only = "\n".join(f"  {name:<12} {lane.about}" for name, lane in LANES.items() if lane.named)
+    made = argparse.ArgumentParser(
+        prog="./check",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Everything that must hold before a commit lands. Runs all lanes but those that take hours, or only those named,\n"
+        "and says which failed. A lane whose tool is missing says SKIPPED and why; with CI=true that is a failure.",
+        epilog=f"lanes:\n{names}\n\nonly when named:\n{only}\n\nexamples:\n  ./check --fast\n  ./check types unit\n  ./check --jobs 1 e2e\n\n"
+        "exit codes: 0 all lanes passed (or were skipped outside CI), 1 a lane failed, 2 bad usage or no environment,\n"
+        "130 interrupted",
+    )
+    made.add_argument("lanes", metavar="LANE", nargs="*", help="only these lanes")
+    made.add_argument(
+        "--fast",
+        action="store_true",
+        help="the inner loop: what needs no broker, no processes, no build and no npm",
+    )
+    made.add_argument(
+        "--jobs",
+        type=_count,
+        default=min(CORES, 3),
+        metavar="N",
+        help="lanes at once (default here: %(default)s). With 1 a lane writes to the terminal while it runs",
+    )
+    return made
+
+
+def chosen(wanted: Sequence[str], *, fast: bool) -> list[str]:
+    """The lanes to run, each once, in the order of the table: the longest begins first.
+
+    Raises:
+        ValueError: there is no such lane.
+    """
+    for name in wanted:
+        if name not in LANES:
+            raise ValueError(f"no lane {name!r}; see ./check --help")
+    every = not wanted and not fast
+    return [
+        name
+        for name, lane in LANES.items()
+        if name in wanted or (fast and lane.fast) or (every and not lane.named)
+    ]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """``./check``, in its environment."""
+    arguments = parser().parse_args(argv)
+    try:
+        lanes = chosen(arguments.lanes, fast=arguments.fast)
+    except ValueError as error:
+        print(f"check: {error}", file=sys.stderr)
+        return 2
+    begun = time.monotonic()
+    run = Run(lanes, jobs=arguments.jobs)
+    try:
+        run.run()
+    except KeyboardInterrupt:
+        print("check: interrupted", file=sys.stderr)
+        return 130
+    skipped = [each.lane for each in run.results if each.skipped]
+    failed = [each.lane for each in run.results if each.code and not each.skipped]
+    print(*(each.line() for each in run.results), sep="\n")
+    if skipped:
+        print(f"skipped: {' '.join(skipped)}")
+    if skipped and os.environ.get("CI") == "true":
+        failed.append(f"{' '.join(skipped)} (skipped, which CI does not allow)")
+    took = time.monotonic() - begun
+    if failed:
+        print(f"check FAILED after {took:.0f} s: {' '.join(failed)}")
+        return 1
+    print(f"check passed in {took:.0f} s")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

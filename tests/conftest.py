@@ -5,15 +5,18 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import shlex
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
 import structlog
 from hypothesis import HealthCheck, Phase, settings
 
+from caesura.testing.evidence import ends_of_logs
 from caesura.testing.patience import FACTOR, VARIABLE, patient
+from caesura.testing.sandbox import Sandbox
 
 # How long an example takes depends on what else the machine does: no test fails for that.
 settings.register_profile("any-machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -36,6 +39,22 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         marker = item.get_closest_marker("timeout")
         seconds = float(marker.args[0]) if marker is not None else usual_s
         item.add_marker(pytest.mark.timeout(patient(seconds)), append=False)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """A failed test shows the logs of the services that it started, and the command that repeats it alone."""
+    report = yield
+    if report.failed:
+        folders = [each.folder for each in Sandbox.open_ones]
+        if (own := getattr(item, "funcargs", {}).get("tmp_path")) is not None:
+            folders.append(own)
+        for folder in folders:
+            if text := ends_of_logs(folder):
+                report.sections.append(("logs of its services", text))
+        again = shlex.join(["pytest", item.nodeid])
+        report.sections.append(("repeat it", f"{VARIABLE}={FACTOR:.2f} .venv/bin/{again}"))
+    return report
 
 
 @pytest.fixture(autouse=True)

@@ -145,10 +145,10 @@ class Run:
     With one job a lane writes to the terminal. With several each writes to ``.lanes/<lane>.log``, which is printed when it ended.
     """
 
-    def __init__(self, lanes: Iterable[str], *, jobs: int, out: TextIO = sys.stdout) -> None:
+    def __init__(self, lanes: Iterable[str], *, jobs: int, out: TextIO | None = None) -> None:
         self._waiting = list(lanes)
         self._jobs = min(jobs, len(self._waiting))
-        self._out = out
+        self._out = out or sys.stdout
         self._lock = threading.Lock()
         self._under_way: dict[str, tuple[subprocess.Popen[bytes], float]] = {}
         self._stopped = False

@@ -16,7 +16,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, ClassVar, Self
+from weakref import WeakSet
 
 import msgspec
 import tomli_w
@@ -24,6 +25,7 @@ import tomli_w
 from caesura.bus.brokers import LocalBroker
 from caesura.runtime.identity import new_id
 from caesura.runtime.processes import freezers, is_stopped, kill_marked, marked_processes, reads_frozen
+from caesura.testing.evidence import ends_of_logs
 from caesura.testing.patience import patient
 from caesura.testing.vmms import Vmms
 
@@ -132,7 +134,11 @@ class Sandbox:
         freezer: how VMs are frozen, as in the host file.
     """
 
+    open_ones: ClassVar[WeakSet[Sandbox]] = WeakSet()
+    """Those that are not closed, for whoever reports a failure."""
+
     def __init__(self, broker: LocalBroker, *, freezer: str = "auto") -> None:
+        self.open_ones.add(self)
         self.broker = broker
         self.freezer = freezer
         self.mark = f"CAESURA_TEST_RUN={new_id()}"
@@ -166,6 +172,7 @@ class Sandbox:
 
     async def close(self) -> None:
         """Kill everything that this sandbox started, and remove its folder."""
+        self.open_ones.discard(self)
         if self._watching is not None:
             self._watching.cancel()
             await asyncio.gather(self._watching, return_exceptions=True)
@@ -422,13 +429,9 @@ class Sandbox:
                 raise AssertionError(f"not within {timeout_s:g} s: {what}\n{self.logs()}")
             await asyncio.sleep(_POLL_S)
 
-    def logs(self, lines: int = 12) -> str:
+    def logs(self) -> str:
         """The ends of all logs, for failure reports."""
-        parts = []
-        for path in sorted(self.folder.glob("*.log")):
-            tail = path.read_text(errors="replace").splitlines()[-lines:]
-            parts.append("\n".join([f"--- {path.name}", *tail]))
-        return "\n".join(parts)
+        return ends_of_logs(self.folder)
 
     def events(self, name: str) -> list[dict[str, Any]]:
         """The log of a service as decoded JSON lines."""

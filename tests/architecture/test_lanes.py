@@ -1,0 +1,145 @@
+"""``./check``: which lanes run, in what order, and how it ends; with lanes of a few lines instead of the real ones."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from caesura.testing.fleet import until
+from caesura.testing.patience import patient
+
+_ROOT = Path(__file__).parents[2]
+_SCRIPT = _ROOT / "tests" / "lanes.py"
+
+
+@pytest.fixture
+def lanes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """The module, in a folder of its own."""
+    spec = importlib.util.spec_from_file_location("caesura_lanes", _SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.chdir(tmp_path)
+    return module
+
+
+def _table(lanes: Any, monkeypatch: pytest.MonkeyPatch, **scripts: str) -> None:
+    monkeypatch.setattr(lanes, "LANES", {name: lanes.Lane(name, script) for name, script in scripts.items()})
+
+
+def test_what_is_chosen(lanes: Any) -> None:
+    everything = lanes.chosen([], fast=False)
+    assert {"e2e", "integration", "compose", "wheel", "asyncapi"} < set(everything)
+    assert not {"soak", "mutation"} & set(everything), "they take hours"
+    assert lanes.chosen(["soak", "types", "types"], fast=False) == ["types", "soak"]
+    fast = lanes.chosen([], fast=True)
+    assert set(fast) == {"format", "lint", "types", "layers", "generated", "unit"}
+    assert set(lanes.chosen(["asyncapi"], fast=True)) == {*fast, "asyncapi"}
+    with pytest.raises(ValueError, match="no lane 'e3e'"):
+        lanes.chosen(["e3e"], fast=False)
+
+
+@pytest.mark.parametrize("jobs", ["1", "2"])
+def test_each_lane_is_judged(
+    jobs: str, lanes: Any, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    _table(
+        lanes,
+        monkeypatch,
+        good="echo well",
+        half="echo begun; false; echo not reached",
+        bare="echo 'SKIPPED: no tool'; exit 77",
+        killed="kill -KILL $$",
+    )
+    monkeypatch.setenv("CI", "false")
+    assert lanes.main(["--jobs", jobs]) == 1
+    said = capfd.readouterr().out
+    assert "well" in said
+    assert "begun" in said
+    assert "not reached" not in said
+    judged = dict(re.findall(r"^== (\w+) (passed|skipped|FAILED) \(", said, re.MULTILINE))
+    assert judged == {"good": "passed", "half": "FAILED", "bare": "skipped", "killed": "FAILED"}
+    last = said.splitlines()[-1]
+    assert last.startswith("check FAILED after")
+    assert set(last.partition(": ")[2].split()) == {"half", "killed"}
+
+
+def test_a_skipped_lane_is_a_failure_in_ci_only(
+    lanes: Any, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    _table(lanes, monkeypatch, good="true", bare="echo 'SKIPPED: no tool'; exit 77")
+    monkeypatch.setenv("CI", "false")
+    assert lanes.main([]) == 0
+    assert "skipped: bare" in capfd.readouterr().out
+    monkeypatch.setenv("CI", "true")
+    assert lanes.main([]) == 1
+    assert "which CI does not allow" in capfd.readouterr().out
+
+
+def test_two_run_at_once_and_the_third_waits(
+    lanes: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    meet = "touch {0}; until [ -e {1} ]; do sleep 0.01; done; touch {0}-is-over"
+    _table(
+        lanes,
+        monkeypatch,
+        one=meet.format("a", "b"),
+        two=meet.format("b", "a"),
+        three="[ -e a-is-over ] || [ -e b-is-over ]",
+    )
+    out = io.StringIO()
+    run = lanes.Run(lanes.chosen([], fast=False), jobs=2, out=out)
+    run.run()
+    assert {each.lane: each.code for each in run.results} == {"one": 0, "two": 0, "three": 0}
+    assert sorted(path.name for path in (tmp_path / ".lanes").iterdir()) == [
+        "one.log",
+        "three.log",
+        "two.log",
+    ]
+
+
+def test_an_interrupt_ends_what_is_under_way(tmp_path: Path) -> None:
+    text = f"""
+import importlib.util, sys
+spec = importlib.util.spec_from_file_location("caesura_lanes", {str(_SCRIPT)!r})
+lanes = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(lanes)
+lanes.LANES = {{name: lanes.Lane(name, f"echo $$ >{{name}}.pid; sleep 600") for name in ("one", "two", "three")}}
+sys.exit(lanes.main(["--jobs", "2"]))
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", text], cwd=tmp_path, stderr=subprocess.PIPE, text=True
+    ) as process:
+        pids = [tmp_path / "one.pid", tmp_path / "two.pid"]
+        until(
+            lambda: all(each.exists() and each.read_text().strip() for each in pids),
+            20,
+            lambda: "two lanes under way",
+        )
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=patient(30))
+    assert process.returncode == 130
+    assert said == "check: interrupted\n"
+    for path in pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(path.read_text()), 0)
+    assert not (tmp_path / "three.pid").exists()
+
+
+def test_the_script_needs_no_environment_for_its_help() -> None:
+    helped = subprocess.run(
+        [str(_ROOT / "check"), "--help"], capture_output=True, text=True, timeout=patient(30), check=True
+    )
+    for lane in ("e2e", "unit", "soak"):
+        assert f"\n  {lane} " in helped.stdout
+    assert "examples:" in helped.stdout

@@ -12,6 +12,7 @@ import base64
 import contextlib
 import hashlib
 import os
+import random
 import secrets
 import shutil
 import socket
@@ -37,6 +38,8 @@ MAX_QUEUED_BYTES = 64 * 1024 * 1024
 20 MB): a client that subscribes gets it at once, and what is above the limit is lost silently."""
 MEMORY_LIMIT_BYTES = 1024 * 1024 * 1024
 """What Mosquitto may have in all: who sends what does not fit is disconnected, and the machine's memory is left to others."""
+_UNPRIVILEGED = 1024
+_PORTS, _TRIES = 12_000, 50  # how many ports to choose from, and how often
 _HASH_ROUNDS = 101  # mosquitto_passwd's own default
 _SBIN = ("/usr/sbin", "/usr/local/sbin", "/opt/homebrew/sbin", "/sbin")  # not on the PATH of most users
 
@@ -120,10 +123,28 @@ def mosquitto_config(
 
 
 def free_port(host: str = "127.0.0.1") -> int:
-    """A TCP port that nobody listens on now. Someone may take it before you do."""
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as sock:
-        sock.bind((host, 0))
-        return int(sock.getsockname()[1])
+    """A TCP port that nobody listens on now. Someone who asks for that very one may take it before you do.
+
+    It is below those that the kernel gives to whoever asks for none in particular (ip(7), ``ip_local_port_range``): a connection
+    that somebody opens meanwhile does not take it.
+    """
+    lowest = _first_ephemeral_port()
+    below = range(max(_UNPRIVILEGED, lowest - _PORTS), lowest)
+    for port in (*random.sample(below, k=min(_TRIES, len(below))), 0):
+        with (
+            socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as sock,
+            contextlib.suppress(OSError),
+        ):
+            sock.bind((host, port))
+            return int(sock.getsockname()[1])
+    raise OSError(f"no free TCP port on {host}")
+
+
+def _first_ephemeral_port() -> int:
+    try:
+        return int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    except (OSError, ValueError):
+        return 32768  # Linux' own; 49152 elsewhere
 
 
 async def wait_ready(options: BrokerOptions, timeout_s: float) -> None:

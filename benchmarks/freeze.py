@@ -23,7 +23,6 @@ from caesura.contract.messages import OperationTarget, StartOperation
 from caesura.testing.guests import image
 from caesura_host_updater.drivers.qemu.definition import Definition, QemuOptions
 from caesura_host_updater.drivers.qemu.driver import QemuDriver
-from caesura_host_updater.guard.procfs import boot_id
 from caesura_host_updater.guardian import Guardian
 from caesura_host_updater.hostfile import VmSpec
 from caesura_host_updater.journal import JournalThread
@@ -32,6 +31,7 @@ from caesura_host_updater.operation_state import Operation, UpdateRun, VmPause
 from caesura_host_updater.pauses import PauseMarkers
 from caesura_host_updater.report import final_report
 from caesura_host_updater.updates import UpdateFile
+from caesura_vmcontrol.procfs import boot_id
 
 _APPEND = "console=ttyS0 quiet rdinit=/init panic=-1 caesura.ip=none"
 

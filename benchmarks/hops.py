@@ -26,8 +26,8 @@ from caesura_host_updater.drivers.qemu.definition import Adopt, QemuOptions
 from caesura_host_updater.drivers.qemu.driver import QemuDriver
 from caesura_host_updater.drivers.qemu.handover import set_capabilities
 from caesura_host_updater.drivers.qemu.qmp import Event, Qmp, QmpUnreachable
-from caesura_host_updater.guard.procfs import DEAD, thread_states
 from caesura_host_updater.hostfile import VmSpec
+from caesura_vmcontrol.procfs import DEAD, thread_states
 
 MIB = 1 << 20
 _UNLIMITED = 10 << 30  # bytes a second; QEMU's own default would slow pre-copy and saving down

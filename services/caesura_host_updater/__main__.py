@@ -38,7 +38,6 @@ with QuietInterrupt():
     from caesura_host_updater.drivers.qemu.accel import Accelerator, find_accelerator
     from caesura_host_updater.drivers.qemu.discovery import with_discovered
     from caesura_host_updater.drivers.qemu.driver import QemuDriver
-    from caesura_host_updater.guard.notify import Notifier
     from caesura_host_updater.guardian import Guardian
     from caesura_host_updater.hostfile import HostFile, read_host_file
     from caesura_host_updater.journal import JournalThread
@@ -49,6 +48,7 @@ with QuietInterrupt():
     from caesura_host_updater.settings import HostUpdaterSettings
     from caesura_host_updater.startup import resume_marked
     from caesura_host_updater.subscriptions import filters
+    from caesura_vmcontrol.notify import Notifier
 
 _ACCEL = {"kvm": "kvm", "tcg": "tcg,thread=multi"}
 

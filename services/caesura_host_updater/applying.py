@@ -16,10 +16,10 @@ from caesura.runtime.errors import CaesuraError
 from caesura.runtime.threads import in_thread
 from caesura.runtime.visible import visible
 from caesura_host_updater.detached import ExitWatch
-from caesura_host_updater.guard.bounded_read import environs
-from caesura_host_updater.guard.plans import SignalPlan
-from caesura_host_updater.guard.procfs import process_table, read_process, send_signal
 from caesura_host_updater.updates import UpdateFile
+from caesura_vmcontrol.bounded_read import environs
+from caesura_vmcontrol.plans import SignalPlan
+from caesura_vmcontrol.procfs import process_table, read_process, send_signal
 
 _TAIL_BYTES = 2048  # of the output, for the report
 _LAST_WORDS_S = 0.05  # s: output written just before the end is still in the pipe

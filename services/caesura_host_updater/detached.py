@@ -16,7 +16,7 @@ from pathlib import Path
 
 from caesura.runtime.errors import CaesuraError
 from caesura.runtime.threads import in_thread
-from caesura_host_updater.guard import processes
+from caesura_vmcontrol import processes
 
 
 class SpawnError(CaesuraError):

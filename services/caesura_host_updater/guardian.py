@@ -19,10 +19,10 @@ import structlog
 
 from caesura.runtime.errors import CaesuraError
 from caesura_host_updater.detached import ExitWatch, SpawnError, start_detached
-from caesura_host_updater.guard.intent import Intent, UnreadableIntent
-from caesura_host_updater.guard.plans import Plan, plan_to_json
-from caesura_host_updater.guard.procfs import boot_id
-from caesura_host_updater.guard.server import MAX_LINE_BYTES, socket_address
+from caesura_vmcontrol.guard_socket import MAX_LINE_BYTES, socket_address
+from caesura_vmcontrol.intent import Intent, UnreadableIntent
+from caesura_vmcontrol.plans import Plan, plan_to_json
+from caesura_vmcontrol.procfs import boot_id
 
 _LINGER_S = 5.0  # s: how long a guard of ours stays without us; long enough for a quick restart
 _RETRY_S = 0.2  # s: between two tries to reach a guard
@@ -180,7 +180,7 @@ class Guardian:
         argv = [
             sys.executable,
             "-m",
-            "caesura_host_updater.guard",
+            "caesura_pause_guard",
             "--state-dir",
             str(self._state_dir),
             "--exit-when-alone",

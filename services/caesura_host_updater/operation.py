@@ -26,8 +26,6 @@ from caesura_host_updater.drivers.port import (
     SwapFailed,
     states_within,
 )
-from caesura_host_updater.guard.intent import Intent
-from caesura_host_updater.guard.plans import Plan
 from caesura_host_updater.guardian import GuardUnavailable
 from caesura_host_updater.journal import JournalThread
 from caesura_host_updater.operation_state import Operation
@@ -36,6 +34,8 @@ from caesura_host_updater.pauses import NotMarked
 from caesura_host_updater.report import frozen_fact, resumed_fact
 from caesura_host_updater.steps import Effect, Event
 from caesura_host_updater.updates import UpdateFile
+from caesura_vmcontrol.intent import Intent
+from caesura_vmcontrol.plans import Plan
 
 _RESUME_TRY_S = 0.25  # s: one try of a resume; then it is logged and tried again
 _RESTORE_TRY_S = 1.0  # s: the same for a replace, which starts a process

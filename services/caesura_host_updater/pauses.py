@@ -15,13 +15,13 @@ import structlog
 
 from caesura.runtime.errors import CaesuraError
 from caesura.runtime.threads import Worker
-from caesura_host_updater.guard import claims, markers
-from caesura_host_updater.guard.intent import Intent
-from caesura_host_updater.guard.markers import Marker
-from caesura_host_updater.guard.plans import CgroupPlan, Plan, SignalPlan
-from caesura_host_updater.guard.procfs import boot_id
-from caesura_host_updater.guard.qemuplans import QemuPlan, ReplacePlan, SwapPlan
-from caesura_host_updater.guard.rescue import marked_and_paused, resume
+from caesura_vmcontrol import claims, markers
+from caesura_vmcontrol.intent import Intent
+from caesura_vmcontrol.markers import Marker
+from caesura_vmcontrol.plans import CgroupPlan, Plan, SignalPlan
+from caesura_vmcontrol.procfs import boot_id
+from caesura_vmcontrol.qemu_plans import QemuPlan, ReplacePlan, SwapPlan
+from caesura_vmcontrol.rescue import marked_and_paused, resume
 
 _WRITE_S = 3.0  # s: one round of the disk; nothing is paused while it is waited for
 _REMOVE_AGAIN_S = 5.0  # s: between two tries to remove markers that the disk refused to remove

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 import msgspec
 
 from caesura.contract.reasons import ReasonCode
-from caesura_host_updater.guard.intent import Catch, Intent
 from caesura_host_updater.operation_state import Operation, VmPause
+from caesura_vmcontrol.intent import Catch, Intent
 
 
 def recovered(

@@ -54,7 +54,6 @@ from caesura_host_updater.command import (
 )
 from caesura_host_updater.drivers.port import Driver, states_within
 from caesura_host_updater.endings import Endings, Letters, cancelled_before_it_began
-from caesura_host_updater.guard.procfs import boot_id
 from caesura_host_updater.guardian import Guardian
 from caesura_host_updater.hostfile import HostFile
 from caesura_host_updater.installs import installed
@@ -72,6 +71,7 @@ from caesura_host_updater.startup import Startup, resume_until_running
 from caesura_host_updater.updates import UpdateFile
 from caesura_host_updater.vm_status import VmStatuses
 from caesura_host_updater.vm_view import STATES_S, VmView
+from caesura_vmcontrol.procfs import boot_id
 
 _CLOCKS_S = 5.0  # s: for the verdicts on clocks when told to stop; an agent answers in a fraction of a second
 _FLUSH_S = 3.0  # s: for the last facts when told to stop; what is left is told at the next start

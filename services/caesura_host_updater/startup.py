@@ -22,8 +22,6 @@ from caesura_host_updater.applying import end_orphans
 from caesura_host_updater.clock import ClockWait
 from caesura_host_updater.drivers.port import Driver, DriverError, NotRunningYet, states_within
 from caesura_host_updater.endings import Endings, Letters
-from caesura_host_updater.guard.intent import Intent
-from caesura_host_updater.guard.procfs import boot_id
 from caesura_host_updater.guardian import Guardian, GuardUnavailable
 from caesura_host_updater.installs import marks_of
 from caesura_host_updater.journal import Entry, Journal, JournalThread
@@ -33,6 +31,8 @@ from caesura_host_updater.pauses import PauseMarkers, how_to_resume
 from caesura_host_updater.recovery import recovered
 from caesura_host_updater.report import clock_wait, final_report, frozen_fact, resumed_fact
 from caesura_host_updater.vm_view import STATES_S, plan_of
+from caesura_vmcontrol.intent import Intent
+from caesura_vmcontrol.procfs import boot_id
 
 _RESUME_TRY_S = 0.25  # s: one try of a resume
 _ORPHANS_S = 10.0  # s: to find what an update left behind; stuck processes take half a second each

@@ -6,10 +6,10 @@ from collections.abc import Collection, Sequence
 
 from caesura.contract.messages import VmRecord
 from caesura_host_updater.drivers.port import Driver, DriverError, states_within
-from caesura_host_updater.guard.plans import Plan
 from caesura_host_updater.hostfile import VmSpec
 from caesura_host_updater.inventory import clock_of, vm_records
 from caesura_host_updater.pauses import how_to_resume
+from caesura_vmcontrol.plans import Plan
 
 STATES_S = 2.0  # s: to read the states of all VMs, which takes milliseconds
 

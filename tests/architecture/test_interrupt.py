@@ -44,7 +44,7 @@ def test_the_commands_are_those_that_are_installed() -> None:
 @pytest.mark.parametrize("way", ["script", "-m"])
 @pytest.mark.parametrize(("name", "module"), _COMMANDS)
 def test_ctrl_c_while_modules_load(name: str, module: str, way: str) -> None:
-    late = "caesura_host_updater.guard.watch" if name == "caesura-pause-guard" else "msgspec"
+    late = "caesura_vmcontrol.watchdog" if name == "caesura-pause-guard" else "msgspec"
     done = subprocess.run(
         [sys.executable, "-c", _SCRIPT, module, late, way],
         capture_output=True,

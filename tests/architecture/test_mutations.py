@@ -44,7 +44,7 @@ def test_every_rule_and_every_part_of_the_suite_has_mutations(lane: ModuleType) 
         "services/caesura_vm_agent",
         "shared/caesura",
     }
-    assert any(each.file.startswith("services/caesura_host_updater/guard/") for each in mutations)
+    assert any(each.file.startswith("services/caesura_pause_guard/") for each in mutations)
 
 
 def test_mutated_files_are_still_python(lane: ModuleType) -> None:

@@ -16,8 +16,8 @@ from typing import Literal, Protocol
 import msgspec
 
 from caesura.runtime.errors import CaesuraError
-from caesura_host_updater.guard.plans import CgroupPlan, SignalPlan, condition, thaw
-from caesura_host_updater.guard.procfs import Process, process_table, send_signal
+from caesura_vmcontrol.plans import CgroupPlan, SignalPlan, condition, thaw
+from caesura_vmcontrol.procfs import Process, process_table, send_signal
 
 FreezerKind = Literal["cgroup2", "cgroup1", "sigstop"]
 

@@ -13,7 +13,7 @@ import msgspec
 
 from caesura.contract.messages import Method, ProofCode, VmState
 from caesura.runtime.errors import CaesuraError
-from caesura_host_updater.guard.plans import Plan
+from caesura_vmcontrol.plans import Plan
 
 
 class DriverError(CaesuraError):

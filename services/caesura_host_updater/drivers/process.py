@@ -38,9 +38,9 @@ from caesura_host_updater.drivers.port import (
     NotRunningYet,
 )
 from caesura_host_updater.drivers.sampling import sampled_digest_of
-from caesura_host_updater.guard.plans import CgroupPlan, Condition, SignalPlan, condition, thaw
-from caesura_host_updater.guard.procfs import Process, alive, boot_id, process_table, send_signal
 from caesura_host_updater.hostfile import VmSpec
+from caesura_vmcontrol.plans import CgroupPlan, Condition, SignalPlan, condition, thaw
+from caesura_vmcontrol.procfs import Process, alive, boot_id, process_table, send_signal
 
 _START_TIMEOUT_S = 15.0  # s: a VM's first process needs some 20 ms; this is for a machine that thrashes
 _STOP_TIMEOUT_S = guest_init.TERM_GRACE_S + 2.0

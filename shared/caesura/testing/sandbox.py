@@ -378,7 +378,7 @@ class Sandbox:
         for pid in marked_processes(self.mark):
             with suppress(OSError):
                 words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-                if b"caesura_host_updater.guard" in words and any(word.startswith(wanted) for word in words):
+                if b"caesura_pause_guard" in words and any(word.startswith(wanted) for word in words):
                     return pid
         raise LookupError(f"no pause guard of {host}")
 

@@ -165,7 +165,7 @@ class Soak:
         found = [each.replace(b"\0", b" ").decode() for each in words if _UPDATE.encode() in each]
         for module, wanted in (
             ("caesura_host_updater", 2),
-            ("caesura_host_updater.guard", 2),
+            ("caesura_pause_guard", 2),
             ("caesura_coordinator", 1),
         ):
             count = sum(module.encode() in each.split(b"\0") for each in words)
@@ -196,8 +196,8 @@ def _describe(stage: Any, stack: ExitStack, tools: ModuleType) -> tuple[str, dic
     sandbox.update(
         "ignores", ["bash", "-c", f"trap '' TERM; ({hang}) & {hang}"], expected_s=1.0, timeout_s=4.0
     )
-    sandbox.service("host-2-guard", "caesura_host_updater.guard", {})
-    sandbox.environments["host-2-guard"] = ("caesura_host_updater.guard", {})
+    sandbox.service("host-2-guard", "caesura_pause_guard", {})
+    sandbox.environments["host-2-guard"] = ("caesura_pause_guard", {})
     sandbox.arguments["host-2-guard"] = ("--state-dir", f"{sandbox.folder}/host-2")
     pipes = {}
     for name in ("host-2", "host-2-guard"):

@@ -14,7 +14,7 @@ import pytest
 
 from caesura.runtime.processes import freezers
 from caesura.testing.sandbox import Vm
-from caesura_host_updater.guard.procfs import read_process
+from caesura_vmcontrol.procfs import read_process
 
 
 def _web(**changes: Any) -> dict[str, list[Vm]]:

@@ -33,8 +33,8 @@ from caesura.contract.messages import (
 from caesura.runtime.identity import new_id
 from caesura.testing.broker import mosquitto, mosquitto_installed
 from caesura.testing.patience import patient
-from caesura_host_updater.guard.plans import condition, plan_from_json
-from caesura_host_updater.guard.procfs import process_table
+from caesura_vmcontrol.plans import condition, plan_from_json
+from caesura_vmcontrol.procfs import process_table
 
 PATIENCE_S = 20.0  # s: a loaded CI machine; a test that passes never waits this long
 M = TypeVar("M", bound=Message)
@@ -230,7 +230,7 @@ class Host:
         for pid in process_table():
             with suppress(OSError):
                 words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-                if b"caesura_host_updater.guard" in words and str(self.state_dir).encode() in words:
+                if b"caesura_pause_guard" in words and str(self.state_dir).encode() in words:
                     return pid
         raise AssertionError("no guard runs")
 
@@ -344,7 +344,7 @@ class Host:
 
 def end_vm(plan: Any, run: dict[str, Any]) -> None:
     """Thaw and kill a VM from outside."""
-    from caesura_host_updater.guard.plans import SignalPlan, thaw  # noqa: PLC0415
+    from caesura_vmcontrol.plans import SignalPlan, thaw  # noqa: PLC0415
 
     if isinstance(plan, SignalPlan):
         pids = [member.pid for member in plan.members(process_table())]

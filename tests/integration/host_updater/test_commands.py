@@ -32,7 +32,7 @@ from caesura.contract.messages import (
 )
 from caesura.lifecycle.commands import COMMANDS
 from caesura.testing.patience import patient
-from caesura_host_updater.guard.procfs import alive
+from caesura_vmcontrol.procfs import alive
 
 
 async def refused(host: Any, fleet: Any, *vms: str, **changes: Any) -> str:

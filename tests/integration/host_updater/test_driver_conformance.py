@@ -28,9 +28,9 @@ from caesura_host_updater.drivers.process import ProcessDriver
 from caesura_host_updater.drivers.qemu.definition import Definition, QemuOptions
 from caesura_host_updater.drivers.qemu.driver import QemuDriver
 from caesura_host_updater.drivers.sampling import sampled_offsets
-from caesura_host_updater.guard.plans import CgroupPlan, condition, thaw
-from caesura_host_updater.guard.procfs import alive, read_process
 from caesura_host_updater.hostfile import GuestProcess, VmSpec
+from caesura_vmcontrol.plans import CgroupPlan, condition, thaw
+from caesura_vmcontrol.procfs import alive, read_process
 
 # Leaves its process group and session, forks, and starts threads: all of it must stand still.
 ESCAPING = """
@@ -459,8 +459,8 @@ def tree(driver: Any, vm: str) -> list[int]:
         run = driver._guests[vm].run
         assert run is not None
         return [run.pid]
-    from caesura_host_updater.guard.plans import SignalPlan  # noqa: PLC0415
-    from caesura_host_updater.guard.procfs import process_table  # noqa: PLC0415
+    from caesura_vmcontrol.plans import SignalPlan  # noqa: PLC0415
+    from caesura_vmcontrol.procfs import process_table  # noqa: PLC0415
 
     first = driver._runs[vm]
     members = SignalPlan(vm, first.pid, first.start_ticks).members(process_table())

@@ -17,7 +17,7 @@ from typing import Any
 
 from caesura.contract.messages import HostInventory, VmResumed, VmStatus
 from caesura.testing.patience import patient
-from caesura_host_updater.guard.procfs import read_process
+from caesura_vmcontrol.procfs import read_process
 
 IGNORES_TERM = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)"
 

@@ -18,9 +18,9 @@ import pytest
 
 from caesura.testing.patience import patient
 from caesura_host_updater.drivers.freezers import ProcessPlan, Run, ask_to_freeze, choose_freezer, plan_of
-from caesura_host_updater.guard.plans import condition, plan_to_json, thaw
-from caesura_host_updater.guard.procfs import boot_id, read_process
-from caesura_host_updater.guard.server import socket_address
+from caesura_vmcontrol.guard_socket import socket_address
+from caesura_vmcontrol.plans import condition, plan_to_json, thaw
+from caesura_vmcontrol.procfs import boot_id, read_process
 
 PATIENCE_S = 10.0
 
@@ -44,7 +44,7 @@ class Guard:
 
     def start(self, *arguments: str) -> subprocess.Popen[bytes]:
         """Start it and wait until it listens."""
-        command = [sys.executable, "-m", "caesura_host_updater.guard", "--state-dir", str(self.folder)]
+        command = [sys.executable, "-m", "caesura_pause_guard", "--state-dir", str(self.folder)]
         process = subprocess.Popen([*command, *arguments], stderr=self.stderr)
         self.processes.append(process)
         wait(self.listens, "the guard to listen")
@@ -362,7 +362,7 @@ def test_what_is_refused(guard: Guard, vm: ProcessPlan, freezer: str) -> None:
     connection.sendall(b"this is not json\n")
     assert not json.loads(connection.makefile().readline())["ok"]
     second = subprocess.run(
-        [sys.executable, "-m", "caesura_host_updater.guard", "--state-dir", str(guard.folder)],
+        [sys.executable, "-m", "caesura_pause_guard", "--state-dir", str(guard.folder)],
         capture_output=True,
         text=True,
         check=False,

@@ -18,7 +18,7 @@ import pytest
 
 from caesura.contract.messages import HostInventory
 from caesura_host_updater.drivers.freezers import ask_to_freeze
-from caesura_host_updater.guard.plans import thaw
+from caesura_vmcontrol.plans import thaw
 
 JUNK = b"\0junk of a broken disk\n" * 300
 
@@ -109,7 +109,7 @@ def external_guard() -> Iterator[Callable[[Path], subprocess.Popen[bytes]]]:
     made: list[subprocess.Popen[bytes]] = []
 
     def start(folder: Path) -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-m", "caesura_host_updater.guard", "--state-dir", str(folder)]
+        command = [sys.executable, "-m", "caesura_pause_guard", "--state-dir", str(folder)]
         made.append(subprocess.Popen(command, stderr=subprocess.DEVNULL))
         return made[-1]
 

@@ -20,8 +20,8 @@ from caesura.testing.guests import qemu_installed
 from caesura.testing.patience import patient
 from caesura_host_updater.drivers.qemu.definition import Adopt, Definition, QemuOptions
 from caesura_host_updater.drivers.qemu.driver import QemuDriver
-from caesura_host_updater.guard.procfs import alive, process_table, read_process
 from caesura_host_updater.hostfile import VmSpec
+from caesura_vmcontrol.procfs import alive, process_table, read_process
 
 _WRAPPER = """#!/usr/bin/python3 -SE
 import os, sys

@@ -23,9 +23,9 @@ import pytest
 from caesura_host_updater.drivers.port import DriverError, FreezeFailed, NotRunningYet
 from caesura_host_updater.drivers.qemu.definition import Adopt, Definition, Disk
 from caesura_host_updater.drivers.qemu.qmp import Qmp
-from caesura_host_updater.guard import claims
-from caesura_host_updater.guard.plans import QemuPlan, Vmm, condition, thaw
-from caesura_host_updater.guard.procfs import process_table
+from caesura_vmcontrol import claims
+from caesura_vmcontrol.plans import QemuPlan, Vmm, condition, thaw
+from caesura_vmcontrol.procfs import process_table
 
 SMALL = Definition(memory_mib=16, machine="pc-q35-7.2")
 PORT = ("-gdb", "tcp:127.0.0.1:0")

@@ -28,9 +28,10 @@ from typing import Any
 import pytest
 
 from caesura.testing.patience import patient
-from caesura_host_updater.guard import claims, replacing, swapping
-from caesura_host_updater.guard.guest import cont, never_ran
-from caesura_host_updater.guard.plans import (
+from caesura_vmcontrol import claims, replacing, swapping
+from caesura_vmcontrol.guard_socket import socket_address
+from caesura_vmcontrol.guest import cont, never_ran
+from caesura_vmcontrol.plans import (
     Plan,
     QemuPlan,
     ReplacePlan,
@@ -40,10 +41,9 @@ from caesura_host_updater.guard.plans import (
     plan_to_json,
     thaw,
 )
-from caesura_host_updater.guard.processes import end, hold, marked
-from caesura_host_updater.guard.procfs import alive, boot_id, read_process, thread_states
-from caesura_host_updater.guard.qmp import Qmp, QmpError, QmpRefused
-from caesura_host_updater.guard.server import socket_address
+from caesura_vmcontrol.processes import end, hold, marked
+from caesura_vmcontrol.procfs import alive, boot_id, read_process, thread_states
+from caesura_vmcontrol.qmp import Qmp, QmpError, QmpRefused
 
 QEMU = "/usr/bin/qemu-system-x86_64"
 PATIENCE_S = 15.0
@@ -337,7 +337,7 @@ class Guard:
 
     def start(self) -> None:
         """Start it, and connect."""
-        command = [sys.executable, "-m", "caesura_host_updater.guard", "--state-dir", str(self.folder)]
+        command = [sys.executable, "-m", "caesura_pause_guard", "--state-dir", str(self.folder)]
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(command, stderr=log)
         handle = os.open(self.folder, os.O_RDONLY)
@@ -824,7 +824,7 @@ def test_another_one_that_does_not_give_its_turn_back(swap: Swap) -> None:
 
 HOLDER = """
 import fcntl, os, sys, time
-from caesura_host_updater.guard.qmp import Qmp
+from caesura_vmcontrol.qmp import Qmp
 handle = os.open(sys.argv[1], os.O_RDONLY)
 fcntl.flock(handle, fcntl.LOCK_EX)
 held = Qmp(sys.argv[2], int(sys.argv[3]), time.monotonic() + 10)

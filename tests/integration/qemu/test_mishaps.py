@@ -23,10 +23,10 @@ from caesura_host_updater.drivers.qemu import moving
 from caesura_host_updater.drivers.qemu.definition import Adopt, Definition, QemuOptions
 from caesura_host_updater.drivers.qemu.driver import QemuDriver
 from caesura_host_updater.drivers.qemu.vmm import read_vmm
-from caesura_host_updater.guard import claims
-from caesura_host_updater.guard.intent import Intent, IntentFile
-from caesura_host_updater.guard.plans import ReplacePlan, Vmm, condition, thaw
 from caesura_host_updater.hostfile import VmSpec
+from caesura_vmcontrol import claims
+from caesura_vmcontrol.intent import Intent, IntentFile
+from caesura_vmcontrol.plans import ReplacePlan, Vmm, condition, thaw
 
 SMALL = Definition(memory_mib=16, machine="pc-q35-7.2")
 
@@ -235,7 +235,7 @@ def test_intent_of_another_boot_is_not_carried_out(tmp_path: Path) -> None:
     home.mkdir()
     IntentFile(str(home)).store(Intent("op-1", "another-boot", 1.0, 2.0, (plan,)))
     done = subprocess.run(
-        [sys.executable, "-m", "caesura_host_updater.guard", "--state-dir", home, "--exit-when-alone", "0.1"],
+        [sys.executable, "-m", "caesura_pause_guard", "--state-dir", home, "--exit-when-alone", "0.1"],
         capture_output=True,
         text=True,
         timeout=patient(20),

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from caesura_host_updater.drivers.qemu.definition import Definition
-from caesura_host_updater.guard import markers
-from caesura_host_updater.guard.markers import Marker
-from caesura_host_updater.guard.plans import Plan
-from caesura_host_updater.guard.procfs import boot_id
-from caesura_host_updater.guard.rescue import marked_and_paused, resume
+from caesura_vmcontrol import markers
+from caesura_vmcontrol.markers import Marker
+from caesura_vmcontrol.plans import Plan
+from caesura_vmcontrol.procfs import boot_id
+from caesura_vmcontrol.rescue import marked_and_paused, resume
 
 SMALL = Definition(memory_mib=16, machine="pc-q35-7.2")
 

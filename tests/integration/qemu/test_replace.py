@@ -14,8 +14,8 @@ import pytest
 
 from caesura_host_updater.drivers.port import DriverError, FreezeFailed, NotRunningYet
 from caesura_host_updater.drivers.qemu.definition import Definition, Nic
-from caesura_host_updater.guard.claims import note
-from caesura_host_updater.guard.plans import condition, thaw
+from caesura_vmcontrol.claims import note
+from caesura_vmcontrol.plans import condition, thaw
 
 SMALL = Definition(memory_mib=16, machine="pc-q35-7.2", nic=(Nic(),))
 
@@ -133,7 +133,7 @@ async def test_new_binary_that_fails_and_the_old_one_that_is_still_there(rig: An
     assert await driver.resume("a", 20) == "running"
     guest = driver._guests["a"]
     assert guest.run.argv[0] == rig.qemu
-    from caesura_host_updater.guard.claims import failures  # noqa: PLC0415
+    from caesura_vmcontrol.claims import failures  # noqa: PLC0415
 
     assert "the update broke me" in " ".join(failures(guest.prepared.plan.claims))
     await driver.release("a")
@@ -233,7 +233,7 @@ async def test_old_process_that_dies_before_its_state_is_saved(rig: Any, tools: 
 
 async def test_decided_otherwise_meanwhile(rig: Any, tools: Any) -> None:
     """The guard gives the guest back to the old process while its state is saved: it is not held any longer."""
-    from caesura_host_updater.guard.claims import claim  # noqa: PLC0415
+    from caesura_vmcontrol.claims import claim  # noqa: PLC0415
 
     driver = await rig.open({"a": SMALL})
     pid = tools.pid_of(driver, "a")

@@ -19,7 +19,7 @@ from caesura_host_updater.drivers.qemu.definition import Definition, Disk, Nic
 from caesura_host_updater.drivers.qemu.handover import SWAP_CAPABILITIES, set_capabilities
 from caesura_host_updater.drivers.qemu.memory_views import Compared, NoView, View, Views
 from caesura_host_updater.drivers.sampling import sampled_offsets
-from caesura_host_updater.guard.claims import note
+from caesura_vmcontrol.claims import note
 
 SMALL = Definition(memory_mib=16, machine="pc-q35-7.2", vcpus=2, nic=(Nic(),))
 
@@ -259,7 +259,7 @@ async def test_guard_that_finishes_the_swap_while_the_updater_looks_on(
 
     Not noticed: its connection is seen to end before its process is.
     """
-    from caesura_host_updater.guard.plans import thaw  # noqa: PLC0415
+    from caesura_vmcontrol.plans import thaw  # noqa: PLC0415
 
     driver = await rig.open({"a": SMALL})
     await driver.prepare("a", "op-1", "swap", "")
@@ -296,7 +296,7 @@ async def failed_release(rig: Any, tools: Any, driver: Any) -> None:
 
 async def test_decided_otherwise_meanwhile(rig: Any, tools: Any) -> None:
     """The guard gives the guest to the old process while we hand it over: there it stays."""
-    from caesura_host_updater.guard.claims import claim  # noqa: PLC0415
+    from caesura_vmcontrol.claims import claim  # noqa: PLC0415
 
     driver = await rig.open({"a": SMALL})
     await driver.prepare("a", "op-1", "swap", "")

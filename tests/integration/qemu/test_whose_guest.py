@@ -23,10 +23,10 @@ from caesura_host_updater.drivers.qemu.definition import Definition, QemuOptions
 from caesura_host_updater.drivers.qemu.driver import QemuDriver
 from caesura_host_updater.drivers.qemu.handover import SWAP_CAPABILITIES, HandOverFailed
 from caesura_host_updater.drivers.qemu.qmp import Qmp
-from caesura_host_updater.guard import claims, processes, replacing, swapping
-from caesura_host_updater.guard.guest import UNDER_WAY, migration, reach
-from caesura_host_updater.guard.plans import condition, thaw
 from caesura_host_updater.hostfile import VmSpec
+from caesura_vmcontrol import claims, processes, replacing, swapping
+from caesura_vmcontrol.guest import UNDER_WAY, migration, reach
+from caesura_vmcontrol.plans import condition, thaw
 
 SMALL = Definition(memory_mib=16, machine="pc-q35-7.2")
 METHODS = pytest.mark.parametrize("method", ["swap", "replace"])

@@ -24,12 +24,12 @@ from caesura_ctl.demo.halts import was_away
 from caesura_host_updater import steps
 from caesura_host_updater.command import Authority as HostAuthority
 from caesura_host_updater.command import Host, Refuse, evaluate_start
-from caesura_host_updater.guard.intent import Catch, Fired, Intent
 from caesura_host_updater.operation_state import Operation, UpdateRun, VmPause
 from caesura_host_updater.pause import decide as decide_pause
 from caesura_host_updater.recovery import recovered
 from caesura_host_updater.report import final_report
 from caesura_host_updater.updates import Catalogue
+from caesura_vmcontrol.intent import Catch, Fired, Intent
 
 T0 = datetime(2026, 4, 20, 12, 0, 0, tzinfo=UTC)
 _AUTHORITY = Authority(coordinator="c", epoch=1)

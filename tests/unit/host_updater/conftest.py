@@ -14,15 +14,15 @@ from caesura.bus.port import Delivery
 from caesura.contract.codec import encode
 from caesura.contract.messages import OperationTarget, StartOperation
 from caesura.contract.topics import channel_of
-from caesura_host_updater.guard import markers
-from caesura_host_updater.guard.markers import Marker
-from caesura_host_updater.guard.plans import CgroupPlan
-from caesura_host_updater.guard.procfs import boot_id
 from caesura_host_updater.hostfile import HostFile
 from caesura_host_updater.journal import JournalThread
 from caesura_host_updater.pauses import PauseMarkers
 from caesura_host_updater.service import HostUpdater
 from caesura_host_updater.settings import HostUpdaterSettings
+from caesura_vmcontrol import markers
+from caesura_vmcontrol.markers import Marker
+from caesura_vmcontrol.plans import CgroupPlan
+from caesura_vmcontrol.procfs import boot_id
 
 
 @pytest.fixture

@@ -8,8 +8,8 @@ from typing import Literal
 
 import pytest
 
-from caesura_host_updater.guard import plans, procfs
-from caesura_host_updater.guard.plans import CgroupPlan, Condition
+from caesura_vmcontrol import plans, procfs
+from caesura_vmcontrol.plans import CgroupPlan, Condition
 
 _V2 = "/sys/fs/cgroup/x/a/cgroup.freeze"
 _V1 = "/sys/fs/cgroup/freezer/x/a/freezer.state"

@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from caesura_host_updater.guard.intent import Intent, IntentFile
-from caesura_host_updater.guard.plans import SignalPlan
-from caesura_host_updater.guard.procfs import boot_id, read_process
+from caesura_vmcontrol.intent import Intent, IntentFile
+from caesura_vmcontrol.plans import SignalPlan
+from caesura_vmcontrol.procfs import boot_id, read_process
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def _state(process: subprocess.Popen[bytes]) -> str:
 
 def _start_guard(folder: Path) -> list[dict[str, Any]]:
     """What a guard says from its start to its end; it ends when it has nothing in its hands."""
-    command = [sys.executable, "-m", "caesura_host_updater.guard", "--state-dir", str(folder)]
+    command = [sys.executable, "-m", "caesura_pause_guard", "--state-dir", str(folder)]
     done = subprocess.run([*command, "--exit-when-alone", "0"], capture_output=True, text=True, check=True)
     return [json.loads(line) for line in done.stderr.splitlines()]
 

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from caesura.testing.patience import patient
-from caesura_host_updater.guard.bounded import NoAnswer, within
-from caesura_host_updater.guard.processes import start
+from caesura_vmcontrol.bounded import NoAnswer, within
+from caesura_vmcontrol.processes import start
 
 LONG_S = patient(20)
 

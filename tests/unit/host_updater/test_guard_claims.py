@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from caesura_host_updater.guard.claims import (
+from caesura_vmcontrol.claims import (
     BadClaim,
     Owner,
     claim,
@@ -21,7 +21,7 @@ from caesura_host_updater.guard.claims import (
     note_failure,
     parse_owner,
 )
-from caesura_host_updater.guard.plans import (
+from caesura_vmcontrol.plans import (
     BadPlan,
     Plan,
     QemuPlan,

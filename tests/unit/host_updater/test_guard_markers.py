@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 
-from caesura_host_updater.guard import markers
-from caesura_host_updater.guard.intent import Catch, Fired, Intent, IntentFile, UnreadableIntent
-from caesura_host_updater.guard.markers import Marker
-from caesura_host_updater.guard.plans import CgroupPlan, Plan, SignalPlan, plan_to_json
-from caesura_host_updater.guard.qemuplans import QemuPlan, SwapPlan, Vmm
-from caesura_host_updater.guard.sealed import Damaged, seal, unseal
+from caesura_vmcontrol import markers
+from caesura_vmcontrol.intent import Catch, Fired, Intent, IntentFile, UnreadableIntent
+from caesura_vmcontrol.markers import Marker
+from caesura_vmcontrol.plans import CgroupPlan, Plan, SignalPlan, plan_to_json
+from caesura_vmcontrol.qemu_plans import QemuPlan, SwapPlan, Vmm
+from caesura_vmcontrol.sealed import Damaged, seal, unseal
 
 CONTROL = "/sys/fs/cgroup/x/a/cgroup.freeze"
 PLANS: tuple[Plan, ...] = (

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from caesura_host_updater.__main__ import _beat
-from caesura_host_updater.guard.notify import Notifier
+from caesura_vmcontrol.notify import Notifier
 
 
 @pytest.fixture(params=["path", "abstract"])

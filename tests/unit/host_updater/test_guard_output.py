@@ -6,7 +6,7 @@ import json
 import os
 from contextlib import suppress
 
-from caesura_host_updater.guard.output import Output
+from caesura_pause_guard.output import Output
 
 
 def test_lines_come_in_order_and_what_was_dropped_is_counted() -> None:

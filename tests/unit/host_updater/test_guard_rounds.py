@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from caesura.testing.patience import patient
-from caesura_host_updater.guard.intent import Intent
-from caesura_host_updater.guard.plans import Condition, Plan, QemuPlan, Vmm
-from caesura_host_updater.guard.procfs import Process
-from caesura_host_updater.guard.watch import GuardRefusal, Watch
+from caesura_vmcontrol.intent import Intent
+from caesura_vmcontrol.plans import Condition, Plan, QemuPlan, Vmm
+from caesura_vmcontrol.procfs import Process
+from caesura_vmcontrol.watchdog import GuardRefusal, Watch
 
 PATIENCE_S = patient(5.0)
 

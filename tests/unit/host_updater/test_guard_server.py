@@ -13,12 +13,13 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from caesura.testing.patience import patient
-from caesura_host_updater.guard.intent import Intent
-from caesura_host_updater.guard.notify import Notifier
-from caesura_host_updater.guard.plans import Condition, Plan, QemuPlan, Vmm
-from caesura_host_updater.guard.procfs import Process
-from caesura_host_updater.guard.server import ACCEPT_RETRY_S, SOCKET_NAME, GuardServer
-from caesura_host_updater.guard.watch import Watch
+from caesura_pause_guard.server import ACCEPT_RETRY_S, GuardServer
+from caesura_vmcontrol.guard_socket import SOCKET_NAME
+from caesura_vmcontrol.intent import Intent
+from caesura_vmcontrol.notify import Notifier
+from caesura_vmcontrol.plans import Condition, Plan, QemuPlan, Vmm
+from caesura_vmcontrol.procfs import Process
+from caesura_vmcontrol.watchdog import Watch
 
 
 class NoStore:

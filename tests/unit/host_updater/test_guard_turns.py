@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 
 from caesura.testing.patience import patient
-from caesura_host_updater.guard.procfs import thread_states
-from caesura_host_updater.guard.turns import turn
+from caesura_vmcontrol.procfs import thread_states
+from caesura_vmcontrol.turns import turn
 
 HOLDER = """
 import sys, time
-from caesura_host_updater.guard.turns import turn
+from caesura_vmcontrol.turns import turn
 with turn(sys.argv[1], 5) as ours:
     print(ours, flush=True)
     time.sleep(600)

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from caesura.testing.patience import patient
-from caesura_host_updater.guard.intent import Catch, Fired, Intent, UnreadableIntent
-from caesura_host_updater.guard.plans import (
+from caesura_vmcontrol.intent import Catch, Fired, Intent, UnreadableIntent
+from caesura_vmcontrol.plans import (
     BadPlan,
     CgroupPlan,
     Condition,
@@ -25,8 +25,8 @@ from caesura_host_updater.guard.plans import (
     plan_from_json,
     plan_to_json,
 )
-from caesura_host_updater.guard.procfs import Process
-from caesura_host_updater.guard.watch import GuardRefusal, Watch
+from caesura_vmcontrol.procfs import Process
+from caesura_vmcontrol.watchdog import GuardRefusal, Watch
 
 
 def no_log(event: str, **facts: object) -> None:
@@ -253,7 +253,7 @@ def test_members_of_a_signal_vm() -> None:
 
 def test_guard_needs_nothing_but_the_standard_library() -> None:
     code = (
-        "import sys; import caesura_host_updater.guard.__main__;"
+        "import sys; import caesura_pause_guard.__main__;"
         "print([name for name in sys.modules if name.split('.')[0] in "
         "('msgspec', 'structlog', 'aiohttp', 'aiomqtt', 'prometheus_client', 'caesura', 'asyncio', 'sqlite3')])"
     )
@@ -550,7 +550,7 @@ def test_a_process_table_that_cannot_be_read_does_not_end_the_guard(monkeypatch:
     def refuse() -> Mapping[int, Process]:
         raise OSError(24, "Too many open files")
 
-    monkeypatch.setattr("caesura_host_updater.guard.watch.process_table", refuse)
+    monkeypatch.setattr("caesura_vmcontrol.watchdog.process_table", refuse)
     world = World()
     intent = world.intent()
     intent.plans = (*intent.plans[:1], SignalPlan("b", 4711, 5))

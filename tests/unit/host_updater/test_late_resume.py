@@ -17,12 +17,12 @@ from caesura_host_updater import startup
 from caesura_host_updater.clock import ClockWait
 from caesura_host_updater.command import Underway
 from caesura_host_updater.endings import Endings
-from caesura_host_updater.guard.plans import CgroupPlan
-from caesura_host_updater.guard.procfs import boot_id
 from caesura_host_updater.journal import JournalThread
 from caesura_host_updater.operation_state import Operation, VmPause
 from caesura_host_updater.pauses import PauseMarkers
 from caesura_host_updater.startup import Startup
+from caesura_vmcontrol.plans import CgroupPlan
+from caesura_vmcontrol.procfs import boot_id
 
 
 class Slow:

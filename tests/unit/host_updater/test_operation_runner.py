@@ -28,13 +28,13 @@ from caesura_host_updater.drivers.port import (
     NotRunningYet,
     SwapFailed,
 )
-from caesura_host_updater.guard.intent import Intent
-from caesura_host_updater.guard.plans import CgroupPlan, Plan
 from caesura_host_updater.guardian import GuardUnavailable
 from caesura_host_updater.journal import JournalThread
 from caesura_host_updater.operation import OperationRunner
 from caesura_host_updater.operation_state import Operation, VmPause
 from caesura_host_updater.pauses import NotMarked
+from caesura_vmcontrol.intent import Intent
+from caesura_vmcontrol.plans import CgroupPlan, Plan
 
 
 class FakeDriver:

@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 
 from caesura_host_updater import pauses
-from caesura_host_updater.guard import claims, markers
-from caesura_host_updater.guard.markers import Marker
-from caesura_host_updater.guard.plans import CgroupPlan, Plan, SignalPlan
-from caesura_host_updater.guard.procfs import boot_id
-from caesura_host_updater.guard.qemuplans import QemuPlan, SwapPlan, Vmm
 from caesura_host_updater.pauses import NotMarked, PauseMarkers, how_to_resume
+from caesura_vmcontrol import claims, markers
+from caesura_vmcontrol.markers import Marker
+from caesura_vmcontrol.plans import CgroupPlan, Plan, SignalPlan
+from caesura_vmcontrol.procfs import boot_id
+from caesura_vmcontrol.qemu_plans import QemuPlan, SwapPlan, Vmm
 
 A = CgroupPlan("a", "cgroup2", "/sys/fs/cgroup/x/a/cgroup.freeze")
 B = CgroupPlan("b", "cgroup1", "/sys/fs/cgroup/freezer/x/b/freezer.state")

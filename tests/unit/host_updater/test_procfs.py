@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 
-from caesura_host_updater.guard.procfs import alive, ending, read_process
+from caesura_vmcontrol.procfs import alive, ending, read_process
 
 _HOLDS_MUCH = """
 import os, resource, sys, time

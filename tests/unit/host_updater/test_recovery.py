@@ -10,10 +10,10 @@ import pytest
 from caesura.contract.messages import AgentClockSynced, CanaryReport
 from caesura_host_updater.clock import ClockWait, judge, same_boot, shown_by_guest, unsynced
 from caesura_host_updater.drivers.freezers import freezer_mounts, own_cgroups
-from caesura_host_updater.guard.intent import Catch, Fired, Intent
 from caesura_host_updater.operation_state import Operation, UpdateRun, VmPause
 from caesura_host_updater.recovery import recovered
 from caesura_host_updater.schedule import Schedule
+from caesura_vmcontrol.intent import Catch, Fired, Intent
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 

@@ -14,15 +14,15 @@ from caesura.contract.messages import StartOperation
 from caesura.delivery.sqlite import OutboxTable
 from caesura_host_updater import startup
 from caesura_host_updater.drivers.port import DriverError, NotRunningYet
-from caesura_host_updater.guard import markers
-from caesura_host_updater.guard.plans import CgroupPlan
-from caesura_host_updater.guard.procfs import boot_id
 from caesura_host_updater.hostfile import HostFile, VmSpec
 from caesura_host_updater.journal import JournalThread
 from caesura_host_updater.operation_state import Operation, VmPause
 from caesura_host_updater.pauses import PauseMarkers
 from caesura_host_updater.service import HostUpdater
 from caesura_host_updater.startup import Startup
+from caesura_vmcontrol import markers
+from caesura_vmcontrol.plans import CgroupPlan
+from caesura_vmcontrol.procfs import boot_id
 
 
 class Fleet:

@@ -20,11 +20,11 @@ from caesura.testing.patience import patient
 from caesura_host_updater import applying, detached
 from caesura_host_updater.applying import UpdateNotStarted, UpdateProcess
 from caesura_host_updater.detached import start_detached
-from caesura_host_updater.guard import processes
-from caesura_host_updater.guard.bounded_read import environs, read_each
-from caesura_host_updater.guard.processes import marked
-from caesura_host_updater.guard.procfs import read_process
 from caesura_host_updater.updates import UpdateFile
+from caesura_vmcontrol import processes
+from caesura_vmcontrol.bounded_read import environs, read_each
+from caesura_vmcontrol.processes import marked
+from caesura_vmcontrol.procfs import read_process
 
 
 async def until(holds: Callable[[], bool]) -> None:

@@ -15,9 +15,9 @@ from pathlib import Path
 
 from caesura_host_updater.drivers.qemu.handover import HandOverFailed, is_verdict, migrate, take_from
 from caesura_host_updater.drivers.qemu.qmp import Qmp
-from caesura_host_updater.guard.plans import ReplacePlan
-from caesura_host_updater.guard.procfs import alive, send_signal
-from caesura_host_updater.guard.replacing import PART
+from caesura_vmcontrol.plans import ReplacePlan
+from caesura_vmcontrol.procfs import alive, send_signal
+from caesura_vmcontrol.replacing import PART
 
 CAPABILITIES = {"x-ignore-shared": True, "events": True}
 """What the process is told that saves its state. A file never answers, so it has no return path."""

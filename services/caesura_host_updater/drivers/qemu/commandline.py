@@ -14,7 +14,7 @@ from hashlib import blake2b
 
 from caesura_host_updater.drivers.qemu.arguments import escaped, is_on, options, settings
 from caesura_host_updater.drivers.qemu.definition import Definition
-from caesura_host_updater.guard.qemuplans import SPARE
+from caesura_vmcontrol.qemu_plans import SPARE
 
 _HUGE = re.compile(r"^(/dev/hugepages|/hugepages|/mnt/huge|/run/hugepages|/var/lib/hugetlbfs)")
 

@@ -34,10 +34,10 @@ from caesura_host_updater.drivers.qemu.qmp import QmpFailed, QmpTimeout
 from caesura_host_updater.drivers.qemu.records import Records
 from caesura_host_updater.drivers.qemu.trial import Trials
 from caesura_host_updater.drivers.sampling import sampled_digest_of
-from caesura_host_updater.guard import claims
-from caesura_host_updater.guard.guest import NOT_OURS
-from caesura_host_updater.guard.plans import Plan, QemuPlan
 from caesura_host_updater.hostfile import VmSpec
+from caesura_vmcontrol import claims
+from caesura_vmcontrol.guest import NOT_OURS
+from caesura_vmcontrol.plans import Plan, QemuPlan
 
 _METHODS: tuple[Method, ...] = ("live", "swap", "freeze", "replace")
 _CONT_S = 0.1  # s: what our own connection gets before the guard's way is taken

@@ -23,11 +23,11 @@ from caesura_host_updater.drivers.qemu.qmp import Event, Qmp, QmpFailed, listene
 from caesura_host_updater.drivers.qemu.records import TRIAL, Run
 from caesura_host_updater.drivers.qemu.snapshot import VmSnapshot
 from caesura_host_updater.drivers.qemu.vmm import NoVmm, foreign, marked_as, ram_error, read_vmm
-from caesura_host_updater.guard.guest import AWAY, NOT_OURS, OVER, RUNNING
-from caesura_host_updater.guard.plans import QemuPlan, ReplacePlan, SwapPlan, Vmm
-from caesura_host_updater.guard.procfs import STOPPED, alive, boot_id, ending, read_process
-from caesura_host_updater.guard.replacing import STUCK
 from caesura_host_updater.hostfile import VmSpec
+from caesura_vmcontrol.guest import AWAY, NOT_OURS, OVER, RUNNING
+from caesura_vmcontrol.plans import QemuPlan, ReplacePlan, SwapPlan, Vmm
+from caesura_vmcontrol.procfs import STOPPED, alive, boot_id, ending, read_process
+from caesura_vmcontrol.replacing import STUCK
 
 _GREETING_S = 2.0  # s: QEMU greets within milliseconds; another client's turn may take the guard a second
 _LOOK_S = 1.0  # s: for the kernel's word on a process; a QEMU that is stuck in it may hold us up

@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 
 from caesura_host_updater.drivers.qemu.memory_views import Compared
 from caesura_host_updater.drivers.qemu.qmp import Event, Qmp, QmpClosed, QmpFailed, QmpRefused, Watch
-from caesura_host_updater.guard.claims import claim, note
-from caesura_host_updater.guard.guest import note_ran
-from caesura_host_updater.guard.plans import ReplacePlan, SwapPlan
-from caesura_host_updater.guard.procfs import alive, send_signal
+from caesura_vmcontrol.claims import claim, note
+from caesura_vmcontrol.guest import note_ran
+from caesura_vmcontrol.plans import ReplacePlan, SwapPlan
+from caesura_vmcontrol.procfs import alive, send_signal
 
 SWAP_CAPABILITIES = {"x-ignore-shared": True, "events": True, "return-path": True}
 """What both processes of a swap are told."""

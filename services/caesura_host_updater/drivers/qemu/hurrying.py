@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from caesura_host_updater.guard.processes import calm, hurry
+from caesura_vmcontrol.processes import calm, hurry
 
 
 class Hurry:

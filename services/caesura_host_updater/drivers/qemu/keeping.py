@@ -24,10 +24,10 @@ from caesura_host_updater.drivers.qemu.qmp import QmpFailed, listener_of
 from caesura_host_updater.drivers.qemu.records import Records, Run
 from caesura_host_updater.drivers.qemu.releasing import remove_claims, remove_files
 from caesura_host_updater.drivers.qemu.vmm import marked, marked_as, place_error
-from caesura_host_updater.guard import claims
-from caesura_host_updater.guard.markers import OPERATIONS
-from caesura_host_updater.guard.plans import ReplacePlan, SwapPlan, condition
-from caesura_host_updater.guard.procfs import alive, boot_id
+from caesura_vmcontrol import claims
+from caesura_vmcontrol.markers import OPERATIONS
+from caesura_vmcontrol.plans import ReplacePlan, SwapPlan, condition
+from caesura_vmcontrol.procfs import alive, boot_id
 
 _PROBE_S = 0.05  # s: for a QEMU to notice that who connected has gone; then it takes the next one
 _LOOK_S = 5.0  # s: between two looks for VMs that others start, or that did not answer

@@ -21,8 +21,8 @@ from caesura_host_updater.drivers.qemu.qmp import Qmp, QmpUnreachable
 from caesura_host_updater.drivers.qemu.records import Records, Run
 from caesura_host_updater.drivers.qemu.releasing import remove_files
 from caesura_host_updater.drivers.qemu.vmm import last_words
-from caesura_host_updater.guard.procfs import boot_id, read_process, send_signal
-from caesura_host_updater.guard.replacing import PART
+from caesura_vmcontrol.procfs import boot_id, read_process, send_signal
+from caesura_vmcontrol.replacing import PART
 
 _SOCKET_PATH_BYTES = 107  # unix(7): sun_path has 108 bytes with the closing zero
 _LONGEST = "next/guard.2"

@@ -49,8 +49,8 @@ from caesura_host_updater.drivers.qemu.qmp import Qmp, QmpFailed, Watch
 from caesura_host_updater.drivers.qemu.records import Records, Run
 from caesura_host_updater.drivers.qemu.releasing import end_losers, forget, link_sockets, remove_files, run_of
 from caesura_host_updater.drivers.qemu.vmm import NoVmm, last_words
-from caesura_host_updater.guard import claims
-from caesura_host_updater.guard.plans import (
+from caesura_vmcontrol import claims
+from caesura_vmcontrol.plans import (
     Condition,
     Plan,
     QemuPlan,
@@ -59,9 +59,9 @@ from caesura_host_updater.guard.plans import (
     condition,
     thaw,
 )
-from caesura_host_updater.guard.processes import calm
-from caesura_host_updater.guard.procfs import send_signal
-from caesura_host_updater.guard.vmm import heir, holder
+from caesura_vmcontrol.processes import calm
+from caesura_vmcontrol.procfs import send_signal
+from caesura_vmcontrol.vmm import heir, holder
 
 _HAND_OVER_S = 2.0  # s: 3 to 10 ms is usual; a new process that hangs is given up after this
 _WAY_OUT_S = 4.0  # s: how long we try to put it right ourselves before the caller does

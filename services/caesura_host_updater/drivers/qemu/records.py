@@ -9,9 +9,9 @@ from pathlib import Path
 
 import msgspec
 
-from caesura_host_updater.guard.markers import OPERATIONS
-from caesura_host_updater.guard.plans import BadPlan, ReplacePlan, SwapPlan, plan_from_json, plan_to_json
-from caesura_host_updater.guard.procfs import boot_id
+from caesura_vmcontrol.markers import OPERATIONS
+from caesura_vmcontrol.plans import BadPlan, ReplacePlan, SwapPlan, plan_from_json, plan_to_json
+from caesura_vmcontrol.procfs import boot_id
 
 _PLAN = "plan.json"
 TRIAL = "trial"

@@ -16,11 +16,11 @@ from caesura_host_updater.detached import reap
 from caesura_host_updater.drivers.qemu import successor
 from caesura_host_updater.drivers.qemu.records import Records, Run
 from caesura_host_updater.drivers.qemu.vmm import read_vmm
-from caesura_host_updater.guard import claims
-from caesura_host_updater.guard.plans import ReplacePlan, SwapPlan, thaw
-from caesura_host_updater.guard.processes import end, marked
-from caesura_host_updater.guard.procfs import boot_id
-from caesura_host_updater.guard.vmm import heir
+from caesura_vmcontrol import claims
+from caesura_vmcontrol.plans import ReplacePlan, SwapPlan, thaw
+from caesura_vmcontrol.processes import end, marked
+from caesura_vmcontrol.procfs import boot_id
+from caesura_vmcontrol.vmm import heir
 
 _END_S = 2.0  # s: for a killed process to be dead
 

@@ -20,8 +20,8 @@ from caesura_host_updater.drivers.qemu.records import TRIAL, Records
 from caesura_host_updater.drivers.qemu.releasing import remove_files
 from caesura_host_updater.drivers.qemu.snapshot import VmSnapshot
 from caesura_host_updater.drivers.qemu.successor import trial_command
-from caesura_host_updater.guard.processes import end
-from caesura_host_updater.guard.procfs import read_process
+from caesura_vmcontrol.processes import end
+from caesura_vmcontrol.procfs import read_process
 
 _END_S = 2.0  # s: for a killed process to be dead
 

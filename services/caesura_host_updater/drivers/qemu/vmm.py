@@ -9,8 +9,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from caesura_host_updater.guard.bounded_read import environs
-from caesura_host_updater.guard.procfs import process_table, read_process
+from caesura_vmcontrol.bounded_read import environs
+from caesura_vmcontrol.procfs import process_table, read_process
 
 _DELETED = " (deleted)"
 _WORDS = 400  # characters of a log that are quoted

@@ -12,11 +12,11 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from queue import Empty, SimpleQueue
 
-from caesura_host_updater.guard import markers
-from caesura_host_updater.guard.intent import Intent
-from caesura_host_updater.guard.plans import Condition, Plan, SignalPlan, condition
-from caesura_host_updater.guard.procfs import process_table
-from caesura_host_updater.guard.watch import Log, Watch
+from caesura_vmcontrol import markers
+from caesura_vmcontrol.intent import Intent
+from caesura_vmcontrol.plans import Condition, Plan, SignalPlan, condition
+from caesura_vmcontrol.procfs import process_table
+from caesura_vmcontrol.watchdog import Log, Watch
 
 _LOOK_S = 1.0  # s: for a first look at all marked VMs; a QEMU is asked for half a second
 _STEP_S = 0.02  # s: between two steps at most, so that it ends soon after ``stop`` says so

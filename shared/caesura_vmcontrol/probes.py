@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 
-from caesura_host_updater.guard import vmm
-from caesura_host_updater.guard.plans import Condition, Plan, QemuPlan, ReplacePlan, SwapPlan
-from caesura_host_updater.guard.procfs import Process
+from caesura_vmcontrol import vmm
+from caesura_vmcontrol.plans import Condition, Plan, QemuPlan, ReplacePlan, SwapPlan
+from caesura_vmcontrol.procfs import Process
 
 _BACK_OFF_S = 0.25  # s: the longest wait between two rounds of a VM that cannot be made to run
 _FIRST_S = 0.005

@@ -11,10 +11,10 @@ import signal
 import time
 from contextlib import suppress
 
-from caesura_host_updater.guard import claims
-from caesura_host_updater.guard.bounded import within
-from caesura_host_updater.guard.claims import Owner
-from caesura_host_updater.guard.guest import (
+from caesura_vmcontrol import claims
+from caesura_vmcontrol.bounded import within
+from caesura_vmcontrol.claims import Owner
+from caesura_vmcontrol.guest import (
     CONT_S,
     LOADING,
     UNDER_WAY,
@@ -29,11 +29,11 @@ from caesura_host_updater.guard.guest import (
     reach,
     run_state,
 )
-from caesura_host_updater.guard.processes import LOG_S, calm, end, hurry, let_go, marked, start
-from caesura_host_updater.guard.procfs import Process, alive, send_signal
-from caesura_host_updater.guard.qemuplans import ReplacePlan
-from caesura_host_updater.guard.qmp import Qmp, QmpError
-from caesura_host_updater.guard.swapping import back
+from caesura_vmcontrol.processes import LOG_S, calm, end, hurry, let_go, marked, start
+from caesura_vmcontrol.procfs import Process, alive, send_signal
+from caesura_vmcontrol.qemu_plans import ReplacePlan
+from caesura_vmcontrol.qmp import Qmp, QmpError
+from caesura_vmcontrol.swapping import back
 
 _TOTAL_S = 1.0  # s: one call, but for a process that is starting; whoever calls comes again
 _START_S = 3.0  # s: from the program's start to the loaded state; 60 ms on an idle host

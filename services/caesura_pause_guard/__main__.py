@@ -1,4 +1,4 @@
-"""``caesura-pause-guard``, or ``python -m caesura_host_updater.guard``: the composition root of the guard."""
+"""``caesura-pause-guard``, or ``python -m caesura_pause_guard``: the composition root of the guard."""
 
 # light imports on purpose: no pathlib here.
 # ruff: noqa: PTH100, PTH103
@@ -13,13 +13,13 @@ try:
     from collections.abc import Sequence
     from contextlib import suppress
 
-    from caesura_host_updater.guard.intent import IntentFile, UnreadableIntent
-    from caesura_host_updater.guard.notify import Notifier
-    from caesura_host_updater.guard.output import Output
-    from caesura_host_updater.guard.procfs import boot_id
-    from caesura_host_updater.guard.rescue import marked_and_paused
-    from caesura_host_updater.guard.server import AlreadyRunning, GuardServer
-    from caesura_host_updater.guard.watch import Watch
+    from caesura_pause_guard.output import Output
+    from caesura_pause_guard.server import AlreadyRunning, GuardServer
+    from caesura_vmcontrol.intent import IntentFile, UnreadableIntent
+    from caesura_vmcontrol.notify import Notifier
+    from caesura_vmcontrol.procfs import boot_id
+    from caesura_vmcontrol.rescue import marked_and_paused
+    from caesura_vmcontrol.watchdog import Watch
 except KeyboardInterrupt:  # as caesura.runtime.interrupt, which the guard may not import
     sys.exit(130)
 

@@ -8,11 +8,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any, Literal, Protocol
 
-from caesura_host_updater.guard.bounded import BoundedCalls
-from caesura_host_updater.guard.intent import Catch, Fired, Intent
-from caesura_host_updater.guard.plans import Condition, Plan, SignalPlan, condition, thaw
-from caesura_host_updater.guard.procfs import Process, process_table
-from caesura_host_updater.guard.rounds import VMM_PLANS, Round, Rounds
+from caesura_vmcontrol.bounded import BoundedCalls
+from caesura_vmcontrol.intent import Catch, Fired, Intent
+from caesura_vmcontrol.plans import Condition, Plan, SignalPlan, condition, thaw
+from caesura_vmcontrol.probes import VMM_PLANS, Round, Rounds
+from caesura_vmcontrol.procfs import Process, process_table
 
 _RETRY_S = 0.005  # s: between two looks at VMs that do not run yet
 _ENFORCE_S = 0.02  # s: between two looks while a late freeze of a stopped updater may still come

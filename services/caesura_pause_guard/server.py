@@ -23,15 +23,13 @@ import time
 from contextlib import suppress
 from typing import Any
 
-from caesura_host_updater.guard.intent import Intent
-from caesura_host_updater.guard.notify import Notifier
-from caesura_host_updater.guard.plans import BadPlan, plan_from_json
-from caesura_host_updater.guard.processes import reap
-from caesura_host_updater.guard.procfs import boot_id
-from caesura_host_updater.guard.watch import GuardRefusal, Log, Watch
-
-SOCKET_NAME = "guard.sock"
-MAX_LINE_BYTES = 8 * 1024 * 1024  # a thousand VMs with a hundred processes each
+from caesura_vmcontrol.guard_socket import MAX_LINE_BYTES, socket_address
+from caesura_vmcontrol.intent import Intent
+from caesura_vmcontrol.notify import Notifier
+from caesura_vmcontrol.plans import BadPlan, plan_from_json
+from caesura_vmcontrol.processes import reap
+from caesura_vmcontrol.procfs import boot_id
+from caesura_vmcontrol.watchdog import GuardRefusal, Log, Watch
 
 ACCEPT_RETRY_S = 1.0  # s without an accept after one that failed
 ACCEPT_LOG_S = 60.0  # s between two log lines about that
@@ -39,11 +37,6 @@ ACCEPT_LOG_S = 60.0  # s between two log lines about that
 
 class AlreadyRunning(Exception):
     """Another guard holds this state folder."""
-
-
-def socket_address(folder_handle: int) -> str:
-    """The socket's address through an open folder: a unix socket path may have 107 bytes, folders have more."""
-    return f"/proc/self/fd/{folder_handle}/{SOCKET_NAME}"
 
 
 class _Client:

@@ -15,11 +15,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from typing import Literal
 
-from caesura_host_updater.guard import claims
-from caesura_host_updater.guard.processes import end, is_held
-from caesura_host_updater.guard.procfs import alive
-from caesura_host_updater.guard.qemuplans import SPARE
-from caesura_host_updater.guard.qmp import Qmp, QmpError, QmpRefused, QmpSilent, StrangeSocket
+from caesura_vmcontrol import claims
+from caesura_vmcontrol.processes import end, is_held
+from caesura_vmcontrol.procfs import alive
+from caesura_vmcontrol.qemu_plans import SPARE
+from caesura_vmcontrol.qmp import Qmp, QmpError, QmpRefused, QmpSilent, StrangeSocket
 
 RUNNING = frozenset({"running", "suspended"})  # suspended: the guest's own sleep, nothing of ours
 OVER = frozenset({"shutdown", "guest-panicked", "internal-error"})  # nothing but a reset makes it run again

@@ -18,8 +18,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from caesura_host_updater.guard import qemuplans, vmm
-from caesura_host_updater.guard.procfs import (
+from caesura_vmcontrol import qemu_plans, vmm
+from caesura_vmcontrol.procfs import (
     DEAD,
     STOPPED,
     Process,
@@ -27,7 +27,7 @@ from caesura_host_updater.guard.procfs import (
     send_signal,
     thread_states,
 )
-from caesura_host_updater.guard.qemuplans import BadPlan, QemuPlan, ReplacePlan, SwapPlan, Vmm
+from caesura_vmcontrol.qemu_plans import BadPlan, QemuPlan, ReplacePlan, SwapPlan, Vmm
 
 __all__ = [
     "BadPlan",
@@ -124,7 +124,7 @@ def _has_live_thread(pid: int) -> bool:
 def plan_to_json(plan: Plan) -> dict[str, Any]:
     """The plan as it goes over the socket and to disk."""
     if isinstance(plan, QemuPlan | SwapPlan | ReplacePlan):
-        return qemuplans.to_json(plan)
+        return qemu_plans.to_json(plan)
     kind = "signal" if isinstance(plan, SignalPlan) else plan.kind
     return {**asdict(plan), "kind": kind}
 
@@ -142,7 +142,7 @@ def plan_from_json(data: object) -> Plan:
             others = tuple((pair[0], pair[1]) for pair in data["others"])
             return SignalPlan(data["vm"], data["leader"], data["start_ticks"], others)
         if data.get("kind") in ("qemu", "swap", "replace"):
-            return qemuplans.from_json(data)
+            return qemu_plans.from_json(data)
         return CgroupPlan(data["vm"], data["kind"], data["control"])
     except (KeyError, TypeError, IndexError, AttributeError) as error:
         raise BadPlan(f"plan of {data['vm']!r} lacks or garbles {error}") from error

@@ -21,7 +21,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from caesura_host_updater.guard.plans import (
+from caesura_vmcontrol.plans import (
     BadPlan,
     CgroupPlan,
     Plan,
@@ -29,8 +29,8 @@ from caesura_host_updater.guard.plans import (
     plan_from_json,
     plan_to_json,
 )
-from caesura_host_updater.guard.qemuplans import QemuPlan, Vmm
-from caesura_host_updater.guard.sealed import Damaged, seal, unseal
+from caesura_vmcontrol.qemu_plans import QemuPlan, Vmm
+from caesura_vmcontrol.sealed import Damaged, seal, unseal
 
 FOLDER = "pauses"
 OPERATIONS = ".operations"

@@ -10,8 +10,8 @@ import os
 from dataclasses import dataclass, field
 from typing import Any
 
-from caesura_host_updater.guard.plans import Plan, plan_from_json, plan_to_json
-from caesura_host_updater.guard.sealed import is_sealed, seal, unseal
+from caesura_vmcontrol.plans import Plan, plan_from_json, plan_to_json
+from caesura_vmcontrol.sealed import is_sealed, seal, unseal
 
 FORMAT = 1
 

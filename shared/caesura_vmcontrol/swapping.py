@@ -9,9 +9,9 @@ import os
 import time
 from contextlib import suppress
 
-from caesura_host_updater.guard import claims
-from caesura_host_updater.guard.claims import Owner
-from caesura_host_updater.guard.guest import (
+from caesura_vmcontrol import claims
+from caesura_vmcontrol.claims import Owner
+from caesura_vmcontrol.guest import (
     CONT_S,
     LOADING,
     NOT_OURS,
@@ -29,10 +29,10 @@ from caesura_host_updater.guard.guest import (
     reach,
     run_state,
 )
-from caesura_host_updater.guard.processes import end, hold, let_go
-from caesura_host_updater.guard.procfs import alive
-from caesura_host_updater.guard.qemuplans import SwapPlan, Vmm
-from caesura_host_updater.guard.qmp import Qmp, QmpError
+from caesura_vmcontrol.processes import end, hold, let_go
+from caesura_vmcontrol.procfs import alive
+from caesura_vmcontrol.qemu_plans import SwapPlan, Vmm
+from caesura_vmcontrol.qmp import Qmp, QmpError
 
 _TOTAL_S = 1.0  # s: one call; whoever calls comes again
 _NOBODY_COMES_S = (

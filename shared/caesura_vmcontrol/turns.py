@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
-from caesura_host_updater.guard.procfs import DEAD, STOPPED, thread_states
+from caesura_vmcontrol.procfs import DEAD, STOPPED, thread_states
 
 _STEP_S = 0.002
 _PASSED_OVER = 3  # how many stopped ones

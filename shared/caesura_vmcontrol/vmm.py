@@ -9,12 +9,12 @@ import os
 import time
 from typing import Literal
 
-from caesura_host_updater.guard import claims, replacing, swapping
-from caesura_host_updater.guard.guest import ProcessGone, look, make_run, reach
-from caesura_host_updater.guard.processes import let_go
-from caesura_host_updater.guard.procfs import alive
-from caesura_host_updater.guard.qemuplans import QemuPlan, ReplacePlan, SwapPlan, VmmPlan
-from caesura_host_updater.guard.turns import turn
+from caesura_vmcontrol import claims, replacing, swapping
+from caesura_vmcontrol.guest import ProcessGone, look, make_run, reach
+from caesura_vmcontrol.processes import let_go
+from caesura_vmcontrol.procfs import alive
+from caesura_vmcontrol.qemu_plans import QemuPlan, ReplacePlan, SwapPlan, VmmPlan
+from caesura_vmcontrol.turns import turn
 
 _FREEZE_S = 1.0  # s: one call
 _TURN_SWAP_S = (

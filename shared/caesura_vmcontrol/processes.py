@@ -12,9 +12,9 @@ import subprocess
 import time
 from contextlib import suppress
 
-from caesura_host_updater.guard.bounded import NoAnswer, within
-from caesura_host_updater.guard.bounded_read import environs
-from caesura_host_updater.guard.procfs import (
+from caesura_vmcontrol.bounded import NoAnswer, within
+from caesura_vmcontrol.bounded_read import environs
+from caesura_vmcontrol.procfs import (
     DEAD,
     STOPPED,
     Process,

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from importlib.metadata import entry_points
+
 import click
 
 from caesura_ctl import act, look
 from caesura_ctl.acl import acl
 from caesura_ctl.commandline import EXIT_CODES, Commands
-from caesura_ctl.demo.command import demo
-from caesura_ctl.guest.command import guest
 
 _EPILOG = f"""\b
 examples:
@@ -27,8 +27,39 @@ shell completion:
 {EXIT_CODES}"""
 
 
+PLUGINS = "caesura.commands"
+"""Entry points of this group are commands of ``caesura``: the name of each, and a click command."""
+
+
+class WithPlugins(Commands):
+    """The group, with the commands that installed packages bring. One is imported when it is asked for."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """As click does it."""
+        return sorted({*super().list_commands(ctx), *entry_points(group=PLUGINS).names})
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """As click does it.
+
+        Raises:
+            ClickException: a package brings it, and cannot be imported.
+        """
+        if (own := super().get_command(ctx, cmd_name)) is not None:
+            return own
+        for point in entry_points(group=PLUGINS, name=cmd_name):
+            try:
+                command: click.Command = point.load()
+            except (ImportError, AttributeError) as error:
+                package = point.dist.name if point.dist is not None else point.value
+                raise click.ClickException(
+                    f"the command {cmd_name} of {package} cannot be loaded: {error}. Install {package} again, or remove it"
+                ) from error
+            return command
+        return None
+
+
 @click.group(
-    cls=Commands,
+    cls=WithPlugins,
     epilog=_EPILOG,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
@@ -42,7 +73,6 @@ def caesura() -> None:
 
 
 for each in (
-    demo,
     act.plan,
     act.roll,
     look.status,
@@ -53,7 +83,6 @@ for each in (
     look.history,
     look.tail,
     look.updates,
-    guest,
     acl,
 ):
     caesura.add_command(each)

@@ -197,7 +197,18 @@ def test_variables_of_other_services_hooks_and_marks_are_nobodys_error(
 def test_every_variable_that_this_tree_names_is_known() -> None:
     """Else what one part sets would keep another from starting."""
     named: dict[str, Path] = {}
-    for top in ("services", "shared", "deploy", "docs", "examples", "benchmarks", "tests", "grafana", "."):
+    for top in (
+        "services",
+        "shared",
+        "tools",
+        "deploy",
+        "docs",
+        "examples",
+        "benchmarks",
+        "tests",
+        "grafana",
+        ".",
+    ):
         for folder, below, files in os.walk(_ROOT / top):
             below[:] = [] if top == "." else [each for each in below if each not in _NOT_OURS]
             for path in (Path(folder) / name for name in files):

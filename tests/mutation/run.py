@@ -34,7 +34,7 @@ ROOT = Path(__file__).resolve().parents[2]
 TABLE = Path(__file__).with_name("mutations.toml")
 LIMIT_S = 180.0
 """s: the tests of one mutation; those of most take some 2 s. Past it a mutation counts as ``broken``, not as killed."""
-_COPIED = ("docs", "deploy", "examples", "grafana", "services", "shared", "tests", "benchmarks")
+_COPIED = ("docs", "deploy", "examples", "grafana", "services", "shared", "tests", "tools", "benchmarks")
 """What tests may read, apart from the files of the root."""
 
 Outcome = Literal["killed", "survived", "broken"]
@@ -116,7 +116,7 @@ class Scratch:
                 shutil.copy2(path, self.root / path.name)
         self._environ = {
             **os.environ,
-            "PYTHONPATH": f"{self.root / 'services'}:{self.root / 'shared'}",
+            "PYTHONPATH": ":".join(str(self.root / each) for each in ("services", "shared", "tools")),
             # Byte code is told apart by size and whole seconds: a mutation of the same length would not be seen.
             "PYTHONDONTWRITEBYTECODE": "1",
         }

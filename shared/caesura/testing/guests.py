@@ -100,7 +100,7 @@ class Definition(msgspec.Struct, frozen=True, kw_only=True):
     run: tuple[str, ...] = ("heartbeat",)
     """Workloads inside, of heartbeat (always there), memory, disk, tcp, approve."""
     parameters: Mapping[str, str] = {}
-    """``memory=60`` becomes ``caesura.memory=60`` on the kernel command line; see caesura_ctl/guest/inside."""
+    """``memory=60`` becomes ``caesura.memory=60`` on the kernel command line; see caesura_guest_image/inside."""
     agent: Mapping[str, str] = {}
     """``vm``, ``broker_url``, ... become CAESURA_VM_AGENT_*; with ``vm`` the agent runs. The host is 10.0.2.2."""
     disks: tuple[tuple[Path, str], ...] = ()

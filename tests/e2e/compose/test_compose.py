@@ -22,7 +22,7 @@ from caesura.testing.fleet import HOSTS, Fleet, until
 from caesura.testing.prometheus import api
 from caesura.testing.queries import problems
 from caesura.testing.standins import PYTHON
-from caesura_ctl.demo.fleet import compose_layout, secret_readers
+from caesura_demo.fleet import compose_layout, secret_readers
 
 _ROOT = Path(__file__).parents[3]
 _BUDGET_S = 15.0

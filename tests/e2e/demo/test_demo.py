@@ -173,7 +173,7 @@ async def test_interrupted_at_any_moment_it_leaves_nothing_behind(number: int, s
 def _services_of(mark: str) -> list[int]:
     """Every process of the demo that is not the demo: services, guards, VMs."""
     me = [pid for pid in marked_processes(mark) if b"caesura_ctl\0demo" in _words(pid)]
-    me += [pid for pid in marked_processes(mark) if b"caesura_ctl.demo.sweeper" in _words(pid)]
+    me += [pid for pid in marked_processes(mark) if b"caesura_demo.sweeper" in _words(pid)]
     return sorted(set(marked_processes(mark)) - set(me))
 
 

@@ -23,8 +23,8 @@ from caesura.runtime.settings import Secret
 from caesura.testing.broker import mosquitto, mosquitto_installed
 from caesura.testing.fleet import until
 from caesura.testing.patience import patient
-from caesura_ctl.demo.fleet import HEALTH_USER, UPDATES, compose_layout, config_files, secret_readers, users
-from caesura_ctl.demo.patience import (
+from caesura_demo.fleet import HEALTH_USER, UPDATES, compose_layout, config_files, secret_readers, users
+from caesura_demo.patience import (
     MOST_RESUMES,
     RESUME_AFTER_S,
     Facts,
@@ -35,8 +35,8 @@ from caesura_ctl.demo.patience import (
     next_step,
     update_for,
 )
-from caesura_ctl.demo.rollouts import Plan, Rollouts, RolloutsError, plan_from
-from caesura_ctl.demo.setup import SetupError, check_variables, copy_files, main, prepare
+from caesura_demo.rollouts import Plan, Rollouts, RolloutsError, plan_from
+from caesura_demo.setup import SetupError, check_variables, copy_files, main, prepare
 from caesura_host_updater.hostfile import parse_host_file
 from caesura_host_updater.updates import UpdateFile, parse_update
 from caesura_metadata_publisher.listeners import parse_listeners
@@ -539,7 +539,7 @@ def test_switched_off_it_waits_to_be_told_to_stop(tmp_path: Path, capfd: pytest.
 
 def test_a_signal_stops_it_while_it_waits(tmp_path: Path) -> None:
     process = subprocess.Popen(
-        [sys.executable, "-m", "caesura_ctl.demo.rollouts"],
+        [sys.executable, "-m", "caesura_demo.rollouts"],
         env={**os.environ, "CAESURA_ROLLOUTS": "off"},
         stderr=subprocess.PIPE,
         text=True,

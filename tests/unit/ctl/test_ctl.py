@@ -29,10 +29,6 @@ from caesura.testing.collector import eventually
 from caesura.testing.patience import patient
 from caesura.testing.rollouts import sent, wave_state, whole_rollout
 from caesura_ctl.cli import caesura
-from caesura_ctl.demo import machine
-from caesura_ctl.demo.layout import standard_layout
-from caesura_ctl.demo.machine import Interrupted, run_folder
-from caesura_ctl.demo.verdict import WorkloadStatus, judge, overlaps
 from caesura_ctl.durations import parse_duration, show_duration
 from caesura_ctl.follow import Progress
 from caesura_ctl.names import SET_NAME
@@ -51,6 +47,10 @@ from caesura_ctl.tables import (
 )
 from caesura_ctl.updates_table import updates_view
 from caesura_ctl.visible import VisibleConsole
+from caesura_demo import machine
+from caesura_demo.layout import standard_layout
+from caesura_demo.machine import Interrupted, run_folder
+from caesura_demo.verdict import WorkloadStatus, judge, overlaps
 
 T0 = datetime(2026, 4, 20, 12, 0, 0, tzinfo=UTC)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 import os
 import signal
 import sys
@@ -13,9 +14,9 @@ import pytest
 
 from caesura.runtime.processes import cgroup_name, marked_processes
 from caesura.testing.collector import PATIENCE_S, eventually
-from caesura_ctl.demo.machine import CleanUp, Interrupted
-from caesura_ctl.demo.processes import Processes
-from caesura_ctl.demo.sweeper import start_sweeper
+from caesura_demo.machine import CleanUp, Interrupted
+from caesura_demo.processes import Processes
+from caesura_demo.sweeper import start_sweeper
 
 
 class Run:
@@ -150,8 +151,9 @@ def test_its_name_is_the_one_that_the_host_updater_uses(tmp_path: Path) -> None:
     names = {cgroup_name("host-1", tmp_path / each) for each in ("a", "b")}
     assert len(names) == 2
     assert all(each.startswith("caesura-host-1-") for each in names)
-    source = Path(sys.modules["caesura_ctl.demo.processes"].__file__ or "").parents[2]
-    assert "cgroup_name(" in (source / "caesura_host_updater/__main__.py").read_text()
+    updater = importlib.util.find_spec("caesura_host_updater.__main__")
+    assert updater is not None
+    assert "cgroup_name(" in Path(updater.origin or "").read_text()
 
 
 @pytest.mark.parametrize("state", ["well", "hung", "dead"])
@@ -179,9 +181,7 @@ async def test_a_sweeper_whose_demo_died_kills_what_is_marked_and_removes_the_fo
     hung = await asyncio.create_subprocess_exec("sleep", "1000", env={**os.environ, name: value})
     os.kill(hung.pid, signal.SIGSTOP)
     # As the demo starts it, but for the time that services have to drain.
-    code = (
-        "import sys; from caesura_ctl.demo import sweeper; sweeper._DRAIN_S = 0.0; sys.exit(sweeper.main())"
-    )
+    code = "import sys; from caesura_demo import sweeper; sweeper._DRAIN_S = 0.0; sys.exit(sweeper.main())"
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-c", code, mark, stdin=asyncio.subprocess.PIPE
     )

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from caesura_ctl.guest.inside.approve import Approver
-from caesura_ctl.guest.inside.disk import BLOCK, Disk, make_block
-from caesura_ctl.guest.inside.memory import PAGE, HotRegion, Region, period
-from caesura_ctl.guest.inside.parameters import read_parameters
-from caesura_ctl.guest.inside.tcp import Line
+from caesura_guest_image.inside.approve import Approver
+from caesura_guest_image.inside.disk import BLOCK, Disk, make_block
+from caesura_guest_image.inside.memory import PAGE, HotRegion, Region, period
+from caesura_guest_image.inside.parameters import read_parameters
+from caesura_guest_image.inside.tcp import Line
 
 MIB = 1 << 20
 x86_64_only = pytest.mark.skipif(platform.machine() != "x86_64", reason="the comparing is x86-64 code")

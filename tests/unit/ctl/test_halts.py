@@ -20,7 +20,7 @@ from caesura_coordinator.inputs import Approve, Authority, Input, Outdated, Tick
 from caesura_coordinator.plan import make_plan
 from caesura_coordinator.records import Rollout, Wave, new_rollout
 from caesura_coordinator.rollout import decide
-from caesura_ctl.demo.halts import was_away
+from caesura_demo.halts import was_away
 from caesura_host_updater import steps
 from caesura_host_updater.command import Authority as HostAuthority
 from caesura_host_updater.command import Host, Refuse, evaluate_start

@@ -15,10 +15,10 @@ from caesura.contract import messages as m
 from caesura.lifecycle.proof import memory_proof
 from caesura_ctl.act import freeze, plan, roll
 from caesura_ctl.commandline import policy_from
-from caesura_ctl.demo.verdict import _guest_memory
 from caesura_ctl.picture import Pause, Picture
 from caesura_ctl.proofs import Shown, counted, planned
 from caesura_ctl.tables import pauses_view, plan_view
+from caesura_demo.verdict import _guest_memory
 
 T0 = datetime(2026, 4, 20, tzinfo=UTC)
 

@@ -114,7 +114,7 @@ def _vm_table(vm: DemoVm, *, broker: Broker, folder: str, run_id: str) -> dict[s
     }
     table["process"] = [
         {"argv": [sys.executable, "-m", "caesura_vm_agent"], "environ": agent},
-        {"argv": [sys.executable, "-m", "caesura_ctl.demo.workload"], "environ": workload},
+        {"argv": [sys.executable, "-m", "caesura_demo.workload"], "environ": workload},
     ]
     return table
 
@@ -134,7 +134,7 @@ def update_file(*, folder: str, seconds: float) -> dict[str, Any]:
         "expected_s": seconds,
         "timeout_s": seconds + 4.0,
         "description": "Stands for a hypervisor update: takes its time and records the host.",
-        "argv": [sys.executable, "-m", "caesura_ctl.demo.patch", str(seconds), f"{folder}/patched"],
+        "argv": [sys.executable, "-m", "caesura_demo.patch", str(seconds), f"{folder}/patched"],
     }
 
 

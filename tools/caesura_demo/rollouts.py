@@ -1,4 +1,4 @@
-"""``python -m caesura_ctl.demo.rollouts``: one rollout after another, so that there is something to see.
+"""``python -m caesura_demo.rollouts``: one rollout after another, so that there is something to see.
 
 It uses the command ``caesura`` as a person would, and says what it sees and does. A rollout that halts because
 something was away is resumed when that is there again, some times; any other halt, and whatever a person aborted,
@@ -25,8 +25,8 @@ import structlog
 from caesura.runtime.errors import CaesuraError
 from caesura.runtime.logs import configure_logging
 from caesura.runtime.threads import in_thread
-from caesura_ctl.demo.fleet import UPDATES, compose_layout
-from caesura_ctl.demo.patience import Facts, Past, Step, facts_from, next_step, update_for
+from caesura_demo.fleet import UPDATES, compose_layout
+from caesura_demo.patience import Facts, Past, Step, facts_from, next_step, update_for
 
 _POLICY = ("--notice", "10s", "--budget", "15s", "--soak", "2s")
 """Workloads approve within a second or two, so the notice is for show; 15 s hold the longer update easily."""

@@ -12,8 +12,8 @@ import msgspec
 
 from caesura.runtime.errors import CaesuraError
 from caesura.runtime.processes import kill_marked
-from caesura_ctl.demo.guests import GuestImage
-from caesura_ctl.demo.machine import CleanUp
+from caesura_demo.guests import GuestImage
+from caesura_demo.machine import CleanUp
 
 _STOP_S = 5.0
 """s: for a build that was told to end to remove what it has made so far."""

@@ -1,4 +1,4 @@
-"""Cleans up after a demo that was killed: ``python -m caesura_ctl.demo.sweeper MARK [CGROUP ...]``, started by the demo.
+"""Cleans up after a demo that was killed: ``python -m caesura_demo.sweeper MARK [CGROUP ...]``, started by the demo.
 
 The demo writes the folders that it makes to this one's standard input, a line each, and ``done`` when nothing is left to
 do. An end of the input without that means that the demo is dead, however it died. Its services are tied to it and drain
@@ -58,7 +58,7 @@ async def start_sweeper(mark: str, cgroups: Sequence[str]) -> Sweeper:
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         "-m",
-        "caesura_ctl.demo.sweeper",
+        "caesura_demo.sweeper",
         mark,
         *cgroups,
         stdin=asyncio.subprocess.PIPE,

@@ -10,7 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from caesura_ctl.guest.packages import GuestError, Progress
+from caesura_guest_image.packages import GuestError, Progress
 
 GUEST_PYTHON = (3, 11)
 OWN = ("caesura", "caesura_vm_agent")

@@ -1,4 +1,4 @@
-"""``python -m caesura_ctl.demo.setup FOLDER``: secrets and configuration of the compose project, made on every start.
+"""``python -m caesura_demo.setup FOLDER``: secrets and configuration of the compose project, made on every start.
 
 What is no secret and not made, but written by hand for the broker, Prometheus and Grafana, is copied out of the image.
 
@@ -21,7 +21,7 @@ import structlog
 from caesura.bus.brokers import password_line
 from caesura.runtime.errors import CaesuraError
 from caesura.runtime.logs import configure_logging
-from caesura_ctl.demo.fleet import (
+from caesura_demo.fleet import (
     BROKER_UID,
     GRAFANA_SECRET,
     HEALTH_USER,
@@ -29,7 +29,7 @@ from caesura_ctl.demo.fleet import (
     config_files,
     secret_readers,
 )
-from caesura_ctl.demo.rollouts import plan_from
+from caesura_demo.rollouts import plan_from
 
 VARIABLES = (
     "CAESURA_IMAGE",
@@ -59,7 +59,7 @@ class SetupError(CaesuraError):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """0: all is there; 2: something has to be put right first."""
-    parser = argparse.ArgumentParser(prog="python -m caesura_ctl.demo.setup", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m caesura_demo.setup", description=__doc__)
     parser.add_argument("folder", type=Path, help="as the containers see it: /etc/caesura")
     parser.add_argument("--state", default="/var/lib/caesura", help="where a host keeps its state")
     parser.add_argument(

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from caesura_ctl.demo.halts import was_away
+from caesura_demo.halts import was_away
 
 RESUME_AFTER_S = (10.0, 60.0, 180.0)
 """s from a halt to its resume, for the first, the second and the third time that a wave halts. A host that hangs is

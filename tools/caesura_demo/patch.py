@@ -1,4 +1,4 @@
-"""The demo's update: ``python -m caesura_ctl.demo.patch SECONDS FILE``. Standard library only.
+"""The demo's update: ``python -m caesura_demo.patch SECONDS FILE``. Standard library only.
 
 It does what a real one does, as seen from outside: it takes its time while the VMs stand still, and leaves
 a trace on the host.

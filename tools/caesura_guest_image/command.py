@@ -15,9 +15,9 @@ from rich.console import Console
 
 from caesura.runtime.errors import CaesuraError
 from caesura_ctl.commandline import fail, print_json
-from caesura_ctl.guest.build import Guest, build, default_cache
-from caesura_ctl.guest.packages import GuestError, Progress
-from caesura_ctl.guest.second import fetch_second
+from caesura_guest_image.build import Guest, build, default_cache
+from caesura_guest_image.packages import GuestError, Progress
+from caesura_guest_image.second import fetch_second
 
 _EPILOG = """\b
 examples:

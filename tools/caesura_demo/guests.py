@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from caesura_ctl.demo.layout import Broker, DemoVm, Layout
+from caesura_demo.layout import Broker, DemoVm, Layout
 
 GuestMethod = Literal["freeze", "swap", "replace"]
 UPDATES: dict[GuestMethod, str] = {
@@ -169,7 +169,7 @@ def guest_update_file(method: GuestMethod, *, folder: str, seconds: float) -> di
         "expected_s": seconds,
         "timeout_s": seconds + 4.0,
         "description": description,
-        "argv": [sys.executable, "-m", "caesura_ctl.demo.patch", str(seconds), record],
+        "argv": [sys.executable, "-m", "caesura_demo.patch", str(seconds), record],
     }
 
 

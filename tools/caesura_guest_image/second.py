@@ -13,8 +13,8 @@ from pathlib import Path
 
 import msgspec
 
-from caesura_ctl.guest.build import new_folder, one_at_a_time
-from caesura_ctl.guest.packages import (
+from caesura_guest_image.build import new_folder, one_at_a_time
+from caesura_guest_image.packages import (
     SUITE,
     GuestError,
     Progress,

@@ -24,7 +24,11 @@ from caesura.contract.parts import WholeRollout
 from caesura.runtime.errors import CaesuraError
 from caesura.runtime.identity import new_id
 from caesura.runtime.processes import cgroup_name, frozen_processes
-from caesura_ctl.demo.guests import (
+from caesura_ctl.follow import ENDED, Progress
+from caesura_ctl.session import Session, connect, new_request_id
+from caesura_ctl.settings import CtlSettings
+from caesura_ctl.tables import live_view, pauses_view
+from caesura_demo.guests import (
     UPDATES,
     GuestImage,
     GuestMethod,
@@ -33,8 +37,8 @@ from caesura_ctl.demo.guests import (
     guest_update_file,
     read_guest,
 )
-from caesura_ctl.demo.image import build_image
-from caesura_ctl.demo.layout import (
+from caesura_demo.image import build_image
+from caesura_demo.layout import (
     UPDATE,
     Broker,
     Layout,
@@ -44,14 +48,10 @@ from caesura_ctl.demo.layout import (
     standard_layout,
     update_file,
 )
-from caesura_ctl.demo.machine import FIRST_PORT, CleanUp, free_ports, ram_folder, run_folder
-from caesura_ctl.demo.processes import Processes
-from caesura_ctl.demo.sweeper import Sweeper, start_sweeper
-from caesura_ctl.demo.verdict import Check, WorkloadStatus, judge, judge_guests
-from caesura_ctl.follow import ENDED, Progress
-from caesura_ctl.session import Session, connect, new_request_id
-from caesura_ctl.settings import CtlSettings
-from caesura_ctl.tables import live_view, pauses_view
+from caesura_demo.machine import FIRST_PORT, CleanUp, free_ports, ram_folder, run_folder
+from caesura_demo.processes import Processes
+from caesura_demo.sweeper import Sweeper, start_sweeper
+from caesura_demo.verdict import Check, WorkloadStatus, judge, judge_guests
 
 _READY_S = 45.0
 """s: for 6 hosts and 25 VMs to come up; some 8 s on two cores."""

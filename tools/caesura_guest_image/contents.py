@@ -6,9 +6,9 @@ import os
 import shutil
 from pathlib import Path
 
-from caesura_ctl.guest.cpio import FOLDER, Entry, file_entry, link_entry
-from caesura_ctl.guest.elf import NotElf, needed_libraries
-from caesura_ctl.guest.packages import GuestError
+from caesura_guest_image.cpio import FOLDER, Entry, file_entry, link_entry
+from caesura_guest_image.elf import NotElf, needed_libraries
+from caesura_guest_image.packages import GuestError
 
 MODULES = (
     *("virtio_ring", "virtio", "virtio_pci_modern_dev", "virtio_pci_legacy_dev", "virtio_pci"),

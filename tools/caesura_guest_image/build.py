@@ -24,9 +24,9 @@ from pathlib import Path
 import msgspec
 
 from caesura.runtime.cleanup import undisturbed
-from caesura_ctl.guest import agent, contents
-from caesura_ctl.guest.cpio import Entry, pack
-from caesura_ctl.guest.packages import KERNEL, PACKAGES, GuestError, Progress, fetch, unpack
+from caesura_guest_image import agent, contents
+from caesura_guest_image.cpio import Entry, pack
+from caesura_guest_image.packages import KERNEL, PACKAGES, GuestError, Progress, fetch, unpack
 
 INSIDE = Path(__file__).parent / "inside"
 _KEPT = 3

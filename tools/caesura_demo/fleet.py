@@ -11,7 +11,7 @@ import tomli_w
 
 from caesura.contract.access import Place, Principal, access_rules
 from caesura.contract.names import own_set
-from caesura_ctl.demo.layout import Broker, DemoVm, Layout, host_file, listeners_file, update_file
+from caesura_demo.layout import Broker, DemoVm, Layout, host_file, listeners_file, update_file
 
 FIRST_METADATA_PORT = 18101
 _HOSTS = 3

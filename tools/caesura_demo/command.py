@@ -16,9 +16,9 @@ from caesura.runtime.command import leaves
 from caesura.runtime.errors import CaesuraError
 from caesura.runtime.logs import configure_logging
 from caesura_ctl.commandline import fail, wide_console
-from caesura_ctl.demo.guests import MOST_VMS
-from caesura_ctl.demo.run import Demo, Options
 from caesura_ctl.durations import BUDGET, DURATION, SOME_TIME, show_duration
+from caesura_demo.guests import MOST_VMS
+from caesura_demo.run import Demo, Options
 
 _ONLY_WITH = {"vms": "qemu", "memory_mib": "qemu", "accel": "qemu", "freezer": "process"}
 """Option to the only driver that it means something to."""

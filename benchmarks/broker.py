@@ -21,7 +21,7 @@ from caesura.bus.brokers import LocalBroker, free_port, mosquitto_config
 from caesura.bus.mqtt import MqttBus
 from caesura.bus.options import BrokerOptions
 from caesura.bus.port import BusError
-from caesura.testing.collector import Collector, running
+from caesura_testing.collector import Collector, running
 
 SETTINGS = ("1:true", "100:true", "1:false")
 CHANGES = 10_000

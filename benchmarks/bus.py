@@ -36,7 +36,7 @@ from caesura.contract.topics import channel_of
 from caesura.delivery.message import prepare
 from caesura.delivery.publisher import ReliablePublisher
 from caesura.runtime.identity import new_id
-from caesura.testing.collector import running
+from caesura_testing.collector import running
 
 MESSAGES = 2_000
 ROUNDS = 15

@@ -20,7 +20,6 @@ import structlog
 from pause import percentile
 
 from caesura.contract.messages import OperationTarget, StartOperation
-from caesura.testing.guests import image
 from caesura_host_updater.drivers.qemu.definition import Definition, QemuOptions
 from caesura_host_updater.drivers.qemu.driver import QemuDriver
 from caesura_host_updater.guardian import Guardian
@@ -31,6 +30,7 @@ from caesura_host_updater.operation_state import Operation, UpdateRun, VmPause
 from caesura_host_updater.pauses import PauseMarkers
 from caesura_host_updater.report import final_report
 from caesura_host_updater.updates import UpdateFile
+from caesura_testing.guests import image
 from caesura_vmcontrol.procfs import boot_id
 
 _APPEND = "console=ttyS0 quiet rdinit=/init panic=-1 caesura.ip=none"

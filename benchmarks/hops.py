@@ -19,7 +19,6 @@ from typing import Any
 
 import msgspec
 
-from caesura.testing.guests import Definition, Heartbeat, Image, command_line, connect, image
 from caesura_host_updater.drivers.port import ClockSet
 from caesura_host_updater.drivers.qemu.clock import set_clock
 from caesura_host_updater.drivers.qemu.definition import Adopt, QemuOptions
@@ -27,6 +26,7 @@ from caesura_host_updater.drivers.qemu.driver import QemuDriver
 from caesura_host_updater.drivers.qemu.handover import set_capabilities
 from caesura_host_updater.drivers.qemu.qmp import Event, Qmp, QmpUnreachable
 from caesura_host_updater.hostfile import VmSpec
+from caesura_testing.guests import Definition, Heartbeat, Image, command_line, connect, image
 from caesura_vmcontrol.procfs import DEAD, thread_states
 
 MIB = 1 << 20

@@ -19,7 +19,7 @@ from typing import Any
 from hops import Bench
 from pause import percentile
 
-from caesura.testing.guests import Definition, image
+from caesura_testing.guests import Definition, image
 
 
 async def soak(swaps: int, every: int, binary: str, ram_mib: int) -> int:

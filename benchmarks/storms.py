@@ -14,7 +14,7 @@ from caesura.contract.codec import encode
 from caesura.contract.envelope import Message
 from caesura.contract.topics import channel_of
 from caesura.lifecycle.commands import COMMANDS
-from caesura.testing.rollouts import sent, wave_state, whole_rollout
+from caesura_testing.rollouts import sent, wave_state, whole_rollout
 
 
 class Storms:

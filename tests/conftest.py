@@ -14,9 +14,9 @@ import pytest
 import structlog
 from hypothesis import HealthCheck, Phase, settings
 
-from caesura.testing.evidence import ends_of_logs
-from caesura.testing.patience import FACTOR, VARIABLE, patient
-from caesura.testing.sandbox import Sandbox
+from caesura_testing.evidence import ends_of_logs
+from caesura_testing.patience import FACTOR, VARIABLE, patient
+from caesura_testing.sandbox import Sandbox
 
 # How long an example takes depends on what else the machine does: no test fails for that.
 settings.register_profile("any-machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -76,7 +76,7 @@ LANES = {
     "compose": Lane(
         "tests/e2e/compose: docker compose up, with an engine of its own and stand-in images (root; minutes)",
         """
-        why=$(python -m caesura.testing.containers) || { echo "SKIPPED: $why"; exit 77; }
+        why=$(python -m caesura_testing.containers) || { echo "SKIPPED: $why"; exit 77; }
         pytest -q -s tests/e2e/compose
         """,
     ),

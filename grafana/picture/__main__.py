@@ -18,8 +18,8 @@ from typing import Any
 
 import aiohttp
 
-from caesura.testing.browser import chromium
-from caesura.testing.queries import substituted
+from caesura_testing.browser import chromium
+from caesura_testing.queries import substituted
 
 _HERE = Path(__file__).parent
 _EMPTY = "<!doctype html><title>Panels</title><div id=page></div>"

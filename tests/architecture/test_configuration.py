@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from caesura.runtime.variables import SETTINGS, strangers
-from caesura.testing.patience import patient
+from caesura_testing.patience import patient
 
 _BROKER = "write mqtt://host:1883"
 _LISTEN = "give host:port"

@@ -13,11 +13,11 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from caesura.testing.patience import patient
 from caesura_ctl.cli import caesura
 from caesura_host_updater.hostfile import parse_host_file
 from caesura_host_updater.updates import UpdateFile, parse_update
 from caesura_metadata_publisher.listeners import parse_listeners
+from caesura_testing.patience import patient
 
 _ROOT = Path(__file__).parents[2]
 _PAGES = (

@@ -8,7 +8,7 @@ from importlib.metadata import entry_points
 
 import pytest
 
-from caesura.testing.patience import patient
+from caesura_testing.patience import patient
 
 _COMMANDS = sorted(
     (entry.name, entry.module)

@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from caesura.testing.fleet import until
-from caesura.testing.patience import patient
+from caesura_testing.fleet import until
+from caesura_testing.patience import patient
 
 _ROOT = Path(__file__).parents[2]
 _SCRIPT = _ROOT / "tests" / "lanes.py"

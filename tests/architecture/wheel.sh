@@ -13,4 +13,4 @@ for command in caesura caesura-coordinator caesura-host-updater caesura-pause-gu
   caesura-metadata-publisher caesura-metrics-exporter; do
   "$venv/bin/$command" --help >/dev/null || { echo "$command --help failed" >&2; exit 1; }
 done
-PATH="$venv/bin:$PATH" "$venv/bin/python" -m pytest -q -p no:cacheprovider "$@" tests/unit tests/contract
+PYTHONPATH=tests/support PATH="$venv/bin:$PATH" "$venv/bin/python" -m pytest -q -p no:cacheprovider "$@" tests/unit tests/contract

@@ -22,7 +22,7 @@ from caesura.contract.codec import (
 from caesura.contract.envelope import Message
 from caesura.contract.parts import Joiner, WholeRollout, answer_in_parts, inventory_in_parts, with_parts
 from caesura.contract.topics import channel_of
-from caesura.testing.rollouts import changed, sent, wave_state, whole_rollout
+from caesura_testing.rollouts import changed, sent, wave_state, whole_rollout
 
 NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 

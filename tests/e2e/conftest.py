@@ -14,11 +14,11 @@ from caesura.bus.brokers import LocalBroker
 from caesura.contract import messages as m
 from caesura.contract.parts import WholeRollout
 from caesura.runtime.processes import freezers
-from caesura.testing.broker import mosquitto, mosquitto_installed
-from caesura.testing.sandbox import Sandbox, Vm
 from caesura_ctl.picture import Picture
 from caesura_ctl.session import Session, connect, new_request_id
 from caesura_ctl.settings import CtlSettings
+from caesura_testing.broker import mosquitto, mosquitto_installed
+from caesura_testing.sandbox import Sandbox, Vm
 
 pytestmark = pytest.mark.e2e
 

@@ -15,8 +15,8 @@ from caesura.bus.post import Post
 from caesura.contract.codec import Received
 from caesura.contract.envelope import Message
 from caesura.contract.topics import CHANNELS
-from caesura.testing.patience import patient
 from caesura_ctl.picture import Picture
+from caesura_testing.patience import patient
 
 _AWAY_S = 20.0
 

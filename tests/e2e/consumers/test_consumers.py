@@ -14,8 +14,8 @@ import aiohttp
 import pytest
 
 from caesura.bus.brokers import free_port
-from caesura.testing.patience import patient
-from caesura.testing.sandbox import Vm
+from caesura_testing.patience import patient
+from caesura_testing.sandbox import Vm
 
 _ROOT = Path(__file__).parents[3]
 

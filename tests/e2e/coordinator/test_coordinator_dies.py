@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from caesura.testing.sandbox import Vm
+from caesura_testing.sandbox import Vm
 
 
 @pytest.mark.parametrize("state", ["pending", "scheduled", "frozen", "verifying", "soaking"])

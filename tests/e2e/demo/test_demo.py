@@ -18,7 +18,7 @@ import pytest
 
 from caesura.bus.brokers import find_mosquitto
 from caesura.runtime.processes import cgroup_name, frozen_processes, kill_marked, marked_processes
-from caesura.testing.patience import patient
+from caesura_testing.patience import patient
 
 pytestmark = pytest.mark.timeout(150)
 

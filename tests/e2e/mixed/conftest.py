@@ -21,8 +21,8 @@ from caesura.bus.mqtt import MqttBus
 from caesura.bus.options import BrokerOptions
 from caesura.bus.port import Delivery
 from caesura.runtime.identity import new_id
-from caesura.testing.patience import patient
-from caesura.testing.sandbox import Sandbox, Vm
+from caesura_testing.patience import patient
+from caesura_testing.sandbox import Sandbox, Vm
 
 _FOLDER = Path(__file__).parent / "versions"
 

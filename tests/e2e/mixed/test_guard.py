@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from caesura.testing.sandbox import Vm
+from caesura_testing.sandbox import Vm
 
 _BUDGET_S = 12.0
 _HOLD_S = 8.0

@@ -14,10 +14,10 @@ from structlog.testing import capture_logs
 
 from caesura.contract import messages as m
 from caesura.contract.envelope import source_of
-from caesura.testing.patience import patient
 from caesura_coordinator.store import Store
 from caesura_host_updater.command import Authority
 from caesura_host_updater.journal import Journal
+from caesura_testing.patience import patient
 
 _COORDINATOR = """
 import sys

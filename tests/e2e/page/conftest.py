@@ -17,11 +17,11 @@ from caesura.bus.memory import MemoryBroker, MemoryBus
 from caesura.bus.port import Delivery
 from caesura.bus.post import Post
 from caesura.runtime.health import serve_health
-from caesura.testing.browser import chromium, find_chromium
-from caesura.testing.patience import patient
 from caesura_metrics_exporter.page import LivePage
 from caesura_metrics_exporter.service import MetricsExporter, filters
 from caesura_metrics_exporter.settings import MetricsExporterSettings
+from caesura_testing.browser import chromium, find_chromium
+from caesura_testing.patience import patient
 
 
 class Visit:

@@ -9,8 +9,8 @@ from typing import Any
 
 from caesura.bus.brokers import free_port
 from caesura.contract import messages as m
-from caesura.testing.rollouts import announce, wave_state, whole_rollout
-from caesura.testing.sandbox import Vm
+from caesura_testing.rollouts import announce, wave_state, whole_rollout
+from caesura_testing.sandbox import Vm
 
 _LIVE = "document.getElementById('link-text').textContent === 'live'"
 _STANDS = "document.querySelectorAll('.standing li').length === 1"

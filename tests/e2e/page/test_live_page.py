@@ -6,8 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 from caesura.bus.brokers import free_port
-from caesura.testing.browser import accessibility_tree, poor_contrast
-from caesura.testing.sandbox import Vm
+from caesura_testing.browser import accessibility_tree, poor_contrast
+from caesura_testing.sandbox import Vm
 
 _NAMED = {
     "link",

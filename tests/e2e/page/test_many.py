@@ -10,8 +10,8 @@ import pytest
 
 from caesura.contract import messages as m
 from caesura.contract.parts import WholeRollout
-from caesura.testing.browser import poor_contrast
-from caesura.testing.rollouts import announce, changed, wave_state, whole_rollout
+from caesura_testing.browser import poor_contrast
+from caesura_testing.rollouts import announce, changed, wave_state, whole_rollout
 
 REASON = "update qemu-security failed on host-03: exit code 3"
 _PER_HOST = 10

@@ -11,8 +11,8 @@ import pytest
 
 from caesura.contract import messages as m
 from caesura.contract.parts import WholeRollout
-from caesura.testing.browser import poor_contrast
-from caesura.testing.rollouts import announce, changed, wave_state, whole_rollout
+from caesura_testing.browser import poor_contrast
+from caesura_testing.rollouts import announce, changed, wave_state, whole_rollout
 
 _MARKUP = '<img src=x onerror="window.hacked=1"> & </script><script>window.hacked=2</script>'
 

@@ -14,8 +14,8 @@ from playwright.async_api import CDPSession
 
 from caesura.contract import messages as m
 from caesura.contract.parts import WholeRollout
-from caesura.testing.patience import patient
-from caesura.testing.rollouts import announce, wave_state, whole_rollout
+from caesura_testing.patience import patient
+from caesura_testing.rollouts import announce, wave_state, whole_rollout
 
 VMS, HOSTS, SETS, DOMAINS = 10_000, 1_000, 50, 20
 WAVE = 19

@@ -10,7 +10,7 @@ from typing import Any
 from playwright.async_api import Route
 
 from caesura.contract import messages as m
-from caesura.testing.rollouts import announce, wave_state, whole_rollout
+from caesura_testing.rollouts import announce, wave_state, whole_rollout
 
 _LIVE = "document.getElementById('link-text').textContent === 'live'"
 

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from caesura.contract import messages as m
-from caesura.testing.patience import patient
-from caesura.testing.sandbox import Vm
 from caesura_ctl.session import new_request_id
+from caesura_testing.patience import patient
+from caesura_testing.sandbox import Vm
 
 QEMU = shutil.which("qemu-system-x86_64") or ""
 

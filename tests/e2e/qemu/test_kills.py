@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from caesura.testing.sandbox import Vm
+from caesura_testing.sandbox import Vm
 
 pytestmark = [
     pytest.mark.e2e,

@@ -14,9 +14,9 @@ import pytest
 
 from caesura.contract import messages as m
 from caesura.contract.codec import MAX_PAYLOAD_BYTES
-from caesura.testing.patience import patient
-from caesura.testing.sandbox import Vm
 from caesura_ctl.session import new_request_id
+from caesura_testing.patience import patient
+from caesura_testing.sandbox import Vm
 
 _TOPIC = "caesura/v1/ctl/e2e/start"
 _HEAD = {"specversion": "1.0", "id": "1", "source": "/test", "time": "2026-04-20T12:00:00Z"}

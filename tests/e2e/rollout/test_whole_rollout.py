@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from caesura.testing.patience import patient
+from caesura_testing.patience import patient
 
 
 async def test_domain_by_domain_to_the_end(pair: Any) -> None:

@@ -16,11 +16,11 @@ from caesura.bus.port import Delivery, PublishRefused
 from caesura.contract.access import Principal, access_rules
 from caesura.contract.topics import PREFIX
 from caesura.runtime.settings import Secret
-from caesura.testing.broker import mosquitto, mosquitto_installed
-from caesura.testing.patience import patient
-from caesura.testing.sandbox import Sandbox, Vm
 from caesura_ctl.session import connect
 from caesura_ctl.settings import CtlSettings
+from caesura_testing.broker import mosquitto, mosquitto_installed
+from caesura_testing.patience import patient
+from caesura_testing.sandbox import Sandbox, Vm
 
 _USERS = (
     Principal("coordinator"),

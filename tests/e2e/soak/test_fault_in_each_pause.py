@@ -25,9 +25,9 @@ import pytest
 from caesura.bus.brokers import LocalBroker
 from caesura.contract import messages as m
 from caesura.runtime.processes import marked_processes
-from caesura.testing.patience import patient
-from caesura.testing.sandbox import Vm
 from caesura_ctl.session import NoAnswer, NoBroker, new_request_id
+from caesura_testing.patience import patient
+from caesura_testing.sandbox import Vm
 
 _SECONDS = float(os.environ.get("CAESURA_SOAK_S", "60"))
 _SEED = int(os.environ.get("CAESURA_SOAK_SEED", "0")) or random.randrange(1, 1_000_000)

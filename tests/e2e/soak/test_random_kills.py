@@ -19,10 +19,10 @@ import pytest
 from caesura.bus.brokers import LocalBroker
 from caesura.contract import messages as m
 from caesura.contract.codec import Received
-from caesura.testing.sandbox import Vm
 from caesura_coordinator.records import Rollout
 from caesura_coordinator.store import Store
 from caesura_ctl.session import NoAnswer, NoBroker, new_request_id
+from caesura_testing.sandbox import Vm
 
 _SECONDS = float(os.environ.get("CAESURA_SOAK_S", "60"))
 _SEED = int(os.environ.get("CAESURA_SOAK_SEED", "0")) or random.randrange(1, 1_000_000)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from caesura.testing.sandbox import Vm
+from caesura_testing.sandbox import Vm
 
 # Updates take at least 0.3 s: a shorter pause may slip between two looks of the kernel watch.
 _STUBBORN = [

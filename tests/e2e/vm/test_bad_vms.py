@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from caesura.runtime.processes import freezers
-from caesura.testing.sandbox import Vm
+from caesura_testing.sandbox import Vm
 from caesura_vmcontrol.procfs import read_process
 
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from caesura.testing.broker import Certificates, make_certificates, mosquitto_installed
-from caesura.testing.harness import KINDS, Harness, harness_of
+from caesura_testing.broker import Certificates, make_certificates, mosquitto_installed
+from caesura_testing.harness import KINDS, Harness, harness_of
 
 
 @pytest.fixture(params=KINDS)

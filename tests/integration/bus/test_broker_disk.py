@@ -13,8 +13,8 @@ from caesura.bus.options import BrokerOptions
 from caesura.contract.access import Principal, access_rules
 from caesura.contract.topics import PREFIX
 from caesura.runtime.settings import Secret
-from caesura.testing.broker import mosquitto_installed, shipped_mosquitto
-from caesura.testing.collector import Collector, eventually, running
+from caesura_testing.broker import mosquitto_installed, shipped_mosquitto
+from caesura_testing.collector import Collector, eventually, running
 
 _VM = Principal("vm", "web-1", "web")
 _PRESENCE = f"{PREFIX}/vm/web-1/presence"

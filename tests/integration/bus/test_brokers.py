@@ -16,9 +16,9 @@ from caesura.bus.brokers import BrokerNotStarted, LocalBroker, find_mosquitto, f
 from caesura.bus.embedded import READY, EmbeddedBrokerMissing
 from caesura.bus.mqtt import MqttBus
 from caesura.bus.options import BrokerOptions
-from caesura.testing.broker import mosquitto_installed
-from caesura.testing.collector import PATIENCE_S, Collector, eventually, running
-from caesura.testing.patience import patient
+from caesura_testing.broker import mosquitto_installed
+from caesura_testing.collector import PATIENCE_S, Collector, eventually, running
+from caesura_testing.patience import patient
 
 KINDS = [
     pytest.param(

@@ -12,9 +12,9 @@ import pytest
 from structlog.testing import capture_logs
 
 from caesura.bus.port import BusUnavailable, Delivery, PublishRefused, Will
-from caesura.testing.collector import PATIENCE_S, Collector, eventually, running
-from caesura.testing.harness import KINDS, Can, Harness, why_not
-from caesura.testing.patience import patient
+from caesura_testing.collector import PATIENCE_S, Collector, eventually, running
+from caesura_testing.harness import KINDS, Can, Harness, why_not
+from caesura_testing.patience import patient
 
 
 def needs(ability: Can) -> pytest.MarkDecorator:

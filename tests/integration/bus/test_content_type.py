@@ -12,9 +12,9 @@ import pytest
 from caesura.bus.mqtt import MqttBus
 from caesura.bus.options import BrokerOptions
 from caesura.bus.port import Will
-from caesura.testing.broker import mosquitto, mosquitto_installed
-from caesura.testing.collector import PATIENCE_S, Collector, running
-from caesura.testing.proxy import TcpProxy
+from caesura_testing.broker import mosquitto, mosquitto_installed
+from caesura_testing.collector import PATIENCE_S, Collector, running
+from caesura_testing.proxy import TcpProxy
 
 pytestmark = pytest.mark.skipif(not mosquitto_installed(), reason="mosquitto is not installed")
 

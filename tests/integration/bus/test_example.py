@@ -16,9 +16,9 @@ from caesura.bus.brokers import free_port
 from caesura.bus.mqtt import MqttBus
 from caesura.bus.options import BrokerOptions
 from caesura.runtime.settings import Secret
-from caesura.testing.broker import make_certificates, mosquitto, mosquitto_installed
-from caesura.testing.collector import running
-from caesura.testing.patience import patient
+from caesura_testing.broker import make_certificates, mosquitto, mosquitto_installed
+from caesura_testing.collector import running
+from caesura_testing.patience import patient
 
 _EXAMPLE = Path(__file__).parents[3] / "examples" / "consumer.py"
 

@@ -31,11 +31,11 @@ from caesura.contract.codec import encode
 from caesura.contract.topics import channel_of
 from caesura.runtime.identity import new_id
 from caesura.runtime.settings import Secret
-from caesura.testing.broker import mosquitto_installed, shipped_mosquitto
-from caesura.testing.collector import eventually, running
-from caesura.testing.patience import patient
 from caesura_coordinator.service import Coordinator, subscriptions
 from caesura_coordinator.store import Store
+from caesura_testing.broker import mosquitto_installed, shipped_mosquitto
+from caesura_testing.collector import eventually, running
+from caesura_testing.patience import patient
 
 pytestmark = [
     pytest.mark.skipif(not mosquitto_installed(), reason="mosquitto is not installed"),

@@ -18,10 +18,10 @@ from caesura.bus.mqtt import MqttBus
 from caesura.bus.options import BrokerOptions
 from caesura.bus.port import Delivery, Will
 from caesura.runtime.settings import Secret
-from caesura.testing.broker import Certificates, mosquitto, mosquitto_installed
-from caesura.testing.collector import PATIENCE_S, Collector, eventually, running
-from caesura.testing.patience import patient
-from caesura.testing.proxy import TcpProxy
+from caesura_testing.broker import Certificates, mosquitto, mosquitto_installed
+from caesura_testing.collector import PATIENCE_S, Collector, eventually, running
+from caesura_testing.patience import patient
+from caesura_testing.proxy import TcpProxy
 
 Logs = Sequence[MutableMapping[str, Any]]
 

@@ -12,8 +12,8 @@ import pytest
 from caesura.bus.port import Delivery
 from caesura.delivery.message import OutboxMessage
 from caesura.delivery.publisher import ReliablePublisher
-from caesura.testing.collector import PATIENCE_S, Collector, eventually, running
-from caesura.testing.harness import KINDS, Can, Harness, why_not
+from caesura_testing.collector import PATIENCE_S, Collector, eventually, running
+from caesura_testing.harness import KINDS, Can, Harness, why_not
 
 
 def message(topic: str, number: int) -> OutboxMessage:

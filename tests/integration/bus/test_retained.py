@@ -21,9 +21,9 @@ from caesura.contract.codec import MAX_PAYLOAD_BYTES, encode
 from caesura.contract.topics import CHANNELS, PREFIX, channel_of
 from caesura.runtime.identity import new_id
 from caesura.runtime.settings import Secret
-from caesura.testing.broker import mosquitto, mosquitto_installed, shipped_mosquitto
-from caesura.testing.collector import Collector, eventually, running
-from caesura.testing.patience import patient
+from caesura_testing.broker import mosquitto, mosquitto_installed, shipped_mosquitto
+from caesura_testing.collector import Collector, eventually, running
+from caesura_testing.patience import patient
 
 pytestmark = [
     pytest.mark.skipif(not mosquitto_installed(), reason="mosquitto is not installed"),

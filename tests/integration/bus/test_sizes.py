@@ -19,8 +19,8 @@ from caesura.contract.access import Principal, access_rules
 from caesura.contract.codec import MAX_PACKET_BYTES, MAX_PAYLOAD_BYTES
 from caesura.contract.topics import CHANNELS, PREFIX, placed
 from caesura.runtime.settings import Secret
-from caesura.testing.broker import mosquitto_installed, shipped_mosquitto
-from caesura.testing.collector import PATIENCE_S, Collector, running
+from caesura_testing.broker import mosquitto_installed, shipped_mosquitto
+from caesura_testing.collector import PATIENCE_S, Collector, running
 
 MIB = 1024 * 1024
 _HUGE = 100 * MIB

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from caesura.testing.patience import patient
+from caesura_testing.patience import patient
 
 _BENCHMARK = Path(__file__).parents[3] / "benchmarks" / "fleet.py"
 

@@ -21,10 +21,10 @@ from caesura.contract.access import Principal, access_rules
 from caesura.lifecycle.commands import COMMANDS
 from caesura.runtime.identity import new_id
 from caesura.runtime.settings import Secret
-from caesura.testing.broker import mosquitto_installed, shipped_mosquitto
-from caesura.testing.collector import eventually, running
 from caesura_coordinator.service import Coordinator, subscriptions
 from caesura_coordinator.store import Store
+from caesura_testing.broker import mosquitto_installed, shipped_mosquitto
+from caesura_testing.collector import eventually, running
 
 _FLEET = (
     Principal("coordinator"),

@@ -20,10 +20,10 @@ from caesura.contract import messages as m
 from caesura.contract.access import Principal, access_rules
 from caesura.runtime.identity import new_id
 from caesura.runtime.settings import Secret
-from caesura.testing.broker import mosquitto_installed, shipped_mosquitto
-from caesura.testing.collector import eventually, running
 from caesura_coordinator.service import Coordinator, subscriptions
 from caesura_coordinator.store import Store
+from caesura_testing.broker import mosquitto_installed, shipped_mosquitto
+from caesura_testing.collector import eventually, running
 
 _FLEET = (Principal("coordinator"), Principal("host", "h1"), Principal("ctl", "ops"))
 _PASSWORDS = {each.username: f"password of {each.username}" for each in _FLEET}

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from caesura.testing.broker import Certificates, make_certificates
-from caesura.testing.patience import patient
+from caesura_testing.broker import Certificates, make_certificates
+from caesura_testing.patience import patient
 
 ROOT = Path(__file__).resolve().parents[3]
 SYSTEM = Path("/etc/ssl/certs/ca-certificates.crt")

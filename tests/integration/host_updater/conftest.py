@@ -31,8 +31,8 @@ from caesura.contract.messages import (
     StartOperation,
 )
 from caesura.runtime.identity import new_id
-from caesura.testing.broker import mosquitto, mosquitto_installed
-from caesura.testing.patience import patient
+from caesura_testing.broker import mosquitto, mosquitto_installed
+from caesura_testing.patience import patient
 from caesura_vmcontrol.plans import condition, plan_from_json
 from caesura_vmcontrol.procfs import process_table
 

@@ -31,7 +31,7 @@ from caesura.contract.messages import (
     VmResumed,
 )
 from caesura.lifecycle.commands import COMMANDS
-from caesura.testing.patience import patient
+from caesura_testing.patience import patient
 from caesura_vmcontrol.procfs import alive
 
 

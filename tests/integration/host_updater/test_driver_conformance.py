@@ -20,8 +20,6 @@ from typing import Any
 
 import pytest
 
-from caesura.testing.guests import qemu_installed
-from caesura.testing.patience import patient
 from caesura_host_updater.drivers.freezers import FreezerUnusable, choose_freezer
 from caesura_host_updater.drivers.port import Driver, DriverError, FreezeFailed, NotPossible
 from caesura_host_updater.drivers.process import ProcessDriver
@@ -29,6 +27,8 @@ from caesura_host_updater.drivers.qemu.definition import Definition, QemuOptions
 from caesura_host_updater.drivers.qemu.driver import QemuDriver
 from caesura_host_updater.drivers.sampling import sampled_offsets
 from caesura_host_updater.hostfile import GuestProcess, VmSpec
+from caesura_testing.guests import qemu_installed
+from caesura_testing.patience import patient
 from caesura_vmcontrol.plans import CgroupPlan, condition, thaw
 from caesura_vmcontrol.procfs import alive, read_process
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from caesura.contract.messages import HostInventory, VmResumed, VmStatus
-from caesura.testing.patience import patient
+from caesura_testing.patience import patient
 from caesura_vmcontrol.procfs import read_process
 
 IGNORES_TERM = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)"

@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 
-from caesura.testing.patience import patient
 from caesura_host_updater.drivers.freezers import ProcessPlan, Run, ask_to_freeze, choose_freezer, plan_of
+from caesura_testing.patience import patient
 from caesura_vmcontrol.guard_socket import socket_address
 from caesura_vmcontrol.plans import condition, plan_to_json, thaw
 from caesura_vmcontrol.procfs import boot_id, read_process

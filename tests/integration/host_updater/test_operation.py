@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from caesura.contract.messages import VmFrozen, VmResumed
-from caesura.testing.patience import patient
+from caesura_testing.patience import patient
 
 
 async def test_update_runs_while_every_vm_stands_still(

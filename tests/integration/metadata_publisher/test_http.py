@@ -37,11 +37,11 @@ from caesura.contract.messages import (
     VmRecord,
 )
 from caesura.runtime.health import ListenError
-from caesura.testing.patience import patient
 from caesura_metadata_publisher.http import serve_metadata
 from caesura_metadata_publisher.listeners import Listener
 from caesura_metadata_publisher.service import MetadataPublisher, filters
 from caesura_metadata_publisher.settings import MetadataPublisherSettings
+from caesura_testing.patience import patient
 
 # The embedded broker of the demo keeps fewer promises than Mosquitto; a service must work with both.
 BROKERS = [

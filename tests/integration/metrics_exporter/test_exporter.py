@@ -23,10 +23,10 @@ from caesura.bus.options import BrokerOptions
 from caesura.bus.port import Bus, Delivery
 from caesura.bus.post import Post
 from caesura.contract import messages as m
-from caesura.testing.patience import patient
-from caesura.testing.rollouts import announce, wave_state, whole_rollout
 from caesura_metrics_exporter.service import MetricsExporter, filters
 from caesura_metrics_exporter.settings import MetricsExporterSettings
+from caesura_testing.patience import patient
+from caesura_testing.rollouts import announce, wave_state, whole_rollout
 
 # The embedded broker of the demo keeps fewer promises than Mosquitto; a service must work with both.
 BROKERS = [

@@ -32,15 +32,15 @@ from caesura.contract import messages as m
 from caesura.runtime.health import serve_health
 from caesura.runtime.listen import own_host
 from caesura.runtime.settings import SettingsError, read_settings
-from caesura.testing.collector import eventually
-from caesura.testing.patience import patient
-from caesura.testing.rollouts import announce, whole_rollout
 from caesura_metrics_exporter import __main__ as command
 from caesura_metrics_exporter.page import SECURITY_HEADERS, LivePage
 from caesura_metrics_exporter.scrape import Scrape
 from caesura_metrics_exporter.service import MetricsExporter, filters
 from caesura_metrics_exporter.settings import MetricsExporterSettings
 from caesura_metrics_exporter.stream import LiveStream
+from caesura_testing.collector import eventually
+from caesura_testing.patience import patient
+from caesura_testing.rollouts import announce, whole_rollout
 
 
 class Event(msgspec.Struct):

@@ -19,11 +19,11 @@ from caesura.contract import messages as m
 from caesura.contract.codec import encode
 from caesura.contract.topics import channel_of
 from caesura.runtime.health import serve_health
-from caesura.testing.patience import patient
 from caesura_metrics_exporter.exposition import Renderer
 from caesura_metrics_exporter.scrape import Scrape
 from caesura_metrics_exporter.service import MetricsExporter
 from caesura_metrics_exporter.settings import MetricsExporterSettings
+from caesura_testing.patience import patient
 
 _CHANGES_BY_ITSELF = (
     "caesura_exporter_scrape_duration",

@@ -14,11 +14,11 @@ import yaml
 
 from caesura.bus.brokers import free_port
 from caesura.contract import messages as m
-from caesura.testing.broker import mosquitto, mosquitto_installed
-from caesura.testing.prometheus import Prometheus, prometheus, prometheus_installed
-from caesura.testing.sandbox import Sandbox, Vm
 from caesura_ctl.session import Session, connect, new_request_id
 from caesura_ctl.settings import CtlSettings
+from caesura_testing.broker import mosquitto, mosquitto_installed
+from caesura_testing.prometheus import Prometheus, prometheus, prometheus_installed
+from caesura_testing.sandbox import Sandbox, Vm
 
 ROOT = Path(__file__).parents[3]
 DEPLOY = ROOT / "deploy" / "prometheus"

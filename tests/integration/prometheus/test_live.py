@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 
-from caesura.testing.queries import ONLY_WHEN_WRONG, Window, dashboard_problems, problems, rule_problems
+from caesura_testing.queries import ONLY_WHEN_WRONG, Window, dashboard_problems, problems, rule_problems
 
 _ROOT = Path(__file__).parents[3]
 _DASHBOARDS = sorted((_ROOT / "grafana" / "dashboards").glob("*.json"))

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-from caesura.testing.queries import selectors
+from caesura_testing.queries import selectors
 
 _ROOT = Path(__file__).parents[3]
 _DEPLOY = _ROOT / "deploy" / "prometheus"

@@ -16,11 +16,11 @@ from typing import Any
 
 import pytest
 
-from caesura.testing.guests import qemu_installed
-from caesura.testing.patience import patient
 from caesura_host_updater.drivers.qemu.definition import Adopt, Definition, QemuOptions
 from caesura_host_updater.drivers.qemu.driver import QemuDriver
 from caesura_host_updater.hostfile import VmSpec
+from caesura_testing.guests import qemu_installed
+from caesura_testing.patience import patient
 from caesura_vmcontrol.procfs import alive, process_table, read_process
 
 _WRAPPER = """#!/usr/bin/python3 -SE

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from caesura.testing.guests import qemu_installed
+from caesura_testing.guests import qemu_installed
 
 _BENCHMARKS = Path(__file__).parents[3] / "benchmarks"
 

@@ -19,13 +19,13 @@ import msgspec
 import pytest
 from qemu.qmp.qmp_client import ExecuteError
 
-from caesura.testing.guests import second_qemu
-from caesura.testing.patience import patient
 from caesura_host_updater.drivers.port import DriverError
 from caesura_host_updater.drivers.qemu.definition import Definition, Disk, Nic
 from caesura_host_updater.drivers.qemu.launching import LaunchFailed
 from caesura_host_updater.drivers.qemu.observer import read_snapshot
 from caesura_host_updater.drivers.qemu.qmp import Qmp, listener_of
+from caesura_testing.guests import second_qemu
+from caesura_testing.patience import patient
 
 SMALL = Definition(memory_mib=16, machine="pc-q35-7.2")
 PORT = ("-gdb", "tcp:127.0.0.1:0")

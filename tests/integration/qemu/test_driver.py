@@ -16,7 +16,6 @@ from typing import Any
 
 import pytest
 
-from caesura.testing.patience import patient
 from caesura_host_updater.drivers.port import DriverError, FreezeFailed, NotPossible
 from caesura_host_updater.drivers.qemu.definition import Adopt, Definition, Nic
 from caesura_host_updater.drivers.qemu.discovery import with_discovered
@@ -29,6 +28,7 @@ from caesura_host_updater.drivers.qemu.qmp import (
     listener_of,
 )
 from caesura_host_updater.hostfile import parse_host_file
+from caesura_testing.patience import patient
 
 SMALL = Definition(memory_mib=16, machine="pc-q35-7.2")
 

@@ -27,7 +27,7 @@ from typing import Any
 
 import pytest
 
-from caesura.testing.patience import patient
+from caesura_testing.patience import patient
 from caesura_vmcontrol import claims, replacing, swapping
 from caesura_vmcontrol.guard_socket import socket_address
 from caesura_vmcontrol.guest import cont, never_ran

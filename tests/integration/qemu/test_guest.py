@@ -31,9 +31,9 @@ from caesura.contract.messages import (
     VmResumed,
 )
 from caesura.runtime.identity import new_id
-from caesura.testing.broker import mosquitto, mosquitto_installed
-from caesura.testing.guests import Definition, RunningGuest, boot, qemu_installed
-from caesura.testing.patience import patient
+from caesura_testing.broker import mosquitto, mosquitto_installed
+from caesura_testing.guests import Definition, RunningGuest, boot, qemu_installed
+from caesura_testing.patience import patient
 
 pytestmark = [
     pytest.mark.asyncio(loop_scope="module"),

@@ -8,11 +8,11 @@ from collections.abc import AsyncIterator
 import pytest
 import pytest_asyncio
 
-from caesura.testing.guests import Definition, RunningGuest, boot, connect, qemu_installed
-from caesura.testing.patience import patient
 from caesura_host_updater.drivers.qemu import clock
 from caesura_host_updater.drivers.qemu.clock import set_clock
 from caesura_host_updater.drivers.qemu.guest_agent import AgentRefused, AgentSilent, guest_agent
+from caesura_testing.guests import Definition, RunningGuest, boot, connect, qemu_installed
+from caesura_testing.patience import patient
 
 pytestmark = [
     pytest.mark.asyncio(loop_scope="module"),

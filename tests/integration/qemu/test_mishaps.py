@@ -17,13 +17,13 @@ from typing import Any
 
 import pytest
 
-from caesura.testing.patience import patient
 from caesura_host_updater.drivers.port import SwapFailed
 from caesura_host_updater.drivers.qemu import moving
 from caesura_host_updater.drivers.qemu.definition import Adopt, Definition, QemuOptions
 from caesura_host_updater.drivers.qemu.driver import QemuDriver
 from caesura_host_updater.drivers.qemu.vmm import read_vmm
 from caesura_host_updater.hostfile import VmSpec
+from caesura_testing.patience import patient
 from caesura_vmcontrol import claims
 from caesura_vmcontrol.intent import Intent, IntentFile
 from caesura_vmcontrol.plans import ReplacePlan, Vmm, condition, thaw

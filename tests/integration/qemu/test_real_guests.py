@@ -14,7 +14,10 @@ from typing import Any
 
 import pytest
 
-from caesura.testing.guests import (
+from caesura_host_updater.drivers.port import SwapFailed
+from caesura_host_updater.drivers.qemu import definition
+from caesura_host_updater.drivers.qemu.definition import Adopt, Nic
+from caesura_testing.guests import (
     Definition,
     GuestUnavailable,
     Heartbeat,
@@ -24,10 +27,7 @@ from caesura.testing.guests import (
     image,
     second_qemu,
 )
-from caesura.testing.patience import patient
-from caesura_host_updater.drivers.port import SwapFailed
-from caesura_host_updater.drivers.qemu import definition
-from caesura_host_updater.drivers.qemu.definition import Adopt, Nic
+from caesura_testing.patience import patient
 
 # Of this run alone: another one may be under way on the machine, or may have been killed with its bridge up.
 BRIDGE = f"cst{os.getpid()}"

@@ -6,8 +6,8 @@ import asyncio
 
 import pytest
 
-from caesura.testing.guests import QEMU, Definition, boot, image, qemu_installed, second_qemu
 from caesura_host_updater.drivers.qemu.accel import probe_command, try_boot
+from caesura_testing.guests import QEMU, Definition, boot, image, qemu_installed, second_qemu
 
 pytestmark = pytest.mark.skipif(not qemu_installed(), reason="qemu-system-x86_64 is not installed")
 

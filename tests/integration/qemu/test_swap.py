@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 
-from caesura.testing.patience import patient
 from caesura_host_updater.drivers.port import DriverError, SwapFailed
 from caesura_host_updater.drivers.qemu.definition import Definition, Disk, Nic
 from caesura_host_updater.drivers.qemu.handover import SWAP_CAPABILITIES, set_capabilities
 from caesura_host_updater.drivers.qemu.memory_views import Compared, NoView, View, Views
 from caesura_host_updater.drivers.sampling import sampled_offsets
+from caesura_testing.patience import patient
 from caesura_vmcontrol.claims import note
 
 SMALL = Definition(memory_mib=16, machine="pc-q35-7.2", vcpus=2, nic=(Nic(),))

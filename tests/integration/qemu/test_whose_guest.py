@@ -16,7 +16,6 @@ from typing import Any
 
 import pytest
 
-from caesura.testing.patience import patient
 from caesura_host_updater.drivers.port import FreezeFailed, SwapFailed
 from caesura_host_updater.drivers.qemu import checkpointing, handover, keeping, moving, vmm
 from caesura_host_updater.drivers.qemu.definition import Definition, QemuOptions
@@ -24,6 +23,7 @@ from caesura_host_updater.drivers.qemu.driver import QemuDriver
 from caesura_host_updater.drivers.qemu.handover import SWAP_CAPABILITIES, HandOverFailed
 from caesura_host_updater.drivers.qemu.qmp import Qmp
 from caesura_host_updater.hostfile import VmSpec
+from caesura_testing.patience import patient
 from caesura_vmcontrol import claims, processes, replacing, swapping
 from caesura_vmcontrol.guest import UNDER_WAY, migration, reach
 from caesura_vmcontrol.plans import condition, thaw

@@ -18,13 +18,13 @@ from prometheus_client import CollectorRegistry
 from caesura.bus.memory import MemoryBroker, MemoryBus
 from caesura.runtime.connections import Bounds, fair_share
 from caesura.runtime.health import serve_app, serve_health
-from caesura.testing.collector import eventually
-from caesura.testing.patience import patient
 from caesura_metadata_publisher import http as publisher_http
 from caesura_metadata_publisher.http import serve_metadata
 from caesura_metadata_publisher.listeners import Listener
 from caesura_metadata_publisher.service import MetadataPublisher
 from caesura_metadata_publisher.settings import MetadataPublisherSettings
+from caesura_testing.collector import eventually
+from caesura_testing.patience import patient
 
 GET = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
 QUICK = Bounds(connections=4, head_s=0.2, idle_s=60.0)

@@ -39,7 +39,7 @@ from caesura.contract.messages import (
     VmReady,
     VmResumed,
 )
-from caesura.testing.patience import patient
+from caesura_testing.patience import patient
 from caesura_vm_agent.clock import NS_PER_S
 from caesura_vm_agent.clocks import ClockError
 from caesura_vm_agent.service import VmAgent, filters

@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from caesura.testing.patience import patient
+from caesura_testing.patience import patient
 
 # Ticks for the time given, then says what it saw: the longest gap between two looks, and what was left out.
 CLOCK = """

@@ -24,9 +24,9 @@ from caesura.contract.messages import (
     ClockSyncRequested,
 )
 from caesura.runtime.settings import Secret
-from caesura.testing.broker import mosquitto_installed, shipped_mosquitto
-from caesura.testing.collector import eventually, running
-from caesura.testing.patience import patient
+from caesura_testing.broker import mosquitto_installed, shipped_mosquitto
+from caesura_testing.collector import eventually, running
+from caesura_testing.patience import patient
 from caesura_vm_agent.clock import NS_PER_S
 from caesura_vm_agent.service import VmAgent, filters
 from caesura_vm_agent.settings import VmAgentSettings

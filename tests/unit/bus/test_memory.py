@@ -8,8 +8,8 @@ import pytest
 
 from caesura.bus.memory import MemoryBroker, MemoryBus
 from caesura.bus.port import BusUnavailable, Delivery, PublishRefused, Will
-from caesura.testing.collector import Collector, eventually, running
-from caesura.testing.patience import patient
+from caesura_testing.collector import Collector, eventually, running
+from caesura_testing.patience import patient
 
 
 async def test_the_clients_that_are_connected_are_known() -> None:

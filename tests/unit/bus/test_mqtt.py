@@ -14,9 +14,9 @@ from caesura.bus.diagnosis import SESSION_TAKEN_OVER
 from caesura.bus.mqtt import MqttBus
 from caesura.bus.options import BrokerOptions
 from caesura.bus.port import BusUnavailable
-from caesura.testing.collector import Collector, eventually
-from caesura.testing.patience import patient
-from caesura.testing.scripted import (
+from caesura_testing.collector import Collector, eventually
+from caesura_testing.patience import patient
+from caesura_testing.scripted import (
     CONNECT,
     DISCONNECT,
     PUBLISH,

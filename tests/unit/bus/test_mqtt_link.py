@@ -25,8 +25,8 @@ from caesura.bus.mqtt_link import Arrival, Link, Protocol
 from caesura.bus.options import BrokerOptions
 from caesura.bus.port import BusUnavailable, PublishRefused, PublishTooLarge, Will
 from caesura.contract.codec import MAX_PACKET_BYTES, MAX_PAYLOAD_BYTES
-from caesura.testing.patience import patient
-from caesura.testing.scripted import (
+from caesura_testing.patience import patient
+from caesura_testing.scripted import (
     CONNECT,
     DISCONNECT,
     PINGREQ,

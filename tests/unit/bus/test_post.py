@@ -10,9 +10,9 @@ from caesura.bus.post import Post
 from caesura.contract import messages as m
 from caesura.contract.codec import decode
 from caesura.contract.topics import channel_of
-from caesura.testing.collector import running
 from caesura_metadata_publisher.service import MetadataPublisher
 from caesura_metadata_publisher.settings import MetadataPublisherSettings
+from caesura_testing.collector import running
 from caesura_vm_agent.canary_keeper import CanaryKeeper
 from caesura_vm_agent.voice import Voice
 

@@ -14,7 +14,7 @@ from caesura.bus.post import Post
 from caesura.bus.presence import Presence, last_will
 from caesura.contract.codec import decode
 from caesura.contract.messages import PublisherPresence
-from caesura.testing.collector import Collector, eventually, running
+from caesura_testing.collector import Collector, eventually, running
 
 TOPIC = "caesura/v1/metadata/p/presence"
 SOURCE = "/caesura/default/metadata/p"

@@ -14,8 +14,6 @@ from caesura.contract import messages as m
 from caesura.contract.codec import size_bytes
 from caesura.contract.envelope import Message
 from caesura.runtime.errors import StoreError
-from caesura.testing.damage import flip_bits
-from caesura.testing.retold import retold
 from caesura_coordinator.book import Book, Removal
 from caesura_coordinator.fleet import Fleet
 from caesura_coordinator.inputs import Abort, Approve, Authority, Resume, Tick
@@ -28,6 +26,8 @@ from caesura_coordinator.records import (
     rollout_state,
 )
 from caesura_coordinator.store import Store
+from caesura_testing.damage import flip_bits
+from caesura_testing.retold import retold
 
 T0 = datetime(2026, 4, 20, 12, 0, 0, tzinfo=UTC)
 _ANSWER = m.RequestAnswered(request="q", accepted=True)

@@ -18,9 +18,9 @@ from caesura.bus.port import Delivery
 from caesura.contract import messages as m
 from caesura.contract.codec import decode
 from caesura.runtime.errors import ConfigError, NewerStore, StoreError
-from caesura.testing.collector import eventually
 from caesura_coordinator.service import Coordinator, subscriptions
 from caesura_coordinator.store import Store
+from caesura_testing.collector import eventually
 
 
 class Desk:

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from caesura.contract import messages as m
 from caesura.fleet.state import FleetState
 from caesura.lifecycle.commands import COMMANDS
-from caesura.testing.retold import retold
 from caesura_coordinator.fleet import Contested, Fleet, health_blockers
 from caesura_coordinator.plan import make_plan
+from caesura_testing.retold import retold
 
 Build = Callable[..., m.VmRecord]
 Host = Callable[..., m.HostInventory]

@@ -16,7 +16,6 @@ from caesura.contract.reasons import Reason
 from caesura.fleet.words import Cleared
 from caesura.lifecycle.errors import IllegalTransition
 from caesura.lifecycle.proof import memory_proof
-from caesura.testing.retold import retold
 from caesura_coordinator.commands import due_commands
 from caesura_coordinator.fleet import Fleet
 from caesura_coordinator.inputs import (
@@ -37,6 +36,7 @@ from caesura_coordinator.plan import make_plan
 from caesura_coordinator.records import HostOperation, Rollout, Wave, new_rollout, wave_state
 from caesura_coordinator.rollout import after_restart, decide
 from caesura_coordinator.verification import verify
+from caesura_testing.retold import retold
 
 T0 = datetime(2026, 4, 20, 12, 0, 0, tzinfo=UTC)
 

@@ -27,14 +27,14 @@ from caesura.contract.topics import channel_of
 from caesura.delivery.sqlite import OutboxTable
 from caesura.runtime.errors import CaesuraError, StoreError
 from caesura.runtime.lock import InUse, StateFolderUnusable, sole_user
-from caesura.testing.collector import PATIENCE_S, eventually
-from caesura.testing.rollouts import wave_state
 from caesura_coordinator.answers import with_plan
 from caesura_coordinator.book import Book, Removal
 from caesura_coordinator.fleet import fence_blockers, health_blockers
 from caesura_coordinator.forget_epoch import forget_epoch
 from caesura_coordinator.service import Coordinator, NoEpochLeft, Superseded, presence, subscriptions
 from caesura_coordinator.store import Store
+from caesura_testing.collector import PATIENCE_S, eventually
+from caesura_testing.rollouts import wave_state
 
 T0 = datetime(2026, 4, 20, 12, 0, 0, tzinfo=UTC)
 

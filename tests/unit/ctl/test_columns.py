@@ -13,7 +13,6 @@ from rich.console import Console, RenderableType
 from caesura.contract import messages as m
 from caesura.contract.examples import examples
 from caesura.contract.parts import WholeRollout
-from caesura.testing.rollouts import wave_state, whole_rollout
 from caesura_ctl.columns import Columns
 from caesura_ctl.commandline import NotCompleted, wide_console
 from caesura_ctl.follow import Progress, conclude
@@ -28,6 +27,7 @@ from caesura_ctl.tables import (
     rollout_view,
 )
 from caesura_ctl.updates_table import updates_view
+from caesura_testing.rollouts import wave_state, whole_rollout
 
 NOW = datetime(2026, 4, 20, 12, 0, tzinfo=UTC)
 ROLLOUT = "20260420-221158-1f3a"

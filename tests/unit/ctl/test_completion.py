@@ -14,11 +14,11 @@ from click.shell_completion import ShellComplete
 
 from caesura.contract import messages as m
 from caesura.contract.examples import examples
-from caesura.testing.patience import patient
-from caesura.testing.rollouts import whole_rollout
 from caesura_ctl import completion
 from caesura_ctl.cli import caesura
 from caesura_ctl.picture import Picture
+from caesura_testing.patience import patient
+from caesura_testing.rollouts import whole_rollout
 
 
 def _picture() -> Picture:

@@ -20,9 +20,6 @@ from caesura.bus.options import BrokerOptions
 from caesura.contract.access import access_rules
 from caesura.runtime.logs import configure_logging, flush_logs
 from caesura.runtime.settings import Secret
-from caesura.testing.broker import mosquitto, mosquitto_installed
-from caesura.testing.fleet import until
-from caesura.testing.patience import patient
 from caesura_demo.fleet import HEALTH_USER, UPDATES, compose_layout, config_files, secret_readers, users
 from caesura_demo.patience import (
     MOST_RESUMES,
@@ -40,6 +37,9 @@ from caesura_demo.setup import SetupError, check_variables, copy_files, main, pr
 from caesura_host_updater.hostfile import parse_host_file
 from caesura_host_updater.updates import UpdateFile, parse_update
 from caesura_metadata_publisher.listeners import parse_listeners
+from caesura_testing.broker import mosquitto, mosquitto_installed
+from caesura_testing.fleet import until
+from caesura_testing.patience import patient
 
 _HOSTS = tuple(HostFacts(f"host-{number}", online=True, guard="ready") for number in (1, 2, 3))
 

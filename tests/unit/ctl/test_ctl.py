@@ -25,9 +25,6 @@ from caesura.contract import messages as m
 from caesura.contract.examples import examples
 from caesura.contract.parts import WholeRollout
 from caesura.runtime.errors import CaesuraError
-from caesura.testing.collector import eventually
-from caesura.testing.patience import patient
-from caesura.testing.rollouts import sent, wave_state, whole_rollout
 from caesura_ctl.cli import caesura
 from caesura_ctl.durations import parse_duration, show_duration
 from caesura_ctl.follow import Progress
@@ -51,6 +48,9 @@ from caesura_demo import machine
 from caesura_demo.layout import standard_layout
 from caesura_demo.machine import Interrupted, run_folder
 from caesura_demo.verdict import WorkloadStatus, judge, overlaps
+from caesura_testing.collector import eventually
+from caesura_testing.patience import patient
+from caesura_testing.rollouts import sent, wave_state, whole_rollout
 
 T0 = datetime(2026, 4, 20, 12, 0, 0, tzinfo=UTC)
 

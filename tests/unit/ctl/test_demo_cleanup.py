@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 
 from caesura.runtime.processes import cgroup_name, marked_processes
-from caesura.testing.collector import PATIENCE_S, eventually
 from caesura_demo.machine import CleanUp, Interrupted
 from caesura_demo.processes import Processes
 from caesura_demo.sweeper import start_sweeper
+from caesura_testing.collector import PATIENCE_S, eventually
 
 
 class Run:

@@ -11,10 +11,10 @@ import pytest
 
 from caesura.runtime.errors import CaesuraError
 from caesura.runtime.processes import marked_processes
-from caesura.testing.collector import eventually
 from caesura_demo.guests import GuestImage
 from caesura_demo.image import build_image
 from caesura_demo.machine import CleanUp
+from caesura_testing.collector import eventually
 
 
 def _python(code: str) -> Sequence[str]:

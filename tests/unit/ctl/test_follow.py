@@ -20,8 +20,6 @@ from caesura.contract import messages as m
 from caesura.contract.examples import examples
 from caesura.contract.parts import WholeRollout
 from caesura.runtime.settings import Secret
-from caesura.testing.patience import patient
-from caesura.testing.rollouts import wave_state, whole_rollout
 from caesura_ctl import act
 from caesura_ctl import follow as following
 from caesura_ctl import session as sessions
@@ -30,6 +28,8 @@ from caesura_ctl.picture import Picture
 from caesura_ctl.session import Connection, NoAnswer, NoBroker, Session, connect
 from caesura_ctl.settings import CtlSettings
 from caesura_ctl.tables import live_view
+from caesura_testing.patience import patient
+from caesura_testing.rollouts import wave_state, whole_rollout
 
 T0 = datetime(2026, 4, 20, 12, 0, 0, tzinfo=UTC)
 

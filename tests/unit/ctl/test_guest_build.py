@@ -13,13 +13,13 @@ from pathlib import Path
 
 import pytest
 
-from caesura.testing.patience import patient
 from caesura_guest_image import agent
 from caesura_guest_image.contents import APPLETS, MODULES, loader
 from caesura_guest_image.cpio import FOLDER, file_entry, link_entry, pack
 from caesura_guest_image.elf import NotElf, needed_libraries
 from caesura_guest_image.packages import GuestError, kernel_package, parse_uris, run_tool
 from caesura_guest_image.second import qemu_version
+from caesura_testing.patience import patient
 
 # -- archives -------------------------------------------------------------------------------------------------
 

@@ -14,7 +14,6 @@ from caesura.contract.reasons import KNOWN
 from caesura.fleet.state import FleetState
 from caesura.lifecycle.commands import COMMANDS
 from caesura.lifecycle.proof import memory_proof
-from caesura.testing.retold import retold
 from caesura_coordinator.fleet import Fleet
 from caesura_coordinator.inputs import Approve, Authority, Input, Outdated, Tick
 from caesura_coordinator.plan import make_plan
@@ -29,6 +28,7 @@ from caesura_host_updater.pause import decide as decide_pause
 from caesura_host_updater.recovery import recovered
 from caesura_host_updater.report import final_report
 from caesura_host_updater.updates import Catalogue
+from caesura_testing.retold import retold
 from caesura_vmcontrol.intent import Catch, Fired, Intent
 
 T0 = datetime(2026, 4, 20, 12, 0, 0, tzinfo=UTC)

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import yaml
 
-from caesura.testing.queries import all_of, queries_of, selectors, substituted
 from caesura_metrics_exporter.rollout_metrics import WAVE_STATUS_NUMBERS
+from caesura_testing.queries import all_of, queries_of, selectors, substituted
 
 with warnings.catch_warnings():
     # It would rather have the schema of Grafana 12 and later used, which 11 does not read.

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from caesura.testing.queries import selectors
+from caesura_testing.queries import selectors
 
 _SOURCE = {"type": "prometheus", "uid": "$datasource"}
 _NO_MATCHERS = {"ALERTS": "an alert's labels are those of its expression, and most have no job"}

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from caesura.testing.fleet import until
-from caesura.testing.patience import patient
+from caesura_testing.fleet import until
+from caesura_testing.patience import patient
 
 _SCRIPT = Path(__file__).parents[3] / "deploy" / "compose" / "host.sh"
 

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from caesura.testing.patience import patient
 from caesura_host_updater.drivers.qemu import accel
 from caesura_host_updater.drivers.qemu.accel import find_accelerator, newest_kernel, probe_command, try_boot
+from caesura_testing.patience import patient
 
 SILENCE_S, WHOLE_S = patient(0.3), patient(1)
 BOOTS = "echo '[    0.1] Linux version 6.1'; echo '[    1.9] Kernel panic - not syncing: VFS: Unable to mount root fs'; exec sleep 60"

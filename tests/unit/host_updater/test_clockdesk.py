@@ -15,10 +15,10 @@ import msgspec
 import pytest
 
 from caesura.contract.messages import AgentClockSynced, CanaryReport, VmClockSynced, VmResumed
-from caesura.testing.patience import patient
 from caesura_host_updater.clock import ClockWait
 from caesura_host_updater.clockdesk import ClockDesk
 from caesura_host_updater.drivers.port import Capabilities, ClockSet, DriverError, NotPossible
+from caesura_testing.patience import patient
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 

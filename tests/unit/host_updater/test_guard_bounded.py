@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from caesura.testing.patience import patient
+from caesura_testing.patience import patient
 from caesura_vmcontrol.bounded import NoAnswer, within
 from caesura_vmcontrol.processes import start
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from caesura.testing.patience import patient
+from caesura_testing.patience import patient
 from caesura_vmcontrol.qmp import Qmp, QmpClosed, QmpError, QmpRefused, QmpSilent, StrangeSocket
 
 GREETING = {"QMP": {"version": {"qemu": {"major": 7, "minor": 2, "micro": 22}}, "capabilities": ["oob"]}}

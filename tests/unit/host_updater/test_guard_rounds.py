@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from caesura.testing.patience import patient
+from caesura_testing.patience import patient
 from caesura_vmcontrol.intent import Intent
 from caesura_vmcontrol.plans import Condition, Plan, QemuPlan, Vmm
 from caesura_vmcontrol.procfs import Process

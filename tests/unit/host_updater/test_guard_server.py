@@ -12,8 +12,8 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from caesura.testing.patience import patient
 from caesura_pause_guard.server import ACCEPT_RETRY_S, GuardServer
+from caesura_testing.patience import patient
 from caesura_vmcontrol.guard_socket import SOCKET_NAME
 from caesura_vmcontrol.intent import Intent
 from caesura_vmcontrol.notify import Notifier

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from caesura.testing.patience import patient
+from caesura_testing.patience import patient
 from caesura_vmcontrol.procfs import thread_states
 from caesura_vmcontrol.turns import turn
 

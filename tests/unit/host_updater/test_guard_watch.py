@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from caesura.testing.patience import patient
+from caesura_testing.patience import patient
 from caesura_vmcontrol.intent import Catch, Fired, Intent, UnreadableIntent
 from caesura_vmcontrol.plans import (
     BadPlan,

@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 
-from caesura.testing.patience import patient
 from caesura_host_updater.drivers.port import DriverError
 from caesura_host_updater.drivers.qemu import clock
 from caesura_host_updater.drivers.qemu.clock import Sample, best, next_action, sample, set_clock
@@ -24,6 +23,7 @@ from caesura_host_updater.drivers.qemu.guest_agent import (
     AgentSilent,
     guest_agent,
 )
+from caesura_testing.patience import patient
 
 MS = 1_000_000
 S = 1_000_000_000

@@ -30,9 +30,6 @@ from caesura.delivery.message import OutboxMessage
 from caesura.delivery.sqlite import OutboxTable
 from caesura.runtime.errors import StoreError
 from caesura.runtime.lock import InUse, StateFolderUnusable
-from caesura.testing.collector import PATIENCE_S, Collector, eventually, running
-from caesura.testing.damage import flip_bits
-from caesura.testing.patience import patient
 from caesura_host_updater import journal as module
 from caesura_host_updater.__main__ import _only_one
 from caesura_host_updater.clock import ClockWait
@@ -43,6 +40,9 @@ from caesura_host_updater.forget_epoch import forget_epoch
 from caesura_host_updater.journal import Journal, JournalThread
 from caesura_host_updater.operation_state import Operation, VmPause
 from caesura_host_updater.outbox import Outbox
+from caesura_testing.collector import PATIENCE_S, Collector, eventually, running
+from caesura_testing.damage import flip_bits
+from caesura_testing.patience import patient
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 LETTERS = Letters("host-1")

@@ -30,7 +30,6 @@ from caesura.contract.messages import (
     VmRecord,
 )
 from caesura.contract.parts import Joiner, inventory_in_parts
-from caesura.testing.collector import Collector, eventually, running
 from caesura_host_updater.command import Authority
 from caesura_host_updater.drivers.port import Capabilities
 from caesura_host_updater.endings import Letters
@@ -42,6 +41,7 @@ from caesura_host_updater.operation_state import Operation, VmPause
 from caesura_host_updater.report import final_report
 from caesura_host_updater.service import HostUpdater
 from caesura_host_updater.updates import Catalogue
+from caesura_testing.collector import Collector, eventually, running
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 

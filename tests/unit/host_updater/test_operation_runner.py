@@ -16,7 +16,6 @@ from typing import Any, Literal
 import pytest
 
 from caesura.contract.messages import Method, OperationTarget, StartOperation, VmFrozen, VmResumed, VmState
-from caesura.testing.patience import patient
 from caesura_host_updater import operation
 from caesura_host_updater.drivers.port import (
     Capabilities,
@@ -33,6 +32,7 @@ from caesura_host_updater.journal import JournalThread
 from caesura_host_updater.operation import OperationRunner
 from caesura_host_updater.operation_state import Operation, VmPause
 from caesura_host_updater.pauses import NotMarked
+from caesura_testing.patience import patient
 from caesura_vmcontrol.intent import Intent
 from caesura_vmcontrol.plans import CgroupPlan, Plan
 

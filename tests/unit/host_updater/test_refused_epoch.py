@@ -18,11 +18,11 @@ from caesura.contract.codec import decode, encode
 from caesura.contract.messages import CoordinatorPresence, HostInventory
 from caesura.contract.topics import channel_of
 from caesura.lifecycle.commands import COMMANDS
-from caesura.testing.collector import Collector, eventually, running
 from caesura_host_updater.command import Authority
 from caesura_host_updater.hostfile import HostFile
 from caesura_host_updater.journal import Journal, JournalThread
 from caesura_host_updater.service import HostUpdater
+from caesura_testing.collector import Collector, eventually, running
 
 
 class Driver:

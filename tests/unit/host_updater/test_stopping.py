@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 
 from caesura.contract.messages import StartOperation
-from caesura.testing.collector import eventually
 from caesura_host_updater import asker, service
 from caesura_host_updater.applying import UpdateProcess
 from caesura_host_updater.drivers.port import Capabilities
@@ -21,6 +20,7 @@ from caesura_host_updater.hostfile import HostFile, VmSpec
 from caesura_host_updater.journal import Journal, JournalThread
 from caesura_host_updater.service import HostUpdater
 from caesura_host_updater.updates import Catalogue, UpdateFile
+from caesura_testing.collector import eventually
 
 
 class Guest:

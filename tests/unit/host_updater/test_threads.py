@@ -16,11 +16,11 @@ from typing import Any
 import pytest
 
 from caesura.runtime.threads import Worker, in_thread, in_thread_to_its_end
-from caesura.testing.patience import patient
 from caesura_host_updater import applying, detached
 from caesura_host_updater.applying import UpdateNotStarted, UpdateProcess
 from caesura_host_updater.detached import start_detached
 from caesura_host_updater.updates import UpdateFile
+from caesura_testing.patience import patient
 from caesura_vmcontrol import processes
 from caesura_vmcontrol.bounded_read import environs, read_each
 from caesura_vmcontrol.processes import marked

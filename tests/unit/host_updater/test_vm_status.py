@@ -12,8 +12,8 @@ import pytest
 from caesura.bus.memory import MemoryBroker, MemoryBus
 from caesura.bus.post import Post
 from caesura.contract import messages as m
-from caesura.testing.collector import eventually
 from caesura_host_updater.vm_status import VmStatuses
+from caesura_testing.collector import eventually
 
 T0 = datetime(2026, 4, 20, 12, 0, 0, tzinfo=UTC)
 

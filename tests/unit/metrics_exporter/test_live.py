@@ -16,7 +16,6 @@ from caesura.contract.envelope import Header, Message
 from caesura.contract.parts import WholeRollout
 from caesura.contract.topics import channel_of
 from caesura.lifecycle.proof import memory_proof
-from caesura.testing.rollouts import wave_state, whole_rollout
 from caesura_metrics_exporter.alarms import ALARMS_KEPT, ALARMS_SENT
 from caesura_metrics_exporter.happenings import happening
 from caesura_metrics_exporter.lanebook import LANES_KEPT
@@ -31,6 +30,7 @@ from caesura_metrics_exporter.lanes import (
 from caesura_metrics_exporter.live import KEPT_S, PAUSED_SENT, ROLLOUTS_KEPT, Live
 from caesura_metrics_exporter.logbook import LOG_KEPT, WRONG_KEPT
 from caesura_metrics_exporter.views import Change
+from caesura_testing.rollouts import wave_state, whole_rollout
 
 T0 = 1_790_000_000.0
 OPEN: tuple[m.WaveStatus, ...] = ("pending", "scheduled", "started", "verifying", "soaking")

@@ -10,9 +10,9 @@ import msgspec
 from caesura.contract import messages as m
 from caesura.contract.envelope import Message
 from caesura.contract.parts import WholeRollout
-from caesura.testing.rollouts import wave_state, whole_rollout
 from caesura_metrics_exporter.fleet import Fleet
 from caesura_metrics_exporter.fleet_metrics import fleet_families
+from caesura_testing.rollouts import wave_state, whole_rollout
 
 AT = datetime(2026, 4, 20, 22, 26, 58, tzinfo=UTC)
 WEB = ("web", "1", "freeze")

@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 from caesura.contract import messages as m
 from caesura.contract.envelope import Message
 from caesura.contract.parts import WholeRollout
-from caesura.testing.rollouts import wave_state, whole_rollout
 from caesura_metrics_exporter.agents import AGENT_SILENT_S, PRESENCES
 from caesura_metrics_exporter.census import VM_STATES
 from caesura_metrics_exporter.fleet import Fleet
 from caesura_metrics_exporter.fleet_metrics import fleet_families
 from caesura_metrics_exporter.pauses import HOSTS_NAMED_S, LastPause, Pauses
 from caesura_metrics_exporter.rollout_index import ROLLOUTS_KEPT, RolloutIndex
+from caesura_testing.rollouts import wave_state, whole_rollout
 
 AT = datetime(2026, 4, 20, 22, 26, 58, tzinfo=UTC)
 VMS = ("a", "b", "c", "d")

@@ -10,7 +10,7 @@ import pytest
 
 from caesura.runtime.command import leaves
 from caesura.runtime.serve import TaskEnded, serve
-from caesura.testing.patience import patient
+from caesura_testing.patience import patient
 
 
 async def _for_ever() -> None:

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from caesura.testing.containers import default_cache, missing_tools
-from caesura.testing.fleet import Waited, Watch, until
-from caesura.testing.standins import addresses
+from caesura_testing.containers import default_cache, missing_tools
+from caesura_testing.fleet import Waited, Watch, until
+from caesura_testing.standins import addresses
 
 
 def test_mirrors_are_found_in_both_formats_of_apt() -> None:
@@ -56,7 +56,7 @@ def test_a_wait_says_what_it_waited_for() -> None:
 
 def test_a_watch_sees_who_stood_still_and_with_whom(monkeypatch: pytest.MonkeyPatch) -> None:
     stopped: set[int] = set()
-    monkeypatch.setattr("caesura.testing.fleet.is_stopped", lambda pid: pid in stopped)
+    monkeypatch.setattr("caesura_testing.fleet.is_stopped", lambda pid: pid in stopped)
     watch = Watch({"a": 1, "b": 2, "c": 3})
     for now in ({1}, {1, 2}, {2}, set[int]()):
         stopped = now

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from caesura.testing.guests import (
+from caesura_testing.guests import (
     Beat,
     Definition,
     Heartbeat,

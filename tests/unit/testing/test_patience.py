@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from caesura.testing import patience
+from caesura_testing import patience
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from typing import Self
 
 import msgspec
 
-from caesura.testing.patience import patient
+from caesura_testing.patience import patient
 
 CONNECT, PUBLISH, PUBACK, SUBSCRIBE, PINGREQ, DISCONNECT = 1, 3, 4, 8, 12, 14
 _PATIENCE_S = patient(10.0)

@@ -21,7 +21,7 @@ def flip_bits(path: Path, read: Callable[[], None], *, seed: int = 1) -> list[st
     """
     whole = path.read_bytes()
     places = [number for number, byte in enumerate(whole) if byte]
-    chance = random.Random(seed)  # noqa: S311 - the same flips each time
+    chance = random.Random(seed)
     refused = []
     for _ in range(_ROUNDS):
         damaged = bytearray(whole)

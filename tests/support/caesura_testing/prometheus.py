@@ -15,7 +15,7 @@ import msgspec
 
 from caesura.bus.brokers import free_port
 from caesura.runtime.errors import CaesuraError
-from caesura.testing.collector import PATIENCE_S
+from caesura_testing.collector import PATIENCE_S
 
 _POLL_S = 0.05
 

@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from caesura.testing.patience import patient
+from caesura_testing.patience import patient
 
 QEMU = "qemu-system-x86_64"
 _BUILD_S = 600

@@ -14,7 +14,7 @@ import tempfile
 from hashlib import blake2b
 from pathlib import Path
 
-from caesura.testing.containers import CannotRun, Engine
+from caesura_testing.containers import CannotRun, Engine
 
 BASE = "caesura-stand-in:base"
 PYTHON = "python:3.11.11-slim-bookworm"

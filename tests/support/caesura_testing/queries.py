@@ -22,7 +22,7 @@ from typing import Any
 
 import msgspec
 
-from caesura.testing.prometheus import Prometheus, PrometheusError, Rule, Series
+from caesura_testing.prometheus import Prometheus, PrometheusError, Rule, Series
 
 ONLY_WHEN_WRONG: Mapping[str, str] = {
     'ALERTS{alertstate="firing"': "an alert fires",

@@ -7,7 +7,7 @@ import contextlib
 from collections.abc import AsyncIterator, Callable
 
 from caesura.bus.port import Bus, Connected, Delivery, Handler
-from caesura.testing.patience import patient
+from caesura_testing.patience import patient
 
 PATIENCE_S = patient(15.0)  # s: a loaded CI machine; a test that passes never waits this long
 

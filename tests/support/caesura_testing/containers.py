@@ -20,7 +20,7 @@ from pathlib import Path
 
 import msgspec
 
-from caesura.testing.patience import patient
+from caesura_testing.patience import patient
 
 _START_S = 60.0
 _STOP_S = 30.0
@@ -103,7 +103,7 @@ class Engine:
             CommandFailed: with ``check``, when it did not end with 0.
         """
         done = subprocess.run(
-            ["docker", *words],  # noqa: S607 - as the user has it
+            ["docker", *words],
             cwd=cwd,
             env={**self.environ, **(environ or {})},
             stdin=subprocess.DEVNULL,

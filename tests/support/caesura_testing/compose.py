@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from caesura.testing.containers import Engine, Result
+from caesura_testing.containers import Engine, Result
 
 
 class Project:

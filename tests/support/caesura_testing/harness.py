@@ -21,9 +21,9 @@ from caesura.bus.mqtt import MqttBus
 from caesura.bus.options import BrokerOptions
 from caesura.bus.port import Bus, Will
 from caesura.runtime.settings import Secret
-from caesura.testing.broker import mosquitto
-from caesura.testing.collector import eventually
-from caesura.testing.proxy import TcpProxy
+from caesura_testing.broker import mosquitto
+from caesura_testing.collector import eventually
+from caesura_testing.proxy import TcpProxy
 
 Kind = Literal["memory", "mosquitto-5", "mosquitto-3.1.1", "amqtt"]
 KINDS: tuple[Kind, ...] = ("memory", "mosquitto-5", "mosquitto-3.1.1", "amqtt")

@@ -18,8 +18,8 @@ from typing import Any
 import msgspec
 
 from caesura.runtime.processes import is_stopped
-from caesura.testing.compose import Project
-from caesura.testing.patience import patient
+from caesura_testing.compose import Project
+from caesura_testing.patience import patient
 
 HOSTS = ("host-1", "host-2", "host-3")
 _LOOK_S = 0.02

@@ -25,6 +25,8 @@ class Shift(NamedTuple):
 
     sets: frozenset[str]
     hosts: frozenset[str]
+    before: LocatedVm | None
+    """Where it was; None if it belonged to no host."""
 
 
 class LocatedVm(msgspec.Struct, frozen=True):
@@ -196,7 +198,9 @@ class FleetState:
             self._located[vm] = after
             self._mark_vm(after)
         there = [each for each in (before, after) if each is not None]
-        return Shift(frozenset(each.record.set for each in there), frozenset(each.host for each in there))
+        return Shift(
+            frozenset(each.record.set for each in there), frozenset(each.host for each in there), before
+        )
 
     def _leave(self, located: LocatedVm) -> None:
         name, entry = located.record.set, self._hosts[located.host]

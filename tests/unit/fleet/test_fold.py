@@ -241,6 +241,7 @@ def test_after_every_message_it_is_what_a_rebuild_makes_of_the_words(
         moved = {name for name in _VMS if before[name] != state.vm(name)}
         agents = {name for name in _VMS if online[name] != state.agents_online.get(name)}
         assert moved | agents == changes.vms
+        assert changes.before == {name: there for name in moved if (there := before[name]) is not None}
         heads = {
             host
             for host in _HOSTS

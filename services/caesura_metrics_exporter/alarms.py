@@ -35,6 +35,9 @@ class Alarms:
 
     def __init__(self) -> None:
         self._alarms: list[Alarm] = []
+        """In the order in which they are shown."""
+        self._open: dict[tuple[Rule, str], Alarm] = {}
+        """Those that last, by rule and what they are about: an inventory asks for each of its VMs."""
 
     def __len__(self) -> int:
         return len(self._alarms)
@@ -55,11 +58,8 @@ class Alarms:
     def end_two_domains(self, set_name: str, now: float, *, mistaken: bool = False) -> None:
         """At most one domain of the set still stands; or, ``mistaken``, that was so all the time."""
         if mistaken:
-            self._alarms = [
-                each
-                for each in self._alarms
-                if (each.rule, each.about) != ("two-domains", set_name) or each.until is not None
-            ]
+            taken_back = self._open.pop(("two-domains", set_name), None)
+            self._alarms = [each for each in self._alarms if each is not taken_back]
         self._end("two-domains", set_name, now)
 
     def stopped(self, vm: str, set_name: str, host: str, state: m.VmState, now: float) -> None:
@@ -146,25 +146,29 @@ class Alarms:
 
     def _raise(self, alarm: Alarm) -> bool:
         """Whether that is anything new."""
-        for each in self._alarms:
-            if each.until is None and (each.rule, each.about) == (alarm.rule, alarm.about):
-                changed = each.text != alarm.text
-                each.text = alarm.text
-                return changed
+        key = (alarm.rule, alarm.about)
+        known = self._open.get(key)
+        if known is not None:
+            changed = known.text != alarm.text
+            known.text = alarm.text
+            return changed
         self._alarms.append(alarm)
+        if alarm.until is None:
+            self._open[key] = alarm
         self._sort()
+        for dropped in self._alarms[ALARMS_KEPT:]:
+            if dropped.until is None:
+                del self._open[dropped.rule, dropped.about]
         del self._alarms[ALARMS_KEPT:]
         return True
 
     def _end(self, rule: Rule, about: str, now: float) -> bool:
-        found = False
-        for each in self._alarms:
-            if each.rule == rule and each.about == about and each.until is None:
-                each.until = now
-                found = True
-        if found:
-            self._sort()
-        return found
+        known = self._open.pop((rule, about), None)
+        if known is None:
+            return False
+        known.until = now
+        self._sort()
+        return True
 
     def _sort(self) -> None:
         self._alarms.sort(key=lambda each: (each.until is not None, _ORDER[each.rule], -each.at))

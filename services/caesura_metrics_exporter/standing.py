@@ -36,6 +36,7 @@ class Standing:
     def __init__(self) -> None:
         self._vms: dict[str, Paused] = {}
         self._domains: dict[str, dict[tuple[DomainKey, int], set[str]]] = {}
+        self._hosts: dict[str, set[str]] = {}
 
     def __len__(self) -> int:
         return len(self._vms)
@@ -52,17 +53,26 @@ class Standing:
         domains = self._domains.get(set_name, {}).values()
         return [self._vms[vm] for vms in domains for vm in sorted(vms)]
 
+    def on(self, host: str) -> list[Paused]:
+        """Those of a host."""
+        return [self._vms[vm] for vm in sorted(self._hosts.get(host, ()))]
+
     def add(self, paused: Paused) -> None:
         """It stands still."""
         self.remove(paused.vm)
         self._vms[paused.vm] = paused
         self._domains.setdefault(paused.set, {}).setdefault((paused.key, paused.domain), set()).add(paused.vm)
+        self._hosts.setdefault(paused.host, set()).add(paused.vm)
 
     def remove(self, vm: str) -> None:
         """It runs."""
         paused = self._vms.pop(vm, None)
         if paused is None:
             return
+        of_host = self._hosts[paused.host]
+        of_host.discard(vm)
+        if not of_host:
+            del self._hosts[paused.host]
         of_set = self._domains[paused.set]
         of_set[paused.key, paused.domain].discard(vm)
         if not of_set[paused.key, paused.domain]:

@@ -146,7 +146,7 @@ class Fleet:
         if channel.message is m.HostInventory:
             self.forget_host(named["host"], step)
         elif channel.message is m.HostPresence:
-            if self._state.reported(named["host"]) is None:
+            if named["host"] in self._received and self._state.reported(named["host"]) is None:
                 self.forget_host(named["host"], step)
         elif channel.message is m.AgentPresence:
             self.agents.forget(named["vm"])
@@ -240,6 +240,8 @@ class Fleet:
             under_way = inventory is not None and bool(inventory.operation)
             if self.pauses.runs(record.vm, under_way=under_way):
                 self.vm_states.pop(record.vm, None)
+            else:
+                self.vm_states[record.vm] = "paused"
         self._recount(record.vm)
 
     def _displace(self, vm: str) -> None:

@@ -106,7 +106,7 @@ class PauseLanes:
         board.lane(after.record.set, "update_domain", after.record.update_domain)
         for lane in self._lanes_of(after.record):
             board.lanes.changed(lane)
-        if paused is not None:
+        if paused is not None and paused.set == after.record.set:
             self._place_again(paused.set, [paused])
 
     def found(self, record: m.VmRecord, host: str, operation: str) -> None:

@@ -35,19 +35,23 @@ class Alarms:
 
     def __init__(self) -> None:
         self._alarms: list[Alarm] = []
-        """In the order in which they are shown."""
+        """As ``_sort`` left them, then what came since."""
+        self._sorted = True
         self._open: dict[tuple[Rule, str], Alarm] = {}
         """Those that last, by rule and what they are about: an inventory asks for each of its VMs."""
 
     def __len__(self) -> int:
+        self._sort()
         return len(self._alarms)
 
     def current(self) -> tuple[Alarm, ...]:
         """The first ``ALARMS_SENT``: those that last before those that are over, the worst first."""
+        self._sort()
         return tuple(self._alarms[:ALARMS_SENT])
 
     def counts(self) -> dict[str, int]:
         """How many of each rule there are."""
+        self._sort()
         return dict(Counter(each.rule for each in self._alarms))
 
     def two_domains(self, set_name: str, domains: list[int], now: float) -> None:
@@ -153,13 +157,11 @@ class Alarms:
             known.text = alarm.text
             return changed
         self._alarms.append(alarm)
+        self._sorted = False
         if alarm.until is None:
             self._open[key] = alarm
-        self._sort()
-        for dropped in self._alarms[ALARMS_KEPT:]:
-            if dropped.until is None:
-                del self._open[dropped.rule, dropped.about]
-        del self._alarms[ALARMS_KEPT:]
+        if len(self._alarms) > 2 * ALARMS_KEPT:
+            self._sort()
         return True
 
     def _end(self, rule: Rule, about: str, now: float) -> bool:
@@ -167,11 +169,19 @@ class Alarms:
         if known is None:
             return False
         known.until = now
-        self._sort()
+        self._sorted = False
         return True
 
     def _sort(self) -> None:
+        """In the order in which they are shown, and no more than are kept. When somebody looks: not with each message of a storm."""
+        if self._sorted:
+            return
         self._alarms.sort(key=lambda each: (each.until is not None, _ORDER[each.rule], -each.at))
+        for dropped in self._alarms[ALARMS_KEPT:]:
+            if dropped.until is None:
+                del self._open[dropped.rule, dropped.about]
+        del self._alarms[ALARMS_KEPT:]
+        self._sorted = True
 
 
 def _where(message: m.VmResumed | m.VmClockSynced) -> str:

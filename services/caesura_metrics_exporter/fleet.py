@@ -225,9 +225,10 @@ class Fleet:
                 self._believe(located.record, located.host, self._received.get(located.host, now_s))
             else:
                 self._unplaced.discard(vm)
-        for name in {each.record.set for each in changes.before.values()} - self._state.sets():
-            self._left[name] = now_s
-            heapq.heappush(self._left_first, (now_s, name))
+        for name in {each.record.set for each in changes.before.values()}:
+            if name not in self._state.sets():
+                self._left[name] = now_s
+                heapq.heappush(self._left_first, (now_s, name))
 
     def _believe(self, record: m.VmRecord, host: str, now_s: float) -> None:
         """What the host says of its VM counts, unless a fact that was received is newer."""

@@ -30,6 +30,9 @@ class PauseLanes:
     def frozen(self, message: m.VmFrozen) -> None:
         """A host paused a VM."""
         key, domain = self._places.of(message.vm, message.set, message.update_domain)
+        known = self._board.standing.get(message.vm)
+        if known is not None and (known.set, known.key, known.domain) != (message.set, key, domain):
+            self._end(known, self._board.now)  # its end was missed, and it is drawn elsewhere now
         self._pause(
             Paused(
                 vm=message.vm,

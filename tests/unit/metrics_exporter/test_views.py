@@ -12,7 +12,7 @@ from typing import Any, get_args
 
 import msgspec
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from caesura.contract import messages as m
@@ -365,8 +365,32 @@ messages = st.one_of(
 )
 
 
+def has(host: str, state: m.VmState, operation: str = "", fault_domain: int = 0) -> m.HostInventory:
+    record = m.VmRecord(vm="a", set="s1", update_domain=0, fault_domain=fault_domain, state=state)
+    return m.HostInventory(host=host, driver="process", epoch=1, vms=(record,), operation=operation)
+
+
+FROZEN = m.VmFrozen(
+    vm="a", host="h1", set="s1", update_domain=0, operation=OPERATION, method="freeze", budget_s=5, at=AT
+)
+BY_FAULT = whole_rollout(
+    rollout="r0",
+    update="u",
+    status="running",
+    policy=m.Policy(domain_key="fault_domain"),
+    sets=("s1",),
+    waves=(wave_state(wave=0, status="started", domains={"s1": 0}, hosts=("h1",), vms=("a",)),),
+    created_at=AT,
+)
+
+
 @settings(max_examples=250, deadline=None)
 @given(st.lists(messages, min_size=1, max_size=20))
+@example([FROZEN, has("h1", "paused", OPERATION), has("h1", "stopped", OPERATION), has("h1", "running")])
+@example(
+    [has("h1", "running"), has("h2", "paused"), *(m.VmOwner(vm="a", host=h, epoch=1) for h in HOSTS[:2])]
+)
+@example([has("h1", "running"), BY_FAULT, has("h1", "running", fault_domain=1)])
 def test_after_every_message_they_show_what_a_rebuild_would(steps: list[Message | str]) -> None:
     exporter, naive, reader = Exporter(), Naive(), Reader()
     for step in steps:

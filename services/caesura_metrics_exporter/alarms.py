@@ -55,19 +55,19 @@ class Alarms:
         return dict(Counter(each.rule for each in self._alarms))
 
     def two_domains(self, set_name: str, domains: list[int], now: float) -> None:
-        """VMs of two domains of a set stand still at once."""
+        """VMs of two domains of a set are paused at once."""
         text = f"VMs of domains {' and '.join(map(str, domains))} of set {set_name} are paused at once"
         self._raise(Alarm("two-domains", "bad", text, set_name, now))
 
     def end_two_domains(self, set_name: str, now: float, *, mistaken: bool = False) -> None:
-        """At most one domain of the set still stands; or, ``mistaken``, that was so all the time."""
+        """VMs of at most one domain of the set are paused; or, ``mistaken``, that was so all the time."""
         if mistaken:
             taken_back = self._open.pop(("two-domains", set_name), None)
             self._alarms = [each for each in self._alarms if each is not taken_back]
         self._end("two-domains", set_name, now)
 
     def stopped(self, vm: str, set_name: str, host: str, state: m.VmState, now: float) -> None:
-        """A VM stood still and does not run now."""
+        """A VM was paused and does not run now."""
         how = "in an unknown state" if state == "unknown" else state
         text = f"{_of_set(vm, set_name)} on {host} is {how} after its pause"
         self._raise(Alarm("stopped", "bad", text, vm, now))

@@ -172,7 +172,7 @@ class Fleet:
     def forget_empty_sets(self, now_s: float) -> list[str]:
         """Sets that no VM has been in for long; what was known of them goes.
 
-        A VM in no set is a set of its own: many short-lived ones would leave series behind for ever. Not at once, since a
+        A VM in no set is a set of its own: many short-lived ones would leave series behind indefinitely. Not at once, since a
         VM that moves is nowhere for a moment.
         """
         gone: set[str] = set()

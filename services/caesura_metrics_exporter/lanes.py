@@ -102,7 +102,7 @@ class LaneView(msgspec.Struct, frozen=True, omit_defaults=True):
     vms: int
     state: LaneState | Literal[""]
     standing: int = 0
-    """VMs of it that stand still now."""
+    """VMs of it that are paused now."""
     waits: int | None = None
     """The wave that is to come."""
     segments: tuple[Segment, ...] = ()

@@ -41,7 +41,7 @@ class PauseLanes:
                 key=key,
                 domain=domain,
                 host=message.host,
-                heard=self._board.now,
+                received=self._board.now,
                 operation=message.operation,
                 method=message.method,
                 since=self._board.at(message.at.timestamp()),
@@ -145,7 +145,7 @@ class PauseLanes:
         """Forget old pauses of VMs that belong to no host."""
         board = self._board
         for paused in [each for each in board.standing if self._folded.state.vm(each.vm) is None]:
-            if paused.heard < board.now - KEPT_S:
+            if paused.received < board.now - KEPT_S:
                 self._lose(paused, f"no word from {paused.host}")
 
     def place_again(self, set_name: str) -> None:

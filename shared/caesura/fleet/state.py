@@ -1,4 +1,4 @@
-"""The fleet as far as its writers have told: their words, and indexes by VM, set and host. Pure.
+"""The fleet as far as its writers have said: their words, and indexes by VM, set and host. Pure.
 
 ``fold.apply`` is the only one that changes it. It changes in place, since a copy for each message would cost in the size of the fleet;
 so it has one owner, the event loop of one service, and nobody else keeps a part of it over an await. Views read it through the methods

@@ -28,6 +28,8 @@ settings.register_profile(
 
 
 def pytest_configure() -> None:
+    # Processes that run a part of the tests are as patient as the one that started them.
+    os.environ[VARIABLE] = f"{FACTOR:.2f}"
     # pytest-asyncio makes an event loop that nobody closes when a synchronous test runs first; warnings are errors.
     asyncio.set_event_loop(None)
 

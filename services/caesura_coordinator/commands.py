@@ -41,11 +41,6 @@ def due_operations(rollout: Rollout, authority: Authority) -> Iterable[Due]:
             yield Due(operation, "start", wave.not_after)
 
 
-def due_commands(rollout: Rollout, authority: Authority) -> Iterable[StartOperation | AbortOperation]:
-    """The same as messages."""
-    return (command_for(rollout, due, authority) for due in due_operations(rollout, authority))
-
-
 def command_for(rollout: Rollout, due: Due, authority: Authority) -> StartOperation | AbortOperation:
     """The message that says it."""
     wave = rollout.current

@@ -42,7 +42,7 @@ def _members(event: ScheduledEvent, version: EventsVersion) -> dict[str, object]
     }
 
 
-def etag_of(document: SetDocument) -> str:
+def entity_tag(document: SetDocument) -> str:
     """The incarnation, quoted: same tag, same events."""
     return f'"{document.incarnation}"'
 

@@ -41,7 +41,7 @@ from caesura.fleet.words import Cleared
 from caesura_metadata_publisher.directory import Directory
 from caesura_metadata_publisher.document import (
     awaits_approval,
-    etag_of,
+    entity_tag,
     find_event,
     unchanged,
     wire_document,
@@ -189,7 +189,7 @@ class MetadataPublisher:
         document = self._document(vm)
         if isinstance(document, Answer):
             return document
-        etag = etag_of(document)
+        etag = entity_tag(document)
         if request.if_none_match and unchanged(request.if_none_match, etag):
             return Answer(status=304, headers={"ETag": etag})
         return Answer(status=200, body=wire_document(document, request.version), headers={"ETag": etag})

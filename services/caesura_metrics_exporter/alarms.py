@@ -35,35 +35,39 @@ class Alarms:
 
     def __init__(self) -> None:
         self._alarms: list[Alarm] = []
+        """As ``_sort`` left them, then what came since."""
+        self._sorted = True
+        self._open: dict[tuple[Rule, str], Alarm] = {}
+        """Those that last, by rule and what they are about: an inventory asks for each of its VMs."""
 
     def __len__(self) -> int:
+        self._sort()
         return len(self._alarms)
 
     def current(self) -> tuple[Alarm, ...]:
         """The first ``ALARMS_SENT``: those that last before those that are over, the worst first."""
+        self._sort()
         return tuple(self._alarms[:ALARMS_SENT])
 
     def counts(self) -> dict[str, int]:
         """How many of each rule there are."""
+        self._sort()
         return dict(Counter(each.rule for each in self._alarms))
 
     def two_domains(self, set_name: str, domains: list[int], now: float) -> None:
-        """VMs of two domains of a set stand still at once."""
+        """VMs of two domains of a set are paused at once."""
         text = f"VMs of domains {' and '.join(map(str, domains))} of set {set_name} are paused at once"
         self._raise(Alarm("two-domains", "bad", text, set_name, now))
 
     def end_two_domains(self, set_name: str, now: float, *, mistaken: bool = False) -> None:
-        """At most one domain of the set still stands; or, ``mistaken``, that was so all the time."""
+        """VMs of at most one domain of the set are paused; or, ``mistaken``, that was so all the time."""
         if mistaken:
-            self._alarms = [
-                each
-                for each in self._alarms
-                if (each.rule, each.about) != ("two-domains", set_name) or each.until is not None
-            ]
+            taken_back = self._open.pop(("two-domains", set_name), None)
+            self._alarms = [each for each in self._alarms if each is not taken_back]
         self._end("two-domains", set_name, now)
 
     def stopped(self, vm: str, set_name: str, host: str, state: m.VmState, now: float) -> None:
-        """A VM stood still and does not run now."""
+        """A VM was paused and does not run now."""
         how = "in an unknown state" if state == "unknown" else state
         text = f"{_of_set(vm, set_name)} on {host} is {how} after its pause"
         self._raise(Alarm("stopped", "bad", text, vm, now))
@@ -146,28 +150,38 @@ class Alarms:
 
     def _raise(self, alarm: Alarm) -> bool:
         """Whether that is anything new."""
-        for each in self._alarms:
-            if each.until is None and (each.rule, each.about) == (alarm.rule, alarm.about):
-                changed = each.text != alarm.text
-                each.text = alarm.text
-                return changed
+        key = (alarm.rule, alarm.about)
+        known = self._open.get(key)
+        if known is not None:
+            changed = known.text != alarm.text
+            known.text = alarm.text
+            return changed
         self._alarms.append(alarm)
-        self._sort()
-        del self._alarms[ALARMS_KEPT:]
+        self._sorted = False
+        if alarm.until is None:
+            self._open[key] = alarm
+        if len(self._alarms) > 2 * ALARMS_KEPT:
+            self._sort()
         return True
 
     def _end(self, rule: Rule, about: str, now: float) -> bool:
-        found = False
-        for each in self._alarms:
-            if each.rule == rule and each.about == about and each.until is None:
-                each.until = now
-                found = True
-        if found:
-            self._sort()
-        return found
+        known = self._open.pop((rule, about), None)
+        if known is None:
+            return False
+        known.until = now
+        self._sorted = False
+        return True
 
     def _sort(self) -> None:
+        """In the order in which they are shown, and no more than are kept. When somebody looks: not with each message of a storm."""
+        if self._sorted:
+            return
         self._alarms.sort(key=lambda each: (each.until is not None, _ORDER[each.rule], -each.at))
+        for dropped in self._alarms[ALARMS_KEPT:]:
+            if dropped.until is None:
+                del self._open[dropped.rule, dropped.about]
+        del self._alarms[ALARMS_KEPT:]
+        self._sorted = True
 
 
 def _where(message: m.VmResumed | m.VmClockSynced) -> str:

@@ -1,7 +1,7 @@
 """The VMs of a fleet, counted by state, by their agents and by their clocks, as messages come. Pure.
 
 Each VM remembers what it was counted as, so that a message costs what it changes, and a scrape what there are sets and
-domains. A VM that two hosts name for a moment, since it moves, counts for each.
+domains.
 """
 
 from __future__ import annotations
@@ -47,30 +47,29 @@ class Census:
         self._members: dict[Domain, int] = {}
         self._expected: dict[str, int] = {}
         self._errors: dict[tuple[str, str, str], Largest] = {}
-        """Set, update domain, and before or after the sync: the errors of its VMs by VM and host."""
-        self._counted: dict[tuple[str, str], Counted] = {}
+        """Set, update domain, and before or after the sync: the errors of its VMs by VM."""
+        self._counted: dict[str, Counted] = {}
         self._unlooked: set[tuple[str, str, str]] = set()
         """Those of ``_errors`` that are not in the two below as they are now."""
         self._worst: dict[tuple[str, str, str], float] = {}
         self._bounds: dict[Domain, float] = {}
 
-    def count(self, vm: str, host: str, now: Counted | None) -> None:
-        """The VM on this host is counted as this from now on; None: not at all."""
-        key = (vm, host)
-        before = self._counted.get(key)
+    def count(self, vm: str, now: Counted | None) -> None:
+        """The VM is counted as this from now on; None: not at all."""
+        before = self._counted.get(vm)
         if before == now:
             return
         if before is not None and now is not None and _alike(before.record, now.record):
-            self._change(before, now, key)
+            self._change(before, now, vm)
         else:
             if before is not None:
-                self._add(before, -1, key)
+                self._add(before, -1, vm)
             if now is not None:
-                self._add(now, 1, key)
+                self._add(now, 1, vm)
         if now is None:
-            del self._counted[key]
+            del self._counted[vm]
         else:
-            self._counted[key] = now
+            self._counted[vm] = now
 
     def worst_errors(self) -> dict[tuple[str, str, str], float]:
         """Set, update domain and when to the error of the VM that was off most, seconds with its sign."""
@@ -94,13 +93,12 @@ class Census:
                 continue
             self._worst[labels] = top[1]
             if when == "after":
-                vm, _, host = top[0].partition(" ")
-                verdict = self._counted[vm, host].verdict
+                verdict = self._counted[top[0]].verdict
                 if verdict is not None and verdict.bound_s is not None:
                     self._bounds[set_name, domain] = verdict.bound_s
         self._unlooked.clear()
 
-    def _add(self, counted: Counted, by: int, key: tuple[str, str]) -> None:
+    def _add(self, counted: Counted, by: int, vm: str) -> None:
         record = counted.record
         domain = (record.set, str(record.update_domain))
         _bump(self.sets, record.set, by)
@@ -123,9 +121,9 @@ class Census:
             if record.set not in self._expected:
                 for each in PRESENCES:
                     del self.agents[record.set, each]
-        self._errors_of(domain, key, counted.verdict if by > 0 else None)
+        self._errors_of(domain, vm, counted.verdict if by > 0 else None)
 
-    def _change(self, before: Counted, now: Counted, key: tuple[str, str]) -> None:
+    def _change(self, before: Counted, now: Counted, vm: str) -> None:
         record = now.record
         domain = (record.set, str(record.update_domain))
         if before.state != now.state:
@@ -137,10 +135,9 @@ class Census:
         self.refused[domain] += now.refused - before.refused
         if before.verdict != now.verdict:
             self.unsynced[domain] += _is_unsynced(now.verdict) - _is_unsynced(before.verdict)
-            self._errors_of(domain, key, now.verdict)
+            self._errors_of(domain, vm, now.verdict)
 
-    def _errors_of(self, domain: Domain, key: tuple[str, str], verdict: Verdict | None) -> None:
-        name = " ".join(key)  # no name has a space
+    def _errors_of(self, domain: Domain, vm: str, verdict: Verdict | None) -> None:
         before_s = verdict.before_s if verdict is not None else None
         after_s = verdict.after_s if verdict is not None else None
         for when, error_s in (("before", before_s), ("after", after_s)):
@@ -150,9 +147,9 @@ class Census:
             if error_s is not None:
                 if errors is None:
                     errors = self._errors[labels] = Largest()
-                errors.put(name, error_s)
+                errors.put(vm, error_s)
             elif errors is not None:
-                errors.drop(name)
+                errors.drop(vm)
                 if not len(errors):
                     del self._errors[labels]
 

@@ -1,26 +1,25 @@
-"""What is so now: hosts, VMs, agents, documents, rollouts, last clock verdicts. The fold of retained state. Pure.
+"""What is so now, for the metrics: hosts, VMs, agents, documents, rollouts, last clock verdicts. A view of ``Folded``. Pure.
 
-State folds by overwriting, so a repeated message is harmless. Nothing is forgotten by time: a host that died must be
-seen to be dead until somebody removes what the broker retains of it. How long ago it was heard is told instead.
+What hosts say in inventories is read from the fold; facts, which come sooner, are laid over it here and nowhere in it. State folds by
+overwriting, so a repeated message is harmless. Nothing is forgotten by time: a host that died must be seen to be dead until somebody
+removes what the broker retains of it. How long ago it was received is shown instead.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import msgspec
 
 from caesura.contract import messages as m
 from caesura.contract.envelope import Message
-from caesura.contract.parts import WholeRollout
 from caesura.contract.topics import placed
-from caesura.fleet.fold import apply
-from caesura.fleet.state import FleetState
-from caesura.fleet.words import Cleared
+from caesura.fleet.fold import Changes
 from caesura_metrics_exporter.agents import Agents
 from caesura_metrics_exporter.census import Census, Counted, shown_state
 from caesura_metrics_exporter.clocks import Clocks
+from caesura_metrics_exporter.folded import Folded, Step
 from caesura_metrics_exporter.pauses import Pauses
 from caesura_metrics_exporter.rollout_index import RolloutIndex
 
@@ -28,77 +27,101 @@ _SET_KEPT_S = 900.0
 """s: as long as the alerts look back."""
 
 
-class HostState(msgspec.Struct):
-    """One host, as last heard."""
+class HostState(msgspec.Struct, frozen=True):
+    """One host, as it was last received."""
 
     heard_s: float
     """When it last said something itself, seconds on the exporter's monotonic clock."""
-    inventory: m.HostInventory | None = None
-    online: bool = False
+    inventory: m.HostInventory | None
+    """With the VMs that belong to it."""
+    online: bool
 
 
 class Fleet:
-    """The present, as far as the bus has told."""
+    """The present, as far as it was received.
 
-    def __init__(self) -> None:
-        self.hosts: dict[str, HostState] = {}
+    Args:
+        folded: what somebody else folds and tells of with each message; without it this one folds for itself.
+    """
+
+    def __init__(self, folded: Folded | None = None) -> None:
+        self._folded = folded if folded is not None else Folded()
+        self._state = self._folded.state
         self.vm_states: dict[str, m.VmState] = {}
+        """VM to its state where a fact came after its host's last inventory: it knows better."""
         self.agents = Agents()
-        self.state = FleetState()
-        """The fold of the bus: documents, presences, and whose VM it is. Facts are laid over it here, and nowhere in it."""
         self.coordinator_heard_s: float | None = None
         """When the one that leads last said so, seconds on the exporter's monotonic clock."""
-        self.rollouts = RolloutIndex()
         self.clocks = Clocks()
         self.pauses = Pauses()
         self.census = Census()
-        self._placed: dict[str, dict[str, m.VmRecord]] = {}
-        """VM to the hosts that name it, and how they describe it."""
+        self._received: dict[str, float] = {}
+        """Host to when it last said something itself; the hosts that are known are those here."""
+        self._unplaced: set[str] = set()
+        """VMs that belong to no host any more, and that one may still name: they are about to move, or in dispute."""
         self._left: dict[str, float] = {}
-        """Set to when a host's last VM of it went, seconds on the exporter's monotonic clock."""
+        """Set to when its last VM went, seconds on the exporter's monotonic clock."""
         self._left_first: list[tuple[float, str]] = []
         """The same as a heap, with what ``_left`` does not say any more."""
         self.events_since: dict[str, dict[tuple[str, str], float]] = {}
         """Set to (event, status) to when it was first seen so, seconds on the exporter's monotonic clock."""
 
     @property
+    def hosts(self) -> Mapping[str, HostState]:
+        """Host to what is so of it: a view, no copy."""
+        return _Hosts(self._folded, self._received)
+
+    @property
+    def rollouts(self) -> RolloutIndex:
+        """Whole rollouts, by set."""
+        return self._folded.rollouts
+
+    @property
     def coordinator(self) -> m.CoordinatorPresence | None:
         """The one that leads, or led last."""
-        return self.state.coordinator
+        return self._state.coordinator
 
     @property
     def publishers(self) -> dict[str, bool]:
         """Metadata publisher to whether it is on the bus."""
-        return {name: each.online for name, each in self.state.words.named(m.PublisherPresence).items()}
+        return {name: each.online for name, each in self._state.words.named(m.PublisherPresence).items()}
 
     @property
     def documents(self) -> Mapping[str, m.SetDocument]:
         """Set to its newest document."""
-        return self.state.words.named(m.SetDocument)
+        return self._state.words.named(m.SetDocument)
 
-    def take(self, message: Message, now_s: float, *, fresh: bool, stored: bool = False) -> None:
-        """Fold one message.
+    def take(
+        self, message: Message, now_s: float, *, fresh: bool, stored: bool = False, step: Step | None = None
+    ) -> None:
+        """Follow one message.
 
         Args:
             message: what was said.
-            now_s: when it was heard.
+            now_s: when it was received, seconds on the exporter's monotonic clock.
             fresh: false for a repetition: then only state counts, not facts.
             stored: the broker had it from before, so it does not show that its sender lives.
+            step: what it changed, where somebody else has folded it.
         """
+        step = step if step is not None else self._folded.take(message, now_s)
         match message:
             case m.HostInventory():
-                self._inventory(message, now_s, stored=stored)
-            case m.SetDocument():
-                _, changes = apply(self.state, message, now_s)
-                if changes.word:
-                    self._since(message, now_s)
-            case WholeRollout():
-                self.rollouts.take(message)
-            case m.HostPresence() | m.AgentPresence() | m.PublisherPresence() | m.CoordinatorPresence():
-                self._presence(message, now_s, stored=stored)
+                self._inventory(message.host, step.changes, now_s, stored=stored)
+            case m.SetDocument() if step.changes.word:
+                self._since(message, now_s)
+            case m.HostPresence():
+                self._receive(message.host, now_s, alive=message.online and not stored)
+            case m.AgentPresence():
+                self.agents.take(message.vm, online=message.online, now_s=now_s, stored=stored)
+                self._recount(message.vm)
+            case m.CoordinatorPresence():
+                self._coordinator(message, now_s, stored=stored)
+            case m.VmOwner():
+                self._moved(step.changes, now_s)
             case m.VmFrozen() if fresh:
                 self.vm_states[message.vm] = "paused"
-                self.pauses.froze(message, self._domain_of(message), now_s)
+                domain = self._domain_of(message.vm, message.set, message.update_domain)
+                self.pauses.froze(message, domain, now_s)
                 self._recount(message.vm)
             case m.VmResumed() if fresh:
                 self.vm_states[message.vm] = "running"
@@ -113,48 +136,43 @@ class Fleet:
             case _:
                 pass
 
-    def clear(self, topic: str) -> None:
-        """A retained message was removed: its subject is gone."""
+    def clear(self, topic: str, now_s: float = 0.0, step: Step | None = None) -> None:
+        """A retained message was removed: its subject is gone. ``now_s`` and ``step`` as in ``take``."""
         place = placed(topic)
         if place is None:
             return
+        step = step if step is not None else self._folded.clear(topic, now_s)
         channel, named = place
         if channel.message is m.HostInventory:
-            self.forget_host(named["host"])
+            self.forget_host(named["host"], step)
         elif channel.message is m.HostPresence:
-            known = self.hosts.get(named["host"])
-            if known is not None and known.inventory is None:
-                self.forget_host(named["host"])
+            if named["host"] in self._received and self._state.reported(named["host"]) is None:
+                self.forget_host(named["host"], step)
         elif channel.message is m.AgentPresence:
             self.agents.forget(named["vm"])
             self._recount(named["vm"])
-        elif channel.message is m.PublisherPresence:
-            apply(self.state, Cleared(m.PublisherPresence, named), 0.0)
+        elif channel.message is m.VmOwner:
+            self._moved(step.changes, now_s)
         elif channel.message is m.SetDocument:
-            apply(self.state, Cleared(m.SetDocument, named), 0.0)
             self.events_since.pop(named["set"], None)
-        elif channel.message is m.RolloutState:
-            self.rollouts.forget(named["rollout"])
 
     def settle(self, now_s: float) -> None:
         """Time has passed: call it before what is so now is read."""
         for vm in self.agents.settle(now_s):
             self._recount(vm)
+        for vm in [each for each in self._unplaced if not self._state.ownership.namers(each)]:
+            self._forget_vm(vm)
 
-    def forget_host(self, host: str) -> None:
-        """Drop a host and its VMs."""
-        state = self.hosts.pop(host, None)
-        if state is not None and state.inventory is not None:
-            for record in state.inventory.vms:
-                self._remove(record.vm, host)
-            for set_name in {record.set for record in state.inventory.vms}:
-                self._leave(set_name, state.heard_s)
+    def forget_host(self, host: str, step: Step | None = None) -> None:
+        """Drop a host and its VMs. ``step`` as in ``take``."""
+        step = step if step is not None else self._folded.take_back(m.HostInventory, {"host": host}, 0.0)
+        self._moved(step.changes, self._received.pop(host, 0.0))
         self.pauses.forget_host(host)
 
     def forget_empty_sets(self, now_s: float) -> list[str]:
         """Sets that no VM has been in for long; what was known of them goes.
 
-        A VM in no set is a set of its own: many short-lived ones would leave series behind for ever. Not at once, since a
+        A VM in no set is a set of its own: many short-lived ones would leave series behind indefinitely. Not at once, since a
         VM that moves is nowhere for a moment.
         """
         gone: set[str] = set()
@@ -163,7 +181,7 @@ class Fleet:
             if self._left.get(name) != since_s:
                 continue  # it was left again, later
             del self._left[name]
-            if name not in self.census.sets:
+            if name not in self._state.sets():
                 gone.add(name)
         for name in gone:
             self.pauses.forget_set(name)
@@ -174,100 +192,100 @@ class Fleet:
         rollouts = self.rollouts.under_way(set_name)
         return max((each.policy.budget_s for each in rollouts), default=m.MAX_BUDGET_S)
 
-    def _presence(
-        self,
-        message: m.HostPresence | m.AgentPresence | m.PublisherPresence | m.CoordinatorPresence,
-        now_s: float,
-        *,
-        stored: bool,
-    ) -> None:
-        match message:
-            case m.HostPresence():
-                state = self.hosts.setdefault(message.host, HostState(heard_s=now_s))
-                state.online = message.online
-                if message.online and not stored:
-                    state.heard_s = now_s
-            case m.AgentPresence():
-                self.agents.take(message.vm, online=message.online, now_s=now_s, stored=stored)
-                self._recount(message.vm)
-            case m.PublisherPresence():
-                apply(self.state, message, now_s)
-            case m.CoordinatorPresence():
-                self._coordinator(message, now_s, stored=stored)
+    def _receive(self, host: str, now_s: float, *, alive: bool) -> None:
+        if alive:
+            self._received[host] = now_s
+        else:
+            self._received.setdefault(host, now_s)
 
     def _coordinator(self, message: m.CoordinatorPresence, now_s: float, *, stored: bool) -> None:
-        apply(self.state, message, now_s)
-        if (
-            self.coordinator is message
-            and message.online
-            and (self.coordinator_heard_s is None or not stored)
-        ):
+        leads = self.coordinator is message and message.online
+        if leads and (self.coordinator_heard_s is None or not stored):
             self.coordinator_heard_s = now_s
 
-    def _inventory(self, inventory: m.HostInventory, now_s: float, *, stored: bool) -> None:
-        state = self.hosts.setdefault(inventory.host, HostState(heard_s=now_s))
-        before = state.inventory.vms if state.inventory else ()
-        state.inventory = inventory
-        if not stored:
-            state.heard_s = now_s
-        stays = {record.vm for record in inventory.vms}
-        for record in before:
-            if record.vm not in stays:
-                self._remove(record.vm, inventory.host)
-        for set_name in {record.set for record in before} - {record.set for record in inventory.vms}:
-            self._leave(set_name, now_s)
-        for record in inventory.vms:
-            self._placed.setdefault(record.vm, {})[inventory.host] = record
-            if record.state == "paused":
-                domain = self._by_key(record.set, record.update_domain, record)
-                self.pauses.found(record, inventory.host, domain, now_s)
-                self.vm_states[record.vm] = record.state
-            elif self.pauses.runs(record.vm, under_way=bool(inventory.operation)):
-                self.vm_states[record.vm] = record.state
-            self._recount(record.vm)
+    def _inventory(self, host: str, changes: Changes, now_s: float, *, stored: bool) -> None:
+        self._receive(host, now_s, alive=not stored)
+        self._moved(changes, now_s, said_by=host)
+        inventory = self._state.inventory(host)
+        for record in inventory.vms if inventory is not None else ():
+            self._believe(record, host, now_s)
 
-    def _remove(self, vm: str, host: str) -> None:
-        self.census.count(vm, host, None)
-        hosts = self._placed.get(vm, {})
-        hosts.pop(host, None)
-        if hosts:
-            return  # it moved: another host has it
-        self._placed.pop(vm, None)
+    def _moved(self, changes: Changes, now_s: float, said_by: str = "") -> None:
+        """Look at the VMs that count differently.
+
+        Args:
+            said_by: the host whose inventory it was: what it says of its VMs is looked at by itself.
+        """
+        for vm in changes.vms:
+            located, before = self._state.vm(vm), changes.before.get(vm)
+            if located is None:
+                self._displace(vm)
+            elif located.host != said_by and (before is None or before.host != located.host):
+                self._unplaced.discard(vm)
+                self._believe(located.record, located.host, self._received.get(located.host, now_s))
+            else:
+                self._unplaced.discard(vm)
+        for name in {each.record.set for each in changes.before.values()}:
+            if name not in self._state.sets():
+                self._left[name] = now_s
+                heapq.heappush(self._left_first, (now_s, name))
+
+    def _believe(self, record: m.VmRecord, host: str, now_s: float) -> None:
+        """What the host says of its VM counts, unless a fact that was received is newer."""
+        if record.state == "paused":
+            domain = self._domain_of(record.vm, record.set, record.update_domain)
+            self.pauses.found(record, host, domain, now_s)
+            self.vm_states.pop(record.vm, None)
+        else:
+            inventory = self._state.reported(host)
+            under_way = inventory is not None and bool(inventory.operation)
+            if self.pauses.runs(record.vm, under_way=under_way):
+                self.vm_states.pop(record.vm, None)
+            else:
+                self.vm_states[record.vm] = "paused"
+        self._recount(record.vm)
+
+    def _displace(self, vm: str) -> None:
+        """It belongs to no host now. Nobody's word on its pause would count."""
+        self.census.count(vm, None)
         self.vm_states.pop(vm, None)
+        self.pauses.forget_vm(vm)
+        if self._state.ownership.namers(vm):
+            self._unplaced.add(vm)
+        else:
+            self._forget_vm(vm)
+
+    def _forget_vm(self, vm: str) -> None:
+        """No host names it any more: another one of this name is another VM."""
+        self._unplaced.discard(vm)
         self.clocks.forget_vm(vm)
         self.agents.forget(vm)
-        self.pauses.forget_vm(vm)
-
-    def _leave(self, set_name: str, at_s: float) -> None:
-        self._left[set_name] = at_s
-        heapq.heappush(self._left_first, (at_s, set_name))
 
     def _recount(self, vm: str) -> None:
         """Something about the VM may be different."""
-        for host, record in self._placed.get(vm, {}).items():
-            now = Counted(
-                record,
-                shown_state(record, self.vm_states.get(vm, record.state)),
-                self.agents.presence(vm),
-                self.clocks.get(vm),
-                self.clocks.refused(vm),
-            )
-            self.census.count(vm, host, now)
+        located = self._state.vm(vm)
+        if located is None:
+            return
+        record = located.record
+        now = Counted(
+            record,
+            shown_state(record, self.vm_states.get(vm, record.state)),
+            self.agents.presence(vm),
+            self.clocks.get(vm),
+            self.clocks.refused(vm),
+        )
+        self.census.count(vm, now)
 
     def _clock_bound_of(self, set_name: str) -> float | None:
         """By the rollout that tells most about the set, as it stands now."""
         rollout = self.rollouts.of_set(set_name)
         return rollout.policy.clock_bound_s if rollout is not None else None
 
-    def _domain_of(self, frozen: m.VmFrozen) -> int:
-        record = self._placed.get(frozen.vm, {}).get(frozen.host)
-        return self._by_key(frozen.set, frozen.update_domain, record)
-
-    def _by_key(self, set_name: str, update_domain: int, record: m.VmRecord | None) -> int:
+    def _domain_of(self, vm: str, set_name: str, update_domain: int) -> int:
         """The VM's domain by the key of the rollout that holds its set."""
-        rollouts = self.rollouts.under_way(set_name)
-        if record is not None and any(each.policy.domain_key == "fault_domain" for each in rollouts):
-            return record.fault_domain
+        holder, located = self.rollouts.holder(set_name), self._state.vm(vm)
+        if located is not None and holder is not None and holder.policy.domain_key == "fault_domain":
+            return located.record.fault_domain
         return update_domain
 
     def _since(self, document: m.SetDocument, now_s: float) -> None:
@@ -277,6 +295,18 @@ class Fleet:
         }
 
 
-def is_last_will(message: m.CoordinatorPresence) -> bool:
-    """Whether the broker says it for a coordinator that is gone: no epoch was claimed yet when the will was made."""
-    return not message.online and message.epoch == 0
+class _Hosts(Mapping[str, HostState]):
+    """A view."""
+
+    def __init__(self, folded: Folded, received: Mapping[str, float]) -> None:
+        self._state = folded.state
+        self._received = received
+
+    def __getitem__(self, host: str) -> HostState:
+        return HostState(self._received[host], self._state.inventory(host), self._state.is_online(host))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._received)
+
+    def __len__(self) -> int:
+        return len(self._received)

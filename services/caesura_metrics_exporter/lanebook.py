@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
 
-from caesura_metrics_exporter.lanes import DomainKey, Lane, lane_name
+from caesura_metrics_exporter.lanes import DomainKey, Lane, LaneView, lane_name
 
 LANES_KEPT = 4096  # 100 sets of 20 domains, twice
 
@@ -15,15 +15,23 @@ class LaneBook:
 
     Args:
         touch: gives the next revision.
-        members: the VMs of a domain, for a lane that is new.
+        members: how many VMs a domain has.
     """
 
-    def __init__(self, touch: Callable[[], int], members: Callable[[str, DomainKey, int], set[str]]) -> None:
+    def __init__(self, touch: Callable[[], int], members: Callable[[str, DomainKey, int], int]) -> None:
         self._touch = touch
         self._members = members
         self._lanes: OrderedDict[str, Lane] = OrderedDict()
+        self._of_set: Counter[str] = Counter()
+        self.domains = 0
+        """Lanes of update domains."""
         self.full = False
         """A lane was asked for that there was no room for."""
+
+    @property
+    def sets(self) -> int:
+        """Sets that have a lane."""
+        return len(self._of_set)
 
     def __len__(self) -> int:
         return len(self._lanes)
@@ -41,12 +49,22 @@ class LaneBook:
             self.full = True
             return None
         lane = self._lanes[name] = Lane(set_name, key, domain)
-        lane.vms = self._members(set_name, key, domain)
+        self._of_set[set_name] += 1
+        self.domains += key == "update_domain"
+        self.changed(lane)
         return lane
 
     def get(self, set_name: str, key: DomainKey, domain: int) -> Lane | None:
         """The lane, where there is one."""
         return self._lanes.get(lane_name(set_name, key, domain))
+
+    def named(self, name: str) -> Lane | None:
+        """The lane with this id, where there is one."""
+        return self._lanes.get(name)
+
+    def view(self, lane: Lane) -> LaneView:
+        """A lane as it is sent."""
+        return lane.view(self._members(lane.set, lane.key, lane.domain))
 
     def changed(self, lane: Lane) -> None:
         """Note that this lane changed."""
@@ -67,8 +85,18 @@ class LaneBook:
             if lane.trim(before):
                 self.changed(lane)
             # A domain that VMs say they are in stays; one that only a rollout went by goes with what is drawn of it.
-            lives = lane.rollout or lane.waits if lane.key == "fault_domain" else lane.vms
+            if lane.key == "fault_domain":
+                lives = bool(lane.rollout or lane.waits)
+            else:
+                lives = self._members(lane.set, lane.key, lane.domain) > 0
             if not (lives or lane.segments or lane.marks):
-                del self._lanes[lane.name]
+                self._drop(lane)
                 self.full, gone = False, True
         return gone
+
+    def _drop(self, lane: Lane) -> None:
+        del self._lanes[lane.name]
+        self._of_set[lane.set] -= 1
+        if not self._of_set[lane.set]:
+            del self._of_set[lane.set]
+        self.domains -= lane.key == "update_domain"

@@ -102,7 +102,7 @@ class LaneView(msgspec.Struct, frozen=True, omit_defaults=True):
     vms: int
     state: LaneState | Literal[""]
     standing: int = 0
-    """VMs of it that stand still now."""
+    """VMs of it that are paused now."""
     waits: int | None = None
     """The wave that is to come."""
     segments: tuple[Segment, ...] = ()
@@ -123,7 +123,6 @@ class Lane:
         self.key = key
         self.domain = domain
         self.revision = 0
-        self.vms: set[str] = set()
         self.rollout = ""
         self.wave = -1
         self.wave_status = ""
@@ -221,8 +220,8 @@ class Lane:
         self._minutes = {minute: each for minute, each in self._minutes.items() if minute >= before // 60}
         return len(self.segments) + len(self.marks) + len(self._minutes) != old
 
-    def view(self) -> LaneView:
-        """As it is sent."""
+    def view(self, vms: int) -> LaneView:
+        """As it is sent. ``vms``: how many VMs its domain has."""
         off = [clock for clock in self.clocks.values() if clock.after is not None]
         idle = not self.rollout and not self.state
         return LaneView(
@@ -230,7 +229,7 @@ class Lane:
             set=self.set,
             key=self.key,
             domain=self.domain,
-            vms=len(self.vms),
+            vms=vms,
             state=self.state,
             standing=self.standing,
             waits=self.waits[1] if self.waits is not None else None,

@@ -13,7 +13,7 @@ from caesura.contract.parts import WholeRollout
 
 ROLLOUTS_KEPT = 100  # retained rollouts pile up at the broker; the newest are enough to say what is so now
 
-_OVER = frozenset({"completed", "aborted"})
+OVER = frozenset({"completed", "aborted"})
 
 # Where two waves of a rollout touch one domain, the more telling status counts.
 _TELLING = ("started", "verifying", "soaking", "scheduled", "failed", "cancelled", "pending", "completed")
@@ -33,45 +33,72 @@ class SetProgress(msgspec.Struct):
 
 
 class RolloutIndex:
-    """See the module."""
+    """Rollouts that are under way, all of them, and of the others the newest: ``ROLLOUTS_KEPT`` together. Each set has at most one under way."""
 
     def __init__(self) -> None:
         self.known: dict[str, WholeRollout] = {}
         self._of_set: dict[str, dict[str, WholeRollout]] = {}
+        self._first: dict[str, WholeRollout] = {}
+        """Set to the rollout that says most about it."""
         self._progress: dict[str, dict[str, SetProgress]] = {}
         """Of the rollouts that were asked for since their last state: by set."""
 
-    def take(self, rollout: WholeRollout) -> None:
-        """The state of a rollout; the oldest one goes when there are too many."""
-        self.forget(rollout.rollout)
+    def __len__(self) -> int:
+        return len(self.known)
+
+    def take(self, rollout: WholeRollout) -> WholeRollout | None:
+        """The state of a rollout; the one before, None of a new one. The oldest that is over goes when there are too many."""
+        before = self.known.get(rollout.rollout)
+        if before is not None and before.sets != rollout.sets:
+            self.forget(rollout.rollout)
         self.known[rollout.rollout] = rollout
+        self._progress.pop(rollout.rollout, None)
         for name in rollout.sets:
             self._of_set.setdefault(name, {})[rollout.rollout] = rollout
+            first = self._first.get(name)
+            if first is None or _importance(rollout) >= _importance(first):
+                self._first[name] = rollout
+            elif first.rollout == rollout.rollout:
+                self._look(name)
         if len(self.known) > ROLLOUTS_KEPT:
-            oldest = min(self.known.values(), key=_importance)
-            self.forget(oldest.rollout)
+            over = (each for each in self.known.values() if each.status in OVER)
+            oldest = min(over, key=_importance, default=None)
+            if oldest is not None:
+                self.forget(oldest.rollout)
+        return before
 
-    def forget(self, rollout: str) -> None:
-        """It is gone."""
+    def forget(self, rollout: str) -> WholeRollout | None:
+        """It is gone; what was known of it."""
         gone = self.known.pop(rollout, None)
         self._progress.pop(rollout, None)
-        for name in gone.sets if gone is not None else ():
-            of_set = self._of_set.get(name, {})
-            of_set.pop(rollout, None)
+        for name in set(gone.sets) if gone is not None else ():
+            of_set = self._of_set[name]
+            del of_set[rollout]
             if not of_set:
-                self._of_set.pop(name, None)
+                del self._of_set[name], self._first[name]
+            elif self._first[name].rollout == rollout:
+                self._look(name)
+        return gone
+
+    def _look(self, name: str) -> None:
+        self._first[name] = max(self._of_set[name].values(), key=_importance)
 
     def of_set(self, set_name: str) -> WholeRollout | None:
         """The rollout that says most about the set: the one that holds it, else the newest."""
-        return max(self._of_set.get(set_name, {}).values(), key=_importance, default=None)
+        return self._first.get(set_name)
+
+    def holder(self, set_name: str) -> WholeRollout | None:
+        """The rollout under way that has the set."""
+        first = self._first.get(set_name)
+        return first if first is not None and first.status not in OVER else None
 
     def of_sets(self) -> dict[str, WholeRollout]:
         """Set to the rollout that says most about it, sorted by set."""
-        return {name: max(self._of_set[name].values(), key=_importance) for name in sorted(self._of_set)}
+        return {name: self._first[name] for name in sorted(self._first)}
 
     def under_way(self, set_name: str) -> list[WholeRollout]:
         """Those of the set that are not over."""
-        return [each for each in self._of_set.get(set_name, {}).values() if each.status not in _OVER]
+        return [each for each in self._of_set.get(set_name, {}).values() if each.status not in OVER]
 
     def progress(self, rollout: WholeRollout) -> dict[str, SetProgress]:
         """By set; sets that none of its waves touch are left out."""
@@ -105,4 +132,4 @@ def progress_of(rollout: WholeRollout) -> dict[str, SetProgress]:
 
 
 def _importance(rollout: WholeRollout) -> tuple[bool, float]:
-    return (rollout.status not in _OVER, rollout.created_at.timestamp())
+    return (rollout.status not in OVER, rollout.created_at.timestamp())

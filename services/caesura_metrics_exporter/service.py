@@ -1,9 +1,9 @@
-"""The metrics exporter's shell: reads the whole bus and folds it into ``Tally``, ``Fleet`` and ``Live``."""
+"""The metrics exporter's shell: reads the whole bus, folds it once, and lets ``Tally``, ``Fleet`` and ``Live`` follow."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import structlog
 from msgspec.structs import replace
@@ -11,14 +11,12 @@ from msgspec.structs import replace
 from caesura.bus.port import Bus, Delivery
 from caesura.bus.refused import Refused
 from caesura.contract.codec import ContractError, decode
-from caesura.contract.envelope import Message
-from caesura.contract.messages import HostInventory, VmClockSynced, VmFrozen, VmOwner, VmResumed
+from caesura.contract.messages import HostInventory, VmClockSynced, VmFrozen, VmResumed
 from caesura.contract.parts import PARTS, Joiner
 from caesura.contract.topics import PREFIX, placed
-from caesura.fleet.fold import apply
-from caesura.fleet.words import Cleared
 from caesura.runtime.sampler import Sampler
 from caesura_metrics_exporter.fleet import Fleet
+from caesura_metrics_exporter.folded import Folded
 from caesura_metrics_exporter.live import Live
 from caesura_metrics_exporter.metrics import FleetCollector, SelfStats
 from caesura_metrics_exporter.series import Histogram
@@ -53,12 +51,13 @@ class MetricsExporter:
         self._wall = wall
         self._own = SelfStats(handler=Histogram(_HANDLER_BUCKETS), began_s=monotonic())
         self.tally = Tally()
-        self.fleet = Fleet()
+        self._folded = Folded()
+        self.fleet = Fleet(self._folded)
         self._joiner = Joiner()
-        self._ownership = self.fleet.state.ownership
+        self._ownership = self._folded.state.ownership
         self._sampled = Sampler()
         self._refused = Refused()
-        self.live = Live()
+        self.live = Live(self._folded)
         self.stream = LiveStream(self.live, wall, monotonic, self.broker_ping)
 
     def collector(self) -> FleetCollector:
@@ -105,31 +104,20 @@ class MetricsExporter:
             return
         received = whole
         now_s = self._monotonic()
-        match received.message:
-            case HostInventory():  # often enough, and not with each message of a storm
-                for set_name in self.fleet.forget_empty_sets(now_s):
-                    self.tally.forget_set(set_name)
-                host = received.message.host
-                others = self._fold(received.message, now_s) - {host}
-                received = replace(received, message=self.fleet.state.inventories[host])
-            case VmOwner():
-                others = self._fold(received.message, now_s)
-            case VmFrozen() | VmResumed() | VmClockSynced() as fact if not self._ownership.may_speak(
-                fact.host, fact.vm
-            ):
-                self._foreign(fact)
+        message = received.message
+        if isinstance(message, VmFrozen | VmResumed | VmClockSynced):
+            if not self._ownership.may_speak(message.host, message.vm):
+                self._foreign(message)
                 return
-            case _:
-                others = frozenset()
+        elif isinstance(message, HostInventory):  # often enough, and not with each message of a storm
+            for set_name in self.fleet.forget_empty_sets(now_s):
+                self.tally.forget_set(set_name)
+        step = self._folded.take(message, now_s)
+        if isinstance(message, HostInventory):
+            received = replace(received, message=self._folded.state.inventories[message.host])
         fresh = self.tally.take(received)
-        self.fleet.take(received.message, now_s, fresh=fresh, stored=delivery.retained)
-        self.live.take(received, self._wall(), now_s, fresh=fresh)
-        self._count_again(others)
-
-    def _fold(self, message: Message | Cleared, now_s: float) -> frozenset[str]:
-        """Whose VM is it: what an inventory or a record says; the hosts whose inventories count differently now."""
-        _, changes = apply(self.fleet.state, message, now_s)
-        return changes.owners
+        self.fleet.take(received.message, now_s, fresh=fresh, stored=delivery.retained, step=step)
+        self.live.take(received, self._wall(), now_s, fresh=fresh, step=step)
 
     def _foreign(self, fact: VmFrozen | VmResumed | VmClockSynced) -> None:
         """What a host says of another's VM is counted, and means nothing."""
@@ -146,33 +134,15 @@ class MetricsExporter:
                 left_out=left_out,
             )
 
-    def _count_again(self, hosts: Iterable[str]) -> None:
-        """Hosts whose inventories count differently since it is known whose the VMs are."""
-        for host in sorted(hosts):
-            known = self.fleet.hosts.get(host)
-            each = self.fleet.state.inventory(host)
-            if known is not None and each is not None:
-                # It says whose the VMs are, not how they are: facts that came since know better.
-                states = self.fleet.vm_states
-                vms = tuple(replace(record, state=states.get(record.vm, record.state)) for record in each.vms)
-                each = replace(each, vms=vms)
-                self.fleet.take(each, known.heard_s, fresh=False, stored=True)
-                self.live.recount(each, self._wall(), self._monotonic())
-
     def _cleared(self, topic: str) -> None:
         place = placed(topic)
         host = place[1].get("host", "") if place is not None else ""
         known = host in self.fleet.hosts
-        self.fleet.clear(topic)
+        now_s = self._monotonic()
+        step = self._folded.clear(topic, now_s)
+        self.fleet.clear(topic, now_s, step)
         self._joiner.clear(topic)
-        self.live.clear(topic, self._wall(), self._monotonic())
-        self._count_again(self._disown(topic))
+        self.live.clear(topic, self._wall(), now_s, step)
         if known and host not in self.fleet.hosts:
             _log.info("exporter.host_forgotten", host=host)
             self.tally.forget_host(host)
-
-    def _disown(self, topic: str) -> frozenset[str]:
-        place = placed(topic)
-        if place is None or place[0].message not in {VmOwner, HostInventory}:
-            return frozenset()
-        return self._fold(Cleared(place[0].message, place[1]), self._monotonic())

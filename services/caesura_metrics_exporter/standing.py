@@ -1,4 +1,4 @@
-"""Which VMs stand still now, by set and domain. Pure."""
+"""Which VMs are paused now, by set, domain and host. Pure."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _LATE_S = 1.0  # s by which a fact may come late, or a clock be behind, and nobo
 
 
 class Paused(msgspec.Struct, frozen=True):
-    """A VM that stands still. Seen by its fact, or only in its host's inventory: then ``since`` and ``budget`` are None."""
+    """A VM that is paused. Seen by its fact, or only in its host's inventory: then ``since`` and ``budget`` are None."""
 
     vm: str
     set: str
@@ -22,8 +22,8 @@ class Paused(msgspec.Struct, frozen=True):
     domain: int
     """By ``key``."""
     host: str
-    heard: float
-    """When it was heard of, by the exporter's clock."""
+    received: float
+    """When that was received, by the exporter's clock."""
     operation: str = ""
     method: str = ""
     since: float | None = None
@@ -36,6 +36,7 @@ class Standing:
     def __init__(self) -> None:
         self._vms: dict[str, Paused] = {}
         self._domains: dict[str, dict[tuple[DomainKey, int], set[str]]] = {}
+        self._hosts: dict[str, set[str]] = {}
 
     def __len__(self) -> int:
         return len(self._vms)
@@ -44,7 +45,7 @@ class Standing:
         return iter(self._vms.values())
 
     def get(self, vm: str) -> Paused | None:
-        """What is known of a VM that stands still."""
+        """What is known of a VM that is paused."""
         return self._vms.get(vm)
 
     def of(self, set_name: str) -> list[Paused]:
@@ -52,17 +53,26 @@ class Standing:
         domains = self._domains.get(set_name, {}).values()
         return [self._vms[vm] for vms in domains for vm in sorted(vms)]
 
+    def on(self, host: str) -> list[Paused]:
+        """Those of a host."""
+        return [self._vms[vm] for vm in sorted(self._hosts.get(host, ()))]
+
     def add(self, paused: Paused) -> None:
-        """It stands still."""
+        """It is paused."""
         self.remove(paused.vm)
         self._vms[paused.vm] = paused
         self._domains.setdefault(paused.set, {}).setdefault((paused.key, paused.domain), set()).add(paused.vm)
+        self._hosts.setdefault(paused.host, set()).add(paused.vm)
 
     def remove(self, vm: str) -> None:
         """It runs."""
         paused = self._vms.pop(vm, None)
         if paused is None:
             return
+        of_host = self._hosts[paused.host]
+        of_host.discard(vm)
+        if not of_host:
+            del self._hosts[paused.host]
         of_set = self._domains[paused.set]
         of_set[paused.key, paused.domain].discard(vm)
         if not of_set[paused.key, paused.domain]:
@@ -71,15 +81,15 @@ class Standing:
             del self._domains[paused.set]
 
     def count_in(self, set_name: str, key: DomainKey, domain: int) -> int:
-        """How many VMs of this domain stand still."""
+        """How many VMs of this domain are paused."""
         return len(self._domains.get(set_name, {}).get((key, domain), ()))
 
     def count_of(self, vms: Iterable[str]) -> int:
-        """How many of these stand still."""
+        """How many of these are paused."""
         return sum(vm in self._vms for vm in vms) if self._vms else 0
 
     def clash(self, set_name: str) -> list[int]:
-        """Domains of the set that stand still at once, where there are two or more.
+        """Domains of the set in which VMs are paused at once, where there are two or more.
 
         Facts of the past may come in after the inventories of now, when the exporter was away: what is known only from
         an inventory is not held against what is known by a fact.
@@ -102,7 +112,7 @@ class Standing:
         """The clock jumped."""
         self._vms = {
             vm: msgspec.structs.replace(
-                each, since=None if each.since is None else each.since + by, heard=each.heard + by
+                each, since=None if each.since is None else each.since + by, received=each.received + by
             )
             for vm, each in self._vms.items()
         }
@@ -110,7 +120,7 @@ class Standing:
     def view(self, most: int) -> tuple[NowPaused, ...]:
         """As it is sent: those first whose budget ends first.
 
-        A host's clock may be behind: nothing has lasted for longer than it was heard of.
+        A host's clock may be behind: nothing has lasted for longer than since it was received.
         """
         by_end = sorted(self._vms.values(), key=lambda each: (each.since or 0.0) + (each.budget or 0.0))
         return tuple(
@@ -120,9 +130,9 @@ class Standing:
                 domain=each.domain,
                 host=each.host,
                 method=each.method,
-                since=None if each.since is None else max(each.since, each.heard),
+                since=None if each.since is None else max(each.since, each.received),
                 budget=each.budget,
-                or_earlier=each.since is not None and each.since < each.heard - _LATE_S,
+                or_earlier=each.since is not None and each.since < each.received - _LATE_S,
             )
             for each in by_end[:most]
         )

@@ -116,7 +116,9 @@ class Scratch:
                 shutil.copy2(path, self.root / path.name)
         self._environ = {
             **os.environ,
-            "PYTHONPATH": ":".join(str(self.root / each) for each in ("services", "shared", "tools", "tests/support")),
+            "PYTHONPATH": ":".join(
+                str(self.root / each) for each in ("services", "shared", "tools", "tests/support")
+            ),
             # Byte code is told apart by size and whole seconds: a mutation of the same length would not be seen.
             "PYTHONDONTWRITEBYTECODE": "1",
         }

@@ -353,14 +353,6 @@ def channel_of(message: type[Message]) -> Channel:
     raise TopicError(f"{message.__name__} is not in the topic table")
 
 
-def channel_at(topic: str) -> Channel:
-    """The row that a concrete topic belongs to. Raises TopicError where there is none."""
-    found = placed(topic)
-    if found is None:
-        raise TopicError(f"topic {topic!r} is not in the topic table")
-    return found[0]
-
-
 def placed(topic: str) -> tuple[Channel, Mapping[str, str]] | None:
     """The row that a concrete topic belongs to, and its parameters; None where there is none."""
     for channel in CHANNELS:

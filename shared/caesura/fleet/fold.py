@@ -14,13 +14,13 @@ A message costs in its own size: an inventory in its VMs, a presence in the sets
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import msgspec
 
 from caesura.contract import messages as m
 from caesura.contract.envelope import Message
-from caesura.fleet.state import FleetState
+from caesura.fleet.state import FleetState, LocatedVm
 from caesura.fleet.words import Cleared
 
 
@@ -31,6 +31,8 @@ class Changes(msgspec.Struct, frozen=True, kw_only=True):
     """Whether the last word on its topic is another now."""
     vms: frozenset[str] = frozenset()
     """VMs that count differently: another host, record or agent."""
+    before: Mapping[str, LocatedVm] = {}
+    """Those of the VMs that belonged to a host before and count differently now, as they were: what a view that counts VMs takes off."""
     hosts: frozenset[str] = frozenset()
     """Hosts of which something else than their VMs is different."""
     sets: frozenset[str] = frozenset()
@@ -50,6 +52,7 @@ def together(changes: Iterable[Changes]) -> Changes:
     return Changes(
         word=any(each.word for each in found),
         vms=frozenset().union(*(each.vms for each in found)),
+        before={vm: known for each in reversed(found) for vm, known in each.before.items()},
         hosts=frozenset().union(*(each.hosts for each in found)),
         sets=frozenset().union(*(each.sets for each in found)),
         owners=frozenset().union(*(each.owners for each in found)),
@@ -111,6 +114,7 @@ def _inventory(state: FleetState, host: str, inventory: m.HostInventory | None) 
     same_head = inventory is not None and _head(known) == _head(inventory)
     return Changes(
         vms=frozenset(vms),
+        before={vm: shift.before for vm, shift in vms.items() if shift.before is not None},
         hosts=frozenset(() if same_head else {host}),
         sets=frozenset().union(
             *(shift.sets for shift in vms.values()), () if same_head else sets | state.sets_of_host(host)
@@ -136,7 +140,8 @@ def _owner(state: FleetState, vm: str, host: str | None) -> Changes:
     shift = state.put_record(vm, host)
     if shift is None:
         return NOTHING
-    return Changes(vms=frozenset({vm}), sets=shift.sets, owners=shift.hosts)
+    before = {vm: shift.before} if shift.before is not None else {}
+    return Changes(vms=frozenset({vm}), before=before, sets=shift.sets, owners=shift.hosts)
 
 
 def _lead(state: FleetState, presence: m.CoordinatorPresence, *, refused: bool) -> None:

@@ -1,4 +1,4 @@
-"""The fleet as far as its writers have told: their words, and indexes by VM, set and host. Pure.
+"""The fleet as far as its writers have said: their words, and indexes by VM, set and host. Pure.
 
 ``fold.apply`` is the only one that changes it. It changes in place, since a copy for each message would cost in the size of the fleet;
 so it has one owner, the event loop of one service, and nobody else keeps a part of it over an await. Views read it through the methods
@@ -25,6 +25,8 @@ class Shift(NamedTuple):
 
     sets: frozenset[str]
     hosts: frozenset[str]
+    before: LocatedVm | None
+    """Where it was; None if it belonged to no host."""
 
 
 class LocatedVm(msgspec.Struct, frozen=True):
@@ -196,7 +198,9 @@ class FleetState:
             self._located[vm] = after
             self._mark_vm(after)
         there = [each for each in (before, after) if each is not None]
-        return Shift(frozenset(each.record.set for each in there), frozenset(each.host for each in there))
+        return Shift(
+            frozenset(each.record.set for each in there), frozenset(each.host for each in there), before
+        )
 
     def _leave(self, located: LocatedVm) -> None:
         name, entry = located.record.set, self._hosts[located.host]

@@ -114,10 +114,6 @@ class Words:
         word = self._words.get(kind, {}).get(key)
         return word.message if word is not None else None  # type: ignore[return-value]
 
-    def word(self, kind: type[Message], *key: str) -> Word | None:
-        """The same with when it arrived, removed or not."""
-        return self._words.get(kind, {}).get(key)
-
     def of(self, kind: type[M]) -> Iterator[M]:
         """Every message of a type that stands on its topic."""
         for word in self._words.get(kind, {}).values():
@@ -127,10 +123,6 @@ class Words:
     def named(self, kind: type[M]) -> Mapping[str, M]:
         """The same by the one parameter of their topics, such as the host: a view, no copy."""
         return _Named(self._words.setdefault(kind, {}))
-
-    def removed(self, kind: type[Message]) -> set[Key]:
-        """The topics of a type that were removed, as far as that is remembered."""
-        return {key for key, word in self._words.get(kind, {}).items() if word.message is None}
 
 
 class _Named(Mapping[str, M]):

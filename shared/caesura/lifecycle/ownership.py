@@ -29,7 +29,7 @@ class Ownership:
         self._namers: dict[str, set[str]] = {}
         self._contested: set[str] = set()
 
-    # -- in, VM by VM: each gives back whose owner is another now ----------------------------------------------
+    # -- in: each gives back whose owner is another now --------------------------------------------------------
 
     def put_inventory(self, inventory: HostInventory) -> dict[str, tuple[str, str]]:
         """A host says what it has. VM to its owner before and now, where that changed."""
@@ -64,23 +64,6 @@ class Ownership:
         self._look(vm)
         after = self.owner_of(vm)
         return None if before == after else (before, after)
-
-    # -- in, host by host: each gives back the inventories that count differently now ---------------------------
-
-    def take_inventory(self, inventory: HostInventory) -> list[HostInventory]:
-        """A host says what it has; first in the answer is what counts of it."""
-        changed = self.put_inventory(inventory)
-        others = self._namers_among(changed) - {inventory.host}
-        return [self.judged(inventory.host), *map(self.judged, sorted(others))]
-
-    def forget_host(self, host: str) -> list[HostInventory]:
-        """A host's inventory was removed. What it has on record it keeps, until the coordinator says otherwise."""
-        return [*map(self.judged, sorted(self._namers_among(self.drop_inventory(host)) - {host}))]
-
-    def take_record(self, vm: str, host: str | None) -> list[HostInventory]:
-        """The coordinator says whose a VM is: a host's, nobody's (empty), or that it has no record any more (None)."""
-        changed = self.put_record(vm, host)
-        return [*map(self.judged, sorted(self._namers_among({vm: changed})))] if changed else []
 
     # -- out -----------------------------------------------------------------------------------------------
 
@@ -183,10 +166,6 @@ class Ownership:
                 del self._namers[vm]
             self._look(vm)
         return changed
-
-    def _namers_among(self, changed: Mapping[str, tuple[str, str]]) -> set[str]:
-        """The hosts that lost or got one of these VMs, as far as they name it."""
-        return {host for vm, hosts in changed.items() for host in hosts if self.names(host, vm)}
 
     def _look(self, vm: str) -> None:
         if self.rivals(vm):

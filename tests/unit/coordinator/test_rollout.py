@@ -16,7 +16,7 @@ from caesura.contract.reasons import Reason
 from caesura.fleet.words import Cleared
 from caesura.lifecycle.errors import IllegalTransition
 from caesura.lifecycle.proof import memory_proof
-from caesura_coordinator.commands import due_commands
+from caesura_coordinator.commands import command_for, due_operations
 from caesura_coordinator.fleet import Fleet
 from caesura_coordinator.inputs import (
     Abort,
@@ -147,7 +147,11 @@ class Story:
         return [each.event.status for each in self.effects if isinstance(each, EventEnded)]
 
     def commands(self) -> list[str]:
-        return [type(each).__name__ for each in due_commands(self.rollout, self.authority)]
+        return [type(each).__name__ for each in self.due_commands()]
+
+    def due_commands(self) -> list[m.StartOperation | m.AbortOperation]:
+        due = due_operations(self.rollout, self.authority)
+        return [command_for(self.rollout, each, self.authority) for each in due]
 
 
 @pytest.fixture
@@ -890,7 +894,7 @@ def test_a_host_that_did_its_part_is_verified_with_those_that_tried_again(synced
     pair.give(Resume())
     assert [event.resources for event in pair.wave.events] == [("w2",)]
     pair.ready().approve().give(Tick())
-    assert [each.host for each in due_commands(pair.rollout, pair.authority)] == ["h2"]
+    assert [each.host for each in pair.due_commands()] == ["h2"]
     pair.give(_report_of(pair, "h2", "completed"))
     second = pair.wave.operations[0].operation
     pair.give(msgspec.structs.replace(verdict, vm="w2", host="h2", operation=second, synced=True))
@@ -906,9 +910,7 @@ def test_a_host_that_did_its_part_is_verified_with_those_that_tried_again(synced
 def test_a_verdict_of_an_earlier_attempt_that_was_lost_is_asked_for_again(pair: Story) -> None:
     pair.started().give(_report_of(pair, "h1", "completed")).give(_report_of(pair, "h2", "failed"))
     pair.give(Resume()).ready().approve().give(Tick()).give(_report_of(pair, "h2", "completed"))
-    asked = [
-        each for each in due_commands(pair.rollout, pair.authority) if isinstance(each, m.StartOperation)
-    ]
+    asked = [each for each in pair.due_commands() if isinstance(each, m.StartOperation)]
     assert [each.host for each in asked] == ["h1", "h2"]
     assert all(each.not_after <= pair.now for each in asked), "a host that forgot must not pause again"
 

@@ -27,7 +27,7 @@ from caesura.lifecycle.document import version_of
 from caesura.lifecycle.errors import IllegalTransition
 from caesura.lifecycle.proof import memory_proof
 from caesura_coordinator.book import Book
-from caesura_coordinator.commands import due_commands
+from caesura_coordinator.commands import command_for, due_operations
 from caesura_coordinator.fleet import Fleet
 from caesura_coordinator.inputs import Abort, Approve, Authority, Input, RequestRefused, Resume, Tick
 from caesura_coordinator.plan import make_plan, sets_of
@@ -294,7 +294,11 @@ class Fleetwide(RuleBasedStateMachine):
                         self.done.setdefault(key, operation.operation)
 
     def due(self) -> list[m.StartOperation | m.AbortOperation]:
-        return [command for each in self.active for command in due_commands(each, self.authority)]
+        return [
+            command_for(each, due, self.authority)
+            for each in self.active
+            for due in due_operations(each, self.authority)
+        ]
 
     def deliver(self, command: m.StartOperation | m.AbortOperation) -> None:
         if not self.hosts[command.host].obey(command, self.now):
@@ -578,7 +582,7 @@ class Fleetwide(RuleBasedStateMachine):
     def nothing_is_commanded_after_the_end(self) -> None:
         for rollout in self.book.rollouts.values():
             if rollout.status in {"completed", "aborted"}:
-                assert not list(due_commands(rollout, self.authority))
+                assert not list(due_operations(rollout, self.authority))
 
 
 Fleetwide.TestCase.settings = settings(max_examples=300, stateful_step_count=50, deadline=None)

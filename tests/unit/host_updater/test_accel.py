@@ -44,6 +44,7 @@ async def test_a_kernel_that_comes_to_its_panic_has_booted(tmp_path: Path) -> No
         ("exit 0", "exit code 0 (last line: none)"),
         ("while :; do echo loop; sleep 0.1; done", f"not through after {WHOLE_S:g} s (last line: loop)"),
     ],
+    ids=["silent", "aborted", "ended", "endless"],
 )
 async def test_everything_else_has_not(tmp_path: Path, body: str, said: str) -> None:
     found = await try_boot([program(tmp_path, body)], silence_s=SILENCE_S, whole_s=WHOLE_S)

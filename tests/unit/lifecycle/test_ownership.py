@@ -20,11 +20,22 @@ def own(ownership: Ownership, host: str) -> list[str]:
     return [record.vm for record in ownership.judged(host).vms]
 
 
+def affected(ownership: Ownership, changed: Mapping[str, tuple[str, str] | None]) -> set[str]:
+    """The hosts whose inventories count differently when these VMs have other owners: those that lost or got one that they name."""
+    return {
+        host
+        for vm, hosts in changed.items()
+        if hosts is not None
+        for host in hosts
+        if ownership.names(host, vm)
+    }
+
+
 def test_the_record_decides_and_not_the_order_of_arrival() -> None:
     steps: list[Callable[[Ownership], object]] = [
-        lambda it: it.take_record("web-1", "a"),
-        lambda it: it.take_inventory(inventory("a", "web-1")),
-        lambda it: it.take_inventory(inventory("b", "db-1", "web-1")),
+        lambda it: it.put_record("web-1", "a"),
+        lambda it: it.put_inventory(inventory("a", "web-1")),
+        lambda it: it.put_inventory(inventory("b", "db-1", "web-1")),
     ]
     for order in itertools.permutations(steps):
         ownership = Ownership()
@@ -40,8 +51,8 @@ def test_the_record_decides_and_not_the_order_of_arrival() -> None:
 
 def test_a_host_that_does_not_report_keeps_what_it_has_on_record() -> None:
     ownership = Ownership()
-    ownership.take_record("web-1", "a")
-    ownership.take_inventory(inventory("b", "web-1"))
+    ownership.put_record("web-1", "a")
+    ownership.put_inventory(inventory("b", "web-1"))
     assert settle(ownership, ["web-1"], lambda host: host == "b") == {}
     assert own(ownership, "b") == []
 
@@ -49,11 +60,12 @@ def test_a_host_that_does_not_report_keeps_what_it_has_on_record() -> None:
 def test_without_a_record_the_only_host_that_names_it_has_it() -> None:
     ownership = Ownership()
     assert ownership.may_speak("a", "web-1"), "nobody has named it"
-    ownership.take_inventory(inventory("a", "web-1"))
+    ownership.put_inventory(inventory("a", "web-1"))
     assert own(ownership, "a") == ["web-1"]
     assert settle(ownership, ["web-1"], lambda _: False) == {"web-1": "a"}
-    changed = ownership.take_inventory(inventory("b", "web-1"))
-    assert [each.host for each in changed] == ["b", "a"], "what counts of a changed with b's word"
+    changed = ownership.put_inventory(inventory("b", "web-1"))
+    assert changed == {"web-1": ("a", "")}, "what counts of a changed with b's word"
+    assert affected(ownership, changed) == {"a"}
     assert (own(ownership, "a"), own(ownership, "b")) == ([], [])
     assert settle(ownership, ["web-1"], lambda _: False) == {"web-1": ""}
 
@@ -66,26 +78,28 @@ def test_a_vm_is_released_by_the_inventory_of_a_host_that_is_online(
     online: bool, still_named: bool, expected: dict[str, str]
 ) -> None:
     ownership = Ownership()
-    ownership.take_record("web-1", "a")
-    ownership.take_inventory(inventory("a", *(["web-1"] if still_named else [])))
-    ownership.take_inventory(inventory("b", "web-1"))
+    ownership.put_record("web-1", "a")
+    ownership.put_inventory(inventory("a", *(["web-1"] if still_named else [])))
+    ownership.put_inventory(inventory("b", "web-1"))
     assert settle(ownership, ["web-1"], lambda _: online) == expected
 
 
 def test_what_nobody_names_any_more_is_on_no_record() -> None:
     ownership = Ownership()
-    ownership.take_record("web-1", "a")
-    ownership.take_inventory(inventory("a"))
+    ownership.put_record("web-1", "a")
+    ownership.put_inventory(inventory("a"))
     assert settle(ownership, ["web-1"], lambda _: True) == {"web-1": None}
 
 
 def test_a_record_of_nobody_is_believed_until_it_changes() -> None:
     ownership = Ownership()
-    ownership.take_record("web-1", "")
-    ownership.take_inventory(inventory("a", "web-1"))
+    ownership.put_record("web-1", "")
+    ownership.put_inventory(inventory("a", "web-1"))
     assert own(ownership, "a") == []
     assert settle(ownership, ["web-1"], lambda _: False) == {"web-1": "a"}
-    assert [each.host for each in ownership.take_record("web-1", "a")] == ["a"]
+    changed = ownership.put_record("web-1", "a")
+    assert changed == ("", "a")
+    assert affected(ownership, {"web-1": changed}) == {"a"}
     assert own(ownership, "a") == ["web-1"]
 
 
@@ -108,15 +122,15 @@ _STEPS = st.lists(
 )
 
 
-def settled(ownership: Ownership, online: str, raw: Mapping[str, frozenset[str]]) -> list[m.HostInventory]:
-    """Change the records as they must, while one host is online."""
-    changed: list[m.HostInventory] = []
+def settled(ownership: Ownership, online: str, raw: Mapping[str, frozenset[str]]) -> set[str]:
+    """Change the records as they must, while one host is online; the hosts whose inventories count differently."""
+    changed: set[str] = set()
     for vm, owner in settle(ownership, _VMS, lambda host: host == online).items():
         before = ownership.record(vm)
         assert not before or (before == online and vm not in raw[online]), (
             "only a host that is online releases"
         )
-        changed += ownership.take_record(vm, owner)
+        changed |= affected(ownership, {vm: ownership.put_record(vm, owner)})
     return changed
 
 
@@ -128,17 +142,17 @@ def test_what_counts_is_always_what_was_told_last(steps: list[tuple[str, str, fr
         match what:
             case "inventory":
                 raw[host] = vms
-                changed = ownership.take_inventory(inventory(host, *sorted(vms)))
+                changed = {host} | affected(ownership, ownership.put_inventory(inventory(host, *sorted(vms))))
             case "forget":
                 kept.pop(host, None)
                 raw.pop(host, None)
-                changed = ownership.forget_host(host)
+                changed = affected(ownership, ownership.drop_inventory(host))
             case "settle":
                 changed = settled(ownership, host, raw)
             case _:
                 owner = host if what == "record" else None
-                changed = [each for vm in vms for each in ownership.take_record(vm, owner)]
-        kept |= {each.host: each for each in changed}
+                changed = affected(ownership, {vm: ownership.put_record(vm, owner) for vm in vms})
+        kept |= {name: ownership.judged(name) for name in changed}
         assert kept == {name: ownership.judged(name) for name in raw}
         for vm in _VMS:
             holders = [name for name in raw if any(record.vm == vm for record in kept[name].vms)]

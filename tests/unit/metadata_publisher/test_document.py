@@ -12,7 +12,7 @@ import pytest
 from caesura.contract.messages import ScheduledEvent, SetDocument
 from caesura_metadata_publisher.document import (
     awaits_approval,
-    etag_of,
+    entity_tag,
     find_event,
     unchanged,
     wire_document,
@@ -183,7 +183,7 @@ def test_every_version_shows_the_types_we_schedule() -> None:
     ],
 )
 def test_if_none_match(if_none_match: str, *, same: bool) -> None:
-    assert unchanged(if_none_match, etag_of(document())) is same
+    assert unchanged(if_none_match, entity_tag(document())) is same
 
 
 def test_an_event_is_found_whatever_the_case_of_its_id() -> None:

@@ -129,7 +129,7 @@ class Story:
         self.hear(message, at, fresh=fresh)
 
     def snapshot(self, at: float = 0.0) -> Change:
-        return self.live.snapshot(max(self.live._now, T0 + at))
+        return self.live.snapshot(max(self.live.now, T0 + at))
 
     def lane(self, name: str = "web/ud/0") -> LaneView:
         return {lane.lane: lane for lane in self.snapshot().lanes}[name]

@@ -1,0 +1,110 @@
+"""What a plan has to know of an update: its one definition, how long it takes, whether that is allowed. Pure."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+import msgspec
+
+from caesura.contract.messages import (
+    Policy,
+    Refusal,
+    Selection,
+    UpdateRecord,
+)
+from caesura.lifecycle.budget import MIN_BUDGET_S, PREPARE_S, usable_s
+from caesura_coordinator.fleet import Fleet
+
+_SWAP_PAUSE_S = 1.0  # s: far more than the milliseconds that a swap takes; what an event promises at most
+HOLD = UpdateRecord(update="hold", impact="pause", scope="vm", expected_s=0.0, timeout_s=1.0)
+"""Freeze on demand, as an update that does nothing but take time."""
+
+
+def definition(fleet: Fleet, update: str, selection: Selection) -> tuple[UpdateRecord | None, list[Refusal]]:
+    """The update's definition, which must be the same on every host that has it."""
+    found = {
+        host: record
+        for host, inventory in sorted(fleet.inventories.items())
+        for record in inventory.updates
+        if record.update == update
+    }
+    if not found:
+        names = sorted(
+            {record.update for inventory in fleet.inventories.values() for record in inventory.updates}
+        )
+        near = difflib.get_close_matches(update, names, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"hosts know: {', '.join(names) or 'none'}"
+        return None, [
+            Refusal(subject=update, code="update_unknown", reason=f"no host defines this update; {hint}")
+        ]
+    refusals = [
+        Refusal(
+            subject=host,
+            code="update_unknown",
+            reason=f"does not define the update {update!r}: add it to updates.d there",
+        )
+        for host in selection.hosts
+        if host in fleet.inventories and host not in found
+    ]
+    (first_host, first), *others = found.items()
+    refusals += [
+        Refusal(
+            subject=host,
+            code="update_differs",
+            reason=f"defines {update!r} otherwise than {first_host} does (version, impact, scope or vmm)",
+        )
+        for host, record in others
+        if (record.version, record.impact, record.scope, record.vmm)
+        != (first.version, first.impact, first.scope, first.vmm)
+    ]
+    return first, refusals
+
+
+def slowest(fleet: Fleet, record: UpdateRecord, hosts: Iterable[str]) -> UpdateRecord:
+    """The definition with the times of the host that takes longest: each host may have its own."""
+    all_of_them = [
+        each for host in hosts for each in fleet.inventories[host].updates if each.update == record.update
+    ]
+    return msgspec.structs.replace(
+        record,
+        expected_s=max((each.expected_s for each in all_of_them), default=record.expected_s),
+        timeout_s=max((each.timeout_s for each in all_of_them), default=record.timeout_s),
+    )
+
+
+def update_limits(record: UpdateRecord, policy: Policy, expected_s: float) -> Iterable[Refusal]:
+    """What the policy does not allow the update."""
+    usable = usable_s(policy.budget_s)
+    if record.impact == "pause" and policy.budget_s < MIN_BUDGET_S:
+        yield Refusal(
+            subject=record.update,
+            code="budget_too_short",
+            reason=f"a pause budget of {policy.budget_s:g} s is too short: resuming in time needs at least {MIN_BUDGET_S:g} s",
+        )
+    elif record.impact == "pause" and record.vmm != "beside" and expected_s > usable:
+        yield Refusal(
+            subject=record.update,
+            code="budget_too_short",
+            reason=f"takes {expected_s:g} s, a pause budget of {policy.budget_s:g} s leaves {usable:.2f} s for it "
+            "(the rest is for the resume)",
+        )
+    if record.impact == "reboot" and not policy.allow_reboot:
+        yield Refusal(
+            subject=record.update,
+            code="reboot_not_allowed",
+            reason="needs a reboot, which loses guest memory: allow it with --allow-reboot",
+        )
+
+
+def expected_pause_s(record: UpdateRecord, expected_s: float) -> float:
+    """How long a VM is expected to be paused."""
+    if record.impact == "none":
+        return 0.0
+    return _SWAP_PAUSE_S if record.vmm == "beside" else expected_s
+
+
+def outside_pause_s(record: UpdateRecord) -> float:
+    """The most that a host may take before its first pause, beyond the pause budget."""
+    before = record.timeout_s if record.impact == "none" or record.vmm == "beside" else 0.0
+    return before + (PREPARE_S if record.vmm else 0.0)

@@ -1,0 +1,45 @@
+"""Where VMs are, for the live page: how many a domain has, and by which key a set's domains go. A view of ``Folded``. Pure."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from caesura.fleet.state import LocatedVm
+from caesura_metrics_exporter.folded import Folded
+from caesura_metrics_exporter.lanes import DomainKey
+
+Place = tuple[DomainKey, int]
+
+
+class Places:
+    """See the module. Only the VMs of fault domains are counted here: the fold has those of update domains."""
+
+    def __init__(self, folded: Folded) -> None:
+        self._state = folded.state
+        self._rollouts = folded.rollouts
+        self._in_fault: Counter[tuple[str, int]] = Counter()
+
+    def moved(self, before: LocatedVm | None, after: LocatedVm | None) -> None:
+        """A VM counts differently."""
+        for located, by in ((after, 1), (before, -1)):
+            if located is None:
+                continue
+            domain = (located.record.set, located.record.fault_domain)
+            self._in_fault[domain] += by
+            if not self._in_fault[domain]:
+                del self._in_fault[domain]
+
+    def count(self, set_name: str, key: DomainKey, domain: int) -> int:
+        """How many VMs the domain has."""
+        if key == "fault_domain":
+            return self._in_fault[set_name, domain]
+        return len(self._state.set_index(set_name).domains.get(domain, ()))
+
+    def of(self, vm: str, set_name: str, update_domain: int) -> Place:
+        """The VM's domain by the key of the rollout that holds its set; by its update domain where its fault domain is not known."""
+        holder = self._rollouts.holder(set_name)
+        if holder is not None and holder.policy.domain_key == "fault_domain":
+            located = self._state.vm(vm)
+            if located is not None:
+                return "fault_domain", located.record.fault_domain
+        return "update_domain", update_domain

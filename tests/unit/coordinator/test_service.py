@@ -867,7 +867,7 @@ async def test_a_command_that_cannot_be_sent_holds_up_no_other(world: World) -> 
     )
     async with world.coordinator() as one:
         await eventually(lambda: one.leads)
-        assert await one._try_send(command, host="h1"), "the next one is tried"
+        assert await one.sender.try_send(command), "the next one is tried"
 
 
 async def test_a_command_that_the_broker_refuses_holds_up_no_other(

@@ -320,9 +320,8 @@ class Coordinator:
     async def _claim(self) -> None:
         """Claim an epoch above every one known, on disk before anybody sees it. Until then the old authority holds, if there was one."""
         claimed = 0
-        while (
-            not claimed or self._epoch_above() > claimed + 1
-        ):  # one above it may arrive while the disk is waited for
+        # One above it may arrive while the disk is waited for.
+        while not claimed or self._epoch_above() > claimed + 1:
             claimed = self._epoch_above()
             if claimed > m.EPOCH_MOST:
                 raise NoEpochLeft(self.store.database.path)

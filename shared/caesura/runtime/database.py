@@ -112,9 +112,8 @@ class Database:
         try:
             wal.write_again()
             wal.sync_folder()
-            with suppress(
-                StoreError
-            ):  # without room or with a reader in it, the WAL is only longer than it might be
+            # Without room, or with a reader in it, the WAL is only longer than it might be.
+            with suppress(StoreError):
                 wal.restart()
             self._connection.execute("PRAGMA synchronous=NORMAL")
             self._connection.execute("PRAGMA wal_autocheckpoint=0")

@@ -168,8 +168,8 @@ class Coordinator:
         store.write_as(self.post.source)
         self.commits = commits or GroupCommit(store.database)
         """Nothing that follows from a commit leaves the process before this covers it."""
-        outbox = SyncedOutbox(beside(store.database.path), self.commits)
-        self.publisher = ReliablePublisher(bus, outbox, answer_s=_ANSWER_S)
+        self.outbox = SyncedOutbox(beside(store.database.path), self.commits)
+        self.publisher = ReliablePublisher(bus, self.outbox, answer_s=_ANSWER_S)
         """Of what is stored first."""
         self._owner_publisher = ReliablePublisher(bus, answer_s=_ANSWER_S)
         self.book = Book(store, now())

@@ -338,21 +338,23 @@ class Store:
 
     def _take_over(self) -> None:
         """Encode the messages that a version of before kept unencoded."""
-        rows = self.database.run("SELECT event_id, type, parameters, body FROM outbox_1 ORDER BY number")
+        rows = self.database.run(
+            "SELECT number, event_id, type, parameters, body FROM outbox_1 ORDER BY number"
+        )
         if not rows:
             return
         with self.database.transaction():
-            for event_id, kind, parameters, body in rows:
+            for number, event_id, kind, parameters, body in rows:
                 try:
                     where = msgspec.json.decode(parameters, type=dict[str, str])
                     message = from_body(
                         kind, where, body, source=self._source, event_id=event_id, at=datetime.now(UTC)
                     )
                 except (CaesuraError, ValueError, TypeError, KeyError) as error:
-                    _log.error("outbox.unreadable", store=self.database.path, why=str(error))
-                else:
+                    _log.error("outbox.unreadable", store=self.database.path, number=number, why=str(error))
+                else:  # what cannot be read stays
                     self.outbox.add([message])
-            self.database.run("DELETE FROM outbox_1")
+                    self.database.run("DELETE FROM outbox_1 WHERE number = ?", number)
 
     def _read(self, body: bytes, kind: type[_T], what: str) -> _T:
         with self.database.reading(what):

@@ -567,7 +567,7 @@ class Coordinator:
     def _take_rollout(self, rollout: m.RolloutState) -> None:
         removal = self.book.outlived(rollout)
         try:
-            removal = removal or self.book.end_unknown(rollout, self._now())
+            self.book.end_unknown(rollout, self._now())
         except StoreError as error:
             _log.error("rollout.not_ended", rollout=rollout.rollout, why=str(error))
         if removal is not None:
@@ -772,7 +772,7 @@ class Coordinator:
         self.book.add(rollout, client, answer)
         _log.info("rollout.started", rollout=rollout.id, update=update, waves=len(plan.waves), client=client)
         try:
-            self._to_remove += self.book.forget()
+            self.book.forget()
         except StoreError as error:
             _log.error("rollout.not_forgotten", why=str(error))
 

@@ -21,7 +21,7 @@ from caesura.contract.envelope import Message, source_of
 from caesura.contract.messages import Epoch, PlannedVm, RequestAnswered, SetDocument
 from caesura.contract.names import Name
 from caesura.contract.topics import TopicError
-from caesura.delivery.message import OutboxMessage, from_body, prepare
+from caesura.delivery.message import OutboxMessage, clearing, from_body, prepare
 from caesura.delivery.sqlite import SCHEMA, OffLoop, OutboxTable, SqliteOutbox
 from caesura.runtime.database import Database
 from caesura.runtime.errors import CaesuraError
@@ -328,6 +328,17 @@ class Store:
         except (ContractError, TopicError) as error:
             _log.error("outbox.unsendable", type=type(message).TYPE, why=str(error))
             return
+        self._append(outgoing)
+
+    def enqueue_removal(self, kind: type[Message], **parameters: str | int) -> None:
+        """Append what removes a retained message from the bus; it replaces what waits on its topic.
+
+        Raises:
+            TopicError: the parameters do not fit the topic.
+        """
+        self._append(clearing(kind, event_id=new_id(), **parameters))
+
+    def _append(self, outgoing: OutboxMessage) -> None:
         if self._writing:
             self.outbox.add([outgoing])
             self._fresh.append(outgoing)

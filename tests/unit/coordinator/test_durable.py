@@ -24,12 +24,14 @@ from caesura.bus.post import Post
 from caesura.contract import messages as m
 from caesura.contract.codec import Received, decode
 from caesura.contract.envelope import Message
+from caesura.contract.topics import channel_of
 from caesura.delivery.sqlite import SqliteOutbox
 from caesura.runtime.errors import SyncFailed
 from caesura.runtime.group_commit import GroupCommit
 from caesura.runtime.serve import serve
 from caesura.testing.collector import PATIENCE_S, eventually
 from caesura.testing.disks import Disk
+from caesura.testing.rollouts import wave_state
 from caesura_coordinator.service import Coordinator, subscriptions
 from caesura_coordinator.store import Store
 
@@ -295,6 +297,46 @@ async def test_what_was_loaded_at_the_start_is_on_disk_before_it_is_published(
         world.disk.release()
         await eventually(lambda: len(world.of(m.RequestAnswered)) == 1)
         assert calls
+
+
+async def test_waves_of_a_rollout_that_nobody_knows_are_removed_though_the_coordinator_is_killed(
+    world: World,
+) -> None:
+    foreign = m.RolloutState(
+        rollout="foreign",
+        update="u",
+        status="running",
+        policy=m.Policy(),
+        sets=(),
+        wave_count=1,
+        waves_completed=0,
+        created_at=datetime(2026, 1, 1, tzinfo=UTC),
+    )
+    wave = wave_state(rollout="foreign", wave=0)
+    topics = [channel_of(m.WaveState).topic(rollout="foreign", wave=0)]
+    async with world.coordinator() as made:
+        await _obeyed(world, made)
+        world.disk.hold()
+        had = made.commits.committed
+        await world.post.send(wave, rollout="foreign", wave=0)
+        await world.post.send(foreign, rollout="foreign")
+        await _decided(made, had)
+        # The end reaches the broker, and what is to be removed does not: killed in between.
+        publish = made.bus.publish
+
+        async def cut(topic: str, payload: bytes, **how: Any) -> None:
+            if not payload:
+                await asyncio.Event().wait()
+            await publish(topic, payload, **how)
+
+        made.bus.publish = cut  # type: ignore[method-assign]
+        world.disk.release()
+        await eventually(lambda: bool(world.of(m.RolloutState)))
+        await eventually(lambda: made.publisher.unremoved == 0)
+        assert world.broker.retained.get(topics[0])
+    async with world.coordinator() as made:
+        await eventually(lambda: not world.broker.retained.get(topics[0]))
+        await eventually(lambda: not made.waiting())
 
 
 async def test_a_disk_that_fails_ends_the_service_and_nothing_of_it_was_published(world: World) -> None:

@@ -141,6 +141,27 @@ def test_a_wal_that_was_replaced_is_no_durable_one(tmp_path: Path) -> None:
     database.close()
 
 
+def test_a_commit_behind_a_copy_does_not_begin_the_wal_from_its_start(tmp_path: Path) -> None:
+    """It would sync the header, in the event loop."""
+    database = Database(str(tmp_path / "a.sqlite"), _TABLE)
+    database.defer_syncs()
+    wal = Wal(database.path)
+    for number in range(10):
+        put(database, number)
+    before = wal_bytes(database)
+    wal.copy()
+    put(database, 10)
+    assert wal_bytes(database) > before
+    assert wal.restart()
+    begun = wal_bytes(database)
+    assert 0 < begun < before, "what begins it is synced there, not by the next commit"
+    put(database, 11)
+    assert wal_bytes(database) > begun
+    assert numbers_in(Path(database.path)) == list(range(12))
+    wal.close()
+    database.close()
+
+
 async def test_the_wal_stays_short_while_others_commit(database: Database) -> None:
     limit = 256 * 1024
     commits = GroupCommit(database, fold_bytes=limit)

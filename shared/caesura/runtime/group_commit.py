@@ -134,13 +134,14 @@ class GroupCommit:
             self._folds.end()
 
     def ping(self) -> str:
-        """For the health probe: empty, or that the disk does not answer."""
+        """For the health probe: empty, or what is wrong with the store or its disk."""
         if self._failed is not None:
             return str(self._failed)
         now_s = asyncio.get_running_loop().time()
         waited_s = now_s - min(self._waits_s, default=now_s)
         if waited_s < _SLOW_S:
-            return ""
+            # It may write, and would hold the loop while the WAL begins from its start.
+            return self._database.ping() if self._open.is_set() else ""
         return (
             f"the disk of {self._database.path} has not finished a sync for {waited_s:.0f} s: nothing that was decided since is "
             "published. Look at the disk (dmesg)"

@@ -200,6 +200,27 @@ async def test_a_reader_keeps_the_wal_long_and_nobody_waits_for_it(
         await eventually(lambda: wal_bytes(database) < 200_000)
 
 
+async def test_a_file_without_room_is_opened_and_refuses_what_it_cannot_take(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_: Wal) -> bool:
+        raise StoreError("database or disk is full")
+
+    database = Database(str(tmp_path / "a.sqlite"), _TABLE)
+    monkeypatch.setattr(Wal, "restart", full)
+    commits = GroupCommit(database)
+    ((pages,),) = database.run("PRAGMA page_count")
+    database.run(f"PRAGMA max_page_count = {pages}")
+    async with kept(commits):
+        with pytest.raises(StoreError, match="full"):
+            put(database, 1, 1_000_000)
+        assert commits.settled, "it was rolled back at once"
+        put(database, 2)
+        await commits.reached()
+    assert database.run("SELECT x FROM t") == [(2,)]
+    database.close()
+
+
 async def test_a_file_without_room_keeps_its_wal_and_goes_on(
     database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:

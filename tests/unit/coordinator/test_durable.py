@@ -299,6 +299,21 @@ async def test_what_was_loaded_at_the_start_is_on_disk_before_it_is_published(
         assert calls
 
 
+def test_of_a_retained_topic_only_the_newest_is_given_to_the_publisher(tmp_path: Path) -> None:
+    """It may have loaded the newest already: an older one behind it would replace it, and have its row removed."""
+    store = Store(str(tmp_path / "c.sqlite"))
+    for incarnation in (1, 2):
+        store.enqueue(m.SetDocument(set="web", incarnation=incarnation, events=()), set="web")
+    store.enqueue(m.SetDocument(set="db", incarnation=1, events=()), set="db")
+    kept = store.outbox.load()
+    assert len(kept) == 2
+    assert store.unread == 3
+    assert store.stored(0) == []
+    assert store.stored(store.database.commits) == kept
+    assert store.unread == 0
+    store.database.close()
+
+
 async def test_waves_of_a_rollout_that_nobody_knows_are_removed_though_the_coordinator_is_killed(
     world: World,
 ) -> None:

@@ -152,7 +152,7 @@ class GroupCommit:
         try:
             self._size_bytes = await self._in(self._syncs, self._wal.sync)
         except SyncFailed as error:
-            self._fail(error)  # whoever waits asks again, and is told then
+            self._fail(error)  # whoever waits looks again, and raises it then
             return
         finally:
             self._round = None

@@ -281,7 +281,7 @@ async def test_a_message_whose_handler_never_returned_comes_again(harness: Harne
 
 
 class HeldCommits:
-    """A store whose disk answers when it is told to."""
+    """A store whose disk answers on demand."""
 
     def __init__(self) -> None:
         self.settled = False

@@ -221,7 +221,7 @@ async def test_a_file_without_room_is_opened_and_refuses_what_it_cannot_take(
     database.close()
 
 
-async def test_a_file_without_room_keeps_its_wal_and_goes_on(
+async def test_a_file_without_room_keeps_its_wal_and_continues(
     database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(_: Wal) -> None:

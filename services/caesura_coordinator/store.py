@@ -21,7 +21,7 @@ from caesura.contract.envelope import Message, source_of
 from caesura.contract.messages import Epoch, PlannedVm, RequestAnswered, SetDocument
 from caesura.contract.names import Name
 from caesura.contract.topics import TopicError
-from caesura.delivery.message import OutboxMessage, clearing, from_body, prepare
+from caesura.delivery.message import OutboxMessage, clearing, from_body, is_state, prepare
 from caesura.delivery.sqlite import SCHEMA, OffLoop, OutboxTable, SqliteOutbox
 from caesura.runtime.database import Database
 from caesura.runtime.errors import CaesuraError
@@ -363,9 +363,11 @@ class Store:
                     )
                 except (CaesuraError, ValueError, TypeError, KeyError) as error:
                     _log.error("outbox.unreadable", store=self.database.path, number=number, why=str(error))
-                else:  # what cannot be read stays
+                    if not is_state(kind):
+                        continue  # a fact stays: nobody says it again
+                else:
                     self.outbox.add([message])
-                    self.database.run("DELETE FROM outbox_1 WHERE number = ?", number)
+                self.database.run("DELETE FROM outbox_1 WHERE number = ?", number)
 
     def _read(self, body: bytes, kind: type[_T], what: str) -> _T:
         with self.database.reading(what):

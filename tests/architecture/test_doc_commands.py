@@ -1,6 +1,6 @@
 """Every shell block of the docs says whether it is run: by which test, or why by none.
 
-The mark is a comment above the block, which no reader sees: ``run``, ``run in: PLACE`` (``tests/e2e/docs`` runs both),
+The mark is a comment above the block, which no reader sees: ``run``, ``run in: PLACE`` (``tests/e2e/docs`` runs both, ``tests/e2e/compose`` what is run in ``compose``),
 ``run by: TEST`` or ``not run: WHY``.
 """
 
@@ -17,7 +17,9 @@ _PAGES = [
     *sorted((_ROOT / "docs").rglob("*.md")),
 ]
 _SHELL = re.compile(r"^([ ]*)```(?:sh|bash|console|shell)\b", re.MULTILINE)
-_MARK = re.compile(r"[ ]*<!-- (?:(run)|run in: (demo|host|laptop)|run by: (\S+)|not run: (.{10,})) -->")
+_MARK = re.compile(
+    r"[ ]*<!-- (?:(run)|run in: (compose|demo|host|laptop)|run by: (\S+)|not run: (.{10,})) -->"
+)
 
 
 @pytest.mark.parametrize("page", _PAGES, ids=lambda page: str(page.relative_to(_ROOT)))

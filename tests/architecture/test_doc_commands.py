@@ -18,7 +18,7 @@ _PAGES = [
 ]
 _SHELL = re.compile(r"^([ ]*)```(?:sh|bash|console|shell)\b", re.MULTILINE)
 _MARK = re.compile(
-    r"[ ]*<!-- (?:(run)|run in: (compose|demo|host|laptop)|run by: (\S+)|not run: (.{10,})) -->"
+    r"[ ]*<!-- (?:(run)|run in: (broker|compose|demo|host|laptop)|run by: (\S+)|not run: (.{10,})) -->"
 )
 
 

@@ -5,6 +5,7 @@
 - ``run``: in a copy of the checkout.
 - ``run in: host``: as on a host, whose folders are below one folder here; systemd is a stand-in that writes down what was asked.
 - ``run in: demo``: beside ``./demo --keep``, in a network of its own (the ports that the page names are free there).
+- ``run in: broker``: with a broker of its own, for the address and without the TLS of the page's.
 - ``run in: laptop``: in an empty folder with a broker, in a network of its own.
 """
 
@@ -372,3 +373,38 @@ wait
         _kill(mark)
     assert '"EventStatus":"Scheduled"' in out.replace(" ", "")
     assert out.endswith("started\n"), "the notice ended"
+
+
+@pytest.mark.parametrize("block", of("broker"), ids=name)
+def test_what_removes_retained_messages_removes_these_and_no_others(block: Block, tmp_path: Path) -> None:
+    network = _own_network()
+    folder = "caesura/v1/host/host-3"
+    rollout = "caesura/v1/fleet/rollout/20260420-221158-1f3a"
+    removed = {
+        "docs/operate/runbooks/host-lost.md": {
+            f"{folder}/presence", f"{folder}/inventory", f"{folder}/inventory/1", f"{folder}/vm/web-1/status"
+        },
+        "docs/operate/upgrade.md": {rollout},
+    }[block.page]  # fmt: skip
+    others = {
+        "caesura/v1/host/host-1/presence",
+        "caesura/v1/host/host-30/inventory",
+        f"{rollout}/wave/0/state",
+    }
+    (tmp_path / "passwords").mkdir()
+    for user in ("host_host-3", "coordinator"):
+        (tmp_path / "passwords" / user).write_text("secret\n", encoding="utf-8")
+    text = block.text.replace("/root/caesura-passwords", str(tmp_path / "passwords"))
+    plain = text.replace("-h broker.example.net -p 8883 --cafile /etc/caesura/ca.pem", "-h 127.0.0.1 -p 1883")
+    assert plain != text
+    seeds = "\n".join(f"mosquitto_pub -q 1 -r -m x -t {topic}" for topic in sorted(removed | others))
+    script = f"""
+mosquitto -p 1883 >mosquitto.log 2>&1 &
+until mosquitto_pub -q 1 -m x -t up 2>/dev/null; do sleep 0.1; done
+{seeds}
+{plain}
+mosquitto_sub --retained-only -F %t -W 2 -t 'caesura/#' || test $? = 27 # its time is over
+kill %1
+"""
+    left = run(script, tmp_path, environment(), network)
+    assert set(left.split()) == others

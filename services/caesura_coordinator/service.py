@@ -58,7 +58,7 @@ _INCOMPLETE_S = 10.0
 _ANNOUNCED_KEPT = 10
 ABOVE_OURS = (
     "nothing is paused in its sets. Is another coordinator at work? If none is, restart this one: it claims an epoch above. If "
-    "that changes nothing, see 'An epoch that nobody claimed' in docs/operations.md"
+    "that changes nothing, see 'An epoch that nobody claimed' in docs/operate/runbooks/epoch.md"
 )
 _SETTLE_AT_MOST_S = 30.0
 _ANSWER_S = 5.0
@@ -97,7 +97,7 @@ class NoEpochLeft(CaesuraError):
     def __init__(self, store: str) -> None:
         super().__init__(
             f"there is no epoch above the one that {store} or the bus has: it was claimed by nobody. See 'An epoch that nobody "
-            "claimed' in docs/operations.md."
+            "claimed' in docs/operate/runbooks/epoch.md."
         )
 
 

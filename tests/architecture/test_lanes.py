@@ -37,7 +37,7 @@ def test_what_is_chosen(lanes: Any) -> None:
     assert not {"soak", "mutation"} & set(everything), "they take hours"
     assert lanes.chosen(["soak", "types", "types"], fast=False) == ["types", "soak"]
     fast = lanes.chosen([], fast=True)
-    assert set(fast) == {"format", "lint", "types", "layers", "generated", "unit"}
+    assert set(fast) == {"format", "lint", "types", "layers", "generated", "docs", "unit"}
     assert set(lanes.chosen(["asyncapi"], fast=True)) == {*fast, "asyncapi"}
     with pytest.raises(ValueError, match="no lane 'e3e'"):
         lanes.chosen(["e3e"], fast=False)

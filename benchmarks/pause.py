@@ -1,6 +1,6 @@
 """How long a real guest stands still, each way: ``python benchmarks/pause.py``. One run, scenarios in turn.
 
-Writes every hop to a JSON file and prints the table of the README. Needs QEMU and some room in /dev/shm
+Writes every hop to a JSON file and prints the table of docs/benchmarks.md. Needs QEMU and some room in /dev/shm
 (twice the largest guest); runs under TCG unless told otherwise. See --help.
 """
 

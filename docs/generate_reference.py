@@ -1,4 +1,4 @@
-"""Fills the marked regions of ``docs/operations.md`` from the code: settings, probes, metrics, exit codes.
+"""Fills the marked regions of the pages in ``docs/reference`` from the code: settings, probes, metrics, exit codes.
 
 ``python docs/generate_reference.py --write`` writes them, ``--check`` fails when one is stale. Nothing here
 lists what the code already knows: settings come from their structs, metrics from the collectors that serve
@@ -105,13 +105,13 @@ def code(text: str) -> str:
 def settings_tables() -> str:
     """What all services share once, then what each one has of its own."""
     shared = describe_settings(ServiceSettings, "CAESURA_<SERVICE>_")
-    parts = ["#### Every service", _settings(shared)]
+    parts = ["## Every service", _settings(shared)]
     for name, settings in SERVICES.items():
         prefix = prefix_of(name)
         common = describe_settings(ServiceSettings, prefix)
         own = [row for row in describe_settings(settings, prefix) if row not in common]
         command = "caesura" if name == "ctl" else f"caesura-{name}"
-        parts += [f"#### `{command}` (`{prefix}`)", _settings(own)]
+        parts += [f"## `{command}` (`{prefix}`)", _settings(own)]
     return "\n\n".join(parts)
 
 
@@ -252,10 +252,10 @@ def metrics_tables() -> str:
     with tempfile.TemporaryDirectory() as name:
         found = asyncio.run(families(Path(name)))
     shared = [metric_row(each) for each in bus_families(BusStats(), {})]
-    parts = ["#### Every service", _metrics(shared)]
+    parts = ["## Every service", _metrics(shared)]
     for service, metrics in found.items():
         own = [row for row in map(metric_row, metrics) if row not in shared]
-        parts += [f"#### `caesura-{service}`", _metrics(own)]
+        parts += [f"## `caesura-{service}`", _metrics(own)]
     return "\n\n".join(parts)
 
 
@@ -307,35 +307,30 @@ def reason_codes() -> str:
     )
 
 
-# -- the file -------------------------------------------------------------------------------------------------
+# -- the pages ------------------------------------------------------------------------------------------------
 
-REGIONS: Mapping[str, Callable[[], str]] = {
-    "settings": settings_tables,
-    "probes": probes_table,
-    "metrics": metrics_tables,
-    "reason codes": reason_codes,
-    "exit codes": exit_codes,
+PAGES: Mapping[str, tuple[str, Callable[[], str]]] = {
+    "settings.md": ("settings", settings_tables),
+    "probes.md": ("probes", probes_table),
+    "metrics.md": ("metrics", metrics_tables),
+    "reason-codes.md": ("reason codes", reason_codes),
+    "exit-codes.md": ("exit codes", exit_codes),
 }
+"""Page to the name of its region and what makes it."""
 
 
-def filled(text: str) -> tuple[str, list[str]]:
-    """``text`` with every region as it must be now, and the names of those that were not so.
+def filled(text: str, name: str, made: str) -> str:
+    """``text`` with the region ``name`` as it must be now.
 
     Raises:
         SystemExit: a mark is missing.
     """
-    stale = []
-    for name, make in REGIONS.items():
-        start, end = f"<!-- reference: {name} -->", f"<!-- /reference: {name} -->"
-        before, opened, rest = text.partition(start)
-        held, closed, after = rest.partition(end)
-        if not opened or not closed:
-            raise SystemExit(f"the marks {start} and {end} are missing")
-        wanted = f"\n\n{make()}\n\n"
-        if held != wanted:
-            stale.append(name)
-        text = f"{before}{start}{wanted}{end}{after}"
-    return text, stale
+    start, end = f"<!-- reference: {name} -->", f"<!-- /reference: {name} -->"
+    before, opened, rest = text.partition(start)
+    _, closed, after = rest.partition(end)
+    if not opened or not closed:
+        raise SystemExit(f"the marks {start} and {end} are missing")
+    return f"{before}{start}\n\n{made}\n\n{end}{after}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -346,18 +341,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     mode = parser.add_mutually_exclusive_group(required=True)
     mode.add_argument("--write", action="store_true", help="write the regions")
     mode.add_argument("--check", action="store_true", help="fail when a region is stale")
-    parser.add_argument("--file", type=Path, default=Path(__file__).with_name("operations.md"))
+    parser.add_argument(
+        "--folder", type=Path, default=Path(__file__).with_name("reference"), help="where the pages are"
+    )
     arguments = parser.parse_args(argv)
-    text, stale = filled(arguments.file.read_text(encoding="utf-8"))
+    stale = []
+    for file, (name, make) in PAGES.items():
+        page: Path = arguments.folder / file
+        text = page.read_text(encoding="utf-8")
+        fresh = filled(text, name, make())
+        if fresh != text:
+            stale.append(name)
+            if arguments.write:
+                page.write_text(fresh, encoding="utf-8")
     if stale and arguments.check:
         sys.stderr.write(
-            f"stale in {arguments.file}: {', '.join(stale)}; run: python docs/generate_reference.py --write\n"
+            f"stale in {arguments.folder}: {', '.join(stale)}; run: python docs/generate_reference.py --write\n"
         )
         return 1
-    if stale:
-        arguments.file.write_text(text, encoding="utf-8")
     sys.stdout.write(
-        f"{'wrote' if arguments.write else 'checked'} {arguments.file.name}, {len(stale)} changed\n"
+        f"{'wrote' if arguments.write else 'checked'} {len(PAGES)} pages, {len(stale)} changed\n"
     )
     return 0
 

@@ -35,7 +35,7 @@ async def take(out: Path) -> None:
         ModuleNotFoundError: playwright is not installed.
         TooLate: the machine is too busy.
     """
-    from caesura.testing.browser import chromium  # noqa: PLC0415 - --help and main's words come without playwright
+    from caesura_testing.browser import chromium  # noqa: PLC0415 - --help and main's words come without playwright
 
     demo = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "caesura_ctl", "demo", "--update-takes", "5s"),

@@ -14,6 +14,7 @@ import pytest
 import structlog
 from hypothesis import HealthCheck, Phase, settings
 
+from caesura.runtime.logs import flush_logs
 from caesura_testing.evidence import ends_of_logs
 from caesura_testing.patience import FACTOR, VARIABLE, patient
 from caesura_testing.sandbox import Sandbox
@@ -65,6 +66,8 @@ def logging_as_it_was() -> Iterator[None]:
     root = logging.getLogger()
     handlers, level, structured = root.handlers[:], root.level, structlog.get_config()
     yield
+    if root.handlers != handlers:
+        flush_logs()
     root.handlers[:] = handlers
     root.setLevel(level)
     structlog.configure(**structured)

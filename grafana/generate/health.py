@@ -81,7 +81,7 @@ def _services() -> list[Panel]:
     return [
         rows(
             "Firing alerts",
-            "What fires now; each alert's section in docs/operations.md says what to do.",
+            "What fires now; each alert's page in docs/operate/runbooks says what to do.",
             Ask('ALERTS{alertstate="firing", alertname=~"Caesura.+"}'),
             size=Size(12, 8),
             columns={

@@ -44,7 +44,7 @@ async def run(settings: CoordinatorSettings) -> None:
         registry.register(CoordinatorCollector(coordinator))
         pings = {
             "broker": lambda: "" if bus.stats.connected else bus.stats.last_error or "not connected",
-            "store": store.database.ping,
+            "store": coordinator.commits.ping,
             "outbox": coordinator.publisher.ping,
         }
         async with serve_health(settings.health_listen, pings, registry):

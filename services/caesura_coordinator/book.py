@@ -68,6 +68,9 @@ _SHOWN_WITH_WAVES = 5
 _KEPT = 500
 """How many rollouts the store and the memory keep."""
 
+_MOST_WAVES = 10_000
+"""A rollout on the bus may claim any number; one of 10,000 VMs has no more."""
+
 _NO_RECORD = "the coordinator that scheduled it has lost its record"
 _NO_RECORD_CODES: tuple[ReasonCode, ...] = ("record_missing",)
 Shown = Literal["with waves", "without waves", "hidden"]
@@ -292,7 +295,7 @@ class Book:
             self._believe(changed, effects)
 
     def end_unknown(self, published: RolloutState, now: datetime) -> Removal | None:
-        """End a rollout on the bus that no record here knows of: nobody leads it any more, and it would last for ever.
+        """End a rollout on the bus that no record here knows of: nobody leads it any more, and it would last indefinitely.
 
         What it paused the hosts resume by themselves, its scheduled events end when their document is taken up. Its waves go: what is
         in them nobody can vouch for.
@@ -327,15 +330,24 @@ class Book:
                 ended_at=now,
             )
             self.store.enqueue(ended, rollout=published.rollout)
+            removal = Removal(published.rollout, min(published.wave_count, _MOST_WAVES), whole=False)
+            self._enqueue_removal(removal)
         _log.warning("rollout.ended_unknown", rollout=published.rollout, was=published.status, why=_NO_RECORD)
-        return Removal(published.rollout, published.wave_count, whole=False)
+        return removal
+
+    def _enqueue_removal(self, removal: Removal) -> None:
+        """Have it removed though this process is killed: nobody would know of it any more."""
+        for wave in range(removal.waves):
+            self.store.enqueue_removal(WaveState, rollout=removal.rollout, wave=wave)
+        if removal.whole:
+            self.store.enqueue_removal(RolloutState, rollout=removal.rollout)
 
     def outlived(self, published: RolloutState) -> Removal | None:
         """What is to be removed of a rollout that the bus shows and ours is past: a broker may bring back what it had."""
         shown = self._shown.get(published.rollout)
         if shown is None or shown == "with waves" or (shown == "without waves" and not published.wave_etags):
             return None
-        return Removal(published.rollout, published.wave_count, whole=shown == "hidden")
+        return Removal(published.rollout, min(published.wave_count, _MOST_WAVES), whole=shown == "hidden")
 
     def reassert(self, published: SetDocument) -> None:
         """Another coordinator's document is on the bus though we lead: publish ours again, above it.
@@ -411,7 +423,7 @@ class Book:
         return True
 
     def forget(self) -> list[Removal]:
-        """Drop what is old and at its end, from the store and from memory; gives back what is to be removed from the bus.
+        """Drop what is old and at its end, from the store and from memory; gives back what is removed from the bus, by the outbox.
 
         A rollout that still holds its sets is never old.
 
@@ -430,6 +442,7 @@ class Book:
                 removals.append(Removal(name, len(rollout.waves), whole=how == "hidden"))
                 if how == "without waves":
                     self.store.enqueue(rollout_state(rollout, with_waves=False), rollout=name)
+                self._enqueue_removal(removals[-1])
         self.store.forget(old)
         for name in old:
             self._active.forget(self.rollouts.pop(name))

@@ -43,4 +43,14 @@ class CoordinatorCollector(Collector):
             "Messages of these on topics that the broker refuses.",
             coordinator.publisher.refused,
         )
+        yield GaugeMetricFamily(
+            "caesura_coordinator_outbox_unreadable_messages",
+            "Messages that a previous run stored and this one cannot read: kept, and not published.",
+            coordinator.outbox.unreadable,
+        )
+        yield GaugeMetricFamily(
+            "caesura_coordinator_store_unsynced_commits",
+            "Decisions that are stored and not on disk yet: nothing of them is published.",
+            coordinator.commits.committed - coordinator.commits.on_disk,
+        )
         yield from bus_families(coordinator.bus.stats, coordinator.post.decode_errors)

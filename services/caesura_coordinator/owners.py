@@ -210,5 +210,5 @@ class Owners:
             belongs_to={vm: self._ownership.owner_of(vm) for vm in some},
             left_out=left_out,
             advice="only the host on record counts for these VMs; rename them there, or take them out of its host file: see "
-            "'A VM has two hosts' in docs/operations.md",
+            "'A VM has two hosts' in docs/operate/runbooks/vm-has-two-hosts.md",
         )

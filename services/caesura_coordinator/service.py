@@ -5,12 +5,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from datetime import UTC, datetime, timedelta
-from functools import partial
 
 import msgspec
 import structlog
 
-from caesura.bus.port import Bus, BusError, Delivery, PublishRefused, Will
+from caesura.bus.port import Bus, Delivery, Will
 from caesura.bus.post import Post
 from caesura.bus.presence import Presence, last_will
 from caesura.contract import messages as m
@@ -18,35 +17,34 @@ from caesura.contract.codec import MAX_PAYLOAD_BYTES, ContractError, Received, r
 from caesura.contract.envelope import Message, source_of
 from caesura.contract.names import is_name
 from caesura.contract.reasons import ReasonCode
-from caesura.contract.topics import PREFIX, TopicError, channel_of
-from caesura.delivery.message import OutboxMessage, clearing, prepare
+from caesura.contract.topics import PREFIX, channel_of
+from caesura.delivery.message import clearing
 from caesura.delivery.policy import EVERY, NEWEST
 from caesura.delivery.publisher import ReliablePublisher
-from caesura.delivery.sqlite import SqliteOutbox, beside
+from caesura.delivery.sqlite import beside
 from caesura.fleet.fold import Changes, apply
 from caesura.fleet.state import FleetState
 from caesura.lifecycle.commands import COMMANDS
 from caesura.lifecycle.epoch import epoch_floor, leaps
 from caesura.lifecycle.errors import IllegalTransition
-from caesura.runtime.errors import CaesuraError, StoreError
+from caesura.runtime.errors import CaesuraError, StoreError, SyncFailed
+from caesura.runtime.group_commit import GroupCommit
 from caesura.runtime.identity import new_id
 from caesura.runtime.sampler import Sampler
 from caesura_coordinator.admission import outlived
 from caesura_coordinator.answers import REASON_CHARACTERS, with_plan
 from caesura_coordinator.book import Book, Removal
-from caesura_coordinator.commands import command_for, due_operations
 from caesura_coordinator.fleet import Fleet, why_outdated
 from caesura_coordinator.inputs import Abort, Approve, Authority, Fact, Input, RequestRefused, Resume, Tick
+from caesura_coordinator.owner_records import OwnerRecords
 from caesura_coordinator.owners import Owners
 from caesura_coordinator.plan import make_plan, most_targets, nothing_to_do, sets_of
 from caesura_coordinator.records import Rollout, largest_states, new_rollout
 from caesura_coordinator.rollout import RESTART_GRACE_S
-from caesura_coordinator.store import Store
+from caesura_coordinator.sender import CommandSender
+from caesura_coordinator.store import Store, SyncedOutbox
 
 TICK_S = 0.2
-_REPEAT_S = 2.0
-"""s: between two sendings of a command that its host has not answered."""
-
 _ANNOUNCE_S = 20.0
 """s: between two announcements of an unchanged presence. A last will needs a broker: one that stopped with the
 coordinator says it is online for ever, so its silence has to tell (the hosts' inventories do the same)."""
@@ -60,7 +58,7 @@ _INCOMPLETE_S = 10.0
 _ANNOUNCED_KEPT = 10
 ABOVE_OURS = (
     "nothing is paused in its sets. Is another coordinator at work? If none is, restart this one: it claims an epoch above. If "
-    "that changes nothing, see 'An epoch that nobody claimed' in docs/operations.md"
+    "that changes nothing, see 'An epoch that nobody claimed' in docs/operate/runbooks/epoch.md"
 )
 _SETTLE_AT_MOST_S = 30.0
 _ANSWER_S = 5.0
@@ -99,7 +97,7 @@ class NoEpochLeft(CaesuraError):
     def __init__(self, store: str) -> None:
         super().__init__(
             f"there is no epoch above the one that {store} or the bus has: it was claimed by nobody. See 'An epoch that nobody "
-            "claimed' in docs/operations.md."
+            "claimed' in docs/operate/runbooks/epoch.md."
         )
 
 
@@ -160,6 +158,7 @@ class Coordinator:
         fleet: str = "default",
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
         announce_s: float = _ANNOUNCE_S,
+        commits: GroupCommit | None = None,
     ) -> None:
         self.bus = bus
         self.store = store
@@ -167,12 +166,12 @@ class Coordinator:
             bus, source_of(fleet, "coordinator", instance), on_refused=self._on_refused, wanted=self._wants
         )
         store.write_as(self.post.source)
-        self.publisher = ReliablePublisher(bus, SqliteOutbox(beside(store.database.path)), answer_s=_ANSWER_S)
+        self.commits = commits or GroupCommit(store.database)
+        """Nothing that follows from a commit leaves the process before this covers it."""
+        self.outbox = SyncedOutbox(beside(store.database.path), self.commits)
+        self.publisher = ReliablePublisher(bus, self.outbox, answer_s=_ANSWER_S)
         """Of what is stored first."""
         self._owner_publisher = ReliablePublisher(bus, answer_s=_ANSWER_S)
-        """Of whose VM it is: it follows from the store, and is so much after a reconnect that facts must not wait behind it."""
-        self._owners_sent: dict[str, m.VmOwner | None] = {}
-        """VM to what is on its way to the broker; None: its record's removal."""
         self.book = Book(store, now())
         self.state = FleetState()
         """The fold of the bus; the event loop is the only one that changes or reads it."""
@@ -181,6 +180,16 @@ class Coordinator:
         self._incomplete_since: dict[str, float] = {}
         self.fleet = Fleet(self.state, incomplete=self._incomplete)
         self.owners = Owners(store, self.state)
+        self._owner_records = OwnerRecords(
+            self.owners,
+            self._owner_publisher,
+            self.commits,
+            source=self.post.source,
+            leads=lambda: self.leads,
+        )
+        self.sender = CommandSender(
+            self.book, self.post, self.commits, lambda: self.authority if self.leads else None
+        )
         self.authority = Authority(coordinator=f"{instance}-{new_id()[:8]}", epoch=0)
         self._claimed = False
         self._announced: list[int] = []
@@ -208,10 +217,9 @@ class Coordinator:
         self._stirred: set[str] = set()
         """Sets of which something has changed since their rollouts last looked."""
         self._commands_due = False
-        self._owners_changed = asyncio.Event()
         self._sampler = Sampler()
         self._superseded: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._last_sent: dict[tuple[str, str], float] = {}
+        self.commits.listeners.append(self._on_synced)
         for kind, receiver in self._receivers():
             # Of what others say of rollouts only that they are there matters, not what is in their waves.
             self.post.on(kind, receiver, whole=kind is not m.RolloutState)
@@ -222,14 +230,15 @@ class Coordinator:
     def tasks(self) -> dict[str, Callable[[], Awaitable[None]]]:
         """Name to eternal task, for ``serve``."""
         return {
-            "bus": lambda: self.bus.run(self.post.deliver, self._on_connected),
+            "bus": lambda: self.bus.run(self._deliver, self._on_connected, self.commits),
             "rollouts": self._rollouts,
             "outbox": self._outbox,
             "authority": self._watch_authority,
             "presence": lambda: self._presence.run(lambda: self.leads and self.bus.stats.connected),
-            "owners": self._publish_owners,
+            "owners": self._owner_records.run,
             "publisher": self.publisher.run,
             "owner publisher": self._owner_publisher.run,
+            "store": self.commits.run,
         }
 
     def known(self, party: str) -> list[str]:
@@ -246,6 +255,15 @@ class Coordinator:
         """Say what is decided, say goodbye. Rollouts stay where they are, for the next start."""
         # One that was superseded says nothing more: its documents are older than what the other has published.
         if self.leads and self.bus.stats.connected:
+            try:
+                async with asyncio.timeout(_FLUSH_S):
+                    await self.commits.reached()
+            except (SyncFailed, TimeoutError) as error:
+                _log.error(
+                    "outbox.not_on_disk",
+                    messages=self.store.unread,
+                    why=str(error) or "the disk does not answer",
+                )
             self._hand_over()
             if not await self.publisher.drained(_FLUSH_S):
                 _log.warning("outbox.left", messages=len(self.publisher))
@@ -264,9 +282,9 @@ class Coordinator:
         while not await self.bus.wait_connected(60):
             _log.warning("coordinator.waiting_for_broker", why=self.bus.stats.last_error)
         await self._settled()
-        self._claim()
+        await self._claim()
         self.owners.lead(self.authority.epoch)
-        self._owners_changed.set()
+        self._owner_records.changed()
         documents, self._early_documents = self._early_documents, {}
         for document, source in documents.values():
             self._take_document(document, source)
@@ -282,6 +300,7 @@ class Coordinator:
         for client, request, late in early:
             self._answer(client, request, late)
         await self._announce()
+        await self.commits.writable()
         if self.leads:
             self._republish()  # the broker may have lost what is retained while this one was away
         self._changed.set()
@@ -298,15 +317,27 @@ class Coordinator:
         while self.bus.stats.backlog and asyncio.get_running_loop().time() < end:  # noqa: ASYNC110
             await asyncio.sleep(TICK_S)
 
-    def _claim(self) -> None:
-        stored = max(self.store.epoch(), self.authority.epoch)
-        epoch = epoch_floor(stored, self._announced, self.fleet.epochs()) + 1
-        if epoch > m.EPOCH_MOST:
-            raise NoEpochLeft(self.store.database.path)
-        self.store.save_epoch(epoch)
-        self.authority = msgspec.structs.replace(self.authority, epoch=epoch)
+    async def _claim(self) -> None:
+        """Claim an epoch above every one known, on disk before anybody sees it. Until then the old authority holds, if there was one."""
+        claimed = 0
+        # One above it may arrive while the disk is waited for.
+        while not claimed or self._epoch_above() > claimed + 1:
+            claimed = self._epoch_above()
+            if claimed > m.EPOCH_MOST:
+                raise NoEpochLeft(self.store.database.path)
+            await self.commits.writable()
+            self.store.save_epoch(claimed)
+            await self.commits.reached()
+            if self._superseded.done():
+                return
+        self.authority = msgspec.structs.replace(self.authority, epoch=claimed)
         self._claimed = True
-        _log.info("coordinator.claimed", epoch=epoch, coordinator=self.authority.coordinator)
+        _log.info("coordinator.claimed", epoch=claimed, coordinator=self.authority.coordinator)
+
+    def _epoch_above(self) -> int:
+        """The epoch above every one known."""
+        stored = max(self.store.epoch(), self.authority.epoch)
+        return epoch_floor(stored, self._announced, self.fleet.epochs()) + 1
 
     async def _announce(self) -> None:
         await self._presence.announce(timeout_s=2.0)
@@ -318,8 +349,9 @@ class Coordinator:
         if not self.leads:
             return
         self.owners.reconnected()
-        self._owners_changed.set()
+        self._owner_records.changed()
         await self._announce()
+        await self.commits.writable()
         if self.leads:  # another's claim may have come in meanwhile
             self._republish()
 
@@ -369,8 +401,9 @@ class Coordinator:
             _log.error("coordinator.epoch_impossible", coordinator=coordinator, epoch=epoch, ours=mine.epoch)
         elif epoch == mine.epoch and not (alive and coordinator > mine.coordinator):
             # Both claimed it at once, and hosts may obey the other: were both to stand down, nobody would lead.
-            self._claim()
-            await self._announce()
+            await self._claim()
+            if self.leads:
+                await self._announce()
         else:
             self._superseded.set_exception(
                 Superseded(
@@ -403,6 +436,10 @@ class Coordinator:
 
     def _wants(self, message: Message) -> bool:
         return not isinstance(message, m.ReportPart) or self.book.commanded(message.operation)
+
+    async def _deliver(self, delivery: Delivery) -> None:
+        await self.commits.writable()
+        await self.post.deliver(delivery)
 
     async def _on_any(self, received: Received) -> None:
         inventory = received.message
@@ -455,7 +492,7 @@ class Coordinator:
 
     def _take_in(self, changes: Changes) -> None:
         """Something of the fleet is different: its sets have their documents, and their rollouts look again."""
-        self._owners_changed.set()
+        self._owner_records.changed()
         self._open_sets(name for name in changes.sets if self.state.set_index(name).vms)
         if changes.sets:
             self._stirred |= changes.sets
@@ -480,11 +517,11 @@ class Coordinator:
 
     async def _on_owner(self, owner: m.VmOwner, _: Received) -> None:
         self.owners.heard(owner.vm, owner)
-        self._owners_changed.set()
+        self._owner_records.changed()
 
     async def _on_owner_removed(self, parameters: Mapping[str, str]) -> None:
         self.owners.heard(parameters["vm"], None)
-        self._owners_changed.set()
+        self._owner_records.changed()
 
     async def _on_agent_presence(self, presence: m.AgentPresence, _: Received) -> None:
         changes = apply(self.state, presence, self._loop_s())[1]
@@ -530,7 +567,7 @@ class Coordinator:
     def _take_rollout(self, rollout: m.RolloutState) -> None:
         removal = self.book.outlived(rollout)
         try:
-            removal = removal or self.book.end_unknown(rollout, self._now())
+            self.book.end_unknown(rollout, self._now())
         except StoreError as error:
             _log.error("rollout.not_ended", rollout=rollout.rollout, why=str(error))
         if removal is not None:
@@ -616,6 +653,7 @@ class Coordinator:
             except TimeoutError:
                 pass
             self._changed.clear()
+            await self.commits.writable()
             if not self.leads:
                 continue
             due = self._loop_s() - last >= TICK_S
@@ -629,27 +667,17 @@ class Coordinator:
                 self._step(rollout, Tick())
             if due or self._commands_due:
                 self._commands_due = False
-                await self._send_commands()
-
-    async def _send_commands(self) -> None:
-        loop = asyncio.get_running_loop()
-        open_keys = set()
-        for rollout in self.book.active:
-            for due in due_operations(rollout, self.authority):
-                if self.book.rollouts.get(rollout.id) is not rollout or not self.leads:
-                    # Sending takes time, and an answer or an abort came in it: what is due now is another matter.
+                if not await self.sender.send():
                     self._commands_due = True
                     self._changed.set()
-                    return
-                key = (due.operation.operation, due.what)
-                open_keys.add(key)
-                if loop.time() - self._last_sent.get(key, -_REPEAT_S) < _REPEAT_S:
-                    continue
-                command = command_for(rollout, due, self.authority)
-                if not await self._try_send(command, host=command.host):
-                    return  # no broker to send the others to either: time must go on for them
-                self._last_sent[key] = loop.time()
-        self._last_sent = {key: at for key, at in self._last_sent.items() if key in open_keys}
+                elif self.sender.held:
+                    self.commits.start()
+
+    def _on_synced(self) -> None:
+        """More is on disk."""
+        if self.sender.held:
+            self._commands_due = True
+            self._changed.set()
 
     def _answer(self, client: str, request: Request, late: str) -> None:
         """Answer a request once; a repeated one gets the stored answer again. ``late``: why it is too late for a new one."""
@@ -744,7 +772,7 @@ class Coordinator:
         self.book.add(rollout, client, answer)
         _log.info("rollout.started", rollout=rollout.id, update=update, waves=len(plan.waves), client=client)
         try:
-            self._to_remove += self.book.forget()
+            self.book.forget()
         except StoreError as error:
             _log.error("rollout.not_forgotten", why=str(error))
 
@@ -772,69 +800,34 @@ class Coordinator:
 
     # -- messages out --
 
-    async def _try_send(self, message: Message, **parameters: str) -> bool:
-        """Whether the bus took it, or never will: either way the next one is tried."""
-        try:
-            await self.post.send(message, timeout_s=2.0, **parameters)
-        except PublishRefused as error:
-            if self._sampler.due(error.topic) is not None:
-                _log.error("coordinator.refused", topic=error.topic, why=str(error))
-        except BusError as error:
-            _log.debug("coordinator.not_sent", type=type(message).TYPE, why=str(error))
-            return False
-        except (ContractError, TopicError) as error:
-            _log.error("coordinator.unsendable", type=type(message).TYPE, why=str(error), **parameters)
-        return True
-
-    async def _publish_owners(self) -> None:
-        """Publish whose VM it is until the bus shows it. What was retained comes back first, so that little is sent twice."""
-        while True:
-            await self._owners_changed.wait()
-            self._owners_changed.clear()
-            if not self.leads:
-                continue
-            for vm, owner in self.owners.unpublished():
-                if vm not in self._owners_sent or self._owners_sent[vm] != owner:
-                    self._owners_sent[vm] = owner
-                    accepted = partial(self._owner_published, vm, owner)
-                    self._owner_publisher.put(
-                        self._owner_message(vm, owner), policy=NEWEST, accepted=accepted
-                    )
-
-    def _owner_message(self, vm: str, owner: m.VmOwner | None) -> OutboxMessage:
-        if owner is None:
-            return clearing(m.VmOwner, event_id=new_id(), vm=vm)
-        return prepare(owner, source=self.post.source, event_id=new_id(), at=datetime.now(UTC), vm=vm)
-
-    def _owner_published(self, vm: str, owner: m.VmOwner | None) -> None:
-        if vm in self._owners_sent and self._owners_sent[vm] == owner:
-            del self._owners_sent[vm]
-        self.owners.published(vm, owner)
-
     async def _outbox(self) -> None:
-        """Give what is stored to the publisher, as soon as there is an epoch to publish it under."""
+        """Give what is on disk to the publisher, as soon as there is an epoch to publish it under."""
         loaded = False
         while True:
             await self._outbox_filled.wait()
             self._outbox_filled.clear()
             if not self.leads:
                 continue
+            removals, self._to_remove = self._to_remove, []
+            await self.commits.reached()
+            if self._superseded.done():
+                continue  # it is the other's to say
             if not loaded:
                 try:
                     await self.publisher.load()
                 except StoreError as error:
                     _log.error("outbox.not_loaded", why=str(error))
+                    self._to_remove = [*removals, *self._to_remove]
                     await asyncio.sleep(TICK_S)
                     self._outbox_filled.set()
                     continue
                 loaded = True
             self.store.left_over = 0
             self._hand_over()
-            removals, self._to_remove = self._to_remove, []
             self._remove(removals)  # behind what a previous run left of the same rollouts
 
     def _hand_over(self) -> None:
-        for message in self.store.stored():
+        for message in self.store.stored(self.commits.on_disk):
             self.publisher.put(message, policy=NEWEST if message.retain else EVERY)
 
     def waiting(self) -> int:

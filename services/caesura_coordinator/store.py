@@ -2,11 +2,12 @@
 
 What is saved together is saved in one transaction with the messages that announce it (a transactional
 outbox): after a crash nothing was announced that is not stored, and nothing stored stays unannounced. Messages are
-encoded here, once; ``stored`` gives those to the publisher whose transaction is on disk.
+encoded here, once; ``stored`` gives those to the publisher whose transaction is on disk, and not before.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -20,10 +21,11 @@ from caesura.contract.envelope import Message, source_of
 from caesura.contract.messages import Epoch, PlannedVm, RequestAnswered, SetDocument
 from caesura.contract.names import Name
 from caesura.contract.topics import TopicError
-from caesura.delivery.message import OutboxMessage, from_body, prepare
-from caesura.delivery.sqlite import SCHEMA, OutboxTable
+from caesura.delivery.message import OutboxMessage, clearing, from_body, is_state, prepare
+from caesura.delivery.sqlite import SCHEMA, OffLoop, OutboxTable, SqliteOutbox
 from caesura.runtime.database import Database
 from caesura.runtime.errors import CaesuraError
+from caesura.runtime.group_commit import GroupCommit
 from caesura.runtime.identity import new_id
 from caesura_coordinator.records import (
     ClockVerdict,
@@ -88,7 +90,8 @@ class Store:
         self.left_over = 0
         """Messages that a previous run did not publish and the publisher has not loaded yet."""
         self._fresh: list[OutboxMessage] = []
-        self._stored: list[OutboxMessage] = []
+        self._stored: deque[tuple[int, OutboxMessage]] = deque()
+        """Committed, each with the number of its commit."""
         self._writing = False
 
     def write_as(self, source: str) -> None:
@@ -107,16 +110,22 @@ class Store:
                 yield
         finally:
             self._writing = False
-        self._stored += self._fresh
+        self._stored.extend((self.database.commits, each) for each in self._fresh)
 
-    def stored(self) -> list[OutboxMessage]:
-        """What was enqueued since the last call and is on disk, oldest first."""
-        stored, self._stored = self._stored, []
-        return stored
+    def stored(self, on_disk: int) -> list[OutboxMessage]:
+        """What was enqueued by the first so many commits and was not given before, oldest first; of a retained topic the newest.
+
+        An older one is not in the table any more. Given behind a newer one that was loaded from there, it would have that one removed.
+        """
+        stored = []
+        while self._stored and self._stored[0][0] <= on_disk:
+            stored.append(self._stored.popleft()[1])
+        newest = {each.topic: each.event_id for each in stored if each.retain}
+        return [each for each in stored if not each.retain or newest[each.topic] == each.event_id]
 
     @property
     def unread(self) -> int:
-        """How many messages ``stored`` would return."""
+        """How many messages were committed and not given by ``stored``."""
         return len(self._stored)
 
     def epoch(self) -> int:
@@ -127,7 +136,8 @@ class Store:
 
     def save_epoch(self, epoch: int) -> None:
         """Remember a claimed epoch before it is used."""
-        self.database.run("UPDATE epoch SET value = ?", epoch)
+        with self.transaction():
+            self.database.run("UPDATE epoch SET value = ?", epoch)
 
     def rollouts(self) -> list[Rollout]:
         """Every rollout kept, oldest first."""
@@ -318,6 +328,17 @@ class Store:
         except (ContractError, TopicError) as error:
             _log.error("outbox.unsendable", type=type(message).TYPE, why=str(error))
             return
+        self._append(outgoing)
+
+    def enqueue_removal(self, kind: type[Message], **parameters: str | int) -> None:
+        """Append what removes a retained message from the bus; it replaces what waits on its topic.
+
+        Raises:
+            TopicError: the parameters do not fit the topic.
+        """
+        self._append(clearing(kind, event_id=new_id(), **parameters))
+
+    def _append(self, outgoing: OutboxMessage) -> None:
         if self._writing:
             self.outbox.add([outgoing])
             self._fresh.append(outgoing)
@@ -328,25 +349,47 @@ class Store:
 
     def _take_over(self) -> None:
         """Encode the messages that a version of before kept unencoded."""
-        rows = self.database.run("SELECT event_id, type, parameters, body FROM outbox_1 ORDER BY number")
+        rows = self.database.run(
+            "SELECT number, event_id, type, parameters, body FROM outbox_1 ORDER BY number"
+        )
         if not rows:
             return
         with self.database.transaction():
-            for event_id, kind, parameters, body in rows:
+            for number, event_id, kind, parameters, body in rows:
                 try:
                     where = msgspec.json.decode(parameters, type=dict[str, str])
                     message = from_body(
                         kind, where, body, source=self._source, event_id=event_id, at=datetime.now(UTC)
                     )
                 except (CaesuraError, ValueError, TypeError, KeyError) as error:
-                    _log.error("outbox.unreadable", store=self.database.path, why=str(error))
+                    _log.error("outbox.unreadable", store=self.database.path, number=number, why=str(error))
+                    if not is_state(kind):
+                        continue  # a fact stays: nobody says it again
                 else:
                     self.outbox.add([message])
-            self.database.run("DELETE FROM outbox_1")
+                self.database.run("DELETE FROM outbox_1 WHERE number = ?", number)
 
     def _read(self, body: bytes, kind: type[_T], what: str) -> _T:
         with self.database.reading(what):
             return msgspec.json.decode(body, type=kind)
+
+
+class SyncedOutbox(SqliteOutbox):
+    """The outbox as the publisher reads it: what it loads is on disk.
+
+    Args:
+        commits: of the connection that fills it.
+    """
+
+    def __init__(self, off_loop: OffLoop, commits: GroupCommit) -> None:
+        super().__init__(off_loop)
+        self._commits = commits
+
+    async def load(self) -> list[OutboxMessage]:
+        """See ``OutboxStore.load``."""
+        found = await super().load()
+        await self._commits.reached()
+        return found
 
 
 def newer_entries(before: dict[str, _T] | None, now: dict[str, _T]) -> dict[str, _T] | None:

@@ -89,13 +89,14 @@ class Journal:
     def take_over(self, fleet: str) -> None:
         """Encode the facts that a version of before kept unencoded."""
         self._fleet = fleet
-        rows = self._db.run("SELECT letter FROM outbox_1 ORDER BY number")
+        rows = self._db.run("SELECT number, letter FROM outbox_1 ORDER BY number")
         if not rows:
             return
-        found = [each for (letter,) in rows if (each := self._encoded(letter)) is not None]
         with self._db.transaction():
-            self.outbox.add(found)
-            self._db.run("DELETE FROM outbox_1")
+            for number, letter in rows:
+                if (found := self._encoded(letter)) is not None:  # what cannot be read stays
+                    self.outbox.add([found])
+                    self._db.run("DELETE FROM outbox_1 WHERE number = ?", number)
 
     def _encoded(self, letter: bytes) -> OutboxMessage | None:
         try:

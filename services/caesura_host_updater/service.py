@@ -77,7 +77,7 @@ _CLOCKS_S = 5.0  # s: for the verdicts on clocks when told to stop; an agent ans
 _FLUSH_S = 3.0  # s: for the last facts when told to stop; what is left is told at the next start
 _CLOCK_PUBLISH_S = 0.5  # s: an answer later than this is of no use to the agent
 
-FORGET_ADVICE = "see 'An epoch that nobody claimed' in docs/operations.md"
+FORGET_ADVICE = "see 'An epoch that nobody claimed' in docs/operate/runbooks/epoch.md"
 
 _log = structlog.get_logger("caesura.host_updater")
 

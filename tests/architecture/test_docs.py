@@ -11,6 +11,7 @@ from pathlib import Path
 
 import click
 import pytest
+import yaml
 from click.testing import CliRunner
 
 from caesura_ctl.cli import caesura
@@ -22,12 +23,9 @@ from caesura_testing.patience import patient
 _ROOT = Path(__file__).parents[2]
 _PAGES = (
     "README.md",
-    "docs/operations.md",
-    "docs/operate/upgrade.md",
-    "docs/architecture.md",
-    "docs/compose.md",
-    "docs/reliability.md",
     "CONTRIBUTING.md",
+    "SECURITY.md",
+    *(str(path.relative_to(_ROOT)) for path in sorted((_ROOT / "docs").rglob("*.md"))),
 )
 _FENCE = re.compile(r"^([ ]*)```(\w*)\n(.*?)^\1```$", re.DOTALL | re.MULTILINE)
 _HEREDOC = re.compile(r"^cat >(\S+) <<'END'\n(.*?)^END$", re.DOTALL | re.MULTILINE)
@@ -61,7 +59,7 @@ def test_every_toml_file_shown_is_accepted_by_its_reader() -> None:
         if "[[listener]]" in content:
             kinds.append("listeners")
             assert parse_listeners(content, page)
-        elif content.startswith("host"):
+        elif re.search(r"^host = ", content, re.MULTILINE):
             kinds.append("host")
             assert parse_host_file(content, page).vm
         else:
@@ -72,17 +70,20 @@ def test_every_toml_file_shown_is_accepted_by_its_reader() -> None:
 
 def commands() -> Iterator[tuple[str, list[str]]]:
     """(page, words after `caesura`) of every call of the operator's command in a shell block or in running text."""
-    for page in _PAGES:
-        whole = text(page)
-        lines = [line for _, body in blocks("sh") for line in body.splitlines()] if page == _PAGES[0] else []
-        lines += re.findall(r"`((?:\.venv/bin/)?caesura [^`]*)`", whole)
-        for line in lines:
-            # `users` is a shell variable of the page; what it holds is in the line that sets it.
-            line = line.replace("$users", "coordinator vm:web-1:web").strip()  # noqa: PLW2901
-            found = re.match(r"(?:for .* in \$\()?(?:\.venv/bin/)?caesura ([a-z].*)", line)
-            if found:
-                words = shlex.split(re.sub(r"\)?;.*|>.*|\s&.*", "", found[1]), comments=True)
-                yield page, words
+    lines = [(page, line) for page, body in blocks("sh") for line in body.splitlines()]
+    lines += [
+        (page, line)
+        for page in _PAGES
+        for line in re.findall(r"`((?:\.venv/bin/)?caesura [^`]*)`", text(page))
+    ]
+    for page, line in lines:
+        # `users` is a shell variable of the page; what it holds is in the line that sets it.
+        plain = line.replace("$users", "coordinator vm:web-1:web").replace("\n", " ").strip()
+        found = re.match(
+            r"(?:for .* in \$\()?(?:docker compose run --rm )?(?:\.venv/bin/)?caesura ([a-z].*)", plain
+        )
+        if found:
+            yield page, shlex.split(re.sub(r"\)?;.*|>.*|\s&.*", "", found[1]), comments=True)
 
 
 def test_every_command_shown_can_be_typed() -> None:
@@ -101,9 +102,9 @@ def test_every_command_shown_can_be_typed() -> None:
 
 
 def test_the_words_shown_give_a_standby_the_coordinators_rights_and_a_reader_none_to_write() -> None:
-    operations = text("docs/operations.md")
-    assert "`coordinator:NAME`" in operations
-    assert "`exporter:NAME`" in operations
+    install = text("docs/install.md")
+    assert "`coordinator:NAME`" in install
+    assert "`exporter:NAME`" in install
     rules = CliRunner().invoke(caesura, ["acl", "coordinator:standby", "exporter:alice"]).output
     standby, consumer = (each.splitlines() for each in rules.split("\n\n")[1:])
     assert standby[0] == "user coordinator_standby"
@@ -112,19 +113,98 @@ def test_the_words_shown_give_a_standby_the_coordinators_rights_and_a_reader_non
     assert not [line for line in consumer if "write" in line]
 
 
-@pytest.mark.parametrize("page", _PAGES)
-def test_links_lead_somewhere(page: str) -> None:
-    whole = text(page)
-    anchors = {
-        re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+def anchors(page: str) -> set[str]:
+    """Anchors of a page's headings, as a hosting site and MkDocs both make them."""
+    whole = _FENCE.sub("", text(page))
+    return {
+        re.sub(r"[-\s]+", "-", re.sub(r"[^\w\- ]", "", heading.lower()))
         for heading in re.findall(r"^#+ (.*)$", whole, re.MULTILINE)
     }
-    for target in re.findall(r"\]\(([^)\s]+)\)", whole):
-        if target.startswith("#"):
-            assert target[1:] in anchors, f"{page}: no heading for {target}"
-        elif not target.startswith("http"):
-            path, _, _ = target.partition("#")
-            assert ((_ROOT / page).parent / path).exists(), f"{page}: {target} does not exist"
+
+
+@pytest.mark.parametrize("page", _PAGES)
+def test_links_lead_somewhere(page: str) -> None:
+    """MkDocs checks the same for the site; these are also links of the pages as files, README included."""
+    for target in re.findall(r"\]\(([^)\s]+)\)", text(page)):
+        if target.startswith("http"):
+            continue
+        path, _, anchor = target.partition("#")
+        file = ((_ROOT / page).parent / path).resolve() if path else _ROOT / page
+        assert file.exists(), f"{page}: {target} does not exist"
+        if anchor:
+            assert anchor in anchors(str(file.relative_to(_ROOT))), f"{page}: no heading for {target}"
+
+
+def test_every_alert_has_its_runbook_and_every_runbook_is_in_the_list() -> None:
+    rules = yaml.safe_load(text("deploy/prometheus/rules/alerts.yml"))
+    alerts = [rule["alert"] for group in rules["groups"] for rule in group["rules"]]
+    folder = _ROOT / "docs" / "operate" / "runbooks"
+    pages = {path.stem for path in folder.glob("*.md")} - {"index"}
+    assert {page for page in pages if page.startswith("Caesura")} == set(alerts)
+    listed = re.findall(r"^\| \[.*?\]\(([\w-]+)\.md\)", text("docs/operate/runbooks/index.md"), re.MULTILINE)
+    assert sorted(listed) == sorted(pages)
+    assert [name for name in listed if name in alerts] == list(dict.fromkeys(alerts)), (
+        "in the order of the rules"
+    )
+    for alert in alerts:
+        headings = re.findall(r"^#+ (.*)$", text(f"docs/operate/runbooks/{alert}.md"), re.MULTILINE)
+        assert headings == [alert, "Meaning", "Impact", "What to do", "When it ends"], alert
+
+
+def test_decisions_have_a_status_and_a_date_and_are_in_the_list() -> None:
+    listed = re.findall(r"\]\((\d{4}-[\w-]+\.md)\)", text("docs/adr/index.md"))
+    found = sorted(path.name for path in (_ROOT / "docs" / "adr").glob("0*.md"))
+    assert listed == found
+    for name in found:
+        assert re.match(
+            r"# \d+\. .+\n\n\*\*Status\.\*\* (Accepted|Superseded by ADR \d+), \d{4}-\d\d-\d\d\.\n",
+            text(f"docs/adr/{name}"),
+        ), name
+
+
+_SOURCES = ("services", "shared", "deploy", "grafana", "examples", "benchmarks", "tests")
+_TEXTS = {
+    ".py",
+    ".sh",
+    ".toml",
+    ".yml",
+    ".yaml",
+    ".conf",
+    ".env",
+    ".service",
+    ".js",
+    ".html",
+    ".json",
+    ".example",
+}
+
+
+def sources() -> Iterator[tuple[Path, str]]:
+    """Every text file outside the docs that may name a page, with string literals that were broken over lines put together."""
+    names = ("docker-compose.yml", "check", "demo", "mkdocs.yml", "pyproject.toml", ".ci/run")
+    paths = [_ROOT / name for name in names]
+    for folder in _SOURCES:
+        paths += [path for path in (_ROOT / folder).rglob("*") if path.suffix in _TEXTS | {""}]
+    for path in paths:
+        if path.is_file() and not {"node_modules", "__pycache__", "released", "versions"} & set(path.parts):
+            yield path, re.sub(r'"\n\s+f?"', "", path.read_text(encoding="utf-8"))
+
+
+def test_pages_and_headings_that_code_and_configuration_name_exist() -> None:
+    """An error says "see 'A VM has two hosts' in docs/...": who reads it in the night must find that."""
+    pages, headings = set(), 0
+    for path, whole in sources():
+        if path.name == Path(__file__).name:
+            continue
+        for page in re.findall(r"(?<![\w/.-])(docs/[\w/.-]+\.(?:md|yaml|py))", whole):
+            assert (_ROOT / page).is_file(), f"{path.relative_to(_ROOT)}: {page} does not exist"
+            pages.add(page)
+        for heading, page in re.findall(r"""['"]([^'"\n]{3,60})['"] in (docs/[\w/-]+\.md)""", whole):
+            found = re.findall(r"^#+ (.*)$", text(page), re.MULTILINE)
+            assert heading in found, f"{path.relative_to(_ROOT)}: {page} has no heading {heading!r}"
+            headings += 1
+    assert len(pages) > 20
+    assert headings >= 6
 
 
 @pytest.mark.parametrize("page", _PAGES)
@@ -135,7 +215,7 @@ def test_files_named_exist(page: str) -> None:
 
 def test_architecture_has_one_figure_and_names_a_real_test_for_every_invariant() -> None:
     page = text("docs/architecture.md")
-    assert len(re.findall(r"^```mermaid$", page, re.MULTILINE)) == 1
+    assert len(re.findall(r"^!\[[^\]]{40,}\]\(images/services\.svg\)$", page, re.MULTILINE)) == 1
     rows = dict(re.findall(r"^\| (I\d+) \|(.*)\|$", page, re.MULTILINE))
     assert set(rows) == _INVARIANTS
     for invariant, row in rows.items():
@@ -178,7 +258,7 @@ def test_the_mutations_named_are_in_the_table() -> None:
 
 
 def test_the_pictures_script_says_what_it_lacks(tmp_path: Path) -> None:
-    """``./demo`` makes an environment without playwright, and README names the script after it."""
+    """``./demo`` makes an environment without playwright, and docs/getting-started.md names the script after it."""
     script = str(_ROOT / "docs" / "take_pictures.py")
     without = f"import runpy, sys; sys.modules['playwright'] = None; runpy.run_path({script!r}, run_name='__main__')"
 
@@ -201,7 +281,7 @@ def test_the_pictures_script_says_what_it_lacks(tmp_path: Path) -> None:
 
 
 def test_the_freeze_on_demand_page_ends_all_the_jobs_it_starts() -> None:
-    page = text("docs/operations.md").partition("\n## Freeze on demand")[2].partition("\n## ")[0]
+    page = text("docs/develop/rehearse.md")
     started = re.findall(r"^(caesura-.* &)$", page, re.MULTILINE)
     jobs = 1 + sum(line.count("&") for line in started)  # the broker is the first
     (ended,) = re.findall(r"`kill ([%\d ]+)`", page)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import os
 import re
@@ -14,21 +13,16 @@ from typing import Any
 
 import pytest
 
+from caesura_testing import lanes as module
 from caesura_testing.fleet import until
 from caesura_testing.patience import patient
 
 _ROOT = Path(__file__).parents[2]
-_SCRIPT = _ROOT / "tests" / "lanes.py"
 
 
 @pytest.fixture
 def lanes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     """The module, in a folder of its own."""
-    spec = importlib.util.spec_from_file_location("caesura_lanes", _SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
     monkeypatch.chdir(tmp_path)
     return module
 
@@ -43,7 +37,7 @@ def test_what_is_chosen(lanes: Any) -> None:
     assert not {"soak", "mutation"} & set(everything), "they take hours"
     assert lanes.chosen(["soak", "types", "types"], fast=False) == ["types", "soak"]
     fast = lanes.chosen([], fast=True)
-    assert set(fast) == {"format", "lint", "types", "layers", "generated", "unit"}
+    assert set(fast) == {"format", "lint", "types", "layers", "generated", "docs", "unit"}
     assert set(lanes.chosen(["asyncapi"], fast=True)) == {*fast, "asyncapi"}
     with pytest.raises(ValueError, match="no lane 'e3e'"):
         lanes.chosen(["e3e"], fast=False)
@@ -109,12 +103,10 @@ def test_two_run_at_once_and_the_third_waits(
 
 
 def test_an_interrupt_ends_what_is_under_way(tmp_path: Path) -> None:
-    text = f"""
-import importlib.util, sys
-spec = importlib.util.spec_from_file_location("caesura_lanes", {str(_SCRIPT)!r})
-lanes = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(lanes)
-lanes.LANES = {{name: lanes.Lane(name, f"echo $$ >{{name}}.pid; sleep 600") for name in ("one", "two", "three")}}
+    text = """
+import sys
+from caesura_testing import lanes
+lanes.LANES = {name: lanes.Lane(name, f"echo $$ >{name}.pid; sleep 600") for name in ("one", "two", "three")}
 sys.exit(lanes.main(["--jobs", "2"]))
 """
     with subprocess.Popen(

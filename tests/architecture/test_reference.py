@@ -1,7 +1,8 @@
-"""The generated reference in docs/operations.md: complete, and noticed when it is stale."""
+"""The generated reference in docs/reference: complete, and noticed when it is stale."""
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ from caesura_coordinator.settings import CoordinatorSettings
 from caesura_vm_agent.settings import VmAgentSettings
 
 _ROOT = Path(__file__).parents[2]
-_PAGE = _ROOT / "docs" / "operations.md"
+_PAGES = _ROOT / "docs" / "reference"
 
 
 def generate(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -20,28 +21,31 @@ def generate(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_a_stale_region_is_named_and_writing_it_heals_it(tmp_path: Path) -> None:
-    page = tmp_path / "page.md"
-    fresh = _PAGE.read_text(encoding="utf-8")
+    folder = tmp_path / "reference"
+    shutil.copytree(_PAGES, folder)
+    page = folder / "metrics.md"
+    fresh = page.read_text(encoding="utf-8")
     page.write_text(fresh.replace("`caesura_pause_seconds`", "`caesura_pause_minutes`"), encoding="utf-8")
-    stale = generate("--check", "--file", str(page))
+    stale = generate("--check", "--folder", str(folder))
     assert stale.returncode == 1
     assert "stale" in stale.stderr
     assert "metrics" in stale.stderr
     assert "settings" not in stale.stderr
-    assert generate("--write", "--file", str(page)).returncode == 0
+    assert generate("--write", "--folder", str(folder)).returncode == 0
     assert page.read_text(encoding="utf-8") == fresh
 
 
 def test_a_missing_mark_is_an_error(tmp_path: Path) -> None:
-    page = tmp_path / "page.md"
-    page.write_text("<!-- reference: settings -->\n", encoding="utf-8")
-    done = generate("--check", "--file", str(page))
+    folder = tmp_path / "reference"
+    shutil.copytree(_PAGES, folder)
+    (folder / "settings.md").write_text("<!-- reference: settings -->\n", encoding="utf-8")
+    done = generate("--check", "--folder", str(folder))
     assert done.returncode == 1
     assert "marks" in done.stderr
 
 
 def test_every_setting_of_its_own_is_listed_by_its_full_name() -> None:
-    page = _PAGE.read_text(encoding="utf-8")
+    page = (_PAGES / "settings.md").read_text(encoding="utf-8")
     for settings, prefix in (
         (CoordinatorSettings, "CAESURA_COORDINATOR_"),
         (VmAgentSettings, "CAESURA_VM_AGENT_"),

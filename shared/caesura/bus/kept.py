@@ -1,7 +1,7 @@
 """What every bus does, whatever it is connected to: hand messages to the handler, greet, close in order.
 
-Two tasks under ``run``: one keeps the connection (the adapter's own), one hands messages to the handler and
-acknowledges each after it returned. A handler may publish on the same bus; nothing waits for a handler.
+Tasks under ``run``: one keeps the connection (the adapter's own), one hands messages to the handler, one acknowledges those whose handler
+returned before what it stored is on disk, in order. A handler may publish on the same bus; nothing waits for a handler.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 
 import msgspec
@@ -16,7 +17,7 @@ import structlog
 
 from caesura.bus.filters import check_filter, matches
 from caesura.bus.inbox import Inbox
-from caesura.bus.port import BusStats, BusUnavailable, Connected, Delivery, Handler
+from caesura.bus.port import BusStats, BusUnavailable, Commits, Connected, Delivery, Handler
 from caesura.bus.rates import MUTED_S, Rates, writer_of
 from caesura.contract.topics import may_be_retained
 from caesura.runtime.sampler import Sampler, cut
@@ -73,6 +74,12 @@ class KeptBus(ABC):
         self._finished = asyncio.Event()
         self._own_tasks: set[asyncio.Task[None]] = set()
         self._on_connected: Connected | None = None
+        self._commits: Commits | None = None
+        self._unacknowledged: deque[Parcel] = deque()
+        """Handled, and what was stored for them is not on disk."""
+        self._to_acknowledge = asyncio.Event()
+        self._all_acknowledged = asyncio.Event()
+        self._all_acknowledged.set()
         self._started = False
         self._warned_at = float("-inf")
         self._rates = rates
@@ -95,10 +102,12 @@ class KeptBus(ABC):
     @property
     def stats(self) -> BusStats:
         """Live counters; the same object for the life of the bus."""
-        self._stats.backlog = len(self._inbox)
+        self._stats.backlog = len(self._inbox) + len(self._unacknowledged)
         return self._stats
 
-    async def run(self, receive: Handler, on_connected: Connected | None = None) -> None:
+    async def run(
+        self, receive: Handler, on_connected: Connected | None = None, commits: Commits | None = None
+    ) -> None:
         """See ``Bus.run``. ``on_connected`` runs beside the handler, and is cancelled when the connection ends.
 
         Raises:
@@ -108,15 +117,22 @@ class KeptBus(ABC):
             raise RuntimeError("a bus runs once: build a new one")
         self._started = True
         self._on_connected = on_connected
+        self._commits = commits
         try:
             async with asyncio.TaskGroup() as group:
                 handling = group.create_task(self._handle(receive), name="bus-handle")
                 keeping = group.create_task(self._keep_connected(), name="bus-connect")
-                self._own_tasks.update((handling, keeping))
+                running = {handling, keeping}
+                if commits is not None:
+                    running.add(group.create_task(self._settle(commits), name="bus-acknowledge"))
+                self._own_tasks |= running
                 await self._closing.wait()
-                await asyncio.wait({handling}, timeout=self._close_timeout_s)
-                handling.cancel()
-                keeping.cancel()
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(self._close_timeout_s):
+                        await asyncio.wait({handling})
+                        await self._all_acknowledged.wait()
+                for task in running:
+                    task.cancel()
         finally:
             self._closing.set()
             self._finished.set()
@@ -170,8 +186,28 @@ class KeptBus(ABC):
                 _log.exception("bus.handler_failed", topic=parcel.delivery.topic)
             except Exception:  # noqa: BLE001 - the port: a message that crashes its handler counts as handled
                 _log.exception("bus.handler_failed", topic=parcel.delivery.topic)
-            parcel.acknowledge()
+            self._dealt_with(parcel)
             self._handled()
+
+    def _dealt_with(self, parcel: Parcel) -> None:
+        if self._commits is None or (self._commits.settled and not self._unacknowledged):
+            parcel.acknowledge()
+            return
+        self._unacknowledged.append(parcel)
+        self._all_acknowledged.clear()
+        self._to_acknowledge.set()
+
+    async def _settle(self, commits: Commits) -> None:
+        """Acknowledge what was handled when what was stored for it is on disk; as many at once as there are by then."""
+        while True:
+            await self._to_acknowledge.wait()
+            self._to_acknowledge.clear()
+            handled = len(self._unacknowledged)
+            await commits.reached()
+            for _ in range(handled):
+                self._unacknowledged.popleft().acknowledge()
+            if not self._unacknowledged:
+                self._all_acknowledged.set()
 
     def _take(self, parcel: Parcel) -> None:
         """Put a message that arrived into the inbox, or drop it (QoS 0), loudly when there is no room."""

@@ -7,8 +7,8 @@ The promises, and the ones that are *not* made:
 
 - Delivery is at least once. A message may arrive twice, and after a failover late; handlers are idempotent.
 - Messages of one publisher on one topic arrive in order while the connection lasts.
-- A message is acknowledged to the broker only after the handler returned, so a crash in the handler
-  leads to redelivery (where the broker keeps sessions).
+- A message is acknowledged to the broker only after the handler returned and, where the service stores what follows from it, after that
+  is on disk; so a crash before leads to redelivery (where the broker keeps sessions).
 - A publish that returned was accepted by the broker. That proves nothing about its readers: senders of
   commands repeat until the state shows the effect.
 - After every (re)connect all filters are subscribed again and the ``on_connected`` hook runs, where
@@ -85,12 +85,23 @@ class BusStats(msgspec.Struct):
     refused: dict[str, int] = {}
     """Party to its messages that were above the rate of their writer, or retained on a topic where nothing is."""
     backlog: int = 0
-    """Messages received and not yet handled."""
+    """Messages received and not yet handled, or handled and not yet acknowledged."""
     last_error: str = ""
 
 
 Handler = Callable[[Delivery], Awaitable[None]]
 Connected = Callable[[], Awaitable[None]]
+
+
+class Commits(Protocol):
+    """Where a service stores what follows from messages, and syncs it later (``caesura.runtime.group_commit``)."""
+
+    @property
+    def settled(self) -> bool:
+        """Whether everything that was stored is on disk."""
+
+    async def reached(self) -> object:
+        """Wait until everything that is stored now is on disk."""
 
 
 class Bus(Protocol):
@@ -100,11 +111,17 @@ class Bus(Protocol):
     def stats(self) -> BusStats:
         """Live counters; the same object for the life of the bus."""
 
-    async def run(self, receive: Handler, on_connected: Connected | None = None) -> None:
-        """Connect, subscribe, deliver one message after the other to ``receive``; reconnect for ever.
+    async def run(
+        self, receive: Handler, on_connected: Connected | None = None, commits: Commits | None = None
+    ) -> None:
+        """Connect, subscribe, deliver one message after the other to ``receive``; reconnect indefinitely.
 
         An exception of ``receive`` is logged with the topic and the message counts as handled (a message
-        that crashes its handler would otherwise come back for ever). Returns only after ``close``.
+        that crashes its handler would otherwise come back indefinitely). Returns only after ``close``.
+
+        Args:
+            commits: messages that were handled are acknowledged when they are settled; the next messages are handled meanwhile.
+                What ``reached`` raises ends ``run``.
         """
 
     async def publish(

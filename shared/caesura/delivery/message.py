@@ -70,6 +70,11 @@ def clearing(kind: type[Message], *, event_id: str, **parameters: str | int) -> 
     return OutboxMessage(event_id=event_id, type=kind.TYPE, topic=topic, payload=b"", retain=True)
 
 
+def is_state(kind: str) -> bool:
+    """Whether messages of this type are retained: their writer publishes what they say again at each start."""
+    return kind in _TYPES and channel_of(_TYPES[kind]).retain
+
+
 def from_body(
     kind: str,
     parameters: Mapping[str, str | int],

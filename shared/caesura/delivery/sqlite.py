@@ -35,6 +35,8 @@ class OutboxTable:
 
     def __init__(self, database: Database) -> None:
         self._database = database
+        self.unreadable = 0
+        """Messages that the last ``load`` left out."""
 
     def add(self, messages: Iterable[OutboxMessage]) -> None:
         """See ``OutboxStore.add``. Call inside a transaction."""
@@ -60,8 +62,9 @@ class OutboxTable:
             self.add(messages)
 
     def load(self) -> list[OutboxMessage]:
-        """See ``OutboxStore.load``. What cannot be read is removed: it would be refused by every reader."""
-        found, unreadable = [], []
+        """See ``OutboxStore.load``. What cannot be read stays where it is: a newer version may have written it."""
+        found = []
+        self.unreadable = 0
         rows = self._database.run(
             "SELECT number, event_id, type, topic, payload, retain FROM outbox ORDER BY number"
         )
@@ -69,12 +72,15 @@ class OutboxTable:
             try:
                 found.append(_read(row))
             except (ContractError, msgspec.ValidationError) as error:
-                _log.error("outbox.unreadable", store=self._database.path, number=number, why=str(error))
-                unreadable.append(number)
-        if unreadable:
-            with self._database.transaction():
-                for number in unreadable:
-                    self._database.run("DELETE FROM outbox WHERE number = ?", number)
+                self.unreadable += 1
+                _log.error(
+                    "outbox.unreadable",
+                    store=self._database.path,
+                    number=number,
+                    why=str(error),
+                    advice="it is kept and not published. If a newer Caesura wrote it, run that one; else it is damaged, and "
+                    "DELETE FROM outbox WHERE number = ... removes it",
+                )
         return found
 
     def remove(self, event_ids: Iterable[str]) -> None:
@@ -116,6 +122,8 @@ class SqliteOutbox:
 
     def __init__(self, off_loop: OffLoop) -> None:
         self._off_loop = off_loop
+        self.unreadable = 0
+        """Messages that are kept and that nobody can read, as far as was seen by ``load``."""
 
     async def add(self, messages: Sequence[OutboxMessage]) -> None:
         """See ``OutboxStore.add``."""
@@ -123,7 +131,12 @@ class SqliteOutbox:
 
     async def load(self) -> list[OutboxMessage]:
         """See ``OutboxStore.load``."""
-        return await self._off_loop(lambda table: table.load())
+
+        def loaded(table: OutboxTable) -> tuple[list[OutboxMessage], int]:
+            return table.load(), table.unreadable
+
+        found, self.unreadable = await self._off_loop(loaded)
+        return found
 
     async def remove(self, event_ids: Iterable[str]) -> None:
         """See ``OutboxStore.remove``."""

@@ -23,7 +23,7 @@ class OutboxStore(Protocol):
         """
 
     async def load(self) -> list[OutboxMessage]:
-        """What is kept, in the order in which it was added. What nobody could read is dropped, and that is logged."""
+        """What is kept, in the order in which it was added. What nobody could read is left out, and that is logged."""
 
     async def remove(self, event_ids: Iterable[str]) -> None:
         """Forget these, in one transaction. An id that is not kept changes nothing."""

@@ -82,10 +82,11 @@ def _run(
         log.error("service.failed", error=type(error).__name__, why=str(error))
         return error.exit_code
     except BaseExceptionGroup as group:
-        known = [each for each in leaves(group) if isinstance(each, CaesuraError)]
+        found = list(dict.fromkeys(leaves(group)))  # a failure that several tasks wait for is one failure
+        known = [each for each in found if isinstance(each, CaesuraError)]
         for each in known:
             log.error("service.failed", error=type(each).__name__, why=str(each))
-        if len(known) < len(leaves(group)):
+        if len(known) < len(found):
             raise
         return max(each.exit_code for each in known)
     return 0

@@ -3,20 +3,24 @@
 WAL with ``synchronous=FULL``: a transaction that returned is on disk (https://sqlite.org/wal.html, section
 "Performance Considerations"). Every failure (full disk, locked or broken file) is a StoreError with the
 path and the cause; the failed transaction left nothing behind.
+
+A service that commits in its event loop calls ``defer_syncs``: its commits reach the page cache only, and ``Wal`` brings them to
+the disk in a thread (``caesura.runtime.group_commit``).
 """
 
 from __future__ import annotations
 
 import errno
+import os
 import sqlite3
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from caesura.runtime.errors import NewerStore, StoreError
+from caesura.runtime.errors import NewerStore, StoreError, SyncFailed
 
 _BUSY_TIMEOUT_S = 5.0  # s: longer than any transaction of ours, short enough to notice a stuck second process
 
@@ -35,6 +39,14 @@ _TEMPORARY = frozenset(
     )
 )
 """The primary result codes (https://sqlite.org/rescode.html) behind which the disk stands, not the file's content."""
+
+_NOT_SYNCED = frozenset((sqlite3.SQLITE_IOERR_FSYNC, sqlite3.SQLITE_IOERR_DIR_FSYNC))
+"""The extended result codes of an fsync that failed."""
+
+_READERS_S = 1.0
+"""s: how long a WAL that is to begin from its start waits for whoever reads in it; commits wait that long, too."""
+
+_CHUNK_BYTES = 1 << 20
 
 
 def _is_temporary(error: Exception) -> bool:
@@ -61,11 +73,15 @@ class Database:
 
     def __init__(self, path: str, migrations: Sequence[str] | None) -> None:
         self.path = path
+        self.commits = 0
+        """Transactions of this connection that were committed."""
         self._refused = ""
         try:
             if migrations is None:
                 self._connection = self._connect(f"{Path(path).absolute().as_uri()}?mode=rw")
                 self._connection.execute("PRAGMA synchronous=NORMAL")
+                # The first one's, whose event loop would sync the WAL that begins from its start behind a checkpoint.
+                self._connection.execute("PRAGMA wal_autocheckpoint=0")
                 return
             if path != ":memory:":
                 Path(path).parent.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -82,6 +98,29 @@ class Database:
     def _connect(place: str) -> sqlite3.Connection:
         uri = place.startswith("file:")
         return sqlite3.connect(place, timeout=_BUSY_TIMEOUT_S, isolation_level=None, uri=uri)
+
+    def defer_syncs(self) -> None:
+        """From now on a commit waits for no disk: ``Wal`` syncs what was committed, and folds the WAL into the file.
+
+        When this returns, everything that was committed before is on disk, by whatever process. A write that the disk has no room
+        for is still refused at once.
+
+        Raises:
+            StoreError: the disk refused.
+        """
+        wal = Wal(self.path)
+        try:
+            wal.write_again()
+            wal.sync_folder()
+            # Without room, or with a reader in it, the WAL is only longer than it might be.
+            with suppress(StoreError):
+                wal.restart()
+            self._connection.execute("PRAGMA synchronous=NORMAL")
+            self._connection.execute("PRAGMA wal_autocheckpoint=0")
+        except (*_ERRORS, OSError) as error:
+            raise self._failed("cannot sync the store", error) from error
+        finally:
+            wal.close()
 
     def _migrate(self, migrations: Sequence[str]) -> None:
         (have,) = self._connection.execute("PRAGMA user_version").fetchone()
@@ -107,6 +146,7 @@ class Database:
         try:
             yield
             self._connection.execute("COMMIT")
+            self.commits += 1
         except BaseException as error:
             if self._connection.in_transaction:
                 self._connection.execute("ROLLBACK")
@@ -163,3 +203,142 @@ class Database:
     def close(self) -> None:
         """Close the file; further calls fail."""
         self._connection.close()
+
+
+class Wal:
+    """The write-ahead log of a database whose syncs are deferred: for threads, one that syncs and one that copies and restarts.
+
+    SQLite syncs the header of a WAL that begins from its start, in the commit that begins it
+    (https://sqlite.org/src/info/ff5be73dee). A checkpoint that copies everything makes the next commit do that, so here none
+    may do so unnoticed: ``copy`` keeps a reader in the WAL, and ``restart`` begins it from its start itself.
+
+    Args:
+        path: of the database.
+        sync: brings what was written to a file descriptor to the disk.
+    """
+
+    def __init__(self, path: str, sync: Callable[[int], None] = os.fdatasync) -> None:
+        self.path = path
+        self._sync = sync
+        self._file: int | None = None
+        """Open for good: an error in writing back is reported to those who have the file open by then (fsync(2))."""
+        self._reader: sqlite3.Connection | None = None
+
+    def sync(self) -> int:
+        """Bring every commit to the disk that returned before this was called; gives back how large the WAL is, in bytes.
+
+        The file of the database is not touched: closing it would drop the locks that SQLite has on it (fcntl(2)). On the WAL it has none.
+
+        Raises:
+            SyncFailed: nobody knows what is on the disk.
+        """
+        log = Path(f"{self.path}-wal")
+        try:
+            if self._file is None:
+                self._file = os.open(log, os.O_RDONLY | os.O_CLOEXEC)
+            opened, named = os.fstat(self._file), log.stat()
+            replaced = (opened.st_dev, opened.st_ino) != (named.st_dev, named.st_ino)
+            self._sync(self._file)
+        except OSError as error:
+            raise SyncFailed(self.path, error) from error
+        if replaced:
+            raise SyncFailed(self.path, "its WAL was replaced by another file while it was in use")
+        return opened.st_size
+
+    def copy(self) -> None:
+        """Copy the WAL into the file while others commit.
+
+        Raises:
+            StoreError: it was not copied; it may be tried again.
+            SyncFailed: as ``sync``.
+        """
+        try:
+            self.leave()
+            # Used by one thread after another, never by two.
+            self._reader = sqlite3.connect(
+                self._place(), isolation_level=None, uri=True, check_same_thread=False
+            )
+            self._reader.execute("BEGIN")
+            self._reader.execute("SELECT count(*) FROM sqlite_master").fetchall()
+            with self._second() as connection:
+                connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
+        except _ERRORS as error:
+            raise self._failed(error) from error
+
+    def restart(self) -> bool:
+        """Copy what is left and begin the WAL from its start, on disk. Nobody may commit meanwhile: it would wait.
+
+        Returns:
+            False where somebody reads in the WAL; it is as long as it was.
+
+        Raises:
+            As ``copy``.
+        """
+        try:
+            with self._second() as connection:
+                self.leave()
+                connection.execute(f"PRAGMA busy_timeout={_READERS_S * 1000:.0f}")
+                ((busy, *_),) = connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+                if busy:
+                    return False
+                ((version,),) = connection.execute("PRAGMA user_version").fetchall()
+                connection.execute("BEGIN IMMEDIATE")
+                connection.execute(f"PRAGMA user_version={version}")
+                connection.execute("COMMIT")
+                return True
+        except _ERRORS as error:
+            raise self._failed(error) from error
+
+    def write_again(self) -> None:
+        """Write the same bytes again, and sync them.
+
+        After an fsync that failed Linux takes the pages for written, and so would the next fsync, of this process or another
+        (https://www.usenix.org/conference/atc20/presentation/rebello).
+
+        Raises:
+            OSError: the disk refused.
+        """
+        with suppress(FileNotFoundError), Path(f"{self.path}-wal").open("r+b", buffering=0) as log:
+            at = 0
+            while chunk := os.pread(log.fileno(), _CHUNK_BYTES, at):
+                at += os.pwrite(log.fileno(), chunk, at)
+            self._sync(log.fileno())
+
+    def sync_folder(self) -> None:
+        """Bring the name of a new WAL to the disk. Raises OSError."""
+        folder = os.open(Path(self.path).absolute().parent, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+    def close(self) -> None:
+        """Close the WAL; used again, it is opened again."""
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None
+
+    def leave(self) -> None:
+        """End the reading that ``copy`` left in the WAL."""
+        if self._reader is not None:
+            self._reader.close()
+            self._reader = None
+
+    def _place(self) -> str:
+        return f"{Path(self.path).absolute().as_uri()}?mode=rw"
+
+    @contextmanager
+    def _second(self) -> Iterator[sqlite3.Connection]:
+        with closing(
+            sqlite3.connect(self._place(), timeout=_BUSY_TIMEOUT_S, isolation_level=None, uri=True)
+        ) as made:
+            made.execute("PRAGMA synchronous=FULL")
+            made.execute("PRAGMA wal_autocheckpoint=0")
+            yield made
+
+    def _failed(self, error: Exception) -> StoreError:
+        if getattr(error, "sqlite_errorcode", None) in _NOT_SYNCED:
+            return SyncFailed(self.path, error)
+        refused = StoreError(f"cannot fold the WAL into the store {self.path}: {error}")
+        refused.temporary = _is_temporary(error)
+        return refused

@@ -31,3 +31,18 @@ class NewerStore(StoreError):
     """The durable store was written by a newer version: this one must not guess what is in it, and a new start will not help."""
 
     exit_code = ConfigError.exit_code
+
+
+class SyncFailed(StoreError):
+    """An fsync failed: what was written may not be on disk, and no later fsync shows whether it is. The process has to end.
+
+    Args:
+        path: of the store.
+        why: the cause.
+    """
+
+    def __init__(self, path: str, why: object) -> None:
+        super().__init__(
+            f"cannot sync the store {path}: {why}. What it took last may not be on the disk, and none of that was published. Look "
+            "at the disk (dmesg, its free space and quota), then start the service again: it continues from what is on the disk."
+        )

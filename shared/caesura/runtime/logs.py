@@ -121,7 +121,8 @@ def flush_logs() -> None:
 
 def _stderr() -> int | io.TextIOBase:
     with suppress(OSError, ValueError):
-        return sys.stderr.fileno()
+        # Our own: should somebody close the other one, its number is soon another file's, and a late line would be written there.
+        return os.dup(sys.stderr.fileno())
     return sys.stderr  # type: ignore[return-value]  # what a test has put there
 
 

@@ -85,10 +85,15 @@ class Worker:
                 await self.do(lambda: None)
         except TimeoutError:
             finished = False
-        self._jobs.put(None)
-        self._thread = None
-        self._jobs = SimpleQueue()
+        self.end()
         return finished
+
+    def end(self) -> None:
+        """Have the thread end after what was asked for, without a wait; what is asked for later is done by another one."""
+        if self._thread is not None:
+            self._jobs.put(None)
+            self._thread = None
+            self._jobs = SimpleQueue()
 
     def _work(self) -> None:
         jobs = self._jobs

@@ -280,6 +280,74 @@ async def test_a_message_whose_handler_never_returned_comes_again(harness: Harne
     assert second.payloads == [b"2", b"3"]
 
 
+class HeldCommits:
+    """A store whose disk answers on demand."""
+
+    def __init__(self) -> None:
+        self.settled = False
+        self.waited = 0
+        self._go = asyncio.Event()
+
+    async def reached(self) -> None:
+        self.waited += 1
+        await self._go.wait()
+        self._go.clear()
+
+    def answer(self) -> None:
+        self._go.set()
+
+
+@needs(Can.REDELIVER)
+async def test_messages_are_handled_and_not_acknowledged_until_what_they_led_to_is_on_disk(
+    harness: Harness,
+) -> None:
+    first, second = Collector(), Collector()
+    disk = HeldCommits()
+    sender = await harness.bus()
+    async with running(sender):
+        worker = await harness.bus("worker", filters=["open/work"], clean=False)
+        task = asyncio.create_task(worker.run(first.receive, commits=disk))
+        assert await worker.wait_connected(PATIENCE_S)
+        await sender.publish("open/work", b"1")
+        await first.until_payload(b"1")
+        await eventually(lambda: disk.waited == 1)
+        for payload in (b"2", b"3"):
+            await sender.publish("open/work", payload)
+        await first.until_payload(b"3")  # the disk holds nobody up
+        assert disk.waited == 1
+        disk.answer()
+        await eventually(lambda: disk.waited == 2)  # the first is acknowledged; one wait for all the others
+        task.cancel()  # a power cut before the disk has the others
+        await asyncio.wait({task})
+        async with running(await harness.bus("worker", filters=["open/work"], clean=False), second.receive):
+            await second.until_payload(b"3")
+    assert first.payloads == [b"1", b"2", b"3"]
+    assert second.payloads == [b"2", b"3"]
+
+
+@needs(Can.REDELIVER)
+async def test_close_waits_for_the_disk_of_what_was_handled(harness: Harness) -> None:
+    first, second = Collector(), Collector()
+    disk = HeldCommits()
+    sender = await harness.bus()
+    async with running(sender):
+        worker = await harness.bus("worker", filters=["open/work"], clean=False)
+        task = asyncio.create_task(worker.run(first.receive, commits=disk))
+        assert await worker.wait_connected(PATIENCE_S)
+        await sender.publish("open/work", b"1")
+        await eventually(lambda: disk.waited == 1)
+        closing = asyncio.create_task(worker.close())
+        await asyncio.sleep(0)
+        disk.answer()
+        async with asyncio.timeout(PATIENCE_S):
+            await closing
+            await task
+        async with running(await harness.bus("worker", filters=["open/work"], clean=False), second.receive):
+            await sender.publish("open/work", b"2")
+            await second.until_payload(b"2")
+    assert second.payloads == [b"2"]
+
+
 @needs(Can.QUEUE_WHILE_AWAY)
 async def test_a_cut_connection_heals_and_loses_nothing_of_a_persistent_session(harness: Harness) -> None:
     got = Collector()

@@ -127,15 +127,12 @@ def test_records_are_named_level_metric_operation() -> None:
 
 
 def test_every_alert_says_how_bad_it_is_what_it_is_and_where_to_read_on() -> None:
-    page = (_ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
-    section = page.partition("\n## Alerts\n")[2].partition("\n## ")[0]
-    headings = re.findall(r"^### (\w+)$", section, re.MULTILINE)
     alerts = rules("alert")
-    assert headings == list(alerts), "one heading an alert, in the order of the rules"
     for name, rule in alerts.items():
         assert rule["labels"]["severity"] in {"warning", "critical"}, name
         assert set(rule["annotations"]) == {"summary", "description", "runbook_url"}, name
-        assert rule["annotations"]["runbook_url"] == f"docs/operations.md#{name.lower()}", name
+        # tests/architecture/test_docs.py holds the pages.
+        assert rule["annotations"]["runbook_url"] == f"docs/operate/runbooks/{name}.md", name
 
 
 def test_every_job_says_which_service_it_is() -> None:

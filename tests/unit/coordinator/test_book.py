@@ -78,7 +78,11 @@ class Desk:
         """Everything in the outbox, as a broker would take it."""
         kept = self.book.store.outbox.load()
         self.book.store.outbox.remove([each.event_id for each in kept])
-        return [each.read() for each in kept]
+        return [each.read() for each in kept if each.payload]
+
+    def cleared(self) -> list[str]:
+        """Topics from which the outbox removes what is retained, after ``/fleet/``."""
+        return [each.topic.split("/fleet/")[1] for each in self.book.store.outbox.load() if not each.payload]
 
     def reopened(self) -> Book:
         self.book.store.database.close()
@@ -174,6 +178,10 @@ def test_of_ended_rollouts_the_bus_shows_the_newest_and_of_the_newest_the_waves(
     for number in range(60):
         desk.book.add(msgspec.structs.replace(done, id=f"x{number}"), "ops", _ANSWER)
         removals += desk.book.forget()
+        if number == 59:
+            topics = desk.cleared()
+            assert any("x9/" in each for each in topics), "a kill must not leave it"
+            assert any("x54/" in each for each in topics)
     waves = len(done.waves)
     assert [each for each in removals if not each.whole] == [
         Removal(f"x{number}", waves, whole=False) for number in range(55)
@@ -316,6 +324,10 @@ def test_a_rollout_of_nobody_is_ended_once(desk: Desk) -> None:
             mine, rollout=f"of-another-{status}", status="halted", current_wave=1, current_status=status
         )
         removal = desk.book.end_unknown(foreign, T0)
+        waves = [f"rollout/{foreign.rollout}/wave/{wave}" for wave in range(mine.wave_count)]
+        assert [topic.removesuffix("/state") for topic in desk.cleared()] == waves, (
+            "a kill must not leave them"
+        )
         sent = desk.sent()
         (ended,) = [each for each in sent if isinstance(each, m.RolloutState)]
         assert (ended.rollout, ended.status, ended.ended_at) == (foreign.rollout, "aborted", T0)

@@ -92,7 +92,7 @@ def test_the_first_screen_answers_what_an_operator_asks_first(dashboards: dict[s
 
 
 def test_every_metric_is_one_that_a_service_serves(dashboards: dict[str, Any]) -> None:
-    page = (_ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
+    page = (_ROOT / "docs" / "reference" / "metrics.md").read_text(encoding="utf-8")
     served = set(re.findall(r"^\| `(caesura_\w+)` \|", page, re.MULTILINE))
     served |= {
         f"{name}_{part}"

@@ -88,7 +88,7 @@ async def test_a_retained_message_replaces_those_of_its_topic_and_a_fact_none(st
     ("column", "value"),
     [("payload", b"{}"), ("payload", "text"), ("topic", "not/of/ours"), ("event_id", 7), ("type", None)],
 )
-async def test_what_nobody_could_read_is_dropped_by_name_and_the_rest_is_kept(
+async def test_what_nobody_could_read_is_left_out_by_name_and_stays(
     column: str, value: Any, tmp_path: Path
 ) -> None:
     path = str(tmp_path / "store.sqlite")
@@ -99,9 +99,11 @@ async def test_what_nobody_could_read_is_dropped_by_name_and_the_rest_is_kept(
     if column == "event_id":  # SQLite makes a text of it
         first.run("UPDATE outbox SET payload = '' WHERE number = 2")
     with capture_logs() as logs:
-        assert await SqliteOutbox(beside(path)).load() == [fact(1), fact(3)]
+        outbox = SqliteOutbox(beside(path))
+        assert await outbox.load() == [fact(1), fact(3)]
+        assert outbox.unreadable == 1
     assert [each["event"] for each in logs] == ["outbox.unreadable"]
-    assert table.count() == 2
+    assert table.count() == 3, "a newer version may read it"
     first.close()
 
 

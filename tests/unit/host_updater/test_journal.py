@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import sqlite3
 from collections.abc import AsyncIterator
-from contextlib import suppress
+from contextlib import closing, suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -326,6 +326,9 @@ async def test_facts_that_a_version_of_before_kept_are_published(tmp_path: Path)
             assert received.message == said
             assert received.header.id == message.event_id == report_letter(said).event_id
             assert received.header.source == "/caesura/blue/host/host-1"
+    with closing(sqlite3.connect(path)) as left:
+        kept_aside = left.execute("SELECT event_id FROM outbox_1").fetchall()
+    assert kept_aside == [("x",)], "what cannot be read is not lost"
 
 
 async def test_broken_journal_says_so(tmp_path: Path) -> None:

@@ -64,6 +64,12 @@ LANES = {
         """,
         fast=True,
     ),
+    "docs": Lane(
+        "the docs build as a site, without a broken link or a missing anchor, into .lanes/site",
+        # Not --quiet: MkDocs then does not count the warnings that --strict is for.
+        "NO_MKDOCS_2_WARNING=1 mkdocs build --strict",
+        fast=True,
+    ),
     "unit": Lane(
         "tests/unit, tests/contract and tests/architecture",
         f"pytest -q {_WORKERS} tests/unit tests/contract tests/architecture",

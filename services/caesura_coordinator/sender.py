@@ -1,0 +1,99 @@
+"""Commands on their way to hosts: repeated until the hosts' answers change what is asked for, and never before it is on disk."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+import structlog
+
+from caesura.bus.port import BusError, PublishRefused
+from caesura.bus.post import Post
+from caesura.contract.codec import ContractError
+from caesura.contract.messages import AbortOperation, StartOperation
+from caesura.contract.topics import TopicError
+from caesura.runtime.group_commit import GroupCommit
+from caesura.runtime.sampler import Sampler
+from caesura_coordinator.book import Book
+from caesura_coordinator.commands import command_for, due_operations
+from caesura_coordinator.inputs import Authority
+
+_REPEAT_S = 2.0
+"""s: between two sendings of a command that its host has not answered."""
+_ANSWER_S = 2.0
+"""s: for the broker to acknowledge one."""
+
+_log = structlog.get_logger("caesura.coordinator")
+
+
+class CommandSender:
+    """Sends what the rollouts of a book ask for.
+
+    Args:
+        book: whose rollouts.
+        post: where to.
+        commits: of the book's store.
+        authority: in whose name; None: in nobody's, nothing is sent.
+    """
+
+    def __init__(
+        self, book: Book, post: Post, commits: GroupCommit, authority: Callable[[], Authority | None]
+    ) -> None:
+        self._book = book
+        self._post = post
+        self._commits = commits
+        self._authority = authority
+        self._last_sent: dict[tuple[str, str], float] = {}
+        self._asked: dict[tuple[str, str], tuple[object, int]] = {}
+        """Operation and what is commanded to the stage of the rollout that first asked for it, and how many commits there were then."""
+        self._sampler = Sampler()
+        self.held = False
+        """Whether a command waits until the state that asks for it is on disk."""
+
+    async def send(self) -> bool:
+        """Send what is due; false: what is due changed meanwhile, and it is to be called again."""
+        loop = asyncio.get_running_loop()
+        open_keys = set()
+        self.held = False
+        if (authority := self._authority()) is None:
+            return True
+        for rollout in self._book.active:
+            for due in due_operations(rollout, authority):
+                if self._book.rollouts.get(rollout.id) is not rollout or self._authority() != authority:
+                    # Sending takes time, and an answer or an abort came in it: what is due now is another matter.
+                    return False
+                key = (due.operation.operation, due.what)
+                open_keys.add(key)
+                if not self._is_on_disk(key, rollout.stage):
+                    self.held = True
+                    continue
+                if loop.time() - self._last_sent.get(key, -_REPEAT_S) < _REPEAT_S:
+                    continue
+                command = command_for(rollout, due, authority)
+                if not await self.try_send(command):
+                    return True  # no broker to send the others to either: time must pass for them
+                self._last_sent[key] = loop.time()
+        self._last_sent = {key: at for key, at in self._last_sent.items() if key in open_keys}
+        self._asked = {key: asked for key, asked in self._asked.items() if key in open_keys}
+        return True
+
+    def _is_on_disk(self, key: tuple[str, str], stage: object) -> bool:
+        """Whether a state that asks for this is on disk: the one that first asked for it, in the stage that still lasts."""
+        known = self._asked.get(key)
+        if known is None or known[0] != stage:
+            known = self._asked[key] = stage, self._commits.committed
+        return known[1] <= self._commits.on_disk
+
+    async def try_send(self, command: StartOperation | AbortOperation) -> bool:
+        """Whether the bus took it, or never will: either way the next one is tried."""
+        try:
+            await self._post.send(command, timeout_s=_ANSWER_S, host=command.host)
+        except PublishRefused as error:
+            if self._sampler.due(error.topic) is not None:
+                _log.error("coordinator.refused", topic=error.topic, why=str(error))
+        except BusError as error:
+            _log.debug("coordinator.not_sent", type=command.TYPE, why=str(error))
+            return False
+        except (ContractError, TopicError) as error:
+            _log.error("coordinator.unsendable", type=command.TYPE, why=str(error), host=command.host)
+        return True

@@ -17,7 +17,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from caesura.bus.brokers import LocalBroker, free_port, mosquitto_config
+from caesura.bus.local_broker import LocalBroker, free_port, mosquitto_config
 from caesura.bus.mqtt import MqttBus
 from caesura.bus.options import BrokerOptions
 from caesura.bus.port import BusError

@@ -25,11 +25,11 @@ from typing import NamedTuple
 
 import aiomqtt
 
-from caesura.bus.brokers import LocalBroker, free_port
+from caesura.bus.local_broker import LocalBroker, free_port
+from caesura.bus.messaging import Post
 from caesura.bus.mqtt import MqttBus
 from caesura.bus.options import BrokerOptions
 from caesura.bus.port import BusError
-from caesura.bus.post import Post
 from caesura.contract.codec import encode
 from caesura.contract.messages import VmResumed
 from caesura.contract.topics import channel_of

@@ -29,12 +29,12 @@ from pause import percentile
 from prometheus_client import CollectorRegistry
 from storms import Storms
 
-from caesura.bus.brokers import free_port
+from caesura.bus.local_broker import free_port
 from caesura.bus.memory import MemoryBroker, MemoryBus
 from caesura.bus.port import Delivery
 from caesura.contract.codec import decode
 from caesura.runtime.health import serve_health
-from caesura_metrics_exporter.page import LivePage
+from caesura_metrics_exporter.live.page import LivePage
 from caesura_metrics_exporter.scrape import Scrape
 from caesura_metrics_exporter.service import MetricsExporter
 from caesura_metrics_exporter.settings import MetricsExporterSettings

@@ -28,7 +28,7 @@ import structlog
 from storms import Storms
 
 from caesura.bus.memory import MemoryBroker, MemoryBus
-from caesura.bus.post import Post
+from caesura.bus.messaging import Post
 from caesura.contract import messages as m
 from caesura.contract.codec import Received
 from caesura.contract.topics import channel_of

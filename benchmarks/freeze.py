@@ -22,14 +22,14 @@ from pause import percentile
 from caesura.contract.messages import OperationTarget, StartOperation
 from caesura_host_updater.drivers.qemu.definition import Definition, QemuOptions
 from caesura_host_updater.drivers.qemu.driver import QemuDriver
-from caesura_host_updater.guardian import Guardian
-from caesura_host_updater.hostfile import VmSpec
+from caesura_host_updater.guard_client import Guardian
+from caesura_host_updater.inventory.host_config import VmSpec
+from caesura_host_updater.inventory.updates import UpdateFile
 from caesura_host_updater.journal import JournalThread
-from caesura_host_updater.operation import OperationRunner
-from caesura_host_updater.operation_state import Operation, UpdateRun, VmPause
+from caesura_host_updater.operation.report import final_report
+from caesura_host_updater.operation.runner import OperationRunner
+from caesura_host_updater.operation.state import Operation, UpdateRun, VmPause
 from caesura_host_updater.pauses import PauseMarkers
-from caesura_host_updater.report import final_report
-from caesura_host_updater.updates import UpdateFile
 from caesura_testing.guests import image
 from caesura_vmcontrol.procfs import boot_id
 

@@ -25,7 +25,7 @@ from caesura_host_updater.drivers.qemu.definition import Adopt, QemuOptions
 from caesura_host_updater.drivers.qemu.driver import QemuDriver
 from caesura_host_updater.drivers.qemu.handover import set_capabilities
 from caesura_host_updater.drivers.qemu.qmp import Event, Qmp, QmpUnreachable
-from caesura_host_updater.hostfile import VmSpec
+from caesura_host_updater.inventory.host_config import VmSpec
 from caesura_testing.guests import Definition, Heartbeat, Image, command_line, connect, image
 from caesura_vmcontrol.procfs import DEAD, thread_states
 

@@ -40,12 +40,12 @@ from caesura_coordinator.metrics import CoordinatorCollector
 from caesura_coordinator.service import Coordinator, Superseded
 from caesura_coordinator.settings import CoordinatorSettings
 from caesura_coordinator.store import Store
-from caesura_ctl.commandline import EXIT_CODES
+from caesura_ctl.options import EXIT_CODES
 from caesura_ctl.settings import CtlSettings
 from caesura_host_updater.drivers.freezers import SignalFreezer
 from caesura_host_updater.drivers.process import ProcessDriver
-from caesura_host_updater.guardian import Guardian
-from caesura_host_updater.hostfile import HostFile
+from caesura_host_updater.guard_client import Guardian
+from caesura_host_updater.inventory.host_config import HostFile
 from caesura_host_updater.journal import JournalThread
 from caesura_host_updater.metrics import HostMetrics
 from caesura_host_updater.pauses import PauseMarkers
@@ -56,7 +56,7 @@ from caesura_metadata_publisher.service import MetadataPublisher
 from caesura_metadata_publisher.settings import MetadataPublisherSettings
 from caesura_metrics_exporter.service import MetricsExporter
 from caesura_metrics_exporter.settings import MetricsExporterSettings
-from caesura_vm_agent.clocks import SimulatedClock
+from caesura_vm_agent.guest_clock import SimulatedClock
 from caesura_vm_agent.metrics import AgentCollector
 from caesura_vm_agent.service import VmAgent
 from caesura_vm_agent.settings import VmAgentSettings

@@ -13,8 +13,8 @@ from caesura.contract.messages import (
 )
 from caesura.lifecycle.budget import DIGEST_S, digest_by_s
 from caesura.lifecycle.proof import asks_for_proof, broken_codes, held_codes, in_words, is_proof, ordered
-from caesura_coordinator.reasons import shortened
 from caesura_coordinator.records import ClockVerdict
+from caesura_coordinator.text import shortened
 
 _DETAIL_CHARACTERS = 300  # of what a guest said of its memory: kept for each VM of a wave
 

@@ -15,7 +15,6 @@ from caesura_coordinator.inputs import (
     EventStarted,
 )
 from caesura_coordinator.members import members_of
-from caesura_coordinator.reasons import listed
 from caesura_coordinator.records import (
     FINAL,
     HostOperation,
@@ -25,6 +24,7 @@ from caesura_coordinator.records import (
     operation_id,
 )
 from caesura_coordinator.step import Step
+from caesura_coordinator.text import listed
 from caesura_coordinator.verification import verify
 
 COMMAND_WINDOW_S = 30.0

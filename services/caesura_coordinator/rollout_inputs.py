@@ -24,7 +24,6 @@ from caesura_coordinator.inputs import (
 )
 from caesura_coordinator.members import members_of
 from caesura_coordinator.proofs import clock_verdict
-from caesura_coordinator.reasons import shortened
 from caesura_coordinator.records import (
     FINAL,
     HostOperation,
@@ -33,6 +32,7 @@ from caesura_coordinator.records import (
     WaveEvent,
 )
 from caesura_coordinator.step import Step
+from caesura_coordinator.text import shortened
 from caesura_coordinator.verification import verify_vm
 
 V = TypeVar("V")

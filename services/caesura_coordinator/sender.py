@@ -7,16 +7,16 @@ from collections.abc import Callable
 
 import structlog
 
+from caesura.bus.messaging import Post
 from caesura.bus.port import BusError, PublishRefused
-from caesura.bus.post import Post
 from caesura.contract.codec import ContractError
 from caesura.contract.messages import AbortOperation, StartOperation
 from caesura.contract.topics import TopicError
 from caesura.runtime.group_commit import GroupCommit
 from caesura.runtime.sampler import Sampler
-from caesura_coordinator.book import Book
 from caesura_coordinator.commands import command_for, due_operations
 from caesura_coordinator.inputs import Authority
+from caesura_coordinator.repository import Book
 
 _REPEAT_S = 2.0
 """s: between two sendings of a command that its host has not answered."""

@@ -9,8 +9,8 @@ from datetime import UTC, datetime, timedelta
 import msgspec
 import structlog
 
+from caesura.bus.messaging import Post
 from caesura.bus.port import Bus, Delivery, Will
-from caesura.bus.post import Post
 from caesura.bus.presence import Presence, last_will
 from caesura.contract import messages as m
 from caesura.contract.codec import MAX_PAYLOAD_BYTES, ContractError, Received, request_in, size_bytes
@@ -31,18 +31,18 @@ from caesura.runtime.errors import CaesuraError, StoreError, SyncFailed
 from caesura.runtime.group_commit import GroupCommit
 from caesura.runtime.identity import new_id
 from caesura.runtime.sampler import Sampler
-from caesura_coordinator.admission import outlived
-from caesura_coordinator.answers import REASON_CHARACTERS, with_plan
-from caesura_coordinator.book import Book, Removal
 from caesura_coordinator.fleet import Fleet, why_outdated
 from caesura_coordinator.inputs import Abort, Approve, Authority, Fact, Input, RequestRefused, Resume, Tick
 from caesura_coordinator.owner_records import OwnerRecords
 from caesura_coordinator.owners import Owners
 from caesura_coordinator.plan import make_plan, most_targets, nothing_to_do, sets_of
 from caesura_coordinator.records import Rollout, largest_states, new_rollout
+from caesura_coordinator.repository import Book, Removal
+from caesura_coordinator.responses import REASON_CHARACTERS, with_plan
 from caesura_coordinator.rollout import RESTART_GRACE_S
 from caesura_coordinator.sender import CommandSender
 from caesura_coordinator.store import Store, SyncedOutbox
+from caesura_coordinator.validation import outlived
 
 TICK_S = 0.2
 _ANNOUNCE_S = 20.0

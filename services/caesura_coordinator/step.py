@@ -17,11 +17,11 @@ from caesura_coordinator.inputs import (
     RolloutMoved,
     WaveMoved,
 )
-from caesura_coordinator.reasons import listed, shortened
 from caesura_coordinator.records import (
     Rollout,
     Wave,
 )
+from caesura_coordinator.text import listed, shortened
 
 
 class Step:

@@ -6,9 +6,9 @@ from importlib.metadata import entry_points
 
 import click
 
-from caesura_ctl import act, look
-from caesura_ctl.acl import acl
-from caesura_ctl.commandline import EXIT_CODES, Commands
+from caesura_ctl.commands import inspect, rollouts
+from caesura_ctl.commands.acl import acl
+from caesura_ctl.options import EXIT_CODES, Commands
 
 _EPILOG = f"""\b
 examples:
@@ -73,16 +73,16 @@ def caesura() -> None:
 
 
 for each in (
-    act.plan,
-    act.roll,
-    look.status,
-    look.watch,
-    act.abort,
-    act.resume,
-    act.freeze,
-    look.history,
-    look.tail,
-    look.updates,
+    rollouts.plan,
+    rollouts.roll,
+    inspect.status,
+    inspect.watch,
+    rollouts.abort,
+    rollouts.resume,
+    rollouts.freeze,
+    inspect.history,
+    inspect.tail,
+    inspect.updates,
     acl,
 ):
     caesura.add_command(each)

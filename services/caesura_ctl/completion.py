@@ -17,7 +17,7 @@ from click.shell_completion import CompletionItem
 
 from caesura.contract import messages as m
 from caesura.runtime.errors import CaesuraError
-from caesura_ctl.picture import Picture
+from caesura_ctl.fleet_view import Picture
 
 Kind = Literal["set", "host", "vm", "update", "rollout"]
 _PATIENCE_S = 1.5  # s: from Tab to the shell's prompt, with a broker that does not answer
@@ -70,7 +70,7 @@ def _asked(kind: Kind, broker: str | None) -> Picture:
         TimeoutError: it did not answer in time.
     """
     # Imported here: these two are slow to load, and a shell that completes an option's name needs neither.
-    from caesura_ctl.commandline import settings_for  # noqa: PLC0415
+    from caesura_ctl.options import settings_for  # noqa: PLC0415
     from caesura_ctl.session import connect  # noqa: PLC0415
 
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))

@@ -10,10 +10,10 @@ from rich.live import Live
 from rich.text import Text
 
 from caesura.contract.parts import WholeRollout
-from caesura_ctl.commandline import Context, NotCompleted, note
 from caesura_ctl.durations import show_pause
+from caesura_ctl.fleet_view import Picture
+from caesura_ctl.options import Context, NotCompleted, note
 from caesura_ctl.outputs import failure_lines
-from caesura_ctl.picture import Picture
 from caesura_ctl.session import Session
 from caesura_ctl.tables import live_view, next_commands, pauses_view
 
@@ -136,7 +136,7 @@ def conclude(session: Session, context: Context, state: WholeRollout) -> None:
     pauses = session.picture.pauses_of(state.rollout)
     complete = session.picture.heard_all(state)
     if context.json:
-        from caesura_ctl.commandline import print_json  # noqa: PLC0415 - only for scripts
+        from caesura_ctl.options import print_json  # noqa: PLC0415 - only for scripts
 
         print_json({"rollout": state, "pauses": pauses, "pauses_complete": complete})
     elif pauses:

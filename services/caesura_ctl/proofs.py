@@ -16,7 +16,7 @@ from caesura.lifecycle.proof import (
     is_proof,
     ordered,
 )
-from caesura_ctl.picture import Pause
+from caesura_ctl.fleet_view import Pause
 
 Clocks = dict[tuple[str, str], m.VmClockSynced]
 

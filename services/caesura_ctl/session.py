@@ -24,10 +24,10 @@ from caesura.bus.diagnosis import (
     SubscribeRefused,
     explain,
 )
+from caesura.bus.messaging import Post
 from caesura.bus.mqtt import MqttBus
 from caesura.bus.options import BrokerOptions, TlsFilesUnusable, options_from
 from caesura.bus.port import Bus, BusError, BusStats
-from caesura.bus.post import Post
 from caesura.contract import messages as m
 from caesura.contract.codec import Received
 from caesura.contract.envelope import Message, source_of
@@ -40,7 +40,7 @@ from caesura.fleet.words import Cleared
 from caesura.runtime.errors import CaesuraError
 from caesura.runtime.identity import new_id
 from caesura.runtime.settings import SettingsError
-from caesura_ctl.picture import Picture
+from caesura_ctl.fleet_view import Picture
 from caesura_ctl.settings import CtlSettings
 
 CONNECT_S = 5.0

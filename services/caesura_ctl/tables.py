@@ -14,8 +14,8 @@ from caesura.contract import messages as m
 from caesura.contract.parts import WholeRollout
 from caesura_ctl.columns import Columns, first_of
 from caesura_ctl.durations import show_duration, show_pause
+from caesura_ctl.fleet_view import Pause, Picture
 from caesura_ctl.outputs import failures_view
-from caesura_ctl.picture import Pause, Picture
 from caesura_ctl.proofs import Shown, counted, planned
 
 _STYLE = {

@@ -9,7 +9,7 @@ from rich.text import Text
 
 from caesura_ctl.columns import Columns, first_of
 from caesura_ctl.durations import show_duration
-from caesura_ctl.picture import Picture
+from caesura_ctl.fleet_view import Picture
 
 _NAMED = 12
 """Hosts that a table names before it counts them; ``--json`` names all."""

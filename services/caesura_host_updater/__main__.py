@@ -38,15 +38,15 @@ with QuietInterrupt():
     from caesura_host_updater.drivers.qemu.accel import Accelerator, find_accelerator
     from caesura_host_updater.drivers.qemu.discovery import with_discovered
     from caesura_host_updater.drivers.qemu.driver import QemuDriver
-    from caesura_host_updater.guardian import Guardian
-    from caesura_host_updater.hostfile import HostFile, read_host_file
+    from caesura_host_updater.guard_client import Guardian
+    from caesura_host_updater.inventory.host_config import HostFile, read_host_file
     from caesura_host_updater.journal import JournalThread
     from caesura_host_updater.metrics import HostMetrics
-    from caesura_host_updater.operation import clean_environ
+    from caesura_host_updater.operation.crash_recovery import resume_marked
+    from caesura_host_updater.operation.runner import clean_environ
     from caesura_host_updater.pauses import PauseMarkers
     from caesura_host_updater.service import HostUpdater, presence
     from caesura_host_updater.settings import HostUpdaterSettings
-    from caesura_host_updater.startup import resume_marked
     from caesura_host_updater.subscriptions import filters
     from caesura_vmcontrol.notify import Notifier
 

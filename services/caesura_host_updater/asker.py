@@ -14,8 +14,8 @@ from contextlib import suppress
 import msgspec
 import structlog
 
-from caesura_host_updater.applying import UpdateNotStarted, UpdateProcess
-from caesura_host_updater.updates import Catalogue, UpdateFile
+from caesura_host_updater.inventory.updates import Catalogue, UpdateFile
+from caesura_host_updater.update_process import UpdateNotStarted, UpdateProcess
 
 _AGAIN_S = 60.0  # s: between two rounds, where nothing happened that calls for one
 _LIMIT_S = 10.0  # s: for one command; what a package manager needs to look something up

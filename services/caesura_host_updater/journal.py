@@ -20,10 +20,10 @@ from caesura.delivery.sqlite import SCHEMA, OutboxTable
 from caesura.runtime.database import Database
 from caesura.runtime.errors import CaesuraError, StoreError
 from caesura.runtime.threads import Worker
-from caesura_host_updater.clock import ClockWait
-from caesura_host_updater.command import Authority
-from caesura_host_updater.installs import Mark
-from caesura_host_updater.operation_state import Operation
+from caesura_host_updater.admission import Authority
+from caesura_host_updater.clocks.verdict import ClockWait
+from caesura_host_updater.inventory.installs import Mark
+from caesura_host_updater.operation.state import Operation
 
 KEEP_FINISHED = 1000  # operations whose report is repeated when their command comes again
 

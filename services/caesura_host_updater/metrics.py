@@ -11,7 +11,7 @@ from prometheus_client.registry import Collector
 from caesura.bus.metrics import bus_families
 from caesura.bus.port import BusStats
 from caesura.contract.messages import OperationReported
-from caesura_host_updater.operation_state import Operation
+from caesura_host_updater.operation.state import Operation
 
 # s: from a live hand-over to beyond the largest budget, with a boundary at it
 _BUCKETS = (0.001, 0.005, 0.01, 0.05, 0.1, 0.25, 0.5, 1, 2, 5, 10, 15, 20, 30, 60)

@@ -9,7 +9,7 @@ from caesura.delivery.message import OutboxMessage
 from caesura.delivery.publisher import ReliablePublisher
 from caesura.delivery.sqlite import SqliteOutbox
 from caesura_host_updater.journal import JournalThread
-from caesura_host_updater.operation_state import Operation
+from caesura_host_updater.operation.state import Operation
 
 
 class Outbox:

@@ -13,8 +13,8 @@ from types import MappingProxyType
 import msgspec
 import structlog
 
+from caesura.bus.messaging import Post
 from caesura.bus.port import Bus, BusError, Delivery
-from caesura.bus.post import Post
 from caesura.bus.presence import Presence
 from caesura.contract.codec import Received
 from caesura.contract.envelope import source_of
@@ -37,11 +37,8 @@ from caesura.contract.messages import (
 from caesura.delivery.message import OutboxMessage
 from caesura.lifecycle.commands import COMMANDS
 from caesura.runtime.errors import StoreError
-from caesura_host_updater import command as rules
-from caesura_host_updater.asker import Asker
-from caesura_host_updater.catalogue_reader import CatalogueReader
-from caesura_host_updater.clockdesk import ClockDesk
-from caesura_host_updater.command import (
+from caesura_host_updater import admission as rules
+from caesura_host_updater.admission import (
     AbortRunning,
     Accept,
     Authority,
@@ -52,23 +49,26 @@ from caesura_host_updater.command import (
     Tombstone,
     Underway,
 )
+from caesura_host_updater.asker import Asker
+from caesura_host_updater.clocks.tracker import ClockDesk
 from caesura_host_updater.drivers.port import Driver, states_within
-from caesura_host_updater.endings import Endings, Letters, cancelled_before_it_began
-from caesura_host_updater.guardian import Guardian
-from caesura_host_updater.hostfile import HostFile
-from caesura_host_updater.installs import installed
-from caesura_host_updater.inventory import inventory
-from caesura_host_updater.inventory_publisher import InventoryPublisher
+from caesura_host_updater.guard_client import Guardian
+from caesura_host_updater.inventory.catalogue_reader import CatalogueReader
+from caesura_host_updater.inventory.host_config import HostFile
+from caesura_host_updater.inventory.installs import installed
+from caesura_host_updater.inventory.message import inventory
+from caesura_host_updater.inventory.publisher import InventoryPublisher
+from caesura_host_updater.inventory.updates import UpdateFile
 from caesura_host_updater.journal import Journal, JournalThread
 from caesura_host_updater.metrics import HostMetrics
-from caesura_host_updater.operation import OperationRunner
-from caesura_host_updater.operation_state import Operation, UpdateRun, VmPause
+from caesura_host_updater.operation.crash_recovery import Startup, resume_until_running
+from caesura_host_updater.operation.finalizer import Endings, Letters, cancelled_before_it_began
+from caesura_host_updater.operation.report import clock_wait, final_report, refusal
+from caesura_host_updater.operation.runner import OperationRunner
+from caesura_host_updater.operation.state import Operation, UpdateRun, VmPause
 from caesura_host_updater.outbox import Outbox
 from caesura_host_updater.pauses import PauseMarkers
-from caesura_host_updater.report import clock_wait, final_report, refusal
 from caesura_host_updater.settings import HostUpdaterSettings
-from caesura_host_updater.startup import Startup, resume_until_running
-from caesura_host_updater.updates import UpdateFile
 from caesura_host_updater.vm_status import VmStatuses
 from caesura_host_updater.vm_view import STATES_S, VmView
 from caesura_vmcontrol.procfs import boot_id

@@ -14,7 +14,7 @@ from caesura.contract.messages import (
     VmStatus,
 )
 from caesura.contract.topics import channel_of
-from caesura_host_updater.hostfile import HostFile
+from caesura_host_updater.inventory.host_config import HostFile
 
 
 def filters(host: HostFile) -> list[str]:

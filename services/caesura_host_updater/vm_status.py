@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 
 import msgspec
 
-from caesura.bus.post import Post
+from caesura.bus.messaging import Post
 from caesura.contract.messages import LastPause, VmFrozen, VmRecord, VmResumed, VmStatus
 from caesura.delivery.message import clearing, prepare
 from caesura.delivery.policy import NEWEST

@@ -18,8 +18,8 @@ from uuid import NAMESPACE_URL, uuid5
 import msgspec
 import structlog
 
+from caesura.bus.messaging import Post
 from caesura.bus.port import Bus, BusError
-from caesura.bus.post import Post
 from caesura.bus.presence import Presence
 from caesura.contract.codec import Received
 from caesura.contract.envelope import Message, source_of

@@ -13,12 +13,12 @@ from prometheus_client.registry import Collector
 
 from caesura.bus.metrics import bus_families
 from caesura.bus.port import Bus
+from caesura_metrics_exporter.counters import Tally
 from caesura_metrics_exporter.exposition import AnyFamily
 from caesura_metrics_exporter.families import Family, counter, gauge, histogram, number
 from caesura_metrics_exporter.fleet import Fleet
 from caesura_metrics_exporter.fleet_metrics import fleet_families
 from caesura_metrics_exporter.series import Histogram
-from caesura_metrics_exporter.tally import Tally
 
 
 class SelfStats(msgspec.Struct):

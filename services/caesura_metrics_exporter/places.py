@@ -6,7 +6,7 @@ from collections import Counter
 
 from caesura.fleet.state import LocatedVm
 from caesura_metrics_exporter.folded import Folded
-from caesura_metrics_exporter.lanes import DomainKey
+from caesura_metrics_exporter.live.timelines import DomainKey
 
 Place = tuple[DomainKey, int]
 

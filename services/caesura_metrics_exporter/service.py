@@ -15,14 +15,14 @@ from caesura.contract.messages import HostInventory, VmClockSynced, VmFrozen, Vm
 from caesura.contract.parts import PARTS, Joiner
 from caesura.contract.topics import PREFIX, placed
 from caesura.runtime.sampler import Sampler
+from caesura_metrics_exporter.counters import Tally
 from caesura_metrics_exporter.fleet import Fleet
 from caesura_metrics_exporter.folded import Folded
-from caesura_metrics_exporter.live import Live
+from caesura_metrics_exporter.live.stream import LiveStream
+from caesura_metrics_exporter.live.view import Live
 from caesura_metrics_exporter.metrics import FleetCollector, SelfStats
 from caesura_metrics_exporter.series import Histogram
 from caesura_metrics_exporter.settings import MetricsExporterSettings
-from caesura_metrics_exporter.stream import LiveStream
-from caesura_metrics_exporter.tally import Tally
 
 _HANDLER_BUCKETS = (0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.005, 0.01, 0.1)
 

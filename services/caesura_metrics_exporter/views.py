@@ -10,9 +10,9 @@ import msgspec
 from caesura.contract import messages as m
 from caesura.contract.parts import WholeRollout
 from caesura.runtime.visible import visible
-from caesura_metrics_exporter.alarms import Alarm
-from caesura_metrics_exporter.happenings import Happening
-from caesura_metrics_exporter.lanes import LaneView
+from caesura_metrics_exporter.live.activity import Happening
+from caesura_metrics_exporter.live.alarms import Alarm
+from caesura_metrics_exporter.live.timelines import LaneView
 
 _SETS_NAMED = 8
 

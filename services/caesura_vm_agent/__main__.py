@@ -20,7 +20,7 @@ with QuietInterrupt():
     from caesura.runtime.identity import new_id
     from caesura.runtime.listen import check_health_address
     from caesura.runtime.serve import serve
-    from caesura_vm_agent.clocks import GuestClock, SimulatedClock, SystemClock
+    from caesura_vm_agent.guest_clock import GuestClock, SimulatedClock, SystemClock
     from caesura_vm_agent.service import VmAgent, filters
     from caesura_vm_agent.settings import VmAgentSettings
 

@@ -13,8 +13,8 @@ from collections.abc import Mapping
 import msgspec
 import structlog
 
+from caesura.bus.messaging import Post
 from caesura.bus.port import Bus, Delivery
-from caesura.bus.post import Post
 from caesura.contract.codec import Received
 from caesura.contract.envelope import source_of
 from caesura.contract.messages import (
@@ -31,11 +31,11 @@ from caesura.runtime.sampler import Sampler
 from caesura_vm_agent import readiness
 from caesura_vm_agent.binding import HostBinding
 from caesura_vm_agent.canary_keeper import CanaryKeeper
-from caesura_vm_agent.clocks import GuestClock
+from caesura_vm_agent.clock_sync import ClockSync, Trigger
+from caesura_vm_agent.guest_clock import GuestClock
 from caesura_vm_agent.hooks import run_hook
+from caesura_vm_agent.publisher import Voice
 from caesura_vm_agent.settings import VmAgentSettings
-from caesura_vm_agent.sync import ClockSync, Trigger
-from caesura_vm_agent.voice import Voice
 
 _log = structlog.get_logger("caesura.agent")
 

@@ -8,7 +8,7 @@ from msgspec import Meta
 
 from caesura.contract.names import NAME_PATTERN, own_set
 from caesura.runtime.settings import ServiceSettings
-from caesura_vm_agent.clock import SyncPolicy
+from caesura_vm_agent.ntp import SyncPolicy
 
 
 class VmAgentSettings(ServiceSettings, frozen=True, kw_only=True, forbid_unknown_fields=True):

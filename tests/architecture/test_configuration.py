@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from caesura.runtime.variables import SETTINGS, strangers
+from caesura.runtime.env import SETTINGS, strangers
 from caesura_testing.patience import patient
 
 _BROKER = "write mqtt://host:1883"

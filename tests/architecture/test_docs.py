@@ -15,8 +15,8 @@ import yaml
 from click.testing import CliRunner
 
 from caesura_ctl.cli import caesura
-from caesura_host_updater.hostfile import parse_host_file
-from caesura_host_updater.updates import UpdateFile, parse_update
+from caesura_host_updater.inventory.host_config import parse_host_file
+from caesura_host_updater.inventory.updates import UpdateFile, parse_update
 from caesura_metadata_publisher.listeners import parse_listeners
 from caesura_testing.patience import patient
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from caesura.bus.brokers import mosquitto_config
+from caesura.bus.local_broker import mosquitto_config
 from caesura.contract.messages import MAX_BUDGET_S
 from caesura_coordinator.service import Superseded
 from caesura_host_updater.settings import HostUpdaterSettings

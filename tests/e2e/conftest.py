@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from caesura.bus.brokers import LocalBroker
+from caesura.bus.local_broker import LocalBroker
 from caesura.contract import messages as m
 from caesura.contract.parts import WholeRollout
 from caesura.runtime.processes import freezers
-from caesura_ctl.picture import Picture
+from caesura_ctl.fleet_view import Picture
 from caesura_ctl.session import Session, connect, new_request_id
 from caesura_ctl.settings import CtlSettings
 from caesura_testing.broker import mosquitto, mosquitto_installed

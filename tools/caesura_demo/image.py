@@ -13,7 +13,7 @@ import msgspec
 from caesura.runtime.errors import CaesuraError
 from caesura.runtime.processes import kill_marked
 from caesura_demo.guests import GuestImage
-from caesura_demo.machine import CleanUp
+from caesura_demo.workspace import CleanUp
 
 _STOP_S = 5.0
 """s: for a build that was told to end to remove what it has made so far."""
@@ -50,7 +50,7 @@ async def build_image(
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         "-m",
-        "caesura.bus.tether",
+        "caesura.bus.pdeathsig",
         str(os.getpid()),
         *command,
         env={**os.environ, **dict([mark.split("=", 1)])},

@@ -50,7 +50,7 @@ class Processes:
             self.running[name] = await asyncio.create_subprocess_exec(
                 sys.executable,
                 "-m",
-                "caesura.bus.tether",
+                "caesura.bus.pdeathsig",
                 str(os.getpid()),
                 sys.executable,
                 "-m",

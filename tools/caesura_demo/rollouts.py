@@ -26,7 +26,7 @@ from caesura.runtime.errors import CaesuraError
 from caesura.runtime.logs import configure_logging
 from caesura.runtime.threads import in_thread
 from caesura_demo.fleet import UPDATES, compose_layout
-from caesura_demo.patience import Facts, Past, Step, facts_from, next_step, update_for
+from caesura_demo.resume_policy import Facts, Past, Step, facts_from, next_step, update_for
 
 _POLICY = ("--notice", "10s", "--budget", "15s", "--soak", "2s")
 """Workloads approve within a second or two, so the notice is for show; 15 s hold the longer update easily."""

@@ -18,7 +18,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from caesura.bus.brokers import LocalBroker
+from caesura.bus.local_broker import LocalBroker
 from caesura.contract import messages as m
 from caesura.contract.parts import WholeRollout
 from caesura.runtime.errors import CaesuraError
@@ -48,10 +48,10 @@ from caesura_demo.layout import (
     standard_layout,
     update_file,
 )
-from caesura_demo.machine import FIRST_PORT, CleanUp, free_ports, ram_folder, run_folder
 from caesura_demo.processes import Processes
 from caesura_demo.sweeper import Sweeper, start_sweeper
 from caesura_demo.verdict import Check, WorkloadStatus, judge, judge_guests
+from caesura_demo.workspace import FIRST_PORT, CleanUp, free_ports, ram_folder, run_folder
 
 _READY_S = 45.0
 """s: for 6 hosts and 25 VMs to come up; some 8 s on two cores."""

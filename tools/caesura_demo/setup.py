@@ -18,7 +18,7 @@ from pathlib import Path
 
 import structlog
 
-from caesura.bus.brokers import password_line
+from caesura.bus.local_broker import password_line
 from caesura.runtime.errors import CaesuraError
 from caesura.runtime.logs import configure_logging
 from caesura_demo.fleet import (

@@ -2,7 +2,7 @@
 
 The demo writes the folders that it makes to this one's standard input, a line each, and ``done`` when nothing is left to
 do. An end of the input without that means that the demo is dead, however it died. Its services are tied to it and drain
-(``caesura.bus.tether``); what does not end by itself, because it hangs or outlives its parent on purpose, is killed here,
+(``caesura.bus.pdeathsig``); what does not end by itself, because it hangs or outlives its parent on purpose, is killed here,
 and the folders are removed.
 """
 

@@ -10,7 +10,7 @@ import msgspec
 from caesura.contract import messages as m
 from caesura.contract.parts import WholeRollout
 from caesura_ctl.durations import show_pause
-from caesura_ctl.picture import Pause, Picture
+from caesura_ctl.fleet_view import Pause, Picture
 from caesura_ctl.proofs import Shown, counted
 from caesura_demo.guests import GuestMethod, GuestStatus
 

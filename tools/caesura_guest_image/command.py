@@ -14,7 +14,7 @@ import msgspec
 from rich.console import Console
 
 from caesura.runtime.errors import CaesuraError
-from caesura_ctl.commandline import fail, print_json
+from caesura_ctl.options import fail, print_json
 from caesura_guest_image.build import Guest, build, default_cache
 from caesura_guest_image.packages import GuestError, Progress
 from caesura_guest_image.second import fetch_second

@@ -24,7 +24,6 @@ import structlog
 
 from caesura.contract.messages import Method, ProofCode, VmState
 from caesura.runtime.threads import in_thread, in_thread_to_its_end
-from caesura_host_updater.detached import ExitWatch, SpawnError, reap, start_detached
 from caesura_host_updater.drivers import guest_init
 from caesura_host_updater.drivers.digest import digest_of
 from caesura_host_updater.drivers.freezers import Freezer, ProcessPlan, Run, ask_to_freeze, outside, plan_of
@@ -38,7 +37,8 @@ from caesura_host_updater.drivers.port import (
     NotRunningYet,
 )
 from caesura_host_updater.drivers.sampling import sampled_digest_of
-from caesura_host_updater.hostfile import VmSpec
+from caesura_host_updater.inventory.host_config import VmSpec
+from caesura_host_updater.spawn import ExitWatch, SpawnError, reap, start_detached
 from caesura_vmcontrol.plans import CgroupPlan, Condition, SignalPlan, condition, thaw
 from caesura_vmcontrol.procfs import Process, alive, boot_id, process_table, send_signal
 

@@ -18,8 +18,8 @@ import signal
 import sys
 from typing import Any
 
+from caesura.bus.pdeathsig import die_with
 from caesura.bus.port import BusError
-from caesura.bus.tether import die_with
 from caesura.contract.codec import MAX_PACKET_BYTES
 
 READY = "embedded broker ready"

@@ -16,8 +16,8 @@ from functools import partial
 import msgspec
 import structlog
 
+from caesura.bus.base import KeptBus, Parcel
 from caesura.bus.filters import check_topic
-from caesura.bus.kept import KeptBus, Parcel
 from caesura.bus.port import BusUnavailable, Delivery, PublishRefused, Will
 from caesura.bus.routes import FilterTree, RetainedTopics
 

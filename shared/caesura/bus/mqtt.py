@@ -13,6 +13,7 @@ import msgspec
 import structlog
 
 from caesura.bus.backoff import Backoff
+from caesura.bus.base import KeptBus, Parcel
 from caesura.bus.diagnosis import (
     SESSION_TAKEN_OVER,
     UNSUPPORTED_PROTOCOL,
@@ -24,8 +25,7 @@ from caesura.bus.diagnosis import (
     explain,
 )
 from caesura.bus.filters import check_topic
-from caesura.bus.kept import KeptBus, Parcel
-from caesura.bus.mqtt_link import Arrival, Link, Protocol
+from caesura.bus.mqtt_connection import Arrival, Link, Protocol
 from caesura.bus.options import BrokerOptions
 from caesura.bus.port import BusError, BusUnavailable, Delivery, PublishRefused, Will
 from caesura.bus.rates import Rates

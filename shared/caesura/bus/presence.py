@@ -8,8 +8,8 @@ from datetime import UTC, datetime
 
 import structlog
 
+from caesura.bus.messaging import Post
 from caesura.bus.port import BusError, PublishRefused, Will
-from caesura.bus.post import Post
 from caesura.contract.codec import encode
 from caesura.contract.envelope import Message
 from caesura.contract.topics import channel_of

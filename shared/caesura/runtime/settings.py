@@ -18,9 +18,9 @@ from typing import Annotated, Any, Literal, TypeVar
 import msgspec
 from msgspec import Meta
 
-from caesura.runtime.choices import explained
+from caesura.runtime.env import OURS, TOLD, strangers
 from caesura.runtime.errors import ConfigError
-from caesura.runtime.variables import OURS, TOLD, strangers
+from caesura.runtime.validation_errors import explained
 
 _SECRET_BYTES = 4096  # a line; a device or another file of any size is none
 

@@ -8,14 +8,14 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-from caesura.bus.brokers import LocalBroker
+from caesura.bus.local_broker import LocalBroker
+from caesura.bus.messaging import Post
 from caesura.bus.mqtt import MqttBus
 from caesura.bus.options import BrokerOptions
-from caesura.bus.post import Post
 from caesura.contract.codec import Received
 from caesura.contract.envelope import Message
 from caesura.contract.topics import CHANNELS
-from caesura_ctl.picture import Picture
+from caesura_ctl.fleet_view import Picture
 from caesura_testing.patience import patient
 
 _AWAY_S = 20.0

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from caesura.bus.brokers import free_port
+from caesura.bus.local_broker import free_port
 from caesura_testing.compose import Project
 from caesura_testing.containers import Engine, default_cache, engine, missing_tools
+from caesura_testing.fake_images import WITHOUT_STAND_IN, build_stand_ins, compose_plugin
 from caesura_testing.fleet import Fleet
-from caesura_testing.standins import WITHOUT_STAND_IN, build_stand_ins, compose_plugin
 
 _ROOT = Path(__file__).parents[3]
 _SHIPPED = (

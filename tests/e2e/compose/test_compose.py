@@ -1,7 +1,7 @@
 """``docker compose up`` from a fresh clone, and what a person may do to it: one story, each test goes on from the last.
 
 The engine, compose, the networks and the images' own files are real; the bases are stand-ins made from Debian's
-packages (``caesura_testing.standins``), and Grafana is left out because there is none for it.
+packages (``caesura_testing.fake_images``), and Grafana is left out because there is none for it.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ import pytest
 
 from caesura.runtime.processes import is_stopped
 from caesura_demo.fleet import compose_layout, secret_readers
+from caesura_testing.fake_images import PYTHON
 from caesura_testing.fleet import HOSTS, Fleet, until
 from caesura_testing.prometheus import api
 from caesura_testing.queries import problems
-from caesura_testing.standins import PYTHON
 
 _ROOT = Path(__file__).parents[3]
 _BUDGET_S = 15.0

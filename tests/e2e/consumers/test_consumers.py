@@ -13,7 +13,7 @@ from typing import Any
 import aiohttp
 import pytest
 
-from caesura.bus.brokers import free_port
+from caesura.bus.local_broker import free_port
 from caesura_testing.patience import patient
 from caesura_testing.sandbox import Vm
 

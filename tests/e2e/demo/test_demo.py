@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from caesura.bus.brokers import find_mosquitto
+from caesura.bus.local_broker import find_mosquitto
 from caesura.runtime.processes import cgroup_name, frozen_processes, kill_marked, marked_processes
 from caesura_testing.patience import patient
 

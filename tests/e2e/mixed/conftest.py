@@ -16,7 +16,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from caesura.bus.brokers import LocalBroker
+from caesura.bus.local_broker import LocalBroker
 from caesura.bus.mqtt import MqttBus
 from caesura.bus.options import BrokerOptions
 from caesura.bus.port import Delivery

@@ -15,7 +15,7 @@ from structlog.testing import capture_logs
 from caesura.contract import messages as m
 from caesura.contract.envelope import source_of
 from caesura_coordinator.store import Store
-from caesura_host_updater.command import Authority
+from caesura_host_updater.admission import Authority
 from caesura_host_updater.journal import Journal
 from caesura_testing.patience import patient
 
@@ -55,7 +55,7 @@ import sys
 from datetime import UTC, datetime
 import msgspec
 from caesura.contract import messages as m
-from caesura_host_updater.command import Authority
+from caesura_host_updater.admission import Authority
 from caesura_host_updater.journal import Journal
 from caesura_host_updater.outbox import letter_for
 

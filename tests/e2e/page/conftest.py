@@ -12,12 +12,12 @@ from playwright.async_api import Browser, Page
 from playwright.async_api import Error as PageError
 from prometheus_client import CollectorRegistry
 
-from caesura.bus.brokers import free_port
+from caesura.bus.local_broker import free_port
 from caesura.bus.memory import MemoryBroker, MemoryBus
+from caesura.bus.messaging import Post
 from caesura.bus.port import Delivery
-from caesura.bus.post import Post
 from caesura.runtime.health import serve_health
-from caesura_metrics_exporter.page import LivePage
+from caesura_metrics_exporter.live.page import LivePage
 from caesura_metrics_exporter.service import MetricsExporter, filters
 from caesura_metrics_exporter.settings import MetricsExporterSettings
 from caesura_testing.browser import chromium, find_chromium

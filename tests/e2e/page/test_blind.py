@@ -7,7 +7,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any
 
-from caesura.bus.brokers import free_port
+from caesura.bus.local_broker import free_port
 from caesura.contract import messages as m
 from caesura_testing.rollouts import announce, wave_state, whole_rollout
 from caesura_testing.sandbox import Vm

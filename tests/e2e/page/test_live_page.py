@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from caesura.bus.brokers import free_port
+from caesura.bus.local_broker import free_port
 from caesura_testing.browser import accessibility_tree, poor_contrast
 from caesura_testing.sandbox import Vm
 

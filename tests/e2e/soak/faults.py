@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from caesura.bus.brokers import LocalBroker
+from caesura.bus.local_broker import LocalBroker
 
 Act = Callable[[], Awaitable[None]]
 """One fault; ``undo`` brings back what an operator or a service manager would."""

@@ -22,7 +22,7 @@ from typing import Any
 
 import pytest
 
-from caesura.bus.brokers import LocalBroker
+from caesura.bus.local_broker import LocalBroker
 from caesura.contract import messages as m
 from caesura.runtime.processes import marked_processes
 from caesura_ctl.session import NoAnswer, NoBroker, new_request_id

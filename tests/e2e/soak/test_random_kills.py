@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from caesura.bus.brokers import LocalBroker
+from caesura.bus.local_broker import LocalBroker
 from caesura.contract import messages as m
 from caesura.contract.codec import Received
 from caesura_coordinator.records import Rollout

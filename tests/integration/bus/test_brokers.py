@@ -12,8 +12,8 @@ from typing import Literal
 
 import pytest
 
-from caesura.bus.brokers import BrokerNotStarted, LocalBroker, find_mosquitto, free_port
 from caesura.bus.embedded import READY, EmbeddedBrokerMissing
+from caesura.bus.local_broker import BrokerNotStarted, LocalBroker, find_mosquitto, free_port
 from caesura.bus.mqtt import MqttBus
 from caesura.bus.options import BrokerOptions
 from caesura_testing.broker import mosquitto_installed
@@ -84,7 +84,7 @@ async def test_it_dies_with_its_owner_even_if_that_is_killed(kind: Kind, tmp_pat
     program = (
         "import asyncio\n"
         "from pathlib import Path\n"
-        "from caesura.bus.brokers import LocalBroker\n"
+        "from caesura.bus.local_broker import LocalBroker\n"
         "async def main():\n"
         f"    async with LocalBroker(kind={kind!r}, data_dir=Path({str(tmp_path)!r})) as broker:\n"
         "        print(broker.pid, flush=True)\n"

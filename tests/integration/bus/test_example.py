@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from caesura.bus.brokers import free_port
+from caesura.bus.local_broker import free_port
 from caesura.bus.mqtt import MqttBus
 from caesura.bus.options import BrokerOptions
 from caesura.runtime.settings import Secret

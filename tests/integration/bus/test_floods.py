@@ -18,12 +18,12 @@ from typing import Any
 
 import pytest
 
-from caesura.bus import kept
-from caesura.bus.brokers import LocalBroker
+from caesura.bus import base
+from caesura.bus.local_broker import LocalBroker
+from caesura.bus.messaging import Post
 from caesura.bus.mqtt import MqttBus
 from caesura.bus.options import BrokerOptions
 from caesura.bus.port import BusUnavailable
-from caesura.bus.post import Post
 from caesura.bus.rates import LIMITS, Limit, Rates
 from caesura.contract import messages as m
 from caesura.contract.access import Principal, access_rules
@@ -86,7 +86,7 @@ while True:
 @pytest.fixture(autouse=True)
 def muted_for_the_test(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is muted stays so: on a slow machine its time would end within a test, and the next burst would be counted."""
-    monkeypatch.setattr(kept, "MUTED_S", 3600.0)
+    monkeypatch.setattr(base, "MUTED_S", 3600.0)
 
 
 async def until_quiet(bus: MqttBus, ask: Callable[[], Awaitable[None]]) -> None:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import pytest
 from structlog.testing import capture_logs
 
-from caesura.bus.brokers import LocalBroker, free_port
+from caesura.bus.local_broker import LocalBroker, free_port
 from caesura.bus.mqtt import MqttBus
 from caesura.bus.options import BrokerOptions
 from caesura.bus.port import Delivery, Will

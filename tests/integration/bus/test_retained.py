@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from caesura.bus.brokers import LocalBroker
+from caesura.bus.local_broker import LocalBroker
+from caesura.bus.messaging import Post
 from caesura.bus.mqtt import MqttBus
 from caesura.bus.options import BrokerOptions
 from caesura.bus.port import BusUnavailable, PublishRefused
-from caesura.bus.post import Post
 from caesura.bus.rates import Limit, Rates
 from caesura.contract import messages as m
 from caesura.contract.access import Place, Principal, access_rules

@@ -11,7 +11,7 @@ from typing import Literal
 
 import pytest
 
-from caesura.bus.brokers import LocalBroker, free_port
+from caesura.bus.local_broker import LocalBroker, free_port
 from caesura.bus.mqtt import MqttBus
 from caesura.bus.options import BrokerOptions
 from caesura.bus.port import PublishRefused

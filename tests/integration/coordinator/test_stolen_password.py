@@ -11,11 +11,11 @@ from typing import Any
 import msgspec
 import pytest
 
-from caesura.bus.brokers import LocalBroker
+from caesura.bus.local_broker import LocalBroker
+from caesura.bus.messaging import Post
 from caesura.bus.mqtt import MqttBus
 from caesura.bus.options import BrokerOptions
 from caesura.bus.port import PublishRefused
-from caesura.bus.post import Post
 from caesura.contract import messages as m
 from caesura.contract.access import Principal, access_rules
 from caesura.runtime.identity import new_id

@@ -16,10 +16,10 @@ from typing import Any, TypeVar
 
 import pytest
 
+from caesura.bus.messaging import Post
 from caesura.bus.mqtt import MqttBus
 from caesura.bus.options import BrokerOptions
 from caesura.bus.port import Delivery
-from caesura.bus.post import Post
 from caesura.contract.codec import Received, decode
 from caesura.contract.envelope import Message
 from caesura.contract.messages import (

@@ -26,7 +26,7 @@ from caesura_host_updater.drivers.process import ProcessDriver
 from caesura_host_updater.drivers.qemu.definition import Definition, QemuOptions
 from caesura_host_updater.drivers.qemu.driver import QemuDriver
 from caesura_host_updater.drivers.sampling import sampled_offsets
-from caesura_host_updater.hostfile import GuestProcess, VmSpec
+from caesura_host_updater.inventory.host_config import GuestProcess, VmSpec
 from caesura_testing.guests import qemu_installed
 from caesura_testing.patience import patient
 from caesura_vmcontrol.plans import CgroupPlan, condition, thaw

@@ -19,13 +19,13 @@ from typing import Any, Literal
 import aiohttp
 import pytest
 
-from caesura.bus.brokers import LocalBroker, find_mosquitto, free_port
 from caesura.bus.embedded import embedded_available
+from caesura.bus.local_broker import LocalBroker, find_mosquitto, free_port
 from caesura.bus.memory import MemoryBroker, MemoryBus
+from caesura.bus.messaging import Post
 from caesura.bus.mqtt import MqttBus
 from caesura.bus.options import BrokerOptions
 from caesura.bus.port import Bus, Delivery
-from caesura.bus.post import Post
 from caesura.contract.codec import decode
 from caesura.contract.envelope import Header
 from caesura.contract.messages import (

@@ -15,13 +15,13 @@ import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from caesura.bus.brokers import LocalBroker, find_mosquitto, free_port
 from caesura.bus.embedded import embedded_available
+from caesura.bus.local_broker import LocalBroker, find_mosquitto, free_port
 from caesura.bus.memory import MemoryBroker, MemoryBus
+from caesura.bus.messaging import Post
 from caesura.bus.mqtt import MqttBus
 from caesura.bus.options import BrokerOptions
 from caesura.bus.port import Bus, Delivery
-from caesura.bus.post import Post
 from caesura.contract import messages as m
 from caesura_metrics_exporter.service import MetricsExporter, filters
 from caesura_metrics_exporter.settings import MetricsExporterSettings

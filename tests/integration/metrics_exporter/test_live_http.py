@@ -24,20 +24,20 @@ import pytest
 from aiohttp import web
 from prometheus_client import CollectorRegistry
 
-from caesura.bus.brokers import free_port
+from caesura.bus.local_broker import free_port
 from caesura.bus.memory import MemoryBroker, MemoryBus
+from caesura.bus.messaging import Post
 from caesura.bus.port import Delivery
-from caesura.bus.post import Post
 from caesura.contract import messages as m
 from caesura.runtime.health import serve_health
 from caesura.runtime.listen import own_host
 from caesura.runtime.settings import SettingsError, read_settings
 from caesura_metrics_exporter import __main__ as command
-from caesura_metrics_exporter.page import SECURITY_HEADERS, LivePage
+from caesura_metrics_exporter.live.page import SECURITY_HEADERS, LivePage
+from caesura_metrics_exporter.live.stream import LiveStream
 from caesura_metrics_exporter.scrape import Scrape
 from caesura_metrics_exporter.service import MetricsExporter, filters
 from caesura_metrics_exporter.settings import MetricsExporterSettings
-from caesura_metrics_exporter.stream import LiveStream
 from caesura_testing.collector import eventually
 from caesura_testing.patience import patient
 from caesura_testing.rollouts import announce, whole_rollout

@@ -12,7 +12,7 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-from caesura.bus.brokers import free_port
+from caesura.bus.local_broker import free_port
 from caesura.bus.memory import MemoryBroker, MemoryBus
 from caesura.bus.port import Delivery
 from caesura.contract import messages as m

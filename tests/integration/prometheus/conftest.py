@@ -12,7 +12,7 @@ import pytest
 import tomli_w
 import yaml
 
-from caesura.bus.brokers import free_port
+from caesura.bus.local_broker import free_port
 from caesura.contract import messages as m
 from caesura_ctl.session import Session, connect, new_request_id
 from caesura_ctl.settings import CtlSettings

@@ -18,7 +18,7 @@ import pytest
 
 from caesura_host_updater.drivers.qemu.definition import Adopt, Definition, QemuOptions
 from caesura_host_updater.drivers.qemu.driver import QemuDriver
-from caesura_host_updater.hostfile import VmSpec
+from caesura_host_updater.inventory.host_config import VmSpec
 from caesura_testing.guests import qemu_installed
 from caesura_testing.patience import patient
 from caesura_vmcontrol.procfs import alive, process_table, read_process

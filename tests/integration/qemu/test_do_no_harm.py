@@ -452,7 +452,7 @@ async def test_a_guest_that_its_storage_paused_is_named_and_not_resumed(
     rig: Any, tools: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """QEMU says io-error: whoever mends the storage resumes it. Here every read of the boot disk fails."""
-    monkeypatch.setattr("caesura_host_updater.drivers.qemu.keeping._LOOK_S", 0.05)
+    monkeypatch.setattr("caesura_host_updater.drivers.qemu.supervisor._LOOK_S", 0.05)
     broken = "driver=blkdebug,image.driver=null-co,image.size=1048576"
     fault = "inject-error.0.event=none,inject-error.0.errno=5,rerror=stop,werror=stop"
     extra = ("-drive", f"if=none,id=e,{broken},{fault}", "-device", "virtio-blk-pci,drive=e,bootindex=0")

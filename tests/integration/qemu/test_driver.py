@@ -27,7 +27,7 @@ from caesura_host_updater.drivers.qemu.qmp import (
     QmpUnreachable,
     listener_of,
 )
-from caesura_host_updater.hostfile import parse_host_file
+from caesura_host_updater.inventory.host_config import parse_host_file
 from caesura_testing.patience import patient
 
 SMALL = Definition(memory_mib=16, machine="pc-q35-7.2")

@@ -16,11 +16,11 @@ from typing import Any, TypeVar
 import pytest
 import pytest_asyncio
 
-from caesura.bus.brokers import LocalBroker
+from caesura.bus.local_broker import LocalBroker
+from caesura.bus.messaging import Post
 from caesura.bus.mqtt import MqttBus
 from caesura.bus.options import BrokerOptions
 from caesura.bus.port import Delivery
-from caesura.bus.post import Post
 from caesura.contract.codec import decode
 from caesura.contract.envelope import Message
 from caesura.contract.messages import (

@@ -18,11 +18,11 @@ from typing import Any
 import pytest
 
 from caesura_host_updater.drivers.port import SwapFailed
-from caesura_host_updater.drivers.qemu import moving
+from caesura_host_updater.drivers.qemu import migration
 from caesura_host_updater.drivers.qemu.definition import Adopt, Definition, QemuOptions
 from caesura_host_updater.drivers.qemu.driver import QemuDriver
 from caesura_host_updater.drivers.qemu.vmm import read_vmm
-from caesura_host_updater.hostfile import VmSpec
+from caesura_host_updater.inventory.host_config import VmSpec
 from caesura_testing.patience import patient
 from caesura_vmcontrol import claims
 from caesura_vmcontrol.intent import Intent, IntentFile
@@ -35,7 +35,7 @@ async def test_the_pause_of_a_swap_that_failed_is_told(
     rig: Any, tools: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The guest was paused until the new process died: its clock is late by that."""
-    monkeypatch.setattr(moving, "_HAND_OVER_S", patient(10))
+    monkeypatch.setattr(migration, "_HAND_OVER_S", patient(10))
     driver = await rig.open({"a": SMALL})
     await driver.prepare("a", "op-1", "swap", "")
     new = tools.next_pid(driver, "a")
@@ -254,7 +254,7 @@ async def test_release_that_failed_is_tried_again_before_the_next_operation(
     await driver.prepare("a", "op-1", "swap", "")
     await driver.hand_over("a", tools.soon())
     with monkeypatch.context() as patched:
-        patched.setattr("caesura_host_updater.drivers.qemu.moving.end_losers", lambda _: None)
+        patched.setattr("caesura_host_updater.drivers.qemu.migration.end_losers", lambda _: None)
         await driver.release("a")
     await driver.prepare("a", "op-2", "swap", "")
     await driver.hand_over("a", tools.soon())

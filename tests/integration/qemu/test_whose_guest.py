@@ -17,12 +17,13 @@ from typing import Any
 import pytest
 
 from caesura_host_updater.drivers.port import FreezeFailed, SwapFailed
-from caesura_host_updater.drivers.qemu import checkpointing, handover, keeping, moving, vmm
+from caesura_host_updater.drivers.qemu import checkpointing, handover, supervisor, vmm
+from caesura_host_updater.drivers.qemu import migration as migrations
 from caesura_host_updater.drivers.qemu.definition import Definition, QemuOptions
 from caesura_host_updater.drivers.qemu.driver import QemuDriver
 from caesura_host_updater.drivers.qemu.handover import SWAP_CAPABILITIES, HandOverFailed
 from caesura_host_updater.drivers.qemu.qmp import Qmp
-from caesura_host_updater.hostfile import VmSpec
+from caesura_host_updater.inventory.host_config import VmSpec
 from caesura_testing.patience import patient
 from caesura_vmcontrol import claims, processes, replacing, swapping
 from caesura_vmcontrol.guest import UNDER_WAY, migration, reach
@@ -72,13 +73,13 @@ async def test_a_migration_that_began_in_the_moment_before_ours(
     await driver.prepare("a", "op-1", method, "")
     plan = driver.resume_plan("a")
     step = "run_hand_over" if method == "swap" else "save_state"
-    ours = getattr(moving, step)
+    ours = getattr(migrations, step)
 
     async def theirs_first(*arguments: Any, **more: Any) -> Any:
         await migrate_away(driver, rig.folder / "a", slow=slow)
         return await ours(*arguments, **more)
 
-    monkeypatch.setattr(moving, step, theirs_first)
+    monkeypatch.setattr(migrations, step, theirs_first)
     with pytest.raises((SwapFailed, FreezeFailed), match="migrat"):
         await hand_over(driver, method, tools)
     if slow:
@@ -300,7 +301,7 @@ async def test_a_guest_whose_answer_was_lost_is_not_taken_for_dead(
         await fresh.execute("stop")
         raise HandOverFailed("the answer to cont was lost")
 
-    monkeypatch.setattr(moving, "run_hand_over", lost)
+    monkeypatch.setattr(migrations, "run_hand_over", lost)
     with pytest.raises(SwapFailed, match="was lost"):
         await driver.hand_over("a", tools.soon())
     assert await driver.resume("a", 5) == "left"
@@ -325,7 +326,7 @@ async def test_the_start_ends_no_process_that_the_guard_has_claimed_meanwhile(
         thaw(plan)
         return look(mark)
 
-    monkeypatch.setattr(keeping, "marked", guard_first)
+    monkeypatch.setattr(supervisor, "marked", guard_first)
     driver = await rig.open({"a": SMALL})
     assert driver.states() == {"a": "running"}
     await rig.only(tools.pid_of(driver, "a"))
@@ -508,7 +509,7 @@ async def test_capabilities_are_restored_when_the_guest_was_found_paused_by_its_
 async def test_capabilities_are_restored_when_the_operators_migration_is_over(
     rig: Any, tools: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(keeping, "_LOOK_S", 0.05)
+    monkeypatch.setattr(supervisor, "_LOOK_S", 0.05)
     driver = await rig.open({"a": SMALL})
     before = await capabilities(driver)
     await driver.prepare("a", "op-1", "replace", "")
@@ -519,7 +520,7 @@ async def test_capabilities_are_restored_when_the_operators_migration_is_over(
         await qmp(driver).execute("migrate", uri=f"exec:cat>{rig.folder}/a")
         return await ours(*arguments, **more)
 
-    monkeypatch.setattr(moving, "save_state", theirs_first)
+    monkeypatch.setattr(migrations, "save_state", theirs_first)
     with pytest.raises(FreezeFailed):
         await hand_over(driver, "replace", tools)
     assert await driver.resume("a", 5) == "running"

@@ -18,13 +18,13 @@ import aiohttp
 import msgspec
 import pytest
 
-from caesura.bus.brokers import LocalBroker, find_mosquitto, free_port
 from caesura.bus.embedded import embedded_available
+from caesura.bus.local_broker import LocalBroker, find_mosquitto, free_port
 from caesura.bus.memory import MemoryBroker, MemoryBus
+from caesura.bus.messaging import Post
 from caesura.bus.mqtt import MqttBus
 from caesura.bus.options import BrokerOptions
 from caesura.bus.port import Bus, Delivery
-from caesura.bus.post import Post
 from caesura.contract.codec import decode
 from caesura.contract.envelope import Header, Message
 from caesura.contract.messages import (
@@ -40,8 +40,8 @@ from caesura.contract.messages import (
     VmResumed,
 )
 from caesura_testing.patience import patient
-from caesura_vm_agent.clock import NS_PER_S
-from caesura_vm_agent.clocks import ClockError
+from caesura_vm_agent.guest_clock import ClockError
+from caesura_vm_agent.ntp import NS_PER_S
 from caesura_vm_agent.service import VmAgent, filters
 from caesura_vm_agent.settings import VmAgentSettings
 

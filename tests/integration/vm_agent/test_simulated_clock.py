@@ -16,7 +16,7 @@ from caesura_testing.patience import patient
 # Ticks for the time given, then says what it saw: the longest gap between two looks, and what was left out.
 CLOCK = """
 import asyncio, json, os, sys, time
-from caesura_vm_agent.clocks import SimulatedClock
+from caesura_vm_agent.guest_clock import SimulatedClock
 
 async def main():
     os.sched_setaffinity(0, {int(sys.argv[2])})

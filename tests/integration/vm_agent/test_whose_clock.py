@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from caesura.bus.brokers import LocalBroker
+from caesura.bus.local_broker import LocalBroker
+from caesura.bus.messaging import Post
 from caesura.bus.mqtt import MqttBus
 from caesura.bus.options import BrokerOptions
 from caesura.bus.port import Delivery
-from caesura.bus.post import Post
 from caesura.contract.access import Principal, access_rules
 from caesura.contract.codec import decode
 from caesura.contract.messages import (
@@ -27,7 +27,7 @@ from caesura.runtime.settings import Secret
 from caesura_testing.broker import mosquitto_installed, shipped_mosquitto
 from caesura_testing.collector import eventually, running
 from caesura_testing.patience import patient
-from caesura_vm_agent.clock import NS_PER_S
+from caesura_vm_agent.ntp import NS_PER_S
 from caesura_vm_agent.service import VmAgent, filters
 from caesura_vm_agent.settings import VmAgentSettings
 

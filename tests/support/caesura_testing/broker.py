@@ -10,7 +10,7 @@ from typing import Literal
 
 import msgspec
 
-from caesura.bus.brokers import (
+from caesura.bus.local_broker import (
     MEMORY_LIMIT_BYTES,
     LocalBroker,
     find_mosquitto,

@@ -145,7 +145,7 @@ def engine(cache: Path, plugin: Path) -> Iterator[Engine]:
             daemon = subprocess.Popen(
                 [
                     # Killed with us, however we end; what is left on its data is removed by the next run.
-                    *(sys.executable, "-m", "caesura.bus.tether", str(os.getpid())),
+                    *(sys.executable, "-m", "caesura.bus.pdeathsig", str(os.getpid())),
                     _find("dockerd") or "dockerd",
                     f"--data-root={cache / 'data'}",
                     f"--exec-root={folder / 'exec'}",

@@ -15,7 +15,7 @@ from enum import Enum, auto
 from pathlib import Path
 from typing import Literal
 
-from caesura.bus.brokers import LocalBroker
+from caesura.bus.local_broker import LocalBroker
 from caesura.bus.memory import MemoryBroker, MemoryBus
 from caesura.bus.mqtt import MqttBus
 from caesura.bus.options import BrokerOptions

@@ -13,7 +13,7 @@ from typing import Any
 import aiohttp
 import msgspec
 
-from caesura.bus.brokers import free_port
+from caesura.bus.local_broker import free_port
 from caesura.runtime.errors import CaesuraError
 from caesura_testing.collector import PATIENCE_S
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from msgspec.structs import replace
 
-from caesura.bus.post import Post
+from caesura.bus.messaging import Post
 from caesura.contract import messages as m
 from caesura.contract.envelope import Message
 from caesura.contract.parts import WholeRollout, etag_of

@@ -22,12 +22,12 @@ from weakref import WeakSet
 import msgspec
 import tomli_w
 
-from caesura.bus.brokers import LocalBroker
+from caesura.bus.local_broker import LocalBroker
 from caesura.runtime.identity import new_id
 from caesura.runtime.processes import freezers, is_stopped, kill_marked, marked_processes, reads_frozen
 from caesura_testing.evidence import ends_of_logs
 from caesura_testing.patience import patient
-from caesura_testing.vmms import Vmms
+from caesura_testing.qemu_witness import Vmms
 
 _POLL_S = 0.02
 _WATCH_S = 0.01

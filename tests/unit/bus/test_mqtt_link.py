@@ -21,7 +21,7 @@ from caesura.bus.diagnosis import (
     NoAnswer,
     SubscribeRefused,
 )
-from caesura.bus.mqtt_link import Arrival, Link, Protocol
+from caesura.bus.mqtt_connection import Arrival, Link, Protocol
 from caesura.bus.options import BrokerOptions
 from caesura.bus.port import BusUnavailable, PublishRefused, PublishTooLarge, Will
 from caesura.contract.codec import MAX_PACKET_BYTES, MAX_PAYLOAD_BYTES

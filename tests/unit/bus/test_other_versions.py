@@ -9,8 +9,8 @@ import pytest
 from structlog.testing import capture_logs
 
 from caesura.bus.memory import MemoryBroker, MemoryBus
+from caesura.bus.messaging import Post
 from caesura.bus.port import Delivery
-from caesura.bus.post import Post
 from caesura.bus.refused import Refused
 from caesura.contract import messages as m
 from caesura.contract.codec import Malformed, decode

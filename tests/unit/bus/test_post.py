@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from caesura.bus.memory import MemoryBroker, MemoryBus
+from caesura.bus.messaging import Post
 from caesura.bus.port import BusUnavailable
-from caesura.bus.post import Post
 from caesura.contract import messages as m
 from caesura.contract.codec import decode
 from caesura.contract.topics import channel_of
@@ -14,7 +14,7 @@ from caesura_metadata_publisher.service import MetadataPublisher
 from caesura_metadata_publisher.settings import MetadataPublisherSettings
 from caesura_testing.collector import running
 from caesura_vm_agent.canary_keeper import CanaryKeeper
-from caesura_vm_agent.voice import Voice
+from caesura_vm_agent.publisher import Voice
 
 
 def retained(broker: MemoryBroker, kind: type[m.AgentPresence | m.PublisherPresence], **names: str) -> object:

@@ -10,7 +10,7 @@ from functools import partial
 from structlog.testing import capture_logs
 
 from caesura.bus.memory import MemoryBroker, MemoryBus
-from caesura.bus.post import Post
+from caesura.bus.messaging import Post
 from caesura.bus.presence import Presence, last_will
 from caesura.contract.codec import decode
 from caesura.contract.messages import PublisherPresence

@@ -14,7 +14,6 @@ from caesura.contract import messages as m
 from caesura.contract.codec import size_bytes
 from caesura.contract.envelope import Message
 from caesura.runtime.errors import StoreError
-from caesura_coordinator.book import Book, Removal
 from caesura_coordinator.fleet import Fleet
 from caesura_coordinator.inputs import Abort, Approve, Authority, Resume, Tick
 from caesura_coordinator.plan import make_plan
@@ -25,6 +24,7 @@ from caesura_coordinator.records import (
     new_rollout,
     rollout_state,
 )
+from caesura_coordinator.repository import Book, Removal
 from caesura_coordinator.store import Store
 from caesura_testing.damage import flip_bits
 from caesura_testing.retold import retold

@@ -26,12 +26,12 @@ from caesura.lifecycle.commands import COMMANDS
 from caesura.lifecycle.document import version_of
 from caesura.lifecycle.errors import IllegalTransition
 from caesura.lifecycle.proof import memory_proof
-from caesura_coordinator.book import Book
 from caesura_coordinator.commands import command_for, due_operations
 from caesura_coordinator.fleet import Fleet
 from caesura_coordinator.inputs import Abort, Approve, Authority, Input, RequestRefused, Resume, Tick
 from caesura_coordinator.plan import make_plan, sets_of
 from caesura_coordinator.records import Rollout, Wave, new_rollout
+from caesura_coordinator.repository import Book
 from caesura_coordinator.store import Store
 
 _PATCH = m.UpdateRecord(update="patch", impact="pause", scope="host", expected_s=2, timeout_s=9)

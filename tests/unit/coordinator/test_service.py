@@ -17,7 +17,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from caesura.bus.memory import MemoryBroker, MemoryBus
-from caesura.bus.post import Post
+from caesura.bus.messaging import Post
 from caesura.contract import messages as m
 from caesura.contract.codec import Received, decode, encode, size_bytes
 from caesura.contract.envelope import Message
@@ -27,10 +27,10 @@ from caesura.contract.topics import channel_of
 from caesura.delivery.sqlite import OutboxTable
 from caesura.runtime.errors import CaesuraError, StoreError
 from caesura.runtime.lock import InUse, StateFolderUnusable, sole_user
-from caesura_coordinator.answers import with_plan
-from caesura_coordinator.book import Book, Removal
 from caesura_coordinator.fleet import fence_blockers, health_blockers
 from caesura_coordinator.forget_epoch import forget_epoch
+from caesura_coordinator.repository import Book, Removal
+from caesura_coordinator.responses import with_plan
 from caesura_coordinator.service import Coordinator, NoEpochLeft, Superseded, presence, subscriptions
 from caesura_coordinator.store import Store
 from caesura_testing.collector import PATIENCE_S, eventually
@@ -315,7 +315,7 @@ async def test_a_request_that_waited_at_the_broker_for_long_is_refused_but_an_ab
 ) -> None:
     await world.host(host("h1", build("w1")))
     long_ago = datetime.now(UTC) - timedelta(seconds=90)
-    monkeypatch.setattr("caesura.bus.post.datetime", SimpleNamespace(now=lambda _: long_ago))
+    monkeypatch.setattr("caesura.bus.messaging.datetime", SimpleNamespace(now=lambda _: long_ago))
     async with world.coordinator() as made:
         await eventually(lambda: made.leads and bool(made.fleet.inventories))
         late = await world.ask(_request("late"))
@@ -328,7 +328,7 @@ async def test_a_request_that_waited_at_the_broker_for_long_is_refused_but_an_ab
         assert (await world.ask(_request("now"))).accepted
         # Delivered again, by now too late: it has its answer.
         (before,) = made.book.rollouts
-        monkeypatch.setattr("caesura.bus.post.datetime", SimpleNamespace(now=lambda _: long_ago))
+        monkeypatch.setattr("caesura.bus.messaging.datetime", SimpleNamespace(now=lambda _: long_ago))
         world.heard.clear()
         assert (await world.ask(_request("now"))).accepted
         assert list(made.book.rollouts) == [before]

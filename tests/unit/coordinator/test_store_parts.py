@@ -18,11 +18,11 @@ from caesura.fleet.state import FleetState
 from caesura.lifecycle.commands import COMMANDS
 from caesura.lifecycle.errors import IllegalTransition
 from caesura.runtime.errors import StoreError
-from caesura_coordinator.book import Book
 from caesura_coordinator.fleet import Fleet
 from caesura_coordinator.inputs import Abort, Approve, Authority, RequestRefused, Resume, Tick
 from caesura_coordinator.plan import make_plan, sets_of
 from caesura_coordinator.records import Rollout, Wave, new_rollout
+from caesura_coordinator.repository import Book
 from caesura_coordinator.store import Store, newer_entries
 from caesura_testing.retold import retold
 

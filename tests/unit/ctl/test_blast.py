@@ -9,9 +9,10 @@ import pytest
 from click.testing import CliRunner
 
 from caesura.contract import messages as m
-from caesura_ctl import act, blast
+from caesura_ctl import blast
 from caesura_ctl.blast import limits_from
 from caesura_ctl.cli import caesura
+from caesura_ctl.commands import rollouts
 
 _NOTHING: dict[str, Any] = {"sets": (), "hosts": (), "vms": (), "all_hosts": False}
 
@@ -20,7 +21,7 @@ _NOTHING: dict[str, Any] = {"sets": (), "hosts": (), "vms": (), "all_hosts": Fal
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """The bodies that would be run; no broker is needed."""
     found: list[Any] = []
-    monkeypatch.setattr(act, "run", lambda body, *_, **__: found.append(body))
+    monkeypatch.setattr(rollouts, "run", lambda body, *_, **__: found.append(body))
     return found
 
 

@@ -16,7 +16,7 @@ from caesura.contract import messages as m
 from caesura.contract.examples import examples
 from caesura_ctl import completion
 from caesura_ctl.cli import caesura
-from caesura_ctl.picture import Picture
+from caesura_ctl.fleet_view import Picture
 from caesura_testing.patience import patient
 from caesura_testing.rollouts import whole_rollout
 

@@ -21,7 +21,7 @@ from caesura.contract.access import access_rules
 from caesura.runtime.logs import configure_logging, flush_logs
 from caesura.runtime.settings import Secret
 from caesura_demo.fleet import HEALTH_USER, UPDATES, compose_layout, config_files, secret_readers, users
-from caesura_demo.patience import (
+from caesura_demo.resume_policy import (
     MOST_RESUMES,
     RESUME_AFTER_S,
     Facts,
@@ -34,8 +34,8 @@ from caesura_demo.patience import (
 )
 from caesura_demo.rollouts import Plan, Rollouts, RolloutsError, plan_from
 from caesura_demo.setup import SetupError, check_variables, copy_files, main, prepare
-from caesura_host_updater.hostfile import parse_host_file
-from caesura_host_updater.updates import UpdateFile, parse_update
+from caesura_host_updater.inventory.host_config import parse_host_file
+from caesura_host_updater.inventory.updates import UpdateFile, parse_update
 from caesura_metadata_publisher.listeners import parse_listeners
 from caesura_testing.broker import mosquitto, mosquitto_installed
 from caesura_testing.fleet import until

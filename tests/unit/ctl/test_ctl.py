@@ -20,16 +20,16 @@ from rich.console import Console
 
 from caesura.bus.embedded import EmbeddedBrokerMissing
 from caesura.bus.memory import MemoryBroker, MemoryBus
-from caesura.bus.post import Post
+from caesura.bus.messaging import Post
 from caesura.contract import messages as m
 from caesura.contract.examples import examples
 from caesura.contract.parts import WholeRollout
 from caesura.runtime.errors import CaesuraError
 from caesura_ctl.cli import caesura
 from caesura_ctl.durations import parse_duration, show_duration
+from caesura_ctl.fleet_view import Picture
 from caesura_ctl.follow import Progress
 from caesura_ctl.names import SET_NAME
-from caesura_ctl.picture import Picture
 from caesura_ctl.session import Session
 from caesura_ctl.tables import (
     attention_view,
@@ -44,10 +44,10 @@ from caesura_ctl.tables import (
 )
 from caesura_ctl.updates_table import updates_view
 from caesura_ctl.visible import VisibleConsole
-from caesura_demo import machine
+from caesura_demo import workspace
 from caesura_demo.layout import standard_layout
-from caesura_demo.machine import Interrupted, run_folder
 from caesura_demo.verdict import WorkloadStatus, judge, overlaps
+from caesura_demo.workspace import Interrupted, run_folder
 from caesura_testing.collector import eventually
 from caesura_testing.patience import patient
 from caesura_testing.rollouts import sent, wave_state, whole_rollout
@@ -558,7 +558,7 @@ def _fail_in_folder(error: Exception, wanted: Path | None = None, *, log: bool =
 def test_an_error_keeps_its_text_and_its_exit_code_when_the_logs_are_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(machine, "_base", lambda: str(tmp_path))
+    monkeypatch.setattr(workspace, "_base", lambda: str(tmp_path))
     with pytest.raises(EmbeddedBrokerMissing, match=r"needs amqtt(.|\n)*logs are kept in") as told:
         _fail_in_folder(EmbeddedBrokerMissing(), log=True)
     (kept,) = tmp_path.iterdir()
@@ -566,7 +566,7 @@ def test_an_error_keeps_its_text_and_its_exit_code_when_the_logs_are_kept(
 
 
 def test_a_folder_without_a_log_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "_base", lambda: str(tmp_path))
+    monkeypatch.setattr(workspace, "_base", lambda: str(tmp_path))
     with pytest.raises(EmbeddedBrokerMissing) as told:
         _fail_in_folder(EmbeddedBrokerMissing())
     assert "logs are kept" not in str(told.value)
@@ -581,7 +581,7 @@ def test_a_folder_without_a_log_is_not_kept(tmp_path: Path, monkeypatch: pytest.
 def test_a_full_disk_is_said_with_what_to_do(
     named: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(machine, "_base", lambda: str(tmp_path))
+    monkeypatch.setattr(workspace, "_base", lambda: str(tmp_path))
     folder = tmp_path / "named" if named else None
     with pytest.raises(CaesuraError, match=r"No space left on device: make room there, or .* --dir") as told:
         _fail_in_folder(OSError(errno.ENOSPC, "No space left on device"), folder)
@@ -598,8 +598,8 @@ def test_what_stands_in_a_folder_that_was_asked_for_stays(tmp_path: Path) -> Non
 def test_a_demo_without_any_broker_says_what_to_install(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(machine, "_base", lambda: str(tmp_path))
-    monkeypatch.setattr("caesura.bus.brokers.embedded_available", lambda: False)
+    monkeypatch.setattr(workspace, "_base", lambda: str(tmp_path))
+    monkeypatch.setattr("caesura.bus.local_broker.embedded_available", lambda: False)
     result = CliRunner().invoke(caesura, ["demo", "--broker-kind", "embedded"])
     assert result.exit_code == 1
     assert "pip install 'caesura[embedded]'" in result.output

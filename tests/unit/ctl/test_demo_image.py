@@ -13,7 +13,7 @@ from caesura.runtime.errors import CaesuraError
 from caesura.runtime.processes import marked_processes
 from caesura_demo.guests import GuestImage
 from caesura_demo.image import build_image
-from caesura_demo.machine import CleanUp
+from caesura_demo.workspace import CleanUp
 from caesura_testing.collector import eventually
 
 

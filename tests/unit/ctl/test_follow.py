@@ -20,11 +20,11 @@ from caesura.contract import messages as m
 from caesura.contract.examples import examples
 from caesura.contract.parts import WholeRollout
 from caesura.runtime.settings import Secret
-from caesura_ctl import act
 from caesura_ctl import follow as following
 from caesura_ctl import session as sessions
-from caesura_ctl.commandline import Context, Refused
-from caesura_ctl.picture import Picture
+from caesura_ctl.commands import rollouts
+from caesura_ctl.fleet_view import Picture
+from caesura_ctl.options import Context, Refused
 from caesura_ctl.session import Connection, NoAnswer, NoBroker, Session, connect
 from caesura_ctl.settings import CtlSettings
 from caesura_ctl.tables import live_view
@@ -272,10 +272,10 @@ async def test_an_update_whose_file_a_host_refused_is_said_to_be_so(
         request = m.RolloutRequested(request="q", update="three")
         words = "no host defines it; three.toml was refused by host-1, host-2: see caesura updates"
         with pytest.raises(Refused, match=re.escape(words)):
-            await act._start(session, context, request, detach=False)
+            await rollouts._start(session, context, request, detach=False)
         other = m.RolloutRequested(request="q", update="four")
         with pytest.raises(Refused, match=r"no host defines it$"):
-            await act._start(session, context, other, detach=False)
+            await rollouts._start(session, context, other, detach=False)
 
 
 def _fields(message: m.HostInventory) -> dict[str, Any]:

@@ -20,14 +20,14 @@ from caesura_coordinator.plan import make_plan
 from caesura_coordinator.records import Rollout, Wave, new_rollout
 from caesura_coordinator.rollout import decide
 from caesura_demo.halts import was_away
-from caesura_host_updater import steps
-from caesura_host_updater.command import Authority as HostAuthority
-from caesura_host_updater.command import Host, Refuse, evaluate_start
-from caesura_host_updater.operation_state import Operation, UpdateRun, VmPause
-from caesura_host_updater.pause import decide as decide_pause
-from caesura_host_updater.recovery import recovered
-from caesura_host_updater.report import final_report
-from caesura_host_updater.updates import Catalogue
+from caesura_host_updater.admission import Authority as HostAuthority
+from caesura_host_updater.admission import Host, Refuse, evaluate_start
+from caesura_host_updater.inventory.updates import Catalogue
+from caesura_host_updater.operation import steps
+from caesura_host_updater.operation.crash_outcome import recovered
+from caesura_host_updater.operation.machine import decide as decide_pause
+from caesura_host_updater.operation.report import final_report
+from caesura_host_updater.operation.state import Operation, UpdateRun, VmPause
 from caesura_testing.retold import retold
 from caesura_vmcontrol.intent import Catch, Fired, Intent
 

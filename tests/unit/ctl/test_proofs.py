@@ -13,9 +13,9 @@ from rich.console import Console
 
 from caesura.contract import messages as m
 from caesura.lifecycle.proof import memory_proof
-from caesura_ctl.act import freeze, plan, roll
-from caesura_ctl.commandline import policy_from
-from caesura_ctl.picture import Pause, Picture
+from caesura_ctl.commands.rollouts import freeze, plan, roll
+from caesura_ctl.fleet_view import Pause, Picture
+from caesura_ctl.options import policy_from
 from caesura_ctl.proofs import Shown, counted, planned
 from caesura_ctl.tables import pauses_view, plan_view
 from caesura_demo.verdict import _guest_memory

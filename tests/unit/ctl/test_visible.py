@@ -14,9 +14,9 @@ from rich.table import Table
 from caesura.contract import messages as m
 from caesura.contract.codec import Received, decode, encode
 from caesura.contract.topics import channel_of
-from caesura_ctl import commandline
-from caesura_ctl.commandline import Context, fail, print_json
-from caesura_ctl.look import _print_message
+from caesura_ctl import options
+from caesura_ctl.commands.inspect import _print_message
+from caesura_ctl.options import Context, fail, print_json
 from caesura_ctl.settings import CtlSettings
 from caesura_ctl.visible import VisibleConsole, visible, visible_json
 
@@ -39,7 +39,7 @@ def harmless(text: str) -> bool:
 def test_tail_shows_characters_by_their_number_and_the_rest_as_it_is(
     as_json: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    context = Context(CtlSettings(), as_json, commandline.wide_console())
+    context = Context(CtlSettings(), as_json, options.wide_console())
     _print_message(context, received())
     shown = capsys.readouterr().out
     assert harmless(shown)
@@ -63,14 +63,14 @@ def test_tables_too() -> None:
 
 
 def test_what_all_commands_print_on_is_such_a_console() -> None:
-    assert isinstance(commandline.wide_console(), VisibleConsole)
+    assert isinstance(options.wide_console(), VisibleConsole)
     assert issubclass(VisibleConsole, Console)
 
 
 def test_errors_and_json_too(capsys: pytest.CaptureFixture[str]) -> None:
     for as_json in (False, True):
         with pytest.raises(SystemExit):
-            fail(commandline.NotCompleted(HOSTILE), as_json=as_json)
+            fail(options.NotCompleted(HOSTILE), as_json=as_json)
     print_json({"reason": HOSTILE})
     captured = capsys.readouterr()
     assert harmless(captured.out + captured.err)

@@ -14,7 +14,7 @@ from caesura.bus.port import Delivery
 from caesura.contract.codec import encode
 from caesura.contract.messages import OperationTarget, StartOperation
 from caesura.contract.topics import channel_of
-from caesura_host_updater.hostfile import HostFile
+from caesura_host_updater.inventory.host_config import HostFile
 from caesura_host_updater.journal import JournalThread
 from caesura_host_updater.pauses import PauseMarkers
 from caesura_host_updater.service import HostUpdater

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from structlog.testing import capture_logs
 
-from caesura_host_updater import catalogue_reader
-from caesura_host_updater.catalogue_reader import CatalogueReader, fingerprint
-from caesura_host_updater.updates import Catalogue, read_updates
+from caesura_host_updater.inventory import catalogue_reader
+from caesura_host_updater.inventory.catalogue_reader import CatalogueReader, fingerprint
+from caesura_host_updater.inventory.updates import Catalogue, read_updates
 
 UPDATE = (
     'name = "patch"\nimpact = "pause"\nscope = "host"\nargv = ["/bin/true"]\nexpected_s = 1\ntimeout_s = 5\n'

@@ -15,8 +15,8 @@ import msgspec
 import pytest
 
 from caesura.contract.messages import AgentClockSynced, CanaryReport, VmClockSynced, VmResumed
-from caesura_host_updater.clock import ClockWait
-from caesura_host_updater.clockdesk import ClockDesk
+from caesura_host_updater.clocks.tracker import ClockDesk
+from caesura_host_updater.clocks.verdict import ClockWait
 from caesura_host_updater.drivers.port import Capabilities, ClockSet, DriverError, NotPossible
 from caesura_testing.patience import patient
 

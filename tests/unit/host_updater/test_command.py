@@ -19,7 +19,7 @@ from caesura.contract.messages import (
     VmState,
 )
 from caesura.lifecycle.epoch import EPOCH_LEAP
-from caesura_host_updater.command import (
+from caesura_host_updater.admission import (
     AbortRunning,
     Accept,
     Authority,
@@ -34,7 +34,7 @@ from caesura_host_updater.command import (
     judge_abort,
     observe_epoch,
 )
-from caesura_host_updater.updates import Catalogue, UpdateFile
+from caesura_host_updater.inventory.updates import Catalogue, UpdateFile
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from caesura_host_updater.drivers.elsewhere import hands_over
-from caesura_host_updater.hostfile import HostFileError, parse_host_file
+from caesura_host_updater.inventory.host_config import HostFileError, parse_host_file
 
 HOST = """
 host = "h"

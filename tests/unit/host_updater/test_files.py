@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from caesura.contract.messages import RefusedUpdate
-from caesura_host_updater.hostfile import HostFileError, parse_host_file, read_host_file
-from caesura_host_updater.updates import UpdateFile, catalogue, parse_update, read_updates
+from caesura_host_updater.inventory.host_config import HostFileError, parse_host_file, read_host_file
+from caesura_host_updater.inventory.updates import UpdateFile, catalogue, parse_update, read_updates
 
 VM = '[[vm]]\nname = "a"\nset = "web"\nupdate_domain = 1\n[[vm.process]]\nargv = ["sleep", "1"]\n'
 UPDATE = (

@@ -12,7 +12,7 @@ import pytest
 from caesura.contract.messages import StartOperation
 from caesura.delivery.sqlite import OutboxTable
 from caesura.runtime.errors import StoreError
-from caesura_host_updater.hostfile import HostFile
+from caesura_host_updater.inventory.host_config import HostFile
 from caesura_host_updater.journal import Journal, JournalThread
 from caesura_host_updater.service import HostUpdater
 

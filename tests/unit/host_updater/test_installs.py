@@ -16,10 +16,10 @@ from structlog.testing import capture_logs
 
 from caesura.contract.messages import InstalledUpdate, OperationReported, RefusedUpdate
 from caesura_host_updater.asker import Asker
-from caesura_host_updater.installs import Mark, installed, marks_of, remembered
+from caesura_host_updater.inventory.installs import Mark, installed, marks_of, remembered
+from caesura_host_updater.inventory.updates import Catalogue, UpdateFile, parse_update
 from caesura_host_updater.journal import Journal
-from caesura_host_updater.operation_state import Operation, UpdateRun, VmPause
-from caesura_host_updater.updates import Catalogue, UpdateFile, parse_update
+from caesura_host_updater.operation.state import Operation, UpdateRun, VmPause
 from caesura_testing.collector import eventually
 
 AT = datetime(2026, 4, 20, 9, 30, tzinfo=UTC)

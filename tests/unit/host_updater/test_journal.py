@@ -32,13 +32,13 @@ from caesura.runtime.errors import StoreError
 from caesura.runtime.lock import InUse, StateFolderUnusable
 from caesura_host_updater import journal as module
 from caesura_host_updater.__main__ import _only_one
-from caesura_host_updater.clock import ClockWait
-from caesura_host_updater.clockdesk import ClockDesk
-from caesura_host_updater.command import Authority
-from caesura_host_updater.endings import Endings, Letters
+from caesura_host_updater.admission import Authority
+from caesura_host_updater.clocks.tracker import ClockDesk
+from caesura_host_updater.clocks.verdict import ClockWait
 from caesura_host_updater.forget_epoch import forget_epoch
 from caesura_host_updater.journal import Journal, JournalThread
-from caesura_host_updater.operation_state import Operation, VmPause
+from caesura_host_updater.operation.finalizer import Endings, Letters
+from caesura_host_updater.operation.state import Operation, VmPause
 from caesura_host_updater.outbox import Outbox
 from caesura_testing.collector import PATIENCE_S, Collector, eventually, running
 from caesura_testing.damage import flip_bits
@@ -357,7 +357,7 @@ async def test_a_clock_that_was_judged_before_its_report_could_be_written_is_not
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nobody would answer for it then, and a VM that is right would loudly be flagged as unsynced."""
-    monkeypatch.setattr("caesura_host_updater.endings._SAVE_RETRY_S", 0.01)
+    monkeypatch.setattr("caesura_host_updater.operation.finalizer._SAVE_RETRY_S", 0.01)
     thread = JournalThread()
     await thread.open(str(tmp_path / "journal.sqlite"))
     driver: Any = SimpleNamespace(capabilities=lambda _: SimpleNamespace(clock="none"))

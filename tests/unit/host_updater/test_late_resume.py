@@ -13,14 +13,14 @@ import pytest
 from caesura.contract.messages import StartOperation
 from caesura.delivery.message import OutboxMessage, prepare
 from caesura.delivery.sqlite import OutboxTable
-from caesura_host_updater import startup
-from caesura_host_updater.clock import ClockWait
-from caesura_host_updater.command import Underway
-from caesura_host_updater.endings import Endings
+from caesura_host_updater.admission import Underway
+from caesura_host_updater.clocks.verdict import ClockWait
 from caesura_host_updater.journal import JournalThread
-from caesura_host_updater.operation_state import Operation, VmPause
+from caesura_host_updater.operation import crash_recovery
+from caesura_host_updater.operation.crash_recovery import Startup
+from caesura_host_updater.operation.finalizer import Endings
+from caesura_host_updater.operation.state import Operation, VmPause
 from caesura_host_updater.pauses import PauseMarkers
-from caesura_host_updater.startup import Startup
 from caesura_vmcontrol.plans import CgroupPlan
 from caesura_vmcontrol.procfs import boot_id
 
@@ -61,7 +61,7 @@ async def test_its_resume_is_told_its_clock_is_looked_after_and_its_operation_en
     marked: Callable[..., PauseMarkers],
 ) -> None:
     """Until it runs nobody knows how long it is paused (I4, I7)."""
-    monkeypatch.setattr(startup, "_PATIENCE_S", 0.0)
+    monkeypatch.setattr(crash_recovery, "_PATIENCE_S", 0.0)
     vm = VmPause(vm="a", set="web", update_domain=0, called_at=1.0, frozen_at=1.5)
     command = freeze_one()
     state = Operation(operation="op", method="freeze", budget_s=10.0, vms=(vm,), phase="frozen")

@@ -14,8 +14,8 @@ import pytest
 from structlog.testing import capture_logs
 
 from caesura.bus.memory import MemoryBus
+from caesura.bus.messaging import Post
 from caesura.bus.port import PublishRefused
-from caesura.bus.post import Post
 from caesura.contract.codec import Oversized, decode
 from caesura.contract.envelope import Message
 from caesura.contract.fitting import fits, fitted
@@ -30,17 +30,17 @@ from caesura.contract.messages import (
     VmRecord,
 )
 from caesura.contract.parts import Joiner, inventory_in_parts
-from caesura_host_updater.command import Authority
+from caesura_host_updater.admission import Authority
 from caesura_host_updater.drivers.port import Capabilities
-from caesura_host_updater.endings import Letters
-from caesura_host_updater.hostfile import HostFile, HostFileError, VmSpec, parse_host_file
-from caesura_host_updater.inventory import inventory
-from caesura_host_updater.inventory_publisher import InventoryPublisher
+from caesura_host_updater.inventory.host_config import HostFile, HostFileError, VmSpec, parse_host_file
+from caesura_host_updater.inventory.message import inventory
+from caesura_host_updater.inventory.publisher import InventoryPublisher
+from caesura_host_updater.inventory.updates import Catalogue
 from caesura_host_updater.journal import JournalThread
-from caesura_host_updater.operation_state import Operation, VmPause
-from caesura_host_updater.report import final_report
+from caesura_host_updater.operation.finalizer import Letters
+from caesura_host_updater.operation.report import final_report
+from caesura_host_updater.operation.state import Operation, VmPause
 from caesura_host_updater.service import HostUpdater
-from caesura_host_updater.updates import Catalogue
 from caesura_testing.collector import Collector, eventually, running
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)

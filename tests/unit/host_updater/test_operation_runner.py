@@ -16,7 +16,6 @@ from typing import Any, Literal
 import pytest
 
 from caesura.contract.messages import Method, OperationTarget, StartOperation, VmFrozen, VmResumed, VmState
-from caesura_host_updater import operation
 from caesura_host_updater.drivers.port import (
     Capabilities,
     ClockSet,
@@ -27,10 +26,11 @@ from caesura_host_updater.drivers.port import (
     NotRunningYet,
     SwapFailed,
 )
-from caesura_host_updater.guardian import GuardUnavailable
+from caesura_host_updater.guard_client import GuardUnavailable
 from caesura_host_updater.journal import JournalThread
-from caesura_host_updater.operation import OperationRunner
-from caesura_host_updater.operation_state import Operation, VmPause
+from caesura_host_updater.operation import runner as runner_module
+from caesura_host_updater.operation.runner import OperationRunner
+from caesura_host_updater.operation.state import Operation, VmPause
 from caesura_host_updater.pauses import NotMarked
 from caesura_testing.patience import patient
 from caesura_vmcontrol.intent import Intent
@@ -342,7 +342,7 @@ async def test_an_operation_that_breaks_keeps_its_markers(
     scene = Scene(journal, "a", hold_s=5.0)
     task = asyncio.create_task(scene.runner.run())
     await scene.driver.freezing.wait()
-    monkeypatch.setattr(operation, "decide", lambda *_: 1 / 0)
+    monkeypatch.setattr(runner_module, "decide", lambda *_: 1 / 0)
     scene.runner.abort("aborted", "anything")
     with pytest.raises(ZeroDivisionError):
         await task
@@ -370,7 +370,7 @@ async def test_whoever_was_stopped_before_the_call_freezes_nothing_after_the_dea
         stopped_s = 20.0  # more than the whole budget of 8 s
 
     clock = SimpleNamespace(monotonic=lambda: time.monotonic() + stopped_s)
-    monkeypatch.setattr("caesura_host_updater.operation.time", clock)
+    monkeypatch.setattr("caesura_host_updater.operation.runner.time", clock)
     scene = Scene(journal, "a", "b", "c", method=method)
     scene.driver.on_first = after_the_stop
     op = await scene.run()

@@ -9,11 +9,11 @@ import msgspec
 import pytest
 
 from caesura.lifecycle.budget import MIN_BUDGET_S, usable_s
-from caesura_host_updater import steps
-from caesura_host_updater.operation_state import IllegalTransition, Operation, UpdateRun, VmPause
-from caesura_host_updater.pause import decide
-from caesura_host_updater.report import final_report, resumed_fact, shown_by_host, update_outcome
-from caesura_host_updater.schedule import Schedule
+from caesura_host_updater.operation import steps
+from caesura_host_updater.operation.machine import decide
+from caesura_host_updater.operation.report import final_report, resumed_fact, shown_by_host, update_outcome
+from caesura_host_updater.operation.schedule import Schedule
+from caesura_host_updater.operation.state import IllegalTransition, Operation, UpdateRun, VmPause
 
 START = datetime(2026, 1, 1, tzinfo=UTC)
 

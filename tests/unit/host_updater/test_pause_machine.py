@@ -8,10 +8,10 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from caesura_host_updater import steps
-from caesura_host_updater.operation_state import Operation, UpdateRun, VmPause, vm_of
-from caesura_host_updater.pause import decide
-from caesura_host_updater.report import shown_by_host
+from caesura_host_updater.operation import steps
+from caesura_host_updater.operation.machine import decide
+from caesura_host_updater.operation.report import shown_by_host
+from caesura_host_updater.operation.state import Operation, UpdateRun, VmPause, vm_of
 
 NAMES = ("a", "b", "c")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from caesura_host_updater.hostfile import HostFileError, parse_host_file
+from caesura_host_updater.inventory.host_config import HostFileError, parse_host_file
 
 HEAD = 'host = "h"\ndriver = "qemu"\n'
 VM = '[[vm]]\nname = "a"\nset = "web"\nupdate_domain = 1\n'

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 
 from caesura.contract.messages import AgentClockSynced, CanaryReport
-from caesura_host_updater.clock import ClockWait, judge, same_boot, shown_by_guest, unsynced
+from caesura_host_updater.clocks.verdict import ClockWait, judge, same_boot, shown_by_guest, unsynced
 from caesura_host_updater.drivers.freezers import freezer_mounts, own_cgroups
-from caesura_host_updater.operation_state import Operation, UpdateRun, VmPause
-from caesura_host_updater.recovery import recovered
-from caesura_host_updater.schedule import Schedule
+from caesura_host_updater.operation.crash_outcome import recovered
+from caesura_host_updater.operation.schedule import Schedule
+from caesura_host_updater.operation.state import Operation, UpdateRun, VmPause
 from caesura_vmcontrol.intent import Catch, Fired, Intent
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)

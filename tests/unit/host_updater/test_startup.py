@@ -12,14 +12,14 @@ from structlog.testing import capture_logs
 
 from caesura.contract.messages import StartOperation
 from caesura.delivery.sqlite import OutboxTable
-from caesura_host_updater import startup
 from caesura_host_updater.drivers.port import DriverError, NotRunningYet
-from caesura_host_updater.hostfile import HostFile, VmSpec
+from caesura_host_updater.inventory.host_config import HostFile, VmSpec
 from caesura_host_updater.journal import JournalThread
-from caesura_host_updater.operation_state import Operation, VmPause
+from caesura_host_updater.operation import crash_recovery
+from caesura_host_updater.operation.crash_recovery import Startup
+from caesura_host_updater.operation.state import Operation, VmPause
 from caesura_host_updater.pauses import PauseMarkers
 from caesura_host_updater.service import HostUpdater
-from caesura_host_updater.startup import Startup
 from caesura_vmcontrol import markers
 from caesura_vmcontrol.plans import CgroupPlan
 from caesura_vmcontrol.procfs import boot_id
@@ -139,7 +139,7 @@ async def test_an_error_nobody_thought_of_does_not_end_the_tries(
 async def test_vm_that_takes_longer_than_the_start_waits(
     monkeypatch: pytest.MonkeyPatch, marked: Callable[..., PauseMarkers]
 ) -> None:
-    monkeypatch.setattr(startup, "_PATIENCE_S", 0.0)
+    monkeypatch.setattr(crash_recovery, "_PATIENCE_S", 0.0)
     fleet = Fleet(*[NotRunningYet("a", "not yet")] * 3, "running")
     starting = at_start(fleet, marked("a"))
     await starting.run(1)
@@ -178,7 +178,7 @@ async def test_a_marker_of_another_vm_of_that_name_is_none(
 async def test_a_marker_is_kept_until_its_vm_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, marked: Callable[..., PauseMarkers]
 ) -> None:
-    monkeypatch.setattr(startup, "_PATIENCE_S", 0.0)
+    monkeypatch.setattr(crash_recovery, "_PATIENCE_S", 0.0)
     pauses = marked("a")
     starting = at_start(Fleet(*[NotRunningYet("a", "not yet")] * 3, "running"), pauses)
     await starting.run(1)

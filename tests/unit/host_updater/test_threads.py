@@ -16,10 +16,10 @@ from typing import Any
 import pytest
 
 from caesura.runtime.threads import Worker, in_thread, in_thread_to_its_end
-from caesura_host_updater import applying, detached
-from caesura_host_updater.applying import UpdateNotStarted, UpdateProcess
-from caesura_host_updater.detached import start_detached
-from caesura_host_updater.updates import UpdateFile
+from caesura_host_updater import spawn, update_process
+from caesura_host_updater.inventory.updates import UpdateFile
+from caesura_host_updater.spawn import start_detached
+from caesura_host_updater.update_process import UpdateNotStarted, UpdateProcess
 from caesura_testing.patience import patient
 from caesura_vmcontrol import processes
 from caesura_vmcontrol.bounded_read import environs, read_each
@@ -158,7 +158,7 @@ def update(**changes: Any) -> UpdateFile:
 async def test_an_update_that_could_not_be_started_in_time_is_killed_when_it_starts(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    program = Exec(monkeypatch, applying)
+    program = Exec(monkeypatch, update_process)
     process = UpdateProcess(update(), os.environ)
     starting = asyncio.create_task(process.start())
     await until(program.begun.is_set)  # and the loop turns, or this would not end
@@ -173,7 +173,7 @@ async def test_an_update_that_could_not_be_started_in_time_is_killed_when_it_sta
 async def test_an_update_that_starts_when_its_operation_is_over_is_killed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    program = Exec(monkeypatch, applying)
+    program = Exec(monkeypatch, update_process)
     process = UpdateProcess(update(), os.environ)
     starting = asyncio.create_task(process.start())
     await until(program.begun.is_set)
@@ -201,15 +201,15 @@ async def test_a_start_that_is_cancelled_leaves_no_process(
 ) -> None:
     """In the moment in which the process runs and nobody has its pid yet; whoever waits hears of it when it is dead."""
     started: list[int] = []
-    spawn = detached.spawn_detached
+    real = spawn.spawn_detached
 
     def spawn_and_cancel(*arguments: Any) -> int:
-        started.append(spawn(*arguments))
+        started.append(real(*arguments))
         starting.get_loop().call_soon_threadsafe(starting.cancel)
         return started[0]
 
-    monkeypatch.setattr(detached, "spawn_detached", spawn_and_cancel)
-    monkeypatch.setattr(detached, "_UNWANTED_S", 20.0)
+    monkeypatch.setattr(spawn, "spawn_detached", spawn_and_cancel)
+    monkeypatch.setattr(spawn, "_UNWANTED_S", 20.0)
     starting = asyncio.create_task(start_detached(["sleep", "600"], os.environ, tmp_path / "log"))
     with pytest.raises(asyncio.CancelledError):
         await starting

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from caesura.bus.memory import MemoryBroker, MemoryBus
-from caesura.bus.post import Post
+from caesura.bus.messaging import Post
 from caesura.contract import messages as m
 from caesura_host_updater.vm_status import VmStatuses
 from caesura_testing.collector import eventually

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from caesura.lifecycle import budget
-from caesura_host_updater.schedule import Schedule
+from caesura_host_updater.operation.schedule import Schedule
 
 
 @given(st.floats(0.01, 30.0))

@@ -16,10 +16,11 @@ from caesura.contract.envelope import Header, Message
 from caesura.contract.parts import WholeRollout
 from caesura.contract.topics import channel_of
 from caesura.lifecycle.proof import memory_proof
-from caesura_metrics_exporter.alarms import ALARMS_KEPT, ALARMS_SENT
-from caesura_metrics_exporter.happenings import happening
-from caesura_metrics_exporter.lanebook import LANES_KEPT
-from caesura_metrics_exporter.lanes import (
+from caesura_metrics_exporter.live.activity import happening
+from caesura_metrics_exporter.live.activity_log import LOG_KEPT, WRONG_KEPT
+from caesura_metrics_exporter.live.alarms import ALARMS_KEPT, ALARMS_SENT
+from caesura_metrics_exporter.live.timeline_store import LANES_KEPT
+from caesura_metrics_exporter.live.timelines import (
     MARKS_IDLE,
     MARKS_KEPT,
     MARKS_SENT,
@@ -27,8 +28,7 @@ from caesura_metrics_exporter.lanes import (
     SEGMENTS_KEPT,
     LaneView,
 )
-from caesura_metrics_exporter.live import KEPT_S, PAUSED_SENT, ROLLOUTS_KEPT, Live
-from caesura_metrics_exporter.logbook import LOG_KEPT, WRONG_KEPT
+from caesura_metrics_exporter.live.view import KEPT_S, PAUSED_SENT, ROLLOUTS_KEPT, Live
 from caesura_metrics_exporter.views import Change
 from caesura_testing.rollouts import wave_state, whole_rollout
 

@@ -11,8 +11,8 @@ from caesura.contract import messages as m
 from caesura.contract.codec import Received
 from caesura.contract.envelope import Header, Message
 from caesura.contract.topics import CHANNELS, channel_of
+from caesura_metrics_exporter.counters import PAUSE_BUCKETS, Tally
 from caesura_metrics_exporter.series import Counts, Histogram
-from caesura_metrics_exporter.tally import PAUSE_BUCKETS, Tally
 
 AT = datetime(2026, 4, 20, 22, 26, 58, tzinfo=UTC)
 

@@ -23,7 +23,7 @@ from caesura.contract.topics import channel_of
 from caesura_metrics_exporter.fleet import Fleet
 from caesura_metrics_exporter.fleet_metrics import fleet_families
 from caesura_metrics_exporter.folded import Folded
-from caesura_metrics_exporter.live import Live
+from caesura_metrics_exporter.live.view import Live
 from caesura_metrics_exporter.rollout_index import ROLLOUTS_KEPT, RolloutIndex
 from caesura_metrics_exporter.views import Change
 from caesura_testing.rollouts import wave_state, whole_rollout

@@ -8,7 +8,7 @@ import sys
 import pytest
 from prometheus_client import CollectorRegistry
 
-from caesura.bus.brokers import free_port
+from caesura.bus.local_broker import free_port
 from caesura.runtime.health import serve_health
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from caesura_testing.containers import default_cache, missing_tools
+from caesura_testing.fake_images import addresses
 from caesura_testing.fleet import Waited, Watch, until
-from caesura_testing.standins import addresses
 
 
 def test_mirrors_are_found_in_both_formats_of_apt() -> None:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from caesura_vm_agent.clock import (
+from caesura_vm_agent.ntp import (
     MAX_ROUNDS,
     MAX_STEPS,
     NS_PER_S,

@@ -9,14 +9,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from caesura_vm_agent.clock import NS_PER_S
-from caesura_vm_agent.clocks import (
+from caesura_vm_agent.guest_clock import (
     ClockError,
     ProcessTime,
     SimulatedClock,
     SystemClock,
     setoffset_request,
 )
+from caesura_vm_agent.ntp import NS_PER_S
 
 MS = 1_000_000
 

@@ -8,7 +8,7 @@ import msgspec
 
 from caesura.contract.names import InvalidName, check_name
 from caesura_host_updater.drivers.qemu.definition import Adopt
-from caesura_host_updater.hostfile import HostFile, VmSpec
+from caesura_host_updater.inventory.host_config import HostFile, VmSpec
 
 
 def discovered(folder: str, vm: str) -> Adopt | None:

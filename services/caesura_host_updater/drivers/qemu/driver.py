@@ -26,15 +26,15 @@ from caesura_host_updater.drivers.qemu.clock import set_clock
 from caesura_host_updater.drivers.qemu.definition import QemuOptions
 from caesura_host_updater.drivers.qemu.guest import PAUSED_BEFORE, Guest
 from caesura_host_updater.drivers.qemu.guest_agent import read_boot_id
-from caesura_host_updater.drivers.qemu.keeping import Keeper
 from caesura_host_updater.drivers.qemu.launching import Launcher
-from caesura_host_updater.drivers.qemu.moving import Mover
-from caesura_host_updater.drivers.qemu.preparing import Preparer
+from caesura_host_updater.drivers.qemu.migration import Mover
+from caesura_host_updater.drivers.qemu.prepare import Preparer
 from caesura_host_updater.drivers.qemu.qmp import QmpFailed, QmpTimeout
 from caesura_host_updater.drivers.qemu.records import Records
+from caesura_host_updater.drivers.qemu.supervisor import Keeper
 from caesura_host_updater.drivers.qemu.trial import Trials
 from caesura_host_updater.drivers.sampling import sampled_digest_of
-from caesura_host_updater.hostfile import VmSpec
+from caesura_host_updater.inventory.host_config import VmSpec
 from caesura_vmcontrol import claims
 from caesura_vmcontrol.guest import NOT_OURS
 from caesura_vmcontrol.plans import Plan, QemuPlan

@@ -15,7 +15,6 @@ import structlog
 
 from caesura.contract.messages import Method, VmState
 from caesura.runtime.threads import in_thread
-from caesura_host_updater.detached import ExitWatch
 from caesura_host_updater.drivers.qemu import commandline, successor
 from caesura_host_updater.drivers.qemu.observer import read_machine
 from caesura_host_updater.drivers.qemu.obstacles import Obstacles, obstacles, paths_of
@@ -23,7 +22,8 @@ from caesura_host_updater.drivers.qemu.qmp import Event, Qmp, QmpFailed, listene
 from caesura_host_updater.drivers.qemu.records import TRIAL, Run
 from caesura_host_updater.drivers.qemu.snapshot import VmSnapshot
 from caesura_host_updater.drivers.qemu.vmm import NoVmm, foreign, marked_as, ram_error, read_vmm
-from caesura_host_updater.hostfile import VmSpec
+from caesura_host_updater.inventory.host_config import VmSpec
+from caesura_host_updater.spawn import ExitWatch
 from caesura_vmcontrol.guest import AWAY, NOT_OURS, OVER, RUNNING
 from caesura_vmcontrol.plans import QemuPlan, ReplacePlan, SwapPlan, Vmm
 from caesura_vmcontrol.procfs import STOPPED, alive, boot_id, ending, read_process

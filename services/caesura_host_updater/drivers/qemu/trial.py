@@ -12,14 +12,14 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
-from caesura_host_updater.detached import reap
+from caesura_host_updater.drivers.qemu.cleanup import remove_files
 from caesura_host_updater.drivers.qemu.launching import Launcher
 from caesura_host_updater.drivers.qemu.observer import read_snapshot
 from caesura_host_updater.drivers.qemu.qmp import Qmp
 from caesura_host_updater.drivers.qemu.records import TRIAL, Records
-from caesura_host_updater.drivers.qemu.releasing import remove_files
 from caesura_host_updater.drivers.qemu.snapshot import VmSnapshot
 from caesura_host_updater.drivers.qemu.successor import trial_command
+from caesura_host_updater.spawn import reap
 from caesura_vmcontrol.processes import end
 from caesura_vmcontrol.procfs import read_process
 

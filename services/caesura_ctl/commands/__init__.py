@@ -1,0 +1,1 @@
+"""The commands of ``caesura`` that talk to a fleet."""

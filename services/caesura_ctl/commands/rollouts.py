@@ -1,0 +1,246 @@
+"""Commands that change something: plan, roll, freeze, abort, resume."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from caesura.contract import messages as m
+from caesura_ctl.blast import again, confirm, everything, limits, limits_from
+from caesura_ctl.completion import complete
+from caesura_ctl.durations import BUDGET, show_duration
+from caesura_ctl.follow import conclude, follow
+from caesura_ctl.names import NAME
+from caesura_ctl.options import (
+    Context,
+    Refused,
+    common,
+    epilog,
+    policy,
+    policy_from,
+    print_json,
+    run,
+    selection,
+)
+from caesura_ctl.session import Session, check, connect, new_request_id
+from caesura_ctl.tables import plan_view
+
+
+def _chosen(options: dict[str, Any]) -> m.Selection:
+    return m.Selection(sets=options["sets"], hosts=options["hosts"], vms=options["vms"])
+
+
+async def _start(
+    session: Session, context: Context, request: m.RolloutRequested | m.FreezeRequested, *, detach: bool
+) -> None:
+    answer = await session.ask(request)
+    if answer.plan is not None and not context.json:
+        context.console.print(plan_view(answer.plan))
+    if not answer.accepted:
+        if context.json:
+            print_json(answer)
+        raise Refused(answer.reason + await _refused_files(session, request))
+    if request.plan_only or detach or not answer.rollout:
+        if context.json:
+            print_json(answer)
+        elif answer.rollout:
+            context.console.print(
+                f"rollout {answer.rollout} started; follow it with: caesura watch {answer.rollout}"
+            )
+        elif answer.reason:
+            context.console.print(answer.reason)
+        return
+    if not context.json:
+        context.console.print(f"rollout {answer.rollout} started; Ctrl-C stops watching, not the rollout")
+    state = await follow(session, context, answer.rollout)
+    conclude(session, context, state)
+
+
+async def _refused_files(session: Session, request: m.RolloutRequested | m.FreezeRequested) -> str:
+    """Where the update's file is, and was refused: an update that no host defines may be one with a slip in it."""
+    if isinstance(request, m.FreezeRequested):
+        return ""
+    await session.settled()
+    file = f"{request.update}.toml"
+    hosts = [
+        name
+        for name, inventory in sorted(session.picture.hosts.items())
+        if any(each.file == file for each in inventory.refused_updates)
+    ]
+    return f"; {file} was refused by {', '.join(hosts)}: see caesura updates" if hosts else ""
+
+
+@click.command(
+    epilog=epilog("caesura plan qemu-security", "caesura plan qemu-security --set web --notice 30s --json"),
+)
+@click.argument("update", type=NAME, shell_complete=complete("update"))
+@selection
+@everything
+@limits
+@again
+@policy
+@common
+def plan(update: str, broker: str | None, *, as_json: bool, **options: Any) -> None:
+    """Show what a rollout of UPDATE would do: waves, method and reason per VM, refusals, an estimate.
+
+    Nothing is changed, so without a selection the whole fleet is planned unasked; `roll` asks. Exit code 3 when the plan is refused.
+    """
+
+    async def body(context: Context) -> None:
+        async with connect(context.settings) as session:
+            request = m.RolloutRequested(
+                request=new_request_id(),
+                update=update,
+                selection=_chosen(options),
+                policy=policy_from(options),
+                limits=limits_from(options),
+                plan_only=True,
+            )
+            await _start(session, context, request, detach=True)
+
+    run(body, broker, as_json=as_json)
+
+
+@click.command(
+    epilog=epilog(
+        "caesura roll qemu-security --set web --notice 2m --soak 5m",
+        "caesura roll qemu-security --all --canary 1 --soak 30m --max-hosts 4 --exclude-host host-9",
+        "caesura roll qemu-security --host host-3 --detach --json",
+    ),
+)
+@click.argument("update", type=NAME, shell_complete=complete("update"))
+@selection
+@everything
+@limits
+@again
+@policy
+@click.option("--detach", is_flag=True, help="Return as soon as the rollout has started.")
+@common
+def roll(update: str, broker: str | None, *, as_json: bool, detach: bool, **options: Any) -> None:
+    """Roll UPDATE out, one domain of a set at a time, and watch it to its end.
+
+    UPDATE is a name from updates.d of the hosts (see: caesura updates). Hosts that have it already are skipped. Without a
+    selection it asks on a terminal, and elsewhere needs --all.
+    """
+    confirm("roll out", options, as_json=as_json, what=update)
+
+    async def body(context: Context) -> None:
+        async with connect(context.settings) as session:
+            request = m.RolloutRequested(
+                request=new_request_id(),
+                update=update,
+                selection=_chosen(options),
+                policy=policy_from(options),
+                limits=limits_from(options),
+            )
+            await _start(session, context, request, detach=detach)
+
+    run(body, broker, as_json=as_json)
+
+
+@click.command(
+    epilog=epilog(
+        "caesura freeze --vm web-1 --for 9s --notice 15s",
+        "caesura freeze --set web --for 2s --notice 1m --soak 10s",
+    ),
+)
+@click.option("--for", "hold", type=BUDGET, required=True, help="How long to stay frozen, for example 9s.")
+@selection
+@everything
+@limits
+@policy
+@click.option("--plan-only", is_flag=True, help="Only show what would happen.")
+@click.option("--detach", is_flag=True, help="Return as soon as it has started.")
+@common
+def freeze(
+    hold: float, broker: str | None, *, as_json: bool, plan_only: bool, detach: bool, **options: Any
+) -> None:
+    """Freeze VMs on demand, with notice through the Scheduled Events API, one domain of a set at a time.
+
+    For testing that an application survives a Freeze: nothing is updated, the VMs are only paused.
+    """
+    if hold >= options["budget"]:
+        raise click.UsageError(
+            f"--for {show_duration(hold)} leaves nothing of the pause budget of {show_duration(options['budget'])}"
+        )
+    if not plan_only:
+        confirm("freeze VMs", options, as_json=as_json)
+
+    async def body(context: Context) -> None:
+        async with connect(context.settings) as session:
+            request = m.FreezeRequested(
+                request=new_request_id(),
+                selection=_chosen(options),
+                hold_s=hold,
+                policy=policy_from(options),
+                limits=limits_from(options),
+                plan_only=plan_only,
+            )
+            await _start(session, context, request, detach=detach)
+
+    run(body, broker, as_json=as_json)
+
+
+@click.command(epilog=epilog("caesura abort", "caesura abort 20260420-221158-1f3a --reason 'wrong update'"))
+@click.argument("rollout", default="", shell_complete=complete("rollout"))
+@click.option("--reason", default="", help="Why; it is kept in the record.")
+@common
+def abort(rollout: str, reason: str, broker: str | None, *, as_json: bool) -> None:
+    """Abort a rollout in whatever state it is; no VM stays paused.
+
+    Without ROLLOUT: the only one that is not at its end.
+    """
+
+    async def body(context: Context) -> None:
+        request = m.AbortRequested(request=new_request_id(), rollout=rollout, reason=reason)
+        check(request)
+        async with connect(context.settings) as session:
+            await _steer(session, context, request, "aborting")
+
+    run(body, broker, as_json=as_json)
+
+
+@click.command(epilog=epilog("caesura resume", "caesura resume 20260420-221158-1f3a --detach"))
+@click.argument("rollout", default="", shell_complete=complete("rollout"))
+@click.option("--detach", is_flag=True, help="Return at once instead of watching to the end.")
+@common
+def resume(rollout: str, broker: str | None, *, as_json: bool, detach: bool) -> None:
+    """Go on with a halted rollout: the failed wave is tried again, finished hosts are not paused again.
+
+    Without ROLLOUT: the only one that is not at its end.
+    """
+
+    async def body(context: Context) -> None:
+        request = m.ResumeRequested(request=new_request_id(), rollout=rollout)
+        check(request)
+        async with connect(context.settings) as session:
+            await session.settled()
+            before = dict(session.picture.rollouts)
+            started = await _steer(session, context, request, "resuming", last_word=detach)
+            if not detach:
+                if session.picture.rollouts.get(started) is before.get(started):
+                    # What is retained still says halted; the next word of the coordinator may be its last, too.
+                    session.picture.rollouts.pop(started, None)
+                conclude(session, context, await follow(session, context, started))
+
+    run(body, broker, as_json=as_json)
+
+
+async def _steer(
+    session: Session,
+    context: Context,
+    request: m.AbortRequested | m.ResumeRequested,
+    word: str,
+    *,
+    last_word: bool = True,
+) -> str:
+    """Ask, and say what became of it; in JSON only if nothing follows, for a script reads one document."""
+    answer = await session.ask(request)
+    if context.json and (last_word or not answer.accepted):
+        print_json(answer)
+    if not answer.accepted:
+        raise Refused(answer.reason)
+    if not context.json:
+        context.console.print(f"{word} rollout {answer.rollout}")
+    return answer.rollout

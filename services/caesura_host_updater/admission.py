@@ -1,0 +1,241 @@
+"""Which commands this host obeys: epochs, expiry, duplicates, and whether the command fits the host. Pure."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Mapping
+from datetime import datetime
+
+import msgspec
+
+from caesura.contract.messages import (
+    AbortOperation,
+    OperationReported,
+    StartOperation,
+    VmRecord,
+)
+from caesura.contract.reasons import ReasonCode
+from caesura.lifecycle.budget import MIN_BUDGET_S, usable_s
+from caesura.lifecycle.commands import COMMANDS, UPGRADE, missing
+from caesura.lifecycle.epoch import EPOCH_LEAP, leaps
+from caesura_host_updater.inventory.updates import Catalogue, UpdateFile
+
+STOPPING = "the host updater is stopping"
+"""Why nothing begins, and what was begun is aborted."""
+
+
+class Authority(msgspec.Struct, frozen=True):
+    """The coordinator this host obeys: the highest epoch it has heard of, and whose that is."""
+
+    epoch: int = 0
+    coordinator: str = ""
+
+
+class NotObeyed(msgspec.Struct, frozen=True):
+    """A coordinator that has no authority here, and why."""
+
+    why: str
+    outdated: bool = False
+    """It is of a version whose commands this host would never receive."""
+
+
+def observe_epoch(
+    authority: Authority, epoch: int, coordinator: str, commands: Collection[str] = COMMANDS
+) -> Authority | NotObeyed:
+    """What a coordinator's epoch does: the authority to hold from now on, or why it is not obeyed.
+
+    Args:
+        commands: types of the commands that it sends. Whose command was received sends what this host reads.
+    """
+    if leaps(authority.epoch, epoch):
+        return NotObeyed(
+            f"epoch {epoch} is more than {EPOCH_LEAP} above epoch {authority.epoch} of {authority.coordinator}, which this host "
+            "obeys: no coordinator can have claimed it"
+        )
+    if epoch < authority.epoch:
+        return NotObeyed(
+            f"epoch {epoch} is old: this host obeys epoch {authority.epoch} of {authority.coordinator}"
+        )
+    if unsent := missing(commands):
+        return NotObeyed(
+            f"coordinator {coordinator} of epoch {epoch} is of a version that does not send {', '.join(unsent)}, and this host "
+            f"would not receive what it sends: upgrade the coordinator ({UPGRADE})",
+            outdated=True,
+        )
+    if epoch > authority.epoch:
+        return Authority(epoch, coordinator)
+    if coordinator != authority.coordinator:
+        return NotObeyed(
+            f"epoch {epoch} belongs to coordinator {authority.coordinator}, not to {coordinator}"
+        )
+    return authority
+
+
+class Refuse(msgspec.Struct, frozen=True):
+    """Do nothing but say why."""
+
+    code: ReasonCode
+    why: str
+
+
+class Ignore(msgspec.Struct, frozen=True):
+    """Do nothing and report nothing: whoever sent it has no authority here.
+
+    A report would be the end of the operation, and the coordinator that leads may ask for the very same one: a
+    rollout that was under way at a takeover goes on with the ids it had.
+    """
+
+    why: str
+
+
+class Underway(msgspec.Struct, frozen=True):
+    """The operation is known and not at its end."""
+
+
+class Repeat(msgspec.Struct, frozen=True):
+    """The operation is known and ended: say again how."""
+
+    report: OperationReported
+
+
+class Accept(msgspec.Struct, frozen=True):
+    """Do it. ``update`` is None for a freeze on demand."""
+
+    update: UpdateFile | None
+
+
+class AbortRunning(msgspec.Struct, frozen=True):
+    """Abort the operation under way."""
+
+
+class Tombstone(msgspec.Struct, frozen=True):
+    """Remember that the operation never starts here: its abort came first."""
+
+
+class Host(msgspec.Struct, frozen=True, kw_only=True):
+    """What the judgement needs to know of the host."""
+
+    host: str
+    vms: Mapping[str, VmRecord]
+    catalogue: Catalogue
+    busy: str = ""
+    """The operation under way."""
+    stopping: bool = False
+
+
+def evaluate_start(
+    command: StartOperation,
+    *,
+    host: Host,
+    authority: Authority | NotObeyed,
+    known: Underway | Repeat | None,
+    now: datetime,
+) -> Ignore | Refuse | Underway | Repeat | Accept:
+    """What to do with a command to start an operation.
+
+    Args:
+        authority: the answer of ``observe_epoch`` to this command.
+        known: what is known of its operation id; None: it is a new one.
+        now: the host's wall clock.
+    """
+    if known is not None:
+        return known
+    if isinstance(authority, NotObeyed):
+        return Ignore(authority.why)
+    if command.host != host.host:
+        return Refuse("command_misdirected", f"the command is for host {command.host}, this is {host.host}")
+    if now > command.not_after:
+        late_s = (now - command.not_after).total_seconds()
+        return Refuse("command_late", f"the command came {late_s:.1f} s after its not_after")
+    if host.stopping:
+        return Refuse("host_stopping", STOPPING)
+    if host.busy:
+        return Refuse("host_busy", f"busy with operation {host.busy}")
+    wrong = _wrong_targets(command, host)
+    if wrong is not None:
+        return wrong
+    return _judge_update(command, host)
+
+
+def _wrong_targets(command: StartOperation, host: Host) -> Refuse | None:
+    """What is wrong with the command's VMs, None if nothing is."""
+    for vm, count in Counter(target.vm for target in command.targets).items():
+        if count > 1:
+            return Refuse("command_invalid", f"VM {vm} is named {count} times")
+    for target in command.targets:
+        record = host.vms.get(target.vm)
+        if record is None:
+            return Refuse("vm_gone", f"VM {target.vm} is not on this host")
+        if (target.set, target.update_domain) != (record.set, record.update_domain):
+            return Refuse(
+                "vm_moved",
+                f"VM {target.vm} is in set {record.set} domain {record.update_domain}, "
+                f"the command says {target.set} domain {target.update_domain}: plan again",
+            )
+        if record.state != "running":
+            return Refuse("vm_not_running", f"VM {target.vm} is {record.state}, not running")
+    return None
+
+
+def _judge_update(command: StartOperation, host: Host) -> Refuse | Accept:
+    for target in command.targets:
+        record = host.vms[target.vm]
+        if command.method not in record.methods:
+            missing = record.methods_missing.get(command.method, "this host does not know it")
+            why = f"method {command.method} is not possible for VM {target.vm}: {missing}"
+            return Refuse("method_unavailable", why)
+    if command.method != "live" and command.budget_s < MIN_BUDGET_S:
+        return Refuse(
+            "budget_too_short",
+            f"a budget of {command.budget_s:g} s is too short: resuming in time needs at least {MIN_BUDGET_S:g} s",
+        )
+    if not command.update:
+        if command.method != "freeze":
+            return Refuse("command_invalid", f"method {command.method} without an update does nothing")
+        if command.hold_s > usable_s(command.budget_s):
+            return Refuse(
+                "budget_too_short",
+                f"holding for {command.hold_s:g} s does not fit a budget of {command.budget_s:g} s: "
+                f"at most {usable_s(command.budget_s):.2f} s do, the rest is for the resume",
+            )
+        return Accept(None)
+    update = host.catalogue.updates.get(command.update)
+    if update is None:
+        files = ", ".join(f"{each.file}: {each.reason}" for each in host.catalogue.refused)
+        return Refuse(
+            "update_unknown",
+            f"update {command.update} is not known here{f' (refused files: {files})' if files else ''}",
+        )
+    if command.method != update.method:
+        return Refuse(
+            "update_differs",
+            f"update {update.name} has impact {update.impact}"
+            + (f" and vmm {update.vmm}" if update.vmm else "")
+            + f": it is applied by method {update.method}, not by {command.method}",
+        )
+    if command.method in ("freeze", "replace"):
+        if update.expected_s > usable_s(command.budget_s):
+            return Refuse(
+                "budget_too_short",
+                f"update {update.name} takes some {update.expected_s:g} s, a budget of {command.budget_s:g} s "
+                f"leaves {usable_s(command.budget_s):.2f} s for it",
+            )
+        named = {target.vm for target in command.targets}
+        left = [vm for vm, record in host.vms.items() if record.state == "running" and vm not in named]
+        if update.scope == "host" and left:
+            return Refuse(
+                "command_invalid",
+                f"update {update.name} is of scope host, but the command leaves out {', '.join(left)}",
+            )
+    return Accept(update)
+
+
+def judge_abort(
+    command: AbortOperation, *, busy: str, authority: Authority | NotObeyed, known: Underway | Repeat | None
+) -> Ignore | AbortRunning | Underway | Repeat | Tombstone:
+    """What to do with a command to abort an operation."""
+    if isinstance(authority, NotObeyed):
+        return Ignore(authority.why)
+    if command.operation == busy:
+        return AbortRunning()
+    return known if known is not None else Tombstone()

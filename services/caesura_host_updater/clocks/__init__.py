@@ -1,0 +1,1 @@
+"""Whether the clock of a VM is right after a pause."""

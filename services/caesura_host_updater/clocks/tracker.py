@@ -1,0 +1,276 @@
+"""Waiting for the clocks of resumed VMs: who is asked, who answered, who is flagged as unsynced."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from datetime import UTC, datetime
+
+import msgspec
+import structlog
+
+from caesura.contract.messages import AgentClockSynced, MemoryProof, VmClockSynced, VmResumed
+from caesura.delivery.message import OutboxMessage
+from caesura.lifecycle.proof import memory_proof
+from caesura_host_updater.clocks.verdict import ClockWait, judge, judge_driver, same_boot, unsynced
+from caesura_host_updater.drivers.port import Driver, DriverError
+
+_BOOT_ID_S = 0.5  # s: for a guest to tell its boot id before it is paused
+REPEAT_S = 2.0  # s: the agent may have been away when `resumed` was told: it is told again this often
+
+_log = structlog.get_logger("caesura.clock")
+
+
+class _Case:
+    """One VM that waits. Instants on CLOCK_MONOTONIC."""
+
+    def __init__(self, wait: ClockWait) -> None:
+        self.wait = wait
+        self.answer: AgentClockSynced | None = None
+        self.resumed: OutboxMessage | None = None
+        self.told_at: float | None = None
+        self.repeat_at = 0.0
+        self.asking: asyncio.Task[VmClockSynced] | None = None
+        """The driver is setting the clock from outside."""
+
+
+def _fuller(earlier: AgentClockSynced | None, later: AgentClockSynced) -> AgentClockSynced:
+    """Of two answers to one resume the one that has the canary, whichever came first."""
+    return earlier if earlier is not None and later.canary is None and earlier.canary is not None else later
+
+
+class ClockDesk:
+    """Judges each resumed VM's clock once.
+
+    The time to answer begins when the broker has taken `resumed`: before that no agent can know. It begins
+    anew when the broker was away, and the verdict never comes before the operation's report. A VM without an
+    agent, or whose agent keeps silent or cannot, is set through the driver where that is possible.
+
+    Args:
+        verdict: takes each verdict, with the operation it is about.
+        repeat: tells a `resumed` again.
+    """
+
+    def __init__(
+        self,
+        host: str,
+        driver: Driver,
+        *,
+        without_agent: frozenset[str],
+        timeout_s: float,
+        verdict: Callable[[VmClockSynced], None],
+        repeat: Callable[[OutboxMessage], None],
+    ) -> None:
+        self._host = host
+        self._driver = driver
+        self._without_agent = without_agent
+        self._timeout_s = timeout_s
+        self._verdict = verdict
+        self._repeat = repeat
+        self._open: dict[str, _Case] = {}
+        self._early: dict[
+            tuple[str, str], tuple[OutboxMessage | None, AgentClockSynced | None, float | None]
+        ] = {}
+        self._stir = asyncio.Event()
+        self._all_judged = asyncio.Event()
+        self._all_judged.set()
+
+    def __len__(self) -> int:
+        return len(self._open)
+
+    async def kernel_boot_ids(self, vms: Sequence[str]) -> dict[str, str]:
+        """Before a pause: what shows afterwards that memory stayed, should no agent answer. Empty: not told."""
+
+        async def ask(vm: str) -> str:
+            with suppress(DriverError, TimeoutError):
+                async with asyncio.timeout(_BOOT_ID_S):
+                    return await self._driver.guest_boot_id(vm)
+            return ""
+
+        return dict(zip(vms, await asyncio.gather(*map(ask, vms)), strict=True))
+
+    def resumed_told(self, letter: OutboxMessage, message: VmResumed) -> None:
+        """The broker has a VM's `resumed`."""
+        case = self._case(message.vm, message.operation)
+        now = time.monotonic()
+        if case is None:
+            _, answer, _ = self._early.get((message.vm, message.operation), (None, None, None))
+            self._early[message.vm, message.operation] = (letter, answer, now)
+        elif case.resumed is None:
+            case.resumed, case.told_at, case.repeat_at = letter, now, now + REPEAT_S
+            self._stir.set()
+
+    def answered(self, message: AgentClockSynced) -> None:
+        """An agent measured its clock."""
+        if message.trigger != "resume" or not message.operation:
+            return
+        case = self._case(message.vm, message.operation)
+        if case is not None:
+            case.answer = _fuller(case.answer, message)
+            self._stir.set()
+            return
+        this = (message.vm, message.operation)
+        letter, earlier, at = self._early.get(this, (None, None, None))
+        if letter is None:
+            # It may be quicker than the broker's acknowledgement of `resumed`. One such answer of a VM is kept.
+            for key, early in list(self._early.items()):
+                if key[0] == message.vm and key != this and early[0] is None:
+                    del self._early[key]
+        self._early[this] = (letter, _fuller(earlier, message), at)
+
+    def expect(self, waits: Sequence[ClockWait], *, told: bool = False) -> None:
+        """An operation was reported: its VMs may be judged from now on.
+
+        ``told``: their `resumed` may have been taken by the broker in an earlier life of ours.
+        """
+        for wait in waits:
+            if wait.vm in self._open:
+                why = "it was paused again before its clock was put right"
+                self._close(
+                    self._open[wait.vm],
+                    unsynced(self._host, self._open[wait.vm].wait, why, datetime.now(UTC)),
+                )
+            case = self._open[wait.vm] = _Case(wait)
+            case.resumed, case.answer, case.told_at = self._early.get(
+                (wait.vm, wait.operation), (None, None, None)
+            )
+            case.repeat_at = time.monotonic() + REPEAT_S
+            if told and case.told_at is None:
+                case.told_at = time.monotonic()
+        if waits:  # a report without VMs (refused, cancelled) may come while another operation is under way
+            self._early.clear()
+        if self._open:
+            self._all_judged.clear()
+        self._stir.set()
+
+    def waits_for(self, wait: ClockWait) -> bool:
+        """Whether the verdict is still due."""
+        return self._case(wait.vm, wait.operation) is not None
+
+    async def settled(self, timeout_s: float) -> bool:
+        """Wait until no VM waits for its verdict; whether that came within the time."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                await self._all_judged.wait()
+        return self._all_judged.is_set()
+
+    def connected(self) -> None:
+        """The broker is back: everybody who waits gets the whole time again."""
+        for case in self._open.values():
+            if case.told_at is not None:
+                case.told_at = time.monotonic()
+                case.repeat_at = case.told_at + REPEAT_S
+        self._stir.set()
+
+    def _case(self, vm: str, operation: str) -> _Case | None:
+        case = self._open.get(vm)
+        return case if case is not None and case.wait.operation == operation else None
+
+    async def run(self) -> None:
+        """Judge, repeat and give up, for ever."""
+        try:
+            while True:
+                self._stir.clear()
+                for case in list(self._open.values()):
+                    self._look(case)
+                due = [
+                    min(case.repeat_at, (case.told_at or case.repeat_at) + self._timeout_s)
+                    for case in self._open.values()
+                    if case.told_at is not None and case.asking is None
+                ]
+                try:
+                    async with asyncio.timeout(max(0.01, min(due) - time.monotonic()) if due else None):
+                        await self._stir.wait()
+                except TimeoutError:
+                    continue
+        finally:
+            for case in self._open.values():
+                if case.asking is not None:
+                    case.asking.cancel()
+
+    def _look(self, case: _Case) -> None:
+        now = time.monotonic()
+        if case.asking is not None:
+            if case.asking.done():
+                self._close(case, self._better(case, case.asking.result()))
+        elif case.answer is not None and not self._waits_for_canary(case, now):
+            verdict = judge(self._host, case.wait, case.answer, datetime.now(UTC))
+            if verdict.synced or not self._settable(case.wait.vm):
+                self._close(case, verdict)
+            else:
+                self._ask_driver(case, f"its agent could not: {verdict.reason}")
+        elif case.wait.vm in self._without_agent:
+            self._ask_driver(case, "no agent")
+        elif case.told_at is not None and now >= case.told_at + self._timeout_s:
+            why = f"its agent did not answer within {self._timeout_s:g} s"
+            self._ask_driver(case, why)
+        elif case.told_at is not None and case.resumed is not None and now >= case.repeat_at:
+            case.repeat_at = now + REPEAT_S
+            self._repeat(case.resumed)
+
+    def _waits_for_canary(self, case: _Case, now: float) -> bool:
+        """Whether the agent has its clock and still compares its canary; no longer than for an agent that keeps silent."""
+        if not case.wait.canary_writes or case.answer is None or case.answer.canary is not None:
+            return False
+        return case.told_at is None or now < case.told_at + self._timeout_s
+
+    def _settable(self, vm: str) -> bool:
+        """Whether the driver may be able to set the clock from outside."""
+        return self._driver.capabilities(vm).clock == "system"
+
+    def _better(self, case: _Case, by_driver: VmClockSynced) -> VmClockSynced:
+        """What the agent said, if it said anything: it may have come while the driver was asked."""
+        if case.answer is None:
+            return by_driver
+        by_agent = judge(self._host, case.wait, case.answer, datetime.now(UTC))
+        if by_agent.synced or not by_driver.synced:
+            return by_agent
+        return msgspec.structs.replace(by_driver, memory=by_agent.memory or by_driver.memory)
+
+    def _ask_driver(self, case: _Case, why: str) -> None:
+        case.asking = asyncio.create_task(self._by_driver(case.wait, why))
+        case.asking.add_done_callback(lambda _: self._stir.set())
+
+    async def _by_driver(self, wait: ClockWait, why: str) -> VmClockSynced:
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                told = await self._driver.sync_clock(wait.vm)
+                memory = await self._same_boot(wait.vm, wait.kernel_boot_id)
+        except DriverError as error:
+            return unsynced(self._host, wait, f"{why}, and {error.why}", datetime.now(UTC))
+        except TimeoutError:
+            late = f"{why}, and its clock could not be set from outside within {self._timeout_s:g} s"
+            return unsynced(self._host, wait, late, datetime.now(UTC))
+        except Exception as error:  # noqa: BLE001 - a broken adapter must not leave the other clocks unjudged
+            _log.exception("clock.driver_broken", vm=wait.vm)
+            return unsynced(self._host, wait, f"{why}, and {error!r}", datetime.now(UTC))
+        return judge_driver(self._host, wait, told, memory, datetime.now(UTC))
+
+    async def _same_boot(self, vm: str, before: str) -> MemoryProof | None:
+        if not before:
+            return None
+        try:
+            return same_boot(before, await self._driver.guest_boot_id(vm))
+        except DriverError as error:
+            return memory_proof(detail=f"its boot id could not be read: {error.why}")
+
+    def _close(self, case: _Case, verdict: VmClockSynced) -> None:
+        del self._open[case.wait.vm]
+        if not self._open:
+            self._all_judged.set()
+        if case.asking is not None:
+            case.asking.cancel()
+        log = _log.info if verdict.synced else _log.error
+        log(
+            "clock.judged",
+            vm=verdict.vm,
+            operation=verdict.operation,
+            synced=verdict.synced,
+            by=verdict.by,
+            error_before_s=verdict.error_before_s,
+            error_after_s=verdict.error_after_s,
+            reason=verdict.reason,
+        )
+        self._verdict(verdict)

@@ -1,0 +1,356 @@
+"""The VMs of a host over its updater's lives: found again, adopted, started, looked for, stopped, cleaned up after."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+
+import structlog
+
+from caesura.contract.messages import Method
+from caesura.runtime.threads import in_thread
+from caesura_host_updater.drivers.qemu import successor
+from caesura_host_updater.drivers.qemu.assessor import Assessor
+from caesura_host_updater.drivers.qemu.cleanup import remove_claims, remove_files
+from caesura_host_updater.drivers.qemu.definition import Definition, QemuOptions
+from caesura_host_updater.drivers.qemu.discovery import discovered
+from caesura_host_updater.drivers.qemu.guest import Guest, NotAttached, Prepared, adopted, found_by_sockets
+from caesura_host_updater.drivers.qemu.launching import Launcher, LaunchFailed, kill
+from caesura_host_updater.drivers.qemu.migration import Mover
+from caesura_host_updater.drivers.qemu.qmp import QmpFailed, listener_of
+from caesura_host_updater.drivers.qemu.records import Records, Run
+from caesura_host_updater.drivers.qemu.vmm import marked, marked_as, place_error
+from caesura_host_updater.spawn import ExitWatch
+from caesura_vmcontrol import claims
+from caesura_vmcontrol.markers import OPERATIONS
+from caesura_vmcontrol.plans import ReplacePlan, SwapPlan, condition
+from caesura_vmcontrol.procfs import alive, boot_id
+
+_PROBE_S = 0.05  # s: for a QEMU to notice that who connected has gone; then it takes the next one
+_LOOK_S = 5.0  # s: between two looks for VMs that others start, or that did not answer
+_SETTLE_S = 2.0  # s: to end the loser of an operation whose guest runs
+_QUIT_S = 2.0  # s: from QMP `quit` to the end of the process
+
+_log = structlog.get_logger("caesura.qemu")
+
+
+class Keeper:
+    """See the module."""
+
+    def __init__(
+        self,
+        guests: Mapping[str, Guest],
+        options: QemuOptions,
+        launcher: Launcher,
+        records: Records,
+        mover: Mover,
+        assessor: Assessor,
+        threads: ThreadPoolExecutor,
+    ) -> None:
+        self._guests = guests
+        self._options = options
+        self._launcher = launcher
+        self._records = records
+        self._mover = mover
+        self._threads = threads
+        self._assessor = assessor
+        self._tasks: list[asyncio.Task[None]] = []
+        self._found: dict[str, Run] = {}
+        """Processes without a run file that have a VM's sockets."""
+
+    def last_run(self, vm: str) -> Run | None:
+        """What the VM's run file says."""
+        return self._records.read(vm)
+
+    # -- the start of a life --------------------------------------------------------------------------------
+
+    async def open(self) -> None:
+        """Finish or find what an earlier life left, attach what runs, start what does not."""
+        try:
+            self._launcher.prepare_folders()
+        except OSError as error:
+            for guest in self._guests.values():
+                guest.why = f"no folder for its sockets: {error}"
+            return
+        await in_thread("sweep", self._sweep)
+        await asyncio.gather(*(self._open(guest) for guest in self._guests.values()))
+        self._tasks = [
+            asyncio.create_task(self._look(), name="look for VMs"),
+            asyncio.create_task(self._assessor.run(), name="assess VMs"),
+        ]
+
+    def _sweep(self) -> None:
+        """End processes that an earlier life started and nothing accounts for; remove RAM files without a guest."""
+        records = self._records.runs()
+        runs = {vm: run for vm, run in records.items() if _lives(run)}
+        kept = {(run.pid, run.start_ticks) for run in runs.values()}
+        held_files = {run.ram_file for run in runs.values()}
+        unfinished: set[str] = set()
+        for folder in self._records.folder.glob(f"*{OPERATIONS}"):
+            vm = folder.name.removesuffix(OPERATIONS)
+            for operation, plan in self._records.unfinished(vm):
+                if plan is None:
+                    # Or the guest ended with the host: its state must not be loaded into memory that is not its own.
+                    _log.warning("operation.without_a_plan", vm=vm, operation=operation.name)
+                    self._records.end(operation)
+                    continue
+                unfinished.add(f"{vm}/{operation.name}")
+                kept.add((plan.old.pid, plan.old.start_ticks))
+                held_files.add(str(self._launcher.ram_dir / f"{vm}.ram"))
+        for pid, start_ticks in marked(self._launcher.mark):
+            # Of an unfinished operation the way out decides who is ended; the guard may be at it right now.
+            if (pid, start_ticks) in kept or marked_as(pid, self._launcher.mark) in unfinished:
+                continue
+            there = found_by_sockets(pid, self._launcher.mark)
+            if there is None:
+                _log.warning("process.left_over", pid=pid)
+                kill(pid, start_ticks)
+                continue
+            vm, run = there
+            time.sleep(_PROBE_S)
+            _log.error("vm.run_file_lost", vm=vm, pid=pid)
+            held_files.add(run.ram_file)
+            if str(self._launcher.folder(vm) / "qmp") == run.qmp:
+                self._found[vm] = run
+        self._sweep_files(held_files)
+
+    def _sweep_files(self, held_files: set[str]) -> None:
+        """Remove state files and claims without an operation, and RAM files without a guest."""
+        for end, remove in (
+            (f"{self._launcher.state_end}*", remove_files),
+            (self._launcher.claims_end, remove_claims),
+        ):
+            for left in self._launcher.run_dir.glob(f"*/*{end}"):
+                vm, operation = left.parent.name, left.name.partition(".")[0]
+                if not self._records.operation(vm, operation).exists():
+                    remove(left)
+        for file in self._launcher.ram_dir.glob("*.ram"):
+            if str(file) not in held_files:
+                _log.warning("ram_file.left_over", file=str(file))
+                file.unlink(missing_ok=True)
+
+    async def _open(self, guest: Guest) -> None:
+        await self._find_unfinished(guest)
+        if guest.prepared is not None or guest.run is not None:
+            return  # found frozen, or on its way: `resume` decides; or found in its new process
+        await self.find(guest)
+        if guest.run is None and guest.spec.qemu is not None:
+            await self._start(guest, guest.spec.qemu)
+
+    async def _find_unfinished(self, guest: Guest) -> None:
+        loop = asyncio.get_running_loop()
+        for folder, plan in self._records.unfinished(guest.vm):
+            if plan is None:
+                self._records.end(folder)
+                continue
+            begun = not claims.untouched(plan.claims)
+            guest.prepared = Prepared(folder.name, _method(plan), plan, folder, begun=begun)
+            try:
+                state = await loop.run_in_executor(self._threads, condition, plan)
+            except OSError:
+                state = "held"
+            _log.warning("operation.found_unfinished", vm=guest.vm, operation=folder.name, state=state)
+            if state == "running":
+                # Whatever was begun, the guest runs: that is decided now, in its favour.
+                await self._mover.way_out(guest, time.monotonic() + _SETTLE_S)
+                await self._mover.settle(guest)
+                await self._mover.release(guest)
+            elif state == "gone":
+                await self.gone(guest)
+                await self._mover.release(guest)
+            else:
+                former = self._records.read(guest.vm)
+                if former is not None and _lives(former) and (former.pid == plan.old.pid):
+                    with suppress(NotAttached):
+                        await guest.attach(former)
+                return
+
+    async def find(self, guest: Guest) -> None:
+        """Attach the process that runs the VM, if there is one; else ``why`` says what is wrong."""
+        run = await in_thread("run file", lambda: self._records.read(guest.vm))
+        lost = self._found.get(guest.vm)
+        if lost is not None and (run is None or not _lives(run)):
+            run = lost
+            with suppress(OSError):
+                await self._write(guest.vm, run)
+        try:
+            if run is not None and _lives(run):
+                await guest.attach(run)
+                await self._mover.restore_capabilities(guest)
+                _log.info("vm.adopted", vm=guest.vm, pid=run.pid)
+            elif guest.spec.qemu is None:
+                await self._adopt(guest)
+        except NotAttached as error:
+            guest.why = str(error)
+
+    async def _adopt(self, guest: Guest) -> None:
+        where = guest.spec.adopt or discovered(self._options.discover, guest.vm)
+        if where is None:
+            raise NotAttached(f"there is no folder {self._options.discover}/{guest.vm} with a QMP socket")
+        run, qmp = await adopted(where.qmp, where.guard_qmp, where.guest_agent)
+        for other in self._guests.values():
+            if other is not guest and other.run is not None and other.run.pid == run.pid:
+                await qmp.close()
+                raise NotAttached(f"{where.qmp} belongs to process {run.pid}, which is VM {other.vm}")
+        try:
+            await guest.attach(run, qmp)
+        except NotAttached:
+            await qmp.close()
+            raise
+        await self._write(guest.vm, run)
+        _log.info("vm.adopted", vm=guest.vm, pid=run.pid)
+
+    async def _start(self, guest: Guest, definition: Definition) -> None:
+        vm = guest.vm
+        try:
+            await in_thread(f"place of {vm}", lambda: self._check_place(vm))
+            remove_files(self._records.run_file(vm))
+            run, qmp = await self._launcher.start(vm, definition)
+        except (LaunchFailed, OSError) as error:
+            guest.why = str(error)
+            _log.error("vm.not_started", vm=vm, why=guest.why)
+            return
+        try:
+            await self._write(vm, run)
+            await guest.attach(run, qmp)
+        except (NotAttached, OSError) as error:
+            guest.why = str(error)
+            _log.error("vm.not_started", vm=vm, why=guest.why)
+            await guest.detach()
+            kill(run.pid, run.start_ticks)
+            with suppress(ProcessLookupError):
+                ExitWatch(run.pid, lambda: None)
+            return
+        _log.info("vm.started", vm=vm, pid=run.pid, version=qmp.version)
+
+    async def _write(self, vm: str, run: Run) -> None:
+        await in_thread("run file", lambda: self._records.write(vm, run))
+
+    def _check_place(self, vm: str) -> None:
+        """Whether a VM may be started where its things are to be.
+
+        Raises:
+            LaunchFailed: others could put files of theirs there, or a process has the sockets: it may be this VM.
+            OSError: a folder cannot be made.
+        """
+        for folder in (self._launcher.folder(vm), self._launcher.ram_dir):
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            wrong = place_error(folder)
+            if wrong:
+                raise LaunchFailed(wrong)
+        with suppress(OSError):
+            listener = listener_of(str(self._launcher.folder(vm) / "qmp"))
+            raise LaunchFailed(f"process {listener} has its sockets in {self._launcher.folder(vm)}")
+
+    async def _look(self) -> None:
+        while True:
+            await asyncio.sleep(_LOOK_S)
+            for guest in self._guests.values():
+                if guest.unguarded and guest.run is not None:
+                    await self._poll(guest)
+                    continue
+                if guest.prepared is None:
+                    await self._mover.restore_capabilities(guest)
+                if guest.state == "paused" and guest.prepared is None and not guest.stopped_by_us:
+                    await guest.refresh()
+                lost = guest.mute if guest.run is not None else guest.spec.qemu is None
+                if lost and guest.prepared is None:
+                    before = guest.why
+                    await self.find(guest)
+                    if guest.state != "unknown" and (guest.run is not None or guest.why != before):
+                        guest.changed()
+
+    @staticmethod
+    async def _poll(guest: Guest) -> None:
+        before = guest.state
+        with suppress(NotAttached):  # somebody else has its only socket: what is known of it stands
+            await guest.poll()
+        if guest.state != before:
+            guest.changed()
+
+    # -- the end ----------------------------------------------------------------------------------------------
+
+    async def gone(self, guest: Guest) -> None:
+        """The guest is gone from our hands: nothing of it is left, or it is left to whoever paused it or took it away."""
+        prepared = guest.prepared
+        if prepared is not None and await self._mover.holder(prepared) is not None:
+            await self._mover.settle(guest)
+        if guest.run is not None and _lives(guest.run):
+            await guest.leave_as_found()
+            if guest.left:
+                return
+        run = guest.run or self._records.read(guest.vm)
+        tried = claims.failures(guest.prepared.plan.claims) if guest.prepared is not None else []
+        await guest.detach()
+        await self._mover.release(guest)
+        guest.why = (tried[-1] if tried else guest.why) or "its process has ended"
+        if run is not None and not _lives(run):
+            self._remove(guest.vm, run)
+
+    def _remove(self, vm: str, run: Run) -> None:
+        if run.ours:
+            remove_files(run.ram_file, *successor.sockets_of(run.argv))
+        remove_files(self._launcher.usual_capabilities(vm))
+        self._records.forget(vm)
+
+    async def close(self, *, stop_vms: bool) -> None:
+        """Stop looking, release what is not under way, and let go of all VMs, or stop ours."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*(self._close(guest, stop=stop_vms) for guest in self._guests.values()))
+        if stop_vms:
+            self._launcher.remove_folders(self._guests)
+
+    async def _close(self, guest: Guest, *, stop: bool) -> None:
+        prepared = guest.prepared
+        if prepared is not None and (stop or claims.current(prepared.plan.claims)[1] is None):
+            await self._mover.release(guest)
+        run = guest.run
+        if stop and run is not None and run.ours:
+            await self._stop(guest, run)
+        elif stop and run is None:
+            former = self._records.read(guest.vm)
+            if former is not None and not _lives(former):
+                self._remove(guest.vm, former)
+        if guest.prepared is not None and guest.prepared.qmp is not None:
+            await guest.prepared.qmp.close()
+        await guest.detach()
+
+    async def _stop(self, guest: Guest, run: Run) -> None:
+        """Ask the guest to shut down, then QEMU to end, then the kernel."""
+        guest.expect_end()
+        ended = asyncio.Event()
+        state, qmp = guest.state, guest.qmp
+        try:
+            watch = ExitWatch(run.pid, ended.set)
+        except ProcessLookupError:
+            ended.set()
+        else:
+            steps = [("system_powerdown", self._options.powerdown_s)] if state == "running" else []
+            for command, patience_s in [*steps, ("quit", _QUIT_S)]:
+                if qmp is None or ended.is_set():
+                    break
+                with suppress(QmpFailed, TimeoutError):
+                    async with asyncio.timeout(patience_s):
+                        await qmp.execute(command)
+                        await ended.wait()
+            if not ended.is_set():
+                kill(run.pid, run.start_ticks)
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(_QUIT_S):
+                        await ended.wait()
+            watch.close()
+        await guest.detach()
+        self._remove(guest.vm, run)
+
+
+def _lives(run: Run) -> bool:
+    return run.boot_id == boot_id() and alive(run.pid, run.start_ticks)
+
+
+def _method(plan: SwapPlan | ReplacePlan) -> Method:
+    return "swap" if isinstance(plan, SwapPlan) else "replace"

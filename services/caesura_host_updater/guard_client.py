@@ -1,0 +1,259 @@
+"""The host updater's end of the pause guard: keeps one running, arms it, asks what it did.
+
+Fails closed: a guard that does not answer in time counts as lost. Its connection is closed then, which
+makes a guard that is alive after all resume what it was armed for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Literal
+
+import structlog
+
+from caesura.runtime.errors import CaesuraError
+from caesura_host_updater.spawn import ExitWatch, SpawnError, start_detached
+from caesura_vmcontrol.guard_socket import MAX_LINE_BYTES, socket_address
+from caesura_vmcontrol.intent import Intent, UnreadableIntent
+from caesura_vmcontrol.plans import Plan, plan_to_json
+from caesura_vmcontrol.procfs import boot_id
+
+_LINGER_S = 5.0  # s: how long a guard of ours stays without us; long enough for a quick restart
+_RETRY_S = 0.2  # s: between two tries to reach a guard
+_START_S = 5.0  # s: it needs some 60 ms
+_ANSWER_S = 2.0  # s: a guard answers within milliseconds; an fsync on a busy disk may take longer
+
+_log = structlog.get_logger("caesura.guardian")
+
+
+class GuardUnavailable(CaesuraError):
+    """No pause guard, or it refused; nothing may be frozen then."""
+
+
+class Guardian:
+    """A guard, and the connection to it.
+
+    Args:
+        state_dir: shared with the guard.
+        spawn: start a guard when there is none; else one is expected to run by itself.
+    """
+
+    def __init__(self, state_dir: Path, *, spawn: bool) -> None:
+        self._state_dir = state_dir
+        self._spawn = spawn
+        self._boot_id = boot_id()
+        self._folder = os.open(state_dir, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        self._reader: asyncio.StreamReader | None = None
+        self._writer: asyncio.StreamWriter | None = None
+        self._answers: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+        self._turn = asyncio.Lock()
+        self._connected = asyncio.Event()
+        self._gone = asyncio.Event()
+        self._listener: asyncio.Task[None] | None = None
+        self._exits: list[ExitWatch] = []
+        self._armed = ""
+        self._owed: set[str] = set()
+        self.on_lost: Callable[[], None] = lambda: None
+        """Called when the connection ends."""
+        self.pid = 0
+
+    @property
+    def state(self) -> Literal["ready", "armed", "absent"]:
+        """For the inventory."""
+        if not self._connected.is_set():
+            return "absent"
+        return "armed" if self._armed else "ready"
+
+    async def run(self) -> None:
+        """Keep a guard, for ever."""
+        while True:
+            if not self._connected.is_set():
+                try:
+                    await self._connect()
+                except GuardUnavailable as error:
+                    _log.warning("guard.absent", why=str(error))
+                    await asyncio.sleep(_RETRY_S)
+                    continue
+            await self._gone.wait()
+
+    async def start(self, timeout_s: float = 10.0) -> Intent | None:
+        """Reach a guard; what it holds of an earlier life.
+
+        Raises:
+            GuardUnavailable: there is none after ``timeout_s`` seconds.
+        """
+        last: GuardUnavailable | None = None
+        try:
+            async with asyncio.timeout(timeout_s):
+                while not self._connected.is_set():
+                    try:
+                        await self._connect()
+                    except GuardUnavailable as error:
+                        last = error
+                        await asyncio.sleep(_RETRY_S)
+                return await self.settled()
+        except TimeoutError:
+            raise GuardUnavailable(f"no pause guard: {last or 'it does not answer'}") from last
+
+    async def settled(self) -> Intent | None:
+        """What the guard holds, once it is not busy resuming any more."""
+        while True:
+            answer = await self._ask({"do": "status"})
+            if answer["state"] != "firing":
+                try:
+                    return None if answer["intent"] is None else Intent.from_json(answer["intent"])
+                except UnreadableIntent as error:
+                    raise GuardUnavailable(str(error)) from error
+            await asyncio.sleep(
+                0.02
+            )  # the guard does not call us: it looks at the VMs every few milliseconds
+
+    async def arm(self, operation: str, deadline: float, plans: Sequence[Plan]) -> None:
+        """Have the guard hold the operation. Raises GuardUnavailable."""
+        if not self._connected.is_set():
+            raise GuardUnavailable("there is no pause guard")
+        self._armed = operation
+        try:
+            await self._ask(
+                {
+                    "do": "arm",
+                    "operation": operation,
+                    "boot_id": self._boot_id,
+                    "deadline": deadline,
+                    "plans": [plan_to_json(plan) for plan in plans],
+                }
+            )
+        except GuardUnavailable:
+            self._armed = ""
+            raise
+
+    async def disarm(self, operation: str, timeout_s: float = 3.0) -> Intent | None:
+        """The operation is over; what the guard did if it had fired. It is told later if it is away.
+
+        Raises:
+            GuardUnavailable: no answer within ``timeout_s`` seconds.
+        """
+        self._armed = ""
+        try:
+            async with asyncio.timeout(timeout_s):
+                while True:
+                    await self._connected.wait()
+                    with suppress(GuardUnavailable):
+                        answer = await self._ask({"do": "disarm", "operation": operation})
+                        return None if answer["record"] is None else Intent.from_json(answer["record"])
+                    await asyncio.sleep(0.02)  # refused: a VM does not run yet, or the guard went away
+        except (TimeoutError, UnreadableIntent) as error:
+            self._owed.add(operation)
+            raise GuardUnavailable("the pause guard did not confirm that it let go") from error
+
+    async def _connect(self) -> None:
+        address = socket_address(self._folder)
+        try:
+            reader, writer = await asyncio.open_unix_connection(address, limit=MAX_LINE_BYTES)
+        except OSError as error:
+            if not self._spawn:
+                raise GuardUnavailable(f"cannot reach it in {self._state_dir}: {error}") from error
+            reader, writer = await self._start_guard(address)
+        self._reader, self._writer = reader, writer
+        self._answers = asyncio.Queue()
+        self._gone.clear()
+        self._connected.set()
+        self._listener = asyncio.create_task(self._listen(reader, self._answers), name="guard connection")
+        answer = await self._ask({"do": "status"})
+        self.pid = answer["pid"]
+        _log.info("guard.connected", pid=self.pid, state=answer["state"])
+        held = answer["intent"]["operation"] if answer["intent"] else ""
+        if held in self._owed:
+            with suppress(GuardUnavailable):
+                await self._ask({"do": "disarm", "operation": held})
+                self._owed.discard(held)
+
+    async def _start_guard(self, address: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        """Start one and reach it; it may also end at once, when another one holds the lock."""
+        ended = asyncio.Event()
+        argv = [
+            sys.executable,
+            "-m",
+            "caesura_pause_guard",
+            "--state-dir",
+            str(self._state_dir),
+            "--exit-when-alone",
+            str(_LINGER_S),
+        ]
+        try:
+            pid = await start_detached(argv, os.environ, self._state_dir / "guard.log")
+        except SpawnError as error:
+            raise GuardUnavailable(str(error)) from error
+        self._exits = [watch for watch in self._exits if watch.watching]
+        self._exits.append(ExitWatch(pid, ended.set))
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_START_S):
+                while not ended.is_set():
+                    with suppress(OSError):
+                        return await asyncio.open_unix_connection(address, limit=MAX_LINE_BYTES)
+                    await asyncio.sleep(0.01)  # it cannot call us before it listens
+        raise GuardUnavailable(f"it does not start: see {self._state_dir / 'guard.log'}")
+
+    async def _listen(self, reader: asyncio.StreamReader, answers: asyncio.Queue[dict[str, Any]]) -> None:
+        try:
+            while line := await reader.readline():
+                answers.put_nowait(json.loads(line))
+        except (OSError, ValueError) as error:
+            _log.warning("guard.connection_failed", why=str(error))
+        finally:
+            if answers is self._answers:
+                self._lose()
+
+    def _lose(self) -> None:
+        if not self._connected.is_set():
+            return
+        self._connected.clear()
+        self._gone.set()
+        if self._armed:
+            self._owed.add(self._armed)
+        self._armed = ""
+        if self._writer is not None:
+            self._writer.close()
+        self._answers.put_nowait({"ok": False, "error": "the pause guard is gone"})
+        _log.warning("guard.lost", pid=self.pid)
+        self.on_lost()
+
+    async def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        async with self._turn:
+            writer, answers = self._writer, self._answers
+            if writer is None or not self._connected.is_set():
+                raise GuardUnavailable("the pause guard is gone")
+            try:
+                writer.write(json.dumps(request).encode() + b"\n")
+                async with asyncio.timeout(_ANSWER_S):
+                    answer = await answers.get()
+            except (OSError, TimeoutError) as error:
+                self._lose()
+                raise GuardUnavailable(f"the pause guard does not answer within {_ANSWER_S:g} s") from error
+            except asyncio.CancelledError:
+                self._lose()  # its answer may still come and must not be taken for that of another question
+                raise
+        if not answer["ok"]:
+            raise GuardUnavailable(str(answer["error"]))
+        return answer
+
+    async def close(self) -> None:
+        """Let go of the guard; one of ours ends by itself a little later."""
+        self.on_lost = lambda: None
+        if self._listener is not None:
+            self._listener.cancel()
+            with suppress(asyncio.CancelledError):
+                await self._listener
+        for watch in self._exits:
+            watch.close()
+        if self._writer is not None:
+            self._writer.close()
+            with suppress(OSError):
+                await self._writer.wait_closed()
+        os.close(self._folder)

@@ -1,0 +1,176 @@
+"""Reads ``updates.d`` in a thread of its own: a folder that does not answer holds up nothing else.
+
+The folder may be on a network file system whose server is away, where every call waits in the kernel. So it is
+read on start, on SIGHUP and when a cheap look shows a change, never because a VM changed, and never in the event
+loop or in a pool that a resume needs. While a read hangs, the catalogue of the last read is what commands are
+judged by.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import structlog
+
+from caesura.contract.messages import RefusedUpdate
+from caesura_host_updater.inventory.updates import Catalogue, read_updates
+
+_LOOK_S = 1.0  # s: between two looks for changes; each is one listing and one stat a file
+_SILENT_S = 3.0  # s: a local folder answers within milliseconds, a busy network file system within a second
+
+_log = structlog.get_logger("caesura.updates")
+
+Fingerprint = tuple[object, ...]
+"""Equal where nothing changed that a new read would show."""
+
+
+class CatalogueReader:
+    """See the module.
+
+    Args:
+        folder: ``updates.d``.
+        changed: called in the event loop when the catalogue, or whether the folder answers, changed.
+        read: reads the folder; injected by tests only, like the times in seconds.
+    """
+
+    def __init__(
+        self,
+        folder: str,
+        changed: Callable[[], None],
+        *,
+        read: Callable[[str], Catalogue] = read_updates,
+        look_s: float = _LOOK_S,
+        silent_s: float = _SILENT_S,
+    ) -> None:
+        self._folder = folder
+        self._changed = changed
+        self._read = read
+        self._look_s = look_s
+        self._silent_s = silent_s
+        self._catalogue = Catalogue()
+        self._wanted = threading.Event()
+        self._closed = False
+        self._busy_since: float | None = None
+        """When the thread began with what it is at; None while it waits. Seconds on CLOCK_MONOTONIC."""
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._first = asyncio.Event()
+        self._was_silent = False
+
+    @property
+    def catalogue(self) -> Catalogue:
+        """What the last read found; with a refusal that names the folder while it does not answer."""
+        if not self.complaint():
+            return self._catalogue
+        silent = RefusedUpdate(
+            file=self._folder, reason="the folder does not answer; what was last read from it stands"
+        )
+        return Catalogue(self._catalogue.updates, (*self._catalogue.refused, silent))
+
+    def complaint(self) -> str:
+        """Empty text while the folder answers, else what is wrong; for the health probe."""
+        since = self._busy_since
+        if since is None or time.monotonic() - since < self._silent_s:
+            return ""
+        return f"{self._folder} does not answer: is it on a network file system whose server is away?"
+
+    async def start(self, patience_s: float = _SILENT_S) -> None:
+        """Start the thread and wait for the first read, for ``patience_s`` seconds at most."""
+        self._loop = asyncio.get_running_loop()
+        # A daemon: one that hangs in the kernel keeps neither the service from ending nor a pool from its work.
+        threading.Thread(target=self._work, name="updates.d", daemon=True).start()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(patience_s):
+                await self._first.wait()
+
+    def reread(self) -> None:
+        """Read everything again, soon."""
+        self._wanted.set()
+
+    async def run(self) -> None:
+        """Notice that the folder stopped to answer, or answers again. Never ends."""
+        while True:
+            await asyncio.sleep(self._look_s)
+            silent = bool(self.complaint())
+            if silent == self._was_silent:
+                continue
+            self._was_silent = silent
+            if silent:
+                _log.error("updates.folder_silent", folder=self._folder, why=self.complaint())
+            else:
+                _log.info("updates.folder_answers", folder=self._folder)
+            self._changed()
+
+    def close(self) -> None:
+        """End the thread when it next has a choice; it is not waited for."""
+        self._closed = True
+        self._wanted.set()
+
+    # -- in the thread --------------------------------------------------------------------------------------
+
+    def _work(self) -> None:
+        last: Fingerprint | None = None
+        self._busy_since = time.monotonic()
+        if not Path(self._folder).exists():
+            _log.warning(
+                "updates.no_folder",
+                folder=self._folder,
+                hint="make it, or correct CAESURA_HOST_UPDATER_UPDATES_DIR",
+            )
+        while not self._closed:
+            forced = self._wanted.is_set()
+            self._wanted.clear()
+            self._busy_since = time.monotonic()
+            now = fingerprint(self._folder, self._catalogue)
+            # What refused a file may be outside of it, such as a program that is not installed yet.
+            if forced or last is None or now != last or self._catalogue.refused:
+                found = self._read(self._folder)
+                last = fingerprint(self._folder, found)
+                self._tell(found)
+            self._busy_since = None
+            self._wanted.wait(self._look_s)
+
+    def _tell(self, found: Catalogue) -> None:
+        if self._loop is not None:
+            with suppress(RuntimeError):  # the loop was closed: nobody wants to know
+                self._loop.call_soon_threadsafe(self._take, found)
+
+    # -- in the event loop ----------------------------------------------------------------------------------
+
+    def _take(self, found: Catalogue) -> None:
+        is_first = not self._first.is_set()
+        self._first.set()
+        if found == self._catalogue and not is_first:
+            return
+        before = set(self._catalogue.refused)
+        self._catalogue = found
+        for each in found.refused:
+            if each not in before:
+                _log.warning("updates.refused", file=each.file, line=each.line, why=each.reason)
+        self._changed()
+
+
+def fingerprint(folder: str, known: Catalogue) -> Fingerprint:
+    """What shows a change: the folder's files as stat(2) has them, and where the programs of ``known`` are."""
+    files: list[object] = []
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if entry.name.endswith(".toml"):
+                    with suppress(OSError):
+                        status = Path(entry.path).stat()
+                        files.append((entry.name, status.st_ino, status.st_size, status.st_mtime_ns))
+    except OSError as error:
+        files.append(error.errno)
+    programs = [
+        (program, shutil.which(program))
+        for each in known.updates.values()
+        for program in (each.argv[0], *each.installed[:1])
+    ]
+    return (tuple(sorted(files, key=str)), tuple(programs))

@@ -1,0 +1,188 @@
+"""The host's updates: ``updates.d/*.toml``, one update a file. The command line never leaves the host.
+
+A file that cannot be used is refused by name and line; the others stay usable. The parser is pure.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import tomllib
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta
+
+from caesura.contract.messages import Impact, Method, RefusedUpdate, Scope, UpdateRecord, VmmChange
+from caesura.contract.names import InvalidName, check_name
+from caesura.runtime.validation_errors import explained
+from caesura_host_updater.files import read_regular
+
+_LINE = re.compile(r"\(at line (\d+), column \d+\)")
+_AT = re.compile(r"at `\$\.([A-Za-z0-9_]+)")  # msgspec: where the value is wrong
+_FIELD = re.compile(r"field `([A-Za-z0-9_]+)`")  # msgspec: an unknown or missing key
+
+
+class UpdateFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One update as the operator wrote it. ``_s``: seconds."""
+
+    name: str
+    version: Annotated[str, Meta(max_length=64)] = ""
+    impact: Impact
+    scope: Scope
+    argv: Annotated[tuple[str, ...], Meta(min_length=1)]
+    expected_s: Annotated[float, Meta(ge=0)]
+    timeout_s: Annotated[float, Meta(gt=0)]
+    description: Annotated[str, Meta(max_length=4096)] = ""
+    environ: dict[str, str] = {}
+    working_directory: str = "/"
+    output: Literal["report", "host"] = "report"
+    """Where the end of a failed run's output goes: into the report to coordinator and operators, or into the log of
+    this host's updater only."""
+    vmm: VmmChange = ""
+    """``beside``: it puts a new VMM on the host while guests run, and each VM is swapped to it afterwards.
+    ``instead``: it replaces the VMM's own files, so no VMM runs meanwhile (method replace)."""
+    vmm_binary: str = ""
+    """The new VMM; empty: the binary that the host file names, as the update left it."""
+    installed: tuple[str, ...] = ()
+    """A command whose exit code 0 says that the update is installed; empty: what succeeded here is remembered."""
+
+    @property
+    def method(self) -> Method:
+        """The only method by which it can be applied."""
+        if self.impact != "pause":
+            return "live" if self.impact == "none" else "reboot"
+        by_vmm: dict[VmmChange, Method] = {"": "freeze", "beside": "swap", "instead": "replace"}
+        return by_vmm[self.vmm]
+
+    def record(self) -> UpdateRecord:
+        """What the bus is told: everything but the command line."""
+        return UpdateRecord(
+            update=self.name,
+            version=self.version,
+            impact=self.impact,
+            scope=self.scope,
+            expected_s=self.expected_s,
+            timeout_s=self.timeout_s,
+            description=self.description,
+            vmm=self.vmm,
+        )
+
+
+class Catalogue(msgspec.Struct, frozen=True):
+    """The updates that can be used, by name, and the files that cannot."""
+
+    updates: dict[str, UpdateFile] = {}
+    refused: tuple[RefusedUpdate, ...] = ()
+
+
+def parse_update(file: str, text: str, *, find: Callable[[str], str | None]) -> UpdateFile | RefusedUpdate:
+    """Read one file. Pure: ``find`` tells where a program is, as ``shutil.which`` does."""
+    try:
+        table = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        return _refusal(file, text, str(error))
+    try:
+        update = msgspec.convert(table, UpdateFile, strict=True)
+        check_name("update", update.name)
+    except msgspec.ValidationError as error:
+        return _refusal(file, text, explained(error, UpdateFile))
+    except InvalidName as error:
+        return _refusal(file, text, str(error), key="name")
+    program = update.argv[0]
+    if not program or find(program) is None:
+        return _refusal(file, text, f"program {program!r} is not on PATH, or not executable", key="argv")
+    if update.installed and (not update.installed[0] or find(update.installed[0]) is None):
+        why = f"program {update.installed[0]!r} is not on PATH, or not executable"
+        return _refusal(file, text, why, key="installed")
+    if update.expected_s > update.timeout_s:
+        return _refusal(
+            file,
+            text,
+            f"expected_s {update.expected_s:g} is above timeout_s {update.timeout_s:g}",
+            key="expected_s",
+        )
+    if any(name.startswith("CAESURA_") or not name or "=" in name for name in update.environ):
+        return _refusal(file, text, "environ may not set CAESURA_* or an empty name", key="environ")
+    if update.vmm and update.impact != "pause":
+        return _refusal(file, text, f"vmm = {update.vmm!r} needs impact = 'pause'", key="vmm")
+    if update.vmm == "beside" and update.scope != "vm":
+        return _refusal(
+            file, text, "vmm = 'beside' needs scope = 'vm': each VM is swapped by itself", key="scope"
+        )
+    if update.vmm_binary and not update.vmm:
+        return _refusal(
+            file, text, "vmm_binary says nothing without vmm = 'beside' or 'instead'", key="vmm_binary"
+        )
+    if update.vmm_binary and not update.vmm_binary.startswith("/"):
+        return _refusal(file, text, "vmm_binary must be an absolute path", key="vmm_binary")
+    if not update.working_directory.startswith("/"):
+        return _refusal(file, text, "working_directory must be absolute", key="working_directory")
+    return update
+
+
+def catalogue(files: Iterable[tuple[str, str]], *, find: Callable[[str], str | None]) -> Catalogue:
+    """Read all files, in order of their names. Pure. The second file with the same update name is refused."""
+    updates: dict[str, UpdateFile] = {}
+    refused: list[RefusedUpdate] = []
+    home: dict[str, str] = {}
+    for file, text in sorted(files):
+        parsed = parse_update(file, text, find=find)
+        if isinstance(parsed, RefusedUpdate):
+            refused.append(parsed)
+        elif parsed.name in updates:
+            refused.append(
+                _refusal(file, text, f"{parsed.name!r} stands in {home[parsed.name]} too", key="name")
+            )
+        else:
+            updates[parsed.name] = parsed
+            home[parsed.name] = file
+    return Catalogue(updates, tuple(refused))
+
+
+def read_updates(folder: str) -> Catalogue:
+    """Read ``*.toml`` of a folder from disk; a folder that does not exist holds no updates.
+
+    Blocking, for as long as the folder's file system likes: see ``catalogue_reader``.
+    """
+    files: list[tuple[str, str]] = []
+    unreadable: list[RefusedUpdate] = []
+    try:
+        paths = sorted(path for path in Path(folder).iterdir() if path.name.endswith(".toml"))
+    except FileNotFoundError:
+        return Catalogue()
+    except OSError as error:
+        return Catalogue(
+            {}, (RefusedUpdate(file=folder, reason=f"cannot be read: {error.strerror or error}"),)
+        )
+    for path in paths:
+        try:
+            files.append((path.name, read_regular(path)))
+        except (OSError, ValueError) as error:
+            unreadable.append(RefusedUpdate(file=path.name, reason=f"cannot be read: {error}"))
+    found = catalogue(files, find=shutil.which)
+    return Catalogue(found.updates, (*found.refused, *unreadable))
+
+
+def _refusal(file: str, text: str, reason: str, *, key: str = "") -> RefusedUpdate:
+    at = _LINE.search(reason)
+    if at:
+        return RefusedUpdate(file=file, line=int(at[1]), reason=reason)
+    if reason.endswith("(at end of document)"):
+        return RefusedUpdate(file=file, line=max(1, len(text.splitlines())), reason=reason)
+    if not key:
+        named = _AT.search(reason) or _FIELD.search(reason)
+        key = named[1] if named else ""
+    return RefusedUpdate(file=file, line=_line_of(text, key), reason=reason)
+
+
+def _line_of(text: str, key: str) -> int:
+    """The line where ``key`` is set, counted from 1; 0 if it is not there (it is missing)."""
+    if not key:
+        return 0
+    for number, line in enumerate(text.splitlines(), start=1):
+        if re.match(rf"\s*(\[+\s*)?[\"']?{re.escape(key)}[\"']?\s*[=.\]]", line):
+            return number
+    return 0

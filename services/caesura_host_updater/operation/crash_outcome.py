@@ -1,0 +1,99 @@
+"""How an operation ended whose host updater died: from the journal, the guard's record and what was found. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import msgspec
+
+from caesura.contract.reasons import ReasonCode
+from caesura_host_updater.operation.state import Operation, VmPause
+from caesura_vmcontrol.intent import Catch, Intent
+
+
+def recovered(
+    op: Operation, record: Intent | None, resumed_now: Mapping[str, float], *, same_boot: bool
+) -> Operation:
+    """The operation with its end: always failed, for the update may be half done.
+
+    Args:
+        op: as the journal has it; it may lag behind what was done by a few milliseconds.
+        record: what the guard holds or did, of whatever operation.
+        resumed_now: VMs that were still frozen at our start, and when they ran (CLOCK_MONOTONIC).
+        same_boot: false after a reboot of the host: instants of another boot mean nothing, and no memory is left.
+    """
+    if not same_boot:
+        return _ended(op, "host_rebooted", "the host was restarted during the operation")
+    if record is not None and record.operation != op.operation:
+        record = None
+    vms = tuple(_vm(vm, op, record, resumed_now.get(vm.vm)) for vm in op.vms)
+    why = record.fired.why if record is not None and record.fired is not None else ""
+    return _ended(msgspec.structs.replace(op, vms=vms), "updater_died", _reason(vms, why))
+
+
+def _vm(vm: VmPause, op: Operation, record: Intent | None, resumed_now: float | None) -> VmPause:
+    if vm.resumed_at is not None:
+        return vm
+    catch = record.fired.vms.get(vm.vm) if record is not None and record.fired is not None else None
+    called_at = _called_at(vm, op, record, catch)
+    if catch is not None and catch.running_at is not None and (catch.was_frozen or vm.frozen_at is not None):
+        gone = catch.end == "gone"
+        return msgspec.structs.replace(
+            vm,
+            called_at=called_at,
+            frozen_at=vm.frozen_at if vm.frozen_at is not None else called_at,
+            resumed_at=catch.running_at,
+            # Not frozen when the guard looked: the updater resumed it and died before it wrote that down.
+            resumed_by="nobody" if gone else "guard" if catch.was_frozen else "updater",
+            end="gone" if gone else "running",
+            error="ended while it was paused" if gone else vm.error,
+        )
+    if resumed_now is not None:
+        called_at = resumed_now if called_at is None else called_at
+        return msgspec.structs.replace(
+            vm,
+            called_at=called_at,
+            frozen_at=vm.frozen_at if vm.frozen_at is not None else called_at,
+            resumed_at=resumed_now,
+            resumed_by="updater",
+            end="running",
+        )
+    if vm.frozen_at is not None:
+        return msgspec.structs.replace(vm, error="it was not frozen any more when the host updater came back")
+    return vm
+
+
+def _called_at(vm: VmPause, op: Operation, record: Intent | None, catch: Catch | None) -> float | None:
+    """The freeze call; where it was not written down, something just before it: the pause was at most that long."""
+    called_at = vm.called_at
+    if called_at is None:
+        called_at = record.armed_at if record is not None else op.schedule.started_at if op.schedule else None
+    if called_at is not None and catch is not None and catch.frozen_after is not None:
+        return max(called_at, catch.frozen_after)
+    return called_at
+
+
+def _reason(vms: tuple[VmPause, ...], guard_why: str) -> str:
+    by_guard = [vm.pause_s for vm in vms if vm.resumed_by == "guard"]
+    if by_guard:
+        return (
+            f"host updater died while VMs were frozen; the pause guard resumed them after {max(by_guard):.1f} s "
+            f"({guard_why})"
+        )
+    paused = [vm for vm in vms if vm.frozen_at is not None]
+    if not paused:
+        return "host updater died before anything was frozen"
+    longest_s = max(vm.pause_s for vm in paused)
+    return f"host updater died during the operation; the VMs were paused for {longest_s:.1f} s at most"
+
+
+def _ended(op: Operation, code: ReasonCode, why: str) -> Operation:
+    runs = tuple(
+        run
+        if run.outcome is not None
+        else msgspec.structs.replace(run, outcome="interrupted" if run.started else "not_run")
+        for run in op.runs
+    )
+    if not op.failure:
+        op = msgspec.structs.replace(op, failure=why, codes=(code,))
+    return msgspec.structs.replace(op, runs=runs, phase="ended", end="failed", wake_at=None)

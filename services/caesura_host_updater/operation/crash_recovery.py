@@ -1,0 +1,264 @@
+"""At the start: every VM that a previous run left paused runs again, every operation it left open has its end.
+
+Resume first: what stands paused with our marker is resumed before anything else is asked for, the journal least of all,
+which may be on a full disk or damaged. What is paused without our marker was paused by somebody else and stays so.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from datetime import UTC, datetime
+
+import structlog
+
+from caesura.contract.messages import OperationReported
+from caesura.delivery.message import OutboxMessage
+from caesura.runtime.errors import StoreError
+from caesura.runtime.threads import in_thread
+from caesura_host_updater.clocks.verdict import ClockWait
+from caesura_host_updater.drivers.port import Driver, DriverError, NotRunningYet, states_within
+from caesura_host_updater.guard_client import Guardian, GuardUnavailable
+from caesura_host_updater.inventory.installs import marks_of
+from caesura_host_updater.journal import Entry, Journal, JournalThread
+from caesura_host_updater.operation.crash_outcome import recovered
+from caesura_host_updater.operation.finalizer import Endings, Letters
+from caesura_host_updater.operation.report import clock_wait, final_report, frozen_fact, resumed_fact
+from caesura_host_updater.operation.runner import wall
+from caesura_host_updater.operation.state import Operation
+from caesura_host_updater.pauses import PauseMarkers, how_to_resume
+from caesura_host_updater.update_process import end_orphans
+from caesura_host_updater.vm_view import STATES_S, plan_of
+from caesura_vmcontrol.intent import Intent
+from caesura_vmcontrol.procfs import boot_id
+
+_RESUME_TRY_S = 0.25  # s: one try of a resume
+_ORPHANS_S = 10.0  # s: to find what an update left behind; stuck processes take half a second each
+_PATIENCE_S = 10.0  # s: VMs found frozen are tried this long before the host goes on the bus without them
+
+_log = structlog.get_logger("caesura.recovery")
+
+
+async def resume_until_running(driver: Driver, vm: str) -> str:
+    """Try until the VM runs, is gone, or is left to somebody else: ``running``, ``gone`` or ``left``."""
+    while True:
+        try:
+            return await driver.resume(vm, _RESUME_TRY_S)
+        except NotRunningYet as error:
+            _log.error("vm.not_resumed_yet", vm=vm, why=error.why)
+        except Exception as error:  # noqa: BLE001 - whatever it is, the VM must run: log it and go on
+            _log.error("vm.resume_failed", vm=vm, why=repr(error))
+            await asyncio.sleep(_RESUME_TRY_S)
+
+
+async def resume_marked(pauses: PauseMarkers) -> Mapping[str, float]:
+    """Resume what stands paused with our marker, by what the markers say alone: before anything else is looked at.
+
+    Returns:
+        Who runs again, and since when in seconds on CLOCK_MONOTONIC. Who does not is left to the driver.
+    """
+    found = await pauses.found_paused()
+    if found is None:
+        return {}
+    _log.error("vms.found_paused", vms=[plan.vm for plan in found.plans], operation=found.operation)
+    return await pauses.resume(found, _PATIENCE_S)
+
+
+class Startup:
+    """See the module. ``late`` are resumes that have not succeeded yet.
+
+    Args:
+        resumed: what ``resume_marked`` returned.
+        has_clock: whether a VM's clock is judged after a pause.
+    """
+
+    def __init__(
+        self,
+        host: str,
+        *,
+        driver: Driver,
+        guardian: Guardian,
+        journal: JournalThread,
+        letters: Letters,
+        endings: Endings,
+        pauses: PauseMarkers,
+        resumed: Mapping[str, float],
+        has_clock: Callable[[str], bool],
+    ) -> None:
+        self._host = host
+        self._driver = driver
+        self._guardian = guardian
+        self._journal = journal
+        self._letters = letters
+        self._endings = endings
+        self._pauses = pauses
+        self._has_clock = has_clock
+        self._held: Intent | None = None
+        self._resumed = dict(resumed)
+        self._adopted = False
+        self._unsaved: list[tuple[OperationReported, Operation, list[OutboxMessage], list[ClockWait]]] = []
+        """Ends that a full disk did not take."""
+        self.late: list[asyncio.Task[None]] = []
+        self._resuming: set[asyncio.Task[None]] = set()
+        self._settled: dict[str, asyncio.Event] = {}
+        """VMs found frozen to what is set when they run, or are gone."""
+        self._let_go = asyncio.Event()
+
+    async def resume_paused(self) -> None:
+        """Find all VMs and resume what is still paused with our marker. Needs no journal, and no room on a disk."""
+        self._adopted = True
+        try:
+            self._held = await self._guardian.start()
+        except GuardUnavailable as error:
+            _log.error("guard.absent", why=str(error))  # fails closed: nothing will be frozen without it
+        await self._driver.open()
+        await self._resume_left_paused()
+
+    async def run(self, epoch: int) -> None:
+        """Give every operation that was left open its end.
+
+        Raises:
+            StoreError: the journal cannot be read: nothing can be promised then.
+        """
+        if not self._adopted:
+            await self.resume_paused()
+        held, resumed_now = self._held, self._resumed
+        for entry in await self._journal.do(Journal.unfinished):
+            await self._end_orphans(entry)
+            if waits := self._unsettled(entry):
+                # Its end is told when its VMs run: until then nobody knows how long they were paused.
+                self.late.append(asyncio.create_task(self._end_late(entry, waits, held, resumed_now, epoch)))
+            else:
+                await self._end(entry, held, resumed_now, epoch)
+        if held is not None:
+            try:
+                await self._guardian.disarm(held.operation)
+            except GuardUnavailable as error:
+                _log.error("guard.not_disarmed", operation=held.operation, why=str(error))
+        # Not before the guard let go: what was prepared tells it the way out.
+        self._let_go.set()
+        done = self._resuming - set(self.late)
+        if done:
+            await asyncio.wait(done)
+
+    async def _end_orphans(self, entry: Entry) -> None:
+        try:
+            async with asyncio.timeout(_ORPHANS_S):
+                await in_thread("orphans", lambda: end_orphans(entry.id, self._host, entry.update_processes))
+        except TimeoutError:
+            _log.error("update.orphans_unknown", operation=entry.id, why="/proc does not answer")
+
+    async def _resume_left_paused(self) -> None:
+        """The driver's way for marked VMs that did not run by now; what somebody else paused is left to him."""
+        marked = await self._pauses.read()
+        states = await self._driver.read_states()
+        # A marked VM that does not answer may be paused as well: `resume` finds out.
+        held = {
+            vm: plan_of(self._driver, vm) for vm, state in states.items() if state in ("paused", "unknown")
+        }
+        ours = [vm for vm, plan in held.items() if vm in marked and self._pauses.is_ours(marked[vm], plan)]
+        # An updater or guard decided who has the guest: that is a mark, too, and nobody else can finish it.
+        ours += [vm for vm in await self._pauses.claimed(held) if vm not in ours]
+        for vm, state in states.items():
+            if state == "paused" and vm not in ours:
+                how = how_to_resume(plan_of(self._driver, vm))
+                _log.warning("vm.paused_by_somebody_else", vm=vm, hint=how)
+        settled = self._settled = {vm: asyncio.Event() for vm in ours}
+
+        async def resume(vm: str) -> None:
+            if await resume_until_running(self._driver, vm) == "running":
+                self._resumed[vm] = time.monotonic()
+            self._pauses.remove([vm])
+            settled[vm].set()
+            await self._let_go.wait()
+            try:
+                await self._driver.release(vm)
+            except DriverError as error:
+                _log.error("vm.not_released", vm=vm, why=error.why)
+
+        tasks = {vm: asyncio.create_task(resume(vm)) for vm in ours}
+        if tasks:
+            _log.error("vms.found_frozen", vms=ours)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_PATIENCE_S):
+                    for each in settled.values():
+                        await each.wait()
+        self._resuming = set(tasks.values())
+        self.late = [task for vm, task in tasks.items() if not settled[vm].is_set()]
+        # Those of VMs that run (an updater that died between marker and freeze, or between resume and removal), that
+        # ended, that somebody else paused since, or that are not in the host file any more.
+        self._pauses.remove(vm for vm in marked if vm not in ours)
+
+    @property
+    def resuming(self) -> frozenset[str]:
+        """The VMs that were found paused with our marker and do not run yet."""
+        return frozenset(vm for vm, settled in self._settled.items() if not settled.is_set())
+
+    def _unsettled(self, entry: Entry) -> list[asyncio.Event]:
+        """What is yet to be set for the VMs of an operation."""
+        vms = entry.state.vms if entry.state is not None else ()
+        events = (self._settled.get(vm.vm) for vm in vms)
+        return [each for each in events if each is not None and not each.is_set()]
+
+    async def _end_late(
+        self,
+        entry: Entry,
+        waits_for: list[asyncio.Event],
+        held: Intent | None,
+        resumed_now: dict[str, float],
+        epoch: int,
+    ) -> None:
+        for each in waits_for:
+            await each.wait()
+        ended = await self._ended(entry, held, resumed_now, epoch)
+        if ended is not None:
+            report, op, facts, waits = ended
+            await self._endings.conclude(report, op, waits, facts)
+
+    async def _end(
+        self, entry: Entry, held: Intent | None, resumed_now: dict[str, float], epoch: int
+    ) -> None:
+        ended = await self._ended(entry, held, resumed_now, epoch)
+        if ended is None:
+            return
+        report, op, facts, waits = ended
+        letters = [*facts, *self._letters.report(report)]
+        try:
+            marks = marks_of(op, report.at)
+            await self._journal.do(lambda journal: journal.finish(report, letters, waits, marks))
+        except StoreError as error:
+            # A full disk: it is published all the same, and written down when there is room.
+            _log.error("report.not_written", operation=report.operation, why=str(error))
+            self._unsaved.append((report, op, facts, waits))
+        else:
+            self._endings.count(report, op)
+
+    async def conclude_unsaved(self) -> None:
+        """Tell the ends that the disk did not take; call it when the outbox was loaded."""
+        for report, op, facts, waits in self._unsaved:
+            await self._endings.conclude(report, op, waits, facts)
+        self._unsaved.clear()
+
+    async def _ended(
+        self, entry: Entry, held: Intent | None, resumed_now: dict[str, float], epoch: int
+    ) -> tuple[OperationReported, Operation, list[OutboxMessage], list[ClockWait]] | None:
+        if entry.state is None or entry.command is None:
+            # An operation without an end always has both: `accept` writes them in one transaction.
+            return None
+        command = entry.command
+        op = recovered(entry.state, held, resumed_now, same_boot=entry.boot_id == boot_id())
+        letters, waits = [], []
+        for vm in op.vms:
+            if vm.frozen_at is None or vm.resumed_at is None or vm.end in ("gone", "left"):
+                continue
+            if self._has_clock(vm.vm):
+                waits.append(clock_wait(op, vm, command.clock_bound_s))
+            # May have been told already: the same fact has the same id.
+            letters.append(self._letters.fact(frozen_fact(self._host, op, vm.vm, wall)))
+            if not vm.told:
+                letters.append(self._letters.fact(resumed_fact(self._host, op, vm.vm, wall)))
+        states = await states_within(self._driver, STATES_S)
+        report = final_report(self._host, command, op, epoch, states, datetime.now(UTC))
+        return report, op, letters, waits

@@ -1,0 +1,187 @@
+"""The one end of each operation: written down, told, counted, and its VMs' clocks looked after."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from datetime import UTC, datetime
+
+import structlog
+
+from caesura.contract.envelope import Message, source_of
+from caesura.contract.messages import (
+    AbortOperation,
+    OperationReported,
+    VmClockSynced,
+    VmFrozen,
+    VmResumed,
+)
+from caesura.contract.parts import report_in_parts
+from caesura.delivery.message import OutboxMessage, prepare
+from caesura.runtime.errors import StoreError
+from caesura_host_updater.admission import Repeat, Underway
+from caesura_host_updater.clocks.tracker import ClockDesk
+from caesura_host_updater.clocks.verdict import ClockWait
+from caesura_host_updater.inventory.installs import Mark, marks_of, remembered
+from caesura_host_updater.journal import Journal, JournalThread
+from caesura_host_updater.metrics import HostMetrics
+from caesura_host_updater.operation.state import Operation
+from caesura_host_updater.outbox import Outbox
+
+_SAVE_RETRY_S = 1.0  # s: between two tries to write reports that a full disk did not take
+
+_log = structlog.get_logger("caesura.pause")
+
+
+def cancelled_before_it_began(
+    host: str, command: AbortOperation, epoch: int, now: datetime
+) -> OperationReported:
+    """The end of an operation whose abort overtook its command."""
+    why = "cancelled before it began"
+    return OperationReported(
+        operation=command.operation,
+        host=host,
+        epoch=epoch,
+        status="cancelled",
+        reason=f"{why}: {command.reason}" if command.reason else why,
+        codes=("aborted",),
+        at=now,
+    )
+
+
+class Letters:
+    """Encodes the facts of this host. Their ids come from what they say, so the same fact has the same id."""
+
+    def __init__(self, host: str, fleet: str = "default") -> None:
+        self._host = host
+        self._source = source_of(fleet, "host", host)
+
+    def report(self, report: OperationReported) -> tuple[OutboxMessage, ...]:
+        """The report of an operation, after its parts where it does not fit into one message."""
+        head, parts = report_in_parts(report)
+        return (
+            *(
+                self._letter(part, f"{report.status}-{part.part}", report.operation, {"part": part.part})
+                for part in parts
+            ),
+            self._letter(head, report.status, report.operation, {}),
+        )
+
+    def fact(self, fact: VmFrozen | VmResumed | VmClockSynced) -> OutboxMessage:
+        """A fact about one VM."""
+        # Where the VM was when it was paused: by now it may be in another set, or not on this host any more.
+        of_vm: dict[str, str | int] = {"set": fact.set, "ud": fact.update_domain, "vm": fact.vm}
+        return self._letter(fact, fact.TYPE, fact.operation, of_vm)
+
+    def _letter(
+        self, message: Message, kind: str, operation: str, of_vm: Mapping[str, str | int]
+    ) -> OutboxMessage:
+        name = f"{self._host}/{operation}/{kind}/{of_vm.get('vm', '')}"
+        event_id = str(uuid.uuid5(uuid.NAMESPACE_URL, name))
+        now = datetime.now(UTC)
+        return prepare(message, source=self._source, event_id=event_id, at=now, host=self._host, **of_vm)
+
+
+class Endings:
+    """See the module."""
+
+    def __init__(
+        self,
+        letters: Letters,
+        *,
+        journal: JournalThread,
+        outbox: Outbox,
+        clocks: ClockDesk,
+        metrics: HostMetrics,
+    ) -> None:
+        self._letters = letters
+        self._journal = journal
+        self._outbox = outbox
+        self._clocks = clocks
+        self._metrics = metrics
+        self._unsaved: dict[
+            str, tuple[OperationReported, tuple[OutboxMessage, ...], tuple[ClockWait, ...], tuple[Mark, ...]]
+        ] = {}
+        self.marks: tuple[Mark, ...] = ()
+        """The updates that succeeded on this host."""
+
+    async def load(self) -> None:
+        """Take up which updates succeeded before. Raises StoreError."""
+        self.marks = tuple(await self._journal.do(Journal.installed))
+
+    async def known(self, operation: str) -> Underway | Repeat | None:
+        """What is known of an operation that is not under way. Raises StoreError."""
+        if operation in self._unsaved:
+            return Repeat(self._unsaved[operation][0])
+        entry = await self._journal.do(lambda journal: journal.find(operation))
+        if entry is None:
+            return None
+        return Underway() if entry.report is None else Repeat(entry.report)
+
+    async def repeat_verdicts(self, operation: str) -> None:
+        """Publish again what became of the clocks: whoever repeats a command may have missed that, too."""
+        try:
+            self._outbox.queue(*await self._journal.do(lambda journal: journal.verdicts(operation)))
+        except StoreError as error:
+            _log.warning("verdicts.not_repeated", operation=operation, why=str(error))
+
+    async def conclude(
+        self,
+        report: OperationReported,
+        state: Operation | None = None,
+        waits: Sequence[ClockWait] = (),
+        facts: Sequence[OutboxMessage] = (),
+    ) -> None:
+        """Write the end down, tell it, and look after the clocks. A full disk delays the writing only.
+
+        Args:
+            facts: what is told before the report.
+        """
+        letters = (*facts, *self._letters.report(report))
+        marks = marks_of(state, report.at) if state is not None else ()
+        self.marks = remembered(self.marks, marks)
+        try:
+            await self._journal.do(lambda journal: journal.finish(report, letters, waits, marks))
+        except StoreError as error:
+            _log.error("report.not_written", operation=report.operation, why=str(error))
+            self._unsaved[report.operation] = (report, letters, tuple(waits), marks)
+        self._outbox.queue(*letters)
+        self._clocks.expect(waits)
+        self.count(report, state)
+
+    async def save_later(self) -> None:
+        """Write what a full disk did not take, for ever."""
+        while True:
+            await asyncio.sleep(_SAVE_RETRY_S)
+            for operation, (report, letters, waits, marks) in list(self._unsaved.items()):
+                # Judged meanwhile: at the next start nobody would answer for it any more.
+                left = [wait for wait in waits if self._clocks.waits_for(wait)]
+                with suppress(StoreError):
+                    await self._journal.do(
+                        lambda j, r=report, e=letters, w=left, m=marks: j.finish(r, e, w, m)  # type: ignore[misc]
+                    )
+                    del self._unsaved[operation]
+
+    def count(self, report: OperationReported, state: Operation | None) -> None:
+        """Metrics, and the canonical log lines: one for each pause, one for the operation."""
+        self._metrics.finished(report, state)
+        for vm in state.vms if state is not None else ():
+            if vm.frozen_at is not None and state is not None:
+                _log.info(
+                    "pause.finished",
+                    vm=vm.vm,
+                    set=vm.set,
+                    update_domain=vm.update_domain,
+                    operation=state.operation,
+                    method=state.method,
+                    update=state.update,
+                    pause_s=round(vm.pause_s, 4),
+                    budget_s=state.budget_s,
+                    resumed_by=vm.resumed_by,
+                    end=vm.end,
+                    error=vm.error,
+                )
+        log = _log.info if report.status in ("completed", "cancelled") else _log.error
+        log("operation.finished", operation=report.operation, status=report.status, reason=report.reason)

@@ -1,0 +1,152 @@
+"""How an operation comes to rest: every VM runs, the guard lets go, the end is told. Pure part of ``pause``."""
+
+from __future__ import annotations
+
+import msgspec
+
+from caesura_host_updater.operation.state import (
+    Decision,
+    End,
+    IllegalTransition,
+    Operation,
+    changed,
+    changed_vm,
+    failed,
+    schedule_of,
+    vm_of,
+)
+from caesura_host_updater.operation.steps import (
+    Disarm,
+    Disarmed,
+    Effect,
+    Finish,
+    Note,
+    ResumeVms,
+    StopUpdate,
+    TellFrozen,
+    TellResumed,
+    VmResumed,
+)
+
+
+def update_runs(op: Operation) -> bool:
+    """Whether a run of the update has not ended."""
+    return any(run.started and run.outcome is None for run in op.runs)
+
+
+def kill_update(op: Operation) -> Operation:
+    """Its runs that did not end have no outcome of their own."""
+    runs = tuple(
+        msgspec.structs.replace(run, outcome=op.stop_outcome) if run.started and run.outcome is None else run
+        for run in op.runs
+    )
+    return changed(op, runs=runs)
+
+
+def resume_all(op: Operation) -> Decision:
+    """Let everything run that may have been touched, whatever else is going on."""
+    effects: list[Effect] = []
+    if update_runs(op):
+        op = kill_update(op)
+        effects.append(StopUpdate(kill=True))
+    op = changed(op, wake_at=None)
+    if op.phase in ("accepted", "arming"):
+        op = changed(op, phase="resumed")
+        return op, (*effects, Disarm())
+    op = changed(
+        op, phase="resuming", vms=tuple(msgspec.structs.replace(vm, digesting=False) for vm in op.vms)
+    )
+    left = tuple(vm.vm for vm in op.vms if not vm.end)
+    if not left:
+        return changed(op, phase="resumed"), (*effects, Note(), Disarm())
+    return op, (*effects, ResumeVms(left), Note())
+
+
+def finish_killed(op: Operation) -> Decision:
+    """A live update, or one before a swap, that would not end."""
+    op, effects = finish(kill_update(op))
+    return op, (StopUpdate(kill=True), *effects)
+
+
+def vm_resumed(op: Operation, event: VmResumed) -> Decision:
+    """A VM runs again, or is gone."""
+    if op.phase != "resuming" or vm_of(op, event.vm).end:
+        return op, ()
+    effects: list[Effect] = []
+    if event.was_held:
+        op, effects = _was_frozen(op, event.vm)
+    by = "updater" if vm_of(op, event.vm).called_at is not None and event.end == "running" else "nobody"
+    detail = event.detail or vm_of(op, event.vm).detail
+    op = changed_vm(op, event.vm, resumed_at=event.at, end=event.end, resumed_by=by, detail=detail)
+    if event.end != "running":
+        why = "ended while it was paused"
+        if event.end == "left":
+            why = f"was not resumed: {event.detail}"
+        op = changed_vm(op, event.vm, error=vm_of(op, event.vm).error or why)
+        op = failed(op, "resume_failed", f"VM {event.vm} {why}")
+    # After the guard's deadline only the guard knows who let it run, and when: wait for its record.
+    if event.at < schedule_of(op).guard_at:
+        op, more = tell_resumed(op, event.vm)
+        effects += more
+    if any(not vm.end for vm in op.vms):
+        return op, tuple(effects)
+    return changed(op, phase="resumed"), (*effects, Note(), Disarm())
+
+
+def _was_frozen(op: Operation, name: str) -> tuple[Operation, list[Effect]]:
+    """It stood still without a confirmation: it counts from its freeze call on."""
+    vm = vm_of(op, name)
+    if vm.frozen_at is not None or vm.called_at is None:
+        return op, []
+    return changed_vm(op, name, frozen_at=vm.called_at), [TellFrozen(name)]
+
+
+def tell_resumed(op: Operation, name: str) -> tuple[Operation, list[Effect]]:
+    """Announce it once, if it was paused and runs."""
+    vm = vm_of(op, name)
+    if vm.told or vm.frozen_at is None or vm.end != "running":
+        return op, []
+    return changed_vm(op, name, told=True), [TellResumed(name)]
+
+
+def disarmed(op: Operation, event: Disarmed) -> Decision:
+    """The guard let go; what it did meanwhile is part of the record."""
+    if op.phase != "resumed":
+        raise IllegalTransition(op.phase, event, "resumed")
+    effects: list[Effect] = []
+    caught: list[str] = []
+    for catch in event.catches:
+        if not catch.was_frozen or catch.running_at is None or vm_of(op, catch.vm).told:
+            continue
+        caught.append(catch.vm)
+        op, more = _was_frozen(op, catch.vm)
+        effects += more
+        vm = vm_of(op, catch.vm)
+        called_at = vm.called_at
+        if catch.frozen_after is not None and called_at is not None:
+            called_at = max(called_at, catch.frozen_after)
+        resumed_at = catch.running_at if vm.resumed_at is None else min(vm.resumed_at, catch.running_at)
+        by = "guard" if vm.end == "running" else vm.resumed_by
+        op = changed_vm(op, catch.vm, called_at=called_at, resumed_at=resumed_at, resumed_by=by)
+    if caught:
+        why = f"the pause guard resumed VM {', '.join(caught)}: {event.why}"
+        op = changed(
+            op,
+            failure=f"{why}; {op.failure}" if op.failure else why,
+            codes=tuple(dict.fromkeys(("guard_acted", *op.codes))),
+            guard_why=event.why,
+        )
+    for vm in op.vms:
+        op, more = tell_resumed(op, vm.vm)
+        effects += more
+    op, end = finish(op)
+    return op, (*effects, *end)
+
+
+def finish(op: Operation) -> Decision:
+    """The one end."""
+    end: End = "completed"
+    if op.failure:
+        touched = op.paused or any(run.started for run in op.runs)
+        end = "cancelled" if op.aborted and not touched else "failed"
+    return changed(op, phase="ended", end=end, wake_at=None), (Finish(),)

@@ -1,0 +1,168 @@
+"""An operation of this host and its parts, as ``pause`` and ``swapping`` decide on it. Pure."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from caesura.contract.messages import Method
+from caesura.contract.reasons import ReasonCode
+from caesura.runtime.errors import CaesuraError
+from caesura_host_updater.operation.schedule import Schedule
+from caesura_host_updater.operation.steps import Effect, Outcome
+
+Phase = Literal[
+    "accepted",
+    "preparing",
+    "arming",
+    "swapping",
+    "freezing",
+    "frozen",
+    "updating",
+    "updated",
+    "resuming",
+    "resumed",
+    "ended",
+]
+End = Literal["completed", "failed", "cancelled"]
+
+
+class IllegalTransition(CaesuraError):
+    """An event that cannot happen in this phase: a bug in the shell, never a late message."""
+
+    def __init__(self, phase: str, event: object, wanted: str) -> None:
+        self.phase = phase
+        super().__init__(f"{type(event).__name__} in phase {phase!r}: it belongs to phase {wanted!r}")
+
+
+class VmPause(msgspec.Struct, frozen=True, kw_only=True):
+    """One VM of an operation."""
+
+    vm: str
+    set: str
+    update_domain: int
+    event_id: str = ""
+    boot_id: str = ""
+    """Its agent's boot id before the pause, empty if it was not heard."""
+    kernel_boot_id: str = ""
+    """The guest kernel's before the pause, as told through the driver; empty if nobody could be asked."""
+    digestible: bool = False
+    """Whether a digest of all its memory can be taken."""
+    sampleable: bool = False
+    """Whether a digest of sampled pages of its memory can be."""
+    no_digest: str = ""
+    """Why neither can."""
+    canary_writes: int = 0
+    """Pages of its canary that its agent had written when it was last received, before the pause; 0: it holds none."""
+    called_at: float | None = None
+    """Just before its freeze call; None: it was never asked to freeze."""
+    frozen_at: float | None = None
+    """When it was confirmed to stand still."""
+    resumed_at: float | None = None
+    end: Literal["", "running", "gone", "left"] = ""
+    """``left``: it is paused, or runs elsewhere, by somebody else's doing, who has to resume it."""
+    resumed_by: Literal["updater", "guard", "nobody"] = "nobody"
+    told: bool = False
+    """Whether its `resumed` was announced."""
+    digest_before: str = ""
+    digest_after: str = ""
+    digest_note: str = ""
+    """Why there is no digest."""
+    sampled_before: str = ""
+    sampled: Literal["", "equal", "differs"] = ""
+    """What became of the sampled pages: in a swap, in both processes."""
+    sampled_note: str = ""
+    """Why they were not compared, or where they differ."""
+    digesting: bool = False
+    error: str = ""
+    prepared: bool = False
+    """What its method needs stands ready (swap, replace)."""
+    swap_answered: bool = False
+    """Its swap was done, failed, or was not begun."""
+    detail: str = ""
+    """What runs the guest now, and what ran it before."""
+
+    @property
+    def pause_s(self) -> float:
+        """Seconds it stood still, at most."""
+        if self.called_at is None or self.resumed_at is None:
+            return 0.0
+        return max(0.0, self.resumed_at - self.called_at)
+
+
+class UpdateRun(msgspec.Struct, frozen=True, kw_only=True):
+    """One run of the update. ``key``: the VM for scope vm, empty for scope host."""
+
+    key: str = ""
+    started: bool = False
+    outcome: Outcome | None = None
+    exit_code: int | None = None
+    seconds: float = 0.0
+    output_tail: str = ""
+
+
+class Operation(msgspec.Struct, frozen=True, kw_only=True):
+    """An operation and where it is."""
+
+    operation: str
+    method: Method
+    budget_s: float
+    hold_s: float = 0.0
+    update: str = ""
+    update_version: str = ""
+    update_timeout_s: float = 0.0
+    vms: tuple[VmPause, ...]
+    runs: tuple[UpdateRun, ...] = ()
+    phase: Phase = "accepted"
+    schedule: Schedule | None = None
+    failure: str = ""
+    codes: tuple[ReasonCode, ...] = ()
+    """Of ``failure``."""
+    """The first thing that went wrong."""
+    aborted: bool = False
+    wake_at: float | None = None
+    """When the machine wants a Tick."""
+    kill_at: float | None = None
+    """The update was asked to end and is killed at this instant."""
+    stop_outcome: Outcome = "interrupted"
+    guard_why: str = ""
+    """Why the guard fired, if it did."""
+    end: End | None = None
+
+    @property
+    def paused(self) -> bool:
+        """Whether a VM of it was shown to stand still."""
+        return any(vm.frozen_at is not None for vm in self.vms)
+
+
+Decision = tuple[Operation, tuple[Effect, ...]]
+"""The next state and what to do."""
+
+
+def changed(op: Operation, **changes: object) -> Operation:
+    """The operation with these fields changed."""
+    return msgspec.structs.replace(op, **changes)
+
+
+def changed_vm(op: Operation, name: str, **changes: object) -> Operation:
+    """The operation with these fields of one VM changed."""
+    vms = tuple(msgspec.structs.replace(vm, **changes) if vm.vm == name else vm for vm in op.vms)
+    return changed(op, vms=vms)
+
+
+def vm_of(op: Operation, name: str) -> VmPause:
+    """One VM of the operation."""
+    return next(vm for vm in op.vms if vm.vm == name)
+
+
+def failed(op: Operation, code: ReasonCode, why: str) -> Operation:
+    """The operation with its first failure noted."""
+    return op if op.failure else changed(op, failure=why, codes=(code,))
+
+
+def schedule_of(op: Operation) -> Schedule:
+    """The instants of its budget. Raises IllegalTransition before there is one."""
+    if op.schedule is None:
+        raise IllegalTransition(op.phase, op, "arming")
+    return op.schedule

@@ -1,0 +1,122 @@
+"""Getting VMs ready for a swap or replace, and the swaps themselves. Pure part of ``pause``.
+
+A swap's update, if it has one, runs first, while every VM runs: it puts the new VMM on the host. The new
+processes are started and checked before the guard is armed, and the guard is armed before the first guest
+is touched. Guests go over one after the other, each for milliseconds; the first failure ends it.
+"""
+
+from __future__ import annotations
+
+from caesura.lifecycle.budget import PREPARE_S
+from caesura_host_updater.operation.resume import finish, resume_all, tell_resumed
+from caesura_host_updater.operation.schedule import Schedule
+from caesura_host_updater.operation.state import (
+    Decision,
+    IllegalTransition,
+    Operation,
+    changed,
+    changed_vm,
+    failed,
+    schedule_of,
+)
+from caesura_host_updater.operation.steps import (
+    Arm,
+    Disarm,
+    Effect,
+    Note,
+    PrepareVms,
+    SwapVms,
+    TellFrozen,
+    VmNotPrepared,
+    VmNotSwapped,
+    VmPrepared,
+    VmSwapped,
+)
+
+
+def prepare(op: Operation, now: float) -> Decision:
+    """Start getting ready; nothing pauses for it."""
+    if op.failure or op.aborted:
+        return finish(op)
+    op = changed(op, phase="preparing", wake_at=now + PREPARE_S)
+    return op, (Note(), PrepareVms(tuple(vm.vm for vm in op.vms)))
+
+
+def prepared(op: Operation, event: VmPrepared | VmNotPrepared, now: float) -> Decision:
+    """One VM is ready, or cannot be; when all have answered the guard is armed, or nothing is done at all."""
+    if op.phase != "preparing":
+        return op, ()  # too late: it was not waited for
+    if isinstance(event, VmNotPrepared):
+        op = changed_vm(op, event.vm, error=event.why)
+        op = failed(
+            op, "prepare_failed", f"nothing was frozen: VM {event.vm} cannot {op.method}: {event.why}"
+        )
+    else:
+        op = changed_vm(op, event.vm, prepared=True)
+    if any(not vm.prepared and not vm.error for vm in op.vms):
+        return op, ()
+    return finish(op) if op.failure or op.aborted else arm(op, now)
+
+
+def arm(op: Operation, now: float) -> Decision:
+    """Everything is ready: the budget begins, and the guard is given the operation."""
+    schedule = Schedule.of(now, op.budget_s)
+    op = changed(op, phase="arming", schedule=schedule, wake_at=schedule.freeze_by)
+    return op, (Arm(schedule.guard_at),)
+
+
+def not_prepared_in_time(op: Operation) -> Decision:
+    """Give up before anything was paused."""
+    late = ", ".join(vm.vm for vm in op.vms if not vm.prepared and not vm.error)
+    return finish(
+        failed(op, "prepare_failed", f"nothing was frozen: not ready within {PREPARE_S:g} s: {late}")
+    )
+
+
+def swap(op: Operation) -> Decision:
+    """The guard holds it: hand the guests over, none of them after the update's share of the budget."""
+    schedule = schedule_of(op)
+    op = changed(op, phase="swapping", wake_at=schedule.resume_at)
+    return op, (SwapVms(schedule.update_until), Note())
+
+
+def swapped(op: Operation, event: VmSwapped | VmNotSwapped) -> Decision:
+    """One guest was handed over, or stayed where it was."""
+    if op.phase in ("accepted", "preparing", "arming", "ended"):
+        raise IllegalTransition(op.phase, event, "swapping")
+    told: list[Effect] = []
+    if isinstance(event, VmSwapped):
+        sampled = {None: "", True: "equal", False: "differs"}[event.sampled]
+        op = changed_vm(
+            op,
+            event.vm,
+            swap_answered=True,
+            detail=event.detail,
+            sampled=sampled,
+            sampled_note=event.sampled_note,
+        )
+    else:
+        op = changed_vm(op, event.vm, swap_answered=True, error=event.why, called_at=event.called_at)
+        if event.differs:
+            op = changed_vm(op, event.vm, sampled="differs", sampled_note=event.differs)
+        op = failed(op, "swap_failed", f"VM {event.vm} was not swapped: {event.why}")
+    if event.called_at is not None and event.frozen_at is not None:
+        op = changed_vm(op, event.vm, called_at=event.called_at, frozen_at=event.frozen_at)
+        told.append(TellFrozen(event.vm))
+        if event.resumed_at is not None and op.phase == "swapping":
+            op = changed_vm(op, event.vm, resumed_at=event.resumed_at, end="running", resumed_by="updater")
+            op, more = tell_resumed(op, event.vm)
+            told += more
+    if op.phase != "swapping" or any(not vm.swap_answered for vm in op.vms):
+        return op, tuple(told)
+    if op.failure:
+        op, after = resume_all(op)  # whatever a failed swap left behind
+        return op, (*told, *after)
+    op = changed(op, phase="resumed", wake_at=None)
+    return op, (*told, Note(), Disarm())
+
+
+def overdue(op: Operation) -> Decision:
+    """The instant of the resume came while guests were being handed over."""
+    late = ", ".join(vm.vm for vm in op.vms if not vm.swap_answered)
+    return resume_all(failed(op, "swap_failed", f"not swapped in time: {late}"))

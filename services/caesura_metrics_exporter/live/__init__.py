@@ -1,0 +1,1 @@
+"""The live page: what is drawn, and how it reaches browsers."""

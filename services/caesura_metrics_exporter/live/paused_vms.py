@@ -1,0 +1,138 @@
+"""Which VMs are paused now, by set, domain and host. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import msgspec
+
+from caesura_metrics_exporter.live.timelines import DomainKey
+from caesura_metrics_exporter.views import NowPaused
+
+_LATE_S = 1.0  # s by which a fact may come late, or a clock be behind, and nobody says so
+
+
+class Paused(msgspec.Struct, frozen=True):
+    """A VM that is paused. Seen by its fact, or only in its host's inventory: then ``since`` and ``budget`` are None."""
+
+    vm: str
+    set: str
+    update_domain: int
+    key: DomainKey
+    domain: int
+    """By ``key``."""
+    host: str
+    received: float
+    """When that was received, by the exporter's clock."""
+    operation: str = ""
+    method: str = ""
+    since: float | None = None
+    budget: float | None = None
+
+
+class Standing:
+    """See the module."""
+
+    def __init__(self) -> None:
+        self._vms: dict[str, Paused] = {}
+        self._domains: dict[str, dict[tuple[DomainKey, int], set[str]]] = {}
+        self._hosts: dict[str, set[str]] = {}
+
+    def __len__(self) -> int:
+        return len(self._vms)
+
+    def __iter__(self) -> Iterator[Paused]:
+        return iter(self._vms.values())
+
+    def get(self, vm: str) -> Paused | None:
+        """What is known of a VM that is paused."""
+        return self._vms.get(vm)
+
+    def of(self, set_name: str) -> list[Paused]:
+        """Those of a set."""
+        domains = self._domains.get(set_name, {}).values()
+        return [self._vms[vm] for vms in domains for vm in sorted(vms)]
+
+    def on(self, host: str) -> list[Paused]:
+        """Those of a host."""
+        return [self._vms[vm] for vm in sorted(self._hosts.get(host, ()))]
+
+    def add(self, paused: Paused) -> None:
+        """It is paused."""
+        self.remove(paused.vm)
+        self._vms[paused.vm] = paused
+        self._domains.setdefault(paused.set, {}).setdefault((paused.key, paused.domain), set()).add(paused.vm)
+        self._hosts.setdefault(paused.host, set()).add(paused.vm)
+
+    def remove(self, vm: str) -> None:
+        """It runs."""
+        paused = self._vms.pop(vm, None)
+        if paused is None:
+            return
+        of_host = self._hosts[paused.host]
+        of_host.discard(vm)
+        if not of_host:
+            del self._hosts[paused.host]
+        of_set = self._domains[paused.set]
+        of_set[paused.key, paused.domain].discard(vm)
+        if not of_set[paused.key, paused.domain]:
+            del of_set[paused.key, paused.domain]
+        if not of_set:
+            del self._domains[paused.set]
+
+    def count_in(self, set_name: str, key: DomainKey, domain: int) -> int:
+        """How many VMs of this domain are paused."""
+        return len(self._domains.get(set_name, {}).get((key, domain), ()))
+
+    def count_of(self, vms: Iterable[str]) -> int:
+        """How many of these are paused."""
+        return sum(vm in self._vms for vm in vms) if self._vms else 0
+
+    def clash(self, set_name: str) -> list[int]:
+        """Domains of the set in which VMs are paused at once, where there are two or more.
+
+        Facts of the past may come in after the inventories of now, when the exporter was away: what is known only from
+        an inventory is not held against what is known by a fact.
+        """
+        of_set = self._domains.get(set_name, {})
+        if len(of_set) < 2:
+            return []
+        for key in ("update_domain", "fault_domain"):
+            for by_fact in (True, False):
+                found = sorted(
+                    domain
+                    for (by, domain), vms in of_set.items()
+                    if by == key and any((self._vms[vm].since is not None) == by_fact for vm in vms)
+                )
+                if len(found) > 1:
+                    return found
+        return []
+
+    def shift(self, by: float) -> None:
+        """The clock jumped."""
+        self._vms = {
+            vm: msgspec.structs.replace(
+                each, since=None if each.since is None else each.since + by, received=each.received + by
+            )
+            for vm, each in self._vms.items()
+        }
+
+    def view(self, most: int) -> tuple[NowPaused, ...]:
+        """As it is sent: those first whose budget ends first.
+
+        A host's clock may be behind: nothing has lasted for longer than since it was received.
+        """
+        by_end = sorted(self._vms.values(), key=lambda each: (each.since or 0.0) + (each.budget or 0.0))
+        return tuple(
+            NowPaused(
+                vm=each.vm,
+                set=each.set,
+                domain=each.domain,
+                host=each.host,
+                method=each.method,
+                since=None if each.since is None else max(each.since, each.received),
+                budget=each.budget,
+                or_earlier=each.since is not None and each.since < each.received - _LATE_S,
+            )
+            for each in by_end[:most]
+        )

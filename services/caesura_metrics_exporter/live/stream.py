@@ -1,0 +1,170 @@
+"""The live page's readers: each is a cursor into ``Live``, not a queue.
+
+A reader gets what changed since its cursor, merged, when it has taken what it got before, and misses only what the next
+change has replaced. So a slow one costs what it is being sent, for as long as ``page`` lets it take: never more than one
+snapshot. Readers at the same cursor share one encoding, and so do those that ask for the whole within a short time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import msgspec
+from msgspec.structs import replace
+
+from caesura.runtime.errors import CaesuraError
+from caesura_metrics_exporter.live.view import Live
+from caesura_metrics_exporter.views import Change
+
+READERS = 32  # streams at once: a browser tab each
+LEAST_S = 0.25  # s between two changes, however many messages come
+SHARE = 0.05  # of the event loop's time that encoding may take: where it takes long, changes come more seldom
+MOST_S = 5.0  # s: no more seldom than this
+_EXPIRE_S = 10.0
+
+
+class TooManyReaders(CaesuraError):
+    """All streams are taken."""
+
+
+class LiveStream:
+    """``Live`` as text for streams.
+
+    Args:
+        wall: unix time, seconds.
+        monotonic: the monotonic clock, seconds.
+        broker: how the exporter's connection is; empty when well.
+        readers: streams at once.
+        least_s: seconds between two changes.
+    """
+
+    def __init__(
+        self,
+        live: Live,
+        wall: Callable[[], float],
+        monotonic: Callable[[], float],
+        broker: Callable[[], str],
+        *,
+        readers: int = READERS,
+        least_s: float = LEAST_S,
+    ) -> None:
+        self.live = live
+        self.readers = 0
+        self.limit = readers
+        self.closing = False
+        self._wall = wall
+        self._monotonic = monotonic
+        self._broker = broker
+        self._least_s = least_s
+        self._boot = secrets.token_hex(4)  # revisions count from one again after a restart
+        self._told = 0
+        self._changed = asyncio.Event()
+        self._encoder = msgspec.json.Encoder()
+        self._cost_s = 0.0
+        self._shared: dict[tuple[int, int], tuple[bytes, memoryview]] = {}
+        self._whole = (0.0, b"")  # until when it may be sent again, and what
+
+    async def run(self) -> None:
+        """Say now and then that something changed; for ever."""
+        loop = asyncio.get_running_loop()
+        expire_at = loop.time() + _EXPIRE_S
+        while True:
+            now = self._wall()
+            self.live.connection(self._broker(), now, self._monotonic())
+            if loop.time() >= expire_at:
+                expire_at = loop.time() + _EXPIRE_S
+                self.live.expire(now, self._monotonic())
+            if self.live.revision != self._told:
+                self._told = self.live.revision
+                self._shared.clear()
+                self._wake()
+            pace_s = self._pace_s(self._cost_s)
+            self._cost_s = 0.0
+            await asyncio.sleep(pace_s)
+
+    def _pace_s(self, cost_s: float) -> float:
+        return min(max(self._least_s, cost_s / SHARE), MOST_S)
+
+    def close(self) -> None:
+        """Let every reader end."""
+        self.closing = True
+        self._wake()
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Be a reader while the block runs.
+
+        Raises:
+            TooManyReaders: with the number.
+        """
+        if self.readers >= self.limit:
+            raise TooManyReaders(
+                f"{self.limit} live streams are open, more are not served: close another tab, or ask for "
+                "/live/state now and then instead"
+            )
+        self.readers += 1
+        try:
+            yield
+        finally:
+            self.readers -= 1
+
+    def cursor(self, last_event_id: str) -> int:
+        """Where a reader goes on that had this event last; 0 for from the beginning."""
+        boot, _, revision = last_event_id.partition("-")
+        known = boot == self._boot and revision.isascii() and revision.isdigit() and len(revision) < 16
+        return int(revision) if known else 0
+
+    def state(self) -> bytes:
+        """Everything, as JSON; as it was a moment ago where somebody asked then."""
+        now_s = self._monotonic()
+        until_s, body = self._whole
+        if now_s >= until_s:
+            body, cost_s = self._encode(self.live.snapshot(self._wall()))
+            self._whole = (now_s + self._pace_s(cost_s), body)
+        return self._dated() + body
+
+    def event(self, cursor: int) -> tuple[bytes, memoryview, int]:
+        """What a reader with this cursor is sent now, as a server-sent event in two parts, and its new cursor."""
+        at = (cursor, self.live.revision)
+        shared = self._shared.get(at)
+        if shared is None:
+            now = self._wall()
+            change = self.live.since(cursor, now) if cursor else self.live.snapshot(now)
+            body, cost_s = self._encode(change)
+            self._cost_s += cost_s
+            name = b"snapshot" if change.whole else b"change"
+            head = b"event: %b\nid: %b-%d\ndata: " % (name, self._boot.encode(), at[1])
+            shared = self._shared[at] = (head, memoryview(body + b"\n\n"))
+        return shared[0] + self._dated(), shared[1], at[1]
+
+    def beat(self) -> bytes:
+        """A sign of life that a page can see, with the clock that its times are by."""
+        return b"event: beat\ndata: " + self._dated()[:-1] + b"}\n\n"
+
+    def _encode(self, change: Change) -> tuple[bytes, float]:
+        """Without its beginning, which has the time: what is shared may have been made earlier than it is sent."""
+        began = time.perf_counter()
+        body = self._encoder.encode(replace(change, now=None))[1:]
+        return body, time.perf_counter() - began
+
+    def _dated(self) -> bytes:
+        return b'{"now":%.3f,' % self._wall()
+
+    async def wait(self, cursor: int, timeout_s: float) -> bool:
+        """Wait until there is more than ``cursor``, or the end; false when the time passed first."""
+        while not self.closing and self._told <= cursor:
+            changed = self._changed
+            try:
+                async with asyncio.timeout(timeout_s):
+                    await changed.wait()
+            except TimeoutError:
+                return False
+        return True
+
+    def _wake(self) -> None:
+        changed, self._changed = self._changed, asyncio.Event()
+        changed.set()

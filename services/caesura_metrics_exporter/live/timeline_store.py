@@ -1,0 +1,102 @@
+"""All lanes, the last changed at the end, so that what changed since a revision is found from there. Pure."""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterator
+
+from caesura_metrics_exporter.live.timelines import DomainKey, Lane, LaneView, lane_name
+
+LANES_KEPT = 4096  # 100 sets of 20 domains, twice
+
+
+class LaneBook:
+    """See the module.
+
+    Args:
+        touch: gives the next revision.
+        members: how many VMs a domain has.
+    """
+
+    def __init__(self, touch: Callable[[], int], members: Callable[[str, DomainKey, int], int]) -> None:
+        self._touch = touch
+        self._members = members
+        self._lanes: OrderedDict[str, Lane] = OrderedDict()
+        self._of_set: Counter[str] = Counter()
+        self.domains = 0
+        """Lanes of update domains."""
+        self.full = False
+        """A lane was asked for that there was no room for."""
+
+    @property
+    def sets(self) -> int:
+        """Sets that have a lane."""
+        return len(self._of_set)
+
+    def __len__(self) -> int:
+        return len(self._lanes)
+
+    def __iter__(self) -> Iterator[Lane]:
+        return iter(list(self._lanes.values()))
+
+    def at(self, set_name: str, key: DomainKey, domain: int) -> Lane | None:
+        """The lane, made where there is none yet; None where there are too many."""
+        name = lane_name(set_name, key, domain)
+        lane = self._lanes.get(name)
+        if lane is not None:
+            return lane
+        if len(self._lanes) >= LANES_KEPT:
+            self.full = True
+            return None
+        lane = self._lanes[name] = Lane(set_name, key, domain)
+        self._of_set[set_name] += 1
+        self.domains += key == "update_domain"
+        self.changed(lane)
+        return lane
+
+    def get(self, set_name: str, key: DomainKey, domain: int) -> Lane | None:
+        """The lane, where there is one."""
+        return self._lanes.get(lane_name(set_name, key, domain))
+
+    def named(self, name: str) -> Lane | None:
+        """The lane with this id, where there is one."""
+        return self._lanes.get(name)
+
+    def view(self, lane: Lane) -> LaneView:
+        """A lane as it is sent."""
+        return lane.view(self._members(lane.set, lane.key, lane.domain))
+
+    def changed(self, lane: Lane) -> None:
+        """Note that this lane changed."""
+        lane.revision = self._touch()
+        self._lanes.move_to_end(lane.name)
+
+    def since(self, revision: int) -> Iterator[Lane]:
+        """Lanes that changed after this revision, the last changed first."""
+        for lane in reversed(self._lanes.values()):
+            if lane.revision <= revision:
+                return
+            yield lane
+
+    def expire(self, before: float) -> bool:
+        """Forget what ended earlier, and lanes that nothing is left of; whether a lane went."""
+        gone = False
+        for lane in self:
+            if lane.trim(before):
+                self.changed(lane)
+            # A domain that VMs say they are in stays; one that only a rollout went by goes with what is drawn of it.
+            if lane.key == "fault_domain":
+                lives = bool(lane.rollout or lane.waits)
+            else:
+                lives = self._members(lane.set, lane.key, lane.domain) > 0
+            if not (lives or lane.segments or lane.marks):
+                self._drop(lane)
+                self.full, gone = False, True
+        return gone
+
+    def _drop(self, lane: Lane) -> None:
+        del self._lanes[lane.name]
+        self._of_set[lane.set] -= 1
+        if not self._of_set[lane.set]:
+            del self._of_set[lane.set]
+        self.domains -= lane.key == "update_domain"

@@ -1,0 +1,279 @@
+"""What the live page shows: lanes, rollouts, pauses and a log. A view of ``Folded``, and of the facts that it does not keep. Pure.
+
+What is drawn of pauses is in ``pause_lanes``, of rollouts in ``rollout_lanes``; ``board`` is what they draw on. Everything carries the
+revision of its last change, so that what changed since any revision can be sent without a queue for each reader. Times are unix seconds,
+from the messages; a message whose time cannot be right by the exporter's clock (it lies in the future, or long ago) is drawn where it was
+received. Bounded by time (``KEPT_S``) and by count. A message costs what it carries.
+"""
+
+from __future__ import annotations
+
+from caesura.contract import messages as m
+from caesura.contract.codec import Received
+from caesura.contract.envelope import Message
+from caesura.contract.parts import WholeRollout
+from caesura.contract.topics import placed
+from caesura.fleet.fold import Changes
+from caesura_metrics_exporter.folded import Folded, Step
+from caesura_metrics_exporter.live.activity import Happening, happening
+from caesura_metrics_exporter.live.alarms import ALARMS_SENT
+from caesura_metrics_exporter.live.board import KEPT_S, Board
+from caesura_metrics_exporter.live.pause_timelines import PauseLanes
+from caesura_metrics_exporter.live.rollout_timelines import RolloutLanes
+from caesura_metrics_exporter.places import Places
+from caesura_metrics_exporter.rollout_index import OVER, ROLLOUTS_KEPT
+from caesura_metrics_exporter.views import Change, Fleet, rollout_view
+
+__all__ = ["KEPT_S", "PAUSED_SENT", "ROLLOUTS_KEPT", "Live"]
+
+PAUSED_SENT = 200  # a wave may pause more; the rest is a number
+_GONE = "gone while it was paused"
+
+
+class Live:
+    """See the module.
+
+    Args:
+        folded: what somebody else folds and tells of with each message; without it this one folds for itself.
+    """
+
+    def __init__(self, folded: Folded | None = None) -> None:
+        self._folded = folded if folded is not None else Folded()
+        self._state = self._folded.state
+        self._rollouts = self._folded.rollouts
+        places = Places(self._folded)
+        self._board = Board(places.count)
+        self._lanes = self._board.lanes
+        self._pauses = PauseLanes(self._board, places, self._folded)
+        self._waves = RolloutLanes(self._board, self._folded, self._pauses)
+        self._hosts: set[str] = set()
+        """Those that are known."""
+        self._offline_since: dict[str, float] = {}
+        self._led = False
+        """Whether a coordinator was on the bus, as it was shown last."""
+        self._broker = "not connected yet"
+        self._broker_since = 0.0
+
+    @property
+    def revision(self) -> int:
+        """Of the last change."""
+        return self._board.revision
+
+    @property
+    def now(self) -> float:
+        """The wall clock of the last message or tick, unix seconds."""
+        return self._board.now
+
+    # -- in -----------------------------------------------------------------------------------------------
+
+    def take(
+        self, received: Received, now: float, mono: float, *, fresh: bool, step: Step | None = None
+    ) -> None:
+        """Follow one message, received at ``now``.
+
+        Args:
+            received: the message.
+            now: unix seconds, by the exporter's wall clock.
+            mono: seconds of its monotonic clock, by which a jump of the wall clock is seen; here and below.
+            fresh: false for a repetition: then only state counts.
+            step: what it changed, where somebody else has folded it.
+        """
+        self.tick(now, mono)
+        message = received.message
+        step = step if step is not None else self._folded.take(message, mono)
+        self._follow(message, step, received.header.time.timestamp())
+        if fresh:
+            self._fact(message)
+            line = happening(message, now)
+            if line is not None:
+                self._board.say(line)
+
+    def clear(self, topic: str, now: float, mono: float, step: Step | None = None) -> None:
+        """A retained message was removed: its subject is gone. ``step`` as in ``take``."""
+        self.tick(now, mono)
+        place = placed(topic)
+        if place is None:
+            return
+        step = step if step is not None else self._folded.clear(topic, mono)
+        channel, named = place
+        if channel.message is m.HostInventory:
+            self.forget_host(named["host"], step)
+        elif channel.message is m.HostPresence:
+            if self._state.reported(named["host"]) is None and named["host"] in self._hosts:
+                self.forget_host(named["host"], step)
+        elif channel.message is m.VmOwner:
+            if self._board.alarms.agreed(named["vm"], now):
+                self._board.touch_head()
+            self._moved(step.changes)
+        elif channel.message is m.CoordinatorPresence:
+            self._coordinator()
+        elif channel.message is m.RolloutState and step.rollout is not None:
+            self._waves.removed(step.rollout)
+
+    def connection(self, wrong: str, now: float, mono: float) -> None:
+        """How the exporter's own connection is: empty when well, else what is wrong."""
+        self.tick(now, mono)
+        if wrong != self._broker:
+            if bool(wrong) != bool(self._broker) or not self._broker_since:
+                self._broker_since = now
+            self._broker = wrong
+            self._board.touch_head()
+
+    def tick(self, now: float, mono: float) -> None:
+        """Time has passed. A wall clock that jumped takes what was seen with it, so that nothing lasts longer by that."""
+        by = self._board.tick(now, mono)
+        if by:
+            self._broker_since += by
+            self._offline_since = {host: at + by for host, at in self._offline_since.items()}
+
+    def expire(self, now: float, mono: float) -> None:
+        """Forget what is older than ``KEPT_S``; call now and then."""
+        self.tick(now, mono)
+        self._pauses.expire()
+        self._board.expire()
+
+    def forget_host(self, host: str, step: Step | None = None) -> None:
+        """The host is gone for good. ``step`` as in ``take``."""
+        step = step if step is not None else self._folded.take_back(m.HostInventory, {"host": host}, 0.0)
+        self._hosts.discard(host)
+        self._offline_since.pop(host, None)
+        self._moved(step.changes, why=f"no word from {host}")
+        self._pauses.host_gone(host)
+        self._board.touch_head()
+
+    # -- out ----------------------------------------------------------------------------------------------
+
+    def snapshot(self, now: float) -> Change:
+        """Everything."""
+        return self._change(0, now, whole=True)
+
+    def since(self, revision: int, now: float) -> Change:
+        """What changed after ``revision``; everything where that cannot be said."""
+        whole = not self._board.floor <= revision <= self._board.revision
+        return self._change(0 if whole else revision, now, whole=whole)
+
+    def _change(self, after: int, now: float, *, whole: bool) -> Change:
+        board = self._board
+        return Change(
+            whole=whole,
+            revision=board.revision,
+            now=now,
+            kept_s=KEPT_S,
+            fleet=self._fleet() if board.head_at > after else None,
+            rollouts=tuple(rollout_view(each, board.standing.count_of) for each in self._shown())
+            if board.rollouts_at > after
+            else None,
+            paused=board.standing.view(PAUSED_SENT) if board.paused_at > after else None,
+            lanes=tuple(board.lanes.view(lane) for lane in board.lanes.since(after)),
+            log=tuple(board.log.since(after)),
+        )
+
+    def _fleet(self) -> Fleet:
+        coordinator, board = self._state.coordinator, self._board
+        return Fleet(
+            broker=self._broker,
+            broker_since=self._broker_since,
+            coordinator="unknown" if coordinator is None else "online" if coordinator.online else "offline",
+            hosts=len(self._hosts),
+            hosts_offline=tuple(sorted(self._offline_since)),
+            offline_since=dict(self._offline_since),
+            vms=len(self._state.vm_names()),
+            sets=board.lanes.sets,
+            domains=board.lanes.domains,
+            paused=len(board.standing),
+            full=board.lanes.full,
+            alarms=board.alarms.current(),
+            alarms_by_rule=board.alarms.counts(),
+            alarms_more=max(0, len(board.alarms) - ALARMS_SENT),
+        )
+
+    def _shown(self) -> list[WholeRollout]:
+        newest = sorted(self._rollouts.known.values(), key=lambda each: each.created_at, reverse=True)
+        open_ones = [each for each in newest if each.status not in OVER]
+        return open_ones or newest[:1]
+
+    # -- state ----------------------------------------------------------------------------------------------
+
+    def _follow(self, message: Message, step: Step, sent: float) -> None:
+        match message:
+            case WholeRollout():
+                self._waves.take(message, step.rollout, sent)
+            case m.HostInventory():
+                self._inventory(message.host, step.changes)
+            case m.VmOwner():
+                if step.changes.word and self._board.alarms.contested(message, self._board.now):
+                    self._board.touch_head()
+                self._moved(step.changes)
+            case m.HostPresence():
+                self._presence(message)
+            case m.CoordinatorPresence():
+                self._coordinator()
+            case _:
+                pass
+
+    def _coordinator(self) -> None:
+        coordinator = self._state.coordinator
+        leads = coordinator is not None and coordinator.online
+        if self._led and not leads:
+            self._board.say(Happening(at=self._board.now, what="coordinator offline", level="warning"))
+        self._led = leads
+        self._board.touch_head()
+
+    def _presence(self, message: m.HostPresence) -> None:
+        host, board = message.host, self._board
+        was_offline = host in self._offline_since
+        if host in self._hosts and message.online != was_offline:
+            return  # it says what it said before
+        self._hosts.add(host)
+        if message.online and was_offline:
+            del self._offline_since[host]
+            board.say(Happening(at=board.now, what="host updater online", host=host))
+        elif not message.online:
+            self._offline_since[host] = board.now
+            board.say(Happening(at=board.now, what="host updater offline", level="warning", host=host))
+        board.touch_head()
+
+    def _inventory(self, host: str, changes: Changes) -> None:
+        if host not in self._hosts:
+            self._hosts.add(host)
+            self._board.touch_head()
+        self._moved(changes, said_by=host)
+        inventory = self._state.inventory(host)
+        for record in inventory.vms if inventory is not None else ():
+            self._pauses.found(record, host, inventory.operation if inventory is not None else "")
+
+    def _moved(self, changes: Changes, *, why: str = _GONE, said_by: str = "") -> None:
+        """VMs count differently.
+
+        Args:
+            why: it is said of a VM that is gone and was paused.
+            said_by: the host whose inventory it was: what it says of its VMs is looked at by itself.
+        """
+        moved = False
+        for vm in sorted(changes.vms):
+            before, after = changes.before.get(vm), self._state.vm(vm)
+            if before == after:
+                continue
+            moved = True
+            self._pauses.moved(vm, before, after, why)
+            if after is None or after.host == said_by or (before is not None and before.host == after.host):
+                continue
+            inventory = self._state.reported(after.host)
+            self._pauses.found(after.record, after.host, inventory.operation if inventory is not None else "")
+        if moved:
+            self._board.touch_head()
+
+    # -- facts --------------------------------------------------------------------------------------------
+
+    def _fact(self, message: Message) -> None:
+        match message:
+            case m.WaveChanged():
+                self._waves.changed(message)
+            case m.VmFrozen():
+                self._pauses.frozen(message)
+            case m.VmResumed():
+                self._pauses.resumed(message)
+            case m.VmClockSynced():
+                self._pauses.clock(message)
+            case _:
+                pass

@@ -4,7 +4,7 @@
     python benchmarks/bus.py --messages 20000 --rounds 9
 
 One Mosquitto with the shipped settings, one process that publishes. *Bare* is ``aiomqtt.Client.publish`` with bytes that were
-encoded before. *Suite* is ``Post.send``: topic, envelope with a fresh id and time, JSON, the bus with its reason codes and
+encoded before. *Suite* is ``MessageClient.send``: topic, envelope with a fresh id and time, JSON, the bus with its reason codes and
 deadlines. *Publisher* is ``ReliablePublisher`` with messages that are encoded as they are put. Each has the same number of
 messages in flight. The ways take turns in short rounds, and a ratio is the median of the rounds' ratios. Where the process
 that publishes is the bottleneck and the machine does something else too, the ratio by CPU time is the one to read: messages for
@@ -26,7 +26,7 @@ from typing import NamedTuple
 import aiomqtt
 
 from caesura.bus.local_broker import LocalBroker, free_port
-from caesura.bus.messaging import Post
+from caesura.bus.messaging import MessageClient
 from caesura.bus.mqtt import MqttBus
 from caesura.bus.options import BrokerOptions
 from caesura.bus.port import BusError
@@ -110,7 +110,7 @@ async def measure(messages: int, rounds: int) -> None:
         async with LocalBroker(kind="mosquitto", port=port, data_dir=Path(folder)) as broker:
             options = BrokerOptions(url=broker.url, max_in_flight=IN_FLIGHT)
             bus = MqttBus(options)
-            post = Post(bus, _SOURCE)
+            post = MessageClient(bus, _SOURCE)
             publisher = ReliablePublisher(bus, in_flight=IN_FLIGHT)
             bare = aiomqtt.Client(
                 "127.0.0.1", port, protocol=aiomqtt.ProtocolVersion.V5, max_inflight_messages=IN_FLIGHT

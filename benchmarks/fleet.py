@@ -28,7 +28,7 @@ import structlog
 from storms import Storms
 
 from caesura.bus.memory import MemoryBroker, MemoryBus
-from caesura.bus.messaging import Post
+from caesura.bus.messaging import MessageClient
 from caesura.contract import messages as m
 from caesura.contract.codec import Received
 from caesura.contract.topics import channel_of
@@ -116,7 +116,7 @@ class Host:
         self.records = records
         self.places = places
         self.bus = MemoryBus(world.broker, client_id=name, filters=filters)
-        self.post = Post(self.bus, f"/caesura/bench/host/{name}")
+        self.post = MessageClient(self.bus, f"/caesura/bench/host/{name}")
         self.post.on(m.CoordinatorPresence, self._epoch)
         self.post.on(m.StartOperation, self._start)
         self.epoch, self.coordinator = 1, "none"
@@ -282,7 +282,7 @@ class World:
         self.bus = MemoryBus(
             self.broker, client_id="guests", filters=[channel_of(each).filter() for each in kinds]
         )
-        self.post = Post(self.bus, "/caesura/bench/guests")
+        self.post = MessageClient(self.bus, "/caesura/bench/guests")
         self.post.on(m.SetDocument, self._document)
         self.post.on(m.WaveChanged, self._wave)
         self.post.on(m.RequestAnswered, self._answer)

@@ -22,7 +22,7 @@ from pause import percentile
 from caesura.contract.messages import OperationTarget, StartOperation
 from caesura_host_updater.drivers.qemu.definition import Definition, QemuOptions
 from caesura_host_updater.drivers.qemu.driver import QemuDriver
-from caesura_host_updater.guard_client import Guardian
+from caesura_host_updater.guard_client import GuardClient
 from caesura_host_updater.inventory.host_config import VmSpec
 from caesura_host_updater.inventory.updates import UpdateFile
 from caesura_host_updater.journal import JournalThread
@@ -57,7 +57,7 @@ async def freeze(vms: int, times: int, seconds: float) -> list[float]:
             environ=os.environ,
             max_digest_bytes=0,
         )
-        guardian = Guardian(folder, spawn=True)
+        guardian = GuardClient(folder, spawn=True)
         journal = JournalThread()
         await journal.open(str(folder / "journal.sqlite"))
         await guardian.start()
@@ -91,7 +91,7 @@ async def _until_idle(driver: QemuDriver, names: list[str]) -> None:
 
 async def _once(
     driver: QemuDriver,
-    guardian: Guardian,
+    guardian: GuardClient,
     pauses: PauseMarkers,
     journal: JournalThread,
     names: list[str],

@@ -37,14 +37,14 @@ from caesura.runtime.command import EXIT_CONFIG, EXIT_INTERRUPTED
 from caesura.runtime.errors import CaesuraError
 from caesura.runtime.settings import ServiceSettings, describe_settings
 from caesura_coordinator.metrics import CoordinatorCollector
-from caesura_coordinator.service import Coordinator, Superseded
+from caesura_coordinator.service import Coordinator, LeadershipLost
 from caesura_coordinator.settings import CoordinatorSettings
 from caesura_coordinator.store import Store
 from caesura_ctl.options import EXIT_CODES
 from caesura_ctl.settings import CtlSettings
 from caesura_host_updater.drivers.freezers import SignalFreezer
 from caesura_host_updater.drivers.process import ProcessDriver
-from caesura_host_updater.guard_client import Guardian
+from caesura_host_updater.guard_client import GuardClient
 from caesura_host_updater.inventory.host_config import HostFile
 from caesura_host_updater.journal import JournalThread
 from caesura_host_updater.metrics import HostMetrics
@@ -205,7 +205,7 @@ def _host_updater(folder: Path, registry: CollectorRegistry) -> HostUpdater:
         host,
         bus=_bus(),
         driver=ProcessDriver(host.host, (), folder, SignalFreezer(), environ={}, max_digest_bytes=0),
-        guardian=Guardian(folder, spawn=False),
+        guardian=GuardClient(folder, spawn=False),
         journal=JournalThread(),
         metrics=metrics,
         pauses=PauseMarkers(folder),
@@ -285,7 +285,7 @@ def exit_codes() -> str:
             "all",
             "The configuration or the command line is wrong, or the state folder is of a newer version; nothing was started.",
         ],
-        [str(Superseded.exit_code), code("caesura-coordinator"), (Superseded.__doc__ or "").strip()],
+        [str(LeadershipLost.exit_code), code("caesura-coordinator"), (LeadershipLost.__doc__ or "").strip()],
         [str(EXIT_INTERRUPTED), "all", "Interrupted before it was up."],
     ]
     operator = [line.strip().partition("  ") for line in EXIT_CODES.splitlines()[1:]]

@@ -15,7 +15,7 @@ with QuietInterrupt():
     from caesura.runtime.command import run_service
     from caesura.runtime.health import serve_health
     from caesura.runtime.listen import check_health_address
-    from caesura.runtime.lock import sole_user
+    from caesura.runtime.lock import exclusive_lock
     from caesura.runtime.serve import serve
     from caesura_coordinator.inputs import Authority
     from caesura_coordinator.metrics import CoordinatorCollector
@@ -28,7 +28,7 @@ SUMMARY = "Plans and runs rollouts: one per fleet. Announces scheduled events, c
 
 async def run(settings: CoordinatorSettings) -> None:
     """Serve until a signal."""
-    with sole_user(settings.state_dir):
+    with exclusive_lock(settings.state_dir):
         store = Store(f"{settings.state_dir}/coordinator.sqlite")
         bus = MqttBus(
             options_from(settings, client_id=settings.instance, clean=False),

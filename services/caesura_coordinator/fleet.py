@@ -73,7 +73,7 @@ class _Places:
         return known[2]  # type: ignore[return-value]
 
 
-class Fleet:
+class FleetFence:
     """A read-only view of the fleet.
 
     Args:
@@ -102,15 +102,15 @@ class Fleet:
         self._commanded_now: Mapping[str, str] | None = None
         self._places = places or _Places()
 
-    def with_contested(self, contested: Mapping[str, Contested]) -> Fleet:
+    def with_contested(self, contested: Mapping[str, Contested]) -> FleetFence:
         """This view with the VMs that several hosts name."""
         return self._view(contested=contested)
 
-    def with_commanded(self, commanded: Callable[[], Mapping[str, str]]) -> Fleet:
+    def with_commanded(self, commanded: Callable[[], Mapping[str, str]]) -> FleetFence:
         """This view with what other rollouts have asked of its hosts; worked out when a gate asks for it."""
         return self._view(commanded=commanded)
 
-    def with_reconnect_grace(self, until: datetime) -> Fleet:
+    def with_reconnect_grace(self, until: datetime) -> FleetFence:
         """This view after the broker was away."""
         return self._view(grace_until=until)
 
@@ -120,8 +120,8 @@ class Fleet:
         commanded: Callable[[], Mapping[str, str]] | None = None,
         contested: Mapping[str, Contested] | None = None,
         grace_until: datetime | None = None,
-    ) -> Fleet:
-        return Fleet(
+    ) -> FleetFence:
+        return FleetFence(
             self.state,
             commanded=commanded or self._commanded,
             contested=contested if contested is not None else self.contested,
@@ -178,7 +178,7 @@ class Fleet:
 
 
 def fence_blockers(
-    fleet: Fleet,
+    fleet: FleetFence,
     sets: Collection[str],
     *known: Collection[str],
     epoch: int,
@@ -214,7 +214,7 @@ def fence_blockers(
 
 
 def _why_not(
-    fleet: Fleet, host: str, sets: Collection[str], *, epoch: int, coordinator: str, own: Collection[str]
+    fleet: FleetFence, host: str, sets: Collection[str], *, epoch: int, coordinator: str, own: Collection[str]
 ) -> Iterator[Reason]:
     """Why this host is in the way."""
     inventory = fleet.state.inventory(host)
@@ -259,7 +259,7 @@ def _why_another(inventory: HostInventory, epoch: int) -> str:
     return ""
 
 
-def health_blockers(fleet: Fleet, vms: tuple[PlannedVm, ...]) -> list[Reason]:
+def health_blockers(fleet: FleetFence, vms: tuple[PlannedVm, ...]) -> list[Reason]:
     """Which of these VMs are not healthy now, and why: in their order."""
     members = members_of(vms)
     suspects = {vm.vm for vm in fleet.displaced(vms)}
@@ -277,7 +277,7 @@ def health_blockers(fleet: Fleet, vms: tuple[PlannedVm, ...]) -> list[Reason]:
     return found
 
 
-def _unhealthy(fleet: Fleet, vm: PlannedVm) -> Reason | None:
+def _unhealthy(fleet: FleetFence, vm: PlannedVm) -> Reason | None:
     name, host = vm.vm, vm.host
     located = fleet.vm(name)
     if fleet.state.inventory(host) is None or not fleet.is_online(host):
@@ -295,7 +295,9 @@ def _unhealthy(fleet: Fleet, vm: PlannedVm) -> Reason | None:
     return None
 
 
-def placement_blockers(fleet: Fleet, vms: tuple[PlannedVm, ...], done: Collection[str] = ()) -> list[Reason]:
+def placement_blockers(
+    fleet: FleetFence, vms: tuple[PlannedVm, ...], done: Collection[str] = ()
+) -> list[Reason]:
     """Which of these VMs are in another set or domain than when the plan was made: together they may not pause (I1).
 
     Args:

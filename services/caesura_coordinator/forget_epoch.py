@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from caesura.runtime.folder_command import run_on_folder
-from caesura.runtime.lock import StateFolderUnusable, sole_user
+from caesura.runtime.lock import StateFolderUnusable, exclusive_lock
 from caesura_coordinator.store import Store
 
 
@@ -26,7 +26,7 @@ def forget_epoch(folder: Path) -> int:
         raise StateFolderUnusable(
             f"{folder} holds no coordinator.sqlite: give the state folder of a coordinator"
         )
-    with sole_user(str(folder)):
+    with exclusive_lock(str(folder)):
         store = Store(str(path))
         try:
             claimed = store.epoch()

@@ -7,7 +7,7 @@ from typing import TypeAlias
 from caesura.contract.messages import OperationReported, VmClockSynced, VmReady
 from caesura.contract.reasons import ReasonCode
 from caesura.runtime.errors import CaesuraError
-from caesura_coordinator.records import Frozen, Rollout, Wave, WaveEvent
+from caesura_coordinator.records import Rollout, StateRecord, Wave, WaveEvent
 
 
 class RequestRefused(CaesuraError):
@@ -18,7 +18,7 @@ class RequestRefused(CaesuraError):
         super().__init__(why)
 
 
-class Authority(Frozen, frozen=True, kw_only=True):
+class Authority(StateRecord, frozen=True, kw_only=True):
     """In whose name commands are given."""
 
     coordinator: str
@@ -28,28 +28,28 @@ class Authority(Frozen, frozen=True, kw_only=True):
 # --- inputs ----------------------------------------------------------------------------------------------
 
 
-class Tick(Frozen, frozen=True, kw_only=True):
+class Tick(StateRecord, frozen=True, kw_only=True):
     """Time passed, or the fleet changed."""
 
 
-class Approve(Frozen, frozen=True, kw_only=True):
+class Approve(StateRecord, frozen=True, kw_only=True):
     """A workload approved an event."""
 
     event_id: str
     by: str
 
 
-class Abort(Frozen, frozen=True, kw_only=True):
+class Abort(StateRecord, frozen=True, kw_only=True):
     """An operator wants the rollout gone."""
 
     reason: str = ""
 
 
-class Resume(Frozen, frozen=True, kw_only=True):
+class Resume(StateRecord, frozen=True, kw_only=True):
     """An operator wants a halted rollout to go on."""
 
 
-class Outdated(Frozen, frozen=True, kw_only=True):
+class Outdated(StateRecord, frozen=True, kw_only=True):
     """A set's document on the bus is ahead of our record: somebody else, or a newer copy of our store, went on."""
 
     set: str
@@ -64,25 +64,25 @@ Input: TypeAlias = Tick | Abort | Resume | Outdated | Fact
 # --- effects ---------------------------------------------------------------------------------------------
 
 
-class EventScheduled(Frozen, frozen=True, kw_only=True):
+class EventScheduled(StateRecord, frozen=True, kw_only=True):
     """Put the event into its set's document."""
 
     event: WaveEvent
 
 
-class EventApprovedEffect(Frozen, frozen=True, kw_only=True):
+class EventApprovedEffect(StateRecord, frozen=True, kw_only=True):
     """Mark the event approved in the document."""
 
     event: WaveEvent
 
 
-class EventStarted(Frozen, frozen=True, kw_only=True):
+class EventStarted(StateRecord, frozen=True, kw_only=True):
     """The event starts now."""
 
     event: WaveEvent
 
 
-class EventEnded(Frozen, frozen=True, kw_only=True):
+class EventEnded(StateRecord, frozen=True, kw_only=True):
     """The event reached its one end; it leaves the document."""
 
     event: WaveEvent
@@ -90,13 +90,13 @@ class EventEnded(Frozen, frozen=True, kw_only=True):
     codes: tuple[str, ...] = ()
 
 
-class WaveMoved(Frozen, frozen=True, kw_only=True):
+class WaveMoved(StateRecord, frozen=True, kw_only=True):
     """The wave reached a status."""
 
     wave: Wave
 
 
-class RolloutMoved(Frozen, frozen=True, kw_only=True):
+class RolloutMoved(StateRecord, frozen=True, kw_only=True):
     """The rollout reached a status."""
 
     rollout: Rollout

@@ -19,7 +19,7 @@ from caesura.contract.messages import (
     Refusal,
     Selection,
 )
-from caesura_coordinator.fleet import Fleet
+from caesura_coordinator.fleet import FleetFence
 from caesura_coordinator.plan_members import (
     all_passed,
     canary_refusals,
@@ -44,7 +44,7 @@ _NO_LIMITS = Limits()
 
 
 def make_plan(
-    fleet: Fleet,
+    fleet: FleetFence,
     *,
     update: str,
     selection: Selection,
@@ -145,7 +145,7 @@ def most_targets(plan: Plan) -> str:
     return ""
 
 
-def _unknown_names(fleet: Fleet, selection: Selection, limits: Limits) -> Iterable[Refusal]:
+def _unknown_names(fleet: FleetFence, selection: Selection, limits: Limits) -> Iterable[Refusal]:
     canary = (limits.canary_host,) if limits.canary_host else ()
     asked: tuple[tuple[str, Collection[str], tuple[str, ...]], ...] = (
         ("host", fleet.inventories, (*selection.hosts, *limits.exclude_hosts, *canary)),
@@ -168,7 +168,7 @@ def _unknown_names(fleet: Fleet, selection: Selection, limits: Limits) -> Iterab
         )
 
 
-def _contested_vms(fleet: Fleet, selection: Selection) -> Iterable[Refusal]:
+def _contested_vms(fleet: FleetFence, selection: Selection) -> Iterable[Refusal]:
     """Who names a VM that several hosts have is told so; whoever does not gets a plan without it."""
     for name in selection.vms:
         if name in fleet.contested:

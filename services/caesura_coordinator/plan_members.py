@@ -19,7 +19,7 @@ from caesura.contract.messages import (
     UpdateRecord,
     VmRecord,
 )
-from caesura_coordinator.fleet import Fleet, why_outdated
+from caesura_coordinator.fleet import FleetFence, why_outdated
 from caesura_coordinator.proofs import planned_proofs, unprovable
 from caesura_coordinator.waves import Member
 
@@ -32,7 +32,9 @@ def domain_of(vm: VmRecord | PlannedVm, key: DomainKey) -> int:
     return vm.update_domain if key == "update_domain" else vm.fault_domain
 
 
-def selected_hosts(fleet: Fleet, record: UpdateRecord, selection: Selection, *, hold_s: float) -> list[str]:
+def selected_hosts(
+    fleet: FleetFence, record: UpdateRecord, selection: Selection, *, hold_s: float
+) -> list[str]:
     """Hosts that the selection reaches and that can apply the update."""
     chosen = set(fleet.inventories)
     if selection.hosts or selection.sets or selection.vms:
@@ -48,7 +50,7 @@ def selected_hosts(fleet: Fleet, record: UpdateRecord, selection: Selection, *, 
     return sorted(chosen)
 
 
-def host_refusals(fleet: Fleet, hosts: Sequence[str]) -> Iterable[Refusal]:
+def host_refusals(fleet: FleetFence, hosts: Sequence[str]) -> Iterable[Refusal]:
     """Hosts that may not pause anything now."""
     for host in hosts:
         if not fleet.is_online(host):
@@ -61,7 +63,7 @@ def host_refusals(fleet: Fleet, hosts: Sequence[str]) -> Iterable[Refusal]:
             )
 
 
-def passed_over(fleet: Fleet, hosts: Iterable[str], record: UpdateRecord, limits: Limits) -> Passed:
+def passed_over(fleet: FleetFence, hosts: Iterable[str], record: UpdateRecord, limits: Limits) -> Passed:
     """What is excluded, and what has the update already; an excluded VM excludes its host from what pauses hosts whole."""
     passed: dict[tuple[str, str], tuple[SkipCode, str]] = {}
     for host in hosts:
@@ -104,7 +106,7 @@ def _installed(inventory: HostInventory, vm: VmRecord, record: UpdateRecord) -> 
     return ""
 
 
-def all_passed(fleet: Fleet, host: str, passed: Passed) -> bool:
+def all_passed(fleet: FleetFence, host: str, passed: Passed) -> bool:
     """Whether nothing is done with any VM of the host."""
     vms = fleet.inventories[host].vms
     return bool(vms) and all((host, vm.vm) in passed for vm in vms)
@@ -131,7 +133,7 @@ def canary_refusals(
 
 
 def members_of_plan(
-    fleet: Fleet,
+    fleet: FleetFence,
     hosts: Sequence[str],
     record: UpdateRecord,
     selection: Selection,
@@ -213,7 +215,7 @@ def members_of_plan(
     return members, skipped, refusals
 
 
-def _ownerless(fleet: Fleet, hosts: Sequence[str], selection: Selection) -> Iterable[PlannedVm]:
+def _ownerless(fleet: FleetFence, hosts: Sequence[str], selection: Selection) -> Iterable[PlannedVm]:
     """The VMs of the selection that belong to no host, since several name them."""
     everything = not (selection.hosts or selection.sets or selection.vms)
     owned = {vm.vm for _, vm in fleet.vms()}

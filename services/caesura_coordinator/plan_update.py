@@ -14,14 +14,16 @@ from caesura.contract.messages import (
     UpdateRecord,
 )
 from caesura.lifecycle.budget import MIN_BUDGET_S, PREPARE_S, usable_s
-from caesura_coordinator.fleet import Fleet
+from caesura_coordinator.fleet import FleetFence
 
 _SWAP_PAUSE_S = 1.0  # s: far more than the milliseconds that a swap takes; what an event promises at most
 HOLD = UpdateRecord(update="hold", impact="pause", scope="vm", expected_s=0.0, timeout_s=1.0)
 """Freeze on demand, as an update that does nothing but take time."""
 
 
-def definition(fleet: Fleet, update: str, selection: Selection) -> tuple[UpdateRecord | None, list[Refusal]]:
+def definition(
+    fleet: FleetFence, update: str, selection: Selection
+) -> tuple[UpdateRecord | None, list[Refusal]]:
     """The update's definition, which must be the same on every host that has it."""
     found = {
         host: record
@@ -61,7 +63,7 @@ def definition(fleet: Fleet, update: str, selection: Selection) -> tuple[UpdateR
     return first, refusals
 
 
-def slowest(fleet: Fleet, record: UpdateRecord, hosts: Iterable[str]) -> UpdateRecord:
+def slowest(fleet: FleetFence, record: UpdateRecord, hosts: Iterable[str]) -> UpdateRecord:
     """The definition with the times of the host that takes longest: each host may have its own."""
     all_of_them = [
         each for host in hosts for each in fleet.inventories[host].updates if each.update == record.update

@@ -14,7 +14,7 @@ from caesura.contract.messages import (
 from caesura.lifecycle.budget import DIGEST_S, digest_by_s
 from caesura.lifecycle.proof import asks_for_proof, broken_codes, held_codes, in_words, is_proof, ordered
 from caesura_coordinator.records import ClockVerdict
-from caesura_coordinator.text import shortened
+from caesura_coordinator.text import truncate
 
 _DETAIL_CHARACTERS = 300  # of what a guest said of its memory: kept for each VM of a wave
 
@@ -55,7 +55,7 @@ def clock_verdict(message: VmClockSynced) -> ClockVerdict:
         memory_ok=memory.ok if memory is not None else None,
         held=held_codes(memory),
         broken=broken_codes(memory),
-        memory_detail=shortened(memory.detail, _DETAIL_CHARACTERS) if memory is not None else "",
+        memory_detail=truncate(memory.detail, _DETAIL_CHARACTERS) if memory is not None else "",
         reason=message.reason,
     )
 

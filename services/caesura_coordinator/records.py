@@ -46,11 +46,11 @@ _OUTPUT_CHARACTERS = 2048
 _NO_ETAG = "0" * 12
 
 
-class Frozen(msgspec.Struct, frozen=True, kw_only=True):
+class StateRecord(msgspec.Struct, frozen=True, kw_only=True):
     """Base of the records."""
 
 
-class WaveEvent(Frozen, frozen=True, kw_only=True):
+class WaveEvent(StateRecord, frozen=True, kw_only=True):
     """The scheduled event of one set in one wave. Its id never changes."""
 
     set: str
@@ -61,7 +61,7 @@ class WaveEvent(Frozen, frozen=True, kw_only=True):
     approved_at: datetime | None = None
 
 
-class HostOperation(Frozen, frozen=True, kw_only=True):
+class HostOperation(StateRecord, frozen=True, kw_only=True):
     """What one host was commanded in one wave, and what it said."""
 
     host: str
@@ -73,7 +73,7 @@ class HostOperation(Frozen, frozen=True, kw_only=True):
     update: UpdateOutcome | None = None
 
 
-class ClockVerdict(Frozen, frozen=True, kw_only=True):
+class ClockVerdict(StateRecord, frozen=True, kw_only=True):
     """The host's verdict on one VM's clock after the resume, and what was shown of its memory from inside."""
 
     synced: bool
@@ -86,14 +86,14 @@ class ClockVerdict(Frozen, frozen=True, kw_only=True):
     reason: str = ""
 
 
-class Readiness(Frozen, frozen=True, kw_only=True):
+class Readiness(StateRecord, frozen=True, kw_only=True):
     """An agent's answer to the event."""
 
     ready: bool
     reason: str = ""
 
 
-class Wave(Frozen, frozen=True, kw_only=True):
+class Wave(StateRecord, frozen=True, kw_only=True):
     """One wave and everything that happened in it. ``attempt`` rises when a halted rollout is resumed."""
 
     index: int
@@ -147,7 +147,7 @@ class Wave(Frozen, frozen=True, kw_only=True):
         return tuple(vm for vm in self.vms if vm.host not in done)
 
 
-class Rollout(Frozen, frozen=True, kw_only=True):
+class Rollout(StateRecord, frozen=True, kw_only=True):
     """A rollout: what was asked, the waves, and where it is."""
 
     id: str

@@ -34,7 +34,7 @@ from caesura.contract.parts import answer_in_parts
 from caesura.contract.reasons import ReasonCode
 from caesura.lifecycle import document as documents
 from caesura_coordinator.active import ActiveRollouts
-from caesura_coordinator.fleet import Fleet
+from caesura_coordinator.fleet import FleetFence
 from caesura_coordinator.inputs import (
     Approve,
     Authority,
@@ -92,7 +92,7 @@ class Removal(msgspec.Struct, frozen=True):
     whole: bool
 
 
-class Book:
+class RolloutRepository:
     """All rollouts and documents.
 
     Args:
@@ -156,7 +156,7 @@ class Book:
         self,
         rollout: Rollout,
         received: Input,
-        fleet: Fleet,
+        fleet: FleetFence,
         authority: Authority,
         now: datetime,
         *,
@@ -237,7 +237,7 @@ class Book:
             if operation.status not in FINAL
         }
 
-    def adopt(self, published: SetDocument, fleet: Fleet, authority: Authority, now: datetime) -> None:
+    def adopt(self, published: SetDocument, fleet: FleetFence, authority: Authority, now: datetime) -> None:
         """Take up a document that is ahead of ours (our store is older than the bus), and end what nobody owns.
 
         Rollouts that hold the set are halted: what they know is not what was announced.
@@ -294,7 +294,7 @@ class Book:
         for changed, effects in halted:
             self._believe(changed, effects)
 
-    def end_unknown(self, published: RolloutState, now: datetime) -> Removal | None:
+    def abort_orphan(self, published: RolloutState, now: datetime) -> Removal | None:
         """End a rollout on the bus that no record here knows of: nobody leads it any more, and it would last indefinitely.
 
         What it paused the hosts resume by themselves, its scheduled events end when their document is taken up. Its waves go: what is
@@ -349,7 +349,7 @@ class Book:
             return None
         return Removal(published.rollout, min(published.wave_count, _MOST_WAVES), whole=shown == "hidden")
 
-    def reassert(self, published: SetDocument) -> None:
+    def republish_above(self, published: SetDocument) -> None:
         """Another coordinator's document is on the bus though we lead: publish ours again, above it.
 
         Raises:
@@ -365,7 +365,7 @@ class Book:
         self.documents[ours.set] = ours
         _log.warning("document.reasserted", set=ours.set, incarnation=ours.incarnation)
 
-    def open_sets(self, sets: Iterable[str]) -> bool:
+    def ensure_documents(self, sets: Iterable[str]) -> bool:
         """Give every set its document, empty at first, so that workloads can poll before anything happens.
 
         True when there was a new one.
@@ -462,7 +462,7 @@ class Book:
             ended -= not each.active
         return shown
 
-    def remember_answer(self, client: str, answer: RequestAnswered) -> None:
+    def store_response(self, client: str, answer: RequestAnswered) -> None:
         """Store an answer that changed nothing else, and announce it.
 
         Raises:

@@ -16,7 +16,7 @@ import msgspec
 
 from caesura.contract.messages import OperationReported, VmClockSynced, VmReady
 from caesura_coordinator import rollout_inputs
-from caesura_coordinator.fleet import Fleet
+from caesura_coordinator.fleet import FleetFence
 from caesura_coordinator.inputs import (
     Abort,
     Approve,
@@ -38,7 +38,7 @@ RESTART_GRACE_S = 30.0
 
 
 def decide(
-    rollout: Rollout, received: Input, fleet: Fleet, authority: Authority, now: datetime
+    rollout: Rollout, received: Input, fleet: FleetFence, authority: Authority, now: datetime
 ) -> tuple[Rollout, list[Effect]]:
     """One step. Repeated and late inputs change nothing.
 

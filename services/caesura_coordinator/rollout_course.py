@@ -24,7 +24,7 @@ from caesura_coordinator.records import (
     operation_id,
 )
 from caesura_coordinator.step import Step
-from caesura_coordinator.text import listed
+from caesura_coordinator.text import join_reasons
 from caesura_coordinator.verification import verify
 
 COMMAND_WINDOW_S = 30.0
@@ -135,7 +135,7 @@ def _from_scheduled(step: Step, wave: Wave) -> None:
     if silent and policy.on_not_ready == "halt":
         if any(until and step.now < until for until in (wave.answers_by, step.fleet.grace_until)):
             return  # they may have answered while nobody was there to hear it; they say it again
-        text = f"no answer of the agent by NotBefore: {listed(silent, ', ')}"
+        text = f"no answer of the agent by NotBefore: {join_reasons(silent, ', ')}"
         step.halt(wave, [Reason("agent_silent", text)])
         return
     if not step.blocked(wave, _placement(step, wave) or _fence(step, wave)):
@@ -184,7 +184,7 @@ def _from_started(step: Step, wave: Wave) -> None:
         texts = [_why(each) for each in wrong] + ([wave.outdated] if wave.outdated else [])
         codes = [code for each in wrong for code in each.codes or ("unexplained",)]
         codes += ["superseded"] if wave.outdated else []
-        step.halt_for(wave, listed(texts), tuple(dict.fromkeys(codes)))
+        step.halt_for(wave, join_reasons(texts), tuple(dict.fromkeys(codes)))
     else:
         step.wrong = True
         step.move(wave, "verifying", verify_by=step.after(step.rollout.policy.verify_timeout_s))
@@ -199,7 +199,7 @@ def _fence_again(step: Step, wave: Wave) -> None:
     if wave.fence_epoch == step.authority.epoch:
         return
     blockers = _fence(step, wave)
-    why, codes = listed(blockers), codes_of(blockers)
+    why, codes = join_reasons(blockers), codes_of(blockers)
     epoch = wave.fence_epoch if why else step.authority.epoch
     if (wave.waiting_for, wave.fence_epoch) != (why, epoch):
         step.put(msgspec.structs.replace(wave, waiting_for=why, waiting_codes=codes, fence_epoch=epoch))

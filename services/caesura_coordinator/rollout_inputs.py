@@ -32,7 +32,7 @@ from caesura_coordinator.records import (
     WaveEvent,
 )
 from caesura_coordinator.step import Step
-from caesura_coordinator.text import shortened
+from caesura_coordinator.text import truncate
 from caesura_coordinator.verification import verify_vm
 
 V = TypeVar("V")
@@ -49,7 +49,7 @@ def abort(step: Step, reason: str) -> None:
     if step.rollout.status == "halted" and step.rollout.reason:
         # Why it failed is what somebody looks for afterwards, not only that it was given up.
         text = f"{text}; it had halted: {step.rollout.reason}"
-    text = shortened(text)
+    text = truncate(text)
     codes = tuple(dict.fromkeys(("aborted", *step.rollout.codes)))
     wave = step.rollout.current
     if wave is not None and wave.status == "started" and step.rollout.status == "running":

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import structlog
 
-from caesura.bus.messaging import Post
+from caesura.bus.messaging import MessageClient
 from caesura.bus.port import BusError, PublishRefused
 from caesura.contract.codec import ContractError
 from caesura.contract.messages import AbortOperation, StartOperation
@@ -16,7 +16,7 @@ from caesura.runtime.group_commit import GroupCommit
 from caesura.runtime.sampler import Sampler
 from caesura_coordinator.commands import command_for, due_operations
 from caesura_coordinator.inputs import Authority
-from caesura_coordinator.repository import Book
+from caesura_coordinator.repository import RolloutRepository
 
 _REPEAT_S = 2.0
 """s: between two sendings of a command that its host has not answered."""
@@ -37,7 +37,11 @@ class CommandSender:
     """
 
     def __init__(
-        self, book: Book, post: Post, commits: GroupCommit, authority: Callable[[], Authority | None]
+        self,
+        book: RolloutRepository,
+        post: MessageClient,
+        commits: GroupCommit,
+        authority: Callable[[], Authority | None],
     ) -> None:
         self._book = book
         self._post = post

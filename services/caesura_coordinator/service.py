@@ -9,7 +9,7 @@ from datetime import UTC, datetime, timedelta
 import msgspec
 import structlog
 
-from caesura.bus.messaging import Post
+from caesura.bus.messaging import MessageClient
 from caesura.bus.port import Bus, Delivery, Will
 from caesura.bus.presence import Presence, last_will
 from caesura.contract import messages as m
@@ -31,18 +31,18 @@ from caesura.runtime.errors import CaesuraError, StoreError, SyncFailed
 from caesura.runtime.group_commit import GroupCommit
 from caesura.runtime.identity import new_id
 from caesura.runtime.sampler import Sampler
-from caesura_coordinator.fleet import Fleet, why_outdated
+from caesura_coordinator.fleet import FleetFence, why_outdated
 from caesura_coordinator.inputs import Abort, Approve, Authority, Fact, Input, RequestRefused, Resume, Tick
 from caesura_coordinator.owner_records import OwnerRecords
 from caesura_coordinator.owners import Owners
 from caesura_coordinator.plan import make_plan, most_targets, nothing_to_do, sets_of
 from caesura_coordinator.records import Rollout, largest_states, new_rollout
-from caesura_coordinator.repository import Book, Removal
+from caesura_coordinator.repository import Removal, RolloutRepository
 from caesura_coordinator.responses import REASON_CHARACTERS, with_plan
 from caesura_coordinator.rollout import RESTART_GRACE_S
 from caesura_coordinator.sender import CommandSender
 from caesura_coordinator.store import Store, SyncedOutbox
-from caesura_coordinator.validation import outlived
+from caesura_coordinator.validation import request_expired
 
 TICK_S = 0.2
 _ANNOUNCE_S = 20.0
@@ -101,7 +101,7 @@ class NoEpochLeft(CaesuraError):
         )
 
 
-class Superseded(CaesuraError):
+class LeadershipLost(CaesuraError):
     """Another coordinator has claimed a higher epoch; this one has no authority any more."""
 
     exit_code = 3
@@ -162,7 +162,7 @@ class Coordinator:
     ) -> None:
         self.bus = bus
         self.store = store
-        self.post = Post(
+        self.post = MessageClient(
             bus, source_of(fleet, "coordinator", instance), on_refused=self._on_refused, wanted=self._wants
         )
         store.write_as(self.post.source)
@@ -172,13 +172,13 @@ class Coordinator:
         self.publisher = ReliablePublisher(bus, self.outbox, answer_s=_ANSWER_S)
         """Of what is stored first."""
         self._owner_publisher = ReliablePublisher(bus, answer_s=_ANSWER_S)
-        self.book = Book(store, now())
+        self.book = RolloutRepository(store, now())
         self.state = FleetState()
         """The fold of the bus; the event loop is the only one that changes or reads it."""
         self._incomplete: dict[str, m.HostInventory] = {}
         """Host to its newest inventory, of which parts are missing."""
         self._incomplete_since: dict[str, float] = {}
-        self.fleet = Fleet(self.state, incomplete=self._incomplete)
+        self.fleet = FleetFence(self.state, incomplete=self._incomplete)
         self.owners = Owners(store, self.state)
         self._owner_records = OwnerRecords(
             self.owners,
@@ -206,11 +206,11 @@ class Coordinator:
         self._republish_due = False
         self._repeated: dict[tuple[str, str], float] = {}
         """Client and request to when an answer in parts was sent last."""
-        self._early: list[tuple[str, Request, str]] = []
-        self._early_facts: list[Fact] = []
-        self._early_documents: dict[str, tuple[m.SetDocument, str]] = {}
-        self._early_rollouts: dict[str, m.RolloutState] = {}
-        self._not_moved: dict[str, str] = {}
+        self._pending_requests: list[tuple[str, Request, str]] = []
+        self._pending_facts: list[Fact] = []
+        self._pending_documents: dict[str, tuple[m.SetDocument, str]] = {}
+        self._pending_rollouts: dict[str, m.RolloutState] = {}
+        self._last_errors: dict[str, str] = {}
         """Rollout to why its last step failed: said once, not with every message."""
         self._outbox_filled = asyncio.Event()
         self._changed = asyncio.Event()
@@ -224,8 +224,8 @@ class Coordinator:
             # Of what others say of rollouts only that they are there matters, not what is in their waves.
             self.post.on(kind, receiver, whole=kind is not m.RolloutState)
         self.post.listeners.append(self._on_any)
-        self.post.on_cleared(m.HostInventory, self._on_host_removed)
-        self.post.on_cleared(m.VmOwner, self._on_owner_removed)
+        self.post.on_tombstone(m.HostInventory, self._on_host_removed)
+        self.post.on_tombstone(m.VmOwner, self._on_owner_removed)
 
     def tasks(self) -> dict[str, Callable[[], Awaitable[None]]]:
         """Name to eternal task, for ``serve``."""
@@ -285,18 +285,18 @@ class Coordinator:
         await self._claim()
         self.owners.lead(self.authority.epoch)
         self._owner_records.changed()
-        documents, self._early_documents = self._early_documents, {}
+        documents, self._pending_documents = self._pending_documents, {}
         for document, source in documents.values():
             self._take_document(document, source)
         self._open_sets(self.state.sets())
         # What was heard meanwhile counts before time does: nothing is awaited until it is taken in.
-        rollouts, self._early_rollouts = self._early_rollouts, {}
+        rollouts, self._pending_rollouts = self._pending_rollouts, {}
         for rollout in rollouts.values():
             self._take_rollout(rollout)
-        facts, self._early_facts = self._early_facts, []
+        facts, self._pending_facts = self._pending_facts, []
         for fact in facts:
             self._give(fact)
-        early, self._early = self._early, []
+        early, self._pending_requests = self._pending_requests, []
         for client, request, late in early:
             self._answer(client, request, late)
         await self._announce()
@@ -382,7 +382,7 @@ class Coordinator:
         if not self._claimed:
             return
         try:
-            if self.book.open_sets(sets):
+            if self.book.ensure_documents(sets):
                 self._outbox_filled.set()
         except StoreError as error:
             _log.error("coordinator.store_failed", why=str(error))  # the next inventory brings it here again
@@ -406,7 +406,7 @@ class Coordinator:
                 await self._announce()
         else:
             self._superseded.set_exception(
-                Superseded(
+                LeadershipLost(
                     f"coordinator {coordinator} has claimed epoch {epoch}, this one had {mine.epoch}: standing down. "
                     "Run one coordinator, or let a standby take over only when the first is stopped."
                 )
@@ -537,14 +537,14 @@ class Coordinator:
         if self.leads:
             self._take_document(document, received.header.source)
         elif not self._claimed:
-            self._early_documents[document.set] = document, received.header.source
+            self._pending_documents[document.set] = document, received.header.source
 
     def _take_document(self, document: m.SetDocument, source: str) -> None:
         try:
             self.book.adopt(document, self.fleet, self.authority, self._now())
             # Our own come back to us, and may be older than what was decided meanwhile; another's must not stay.
             if source != self.post.source:
-                self.book.reassert(document)
+                self.book.republish_above(document)
         except StoreError as error:
             _log.error("document.not_taken", set=document.set, why=str(error))
         self._outbox_filled.set()
@@ -555,7 +555,7 @@ class Coordinator:
             if received.header.source != self.post.source:
                 self._heal(rollout)
         elif not self._claimed:
-            self._early_rollouts[rollout.rollout] = rollout
+            self._pending_rollouts[rollout.rollout] = rollout
 
     def _heal(self, rollout: m.RolloutState) -> None:
         """Another coordinator published a rollout of ours, which may be one that woke up: what it said must not stay."""
@@ -567,7 +567,7 @@ class Coordinator:
     def _take_rollout(self, rollout: m.RolloutState) -> None:
         removal = self.book.outlived(rollout)
         try:
-            self.book.end_unknown(rollout, self._now())
+            self.book.abort_orphan(rollout, self._now())
         except StoreError as error:
             _log.error("rollout.not_ended", rollout=rollout.rollout, why=str(error))
         if removal is not None:
@@ -590,11 +590,15 @@ class Coordinator:
     async def _on_request(self, request: Request, received: Received) -> None:
         client = received.parameters["client"]
         # An abort is never too late: it only makes things stop.
-        late = "" if isinstance(request, m.AbortRequested) else outlived(received.header.time, self._now())
+        late = (
+            ""
+            if isinstance(request, m.AbortRequested)
+            else request_expired(received.header.time, self._now())
+        )
         if self._claimed:
             self._answer(client, request, late)
         else:
-            self._early.append((client, request, late))
+            self._pending_requests.append((client, request, late))
 
     async def _on_refused(self, delivery: Delivery, error: ContractError) -> None:
         """An operator's request that breaks the contract is answered too, as far as its topic tells who asked."""
@@ -607,7 +611,7 @@ class Coordinator:
                 codes=("message_invalid",),
             )
             try:
-                self.book.remember_answer(parts[1], answer)
+                self.book.store_response(parts[1], answer)
             except StoreError as failed:
                 _log.error("request.failed", client=parts[1], why=str(failed))
             self._outbox_filled.set()
@@ -617,7 +621,7 @@ class Coordinator:
     def _give(self, fact: Fact) -> None:
         """Give a fact to the rollout that it is about; one that is about none of the active ones is not ours, or late."""
         if not self._claimed:
-            self._early_facts.append(fact)  # a persistent session may deliver before the epoch is claimed
+            self._pending_facts.append(fact)  # a persistent session may deliver before the epoch is claimed
             return
         rollout = self.book.rollout_of(fact)
         if rollout is not None:
@@ -629,11 +633,11 @@ class Coordinator:
         try:
             changed = self.book.step(rollout, received, self.fleet, self.authority, self._now())
         except CaesuraError as error:  # it stays where it is: the others must not wait for it
-            if self._not_moved.get(rollout.id) != str(error):
+            if self._last_errors.get(rollout.id) != str(error):
                 _log.error("rollout.not_moved", why=str(error), rollout=rollout.id)
-            self._not_moved[rollout.id] = str(error)
+            self._last_errors[rollout.id] = str(error)
             return
-        self._not_moved.pop(rollout.id, None)
+        self._last_errors.pop(rollout.id, None)
         if changed is not rollout:
             self._outbox_filled.set()
         if changed.stage != rollout.stage:
@@ -727,7 +731,7 @@ class Coordinator:
         answer = m.RequestAnswered(
             request=request.request, accepted=False, reason=why[:REASON_CHARACTERS], codes=(code,)
         )
-        self.book.remember_answer(client, answer)
+        self.book.store_response(client, answer)
 
     def _plan_or_start(
         self, client: str, request: m.RolloutRequested | m.FreezeRequested, update: str, hold_s: float
@@ -754,7 +758,7 @@ class Coordinator:
             if note and not reason:
                 codes = ("nothing_to_do",)
             answer = with_plan(request.request, plan, reason, codes, note=note)
-            self.book.remember_answer(client, answer)
+            self.book.store_response(client, answer)
             return
         now = self._now()
         rollout = new_rollout(

@@ -9,7 +9,7 @@ import msgspec
 
 from caesura.contract.messages import WaveStatus
 from caesura.contract.reasons import Reason, codes_of
-from caesura_coordinator.fleet import Fleet
+from caesura_coordinator.fleet import FleetFence
 from caesura_coordinator.inputs import (
     Authority,
     Effect,
@@ -21,7 +21,7 @@ from caesura_coordinator.records import (
     Rollout,
     Wave,
 )
-from caesura_coordinator.text import listed, shortened
+from caesura_coordinator.text import join_reasons, truncate
 
 
 class Step:
@@ -32,7 +32,7 @@ class Step:
     by that judgement.
     """
 
-    def __init__(self, rollout: Rollout, fleet: Fleet, authority: Authority, now: datetime) -> None:
+    def __init__(self, rollout: Rollout, fleet: FleetFence, authority: Authority, now: datetime) -> None:
         self.rollout = rollout
         self.fleet = fleet
         self.authority = authority
@@ -74,11 +74,11 @@ class Step:
 
     def halt(self, wave: Wave, why: Sequence[Reason], before: str = "") -> None:
         """Wave failed, rollout halted. Events not started are cancelled, started ones failed."""
-        self.halt_for(wave, before + listed(why), codes_of(why))
+        self.halt_for(wave, before + join_reasons(why), codes_of(why))
 
     def halt_for(self, wave: Wave, reason: str, codes: tuple[str, ...]) -> None:
         """The same with the reasons in one sentence."""
-        reason = shortened(reason)
+        reason = truncate(reason)
         started = wave.started_at is not None
         wave = self.end_events(wave, "failed" if started else "cancelled", reason, codes)
         self.move(wave, "failed", reason=reason, codes=codes, ended_at=self.now)
@@ -98,7 +98,7 @@ class Step:
             if wave.waiting_since is not None:  # it opened: what shuts it next time has the whole time again
                 self.put(msgspec.structs.replace(wave, waiting_since=None, waiting_for="", waiting_codes=()))
             return False
-        why = listed(blockers)
+        why = join_reasons(blockers)
         since = wave.waiting_since or self.now
         if self.now - since >= timedelta(seconds=self.rollout.policy.verify_timeout_s):
             self.halt(wave, blockers, "cannot go on: ")

@@ -12,14 +12,14 @@ REASON_CHARACTERS = 1000
 """The contract allows 4096, and a reason is repeated in several places of one message; hosts' own reports have it all."""
 
 
-def listed(items: Sequence[Reason | str], between: str = "; ") -> str:
+def join_reasons(items: Sequence[Reason | str], between: str = "; ") -> str:
     """The first of them in words, and how many more there are."""
     shown = items[:_NAMED]
     room = (REASON_CHARACTERS - 100) // max(1, len(shown))  # 100: for what is put before and after
-    text = between.join(shortened(str(each), room) for each in shown)
+    text = between.join(truncate(str(each), room) for each in shown)
     return text if len(items) <= _NAMED else f"{text}{between}and {len(items) - _NAMED} more"
 
 
-def shortened(text: str, limit: int = REASON_CHARACTERS) -> str:
+def truncate(text: str, limit: int = REASON_CHARACTERS) -> str:
     """At most ``limit`` characters of it; dots where something is missing."""
     return text if len(text) <= limit else f"{text[: limit - 3]}..."

@@ -8,7 +8,7 @@ REQUEST_AGE_S = 60.0
 """s: whoever asked was told long before that nobody answered, and does not expect it to happen any more."""
 
 
-def outlived(asked_at: datetime, now: datetime) -> str:
+def request_expired(asked_at: datetime, now: datetime) -> str:
     """Why a request is not acted on any more; empty while it is fresh.
 
     The broker keeps requests while the coordinator is away. Judged by the clocks of two machines, so only what is

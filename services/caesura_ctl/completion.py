@@ -17,7 +17,7 @@ from click.shell_completion import CompletionItem
 
 from caesura.contract import messages as m
 from caesura.runtime.errors import CaesuraError
-from caesura_ctl.fleet_view import Picture
+from caesura_ctl.fleet_view import FleetView
 
 Kind = Literal["set", "host", "vm", "update", "rollout"]
 _PATIENCE_S = 1.5  # s: from Tab to the shell's prompt, with a broker that does not answer
@@ -42,7 +42,7 @@ def complete(kind: Kind) -> Callable[[click.Context, click.Parameter, str], list
     return completer
 
 
-def names(picture: Picture, kind: Kind) -> Iterable[tuple[str, str]]:
+def names(picture: FleetView, kind: Kind) -> Iterable[tuple[str, str]]:
     """The names of a kind with a word about each; of rollouts the newest first. Pure."""
     match kind:
         case "set":
@@ -62,7 +62,7 @@ def names(picture: Picture, kind: Kind) -> Iterable[tuple[str, str]]:
             return [(each.rollout, f"{each.update} {each.status}") for each in newest]
 
 
-def _asked(kind: Kind, broker: str | None) -> Picture:
+def _asked(kind: Kind, broker: str | None) -> FleetView:
     """What the broker retains.
 
     Raises:
@@ -76,7 +76,7 @@ def _asked(kind: Kind, broker: str | None) -> Picture:
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
     settings = settings_for(broker)
 
-    async def ask() -> Picture:
+    async def ask() -> FleetView:
         # The time is up also where the broker lets itself be connected to and then says nothing: so the whole of it.
         wanted = m.RolloutState if kind == "rollout" else m.HostInventory
         async with connect(settings, [wanted], connect_s=_PATIENCE_S - _SETTLED_S) as session:
@@ -84,7 +84,7 @@ def _asked(kind: Kind, broker: str | None) -> Picture:
                 await session.settled(_SETTLED_S)
             return session.picture
 
-    async def bounded() -> Picture:
+    async def bounded() -> FleetView:
         async with asyncio.timeout(_PATIENCE_S):
             return await ask()
 

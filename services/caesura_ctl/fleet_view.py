@@ -31,7 +31,7 @@ class Pause(msgspec.Struct, frozen=True):
     resumed_at: datetime
 
 
-class Picture:
+class FleetView:
     """The latest of everything, by name. Repeated messages change nothing."""
 
     def __init__(self) -> None:

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from caesura.contract.parts import WholeRollout
 from caesura_ctl.durations import show_pause
-from caesura_ctl.fleet_view import Picture
+from caesura_ctl.fleet_view import FleetView
 from caesura_ctl.options import Context, NotCompleted, note
 from caesura_ctl.outputs import failure_lines
 from caesura_ctl.session import Session
@@ -28,7 +28,7 @@ class Progress:
     def __init__(self) -> None:
         self._said: set[str] = set()
 
-    def lines(self, picture: Picture, rollout: WholeRollout | None) -> list[str]:
+    def lines(self, picture: FleetView, rollout: WholeRollout | None) -> list[str]:
         """What changed since the last call."""
         if rollout is None:
             return []
@@ -119,7 +119,7 @@ def _reason(state: WholeRollout) -> str:
     return state.reason.removeprefix(f"{state.status}: ")
 
 
-def _reports_missing(picture: Picture, state: WholeRollout) -> bool:
+def _reports_missing(picture: FleetView, state: WholeRollout) -> bool:
     """A completed rollout has all its pauses, those of VMs that nothing paused aside."""
     if state.status != "completed":
         return False

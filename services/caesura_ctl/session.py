@@ -19,12 +19,12 @@ from caesura.bus.diagnosis import (
     BAD_USER_OR_PASSWORD,
     NOT_AUTHORIZED,
     ConnectionLost,
+    ConnectionProblem,
     ConnectRefused,
-    Diagnosis,
     SubscribeRefused,
     explain,
 )
-from caesura.bus.messaging import Post
+from caesura.bus.messaging import MessageClient
 from caesura.bus.mqtt import MqttBus
 from caesura.bus.options import BrokerOptions, TlsFilesUnusable, options_from
 from caesura.bus.port import Bus, BusError, BusStats
@@ -40,7 +40,7 @@ from caesura.fleet.words import Cleared
 from caesura.runtime.errors import CaesuraError
 from caesura.runtime.identity import new_id
 from caesura.runtime.settings import SettingsError
-from caesura_ctl.fleet_view import Picture
+from caesura_ctl.fleet_view import FleetView
 from caesura_ctl.settings import CtlSettings
 
 CONNECT_S = 5.0
@@ -125,8 +125,8 @@ class Session:
     def __init__(self, bus: Bus, client: str, fleet: str = "default") -> None:
         self.bus = bus
         self.client = client
-        self.picture = Picture()
-        self.post = Post(bus, source_of(fleet, "ctl", client))
+        self.picture = FleetView()
+        self.post = MessageClient(bus, source_of(fleet, "ctl", client))
         self.connection = Connection(bus.stats, self.picture.missed)
         self.changed = asyncio.Event()
         self._answers: dict[str, asyncio.Future[m.RequestAnswered]] = {}
@@ -134,7 +134,7 @@ class Session:
         for channel in CHANNELS:
             self.post.on(channel.message, self._received)
             if channel.retain:
-                self.post.on_cleared(channel.message, partial(self._cleared, channel.message))
+                self.post.on_tombstone(channel.message, partial(self._cleared, channel.message))
 
     async def _received(self, message: Message, _: Received) -> None:
         self._last = asyncio.get_running_loop().time()
@@ -315,7 +315,7 @@ def _no_broker(bus: MqttBus) -> str:
     """Why there is no connection, and what to do about just that."""
     error, broker = bus.last_failure, f"the broker at {bus.options.url}"
     if error is None:
-        why = Diagnosis("no answer", "check the network and the firewall")
+        why = ConnectionProblem("no answer", "check the network and the firewall")
     else:
         why = explain(error, bus.options)
     if isinstance(error, ConnectRefused) and error.code in _NOT_KNOWN and not bus.options.username:

@@ -14,7 +14,7 @@ from caesura.contract import messages as m
 from caesura.contract.parts import WholeRollout
 from caesura_ctl.columns import Columns, first_of
 from caesura_ctl.durations import show_duration, show_pause
-from caesura_ctl.fleet_view import Pause, Picture
+from caesura_ctl.fleet_view import FleetView, Pause
 from caesura_ctl.outputs import failures_view
 from caesura_ctl.proofs import Shown, counted, planned
 
@@ -137,7 +137,9 @@ _OUTPUT_LINES = 6
 """Of what failed updates wrote last, where a rollout must fit the terminal."""
 
 
-def rollout_view(rollout: WholeRollout, picture: Picture, now: datetime, *, lines: int = 0) -> RenderableType:
+def rollout_view(
+    rollout: WholeRollout, picture: FleetView, now: datetime, *, lines: int = 0
+) -> RenderableType:
     """One rollout with its waves and how far each is.
 
     Args:
@@ -234,7 +236,7 @@ def _window(waves: Sequence[m.WaveState], most: int) -> Sequence[m.WaveState]:
     return waves[first : first + most]
 
 
-def domains_view(picture: Picture, *, most: int = MANY * MANY) -> RenderableType:
+def domains_view(picture: FleetView, *, most: int = MANY * MANY) -> RenderableType:
     """Every set and update domain with its VMs by state, and who is paused now.
 
     Args:
@@ -269,7 +271,7 @@ def domains_view(picture: Picture, *, most: int = MANY * MANY) -> RenderableType
 
 
 def live_view(
-    picture: Picture, now: datetime, rollout_id: str = "", *, lines: int = 0, width: int = 80
+    picture: FleetView, now: datetime, rollout_id: str = "", *, lines: int = 0, width: int = 80
 ) -> RenderableType:
     """What ``watch`` and the demo show while they run: one rollout, without a name the newest; then the domains.
 
@@ -349,7 +351,7 @@ def _worst(errors: Sequence[float | None]) -> str:
     return f"{max(known, key=abs):+.3f}s" if known else "?"
 
 
-def hosts_view(picture: Picture) -> RenderableType:
+def hosts_view(picture: FleetView) -> RenderableType:
     """Every host: online, guard, what it is busy with."""
     table = Columns(
         "host",
@@ -375,7 +377,7 @@ def hosts_view(picture: Picture) -> RenderableType:
     return table
 
 
-def attention_view(picture: Picture) -> RenderableType | None:
+def attention_view(picture: FleetView) -> RenderableType | None:
     """VMs that need a person: what their host says of them, such as who paused them; None: there are none."""
     table = Columns("VM", "host", "state", "~what is wrong", drop=("host",))
     for name, inventory in sorted(picture.hosts.items()):
@@ -385,7 +387,7 @@ def attention_view(picture: Picture) -> RenderableType | None:
     return table if table.row_count else None
 
 
-def documents_view(picture: Picture) -> RenderableType:
+def documents_view(picture: FleetView) -> RenderableType:
     """Open scheduled events of every set."""
     table = Columns(
         "set",

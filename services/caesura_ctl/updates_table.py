@@ -9,13 +9,13 @@ from rich.text import Text
 
 from caesura_ctl.columns import Columns, first_of
 from caesura_ctl.durations import show_duration
-from caesura_ctl.fleet_view import Picture
+from caesura_ctl.fleet_view import FleetView
 
 _NAMED = 12
 """Hosts that a table names before it counts them; ``--json`` names all."""
 
 
-def _installed_on(picture: Picture, update: str, version: str, hosts: Sequence[str]) -> str:
+def _installed_on(picture: FleetView, update: str, version: str, hosts: Sequence[str]) -> str:
     found = {
         host: each
         for host in hosts
@@ -29,7 +29,7 @@ def _installed_on(picture: Picture, update: str, version: str, hosts: Sequence[s
     return first_of([*whole, *partly], _NAMED)
 
 
-def updates_view(picture: Picture) -> RenderableType:
+def updates_view(picture: FleetView) -> RenderableType:
     """Updates by name with the hosts that define them, then refused files."""
     found: dict[tuple[str, str, str, str, str, float], list[str]] = {}
     for host, inventory in sorted(picture.hosts.items()):

@@ -28,7 +28,7 @@ with QuietInterrupt():
     from caesura.runtime.health import serve_health
     from caesura.runtime.identity import new_id
     from caesura.runtime.listen import check_health_address
-    from caesura.runtime.lock import StateFolderUnusable, private_folder, usable
+    from caesura.runtime.lock import StateFolderUnusable, private_dir, translate_os_errors
     from caesura.runtime.processes import cgroup_name
     from caesura.runtime.serve import serve
     from caesura.runtime.threads import in_thread
@@ -38,12 +38,12 @@ with QuietInterrupt():
     from caesura_host_updater.drivers.qemu.accel import Accelerator, find_accelerator
     from caesura_host_updater.drivers.qemu.discovery import with_discovered
     from caesura_host_updater.drivers.qemu.driver import QemuDriver
-    from caesura_host_updater.guard_client import Guardian
+    from caesura_host_updater.guard_client import GuardClient
     from caesura_host_updater.inventory.host_config import HostFile, read_host_file
     from caesura_host_updater.journal import JournalThread
     from caesura_host_updater.metrics import HostMetrics
     from caesura_host_updater.operation.crash_recovery import resume_marked
-    from caesura_host_updater.operation.runner import clean_environ
+    from caesura_host_updater.operation.runner import inherited_environment
     from caesura_host_updater.pauses import PauseMarkers
     from caesura_host_updater.service import HostUpdater, presence
     from caesura_host_updater.settings import HostUpdaterSettings
@@ -76,7 +76,7 @@ def main() -> int:
 async def _main(settings: HostUpdaterSettings) -> None:
     folder, wrong = Path(settings.state_dir), None
     try:
-        folder = private_folder(settings.state_dir)
+        folder = private_dir(settings.state_dir)
     except StateFolderUnusable as error:
         if not await in_thread("state folder", folder.is_dir):
             raise
@@ -98,10 +98,10 @@ async def _main(settings: HostUpdaterSettings) -> None:
 @contextmanager
 def _only_one(folder: Path) -> Iterator[None]:
     """Keep a second updater out: by the folder's own lock, which needs no room on the disk, and by a file for people."""
-    with usable(folder):
+    with translate_os_errors(folder):
         handles = [os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)]
     try:
-        with usable(folder), suppress(_NoRoom):
+        with translate_os_errors(folder), suppress(_NoRoom):
             handles.append(_open_lock(folder / "updater.lock"))
         try:
             for handle in handles:
@@ -157,7 +157,7 @@ async def _serve(
     resumed: Mapping[str, float],
     notifier: Notifier,
 ) -> None:
-    environ = clean_environ(os.environ)
+    environ = inherited_environment(os.environ)
     instance = new_id()
     bus = MqttBus(
         options_from(settings, client_id=f"caesura-host-{host.host}"),
@@ -171,7 +171,7 @@ async def _serve(
     )
     registry = CollectorRegistry()
     journal = JournalThread()
-    guardian = Guardian(folder, spawn=settings.guard == "spawn")
+    guardian = GuardClient(folder, spawn=settings.guard == "spawn")
     driver = await _driver(settings, host, folder, environ)
     updater = HostUpdater(
         settings,

@@ -36,7 +36,7 @@ class GuardUnavailable(CaesuraError):
     """No pause guard, or it refused; nothing may be frozen then."""
 
 
-class Guardian:
+class GuardClient:
     """A guard, and the connection to it.
 
     Args:

@@ -21,7 +21,7 @@ from caesura.runtime.database import Database
 from caesura.runtime.errors import CaesuraError, StoreError
 from caesura.runtime.threads import Worker
 from caesura_host_updater.admission import Authority
-from caesura_host_updater.clocks.verdict import ClockWait
+from caesura_host_updater.clocks.verdict import ClockCheck
 from caesura_host_updater.inventory.installs import Mark
 from caesura_host_updater.operation.state import Operation
 
@@ -172,7 +172,7 @@ class Journal:
         self,
         report: OperationReported,
         facts: Sequence[OutboxMessage],
-        waits: Sequence[ClockWait] = (),
+        waits: Sequence[ClockCheck] = (),
         marks: Sequence[Mark] = (),
     ) -> None:
         """The one end of an operation; also for one that never began. A second end changes nothing."""
@@ -243,11 +243,11 @@ class Journal:
 
     # -- clock waits ---------------------------------------------------------------------------------------
 
-    def clock_waits(self) -> list[ClockWait]:
+    def clock_waits(self) -> list[ClockCheck]:
         """VMs whose clock is not judged yet."""
         rows = self._db.run("SELECT body FROM clock_wait")
         with self._db.reading("a clock that was not judged yet"):
-            return [msgspec.json.decode(row[0], type=ClockWait) for row in rows]
+            return [msgspec.json.decode(row[0], type=ClockCheck) for row in rows]
 
     def judged(self, vm: str, operation: str, facts: Sequence[OutboxMessage]) -> None:
         """A VM's clock was judged. The verdict on the VM's newest operation is kept, to be told again."""

@@ -13,7 +13,7 @@ from types import MappingProxyType
 import msgspec
 import structlog
 
-from caesura.bus.messaging import Post
+from caesura.bus.messaging import MessageClient
 from caesura.bus.port import Bus, BusError, Delivery
 from caesura.bus.presence import Presence
 from caesura.contract.codec import Received
@@ -50,9 +50,9 @@ from caesura_host_updater.admission import (
     Underway,
 )
 from caesura_host_updater.asker import Asker
-from caesura_host_updater.clocks.tracker import ClockDesk
+from caesura_host_updater.clocks.tracker import ClockSyncTracker
 from caesura_host_updater.drivers.port import Driver, states_within
-from caesura_host_updater.guard_client import Guardian
+from caesura_host_updater.guard_client import GuardClient
 from caesura_host_updater.inventory.catalogue_reader import CatalogueReader
 from caesura_host_updater.inventory.host_config import HostFile
 from caesura_host_updater.inventory.installs import installed
@@ -62,8 +62,12 @@ from caesura_host_updater.inventory.updates import UpdateFile
 from caesura_host_updater.journal import Journal, JournalThread
 from caesura_host_updater.metrics import HostMetrics
 from caesura_host_updater.operation.crash_recovery import Startup, resume_until_running
-from caesura_host_updater.operation.finalizer import Endings, Letters, cancelled_before_it_began
-from caesura_host_updater.operation.report import clock_wait, final_report, refusal
+from caesura_host_updater.operation.finalizer import (
+    FactFactory,
+    OperationFinalizer,
+    cancelled_before_it_began,
+)
+from caesura_host_updater.operation.report import clock_wait, final_report, status_report
 from caesura_host_updater.operation.runner import OperationRunner
 from caesura_host_updater.operation.state import Operation, UpdateRun, VmPause
 from caesura_host_updater.outbox import Outbox
@@ -103,7 +107,7 @@ class HostUpdater:
         *,
         bus: Bus,
         driver: Driver,
-        guardian: Guardian,
+        guardian: GuardClient,
         journal: JournalThread,
         metrics: HostMetrics,
         pauses: PauseMarkers,
@@ -121,7 +125,7 @@ class HostUpdater:
         self._instance = instance
         self._environ = environ
         self.bus = bus
-        self.post = Post(bus, source_of(settings.fleet, "host", host.host))
+        self.post = MessageClient(bus, source_of(settings.fleet, "host", host.host))
         # It needs no beat: the inventory is one.
         self._presence = Presence(
             self.post,
@@ -130,7 +134,7 @@ class HostUpdater:
             host=host.host,
         )
         self.outbox = Outbox(bus, journal, self._published)
-        self.clocks = ClockDesk(
+        self.clocks = ClockSyncTracker(
             host.host,
             driver,
             without_agent=frozenset(vm.name for vm in host.vm if not vm.agent),
@@ -138,11 +142,11 @@ class HostUpdater:
             verdict=self._clock_judged,
             repeat=self.outbox.queue,
         )
-        self._letters = Letters(host.host, settings.fleet)
+        self._letters = FactFactory(host.host, settings.fleet)
         self._statuses = VmStatuses(host.host, self._vms, self.post)
         self._inventories = InventoryPublisher(host.host, self.post)
         self._pauses = pauses
-        self._endings = Endings(
+        self._endings = OperationFinalizer(
             self._letters, journal=journal, outbox=self.outbox, clocks=self.clocks, metrics=metrics
         )
         self._view = VmView(host.vm, driver)
@@ -189,8 +193,8 @@ class HostUpdater:
         self.post.on(AgentPresence, self._on_agent)
         self.post.on(VmStatus, self._on_status)
         self.post.on(InventoryPart, self._on_inventory_part)
-        self.post.on_cleared(InventoryPart, self._on_part_removed)
-        self.post.on_cleared(HostPresence, self._on_presence_removed)
+        self.post.on_tombstone(InventoryPart, self._on_part_removed)
+        self.post.on_tombstone(HostPresence, self._on_presence_removed)
 
     def tasks(self) -> dict[str, Callable[[], Awaitable[None]]]:
         """The eternal tasks, for ``serve``."""
@@ -203,7 +207,7 @@ class HostUpdater:
             "vm statuses": self._statuses.run,
             "clocks": self.clocks.run,
             "vms": self._watch_vms,
-            "journal": self._endings.save_later,
+            "journal": self._endings.retry_unsaved,
             "updates": self._updates.run,
             "installed updates": self._asker.run,
             "pause markers": self._pauses.remove_later,
@@ -370,14 +374,14 @@ class HostUpdater:
             report = (
                 verdict.report
                 if isinstance(verdict, Repeat)
-                else refusal(self._host.host, command, self.authority.epoch, "accepted", now)
+                else status_report(self._host.host, command, self.authority.epoch, "accepted", now)
             )
             self.outbox.queue(*self._letters.report(report))
             await self._endings.repeat_verdicts(command.operation)
             _log.debug("command.repeated", operation=command.operation, status=report.status)
             return
         _log.warning("command.refused", operation=command.operation, why=verdict.why)
-        refused = refusal(
+        refused = status_report(
             self._host.host,
             command,
             self.authority.epoch,
@@ -393,7 +397,7 @@ class HostUpdater:
         if self._stopping:  # while the guests were asked
             now = datetime.now(UTC)
             await self._endings.conclude(
-                refusal(
+                status_report(
                     self._host.host,
                     command,
                     self.authority.epoch,
@@ -445,7 +449,7 @@ class HostUpdater:
             else (UpdateRun(),) * (update is not None),
         )
         accepted = self._letters.report(
-            refusal(self._host.host, command, self.authority.epoch, "accepted", datetime.now(UTC))
+            status_report(self._host.host, command, self.authority.epoch, "accepted", datetime.now(UTC))
         )
         self._asker.interrupt()
         # The intent is on disk before anything is done; `arming` because the next thing is the guard.
@@ -537,7 +541,7 @@ class HostUpdater:
             return
         message = fact.read()
         if isinstance(message, VmResumed):
-            self.clocks.resumed_told(fact, message)
+            self.clocks.on_resume_published(fact, message)
             self._statuses.resumed(message)  # one that a previous run of this service left to be published
 
     # -- clocks and agents ----------------------------------------------------------------------------------

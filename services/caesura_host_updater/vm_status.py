@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 
 import msgspec
 
-from caesura.bus.messaging import Post
+from caesura.bus.messaging import MessageClient
 from caesura.contract.messages import LastPause, VmFrozen, VmRecord, VmResumed, VmStatus
 from caesura.delivery.message import clearing, prepare
 from caesura.delivery.policy import NEWEST
@@ -32,7 +32,9 @@ class VmStatuses:
         now: the wall clock.
     """
 
-    def __init__(self, host: str, vms: Iterable[str], post: Post, now: Callable[[], datetime] = _now) -> None:
+    def __init__(
+        self, host: str, vms: Iterable[str], post: MessageClient, now: Callable[[], datetime] = _now
+    ) -> None:
         self._host = host
         self._vms = frozenset(vms)
         self._source = post.source

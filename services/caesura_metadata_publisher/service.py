@@ -18,7 +18,7 @@ from uuid import NAMESPACE_URL, uuid5
 import msgspec
 import structlog
 
-from caesura.bus.messaging import Post
+from caesura.bus.messaging import MessageClient
 from caesura.bus.port import Bus, BusError
 from caesura.bus.presence import Presence
 from caesura.contract.codec import Received
@@ -80,12 +80,12 @@ class MetadataPublisher:
     def __init__(self, settings: MetadataPublisherSettings, bus: Bus) -> None:
         self._settings = settings
         self._bus = bus
-        self._post = Post(bus, source_of(settings.fleet, "metadata", settings.instance))
+        self._post = MessageClient(bus, source_of(settings.fleet, "metadata", settings.instance))
         self._post.on(SetDocument, self._on_document)
         self._post.on(HostInventory, self._on_inventory)
-        self._post.on_cleared(HostInventory, self._on_host_removed)
+        self._post.on_tombstone(HostInventory, self._on_host_removed)
         self._post.on(VmOwner, self._on_owner)
-        self._post.on_cleared(VmOwner, self._on_owner_removed)
+        self._post.on_tombstone(VmOwner, self._on_owner_removed)
         self._directory = Directory()
         self._approvals = ReliablePublisher(bus)
         self._presence = Presence(

@@ -15,7 +15,7 @@ from caesura.contract.codec import Received
 from caesura.contract.envelope import Message
 from caesura.lifecycle.proof import broken_codes, held_codes
 from caesura_metrics_exporter.pauses import PauseLabels, labels_of
-from caesura_metrics_exporter.series import Counts, Histogram, Seen
+from caesura_metrics_exporter.series import Counts, Deduplicator, Histogram
 
 # From 1 ms (an in-place swap) to 60 s, with boundaries at the budget limit of 30 s and at usual smaller budgets.
 # Few, since they are the most of all series; the longest and the last pauses are told exactly beside them.
@@ -36,11 +36,11 @@ _PAUSE = ("set", "update_domain", "method")
 _DOMAIN = ("set", "update_domain")
 
 
-class Tally:
+class FactCounters:
     """Counters and histograms of a fleet."""
 
     def __init__(self) -> None:
-        self._seen = Seen(_REMEMBERED)
+        self._seen = Deduplicator(_REMEMBERED)
         self.messages = Counts("type")
         self.duplicates = Counts("type")
         self.freezes = Counts(*_PAUSE)

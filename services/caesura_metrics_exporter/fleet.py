@@ -14,7 +14,7 @@ import msgspec
 
 from caesura.contract import messages as m
 from caesura.contract.envelope import Message
-from caesura.contract.topics import placed
+from caesura.contract.topics import match_topic
 from caesura.fleet.fold import Changes
 from caesura_metrics_exporter.agents import Agents
 from caesura_metrics_exporter.census import Census, Counted, shown_state
@@ -37,7 +37,7 @@ class HostState(msgspec.Struct, frozen=True):
     online: bool
 
 
-class Fleet:
+class FleetMetricsView:
     """The present, as far as it was received.
 
     Args:
@@ -138,7 +138,7 @@ class Fleet:
 
     def clear(self, topic: str, now_s: float = 0.0, step: Step | None = None) -> None:
         """A retained message was removed: its subject is gone. ``now_s`` and ``step`` as in ``take``."""
-        place = placed(topic)
+        place = match_topic(topic)
         if place is None:
             return
         step = step if step is not None else self._folded.clear(topic, now_s)

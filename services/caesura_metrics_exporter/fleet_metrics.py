@@ -1,4 +1,4 @@
-"""The gauges of what is so now, from ``Fleet``; those of rollouts are in ``rollout_metrics``."""
+"""The gauges of what is so now, from ``FleetMetricsView``; those of rollouts are in ``rollout_metrics``."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 
 from caesura_metrics_exporter.agents import AGENT_SILENT_S
 from caesura_metrics_exporter.families import Family, gauge, number
-from caesura_metrics_exporter.fleet import Fleet
+from caesura_metrics_exporter.fleet import FleetMetricsView
 from caesura_metrics_exporter.rollout_metrics import rollout_families
 
 _GUARD_STATES = ("ready", "armed", "absent")
@@ -16,7 +16,9 @@ _HOST_PAUSE = ("set", "update_domain", "host", "method")
 Values = dict[tuple[str, ...], float]
 
 
-def fleet_families(fleet: Fleet, now_s: float, foreign: Mapping[str, int] | None = None) -> Iterator[Family]:
+def fleet_families(
+    fleet: FleetMetricsView, now_s: float, foreign: Mapping[str, int] | None = None
+) -> Iterator[Family]:
     """Every gauge of the fleet at ``now_s`` on the clock that it was fed with; what is not known has no series.
 
     Args:
@@ -32,7 +34,7 @@ def fleet_families(fleet: Fleet, now_s: float, foreign: Mapping[str, int] | None
     yield from _others(fleet, now_s)
 
 
-def _pauses(fleet: Fleet, now_s: float) -> Iterator[Family]:
+def _pauses(fleet: FleetMetricsView, now_s: float) -> Iterator[Family]:
     opened = fleet.pauses.open_s(now_s)
     budgets = fleet.pauses.budgets()
     found = {labels: fleet.budget_of(labels[0]) for labels in opened if labels not in budgets}
@@ -85,7 +87,7 @@ def _pauses(fleet: Fleet, now_s: float) -> Iterator[Family]:
     )
 
 
-def _pauses_by_host(fleet: Fleet, now_s: float) -> Iterator[Family]:
+def _pauses_by_host(fleet: FleetMetricsView, now_s: float) -> Iterator[Family]:
     """Hosts times domains are as many as VMs: only what somebody has to look at."""
     opened = fleet.pauses.on_hosts(now_s)
     yield gauge(
@@ -117,7 +119,7 @@ def _pauses_by_host(fleet: Fleet, now_s: float) -> Iterator[Family]:
     )
 
 
-def _vms(fleet: Fleet) -> Iterator[Family]:
+def _vms(fleet: FleetMetricsView) -> Iterator[Family]:
     yield gauge(
         "caesura_vms",
         "VMs by state; impaired: running, and its host says what is wrong with it.",
@@ -132,7 +134,7 @@ def _vms(fleet: Fleet) -> Iterator[Family]:
     )
 
 
-def _clocks(fleet: Fleet) -> Iterator[Family]:
+def _clocks(fleet: FleetMetricsView) -> Iterator[Family]:
     yield gauge(
         "caesura_vms_unsynced",
         "VMs whose clock could not be corrected, after their last pause or by their agent since.",
@@ -160,7 +162,7 @@ def _clocks(fleet: Fleet) -> Iterator[Family]:
     )
 
 
-def _hosts(fleet: Fleet, now_s: float, foreign: Mapping[str, int]) -> Iterator[Family]:
+def _hosts(fleet: FleetMetricsView, now_s: float, foreign: Mapping[str, int]) -> Iterator[Family]:
     online: Values = {}
     silence_s: Values = {}
     guards: Values = {}
@@ -207,7 +209,7 @@ def _hosts(fleet: Fleet, now_s: float, foreign: Mapping[str, int]) -> Iterator[F
     yield gauge("caesura_host_busy", "1 while an operation is under way on the host.", ("host",), busy)
 
 
-def _others(fleet: Fleet, now_s: float) -> Iterator[Family]:
+def _others(fleet: FleetMetricsView, now_s: float) -> Iterator[Family]:
     yield gauge(
         "caesura_publisher_online",
         "1 while the metadata publisher is on the bus, else 0.",

@@ -14,7 +14,7 @@ import msgspec
 from caesura.contract import messages as m
 from caesura.contract.envelope import Message
 from caesura.contract.parts import WholeRollout
-from caesura.contract.topics import placed
+from caesura.contract.topics import match_topic
 from caesura.fleet.fold import NOTHING, Changes, apply
 from caesura.fleet.state import FleetState
 from caesura.fleet.words import Cleared
@@ -56,7 +56,7 @@ class Folded:
 
     def clear(self, topic: str, now_s: float) -> Step:
         """A retained message was removed. One that the contract does not have changes nothing."""
-        place = placed(topic)
+        place = match_topic(topic)
         return self.take_back(place[0].message, place[1], now_s) if place is not None else Step()
 
     def take_back(self, kind: type[Message], named: Mapping[str, str], now_s: float) -> Step:

@@ -1,4 +1,4 @@
-"""The Prometheus adapter: turns ``Tally`` and ``Fleet`` into metric families at scrape time."""
+"""The Prometheus adapter: turns ``FactCounters`` and ``FleetMetricsView`` into metric families at scrape time."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from prometheus_client.registry import Collector
 
 from caesura.bus.metrics import bus_families
 from caesura.bus.port import Bus
-from caesura_metrics_exporter.counters import Tally
+from caesura_metrics_exporter.counters import FactCounters
 from caesura_metrics_exporter.exposition import AnyFamily
 from caesura_metrics_exporter.families import Family, counter, gauge, histogram, number
-from caesura_metrics_exporter.fleet import Fleet
+from caesura_metrics_exporter.fleet import FleetMetricsView
 from caesura_metrics_exporter.fleet_metrics import fleet_families
 from caesura_metrics_exporter.series import Histogram
 
@@ -42,8 +42,8 @@ class FleetCollector(Collector):
 
     def __init__(
         self,
-        tally: Tally,
-        fleet: Fleet,
+        tally: FactCounters,
+        fleet: FleetMetricsView,
         own: SelfStats,
         bus: Bus,
         monotonic: Callable[[], float],

@@ -1,4 +1,4 @@
-"""The gauges of rollouts, their waves and their scheduled events, from ``Fleet``."""
+"""The gauges of rollouts, their waves and their scheduled events, from ``FleetMetricsView``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import get_args
 
 from caesura.contract import messages as m
 from caesura_metrics_exporter.families import Family, gauge, states
-from caesura_metrics_exporter.fleet import Fleet
+from caesura_metrics_exporter.fleet import FleetMetricsView
 from caesura_metrics_exporter.rollout_index import SetProgress
 
 _WAVE_STATES: tuple[m.WaveStatus, ...] = get_args(m.WaveStatus)
@@ -27,14 +27,14 @@ WAVE_STATUS_NUMBERS: dict[m.WaveStatus, int] = {
 _ROLLOUT_STATES: tuple[str, ...] = get_args(m.RolloutStatus)
 
 
-def rollout_families(fleet: Fleet, now_s: float) -> Iterator[Family]:
+def rollout_families(fleet: FleetMetricsView, now_s: float) -> Iterator[Family]:
     """As ``fleet_families``."""
     yield from _rollouts(fleet)
     yield from _waves(fleet)
     yield from _events(fleet, now_s)
 
 
-def _rollouts(fleet: Fleet) -> Iterator[Family]:
+def _rollouts(fleet: FleetMetricsView) -> Iterator[Family]:
     domains: list[tuple[tuple[str, ...], float]] = []
     counts: list[tuple[tuple[str, ...], float]] = []
     rollouts: list[tuple[tuple[str, ...], float]] = []
@@ -80,7 +80,7 @@ def _rollouts(fleet: Fleet) -> Iterator[Family]:
     )
 
 
-def _waves(fleet: Fleet) -> Iterator[Family]:
+def _waves(fleet: FleetMetricsView) -> Iterator[Family]:
     """When rollouts and waves began and ended, on the coordinator's wall clock: for durations and annotations."""
     begun: list[tuple[tuple[str, ...], float]] = []
     over: list[tuple[tuple[str, ...], float]] = []
@@ -124,7 +124,7 @@ def _waves(fleet: Fleet) -> Iterator[Family]:
     )
 
 
-def _events(fleet: Fleet, now_s: float) -> Iterator[Family]:
+def _events(fleet: FleetMetricsView, now_s: float) -> Iterator[Family]:
     open_events: Counter[tuple[str, ...]] = Counter()
     ages: dict[tuple[str, ...], float] = {}
     due: dict[tuple[str, ...], float] = {}

@@ -147,7 +147,7 @@ class Largest:
         return None
 
 
-class Seen:
+class Deduplicator:
     """Remembers the newest ``limit`` keys, to tell a repetition."""
 
     def __init__(self, limit: int) -> None:

@@ -1,4 +1,4 @@
-"""The metrics exporter's shell: reads the whole bus, folds it once, and lets ``Tally``, ``Fleet`` and ``Live`` follow."""
+"""The metrics exporter's shell: reads the whole bus, folds it once, and lets ``FactCounters``, ``FleetMetricsView`` and ``Live`` follow."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from caesura.bus.refused import Refused
 from caesura.contract.codec import ContractError, decode
 from caesura.contract.messages import HostInventory, VmClockSynced, VmFrozen, VmResumed
 from caesura.contract.parts import PARTS, Joiner
-from caesura.contract.topics import PREFIX, placed
+from caesura.contract.topics import PREFIX, match_topic
 from caesura.runtime.sampler import Sampler
-from caesura_metrics_exporter.counters import Tally
-from caesura_metrics_exporter.fleet import Fleet
+from caesura_metrics_exporter.counters import FactCounters
+from caesura_metrics_exporter.fleet import FleetMetricsView
 from caesura_metrics_exporter.folded import Folded
 from caesura_metrics_exporter.live.stream import LiveStream
 from caesura_metrics_exporter.live.view import Live
@@ -50,9 +50,9 @@ class MetricsExporter:
         self._monotonic = monotonic
         self._wall = wall
         self._own = SelfStats(handler=Histogram(_HANDLER_BUCKETS), began_s=monotonic())
-        self.tally = Tally()
+        self.tally = FactCounters()
         self._folded = Folded()
-        self.fleet = Fleet(self._folded)
+        self.fleet = FleetMetricsView(self._folded)
         self._joiner = Joiner()
         self._ownership = self._folded.state.ownership
         self._sampled = Sampler()
@@ -135,7 +135,7 @@ class MetricsExporter:
             )
 
     def _cleared(self, topic: str) -> None:
-        place = placed(topic)
+        place = match_topic(topic)
         host = place[1].get("host", "") if place is not None else ""
         known = host in self.fleet.hosts
         now_s = self._monotonic()

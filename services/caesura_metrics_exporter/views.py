@@ -10,14 +10,14 @@ import msgspec
 from caesura.contract import messages as m
 from caesura.contract.parts import WholeRollout
 from caesura.runtime.visible import visible
-from caesura_metrics_exporter.live.activity import Happening
+from caesura_metrics_exporter.live.activity import LogEntry
 from caesura_metrics_exporter.live.alarms import Alarm
 from caesura_metrics_exporter.live.timelines import LaneView
 
 _SETS_NAMED = 8
 
 
-class NowPaused(msgspec.Struct, frozen=True, omit_defaults=True):
+class PausedVm(msgspec.Struct, frozen=True, omit_defaults=True):
     """A VM that stands still. ``since`` is when it was heard of; null: known from its host's inventory only."""
 
     vm: str
@@ -83,7 +83,7 @@ class RolloutView(msgspec.Struct, frozen=True, omit_defaults=True):
     failed_updates: tuple[OutputView, ...] = ()
 
 
-class Fleet(msgspec.Struct, frozen=True, omit_defaults=True):
+class FleetSummary(msgspec.Struct, frozen=True, omit_defaults=True):
     """The fleet in a few numbers, and what is wrong."""
 
     broker: str
@@ -108,7 +108,7 @@ class Fleet(msgspec.Struct, frozen=True, omit_defaults=True):
     """How many more there are."""
 
 
-class Change(msgspec.Struct, frozen=True, omit_defaults=True):
+class Delta(msgspec.Struct, frozen=True, omit_defaults=True):
     """What changed since a revision, or everything (``whole``). A member that is null did not change.
 
     ``lanes`` replace those of the same id, ``log`` adds lines; in a whole one both are all there are.
@@ -119,11 +119,11 @@ class Change(msgspec.Struct, frozen=True, omit_defaults=True):
     kept_s: float
     now: float | None = None
     """The exporter's wall clock when this was sent, unix seconds, like all times here."""
-    fleet: Fleet | None = None
+    fleet: FleetSummary | None = None
     rollouts: tuple[RolloutView, ...] | None = None
-    paused: tuple[NowPaused, ...] | None = None
+    paused: tuple[PausedVm, ...] | None = None
     lanes: tuple[LaneView, ...] = ()
-    log: tuple[Happening, ...] = ()
+    log: tuple[LogEntry, ...] = ()
 
 
 def rollout_view(rollout: WholeRollout, standing: Callable[[Iterable[str]], int]) -> RolloutView:

@@ -19,7 +19,7 @@ try:
     from caesura_vmcontrol.notify import Notifier
     from caesura_vmcontrol.procfs import boot_id
     from caesura_vmcontrol.rescue import marked_and_paused
-    from caesura_vmcontrol.watchdog import Watch
+    from caesura_vmcontrol.watchdog import Watchdog
 except KeyboardInterrupt:  # as caesura.runtime.interrupt, which the guard may not import
     sys.exit(130)
 
@@ -59,7 +59,7 @@ def _serve(argv: Sequence[str] | None) -> int:
     try:
         os.makedirs(folder, mode=0o700, exist_ok=True)
         store = IntentFile(folder)
-        watch = Watch(store, log)
+        watch = Watchdog(store, log)
         notifier = Notifier.taken_from(os.environ)
         server = GuardServer(
             folder, watch, log, exit_when_alone_s=arguments.exit_when_alone, notifier=notifier

@@ -29,7 +29,7 @@ from caesura_vmcontrol.notify import Notifier
 from caesura_vmcontrol.plans import BadPlan, plan_from_json
 from caesura_vmcontrol.processes import reap
 from caesura_vmcontrol.procfs import boot_id
-from caesura_vmcontrol.watchdog import GuardRefusal, Log, Watch
+from caesura_vmcontrol.watchdog import GuardRefusal, Log, Watchdog
 
 ACCEPT_RETRY_S = 1.0  # s without an accept after one that failed
 ACCEPT_LOG_S = 60.0  # s between two log lines about that
@@ -50,7 +50,7 @@ class _Client:
 
 
 class GuardServer:
-    """Serves one ``Watch`` until told to stop.
+    """Serves one ``Watchdog`` until told to stop.
 
     Args:
         folder: the state folder; holds the socket and a lock against a second guard.
@@ -64,7 +64,7 @@ class GuardServer:
     def __init__(
         self,
         folder: str,
-        watch: Watch,
+        watch: Watchdog,
         log: Log,
         *,
         exit_when_alone_s: float | None,

@@ -11,7 +11,7 @@ from functools import partial
 from typing import Literal
 from uuid import NAMESPACE_URL, uuid5
 
-from caesura.bus.messaging import Post
+from caesura.bus.messaging import MessageClient
 from caesura.bus.presence import Presence
 from caesura.contract.envelope import Message
 from caesura.contract.messages import (
@@ -31,7 +31,7 @@ _RESULT = Policy(give_up_s=60.0)
 """A result is of no use to anybody much later."""
 
 
-class Voice:
+class AgentPublisher:
     """One agent's messages.
 
     Args:
@@ -42,7 +42,7 @@ class Voice:
 
     def __init__(
         self,
-        post: Post,
+        post: MessageClient,
         *,
         vm: str,
         boot_id: str,

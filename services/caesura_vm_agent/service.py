@@ -13,7 +13,7 @@ from collections.abc import Mapping
 import msgspec
 import structlog
 
-from caesura.bus.messaging import Post
+from caesura.bus.messaging import MessageClient
 from caesura.bus.port import Bus, Delivery
 from caesura.contract.codec import Received
 from caesura.contract.envelope import source_of
@@ -34,7 +34,7 @@ from caesura_vm_agent.canary_keeper import CanaryKeeper
 from caesura_vm_agent.clock_sync import ClockSync, Trigger
 from caesura_vm_agent.guest_clock import GuestClock
 from caesura_vm_agent.hooks import run_hook
-from caesura_vm_agent.publisher import Voice
+from caesura_vm_agent.publisher import AgentPublisher
 from caesura_vm_agent.settings import VmAgentSettings
 
 _log = structlog.get_logger("caesura.agent")
@@ -65,16 +65,16 @@ class VmAgent:
         self._clock = clock
         self.boot_id = boot_id
         self._announce_now = asyncio.Event()
-        self._post = Post(bus, source_of(settings.fleet, "vm", settings.vm))
+        self._post = MessageClient(bus, source_of(settings.fleet, "vm", settings.vm))
         self._post.on(SetDocument, self._on_document)
         self._post.on(VmResumed, self._on_resumed)
         self._post.on(ClockSyncAnswered, self._on_answer)
         self._post.on(VmOwner, self._on_owner)
-        self._post.on_cleared(VmOwner, self._on_owner_removed)
+        self._post.on_tombstone(VmOwner, self._on_owner_removed)
         self.binding = HostBinding(settings.host)
         self._sampled = Sampler()
         self.canary = CanaryKeeper(settings.canary_bytes)
-        self._voice = Voice(
+        self._voice = AgentPublisher(
             self._post,
             vm=settings.vm,
             boot_id=boot_id,

@@ -15,7 +15,7 @@ The texts, and what each promises:
 ``gone``
     Nobody can run the guest any more, and nobody will try. Final.
 
-After ``new`` somebody who *knows* that this process never ran the guest (see ``guest.never_ran``) may go on with the
+After ``new`` somebody who *knows* that this process never ran the guest (see ``guest.prove_never_ran``) may go on with the
 next number: ``old`` (swap) or ``file`` (replace). After ``file`` anybody may claim ``file`` again: what was started
 before and is not claimed has lost then, and can be killed safely.
 

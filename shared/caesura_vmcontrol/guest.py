@@ -16,10 +16,10 @@ from contextlib import suppress
 from typing import Literal
 
 from caesura_vmcontrol import claims
-from caesura_vmcontrol.processes import end, is_held
+from caesura_vmcontrol.processes import is_held, kill_and_wait
 from caesura_vmcontrol.procfs import alive
 from caesura_vmcontrol.qemu_plans import SPARE
-from caesura_vmcontrol.qmp import Qmp, QmpError, QmpRefused, QmpSilent, StrangeSocket
+from caesura_vmcontrol.qmp import PeerMismatch, Qmp, QmpError, QmpNoAnswer, QmpRefused
 
 RUNNING = frozenset({"running", "suspended"})  # suspended: the guest's own sleep, nothing of ours
 OVER = frozenset({"shutdown", "guest-panicked", "internal-error"})  # nothing but a reset makes it run again
@@ -70,24 +70,24 @@ def reach(pid: int, start_ticks: int, paths: Sequence[str], until: float) -> Qmp
         QmpSilent: it does not answer by ``until``.
     """
     while True:
-        silent: QmpSilent | None = None
-        for path, patience_s in _doors(paths):
+        silent: QmpNoAnswer | None = None
+        for path, patience_s in _sockets(paths):
             if not alive(pid, start_ticks):
                 raise ProcessGone(f"process {pid} is dead")
             try:
                 return Qmp(path, pid, min(until, time.monotonic() + patience_s))
-            except StrangeSocket as error:
+            except PeerMismatch as error:
                 silent = silent or error
-            except QmpSilent as error:
+            except QmpNoAnswer as error:
                 silent = error
         if time.monotonic() >= until:
             if not alive(pid, start_ticks):
                 raise ProcessGone(f"process {pid} is dead")
-            raise silent or QmpSilent(f"process {pid} has no socket")
+            raise silent or QmpNoAnswer(f"process {pid} has no socket")
         time.sleep(_STEP_S)
 
 
-def _doors(paths: Sequence[str]) -> Iterator[tuple[str, float]]:
+def _sockets(paths: Sequence[str]) -> Iterator[tuple[str, float]]:
     """Every socket there is, and how long to wait for a greeting at it, in seconds."""
     for path in dict.fromkeys(paths):
         spare = path + SPARE
@@ -229,7 +229,7 @@ def cont(qmp: Qmp, until: float) -> QmpError | None:
     return None
 
 
-def never_ran(qmp: Qmp, pid: int, start_ticks: int, until: float) -> bool:
+def prove_never_ran(qmp: Qmp, pid: int, start_ticks: int, until: float) -> bool:
     """Kill a process that stood still when ``qmp`` was negotiated, and tell whether it ran since: the proof.
 
     QEMU writes RESUME to every negotiated connection before it lets the first virtual CPU go (``vm_prepare_start``),
@@ -239,6 +239,6 @@ def never_ran(qmp: Qmp, pid: int, start_ticks: int, until: float) -> bool:
     Raises:
         StillThere: it is not dead by ``until``.
     """
-    end(pid, start_ticks, until)
+    kill_and_wait(pid, start_ticks, until)
     read_to_the_end = qmp.take_events(time.monotonic() + _LAST_WORDS_S)
     return read_to_the_end and "RESUME" not in qmp.events

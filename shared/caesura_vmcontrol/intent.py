@@ -21,7 +21,7 @@ class UnreadableIntent(ValueError):
 
 
 @dataclass
-class Catch:
+class Intervention:
     """What the guard did to one VM. Instants are seconds on CLOCK_MONOTONIC."""
 
     was_frozen: bool
@@ -37,12 +37,12 @@ class Catch:
 
 
 @dataclass
-class Fired:
+class GuardAction:
     """That the guard acted: why, when, and what came of it."""
 
     why: str
     at: float
-    vms: dict[str, Catch] = field(default_factory=dict)
+    vms: dict[str, Intervention] = field(default_factory=dict)
 
     @property
     def done(self) -> bool:
@@ -59,7 +59,7 @@ class Intent:
     armed_at: float
     deadline: float
     plans: tuple[Plan, ...]
-    fired: Fired | None = None
+    fired: GuardAction | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The intent as it stands on disk and is told to the updater."""
@@ -89,8 +89,8 @@ class Intent:
             told = data["fired"]
             fired = None
             if told is not None:
-                catches = {vm: Catch(**catch) for vm, catch in told["vms"].items()}
-                fired = Fired(told["why"], float(told["at"]), catches)
+                catches = {vm: Intervention(**catch) for vm, catch in told["vms"].items()}
+                fired = GuardAction(told["why"], float(told["at"]), catches)
             return cls(
                 str(data["operation"]),
                 str(data["boot_id"]),

@@ -21,7 +21,7 @@ Release = Callable[[Plan, Mapping[int, Process] | None], None]
 
 
 @dataclass(frozen=True)
-class Round:
+class ProbeResult:
     """What one round found. ``at``: when it ended, seconds on CLOCK_MONOTONIC."""
 
     vm: str
@@ -36,7 +36,7 @@ class Round:
     """It looked and did nothing; the operation may not be decided."""
 
 
-class Rounds:
+class QemuProbes:
     """The rounds of the QEMU guests of one operation; at most one under way for each.
 
     The first round of a guest always brings its operation to a decision, even while it runs: a swap that was not
@@ -52,7 +52,7 @@ class Rounds:
         self._look = look
         self._release = release
         self._clock = clock
-        self._done: SimpleQueue[Round] = SimpleQueue()
+        self._done: SimpleQueue[ProbeResult] = SimpleQueue()
         self._under_way: set[str] = set()
         self._owed: set[str] = set()
         self._fresh: set[str] = set()
@@ -104,10 +104,10 @@ class Rounds:
         except RuntimeError:  # the host has no room for a thread: better one after the other than not at all
             self._go(plan, only_look, decide)
 
-    def ended(self, wait_s: float = 0) -> list[Round]:
+    def ended(self, wait_s: float = 0) -> list[ProbeResult]:
         """The rounds that have ended since; waits up to ``wait_s`` seconds until none is under way."""
         until = time.monotonic() + wait_s
-        found: list[Round] = []
+        found: list[ProbeResult] = []
         while self._under_way:
             try:
                 last = self._done.get(timeout=max(until - time.monotonic(), 0))
@@ -123,7 +123,7 @@ class Rounds:
             self._tell(last)
         return found
 
-    def _tell(self, last: Round) -> None:
+    def _tell(self, last: ProbeResult) -> None:
         """Say what failed, each thing once."""
         for why in last.tries[self._tries.get(last.vm, 0) :]:
             self._log("guard.try_failed", vm=last.vm, why=why)
@@ -132,7 +132,7 @@ class Rounds:
             self._log("guard.resume_failed", vm=last.vm, why=last.why_not)
         self._told[last.vm] = last.why_not
 
-    def _pace(self, last: Round) -> None:
+    def _pace(self, last: ProbeResult) -> None:
         longer_s = min(self._wait_s.get(last.vm, 0) * 2 or _FIRST_S, _BACK_OFF_S)
         wait_s = longer_s if last.why_not else 0
         self._wait_s[last.vm] = wait_s
@@ -158,7 +158,7 @@ class Rounds:
             why_not = str(error) or type(error).__name__
             state = "held"
         self._done.put(
-            Round(plan.vm, was_held, state, self._clock(), owner, tuple(tries), why_not, only_look)
+            ProbeResult(plan.vm, was_held, state, self._clock(), owner, tuple(tries), why_not, only_look)
         )
 
 

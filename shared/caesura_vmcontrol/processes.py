@@ -31,11 +31,11 @@ _TO_LOG = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
 _LOWEST = 1  # of the real-time priorities: enough to come before everything ordinary
 
 
-class StillThere(OSError):
+class KillTimeout(OSError):
     """A process that was killed is not dead yet."""
 
 
-def end(pid: int, start_ticks: int, until: float) -> None:
+def kill_and_wait(pid: int, start_ticks: int, until: float) -> None:
     """SIGKILL it, wait until it is dead, and reap it if it is our child; one that is gone already is no error.
 
     Raises:
@@ -55,7 +55,7 @@ def end(pid: int, start_ticks: int, until: float) -> None:
         poll.register(handle, select.POLLIN)
         while not poll.poll(max(until - time.monotonic(), 0) * 1000):
             if time.monotonic() >= until:
-                raise StillThere(f"process {pid} was killed and is not dead yet")
+                raise KillTimeout(f"process {pid} was killed and is not dead yet")
         _reap(pid, start_ticks)
     finally:
         os.close(handle)
@@ -74,7 +74,7 @@ def is_held(pid: int) -> bool:
     return STOPPED in set(thread_states(pid))
 
 
-def hold(pid: int, start_ticks: int) -> None:
+def sigstop(pid: int, start_ticks: int) -> None:
     """SIGSTOP it and wait until every thread stands; a process that is gone is no error."""
     until = time.monotonic() + _HOLD_S
     if send_signal(pid, start_ticks, signal.SIGSTOP):
@@ -82,13 +82,13 @@ def hold(pid: int, start_ticks: int) -> None:
             time.sleep(_STEP_S)
 
 
-def let_go(pid: int, start_ticks: int) -> None:
+def sigcont(pid: int, start_ticks: int) -> None:
     """SIGCONT it if it is held."""
     if is_held(pid):
         send_signal(pid, start_ticks, signal.SIGCONT)
 
 
-def marked(mark: str) -> list[Process]:
+def find_by_env(mark: str) -> list[Process]:
     """The living processes with ``NAME=value`` in the environment they were started with, but not ourselves."""
     pids = [int(name) for name in os.listdir("/proc") if name.isdigit() and int(name) != os.getpid()]
     having = [pid for pid, entries in environs(pids) if mark.encode() in entries]
@@ -141,13 +141,13 @@ def start(argv: tuple[str, ...], environ: tuple[tuple[str, str], ...], log: str)
     return process
 
 
-def hurry(pid: int) -> None:
+def boost_priority(pid: int) -> None:
     """Its main thread, and every thread that it starts, runs before everything ordinary (sched(7)), where we may."""
     with suppress(OSError):  # not allowed to, or gone
         os.sched_setscheduler(pid, os.SCHED_RR, os.sched_param(_LOWEST))
 
 
-def calm(pid: int) -> None:
+def restore_priority(pid: int) -> None:
     """No thread of the process hurries any more; those that were started meanwhile had inherited it."""
     with suppress(OSError):
         for name in os.listdir(f"/proc/{pid}/task"):

@@ -36,15 +36,15 @@ class QmpRefused(QmpError):
         self.desc = desc
 
 
-class QmpSilent(QmpError):
+class QmpNoAnswer(QmpError):
     """No answer: nobody listens, another client is served, QEMU hangs or went away, or this is no QMP."""
 
 
-class QmpClosed(QmpSilent):
+class QmpClosed(QmpNoAnswer):
     """QEMU closed the connection, most likely because it ended."""
 
 
-class StrangeSocket(QmpSilent):
+class PeerMismatch(QmpNoAnswer):
     """The socket belongs to another process than the one that was asked for."""
 
 
@@ -121,14 +121,14 @@ class Qmp:
                 self._read(until)
             except QmpClosed:
                 return True
-            except QmpSilent:
+            except QmpNoAnswer:
                 return False
 
     # -- the line ---------------------------------------------------------------------------------------------
 
     def _negotiate(self, until: float) -> None:
         if "QMP" not in self._read(until):
-            raise QmpSilent(f"{self._path} does not greet as QMP does")
+            raise QmpNoAnswer(f"{self._path} does not greet as QMP does")
         self.execute("qmp_capabilities", until=until)
 
     @staticmethod
@@ -145,19 +145,19 @@ class Qmp:
                         break
                     except BlockingIOError:  # its backlog is full
                         if time.monotonic() >= until:
-                            raise QmpSilent(f"{path} has no room for another client") from None
+                            raise QmpNoAnswer(f"{path} has no room for another client") from None
                         time.sleep(_RETRY_S)
             finally:
                 os.close(folder)
             listener = struct.unpack("3i", made.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0]
             if listener != pid:
-                raise StrangeSocket(f"{path} belongs to process {listener}, not to {pid}")
+                raise PeerMismatch(f"{path} belongs to process {listener}, not to {pid}")
         except QmpError:
             made.close()
             raise
         except OSError as error:
             made.close()
-            raise QmpSilent(f"cannot reach {path}: {error.strerror or error}") from error
+            raise QmpNoAnswer(f"cannot reach {path}: {error.strerror or error}") from error
         return made
 
     def _send(self, data: bytes, handle: int | None, until: float) -> None:
@@ -177,9 +177,9 @@ class Qmp:
             try:
                 message = json.loads(line)
             except ValueError:
-                raise QmpSilent(f"{self._path} says what is no JSON: {line[:60]!r}") from None
+                raise QmpNoAnswer(f"{self._path} says what is no JSON: {line[:60]!r}") from None
             if not isinstance(message, dict):
-                raise QmpSilent(f"{self._path} says what is no QMP: {line[:60]!r}")
+                raise QmpNoAnswer(f"{self._path} says what is no QMP: {line[:60]!r}")
             if "event" not in message:
                 return message
             self.events.append(str(message["event"]))
@@ -192,13 +192,13 @@ class Qmp:
                 self._socket.settimeout(max(left_s, 0))
                 data = self._socket.recv(65536)
             except (TimeoutError, BlockingIOError):
-                raise QmpSilent(f"{self._path} does not answer") from None
+                raise QmpNoAnswer(f"{self._path} does not answer") from None
             except OSError as error:
                 raise QmpClosed(f"{self._path} was closed: {error.strerror or error}") from error
             if not data:
                 raise QmpClosed(f"{self._path} was closed by QEMU")
             self._rest += data
             if len(self._rest) > _LINE_BYTES:
-                raise QmpSilent(f"{self._path} sends a line without end")
+                raise QmpNoAnswer(f"{self._path} sends a line without end")
         line, _, self._rest = self._rest.partition(b"\n")
         return line

@@ -24,16 +24,24 @@ from caesura_vmcontrol.guest import (
     has_run,
     keep_memory_along,
     migration,
-    never_ran,
     note_ran,
+    prove_never_ran,
     reach,
     run_state,
 )
-from caesura_vmcontrol.processes import LOG_S, calm, end, hurry, let_go, marked, start
+from caesura_vmcontrol.processes import (
+    LOG_S,
+    boost_priority,
+    find_by_env,
+    kill_and_wait,
+    restore_priority,
+    sigcont,
+    start,
+)
 from caesura_vmcontrol.procfs import Process, alive, send_signal
 from caesura_vmcontrol.qemu_plans import ReplacePlan
 from caesura_vmcontrol.qmp import Qmp, QmpError
-from caesura_vmcontrol.swapping import back
+from caesura_vmcontrol.swapping import roll_back
 
 _TOTAL_S = 1.0  # s: one call, but for a process that is starting; whoever calls comes again
 _START_S = 3.0  # s: from the program's start to the loaded state; 60 ms on an idle host
@@ -76,7 +84,7 @@ def way_out(plan: ReplacePlan, *, alone: bool) -> None:
             return
         elif owner.kind == "gone":
             _clear_away(plan, 0, until)
-            end(plan.old.pid, plan.old.start_ticks, until)
+            kill_and_wait(plan.old.pid, plan.old.start_ticks, until)
             return
         elif owner.kind == "new":
             if _forward(plan, number, owner, until):
@@ -120,7 +128,7 @@ def _back(plan: ReplacePlan, until: float) -> None:
         _wait_until_it_shows(plan, until)
         ours, begun = is_ours(plan), claims.noted(plan.claims, "begun")
         others = [(each.pid, each.start_ticks) for each in started(plan)]
-        back(plan.old, others, until, ours=ours, begun=begun)
+        roll_back(plan.old, others, until, ours=ours, begun=begun)
         if ours or not is_ours(plan):
             return
 
@@ -151,18 +159,18 @@ def _failed_tries(plan: ReplacePlan) -> str:
 def _clear_away(plan: ReplacePlan, but: int, until: float) -> None:
     for each in started(plan):
         if each.pid != but:
-            end(each.pid, each.start_ticks, until)
+            kill_and_wait(each.pid, each.start_ticks, until)
 
 
 def started(plan: ReplacePlan) -> list[Process]:
     """The living processes of this operation and VM, whoever started them."""
-    return [each for each in marked(plan.mark) if each.pid != plan.old.pid]
+    return [each for each in find_by_env(plan.mark) if each.pid != plan.old.pid]
 
 
 def _forward(plan: ReplacePlan, number: int, owner: Owner, until: float) -> bool:
     """The claimed process has the guest, unless it is shown that it never ran it. False: read the claims again."""
     pid, ticks = owner.pid, owner.start_ticks
-    let_go(pid, ticks)
+    sigcont(pid, ticks)
     try:
         qmp = reach(pid, ticks, [plan.qmp, plan.old.qmp], until)
     except ProcessGone:
@@ -172,13 +180,13 @@ def _forward(plan: ReplacePlan, number: int, owner: Owner, until: float) -> bool
         if not has_run(plan.claims, run_state(qmp, until)):
             return _let_run(plan, number, owner, qmp, until)
         keep_memory_along(qmp, until)
-    end(plan.old.pid, plan.old.start_ticks, until)
+    kill_and_wait(plan.old.pid, plan.old.start_ticks, until)
     return True
 
 
 def _let_run(plan: ReplacePlan, number: int, owner: Owner, qmp: Qmp, until: float) -> bool:
     """``cont`` to a claimed process that stood still on this connection. False: it never ran and is dead."""
-    calm(owner.pid)  # virtual CPUs that hurry would leave the host nothing
+    restore_priority(owner.pid)  # virtual CPUs that hurry would leave the host nothing
     until = max(until, time.monotonic() + CONT_S)
     refused = cont(qmp, until)
     if refused is None:
@@ -186,7 +194,7 @@ def _let_run(plan: ReplacePlan, number: int, owner: Owner, qmp: Qmp, until: floa
         keep_memory_along(qmp, until)
         return True
     claims.note_failure(plan.claims, str(refused))
-    proven = never_ran(qmp, owner.pid, owner.start_ticks, until + _TOTAL_S)
+    proven = prove_never_ran(qmp, owner.pid, owner.start_ticks, until + _TOTAL_S)
     file = _claimed_file(plan, number)
     claims.claim(plan.claims, number + 1, file.text if proven and file is not None else "gone")
     return False
@@ -210,7 +218,7 @@ def _restore(plan: ReplacePlan, number: int, owner: Owner, until: float) -> None
     if plan.beside:  # unmapping its RAM takes a while: dead it must be only when the new one may run
         send_signal(plan.old.pid, plan.old.start_ticks, signal.SIGKILL)
     else:
-        end(plan.old.pid, plan.old.start_ticks, until)
+        kill_and_wait(plan.old.pid, plan.old.start_ticks, until)
     doomed = started(plan)
     if doomed:
         # Whoever started them may be about to claim: after this claim he cannot, so they can be killed.
@@ -219,7 +227,7 @@ def _restore(plan: ReplacePlan, number: int, owner: Owner, until: float) -> None
             return
         number += 1
         for each in doomed:
-            end(each.pid, each.start_ticks, until)
+            kill_and_wait(each.pid, each.start_ticks, until)
     try:
         _check_ram(plan)
         state = _open_state(plan.state_file, owner)
@@ -279,17 +287,17 @@ def _try_next(plan: ReplacePlan, number: int, state: int, until: float) -> None:
     process: Process | None = None
     try:
         process = start(argv, plan.environ, plan.log)
-        hurry(process.pid)
+        boost_priority(process.pid)
         with _loaded(plan, process, state) as qmp:
-            end(plan.old.pid, plan.old.start_ticks, until + _TOTAL_S)
+            kill_and_wait(plan.old.pid, plan.old.start_ticks, until + _TOTAL_S)
             text = f"new:{process.pid}:{process.start_ticks}"
             if claims.claim(plan.claims, number + 1, text) != text:
-                end(process.pid, process.start_ticks, until + _START_S)
+                kill_and_wait(process.pid, process.start_ticks, until + _START_S)
                 return
             _let_run(plan, number + 1, claims.parse_owner(text), qmp, until)
     except OSError as error:
         if process is not None and claims.current(plan.claims)[0] <= number:
-            end(process.pid, process.start_ticks, time.monotonic() + _TOTAL_S)
+            kill_and_wait(process.pid, process.start_ticks, time.monotonic() + _TOTAL_S)
         words = _read_from(plan.log, log_bytes)
         claims.note_failure(plan.claims, f"{argv[0]}: {error}" + (f": {words}" if words else ""))
         if time.monotonic() >= until:
@@ -353,7 +361,7 @@ def _after_the_operation(plan: ReplacePlan, until: float) -> None:
     """The claims were removed: if the old process is left, it has the guest; of any other we know nothing."""
     old = plan.old
     if alive(old.pid, old.start_ticks) and not started(plan):
-        let_go(old.pid, old.start_ticks)
+        sigcont(old.pid, old.start_ticks)
         written = _written(plan)
         if written >= 0:  # they were lost in the middle, for the state file goes first
-            back(old, [], until, ours=written > 0, begun=True)
+            roll_back(old, [], until, ours=written > 0, begun=True)

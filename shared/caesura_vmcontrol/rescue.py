@@ -16,7 +16,7 @@ from caesura_vmcontrol import markers
 from caesura_vmcontrol.intent import Intent
 from caesura_vmcontrol.plans import Condition, Plan, SignalPlan, condition
 from caesura_vmcontrol.procfs import process_table
-from caesura_vmcontrol.watchdog import Log, Watch
+from caesura_vmcontrol.watchdog import Log, Watchdog
 
 _LOOK_S = 1.0  # s: for a first look at all marked VMs; a QEMU is asked for half a second
 _STEP_S = 0.02  # s: between two steps at most, so that it ends soon after ``stop`` says so
@@ -90,7 +90,7 @@ def resume(intent: Intent, why: str, log: Log, until: float, stop: Callable[[], 
 
     Ends at ``until``, or when ``stop`` says so: whoever does not run then is left to the caller.
     """
-    watch = Watch(_NoStore(), log)
+    watch = Watchdog(_NoStore(), log)
     watch.adopt(intent, why)
     while watch.state == "firing" and time.monotonic() < until and not stop():
         wait_s = watch.step()

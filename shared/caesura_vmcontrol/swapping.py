@@ -24,12 +24,12 @@ from caesura_vmcontrol.guest import (
     keep_memory_along,
     make_run,
     migration,
-    never_ran,
     note_ran,
+    prove_never_ran,
     reach,
     run_state,
 )
-from caesura_vmcontrol.processes import end, hold, let_go
+from caesura_vmcontrol.processes import kill_and_wait, sigcont, sigstop
 from caesura_vmcontrol.procfs import alive
 from caesura_vmcontrol.qemu_plans import SwapPlan, Vmm
 from caesura_vmcontrol.qmp import Qmp, QmpError
@@ -59,21 +59,21 @@ def way_out(plan: SwapPlan) -> None:
         elif owner.kind == "old":
             begun = claims.noted(plan.claims, "begun")
             ours = begun and _find_out_whose(plan, until)
-            back(plan.old, [(plan.new.pid, plan.new.start_ticks)], until, ours=ours, begun=begun)
+            roll_back(plan.old, [(plan.new.pid, plan.new.start_ticks)], until, ours=ours, begun=begun)
             return
         elif owner.kind == "new":
             if _forward(plan, number, owner, until):
                 return
             until = time.monotonic() + _TOTAL_S  # another decision stands: time anew for that
         elif owner.kind == "gone":
-            end(plan.new.pid, plan.new.start_ticks, until)
-            end(plan.old.pid, plan.old.start_ticks, until)
+            kill_and_wait(plan.new.pid, plan.new.start_ticks, until)
+            kill_and_wait(plan.old.pid, plan.old.start_ticks, until)
             return
         else:
             raise claims.BadClaim(f"{owner.text!r} in a swap")
 
 
-def back(old: Vmm, others: list[tuple[int, int]], until: float, *, ours: bool, begun: bool) -> None:
+def roll_back(old: Vmm, others: list[tuple[int, int]], until: float, *, ours: bool, begun: bool) -> None:
     """The old process has the guest for good: everybody else is dead before it is resumed.
 
     A QEMU that sends its state to one that hangs hangs itself until that one is dead.
@@ -81,9 +81,9 @@ def back(old: Vmm, others: list[tuple[int, int]], until: float, *, ours: bool, b
     have stopped it; if not, its pause is somebody else's, too.
     """
     for pid, start_ticks in others:
-        end(pid, start_ticks, until)
+        kill_and_wait(pid, start_ticks, until)
     if alive(old.pid, old.start_ticks):
-        let_go(old.pid, old.start_ticks)
+        sigcont(old.pid, old.start_ticks)
         try:
             with reach(old.pid, old.start_ticks, [old.qmp], until) as qmp:
                 make_run(qmp, until, ours=ours, stopped=begun)
@@ -119,8 +119,8 @@ def _find_out_whose(plan: SwapPlan, until: float) -> bool:
     """
     if _known_as_ours(plan):
         return True
-    hold(plan.new.pid, plan.new.start_ticks)
-    let_go(plan.old.pid, plan.old.start_ticks)
+    sigstop(plan.new.pid, plan.new.start_ticks)
+    sigcont(plan.old.pid, plan.old.start_ticks)
     try:
         with reach(
             plan.old.pid, plan.old.start_ticks, [plan.old.qmp], min(until, time.monotonic() + _ARRIVED_S)
@@ -130,7 +130,7 @@ def _find_out_whose(plan: SwapPlan, until: float) -> bool:
         return False  # dead, or waiting for the new one to take what it sends
     if not away:
         return False
-    let_go(plan.new.pid, plan.new.start_ticks)
+    sigcont(plan.new.pid, plan.new.start_ticks)
     return is_ours(plan)
 
 
@@ -149,7 +149,7 @@ def _decide(plan: SwapPlan, until: float) -> None:
     if alive(plan.old.pid, plan.old.start_ticks):
         claims.claim(plan.claims, 1, "old")
         return
-    let_go(plan.new.pid, plan.new.start_ticks)
+    sigcont(plan.new.pid, plan.new.start_ticks)
     try:
         with reach(plan.new.pid, plan.new.start_ticks, [plan.new.qmp, plan.old.qmp], until) as qmp:
             loaded = _has_everything(qmp, until)
@@ -182,8 +182,8 @@ def _has_everything(qmp: Qmp, until: float) -> bool:
 def _forward(plan: SwapPlan, number: int, owner: Owner, until: float) -> bool:
     """The new process has the guest, unless it is shown that it never ran it. False: read the claims again."""
     old, pid, ticks = plan.old, owner.pid, owner.start_ticks
-    hold(old.pid, old.start_ticks)
-    let_go(pid, ticks)
+    sigstop(old.pid, old.start_ticks)
+    sigcont(pid, ticks)
     try:
         qmp = reach(pid, ticks, [plan.new.qmp, old.qmp], until)
     except ProcessGone:
@@ -198,12 +198,12 @@ def _forward(plan: SwapPlan, number: int, owner: Owner, until: float) -> bool:
                     raise refused  # nobody to go back to: what it waits for may come free
                 claims.note_failure(plan.claims, str(refused))
                 # Not StillThere but dead, or we come again and find it dead: then nobody can tell.
-                proven = never_ran(qmp, pid, ticks, until + _TOTAL_S)
+                proven = prove_never_ran(qmp, pid, ticks, until + _TOTAL_S)
                 claims.claim(plan.claims, number + 1, "old" if proven else "gone")
                 return False
             note_ran(plan.claims)
         keep_memory_along(qmp, until)
-    end(old.pid, old.start_ticks, until)
+    kill_and_wait(old.pid, old.start_ticks, until)
     return True
 
 
@@ -215,20 +215,20 @@ def _after_the_operation(plan: SwapPlan, until: float) -> None:
     old, new = plan.old, plan.new
     left = [each for each in (old, new) if alive(each.pid, each.start_ticks)]
     for vmm in left:
-        let_go(vmm.pid, vmm.start_ticks)
+        sigcont(vmm.pid, vmm.start_ticks)
     if len(left) == 1:
         return
     try:
         with reach(new.pid, new.start_ticks, [new.qmp, old.qmp], until) as qmp:
             state = run_state(qmp, until)
             if state not in LOADING:
-                hold(old.pid, old.start_ticks)
+                sigstop(old.pid, old.start_ticks)
                 if not (state in RUNNING or state in OVER or state in NOT_OURS):
                     refused = cont(qmp, max(until, time.monotonic() + CONT_S))
                     if refused is not None:
                         raise refused
-                end(old.pid, old.start_ticks, until + _TOTAL_S)
+                kill_and_wait(old.pid, old.start_ticks, until + _TOTAL_S)
                 return
     except ProcessGone:
         return
-    back(old, [(new.pid, new.start_ticks)], until, ours=False, begun=True)
+    roll_back(old, [(new.pid, new.start_ticks)], until, ours=False, begun=True)

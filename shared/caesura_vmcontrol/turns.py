@@ -22,7 +22,7 @@ _PASSED_OVER = 3  # how many stopped ones
 
 
 @contextmanager
-def turn(folder: str, wait_s: float) -> Iterator[bool]:
+def try_lock(folder: str, wait_s: float) -> Iterator[bool]:
     """Wait up to ``wait_s`` seconds for the turn; whether we have it."""
     until = time.monotonic() + wait_s
     handles: list[int] = []

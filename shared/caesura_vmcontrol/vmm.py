@@ -11,10 +11,10 @@ from typing import Literal
 
 from caesura_vmcontrol import claims, replacing, swapping
 from caesura_vmcontrol.guest import ProcessGone, look, make_run, reach
-from caesura_vmcontrol.processes import let_go
+from caesura_vmcontrol.processes import sigcont
 from caesura_vmcontrol.procfs import alive
 from caesura_vmcontrol.qemu_plans import QemuPlan, ReplacePlan, SwapPlan, VmmPlan
-from caesura_vmcontrol.turns import turn
+from caesura_vmcontrol.turns import try_lock
 
 _FREEZE_S = 1.0  # s: one call
 _TURN_SWAP_S = (
@@ -23,7 +23,7 @@ _TURN_SWAP_S = (
 _TURN_REPLACE_S = 4.5
 
 
-class NobodyKnows(OSError):
+class OwnershipUnknown(OSError):
     """The claims are not ours: nothing is done."""
 
 
@@ -62,7 +62,7 @@ def thaw(plan: VmmPlan) -> None:
     """
     if isinstance(plan, QemuPlan):
         vmm, until = plan.vmm, time.monotonic() + _FREEZE_S
-        let_go(vmm.pid, vmm.start_ticks)
+        sigcont(vmm.pid, vmm.start_ticks)
         try:
             with reach(vmm.pid, vmm.start_ticks, [vmm.qmp], until) as qmp:
                 make_run(qmp, until, ours=False, stopped=True)
@@ -71,13 +71,13 @@ def thaw(plan: VmmPlan) -> None:
         return
     try:
         if isinstance(plan, SwapPlan):
-            with turn(plan.claims, _TURN_SWAP_S):
+            with try_lock(plan.claims, _TURN_SWAP_S):
                 swapping.way_out(plan)
         else:
-            with turn(plan.claims, _TURN_REPLACE_S) as alone:
+            with try_lock(plan.claims, _TURN_REPLACE_S) as alone:
                 replacing.way_out(plan, alone=alone)
     except claims.BadClaim as error:
-        raise NobodyKnows(f"{plan.claims}: {error}") from error
+        raise OwnershipUnknown(f"{plan.claims}: {error}") from error
 
 
 def heir(plan: SwapPlan | ReplacePlan) -> claims.Owner | None:
@@ -138,4 +138,4 @@ def _current(plan: SwapPlan | ReplacePlan) -> tuple[int, claims.Owner | None]:
     try:
         return claims.current(plan.claims)
     except claims.BadClaim as error:
-        raise NobodyKnows(f"{plan.claims}: {error}") from error
+        raise OwnershipUnknown(f"{plan.claims}: {error}") from error

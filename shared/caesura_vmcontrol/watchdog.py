@@ -9,9 +9,9 @@ from dataclasses import asdict
 from typing import Any, Literal, Protocol
 
 from caesura_vmcontrol.bounded import BoundedCalls
-from caesura_vmcontrol.intent import Catch, Fired, Intent
+from caesura_vmcontrol.intent import GuardAction, Intent, Intervention
 from caesura_vmcontrol.plans import Condition, Plan, SignalPlan, condition, thaw
-from caesura_vmcontrol.probes import VMM_PLANS, Round, Rounds
+from caesura_vmcontrol.probes import VMM_PLANS, ProbeResult, QemuProbes
 from caesura_vmcontrol.procfs import Process, process_table
 
 _RETRY_S = 0.005  # s: between two looks at VMs that do not run yet
@@ -50,7 +50,7 @@ class Store(Protocol):
         """Forget it. Raises OSError."""
 
 
-class Watch:
+class Watchdog:
     """One operation at a time: armed, then disarmed or fired.
 
     After it fired, it enforces "nothing of this operation is paused" until the operation is disarmed or its owner is
@@ -85,7 +85,7 @@ class Watch:
         self._owner_gone_at: float | None = None
         self._seen_running: dict[str, float] = {}
         self._unstored_since: float | None = None
-        self._rounds = Rounds(look, release, clock, log)
+        self._rounds = QemuProbes(look, release, clock, log)
         self._calls = BoundedCalls()
         self._complaints: dict[tuple[str, str], str] = {}
         """What was logged last of each VM, by event: one that hangs is looked at every few milliseconds."""
@@ -145,12 +145,12 @@ class Watch:
         self._seen_running = {
             vm: catch.running_at for vm, catch in before.vms.items() if catch.running_at is not None
         }
-        vms = {plan.vm: before.vms.get(plan.vm) or Catch(was_frozen=False) for plan in intent.plans}
-        self._begin(intent, Fired(before.why, before.at, vms))
+        vms = {plan.vm: before.vms.get(plan.vm) or Intervention(was_frozen=False) for plan in intent.plans}
+        self._begin(intent, GuardAction(before.why, before.at, vms))
 
     def _reset(self) -> None:
         self._seen_running = {}
-        self._rounds = Rounds(self._look, self._release, self._clock, self._log)
+        self._rounds = QemuProbes(self._look, self._release, self._clock, self._log)
 
     def owner_gone(self, *, dead: bool) -> None:
         """The updater's connection ended, or its process did (``dead``)."""
@@ -169,10 +169,10 @@ class Watch:
         intent = self._intent
         if intent is None or intent.fired is not None:
             return
-        vms = {plan.vm: Catch(was_frozen=False) for plan in intent.plans}
-        self._begin(intent, Fired(why, self._clock(), vms))
+        vms = {plan.vm: Intervention(was_frozen=False) for plan in intent.plans}
+        self._begin(intent, GuardAction(why, self._clock(), vms))
 
-    def _begin(self, intent: Intent, fired: Fired) -> None:
+    def _begin(self, intent: Intent, fired: GuardAction) -> None:
         intent.fired = fired
         self.look_again()
         self._log("guard.fired", operation=intent.operation, why=fired.why, state=self.state)
@@ -280,7 +280,7 @@ class Watch:
         if changed and intent.fired.done:
             self._save()
 
-    def _take_in(self, intent: Intent, rounds: list[Round]) -> None:
+    def _take_in(self, intent: Intent, rounds: list[ProbeResult]) -> None:
         """Write down what rounds of QEMU guests have found."""
         changed = False
         for each in rounds:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from caesura.runtime.env import SETTINGS, strangers
+from caesura.runtime.env import SETTINGS, unknown_variables
 from caesura_testing.patience import patient
 
 _BROKER = "write mqtt://host:1883"
@@ -217,7 +217,7 @@ def test_every_variable_that_this_tree_names_is_known() -> None:
                     named |= dict.fromkeys(_VARIABLE.findall(text), path)
     assert "CAESURA_PAUSE_S" in named
     wrong = {"CAESURA_ROLOUTS", "CAESURA_COUNT", "CAESURA_MOON"}  # what tests misspell
-    assert {name: named[name] for name in strangers(named) if name not in wrong} == {}
+    assert {name: named[name] for name in unknown_variables(named) if name not in wrong} == {}
 
 
 def test_the_prefixes_are_those_of_the_commands() -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from caesura.bus.local_broker import mosquitto_config
 from caesura.contract.messages import MAX_BUDGET_S
-from caesura_coordinator.service import Superseded
+from caesura_coordinator.service import LeadershipLost
 from caesura_host_updater.settings import HostUpdaterSettings
 
 _ROOT = Path(__file__).parents[2]
@@ -101,7 +101,7 @@ def test_a_loop_that_hangs_is_noticed_within_the_longest_pause(name: str) -> Non
 
 def test_a_coordinator_that_was_superseded_stays_down() -> None:
     stays = the(read_unit("coordinator"), "RestartPreventExitStatus").split()
-    assert str(Superseded.exit_code) in stays
+    assert str(LeadershipLost.exit_code) in stays
     assert "2" in stays, "a configuration that is wrong does not get right by starting again"
 
 

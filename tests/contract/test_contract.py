@@ -30,7 +30,7 @@ from caesura.contract.envelope import Message
 from caesura.contract.examples import examples
 from caesura.contract.generated import asyncapi, golden_payload
 from caesura.contract.names import InvalidName, check_name, own_set
-from caesura.contract.topics import CHANNELS, PREFIX, TopicError, channel_of, placed
+from caesura.contract.topics import CHANNELS, PREFIX, TopicError, channel_of, match_topic
 
 _GOLDEN = Path(__file__).parent / "golden"
 _NUMBERS = range(len(CHANNELS))
@@ -77,7 +77,7 @@ def test_types_and_topics_are_well_formed(channel: object) -> None:
 def test_no_two_channels_claim_one_topic() -> None:
     for example in examples():
         topic = channel_of(type(example.message)).topic(**example.parameters)
-        found = placed(topic)
+        found = match_topic(topic)
         assert found is not None
         assert [row for row in CHANNELS if row.match(topic) is not None] == [found[0]]
 

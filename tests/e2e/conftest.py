@@ -14,7 +14,7 @@ from caesura.bus.local_broker import LocalBroker
 from caesura.contract import messages as m
 from caesura.contract.parts import WholeRollout
 from caesura.runtime.processes import freezers
-from caesura_ctl.fleet_view import Picture
+from caesura_ctl.fleet_view import FleetView
 from caesura_ctl.session import Session, connect, new_request_id
 from caesura_ctl.settings import CtlSettings
 from caesura_testing.broker import mosquitto, mosquitto_installed
@@ -34,7 +34,7 @@ class Stage:
         self.notice_s = 1.0
 
     @property
-    def picture(self) -> Picture:
+    def picture(self) -> FleetView:
         return self.session.picture
 
     async def up(self, *hosts: str) -> None:

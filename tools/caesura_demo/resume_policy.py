@@ -24,7 +24,7 @@ class HostFacts(msgspec.Struct, frozen=True):
     guard: str
 
 
-class Facts(msgspec.Struct, frozen=True, kw_only=True):
+class HaltSnapshot(msgspec.Struct, frozen=True, kw_only=True):
     """What ``caesura status --json`` says, as far as it matters here."""
 
     coordinator_online: bool
@@ -37,7 +37,7 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
     waves_done: int = 0
 
 
-class Past(msgspec.Struct, frozen=True, kw_only=True):
+class ResumeHistory(msgspec.Struct, frozen=True, kw_only=True):
     """What we did before, and saw for how long."""
 
     resumed: int = 0
@@ -57,11 +57,11 @@ class Step(msgspec.Struct, frozen=True):
     how: str = ""
 
 
-def facts_from(status: Mapping[str, Any]) -> Facts:
+def facts_from(status: Mapping[str, Any]) -> HaltSnapshot:
     """The facts in the document of ``caesura status --json``."""
     coordinator = status.get("coordinator") or {}
     rollout = status.get("rollout") or {}
-    return Facts(
+    return HaltSnapshot(
         coordinator_online=bool(coordinator.get("online", False)),
         hosts=tuple(
             HostFacts(each["inventory"]["host"], each["online"], each["inventory"].get("guard", "absent"))
@@ -76,7 +76,7 @@ def facts_from(status: Mapping[str, Any]) -> Facts:
     )
 
 
-def next_step(facts: Facts, *, client: str, hosts: Sequence[str], past: Past) -> Step:
+def next_step(facts: HaltSnapshot, *, client: str, hosts: Sequence[str], past: ResumeHistory) -> Step:
     """What an operator would do now.
 
     Args:
@@ -95,7 +95,7 @@ def next_step(facts: Facts, *, client: str, hosts: Sequence[str], past: Past) ->
     return Step("wait", why=missing) if missing else Step("roll")
 
 
-def _halted(facts: Facts, client: str, missing: str, past: Past) -> Step:
+def _halted(facts: HaltSnapshot, client: str, missing: str, past: ResumeHistory) -> Step:
     why = f"halted: {facts.reason or 'no reason given'}"
     theirs = ""
     if facts.requested_by != client:
@@ -115,7 +115,7 @@ def _halted(facts: Facts, client: str, missing: str, past: Past) -> Step:
     return Step("resume", facts.rollout, why)
 
 
-def _missing(facts: Facts, hosts: Sequence[str]) -> str:
+def _missing(facts: HaltSnapshot, hosts: Sequence[str]) -> str:
     there = {each.name for each in facts.hosts}
     wrong = [] if facts.coordinator_online else ["the coordinator is not on the bus"]
     wrong += [f"{name} was never on the bus" for name in hosts if name not in there]

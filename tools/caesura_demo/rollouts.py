@@ -26,7 +26,7 @@ from caesura.runtime.errors import CaesuraError
 from caesura.runtime.logs import configure_logging
 from caesura.runtime.threads import in_thread
 from caesura_demo.fleet import UPDATES, compose_layout
-from caesura_demo.resume_policy import Facts, Past, Step, facts_from, next_step, update_for
+from caesura_demo.resume_policy import HaltSnapshot, ResumeHistory, Step, facts_from, next_step, update_for
 
 _POLICY = ("--notice", "10s", "--budget", "15s", "--soak", "2s")
 """Workloads approve within a second or two, so the notice is for show; 15 s hold the longer update easily."""
@@ -151,7 +151,7 @@ class Rollouts:
             self._halted_at = None  # the next halt is another one
         return self._concluded(answer)
 
-    def _past(self, facts: Facts) -> Past:
+    def _past(self, facts: HaltSnapshot) -> ResumeHistory:
         """What was done about this before, brought up to now."""
         if self._found is None:
             self._found = facts.rollout if facts.status == "aborted" else ""
@@ -163,7 +163,7 @@ class Rollouts:
         elif self._halted_at is None:
             self._halted_at = self._clock()
         halted_s = 0.0 if self._halted_at is None else self._clock() - self._halted_at
-        return Past(resumed=self._resumed, halted_s=halted_s, found=self._found)
+        return ResumeHistory(resumed=self._resumed, halted_s=halted_s, found=self._found)
 
     def _roll(self) -> float:
         update = update_for(tuple(UPDATES), self._count)

@@ -10,7 +10,7 @@ import msgspec
 from caesura.contract import messages as m
 from caesura.contract.parts import WholeRollout
 from caesura_ctl.durations import show_pause
-from caesura_ctl.fleet_view import Pause, Picture
+from caesura_ctl.fleet_view import FleetView, Pause
 from caesura_ctl.proofs import Shown, counted
 from caesura_demo.guests import GuestMethod, GuestStatus
 
@@ -37,7 +37,7 @@ class Check(msgspec.Struct, frozen=True):
 
 
 def judge(
-    picture: Picture,
+    picture: FleetView,
     rollout: WholeRollout,
     workloads: Mapping[str, WorkloadStatus],
     patched: Sequence[str],
@@ -65,7 +65,7 @@ def judge(
 
 
 def judge_guests(
-    picture: Picture,
+    picture: FleetView,
     rollout: WholeRollout,
     guests: Sequence[GuestStatus],
     patched: Sequence[str],
@@ -108,7 +108,7 @@ def judge_guests(
     ]
 
 
-def _moved(picture: Picture, pauses: Sequence[Pause]) -> Check:
+def _moved(picture: FleetView, pauses: Sequence[Pause]) -> Check:
     details = {
         result.vm: result.detail
         for operation in {each.operation for each in pauses} & picture.reports.keys()
@@ -122,20 +122,20 @@ def _moved(picture: Picture, pauses: Sequence[Pause]) -> Check:
     )
 
 
-def _guest_memory(picture: Picture, pauses: Sequence[Pause]) -> Check:
+def _guest_memory(picture: FleetView, pauses: Sequence[Pause]) -> Check:
     shown = [Shown(pause, picture.clocks) for pause in pauses]
     return Check(
         "memory proven for every guest", bool(shown) and all(each.proven for each in shown), counted(shown)
     )
 
 
-def _approvals(picture: Picture, rollout: WholeRollout, workloads: Mapping[str, WorkloadStatus]) -> Check:
+def _approvals(picture: FleetView, rollout: WholeRollout, workloads: Mapping[str, WorkloadStatus]) -> Check:
     ids = {event_id.lower() for wave in rollout.waves for event_id in wave.events.values()}
     asked = sum(any(each.lower() in ids for each in work.approved) for work in workloads.values())
     return _approved(picture, ids, asked)
 
 
-def _approved(picture: Picture, ids: set[str], asked: int) -> Check:
+def _approved(picture: FleetView, ids: set[str], asked: int) -> Check:
     approved = {event_id for event_id in ids if any(each.approved_by for each in _facts(picture, event_id))}
     return Check(
         "workloads were warned and approved",
@@ -144,7 +144,7 @@ def _approved(picture: Picture, ids: set[str], asked: int) -> Check:
     )
 
 
-def _facts(picture: Picture, event_id: str) -> list[m.EventChanged]:
+def _facts(picture: FleetView, event_id: str) -> list[m.EventChanged]:
     return next((facts for known, facts in picture.events.items() if known.lower() == event_id), [])
 
 
@@ -210,7 +210,7 @@ def _patched(patched: Sequence[str], hosts: set[str]) -> Check:
 
 
 def _memory(
-    picture: Picture,
+    picture: FleetView,
     pauses: Sequence[Pause],
     workloads: Mapping[str, WorkloadStatus],
     expected: set[str],
@@ -227,7 +227,7 @@ def _memory(
     )
 
 
-def _clocks(picture: Picture, pauses: Sequence[Pause], bound_s: float) -> Check:
+def _clocks(picture: FleetView, pauses: Sequence[Pause], bound_s: float) -> Check:
     verdicts = [picture.clocks.get((each.operation, each.vm)) for each in pauses]
     right = [
         each
@@ -244,7 +244,7 @@ def _clocks(picture: Picture, pauses: Sequence[Pause], bound_s: float) -> Check:
     )
 
 
-def _events(picture: Picture, rollout: WholeRollout) -> Check:
+def _events(picture: FleetView, rollout: WholeRollout) -> Check:
     ids = [event_id for wave in rollout.waves for event_id in wave.events.values()]
     ends = {
         event_id: [

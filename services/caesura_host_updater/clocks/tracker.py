@@ -14,7 +14,7 @@ import structlog
 from caesura.contract.messages import AgentClockSynced, MemoryProof, VmClockSynced, VmResumed
 from caesura.delivery.message import OutboxMessage
 from caesura.lifecycle.proof import memory_proof
-from caesura_host_updater.clocks.verdict import ClockWait, judge, judge_driver, same_boot, unsynced
+from caesura_host_updater.clocks.verdict import ClockCheck, judge, judge_driver, same_boot, unsynced
 from caesura_host_updater.drivers.port import Driver, DriverError
 
 _BOOT_ID_S = 0.5  # s: for a guest to tell its boot id before it is paused
@@ -23,10 +23,10 @@ REPEAT_S = 2.0  # s: the agent may have been away when `resumed` was told: it is
 _log = structlog.get_logger("caesura.clock")
 
 
-class _Case:
+class _PendingSync:
     """One VM that waits. Instants on CLOCK_MONOTONIC."""
 
-    def __init__(self, wait: ClockWait) -> None:
+    def __init__(self, wait: ClockCheck) -> None:
         self.wait = wait
         self.answer: AgentClockSynced | None = None
         self.resumed: OutboxMessage | None = None
@@ -41,7 +41,7 @@ def _fuller(earlier: AgentClockSynced | None, later: AgentClockSynced) -> AgentC
     return earlier if earlier is not None and later.canary is None and earlier.canary is not None else later
 
 
-class ClockDesk:
+class ClockSyncTracker:
     """Judges each resumed VM's clock once.
 
     The time to answer begins when the broker has taken `resumed`: before that no agent can know. It begins
@@ -69,8 +69,8 @@ class ClockDesk:
         self._timeout_s = timeout_s
         self._verdict = verdict
         self._repeat = repeat
-        self._open: dict[str, _Case] = {}
-        self._early: dict[
+        self._open: dict[str, _PendingSync] = {}
+        self._pending_requests: dict[
             tuple[str, str], tuple[OutboxMessage | None, AgentClockSynced | None, float | None]
         ] = {}
         self._stir = asyncio.Event()
@@ -91,13 +91,13 @@ class ClockDesk:
 
         return dict(zip(vms, await asyncio.gather(*map(ask, vms)), strict=True))
 
-    def resumed_told(self, letter: OutboxMessage, message: VmResumed) -> None:
+    def on_resume_published(self, letter: OutboxMessage, message: VmResumed) -> None:
         """The broker has a VM's `resumed`."""
         case = self._case(message.vm, message.operation)
         now = time.monotonic()
         if case is None:
-            _, answer, _ = self._early.get((message.vm, message.operation), (None, None, None))
-            self._early[message.vm, message.operation] = (letter, answer, now)
+            _, answer, _ = self._pending_requests.get((message.vm, message.operation), (None, None, None))
+            self._pending_requests[message.vm, message.operation] = (letter, answer, now)
         elif case.resumed is None:
             case.resumed, case.told_at, case.repeat_at = letter, now, now + REPEAT_S
             self._stir.set()
@@ -112,15 +112,15 @@ class ClockDesk:
             self._stir.set()
             return
         this = (message.vm, message.operation)
-        letter, earlier, at = self._early.get(this, (None, None, None))
+        letter, earlier, at = self._pending_requests.get(this, (None, None, None))
         if letter is None:
             # It may be quicker than the broker's acknowledgement of `resumed`. One such answer of a VM is kept.
-            for key, early in list(self._early.items()):
+            for key, early in list(self._pending_requests.items()):
                 if key[0] == message.vm and key != this and early[0] is None:
-                    del self._early[key]
-        self._early[this] = (letter, _fuller(earlier, message), at)
+                    del self._pending_requests[key]
+        self._pending_requests[this] = (letter, _fuller(earlier, message), at)
 
-    def expect(self, waits: Sequence[ClockWait], *, told: bool = False) -> None:
+    def expect(self, waits: Sequence[ClockCheck], *, told: bool = False) -> None:
         """An operation was reported: its VMs may be judged from now on.
 
         ``told``: their `resumed` may have been taken by the broker in an earlier life of ours.
@@ -132,20 +132,20 @@ class ClockDesk:
                     self._open[wait.vm],
                     unsynced(self._host, self._open[wait.vm].wait, why, datetime.now(UTC)),
                 )
-            case = self._open[wait.vm] = _Case(wait)
-            case.resumed, case.answer, case.told_at = self._early.get(
+            case = self._open[wait.vm] = _PendingSync(wait)
+            case.resumed, case.answer, case.told_at = self._pending_requests.get(
                 (wait.vm, wait.operation), (None, None, None)
             )
             case.repeat_at = time.monotonic() + REPEAT_S
             if told and case.told_at is None:
                 case.told_at = time.monotonic()
         if waits:  # a report without VMs (refused, cancelled) may come while another operation is under way
-            self._early.clear()
+            self._pending_requests.clear()
         if self._open:
             self._all_judged.clear()
         self._stir.set()
 
-    def waits_for(self, wait: ClockWait) -> bool:
+    def waits_for(self, wait: ClockCheck) -> bool:
         """Whether the verdict is still due."""
         return self._case(wait.vm, wait.operation) is not None
 
@@ -164,7 +164,7 @@ class ClockDesk:
                 case.repeat_at = case.told_at + REPEAT_S
         self._stir.set()
 
-    def _case(self, vm: str, operation: str) -> _Case | None:
+    def _case(self, vm: str, operation: str) -> _PendingSync | None:
         case = self._open.get(vm)
         return case if case is not None and case.wait.operation == operation else None
 
@@ -190,7 +190,7 @@ class ClockDesk:
                 if case.asking is not None:
                     case.asking.cancel()
 
-    def _look(self, case: _Case) -> None:
+    def _look(self, case: _PendingSync) -> None:
         now = time.monotonic()
         if case.asking is not None:
             if case.asking.done():
@@ -210,7 +210,7 @@ class ClockDesk:
             case.repeat_at = now + REPEAT_S
             self._repeat(case.resumed)
 
-    def _waits_for_canary(self, case: _Case, now: float) -> bool:
+    def _waits_for_canary(self, case: _PendingSync, now: float) -> bool:
         """Whether the agent has its clock and still compares its canary; no longer than for an agent that keeps silent."""
         if not case.wait.canary_writes or case.answer is None or case.answer.canary is not None:
             return False
@@ -220,7 +220,7 @@ class ClockDesk:
         """Whether the driver may be able to set the clock from outside."""
         return self._driver.capabilities(vm).clock == "system"
 
-    def _better(self, case: _Case, by_driver: VmClockSynced) -> VmClockSynced:
+    def _better(self, case: _PendingSync, by_driver: VmClockSynced) -> VmClockSynced:
         """What the agent said, if it said anything: it may have come while the driver was asked."""
         if case.answer is None:
             return by_driver
@@ -229,11 +229,11 @@ class ClockDesk:
             return by_agent
         return msgspec.structs.replace(by_driver, memory=by_agent.memory or by_driver.memory)
 
-    def _ask_driver(self, case: _Case, why: str) -> None:
+    def _ask_driver(self, case: _PendingSync, why: str) -> None:
         case.asking = asyncio.create_task(self._by_driver(case.wait, why))
         case.asking.add_done_callback(lambda _: self._stir.set())
 
-    async def _by_driver(self, wait: ClockWait, why: str) -> VmClockSynced:
+    async def _by_driver(self, wait: ClockCheck, why: str) -> VmClockSynced:
         try:
             async with asyncio.timeout(self._timeout_s):
                 told = await self._driver.sync_clock(wait.vm)
@@ -256,7 +256,7 @@ class ClockDesk:
         except DriverError as error:
             return memory_proof(detail=f"its boot id could not be read: {error.why}")
 
-    def _close(self, case: _Case, verdict: VmClockSynced) -> None:
+    def _close(self, case: _PendingSync, verdict: VmClockSynced) -> None:
         del self._open[case.wait.vm]
         if not self._open:
             self._all_judged.set()

@@ -11,7 +11,7 @@ from caesura.lifecycle.proof import combined, memory_proof
 from caesura_host_updater.drivers.port import ClockSet
 
 
-class ClockWait(msgspec.Struct, frozen=True):
+class ClockCheck(msgspec.Struct, frozen=True):
     """A resumed VM whose clock is not judged yet. ``boot_id``: its agent's before the pause, if known; ``kernel_boot_id``: the
     guest kernel's. ``canary_writes``: what the agent last said before the pause of the pages that it had written, 0: it holds none."""
 
@@ -25,7 +25,7 @@ class ClockWait(msgspec.Struct, frozen=True):
     canary_writes: int = 0
 
 
-def judge(host: str, wait: ClockWait, told: AgentClockSynced, at: datetime) -> VmClockSynced:
+def judge(host: str, wait: ClockCheck, told: AgentClockSynced, at: datetime) -> VmClockSynced:
     """The host's verdict on what an agent measured.
 
     The true error lies within the uncertainty around the measured one, so the clock is right only if even
@@ -57,7 +57,7 @@ def judge(host: str, wait: ClockWait, told: AgentClockSynced, at: datetime) -> V
 
 
 def judge_driver(
-    host: str, wait: ClockWait, told: ClockSet, memory: MemoryProof | None, at: datetime
+    host: str, wait: ClockCheck, told: ClockSet, memory: MemoryProof | None, at: datetime
 ) -> VmClockSynced:
     """The verdict on a clock that was set from outside the guest."""
     why = _too_far(told.after_s, told.uncertainty_s, wait.bound_s)
@@ -85,7 +85,7 @@ def _too_far(error_s: float, uncertainty_s: float, bound_s: float) -> str:
     return f"the clock may be {worst_s:.4f} s off after the sync, the bound is {bound_s:g} s"
 
 
-def shown_by_guest(wait: ClockWait, told: AgentClockSynced) -> MemoryProof:
+def shown_by_guest(wait: ClockCheck, told: AgentClockSynced) -> MemoryProof:
     """What the agent's answer shows of the guest's memory: its boot id, and its canary if it holds one."""
     one = same_boot(wait.boot_id, told.boot_id)
     return combined(one, _canary(wait.canary_writes, told.canary)) or one
@@ -114,7 +114,7 @@ def same_boot(before: str, after: str) -> MemoryProof:
     return memory_proof((), ["not_rebooted"], f"rebooted: boot id {before} became {after}")
 
 
-def unsynced(host: str, wait: ClockWait, reason: str, at: datetime) -> VmClockSynced:
+def unsynced(host: str, wait: ClockCheck, reason: str, at: datetime) -> VmClockSynced:
     """Loudly: nobody put this clock right."""
     return VmClockSynced(
         vm=wait.vm,

@@ -29,7 +29,7 @@ class FreezerUnusable(CaesuraError):
     """This way of freezing does not work here; the text says why."""
 
 
-class Run(msgspec.Struct, frozen=True, kw_only=True):
+class ProcessGroupRecord(msgspec.Struct, frozen=True, kw_only=True):
     """A VM that was started: written by its first process, read by every later host updater."""
 
     pid: int
@@ -46,14 +46,14 @@ class Freezer(Protocol):
     def kind(self) -> FreezerKind:
         """Its name in settings, logs and run files."""
 
-    def place(self, vm: str) -> str:
+    def create_cgroup(self, vm: str) -> str:
         """Make the place for a VM's processes; the file that controls it, empty where there is none."""
 
     def remove(self, vm: str) -> None:
         """Take the place away again; a place still in use stays."""
 
 
-def plan_of(vm: str, run: Run, table: Mapping[int, Process] | None = None) -> ProcessPlan:
+def plan_of(vm: str, run: ProcessGroupRecord, table: Mapping[int, Process] | None = None) -> ProcessPlan:
     """The plan that resumes this VM. With signals it holds the descendants of now, so make it fresh."""
     if run.kind != "sigstop":
         return CgroupPlan(vm, run.kind, run.control)
@@ -64,7 +64,7 @@ def plan_of(vm: str, run: Run, table: Mapping[int, Process] | None = None) -> Pr
     return SignalPlan(vm, run.pid, run.start_ticks, others)
 
 
-def ask_to_freeze(plan: ProcessPlan, table: Mapping[int, Process] | None = None) -> None:
+def request_freeze(plan: ProcessPlan, table: Mapping[int, Process] | None = None) -> None:
     """Ask the kernel to stop the VM; for signals call it again until ``condition`` says frozen.
 
     ``table`` saves reading the process table.
@@ -83,7 +83,7 @@ def ask_to_freeze(plan: ProcessPlan, table: Mapping[int, Process] | None = None)
         os.close(handle)
 
 
-def outside(plan: CgroupPlan, run: Run, table: Mapping[int, Process]) -> str:
+def outside(plan: CgroupPlan, run: ProcessGroupRecord, table: Mapping[int, Process]) -> str:
     """What the VM's first process has below it that is not in the VM's cgroup, in words; empty if nothing is.
 
     A freeze does not hold it: something moved it (``podman``, ``systemd-run --scope``, ``cgexec``). Blocking.
@@ -123,7 +123,7 @@ class CgroupFreezer:
         try:
             probe.mkdir(parents=True, exist_ok=True)
             plan = CgroupPlan("_probe", kind, str(probe / self._control))
-            ask_to_freeze(plan)
+            request_freeze(plan)
             condition(plan)
         except (OSError, ValueError) as error:
             raise FreezerUnusable(f"{kind} under {base}: {error}") from error
@@ -138,7 +138,7 @@ class CgroupFreezer:
         """``cgroup1`` or ``cgroup2``."""
         return self._kind
 
-    def place(self, vm: str) -> str:
+    def create_cgroup(self, vm: str) -> str:
         """Make the VM's cgroup."""
         folder = self._base / vm
         folder.mkdir(parents=True, exist_ok=True)
@@ -162,7 +162,7 @@ class SignalFreezer:
         """``sigstop``."""
         return "sigstop"
 
-    def place(self, vm: str) -> str:  # noqa: ARG002 - the port's signature
+    def create_cgroup(self, vm: str) -> str:  # noqa: ARG002 - the port's signature
         """Signals need no place."""
         return ""
 

@@ -26,7 +26,14 @@ from caesura.contract.messages import Method, ProofCode, VmState
 from caesura.runtime.threads import in_thread, in_thread_to_its_end
 from caesura_host_updater.drivers import guest_init
 from caesura_host_updater.drivers.digest import digest_of
-from caesura_host_updater.drivers.freezers import Freezer, ProcessPlan, Run, ask_to_freeze, outside, plan_of
+from caesura_host_updater.drivers.freezers import (
+    Freezer,
+    ProcessGroupRecord,
+    ProcessPlan,
+    outside,
+    plan_of,
+    request_freeze,
+)
 from caesura_host_updater.drivers.port import (
     Capabilities,
     ClockSet,
@@ -92,14 +99,14 @@ class ProcessDriver:
         self._freezer = freezer
         self._environ = dict(environ)
         self._max_digest_bytes = max_digest_bytes
-        self._runs: dict[str, Run] = {}
+        self._runs: dict[str, ProcessGroupRecord] = {}
         self._watches: dict[str, ExitWatch] = {}
         self._not_started: dict[str, str] = {}
         self._maimed: Mapping[str, str] = {}
         """VMs of whose processes some have failed, and which; as last looked."""
         self._frozen: dict[str, ProcessPlan] = {}
         """Plans of VMs that were asked to freeze, with the processes of that moment."""
-        self._burials: set[asyncio.Task[None]] = set()
+        self._cleanup_tasks: set[asyncio.Task[None]] = set()
         self._table: tuple[float, Mapping[int, Process]] = (0.0, {})
         self._table_turn = threading.Lock()
         self._resuming: dict[str, asyncio.Future[Literal["running", "gone"]]] = {}
@@ -164,9 +171,11 @@ class ProcessDriver:
             await self._bury(spec.name, lambda: plan_of(spec.name, former))
         await self._start(spec)
 
-    def _read_run(self, vm: str) -> Run | None:
+    def _read_run(self, vm: str) -> ProcessGroupRecord | None:
         try:
-            return msgspec.json.decode((self._folder / f"{vm}.run.json").read_bytes(), type=Run)
+            return msgspec.json.decode(
+                (self._folder / f"{vm}.run.json").read_bytes(), type=ProcessGroupRecord
+            )
         except FileNotFoundError:
             return None
         except (OSError, msgspec.DecodeError) as error:
@@ -179,7 +188,7 @@ class ProcessDriver:
         def start() -> list[str]:
             run_file.unlink(missing_ok=True)
             self._ended_file(vm).unlink(missing_ok=True)
-            control = self._freezer.place(vm)
+            control = self._freezer.create_cgroup(vm)
             spec_file = self._folder / f"{vm}.spec.json"
             spec_file.write_bytes(self._init_spec(spec, control))
             spec_file.chmod(0o600)
@@ -207,7 +216,7 @@ class ProcessDriver:
         run = self._read_run(vm)
         if run is None:
             reap(pid)
-            raise DriverError(vm, f"cannot be started: {self._last_words(vm)}")
+            raise DriverError(vm, f"cannot be started: {self._log_tail(vm)}")
         self._watch(vm, run)
         _log.info("vm.started", vm=vm, pid=run.pid, freezer=run.kind)
 
@@ -233,14 +242,14 @@ class ProcessDriver:
             }
         )
 
-    def _last_words(self, vm: str) -> str:
+    def _log_tail(self, vm: str) -> str:
         try:
             lines = (self._folder / f"{vm}.log").read_text(errors="replace").splitlines()
         except OSError:
             lines = []
         return lines[-1].removeprefix("guest_init: ") if lines else "it ended at once"
 
-    def _watch(self, vm: str, run: Run) -> None:
+    def _watch(self, vm: str, run: ProcessGroupRecord) -> None:
         self._runs[vm] = run
         try:
             self._watches[vm] = ExitWatch(run.pid, lambda: self._ended(vm))
@@ -254,10 +263,10 @@ class ProcessDriver:
         _log.warning("vm.ended", vm=vm)
         if run is not None:
             burial = asyncio.create_task(self._bury(vm, lambda: self._frozen.get(vm) or plan_of(vm, run)))
-            self._burials.add(burial)
-            burial.add_done_callback(self._burials.discard)
+            self._cleanup_tasks.add(burial)
+            burial.add_done_callback(self._cleanup_tasks.discard)
 
-    def _processes(self, run: Run) -> Mapping[int, Process] | None:
+    def _processes(self, run: ProcessGroupRecord) -> Mapping[int, Process] | None:
         """The process table, one for all VMs that ask within the same few milliseconds; None: not needed."""
         return self._process_table() if run.kind == "sigstop" else None
 
@@ -283,11 +292,11 @@ class ProcessDriver:
             for vm in self._specs:
                 self._freezer.remove(vm)
             self._runs.clear()
-        if self._burials:
-            await asyncio.wait(self._burials)
+        if self._cleanup_tasks:
+            await asyncio.wait(self._cleanup_tasks)
         self._readers.shutdown(wait=False, cancel_futures=True)
 
-    async def _stop(self, vm: str, run: Run) -> None:
+    async def _stop(self, vm: str, run: ProcessGroupRecord) -> None:
         plan = await in_thread(f"stop {vm}", lambda: self._let_run(vm, run))
         ended = asyncio.Event()
         try:
@@ -307,7 +316,7 @@ class ProcessDriver:
         reap(run.pid)
         (self._folder / f"{vm}.run.json").unlink(missing_ok=True)
 
-    def _let_run(self, vm: str, run: Run) -> ProcessPlan:
+    def _let_run(self, vm: str, run: ProcessGroupRecord) -> ProcessPlan:
         plan = plan_of(vm, run)
         with suppress(OSError):
             thaw(plan)
@@ -316,10 +325,10 @@ class ProcessDriver:
     async def _bury(self, vm: str, find: Callable[[], ProcessPlan]) -> None:
         """End what a VM left behind when its first process is dead."""
         with suppress(OSError):
-            await in_thread_to_its_end(f"bury {vm}", lambda stop: self._kill_rest(find(), stop))
+            await in_thread_to_its_end(f"bury {vm}", lambda stop: self._kill_remaining(find(), stop))
 
     @staticmethod
-    def _kill_rest(plan: ProcessPlan, stop: threading.Event) -> None:
+    def _kill_remaining(plan: ProcessPlan, stop: threading.Event) -> None:
         until = time.monotonic() + _STOP_TIMEOUT_S
         while condition(plan) != "gone" and time.monotonic() < until:
             if isinstance(plan, SignalPlan):
@@ -410,13 +419,13 @@ class ProcessDriver:
         except OSError as error:
             raise FreezeFailed(vm, f"{run.kind}: {error}") from error
 
-    def _freeze(self, vm: str, run: Run, by: float, stop: threading.Event) -> None:
+    def _freeze(self, vm: str, run: ProcessGroupRecord, by: float, stop: threading.Event) -> None:
         plan = self._frozen[vm] = plan_of(vm, run, self._processes(run))
         called_at = time.monotonic()
         frozen_since: float | None = None
         if stop.is_set() or called_at >= by:
             raise FreezeFailed(vm, "it was too late to freeze it")
-        ask_to_freeze(plan, self._processes(run))
+        request_freeze(plan, self._processes(run))
         while not stop.is_set():
             state, now = condition(plan, self._processes(run)), time.monotonic()
             if state == "gone" or vm not in self._runs:
@@ -434,11 +443,11 @@ class ProcessDriver:
                 raise FreezeFailed(vm, f"does not stand still after {now - called_at:.2f} s ({state})")
             if run.kind == "sigstop" and state != "frozen":
                 # a process forked meanwhile, or somebody sent SIGCONT
-                ask_to_freeze(plan, self._processes(run))
+                request_freeze(plan, self._processes(run))
             stop.wait(_LOOK_S)
         raise FreezeFailed(vm, "its freeze was called off")
 
-    def _check_whole(self, plan: CgroupPlan, run: Run) -> None:
+    def _check_whole(self, plan: CgroupPlan, run: ProcessGroupRecord) -> None:
         strays = outside(plan, run, self._process_table())
         if strays:
             raise FreezeFailed(

@@ -13,7 +13,7 @@ from msgspec import Meta
 from caesura.contract.messages import MOST_TARGETS, FaultDomain, UpdateDomain
 from caesura.contract.names import InvalidName, check_name, own_set
 from caesura.runtime.errors import ConfigError
-from caesura.runtime.validation_errors import explained
+from caesura.runtime.validation_errors import describe_error
 from caesura_host_updater.drivers.elsewhere import hands_over
 from caesura_host_updater.drivers.qemu.definition import Adopt, Definition, QemuOptions, definition_error
 from caesura_host_updater.files import read_regular
@@ -86,7 +86,7 @@ def parse_host_file(text: str, name: str) -> HostFile:
     except tomllib.TOMLDecodeError as error:
         raise HostFileError(f"{name}: {error}") from error
     except msgspec.ValidationError as error:
-        raise HostFileError(f"{name}: {explained(error, HostFile)}") from error
+        raise HostFileError(f"{name}: {describe_error(error, HostFile)}") from error
     try:
         check_name("host", file.host)
         for vm in file.vm:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import structlog
 
-from caesura.bus.messaging import Post
+from caesura.bus.messaging import MessageClient
 from caesura.bus.port import BusUnavailable, PublishRefused
 from caesura.contract.codec import Oversized
 from caesura.contract.fitting import fitted
@@ -22,7 +22,7 @@ class InventoryPublisher:
         post: where it is published.
     """
 
-    def __init__(self, host: str, post: Post) -> None:
+    def __init__(self, host: str, post: MessageClient) -> None:
         self._host = host
         self._post = post
         self._parts: dict[int, str] = {}

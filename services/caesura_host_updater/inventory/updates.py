@@ -17,7 +17,7 @@ from msgspec import Meta
 
 from caesura.contract.messages import Impact, Method, RefusedUpdate, Scope, UpdateRecord, VmmChange
 from caesura.contract.names import InvalidName, check_name
-from caesura.runtime.validation_errors import explained
+from caesura.runtime.validation_errors import describe_error
 from caesura_host_updater.files import read_regular
 
 _LINE = re.compile(r"\(at line (\d+), column \d+\)")
@@ -88,7 +88,7 @@ def parse_update(file: str, text: str, *, find: Callable[[str], str | None]) -> 
         update = msgspec.convert(table, UpdateFile, strict=True)
         check_name("update", update.name)
     except msgspec.ValidationError as error:
-        return _refusal(file, text, explained(error, UpdateFile))
+        return _refusal(file, text, describe_error(error, UpdateFile))
     except InvalidName as error:
         return _refusal(file, text, str(error), key="name")
     program = update.argv[0]

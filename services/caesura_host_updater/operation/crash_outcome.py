@@ -8,7 +8,7 @@ import msgspec
 
 from caesura.contract.reasons import ReasonCode
 from caesura_host_updater.operation.state import Operation, VmPause
-from caesura_vmcontrol.intent import Catch, Intent
+from caesura_vmcontrol.intent import Intent, Intervention
 
 
 def recovered(
@@ -63,7 +63,7 @@ def _vm(vm: VmPause, op: Operation, record: Intent | None, resumed_now: float | 
     return vm
 
 
-def _called_at(vm: VmPause, op: Operation, record: Intent | None, catch: Catch | None) -> float | None:
+def _called_at(vm: VmPause, op: Operation, record: Intent | None, catch: Intervention | None) -> float | None:
     """The freeze call; where it was not written down, something just before it: the pause was at most that long."""
     called_at = vm.called_at
     if called_at is None:

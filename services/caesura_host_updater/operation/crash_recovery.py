@@ -18,15 +18,15 @@ from caesura.contract.messages import OperationReported
 from caesura.delivery.message import OutboxMessage
 from caesura.runtime.errors import StoreError
 from caesura.runtime.threads import in_thread
-from caesura_host_updater.clocks.verdict import ClockWait
+from caesura_host_updater.clocks.verdict import ClockCheck
 from caesura_host_updater.drivers.port import Driver, DriverError, NotRunningYet, states_within
-from caesura_host_updater.guard_client import Guardian, GuardUnavailable
+from caesura_host_updater.guard_client import GuardClient, GuardUnavailable
 from caesura_host_updater.inventory.installs import marks_of
 from caesura_host_updater.journal import Entry, Journal, JournalThread
 from caesura_host_updater.operation.crash_outcome import recovered
-from caesura_host_updater.operation.finalizer import Endings, Letters
+from caesura_host_updater.operation.finalizer import FactFactory, OperationFinalizer
 from caesura_host_updater.operation.report import clock_wait, final_report, frozen_fact, resumed_fact
-from caesura_host_updater.operation.runner import wall
+from caesura_host_updater.operation.runner import to_wall_clock
 from caesura_host_updater.operation.state import Operation
 from caesura_host_updater.pauses import PauseMarkers, how_to_resume
 from caesura_host_updater.update_process import end_orphans
@@ -79,10 +79,10 @@ class Startup:
         host: str,
         *,
         driver: Driver,
-        guardian: Guardian,
+        guardian: GuardClient,
         journal: JournalThread,
-        letters: Letters,
-        endings: Endings,
+        letters: FactFactory,
+        endings: OperationFinalizer,
         pauses: PauseMarkers,
         resumed: Mapping[str, float],
         has_clock: Callable[[str], bool],
@@ -98,7 +98,7 @@ class Startup:
         self._held: Intent | None = None
         self._resumed = dict(resumed)
         self._adopted = False
-        self._unsaved: list[tuple[OperationReported, Operation, list[OutboxMessage], list[ClockWait]]] = []
+        self._unsaved: list[tuple[OperationReported, Operation, list[OutboxMessage], list[ClockCheck]]] = []
         """Ends that a full disk did not take."""
         self.late: list[asyncio.Task[None]] = []
         self._resuming: set[asyncio.Task[None]] = set()
@@ -243,7 +243,7 @@ class Startup:
 
     async def _ended(
         self, entry: Entry, held: Intent | None, resumed_now: dict[str, float], epoch: int
-    ) -> tuple[OperationReported, Operation, list[OutboxMessage], list[ClockWait]] | None:
+    ) -> tuple[OperationReported, Operation, list[OutboxMessage], list[ClockCheck]] | None:
         if entry.state is None or entry.command is None:
             # An operation without an end always has both: `accept` writes them in one transaction.
             return None
@@ -256,9 +256,9 @@ class Startup:
             if self._has_clock(vm.vm):
                 waits.append(clock_wait(op, vm, command.clock_bound_s))
             # May have been told already: the same fact has the same id.
-            letters.append(self._letters.fact(frozen_fact(self._host, op, vm.vm, wall)))
+            letters.append(self._letters.fact(frozen_fact(self._host, op, vm.vm, to_wall_clock)))
             if not vm.told:
-                letters.append(self._letters.fact(resumed_fact(self._host, op, vm.vm, wall)))
+                letters.append(self._letters.fact(resumed_fact(self._host, op, vm.vm, to_wall_clock)))
         states = await states_within(self._driver, STATES_S)
         report = final_report(self._host, command, op, epoch, states, datetime.now(UTC))
         return report, op, letters, waits

@@ -22,8 +22,8 @@ from caesura.contract.parts import report_in_parts
 from caesura.delivery.message import OutboxMessage, prepare
 from caesura.runtime.errors import StoreError
 from caesura_host_updater.admission import Repeat, Underway
-from caesura_host_updater.clocks.tracker import ClockDesk
-from caesura_host_updater.clocks.verdict import ClockWait
+from caesura_host_updater.clocks.tracker import ClockSyncTracker
+from caesura_host_updater.clocks.verdict import ClockCheck
 from caesura_host_updater.inventory.installs import Mark, marks_of, remembered
 from caesura_host_updater.journal import Journal, JournalThread
 from caesura_host_updater.metrics import HostMetrics
@@ -51,7 +51,7 @@ def cancelled_before_it_began(
     )
 
 
-class Letters:
+class FactFactory:
     """Encodes the facts of this host. Their ids come from what they say, so the same fact has the same id."""
 
     def __init__(self, host: str, fleet: str = "default") -> None:
@@ -84,16 +84,16 @@ class Letters:
         return prepare(message, source=self._source, event_id=event_id, at=now, host=self._host, **of_vm)
 
 
-class Endings:
+class OperationFinalizer:
     """See the module."""
 
     def __init__(
         self,
-        letters: Letters,
+        letters: FactFactory,
         *,
         journal: JournalThread,
         outbox: Outbox,
-        clocks: ClockDesk,
+        clocks: ClockSyncTracker,
         metrics: HostMetrics,
     ) -> None:
         self._letters = letters
@@ -102,7 +102,7 @@ class Endings:
         self._clocks = clocks
         self._metrics = metrics
         self._unsaved: dict[
-            str, tuple[OperationReported, tuple[OutboxMessage, ...], tuple[ClockWait, ...], tuple[Mark, ...]]
+            str, tuple[OperationReported, tuple[OutboxMessage, ...], tuple[ClockCheck, ...], tuple[Mark, ...]]
         ] = {}
         self.marks: tuple[Mark, ...] = ()
         """The updates that succeeded on this host."""
@@ -131,7 +131,7 @@ class Endings:
         self,
         report: OperationReported,
         state: Operation | None = None,
-        waits: Sequence[ClockWait] = (),
+        waits: Sequence[ClockCheck] = (),
         facts: Sequence[OutboxMessage] = (),
     ) -> None:
         """Write the end down, tell it, and look after the clocks. A full disk delays the writing only.
@@ -151,7 +151,7 @@ class Endings:
         self._clocks.expect(waits)
         self.count(report, state)
 
-    async def save_later(self) -> None:
+    async def retry_unsaved(self) -> None:
         """Write what a full disk did not take, for ever."""
         while True:
             await asyncio.sleep(_SAVE_RETRY_S)

@@ -33,10 +33,9 @@ from caesura_host_updater.operation.state import (
     vm_of,
 )
 from caesura_host_updater.operation.steps import (
-    AbortAsked,
+    AbortReceived,
     Armed,
     ArmRefused,
-    Begin,
     Digested,
     DigestVms,
     Disarmed,
@@ -44,12 +43,13 @@ from caesura_host_updater.operation.steps import (
     Event,
     FreezeVms,
     GuardLost,
-    Note,
     Outcome,
+    Persist,
+    PublishFrozen,
     RunUpdate,
     Sampled,
+    Start,
     StopUpdate,
-    TellFrozen,
     Tick,
     UpdateEnded,
     VmFroze,
@@ -91,7 +91,7 @@ def decide(op: Operation, event: Event, now: float) -> Decision:  # noqa: PLR091
         IllegalTransition: an event that only a broken shell can bring in this phase.
     """
     match event:
-        case Begin():
+        case Start():
             return _begin(op, event, now)
         case Armed() | ArmRefused():
             return _armed(op, event, now)
@@ -109,7 +109,7 @@ def decide(op: Operation, event: Event, now: float) -> Decision:  # noqa: PLR091
             return _digested(op, event, now)
         case UpdateEnded():
             return _update_ended(op, event, now)
-        case AbortAsked():
+        case AbortReceived():
             return _abort(op, event, now)
         case GuardLost():
             return _guard_lost(op, now)
@@ -121,7 +121,7 @@ def decide(op: Operation, event: Event, now: float) -> Decision:  # noqa: PLR091
             return _tick(op, now)
 
 
-def _begin(op: Operation, event: Begin, now: float) -> Decision:
+def _begin(op: Operation, event: Start, now: float) -> Decision:
     if op.phase != "accepted":
         raise IllegalTransition(op.phase, event, "accepted")
     if op.end is not None or op.aborted:
@@ -150,7 +150,7 @@ def _armed(op: Operation, event: Armed | ArmRefused, now: float) -> Decision:
         return swap(op)
     else:
         op = changed(op, phase="freezing", wake_at=schedule_of(op).freeze_by)
-        return op, (FreezeVms(schedule_of(op).freeze_by), Note())
+        return op, (FreezeVms(schedule_of(op).freeze_by), Persist())
     return resume_all(op)
 
 
@@ -160,7 +160,7 @@ def _freeze_result(op: Operation, event: VmFroze | VmNotFrozen, now: float) -> D
     told: tuple[Effect, ...] = ()
     if isinstance(event, VmFroze):
         op = changed_vm(op, event.vm, called_at=event.called_at, frozen_at=event.at)
-        told = (TellFrozen(event.vm),)
+        told = (PublishFrozen(event.vm),)
     else:
         op = changed_vm(op, event.vm, called_at=event.called_at, error=event.why)
         op = failed(op, "freeze_failed", f"VM {event.vm} could not be frozen: {event.why}")
@@ -183,9 +183,9 @@ def _frozen(op: Operation, now: float) -> Decision:
     op = changed(op, phase="frozen", wake_at=until)
     if not digest or now >= schedule.digest_until:
         op, effects = _start_update(op, now)
-        return op, (Note(), *effects)
+        return op, (Persist(), *effects)
     op = _digesting(op, digest)
-    return op, (Note(), DigestVms(digest, until, whole))
+    return op, (Persist(), DigestVms(digest, until, whole))
 
 
 def _digesting(op: Operation, names: tuple[str, ...]) -> Operation:
@@ -235,13 +235,13 @@ def _start_update(op: Operation, now: float) -> Decision:
         return resume_all(failed(op, "pause_ran_out", "the budget was used up before the update could start"))
     if not op.update:
         op = changed(op, phase="updating", wake_at=min(now + op.hold_s, schedule_of(op).resume_at))
-        return op, (Note(),)
+        return op, (Persist(),)
     until = now + op.update_timeout_s
     if schedule is not None:
         until = min(until, schedule.update_until)
     runs = tuple(msgspec.structs.replace(run, started=True) for run in op.runs)
     op = changed(op, phase="updating", wake_at=until, runs=runs)
-    return op, (Note(), RunUpdate(tuple(run.key for run in runs)))
+    return op, (Persist(), RunUpdate(tuple(run.key for run in runs)))
 
 
 def _update_ended(op: Operation, event: UpdateEnded, now: float) -> Decision:
@@ -292,9 +292,9 @@ def _updated(op: Operation, now: float) -> Decision:
         until = min(now + _SAMPLE_S, schedule.resume_at)
     if not names or op.aborted or now >= until:
         op, effects = resume_all(op)
-        return op, (Note(), *effects)
+        return op, (Persist(), *effects)
     op = changed(_digesting(op, names), wake_at=until)
-    return op, (Note(), DigestVms(names, until, whole))
+    return op, (Persist(), DigestVms(names, until, whole))
 
 
 def _stop_update(op: Operation, now: float, outcome: Outcome) -> Decision:
@@ -321,7 +321,7 @@ def _vm_lost(op: Operation, event: VmLost, now: float) -> Decision:
     return op, ()
 
 
-def _abort(op: Operation, event: AbortAsked, now: float) -> Decision:
+def _abort(op: Operation, event: AbortReceived, now: float) -> Decision:
     if op.phase not in ("accepted", *_BEFORE_RESUME) or op.aborted:
         return op, ()
     op = changed(failed(op, event.code, f"aborted: {event.why}" if event.why else "aborted"), aborted=True)

@@ -20,7 +20,7 @@ from caesura.contract.messages import (
 )
 from caesura.contract.reasons import ReasonCode
 from caesura.lifecycle.proof import BROKEN_WORDS, WORDS, memory_proof
-from caesura_host_updater.clocks.verdict import ClockWait
+from caesura_host_updater.clocks.verdict import ClockCheck
 from caesura_host_updater.operation.state import Operation, VmPause
 from caesura_host_updater.operation.steps import Outcome
 
@@ -54,7 +54,7 @@ def shown_by_host(vm: VmPause) -> MemoryProof:
     return memory_proof(held, broken, "; ".join(details))
 
 
-def refusal(
+def status_report(
     host: str,
     command: StartOperation,
     epoch: int,
@@ -114,9 +114,9 @@ def resumed_fact(host: str, op: Operation, name: str, wall: Wall) -> VmResumed:
     )
 
 
-def clock_wait(op: Operation, vm: VmPause, bound_s: float) -> ClockWait:
+def clock_wait(op: Operation, vm: VmPause, bound_s: float) -> ClockCheck:
     """A resumed VM that waits for the verdict on its clock."""
-    return ClockWait(
+    return ClockCheck(
         vm=vm.vm,
         set=vm.set,
         update_domain=vm.update_domain,

@@ -20,11 +20,11 @@ from caesura_host_updater.operation.steps import (
     Disarmed,
     Effect,
     Finish,
-    Note,
+    Persist,
+    PublishFrozen,
+    PublishResumed,
     ResumeVms,
     StopUpdate,
-    TellFrozen,
-    TellResumed,
     VmResumed,
 )
 
@@ -58,8 +58,8 @@ def resume_all(op: Operation) -> Decision:
     )
     left = tuple(vm.vm for vm in op.vms if not vm.end)
     if not left:
-        return changed(op, phase="resumed"), (*effects, Note(), Disarm())
-    return op, (*effects, ResumeVms(left), Note())
+        return changed(op, phase="resumed"), (*effects, Persist(), Disarm())
+    return op, (*effects, ResumeVms(left), Persist())
 
 
 def finish_killed(op: Operation) -> Decision:
@@ -90,7 +90,7 @@ def vm_resumed(op: Operation, event: VmResumed) -> Decision:
         effects += more
     if any(not vm.end for vm in op.vms):
         return op, tuple(effects)
-    return changed(op, phase="resumed"), (*effects, Note(), Disarm())
+    return changed(op, phase="resumed"), (*effects, Persist(), Disarm())
 
 
 def _was_frozen(op: Operation, name: str) -> tuple[Operation, list[Effect]]:
@@ -98,7 +98,7 @@ def _was_frozen(op: Operation, name: str) -> tuple[Operation, list[Effect]]:
     vm = vm_of(op, name)
     if vm.frozen_at is not None or vm.called_at is None:
         return op, []
-    return changed_vm(op, name, frozen_at=vm.called_at), [TellFrozen(name)]
+    return changed_vm(op, name, frozen_at=vm.called_at), [PublishFrozen(name)]
 
 
 def tell_resumed(op: Operation, name: str) -> tuple[Operation, list[Effect]]:
@@ -106,7 +106,7 @@ def tell_resumed(op: Operation, name: str) -> tuple[Operation, list[Effect]]:
     vm = vm_of(op, name)
     if vm.told or vm.frozen_at is None or vm.end != "running":
         return op, []
-    return changed_vm(op, name, told=True), [TellResumed(name)]
+    return changed_vm(op, name, told=True), [PublishResumed(name)]
 
 
 def disarmed(op: Operation, event: Disarmed) -> Decision:

@@ -46,13 +46,13 @@ _WATCH_S = 0.1  # s: between two looks whether the paused VMs still stand still
 _log = structlog.get_logger("caesura.pause")
 
 
-def wall(instant: float) -> datetime:
+def to_wall_clock(instant: float) -> datetime:
     """An instant on CLOCK_MONOTONIC as wall-clock time."""
     return datetime.now(UTC) + timedelta(seconds=instant - time.monotonic())
 
 
 class Guard(Protocol):
-    """What an operation needs of the pause guard; ``Guardian`` is the real one."""
+    """What an operation needs of the pause guard; ``GuardClient`` is the real one."""
 
     on_lost: Callable[[], None]
 
@@ -118,7 +118,7 @@ class OperationRunner:
 
     def abort(self, code: ReasonCode, why: str) -> None:
         """Undo it, or never start it."""
-        self._events.put_nowait(steps.AbortAsked(code, why))
+        self._events.put_nowait(steps.AbortReceived(code, why))
 
     async def run(self) -> Operation:
         """From the journalled intent to the end; every VM runs or is gone when this returns."""
@@ -149,7 +149,7 @@ class OperationRunner:
                 _log.error("vm.not_released", vm=vm.vm, why=error.why)
 
     async def _drive(self) -> None:
-        self._feed(steps.Begin())
+        self._feed(steps.Start())
         while self.state.end is None:
             self._feed(await self._next())
 
@@ -178,7 +178,7 @@ class OperationRunner:
 
     def _perform(self, effect: Effect) -> None:  # noqa: PLR0912 - one flat table of effects
         match effect:
-            case steps.Note():
+            case steps.Persist():
                 state = self.state
                 self._journal.post(lambda journal: journal.note(state))
             case steps.Arm(deadline):
@@ -208,11 +208,11 @@ class OperationRunner:
                     self._start(self._resume(name, self._freezing.get(name)))
             case steps.Disarm():
                 self._start(self._disarm())
-            case steps.TellFrozen(vm=name):
-                self._announce(frozen_fact(self._host, self.state, name, wall), self.state)
+            case steps.PublishFrozen(vm=name):
+                self._announce(frozen_fact(self._host, self.state, name, to_wall_clock), self.state)
                 self._on_change()
-            case steps.TellResumed(vm=name):
-                self._announce(resumed_fact(self._host, self.state, name, wall), self.state)
+            case steps.PublishResumed(vm=name):
+                self._announce(resumed_fact(self._host, self.state, name, to_wall_clock), self.state)
                 self._on_change()
             case steps.Finish():
                 pass  # run() returns, and the service writes and tells the report
@@ -229,7 +229,7 @@ class OperationRunner:
             # A bug in an adapter must not leave a VM paused: give up the operation in an orderly way.
             _log.error("operation.broken", operation=self.state.operation, exc_info=task.exception())
             self._events.put_nowait(
-                steps.AbortAsked("internal_error", f"internal error: {task.exception()!r}")
+                steps.AbortReceived("internal_error", f"internal error: {task.exception()!r}")
             )
 
     async def _arm(self, deadline: float) -> None:
@@ -432,13 +432,13 @@ def disarmed(record: Intent | None) -> steps.Disarmed:
     if record is None or record.fired is None:
         return steps.Disarmed()
     catches = tuple(
-        steps.GuardCatch(vm, catch.was_frozen, catch.frozen_after, catch.running_at)
+        steps.GuardIntervention(vm, catch.was_frozen, catch.frozen_after, catch.running_at)
         for vm, catch in record.fired.vms.items()
     )
     return steps.Disarmed(record.fired.why, catches)
 
 
-def clean_environ(environ: Mapping[str, str]) -> dict[str, str]:
+def inherited_environment(environ: Mapping[str, str]) -> dict[str, str]:
     """What VMs and updates inherit: everything but this service's own settings."""
     return {name: value for name, value in environ.items() if not name.startswith("CAESURA_HOST_UPDATER_")}
 

@@ -78,7 +78,7 @@ class VmPause(msgspec.Struct, frozen=True, kw_only=True):
     error: str = ""
     prepared: bool = False
     """What its method needs stands ready (swap, replace)."""
-    swap_answered: bool = False
+    swap_finished: bool = False
     """Its swap was done, failed, or was not begun."""
     detail: str = ""
     """What runs the guest now, and what ran it before."""

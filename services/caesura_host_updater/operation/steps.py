@@ -13,7 +13,7 @@ Outcome = Literal["succeeded", "failed", "timeout", "interrupted", "not_run"]
 # -- events ---------------------------------------------------------------------------------------------------
 
 
-class Begin(msgspec.Struct, frozen=True):
+class Start(msgspec.Struct, frozen=True):
     """The intent is on disk: go."""
 
 
@@ -119,7 +119,7 @@ class UpdateEnded(msgspec.Struct, frozen=True):
     output_tail: str
 
 
-class AbortAsked(msgspec.Struct, frozen=True):
+class AbortReceived(msgspec.Struct, frozen=True):
     """An operation is to be aborted, or the host updater is stopping."""
 
     code: ReasonCode
@@ -142,8 +142,8 @@ class VmResumed(msgspec.Struct, frozen=True):
     """What runs the guest now and what ran it before, where that changed; why it was left."""
 
 
-class GuardCatch(msgspec.Struct, frozen=True):
-    """What the guard did to one VM. Instants as in ``guard.intent.Catch``."""
+class GuardIntervention(msgspec.Struct, frozen=True):
+    """What the guard did to one VM. Instants as in ``guard.intent.Intervention``."""
 
     vm: str
     was_frozen: bool
@@ -155,7 +155,7 @@ class Disarmed(msgspec.Struct, frozen=True):
     """The guard let go, or could not be asked. ``why``: why it had fired; empty if it had not."""
 
     why: str = ""
-    catches: tuple[GuardCatch, ...] = ()
+    catches: tuple[GuardIntervention, ...] = ()
 
 
 class Tick(msgspec.Struct, frozen=True):
@@ -163,7 +163,7 @@ class Tick(msgspec.Struct, frozen=True):
 
 
 Event = (
-    Begin
+    Start
     | Armed
     | ArmRefused
     | VmPrepared
@@ -176,7 +176,7 @@ Event = (
     | Sampled
     | Digested
     | UpdateEnded
-    | AbortAsked
+    | AbortReceived
     | GuardLost
     | VmResumed
     | Disarmed
@@ -186,7 +186,7 @@ Event = (
 # -- effects --------------------------------------------------------------------------------------------------
 
 
-class Note(msgspec.Struct, frozen=True):
+class Persist(msgspec.Struct, frozen=True):
     """Write the phase to the journal, without waiting for the disk."""
 
 
@@ -245,13 +245,13 @@ class Disarm(msgspec.Struct, frozen=True):
     """Tell the guard that it is over, and ask whether it fired."""
 
 
-class TellFrozen(msgspec.Struct, frozen=True):
+class PublishFrozen(msgspec.Struct, frozen=True):
     """Announce that a VM stands still."""
 
     vm: str
 
 
-class TellResumed(msgspec.Struct, frozen=True):
+class PublishResumed(msgspec.Struct, frozen=True):
     """Announce that a VM runs again."""
 
     vm: str
@@ -262,7 +262,7 @@ class Finish(msgspec.Struct, frozen=True):
 
 
 Effect = (
-    Note
+    Persist
     | Arm
     | PrepareVms
     | SwapVms
@@ -272,7 +272,7 @@ Effect = (
     | StopUpdate
     | ResumeVms
     | Disarm
-    | TellFrozen
-    | TellResumed
+    | PublishFrozen
+    | PublishResumed
     | Finish
 )

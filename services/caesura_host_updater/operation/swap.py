@@ -23,10 +23,10 @@ from caesura_host_updater.operation.steps import (
     Arm,
     Disarm,
     Effect,
-    Note,
+    Persist,
     PrepareVms,
+    PublishFrozen,
     SwapVms,
-    TellFrozen,
     VmNotPrepared,
     VmNotSwapped,
     VmPrepared,
@@ -39,7 +39,7 @@ def prepare(op: Operation, now: float) -> Decision:
     if op.failure or op.aborted:
         return finish(op)
     op = changed(op, phase="preparing", wake_at=now + PREPARE_S)
-    return op, (Note(), PrepareVms(tuple(vm.vm for vm in op.vms)))
+    return op, (Persist(), PrepareVms(tuple(vm.vm for vm in op.vms)))
 
 
 def prepared(op: Operation, event: VmPrepared | VmNotPrepared, now: float) -> Decision:
@@ -77,7 +77,7 @@ def swap(op: Operation) -> Decision:
     """The guard holds it: hand the guests over, none of them after the update's share of the budget."""
     schedule = schedule_of(op)
     op = changed(op, phase="swapping", wake_at=schedule.resume_at)
-    return op, (SwapVms(schedule.update_until), Note())
+    return op, (SwapVms(schedule.update_until), Persist())
 
 
 def swapped(op: Operation, event: VmSwapped | VmNotSwapped) -> Decision:
@@ -90,33 +90,33 @@ def swapped(op: Operation, event: VmSwapped | VmNotSwapped) -> Decision:
         op = changed_vm(
             op,
             event.vm,
-            swap_answered=True,
+            swap_finished=True,
             detail=event.detail,
             sampled=sampled,
             sampled_note=event.sampled_note,
         )
     else:
-        op = changed_vm(op, event.vm, swap_answered=True, error=event.why, called_at=event.called_at)
+        op = changed_vm(op, event.vm, swap_finished=True, error=event.why, called_at=event.called_at)
         if event.differs:
             op = changed_vm(op, event.vm, sampled="differs", sampled_note=event.differs)
         op = failed(op, "swap_failed", f"VM {event.vm} was not swapped: {event.why}")
     if event.called_at is not None and event.frozen_at is not None:
         op = changed_vm(op, event.vm, called_at=event.called_at, frozen_at=event.frozen_at)
-        told.append(TellFrozen(event.vm))
+        told.append(PublishFrozen(event.vm))
         if event.resumed_at is not None and op.phase == "swapping":
             op = changed_vm(op, event.vm, resumed_at=event.resumed_at, end="running", resumed_by="updater")
             op, more = tell_resumed(op, event.vm)
             told += more
-    if op.phase != "swapping" or any(not vm.swap_answered for vm in op.vms):
+    if op.phase != "swapping" or any(not vm.swap_finished for vm in op.vms):
         return op, tuple(told)
     if op.failure:
         op, after = resume_all(op)  # whatever a failed swap left behind
         return op, (*told, *after)
     op = changed(op, phase="resumed", wake_at=None)
-    return op, (*told, Note(), Disarm())
+    return op, (*told, Persist(), Disarm())
 
 
 def overdue(op: Operation) -> Decision:
     """The instant of the resume came while guests were being handed over."""
-    late = ", ".join(vm.vm for vm in op.vms if not vm.swap_answered)
+    late = ", ".join(vm.vm for vm in op.vms if not vm.swap_finished)
     return resume_all(failed(op, "swap_failed", f"not swapped in time: {late}"))

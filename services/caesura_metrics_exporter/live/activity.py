@@ -13,7 +13,7 @@ from caesura.lifecycle.proof import BROKEN_WORDS, broken_codes, held_codes, in_w
 Level = Literal["quiet", "good", "warning", "bad"]
 
 
-class Happening(msgspec.Struct, frozen=True, omit_defaults=True):
+class LogEntry(msgspec.Struct, frozen=True, omit_defaults=True):
     """One line of the log. ``at`` is unix seconds, as the sender says; empty members do not apply."""
 
     at: float
@@ -31,7 +31,7 @@ _WAVE_LEVEL: dict[str, Level] = {"completed": "good", "failed": "bad", "cancelle
 _SOME = 6
 
 
-def happening(message: Message, at: float) -> Happening | None:
+def happening(message: Message, at: float) -> LogEntry | None:
     """What a person would want to read of a fact; None for what is state or too much detail.
 
     Args:
@@ -45,18 +45,18 @@ def happening(message: Message, at: float) -> Happening | None:
         case m.VmClockSynced():
             return _clock(message)
         case m.WaveChanged():
-            return Happening(
+            return LogEntry(
                 at=message.at.timestamp(),
                 what=f"wave {message.wave + 1} {message.status}",
                 level=_WAVE_LEVEL.get(message.status, "quiet"),
                 detail=message.reason or _domains(message.domains),
             )
         case m.EventApproved():
-            return Happening(
+            return LogEntry(
                 at=message.at.timestamp(), what="approved", level="good", set=message.set, vm=message.vm
             )
         case m.EventChanged() if message.status in {"cancelled", "failed"}:
-            return Happening(
+            return LogEntry(
                 at=message.at.timestamp(),
                 what=f"event {message.status}",
                 level="bad" if message.status == "failed" else "warning",
@@ -64,9 +64,9 @@ def happening(message: Message, at: float) -> Happening | None:
                 detail=message.reason,
             )
         case m.VmReady() if not message.ready:
-            return Happening(at=at, what="not ready", level="bad", vm=message.vm, detail=message.reason)
+            return LogEntry(at=at, what="not ready", level="bad", vm=message.vm, detail=message.reason)
         case m.HookFinished() if message.outcome in {"failed", "timeout"}:
-            return Happening(
+            return LogEntry(
                 at=at,
                 what=f"{message.hook} hook {'failed' if message.outcome == 'failed' else 'took too long'}",
                 level="bad",
@@ -74,7 +74,7 @@ def happening(message: Message, at: float) -> Happening | None:
                 seconds=message.seconds,
             )
         case m.OperationReported() if message.status in {"refused", "failed", "cancelled"}:
-            return Happening(
+            return LogEntry(
                 at=message.at.timestamp(),
                 what=f"operation {message.status}",
                 level="warning" if message.status == "cancelled" else "bad",
@@ -82,11 +82,11 @@ def happening(message: Message, at: float) -> Happening | None:
                 detail=message.reason,
             )
         case m.AbortOperation():
-            return Happening(
+            return LogEntry(
                 at=at, what="abort commanded", level="warning", host=message.host, detail=message.reason
             )
         case m.RequestAnswered() if not message.accepted:
-            return Happening(at=at, what="request refused", level="warning", detail=message.reason)
+            return LogEntry(at=at, what="request refused", level="warning", detail=message.reason)
         case _:
             return None
 
@@ -98,8 +98,8 @@ def _of_vm(
     *,
     seconds: float | None = None,
     detail: str = "",
-) -> Happening:
-    return Happening(
+) -> LogEntry:
+    return LogEntry(
         at=message.at.timestamp(),
         what=what,
         level=level,
@@ -112,7 +112,7 @@ def _of_vm(
     )
 
 
-def _resumed(message: m.VmResumed) -> Happening:
+def _resumed(message: m.VmResumed) -> LogEntry:
     broken = broken_codes(message.memory)
     parts = []
     if not message.within_budget:
@@ -128,7 +128,7 @@ def _resumed(message: m.VmResumed) -> Happening:
     return _of_vm(message, "resumed", level, seconds=message.pause_s, detail=", ".join(parts))
 
 
-def _clock(message: m.VmClockSynced) -> Happening:
+def _clock(message: m.VmClockSynced) -> LogEntry:
     simulated = " (simulated)" if message.simulated else ""
     if not message.synced:
         return _of_vm(

@@ -8,25 +8,25 @@ from collections.abc import Iterator
 
 import msgspec
 
-from caesura_metrics_exporter.live.activity import Happening
+from caesura_metrics_exporter.live.activity import LogEntry
 
 LOG_KEPT = 100  # lines
 WRONG_KEPT = 50  # lines of these levels
 _WRONG = frozenset({"warning", "bad"})
 
 
-class LogBook:
+class ActivityLog:
     """See the module."""
 
     def __init__(self) -> None:
-        self._lines: deque[tuple[int, Happening]] = deque(maxlen=LOG_KEPT)
-        self._wrong: deque[tuple[int, Happening]] = deque(maxlen=WRONG_KEPT)
+        self._lines: deque[tuple[int, LogEntry]] = deque(maxlen=LOG_KEPT)
+        self._wrong: deque[tuple[int, LogEntry]] = deque(maxlen=WRONG_KEPT)
 
-    def add(self, revision: int, line: Happening) -> None:
+    def add(self, revision: int, line: LogEntry) -> None:
         """Note one line; revisions rise."""
         (self._wrong if line.level in _WRONG else self._lines).append((revision, line))
 
-    def since(self, revision: int) -> Iterator[Happening]:
+    def since(self, revision: int) -> Iterator[LogEntry]:
         """Lines that came after this revision, the oldest first."""
         for at, line in heapq.merge(self._lines, self._wrong, key=lambda each: each[0]):
             if at > revision:

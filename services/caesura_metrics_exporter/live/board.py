@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from caesura_metrics_exporter.live.activity import Happening
-from caesura_metrics_exporter.live.activity_log import LogBook
+from caesura_metrics_exporter.live.activity import LogEntry
+from caesura_metrics_exporter.live.activity_log import ActivityLog
 from caesura_metrics_exporter.live.alarms import Alarms
-from caesura_metrics_exporter.live.paused_vms import Standing
-from caesura_metrics_exporter.live.timeline_store import LaneBook
-from caesura_metrics_exporter.live.timelines import DomainKey, Lane
+from caesura_metrics_exporter.live.paused_vms import PausedVms
+from caesura_metrics_exporter.live.timeline_store import TimelineStore
+from caesura_metrics_exporter.live.timelines import DomainKey, Timeline
 
 KEPT_S = 3600.0  # s of lanes and pauses
 _AHEAD_S = 1.0  # s that a sender's clock may be ahead before its times are not believed
@@ -31,9 +31,9 @@ class Board:
         """When the fleet's numbers and alarms, the rollouts, and who is paused changed last."""
         self.now = 0.0
         self._ahead: float | None = None  # s, the wall clock minus the monotonic one
-        self.lanes = LaneBook(self.touch, members)
-        self.log = LogBook()
-        self.standing = Standing()
+        self.lanes = TimelineStore(self.touch, members)
+        self.log = ActivityLog()
+        self.standing = PausedVms()
         self.alarms = Alarms()
 
     def touch(self) -> int:
@@ -45,7 +45,7 @@ class Board:
         """The fleet in numbers, or what is wrong, changed."""
         self.head_at = self.touch()
 
-    def say(self, line: Happening) -> None:
+    def say(self, line: LogEntry) -> None:
         """A line of the log."""
         self.log.add(self.touch(), line)
 
@@ -53,7 +53,7 @@ class Board:
         """When something was, unix seconds, as its sender says; when it was received, where that cannot be right."""
         return at if self.now - KEPT_S <= at <= self.now + _AHEAD_S else self.now
 
-    def lane(self, set_name: str, key: DomainKey, domain: int) -> Lane | None:
+    def lane(self, set_name: str, key: DomainKey, domain: int) -> Timeline | None:
         """The lane of a domain; None where there are too many."""
         before = (len(self.lanes), self.lanes.full)
         lane = self.lanes.at(set_name, key, domain)

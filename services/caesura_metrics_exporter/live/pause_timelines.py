@@ -10,10 +10,10 @@ from msgspec.structs import replace
 from caesura.contract import messages as m
 from caesura.fleet.state import LocatedVm
 from caesura_metrics_exporter.folded import Folded
-from caesura_metrics_exporter.live.activity import Happening, Level
+from caesura_metrics_exporter.live.activity import Level, LogEntry
 from caesura_metrics_exporter.live.board import KEPT_S, Board
 from caesura_metrics_exporter.live.paused_vms import Paused
-from caesura_metrics_exporter.live.timelines import OF_WAVE, Clock, Lane, Mark
+from caesura_metrics_exporter.live.timelines import OF_WAVE, Clock, PausePoint, Timeline
 from caesura_metrics_exporter.places import Places
 
 
@@ -63,7 +63,7 @@ class PauseLanes:
         if lane is not None:
             seconds, over = round(message.pause_s, 6), not message.within_budget
             guard = message.resumed_by == "guard"
-            lane.mark(Mark(round(at, 3), message.vm, seconds, message.budget_s, over, guard))
+            lane.mark(PausePoint(round(at, 3), message.vm, seconds, message.budget_s, over, guard))
             if paused is None and lane.state != "frozen":
                 # Its beginning was missed: the pause itself says when that was.
                 lane.enter("frozen", at - message.pause_s)
@@ -181,7 +181,7 @@ class PauseLanes:
         if clash:
             board.alarms.two_domains(paused.set, clash, board.now)
 
-    def _counted(self, paused: Paused) -> Lane | None:
+    def _counted(self, paused: Paused) -> Timeline | None:
         """The paused VMs of this one's lane changed."""
         board = self._board
         board.paused_at = board.head_at = board.touch()
@@ -215,15 +215,15 @@ class PauseLanes:
 
     def _say_of(self, paused: Paused, what: str, level: Level) -> None:
         of = paused
-        self._board.say(Happening(self._board.now, what, level, of.set, of.update_domain, of.vm, of.host))
+        self._board.say(LogEntry(self._board.now, what, level, of.set, of.update_domain, of.vm, of.host))
 
-    def _lanes_of(self, record: m.VmRecord) -> list[Lane]:
+    def _lanes_of(self, record: m.VmRecord) -> list[Timeline]:
         by_update = self._board.lanes.get(record.set, "update_domain", record.update_domain)
         by_fault = self._board.lanes.get(record.set, "fault_domain", record.fault_domain)
         return [lane for lane in (by_update, by_fault) if lane is not None]
 
 
-def _resume(lane: Lane, at: float) -> None:
+def _resume(lane: Timeline, at: float) -> None:
     """No VM of the lane is paused any more."""
     state = OF_WAVE.get(lane.wave_status, "resumed")
     lane.enter("resumed" if state in {"scheduled", "started"} else state, at)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 import msgspec
 
 from caesura_metrics_exporter.live.timelines import DomainKey
-from caesura_metrics_exporter.views import NowPaused
+from caesura_metrics_exporter.views import PausedVm
 
 _LATE_S = 1.0  # s by which a fact may come late, or a clock be behind, and nobody says so
 
@@ -30,7 +30,7 @@ class Paused(msgspec.Struct, frozen=True):
     budget: float | None = None
 
 
-class Standing:
+class PausedVms:
     """See the module."""
 
     def __init__(self) -> None:
@@ -117,14 +117,14 @@ class Standing:
             for vm, each in self._vms.items()
         }
 
-    def view(self, most: int) -> tuple[NowPaused, ...]:
+    def view(self, most: int) -> tuple[PausedVm, ...]:
         """As it is sent: those first whose budget ends first.
 
         A host's clock may be behind: nothing has lasted for longer than since it was received.
         """
         by_end = sorted(self._vms.values(), key=lambda each: (each.since or 0.0) + (each.budget or 0.0))
         return tuple(
-            NowPaused(
+            PausedVm(
                 vm=each.vm,
                 set=each.set,
                 domain=each.domain,

@@ -7,7 +7,7 @@ from datetime import datetime
 from caesura.contract import messages as m
 from caesura.contract.parts import WholeRollout
 from caesura_metrics_exporter.folded import Folded
-from caesura_metrics_exporter.live.activity import Happening, Level
+from caesura_metrics_exporter.live.activity import Level, LogEntry
 from caesura_metrics_exporter.live.board import KEPT_S, Board
 from caesura_metrics_exporter.live.pause_timelines import PauseLanes
 from caesura_metrics_exporter.live.timelines import OF_WAVE, DomainKey
@@ -51,7 +51,7 @@ class RolloutLanes:
         if rollout.status != before:
             detail = ": ".join(filter(None, (rollout.update or "freeze on demand", rollout.reason)))
             level = _LEVELS.get(rollout.status, "quiet")
-            board.say(Happening(board.at(sent), f"rollout {rollout.status}", level, detail=detail))
+            board.say(LogEntry(board.at(sent), f"rollout {rollout.status}", level, detail=detail))
 
     def changed(self, message: m.WaveChanged) -> None:
         """A wave has another status: that is drawn before the rollout's state comes."""

@@ -18,7 +18,7 @@ from msgspec.structs import replace
 
 from caesura.runtime.errors import CaesuraError
 from caesura_metrics_exporter.live.view import Live
-from caesura_metrics_exporter.views import Change
+from caesura_metrics_exporter.views import Delta
 
 READERS = 32  # streams at once: a browser tab each
 LEAST_S = 0.25  # s between two changes, however many messages come
@@ -145,7 +145,7 @@ class LiveStream:
         """A sign of life that a page can see, with the clock that its times are by."""
         return b"event: beat\ndata: " + self._dated()[:-1] + b"}\n\n"
 
-    def _encode(self, change: Change) -> tuple[bytes, float]:
+    def _encode(self, change: Delta) -> tuple[bytes, float]:
         """Without its beginning, which has the time: what is shared may have been made earlier than it is sent."""
         began = time.perf_counter()
         body = self._encoder.encode(replace(change, now=None))[1:]

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
 
-from caesura_metrics_exporter.live.timelines import DomainKey, Lane, LaneView, lane_name
+from caesura_metrics_exporter.live.timelines import DomainKey, LaneView, Timeline, lane_name
 
 LANES_KEPT = 4096  # 100 sets of 20 domains, twice
 
 
-class LaneBook:
+class TimelineStore:
     """See the module.
 
     Args:
@@ -21,7 +21,7 @@ class LaneBook:
     def __init__(self, touch: Callable[[], int], members: Callable[[str, DomainKey, int], int]) -> None:
         self._touch = touch
         self._members = members
-        self._lanes: OrderedDict[str, Lane] = OrderedDict()
+        self._lanes: OrderedDict[str, Timeline] = OrderedDict()
         self._of_set: Counter[str] = Counter()
         self.domains = 0
         """Lanes of update domains."""
@@ -36,10 +36,10 @@ class LaneBook:
     def __len__(self) -> int:
         return len(self._lanes)
 
-    def __iter__(self) -> Iterator[Lane]:
+    def __iter__(self) -> Iterator[Timeline]:
         return iter(list(self._lanes.values()))
 
-    def at(self, set_name: str, key: DomainKey, domain: int) -> Lane | None:
+    def at(self, set_name: str, key: DomainKey, domain: int) -> Timeline | None:
         """The lane, made where there is none yet; None where there are too many."""
         name = lane_name(set_name, key, domain)
         lane = self._lanes.get(name)
@@ -48,30 +48,30 @@ class LaneBook:
         if len(self._lanes) >= LANES_KEPT:
             self.full = True
             return None
-        lane = self._lanes[name] = Lane(set_name, key, domain)
+        lane = self._lanes[name] = Timeline(set_name, key, domain)
         self._of_set[set_name] += 1
         self.domains += key == "update_domain"
         self.changed(lane)
         return lane
 
-    def get(self, set_name: str, key: DomainKey, domain: int) -> Lane | None:
+    def get(self, set_name: str, key: DomainKey, domain: int) -> Timeline | None:
         """The lane, where there is one."""
         return self._lanes.get(lane_name(set_name, key, domain))
 
-    def named(self, name: str) -> Lane | None:
+    def named(self, name: str) -> Timeline | None:
         """The lane with this id, where there is one."""
         return self._lanes.get(name)
 
-    def view(self, lane: Lane) -> LaneView:
+    def view(self, lane: Timeline) -> LaneView:
         """A lane as it is sent."""
         return lane.view(self._members(lane.set, lane.key, lane.domain))
 
-    def changed(self, lane: Lane) -> None:
+    def changed(self, lane: Timeline) -> None:
         """Note that this lane changed."""
         lane.revision = self._touch()
         self._lanes.move_to_end(lane.name)
 
-    def since(self, revision: int) -> Iterator[Lane]:
+    def since(self, revision: int) -> Iterator[Timeline]:
         """Lanes that changed after this revision, the last changed first."""
         for lane in reversed(self._lanes.values()):
             if lane.revision <= revision:
@@ -94,7 +94,7 @@ class LaneBook:
                 self.full, gone = False, True
         return gone
 
-    def _drop(self, lane: Lane) -> None:
+    def _drop(self, lane: Timeline) -> None:
         del self._lanes[lane.name]
         self._of_set[lane.set] -= 1
         if not self._of_set[lane.set]:

@@ -49,7 +49,7 @@ class Segment(msgspec.Struct, omit_defaults=True):
     """It began earlier than ``start``; when is not known."""
 
 
-class Mark(msgspec.Struct, frozen=True, omit_defaults=True):
+class PausePoint(msgspec.Struct, frozen=True, omit_defaults=True):
     """One finished pause, seconds by the host's monotonic clock."""
 
     at: float
@@ -107,7 +107,7 @@ class LaneView(msgspec.Struct, frozen=True, omit_defaults=True):
     """The wave that is to come."""
     segments: tuple[Segment, ...] = ()
     pauses: PauseFigures | None = None
-    marks: tuple[Mark, ...] = ()
+    marks: tuple[PausePoint, ...] = ()
     """The worst first."""
     budget: float | None = None
     clock: Clock | None = None
@@ -115,7 +115,7 @@ class LaneView(msgspec.Struct, frozen=True, omit_defaults=True):
     unsynced: int = 0
 
 
-class Lane:
+class Timeline:
     """What is remembered of one domain. Bounded: ``SEGMENTS_KEPT``, ``MARKS_KEPT``, an hour's minutes, and one clock a VM."""
 
     def __init__(self, set_name: str, key: DomainKey, domain: int) -> None:
@@ -130,7 +130,7 @@ class Lane:
         """The rollout and its wave that is to come."""
         self.standing = 0
         self.segments: list[Segment] = []
-        self.marks: list[Mark] = []
+        self.marks: list[PausePoint] = []
         self.clocks: dict[str, Clock] = {}
         self._minutes: dict[int, _Minute] = {}
 
@@ -193,7 +193,7 @@ class Lane:
         if self.segments and self.segments[-1].end is None:
             del self.segments[-1]
 
-    def mark(self, mark: Mark) -> None:
+    def mark(self, mark: PausePoint) -> None:
         """Note a finished pause."""
         minute = self._minutes.setdefault(int(mark.at // 60), _Minute())
         minute.count += 1
@@ -254,5 +254,5 @@ class Lane:
         )
 
 
-def _badness(mark: Mark) -> tuple[bool, bool, float]:
+def _badness(mark: PausePoint) -> tuple[bool, bool, float]:
     return mark.over, mark.guard, mark.seconds

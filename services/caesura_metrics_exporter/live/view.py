@@ -12,17 +12,17 @@ from caesura.contract import messages as m
 from caesura.contract.codec import Received
 from caesura.contract.envelope import Message
 from caesura.contract.parts import WholeRollout
-from caesura.contract.topics import placed
+from caesura.contract.topics import match_topic
 from caesura.fleet.fold import Changes
 from caesura_metrics_exporter.folded import Folded, Step
-from caesura_metrics_exporter.live.activity import Happening, happening
+from caesura_metrics_exporter.live.activity import LogEntry, happening
 from caesura_metrics_exporter.live.alarms import ALARMS_SENT
 from caesura_metrics_exporter.live.board import KEPT_S, Board
 from caesura_metrics_exporter.live.pause_timelines import PauseLanes
 from caesura_metrics_exporter.live.rollout_timelines import RolloutLanes
 from caesura_metrics_exporter.places import Places
 from caesura_metrics_exporter.rollout_index import OVER, ROLLOUTS_KEPT
-from caesura_metrics_exporter.views import Change, Fleet, rollout_view
+from caesura_metrics_exporter.views import Delta, FleetSummary, rollout_view
 
 __all__ = ["KEPT_S", "PAUSED_SENT", "ROLLOUTS_KEPT", "Live"]
 
@@ -91,7 +91,7 @@ class Live:
     def clear(self, topic: str, now: float, mono: float, step: Step | None = None) -> None:
         """A retained message was removed: its subject is gone. ``step`` as in ``take``."""
         self.tick(now, mono)
-        place = placed(topic)
+        place = match_topic(topic)
         if place is None:
             return
         step = step if step is not None else self._folded.clear(topic, mono)
@@ -143,18 +143,18 @@ class Live:
 
     # -- out ----------------------------------------------------------------------------------------------
 
-    def snapshot(self, now: float) -> Change:
+    def snapshot(self, now: float) -> Delta:
         """Everything."""
         return self._change(0, now, whole=True)
 
-    def since(self, revision: int, now: float) -> Change:
+    def since(self, revision: int, now: float) -> Delta:
         """What changed after ``revision``; everything where that cannot be said."""
         whole = not self._board.floor <= revision <= self._board.revision
         return self._change(0 if whole else revision, now, whole=whole)
 
-    def _change(self, after: int, now: float, *, whole: bool) -> Change:
+    def _change(self, after: int, now: float, *, whole: bool) -> Delta:
         board = self._board
-        return Change(
+        return Delta(
             whole=whole,
             revision=board.revision,
             now=now,
@@ -168,9 +168,9 @@ class Live:
             log=tuple(board.log.since(after)),
         )
 
-    def _fleet(self) -> Fleet:
+    def _fleet(self) -> FleetSummary:
         coordinator, board = self._state.coordinator, self._board
-        return Fleet(
+        return FleetSummary(
             broker=self._broker,
             broker_since=self._broker_since,
             coordinator="unknown" if coordinator is None else "online" if coordinator.online else "offline",
@@ -215,7 +215,7 @@ class Live:
         coordinator = self._state.coordinator
         leads = coordinator is not None and coordinator.online
         if self._led and not leads:
-            self._board.say(Happening(at=self._board.now, what="coordinator offline", level="warning"))
+            self._board.say(LogEntry(at=self._board.now, what="coordinator offline", level="warning"))
         self._led = leads
         self._board.touch_head()
 
@@ -227,10 +227,10 @@ class Live:
         self._hosts.add(host)
         if message.online and was_offline:
             del self._offline_since[host]
-            board.say(Happening(at=board.now, what="host updater online", host=host))
+            board.say(LogEntry(at=board.now, what="host updater online", host=host))
         elif not message.online:
             self._offline_since[host] = board.now
-            board.say(Happening(at=board.now, what="host updater offline", level="warning", host=host))
+            board.say(LogEntry(at=board.now, what="host updater offline", level="warning", host=host))
         board.touch_head()
 
     def _inventory(self, host: str, changes: Changes) -> None:

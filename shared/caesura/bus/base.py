@@ -27,7 +27,7 @@ _log = structlog.get_logger("caesura.bus")
 _WARN_EVERY_S = 10.0  # s: a handler that falls behind says so this often, not once a message
 
 
-class Parcel(msgspec.Struct, frozen=True):
+class QueuedDelivery(msgspec.Struct, frozen=True):
     """A message waiting for the handler, and how to tell the broker that it is dealt with."""
 
     delivery: Delivery
@@ -40,7 +40,7 @@ class Parcel(msgspec.Struct, frozen=True):
         return len(self.delivery.topic) + len(self.delivery.payload)
 
 
-class KeptBus(ABC):
+class ReconnectingBus(ABC):
     """The adapter-independent half of a ``Bus``; see ``caesura.bus.port`` for the promises.
 
     Args:
@@ -66,7 +66,7 @@ class KeptBus(ABC):
         for each in filters:
             check_filter(each)
         self.filters = tuple(filters)
-        self._inbox: Inbox[Parcel] = Inbox(backlog_limit, backlog_bytes)
+        self._inbox: Inbox[QueuedDelivery] = Inbox(backlog_limit, backlog_bytes)
         self._stats = BusStats()
         self._close_timeout_s = close_timeout_s
         self._ready = asyncio.Event()
@@ -75,7 +75,7 @@ class KeptBus(ABC):
         self._own_tasks: set[asyncio.Task[None]] = set()
         self._on_connected: Connected | None = None
         self._commits: Commits | None = None
-        self._unacknowledged: deque[Parcel] = deque()
+        self._unacknowledged: deque[QueuedDelivery] = deque()
         """Handled, and what was stored for them is not on disk."""
         self._to_acknowledge = asyncio.Event()
         self._all_acknowledged = asyncio.Event()
@@ -189,7 +189,7 @@ class KeptBus(ABC):
             self._dealt_with(parcel)
             self._handled()
 
-    def _dealt_with(self, parcel: Parcel) -> None:
+    def _dealt_with(self, parcel: QueuedDelivery) -> None:
         if self._commits is None or (self._commits.settled and not self._unacknowledged):
             parcel.acknowledge()
             return
@@ -209,7 +209,7 @@ class KeptBus(ABC):
             if not self._unacknowledged:
                 self._all_acknowledged.set()
 
-    def _take(self, parcel: Parcel) -> None:
+    def _take(self, parcel: QueuedDelivery) -> None:
         """Put a message that arrived into the inbox, or drop it (QoS 0), loudly when there is no room."""
         self._stats.received += 1
         if self._refuses(parcel):
@@ -221,7 +221,7 @@ class KeptBus(ABC):
         elif self._inbox.full:
             self._warn_backlog(parcel.delivery.topic, "the broker is being held back (QoS 1)")
 
-    def _refuses(self, parcel: Parcel) -> bool:
+    def _refuses(self, parcel: QueuedDelivery) -> bool:
         """Whether the message is above its writer's rate; the rest of what it sends is kept away, where it can be.
 
         A fact or a command that was retained is refused, too: nothing of the contract retains one, and there is no end of
@@ -304,7 +304,7 @@ class KeptBus(ABC):
         self._stats.connected = True
         self._stats.last_error = ""
         self._ready.set()
-        greeting = asyncio.create_task(self._greet(), name="bus-on-connected")
+        greeting = asyncio.create_task(self._run_on_connected(), name="bus-on-connected")
         self._own_tasks.add(greeting)
         try:
             yield
@@ -315,7 +315,7 @@ class KeptBus(ABC):
             greeting.cancel()
             await asyncio.wait({greeting})
 
-    async def _greet(self) -> None:
+    async def _run_on_connected(self) -> None:
         if self._on_connected is None:
             return
         try:

@@ -59,20 +59,20 @@ class ConnectionLost(BusError):
         super().__init__(f"the connection was lost: {reason}")
 
 
-class Diagnosis(msgspec.Struct, frozen=True):
+class ConnectionProblem(msgspec.Struct, frozen=True):
     """What happened, and what the operator can do."""
 
     what: str
     advice: str
 
 
-def explain(error: BaseException, options: BrokerOptions) -> Diagnosis:
+def explain(error: BaseException, options: BrokerOptions) -> ConnectionProblem:
     """Turn a failed attempt's exception into words."""
     match error:
         case ConnectRefused() | SubscribeRefused() | ConnectionLost():
             return _refusal(error, options)
         case ClosedEarly():
-            return Diagnosis(
+            return ConnectionProblem(
                 str(error),
                 "check that the port is the broker's MQTT port, and whether it expects TLS (mqtts://) "
                 "or a client certificate",
@@ -80,72 +80,78 @@ def explain(error: BaseException, options: BrokerOptions) -> Diagnosis:
         case ssl.SSLError():
             return _tls(error)
         case TlsFilesUnusable():
-            return Diagnosis(str(error), error.advice)
+            return ConnectionProblem(str(error), error.advice)
         case FileNotFoundError() | PermissionError():
             return _file(error, options)
         case _:
             return _network(error, options)
 
 
-def _tls(error: ssl.SSLError) -> Diagnosis:
+def _tls(error: ssl.SSLError) -> ConnectionProblem:
     if isinstance(error, ssl.SSLCertVerificationError):
-        return Diagnosis(
+        return ConnectionProblem(
             f"the broker's certificate was not accepted: {error.verify_message}",
             "set the CA file to the authority that signed it, and use the host name that it is made out to",
         )
-    return Diagnosis(
+    return ConnectionProblem(
         f"TLS failed: {error.reason or error}",
         "check that the port speaks TLS, and that the CA, certificate and key files are PEM files "
         "that belong together",
     )
 
 
-def _file(error: FileNotFoundError | PermissionError, options: BrokerOptions) -> Diagnosis:
+def _file(error: FileNotFoundError | PermissionError, options: BrokerOptions) -> ConnectionProblem:
     if isinstance(error, PermissionError):
-        return Diagnosis(
+        return ConnectionProblem(
             f"no permission: {error}", "give this user access to the broker's socket or the key file"
         )
     if error.filename:
-        return Diagnosis(
+        return ConnectionProblem(
             f"no such file: {error.filename}", "correct the path of the CA, certificate or key file"
         )
-    return Diagnosis(f"there is no socket at {options.address}", "start the broker, or correct the path")
+    return ConnectionProblem(
+        f"there is no socket at {options.address}", "start the broker, or correct the path"
+    )
 
 
-def _network(error: BaseException, options: BrokerOptions) -> Diagnosis:
+def _network(error: BaseException, options: BrokerOptions) -> ConnectionProblem:
     address = options.address
     match error:
         case socket.gaierror():
-            return Diagnosis(
+            return ConnectionProblem(
                 f"the name {address.host!r} does not resolve: {error.strerror}",
                 "check the host in the broker url, and DNS",
             )
         case NoAnswer():
-            return Diagnosis(
+            return ConnectionProblem(
                 f"{address} accepts connections but does not answer ({options.connect_timeout_s:g} s)",
                 "check the broker's load, and that the port is its MQTT port and not one that expects TLS",
             )
         case TimeoutError():
-            return Diagnosis(
+            return ConnectionProblem(
                 f"no answer from {address} in time ({options.connect_timeout_s:g} s for each step)",
                 "check the network, the firewall and the broker's load",
             )
         case ConnectionResetError() | BrokenPipeError():
-            return Diagnosis(
+            return ConnectionProblem(
                 f"{address} closed the connection at once",
                 "check that the port is the broker's MQTT port, and whether it speaks TLS (mqtts://) or not",
             )
         case ConnectionRefusedError():
-            return Diagnosis(
+            return ConnectionProblem(
                 f"nothing listens at {address}", "start the broker, or correct the port in the broker url"
             )
         case _:
-            return Diagnosis(f"{type(error).__name__}: {error}", "check the network and the broker's log")
+            return ConnectionProblem(
+                f"{type(error).__name__}: {error}", "check the network and the broker's log"
+            )
 
 
-def _refusal(error: ConnectRefused | SubscribeRefused | ConnectionLost, options: BrokerOptions) -> Diagnosis:
+def _refusal(
+    error: ConnectRefused | SubscribeRefused | ConnectionLost, options: BrokerOptions
+) -> ConnectionProblem:
     if isinstance(error, SubscribeRefused):
-        return Diagnosis(
+        return ConnectionProblem(
             str(error),
             f"give user {options.username!r} read access to these topics in the broker's access rules",
         )
@@ -167,4 +173,4 @@ def _refusal(error: ConnectRefused | SubscribeRefused | ConnectionLost, options:
             advice = "the broker is up but not serving: see its log"
         case _:
             advice = "see the broker's log"
-    return Diagnosis(str(error), advice)
+    return ConnectionProblem(str(error), advice)

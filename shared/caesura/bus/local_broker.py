@@ -25,7 +25,7 @@ from typing import Literal, Self
 
 from caesura.bus.diagnosis import ClosedEarly, ConnectRefused
 from caesura.bus.embedded import EmbeddedBrokerMissing, embedded_available
-from caesura.bus.mqtt_connection import Link
+from caesura.bus.mqtt_connection import MqttConnection
 from caesura.bus.options import BrokerOptions
 from caesura.bus.port import BusError
 from caesura.contract.codec import MAX_PACKET_BYTES
@@ -155,7 +155,7 @@ async def wait_ready(options: BrokerOptions, timeout_s: float) -> None:
     """
     async with asyncio.timeout(timeout_s):
         while True:
-            link = Link(options, "3.1.1", will=None, arrived=lambda _link, _arrival: None)
+            link = MqttConnection(options, "3.1.1", will=None, arrived=lambda _link, _arrival: None)
             try:
                 await link.open()
             except ConnectRefused:
@@ -163,7 +163,7 @@ async def wait_ready(options: BrokerOptions, timeout_s: float) -> None:
             except (OSError, ClosedEarly):
                 await asyncio.sleep(_ASK_EVERY_S)
             else:
-                await link.goodbye()
+                await link.disconnect()
                 return
 
 

@@ -16,7 +16,7 @@ from functools import partial
 import msgspec
 import structlog
 
-from caesura.bus.base import KeptBus, Parcel
+from caesura.bus.base import QueuedDelivery, ReconnectingBus
 from caesura.bus.filters import check_topic
 from caesura.bus.port import BusUnavailable, Delivery, PublishRefused, Will
 from caesura.bus.routes import FilterTree, RetainedTopics
@@ -235,7 +235,7 @@ class MemoryBroker:
             self._route(MemoryMessage(will.topic, will.payload, qos=1), retain=True)
 
 
-class MemoryBus(KeptBus):
+class MemoryBus(ReconnectingBus):
     """A bus on a ``MemoryBroker``; takes what ``MqttBus`` takes, where it means something here.
 
     Args:
@@ -333,7 +333,7 @@ class MemoryBus(KeptBus):
 
     def _arrived(self, connection: MemoryConnection, message: MemoryMessage, message_id: int) -> None:
         self._take(
-            Parcel(
+            QueuedDelivery(
                 Delivery(message.topic, message.payload, message.retained),
                 message.qos,
                 partial(self._broker.acknowledge, connection, message_id),

@@ -1,6 +1,6 @@
 """Typed messages over the bus port: publish by message type, receive by message type.
 
-A service holds one ``Post``. It gives every outgoing message its topic, CloudEvents id, source and
+A service holds one ``MessageClient``. It gives every outgoing message its topic, CloudEvents id, source and
 time, and turns deliveries into typed messages. A message that breaks the contract is counted, logged
 and dropped: it changes nothing.
 """
@@ -19,7 +19,7 @@ from caesura.bus.refused import Refused
 from caesura.contract.codec import ContractError, Received, decode, encode
 from caesura.contract.envelope import Message
 from caesura.contract.parts import PARTS, Joiner
-from caesura.contract.topics import channel_of, placed
+from caesura.contract.topics import channel_of, match_topic
 from caesura.runtime.identity import new_id
 
 M = TypeVar("M", bound=Message)
@@ -27,7 +27,7 @@ M = TypeVar("M", bound=Message)
 Receiver = Callable[[Any, Received], Awaitable[None]]
 """Takes the message and how it was received (parameters, header)."""
 
-Forgetter = Callable[[Mapping[str, str]], Awaitable[None]]
+TombstoneHandler = Callable[[Mapping[str, str]], Awaitable[None]]
 """Takes the parameters of a topic whose retained message was removed."""
 
 PART_TYPES = frozenset(PARTS.values())
@@ -35,7 +35,7 @@ PART_TYPES = frozenset(PARTS.values())
 _log = structlog.get_logger("caesura.bus")
 
 
-class Post:
+class MessageClient:
     """A service's typed view of its bus.
 
     Args:
@@ -59,7 +59,7 @@ class Post:
         self._joiner = Joiner(wanted)
         self._as_sent: set[type[Message]] = set()
         """Types of messages that are not waited for until they are whole."""
-        self._forgetters: dict[type[Message], Forgetter] = {}
+        self._forgetters: dict[type[Message], TombstoneHandler] = {}
         self._on_refused = on_refused
         self._refused = Refused()
         self.listeners: list[Callable[[Received], Awaitable[None]]] = []
@@ -89,7 +89,7 @@ class Post:
         """Whether something is waited for until it is whole: its parts, or a newer message, are on their way."""
         return bool(self._joiner.waiting())
 
-    def on_cleared(self, message: type[Message], forgetter: Forgetter) -> None:
+    def on_tombstone(self, message: type[Message], forgetter: TombstoneHandler) -> None:
         """Have ``forgetter`` called when a retained message of this type is removed."""
         self._forgetters[message] = forgetter
 
@@ -176,7 +176,7 @@ class Post:
     async def _cleared(self, topic: str) -> None:
         """An empty retained payload clears a topic; it carries no message."""
         self._joiner.clear(topic)
-        place = placed(topic)
+        place = match_topic(topic)
         if place is None:
             return  # not of this contract
         channel, parameters = place

@@ -13,7 +13,7 @@ import msgspec
 import structlog
 
 from caesura.bus.backoff import Backoff
-from caesura.bus.base import KeptBus, Parcel
+from caesura.bus.base import QueuedDelivery, ReconnectingBus
 from caesura.bus.diagnosis import (
     SESSION_TAKEN_OVER,
     UNSUPPORTED_PROTOCOL,
@@ -25,7 +25,7 @@ from caesura.bus.diagnosis import (
     explain,
 )
 from caesura.bus.filters import check_topic
-from caesura.bus.mqtt_connection import Arrival, Link, Protocol
+from caesura.bus.mqtt_connection import IncomingMessage, MqttConnection, Protocol
 from caesura.bus.options import BrokerOptions
 from caesura.bus.port import BusError, BusUnavailable, Delivery, PublishRefused, Will
 from caesura.bus.rates import Rates
@@ -36,7 +36,7 @@ _FILTERS_AT_ONCE = 1_000  # a packet of some 100 KiB
 _UNSTABLE = 3  # connections in a row that ended soon: worth saying that another client may use our id
 
 
-class MqttBus(KeptBus):
+class MqttBus(ReconnectingBus):
     """A connection to an MQTT broker that is kept alive; see ``caesura.bus.port.Bus`` for the promises.
 
     Args:
@@ -78,7 +78,7 @@ class MqttBus(KeptBus):
         self._to_subscribe: list[str] = []
         self._to_drop: list[str] = []
         """Filters that something else stands in for, once that is subscribed to."""
-        self._link: Link | None = None
+        self._link: MqttConnection | None = None
         self._spoken: Protocol | None = None if options.protocol == "auto" else options.protocol
         self._short_lives = 0
 
@@ -118,7 +118,7 @@ class MqttBus(KeptBus):
             raise
         self._stats.published += 1
 
-    async def _link_for(self, topic: str, timeout_s: float) -> Link:
+    async def _link_for(self, topic: str, timeout_s: float) -> MqttConnection:
         await self._until_ready(topic, timeout_s)
         if self._link is None:
             raise BusUnavailable(f"the connection ended before the message on {topic!r} was sent")
@@ -128,12 +128,12 @@ class MqttBus(KeptBus):
         if self._link is not None:
             self._throttle(self._link)
 
-    def _arrived(self, link: Link, arrival: Arrival) -> None:
+    def _arrived(self, link: MqttConnection, arrival: IncomingMessage) -> None:
         delivery = Delivery(arrival.topic, arrival.payload, arrival.retained)
-        self._take(Parcel(delivery, arrival.qos, partial(link.acknowledge, arrival)))
+        self._take(QueuedDelivery(delivery, arrival.qos, partial(link.acknowledge, arrival)))
         self._throttle(link)
 
-    def _throttle(self, link: Link) -> None:
+    def _throttle(self, link: MqttConnection) -> None:
         """Read or do not read: an answer that someone waits for comes over the same socket as the flood."""
         if link.paused:
             if self._inbox.low or (link.calls and not self._inbox.overfull):
@@ -142,7 +142,7 @@ class MqttBus(KeptBus):
             link.pause()
 
     @contextlib.contextmanager
-    def _listening(self, link: Link) -> Iterator[None]:
+    def _listening(self, link: MqttConnection) -> Iterator[None]:
         """While something waits for an answer of the broker, a full inbox does not stop the reading."""
         link.calls += 1
         self._throttle(link)
@@ -168,12 +168,12 @@ class MqttBus(KeptBus):
                     lost = error
                 finally:
                     self._link = None
-                    await link.goodbye()
+                    await link.disconnect()
                 delay_s = self._after(lost, held_s=loop.time() - began_s)
             _log.debug("bus.reconnecting", in_s=round(delay_s, 3))
             await asyncio.sleep(delay_s)
 
-    async def _open(self) -> Link:
+    async def _open(self) -> MqttConnection:
         """Connect with the protocol that is set or was learned; ``auto`` tries 5 first and remembers."""
         spoken = self._spoken or "5"
         link = self._new_link(spoken)
@@ -195,10 +195,10 @@ class MqttBus(KeptBus):
         # or a will. One that has spoken it to us before is merely going down.
         return self._spoken is None
 
-    def _new_link(self, protocol: Protocol) -> Link:
-        return Link(self.options, protocol, will=self._will, arrived=self._arrived)
+    def _new_link(self, protocol: Protocol) -> MqttConnection:
+        return MqttConnection(self.options, protocol, will=self._will, arrived=self._arrived)
 
-    async def _serve(self, link: Link) -> BusError:
+    async def _serve(self, link: MqttConnection) -> BusError:
         """Subscribe, say that we are connected, and wait for the end."""
         self._link = link
         self._to_subscribe, self._to_drop = [], []  # of the connection before
@@ -218,7 +218,7 @@ class MqttBus(KeptBus):
             finally:
                 unmuting.cancel()
 
-    async def _subscribe(self, link: Link, filters: Sequence[str]) -> None:
+    async def _subscribe(self, link: MqttConnection, filters: Sequence[str]) -> None:
         """In packets that any broker takes. None at all is well, too."""
         for each in _packets(filters):
             await link.subscribe_all(each)
@@ -232,7 +232,7 @@ class MqttBus(KeptBus):
             self._to_drop += filters
         self._to_unmute.set()
 
-    async def _unmute(self, link: Link) -> None:
+    async def _unmute(self, link: MqttConnection) -> None:
         """Subscribe again when the time of what is muted has come."""
         loop = asyncio.get_running_loop()
         while True:

@@ -54,7 +54,7 @@ _disk = Worker("certificates")
 """One for all connections: a disk that hangs costs one thread, however often they are tried."""
 
 
-class Arrival(msgspec.Struct, frozen=True):
+class IncomingMessage(msgspec.Struct, frozen=True):
     """A message as it came off the wire. ``message_id`` is what QoS 1 acknowledges; 0 for QoS 0."""
 
     topic: str
@@ -64,7 +64,7 @@ class Arrival(msgspec.Struct, frozen=True):
     message_id: int
 
 
-class Link(aiomqtt.Client):
+class MqttConnection(aiomqtt.Client):
     """One connection, from CONNECT to its end; a new one is built for every attempt.
 
     Args:
@@ -80,7 +80,7 @@ class Link(aiomqtt.Client):
         protocol: Protocol,
         *,
         will: Will | None,
-        arrived: Callable[[Link, Arrival], None],
+        arrived: Callable[[MqttConnection, IncomingMessage], None],
     ) -> None:
         self.protocol: Protocol = protocol
         self.session_present = False
@@ -148,10 +148,10 @@ class Link(aiomqtt.Client):
             self._client_connect()
             await self._answer(options.connect_timeout_s)
         except MqttConnectError as error:
-            await self.abandon()
+            await self.abort()
             raise _refused(error) from None
         except BaseException:
-            await self.abandon()
+            await self.abort()
             sock.close()
             raise
 
@@ -278,7 +278,7 @@ class Link(aiomqtt.Client):
                 f"no room to publish on {topic!r}: {len(self._acks)} messages wait for the broker's answer"
             ) from None
 
-    def acknowledge(self, arrival: Arrival) -> None:
+    def acknowledge(self, arrival: IncomingMessage) -> None:
         """Tell the broker that this message is dealt with; nothing to do for QoS 0 or once the connection ended."""
         if arrival.qos and not self.ended:
             self._client.ack(arrival.message_id, arrival.qos)
@@ -308,15 +308,15 @@ class Link(aiomqtt.Client):
         await asyncio.wait({self._disconnected})
         return self._lost()
 
-    async def goodbye(self) -> None:
+    async def disconnect(self) -> None:
         """Send DISCONNECT, so that the last will is not sent, and free everything."""
         try:
             if not self.ended and self._client.disconnect() == paho.MQTT_ERR_SUCCESS:
                 await asyncio.wait({self._disconnected}, timeout=_GOODBYE_S)
         finally:
-            await self.abandon()
+            await self.abort()
 
-    async def abandon(self) -> None:
+    async def abort(self) -> None:
         """Close the socket without a word and end every task and wait of this connection."""
         self._client._sock_close()  # noqa: SLF001
         for future in (self._connected, self._disconnected):
@@ -372,7 +372,9 @@ class Link(aiomqtt.Client):
     def _on_message(self, client: paho.Client, userdata: Any, message: paho.MQTTMessage) -> None:
         self._arrived(
             self,
-            Arrival(message.topic, bytes(message.payload), bool(message.retain), message.qos, message.mid),
+            IncomingMessage(
+                message.topic, bytes(message.payload), bool(message.retain), message.qos, message.mid
+            ),
         )
 
     def _on_socket_open(self, client: paho.Client, userdata: Any, sock: Any) -> None:

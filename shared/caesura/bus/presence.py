@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 
 import structlog
 
-from caesura.bus.messaging import Post
+from caesura.bus.messaging import MessageClient
 from caesura.bus.port import BusError, PublishRefused, Will
 from caesura.contract.codec import encode
 from caesura.contract.envelope import Message
@@ -49,7 +49,7 @@ class Presence:
 
     def __init__(
         self,
-        post: Post,
+        post: MessageClient,
         online: Callable[[], Message],
         offline: Callable[[], Message],
         *,

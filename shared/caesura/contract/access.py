@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 import msgspec
 
 from caesura.contract.messages import VMS_IN_PART, InventoryPart, ReportPart
-from caesura.contract.topics import CHANNELS, Channel, Party
+from caesura.contract.topics import CHANNELS, Channel, Role
 
 _UPDATE_DOMAINS = range(20)
 
@@ -32,7 +32,7 @@ class Principal(msgspec.Struct, frozen=True):
     of a host: where those of its VMs are of which that is known. Each narrows what the user may do; empty: any.
     """
 
-    party: Party
+    party: Role
     instance: str = ""
     set: str = ""
     host: str = ""
@@ -53,7 +53,7 @@ class Principal(msgspec.Struct, frozen=True):
         return not any("+" in each for each in writable(self))
 
 
-_OWN_PARAMETER: Mapping[Party, str] = {"host": "host", "vm": "vm", "ctl": "client", "metadata": "instance"}
+_OWN_PARAMETER: Mapping[Role, str] = {"host": "host", "vm": "vm", "ctl": "client", "metadata": "instance"}
 
 
 def access_rules(principals: Iterable[Principal]) -> str:

@@ -10,7 +10,7 @@ import msgspec
 
 from caesura.contract.envelope import Header, Message, OutgoingEnvelope, RawEnvelope
 from caesura.contract.messages import Id
-from caesura.contract.topics import Channel, TopicError, placed
+from caesura.contract.topics import Channel, TopicError, match_topic
 from caesura.runtime.errors import CaesuraError
 
 MAX_PAYLOAD_BYTES = 256 * 1024  # the smallest limit that all supported brokers share
@@ -109,7 +109,7 @@ def decode(topic: str, payload: bytes) -> Received:
     """
     if len(payload) > MAX_PAYLOAD_BYTES:
         raise Oversized(topic, f"{len(payload)} bytes, at most {MAX_PAYLOAD_BYTES} allowed")
-    place = placed(topic)
+    place = match_topic(topic)
     if place is None:
         raise UnknownTopic(topic, "not in the topic table")
     channel, parameters = place

@@ -18,7 +18,7 @@ from caesura.runtime.errors import CaesuraError
 
 PREFIX = "caesura/v1"
 
-Party = Literal["coordinator", "host", "vm", "metadata", "ctl", "exporter"]
+Role = Literal["coordinator", "host", "vm", "metadata", "ctl", "exporter"]
 """Who writes or reads: the coordinator, a host updater, a VM agent, a metadata publisher, an operator's client, the exporter."""
 
 
@@ -32,8 +32,8 @@ class Channel(msgspec.Struct, frozen=True, kw_only=True):
     address: str
     """Template; ``{host}`` and friends are one topic level each."""
     message: type[Message]
-    writer: Party
-    readers: tuple[Party, ...]
+    writer: Role
+    readers: tuple[Role, ...]
     retain: bool = False
     qos: Literal[0, 1] = 1
     deprecated: bool = False
@@ -353,7 +353,7 @@ def channel_of(message: type[Message]) -> Channel:
     raise TopicError(f"{message.__name__} is not in the topic table")
 
 
-def placed(topic: str) -> tuple[Channel, Mapping[str, str]] | None:
+def match_topic(topic: str) -> tuple[Channel, Mapping[str, str]] | None:
     """The row that a concrete topic belongs to, and its parameters; None where there is none."""
     for channel in CHANNELS:
         parameters = channel.match(topic)
@@ -364,5 +364,5 @@ def placed(topic: str) -> tuple[Channel, Mapping[str, str]] | None:
 
 def may_be_retained(topic: str) -> bool:
     """Whether a broker may keep a message on this topic: where the table says so, and on topics that are none of ours."""
-    place = placed(topic)
+    place = match_topic(topic)
     return place is None or place[0].retain

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-OURS = "CAESURA_"
+PREFIX = "CAESURA_"
 SETTINGS = tuple(
-    f"{OURS}{name}_"
+    f"{PREFIX}{name}_"
     for name in (
         "COORDINATOR",
         "CTL",
@@ -17,10 +17,10 @@ SETTINGS = tuple(
     )
 )
 """What the settings of each service start with. Only the service itself knows which there are."""
-MARKS = (f"{OURS}DEMO_", f"{OURS}TEST_")
+MARKERS = (f"{PREFIX}DEMO_", f"{PREFIX}TEST_")
 """What demo and tests give to whatever they start, to find it again."""
-TOLD = frozenset(
-    OURS + name
+RESERVED = frozenset(
+    PREFIX + name
     for name in (
         # to updates, hooks and the processes of a VM; whoever of these is one of our commands inherits them
         "EVENT_ID",
@@ -52,10 +52,10 @@ TOLD = frozenset(
 """What is no setting of a service."""
 
 
-def strangers(names: Iterable[str]) -> list[str]:
+def unknown_variables(names: Iterable[str]) -> list[str]:
     """Those of ``names`` that look like a variable of ours and are none, in order."""
     return sorted(
         name
         for name in names
-        if name.startswith(OURS) and not name.startswith((*SETTINGS, *MARKS)) and name not in TOLD
+        if name.startswith(PREFIX) and not name.startswith((*SETTINGS, *MARKERS)) and name not in RESERVED
     )

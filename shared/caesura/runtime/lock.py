@@ -18,21 +18,21 @@ class InUse(CaesuraError):
     """Another process works in this state folder."""
 
 
-def private_folder(path: str) -> Path:
+def private_dir(path: str) -> Path:
     """The state folder, made if needed, for nobody else to read.
 
     Raises:
         StateFolderUnusable: it cannot be made, or is somebody else's.
     """
     folder = Path(path)
-    with usable(folder):
+    with translate_os_errors(folder):
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         folder.chmod(0o700)
     return folder
 
 
 @contextmanager
-def usable(folder: Path) -> Iterator[None]:
+def translate_os_errors(folder: Path) -> Iterator[None]:
     """What the operating system refuses in the block is said of the state folder.
 
     Raises:
@@ -45,14 +45,14 @@ def usable(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def sole_user(folder: str) -> Iterator[None]:
+def exclusive_lock(folder: str) -> Iterator[None]:
     """Hold the folder's lock while the block runs; the kernel gives it back when the process dies.
 
     Raises:
         InUse: another process holds it.
         StateFolderUnusable: it cannot be made or written to.
     """
-    with usable(Path(folder)):
+    with translate_os_errors(Path(folder)):
         Path(folder).mkdir(parents=True, exist_ok=True, mode=0o700)
         handle = (Path(folder) / "lock").open("w")
     with handle:

@@ -54,7 +54,7 @@ async def serve(
     try:
         async with asyncio.TaskGroup() as group:
             running.extend(
-                group.create_task(_eternal(name, start, stop), name=name) for name, start in tasks.items()
+                group.create_task(_run_forever(name, start, stop), name=name) for name, start in tasks.items()
             )
             await stop.wait()
             await _drain(drain, drain_timeout_s)
@@ -69,7 +69,7 @@ async def serve(
             loop.remove_signal_handler(number)
 
 
-async def _eternal(name: str, start: Callable[[], Awaitable[None]], stop: asyncio.Event) -> None:
+async def _run_forever(name: str, start: Callable[[], Awaitable[None]], stop: asyncio.Event) -> None:
     await start()
     if not stop.is_set():
         raise TaskEnded(f"task {name!r} has finished unexpectedly")

@@ -18,9 +18,9 @@ from typing import Annotated, Any, Literal, TypeVar
 import msgspec
 from msgspec import Meta
 
-from caesura.runtime.env import OURS, TOLD, strangers
+from caesura.runtime.env import PREFIX, RESERVED, unknown_variables
 from caesura.runtime.errors import ConfigError
-from caesura.runtime.validation_errors import explained
+from caesura.runtime.validation_errors import describe_error
 
 _SECRET_BYTES = 4096  # a line; a device or another file of any size is none
 
@@ -112,7 +112,7 @@ def read_settings(settings: type[S], prefix: str, environ: Mapping[str, str]) ->
     given = {name: value for name, value in environ.items() if name.startswith(prefix)}
     unknown = sorted(set(given) - set(fields))
     wrong = [_unknown(name, list(fields)) for name in unknown]
-    wrong += [_stranger(name, prefix, list(fields)) for name in strangers(environ)]
+    wrong += [_stranger(name, prefix, list(fields)) for name in unknown_variables(environ)]
     if wrong:
         raise SettingsError("; ".join(wrong))
     missing = sorted(name for name, field in fields.items() if field.required and name not in given)
@@ -132,7 +132,7 @@ def read_settings(settings: type[S], prefix: str, environ: Mapping[str, str]) ->
             msgspec.convert({field.name: raw[field.name]}, single, strict=False, dec_hook=_decode_custom)
         except msgspec.ValidationError as error:
             shown = "the file's content" if is_secret(field) else repr(given[name])
-            why = explained(error, single).split(" - at ")[0]
+            why = describe_error(error, single).split(" - at ")[0]
             if why.startswith("Expected `array`"):
                 why += '; give JSON, such as ["one", "two"]'
             raise SettingsError(f"{name}={shown}: {why}") from error
@@ -198,14 +198,14 @@ def _unknown(name: str, known: list[str]) -> str:
 
 def _stranger(name: str, prefix: str, known: list[str]) -> str:
     """As ``_unknown``, for a variable that is no service's: most likely the prefix is wrong."""
-    whole = prefix + name.removeprefix(OURS)
+    whole = prefix + name.removeprefix(PREFIX)
     if whole in known:
         return f"unknown setting {name}, did you mean {whole}?"
     rests = {
-        each.removeprefix(OURS): each for each in (*known, *TOLD)
+        each.removeprefix(PREFIX): each for each in (*known, *RESERVED)
     }  # what they share makes all look alike
-    near = difflib.get_close_matches(name.removeprefix(OURS), rests, n=1, cutoff=0.8)
-    hint = f"did you mean {rests[near[0]]}?" if near else f"no service has it; {OURS}* is for Caesura's own"
+    near = difflib.get_close_matches(name.removeprefix(PREFIX), rests, n=1, cutoff=0.8)
+    hint = f"did you mean {rests[near[0]]}?" if near else f"no service has it; {PREFIX}* is for Caesura's own"
     return f"unknown setting {name}, {hint}"
 
 

@@ -13,7 +13,7 @@ _STEP = re.compile(r"\.(\w+)|\[")
 """One step of the path in an error: a key, or an element, be it numbered or not."""
 
 
-def explained(error: msgspec.ValidationError, wanted: Any) -> str:
+def describe_error(error: msgspec.ValidationError, wanted: Any) -> str:
     """The error's text; where ``wanted`` allows certain words only, these are named before the place.
 
     Args:

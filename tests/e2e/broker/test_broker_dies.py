@@ -9,22 +9,22 @@ from pathlib import Path
 from typing import Any
 
 from caesura.bus.local_broker import LocalBroker
-from caesura.bus.messaging import Post
+from caesura.bus.messaging import MessageClient
 from caesura.bus.mqtt import MqttBus
 from caesura.bus.options import BrokerOptions
 from caesura.contract.codec import Received
 from caesura.contract.envelope import Message
 from caesura.contract.topics import CHANNELS
-from caesura_ctl.fleet_view import Picture
+from caesura_ctl.fleet_view import FleetView
 from caesura_testing.patience import patient
 
 _AWAY_S = 20.0
 
 
 @asynccontextmanager
-async def persistent_reader(broker: LocalBroker) -> AsyncIterator[Picture]:
+async def persistent_reader(broker: LocalBroker) -> AsyncIterator[FleetView]:
     """A reader whose session the broker keeps: what it misses while away must come afterwards."""
-    picture = Picture()
+    picture = FleetView()
 
     async def fold(message: Message, _: Received) -> None:
         picture.fold(message)
@@ -34,7 +34,7 @@ async def persistent_reader(broker: LocalBroker) -> AsyncIterator[Picture]:
         BrokerOptions(url=broker.url, client_id="reader", clean=False),
         filters=[channel.filter() for channel in channels],
     )
-    post = Post(bus, "/reader")
+    post = MessageClient(bus, "/reader")
     for channel in channels:
         post.on(channel.message, fold)
     running = asyncio.create_task(bus.run(post.deliver))

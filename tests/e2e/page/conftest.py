@@ -14,7 +14,7 @@ from prometheus_client import CollectorRegistry
 
 from caesura.bus.local_broker import free_port
 from caesura.bus.memory import MemoryBroker, MemoryBus
-from caesura.bus.messaging import Post
+from caesura.bus.messaging import MessageClient
 from caesura.bus.port import Delivery
 from caesura.runtime.health import serve_health
 from caesura_metrics_exporter.live.page import LivePage
@@ -158,7 +158,7 @@ async def _silent(_: Delivery) -> None:
 class Booth:
     """An exporter on a bus in memory, its page, and somebody who speaks on that bus."""
 
-    def __init__(self, exporter: MetricsExporter, post: Post, port: int, page: LivePage) -> None:
+    def __init__(self, exporter: MetricsExporter, post: MessageClient, port: int, page: LivePage) -> None:
         self.exporter = exporter
         self.page = page
         self.post = post
@@ -187,7 +187,7 @@ async def booth() -> AsyncIterator[Booth]:
         assert await speaker.wait_connected(patient(5))
         page = LivePage(exporter.stream)
         async with serve_health(f"127.0.0.1:{port}", {}, CollectorRegistry(), extend=page.extend):
-            made = Booth(exporter, Post(speaker, "/caesura/test"), port, page)
+            made = Booth(exporter, MessageClient(speaker, "/caesura/test"), port, page)
             await made.wire.mend()
             try:
                 yield made

@@ -13,11 +13,11 @@ from structlog.testing import capture_logs
 
 from caesura.bus.port import BusUnavailable, Delivery, PublishRefused, Will
 from caesura_testing.collector import PATIENCE_S, Collector, eventually, running
-from caesura_testing.harness import KINDS, Can, Harness, why_not
+from caesura_testing.harness import KINDS, BrokerCapabilities, Harness, why_not
 from caesura_testing.patience import patient
 
 
-def needs(ability: Can) -> pytest.MarkDecorator:
+def needs(ability: BrokerCapabilities) -> pytest.MarkDecorator:
     """Run where the broker keeps this promise; elsewhere report an expected failure, and its reason."""
     return pytest.mark.parametrize(
         "harness",
@@ -188,7 +188,7 @@ async def test_after_the_broker_was_killed_everything_is_subscribed_and_greeted_
         assert listener.stats.last_error == ""
 
 
-@needs(Can.KEEP_OVER_A_KILL)
+@needs(BrokerCapabilities.KEEP_OVER_A_KILL)
 async def test_retained_messages_outlive_a_killed_broker(harness: Harness) -> None:
     sender = await harness.bus("sender")
     async with running(sender):
@@ -227,7 +227,7 @@ async def test_no_last_will_after_a_goodbye_or_a_cancelled_run(harness: Harness)
     assert got.payloads == [b"end"]
 
 
-@needs(Can.QUEUE_WHILE_AWAY)
+@needs(BrokerCapabilities.QUEUE_WHILE_AWAY)
 async def test_a_persistent_session_gets_what_was_sent_while_it_was_away(harness: Harness) -> None:
     got = Collector()
     sender = await harness.bus()
@@ -255,7 +255,7 @@ async def test_a_clean_session_gets_nothing_of_what_it_missed(harness: Harness) 
     assert got.payloads == [b"seen"]
 
 
-@needs(Can.REDELIVER)
+@needs(BrokerCapabilities.REDELIVER)
 async def test_a_message_whose_handler_never_returned_comes_again(harness: Harness) -> None:
     begun = asyncio.Event()
     first, second = Collector(), Collector()
@@ -297,7 +297,7 @@ class HeldCommits:
         self._go.set()
 
 
-@needs(Can.REDELIVER)
+@needs(BrokerCapabilities.REDELIVER)
 async def test_messages_are_handled_and_not_acknowledged_until_what_they_led_to_is_on_disk(
     harness: Harness,
 ) -> None:
@@ -325,7 +325,7 @@ async def test_messages_are_handled_and_not_acknowledged_until_what_they_led_to_
     assert second.payloads == [b"2", b"3"]
 
 
-@needs(Can.REDELIVER)
+@needs(BrokerCapabilities.REDELIVER)
 async def test_close_waits_for_the_disk_of_what_was_handled(harness: Harness) -> None:
     first, second = Collector(), Collector()
     disk = HeldCommits()
@@ -348,7 +348,7 @@ async def test_close_waits_for_the_disk_of_what_was_handled(harness: Harness) ->
     assert second.payloads == [b"2"]
 
 
-@needs(Can.QUEUE_WHILE_AWAY)
+@needs(BrokerCapabilities.QUEUE_WHILE_AWAY)
 async def test_a_cut_connection_heals_and_loses_nothing_of_a_persistent_session(harness: Harness) -> None:
     got = Collector()
     sender = await harness.bus()
@@ -427,7 +427,7 @@ async def test_a_publish_waits_for_a_connection_that_comes_in_time(harness: Harn
         await got.until_payload(b"early")
 
 
-@needs(Can.SAY_REFUSED)
+@needs(BrokerCapabilities.SAY_REFUSED)
 async def test_a_refused_publish_raises_and_leaves_the_connection_alone(harness: Harness) -> None:
     sender = await harness.bus()
     async with running(sender):
@@ -439,7 +439,7 @@ async def test_a_refused_publish_raises_and_leaves_the_connection_alone(harness:
     assert sender.stats.connects == 1
 
 
-@needs(Can.SAY_REFUSED)
+@needs(BrokerCapabilities.SAY_REFUSED)
 async def test_of_400_publishes_at_once_exactly_the_denied_half_is_refused(harness: Harness) -> None:
     sender = await harness.bus()
     topics = [f"{'open' if number % 2 else 'denied'}/{number}" for number in range(400)]
@@ -456,7 +456,7 @@ async def test_of_400_publishes_at_once_exactly_the_denied_half_is_refused(harne
     assert (sender.stats.published, sender.stats.publish_failures) == (200, 200)
 
 
-@needs(Can.QOS_0)
+@needs(BrokerCapabilities.QOS_0)
 async def test_a_slow_handler_costs_qos_0_messages_and_is_reported(harness: Harness) -> None:
     limit = 20
     go = asyncio.Event()
@@ -647,7 +647,7 @@ async def test_a_greeting_that_fails_does_not_end_the_connection(harness: Harnes
     assert [each["event"] for each in logs if each["log_level"] == "error"] == ["bus.on_connected_failed"]
 
 
-@needs(Can.TAKE_OVER)
+@needs(BrokerCapabilities.TAKE_OVER)
 async def test_two_clients_with_one_id_do_not_fight_fast(harness: Harness) -> None:
     first = await harness.bus("twin")
     second = await harness.bus("twin")

@@ -20,7 +20,7 @@ import pytest
 
 from caesura.bus import base
 from caesura.bus.local_broker import LocalBroker
-from caesura.bus.messaging import Post
+from caesura.bus.messaging import MessageClient
 from caesura.bus.mqtt import MqttBus
 from caesura.bus.options import BrokerOptions
 from caesura.bus.port import BusUnavailable
@@ -181,7 +181,7 @@ async def test_a_flooding_guest_keeps_its_host_from_no_command(tmp_path: Path) -
                 for kind in (m.AgentPresence, m.AgentClockSynced, m.ClockSyncRequested)
             ]
         host = MqttBus(options(broker, "host_h1"), filters=filters, rates=Rates(_RATES))
-        post = Post(host, "/caesura/host/h1")
+        post = MessageClient(host, "/caesura/host/h1")
         commands: list[str] = []
         others: list[str] = []
 
@@ -193,8 +193,8 @@ async def test_a_flooding_guest_keeps_its_host_from_no_command(tmp_path: Path) -
 
         post.on(m.StartOperation, on_freeze)
         post.on(m.AgentPresence, on_agent)
-        coordinator = Post(MqttBus(options(broker, "coordinator")), "/caesura/c")
-        neighbour = Post(MqttBus(options(broker, "vm_web-2")), "/caesura/vm/web-2")
+        coordinator = MessageClient(MqttBus(options(broker, "coordinator")), "/caesura/c")
+        neighbour = MessageClient(MqttBus(options(broker, "vm_web-2")), "/caesura/vm/web-2")
         for bus, receive in ((host, post.deliver), (coordinator.bus, None), (neighbour.bus, None)):
             await stack.enter_async_context(running(bus, receive))
         payload = message(
@@ -237,15 +237,15 @@ async def test_a_flooding_guest_keeps_an_operator_from_no_plan(tmp_path: Path) -
         try:
             await eventually(lambda: made.leads, _HANG_S)
             operator = MqttBus(options(broker, "ctl_ops"), filters=["caesura/v1/fleet/ctl/ops/answer"])
-            asking = Post(operator, "/caesura/ctl/ops")
+            asking = MessageClient(operator, "/caesura/ctl/ops")
             answers: list[str] = []
 
             async def on_answer(answer: m.RequestAnswered, _: object) -> None:
                 answers.append(answer.request)
 
             asking.on(m.RequestAnswered, on_answer)
-            host = Post(MqttBus(options(broker, "host_h1")), "/caesura/host/h1")
-            neighbour = Post(MqttBus(options(broker, "vm_web-2")), "/caesura/vm/web-2")
+            host = MessageClient(MqttBus(options(broker, "host_h1")), "/caesura/host/h1")
+            neighbour = MessageClient(MqttBus(options(broker, "vm_web-2")), "/caesura/vm/web-2")
             for each, receive in ((operator, asking.deliver), (host.bus, None), (neighbour.bus, None)):
                 await stack.enter_async_context(running(each, receive))
             vms = tuple(
@@ -294,7 +294,7 @@ async def test_a_flooding_operator_keeps_another_from_no_abort(tmp_path: Path) -
         try:
             await eventually(lambda: made.leads, _HANG_S)
             operator = MqttBus(options(broker, "ctl_ops"), filters=["caesura/v1/fleet/ctl/ops/answer"])
-            asking = Post(operator, "/caesura/ctl/ops")
+            asking = MessageClient(operator, "/caesura/ctl/ops")
             answers: list[str] = []
 
             async def on_answer(answer: m.RequestAnswered, _: object) -> None:

@@ -13,7 +13,7 @@ from caesura.bus.port import Delivery
 from caesura.delivery.message import OutboxMessage
 from caesura.delivery.publisher import ReliablePublisher
 from caesura_testing.collector import PATIENCE_S, Collector, eventually, running
-from caesura_testing.harness import KINDS, Can, Harness, why_not
+from caesura_testing.harness import KINDS, BrokerCapabilities, Harness, why_not
 
 
 def message(topic: str, number: int) -> OutboxMessage:
@@ -37,7 +37,7 @@ async def publishing(publisher: ReliablePublisher) -> AsyncIterator[None]:
 
 
 @pytest.mark.parametrize(
-    "harness", [kind for kind in KINDS if not why_not(kind, Can.SAY_REFUSED)], indirect=True
+    "harness", [kind for kind in KINDS if not why_not(kind, BrokerCapabilities.SAY_REFUSED)], indirect=True
 )
 async def test_a_topic_that_the_broker_refuses_holds_up_no_other(harness: Harness) -> None:
     got, sender = Collector(), await harness.bus()

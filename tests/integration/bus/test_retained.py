@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from caesura.bus.local_broker import LocalBroker
-from caesura.bus.messaging import Post
+from caesura.bus.messaging import MessageClient
 from caesura.bus.mqtt import MqttBus
 from caesura.bus.options import BrokerOptions
 from caesura.bus.port import BusUnavailable, PublishRefused
@@ -110,14 +110,14 @@ async def test_a_thief_of_a_bound_account_neither_fills_the_broker_nor_stops_a_c
     async with shipped_mosquitto("broker", tmp_path, users=passwords(_FLEET), acl=rules) as broker:
         stealing = MqttBus(options(broker, thief))
         host = MqttBus(options(broker, "host_h2"), filters=[channel_of(m.StartOperation).filter(host="h2")])
-        post = Post(host, "/caesura/host/h2")
+        post = MessageClient(host, "/caesura/host/h2")
         commands: list[str] = []
 
         async def on_freeze(command: m.StartOperation, _: object) -> None:
             commands.append(command.operation)
 
         post.on(m.StartOperation, on_freeze)
-        coordinator = Post(MqttBus(options(broker, "coordinator")), "/caesura/c")
+        coordinator = MessageClient(MqttBus(options(broker, "coordinator")), "/caesura/c")
         async with running(stealing), running(host, post.deliver), running(coordinator.bus):
             before = memory_bytes(broker)
             payload = bytes(MAX_PAYLOAD_BYTES)

@@ -17,7 +17,7 @@ from caesura.bus.options import BrokerOptions
 from caesura.bus.port import PublishRefused
 from caesura.contract.access import Principal, access_rules
 from caesura.contract.codec import MAX_PACKET_BYTES, MAX_PAYLOAD_BYTES
-from caesura.contract.topics import CHANNELS, PREFIX, placed
+from caesura.contract.topics import CHANNELS, PREFIX, match_topic
 from caesura.runtime.settings import Secret
 from caesura_testing.broker import mosquitto_installed, shipped_mosquitto
 from caesura_testing.collector import PATIENCE_S, Collector, running
@@ -180,7 +180,7 @@ async def test_each_user_writes_its_topics_of_the_table_and_no_others(tmp_path: 
                     values: Mapping[str, str] = {name: _VALUES.get(name, "1") for name in channel.parameters}
                     topic = channel.topic(**values)
                     for each in (topic, f"{topic}/more", topic.rpartition("/")[0] + "/invented"):
-                        place = placed(
+                        place = match_topic(
                             each
                         )  # an event's status is a level of its topic: there any word is in the table
                         if (

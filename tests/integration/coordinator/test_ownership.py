@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from caesura.bus.local_broker import LocalBroker
-from caesura.bus.messaging import Post
+from caesura.bus.messaging import MessageClient
 from caesura.bus.mqtt import MqttBus
 from caesura.bus.options import BrokerOptions
 from caesura.bus.port import Delivery
@@ -57,7 +57,7 @@ class Host:
 
     def __init__(self, broker: LocalBroker, name: str) -> None:
         self.name = name
-        self.post = Post(MqttBus(options(broker, f"host_{name}")), f"/caesura/host/{name}")
+        self.post = MessageClient(MqttBus(options(broker, f"host_{name}")), f"/caesura/host/{name}")
 
     async def here(self, *, online: bool) -> None:
         await self.post.send(m.HostPresence(host=self.name, online=online, instance="i"), host=self.name)
@@ -82,7 +82,7 @@ class Operator:
 
     def __init__(self, broker: LocalBroker) -> None:
         self.bus = MqttBus(options(broker, "ctl_ops"), filters=["caesura/v1/fleet/ctl/ops/answer"])
-        self.post = Post(self.bus, "/caesura/ctl/ops")
+        self.post = MessageClient(self.bus, "/caesura/ctl/ops")
         self.post.on(m.RequestAnswered, self._keep)
         self.answers: dict[str, m.RequestAnswered] = {}
         self.reader = MqttBus(options(broker, "exporter"), filters=["caesura/v1/fleet/vm/#"])

@@ -12,7 +12,7 @@ import msgspec
 import pytest
 
 from caesura.bus.local_broker import LocalBroker
-from caesura.bus.messaging import Post
+from caesura.bus.messaging import MessageClient
 from caesura.bus.mqtt import MqttBus
 from caesura.bus.options import BrokerOptions
 from caesura.bus.port import PublishRefused
@@ -57,12 +57,12 @@ async def coordinator(broker: LocalBroker, folder: Path) -> AsyncIterator[Coordi
 
 async def test_a_host_cannot_send_the_coordinator_away(tmp_path: Path) -> None:
     async with shipped_mosquitto("broker", tmp_path, users=_PASSWORDS, acl=access_rules(_FLEET)) as broker:
-        thief = Post(MqttBus(options(broker, "host_h1")), "/caesura/host/h1")
+        thief = MessageClient(MqttBus(options(broker, "host_h1")), "/caesura/host/h1")
         operator = MqttBus(
             options(broker, "ctl_ops"),
             filters=["caesura/v1/fleet/ctl/ops/answer", "caesura/v1/fleet/coordinator"],
         )
-        asking = Post(operator, "/caesura/ctl/ops")
+        asking = MessageClient(operator, "/caesura/ctl/ops")
         answers: list[m.RequestAnswered] = []
 
         async def keep(answer: m.RequestAnswered, _: object) -> None:

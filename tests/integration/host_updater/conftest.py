@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import pytest
 
-from caesura.bus.messaging import Post
+from caesura.bus.messaging import MessageClient
 from caesura.bus.mqtt import MqttBus
 from caesura.bus.options import BrokerOptions
 from caesura.bus.port import Delivery
@@ -90,7 +90,7 @@ class Fleet:
         self.broker = broker
         self.bus = bus
         self.ear = ear
-        self.post = Post(bus, "/caesura/test")
+        self.post = MessageClient(bus, "/caesura/test")
 
     async def say(self, message: Message, **parameters: str | int) -> None:
         """Publish as whoever writes it."""

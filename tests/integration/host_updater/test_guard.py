@@ -16,7 +16,13 @@ from typing import Any
 
 import pytest
 
-from caesura_host_updater.drivers.freezers import ProcessPlan, Run, ask_to_freeze, choose_freezer, plan_of
+from caesura_host_updater.drivers.freezers import (
+    ProcessGroupRecord,
+    ProcessPlan,
+    choose_freezer,
+    plan_of,
+    request_freeze,
+)
 from caesura_testing.patience import patient
 from caesura_vmcontrol.guard_socket import socket_address
 from caesura_vmcontrol.plans import condition, plan_to_json, thaw
@@ -115,13 +121,15 @@ def guard(tmp_path: Path) -> Iterator[Guard]:
 def vm(freezer: Any) -> Iterator[ProcessPlan]:
     """One process, and how it is frozen."""
     place, _ = choose_freezer(freezer, f"caesura-guard-test-{os.getpid()}")
-    control = place.place("vm")
+    control = place.create_cgroup("vm")
     process = subprocess.Popen(["sleep", "600"], start_new_session=True)
     own = read_process(process.pid)
     assert own is not None
     if control:
         (Path(control).parent / "cgroup.procs").write_text(str(process.pid))
-    run = Run(pid=process.pid, start_ticks=own.start_ticks, boot_id=boot_id(), kind=freezer, control=control)
+    run = ProcessGroupRecord(
+        pid=process.pid, start_ticks=own.start_ticks, boot_id=boot_id(), kind=freezer, control=control
+    )
     plan = plan_of("vm", run)
     yield plan
     thaw(plan)
@@ -133,7 +141,7 @@ def vm(freezer: Any) -> Iterator[ProcessPlan]:
 
 def freeze(plan: ProcessPlan) -> float:
     """Freeze and confirm; when that was."""
-    ask_to_freeze(plan)
+    request_freeze(plan)
     wait(lambda: condition(plan) == "frozen", "the freeze")
     return time.monotonic()
 
@@ -207,7 +215,7 @@ def test_freeze_after_the_guard_fired_is_undone(guard: Guard, vm: ProcessPlan) -
     guard.arm(connection, vm, 0.2)
     wait(lambda: guard.ask(connection, do="status")["state"] == "fired", "the deadline")
     for _ in range(3):
-        ask_to_freeze(vm)
+        request_freeze(vm)
         frozen_at = time.monotonic()
         wait(lambda: condition(vm) == "running", "the late freeze to be undone")
         assert time.monotonic() - frozen_at < patient(1)
@@ -228,7 +236,7 @@ def test_owner_dies_after_it_fired(guard: Guard, vm: ProcessPlan) -> None:
     assert b"armed" in owner.stdout.readline()
     watcher = guard.connect()
     wait(lambda: guard.ask(watcher, do="status")["state"] == "fired", "the deadline")
-    ask_to_freeze(vm)
+    request_freeze(vm)
     owner.kill()
     owner.wait()
     owner.stdout.close()
@@ -261,9 +269,9 @@ def test_it_stays_while_an_owner_without_a_connection_lives(guard: Guard, vm: Pr
         assert b"closed" in owner.stdout.readline()
         until = time.monotonic() + 1
         while time.monotonic() < until:
-            ask_to_freeze(vm)
+            request_freeze(vm)
             wait(lambda: condition(vm) == "running", "the late freeze to be undone")
-        ask_to_freeze(vm)
+        request_freeze(vm)
     finally:
         owner.kill()
         owner.wait()

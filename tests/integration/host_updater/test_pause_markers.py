@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from caesura.contract.messages import HostInventory
-from caesura_host_updater.drivers.freezers import ask_to_freeze
+from caesura_host_updater.drivers.freezers import request_freeze
 from caesura_vmcontrol.plans import thaw
 
 JUNK = b"\0junk of a broken disk\n" * 300
@@ -30,7 +30,7 @@ async def test_what_an_operator_paused_is_named_and_left_alone(
     host.add_vm("his")
     host.add_vm("ours")
     await host.start()
-    ask_to_freeze(host.plan("his"))
+    request_freeze(host.plan("his"))
     await host.until("his", "frozen")
     command = await host.freeze("ours", hold_s=15.0, budget_s=20.0)
     await host.until("ours", "frozen")
@@ -206,7 +206,7 @@ async def test_an_updater_that_died_between_marker_and_freeze_leaves_no_marker(
     await host.start()
     await wait_for(lambda: not marker.exists(), "the end of a marker that means nothing")
     # From here on whoever freezes it by hand does so himself.
-    ask_to_freeze(host.plan("a"))
+    request_freeze(host.plan("a"))
     await host.until("a", "frozen")
     await host.kill()
     await host.start()

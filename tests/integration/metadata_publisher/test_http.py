@@ -22,7 +22,7 @@ import pytest
 from caesura.bus.embedded import embedded_available
 from caesura.bus.local_broker import LocalBroker, find_mosquitto, free_port
 from caesura.bus.memory import MemoryBroker, MemoryBus
-from caesura.bus.messaging import Post
+from caesura.bus.messaging import MessageClient
 from caesura.bus.mqtt import MqttBus
 from caesura.bus.options import BrokerOptions
 from caesura.bus.port import Bus, Delivery
@@ -94,7 +94,7 @@ class Fleet:
 
     def __init__(self, bus: Bus) -> None:
         self.bus = bus
-        self.post = Post(bus, "/caesura/fleet")
+        self.post = MessageClient(bus, "/caesura/fleet")
         self.approvals: list[tuple[Header, VmApproved]] = []
         self.presence: list[bool] = []
         self._news = asyncio.Event()

@@ -18,7 +18,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from caesura.bus.embedded import embedded_available
 from caesura.bus.local_broker import LocalBroker, find_mosquitto, free_port
 from caesura.bus.memory import MemoryBroker, MemoryBus
-from caesura.bus.messaging import Post
+from caesura.bus.messaging import MessageClient
 from caesura.bus.mqtt import MqttBus
 from caesura.bus.options import BrokerOptions
 from caesura.bus.port import Bus, Delivery
@@ -51,7 +51,7 @@ async def eventually(condition: Callable[[], Awaitable[bool]]) -> None:
             await asyncio.sleep(0.002)
 
 
-async def play(post: Post, *, online: bool = True) -> None:
+async def play(post: MessageClient, *, online: bool = True) -> None:
     """A small rollout of one wave as the services would tell it, some of it twice."""
     vm = m.VmRecord(vm="web-1", set="web", update_domain=1, state="running", methods=("freeze",))
     where: dict[str, Any] = {"host": "host-1", "set": "web", "ud": 1, "vm": "web-1"}
@@ -287,7 +287,7 @@ class Scene:
         )
         self.registry = CollectorRegistry()
         self.registry.register(self.exporter.collector())
-        self.post = Post(MemoryBus(self.broker), "/caesura/test")
+        self.post = MessageClient(MemoryBus(self.broker), "/caesura/test")
 
     def text(self) -> str:
         return generate_latest(self.registry).decode()
@@ -472,7 +472,7 @@ async def test_the_command_with_a_real_broker(kind: Literal["mosquitto", "embedd
             },
         )
         player = MqttBus(BrokerOptions(url=broker.url))
-        post = Post(player, "/caesura/test")
+        post = MessageClient(player, "/caesura/test")
         try:
             async with asyncio.TaskGroup() as group, aiohttp.ClientSession(f"http://{listen}") as session:
                 group.create_task(player.run(silent))

@@ -26,7 +26,7 @@ from prometheus_client import CollectorRegistry
 
 from caesura.bus.local_broker import free_port
 from caesura.bus.memory import MemoryBroker, MemoryBus
-from caesura.bus.messaging import Post
+from caesura.bus.messaging import MessageClient
 from caesura.bus.port import Delivery
 from caesura.contract import messages as m
 from caesura.runtime.health import serve_health
@@ -97,7 +97,7 @@ class Scene:
     """An exporter on a bus in memory, its page on a real port, and somebody who speaks."""
 
     def __init__(
-        self, session: aiohttp.ClientSession, port: int, exporter: MetricsExporter, post: Post
+        self, session: aiohttp.ClientSession, port: int, exporter: MetricsExporter, post: MessageClient
     ) -> None:
         self.session = session
         self.port = port
@@ -151,7 +151,7 @@ async def scenery(
             serve_health(f"127.0.0.1:{port}", {}, CollectorRegistry(), extend=live_page.extend),
             aiohttp.ClientSession(f"http://127.0.0.1:{port}") as session,
         ):
-            yield Scene(session, port, exporter, Post(speaker, "/caesura/test"))
+            yield Scene(session, port, exporter, MessageClient(speaker, "/caesura/test"))
     finally:
         for task in tasks:
             task.cancel()

@@ -30,7 +30,7 @@ import pytest
 from caesura_testing.patience import patient
 from caesura_vmcontrol import claims, replacing, swapping
 from caesura_vmcontrol.guard_socket import socket_address
-from caesura_vmcontrol.guest import cont, never_ran
+from caesura_vmcontrol.guest import cont, prove_never_ran
 from caesura_vmcontrol.plans import (
     Plan,
     QemuPlan,
@@ -41,7 +41,7 @@ from caesura_vmcontrol.plans import (
     plan_to_json,
     thaw,
 )
-from caesura_vmcontrol.processes import end, hold, marked
+from caesura_vmcontrol.processes import find_by_env, kill_and_wait, sigstop
 from caesura_vmcontrol.procfs import alive, boot_id, read_process, thread_states
 from caesura_vmcontrol.qmp import Qmp, QmpError, QmpRefused
 
@@ -180,7 +180,7 @@ class Lab:
     def living(self) -> list[int]:
         """Every process of this VM that is alive."""
         ours = [(each.vmm.pid, each.vmm.start_ticks) for each in self.machines]
-        ours += [(each.pid, each.start_ticks) for each in marked(self.mark)]
+        ours += [(each.pid, each.start_ticks) for each in find_by_env(self.mark)]
         return sorted({pid for pid, ticks in ours if alive(pid, ticks)})
 
     def runs(self, pid: int) -> bool:
@@ -203,7 +203,7 @@ class Lab:
 
     def close(self) -> None:
         """Leave nothing."""
-        for process in marked(self.mark):
+        for process in find_by_env(self.mark):
             os.kill(process.pid, signal.SIGKILL)
         for machine in self.machines:
             machine.close()
@@ -894,13 +894,13 @@ def test_the_proof(swap: Swap) -> None:
     swap.load()
     new = swap.new.vmm
     with Qmp(new.qmp, new.pid, soon()) as quiet:
-        assert never_ran(quiet, new.pid, new.start_ticks, soon())
+        assert prove_never_ran(quiet, new.pid, new.start_ticks, soon())
     swap.old.do("cont")
     old = swap.old.vmm
     swap.old.do("stop")
     with Qmp(old.qmp, old.pid, soon()) as quiet:
         swap.old.do("cont")
-        assert not never_ran(quiet, old.pid, old.start_ticks, soon())
+        assert not prove_never_ran(quiet, old.pid, old.start_ticks, soon())
 
 
 def test_let_go_by_somebody_else_between_the_no_and_the_kill(
@@ -946,7 +946,7 @@ def test_an_updater_claims_while_its_process_is_cleared_away(
     def claim_first(pid: int, start_ticks: int, until: float) -> None:
         if pid == new.pid:
             told.append(claims.claim(str(replace.claims), 2, text))
-        end(pid, start_ticks, until)
+        kill_and_wait(pid, start_ticks, until)
 
     monkeypatch.setattr(replacing, "end", claim_first)
     thaw(replace.plan())
@@ -1122,7 +1122,7 @@ def test_claims_that_were_lost_when_the_new_one_had_everything(swap: Swap) -> No
     swap.load()
     plan = swap.plan()
     shutil.rmtree(swap.claims)
-    hold(swap.old.vmm.pid, swap.old.vmm.start_ticks)
+    sigstop(swap.old.vmm.pid, swap.old.vmm.start_ticks)
     thaw(plan)
     assert swap.owner() == "new"
     assert condition(plan) == "running"
@@ -1132,7 +1132,7 @@ def test_claims_that_were_lost_before_a_state_was_claimed(replace: Replace) -> N
     replace.save()
     plan = replace.plan()
     shutil.rmtree(replace.claims)
-    hold(replace.old.vmm.pid, replace.old.vmm.start_ticks)
+    sigstop(replace.old.vmm.pid, replace.old.vmm.start_ticks)
     thaw(plan)
     assert replace.owner() == "old"
 

@@ -17,7 +17,7 @@ import pytest
 import pytest_asyncio
 
 from caesura.bus.local_broker import LocalBroker
-from caesura.bus.messaging import Post
+from caesura.bus.messaging import MessageClient
 from caesura.bus.mqtt import MqttBus
 from caesura.bus.options import BrokerOptions
 from caesura.bus.port import Delivery
@@ -55,7 +55,7 @@ class Outside:
         self.approvals: list[dict[str, Any]] = []
         self.said: list[Message] = []
         self.bus = MqttBus(BrokerOptions(url=broker.url, client_id="host"), filters=[f"caesura/v1/vm/{VM}/#"])
-        self.post = Post(self.bus, "/caesura/host/host-1")
+        self.post = MessageClient(self.bus, "/caesura/host/host-1")
 
     async def echo(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         while data := await reader.read(4096):

@@ -435,7 +435,7 @@ async def test_our_migration_that_completes_while_the_guard_asks_whose_it_is(
     plan = guest.prepared.plan
     await driver._mover._begin(guest, guest.prepared, guest.qmp, SWAP_CAPABILITIES)
     loop = asyncio.get_running_loop()
-    stop = processes.hold
+    stop = processes.sigstop
 
     async def migrate() -> None:
         await guest.qmp.execute("migrate", uri=f"unix:{rig.folder}/run/a/mig")

@@ -21,7 +21,7 @@ import pytest
 from caesura.bus.embedded import embedded_available
 from caesura.bus.local_broker import LocalBroker, find_mosquitto, free_port
 from caesura.bus.memory import MemoryBroker, MemoryBus
-from caesura.bus.messaging import Post
+from caesura.bus.messaging import MessageClient
 from caesura.bus.mqtt import MqttBus
 from caesura.bus.options import BrokerOptions
 from caesura.bus.port import Bus, Delivery
@@ -91,7 +91,7 @@ class Host:
 
     def __init__(self, bus: Bus) -> None:
         self.bus = bus
-        self.post = Post(bus, "/caesura/host/host-1")
+        self.post = MessageClient(bus, "/caesura/host/host-1")
         self.heard: list[tuple[Header, Message]] = []
         self.answers: Callable[[ClockSyncRequested], Awaitable[None]] = self.answer
         self._news = asyncio.Event()

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from caesura.bus.local_broker import LocalBroker
-from caesura.bus.messaging import Post
+from caesura.bus.messaging import MessageClient
 from caesura.bus.mqtt import MqttBus
 from caesura.bus.options import BrokerOptions
 from caesura.bus.port import Delivery
@@ -64,7 +64,7 @@ class Host:
         self.bus = bus
         self.name = name
         self.off_ns = round(off_s * NS_PER_S)
-        self.post = Post(self.bus, f"/caesura/host/{name}")
+        self.post = MessageClient(self.bus, f"/caesura/host/{name}")
         self.asked = self.answered = 0
         self.after: Host | None = None
         """The host that answers before this one."""

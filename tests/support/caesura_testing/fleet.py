@@ -30,7 +30,7 @@ class Waited(AssertionError):
     """Something did not come about in time; the text says what, and what there was instead."""
 
 
-class Still(msgspec.Struct, frozen=True):
+class PauseLog(msgspec.Struct, frozen=True):
     """One VM that stood still: from the first look that found it stopped to the first that found it running.
 
     Seconds of CLOCK_MONOTONIC.
@@ -48,7 +48,7 @@ class Watch:
         self._workloads = dict(workloads)
         self._since: dict[str, float] = {}
         self._end = threading.Event()
-        self.seen: list[Still] = []
+        self.seen: list[PauseLog] = []
         self.together: list[frozenset[str]] = []
         """Which VMs stood still at once, each combination once."""
 
@@ -71,7 +71,7 @@ class Watch:
         for vm in frozen:
             self._since.setdefault(vm, now)
         for vm in [vm for vm in self._since if last or vm not in frozen]:
-            self.seen.append(Still(vm, self._since.pop(vm), now))
+            self.seen.append(PauseLog(vm, self._since.pop(vm), now))
 
 
 class Fleet:

@@ -1,6 +1,6 @@
 """One harness for each kind of bus: a broker, buses on it, and the power to do them harm.
 
-The conformance suite runs over all of them. ``Can`` names the promises that some brokers break; no service
+The conformance suite runs over all of them. ``BrokerCapabilities`` names the promises that some brokers break; no service
 may rely on one of those.
 """
 
@@ -33,7 +33,7 @@ _USERS = {"suite": "correct horse"}
 _ACL = "user suite\ntopic readwrite open/#\ntopic read denied/#\n"
 
 
-class Can(Enum):
+class BrokerCapabilities(Enum):
     """Promises that not every broker keeps; no service may rely on one that is missing somewhere."""
 
     QUEUE_WHILE_AWAY = auto()
@@ -44,18 +44,27 @@ class Can(Enum):
     QOS_0 = auto()
 
 
-_WHY_NOT: dict[tuple[Kind, Can], str] = {
-    ("amqtt", Can.QUEUE_WHILE_AWAY): "amqtt says session present but keeps nothing for anonymous clients",
-    ("amqtt", Can.KEEP_OVER_A_KILL): "amqtt keeps everything in memory",
-    ("amqtt", Can.REDELIVER): "amqtt forgets an unacknowledged message after 5 s or a disconnect",
-    ("amqtt", Can.SAY_REFUSED): "amqtt has no access rules here, and 3.1.1 cannot say it",
-    ("amqtt", Can.TAKE_OVER): "amqtt does not close the older connection of a taken-over client id reliably",
-    ("amqtt", Can.QOS_0): "amqtt delivers QoS 0 as the subscription's QoS 1",
-    ("mosquitto-3.1.1", Can.SAY_REFUSED): "MQTT 3.1.1 has no answer for a refused publish",
+_WHY_NOT: dict[tuple[Kind, BrokerCapabilities], str] = {
+    (
+        "amqtt",
+        BrokerCapabilities.QUEUE_WHILE_AWAY,
+    ): "amqtt says session present but keeps nothing for anonymous clients",
+    ("amqtt", BrokerCapabilities.KEEP_OVER_A_KILL): "amqtt keeps everything in memory",
+    (
+        "amqtt",
+        BrokerCapabilities.REDELIVER,
+    ): "amqtt forgets an unacknowledged message after 5 s or a disconnect",
+    ("amqtt", BrokerCapabilities.SAY_REFUSED): "amqtt has no access rules here, and 3.1.1 cannot say it",
+    (
+        "amqtt",
+        BrokerCapabilities.TAKE_OVER,
+    ): "amqtt does not close the older connection of a taken-over client id reliably",
+    ("amqtt", BrokerCapabilities.QOS_0): "amqtt delivers QoS 0 as the subscription's QoS 1",
+    ("mosquitto-3.1.1", BrokerCapabilities.SAY_REFUSED): "MQTT 3.1.1 has no answer for a refused publish",
 }
 
 
-def why_not(kind: Kind, ability: Can) -> str | None:
+def why_not(kind: Kind, ability: BrokerCapabilities) -> str | None:
     """Why this broker does not keep a promise; None if it does."""
     return _WHY_NOT.get((kind, ability))
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from msgspec.structs import replace
 
-from caesura.bus.messaging import Post
+from caesura.bus.messaging import MessageClient
 from caesura.contract import messages as m
 from caesura.contract.envelope import Message
 from caesura.contract.parts import WholeRollout, etag_of
@@ -66,7 +66,7 @@ def sent(whole: WholeRollout) -> list[tuple[Message, dict[str, str | int]]]:
     return [*messages, (head, {"rollout": whole.rollout})]
 
 
-async def announce(post: Post, whole: WholeRollout) -> None:
+async def announce(post: MessageClient, whole: WholeRollout) -> None:
     """Publish it as a coordinator does."""
     for message, parameters in sent(whole):
         await post.send(message, **parameters)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""One test for each gap that ``Link`` closes through private attributes: a new aiomqtt or paho must fail here."""
+"""One test for each gap that ``MqttConnection`` closes through private attributes: a new aiomqtt or paho must fail here."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from caesura.bus.diagnosis import (
     NoAnswer,
     SubscribeRefused,
 )
-from caesura.bus.mqtt_connection import Arrival, Link, Protocol
+from caesura.bus.mqtt_connection import IncomingMessage, MqttConnection, Protocol
 from caesura.bus.options import BrokerOptions
 from caesura.bus.port import BusUnavailable, PublishRefused, PublishTooLarge, Will
 from caesura.contract.codec import MAX_PACKET_BYTES, MAX_PAYLOAD_BYTES
@@ -58,19 +58,19 @@ def link_to(
     broker: ScriptedBroker,
     protocol: Protocol = "5",
     *,
-    arrivals: list[Arrival] | None = None,
+    arrivals: list[IncomingMessage] | None = None,
     will: Will | None = None,
     **more: Any,
-) -> Link:
+) -> MqttConnection:
     settings: dict[str, Any] = {"client_id": "me", "connect_timeout_s": 5} | more
     options = BrokerOptions(url=broker.url, **settings)
     kept = [] if arrivals is None else arrivals
-    return Link(options, protocol, will=will, arrived=lambda _, arrival: kept.append(arrival))
+    return MqttConnection(options, protocol, will=will, arrived=lambda _, arrival: kept.append(arrival))
 
 
 @asynccontextmanager
 async def connected(
-    broker: ScriptedBroker, link: Link, *, properties: bytes = b""
+    broker: ScriptedBroker, link: MqttConnection, *, properties: bytes = b""
 ) -> AsyncIterator[ScriptedConnection]:
     opening = asyncio.create_task(link.open())
     there = await broker.accept()
@@ -80,10 +80,10 @@ async def connected(
     try:
         yield there
     finally:
-        await link.goodbye()
+        await link.disconnect()
 
 
-async def until(arrivals: list[Arrival], count: int) -> None:
+async def until(arrivals: list[IncomingMessage], count: int) -> None:
     async with asyncio.timeout(patient(10)):
         while len(arrivals) < count:  # noqa: ASYNC110 - a plain list has no event
             await asyncio.sleep(0.005)
@@ -97,7 +97,7 @@ def in_s(seconds: float) -> float:
 async def test_a_message_is_acknowledged_when_we_say_so_and_not_before(
     broker: ScriptedBroker, protocol: Protocol
 ) -> None:
-    arrivals: list[Arrival] = []
+    arrivals: list[IncomingMessage] = []
     link = link_to(broker, protocol, arrivals=arrivals)
     async with connected(broker, link) as there:
         await there.send(publish("a", b"x", 7, protocol=protocol), publish("a", b"y", 8, protocol=protocol))
@@ -106,7 +106,7 @@ async def test_a_message_is_acknowledged_when_we_say_so_and_not_before(
         link.acknowledge(arrivals[0])
         assert (await there.read(PUBACK)).body[:2] == b"\0\7"
         assert await there.silent(0.1)
-    assert arrivals[0] == Arrival("a", b"x", retained=False, qos=1, message_id=7)
+    assert arrivals[0] == IncomingMessage("a", b"x", retained=False, qos=1, message_id=7)
     link.acknowledge(arrivals[1])  # the connection is gone: nothing to tell anybody, and no error
 
 
@@ -312,7 +312,7 @@ async def test_tcp_sends_small_packets_at_once(broker: ScriptedBroker) -> None:
 
 
 async def test_while_paused_nothing_is_read_but_pings_go_out(broker: ScriptedBroker) -> None:
-    arrivals: list[Arrival] = []
+    arrivals: list[IncomingMessage] = []
     link = link_to(broker, arrivals=arrivals, keepalive_s=1)
     async with connected(broker, link) as there:
         link.pause()
@@ -376,7 +376,7 @@ async def test_a_subscribe_is_answered_behind_whatever_the_broker_kept(
 ) -> None:
     """Silence counts, not work: messages of a session may come for longer than an answer may take."""
     silence_s = 1.0
-    arrivals: list[Arrival] = []
+    arrivals: list[IncomingMessage] = []
     link = link_to(broker, protocol, arrivals=arrivals, connect_timeout_s=silence_s)
     async with connected(broker, link) as there:
         subscribing = asyncio.create_task(link.subscribe_all(["a"]))
@@ -407,7 +407,7 @@ async def test_a_subscribe_waits_while_we_are_the_ones_who_do_not_read(broker: S
 async def test_of_an_oversized_message_the_beginning_is_kept_and_acknowledged(
     broker: ScriptedBroker, protocol: Protocol
 ) -> None:
-    arrivals: list[Arrival] = []
+    arrivals: list[IncomingMessage] = []
     link = link_to(broker, protocol, arrivals=arrivals)
     head = b"\0\1a\0\7" + (b"\0" if protocol == "5" else b"")
     length = 8 * 1024 * 1024
@@ -451,7 +451,7 @@ async def test_a_malformed_packet_ends_the_connection(broker: ScriptedBroker) ->
 
 
 async def test_a_topic_that_is_no_utf_8_ends_the_connection(broker: ScriptedBroker) -> None:
-    arrivals: list[Arrival] = []
+    arrivals: list[IncomingMessage] = []
     link = link_to(broker, arrivals=arrivals)
     async with connected(broker, link) as there:
         await there.send(packet(PUBLISH, b"\0\2\xff\xfe\0\1\0x", flags=2))

@@ -9,7 +9,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from caesura.bus.memory import MemoryBroker, MemoryBus
-from caesura.bus.messaging import Post
+from caesura.bus.messaging import MessageClient
 from caesura.bus.port import Delivery
 from caesura.bus.refused import Refused
 from caesura.contract import messages as m
@@ -43,7 +43,7 @@ class Service:
     """A service that receives reports."""
 
     def __init__(self) -> None:
-        self.post = Post(MemoryBus(MemoryBroker(), client_id="a"), "/caesura/test")
+        self.post = MessageClient(MemoryBus(MemoryBroker(), client_id="a"), "/caesura/test")
         self.received: list[m.OperationReported] = []
         self.post.on(m.OperationReported, self._take)
 

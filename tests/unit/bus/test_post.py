@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from caesura.bus.memory import MemoryBroker, MemoryBus
-from caesura.bus.messaging import Post
+from caesura.bus.messaging import MessageClient
 from caesura.bus.port import BusUnavailable
 from caesura.contract import messages as m
 from caesura.contract.codec import decode
@@ -14,7 +14,7 @@ from caesura_metadata_publisher.service import MetadataPublisher
 from caesura_metadata_publisher.settings import MetadataPublisherSettings
 from caesura_testing.collector import running
 from caesura_vm_agent.canary_keeper import CanaryKeeper
-from caesura_vm_agent.publisher import Voice
+from caesura_vm_agent.publisher import AgentPublisher
 
 
 def retained(broker: MemoryBroker, kind: type[m.AgentPresence | m.PublisherPresence], **names: str) -> object:
@@ -25,7 +25,7 @@ def retained(broker: MemoryBroker, kind: type[m.AgentPresence | m.PublisherPrese
 async def test_after_the_last_message_on_a_topic_nothing_follows_there_and_elsewhere_all_does() -> None:
     broker = MemoryBroker()
     bus = MemoryBus(broker, client_id="a")
-    post = Post(bus, "/caesura/test")
+    post = MessageClient(bus, "/caesura/test")
     here = m.PublisherPresence(instance="here", online=True)
     there = m.PublisherPresence(instance="there", online=True)
     gone = m.PublisherPresence(instance="here", online=False)
@@ -41,7 +41,7 @@ async def test_after_the_last_message_on_a_topic_nothing_follows_there_and_elsew
 async def test_a_goodbye_that_did_not_arrive_is_still_the_last_message() -> None:
     broker = MemoryBroker()
     bus = MemoryBus(broker, client_id="a")
-    post = Post(bus, "/caesura/test")
+    post = MessageClient(bus, "/caesura/test")
     with pytest.raises(BusUnavailable):
         await post.send_last(
             m.PublisherPresence(instance="here", online=False), instance="here", timeout_s=0.01
@@ -72,7 +72,9 @@ async def test_a_publisher_that_said_goodbye_does_not_announce_itself_again() ->
 async def test_an_agent_that_said_goodbye_does_not_announce_itself_again() -> None:
     broker = MemoryBroker()
     bus = MemoryBus(broker, client_id="w1")
-    voice = Voice(Post(bus, "/caesura/vm/w1"), vm="w1", boot_id="b", clock="system", canary=CanaryKeeper(0))
+    voice = AgentPublisher(
+        MessageClient(bus, "/caesura/vm/w1"), vm="w1", boot_id="b", clock="system", canary=CanaryKeeper(0)
+    )
     async with running(bus):
         await voice.presence.announce()
         await voice.presence.goodbye(timeout_s=1.0)

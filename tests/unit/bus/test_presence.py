@@ -10,7 +10,7 @@ from functools import partial
 from structlog.testing import capture_logs
 
 from caesura.bus.memory import MemoryBroker, MemoryBus
-from caesura.bus.messaging import Post
+from caesura.bus.messaging import MessageClient
 from caesura.bus.presence import Presence, last_will
 from caesura.contract.codec import decode
 from caesura.contract.messages import PublisherPresence
@@ -26,7 +26,11 @@ def message(online: bool) -> PublisherPresence:
 
 def presence_of(bus: MemoryBus, beat_s: float = 30.0) -> Presence:
     return Presence(
-        Post(bus, SOURCE), partial(message, True), partial(message, False), beat_s=beat_s, instance="p"
+        MessageClient(bus, SOURCE),
+        partial(message, True),
+        partial(message, False),
+        beat_s=beat_s,
+        instance="p",
     )
 
 

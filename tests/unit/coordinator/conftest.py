@@ -11,7 +11,7 @@ from caesura.contract import messages as m
 from caesura.fleet.fold import apply
 from caesura.fleet.state import FleetState
 from caesura.lifecycle.commands import COMMANDS
-from caesura_coordinator.fleet import Fleet
+from caesura_coordinator.fleet import FleetFence
 from caesura_coordinator.inputs import Authority
 
 T0 = datetime(2026, 4, 20, 12, 0, 0, tzinfo=UTC)
@@ -54,7 +54,7 @@ def inventory(host: str, *vms: m.VmRecord, **changes: object) -> m.HostInventory
     return m.HostInventory(**{**values, **changes})  # type: ignore[arg-type]
 
 
-def fleet_of(*inventories: m.HostInventory, offline: tuple[str, ...] = ()) -> Fleet:
+def fleet_of(*inventories: m.HostInventory, offline: tuple[str, ...] = ()) -> FleetFence:
     """A fleet with all these hosts and their agents on the bus."""
     state = FleetState()
     for each in inventories:
@@ -62,7 +62,7 @@ def fleet_of(*inventories: m.HostInventory, offline: tuple[str, ...] = ()) -> Fl
         apply(state, m.HostPresence(host=each.host, online=each.host not in offline, instance="i"), 0.0)
         for vm in each.vms:
             apply(state, m.AgentPresence(vm=vm.vm, online=True, boot_id="b"), 0.0)
-    return Fleet(state)
+    return FleetFence(state)
 
 
 @pytest.fixture
@@ -81,5 +81,5 @@ def host() -> Callable[..., m.HostInventory]:
 
 
 @pytest.fixture
-def fleet() -> Callable[..., Fleet]:
+def fleet() -> Callable[..., FleetFence]:
     return fleet_of

@@ -14,7 +14,7 @@ from caesura.contract import messages as m
 from caesura.contract.codec import size_bytes
 from caesura.contract.envelope import Message
 from caesura.runtime.errors import StoreError
-from caesura_coordinator.fleet import Fleet
+from caesura_coordinator.fleet import FleetFence
 from caesura_coordinator.inputs import Abort, Approve, Authority, Resume, Tick
 from caesura_coordinator.plan import make_plan
 from caesura_coordinator.records import (
@@ -24,7 +24,7 @@ from caesura_coordinator.records import (
     new_rollout,
     rollout_state,
 )
-from caesura_coordinator.repository import Book, Removal
+from caesura_coordinator.repository import Removal, RolloutRepository
 from caesura_coordinator.store import Store
 from caesura_testing.damage import flip_bits
 from caesura_testing.retold import retold
@@ -36,12 +36,12 @@ _ANSWER = m.RequestAnswered(request="q", accepted=True)
 class Desk:
     """A book with one rollout over w1 (domain 0) on h1 and w2 (domain 1) on h2, one second a step."""
 
-    def __init__(self, folder: Path, fleet: Fleet, authority: Authority) -> None:
+    def __init__(self, folder: Path, fleet: FleetFence, authority: Authority) -> None:
         self.path = str(folder / "c.sqlite")
         self.fleet = fleet
         self.authority = authority
         self.now = T0
-        self.book = Book(Store(self.path), T0)
+        self.book = RolloutRepository(Store(self.path), T0)
         self.policy = m.Policy(notice_s=60.0, verify_timeout_s=20.0)
         self.book.add(self.fresh("r"), "ops", _ANSWER)
 
@@ -84,9 +84,9 @@ class Desk:
         """Topics from which the outbox removes what is retained, after ``/fleet/``."""
         return [each.topic.split("/fleet/")[1] for each in self.book.store.outbox.load() if not each.payload]
 
-    def reopened(self) -> Book:
+    def reopened(self) -> RolloutRepository:
         self.book.store.database.close()
-        self.book = Book(Store(self.path), self.now)
+        self.book = RolloutRepository(Store(self.path), self.now)
         return self.book
 
 
@@ -95,7 +95,7 @@ def desk(
     tmp_path: Path,
     build: Callable[..., m.VmRecord],
     host: Callable[..., m.HostInventory],
-    fleet: Callable[..., Fleet],
+    fleet: Callable[..., FleetFence],
     authority: Authority,
 ) -> Desk:
     return Desk(tmp_path, fleet(host("h1", build("w1")), host("h2", build("w2", domain=1))), authority)
@@ -145,7 +145,7 @@ def test_a_record_that_cannot_be_read_is_said_to_be(desk: Desk) -> None:
     desk.book.store.database.run("UPDATE wave SET body = '{}'")
     desk.book.store.database.close()
     with pytest.raises(StoreError, match=r"a wave of rollout r in the store .* cannot be read"):
-        Book(Store(desk.path), T0)
+        RolloutRepository(Store(desk.path), T0)
 
 
 def test_only_waves_that_changed_are_written(desk: Desk) -> None:
@@ -311,7 +311,7 @@ def test_a_rollout_of_nobody_is_ended_once(desk: Desk) -> None:
     desk.scheduled()
     mine = rollout_state(desk.book.rollouts["r"])
     desk.sent()
-    assert desk.book.end_unknown(mine, T0) is None
+    assert desk.book.abort_orphan(mine, T0) is None
     assert desk.sent() == [], "it is known here"
     states: dict[m.WaveStatus, m.WaveStatus | None] = {
         "verifying": "failed",
@@ -323,7 +323,7 @@ def test_a_rollout_of_nobody_is_ended_once(desk: Desk) -> None:
         foreign = msgspec.structs.replace(
             mine, rollout=f"of-another-{status}", status="halted", current_wave=1, current_status=status
         )
-        removal = desk.book.end_unknown(foreign, T0)
+        removal = desk.book.abort_orphan(foreign, T0)
         waves = [f"rollout/{foreign.rollout}/wave/{wave}" for wave in range(mine.wave_count)]
         assert [topic.removesuffix("/state") for topic in desk.cleared()] == waves, (
             "a kill must not leave them"
@@ -336,7 +336,7 @@ def test_a_rollout_of_nobody_is_ended_once(desk: Desk) -> None:
         assert not ended.wave_etags, "nobody waits for waves that are removed"
         changes = [(each.wave, each.status) for each in sent if isinstance(each, m.WaveChanged)]
         assert changes == ([(1, end)] if end else [])
-        assert desk.book.end_unknown(ended, T0) is None
+        assert desk.book.abort_orphan(ended, T0) is None
         assert desk.sent() == []
 
 
@@ -348,7 +348,7 @@ def test_ids_of_one_attempt_differ_between_epochs(desk: Desk) -> None:
     desk.reopened()
     desk.authority = Authority(coordinator="c", epoch=2)
     for inventory in desk.fleet.inventories.values():
-        desk.fleet = Fleet(retold(desk.fleet.state, msgspec.structs.replace(inventory, epoch=2)))
+        desk.fleet = FleetFence(retold(desk.fleet.state, msgspec.structs.replace(inventory, epoch=2)))
     desk.give(Tick())
     assert desk.event().event_id != first
 
@@ -380,11 +380,11 @@ def test_two_rollouts_that_share_a_host_take_turns(
     tmp_path: Path,
     build: Callable[..., m.VmRecord],
     host: Callable[..., m.HostInventory],
-    fleet: Callable[..., Fleet],
+    fleet: Callable[..., FleetFence],
     authority: Authority,
 ) -> None:
     everybody = fleet(host("h1", build("w1", agent=False), build("d1", "db", agent=False)))
-    book = Book(Store(str(tmp_path / "c.sqlite")), T0)
+    book = RolloutRepository(Store(str(tmp_path / "c.sqlite")), T0)
     policy = m.Policy(notice_s=1.0)
     for name in ("web", "db"):
         plan = make_plan(everybody, update="", selection=m.Selection(sets=(name,)), policy=policy, hold_s=1.0)
@@ -417,7 +417,7 @@ def test_the_largest_state_is_at_least_what_is_ever_announced(desk: Desk) -> Non
 
 def test_a_store_with_a_flipped_bit_is_a_store_error_and_no_other(
     ram_path: Path,
-    fleet: Callable[..., Fleet],
+    fleet: Callable[..., FleetFence],
     host: Callable[..., Any],
     build: Callable[..., Any],
     authority: Authority,

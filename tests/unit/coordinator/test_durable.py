@@ -19,7 +19,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from caesura.bus.memory import MemoryBroker, MemoryBus
-from caesura.bus.messaging import Post
+from caesura.bus.messaging import MessageClient
 from caesura.bus.port import Delivery
 from caesura.contract import messages as m
 from caesura.contract.codec import Received, decode
@@ -43,7 +43,7 @@ class World:
         self.path = folder / "c.sqlite"
         self.broker = MemoryBroker()
         self.bus = MemoryBus(self.broker, client_id="world", filters=["caesura/v1/fleet/#"])
-        self.post = Post(self.bus, "/caesura/world")
+        self.post = MessageClient(self.bus, "/caesura/world")
         self.published: list[Message] = []
         self.before_published: Callable[[Message], None] = lambda _: None
         self.reports: tuple[m.OperationStatus, ...] = ("accepted",)
@@ -211,7 +211,7 @@ async def test_an_epoch_is_on_disk_before_anybody_sees_it(
         await world.post.send(_request("early"), client="ops")
         other = m.CoordinatorPresence(coordinator="b", epoch=5, online=False)
         await world.post.send(other)
-        await eventually(lambda: len(made._early) == 1 and made._announced == [5])
+        await eventually(lambda: len(made._pending_requests) == 1 and made._announced == [5])
         assert not world.published
         world.disk.release()
         await eventually(lambda: made.leads)
@@ -283,7 +283,7 @@ async def test_what_was_loaded_at_the_start_is_on_disk_before_it_is_published(
 
         async def held(outbox: Any) -> Any:
             world.disk.hold()
-            made.book.remember_answer("ops", m.RequestAnswered(request="late", accepted=False, reason="r"))
+            made.book.store_response("ops", m.RequestAnswered(request="late", accepted=False, reason="r"))
             found = await load(outbox)
             read.set()
             return found
@@ -388,7 +388,7 @@ async def test_a_coordinator_that_is_stopped_does_not_wait_for_its_disk_for_long
     async with world.coordinator() as made:
         await _obeyed(world, made)
         world.disk.hold()
-        made.book.remember_answer("ops", m.RequestAnswered(request="a", accepted=False, reason="r"))
+        made.book.store_response("ops", m.RequestAnswered(request="a", accepted=False, reason="r"))
         with capture_logs() as logs:
             async with asyncio.timeout(PATIENCE_S):
                 await made.drain()

@@ -13,17 +13,17 @@ from hypothesis import strategies as st
 from caesura.contract import messages as m
 from caesura.fleet.state import FleetState
 from caesura.lifecycle.commands import COMMANDS
-from caesura_coordinator.fleet import Contested, Fleet, health_blockers
+from caesura_coordinator.fleet import Contested, FleetFence, health_blockers
 from caesura_coordinator.plan import make_plan
 from caesura_testing.retold import retold
 
 Build = Callable[..., m.VmRecord]
 Host = Callable[..., m.HostInventory]
-MakeFleet = Callable[..., Fleet]
+MakeFleet = Callable[..., FleetFence]
 
 
 def _plan(
-    fleet: Fleet, update: str = "patch", selection: m.Selection | None = None, **policy: object
+    fleet: FleetFence, update: str = "patch", selection: m.Selection | None = None, **policy: object
 ) -> m.Plan:
     return make_plan(
         fleet,
@@ -172,7 +172,7 @@ def test_the_slowest_host_says_how_long_an_update_takes(build: Build, host: Host
         values: dict[str, object] = {"update": "patch", "impact": "pause", "scope": "vm", **changes}
         return m.UpdateRecord(expected_s=expected_s, timeout_s=timeout_s, **values)  # type: ignore[arg-type]
 
-    def both(**changes: object) -> Fleet:
+    def both(**changes: object) -> FleetFence:
         swap = ("freeze", "swap")
         return fleet(
             host("h1", build("w1", methods=swap), updates=(patch(1, 9, **changes),)),
@@ -271,7 +271,7 @@ def test_a_freeze_on_demand_takes_only_the_vms_asked_for_one_domain_at_a_time(
 
 
 def test_an_empty_fleet_says_so() -> None:
-    assert "no host has reported" in _reasons(_plan(Fleet(FleetState())))["fleet"]
+    assert "no host has reported" in _reasons(_plan(FleetFence(FleetState())))["fleet"]
 
 
 _PLACEMENT = st.dictionaries(
@@ -303,7 +303,7 @@ def test_no_wave_ever_holds_two_domains_of_a_set(placement: dict[str, dict[str, 
         for name, sets in placement.items()
     ]
     present = [m.HostPresence(host=each.host, online=True, instance="i") for each in inventories]
-    plan = _plan(Fleet(retold(FleetState(), *inventories, *present)))
+    plan = _plan(FleetFence(retold(FleetState(), *inventories, *present)))
     assert sorted(host for wave in plan.waves for host in wave.hosts) == sorted(placement)
     for wave in plan.waves:
         for vm in wave.vms:

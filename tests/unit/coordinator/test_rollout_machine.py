@@ -27,11 +27,11 @@ from caesura.lifecycle.document import version_of
 from caesura.lifecycle.errors import IllegalTransition
 from caesura.lifecycle.proof import memory_proof
 from caesura_coordinator.commands import command_for, due_operations
-from caesura_coordinator.fleet import Fleet
+from caesura_coordinator.fleet import FleetFence
 from caesura_coordinator.inputs import Abort, Approve, Authority, Input, RequestRefused, Resume, Tick
 from caesura_coordinator.plan import make_plan, sets_of
 from caesura_coordinator.records import Rollout, Wave, new_rollout
-from caesura_coordinator.repository import Book
+from caesura_coordinator.repository import RolloutRepository
 from caesura_coordinator.store import Store
 
 _PATCH = m.UpdateRecord(update="patch", impact="pause", scope="host", expected_s=2, timeout_s=9)
@@ -208,7 +208,7 @@ class Fleetwide(RuleBasedStateMachine):
     # -- what the rules are made of --
 
     @property
-    def fleet(self) -> Fleet:
+    def fleet(self) -> FleetFence:
         state = FleetState()
         for host in self.hosts.values():
             if host.shown:
@@ -216,14 +216,14 @@ class Fleetwide(RuleBasedStateMachine):
                 apply(state, m.HostPresence(host=host.name, online=host.online, instance="i"), 0.0)
             for vm in host.vms:
                 apply(state, m.AgentPresence(vm=vm, online=True, boot_id="b"), 0.0)
-        return Fleet(state)
+        return FleetFence(state)
 
     @property
     def active(self) -> list[Rollout]:
         return self.book.active
 
-    def open_book(self) -> Book:
-        return Book(cast("Store", self.disk), self.now)
+    def open_book(self) -> RolloutRepository:
+        return RolloutRepository(cast("Store", self.disk), self.now)
 
     def ask(
         self,

@@ -17,7 +17,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from caesura.bus.memory import MemoryBroker, MemoryBus
-from caesura.bus.messaging import Post
+from caesura.bus.messaging import MessageClient
 from caesura.contract import messages as m
 from caesura.contract.codec import Received, decode, encode, size_bytes
 from caesura.contract.envelope import Message
@@ -26,12 +26,12 @@ from caesura.contract.reasons import Reason
 from caesura.contract.topics import channel_of
 from caesura.delivery.sqlite import OutboxTable
 from caesura.runtime.errors import CaesuraError, StoreError
-from caesura.runtime.lock import InUse, StateFolderUnusable, sole_user
+from caesura.runtime.lock import InUse, StateFolderUnusable, exclusive_lock
 from caesura_coordinator.fleet import fence_blockers, health_blockers
 from caesura_coordinator.forget_epoch import forget_epoch
-from caesura_coordinator.repository import Book, Removal
+from caesura_coordinator.repository import Removal, RolloutRepository
 from caesura_coordinator.responses import with_plan
-from caesura_coordinator.service import Coordinator, NoEpochLeft, Superseded, presence, subscriptions
+from caesura_coordinator.service import Coordinator, LeadershipLost, NoEpochLeft, presence, subscriptions
 from caesura_coordinator.store import Store
 from caesura_testing.collector import PATIENCE_S, eventually
 from caesura_testing.rollouts import wave_state
@@ -46,7 +46,7 @@ class World:
         self.folder = folder
         self.broker = MemoryBroker()
         self.bus = MemoryBus(self.broker, client_id="world", filters=["#"])
-        self.post = Post(self.bus, "/caesura/world")
+        self.post = MessageClient(self.bus, "/caesura/world")
         self.heard: list[Message] = []
         for kind in (
             m.SetDocument,
@@ -302,7 +302,7 @@ async def test_a_store_without_an_epoch_left_says_so_and_there_is_a_way_back(
         with pytest.raises(StateFolderUnusable, match=r"holds no coordinator\.sqlite"):
             forget_epoch(world.folder)
     (world.folder / "c.sqlite").rename(world.folder / "coordinator.sqlite")
-    with sole_user(str(world.folder)), pytest.raises(InUse):
+    with exclusive_lock(str(world.folder)), pytest.raises(InUse):
         forget_epoch(world.folder)
     assert forget_epoch(world.folder) == m.EPOCH_MOST
     async with world.coordinator("coordinator") as again:
@@ -360,7 +360,7 @@ async def test_a_superseded_coordinator_publishes_nothing_when_it_goes(
         await a.drain()
         assert world.retained(m.SetDocument, set="web") == newer
         assert world.retained(m.CoordinatorPresence) == higher
-        with pytest.raises(Superseded):
+        with pytest.raises(LeadershipLost):
             await a.running[3]  # type: ignore[attr-defined]
 
 
@@ -766,7 +766,7 @@ async def test_a_rollout_is_removed_from_the_bus_after_what_a_previous_run_left_
     before.enqueue(wave, rollout="r", wave=0)
     before.enqueue(state, rollout="r")
     before.database.close()
-    monkeypatch.setattr(Book, "republish", lambda _: [])
+    monkeypatch.setattr(RolloutRepository, "republish", lambda _: [])
     async with world.coordinator() as one:
         assert one.waiting() == 2
         one._to_remove.append(Removal("r", 1, whole=True))

@@ -18,11 +18,11 @@ from caesura.fleet.state import FleetState
 from caesura.lifecycle.commands import COMMANDS
 from caesura.lifecycle.errors import IllegalTransition
 from caesura.runtime.errors import StoreError
-from caesura_coordinator.fleet import Fleet
+from caesura_coordinator.fleet import FleetFence
 from caesura_coordinator.inputs import Abort, Approve, Authority, RequestRefused, Resume, Tick
 from caesura_coordinator.plan import make_plan, sets_of
 from caesura_coordinator.records import Rollout, Wave, new_rollout
-from caesura_coordinator.repository import Book
+from caesura_coordinator.repository import RolloutRepository
 from caesura_coordinator.store import Store, newer_entries
 from caesura_testing.retold import retold
 
@@ -33,7 +33,7 @@ _PATCH = m.UpdateRecord(
 )
 
 
-def fleet_of(hosts: int, per_host: int, sets: int = 2) -> Fleet:
+def fleet_of(hosts: int, per_host: int, sets: int = 2) -> FleetFence:
     """Hosts of domain 0, and one more of domain 1 of each set."""
     messages: list[Any] = []
     for number in range(hosts + 1):
@@ -64,16 +64,16 @@ def fleet_of(hosts: int, per_host: int, sets: int = 2) -> Fleet:
         )
         messages.append(m.HostPresence(host=host, online=True, instance="i"))
         messages += [m.AgentPresence(vm=each.vm, online=True, boot_id="b") for each in vms]
-    return Fleet(retold(FleetState(), *messages))
+    return FleetFence(retold(FleetState(), *messages))
 
 
 class Desk:
     """A book with a real store and one rollout over a fleet."""
 
-    def __init__(self, fleet: Fleet, path: str = ":memory:") -> None:
+    def __init__(self, fleet: FleetFence, path: str = ":memory:") -> None:
         self.fleet = fleet
         self.now = T0
-        self.book = Book(Store(path), T0)
+        self.book = RolloutRepository(Store(path), T0)
         policy = m.Policy(notice_s=60.0, verify_timeout_s=50.0)
         plan = make_plan(fleet, update="patch", selection=m.Selection(), policy=policy)
         assert not plan.refusals

@@ -14,7 +14,7 @@ from caesura.contract import messages as m
 from caesura.contract.examples import examples
 from caesura.contract.parts import WholeRollout
 from caesura_ctl.columns import Columns
-from caesura_ctl.fleet_view import Picture
+from caesura_ctl.fleet_view import FleetView
 from caesura_ctl.follow import Progress, conclude
 from caesura_ctl.options import NotCompleted, wide_console
 from caesura_ctl.tables import (
@@ -79,7 +79,7 @@ def test_an_id_in_a_history_is_whole_at_80_columns_and_columns_are_left_out_inst
 
 
 def test_ids_of_operations_and_events_are_whole_or_their_column_is_not_there() -> None:
-    picture = Picture()
+    picture = FleetView()
     picture.fold(_example(m.HostInventory, operation=OPERATION, driver_detail="cgroup v2 freezer " * 4))
     picture.fold(_example(m.SetDocument))
     for width in (60, 80, 100, 140):
@@ -107,7 +107,7 @@ def test_what_is_left_out_first_is_what_was_said_to_matter_least() -> None:
 def test_watch_fits_the_terminal_and_its_rollout_comes_first(
     width: int, height: int, waves: int, status: Any
 ) -> None:
-    picture = Picture()
+    picture = FleetView()
     reason = "update qemu-security failed on host-1: exit code 3" * 3 if status == "halted" else ""
     picture.fold(_rollout(waves, status=status, reason=reason))
     inventory = _example(m.HostInventory)
@@ -131,14 +131,14 @@ def test_watch_fits_the_terminal_and_its_rollout_comes_first(
 
 def test_waves_are_counted_from_one() -> None:
     first = next(
-        line for line in _printed(rollout_view(_rollout(1), Picture(), NOW), 140) if "pending" in line
+        line for line in _printed(rollout_view(_rollout(1), FleetView(), NOW), 140) if "pending" in line
     )
     assert first.split()[0] == "1"
 
 
 def test_a_halt_names_the_next_commands() -> None:
     class Session:
-        picture = Picture()
+        picture = FleetView()
 
     class Context:
         json = False
@@ -150,8 +150,8 @@ def test_a_halt_names_the_next_commands() -> None:
         assert f"caesura {command} {ROLLOUT}" in str(caught.value)
 
 
-def _hosts(count: int) -> Picture:
-    picture = Picture()
+def _hosts(count: int) -> FleetView:
+    picture = FleetView()
     for number in range(count):
         inventory = _example(m.HostInventory)
         vms = tuple(msgspec.structs.replace(vm, vm=f"{vm.vm}-{number}") for vm in inventory.vms)
@@ -170,7 +170,7 @@ def test_the_reason_of_a_halt_is_said_once_below_the_waves() -> None:
     failed = msgspec.structs.replace(_rollout().waves[0], status="failed", reason=reason)
     state = _rollout(status="halted", reason=reason)
     state = msgspec.structs.replace(state, waves=(failed, *state.waves[1:]))
-    text = " ".join(" ".join(_printed(rollout_view(state, Picture(), NOW), 200)).split())
+    text = " ".join(" ".join(_printed(rollout_view(state, FleetView(), NOW), 200)).split())
     assert text.count("exit code 7") == 1
 
 
@@ -197,7 +197,7 @@ def test_what_all_waves_of_a_plan_have_in_common_is_said_once() -> None:
 
 
 def test_a_vm_whose_application_ended_does_not_count_as_running() -> None:
-    picture = Picture()
+    picture = FleetView()
     inventory = _example(m.HostInventory)
     dead = msgspec.structs.replace(
         inventory.vms[0], state="running", state_detail="/bin/web was ended by SIGKILL"
@@ -224,7 +224,7 @@ def test_how_long_until_a_wave_starts_is_in_sight_on_a_narrow_terminal() -> None
         not_before=NOW + timedelta(seconds=7),
         events={"web": EVENT},
     )
-    picture = Picture()
+    picture = FleetView()
     picture.fold(msgspec.structs.replace(state, waves=(scheduled,)))
     lines = _printed(live_view(picture, NOW, ROLLOUT, lines=24, width=68), 68)
     assert any("NotBefore in 7s" in line for line in lines), lines
@@ -234,7 +234,7 @@ def test_a_reason_does_not_repeat_the_status_that_stands_before_it() -> None:
     state = _rollout(status="aborted", reason="aborted: wrong day")
 
     class Session:
-        picture = Picture()
+        picture = FleetView()
 
     class Context:
         json = False
@@ -242,4 +242,4 @@ def test_a_reason_does_not_repeat_the_status_that_stands_before_it() -> None:
     with pytest.raises(NotCompleted) as stopped:
         conclude(Session(), Context(), state)  # type: ignore[arg-type]
     assert str(stopped.value) == f"rollout {ROLLOUT} aborted: wrong day"
-    assert Progress().lines(Picture(), state)[0] == f"rollout {ROLLOUT}: aborted: wrong day"
+    assert Progress().lines(FleetView(), state)[0] == f"rollout {ROLLOUT}: aborted: wrong day"

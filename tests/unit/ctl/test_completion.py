@@ -16,13 +16,13 @@ from caesura.contract import messages as m
 from caesura.contract.examples import examples
 from caesura_ctl import completion
 from caesura_ctl.cli import caesura
-from caesura_ctl.fleet_view import Picture
+from caesura_ctl.fleet_view import FleetView
 from caesura_testing.patience import patient
 from caesura_testing.rollouts import whole_rollout
 
 
-def _picture() -> Picture:
-    picture = Picture()
+def _picture() -> FleetView:
+    picture = FleetView()
     for each in examples():
         picture.fold(each.message)
     newest = whole_rollout("20260420-221158-1f3a", update="qemu-security")
@@ -37,7 +37,7 @@ def known(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """A broker that retains the examples; the kinds that were asked for."""
     asked: list[str] = []
 
-    def ask(kind: str, _: str | None) -> Picture:
+    def ask(kind: str, _: str | None) -> FleetView:
         asked.append(kind)
         return _picture()
 
@@ -115,5 +115,5 @@ def _tab(broker: str) -> list[Any]:
 def test_each_kind_has_names() -> None:
     kinds: tuple[completion.Kind, ...] = ("set", "host", "vm", "update", "rollout")
     assert all(list(completion.names(_picture(), kind)) for kind in kinds)
-    assert not any(list(completion.names(Picture(), kind)) for kind in kinds)
+    assert not any(list(completion.names(FleetView(), kind)) for kind in kinds)
     assert isinstance(_picture().rollouts["older"], m.RolloutState)

@@ -24,9 +24,9 @@ from caesura_demo.fleet import HEALTH_USER, UPDATES, compose_layout, config_file
 from caesura_demo.resume_policy import (
     MOST_RESUMES,
     RESUME_AFTER_S,
-    Facts,
+    HaltSnapshot,
     HostFacts,
-    Past,
+    ResumeHistory,
     Step,
     facts_from,
     next_step,
@@ -44,8 +44,8 @@ from caesura_testing.patience import patient
 _HOSTS = tuple(HostFacts(f"host-{number}", online=True, guard="ready") for number in (1, 2, 3))
 
 
-def facts(**changes: Any) -> Facts:
-    return Facts(**{"coordinator_online": True, "hosts": _HOSTS, **changes})
+def facts(**changes: Any) -> HaltSnapshot:
+    return HaltSnapshot(**{"coordinator_online": True, "hosts": _HOSTS, **changes})
 
 
 def names(folder: Path) -> dict[str, str]:
@@ -250,11 +250,11 @@ _AWAY = "cannot go on: host-2 is offline"
 _AWAY_CODES = ("host_offline",)
 
 
-def step_for(known: Facts, **past: Any) -> Step:
-    return next_step(known, client="rollout", hosts=_LAYOUT_HOSTS, past=Past(**past))
+def step_for(known: HaltSnapshot, **past: Any) -> Step:
+    return next_step(known, client="rollout", hosts=_LAYOUT_HOSTS, past=ResumeHistory(**past))
 
 
-def halted(reason: str = _AWAY, codes: tuple[str, ...] = _AWAY_CODES, **changes: Any) -> Facts:
+def halted(reason: str = _AWAY, codes: tuple[str, ...] = _AWAY_CODES, **changes: Any) -> HaltSnapshot:
     return facts(
         **{
             "status": "halted",
@@ -344,7 +344,7 @@ def test_facts_are_read_from_what_the_command_prints() -> None:
             "waves": [{"status": "completed"}, {"status": "failed"}, {"status": "pending"}],
         },
     }
-    assert facts_from(document) == Facts(
+    assert facts_from(document) == HaltSnapshot(
         coordinator_online=True,
         hosts=(HostFacts("host-1", online=True, guard="armed"),),
         rollout="r",

@@ -20,14 +20,14 @@ from rich.console import Console
 
 from caesura.bus.embedded import EmbeddedBrokerMissing
 from caesura.bus.memory import MemoryBroker, MemoryBus
-from caesura.bus.messaging import Post
+from caesura.bus.messaging import MessageClient
 from caesura.contract import messages as m
 from caesura.contract.examples import examples
 from caesura.contract.parts import WholeRollout
 from caesura.runtime.errors import CaesuraError
 from caesura_ctl.cli import caesura
 from caesura_ctl.durations import parse_duration, show_duration
-from caesura_ctl.fleet_view import Picture
+from caesura_ctl.fleet_view import FleetView
 from caesura_ctl.follow import Progress
 from caesura_ctl.names import SET_NAME
 from caesura_ctl.session import Session
@@ -101,7 +101,7 @@ def _resumed(
 
 
 def test_vms_that_need_a_person_are_named_with_what_their_host_says() -> None:
-    picture = Picture()
+    picture = FleetView()
     vm = m.VmRecord(vm="vm-1", set="_vm-1", update_domain=0, state="paused", methods=())
     picture.fold(m.HostInventory(host="h", driver="qemu", epoch=1, vms=(vm,), guard="ready"))
     assert attention_view(picture) is None
@@ -121,7 +121,7 @@ async def test_what_is_removed_from_the_broker_leaves_the_view_of_a_command_that
     bus = MemoryBus(broker, client_id="ops", filters=["caesura/v1/#"])
     session = Session(bus, "ops")
     other = MemoryBus(broker, client_id="host-1")
-    post = Post(other, "/caesura/default/host/host-1")
+    post = MessageClient(other, "/caesura/default/host/host-1")
     running = [
         asyncio.create_task(bus.run(session.post.deliver)),
         asyncio.create_task(other.run(post.deliver)),
@@ -165,7 +165,7 @@ async def test_a_rollout_that_is_caught_between_two_messages_is_not_missing() ->
 
 
 def test_the_picture_takes_every_message_and_repetition_changes_nothing() -> None:
-    picture = Picture()
+    picture = FleetView()
     for _ in range(2):
         for example in examples():
             picture.fold(example.message)
@@ -200,7 +200,7 @@ def test_overlaps_of_domains_are_found_and_touching_ones_are_not() -> None:
 
 def _judged(**changes: Any) -> dict[str, bool]:
     """A rollout of two VMs that went well, with something changed."""
-    picture = Picture()
+    picture = FleetView()
     events = {"web": ("E1", "E2")}
     waves = tuple(
         wave_state(
@@ -471,11 +471,11 @@ def test_what_a_failed_update_wrote_is_shown_and_does_nothing_to_the_terminal() 
     wave = msgspec.structs.replace(_wave(0, "failed"), failed_updates=(failed,))
     rollout = _rollout(wave, status="halted")
     written = io.StringIO()
-    VisibleConsole(width=80, file=written).print(rollout_view(rollout, Picture(), T0))
+    VisibleConsole(width=80, file=written).print(rollout_view(rollout, FleetView(), T0))
     assert (
         "u on h: failed, exit code 3, last output:\n  E: no space\n  \\u001b[2Jdpkg\n" in written.getvalue()
     )
-    lines = Progress().lines(Picture(), rollout)
+    lines = Progress().lines(FleetView(), rollout)
     assert "u on h: failed, exit code 3, last output:\n  E: no space\n  \x1b[2Jdpkg" in lines
 
 
@@ -493,13 +493,13 @@ def _rollout(*waves: m.WaveState, status: m.RolloutStatus = "running") -> WholeR
     )
 
 
-def _paused(picture: Picture, vm: str) -> None:
+def _paused(picture: FleetView, vm: str) -> None:
     picture.fold(m.OperationReported(operation=vm, host="h", epoch=1, rollout="r", status="accepted", at=T0))
     for message in _resumed(vm, 0, 0.0, 1.0, vm):
         picture.fold(message)
 
 
-def _so_far(picture: Picture) -> list[str]:
+def _so_far(picture: FleetView) -> list[str]:
     """The column "paused so far", a cell a wave."""
     written = io.StringIO()
     Console(width=140, file=written).print(rollout_view(picture.rollouts["r"], picture, T0))
@@ -510,7 +510,7 @@ def _so_far(picture: Picture) -> list[str]:
 
 
 def test_pauses_that_were_not_heard_are_not_counted_as_none() -> None:
-    picture = Picture()
+    picture = FleetView()
     picture.fold(_rollout(_wave(0, "completed"), _wave(1, "verifying"), _wave(2, "pending")))
     assert _so_far(picture) == ["-", "-", ""]
     assert not picture.heard_all(picture.rollouts["r"])
@@ -522,7 +522,7 @@ def test_pauses_that_were_not_heard_are_not_counted_as_none() -> None:
 
 
 def test_pauses_of_what_was_seen_from_its_beginning_are_counted() -> None:
-    picture = Picture()
+    picture = FleetView()
     picture.fold(_rollout(_wave(0, "scheduled"), _wave(1, "pending")))
     picture.fold(_rollout(_wave(0, "started"), _wave(1, "pending")))
     assert _so_far(picture) == ["0/2", ""]
@@ -532,7 +532,7 @@ def test_pauses_of_what_was_seen_from_its_beginning_are_counted() -> None:
 
 
 def test_what_was_missed_while_the_broker_was_away_is_not_counted_as_none() -> None:
-    picture = Picture()
+    picture = FleetView()
     picture.fold(_rollout(_wave(0, "pending"), _wave(1, "pending")))
     picture.fold(_resumed("w0a", 0, 0.0, 1.0)[0])
     picture.missed()

@@ -23,7 +23,7 @@ from caesura.runtime.settings import Secret
 from caesura_ctl import follow as following
 from caesura_ctl import session as sessions
 from caesura_ctl.commands import rollouts
-from caesura_ctl.fleet_view import Picture
+from caesura_ctl.fleet_view import FleetView
 from caesura_ctl.options import Context, Refused
 from caesura_ctl.session import Connection, NoAnswer, NoBroker, Session, connect
 from caesura_ctl.settings import CtlSettings
@@ -38,7 +38,7 @@ class Seen:
     """What ``follow`` needs of a session."""
 
     def __init__(self) -> None:
-        self.picture = Picture()
+        self.picture = FleetView()
         self.changed = asyncio.Event()
         self.stats = BusStats(connected=True, connects=1)
         self.connection = Connection(self.stats, self.picture.missed)
@@ -124,7 +124,7 @@ async def test_the_last_facts_are_waited_for(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_the_live_view_shows_the_rollout_that_was_asked_for() -> None:
-    seen = Picture()
+    seen = FleetView()
     seen.fold(_state("completed", "r"))
     seen.fold(_state("running", "other"))
     console = Console(file=io.StringIO(), width=140)

@@ -14,7 +14,7 @@ from caesura.contract.reasons import KNOWN
 from caesura.fleet.state import FleetState
 from caesura.lifecycle.commands import COMMANDS
 from caesura.lifecycle.proof import memory_proof
-from caesura_coordinator.fleet import Fleet
+from caesura_coordinator.fleet import FleetFence
 from caesura_coordinator.inputs import Approve, Authority, Input, Outdated, Tick
 from caesura_coordinator.plan import make_plan
 from caesura_coordinator.records import Rollout, Wave, new_rollout
@@ -29,7 +29,7 @@ from caesura_host_updater.operation.machine import decide as decide_pause
 from caesura_host_updater.operation.report import final_report
 from caesura_host_updater.operation.state import Operation, UpdateRun, VmPause
 from caesura_testing.retold import retold
-from caesura_vmcontrol.intent import Catch, Fired, Intent
+from caesura_vmcontrol.intent import GuardAction, Intent, Intervention
 
 T0 = datetime(2026, 4, 20, 12, 0, 0, tzinfo=UTC)
 _AUTHORITY = Authority(coordinator="c", epoch=1)
@@ -39,7 +39,7 @@ _PATCH = m.UpdateRecord(
 )
 
 
-def _fleet() -> Fleet:
+def _fleet() -> FleetFence:
     vm = m.VmRecord(
         vm="web-1",
         set="web",
@@ -59,7 +59,7 @@ def _fleet() -> Fleet:
         guard="ready",
         commands=COMMANDS,
     )
-    return Fleet(retold(FleetState(), inventory, _host(online=True), _agent(online=True)))
+    return FleetFence(retold(FleetState(), inventory, _host(online=True), _agent(online=True)))
 
 
 def _host(*, online: bool) -> m.HostPresence:
@@ -98,7 +98,7 @@ class Story:
 
     def changed(self, **changes: object) -> Story:
         inventory = msgspec.structs.replace(self.fleet.inventories["host-1"], **changes)
-        self.fleet = Fleet(retold(self.fleet.state, inventory))
+        self.fleet = FleetFence(retold(self.fleet.state, inventory))
         return self
 
     def announced(self) -> Story:
@@ -166,12 +166,12 @@ class Story:
 
 
 def _without_host(story: Story) -> Story:
-    story.fleet = Fleet(retold(story.fleet.state, _host(online=False)))
+    story.fleet = FleetFence(retold(story.fleet.state, _host(online=False)))
     return story
 
 
 def _without_agent(story: Story) -> Story:
-    story.fleet = Fleet(retold(story.fleet.state, _agent(online=False)))
+    story.fleet = FleetFence(retold(story.fleet.state, _agent(online=False)))
     return story
 
 
@@ -254,14 +254,14 @@ def _operation(**vm: Any) -> Operation:
 def _machine(*events: tuple[float, steps.Event]) -> Operation:
     """The host's pause machine, begun at 100 s and fed with these, with the seconds at which they come."""
     op = _operation()
-    for now, event in ((100.0, steps.Begin()), *events):
+    for now, event in ((100.0, steps.Start()), *events):
         op, _ = decide_pause(op, event, now)
     return op
 
 
-def _recovered(catch: Catch | None = None, *, same_boot: bool = True, **vm: Any) -> Operation:
+def _recovered(catch: Intervention | None = None, *, same_boot: bool = True, **vm: Any) -> Operation:
     """The operation of an updater that died, as its next start finds it."""
-    fired = None if catch is None else Fired("the host updater died", 101.0, {"web-1": catch})
+    fired = None if catch is None else GuardAction("the host updater died", 101.0, {"web-1": catch})
     record = Intent("o", "boot", 100.0, 109.0, (), fired)
     return recovered(_operation(**vm), record, {}, same_boot=same_boot)
 
@@ -277,7 +277,7 @@ _ENDS: dict[str, tuple[bool, Callable[[], Operation]]] = {
     "stopped before": (
         True,
         lambda: _machine(
-            (100.05, steps.AbortAsked("host_stopping", "the host updater is stopping")),
+            (100.05, steps.AbortReceived("host_stopping", "the host updater is stopping")),
             *_FROZEN[:1],
             *_RESUMED,
         ),
@@ -286,7 +286,7 @@ _ENDS: dict[str, tuple[bool, Callable[[], Operation]]] = {
         True,
         lambda: _machine(
             *_FROZEN,
-            (101.0, steps.AbortAsked("host_stopping", "the host updater is stopping")),
+            (101.0, steps.AbortReceived("host_stopping", "the host updater is stopping")),
             (101.5, _ENDED_BY_SIGNAL),
             *_RESUMED,
         ),
@@ -302,7 +302,7 @@ _ENDS: dict[str, tuple[bool, Callable[[], Operation]]] = {
     "updater died before": (True, _recovered),
     "updater died in the pause, the guard resumed": (
         True,
-        lambda: _recovered(Catch(True, None, 103.0, "running"), called_at=100.5, frozen_at=100.6),
+        lambda: _recovered(Intervention(True, None, 103.0, "running"), called_at=100.5, frozen_at=100.6),
     ),
     "updater died after the resume": (
         True,
@@ -317,7 +317,7 @@ _ENDS: dict[str, tuple[bool, Callable[[], Operation]]] = {
         False,
         lambda: _machine(
             *_FROZEN,
-            (101.0, steps.AbortAsked("aborted", "wrong update")),
+            (101.0, steps.AbortReceived("aborted", "wrong update")),
             (101.5, _ENDED_BY_SIGNAL),
             *_RESUMED,
         ),
@@ -330,7 +330,7 @@ _ENDS: dict[str, tuple[bool, Callable[[], Operation]]] = {
     ),
     "over budget, the guard resumed": (
         False,
-        lambda: _recovered(Catch(True, None, 140.0, "running"), called_at=100.5, frozen_at=100.6),
+        lambda: _recovered(Intervention(True, None, 140.0, "running"), called_at=100.5, frozen_at=100.6),
     ),
 }
 

@@ -14,7 +14,7 @@ from rich.console import Console
 from caesura.contract import messages as m
 from caesura.lifecycle.proof import memory_proof
 from caesura_ctl.commands.rollouts import freeze, plan, roll
-from caesura_ctl.fleet_view import Pause, Picture
+from caesura_ctl.fleet_view import FleetView, Pause
 from caesura_ctl.options import policy_from
 from caesura_ctl.proofs import Shown, counted, planned
 from caesura_ctl.tables import pauses_view, plan_view
@@ -41,8 +41,8 @@ def _verdict(vm: str, memory: m.MemoryProof | None) -> m.VmClockSynced:
     )
 
 
-def _picture(*verdicts: m.VmClockSynced) -> Picture:
-    picture = Picture()
+def _picture(*verdicts: m.VmClockSynced) -> FleetView:
+    picture = FleetView()
     for verdict in verdicts:
         picture.fold(verdict)
     return picture

@@ -15,8 +15,8 @@ import msgspec
 import pytest
 
 from caesura.contract.messages import AgentClockSynced, CanaryReport, VmClockSynced, VmResumed
-from caesura_host_updater.clocks.tracker import ClockDesk
-from caesura_host_updater.clocks.verdict import ClockWait
+from caesura_host_updater.clocks.tracker import ClockSyncTracker
+from caesura_host_updater.clocks.verdict import ClockCheck
 from caesura_host_updater.drivers.port import Capabilities, ClockSet, DriverError, NotPossible
 from caesura_testing.patience import patient
 
@@ -57,7 +57,7 @@ class Desk:
         self.driver = OutsideClock()
         driver: Any = self.driver
         self.verdicts: asyncio.Queue[VmClockSynced] = asyncio.Queue()
-        self.desk = ClockDesk(
+        self.desk = ClockSyncTracker(
             "host-1",
             driver,
             without_agent=frozenset(without_agent),
@@ -82,12 +82,12 @@ class Desk:
             at=NOW,
         )
         letter: Any = object()
-        self.desk.resumed_told(letter, resumed)
+        self.desk.on_resume_published(letter, resumed)
 
     def paused(self, vm: str, boot_id: str = "") -> None:
         """It was resumed, and its operation is reported."""
         self.resumed(vm)
-        self.desk.expect([ClockWait(vm, "web", 0, "op", 0.1, "agent-1", boot_id)])
+        self.desk.expect([ClockCheck(vm, "web", 0, "op", 0.1, "agent-1", boot_id)])
 
     async def verdict(self) -> VmClockSynced:
         async with asyncio.timeout(patient(5)):
@@ -170,7 +170,7 @@ async def test_an_agent_that_answers_before_the_broker_acknowledges_the_resume_i
     ):  # an answer that nobody waits for any more: only the newest is kept
         desk.desk.answered(msgspec.structs.replace(answer, operation=earlier))
     desk.desk.answered(answer)
-    assert len(desk.desk._early) == 1
+    assert len(desk.desk._pending_requests) == 1
     desk.paused("vm")
     told = await desk.verdict()
     assert (told.synced, told.by, told.error_after_s) == (True, "agent", 0.001)
@@ -210,7 +210,7 @@ async def test_a_refused_command_does_not_make_it_forget_who_was_resumed(answere
     if answered:
         desk.desk.answered(told("vm", synced=True))
     desk.desk.expect([])  # the refusal
-    desk.desk.expect([ClockWait("vm", "web", 0, "op", 0.1, "agent-1", "")])
+    desk.desk.expect([ClockCheck("vm", "web", 0, "op", 0.1, "agent-1", "")])
     verdict = await desk.verdict()
     assert verdict.synced is answered
 
@@ -273,7 +273,7 @@ def answer(**changes: Any) -> AgentClockSynced:
 
 def expect(desk: Desk, *, canary_writes: int) -> None:
     desk.resumed("a")
-    desk.desk.expect([ClockWait("a", "web", 0, "op", 0.1, "agent-1", "", canary_writes)])
+    desk.desk.expect([ClockCheck("a", "web", 0, "op", 0.1, "agent-1", "", canary_writes)])
 
 
 CANARY = CanaryReport(pages=8, writes=50)
@@ -323,7 +323,7 @@ async def test_an_answer_before_the_report_is_completed_by_the_canary(make: Any)
     desk.resumed("a")
     desk.desk.answered(answer(canary=CANARY))
     desk.desk.answered(answer())
-    desk.desk.expect([ClockWait("a", "web", 0, "op", 0.1, "agent-1", "", 40)])
+    desk.desk.expect([ClockCheck("a", "web", 0, "op", 0.1, "agent-1", "", 40)])
     verdict = await desk.verdict()
     assert verdict.memory is not None
     assert "canary_equal" in verdict.memory.held

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from caesura_vmcontrol import markers
-from caesura_vmcontrol.intent import Catch, Fired, Intent, IntentFile, UnreadableIntent
+from caesura_vmcontrol.intent import GuardAction, Intent, IntentFile, Intervention, UnreadableIntent
 from caesura_vmcontrol.markers import Marker
 from caesura_vmcontrol.plans import CgroupPlan, Plan, SignalPlan, plan_to_json
 from caesura_vmcontrol.qemu_plans import QemuPlan, SwapPlan, Vmm
@@ -154,7 +154,7 @@ def test_what_a_swap_prepared_comes_before_the_run_file(tmp_path: Path) -> None:
 
 
 def intent() -> Intent:
-    fired = Fired("why", 13.0, {"a": Catch(was_frozen=True, running_at=13.5, end="running")})
+    fired = GuardAction("why", 13.0, {"a": Intervention(was_frozen=True, running_at=13.5, end="running")})
     return Intent("op", "boot", 12.0, 20.0, PLANS[:2], fired)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from caesura_testing.patience import patient
-from caesura_vmcontrol.qmp import Qmp, QmpClosed, QmpError, QmpRefused, QmpSilent, StrangeSocket
+from caesura_vmcontrol.qmp import PeerMismatch, Qmp, QmpClosed, QmpError, QmpNoAnswer, QmpRefused
 
 GREETING = {"QMP": {"version": {"qemu": {"major": 7, "minor": 2, "micro": 22}}, "capabilities": ["oob"]}}
 
@@ -151,7 +151,7 @@ def test_what_is_no_qmp(peer: Peer, said: bytes, why: str) -> None:
 
     peer.play(part)
     began = time.monotonic()
-    with pytest.raises(QmpSilent, match=why):
+    with pytest.raises(QmpNoAnswer, match=why):
         Qmp(peer.path, os.getpid(), within(0.3 if why == "does not answer" else 5))
     assert time.monotonic() - began < patient(2)
 
@@ -160,7 +160,7 @@ def test_silence_after_a_command_has_its_deadline(peer: Peer) -> None:
     peer.play(peer.greet)
     with Qmp(peer.path, os.getpid(), within(5)) as qmp:
         began = time.monotonic()
-        with pytest.raises(QmpSilent, match="does not answer"):
+        with pytest.raises(QmpNoAnswer, match="does not answer"):
             qmp.execute("query-status", until=within(0.1))
         assert 0.09 < time.monotonic() - began < patient(1)
 
@@ -181,17 +181,17 @@ def test_closed_in_the_middle(peer: Peer) -> None:
 
 
 def test_another_process_is_not_commanded(peer: Peer) -> None:
-    with pytest.raises(StrangeSocket, match=f"belongs to process {os.getpid()}, not to 1"):
+    with pytest.raises(PeerMismatch, match=f"belongs to process {os.getpid()}, not to 1"):
         Qmp(peer.path, 1, within(1))
     assert peer.heard == []
 
 
 def test_nobody_there(tmp_path: Path) -> None:
     for path in (tmp_path / "qmp", tmp_path / "nowhere" / "qmp"):
-        with pytest.raises(QmpSilent, match="cannot reach"):
+        with pytest.raises(QmpNoAnswer, match="cannot reach"):
             Qmp(str(path), os.getpid(), within(1))
     (tmp_path / "qmp").touch()
-    with pytest.raises(QmpSilent, match="cannot reach"):
+    with pytest.raises(QmpNoAnswer, match="cannot reach"):
         Qmp(str(tmp_path / "qmp"), os.getpid(), within(1))
 
 
@@ -203,7 +203,7 @@ def test_a_full_backlog_is_waited_for_and_given_up(peer: Peer) -> None:
         client.connect(f"/proc/self/fd/{handle}/qmp")
         os.close(handle)
         waiting.append(client)
-    with pytest.raises(QmpSilent, match="no room"):
+    with pytest.raises(QmpNoAnswer, match="no room"):
         Qmp(peer.path, os.getpid(), within(0.1))
     for client in waiting:
         client.close()

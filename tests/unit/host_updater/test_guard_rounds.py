@@ -13,7 +13,7 @@ from caesura_testing.patience import patient
 from caesura_vmcontrol.intent import Intent
 from caesura_vmcontrol.plans import Condition, Plan, QemuPlan, Vmm
 from caesura_vmcontrol.procfs import Process
-from caesura_vmcontrol.watchdog import GuardRefusal, Watch
+from caesura_vmcontrol.watchdog import GuardRefusal, Watchdog
 
 PATIENCE_S = patient(5.0)
 
@@ -30,7 +30,7 @@ class World:
         self.logged: list[tuple[str, dict[str, Any]]] = []
         self.disk: dict[str, Any] | None = None
         self.writes = 0
-        self.watch = Watch(self, self.log, look=self.look, release=self.release)
+        self.watch = Watchdog(self, self.log, look=self.look, release=self.release)
 
     def log(self, event: str, **facts: Any) -> None:
         self.logged.append((event, facts))
@@ -131,7 +131,7 @@ def test_a_guest_that_was_only_thought_to_be_gone(world: World) -> None:
     world.vms = {"a": "gone", "b": "running"}
     world.refuse = ""
     world.release = lambda *_: None  # type: ignore[method-assign]
-    world.watch = Watch(world, world.log, look=world.look, release=world.release)
+    world.watch = Watchdog(world, world.log, look=world.look, release=world.release)
     world.arm()
     world.watch.fire("test")
     world.until(lambda: world.catch("a")["end"] == "gone")

@@ -19,7 +19,7 @@ from caesura_vmcontrol.intent import Intent
 from caesura_vmcontrol.notify import Notifier
 from caesura_vmcontrol.plans import Condition, Plan, QemuPlan, Vmm
 from caesura_vmcontrol.procfs import Process
-from caesura_vmcontrol.watchdog import Watch
+from caesura_vmcontrol.watchdog import Watchdog
 
 
 class NoStore:
@@ -49,7 +49,7 @@ def test_before_it_ends_it_looks_again_however_short_ago_the_last_look_was(tmp_p
     def release(plan: Plan, _: Mapping[int, Process] | None) -> None:
         vms[plan.vm] = "running"
 
-    watch = Watch(NoStore(), lambda *_, **__: None, clock=lambda: 100.0, look=look, release=release)
+    watch = Watchdog(NoStore(), lambda *_, **__: None, clock=lambda: 100.0, look=look, release=release)
     watch.arm(Intent("op", "boot", 90.0, 101.0, (QemuPlan("a", Vmm(4711, 5, "/run/x")),)))
     watch.fire("test")
     until = time.monotonic() + patient(20)
@@ -90,7 +90,7 @@ class NoDescriptors:
 
 def test_without_descriptors_it_neither_spins_nor_stays_deaf_and_says_it_once(tmp_path: Path) -> None:
     logged: list[str] = []
-    watch = Watch(NoStore(), lambda event, **_: logged.append(event), clock=time.monotonic)
+    watch = Watchdog(NoStore(), lambda event, **_: logged.append(event), clock=time.monotonic)
     server = GuardServer(
         str(tmp_path), watch, lambda event, **_: logged.append(event), exit_when_alone_s=None
     )

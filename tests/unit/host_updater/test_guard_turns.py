@@ -13,7 +13,7 @@ import pytest
 
 from caesura_testing.patience import patient
 from caesura_vmcontrol.procfs import thread_states
-from caesura_vmcontrol.turns import turn
+from caesura_vmcontrol.turns import try_lock
 
 HOLDER = """
 import sys, time
@@ -38,25 +38,25 @@ def holder(tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
 
 def test_one_at_a_time_and_given_back(tmp_path: Path) -> None:
     for _ in range(2):
-        with turn(str(tmp_path), 0.5) as first:
+        with try_lock(str(tmp_path), 0.5) as first:
             assert first
             began = time.monotonic()
-            with turn(str(tmp_path), 0.05) as second:
+            with try_lock(str(tmp_path), 0.05) as second:
                 assert not second
             assert 0.04 < time.monotonic() - began < patient(0.5)
     assert list(tmp_path.iterdir()) == [], "the first turn needs no room on the disk"
 
 
 def test_nothing_to_take_turns_at(tmp_path: Path) -> None:
-    with turn(str(tmp_path / "over"), 5) as ours:
+    with try_lock(str(tmp_path / "over"), 5) as ours:
         assert not ours
 
 
 def test_death_gives_it_back(tmp_path: Path, holder: subprocess.Popen[bytes]) -> None:
-    with turn(str(tmp_path), 0.05) as ours:
+    with try_lock(str(tmp_path), 0.05) as ours:
         assert not ours
     holder.kill()
-    with turn(str(tmp_path), 5) as ours:
+    with try_lock(str(tmp_path), 5) as ours:
         assert ours
 
 
@@ -66,8 +66,8 @@ def test_stopped_in_the_middle(tmp_path: Path, holder: subprocess.Popen[bytes]) 
     while set(thread_states(holder.pid)) != {"T"}:
         assert time.monotonic() < until
     began = time.monotonic()
-    with turn(str(tmp_path), 100) as ours:
+    with try_lock(str(tmp_path), 100) as ours:
         assert ours
-        with turn(str(tmp_path), 0.05) as another:
+        with try_lock(str(tmp_path), 0.05) as another:
             assert not another, "those that pass it over take turns as well"
     assert time.monotonic() - began < patient(1)

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from caesura_testing.patience import patient
-from caesura_vmcontrol.intent import Catch, Fired, Intent, UnreadableIntent
+from caesura_vmcontrol.intent import GuardAction, Intent, Intervention, UnreadableIntent
 from caesura_vmcontrol.plans import (
     BadPlan,
     CgroupPlan,
@@ -26,7 +26,7 @@ from caesura_vmcontrol.plans import (
     plan_to_json,
 )
 from caesura_vmcontrol.procfs import Process
-from caesura_vmcontrol.watchdog import GuardRefusal, Watch
+from caesura_vmcontrol.watchdog import GuardRefusal, Watchdog
 
 
 def no_log(event: str, **facts: object) -> None:
@@ -43,7 +43,7 @@ class World:
         self.disk: dict[str, Any] | None = None
         self.full = False
         self.unreadable: set[str] = set()
-        self.watch = Watch(self, no_log, clock=lambda: self.now, look=self.look, release=self.release)
+        self.watch = Watchdog(self, no_log, clock=lambda: self.now, look=self.look, release=self.release)
 
     def look(self, plan: Plan, _: Mapping[int, Process] | None) -> Condition:
         if plan.vm in self.unreadable:
@@ -190,8 +190,10 @@ def test_record_is_written_when_the_disk_has_room_again() -> None:
 def test_found_at_start_with_a_record_keeps_what_was_written() -> None:
     world = World()
     intent = world.intent()
-    intent.fired = Fired(
-        "the deadline passed", 90.0, {"a": Catch(True, None, 90.1, "running"), "b": Catch(False)}
+    intent.fired = GuardAction(
+        "the deadline passed",
+        90.0,
+        {"a": Intervention(True, None, 90.1, "running"), "b": Intervention(False)},
     )
     world.vms["b"] = "frozen"
     world.watch.adopt(intent)
@@ -218,7 +220,9 @@ def test_plans_and_intents_survive_json() -> None:
     plans = (CgroupPlan("a", "cgroup1", "/sys/fs/cgroup/f/a/freezer.state"), SignalPlan("b", 9, 8, ((7, 6),)))
     for plan in plans:
         assert plan_from_json(plan_to_json(plan)) == plan
-    intent = Intent("op", "boot", 1.0, 2.0, plans, Fired("why", 2.0, {"a": Catch(True, 1.5, 2.5, "running")}))
+    intent = Intent(
+        "op", "boot", 1.0, 2.0, plans, GuardAction("why", 2.0, {"a": Intervention(True, 1.5, 2.5, "running")})
+    )
     assert Intent.from_json(intent.to_json()) == intent
     bad: Any
     for bad in ({}, {**intent.to_json(), "format": 2}, {**intent.to_json(), "plans": [{}]}, [], None):
@@ -451,7 +455,7 @@ def test_a_stop_signal_that_is_still_pending_at_the_owners_death_is_taken_back()
         pending.discard(plan.vm)
         released(plan, table)
 
-    world.watch = Watch(world, no_log, clock=lambda: world.now, look=world.look, release=release)
+    world.watch = Watchdog(world, no_log, clock=lambda: world.now, look=world.look, release=release)
     world.watch.arm(world.intent())
     world.now += 10
     world.watch.step()
@@ -490,8 +494,8 @@ def test_the_look_of_a_disarm_is_no_decision(qemu: Qemu) -> None:
 def test_found_at_start_with_a_record_a_guest_that_is_frozen_again_is_not_at_its_end() -> None:
     world = World()
     intent = world.intent()
-    intent.fired = Fired(
-        "the deadline passed", 90.0, {vm: Catch(False, None, 90.1, "running") for vm in ("a", "b")}
+    intent.fired = GuardAction(
+        "the deadline passed", 90.0, {vm: Intervention(False, None, 90.1, "running") for vm in ("a", "b")}
     )
     world.vms["a"] = "frozen"
     world.stubborn = {"a"}
@@ -515,8 +519,8 @@ def test_found_at_start_with_a_record_a_guest_that_is_frozen_again_is_not_at_its
 
 def test_found_at_start_with_a_record_a_qemu_guest_is_looked_at_before_it_rests(qemu: Qemu) -> None:
     intent = qemu.intent()
-    intent.fired = Fired(
-        "the deadline passed", 90.0, {vm: Catch(False, None, 90.1, "running") for vm in ("a", "b")}
+    intent.fired = GuardAction(
+        "the deadline passed", 90.0, {vm: Intervention(False, None, 90.1, "running") for vm in ("a", "b")}
     )
     qemu.answers.clear()
     qemu.watch.adopt(intent)
@@ -535,7 +539,7 @@ def test_a_guest_that_a_round_leaves_paused_is_not_at_its_end() -> None:
     def look(plan: Plan, _: Mapping[int, Process] | None) -> Condition:
         return next(seen, vms[plan.vm])
 
-    world.watch = Watch(world, no_log, clock=lambda: world.now, look=look, release=lambda *_: None)
+    world.watch = Watchdog(world, no_log, clock=lambda: world.now, look=look, release=lambda *_: None)
     intent = Intent("op", "boot", 90.0, 99.0, (QemuPlan("a", Vmm(4711, 5, "/run/x")),))
     world.watch.adopt(intent)
     until = time.monotonic() + patient(20)

@@ -33,11 +33,11 @@ from caesura.runtime.lock import InUse, StateFolderUnusable
 from caesura_host_updater import journal as module
 from caesura_host_updater.__main__ import _only_one
 from caesura_host_updater.admission import Authority
-from caesura_host_updater.clocks.tracker import ClockDesk
-from caesura_host_updater.clocks.verdict import ClockWait
+from caesura_host_updater.clocks.tracker import ClockSyncTracker
+from caesura_host_updater.clocks.verdict import ClockCheck
 from caesura_host_updater.forget_epoch import forget_epoch
 from caesura_host_updater.journal import Journal, JournalThread
-from caesura_host_updater.operation.finalizer import Endings, Letters
+from caesura_host_updater.operation.finalizer import FactFactory, OperationFinalizer
 from caesura_host_updater.operation.state import Operation, VmPause
 from caesura_host_updater.outbox import Outbox
 from caesura_testing.collector import PATIENCE_S, Collector, eventually, running
@@ -45,7 +45,7 @@ from caesura_testing.damage import flip_bits
 from caesura_testing.patience import patient
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
-LETTERS = Letters("host-1")
+LETTERS = FactFactory("host-1")
 
 
 def report_letter(report: OperationReported) -> OutboxMessage:
@@ -106,7 +106,7 @@ def test_an_operation_survives_with_its_state_and_ends_once(tmp_path: Path) -> N
     assert (entry.id, entry.boot_id, entry.update_processes) == ("op", "boot", ((12, 34),))
     assert entry.state == state("op")
     assert entry.command == command("op")
-    again.finish(report("op"), [report_letter(report("op"))], [ClockWait("a", "web", 0, "op", 0.1)])
+    again.finish(report("op"), [report_letter(report("op"))], [ClockCheck("a", "web", 0, "op", 0.1)])
     again.finish(report("op", "failed"), [])
     again.note(state("op"))
     found = again.find("op")
@@ -365,18 +365,18 @@ async def test_a_clock_that_was_judged_before_its_report_could_be_written_is_not
     def judged(verdict: VmClockSynced) -> None:
         thread.post(lambda journal: journal.judged(verdict.vm, verdict.operation, []))
 
-    clocks = ClockDesk(
+    clocks = ClockSyncTracker(
         "host-1", driver, without_agent=frozenset(), timeout_s=60, verdict=judged, repeat=lambda _: None
     )
     nothing: Any = SimpleNamespace(queue=lambda *_: None, finished=lambda *_: None)
-    endings = Endings(LETTERS, journal=thread, outbox=nothing, clocks=clocks, metrics=nothing)
+    endings = OperationFinalizer(LETTERS, journal=thread, outbox=nothing, clocks=clocks, metrics=nothing)
 
     def full(*_: object) -> None:
         raise StoreError("disk full")
 
     with monkeypatch.context() as patch:
         patch.setattr(Journal, "finish", full)
-        await endings.conclude(report("op"), None, [ClockWait("a", "web", 0, "op", 0.1, "b")])
+        await endings.conclude(report("op"), None, [ClockCheck("a", "web", 0, "op", 0.1, "b")])
     clocks.answered(
         AgentClockSynced(
             vm="a",
@@ -390,7 +390,7 @@ async def test_a_clock_that_was_judged_before_its_report_could_be_written_is_not
     )
     judging = asyncio.create_task(clocks.run())
     assert await clocks.settled(patient(5))
-    saving = asyncio.create_task(endings.save_later())
+    saving = asyncio.create_task(endings.retry_unsaved())
     async with asyncio.timeout(patient(5)):
         while await thread.do(lambda journal: journal.find("op")) is None:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
@@ -408,7 +408,7 @@ def test_a_journal_with_a_flipped_bit_is_a_store_error_and_no_other(ram_path: Pa
     first.obey(Authority(7, "c"))
     first.accept(command("op"), state("op"), "boot", [report_letter(report("op", "accepted"))])
     first.note_update("op", 12, 34)
-    first.finish(report("op2"), [report_letter(report("op2"))], [ClockWait("a", "web", 0, "op", 0.1)])
+    first.finish(report("op2"), [report_letter(report("op2"))], [ClockCheck("a", "web", 0, "op", 0.1)])
     first.judged("b", "op", [report_letter(report("op2"))])
     first.close()
 

@@ -14,11 +14,11 @@ from caesura.contract.messages import StartOperation
 from caesura.delivery.message import OutboxMessage, prepare
 from caesura.delivery.sqlite import OutboxTable
 from caesura_host_updater.admission import Underway
-from caesura_host_updater.clocks.verdict import ClockWait
+from caesura_host_updater.clocks.verdict import ClockCheck
 from caesura_host_updater.journal import JournalThread
 from caesura_host_updater.operation import crash_recovery
 from caesura_host_updater.operation.crash_recovery import Startup
-from caesura_host_updater.operation.finalizer import Endings
+from caesura_host_updater.operation.finalizer import OperationFinalizer
 from caesura_host_updater.operation.state import Operation, VmPause
 from caesura_host_updater.pauses import PauseMarkers
 from caesura_vmcontrol.plans import CgroupPlan
@@ -70,7 +70,7 @@ async def test_its_resume_is_told_its_clock_is_looked_after_and_its_operation_en
     await journal.do(lambda j: j.accept(command, state, boot_id(), []))
     world: Any = Slow()
     queued: list[OutboxMessage] = []
-    waits: list[ClockWait] = []
+    waits: list[ClockCheck] = []
     nothing: Any = SimpleNamespace(
         queue=lambda *letters: queued.extend(letters), expect=waits.extend, finished=lambda *_: None
     )
@@ -81,7 +81,7 @@ async def test_its_resume_is_told_its_clock_is_looked_after_and_its_operation_en
             prepare(report, source="/s", event_id=report.status, at=report.at, host="host-1"),
         ),
     )
-    endings = Endings(letters, journal=journal, outbox=nothing, clocks=nothing, metrics=nothing)
+    endings = OperationFinalizer(letters, journal=journal, outbox=nothing, clocks=nothing, metrics=nothing)
     starting = Startup(
         "host-1",
         driver=world,

@@ -14,7 +14,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from caesura.bus.memory import MemoryBus
-from caesura.bus.messaging import Post
+from caesura.bus.messaging import MessageClient
 from caesura.bus.port import PublishRefused
 from caesura.contract.codec import Oversized, decode
 from caesura.contract.envelope import Message
@@ -37,7 +37,7 @@ from caesura_host_updater.inventory.message import inventory
 from caesura_host_updater.inventory.publisher import InventoryPublisher
 from caesura_host_updater.inventory.updates import Catalogue
 from caesura_host_updater.journal import JournalThread
-from caesura_host_updater.operation.finalizer import Letters
+from caesura_host_updater.operation.finalizer import FactFactory
 from caesura_host_updater.operation.report import final_report
 from caesura_host_updater.operation.state import Operation, VmPause
 from caesura_host_updater.service import HostUpdater
@@ -203,7 +203,7 @@ class Heard:
 
 async def test_only_parts_that_changed_are_sent_again_and_those_too_many_removed() -> None:
     heard = Heard()
-    publisher = InventoryPublisher("host-1", cast("Post", heard))
+    publisher = InventoryPublisher("host-1", cast("MessageClient", heard))
     whole = inventory_of(300)
     parts = len(inventory_in_parts(whole)[1])
     await publisher.publish(whole)
@@ -224,7 +224,7 @@ async def test_only_parts_that_changed_are_sent_again_and_those_too_many_removed
 async def test_parts_that_somebody_removes_or_overwrites_are_published_again() -> None:
     """As an operator does who makes the fleet forget a host that is on the bus after all."""
     heard = Heard()
-    publisher = InventoryPublisher("host-1", cast("Post", heard))
+    publisher = InventoryPublisher("host-1", cast("MessageClient", heard))
     whole = inventory_of(300)
     parts = inventory_in_parts(whole)[1]
     await publisher.publish(whole)
@@ -239,7 +239,7 @@ async def test_parts_that_somebody_removes_or_overwrites_are_published_again() -
 
 async def test_a_part_that_may_not_be_removed_leaves_the_inventory_published() -> None:
     heard = Heard()
-    publisher = InventoryPublisher("host-1", cast("Post", heard))
+    publisher = InventoryPublisher("host-1", cast("MessageClient", heard))
     await publisher.publish(inventory_of(300))
 
     async def refused(*_: object, **__: object) -> None:
@@ -254,7 +254,7 @@ async def test_a_part_that_may_not_be_removed_leaves_the_inventory_published() -
 
 async def test_an_inventory_that_cannot_be_sent_is_said_once_and_shows_in_the_probe() -> None:
     heard = Heard()
-    publisher = InventoryPublisher("host-1", cast("Post", heard))
+    publisher = InventoryPublisher("host-1", cast("MessageClient", heard))
     heard.refused = True
     with capture_logs() as logs:
         await publisher.publish(inventory_of(3))
@@ -303,7 +303,7 @@ def test_a_report_on_many_vms_comes_in_parts(freeze_one: Callable[..., StartOper
     """Without its one report an operation has no end for its coordinator, whatever became of it."""
     command = freeze_one(targets=targets(MOST_TARGETS))
     report = final_report("host-1", command, operation(MOST_TARGETS, text), 1, {}, NOW)
-    messages = Letters("host-1").report(report)
+    messages = FactFactory("host-1").report(report)
     assert (len(messages) > 1) == (not fits(report))
     assert len(messages) <= MOST_PARTS + 1
     assert len({each.event_id for each in messages}) == len(messages)
@@ -318,7 +318,7 @@ def test_a_report_on_many_vms_comes_in_parts(freeze_one: Callable[..., StartOper
 def test_a_report_on_a_few_vms_is_one_message(freeze_one: Callable[..., StartOperation]) -> None:
     command = freeze_one(targets=targets(3))
     report = final_report("host-1", command, operation(3, "it went wrong"), 1, {}, NOW)
-    (message,) = Letters("host-1").report(report)
+    (message,) = FactFactory("host-1").report(report)
     assert message.read() == report
 
 
@@ -328,6 +328,6 @@ def test_reports_whose_parts_never_come_are_not_kept() -> None:
         head = OperationReported(
             operation=f"o{number}", host="h", epoch=1, status="completed", vm_parts=2, at=NOW
         )
-        (message,) = Letters("h").report(head)
+        (message,) = FactFactory("h").report(head)
         assert joiner.take(decode(message.topic, message.payload)) is None
     assert len(joiner.waiting()) <= 16

@@ -59,7 +59,7 @@ def test_schedule_leaves_room_for_the_update_and_three_margins(budget_s: float) 
 def test_hold_from_begin_to_end() -> None:
     op, effects = run(
         operation("a", "b"),
-        (100.0, steps.Begin()),
+        (100.0, steps.Start()),
         (100.01, steps.Armed()),
         (100.02, steps.VmFroze("a", 100.011, 100.015)),
         (100.03, steps.VmFroze("b", 100.012, 100.025)),
@@ -82,14 +82,14 @@ def test_hold_from_begin_to_end() -> None:
     fact = resumed_fact("host-1", op, "a", wall)
     assert (fact.within_budget, fact.resumed_by) == (True, "updater")
     assert fact.at == wall(101.035)
-    assert steps.TellFrozen("a") in effects
+    assert steps.PublishFrozen("a") in effects
 
 
 def test_a_hold_longer_than_the_budget_ends_with_the_budgets_share() -> None:
     """Refused as a command; here the second line: whatever was accepted, the resume is asked for in time (I2)."""
     op, _ = run(
         operation(hold_s=25.0),
-        (100.0, steps.Begin()),
+        (100.0, steps.Start()),
         (100.01, steps.Armed()),
         (100.02, steps.VmFroze("a", 100.011, 100.015)),
     )
@@ -102,7 +102,7 @@ def test_a_hold_longer_than_the_budget_ends_with_the_budgets_share() -> None:
 def test_one_vm_that_cannot_be_frozen_lets_all_go_at_once() -> None:
     op, effects = run(
         operation("a", "b"),
-        (100.0, steps.Begin()),
+        (100.0, steps.Start()),
         (100.0, steps.Armed()),
         (100.1, steps.VmFroze("a", 100.0, 100.1)),
         (100.2, steps.VmNotFrozen("b", 100.0, "will not")),
@@ -114,9 +114,9 @@ def test_one_vm_that_cannot_be_frozen_lets_all_go_at_once() -> None:
 def test_events_in_the_wrong_phase_name_both() -> None:
     with pytest.raises(IllegalTransition, match=r"Armed in phase 'accepted'.*'arming'"):
         decide(operation(), steps.Armed(), 1.0)
-    op, _ = run(operation(), (1.0, steps.Begin()))
+    op, _ = run(operation(), (1.0, steps.Start()))
     with pytest.raises(IllegalTransition, match=r"Begin in phase 'arming'.*'accepted'"):
-        decide(op, steps.Begin(), 1.0)
+        decide(op, steps.Start(), 1.0)
     with pytest.raises(IllegalTransition, match="VmFroze in phase 'arming'"):
         decide(op, steps.VmFroze("a", 1.0, 1.0), 1.0)
     with pytest.raises(IllegalTransition, match="Disarmed in phase 'arming'"):
@@ -133,7 +133,7 @@ def updating(**changes: Any) -> Operation:
     }
     op, _ = run(
         operation(**(facts | changes)),
-        (100.0, steps.Begin()),
+        (100.0, steps.Start()),
         (100.0, steps.Armed()),
         (100.0, steps.VmFroze("a", 100.0, 100.0)),
     )
@@ -153,10 +153,10 @@ def test_update_is_asked_to_end_then_killed_and_never_waited_for() -> None:
 
 
 def test_grace_of_a_late_abort_does_not_delay_the_resume() -> None:
-    op, effects = run(updating(), (106.9, steps.AbortAsked("aborted", "x")))
+    op, effects = run(updating(), (106.9, steps.AbortReceived("aborted", "x")))
     assert effects == [steps.StopUpdate(kill=False)]
     assert op.wake_at == pytest.approx(107.9)
-    op, _ = run(updating(update_timeout_s=6.8), (107.8, steps.AbortAsked("aborted", "x")))
+    op, _ = run(updating(update_timeout_s=6.8), (107.8, steps.AbortReceived("aborted", "x")))
     assert op.wake_at == pytest.approx(108.0)  # `resume_at`, not a whole margin later
 
 
@@ -175,33 +175,36 @@ def test_waking_up_late_kills_and_resumes_in_one_step() -> None:
 def test_guards_record_tells_the_true_pause() -> None:
     op, _ = run(updating(), (150.0, steps.Tick()))
     op, effects = run(op, (150.0, steps.VmResumed("a", 150.0, "running")))
-    assert steps.TellResumed("a") not in effects  # not yet: only the guard knows
-    record = steps.Disarmed("the deadline passed", (steps.GuardCatch("a", True, None, 109.02),))
+    assert steps.PublishResumed("a") not in effects  # not yet: only the guard knows
+    record = steps.Disarmed("the deadline passed", (steps.GuardIntervention("a", True, None, 109.02),))
     op, effects = run(op, (150.1, record))
-    assert effects == [steps.TellResumed("a"), steps.Finish()]
+    assert effects == [steps.PublishResumed("a"), steps.Finish()]
     assert op.vms[0].resumed_by == "guard"
     assert op.vms[0].pause_s == pytest.approx(9.02)
     assert op.failure.startswith("the pause guard resumed VM a: the deadline passed")
 
 
 def test_late_freeze_counts_from_when_it_was_last_seen_running() -> None:
-    op, _ = run(operation(), (100.0, steps.Begin()), (100.0, steps.Armed()))
+    op, _ = run(operation(), (100.0, steps.Start()), (100.0, steps.Armed()))
     op, _ = run(op, (200.0, steps.Tick()))
     op, _ = run(op, (200.0, steps.VmNotFrozen("a", 100.0, "called off")))
     op, _ = run(op, (200.1, steps.VmResumed("a", 200.1, "running")))
-    record = steps.Disarmed("the deadline passed", (steps.GuardCatch("a", True, 199.99, 200.01),))
+    record = steps.Disarmed("the deadline passed", (steps.GuardIntervention("a", True, 199.99, 200.01),))
     op, effects = run(op, (200.2, record))
     assert op.vms[0].pause_s == pytest.approx(0.02)
-    assert effects == [steps.TellFrozen("a"), steps.TellResumed("a"), steps.Finish()]
+    assert effects == [steps.PublishFrozen("a"), steps.PublishResumed("a"), steps.Finish()]
 
 
 def test_freeze_found_at_the_resume_is_counted() -> None:
     op, _ = run(
-        operation(), (100.0, steps.Begin()), (100.0, steps.Armed()), (100.1, steps.AbortAsked("aborted", "x"))
+        operation(),
+        (100.0, steps.Start()),
+        (100.0, steps.Armed()),
+        (100.1, steps.AbortReceived("aborted", "x")),
     )
     op, _ = run(op, (100.1, steps.VmNotFrozen("a", 100.0, "called off")))
     op, effects = run(op, (100.2, steps.VmResumed("a", 100.2, "running", True)))
-    assert effects[:2] == [steps.TellFrozen("a"), steps.TellResumed("a")]
+    assert effects[:2] == [steps.PublishFrozen("a"), steps.PublishResumed("a")]
     op, _ = run(op, (100.3, steps.Disarmed()))
     assert op.end == "failed"  # something was frozen, so it is not merely cancelled
 
@@ -211,7 +214,7 @@ def test_changed_memory_fails_the_operation() -> None:
     op = msgspec.structs.replace(op, vms=(VmPause(vm="a", set="web", update_domain=1, digestible=True),))
     op, _effects = run(
         op,
-        (100.0, steps.Begin()),
+        (100.0, steps.Start()),
         (100.0, steps.Armed()),
         (100.0, steps.VmFroze("a", 100.0, 100.0)),
         (100.1, steps.Digested("a", "one")),
@@ -227,7 +230,7 @@ def _with_digests(budget_s: float, **vm: Any) -> Operation:
     op = operation(update="patch", runs=(UpdateRun(),), update_timeout_s=budget_s)
     one = VmPause(vm="a", set="web", update_domain=1, **vm)
     op = msgspec.structs.replace(op, budget_s=budget_s, vms=(one,))
-    op, _ = run(op, (100.0, steps.Begin()), (100.0, steps.Armed()), (100.0, steps.VmFroze("a", 100.0, 100.0)))
+    op, _ = run(op, (100.0, steps.Start()), (100.0, steps.Armed()), (100.0, steps.VmFroze("a", 100.0, 100.0)))
     return op
 
 

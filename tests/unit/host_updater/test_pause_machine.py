@@ -72,7 +72,7 @@ class PauseMachine(RuleBasedStateMachine):
         self.finished = 0
         self.told: list[tuple[str, str]] = []
         self.freeze_calls = 0
-        self.feed(steps.Begin())
+        self.feed(steps.Start())
 
     def feed(self, event: Any) -> None:
         """One event through the machine, and its effects into the pending work."""
@@ -137,11 +137,11 @@ class PauseMachine(RuleBasedStateMachine):
             case steps.Disarm():
                 assert not self.resuming, "disarmed before every VM runs"
                 self.disarming = True
-            case steps.TellFrozen() | steps.TellResumed():
+            case steps.PublishFrozen() | steps.PublishResumed():
                 told = (type(effect).__name__, effect.vm)
                 assert told not in self.told
                 self.told.append(told)
-                if isinstance(effect, steps.TellResumed):
+                if isinstance(effect, steps.PublishResumed):
                     assert ("TellFrozen", effect.vm) in self.told
             case steps.Finish():
                 self.finished += 1
@@ -251,7 +251,7 @@ class PauseMachine(RuleBasedStateMachine):
     def abort(self) -> None:
         """At any time, and again."""
         self.aborted = True
-        self.feed(steps.AbortAsked("aborted", "test"))
+        self.feed(steps.AbortReceived("aborted", "test"))
 
     @precondition(lambda self: "guard" in self.faults)
     @rule()
@@ -283,7 +283,7 @@ class PauseMachine(RuleBasedStateMachine):
     def guard_lets_go(self, fired: bool) -> None:
         """With or without having fired."""
         self.disarming = False
-        catches = tuple(steps.GuardCatch(vm, True, None, self.now) for vm in sorted(self.called))
+        catches = tuple(steps.GuardIntervention(vm, True, None, self.now) for vm in sorted(self.called))
         self.feed(steps.Disarmed("the deadline passed", catches) if fired else steps.Disarmed())
 
     # -- what must hold -----------------------------------------------------------------------------------

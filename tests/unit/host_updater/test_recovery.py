@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 
 from caesura.contract.messages import AgentClockSynced, CanaryReport
-from caesura_host_updater.clocks.verdict import ClockWait, judge, same_boot, shown_by_guest, unsynced
+from caesura_host_updater.clocks.verdict import ClockCheck, judge, same_boot, shown_by_guest, unsynced
 from caesura_host_updater.drivers.freezers import freezer_mounts, own_cgroups
 from caesura_host_updater.operation.crash_outcome import recovered
 from caesura_host_updater.operation.schedule import Schedule
 from caesura_host_updater.operation.state import Operation, UpdateRun, VmPause
-from caesura_vmcontrol.intent import Catch, Fired, Intent
+from caesura_vmcontrol.intent import GuardAction, Intent, Intervention
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 
@@ -30,16 +30,16 @@ def operation(**vm: Any) -> Operation:
     )
 
 
-def record(catch: Catch | None, operation: str = "op") -> Intent:
+def record(catch: Intervention | None, operation: str = "op") -> Intent:
     """The guard's, armed at 100."""
-    fired = None if catch is None else Fired("the host updater died", 101.0, {"a": catch})
+    fired = None if catch is None else GuardAction("the host updater died", 101.0, {"a": catch})
     return Intent(operation, "boot", 100.0, 109.0, (), fired)
 
 
 def test_guard_resumed_and_the_freeze_call_was_written_down() -> None:
     op = recovered(
         operation(called_at=100.5, frozen_at=100.6),
-        record(Catch(True, None, 101.7, "running")),
+        record(Intervention(True, None, 101.7, "running")),
         {},
         same_boot=True,
     )
@@ -52,7 +52,7 @@ def test_guard_resumed_and_the_freeze_call_was_written_down() -> None:
 
 
 def test_guard_resumed_and_nothing_was_written_down() -> None:
-    op = recovered(operation(), record(Catch(True, None, 103.0, "running")), {}, same_boot=True)
+    op = recovered(operation(), record(Intervention(True, None, 103.0, "running")), {}, same_boot=True)
     assert op.vms[0].pause_s == pytest.approx(3.0)  # from the arming: at most this long
     assert op.vms[0].frozen_at is not None
 
@@ -60,7 +60,7 @@ def test_guard_resumed_and_nothing_was_written_down() -> None:
 def test_updater_had_resumed_but_not_written_it_down() -> None:
     op = recovered(
         operation(called_at=100.5, frozen_at=100.6),
-        record(Catch(False, None, 101.0, "running")),
+        record(Intervention(False, None, 101.0, "running")),
         {},
         same_boot=True,
     )
@@ -72,7 +72,7 @@ def test_updater_had_resumed_but_not_written_it_down() -> None:
 def test_vm_died_while_frozen() -> None:
     op = recovered(
         operation(called_at=100.5, frozen_at=100.6),
-        record(Catch(True, None, 101.0, "gone")),
+        record(Intervention(True, None, 101.0, "gone")),
         {},
         same_boot=True,
     )
@@ -87,7 +87,12 @@ def test_no_guard_but_found_frozen() -> None:
 
 
 def test_nothing_was_frozen() -> None:
-    for held in (None, record(None), record(Catch(False, None, 101.0, "running")), record(None, "other")):
+    for held in (
+        None,
+        record(None),
+        record(Intervention(False, None, 101.0, "running")),
+        record(None, "other"),
+    ):
         op = recovered(operation(), held, {}, same_boot=True)
         assert op.failure == "host updater died before anything was frozen"
         assert op.vms[0].frozen_at is None
@@ -96,7 +101,7 @@ def test_nothing_was_frozen() -> None:
 def test_after_a_reboot_instants_mean_nothing() -> None:
     op = recovered(
         operation(called_at=9000.0, frozen_at=9000.1),
-        record(Catch(True, None, 5.0, "running")),
+        record(Intervention(True, None, 5.0, "running")),
         {},
         same_boot=False,
     )
@@ -106,12 +111,12 @@ def test_after_a_reboot_instants_mean_nothing() -> None:
 
 def test_late_freeze_is_not_counted_from_the_call() -> None:
     op = operation(called_at=100.5)
-    op = recovered(op, record(Catch(True, 150.0, 150.2, "running")), {}, same_boot=True)
+    op = recovered(op, record(Intervention(True, 150.0, 150.2, "running")), {}, same_boot=True)
     assert op.vms[0].pause_s == pytest.approx(0.2)
     assert Schedule.of(100.0, 10.0).guard_at < 150.0
 
 
-WAIT = ClockWait("a", "web", 0, "op", 0.05, "boot-1")
+WAIT = ClockCheck("a", "web", 0, "op", 0.05, "boot-1")
 
 
 def told(**changes: Any) -> AgentClockSynced:
@@ -178,7 +183,7 @@ def test_a_boot_id_shows_that_a_guest_did_not_reboot_and_no_more() -> None:
 def test_what_the_guest_shows_of_its_memory(
     canary: CanaryReport | None, held: tuple[str, ...], broken: tuple[str, ...], words: str
 ) -> None:
-    wait = ClockWait("web-1", "web", 0, "op", 0.1, boot_id="b", canary_writes=40)
+    wait = ClockCheck("web-1", "web", 0, "op", 0.1, boot_id="b", canary_writes=40)
     found = shown_by_guest(wait, told(boot_id="b", canary=canary))
     assert (found.held, found.broken, found.ok) == (held, broken, not broken)
     assert words in found.detail

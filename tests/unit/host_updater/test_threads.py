@@ -23,7 +23,7 @@ from caesura_host_updater.update_process import UpdateNotStarted, UpdateProcess
 from caesura_testing.patience import patient
 from caesura_vmcontrol import processes
 from caesura_vmcontrol.bounded_read import environs, read_each
-from caesura_vmcontrol.processes import marked
+from caesura_vmcontrol.processes import find_by_env
 from caesura_vmcontrol.procfs import read_process
 
 
@@ -117,7 +117,7 @@ def test_processes_are_found_by_their_environment() -> None:
         [sys.executable, "-c", "import time; time.sleep(600)"], env=dict([name.split("=")])
     )
     try:
-        assert [each.pid for each in marked(name)] == [process.pid]
+        assert [each.pid for each in find_by_env(name)] == [process.pid]
         assert dict(environs([process.pid]))[process.pid] >= {name.encode()}
     finally:
         process.kill()

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from caesura.bus.memory import MemoryBroker, MemoryBus
-from caesura.bus.messaging import Post
+from caesura.bus.messaging import MessageClient
 from caesura.contract import messages as m
 from caesura_host_updater.vm_status import VmStatuses
 from caesura_testing.collector import eventually
@@ -61,13 +61,13 @@ class Scene:
     def __init__(self) -> None:
         self.broker = MemoryBroker()
         self.bus = MemoryBus(self.broker)
-        self.statuses = VmStatuses("h", ["a"], Post(self.bus, "/caesura/host/h"), now=lambda: T0)
+        self.statuses = VmStatuses("h", ["a"], MessageClient(self.bus, "/caesura/host/h"), now=lambda: T0)
         self.seen: dict[str, m.VmStatus] = {}
         self.count = 0
         self.ear = MemoryBus(self.broker, filters=["caesura/v1/host/+/vm/+/status"])
-        self.post = Post(self.ear, "/caesura/test")
+        self.post = MessageClient(self.ear, "/caesura/test")
         self.post.on(m.VmStatus, self._on)
-        self.post.on_cleared(m.VmStatus, self._gone)
+        self.post.on_tombstone(m.VmStatus, self._gone)
 
     async def _on(self, message: m.VmStatus, _: Any) -> None:
         self.seen[message.vm] = message
@@ -91,7 +91,7 @@ class Scene:
 async def scene() -> AsyncIterator[Scene]:
     made = Scene()
     tasks = [
-        asyncio.create_task(made.bus.run(Post(made.bus, "/x").deliver)),
+        asyncio.create_task(made.bus.run(MessageClient(made.bus, "/x").deliver)),
         asyncio.create_task(made.ear.run(made.post.deliver)),
     ]
     assert await made.ear.wait_connected(10)
@@ -152,7 +152,7 @@ async def test_what_a_previous_run_published_is_taken_up_or_removed(scene: Scene
     )
     was = m.VmStatus(vm="a", host="h", set="web", update_domain=1, state="paused", last_pause=last, at=at(-9))
     gone = m.VmStatus(vm="b", host="h", set="web", update_domain=1, state="running", at=at(-9))
-    post = Post(scene.ear, "/caesura/test")
+    post = MessageClient(scene.ear, "/caesura/test")
     await post.send(was, host="h", vm="a")
     await post.send(gone, host="h", vm="b")
     await eventually(lambda: set(scene.seen) == {"a", "b"})

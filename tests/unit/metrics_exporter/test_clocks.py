@@ -10,7 +10,7 @@ import pytest
 from caesura.contract import messages as m
 from caesura.contract.envelope import Message
 from caesura.contract.parts import WholeRollout
-from caesura_metrics_exporter.fleet import Fleet
+from caesura_metrics_exporter.fleet import FleetMetricsView
 from caesura_metrics_exporter.fleet_metrics import fleet_families
 from caesura_testing.rollouts import whole_rollout
 
@@ -18,16 +18,16 @@ AT = datetime(2026, 4, 20, 22, 26, 58, tzinfo=UTC)
 WEB = ("web", "1")
 
 
-def samples(fleet: Fleet, name: str) -> dict[tuple[str, ...], float]:
+def samples(fleet: FleetMetricsView, name: str) -> dict[tuple[str, ...], float]:
     """Label values to value of one metric."""
     (family,) = [each for each in fleet_families(fleet, 0.0) if each.name == name]
     return dict(family.values)
 
 
-def fold(*messages: Message, fleet: Fleet | None = None) -> Fleet:
+def fold(*messages: Message, fleet: FleetMetricsView | None = None) -> FleetMetricsView:
     """A fleet of two VMs that heard these messages."""
     if fleet is None:
-        fleet = Fleet()
+        fleet = FleetMetricsView()
         vms = tuple(
             m.VmRecord(vm=vm, set="web", update_domain=1, state="running") for vm in ("web-1", "web-2")
         )
@@ -81,7 +81,7 @@ def check(
     )
 
 
-def after(fleet: Fleet) -> tuple[float, float | None]:
+def after(fleet: FleetMetricsView) -> tuple[float, float | None]:
     """The last error after a sync, and its bound."""
     error_s = samples(fleet, "caesura_clock_error_last_seconds")[*WEB, "after"]
     return error_s, samples(fleet, "caesura_clock_bound_last_seconds").get(WEB)

@@ -10,21 +10,21 @@ import pytest
 from caesura.contract import messages as m
 from caesura.contract.envelope import Message
 from caesura.contract.parts import WholeRollout
-from caesura_metrics_exporter.fleet import Fleet
+from caesura_metrics_exporter.fleet import FleetMetricsView
 from caesura_metrics_exporter.fleet_metrics import fleet_families
 from caesura_testing.rollouts import wave_state, whole_rollout
 
 AT = datetime(2026, 4, 20, 22, 26, 58, tzinfo=UTC)
 
 
-def samples(fleet: Fleet, name: str, now_s: float = 0.0) -> dict[tuple[str, ...], float]:
+def samples(fleet: FleetMetricsView, name: str, now_s: float = 0.0) -> dict[tuple[str, ...], float]:
     """Label values to value of one metric."""
     (family,) = [each for each in fleet_families(fleet, now_s) if each.name == name]
     return dict(family.values)
 
 
-def fold(*messages: Message, fresh: bool = True, now_s: float = 0.0) -> Fleet:
-    fleet = Fleet()
+def fold(*messages: Message, fresh: bool = True, now_s: float = 0.0) -> FleetMetricsView:
+    fleet = FleetMetricsView()
     for message in messages:
         fleet.take(message, now_s, fresh=fresh)
     return fleet

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from caesura.contract import messages as m
 from caesura.contract.envelope import Message
-from caesura_metrics_exporter.fleet import Fleet
+from caesura_metrics_exporter.fleet import FleetMetricsView
 from caesura_metrics_exporter.fleet_metrics import fleet_families
 
 
-def samples(fleet: Fleet, name: str, now_s: float) -> dict[tuple[str, ...], float]:
+def samples(fleet: FleetMetricsView, name: str, now_s: float) -> dict[tuple[str, ...], float]:
     """Label values to value of one metric."""
     (family,) = [each for each in fleet_families(fleet, now_s) if each.name == name]
     return dict(family.values)
 
 
-def fold(*messages: tuple[float, Message], fleet: Fleet | None = None, stored: bool = False) -> Fleet:
+def fold(
+    *messages: tuple[float, Message], fleet: FleetMetricsView | None = None, stored: bool = False
+) -> FleetMetricsView:
     """A fleet that heard these messages, each at its second."""
-    fleet = fleet or Fleet()
+    fleet = fleet or FleetMetricsView()
     for now_s, message in messages:
         fleet.take(message, now_s, fresh=True, stored=stored)
     return fleet
@@ -51,7 +53,9 @@ def test_what_the_broker_had_stored_is_no_word_of_anybody_but_the_first() -> Non
 
 def test_the_coordinator_is_heard_by_what_it_says_of_itself() -> None:
     assert [
-        each for each in fleet_families(Fleet(), 5.0) if each.name == "caesura_coordinator_heard_seconds"
+        each
+        for each in fleet_families(FleetMetricsView(), 5.0)
+        if each.name == "caesura_coordinator_heard_seconds"
     ] == []
     fleet = fold((10.0, LEADER), (25.0, LEADER))
     assert samples(fleet, "caesura_coordinator_heard_seconds", 30.0) == {(): 5.0}

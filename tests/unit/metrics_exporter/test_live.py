@@ -29,7 +29,7 @@ from caesura_metrics_exporter.live.timelines import (
     LaneView,
 )
 from caesura_metrics_exporter.live.view import KEPT_S, PAUSED_SENT, ROLLOUTS_KEPT, Live
-from caesura_metrics_exporter.views import Change
+from caesura_metrics_exporter.views import Delta
 from caesura_testing.rollouts import wave_state, whole_rollout
 
 T0 = 1_790_000_000.0
@@ -128,7 +128,7 @@ class Story:
         )
         self.hear(message, at, fresh=fresh)
 
-    def snapshot(self, at: float = 0.0) -> Change:
+    def snapshot(self, at: float = 0.0) -> Delta:
         return self.live.snapshot(max(self.live.now, T0 + at))
 
     def lane(self, name: str = "web/ud/0") -> LaneView:
@@ -869,7 +869,7 @@ class Reader:
         self.seen: dict[str, Any] = {}
         self.parts = 0  # changes that were not whole
 
-    def apply(self, change: Change) -> None:
+    def apply(self, change: Delta) -> None:
         told = msgspec.to_builtins(change)
         self.parts += not told["whole"]
         if told["whole"]:

@@ -10,7 +10,7 @@ import msgspec
 from caesura.contract import messages as m
 from caesura.contract.envelope import Message
 from caesura.contract.parts import WholeRollout
-from caesura_metrics_exporter.fleet import Fleet
+from caesura_metrics_exporter.fleet import FleetMetricsView
 from caesura_metrics_exporter.fleet_metrics import fleet_families
 from caesura_testing.rollouts import wave_state, whole_rollout
 
@@ -19,15 +19,15 @@ WEB = ("web", "1", "freeze")
 ON_HOST = ("web", "1", "host-1", "freeze")
 
 
-def samples(fleet: Fleet, name: str, now_s: float = 0.0) -> dict[tuple[str, ...], float]:
+def samples(fleet: FleetMetricsView, name: str, now_s: float = 0.0) -> dict[tuple[str, ...], float]:
     """Label values to value of one metric."""
     (family,) = [each for each in fleet_families(fleet, now_s) if each.name == name]
     return dict(family.values)
 
 
-def fold(*messages: tuple[float, Message], fleet: Fleet | None = None) -> Fleet:
+def fold(*messages: tuple[float, Message], fleet: FleetMetricsView | None = None) -> FleetMetricsView:
     """A fleet that heard these messages, each at its second."""
-    fleet = fleet or Fleet()
+    fleet = fleet or FleetMetricsView()
     for now_s, message in messages:
         fleet.take(message, now_s, fresh=True)
     return fleet

@@ -14,7 +14,7 @@ from caesura.contract.envelope import Message
 from caesura.contract.parts import WholeRollout
 from caesura_metrics_exporter.agents import AGENT_SILENT_S, PRESENCES
 from caesura_metrics_exporter.census import VM_STATES
-from caesura_metrics_exporter.fleet import Fleet
+from caesura_metrics_exporter.fleet import FleetMetricsView
 from caesura_metrics_exporter.fleet_metrics import fleet_families
 from caesura_metrics_exporter.pauses import HOSTS_NAMED_S, LastPause, Pauses
 from caesura_metrics_exporter.rollout_index import ROLLOUTS_KEPT, RolloutIndex
@@ -100,7 +100,7 @@ def _shown(state: str, record: m.VmRecord) -> str:
     return "impaired" if state == "running" and record.state_detail else state
 
 
-def recounted(fleet: Fleet, now_s: float) -> dict[str, Any]:
+def recounted(fleet: FleetMetricsView, now_s: float) -> dict[str, Any]:
     """Everything, from every VM's own facts."""
     states: Counter[tuple[str, ...]] = Counter()
     agents: Counter[tuple[str, ...]] = Counter()
@@ -144,7 +144,7 @@ def recounted(fleet: Fleet, now_s: float) -> dict[str, Any]:
     )
 )
 def test_the_present_is_counted_as_a_recount_would(steps: list[tuple[Message | str, bool, float]]) -> None:
-    fleet, now_s = Fleet(), 0.0
+    fleet, now_s = FleetMetricsView(), 0.0
     for message, stored, later_s in steps:
         now_s += later_s
         if isinstance(message, str):

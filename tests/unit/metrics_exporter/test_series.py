@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from caesura_metrics_exporter.series import Counts, Histogram, Largest, Seen
+from caesura_metrics_exporter.series import Counts, Deduplicator, Histogram, Largest
 
 BOUNDS = (0.1, 1.0, 30.0)
 
@@ -59,7 +59,7 @@ def test_buckets_are_cumulative_and_count_everything_once(values: list[float]) -
 
 
 def test_a_key_is_first_once_while_remembered() -> None:
-    seen = Seen(2)
+    seen = Deduplicator(2)
     assert [seen.first(key) for key in ("a", "a", "b", "a", "c")] == [True, False, True, False, True]
     # b was pushed out by c: memory is bounded. a was asked for after it, so it stayed until then.
     assert [seen.first(key) for key in ("c", "b")] == [False, True]

@@ -11,7 +11,7 @@ from caesura.contract import messages as m
 from caesura.contract.codec import Received
 from caesura.contract.envelope import Header, Message
 from caesura.contract.topics import CHANNELS, channel_of
-from caesura_metrics_exporter.counters import PAUSE_BUCKETS, Tally
+from caesura_metrics_exporter.counters import PAUSE_BUCKETS, FactCounters
 from caesura_metrics_exporter.series import Counts, Histogram
 
 AT = datetime(2026, 4, 20, 22, 26, 58, tzinfo=UTC)
@@ -60,7 +60,7 @@ PAUSE = ("web", "2", "freeze")
 
 
 def test_a_pause_is_observed_under_set_domain_and_method() -> None:
-    tally = Tally()
+    tally = FactCounters()
     tally.take(received(resumed(9.0)))
     assert observed(tally.pauses) == {PAUSE: (1, 9.0)}
     assert counted(tally.overruns) == {PAUSE: 0}
@@ -69,7 +69,7 @@ def test_a_pause_is_observed_under_set_domain_and_method() -> None:
 
 def test_overruns_and_guard_resumes_are_known_from_zero_for_all_that_a_host_could_pause() -> None:
     # Nearly every overrun is the first with its labels, and may begin and end between two scrapes.
-    tally = Tally()
+    tally = FactCounters()
     vms = (
         m.VmRecord(vm="web-1", set="web", update_domain=2, state="running", methods=("live", "freeze")),
         m.VmRecord(vm="db-1", set="db", update_domain=0, state="running", methods=("swap", "reboot")),
@@ -87,7 +87,7 @@ def test_overruns_and_guard_resumes_are_known_from_zero_for_all_that_a_host_coul
 
 def test_what_ends_a_pause_is_known_from_zero_while_the_vm_stands_still() -> None:
     # Prometheus sees an increase only from a number that it has seen before.
-    tally = Tally()
+    tally = FactCounters()
     frozen = m.VmFrozen(
         vm="web-1",
         host="host-1",
@@ -107,7 +107,7 @@ def test_what_ends_a_pause_is_known_from_zero_while_the_vm_stands_still() -> Non
 
 
 def test_an_overrun_and_a_guard_resume_are_counted() -> None:
-    tally = Tally()
+    tally = FactCounters()
     tally.take(received(resumed(31.0, by="guard", within=False)))
     assert counted(tally.overruns) == {PAUSE: 1}
     assert counted(tally.guard_resumes) == {PAUSE: 1}
@@ -120,7 +120,7 @@ def test_the_pause_buckets_run_from_1_ms_to_60_s_with_boundaries_at_budgets() ->
 
 
 def test_the_same_message_twice_counts_once() -> None:
-    tally = Tally()
+    tally = FactCounters()
     approved = m.EventApproved(event_id="e1", set="web", vm="web-1", at=AT)
     assert tally.take(received(approved, "a"))
     assert not tally.take(received(approved, "a"))
@@ -181,20 +181,20 @@ def test_the_same_message_twice_counts_once() -> None:
     ids=lambda fact: type(fact).__name__,
 )
 def test_a_fact_said_again_under_a_new_id_counts_once(fact: Message) -> None:
-    tally = Tally()
+    tally = FactCounters()
     assert tally.take(received(fact, "a"))
     assert not tally.take(received(fact, "b"))
 
 
 def test_other_vms_and_other_operations_are_other_facts() -> None:
-    tally = Tally()
+    tally = FactCounters()
     for operation, vm in (("op1", "web-1"), ("op1", "web-2"), ("op2", "web-1")):
         tally.take(received(resumed(1.0, operation=operation, vm=vm)))
     assert observed(tally.pauses) == {PAUSE: (3, 3.0)}
 
 
 def test_clock_errors_are_absolute_and_proofs_are_counted() -> None:
-    tally = Tally()
+    tally = FactCounters()
     synced = m.VmClockSynced(
         vm="web-1",
         host="host-1",
@@ -240,7 +240,7 @@ def event(status: m.EventStatus, *, delay_s: float | None = None) -> m.EventChan
 
 
 def test_notice_is_taken_when_scheduled_and_the_approval_delay_once() -> None:
-    tally = Tally()
+    tally = FactCounters()
     tally.take(received(event("scheduled"), "a"))
     tally.take(received(event("started", delay_s=12.0), "b"))
     tally.take(received(event("completed", delay_s=12.0), "c"))
@@ -254,7 +254,7 @@ def test_notice_is_taken_when_scheduled_and_the_approval_delay_once() -> None:
 
 
 def test_an_operation_with_its_update() -> None:
-    tally = Tally()
+    tally = FactCounters()
     accepted = m.OperationReported(operation="op1", host="host-1", epoch=1, status="accepted", at=AT)
     outcome = m.UpdateOutcome(update="kernel", outcome="timeout", seconds=20.0)
     failed = m.OperationReported(
@@ -269,7 +269,7 @@ def test_an_operation_with_its_update() -> None:
 
 
 def test_hooks_readiness_and_waves() -> None:
-    tally = Tally()
+    tally = FactCounters()
     tally.take(received(m.HookFinished(vm="web-1", hook="prepare", outcome="failed", seconds=2.0), "a"))
     tally.take(received(m.VmReady(vm="web-1", event_id="e1", ready=False), "b"))
     tally.take(
@@ -284,7 +284,7 @@ def test_hooks_readiness_and_waves() -> None:
 
 
 def test_a_host_that_is_gone_takes_its_series_with_it() -> None:
-    tally = Tally()
+    tally = FactCounters()
     tally.take(received(resumed()))
     for host in ("host-1", "host-2"):
         outcome = m.UpdateOutcome(update="kernel", outcome="failed", seconds=1.0)
@@ -300,7 +300,7 @@ def test_a_host_that_is_gone_takes_its_series_with_it() -> None:
 
 def test_hosts_times_domains_is_no_label() -> None:
     """They are as many as VMs: no series has both, and no histogram has a host."""
-    for each in vars(Tally()).values():
+    for each in vars(FactCounters()).values():
         if isinstance(each, Counts | Histogram):
             assert not {"host", "update_domain"} <= set(each.names)
             assert not {"host", "set"} <= set(each.names)
@@ -310,7 +310,7 @@ def test_hosts_times_domains_is_no_label() -> None:
 
 def test_no_label_is_an_event_a_rollout_an_operation_or_a_vm() -> None:
     forbidden = {"event", "event_id", "rollout", "operation", "vm", "wave"}
-    series = [each for each in vars(Tally()).values() if isinstance(each, Counts | Histogram)]
+    series = [each for each in vars(FactCounters()).values() if isinstance(each, Counts | Histogram)]
     assert len(series) > 20
     for each in series:
         assert not forbidden & set(each.names)
@@ -319,6 +319,6 @@ def test_no_label_is_an_event_a_rollout_an_operation_or_a_vm() -> None:
 def test_every_type_on_the_bus_can_be_taken() -> None:
     # Types without facts are counted as messages all the same.
     assert {channel.message for channel in CHANNELS} >= {m.HostInventory, m.RolloutState}
-    tally = Tally()
+    tally = FactCounters()
     tally.take(received(m.HostPresence(host="host-1", online=True, instance="i")))
     assert counted(tally.messages) == {("caesura.host.presence.v1",): 1}

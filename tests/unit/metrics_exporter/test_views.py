@@ -20,12 +20,12 @@ from caesura.contract.codec import Received
 from caesura.contract.envelope import Header, Message
 from caesura.contract.parts import WholeRollout
 from caesura.contract.topics import channel_of
-from caesura_metrics_exporter.fleet import Fleet
+from caesura_metrics_exporter.fleet import FleetMetricsView
 from caesura_metrics_exporter.fleet_metrics import fleet_families
 from caesura_metrics_exporter.folded import Folded
 from caesura_metrics_exporter.live.view import Live
 from caesura_metrics_exporter.rollout_index import ROLLOUTS_KEPT, RolloutIndex
-from caesura_metrics_exporter.views import Change
+from caesura_metrics_exporter.views import Delta
 from caesura_testing.rollouts import wave_state, whole_rollout
 
 AT = datetime(2026, 4, 20, 22, 26, 58, tzinfo=UTC)
@@ -41,7 +41,7 @@ class Exporter:
 
     def __init__(self) -> None:
         self.folded = Folded()
-        self.fleet = Fleet(self.folded)
+        self.fleet = FleetMetricsView(self.folded)
         self.live = Live(self.folded)
         self.now_s = 0.0
 
@@ -204,7 +204,7 @@ class Reader:
         self.seen: dict[str, Any] = {"lanes": {}}
         self.revision = 0
 
-    def apply(self, change: Change) -> dict[str, Any]:
+    def apply(self, change: Delta) -> dict[str, Any]:
         said = msgspec.to_builtins(change)
         if said["whole"]:
             self.seen = {"lanes": {}}
@@ -251,7 +251,7 @@ def check(exporter: Exporter, naive: Naive, reader: Reader) -> None:
     assert changed == Reader().apply(snapshot)
 
 
-def check_lanes(exporter: Exporter, naive: Naive, snapshot: Change) -> None:
+def check_lanes(exporter: Exporter, naive: Naive, snapshot: Delta) -> None:
     located = naive.located()
     lanes = {lane.lane: lane for lane in snapshot.lanes}
     assert snapshot.fleet is not None

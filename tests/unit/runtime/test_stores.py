@@ -9,7 +9,7 @@ import pytest
 
 from caesura.runtime.database import Database
 from caesura.runtime.errors import StoreError
-from caesura.runtime.lock import InUse, StateFolderUnusable, private_folder, sole_user
+from caesura.runtime.lock import InUse, StateFolderUnusable, exclusive_lock, private_dir
 
 _ONE = ("CREATE TABLE t (x INTEGER NOT NULL)",)
 
@@ -92,11 +92,11 @@ def test_a_locked_store_is_a_store_error(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_a_state_folder_has_one_user(tmp_path: Path) -> None:
-    with sole_user(str(tmp_path / "state")):
-        with pytest.raises(InUse, match="in use by another process"), sole_user(str(tmp_path / "state")):
+    with exclusive_lock(str(tmp_path / "state")):
+        with pytest.raises(InUse, match="in use by another process"), exclusive_lock(str(tmp_path / "state")):
             pass
         assert (tmp_path / "state").stat().st_mode & 0o777 == 0o700
-    with sole_user(str(tmp_path / "state")):
+    with exclusive_lock(str(tmp_path / "state")):
         pass
 
 
@@ -104,14 +104,14 @@ def test_a_folder_that_cannot_be_made_is_said(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with (
         pytest.raises(StateFolderUnusable, match="cannot use the state folder"),
-        sole_user(str(tmp_path / "file" / "below")),
+        exclusive_lock(str(tmp_path / "file" / "below")),
     ):
         pass
     with pytest.raises(StateFolderUnusable, match=r"cannot use the state folder .*/file/below: "):
-        private_folder(str(tmp_path / "file" / "below"))
+        private_dir(str(tmp_path / "file" / "below"))
 
 
 def test_a_private_folder_is_nobody_elses(tmp_path: Path) -> None:
     (tmp_path / "open").mkdir(mode=0o755)
     for name in ("open", "new/below"):
-        assert private_folder(str(tmp_path / name)).stat().st_mode & 0o777 == 0o700
+        assert private_dir(str(tmp_path / name)).stat().st_mode & 0o777 == 0o700

@@ -25,7 +25,7 @@ from caesura_host_updater.drivers.qemu.launching import Launcher, LaunchFailed
 from caesura_host_updater.drivers.qemu.observer import read_snapshot
 from caesura_host_updater.drivers.qemu.obstacles import Obstacles
 from caesura_host_updater.drivers.qemu.qmp import Qmp, QmpFailed
-from caesura_host_updater.drivers.qemu.records import Run
+from caesura_host_updater.drivers.qemu.records import VmProcessRecord
 from caesura_host_updater.drivers.qemu.snapshot import VmSnapshot
 from caesura_host_updater.drivers.qemu.successor import next_command
 from caesura_host_updater.drivers.qemu.trial import Trials
@@ -92,14 +92,14 @@ class Assessor:
                 _log.info("vm.compared", vm=guest.vm, obstacles=list(found))
                 guest.changed()
 
-    async def _reasons(self, guest: Guest, run: Run, qmp: Qmp) -> tuple[str, ...]:
+    async def _reasons(self, guest: Guest, run: VmProcessRecord, qmp: Qmp) -> tuple[str, ...]:
         running = await read_snapshot(qmp)
         reasons = [*running.busy, *running.blockers, *await self.host_reasons(run, running)]
         if not reasons:
             reasons += await self._trial(guest, run, running)
         return tuple(reasons)
 
-    async def host_reasons(self, run: Run, running: VmSnapshot) -> list[str]:
+    async def host_reasons(self, run: VmProcessRecord, running: VmSnapshot) -> list[str]:
         """What the host says against another process: its users, paths, RAM file, disk files. Asked in a thread."""
 
         def look() -> list[str]:
@@ -118,7 +118,7 @@ class Assessor:
         except TimeoutError:
             raise OSError(f"the kernel does not answer within {_HOST_S:g} s") from None
 
-    async def _trial(self, guest: Guest, run: Run, running: VmSnapshot) -> tuple[str, ...]:
+    async def _trial(self, guest: Guest, run: VmProcessRecord, running: VmSnapshot) -> tuple[str, ...]:
         try:
             binary = await self.within_time(lambda: _identity(self.binary_of(run)))
         except (LaunchFailed, NoVmm, OSError) as error:
@@ -151,7 +151,7 @@ class Assessor:
         there = await self._trials.take(guest.vm, command)
         return differences(running, as_stated(running, there, command), cpu_of(command))
 
-    def binary_of(self, run: Run) -> str:
+    def binary_of(self, run: VmProcessRecord) -> str:
         """The program that would follow if an update names none. Blocking. Raises LaunchFailed, NoVmm."""
         return self._launcher.default_binary() if run.ours else read_vmm(run.pid).binary
 

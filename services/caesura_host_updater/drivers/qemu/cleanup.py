@@ -13,12 +13,12 @@ import msgspec
 import structlog
 
 from caesura_host_updater.drivers.qemu import successor
-from caesura_host_updater.drivers.qemu.records import Records, Run
+from caesura_host_updater.drivers.qemu.records import Records, VmProcessRecord
 from caesura_host_updater.drivers.qemu.vmm import read_vmm
 from caesura_host_updater.spawn import reap
 from caesura_vmcontrol import claims
 from caesura_vmcontrol.plans import ReplacePlan, SwapPlan, thaw
-from caesura_vmcontrol.processes import end, marked
+from caesura_vmcontrol.processes import find_by_env, kill_and_wait
 from caesura_vmcontrol.procfs import boot_id
 from caesura_vmcontrol.vmm import heir
 
@@ -27,13 +27,13 @@ _END_S = 2.0  # s: for a killed process to be dead
 _log = structlog.get_logger("caesura.qemu")
 
 
-def run_of(former: Run, pid: int, start_ticks: int) -> Run:
+def run_of(former: VmProcessRecord, pid: int, start_ticks: int) -> VmProcessRecord:
     """The record of a process that follows another one. Raises NoVmm."""
     argv = successor.settled(read_vmm(pid).argv)
     return msgspec.structs.replace(former, pid=pid, start_ticks=start_ticks, boot_id=boot_id(), argv=argv)
 
 
-def link_sockets(run: Run) -> None:
+def link_sockets(run: VmProcessRecord) -> None:
     """Give the sockets of a process their settled names. Their first ones stay until the operation is released:
     a guard that acts on the plan finds the process under either. Raises OSError.
     """
@@ -46,7 +46,7 @@ def link_sockets(run: Run) -> None:
             part.replace(path)
 
 
-def make_next_folders(run: Run) -> None:
+def make_next_folders(run: VmProcessRecord) -> None:
     """Where the process that shall follow listens. Raises OSError."""
     for path in successor.sockets_of(run.argv):
         Path(successor.next_path(path)).parent.mkdir(exist_ok=True, mode=0o700)
@@ -69,11 +69,11 @@ def end_losers(plan: SwapPlan | ReplacePlan) -> claims.Owner | None:
         if isinstance(plan, SwapPlan):
             others = [(plan.new.pid, plan.new.start_ticks)]
         else:
-            others = [(each.pid, each.start_ticks) for each in marked(plan.mark)]
+            others = [(each.pid, each.start_ticks) for each in find_by_env(plan.mark)]
         for process in {old, *others}:
             keeps = process == old if owner.kind == "old" else process == (owner.pid, owner.start_ticks)
             if not keeps:
-                end(*process, until)
+                kill_and_wait(*process, until)
                 reap(process[0])
     except (OSError, claims.BadClaim) as error:
         _log.error("operation.not_released", vm=plan.vm, why=str(error))
@@ -94,7 +94,7 @@ def _owner(plan: SwapPlan | ReplacePlan) -> claims.Owner | None:
 
 
 def forget(
-    vm: str, run: Run | None, operation: Path, own: Sequence[Path], records: Records, *, new: bool
+    vm: str, run: VmProcessRecord | None, operation: Path, own: Sequence[Path], records: Records, *, new: bool
 ) -> None:
     """Remove what an operation left. Blocking.
 

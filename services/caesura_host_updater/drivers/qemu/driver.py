@@ -27,11 +27,11 @@ from caesura_host_updater.drivers.qemu.definition import QemuOptions
 from caesura_host_updater.drivers.qemu.guest import PAUSED_BEFORE, Guest
 from caesura_host_updater.drivers.qemu.guest_agent import read_boot_id
 from caesura_host_updater.drivers.qemu.launching import Launcher
-from caesura_host_updater.drivers.qemu.migration import Mover
+from caesura_host_updater.drivers.qemu.migration import Migrator
 from caesura_host_updater.drivers.qemu.prepare import Preparer
 from caesura_host_updater.drivers.qemu.qmp import QmpFailed, QmpTimeout
 from caesura_host_updater.drivers.qemu.records import Records
-from caesura_host_updater.drivers.qemu.supervisor import Keeper
+from caesura_host_updater.drivers.qemu.supervisor import VmSupervisor
 from caesura_host_updater.drivers.qemu.trial import Trials
 from caesura_host_updater.drivers.sampling import sampled_digest_of
 from caesura_host_updater.inventory.host_config import VmSpec
@@ -80,8 +80,8 @@ class QemuDriver:
         self._threads = ThreadPoolExecutor(max_workers=16, thread_name_prefix="qemu")
         self._assessor = Assessor(self._guests, launcher, Trials(launcher, records, self._threads))
         self._preparer = Preparer(launcher, records, self._assessor, self._threads)
-        self._mover = Mover(launcher, records, self._threads)
-        self._keeper = Keeper(
+        self._mover = Migrator(launcher, records, self._threads)
+        self._keeper = VmSupervisor(
             self._guests, options, launcher, records, self._mover, self._assessor, self._threads
         )
 

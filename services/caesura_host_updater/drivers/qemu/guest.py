@@ -19,7 +19,7 @@ from caesura_host_updater.drivers.qemu import commandline, successor
 from caesura_host_updater.drivers.qemu.observer import read_machine
 from caesura_host_updater.drivers.qemu.obstacles import Obstacles, obstacles, paths_of
 from caesura_host_updater.drivers.qemu.qmp import Event, Qmp, QmpFailed, listener_of
-from caesura_host_updater.drivers.qemu.records import TRIAL, Run
+from caesura_host_updater.drivers.qemu.records import TRIAL, VmProcessRecord
 from caesura_host_updater.drivers.qemu.snapshot import VmSnapshot
 from caesura_host_updater.drivers.qemu.vmm import NoVmm, foreign, marked_as, ram_error, read_vmm
 from caesura_host_updater.inventory.host_config import VmSpec
@@ -72,7 +72,7 @@ class Guest:
 
     spec: VmSpec
     changed: Callable[[], None]
-    run: Run | None = None
+    run: VmProcessRecord | None = None
     qmp: Qmp | None = None
     machine: str = ""
     unguarded: str = ""
@@ -97,7 +97,7 @@ class Guest:
 
     # -- attaching ------------------------------------------------------------------------------------------
 
-    async def attach(self, run: Run, qmp: Qmp | None = None) -> None:
+    async def attach(self, run: VmProcessRecord, qmp: Qmp | None = None) -> None:
         """From now on this process is the VM. ``qmp``: a connection that is open already.
 
         Raises:
@@ -189,7 +189,7 @@ class Guest:
             qmp, self.qmp = self.qmp, None
             await qmp.close()
 
-    def take(self, run: Run, qmp: Qmp) -> tuple[Qmp | None, ExitWatch | None]:
+    def take(self, run: VmProcessRecord, qmp: Qmp) -> tuple[Qmp | None, ExitWatch | None]:
         """A swap's new process runs the guest: switch over at once. What is left of the old one."""
         left = self.qmp, self._exit
         if left[0] is not None:
@@ -304,7 +304,7 @@ class Guest:
         return f"QEMU {version} (pid {self.run.pid})"
 
 
-async def _host_obstacles(run: Run) -> list[str]:
+async def _host_obstacles(run: VmProcessRecord) -> list[str]:
     """What the host says against another process; asked in a thread, for the kernel may make us wait."""
     try:
         async with asyncio.timeout(_LOOK_S):
@@ -313,7 +313,7 @@ async def _host_obstacles(run: Run) -> list[str]:
         return [f"process {run.pid} cannot be looked at within {_LOOK_S:g} s"]
 
 
-def host_obstacles(run: Run) -> list[str]:
+def host_obstacles(run: VmProcessRecord) -> list[str]:
     """What the host says against another process that shall take this one's guest over. Blocking."""
     found = foreign(run.pid, paths_of(run.argv))
     memory = commandline.memory_of(run.argv)
@@ -322,7 +322,7 @@ def host_obstacles(run: Run) -> list[str]:
     return found
 
 
-async def _connected(run: Run) -> Qmp:
+async def _connected(run: VmProcessRecord) -> Qmp:
     qmp = await Qmp.connect(run.qmp, _GREETING_S)
     if qmp.listener != run.pid:
         await qmp.close()
@@ -330,7 +330,7 @@ async def _connected(run: Run) -> Qmp:
     return qmp
 
 
-async def adopted(qmp_path: str, guard: str, agent: str) -> tuple[Run, Qmp]:
+async def adopted(qmp_path: str, guard: str, agent: str) -> tuple[VmProcessRecord, Qmp]:
     """Find out which process listens on a QMP socket, and whether it is a QEMU.
 
     Raises:
@@ -351,7 +351,7 @@ async def adopted(qmp_path: str, guard: str, agent: str) -> tuple[Run, Qmp]:
         raise NotAttached(str(error)) from error
     argv = successor.settled(process.argv)
     memory = commandline.memory_of(argv)
-    run = Run(
+    run = VmProcessRecord(
         pid=process.pid,
         start_ticks=process.start_ticks,
         boot_id=boot_id(),
@@ -365,7 +365,7 @@ async def adopted(qmp_path: str, guard: str, agent: str) -> tuple[Run, Qmp]:
     return run, qmp
 
 
-def found_by_sockets(pid: int, mark: str) -> tuple[str, Run] | None:
+def found_by_sockets(pid: int, mark: str) -> tuple[str, VmProcessRecord] | None:
     """The VM that a process of ours is, though no run file says so: it listens under the settled names.
 
     A process that was to follow and never came to it listens in a folder of its own, and is nobody's VM.
@@ -382,7 +382,7 @@ def found_by_sockets(pid: int, mark: str) -> tuple[str, Run] | None:
     if not vm or process is None or not any(_listens(pid, path) for path in sockets.values()):
         return None
     memory = commandline.memory_of(argv)
-    run = Run(
+    run = VmProcessRecord(
         pid=pid,
         start_ticks=process.start_ticks,
         boot_id=boot_id(),
@@ -402,7 +402,7 @@ def _listens(pid: int, path: str) -> bool:
     return False
 
 
-def _guard_error(run: Run) -> str:
+def _guard_error(run: VmProcessRecord) -> str:
     if not run.guard:
         return "it has no second QMP socket for the pause guard (guard_qmp)"
     try:

@@ -18,7 +18,7 @@ from caesura_host_updater.drivers.qemu import commandline, successor
 from caesura_host_updater.drivers.qemu.cleanup import remove_files
 from caesura_host_updater.drivers.qemu.definition import Definition, QemuOptions
 from caesura_host_updater.drivers.qemu.qmp import Qmp, QmpUnreachable
-from caesura_host_updater.drivers.qemu.records import Records, Run
+from caesura_host_updater.drivers.qemu.records import Records, VmProcessRecord
 from caesura_host_updater.drivers.qemu.vmm import last_words
 from caesura_host_updater.spawn import ExitWatch, SpawnError, start_detached
 from caesura_vmcontrol.procfs import boot_id, read_process, send_signal
@@ -183,7 +183,7 @@ class Launcher:
 
     # -- a VM's first process -------------------------------------------------------------------------------
 
-    async def start(self, vm: str, definition: Definition) -> tuple[Run, Qmp]:
+    async def start(self, vm: str, definition: Definition) -> tuple[VmProcessRecord, Qmp]:
         """Start a VM from its definition. Raises LaunchFailed; nothing is left then."""
         ram = self.ram_dir / f"{vm}.ram"
         log = self._records.log(vm)
@@ -200,7 +200,7 @@ class Launcher:
             remove_files(ram)
             raise
         process = read_process(pid)
-        run = Run(
+        run = VmProcessRecord(
             pid=pid,
             start_ticks=process.start_ticks if process is not None else 0,
             boot_id=boot_id(),

@@ -45,8 +45,8 @@ from caesura_host_updater.drivers.qemu.memory_views import (
 )
 from caesura_host_updater.drivers.qemu.observer import read_snapshot
 from caesura_host_updater.drivers.qemu.qmp import Qmp, QmpFailed, Watch
-from caesura_host_updater.drivers.qemu.realtime import Hurry
-from caesura_host_updater.drivers.qemu.records import Records, Run
+from caesura_host_updater.drivers.qemu.realtime import RealtimeBoost
+from caesura_host_updater.drivers.qemu.records import Records, VmProcessRecord
 from caesura_host_updater.drivers.qemu.vmm import NoVmm, last_words
 from caesura_host_updater.spawn import ExitWatch, reap
 from caesura_vmcontrol import claims
@@ -59,7 +59,7 @@ from caesura_vmcontrol.plans import (
     condition,
     thaw,
 )
-from caesura_vmcontrol.processes import calm
+from caesura_vmcontrol.processes import restore_priority
 from caesura_vmcontrol.procfs import send_signal
 from caesura_vmcontrol.vmm import heir, holder
 
@@ -74,16 +74,16 @@ _VIEWS_S = 2.0  # s: to find and open both processes' mappings of the RAM, befor
 _log = structlog.get_logger("caesura.qemu")
 
 
-class Mover:
+class Migrator:
     """See the module."""
 
     def __init__(self, launcher: Launcher, records: Records, threads: ThreadPoolExecutor) -> None:
         self._launcher = launcher
         self._records = records
         self._threads = threads
-        self._hurry = Hurry()
+        self._hurry = RealtimeBoost()
         self._pushes: dict[str, asyncio.Future[tuple[Condition, str]]] = {}
-        self._burials: set[asyncio.Task[None]] = set()
+        self._cleanup_tasks: set[asyncio.Task[None]] = set()
 
     # -- the pause ------------------------------------------------------------------------------------------
 
@@ -287,7 +287,7 @@ class Mover:
             pid, start_ticks = owner.pid, owner.start_ticks
         else:
             pid, start_ticks = prepared.plan.old.pid, prepared.plan.old.start_ticks
-        calm(pid)  # an earlier life may have been killed while it hurried
+        restore_priority(pid)  # an earlier life may have been killed while it hurried
         if guest.run is not None and guest.run.pid == pid and guest.qmp is not None and not guest.qmp.closed:
             return
         try:
@@ -310,7 +310,7 @@ class Mover:
         await in_thread_to_its_end("run file", lambda _: self._write(guest.vm, run))
         _log.info("vm.settled", vm=guest.vm, pid=pid, owner=owner.text if owner is not None else "old")
 
-    def _publish(self, guest: Guest, run: Run) -> None:
+    def _publish(self, guest: Guest, run: VmProcessRecord) -> None:
         """The new process's sockets get the names that everybody knows. Blocking."""
         try:
             link_sockets(run)
@@ -319,7 +319,7 @@ class Mover:
             _log.error("vm.sockets_not_renamed", vm=guest.vm, why=guest.why)
         self._write(guest.vm, run)
 
-    def _write(self, vm: str, run: Run) -> None:
+    def _write(self, vm: str, run: VmProcessRecord) -> None:
         try:
             self._records.write(vm, run)
         except OSError as error:
@@ -420,13 +420,13 @@ class Mover:
             ExitWatch(pid, lambda: None)  # reaps it and closes itself
         if qmp is not None:
             task = asyncio.create_task(qmp.close())
-            self._burials.add(task)
-            task.add_done_callback(self._burials.discard)
+            self._cleanup_tasks.add(task)
+            task.add_done_callback(self._cleanup_tasks.discard)
 
     async def close(self) -> None:
         """Wait for what is still being closed."""
-        if self._burials:
-            await asyncio.wait(self._burials)
+        if self._cleanup_tasks:
+            await asyncio.wait(self._cleanup_tasks)
         if self._pushes:
             await asyncio.wait(self._pushes.values())
 

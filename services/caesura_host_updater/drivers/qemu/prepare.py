@@ -24,7 +24,7 @@ from caesura_host_updater.drivers.qemu.handover import (
 from caesura_host_updater.drivers.qemu.launching import Launcher, LaunchFailed
 from caesura_host_updater.drivers.qemu.observer import read_snapshot
 from caesura_host_updater.drivers.qemu.qmp import Qmp, QmpFailed
-from caesura_host_updater.drivers.qemu.records import Records, Run
+from caesura_host_updater.drivers.qemu.records import Records, VmProcessRecord
 from caesura_host_updater.drivers.qemu.snapshot import VmSnapshot, migration_under_way
 from caesura_host_updater.drivers.qemu.successor import next_command, next_path
 from caesura_host_updater.drivers.qemu.trial import drop
@@ -91,7 +91,7 @@ class Preparer:
         except (LaunchFailed, QmpFailed, OSError, NoVmm) as error:
             raise DriverError(guest.vm, str(error)) from error
 
-    async def _look(self, guest: Guest, run: Run, qmp: Qmp) -> VmSnapshot:
+    async def _look(self, guest: Guest, run: VmProcessRecord, qmp: Qmp) -> VmSnapshot:
         """The machine that runs, if another process may take it over. Raises DriverError with every reason why not."""
         running = await read_snapshot(qmp)
         wrong = [*running.busy, *running.blockers, *await self._assessor.host_reasons(run, running)]
@@ -100,7 +100,7 @@ class Preparer:
         return running
 
     async def _start(
-        self, guest: Guest, run: Run, running: VmSnapshot, operation: str, argv: Sequence[str]
+        self, guest: Guest, run: VmProcessRecord, running: VmSnapshot, operation: str, argv: Sequence[str]
     ) -> tuple[int, Qmp]:
         """Start the process that shall follow and compare it with the one that runs the guest."""
         log = self._records.next_log(guest.vm)
@@ -126,7 +126,7 @@ class Preparer:
         return pid, new
 
     async def _swap(
-        self, guest: Guest, run: Run, qmp: Qmp, folder: Path, program: str, running: VmSnapshot
+        self, guest: Guest, run: VmProcessRecord, qmp: Qmp, folder: Path, program: str, running: VmSnapshot
     ) -> Prepared:
         argv = next_command(run.argv, program, guest.machine, running.generation_id)
         claims = self._launcher.claims(guest.vm, folder.name)
@@ -156,7 +156,7 @@ class Preparer:
         )
 
     async def _replace(
-        self, guest: Guest, run: Run, qmp: Qmp, folder: Path, program: str, running: VmSnapshot
+        self, guest: Guest, run: VmProcessRecord, qmp: Qmp, folder: Path, program: str, running: VmSnapshot
     ) -> Prepared:
         argv = next_command(run.argv, program, guest.machine, running.generation_id)
         present = await self._assessor.within_time(read_vmm, run.pid)
@@ -206,12 +206,12 @@ def _cannot(program: str, version: str, wrong: Sequence[str]) -> str:
     return f"{which} cannot take it over: {'; '.join(wrong)}"
 
 
-def _moved(run: Run, running: VmSnapshot) -> int:
+def _moved(run: VmProcessRecord, running: VmSnapshot) -> int:
     memory = memory_of(run.argv)
     return moved_bytes(running.blocks, memory.backend) if isinstance(memory, Memory) else 0
 
 
-def _ram(run: Run) -> tuple[str, int, int] | None:
+def _ram(run: VmProcessRecord) -> tuple[str, int, int] | None:
     """The RAM file, which was just seen to be mapped. Raises OSError."""
     memory = memory_of(run.argv)
     if isinstance(memory, str):
@@ -220,7 +220,7 @@ def _ram(run: Run) -> tuple[str, int, int] | None:
     return memory.file, there.st_dev, there.st_ino
 
 
-def _vmm(run: Run) -> Vmm:
+def _vmm(run: VmProcessRecord) -> Vmm:
     return Vmm(run.pid, run.start_ticks, run.guard)
 
 

@@ -12,10 +12,10 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from caesura_vmcontrol.processes import calm, hurry
+from caesura_vmcontrol.processes import boost_priority, restore_priority
 
 
-class Hurry:
+class RealtimeBoost:
     """Counts who hurries: two hand-overs at once share the host updater's own thread."""
 
     def __init__(self) -> None:
@@ -29,11 +29,11 @@ class Hurry:
             for pid in threads:
                 self._hurried[pid] += 1
                 if self._hurried[pid] == 1:
-                    hurry(pid)
+                    boost_priority(pid)
             yield
         finally:
             for pid in threads:
                 self._hurried[pid] -= 1
                 if self._hurried[pid] == 0:
                     del self._hurried[pid]
-                    calm(pid)
+                    restore_priority(pid)

@@ -18,7 +18,7 @@ TRIAL = "trial"
 """In the place of an operation in the mark of a process that never runs a guest."""
 
 
-class Run(msgspec.Struct, frozen=True, kw_only=True):
+class VmProcessRecord(msgspec.Struct, frozen=True, kw_only=True):
     """The process that runs a VM.
 
     ``argv``: as if it were the first process of the VM, see ``successor.settled``. ``ours``: started by a host
@@ -62,19 +62,19 @@ class Records:
         """What the guest says on its serial line."""
         return self.folder / f"{vm}.serial.log"
 
-    def read(self, vm: str) -> Run | None:
+    def read(self, vm: str) -> VmProcessRecord | None:
         """The run file; None: there is none that can be read."""
         try:
-            return msgspec.json.decode(self.run_file(vm).read_bytes(), type=Run)
+            return msgspec.json.decode(self.run_file(vm).read_bytes(), type=VmProcessRecord)
         except (OSError, msgspec.DecodeError):
             return None
 
-    def runs(self) -> dict[str, Run]:
+    def runs(self) -> dict[str, VmProcessRecord]:
         """All run files, by VM."""
         names = [path.name.removesuffix(".qemu.json") for path in self.folder.glob("*.qemu.json")]
         return {name: run for name in names if (run := self.read(name)) is not None}
 
-    def write(self, vm: str, run: Run) -> None:
+    def write(self, vm: str, run: VmProcessRecord) -> None:
         """Write the run file. Raises OSError."""
         part = self.folder / f"{vm}.qemu.part"
         part.write_bytes(msgspec.json.encode(run))

@@ -19,9 +19,9 @@ from caesura_host_updater.drivers.qemu.definition import Definition, QemuOptions
 from caesura_host_updater.drivers.qemu.discovery import discovered
 from caesura_host_updater.drivers.qemu.guest import Guest, NotAttached, Prepared, adopted, found_by_sockets
 from caesura_host_updater.drivers.qemu.launching import Launcher, LaunchFailed, kill
-from caesura_host_updater.drivers.qemu.migration import Mover
+from caesura_host_updater.drivers.qemu.migration import Migrator
 from caesura_host_updater.drivers.qemu.qmp import QmpFailed, listener_of
-from caesura_host_updater.drivers.qemu.records import Records, Run
+from caesura_host_updater.drivers.qemu.records import Records, VmProcessRecord
 from caesura_host_updater.drivers.qemu.vmm import marked, marked_as, place_error
 from caesura_host_updater.spawn import ExitWatch
 from caesura_vmcontrol import claims
@@ -37,7 +37,7 @@ _QUIT_S = 2.0  # s: from QMP `quit` to the end of the process
 _log = structlog.get_logger("caesura.qemu")
 
 
-class Keeper:
+class VmSupervisor:
     """See the module."""
 
     def __init__(
@@ -46,7 +46,7 @@ class Keeper:
         options: QemuOptions,
         launcher: Launcher,
         records: Records,
-        mover: Mover,
+        mover: Migrator,
         assessor: Assessor,
         threads: ThreadPoolExecutor,
     ) -> None:
@@ -58,10 +58,10 @@ class Keeper:
         self._threads = threads
         self._assessor = assessor
         self._tasks: list[asyncio.Task[None]] = []
-        self._found: dict[str, Run] = {}
+        self._found: dict[str, VmProcessRecord] = {}
         """Processes without a run file that have a VM's sockets."""
 
-    def last_run(self, vm: str) -> Run | None:
+    def last_run(self, vm: str) -> VmProcessRecord | None:
         """What the VM's run file says."""
         return self._records.read(vm)
 
@@ -226,7 +226,7 @@ class Keeper:
             return
         _log.info("vm.started", vm=vm, pid=run.pid, version=qmp.version)
 
-    async def _write(self, vm: str, run: Run) -> None:
+    async def _write(self, vm: str, run: VmProcessRecord) -> None:
         await in_thread("run file", lambda: self._records.write(vm, run))
 
     def _check_place(self, vm: str) -> None:
@@ -290,7 +290,7 @@ class Keeper:
         if run is not None and not _lives(run):
             self._remove(guest.vm, run)
 
-    def _remove(self, vm: str, run: Run) -> None:
+    def _remove(self, vm: str, run: VmProcessRecord) -> None:
         if run.ours:
             remove_files(run.ram_file, *successor.sockets_of(run.argv))
         remove_files(self._launcher.usual_capabilities(vm))
@@ -320,7 +320,7 @@ class Keeper:
             await guest.prepared.qmp.close()
         await guest.detach()
 
-    async def _stop(self, guest: Guest, run: Run) -> None:
+    async def _stop(self, guest: Guest, run: VmProcessRecord) -> None:
         """Ask the guest to shut down, then QEMU to end, then the kernel."""
         guest.expect_end()
         ended = asyncio.Event()
@@ -348,7 +348,7 @@ class Keeper:
         self._remove(guest.vm, run)
 
 
-def _lives(run: Run) -> bool:
+def _lives(run: VmProcessRecord) -> bool:
     return run.boot_id == boot_id() and alive(run.pid, run.start_ticks)
 
 

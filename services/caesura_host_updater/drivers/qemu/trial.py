@@ -20,7 +20,7 @@ from caesura_host_updater.drivers.qemu.records import TRIAL, Records
 from caesura_host_updater.drivers.qemu.snapshot import VmSnapshot
 from caesura_host_updater.drivers.qemu.successor import trial_command
 from caesura_host_updater.spawn import reap
-from caesura_vmcontrol.processes import end
+from caesura_vmcontrol.processes import kill_and_wait
 from caesura_vmcontrol.procfs import read_process
 
 _END_S = 2.0  # s: for a killed process to be dead
@@ -64,5 +64,7 @@ async def drop(pid: int, qmp: Qmp, threads: ThreadPoolExecutor) -> None:
     await qmp.close()
     if process is not None:
         until = time.monotonic() + _END_S
-        await asyncio.get_running_loop().run_in_executor(threads, end, pid, process.start_ticks, until)
+        await asyncio.get_running_loop().run_in_executor(
+            threads, kill_and_wait, pid, process.start_ticks, until
+        )
     reap(pid)

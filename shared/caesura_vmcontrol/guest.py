@@ -67,7 +67,7 @@ def reach(pid: int, start_ticks: int, paths: Sequence[str], until: float) -> Qmp
 
     Raises:
         ProcessGone: it is dead.
-        QmpSilent: it does not answer by ``until``.
+        QmpNoAnswer: it does not answer by ``until``.
     """
     while True:
         silent: QmpNoAnswer | None = None
@@ -237,7 +237,7 @@ def prove_never_ran(qmp: Qmp, pid: int, start_ticks: int, until: float) -> bool:
     without a RESUME shows that no instruction of the guest was carried out.
 
     Raises:
-        StillThere: it is not dead by ``until``.
+        KillTimeout: it is not dead by ``until``.
     """
     kill_and_wait(pid, start_ticks, until)
     read_to_the_end = qmp.take_events(time.monotonic() + _LAST_WORDS_S)

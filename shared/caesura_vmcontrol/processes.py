@@ -39,7 +39,7 @@ def kill_and_wait(pid: int, start_ticks: int, until: float) -> None:
     """SIGKILL it, wait until it is dead, and reap it if it is our child; one that is gone already is no error.
 
     Raises:
-        StillThere: not dead by ``until`` (CLOCK_MONOTONIC).
+        KillTimeout: not dead by ``until`` (CLOCK_MONOTONIC).
     """
     try:
         handle = os.pidfd_open(pid)

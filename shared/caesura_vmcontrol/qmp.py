@@ -56,8 +56,8 @@ class Qmp:
         pid: the process that must have made it, so that nobody else is commanded.
 
     Raises:
-        StrangeSocket: somebody else listens there.
-        QmpSilent: no greeting by ``until``.
+        PeerMismatch: somebody else listens there.
+        QmpNoAnswer: no greeting by ``until``.
     """
 
     def __init__(self, path: str, pid: int, until: float) -> None:
@@ -97,7 +97,7 @@ class Qmp:
 
         Raises:
             QmpRefused: it answered with an error.
-            QmpSilent: no answer by ``until``; the command may have been carried out all the same.
+            QmpNoAnswer: no answer by ``until``; the command may have been carried out all the same.
         """
         self._count += 1
         request: dict[str, Any] = {"execute": command, "id": self._count}

@@ -197,7 +197,7 @@ def _forward(plan: SwapPlan, number: int, owner: Owner, until: float) -> bool:
                 if not alive(old.pid, old.start_ticks):
                     raise refused  # nobody to go back to: what it waits for may come free
                 claims.note_failure(plan.claims, str(refused))
-                # Not StillThere but dead, or we come again and find it dead: then nobody can tell.
+                # Not KillTimeout but dead, or we come again and find it dead: then nobody can tell.
                 proven = prove_never_ran(qmp, pid, ticks, until + _TOTAL_S)
                 claims.claim(plan.claims, number + 1, "old" if proven else "gone")
                 return False

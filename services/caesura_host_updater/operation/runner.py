@@ -443,4 +443,4 @@ def inherited_environment(environ: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in environ.items() if not name.startswith("CAESURA_HOST_UPDATER_")}
 
 
-__all__ = ["Guard", "OperationRunner", "clean_environ", "disarmed", "wall"]
+__all__ = ["Guard", "OperationRunner", "disarmed", "inherited_environment", "to_wall_clock"]

@@ -948,7 +948,7 @@ def test_an_updater_claims_while_its_process_is_cleared_away(
             told.append(claims.claim(str(replace.claims), 2, text))
         kill_and_wait(pid, start_ticks, until)
 
-    monkeypatch.setattr(replacing, "end", claim_first)
+    monkeypatch.setattr(replacing, "kill_and_wait", claim_first)
     thaw(replace.plan())
     assert replace.owner() == "new"
     assert told

@@ -326,7 +326,7 @@ async def test_the_start_ends_no_process_that_the_guard_has_claimed_meanwhile(
         thaw(plan)
         return look(mark)
 
-    monkeypatch.setattr(supervisor, "marked", guard_first)
+    monkeypatch.setattr(supervisor, "find_by_env", guard_first)
     driver = await rig.open({"a": SMALL})
     assert driver.states() == {"a": "running"}
     await rig.only(tools.pid_of(driver, "a"))
@@ -444,7 +444,7 @@ async def test_our_migration_that_completes_while_the_guard_asks_whose_it_is(
         stop(pid, start_ticks)
         asyncio.run_coroutine_threadsafe(migrate(), loop).result()
 
-    monkeypatch.setattr(swapping, "hold", late)
+    monkeypatch.setattr(swapping, "sigstop", late)
     await asyncio.to_thread(thaw, plan)
     assert await asyncio.to_thread(condition, plan) == "running"
     await tools.until(lambda: condition(plan) == "running", "it to run for good")

@@ -17,8 +17,8 @@ from caesura_vmcontrol.turns import try_lock
 
 HOLDER = """
 import sys, time
-from caesura_vmcontrol.turns import turn
-with turn(sys.argv[1], 5) as ours:
+from caesura_vmcontrol.turns import try_lock
+with try_lock(sys.argv[1], 5) as ours:
     print(ours, flush=True)
     time.sleep(600)
 """

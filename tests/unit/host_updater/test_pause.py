@@ -115,7 +115,7 @@ def test_events_in_the_wrong_phase_name_both() -> None:
     with pytest.raises(IllegalTransition, match=r"Armed in phase 'accepted'.*'arming'"):
         decide(operation(), steps.Armed(), 1.0)
     op, _ = run(operation(), (1.0, steps.Start()))
-    with pytest.raises(IllegalTransition, match=r"Begin in phase 'arming'.*'accepted'"):
+    with pytest.raises(IllegalTransition, match=r"Start in phase 'arming'.*'accepted'"):
         decide(op, steps.Start(), 1.0)
     with pytest.raises(IllegalTransition, match="VmFroze in phase 'arming'"):
         decide(op, steps.VmFroze("a", 1.0, 1.0), 1.0)

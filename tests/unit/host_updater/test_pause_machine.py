@@ -142,7 +142,7 @@ class PauseMachine(RuleBasedStateMachine):
                 assert told not in self.told
                 self.told.append(told)
                 if isinstance(effect, steps.PublishResumed):
-                    assert ("TellFrozen", effect.vm) in self.told
+                    assert ("PublishFrozen", effect.vm) in self.told
             case steps.Finish():
                 self.finished += 1
                 assert not self.called or self.resume_asked or self.op.method == "swap"

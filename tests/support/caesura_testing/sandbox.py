@@ -29,6 +29,8 @@ from caesura_testing.evidence import ends_of_logs
 from caesura_testing.patience import patient
 from caesura_testing.qemu_witness import Vmms
 
+_GUARDS = {b"caesura_pause_guard", b"caesura_host_updater.guard"}
+"""The guard's module in this version, and in those before the guard had a package of its own."""
 _POLL_S = 0.02
 _WATCH_S = 0.01
 
@@ -378,7 +380,7 @@ class Sandbox:
         for pid in marked_processes(self.mark):
             with suppress(OSError):
                 words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-                if b"caesura_pause_guard" in words and any(word.startswith(wanted) for word in words):
+                if _GUARDS & set(words) and any(word.startswith(wanted) for word in words):
                     return pid
         raise LookupError(f"no pause guard of {host}")
 

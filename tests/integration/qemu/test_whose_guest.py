@@ -326,7 +326,7 @@ async def test_the_start_ends_no_process_that_the_guard_has_claimed_meanwhile(
         thaw(plan)
         return look(mark)
 
-    monkeypatch.setattr(supervisor, "find_by_env", guard_first)
+    monkeypatch.setattr(supervisor, "marked", guard_first)
     driver = await rig.open({"a": SMALL})
     assert driver.states() == {"a": "running"}
     await rig.only(tools.pid_of(driver, "a"))

@@ -11,8 +11,8 @@ What stock aiomqtt 2.5 does, and why it is not enough here:
   comes all the same is read to its end and thrown away from the limit on;
 - it connects in a thread, and registers sockets with the loop later, when they may be closed again.
 
-This touches private attributes of both libraries, hence their upper bounds in pyproject.toml and one test
-per behaviour in ``tests/unit/bus/test_mqtt_link.py``.
+This touches private attributes of both libraries, hence their exact versions in pyproject.toml (ADR 19), one test per behaviour in
+``tests/unit/bus/test_mqtt_connection.py``, and ``tests/unit/bus/test_private_names.py``, which an upgrade fails by name.
 """
 
 from __future__ import annotations

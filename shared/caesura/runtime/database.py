@@ -107,14 +107,18 @@ class Database:
 
         Raises:
             StoreError: the disk refused.
+            SyncFailed: as ``Wal.sync``.
         """
         wal = Wal(self.path)
         try:
             wal.write_again()
             wal.sync_folder()
-            # Without room, or with a reader in it, the WAL is only longer than it might be.
-            with suppress(StoreError):
+            try:
                 wal.restart()
+            except SyncFailed:
+                raise
+            except StoreError:
+                pass  # without room, or with a reader in it, the WAL is only longer than it might be
             self._connection.execute("PRAGMA synchronous=NORMAL")
             self._connection.execute("PRAGMA wal_autocheckpoint=0")
         except (*_ERRORS, OSError) as error:

@@ -126,7 +126,9 @@ class GroupCommit:
                 self._attention.clear()
                 if self._failed is not None:
                     raise self._failed
-                await self._fold()
+                # A sync that ended while the WAL was folded has asked for what is done by now.
+                if self._size_bytes >= self._fold_at:
+                    await self._fold()
         finally:
             self._syncs.post(self._wal.close)
             self._folds.post(self._wal.leave)
@@ -197,6 +199,7 @@ class GroupCommit:
         finally:
             self._open.set()
         if folded:
+            self._size_bytes = 0  # as far as is known before the next sync
             self._progress(covered)
         # Where it could not be, it is tried again when it has grown as much once more.
         self._fold_at = self._fold_bytes if folded else self._size_bytes + self._fold_bytes

@@ -10,6 +10,7 @@ import sqlite3
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, closing
 from pathlib import Path
@@ -198,6 +199,52 @@ async def test_a_reader_keeps_the_wal_long_and_nobody_waits_for_it(
             put(database, number, 3000)
             await commits.reached()
         await eventually(lambda: wal_bytes(database) < 200_000)
+
+
+async def test_what_was_folded_while_others_synced_is_not_folded_again(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each time commits are held back, and where somebody reads in the WAL for as long as that is waited for."""
+    folds, may_copy = [], threading.Event()
+    copy, restart = Wal.copy, Wal.restart
+
+    def slow_copy(wal: Wal) -> None:
+        may_copy.wait()
+        copy(wal)
+
+    def counted_restart(wal: Wal) -> bool:
+        folds.append(wal.path)
+        return restart(wal)
+
+    commits = GroupCommit(database, fold_bytes=64 * 1024)
+    monkeypatch.setattr(Wal, "copy", slow_copy)
+    monkeypatch.setattr(Wal, "restart", counted_restart)
+    async with kept(commits):
+        for number in range(30):
+            put(database, number, 3000)
+            await commits.reached()
+        may_copy.set()
+        await eventually(lambda: wal_bytes(database) < 64 * 1024)
+        await commits.writable()
+        put(database, 30)
+        await commits.reached()
+        for _ in range(20):  # what would be folded again would be begun by now
+            await asyncio.sleep(0)
+        await commits.writable()
+    assert len(folds) == 1
+
+
+def test_a_disk_that_fails_to_sync_at_the_start_is_not_built_upon(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(wal: Wal) -> bool:
+        raise SyncFailed(wal.path, "disk I/O error")
+
+    database = Database(str(tmp_path / "a.sqlite"), _TABLE)
+    monkeypatch.setattr(Wal, "restart", broken)
+    with pytest.raises(SyncFailed, match="disk I/O error"):
+        GroupCommit(database)
+    database.close()
 
 
 async def test_a_file_without_room_is_opened_and_refuses_what_it_cannot_take(

@@ -479,7 +479,7 @@ class Coordinator:
                     "inventory.incomplete",
                     host=host,
                     seconds=round(now_s - since),
-                    advice="nothing is paused in its sets. Its host updater publishes the parts when it connects: restart it",
+                    advice="nothing is paused in its sets, and if it was not known before in none. Its host updater publishes the parts when it connects: restart it",
                 )
 
     async def _on_inventory(self, inventory: m.HostInventory, _: Received) -> None:

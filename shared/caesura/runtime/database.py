@@ -10,6 +10,7 @@ the disk in a thread (``caesura.runtime.group_commit``).
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import sqlite3
@@ -207,6 +208,10 @@ class Database:
     def close(self) -> None:
         """Close the file; further calls fail."""
         self._connection.close()
+
+    def abandon(self) -> None:
+        """Leave the file as a kill leaves it, also when the interpreter ends: closing it folds the WAL into it and waits for the disk."""
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._connection))
 
 
 class Wal:

@@ -135,6 +135,13 @@ class GroupCommit:
             self._syncs.end()
             self._folds.end()
 
+    def close(self) -> None:
+        """Close the store. Where its disk has not answered it is left as it is: the next start takes up what is there."""
+        if self.settled and not self._waits_s and self._failed is None:
+            self._database.close()
+        else:
+            self._database.abandon()
+
     def ping(self) -> str:
         """For the health probe: empty, or what is wrong with the store or its disk."""
         if self._failed is not None:

@@ -25,6 +25,7 @@ from caesura.runtime.errors import StoreError, SyncFailed
 from caesura.runtime.group_commit import GroupCommit
 from caesura.testing.collector import PATIENCE_S, eventually
 from caesura.testing.disks import Disk
+from caesura.testing.patience import patient
 
 _TABLE = ("CREATE TABLE t (x INTEGER NOT NULL, filler BLOB NOT NULL)",)
 
@@ -199,6 +200,35 @@ async def test_a_reader_keeps_the_wal_long_and_nobody_waits_for_it(
             put(database, number, 3000)
             await commits.reached()
         await eventually(lambda: wal_bytes(database) < 200_000)
+
+
+@pytest.mark.parametrize("answers", [True, False])
+def test_the_end_of_a_process_does_not_wait_for_a_disk_that_hangs(tmp_path: Path, answers: bool) -> None:
+    """Closing the last connection folds the WAL into the file, with an fsync; so does the end of the interpreter."""
+    text = """
+import asyncio, sys
+from caesura.runtime.database import Database
+from caesura.runtime.group_commit import GroupCommit
+from caesura.testing.disks import Disk
+
+async def main():
+    commits = GroupCommit(database, sync=Disk(hold=not answers))
+    with database.transaction():
+        database.run("INSERT INTO t VALUES (1, 'x')")
+    if answers:
+        await commits.reached()
+    commits.close()
+
+answers = sys.argv[3] == "True"
+database = Database(sys.argv[1], [sys.argv[2]])
+asyncio.run(main())
+"""
+    path = tmp_path / "a.sqlite"
+    subprocess.run(
+        [sys.executable, "-c", text, str(path), *_TABLE, str(answers)], check=True, timeout=patient(60)
+    )
+    assert Path(f"{path}-wal").exists() is not answers
+    assert numbers_in(path) == [1]
 
 
 async def test_what_was_folded_while_others_synced_is_not_folded_again(

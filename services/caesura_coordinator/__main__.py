@@ -47,9 +47,11 @@ async def run(settings: CoordinatorSettings) -> None:
             "store": coordinator.commits.ping,
             "outbox": coordinator.publisher.ping,
         }
-        async with serve_health(settings.health_listen, pings, registry):
-            await serve(coordinator.tasks(), drain=coordinator.drain)
-        store.database.close()
+        try:
+            async with serve_health(settings.health_listen, pings, registry):
+                await serve(coordinator.tasks(), drain=coordinator.drain)
+        finally:
+            coordinator.commits.close()
 
 
 def main() -> None:

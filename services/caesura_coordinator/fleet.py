@@ -196,7 +196,8 @@ def fence_blockers(
     """
     state = fleet.state
     commanded = fleet.commanded()
-    in_the_way: set[str] = set()
+    # Of a host that was not known before, any set may have VMs among those that are missing.
+    in_the_way = {host for host in fleet.incomplete if state.reported(host) is None}
     for hosts in known:
         in_the_way.update(fleet.outside(sets, hosts))
         in_the_way.update(host for host in fleet.incomplete if host in hosts)
@@ -219,7 +220,13 @@ def _why_not(
     """Why this host is in the way."""
     inventory = fleet.state.inventory(host)
     if inventory is None:
-        yield Reason("host_unknown", f"{host} has not reported an inventory")
+        if host in fleet.incomplete:
+            why = "parts of its first inventory are missing, so it may have VMs of any set"
+            yield Reason(
+                "inventory_incomplete", f"{host}: {why}; restart its host updater, or remove the host"
+            )
+        else:
+            yield Reason("host_unknown", f"{host} has not reported an inventory")
         return
     if host in fleet.incomplete:
         yield Reason("inventory_incomplete", f"parts of the inventory of {host} are missing")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 import msgspec
 import structlog
@@ -212,12 +213,13 @@ class Coordinator:
         self._pending_rollouts: dict[str, m.RolloutState] = {}
         self._last_errors: dict[str, str] = {}
         """Rollout to why its last step failed: said once, not with every message."""
-        self._outbox_filled = asyncio.Event()
-        self._changed = asyncio.Event()
+        self._outbox_filled, self._changed = asyncio.Event(), asyncio.Event()
         self._stirred: set[str] = set()
         """Sets of which something has changed since their rollouts last looked."""
         self._commands_due = False
         self._sampler = Sampler()
+        self._contested = asyncio.Event()
+        """Another coordinator has claimed the epoch of this one."""
         self._superseded: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.commits.listeners.append(self._on_synced)
         for kind, receiver in self._receivers():
@@ -304,7 +306,30 @@ class Coordinator:
         if self.leads:
             self._republish()  # the broker may have lost what is retained while this one was away
         self._changed.set()
-        await self._superseded
+        await self._claim_above_equals()
+
+    async def _claim_above_equals(self) -> None:
+        """Claim again whenever another has the same epoch; until somebody claims a higher one.
+
+        Raises:
+            Superseded: somebody has.
+        """
+        while True:
+            await self._unless_superseded(self._contested.wait())
+            await self._unless_superseded(self._claim())
+            self._contested.clear()  # what is known of the epoch before is answered
+            await self._announce()
+
+    async def _unless_superseded(self, work: Coroutine[Any, Any, object]) -> None:
+        task = asyncio.ensure_future(work)
+        waited: set[asyncio.Future[Any]] = {task, self._superseded}
+        try:
+            await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
+            if self._superseded.done():
+                await self._superseded
+            await task
+        finally:
+            task.cancel()
 
     async def _settled(self) -> None:
         """Wait for what is retained: it arrives in any order, and there is no last one to await.
@@ -319,10 +344,10 @@ class Coordinator:
 
     async def _claim(self) -> None:
         """Claim an epoch above every one known, on disk before anybody sees it. Until then the old authority holds, if there was one."""
-        claimed = 0
-        # One above it may arrive while the disk is waited for.
-        while not claimed or self._epoch_above() > claimed + 1:
-            claimed = self._epoch_above()
+        stored, claimed = max(self.store.epoch(), self.authority.epoch), 0
+        # The same one, or one above it, may arrive while the disk is waited for.
+        while (known := epoch_floor(stored, self._announced, self.fleet.epochs())) >= claimed:
+            claimed = known + 1
             if claimed > m.EPOCH_MOST:
                 raise NoEpochLeft(self.store.database.path)
             await self.commits.writable()
@@ -333,11 +358,6 @@ class Coordinator:
         self.authority = msgspec.structs.replace(self.authority, epoch=claimed)
         self._claimed = True
         _log.info("coordinator.claimed", epoch=claimed, coordinator=self.authority.coordinator)
-
-    def _epoch_above(self) -> int:
-        """The epoch above every one known."""
-        stored = max(self.store.epoch(), self.authority.epoch)
-        return epoch_floor(stored, self._announced, self.fleet.epochs()) + 1
 
     async def _announce(self) -> None:
         await self._presence.announce(timeout_s=2.0)
@@ -387,7 +407,7 @@ class Coordinator:
         except StoreError as error:
             _log.error("coordinator.store_failed", why=str(error))  # the next inventory brings it here again
 
-    async def _on_claim(self, epoch: int, coordinator: str, *, alive: bool = False) -> None:
+    def _on_claim(self, epoch: int, coordinator: str, *, alive: bool = False) -> None:
         """Stand down for a higher epoch; at an equal one, one of the two claims again above it."""
         mine = self.authority
         if coordinator == mine.coordinator:
@@ -400,10 +420,9 @@ class Coordinator:
             # No host obeys it either; ours is announced again, so that it does not stay retained.
             _log.error("coordinator.epoch_impossible", coordinator=coordinator, epoch=epoch, ours=mine.epoch)
         elif epoch == mine.epoch and not (alive and coordinator > mine.coordinator):
-            # Both claimed it at once, and hosts may obey the other: were both to stand down, nobody would lead.
-            await self._claim()
-            if self.leads:
-                await self._announce()
+            # Both claimed it at once, and hosts may obey the other: were both to stand down, nobody would lead. Not here: a
+            # claim waits for the disk, and one above it may be next.
+            self._contested.set()
         else:
             self._superseded.set_exception(
                 LeadershipLost(
@@ -460,7 +479,7 @@ class Coordinator:
                     "inventory.incomplete",
                     host=host,
                     seconds=round(now_s - since),
-                    advice="nothing is paused in its sets. Its host updater publishes the parts when it connects: restart it",
+                    advice="nothing is paused in its sets, and if it was not known before in none. Its host updater publishes the parts when it connects: restart it",
                 )
 
     async def _on_inventory(self, inventory: m.HostInventory, _: Received) -> None:
@@ -528,7 +547,7 @@ class Coordinator:
         self._take_in(changes)
 
     async def _on_coordinator(self, heard: m.CoordinatorPresence, _: Received) -> None:
-        await self._on_claim(heard.epoch, heard.coordinator, alive=heard.online)
+        self._on_claim(heard.epoch, heard.coordinator, alive=heard.online)
         if self.leads and heard != presence(self.authority, online=True):
             await self._announce()  # an older one's will must not stay as the last word
 

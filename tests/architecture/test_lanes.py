@@ -135,3 +135,32 @@ def test_the_script_needs_no_environment_for_its_help() -> None:
     for lane in ("e2e", "unit", "soak"):
         assert f"\n  {lane} " in helped.stdout
     assert "examples:" in helped.stdout
+
+
+def test_an_output_that_cannot_be_printed_stops_no_lane(
+    lanes: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A terminal or a log of another encoding: the lanes behind it were never run, and ``./check`` passed."""
+    said = "printf 'caf\\303\\251\\n'"
+    _table(lanes, monkeypatch, one=said, two=said, last="touch last-ran; false")
+    written = io.BytesIO()
+    run = lanes.Run(["one", "two", "last"], jobs=2, out=io.TextIOWrapper(written, encoding="ascii"))
+    run.run()
+    assert (tmp_path / "last-ran").exists()
+    assert {each.lane: each.code for each in run.results} == {"one": 0, "two": 0, "last": 1}
+    assert written.getvalue().count(b"caf\\xe9") == 2
+
+
+def test_a_lane_that_came_to_no_result_has_failed(
+    lanes: Any, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    _table(lanes, monkeypatch, good="true", other="true")
+    work = lanes.Run._work
+
+    def ends_early(run: Any) -> None:
+        run._waiting = run._waiting[:1]
+        work(run)
+
+    monkeypatch.setattr(lanes.Run, "_work", ends_early)
+    assert lanes.main(["--jobs", "1"]) == 1
+    assert "other (no result)" in capfd.readouterr().out

@@ -59,8 +59,7 @@ class InventoryPublisher:
         try:
             for part in parts:
                 if self._parts.get(part.part) != part.etag:
-                    await self._post.send(part, host=self._host, part=part.part)
-                    self._parts[part.part] = part.etag
+                    await self._send(part)
             await self._post.send(fitted(head), host=self._host)
             await self._clear_beyond(len(parts))
         except Oversized as error:
@@ -74,6 +73,15 @@ class InventoryPublisher:
             pass
         else:
             self._say_unsent("")
+
+    async def _send(self, part: InventoryPart) -> None:
+        # Before it is sent: it may come back, and be overwritten by somebody else, before the broker acknowledges it.
+        self._parts[part.part] = part.etag
+        try:
+            await self._post.send(part, host=self._host, part=part.part)
+        except Exception:
+            self._parts[part.part] = ""
+            raise
 
     async def _clear_beyond(self, last: int) -> None:
         for number in [each for each in self._parts if each > last]:

@@ -77,6 +77,8 @@ class ReconnectingBus(ABC):
         self._commits: Commits | None = None
         self._unacknowledged: deque[QueuedDelivery] = deque()
         """Handled, and what was stored for them is not on disk."""
+        self._unacknowledged_bytes = 0
+        self._acknowledged = asyncio.Event()
         self._to_acknowledge = asyncio.Event()
         self._all_acknowledged = asyncio.Event()
         self._all_acknowledged.set()
@@ -188,14 +190,28 @@ class ReconnectingBus(ABC):
                 _log.exception("bus.handler_failed", topic=parcel.delivery.topic)
             self._dealt_with(parcel)
             self._handled()
+            # A broker without a window of unacknowledged messages is held back by the inbox, which is full then.
+            while self._too_many_unacknowledged:
+                self._acknowledged.clear()
+                await self._acknowledged.wait()
 
     def _dealt_with(self, parcel: QueuedDelivery) -> None:
-        if self._commits is None or (self._commits.settled and not self._unacknowledged):
+        # QoS 0 has no acknowledgement to wait with.
+        if not parcel.qos or self._commits is None or (self._commits.settled and not self._unacknowledged):
             parcel.acknowledge()
             return
         self._unacknowledged.append(parcel)
+        self._unacknowledged_bytes += parcel.size_bytes
         self._all_acknowledged.clear()
         self._to_acknowledge.set()
+
+    @property
+    def _too_many_unacknowledged(self) -> bool:
+        """The bounds of the inbox, for what has left it."""
+        return (
+            len(self._unacknowledged) >= self._inbox.limit
+            or self._unacknowledged_bytes >= self._inbox.limit_bytes
+        )
 
     async def _settle(self, commits: Commits) -> None:
         """Acknowledge what was handled when what was stored for it is on disk; as many at once as there are by then."""
@@ -205,7 +221,10 @@ class ReconnectingBus(ABC):
             handled = len(self._unacknowledged)
             await commits.reached()
             for _ in range(handled):
-                self._unacknowledged.popleft().acknowledge()
+                parcel = self._unacknowledged.popleft()
+                self._unacknowledged_bytes -= parcel.size_bytes
+                parcel.acknowledge()
+            self._acknowledged.set()
             if not self._unacknowledged:
                 self._all_acknowledged.set()
 

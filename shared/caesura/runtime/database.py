@@ -10,6 +10,7 @@ the disk in a thread (``caesura.runtime.group_commit``).
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import sqlite3
@@ -107,14 +108,18 @@ class Database:
 
         Raises:
             StoreError: the disk refused.
+            SyncFailed: as ``Wal.sync``.
         """
         wal = Wal(self.path)
         try:
             wal.write_again()
             wal.sync_folder()
-            # Without room, or with a reader in it, the WAL is only longer than it might be.
-            with suppress(StoreError):
+            try:
                 wal.restart()
+            except SyncFailed:
+                raise
+            except StoreError:
+                pass  # without room, or with a reader in it, the WAL is only longer than it might be
             self._connection.execute("PRAGMA synchronous=NORMAL")
             self._connection.execute("PRAGMA wal_autocheckpoint=0")
         except (*_ERRORS, OSError) as error:
@@ -203,6 +208,10 @@ class Database:
     def close(self) -> None:
         """Close the file; further calls fail."""
         self._connection.close()
+
+    def abort(self) -> None:
+        """Leave the file as a kill leaves it, also when the interpreter ends: closing it folds the WAL into it and waits for the disk."""
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._connection))
 
 
 class Wal:

@@ -126,12 +126,21 @@ class GroupCommit:
                 self._attention.clear()
                 if self._failed is not None:
                     raise self._failed
-                await self._fold()
+                # A sync that ended while the WAL was folded has asked for what is done by now.
+                if self._size_bytes >= self._fold_at:
+                    await self._fold()
         finally:
             self._syncs.post(self._wal.close)
             self._folds.post(self._wal.leave)
             self._syncs.end()
             self._folds.end()
+
+    def close(self) -> None:
+        """Close the store. Where its disk has not answered it is left as it is: the next start takes up what is there."""
+        if self.settled and not self._waits_s and self._failed is None:
+            self._database.close()
+        else:
+            self._database.abort()
 
     def ping(self) -> str:
         """For the health probe: empty, or what is wrong with the store or its disk."""
@@ -197,6 +206,7 @@ class GroupCommit:
         finally:
             self._open.set()
         if folded:
+            self._size_bytes = 0  # as far as is known before the next sync
             self._progress(covered)
         # Where it could not be, it is tried again when it has grown as much once more.
         self._fold_at = self._fold_bytes if folded else self._size_bytes + self._fold_bytes

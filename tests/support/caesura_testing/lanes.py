@@ -212,7 +212,9 @@ class Run:
                 self._say(f"{result.line()}\n")
 
     def _say(self, text: str) -> None:
-        print(text, file=self._out, flush=True)
+        encoding = getattr(self._out, "encoding", None) or "utf-8"
+        # What tests print is any text; the terminal may take less.
+        print(text.encode(encoding, "backslashreplace").decode(encoding), file=self._out, flush=True)
 
     def _say_progress(self, now: float) -> None:
         with self._lock:
@@ -308,6 +310,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     skipped = [each.lane for each in run.results if each.skipped]
     failed = [each.lane for each in run.results if each.code and not each.skipped]
+    failed += [f"{lane} (no result)" for lane in lanes if lane not in {each.lane for each in run.results}]
     print(*(each.line() for each in run.results), sep="\n")
     if skipped:
         print(f"skipped: {' '.join(skipped)}")

@@ -100,3 +100,53 @@ async def test_a_fact_that_was_retained_is_not_handed_on_and_counted() -> None:
             await writer.publish(fact, b"now", retain=True)
             await got.until_payload(b"now")
         assert {each.payload for each in got.deliveries} == {state.encode(), b"of/others", b"now"}
+
+
+class HangingCommits:
+    """A store whose disk does not answer before ``answers`` is set."""
+
+    def __init__(self) -> None:
+        self.answers = asyncio.Event()
+
+    @property
+    def settled(self) -> bool:
+        return self.answers.is_set()
+
+    async def reached(self) -> None:
+        await self.answers.wait()
+
+
+async def test_messages_that_nobody_acknowledges_do_not_wait_for_the_disk() -> None:
+    """QoS 0 has no window at the broker: they would fill the memory for as long as a disk hangs."""
+    broker, got, disk = MemoryBroker(), Collector(), HangingCommits()
+    sender, worker = MemoryBus(broker), MemoryBus(broker, filters=["a"])
+    async with running(sender):
+        task = asyncio.create_task(worker.run(got.receive, commits=disk))
+        assert await worker.wait_connected(patient(5))
+        for number in range(50):
+            await sender.publish("a", b"%d" % number, qos=0)
+        await got.until_payload(b"49")
+        await eventually(lambda: worker.stats.backlog == 0)
+        disk.answers.set()
+        await worker.close()
+        await task
+
+
+async def test_a_broker_without_a_window_does_not_fill_the_memory_while_the_disk_hangs() -> None:
+    broker, got, disk = MemoryBroker(window=1_000_000), Collector(), HangingCommits()
+    sender, worker = MemoryBus(broker), MemoryBus(broker, filters=["a"], backlog_limit=5)
+    async with running(sender):
+        task = asyncio.create_task(worker.run(got.receive, commits=disk))
+        assert await worker.wait_connected(patient(5))
+        for number in range(50):
+            await sender.publish("a", b"%d" % number)
+        await eventually(lambda: worker.stats.received == 50)
+        await eventually(lambda: len(got.payloads) >= 5)
+        # The rest waits in the inbox, which holds the sender back where it can.
+        assert len(got.payloads) == 5
+        assert worker._inbox.full
+        disk.answers.set()
+        await got.until_payload(b"49")
+        await eventually(lambda: worker.stats.backlog == 0)
+        await worker.close()
+        await task

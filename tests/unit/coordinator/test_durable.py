@@ -236,6 +236,52 @@ async def test_a_second_claim_is_on_disk_before_anybody_sees_it(world: World) ->
         await eventually(lambda: world.of(m.CoordinatorPresence)[-1].epoch == 2)
 
 
+async def test_an_equal_epoch_that_another_claims_meanwhile_is_not_used(world: World) -> None:
+    """Hosts may obey the other under it by now."""
+    world.disk.hold()
+    async with world.coordinator() as made:
+        await eventually(lambda: world.disk.calls == 1)
+        assert made.store.epoch() == 1
+        await world.post.send(m.CoordinatorPresence(coordinator="b", epoch=1, online=True))
+        await eventually(lambda: made._announced == [1])
+        world.disk.release()
+        await eventually(lambda: made.leads)
+        assert made.authority.epoch == 2
+        await eventually(lambda: [each.epoch for each in world.of(m.CoordinatorPresence)] == [2])
+
+
+async def test_no_claim_of_ours_makes_that_of_another_believable(world: World) -> None:
+    """With each claim as many epochs could be used up as can be believed at once."""
+    store = Store(str(world.path))
+    store.save_epoch(499)
+    store.database.close()
+    world.disk.hold()
+    async with world.coordinator() as made:
+        await eventually(lambda: world.disk.calls == 1)
+        for epoch in (1000, 1900):
+            await world.post.send(m.CoordinatorPresence(coordinator="b", epoch=epoch, online=False))
+        await eventually(lambda: made._announced == [1000, 1900])
+        world.disk.release()
+        await eventually(lambda: made.leads)
+        assert made.authority.epoch == 1001
+
+
+async def test_a_disk_that_hangs_behind_a_second_claim_does_not_keep_it_from_standing_down(
+    world: World,
+) -> None:
+    async with world.coordinator() as made:
+        await _obeyed(world, made)
+        world.disk.hold()
+        calls = world.disk.calls
+        await world.post.send(m.CoordinatorPresence(coordinator="a", epoch=1, online=True))
+        await eventually(lambda: world.disk.calls == calls + 1)
+        await world.post.send(m.CoordinatorPresence(coordinator="b", epoch=5, online=True))
+        await eventually(lambda: not made.leads)
+        world.disk.release()
+        await eventually(lambda: any(each.done() for each in made.running))  # type: ignore[attr-defined]
+    assert {each.epoch for each in world.of(m.CoordinatorPresence)} == {1}
+
+
 async def test_a_command_is_sent_when_the_start_of_its_wave_is_on_disk(
     world: World, host: Callable[..., Any], build: Callable[..., Any]
 ) -> None:

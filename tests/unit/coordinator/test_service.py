@@ -518,6 +518,23 @@ async def test_a_host_of_whose_inventory_parts_are_missing_blocks_its_sets_and_i
         assert "inventory_incomplete" not in why(fence_blockers(one.fleet, ["web"], epoch=7, coordinator="c"))
 
 
+async def test_a_host_of_which_only_the_head_of_its_inventory_came_may_have_vms_of_any_set(
+    world: World, host: Callable[..., Any], build: Callable[..., Any]
+) -> None:
+    """One of them may be paused: nothing is paused beside it before its parts are here, or it is removed."""
+    async with world.coordinator() as one:
+        await eventually(lambda: one.leads)
+        await world.host(host("h1", build("w1"), build("w2")))
+        await eventually(lambda: len(one.fleet.inventories) == 1)
+        await world.post.send(host("h2", part_etags=("0" * 12,)), host="h2")
+        await eventually(lambda: "h2" in one.fleet.incomplete)
+        (blocker,) = fence_blockers(one.fleet, ["web"], epoch=1, coordinator="c")
+        assert blocker.code == "inventory_incomplete"
+        assert "h2" in str(blocker)
+        await world.post.clear(m.HostInventory, host="h2")
+        await eventually(lambda: not fence_blockers(one.fleet, ["web"], epoch=1, coordinator="c"))
+
+
 async def test_a_rollout_that_another_coordinator_published_is_published_again(
     world: World, host: Callable[..., Any], build: Callable[..., Any]
 ) -> None:

@@ -15,7 +15,7 @@ from structlog.testing import capture_logs
 
 from caesura.bus.memory import MemoryBus
 from caesura.bus.messaging import MessageClient
-from caesura.bus.port import PublishRefused
+from caesura.bus.port import BusUnavailable, PublishRefused
 from caesura.contract.codec import Oversized, decode
 from caesura.contract.envelope import Message
 from caesura.contract.fitting import fits, fitted
@@ -187,11 +187,14 @@ class Heard:
     def __init__(self) -> None:
         self.sent: list[tuple[str, int]] = []
         self.refused = False
+        self.on_sent: Callable[[Message], object] = lambda _: None
+        """What happens between a message and its acknowledgement."""
 
     async def send(self, message: Message, **parameters: str | int) -> None:
         if self.refused:
             raise Oversized("t", "300000 bytes")
         self.sent.append((type(message).TYPE.split(".")[2], int(parameters.get("part", 0))))
+        self.on_sent(message)
 
     async def clear(self, _: type[Message], **parameters: str | int) -> None:
         self.sent.append(("cleared", int(parameters["part"])))
@@ -235,6 +238,52 @@ async def test_parts_that_somebody_removes_or_overwrites_are_published_again() -
     assert not publisher.removed(99)
     await publisher.publish(whole)
     assert heard.new() == [("inventory-part", 1), ("inventory-part", 2), ("inventory", 0)]
+
+
+async def test_a_part_that_comes_back_before_it_is_acknowledged_is_known() -> None:
+    """A broker delivers it first: the inventory would be published once more for each part."""
+    publisher = InventoryPublisher("host-1", cast("MessageClient", heard := Heard()))
+    again = []
+
+    def comes_back(message: Message) -> None:
+        if isinstance(message, InventoryPart):
+            again.append(publisher.retained(message))
+
+    heard.on_sent = comes_back
+    await publisher.publish(inventory_of(300))
+    assert again
+    assert not any(again)
+
+
+async def test_a_part_that_somebody_overwrites_before_it_is_acknowledged_is_published_again() -> None:
+    publisher = InventoryPublisher("host-1", cast("MessageClient", heard := Heard()))
+
+    def overwritten(message: Message) -> None:
+        if isinstance(message, InventoryPart) and message.part == 2:
+            publisher.retained(message)  # its own comes back to it
+            assert publisher.retained(msgspec.structs.replace(message, etag="0" * 12))
+
+    heard.on_sent = overwritten
+    await publisher.publish(inventory_of(300))
+    heard.new()
+    heard.on_sent = lambda _: None
+    await publisher.publish(inventory_of(300))
+    assert heard.new() == [("inventory-part", 2), ("inventory", 0)]
+
+
+async def test_a_part_that_was_not_acknowledged_is_sent_again() -> None:
+    publisher = InventoryPublisher("host-1", cast("MessageClient", heard := Heard()))
+
+    def lost(message: Message) -> None:
+        if isinstance(message, InventoryPart) and message.part == 2:
+            raise BusUnavailable("the broker did not acknowledge it in time")
+
+    heard.on_sent = lost
+    await publisher.publish(inventory_of(300))
+    heard.new()
+    heard.on_sent = lambda _: None
+    await publisher.publish(inventory_of(300))
+    assert heard.new()[0] == ("inventory-part", 2)
 
 
 async def test_a_part_that_may_not_be_removed_leaves_the_inventory_published() -> None:

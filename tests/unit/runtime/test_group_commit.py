@@ -10,6 +10,7 @@ import sqlite3
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, closing
 from pathlib import Path
@@ -24,6 +25,7 @@ from caesura.runtime.errors import StoreError, SyncFailed
 from caesura.runtime.group_commit import GroupCommit
 from caesura_testing.collector import PATIENCE_S, eventually
 from caesura_testing.disks import Disk
+from caesura_testing.patience import patient
 
 _TABLE = ("CREATE TABLE t (x INTEGER NOT NULL, filler BLOB NOT NULL)",)
 
@@ -198,6 +200,81 @@ async def test_a_reader_keeps_the_wal_long_and_nobody_waits_for_it(
             put(database, number, 3000)
             await commits.reached()
         await eventually(lambda: wal_bytes(database) < 200_000)
+
+
+@pytest.mark.parametrize("answers", [True, False])
+def test_the_end_of_a_process_does_not_wait_for_a_disk_that_hangs(tmp_path: Path, answers: bool) -> None:
+    """Closing the last connection folds the WAL into the file, with an fsync; so does the end of the interpreter."""
+    text = """
+import asyncio, sys
+from caesura.runtime.database import Database
+from caesura.runtime.group_commit import GroupCommit
+from caesura_testing.disks import Disk
+
+async def main():
+    commits = GroupCommit(database, sync=Disk(hold=not answers))
+    with database.transaction():
+        database.run("INSERT INTO t VALUES (1, 'x')")
+    if answers:
+        await commits.reached()
+    commits.close()
+
+answers = sys.argv[3] == "True"
+database = Database(sys.argv[1], [sys.argv[2]])
+asyncio.run(main())
+"""
+    path = tmp_path / "a.sqlite"
+    subprocess.run(
+        [sys.executable, "-c", text, str(path), *_TABLE, str(answers)], check=True, timeout=patient(60)
+    )
+    assert Path(f"{path}-wal").exists() is not answers
+    assert numbers_in(path) == [1]
+
+
+async def test_what_was_folded_while_others_synced_is_not_folded_again(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each time commits are held back, and where somebody reads in the WAL for as long as that is waited for."""
+    folds, may_copy = [], threading.Event()
+    copy, restart = Wal.copy, Wal.restart
+
+    def slow_copy(wal: Wal) -> None:
+        may_copy.wait()
+        copy(wal)
+
+    def counted_restart(wal: Wal) -> bool:
+        folds.append(wal.path)
+        return restart(wal)
+
+    commits = GroupCommit(database, fold_bytes=64 * 1024)
+    monkeypatch.setattr(Wal, "copy", slow_copy)
+    monkeypatch.setattr(Wal, "restart", counted_restart)
+    async with kept(commits):
+        for number in range(30):
+            put(database, number, 3000)
+            await commits.reached()
+        may_copy.set()
+        await eventually(lambda: wal_bytes(database) < 64 * 1024)
+        await commits.writable()
+        put(database, 30)
+        await commits.reached()
+        for _ in range(20):  # what would be folded again would be begun by now
+            await asyncio.sleep(0)
+        await commits.writable()
+    assert len(folds) == 1
+
+
+def test_a_disk_that_fails_to_sync_at_the_start_is_not_built_upon(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(wal: Wal) -> bool:
+        raise SyncFailed(wal.path, "disk I/O error")
+
+    database = Database(str(tmp_path / "a.sqlite"), _TABLE)
+    monkeypatch.setattr(Wal, "restart", broken)
+    with pytest.raises(SyncFailed, match="disk I/O error"):
+        GroupCommit(database)
+    database.close()
 
 
 async def test_a_file_without_room_is_opened_and_refuses_what_it_cannot_take(

@@ -104,8 +104,9 @@ def test_two_run_at_once_and_the_third_waits(
 
 def test_an_interrupt_ends_what_is_under_way(tmp_path: Path) -> None:
     text = """
-import sys
+import signal, sys
 from caesura_testing import lanes
+signal.signal(signal.SIGINT, signal.default_int_handler)  # it is ignored in a shell's background
 lanes.LANES = {name: lanes.Lane(name, f"echo $$ >{name}.pid; sleep 600") for name in ("one", "two", "three")}
 sys.exit(lanes.main(["--jobs", "2"]))
 """

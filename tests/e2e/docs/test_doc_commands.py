@@ -323,7 +323,8 @@ def test_what_is_run_beside_the_demo(block: Block, demo: Fleet) -> None:
             assert run(line, _ROOT, demo.environ, demo.within).strip(), f"{line}: says nothing"
             continue
         process = subprocess.Popen(
-            [*demo.within, "bash", "-c", f"exec {line}"],
+            # A test run may be a shell's background job, which ignores SIGINT, and so would this.
+            [*demo.within, "env", "--default-signal=INT", "bash", "-c", f"exec {line}"],
             cwd=_ROOT,
             env={**demo.environ, "PYTHONUNBUFFERED": "1"},
             stdout=subprocess.PIPE,

@@ -58,6 +58,12 @@ class Pause(msgspec.Struct):
     ended: float | None = None
 
 
+def _is_agent(pid: int) -> bool:
+    with suppress(OSError):
+        return b"caesura_vm_agent" in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+    return False
+
+
 class KernelWatch:
     """Asks the kernel a hundred times a second which VMs stand still. Knows nothing of messages."""
 
@@ -77,7 +83,10 @@ class KernelWatch:
                 for item in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
                     if item.startswith(b"CAESURA_VM="):
                         found.setdefault(item.partition(b"=")[2].decode(), []).append(pid)
-        self._pids = {vm: max(pids) for vm, pids in found.items()}
+        # Not the agent: a test may stop it alone, which is no pause of the VM.
+        self._pids = {
+            vm: max([pid for pid in pids if not _is_agent(pid)] or pids) for vm, pids in found.items()
+        }
         self._files = {pid: list(freezers(pid)) for pid in self._pids.values()}
         return found
 
@@ -395,9 +404,8 @@ class Sandbox:
             LookupError: none runs.
         """
         for pid in self.vm_pids(vm):
-            with suppress(OSError):
-                if b"caesura_vm_agent" in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0"):
-                    return pid
+            if _is_agent(pid):
+                return pid
         raise LookupError(f"no agent in {vm}")
 
     @contextmanager

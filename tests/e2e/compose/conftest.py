@@ -26,6 +26,7 @@ _SHIPPED = (
     "grafana",
     "services",
     "shared",
+    "tools",
 )
 
 

@@ -55,7 +55,7 @@ import sys
 from datetime import UTC, datetime
 import msgspec
 from caesura.contract import messages as m
-from caesura_host_updater.admission import Authority
+from caesura_host_updater.command import Authority
 from caesura_host_updater.journal import Journal
 from caesura_host_updater.outbox import letter_for
 

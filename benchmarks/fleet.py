@@ -278,7 +278,7 @@ class World:
         self._to_report = dict(self._hosts_of_wave)
         self._waiting = dict(self._hosts_of_wave)
         self.hosts = [Host(self, name, tuple(records), {}) for name, records in of_host.items()]
-        kinds = (m.SetDocument, m.WaveChanged, m.RequestAnswered)
+        kinds = (m.SetDocument, m.WaveChanged, m.RequestAnswered, m.PlanPart)
         self.bus = MemoryBus(
             self.broker, client_id="guests", filters=[channel_of(each).filter() for each in kinds]
         )

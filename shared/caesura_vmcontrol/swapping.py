@@ -197,7 +197,7 @@ def _forward(plan: SwapPlan, number: int, owner: Owner, until: float) -> bool:
                 if not alive(old.pid, old.start_ticks):
                     raise refused  # there is no process to return to: what it waits for may become free
                 claims.note_failure(plan.claims, str(refused))
-                # If it is dead without KillTimeout, or the next try finds it dead, nothing can show whether it ran.
+                # Extra time, so that it is dead here: after a KillTimeout the next try finds it dead, and nothing shows whether it ran.
                 proven = prove_never_ran(qmp, pid, ticks, until + _TOTAL_S)
                 claims.claim(plan.claims, number + 1, "old" if proven else "gone")
                 return False

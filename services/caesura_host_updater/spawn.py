@@ -31,7 +31,7 @@ _endings: set[asyncio.Task[None]] = set()
 def spawn_detached(argv: Sequence[str], environ: Mapping[str, str], log_file: Path) -> int:
     """Start ``argv`` in a new session, stdin from /dev/null, output appended to ``log_file``. Returns the pid.
 
-    Nothing of ours is inherited: no descriptor, no priority. Blocking, for as long as the file systems of program and log
+    It inherits nothing from us: no descriptor, no priority. Blocking, for as long as the file systems of program and log
     file take: in the event loop use ``start_detached``.
 
     Raises:

@@ -167,7 +167,7 @@ def make_run(qmp: Qmp, until: float, *, ours: bool, stopped: bool) -> None:
         if state in OVER or (state in RUNNING and not wait) or (state == "paused" and not stopped):
             return
         if state in NOT_OURS and not ours:
-            # A migration of ours that failed because no process receives it returns from this state by itself.
+            # Our migration, if it failed because no process receives it, returns from this state by itself.
             wait = stopped and state == "finish-migrate" and time.monotonic() < give_up_waiting
             if not wait:
                 return

@@ -154,7 +154,7 @@ class QemuProbes:
                     tries = vmm.tries(plan) if isinstance(plan, VMM_PLANS) else []
                 state = self._look(plan, None)
             owner = vmm.owner_of(plan) if isinstance(plan, VMM_PLANS) else ""
-        except Exception as error:  # noqa: BLE001 - see above; whatever it was is told in the log
+        except Exception as error:  # noqa: BLE001 - see above; whatever it was is logged
             why_not = str(error) or type(error).__name__
             state = "held"
         self._done.put(

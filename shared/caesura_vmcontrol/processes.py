@@ -62,7 +62,7 @@ def kill_and_wait(pid: int, start_ticks: int, until: float) -> None:
 
 
 def _reap(pid: int, start_ticks: int) -> None:
-    """Reap it if it is a dead child of ours: a caller that starts one process per try must not leave one zombie per try."""
+    """Reap it if it is a dead child of this process: a caller that starts a process per try must not leave a zombie per try."""
     process = read_process(pid)
     if process is not None and process.start_ticks == start_ticks and process.state in DEAD:
         with suppress(ChildProcessError):

@@ -335,7 +335,7 @@ class OperationRunner:
                 tries += 1
                 if tries in (1, 4) or tries % 40 == 0:
                     _log.error("vm.not_resumed_yet", vm=vm, tries=tries, why=error.why)
-            except Exception as error:  # noqa: BLE001 - whatever it is, the VM must run: log it and go on
+            except Exception as error:  # noqa: BLE001 - whatever it is, the VM must run: log it and continue
                 tries += 1
                 _log.error("vm.resume_failed", vm=vm, tries=tries, why=repr(error))
                 await asyncio.sleep(_RESUME_TRY_S)

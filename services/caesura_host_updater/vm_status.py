@@ -26,8 +26,8 @@ class VmStatuses:
     """The statuses of one host's VMs.
 
     Args:
+        host: its name.
         vms: the names of its VMs: the status of others that this host once had is removed.
-        vms: the names of its VMs: of others that this host once had the status is removed.
         post: where they are published.
         now: the wall clock.
     """

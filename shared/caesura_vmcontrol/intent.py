@@ -106,7 +106,7 @@ class Intent:
 class IntentFile:
     """The one intent on disk.
 
-    OSError: the disk refused (full, read-only): the caller must not act on the intent.
+    Raises:
         OSError: the disk refused (full, read-only): the caller must not act on the intent.
     """
 

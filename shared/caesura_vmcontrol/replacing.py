@@ -123,7 +123,7 @@ def _written(plan: ReplacePlan) -> int:
 
 
 def _back(plan: ReplacePlan, until: float) -> None:
-    """The old process has the guest, finally."""
+    """The old process has the guest permanently."""
     while True:
         _wait_until_it_shows(plan, until)
         ours, begun = is_ours(plan), claims.noted(plan.claims, "begun")

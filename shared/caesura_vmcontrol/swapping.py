@@ -74,7 +74,7 @@ def way_out(plan: SwapPlan) -> None:
 
 
 def roll_back(old: Vmm, others: list[tuple[int, int]], until: float, *, ours: bool, begun: bool) -> None:
-    """The old process has the guest, finally: every other process is dead before it is resumed.
+    """The old process has the guest permanently: every other process is dead before it is resumed.
 
     A QEMU that sends its state to one that hangs hangs itself until that one is dead.
     ``ours``: whether its last migration is ours; if not, a complete one is somebody else's. ``begun``: whether we may

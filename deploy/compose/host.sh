@@ -1,10 +1,10 @@
 #!/bin/sh
 # A host in a container: the host updater, its pause guard (which it starts) and its VMs. When the updater dies, the
-# VMs and the guard go on, as they do on a real host: so it is started again beside them, not the container.
+# VMs and the guard continue to run, as they do on a real host: so the updater is restarted beside them, not the container.
 set -u
 mkdir -p "$(dirname "$CAESURA_HOST_UPDATER_STATE_DIR")/workloads"
 stopping="" updater="" told="" ran="" failures=0
-MOST=5   # ends in a row, each soon after its start: what hurts it is in the container, which the engine starts anew
+MOST=5   # ends in a row, each soon after its start: the cause is in the container, which the engine restarts
 SOON=60  # s
 
 stop() {
@@ -26,7 +26,7 @@ while [ -z "$stopping" ]; do
   begun=$(date +%s)
   caesura-host-updater &
   updater=$!
-  [ -z "$stopping" ] || stop # it came before there was somebody to tell
+  [ -z "$stopping" ] || stop # the signal arrived before there was an updater to stop
   wait "$updater"
   code=$?
   # A signal ends the wait, not the updater.

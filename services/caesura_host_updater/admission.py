@@ -21,11 +21,11 @@ from caesura.lifecycle.epoch import EPOCH_LEAP, leaps
 from caesura_host_updater.inventory.updates import Catalogue, UpdateFile
 
 STOPPING = "the host updater is stopping"
-"""Why nothing begins, and what was begun is aborted."""
+"""Why nothing begins, and why what was begun is aborted."""
 
 
 class Authority(msgspec.Struct, frozen=True):
-    """The coordinator this host obeys: the highest epoch it has heard of, and whose that is."""
+    """The coordinator this host obeys: the highest epoch observed, and its coordinator."""
 
     epoch: int = 0
     coordinator: str = ""
@@ -36,16 +36,16 @@ class NotObeyed(msgspec.Struct, frozen=True):
 
     why: str
     outdated: bool = False
-    """It is of a version whose commands this host would never receive."""
+    """Its version is one whose commands this host would never receive."""
 
 
 def observe_epoch(
     authority: Authority, epoch: int, coordinator: str, commands: Collection[str] = COMMANDS
 ) -> Authority | NotObeyed:
-    """What a coordinator's epoch does: the authority to hold from now on, or why it is not obeyed.
+    """The effect of a coordinator's epoch: the authority to hold from now on, or why it is not obeyed.
 
     Args:
-        commands: types of the commands that it sends. Whose command was received sends what this host reads.
+        commands: types of the commands that it sends. A coordinator whose command was received sends what this host reads.
     """
     if leaps(authority.epoch, epoch):
         return NotObeyed(
@@ -72,28 +72,28 @@ def observe_epoch(
 
 
 class Refuse(msgspec.Struct, frozen=True):
-    """Do nothing but say why."""
+    """Do nothing but log why."""
 
     code: ReasonCode
     why: str
 
 
 class Ignore(msgspec.Struct, frozen=True):
-    """Do nothing and report nothing: whoever sent it has no authority here.
+    """Do nothing and report nothing: the sender has no authority here.
 
-    A report would be the end of the operation, and the coordinator that leads may ask for the very same one: a
-    rollout that was under way at a takeover goes on with the ids it had.
+    A report would be the end of the operation, and the coordinator that leads may request the very same one: a
+    rollout that was under way at a takeover continues with the ids it had.
     """
 
     why: str
 
 
 class Underway(msgspec.Struct, frozen=True):
-    """The operation is known and not at its end."""
+    """The operation is known and has not ended."""
 
 
 class Repeat(msgspec.Struct, frozen=True):
-    """The operation is known and ended: say again how."""
+    """The operation is known and ended: repeat its report."""
 
     report: OperationReported
 
@@ -109,11 +109,11 @@ class AbortRunning(msgspec.Struct, frozen=True):
 
 
 class Tombstone(msgspec.Struct, frozen=True):
-    """Remember that the operation never starts here: its abort came first."""
+    """Record that the operation never starts here: its abort arrived first."""
 
 
 class Host(msgspec.Struct, frozen=True, kw_only=True):
-    """What the judgement needs to know of the host."""
+    """What the decision needs to know of the host."""
 
     host: str
     vms: Mapping[str, VmRecord]
@@ -134,7 +134,7 @@ def evaluate_start(
     """What to do with a command to start an operation.
 
     Args:
-        authority: the answer of ``observe_epoch`` to this command.
+        authority: the result of ``observe_epoch`` for this command.
         known: what is known of its operation id; None: it is a new one.
         now: the host's wall clock.
     """
@@ -146,7 +146,7 @@ def evaluate_start(
         return Refuse("command_misdirected", f"the command is for host {command.host}, this is {host.host}")
     if now > command.not_after:
         late_s = (now - command.not_after).total_seconds()
-        return Refuse("command_late", f"the command came {late_s:.1f} s after its not_after")
+        return Refuse("command_late", f"the command arrived {late_s:.1f} s after its not_after")
     if host.stopping:
         return Refuse("host_stopping", STOPPING)
     if host.busy:
@@ -158,7 +158,7 @@ def evaluate_start(
 
 
 def _wrong_targets(command: StartOperation, host: Host) -> Refuse | None:
-    """What is wrong with the command's VMs, None if nothing is."""
+    """What is wrong with the command's VMs, None if nothing."""
     for vm, count in Counter(target.vm for target in command.targets).items():
         if count > 1:
             return Refuse("command_invalid", f"VM {vm} is named {count} times")

@@ -1,6 +1,6 @@
 """Asks updates whether they are installed, by their own ``installed`` command, while no VM is paused.
 
-A host that was rolled back or installed again must not be skipped because of what is remembered of it. Each command
+A host that was rolled back or reinstalled must not be skipped because of what is remembered of it. Each command
 has a time limit, and is killed when an operation begins.
 """
 
@@ -17,9 +17,9 @@ import structlog
 from caesura_host_updater.inventory.updates import Catalogue, UpdateFile
 from caesura_host_updater.update_process import UpdateNotStarted, UpdateProcess
 
-_AGAIN_S = 60.0  # s: between two rounds, where nothing happened that calls for one
+_AGAIN_S = 60.0  # s: between two rounds, unless an event requires one
 _LIMIT_S = 10.0  # s: for one command; what a package manager needs to look something up
-_END_S = 1.0  # s: for a killed command to be gone
+_END_S = 1.0  # s: for a killed command to end
 
 _log = structlog.get_logger("caesura.updates")
 
@@ -30,8 +30,8 @@ class Asker:
     Args:
         host: this host's name.
         environ: what the commands inherit.
-        catalogue: the updates, now.
-        busy: whether an operation is under way: then nobody is asked.
+        catalogue: returns the current updates.
+        busy: whether an operation is under way: then no update is asked.
         changed: called in the event loop when an answer changed.
         again_s: seconds between two rounds; limit_s: seconds for one command. Injected by tests only.
     """
@@ -60,7 +60,7 @@ class Asker:
 
     @property
     def answers(self) -> dict[str, bool]:
-        """Name to answer, of each update as it is defined now; one that was not asked yet has none."""
+        """Name to answer, of each update as it is now defined; an update that was not asked yet has none."""
         now = self._catalogue().updates
         return {name: answer for name, (asked, answer) in self._answers.items() if now.get(name) == asked}
 
@@ -69,12 +69,12 @@ class Asker:
         self._wanted.set()
 
     def interrupt(self) -> None:
-        """An operation begins: whatever is being asked is killed, and asked again when ``ask`` is called."""
+        """An operation begins: a command under way is killed, and runs again when ``ask`` is called."""
         if self._round is not None:
             self._round.cancel()
 
     async def run(self) -> None:
-        """Ask on request, and once in a while. Never ends."""
+        """Ask on request, and periodically. Never ends."""
         while True:
             self._wanted.clear()
             if not self._busy():
@@ -102,7 +102,7 @@ class Asker:
                 self._changed()
 
     async def _ask(self, update: UpdateFile) -> bool:
-        """Whether it is installed; one that does not say so in time is not, so that nothing is skipped by mistake."""
+        """Whether it is installed; an update that does not answer in time is not, so that nothing is skipped by mistake."""
         told = {"CAESURA_UPDATE": update.name, "CAESURA_HOST": self._host}
         question = msgspec.structs.replace(update, argv=update.installed)
         process = UpdateProcess(question, {**self._environ, **update.environ, **told}, question=True)

@@ -1,4 +1,4 @@
-"""Reading files that an operator writes: regular ones only, and not more than such a file can have."""
+"""Reading files that an operator writes: regular files only, and no larger than such a file can be."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _KINDS = (
 
 
 def read_regular(path: Path) -> str:
-    """The text of a regular file; nothing else is even waited for.
+    """The text of a regular file; anything else is refused without waiting.
 
-    A FIFO would hold the open(2) until somebody writes, a device may do anything: both are refused unopened. Between
-    the look and the open the name may become another thing, so O_NONBLOCK and a second look at what was opened.
+    A FIFO would block open(2) until somebody writes, a device may do anything: both are refused unopened. Between
+    the check and the open the name may become another file, so O_NONBLOCK and a second check of what was opened.
 
     Raises:
         OSError: the kernel refused.

@@ -1,4 +1,4 @@
-"""``python -m caesura_host_updater.forget_epoch FOLDER``: the way back from an epoch that no coordinator has claimed.
+"""``python -m caesura_host_updater.forget_epoch FOLDER``: the recovery from an epoch that no coordinator has claimed.
 
 A host refuses epochs far above the one that it obeys, and all below it. If what it obeys is wrong, nobody can command it until it
 forgets: its journal, operations and facts stay. Run it while the host updater is stopped; FOLDER is its state folder.
@@ -17,7 +17,7 @@ from caesura_host_updater.journal import Journal
 
 
 def forget_epoch(folder: Path) -> Authority:
-    """Make the host of this state folder obey nobody; what it obeyed.
+    """Make the host of this state folder obey nobody; returns what it obeyed.
 
     Raises:
         InUse: its updater runs.

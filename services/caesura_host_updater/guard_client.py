@@ -1,7 +1,7 @@
-"""The host updater's end of the pause guard: keeps one running, arms it, asks what it did.
+"""The host updater's side of the pause guard: keeps one running, arms it, reads what it did.
 
-Fails closed: a guard that does not answer in time counts as lost. Its connection is closed then, which
-makes a guard that is alive after all resume what it was armed for.
+Fails closed: a guard that does not answer in time counts as lost. Its connection is then closed, which
+makes a guard that is alive after all resume the VMs it was armed for.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from caesura_vmcontrol.intent import Intent, UnreadableIntent
 from caesura_vmcontrol.plans import Plan, plan_to_json
 from caesura_vmcontrol.procfs import boot_id
 
-_LINGER_S = 5.0  # s: how long a guard of ours stays without us; long enough for a quick restart
+_LINGER_S = 5.0  # s: how long our own guard stays without us; long enough for a quick restart
 _RETRY_S = 0.2  # s: between two tries to reach a guard
 _START_S = 5.0  # s: it needs some 60 ms
 _ANSWER_S = 2.0  # s: a guard answers within milliseconds; an fsync on a busy disk may take longer
@@ -71,7 +71,7 @@ class GuardClient:
         return "armed" if self._armed else "ready"
 
     async def run(self) -> None:
-        """Keep a guard, for ever."""
+        """Keep a guard connected. Never ends."""
         while True:
             if not self._connected.is_set():
                 try:
@@ -83,7 +83,7 @@ class GuardClient:
             await self._gone.wait()
 
     async def start(self, timeout_s: float = 10.0) -> Intent | None:
-        """Reach a guard; what it holds of an earlier life.
+        """Connect to a guard; returns what it holds of a previous run.
 
         Raises:
             GuardUnavailable: there is none after ``timeout_s`` seconds.
@@ -102,7 +102,7 @@ class GuardClient:
             raise GuardUnavailable(f"no pause guard: {last or 'it does not answer'}") from last
 
     async def settled(self) -> Intent | None:
-        """What the guard holds, once it is not busy resuming any more."""
+        """What the guard holds, once it is no longer busy resuming."""
         while True:
             answer = await self._ask({"do": "status"})
             if answer["state"] != "firing":
@@ -112,7 +112,7 @@ class GuardClient:
                     raise GuardUnavailable(str(error)) from error
             await asyncio.sleep(
                 0.02
-            )  # the guard does not call us: it looks at the VMs every few milliseconds
+            )  # the guard does not notify us: it looks at the VMs every few milliseconds
 
     async def arm(self, operation: str, deadline: float, plans: Sequence[Plan]) -> None:
         """Have the guard hold the operation. Raises GuardUnavailable."""
@@ -134,7 +134,7 @@ class GuardClient:
             raise
 
     async def disarm(self, operation: str, timeout_s: float = 3.0) -> Intent | None:
-        """The operation is over; what the guard did if it had fired. It is told later if it is away.
+        """The operation is over; returns what the guard did if it had fired. It is disarmed later if it is away.
 
         Raises:
             GuardUnavailable: no answer within ``timeout_s`` seconds.
@@ -150,7 +150,9 @@ class GuardClient:
                     await asyncio.sleep(0.02)  # refused: a VM does not run yet, or the guard went away
         except (TimeoutError, UnreadableIntent) as error:
             self._owed.add(operation)
-            raise GuardUnavailable("the pause guard did not confirm that it let go") from error
+            raise GuardUnavailable(
+                "the pause guard did not confirm that it released the operation"
+            ) from error
 
     async def _connect(self) -> None:
         address = socket_address(self._folder)
@@ -175,7 +177,7 @@ class GuardClient:
                 self._owed.discard(held)
 
     async def _start_guard(self, address: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        """Start one and reach it; it may also end at once, when another one holds the lock."""
+        """Start one and connect to it; it may also end at once, when another one holds the lock."""
         ended = asyncio.Event()
         argv = [
             sys.executable,
@@ -197,7 +199,7 @@ class GuardClient:
                 while not ended.is_set():
                     with suppress(OSError):
                         return await asyncio.open_unix_connection(address, limit=MAX_LINE_BYTES)
-                    await asyncio.sleep(0.01)  # it cannot call us before it listens
+                    await asyncio.sleep(0.01)  # it cannot notify us before it listens
         raise GuardUnavailable(f"it does not start: see {self._state_dir / 'guard.log'}")
 
     async def _listen(self, reader: asyncio.StreamReader, answers: asyncio.Queue[dict[str, Any]]) -> None:
@@ -237,14 +239,14 @@ class GuardClient:
                 self._lose()
                 raise GuardUnavailable(f"the pause guard does not answer within {_ANSWER_S:g} s") from error
             except asyncio.CancelledError:
-                self._lose()  # its answer may still come and must not be taken for that of another question
+                self._lose()  # its answer may still arrive and must not be taken for that of another request
                 raise
         if not answer["ok"]:
             raise GuardUnavailable(str(answer["error"]))
         return answer
 
     async def close(self) -> None:
-        """Let go of the guard; one of ours ends by itself a little later."""
+        """Disconnect from the guard; one that we started ends by itself a little later."""
         self.on_lost = lambda: None
         if self._listener is not None:
             self._listener.cancel()

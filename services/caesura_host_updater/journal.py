@@ -1,4 +1,4 @@
-"""What this host must not forget: the epoch it obeys, its operations, the facts not yet told.
+"""What this host must not forget: the epoch it obeys, its operations, the facts not yet published.
 
 One SQLite file, used by one thread of its own: an fsync on a busy disk must stall neither the event loop
 nor a resume. Everything that must be on disk *before* an effect is awaited; the rest is posted in order.
@@ -25,7 +25,7 @@ from caesura_host_updater.clocks.verdict import ClockCheck
 from caesura_host_updater.inventory.installs import Mark
 from caesura_host_updater.operation.state import Operation
 
-KEEP_FINISHED = 1000  # operations whose report is repeated when their command comes again
+KEEP_FINISHED = 1000  # operations whose report is repeated when their command arrives again
 
 _MIGRATIONS = (
     """
@@ -51,14 +51,14 @@ _MIGRATIONS = (
     f"ALTER TABLE outbox RENAME TO outbox_1; {SCHEMA}",
 )
 
-_CLOSE_S = 5.0  # s: for what was posted last; what a disk does not take by then is as after a crash
+_CLOSE_S = 5.0  # s: for what was posted last; what a disk does not write by then is lost as in a crash
 
 T = TypeVar("T")
 _log = structlog.get_logger("caesura.journal")
 
 
 class _Letter(msgspec.Struct, frozen=True):
-    """A message as journals of before kept it: ``type`` is its CloudEvents type, ``body`` its data in JSON."""
+    """A message as earlier versions kept it: ``type`` is its CloudEvents type, ``body`` its data in JSON."""
 
     event_id: str
     type: str
@@ -67,7 +67,7 @@ class _Letter(msgspec.Struct, frozen=True):
 
 
 class Entry(msgspec.Struct, frozen=True):
-    """An operation as the journal has it. ``command`` is None for one that was aborted before it came."""
+    """An operation as the journal has it. ``command`` is None for one that was aborted before it arrived."""
 
     id: str
     phase: str
@@ -87,7 +87,7 @@ class Journal:
         self.outbox = OutboxTable(self._db)
 
     def take_over(self, fleet: str) -> None:
-        """Encode the facts that a version of before kept unencoded."""
+        """Encode the facts that an earlier version kept unencoded."""
         self._fleet = fleet
         rows = self._db.run("SELECT number, letter FROM outbox_1 ORDER BY number")
         if not rows:
@@ -133,7 +133,7 @@ class Journal:
             )
 
     def forget_authority(self) -> None:
-        """Obey nobody: the next epoch that is announced is taken, whatever it is."""
+        """Obey nobody: the next epoch that is announced is accepted, whatever it is."""
         with self._db.transaction():
             self._db.run("DELETE FROM authority")
 
@@ -153,7 +153,7 @@ class Journal:
             self.outbox.add(facts)
 
     def note(self, state: Operation, facts: Sequence[OutboxMessage] = ()) -> None:
-        """Where an operation is, together with the facts that this makes true."""
+        """The phase of an operation, together with the facts that this makes true."""
         with self._db.transaction():
             self._db.run(
                 "UPDATE operation SET phase = ?, state = ? WHERE id = ? AND report IS NULL",
@@ -164,7 +164,7 @@ class Journal:
             self.outbox.add(facts)
 
     def note_update(self, operation: str, pid: int, start_ticks: int) -> None:
-        """A process of the update: ended at the next start if it outlives us."""
+        """A process of the update: killed at the next start if it outlives us."""
         with self._db.transaction():
             self._db.run("INSERT INTO update_process VALUES (?, ?, ?)", operation, pid, start_ticks)
 
@@ -250,7 +250,7 @@ class Journal:
             return [msgspec.json.decode(row[0], type=ClockCheck) for row in rows]
 
     def judged(self, vm: str, operation: str, facts: Sequence[OutboxMessage]) -> None:
-        """A VM's clock was judged. The verdict on the VM's newest operation is kept, to be told again."""
+        """A VM's clock was judged. The verdict on the VM's newest operation is kept, to be published again."""
         with self._db.transaction():
             for fact in facts:
                 self._db.run(
@@ -265,7 +265,7 @@ class Journal:
             self.outbox.add(facts)
 
     def verdicts(self, operation: str) -> list[OutboxMessage]:
-        """What was judged of the clocks of an operation's VMs, where no newer operation touched them."""
+        """The verdicts on the clocks of an operation's VMs, where no newer operation touched them."""
         rows = self._db.run("SELECT letter FROM verdict WHERE operation = ? ORDER BY vm", operation)
         with self._db.reading(f"the clocks of operation {operation}"):
             found = [self._verdict(letter) for (letter,) in rows]
@@ -275,7 +275,7 @@ class Journal:
         try:
             return msgspec.json.decode(letter, type=OutboxMessage)
         except msgspec.ValidationError:
-            return self._encoded(letter)  # kept by a version of before
+            return self._encoded(letter)  # kept by an earlier version
 
     def ping(self) -> str:
         """For the health probe."""
@@ -293,7 +293,7 @@ class JournalThread:
         self._worker = Worker("journal")
         self._journal: Journal | None = None
         self.trouble = ""
-        """Why the last write failed; empty when it did not."""
+        """Why the last write failed; empty when it succeeded."""
 
     async def open(self, path: str, fleet: str = "default") -> None:
         """Open the file. Raises StoreError."""
@@ -321,7 +321,7 @@ class JournalThread:
         return await self.do(lambda journal: work(journal.outbox))
 
     def post(self, work: Callable[[Journal], None]) -> None:
-        """Run ``work`` some time soon, in order; a failure is logged and shows in ``trouble``."""
+        """Run ``work`` later, in order; a failure is logged and shows in ``trouble``."""
         journal = self._opened()
 
         def attempt() -> None:
@@ -334,7 +334,7 @@ class JournalThread:
         self._worker.post(attempt)
 
     async def close(self) -> None:
-        """Finish what was posted, close the file and the thread; one that hangs in a disk is not waited for longer."""
+        """Complete what was posted, close the file and the thread; one that hangs on a disk is not awaited longer."""
         journal, self._journal = self._journal, None
         if journal is not None:
             self._worker.post(journal.close)

@@ -1,4 +1,4 @@
-"""What the host updater says of itself on ``/metrics``; the fleet's numbers come from the exporter."""
+"""What the host updater reports of itself on ``/metrics``; the fleet's numbers come from the exporter."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class HostMetrics:
         self._registry = registry
         self._pause = Histogram(
             "caesura_host_updater_pause_seconds",
-            "Seconds that a VM stood still, from just before its freeze to just after its resume.",
+            "Seconds that a VM was paused, from just before its freeze to just after its resume.",
             buckets=_BUCKETS,
             registry=registry,
         )
@@ -67,9 +67,9 @@ class HostMetrics:
         clocks: Callable[[], int],
         busy: Callable[[], bool],
     ) -> None:
-        """Numbers that are read when they are scraped."""
+        """Numbers that are read at scrape time."""
         gauges: tuple[tuple[str, str, Callable[[], float]], ...] = (
-            ("outbox_messages", "Facts that the broker has not taken yet.", outbox),
+            ("outbox_messages", "Facts that the broker has not accepted yet.", outbox),
             ("outbox_refused_messages", "Facts and statuses on topics that the broker refuses.", refused),
             ("clock_waits", "Resumed VMs whose clock is not judged yet.", clocks),
             ("operation_active", "1 while an operation is under way, else 0.", lambda: float(busy())),

@@ -1,6 +1,6 @@
 """The host updater's side of the pause markers: written in one batch before a freeze, removed when VMs run.
 
-One thread does both, in order: a marker that a slow disk takes late is removed after that, not before.
+One thread does both, in order: a marker that a slow disk writes late is removed after that, not before.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from caesura_vmcontrol.procfs import boot_id
 from caesura_vmcontrol.qemu_plans import QemuPlan, ReplacePlan, SwapPlan
 from caesura_vmcontrol.rescue import marked_and_paused, resume
 
-_WRITE_S = 3.0  # s: one round of the disk; nothing is paused while it is waited for
+_WRITE_S = 3.0  # s: one round of the disk; nothing is paused in the meantime
 _REMOVE_AGAIN_S = 5.0  # s: between two tries to remove markers that the disk refused to remove
 
 _log = structlog.get_logger("caesura.pause")
@@ -34,7 +34,7 @@ class NotMarked(CaesuraError):
 
 
 class PauseMarkers:
-    """The markers in a state folder; see ``guard.markers`` for what they mean."""
+    """The markers in a state folder; see ``caesura_vmcontrol.markers`` for what they mean."""
 
     def __init__(self, state_dir: Path) -> None:
         self._state_dir = str(state_dir.resolve())
@@ -47,7 +47,7 @@ class PauseMarkers:
         """Mark the VMs of an operation, before the first of them is frozen.
 
         Raises:
-            NotMarked: the disk refused, or did not answer in time. What it takes late is removed by ``remove``.
+            NotMarked: the disk refused, or did not answer in time. A marker that is written late is removed by ``remove``.
         """
         at = time.monotonic()
         found = [Marker(operation, self._boot_id, at, plan) for plan in plans]
@@ -67,7 +67,7 @@ class PauseMarkers:
     def _remove(self, vms: Sequence[str]) -> None:
         left = markers.remove(self._state_dir, vms)
         if left and not self._left.issuperset(left):
-            _log.error("marker.not_removed", vms=left, hint="it is tried again; the VMs run")
+            _log.error("marker.not_removed", vms=left, hint="it is retried; the VMs run")
         self._left = (self._left - set(vms)) | set(left)
 
     async def remove_later(self) -> None:
@@ -82,9 +82,9 @@ class PauseMarkers:
         return await self._worker.do(lambda: markers.read(self._state_dir))
 
     def is_ours(self, marker: Marker | None, plan: Plan | None) -> bool:
-        """Whether a marker is about the VM that this plan would resume. A damaged one is.
+        """Whether a marker is about the VM that this plan would resume. A damaged one counts as such.
 
-        ``plan``: None where the driver cannot tell, as in the middle of a replace.
+        ``plan``: None where the driver does not know, as in the middle of a replace.
         """
         if marker is None:
             return True
@@ -101,7 +101,7 @@ class PauseMarkers:
                 return True  # a swap or replace: another process may have the guest by now
 
     async def claimed(self, plans: Mapping[str, Plan | None]) -> list[str]:
-        """The VMs in the middle of a swap or replace that has begun: a claim says who has the guest, or which file."""
+        """The VMs in the middle of a swap or replace that has begun: a claim names the process that has the guest, or the file."""
 
         def begun() -> list[str]:
             return [
@@ -115,11 +115,11 @@ class PauseMarkers:
     # -- at the start ---------------------------------------------------------------------------------------
 
     async def found_paused(self) -> Intent | None:
-        """What stands paused with our marker."""
+        """What is paused with our marker."""
         return await self._worker.do(lambda: marked_and_paused(self._state_dir, self._boot_id, _say))
 
     async def resume(self, found: Intent, patience_s: float) -> Mapping[str, float]:
-        """Resume it; who runs, and since when on CLOCK_MONOTONIC."""
+        """Resume it; returns which VMs run, and since when on CLOCK_MONOTONIC."""
         until = time.monotonic() + patience_s
         return await self._worker.do(
             lambda: resume(
@@ -128,7 +128,7 @@ class PauseMarkers:
         )
 
     async def close(self, patience_s: float = 1.0) -> None:
-        """Finish what was asked for, for ``patience_s`` seconds at most."""
+        """Complete what was requested, for ``patience_s`` seconds at most."""
         self._stop.set()
         await self._worker.close(patience_s)
 
@@ -145,7 +145,7 @@ def _owner(folder: str) -> claims.Owner | None:
 
 
 def how_to_resume(plan: Plan | None) -> str:
-    """What whoever paused a VM may do to resume it, in words for an operator."""
+    """How somebody else who paused a VM may resume it, in words for an operator."""
     match plan:
         case CgroupPlan(kind=kind, control=control):
             return f"resume it with: echo {'0' if kind == 'cgroup2' else 'THAWED'} > {control}"

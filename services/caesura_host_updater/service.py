@@ -1,4 +1,4 @@
-"""The host updater: hears commands and answers clocks, runs one operation at a time, tells what became of it."""
+"""The host updater: receives commands and answers clocks, runs one operation at a time, publishes its result."""
 
 from __future__ import annotations
 
@@ -77,8 +77,8 @@ from caesura_host_updater.vm_status import VmStatuses
 from caesura_host_updater.vm_view import STATES_S, VmView
 from caesura_vmcontrol.procfs import boot_id
 
-_CLOCKS_S = 5.0  # s: for the verdicts on clocks when told to stop; an agent answers in a fraction of a second
-_FLUSH_S = 3.0  # s: for the last facts when told to stop; what is left is told at the next start
+_CLOCKS_S = 5.0  # s: for the verdicts on clocks at shutdown; an agent answers in a fraction of a second
+_FLUSH_S = 3.0  # s: for the last facts at shutdown; what is left is published at the next start
 _CLOCK_PUBLISH_S = 0.5  # s: an answer later than this is of no use to the agent
 
 FORGET_ADVICE = "see 'An epoch that nobody claimed' in docs/operate/runbooks/epoch.md"
@@ -97,7 +97,7 @@ class HostUpdater:
     Args:
         instance: new with every start.
         environ: what updates inherit.
-        resumed: VMs that were resumed by their markers before we were made, and when (CLOCK_MONOTONIC).
+        resumed: VMs that were resumed by their markers before this object was made, and when (CLOCK_MONOTONIC).
     """
 
     def __init__(
@@ -126,7 +126,7 @@ class HostUpdater:
         self._environ = environ
         self.bus = bus
         self.post = MessageClient(bus, source_of(settings.fleet, "host", host.host))
-        # It needs no beat: the inventory is one.
+        # It needs no beat: the inventory serves as one.
         self._presence = Presence(
             self.post,
             partial(presence, host.host, instance, online=True),
@@ -173,7 +173,7 @@ class HostUpdater:
             host.host,
             environ,
             catalogue=lambda: self._updates.catalogue,
-            # From the moment that a command is accepted: it is written down before there is an operation.
+            # From the moment that a command is accepted: it is persisted before there is an operation.
             busy=lambda: bool(self.operation) or not self._idle.is_set(),
             changed=self._changed.set,
         )
@@ -225,7 +225,7 @@ class HostUpdater:
         await self._startup.resume_paused()
 
     async def recover(self) -> None:
-        """Before going on the bus: put right what an earlier life left behind, take up what it had to tell.
+        """Before joining the bus: end what a previous run left open, load what it had left to publish.
 
         Raises:
             StoreError: as ``Startup.run``.
@@ -278,7 +278,7 @@ class HostUpdater:
                     await self._changed.wait()
 
     def _acknowledged(self) -> Authority:
-        """What a coordinator's fence is told. One that was obeyed before this host was upgraded must see that it is no more."""
+        """What a coordinator's fence gets. One that was obeyed before this host was upgraded must see that it no longer is."""
         if self._outdated and self._outdated == self.authority.coordinator:
             return Authority(self.authority.epoch)
         return self.authority
@@ -289,7 +289,7 @@ class HostUpdater:
         return await self._view.records(self._startup.resuming.union(vm.vm for vm in busy), canaries)
 
     def reread(self) -> None:
-        """Read the updates again; the inventory follows when they were read."""
+        """Read the updates again; the inventory follows when they are read."""
         self._updates.reread()
         self._updates_changed()
 
@@ -362,10 +362,10 @@ class HostUpdater:
                 return
         except StoreError as error:
             if command.operation == self.operation:
-                # It is under way, and its own report is its one end; whoever asked asks again.
+                # It is under way, and its own report is its one end; the coordinator asks again.
                 _log.error("command.without_journal", operation=command.operation, why=str(error))
                 return
-            # Nothing can be promised that cannot be written down, so nothing is touched.
+            # What cannot be persisted cannot be promised, so nothing is touched.
             verdict = Refuse("store_failed", f"nothing was touched: {error}")
         if isinstance(verdict, Ignore):
             _log.warning("command.ignored", operation=command.operation, why=verdict.why)
@@ -408,7 +408,7 @@ class HostUpdater:
                 )
             )
             return
-        # `drain` waits for it from now on, though there is nothing to wait for before it is written down.
+        # `drain` waits for it from now on, though there is nothing to wait for before it is persisted.
         self._idle.clear()
         try:
             await self._begin(command, update, kernels)
@@ -481,7 +481,7 @@ class HostUpdater:
         except StoreError as error:
             _log.error("abort.without_journal", operation=command.operation, why=str(error))
             if self._runner is not None and command.operation == self.operation:
-                self._runner.abort("aborted", command.reason)  # letting VMs run needs no disk
+                self._runner.abort("aborted", command.reason)  # resuming VMs needs no disk
             return
         verdict = rules.judge_abort(command, busy=self.operation, authority=heard, known=known)
         if isinstance(verdict, Ignore):
@@ -597,7 +597,7 @@ class HostUpdater:
     # -- stop -----------------------------------------------------------------------------------------------
 
     async def drain(self) -> None:
-        """Finish or undo what is under way, tell the last facts, say offline, leave the bus."""
+        """Complete or undo what is under way, publish the last facts, announce offline, leave the bus."""
         self._stopping = True
         runner = self._runner
         if runner is not None and (runner.state.schedule is None or not _update_runs(runner.state)):
@@ -644,5 +644,5 @@ class HostUpdater:
 
 
 def _update_runs(op: Operation) -> bool:
-    """Whether an update is at work under paused VMs: it is let finish, within the budget."""
+    """Whether an update is at work under paused VMs: it may complete, within the budget."""
     return op.phase in ("updating", "updated", "resuming", "resumed") and bool(op.update)

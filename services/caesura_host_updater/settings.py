@@ -36,11 +36,12 @@ class HostUpdaterSettings(ServiceSettings, frozen=True, kw_only=True, forbid_unk
         float, Meta(gt=0, description="Seconds between two publications of an unchanged inventory.")
     ] = 20.0
     stop_vms_on_exit: Annotated[
-        bool, Meta(description="Stop the VMs when the host updater is told to stop; else they run on.")
+        bool,
+        Meta(description="Stop the VMs when the host updater is stopped; otherwise they continue to run."),
     ] = False
     drain_timeout_s: Annotated[
         float,
-        Meta(gt=30, description="Seconds to finish or undo work when told to stop; above the pause budget."),
+        Meta(gt=30, description="Seconds to finish or undo work when stopped; above the pause budget."),
     ] = 45.0
     health_listen: Annotated[
         str,

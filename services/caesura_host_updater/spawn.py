@@ -1,7 +1,7 @@
 """Processes that outlive us: started in a session of their own, watched and reaped through a pidfd.
 
 ``asyncio`` kills its subprocesses when its loop closes, which is the one thing that must not happen to a VM
-or to the pause guard. Shared by the process driver and the guardian.
+or to the pause guard. Shared by the process driver and the guard client.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ _endings: set[asyncio.Task[None]] = set()
 def spawn_detached(argv: Sequence[str], environ: Mapping[str, str], log_file: Path) -> int:
     """Start ``argv`` in a new session, stdin from /dev/null, output appended to ``log_file``. Returns the pid.
 
-    Nothing of ours is handed on: no descriptor, no priority. Blocking, for as long as the file systems of program and log
-    file like: in the event loop use ``start_detached``.
+    It inherits nothing from us: no descriptor, no priority. Blocking, for as long as the file systems of program and log
+    file take: in the event loop use ``start_detached``.
 
     Raises:
         SpawnError: the program cannot be started, or the log file cannot be opened.
@@ -44,7 +44,7 @@ def spawn_detached(argv: Sequence[str], environ: Mapping[str, str], log_file: Pa
 
 
 async def start_detached(argv: Sequence[str], environ: Mapping[str, str], log_file: Path) -> int:
-    """``spawn_detached`` in a thread. Cancelled, it ends what was started all the same, and waits for that end.
+    """``spawn_detached`` in a thread. If cancelled, it ends what was started nevertheless, and waits for that end.
 
     Raises:
         SpawnError: as ``spawn_detached``.
@@ -66,14 +66,14 @@ async def start_detached(argv: Sequence[str], environ: Mapping[str, str], log_fi
         ending = asyncio.create_task(_end_unwanted(starting))
         _endings.add(ending)
         ending.add_done_callback(_endings.discard)
-        # Whoever cancelled removes files next that a living process would make again. Not for ever: the program may be
-        # on a file system that does not answer, and is ended when it does.
+        # The caller that cancelled removes files next that a living process would make again. Not indefinitely: the program
+        # may be on a file system that does not answer, and is ended when it does.
         await asyncio.wait({ending}, timeout=_UNWANTED_S)
         raise
 
 
 async def _end_unwanted(starting: asyncio.Future[int]) -> None:
-    """The start was cancelled: its thread ends the process, unless it was done just before."""
+    """The start was cancelled: its thread ends the process, unless it was ended just before."""
     with suppress(SpawnError):
         if pid := await starting:
             await in_thread(f"end {pid}", lambda: _end(pid))
@@ -87,7 +87,7 @@ def _end(pid: int) -> None:
 
 
 def reap(pid: int, *, wait: bool = False) -> None:
-    """Collect a child that ended; one that was adopted is not ours to collect, init does."""
+    """Reap a child that ended; one that was adopted is not ours to reap, init does."""
     with suppress(ChildProcessError):
         os.waitpid(pid, 0 if wait else os.WNOHANG)
 
@@ -96,7 +96,7 @@ class ExitWatch:
     """Calls back once when a process has ended, whether it is our child or not. Children are reaped.
 
     Args:
-        reap: false where somebody else wants the exit code.
+        reap: false where another caller needs the exit code.
         pid: a process that exists; make sure by its start time that it is the right one *after* this.
         ended: called in the event loop.
 

@@ -1,4 +1,4 @@
-"""Running an update: argv of the host's own file, output bounded, ended as a group, never waited for too long."""
+"""Running an update: argv of the host's own file, output bounded, ended as a group, never awaited for too long."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class UpdateProcess:
 
     Args:
         environ: the whole environment of the program.
-        question: it is the update's ``installed`` command, whose exit code is an answer: one that is not 0 is no failure.
+        question: it is the update's ``installed`` command, whose exit code is an answer: a nonzero one is not a failure.
     """
 
     def __init__(self, update: UpdateFile, environ: Mapping[str, str], *, question: bool = False) -> None:
@@ -59,7 +59,7 @@ class UpdateProcess:
     async def start(self) -> None:
         """Start it, in a thread: its program or folder may be on a file system that does not answer.
 
-        One that is ended while it is being started is killed as soon as it is there.
+        One that is ended while it is being started is killed as soon as it exists.
 
         Raises:
             UpdateNotStarted: no such program or folder, or no permission, or it was ended before it began.
@@ -133,7 +133,7 @@ class UpdateProcess:
         return -1 if code is None else code, seconds, tail
 
     def _on_output_left(self) -> None:
-        # A background process of the update may hold the pipe open for ever, so there is no waiting for its end.
+        # A background process of the update may hold the pipe open indefinitely, so its end is not awaited.
         until = time.monotonic() + _LAST_WORDS_S
         before = None
         while before != self._tail and time.monotonic() < until:
@@ -152,7 +152,7 @@ class UpdateProcess:
         ).start()
 
     def close(self) -> None:
-        """Let go of the descriptors. A process that not even SIGKILL ends is left to the kernel."""
+        """Close the descriptors. A process that not even SIGKILL ends is left to the kernel."""
         with self._turn:
             self._unwanted = True
         if self._watch is not None:
@@ -174,16 +174,16 @@ def _signal_all(plan: SignalPlan, number: signal.Signals) -> None:
 def update_environ(
     base: Mapping[str, str], update: UpdateFile, *, operation: str, host: str, vm: str
 ) -> dict[str, str]:
-    """What an update is told: its own variables and which operation, update, host and VM this is."""
+    """The environment of an update: its own variables and which operation, update, host and VM this is."""
     told = {"CAESURA_OPERATION": operation, "CAESURA_UPDATE": update.name, "CAESURA_HOST": host}
     return {**base, **update.environ, **told, **({"CAESURA_VM": vm} if vm else {})}
 
 
 def end_orphans(operation: str, host: str, known: tuple[tuple[int, int], ...]) -> int:
-    """SIGKILL what an update of a dead host updater left behind; how many processes that were.
+    """SIGKILL what an update of a dead host updater left behind; returns how many processes that were.
 
     Found by the journal's pid and start time, and by the environment that every update is given: the host
-    updater may have died between starting it and writing its pid down. Blocking: it reads the whole process table.
+    updater may have died between starting it and recording its pid. Blocking: it reads the whole process table.
     """
     table = process_table()
     found = {

@@ -1,6 +1,6 @@
 """What is retained about each VM of this host: kept here, published when it changed, until the broker has it.
 
-Nothing waits for it: a pause only notes what is so, and the newest is published when the bus is there.
+Nothing waits for it: a pause only records the state, and the newest is published when the bus is available.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class VmStatuses:
 
     Args:
         host: its name.
-        vms: the names of its VMs: of others that this host once had the status is removed.
+        vms: the names of its VMs: the status of others that this host once had is removed.
         post: where they are published.
         now: the wall clock.
     """
@@ -42,7 +42,7 @@ class VmStatuses:
         self._known: dict[str, VmStatus] = {}
         self._earlier: dict[str, LastPause] = {}
         """VM to its last pause as a previous run of this service published it."""
-        # One of its own: no fact waits behind the statuses of a thousand VMs.
+        # A publisher of its own: no fact waits behind the statuses of a thousand VMs.
         self._publisher = ReliablePublisher(post.bus)
         self.run = self._publisher.run
         self.drained = self._publisher.drained
@@ -57,7 +57,7 @@ class VmStatuses:
         """The VMs as the inventory has them now.
 
         Args:
-            busy: VMs of an operation that is under way: whether Caesura has one of these paused its facts say, and the
+            busy: VMs of an operation that is under way: its facts show whether Caesura has one of these paused, and the
                 inventory may be a moment older.
         """
         for record in records:
@@ -124,7 +124,7 @@ class VmStatuses:
         )
 
     def published_earlier(self, status: VmStatus) -> None:
-        """What the broker retains: a last pause that this run knows nothing of, or a VM that is not here any more."""
+        """What the broker retains: a last pause that this run does not know, or a VM that is not here any more."""
         if status.vm not in self._vms:
             self._ask(status.vm)
             return
@@ -135,7 +135,7 @@ class VmStatuses:
                 self._put(msgspec.structs.replace(known, last_pause=status.last_pause, at=self._now()))
 
     def connected(self) -> None:
-        """A broker may have lost what it retained: all is said again."""
+        """A broker may have lost what it retained: everything is published again."""
         for vm in self._known:
             self._ask(vm)
 

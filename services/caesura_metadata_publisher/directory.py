@@ -1,4 +1,4 @@
-"""Who the VMs are and what their sets' documents say: the publisher's view of the fold of the bus. Pure.
+"""The VMs and their sets' documents: the publisher's view of the fold of the bus. Pure.
 
 A document is only ever replaced by a newer one: what a workload was shown never goes back,
 whatever a broker or a coordinator restored from an old copy.
@@ -20,9 +20,9 @@ class Directory:
         self._state = FleetState()
 
     def take(self, message: Message | Cleared, now_s: float) -> Changes:
-        """A message arrived, or a topic was cleared; what changed.
+        """A message arrived, or a topic was cleared; returns what changed.
 
-        A document that is cleared is still shown: nothing can be said in its place.
+        A document that is cleared is still shown: there is nothing to answer in its place.
 
         Args:
             now_s: seconds on a monotonic clock.
@@ -33,7 +33,7 @@ class Directory:
         return changes
 
     def vm(self, name: str) -> LocatedVm | None:
-        """The VM of this name, None if the host that it belongs to has not spoken of it."""
+        """The VM of this name, None if the host that it belongs to has not published it."""
         return self._state.vm(name)
 
     def foreign_hosts(self, name: str) -> tuple[str, ...]:

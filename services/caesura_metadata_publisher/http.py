@@ -23,7 +23,7 @@ from caesura_metadata_publisher.request import (
 )
 from caesura_metadata_publisher.service import MetadataPublisher
 
-_SHUTDOWN_S = 1.0  # s: requests in flight at the end take milliseconds; an approval on a dead bus is cut
+_SHUTDOWN_S = 1.0  # s: requests in flight at the end take milliseconds; an approval that waits for a lost bus is cut off
 
 _BODY_S = 10.0  # s for a body of some kilobytes
 
@@ -82,7 +82,7 @@ def metadata_app(
 
 
 async def _read(request: web.Request) -> bytes | None:
-    """The body, None if it is too large; whatever the Content-Type says."""
+    """The body, None if it is too large; the Content-Type is ignored."""
     body = bytearray()
     async for chunk in request.content.iter_chunked(16 * 1024):
         body += chunk
@@ -99,7 +99,7 @@ def _response(answer: Answer) -> web.Response:
 
 
 def _endpoint(path: str) -> str:
-    # A bounded label: what a client makes up does not become a time series.
+    # A bounded label: what a client invents does not become a time series.
     second = path.split("/")[2].lower() if path.count("/") >= 2 else ""
     return second if second in {"scheduledevents", "instance", "versions"} else "other"
 

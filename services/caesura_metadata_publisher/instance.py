@@ -18,13 +18,13 @@ from caesura_metadata_publisher.request import Answer, bad_request, not_found
 
 _NAMESPACE = UUID(
     "2ee8ea4e-2b66-5b4f-9f0b-6d5d3a7c9f10"
-)  # random once; stable ids of VMs and sets hang on it
+)  # random, once; stable ids of VMs and sets depend on it
 
 Tree = str | Mapping[str, "Tree"] | Sequence["Tree"]
 
 
 class Place(msgspec.Struct, frozen=True, kw_only=True):
-    """What the operator says about where the VMs are; shown to workloads as it is."""
+    """The operator's description of where the VMs are; shown to workloads as it is."""
 
     location: str = "local"
     resource_group: str = "caesura"
@@ -33,7 +33,7 @@ class Place(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def vm_id(vm: str) -> str:
-    """The stable GUID of a VM, made from its name."""
+    """The stable GUID of a VM, derived from its name."""
     return str(uuid5(_NAMESPACE, f"vm/{vm}"))
 
 
@@ -115,7 +115,7 @@ def _compute(placed: LocatedVm, version: str, place: Place) -> Mapping[str, Tree
 
 
 def _network(vm: str, address: str) -> Mapping[str, Tree]:
-    # A locally administered address (second hex digit 2), stable like the VM's id. WALinuxAgent wants one.
+    # A locally administered address (second hex digit 2), stable like the VM's id. WALinuxAgent needs one.
     mac = f"02{vm_id(vm).replace('-', '')[:10]}".upper()
     return {
         "interface": [

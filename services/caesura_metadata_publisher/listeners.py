@@ -1,6 +1,6 @@
-"""The listeners file: which address speaks for which VM. Parsing is pure; reading is one call.
+"""The listeners file: which address serves which VM. Parsing is pure; reading is one call.
 
-The VM that asks is known by the listener it reaches, as 169.254.169.254 is reachable from inside one VM only.
+The VM that asks is identified by the listener it reaches, as 169.254.169.254 is reachable from inside one VM only.
 So a listener on all addresses is refused: it would let one VM read and approve as another.
 """
 
@@ -44,7 +44,7 @@ def read_listeners(path: str) -> tuple[Listener, ...]:
     """The listeners of a file.
 
     Raises:
-        ListenersError: the file cannot be read, or says something that cannot be served.
+        ListenersError: the file cannot be read, or describes something that cannot be served.
     """
     try:
         text = Path(path).read_text(encoding="utf-8")

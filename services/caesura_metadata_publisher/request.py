@@ -1,7 +1,7 @@
 """What a request must look like, and the error bodies where it does not. Pure.
 
 The rules are Azure's (instance-metadata-service.md and scheduled-events.md of azure-compute-docs) as real
-clients use them: ``Metadata: True`` passes, the Content-Type of a POST means nothing, unknown query
+clients use them: ``Metadata: True`` passes, the Content-Type of a POST is ignored, unknown query
 parameters are tolerated, repeated ones are not, and a request that came through a proxy is refused.
 """
 
@@ -26,7 +26,7 @@ _MORE = "For more information refer to aka.ms/azureimds"
 
 
 class Answer(msgspec.Struct, frozen=True, kw_only=True):
-    """An HTTP answer, whoever serves it."""
+    """An HTTP answer, independent of the HTTP library."""
 
     status: int
     body: bytes = b""
@@ -116,7 +116,7 @@ def bad_request(why: str) -> Answer:
 
 
 def foreign_host(host: str) -> Answer:
-    """421: a browser that was led here by a name of somebody else's must get nothing."""
+    """421: a browser that was sent here by somebody else's host name must get nothing."""
     return Answer(
         status=421,
         body=error_body(

@@ -1,8 +1,8 @@
-"""The metadata publisher's shell: documents and inventories in from the bus, answers and approvals out.
+"""The metadata publisher's shell: receives documents and inventories from the bus, sends answers and approvals.
 
-Without a document there is no 200: an incarnation made up here (0, say) could be lower than what another
+Without a document there is no 200: an incarnation invented here (0, say) could be lower than what another
 publisher, or this one before its restart, has shown, and an incarnation never goes back. Clients retry the
-500, and Azure's own first answer may be minutes late too. So a coordinator publishes a document for every
+500, and Azure's own first answer may take minutes too. So a coordinator publishes a document for every
 set it knows, also while nothing is scheduled. With the bus lost, the last document is still served.
 """
 
@@ -61,7 +61,7 @@ from caesura_metadata_publisher.versions import INSTANCE_VERSIONS
 
 _log = structlog.get_logger("caesura.metadata")
 
-_LATE = timedelta(seconds=5)  # after NotBefore an approval says nothing new; this much for clocks that differ
+_LATE = timedelta(seconds=5)  # after NotBefore an approval has no effect; this much for clocks that differ
 
 
 def presence(instance: str, *, online: bool) -> PublisherPresence:
@@ -75,7 +75,7 @@ def filters() -> tuple[str, ...]:
 
 
 class MetadataPublisher:
-    """Answers the requests of VMs. Nothing is persisted: all it knows is retained on the bus."""
+    """Answers the requests of VMs. Nothing is persisted: all it needs is retained on the bus."""
 
     def __init__(self, settings: MetadataPublisherSettings, bus: Bus) -> None:
         self._settings = settings
@@ -97,7 +97,7 @@ class MetadataPublisher:
         self.run_approvals = self._approvals.run
         self.run_presence = self._presence.run
         self._pending: set[str] = set()
-        """Events whose approval was published and is not seen in the document yet."""
+        """Events whose approval was published and is not shown by the document yet."""
         self.answers: Counter[tuple[str, str, int]] = Counter()
         """(endpoint, method, status) to how often."""
         self.approvals = 0
@@ -134,7 +134,7 @@ class MetadataPublisher:
         await self._presence.announce()
 
     async def drain(self) -> None:
-        """Say offline and leave the bus."""
+        """Announce offline and leave the bus."""
         await self._presence.goodbye(timeout_s=1.0)
         await self._bus.close()
 
@@ -210,7 +210,7 @@ class MetadataPublisher:
         return Answer(status=200)
 
     async def _pass_on(self, set_name: str, vm: str, event: ScheduledEvent) -> bool:
-        """Whether the broker has it. From then on it is repeated until the document shows it: that it was published proves nothing."""
+        """Whether the broker has it. From then on it is repeated until the document shows it: publishing it proves nothing."""
         approved = VmApproved(event_id=event.event_id, set=set_name, vm=vm, at=datetime.now(UTC))
         message = prepare(
             approved,

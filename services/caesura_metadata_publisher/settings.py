@@ -54,7 +54,7 @@ class MetadataPublisherSettings(ServiceSettings, frozen=True, kw_only=True, forb
 
     @property
     def place(self) -> Place:
-        """The operator's words about where the VMs are."""
+        """The operator's description of where the VMs are."""
         return Place(
             location=self.location, resource_group=self.resource_group, subscription=self.subscription
         )

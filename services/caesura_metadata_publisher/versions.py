@@ -21,7 +21,7 @@ class EventsVersion(msgspec.Struct, frozen=True, kw_only=True):
     types: tuple[str, ...]
     header_required: bool = True
     name_prefix: str = ""
-    """What stands before each resource name."""
+    """The prefix of each resource name."""
 
 
 EVENTS_VERSIONS: tuple[EventsVersion, ...] = (

@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Serve until SIGTERM. Exit code: 0 stopped, 1 another guard runs or the state folder is unusable, 130 interrupted."""
     try:
         return _serve(argv)
-    except KeyboardInterrupt:  # before the server took the signal over
+    except KeyboardInterrupt:  # before the server handled the signal
         return 130
     finally:
         _output.flush()
@@ -52,7 +52,7 @@ def _serve(argv: Sequence[str] | None) -> int:
         "--exit-when-alone",
         type=float,
         metavar="SECONDS",
-        help="end when no updater was connected and nothing was to do for this long (default: never)",
+        help="end when no updater was connected and there was no work for this long (default: never)",
     )
     arguments = parser.parse_args(argv)
     folder = os.path.abspath(arguments.state_dir)
@@ -73,7 +73,7 @@ def _serve(argv: Sequence[str] | None) -> int:
         print(f"caesura-pause-guard: {error}", file=sys.stderr)  # noqa: T201 - the command's answer
         return 1
     if found is not None and found.boot_id != boot_id():
-        # Nothing of it lives, and its numbers may be other processes' by now: a guest that was in a state file must
+        # None of its processes lives, and their pids may be other processes' by now: a guest that was in a state file must
         # not be loaded into memory that is not its own.
         log("guard.intent_of_another_boot", operation=found.operation)
         with suppress(OSError):

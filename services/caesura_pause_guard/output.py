@@ -1,7 +1,7 @@
-"""The guard's log: a line is never waited for, whatever stands behind standard error.
+"""The guard's log: writing a line never blocks, whatever standard error is connected to.
 
-It may be a pipe that nobody reads, a file on a disk that hangs, a terminal that somebody stopped. A thread writes, so
-nothing needs to be known about it, and no flag of a descriptor that others share is changed.
+It may be a pipe without a reader, a file on a disk that hangs, a terminal that somebody stopped. A thread writes, so
+nothing needs to be known about it, and no flag of a descriptor that other processes share is changed.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import threading
 import time
 from contextlib import suppress
 
-_QUEUED = 500  # lines: each failure is logged once, so this is a lot
+_QUEUED = 500  # lines: each failure is logged once, so this is ample
 _FLUSH_S = 0.2  # s: at the end of the process
 
 
@@ -21,7 +21,7 @@ class Output:
 
     Args:
         descriptor: where the lines go.
-        room: lines that wait at most.
+        room: how many lines may wait.
     """
 
     def __init__(self, descriptor: int = 2, *, room: int = _QUEUED) -> None:
@@ -53,7 +53,7 @@ class Output:
             thread = threading.Thread(target=self._work, name="log", daemon=True)
             try:
                 thread.start()
-            except RuntimeError:  # the host has no room for a thread
+            except RuntimeError:  # the host cannot start a thread
                 return False
             self._thread = thread
         return True
@@ -69,7 +69,7 @@ class Output:
                 self._writing = True
             if dropped:
                 lines.append(_line("guard.log_dropped", {"lines": dropped}))
-            with suppress(OSError):  # nobody wants to know
+            with suppress(OSError):  # there is no reader left
                 for line in lines:
                     left = line
                     while left:

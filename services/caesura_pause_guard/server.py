@@ -50,12 +50,12 @@ class _Client:
 
 
 class GuardServer:
-    """Serves one ``Watchdog`` until told to stop.
+    """Serves one ``Watchdog`` until SIGTERM.
 
     Args:
         folder: the state folder; holds the socket and a lock against a second guard.
         exit_when_alone_s: end after this many seconds without a client or work; None: never.
-        notifier: is notified that it serves and that its loop turns.
+        notifier: is notified that it serves and that its loop is alive.
 
     Raises:
         AlreadyRunning: a second guard on the same folder.
@@ -82,7 +82,7 @@ class GuardServer:
         self._said_stopping = False
         self._alone_since = time.monotonic()
         self._accept_at: float | None = None
-        """When to accept again after a failure; None: the listener is looked at."""
+        """When to accept again after a failure; None: the listener is polled."""
         self._accept_said_at = -math.inf
         self._boot_id = boot_id()
         self._selector = selectors.DefaultSelector()
@@ -137,13 +137,13 @@ class GuardServer:
             self._close()
 
     def _may_end(self) -> bool:
-        """Whether nothing keeps us: every VM of ours runs, and we were asked to stop or nobody is here."""
+        """Whether it may end: every VM of its operation runs, and it was asked to stop or has no client."""
         if self._stopping:
             if not self._said_stopping:
                 self._said_stopping = True
                 self._notifier.stopping()
-                self._watch.look_again()  # nobody looks after us
-            self._watch.fire("the pause guard was told to stop")
+                self._watch.look_again()  # after our end no process looks after the VMs
+            self._watch.fire("the pause guard was asked to stop")
             return self._watch.state != "firing"
         if self._clients or not self._watch.at_rest:
             self._alone_since = time.monotonic()
@@ -175,7 +175,7 @@ class GuardServer:
         self._selector.register(connection, selectors.EVENT_READ, lambda: self._receive(client))
 
     def _accept_later(self, error: OSError) -> None:
-        """For want of a descriptor the listener stays readable: looked at again at once, it would take the whole CPU."""
+        """Without a free descriptor the listener stays readable: polled again at once, it would take the whole CPU."""
         now = time.monotonic()
         self._selector.unregister(self._listener)
         self._accept_at = now + ACCEPT_RETRY_S
@@ -184,7 +184,7 @@ class GuardServer:
             self._log("guard.accept_failed", why=str(error), clients=len(self._clients))
 
     def _accept_again(self) -> float | None:
-        """Seconds until the listener is looked at again; None when it is."""
+        """Seconds until the listener is polled again; None when it is polled."""
         if self._accept_at is None:
             return None
         left_s = self._accept_at - time.monotonic()
@@ -210,7 +210,7 @@ class GuardServer:
             answer = self._answer(client, line)
             try:
                 client.connection.setblocking(True)
-                client.connection.settimeout(0.5)  # s: a client that does not read must not hold us up
+                client.connection.settimeout(0.5)  # s: a client that does not read must not delay us
                 client.connection.sendall(json.dumps(answer).encode() + b"\n")
                 client.connection.setblocking(False)
             except OSError:
@@ -243,7 +243,7 @@ class GuardServer:
                     return {"ok": False, "error": f"cannot do {other!r}"}
         except GuardRefusal as refusal:
             return {"ok": False, "error": str(refusal)}
-        except OSError as error:  # of whoever asked: it died meanwhile, or we have no descriptor left
+        except OSError as error:  # of the client: it died in the meantime, or we have no descriptor left
             return {"ok": False, "error": f"cannot do it: {error}"}
         except (BadPlan, ValueError, KeyError, TypeError, AttributeError) as error:
             return {"ok": False, "error": f"bad request: {type(error).__name__}: {error}"}

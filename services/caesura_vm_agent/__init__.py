@@ -1,1 +1,1 @@
-"""The VM agent: in the guest, it runs hooks around a freeze, says whether it is ready, and keeps the clock right."""
+"""The VM agent: in the guest, it runs hooks around a freeze, reports whether it is ready, and keeps the clock right."""

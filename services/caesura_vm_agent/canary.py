@@ -1,10 +1,10 @@
-"""Pages of pseudo-random data that the agent holds and rewrites: what a pause lost, mixed up or made older is found in them. Pure.
+"""Pages of pseudo-random data that the agent holds and rewrites, to find pages that a pause lost, mixed up or made older. Pure.
 
-A page's content follows from a key, its number and its version: the how manieth write of all it was. What it should hold now is
+A page's content follows from a key, its number and its version: its write's number among all writes. Its expected content is
 known from the count of writes, which lies elsewhere in memory, twice, the second time inverted: an old copy of a page, a page in
 another one's place, a zeroed or damaged page, and a damaged or older count are all found. Only pages and count that are older
 together look right from inside: the host knows a count from before the pause. A page is compared before it is rewritten, so
-nothing is wiped out unseen.
+no damage is overwritten unseen.
 
 If a pause loses ``k`` of the guest's ``n`` pages, wherever, ``c`` pages of canary find it with probability ``1 - (1 - c/n) ** k``.
 """
@@ -20,7 +20,7 @@ import msgspec
 
 PAGE_BYTES = 4096
 MAGIC = b"CAESURAc"
-"""How each page begins: a person who looks at a memory image can tell what it is."""
+"""How each page begins: a person who looks at a memory image can recognize it."""
 _HEAD = struct.Struct("<8sQQ")
 _ALL = 2**64 - 1
 KEY_BYTES = 16 * PAGE_BYTES
@@ -35,7 +35,7 @@ class Memory(Protocol):
 
 
 def key_of(seed: bytes) -> bytes:
-    """The random bytes that pages are cut from: made once, since a guest without KVM has no time to make them for each page."""
+    """The random bytes that pages are cut from: made once, since a guest without KVM is too slow to make them for each page."""
     return hashlib.shake_128(seed).digest(KEY_BYTES)
 
 
@@ -53,7 +53,7 @@ class Finding(msgspec.Struct, frozen=True):
 
 
 class Canary:
-    """The pages, and how many writes there were. Pages are written one after the other, so that tells each page's version.
+    """The pages, and how many writes there were. Pages are written one after the other, so the count gives each page's version.
 
     Args:
         memory: at least ``pages`` times PAGE_BYTES bytes.
@@ -68,7 +68,7 @@ class Canary:
         """How many pages were written, and the same inverted: elsewhere in memory than the pages."""
         self._found: dict[int, Finding] = {}
         self._told: set[int] = set()
-        """Bad pages that were told already and whose turn to be rewritten has not come."""
+        """Bad pages that were reported already and whose turn to be rewritten has not come."""
 
     @property
     def writes(self) -> int:
@@ -81,7 +81,7 @@ class Canary:
         return self.writes >= self.pages
 
     def rewrite(self) -> None:
-        """Compare the page whose turn it is, then write it anew. A page that was found bad stays on record."""
+        """Compare the page whose turn it is, then rewrite it. A page that was found bad stays on record."""
         if not self.pages:
             return
         number = self.writes % self.pages
@@ -92,12 +92,12 @@ class Canary:
         self._told.discard(number)
 
     def check(self, number: int) -> None:
-        """Compare one page with what it was written as; what differs is kept for ``take``."""
+        """Compare one page with what it was written as; a difference is kept for ``take``."""
         if number not in self._told and (why := self._wrong(number)):
             self._found.setdefault(number, Finding(number, why))
 
     def take(self) -> tuple[Finding, ...]:
-        """What was found since the last call; no later call tells it again."""
+        """What was found since the last call; each finding is returned once."""
         found, self._found = tuple(self._found.values()), {}
         self._told.update(each.number for each in found if self._wrong(each.number))
         return found
@@ -119,7 +119,7 @@ class Canary:
 
 
 def _what_is(page: bytes, key: bytes, number: int, version: int) -> str:
-    """What a wrong page is, for people."""
+    """A description of a wrong page, for people."""
     if not page.strip(b"\0"):
         return "is zeroed"
     magic, is_number, is_version = _HEAD.unpack_from(page)

@@ -1,4 +1,4 @@
-"""Holds the canary in this process's memory: fills it at start, rewrites it all the time, compares it after a pause.
+"""Holds the canary in this process's memory: fills it at start, rewrites it continuously, compares it after a pause.
 
 Everything is done in slices of a millisecond: an answer of a clock-sync must not wait behind it.
 """

@@ -1,4 +1,4 @@
-"""One clock-sync: measure over the bus, step, measure again. The arithmetic and the decisions are in ``clock``."""
+"""One clock-sync: measure over the bus, step, measure again. The arithmetic and the decisions are in ``ntp``."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ Trigger = Literal["start", "resume", "periodic"]
 Ask = Callable[[ClockSyncRequested], Awaitable[None]]
 """Publishes one request at QoS 0; raises BusError when there is no connection."""
 
-_STEPS_KEPT = 16  # a pause that is told late is still matched with the step that mended it
-_SILENCE = 4  # exchanges lost in a row: nobody is there to answer, waiting for more only delays the verdict
+_STEPS_KEPT = 16  # a pause that is announced late is still matched with the step that corrected it
+_SILENCE = 4  # exchanges lost in a row: there is no peer to answer, waiting for more only delays the verdict
 
 _log = structlog.get_logger("caesura.agent")
 
@@ -51,7 +51,7 @@ class ClockSync:
         self._stepped: deque[Sample] = deque(maxlen=_STEPS_KEPT)
 
     def answered(self, answer: ClockSyncAnswered, t4_ns: int) -> None:
-        """An answer arrived at guest time ``t4_ns``; one that nobody waits for any more is ignored."""
+        """An answer arrived at guest time ``t4_ns``; one that nothing waits for any more is ignored."""
         waiting = self._waiting.get(answer.exchange)
         if waiting is not None and not waiting.done():
             waiting.set_result((answer, t4_ns))
@@ -64,10 +64,10 @@ class ClockSync:
         paused_at_s: float | None = None,
         host_known: bool = True,
     ) -> AgentClockSynced:
-        """Measure, step if needed, measure again; the message that says how it went.
+        """Measure, step if needed, measure again; returns the message with the result.
 
         Args:
-            host_known: whether only the VM's own host is listened to. If not, anybody may have announced the resume.
+            host_known: whether only the VM's own host is accepted. If not, anybody may have announced the resume.
             paused_at_s: when the pause began that this sync is about, seconds since 1970 by the host's clock.
         """
         async with self._one:
@@ -145,7 +145,7 @@ class ClockSync:
             async with asyncio.timeout(self._policy.answer_timeout_s):
                 await self._ask(ClockSyncRequested(vm=self._vm, exchange=exchange, t1_ns=t1_ns))
                 told, t4_ns = await answer
-            # t1 from our own memory: what the answer repeats was in other hands.
+            # t1 from our own memory: the one that the answer repeats was in other hands.
             return measure(
                 t1_ns,
                 told.t2_ns,

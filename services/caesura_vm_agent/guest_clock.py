@@ -3,7 +3,7 @@
 ``SystemClock`` steps CLOCK_REALTIME with adjtimex(2) ADJ_SETOFFSET | ADJ_NANO (relative, so nothing is lost
 between reading and setting) and falls back to clock_settime(2). Both need CAP_SYS_TIME.
 
-``SimulatedClock`` stands in where the VM is a frozen process: such a process sees host time pass, a paused
+``SimulatedClock`` is used where the VM is a frozen process: such a process sees host time pass, a paused
 guest does not. Host time counts as frozen when, between two looks at the clock, the process neither ran nor
 waited for a CPU for longer than ``gap_threshold_s``. What it ran and waited comes from /proc/self/schedstat
 (Linux, Documentation/scheduler/sched-stats.rst): a starved process is in the run queue and its wait is
@@ -41,7 +41,7 @@ class GuestClock(Protocol):
         """Guest wall clock, nanoseconds since 1970."""
 
     def monotonic_ns(self) -> int:
-        """Guest monotonic clock, nanoseconds; stands still in a pause, never goes back."""
+        """Guest monotonic clock, nanoseconds; is stopped during a pause, never goes back."""
 
     def step(self, by_ns: int) -> None:
         """Move the wall clock by this much. Raises ClockError if that is not possible."""
@@ -223,7 +223,7 @@ def adjtimex_setoffset(by_ns: int) -> None:
     """Move CLOCK_REALTIME of this machine.
 
     Raises:
-        OSError: the kernel said no; PermissionError without CAP_SYS_TIME.
+        OSError: the kernel refused; PermissionError without CAP_SYS_TIME.
     """
     libc = ctypes.CDLL(None, use_errno=True)
     request = setoffset_request(by_ns)

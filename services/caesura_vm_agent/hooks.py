@@ -26,7 +26,7 @@ async def run_hook(
     environ: Mapping[str, str],
     timeout_s: float,
 ) -> HookFinished:
-    """Run ``argv`` and say how it ended. On timeout, and on cancellation, its whole process group is killed.
+    """Run ``argv`` and return how it ended. On timeout, and on cancellation, its whole process group is killed.
 
     Args:
         environ: added to the agent's own environment.
@@ -81,10 +81,10 @@ async def run_hook(
 
 
 class _Watch(asyncio.SubprocessProtocol):
-    """Keeps the end of the output, and tells the end of the process from the end of its output.
+    """Keeps the end of the output, and detects the end of the process independently of the end of its output.
 
     ``Process.wait`` of asyncio does not: it returns only when the pipe is closed too, and a daemon that the
-    hook left behind may hold the pipe for ever.
+    hook left behind may hold the pipe indefinitely.
     """
 
     def __init__(self) -> None:

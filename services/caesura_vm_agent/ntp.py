@@ -1,9 +1,9 @@
-"""Clock-sync arithmetic: what four timestamps say, which exchange counts, when to step. Pure.
+"""Clock-sync arithmetic: what four timestamps show, which exchange counts, when to step. Pure.
 
 Source: RFC 5905 section 8. The guest is A (t1 sent, t4 received, guest clock), the host is B (t2 received,
 t3 answered, host clock); offset = ((t2 - t1) + (t3 - t4)) / 2 is host minus guest, delay = (t4 - t1) - (t3 - t2).
 If the true offset is T, then |offset - T| <= delay / 2 whatever the two legs are, so the exchange with the
-least delay tells most. All values are integer nanoseconds.
+least delay is the most precise. All values are integer nanoseconds.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from msgspec import Meta
 from caesura.runtime.errors import CaesuraError
 
 NS_PER_S = 1_000_000_000
-MAX_STEPS = 2  # a second step mends what the first one left; a third would only chase noise
-MAX_ROUNDS = 6  # of measuring: in a starved guest exchanges take long and say little, so it is asked again
+MAX_STEPS = 2  # a second step corrects what the first one left; a third would only chase noise
+MAX_ROUNDS = 6  # of measuring: in a starved guest exchanges take long and are imprecise, so they are repeated
 
 
 class ImplausibleExchange(CaesuraError):
-    """Four timestamps that cannot belong together; the exchange is thrown away."""
+    """Four timestamps that cannot belong together; the exchange is discarded."""
 
 
 class Sample(msgspec.Struct, frozen=True):
-    """What one exchange says. ``error_ns``: guest clock minus host clock. ``host_ns``: when the host was asked, by its clock."""
+    """The result of one exchange. ``error_ns``: guest clock minus host clock. ``host_ns``: the host's clock when it was asked."""
 
     error_ns: int
     delay_ns: int
@@ -45,11 +45,11 @@ class SyncPolicy(msgspec.Struct, frozen=True, kw_only=True):
     answer_timeout_s: float = 0.5
     """How long to wait for one answer; QoS 0 answers may be lost, that is normal."""
     max_delay_s: float = 2.0
-    """An exchange that took longer says too little to step a clock by."""
+    """An exchange that took longer is too imprecise to step a clock by."""
     bound_s: float = 0.1
     """The clock counts as synced when error plus uncertainty are within this."""
     step_threshold_s: float = 0.001
-    """Errors up to this are left alone after a resume and at start: stepping costs more than it mends."""
+    """Errors up to this are left alone after a resume and at start: a step would do more harm than good."""
     periodic_threshold_s: float = 0.05
     """The same for periodic syncs, where an NTP daemon may be at work too."""
     step_most_s: float = 60.0
@@ -57,7 +57,7 @@ class SyncPolicy(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Done(msgspec.Struct, frozen=True):
-    """The end of a sync: the verdict, and why not if not."""
+    """The end of a sync: the verdict, and the reason if it failed."""
 
     synced: bool
     reason: str = ""
@@ -66,7 +66,7 @@ class Done(msgspec.Struct, frozen=True):
 
 
 class MeasureAgain(msgspec.Struct, frozen=True):
-    """Nothing can be said yet: the exchanges took too long to tell whether the clock is right."""
+    """Undecided: the exchanges took too long to show whether the clock is right."""
 
 
 class Step(msgspec.Struct, frozen=True):
@@ -95,16 +95,16 @@ def measure(t1_ns: int, t2_ns: int, t3_ns: int, t4_ns: int, *, max_delay_ns: int
 
 
 def best(samples: Sequence[Sample]) -> Sample | None:
-    """The sample with the least delay, None of none."""
+    """The sample with the least delay; None if there is none."""
     return min(samples, key=lambda sample: sample.delay_ns, default=None)
 
 
 def error_found(
     first: Sample | None, stepped: Sequence[Sample], *, paused_at_s: float | None
 ) -> float | None:
-    """How far off the clock was after a pause, in seconds, None when nobody can tell.
+    """How far off the clock was after a pause, in seconds; None when it is unknown.
 
-    A check that falls due in a pause runs the moment the guest runs again, before it is told of the pause: by the
+    A check that falls due in a pause runs the moment the guest runs again, before the pause is announced to it: at the
     sync for that pause the clock is right, and what was wrong is what the check stepped away.
 
     Args:
@@ -127,7 +127,7 @@ def next_step(
     most_s: float,
     limited: str = "outside a resume",
 ) -> Step | MeasureAgain | Done:
-    """What to do after these rounds of measuring (each round's best sample, None where nobody answered).
+    """What to do after these rounds of measuring (each round's best sample, None where no answer arrived).
 
     The first round steps above ``threshold_s`` (and above its own uncertainty: a step smaller than that is a
     guess). Later rounds step again only if the bound is still missed. A round that is too uncertain to show
@@ -135,7 +135,7 @@ def next_step(
 
     Args:
         steps: made so far.
-        most_s: the largest step that is allowed; infinite after a pause, of which nobody here knows the length.
+        most_s: the largest step that is allowed; infinite after a pause, whose length is not known here.
         limited: why there is a largest one, in words.
     """
     last = rounds[-1]

@@ -1,7 +1,7 @@
-"""What an agent says on the bus: each message with an id that repetitions share, patient with a lost broker.
+"""What an agent publishes on the bus: each message with an id that repetitions share, patient with a lost broker.
 
 Nothing waits for a message to be published: a hook or a clock-sync continues whatever the broker does. A result that the bus
-did not take within a minute is given up, and that is logged.
+did not accept within a minute is given up, and that is logged.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ class AgentPublisher:
     """One agent's messages.
 
     Args:
-        boot_id: lives in this process's memory only; ids of repeated messages hang on it.
+        boot_id: lives in this process's memory only; ids of repeated messages depend on it.
         clock: what kind of guest clock the presence shows.
-        canary: what the presence says of it.
+        canary: what the presence reports of it.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class AgentPublisher:
         self._put(answer, self._stable_id("ready", answer.event_id))
 
     def synced(self, result: AgentClockSynced) -> None:
-        """Tell how a clock-sync went; the one after a resume may be asked for again, and comes a second time with the canary."""
+        """Publish how a clock-sync went; the one after a resume may be requested again, and is sent a second time with the canary."""
         if result.trigger != "resume":
             self._put(result, new_id())
             return
@@ -76,7 +76,7 @@ class AgentPublisher:
         self._put(result, self._stable_id(what, result.operation))
 
     def hook_finished(self, finished: HookFinished) -> None:
-        """Tell how a hook ended."""
+        """Publish how a hook ended."""
         self._put(finished, new_id())
 
     def _presence(self, *, online: bool) -> AgentPresence:

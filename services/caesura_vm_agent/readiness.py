@@ -1,8 +1,8 @@
 """Which scheduled events need preparing, what was answered, what must be recovered from. Pure.
 
-An event that names this VM is prepared once (per life of the agent), however often its document arrives;
-the answer is said again while the event is open. A prepared event that vanishes without a pause (cancelled,
-failed) is recovered from too: a workload that was drained must not stay so.
+An event that names this VM is prepared once (per run of the agent), however often its document arrives;
+the answer is repeated while the event is open. A prepared event that vanishes without a pause (cancelled,
+failed) is recovered from too: a workload that was drained must not stay drained.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import msgspec
 
 from caesura.contract.messages import HookFinished, ScheduledEvent, SetDocument, VmReady
 
-_KEEP = 256  # finished events and operations remembered, to know a late duplicate when it comes
+_KEEP = 256  # finished events and operations remembered, to recognize a late duplicate
 
 
 class Prepare(msgspec.Struct, frozen=True):
-    """Run the prepare hook for this event, then say whether the guest is ready."""
+    """Run the prepare hook for this event, then report whether the guest is ready."""
 
     event: ScheduledEvent
 
@@ -32,7 +32,7 @@ class Recover(msgspec.Struct, frozen=True):
 
 
 class Announce(msgspec.Struct, frozen=True):
-    """Say (again) what was answered."""
+    """Publish what was answered, for the first time or again."""
 
     ready: VmReady
 
@@ -73,7 +73,7 @@ def on_document(state: Readiness, document: SetDocument) -> tuple[Readiness, lis
     gone = [event_id for event_id in state.open if event_id not in open_now]
     recovered = state.recovered
     for event_id in gone:
-        # While its hook still runs the recovery waits: on_prepared gives it.
+        # While its hook still runs the recovery waits: on_prepared returns it.
         if answers.get(event_id) is not None and event_id not in recovered:
             effects.append(Recover(event_id))
             recovered = (*recovered, event_id)[-_KEEP:]
@@ -114,7 +114,7 @@ def on_resumed(
 
 
 def announcements(state: Readiness, *, scheduled_only: bool) -> list[Announce]:
-    """The answers to say again: of scheduled events on every beat, of started ones after a reconnect too."""
+    """The answers to repeat: of scheduled events on every beat, of started ones after a reconnect too."""
     return [
         Announce(answer)
         for event_id, status in state.open.items()

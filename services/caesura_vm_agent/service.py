@@ -1,4 +1,4 @@
-"""The VM agent's shell: feeds documents and resumes to ``readiness``, runs hooks and clock-syncs, says what came of it.
+"""The VM agent's shell: feeds documents and resumes to ``readiness``, runs hooks and clock-syncs, publishes the results.
 
 Handlers only decide and queue, so an answer of a clock-sync never waits behind a hook. Hooks run one after
 the other, in a task of their own; clock-syncs in another.
@@ -40,8 +40,8 @@ from caesura_vm_agent.settings import VmAgentSettings
 _log = structlog.get_logger("caesura.agent")
 
 _RETRY_SYNC_S = 2.0  # s: after a sync that nobody answered, for example because the host updater restarts
-_FIRST_CONNECT_S = 60.0  # s: a first sync without a broker would only say that nobody answers
-_FLUSH_S = 1.0  # s: for the last results when told to stop
+_FIRST_CONNECT_S = 60.0  # s: a first sync without a broker would only report that nobody answers
+_FLUSH_S = 1.0  # s: for the last results at shutdown
 _RESULTS_KEPT = 64  # sync results kept to answer a repeated `resumed`
 
 
@@ -144,7 +144,7 @@ class VmAgent:
                 wait_s = min(wait_s, _RETRY_SYNC_S)
 
     async def run_announcements(self) -> None:
-        """Say answers again: on request at once, and every few seconds while an event is scheduled."""
+        """Repeat answers: on request at once, and every few seconds while an event is scheduled."""
         while True:
             fresh = True
             try:
@@ -163,7 +163,7 @@ class VmAgent:
         await self.canary.run()
 
     async def drain(self) -> None:
-        """Say offline and leave the bus."""
+        """Announce offline and leave the bus."""
         if self._bus.stats.connected and not await self._voice.publisher.drained(_FLUSH_S):
             _log.warning("outbox.left", messages=len(self._voice.publisher))
         await self._voice.presence.goodbye(timeout_s=1.0)
@@ -188,7 +188,7 @@ class VmAgent:
         self.binding.record(None)
 
     def _foreign(self, message: ClockSyncAnswered | VmResumed) -> bool:
-        """Whether it comes from a host that this VM does not belong to: then it means nothing here."""
+        """Whether it comes from a host that this VM does not belong to: then it is ignored."""
         if self.binding.accepts(message.host):
             return False
         left_out = self._sampled.due(message.TYPE)
@@ -230,7 +230,7 @@ class VmAgent:
         if fresh:
             _log.info("agent.resumed", operation=resumed.operation, pause_s=resumed.pause_s)
             recover = next((each for each in effects if isinstance(each, readiness.Recover)), None)
-            # Without a recovery to do, the clock is still to be put right.
+            # Without a recovery to do, the clock is still to be corrected.
             recover = recover or readiness.Recover("", resumed.operation, resumed.pause_s)
             self._resumes.put_nowait((recover, resumed))
 
@@ -320,7 +320,7 @@ class VmAgent:
     async def _sync_clock(
         self, trigger: Trigger, operation: str = "", *, paused_at_s: float | None = None
     ) -> AgentClockSynced:
-        # Without a record whoever speaks is listened to, so anybody could announce a resume to have any step made.
+        # Without a record any sender is accepted, so anybody could announce a resume to have any step made.
         known = bool(self.binding.host)
         result = await self._sync.run(trigger, operation, paused_at_s=paused_at_s, host_known=known)
         self.last_sync = result

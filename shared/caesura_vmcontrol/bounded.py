@@ -10,7 +10,7 @@ from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
 
 _PATIENCE_S = 0.25  # s: for all calls of one sweep together; each takes microseconds
-_LEAST_S = 0.02  # s: what each gets in any case
+_LEAST_S = 0.02  # s: the least that each gets
 
 T = TypeVar("T")
 
@@ -29,7 +29,7 @@ class _Call:
         self._discard = discard
 
     def run(self) -> None:
-        """In the thread: whoever waits gets the result; if nobody does any more, it is discarded."""
+        """In the thread: the caller that waits gets the result; if no caller waits any more, the result is discarded."""
         try:
             is_error, result = False, self._work()
         except BaseException as error:  # noqa: BLE001 - it is raised where the call was made
@@ -45,7 +45,7 @@ class _Call:
             _given_up.discard(self)
 
     def give_up(self) -> bool:
-        """Whether nobody waits from now on; false: its answer has come."""
+        """Whether no caller waits from now on; false: the answer has arrived."""
         with _lock:
             if self.answer.empty():
                 _given_up.add(self)
@@ -65,13 +65,13 @@ def within(
     key: object = None,
     discard: Callable[[T], None] | None = None,
 ) -> T:
-    """What ``work`` returns, if it does so within ``patience_s`` seconds; else its thread is left to it.
+    """What ``work`` returns, if it returns within ``patience_s`` seconds; otherwise its thread is abandoned to it.
 
-    It is not called again while an earlier call with the same ``key`` that was given up has not returned: one that is
-    tried again and again would leave a thread each time. ``key``: what it waits for, such as a path; by default the same
-    function with the same captured values is the same call.
+    It is not called again while an earlier call with the same ``key`` that was given up has not returned: repeated
+    tries would leave one thread each. ``key``: what the call waits for, such as a path; by default the same function
+    with the same captured values is the same call.
 
-    ``discard``: what is done with a result that comes too late, such as closing it, in that thread.
+    ``discard``: what is done with a result that arrives too late, such as closing it, in that thread.
 
     Raises:
         NoAnswer: it did not.
@@ -83,7 +83,7 @@ def within(
             raise NoAnswer("the kernel still has not answered")
     try:
         threading.Thread(target=call.run, name="bounded call", daemon=True).start()
-    except RuntimeError:  # the host has no room for a thread: better to wait than not to act
+    except RuntimeError:  # the host cannot start a thread: waiting is better than not acting
         return work()
     try:
         is_error, result = call.answer.get(timeout=patience_s)
@@ -103,7 +103,7 @@ def _identity(work: Callable[[], Any]) -> object:
 
 
 class BoundedCalls:
-    """Runs calls one after the other in a thread, and leaves that thread to a call that hangs."""
+    """Runs calls one after the other in a thread, and abandons that thread to a call that hangs."""
 
     def __init__(self) -> None:
         self._work: SimpleQueue[tuple[Callable[[], Any], SimpleQueue[Any]]] | None = None
@@ -119,7 +119,7 @@ class BoundedCalls:
         return frozenset(self._stuck)
 
     def begin_sweep(self) -> None:
-        """The calls from now on share one patience."""
+        """The calls from now on share one budget of patience."""
         self._until = time.monotonic() + _PATIENCE_S
 
     def call(self, key: str, work: Callable[[], T], patience_s: float = _LEAST_S) -> T:
@@ -128,7 +128,7 @@ class BoundedCalls:
         ``patience_s``: the least time that it gets, in seconds, if the sweep's patience is used up.
 
         Raises:
-            NoAnswer: it hangs, or the last call with this ``key`` still does.
+            NoAnswer: it hangs, or the last call with this ``key`` still hangs.
             OSError: whatever else ``work`` raises.
         """
         if key in self.under_way:
@@ -136,13 +136,13 @@ class BoundedCalls:
         answer: SimpleQueue[Any] = SimpleQueue()
         try:
             self._thread().put((work, answer))
-        except RuntimeError:  # the host has no room for a thread: better to wait than not to act
+        except RuntimeError:  # the host cannot start a thread: waiting is better than not acting
             return work()
         try:
             is_error, value = answer.get(timeout=max(self._until - time.monotonic(), patience_s))
         except Empty:
             self._stuck[key] = answer
-            self._work = None  # that thread is lost to the others; it ends when its call returns
+            self._work = None  # other calls cannot use that thread; it ends when its call returns
             raise NoAnswer("the kernel does not answer") from None
         if is_error:
             raise value

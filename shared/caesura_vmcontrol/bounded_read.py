@@ -1,7 +1,7 @@
 """Reading many small files that may hang, each for a bounded time: ``/proc/PID/environ`` of processes that are stuck.
 
 The kernel takes the process's ``mmap_lock`` for ``environ`` and ``cmdline`` (proc(5); ``access_remote_vm``), and a
-process that waits for a dead disk or a network file system may hold it for good.
+process that waits for a dead disk or a network file system may hold it indefinitely.
 """
 
 # light imports on purpose: no pathlib here.
@@ -17,14 +17,14 @@ _PATIENCE_S = 0.5  # s: a read takes microseconds
 
 
 _hanging: set[str] = set()
-"""The paths whose read was given up and has not returned: each keeps one thread and one descriptor, and no more."""
+"""The paths whose read was given up and has not returned: each keeps exactly one thread and one descriptor."""
 _lock = threading.Lock()
 
 
 def read_each(paths: Iterable[str], patience_s: float = _PATIENCE_S) -> Iterator[tuple[str, bytes | None]]:
-    """Each path with its bytes; None: it does not answer within ``patience_s`` seconds. What cannot be read is left out.
+    """Yields each path with its bytes; None: no answer within ``patience_s`` seconds. Unreadable paths are left out.
 
-    A path whose last read still hangs is not read again, and is None at once.
+    A path whose last read still hangs is not read again; it is None at once.
     """
     reader: _Reader | None = None
     for path in paths:
@@ -73,7 +73,7 @@ class _Reader:
                 self.found.put(data)
 
     def give_up(self, path: str) -> bool:
-        """Whether nobody waits for it from now on; false: its answer has come."""
+        """Whether no caller waits for it from now on; false: its answer has arrived."""
         with _lock:
             if not self.found.empty():
                 return False

@@ -1,37 +1,37 @@
-"""Who may run the guest: one folder for one operation on one VM, decided by whoever makes the next symlink.
+"""Who may run the guest: one folder for one operation on one VM, decided by the process that makes the next symlink.
 
 The folder holds symlinks ``1``, ``2``, ``3``...; ``symlink(2)`` is atomic and exclusive and its target is the text,
-so two processes that want to decide see one and the same decision, at any moment, though either is killed anywhere.
-The highest number stands. Nothing is fsynced: a host that crashes loses the VMs anyway.
+so two processes that want to decide see the same decision at any moment, wherever either of them is killed.
+The highest number is valid. Nothing is fsynced: a host that crashes loses the VMs anyway.
 
 The texts, and what each promises:
 
 ``old``
-    The old process keeps the guest. Final: every new one is killed before the old one is told to go on.
+    The old process keeps the guest. Final: every new process is killed before the old one gets ``cont``.
 ``new:PID:TICKS``
-    This process may be told ``cont`` from now on: it was seen to have loaded the state and to stand still.
+    This process may get ``cont`` from now on: it was seen to have loaded the state and to be paused.
 ``file:SIZE:SHA256``
     The device state is in the state file; no process has it. The old process never runs the guest again.
 ``gone``
-    Nobody can run the guest any more, and nobody will try. Final.
+    No process can run the guest any more, and none will try. Final.
 
-After ``new`` somebody who *knows* that this process never ran the guest (see ``guest.prove_never_ran``) may go on with the
-next number: ``old`` (swap) or ``file`` (replace). After ``file`` anybody may claim ``file`` again: what was started
-before and is not claimed has lost then, and can be killed safely.
+After ``new``, a process that *knows* that the claimed one never ran the guest (see ``guest.prove_never_ran``) may make
+the next claim: ``old`` (swap) or ``file`` (replace). After ``file`` any process may claim ``file`` again: a process that
+was started before and is not claimed has then lost, and can be killed safely.
 
-Beside the claims there are notes of how far the operation came, which QEMU's states do not tell:
+Beside the claims there are notes of how far the operation came, which QEMU's states do not show:
 
 ``begun``
     The guest's process is about to be stopped and asked to migrate. Without it, a guest that is paused or was migrated
-    away was so by somebody else.
+    away was paused or migrated by somebody else.
 ``accepted``, ``refused``
-    What QEMU said to our migration. With neither, a migration may be ours or somebody else's: it is ours if something
+    QEMU's answer to our migration. With neither, a migration may be ours or somebody else's: it is ours if something
     of it arrived, see ``swapping.is_ours`` and ``replacing.is_ours``.
 ``ran``
-    The claimed new process ran the guest. If it is paused after that, somebody else paused it.
+    The claimed new process ran the guest. If the guest is paused after that, somebody else paused it.
 
-The folder is made before the guard is armed and removed after it was disarmed. Where there is no folder, nothing is
-decided any more.
+The folder is made before the guard is armed and removed after it was disarmed. Without a folder there is nothing left
+to decide.
 """
 
 # light imports on purpose: no pathlib here.
@@ -50,12 +50,12 @@ _NEW = re.compile(r"new:([1-9][0-9]{0,9}):([0-9]{1,19})")
 _FILE = re.compile(r"file:([1-9][0-9]{0,18}):([0-9a-f]{64})")
 _TEXT_BYTES = 1000  # a symlink's target may have 4095; a reason is one or two lines
 _SHORT_BYTES = 59  # the longest target that ext4 keeps in the inode, without a block of its own
-_KEPT = 50  # notes of failed tries: enough for a report, and no folder that grows without end
+_KEPT = 50  # notes of failed tries: enough for a report, and the folder does not grow without bound
 _IN_TURN = 2  # command lines that are tried in turn
 _DIGITS = re.compile(r"[0-9]+")  # pids and addresses differ from try to try
 _FIRST_WAIT_S = 0.25
 STUCK_AFTER = 6
-"""So many tries with the same outcome are not bad luck: from then on they come ever later."""
+"""This many tries with the same outcome are not bad luck: from then on the wait between tries grows."""
 LONGEST_WAIT_S = 5.0
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -64,7 +64,7 @@ Note = Literal["begun", "accepted", "refused", "ran"]
 
 
 class BadClaim(ValueError):
-    """A claim that nobody of ours has written."""
+    """A claim that Caesura did not write."""
 
 
 class Owner(NamedTuple):
@@ -94,14 +94,14 @@ def parse_owner(text: str) -> Owner:
         return Owner("new", pid=int(match[1]), start_ticks=int(match[2]))
     if match := _FILE.fullmatch(text):
         return Owner("file", size_bytes=int(match[1]), sha256=match[2])
-    raise BadClaim(f"{text[:100]!r} is no claim")
+    raise BadClaim(f"{text[:100]!r} is not a claim")
 
 
 def current(folder: str) -> tuple[int, Owner | None]:
-    """The claim that stands, with its number; ``(0, None)`` where there is none.
+    """The valid claim, with its number; ``(0, None)`` where there is none.
 
     Raises:
-        BadClaim: what stands there was not written by us.
+        BadClaim: the claim was not written by us.
         OSError: the folder cannot be read.
     """
     try:
@@ -112,27 +112,27 @@ def current(folder: str) -> tuple[int, Owner | None]:
 
 
 def untouched(folder: str) -> bool:
-    """Whether nothing was begun and nothing decided: whatever the guest is found in, it was not brought there by us."""
+    """Whether nothing was begun and nothing decided: whatever state the guest is in, we did not bring it there."""
     return os.path.isdir(folder) and not noted(folder, "begun") and not first_kind(folder)
 
 
 def first_kind(folder: str) -> str:
-    """Of which kind the first claim was; empty where there is none."""
+    """The kind of the first claim; empty where there is none."""
     with suppress(FileNotFoundError):
         return parse_owner(os.readlink(f"{folder}/1")).kind
     return ""
 
 
 def claim(folder: str, number: int, text: str) -> str:
-    """Try to make claim ``number``; the text that stands at this number now, ours or somebody else's.
+    """Try to make claim ``number``; returns the text that this number now has, ours or another process's.
 
     ``number`` is one more than the number that was read with ``current``.
 
     Raises:
-        BadClaim: ``text`` is none.
-        OSError: the disk is full, and the same was never claimed before; ``old``, ``gone`` and ``new`` are short
-            enough to need no block of it.
-        FileNotFoundError: there is no folder: the operation is over.
+        BadClaim: ``text`` is not a claim.
+        OSError: the disk is full, and the same text was never claimed before; ``old``, ``gone`` and ``new`` are short
+            enough to need no block.
+        FileNotFoundError: the folder does not exist: the operation is over.
     """
     parse_owner(text)
     with suppress(FileExistsError):
@@ -146,7 +146,7 @@ def claim(folder: str, number: int, text: str) -> str:
 
 
 def _claim_again(folder: str, number: int, text: str, full: OSError) -> None:
-    """On a full disk: the same text was claimed before, and another name of it needs no room."""
+    """On a full disk: the same text was claimed before, and another name for it needs no space."""
     for name in os.listdir(folder):
         if name.isdigit() and os.readlink(f"{folder}/{name}") == text:
             os.link(f"{folder}/{name}", f"{folder}/{number}", follow_symlinks=False)
@@ -155,7 +155,7 @@ def _claim_again(folder: str, number: int, text: str, full: OSError) -> None:
 
 
 def note(folder: str, what: Note) -> None:
-    """Write down how far the operation came.
+    """Record how far the operation came.
 
     Raises:
         OSError: it cannot be written. Without ``begun`` nothing may be begun.
@@ -165,14 +165,14 @@ def note(folder: str, what: Note) -> None:
 
 
 def noted(folder: str, what: Note) -> bool:
-    """Whether that was written down."""
+    """Whether that was recorded."""
     return os.path.lexists(f"{folder}/{what}")
 
 
 def note_failure(folder: str, why: str) -> None:
-    """Write down why a new process could not take the guest, for the next try and for the report.
+    """Record why a new process could not take the guest, for the next try and for the report.
 
-    Never fails: on a full disk the note is short, or there is none. Only the last ``_KEPT`` are kept.
+    Never fails: on a full disk the note is short, or missing. Only the last ``_KEPT`` are kept.
     """
     text = " ".join(why.replace("\0", " ").split()) or "no reason"
     numbers = _failure_numbers(folder)
@@ -193,7 +193,7 @@ def note_failure(folder: str, why: str) -> None:
 
 
 def failures(folder: str) -> list[str]:
-    """What was noted last, oldest first."""
+    """The last notes, oldest first."""
     try:
         return [os.readlink(f"{folder}/failure-{number}") for number in _failure_numbers(folder)]
     except FileNotFoundError:
@@ -201,13 +201,13 @@ def failures(folder: str) -> list[str]:
 
 
 def tries(folder: str) -> int:
-    """How many tries have failed, those whose notes were dropped included."""
+    """How many tries have failed, including those whose notes were dropped."""
     numbers = _failure_numbers(folder)
     return numbers[-1] if numbers else 0
 
 
 def retry_in_s(folder: str) -> float:
-    """Seconds until another try is due: the first ones at once, then ever later. Whoever tries keeps to it."""
+    """Seconds until another try is due: none for the first tries, then more and more. Every process that tries keeps to it."""
     number = tries(folder)
     if number < STUCK_AFTER:
         return 0.0
@@ -216,7 +216,7 @@ def retry_in_s(folder: str) -> float:
         since_s = time.time() - os.lstat(f"{folder}/failure-{number}").st_mtime
     except FileNotFoundError:
         return 0.0
-    # A wall clock that was set must not put a try off.
+    # Setting the wall clock must not postpone a try.
     return wait_s - since_s if 0 <= since_s < wait_s else 0.0
 
 

@@ -1,4 +1,4 @@
-"""One QEMU process and the guest in it: what it says of itself, how it is made to run, whether it ever ran.
+"""One QEMU process and the guest in it: its states, how it is made to run, whether it ever ran.
 
 Source of the states: QEMU's ``qapi/run-state.json`` (RunState) and ``qapi/migration.json`` (MigrationStatus).
 """
@@ -21,7 +21,7 @@ from caesura_vmcontrol.procfs import alive
 from caesura_vmcontrol.qemu_plans import SPARE
 from caesura_vmcontrol.qmp import PeerMismatch, Qmp, QmpError, QmpNoAnswer, QmpRefused
 
-RUNNING = frozenset({"running", "suspended"})  # suspended: the guest's own sleep, nothing of ours
+RUNNING = frozenset({"running", "suspended"})  # suspended: the guest's own sleep, not our pause
 OVER = frozenset({"shutdown", "guest-panicked", "internal-error"})  # nothing but a reset makes it run again
 LOADING = frozenset({"inmigrate", "prelaunch"})
 AWAY = {
@@ -33,25 +33,25 @@ AWAY = {
 }
 """States in which this process does not have the guest, or not alone: a ``cont`` could make it run twice."""
 NOT_OURS = AWAY | {
-    "io-error": "QEMU paused it for an I/O error: see to its storage, then resume it with `cont`",
+    "io-error": "QEMU paused it for an I/O error: check its storage, then resume it with `cont`",
     "watchdog": "its watchdog paused it: resume it with `cont`",
     "debug": "a debugger paused it",
 }
-"""States that no ``stop`` of ours leads to, each with what it means; whoever brought the guest there resumes it."""
+"""States that our ``stop`` never leads to, each with its meaning; whatever brought the guest there must resume it."""
 CONT_S = 1.0  # s: what ``cont`` may take: activating the disks may wait for a busy one
 UNDER_WAY = frozenset(
     {"setup", "cancelling", "active", "pre-switchover", "device", "wait-unplug", "postcopy-active"}
 )
 _LEAVES_MEMORY = "x-ignore-shared"
-_STEP_S = 0.002  # s: between two questions
-_LOOK_S = 0.5  # s: an answer takes a millisecond; a QEMU that hangs must not hold us
+_STEP_S = 0.002  # s: between two queries
+_LOOK_S = 0.5  # s: an answer takes a millisecond; a QEMU that hangs must not delay us
 _BUSY_S = 0.2  # s: a greeting takes a millisecond; then the spare socket, and so on in turn
 _CANCEL_S = 0.3  # s: a migration that was cancelled ends within some milliseconds
-_LAST_WORDS_S = 0.5  # s: what a dead process wrote is there at once
+_LAST_WORDS_S = 0.5  # s: the output of a dead process is available at once
 
 
 class ProcessGone(QmpError):
-    """The process that should be asked is dead."""
+    """The process that should be queried is dead."""
 
 
 class NotRunning(OSError):
@@ -59,7 +59,7 @@ class NotRunning(OSError):
 
 
 def reach(pid: int, start_ticks: int, paths: Sequence[str], until: float) -> Qmp:
-    """A connection to exactly this process through whichever of ``paths`` is its own now.
+    """A connection to exactly this process, through whichever of ``paths`` is its own now.
 
     Paths change while we look: after a hand-over the new process's sockets are renamed onto the old one's. Where a
     socket has a spare one beside it (``SPARE``), that is used when the first one is busy: another client may have
@@ -99,12 +99,12 @@ def _sockets(paths: Sequence[str]) -> Iterator[tuple[str, float]]:
 
 
 def run_state(qmp: Qmp, until: float) -> str:
-    """QEMU's word for what its guest does."""
+    """QEMU's name for the state of its guest."""
     return str(qmp.execute("query-status", until=until)["status"])
 
 
 def migration(qmp: Qmp, until: float) -> str:
-    """QEMU's word for where its last migration is; ``none`` when there was none."""
+    """QEMU's name for the state of its last migration; ``none`` when there was none."""
     return str(qmp.execute("query-migrate", until=until).get("status", "none"))
 
 
@@ -119,9 +119,9 @@ def look(
 ) -> Literal["running", "held", "frozen", "gone"]:
     """The condition of the process that has the guest: as ``plans.condition``.
 
-    ``ours``: tells whether a migration of ours may have brought it to where it is; if not, a guest that was migrated away
-    or paused by somebody else is ``gone`` from our hands. ``claimed``: it is a new process that may be loading our state.
-    ``theirs``: if it is paused, it was paused by somebody else, too.
+    ``ours``: tells whether our migration may have brought it to where it is; if not, a guest that was migrated away
+    or paused by somebody else is ``gone`` for us. ``claimed``: it is a new process that may be loading our state.
+    ``theirs``: if it is paused, somebody else paused it, too.
     """
     if not alive(pid, start_ticks):
         return "gone"
@@ -143,15 +143,15 @@ def look(
 
 
 def make_run(qmp: Qmp, until: float, *, ours: bool, stopped: bool) -> None:
-    """Have a guest run that this process has and nobody else may have.
+    """Make a guest run that this process has and no other process may have.
 
     Args:
-        ours: whether a migration of this guest is ours: to cancel while it is under way, to go back from when it is
-            done. If not, a guest that was migrated away or paused by somebody else is left as it is.
+        ours: whether a migration of this guest is ours: it is cancelled while it is under way, and undone when it
+            is complete. If not, a guest that was migrated away or paused by somebody else is left as it is.
         stopped: whether we may have paused it; if not, a pause is somebody else's, and is left, too.
 
     Raises:
-        NotRunning: it does not by ``until``; QEMU's reason is in the text.
+        NotRunning: it does not run by ``until``; QEMU's reason is in the text.
         QmpError: QEMU does not answer.
     """
     give_up_waiting = time.monotonic() + _CANCEL_S
@@ -162,12 +162,12 @@ def make_run(qmp: Qmp, until: float, *, ours: bool, stopped: bool) -> None:
             if not cancelled:
                 cancelled = True
                 qmp.execute("migrate_cancel", until=until)
-            wait = True  # also of a guest that runs: it would be paused again when that comes to its end
+            wait = True  # also for a guest that runs: it would be paused again when the migration completes
         state = run_state(qmp, until)
         if state in OVER or (state in RUNNING and not wait) or (state == "paused" and not stopped):
             return
         if state in NOT_OURS and not ours:
-            # One of ours that failed, for nobody is there to receive it, comes back from there by itself.
+            # Our migration, if it failed because no process receives it, returns from this state by itself.
             wait = stopped and state == "finish-migrate" and time.monotonic() < give_up_waiting
             if not wait:
                 return
@@ -191,7 +191,7 @@ def has_run(claims_folder: str, state: str) -> bool:
         return True
     if state in LOADING:
         raise NotRunning(f"it has the guest by the claims and is {state}")
-    # What only a guest that ran comes to, it was told already: another `cont` could make it run twice.
+    # This state follows only from running, so it got `cont` already: another `cont` could make the guest run twice.
     found = state in RUNNING or state in OVER or state in NOT_OURS
     if found:
         note_ran(claims_folder)
@@ -199,9 +199,9 @@ def has_run(claims_folder: str, state: str) -> bool:
 
 
 def keep_memory_along(qmp: Qmp, until: float) -> None:
-    """Switch ``x-ignore-shared`` off, which our migrations need: somebody else's next one would leave the memory behind.
+    """Switch off ``x-ignore-shared``, which our migrations need: somebody else's next one would leave the memory behind.
 
-    Never fails: a migration that is under way forbids it. Whoever began the operation restores the rest.
+    Never fails: a migration that is under way forbids it. The process that began the operation restores the rest.
     """
     with suppress(QmpError):
         listed = qmp.execute("query-migrate-capabilities", until=until)
@@ -211,15 +211,15 @@ def keep_memory_along(qmp: Qmp, until: float) -> None:
 
 
 def note_ran(claims_folder: str) -> None:
-    """The claimed process runs the guest: whatever it is found in from now on, it is not resumed again, nor sent back."""
+    """The claimed process runs the guest: whatever state it is in from now on, it is not resumed again, nor sent back."""
     with suppress(
         OSError
-    ):  # a full disk: the guest runs, and who pauses it in the next seconds may find it resumed
+    ):  # a full disk: the guest runs; if somebody pauses it in the next seconds, we may resume it
         claims.note(claims_folder, "ran")
 
 
 def cont(qmp: Qmp, until: float) -> QmpError | None:
-    """Let a loaded guest go; why not, if it did not. No answer is a no too, unless QEMU said RESUME."""
+    """Resume a loaded guest; the reason, if it did not resume. No answer counts as a no, unless QEMU sent RESUME."""
     try:
         qmp.execute("cont", until=until)
     except QmpError as error:
@@ -230,11 +230,11 @@ def cont(qmp: Qmp, until: float) -> QmpError | None:
 
 
 def prove_never_ran(qmp: Qmp, pid: int, start_ticks: int, until: float) -> bool:
-    """Kill a process that stood still when ``qmp`` was negotiated, and tell whether it ran since: the proof.
+    """Kill a process that was paused when ``qmp`` was negotiated, and tell whether it ran since: the proof.
 
-    QEMU writes RESUME to every negotiated connection before it lets the first virtual CPU go (``vm_prepare_start``),
-    whoever sent ``cont``, and what it wrote can be read after its death. So a connection that is read to its end
-    without a RESUME shows that no instruction of the guest was carried out.
+    QEMU writes RESUME to every negotiated connection before the first virtual CPU runs (``vm_prepare_start``),
+    whichever client sent ``cont``, and what it wrote can be read after its death. So a connection that is read to its end
+    without a RESUME shows that no instruction of the guest was executed.
 
     Raises:
         KillTimeout: it is not dead by ``until``.

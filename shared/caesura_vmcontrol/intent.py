@@ -1,4 +1,4 @@
-"""What the guard remembers on disk: one file, written whole and fsynced, gone when the operation was acknowledged."""
+"""What the guard remembers on disk: one file, written whole and fsynced, removed when the operation was acknowledged."""
 
 # light imports on purpose: no pathlib here.
 # ruff: noqa: PTH105, PTH108, PTH123
@@ -17,7 +17,7 @@ FORMAT = 1
 
 
 class UnreadableIntent(ValueError):
-    """The intent file is not one of ours; it is kept aside so that nothing is lost."""
+    """The intent file is not ours; it is kept aside so that nothing is lost."""
 
 
 @dataclass
@@ -25,20 +25,20 @@ class Intervention:
     """What the guard did to one VM. Instants are seconds on CLOCK_MONOTONIC."""
 
     was_frozen: bool
-    """Whether it stood still when the guard looked."""
+    """Whether it was paused when the guard looked."""
     frozen_after: float | None = None
-    """It was last seen running at this instant, if the guard saw it running before it stood still."""
+    """It was last seen running at this instant, if the guard saw it running before it was paused."""
     running_at: float | None = None
-    """When the kernel said that it runs (or that it is gone)."""
+    """When the kernel showed that it runs (or that it is gone)."""
     end: str = ""
-    """``running`` or ``gone``, empty while neither."""
+    """``running`` or ``gone``; empty while neither."""
     owner: str = ""
-    """Swap and replace: who runs the guest, ``old`` or ``new:PID:TICKS``; else empty."""
+    """Swap and replace: which process runs the guest, ``old`` or ``new:PID:TICKS``; else empty."""
 
 
 @dataclass
 class GuardAction:
-    """That the guard acted: why, when, and what came of it."""
+    """That the guard acted: why, when, and with what result."""
 
     why: str
     at: float
@@ -62,7 +62,7 @@ class Intent:
     fired: GuardAction | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """The intent as it stands on disk and is told to the updater."""
+        """The intent as it is on disk and is sent to the updater."""
         fired = self.fired
         return {
             "format": FORMAT,
@@ -115,7 +115,7 @@ class IntentFile:
         self._path = f"{folder}/guard-intent.json"
 
     def load(self) -> Intent | None:
-        """The intent of an earlier life, or None. Raises UnreadableIntent after putting the file aside."""
+        """The intent of a previous run, or None. Raises UnreadableIntent after putting the file aside."""
         try:
             with open(self._path, "rb") as file:
                 raw = file.read()
@@ -128,7 +128,7 @@ class IntentFile:
             raise UnreadableIntent(str(error)) from error
 
     def store(self, intent: Intent) -> None:
-        """Write and fsync; when this returned, the intent survives anything short of losing the disk."""
+        """Write and fsync; when this has returned, the intent survives anything short of losing the disk."""
         temporary = f"{self._path}.new"
         handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         try:
@@ -143,7 +143,7 @@ class IntentFile:
         self._sync_folder()
 
     def clear(self) -> None:
-        """Forget the intent."""
+        """Remove the intent."""
         try:
             os.unlink(self._path)
         except FileNotFoundError:

@@ -1,11 +1,11 @@
 """The pause marker: one small file a VM that says "Caesura pauses this one", and how it is resumed.
 
-It is on disk before the VM is frozen and is removed when the VM was seen to run again. It stands for itself: neither
+It is on disk before the VM is frozen and is removed when the VM was seen to run again. It is self-contained: neither
 the journal nor the guard's intent is needed to read it. So a VM that is found paused *with* a marker is resumed,
-whatever else was lost; one *without* was paused by somebody else and is left alone.
+whatever else was lost; a VM *without* one was paused by somebody else and is left alone.
 
-``pauses/VM.json`` in the state folder, sealed. One that is damaged counts: nobody but us writes there. Its way out
-comes from the VM's run files then.
+``pauses/VM.json`` in the state folder, sealed. A damaged one counts as a marker: only we write there. Its way out
+is then taken from the VM's run files.
 """
 
 # light imports on purpose: no pathlib here.
@@ -34,7 +34,7 @@ from caesura_vmcontrol.sealed import Damaged, seal, unseal
 
 FOLDER = "pauses"
 OPERATIONS = ".operations"
-"""The end of the name of the folder, beside a VM's run file, with what was prepared for operations on it."""
+"""The suffix of the folder, beside a VM's run file, with what was prepared for operations on it."""
 _FORMAT = 1
 _END = ".json"
 _BATCH = 64  # files that are open at once
@@ -55,7 +55,7 @@ class Marker:
         return self.plan.vm
 
     def to_json(self) -> dict[str, Any]:
-        """As it stands in the file."""
+        """As it is in the file."""
         return {
             "format": _FORMAT,
             "operation": self.operation,
@@ -79,7 +79,7 @@ class Marker:
 def write(state_dir: str, markers: Sequence[Marker]) -> None:
     """Make the markers of one operation durable, all of them or none. Blocking.
 
-    The files are written first and synced side by side after that: one round of the disk for all VMs.
+    The files are written first and then synced concurrently: one round of the disk for all VMs.
 
     Raises:
         OSError: the disk refused; nothing may be frozen.
@@ -138,9 +138,9 @@ def _sync(folder: str) -> None:
 
 
 def remove(state_dir: str, vms: Iterable[str]) -> list[str]:
-    """The VMs run: forget their markers. The names whose marker could not be removed. Blocking.
+    """The VMs run: remove their markers. Returns the names whose marker could not be removed. Blocking.
 
-    Not synced: one that comes back with a crash of the host is of another boot.
+    Not synced: a marker that reappears after a crash of the host belongs to another boot.
     """
     left = []
     for vm in vms:
@@ -173,7 +173,7 @@ def read(state_dir: str) -> dict[str, Marker | None]:
 
 
 def way_out(state_dir: str, vm: str, boot: str) -> Plan | None:
-    """The way out of a pause as far as the VM's run files tell it, for a marker that is damaged. Blocking.
+    """The way out of a pause as far as the VM's run files show it, for a marker that is damaged. Blocking.
 
     The files are those of the drivers: what a swap or replace prepared, a QEMU's run file, a process VM's.
     """

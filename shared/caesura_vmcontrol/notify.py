@@ -1,7 +1,7 @@
-"""Telling systemd that the service is up and alive: sd_notify(3) over its datagram socket, standard library only.
+"""Notifies systemd that the service is up and alive: sd_notify(3) over its datagram socket, standard library only.
 
 The beat comes from the loop that must not hang, so a loop that hangs is noticed: systemd kills the service after
-``WatchdogSec=`` and starts it again. A send never waits: a supervisor that does not read costs a beat, not a resume.
+``WatchdogSec=`` and restarts it. A send never waits: a supervisor that does not read costs a beat, not a resume.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import socket
 import time
 from collections.abc import MutableMapping
 
-_AGAIN_S = 0.5  # s: between two tries to say what the manager did not take
+_AGAIN_S = 0.5  # s: between two tries to send what the manager did not accept
 _VARIABLES = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID")
 
 
@@ -31,7 +31,7 @@ class Notifier:
 
     @classmethod
     def taken_from(cls, environ: MutableMapping[str, str]) -> Notifier:
-        """As the environment says; its variables are removed, so that no process that we start speaks in our name."""
+        """From the environment; its variables are removed, so that no process that we start can notify in our name."""
         address, timeout_us, pid = (environ.pop(name, "") for name in _VARIABLES)
         # WATCHDOG_PID: the variables may have been inherited from another service (sd_watchdog_enabled(3)).
         for_us = not pid or pid == str(os.getpid())
@@ -40,13 +40,13 @@ class Notifier:
 
     @property
     def interval_s(self) -> float | None:
-        """Seconds between two beats: a third of what is allowed. None: nobody listens for any."""
+        """Seconds between two beats: a third of what is allowed. None: no supervisor expects any."""
         if self._unsent:
             return _AGAIN_S
         return self._watchdog_s / 3 if self._address and self._watchdog_s > 0 else None
 
     def ready(self) -> None:
-        """The service is up. If the manager does not take it at once, ``beat`` says it again: it must not be lost."""
+        """The service is up. If the manager does not accept it at once, ``beat`` sends it again: it must not be lost."""
         if not self._send("READY=1"):
             self._unsent = "READY=1"
 
@@ -55,7 +55,7 @@ class Notifier:
         self._send("STOPPING=1")
 
     def beat(self) -> None:
-        """The loop turns. May be called as often as one likes."""
+        """The loop is alive. May be called at any rate."""
         interval_s, now = self.interval_s, time.monotonic()
         if self._unsent and self._send(self._unsent):
             self._unsent = ""
@@ -64,7 +64,7 @@ class Notifier:
             self._send("WATCHDOG=1")
 
     def _send(self, state: str) -> bool:
-        """Whether the manager has it, or there is none."""
+        """Whether the manager accepted it, or there is none."""
         if not self._address:
             return True
         kind = socket.SOCK_DGRAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK
@@ -74,5 +74,5 @@ class Notifier:
         except BlockingIOError:
             return False
         except OSError:
-            return True  # nobody is there: saying it again would not help
+            return True  # there is no receiver: repeating it would not help
         return True

@@ -1,4 +1,4 @@
-"""QEMU guests are looked at and let go side by side: a round each in a thread, so that one that hangs delays nobody."""
+"""QEMU guests are probed and resumed side by side: one round each in a thread, so that one that hangs delays no other."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Release = Callable[[Plan, Mapping[int, Process] | None], None]
 
 @dataclass(frozen=True)
 class ProbeResult:
-    """What one round found. ``at``: when it ended, seconds on CLOCK_MONOTONIC."""
+    """The result of one round. ``at``: when it ended, seconds on CLOCK_MONOTONIC."""
 
     vm: str
     was_held: bool
@@ -33,13 +33,13 @@ class ProbeResult:
     why_not: str = ""
     """The reason of a round that could not make the guest run."""
     only_look: bool = False
-    """It looked and did nothing; the operation may not be decided."""
+    """It looked and did nothing else; the operation may be undecided."""
 
 
 class QemuProbes:
     """The rounds of the QEMU guests of one operation; at most one under way for each.
 
-    The first round of a guest always brings its operation to a decision, even while it runs: a swap that was not
+    The first round of a guest always brings its operation to a decision, even while the guest runs: a swap that was not
     begun yet must not be begun later by an updater that wakes up.
     """
 
@@ -68,13 +68,13 @@ class QemuProbes:
 
     @property
     def owed(self) -> frozenset[str]:
-        """The VMs whose demanded round has not ended yet with a guest that runs or is gone."""
+        """The VMs whose demanded round has not yet ended with a guest that runs or is gone."""
         return frozenset(self._owed)
 
     def demand(self, vms: Iterable[str]) -> None:
-        """Something happened: whatever was seen of these VMs before may be untrue now.
+        """Something happened: what was seen of these VMs before may no longer be true.
 
-        Each is owed a whole round that begins from now on. No pause between rounds holds it up, and a round that is under
+        Each is owed a whole round that begins from now on. No pause between rounds delays it, and a round that is under
         way, or one that only looks, does not count.
         """
         named = frozenset(vms)
@@ -101,11 +101,11 @@ class QemuProbes:
         )
         try:
             work.start()
-        except RuntimeError:  # the host has no room for a thread: better one after the other than not at all
+        except RuntimeError:  # the host cannot start a thread: one after the other is better than not at all
             self._go(plan, only_look, decide)
 
     def ended(self, wait_s: float = 0) -> list[ProbeResult]:
-        """The rounds that have ended since; waits up to ``wait_s`` seconds until none is under way."""
+        """The rounds that have ended since the last call; waits up to ``wait_s`` seconds until none is under way."""
         until = time.monotonic() + wait_s
         found: list[ProbeResult] = []
         while self._under_way:
@@ -124,7 +124,7 @@ class QemuProbes:
         return found
 
     def _tell(self, last: ProbeResult) -> None:
-        """Say what failed, each thing once."""
+        """Log what failed, each reason once."""
         for why in last.tries[self._tries.get(last.vm, 0) :]:
             self._log("guard.try_failed", vm=last.vm, why=why)
         self._tries[last.vm] = max(len(last.tries), self._tries.get(last.vm, 0))
@@ -139,7 +139,7 @@ class QemuProbes:
         self._not_before[last.vm] = last.at + wait_s
 
     def _go(self, plan: Plan, only_look: bool, decide: bool) -> None:
-        """In a thread: nothing here may raise, or the VM would count as under way for ever."""
+        """In a thread: nothing here may raise, or the VM would count as under way indefinitely."""
         was_held, owner, why_not = True, "", ""
         state: Condition = "held"
         tries: list[str] = []
@@ -154,7 +154,7 @@ class QemuProbes:
                     tries = vmm.tries(plan) if isinstance(plan, VMM_PLANS) else []
                 state = self._look(plan, None)
             owner = vmm.owner_of(plan) if isinstance(plan, VMM_PLANS) else ""
-        except Exception as error:  # noqa: BLE001 - see above; whatever it was is told in the log
+        except Exception as error:  # noqa: BLE001 - see above; whatever it was is logged
             why_not = str(error) or type(error).__name__
             state = "held"
         self._done.put(

@@ -1,4 +1,4 @@
-"""What is done to QEMU processes from outside: ended, held, let go, found by their mark, started."""
+"""Operations on QEMU processes from outside: kill, stop, continue, find by mark, start."""
 
 # light imports on purpose: no pathlib here.
 # ruff: noqa: PTH123, PTH208
@@ -24,11 +24,11 @@ from caesura_vmcontrol.procfs import (
     thread_states,
 )
 
-_HOLD_S = 0.1  # s: a stop signal is acted on when the kernel next gives the thread a turn
+_HOLD_S = 0.1  # s: a stop signal takes effect when the kernel next schedules the thread
 _STEP_S = 0.001
 LOG_S = 0.1  # s: to open or read a log; some microseconds are usual
 _TO_LOG = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
-_LOWEST = 1  # of the real-time priorities: enough to come before everything ordinary
+_LOWEST = 1  # of the real-time priorities: enough to run before everything ordinary
 
 
 class KillTimeout(OSError):
@@ -36,7 +36,7 @@ class KillTimeout(OSError):
 
 
 def kill_and_wait(pid: int, start_ticks: int, until: float) -> None:
-    """SIGKILL it, wait until it is dead, and reap it if it is our child; one that is gone already is no error.
+    """SIGKILL it, wait until it is dead, and reap it if it is our child; one that is gone already is not an error.
 
     Raises:
         KillTimeout: not dead by ``until`` (CLOCK_MONOTONIC).
@@ -62,7 +62,7 @@ def kill_and_wait(pid: int, start_ticks: int, until: float) -> None:
 
 
 def _reap(pid: int, start_ticks: int) -> None:
-    """Collect it if it is a dead child of ours: whoever starts a process in a try must not leave a zombie a try."""
+    """Reap it if it is a dead child of this process: a caller that starts a process per try must not leave a zombie per try."""
     process = read_process(pid)
     if process is not None and process.start_ticks == start_ticks and process.state in DEAD:
         with suppress(ChildProcessError):
@@ -70,12 +70,12 @@ def _reap(pid: int, start_ticks: int) -> None:
 
 
 def is_held(pid: int) -> bool:
-    """Whether a thread of it is stopped by a signal."""
+    """Whether one of its threads is stopped by a signal."""
     return STOPPED in set(thread_states(pid))
 
 
 def sigstop(pid: int, start_ticks: int) -> None:
-    """SIGSTOP it and wait until every thread stands; a process that is gone is no error."""
+    """SIGSTOP it and wait until every thread is stopped; a process that is gone is not an error."""
     until = time.monotonic() + _HOLD_S
     if send_signal(pid, start_ticks, signal.SIGSTOP):
         while set(thread_states(pid)) - DEAD - {STOPPED, "t"} and time.monotonic() < until:
@@ -83,35 +83,35 @@ def sigstop(pid: int, start_ticks: int) -> None:
 
 
 def sigcont(pid: int, start_ticks: int) -> None:
-    """SIGCONT it if it is held."""
+    """SIGCONT it if it is stopped."""
     if is_held(pid):
         send_signal(pid, start_ticks, signal.SIGCONT)
 
 
 def find_by_env(mark: str) -> list[Process]:
-    """The living processes with ``NAME=value`` in the environment they were started with, but not ourselves."""
+    """The living processes with ``NAME=value`` in the environment they were started with, except our own."""
     pids = [int(name) for name in os.listdir("/proc") if name.isdigit() and int(name) != os.getpid()]
     having = [pid for pid, entries in environs(pids) if mark.encode() in entries]
     found = [process for pid in having if (process := read_process(pid)) is not None]
     return [process for process in found if process.state not in DEAD]
 
 
-# vfork(2), and posix_spawn(3) by it, keep the caller until the program was executed, with Python's lock held: a program
-# on a file system that does not answer would keep the guard from every other VM.
+# vfork(2), and posix_spawn(3) by it, suspend the caller until the program was executed, with Python's lock held: a
+# program on a file system that does not answer would keep the guard from every other VM.
 subprocess._USE_VFORK = False  # type: ignore[misc]  # noqa: SLF001
 
 
 def start(argv: tuple[str, ...], environ: tuple[tuple[str, str], ...], log: str) -> Process:
     """Start a program that outlives us: a session of its own, no input, output appended to ``log``.
 
-    What the guard has of its own (nearly unkillable, first in the queue for a CPU) is not handed on. Where the log's disk does
-    not answer, its output is lost: a guest may be paused until this program runs.
+    The guard's own privileges (nearly unkillable, first in the queue for a CPU) are not inherited. Where the log's disk does
+    not answer, the program's output is lost: a guest may be paused until this program runs.
 
     Raises:
         OSError: it cannot be started.
     """
     try:
-        # One that opens too late is closed there, and is not opened again before: a start may be tried for hours.
+        # A log that opens too late is closed there, and is not opened again before: a start may be retried for hours.
         output = within(LOG_S, lambda: os.open(log, _TO_LOG, 0o600), key=log, discard=os.close)
     except NoAnswer:
         output = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
@@ -126,7 +126,7 @@ def start(argv: tuple[str, ...], environ: tuple[tuple[str, str], ...], log: str)
         )
     finally:
         os.close(output)
-    child.returncode = 0  # `reap` takes note of its end, not this object
+    child.returncode = 0  # `reap` collects its exit, not this object
     pid = child.pid
     with suppress(OSError):
         if os.getpriority(os.PRIO_PROCESS, 0) < 0:
@@ -142,13 +142,13 @@ def start(argv: tuple[str, ...], environ: tuple[tuple[str, str], ...], log: str)
 
 
 def boost_priority(pid: int) -> None:
-    """Its main thread, and every thread that it starts, runs before everything ordinary (sched(7)), where we may."""
+    """Its main thread, and every thread that it starts, runs before everything ordinary (sched(7)), where permitted."""
     with suppress(OSError):  # not allowed to, or gone
         os.sched_setscheduler(pid, os.SCHED_RR, os.sched_param(_LOWEST))
 
 
 def restore_priority(pid: int) -> None:
-    """No thread of the process hurries any more; those that were started meanwhile had inherited it."""
+    """No thread of the process keeps the raised priority; threads that were started in the meantime had inherited it."""
     with suppress(OSError):
         for name in os.listdir(f"/proc/{pid}/task"):
             with suppress(OSError):
@@ -159,7 +159,7 @@ def restore_priority(pid: int) -> None:
 
 
 def reap() -> None:
-    """Take note of our children that ended, so that they do not stay as zombies."""
+    """Reap our children that ended, so that they do not stay as zombies."""
     with suppress(ChildProcessError):
         while os.waitpid(-1, os.WNOHANG)[0]:
             pass

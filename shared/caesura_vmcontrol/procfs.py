@@ -1,7 +1,7 @@
-"""What the kernel says about processes: read from ``/proc``, never assumed. Standard library only.
+"""What the kernel reports about processes: read from ``/proc``, never assumed. Standard library only.
 
 Source: proc(5), ``/proc/[pid]/stat``. A process is named by pid *and* start time (field 22, clock ticks
-since boot), since a pid alone may have been given to somebody else meanwhile.
+since boot), since a pid alone may have been reused by another process.
 """
 
 # light imports on purpose: no pathlib here.
@@ -23,7 +23,7 @@ _EXITING = 0x4  # PF_EXITING of include/linux/sched.h
 class Process:
     """One line of the process table. ``start_ticks``: clock ticks between boot and its start.
 
-    ``exiting``: its first thread runs no more of its program, though the kernel may still be giving back what it had.
+    ``exiting``: its first thread executes no more of its program, though the kernel may still be releasing its resources.
     """
 
     pid: int
@@ -35,7 +35,7 @@ class Process:
 
 
 def read_process(pid: int) -> Process | None:
-    """The process with this pid, or None if there is none, or it cannot be looked at."""
+    """The process with this pid, or None if there is none, or it cannot be inspected."""
     try:
         return _read(pid)
     except OSError:
@@ -48,31 +48,31 @@ def _read(pid: int) -> Process | None:
             raw = file.read().decode(errors="replace")
     except (FileNotFoundError, ProcessLookupError):
         return None
-    # The command name may hold anything, parentheses too: the last one ends it.
+    # The command name may contain anything, parentheses too: the last one ends it.
     fields = raw[raw.rindex(")") + 2 :].split()
     exiting = bool(int(fields[6]) & _EXITING)
     return Process(pid, int(fields[1]), int(fields[3]), fields[0], int(fields[19]), exiting)
 
 
 def process_table() -> dict[int, Process]:
-    """All processes by pid. Some may be gone by the time it is looked at."""
+    """All processes by pid. Some may have ended by the time the result is used."""
     found = (read_process(int(name)) for name in os.listdir("/proc") if name.isdigit())
     return {process.pid: process for process in found if process is not None}
 
 
 def alive(pid: int, start_ticks: int) -> bool:
-    """Whether exactly this process still runs; a zombie does not. One that cannot be looked at is taken for alive."""
+    """Whether exactly this process still runs; a zombie does not. One that cannot be inspected counts as alive."""
     try:
         process = _read(pid)
-    except OSError:  # no free descriptor: who takes it for dead gives up its guest
+    except OSError:  # no free descriptor: a caller that takes it for dead gives up its guest
         return True
     return process is not None and process.start_ticks == start_ticks and process.state not in DEAD
 
 
 def ending(pid: int, start_ticks: int) -> bool:
-    """Whether this process has ended, or is about to: whoever was connected to it hears of that a moment before it is dead.
+    """Whether this process has ended, or is about to: its peers see their connections close a moment before it is dead.
 
-    Not for those who need what it held: it may still be in use.
+    Not for callers that need the resources it held: they may still be in use.
     """
     try:
         process = _read(pid)
@@ -82,7 +82,7 @@ def ending(pid: int, start_ticks: int) -> bool:
 
 
 def thread_states(pid: int) -> Iterator[str]:
-    """The state letter of every thread: the first thread may be dead while others go on."""
+    """The state letter of every thread: the first thread may be dead while others run."""
     try:
         threads = os.listdir(f"/proc/{pid}/task")
     except OSError:
@@ -97,7 +97,7 @@ def thread_states(pid: int) -> Iterator[str]:
 
 
 def send_signal(pid: int, start_ticks: int, number: signal.Signals) -> bool:
-    """Signal exactly this process; false if it is gone. A pidfd closes the gap to a recycled pid."""
+    """Signal exactly this process; false if it is gone. A pidfd closes the race with a recycled pid."""
     try:
         handle = os.pidfd_open(pid)
     except OSError:

@@ -1,4 +1,4 @@
-"""The way out of freeze, swap and replace of a QEMU guest, as data: what the guard must know to finish it alone."""
+"""The way out of freeze, swap and replace of a QEMU guest, as data: what the guard must know to complete it alone."""
 
 # light imports on purpose: no pathlib here.
 # ruff: noqa: PTH117
@@ -11,27 +11,27 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 SPARE = ".2"
-"""The end of the path of a second QMP socket for the guard."""
+"""The suffix of the path of a second QMP socket for the guard."""
 
 
 class BadPlan(ValueError):
-    """A plan that the guard will not carry out."""
+    """A plan that the guard refuses to carry out."""
 
 
 def _path(what: str, path: object) -> None:
     if not isinstance(path, str) or not os.path.isabs(path) or os.path.normpath(path) != path or "\0" in path:
-        raise BadPlan(f"{what} {path!r} is no absolute path")
+        raise BadPlan(f"{what} {path!r} is not an absolute path")
 
 
 def _text(what: str, text: object) -> None:
     if not isinstance(text, str) or not text or "\0" in text:
-        raise BadPlan(f"{what} {text!r} is no text")
+        raise BadPlan(f"{what} {text!r} is not a text")
 
 
 @dataclass(frozen=True)
 class Vmm:
-    """One QEMU process. ``qmp``: a QMP socket of it that nobody keeps open; it listens there itself (not through a
-    descriptor that somebody else made), so that the kernel can tell whose socket it is. If there is a second one at
+    """One QEMU process. ``qmp``: its QMP socket that no client keeps open; it listens there itself (not through a
+    descriptor that another process made), so that the kernel can show whose socket it is. If there is a second one at
     ``qmp`` + ``SPARE``, it is used when a client of the first one was stopped.
     """
 
@@ -49,7 +49,7 @@ class Vmm:
 
 @dataclass(frozen=True)
 class QemuPlan:
-    """Stopped with ``stop``; let go with ``cont``."""
+    """Stopped with ``stop``; resumed with ``cont``."""
 
     vm: str
     vmm: Vmm
@@ -72,17 +72,17 @@ class SwapPlan:
 
 @dataclass(frozen=True)
 class ReplacePlan:
-    """``old`` saves its state to a file and goes; another process is started from the file.
+    """``old`` saves its state to a file and ends; another process is started from the file.
 
     Args:
         state_file: where the device state is once it was claimed; size and hash are in the claim.
         qmp: where the new process has its QMP socket for us, until its sockets are renamed onto the old one's.
         argv: complete command lines to try in turn, with ``-incoming defer -S``.
         environ: for the new process; contains ``mark``.
-        mark: ``NAME=value`` in the environment of every new process of this operation and VM, whoever started it.
+        mark: ``NAME=value`` in the environment of every new process of this operation and VM, whichever process started it.
         log: its output is appended here.
-        beside: a new process can be started while the old one is still dying: they need nothing that only one can have.
-        ram: the guest's RAM file as it is now: path, device and inode. A QEMU would make a missing one anew, full of
+        beside: a new process can be started while the old one is still dying: they share no exclusive resource.
+        ram: the guest's RAM file as it is now: path, device and inode. A QEMU would create a missing one again, full of
             zeros. None: not known.
     """
 
@@ -114,7 +114,7 @@ class ReplacePlan:
             _path("the program", argv[0])
             for word in argv:
                 if not isinstance(word, str) or "\0" in word:
-                    raise BadPlan(f"{word!r} is no argument")
+                    raise BadPlan(f"{word!r} is not an argument")
             if "-incoming" not in argv or "-S" not in argv:
                 raise BadPlan(
                     "a command line without -incoming or -S would start another guest on this memory"
@@ -122,7 +122,7 @@ class ReplacePlan:
         for name, value in self.environ:
             _text("the variable", name)
             if not isinstance(value, str) or "\0" in value or "=" in name:
-                raise BadPlan(f"{name!r} is no variable with a text")
+                raise BadPlan(f"{name!r} is not a variable with a text")
         if self.mark not in {f"{name}={value}" for name, value in self.environ}:
             raise BadPlan(f"the mark {self.mark!r} is not in the environment")
 
@@ -131,7 +131,7 @@ VmmPlan = QemuPlan | SwapPlan | ReplacePlan
 
 
 def to_json(plan: VmmPlan) -> dict[str, Any]:
-    """As it goes over the socket and to disk."""
+    """As it is sent over the socket and written to disk."""
     kinds = {QemuPlan: "qemu", SwapPlan: "swap", ReplacePlan: "replace"}
     return {**asdict(plan), "kind": kinds[type(plan)]}
 

@@ -1,7 +1,7 @@
-"""A QMP client for a moment: blocking, every call with a deadline, standard library only.
+"""A short-lived QMP client: blocking, every call with a deadline, standard library only.
 
 Source: QEMU's ``docs/interop/qmp-spec.txt``: a greeting, ``qmp_capabilities``, then JSON objects, one a line; events
-come in between. A QMP socket serves one client at a time, the others wait in its backlog without a greeting.
+come in between. A QMP socket serves one client at a time; the others wait in its backlog without a greeting.
 Deadlines are instants in seconds on CLOCK_MONOTONIC.
 """
 
@@ -18,16 +18,16 @@ import time
 from types import TracebackType
 from typing import Any, Self
 
-_LINE_BYTES = 4 * 1024 * 1024  # the longest answer we ask for has some kilobytes
-_RETRY_S = 0.005  # s: between two tries at a full backlog: nobody wakes us
+_LINE_BYTES = 4 * 1024 * 1024  # the longest answer that we request has some kilobytes
+_RETRY_S = 0.005  # s: between two tries at a full backlog: nothing wakes us
 
 
 class QmpError(OSError):
-    """Talking to a QEMU did not work."""
+    """Communication with a QEMU failed."""
 
 
 class QmpRefused(QmpError):
-    """QEMU said no: ``error_class`` and ``desc`` are its own words."""
+    """QEMU refused: ``error_class`` and ``desc`` are its own words."""
 
     def __init__(self, command: str, error_class: str, desc: str) -> None:
         super().__init__(f"QEMU refuses {command}: {desc} ({error_class})")
@@ -37,7 +37,7 @@ class QmpRefused(QmpError):
 
 
 class QmpNoAnswer(QmpError):
-    """No answer: nobody listens, another client is served, QEMU hangs or went away, or this is no QMP."""
+    """No answer: nobody listens, another client is served, QEMU hangs or went away, or the peer does not speak QMP."""
 
 
 class QmpClosed(QmpNoAnswer):
@@ -45,7 +45,7 @@ class QmpClosed(QmpNoAnswer):
 
 
 class PeerMismatch(QmpNoAnswer):
-    """The socket belongs to another process than the one that was asked for."""
+    """The socket belongs to another process than the expected one."""
 
 
 class Qmp:
@@ -53,10 +53,10 @@ class Qmp:
 
     Args:
         path: the socket; may be longer than a unix socket's address.
-        pid: the process that must have made it, so that nobody else is commanded.
+        pid: the process that must have made it, so that no other process gets the command.
 
     Raises:
-        PeerMismatch: somebody else listens there.
+        PeerMismatch: another process listens there.
         QmpNoAnswer: no greeting by ``until``.
     """
 
@@ -97,7 +97,7 @@ class Qmp:
 
         Raises:
             QmpRefused: it answered with an error.
-            QmpNoAnswer: no answer by ``until``; the command may have been carried out all the same.
+            QmpNoAnswer: no answer by ``until``; the command may have been carried out nevertheless.
         """
         self._count += 1
         request: dict[str, Any] = {"execute": command, "id": self._count}
@@ -107,7 +107,7 @@ class Qmp:
         while True:
             answer = self._read(until)
             if answer.get("id", self._count) != self._count:
-                continue  # a late answer to a question that was given up
+                continue  # a late answer to a request that was given up
             if "error" in answer:
                 error = answer["error"]
                 raise QmpRefused(command, str(error.get("class")), str(error.get("desc")))
@@ -115,7 +115,7 @@ class Qmp:
                 return answer["return"]
 
     def take_events(self, until: float) -> bool:
-        """Read what has come in, waiting for more until ``until``; whether QEMU closed the connection."""
+        """Read what has arrived, waiting for more until ``until``; whether QEMU closed the connection."""
         while True:
             try:
                 self._read(until)
@@ -166,20 +166,20 @@ class Qmp:
             if handle is None:
                 self._socket.sendall(data)
             else:
-                socket.send_fds(self._socket, [data], [handle])  # short: goes whole or not at all
+                socket.send_fds(self._socket, [data], [handle])  # short: sent whole or not at all
         except OSError as error:
             raise QmpClosed(f"{self._path} takes no command: {error.strerror or error}") from error
 
     def _read(self, until: float) -> dict[str, Any]:
-        """The next message that is no event; events are noted."""
+        """The next message that is not an event; events are recorded."""
         while True:
             line = self._line(until)
             try:
                 message = json.loads(line)
             except ValueError:
-                raise QmpNoAnswer(f"{self._path} says what is no JSON: {line[:60]!r}") from None
+                raise QmpNoAnswer(f"{self._path} sends a line that is not JSON: {line[:60]!r}") from None
             if not isinstance(message, dict):
-                raise QmpNoAnswer(f"{self._path} says what is no QMP: {line[:60]!r}")
+                raise QmpNoAnswer(f"{self._path} sends a line that is not QMP: {line[:60]!r}")
             if "event" not in message:
                 return message
             self.events.append(str(message["event"]))

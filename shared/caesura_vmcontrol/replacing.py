@@ -1,4 +1,4 @@
-"""The way out of a replace: the old process goes on, or the state file is loaded by a new one that we start."""
+"""The way out of a replace: the old process continues, or the state file is loaded by a new one that we start."""
 
 # light imports on purpose: no pathlib here.
 # ruff: noqa: PTH112, PTH115, PTH116, PTH123, PTH202
@@ -43,17 +43,17 @@ from caesura_vmcontrol.qemu_plans import ReplacePlan
 from caesura_vmcontrol.qmp import Qmp, QmpError
 from caesura_vmcontrol.swapping import roll_back
 
-_TOTAL_S = 1.0  # s: one call, but for a process that is starting; whoever calls comes again
+_TOTAL_S = 1.0  # s: one call, except for a process that is starting; the caller tries again
 _START_S = 3.0  # s: from the program's start to the loaded state; 60 ms on an idle host
 _CAPABILITIES = {"x-ignore-shared": True, "events": True, "return-path": False, "late-block-activate": True}
-_SHOWS_S = 0.3  # s: for a migration of ours to write something; some milliseconds are usual
+_SHOWS_S = 0.3  # s: for our migration to write something; some milliseconds are usual
 _STEP_S = 0.001
 PART = ".part"
-"""The end of the path of the state file while it is being written."""
+"""The suffix of the state file's path while it is being written."""
 STUCK = "cannot be resumed"
 """How the reason of a guest begins whose way out fails again and again."""
-_SAID = 400  # characters of a reason that is quoted in one
-_LOG_BYTES = 400  # how much of a new process's last words goes into the reason
+_SAID = 400  # characters of a reason that is quoted in another one
+_LOG_BYTES = 400  # how much of the end of a new process's log is part of the reason
 
 
 class BadStateFile(OSError):
@@ -61,13 +61,13 @@ class BadStateFile(OSError):
 
 
 def way_out(plan: ReplacePlan, *, alone: bool) -> None:
-    """Bring the replace to an end. Safe at any time, repeated or raced.
+    """Bring the replace to an end. Safe at any time, repeated or concurrently.
 
     ``alone``: no other ``way_out`` of this operation is under way; only then are unclaimed processes beside a
-    claimed one cleared away.
+    claimed one killed.
 
     Raises:
-        OSError: not there yet; come again.
+        OSError: not complete yet; try again.
     """
     until = time.monotonic() + _TOTAL_S
     tries = 0
@@ -91,7 +91,7 @@ def way_out(plan: ReplacePlan, *, alone: bool) -> None:
                 if alone and claims.current(plan.claims) == (number, owner):
                     _clear_away(plan, owner.pid, until)
                 return
-            until = time.monotonic() + _TOTAL_S  # another decision stands: time anew for that
+            until = time.monotonic() + _TOTAL_S  # another decision is valid: a new time limit for it
         else:
             if tries == len(plan.argv):
                 raise NotRunning(_failed_tries(plan))
@@ -109,12 +109,12 @@ def is_ours(plan: ReplacePlan) -> bool:
 
 
 def _is_open(plan: ReplacePlan) -> bool:
-    """Whether nobody wrote down what QEMU said to our migration."""
+    """Whether QEMU's answer to our migration was not recorded."""
     return claims.noted(plan.claims, "begun") and not claims.noted(plan.claims, "refused")
 
 
 def _written(plan: ReplacePlan) -> int:
-    """Bytes of our state file so far; -1: there is none."""
+    """Bytes of our state file so far; -1: it does not exist."""
     sizes = [-1]
     for path in (plan.state_file, f"{plan.state_file}{PART}"):
         with suppress(OSError):
@@ -123,7 +123,7 @@ def _written(plan: ReplacePlan) -> int:
 
 
 def _back(plan: ReplacePlan, until: float) -> None:
-    """The old process has the guest for good."""
+    """The old process has the guest permanently."""
     while True:
         _wait_until_it_shows(plan, until)
         ours, begun = is_ours(plan), claims.noted(plan.claims, "begun")
@@ -134,7 +134,7 @@ def _back(plan: ReplacePlan, until: float) -> None:
 
 
 def _wait_until_it_shows(plan: ReplacePlan, until: float) -> None:
-    """A migration is under way that may be ours: that writes to our file within milliseconds."""
+    """A migration is under way that may be ours: ours writes to our file within milliseconds."""
     give_up = min(until, time.monotonic() + _SHOWS_S)
     with suppress(QmpError), reach(plan.old.pid, plan.old.start_ticks, [plan.old.qmp], give_up) as qmp:
         while _is_open(plan) and not is_ours(plan) and time.monotonic() < give_up:
@@ -144,7 +144,7 @@ def _wait_until_it_shows(plan: ReplacePlan, until: float) -> None:
 
 
 def _failed_tries(plan: ReplacePlan) -> str:
-    """Why no new process has the guest yet; when it is always the same, what an operator can do."""
+    """Why no new process has the guest yet; when it is always the same reason, what an operator can do."""
     why = claims.stuck(plan.claims)
     if not why:
         return f"no new process could take the guest: {claims.failures(plan.claims)[-1]}"
@@ -163,18 +163,18 @@ def _clear_away(plan: ReplacePlan, but: int, until: float) -> None:
 
 
 def started(plan: ReplacePlan) -> list[Process]:
-    """The living processes of this operation and VM, whoever started them."""
+    """The living processes of this operation and VM, whichever process started them."""
     return [each for each in find_by_env(plan.mark) if each.pid != plan.old.pid]
 
 
 def _forward(plan: ReplacePlan, number: int, owner: Owner, until: float) -> bool:
-    """The claimed process has the guest, unless it is shown that it never ran it. False: read the claims again."""
+    """The claimed process has the guest, unless it is proved that it never ran it. False: read the claims again."""
     pid, ticks = owner.pid, owner.start_ticks
     sigcont(pid, ticks)
     try:
         qmp = reach(pid, ticks, [plan.qmp, plan.old.qmp], until)
     except ProcessGone:
-        claims.claim(plan.claims, number + 1, "gone")  # nobody can tell whether it ran
+        claims.claim(plan.claims, number + 1, "gone")  # nothing can show whether it ran
         return False
     with qmp:
         if not has_run(plan.claims, run_state(qmp, until)):
@@ -185,8 +185,8 @@ def _forward(plan: ReplacePlan, number: int, owner: Owner, until: float) -> bool
 
 
 def _let_run(plan: ReplacePlan, number: int, owner: Owner, qmp: Qmp, until: float) -> bool:
-    """``cont`` to a claimed process that stood still on this connection. False: it never ran and is dead."""
-    restore_priority(owner.pid)  # virtual CPUs that hurry would leave the host nothing
+    """``cont`` to a claimed process that was paused on this connection. False: it never ran and is dead."""
+    restore_priority(owner.pid)  # virtual CPUs of real-time priority would starve the host
     until = max(until, time.monotonic() + CONT_S)
     refused = cont(qmp, until)
     if refused is None:
@@ -210,18 +210,18 @@ def _claimed_file(plan: ReplacePlan, number: int) -> Owner | None:
 
 
 def _restore(plan: ReplacePlan, number: int, owner: Owner, until: float) -> None:
-    """Start a process, have it load the file, claim for it, let it go.
+    """Start a process, have it load the file, claim for it, resume it.
 
     Raises:
-        OSError: this try failed and the time is over; what was tried is noted beside the claims.
+        OSError: this try failed and the time is over; the attempt is noted beside the claims.
     """
-    if plan.beside:  # unmapping its RAM takes a while: dead it must be only when the new one may run
+    if plan.beside:  # unmapping its RAM takes a while: it must be dead only when the new one may run
         send_signal(plan.old.pid, plan.old.start_ticks, signal.SIGKILL)
     else:
         kill_and_wait(plan.old.pid, plan.old.start_ticks, until)
     doomed = started(plan)
     if doomed:
-        # Whoever started them may be about to claim: after this claim he cannot, so they can be killed.
+        # The process that started them may be about to claim: after this claim it cannot, so they can be killed.
         stands = claims.claim(plan.claims, number + 1, owner.text)
         if stands != owner.text:
             return
@@ -242,7 +242,7 @@ def _restore(plan: ReplacePlan, number: int, owner: Owner, until: float) -> None
 
 
 def _check_ram(plan: ReplacePlan) -> None:
-    """Nobody can bring back memory that is gone: better no guest than one on zeros with its disks. Raises BadStateFile."""
+    """Lost memory cannot be restored: no guest is better than one on zeros with its disks. Raises BadStateFile."""
     if plan.ram is None:
         return
     path, device, inode = plan.ram
@@ -251,11 +251,11 @@ def _check_ram(plan: ReplacePlan) -> None:
     except FileNotFoundError as error:
         raise BadStateFile(f"the guest's RAM file {path} is gone") from error
     if (there.st_dev, there.st_ino) != (device, inode):
-        raise BadStateFile(f"the guest's RAM file {path} was deleted and made anew")
+        raise BadStateFile(f"the guest's RAM file {path} was deleted and created again")
 
 
 def _open_state(path: str, owner: Owner) -> int:
-    """The state file, checked, and read again through the same descriptor only. Raises BadStateFile."""
+    """The state file, verified, and read again through the same descriptor only. Raises BadStateFile."""
     try:
         handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError as error:
@@ -281,7 +281,7 @@ def _check(path: str, handle: int, owner: Owner) -> None:
 
 
 def _try_next(plan: ReplacePlan, number: int, state: int, until: float) -> None:
-    """One try; which command line is its turn follows from how many tries have failed, whoever made them."""
+    """One try; the number of failed tries, whichever process made them, decides which command line is next."""
     argv = plan.argv[claims.tries(plan.claims) % len(plan.argv)]
     log_bytes = _size(plan.log)
     process: Process | None = None
@@ -305,10 +305,10 @@ def _try_next(plan: ReplacePlan, number: int, state: int, until: float) -> None:
 
 
 def _loaded(plan: ReplacePlan, process: Process, state: int) -> Qmp:
-    """Have the new process load the file. Its connection, once it stands still with everything loaded.
+    """Have the new process load the file. Returns its connection, once it is paused with everything loaded.
 
     Raises:
-        QmpError: it will not, or not in time.
+        QmpError: it does not load it, or not in time.
     """
     until = time.monotonic() + _START_S
     qmp = reach(process.pid, process.start_ticks, [plan.qmp], until)
@@ -338,14 +338,14 @@ def _load(qmp: Qmp, state: int, until: float) -> None:
 
 
 def _size(path: str) -> int:
-    """In bytes; 0 where it cannot be told, or not at once."""
+    """In bytes; 0 where it is unknown, or not known at once."""
     with suppress(OSError):
         return within(LOG_S, lambda: os.path.getsize(path), key=path)
     return 0
 
 
 def _read_from(path: str, offset: int) -> str:
-    """What was appended to the log since, its end."""
+    """The end of what was appended to the log since."""
 
     def read() -> str:
         with open(path, "rb") as file:
@@ -358,10 +358,10 @@ def _read_from(path: str, offset: int) -> str:
 
 
 def _after_the_operation(plan: ReplacePlan, until: float) -> None:
-    """The claims were removed: if the old process is left, it has the guest; of any other we know nothing."""
+    """The claims were removed: if the old process is left, it has the guest; of any other nothing is known."""
     old = plan.old
     if alive(old.pid, old.start_ticks) and not started(plan):
         sigcont(old.pid, old.start_ticks)
         written = _written(plan)
-        if written >= 0:  # they were lost in the middle, for the state file goes first
+        if written >= 0:  # the claims were lost midway, for the state file is removed first
             roll_back(old, [], until, ours=written > 0, begun=True)

@@ -1,7 +1,7 @@
-"""VMs that stand paused with our marker though nobody holds their operation: found at a start, and resumed.
+"""VMs that are paused with our marker though no process holds their operation: found at a start, and resumed.
 
-The guard does this when its intent is missing or damaged, the host updater before it touches its journal: neither
-needs anything but the markers, and both do it with the same code.
+The guard does this when its intent is missing or damaged, the host updater before it opens its journal: neither
+needs anything but the markers, and both use the same code.
 """
 
 from __future__ import annotations
@@ -18,24 +18,24 @@ from caesura_vmcontrol.plans import Condition, Plan, SignalPlan, condition
 from caesura_vmcontrol.procfs import process_table
 from caesura_vmcontrol.watchdog import Log, Watchdog
 
-_LOOK_S = 1.0  # s: for a first look at all marked VMs; a QEMU is asked for half a second
-_STEP_S = 0.02  # s: between two steps at most, so that it ends soon after ``stop`` says so
+_LOOK_S = 1.0  # s: for a first look at all marked VMs; a QEMU is queried for half a second
+_STEP_S = 0.02  # s: between two steps at most, so that it ends soon after ``stop`` is set
 
 
 class _NoStore:
-    """What is done is returned to the caller and kept in no file."""
+    """The result is returned to the caller and kept in no file."""
 
     def store(self, _intent: Intent) -> None:
-        """Nothing to do."""
+        """Does nothing."""
 
     def clear(self) -> None:
-        """Nothing to do."""
+        """Does nothing."""
 
 
 def marked_and_paused(state_dir: str, boot: str, log: Log) -> Intent | None:
-    """What is paused with our marker, as an operation to be undone at once; None: nothing is. Blocking, about a second.
+    """What is paused with our marker, as an operation to undo at once; None: nothing is. Blocking, about a second.
 
-    A marker of another boot is about processes that ended with it.
+    A marker of another boot is about processes that ended with that boot.
     """
     plans: dict[str, tuple[str, float, Plan]] = {}
     for vm, marker in markers.read(state_dir).items():
@@ -57,7 +57,7 @@ def marked_and_paused(state_dir: str, boot: str, log: Log) -> Intent | None:
 
 
 def _paused(plans: list[Plan]) -> set[str]:
-    """Those that do not run, or do not let themselves be looked at in time."""
+    """Those that do not run, or cannot be inspected in time."""
     found: SimpleQueue[tuple[str, Condition]] = SimpleQueue()
     table = process_table() if any(isinstance(plan, SignalPlan) for plan in plans) else None
 
@@ -69,7 +69,7 @@ def _paused(plans: list[Plan]) -> set[str]:
         found.put((plan.vm, state))
 
     for plan in plans:
-        with suppress(RuntimeError):  # no room for a thread: it counts as not seen to run
+        with suppress(RuntimeError):  # no thread can be started: it counts as not seen to run
             threading.Thread(target=look, args=(plan,), name=f"look at {plan.vm}", daemon=True).start()
     left = {plan.vm for plan in plans}
     until = time.monotonic() + _LOOK_S
@@ -86,9 +86,9 @@ def _paused(plans: list[Plan]) -> set[str]:
 
 
 def resume(intent: Intent, why: str, log: Log, until: float, stop: Callable[[], bool]) -> Mapping[str, float]:
-    """Resume everything of ``intent``, as the guard does it; who runs, and since when (CLOCK_MONOTONIC). Blocking.
+    """Resume everything of ``intent``, as the guard does; returns who runs, and since when (CLOCK_MONOTONIC). Blocking.
 
-    Ends at ``until``, or when ``stop`` says so: whoever does not run then is left to the caller.
+    Ends at ``until``, or when ``stop`` says so: VMs that do not run by then are left to the caller.
     """
     watch = Watchdog(_NoStore(), log)
     watch.adopt(intent, why)

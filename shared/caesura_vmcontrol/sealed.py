@@ -1,6 +1,6 @@
 """Small files that must not be misread: JSON behind a line with its checksum.
 
-What was cut short, or changed by a disk or a person, is recognized as damaged; it is never taken for something else.
+A file that was cut short, or changed by a disk or a person, is recognized as damaged; it is never misread.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def unseal(raw: bytes) -> Any:
     """What was sealed. Raises Damaged."""
     head, _, body = raw.partition(b"\n")
     if not head.startswith(_MAGIC) or head[len(_MAGIC) :] != _sum(body):
-        raise Damaged(f"its checksum does not fit its {len(raw)} bytes")
+        raise Damaged(f"its checksum does not match its {len(raw)} bytes")
     try:
         return json.loads(body)
     except ValueError as error:

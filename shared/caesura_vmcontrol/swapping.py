@@ -1,4 +1,4 @@
-"""The way out of a swap: two processes, both alive or not, and the claims say who may run the guest."""
+"""The way out of a swap: two processes, each alive or not, and the claims decide which one may run the guest."""
 
 # light imports on purpose: no pathlib here.
 # ruff: noqa: PTH112
@@ -34,7 +34,7 @@ from caesura_vmcontrol.procfs import alive
 from caesura_vmcontrol.qemu_plans import SwapPlan, Vmm
 from caesura_vmcontrol.qmp import Qmp, QmpError
 
-_TOTAL_S = 1.0  # s: one call; whoever calls comes again
+_TOTAL_S = 1.0  # s: one call; the caller tries again
 _NOBODY_COMES_S = (
     0.1  # s: a dead process's connection that is not accepted yet is accepted within a millisecond
 )
@@ -43,10 +43,10 @@ _STEP_S = 0.002
 
 
 def way_out(plan: SwapPlan) -> None:
-    """Bring the swap to an end, one way or the other. Safe at any time, repeated or raced.
+    """Bring the swap to an end, one way or the other. Safe at any time, repeated or concurrently.
 
     Raises:
-        OSError: not there yet; come again.
+        OSError: not complete yet; try again.
     """
     until = time.monotonic() + _TOTAL_S
     while True:
@@ -64,7 +64,7 @@ def way_out(plan: SwapPlan) -> None:
         elif owner.kind == "new":
             if _forward(plan, number, owner, until):
                 return
-            until = time.monotonic() + _TOTAL_S  # another decision stands: time anew for that
+            until = time.monotonic() + _TOTAL_S  # another decision is valid: a new time limit for it
         elif owner.kind == "gone":
             kill_and_wait(plan.new.pid, plan.new.start_ticks, until)
             kill_and_wait(plan.old.pid, plan.old.start_ticks, until)
@@ -74,10 +74,10 @@ def way_out(plan: SwapPlan) -> None:
 
 
 def roll_back(old: Vmm, others: list[tuple[int, int]], until: float, *, ours: bool, begun: bool) -> None:
-    """The old process has the guest for good: everybody else is dead before it is resumed.
+    """The old process has the guest permanently: every other process is dead before it is resumed.
 
     A QEMU that sends its state to one that hangs hangs itself until that one is dead.
-    ``ours``: whether its last migration is ours; if not, one that is done is somebody else's. ``begun``: whether we may
+    ``ours``: whether its last migration is ours; if not, a complete one is somebody else's. ``begun``: whether we may
     have stopped it; if not, its pause is somebody else's, too.
     """
     for pid, start_ticks in others:
@@ -96,7 +96,7 @@ def roll_back(old: Vmm, others: list[tuple[int, int]], until: float, *, ours: bo
 def is_ours(plan: SwapPlan) -> bool:
     """Whether the old process's last migration is ours.
 
-    Who began it may have died before he wrote down that QEMU accepted it; then it is ours if it arrived.
+    The process that began it may have died before it recorded that QEMU accepted it; then it is ours if it arrived.
     """
     if _known_as_ours(plan):
         return True
@@ -112,10 +112,10 @@ def _known_as_ours(plan: SwapPlan) -> bool:
 
 
 def _find_out_whose(plan: SwapPlan, until: float) -> bool:
-    """As ``is_ours``, for the last time: the new process, which alone may tell, is ended next.
+    """As ``is_ours``, for the last time: the new process, which alone may know, is ended next.
 
-    It is stopped first, so that the answer holds: a migration of ours has a return path, and cannot be completed while its
-    other end stands. If the old process has not been migrated by then, one that completes later is somebody else's.
+    It is stopped first, so that the answer stays true: our migration has a return path, and cannot complete while its
+    other end is stopped. If the old process has not been migrated by then, one that completes later is somebody else's.
     """
     if _known_as_ours(plan):
         return True
@@ -127,7 +127,7 @@ def _find_out_whose(plan: SwapPlan, until: float) -> bool:
         ) as qmp:
             away = run_state(qmp, time.monotonic() + _ARRIVED_S) == "postmigrate"
     except QmpError:
-        return False  # dead, or waiting for the new one to take what it sends
+        return False  # dead, or waiting for the new one to receive what it sends
     if not away:
         return False
     sigcont(plan.new.pid, plan.new.start_ticks)
@@ -135,7 +135,7 @@ def _find_out_whose(plan: SwapPlan, until: float) -> bool:
 
 
 def _arrived(plan: SwapPlan) -> bool:
-    """Whether the new process has received anything; a dead or silent one cannot tell."""
+    """Whether the new process has received anything; a dead or silent one gives no answer."""
     until = time.monotonic() + _ARRIVED_S
     try:
         with reach(plan.new.pid, plan.new.start_ticks, [plan.new.qmp, plan.old.qmp], until) as qmp:
@@ -145,7 +145,7 @@ def _arrived(plan: SwapPlan) -> bool:
 
 
 def _decide(plan: SwapPlan, until: float) -> None:
-    """Nobody has decided: the old process if it lives, else the new one if it has everything."""
+    """Undecided so far: the old process if it lives, else the new one if it has everything."""
     if alive(plan.old.pid, plan.old.start_ticks):
         claims.claim(plan.claims, 1, "old")
         return
@@ -163,7 +163,7 @@ def _has_everything(qmp: Qmp, until: float) -> bool:
     """Whether a new process whose sender is dead has loaded the state. It may be about to.
 
     Raises:
-        NotRunning: it cannot be told yet.
+        NotRunning: not known yet.
     """
     nobody_comes = time.monotonic() + _NOBODY_COMES_S
     while True:
@@ -180,14 +180,14 @@ def _has_everything(qmp: Qmp, until: float) -> bool:
 
 
 def _forward(plan: SwapPlan, number: int, owner: Owner, until: float) -> bool:
-    """The new process has the guest, unless it is shown that it never ran it. False: read the claims again."""
+    """The new process has the guest, unless it is proved that it never ran it. False: read the claims again."""
     old, pid, ticks = plan.old, owner.pid, owner.start_ticks
     sigstop(old.pid, old.start_ticks)
     sigcont(pid, ticks)
     try:
         qmp = reach(pid, ticks, [plan.new.qmp, old.qmp], until)
     except ProcessGone:
-        claims.claim(plan.claims, number + 1, "gone")  # nobody can tell whether it ran
+        claims.claim(plan.claims, number + 1, "gone")  # nothing can show whether it ran
         return False
     with qmp:
         if not has_run(plan.claims, run_state(qmp, until)):
@@ -195,9 +195,9 @@ def _forward(plan: SwapPlan, number: int, owner: Owner, until: float) -> bool:
             refused = cont(qmp, until)
             if refused is not None:
                 if not alive(old.pid, old.start_ticks):
-                    raise refused  # nobody to go back to: what it waits for may come free
+                    raise refused  # there is no process to return to: what it waits for may become free
                 claims.note_failure(plan.claims, str(refused))
-                # Not KillTimeout but dead, or we come again and find it dead: then nobody can tell.
+                # Extra time, so that it is dead here: after a KillTimeout the next try finds it dead, and nothing shows whether it ran.
                 proven = prove_never_ran(qmp, pid, ticks, until + _TOTAL_S)
                 claims.claim(plan.claims, number + 1, "old" if proven else "gone")
                 return False
@@ -208,9 +208,9 @@ def _forward(plan: SwapPlan, number: int, owner: Owner, until: float) -> bool:
 
 
 def _after_the_operation(plan: SwapPlan, until: float) -> None:
-    """The claims were removed: exactly one of the two is left and has the guest, which is paused by others if at all.
+    """The claims were removed: exactly one of the two is left and has the guest; if it is paused, by somebody else.
 
-    If both are left, the claims were lost in the middle: the new one has the guest if it has its state.
+    If both are left, the claims were lost midway: the new one has the guest if it has its state.
     """
     old, new = plan.old, plan.new
     left = [each for each in (old, new) if alive(each.pid, each.start_ticks)]

@@ -1,7 +1,7 @@
-"""One ``thaw`` of an operation at a time, as far as that goes: for smoothness, never for safety.
+"""One ``thaw`` of an operation at a time, as far as possible: for smoothness, never for safety.
 
-Whoever does not get his turn in time goes on without: the claims keep him safe. A turn that ends with its process is
-given back by the kernel (flock(2)); that of a process that was stopped in the middle of it is passed over.
+A process that does not get its turn in time continues without it: the claims keep it safe. The turn of a process that
+ends is released by the kernel (flock(2)); that of a process that was stopped while it held it is passed over.
 """
 
 # light imports on purpose: no pathlib here.
@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from caesura_vmcontrol.procfs import DEAD, STOPPED, thread_states
 
 _STEP_S = 0.002
-_PASSED_OVER = 3  # how many stopped ones
+_PASSED_OVER = 3  # how many stopped processes
 
 
 @contextmanager
@@ -34,7 +34,7 @@ def try_lock(folder: str, wait_s: float) -> Iterator[bool]:
 
 
 def _take(folder: str, handles: list[int], until: float) -> bool:
-    """The folder's own lock needs no room on the disk; behind it, one file for each that is passed over."""
+    """The folder's own lock needs no space on the disk; behind it, one file for each that is passed over."""
     for level in range(_PASSED_OVER + 1):
         try:
             if level == 0:
@@ -57,7 +57,7 @@ def _take(folder: str, handles: list[int], until: float) -> bool:
 
 
 def _holder_is_stopped(handle: int) -> bool:
-    """Whether a signal stopped whoever holds the lock (proc(5), ``/proc/locks``)."""
+    """Whether a signal stopped the process that holds the lock (proc(5), ``/proc/locks``)."""
     inode = str(os.fstat(handle).st_ino)
     with suppress(OSError, ValueError, IndexError), open("/proc/locks", encoding="ascii") as locks:
         for line in locks:

@@ -1,4 +1,4 @@
-"""QEMU guests as the guard sees them: their condition, their way out, whether it has come to its end."""
+"""QEMU guests as the guard sees them: their condition, their way out, whether it is complete."""
 
 # light imports on purpose: no pathlib here.
 # ruff: noqa: PTH112
@@ -28,7 +28,7 @@ class OwnershipUnknown(OSError):
 
 
 def condition(plan: VmmPlan) -> Literal["running", "held", "frozen", "gone"]:
-    """The condition of the process that has the guest by the claims. Raises OSError: it cannot be told."""
+    """The condition of the process that has the guest by the claims. Raises OSError: it is unknown."""
     if isinstance(plan, QemuPlan):
         return look(plan.vmm.pid, plan.vmm.start_ticks, [plan.vmm.qmp], ours=lambda: False)
     paths = [plan.new.qmp if isinstance(plan, SwapPlan) else plan.qmp, plan.old.qmp]
@@ -48,17 +48,17 @@ def condition(plan: VmmPlan) -> Literal["running", "held", "frozen", "gone"]:
     if owner.kind == "new":
         ran = claims.noted(plan.claims, "ran")
         found = look(owner.pid, owner.start_ticks, paths, ours=lambda: False, claimed=True, theirs=ran)
-        # Dead and nobody has said yet what follows from it: whoever killed it may know that it never ran.
+        # Dead and nothing is decided about it yet: the process that killed it may know that it never ran.
         undecided = found == "gone" and not alive(owner.pid, owner.start_ticks)
         return "held" if undecided else found
     return "gone" if owner.kind == "gone" else "held"
 
 
 def thaw(plan: VmmPlan) -> None:
-    """Have the guest run in exactly one process, which one is decided here if nobody has. Blocking, about a second.
+    """Make the guest run in exactly one process; which one is decided here if it is undecided. Blocking, about a second.
 
     Raises:
-        OSError: not there yet, with QEMU's reason where it gave one; call again.
+        OSError: not complete yet, with QEMU's reason where it gave one; call again.
     """
     if isinstance(plan, QemuPlan):
         vmm, until = plan.vmm, time.monotonic() + _FREEZE_S
@@ -81,7 +81,7 @@ def thaw(plan: VmmPlan) -> None:
 
 
 def heir(plan: SwapPlan | ReplacePlan) -> claims.Owner | None:
-    """Who has the guest when the claims are no more; None: two processes may."""
+    """Which process has the guest when the claims are removed; None: two processes may."""
     if isinstance(plan, SwapPlan):
         others = [(each.pid, each.start_ticks) for each in (plan.new,) if alive(each.pid, each.start_ticks)]
     else:
@@ -95,7 +95,7 @@ def heir(plan: SwapPlan | ReplacePlan) -> claims.Owner | None:
 
 
 def holder(plan: SwapPlan | ReplacePlan) -> tuple[int, int] | None:
-    """The living process that has the guest, pid and start time; None: none has, or it is not decided."""
+    """The living process that has the guest, pid and start time; None: none has, or it is undecided."""
     _, owner = _current(plan)
     if not os.path.isdir(plan.claims):
         owner = heir(plan)
@@ -109,7 +109,7 @@ def holder(plan: SwapPlan | ReplacePlan) -> tuple[int, int] | None:
 
 
 def owner_of(plan: VmmPlan) -> str:
-    """Who has the guest by the claims: ``old``, ``new:PID:TICKS``, or empty: not decided, in a file, or gone."""
+    """Which process has the guest by the claims: ``old``, ``new:PID:TICKS``, or empty: undecided, in a file, or gone."""
     if isinstance(plan, QemuPlan):
         return ""
     _, owner = _current(plan)
@@ -117,7 +117,7 @@ def owner_of(plan: VmmPlan) -> str:
 
 
 def settled(plan: VmmPlan) -> bool:
-    """Whether it is decided who has the guest and everybody else is dead, as far as a quick look tells."""
+    """Whether it is decided which process has the guest and every other one is dead, as far as a quick look shows."""
     if isinstance(plan, QemuPlan) or not os.path.isdir(plan.claims):
         return True
     _, owner = _current(plan)

@@ -15,18 +15,18 @@ from caesura_vmcontrol.probes import VMM_PLANS, ProbeResult, QemuProbes
 from caesura_vmcontrol.procfs import Process, process_table
 
 _RETRY_S = 0.005  # s: between two looks at VMs that do not run yet
-_ENFORCE_S = 0.02  # s: between two looks while a late freeze of a stopped updater may still come
+_ENFORCE_S = 0.02  # s: between two looks while a late freeze of a stopped updater may still arrive
 _ENFORCE_IDLE_S = 0.1  # s: the same, after a minute of that: a process table costs milliseconds
-_ENFORCE_QEMU_S = 0.1  # s: the same for QEMU guests: a thread and two questions over a socket each time
+_ENFORCE_QEMU_S = 0.1  # s: the same for QEMU guests: a thread and two queries over a socket each time
 _LATE_S = 2.0
-"""How long the guard keeps enforcing after its owner's death, in seconds: what the dead one asked for may take effect later.
+"""How long the guard keeps enforcing after its owner's death, in seconds: the owner's requests may take effect later.
 
 QEMU carries out a ``stop`` that waits in its socket, and pauses the guest at the end of a migration that was begun: both
 within milliseconds on an idle host, a device's state of some megabytes within a second on a busy one.
 """
-_LOOK_ROUND_S = 0.8  # s: how long an acknowledgement waits for QEMU guests: each is asked for half a second
+_LOOK_ROUND_S = 0.8  # s: how long an acknowledgement waits for QEMU guests: each is queried for half a second
 _LAST_ROUND_S = 0.3  # s: and for rounds that are under way; both together well under the updater's patience
-_STORE_RETRY_S = 1.0  # s: between two tries to write down what was done on a full disk
+_STORE_RETRY_S = 1.0  # s: between two tries to record what was done on a full disk
 
 _STORE_S = 0.5  # s: an fsync on a busy disk; every VM runs or is gone by then
 _STORE = ""
@@ -37,7 +37,7 @@ Log = Callable[..., None]
 
 
 class GuardRefusal(Exception):
-    """The guard will not do what it was asked; the text says why."""
+    """The guard refuses the request; the text gives the reason."""
 
 
 class Store(Protocol):
@@ -47,7 +47,7 @@ class Store(Protocol):
         """Make it durable. Raises OSError."""
 
     def clear(self) -> None:
-        """Forget it. Raises OSError."""
+        """Remove it. Raises OSError."""
 
 
 class Watchdog:
@@ -56,15 +56,15 @@ class Watchdog:
     After it fired, it enforces "nothing of this operation is paused" until the operation is disarmed or its owner is
     dead: an updater that was stopped between its last check and its freeze call may freeze a VM long after the deadline.
 
-    A look tells nothing of what happens after it began. So each event after which a VM may be paused (it fires, the owner
-    dies, a disarm, the guard's own end) demands another whole look at every VM, and neither the pause between two looks
-    nor a look that is under way stands in for it.
+    A look shows nothing of what happens after it began. So each event after which a VM may be paused (the guard fires, the
+    owner dies, a disarm, the guard's own end) demands another whole look at every VM, and neither the pause between two looks
+    nor a look that is under way replaces it.
 
     Args:
         store: where intents are kept.
         clock: seconds on CLOCK_MONOTONIC.
         look: the condition of a VM; injected by tests only, like ``release``.
-        release: lets a VM run.
+        release: resumes a VM.
     """
 
     def __init__(
@@ -88,16 +88,16 @@ class Watchdog:
         self._rounds = QemuProbes(look, release, clock, log)
         self._calls = BoundedCalls()
         self._complaints: dict[tuple[str, str], str] = {}
-        """What was logged last of each VM, by event: one that hangs is looked at every few milliseconds."""
+        """The last log line of each VM, by event: one that hangs is looked at every few milliseconds."""
 
     @property
     def intent(self) -> Intent | None:
-        """The operation in the guard's hands."""
+        """The operation that the guard holds."""
         return self._intent
 
     @property
     def state(self) -> State:
-        """``ready`` for another operation, or where the present one is."""
+        """``ready`` for another operation, or the state of the present one."""
         if self._intent is None:
             return "ready"
         if self._intent.fired is None:
@@ -106,11 +106,11 @@ class Watchdog:
 
     @property
     def at_rest(self) -> bool:
-        """Whether there is nothing to do before the next request: no operation, or one that nobody is left to pause."""
+        """Whether there is nothing to do before the next request: no operation, or one whose VMs nobody is left to pause."""
         return self._intent is None or (self.state == "fired" and not self._may_be_paused_late())
 
     def _may_be_paused_late(self) -> bool:
-        """Whether the owner lives, or died so recently that something it asked for may yet take effect."""
+        """Whether the owner lives, or died so recently that a request of its may still take effect."""
         return self._owner_gone_at is None or self._clock() < self._owner_gone_at + _LATE_S
 
     def arm(self, intent: Intent) -> None:
@@ -132,7 +132,7 @@ class Watchdog:
         self._reset()
 
     def adopt(self, intent: Intent, why: str = "the guard started and found it armed") -> None:
-        """Undo an intent found on disk at start: whoever armed it cannot be trusted to undo it."""
+        """Undo an intent found on disk at start: the updater that armed it cannot be trusted to undo it."""
         self._intent = intent
         self._owner_gone_at = self._clock()
         self._reset()
@@ -140,8 +140,8 @@ class Watchdog:
         if before is None:
             self.fire(why)
             return
-        # What was written down before our time is closer to the truth than what we find now; what is paused again since
-        # is found so by the looks to come.
+        # What was recorded before our start is closer to the truth than what we find now; what is paused again since
+        # is found by the looks that follow.
         self._seen_running = {
             vm: catch.running_at for vm, catch in before.vms.items() if catch.running_at is not None
         }
@@ -180,7 +180,7 @@ class Watchdog:
     def look_again(self) -> None:
         """Something happened: if the guard fired, look at every VM once more, whatever was seen before.
 
-        Process guests are resumed whatever they are found in: one whose stop signal is still pending is seen running.
+        Process guests are resumed whatever state they are in: one whose stop signal is still pending is seen running.
         """
         intent = self._intent
         if intent is None or intent.fired is None:
@@ -202,9 +202,9 @@ class Watchdog:
             wait_s = _LOOK_ROUND_S
             self.look_again()  # the owner may have frozen something since the last look
         elif self._any_held(intent):
-            self.fire("disarmed while a VM stood still")
+            self.fire("disarmed while a VM was paused")
         until = time.monotonic() + wait_s
-        for _ in range(2):  # a round that began earlier is waited for; then comes the one that counts
+        for _ in range(2):  # a round that began earlier is awaited first; then follows the one that counts
             self.step()
             # A round that is still under way could resume a VM that the next operation has frozen.
             self._take_in(intent, self._rounds.ended(max(until - time.monotonic(), 0)))
@@ -226,7 +226,7 @@ class Watchdog:
         return None if intent.fired is None else intent.to_json()
 
     def step(self) -> float | None:
-        """Do what is due; seconds until there may be more to do, None for nothing to wait for."""
+        """Do what is due; returns the seconds until more may be due, None if there is nothing to wait for."""
         intent = self._intent
         if intent is None:
             return None
@@ -251,12 +251,12 @@ class Watchdog:
         return _STORE_RETRY_S if self._unstored_since is not None else None
 
     def _sweep(self, *, release_all: bool = False) -> None:
-        """Look at every VM once, resume what is paused, write down what changed.
+        """Look at every VM once, resume what is paused, record what changed.
 
-        ``release_all``: resume every process guest, those that are seen running, too.
+        ``release_all``: resume every process guest, including those that are seen running.
 
-        Process guests at once, all with one process table; QEMU guests each in a round of its own, whose outcome
-        is taken in when it has ended.
+        Process guests at once, all with one process table; QEMU guests each in a round of its own, whose result
+        is recorded when it has ended.
         """
         intent = self._intent
         if intent is None or intent.fired is None:
@@ -281,7 +281,7 @@ class Watchdog:
             self._save()
 
     def _take_in(self, intent: Intent, rounds: list[ProbeResult]) -> None:
-        """Write down what rounds of QEMU guests have found."""
+        """Record what rounds of QEMU guests have found."""
         changed = False
         for each in rounds:
             if intent.fired is None or each.only_look:
@@ -292,14 +292,14 @@ class Watchdog:
             catch.owner = each.owner
             changed |= self._note(each.vm, each.was_held, each.state, each.at)
             if each.why_not:
-                catch.end, catch.running_at = "", None  # not at its end whatever it does: come again
+                catch.end, catch.running_at = "", None  # not complete whatever it does: try again
             elif catch.end and not before:
                 self._log("guard.vm_settled", vm=each.vm, end=catch.end, owner=catch.owner)
         if changed and intent.fired is not None and intent.fired.done:
             self._save()
 
     def _any_held(self, intent: Intent) -> bool:
-        """Whether a VM of an operation that did not fire stands still, or cannot be seen to run in time."""
+        """Whether a VM of an operation that did not fire is paused, or cannot be seen to run in time."""
         asked = {plan.vm for plan in intent.plans if isinstance(plan, VMM_PLANS)}
         for plan in intent.plans:
             if plan.vm in asked:
@@ -312,7 +312,7 @@ class Watchdog:
         return any(seen.get(vm, True) for vm in asked)
 
     def _note(self, vm: str, was_held: bool, state: Condition, at: float) -> bool:
-        """Write down what was found of one VM; whether it is news."""
+        """Record what was found of one VM; whether it is new."""
         if self._intent is None or self._intent.fired is None:
             return False
         catch = self._intent.fired.vms[vm]
@@ -323,7 +323,7 @@ class Watchdog:
             catch.was_frozen, catch.end, catch.running_at = True, "", None
         if state in ("running", "gone"):
             self._seen_running[vm] = at
-            if not catch.end or (catch.end, state) == ("gone", "running"):  # it was only thought to be gone
+            if not catch.end or (catch.end, state) == ("gone", "running"):  # it was only believed to be gone
                 catch.end, catch.running_at = state, at
         return asdict(catch) != before
 
@@ -335,7 +335,7 @@ class Watchdog:
             found = self._calls.call(plan.vm, lambda: self._look(plan, table))
         except OSError as error:
             self._complain("guard.look_failed", plan.vm, str(error))
-            return "held"  # cannot tell: treat it as standing still
+            return "held"  # unknown: treat it as paused
         self._complaints.pop(("guard.look_failed", plan.vm), None)
         return found
 
@@ -357,7 +357,7 @@ class Watchdog:
             return None
         try:
             return process_table()
-        except OSError:  # then each look and each release reads its own, or fails and is tried again
+        except OSError:  # then each look and each release reads its own, or fails and is retried
             return None
 
     def _save(self) -> None:

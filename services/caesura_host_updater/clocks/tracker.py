@@ -1,4 +1,4 @@
-"""Waiting for the clocks of resumed VMs: who is asked, who answered, who is flagged as unsynced."""
+"""Waiting for the clocks of resumed VMs: which are queried, which answered, which are flagged as unsynced."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from caesura.lifecycle.proof import memory_proof
 from caesura_host_updater.clocks.verdict import ClockCheck, judge, judge_driver, same_boot, unsynced
 from caesura_host_updater.drivers.port import Driver, DriverError
 
-_BOOT_ID_S = 0.5  # s: for a guest to tell its boot id before it is paused
-REPEAT_S = 2.0  # s: the agent may have been away when `resumed` was told: it is told again this often
+_BOOT_ID_S = 0.5  # s: for a guest to report its boot id before it is paused
+REPEAT_S = 2.0  # s: the agent may have been away when `resumed` was published: it is repeated this often
 
 _log = structlog.get_logger("caesura.clock")
 
@@ -37,20 +37,20 @@ class _PendingSync:
 
 
 def _fuller(earlier: AgentClockSynced | None, later: AgentClockSynced) -> AgentClockSynced:
-    """Of two answers to one resume the one that has the canary, whichever came first."""
+    """Of two answers to one resume, the one with the canary, whichever arrived first."""
     return earlier if earlier is not None and later.canary is None and earlier.canary is not None else later
 
 
 class ClockSyncTracker:
     """Judges each resumed VM's clock once.
 
-    The time to answer begins when the broker has taken `resumed`: before that no agent can know. It begins
-    anew when the broker was away, and the verdict never comes before the operation's report. A VM without an
-    agent, or whose agent keeps silent or cannot, is set through the driver where that is possible.
+    The time limit begins when the broker has accepted `resumed`: before that no agent can know. It begins
+    again when the broker was away, and the verdict never precedes the operation's report. A VM without an
+    agent, or whose agent is silent or fails, is set through the driver where that is possible.
 
     Args:
-        verdict: takes each verdict, with the operation it is about.
-        repeat: tells a `resumed` again.
+        verdict: receives each verdict, with the operation it is about.
+        repeat: publishes a `resumed` again.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class ClockSyncTracker:
         return len(self._open)
 
     async def kernel_boot_ids(self, vms: Sequence[str]) -> dict[str, str]:
-        """Before a pause: what shows afterwards that memory stayed, should no agent answer. Empty: not told."""
+        """Before a pause: what shows afterwards that memory stayed, should no agent answer. Empty: unknown."""
 
         async def ask(vm: str) -> str:
             with suppress(DriverError, TimeoutError):
@@ -92,7 +92,7 @@ class ClockSyncTracker:
         return dict(zip(vms, await asyncio.gather(*map(ask, vms)), strict=True))
 
     def on_resume_published(self, letter: OutboxMessage, message: VmResumed) -> None:
-        """The broker has a VM's `resumed`."""
+        """The broker has accepted a VM's `resumed`."""
         case = self._case(message.vm, message.operation)
         now = time.monotonic()
         if case is None:
@@ -114,7 +114,7 @@ class ClockSyncTracker:
         this = (message.vm, message.operation)
         letter, earlier, at = self._pending_requests.get(this, (None, None, None))
         if letter is None:
-            # It may be quicker than the broker's acknowledgement of `resumed`. One such answer of a VM is kept.
+            # It may arrive before the broker's acknowledgement of `resumed`. One such answer of a VM is kept.
             for key, early in list(self._pending_requests.items()):
                 if key[0] == message.vm and key != this and early[0] is None:
                     del self._pending_requests[key]
@@ -123,11 +123,11 @@ class ClockSyncTracker:
     def expect(self, waits: Sequence[ClockCheck], *, told: bool = False) -> None:
         """An operation was reported: its VMs may be judged from now on.
 
-        ``told``: their `resumed` may have been taken by the broker in an earlier life of ours.
+        ``told``: the broker may have accepted their `resumed` in a previous run of this service.
         """
         for wait in waits:
             if wait.vm in self._open:
-                why = "it was paused again before its clock was put right"
+                why = "it was paused again before its clock was corrected"
                 self._close(
                     self._open[wait.vm],
                     unsynced(self._host, self._open[wait.vm].wait, why, datetime.now(UTC)),
@@ -139,7 +139,7 @@ class ClockSyncTracker:
             case.repeat_at = time.monotonic() + REPEAT_S
             if told and case.told_at is None:
                 case.told_at = time.monotonic()
-        if waits:  # a report without VMs (refused, cancelled) may come while another operation is under way
+        if waits:  # a report without VMs (refused, cancelled) may arrive while another operation is under way
             self._pending_requests.clear()
         if self._open:
             self._all_judged.clear()
@@ -150,14 +150,14 @@ class ClockSyncTracker:
         return self._case(wait.vm, wait.operation) is not None
 
     async def settled(self, timeout_s: float) -> bool:
-        """Wait until no VM waits for its verdict; whether that came within the time."""
+        """Wait until no VM waits for its verdict; whether that happened in time."""
         with suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
                 await self._all_judged.wait()
         return self._all_judged.is_set()
 
     def connected(self) -> None:
-        """The broker is back: everybody who waits gets the whole time again."""
+        """The broker is back: every VM that waits gets the whole time limit again."""
         for case in self._open.values():
             if case.told_at is not None:
                 case.told_at = time.monotonic()
@@ -169,7 +169,7 @@ class ClockSyncTracker:
         return case if case is not None and case.wait.operation == operation else None
 
     async def run(self) -> None:
-        """Judge, repeat and give up, for ever."""
+        """Judge, repeat and give up. Never ends."""
         try:
             while True:
                 self._stir.clear()
@@ -211,7 +211,7 @@ class ClockSyncTracker:
             self._repeat(case.resumed)
 
     def _waits_for_canary(self, case: _PendingSync, now: float) -> bool:
-        """Whether the agent has its clock and still compares its canary; no longer than for an agent that keeps silent."""
+        """Whether the agent has its clock and still compares its canary; no longer than for a silent agent."""
         if not case.wait.canary_writes or case.answer is None or case.answer.canary is not None:
             return False
         return case.told_at is None or now < case.told_at + self._timeout_s
@@ -221,7 +221,7 @@ class ClockSyncTracker:
         return self._driver.capabilities(vm).clock == "system"
 
     def _better(self, case: _PendingSync, by_driver: VmClockSynced) -> VmClockSynced:
-        """What the agent said, if it said anything: it may have come while the driver was asked."""
+        """The agent's answer, if there is one: it may have arrived while the driver was asked."""
         if case.answer is None:
             return by_driver
         by_agent = judge(self._host, case.wait, case.answer, datetime.now(UTC))

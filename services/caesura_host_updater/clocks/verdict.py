@@ -13,7 +13,7 @@ from caesura_host_updater.drivers.port import ClockSet
 
 class ClockCheck(msgspec.Struct, frozen=True):
     """A resumed VM whose clock is not judged yet. ``boot_id``: its agent's before the pause, if known; ``kernel_boot_id``: the
-    guest kernel's. ``canary_writes``: what the agent last said before the pause of the pages that it had written, 0: it holds none."""
+    guest kernel's. ``canary_writes``: how many pages the agent last reported as written before the pause, 0: it holds none."""
 
     vm: str
     set: str
@@ -99,23 +99,23 @@ def _canary(writes_before: int, found: CanaryReport | None) -> MemoryProof | Non
         detail = f"canary differs: {found.bad_pages} of {what}: {found.detail}"
         return memory_proof((), ["canary_equal"], detail)
     if found.writes < writes_before:
-        # Pages and index agree, but both are of an earlier time: only somebody outside can know.
+        # Pages and index agree, but both are of an earlier time: only an observer outside can know.
         detail = f"canary differs: {found.writes} pages written after the pause, {writes_before} before it: all memory is an older copy"
         return memory_proof((), ["canary_equal"], detail)
     return memory_proof(["canary_equal"], (), f"canary equal: {what}")
 
 
 def same_boot(before: str, after: str) -> MemoryProof:
-    """A boot id (the agent's, or the guest kernel's) lives in guest memory only: the same one shows that it did not start over."""
+    """A boot id (the agent's, or the guest kernel's) lives in guest memory only: an unchanged one shows that it did not restart."""
     if not before:
-        return memory_proof(detail="nobody in the guest was received before the pause")
+        return memory_proof(detail="no boot id was received from the guest before the pause")
     if before == after:
         return memory_proof(["not_rebooted"], (), f"not rebooted: boot id {after}")
     return memory_proof((), ["not_rebooted"], f"rebooted: boot id {before} became {after}")
 
 
 def unsynced(host: str, wait: ClockCheck, reason: str, at: datetime) -> VmClockSynced:
-    """Loudly: nobody put this clock right."""
+    """At error level: nothing corrected this clock."""
     return VmClockSynced(
         vm=wait.vm,
         host=host,

@@ -1,1 +1,1 @@
-"""What a host has: its VMs, its updates, and the inventory that says so."""
+"""What a host has: its VMs, its updates, and the inventory that publishes them."""

@@ -1,9 +1,9 @@
-"""Reads ``updates.d`` in a thread of its own: a folder that does not answer holds up nothing else.
+"""Reads ``updates.d`` in a thread of its own: a folder that does not answer delays nothing else.
 
 The folder may be on a network file system whose server is away, where every call waits in the kernel. So it is
-read on start, on SIGHUP and when a cheap look shows a change, never because a VM changed, and never in the event
-loop or in a pool that a resume needs. While a read hangs, the catalogue of the last read is what commands are
-judged by.
+read on start, on SIGHUP and when a cheap check shows a change, never because a VM changed, and never in the event
+loop or in a pool that a resume needs. While a read hangs, commands are judged by the catalogue of the last
+read.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ import structlog
 from caesura.contract.messages import RefusedUpdate
 from caesura_host_updater.inventory.updates import Catalogue, read_updates
 
-_LOOK_S = 1.0  # s: between two looks for changes; each is one listing and one stat a file
+_LOOK_S = 1.0  # s: between two checks for changes; each is one listing and one stat a file
 _SILENT_S = 3.0  # s: a local folder answers within milliseconds, a busy network file system within a second
 
 _log = structlog.get_logger("caesura.updates")
 
 Fingerprint = tuple[object, ...]
-"""Equal where nothing changed that a new read would show."""
+"""Equal if nothing changed that a new read would show."""
 
 
 class CatalogueReader:
@@ -58,7 +58,7 @@ class CatalogueReader:
         self._wanted = threading.Event()
         self._closed = False
         self._busy_since: float | None = None
-        """When the thread began with what it is at; None while it waits. Seconds on CLOCK_MONOTONIC."""
+        """The start of the thread's current work; None while it waits. Seconds on CLOCK_MONOTONIC."""
         self._loop: asyncio.AbstractEventLoop | None = None
         self._first = asyncio.Event()
         self._was_silent = False
@@ -69,12 +69,12 @@ class CatalogueReader:
         if not self.complaint():
             return self._catalogue
         silent = RefusedUpdate(
-            file=self._folder, reason="the folder does not answer; what was last read from it stands"
+            file=self._folder, reason="the folder does not answer; what was last read from it stays valid"
         )
         return Catalogue(self._catalogue.updates, (*self._catalogue.refused, silent))
 
     def complaint(self) -> str:
-        """Empty text while the folder answers, else what is wrong; for the health probe."""
+        """Empty text while the folder answers, else the problem; for the health probe."""
         since = self._busy_since
         if since is None or time.monotonic() - since < self._silent_s:
             return ""
@@ -94,7 +94,7 @@ class CatalogueReader:
         self._wanted.set()
 
     async def run(self) -> None:
-        """Notice that the folder stopped to answer, or answers again. Never ends."""
+        """Notice that the folder no longer answers, or answers again. Never ends."""
         while True:
             await asyncio.sleep(self._look_s)
             silent = bool(self.complaint())
@@ -108,7 +108,7 @@ class CatalogueReader:
             self._changed()
 
     def close(self) -> None:
-        """End the thread when it next has a choice; it is not waited for."""
+        """End the thread as soon as it is not blocked; it is not awaited."""
         self._closed = True
         self._wanted.set()
 
@@ -128,7 +128,7 @@ class CatalogueReader:
             self._wanted.clear()
             self._busy_since = time.monotonic()
             now = fingerprint(self._folder, self._catalogue)
-            # What refused a file may be outside of it, such as a program that is not installed yet.
+            # The cause of a refusal may be outside the file, such as a program that is not installed yet.
             if forced or last is None or now != last or self._catalogue.refused:
                 found = self._read(self._folder)
                 last = fingerprint(self._folder, found)
@@ -138,7 +138,7 @@ class CatalogueReader:
 
     def _tell(self, found: Catalogue) -> None:
         if self._loop is not None:
-            with suppress(RuntimeError):  # the loop was closed: nobody wants to know
+            with suppress(RuntimeError):  # the loop was closed: there is no reader left
                 self._loop.call_soon_threadsafe(self._take, found)
 
     # -- in the event loop ----------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Which updates this host has: those that succeeded here, and what their own commands say. Pure."""
+"""Which updates this host has: those that succeeded here, and what their own commands report. Pure."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from caesura_host_updater.operation.state import Operation
 class Mark(msgspec.Struct, frozen=True, kw_only=True):
     """What an operation did for one update, on the host or, with ``vm``, for one VM.
 
-    ``succeeded`` false: it was begun and did not end well, so nobody knows whether it is installed.
+    ``succeeded`` false: it was begun and did not succeed, so it is unknown whether it is installed.
     """
 
     update: str
@@ -26,8 +26,8 @@ class Mark(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def marks_of(op: Operation, at: datetime) -> tuple[Mark, ...]:
-    """What is to be remembered of an operation that ended."""
-    # The new VMM of a swap or replace may be installed while a guest is still in the old one.
+    """What to remember of an operation that ended."""
+    # The new VMM of a swap or replace may be installed while a guest still runs in the old one.
     whole = op.method not in ("swap", "replace") or op.end == "completed"
     return tuple(
         Mark(
@@ -43,7 +43,7 @@ def marks_of(op: Operation, at: datetime) -> tuple[Mark, ...]:
 
 
 def remembered(known: Iterable[Mark], new: Iterable[Mark]) -> tuple[Mark, ...]:
-    """The marks after these: the last word on an update (and VM) counts, and one that did not succeed ends it."""
+    """The marks after these: the latest mark of an update (and VM) counts, and one that did not succeed removes it."""
     latest = {(each.update, each.vm): each for each in (*known, *new)}
     return tuple(each for each in latest.values() if each.succeeded)
 
@@ -66,7 +66,7 @@ def installed(
         done.setdefault((mark.update, mark.version), {})[mark.vm] = mark.at
     found = []
     for update in catalogue.updates.values():
-        # Without a version nobody can tell what is in the file now from what was applied: it is never taken for installed.
+        # Without a version it is unknown whether the file is still what was applied: it is never taken for installed.
         have = done.get((update.name, update.version), {}) if update.version else {}
         if update.installed and not answers.get(update.name, False):
             continue

@@ -23,7 +23,7 @@ def vm_records(
 ) -> dict[str, VmRecord]:
     """The VMs by name.
 
-    ``details``: what is to be said of a state, where there is something. ``canaries``: those whose agent holds a canary.
+    ``details``: the detail of a state, where there is one. ``canaries``: those whose agent holds a canary.
     """
     return {
         spec.name: _record(spec, capabilities(spec.name), states, details, canary=spec.name in canaries)

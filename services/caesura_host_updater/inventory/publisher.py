@@ -26,7 +26,7 @@ class InventoryPublisher:
         self._host = host
         self._post = post
         self._parts: dict[int, str] = {}
-        """Number of a part that the broker may have to its etag there; empty: not known."""
+        """Number of a part that the broker may have, to its etag there; empty: unknown."""
         self._unsent = ""
 
     def retained(self, part: InventoryPart) -> bool:
@@ -39,7 +39,7 @@ class InventoryPublisher:
         return True
 
     def removed(self, part: int) -> bool:
-        """The broker has this part no more. Whether the inventory must be published again for it."""
+        """The broker no longer has this part. Whether the inventory must be published again for it."""
         if part not in self._parts:
             return False
         self._parts[part] = ""
@@ -54,7 +54,7 @@ class InventoryPublisher:
         return self._unsent
 
     async def publish(self, inventory: HostInventory) -> None:
-        """Publish it, its parts first. What the bus does not take is published with the next one, or after a reconnect."""
+        """Publish it, its parts first. What the bus does not accept is published with the next one, or after a reconnect."""
         head, parts = inventory_in_parts(inventory)
         try:
             for part in parts:
@@ -75,7 +75,7 @@ class InventoryPublisher:
             self._say_unsent("")
 
     async def _send(self, part: InventoryPart) -> None:
-        # Before it is sent: it may come back, and be overwritten by somebody else, before the broker acknowledges it.
+        # Before it is sent: it may return, and be overwritten by another client, before the broker acknowledges it.
         self._parts[part.part] = part.etag
         try:
             await self._post.send(part, host=self._host, part=part.part)
@@ -89,14 +89,14 @@ class InventoryPublisher:
             try:
                 await self._post.clear(InventoryPart, host=self._host, part=number)
             except PublishRefused as error:
-                # By access rules for as many VMs as there are now; nobody reads that part any more.
+                # Under access rules for as many VMs as there are now; that part has no reader any more.
                 _log.warning("inventory.part_not_removed", part=number, why=str(error))
             except BusUnavailable:
                 self._parts[number] = ""
                 raise
 
     def _say_unsent(self, why: str, event: str = "inventory.too_large") -> None:
-        """Said once, and in the health probe for as long as it is so."""
+        """Logged once, and shown in the health probe for as long as it is true."""
         if why and not self._unsent:
             _log.error(event, why=why)
         self._unsent = why

@@ -43,11 +43,11 @@ class UpdateFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     this host's updater only."""
     vmm: VmmChange = ""
     """``beside``: it puts a new VMM on the host while guests run, and each VM is swapped to it afterwards.
-    ``instead``: it replaces the VMM's own files, so no VMM runs meanwhile (method replace)."""
+    ``instead``: it replaces the VMM's own files, so no VMM runs during the update (method replace)."""
     vmm_binary: str = ""
     """The new VMM; empty: the binary that the host file names, as the update left it."""
     installed: tuple[str, ...] = ()
-    """A command whose exit code 0 says that the update is installed; empty: what succeeded here is remembered."""
+    """A command whose exit code 0 means that the update is installed; empty: what succeeded here is remembered."""
 
     @property
     def method(self) -> Method:
@@ -58,7 +58,7 @@ class UpdateFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         return by_vmm[self.vmm]
 
     def record(self) -> UpdateRecord:
-        """What the bus is told: everything but the command line."""
+        """What is published on the bus: everything but the command line."""
         return UpdateRecord(
             update=self.name,
             version=self.version,
@@ -134,7 +134,7 @@ def catalogue(files: Iterable[tuple[str, str]], *, find: Callable[[str], str | N
             refused.append(parsed)
         elif parsed.name in updates:
             refused.append(
-                _refusal(file, text, f"{parsed.name!r} stands in {home[parsed.name]} too", key="name")
+                _refusal(file, text, f"{parsed.name!r} is defined in {home[parsed.name]} too", key="name")
             )
         else:
             updates[parsed.name] = parsed
@@ -145,7 +145,7 @@ def catalogue(files: Iterable[tuple[str, str]], *, find: Callable[[str], str | N
 def read_updates(folder: str) -> Catalogue:
     """Read ``*.toml`` of a folder from disk; a folder that does not exist holds no updates.
 
-    Blocking, for as long as the folder's file system likes: see ``catalogue_reader``.
+    Blocking, for as long as the folder's file system takes: see ``catalogue_reader``.
     """
     files: list[tuple[str, str]] = []
     unreadable: list[RefusedUpdate] = []

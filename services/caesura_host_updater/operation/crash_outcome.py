@@ -1,4 +1,4 @@
-"""How an operation ended whose host updater died: from the journal, the guard's record and what was found. Pure."""
+"""The outcome of an operation whose host updater died: from the journal, the guard's record and what was found. Pure."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from caesura_vmcontrol.intent import Intent, Intervention
 def recovered(
     op: Operation, record: Intent | None, resumed_now: Mapping[str, float], *, same_boot: bool
 ) -> Operation:
-    """The operation with its end: always failed, for the update may be half done.
+    """The operation with its end: always failed, for the update may be half complete.
 
     Args:
-        op: as the journal has it; it may lag behind what was done by a few milliseconds.
+        op: as the journal has it; it may lag a few milliseconds behind what was done.
         record: what the guard holds or did, of whatever operation.
         resumed_now: VMs that were still frozen at our start, and when they ran (CLOCK_MONOTONIC).
         same_boot: false after a reboot of the host: instants of another boot mean nothing, and no memory is left.
@@ -43,7 +43,7 @@ def _vm(vm: VmPause, op: Operation, record: Intent | None, resumed_now: float | 
             called_at=called_at,
             frozen_at=vm.frozen_at if vm.frozen_at is not None else called_at,
             resumed_at=catch.running_at,
-            # Not frozen when the guard looked: the updater resumed it and died before it wrote that down.
+            # Not frozen when the guard looked: the updater resumed it and died before it recorded that.
             resumed_by="nobody" if gone else "guard" if catch.was_frozen else "updater",
             end="gone" if gone else "running",
             error="ended while it was paused" if gone else vm.error,
@@ -64,7 +64,7 @@ def _vm(vm: VmPause, op: Operation, record: Intent | None, resumed_now: float | 
 
 
 def _called_at(vm: VmPause, op: Operation, record: Intent | None, catch: Intervention | None) -> float | None:
-    """The freeze call; where it was not written down, something just before it: the pause was at most that long."""
+    """The freeze call; where it was not recorded, an instant just before it: the pause was at most that long."""
     called_at = vm.called_at
     if called_at is None:
         called_at = record.armed_at if record is not None else op.schedule.started_at if op.schedule else None

@@ -1,7 +1,7 @@
-"""At the start: every VM that a previous run left paused runs again, every operation it left open has its end.
+"""At the start: every VM that a previous run left paused runs again, every operation it left open gets its end.
 
-Resume first: what stands paused with our marker is resumed before anything else is asked for, the journal least of all,
-which may be on a full disk or damaged. What is paused without our marker was paused by somebody else and stays so.
+Resume first: what is paused with our marker is resumed before anything else is needed, least of all the journal,
+which may be on a full disk or damaged. What is paused without our marker was paused by somebody else and stays paused.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from caesura_vmcontrol.procfs import boot_id
 
 _RESUME_TRY_S = 0.25  # s: one try of a resume
 _ORPHANS_S = 10.0  # s: to find what an update left behind; stuck processes take half a second each
-_PATIENCE_S = 10.0  # s: VMs found frozen are tried this long before the host goes on the bus without them
+_PATIENCE_S = 10.0  # s: VMs found frozen are retried this long before the host joins the bus without them
 
 _log = structlog.get_logger("caesura.recovery")
 
@@ -48,16 +48,16 @@ async def resume_until_running(driver: Driver, vm: str) -> str:
             return await driver.resume(vm, _RESUME_TRY_S)
         except NotRunningYet as error:
             _log.error("vm.not_resumed_yet", vm=vm, why=error.why)
-        except Exception as error:  # noqa: BLE001 - whatever it is, the VM must run: log it and go on
+        except Exception as error:  # noqa: BLE001 - whatever it is, the VM must run: log it and continue
             _log.error("vm.resume_failed", vm=vm, why=repr(error))
             await asyncio.sleep(_RESUME_TRY_S)
 
 
 async def resume_marked(pauses: PauseMarkers) -> Mapping[str, float]:
-    """Resume what stands paused with our marker, by what the markers say alone: before anything else is looked at.
+    """Resume what is paused with our marker, from the markers alone: before anything else is looked at.
 
     Returns:
-        Who runs again, and since when in seconds on CLOCK_MONOTONIC. Who does not is left to the driver.
+        Which VMs run again, and since when in seconds on CLOCK_MONOTONIC. The others are left to the driver.
     """
     found = await pauses.found_paused()
     if found is None:
@@ -99,15 +99,15 @@ class Startup:
         self._resumed = dict(resumed)
         self._adopted = False
         self._unsaved: list[tuple[OperationReported, Operation, list[OutboxMessage], list[ClockCheck]]] = []
-        """Ends that a full disk did not take."""
+        """Reports that a full disk did not take."""
         self.late: list[asyncio.Task[None]] = []
         self._resuming: set[asyncio.Task[None]] = set()
         self._settled: dict[str, asyncio.Event] = {}
-        """VMs found frozen to what is set when they run, or are gone."""
+        """VMs found frozen, to the event that is set when they run, or are gone."""
         self._let_go = asyncio.Event()
 
     async def resume_paused(self) -> None:
-        """Find all VMs and resume what is still paused with our marker. Needs no journal, and no room on a disk."""
+        """Find all VMs and resume what is still paused with our marker. Needs no journal, and no space on a disk."""
         self._adopted = True
         try:
             self._held = await self._guardian.start()
@@ -128,7 +128,7 @@ class Startup:
         for entry in await self._journal.do(Journal.unfinished):
             await self._end_orphans(entry)
             if waits := self._unsettled(entry):
-                # Its end is told when its VMs run: until then nobody knows how long they were paused.
+                # Its end is published when its VMs run: until then it is unknown how long they were paused.
                 self.late.append(asyncio.create_task(self._end_late(entry, waits, held, resumed_now, epoch)))
             else:
                 await self._end(entry, held, resumed_now, epoch)
@@ -137,7 +137,7 @@ class Startup:
                 await self._guardian.disarm(held.operation)
             except GuardUnavailable as error:
                 _log.error("guard.not_disarmed", operation=held.operation, why=str(error))
-        # Not before the guard let go: what was prepared tells it the way out.
+        # Not before the guard released the operation: what was prepared defines its way out.
         self._let_go.set()
         done = self._resuming - set(self.late)
         if done:
@@ -151,7 +151,7 @@ class Startup:
             _log.error("update.orphans_unknown", operation=entry.id, why="/proc does not answer")
 
     async def _resume_left_paused(self) -> None:
-        """The driver's way for marked VMs that did not run by now; what somebody else paused is left to him."""
+        """The driver's way for marked VMs that do not run by now; what somebody else paused is left to them."""
         marked = await self._pauses.read()
         states = await self._driver.read_states()
         # A marked VM that does not answer may be paused as well: `resume` finds out.
@@ -159,7 +159,7 @@ class Startup:
             vm: plan_of(self._driver, vm) for vm, state in states.items() if state in ("paused", "unknown")
         }
         ours = [vm for vm, plan in held.items() if vm in marked and self._pauses.is_ours(marked[vm], plan)]
-        # An updater or guard decided who has the guest: that is a mark, too, and nobody else can finish it.
+        # An updater or guard decided which process has the guest: that is a mark, too, and nobody else can complete it.
         ours += [vm for vm in await self._pauses.claimed(held) if vm not in ours]
         for vm, state in states.items():
             if state == "paused" and vm not in ours:
@@ -188,7 +188,7 @@ class Startup:
         self._resuming = set(tasks.values())
         self.late = [task for vm, task in tasks.items() if not settled[vm].is_set()]
         # Those of VMs that run (an updater that died between marker and freeze, or between resume and removal), that
-        # ended, that somebody else paused since, or that are not in the host file any more.
+        # ended, that somebody else has paused since, or that are not in the host file any more.
         self._pauses.remove(vm for vm in marked if vm not in ours)
 
     @property
@@ -197,7 +197,7 @@ class Startup:
         return frozenset(vm for vm, settled in self._settled.items() if not settled.is_set())
 
     def _unsettled(self, entry: Entry) -> list[asyncio.Event]:
-        """What is yet to be set for the VMs of an operation."""
+        """The events that are not set yet for the VMs of an operation."""
         vms = entry.state.vms if entry.state is not None else ()
         events = (self._settled.get(vm.vm) for vm in vms)
         return [each for each in events if each is not None and not each.is_set()]
@@ -229,14 +229,14 @@ class Startup:
             marks = marks_of(op, report.at)
             await self._journal.do(lambda journal: journal.finish(report, letters, waits, marks))
         except StoreError as error:
-            # A full disk: it is published all the same, and written down when there is room.
+            # A full disk: it is published nevertheless, and recorded when there is space.
             _log.error("report.not_written", operation=report.operation, why=str(error))
             self._unsaved.append((report, op, facts, waits))
         else:
             self._endings.count(report, op)
 
     async def conclude_unsaved(self) -> None:
-        """Tell the ends that the disk did not take; call it when the outbox was loaded."""
+        """Publish the ends that the disk did not take; call it when the outbox was loaded."""
         for report, op, facts, waits in self._unsaved:
             await self._endings.conclude(report, op, waits, facts)
         self._unsaved.clear()
@@ -255,7 +255,7 @@ class Startup:
                 continue
             if self._has_clock(vm.vm):
                 waits.append(clock_wait(op, vm, command.clock_bound_s))
-            # May have been told already: the same fact has the same id.
+            # May have been published already: the same fact has the same id.
             letters.append(self._letters.fact(frozen_fact(self._host, op, vm.vm, to_wall_clock)))
             if not vm.told:
                 letters.append(self._letters.fact(resumed_fact(self._host, op, vm.vm, to_wall_clock)))

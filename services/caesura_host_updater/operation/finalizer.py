@@ -1,4 +1,4 @@
-"""The one end of each operation: written down, told, counted, and its VMs' clocks looked after."""
+"""Finalizes an operation: persists, publishes and counts its one end, and tracks the clocks of its VMs."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def cancelled_before_it_began(
 
 
 class FactFactory:
-    """Encodes the facts of this host. Their ids come from what they say, so the same fact has the same id."""
+    """Encodes the facts of this host. Their ids are derived from their content, so the same fact has the same id."""
 
     def __init__(self, host: str, fleet: str = "default") -> None:
         self._host = host
@@ -71,7 +71,7 @@ class FactFactory:
 
     def fact(self, fact: VmFrozen | VmResumed | VmClockSynced) -> OutboxMessage:
         """A fact about one VM."""
-        # Where the VM was when it was paused: by now it may be in another set, or not on this host any more.
+        # The VM's placement when it was paused: by now it may be in another set, or not on this host any more.
         of_vm: dict[str, str | int] = {"set": fact.set, "ud": fact.update_domain, "vm": fact.vm}
         return self._letter(fact, fact.TYPE, fact.operation, of_vm)
 
@@ -108,7 +108,7 @@ class OperationFinalizer:
         """The updates that succeeded on this host."""
 
     async def load(self) -> None:
-        """Take up which updates succeeded before. Raises StoreError."""
+        """Load which updates succeeded before. Raises StoreError."""
         self.marks = tuple(await self._journal.do(Journal.installed))
 
     async def known(self, operation: str) -> Underway | Repeat | None:
@@ -121,7 +121,7 @@ class OperationFinalizer:
         return Underway() if entry.report is None else Repeat(entry.report)
 
     async def repeat_verdicts(self, operation: str) -> None:
-        """Publish again what became of the clocks: whoever repeats a command may have missed that, too."""
+        """Publish the verdicts on the clocks again: a coordinator that repeats a command may have missed them, too."""
         try:
             self._outbox.queue(*await self._journal.do(lambda journal: journal.verdicts(operation)))
         except StoreError as error:
@@ -134,10 +134,10 @@ class OperationFinalizer:
         waits: Sequence[ClockCheck] = (),
         facts: Sequence[OutboxMessage] = (),
     ) -> None:
-        """Write the end down, tell it, and look after the clocks. A full disk delays the writing only.
+        """Persist the end, publish it, and track the clocks. A full disk delays the writing only.
 
         Args:
-            facts: what is told before the report.
+            facts: what is published before the report.
         """
         letters = (*facts, *self._letters.report(report))
         marks = marks_of(state, report.at) if state is not None else ()
@@ -152,11 +152,11 @@ class OperationFinalizer:
         self.count(report, state)
 
     async def retry_unsaved(self) -> None:
-        """Write what a full disk did not take, for ever."""
+        """Write what a full disk did not take. Never ends."""
         while True:
             await asyncio.sleep(_SAVE_RETRY_S)
             for operation, (report, letters, waits, marks) in list(self._unsaved.items()):
-                # Judged meanwhile: at the next start nobody would answer for it any more.
+                # Judged in the meantime: after a restart nobody would answer for it any more.
                 left = [wait for wait in waits if self._clocks.waits_for(wait)]
                 with suppress(StoreError):
                     await self._journal.do(

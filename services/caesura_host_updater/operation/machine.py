@@ -1,11 +1,11 @@
-"""One operation of this host, as a pure machine: what to do next, and what is to be told about it.
+"""One operation of this host, as a pure machine: what to do next, and what to publish about it.
 
 ``decide(operation, event, now) -> (operation, effects)``. All instants are seconds on CLOCK_MONOTONIC. The
-shell performs the effects in order and feeds back what came of them. The machine's promises, held by
+shell performs the effects in order and feeds back their results. The machine's promises, verified by
 Hypothesis (``tests/unit/host_updater/test_pause_machine.py``):
 
 - nothing is frozen before the guard is armed, after an abort, or when too little of the budget is left;
-- every VM that may have been touched is resumed, and no later than ``Schedule.resume_at`` is the resume asked for;
+- every VM that may have been touched is resumed, and its resume is requested no later than ``Schedule.resume_at``;
 - every operation ends exactly once, and not before every VM runs or is gone.
 """
 
@@ -71,7 +71,7 @@ from caesura_host_updater.operation.swap import (
     swapped,
 )
 
-_SAMPLE_S = 1.0  # s: for sampled pages alone, which take a millisecond where no disk is waited for
+_SAMPLE_S = 1.0  # s: for sampled pages alone, which take a millisecond if no disk is involved
 
 _BEFORE_RESUME: tuple[Phase, ...] = (
     "preparing",
@@ -88,7 +88,7 @@ def decide(op: Operation, event: Event, now: float) -> Decision:  # noqa: PLR091
     """The next state and what to do.
 
     Raises:
-        IllegalTransition: an event that only a broken shell can bring in this phase.
+        IllegalTransition: an event that only a faulty shell can send in this phase.
     """
     match event:
         case Start():
@@ -197,7 +197,7 @@ def _digesting(op: Operation, names: tuple[str, ...]) -> Operation:
 def _sampled(op: Operation, event: Sampled) -> Decision:
     vm = vm_of(op, event.vm)
     if not vm.digesting or op.phase not in ("frozen", "updated"):
-        return op, ()  # too late: it was not waited for
+        return op, ()  # too late: it was not awaited
     if op.phase == "frozen":
         return changed_vm(op, event.vm, sampled_before=event.digest, sampled_note=event.note), ()
     if not event.digest:
@@ -214,7 +214,7 @@ def _changed_memory(op: Operation, name: str) -> Operation:
 
 def _digested(op: Operation, event: Digested, now: float) -> Decision:
     if not vm_of(op, event.vm).digesting or op.phase not in ("frozen", "updated"):
-        return op, ()  # too late: it was not waited for
+        return op, ()  # too late: it was not awaited
     op = changed_vm(op, event.vm, digesting=False)
     if op.phase == "frozen":
         op = changed_vm(op, event.vm, digest_before=event.digest, digest_note=event.note)
@@ -283,7 +283,7 @@ def _updated(op: Operation, now: float) -> Decision:
     names = tuple(vm.vm for vm in op.vms if (vm.digest_before or vm.sampled_before) and not vm.error)
     until = schedule.digest_until
     if now >= until and not op.aborted:
-        # The update took long: sampled pages are looked at all the same, which takes next to no time.
+        # The update took long: sampled pages are compared nevertheless, which takes almost no time.
         for name in whole:
             op = changed_vm(op, name, digest_note="no time was left in the budget for the second digest")
         names = tuple(name for name in names if vm_of(op, name).sampled_before)
@@ -313,9 +313,7 @@ def _vm_lost(op: Operation, event: VmLost, now: float) -> Decision:
     op = changed_vm(op, event.vm, error=vm_of(op, event.vm).error or event.why)
     op = failed(op, "vm_ended", f"VM {event.vm} {event.why}")
     if event.thawed or op.phase == "freezing":
-        return resume_all(
-            op
-        )  # it runs while the host is changed under it, or nothing is begun: get out of there
+        return resume_all(op)  # it runs while the host is changed under it, or nothing is begun: abort
     if vm_of(op, event.vm).digesting:
         return _digested(op, Digested(event.vm, "", "it ended"), now)
     return op, ()

@@ -1,4 +1,4 @@
-"""What is told about an operation: messages made from the pure state and the wall clock. Pure."""
+"""What is published about an operation: messages made from the pure state and the wall clock. Pure."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from caesura_host_updater.operation.steps import Outcome
 
 _WORST: tuple[Outcome, ...] = ("timeout", "failed", "interrupted", "not_run", "succeeded")
 _TEXT_CHARACTERS = 1000
-"""Of each text of a VM, where there are many: a part of a report holds several VMs all the same."""
+"""The longest text of a VM, where there are many: one part of a report still holds several VMs."""
 _TAIL_CHARACTERS = 3800  # the contract allows 4096; the rest names the VM
 
 Wall = Callable[[float], datetime]
@@ -34,7 +34,7 @@ Wall = Callable[[float], datetime]
 
 
 def shown_by_host(vm: VmPause) -> MemoryProof:
-    """What the host itself saw of the VM's memory; what the guest says comes after the resume."""
+    """What the host itself saw of the VM's memory; what the guest reports follows after the resume."""
     held: list[ProofCode] = []
     broken: list[ProofCode] = []
     details: list[str] = []
@@ -79,7 +79,7 @@ def status_report(
 
 
 def frozen_fact(host: str, op: Operation, name: str, wall: Wall) -> VmFrozen:
-    """A VM stands still."""
+    """A VM is paused."""
     vm = next(each for each in op.vms if each.vm == name)
     return VmFrozen(
         vm=name,
@@ -129,7 +129,7 @@ def clock_wait(op: Operation, vm: VmPause, bound_s: float) -> ClockCheck:
 
 
 def update_outcome(op: Operation) -> UpdateOutcome | None:
-    """How the update ended, over all its runs: the worst of them counts."""
+    """The update's outcome, over all its runs: the worst of them counts."""
     if not op.update:
         return None
     outcomes: list[Outcome] = [run.outcome or "not_run" for run in op.runs]
@@ -204,5 +204,5 @@ def final_report(
 
 
 def _reportable(report: OperationReported) -> OperationReported:
-    """A report of which no part can be too large: where it is not one message, the texts of its VMs are shorter."""
+    """A report of which no part can be too large: where it does not fit one message, the texts of its VMs are shortened."""
     return report if fits(report) else cut(report, _TEXT_CHARACTERS)

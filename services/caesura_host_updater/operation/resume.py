@@ -1,4 +1,4 @@
-"""How an operation comes to rest: every VM runs, the guard lets go, the end is told. Pure part of ``pause``."""
+"""How an operation ends: every VM runs, the guard releases it, the end is published. Pure part of ``machine``."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def update_runs(op: Operation) -> bool:
 
 
 def kill_update(op: Operation) -> Operation:
-    """Its runs that did not end have no outcome of their own."""
+    """Runs of the update that did not end have no outcome of their own."""
     runs = tuple(
         msgspec.structs.replace(run, outcome=op.stop_outcome) if run.started and run.outcome is None else run
         for run in op.runs
@@ -44,7 +44,7 @@ def kill_update(op: Operation) -> Operation:
 
 
 def resume_all(op: Operation) -> Decision:
-    """Let everything run that may have been touched, whatever else is going on."""
+    """Resume every VM that may have been touched, whatever else is under way."""
     effects: list[Effect] = []
     if update_runs(op):
         op = kill_update(op)
@@ -63,7 +63,7 @@ def resume_all(op: Operation) -> Decision:
 
 
 def finish_killed(op: Operation) -> Decision:
-    """A live update, or one before a swap, that would not end."""
+    """A live update, or one before a swap, that does not end."""
     op, effects = finish(kill_update(op))
     return op, (StopUpdate(kill=True), *effects)
 
@@ -84,7 +84,7 @@ def vm_resumed(op: Operation, event: VmResumed) -> Decision:
             why = f"was not resumed: {event.detail}"
         op = changed_vm(op, event.vm, error=vm_of(op, event.vm).error or why)
         op = failed(op, "resume_failed", f"VM {event.vm} {why}")
-    # After the guard's deadline only the guard knows who let it run, and when: wait for its record.
+    # After the guard's deadline only the guard knows who resumed it, and when: wait for its record.
     if event.at < schedule_of(op).guard_at:
         op, more = tell_resumed(op, event.vm)
         effects += more
@@ -94,7 +94,7 @@ def vm_resumed(op: Operation, event: VmResumed) -> Decision:
 
 
 def _was_frozen(op: Operation, name: str) -> tuple[Operation, list[Effect]]:
-    """It stood still without a confirmation: it counts from its freeze call on."""
+    """It was paused without a confirmation: the pause counts from its freeze call on."""
     vm = vm_of(op, name)
     if vm.frozen_at is not None or vm.called_at is None:
         return op, []
@@ -110,7 +110,7 @@ def tell_resumed(op: Operation, name: str) -> tuple[Operation, list[Effect]]:
 
 
 def disarmed(op: Operation, event: Disarmed) -> Decision:
-    """The guard let go; what it did meanwhile is part of the record."""
+    """The guard released the operation; its interventions are part of the record."""
     if op.phase != "resumed":
         raise IllegalTransition(op.phase, event, "resumed")
     effects: list[Effect] = []

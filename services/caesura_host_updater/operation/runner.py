@@ -1,4 +1,4 @@
-"""Performing one operation: feeds the pure machine of ``pause`` and carries out its effects."""
+"""Performs one operation: feeds the pure ``machine`` and carries out its effects."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ from caesura_host_updater.update_process import UpdateNotStarted, UpdateProcess,
 from caesura_vmcontrol.intent import Intent
 from caesura_vmcontrol.plans import Plan
 
-_RESUME_TRY_S = 0.25  # s: one try of a resume; then it is logged and tried again
+_RESUME_TRY_S = 0.25  # s: one try of a resume; then it is logged and retried
 _RESTORE_TRY_S = 1.0  # s: the same for a replace, which starts a process
-_FLUSH_S = 2.0  # s: for the journal to write what was posted, before the guard lets go
+_FLUSH_S = 2.0  # s: for the journal to write what was posted, before the guard releases the operation
 _LOOK_S = 0.2  # s: for a look before a resume, which must not wait for it
-_WATCH_S = 0.1  # s: between two looks whether the paused VMs still stand still
+_WATCH_S = 0.1  # s: between two looks whether the paused VMs are still paused
 
 _log = structlog.get_logger("caesura.pause")
 
@@ -60,7 +60,7 @@ class Guard(Protocol):
         """Hold the operation from now on. Raises GuardUnavailable."""
 
     async def disarm(self, operation: str) -> Intent | None:
-        """Let go; what it did if it fired. Raises GuardUnavailable."""
+        """Release the operation; returns what the guard did if it fired. Raises GuardUnavailable."""
 
 
 class Marking(Protocol):
@@ -70,15 +70,15 @@ class Marking(Protocol):
         """Mark its VMs, durably. Raises NotMarked."""
 
     def remove(self, vms: Iterable[str]) -> None:
-        """These run again, or are gone."""
+        """These VMs run again, or are gone."""
 
 
 class OperationRunner:
-    """One operation, once.
+    """One operation, run once.
 
     Args:
         pauses: marks the VMs before the first of them is frozen.
-        announce: takes each fact for the bus, with the state that makes it true; must not wait.
+        announce: accepts each fact for the bus, with the state that makes it true; must not wait.
         on_change: called when the state of a VM may have changed.
     """
 
@@ -141,7 +141,7 @@ class OperationRunner:
         return self.state
 
     async def _release(self) -> None:
-        """What was prepared and not used must not stay; failing at that is no failure of the operation."""
+        """What was prepared and not used must be removed; an error there does not fail the operation."""
         for vm in self.state.vms:
             try:
                 await self._driver.release(vm.vm)
@@ -215,7 +215,7 @@ class OperationRunner:
                 self._announce(resumed_fact(self._host, self.state, name, to_wall_clock), self.state)
                 self._on_change()
             case steps.Finish():
-                pass  # run() returns, and the service writes and tells the report
+                pass  # run() returns, and the service persists and publishes the report
 
     def _start(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(work)
@@ -226,7 +226,7 @@ class OperationRunner:
     def _done(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
         if not task.cancelled() and task.exception() is not None:
-            # A bug in an adapter must not leave a VM paused: give up the operation in an orderly way.
+            # A bug in an adapter must not leave a VM paused: abort the operation in an orderly way.
             _log.error("operation.broken", operation=self.state.operation, exc_info=task.exception())
             self._events.put_nowait(
                 steps.AbortReceived("internal_error", f"internal error: {task.exception()!r}")
@@ -261,7 +261,7 @@ class OperationRunner:
             self._events.put_nowait(steps.VmPrepared(vm))
 
     async def _swap(self, by: float) -> None:
-        """One guest after the other: side by side each would wait for the others' device state."""
+        """One guest after the other: side by side, each would wait for the others' device state."""
         left = [vm.vm for vm in self.state.vms]
         why = ""
         while left and not why:
@@ -298,7 +298,7 @@ class OperationRunner:
             self._events.put_nowait(steps.VmNotSwapped(vm, None, f"not begun, since another failed: {why}"))
 
     async def _freeze(self, vm: str, by: float) -> None:
-        # The last look before the call: whoever was stopped since the decision must not freeze any more.
+        # The last check before the call: a process that was stopped since the decision must not freeze any more.
         called_at = time.monotonic()
         if called_at >= by:
             self._events.put_nowait(steps.VmNotFrozen(vm, None, "it was too late to freeze it"))
@@ -320,7 +320,7 @@ class OperationRunner:
             self._events.put_nowait(steps.VmFroze(vm, called_at, time.monotonic()))
 
     async def _resume(self, vm: str, freezing: asyncio.Task[None] | None) -> None:
-        """Never gives up: a VM that does not run is tried again until it does or is gone."""
+        """Never gives up: a VM that does not run is retried until it runs or is gone."""
         if freezing is not None and not freezing.done():
             freezing.cancel()
             await asyncio.wait([freezing])
@@ -335,7 +335,7 @@ class OperationRunner:
                 tries += 1
                 if tries in (1, 4) or tries % 40 == 0:
                     _log.error("vm.not_resumed_yet", vm=vm, tries=tries, why=error.why)
-            except Exception as error:  # noqa: BLE001 - whatever it is, the VM must run: log it and go on
+            except Exception as error:  # noqa: BLE001 - whatever it is, the VM must run: log it and continue
                 tries += 1
                 _log.error("vm.resume_failed", vm=vm, tries=tries, why=repr(error))
                 await asyncio.sleep(_RESUME_TRY_S)
@@ -351,7 +351,7 @@ class OperationRunner:
         return f"{now}, was {before}" if now and before and now != before else ""
 
     async def _watch(self) -> None:
-        """Notice a paused VM that ended, or that somebody else let run."""
+        """Notice a paused VM that ended, or that somebody else resumed."""
         lost: set[str] = set()
         while True:
             await asyncio.sleep(_WATCH_S)
@@ -415,8 +415,8 @@ class OperationRunner:
     async def _disarm(self) -> None:
         record = None
         try:
-            # While the guard holds the operation, its record tells the next start who resumed what. It may
-            # let go only when our own record is on disk; on a full disk there is nothing to wait for.
+            # While the guard holds the operation, its record shows the next start who resumed what. It may be
+            # released only when our own record is on disk; on a full disk there is nothing to wait for.
             with suppress(StoreError, TimeoutError):
                 async with asyncio.timeout(_FLUSH_S):
                     await self._journal.do(lambda _: None)

@@ -1,4 +1,4 @@
-"""The instants that a pause budget gives. Pure."""
+"""The instants that follow from a pause budget. Pure."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from caesura.lifecycle.budget import digest_by_s, margin_s
 
 
 class Schedule(msgspec.Struct, frozen=True):
-    """The instants that a budget gives, from ``started_at``, which is before the first freeze call.
+    """The instants that follow from a budget, from ``started_at``, which is before the first freeze call.
 
     The margin is that of ``caesura.lifecycle.budget``, which the planner uses too. Three margins before the budget ends
-    the update is asked to end, two before it is killed and the VMs are resumed, one before the guard does it.
+    the update is asked to end, two before it is killed and the VMs are resumed, one before the guard resumes them.
     """
 
     started_at: float

@@ -1,4 +1,4 @@
-"""An operation of this host and its parts, as ``pause`` and ``swapping`` decide on it. Pure."""
+"""An operation of this host and its parts, as ``machine``, ``resume`` and ``swap`` decide on it. Pure."""
 
 from __future__ import annotations
 
@@ -44,24 +44,24 @@ class VmPause(msgspec.Struct, frozen=True, kw_only=True):
     update_domain: int
     event_id: str = ""
     boot_id: str = ""
-    """Its agent's boot id before the pause, empty if it was not heard."""
+    """Its agent's boot id before the pause, empty if none was received."""
     kernel_boot_id: str = ""
-    """The guest kernel's before the pause, as told through the driver; empty if nobody could be asked."""
+    """The guest kernel's before the pause, as read through the driver; empty if it could not be read."""
     digestible: bool = False
     """Whether a digest of all its memory can be taken."""
     sampleable: bool = False
-    """Whether a digest of sampled pages of its memory can be."""
+    """Whether a digest of sampled pages of its memory can be taken."""
     no_digest: str = ""
-    """Why neither can."""
+    """Why neither can be taken."""
     canary_writes: int = 0
-    """Pages of its canary that its agent had written when it was last received, before the pause; 0: it holds none."""
+    """Pages of its canary that its agent had written by its last message before the pause; 0: it holds none."""
     called_at: float | None = None
     """Just before its freeze call; None: it was never asked to freeze."""
     frozen_at: float | None = None
-    """When it was confirmed to stand still."""
+    """When it was confirmed to be paused."""
     resumed_at: float | None = None
     end: Literal["", "running", "gone", "left"] = ""
-    """``left``: it is paused, or runs elsewhere, by somebody else's doing, who has to resume it."""
+    """``left``: it is paused, or runs elsewhere, through somebody else, who has to resume it."""
     resumed_by: Literal["updater", "guard", "nobody"] = "nobody"
     told: bool = False
     """Whether its `resumed` was announced."""
@@ -71,21 +71,21 @@ class VmPause(msgspec.Struct, frozen=True, kw_only=True):
     """Why there is no digest."""
     sampled_before: str = ""
     sampled: Literal["", "equal", "differs"] = ""
-    """What became of the sampled pages: in a swap, in both processes."""
+    """The result for the sampled pages: in a swap, of both processes."""
     sampled_note: str = ""
     """Why they were not compared, or where they differ."""
     digesting: bool = False
     error: str = ""
     prepared: bool = False
-    """What its method needs stands ready (swap, replace)."""
+    """What its method needs is ready (swap, replace)."""
     swap_finished: bool = False
-    """Its swap was done, failed, or was not begun."""
+    """Its swap is complete, failed, or was not begun."""
     detail: str = ""
     """What runs the guest now, and what ran it before."""
 
     @property
     def pause_s(self) -> float:
-        """Seconds it stood still, at most."""
+        """Seconds it was paused, at most."""
         if self.called_at is None or self.resumed_at is None:
             return 0.0
         return max(0.0, self.resumed_at - self.called_at)
@@ -103,7 +103,7 @@ class UpdateRun(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Operation(msgspec.Struct, frozen=True, kw_only=True):
-    """An operation and where it is."""
+    """An operation and its phase."""
 
     operation: str
     method: Method
@@ -119,7 +119,7 @@ class Operation(msgspec.Struct, frozen=True, kw_only=True):
     failure: str = ""
     codes: tuple[ReasonCode, ...] = ()
     """Of ``failure``."""
-    """The first thing that went wrong."""
+    """The first failure."""
     aborted: bool = False
     wake_at: float | None = None
     """When the machine wants a Tick."""
@@ -132,7 +132,7 @@ class Operation(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def paused(self) -> bool:
-        """Whether a VM of it was shown to stand still."""
+        """Whether a VM of it was shown to be paused."""
         return any(vm.frozen_at is not None for vm in self.vms)
 
 
@@ -157,7 +157,7 @@ def vm_of(op: Operation, name: str) -> VmPause:
 
 
 def failed(op: Operation, code: ReasonCode, why: str) -> Operation:
-    """The operation with its first failure noted."""
+    """The operation with its first failure recorded."""
     return op if op.failure else changed(op, failure=why, codes=(code,))
 
 

@@ -1,4 +1,4 @@
-"""What can happen to an operation (events) and what it asks to be done (effects). Pure vocabulary of ``pause``."""
+"""What can happen to an operation (events) and what it requests (effects). Pure vocabulary of ``machine``."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Outcome = Literal["succeeded", "failed", "timeout", "interrupted", "not_run"]
 
 
 class Start(msgspec.Struct, frozen=True):
-    """The intent is on disk: go."""
+    """The intent is on disk: begin."""
 
 
 class Armed(msgspec.Struct, frozen=True):
@@ -22,14 +22,14 @@ class Armed(msgspec.Struct, frozen=True):
 
 
 class ArmRefused(msgspec.Struct, frozen=True):
-    """The guard would not, or did not answer; or the pause markers could not be written. ``what`` it was."""
+    """The guard refused, or did not answer; or the pause markers could not be written. ``what``: which of them."""
 
     why: str
     what: str = "the pause guard could not be armed"
 
 
 class VmPrepared(msgspec.Struct, frozen=True):
-    """What its swap or replace needs stands ready."""
+    """What its swap or replace needs is ready."""
 
     vm: str
 
@@ -57,7 +57,7 @@ class VmSwapped(msgspec.Struct, frozen=True):
 class VmNotSwapped(msgspec.Struct, frozen=True):
     """The guest stays where it was. ``called_at`` None: it was not touched.
 
-    ``frozen_at`` and ``resumed_at`` tell of the pause that the try cost, as far as they are known.
+    ``frozen_at`` and ``resumed_at``: the pause that the try cost, as far as it is known.
     """
 
     vm: str
@@ -66,11 +66,11 @@ class VmNotSwapped(msgspec.Struct, frozen=True):
     frozen_at: float | None = None
     resumed_at: float | None = None
     differs: str = ""
-    """Where the memory of the new process differed, if that was why."""
+    """Where the memory of the new process differed, if that was the reason."""
 
 
 class VmFroze(msgspec.Struct, frozen=True):
-    """Confirmed to stand still."""
+    """Confirmed to be paused."""
 
     vm: str
     called_at: float
@@ -78,7 +78,7 @@ class VmFroze(msgspec.Struct, frozen=True):
 
 
 class VmNotFrozen(msgspec.Struct, frozen=True):
-    """It does not stand still. ``called_at`` None: it was not even asked."""
+    """It is not paused. ``called_at`` None: it was not even asked."""
 
     vm: str
     called_at: float | None
@@ -86,7 +86,7 @@ class VmNotFrozen(msgspec.Struct, frozen=True):
 
 
 class VmLost(msgspec.Struct, frozen=True):
-    """It ended, or runs although it should stand still (``thawed``)."""
+    """It ended, or runs although it should be paused (``thawed``)."""
 
     vm: str
     thawed: bool
@@ -110,7 +110,7 @@ class Digested(msgspec.Struct, frozen=True):
 
 
 class UpdateEnded(msgspec.Struct, frozen=True):
-    """A run of the update ended by itself or because it was told to."""
+    """A run of the update ended by itself or on request."""
 
     key: str
     outcome: Outcome
@@ -131,19 +131,19 @@ class GuardLost(msgspec.Struct, frozen=True):
 
 
 class VmResumed(msgspec.Struct, frozen=True):
-    """Confirmed to run again, or gone, or left to whoever else paused it."""
+    """Confirmed to run again, or gone, or left to somebody else who paused it."""
 
     vm: str
     at: float
     end: Literal["running", "gone", "left"]
     was_held: bool = False
-    """It stood still, at least partly, although its freeze had not been confirmed."""
+    """It was paused, at least partly, although its freeze had not been confirmed."""
     detail: str = ""
     """What runs the guest now and what ran it before, where that changed; why it was left."""
 
 
 class GuardIntervention(msgspec.Struct, frozen=True):
-    """What the guard did to one VM. Instants as in ``guard.intent.Intervention``."""
+    """What the guard did to one VM. Instants as in ``caesura_vmcontrol.intent.Intervention``."""
 
     vm: str
     was_frozen: bool
@@ -152,14 +152,14 @@ class GuardIntervention(msgspec.Struct, frozen=True):
 
 
 class Disarmed(msgspec.Struct, frozen=True):
-    """The guard let go, or could not be asked. ``why``: why it had fired; empty if it had not."""
+    """The guard released the operation, or could not be asked. ``why``: why it had fired; empty if it had not."""
 
     why: str = ""
     catches: tuple[GuardIntervention, ...] = ()
 
 
 class Tick(msgspec.Struct, frozen=True):
-    """Time passed."""
+    """Time has passed."""
 
 
 Event = (
@@ -197,13 +197,13 @@ class Arm(msgspec.Struct, frozen=True):
 
 
 class PrepareVms(msgspec.Struct, frozen=True):
-    """Get ready what the method needs, while the VMs run."""
+    """Prepare what the method needs, while the VMs run."""
 
     vms: tuple[str, ...]
 
 
 class SwapVms(msgspec.Struct, frozen=True):
-    """Hand the guests over one after the other; do not begin with one after ``by``, nor after a failure."""
+    """Hand over the guests one after the other; do not begin with one after ``by``, nor after a failure."""
 
     by: float
 
@@ -230,23 +230,23 @@ class RunUpdate(msgspec.Struct, frozen=True):
 
 
 class StopUpdate(msgspec.Struct, frozen=True):
-    """End every run of the update that is left: ask, or kill. Never wait for it."""
+    """End every run of the update that is left: terminate, or kill. Never wait for it."""
 
     kill: bool
 
 
 class ResumeVms(msgspec.Struct, frozen=True):
-    """Stop freezing and digesting; let these VMs run, again and again until they do."""
+    """Stop freezing and digesting; resume these VMs, and retry until they run."""
 
     vms: tuple[str, ...]
 
 
 class Disarm(msgspec.Struct, frozen=True):
-    """Tell the guard that it is over, and ask whether it fired."""
+    """Notify the guard that the operation is over, and ask whether it fired."""
 
 
 class PublishFrozen(msgspec.Struct, frozen=True):
-    """Announce that a VM stands still."""
+    """Announce that a VM is paused."""
 
     vm: str
 

@@ -1,8 +1,8 @@
-"""Getting VMs ready for a swap or replace, and the swaps themselves. Pure part of ``pause``.
+"""Preparing VMs for a swap or replace, and the swaps themselves. Pure part of ``machine``.
 
 A swap's update, if it has one, runs first, while every VM runs: it puts the new VMM on the host. The new
 processes are started and checked before the guard is armed, and the guard is armed before the first guest
-is touched. Guests go over one after the other, each for milliseconds; the first failure ends it.
+is touched. Guests are handed over one after the other, each for milliseconds; the first failure ends it.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from caesura_host_updater.operation.steps import (
 
 
 def prepare(op: Operation, now: float) -> Decision:
-    """Start getting ready; nothing pauses for it."""
+    """Start preparing; nothing is paused for it."""
     if op.failure or op.aborted:
         return finish(op)
     op = changed(op, phase="preparing", wake_at=now + PREPARE_S)
@@ -45,7 +45,7 @@ def prepare(op: Operation, now: float) -> Decision:
 def prepared(op: Operation, event: VmPrepared | VmNotPrepared, now: float) -> Decision:
     """One VM is ready, or cannot be; when all have answered the guard is armed, or nothing is done at all."""
     if op.phase != "preparing":
-        return op, ()  # too late: it was not waited for
+        return op, ()  # too late: it was not awaited
     if isinstance(event, VmNotPrepared):
         op = changed_vm(op, event.vm, error=event.why)
         op = failed(
@@ -59,7 +59,7 @@ def prepared(op: Operation, event: VmPrepared | VmNotPrepared, now: float) -> De
 
 
 def arm(op: Operation, now: float) -> Decision:
-    """Everything is ready: the budget begins, and the guard is given the operation."""
+    """Everything is ready: the budget begins, and the guard is armed."""
     schedule = Schedule.of(now, op.budget_s)
     op = changed(op, phase="arming", schedule=schedule, wake_at=schedule.freeze_by)
     return op, (Arm(schedule.guard_at),)
@@ -117,6 +117,6 @@ def swapped(op: Operation, event: VmSwapped | VmNotSwapped) -> Decision:
 
 
 def overdue(op: Operation) -> Decision:
-    """The instant of the resume came while guests were being handed over."""
+    """The instant of the resume arrived while guests were being handed over."""
     late = ", ".join(vm.vm for vm in op.vms if not vm.swap_finished)
     return resume_all(failed(op, "swap_failed", f"not swapped in time: {late}"))

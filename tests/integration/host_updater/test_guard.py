@@ -337,7 +337,7 @@ def test_disarm_is_not_believed_while_a_vm_stands_still(guard: Guard, vm: Proces
     answer = guard.ask(connection, do="disarm", operation="op-1")
     assert condition(vm) == "running"
     if answer["ok"]:
-        assert answer["record"]["fired"]["why"] == "disarmed while a VM stood still"
+        assert answer["record"]["fired"]["why"] == "disarmed while a VM was paused"
     else:
         assert "not running yet" in answer["error"]
 

@@ -134,9 +134,9 @@ def test_a_no_is_quoted(peer: Peer) -> None:
     [
         (b"", "does not answer"),
         (b'{"QMP": {', "does not answer"),
-        (b"SSH-2.0-OpenSSH\n", "no JSON"),
-        (b"\xff\xfe\n", "no JSON"),
-        (b"[1, 2]\n", "no QMP"),
+        (b"SSH-2.0-OpenSSH\n", "not JSON"),
+        (b"\xff\xfe\n", "not JSON"),
+        (b"[1, 2]\n", "not QMP"),
         (b'{"hello": 1}\n', "does not greet"),
         (b"x" * 5_000_000, "without end"),
     ],

@@ -167,7 +167,7 @@ def test_disarm_looks_first(world: World) -> None:
     world.until(lambda: world.state == "fired")
     record = world.watch.disarm("op")
     assert record is not None
-    assert record["fired"]["why"] == "disarmed while a VM stood still"
+    assert record["fired"]["why"] == "disarmed while a VM was paused"
     world.vms = {"a": "running", "b": "running"}
     world.arm()
     assert world.watch.disarm("op") is None

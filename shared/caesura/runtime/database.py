@@ -81,7 +81,7 @@ class Database:
             if migrations is None:
                 self._connection = self._connect(f"{Path(path).absolute().as_uri()}?mode=rw")
                 self._connection.execute("PRAGMA synchronous=NORMAL")
-                # Only the first connection checkpoints: after one, a commit in its event loop would restart and sync the WAL.
+                # Only the first connection checkpoints: after a checkpoint here, its next commit would sync the restarted WAL in the event loop.
                 self._connection.execute("PRAGMA wal_autocheckpoint=0")
                 return
             if path != ":memory:":

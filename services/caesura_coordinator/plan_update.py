@@ -16,7 +16,9 @@ from caesura.contract.messages import (
 from caesura.lifecycle.budget import MIN_BUDGET_S, PREPARE_S, usable_s
 from caesura_coordinator.fleet import FleetFence
 
-_SWAP_PAUSE_S = 1.0  # s: far more than the milliseconds that a swap takes; the upper bound that an event announces
+_SWAP_PAUSE_S = (
+    1.0  # s: far more than the milliseconds that a swap takes; the upper bound that an event announces
+)
 HOLD = UpdateRecord(update="hold", impact="pause", scope="vm", expected_s=0.0, timeout_s=1.0)
 """Freeze on demand, as an update that only takes time."""
 

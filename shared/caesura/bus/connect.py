@@ -44,7 +44,9 @@ async def _connect_any(address: Address, timeout_s: float) -> socket.socket:
     except ValueError:
         try:
             found = await loop.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)
-        except UnicodeError as error:  # an empty or overlong label; not an OSError, although it is about a name
+        except (
+            UnicodeError
+        ) as error:  # an empty or overlong label; not an OSError, although it is about a name
             raise socket.gaierror(socket.EAI_NONAME, "not a host name") from error
         targets = [(family, target) for family, _, _, _, target in found]
     else:

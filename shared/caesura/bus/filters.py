@@ -44,6 +44,8 @@ def check_filter(topic_filter: str) -> None:
     levels = topic_filter.split("/")
     for index, level in enumerate(levels):
         if ("#" in level and (level != "#" or index != len(levels) - 1)) or ("+" in level and level != "+"):
-            raise ValueError(f"{topic_filter!r} is not a topic filter: + and # must fill a whole level, and # the last one")
+            raise ValueError(
+                f"{topic_filter!r} is not a topic filter: + and # must fill a whole level, and # the last one"
+            )
     if not topic_filter or "\0" in topic_filter:
         raise ValueError("a topic filter must not be empty")

@@ -62,9 +62,7 @@ MessageType = Annotated[
 ]
 Etag = Annotated[
     str,
-    Meta(
-        pattern=r"^[0-9a-f]{12}\Z", description="Opaque; changes whenever the content changes, as in HTTP."
-    ),
+    Meta(pattern=r"^[0-9a-f]{12}\Z", description="Opaque; changes whenever the content changes, as in HTTP."),
 ]
 PartNumber = Annotated[int, Meta(ge=1, le=MOST_PARTS)]
 UpdateDomain = Annotated[int, Meta(ge=0, le=19)]

@@ -82,7 +82,9 @@ def _run(
         log.error("service.failed", error=type(error).__name__, why=str(error))
         return error.exit_code
     except BaseExceptionGroup as group:
-        found = list(dict.fromkeys(leaves(group)))  # one failure may be raised by several tasks that wait for it
+        found = list(
+            dict.fromkeys(leaves(group))
+        )  # one failure may be raised by several tasks that wait for it
         known = [each for each in found if isinstance(each, CaesuraError)]
         for each in known:
             log.error("service.failed", error=type(each).__name__, why=str(each))

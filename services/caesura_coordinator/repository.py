@@ -238,7 +238,7 @@ class RolloutRepository:
         }
 
     def adopt(self, published: SetDocument, fleet: FleetFence, authority: Authority, now: datetime) -> None:
-        """Adopt a document that is ahead of ours (our store is older than the bus), and end the events that no rollout owns.
+        """Adopt a document that is newer than our copy (the store is older than the bus), and end the events that no rollout owns.
 
         Rollouts that hold the set are halted: their record differs from what was announced.
 

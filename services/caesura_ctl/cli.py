@@ -35,7 +35,7 @@ class WithPlugins(Commands):
     """The group, with the commands of installed packages, each imported on use."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """As click does it."""
+        """As in click."""
         return sorted({*super().list_commands(ctx), *entry_points(group=PLUGINS).names})
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:

@@ -147,7 +147,7 @@ def _clocks(fleet: FleetMetricsView) -> Iterator[Family]:
         ("set", "update_domain"),
         fleet.census.refused,
     )
-    # A VM's name is no label: the worst VM speaks for its domain, with its sign.
+    # A VM's name is not a label: the VM with the largest error represents its domain, with its sign.
     yield gauge(
         "caesura_clock_error_last_seconds",
         "Guest minus host clock at the last sync, of the VM of the domain that was off most.",

@@ -68,7 +68,7 @@ class Database:
             after a power cut.
 
     Raises:
-        StoreError: the file cannot be opened or is not one of ours.
+        StoreError: the file cannot be opened or is not a Caesura store.
         NewerStore: a newer Caesura wrote it.
     """
 

@@ -805,17 +805,15 @@ class Coordinator:
         if request.rollout:
             rollout = self.book.rollouts.get(request.rollout)
             if rollout is None:
-                raise RequestRefused(
-                    "rollout_unknown", f"no rollout {request.rollout!r}; not at their end: {known}"
-                )
+                raise RequestRefused("rollout_unknown", f"no rollout {request.rollout!r}; not ended: {known}")
         elif len(active) == 1:
             rollout = active[0]
         else:
             raise RequestRefused(
                 "rollout_unknown",
-                f"several rollouts are not at their end, say which: {known}"
+                f"several rollouts have not ended, name one: {known}"
                 if active
-                else "no rollout is under way: all are at their end",
+                else "no rollout is under way: all have ended",
             )
         answer = m.RequestAnswered(request=request.request, accepted=True, rollout=rollout.id)
         self.book.step(rollout, received, self.fleet, self.authority, self._now(), answer=(client, answer))

@@ -220,7 +220,7 @@ def next_commands(rollout: WholeRollout) -> list[str]:
     if rollout.status != "halted":
         return []
     return [
-        "Every VM runs, and nothing is tried again until you decide:",
+        "Every VM runs, and nothing is tried again until you say so:",
         f"  caesura history {rollout.rollout}    what happened, and why",
         f"  caesura resume {rollout.rollout}     try the failed wave again",
         f"  caesura abort {rollout.rollout}      give it up",

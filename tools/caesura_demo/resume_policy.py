@@ -90,7 +90,7 @@ def next_step(facts: HaltSnapshot, *, client: str, hosts: Sequence[str], past: R
     if facts.status == "halted":
         return _halted(facts, client, missing, past)
     if facts.status == "aborted" and facts.rollout != past.found:
-        why = f"{facts.reason or 'aborted'}; nothing is rolled out until you decide"
+        why = f"{facts.reason or 'aborted'}; nothing is rolled out until you say so"
         return Step("leave", facts.rollout, why, "docker compose restart rollout")
     return Step("wait", why=missing) if missing else Step("roll")
 

@@ -287,7 +287,7 @@ class ReconnectingBus(ABC):
                 topic=cut(topic),
                 muted_s=MUTED_S if self._muted else 0,
                 left_out=left_out,
-                advice="it sends more than anything of Caesura does: look at it, or give it another password",
+                advice="it sends more than any Caesura service: check it, or give it another password",
             )
         return True
 

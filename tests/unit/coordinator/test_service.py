@@ -299,7 +299,7 @@ async def test_a_store_without_an_epoch_left_says_so_and_there_is_a_way_back(
         (ended,) = (task for task in made.running if task.done())  # type: ignore[attr-defined]
         assert isinstance(ended.exception(), NoEpochLeft)
         assert "An epoch that nobody claimed" in str(ended.exception())
-        with pytest.raises(StateFolderUnusable, match=r"holds no coordinator\.sqlite"):
+        with pytest.raises(StateFolderUnusable, match=r"does not contain coordinator\.sqlite"):
             forget_epoch(world.folder)
     (world.folder / "c.sqlite").rename(world.folder / "coordinator.sqlite")
     with exclusive_lock(str(world.folder)), pytest.raises(InUse):

@@ -361,7 +361,7 @@ def test_every_command_has_help_with_examples_and_exit_codes(name: str) -> None:
         (["demo", "--budget", "0.5s"], "--budget 0.5s leaves no time for an update"),
         (["demo", "--dir", "."], "--dir: . exists already"),
         (["demo", "--dir", __file__], "exists already"),
-        (["demo", "--dir", "/proc/none/such"], "--dir: /proc/none/such cannot be made: "),
+        (["demo", "--dir", "/proc/none/such"], "--dir: /proc/none/such cannot be created: "),
     ],
 )
 def test_bad_usage_is_said_with_exit_code_2(

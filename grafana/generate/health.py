@@ -30,7 +30,7 @@ def _rate(metric: str, legend: str, *labels: str) -> Ask:
 def _now() -> list[Panel]:
     return [
         number(
-            "Firing alerts",
+            "Alerts",
             "Firing alerts of the rules in deploy/prometheus/rules.",
             Ask('count(ALERTS{alertstate="firing", alertname=~"Caesura.+"}) or vector(0)'),
             steps=NONE_WANTED,
@@ -64,7 +64,7 @@ def _now() -> list[Panel]:
         ),
         number(
             "Agents silent",
-            "VMs in which an agent is expected, but it is not on the bus or silent. A frozen one is silent too.",
+            "VMs in which an agent is expected but offline or silent. A frozen one is silent too.",
             Ask(
                 f"sum(max by (set) (sum by (set, job, instance) ({of('caesura_agents', SCRAPED, _NO_AGENT)})))"
             ),

@@ -122,7 +122,7 @@ def _from_scheduled(step: Step, wave: Wave) -> None:
     if not due and not answered and not step.refused:
         return
     refusing = [
-        Reason("agent_not_ready", f"{vm} is not ready: {answer.reason or 'its prepare hook failed'}")
+        Reason("agent_not_ready", f"{vm} is not ready: {answer.reason or 'its prepare hook refused'}")
         for vm, answer in sorted(wave.readiness.items())
         if not answer.ready
     ]

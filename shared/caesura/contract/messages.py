@@ -527,7 +527,7 @@ class StartOperation(Message, frozen=True, kw_only=True):
     budget_s: Budget
     clock_bound_s: Positive = 0.1
     not_after: Instant
-    """A host that receives the command after this time refuses it."""
+    """A host that reads the command after this time refuses it."""
 
 
 class AbortOperation(Message, frozen=True, kw_only=True):

@@ -1,6 +1,6 @@
 """``python -m grafana.generate --write|--check``, from the root of the checkout.
 
-Writes the dashboards' JSON, or says which files are not what the code makes.
+Writes the dashboards' JSON, or lists the files that differ from the generated ones.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _FOLDER = Path(__file__).parents[1] / "dashboards"
 
 
 def dashboards() -> Mapping[str, Dashboard]:
-    """File name to dashboard."""
+    """Maps a file name to its dashboard."""
     return {
         "overview.json": overview(),
         "update-domain.json": domain(),

@@ -64,7 +64,7 @@ def _now() -> list[Panel]:
         ),
         number(
             "Resumed by the guard",
-            "Pauses that the pause guard had to end, since the exporter's start.",
+            "Pauses that the pause guard ended, since the exporter's start.",
             Ask(f"max(sum by (job, instance) ({of('caesura_pauses_resumed_by_guard_total', DOMAIN)}))"),
             size=Size(3, 4),
             steps=NONE_WANTED,
@@ -76,7 +76,7 @@ def _pauses() -> list[Panel]:
     return [
         timeline(
             "State",
-            "The domain's state in its set's newest rollout, and when VMs of it stood still.",
+            "The domain's state in its set's newest rollout, and when VMs of it were paused.",
             Ask(domain_states(DOMAIN), "{{set}} · {{update_domain}}"),
             size=Size(24, 4),
             words=STATE_WORDS,
@@ -102,7 +102,7 @@ def _pauses() -> list[Panel]:
         ),
         curve(
             "VMs by state",
-            "All VMs of the domain, as the hosts told.",
+            "All VMs of the domain, as reported by the hosts.",
             Ask(f"max by (state) ({of('caesura_vms', DOMAIN)})", "{{state}}"),
             size=Size(12, 8),
             stacked=True,
@@ -119,7 +119,7 @@ def _guests() -> list[Panel]:
     return [
         curve(
             "Guest clocks before the sync",
-            "Guest minus host clock when the VM ran again, of the VM that was off most. "
+            "Guest minus host clock when the VM ran again, for the VM with the largest error. "
             "The clock of a process guest is simulated.",
             error("before"),
             size=Size(8, 8),
@@ -128,7 +128,7 @@ def _guests() -> list[Panel]:
         ),
         curve(
             "Guest clocks after the sync",
-            "The same after the guest's clock was put right. The clock of a process guest is simulated.",
+            "The same after the guest's clock was corrected. The clock of a process guest is simulated.",
             error("after"),
             size=Size(8, 8),
             unit="s",
@@ -136,8 +136,8 @@ def _guests() -> list[Panel]:
         ),
         number(
             "Proofs of unchanged memory",
-            "Digest equal, sampled digest equal, canary equal, not rebooted: how many held since the exporter's start. "
-            "`not_rebooted` alone is no proof of memory. `broken` must never appear.",
+            "Digest equal, sampled digest equal, canary equal, not rebooted: number of checks since the exporter's start. "
+            "`not_rebooted` alone does not prove that memory is unchanged. `broken` must never appear.",
             Ask(
                 f"max by (proof, outcome) ({of('caesura_memory_proofs_total', DOMAIN)})",
                 "{{proof}} {{outcome}}",
@@ -148,7 +148,7 @@ def _guests() -> list[Panel]:
 
 
 def domain() -> Dashboard:
-    """The dashboard that lanes and lines of the overview lead to."""
+    """The dashboard to which lanes and lines of the overview link."""
     return page(
         "One update domain",
         DOMAIN_UID,

@@ -1,4 +1,4 @@
-"""*Suite health*: the bus, the services, the exporter itself, and what alerts fire."""
+"""*Suite health*: the bus, the services, the exporter itself, and the firing alerts."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from grafana_foundation_sdk.models.dashboard import Dashboard
 
 _BY_SERVICE = "{{instance}}"
 _SILENT_S = 60
-"""s: hosts and the coordinator speak every 20 s; the rules use the same bound."""
+"""s: hosts and the coordinator send a message every 20 s; the rules use the same bound."""
 _HOSTS = (
     f"max by (host) ({of('caesura_host_online', SCRAPED)}) "
     f"* on (host) (min by (host) ({of('caesura_host_heard_seconds', SCRAPED)}) <= bool {_SILENT_S})"
@@ -30,8 +30,8 @@ def _rate(metric: str, legend: str, *labels: str) -> Ask:
 def _now() -> list[Panel]:
     return [
         number(
-            "Alerts that fire",
-            "Alerts of the rules in deploy/prometheus/rules.",
+            "Alerts",
+            "Firing alerts of the rules in deploy/prometheus/rules.",
             Ask('count(ALERTS{alertstate="firing", alertname=~"Caesura.+"}) or vector(0)'),
             steps=NONE_WANTED,
         ),
@@ -49,7 +49,7 @@ def _now() -> list[Panel]:
         ),
         number(
             "Coordinator",
-            "Whether the coordinator is on the bus and was heard of in the last minute.",
+            "Whether the coordinator is on the bus and was received in the last minute.",
             Ask(
                 f"max({of('caesura_coordinator_online', SCRAPED)}) "
                 f"* (min({of('caesura_coordinator_heard_seconds', SCRAPED)}) <= bool {_SILENT_S})"
@@ -58,13 +58,13 @@ def _now() -> list[Panel]:
         ),
         number(
             "Hosts offline",
-            "Host updaters that are not on the bus, or were not heard of for a minute.",
+            "Host updaters that are not on the bus, or from which nothing was received for a minute.",
             Ask(f"sum(1 - {_HOSTS})"),
             steps=NONE_WANTED,
         ),
         number(
             "Agents silent",
-            "VMs in which an agent is expected and none is on the bus or heard of. A frozen one is silent too.",
+            "VMs in which an agent is expected but offline or silent. A frozen one is silent too.",
             Ask(
                 f"sum(max by (set) (sum by (set, job, instance) ({of('caesura_agents', SCRAPED, _NO_AGENT)})))"
             ),
@@ -81,7 +81,7 @@ def _services() -> list[Panel]:
     return [
         rows(
             "Firing alerts",
-            "What fires now; each alert's page in docs/operate/runbooks says what to do.",
+            "The alerts firing now; each alert's page in docs/operate/runbooks says what to do.",
             Ask('ALERTS{alertstate="firing", alertname=~"Caesura.+"}'),
             size=Size(12, 8),
             columns={
@@ -103,14 +103,14 @@ def _services() -> list[Panel]:
         ),
         timeline(
             "Host updaters on the bus",
-            "As the exporter heard; offline is also who said nothing for a minute.",
+            "As received by the exporter; also offline if nothing was received for a minute.",
             Ask(_HOSTS, "{{host}}"),
             size=Size(12, 7),
             words=named({1: ("online", "green"), 0: ("offline", "red")}),
         ),
         timeline(
             "Pause guards",
-            "Ready, armed while VMs may be frozen, or absent: then its updater freezes nothing.",
+            "Ready, armed while VMs may be frozen, or absent: then its updater does not freeze VMs.",
             Ask(f"max by (host) (sum by (host, job, instance) (\n  {guards}\n))", "{{host}}"),
             size=Size(12, 7),
             words=named({code: (name, colour) for code, (name, colour) in enumerate(_GUARDS)}),
@@ -122,7 +122,7 @@ def _bus() -> list[Panel]:
     return [
         curve(
             "Messages by type",
-            "Messages a second that the exporter read.",
+            "Messages per second that the exporter read.",
             Ask(
                 f"max by (type) (rate({of('caesura_messages_total', SCRAPED)}[$__rate_interval]))",
                 "{{type}}",
@@ -133,7 +133,7 @@ def _bus() -> list[Panel]:
         ),
         curve(
             "Received and published",
-            "Messages a second of each service.",
+            "Messages per second of each service.",
             _rate("caesura_bus_received_total", f"{_BY_SERVICE} received"),
             _rate("caesura_bus_published_total", f"{_BY_SERVICE} published"),
             unit="cps",
@@ -141,7 +141,7 @@ def _bus() -> list[Panel]:
         ),
         curve(
             "Went wrong",
-            "Messages a second that a service refused, dropped, or could not publish.",
+            "Messages per second that a service refused, dropped, or could not publish.",
             _rate("caesura_bus_decode_errors_total", f"{_BY_SERVICE} refused: {{{{kind}}}}", "kind"),
             _rate("caesura_bus_dropped_total", f"{_BY_SERVICE} dropped"),
             _rate("caesura_bus_publish_failures_total", f"{_BY_SERVICE} not published"),
@@ -150,7 +150,7 @@ def _bus() -> list[Panel]:
         ),
         curve(
             "Waiting",
-            "Messages received and not handled, and facts that the broker has not taken.",
+            "Messages received but not handled, and facts that the broker has not accepted.",
             _each("caesura_bus_backlog_messages", f"{_BY_SERVICE} to be handled"),
             _each("caesura_coordinator_outbox_messages", f"{_BY_SERVICE} to be sent"),
             _each("caesura_host_updater_outbox_messages", f"{_BY_SERVICE} to be sent"),
@@ -164,7 +164,7 @@ def _own() -> list[Panel]:
     return [
         number(
             "Last message",
-            "Seconds since the exporter heard anything; hosts speak every 20 s.",
+            "Seconds since the exporter received any message; hosts send one every 20 s.",
             Ask(f"time() - max({of('caesura_exporter_last_message_timestamp_seconds', SCRAPED)} > 0)"),
             size=Size(6, 7),
             unit="s",
@@ -181,14 +181,14 @@ def _own() -> list[Panel]:
         ),
         curve(
             "Series",
-            "Samples on each service's page: bounded by sets, domains and hosts, and not by VMs.",
+            "Samples on each service's page: their number depends on sets, domains and hosts, not on VMs.",
             _each("scrape_samples_post_metric_relabeling", scope=OURS),
             size=Size(9, 7),
             many=True,
         ),
         curve(
             "Handling a message",
-            "99 of 100 messages took the exporter less.",
+            "The exporter handled 99 of 100 messages faster than this.",
             Ask(
                 "histogram_quantile(0.99, "
                 f"sum by (job, instance, le) (rate({handled}[$__rate_interval]))) >= 0",
@@ -210,7 +210,7 @@ def _own() -> list[Panel]:
         ),
         curve(
             "Requests of workloads",
-            "HTTP requests a second that metadata publishers answered, by status.",
+            "HTTP requests per second that metadata publishers answered, by status.",
             _rate(
                 "caesura_metadata_requests_total",
                 "{{instance}} {{endpoint}} {{status}}",
@@ -224,11 +224,11 @@ def _own() -> list[Panel]:
 
 
 def health() -> Dashboard:
-    """The dashboard for whoever looks after the suite itself."""
+    """The dashboard for the operators of the suite itself."""
     return page(
         "Suite health",
         "caesura-suite-health",
-        "The bus, the services, the exporter, and what alerts fire.",
+        "The bus, the services, the exporter, and the firing alerts.",
         scrape_choices("up", 'job=~"caesura-.+"'),
         [("", _now()), ("Services", _services()), ("Bus", _bus()), ("Exporter and publishers", _own())],
     )

@@ -1,4 +1,4 @@
-"""*Maintenance overview*: is anybody paused now, does a rollout run, did any pause take too long?"""
+"""*Maintenance overview*: is a VM paused now, does a rollout run, did a pause take too long?"""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def _now() -> list[Panel]:
     return [
         number(
             "VMs paused now",
-            "VMs that stand still at this moment, as the hosts told.",
+            "VMs that are paused at this moment, as reported by the hosts.",
             Ask(f"sum(max by (set, update_domain) ({of('caesura_vms', SETS, is_('state', 'paused'))}))"),
             steps=((None, "green"), (1, "orange")),
         ),
@@ -58,7 +58,7 @@ def _now() -> list[Panel]:
         ),
         number(
             "Sets halted",
-            "Availability sets whose rollout is halted: nothing is paused, and nothing goes on by itself.",
+            "Availability sets whose rollout is halted: no VM is paused, and the rollout does not continue by itself.",
             Ask(f"sum(max by (set) ({of('caesura_rollout_status', SETS, is_('status', 'halted'))}))"),
             steps=NONE_WANTED,
         ),
@@ -78,7 +78,7 @@ def _now() -> list[Panel]:
         ),
         number(
             "Guests unsynced",
-            "VMs whose clock could not be put right after their last pause.",
+            "VMs whose clock could not be corrected after their last pause.",
             Ask(f"sum(max by (set, update_domain) ({of('caesura_vms_unsynced', SETS)}))"),
             steps=NONE_WANTED,
         ),
@@ -89,8 +89,8 @@ def _rollout() -> list[Panel]:
     return [
         timeline(
             "Update domains",
-            "The state of every domain in its set's newest rollout, and when VMs of it stood still. "
-            "A rollout by fault domain shows under the numbers of its fault domains. Click a lane for its dashboard.",
+            "The state of every domain in its set's newest rollout, and when VMs of it were paused. "
+            "A rollout by fault domain appears under the numbers of its fault domains. Click a lane for its dashboard.",
             Ask(domain_states(SETS), _BY_DOMAIN),
             size=Size(24, 9),
             words=STATE_WORDS,
@@ -98,7 +98,7 @@ def _rollout() -> list[Panel]:
         ),
         bars(
             "Rollout progress",
-            "Completed waves of those that touch the set, in its newest rollout.",
+            "Completed share of the waves that touch the set, in its newest rollout.",
             Ask(
                 f"max by (set) ({of('caesura_rollout_waves_completed', SETS)} "
                 f"/ {of('caesura_rollout_waves', SETS)})",
@@ -111,7 +111,7 @@ def _rollout() -> list[Panel]:
         ),
         rows(
             "Paused now",
-            "Who stands still, since when (as the exporter heard it), and the budget. Empty as a rule.",
+            "The paused VMs, since when (as received by the exporter), and the budget. Usually empty.",
             Ask(f"max by ({_BY_PAUSE}) ({_OPEN}) > 0"),
             Ask(f"max by ({_BY_PAUSE}) ({_OPEN_BUDGET}) and on ({_BY_PAUSE}) ({_OPEN} > 0)"),
             size=Size(16, 7),
@@ -124,7 +124,7 @@ def _rollout() -> list[Panel]:
                 "Value #B": "Budget",
             },
             unit="s",
-            nothing="Nobody is paused",
+            nothing="No VM is paused",
             link=link_to_domain(*OF_ROW),
         ),
     ]
@@ -185,7 +185,7 @@ def _guests() -> list[Panel]:
     return [
         curve(
             "Guest clocks before the sync",
-            "Guest minus host clock when the VM ran again, of the VM of the domain that was off most. "
+            "Guest minus host clock when the VM ran again, for the VM of the domain with the largest error. "
             "About the length of the pause, negative. The clock of a process guest is simulated.",
             Ask(error("before"), _BY_DOMAIN),
             size=Size(8, 8),
@@ -195,7 +195,7 @@ def _guests() -> list[Panel]:
         ),
         curve(
             "Guest clocks after the sync",
-            "The same after the guest's clock was put right, and the bound of the set's rollout. "
+            "The same after the guest's clock was corrected, and the bound of the set's rollout. "
             "The clock of a process guest is simulated.",
             Ask(error("after"), _BY_DOMAIN),
             Ask(bound, "bound of {{set}}"),
@@ -228,7 +228,7 @@ def overview() -> Dashboard:
     return page(
         "Maintenance overview",
         "caesura-overview",
-        "Is anybody paused now? Does a rollout run? Did any pause take too long?",
+        "Is a VM paused now? Does a rollout run? Did a pause take too long?",
         [
             *scrape_choices("caesura_exporter_build_info"),
             choice("set", "Set", "caesura_vms", SCRAPED, several=True, description="Availability sets."),

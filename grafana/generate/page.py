@@ -1,4 +1,4 @@
-"""A dashboard put together: variables, annotations, links, rows of panels, and what the SDK leaves out."""
+"""Assembles a dashboard: variables, annotations, links, rows of panels, and what the SDK leaves out."""
 
 from __future__ import annotations
 
@@ -45,9 +45,9 @@ def choice(
     several: bool,
     description: str,
 ) -> dashboard.QueryVariable:
-    """Values of a label of a metric to choose from; all of them at first, where several can be chosen.
+    """Values of a label of a metric to choose from; all of them by default, if several can be chosen.
 
-    All of them is whatever there is, and not just the values to choose from.
+    "All" matches every value, not only the listed ones.
     """
     asked = f"{metric}{{{', '.join(matchers)}}}" if matchers else metric
     query = f"label_values({asked}, {name})"
@@ -112,7 +112,7 @@ def page(
     groups: Sequence[tuple[str, Sequence[Panel]]],
     marks: Sequence[dashboard.AnnotationQuery] = (),
 ) -> dm.Dashboard:
-    """A whole dashboard; a group with an empty heading has no row of its own."""
+    """A complete dashboard; a group with an empty heading has no row of its own."""
     made = (
         dashboard.Dashboard(title)
         .uid(uid)
@@ -143,7 +143,7 @@ def page(
         for panel in panels:
             made.with_panel(panel)
     built = made.build()
-    # The SDK numbers nothing; Grafana would, anew on every load.
+    # The SDK does not assign ids; Grafana would assign new ones on every load.
     for number, each in enumerate(built.panels or (), start=1):
         each.id_val = number
     return built

@@ -1,4 +1,4 @@
-"""Panels as this project draws them: each with a description, a unit, ref ids, the templated data source."""
+"""The project's panel style: each panel has a description, a unit, ref ids, the templated data source."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Panel: TypeAlias = (
 
 
 class Ask(NamedTuple):
-    """A query and what its series are called."""
+    """A query and the name of its series."""
 
     expr: str
     legend: str = ""
@@ -46,7 +46,7 @@ _SMALL = Size(4, 4)
 _HALF = Size(12, 8)
 
 Steps: TypeAlias = Sequence[tuple[float | None, str]]
-"""(from this value on, colour), the first without a value."""
+"""(lower bound, colour), the first without a bound."""
 
 FINE: Steps = ((None, "green"),)
 NONE_WANTED: Steps = ((None, "green"), (1, "red"))
@@ -109,7 +109,7 @@ def number(
     nothing: str = "no data",
     decimals: int | None = None,
 ) -> stat.Panel:
-    """One number as it is now, never the last that was known; ``nothing`` stands there when there is none."""
+    """One current number, never the last known one; ``nothing`` is shown if there is none."""
     panel = stat.Panel()
     _begin(panel, title, description, size, unit)
     _ask(panel, asks, instant=True)
@@ -140,7 +140,7 @@ def curve(
     link: dashboard.DashboardLink | None = None,
 ) -> timeseries.Panel:
     """Lines over time. Series whose name matches the pattern ``limits`` are dashed red lines; with ``many`` series the
-    legend stands at the side.
+    legend is at the side.
     """
     panel = timeseries.Panel()
     _begin(panel, title, description, size, unit)
@@ -150,7 +150,7 @@ def curve(
     panel.draw_style(cm.GraphDrawStyle.LINE).line_width(0 if stacked else 2).fill_opacity(
         60 if stacked else 0
     )
-    # What is known holds until the next scrape: nothing in between was seen.
+    # A value holds until the next scrape: there are no samples in between.
     panel.line_interpolation(cm.LineInterpolation.STEP_AFTER).show_points(cm.VisibilityMode.NEVER)
     panel.color_scheme(dashboard.FieldColor().mode(dm.FieldColorModeId.PALETTE_CLASSIC))
     panel.thresholds(_thresholds(FINE))
@@ -163,7 +163,7 @@ def curve(
         panel.override_by_regexp(f"/^{name}$/", [dm.DynamicConfigValue(id_val="color", value=fixed)])
     if link is not None and not limits:
         panel.data_links([link])
-    if limits and link is not None:  # a limit is of a set: it leads to no domain
+    if limits and link is not None:  # a limit belongs to a set: it does not link to a domain
         made = link.build()
         every_other = f"/^(?!{limits.strip('/^')})/"
         links = dm.DynamicConfigValue(id_val="links", value=[{"title": made.title, "url": made.url}])
@@ -248,7 +248,7 @@ def rows(
     nothing: str,
     link: dashboard.DashboardLink | None = None,
 ) -> table.Panel:
-    """A table of what is so now. ``columns``: field to its heading, in order; other fields are left out."""
+    """A table of the current state. ``columns``: maps a field to its heading, in order; other fields are left out."""
     panel = table.Panel()
     _begin(panel, title, description, size, unit)
     _ask(panel, asks, instant=True, form=PromQueryFormat.TABLE)

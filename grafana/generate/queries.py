@@ -1,11 +1,11 @@
-"""How the dashboards ask: metrics of the exporter with their matchers, and the few longer expressions."""
+"""The dashboards' queries: metrics of the exporter with their matchers, and the few longer expressions."""
 
 from __future__ import annotations
 
 SCRAPED = ('job=~"$job"', 'instance=~"$instance"')
-"""Matchers that every query carries, as Grafana's linter wants it: they choose among several exporters."""
+"""Matchers that every query carries, as Grafana's linter requires: they select among several exporters."""
 OURS = (*SCRAPED, 'job=~"caesura-.+"')
-"""For what Prometheus tells of every target: all jobs are not all of ours."""
+"""For metrics that Prometheus has of every target: not all jobs belong to Caesura."""
 SETS = (*SCRAPED, 'set=~"$set"')
 DOMAIN = (*SCRAPED, 'set="$set"', 'update_domain="$update_domain"')
 
@@ -22,7 +22,7 @@ STATES = (
     ("cancelled", "#a16207"),
 )
 PAUSED_FROM = 10
-"""Added to a state's number while a VM of the domain stands still."""
+"""Added to a state's number while a VM of the domain is paused."""
 
 
 def of(metric: str, scope: tuple[str, ...], *matchers: str) -> str:
@@ -36,28 +36,28 @@ def is_(label: str, value: str) -> str:
 
 
 def domain_states(scope: tuple[str, ...]) -> str:
-    """The number of each domain's state, ``PAUSED_FROM`` more while a VM of it stands still."""
+    """The number of each domain's state, ``PAUSED_FROM`` more while a VM of it is paused."""
     states = of("caesura_domain_wave_status", scope)
-    # A point may stand for minutes, in which a pause came and went; or for less than a scrape, and has no sample of its own.
+    # A point may cover minutes, with a whole pause in them; or less than a scrape interval, and then has no sample of its own.
     vms = of("caesura_vms", scope, is_("state", "paused"))
     paused = f"((max_over_time({vms}[$__interval]) or {vms}) > bool 0) * {PAUSED_FROM}"
     every = f"{states}\n    or {paused}"
-    # Summed within one exporter: its series of one domain are told apart by status and state.
+    # Summed within one exporter: its series of one domain differ by status and state.
     return (
         f"max by (set, update_domain) (\n  sum by (set, update_domain, job, instance) (\n    {every}\n  )\n)"
     )
 
 
 def new_in_window(bucket: str) -> str:
-    """How much each bucket grew; one that was not there yet counts as it is, or its first pause would be lost.
+    """The growth of each bucket; a new bucket counts with its whole value, or its first pause would be lost.
 
-    Not there in the hour before: after a few scrapes that failed, all pauses since the exporter's start are not new.
+    New means absent in the hour before: after a few failed scrapes, the pauses since the exporter's start are not new.
     """
     before = f"last_over_time({bucket}[1h] offset $__rate_interval)"
     return f"(({bucket} unless {before}) or increase({bucket}[$__rate_interval]))"
 
 
 def quantile_of_all(q: float, bucket: str, longest: str) -> str:
-    """A quantile of all pauses that the exporter has told of since its start; at most the longest of them."""
+    """A quantile of all pauses that the exporter has received since its start; at most the longest of them."""
     estimate = f"histogram_quantile({q:g}, max by (le) (sum by (le, job, instance) ({bucket})))"
     return f"clamp_max({estimate}, scalar(max({longest})))"

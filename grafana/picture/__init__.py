@@ -1,1 +1,1 @@
-"""Draws panels of a dashboard with Grafana's own components, for those who cannot run Grafana's server."""
+"""Draws panels of a dashboard with Grafana's own components, for environments without Grafana's server."""

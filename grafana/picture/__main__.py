@@ -1,7 +1,7 @@
 """``python -m grafana.picture --prometheus URL --out FILE.png``: a picture of a dashboard's stat, time series and bar panels.
 
 No Grafana runs: the panels are drawn by the packages ``@grafana/ui`` and ``@grafana/data`` in a headless Chromium, from the
-committed dashboard and what Prometheus answers to its queries. State timelines, heatmaps and tables are no part of those
+committed dashboard and what Prometheus answers to its queries. State timelines, heatmaps and tables are not part of those
 packages and are left out. Before the first run: ``npm ci --prefix grafana/picture && npm run --prefix grafana/picture build``.
 """
 
@@ -43,7 +43,7 @@ async def answered(
             for target in panel["targets"]:
                 asked = {
                     "query": substituted(target["expr"], values),
-                    # A number is what is so at the end.
+                    # A stat shows the value at the end.
                     "start": str(end if target.get("instant") else start),
                     "end": str(end),
                     "step": str(max(1.0, (end - start) / 600)),
@@ -58,7 +58,7 @@ async def answered(
 
 
 async def draw(arguments: argparse.Namespace) -> None:
-    """Ask, draw, write the file."""
+    """Query, draw, write the file."""
     script = _HERE / "build" / "panels.js"
     if not script.exists():
         raise SystemExit(
@@ -88,7 +88,7 @@ async def draw(arguments: argparse.Namespace) -> None:
     }
     async with chromium() as browser:
         page = await browser.new_page(viewport={"width": arguments.width, "height": 800})
-        # An address of its own: Grafana's code wants a local storage, which a blank page has not. Nothing is fetched.
+        # An address of its own: Grafana's code needs local storage, which a blank page lacks. Nothing is fetched.
         await page.route("**/*", lambda route: route.fulfill(body=_EMPTY, content_type="text/html"))
         await page.goto("http://picture.invalid/")
         await page.add_script_tag(path=script)

@@ -1,5 +1,5 @@
 // Draws panels of a dashboard with the components that Grafana itself draws them with: stat, time series, bar gauge.
-// State timelines, heatmaps and tables are no part of these packages: they are left out, and the page says so.
+// State timelines, heatmaps and tables are not part of these packages: they are left out, and the page says so.
 //
 // window.draw({title, panels, from, to, caption}): a panel is the dashboard's JSON with `answers`, one list of
 // Prometheus range results for each target.

@@ -23,7 +23,7 @@ with QuietInterrupt():
     from caesura_coordinator.settings import CoordinatorSettings
     from caesura_coordinator.store import Store
 
-SUMMARY = "Plans and runs rollouts: one per fleet. Announces scheduled events, commands hosts, halts on anything wrong."
+SUMMARY = "Plans and runs rollouts; one coordinator per fleet. Announces scheduled events, commands hosts, halts on any failure."
 
 
 async def run(settings: CoordinatorSettings) -> None:

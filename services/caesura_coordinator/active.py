@@ -1,4 +1,4 @@
-"""Which rollout a set, an event or an operation belongs to, so that a message goes to its own rollout only. Pure."""
+"""Which rollout a set, an event or an operation belongs to, so that a message only reaches its own rollout. Pure."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from caesura_coordinator.records import Rollout, Wave
 
 
 class ActiveRollouts:
-    """The rollouts that hold their sets, the oldest first, and what they can be found by."""
+    """The rollouts that hold their sets, the oldest first, with the indexes to find them."""
 
     def __init__(self) -> None:
         self.active: dict[str, None] = {}
         self.of_set: dict[str, str] = {}
         self.of_event: dict[str, str] = {}
-        """Id of an event, in lower case, to the rollout."""
+        """Maps the id of an event, in lower case, to the rollout."""
         self.of_operation: dict[str, str] = {}
         self._seen: dict[str, dict[int, tuple[Hashable, ...]]] = {}
-        """Rollout to its waves and what of them was indexed last."""
+        """Maps a rollout to its waves and their indexed ids."""
 
     def put(self, rollout: Rollout) -> None:
-        """A rollout is new, or has changed."""
+        """Index a new or changed rollout."""
         if not rollout.active:
             self.forget(rollout)
             return
@@ -37,7 +37,7 @@ class ActiveRollouts:
                 self._put_wave(rollout.id, current)
 
     def forget(self, rollout: Rollout) -> None:
-        """A rollout is at its end."""
+        """Remove a rollout that has ended."""
         if rollout.id not in self._seen:
             return
         del self._seen[rollout.id], self.active[rollout.id]
@@ -46,7 +46,7 @@ class ActiveRollouts:
                 del index[name]
 
     def _put_wave(self, name: str, wave: Wave) -> None:
-        # Events and operations are made whole, when a wave is scheduled or started.
+        # A wave's events and operations are all created at once, when it is scheduled or started.
         events = (wave.events[0].event_id, len(wave.events)) if wave.events else ()
         operations = (wave.operations[0].operation, len(wave.operations)) if wave.operations else ()
         made = wave.attempt, events, operations

@@ -1,4 +1,4 @@
-"""Which commands a rollout's state asks for: the same ones, again and again, until the hosts answer. Pure."""
+"""Which commands a rollout's state requires: the same ones, repeatedly, until the hosts answer. Pure."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from caesura_coordinator.records import FINAL, HostOperation, Rollout, Wave
 
 
 class Due(msgspec.Struct, frozen=True):
-    """A command that is to be sent, or repeated; ``not_after`` is for a start."""
+    """A command to send or repeat; ``not_after`` is for a start."""
 
     operation: HostOperation
     what: Literal["start", "abort"]
@@ -23,7 +23,7 @@ class Due(msgspec.Struct, frozen=True):
 
 
 def due_operations(rollout: Rollout, authority: Authority) -> Iterable[Due]:
-    """What every operation of the current wave asks for that has no final answer of its host."""
+    """The commands for the operations of the current wave that lack a final answer of their host."""
     wave = rollout.current
     if wave is None:
         return
@@ -34,7 +34,7 @@ def due_operations(rollout: Rollout, authority: Authority) -> Iterable[Due]:
         if lost or (open_ and rollout.status == "aborting"):
             yield Due(operation, "abort")
         elif wave.status == "verifying" and wave.started_at is not None and _verdict_missing(wave, operation):
-            # Its time has passed: a host that knows the operation says again what became of it, and one that
+            # Its time has passed: a host that knows the operation repeats its report, and one that
             # has forgotten it (a lost journal) refuses instead of pausing its VMs a second time.
             yield Due(operation, "start", wave.started_at)
         elif open_ and wave.fence_epoch == authority.epoch and wave.not_after is not None:
@@ -42,7 +42,7 @@ def due_operations(rollout: Rollout, authority: Authority) -> Iterable[Due]:
 
 
 def command_for(rollout: Rollout, due: Due, authority: Authority) -> StartOperation | AbortOperation:
-    """The message that says it."""
+    """The message of the command."""
     wave = rollout.current
     if wave is None:
         raise AssertionError(f"a command for rollout {rollout.id}, which has completed its waves")
@@ -58,8 +58,8 @@ def command_for(rollout: Rollout, due: Due, authority: Authority) -> StartOperat
 
 
 def _verdict_missing(wave: Wave, operation: HostOperation) -> bool:
-    """Whether a verdict on a clock was lost on its way: a host repeats its report and its verdicts when it gets a command
-    again that it has carried out."""
+    """Whether a verdict on a clock was lost in transit: a host repeats its report and its verdicts when it receives
+    a command again that it has carried out."""
     mine = members_of(wave.vms).by_host.get(operation.host, ())
     return any(vm.vm not in wave.clocks for vm in mine if has_verdict(vm))
 

@@ -1,10 +1,10 @@
-"""What decisions may read of the fleet, and why a wave may not go on now. Pure.
+"""The view of the fleet that decisions read, and why a wave may not continue now. Pure.
 
-Blockers fail closed: a host that cannot be asked, an epoch that is not acknowledged, an unknown VM state all
-block (the habit is kured's, whose reboot blockers do the same).
+Blockers fail closed: an unreachable host, an epoch that is not acknowledged and an unknown VM state all
+block (as do the reboot blockers of kured).
 
-A gate is asked again and again, so it does not ask every host and VM: each set has what is in the way ready
-(``caesura.fleet.sets``), and only what is found there is looked at and named.
+A gate is evaluated often, so it does not visit every host and VM: each set keeps an index of its blockers
+(``caesura.fleet.sets``), and only those are evaluated and named.
 """
 
 from __future__ import annotations
@@ -31,25 +31,25 @@ class Contested(msgspec.Struct, frozen=True, kw_only=True):
     record: VmRecord
     """As ``host`` describes it."""
     host: str
-    """The one it belongs to; if that is nobody, one that names it."""
+    """The host it belongs to; if there is none, one that names it."""
     reason: str
 
 
 class _Places:
-    """What was found out about the places of planned VMs: true for as long as no VM comes, goes or moves."""
+    """Results about the places of planned VMs: valid until a VM is added, removed or moved."""
 
     def __init__(self) -> None:
         self._placements = -1
         self._found: dict[tuple[int, int], tuple[object, object, tuple[object, ...]]] = {}
 
     def displaced(self, state: FleetState, vms: tuple[PlannedVm, ...]) -> tuple[PlannedVm, ...]:
-        """Those that are not where and what the plan has them as."""
+        """The planned VMs whose place or properties differ from the plan."""
         return self._remembered(
             state, vms, None, lambda: tuple(vm for vm in vms if not _as_planned(state.vm(vm.vm), vm))
         )
 
     def outside(self, state: FleetState, sets: Collection[str], hosts: Collection[str]) -> tuple[str, ...]:
-        """Those of these hosts that have no VM of these sets any more."""
+        """The hosts among these that no longer have a VM of these sets."""
 
         def look() -> tuple[str, ...]:
             inside: set[str] = set()
@@ -78,10 +78,10 @@ class FleetFence:
 
     Args:
         state: the fold of the bus; it may change between two decisions, never within one.
-        commanded: host to an operation it was commanded and has not answered: its inventory may not show it yet.
-        contested: for a plan: the VMs that stay as they are because it is not clear whose they are.
-        incomplete: host to its newest inventory, of which parts are missing: how its VMs are is not known. It may change as the state does.
-        grace_until: after an outage of the broker, agents that are said to be on the bus may be on their way back until then.
+        commanded: maps a host to an operation that it was commanded and has not answered: its inventory may not show it yet.
+        contested: for a plan: the VMs that are left as they are because their host is ambiguous.
+        incomplete: maps a host to its newest inventory, of which parts are missing: the state of its VMs is not known. It may change, like the state.
+        grace_until: after an outage of the broker, agents that are retained as online may still be reconnecting until then.
     """
 
     def __init__(
@@ -107,11 +107,11 @@ class FleetFence:
         return self._view(contested=contested)
 
     def with_commanded(self, commanded: Callable[[], Mapping[str, str]]) -> FleetFence:
-        """This view with what other rollouts have asked of its hosts; worked out when a gate asks for it."""
+        """This view with the commands of other rollouts to its hosts; computed when a gate needs it."""
         return self._view(commanded=commanded)
 
     def with_reconnect_grace(self, until: datetime) -> FleetFence:
-        """This view after the broker was away."""
+        """This view after an outage of the broker."""
         return self._view(grace_until=until)
 
     def _view(
@@ -132,17 +132,17 @@ class FleetFence:
 
     @property
     def inventories(self) -> Mapping[str, HostInventory]:
-        """Host to its latest inventory, with the VMs that belong to it and no others."""
+        """Maps a host to its latest inventory, with only the VMs that belong to it."""
         return self.state.inventories
 
     def commanded(self) -> Mapping[str, str]:
-        """Host to an operation that another rollout has commanded there."""
+        """Maps a host to an operation that another rollout has commanded there."""
         if self._commanded_now is None:
             self._commanded_now = self._commanded()
         return self._commanded_now
 
     def is_online(self, host: str) -> bool:
-        """Whether the host's updater says it is on the bus; unknown counts as no."""
+        """Whether the host's updater says that it is on the bus; unknown counts as no."""
         return self.state.is_online(host)
 
     def vm(self, name: str) -> LocatedVm | None:
@@ -150,7 +150,7 @@ class FleetFence:
         return self.state.vm(name)
 
     def vm_names(self) -> Collection[str]:
-        """The VMs that belong to a host, and those that several name."""
+        """The VMs that belong to a host, and those that several hosts name."""
         return self.state.vm_names() | self.contested.keys() if self.contested else self.state.vm_names()
 
     def vms(self) -> Iterator[tuple[str, VmRecord]]:
@@ -169,11 +169,11 @@ class FleetFence:
         return [inventory.epoch for inventory in reported]
 
     def displaced(self, vms: tuple[PlannedVm, ...]) -> tuple[PlannedVm, ...]:
-        """Those of the planned VMs that are not where and what the plan has them as."""
+        """The planned VMs whose place or properties differ from the plan."""
         return self._places.displaced(self.state, vms)
 
     def outside(self, sets: Collection[str], hosts: Collection[str]) -> tuple[str, ...]:
-        """Those of these hosts that have no VM of these sets any more."""
+        """The hosts among these that no longer have a VM of these sets."""
         return self._places.outside(self.state, sets, hosts)
 
 
@@ -192,11 +192,11 @@ def fence_blockers(
     then no command of an older coordinator can still be obeyed anywhere in the set (I1, I10).
 
     Args:
-        own: operations of the very wave that asks: they, and what they paused, are not in its way.
+        own: operations of the calling wave itself: neither they nor the VMs that they paused block it.
     """
     state = fleet.state
     commanded = fleet.commanded()
-    # Of a host that was not known before, any set may have VMs among those that are missing.
+    # If the host was not known before, the missing parts may contain VMs of any set.
     in_the_way = {host for host in fleet.incomplete if state.reported(host) is None}
     for hosts in known:
         in_the_way.update(fleet.outside(sets, hosts))
@@ -217,7 +217,7 @@ def fence_blockers(
 def _why_not(
     fleet: FleetFence, host: str, sets: Collection[str], *, epoch: int, coordinator: str, own: Collection[str]
 ) -> Iterator[Reason]:
-    """Why this host is in the way."""
+    """Why this host blocks."""
     inventory = fleet.state.inventory(host)
     if inventory is None:
         if host in fleet.incomplete:
@@ -258,7 +258,7 @@ def why_outdated(inventory: HostInventory) -> str:
 
 
 def _why_another(inventory: HostInventory, epoch: int) -> str:
-    """More of a host that obeys another, if it will not change by itself."""
+    """Details about a host that obeys another coordinator, if that does not resolve by itself."""
     if inventory.refused_epoch:
         return f": {inventory.refused_epoch}"
     if inventory.epoch > epoch:
@@ -267,7 +267,7 @@ def _why_another(inventory: HostInventory, epoch: int) -> str:
 
 
 def health_blockers(fleet: FleetFence, vms: tuple[PlannedVm, ...]) -> list[Reason]:
-    """Which of these VMs are not healthy now, and why: in their order."""
+    """Which of these VMs are not healthy now, and why, in their order."""
     members = members_of(vms)
     suspects = {vm.vm for vm in fleet.displaced(vms)}
     for name in members.sets:
@@ -305,10 +305,10 @@ def _unhealthy(fleet: FleetFence, vm: PlannedVm) -> Reason | None:
 def placement_blockers(
     fleet: FleetFence, vms: tuple[PlannedVm, ...], done: Collection[str] = ()
 ) -> list[Reason]:
-    """Which of these VMs are in another set or domain than when the plan was made: together they may not pause (I1).
+    """Which of these VMs are in another set or domain than when the plan was made: they may not pause together (I1).
 
     Args:
-        done: hosts that are not paused again.
+        done: hosts that will not be paused again.
     """
     found = []
     for vm in fleet.displaced(vms):
@@ -326,7 +326,7 @@ def placement_blockers(
 
 
 def _as_planned(located: LocatedVm | None, vm: PlannedVm) -> bool:
-    """Whether the VM is counted in its set as the plan has it: where not, it has to be looked at by itself."""
+    """Whether the VM counts towards its set as planned; if not, it has to be checked individually."""
     if located is None or located.host != vm.host or _place(located.record) != _place(vm):
         return False
     return located.record.agent or not vm.agent

@@ -1,7 +1,7 @@
-"""``python -m caesura_coordinator.forget_epoch FOLDER``: the way back from an epoch that no coordinator has claimed.
+"""``python -m caesura_coordinator.forget_epoch FOLDER``: recovers from an epoch that no coordinator has claimed.
 
-The coordinator then takes the next one from what hosts obey and from what is announced on the bus, as with a new store; rollouts
-and documents stay. Run it while the coordinator is stopped; FOLDER is its state folder.
+The coordinator then derives the next epoch from what hosts obey and from what is announced on the bus, as with a new store; rollouts
+and documents are kept. Run it while the coordinator is stopped; FOLDER is its state folder.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from caesura_coordinator.store import Store
 
 
 def forget_epoch(folder: Path) -> int:
-    """Make the coordinator of this state folder claim as with a new store; what it had claimed.
+    """Make the coordinator of this state folder claim as with a new store; returns the epoch that it had claimed.
 
     Raises:
-        InUse: the coordinator runs.
+        InUse: the coordinator is running.
         StateFolderUnusable: there is no store in it.
-        StoreError: the store refused.
+        StoreError: the store failed.
     """
     path = folder / "coordinator.sqlite"
     if not path.is_file():
         raise StateFolderUnusable(
-            f"{folder} holds no coordinator.sqlite: give the state folder of a coordinator"
+            f"{folder} does not contain coordinator.sqlite: give the state folder of a coordinator"
         )
     with exclusive_lock(str(folder)):
         store = Store(str(path))

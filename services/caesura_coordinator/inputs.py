@@ -1,4 +1,4 @@
-"""What a rollout is told and what it asks for: the inputs and effects of its machine. Pure."""
+"""The inputs and effects of a rollout's state machine. Pure."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class RequestRefused(CaesuraError):
 
 
 class Authority(StateRecord, frozen=True, kw_only=True):
-    """In whose name commands are given."""
+    """The coordinator and epoch under which commands are sent."""
 
     coordinator: str
     epoch: int
@@ -40,17 +40,17 @@ class Approve(StateRecord, frozen=True, kw_only=True):
 
 
 class Abort(StateRecord, frozen=True, kw_only=True):
-    """An operator wants the rollout gone."""
+    """An operator aborts the rollout."""
 
     reason: str = ""
 
 
 class Resume(StateRecord, frozen=True, kw_only=True):
-    """An operator wants a halted rollout to go on."""
+    """An operator resumes a halted rollout."""
 
 
 class Outdated(StateRecord, frozen=True, kw_only=True):
-    """A set's document on the bus is ahead of our record: somebody else, or a newer copy of our store, went on."""
+    """A set's document on the bus is ahead of our record: another coordinator, or a newer copy of our store, has been active."""
 
     set: str
     open_events: frozenset[str]
@@ -58,14 +58,14 @@ class Outdated(StateRecord, frozen=True, kw_only=True):
 
 
 Fact: TypeAlias = Approve | VmReady | OperationReported | VmClockSynced
-"""What is about one event or operation, and so about one rollout."""
+"""The inputs about one event or operation, and hence about one rollout."""
 Input: TypeAlias = Tick | Abort | Resume | Outdated | Fact
 
 # --- effects ---------------------------------------------------------------------------------------------
 
 
 class EventScheduled(StateRecord, frozen=True, kw_only=True):
-    """Put the event into its set's document."""
+    """Add the event to its set's document."""
 
     event: WaveEvent
 
@@ -83,7 +83,7 @@ class EventStarted(StateRecord, frozen=True, kw_only=True):
 
 
 class EventEnded(StateRecord, frozen=True, kw_only=True):
-    """The event reached its one end; it leaves the document."""
+    """The event reached its final status; it is removed from the document."""
 
     event: WaveEvent
     reason: str

@@ -1,4 +1,4 @@
-"""The VMs of a wave by name and by host: worked out once for each plan, since a wave keeps its VMs. Pure."""
+"""The VMs of a wave by name and by host: computed once for each plan, since a wave keeps its VMs. Pure."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import msgspec
 from caesura.contract.messages import PlannedVm
 
 _KEPT = 128
-"""Waves that are remembered: the current ones of all rollouts, and some more."""
+"""How many waves are cached: the current ones of all rollouts, and some more."""
 
 
 class Members(msgspec.Struct, frozen=True):
@@ -16,17 +16,17 @@ class Members(msgspec.Struct, frozen=True):
     by_vm: dict[str, PlannedVm]
     by_host: dict[str, tuple[PlannedVm, ...]]
     position: dict[str, int]
-    """VM to its place in the wave: the order in which things are named."""
+    """Maps a VM to its position in the wave: the order in which VMs are named."""
     host_position: dict[str, int]
     sets: tuple[str, ...]
     agents: int
-    """VMs whose agent is to answer an event."""
+    """VMs whose agent must answer an event."""
     verdicts: int
     """VMs that get a verdict on their clock."""
 
 
 _known: dict[int, tuple[tuple[PlannedVm, ...], Members]] = {}
-"""By the identity of the tuple, which is kept here, so that no other one can have it."""
+"""Keyed by the identity of the tuple, which is kept here, so that no other tuple can have that identity."""
 
 
 def members_of(vms: tuple[PlannedVm, ...]) -> Members:

@@ -1,4 +1,4 @@
-"""The coordinator's own metrics; what happens in the fleet is the exporter's business."""
+"""The coordinator's own metrics; those of the fleet are the exporter's."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class CoordinatorCollector(Collector):
         coordinator = self._coordinator
         yield GaugeMetricFamily(
             "caesura_coordinator_epoch",
-            "Epoch that this coordinator has claimed; 0 before.",
+            "Epoch that this coordinator has claimed; 0 before the claim.",
             coordinator.authority.epoch,
         )
         yield GaugeMetricFamily(
@@ -40,17 +40,17 @@ class CoordinatorCollector(Collector):
         )
         yield GaugeMetricFamily(
             "caesura_coordinator_outbox_refused_messages",
-            "Messages of these on topics that the broker refuses.",
+            "Those of the outbox messages whose topic the broker refuses.",
             coordinator.publisher.refused,
         )
         yield GaugeMetricFamily(
             "caesura_coordinator_outbox_unreadable_messages",
-            "Messages that a previous run stored and this one cannot read: kept, and not published.",
+            "Messages that a previous run stored and this one cannot read: kept, but not published.",
             coordinator.outbox.unreadable,
         )
         yield GaugeMetricFamily(
             "caesura_coordinator_store_unsynced_commits",
-            "Decisions that are stored and not on disk yet: nothing of them is published.",
+            "Decisions that are stored but not on disk yet: none of them is published.",
             coordinator.commits.committed - coordinator.commits.on_disk,
         )
         yield from bus_families(coordinator.bus.stats, coordinator.post.decode_errors)

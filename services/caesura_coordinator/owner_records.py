@@ -1,4 +1,4 @@
-"""Whose VM it is, published until the bus shows it: from records that are on disk."""
+"""Publishes the owner of each VM until the bus shows it, from records that are on disk."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from caesura_coordinator.owners import Owners
 class OwnerRecords:
     """Publishes the records of ``Owners``.
 
-    They follow from the store, and are so many after a reconnect that facts must not wait behind them: so they are not in the outbox.
+    They can be derived from the store, and after a reconnect there are so many that facts must not wait behind them: so they are not in the outbox.
 
     Args:
-        owners: what is to be published.
-        publisher: of these records only.
-        commits: of the store that keeps them.
+        owners: the records to publish.
+        publisher: used for these records only.
+        commits: those of the store that keeps them.
         source: CloudEvents source of the coordinator.
-        leads: whether it may publish.
+        leads: whether the coordinator may publish.
     """
 
     def __init__(
@@ -44,15 +44,15 @@ class OwnerRecords:
         self._source = source
         self._leads = leads
         self._sent: dict[str, VmOwner | None] = {}
-        """VM to what is on its way to the broker; None: its record's removal."""
+        """Maps a VM to the record in flight to the broker; None: its removal."""
         self._changed = asyncio.Event()
 
     def changed(self) -> None:
-        """Look again at what must be published."""
+        """Check again what must be published."""
         self._changed.set()
 
     async def run(self) -> None:
-        """Publish until the bus shows the records; until cancelled. What was retained comes back first, so that little is sent twice.
+        """Publish until the bus shows the records; runs until cancelled. It waits for the retained records first, so that little is sent twice.
 
         Raises:
             SyncFailed: the records may not be on disk.

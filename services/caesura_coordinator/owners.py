@@ -1,4 +1,4 @@
-"""Which host each VM belongs to: decided from what hosts report, stored before it counts, published until the bus shows it."""
+"""Which host each VM belongs to: decided from the hosts' reports, stored before it takes effect, published until the bus shows it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from caesura_coordinator.fleet import Contested
 from caesura_coordinator.store import Store
 
 _NAMED = 8
-"""How many VMs a log line names before it only counts them."""
+"""How many VMs a log line names; the others are only counted."""
 
 _log = structlog.get_logger("caesura.coordinator")
 
@@ -27,7 +27,7 @@ class Owners:
 
     Args:
         store: where the records are kept.
-        state: the fold in which they count.
+        state: the fold in which they take effect.
     """
 
     def __init__(self, store: Store, state: FleetState) -> None:
@@ -35,21 +35,21 @@ class Owners:
         self._state = state
         self._ownership = state.ownership
         self._epochs: dict[str, int] = {}
-        """VM to the epoch of its record."""
+        """Maps a VM to the epoch of its record."""
         self._epoch = 0
-        """Ours; 0 before it is claimed: nothing is decided then."""
+        """Our epoch; 0 before it is claimed: then no decision is made."""
         self._heard: dict[str, VmOwner] = {}
-        """VM to the record on the bus, as far as it was received or sent."""
+        """Maps a VM to the record on the bus, as far as it was received or sent."""
         self._due: set[str] = set()
-        """VMs whose record on the bus may not be the one that is kept here."""
+        """VMs whose record on the bus may differ from the one kept here."""
         self._sampled = Sampler()
         self._foreign: dict[str, frozenset[str]] = {}
-        """Host to the VMs that it was last reported to name and not to have."""
+        """Maps a host to the VMs that the log last reported it to name without owning them."""
 
-    # -- in: each gives back what counts differently now ---------------------------------------------------
+    # -- input: each returns the changes to the fleet ------------------------------------------------------
 
     def lead(self, epoch: int) -> Changes:
-        """An epoch was claimed: from now on records are made. Those of the store count, and newer ones on the bus.
+        """An epoch was claimed: from now on records are made. The records of the store take effect, and newer ones on the bus.
 
         Raises:
             StoreError: the records cannot be read.
@@ -76,13 +76,13 @@ class Owners:
         return together([taken, settled])
 
     def seen(self, presence: HostPresence, now_s: float) -> Changes:
-        """A host's presence arrived: one that is online releases what it does not list."""
+        """A host's presence arrived: an online host releases the VMs that it does not list."""
         _, taken = apply(self._state, presence, now_s)
         settled = self._settle(self._ownership.recorded(presence.host)) if presence.online else NOTHING
         return together([taken, settled])
 
     def forgotten(self, host: str, now_s: float) -> Changes:
-        """An operator removed the host for good: it has no VM any more."""
+        """An operator removed the host permanently: it has no VM any more."""
         self._foreign.pop(host, None)
         recorded = self._ownership.recorded(host)
         had = recorded | self._ownership.named(host)
@@ -96,7 +96,7 @@ class Owners:
         return together(changes)
 
     def heard(self, vm: str, owner: VmOwner | None) -> None:
-        """A record is on the bus (None: it was removed): ours comes back to us, another's must not stay."""
+        """A record is on the bus (None: it was removed): either our own, echoed, or another's, which must not stay."""
         if owner is None:
             self._heard.pop(vm, None)
         else:
@@ -104,11 +104,11 @@ class Owners:
         self._due.add(vm)
 
     def reconnected(self) -> None:
-        """A broker may have lost what it retained; what it has it sends again."""
+        """The broker may have lost retained records; it sends again those that it has."""
         self._heard.clear()
         self._due |= self._epochs.keys() | self._ownership.contested
 
-    # -- out -----------------------------------------------------------------------------------------------
+    # -- output --------------------------------------------------------------------------------------------
 
     def unpublished(self) -> list[tuple[str, VmOwner | None]]:
         """What must be published (None: removed) for the bus to show the records."""
@@ -122,14 +122,14 @@ class Owners:
         return found
 
     def published(self, vm: str, owner: VmOwner | None) -> None:
-        """The broker took it."""
+        """The broker accepted it."""
         if owner is None:
             self._heard.pop(vm, None)
         else:
             self._heard[vm] = owner
 
     def contested(self) -> dict[str, Contested]:
-        """The VMs that several hosts name, each with what is wrong and how one of them describes it."""
+        """The VMs that several hosts name, each with the problem and the description of one of them."""
         found = {}
         for vm in sorted(self._ownership.contested):
             owner, rivals = self._ownership.owner_of(vm), self._ownership.rivals(vm)
@@ -139,7 +139,7 @@ class Owners:
             )
         return found
 
-    # -- inside --------------------------------------------------------------------------------------------
+    # -- internal ------------------------------------------------------------------------------------------
 
     def _wanted(self, vm: str) -> VmOwner | None:
         host = self._ownership.record(vm)
@@ -153,7 +153,7 @@ class Owners:
         )
 
     def _record(self, vm: str, host: str | None) -> Changes:
-        """Our own record counts from now on. Those on the bus are not folded: they are ours, or are to be ours."""
+        """Our own record takes effect from now on. Records on the bus are not folded: they are ours, or will be replaced by ours."""
         if host is None:
             _, changes = apply(self._state, Cleared(VmOwner, {"vm": vm}), 0.0)
         else:
@@ -181,7 +181,7 @@ class Owners:
         return together(found)
 
     def _save(self, changes: Mapping[str, str | None]) -> bool:
-        """Whether the records are on disk; what is not does not count, and is decided again with the next inventory."""
+        """Store the records; returns whether that succeeded. Otherwise they have no effect and are decided again with the next inventory."""
         try:
             with self._store.transaction():
                 for vm, host in changes.items():
@@ -192,7 +192,7 @@ class Owners:
         return True
 
     def _say(self, host: str) -> None:
-        """Name what a host names and does not have, once."""
+        """Log once the VMs that a host names without owning them."""
         foreign = frozenset(
             vm for vm in self._ownership.contested_of(host) if self._ownership.owner_of(vm) != host
         )

@@ -1,6 +1,6 @@
-"""Which VMs are handled together, with which method and why, and what stands in the way. Pure.
+"""Which VMs are handled together, with which method and why, and what blocks the plan. Pure.
 
-The rule that shapes every plan: of one availability set, a wave pauses VMs of one domain only (I1).
+The rule that shapes every plan: a wave pauses VMs of only one domain of an availability set (I1).
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ def make_plan(
 ) -> Plan:
     """Plan a rollout of ``update`` (or, with ``hold_s`` above zero, a freeze on demand).
 
-    Every refusal names what is in the way; a plan with refusals must not be started. One with neither waves nor
-    refusals has nothing to do: all that was selected has the update.
+    Every refusal names the obstacle; a plan with refusals must not be started. A plan with neither waves nor
+    refusals has nothing to do: everything selected already has the update.
     """
     refusals = [*_unknown_names(fleet, selection, limits), *_contested_vms(fleet, selection)]
     record, update_refusals = (HOLD, []) if hold_s else definition(fleet, update, selection)
@@ -81,7 +81,7 @@ def make_plan(
         fleet, hosts, record, selection, policy, passed, hold_s=hold_s
     )
     refusals += member_refusals
-    # The fence asks every host of these sets before a pause: what would block there is no surprise for later.
+    # The fence checks every host of these sets before a pause: what would block there is reported now.
     others = sorted(fleet.hosts_of({each.vm.set for each in members}) - set(hosts))
     refusals += (
         msgspec.structs.replace(each, reason=f"{each.reason}: it holds VMs of the same sets")
@@ -123,8 +123,8 @@ def nothing_to_do(plan: Plan) -> str:
     if plan.waves or plan.refusals:
         return ""
     return (
-        f"nothing to do: all that was selected has {plan.update or 'it'} already, or is skipped for what the plan says; "
-        "--again applies it once more"
+        f"nothing to do: everything selected already has {plan.update or 'it'}, or is skipped for the reasons in the plan; "
+        "--again applies it again"
     )
 
 
@@ -134,7 +134,7 @@ def sets_of(plan: Plan) -> tuple[str, ...]:
 
 
 def most_targets(plan: Plan) -> str:
-    """Why a host's part of a wave is more than one command can name; empty if none is."""
+    """The hosts whose part of a wave is too large for one command, and why; empty if there are none."""
     for wave in plan.waves:
         for host, count in Counter(vm.host for vm in wave.vms).items():
             if count > MOST_TARGETS:
@@ -169,7 +169,7 @@ def _unknown_names(fleet: FleetFence, selection: Selection, limits: Limits) -> I
 
 
 def _contested_vms(fleet: FleetFence, selection: Selection) -> Iterable[Refusal]:
-    """Who names a VM that several hosts have is told so; whoever does not gets a plan without it."""
+    """A selection that names a contested VM is refused; otherwise the plan leaves the VM out."""
     for name in selection.vms:
         if name in fleet.contested:
             yield Refusal(subject=name, code="vm_contested", reason=fleet.contested[name].reason)

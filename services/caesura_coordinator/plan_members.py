@@ -1,4 +1,4 @@
-"""Which hosts and VMs a plan takes, with which method and why, and which it passes over or cannot take. Pure."""
+"""Which hosts and VMs a plan includes, with which method and why, and which it skips or cannot include. Pure."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from caesura_coordinator.proofs import planned_proofs, unprovable
 from caesura_coordinator.waves import Member
 
 Passed = Mapping[tuple[str, str], tuple[SkipCode, str]]
-"""(host, VM) to why nothing is done with it: as a code, and in words."""
+"""Maps (host, VM) to the reason for skipping it: a code, and a sentence."""
 
 
 def domain_of(vm: VmRecord | PlannedVm, key: DomainKey) -> int:
@@ -35,7 +35,7 @@ def domain_of(vm: VmRecord | PlannedVm, key: DomainKey) -> int:
 def selected_hosts(
     fleet: FleetFence, record: UpdateRecord, selection: Selection, *, hold_s: float
 ) -> list[str]:
-    """Hosts that the selection reaches and that can apply the update."""
+    """Hosts that the selection covers and that can apply the update."""
     chosen = set(fleet.inventories)
     if selection.hosts or selection.sets or selection.vms:
         of_vms = (fleet.vm(name) for name in selection.vms)
@@ -51,7 +51,7 @@ def selected_hosts(
 
 
 def host_refusals(fleet: FleetFence, hosts: Sequence[str]) -> Iterable[Refusal]:
-    """Hosts that may not pause anything now."""
+    """Hosts that may not pause VMs now."""
     for host in hosts:
         if not fleet.is_online(host):
             yield Refusal(subject=host, code="host_offline", reason="its host updater is offline")
@@ -64,7 +64,7 @@ def host_refusals(fleet: FleetFence, hosts: Sequence[str]) -> Iterable[Refusal]:
 
 
 def passed_over(fleet: FleetFence, hosts: Iterable[str], record: UpdateRecord, limits: Limits) -> Passed:
-    """What is excluded, and what has the update already; an excluded VM excludes its host from what pauses hosts whole."""
+    """What is excluded, and what already has the update; an excluded VM excludes its host from updates that pause whole hosts."""
     passed: dict[tuple[str, str], tuple[SkipCode, str]] = {}
     for host in hosts:
         inventory = fleet.inventories[host]
@@ -94,7 +94,7 @@ def _excluded(host: str, vm: VmRecord, limits: Limits) -> str:
 
 
 def _installed(inventory: HostInventory, vm: VmRecord, record: UpdateRecord) -> str:
-    """That the VM has the update in the version that is to be applied, in words; empty if it has not."""
+    """A sentence that the VM already has this version of the update; empty if it has not."""
     for each in inventory.installed:
         if (each.update, each.version) == (record.update, record.version) and (
             not each.vms or vm.vm in each.vms
@@ -107,7 +107,7 @@ def _installed(inventory: HostInventory, vm: VmRecord, record: UpdateRecord) -> 
 
 
 def all_passed(fleet: FleetFence, host: str, passed: Passed) -> bool:
-    """Whether nothing is done with any VM of the host."""
+    """Whether all VMs of the host are skipped."""
     vms = fleet.inventories[host].vms
     return bool(vms) and all((host, vm.vm) in passed for vm in vms)
 
@@ -115,7 +115,7 @@ def all_passed(fleet: FleetFence, host: str, passed: Passed) -> bool:
 def canary_refusals(
     members: Sequence[Member], skipped: Iterable[PlannedVm], limits: Limits
 ) -> Iterable[Refusal]:
-    """Canaries that cannot be."""
+    """Canaries that are impossible."""
     name = limits.canary_host
     done = {each.host for each in skipped if each.skip == "installed"}
     if name and name not in done and name not in {each.host for each in members}:
@@ -142,7 +142,7 @@ def members_of_plan(
     *,
     hold_s: float,
 ) -> tuple[list[Member], list[PlannedVm], list[Refusal]]:
-    """The VMs that are acted on, those that are skipped and why, and what is refused."""
+    """The VMs to act on, the skipped ones with the reason, and the refusals."""
     members: list[Member] = []
     skipped: list[PlannedVm] = []
     refusals: list[Refusal] = []
@@ -169,7 +169,7 @@ def members_of_plan(
             )
             skip, why = passed.get((host, vm.vm), ("", ""))
             if not skip and vm.vm in fleet.contested and record.scope == "vm":
-                # A pause of the whole host cannot leave it out, and is not another host's business to prevent.
+                # A pause of the whole host cannot leave it out, and another host's claim must not prevent the pause.
                 skip, why = "contested", fleet.contested[vm.vm].reason
             if not skip and vm.state == "stopped":
                 skip, why = "stopped", "the VM is stopped"
@@ -180,7 +180,7 @@ def members_of_plan(
             elif method == "skip":
                 refusals.append(Refusal(subject=vm.vm, code="method_unavailable", reason=reason))
             elif vm.state_detail:
-                # No wave with it would start: what its start will say is said here, before anybody is warned.
+                # No wave with it would start: report that now, before any event is announced.
                 why = (
                     f"{vm.state_detail}: no wave with it can start; repair it, or leave it out (--exclude-vm)"
                 )
@@ -192,7 +192,7 @@ def members_of_plan(
                     Member(host=host, vm=vm, planned=planned, domain=domain_of(vm, policy.domain_key))
                 )
     skipped += _ownerless(fleet, hosts, selection)
-    # Hosts of a selected set that lack the update keep theirs: named, so that nobody thinks they were done.
+    # Hosts of a selected set that do not define the update: listed, so that nobody assumes they were updated.
     everything = not (selection.hosts or selection.sets or selection.vms)
     others = set(hosts)
     for host, vm in fleet.vms() if len(others) < len(fleet.inventories) else ():
@@ -216,7 +216,7 @@ def members_of_plan(
 
 
 def _ownerless(fleet: FleetFence, hosts: Sequence[str], selection: Selection) -> Iterable[PlannedVm]:
-    """The VMs of the selection that belong to no host, since several name them."""
+    """The VMs of the selection that do not belong to a host, since several name them."""
     everything = not (selection.hosts or selection.sets or selection.vms)
     owned = {vm.vm for _, vm in fleet.vms()}
     for name, contested in fleet.contested.items():
@@ -238,17 +238,17 @@ def _ownerless(fleet: FleetFence, hosts: Sequence[str], selection: Selection) ->
 
 
 def _method(vm: VmRecord, record: UpdateRecord, *, hold_s: float) -> tuple[Method, str]:
-    """The method of least impact that the update allows and the driver can do."""
+    """The least invasive method that the update allows and the driver supports."""
     if record.impact == "none":
-        return "live", "the update pauses nothing"
+        return "live", "the update does not pause VMs"
     if record.impact == "reboot":
         candidates: tuple[tuple[Method, str], ...] = (("reboot", "the update needs a reboot"),)
     elif hold_s:
         candidates = (("freeze", f"freeze on demand for {hold_s:g} s"),)
     elif record.vmm == "beside":
-        candidates = (("swap", "the update puts a new VMM beside the one that runs"),)
+        candidates = (("swap", "the update installs a new VMM beside the one that runs"),)
     elif record.vmm == "instead":
-        candidates = (("replace", "the VMM must be gone while the update runs"),)
+        candidates = (("replace", "the VMM must not run during the update"),)
     elif record.scope == "vm":
         candidates = (("freeze", "the update is of scope vm: only this VM pauses for it"),)
     else:

@@ -1,4 +1,4 @@
-"""What a plan has to know of an update: its one definition, how long it takes, whether that is allowed. Pure."""
+"""What a plan has to know about an update: its one definition, its duration, whether that is allowed. Pure."""
 
 from __future__ import annotations
 
@@ -16,9 +16,11 @@ from caesura.contract.messages import (
 from caesura.lifecycle.budget import MIN_BUDGET_S, PREPARE_S, usable_s
 from caesura_coordinator.fleet import FleetFence
 
-_SWAP_PAUSE_S = 1.0  # s: far more than the milliseconds that a swap takes; what an event promises at most
+_SWAP_PAUSE_S = (
+    1.0  # s: far more than the milliseconds that a swap takes; the upper bound that an event announces
+)
 HOLD = UpdateRecord(update="hold", impact="pause", scope="vm", expected_s=0.0, timeout_s=1.0)
-"""Freeze on demand, as an update that does nothing but take time."""
+"""Freeze on demand, as an update that only takes time."""
 
 
 def definition(
@@ -64,7 +66,7 @@ def definition(
 
 
 def slowest(fleet: FleetFence, record: UpdateRecord, hosts: Iterable[str]) -> UpdateRecord:
-    """The definition with the times of the host that takes longest: each host may have its own."""
+    """The definition with the times of the slowest host: each host may have its own."""
     all_of_them = [
         each for host in hosts for each in fleet.inventories[host].updates if each.update == record.update
     ]
@@ -76,7 +78,7 @@ def slowest(fleet: FleetFence, record: UpdateRecord, hosts: Iterable[str]) -> Up
 
 
 def update_limits(record: UpdateRecord, policy: Policy, expected_s: float) -> Iterable[Refusal]:
-    """What the policy does not allow the update."""
+    """Why the policy does not allow the update."""
     usable = usable_s(policy.budget_s)
     if record.impact == "pause" and policy.budget_s < MIN_BUDGET_S:
         yield Refusal(

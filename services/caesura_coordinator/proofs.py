@@ -1,4 +1,4 @@
-"""Which proof of memory a plan promises, what it refuses for want of one, and what a wave's VMs have shown in the end. Pure."""
+"""Which proof of memory a plan promises, what it refuses for lack of one, and what a wave's VMs have shown in the end. Pure."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from caesura.lifecycle.proof import asks_for_proof, broken_codes, held_codes, in
 from caesura_coordinator.records import ClockVerdict
 from caesura_coordinator.text import truncate
 
-_DETAIL_CHARACTERS = 300  # of what a guest said of its memory: kept for each VM of a wave
+_DETAIL_CHARACTERS = 300  # kept of a guest's statement about its memory, for each VM of a wave
 
 
 def planned_proofs(vm: VmRecord, method: Method, policy: Policy, expected_s: float) -> tuple[ProofCode, ...]:
-    """What will be shown of the VM's memory, as its host says.
+    """What will be shown about the VM's memory, according to its host.
 
-    A digest of all memory needs time at the end of the pause too: where an update of ``expected_s`` leaves none of the budget,
-    sampled pages are what remains.
+    A digest of all memory needs time at the end of the pause too: if an update of ``expected_s`` uses up the budget,
+    only sampled pages remain.
     """
     can = ordered((vm.proofs or {}).get(method, ()))
     if expected_s + 2 * DIGEST_S <= digest_by_s(policy.budget_s):
@@ -32,13 +32,13 @@ def planned_proofs(vm: VmRecord, method: Method, policy: Policy, expected_s: flo
 
 
 def unprovable(vm: VmRecord, planned: PlannedVm, policy: Policy) -> str:
-    """Why the policy forbids to pause this VM by the planned method, and what to do; empty if it does not."""
+    """Why the policy forbids pausing this VM by the planned method, and what to do; empty if it does not."""
     if not asks_for_proof(policy, planned.method) or is_proof(planned.proofs):
         return ""
     if vm.proofs is None:
-        why = f"its host {planned.host} does not say what it can show: update the host updater there"
+        why = f"its host {planned.host} does not say which proofs it can make: update the host updater there"
     else:
-        shown = f" ({in_words(planned.proofs)} is no proof of memory)" if planned.proofs else ""
+        shown = f" ({in_words(planned.proofs)} is not a proof of memory)" if planned.proofs else ""
         why = f"{vm.no_digest or 'no digest of it can be taken'}{shown}"
     return (
         f"no proof can be made that {planned.method} leaves its memory as it is: {why}; run an agent with a canary in the guest "
@@ -47,7 +47,7 @@ def unprovable(vm: VmRecord, planned: PlannedVm, policy: Policy) -> str:
 
 
 def clock_verdict(message: VmClockSynced) -> ClockVerdict:
-    """What is kept of a host's verdict on a VM: its clock, and what the guest itself showed of its memory."""
+    """The stored part of a host's verdict on a VM: its clock, and what the guest itself showed about its memory."""
     memory = message.memory
     return ClockVerdict(
         synced=message.synced,
@@ -61,11 +61,11 @@ def clock_verdict(message: VmClockSynced) -> ClockVerdict:
 
 
 def unproven(vm: PlannedVm, policy: Policy, memory: MemoryProof | None, verdict: ClockVerdict | None) -> str:
-    """What is missing for a proof of a VM that was paused, in words; empty if nothing is, or the policy does not ask.
+    """A sentence on what is missing for a proof of a paused VM; empty if nothing is missing, or the policy does not require one.
 
     Args:
-        memory: what its host saw.
-        verdict: what the guest itself showed, if it has answered.
+        memory: the host's findings.
+        verdict: the guest's own findings, if it has answered.
     """
     if not asks_for_proof(policy, vm.method):
         return ""

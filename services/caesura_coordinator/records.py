@@ -32,16 +32,16 @@ from caesura.contract.parts import etag_of
 from caesura.contract.reasons import KNOWN
 
 _NAMESPACE = uuid.UUID("6f1d4e52-6f0b-5e0a-9a51-0c1f3a7f3f0e")
-"""Ids of events and operations are named after what they are for; the store keeps them."""
+"""Namespace of the ids of events and operations, which are derived from what they are for; the store keeps them."""
 
 OperationProgress = Literal["planned", "accepted", "refused", "completed", "failed", "cancelled", "lost"]
 FINAL: frozenset[OperationProgress] = frozenset({"refused", "completed", "failed", "cancelled", "lost"})
 
 
 _FAILED_NAMED = 16
-"""Hosts of a wave whose failed update is published."""
+"""How many hosts of a wave are published with their failed update."""
 _OUTPUTS_SHOWN = 3
-"""Of those, hosts whose output is published with it."""
+"""How many of those hosts are published with the output."""
 _OUTPUT_CHARACTERS = 2048
 _NO_ETAG = "0" * 12
 
@@ -62,7 +62,7 @@ class WaveEvent(StateRecord, frozen=True, kw_only=True):
 
 
 class HostOperation(StateRecord, frozen=True, kw_only=True):
-    """What one host was commanded in one wave, and what it said."""
+    """The command to one host in one wave, and its answer."""
 
     host: str
     operation: str
@@ -74,12 +74,12 @@ class HostOperation(StateRecord, frozen=True, kw_only=True):
 
 
 class ClockVerdict(StateRecord, frozen=True, kw_only=True):
-    """The host's verdict on one VM's clock after the resume, and what was shown of its memory from inside."""
+    """The host's verdict on one VM's clock after the resume, and what was shown about its memory from inside the guest."""
 
     synced: bool
     error_after_s: float | None = None
     memory_ok: bool | None = None
-    """What a coordinator wrote that knew no codes."""
+    """Written by a coordinator that had no codes."""
     held: tuple[ProofCode, ...] = ()
     broken: tuple[ProofCode, ...] = ()
     memory_detail: str = ""
@@ -100,38 +100,38 @@ class Wave(StateRecord, frozen=True, kw_only=True):
     domains: dict[str, int]
     vms: tuple[PlannedVm, ...]
     etag: str = ""
-    """Of its published state; empty before it has one."""
+    """Etag of its published state; empty before there is one."""
     attempt: int = 0
     status: WaveStatus = "pending"
     reason: str = ""
     codes: tuple[str, ...] = ()
     waiting_since: datetime | None = None
-    """Since when a gate has been in the way."""
+    """Since when a gate has been blocking it."""
     waiting_for: str = ""
     waiting_codes: tuple[str, ...] = ()
     published_at: datetime | None = None
     not_before: datetime | None = None
     answers_by: datetime | None = None
-    """An agent that has not answered by then is silent: NotBefore, later only when the coordinator was away then."""
+    """An agent that has not answered by this time is silent: NotBefore, or later if the coordinator was down then."""
     events: tuple[WaveEvent, ...] = ()
     readiness: dict[str, Readiness] = {}
     operations: tuple[HostOperation, ...] = ()
     done: tuple[HostOperation, ...] = ()
-    """Operations of earlier attempts that completed: not repeated, and verified together with this attempt's."""
+    """Completed operations of earlier attempts: not repeated, and verified together with this attempt's."""
     fence_epoch: int = 0
-    """The epoch under which the fence was last found open since the wave started; freezes are commanded under it only."""
+    """The epoch under which the fence was last found open since the wave started; freezes are only commanded under it."""
     outdated: str = ""
-    """Why the rollout halts when the hosts have come to the end of what they were commanded; empty if nothing is known."""
+    """Why the rollout will halt once the hosts have finished their commands; empty if there is no reason yet."""
     started_at: datetime | None = None
     not_after: datetime | None = None
-    """Hosts refuse the wave's commands after this."""
+    """Hosts refuse the wave's commands after this time."""
     report_by: datetime | None = None
-    """A host that has not reported by then is lost to this wave."""
+    """A host that has not reported by this time counts as lost for this wave."""
     clocks: dict[str, ClockVerdict] = {}
     verify_by: datetime | None = None
     """The end of the verification; None before it began."""
     accepted: tuple[str, ...] = ()
-    """What the verification halted the rollout for: an operator who resumes accepts this, and nothing else."""
+    """The findings for which the verification halted the rollout: an operator who resumes accepts these, and nothing else."""
     soak_until: datetime | None = None
     ended_at: datetime | None = None
 
@@ -142,13 +142,13 @@ class Wave(StateRecord, frozen=True, kw_only=True):
 
     @property
     def ahead(self) -> tuple[PlannedVm, ...]:
-        """The VMs that this attempt acts on: those whose host has not done its part in an earlier one."""
+        """The VMs that this attempt acts on: those whose host has not completed its part in an earlier one."""
         done = {each.host for each in self.done}
         return tuple(vm for vm in self.vms if vm.host not in done)
 
 
 class Rollout(StateRecord, frozen=True, kw_only=True):
-    """A rollout: what was asked, the waves, and where it is."""
+    """A rollout: the request, the waves, and its progress."""
 
     id: str
     update: str
@@ -158,7 +158,7 @@ class Rollout(StateRecord, frozen=True, kw_only=True):
     waves: tuple[Wave, ...]
     sets: tuple[str, ...]
     set_hosts: tuple[str, ...]
-    """Every host that held a VM of these sets when the plan was made: all are asked before every pause."""
+    """Every host that held a VM of these sets when the plan was made: all are checked before every pause."""
     status: RolloutStatus = "running"
     reason: str = ""
     codes: tuple[str, ...] = ()
@@ -178,7 +178,7 @@ class Rollout(StateRecord, frozen=True, kw_only=True):
 
     @property
     def stage(self) -> tuple[RolloutStatus, int, WaveStatus, int]:
-        """Where the rollout is: what its hosts are commanded changes with it."""
+        """The stage of the rollout, on which the commands to its hosts depend."""
         wave = self.current
         if wave is None:
             return self.status, len(self.waves), "completed", 0
@@ -199,7 +199,7 @@ def new_rollout(
     requested_by: str,
     now: datetime,
 ) -> Rollout:
-    """A rollout at its beginning."""
+    """A new rollout."""
     waves = tuple(Wave(index=wave.wave, domains=wave.domains, vms=wave.vms) for wave in plan.waves)
     return Rollout(
         id=rollout_id,
@@ -221,8 +221,8 @@ def new_rollout(
 def event_id(rollout: Rollout, wave: Wave, set_name: str, epoch: int) -> str:
     """The id of a wave's event for one set: a GUID, upper case as Azure's are.
 
-    The epoch is part of the name: a coordinator with a store restored from an old copy must not use an id
-    again whose event has ended meanwhile.
+    The epoch is part of the name: a coordinator with a store restored from an old copy must not reuse the id
+    of an event that has ended in the meantime.
     """
     name = f"event/{rollout.id}/{wave.index}/{wave.attempt}/{epoch}/{set_name}"
     return str(uuid.uuid5(_NAMESPACE, name)).upper()
@@ -235,10 +235,10 @@ def operation_id(rollout: Rollout, wave: Wave, host: str, epoch: int) -> str:
 
 
 def rollout_state(rollout: Rollout, *, with_waves: bool = True) -> RolloutState:
-    """The rollout as it is published beside its waves.
+    """The rollout as it is published alongside its waves.
 
     Args:
-        with_waves: whether its waves are retained, too.
+        with_waves: whether its waves are retained as well.
     """
     current = rollout.current
     return RolloutState(
@@ -263,12 +263,12 @@ def rollout_state(rollout: Rollout, *, with_waves: bool = True) -> RolloutState:
 
 
 def without_waves(rollout: Rollout) -> Rollout:
-    """The rollout by itself: its waves are stored and published apart from it."""
+    """The rollout without its waves, which are stored and published separately."""
     return msgspec.structs.replace(rollout, waves=())
 
 
 def _wave_looks_different(one: Wave, two: Wave) -> bool:
-    """Without the VMs, which a wave keeps: most messages change nothing that is published."""
+    """Without the VMs, which never change: most messages do not change the published state."""
     same_vms = one.vms is two.vms or one.vms == two.vms
     same_events = one.events is two.events or [
         (each.set, each.event_id, bool(each.approved_by)) for each in one.events
@@ -312,18 +312,18 @@ def wave_state(rollout: str, wave: Wave) -> WaveState:
         failed_updates=_failed_updates(wave),
     )
     if state.failed_updates and not fits(state):
-        # What an update wrote gives way: where everything is must be known.
+        # The output of updates is dropped first: readers need the rest to know where the wave is.
         silent = tuple(msgspec.structs.replace(each, output_tail="") for each in state.failed_updates)
         state = msgspec.structs.replace(state, failed_updates=silent)
     return msgspec.structs.replace(state, etag=etag_of(state))
 
 
 def with_etags(rollout: Rollout, before: Rollout | None = None) -> tuple[Rollout, list[WaveState]]:
-    """The rollout with the etags of its waves, and the states of the waves that are published differently now.
+    """The rollout with the etags of its waves, and the states of the waves whose published state changed.
 
     Args:
-        before: what was published last: its waves have their etags, and those that are the same objects are not looked at, since
-            most waves never change at once.
+        before: the last published rollout: its waves have their etags, and waves that are the same objects are skipped, since
+            most waves do not change in one step.
     """
     known = before.waves if before is not None else (None,) * len(rollout.waves)
     waves, states = [], []
@@ -339,7 +339,7 @@ def with_etags(rollout: Rollout, before: Rollout | None = None) -> tuple[Rollout
 
 
 def largest_states(rollout: Rollout) -> list[Message]:
-    """The largest messages that this rollout may come to be announced with: every event approved, long reasons; a set's document."""
+    """The largest messages that may ever announce this rollout: every event approved, long reasons; a set's document."""
     at = rollout.created_at.replace(microsecond=999999)
     head = msgspec.structs.replace(
         rollout_state(with_etags(rollout)[0]),
@@ -392,7 +392,7 @@ def largest_states(rollout: Rollout) -> list[Message]:
 
 
 def _failed_updates(wave: Wave) -> tuple[FailedUpdate, ...]:
-    """Of the last attempt. As a rule hosts fail alike, so the output of the first few is enough."""
+    """Of the last attempt. Hosts usually fail alike, so the output of the first few is enough."""
     failed: list[FailedUpdate] = []
     for each in wave.operations:
         update = each.update

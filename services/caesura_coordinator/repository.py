@@ -1,7 +1,7 @@
-"""The coordinator's book: rollouts and documents in memory, each change stored with what announces it.
+"""The coordinator's rollouts and documents in memory, each change stored together with the messages that announce it.
 
-The shell around the pure machine: it applies effects to documents and puts facts into the outbox, all in one
-transaction. It knows the store, no bus.
+The shell around the pure state machine: it applies effects to documents and adds facts to the outbox, all in one
+transaction. It depends on the store, not on the bus.
 """
 
 from __future__ import annotations
@@ -62,14 +62,14 @@ from caesura_coordinator.rollout import after_restart, decide
 from caesura_coordinator.store import Store
 
 _SHOWN = 50
-"""How many ended rollouts stay on the bus as retained messages; the store keeps more."""
+"""How many ended rollouts remain on the bus as retained messages; the store keeps more."""
 _SHOWN_WITH_WAVES = 5
-"""Of these, how many with their waves: whoever subscribes gets them all at once."""
+"""How many of these keep their waves, which a new subscriber receives all at once."""
 _KEPT = 500
-"""How many rollouts the store and the memory keep."""
+"""How many rollouts the store and memory keep."""
 
 _MOST_WAVES = 10_000
-"""A rollout on the bus may claim any number; one of 10,000 VMs has no more."""
+"""A rollout on the bus may claim any number of waves; one of 10,000 VMs has no more than this."""
 
 _NO_RECORD = "the coordinator that scheduled it has lost its record"
 _NO_RECORD_CODES: tuple[ReasonCode, ...] = ("record_missing",)
@@ -85,7 +85,7 @@ _DESCRIPTION = {
 
 
 class Removal(msgspec.Struct, frozen=True):
-    """What must be removed from the bus of a rollout: its waves, and unless it stays shown, the rollout."""
+    """What must be removed from the bus for a rollout: its waves and, unless it remains shown, the rollout itself."""
 
     rollout: str
     waves: int
@@ -96,8 +96,8 @@ class RolloutRepository:
     """All rollouts and documents.
 
     Args:
-        store: where they are kept; read whole at start.
-        now: the time of the start, for the deadlines that passed while nobody was there.
+        store: where they are kept; read completely at start.
+        now: the time of the start, for the deadlines that passed while no coordinator ran.
     """
 
     def __init__(self, store: Store, now: datetime) -> None:
@@ -105,7 +105,7 @@ class RolloutRepository:
         self.rollouts: dict[str, Rollout] = {each.id: after_restart(each, now) for each in store.rollouts()}
         self.documents: dict[str, SetDocument] = store.documents()
         self._before: dict[str, SetDocument | None] = {}
-        """Documents as they were before the transaction that is under way."""
+        """Documents as they were before the transaction under way."""
         self._active = ActiveRollouts()
         for rollout in self.rollouts.values():
             self._active.put(rollout)
@@ -122,7 +122,7 @@ class RolloutRepository:
         return [self.rollouts[name] for name in self._active.active if name in names] if names else []
 
     def commanded(self, operation: str) -> bool:
-        """Whether a rollout that is not at its end commanded this operation."""
+        """Whether a rollout that has not ended commanded this operation."""
         return operation in self._active.of_operation
 
     def holder(self, sets: Iterable[str]) -> tuple[str, str] | None:
@@ -130,7 +130,7 @@ class RolloutRepository:
         return next(((name, self._active.of_set[name]) for name in sets if name in self._active.of_set), None)
 
     def rollout_of(self, fact: Fact) -> Rollout | None:
-        """The rollout under way whose event or operation the fact is about; None if there is none."""
+        """The active rollout whose event or operation the fact is about; None if there is none."""
         match fact:
             case Approve() | VmReady():
                 name = self._active.of_event.get(fact.event_id.lower())
@@ -162,10 +162,10 @@ class RolloutRepository:
         *,
         answer: tuple[str, RequestAnswered] | None = None,
     ) -> Rollout:
-        """One decision, stored and announced before it is believed.
+        """Take one decision, stored and announced before it takes effect in memory.
 
         Args:
-            answer: client and answer, when the input is a request: stored with what it changed.
+            answer: client and answer, when the input is a request: stored with the changes.
 
         Raises:
             StoreError: nothing changed, in memory or on disk.
@@ -184,7 +184,7 @@ class RolloutRepository:
 
     @contextmanager
     def _all_or_nothing(self) -> Iterator[None]:
-        """What is stored in the block is stored whole, and the documents in memory change with it."""
+        """Store everything in the block or nothing, and the documents in memory likewise."""
         self._before.clear()
         try:
             with self.store.transaction():
@@ -203,12 +203,12 @@ class RolloutRepository:
         self.documents[document.set] = document
 
     def _write(self, before: Rollout, changed: Rollout, effects: Iterable[Effect], now: datetime) -> Rollout:
-        """Store a decision and what announces it; gives back the rollout as it is stored."""
+        """Store a decision and its announcements; returns the rollout as stored."""
         changed, waves = with_etags(changed, before)
         self.store.save_rollout(changed, before)
         for effect in effects:
             self._perform(changed, effect, now)
-        # The waves first: a reader has the rollout whole when the rollout arrives.
+        # The waves first, so that a reader has the complete rollout when it arrives.
         self._enqueue_waves(waves)
         if waves or without_waves(changed) != without_waves(before):
             self.store.enqueue(rollout_state(changed), rollout=changed.id)
@@ -228,7 +228,7 @@ class RolloutRepository:
             _report(changed, effect)
 
     def _commanded_by_others(self, rollout: Rollout) -> dict[str, str]:
-        """Hosts that other rollouts have commanded: two may share a host, which does one operation at a time."""
+        """Hosts that other rollouts have commanded: two rollouts may share a host, which runs one operation at a time."""
         return {
             operation.host: operation.operation
             for other in self.active
@@ -238,12 +238,12 @@ class RolloutRepository:
         }
 
     def adopt(self, published: SetDocument, fleet: FleetFence, authority: Authority, now: datetime) -> None:
-        """Take up a document that is ahead of ours (our store is older than the bus), and end what nobody owns.
+        """Adopt a document that is newer than our copy (the store is older than the bus), and end the events that no rollout owns.
 
-        Rollouts that hold the set are halted: what they know is not what was announced.
+        Rollouts that hold the set are halted: their record differs from what was announced.
 
         Raises:
-            StoreError: nothing changed, in memory or on disk; the document is taken up when it is heard again.
+            StoreError: nothing changed, in memory or on disk; the document is adopted when it is received again.
         """
         ours = self.documents.get(published.set, documents.nothing_yet(published.set))
         if documents.adopt(ours, published) is ours:
@@ -295,13 +295,13 @@ class RolloutRepository:
             self._believe(changed, effects)
 
     def abort_orphan(self, published: RolloutState, now: datetime) -> Removal | None:
-        """End a rollout on the bus that no record here knows of: nobody leads it any more, and it would last indefinitely.
+        """End a rollout on the bus of which there is no record here: no coordinator leads it any more, and it would last indefinitely.
 
-        What it paused the hosts resume by themselves, its scheduled events end when their document is taken up. Its waves go: what is
-        in them nobody can vouch for.
+        Its hosts resume the VMs by themselves, and its scheduled events end when their document is adopted. Its waves are removed: nobody
+        can vouch for their content.
 
         Raises:
-            StoreError: nothing was said; it is tried again when the rollout is heard of again.
+            StoreError: nothing was published; it is tried again when the rollout is received again.
         """
         if published.rollout in self.rollouts or published.status in {"completed", "aborted"}:
             return None
@@ -336,21 +336,21 @@ class RolloutRepository:
         return removal
 
     def _enqueue_removal(self, removal: Removal) -> None:
-        """Have it removed though this process is killed: nobody would know of it any more."""
+        """Remove it through the outbox, even if this process is killed: afterwards there is no record of it."""
         for wave in range(removal.waves):
             self.store.enqueue_removal(WaveState, rollout=removal.rollout, wave=wave)
         if removal.whole:
             self.store.enqueue_removal(RolloutState, rollout=removal.rollout)
 
     def outlived(self, published: RolloutState) -> Removal | None:
-        """What is to be removed of a rollout that the bus shows and ours is past: a broker may bring back what it had."""
+        """The parts to remove of a rollout that is on the bus although it should not be: a broker may restore old retained messages."""
         shown = self._shown.get(published.rollout)
         if shown is None or shown == "with waves" or (shown == "without waves" and not published.wave_etags):
             return None
         return Removal(published.rollout, min(published.wave_count, _MOST_WAVES), whole=shown == "hidden")
 
     def republish_above(self, published: SetDocument) -> None:
-        """Another coordinator's document is on the bus though we lead: publish ours again, above it.
+        """Another coordinator's document is on the bus although we lead: publish ours again, above it.
 
         Raises:
             StoreError: nothing changed.
@@ -366,7 +366,7 @@ class RolloutRepository:
         _log.warning("document.reasserted", set=ours.set, incarnation=ours.incarnation)
 
     def ensure_documents(self, sets: Iterable[str]) -> bool:
-        """Give every set its document, empty at first, so that workloads can poll before anything happens.
+        """Give every set a document, empty at first, so that workloads can poll before the first event.
 
         True when there was a new one.
         """
@@ -381,10 +381,10 @@ class RolloutRepository:
         return bool(fresh)
 
     def republish(self) -> list[Removal]:
-        """Put everything that is retained into the outbox again; what is to be removed from the bus, whoever left it there.
+        """Add all retained state to the outbox again; returns what must be removed from the bus, regardless of who left it there.
 
         Raises:
-            StoreError: nothing was put there.
+            StoreError: nothing was added.
         """
         current_ones: list[Rollout] = []
         removals: list[Removal] = []
@@ -393,7 +393,7 @@ class RolloutRepository:
                 self.store.enqueue(document, set=document.set)
             for rollout, shown in [(self.rollouts[name], how) for name, how in self._to_show().items()]:
                 if shown == "with waves":
-                    # Etags anew: this version may publish a wave in other words than the one that stored it.
+                    # Compute etags again: this version may publish a wave differently from the one that stored it.
                     current, waves = with_etags(rollout)
                     current_ones.append(current)
                     self._enqueue_waves(waves)
@@ -406,7 +406,7 @@ class RolloutRepository:
         return removals
 
     def heal(self, published: RolloutState) -> bool:
-        """Publish a rollout of ours again that somebody else published; whether there is one.
+        """Publish our version of a rollout again after somebody else published it; returns whether we have it.
 
         Raises:
             StoreError: it was not published.
@@ -423,9 +423,9 @@ class RolloutRepository:
         return True
 
     def forget(self) -> list[Removal]:
-        """Drop what is old and at its end, from the store and from memory; gives back what is removed from the bus, by the outbox.
+        """Drop old ended rollouts from the store and from memory; returns what the outbox removes from the bus.
 
-        A rollout that still holds its sets is never old.
+        A rollout that still holds its sets is never dropped.
 
         Raises:
             StoreError: nothing was dropped.
@@ -451,7 +451,7 @@ class RolloutRepository:
         return removals
 
     def _to_show(self) -> dict[str, Shown]:
-        """Rollout to how much of it the bus shows: all of the active ones, and of the ended ones the newest."""
+        """Maps a rollout to how much of it is on the bus: every active one, and the newest of the ended ones."""
         shown: dict[str, Shown] = {}
         ended = sum(not each.active for each in self.rollouts.values())
         for each in self.rollouts.values():  # oldest first
@@ -477,7 +477,7 @@ class RolloutRepository:
         self._enqueue_answer(client, answer)
 
     def repeat_answer(self, client: str, answer: RequestAnswered) -> None:
-        """Send an answer that is stored once more.
+        """Send a stored answer again.
 
         Raises:
             StoreError: it is not sent.
@@ -524,7 +524,7 @@ class RolloutRepository:
                     wave=wave.index,
                 )
             case RolloutMoved():
-                pass  # the rollout's retained state, enqueued by ``step``, says it
+                pass  # published as the rollout's retained state, enqueued by ``step``
 
     def _document(self, event: WaveEvent) -> SetDocument:
         return self.documents.get(event.set, documents.first_document(event.set))
@@ -574,7 +574,7 @@ class RolloutRepository:
 
 
 def _wave_of(rollout: Rollout, event: WaveEvent) -> Wave:
-    """The wave of an event that something has just happened to: the current one, or one that has just come to its end."""
+    """The wave of an event that has just changed: the current one, or one that has just ended."""
     current = rollout.current
     place = current.index if current is not None else len(rollout.waves) - 1
     for wave in (*rollout.waves[place::-1], *rollout.waves[place + 1 :]):

@@ -25,11 +25,11 @@ def with_plan(
 
     Args:
         reason: why it is refused; empty: it is accepted.
-        codes: of ``reason``, or of ``note``.
-        note: what is to be said of one that is accepted.
+        codes: the codes of ``reason`` or ``note``.
+        note: remark on an accepted request.
 
     Raises:
-        RequestRefused: not even in parts can the plan be sent.
+        RequestRefused: the plan cannot be sent even in parts.
     """
     whole = m.RequestAnswered(
         request=request,

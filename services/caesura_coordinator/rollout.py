@@ -1,11 +1,11 @@
-"""The life of a rollout: ``decide(rollout, input, fleet, now) -> (rollout, effects)``. Pure.
+"""The life cycle of a rollout: ``decide(rollout, input, fleet, now) -> (rollout, effects)``. Pure.
 
 A wave goes pending → scheduled → started → verifying → soaking → completed; from each of these it may end
-failed or cancelled, which halts or aborts the rollout. What goes wrong halts with a reason; nothing is
+failed or cancelled, which halts or aborts the rollout. A failure halts it with a reason; nothing is
 retried without an operator (who resumes or aborts).
 
-Commands to hosts are not effects: they follow from the state (``commands.py``) and are repeated until the
-state shows the host's answer.
+Commands to hosts are not effects: they are derived from the state (``commands.py``) and repeated until the
+state contains the host's answer.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from caesura_coordinator.rollout_course import advance
 from caesura_coordinator.step import Step, with_wave
 
 RESTART_GRACE_S = 30.0
-"""s: what deadlines are moved by when the coordinator was away, so that it hears the hosts before it judges."""
+"""s: by how much deadlines are extended when the coordinator was down, so that it receives the hosts' messages before it judges."""
 
 
 def decide(
@@ -44,7 +44,7 @@ def decide(
 
     Raises:
         IllegalTransition: an operator's request that the rollout's status does not allow.
-        RequestRefused: a resume while a host still owes its report.
+        RequestRefused: a resume while a host's report is outstanding.
     """
     step = Step(rollout, fleet, authority, now)
     match received:
@@ -69,9 +69,9 @@ def decide(
 
 
 def after_restart(rollout: Rollout, now: datetime) -> Rollout:
-    """The rollout as a restarted coordinator takes it up: deadlines that passed meanwhile are moved.
+    """The rollout as a restarted coordinator continues it: deadlines that passed in the meantime are extended.
 
-    NotBefore and the hosts' ``not_after`` stay as they were announced.
+    NotBefore and the hosts' ``not_after`` remain as announced.
     """
     wave = rollout.current
     if wave is None or not rollout.active:

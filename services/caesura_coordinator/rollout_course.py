@@ -1,4 +1,4 @@
-"""The course of a rollout: how far the state, the fleet and the time let its waves go. Pure."""
+"""The course of a rollout: how far the state, the fleet and the time allow its waves to proceed. Pure."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ from caesura_coordinator.text import join_reasons
 from caesura_coordinator.verification import verify
 
 COMMAND_WINDOW_S = 30.0
-"""s: hosts refuse a wave's command later than this after its start; a command lost for so long is better not obeyed."""
+"""s: hosts refuse a wave's command later than this after its start; a command delayed for that long should not be obeyed."""
 REPORT_GRACE_S = 30.0
 """s: after the window and the budget, for a host that restarts and reconciles before it reports."""
 
 
 def advance(step: Step) -> None:
-    """Go as far as the state, the fleet and the time allow."""
+    """Proceed as far as the state, the fleet and the time allow."""
     while step.rollout.status in {"running", "aborting"}:
         wave = step.rollout.current
         if wave is None:
@@ -68,7 +68,7 @@ def _from_pending(step: Step, wave: Wave) -> None:
     if step.blocked(wave, blockers):
         return
     if all(vm.method == "live" for vm in wave.vms):
-        _start(step, wave)  # nothing pauses: nobody is warned
+        _start(step, wave)  # no VM is paused: no event is announced
         return
     resources: dict[str, list[str]] = {}
     for vm in wave.ahead:
@@ -116,13 +116,13 @@ def _fence(step: Step, wave: Wave) -> list[Reason]:
 def _from_scheduled(step: Step, wave: Wave) -> None:
     policy = step.rollout.policy
     due = wave.not_before is not None and step.now >= wave.not_before
-    # So few answers cannot be all: then nobody is asked who is missing.
+    # With so few answers some must be missing: no need to find out which.
     expected = sum(vm.agent for vm in wave.ahead) if wave.done else members_of(wave.vms).agents
     answered = len(wave.readiness) >= expected and all(event.approved_by for event in wave.events)
     if not due and not answered and not step.refused:
         return
     refusing = [
-        Reason("agent_not_ready", f"{vm} is not ready: {answer.reason or 'its prepare hook said no'}")
+        Reason("agent_not_ready", f"{vm} is not ready: {answer.reason or 'its prepare hook refused'}")
         for vm, answer in sorted(wave.readiness.items())
         if not answer.ready
     ]
@@ -134,7 +134,7 @@ def _from_scheduled(step: Step, wave: Wave) -> None:
         return
     if silent and policy.on_not_ready == "halt":
         if any(until and step.now < until for until in (wave.answers_by, step.fleet.grace_until)):
-            return  # they may have answered while nobody was there to hear it; they say it again
+            return  # they may have answered while this coordinator was down; they repeat their answers
         text = f"no answer of the agent by NotBefore: {join_reasons(silent, ', ')}"
         step.halt(wave, [Reason("agent_silent", text)])
         return
@@ -191,10 +191,10 @@ def _from_started(step: Step, wave: Wave) -> None:
 
 
 def _fence_again(step: Step, wave: Wave) -> None:
-    """Command under a new epoch only when no command of another coordinator can be at work in the sets (I1).
+    """Command under a new epoch only when no command of another coordinator can still be in effect in the sets (I1).
 
-    While this one was away, another may have led: what it began must be over. Hosts that do not hear from
-    us in time are lost to the wave, which halts it.
+    While this one was down, another may have led: its operations must have ended. Hosts that do not receive our
+    command in time count as lost for the wave, which halts it.
     """
     if wave.fence_epoch == step.authority.epoch:
         return
@@ -218,7 +218,7 @@ def _aborted(step: Step, wave: Wave) -> None:
 def _from_verifying(step: Step, wave: Wave) -> None:
     over = wave.verify_by is not None and step.now >= wave.verify_by
     ill = health_blockers(step.fleet, wave.vms)
-    # What was wrong would have halted the wave when it became known; so few verdicts cannot be all.
+    # A failure would have halted the wave when it became known, and with so few verdicts some must be missing.
     if not step.wrong and not over and (ill or len(wave.clocks) < members_of(wave.vms).verdicts):
         return
     wrong, missing = (
@@ -238,7 +238,7 @@ def _from_verifying(step: Step, wave: Wave) -> None:
 
 
 def _accepting(step: Step, wave: Wave, found: Sequence[Reason]) -> Wave:
-    """The wave with what an operator accepts by a resume."""
+    """The wave with the findings that an operator accepts by a resume."""
     accepted = (*wave.accepted, *(each.text for each in found))
     return step.put(msgspec.structs.replace(wave, accepted=accepted))
 

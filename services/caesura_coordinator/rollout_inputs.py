@@ -1,6 +1,6 @@
-"""What an input changes in a rollout: requests of operators, approvals, answers, reports. Pure.
+"""The effect of each input on a rollout: requests of operators, approvals, answers, reports. Pure.
 
-A repeated or late one changes nothing. What follows from it, and from time, is in ``rollout_course``.
+A repeated or late input changes nothing. What follows from it, and from time, is in ``rollout_course``.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ _SET_OF: Callable[[WaveEvent], str] = attrgetter("set")
 
 
 def abort(step: Step, reason: str) -> None:
-    """The operator aborts: what hosts were commanded comes to its end first."""
+    """The operator aborts: operations already commanded finish first."""
     if step.rollout.status == "aborting":
         return
     if not step.rollout.active:
         raise IllegalTransition(f"rollout {step.rollout.id}", step.rollout.status, "aborted")
     text = f"aborted: {reason}" if reason else "aborted by the operator"
     if step.rollout.status == "halted" and step.rollout.reason:
-        # Why it failed is what somebody looks for afterwards, not only that it was given up.
+        # Readers look for the failure afterwards, not only for the abort.
         text = f"{text}; it had halted: {step.rollout.reason}"
     text = truncate(text)
     codes = tuple(dict.fromkeys(("aborted", *step.rollout.codes)))
@@ -64,7 +64,7 @@ def abort(step: Step, reason: str) -> None:
 def _cancel(step: Step, wave: Wave, text: str, codes: tuple[str, ...]) -> None:
     if (
         wave.status == "soaking"
-    ):  # its events are over and its VMs verified: it is done, only the waiting is cut
+    ):  # its events have ended and its VMs are verified: it is done, only the soak is cut short
         step.move(wave, "completed", ended_at=step.now)
         return
     status: WaveStatus = "failed" if wave.started_at else "cancelled"
@@ -81,7 +81,7 @@ def resume(step: Step) -> None:
     if lost:
         raise RequestRefused(
             "report_outstanding",
-            f"rollout {step.rollout.id} cannot go on yet: {', '.join(lost)} never said what became of its operation; "
+            f"rollout {step.rollout.id} cannot be resumed yet: {', '.join(lost)} never reported how its operation ended; "
             "bring the host updater back (it reports at start), or abort the rollout",
         )
     step.rollout = msgspec.structs.replace(step.rollout, status="running", reason="", codes=())
@@ -90,7 +90,7 @@ def resume(step: Step) -> None:
         return
     done = wave.done + tuple(each for each in wave.operations if each.status == "completed")
     hosts = {each.host for each in done}
-    # Hosts that did their part are not paused again.
+    # Hosts that completed their part are not paused again.
     again = Wave(
         index=wave.index,
         domains=wave.domains,
@@ -102,8 +102,8 @@ def resume(step: Step) -> None:
     if any(vm.host not in hosts for vm in wave.vms):
         step.move(again, "pending")
         return
-    # The operator has seen what the verification found so far, and accepts it: what it did not come to (a lost
-    # host that did its part after all, a verdict that was still due) is looked at now.
+    # The operator has seen the findings of the verification so far and accepts them: what it has not checked (a lost
+    # host that completed its part after all, an outstanding verdict) is checked now.
     again = msgspec.structs.replace(
         again,
         started_at=wave.started_at,
@@ -115,11 +115,11 @@ def resume(step: Step) -> None:
 
 
 def outdated(step: Step, found: Outdated) -> None:
-    """Another coordinator has published events of the set since."""
+    """Another coordinator has published events of the set in the meantime."""
     wave = step.rollout.current
     if wave is None or step.rollout.status == "halted" or found.set not in step.rollout.sets:
         return
-    # Events of ours that are not in the document any more had their end, announced by whoever ended them.
+    # Our events that are no longer in the document have ended, announced by the coordinator that ended them.
     events = tuple(
         msgspec.structs.replace(each, status="failed" if each.status == "started" else "cancelled")
         if each.set == found.set
@@ -130,10 +130,10 @@ def outdated(step: Step, found: Outdated) -> None:
     )
     why = (
         f"events of set {found.set} were announced that this coordinator has no record of: another one "
-        "was at work, or the store is an old copy. Look at the fleet, then resume or abort"
+        "was active, or the store is an old copy. Check the fleet, then resume or abort"
     )
     wave = step.put(msgspec.structs.replace(wave, events=events, outdated=why))
-    if wave.status != "started":  # what hosts were commanded comes to its end first
+    if wave.status != "started":  # operations already commanded finish first
         step.halt(wave, [Reason("superseded", why)])
 
 
@@ -154,7 +154,7 @@ def approve(step: Step, approval: Approve) -> None:
 
 
 def ready(step: Step, answer: VmReady) -> None:
-    """An agent says whether its guest is ready."""
+    """An agent reports whether its guest is ready."""
     wave = step.rollout.current
     if wave is None or wave.status != "scheduled":
         return
@@ -163,7 +163,7 @@ def ready(step: Step, answer: VmReady) -> None:
     if vm is None or place is None or wave.events[place].event_id.lower() != answer.event_id.lower():
         return
     if any(each.host == vm.host for each in wave.done):
-        return  # it is not paused again, and no resource of the event
+        return  # it is not paused again, and not a resource of the event
     verdict = Readiness(ready=answer.ready, reason=answer.reason)
     if wave.readiness.get(answer.vm) != verdict:
         step.refused = not answer.ready
@@ -186,7 +186,7 @@ def report(step: Step, report: OperationReported) -> None:
 def clock(step: Step, verdict: VmClockSynced) -> None:
     """A host's verdict on a VM's clock."""
     wave = step.rollout.current
-    # In a failed wave too: when it is tried again, the hosts that did their part are verified with the rest.
+    # In a failed wave too: on a retry, the hosts that completed their part are verified with the rest.
     if wave is None or wave.status not in {"pending", "scheduled", "started", "verifying", "failed"}:
         return
     vm = members_of(wave.vms).by_vm.get(verdict.vm)
@@ -209,8 +209,8 @@ def clock(step: Step, verdict: VmClockSynced) -> None:
 
 
 def newest_last(known: dict[str, V], name: str, value: V) -> dict[str, V]:
-    """These entries with another one, which is the last of them: so what is new is found from the end."""
-    changed = known.copy()  # of pointers, in one piece: far less than anything else that a message costs
+    """These entries plus a new one at the end, so that new entries are found from the end."""
+    changed = known.copy()  # one block copy of pointers: far cheaper than the rest of handling a message
     changed.pop(name, None)
     changed[name] = value
     return changed
@@ -221,13 +221,13 @@ def _replaced(items: tuple[V, ...], place: int, item: V) -> tuple[V, ...]:
 
 
 def _event_of(wave: Wave, set_name: str) -> int | None:
-    """Where the event of this set is; events are in the order of their sets' names."""
+    """The index of this set's event; events are in the order of their sets' names."""
     place = bisect_left(wave.events, set_name, key=_SET_OF)
     return place if place < len(wave.events) and wave.events[place].set == set_name else None
 
 
 def _operation_of(wave: Wave, host: str) -> int | None:
-    """Where the operation of this host is. In a first attempt they are in the order of the hosts."""
+    """The index of this host's operation. In a first attempt they are in the order of the hosts."""
     place = members_of(wave.vms).host_position.get(host, 0)
     if place < len(wave.operations) and wave.operations[place].host == host:
         return place
@@ -235,7 +235,7 @@ def _operation_of(wave: Wave, host: str) -> int | None:
 
 
 def _reported(operation: HostOperation, report: OperationReported) -> HostOperation:
-    # Late or repeated; but a host that was given up for lost and now reports is lost no more.
+    # Late or repeated; but a host that counted as lost and now reports is no longer lost.
     if operation.status in FINAL and (operation.status != "lost" or report.status not in FINAL):
         return operation
     return msgspec.structs.replace(

@@ -1,4 +1,4 @@
-"""Commands on their way to hosts: repeated until the hosts' answers change what is asked for, and never before it is on disk."""
+"""Commands on their way to hosts: repeated until the hosts' answers change the state, and never sent before that state is on disk."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ _log = structlog.get_logger("caesura.coordinator")
 
 
 class CommandSender:
-    """Sends what the rollouts of a book ask for.
+    """Sends the commands that the rollouts of a repository require.
 
     Args:
-        book: whose rollouts.
-        post: where to.
-        commits: of the book's store.
-        authority: in whose name; None: in nobody's, nothing is sent.
+        book: the repository of the rollouts.
+        post: where commands are sent.
+        commits: those of the repository's store.
+        authority: the coordinator and epoch of the commands; None: there is no authority, so nothing is sent.
     """
 
     def __init__(
@@ -49,13 +49,13 @@ class CommandSender:
         self._authority = authority
         self._last_sent: dict[tuple[str, str], float] = {}
         self._asked: dict[tuple[str, str], tuple[object, int]] = {}
-        """Operation and what is commanded to the stage of the rollout that first asked for it, and how many commits there were then."""
+        """Maps an operation and its command to the rollout's stage that first required it, and the number of commits at that time."""
         self._sampler = Sampler()
         self.held = False
-        """Whether a command waits until the state that asks for it is on disk."""
+        """Whether a command waits until the state that requires it is on disk."""
 
     async def send(self) -> bool:
-        """Send what is due; false: what is due changed meanwhile, and it is to be called again."""
+        """Send what is due; false: that changed in the meantime, and this must be called again."""
         loop = asyncio.get_running_loop()
         open_keys = set()
         self.held = False
@@ -64,7 +64,7 @@ class CommandSender:
         for rollout in self._book.active:
             for due in due_operations(rollout, authority):
                 if self._book.rollouts.get(rollout.id) is not rollout or self._authority() != authority:
-                    # Sending takes time, and an answer or an abort came in it: what is due now is another matter.
+                    # Sending takes time, and an answer or an abort arrived: what is due may have changed.
                     return False
                 key = (due.operation.operation, due.what)
                 open_keys.add(key)
@@ -75,21 +75,21 @@ class CommandSender:
                     continue
                 command = command_for(rollout, due, authority)
                 if not await self.try_send(command):
-                    return True  # no broker to send the others to either: time must pass for them
+                    return True  # no broker for the others either: they wait for the next round
                 self._last_sent[key] = loop.time()
         self._last_sent = {key: at for key, at in self._last_sent.items() if key in open_keys}
         self._asked = {key: asked for key, asked in self._asked.items() if key in open_keys}
         return True
 
     def _is_on_disk(self, key: tuple[str, str], stage: object) -> bool:
-        """Whether a state that asks for this is on disk: the one that first asked for it, in the stage that still lasts."""
+        """Whether a state that requires this is on disk: the first one in the current stage."""
         known = self._asked.get(key)
         if known is None or known[0] != stage:
             known = self._asked[key] = stage, self._commits.committed
         return known[1] <= self._commits.on_disk
 
     async def try_send(self, command: StartOperation | AbortOperation) -> bool:
-        """Whether the bus took it, or never will: either way the next one is tried."""
+        """Whether the bus accepted it, or never will: in both cases the next one is tried."""
         try:
             await self._post.send(command, timeout_s=_ANSWER_S, host=command.host)
         except PublishRefused as error:

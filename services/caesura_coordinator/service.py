@@ -47,8 +47,8 @@ from caesura_coordinator.validation import request_expired
 
 TICK_S = 0.2
 _ANNOUNCE_S = 20.0
-"""s: between two announcements of an unchanged presence. A last will needs a broker: one that stopped with the
-coordinator says it is online for ever, so its silence has to tell (the hosts' inventories do the same)."""
+"""s: between two announcements of an unchanged presence. A last will needs a broker: if it stopped together with the
+coordinator, the presence stays online indefinitely, so readers must treat silence as offline (as with the hosts' inventories)."""
 
 _REPEAT_PARTS_S = 5.0
 """s: between two sendings of a stored answer with a large plan."""
@@ -58,32 +58,32 @@ _INCOMPLETE_S = 10.0
 
 _ANNOUNCED_KEPT = 10
 ABOVE_OURS = (
-    "nothing is paused in its sets. Is another coordinator at work? If none is, restart this one: it claims an epoch above. If "
-    "that changes nothing, see 'An epoch that nobody claimed' in docs/operate/runbooks/epoch.md"
+    "nothing is paused in its sets. Is another coordinator running? If not, restart this one: it claims a higher epoch. If "
+    "that does not help, see 'An epoch that nobody claimed' in docs/operate/runbooks/epoch.md"
 )
 _SETTLE_AT_MOST_S = 30.0
 _ANSWER_S = 5.0
 """s: for the broker to acknowledge a message of the outbox."""
 _FLUSH_S = 3.0
-"""s: for the last messages when told to stop; what is left is published at the next start."""
+"""s: for the last messages on a stop signal; the rest is published at the next start."""
 _log = structlog.get_logger("caesura.coordinator")
 
 Request = m.RolloutRequested | m.FreezeRequested | m.AbortRequested | m.ResumeRequested
 
 
 def _too_large(message: Message, rollout: Rollout) -> str:
-    """Why a rollout cannot be announced, by the message that would be too large."""
+    """Why a rollout cannot be announced, derived from the message that would be too large."""
     size = f"{size_bytes(message)} bytes of {MAX_PAYLOAD_BYTES}"
     match message:
         case m.WaveState():
             return (
-                f"wave {message.wave + 1} with {len(message.vms)} VMs is too large to be announced ({size}): let fewer hosts be in "
+                f"wave {message.wave + 1} with {len(message.vms)} VMs is too large to be announced ({size}): allow fewer hosts in "
                 "a wave (--max-hosts), or select fewer sets at a time"
             )
         case m.EventChanged():
             return (
-                f"set {message.set} has {len(message.resources)} VMs in one wave, too many for its scheduled event ({size}): let "
-                "fewer hosts be in a wave (--max-hosts), or put its VMs in more sets or domains"
+                f"set {message.set} has {len(message.resources)} VMs in one wave, too many for its scheduled event ({size}): allow "
+                "fewer hosts in a wave (--max-hosts), or put its VMs in more sets or domains"
             )
         case _:
             return (
@@ -93,23 +93,23 @@ def _too_large(message: Message, rollout: Rollout) -> str:
 
 
 class NoEpochLeft(CaesuraError):
-    """There is no epoch above the one in the store, or above what the bus shows to an empty store."""
+    """There is no epoch above the one in the store or, with an empty store, above those on the bus."""
 
     def __init__(self, store: str) -> None:
         super().__init__(
-            f"there is no epoch above the one that {store} or the bus has: it was claimed by nobody. See 'An epoch that nobody "
+            f"there is no epoch above the one that {store} or the bus has: no coordinator claimed it. See 'An epoch that nobody "
             "claimed' in docs/operate/runbooks/epoch.md."
         )
 
 
 class LeadershipLost(CaesuraError):
-    """Another coordinator has claimed a higher epoch; this one has no authority any more."""
+    """Another coordinator has claimed a higher epoch; this one no longer has authority."""
 
     exit_code = 3
 
 
 def subscriptions() -> list[str]:
-    """The filters that the coordinator needs."""
+    """The topic filters that the coordinator needs."""
     kinds = (
         m.HostInventory,
         m.InventoryPart,
@@ -141,7 +141,7 @@ def presence(authority: Authority, *, online: bool) -> m.CoordinatorPresence:
 
 
 def will(authority: Authority, fleet: str) -> Will:
-    """What the broker publishes when the coordinator is gone."""
+    """What the broker publishes when the coordinator's connection is lost."""
     source = source_of(fleet, "coordinator", authority.coordinator)
     return last_will(presence(authority, online=False), source)
 
@@ -168,16 +168,16 @@ class Coordinator:
         )
         store.write_as(self.post.source)
         self.commits = commits or GroupCommit(store.database)
-        """Nothing that follows from a commit leaves the process before this covers it."""
+        """No effect of a commit leaves the process before this covers it."""
         self.outbox = SyncedOutbox(beside(store.database.path), self.commits)
         self.publisher = ReliablePublisher(bus, self.outbox, answer_s=_ANSWER_S)
-        """Of what is stored first."""
+        """The publisher of everything that is stored first."""
         self._owner_publisher = ReliablePublisher(bus, answer_s=_ANSWER_S)
         self.book = RolloutRepository(store, now())
         self.state = FleetState()
-        """The fold of the bus; the event loop is the only one that changes or reads it."""
+        """The fold of the bus; only the event loop changes or reads it."""
         self._incomplete: dict[str, m.HostInventory] = {}
-        """Host to its newest inventory, of which parts are missing."""
+        """Maps a host to its newest inventory, of which parts are missing."""
         self._incomplete_since: dict[str, float] = {}
         self.fleet = FleetFence(self.state, incomplete=self._incomplete)
         self.owners = Owners(store, self.state)
@@ -194,7 +194,7 @@ class Coordinator:
         self.authority = Authority(coordinator=f"{instance}-{new_id()[:8]}", epoch=0)
         self._claimed = False
         self._announced: list[int] = []
-        """Epochs that coordinators had claimed on the bus before ours."""
+        """Epochs that coordinators had claimed on the bus before ours was."""
         self._settle_s = settle_s
         self._presence = Presence(
             self.post,
@@ -206,31 +206,31 @@ class Coordinator:
         self._to_remove: list[Removal] = []
         self._republish_due = False
         self._repeated: dict[tuple[str, str], float] = {}
-        """Client and request to when an answer in parts was sent last."""
+        """Maps a client and request to when an answer in parts was last sent."""
         self._pending_requests: list[tuple[str, Request, str]] = []
         self._pending_facts: list[Fact] = []
         self._pending_documents: dict[str, tuple[m.SetDocument, str]] = {}
         self._pending_rollouts: dict[str, m.RolloutState] = {}
         self._last_errors: dict[str, str] = {}
-        """Rollout to why its last step failed: said once, not with every message."""
+        """Maps a rollout to why its last step failed: logged once, not with every message."""
         self._outbox_filled, self._changed = asyncio.Event(), asyncio.Event()
         self._stirred: set[str] = set()
-        """Sets of which something has changed since their rollouts last looked."""
+        """Sets that changed since their rollouts were last evaluated."""
         self._commands_due = False
         self._sampler = Sampler()
         self._contested = asyncio.Event()
-        """Another coordinator has claimed the epoch of this one."""
+        """Another coordinator has claimed this one's epoch."""
         self._superseded: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.commits.listeners.append(self._on_synced)
         for kind, receiver in self._receivers():
-            # Of what others say of rollouts only that they are there matters, not what is in their waves.
+            # Of other coordinators' rollouts only the existence matters, not the content of their waves.
             self.post.on(kind, receiver, whole=kind is not m.RolloutState)
         self.post.listeners.append(self._on_any)
         self.post.on_tombstone(m.HostInventory, self._on_host_removed)
         self.post.on_tombstone(m.VmOwner, self._on_owner_removed)
 
     def tasks(self) -> dict[str, Callable[[], Awaitable[None]]]:
-        """Name to eternal task, for ``serve``."""
+        """Maps a name to an eternal task, for ``serve``."""
         return {
             "bus": lambda: self.bus.run(self._deliver, self._on_connected, self.commits),
             "rollouts": self._rollouts,
@@ -244,7 +244,7 @@ class Coordinator:
         }
 
     def known(self, party: str) -> list[str]:
-        """The names that are known of a party: they are still listened to when one that nobody knows floods."""
+        """The known names of a party: they stay subscribed when an unknown one floods."""
         match party:
             case "vm":
                 return list(self.fleet.vm_names())
@@ -254,8 +254,8 @@ class Coordinator:
                 return []
 
     async def drain(self) -> None:
-        """Say what is decided, say goodbye. Rollouts stay where they are, for the next start."""
-        # One that was superseded says nothing more: its documents are older than what the other has published.
+        """Publish the decisions, then say goodbye. Rollouts keep their state for the next start."""
+        # A superseded coordinator publishes nothing more: its documents are older than those of the other.
         if self.leads and self.bus.stats.connected:
             try:
                 async with asyncio.timeout(_FLUSH_S):
@@ -276,11 +276,11 @@ class Coordinator:
 
     @property
     def leads(self) -> bool:
-        """Whether an epoch is claimed and nobody has claimed a higher one."""
+        """Whether an epoch is claimed and no coordinator has claimed a higher one."""
         return self._claimed and not self._superseded.done()
 
     async def _watch_authority(self) -> None:
-        """Claim an epoch above every one heard, then stand down when somebody claims a higher one."""
+        """Claim an epoch above every one received, then stand down when another coordinator claims a higher one."""
         while not await self.bus.wait_connected(60):
             _log.warning("coordinator.waiting_for_broker", why=self.bus.stats.last_error)
         await self._settled()
@@ -291,7 +291,7 @@ class Coordinator:
         for document, source in documents.values():
             self._take_document(document, source)
         self._open_sets(self.state.sets())
-        # What was heard meanwhile counts before time does: nothing is awaited until it is taken in.
+        # Messages received in the meantime are processed before time passes: nothing is awaited until then.
         rollouts, self._pending_rollouts = self._pending_rollouts, {}
         for rollout in rollouts.values():
             self._take_rollout(rollout)
@@ -304,20 +304,20 @@ class Coordinator:
         await self._announce()
         await self.commits.writable()
         if self.leads:
-            self._republish()  # the broker may have lost what is retained while this one was away
+            self._republish()  # the broker may have lost retained messages while this one was disconnected
         self._changed.set()
         await self._claim_above_equals()
 
     async def _claim_above_equals(self) -> None:
-        """Claim again whenever another has the same epoch; until somebody claims a higher one.
+        """Claim again whenever another has the same epoch; until a higher one is claimed.
 
         Raises:
-            Superseded: somebody has.
+            Superseded: a higher one was claimed.
         """
         while True:
             await self._unless_superseded(self._contested.wait())
             await self._unless_superseded(self._claim())
-            self._contested.clear()  # what is known of the epoch before is answered
+            self._contested.clear()  # conflicts about the previous epoch are settled
             await self._announce()
 
     async def _unless_superseded(self, work: Coroutine[Any, Any, object]) -> None:
@@ -332,20 +332,20 @@ class Coordinator:
             task.cancel()
 
     async def _settled(self) -> None:
-        """Wait for what is retained: it arrives in any order, and there is no last one to await.
+        """Wait for the retained messages: they arrive in any order, and no message marks the end.
 
-        A large fleet's inventories take longer than the time set: then as long as messages still wait for us.
+        A large fleet's inventories take longer than the configured time: then the wait lasts as long as messages are queued for us.
         """
         await asyncio.sleep(self._settle_s)
         end = asyncio.get_running_loop().time() + _SETTLE_AT_MOST_S
-        # The bus keeps count of its backlog but announces nothing about it.
+        # The bus counts its backlog but does not signal changes of it.
         while self.bus.stats.backlog and asyncio.get_running_loop().time() < end:  # noqa: ASYNC110
             await asyncio.sleep(TICK_S)
 
     async def _claim(self) -> None:
-        """Claim an epoch above every one known, on disk before anybody sees it. Until then the old authority holds, if there was one."""
+        """Claim an epoch above every known one, stored on disk before it is published. Until then the old authority, if any, remains in force."""
         stored, claimed = max(self.store.epoch(), self.authority.epoch), 0
-        # The same one, or one above it, may arrive while the disk is waited for.
+        # The same epoch, or a higher one, may arrive during the wait for the disk.
         while (known := epoch_floor(stored, self._announced, self.fleet.epochs())) >= claimed:
             claimed = known + 1
             if claimed > m.EPOCH_MOST:
@@ -364,7 +364,7 @@ class Coordinator:
 
     async def _on_connected(self) -> None:
         if self.bus.stats.connects > 1:
-            # The broker says of agents that they are there, as it last heard; each comes back in its own time.
+            # The broker's retained presences of agents are outdated; each agent reconnects in its own time.
             self.fleet = self.fleet.with_reconnect_grace(self._now() + timedelta(seconds=RESTART_GRACE_S))
         if not self.leads:
             return
@@ -372,22 +372,22 @@ class Coordinator:
         self._owner_records.changed()
         await self._announce()
         await self.commits.writable()
-        if self.leads:  # another's claim may have come in meanwhile
+        if self.leads:  # another claim may have arrived in the meantime
             self._republish()
 
     def _republish(self) -> None:
-        """Put what is retained on the bus again."""
+        """Publish the retained state on the bus again."""
         try:
             self._to_remove += self.book.republish()
             self._republish_due = False
         except StoreError as error:
             if not self._republish_due:
                 _log.error("coordinator.not_republished", why=str(error))
-            self._republish_due = True  # tried again with the next tick
+            self._republish_due = True  # retried with the next tick
         self._outbox_filled.set()
 
     def _remove(self, removals: Iterable[Removal]) -> None:
-        """Have removed from the bus what is not to be seen any more."""
+        """Remove from the bus what must no longer be visible."""
         for each in removals:
             for wave in range(each.waves):
                 self._clear(m.WaveState, rollout=each.rollout, wave=wave)
@@ -398,17 +398,17 @@ class Coordinator:
         self.publisher.put(clearing(kind, event_id=new_id(), **parameters), policy=NEWEST)
 
     def _open_sets(self, sets: Iterable[str]) -> None:
-        # Not before the epoch is claimed: a document that is already on the bus must be heard first.
+        # Not before the epoch is claimed: a document that is already on the bus must be received first.
         if not self._claimed:
             return
         try:
             if self.book.ensure_documents(sets):
                 self._outbox_filled.set()
         except StoreError as error:
-            _log.error("coordinator.store_failed", why=str(error))  # the next inventory brings it here again
+            _log.error("coordinator.store_failed", why=str(error))  # retried with the next inventory
 
     def _on_claim(self, epoch: int, coordinator: str, *, alive: bool = False) -> None:
-        """Stand down for a higher epoch; at an equal one, one of the two claims again above it."""
+        """Stand down for a higher epoch; at an equal one, one of the two claims a higher one."""
         mine = self.authority
         if coordinator == mine.coordinator:
             return
@@ -417,11 +417,11 @@ class Coordinator:
         elif self._superseded.done() or epoch < mine.epoch:
             return
         elif leaps(mine.epoch, epoch):
-            # No host obeys it either; ours is announced again, so that it does not stay retained.
+            # Hosts do not obey it either; ours is announced again, so that it does not stay retained.
             _log.error("coordinator.epoch_impossible", coordinator=coordinator, epoch=epoch, ours=mine.epoch)
         elif epoch == mine.epoch and not (alive and coordinator > mine.coordinator):
-            # Both claimed it at once, and hosts may obey the other: were both to stand down, nobody would lead. Not here: a
-            # claim waits for the disk, and one above it may be next.
+            # Both claimed it at once, and hosts may obey the other: if both stood down, nobody would lead. Do not claim here: a
+            # claim waits for the disk, and a higher epoch may be the next message.
             self._contested.set()
         else:
             self._superseded.set_exception(
@@ -431,7 +431,7 @@ class Coordinator:
                 )
             )
 
-    # -- messages in --
+    # -- incoming messages --
 
     def _receivers(self) -> list[tuple[type, Callable[..., Awaitable[None]]]]:
         return [
@@ -463,7 +463,7 @@ class Coordinator:
     async def _on_any(self, received: Received) -> None:
         inventory = received.message
         if isinstance(inventory, m.HostInventory) and inventory.part_etags:
-            # Until it is whole, which it may be at once.
+            # Until it is complete, which it may be at once.
             self._incomplete[inventory.host] = inventory
             self._incomplete_since.setdefault(inventory.host, self._loop_s())
 
@@ -472,7 +472,7 @@ class Coordinator:
         self._incomplete_since.pop(host, None)
 
     def _say_incomplete(self, now_s: float) -> None:
-        """Name the hosts whose inventory stays incomplete."""
+        """Log the hosts whose inventory stays incomplete."""
         for host, since in self._incomplete_since.items():
             if now_s - since > _INCOMPLETE_S and self._sampler.due(f"incomplete {host}") is not None:
                 _log.error(
@@ -484,7 +484,7 @@ class Coordinator:
 
     async def _on_inventory(self, inventory: m.HostInventory, _: Received) -> None:
         self._complete(inventory.host)
-        # What a host obeys is no claim: it counts for the next claim of ours, and blocks this host's sets until then.
+        # The epoch that a host obeys is not a claim: it counts for our next claim, and blocks this host's sets until then.
         before = self.state.reported(inventory.host)
         if (
             self.leads
@@ -506,11 +506,11 @@ class Coordinator:
         ):
             _log.error("host.outdated", host=inventory.host, why=outdated)
         self._take_in(self.owners.reported(inventory, self._loop_s()))
-        # A document that was not stored is tried again.
+        # Storing the document is retried.
         self._open_sets(self.state.sets_of_host(inventory.host))
 
     def _take_in(self, changes: Changes) -> None:
-        """Something of the fleet is different: its sets have their documents, and their rollouts look again."""
+        """The fleet changed: the sets concerned get their documents, and their rollouts are evaluated again."""
         self._owner_records.changed()
         self._open_sets(name for name in changes.sets if self.state.set_index(name).vms)
         if changes.sets:
@@ -522,11 +522,11 @@ class Coordinator:
         return asyncio.get_running_loop().time()
 
     async def _on_host_removed(self, parameters: Mapping[str, str]) -> None:
-        """An operator removed what the broker retained of a host: it was taken out of service for good."""
+        """An operator removed the retained messages of a host: it was taken out of service permanently."""
         host = parameters["host"]
         self._complete(host)
         if self.fleet.is_online(host):
-            _log.warning("host.not_forgotten", host=host, why="it is on the bus, and reports again")
+            _log.warning("host.not_forgotten", host=host, why="it is on the bus, and will report again")
             return
         self._take_in(self.owners.forgotten(host, self._loop_s()))
         _log.info("host.forgotten", host=host)
@@ -549,10 +549,10 @@ class Coordinator:
     async def _on_coordinator(self, heard: m.CoordinatorPresence, _: Received) -> None:
         self._on_claim(heard.epoch, heard.coordinator, alive=heard.online)
         if self.leads and heard != presence(self.authority, online=True):
-            await self._announce()  # an older one's will must not stay as the last word
+            await self._announce()  # the will of an older coordinator must not stay as the last message
 
     async def _on_document(self, document: m.SetDocument, received: Received) -> None:
-        # Who does not lead ends no event of another: that one may be alive, and tell its end itself.
+        # A coordinator that does not lead must not end another's event: the other may be alive and end it itself.
         if self.leads:
             self._take_document(document, received.header.source)
         elif not self._claimed:
@@ -561,7 +561,7 @@ class Coordinator:
     def _take_document(self, document: m.SetDocument, source: str) -> None:
         try:
             self.book.adopt(document, self.fleet, self.authority, self._now())
-            # Our own come back to us, and may be older than what was decided meanwhile; another's must not stay.
+            # Our own documents are echoed to us, and may be older than a later decision; another's must not stay.
             if source != self.post.source:
                 self.book.republish_above(document)
         except StoreError as error:
@@ -577,7 +577,7 @@ class Coordinator:
             self._pending_rollouts[rollout.rollout] = rollout
 
     def _heal(self, rollout: m.RolloutState) -> None:
-        """Another coordinator published a rollout of ours, which may be one that woke up: what it said must not stay."""
+        """Another coordinator, perhaps one that was suspended, published one of our rollouts: its version must not stay."""
         try:
             self.book.heal(rollout)
         except StoreError as error:
@@ -608,7 +608,7 @@ class Coordinator:
 
     async def _on_request(self, request: Request, received: Received) -> None:
         client = received.parameters["client"]
-        # An abort is never too late: it only makes things stop.
+        # An abort is never too late: it only stops operations.
         late = (
             ""
             if isinstance(request, m.AbortRequested)
@@ -620,7 +620,7 @@ class Coordinator:
             self._pending_requests.append((client, request, late))
 
     async def _on_refused(self, delivery: Delivery, error: ContractError) -> None:
-        """An operator's request that breaks the contract is answered too, as far as its topic tells who asked."""
+        """An operator's request that violates the contract is answered too, if its topic names the client."""
         parts = delivery.topic.removeprefix(PREFIX + "/").split("/")
         if len(parts) == 3 and parts[0] == "ctl" and is_name(parts[1]):
             answer = m.RequestAnswered(
@@ -638,7 +638,7 @@ class Coordinator:
     # -- decisions --
 
     def _give(self, fact: Fact) -> None:
-        """Give a fact to the rollout that it is about; one that is about none of the active ones is not ours, or late."""
+        """Pass a fact to the rollout that it is about; a fact about no active rollout is not ours, or late."""
         if not self._claimed:
             self._pending_facts.append(fact)  # a persistent session may deliver before the epoch is claimed
             return
@@ -651,7 +651,7 @@ class Coordinator:
             return
         try:
             changed = self.book.step(rollout, received, self.fleet, self.authority, self._now())
-        except CaesuraError as error:  # it stays where it is: the others must not wait for it
+        except CaesuraError as error:  # its state is unchanged: the others must not wait for it
             if self._last_errors.get(rollout.id) != str(error):
                 _log.error("rollout.not_moved", why=str(error), rollout=rollout.id)
             self._last_errors[rollout.id] = str(error)
@@ -664,9 +664,9 @@ class Coordinator:
             self._changed.set()
 
     async def _rollouts(self) -> None:
-        """Time passes for every rollout, and unanswered commands are repeated.
+        """Advance the time of every rollout, and repeat unanswered commands.
 
-        What changes in the fleet is looked at once for all that came together, by the rollouts of its sets only.
+        Changes of the fleet that arrived together are evaluated once, and only by the rollouts of the sets concerned.
         """
         last = float("-inf")
         while True:
@@ -697,13 +697,13 @@ class Coordinator:
                     self.commits.start()
 
     def _on_synced(self) -> None:
-        """More is on disk."""
+        """More commits are on disk."""
         if self.sender.held:
             self._commands_due = True
             self._changed.set()
 
     def _answer(self, client: str, request: Request, late: str) -> None:
-        """Answer a request once; a repeated one gets the stored answer again. ``late``: why it is too late for a new one."""
+        """Answer a request once; a repeated one gets the stored answer again. ``late``: why a new request is too late."""
         try:
             known = self.store.answer(client, request.request)
             if known is not None:
@@ -719,7 +719,7 @@ class Coordinator:
         self._changed.set()
 
     def _repeat(self, client: str, answer: m.RequestAnswered) -> None:
-        """Send a stored answer again. One in parts not with every repetition: it may be megabytes, and stands before everything else."""
+        """Send a stored answer again. An answer in parts is not sent with every repetition: it may have megabytes, and delays everything behind it."""
         now_s = self._loop_s()
         self._repeated = {key: at for key, at in self._repeated.items() if now_s - at < _REPEAT_PARTS_S}
         if (client, answer.request) in self._repeated:
@@ -805,26 +805,24 @@ class Coordinator:
         if request.rollout:
             rollout = self.book.rollouts.get(request.rollout)
             if rollout is None:
-                raise RequestRefused(
-                    "rollout_unknown", f"no rollout {request.rollout!r}; not at their end: {known}"
-                )
+                raise RequestRefused("rollout_unknown", f"no rollout {request.rollout!r}; not ended: {known}")
         elif len(active) == 1:
             rollout = active[0]
         else:
             raise RequestRefused(
                 "rollout_unknown",
-                f"several rollouts are not at their end, say which: {known}"
+                f"several rollouts have not ended, name one: {known}"
                 if active
-                else "no rollout is under way: all are at their end",
+                else "no rollout is under way: all have ended",
             )
         answer = m.RequestAnswered(request=request.request, accepted=True, rollout=rollout.id)
         self.book.step(rollout, received, self.fleet, self.authority, self._now(), answer=(client, answer))
         self._commands_due = True
 
-    # -- messages out --
+    # -- outgoing messages --
 
     async def _outbox(self) -> None:
-        """Give what is on disk to the publisher, as soon as there is an epoch to publish it under."""
+        """Pass what is on disk to the publisher, as soon as there is an epoch to publish it under."""
         loaded = False
         while True:
             await self._outbox_filled.wait()
@@ -834,7 +832,7 @@ class Coordinator:
             removals, self._to_remove = self._to_remove, []
             await self.commits.reached()
             if self._superseded.done():
-                continue  # it is the other's to say
+                continue  # only the other coordinator may publish it
             if not loaded:
                 try:
                     await self.publisher.load()
@@ -847,12 +845,12 @@ class Coordinator:
                 loaded = True
             self.store.left_over = 0
             self._hand_over()
-            self._remove(removals)  # behind what a previous run left of the same rollouts
+            self._remove(removals)  # after messages of a previous run about the same rollouts
 
     def _hand_over(self) -> None:
         for message in self.store.stored(self.commits.on_disk):
             self.publisher.put(message, policy=NEWEST if message.retain else EVERY)
 
     def waiting(self) -> int:
-        """Messages that are stored, those included that the broker has just taken."""
+        """Stored messages, including those that the broker has just accepted."""
         return self.store.left_over + len(self.publisher) + self.publisher.unremoved + self.store.unread

@@ -11,7 +11,7 @@ from caesura.runtime.settings import ServiceSettings
 
 
 class CoordinatorSettings(ServiceSettings, frozen=True, kw_only=True):
-    """What the coordinator needs to know besides the broker."""
+    """The settings of the coordinator in addition to the broker's."""
 
     state_dir: Annotated[
         str,

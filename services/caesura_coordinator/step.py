@@ -1,4 +1,4 @@
-"""One step of a rollout: it as it changes, the effects so far, and the moves that inputs and time share. Pure."""
+"""One step of a rollout: its changing state, the effects so far, and the transitions that inputs and time share. Pure."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ from caesura_coordinator.text import join_reasons, truncate
 class Step:
     """One call of ``decide``: the rollout as it changes, and the effects so far.
 
-    A wave gets several messages of each of its VMs, so no message looks at all of them. What a message says is judged when it
-    comes; the whole wave is judged when everything is there, or its time is over. Waves complete one after the other only
-    by that judgement.
+    A wave gets several messages of each of its VMs, so no message looks at all of them. Each message is judged when it
+    arrives; the whole wave is judged when everything has arrived, or its time is up. Only that judgement completes waves, one after
+    the other.
     """
 
     def __init__(self, rollout: Rollout, fleet: FleetFence, authority: Authority, now: datetime) -> None:
@@ -39,21 +39,21 @@ class Step:
         self.now = now
         self.effects: list[Effect] = []
         self.refused = False
-        """Whether an agent has just said that its guest is not ready."""
+        """Whether an agent has just reported that its guest is not ready."""
         self.wrong = False
-        """Whether something is known to be wrong that only this step has brought, or might be."""
+        """Whether this step has brought, or may have brought, a failure."""
 
     def after(self, seconds: float) -> datetime:
-        """So many seconds from now."""
+        """The time that many seconds from now."""
         return self.now + timedelta(seconds=seconds)
 
     def put(self, wave: Wave) -> Wave:
-        """The wave is like this now."""
+        """Replace the wave."""
         self.rollout = with_wave(self.rollout, wave)
         return wave
 
     def move(self, wave: Wave, status: WaveStatus, **changes: object) -> Wave:
-        """It has another status, and waits for nothing."""
+        """Change its status; it no longer waits for a gate."""
         moved = self.put(
             msgspec.structs.replace(
                 wave, status=status, waiting_since=None, waiting_for="", waiting_codes=(), **changes
@@ -63,7 +63,7 @@ class Step:
         return moved
 
     def end_events(self, wave: Wave, status: str, reason: str = "", codes: tuple[str, ...] = ()) -> Wave:
-        """Bring every open event of the wave to its one end."""
+        """Bring every open event of the wave to its final status."""
         events = []
         for event in wave.events:
             if event.status in {"scheduled", "started"}:
@@ -73,7 +73,7 @@ class Step:
         return self.put(msgspec.structs.replace(wave, events=tuple(events)))
 
     def halt(self, wave: Wave, why: Sequence[Reason], before: str = "") -> None:
-        """Wave failed, rollout halted. Events not started are cancelled, started ones failed."""
+        """Fail the wave and halt the rollout. Scheduled events are cancelled, started ones failed."""
         self.halt_for(wave, before + join_reasons(why), codes_of(why))
 
     def halt_for(self, wave: Wave, reason: str, codes: tuple[str, ...]) -> None:
@@ -86,22 +86,22 @@ class Step:
         self.effects.append(RolloutMoved(rollout=self.rollout))
 
     def finish(self, status: str, reason: str = "", codes: tuple[str, ...] = ()) -> None:
-        """The rollout is over."""
+        """End the rollout."""
         self.rollout = msgspec.structs.replace(
             self.rollout, status=status, reason=reason, codes=codes, ended_at=self.now
         )
         self.effects.append(RolloutMoved(rollout=self.rollout))
 
     def blocked(self, wave: Wave, blockers: Sequence[Reason]) -> bool:
-        """Wait for a gate; halt when it stays shut for the verify timeout."""
+        """Wait for a gate; halt when it stays closed for the verify timeout."""
         if not blockers:
-            if wave.waiting_since is not None:  # it opened: what shuts it next time has the whole time again
+            if wave.waiting_since is not None:  # it opened: the next closure gets the whole timeout again
                 self.put(msgspec.structs.replace(wave, waiting_since=None, waiting_for="", waiting_codes=()))
             return False
         why = join_reasons(blockers)
         since = wave.waiting_since or self.now
         if self.now - since >= timedelta(seconds=self.rollout.policy.verify_timeout_s):
-            self.halt(wave, blockers, "cannot go on: ")
+            self.halt(wave, blockers, "cannot continue: ")
         elif (wave.waiting_since, wave.waiting_for) != (since, why):
             codes = codes_of(blockers)
             self.put(msgspec.structs.replace(wave, waiting_since=since, waiting_for=why, waiting_codes=codes))
@@ -109,6 +109,6 @@ class Step:
 
 
 def with_wave(rollout: Rollout, wave: Wave) -> Rollout:
-    """The rollout with one of its waves as it is now."""
+    """The rollout with one of its waves replaced."""
     before, after = rollout.waves[: wave.index], rollout.waves[wave.index + 1 :]
     return msgspec.structs.replace(rollout, waves=(*before, wave, *after))

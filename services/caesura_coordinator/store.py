@@ -1,8 +1,8 @@
 """The coordinator's durable state: epoch, rollouts, documents, answers, and the outbox.
 
-What is saved together is saved in one transaction with the messages that announce it (a transactional
+Changes are saved in one transaction with the messages that announce them (a transactional
 outbox): after a crash nothing was announced that is not stored, and nothing stored stays unannounced. Messages are
-encoded here, once; ``stored`` gives those to the publisher whose transaction is on disk, and not before.
+encoded here, once; ``stored`` passes them to the publisher once their transaction is on disk, and not before.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ _MIGRATIONS = (
     """,
 )
 _READY, _CLOCK, _OPERATION = "ready", "clock", "operation"
-"""What is kept of a wave by VM (its agent's answer, its clock), and by the place of a host's operation."""
+"""The parts of a wave stored by VM (its agent's answer, its clock) and by the index of a host's operation."""
 _T = TypeVar("_T")
 
 _ANSWERS_KEPT = 1000
@@ -91,18 +91,18 @@ class Store:
         """Messages that a previous run did not publish and the publisher has not loaded yet."""
         self._fresh: list[OutboxMessage] = []
         self._stored: deque[tuple[int, OutboxMessage]] = deque()
-        """Committed, each with the number of its commit."""
+        """Committed messages, each with the number of its commit."""
         self._writing = False
 
     def write_as(self, source: str) -> None:
-        """Encode messages as from this CloudEvents source, those included that a version of before left unencoded."""
+        """Encode messages with this CloudEvents source, including those that an earlier version left unencoded."""
         self._source = source
         self._take_over()
         self.left_over = self.outbox.count()
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
-        """All or nothing, the messages that are enqueued in it among them; see ``Database.transaction``."""
+        """All or nothing, including the messages enqueued in it; see ``Database.transaction``."""
         self._fresh = []
         self._writing = True
         try:
@@ -113,9 +113,9 @@ class Store:
         self._stored.extend((self.database.commits, each) for each in self._fresh)
 
     def stored(self, on_disk: int) -> list[OutboxMessage]:
-        """What was enqueued by the first so many commits and was not given before, oldest first; of a retained topic the newest.
+        """The messages enqueued by the first ``on_disk`` commits and not returned before, oldest first; of a retained topic only the newest.
 
-        An older one is not in the table any more. Given behind a newer one that was loaded from there, it would have that one removed.
+        An older one is no longer in the table. Passed after a newer one that was loaded from there, it would cause that one's removal.
         """
         stored = []
         while self._stored and self._stored[0][0] <= on_disk:
@@ -125,7 +125,7 @@ class Store:
 
     @property
     def unread(self) -> int:
-        """How many messages were committed and not given by ``stored``."""
+        """How many messages were committed and not returned by ``stored``."""
         return len(self._stored)
 
     def epoch(self) -> int:
@@ -135,7 +135,7 @@ class Store:
             return msgspec.convert(value, Epoch)
 
     def save_epoch(self, epoch: int) -> None:
-        """Remember a claimed epoch before it is used."""
+        """Store a claimed epoch before it is used."""
         with self.transaction():
             self.database.run("UPDATE epoch SET value = ?", epoch)
 
@@ -182,10 +182,10 @@ class Store:
     def save_rollout(self, rollout: Rollout, before: Rollout | None = None) -> None:
         """Insert or replace. Call inside a transaction.
 
-        A message about one VM writes what it changed, not its whole wave: what is kept of each VM and host has a row of its own.
+        A message about one VM writes only its changes, not the whole wave: the state of each VM and host has a row of its own.
 
         Args:
-            before: what was saved last; parts of it that are the same objects are not written again.
+            before: the last saved version; parts of it that are the same objects are not written again.
         """
         if before is None or without_waves(before) != without_waves(rollout):
             self.database.run(
@@ -203,7 +203,7 @@ class Store:
             "SELECT 1 FROM wave_vms WHERE rollout = ? AND number = ?", rollout, wave.index
         )
         if not stored:
-            before = None  # a new one, or one that a version before this wrote in one piece
+            before = None  # a new one, or one that an earlier version wrote in one row
             body = msgspec.json.encode(wave.vms)
             self.database.run("INSERT INTO wave_vms VALUES (?, ?, ?)", rollout, wave.index, body)
         bare = _bare_wave(wave)
@@ -233,7 +233,7 @@ class Store:
         every: Mapping[str, object],
         newer: Mapping[str, object] | None,
     ) -> None:
-        """Write what is newer; if that is not known, everything, in place of what was there."""
+        """Write the newer entries; if they are not known, replace all."""
         if newer is None:
             self.database.run(
                 "DELETE FROM wave_part WHERE rollout = ? AND number = ? AND kind = ?", rollout, wave, kind
@@ -270,8 +270,8 @@ class Store:
         )
 
     def owners(self) -> dict[str, tuple[str, int]]:
-        """VM to the host that it belongs to and the epoch of the record."""
-        with self.database.reading("whose VM it is"):
+        """Maps a VM to the host that it belongs to and the epoch of the record."""
+        with self.database.reading("the owner of a VM"):
             rows = self.database.run("SELECT vm, host, epoch FROM owner")
             return {
                 msgspec.convert(vm, Name): (msgspec.convert(host, Name), msgspec.convert(epoch, Epoch))
@@ -279,7 +279,7 @@ class Store:
             }
 
     def save_owner(self, vm: str, host: str | None, epoch: int) -> None:
-        """Insert, replace, or with no host remove. Call inside a transaction."""
+        """Insert or replace, or without a host remove. Call inside a transaction."""
         if host is None:
             self.database.run("DELETE FROM owner WHERE vm = ?", vm)
         else:
@@ -291,12 +291,12 @@ class Store:
             )
 
     def answer(self, client: str, request: str) -> RequestAnswered | None:
-        """The answer that this request of this client got before."""
+        """The earlier answer to this request of this client."""
         rows = self.database.run("SELECT body FROM answer WHERE request = ? AND client = ?", request, client)
         return self._read(rows[0][0], RequestAnswered, f"the answer to request {request}") if rows else None
 
     def save_answer(self, client: str, answer: RequestAnswered) -> None:
-        """Remember the answer, so that a repeated request gets the same one, and drop the oldest that are too many or too large."""
+        """Store the answer, so that a repeated request gets the same one, and drop the oldest beyond the limits of number and size."""
         self.database.run(
             "INSERT OR REPLACE INTO answer (client, request, body) VALUES (?, ?, ?)",
             client,
@@ -319,7 +319,7 @@ class Store:
     def enqueue(self, message: Message, **parameters: str | int) -> None:
         """Append to the outbox. A newer retained message replaces older ones of its topic that still wait.
 
-        One that can never be sent is dropped, and that is logged: what it announces happened all the same.
+        A message that can never be sent is dropped and logged: the change that it announces stands.
         """
         try:
             outgoing = prepare(
@@ -331,7 +331,7 @@ class Store:
         self._append(outgoing)
 
     def enqueue_removal(self, kind: type[Message], **parameters: str | int) -> None:
-        """Append what removes a retained message from the bus; it replaces what waits on its topic.
+        """Append the removal of a retained message from the bus; it replaces messages that wait on its topic.
 
         Raises:
             TopicError: the parameters do not fit the topic.
@@ -348,7 +348,7 @@ class Store:
                 self._fresh.append(outgoing)
 
     def _take_over(self) -> None:
-        """Encode the messages that a version of before kept unencoded."""
+        """Encode the messages that an earlier version kept unencoded."""
         rows = self.database.run(
             "SELECT number, event_id, type, parameters, body FROM outbox_1 ORDER BY number"
         )
@@ -364,7 +364,7 @@ class Store:
                 except (CaesuraError, ValueError, TypeError, KeyError) as error:
                     _log.error("outbox.unreadable", store=self.database.path, number=number, why=str(error))
                     if not is_state(kind):
-                        continue  # a fact stays: nobody says it again
+                        continue  # keep a fact: nobody publishes it again
                 else:
                     self.outbox.add([message])
                 self.database.run("DELETE FROM outbox_1 WHERE number = ?", number)
@@ -375,10 +375,10 @@ class Store:
 
 
 class SyncedOutbox(SqliteOutbox):
-    """The outbox as the publisher reads it: what it loads is on disk.
+    """The outbox as the publisher reads it: everything it loads is on disk.
 
     Args:
-        commits: of the connection that fills it.
+        commits: those of the connection that fills it.
     """
 
     def __init__(self, off_loop: OffLoop, commits: GroupCommit) -> None:
@@ -393,9 +393,9 @@ class SyncedOutbox(SqliteOutbox):
 
 
 def newer_entries(before: dict[str, _T] | None, now: dict[str, _T]) -> dict[str, _T] | None:
-    """The entries that are not as they were before; None if that cannot be told, since some were taken out.
+    """The entries that changed; None if that is unknown, since some were removed.
 
-    The newest entry is the last one (``rollout.newest_last``), so this looks at no more than what is new.
+    The newest entry is the last one (``rollout.newest_last``), so only the new entries are compared.
     """
     if before is None or len(now) < len(before):
         return None
@@ -408,5 +408,5 @@ def newer_entries(before: dict[str, _T] | None, now: dict[str, _T]) -> dict[str,
 
 
 def _bare_wave(wave: Wave) -> Wave:
-    """Without what has rows of its own."""
+    """Without the parts that have rows of their own."""
     return msgspec.structs.replace(wave, vms=(), readiness={}, clocks={}, operations=())

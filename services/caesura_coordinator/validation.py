@@ -1,23 +1,23 @@
-"""What the coordinator does not take at its word: a request from long ago. Pure."""
+"""Requests that the coordinator does not accept: those from long ago. Pure."""
 
 from __future__ import annotations
 
 from datetime import datetime
 
 REQUEST_AGE_S = 60.0
-"""s: whoever asked was told long before that nobody answered, and does not expect it to happen any more."""
+"""s: by then the client has long reported that there was no answer, and its operator no longer expects the request to run."""
 
 
 def request_expired(asked_at: datetime, now: datetime) -> str:
-    """Why a request is not acted on any more; empty while it is fresh.
+    """Why a request is too old to be carried out; empty while it is fresh.
 
-    The broker keeps requests while the coordinator is away. Judged by the clocks of two machines, so only what is
-    older by far is refused.
+    The broker keeps requests while the coordinator is down. The age is measured by the clocks of two machines, so only much
+    older requests are refused.
     """
     age_s = (now - asked_at).total_seconds()
     if age_s <= REQUEST_AGE_S:
         return ""
     return (
-        f"asked {age_s:.0f} s ago by the clock of your machine, which is too long: nothing was done, ask again "
+        f"asked {age_s:.0f} s ago by the clock of your machine, which is too long ago: nothing was done, ask again "
         "(if that is not so, the clocks of your machine and of the coordinator differ)"
     )

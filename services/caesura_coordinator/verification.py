@@ -1,4 +1,4 @@
-"""Whether a wave came out well: what is wrong for good, and what is not known yet. Pure."""
+"""Whether a wave succeeded: its definite failures, and what is not known yet. Pure."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from caesura_coordinator.records import ClockVerdict, HostOperation, Wave
 
 
 def verify(wave: Wave, policy: Policy) -> tuple[list[Reason], list[Reason]]:
-    """What is wrong with the wave for good, and what is not known yet."""
+    """The definite failures of the wave, and what is not known yet."""
     members = members_of(wave.vms)
     wrong: list[Reason] = []
     missing: list[Reason] = []
@@ -30,11 +30,11 @@ def verify(wave: Wave, policy: Policy) -> tuple[list[Reason], list[Reason]]:
 def verify_vm(
     vm: PlannedVm, result: VmResult | None, clock: ClockVerdict | None, policy: Policy
 ) -> tuple[list[Reason], list[Reason]]:
-    """The same of one VM, as far as its clock and its memory go.
+    """The same for the clock and the memory of one VM.
 
     Args:
-        result: what its host did to it, if it was paused.
-        clock: its host's verdict on it afterwards, if it is there.
+        result: the host's result for it, if it was paused.
+        clock: the host's verdict on its clock afterwards, if it has arrived.
     """
     if vm.method == "live":
         return [], []
@@ -53,9 +53,9 @@ def verify_vm(
 
 
 def _of_results(operation: HostOperation, vms: tuple[PlannedVm, ...], policy: Policy) -> list[Reason]:
-    """What is wrong with what a host reported of its VMs."""
+    """The failures in a host's report about its VMs."""
     ours = {vm.vm for vm in vms}
-    # Of another's VM its word means nothing.
+    # Its report about another host's VM does not count.
     results = [each for each in operation.vms if each.vm in ours]
     reported = {each.vm for each in results}
     wrong = [
@@ -86,7 +86,7 @@ def _of_clock(vm: str, verdict: ClockVerdict, bound_s: float) -> list[Reason]:
 
 
 def _of_memory(vm: str, verdict: ClockVerdict) -> list[Reason]:
-    """What the guest itself showed to be wrong with its memory."""
+    """What the guest itself found to be wrong with its memory."""
     broken = verdict.broken or (("not_rebooted",) if verdict.memory_ok is False else ())
     words = [BROKEN_WORDS[code] for code in broken]
     detail = f": {verdict.memory_detail}" if verdict.memory_detail else ""

@@ -1,6 +1,6 @@
 """Which hosts or domains are updated together: waves, under the limits of the request. Pure.
 
-First fit, lowest domains first. Of one set a wave has VMs of one domain only (I1), whatever the limits say: they make
+First fit, lowest domains first. A wave has VMs of only one domain of each set (I1), whatever the limits: they make
 waves smaller, never larger.
 """
 
@@ -14,7 +14,7 @@ from caesura.contract.messages import Limits, PlannedVm, PlannedWave, VmRecord
 from caesura.contract.names import own_set
 
 _DEFAULT_SHARE = 10
-"""One host in so many, where nothing else limits a wave: VMs in no set have no domains that would."""
+"""The default limit is one host in this many where nothing else limits a wave: VMs in no set have no domains that would."""
 
 
 class Member(msgspec.Struct, frozen=True, kw_only=True):
@@ -32,11 +32,11 @@ class Member(msgspec.Struct, frozen=True, kw_only=True):
 
 
 Unit = tuple[tuple[str, ...], list[Member]]
-"""What cannot be split: a host, or for scope vm a set's domain on one host. Its name and its VMs."""
+"""An indivisible unit: a host, or for scope vm a set's domain on one host. Its name and its VMs."""
 
 
 class _Wave:
-    """A wave that is being filled. ``most``: hosts, 0 for no limit; ``alone_only``: only hosts with VMs in no set count."""
+    """A wave being filled. ``most``: limit of hosts, 0 for none; ``alone_only``: only hosts with VMs in no set count."""
 
     def __init__(self, most: int, *, alone_only: bool) -> None:
         self.domains: dict[str, int] = {}
@@ -46,7 +46,7 @@ class _Wave:
         self._alone_only = alone_only
 
     def takes(self, group: list[Member]) -> bool:
-        """Add the unit if it clashes with nothing that is in already and does not make the wave too large."""
+        """Add the unit if it does not conflict with the wave's units or make the wave too large."""
         domains = {each.vm.set: each.domain for each in group}
         if any(self.domains.get(name, domain) != domain for name, domain in domains.items()):
             return False
@@ -61,7 +61,7 @@ class _Wave:
 
 
 def most_hosts(members: Iterable[Member], limits: Limits) -> int:
-    """The most hosts of one wave, as asked for or by default; 0: only domains limit it."""
+    """The most hosts of one wave, as requested or by default; 0: only domains limit it."""
     if limits.max_hosts:
         return limits.max_hosts
     members = list(members)
@@ -71,7 +71,7 @@ def most_hosts(members: Iterable[Member], limits: Limits) -> int:
 
 
 def canary_hosts(members: Sequence[Member], limits: Limits) -> frozenset[str]:
-    """The hosts that go first: the one named, or so many of the lowest domains that may be paused together."""
+    """The canary hosts: the named one, or the requested number from the lowest domains that may be paused together."""
     if limits.canary_host:
         return frozenset({limits.canary_host} & {each.host for each in members})
     chosen: set[str] = set()
@@ -94,7 +94,7 @@ def waves(members: Sequence[Member], *, by_host: bool, limits: Limits) -> list[P
         by_host: a host is paused whole (scope host).
     """
     first = canary_hosts(members, limits)
-    # A canary that was asked for is as large as that was; the default is for everybody else.
+    # A requested canary has the requested size; the default limit is for the other hosts.
     canary = _filled((each for each in members if each.host in first), limits.max_hosts, by_host=by_host)
     rest = _filled(
         (each for each in members if each.host not in first),
@@ -126,13 +126,13 @@ def _filled(members: Iterable[Member], most: int, *, by_host: bool, alone_only: 
 def _units(members: Iterable[Member], *, by_host: bool) -> list[Unit]:
     units: dict[tuple[str, ...], list[Member]] = {}
     for member in members:
-        # A set's domain by host: a limit must be able to split it. Without one its hosts come together again,
-        # since they follow each other and clash with the same waves.
+        # A set's domain split by host, so that a limit can divide it. Without a limit its hosts end up together,
+        # since they are adjacent and conflict with the same waves.
         name = (member.host,) if by_host else (member.vm.set, f"{member.domain:02d}", member.host)
         units.setdefault(name, []).append(member)
     return list(units.items())
 
 
 def _order(unit: Unit) -> tuple[list[int], tuple[str, ...]]:
-    # A VM in no set is in domain 0 of itself, which says nothing about when its neighbours' turn is.
+    # A VM in no set is in domain 0 of itself, which does not determine its neighbours' place.
     return sorted({each.domain for each in unit[1] if not each.alone}), unit[0]

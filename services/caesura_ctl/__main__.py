@@ -8,7 +8,7 @@ import sys
 def main() -> None:
     """Entry point of ``caesura``."""
     try:
-        # Imported here: Ctrl-C while modules load must end as quietly as at any other moment.
+        # Imported here: Ctrl-C while modules load must exit as quietly as at any other time.
         from caesura_ctl.cli import caesura  # noqa: PLC0415
 
         caesura()

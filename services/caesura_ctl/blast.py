@@ -1,4 +1,4 @@
-"""How much of the fleet a request may touch: its options, and the question when nothing was selected."""
+"""How much of the fleet a request may touch: its options, and the confirmation when nothing was selected."""
 
 from __future__ import annotations
 
@@ -43,17 +43,17 @@ def _exclude(kind: Kind, of: click.ParamType[str], what: str) -> Callable[[F], F
 
 
 def limits(command: F) -> F:
-    """How much at once, who goes first, and what is left alone."""
+    """The options for how much at once, which hosts first, and what to leave out."""
     for option in (
-        _exclude("vm", NAME, "Leave this VM alone, and its host if the update pauses hosts whole"),
-        _exclude("set", SET_NAME, "Leave this set alone, and its hosts likewise"),
-        _exclude("host", NAME, "Leave this host alone"),
+        _exclude("vm", NAME, "Leave this VM out, and its host if the update pauses whole hosts"),
+        _exclude("set", SET_NAME, "Leave this set out, and its hosts likewise"),
+        _exclude("host", NAME, "Leave this host out"),
         click.option(
             "--canary",
             type=Canary(),
             metavar="HOST|N",
             shell_complete=complete("host"),
-            help="This host, or so many, go first and alone; after their soak the others follow.",
+            help="This host, or this many hosts, first and alone; the others follow after their soak.",
         ),
         click.option(
             "--max-hosts",
@@ -68,8 +68,8 @@ def limits(command: F) -> F:
 
 
 def again(command: F) -> F:
-    """The option that repeats what is done."""
-    return click.option("--again", is_flag=True, help="Apply the update also where it is installed already.")(
+    """The option that repeats an installed update."""
+    return click.option("--again", is_flag=True, help="Apply the update even where it is already installed.")(
         command
     )
 
@@ -90,21 +90,21 @@ def limits_from(options: dict[str, Any]) -> m.Limits:
 
 
 def everything(command: F) -> F:
-    """The option that says that nothing was forgotten."""
+    """The option that confirms the whole fleet."""
     return click.option(
-        "--all", "all_hosts", is_flag=True, help="The whole fleet; without a selection it must be said."
+        "--all", "all_hosts", is_flag=True, help="The whole fleet; required if nothing is selected."
     )(command)
 
 
 def confirm(verb: str, options: dict[str, Any], *, as_json: bool, what: str = "") -> None:
-    """Make sure that a request without a selection is meant: ask on a terminal, else want ``--all``.
+    """Confirm a request without a selection: ask on a terminal, else require ``--all``.
 
     Args:
-        verb: what is done to hosts and VMs; ``what``: the update's name.
+        verb: the action on hosts and VMs; ``what``: the update's name.
 
     Raises:
-        click.UsageError: nothing was selected and nobody can be asked, or everything and something was.
-        click.Abort: the answer was no.
+        click.UsageError: nothing was selected and there is no terminal, or ``--all`` comes with a selection.
+        click.Abort: the operator declined.
     """
     selected = bool(options["sets"] or options["hosts"] or options["vms"])
     if options["all_hosts"]:

@@ -32,17 +32,17 @@ PLUGINS = "caesura.commands"
 
 
 class WithPlugins(Commands):
-    """The group, with the commands that installed packages bring. One is imported when it is asked for."""
+    """The group, with the commands of installed packages, each imported on use."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """As click does it."""
+        """As in click."""
         return sorted({*super().list_commands(ctx), *entry_points(group=PLUGINS).names})
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """As click does it.
+        """As in click.
 
         Raises:
-            ClickException: a package brings it, and cannot be imported.
+            ClickException: the package that provides it cannot be imported.
         """
         if (own := super().get_command(ctx, cmd_name)) is not None:
             return own
@@ -67,7 +67,7 @@ class WithPlugins(Commands):
 def caesura() -> None:
     """Memory-preserving maintenance for your own VMs.
 
-    Warn the workload, freeze the VM, update the host, resume inside a pause budget, set the clock right;
+    Warn the workload, freeze the VM, update the host, resume within a pause budget, correct the clock;
     one update domain of an availability set at a time.
     """
 

@@ -1,4 +1,4 @@
-"""Tables that give up columns where a terminal is too narrow, and never break a name or an identifier. Pure."""
+"""Tables that drop columns if a terminal is too narrow, and never break a name or an identifier. Pure."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ _GAP = 3
 _EDGES = 2
 """Characters of the two outer lines that are not drawn."""
 _TEXT = 24
-"""Characters that a column of sentences gets at least, if it has so many; a longer word in it may be broken."""
+"""The least width of a column of sentences, if it has that many characters; a longer word in it may be broken."""
 
 
 class Columns:
-    """A table of which the least important columns are left out until no name has to be broken.
+    """A table that omits the least important columns until no name has to be broken.
 
     Args:
-        columns: headings; ``>`` before one: to the right; ``~``: sentences, in which long words may be broken.
-        drop: headings (without marks), the least important one first. The others are never left out.
-        one_line: cut what is too long instead of continuing it in another line.
+        columns: headings; ``>`` before one: right-aligned; ``~``: sentences, in which long words may be broken.
+        drop: headings (without marks), the least important one first. The others are never omitted.
+        one_line: cut long texts instead of wrapping them.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class Columns:
 
     @property
     def row_count(self) -> int:
-        """How many rows there are."""
+        """The number of rows."""
         return len(self._rows)
 
     def add_row(self, *cells: Cell) -> None:
@@ -50,7 +50,7 @@ class Columns:
         self._rows.append(tuple(cell if isinstance(cell, Text) else Text(cell) for cell in cells))
 
     def shown(self, width: int) -> list[str]:
-        """The headings that are shown at this width."""
+        """The headings shown at this width."""
         return [self._headings[at] for at in self._kept(width)]
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
@@ -92,7 +92,7 @@ class Columns:
         return kept
 
     def _widths(self, kept: Sequence[int], width: int) -> list[int]:
-        """What each column gets: what it needs, and of the rest what it could use, those first that need little more."""
+        """The width of each column: what it needs, plus a share of the rest, those first that need little more."""
         got = {at: self._least(at) for at in kept}
         left = max(0, width - _EDGES - _GAP * (len(kept) - 1) - sum(got.values()))
         more = {at: self._most(at) - got[at] for at in kept}
@@ -118,6 +118,6 @@ class Columns:
 
 
 def first_of(names: Sequence[str], most: int) -> str:
-    """The first of these names, and how many there are besides."""
+    """The first of these names, and the number of the others."""
     left = len(names) - most
     return ", ".join(names[:most]) + (f" +{left}" if left > 0 else "")

@@ -1,6 +1,6 @@
-"""What a shell can complete: names of sets, hosts, VMs, updates and rollouts, as the broker retains them now.
+"""Shell completion: names of sets, hosts, VMs, updates and rollouts, as currently retained by the broker.
 
-A shell waits while this runs, so it is bounded in time, and whatever is wrong completes nothing and says nothing.
+A shell waits while this runs, so it is bounded in time, and any failure silently completes nothing.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from caesura_ctl.fleet_view import FleetView
 
 Kind = Literal["set", "host", "vm", "update", "rollout"]
 _PATIENCE_S = 1.5  # s: from Tab to the shell's prompt, with a broker that does not answer
-_SETTLED_S = 0.8  # s: of that for what is retained
+_SETTLED_S = 0.8  # s: the share of that for retained messages
 
 
 def complete(kind: Kind) -> Callable[[click.Context, click.Parameter, str], list[CompletionItem]]:
@@ -43,7 +43,7 @@ def complete(kind: Kind) -> Callable[[click.Context, click.Parameter, str], list
 
 
 def names(picture: FleetView, kind: Kind) -> Iterable[tuple[str, str]]:
-    """The names of a kind with a word about each; of rollouts the newest first. Pure."""
+    """The names of a kind with a short description; rollouts newest first. Pure."""
     match kind:
         case "set":
             found: dict[str, int] = {}
@@ -63,7 +63,7 @@ def names(picture: FleetView, kind: Kind) -> Iterable[tuple[str, str]]:
 
 
 def _asked(kind: Kind, broker: str | None) -> FleetView:
-    """What the broker retains.
+    """The retained messages of the broker.
 
     Raises:
         CaesuraError: no settings or no broker.
@@ -77,7 +77,7 @@ def _asked(kind: Kind, broker: str | None) -> FleetView:
     settings = settings_for(broker)
 
     async def ask() -> FleetView:
-        # The time is up also where the broker lets itself be connected to and then says nothing: so the whole of it.
+        # The time limit covers everything, since a broker may accept the connection and then be silent.
         wanted = m.RolloutState if kind == "rollout" else m.HostInventory
         async with connect(settings, [wanted], connect_s=_PATIENCE_S - _SETTLED_S) as session:
             with suppress(TimeoutError):

@@ -1,4 +1,4 @@
-"""Seconds as people write them: ``9``, ``9s``, ``1m30s``, ``15m``, ``2h``."""
+"""Durations as people write them: ``9``, ``9s``, ``1m30s``, ``15m``, ``2h``."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ def parse_duration(text: str) -> float:
     """Seconds in ``text``.
 
     Raises:
-        ValueError: it is no duration.
+        ValueError: it is not a duration.
     """
     found = _WHOLE.fullmatch(text.strip())
     if not found or not any(found.groups()):
-        raise ValueError(f"{text!r} is no duration: write 9s, 1m30s, 15m or 2h")
+        raise ValueError(f"{text!r} is not a duration: write 9s, 1m30s, 15m or 2h")
     return sum(
         float(value) * unit for value, unit in zip(found.groups(), _UNITS.values(), strict=True) if value
     )
@@ -46,8 +46,8 @@ class Duration(click.ParamType[float]):
     """A click parameter of seconds.
 
     Args:
-        some: nothing (0s) will not do.
-        most_s: the longest that will do.
+        some: zero (0s) is not allowed.
+        most_s: the longest allowed.
     """
 
     name = "duration"
@@ -65,7 +65,7 @@ class Duration(click.ParamType[float]):
         except ValueError as error:
             self.fail(str(error), param, ctx)
         if self._some and seconds <= 0:
-            self.fail("it must be longer than nothing", param, ctx)
+            self.fail("it must be longer than zero", param, ctx)
         if seconds > self._most_s:
             self.fail(f"{value} is too long: at most {show_duration(self._most_s)}", param, ctx)
         return seconds
@@ -74,4 +74,4 @@ class Duration(click.ParamType[float]):
 DURATION = Duration()
 SOME_TIME = Duration(some=True)
 BUDGET = Duration(some=True, most_s=MAX_BUDGET_S)
-"""What a pause may take at most, or a part of it."""
+"""The limit of a pause, or a part of it."""

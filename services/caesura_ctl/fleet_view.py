@@ -1,4 +1,4 @@
-"""What an operator sees: a view of the fold of the bus, and the facts that this session received. Pure."""
+"""The operator's view: the fold of the bus, and the facts that this session received. Pure."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from caesura.fleet.words import Cleared
 
 
 class Pause(msgspec.Struct, frozen=True):
-    """One finished pause. ``rollout`` is unknown when the operation was not seen to start."""
+    """One finished pause. ``rollout`` is unknown if the start of the operation was not received."""
 
     vm: str
     host: str
@@ -32,7 +32,7 @@ class Pause(msgspec.Struct, frozen=True):
 
 
 class FleetView:
-    """The latest of everything, by name. Repeated messages change nothing."""
+    """The latest state of everything, by name. Repeated messages change nothing."""
 
     def __init__(self) -> None:
         self.state = FleetState()
@@ -44,41 +44,41 @@ class FleetView:
         self.reports: dict[str, m.OperationReported] = {}
         self.ready: dict[str, m.VmReady] = {}
         self.operations: dict[str, str] = {}
-        """Operation id to rollout id, from the hosts' reports."""
+        """Maps an operation id to its rollout id, from the hosts' reports."""
         self._from_start: dict[tuple[str, int], bool] = {}
-        """Rollout id and wave to whether the wave had not begun when it was first seen."""
+        """Maps a rollout id and wave to whether the wave had not started when it was first received."""
 
     @property
     def coordinator(self) -> m.CoordinatorPresence | None:
-        """Who leads, or led last."""
+        """The coordinator that leads, or led last."""
         return self.state.coordinator
 
     @property
     def hosts(self) -> Mapping[str, m.HostInventory]:
-        """Host to its inventory, in its own words: also with VMs that are not its own."""
+        """Maps a host to its inventory as published, including VMs that are not its own."""
         return self.state.words.named(m.HostInventory)
 
     @property
     def agents(self) -> Mapping[str, m.AgentPresence]:
-        """VM to its agent's presence."""
+        """Maps a VM to its agent's presence."""
         return self.state.words.named(m.AgentPresence)
 
     @property
     def publishers(self) -> dict[str, bool]:
-        """Metadata publisher to whether it is on the bus."""
+        """Maps a metadata publisher to whether it is on the bus."""
         return {name: each.online for name, each in self.state.words.named(m.PublisherPresence).items()}
 
     @property
     def documents(self) -> Mapping[str, m.SetDocument]:
-        """Set to its newest document."""
+        """Maps a set to its newest document."""
         return self.state.words.named(m.SetDocument)
 
     def is_online(self, host: str) -> bool:
-        """Whether the host's updater says it is on the bus; unknown counts as no."""
+        """Whether the host's updater says that it is on the bus; unknown counts as no."""
         return self.state.is_online(host)
 
     def fold(self, message: Message | Cleared, now_s: float = 0.0) -> None:
-        """Take in one message, or that a topic was cleared.
+        """Take one message, or the clearing of a topic.
 
         Args:
             now_s: when it arrived, seconds on a monotonic clock.
@@ -90,7 +90,7 @@ class FleetView:
             case WholeRollout():
                 self.rollouts[message.rollout] = message
                 for wave in message.waves:
-                    # The first sight counts: a wave that failed is pending again after a resume.
+                    # The first state counts: a failed wave is pending again after a resume.
                     before = wave.status in {"pending", "scheduled"}
                     self._from_start.setdefault((message.rollout, wave.wave), before)
             case m.EventChanged():
@@ -140,11 +140,11 @@ class FleetView:
         return max(active or self.rollouts.values(), key=lambda each: each.created_at, default=None)
 
     def pauses_of(self, rollout: str) -> list[Pause]:
-        """Finished pauses of one rollout, as far as this session saw them."""
+        """Finished pauses of one rollout, as far as this session received them."""
         return [each for each in self.pauses.values() if self.operations.get(each.operation) == rollout]
 
     def heard_wave(self, rollout: str, wave: int) -> bool:
-        """Whether every pause of this wave was heard: it was seen before it began, and nothing was missed since."""
+        """Whether every pause of this wave was received: the wave was known before its start, and nothing was missed since."""
         return self._from_start.get((rollout, wave), False)
 
     def heard_all(self, rollout: WholeRollout) -> bool:
@@ -154,10 +154,10 @@ class FleetView:
         )
 
     def missed(self) -> None:
-        """The connection was lost for a while: what hosts said meanwhile, nobody repeats."""
+        """The connection was lost for a while: facts published in the meantime are not repeated."""
         self._from_start.clear()
         self.frozen.clear()
 
     def vm_places(self) -> dict[str, tuple[str, m.VmRecord]]:
-        """VM name to (host, record)."""
+        """Maps a VM name to (host, record)."""
         return {vm.vm: (host, vm) for host, inventory in sorted(self.hosts.items()) for vm in inventory.vms}

@@ -19,17 +19,17 @@ from caesura_ctl.tables import live_view, next_commands, pauses_view
 
 REFRESH_S = 0.25
 ENDED = frozenset({"completed", "halted", "aborted"})
-_LAST_FACTS_S = 2.0  # s: a rollout's end may overtake the hosts' last facts, but who came late never hears the earlier ones
+_LAST_FACTS_S = 2.0  # s: a rollout's end may overtake the hosts' last facts, but a late subscriber never receives the earlier ones
 
 
 class Progress:
-    """Says each change of a rollout once, in words: for logs and pipes."""
+    """Prints each change of a rollout once as text: for logs and pipes."""
 
     def __init__(self) -> None:
         self._said: set[str] = set()
 
     def lines(self, picture: FleetView, rollout: WholeRollout | None) -> list[str]:
-        """What changed since the last call."""
+        """The changes since the last call."""
         if rollout is None:
             return []
         facts = [
@@ -53,7 +53,7 @@ class Progress:
 
 
 async def follow(session: Session, context: Context, rollout_id: str) -> WholeRollout:
-    """Show a rollout until it completes, halts or is aborted; give back its last state."""
+    """Show a rollout until it completes, halts or is aborted; return its last state."""
     progress = Progress()
     loop = asyncio.get_running_loop()
     ended_at: float | None = None
@@ -104,7 +104,7 @@ async def follow(session: Session, context: Context, rollout_id: str) -> WholeRo
             if state is not None and state.status in ENDED:
                 ended_at = loop.time() if ended_at is None else ended_at
                 if not seen_under_way:
-                    return state  # over before we looked: nothing more is told about it
+                    return state  # it ended before we started: nothing more is published about it
                 if not _reports_missing(session.picture, state) or loop.time() >= ended_at + _LAST_FACTS_S:
                     return state
             seen_under_way = seen_under_way or state is not None
@@ -115,12 +115,12 @@ async def follow(session: Session, context: Context, rollout_id: str) -> WholeRo
 
 
 def _reason(state: WholeRollout) -> str:
-    """Its reason, for a line that has named its status already."""
+    """Its reason, for a line that already names its status."""
     return state.reason.removeprefix(f"{state.status}: ")
 
 
 def _reports_missing(picture: FleetView, state: WholeRollout) -> bool:
-    """A completed rollout has all its pauses, those of VMs that nothing paused aside."""
+    """A completed rollout has all its pauses, except for VMs that were not paused."""
     if state.status != "completed":
         return False
     expected = {vm for wave in state.waves for vm in wave.vms if wave.events}

@@ -1,4 +1,4 @@
-"""Names on the command line: what may stand in a topic level, and a set also as the tables show it."""
+"""Names on the command line: what is valid in a topic level, and for a set also the notation of the tables."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ _SHOWN = re.compile(r"\((.+)\)")
 
 
 def read_set(text: str) -> str:
-    """The name of a set that is given by its name, or as ``tables.set_name`` shows it."""
+    """The name of a set given by its name, or as ``tables.set_name`` shows it."""
     found = _SHOWN.fullmatch(text)
     return own_set(found[1]) if found else text
 
 
 class Name(click.ParamType[str]):
-    """A click parameter that names an update, a host or a VM: found out here, a wrong one is not sent or waited for."""
+    """A click parameter that names an update, a host or a VM: an invalid one is rejected here, before it is sent."""
 
     name = "name"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        """The name; fails the command line on what cannot be one."""
+        """The name; fails the command line if it is invalid."""
         text = str(value)
         if not is_name(text):
-            self.fail(f"{text!r} is no name: letters, digits, _ and -, 1 to 63 of them", param, ctx)
+            self.fail(f"{text!r} is not a name: letters, digits, _ and -, 1 to 63 of them", param, ctx)
         return text
 
 
@@ -35,11 +35,11 @@ class SetName(Name):
     """A click parameter that names a set: (cache-01), as shown, is _cache-01."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        """The set's name; fails the command line on what cannot be one."""
+        """The set's name; fails the command line if it is invalid."""
         read = read_set(str(value))
         return (
             read if is_name(read) else super().convert(value, param, ctx)
-        )  # the latter says it as it was given
+        )  # the latter reports the text as given
 
 
 NAME = Name()

@@ -1,4 +1,4 @@
-"""What all commands of ``caesura`` share: the broker option, JSON output, exit codes, selection and policy."""
+"""Shared by all commands of ``caesura``: the broker option, JSON output, exit codes, selection and policy."""
 
 from __future__ import annotations
 
@@ -38,19 +38,19 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 class Refused(CaesuraError):
-    """The coordinator said no."""
+    """The coordinator refused."""
 
     exit_code = 3
 
 
 class NotCompleted(CaesuraError):
-    """The rollout that was followed did not end well."""
+    """The followed rollout did not complete."""
 
     exit_code = 1
 
 
 class Context(msgspec.Struct):
-    """What the group hands to every command."""
+    """The context that the group passes to every command."""
 
     settings: CtlSettings
     json: bool
@@ -58,7 +58,7 @@ class Context(msgspec.Struct):
 
 
 def settings_for(broker: str | None) -> CtlSettings:
-    """Settings from the environment, the broker option on top.
+    """Settings from the environment, overridden by the broker option.
 
     Raises:
         SettingsError: the environment is not valid.
@@ -70,7 +70,7 @@ def settings_for(broker: str | None) -> CtlSettings:
 
 
 def common(command: F) -> F:
-    """The options that every command takes, before or after the command's own."""
+    """The options of every command, before or after the command's own."""
     command = click.option(
         "--json", "as_json", is_flag=True, help="Print JSON for scripts instead of tables."
     )(command)
@@ -82,7 +82,7 @@ def common(command: F) -> F:
 
 
 def selection(command: F) -> F:
-    """Which sets, hosts or VMs a request is about."""
+    """The options that select sets, hosts or VMs."""
     for option in (
         click.option(
             "--vm",
@@ -117,7 +117,7 @@ def selection(command: F) -> F:
 
 
 def policy(command: F) -> F:
-    """How careful a rollout is."""
+    """The options of a rollout's policy."""
     for option in (
         click.option("--allow-reboot", is_flag=True, help="Allow updates that lose guest memory."),
         click.option(
@@ -125,36 +125,36 @@ def policy(command: F) -> F:
             type=click.Choice(["update_domain", "fault_domain"]),
             default="update_domain",
             show_default=True,
-            help="Which groups of a set go one after another.",
+            help="Which groups of a set are updated one after another.",
         ),
         click.option(
             "--on-unproven",
             type=click.Choice(["halt", "proceed"]),
             default=None,
             show_default="halt for swap and replace, proceed for freeze",
-            help="When neither a digest nor a canary shows that a guest's memory is what it was; with halt, the plan refuses VMs "
-            "that can show nothing.",
+            help="If neither a digest nor a canary shows that a guest's memory is unchanged; with halt, the plan refuses VMs "
+            "for which no proof is possible.",
         ),
         click.option(
             "--on-unsynced",
             type=click.Choice(["halt", "proceed"]),
             default="halt",
             show_default=True,
-            help="When a guest clock cannot be corrected.",
+            help="If a guest clock cannot be corrected.",
         ),
         click.option(
             "--on-not-ready",
             type=click.Choice(["halt", "proceed"]),
             default="halt",
             show_default=True,
-            help="When a prepare hook fails or an agent is silent.",
+            help="If a prepare hook fails or an agent is silent.",
         ),
         click.option(
             "--verify-timeout",
             type=SOME_TIME,
             default=60.0,
             show_default="1m",
-            help="How long a wave may take to be healthy again.",
+            help="How long a wave may take to become healthy again.",
         ),
         click.option(
             "--clock-bound",
@@ -171,7 +171,7 @@ def policy(command: F) -> F:
             type=BUDGET,
             default=30.0,
             show_default="30s",
-            help="The most a VM may be paused; 30s at most.",
+            help="The longest that a VM may be paused; at most 30s.",
         ),
         click.option(
             "--notice",
@@ -202,7 +202,7 @@ def policy_from(options: dict[str, Any]) -> m.Policy:
 
 
 def run(body: Callable[[Context], Coroutine[Any, Any, None]], broker: str | None, *, as_json: bool) -> None:
-    """Run one command; every error of our own becomes one line and its exit code."""
+    """Run one command; every Caesura error becomes one line and its exit code."""
     try:
         settings = settings_for(broker)
         configure_logging("ctl", style="auto", level="error")
@@ -220,7 +220,7 @@ def run(body: Callable[[Context], Coroutine[Any, Any, None]], broker: str | None
 
 
 def wide_console() -> Console:
-    """Standard output; in a pipe or a log, as wide as ``COLUMNS`` says, else so wide that tables are not broken up."""
+    """Standard output; in a pipe or a log, as wide as ``COLUMNS`` says, else wide enough that tables are not wrapped."""
     console = VisibleConsole(highlight=False, markup=False, emoji=False)
     return (
         console
@@ -230,7 +230,7 @@ def wide_console() -> Console:
 
 
 def fail(error: CaesuraError, *, as_json: bool) -> None:
-    """Say what went wrong on standard error, and exit with the error's code."""
+    """Print the error on standard error, and exit with its code."""
     if as_json:
         fail_json(type(error).__name__, str(error), error.exit_code)
     click.echo(f"caesura: {visible(str(error))}", err=True)
@@ -238,26 +238,26 @@ def fail(error: CaesuraError, *, as_json: bool) -> None:
 
 
 def fail_json(error: str, reason: str, code: int) -> NoReturn:
-    """Say what went wrong as one JSON document on standard error, and exit."""
+    """Print the error as one JSON document on standard error, and exit."""
     told = msgspec.json.encode({"error": error, "reason": reason, "exit_code": code})
     click.echo(visible_json(told), err=True)
     sys.exit(code)
 
 
 def note(text: str, *, as_json: bool) -> None:
-    """Something to know meanwhile, on standard error: it is no part of the answer."""
+    """A notice on standard error: it is not part of the answer."""
     told = visible_json(msgspec.json.encode({"note": text})) if as_json else f"caesura: {visible(text)}"
     click.echo(told, err=True)
 
 
 class Commands(click.Group):
-    """A group whose usage errors are JSON when ``--json`` is asked for, as every other failure is."""
+    """A group whose usage errors are JSON with ``--json``, like every other failure."""
 
     def make_context(
         self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
     ) -> click.Context:
-        """As click does it."""
-        # Looked for in the words: a command line that cannot be parsed has no options.
+        """As in click."""
+        # Searched in the raw words: a command line that cannot be parsed has no options.
         as_json = "--json" in itertools.takewhile(lambda word: word != "--", args)
         with _usage_errors(as_json=as_json):
             context = super().make_context(info_name, args, parent, **extra)
@@ -265,7 +265,7 @@ class Commands(click.Group):
         return context
 
     def invoke(self, ctx: click.Context) -> Any:
-        """As click does it."""
+        """As in click."""
         with _usage_errors(as_json=ctx.meta.get(_AS_JSON, False)):
             return super().invoke(ctx)
 
@@ -280,7 +280,7 @@ def _usage_errors(*, as_json: bool) -> Iterator[None]:
     except click.ClickException as error:
         if not as_json:
             raise
-        # One name for all kinds: click's own change from version to version.
+        # One name for all kinds: click's own names change between versions.
         kind = click.UsageError if isinstance(error, click.UsageError) else type(error)
         fail_json(kind.__name__, error.format_message(), error.exit_code)
 

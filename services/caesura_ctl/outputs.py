@@ -1,4 +1,4 @@
-"""What failed updates wrote last, as a rollout's state has it. Pure."""
+"""The last output of failed updates, from a rollout's state. Pure."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from caesura.contract.parts import WholeRollout
 
 
 def failure_lines(rollout: WholeRollout) -> list[str]:
-    """A line for each host on which the update failed, and the lines of its output; texts as the update wrote them."""
+    """A line for each host on which the update failed, and the lines of its output; texts unchanged."""
     lines = []
     for wave in rollout.waves:
         for each in wave.failed_updates:
@@ -26,7 +26,7 @@ def failures_view(rollout: WholeRollout, *, most: int = 0) -> list[Text]:
     """The same for a terminal.
 
     Args:
-        most: lines, the first half and the end of them; 0: all.
+        most: the most lines, from the start and the end; 0: all.
     """
     lines = failure_lines(rollout)
     if most and len(lines) > most:

@@ -1,4 +1,4 @@
-"""What was shown of the memory of paused VMs, from both sides, in the exact words. Pure."""
+"""What host and guest showed about the memory of paused VMs, in the exact wording. Pure."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Clocks = dict[tuple[str, str], m.VmClockSynced]
 
 
 class Shown:
-    """Of one pause: what its host and its guest showed."""
+    """One pause: what its host and its guest showed."""
 
     def __init__(self, pause: Pause, clocks: Clocks) -> None:
         verdict = clocks.get((pause.operation, pause.vm))
@@ -33,15 +33,15 @@ class Shown:
 
     @property
     def proven(self) -> bool:
-        """Whether memory was shown to be what it was, and nothing says otherwise."""
+        """Whether memory was shown to be unchanged, with no finding to the contrary."""
         return is_proof(self.held) and not self.broken
 
 
 def counted(pauses: Iterable[Shown], *, brief: bool = False) -> str:
-    """``digest equal 3/3, not rebooted 2/3``; what is broken comes first, loudly; ``nothing shown`` if nothing was.
+    """``digest equal 3/3, not rebooted 2/3``; broken ones come first, in capitals; ``nothing shown`` if nothing was shown.
 
     Args:
-        brief: without the count where it is all of them.
+        brief: without the count if it covers all of them.
     """
     found = list(pauses)
     broken = Counter(code for each in found for code in each.broken)
@@ -56,14 +56,14 @@ def counted(pauses: Iterable[Shown], *, brief: bool = False) -> str:
 
 
 def _stated(held: Sequence[m.ProofCode]) -> tuple[m.ProofCode, ...]:
-    """Without the sampled pages where all pages were looked at, these among them."""
+    """Without the sampled pages if all pages were compared, which includes them."""
     return tuple(code for code in held if code != "sampled_digest_equal" or "digest_equal" not in held)
 
 
 def planned(vms: Sequence[m.PlannedVm]) -> str:
-    """What a plan promises for these VMs, a line for each kind; names them where not all are alike.
+    """What a plan promises for these VMs, a line for each kind; names the VMs if the kinds differ.
 
-    VMs without a clock to be corrected are named, too: what a verdict on it would show is not shown.
+    VMs without a clock to correct are named, too: they lack the proof that a clock verdict includes.
     """
     kinds: dict[tuple[m.ProofCode, ...], list[str]] = {}
     for vm in vms:

@@ -1,4 +1,4 @@
-"""One connection of the operator's command: collect what is retained, send a request, await its answer."""
+"""One connection of the operator's command: collect the retained state, send a request, await its answer."""
 
 from __future__ import annotations
 
@@ -46,11 +46,11 @@ from caesura_ctl.settings import CtlSettings
 CONNECT_S = 5.0
 ANSWER_S = 10.0
 _TAKEN_S = 2.0
-"""s: for the broker to take a request."""
+"""s: for the broker to accept a request."""
 _REPEAT_S = 1.0
-"""s: between two sendings of a request that has no answer yet; the coordinator answers a repeated one once."""
+"""s: between two sends of an unanswered request; the coordinator carries out a repeated one only once."""
 _QUIET_S = 0.3
-"""s: without a message, after which everything retained has arrived: MQTT has no end mark for it."""
+"""s: of silence after which all retained messages count as received: MQTT does not mark their end."""
 
 _NOT_KNOWN = frozenset({BAD_USER_OR_PASSWORD, NOT_AUTHORIZED})
 
@@ -71,17 +71,17 @@ class NoAnswer(CaesuraError):
 
 
 class BadRequest(CaesuraError):
-    """A request that breaks the contract, found before it is sent."""
+    """A request that violates the contract, detected before it is sent."""
 
     exit_code = 2
 
 
 class Connection:
-    """Whether the connection holds, and its loss and its return in words, each once.
+    """Reports the loss and the return of the connection as text, each once.
 
     Args:
-        stats: of a bus that was connected once.
-        missed: called at every loss.
+        stats: those of a bus that has been connected.
+        missed: called on every loss.
     """
 
     LOST = "connection to the broker lost, trying again"
@@ -93,9 +93,9 @@ class Connection:
         self._connects = 1
 
     def news(self) -> list[str]:
-        """What to tell since the last call."""
+        """The lines to print since the last call."""
         told = []
-        # Lost and back between two looks: what was said meanwhile is missing all the same.
+        # Lost and back between two checks: messages published in between are missing all the same.
         if self.up and (not self._stats.connected or self._stats.connects > self._connects):
             self.up = False
             self._missed()
@@ -108,7 +108,7 @@ class Connection:
 
 
 def client_name(settings: CtlSettings) -> str:
-    """The name under which requests are made: a clean topic level."""
+    """The name under which requests are made: a valid topic level."""
     return settings.client or re.sub(r"[^A-Za-z0-9_-]", "-", _login())[:40] or "operator"
 
 
@@ -120,7 +120,7 @@ def _login() -> str:
 
 
 class Session:
-    """The command's side of the bus while it is connected."""
+    """The command's connection to the bus."""
 
     def __init__(self, bus: Bus, client: str, fleet: str = "default") -> None:
         self.bus = bus
@@ -154,8 +154,8 @@ class Session:
         """Return when everything retained has arrived: after a short silence, or ``limit_s`` seconds."""
         loop = asyncio.get_running_loop()
         end = loop.time() + limit_s
-        # Silence is what is awaited, and nothing announces it: hence a sleep until it would be complete.
-        # What was caught between a wave and its rollout is whole a moment later: it must not be missing.
+        # The condition is silence, which no event signals: hence a sleep until it would be complete.
+        # A state caught between a wave and its rollout is complete a moment later: it must not be missing.
         while (left := min(self._last + _QUIET_S, end) - loop.time()) > 0 or (  # noqa: ASYNC110
             self.post.incomplete and loop.time() < end
         ):
@@ -165,8 +165,8 @@ class Session:
         """Send a request until it is answered.
 
         Raises:
-            BadRequest: it breaks the contract (a notice of zero, a budget above 30 s, an impossible name).
-            NoBroker: the broker did not take it, or was lost.
+            BadRequest: it violates the contract (a notice of zero, a budget above 30 s, an impossible name).
+            NoBroker: the broker did not accept it, or the connection was lost.
             NoAnswer: no coordinator answered within 10 s.
         """
         check(request)
@@ -205,12 +205,12 @@ class Session:
         )
         raise NoAnswer(
             f"no answer within {ANSWER_S:g} s: the coordinator {who} "
-            "Should it come back within a minute it may still do what you asked: caesura status tells."
+            "If it returns within a minute, it may still carry out the request: see caesura status."
         )
 
 
 def check(request: m.RolloutRequested | m.FreezeRequested | m.AbortRequested | m.ResumeRequested) -> None:
-    """Hold a request against the contract, which no broker is needed for.
+    """Check a request against the contract, without a broker.
 
     Raises:
         BadRequest: naming the option that is wrong.
@@ -222,7 +222,7 @@ def check(request: m.RolloutRequested | m.FreezeRequested | m.AbortRequested | m
 
 
 _OPTIONS = {"rollout": "ROLLOUT", "reason": "--reason"}
-"""Members whose limits no option of the command line knows."""
+"""Options of the request's members whose limits the command line does not check."""
 _TOO_LONG = re.compile(r"Expected `str` of length <= (\d+)")
 
 _NO_NAME = re.compile(r"Expected `str` matching regex '\^\[A-Za-z0-9_-\]\{\d,(\d+)\}.*'")
@@ -237,7 +237,7 @@ def _humane(error: msgspec.ValidationError) -> str:
 
 
 def new_request_id() -> str:
-    """An id under which the coordinator remembers its answer."""
+    """The id under which the coordinator stores its answer."""
     return new_id()
 
 
@@ -252,8 +252,8 @@ async def connect(
     """A session with the broker of ``settings``.
 
     Args:
-        kinds: message types to subscribe to; None: all that an operator may read.
-        listener: called with every message as it was sent, what is retained included.
+        kinds: message types to subscribe to; None: all types that an operator may read.
+        listener: called with every message as it was sent, including retained ones.
         connect_s: seconds to wait for the connection.
 
     Raises:
@@ -287,7 +287,7 @@ async def connect(
 
 
 def _check_tls(options: BrokerOptions) -> None:
-    """Whether the files are there and of use: otherwise the broker would be tried again and again, and blamed.
+    """Check that the files exist and are usable: otherwise the broker would be retried and blamed.
 
     Raises:
         SettingsError: naming the variable.
@@ -312,14 +312,14 @@ def _check_tls(options: BrokerOptions) -> None:
 
 
 def _no_broker(bus: MqttBus) -> str:
-    """Why there is no connection, and what to do about just that."""
+    """Why there is no connection, and what to do about it."""
     error, broker = bus.last_failure, f"the broker at {bus.options.url}"
     if error is None:
         why = ConnectionProblem("no answer", "check the network and the firewall")
     else:
         why = explain(error, bus.options)
     if isinstance(error, ConnectRefused) and error.code in _NOT_KNOWN and not bus.options.username:
-        advice = "say who you are with CAESURA_CTL_BROKER_USERNAME and CAESURA_CTL_BROKER_PASSWORD_FILE"
+        advice = "set CAESURA_CTL_BROKER_USERNAME and CAESURA_CTL_BROKER_PASSWORD_FILE"
     elif isinstance(error, ssl.SSLError):
         advice = f"{why.advice} (CAESURA_CTL_BROKER_CA_FILE)"
     else:

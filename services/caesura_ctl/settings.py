@@ -10,7 +10,7 @@ from caesura.runtime.settings import ServiceSettings
 
 
 class CtlSettings(ServiceSettings, frozen=True, kw_only=True):
-    """How the command reaches the bus, and who it says it is."""
+    """How the command reaches the bus, and its identity there."""
 
     client: Annotated[
         str,

@@ -1,4 +1,4 @@
-"""Rich tables of the picture. Pure: a picture and a time in, something to print out."""
+"""Rich tables of the fleet view. Pure: from a view and a time to a printable object."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _STYLE = {
 
 
 _NO_PROOF = frozenset({"live", "reboot", "skip"})
-"""Methods after which no proof of memory is made: nothing pauses, or no memory is kept."""
+"""Methods without a proof of memory: they do not pause, or do not keep memory."""
 
 
 def _status(text: str) -> Text:
@@ -43,7 +43,7 @@ def _status(text: str) -> Text:
 
 
 def set_name(name: str) -> str:
-    """A set as shown: a VM outside any set stands in brackets."""
+    """A set as displayed: a VM outside any set is in brackets."""
     return f"({name[1:]})" if name.startswith("_") else name
 
 
@@ -52,7 +52,7 @@ def _domains(domains: dict[str, int]) -> str:
 
 
 def plan_view(plan: m.Plan) -> RenderableType:
-    """A plan: waves, then what is skipped, then what is refused."""
+    """A plan: waves, then the skipped VMs, then the refusals."""
     parts: list[RenderableType] = []
     if plan.waves:
         reasons = ["\n".join(sorted({f"{vm.method}: {vm.reason}" for vm in wave.vms})) for wave in plan.waves]
@@ -82,7 +82,7 @@ def plan_view(plan: m.Plan) -> RenderableType:
         parts.append(
             Text(
                 f"{_count(sum(len(wave.vms) for wave in plan.waves), 'VM')} in {_count(len(plan.waves), 'wave')}, "
-                f"each paused about {show_duration(plan.expected_pause_s)}; about {show_duration(plan.estimate_s)} in all without waiting for anybody"
+                f"each paused about {show_duration(plan.expected_pause_s)}; about {show_duration(plan.estimate_s)} in all, without waiting times"
             )
         )
         if limit := _limit(plan):
@@ -105,9 +105,7 @@ def _limit(plan: m.Plan) -> str:
         return ""
     most = f"at most {_count(plan.max_hosts, 'host')} in a wave"
     if plan.max_hosts_by_default:
-        return (
-            f"{most} of those with VMs in no set: a tenth of the hosts, if nothing else is said (--max-hosts)"
-        )
+        return f"{most} of those with VMs in no set: a tenth of the hosts by default (--max-hosts)"
     return most
 
 
@@ -115,13 +113,13 @@ def _wave_note(wave: m.WaveState, now: datetime) -> str:
     if wave.status == "scheduled" and wave.not_before is not None:
         left = (wave.not_before - now).total_seconds()
         approved = f"{len(wave.approved)}/{len(wave.events)} approved"
-        # Seconds first: a narrow terminal cuts the end.
+        # Seconds first, since a narrow terminal cuts the end.
         return f"NotBefore in {max(0, left):.0f}s, {approved}" + (f"; {wave.reason}" if wave.reason else "")
     return wave.reason
 
 
 def _paused_so_far(wave: m.WaveState, paused: int, *, heard: bool) -> str:
-    """Of how many VMs a pause was heard; a wave that began before somebody listened may have had more."""
+    """The number of VMs whose pause was received; a wave that started before this session may have had more."""
     if not paused and wave.status in {"pending", "scheduled"}:
         return ""
     if heard or paused == len(wave.vms):
@@ -130,21 +128,21 @@ def _paused_so_far(wave: m.WaveState, paused: int, *, heard: bool) -> str:
 
 
 MANY = 1000
-"""More than any list that is shown whole has."""
+"""More than any list that is shown completely."""
 _EDGES = 6
-"""Lines around the rows of a table of waves: title, progress, heading and its lines."""
+"""Lines around the rows of a table of waves: title, progress, heading and rules."""
 _OUTPUT_LINES = 6
-"""Of what failed updates wrote last, where a rollout must fit the terminal."""
+"""Lines of the last output of failed updates, when a rollout must fit the terminal."""
 
 
 def rollout_view(
     rollout: WholeRollout, picture: FleetView, now: datetime, *, lines: int = 0
 ) -> RenderableType:
-    """One rollout with its waves and how far each is.
+    """One rollout with its waves and their progress.
 
     Args:
-        lines: how many of them there is room for; 0: as many as it takes. Then a wave is one line, and those around the
-            first that is not completed are shown.
+        lines: the room in lines; 0: no limit. With a limit, a wave is one line, and those around the
+            first incomplete one are shown.
     """
     done = rollout.waves_completed
     head = Text.assemble(
@@ -186,7 +184,7 @@ def rollout_view(
                 sum(vm in paused for vm in wave.vms),
                 heard=picture.heard_wave(rollout.rollout, wave.wave),
             ),
-            # What halted it is said in full below.
+            # The reason of the halt is printed in full below.
             ""
             if wave.status == "failed" and (lines or (wave.reason and wave.reason in rollout.reason))
             else _wave_note(wave, now),
@@ -208,7 +206,7 @@ def rollout_view(
 
 
 def _rest(rollout: WholeRollout, *, brief: bool = False) -> list[Text]:
-    """What is said below the waves: the reason, what a failed update wrote last, and what to do."""
+    """The text below the waves: the reason, the last output of a failed update, and what to do."""
     said = []
     if rollout.reason:
         said.append(Text(rollout.reason, style=_STYLE.get(rollout.status, "")))
@@ -218,7 +216,7 @@ def _rest(rollout: WholeRollout, *, brief: bool = False) -> list[Text]:
 
 
 def next_commands(rollout: WholeRollout) -> list[str]:
-    """What an operator can do about a halted rollout, a line each; nothing for another one."""
+    """What an operator can do about a halted rollout, one per line; empty for any other."""
     if rollout.status != "halted":
         return []
     return [
@@ -230,22 +228,24 @@ def next_commands(rollout: WholeRollout) -> list[str]:
 
 
 def _window(waves: Sequence[m.WaveState], most: int) -> Sequence[m.WaveState]:
-    """So many waves at most, from the one before the first that is not completed."""
+    """At most this many waves, starting with the one before the first incomplete one."""
     current = next((at for at, wave in enumerate(waves) if wave.status != "completed"), len(waves))
     first = max(0, min(current - 1, len(waves) - most))
     return waves[first : first + most]
 
 
 def domains_view(picture: FleetView, *, most: int = MANY * MANY) -> RenderableType:
-    """Every set and update domain with its VMs by state, and who is paused now.
+    """Every set and update domain with its VMs by state, and the VMs paused now.
 
     Args:
-        most: rows; those with a VM that does not run come first where not all fit.
+        most: limit of rows; those with a VM that does not run come first if not all fit.
     """
     counts: dict[tuple[str, int], dict[str, int]] = {}
     for vm, (_, record) in picture.vm_places().items():
         row = counts.setdefault((record.set, record.update_domain), {"running": 0, "paused": 0, "other": 0})
-        impaired = record.state == "running" and record.state_detail  # what is wrong is said below the tables
+        impaired = (
+            record.state == "running" and record.state_detail
+        )  # the problem is printed below the tables
         column = "paused" if vm in picture.frozen else "other" if impaired else str(record.state)
         row[column if column in row else "other"] += 1
     table = Columns(
@@ -273,10 +273,10 @@ def domains_view(picture: FleetView, *, most: int = MANY * MANY) -> RenderableTy
 def live_view(
     picture: FleetView, now: datetime, rollout_id: str = "", *, lines: int = 0, width: int = 80
 ) -> RenderableType:
-    """What ``watch`` and the demo show while they run: one rollout, without a name the newest; then the domains.
+    """The live view of ``watch`` and the demo: one rollout, the newest if none is named; then the domains.
 
     Args:
-        lines: of the terminal; 0: as many as it takes.
+        lines: of the terminal; 0: no limit.
         width: of the terminal, in characters.
     """
     rollout = picture.rollouts.get(rollout_id) if rollout_id else picture.latest()
@@ -289,7 +289,7 @@ def live_view(
         top = rollout_view(rollout, picture, now) if rollout else Text("no rollout yet", style="dim")
         return Group(top, *([paused] if frozen else []), domains_view(picture))
     room = max(8, lines - 1 - bool(frozen))
-    # A reason may take several lines, and is never cut: what it takes is taken from the waves.
+    # A reason may take several lines and is never cut: the waves get the rest.
     extra = sum(len(each.plain) // max(1, width) for each in _rest(rollout, brief=True)) if rollout else 0
     waves = min(len(rollout.waves), max(1, room - extra - _EDGES - 8)) if rollout else 0
     need = waves + _EDGES + 1 + (len(_rest(rollout, brief=True)) if rollout else 0)
@@ -302,7 +302,7 @@ def live_view(
 
 
 def _fitting(names: Sequence[str], width: int) -> str:
-    """As many of these names as fit into a line, and how many there are besides."""
+    """As many of these names as fit into a line, and the number of the others."""
     shown = len(names)
     while shown > 1 and len(first_of(names, shown)) > width:
         shown -= 1
@@ -352,7 +352,7 @@ def _worst(errors: Sequence[float | None]) -> str:
 
 
 def hosts_view(picture: FleetView) -> RenderableType:
-    """Every host: online, guard, what it is busy with."""
+    """Every host: online, guard, its current operation."""
     table = Columns(
         "host",
         "updater",
@@ -378,7 +378,7 @@ def hosts_view(picture: FleetView) -> RenderableType:
 
 
 def attention_view(picture: FleetView) -> RenderableType | None:
-    """VMs that need a person: what their host says of them, such as who paused them; None: there are none."""
+    """VMs that need attention, with their host's remark, such as who paused them; None: there are none."""
     table = Columns("VM", "host", "state", "~what is wrong", drop=("host",))
     for name, inventory in sorted(picture.hosts.items()):
         for vm in inventory.vms:

@@ -1,4 +1,4 @@
-"""Which updates the hosts have to offer, and where each is installed, as a table. Pure."""
+"""Which updates the hosts offer, and where each is installed, as a table. Pure."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from caesura_ctl.durations import show_duration
 from caesura_ctl.fleet_view import FleetView
 
 _NAMED = 12
-"""Hosts that a table names before it counts them; ``--json`` names all."""
+"""How many hosts a table names; the others are counted. ``--json`` names all."""
 
 
 def _installed_on(picture: FleetView, update: str, version: str, hosts: Sequence[str]) -> str:

@@ -1,4 +1,4 @@
-"""Hosts and coordinators that do not work together because they are of different versions, in words. Pure."""
+"""Hosts and coordinators that cannot work together because their versions differ, as text. Pure."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A terminal on which what others wrote does nothing: see ``caesura.runtime.visible``."""
+"""A terminal on which text from others has no side effects: see ``caesura.runtime.visible``."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ __all__ = ["VisibleConsole", "visible", "visible_json"]
 
 
 class VisibleConsole(Console):
-    """A console on which no text does anything; colours and movements are the renderer's own."""
+    """A console on which no text has side effects; colours and cursor movements come only from the renderer."""
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
-        """As rich does it."""
+        """As in rich."""
         for segment in super().render(renderable, options):
             yield segment if segment.control else segment._replace(text=visible(segment.text))

@@ -1,1 +1,1 @@
-"""The metrics exporter: everything that happens on the bus, as Prometheus metrics."""
+"""The metrics exporter: the events and states on the bus, as Prometheus metrics."""

@@ -40,7 +40,7 @@ def _check_address(settings: MetricsExporterSettings) -> None:
 
 
 async def _main(settings: MetricsExporterSettings) -> None:
-    # A persistent session: facts sent while the exporter restarts are counted when it is back.
+    # A persistent session: facts sent while the exporter restarts are counted afterwards.
     options = options_from(settings, client_id=f"caesura-metrics-{settings.instance}", clean=False)
     bus = MqttBus(options, filters=filters(), rates=Rates())
     exporter = MetricsExporter(settings, bus)

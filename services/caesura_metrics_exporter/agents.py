@@ -1,6 +1,6 @@
-"""Which VM agents are on the bus, and which should be and said nothing for long. Pure.
+"""Which VM agents are on the bus, and which should be but have been silent for long. Pure.
 
-Silence is noticed when somebody asks, and costs what fell silent: not a look at every agent.
+Silence is detected on a query, at a cost that depends on the agents that fell silent, not on all agents.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ Presence = Literal["online", "offline", "silent"]
 PRESENCES: tuple[Presence, ...] = get_args(Presence)
 
 AGENT_SILENT_S = 300.0
-"""s: an agent says every 30 s that it is there, and is frozen for 30 s at most."""
+"""s: an agent announces itself every 30 s, and is frozen for 30 s at most."""
 
 
 class AgentState(msgspec.Struct, frozen=True):
@@ -25,7 +25,7 @@ class AgentState(msgspec.Struct, frozen=True):
 
 
 class Agents:
-    """VM to its agent."""
+    """Maps a VM to its agent."""
 
     def __init__(self) -> None:
         self._agents: dict[str, AgentState] = {}
@@ -35,7 +35,7 @@ class Agents:
         self._entries: set[str] = set()
 
     def take(self, vm: str, *, online: bool, now_s: float, stored: bool) -> None:
-        """An agent says that it is there, or its last will says that it is not. ``stored``: no sign of life."""
+        """An agent announced itself, or its last will reported it offline. ``stored``: a retained message, which is not a sign of life."""
         known = self._agents.get(vm)
         heard_s = known.heard_s if known is not None and stored else now_s
         self._agents[vm] = AgentState(online, heard_s)
@@ -45,19 +45,19 @@ class Agents:
             heapq.heappush(self._watched, (heard_s, vm))
 
     def forget(self, vm: str) -> None:
-        """There is no such agent any more."""
+        """The agent no longer exists."""
         self._agents.pop(vm, None)
         self._silent.discard(vm)
 
     def presence(self, vm: str) -> Presence:
-        """As of the last ``settle``; offline where nothing is known."""
+        """As of the last ``settle``; offline if unknown."""
         known = self._agents.get(vm)
         if known is None or not known.online:
             return "offline"
         return "silent" if vm in self._silent else "online"
 
     def settle(self, now_s: float) -> list[str]:
-        """Time has passed: the VMs whose agents are silent from now."""
+        """Advance the time; returns the VMs whose agents have just become silent."""
         fell: list[str] = []
         while self._watched and now_s - self._watched[0][0] > AGENT_SILENT_S:
             _, vm = heapq.heappop(self._watched)

@@ -1,6 +1,6 @@
-"""The VMs of a fleet, counted by state, by their agents and by their clocks, as messages come. Pure.
+"""The VMs of a fleet, counted by state, by agent presence and by clock, updated with each message. Pure.
 
-Each VM remembers what it was counted as, so that a message costs what it changes, and a scrape what there are sets and
+The entry of each VM is kept, so that the cost of a message depends on its changes, and that of a scrape on the number of sets and
 domains.
 """
 
@@ -14,14 +14,14 @@ from caesura_metrics_exporter.clocks import Verdict
 from caesura_metrics_exporter.series import Largest
 
 VM_STATES: tuple[str, ...] = (*get_args(m.VmState), "impaired")
-"""``impaired``: it runs, and its host says what is wrong with it, such as that its application has ended."""
+"""``impaired``: it runs, but its host reports a problem with it, such as that its application has ended."""
 
 Domain = tuple[str, str]
 """Set, update domain."""
 
 
 class Counted(NamedTuple):
-    """What a VM is counted as."""
+    """The properties under which a VM is counted."""
 
     record: m.VmRecord
     state: str
@@ -37,7 +37,7 @@ class Census:
 
     def __init__(self) -> None:
         self.sets: dict[str, int] = {}
-        """Set to its VMs; those that have none are left out, here and below."""
+        """Maps a set to its VMs; sets without VMs are left out, here and below."""
         self.states: dict[tuple[str, str, str], int] = {}
         """Set, update domain and state."""
         self.agents: dict[tuple[str, str], int] = {}
@@ -47,15 +47,15 @@ class Census:
         self._members: dict[Domain, int] = {}
         self._expected: dict[str, int] = {}
         self._errors: dict[tuple[str, str, str], Largest] = {}
-        """Set, update domain, and before or after the sync: the errors of its VMs by VM."""
+        """Maps set, update domain, and before or after the sync to the clock errors by VM."""
         self._counted: dict[str, Counted] = {}
         self._unlooked: set[tuple[str, str, str]] = set()
-        """Those of ``_errors`` that are not in the two below as they are now."""
+        """Keys of ``_errors`` whose changes are not yet in the two below."""
         self._worst: dict[tuple[str, str, str], float] = {}
         self._bounds: dict[Domain, float] = {}
 
     def count(self, vm: str, now: Counted | None) -> None:
-        """The VM is counted as this from now on; None: not at all."""
+        """Count the VM like this from now on; None: not at all."""
         before = self._counted.get(vm)
         if before == now:
             return
@@ -72,12 +72,12 @@ class Census:
             self._counted[vm] = now
 
     def worst_errors(self) -> dict[tuple[str, str, str], float]:
-        """Set, update domain and when to the error of the VM that was off most, seconds with its sign."""
+        """Maps set, update domain and when to the error of the VM with the largest one, signed, seconds."""
         self._look()
         return self._worst
 
     def bounds(self) -> dict[Domain, float]:
-        """Domain to the bound that the VM whose clock was off most after its sync was held to, seconds."""
+        """Maps a domain to the bound for the VM whose clock was off most after its sync, seconds."""
         self._look()
         return self._bounds
 
@@ -155,7 +155,7 @@ class Census:
 
 
 def shown_state(record: m.VmRecord, state: m.VmState) -> str:
-    """What a VM in this state is counted as."""
+    """The state under which a VM is counted."""
     return "impaired" if state == "running" and record.state_detail else state
 
 

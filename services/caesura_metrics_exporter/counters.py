@@ -1,7 +1,7 @@
-"""What happened, counted: the fold of facts into counters and histograms. Pure.
+"""The fold of facts into counters and histograms. Pure.
 
-Facts may arrive twice (QoS 1, redelivery, a sender that repeats itself). Each is counted once, known by what
-it is about (an operation and a VM, an event and a status) or else by its CloudEvents source and id. Labels are
+Facts may arrive twice (QoS 1, redelivery, a sender that repeats itself). Each is counted once, identified by its
+subject (an operation and a VM, an event and a status) or else by its CloudEvents source and id. Labels are
 bounded: never an event, a rollout or an operation.
 """
 
@@ -18,7 +18,7 @@ from caesura_metrics_exporter.pauses import PauseLabels, labels_of
 from caesura_metrics_exporter.series import Counts, Deduplicator, Histogram
 
 # From 1 ms (an in-place swap) to 60 s, with boundaries at the budget limit of 30 s and at usual smaller budgets.
-# Few, since they are the most of all series; the longest and the last pauses are told exactly beside them.
+# Few, since they make up most of the series; the longest and the last pauses are exported exactly in addition.
 PAUSE_BUCKETS = (0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 2.0, 3.0, 5.0, 10.0, 15.0, 20.0, 30.0, 60.0)
 # Microseconds after a good sync, whole pauses before it.
 CLOCK_BUCKETS = (
@@ -27,10 +27,10 @@ CLOCK_BUCKETS = (
 NOTICE_BUCKETS = (1.0, 5.0, 10.0, 15.0, 30.0, 60.0, 120.0, 300.0, 600.0, 900.0, 1800.0, 3600.0)
 SECONDS_BUCKETS = (0.01, 0.05, 0.1, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 300.0, 900.0)
 
-# What stands VMs still: the rest has no budget to overrun, and no guard.
+# The methods that pause VMs: the others have neither a budget to overrun nor a guard.
 _PAUSING: frozenset[m.Method] = frozenset({"swap", "freeze", "replace"})
 
-_REMEMBERED = 20_000  # facts; a large wave makes some hundreds, so many waves' repetitions are known
+_REMEMBERED = 20_000  # facts; a large wave makes some hundreds, so repetitions of many waves are recognised
 
 _PAUSE = ("set", "update_domain", "method")
 _DOMAIN = ("set", "update_domain")
@@ -85,7 +85,7 @@ class FactCounters:
         }
 
     def take(self, received: Received) -> bool:
-        """Count one message; whether it was new."""
+        """Count one message; returns whether it was new."""
         message = received.message
         kind = type(message).TYPE
         self.messages.add(kind)
@@ -96,12 +96,12 @@ class FactCounters:
         return True
 
     def forget_host(self, host: str) -> None:
-        """The host is gone for good: its series go too."""
+        """The host was removed permanently: drop its series."""
         for series in (self.updates, self.foreign):
             series.forget("host", host)
 
     def forget_set(self, set_name: str) -> None:
-        """No VM is in the set any more: its series go too."""
+        """No VM is in the set any more: drop its series."""
         for series in (
             self.freezes,
             self.pauses,
@@ -117,12 +117,12 @@ class FactCounters:
 
     def _count(self, message: Message) -> None:
         count = self._counted.get(type(message))
-        if count is not None:  # the others are state only: see ``fleet``
+        if count is not None:  # the others are only state: see ``fleet``
             count(message)
 
     def _inventory(self, inventory: m.HostInventory) -> None:
-        # Known from zero on, long before a pause: it may begin and end between two scrapes, and nearly every overrun
-        # is the first with its labels, which would be no increase of anything.
+        # Exposed from zero on, long before a pause: a pause may begin and end between two scrapes, and nearly every overrun
+        # is the first with its labels, which would not count as an increase.
         self.foreign.add(inventory.host, by=0.0)
         for record in inventory.vms:
             for method in _PAUSING.intersection(record.methods):
@@ -139,7 +139,7 @@ class FactCounters:
         self.pauses.expect(*labels)
 
     def _agent_synced(self, synced: m.AgentClockSynced) -> None:
-        if synced.canary is None:  # with the canary it is the same sync, told once more
+        if synced.canary is None:  # with the canary it is the same sync, published once more
             self.agent_syncs.add(synced.trigger, "synced" if synced.synced else "unsynced")
 
     def _hook(self, hook: m.HookFinished) -> None:
@@ -156,7 +156,7 @@ class FactCounters:
     def _memory(self, set_name: str, domain: int, proof: m.MemoryProof | None) -> None:
         held, broken = held_codes(proof), broken_codes(proof)
         for code in (*held, *broken):
-            # Both outcomes from the first proof on: a counter that begins at 1 has not increased, for Prometheus.
+            # Both outcomes from the first proof on: for Prometheus, a counter that starts at 1 has not increased.
             self.memory_proofs.add(set_name, str(domain), code, "held", by=float(code in held))
             self.memory_proofs.add(set_name, str(domain), code, "broken", by=float(code in broken))
 
@@ -185,7 +185,7 @@ class FactCounters:
 
 
 def _identity(received: Received) -> Hashable:
-    """What makes two messages the same fact, also when the second has an id of its own."""
+    """The identity of a fact, the same for a repetition with an id of its own."""
     message = received.message
     match message:
         case m.VmFrozen() | m.VmResumed():

@@ -1,7 +1,7 @@
-"""Metric families as text. Lines of series that did not change since the scrape before are not made again.
+"""Metric families as text. Lines of series that did not change since the previous scrape are not rendered again.
 
-``prometheus_client`` takes some 10 µs a series, whatever it says: too long where there are tens of thousands. What is
-written here is what it would write (a test compares the two), in either text format: both have the same lines.
+``prometheus_client`` takes some 10 µs a series in every case: too long for tens of thousands. The output here
+equals its output (a test compares the two), in either text format: both have the same lines.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from caesura_metrics_exporter.series import Buckets, Labels, ends
 
 AnyFamily = Family | HistogramFamily
 
-_PIECE = 64  # series that changed in one piece
-_AS_IT_IS = 1_000_000  # from here on numbers have an exponent
+_PIECE = 64  # the most changed series in one piece
+_AS_IT_IS = 1_000_000  # numbers from here on are written with an exponent
 
 
 class _Written(msgspec.Struct):
-    """What a family was at the last scrape, and how that was written."""
+    """A family at the last scrape, and its rendered text."""
 
     values: Mapping[Labels, object]
     heads: dict[Labels, tuple[str, ...]]
@@ -37,7 +37,7 @@ class _Written(msgspec.Struct):
 
 
 class Renderer:
-    """Writes scrapes out, one after the other."""
+    """Renders scrapes, one after the other."""
 
     def __init__(self) -> None:
         self._written: dict[str, _Written] = {}
@@ -47,7 +47,7 @@ class Renderer:
         return "".join(self.parts(families, modern=modern))
 
     def parts(self, families: Iterable[AnyFamily], *, modern: bool) -> Iterator[str]:
-        """The same in pieces, so that others have their turn between two of them. May be given up at any of them."""
+        """The same in pieces, so that other tasks run between them. The iteration may be abandoned at any piece."""
         for family in families:
             if isinstance(family, HistogramFamily):
                 yield _head(family.name, family.text, "histogram", modern=modern)
@@ -93,14 +93,14 @@ class Renderer:
 
 
 class Wanted(Collector):
-    """Metrics of these sample names only; all of them where no names are given."""
+    """Only metrics with these sample names; all of them if no names are given."""
 
     def __init__(self, metrics: Iterable[Metric], names: frozenset[str]) -> None:
         self._metrics = metrics
         self._names = names
 
     def collect(self) -> Iterable[Metric]:
-        """As they come."""
+        """In their original order."""
         for family in self._metrics:
             if not self._names:
                 yield family
@@ -111,7 +111,7 @@ class Wanted(Collector):
 
 
 def encoded(metrics: Iterable[Metric], accept: str, names: frozenset[str] = frozenset()) -> bytes:
-    """As ``prometheus_client`` writes it, in the format that is accepted."""
+    """As ``prometheus_client`` renders it, in the accepted format."""
     registry = CollectorRegistry()
     encoder, _ = choose_encoder(accept)
     registry.register(Wanted(metrics, names))
@@ -119,7 +119,7 @@ def encoded(metrics: Iterable[Metric], accept: str, names: frozenset[str] = froz
 
 
 def _keep(written: _Written, values: Mapping[Labels, object]) -> None:
-    if len(written.parts) != len(values):  # some are gone
+    if len(written.parts) != len(values):  # some were removed
         for labels in written.parts.keys() - values.keys():
             del written.parts[labels], written.heads[labels]
     written.values = values
@@ -127,7 +127,7 @@ def _keep(written: _Written, values: Mapping[Labels, object]) -> None:
 
 
 def _changed(before: Mapping[Labels, object], now: Mapping[Labels, object]) -> list[Labels]:
-    if list(before) == list(now):  # as a rule; then no label has to be hashed
+    if list(before) == list(now):  # the usual case, without hashing labels
         pairs = zip(now.values(), before.values(), strict=True)
         return [labels for labels, (new, old) in zip(now, pairs, strict=True) if new != old]
     known = before.get
@@ -147,7 +147,7 @@ def _series(name: str, names: Labels, labels: Labels) -> str:
 
 
 def _bucket_heads(family: HistogramFamily, labels: Labels) -> tuple[str, ...]:
-    """Of each bucket, the count and the sum; and last all of them at once, for counts that are written as they are."""
+    """The templates of each bucket, the count and the sum; and last one for all of them, for counts that need no exponent."""
     names = (*family.names, "le")
     buckets = (_series(f"{family.name}_bucket", names, (*labels, end)) for end in ends(family.bounds))
     rest = (_series(f"{family.name}_{part}", family.names, labels) for part in ("count", "sum"))

@@ -1,4 +1,4 @@
-"""Metric families as plain numbers: what a scrape is written out from, and what ``prometheus_client`` makes of it."""
+"""Metric families as plain numbers: the source of a scrape's text, and its conversion to ``prometheus_client``."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from caesura_metrics_exporter.series import Buckets, Counts, Histogram, Labels, 
 
 
 class Family(msgspec.Struct, frozen=True):
-    """Counters or gauges of one name. Nobody changes ``values``: they may be read in a thread."""
+    """Counters or gauges of one name. ``values`` is never changed: a thread may read it."""
 
     name: str
-    """Of a counter without its ``_total``."""
+    """For a counter without its ``_total``."""
     text: str
     kind: Literal["counter", "gauge"]
     names: Labels
     values: dict[Labels, float]
 
     def metric(self) -> Metric:
-        """As ``prometheus_client`` has it."""
+        """The ``prometheus_client`` representation."""
         make = CounterMetricFamily if self.kind == "counter" else GaugeMetricFamily
         family = make(self.name, self.text, labels=self.names)
         for labels, value in self.values.items():
@@ -40,7 +40,7 @@ class HistogramFamily(msgspec.Struct, frozen=True):
     values: dict[Labels, Buckets]
 
     def metric(self) -> Metric:
-        """As ``prometheus_client`` has it."""
+        """The ``prometheus_client`` representation."""
         family = HistogramMetricFamily(self.name, self.text, labels=self.names)
         for labels, values in self.values.items():
             family.add_metric(labels, buckets=cumulative(self.bounds, values), sum_value=values[1])
@@ -75,5 +75,5 @@ def number(name: str, text: str, value: float) -> Family:
 def states(
     labels: tuple[str, ...], known: tuple[str, ...], current: str
 ) -> list[tuple[tuple[str, ...], float]]:
-    """One series a state, its name as the last label: 1 for the current one, 0 for the others."""
+    """One series per state, with its name as the last label: 1 for the current one, 0 for the others."""
     return [((*labels, state), float(state == current)) for state in known]

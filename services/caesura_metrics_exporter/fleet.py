@@ -1,8 +1,8 @@
-"""What is so now, for the metrics: hosts, VMs, agents, documents, rollouts, last clock verdicts. A view of ``Folded``. Pure.
+"""The current state, for the metrics: hosts, VMs, agents, documents, rollouts, last clock verdicts. A view of ``Folded``. Pure.
 
-What hosts say in inventories is read from the fold; facts, which come sooner, are laid over it here and nowhere in it. State folds by
-overwriting, so a repeated message is harmless. Nothing is forgotten by time: a host that died must be seen to be dead until somebody
-removes what the broker retains of it. How long ago it was received is shown instead.
+The content of inventories is read from the fold; facts, which arrive sooner, are overlaid here and only here. State folds by
+overwriting, so a repeated message is harmless. Nothing expires: a host that died must be visible as dead until somebody
+removes its retained messages from the broker. The time since it was last received is shown instead.
 """
 
 from __future__ import annotations
@@ -24,71 +24,71 @@ from caesura_metrics_exporter.pauses import Pauses
 from caesura_metrics_exporter.rollout_index import RolloutIndex
 
 _SET_KEPT_S = 900.0
-"""s: as long as the alerts look back."""
+"""s: the alerts' look-back window."""
 
 
 class HostState(msgspec.Struct, frozen=True):
     """One host, as it was last received."""
 
     heard_s: float
-    """When it last said something itself, seconds on the exporter's monotonic clock."""
+    """When it last sent a message itself, seconds on the exporter's monotonic clock."""
     inventory: m.HostInventory | None
-    """With the VMs that belong to it."""
+    """Its inventory with only the VMs that belong to it."""
     online: bool
 
 
 class FleetMetricsView:
-    """The present, as far as it was received.
+    """The current state, as far as it was received.
 
     Args:
-        folded: what somebody else folds and tells of with each message; without it this one folds for itself.
+        folded: a fold that the caller updates, passing each step; without it this view folds by itself.
     """
 
     def __init__(self, folded: Folded | None = None) -> None:
         self._folded = folded if folded is not None else Folded()
         self._state = self._folded.state
         self.vm_states: dict[str, m.VmState] = {}
-        """VM to its state where a fact came after its host's last inventory: it knows better."""
+        """Maps a VM to its state if a fact arrived after its host's last inventory, since the fact is newer."""
         self.agents = Agents()
         self.coordinator_heard_s: float | None = None
-        """When the one that leads last said so, seconds on the exporter's monotonic clock."""
+        """When the leading coordinator last announced itself, seconds on the exporter's monotonic clock."""
         self.clocks = Clocks()
         self.pauses = Pauses()
         self.census = Census()
         self._received: dict[str, float] = {}
-        """Host to when it last said something itself; the hosts that are known are those here."""
+        """Maps a host to when it last sent a message itself; its keys are the known hosts."""
         self._unplaced: set[str] = set()
-        """VMs that belong to no host any more, and that one may still name: they are about to move, or in dispute."""
+        """VMs that no longer belong to a host, but that one may still name: they are moving, or contested."""
         self._left: dict[str, float] = {}
-        """Set to when its last VM went, seconds on the exporter's monotonic clock."""
+        """Maps a set to when its last VM was removed, seconds on the exporter's monotonic clock."""
         self._left_first: list[tuple[float, str]] = []
-        """The same as a heap, with what ``_left`` does not say any more."""
+        """The same as a heap, which may contain entries that are no longer in ``_left``."""
         self.events_since: dict[str, dict[tuple[str, str], float]] = {}
-        """Set to (event, status) to when it was first seen so, seconds on the exporter's monotonic clock."""
+        """Maps a set to (event, status) to when that was first seen, seconds on the exporter's monotonic clock."""
 
     @property
     def hosts(self) -> Mapping[str, HostState]:
-        """Host to what is so of it: a view, no copy."""
+        """Maps a host to its state: a view, not a copy."""
         return _Hosts(self._folded, self._received)
 
     @property
     def rollouts(self) -> RolloutIndex:
-        """Whole rollouts, by set."""
+        """Complete rollouts, by set."""
         return self._folded.rollouts
 
     @property
     def coordinator(self) -> m.CoordinatorPresence | None:
-        """The one that leads, or led last."""
+        """The coordinator that leads, or led last."""
         return self._state.coordinator
 
     @property
     def publishers(self) -> dict[str, bool]:
-        """Metadata publisher to whether it is on the bus."""
+        """Maps a metadata publisher to whether it is on the bus."""
         return {name: each.online for name, each in self._state.words.named(m.PublisherPresence).items()}
 
     @property
     def documents(self) -> Mapping[str, m.SetDocument]:
-        """Set to its newest document."""
+        """Maps a set to its newest document."""
         return self._state.words.named(m.SetDocument)
 
     def take(
@@ -97,11 +97,11 @@ class FleetMetricsView:
         """Follow one message.
 
         Args:
-            message: what was said.
+            message: the message.
             now_s: when it was received, seconds on the exporter's monotonic clock.
-            fresh: false for a repetition: then only state counts, not facts.
-            stored: the broker had it from before, so it does not show that its sender lives.
-            step: what it changed, where somebody else has folded it.
+            fresh: false for a repetition: then only state is updated, facts are ignored.
+            stored: the message was retained, so it does not show that its sender is alive.
+            step: the changes, if the caller has folded the message.
         """
         step = step if step is not None else self._folded.take(message, now_s)
         match message:
@@ -137,7 +137,7 @@ class FleetMetricsView:
                 pass
 
     def clear(self, topic: str, now_s: float = 0.0, step: Step | None = None) -> None:
-        """A retained message was removed: its subject is gone. ``now_s`` and ``step`` as in ``take``."""
+        """A retained message was removed: its subject no longer exists. ``now_s`` and ``step`` as in ``take``."""
         place = match_topic(topic)
         if place is None:
             return
@@ -157,7 +157,7 @@ class FleetMetricsView:
             self.events_since.pop(named["set"], None)
 
     def settle(self, now_s: float) -> None:
-        """Time has passed: call it before what is so now is read."""
+        """Advance the time; call it before the current state is read."""
         for vm in self.agents.settle(now_s):
             self._recount(vm)
         for vm in [each for each in self._unplaced if not self._state.ownership.namers(each)]:
@@ -170,16 +170,16 @@ class FleetMetricsView:
         self.pauses.forget_host(host)
 
     def forget_empty_sets(self, now_s: float) -> list[str]:
-        """Sets that no VM has been in for long; what was known of them goes.
+        """The sets that have had no VM for long; drops their state.
 
         A VM in no set is a set of its own: many short-lived ones would leave series behind indefinitely. Not at once, since a
-        VM that moves is nowhere for a moment.
+        moving VM is absent for a moment.
         """
         gone: set[str] = set()
         while self._left_first and now_s - self._left_first[0][0] > _SET_KEPT_S:
             since_s, name = heapq.heappop(self._left_first)
             if self._left.get(name) != since_s:
-                continue  # it was left again, later
+                continue  # it became empty again, later
             del self._left[name]
             if name not in self._state.sets():
                 gone.add(name)
@@ -188,7 +188,7 @@ class FleetMetricsView:
         return sorted(gone)
 
     def budget_of(self, set_name: str) -> float:
-        """Seconds that a pause of the set may last, as far as its rollout is known; else the most that any may."""
+        """Seconds that a pause of the set may last, if its rollout is known; else the maximum for any pause."""
         rollouts = self.rollouts.under_way(set_name)
         return max((each.policy.budget_s for each in rollouts), default=m.MAX_BUDGET_S)
 
@@ -211,10 +211,10 @@ class FleetMetricsView:
             self._believe(record, host, now_s)
 
     def _moved(self, changes: Changes, now_s: float, said_by: str = "") -> None:
-        """Look at the VMs that count differently.
+        """Update the VMs whose state changed.
 
         Args:
-            said_by: the host whose inventory it was: what it says of its VMs is looked at by itself.
+            said_by: the host whose inventory caused it: its VMs are updated separately.
         """
         for vm in changes.vms:
             located, before = self._state.vm(vm), changes.before.get(vm)
@@ -231,7 +231,7 @@ class FleetMetricsView:
                 heapq.heappush(self._left_first, (now_s, name))
 
     def _believe(self, record: m.VmRecord, host: str, now_s: float) -> None:
-        """What the host says of its VM counts, unless a fact that was received is newer."""
+        """Apply the host's report about its VM, unless a received fact is newer."""
         if record.state == "paused":
             domain = self._domain_of(record.vm, record.set, record.update_domain)
             self.pauses.found(record, host, domain, now_s)
@@ -246,7 +246,7 @@ class FleetMetricsView:
         self._recount(record.vm)
 
     def _displace(self, vm: str) -> None:
-        """It belongs to no host now. Nobody's word on its pause would count."""
+        """The VM does not belong to a host now, so no report on its pause would count."""
         self.census.count(vm, None)
         self.vm_states.pop(vm, None)
         self.pauses.forget_vm(vm)
@@ -256,13 +256,13 @@ class FleetMetricsView:
             self._forget_vm(vm)
 
     def _forget_vm(self, vm: str) -> None:
-        """No host names it any more: another one of this name is another VM."""
+        """No host names it any more: a later VM of this name is a different one."""
         self._unplaced.discard(vm)
         self.clocks.forget_vm(vm)
         self.agents.forget(vm)
 
     def _recount(self, vm: str) -> None:
-        """Something about the VM may be different."""
+        """Something about the VM may have changed."""
         located = self._state.vm(vm)
         if located is None:
             return
@@ -277,7 +277,7 @@ class FleetMetricsView:
         self.census.count(vm, now)
 
     def _clock_bound_of(self, set_name: str) -> float | None:
-        """By the rollout that tells most about the set, as it stands now."""
+        """By the most relevant rollout of the set at this time."""
         rollout = self.rollouts.of_set(set_name)
         return rollout.policy.clock_bound_s if rollout is not None else None
 

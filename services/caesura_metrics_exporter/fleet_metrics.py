@@ -1,4 +1,4 @@
-"""The gauges of what is so now, from ``FleetMetricsView``; those of rollouts are in ``rollout_metrics``."""
+"""The gauges of the current state, from ``FleetMetricsView``; those of rollouts are in ``rollout_metrics``."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ Values = dict[tuple[str, ...], float]
 def fleet_families(
     fleet: FleetMetricsView, now_s: float, foreign: Mapping[str, int] | None = None
 ) -> Iterator[Family]:
-    """Every gauge of the fleet at ``now_s`` on the clock that it was fed with; what is not known has no series.
+    """Every gauge of the fleet at ``now_s`` on the clock that the view was fed with; unknown values have no series.
 
     Args:
-        foreign: host to how many VMs it names that are not its own; those that name none may be left out.
+        foreign: maps a host to the number of VMs that it names without owning them; hosts without such VMs may be left out.
     """
     fleet.settle(now_s)
     yield from _pauses(fleet, now_s)
@@ -41,19 +41,19 @@ def _pauses(fleet: FleetMetricsView, now_s: float) -> Iterator[Family]:
     last = fleet.pauses.last()
     yield gauge(
         "caesura_pause_budget_seconds",
-        "Budget of the pause that is open, else of the last one; where hosts differ, what was said last.",
+        "Budget of the open pause, else of the last one; if hosts differ, the most recent one.",
         _PAUSE,
         budgets | found,
     )
     yield gauge(
         "caesura_pause_last_seconds",
-        "Longest pause of the last operation of each host, host monotonic clock; of the hosts, the longest.",
+        "Longest pause of the last operation of each host, host monotonic clock; the maximum over the hosts.",
         _PAUSE,
         [(labels, pause.seconds) for labels, pause in last.items()],
     )
     yield gauge(
         "caesura_pause_last_budget_seconds",
-        "Budget of the pause that caesura_pause_last_seconds tells of.",
+        "Budget of the pause that caesura_pause_last_seconds reports.",
         _PAUSE,
         [(labels, pause.budget_s) for labels, pause in last.items()],
     )
@@ -63,24 +63,24 @@ def _pauses(fleet: FleetMetricsView, now_s: float) -> Iterator[Family]:
         _PAUSE,
         fleet.pauses.longest(),
     )
-    # An age and no time stamp: it then hangs on one monotonic clock, and not on two wall clocks that may jump.
+    # An age rather than a time stamp: it depends on one monotonic clock, not on two wall clocks that may jump.
     yield gauge(
         "caesura_pause_open_seconds",
-        "Seconds since the exporter received that a VM is paused that is not known to run, of the oldest such pause; "
-        "0 with none. The method is unknown where its freeze was not received.",
+        "Seconds since the exporter received the start of the oldest pause whose end it has not received; "
+        "0 if there is none. The method is unknown if the freeze itself was not received.",
         _PAUSE,
         dict.fromkeys(budgets, 0.0) | opened,
     )
     sets = sorted(fleet.census.sets.keys() | fleet.pauses.clashes.keys())
     yield gauge(
         "caesura_domains_paused",
-        "Domains of a set in which a VM is paused, by the key of its rollout; more than 1 must never be.",
+        "Domains of a set in which a VM is paused, by the key of its rollout; must never exceed 1.",
         ("set",),
         [((name,), fleet.pauses.domains(name)) for name in sets],
     )
     yield Family(
         "caesura_domain_clashes",
-        "VMs frozen while a VM of another domain of their set was paused; more than 0 must never be.",
+        "VMs frozen while a VM of another domain of their set was paused; must never exceed 0.",
         "counter",
         ("set",),
         {(name,): fleet.pauses.clashes[name] for name in sets},
@@ -88,7 +88,7 @@ def _pauses(fleet: FleetMetricsView, now_s: float) -> Iterator[Family]:
 
 
 def _pauses_by_host(fleet: FleetMetricsView, now_s: float) -> Iterator[Family]:
-    """Hosts times domains are as many as VMs: only what somebody has to look at."""
+    """There are as many hosts times domains as VMs: only those that need attention are exported."""
     opened = fleet.pauses.on_hosts(now_s)
     yield gauge(
         "caesura_host_pause_open_seconds",
@@ -98,7 +98,7 @@ def _pauses_by_host(fleet: FleetMetricsView, now_s: float) -> Iterator[Family]:
     )
     yield gauge(
         "caesura_host_pause_budget_seconds",
-        "Budget of the pause that caesura_host_pause_open_seconds tells of.",
+        "Budget of the pause that caesura_host_pause_open_seconds reports.",
         _HOST_PAUSE,
         [
             (labels, fleet.budget_of(labels[0]) if pause.budget_s is None else pause.budget_s)
@@ -107,13 +107,13 @@ def _pauses_by_host(fleet: FleetMetricsView, now_s: float) -> Iterator[Family]:
     )
     yield gauge(
         "caesura_host_pause_overrun_age_seconds",
-        "Seconds since the exporter received that a pause on the host was longer than its budget, of the last one; for half an hour.",
+        "Seconds since the exporter received the host's last pause that was longer than its budget; exported for half an hour.",
         _HOST_PAUSE,
         fleet.pauses.overran_s(now_s),
     )
     yield gauge(
         "caesura_host_guard_resume_age_seconds",
-        "Seconds since the exporter received that the host's pause guard ended a pause, of the last one; for half an hour.",
+        "Seconds since the exporter received the last pause that the host's pause guard ended; exported for half an hour.",
         _HOST_PAUSE,
         fleet.pauses.guarded_s(now_s),
     )
@@ -122,13 +122,13 @@ def _pauses_by_host(fleet: FleetMetricsView, now_s: float) -> Iterator[Family]:
 def _vms(fleet: FleetMetricsView) -> Iterator[Family]:
     yield gauge(
         "caesura_vms",
-        "VMs by state; impaired: running, and its host says what is wrong with it.",
+        "VMs by state; impaired: running, but its host reports a problem with it.",
         ("set", "update_domain", "state"),
         fleet.census.states,
     )
     yield gauge(
         "caesura_agents",
-        f"VM agents by presence; silent: should be online, and said nothing for {AGENT_SILENT_S:g} s.",
+        f"VM agents by presence; silent: should be online, but nothing received for {AGENT_SILENT_S:g} s.",
         ("set", "state"),
         fleet.census.agents,
     )
@@ -147,7 +147,7 @@ def _clocks(fleet: FleetMetricsView) -> Iterator[Family]:
         ("set", "update_domain"),
         fleet.census.refused,
     )
-    # A VM's name is no label: the worst VM speaks for its domain, with its sign.
+    # A VM's name is not a label: the VM with the largest error represents its domain, with its sign.
     yield gauge(
         "caesura_clock_error_last_seconds",
         "Guest minus host clock at the last sync, of the VM of the domain that was off most.",
@@ -184,10 +184,10 @@ def _hosts(fleet: FleetMetricsView, now_s: float, foreign: Mapping[str, int]) ->
             if not update.vms:
                 installed[host, update.update, update.version] = 1.0
     yield gauge("caesura_host_online", "1 while the host updater is on the bus, else 0.", ("host",), online)
-    # A last will needs a broker: one that died with the host, or before it, tells nothing when it is back.
+    # A last will needs a broker: one that died with the host, or before it, does not publish it after its restart.
     yield gauge(
         "caesura_host_heard_seconds",
-        "Seconds since the exporter heard the host updater itself, which speaks every 20 s.",
+        "Seconds since the exporter last received a message of the host updater itself, which sends one every 20 s.",
         ("host",),
         silence_s,
     )
@@ -196,7 +196,7 @@ def _hosts(fleet: FleetMetricsView, now_s: float, foreign: Mapping[str, int]) ->
     )
     yield gauge(
         "caesura_update_info",
-        "1 for an update that the whole host has, in the version that it defines.",
+        "1 for an update that the whole host has in the defined version.",
         ("host", "update", "version"),
         installed,
     )
@@ -225,7 +225,7 @@ def _others(fleet: FleetMetricsView, now_s: float) -> Iterator[Family]:
     if fleet.coordinator_heard_s is not None:
         yield number(
             "caesura_coordinator_heard_seconds",
-            "Seconds since the exporter heard the coordinator itself, which speaks every 20 s.",
+            "Seconds since the exporter last received a message of the coordinator itself, which sends one every 20 s.",
             max(0.0, now_s - fleet.coordinator_heard_s),
         )
     if coordinator is not None:

@@ -1,8 +1,8 @@
-"""What the bus says, folded once for everything that the exporter shows: ``caesura.fleet``, and whole rollouts by set. Pure.
+"""The messages of the bus, folded once for everything that the exporter shows: ``caesura.fleet``, and complete rollouts by set. Pure.
 
 The metrics and the live page are views of it: they keep what was counted or drawn, and when something was received, never a second copy
-of what was said. Whole rollouts are no words of the fold: on the bus they come in parts, each reader joins and bounds them by itself, and
-the coordinator, which makes them, has them in its store.
+of the messages. Complete rollouts are not part of the fold: on the bus they come in parts, each reader joins and bounds them by itself, and
+the coordinator, which creates them, has them in its store.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _FOLDED = (
     m.PublisherPresence,
     m.CoordinatorPresence,
 )
-"""Not the agents' presences: what is known of an agent ends with its VM here, and ``agents`` keeps when it was received."""
+"""Without the agents' presences: here the state of an agent ends with its VM, and ``agents`` keeps when it was received."""
 
 
 class Step(msgspec.Struct, frozen=True):
@@ -36,7 +36,7 @@ class Step(msgspec.Struct, frozen=True):
 
     changes: Changes = NOTHING
     rollout: WholeRollout | None = None
-    """Of a message on a rollout: the same one as it was known before."""
+    """For a message about a rollout: its previous state."""
 
 
 class Folded:
@@ -55,7 +55,7 @@ class Folded:
         return Step()
 
     def clear(self, topic: str, now_s: float) -> Step:
-        """A retained message was removed. One that the contract does not have changes nothing."""
+        """A retained message was removed. A topic outside the contract changes nothing."""
         place = match_topic(topic)
         return self.take_back(place[0].message, place[1], now_s) if place is not None else Step()
 

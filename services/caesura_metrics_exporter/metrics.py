@@ -22,22 +22,22 @@ from caesura_metrics_exporter.series import Histogram
 
 
 class SelfStats(msgspec.Struct):
-    """What the exporter knows of its own work."""
+    """The exporter's metrics about itself."""
 
     handler: Histogram
-    """Seconds it took to fold one message."""
+    """Seconds to fold one message."""
     began_s: float
-    """When it started, seconds on its monotonic clock."""
+    """Start time, seconds on its monotonic clock."""
     last_message_at: float = 0.0
     """Unix time of the last message, seconds; 0 before the first."""
     decode_errors: Counter[str] = msgspec.field(default_factory=Counter)
 
 
 class FleetCollector(Collector):
-    """Everything the exporter says, copied at scrape time: what vanished from the fold vanishes here.
+    """All metrics of the exporter, copied at scrape time: what is removed from the fold disappears here.
 
     Args:
-        foreign: host to how many VMs it names that are not its own.
+        foreign: maps a host to the number of VMs that it names without owning them.
     """
 
     def __init__(
@@ -57,16 +57,16 @@ class FleetCollector(Collector):
         self._bus = bus
         self._foreign = foreign
         self._name = name
-        self._version = version("caesura")  # a file is read for it
+        self._version = version("caesura")  # reads a file
 
     def collect(self) -> Iterator[Metric]:
-        """Every metric family, as ``prometheus_client`` has them."""
+        """Every metric family, as ``prometheus_client`` objects."""
         started = time.perf_counter()
         yield from (family.metric() for family in self.families())
         yield scrape_duration(time.perf_counter() - started).metric()
 
     def families(self) -> list[AnyFamily]:
-        """Every family but the scrape's own. They stay as they are while messages are folded."""
+        """Every family except the scrape's own. They do not change while messages are folded."""
         return [
             *self._facts(),
             *fleet_families(self._fleet, self._monotonic(), self._foreign()),
@@ -88,7 +88,7 @@ class FleetCollector(Collector):
             "When the last message arrived, unix time; 0 before the first.",
             self._own.last_message_at,
         )
-        # Counters begin with the exporter: while it is young, all that they hold is new. Not a time stamp, since two
+        # Counters start with the exporter: shortly after its start, everything in them is new. Not a time stamp, since two
         # wall clocks may differ.
         yield number(
             "caesura_exporter_age_seconds",
@@ -151,25 +151,23 @@ class FleetCollector(Collector):
         )
         yield counter(
             "caesura_foreign_facts",
-            "Facts of a host about a VM that belongs to another one; they count for nothing else.",
+            "Facts of a host about a VM that belongs to another one; no other metric counts them.",
             tally.foreign,
         )
         yield counter("caesura_requests", "Operators' requests that were answered.", tally.requests)
 
 
 def scrape_duration(seconds: float) -> Family:
-    """The family that comes last in a scrape."""
-    return number(
-        "caesura_exporter_scrape_duration_seconds", "Seconds that this scrape took to work out.", seconds
-    )
+    """The last family of a scrape."""
+    return number("caesura_exporter_scrape_duration_seconds", "Seconds to compute this scrape.", seconds)
 
 
 def _of_metric(metric: Metric) -> Family:
-    """Counters and gauges of the bus, which every service makes with ``prometheus_client``."""
+    """Counters and gauges of the bus, which every service creates with ``prometheus_client``."""
     names = tuple(next((sample.labels for sample in metric.samples), {}))
     values = {tuple(sample.labels[name] for name in names): sample.value for sample in metric.samples}
     if metric.type == "counter":
         return Family(metric.name, metric.documentation, "counter", names, values)
     if metric.type == "gauge":
         return Family(metric.name, metric.documentation, "gauge", names, values)
-    raise TypeError(f"{metric.name} is a {metric.type}, which is not written out yet")
+    raise TypeError(f"{metric.name} is a {metric.type}, which cannot be rendered yet")

@@ -1,7 +1,7 @@
-"""Pauses as the bus reports them: which are open and since when, how long the last ones were, which should not have met. Pure.
+"""Pauses as the bus reports them: which are open and since when, the length of the last ones, and forbidden overlaps. Pure.
 
-By set, update domain and method, since hosts times domains are as many as VMs. A host is named only where somebody has
-to look at it: while a VM of it is paused, and for a while after a pause of it was longer than its budget or was ended by
+By set, update domain and method, since there are as many hosts times domains as VMs. A host is named only if it needs
+attention: while a VM of it is paused, and for a while after a pause on it was longer than its budget or was ended by
 the pause guard.
 
 Times are seconds on the exporter's own monotonic clock, taken when a message was received: no host's wall clock,
@@ -24,18 +24,18 @@ HostPauseLabels = tuple[str, str, str, str]
 """Set, update domain, host, method."""
 
 UNKNOWN_METHOD = "unknown"
-"""Of a pause whose beginning was not received."""
+"""The method of a pause whose start was not received."""
 
 HOSTS_NAMED_S = 1800.0
-"""s that a host is named for after it overran a budget or needed its guard: twice as long as the alerts look back."""
+"""s for which a host is named after it overran a budget or needed its guard: twice the alerts' look-back window."""
 
 
 class OpenPause(msgspec.Struct, frozen=True):
-    """One paused VM: its host said that it froze it, or only that it is paused."""
+    """One paused VM: its host reported the freeze, or only that it is paused."""
 
     labels: HostPauseLabels
     domain: int
-    """Its domain by the key that its rollout goes by: the update domain, or the fault domain."""
+    """Its domain by its rollout's domain key: the update domain, or the fault domain."""
     heard_s: float
     by_fact: bool
     """Whether its freeze was received."""
@@ -50,27 +50,27 @@ class LastPause(msgspec.Struct, frozen=True):
 
 
 class HostPause(msgspec.Struct, frozen=True):
-    """What is open on one host with the same labels."""
+    """The open pauses on one host with the same labels."""
 
     open_s: float
     budget_s: float | None
-    """None where its host has not said one."""
+    """None if its host has not reported one."""
 
 
 class _Kind:
-    """What is known of the pauses with the same set, update domain and method."""
+    """The pauses with the same set, update domain and method."""
 
     def __init__(self) -> None:
         self.open: dict[str, dict[str, OpenPause]] = {}
-        """Host to its paused VMs. Both are in the order in which they were received: the first is the oldest."""
+        """Maps a host to its paused VMs. Both are in the order of receipt: the first is the oldest."""
         self.budgets: dict[str, float] = {}
-        """Host to the budget that it said last; the host that said one last comes last."""
+        """Maps a host to the budget that it last reported, in the order of these reports."""
         self.last: dict[str, LastPause] = {}
         self.longest_of_last = Largest()
         self.longest: float | None = None
 
     def forget_host(self, host: str) -> None:
-        """The host is gone for good."""
+        """The host was removed permanently."""
         self.budgets.pop(host, None)
         self.last.pop(host, None)
         self.longest_of_last.drop(host)
@@ -88,17 +88,17 @@ class Pauses:
         self._kinds: dict[str, dict[PauseLabels, _Kind]] = {}
         """By set."""
         self._paused: dict[str, Counter[tuple[bool, int]]] = {}
-        """Set to how many VMs are paused, by whether the freeze was received, and domain."""
+        """Maps a set to the number of paused VMs, by whether the freeze was received, and domain."""
         self._of_host: dict[str, set[str]] = {}
-        """Host to its paused VMs."""
+        """Maps a host to its paused VMs."""
         self._labels_of_host: dict[str, set[PauseLabels]] = {}
         self.clashes: Counter[str] = Counter()
-        """Set to how often a VM was frozen while one of another domain of the set was paused (I1)."""
+        """Maps a set to how often a VM was frozen while one of another domain of the set was paused (I1)."""
         self._overran: dict[HostPauseLabels, float] = {}
         self._guarded: dict[HostPauseLabels, float] = {}
         """Both in the order of their times."""
 
-    # -- in -------------------------------------------------------------------------------------------------
+    # -- input ----------------------------------------------------------------------------------------------
 
     def froze(self, frozen: m.VmFrozen, domain: int, now_s: float) -> None:
         """A VM is paused."""
@@ -109,7 +109,7 @@ class Pauses:
         self._budget(frozen)
 
     def found(self, record: m.VmRecord, host: str, domain: int, now_s: float) -> None:
-        """A host says that a VM is paused. If its freeze was not received, the pause is open from now."""
+        """A host reports a VM as paused. If its freeze was not received, the pause counts as open from now on."""
         if record.vm in self._open:
             return
         labels = (record.set, str(record.update_domain), host, UNKNOWN_METHOD)
@@ -133,10 +133,10 @@ class Pauses:
             _note(self._guarded, host_labels_of(resumed), now_s)
 
     def runs(self, vm: str, *, under_way: bool) -> bool:
-        """A host's inventory says that a VM runs; whether it is believed.
+        """A host's inventory reports that a VM runs; returns whether that is accepted.
 
-        Inventories and facts go separate ways: with an operation ``under_way`` an inventory may be older than the freeze
-        that was received, whose end will be reported.
+        Inventories and facts are not ordered among each other: with an operation ``under_way`` an inventory may be older than the received
+        freeze, whose end will be reported.
         """
         pause = self._open.get(vm)
         if under_way and pause is not None and pause.by_fact:
@@ -154,11 +154,11 @@ class Pauses:
         self.clashes.pop(set_name, None)
 
     def forget_vm(self, vm: str) -> None:
-        """The VM is in no pause, or gone."""
+        """The VM is not paused, or was removed."""
         self._close(vm)
 
     def forget_host(self, host: str) -> None:
-        """The host is gone for good. What the domain's pauses were stays, as their histogram does."""
+        """The host was removed permanently. The past pauses of the domain are kept, like their histogram."""
         for vm in list(self._of_host.get(host, ())):
             self._close(vm)
         for labels in self._labels_of_host.pop(host, ()):
@@ -169,18 +169,18 @@ class Pauses:
             for each in [labels for labels in named if labels[2] == host]:
                 del named[each]
 
-    # -- out ------------------------------------------------------------------------------------------------
+    # -- output ---------------------------------------------------------------------------------------------
 
     def open_s(self, now_s: float) -> dict[PauseLabels, float]:
-        """Labels to the seconds that the oldest open pause with them has lasted, as far as it was received."""
+        """Maps labels to the seconds since the receipt of their oldest open pause."""
         return {labels: max(0.0, now_s - kind.oldest_s()) for labels, kind in self._all() if kind.open}
 
     def budgets(self) -> dict[PauseLabels, float]:
-        """Labels to the budget that was said last, seconds."""
+        """Maps labels to the budget reported last, seconds."""
         return {labels: next(reversed(kind.budgets.values())) for labels, kind in self._all() if kind.budgets}
 
     def on_hosts(self, now_s: float) -> dict[HostPauseLabels, HostPause]:
-        """What is open now, by host as well."""
+        """The open pauses, also by host."""
         return {
             (*labels[:2], host, labels[2]): HostPause(
                 max(0.0, now_s - next(iter(vms.values())).heard_s), kind.budgets.get(host)
@@ -190,12 +190,12 @@ class Pauses:
         }
 
     def last(self) -> dict[PauseLabels, LastPause]:
-        """Labels to the longest of the last operations of all hosts."""
+        """Maps labels to the longest pause of the hosts' last operations."""
         found = ((labels, kind, kind.longest_of_last.top()) for labels, kind in self._all())
         return {labels: kind.last[top[0]] for labels, kind, top in found if top is not None}
 
     def longest(self) -> dict[PauseLabels, float]:
-        """Labels to the longest pause since the exporter's start, seconds: what a histogram cannot tell."""
+        """Maps labels to the longest pause since the exporter's start, seconds, which a histogram does not contain."""
         return {labels: kind.longest for labels, kind in self._all() if kind.longest is not None}
 
     def overran_s(self, now_s: float) -> dict[HostPauseLabels, float]:
@@ -207,16 +207,16 @@ class Pauses:
         return _ages(self._guarded, now_s)
 
     def domains(self, set_name: str) -> int:
-        """In how many domains of the set a VM is paused now.
+        """The number of domains of the set in which a VM is paused now.
 
-        Facts of the past may come in after the inventories of now, when the exporter was away: what is known only
-        from an inventory is not held against what is known by a fact.
+        After an outage of the exporter, old facts may arrive after current inventories: a pause known only
+        from an inventory does not conflict with one known from a fact.
         """
         paused = self._paused.get(set_name, ())
         by_fact = sum(fact for fact, _ in paused)
         return max(by_fact, len(paused) - by_fact)
 
-    # -- inside ---------------------------------------------------------------------------------------------
+    # -- internal -------------------------------------------------------------------------------------------
 
     def _all(self) -> Iterator[tuple[PauseLabels, _Kind]]:
         for of_set in self._kinds.values():

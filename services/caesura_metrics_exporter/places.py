@@ -1,4 +1,4 @@
-"""Where VMs are, for the live page: how many a domain has, and by which key a set's domains go. A view of ``Folded``. Pure."""
+"""The places of VMs, for the live page: the number per domain, and the domain key of a set. A view of ``Folded``. Pure."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Place = tuple[DomainKey, int]
 
 
 class Places:
-    """See the module. Only the VMs of fault domains are counted here: the fold has those of update domains."""
+    """See the module. Only the VMs of fault domains are counted here: the fold counts those of update domains."""
 
     def __init__(self, folded: Folded) -> None:
         self._state = folded.state
@@ -20,7 +20,7 @@ class Places:
         self._in_fault: Counter[tuple[str, int]] = Counter()
 
     def moved(self, before: LocatedVm | None, after: LocatedVm | None) -> None:
-        """A VM counts differently."""
+        """The state of a VM changed."""
         for located, by in ((after, 1), (before, -1)):
             if located is None:
                 continue
@@ -30,13 +30,13 @@ class Places:
                 del self._in_fault[domain]
 
     def count(self, set_name: str, key: DomainKey, domain: int) -> int:
-        """How many VMs the domain has."""
+        """The number of VMs of the domain."""
         if key == "fault_domain":
             return self._in_fault[set_name, domain]
         return len(self._state.set_index(set_name).domains.get(domain, ()))
 
     def of(self, vm: str, set_name: str, update_domain: int) -> Place:
-        """The VM's domain by the key of the rollout that holds its set; by its update domain where its fault domain is not known."""
+        """The VM's domain by the key of the rollout that holds its set; by its update domain if its fault domain is not known."""
         holder = self._rollouts.holder(set_name)
         if holder is not None and holder.policy.domain_key == "fault_domain":
             located = self._state.vm(vm)

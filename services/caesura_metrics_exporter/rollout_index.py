@@ -1,6 +1,6 @@
-"""Rollouts by id and by set, and what their waves say of each set's domains. Pure.
+"""Rollouts by id and by set, and the state of each set's domains from their waves. Pure.
 
-A rollout's state costs its own size when it is received, and once more when it is asked for; a fact of a VM finds its
+The cost of a rollout's state depends on its size, on receipt and once more on a query; a VM's fact finds its
 rollout by its set.
 """
 
@@ -11,21 +11,21 @@ import msgspec
 from caesura.contract import messages as m
 from caesura.contract.parts import WholeRollout
 
-ROLLOUTS_KEPT = 100  # retained rollouts pile up at the broker; the newest are enough to say what is so now
+ROLLOUTS_KEPT = 100  # retained rollouts accumulate at the broker; the newest are enough for the current state
 
 OVER = frozenset({"completed", "aborted"})
 
-# Where two waves of a rollout touch one domain, the more telling status counts.
+# If two waves of a rollout touch one domain, the more significant status counts.
 _TELLING = ("started", "verifying", "soaking", "scheduled", "failed", "cancelled", "pending", "completed")
 
 
 class SetProgress(msgspec.Struct):
-    """How far a rollout is with one set. Times are unix seconds, by domain."""
+    """The progress of a rollout in one set. Times are unix seconds, by domain."""
 
     waves: int = 0
     completed: int = 0
     status: dict[int, m.WaveStatus] = {}
-    """Of the wave that touches the domain."""
+    """The status of the wave that touches the domain."""
     started: dict[int, float] = {}
     """When its last wave began."""
     ended: dict[int, tuple[float, m.WaveStatus]] = {}
@@ -33,21 +33,21 @@ class SetProgress(msgspec.Struct):
 
 
 class RolloutIndex:
-    """Rollouts that are under way, all of them, and of the others the newest: ``ROLLOUTS_KEPT`` together. Each set has at most one under way."""
+    """All active rollouts, and the newest of the others: ``ROLLOUTS_KEPT`` together. Each set has at most one active rollout."""
 
     def __init__(self) -> None:
         self.known: dict[str, WholeRollout] = {}
         self._of_set: dict[str, dict[str, WholeRollout]] = {}
         self._first: dict[str, WholeRollout] = {}
-        """Set to the rollout that says most about it."""
+        """Maps a set to its most relevant rollout."""
         self._progress: dict[str, dict[str, SetProgress]] = {}
-        """Of the rollouts that were asked for since their last state: by set."""
+        """The progress by set of the rollouts queried since their last state."""
 
     def __len__(self) -> int:
         return len(self.known)
 
     def take(self, rollout: WholeRollout) -> WholeRollout | None:
-        """The state of a rollout; the one before, None of a new one. The oldest that is over goes when there are too many."""
+        """Take the state of a rollout; returns the previous one, None for a new rollout. The oldest ended one is dropped if there are too many."""
         before = self.known.get(rollout.rollout)
         if before is not None and before.sets != rollout.sets:
             self.forget(rollout.rollout)
@@ -68,7 +68,7 @@ class RolloutIndex:
         return before
 
     def forget(self, rollout: str) -> WholeRollout | None:
-        """It is gone; what was known of it."""
+        """The rollout was removed; returns its last state."""
         gone = self.known.pop(rollout, None)
         self._progress.pop(rollout, None)
         for name in set(gone.sets) if gone is not None else ():
@@ -84,20 +84,20 @@ class RolloutIndex:
         self._first[name] = max(self._of_set[name].values(), key=_importance)
 
     def of_set(self, set_name: str) -> WholeRollout | None:
-        """The rollout that says most about the set: the one that holds it, else the newest."""
+        """The most relevant rollout of the set: the one that holds it, else the newest."""
         return self._first.get(set_name)
 
     def holder(self, set_name: str) -> WholeRollout | None:
-        """The rollout under way that has the set."""
+        """The active rollout that holds the set."""
         first = self._first.get(set_name)
         return first if first is not None and first.status not in OVER else None
 
     def of_sets(self) -> dict[str, WholeRollout]:
-        """Set to the rollout that says most about it, sorted by set."""
+        """Maps a set to its most relevant rollout, sorted by set."""
         return {name: self._first[name] for name in sorted(self._first)}
 
     def under_way(self, set_name: str) -> list[WholeRollout]:
-        """Those of the set that are not over."""
+        """The rollouts of the set that have not ended."""
         return [each for each in self._of_set.get(set_name, {}).values() if each.status not in OVER]
 
     def progress(self, rollout: WholeRollout) -> dict[str, SetProgress]:
@@ -109,7 +109,7 @@ class RolloutIndex:
 
 
 def progress_of(rollout: WholeRollout) -> dict[str, SetProgress]:
-    """Set to how far the rollout is with it."""
+    """Maps a set to the rollout's progress in it."""
     made: dict[str, SetProgress] = {}
     for wave in rollout.waves:
         started = wave.started_at.timestamp() if wave.started_at is not None else None

@@ -23,7 +23,7 @@ WAVE_STATUS_NUMBERS: dict[m.WaveStatus, int] = {
     "failed": 7,
     "cancelled": 8,
 }
-"""In the order in which a wave goes through them."""
+"""In the order in which a wave reaches them."""
 _ROLLOUT_STATES: tuple[str, ...] = get_args(m.RolloutStatus)
 
 
@@ -51,7 +51,7 @@ def _rollouts(fleet: FleetMetricsView) -> Iterator[Family]:
         counts += [((set_name, status), by_wave_status[status]) for status in _WAVE_STATES]
     yield gauge(
         "caesura_domain_wave_status",
-        "Status of the wave that touches the domain: one series a domain, with the status as its label and as its number: "
+        "Status of the wave that touches the domain: one series per domain, with the status as its label and as its number: "
         + ", ".join(f"{status} {number}" for status, number in WAVE_STATUS_NUMBERS.items())
         + ".",
         ("set", "update_domain", "status"),
@@ -60,7 +60,12 @@ def _rollouts(fleet: FleetMetricsView) -> Iterator[Family]:
     yield gauge("caesura_domains", "Domains of a set's rollout by status.", ("set", "status"), counts)
     yield gauge("caesura_rollout_status", "1 for the status of a set's rollout.", ("set", "status"), rollouts)
     yield gauge("caesura_rollout_waves", "Waves of a set's rollout that touch the set.", ("set",), waves)
-    yield gauge("caesura_rollout_waves_completed", "The completed ones of these waves.", ("set",), completed)
+    yield gauge(
+        "caesura_rollout_waves_completed",
+        "Waves of a set's rollout that touch the set and are completed.",
+        ("set",),
+        completed,
+    )
     yield gauge(
         "caesura_rollout_halted",
         "1 for each rollout that is halted; it has no series otherwise.",
@@ -143,7 +148,7 @@ def _events(fleet: FleetMetricsView, now_s: float) -> Iterator[Family]:
     )
     yield gauge(
         "caesura_event_open_seconds",
-        "Seconds that an open event has had its status, as far as the exporter saw, of the oldest.",
+        "Seconds that the oldest open event has had its status, as seen by the exporter.",
         ("set", "type", "status"),
         ages.items(),
     )

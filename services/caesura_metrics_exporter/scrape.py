@@ -1,7 +1,7 @@
-"""``/metrics`` of the exporter: numbers are copied at once, lines written in short turns, and compressed in a thread.
+"""``/metrics`` of the exporter: numbers are copied at once, lines rendered in short turns, and compressed in a thread.
 
-Lines are not written in a thread: beside an event loop that has much to do it would have the interpreter for a small part
-of the time only, and a scrape took three times as long.
+Lines are not rendered in a thread: beside a busy event loop it would hold the interpreter for only a small part
+of the time, and a scrape took three times as long.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from prometheus_client.registry import Collector
 from caesura_metrics_exporter.exposition import AnyFamily, Renderer, encoded
 from caesura_metrics_exporter.metrics import FleetCollector, scrape_duration
 
-_GZIP_LEVEL = 1  # series are alike: more work makes them hardly smaller
-_TURN_S = 0.02  # s of writing, after which the event loop has its turn
+_GZIP_LEVEL = 1  # series are alike: a higher level makes them hardly smaller
+_TURN_S = 0.02  # s of rendering, after which other tasks run
 
 
 class Scrape:
-    """A handler for aiohttp. Scrapes are served one after the other: each may be megabytes.
+    """A handler for aiohttp. Scrapes are served one at a time: each may have megabytes.
 
     Args:
-        collector: what is written out, copied for each scrape.
-        others: collectors that may be read from a thread as they are.
+        collector: the metrics to render, copied for each scrape.
+        others: collectors that a thread may read directly.
     """
 
     def __init__(self, collector: FleetCollector, others: Sequence[Collector] = ()) -> None:
@@ -37,7 +37,7 @@ class Scrape:
         self._renderer = Renderer()
 
     async def handle(self, request: web.Request) -> web.Response:
-        """Answer one scrape, in the format and with the names (``name[]``) that it asks for."""
+        """Answer one scrape, in the requested format and with the requested names (``name[]``)."""
         names = frozenset(request.query.getall("name[]", []))
         accept = request.headers.get("Accept", "")
         zipped = "gzip" in request.headers.get("Accept-Encoding", "")
@@ -72,7 +72,7 @@ class Scrape:
     def _encoded(
         self, families: Iterable[AnyFamily], began: float, accept: str, names: frozenset[str], *, zipped: bool
     ) -> bytes:
-        """As ``prometheus_client`` does it: slow, and whatever is asked for."""
+        """As ``prometheus_client`` does it: slow, but for every request."""
         metrics = [family.metric() for family in families]
         metrics += [metric for collector in self._others for metric in collector.collect()]
         metrics.append(scrape_duration(time.perf_counter() - began).metric())

@@ -1,7 +1,7 @@
 """Counters and histograms as plain numbers, by label values. Pure; the Prometheus adapter is in ``metrics``.
 
-They are grouped by their first label (a set or a host), so that what is gone for good costs what it had, and not what
-everybody has. ``copied`` gives numbers that stay as they are while a scrape is written.
+They are grouped by their first label (a set or a host), so that the cost of removing one depends on its own series, not on
+all of them. ``copied`` returns numbers that do not change while a scrape is rendered.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Hashable, Iterator
 
 Labels = tuple[str, ...]
 Buckets = tuple[tuple[int, ...], float]
-"""How many observations each bucket alone has, the last one those above all bounds; and the sum of all observations."""
+"""The number of observations in each single bucket, the last one for those above all bounds; and the sum of all observations."""
 
 
 class Counts:
@@ -30,7 +30,7 @@ class Counts:
         group[labels] = group.get(labels, 0.0) + by
 
     def copied(self) -> dict[Labels, float]:
-        """Label values to numbers."""
+        """Maps label values to numbers."""
         made: dict[Labels, float] = {}
         for group in self._values.values():
             made.update(group)
@@ -41,7 +41,7 @@ class Counts:
         return iter(sorted(self.copied().items()))
 
     def forget(self, name: str, value: str) -> None:
-        """Drop what carries this value of the first label; nothing where another label is the first."""
+        """Drop the series with this value of the first label; nothing if the first label is another one."""
         if self.names[:1] == (name,):
             self._values.pop(value, None)
 
@@ -59,17 +59,17 @@ class Histogram:
         self._values: dict[str, dict[Labels, tuple[list[int], list[float]]]] = {}
 
     def expect(self, *labels: str) -> None:
-        """Show these label values, with no observation as yet."""
+        """Expose these label values without an observation yet."""
         self._of(labels)
 
     def observe(self, value: float, *labels: str) -> None:
-        """Take one value."""
+        """Add one observation."""
         buckets, total = self._of(labels)
         buckets[bisect_left(self.bounds, value)] += 1
         total[0] += value
 
     def copied(self) -> dict[Labels, Buckets]:
-        """Label values to buckets and sum."""
+        """Maps label values to buckets and sum."""
         return {
             labels: (tuple(buckets), total[0])
             for group in self._values.values()
@@ -96,12 +96,12 @@ class Histogram:
 
 
 def ends(bounds: tuple[float, ...]) -> tuple[str, ...]:
-    """Upper bounds as the label ``le`` has them."""
+    """Upper bounds as values of the label ``le``."""
     return (*(f"{bound:g}" for bound in bounds), "+Inf")
 
 
 def cumulative(bounds: tuple[float, ...], values: Buckets) -> list[tuple[str, float]]:
-    """Buckets as Prometheus has them: (upper bound, how many observations are at most that)."""
+    """Cumulative buckets as in Prometheus: (upper bound, number of observations up to that)."""
     total = 0
     found: list[tuple[str, float]] = []
     for end, count in zip(ends(bounds), values[0], strict=True):
@@ -111,10 +111,10 @@ def cumulative(bounds: tuple[float, ...], values: Buckets) -> list[tuple[str, fl
 
 
 class Largest:
-    """Numbers by name, and which of them is the largest by magnitude; with the same magnitude, the first by name.
+    """Numbers by name, and which of them is the largest by magnitude; for equal magnitudes, the first by name.
 
-    Asking for it costs the logarithm of how many there are, however many changed: outdated entries of the heap are
-    dropped when they come to its top, or all at once when most are outdated.
+    A query costs the logarithm of their number, however many changed: outdated entries of the heap are
+    dropped when they reach its top, or all at once when most are outdated.
     """
 
     def __init__(self) -> None:
@@ -125,7 +125,7 @@ class Largest:
         return len(self._values)
 
     def put(self, name: str, value: float) -> None:
-        """This is the name's number now."""
+        """Set the name's number."""
         self._values[name] = value
         heapq.heappush(self._heap, (-abs(value), name))
         if len(self._heap) > 2 * len(self._values) + 8:
@@ -133,11 +133,11 @@ class Largest:
             heapq.heapify(self._heap)
 
     def drop(self, name: str) -> None:
-        """The name has no number any more."""
+        """Remove the name's number."""
         self._values.pop(name, None)
 
     def top(self) -> tuple[str, float] | None:
-        """Name and number of the largest; None where there is none."""
+        """Name and number of the largest; None if there is none."""
         while self._heap:
             magnitude, name = self._heap[0]
             value = self._values.get(name)
@@ -148,7 +148,7 @@ class Largest:
 
 
 class Deduplicator:
-    """Remembers the newest ``limit`` keys, to tell a repetition."""
+    """Remembers the newest ``limit`` keys, to recognise a repetition."""
 
     def __init__(self, limit: int) -> None:
         self._limit = limit

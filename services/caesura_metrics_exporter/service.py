@@ -1,4 +1,4 @@
-"""The metrics exporter's shell: reads the whole bus, folds it once, and lets ``FactCounters``, ``FleetMetricsView`` and ``Live`` follow."""
+"""The metrics exporter's shell: reads the whole bus, folds it once, and updates ``FactCounters``, ``FleetMetricsView`` and ``Live``."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class MetricsExporter:
         self.stream = LiveStream(self.live, wall, monotonic, self.broker_ping)
 
     def collector(self) -> FleetCollector:
-        """What is registered with Prometheus."""
+        """The collector to register with Prometheus."""
         foreign = self._ownership.foreign
         return FleetCollector(
             self.tally, self.fleet, self._own, self._bus, self._monotonic, foreign, self._settings.fleet
@@ -77,7 +77,7 @@ class MetricsExporter:
         await self._bus.run(self.deliver)
 
     async def drain(self) -> None:
-        """Leave the bus; the broker keeps the session."""
+        """Disconnect from the bus; the broker keeps the session."""
         await self._bus.close()
 
     async def deliver(self, delivery: Delivery) -> None:
@@ -120,7 +120,7 @@ class MetricsExporter:
         self.live.take(received, self._wall(), now_s, fresh=fresh, step=step)
 
     def _foreign(self, fact: VmFrozen | VmResumed | VmClockSynced) -> None:
-        """What a host says of another's VM is counted, and means nothing."""
+        """Messages of a host about another's VM are only counted."""
         self.tally.foreign.add(fact.host)
         left_out = self._sampled.due(fact.host)
         if left_out is not None:

@@ -10,7 +10,7 @@ from caesura.contract.names import NAME_PATTERN
 from caesura.runtime.settings import ServiceSettings
 
 PageHost = Annotated[str, Meta(pattern=r"^(\*|[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?)\Z")]
-"""A name as it stands in a Host header, without the port."""
+"""A name as in a Host header, without the port."""
 
 
 class MetricsExporterSettings(ServiceSettings, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -19,7 +19,8 @@ class MetricsExporterSettings(ServiceSettings, frozen=True, kw_only=True, forbid
     instance: Annotated[
         str,
         Meta(
-            pattern=NAME_PATTERN, description="Name of this exporter; its session at the broker hangs on it."
+            pattern=NAME_PATTERN,
+            description="Name of this exporter; its session at the broker is bound to it.",
         ),
     ] = "exporter"
     listen: Annotated[

@@ -1,4 +1,4 @@
-"""What ``/live/state`` and ``/live/events`` send, as JSON. Pure. New members may come; known ones keep their meaning."""
+"""The JSON of ``/live/state`` and ``/live/events``. Pure. New members may be added; existing ones keep their meaning."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _SETS_NAMED = 8
 
 
 class PausedVm(msgspec.Struct, frozen=True, omit_defaults=True):
-    """A VM that stands still. ``since`` is when it was heard of; null: known from its host's inventory only."""
+    """A paused VM. ``since`` is when the pause was received; null: known only from its host's inventory."""
 
     vm: str
     set: str
@@ -28,7 +28,7 @@ class PausedVm(msgspec.Struct, frozen=True, omit_defaults=True):
     since: float | None = None
     budget: float | None = None
     or_earlier: bool = False
-    """By its host's clock it began before it was heard of: that clock is behind, or the exporter heard of it late."""
+    """By its host's clock the pause began before it was received: that clock is behind, or the exporter received it late."""
 
 
 class WaveView(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -37,14 +37,14 @@ class WaveView(msgspec.Struct, frozen=True, omit_defaults=True):
     wave: int
     status: str
     domains: dict[str, int]
-    """Of the first sets in order of name; ``sets`` counts all."""
+    """For the first sets by name; ``sets`` counts all."""
     sets: int
     hosts: int
     vms: int
     standing: int = 0
-    """VMs of it that stand still now."""
+    """The VMs of it that are paused now."""
     events: int = 0
-    """Scheduled events that workloads may approve, and how many they did."""
+    """Scheduled events that workloads may approve, and how many are approved."""
     approved: int = 0
     not_before: float | None = None
     started_at: float | None = None
@@ -84,12 +84,12 @@ class RolloutView(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class FleetSummary(msgspec.Struct, frozen=True, omit_defaults=True):
-    """The fleet in a few numbers, and what is wrong."""
+    """The fleet in a few numbers, and its problems."""
 
     broker: str
     """Empty while the exporter is connected, else what is wrong."""
     broker_since: float
-    """Since when it is as it is."""
+    """Since when that is so."""
     coordinator: str
     hosts: int
     vms: int
@@ -98,20 +98,20 @@ class FleetSummary(msgspec.Struct, frozen=True, omit_defaults=True):
     paused: int
     hosts_offline: tuple[str, ...] = ()
     offline_since: dict[str, float] = {}
-    """Of these: when it was heard."""
+    """When each of these was last received."""
     full: bool = False
     """There are more domains than the exporter keeps for this page."""
     alarms: tuple[Alarm, ...] = ()
     alarms_by_rule: dict[str, int] = {}
-    """How many there are of each rule, those that are not sent included."""
+    """The number of alarms of each rule, including those not sent."""
     alarms_more: int = 0
-    """How many more there are."""
+    """The number of further ones."""
 
 
 class Delta(msgspec.Struct, frozen=True, omit_defaults=True):
-    """What changed since a revision, or everything (``whole``). A member that is null did not change.
+    """The changes since a revision, or everything (``whole``). A null member did not change.
 
-    ``lanes`` replace those of the same id, ``log`` adds lines; in a whole one both are all there are.
+    ``lanes`` replace those with the same id, ``log`` adds lines; in a snapshot both are complete.
     """
 
     whole: bool
@@ -127,7 +127,7 @@ class Delta(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 def rollout_view(rollout: WholeRollout, standing: Callable[[Iterable[str]], int]) -> RolloutView:
-    """A rollout as it is sent. ``standing`` counts VMs that stand still."""
+    """A rollout as it is sent. ``standing`` counts paused VMs."""
     return RolloutView(
         rollout=rollout.rollout,
         update=rollout.update,

@@ -21,18 +21,18 @@ from caesura_demo.guests import MOST_VMS
 from caesura_demo.run import Demo, Options
 
 _ONLY_WITH = {"vms": "qemu", "memory_mib": "qemu", "accel": "qemu", "freezer": "process"}
-"""Option to the only driver that it means something to."""
+"""Maps an option to the only driver that uses it."""
 
 _UPDATE_STARTS_S = 0.5
-"""s: for the process of an update to start while all hosts of a domain do the same; it counts as the update's time."""
+"""s: for the process of an update to start while all hosts of a domain start theirs; it counts as the update's time."""
 
 _DIGEST_PART = 2 / 3
-"""The part of a budget after which a host does not read the memory again: the rule that it is unchanged needs that."""
+"""The share of a budget after which a host does not read the memory again, which the check of unchanged memory needs."""
 
 _EPILOG = """\b
 examples:
   caesura demo
-  caesura demo --keep                 # then look at the URLs; Ctrl-C ends it
+  caesura demo --keep                 # then open the URLs; Ctrl-C ends it
   caesura demo --driver qemu          # real guests: freeze all for a host patch, then swap their QEMU
   caesura demo --driver qemu --method replace --vms 3
   caesura demo --update-takes 9s --budget 20s
@@ -59,14 +59,14 @@ exit codes:
     "methods",
     type=click.Choice(["freeze", "swap", "replace"]),
     multiple=True,
-    help="With --driver qemu, a rollout by each of these methods in turn; by default freeze, then swap.",
+    help="With --driver qemu, one rollout by each of these methods in turn; default: freeze, then swap.",
 )
 @click.option(
     "--vms",
     type=click.IntRange(1, MOST_VMS),
     default=9,
     show_default=True,
-    help="How many guests, with --driver qemu.",
+    help="Number of guests, with --driver qemu.",
 )
 @click.option(
     "--memory",
@@ -81,7 +81,7 @@ exit codes:
     type=click.Choice(["auto", "kvm", "tcg"]),
     default="auto",
     show_default=True,
-    help="With --driver qemu; auto: KVM where a guest really boots with it, else TCG.",
+    help="With --driver qemu; auto: KVM if a guest actually boots with it, else TCG.",
 )
 @click.option("--keep", is_flag=True, help="Leave everything running afterwards, until Ctrl-C.")
 @click.option(
@@ -113,7 +113,7 @@ exit codes:
     type=SOME_TIME,
     default=8.0,
     show_default="8s",
-    help="Warning time; workloads approve earlier.",
+    help="Notice before a wave; workloads approve earlier.",
 )
 @click.option(
     "--budget",
@@ -121,7 +121,7 @@ exit codes:
     type=BUDGET,
     default=10.0,
     show_default="10s",
-    help="The most a VM may be paused; 30s at most.",
+    help="The longest that a VM may be paused; at most 30s.",
 )
 @click.option(
     "--dir", "folder", type=click.Path(path_type=Path), help="Keep files and logs in this new folder."
@@ -139,7 +139,7 @@ def demo(*, as_json: bool, methods: tuple[Any, ...], **options: Any) -> None:
         raise click.UsageError(
             "--method swap and replace need --driver qemu: a process cannot be handed over"
         )
-    if set(methods) != {"swap"}:  # that applies its update while the guests run
+    if set(methods) != {"swap"}:  # swap applies its update while the guests run
         _check_times(options["update_s"], options["budget_s"])
     configure_logging("demo", level="error")
     console = wide_console()
@@ -163,7 +163,7 @@ async def _run(options: Options, console: Console) -> int:
 
 
 def _check_driver(driver: str) -> None:
-    """What is asked for must not be left out without a word."""
+    """Options must not be ignored silently."""
     context = click.get_current_context()
     for option in context.command.params:
         wanted = _ONLY_WITH.get(option.name or "", driver)
@@ -175,7 +175,7 @@ def _check_driver(driver: str) -> None:
 
 
 def _check_times(update_s: float, budget_s: float) -> None:
-    """As the coordinator and the hosts will see it, before a whole fleet is started."""
+    """The checks of the coordinator and the hosts, before a whole fleet is started."""
     most_s = min(usable_s(budget_s), budget_s * _DIGEST_PART) - _UPDATE_STARTS_S
     if most_s <= 0:
         raise click.UsageError(f"--budget {show_duration(budget_s)} leaves no time for an update")

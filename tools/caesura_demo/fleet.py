@@ -1,4 +1,4 @@
-"""The fleet of ``docker-compose.yml``: who is in it, which files it is made of, who may read which secret. Pure."""
+"""The fleet of ``docker-compose.yml``: its members, its files, and who may read which secret. Pure."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from caesura_demo.layout import Broker, DemoVm, Layout, host_file, listeners_fil
 FIRST_METADATA_PORT = 18101
 _HOSTS = 3
 _PUBLISHER = "metadata-of-host-{}"
-"""Names of the container that speaks for every VM, one on the network of each host: where its workloads poll."""
+"""Names of the container that serves every VM's metadata, one on the network of each host, where its workloads poll."""
 
 UPDATES: Mapping[str, float] = {"hypervisor-patch": 2.0, "firmware-load": 6.0}
-"""Update to the seconds that it takes. The second is longer than Prometheus' scrape interval of 5 s, so that a
-pause is also seen while it lasts."""
+"""Maps an update to the seconds that it takes. The second is longer than Prometheus' scrape interval of 5 s, so that a
+pause is also visible while it lasts."""
 
 BROKER_UID = 1883
 """User id of mosquitto in the image eclipse-mosquitto (its Dockerfile)."""
@@ -29,7 +29,7 @@ GRAFANA_UID = 472
 OPERATOR_UID = 10005
 
 HEALTH_USER = "health"
-"""User of the broker's own health check: it may log in, and has no access rule, so it may do nothing more."""
+"""User of the broker's own health check: it may log in, but has no access rule, so it may do nothing else."""
 GRAFANA_SECRET = "grafana-admin"  # noqa: S105 - the name of a file
 
 
@@ -48,8 +48,8 @@ class User(msgspec.Struct, frozen=True):
 def compose_layout() -> Layout:
     """Three hosts with ten VMs: sets ``web`` and ``db`` over three update domains each, and one VM in no set.
 
-    Every host holds one domain of each set, not the same of both: a domain is not a host. So whatever is rolled
-    out, only one host may stand still at a time.
+    Every host holds one domain of each set, not the same one of both: a domain is not a host. So in every rollout
+    only one host may be paused at a time.
     """
     vms: list[DemoVm] = []
 
@@ -67,7 +67,7 @@ def compose_layout() -> Layout:
 
 
 def users(layout: Layout) -> tuple[User, ...]:
-    """Everybody at the broker. An agent runs as a process of its host, so its host's user id reads its password."""
+    """All users at the broker. An agent runs as a process of its host, so its host's user id reads its password."""
     uid_of = {host: 10011 + number for number, host in enumerate(layout.hosts)}
     return (
         User(Principal("coordinator"), 10001),
@@ -82,7 +82,7 @@ def users(layout: Layout) -> tuple[User, ...]:
 
 
 def _host_user(layout: Layout, host: str) -> Principal:
-    """A host that may speak of its own VMs only, each in its set and domain."""
+    """A host that may only publish about its own VMs, each in its set and domain."""
     places = tuple(
         Place(vm.name, vm.set or own_set(vm.name), vm.update_domain) for vm in layout.vms if vm.host == host
     )
@@ -90,7 +90,7 @@ def _host_user(layout: Layout, host: str) -> Principal:
 
 
 def secret_readers(layout: Layout) -> dict[str, int]:
-    """Name of each secret's file to the user id that may read it."""
+    """Maps the name of each secret's file to the user id that may read it."""
     return {user.name: user.uid for user in users(layout)} | {
         HEALTH_USER: BROKER_UID,
         GRAFANA_SECRET: GRAFANA_UID,
@@ -98,7 +98,7 @@ def secret_readers(layout: Layout) -> dict[str, int]:
 
 
 def config_files(layout: Layout, *, secrets: str, state: str) -> dict[str, str]:
-    """Path below the configuration's folder to content, of every file that is no secret.
+    """Maps the path below the configuration's folder to the content, for every file that is not a secret.
 
     Args:
         secrets: the folder with the passwords, as the containers see it.
@@ -107,8 +107,8 @@ def config_files(layout: Layout, *, secrets: str, state: str) -> dict[str, str]:
     broker = Broker("mqtt://broker:1883", "5", secrets)
     files = {"broker/acl": access_rules(user.principal for user in users(layout))}
     for host in layout.hosts:
-        # sigstop: a container has no part of the cgroup tree that it may write, and a signal to processes of the
-        # same user needs no right at all.
+        # sigstop: a container has no writable part of the cgroup tree, and signals to processes of the
+        # same user need no privilege.
         table = host_file(layout, host, broker=broker, folder=state, freezer="sigstop", run_id="compose")
         files[f"{host}.toml"] = tomli_w.dumps(table)
     files["listeners.toml"] = tomli_w.dumps(listeners_file(layout))

@@ -1,4 +1,4 @@
-"""The demo's fleet as real guests: layout, host files, updates, and what is read from the guests. Pure but for the reads."""
+"""The demo's fleet as real guests: layout, host files, updates, and what is read from the guests. Pure except for the reads."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ class GuestImage(msgspec.Struct, frozen=True):
 
 
 class GuestStatus(msgspec.Struct, frozen=True):
-    """What a guest says of itself."""
+    """A guest's report about itself."""
 
     vm: str
     approved: tuple[str, ...]
     beats: bool
-    """Whether it runs now: two beats were heard."""
+    """Whether it runs now: two beats were received."""
     steps_back: int
     """How often it saw its CLOCK_MONOTONIC go back."""
 
@@ -55,7 +55,7 @@ def guest_layout(ports: Sequence[int], count: int) -> Layout:
     for index in range(count):
         host = index % hosts
         name, number = ("web", index + 1) if index < hosts else ("db", index - hosts + 1)
-        # The few of the second set go to every other host, so that they spread over the domains.
+        # The few VMs of the second set go to every other host, so that they spread over the domains.
         if index >= hosts:
             host = (
                 ((index - hosts) * 2 + 1) % hosts
@@ -104,7 +104,7 @@ def guest_host_file(
 
 
 def run_dir(folder: str, host: str) -> str:
-    """Where a host's guests have their sockets."""
+    """The folder of the sockets of a host's guests."""
     return f"{folder}/{host}.run"
 
 
@@ -154,9 +154,13 @@ def _vm_table(
 def guest_update_file(method: GuestMethod, *, folder: str, seconds: float) -> dict[str, Any]:
     """The update that is applied by this method; each takes its time and writes down which host it changed."""
     what = {
-        "freeze": ("host", "", "Stands for a patch of the host: its guests stand still meanwhile."),
-        "swap": ("vm", "beside", "Stands for a new QEMU: each guest is handed to a new process."),
-        "replace": ("host", "instead", "Stands for a new QEMU and its libraries: no QEMU runs meanwhile."),
+        "freeze": ("host", "", "Represents a patch of the host, during which its guests are paused."),
+        "swap": ("vm", "beside", "Represents a new QEMU: each guest is handed over to a new process."),
+        "replace": (
+            "host",
+            "instead",
+            "Represents a new QEMU and its libraries, installed while no QEMU runs.",
+        ),
     }
     scope, vmm, description = what[method]
     record = f"{folder}/patched-{method}"
@@ -174,7 +178,7 @@ def guest_update_file(method: GuestMethod, *, folder: str, seconds: float) -> di
 
 
 async def read_guest(folder: Path, vm: DemoVm) -> GuestStatus:
-    """Ask a guest through its virtio-serial ports; nothing heard counts as nothing good."""
+    """Query a guest through its virtio-serial ports; no answer counts as a failure."""
     place = Path(run_dir(str(folder), vm.host)) / vm.name
     approved: tuple[str, ...] = ()
     lines: list[list[bytes]] = []
@@ -198,7 +202,7 @@ async def _ask(path: Path, request: bytes) -> bytes:
 
 
 async def _listen(path: Path, count: int) -> list[list[bytes]]:
-    """So many whole lines of the heartbeat: count, two clocks, boot id, steps back."""
+    """This many complete lines of the heartbeat: count, two clocks, boot id, steps back."""
     reader, writer = await asyncio.open_unix_connection(str(path))
     found: list[list[bytes]] = []
     try:

@@ -16,7 +16,7 @@ from caesura_demo.guests import GuestImage
 from caesura_demo.workspace import CleanUp
 
 _STOP_S = 5.0
-"""s: for a build that was told to end to remove what it has made so far."""
+"""s: for a build that was asked to end to remove its partial output."""
 
 _LOOK_S = 0.02
 
@@ -40,7 +40,7 @@ async def build_image(
 
     Args:
         run_id: marks the build's processes.
-        say: takes each line of progress.
+        say: called with each line of progress.
         command: what builds it; injected by tests only.
 
     Raises:
@@ -57,7 +57,7 @@ async def build_image(
         stdin=asyncio.subprocess.DEVNULL,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
-        start_new_session=True,  # Ctrl-C goes to the demo alone
+        start_new_session=True,  # only the demo receives Ctrl-C
     )
     try:
         answer, reason = await asyncio.gather(_read(process.stdout), _progress(process.stderr, say))
@@ -65,7 +65,7 @@ async def build_image(
             made = msgspec.json.decode(answer, type=_Built)
             return GuestImage(made.kernel, made.initrd)
     except msgspec.DecodeError as error:
-        raise CaesuraError(f"the guest was built, but not understood: {error}") from error
+        raise CaesuraError(f"the guest was built, but its manifest cannot be read: {error}") from error
     finally:
         await clean_up.step(_end(process, mark, clean_up.hurry))
     raise CaesuraError(reason or f"building the guest ended with exit code {process.returncode}")
@@ -76,7 +76,7 @@ async def _read(stream: asyncio.StreamReader | None) -> bytes:
 
 
 async def _progress(stream: asyncio.StreamReader | None, say: Callable[[str], None]) -> str:
-    """Pass each line on; the reason of a failure, which is a JSON document on the last one."""
+    """Pass each line on; returns the reason of a failure, a JSON document on the last line."""
     reason = ""
     while stream is not None and (line := (await stream.readline()).decode(errors="replace").strip()):
         try:
@@ -87,13 +87,13 @@ async def _progress(stream: asyncio.StreamReader | None, say: Callable[[str], No
 
 
 async def _end(process: asyncio.subprocess.Process, mark: str, hurry: asyncio.Event) -> None:
-    """Nothing of the build is left, whatever it was at."""
+    """End all processes of the build, at any stage."""
     if process.returncode is None:
         with suppress(ProcessLookupError):
             process.terminate()
         try:
             async with asyncio.timeout(_STOP_S):
-                # Not `wait`: that waits also for whatever the build started and that has its output open.
+                # Not `wait`: that also waits for child processes of the build that have its output open.
                 while process.returncode is None and not hurry.is_set():  # noqa: ASYNC110
                     await asyncio.sleep(_LOOK_S)
         except TimeoutError:

@@ -1,4 +1,4 @@
-"""What the demo consists of: hosts, VMs in sets and update domains, and the files that describe them. Pure."""
+"""The parts of the demo: hosts, VMs in sets and update domains, and the files that describe them. Pure."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ VM_RAM_BYTES = 1 << 20
 
 
 class Broker(msgspec.Struct, frozen=True):
-    """The broker that all services use, and what it speaks."""
+    """The broker of all services, and its protocol."""
 
     url: str
     protocol: str
     passwords: str = ""
-    """Folder with a password file for each user at the broker, named after the user; empty: no passwords."""
+    """Folder with a password file for each user of the broker, named after the user; empty: no passwords."""
 
 
 class DemoVm(msgspec.Struct, frozen=True, kw_only=True):
@@ -120,12 +120,12 @@ def _vm_table(vm: DemoVm, *, broker: Broker, folder: str, run_id: str) -> dict[s
 
 
 def listeners_file(layout: Layout) -> dict[str, Any]:
-    """Which port speaks for which VM."""
+    """Maps each VM to its metadata port."""
     return {"listener": [{"vm": vm.name, "listen": f"{vm.metadata_host}:{vm.port}"} for vm in layout.vms]}
 
 
 def update_file(*, folder: str, seconds: float) -> dict[str, Any]:
-    """The update that the demo rolls out: it takes its time and writes down which host it patched."""
+    """The update that the demo rolls out: it takes some time and records which host it patched."""
     return {
         "name": UPDATE,
         "version": "1.0.1",
@@ -133,7 +133,7 @@ def update_file(*, folder: str, seconds: float) -> dict[str, Any]:
         "scope": "host",
         "expected_s": seconds,
         "timeout_s": seconds + 4.0,
-        "description": "Stands for a hypervisor update: takes its time and records the host.",
+        "description": "Represents a hypervisor update: takes some time and records the host.",
         "argv": [sys.executable, "-m", "caesura_demo.patch", str(seconds), f"{folder}/patched"],
     }
 
@@ -146,7 +146,7 @@ def service_environments(
     ports: Mapping[str, int],
     of_hosts: Mapping[str, str] | None = None,
 ) -> dict[str, tuple[str, dict[str, str]]]:
-    """Process name to (module, environment) of every service, in the order in which they start.
+    """Maps a process name to (module, environment) for every service, in start order.
 
     ``of_hosts``: further settings of the host updaters, without their prefix.
     """

@@ -1,6 +1,6 @@
 """The demo's update: ``python -m caesura_demo.patch SECONDS FILE``. Standard library only.
 
-It does what a real one does, as seen from outside: it takes its time while the VMs stand still, and leaves
+From outside it looks like a real one: it takes some time while the VMs are paused, and leaves
 a trace on the host.
 """
 

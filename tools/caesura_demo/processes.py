@@ -1,7 +1,7 @@
-"""The demo's processes: started tied to this one, stopped in order, and swept up whatever happens.
+"""The demo's processes: tied to this one at start, stopped in order, and cleaned up in every case.
 
 Every process of a run carries ``CAESURA_DEMO_RUN=<id>`` in its environment, inherited by its children, so the
-sweep finds also what outlives its parent on purpose (VMs, pause guards). A frozen process cannot die before
+sweep also finds processes that outlive their parent on purpose (VMs, pause guards). A frozen process cannot die before
 it is thawed, so the sweep thaws first.
 """
 
@@ -19,9 +19,9 @@ from caesura.runtime.errors import CaesuraError
 from caesura.runtime.processes import kill_marked, remove_cgroups
 
 _STOP_S = 20.0
-"""s: a draining host updater resumes its VMs, stops them and says goodbye; a pause in the demo is far shorter."""
+"""s: a draining host updater resumes its VMs, stops them and disconnects; a pause in the demo is far shorter."""
 _KILLED_S = 5.0
-"""s: for processes that were killed to be gone; a frozen one is not, before the sweep thaws it."""
+"""s: for killed processes to end; a frozen one does not before the sweep thaws it."""
 
 
 class ServiceDied(CaesuraError):
@@ -33,8 +33,8 @@ class Processes:
 
     Args:
         run_id: marks every process of this run.
-        folder: where each one's log goes.
-        cgroups: names of those that the services make for VMs.
+        folder: the folder of the logs.
+        cgroups: names of the cgroups that the services create for VMs.
     """
 
     def __init__(self, run_id: str, folder: Path, cgroups: Collection[str] = ()) -> None:
@@ -44,7 +44,7 @@ class Processes:
         self.running: dict[str, asyncio.subprocess.Process] = {}
 
     async def start(self, name: str, module: str, environment: Mapping[str, str]) -> None:
-        """Start ``python -m module`` with nothing of Caesura's in its environment but ``environment``."""
+        """Start ``python -m module`` with no Caesura variables in its environment except ``environment``."""
         inherited = {key: value for key, value in os.environ.items() if not key.startswith("CAESURA_")}
         with (self.folder / f"{name}.log").open("ab") as log:
             self.running[name] = await asyncio.create_subprocess_exec(
@@ -59,11 +59,11 @@ class Processes:
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                start_new_session=True,  # Ctrl-C goes to the demo alone, which stops them in order
+                start_new_session=True,  # only the demo receives Ctrl-C, and stops them in order
             )
 
     def check(self) -> None:
-        """All services still run.
+        """Check that all services still run.
 
         Raises:
             ServiceDied: naming the first that does not.
@@ -77,9 +77,9 @@ class Processes:
                 )
 
     async def stop(self, hurry: asyncio.Event | None = None) -> None:
-        """Terminate all services, let them drain, then kill what is left of this run, frozen or not.
+        """Terminate all services, let them drain, then kill the remaining processes of this run, frozen or not.
 
-        ``hurry``: once it is set nothing is waited for any more, and everything is killed.
+        ``hurry``: once it is set, waiting ends and everything is killed.
         """
         for process in self.running.values():
             with suppress(ProcessLookupError):
@@ -97,7 +97,7 @@ class Processes:
         await self.sweep()
 
     async def sweep(self) -> None:
-        """Thaw and kill every process that carries this run's mark, until there is none; then their cgroups go."""
+        """Thaw and kill every process that carries this run's mark, until there is none; then remove their cgroups."""
         await kill_marked(self.mark)
         await asyncio.to_thread(remove_cgroups, self._cgroups)
 

@@ -1,4 +1,4 @@
-"""What to do next where one rollout follows another: roll, watch, resume, or wait. Pure."""
+"""The next action when one rollout follows another: roll, watch, resume, or wait. Pure."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import msgspec
 from caesura_demo.halts import was_away
 
 RESUME_AFTER_S = (10.0, 60.0, 180.0)
-"""s from a halt to its resume, for the first, the second and the third time that a wave halts. A host that hangs is
-taken to be there until the broker has not heard of it for 90 s: the third time is beyond that."""
+"""s from a halt to its resume, for the first, the second and the third time that a wave halts. A host that hangs
+counts as online until the broker has not received anything from it for 90 s: the third delay is longer than that."""
 MOST_RESUMES = len(RESUME_AFTER_S)
-"""A wave that halts more often than this has a fault that does not go away by itself."""
+"""A wave that halts more often than this has a fault that does not resolve by itself."""
 
 
 class HostFacts(msgspec.Struct, frozen=True):
-    """A host as ``caesura status --json`` shows it."""
+    """A host as in ``caesura status --json``."""
 
     name: str
     online: bool
@@ -25,7 +25,7 @@ class HostFacts(msgspec.Struct, frozen=True):
 
 
 class HaltSnapshot(msgspec.Struct, frozen=True, kw_only=True):
-    """What ``caesura status --json`` says, as far as it matters here."""
+    """The relevant part of ``caesura status --json``."""
 
     coordinator_online: bool
     hosts: tuple[HostFacts, ...]
@@ -38,18 +38,18 @@ class HaltSnapshot(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ResumeHistory(msgspec.Struct, frozen=True, kw_only=True):
-    """What we did before, and saw for how long."""
+    """Our earlier actions and observations."""
 
     resumed: int = 0
-    """How often the wave that halted was resumed already; a resume that was not accepted does not count."""
+    """How often the halted wave has been resumed; a resume that was not accepted does not count."""
     halted_s: float = 0.0
     """Seconds since we first saw this halt."""
     found: str = ""
-    """The rollout that was aborted already when we began: whoever started us after that wants us to go on."""
+    """A rollout that was already aborted at our start: being started after the abort means to continue."""
 
 
 class Step(msgspec.Struct, frozen=True):
-    """What to do, about which rollout, and why; ``how`` is the command for what is left to a person."""
+    """The action, the rollout, and the reason; ``how`` is the command for a person."""
 
     what: Literal["wait", "roll", "watch", "resume", "leave"]
     rollout: str = ""
@@ -77,12 +77,12 @@ def facts_from(status: Mapping[str, Any]) -> HaltSnapshot:
 
 
 def next_step(facts: HaltSnapshot, *, client: str, hosts: Sequence[str], past: ResumeHistory) -> Step:
-    """What an operator would do now.
+    """The next action of an operator.
 
     Args:
-        client: under which name we ask: what somebody else started is theirs to go on with.
-        hosts: every host that there has to be.
-        past: what we did before.
+        client: the name under which we send requests: rollouts of other clients are left to them.
+        hosts: every expected host.
+        past: our earlier actions.
     """
     if facts.status in {"running", "aborting"}:
         return Step("watch", facts.rollout)
@@ -108,7 +108,7 @@ def _halted(facts: HaltSnapshot, client: str, missing: str, past: ResumeHistory)
         how = f"docker compose run --rm caesura resume {facts.rollout}   (or abort)"
         return Step("leave", facts.rollout, f"{why}; {theirs}", how)
     if missing:
-        return Step("wait", facts.rollout, f"{why}; resumed when all is there again: {missing}")
+        return Step("wait", facts.rollout, f"{why}; resumed when everything is available again: {missing}")
     after_s = RESUME_AFTER_S[past.resumed]
     if past.halted_s < after_s:
         return Step("wait", facts.rollout, f"{why}; resumed {after_s:g} s after it halted")

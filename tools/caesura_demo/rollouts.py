@@ -1,7 +1,7 @@
-"""``python -m caesura_demo.rollouts``: one rollout after another, so that there is something to see.
+"""``python -m caesura_demo.rollouts``: one rollout after another, as a demonstration.
 
-It uses the command ``caesura`` as a person would, and says what it sees and does. A rollout that halts because
-something was away is resumed when that is there again, some times; any other halt, and whatever a person aborted,
+It uses the command ``caesura`` as a person would, and logs its observations and actions. A rollout that halts because
+a component was unavailable is resumed a few times when that is available again; any other halt, and a rollout aborted by a person,
 is left to a person.
 """
 
@@ -29,7 +29,7 @@ from caesura_demo.fleet import UPDATES, compose_layout
 from caesura_demo.resume_policy import HaltSnapshot, ResumeHistory, Step, facts_from, next_step, update_for
 
 _POLICY = ("--notice", "10s", "--budget", "15s", "--soak", "2s")
-"""Workloads approve within a second or two, so the notice is for show; 15 s hold the longer update easily."""
+"""Workloads approve within a second or two, so the notice is only for show; 15 s easily hold the longer update."""
 _LOOK_AGAIN_S = 5.0
 _PAUSE = re.compile(r"\d{1,5}(\.\d+)?")
 
@@ -37,13 +37,13 @@ _log = structlog.get_logger("caesura.rollouts")
 
 
 class RolloutsError(CaesuraError):
-    """It cannot go on; the text says what to put right."""
+    """It cannot continue; the text says what to correct."""
 
     exit_code = 2
 
 
 class Plan(msgspec.Struct, frozen=True):
-    """What the environment asks for."""
+    """The configuration from the environment."""
 
     on: bool
     pause_s: float
@@ -52,7 +52,7 @@ class Plan(msgspec.Struct, frozen=True):
 
 
 class Answer(msgspec.Struct, frozen=True):
-    """What a command said, and its exit code."""
+    """The output of a command, and its exit code."""
 
     code: int
     document: dict[str, Any]
@@ -63,7 +63,7 @@ def plan_from(environ: Mapping[str, str]) -> Plan:
     """Read the three variables.
 
     Raises:
-        RolloutsError: naming the variable and what it may be.
+        RolloutsError: naming the variable and its allowed values.
     """
     wanted = environ.get("CAESURA_ROLLOUTS", "").strip().lower() or "on"
     if wanted not in {"on", "off"}:
@@ -79,9 +79,9 @@ class Rollouts:
 
     Args:
         command: the operator's command.
-        hosts: every host that there has to be.
-        look_again_s: seconds between two looks while something is waited for.
-        clock: seconds that only grow.
+        hosts: every expected host.
+        look_again_s: seconds between two checks while waiting.
+        clock: a monotonic clock, seconds.
     """
 
     def __init__(
@@ -102,20 +102,20 @@ class Rollouts:
         self._child: subprocess.Popen[str] | None = None
         self._found: str | None = None
         self._wave = ("", 0)
-        """The rollout and how many of its waves are done: what ``_resumed`` counts for."""
+        """The rollout and the number of its completed waves to which ``_resumed`` refers."""
         self._resumed = 0
         self._halted_at: float | None = None
         self._count = 0
         self._said: Step | None = None
 
     def stop(self) -> None:
-        """End soon; a rollout that is under way goes on without us."""
+        """End soon; the current rollout continues without us."""
         self._stopping.set()
         if self._child is not None:
             self._child.terminate()
 
     def run(self) -> None:
-        """Until stopped.
+        """Run until stopped.
 
         Raises:
             RolloutsError: the command cannot be used as it is configured.
@@ -130,7 +130,7 @@ class Rollouts:
             self._stopping.wait(self.once())
 
     def once(self) -> float:
-        """Look, do one thing; how many seconds to wait before looking again."""
+        """Check the state, take one action; returns the seconds until the next check."""
         seen = self._ask("status")
         if seen.code != 0:
             _log.warning("rollouts.cannot_look", code=seen.code, why=seen.words)
@@ -148,11 +148,11 @@ class Rollouts:
         answer = self._ask(step.what, step.rollout)
         if step.what == "resume" and _followed(answer):
             self._resumed += 1
-            self._halted_at = None  # the next halt is another one
+            self._halted_at = None  # the next halt is a different one
         return self._concluded(answer)
 
     def _past(self, facts: HaltSnapshot) -> ResumeHistory:
-        """What was done about this before, brought up to now."""
+        """Our earlier actions on this rollout, updated."""
         if self._found is None:
             self._found = facts.rollout if facts.status == "aborted" else ""
         if self._wave != (facts.rollout, facts.waves_done):
@@ -172,7 +172,7 @@ class Rollouts:
         return self._concluded(self._ask("roll", update, "--all", "--again", *_POLICY))
 
     def _concluded(self, answer: Answer) -> float:
-        """Say how it ended. An end is followed by the pause; anything else is looked into soon."""
+        """Log how it ended. An end is followed by the pause; anything else is checked soon."""
         if _followed(answer):
             state = answer.document["rollout"]
             longest = max((each["pause_s"] for each in answer.document.get("pauses", [])), default=0.0)
@@ -191,7 +191,7 @@ class Rollouts:
         return self._look_again_s
 
     def _say(self, step: Step) -> None:
-        """Once for each thing that is waited for."""
+        """Log once for each cause of waiting."""
         if step == self._said:
             return
         self._said = step
@@ -210,7 +210,7 @@ class Rollouts:
             [*self._command, *words, "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
         if self._stopping.is_set():
-            self._child.terminate()  # a signal came while it was started
+            self._child.terminate()  # a signal arrived during the start
         out, err = self._child.communicate()
         code = self._child.returncode
         self._child = None
@@ -221,7 +221,7 @@ class Rollouts:
 
 
 def _followed(answer: Answer) -> bool:
-    """Whether the command was accepted and saw the rollout's end: it tells the state, well ended (0) or not (1)."""
+    """Whether the command was accepted and followed the rollout to its end: it prints the state, completed (0) or not (1)."""
     return answer.code in {0, 1} and isinstance(answer.document.get("rollout"), dict)
 
 
@@ -242,7 +242,7 @@ def _reason(text: str) -> str:
 
 
 async def _run_until_stopped(rollouts: Rollouts) -> None:
-    """Run in a thread: a signal that comes just before a call begins to wait would be noticed when that returns.
+    """Run in a thread: otherwise a signal just before a blocking call would only be noticed when that returns.
 
     Raises:
         RolloutsError: as ``Rollouts.run``.
@@ -254,7 +254,7 @@ async def _run_until_stopped(rollouts: Rollouts) -> None:
 
 
 def main() -> int:
-    """0: told to stop; 2: the configuration is wrong."""
+    """0: stopped by a signal; 2: the configuration is wrong."""
     configure_logging("rollout")
     try:
         asyncio.run(_run_until_stopped(Rollouts(plan_from(os.environ))))

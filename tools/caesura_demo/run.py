@@ -64,7 +64,7 @@ _REFRESH_S = 0.2
 
 
 class Options(msgspec.Struct, frozen=True, kw_only=True):
-    """What the command line asked for."""
+    """The options of the command line."""
 
     driver: Literal["process", "qemu"] = "process"
     methods: tuple[GuestMethod, ...] = ("freeze", "swap")
@@ -109,7 +109,7 @@ class Demo:
         self._clean_up = CleanUp(self._acknowledge)
 
     async def until_signal(self) -> int:
-        """``run``, until the first signal; whatever comes later cuts no clean-up short.
+        """``run``, until the first signal; later ones do not interrupt the clean-up.
 
         Raises:
             Interrupted: a signal ended it.
@@ -117,8 +117,8 @@ class Demo:
         return await self._clean_up.run(self.run)
 
     async def run(self) -> int:
-        """Everything, and clean up whatever happens. 0 when every rule held, else 1."""
-        with run_folder(self.options.folder) as folder:  # first of all: it may be refused
+        """Run everything, and clean up in every case. 0 if every rule held, else 1."""
+        with run_folder(self.options.folder) as folder:  # first, since it may be refused
             sweeper = await start_sweeper(f"CAESURA_DEMO_RUN={self.run_id}", self._cgroups(folder))
             try:
                 if self.options.folder is None:
@@ -305,7 +305,7 @@ class Demo:
                 return False
             if state.status != "completed":
                 return True
-            # The facts of the last wave may still be on their way when the state says completed.
+            # The facts of the last wave may still be in transit when the state says completed.
             expected = {vm for wave in state.waves for vm in wave.vms}
             return expected <= {pause.vm for pause in session.picture.pauses_of(name)} and not any(
                 document.events for document in session.picture.documents.values()
@@ -321,7 +321,7 @@ class Demo:
         loop = asyncio.get_running_loop()
         end = loop.time() + (_GUESTS_SETTLE_S if self._real else 3.0)
         while True:
-            # Guests and workloads tell what they saw last a second later: give them time.
+            # Guests and workloads report their last observation a second later: give them time.
             checks = await self._look(session, rollout, folder, kind)
             if all(check.held for check in checks) or loop.time() > end:
                 return checks
@@ -363,19 +363,19 @@ class Demo:
         self._refresh()
         return held
 
-    # -- what is shown --
+    # -- output --
 
     def _say(self, text: str) -> None:
         if not self.options.json:
             self.console.print(text, soft_wrap=True)
 
     def _note(self, text: str) -> None:
-        """For the person who waits: beside the answer of ``--json``, not in it."""
+        """A line for the waiting person, separate from the answer of ``--json``."""
         console = Console(stderr=True, highlight=False) if self.options.json else self.console
         console.print(text, soft_wrap=True)
 
     def _acknowledge(self, text: str) -> None:
-        """For the person who pressed Ctrl-C, wherever standard output goes."""
+        """A line for the person who pressed Ctrl-C, even if standard output is redirected."""
         with suppress(OSError):
             Console(stderr=True, highlight=False).print(f"caesura: {text}", soft_wrap=True)
 
@@ -451,14 +451,14 @@ class Demo:
 
 
 class Story(msgspec.Struct, frozen=True):
-    """One rollout of the demo and what was found out about it."""
+    """One rollout of the demo and its results."""
 
     rollout: WholeRollout
     checks: list[Check]
 
 
 def _document(session: Session, stories: Sequence[Story], urls: dict[str, str]) -> dict[str, Any]:
-    """The answer of ``--json``: the last rollout at the top, as there is mostly one, and all of them."""
+    """The answer of ``--json``: the last rollout at the top level, since there is usually one, and the list of all."""
     told = []
     for story in stories:
         pauses = session.picture.pauses_of(story.rollout.rollout)

@@ -1,8 +1,8 @@
 """``python -m caesura_demo.setup FOLDER``: secrets and configuration of the compose project, made on every start.
 
-What is no secret and not made, but written by hand for the broker, Prometheus and Grafana, is copied out of the image.
+Files that are neither secret nor generated, but written by hand for the broker, Prometheus and Grafana, are copied from the image.
 
-A secret that is there is kept, one that is missing is made, one that is broken is named and nothing is started.
+An existing secret is kept, a missing one is created, and a broken one is reported and nothing is started.
 Run it as root with CAP_CHOWN: a secret belongs to root and to the group of the one container that reads it.
 """
 
@@ -43,30 +43,30 @@ VARIABLES = (
 """Every variable that ``docker-compose.yml`` reads."""
 
 _SHORTEST = 16
-"""Characters: what is shorter is no password of ours, but the rest of a write that was cut off."""
+"""Characters: a shorter text is not one of our passwords, but the rest of an interrupted write."""
 
 _SHARED = "broker"
-"""The folder that has files of ours besides those that are copied."""
+"""The folder that contains generated files in addition to the copied ones."""
 
 _log = structlog.get_logger("caesura.setup")
 
 
 class SetupError(CaesuraError):
-    """Nothing can be started as it is; the text says what to do."""
+    """The suite cannot be started like this; the text says what to do."""
 
     exit_code = 2
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """0: all is there; 2: something has to be put right first."""
+    """0: everything is in place; 2: something has to be corrected first."""
     parser = argparse.ArgumentParser(prog="python -m caesura_demo.setup", description=__doc__)
-    parser.add_argument("folder", type=Path, help="as the containers see it: /etc/caesura")
+    parser.add_argument("folder", type=Path, help="path in the containers: /etc/caesura")
     parser.add_argument("--state", default="/var/lib/caesura", help="where a host keeps its state")
     parser.add_argument(
-        "--renew", action="append", default=[], metavar="SECRET", help="make this secret anew"
+        "--renew", action="append", default=[], metavar="SECRET", help="create this secret again"
     )
     parser.add_argument(
-        "--files", type=Path, default=Path("/usr/local/share/caesura"), help="what is copied as it is"
+        "--files", type=Path, default=Path("/usr/local/share/caesura"), help="files to copy unchanged"
     )
     arguments = parser.parse_args(argv)
     configure_logging("setup")
@@ -81,10 +81,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def check_variables(environ: Mapping[str, str]) -> None:
-    """A misspelt variable must not be a silent default, nor a wrong value a service that ends again and again.
+    """A misspelt variable must not be a silent default, nor a wrong value a service that keeps restarting.
 
     Raises:
-        SetupError: naming each unknown one and the nearest known one, or the value and what it may be.
+        SetupError: naming each unknown one and the nearest known one, or the value and the allowed ones.
     """
     unknown = [name for name in sorted(environ) if name.startswith("CAESURA_") and name not in VARIABLES]
     if unknown:
@@ -103,8 +103,8 @@ def prepare(folder: Path, *, state: str, renew: Sequence[str] = ()) -> None:
     """Write everything below ``folder``.
 
     Raises:
-        SetupError: a secret is broken, or ``renew`` names none.
-        OSError: the folder cannot be written, or files cannot be given away.
+        SetupError: a secret is broken, or ``renew`` names an unknown one.
+        OSError: the folder cannot be written, or the owner of files cannot be changed.
     """
     layout = compose_layout()
     readers = secret_readers(layout)
@@ -119,19 +119,19 @@ def prepare(folder: Path, *, state: str, renew: Sequence[str] = ()) -> None:
         told = "; ".join(f"{place / name} {why}" for name, why in broken.items())
         again = " ".join(f"--renew {name}" for name in broken)
         raise SetupError(
-            f"{told}. Make it anew: docker compose run --rm setup {folder} {again}, then "
+            f"{told}. Create it again: docker compose run --rm setup {folder} {again}, then "
             "docker compose up --force-recreate"
         )
     for name in made:
         write(place / name, secrets.token_urlsafe(24) + "\n", group=readers[name], mode=0o440)
     passwords = {name: (place / name).read_text(encoding="utf-8").strip() for name in readers}
     for path, text in config_files(layout, secrets=str(place), state=state).items():
-        # Mosquitto wants to be the owner of its own, and nobody else to read them.
+        # Mosquitto requires to own its files, unreadable for others.
         mine = {"owner": BROKER_UID, "group": BROKER_UID, "mode": 0o400} if path.startswith("broker/") else {}
         write(folder / path, text, **{"mode": 0o444, **mine})
     known = "".join(password_line(name, each) for name, each in passwords.items() if name != GRAFANA_SECRET)
     write(folder / "broker" / "passwords", known, owner=BROKER_UID, group=BROKER_UID, mode=0o400)
-    # Options of the broker's health check: on a command line everybody could read the password.
+    # Options of the broker's health check: on a command line every user could read the password.
     options = f"-u {HEALTH_USER}\n-P {passwords[HEALTH_USER]}\n"
     write(folder / "broker" / "mosquitto_sub", options, owner=BROKER_UID, group=BROKER_UID, mode=0o400)
     _log.info("setup.done", secrets=len(readers), made=sorted(made), folder=str(folder))
@@ -139,12 +139,12 @@ def prepare(folder: Path, *, state: str, renew: Sequence[str] = ()) -> None:
         _log.warning(
             "setup.secrets_changed",
             made=sorted(made),
-            advice="whatever runs still has the old ones: docker compose up --force-recreate",
+            advice="running containers still have the old ones: docker compose up --force-recreate",
         )
 
 
 def copy_files(source: Path, folder: Path) -> None:
-    """Copy every folder of ``source`` into ``folder``, for everybody to read; what it does not have any more is removed.
+    """Copy every folder of ``source`` into ``folder``, readable for everybody; files that it no longer has are removed.
 
     Raises:
         OSError: something cannot be read or written.
@@ -168,19 +168,21 @@ def _broken(path: Path) -> str:
     if len(text) < _SHORTEST:
         return f"is broken: {len(text)} characters, {_SHORTEST} or more are needed"
     return (
-        "" if text.isprintable() and text.isascii() else "is broken: it holds what no password of ours does"
+        ""
+        if text.isprintable() and text.isascii()
+        else "is broken: it contains characters that our passwords do not have"
     )
 
 
 def write(path: Path, text: str, *, owner: int = 0, group: int = 0, mode: int) -> None:
-    """Replace a file in one step, never readable by more than it is meant for. As root it is given away."""
+    """Replace a file in one step, never readable by others than intended. As root, its owner is changed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_name(f".{path.name}.new")
     new.unlink(missing_ok=True)
     handle = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o400)
     with os.fdopen(handle, "w", encoding="utf-8") as file:
         file.write(text)
-        # The mode first: a file that was given away is no longer ours to change.
+        # The mode first: after the change of owner we may not change it.
         os.fchmod(handle, mode)
         if os.geteuid() == 0:
             os.fchown(handle, owner, group)

@@ -1,9 +1,9 @@
 """Cleans up after a demo that was killed: ``python -m caesura_demo.sweeper MARK [CGROUP ...]``, started by the demo.
 
-The demo writes the folders that it makes to this one's standard input, a line each, and ``done`` when nothing is left to
-do. An end of the input without that means that the demo is dead, however it died. Its services are tied to it and drain
-(``caesura.bus.pdeathsig``); what does not end by itself, because it hangs or outlives its parent on purpose, is killed here,
-and the folders are removed.
+The demo writes the folders that it creates to this process's standard input, a line each, and ``done`` when nothing is left to
+do. An end of the input without that means that the demo died, for any reason. Its services are tied to it and drain
+(``caesura.bus.pdeathsig``); processes that do not end by themselves, because they hang or outlive their parent on purpose, are
+killed here, and the folders are removed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from caesura.runtime.processes import kill_marked, marked_processes, remove_cgro
 
 DONE = "done"
 _DRAIN_S = 20.0
-"""s: services that lost their parent resume and stop their VMs; as long as the demo itself would wait."""
+"""s: services that lost their parent resume and stop their VMs; the same time that the demo itself would wait."""
 
 _DISMISSED_S = 5.0
 
@@ -37,19 +37,19 @@ class Sweeper:
         self._tell(str(folder))
 
     async def dismiss(self) -> None:
-        """Nothing is left that it would have to clean up."""
+        """Report that nothing is left to clean up."""
         self._tell(DONE)
         try:
             async with asyncio.timeout(_DISMISSED_S):
                 await self._process.wait()
-        except TimeoutError:  # it hangs, and has nothing to do any more
+        except TimeoutError:  # it hangs, and has no work left
             with suppress(ProcessLookupError):
                 self._process.kill()
             await self._process.wait()
 
     def _tell(self, line: str) -> None:
         if self._process.stdin is not None:
-            with suppress(OSError):  # it was killed: then there is none
+            with suppress(OSError):  # it was killed: then nobody reads
                 self._process.stdin.write(line.encode() + b"\n")
 
 
@@ -64,7 +64,7 @@ async def start_sweeper(mark: str, cgroups: Sequence[str]) -> Sweeper:
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.DEVNULL,
         stderr=asyncio.subprocess.DEVNULL,
-        start_new_session=True,  # Ctrl-C goes to the demo alone
+        start_new_session=True,  # only the demo receives Ctrl-C
     )
     return Sweeper(process)
 
@@ -81,7 +81,7 @@ def main() -> int:
         folders.append(Path(line.strip()))
     until = time.monotonic() + _DRAIN_S
     while time.monotonic() < until and any(marked_processes(mark)):
-        time.sleep(0.1)  # the kernel tells nobody but the parent when a process is gone
+        time.sleep(0.1)  # the kernel notifies only the parent when a process is gone
     asyncio.run(kill_marked(mark))
     remove_cgroups(cgroups)
     for folder in folders:

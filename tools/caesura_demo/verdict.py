@@ -1,4 +1,4 @@
-"""Which rules held: from what was seen on the bus, what the workloads wrote, and what the kernel says. Pure."""
+"""Which rules held: from the bus, the workloads' reports, and the kernel's process states. Pure."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from caesura_demo.guests import GuestMethod, GuestStatus
 
 
 class WorkloadStatus(msgspec.Struct, frozen=True):
-    """What a workload wrote about itself."""
+    """A workload's report about itself."""
 
     vm: str
     count: int
@@ -157,7 +157,7 @@ def _every_vm(pauses: Sequence[Pause], expected: set[str]) -> Check:
 
 
 def overlaps(intervals: Iterable[tuple[str, int, datetime, datetime]]) -> list[str]:
-    """Pairs of domains of one set that were paused at once, in words. Intervals are (set, domain, from, to)."""
+    """Pairs of domains of one set that were paused at once, as text. Intervals are (set, domain, from, to)."""
     found = set()
     rows = sorted(intervals, key=lambda row: row[2])
     for index, (name, domain, _, end) in enumerate(rows):
@@ -185,7 +185,7 @@ def _one_domain_at_a_time(pauses: Sequence[Pause]) -> Check:
     return Check(
         "one update domain of a set at a time",
         complete and not clashes,
-        "; ".join(clashes) or (" → ".join(order) if complete else "a pause was not seen to begin"),
+        "; ".join(clashes) or (" → ".join(order) if complete else "the start of a pause was not received"),
     )
 
 

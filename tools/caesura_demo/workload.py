@@ -1,4 +1,4 @@
-"""The demo's workload, one per VM. Standard library only; it knows nothing of Caesura but the HTTP API.
+"""The demo's workload, one per VM. Standard library only; all it knows of Caesura is the HTTP API.
 
 It counts, keeps a block of memory whose digest it checks after every gap, polls its metadata service once a
 second for scheduled events, and approves those that name it: what an application on a real cloud does.
@@ -22,7 +22,7 @@ _GAP_S = 0.5
 
 
 class Workload:
-    """What the workload knows of itself, written to its status file."""
+    """The workload's state, written to its status file."""
 
     def __init__(self, vm: str, url: str, status: str, ram_path: str) -> None:
         self.vm = vm
@@ -40,14 +40,14 @@ class Workload:
         self.digest = self.digest_now()
 
     def digest_now(self) -> str:
-        """Of the private block and of the mapped memory file."""
+        """Digests of the private block and of the mapped memory file."""
         found = hashlib.blake2b(self.block)
         if self.ram is not None:
             found.update(self.ram[:])
         return found.hexdigest()
 
     def tick(self, gap_s: float) -> None:
-        """Count; after a gap, check that memory is what it was."""
+        """Count; after a gap, check that memory is unchanged."""
         self.count += 1
         if gap_s > _GAP_S:
             self.gaps.append(round(gap_s, 3))
@@ -56,7 +56,7 @@ class Workload:
             self.write()
 
     def poll(self) -> None:
-        """Ask for events, approve the scheduled ones that name this VM."""
+        """Poll for events, approve the scheduled ones that name this VM."""
         self.polls += 1
         try:
             document = json.loads(self._request("GET"))
@@ -117,7 +117,7 @@ def main() -> None:
     )
     work.write()
     last = time.monotonic()
-    # Not all workloads of the fleet in the same instant.
+    # Not all workloads of the fleet at the same instant.
     next_poll = last + random.random() * _POLL_S  # noqa: S311 - spread, no secret
     while True:
         time.sleep(_TICK_S)

@@ -1,4 +1,4 @@
-"""What the demo takes from this machine and gives back: folders, RAM, ports, and its signals."""
+"""The resources that the demo takes from this machine and releases: folders, RAM, ports; and its signals."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Interrupted(CaesuraError):
 
 
 class FolderRefused(CaesuraError):
-    """The folder of ``--dir`` cannot be had."""
+    """The folder of ``--dir`` cannot be used."""
 
     exit_code = 2
 
@@ -37,11 +37,11 @@ _FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 @contextmanager
 def run_folder(wanted: Path | None) -> Iterator[Path]:
-    """A short path (unix sockets allow some 100 characters), private, gone afterwards unless it was asked for.
+    """A short path (unix sockets allow some 100 characters), private, removed afterwards unless it was requested.
 
     Raises:
-        FolderRefused: the folder that is wanted is there already, or cannot be made.
-        CaesuraError: for an ``OSError`` of what is done meanwhile, with what to do about it.
+        FolderRefused: the requested folder exists already, or cannot be created.
+        CaesuraError: for an ``OSError`` in the block, with what to do about it.
     """
     try:
         folder = _new_folder(wanted)
@@ -53,7 +53,7 @@ def run_folder(wanted: Path | None) -> Iterator[Path]:
     except CaesuraError as error:
         if wanted is None and not isinstance(error, Interrupted) and _used(folder):
             kept = True
-            # The very error, with more text: not each kind of them can be built from a text.
+            # The same error object, with more text: not every error class can be built from a text.
             error.args = (f"{error}\nlogs are kept in {folder}",)
         raise
     except OSError as error:
@@ -64,7 +64,7 @@ def run_folder(wanted: Path | None) -> Iterator[Path]:
 
 
 def _used(folder: Path) -> bool:
-    """Whether there is anything to look into: on a full disk there may be empty files."""
+    """Whether there are logs to read: on a full disk the files may be empty."""
     with suppress(OSError):
         return any(each.is_file() and each.stat().st_size for each in folder.iterdir())
     return False
@@ -78,7 +78,7 @@ def _new_folder(wanted: Path | None) -> Path:
     except FileExistsError as error:
         raise FolderRefused(f"--dir: {wanted} exists already: name a new folder") from error
     except OSError as error:
-        raise FolderRefused(f"--dir: {wanted} cannot be made: {error.strerror or error}") from error
+        raise FolderRefused(f"--dir: {wanted} cannot be created: {error.strerror or error}") from error
     return wanted.resolve()
 
 
@@ -89,7 +89,7 @@ def _unusable(error: OSError, folder: Path) -> CaesuraError:
         return CaesuraError(f"{place}: {what}: make room there, or name a folder elsewhere with --dir")
     where = f" ({error.filename})" if error.filename else ""
     return CaesuraError(
-        f"the demo cannot go on: {what}{where}: see whether this user may write to {folder} and start processes, "
+        f"the demo cannot continue: {what}{where}: check whether this user may write to {folder} and start processes, "
         "or name a folder elsewhere with --dir"
     )
 
@@ -100,7 +100,7 @@ def _base() -> str | None:
 
 @contextmanager
 def ram_folder(*, needed: bool) -> Iterator[str]:
-    """A folder on a tmpfs for the guests' RAM, gone afterwards."""
+    """A folder on a tmpfs for the guests' RAM, removed afterwards."""
     if not needed:
         yield ""
         return
@@ -130,14 +130,14 @@ def free_ports(count: int, start: int = FIRST_PORT) -> Iterator[int]:
 
 
 class CleanUp:
-    """What signals do to a run: none of them cuts its clean-up short.
+    """The signal handling of a run: no signal interrupts its clean-up.
 
-    The first signal cancels the run, which then cleans up. One that comes while it cleans up, because of a signal or
-    because it is over, is acknowledged; the next one sets ``hurry``: what is left is killed at once, and nothing is
-    left behind all the same.
+    The first signal cancels the run, which then cleans up. One that arrives during the clean-up, after a signal or
+    at the normal end, is acknowledged; the next one sets ``hurry``: the remaining processes are killed at once, and still nothing is
+    left behind.
 
     Args:
-        say: tells the person who pressed Ctrl-C; must not fail.
+        say: notifies the person who pressed Ctrl-C; must not fail.
     """
 
     def __init__(self, say: Callable[[str], None]) -> None:

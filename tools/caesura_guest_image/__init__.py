@@ -1,1 +1,1 @@
-"""``caesura guest``: a small real guest (kernel and initramfs) for trying things out, the demo and the tests."""
+"""``caesura guest``: a small real guest (kernel and initramfs) for experiments, the demo and the tests."""

@@ -1,4 +1,4 @@
-"""The VM agent and what it imports, copied from where they are installed here into the guest's tree."""
+"""The VM agent and its imports, copied from this installation into the guest's tree."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from caesura_guest_image.packages import GuestError, Progress
 GUEST_PYTHON = (3, 11)
 OWN = ("caesura", "caesura_vm_agent")
 DEPENDENCIES = {"msgspec": "msgspec", "structlog": "structlog", "aiomqtt": "aiomqtt", "paho": "paho-mqtt"}
-"""Import name to distribution. What else Caesura depends on, the agent does not import unless it serves /metrics."""
+"""Maps an import name to its distribution. Other dependencies of Caesura are only imported by an agent that serves /metrics."""
 
 SITE = "usr/lib/python3/dist-packages"
 _LEFT_OUT = frozenset({"__pycache__", "testing", "py.typed", "generated.py", "examples.py"})
 
 
 def package_folder(name: str) -> Path:
-    """Where a package is installed; editable installs too.
+    """The folder of an installed package, editable installs included.
 
     Raises:
-        GuestError: it is not.
+        GuestError: it is not installed.
     """
     spec = importlib.util.find_spec(name)
     if spec is None or not spec.submodule_search_locations:
@@ -46,7 +46,7 @@ def own_files() -> list[tuple[str, Path]]:
 
 
 def digest() -> str:
-    """Changes when anything that ``install`` would copy changes."""
+    """A digest of everything that ``install`` would copy."""
     found = hashlib.sha256()
     for name, path in own_files():
         data = path.read_bytes()
@@ -61,7 +61,7 @@ def install(stage: Path, progress: Progress) -> None:
     """Copy everything below ``stage``/SITE.
 
     Raises:
-        GuestError: a dependency with compiled parts is for another Python and cannot be fetched.
+        GuestError: a dependency with compiled parts is built for another Python and cannot be fetched.
     """
     site = stage / SITE
     for name, path in own_files():

@@ -1,7 +1,7 @@
-"""Builds the guest: two layers, so that a change of our own code costs a second and not a download.
+"""Builds the guest: two layers, so that a change of our own code costs a second instead of a download.
 
 CACHE/debs            packages as fetched
-CACHE/base-DIGEST     kernel, and `base.cpio.gz`: BusyBox, modules, guest agent, Python (and the tree it was packed from)
+CACHE/base-DIGEST     kernel, and `base.cpio.gz`: BusyBox, modules, guest agent, Python (and the tree from which it was packed)
 CACHE/guest-DIGEST    vmlinuz, initrd (base.cpio.gz and the agent's archive, one after the other), manifest.json
 
 A folder appears under its name only when it is complete (rename), and one build runs at a time (flock).
@@ -31,7 +31,7 @@ from caesura_guest_image.packages import KERNEL, PACKAGES, GuestError, Progress,
 INSIDE = Path(__file__).parent / "inside"
 _KEPT = 3
 _KEPT_S = 7 * 86400
-"""s: a VM that runs with an older guest needs its files again for a swap."""
+"""s: a VM that runs an older guest needs its files again for a swap."""
 
 
 class Guest(msgspec.Struct, frozen=True, kw_only=True):
@@ -44,7 +44,7 @@ class Guest(msgspec.Struct, frozen=True, kw_only=True):
     kernel_bytes: int
     initrd_bytes: int
     unpacked_bytes: int
-    """What the initramfs takes of the guest's RAM."""
+    """The share of the guest's RAM that the initramfs takes."""
     packages: tuple[str, ...]
     seconds: float
     cached: bool
@@ -57,10 +57,10 @@ def default_cache() -> Path:
 
 
 def build(cache: Path, progress: Progress, *, force: bool = False) -> Guest:
-    """The guest for the code that is installed here, from the cache if it is there.
+    """The guest for the installed code, from the cache if available.
 
     Raises:
-        GuestError: something that is needed is missing.
+        GuestError: a prerequisite is missing.
     """
     begun = time.monotonic()
     machine = os.uname()
@@ -168,7 +168,7 @@ def _compile(python: Path, tree: Path, *, keep: bool) -> None:
     """Replace (or accompany) sources by byte code: importing a source costs a second under TCG."""
     environment = {"PYTHONHOME": str(python / "usr"), "PYTHONDONTWRITEBYTECODE": "1"}
     # -b: x.pyc beside x.py, which Python imports without the source; unchecked: it looks for no source either.
-    # Optimised twice: no docstrings, which nobody reads in there but which take RAM.
+    # Optimised twice: no docstrings, which are unused there but take RAM.
     words = ["-m", "compileall", "-b", "-q", "-o", "2", "-s", str(tree), "-p", "/"]
     words.append("--invalidation-mode=unchecked-hash")
     done = subprocess.run(
@@ -205,13 +205,13 @@ def _packed(entries: dict[str, Entry]) -> bytes:
 
 
 def _size(entries: dict[str, Entry]) -> int:
-    # In whole pages, as the kernel keeps them.
+    # In whole pages, as in the kernel.
     return sum(-(-len(entry.data) // 4096) * 4096 for entry in entries.values())
 
 
 @contextmanager
 def one_at_a_time(path: Path, progress: Progress) -> Iterator[None]:
-    """Holds the lock file; waits for another build, and says so."""
+    """Hold the lock file; report it when waiting for another build."""
     with path.open("a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -223,13 +223,13 @@ def one_at_a_time(path: Path, progress: Progress) -> Iterator[None]:
 
 @contextmanager
 def new_folder(cache: Path) -> Iterator[Path]:
-    """A folder that is gone afterwards, unless it was renamed."""
+    """A folder that is removed afterwards, unless it was renamed."""
     folder = Path(tempfile.mkdtemp(prefix="making-", dir=cache))
     folder.chmod(0o755)
     try:
         yield folder
     finally:
-        with undisturbed():  # a second Ctrl-C comes after it
+        with undisturbed():  # a second Ctrl-C is deferred
             shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -239,5 +239,5 @@ def _prune(cache: Path, keep: set[str]) -> None:
         for path in found[_KEPT:]:
             if path.name not in keep and time.time() - path.stat().st_mtime > _KEPT_S:
                 shutil.rmtree(path, ignore_errors=True)
-    for path in cache.glob("making-*"):  # of a build that was killed: we hold the lock
+    for path in cache.glob("making-*"):  # left by a killed build, since we hold the lock
         shutil.rmtree(path, ignore_errors=True)

@@ -27,10 +27,10 @@ examples:
 
 \b
 exit codes:
-  0  the guest is there
+  0  the guest is built
   1  it cannot be built here; the text says what is missing
   2  bad usage
-  130  interrupted; nothing half-made is left"""
+  130  interrupted; nothing incomplete is left"""
 
 
 _QEMU_EPILOG = """\b
@@ -40,8 +40,8 @@ examples:
 
 \b
 exit codes:
-  0  it is there and runs
-  1  it cannot be had here; the text says why
+  0  it is available and runs
+  1  it is not available here; the text says why
   2  bad usage
   130  interrupted"""
 
@@ -56,14 +56,14 @@ examples:
 \b
 exit codes:
   0  done
-  1  it cannot be had here; the text says why
+  1  it is not available here; the text says why
   2  bad usage
   130  interrupted"""
 
 
 @click.group(epilog=_GROUP_EPILOG)
 def guest() -> None:
-    """A small real guest for trying things out: Debian kernel, BusyBox, Python, QEMU guest agent, Caesura's agent."""
+    """A small real guest for experiments: Debian kernel, BusyBox, Python, QEMU guest agent, Caesura's agent."""
 
 
 @guest.command("build", epilog=_EPILOG)
@@ -72,7 +72,7 @@ def guest() -> None:
     type=click.Path(path_type=Path, file_okay=False),
     help="Also copy kernel, initrd and manifest into this folder.",
 )
-@click.option("--force", is_flag=True, help="Build anew, with the newest packages, though the cache has it.")
+@click.option("--force", is_flag=True, help="Build again, with the newest packages, even if it is cached.")
 @click.option("--json", "as_json", is_flag=True, help="Print the manifest as JSON.")
 def build_guest(*, output: Path | None, force: bool, as_json: bool) -> None:
     """Make a guest from Debian 12 packages, without root: some 40 MB to fetch, seconds when cached.
@@ -94,7 +94,7 @@ def build_guest(*, output: Path | None, force: bool, as_json: bool) -> None:
 @guest.command("qemu", epilog=_QEMU_EPILOG)
 @click.option("--json", "as_json", is_flag=True, help="Print path and version as JSON.")
 def second_qemu(*, as_json: bool) -> None:
-    """Fetch a second QEMU version (Debian 12 backports) beside the installed one, to try swaps between versions.
+    """Fetch a second QEMU version (Debian 12 backports) in addition to the installed one, to try swaps between versions.
 
     It is unpacked in $XDG_CACHE_HOME/caesura/guest, not installed.
     """
@@ -106,7 +106,7 @@ def second_qemu(*, as_json: bool) -> None:
 
 
 def _with_progress(work: Callable[[Progress], T], *, as_json: bool) -> T:
-    """Run something that takes long, say what it is at, and end cleanly on Ctrl-C, SIGTERM and our own errors."""
+    """Run a long task, show its progress, and end cleanly on Ctrl-C, SIGTERM and our own errors."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     console = Console(stderr=True, highlight=False)
     try:

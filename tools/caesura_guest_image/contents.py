@@ -23,7 +23,7 @@ MODULES = (
         "button",
     ),
 )
-"""In the order in which they need each other. ``evdev`` and ``button``: the guest notices system_powerdown."""
+"""In dependency order. ``evdev`` and ``button``: the guest reacts to system_powerdown."""
 
 APPLETS = (
     *(
@@ -59,7 +59,7 @@ APPLETS = (
     *("dd", "md5sum", "df", "wget", "nc", "env", "id", "uname", "stty", "init", "acpid"),
 )
 _SYSTEM_APPLETS = ("hwclock", "shutdown", "halt")
-"""qemu-ga calls these by these paths: /sbin/hwclock after guest-set-time, /sbin/shutdown."""
+"""qemu-ga calls these paths: /sbin/hwclock after guest-set-time, /sbin/shutdown."""
 
 _STDLIB = "usr/lib/python3.11"
 _NOT_NEEDED = frozenset(
@@ -121,11 +121,11 @@ _EXTENSIONS = (
 
 
 _OLD_NAMES = ("libpthread.so.0", "libdl.so.2", "librt.so.1", "libutil.so.1")
-"""Parts of the C library that are in libc itself now; wheels built for older systems still ask for them."""
+"""Parts of the C library that are in libc itself now; wheels built for older systems still link to them."""
 
 
 def copy_python(unpacked: Path, stage: Path) -> None:
-    """The interpreter and the part of its library that the agent and the workloads can come to need."""
+    """The interpreter and the part of its library that the agent and the workloads may need."""
     stdlib = stage / _STDLIB
     shutil.copytree(unpacked / _STDLIB, stdlib, ignore=_ignored, symlinks=True)
     for file in (stdlib / "encodings").iterdir():
@@ -144,10 +144,10 @@ def copy_programs(unpacked: Path, stage: Path) -> None:
 
 
 def copy_libraries(unpacked: Path, stage: Path) -> None:
-    """Every shared library that something in ``stage`` needs, and what those need.
+    """Every shared library that a file in ``stage`` needs, and their dependencies.
 
     Raises:
-        GuestError: one is in none of the packages.
+        GuestError: none of the packages contains one.
     """
     folders = ("lib/x86_64-linux-gnu", "usr/lib/x86_64-linux-gnu")
     for name in _OLD_NAMES:
@@ -243,6 +243,6 @@ def _copy(unpacked: Path, stage: Path, name: str) -> Path:
     target = stage / name
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
-        # Links are followed: one file under the name by which it is looked for.
+        # Links are followed: one file under the name by which it is loaded.
         shutil.copy2(unpacked / name, target)
     return target

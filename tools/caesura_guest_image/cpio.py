@@ -45,7 +45,7 @@ def pack(entries: Mapping[str, Entry]) -> bytes:
     for number, name in enumerate(sorted(everything), start=1):
         _add(archive, number, name, everything[name])
     _add(archive, 0, _TRAILER, Entry(0))
-    # The kernel wants the next archive at a multiple of 4; 512 is what cpio(1) pads to.
+    # The kernel requires the next archive at a multiple of 4; cpio(1) pads to 512.
     archive += bytes(-len(archive) % 512)
     return bytes(archive)
 

@@ -1,7 +1,7 @@
 """The Debian packages that the guest is made of, fetched with apt and unpacked with dpkg-deb. No root needed.
 
-The guest is Debian 12 whatever the machine is: where the machine's own apt does not offer these packages, lists of
-its own are kept beside the cache (``apt-get update`` into a private folder).
+The guest is Debian 12 on every machine: if the machine's own apt does not offer these packages, separate package lists
+are kept beside the cache (``apt-get update`` into a private folder).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ PACKAGES = (
     "libpython3.11-minimal",
     "libpython3.11-stdlib",
     "qemu-guest-agent",
-    # Libraries of the above; `contents.py` takes those files that are really needed.
+    # Libraries of the above; `contents.py` takes only the files that are needed.
     *("libc6", "libglib2.0-0", "libnuma1", "libudev1", "liburing2", "libpcre2-8-0", "libssl3", "zlib1g"),
     *("libexpat1", "libffi8", "libbz2-1.0", "liblzma5", "libuuid1", "libgcc-s1"),
 )
@@ -41,7 +41,7 @@ class GuestError(CaesuraError):
 
 
 class Package(msgspec.Struct, frozen=True):
-    """One package as apt would fetch it."""
+    """One package and its download."""
 
     file: str
     size: int
@@ -61,7 +61,7 @@ def fetch(folder: Path, progress: Progress) -> list[Path]:
 
 
 def download(names: Sequence[str], options: Sequence[str], folder: Path, progress: Progress) -> list[Path]:
-    """The packages (``name`` or ``name/release``) as files in ``folder``; what is there already is not fetched.
+    """The packages (``name`` or ``name/release``) as files in ``folder``; existing ones are not fetched.
 
     Raises:
         GuestError: no network, or no such packages.
@@ -82,7 +82,7 @@ def download(names: Sequence[str], options: Sequence[str], folder: Path, progres
 
 
 def need_tools() -> None:
-    """Raises GuestError where packages can be neither fetched nor unpacked."""
+    """Raises GuestError if packages cannot be fetched or unpacked."""
     for tool in ("apt-get", "apt-cache", "dpkg-deb"):
         if shutil.which(tool) is None:
             raise GuestError(
@@ -92,7 +92,7 @@ def need_tools() -> None:
 
 
 def unpack(files: Sequence[Path], root: Path) -> None:
-    """The packages' files below ``root``; nothing of them is run."""
+    """Unpack the packages' files below ``root``; none of them is run."""
     for file in files:
         run_tool("dpkg-deb", "-x", str(file), str(root))
 
@@ -101,7 +101,7 @@ def kernel_package(shown: str) -> str:
     """The package that the metapackage's description depends on.
 
     Raises:
-        GuestError: it names none.
+        GuestError: it does not name one.
     """
     found = re.search(r"^Depends:.*?\b(linux-image-\S+-cloud-amd64)\b", shown, re.MULTILINE)
     if not found:
@@ -110,7 +110,7 @@ def kernel_package(shown: str) -> str:
 
 
 def parse_uris(text: str) -> dict[str, Package]:
-    """What ``apt-get --print-uris`` says, by package name; it keeps no order."""
+    """The output of ``apt-get --print-uris`` by package name; its order is arbitrary."""
     found = (_URI.match(line) for line in text.splitlines())
     return {
         each["file"].partition("_")[0]: Package(each["file"], int(each["size"]), each["hash"])
@@ -120,7 +120,7 @@ def parse_uris(text: str) -> dict[str, Package]:
 
 
 def _is_there(path: Path, package: Package) -> bool:
-    # apt checked the hash when it fetched the file, and writes under another name until then.
+    # apt checked the hash when it fetched the file, and uses another name until then.
     return path.is_file() and path.stat().st_size == package.size
 
 
@@ -132,7 +132,7 @@ def _system_or_private(cache: Path, progress: Progress) -> list[str]:
         if shown.count("\nVersion:") >= 3 and kernel_package(shown):
             return []
     except GuestError:
-        pass  # another release, or a machine whose lists were never fetched
+        pass  # another release, or a machine without package lists
     return private_lists(
         cache / "apt", SUITE, [(SUITE, "debian"), (f"{SUITE}-security", "debian-security")], progress
     )
@@ -141,7 +141,7 @@ def _system_or_private(cache: Path, progress: Progress) -> list[str]:
 def private_lists(
     folder: Path, name: str, suites: Sequence[tuple[str, str]], progress: Progress
 ) -> list[str]:
-    """apt options for package lists of their own: (suite, archive) pairs, kept in ``folder``.
+    """apt options for separate package lists: (suite, archive) pairs, kept in ``folder``.
 
     Raises:
         GuestError: the keys of the archive or the network are missing.
@@ -181,7 +181,7 @@ def private_lists(
 
 
 def run_tool(*argv: str, cwd: Path | None = None, timeout_s: float = _FETCH_S) -> str:
-    """What a tool printed. Raises GuestError with the tool's own words."""
+    """The output of a tool. Raises GuestError with the tool's own message."""
     try:
         done = subprocess.run(argv, cwd=cwd, capture_output=True, text=True, check=False, timeout=timeout_s)
     except subprocess.TimeoutExpired as error:

@@ -1,7 +1,7 @@
 """A second QEMU version beside the installed one: Debian 12's backports, unpacked in the cache, never installed.
 
 To try what happens when the hypervisor under a guest is replaced by another version. QEMU finds its firmware and
-modules relative to its own place, so nothing else is needed; its libraries are those of the installed QEMU.
+modules relative to its own path, so nothing else is needed; it uses the libraries of the installed QEMU.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ class Qemu(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def fetch_second(cache: Path, progress: Progress) -> Qemu:
-    """The second QEMU, from the cache if it is there.
+    """The second QEMU, from the cache if available.
 
     Raises:
-        GuestError: it cannot be had here, or it lacks libraries.
+        GuestError: it is not available here, or it lacks libraries.
     """
     begun = time.monotonic()
     try:
@@ -79,7 +79,7 @@ def _unpack_into(cache: Path, target: Path, progress: Progress) -> None:
 
 
 def qemu_version(binary: str) -> str:
-    """``10.0.2``. Raises GuestError if it cannot run here, with what the loader says."""
+    """``10.0.2``. Raises GuestError with the loader's message if it cannot run here."""
     try:
         done = subprocess.run([binary, "--version"], capture_output=True, text=True, check=False, timeout=30)
     except (OSError, subprocess.TimeoutExpired) as error:

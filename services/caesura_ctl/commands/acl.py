@@ -16,11 +16,11 @@ _FORMS = {
     "ctl": "ctl:NAME",
     "vm": "vm:NAME[:SET[:HOST]]",
 }
-"""Party to how it is written; a list of VMs is what a host has, or what a publisher serves."""
+"""Maps a party to its notation; a list of VMs is what a host has, or what a publisher serves."""
 
 _DOMAIN_MOST = 19
 _ADVICE = {"host": "host:NAME:VM=SET/DOMAIN,...", "metadata": "metadata:NAME:VM,..."}
-"""Party to the form that ends the list of its topics."""
+"""Maps a party to the notation that makes its topics finite."""
 
 _EPILOG = """\b
 examples:
@@ -54,7 +54,7 @@ class _PrincipalParam(click.ParamType[Principal]):
 
 
 def _principal(party: str, words: list[str]) -> Principal | None:
-    """What the words after the party say; None where they say nothing that makes sense."""
+    """The principal from the words after the party; None if they are invalid."""
     name, set_name, host = (*words, "", "", "")[:3]
     vms: tuple[str, ...] = ()
     places: list[Place] = []
@@ -88,7 +88,7 @@ def _principal(party: str, words: list[str]) -> Principal | None:
 
 
 def _place(text: str) -> Place | None:
-    """``VM``, ``VM=SET`` or ``VM=SET/DOMAIN``; an empty set where none is said. None: it makes no sense."""
+    """``VM``, ``VM=SET`` or ``VM=SET/DOMAIN``; an empty set if none is given. None: invalid."""
     vm, equals, where = text.partition("=")
     set_name, slash, domain = where.partition("/")
     if bool(equals) != bool(set_name) or bool(slash) != bool(domain):
@@ -108,9 +108,9 @@ def acl(principals: tuple[Principal, ...], *, users: bool) -> None:
 
     Each PRINCIPAL is coordinator, exporter, host:NAME[:VM[=SET[/DOMAIN]],...], vm:NAME[:SET[:HOST]],
     metadata:NAME[:VM,VM...] or ctl:NAME; its user name at the broker is party_name. A standby coordinator or a second
-    exporter has a name, too: coordinator:standby. VMs bind a host or a publisher to them, a HOST binds a VM to it: it
-    then gets clock answers from no other. With the SET of each VM (and its update DOMAIN) there is an end of what a
-    stolen password of the host can make the broker keep. Whoever is not named may do nothing.
+    exporter has a name, too: coordinator:standby. VMs restrict a host or a publisher to them, a HOST restricts a VM to it: it
+    then gets clock answers from no other. With the SET of each VM (and its update DOMAIN) there is a limit to what a
+    stolen password of the host can make the broker keep. A user who is not named may do nothing.
     """
     if users:
         for each in principals:

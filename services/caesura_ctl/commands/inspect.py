@@ -1,4 +1,4 @@
-"""Commands that only look: status, watch, history, updates, tail."""
+"""Read-only commands: status, watch, history, updates, tail."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from caesura_ctl.visible import visible_json
 @click.command(epilog=epilog("caesura status", "caesura status --json"))
 @common
 def status(broker: str | None, *, as_json: bool) -> None:
-    """Show coordinator, hosts, sets and domains, open events, and the rollout that is under way."""
+    """Show coordinator, hosts, sets and domains, open events, and the current rollout."""
 
     async def body(context: Context) -> None:
         async with connect(context.settings) as session:
@@ -94,9 +94,9 @@ def _online(agent: m.AgentPresence | None) -> bool:
 def watch(rollout: str, broker: str | None, *, as_json: bool) -> None:
     """Watch a rollout live: sets and update domains, waves, who is paused now.
 
-    Without ROLLOUT: the newest one. Ends with it; Ctrl-C stops watching, not the rollout. Pauses are told by the
-    hosts as they happen and kept nowhere on the bus: those of before are not shown. With --json, "pauses" are those
-    that this command heard, and "pauses_complete" says whether that is all of them.
+    Without ROLLOUT: the newest one. Ends with it; Ctrl-C stops watching, not the rollout. Hosts publish pauses
+    as they happen, and the bus does not keep them: earlier ones are not shown. With --json, "pauses" are those
+    that this command received, and "pauses_complete" says whether these are all.
     """
 
     async def body(context: Context) -> None:
@@ -130,7 +130,7 @@ def watch(rollout: str, broker: str | None, *, as_json: bool) -> None:
 )
 @common
 def history(rollout: str, limit: int, broker: str | None, *, as_json: bool) -> None:
-    """List past rollouts, newest first; with ROLLOUT, that one: its waves, its reason, what failed updates wrote last."""
+    """List past rollouts, newest first; with ROLLOUT, that one: its waves, its reason, the last output of failed updates."""
 
     async def body(context: Context) -> None:
         async with connect(context.settings, [m.RolloutState]) as session:
@@ -212,12 +212,12 @@ def updates(broker: str | None, *, as_json: bool) -> None:
 @click.option(
     "--vm", type=NAME, shell_complete=complete("vm"), metavar="NAME", help="Only messages of this VM."
 )
-@click.option("--count", type=click.IntRange(1), help="Stop after so many messages.")
+@click.option("--count", type=click.IntRange(1), help="Stop after this many messages.")
 @common
 def tail(
     broker: str | None, *, as_json: bool, kinds: tuple[str, ...], count: int | None, **wanted: str | None
 ) -> None:
-    """Follow the bus: every message as it comes, one a line; what is retained comes first.
+    """Follow the bus: every message as it arrives, one per line; retained ones come first.
 
     Any MQTT client can do the same: see examples/consumer.py.
     """
@@ -270,6 +270,6 @@ def _print_message(context: Context, received: Received) -> None:
     context.console.print(
         f"{received.header.time:%H:%M:%S.%f}",
         Text(topic.removeprefix(PREFIX + "/"), style="bold"),
-        Text(visible_json(msgspec.json.encode(received.message))),  # no markup: the text is others'
+        Text(visible_json(msgspec.json.encode(received.message))),  # no markup: the text comes from others
         soft_wrap=True,
     )

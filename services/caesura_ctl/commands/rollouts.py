@@ -1,4 +1,4 @@
-"""Commands that change something: plan, roll, freeze, abort, resume."""
+"""Commands that send requests: plan, roll, freeze, abort, resume."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ async def _start(
 
 
 async def _refused_files(session: Session, request: m.RolloutRequested | m.FreezeRequested) -> str:
-    """Where the update's file is, and was refused: an update that no host defines may be one with a slip in it."""
+    """The hosts that refused the update's file: an update that no host defines may have an error in its file."""
     if isinstance(request, m.FreezeRequested):
         return ""
     await session.settled()
@@ -84,7 +84,7 @@ async def _refused_files(session: Session, request: m.RolloutRequested | m.Freez
 def plan(update: str, broker: str | None, *, as_json: bool, **options: Any) -> None:
     """Show what a rollout of UPDATE would do: waves, method and reason per VM, refusals, an estimate.
 
-    Nothing is changed, so without a selection the whole fleet is planned unasked; `roll` asks. Exit code 3 when the plan is refused.
+    Nothing is changed, so without a selection the whole fleet is planned without confirmation; `roll` asks. Exit code 3 if the plan is refused.
     """
 
     async def body(context: Context) -> None:
@@ -120,8 +120,8 @@ def plan(update: str, broker: str | None, *, as_json: bool, **options: Any) -> N
 def roll(update: str, broker: str | None, *, as_json: bool, detach: bool, **options: Any) -> None:
     """Roll UPDATE out, one domain of a set at a time, and watch it to its end.
 
-    UPDATE is a name from updates.d of the hosts (see: caesura updates). Hosts that have it already are skipped. Without a
-    selection it asks on a terminal, and elsewhere needs --all.
+    UPDATE is a name from updates.d of the hosts (see: caesura updates). Hosts that already have it are skipped. Without a
+    selection it asks on a terminal, and otherwise requires --all.
     """
     confirm("roll out", options, as_json=as_json, what=update)
 
@@ -187,9 +187,9 @@ def freeze(
 @click.option("--reason", default="", help="Why; it is kept in the record.")
 @common
 def abort(rollout: str, reason: str, broker: str | None, *, as_json: bool) -> None:
-    """Abort a rollout in whatever state it is; no VM stays paused.
+    """Abort a rollout in any state; no VM stays paused.
 
-    Without ROLLOUT: the only one that is not at its end.
+    Without ROLLOUT: the only one that has not ended.
     """
 
     async def body(context: Context) -> None:
@@ -206,9 +206,9 @@ def abort(rollout: str, reason: str, broker: str | None, *, as_json: bool) -> No
 @click.option("--detach", is_flag=True, help="Return at once instead of watching to the end.")
 @common
 def resume(rollout: str, broker: str | None, *, as_json: bool, detach: bool) -> None:
-    """Go on with a halted rollout: the failed wave is tried again, finished hosts are not paused again.
+    """Resume a halted rollout: the failed wave is tried again, completed hosts are not paused again.
 
-    Without ROLLOUT: the only one that is not at its end.
+    Without ROLLOUT: the only one that has not ended.
     """
 
     async def body(context: Context) -> None:
@@ -220,7 +220,7 @@ def resume(rollout: str, broker: str | None, *, as_json: bool, detach: bool) -> 
             started = await _steer(session, context, request, "resuming", last_word=detach)
             if not detach:
                 if session.picture.rollouts.get(started) is before.get(started):
-                    # What is retained still says halted; the next word of the coordinator may be its last, too.
+                    # The retained state still says halted; the coordinator's next message may be its last one, too.
                     session.picture.rollouts.pop(started, None)
                 conclude(session, context, await follow(session, context, started))
 
@@ -235,7 +235,7 @@ async def _steer(
     *,
     last_word: bool = True,
 ) -> str:
-    """Ask, and say what became of it; in JSON only if nothing follows, for a script reads one document."""
+    """Send the request and print the answer; as JSON only if no other output follows, since a script reads one document."""
     answer = await session.ask(request)
     if context.json and (last_word or not answer.accepted):
         print_json(answer)

@@ -1,1 +1,1 @@
-"""The live page: what is drawn, and how it reaches browsers."""
+"""The live page: its content, and how it reaches browsers."""

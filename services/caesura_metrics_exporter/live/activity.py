@@ -1,4 +1,4 @@
-"""Messages in words: the log of the live page. Pure."""
+"""Messages as text: the log of the live page. Pure."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Level = Literal["quiet", "good", "warning", "bad"]
 
 
 class LogEntry(msgspec.Struct, frozen=True, omit_defaults=True):
-    """One line of the log. ``at`` is unix seconds, as the sender says; empty members do not apply."""
+    """One line of the log. ``at`` is unix seconds by the sender's clock; empty members do not apply."""
 
     at: float
     what: str
@@ -32,10 +32,10 @@ _SOME = 6
 
 
 def happening(message: Message, at: float) -> LogEntry | None:
-    """What a person would want to read of a fact; None for what is state or too much detail.
+    """The log line of a fact; None for state and for details that are too fine.
 
     Args:
-        at: when it was heard, for messages that carry no time of their own.
+        at: when it was received, for messages that carry no time of their own.
     """
     match message:
         case m.VmFrozen():

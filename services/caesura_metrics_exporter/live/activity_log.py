@@ -1,4 +1,4 @@
-"""The last lines of the live page's log; what went wrong is kept apart, so that a large wave does not push it out. Pure."""
+"""The last lines of the live page's log; failures are kept separately, so that a large wave does not push them out. Pure."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ class ActivityLog:
         self._wrong: deque[tuple[int, LogEntry]] = deque(maxlen=WRONG_KEPT)
 
     def add(self, revision: int, line: LogEntry) -> None:
-        """Note one line; revisions rise."""
+        """Add one line; revisions rise."""
         (self._wrong if line.level in _WRONG else self._lines).append((revision, line))
 
     def since(self, revision: int) -> Iterator[LogEntry]:
-        """Lines that came after this revision, the oldest first."""
+        """Lines added after this revision, the oldest first."""
         for at, line in heapq.merge(self._lines, self._wrong, key=lambda each: each[0]):
             if at > revision:
                 yield line
 
     def shift(self, by: float) -> None:
-        """The clock jumped."""
+        """The wall clock jumped."""
         for lines in (self._lines, self._wrong):
             moved = [(at, msgspec.structs.replace(line, at=line.at + by)) for at, line in lines]
             lines.clear()

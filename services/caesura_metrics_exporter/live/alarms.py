@@ -1,4 +1,4 @@
-"""What the live page says loudly: broken rules, as the bus shows them. Pure."""
+"""The alarms of the live page: broken rules, as seen on the bus. Pure."""
 
 from __future__ import annotations
 
@@ -31,26 +31,26 @@ class Alarm(msgspec.Struct, omit_defaults=True):
 
 
 class Alarms:
-    """The alarms that last, then the newest; one that repeats is one."""
+    """The active alarms, then the newest; a repeated one counts once."""
 
     def __init__(self) -> None:
         self._alarms: list[Alarm] = []
-        """As ``_sort`` left them, then what came since."""
+        """As ``_sort`` left them, then those added since."""
         self._sorted = True
         self._open: dict[tuple[Rule, str], Alarm] = {}
-        """Those that last, by rule and what they are about: an inventory asks for each of its VMs."""
+        """The active ones, by rule and subject: an inventory looks each of its VMs up."""
 
     def __len__(self) -> int:
         self._sort()
         return len(self._alarms)
 
     def current(self) -> tuple[Alarm, ...]:
-        """The first ``ALARMS_SENT``: those that last before those that are over, the worst first."""
+        """The first ``ALARMS_SENT``: active ones before those that have ended, the worst first."""
         self._sort()
         return tuple(self._alarms[:ALARMS_SENT])
 
     def counts(self) -> dict[str, int]:
-        """How many of each rule there are."""
+        """The number of alarms of each rule."""
         self._sort()
         return dict(Counter(each.rule for each in self._alarms))
 
@@ -60,36 +60,36 @@ class Alarms:
         self._raise(Alarm("two-domains", "bad", text, set_name, now))
 
     def end_two_domains(self, set_name: str, now: float, *, mistaken: bool = False) -> None:
-        """VMs of at most one domain of the set are paused; or, ``mistaken``, that was so all the time."""
+        """VMs of at most one domain of the set are paused; or, ``mistaken``, that was always so."""
         if mistaken:
             taken_back = self._open.pop(("two-domains", set_name), None)
             self._alarms = [each for each in self._alarms if each is not taken_back]
         self._end("two-domains", set_name, now)
 
     def stopped(self, vm: str, set_name: str, host: str, state: m.VmState, now: float) -> None:
-        """A VM was paused and does not run now."""
+        """A VM does not run after its pause."""
         how = "in an unknown state" if state == "unknown" else state
         text = f"{_of_set(vm, set_name)} on {host} is {how} after its pause"
         self._raise(Alarm("stopped", "bad", text, vm, now))
 
     def runs(self, vm: str, now: float) -> bool:
-        """The VM runs; whether that ends something."""
+        """The VM runs; returns whether that ends an alarm."""
         return self._end("stopped", vm, now)
 
     def attention(self, record: m.VmRecord, host: str, now: float) -> bool:
-        """Look at what its host says of a VM, such as that its application has ended; whether there is something to say."""
+        """Check a host's remark about a VM, such as that its application has ended; returns whether there is a new alarm."""
         if not record.state_detail:
             return self._end("attention", record.vm, now)
         text = f"{_of_set(record.vm, record.set)} on {host} is {record.state}: {record.state_detail}"
         return self._raise(Alarm("attention", "warning", text, record.vm, now))
 
     def gone(self, vm: str, now: float) -> bool:
-        """The VM is no more; whether that ends something."""
+        """The VM no longer exists; returns whether that ends an alarm."""
         ended = [self._end(rule, vm, now) for rule in ("stopped", "clock", "attention")]
         return any(ended)
 
     def resumed(self, message: m.VmResumed, now: float) -> bool:
-        """Look at a finished pause; whether there is something to say."""
+        """Check a finished pause; returns whether there is a new alarm."""
         wrong = not message.within_budget or message.resumed_by == "guard"
         where = _where(message)
         if not message.within_budget:
@@ -109,7 +109,7 @@ class Alarms:
         return bool(broken)
 
     def contested(self, message: m.VmOwner, now: float) -> bool:
-        """Look at whose VM it is; whether there is something to say."""
+        """Check the owner of a VM; returns whether there is a new alarm."""
         if not message.contested_by:
             return self.agreed(message.vm, now)
         rivals = ", ".join(message.contested_by)
@@ -121,11 +121,11 @@ class Alarms:
         return True
 
     def agreed(self, vm: str, now: float) -> bool:
-        """No host names the VM that does not have it; whether that ends something."""
+        """No host names the VM without owning it any more; returns whether that ends an alarm."""
         return self._end("owner", vm, now)
 
     def clock(self, message: m.VmClockSynced, now: float) -> bool:
-        """Look at a verdict on a clock, and at what the guest showed of its memory; whether there is something to say."""
+        """Check a verdict on a clock, and what the guest showed about its memory; returns whether there is a new alarm."""
         where = _where(message)
         changed = self._memory(message.memory, where, message.vm, now)
         if message.synced:
@@ -137,19 +137,19 @@ class Alarms:
         return True
 
     def expire(self, before: float) -> bool:
-        """Forget what was over earlier; whether there was something."""
+        """Drop alarms that ended earlier; returns whether there were any."""
         old = len(self._alarms)
         self._alarms = [each for each in self._alarms if each.until is None or each.until >= before]
         return len(self._alarms) != old
 
     def shift(self, by: float) -> None:
-        """The clock jumped."""
+        """The wall clock jumped."""
         for each in self._alarms:
             each.at += by
             each.until = None if each.until is None else each.until + by
 
     def _raise(self, alarm: Alarm) -> bool:
-        """Whether that is anything new."""
+        """Add it; returns whether it is new."""
         key = (alarm.rule, alarm.about)
         known = self._open.get(key)
         if known is not None:
@@ -173,7 +173,7 @@ class Alarms:
         return True
 
     def _sort(self) -> None:
-        """In the order in which they are shown, and no more than are kept. When somebody looks: not with each message of a storm."""
+        """Sort them in display order and drop the excess. Done on a query, not with each message of a storm."""
         if self._sorted:
             return
         self._alarms.sort(key=lambda each: (each.until is not None, _ORDER[each.rule], -each.at))
@@ -185,7 +185,7 @@ class Alarms:
 
 
 def _where(message: m.VmResumed | m.VmClockSynced) -> str:
-    """Which VM, and where it is; one in no set has no domain worth a word."""
+    """The VM and its place; for one in no set the domain is omitted."""
     if message.set.startswith("_"):
         return f"{message.vm} on {message.host}"
     return f"{message.vm} ({message.set}, domain {message.update_domain}) on {message.host}"

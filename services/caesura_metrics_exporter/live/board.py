@@ -1,4 +1,4 @@
-"""What the parts of the live page share: its revisions, its time, and what is drawn, said and wrong. Pure."""
+"""The state shared by the parts of the live page: revisions, time, lanes, log and alarms. Pure."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from caesura_metrics_exporter.live.timeline_store import TimelineStore
 from caesura_metrics_exporter.live.timelines import DomainKey, Timeline
 
 KEPT_S = 3600.0  # s of lanes and pauses
-_AHEAD_S = 1.0  # s that a sender's clock may be ahead before its times are not believed
-_JUMP_S = 2.0  # s by which the exporter's own clock must step to be called a jump
+_AHEAD_S = 1.0  # s that a sender's clock may be ahead before its times are rejected
+_JUMP_S = 2.0  # s by which the exporter's own clock must step to count as a jump
 
 
 class Board:
     """See the module. Everything carries the revision of its last change.
 
     Args:
-        members: how many VMs a domain has.
+        members: gives the number of VMs of a domain.
     """
 
     def __init__(self, members: Callable[[str, DomainKey, int], int]) -> None:
         self.revision = 1
         self.floor = 1
-        """Something was removed at this revision: a reader that is behind needs everything again."""
+        """Something was removed at this revision: a reader with an older one needs everything again."""
         self.head_at = self.rollouts_at = self.paused_at = 1
-        """When the fleet's numbers and alarms, the rollouts, and who is paused changed last."""
+        """Revisions of the last change of the fleet's numbers and alarms, the rollouts, and the paused VMs."""
         self.now = 0.0
         self._ahead: float | None = None  # s, the wall clock minus the monotonic one
         self.lanes = TimelineStore(self.touch, members)
@@ -42,15 +42,15 @@ class Board:
         return self.revision
 
     def touch_head(self) -> None:
-        """The fleet in numbers, or what is wrong, changed."""
+        """The numbers or the problems of the fleet changed."""
         self.head_at = self.touch()
 
     def say(self, line: LogEntry) -> None:
-        """A line of the log."""
+        """Add a line to the log."""
         self.log.add(self.touch(), line)
 
     def at(self, at: float) -> float:
-        """When something was, unix seconds, as its sender says; when it was received, where that cannot be right."""
+        """The time of an event, unix seconds, by its sender's clock; the time of receipt if that cannot be right."""
         return at if self.now - KEPT_S <= at <= self.now + _AHEAD_S else self.now
 
     def lane(self, set_name: str, key: DomainKey, domain: int) -> Timeline | None:
@@ -62,7 +62,7 @@ class Board:
         return lane
 
     def tick(self, now: float, mono: float) -> float:
-        """Time has passed: seconds by which the wall clock jumped, and what was seen was moved with it; 0 as a rule."""
+        """Advance the time; returns the seconds by which the wall clock jumped, and moves recorded times with it; usually 0."""
         ahead = now - mono
         by = ahead - self._ahead if self._ahead is not None else 0.0
         self._ahead, self.now = ahead, now
@@ -77,7 +77,7 @@ class Board:
         return by
 
     def expire(self) -> None:
-        """Forget what is older than ``KEPT_S``."""
+        """Drop what is older than ``KEPT_S``."""
         if self.lanes.expire(self.now - KEPT_S):
             self.floor = self.head_at = self.touch()
         if self.alarms.expire(self.now - KEPT_S):

@@ -1,8 +1,8 @@
 """The live page over HTTP: ``/``, its files, ``/live/state`` and ``/live/events``. Reads only; nothing here commands.
 
-The page shows more than ``/metrics`` does (names of VMs, reasons), to whoever reaches the port. A web site that a person
+The page shows more than ``/metrics`` does (names of VMs, reasons), to every client that reaches the port. A web site that a user
 visits could reach it too, by a DNS name that it points at this machine (DNS rebinding): such a request carries that name
-as its Host, so a name that is not known to be ours is refused.
+as its Host, so unknown names are refused.
 """
 
 from __future__ import annotations
@@ -18,15 +18,11 @@ from aiohttp import web
 from caesura.runtime.listen import own_host
 from caesura_metrics_exporter.live.stream import LiveStream, TooManyReaders
 
-HEARTBEAT_S = (
-    5.0  # s: the page calls a stream dead after three of them; proxies cut silent connections, some after 30
-)
-STALL_S = 30.0  # s for which a reader may take nothing before its connection is cut
-LIFETIME_S = (
-    600.0  # s: then the page is told to come again, so that one that reads nothing does not hold its place
-)
-_LOOK_S = 1.0  # s between two looks at whether a silent reader is still there
-_CHUNK = 65536  # bytes: no more than this waits in memory for a reader, besides what all share
+HEARTBEAT_S = 5.0  # s: the page considers a stream dead after three missed ones; proxies cut silent connections, some after 30
+STALL_S = 30.0  # s for which a reader may read nothing before its connection is cut
+LIFETIME_S = 600.0  # s: then the page is asked to reconnect, so that an abandoned one does not keep its slot
+_LOOK_S = 1.0  # s between two checks whether a silent reader is still connected
+_CHUNK = 65536  # bytes: the most that waits in memory for one reader, in addition to shared data
 _RETRY_MS = 1000
 _TYPES = {".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml", ".html": "text/html"}
 _FILES = ("index.html", "style.css", "page.js", "model.js", "chart.js", "tables.js", "mark.svg")
@@ -46,9 +42,9 @@ class LivePage:
     """The routes; give ``extend`` to ``serve_health``.
 
     Args:
-        page_hosts: names under which the page may be asked for, besides those that cannot be a stranger's.
-        heartbeat_s: seconds between two signs of life on a silent stream.
-        stall_s: seconds for which a reader may take nothing.
+        page_hosts: host names under which the page may be requested, in addition to those that nobody else can own.
+        heartbeat_s: seconds between two beats on an idle stream.
+        stall_s: seconds for which a reader may read nothing.
         lifetime_s: seconds after which a stream is ended, for the page to open the next.
     """
 
@@ -108,7 +104,7 @@ class LivePage:
             **SECURITY_HEADERS,
             "Content-Type": "text/event-stream",
             "Cache-Control": "no-store",
-            "X-Accel-Buffering": "no",  # nginx would hold events back
+            "X-Accel-Buffering": "no",  # otherwise nginx would buffer events
         }
         response = web.StreamResponse(headers=headers)
         try:
@@ -117,9 +113,9 @@ class LivePage:
             await self._tell(request, response)
         except TimeoutError:
             if request.transport is not None:
-                request.transport.abort()  # it takes nothing: what is buffered for it goes, too
+                request.transport.abort()  # it does not read: discard its buffer, too
         except ConnectionError:
-            pass  # it went away
+            pass  # it disconnected
         return response
 
     async def _tell(self, request: web.Request, response: web.StreamResponse) -> None:
@@ -134,7 +130,7 @@ class LivePage:
             beat_at = loop.time() + self._heartbeat_s
             while not await self._stream.wait(cursor, min(_LOOK_S, self._heartbeat_s)):
                 if request.transport is None:
-                    return  # it went away
+                    return  # it disconnected
                 if loop.time() >= beat_at:
                     await self._send(response, self._stream.beat())
                     beat_at = loop.time() + self._heartbeat_s
@@ -150,7 +146,7 @@ class LivePage:
 
 
 def _not_across_sites(handler: _Handler) -> _Handler:
-    """A page of another site could not read the answer, but would take one of the few streams."""
+    """A page of another site could not read the answer, but would occupy one of the few streams."""
 
     async def handle(request: web.Request) -> web.StreamResponse:
         asked = request.headers

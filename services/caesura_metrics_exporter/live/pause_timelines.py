@@ -1,4 +1,4 @@
-"""Pauses on the live page: which VMs are paused, and how that is drawn in their lanes. Pure."""
+"""Pauses on the live page: which VMs are paused, and the segments in their lanes. Pure."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from caesura_metrics_exporter.places import Places
 
 
 class PauseLanes:
-    """See the module. Facts are laid over what inventories say: what they say first is drawn first."""
+    """See the module. Facts are overlaid on inventories, since they arrive first."""
 
     def __init__(self, board: Board, places: Places, folded: Folded) -> None:
         self._board = board
@@ -32,7 +32,7 @@ class PauseLanes:
         key, domain = self._places.of(message.vm, message.set, message.update_domain)
         known = self._board.standing.get(message.vm)
         if known is not None and (known.set, known.key, known.domain) != (message.set, key, domain):
-            self._end(known, self._board.now)  # its end was missed, and it is drawn elsewhere now
+            self._end(known, self._board.now)  # its end was missed, and it is in another lane now
         self._pause(
             Paused(
                 vm=message.vm,
@@ -65,7 +65,7 @@ class PauseLanes:
             guard = message.resumed_by == "guard"
             lane.mark(PausePoint(round(at, 3), message.vm, seconds, message.budget_s, over, guard))
             if paused is None and lane.state != "frozen":
-                # Its beginning was missed: the pause itself says when that was.
+                # Its start was missed: derive it from the pause's length.
                 lane.enter("frozen", at - message.pause_s)
                 _resume(lane, at)
                 if not lane.rollout:
@@ -90,7 +90,7 @@ class PauseLanes:
     # -- inventories --------------------------------------------------------------------------------------
 
     def moved(self, vm: str, before: LocatedVm | None, after: LocatedVm | None, why: str) -> None:
-        """A VM counts differently. ``why`` is said where it is gone and was paused."""
+        """The state of a VM changed. ``why`` is the log text if it was removed while paused."""
         board = self._board
         self._places.moved(before, after)
         if before is not None and (after is None or _domains(before.record) != _domains(after.record)):
@@ -113,9 +113,11 @@ class PauseLanes:
             self._place_again(paused.set, [paused])
 
     def found(self, record: m.VmRecord, host: str, operation: str) -> None:
-        """What a host says of its VM. ``operation``: the one that it says is under way."""
+        """A host's report about its VM. ``operation``: the one that it reports as under way."""
         board = self._board
-        board.lane(record.set, "update_domain", record.update_domain)  # there may have been no room for it
+        board.lane(
+            record.set, "update_domain", record.update_domain
+        )  # there may have been no room for the lane
         paused = board.standing.get(record.vm)
         if record.state == "paused" and paused is None:
             place = self._places.of(record.vm, record.set, record.update_domain)
@@ -124,7 +126,9 @@ class PauseLanes:
             under_way = paused.operation and operation == paused.operation
             if under_way:
                 pass
-            elif record.state == "running":  # its fact was missed, or there is none: somebody else paused it
+            elif (
+                record.state == "running"
+            ):  # its fact was missed, or there is none because somebody else paused it
                 self._end(paused, board.now)
             else:
                 board.alarms.stopped(record.vm, record.set, host, record.state, board.now)
@@ -137,22 +141,22 @@ class PauseLanes:
             board.touch_head()
 
     def host_gone(self, host: str) -> None:
-        """The host is gone for good: nothing more will be received of its pauses."""
+        """The host was removed permanently: nothing more will be received about its pauses."""
         for paused in self._board.standing.on(host):
             self._lose(paused, f"no word from {host}")
 
     def expire(self) -> None:
-        """Forget old pauses of VMs that belong to no host."""
+        """Drop old pauses of VMs that do not belong to a host."""
         board = self._board
         for paused in [each for each in board.standing if self._folded.state.vm(each.vm) is None]:
             if paused.received < board.now - KEPT_S:
                 self._lose(paused, f"no word from {paused.host}")
 
     def place_again(self, set_name: str) -> None:
-        """VMs of the set were placed before it was known which rollout holds it, or where they are."""
+        """VMs of the set were placed before their rollout or their place was known."""
         self._place_again(set_name, self._board.standing.of(set_name))
 
-    # -- inside -------------------------------------------------------------------------------------------
+    # -- internal -----------------------------------------------------------------------------------------
 
     def _place_again(self, set_name: str, those: Iterable[Paused]) -> None:
         board = self._board
@@ -182,7 +186,7 @@ class PauseLanes:
             board.alarms.two_domains(paused.set, clash, board.now)
 
     def _counted(self, paused: Paused) -> Timeline | None:
-        """The paused VMs of this one's lane changed."""
+        """The paused VMs of this VM's lane changed."""
         board = self._board
         board.paused_at = board.head_at = board.touch()
         if len(self._folded.rollouts):
@@ -209,7 +213,7 @@ class PauseLanes:
             lane.close(at)
 
     def _lose(self, paused: Paused, why: str) -> None:
-        """Nothing more will be received of it."""
+        """Nothing more will be received about this pause."""
         self._end(paused, self._board.now, "lost")
         self._say_of(paused, why, "warning")
 

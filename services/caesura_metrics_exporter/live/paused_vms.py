@@ -9,11 +9,11 @@ import msgspec
 from caesura_metrics_exporter.live.timelines import DomainKey
 from caesura_metrics_exporter.views import PausedVm
 
-_LATE_S = 1.0  # s by which a fact may come late, or a clock be behind, and nobody says so
+_LATE_S = 1.0  # s by which a fact may be late, or a clock behind, without being marked
 
 
 class Paused(msgspec.Struct, frozen=True):
-    """A VM that is paused. Seen by its fact, or only in its host's inventory: then ``since`` and ``budget`` are None."""
+    """A VM that is paused. Known from its fact, or only from its host's inventory: then ``since`` and ``budget`` are None."""
 
     vm: str
     set: str
@@ -23,7 +23,7 @@ class Paused(msgspec.Struct, frozen=True):
     """By ``key``."""
     host: str
     received: float
-    """When that was received, by the exporter's clock."""
+    """When it was received, by the exporter's clock."""
     operation: str = ""
     method: str = ""
     since: float | None = None
@@ -45,7 +45,7 @@ class PausedVms:
         return iter(self._vms.values())
 
     def get(self, vm: str) -> Paused | None:
-        """What is known of a VM that is paused."""
+        """The pause of a VM, None if it is not paused."""
         return self._vms.get(vm)
 
     def of(self, set_name: str) -> list[Paused]:
@@ -58,7 +58,7 @@ class PausedVms:
         return [self._vms[vm] for vm in sorted(self._hosts.get(host, ()))]
 
     def add(self, paused: Paused) -> None:
-        """It is paused."""
+        """The VM is paused."""
         self.remove(paused.vm)
         self._vms[paused.vm] = paused
         self._domains.setdefault(paused.set, {}).setdefault((paused.key, paused.domain), set()).add(paused.vm)
@@ -91,8 +91,8 @@ class PausedVms:
     def clash(self, set_name: str) -> list[int]:
         """Domains of the set in which VMs are paused at once, where there are two or more.
 
-        Facts of the past may come in after the inventories of now, when the exporter was away: what is known only from
-        an inventory is not held against what is known by a fact.
+        After an outage of the exporter, old facts may arrive after current inventories: a pause known only from
+        an inventory does not conflict with one known from a fact.
         """
         of_set = self._domains.get(set_name, {})
         if len(of_set) < 2:
@@ -109,7 +109,7 @@ class PausedVms:
         return []
 
     def shift(self, by: float) -> None:
-        """The clock jumped."""
+        """The wall clock jumped."""
         self._vms = {
             vm: msgspec.structs.replace(
                 each, since=None if each.since is None else each.since + by, received=each.received + by
@@ -118,9 +118,9 @@ class PausedVms:
         }
 
     def view(self, most: int) -> tuple[PausedVm, ...]:
-        """As it is sent: those first whose budget ends first.
+        """As it is sent, ordered by the end of the budget.
 
-        A host's clock may be behind: nothing has lasted for longer than since it was received.
+        A host's clock may be behind: ``since`` is never before the receipt.
         """
         by_end = sorted(self._vms.values(), key=lambda each: (each.since or 0.0) + (each.budget or 0.0))
         return tuple(

@@ -1,4 +1,4 @@
-"""Rollouts on the live page: how their waves are drawn in the lanes of the domains that they touch. Pure."""
+"""Rollouts on the live page: the segments of their waves in the lanes of the domains that they touch. Pure."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ _LEVELS: dict[str, Level] = {"completed": "good", "halted": "bad", "aborted": "w
 
 
 class RolloutLanes:
-    """See the module. A rollout's state costs its own size, and the lanes of the waves that differ."""
+    """See the module. The cost of a rollout's state depends on its size and on the lanes of the waves that changed."""
 
     def __init__(self, board: Board, folded: Folded, pauses: PauseLanes) -> None:
         self._board = board
         self._rollouts = folded.rollouts
         self._pauses = pauses
         self._drawn: dict[str, set[str]] = {}
-        """Rollout that is under way to the lanes that it was drawn in, or waits for."""
+        """Maps an active rollout to the lanes that it was drawn in, or waits for."""
         self._holder: dict[str, str] = {}
-        """Set to the rollout by which its paused VMs were placed."""
+        """Maps a set to the rollout by which its paused VMs were placed."""
 
     def take(self, rollout: WholeRollout, known: WholeRollout | None, sent: float) -> None:
-        """The state of a rollout, sent at ``sent``, unix seconds; ``known`` as it was before, None of a new one."""
+        """The state of a rollout, sent at ``sent``, unix seconds; ``known`` is the previous one, None for a new rollout."""
         board = self._board
         board.rollouts_at = board.touch()
         over = rollout.status in OVER
@@ -39,7 +39,7 @@ class RolloutLanes:
             if holder is not None and self._holder.get(name) != holder.rollout:
                 self._holder[name] = holder.rollout
                 self._pauses.place_again(name)
-        if not (over and known is None):  # one that was over before the exporter came is not drawn
+        if not (over and known is None):  # one that ended before the exporter started is not drawn
             drawn = {wave.wave: wave.status for wave in known.waves} if known is not None else {}
             for wave in rollout.waves:
                 if drawn.get(wave.wave) != wave.status:
@@ -54,9 +54,9 @@ class RolloutLanes:
             board.say(LogEntry(board.at(sent), f"rollout {rollout.status}", level, detail=detail))
 
     def changed(self, message: m.WaveChanged) -> None:
-        """A wave has another status: that is drawn before the rollout's state comes."""
+        """A wave changed its status: it is drawn before the rollout's state arrives."""
         rollout = self._rollouts.known.get(message.rollout)
-        # NotBefore comes with the state, so that is waited for.
+        # NotBefore comes with the state, so wait for that.
         if rollout is None or rollout.status in OVER or message.status == "scheduled":
             return
         for name, domain in message.domains.items():
@@ -109,7 +109,7 @@ class RolloutLanes:
             return
         self._drawn.setdefault(rollout, set()).add(lane.name)
         state = OF_WAVE.get(wave.status)
-        if state is None:  # it is to come
+        if state is None:  # it has not arrived yet
             lane.waits = (rollout, wave.wave)
             board.lanes.changed(lane)
             return
@@ -120,7 +120,7 @@ class RolloutLanes:
         if same_wave and lane.wave_status == wave.status:
             return
         if lane.rollout == rollout and lane.wave > wave.wave:
-            return  # an earlier wave of this rollout had VMs of the domain, too: the later one counts
+            return  # an earlier wave of this rollout had VMs of the domain, too: the later one is shown
         lane.rollout, lane.wave, lane.wave_status = rollout, wave.wave, wave.status
         long_ago = wave.status in _FINAL and at <= board.now - KEPT_S
         if not lane.standing and not long_ago:
@@ -129,7 +129,7 @@ class RolloutLanes:
 
 
 def _when(wave: m.WaveState, sent: float) -> float:
-    """When a wave got its status, as well as the rollout's state says."""
+    """When a wave reached its status, as far as the rollout's state shows."""
     at: datetime | None = wave.ended_at if wave.status in _FINAL else None
     if wave.status == "started":
         at = wave.started_at

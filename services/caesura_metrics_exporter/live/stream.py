@@ -1,8 +1,8 @@
-"""The live page's readers: each is a cursor into ``Live``, not a queue.
+"""The live page's readers: each is a cursor into ``Live`` instead of a queue.
 
-A reader gets what changed since its cursor, merged, when it has taken what it got before, and misses only what the next
-change has replaced. So a slow one costs what it is being sent, for as long as ``page`` lets it take: never more than one
-snapshot. Readers at the same cursor share one encoding, and so do those that ask for the whole within a short time.
+A reader gets the merged changes since its cursor once it has read the previous ones, and misses only what a later
+change has replaced. So a slow reader costs only the memory of what it is being sent, for as long as ``page`` allows: at most one
+snapshot. Readers at the same cursor share one encoding, and so do those that request a snapshot within a short time.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from caesura_metrics_exporter.live.view import Live
 from caesura_metrics_exporter.views import Delta
 
 READERS = 32  # streams at once: a browser tab each
-LEAST_S = 0.25  # s between two changes, however many messages come
-SHARE = 0.05  # of the event loop's time that encoding may take: where it takes long, changes come more seldom
-MOST_S = 5.0  # s: no more seldom than this
+LEAST_S = 0.25  # s between two changes, however many messages arrive
+SHARE = 0.05  # of the event loop's time that encoding may take: if it takes long, changes are sent less often
+MOST_S = 5.0  # s: the longest interval
 _EXPIRE_S = 10.0
 
 
@@ -37,7 +37,7 @@ class LiveStream:
     Args:
         wall: unix time, seconds.
         monotonic: the monotonic clock, seconds.
-        broker: how the exporter's connection is; empty when well.
+        broker: the problem of the exporter's connection; empty if there is none.
         readers: streams at once.
         least_s: seconds between two changes.
     """
@@ -60,16 +60,16 @@ class LiveStream:
         self._monotonic = monotonic
         self._broker = broker
         self._least_s = least_s
-        self._boot = secrets.token_hex(4)  # revisions count from one again after a restart
+        self._boot = secrets.token_hex(4)  # revisions start at one again after a restart
         self._told = 0
         self._changed = asyncio.Event()
         self._encoder = msgspec.json.Encoder()
         self._cost_s = 0.0
         self._shared: dict[tuple[int, int], tuple[bytes, memoryview]] = {}
-        self._whole = (0.0, b"")  # until when it may be sent again, and what
+        self._whole = (0.0, b"")  # until when the snapshot may be sent again, and its text
 
     async def run(self) -> None:
-        """Say now and then that something changed; for ever."""
+        """Signal changes at intervals, indefinitely."""
         loop = asyncio.get_running_loop()
         expire_at = loop.time() + _EXPIRE_S
         while True:
@@ -90,21 +90,21 @@ class LiveStream:
         return min(max(self._least_s, cost_s / SHARE), MOST_S)
 
     def close(self) -> None:
-        """Let every reader end."""
+        """End every reader."""
         self.closing = True
         self._wake()
 
     @contextmanager
     def reading(self) -> Iterator[None]:
-        """Be a reader while the block runs.
+        """Register as a reader while the block runs.
 
         Raises:
             TooManyReaders: with the number.
         """
         if self.readers >= self.limit:
             raise TooManyReaders(
-                f"{self.limit} live streams are open, more are not served: close another tab, or ask for "
-                "/live/state now and then instead"
+                f"{self.limit} live streams are open, more are not served: close another tab, or poll "
+                "/live/state instead"
             )
         self.readers += 1
         try:
@@ -113,13 +113,13 @@ class LiveStream:
             self.readers -= 1
 
     def cursor(self, last_event_id: str) -> int:
-        """Where a reader goes on that had this event last; 0 for from the beginning."""
+        """The cursor of a reader whose last event was this; 0 for the beginning."""
         boot, _, revision = last_event_id.partition("-")
         known = boot == self._boot and revision.isascii() and revision.isdigit() and len(revision) < 16
         return int(revision) if known else 0
 
     def state(self) -> bytes:
-        """Everything, as JSON; as it was a moment ago where somebody asked then."""
+        """The snapshot as JSON; a moment old if it was requested then."""
         now_s = self._monotonic()
         until_s, body = self._whole
         if now_s >= until_s:
@@ -128,7 +128,7 @@ class LiveStream:
         return self._dated() + body
 
     def event(self, cursor: int) -> tuple[bytes, memoryview, int]:
-        """What a reader with this cursor is sent now, as a server-sent event in two parts, and its new cursor."""
+        """The next server-sent event for a reader with this cursor, in two parts, and its new cursor."""
         at = (cursor, self.live.revision)
         shared = self._shared.get(at)
         if shared is None:
@@ -142,11 +142,11 @@ class LiveStream:
         return shared[0] + self._dated(), shared[1], at[1]
 
     def beat(self) -> bytes:
-        """A sign of life that a page can see, with the clock that its times are by."""
+        """A beat that a page can see, with the clock of its times."""
         return b"event: beat\ndata: " + self._dated()[:-1] + b"}\n\n"
 
     def _encode(self, change: Delta) -> tuple[bytes, float]:
-        """Without its beginning, which has the time: what is shared may have been made earlier than it is sent."""
+        """Without its start, which has the time: shared data may have been encoded earlier than it is sent."""
         began = time.perf_counter()
         body = self._encoder.encode(replace(change, now=None))[1:]
         return body, time.perf_counter() - began
@@ -155,7 +155,7 @@ class LiveStream:
         return b'{"now":%.3f,' % self._wall()
 
     async def wait(self, cursor: int, timeout_s: float) -> bool:
-        """Wait until there is more than ``cursor``, or the end; false when the time passed first."""
+        """Wait for changes after ``cursor``, or for the end; false on a timeout."""
         while not self.closing and self._told <= cursor:
             changed = self._changed
             try:

@@ -1,4 +1,4 @@
-"""All lanes, the last changed at the end, so that what changed since a revision is found from there. Pure."""
+"""All lanes, the last changed at the end, so that changes since a revision are found from there. Pure."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ class TimelineStore:
     """See the module.
 
     Args:
-        touch: gives the next revision.
-        members: how many VMs a domain has.
+        touch: returns the next revision.
+        members: gives the number of VMs of a domain.
     """
 
     def __init__(self, touch: Callable[[], int], members: Callable[[str, DomainKey, int], int]) -> None:
@@ -26,7 +26,7 @@ class TimelineStore:
         self.domains = 0
         """Lanes of update domains."""
         self.full = False
-        """A lane was asked for that there was no room for."""
+        """A lane was requested for which there was no room."""
 
     @property
     def sets(self) -> int:
@@ -40,7 +40,7 @@ class TimelineStore:
         return iter(list(self._lanes.values()))
 
     def at(self, set_name: str, key: DomainKey, domain: int) -> Timeline | None:
-        """The lane, made where there is none yet; None where there are too many."""
+        """The lane, created if necessary; None if there are too many."""
         name = lane_name(set_name, key, domain)
         lane = self._lanes.get(name)
         if lane is not None:
@@ -55,11 +55,11 @@ class TimelineStore:
         return lane
 
     def get(self, set_name: str, key: DomainKey, domain: int) -> Timeline | None:
-        """The lane, where there is one."""
+        """The lane, if it exists."""
         return self._lanes.get(lane_name(set_name, key, domain))
 
     def named(self, name: str) -> Timeline | None:
-        """The lane with this id, where there is one."""
+        """The lane with this id, if it exists."""
         return self._lanes.get(name)
 
     def view(self, lane: Timeline) -> LaneView:
@@ -67,7 +67,7 @@ class TimelineStore:
         return lane.view(self._members(lane.set, lane.key, lane.domain))
 
     def changed(self, lane: Timeline) -> None:
-        """Note that this lane changed."""
+        """Mark this lane as changed."""
         lane.revision = self._touch()
         self._lanes.move_to_end(lane.name)
 
@@ -79,12 +79,12 @@ class TimelineStore:
             yield lane
 
     def expire(self, before: float) -> bool:
-        """Forget what ended earlier, and lanes that nothing is left of; whether a lane went."""
+        """Drop segments that ended earlier, and empty lanes; returns whether a lane was dropped."""
         gone = False
         for lane in self:
             if lane.trim(before):
                 self.changed(lane)
-            # A domain that VMs say they are in stays; one that only a rollout went by goes with what is drawn of it.
+            # A domain with VMs keeps its lane; one known only from a rollout is dropped together with its segments.
             if lane.key == "fault_domain":
                 lives = bool(lane.rollout or lane.waits)
             else:

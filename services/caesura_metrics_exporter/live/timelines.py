@@ -1,4 +1,4 @@
-"""One update domain of a set over time, as the live page draws it. Pure; times are unix seconds and come in as arguments."""
+"""One update domain of a set over time, as the live page draws it. Pure; times are unix seconds and are passed as arguments."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Literal
 import msgspec
 
 SEGMENTS_KEPT = 40  # a wave makes some five
-SEGMENTS_IDLE = 12  # sent of a lane in which nothing is under way
+SEGMENTS_IDLE = 12  # sent of an idle lane
 MARKS_KEPT = 200  # pauses of a domain
-MARKS_SENT = 40  # of these, to be drawn one by one
-MARKS_IDLE = 12  # of a lane in which nothing is under way
+MARKS_SENT = 40  # of these, to be drawn individually
+MARKS_IDLE = 12  # of an idle lane
 
 LaneState = Literal["scheduled", "started", "frozen", "resumed", "verified", "failed", "cancelled"]
 DomainKey = Literal["update_domain", "fault_domain"]
@@ -27,7 +27,7 @@ OF_WAVE: dict[str, LaneState] = {
     "failed": "failed",
     "cancelled": "cancelled",
 }
-"""Wave status to what a lane shows. ``frozen`` comes from the hosts' facts, never from a wave."""
+"""Maps a wave's status to the state of a lane. ``frozen`` comes from the hosts' facts, never from a wave."""
 
 
 def lane_name(set_name: str, key: DomainKey, domain: int) -> str:
@@ -36,17 +36,17 @@ def lane_name(set_name: str, key: DomainKey, domain: int) -> str:
 
 
 class Segment(msgspec.Struct, omit_defaults=True):
-    """A stretch of time in one state. ``end`` is None while it lasts."""
+    """A period in one state. ``end`` is None while it lasts."""
 
     state: LaneState
     start: float
     end: float | None = None
     wave: int = 0
     not_before: float | None = None
-    """Of a scheduled one: when it starts at the latest."""
+    """For a scheduled one: the latest start."""
     note: str = ""
     since_unknown: bool = False
-    """It began earlier than ``start``; when is not known."""
+    """It began before ``start`` at an unknown time."""
 
 
 class PausePoint(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -58,7 +58,7 @@ class PausePoint(msgspec.Struct, frozen=True, omit_defaults=True):
     budget: float
     over: bool = False
     guard: bool = False
-    """The pause guard had to end it."""
+    """The pause guard ended it."""
 
 
 class Clock(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -72,7 +72,7 @@ class Clock(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class PauseFigures(msgspec.Struct, frozen=True):
-    """Of the last hour's pauses: how many, and seconds."""
+    """Statistics of the last hour's pauses: number, and seconds."""
 
     count: int
     least: float
@@ -80,11 +80,11 @@ class PauseFigures(msgspec.Struct, frozen=True):
     """Of the last ``MARKS_KEPT``."""
     most: float
     over: int
-    """How many were longer than their budget."""
+    """The number of pauses longer than their budget."""
 
 
 class _Minute(msgspec.Struct):
-    """What is kept of all pauses that ended within a minute."""
+    """The summary of all pauses that ended within one minute."""
 
     count: int = 0
     over: int = 0
@@ -93,7 +93,7 @@ class _Minute(msgspec.Struct):
 
 
 class LaneView(msgspec.Struct, frozen=True, omit_defaults=True):
-    """A lane as it is sent. ``state`` is what it shows now, empty when nothing is under way."""
+    """A lane as it is sent. ``state`` is its current state, empty if idle."""
 
     lane: str
     set: str
@@ -102,21 +102,21 @@ class LaneView(msgspec.Struct, frozen=True, omit_defaults=True):
     vms: int
     state: LaneState | Literal[""]
     standing: int = 0
-    """VMs of it that are paused now."""
+    """The VMs of it that are paused now."""
     waits: int | None = None
-    """The wave that is to come."""
+    """The next wave."""
     segments: tuple[Segment, ...] = ()
     pauses: PauseFigures | None = None
     marks: tuple[PausePoint, ...] = ()
     """The worst first."""
     budget: float | None = None
     clock: Clock | None = None
-    """Of the VM that is off most."""
+    """For the VM with the largest error."""
     unsynced: int = 0
 
 
 class Timeline:
-    """What is remembered of one domain. Bounded: ``SEGMENTS_KEPT``, ``MARKS_KEPT``, an hour's minutes, and one clock a VM."""
+    """The history of one domain. Bounded: ``SEGMENTS_KEPT``, ``MARKS_KEPT``, an hour's minutes, and one clock per VM."""
 
     def __init__(self, set_name: str, key: DomainKey, domain: int) -> None:
         self.set = set_name
@@ -127,7 +127,7 @@ class Timeline:
         self.wave = -1
         self.wave_status = ""
         self.waits: tuple[str, int] | None = None
-        """The rollout and its wave that is to come."""
+        """The rollout and its next wave."""
         self.standing = 0
         self.segments: list[Segment] = []
         self.marks: list[PausePoint] = []
@@ -141,7 +141,7 @@ class Timeline:
 
     @property
     def state(self) -> LaneState | Literal[""]:
-        """What it shows now."""
+        """Its current state."""
         last = self.segments[-1] if self.segments else None
         return last.state if last is not None and last.end is None else ""
 
@@ -154,7 +154,7 @@ class Timeline:
         note: str = "",
         since_unknown: bool = False,
     ) -> None:
-        """Begin a stretch, ending the one before. A time before that one's start counts as its start."""
+        """Begin a segment, ending the previous one. A time before that one's start counts as its start."""
         last = self.segments[-1] if self.segments else None
         if last is not None and last.end is None:
             if last.state == state and last.wave == max(self.wave, 0):
@@ -173,7 +173,7 @@ class Timeline:
             self._make_room()
 
     def _make_room(self) -> None:
-        """Swaps one after another are many short stretches of one wave: two become one, so that what was before stays."""
+        """Consecutive swaps are many short segments of one wave: two are merged, so that earlier segments are kept."""
         for index in range(len(self.segments) - 3):
             first, _, third = three = self.segments[index : index + 3]
             alike = len({each.wave for each in three}) == 1 and third.end is not None
@@ -184,28 +184,28 @@ class Timeline:
         del self.segments[0]
 
     def close(self, at: float) -> None:
-        """End the stretch that lasts, if there is one."""
+        """End the open segment, if there is one."""
         if self.segments and self.segments[-1].end is None:
             self.segments[-1].end = max(at, self.segments[-1].start)
 
     def take_back(self) -> None:
-        """The stretch that lasts was never true."""
+        """Retract the open segment, which was never true."""
         if self.segments and self.segments[-1].end is None:
             del self.segments[-1]
 
     def mark(self, mark: PausePoint) -> None:
-        """Note a finished pause."""
+        """Add a finished pause."""
         minute = self._minutes.setdefault(int(mark.at // 60), _Minute())
         minute.count += 1
         minute.over += mark.over
         minute.least, minute.most = min(minute.least, mark.seconds), max(minute.most, mark.seconds)
         self.marks.append(mark)
         if len(self.marks) > MARKS_KEPT:
-            most = max(each.seconds for each in self.marks)  # this one stays, as do those that went wrong
+            most = max(each.seconds for each in self.marks)  # this one is kept, as are those with a failure
             self.marks.remove(min(self.marks, key=lambda each: (each.over, each.guard, each.seconds == most)))
 
     def shift(self, by: float) -> None:
-        """The clock jumped: what was seen moves with it, so that the order stays."""
+        """The wall clock jumped: recorded times move with it, so that the order is kept."""
         for segment in self.segments:
             segment.start += by
             segment.end = None if segment.end is None else segment.end + by
@@ -213,7 +213,7 @@ class Timeline:
         self._minutes = {minute + round(by / 60): each for minute, each in self._minutes.items()}
 
     def trim(self, before: float) -> bool:
-        """Forget what ended earlier; whether there was something."""
+        """Drop what ended earlier; returns whether there was anything."""
         old = len(self.segments) + len(self.marks) + len(self._minutes)
         self.segments = [each for each in self.segments if each.end is None or each.end >= before]
         self.marks = [each for each in self.marks if each.at >= before]

@@ -1,9 +1,9 @@
-"""What the live page shows: lanes, rollouts, pauses and a log. A view of ``Folded``, and of the facts that it does not keep. Pure.
+"""The content of the live page: lanes, rollouts, pauses and a log. A view of ``Folded``, and of the facts that it does not keep. Pure.
 
-What is drawn of pauses is in ``pause_lanes``, of rollouts in ``rollout_lanes``; ``board`` is what they draw on. Everything carries the
-revision of its last change, so that what changed since any revision can be sent without a queue for each reader. Times are unix seconds,
+Pauses are drawn by ``pause_timelines``, rollouts by ``rollout_timelines``, both on ``board``. Everything carries the
+revision of its last change, so that the changes since any revision can be sent without a queue for each reader. Times are unix seconds,
 from the messages; a message whose time cannot be right by the exporter's clock (it lies in the future, or long ago) is drawn where it was
-received. Bounded by time (``KEPT_S``) and by count. A message costs what it carries.
+received. Bounded by time (``KEPT_S``) and by count. The cost of a message depends on its content.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Live:
     """See the module.
 
     Args:
-        folded: what somebody else folds and tells of with each message; without it this one folds for itself.
+        folded: a fold that the caller updates, passing each step; without it this view folds by itself.
     """
 
     def __init__(self, folded: Folded | None = None) -> None:
@@ -47,16 +47,16 @@ class Live:
         self._pauses = PauseLanes(self._board, places, self._folded)
         self._waves = RolloutLanes(self._board, self._folded, self._pauses)
         self._hosts: set[str] = set()
-        """Those that are known."""
+        """The known ones."""
         self._offline_since: dict[str, float] = {}
         self._led = False
-        """Whether a coordinator was on the bus, as it was shown last."""
+        """Whether a coordinator was on the bus, as last shown."""
         self._broker = "not connected yet"
         self._broker_since = 0.0
 
     @property
     def revision(self) -> int:
-        """Of the last change."""
+        """Revision of the last change."""
         return self._board.revision
 
     @property
@@ -64,7 +64,7 @@ class Live:
         """The wall clock of the last message or tick, unix seconds."""
         return self._board.now
 
-    # -- in -----------------------------------------------------------------------------------------------
+    # -- input --------------------------------------------------------------------------------------------
 
     def take(
         self, received: Received, now: float, mono: float, *, fresh: bool, step: Step | None = None
@@ -74,9 +74,9 @@ class Live:
         Args:
             received: the message.
             now: unix seconds, by the exporter's wall clock.
-            mono: seconds of its monotonic clock, by which a jump of the wall clock is seen; here and below.
-            fresh: false for a repetition: then only state counts.
-            step: what it changed, where somebody else has folded it.
+            mono: seconds of its monotonic clock, by which a jump of the wall clock is detected; here and below.
+            fresh: false for a repetition: then only state is updated.
+            step: the changes, if the caller has folded the message.
         """
         self.tick(now, mono)
         message = received.message
@@ -89,7 +89,7 @@ class Live:
                 self._board.say(line)
 
     def clear(self, topic: str, now: float, mono: float, step: Step | None = None) -> None:
-        """A retained message was removed: its subject is gone. ``step`` as in ``take``."""
+        """A retained message was removed: its subject no longer exists. ``step`` as in ``take``."""
         self.tick(now, mono)
         place = match_topic(topic)
         if place is None:
@@ -111,7 +111,7 @@ class Live:
             self._waves.removed(step.rollout)
 
     def connection(self, wrong: str, now: float, mono: float) -> None:
-        """How the exporter's own connection is: empty when well, else what is wrong."""
+        """The problem of the exporter's own connection; empty if there is none."""
         self.tick(now, mono)
         if wrong != self._broker:
             if bool(wrong) != bool(self._broker) or not self._broker_since:
@@ -120,20 +120,20 @@ class Live:
             self._board.touch_head()
 
     def tick(self, now: float, mono: float) -> None:
-        """Time has passed. A wall clock that jumped takes what was seen with it, so that nothing lasts longer by that."""
+        """Advance the time. If the wall clock jumped, recorded times move with it, so that durations do not change."""
         by = self._board.tick(now, mono)
         if by:
             self._broker_since += by
             self._offline_since = {host: at + by for host, at in self._offline_since.items()}
 
     def expire(self, now: float, mono: float) -> None:
-        """Forget what is older than ``KEPT_S``; call now and then."""
+        """Drop what is older than ``KEPT_S``; call it from time to time."""
         self.tick(now, mono)
         self._pauses.expire()
         self._board.expire()
 
     def forget_host(self, host: str, step: Step | None = None) -> None:
-        """The host is gone for good. ``step`` as in ``take``."""
+        """The host was removed permanently. ``step`` as in ``take``."""
         step = step if step is not None else self._folded.take_back(m.HostInventory, {"host": host}, 0.0)
         self._hosts.discard(host)
         self._offline_since.pop(host, None)
@@ -141,14 +141,14 @@ class Live:
         self._pauses.host_gone(host)
         self._board.touch_head()
 
-    # -- out ----------------------------------------------------------------------------------------------
+    # -- output -------------------------------------------------------------------------------------------
 
     def snapshot(self, now: float) -> Delta:
         """Everything."""
         return self._change(0, now, whole=True)
 
     def since(self, revision: int, now: float) -> Delta:
-        """What changed after ``revision``; everything where that cannot be said."""
+        """The changes after ``revision``; everything if they are unknown."""
         whole = not self._board.floor <= revision <= self._board.revision
         return self._change(0 if whole else revision, now, whole=whole)
 
@@ -223,7 +223,7 @@ class Live:
         host, board = message.host, self._board
         was_offline = host in self._offline_since
         if host in self._hosts and message.online != was_offline:
-            return  # it says what it said before
+            return  # unchanged
         self._hosts.add(host)
         if message.online and was_offline:
             del self._offline_since[host]
@@ -243,11 +243,11 @@ class Live:
             self._pauses.found(record, host, inventory.operation if inventory is not None else "")
 
     def _moved(self, changes: Changes, *, why: str = _GONE, said_by: str = "") -> None:
-        """VMs count differently.
+        """The state of VMs changed.
 
         Args:
-            why: it is said of a VM that is gone and was paused.
-            said_by: the host whose inventory it was: what it says of its VMs is looked at by itself.
+            why: the log text for a VM that was removed while paused.
+            said_by: the host whose inventory caused it: its VMs are updated separately.
         """
         moved = False
         for vm in sorted(changes.vms):

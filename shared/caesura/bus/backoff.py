@@ -1,4 +1,4 @@
-"""How long to wait before the next attempt: exponential with full jitter above a floor. Pure but for the
+"""How long to wait before the next attempt: exponential backoff with full jitter above a floor. Pure except for the
 random source, which is an argument."""
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ class Backoff:
         return self._uniform(self._min_s, self._ceiling_s)
 
     def reset(self) -> None:
-        """After a connection that held: begin again at the floor."""
+        """After a stable connection: start again at the floor."""
         self._ceiling_s = self._min_s
 
     def longest_s(self) -> float:
-        """A delay near the maximum, for what trying sooner only makes worse."""
+        """A delay near the maximum, for failures that an earlier retry would only make worse."""
         self._ceiling_s = self._max_s
         return self._uniform(max(self._min_s, self._max_s / 2), self._max_s)

@@ -1,7 +1,7 @@
-"""What every bus does, whatever it is connected to: hand messages to the handler, greet, close in order.
+"""What every bus does, whatever the transport: pass messages to the handler, run the greeting, shut down in order.
 
-Tasks under ``run``: one keeps the connection (the adapter's own), one hands messages to the handler, one acknowledges those whose handler
-returned before what it stored is on disk, in order. A handler may publish on the same bus; nothing waits for a handler.
+Tasks under ``run``: one keeps the connection (the adapter's own), one passes messages to the handler, and one acknowledges, in order, the messages
+whose handler returned before its writes were on disk. A handler may publish on the same bus; no task waits for a handler.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from caesura.runtime.sampler import Sampler, cut
 
 _log = structlog.get_logger("caesura.bus")
 
-_WARN_EVERY_S = 10.0  # s: a handler that falls behind says so this often, not once a message
+_WARN_EVERY_S = 10.0  # s: how often a slow handler is logged, instead of once per message
 
 
 class QueuedDelivery(msgspec.Struct, frozen=True):
-    """A message waiting for the handler, and how to tell the broker that it is dealt with."""
+    """A message waiting for the handler, and how to acknowledge it to the broker."""
 
     delivery: Delivery
     qos: int
@@ -36,7 +36,7 @@ class QueuedDelivery(msgspec.Struct, frozen=True):
 
     @property
     def size_bytes(self) -> int:
-        """The part of a message that a sender can make large."""
+        """The part of a message whose size the sender controls."""
         return len(self.delivery.topic) + len(self.delivery.payload)
 
 
@@ -48,7 +48,7 @@ class ReconnectingBus(ABC):
         backlog_limit: messages of each QoS that may wait for the handler.
         backlog_bytes: bytes that may wait for the handler.
         close_timeout_s: how long ``close`` waits for the message that is being handled.
-        rates: how much each writer may send; None: as much as it likes.
+        rates: how much each writer may send; None: no limit.
 
     Raises:
         ValueError: a filter that no broker accepts.
@@ -76,7 +76,7 @@ class ReconnectingBus(ABC):
         self._on_connected: Connected | None = None
         self._commits: Commits | None = None
         self._unacknowledged: deque[QueuedDelivery] = deque()
-        """Handled, and what was stored for them is not on disk."""
+        """Handled, but what was stored for them is not on disk yet."""
         self._unacknowledged_bytes = 0
         self._acknowledged = asyncio.Event()
         self._to_acknowledge = asyncio.Event()
@@ -87,19 +87,19 @@ class ReconnectingBus(ABC):
         self._rates = rates
         self._sampled = Sampler()
         self._muted: dict[str, float] = {}
-        """Filters of writers that flooded to when they are subscribed to again, by the loop's clock."""
+        """Maps the filters of writers that flooded to the loop time at which they are subscribed to again."""
         self._instead: dict[str, tuple[str, ...]] = {}
-        """A muted filter with a wildcard to the filters that stand in for it."""
+        """Maps a muted wildcard filter to the filters that replace it."""
         self.peers: Callable[[str], Iterable[str]] | None = None
-        """Party to the names of those that are known of it: a filter for all of them can then be muted for one."""
+        """Maps a party to its known names, so that a filter for the whole party can be muted for one of them."""
 
     @abstractmethod
     async def _keep_connected(self) -> None:
-        """Connect again and again until cancelled; say goodbye then."""
+        """Connect and reconnect until cancelled; disconnect cleanly then."""
 
     @abstractmethod
     def _handled(self) -> None:
-        """A message left the inbox; an adapter that holds its broker back may let go."""
+        """A message left the inbox; an adapter that holds its broker back may resume reading."""
 
     @property
     def stats(self) -> BusStats:
@@ -151,7 +151,7 @@ class ReconnectingBus(ABC):
     async def close(self) -> None:
         """See ``Bus.close``. The message being handled is finished and acknowledged first.
 
-        Called from the handler or ``on_connected`` it only asks ``run`` to end: it cannot wait for its caller.
+        When called from the handler or ``on_connected``, it only asks ``run`` to end: it cannot wait for its caller.
         """
         self._closing.set()
         self._inbox.close()
@@ -184,7 +184,7 @@ class ReconnectingBus(ABC):
                 task = asyncio.current_task()
                 if task is not None and task.cancelling():
                     raise  # not acknowledged: the broker sends it again
-                # Not ours: the handler let the cancellation of something of its own out.
+                # Not our cancellation: the handler leaked that of one of its own tasks.
                 _log.exception("bus.handler_failed", topic=parcel.delivery.topic)
             except Exception:  # noqa: BLE001 - the port: a message that crashes its handler counts as handled
                 _log.exception("bus.handler_failed", topic=parcel.delivery.topic)
@@ -196,7 +196,7 @@ class ReconnectingBus(ABC):
                 await self._acknowledged.wait()
 
     def _dealt_with(self, parcel: QueuedDelivery) -> None:
-        # QoS 0 has no acknowledgement to wait with.
+        # QoS 0 has no acknowledgement to defer.
         if not parcel.qos or self._commits is None or (self._commits.settled and not self._unacknowledged):
             parcel.acknowledge()
             return
@@ -207,14 +207,14 @@ class ReconnectingBus(ABC):
 
     @property
     def _too_many_unacknowledged(self) -> bool:
-        """The bounds of the inbox, for what has left it."""
+        """Apply the bounds of the inbox to the messages that have left it."""
         return (
             len(self._unacknowledged) >= self._inbox.limit
             or self._unacknowledged_bytes >= self._inbox.limit_bytes
         )
 
     async def _settle(self, commits: Commits) -> None:
-        """Acknowledge what was handled when what was stored for it is on disk; as many at once as there are by then."""
+        """Acknowledge handled messages once their writes are on disk, as many at once as have accumulated."""
         while True:
             await self._to_acknowledge.wait()
             self._to_acknowledge.clear()
@@ -241,10 +241,10 @@ class ReconnectingBus(ABC):
             self._warn_backlog(parcel.delivery.topic, "the broker is being held back (QoS 1)")
 
     def _refuses(self, parcel: QueuedDelivery) -> bool:
-        """Whether the message is above its writer's rate; the rest of what it sends is kept away, where it can be.
+        """Whether the message exceeds its writer's rate. Where possible, that writer's filter is then muted.
 
-        A fact or a command that was retained is refused, too: nothing of the contract retains one, and there is no end of
-        the topics on which somebody could. It is charged to its writer.
+        A retained fact or command is refused, too: no writer of the contract retains one, and the number of topics on which
+        somebody could is unbounded. It counts against its writer.
         """
         topic, now_s = parcel.delivery.topic, asyncio.get_running_loop().time()
         state = parcel.delivery.retained and may_be_retained(topic)
@@ -254,7 +254,7 @@ class ReconnectingBus(ABC):
         party, name = writer_of(topic)
         self._stats.refused[party] = self._stats.refused.get(party, 0) + 1
         if parcel.delivery.retained:
-            # Nothing is unsubscribed from: what is stored would only come again with the next subscription.
+            # Do not unsubscribe: the broker would only send what it has stored again at the next subscription.
             left_out = self._sampled.due(f"retained/{party}")
             if left_out is not None:
                 _log.warning(
@@ -270,8 +270,8 @@ class ReconnectingBus(ABC):
         muted = [each for each in self.subscribed() if each not in self._muted and each.startswith(own)]
         wide = [each for each in self.filters if each not in self._muted and matches(each, topic)]
         if self.peers is not None and wide and not muted:
-            # Others of its kind are still listened to, each by its name. Where none is known (operators have no
-            # inventory) the filter stays: an honest one's request is worth more than what the flood costs.
+            # Other writers of its party stay subscribed, each by name. Where no name is known (operators have no
+            # inventory) the filter stays: a legitimate request is worth more than the cost of the flood.
             names = set(self.peers(party)) - {name}
             for each in wide if names else ():
                 self._instead[each] = tuple(each.replace("/+/", f"/{peer}/", 1) for peer in sorted(names))
@@ -287,17 +287,17 @@ class ReconnectingBus(ABC):
                 topic=cut(topic),
                 muted_s=MUTED_S if self._muted else 0,
                 left_out=left_out,
-                advice="it sends more than anything of Caesura does: look at it, or give it another password",
+                advice="it sends more than any Caesura service: check it, or give it another password",
             )
         return True
 
     def subscribed(self) -> list[str]:
-        """What is to be subscribed to now: without what is muted, and with what stands in for it."""
+        """The filters to subscribe to now: without the muted ones, and with their replacements."""
         stand_ins = [each for wide in self._muted for each in self._instead.get(wide, ())]
         return [each for each in (*self.filters, *stand_ins) if each not in self._muted]
 
     def _mute(self, filters: Sequence[str], instead: Sequence[str]) -> None:  # noqa: B027 - an adapter need not
-        """These filters were put into ``_muted``: an adapter that can unsubscribes, until their time has come."""
+        """These filters were put into ``_muted``: an adapter that can unsubscribe does so until their time is up."""
 
     def _warn_backlog(self, topic: str, effect: str) -> None:
         now = asyncio.get_running_loop().time()

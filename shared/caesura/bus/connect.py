@@ -16,7 +16,7 @@ from caesura.bus.options import Address
 _PROBES = {
     socket.TCP_KEEPIDLE: 2,  # s: of silence until the first probe
     socket.TCP_KEEPINTVL: 2,  # s: between probes
-    socket.TCP_KEEPCNT: 23,  # unanswered ones: a network that is away for 45 s is waited for, as without them
+    socket.TCP_KEEPCNT: 23,  # unanswered probes: a network outage of 45 s is survived, as without keepalive
 }
 
 
@@ -36,7 +36,7 @@ async def open_socket(address: Address, tls: ssl.SSLContext | None, timeout_s: f
 
 
 async def _connect_any(address: Address, timeout_s: float) -> socket.socket:
-    """Try each address of the name in turn, each with an equal share of the time: one dead route is no outage."""
+    """Try each address of the name in turn, each with an equal share of the time: one dead route does not mean an outage."""
     loop = asyncio.get_running_loop()
     targets: list[tuple[int, tuple[str | int | bytes, ...]]]
     try:
@@ -44,7 +44,9 @@ async def _connect_any(address: Address, timeout_s: float) -> socket.socket:
     except ValueError:
         try:
             found = await loop.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)
-        except UnicodeError as error:  # an empty or overlong label; no OSError, though it is about a name
+        except (
+            UnicodeError
+        ) as error:  # an empty or overlong label; not an OSError, although it is about a name
             raise socket.gaierror(socket.EAI_NONAME, "not a host name") from error
         targets = [(family, target) for family, _, _, _, target in found]
     else:
@@ -67,7 +69,7 @@ async def _connect_any(address: Address, timeout_s: float) -> socket.socket:
 
 
 def _probe_when_silent(sock: socket.socket) -> None:
-    """Have the kernel ask whether the other end still knows the connection (tcp(7), SO_KEEPALIVE).
+    """Have the kernel probe whether the peer still knows the connection (tcp(7), SO_KEEPALIVE).
 
     A guest whose hypervisor was swapped may have lost its connections to a NAT in the old process without a
     packet: the first probe is answered with a reset, seconds later instead of after MQTT's minute of silence.

@@ -1,4 +1,4 @@
-"""Why a connection to the broker failed, in words that say what to do about it. Pure."""
+"""Why a connection to the broker failed, as a message that says what to do about it. Pure."""
 
 from __future__ import annotations
 
@@ -60,14 +60,14 @@ class ConnectionLost(BusError):
 
 
 class ConnectionProblem(msgspec.Struct, frozen=True):
-    """What happened, and what the operator can do."""
+    """What happened, and what the operator can do about it."""
 
     what: str
     advice: str
 
 
 def explain(error: BaseException, options: BrokerOptions) -> ConnectionProblem:
-    """Turn a failed attempt's exception into words."""
+    """Describe the exception of a failed attempt."""
     match error:
         case ConnectRefused() | SubscribeRefused() | ConnectionLost():
             return _refusal(error, options)

@@ -1,10 +1,10 @@
-"""The broker of the demo where no Mosquitto is installed: amqtt in its own process, on loopback.
+"""The broker of the demo when Mosquitto is not installed: amqtt in its own process, on loopback.
 
 ``python -m caesura.bus.embedded --port 1883`` prints one line when it accepts connections and runs until
 SIGTERM, SIGINT, or the end of the process named by ``--parent``.
 
-MQTT 3.1.1 only. It cannot be relied on for: messages queued for a client that is away, QoS 0 staying QoS 0,
-a retained message arriving once on a wildcard. It has no access rules and lets anybody in: loopback only.
+MQTT 3.1.1 only. Do not rely on it for: messages queued for a disconnected client, QoS 0 staying QoS 0,
+a retained message arriving once on a wildcard. It has no access rules and accepts every client: loopback only.
 """
 
 from __future__ import annotations
@@ -65,11 +65,11 @@ async def serve_embedded(host: str, port: int) -> None:
     }
 
     class DemoBroker(Broker):  # type: ignore[misc]
-        """amqtt 0.12.1 with two races closed that leave a client connected, subscribed and deaf.
+        """amqtt 0.12.1 with two races fixed that leave a client connected and subscribed, but without messages.
 
-        One: once a second it removes the sessions of clients that are away, and waits in the middle of it; a
-        client that comes back then loses its subscriptions. Here sessions stay.
-        Two: a persistent client that comes back before its old connection is cleaned up shares one session
+        One: once a second it removes the sessions of disconnected clients, and awaits in the middle of it; a
+        client that reconnects at that moment loses its subscriptions. Here sessions are kept.
+        Two: a persistent client that reconnects before its old connection is cleaned up shares one session
         object with it, which the old connection then marks as disconnected. Here it is marked again.
         """
 
@@ -100,16 +100,16 @@ async def serve_embedded(host: str, port: int) -> None:
     try:
         await stop.wait()
     finally:
-        # A client that does not close its side can hold amqtt's shutdown up; the process ends anyway.
+        # A client that does not close its side can delay amqtt's shutdown; the process ends anyway.
         with contextlib.suppress(TimeoutError, AMQTTError):
             async with asyncio.timeout(2):
                 await broker.shutdown()
 
 
 def _limit_packets(fixed_header: Any) -> None:
-    """Have amqtt 0.12.1 take a packet that is announced as larger than the limit for the end of the connection.
+    """Make amqtt 0.12.1 treat a packet announced as larger than the limit as the end of the connection.
 
-    It has no setting for that, and reads any packet whole. This process is its own, so nobody else sees the change.
+    It has no setting for that and reads every packet whole. It runs in a process of its own, so the patch affects nothing else.
     """
     read = fixed_header.from_stream
 
@@ -138,7 +138,7 @@ def main() -> None:
         sys.exit(str(error))
     finally:
         sys.stdout.flush()
-    os._exit(0)  # tasks of amqtt that did not end are of no use to anybody
+    os._exit(0)  # do not wait for amqtt tasks that did not end
 
 
 if __name__ == "__main__":

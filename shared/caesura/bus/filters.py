@@ -1,7 +1,7 @@
-"""MQTT topic filters: which topics a filter with ``+`` and ``#`` stands for. Pure.
+"""MQTT topic filters: which topics a filter with ``+`` and ``#`` covers. Pure.
 
 MQTT 5 sections 4.7.1 and 4.7.2. paho has such a function, but the router and the in-memory bus must not
-import paho; a test holds this one to paho's answers.
+import paho; a test compares this one with paho's.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 def matches(topic_filter: str, topic: str) -> bool:
     """Whether ``topic`` is covered by ``topic_filter``.
 
-    ``+`` stands for exactly one level, ``#`` for the rest including none; neither for a topic whose first
+    ``+`` matches exactly one level, ``#`` the rest including none; neither matches a topic whose first
     level begins with ``$`` when it is the filter's first level.
     """
     if topic.startswith("$") and topic_filter[:1] in {"+", "#"}:
@@ -32,7 +32,7 @@ def check_topic(topic: str) -> None:
         ValueError: empty, or with a wildcard.
     """
     if not topic or "+" in topic or "#" in topic or "\0" in topic:
-        raise ValueError(f"{topic!r} is no topic to publish to: it is empty or holds a wildcard")
+        raise ValueError(f"{topic!r} is not a topic to publish to: it is empty or contains a wildcard")
 
 
 def check_filter(topic_filter: str) -> None:
@@ -44,6 +44,8 @@ def check_filter(topic_filter: str) -> None:
     levels = topic_filter.split("/")
     for index, level in enumerate(levels):
         if ("#" in level and (level != "#" or index != len(levels) - 1)) or ("+" in level and level != "+"):
-            raise ValueError(f"{topic_filter!r} is no topic filter: + and # stand alone in a level, # last")
+            raise ValueError(
+                f"{topic_filter!r} is not a topic filter: + and # must fill a whole level, and # the last one"
+            )
     if not topic_filter or "\0" in topic_filter:
-        raise ValueError("a topic filter is not empty")
+        raise ValueError("a topic filter must not be empty")

@@ -1,10 +1,10 @@
-"""Messages received and not yet handled: bounded, and it says when the sender must be held back.
+"""Messages received and not yet handled: bounded, and it reports when the sender must be held back.
 
-A handler that is too slow must cost messages that may be lost (QoS 0) or hold the sender back (QoS 1),
-never memory. Most brokers stop at a window of unacknowledged messages, so QoS 1 never gets far; where the
-broker has no such window (amqtt) the connection stops reading. It cannot do that while someone waits for
-the broker's answer, which comes behind the flood on the same connection (a handler that publishes would
-lock up): then the size in bytes is the bound.
+A handler that is too slow may lose messages (QoS 0) or hold the sender back (QoS 1), but must never use up
+memory. Most brokers stop at a window of unacknowledged messages, so QoS 1 stays small; where the
+broker has no such window (amqtt) the connection stops reading. It cannot do that while a caller waits for
+the broker's answer, which arrives behind the flood on the same connection (a handler that publishes would
+deadlock): then the size in bytes is the bound.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Generic, Protocol, TypeVar
 
 
 class Measured(Protocol):
-    """What the inbox needs to know of a message."""
+    """What the inbox needs to know about a message."""
 
     @property
     def qos(self) -> int: ...
@@ -32,7 +32,7 @@ class Inbox(Generic[T]):
 
     Args:
         limit: how many messages of each QoS, before QoS 0 is dropped and QoS 1 is held back.
-        limit_bytes: how many bytes, before QoS 1 is held back whatever it costs; QoS 0 is dropped at half of it.
+        limit_bytes: how many bytes, before QoS 1 is held back in every case; QoS 0 is dropped at half of it.
     """
 
     def __init__(self, limit: int, limit_bytes: int) -> None:
@@ -49,12 +49,12 @@ class Inbox(Generic[T]):
 
     @property
     def full(self) -> bool:
-        """So much of QoS 1 waits that the sender should be held back."""
+        """Enough QoS 1 messages wait that the sender should be held back."""
         return self._at_least_once >= self.limit or 2 * self.size_bytes >= self.limit_bytes
 
     @property
     def overfull(self) -> bool:
-        """The sender must be held back, whatever else is waited for on the same connection."""
+        """The sender must be held back, even if an answer is awaited on the same connection."""
         return self.size_bytes >= self.limit_bytes
 
     @property
@@ -63,7 +63,7 @@ class Inbox(Generic[T]):
         return 2 * self._at_least_once <= self.limit and 4 * self.size_bytes <= self.limit_bytes
 
     def put(self, item: T) -> bool:
-        """Take a message; false if it was dropped (QoS 0 only)."""
+        """Add a message; false if it was dropped (QoS 0 only)."""
         if item.qos == 0 and (len(self._items) >= self.limit or 2 * self.size_bytes >= self.limit_bytes):
             return False
         self._items.append(item)
@@ -73,7 +73,7 @@ class Inbox(Generic[T]):
         return True
 
     async def get(self) -> T | None:
-        """The next message; None as soon as the inbox is closed, whatever is left in it."""
+        """The next message; None as soon as the inbox is closed, even if messages are left in it."""
         while not self._closed:
             if self._items:
                 item = self._items.popleft()
@@ -85,6 +85,6 @@ class Inbox(Generic[T]):
         return None
 
     def close(self) -> None:
-        """Let ``get`` return None from now on."""
+        """Make ``get`` return None from now on."""
         self._closed = True
         self._changed.set()

@@ -1,6 +1,6 @@
-"""A broker of our own for a demo or a test: Mosquitto where it is installed, else the embedded one.
+"""A private broker for a demo or a test: Mosquitto if it is installed, else the embedded one.
 
-The settings of ``mosquitto_config`` are the ones that this project measured: without ``set_tcp_nodelay`` a
+The settings of ``mosquitto_config`` follow from measurements: without ``set_tcp_nodelay`` a
 QoS 1 round trip takes 44 ms, without ``autosave_interval 1`` a killed broker loses what it had queued, and with ``autosave_on_changes true`` it writes
 gigabytes for ten thousand messages (``benchmarks/broker.py``).
 """
@@ -34,10 +34,10 @@ from caesura.runtime.cleanup import shielded
 _ASK_EVERY_S = 0.05  # s: a broker is up after 10 ms (Mosquitto) to 1 s (embedded)
 _STOP_S = 5.0  # s: Mosquitto writes its store on SIGTERM
 MAX_QUEUED_BYTES = 64 * 1024 * 1024
-"""What Mosquitto keeps for one client that is away or slow. All that a fleet of 10,000 VMs retains has to fit (some
-20 MB): a client that subscribes gets it at once, and what is above the limit is lost silently."""
+"""What Mosquitto queues for one disconnected or slow client. All retained messages of a fleet of 10,000 VMs have to fit (some
+20 MB): a client that subscribes gets them at once, and what exceeds the limit is lost silently."""
 MEMORY_LIMIT_BYTES = 1024 * 1024 * 1024
-"""What Mosquitto may have in all: who sends what does not fit is disconnected, and the machine's memory is left to others."""
+"""Mosquitto's total memory limit: a client whose message does not fit is disconnected, which leaves the machine's memory to other processes."""
 _UNPRIVILEGED = 1024
 _PORTS, _TRIES = 12_000, 50  # how many ports to choose from, and how often
 _HASH_ROUNDS = 101  # mosquitto_passwd's own default
@@ -45,11 +45,11 @@ _SBIN = ("/usr/sbin", "/usr/local/sbin", "/opt/homebrew/sbin", "/sbin")  # not o
 
 
 class BrokerNotStarted(BusError):
-    """The broker process ended, or did not answer in time; the text holds the end of its log."""
+    """The broker process ended, or did not answer in time; the text contains the end of its log."""
 
 
 def find_mosquitto() -> Path | None:
-    """The Mosquitto binary, also where only root's PATH looks; None if it is not installed."""
+    """The Mosquitto binary, also from folders that are only on root's PATH; None if it is not installed."""
     found = shutil.which("mosquitto") or shutil.which("mosquitto", path=os.pathsep.join(_SBIN))
     return Path(found) if found else None
 
@@ -72,13 +72,13 @@ def mosquitto_config(
     """A Mosquitto configuration (2.0), with the settings that the suite needs.
 
     Args:
-        data_dir: where queued and retained messages are kept; None: nowhere.
+        data_dir: where queued and retained messages are kept; None: in memory only.
         unix_path: also listen on this unix socket.
-        password_file: user names and hashes; None: anybody may connect.
-        acl_file: who may read and write what; None: everybody everything.
+        password_file: user names and hashes; None: every client may connect.
+        acl_file: access rules; None: every client may read and write everything.
         ca_file, cert_file, key_file: TLS on the TCP listener when ``cert_file`` is given.
         require_certificate: only clients with a certificate of ``ca_file``; its common name is the user.
-        memory_limit_bytes: what the broker may have in all.
+        memory_limit_bytes: the broker's total memory limit.
         extra: lines to append.
     """
     lines = [
@@ -95,7 +95,7 @@ def mosquitto_config(
         "log_dest stderr",
     ]
     if os.geteuid() == 0:
-        lines.append("user root")  # else it changes to a user who may not read our files
+        lines.append("user root")  # otherwise it changes to a user who may not read our files
     if data_dir is not None:
         lines += [
             "persistence true",
@@ -109,8 +109,8 @@ def mosquitto_config(
         lines.append(f"password_file {password_file}")
     if acl_file is not None:
         lines.append(f"acl_file {acl_file}")
-    # The settings below belong to the listener above them. Without the first, anyone who knows a client id
-    # can kick its owner off.
+    # The settings below belong to the listener above them. Without the first, any client that knows another's id
+    # can take over its connection.
     own_ids = [] if anybody else ["use_username_as_clientid true"]
     if unix_path is not None:
         lines += [f"listener 0 {unix_path}", *own_ids]
@@ -123,10 +123,10 @@ def mosquitto_config(
 
 
 def free_port(host: str = "127.0.0.1") -> int:
-    """A TCP port that nobody listens on now. Someone who asks for that very one may take it before you do.
+    """A TCP port that is free now. A process that asks for exactly this one may take it first.
 
-    It is below those that the kernel gives to whoever asks for none in particular (ip(7), ``ip_local_port_range``): a connection
-    that somebody opens meanwhile does not take it.
+    It is below the kernel's range of ephemeral ports (ip(7), ``ip_local_port_range``): a connection opened in between
+    does not take it.
     """
     lowest = _first_ephemeral_port()
     below = range(max(_UNPRIVILEGED, lowest - _PORTS), lowest)
@@ -144,11 +144,11 @@ def _first_ephemeral_port() -> int:
     try:
         return int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
     except (OSError, ValueError):
-        return 32768  # Linux' own; 49152 elsewhere
+        return 32768  # the default of Linux; 49152 elsewhere
 
 
 async def wait_ready(options: BrokerOptions, timeout_s: float) -> None:
-    """Wait until a broker answers CONNECT, be it with a refusal.
+    """Wait until a broker answers CONNECT, even with a refusal.
 
     Raises:
         TimeoutError: it did not within ``timeout_s`` seconds.
@@ -176,7 +176,7 @@ class LocalBroker:
         data_dir: where Mosquitto keeps messages over a restart and where logs go; None: a temporary folder.
         config: a whole Mosquitto configuration instead of ``mosquitto_config``'s.
         ready: how to reach it, to see when it is up; needed if ``config`` asks for TLS.
-        environ: added to its environment, for whoever looks for it by a mark there.
+        environ: added to its environment, so that it can be found by a mark there.
 
     Raises:
         EmbeddedBrokerMissing: neither Mosquitto nor amqtt is installed.
@@ -220,7 +220,7 @@ class LocalBroker:
 
     @property
     def protocol(self) -> Literal["auto", "3.1.1"]:
-        """What to tell clients: "auto" finds 3.1.1 too, but takes seconds when they have a user or a will."""
+        """The protocol setting for clients: "auto" finds 3.1.1 too, but takes seconds when they have a user or a will."""
         return "auto" if self.kind == "mosquitto" else "3.1.1"
 
     @property
@@ -280,7 +280,7 @@ class LocalBroker:
             await asyncio.wait({ready, ended})
 
     async def stop(self) -> None:
-        """End it with SIGTERM, as an operator would; SIGKILL after a few seconds."""
+        """Stop it with SIGTERM, as an operator would; SIGKILL after a few seconds."""
         if self._process is None or self._process.returncode is not None:
             return
         with contextlib.suppress(ProcessLookupError):
@@ -292,7 +292,7 @@ class LocalBroker:
             await self.kill()
 
     async def kill(self) -> None:
-        """End it with SIGKILL: no goodbye to clients, nothing written."""
+        """Stop it with SIGKILL: clients get no DISCONNECT, nothing is written."""
         if self._process is not None and self._process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
                 self._process.kill()

@@ -1,7 +1,7 @@
 """The bus without a network: for tests of services, and for a whole suite in one process.
 
-Deterministic: no threads, no sockets, no clock but the loop's. It keeps the port's promises and is held to
-the same conformance suite as MQTT. What real brokers do to their clients can be done here on purpose:
+Deterministic: no threads, no sockets, no clock but the loop's. It keeps the port's promises and passes
+the same conformance suite as MQTT. Failures of real brokers can be provoked here:
 ``MemoryBroker.kill``, ``down`` and ``up``, ``stall``, ``may_publish``.
 """
 
@@ -36,11 +36,11 @@ class MemoryMessage(msgspec.Struct, frozen=True):
 
 
 class MemorySession(msgspec.Struct):
-    """What the broker knows of one client, connected or away."""
+    """What the broker knows about one client, connected or not."""
 
     clean: bool
     number: int
-    """In the order in which sessions began; messages are handed out in it."""
+    """In the order in which sessions began, which is the order of delivery."""
     connection: MemoryConnection | None = None
     filters: tuple[str, ...] = ()
     queue: deque[MemoryMessage] = msgspec.field(default_factory=deque)
@@ -66,10 +66,10 @@ class MemoryConnection:
 
 
 class MemoryBroker:
-    """Routes messages between the buses that are given it.
+    """Routes messages between the buses that share it.
 
     Args:
-        may_publish: access rule; takes client id and topic. A refusal raises ``PublishRefused`` there.
+        may_publish: access rule; takes client id and topic. A refusal raises ``PublishRefused`` in the publisher.
         window: unacknowledged QoS 1 messages a client may have before the rest waits.
     """
 
@@ -85,7 +85,7 @@ class MemoryBroker:
         self._sessions: dict[str, MemorySession] = {}
         self._begun = 0
         self._subscribed: FilterTree[str] = FilterTree()
-        """Filters with the ids of the clients that have them."""
+        """Filters with the ids of the clients that subscribed to them."""
         self._up = asyncio.Event()
         self._up.set()
         self._answering = asyncio.Event()
@@ -97,7 +97,7 @@ class MemoryBroker:
         return {client for client, session in self._sessions.items() if session.connection is not None}
 
     def down(self) -> None:
-        """Stop, without a goodbye: connections end, no will is sent; sessions and retained messages are kept."""
+        """Stop without a DISCONNECT: connections end, no will is sent; sessions and retained messages are kept."""
         self._up.clear()
         for session in list(self._sessions.values()):
             if session.connection is not None:
@@ -109,7 +109,7 @@ class MemoryBroker:
         self._answering.set()
 
     def stall(self) -> None:
-        """Take publishes and answer none of them, until ``up`` or ``down``."""
+        """Accept publishes without acknowledging them, until ``up`` or ``down``."""
         self._answering.clear()
 
     async def answer(self, connection: MemoryConnection) -> None:
@@ -131,7 +131,7 @@ class MemoryBroker:
             self._send_will(connection)
 
     async def connect(self, connection: MemoryConnection, *, clean: bool) -> None:
-        """Wait until the broker is up, and be its client; takes the id over from an older connection."""
+        """Wait until the broker is up, then connect; takes the id over from an older connection."""
         await self._up.wait()
         old = self._sessions.get(connection.client_id)
         if old is not None and old.connection is not None:
@@ -149,13 +149,13 @@ class MemoryBroker:
         session.clean = clean
         session.connection = connection
         self._sessions[connection.client_id] = session
-        # Sent and not acknowledged when the last connection ended: sent again, before anything newer.
+        # Sent and not acknowledged when the last connection ended: send it again, before anything newer.
         session.queue.extendleft(reversed(session.in_flight.values()))
         session.in_flight.clear()
         self._pump(session)
 
     def subscribe(self, connection: MemoryConnection, filters: tuple[str, ...]) -> None:
-        """Subscribe, in place of what was subscribed before, and get the retained messages."""
+        """Replace the subscriptions, and get the retained messages."""
         self._unsubscribe(connection.client_id)
         session = self._sessions[connection.client_id]
         session.filters = filters
@@ -173,15 +173,15 @@ class MemoryBroker:
             session.filters = ()
 
     def disconnect(self, connection: MemoryConnection) -> None:
-        """The client's goodbye."""
+        """The client's DISCONNECT."""
         if not connection.ended.is_set():
             self._end(connection, "closed")
 
     def accept(self, connection: MemoryConnection, message: MemoryMessage, *, retain: bool) -> None:
-        """Take a message from a client.
+        """Accept a message from a client.
 
         Raises:
-            PublishRefused: ``may_publish`` says no.
+            PublishRefused: ``may_publish`` refuses.
         """
         if not self.may_publish(connection.client_id, message.topic):
             raise PublishRefused(message.topic, "Not authorized")
@@ -214,7 +214,7 @@ class MemoryBroker:
             session.connection.deliver(session.connection, message, message_id)
 
     def acknowledge(self, connection: MemoryConnection, message_id: int) -> None:
-        """The client is done with a QoS 1 message; the next may follow."""
+        """The client acknowledged a QoS 1 message; the next one may follow."""
         session = self._sessions.get(connection.client_id)
         if session is not None and session.connection is connection:
             session.in_flight.pop(message_id, None)
@@ -236,12 +236,12 @@ class MemoryBroker:
 
 
 class MemoryBus(ReconnectingBus):
-    """A bus on a ``MemoryBroker``; takes what ``MqttBus`` takes, where it means something here.
+    """A bus on a ``MemoryBroker``; takes those arguments of ``MqttBus`` that apply here.
 
     Args:
-        broker: shared by all who talk to each other.
+        broker: shared by all buses that exchange messages.
         client_id: empty for a random one.
-        clean: False keeps QoS 1 messages while away.
+        clean: False keeps QoS 1 messages while disconnected.
         reconnect_s: seconds before it connects again after a drop; a hundred times that after a takeover.
     """
 
@@ -274,7 +274,7 @@ class MemoryBus(ReconnectingBus):
     async def publish(
         self, topic: str, payload: bytes, *, qos: int = 1, retain: bool = False, timeout_s: float = 10.0
     ) -> None:
-        """See ``Bus.publish``; a refusal is always told here."""
+        """See ``Bus.publish``; a refusal is always reported here."""
         check_topic(topic)
         if qos not in {0, 1}:
             raise ValueError(f"QoS {qos} is not used here: 0 or 1")
@@ -292,7 +292,7 @@ class MemoryBus(ReconnectingBus):
 
     async def _send(self, message: MemoryMessage, *, retain: bool, timeout_s: float) -> None:
         connection = self._connection
-        # As on a real bus: others get to run between a publish and its acknowledgement.
+        # As on a real bus: other tasks run between a publish and its acknowledgement.
         await asyncio.sleep(0)
         if connection is not None and not connection.ended.is_set():
             try:
@@ -325,11 +325,11 @@ class MemoryBus(ReconnectingBus):
             _log.warning(
                 "bus.connection_lost", broker="memory", client_id=self.client_id, error=connection.why
             )
-            # Two clients with one id would throw each other out as fast as they can connect.
+            # Two clients with one id would take each other's connection over as fast as they can connect.
             await asyncio.sleep(self._reconnect_s * (100 if connection.taken_over else 1))
 
     def _handled(self) -> None:
-        """Nothing is held back here: the broker's window does it."""
+        """Nothing to do here: the broker's window holds messages back."""
 
     def _arrived(self, connection: MemoryConnection, message: MemoryMessage, message_id: int) -> None:
         self._take(

@@ -1,8 +1,8 @@
 """Typed messages over the bus port: publish by message type, receive by message type.
 
 A service holds one ``MessageClient``. It gives every outgoing message its topic, CloudEvents id, source and
-time, and turns deliveries into typed messages. A message that breaks the contract is counted, logged
-and dropped: it changes nothing.
+time, and turns deliveries into typed messages. A message that violates the contract is counted, logged
+and dropped; it has no other effect.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Receiver = Callable[[Any, Received], Awaitable[None]]
 """Takes the message and how it was received (parameters, header)."""
 
 TombstoneHandler = Callable[[Mapping[str, str]], Awaitable[None]]
-"""Takes the parameters of a topic whose retained message was removed."""
+"""Takes the topic parameters of a retained message that was removed."""
 
 PART_TYPES = frozenset(PARTS.values())
 
@@ -41,8 +41,8 @@ class MessageClient:
     Args:
         bus: the connection; its ``run`` must be given ``self.deliver``.
         source: CloudEvents source, for example ``/caesura/host/host-1``.
-        on_refused: called with every message that breaks the contract, and the reason.
-        wanted: whether a part of what is not retained is kept until the whole is there (``Joiner``).
+        on_refused: called with every message that violates the contract, and the reason.
+        wanted: whether a part of a message that is not retained is kept until all parts are there (``Joiner``).
     """
 
     def __init__(
@@ -58,14 +58,14 @@ class MessageClient:
         self._receivers: dict[type[Message], Receiver] = {}
         self._joiner = Joiner(wanted)
         self._as_sent: set[type[Message]] = set()
-        """Types of messages that are not waited for until they are whole."""
+        """Message types that are delivered as they are sent, without waiting for all parts."""
         self._forgetters: dict[type[Message], TombstoneHandler] = {}
         self._on_refused = on_refused
         self._refused = Refused()
         self.listeners: list[Callable[[Received], Awaitable[None]]] = []
-        """Called with every message as it was sent, before its receiver is."""
+        """Called with every message as it was sent, before its receiver is called."""
         self._farewells: set[str] = set()
-        """Topics on which the last word of this service is out."""
+        """Topics on which this service has published its last message."""
 
     def on(
         self,
@@ -77,8 +77,8 @@ class MessageClient:
         """Have ``receiver`` called for every message of this type that arrives.
 
         Args:
-            whole: one that comes in parts is given when it is whole (``caesura.contract.parts``): subscribe to the parts, too. False: as
-                it was sent.
+            whole: a message that comes in parts is delivered when it is complete (``caesura.contract.parts``): subscribe to the parts, too.
+                False: as it was sent.
         """
         self._receivers[message] = receiver
         if not whole:
@@ -86,7 +86,7 @@ class MessageClient:
 
     @property
     def incomplete(self) -> bool:
-        """Whether something is waited for until it is whole: its parts, or a newer message, are on their way."""
+        """Whether an incomplete message waits here: its parts, or a newer message, are on their way."""
         return bool(self._joiner.waiting())
 
     def on_tombstone(self, message: type[Message], forgetter: TombstoneHandler) -> None:
@@ -114,13 +114,13 @@ class MessageClient:
         await self._publish(message, topic, event_id or new_id(), timeout_s)
 
     async def send_last(self, message: Message, *, timeout_s: float = 10.0, **parameters: str | int) -> None:
-        """Publish the last message of this service on its topic; what ``send`` is given for that topic later is dropped.
+        """Publish the last message of this service on its topic; later calls of ``send`` for that topic are dropped.
 
         For a goodbye. The tasks that announce a presence (a beat, a reconnect, a goodbye that comes back to its sender) run
-        until the bus is closed, and would leave a stopped service retained as online.
+        until the bus is closed, and could leave a stopped service retained as online.
 
         Raises:
-            As ``send``; later messages are dropped all the same, since the last will is the goodbye then.
+            As ``send``; later messages are dropped even then, since the last will serves as the goodbye.
         """
         topic = channel_of(type(message)).topic(**parameters)
         self._farewells.add(topic)
@@ -174,7 +174,7 @@ class MessageClient:
             await receiver(received.message, received)
 
     async def _cleared(self, topic: str) -> None:
-        """An empty retained payload clears a topic; it carries no message."""
+        """An empty retained payload clears a topic; it does not carry a message."""
         self._joiner.clear(topic)
         place = match_topic(topic)
         if place is None:

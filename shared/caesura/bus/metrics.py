@@ -1,4 +1,4 @@
-"""What every service says of its bus on ``/metrics``."""
+"""The metrics of every service about its bus."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from caesura.bus.port import BusStats
 from caesura.bus.rates import LIMITS
 from caesura.contract.codec import ContractError
 
-# Known from zero on: else the first error of a kind is no increase of anything.
+# Exposed from zero on: otherwise the first error of a kind would not count as an increase.
 _ERROR_KINDS = tuple(sorted({ContractError.kind, *(each.kind for each in ContractError.__subclasses__())}))
 
 

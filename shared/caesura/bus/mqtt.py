@@ -1,4 +1,4 @@
-"""The bus over MQTT: connects, subscribes, reconnects for ever, and says why it cannot."""
+"""The bus over MQTT: connects, subscribes, reconnects indefinitely, and says why it cannot."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from caesura.bus.rates import Rates
 _log = structlog.get_logger("caesura.bus")
 
 _FILTERS_AT_ONCE = 1_000  # a packet of some 100 KiB
-_UNSTABLE = 3  # connections in a row that ended soon: worth saying that another client may use our id
+_UNSTABLE = 3  # short-lived connections in a row: then the log says that another client may use our id
 
 
 class MqttBus(ReconnectingBus):
@@ -42,10 +42,10 @@ class MqttBus(ReconnectingBus):
     Args:
         options: where and who.
         filters: topic filters to subscribe to, at QoS 1, after every connect.
-        will: what the broker publishes (retained) when we vanish without a goodbye.
+        will: what the broker publishes (retained) when our connection ends without a DISCONNECT.
         uniform: random source of the reconnect delays, as ``random.uniform``.
         rates: how much each writer may send. One that sends more is unsubscribed from for a while, where a filter names it:
-            else its messages would stand before all others in the broker's queue for us.
+            otherwise its messages would precede all others in the broker's queue for us.
 
     Raises:
         ValueError: a filter that no broker accepts.
@@ -73,11 +73,11 @@ class MqttBus(ReconnectingBus):
         self._will = will
         self._backoff = Backoff(options.reconnect_min_s, options.reconnect_max_s, uniform)
         self.last_failure: BusError | OSError | None = None
-        """What the last connection, or the last attempt at one, came to; ``explain`` makes words of it."""
+        """How the last connection, or the last attempt at one, ended; ``explain`` describes it."""
         self._to_unmute = asyncio.Event()
         self._to_subscribe: list[str] = []
         self._to_drop: list[str] = []
-        """Filters that something else stands in for, once that is subscribed to."""
+        """Filters to drop once their replacements are subscribed to."""
         self._link: MqttConnection | None = None
         self._spoken: Protocol | None = None if options.protocol == "auto" else options.protocol
         self._short_lives = 0
@@ -111,9 +111,9 @@ class MqttBus(ReconnectingBus):
         except (BusUnavailable, PublishRefused):
             self._stats.publish_failures += 1
             if self._link is not None and self._link.ended:
-                self._ready.clear()  # known here before ``_serve`` is told
-            # Up to here nothing may have been awaited. Who tries again at once must not keep all others from
-            # running, ``_serve`` among them, which is yet to notice that the connection has ended.
+                self._ready.clear()  # visible here before ``_serve`` notices
+            # Up to here nothing may have been awaited. A caller that retries at once must not starve the other tasks,
+            # ``_serve`` among them, which has yet to notice that the connection has ended.
             await asyncio.sleep(0)
             raise
         self._stats.published += 1
@@ -134,7 +134,7 @@ class MqttBus(ReconnectingBus):
         self._throttle(link)
 
     def _throttle(self, link: MqttConnection) -> None:
-        """Read or do not read: an answer that someone waits for comes over the same socket as the flood."""
+        """Start or stop reading: an answer that a caller waits for comes over the same socket as the flood."""
         if link.paused:
             if self._inbox.low or (link.calls and not self._inbox.overfull):
                 link.resume()
@@ -143,7 +143,7 @@ class MqttBus(ReconnectingBus):
 
     @contextlib.contextmanager
     def _listening(self, link: MqttConnection) -> Iterator[None]:
-        """While something waits for an answer of the broker, a full inbox does not stop the reading."""
+        """While a caller waits for an answer of the broker, a full inbox does not stop reading."""
         link.calls += 1
         self._throttle(link)
         try:
@@ -174,7 +174,7 @@ class MqttBus(ReconnectingBus):
             await asyncio.sleep(delay_s)
 
     async def _open(self) -> MqttConnection:
-        """Connect with the protocol that is set or was learned; ``auto`` tries 5 first and remembers."""
+        """Connect with the protocol that is configured or was learned; ``auto`` tries 5 first and remembers the result."""
         spoken = self._spoken or "5"
         link = self._new_link(spoken)
         try:
@@ -191,17 +191,17 @@ class MqttBus(ReconnectingBus):
     def _means_no_mqtt_5(self, error: ConnectRefused | ClosedEarly | NoAnswer) -> bool:
         if isinstance(error, ConnectRefused):
             return error.code == UNSUPPORTED_PROTOCOL
-        # Some brokers just close on version 5, and amqtt misreads it and waits for the rest when there is a user
-        # or a will. One that has spoken it to us before is merely going down.
+        # Some brokers just close the connection on version 5, and amqtt misparses it and waits for more when there is a user
+        # or a will. A broker that has used version 5 with us before is merely shutting down.
         return self._spoken is None
 
     def _new_link(self, protocol: Protocol) -> MqttConnection:
         return MqttConnection(self.options, protocol, will=self._will, arrived=self._arrived)
 
     async def _serve(self, link: MqttConnection) -> BusError:
-        """Subscribe, say that we are connected, and wait for the end."""
+        """Subscribe, mark the bus as connected, and wait for the end of the connection."""
         self._link = link
-        self._to_subscribe, self._to_drop = [], []  # of the connection before
+        self._to_subscribe, self._to_drop = [], []  # of the previous connection
         with self._listening(link):
             await self._subscribe(link, self.subscribed())
         async with self._connected():
@@ -219,7 +219,7 @@ class MqttBus(ReconnectingBus):
                 unmuting.cancel()
 
     async def _subscribe(self, link: MqttConnection, filters: Sequence[str]) -> None:
-        """In packets that any broker takes. None at all is well, too."""
+        """Subscribe in packets that any broker accepts. There may be no filters at all."""
         for each in _packets(filters):
             await link.subscribe_all(each)
 
@@ -227,13 +227,13 @@ class MqttBus(ReconnectingBus):
         if self._link is not None and not instead:
             self._link.drop(filters)
         elif self._link is not None:
-            # Others may be heard through it: it is dropped when what stands in for it is there.
+            # Other writers may be received through it: it is dropped when its replacements are subscribed to.
             self._to_subscribe += instead
             self._to_drop += filters
         self._to_unmute.set()
 
     async def _unmute(self, link: MqttConnection) -> None:
-        """Subscribe again when the time of what is muted has come."""
+        """Subscribe again to muted filters whose time is up."""
         loop = asyncio.get_running_loop()
         while True:
             self._to_unmute.clear()
@@ -260,7 +260,7 @@ class MqttBus(ReconnectingBus):
                 )
 
     def _after(self, lost: BusError | OSError, *, held_s: float) -> float:
-        """Report the end of a connection; the seconds to wait before the next."""
+        """Report the end of a connection; returns the seconds to wait before the next one."""
         held = held_s >= self.options.reconnect_max_s
         self._short_lives = 0 if held else self._short_lives + 1
         if held:

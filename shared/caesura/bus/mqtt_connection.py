@@ -6,9 +6,9 @@ What stock aiomqtt 2.5 does, and why it is not enough here:
 - it acknowledges a message before its handler ran (7 of 10 were lost in a crash): ``acknowledge`` is ours;
 - it hides a denied publish: ``on_publish`` here keeps the reason code;
 - a pending publish waits out its timeout when the broker dies: here it ends with the connection;
-- a broker that closes without answering CONNECT is waited for in vain: here that fails at once;
-- it reads a message of any size: here MQTT 5 asks the broker to leave out what the contract does not allow, and what
-  comes all the same is read to its end and thrown away from the limit on;
+- it keeps waiting for a broker that closes without answering CONNECT: here that fails at once;
+- it reads a message of any size: here MQTT 5 asks the broker to omit messages larger than the contract allows, and one that
+  arrives anyway is read to its end and discarded beyond the limit;
 - it connects in a thread, and registers sockets with the loop later, when they may be closed again.
 
 This touches private attributes of both libraries, hence their exact versions in pyproject.toml (ADR 19), one test per behaviour in
@@ -41,17 +41,17 @@ from caesura.contract.codec import MAX_PACKET_BYTES
 from caesura.runtime.threads import Worker
 
 Protocol = Literal["5", "3.1.1"]
-_CHUNK_BYTES = 64 * 1024  # at most so much is read at once, and so held above the limit
+_CHUNK_BYTES = 64 * 1024  # the most that is read at once, and so held above the limit
 _CONTENT_TYPE = "application/cloudevents+json"
 """What every payload is: the MQTT binding of CloudEvents 1.0.2, section 3.2.2. MQTT 3.1.1 cannot say it."""
 _PUBLISH_BYTES = 12 + 3 + len(_CONTENT_TYPE)
 """Fixed header (5), lengths of topic and properties, packet id, content type: at most, MQTT 5.0, section 3.3."""
-_GOODBYE_S = 1.0  # s: the DISCONNECT packet goes into the kernel's buffer; a full one means a dead peer
+_GOODBYE_S = 1.0  # s: the DISCONNECT packet goes into the kernel's buffer; a full buffer means a dead peer
 _MISC_S = 1.0  # s: how often paho looks at its keepalive; its smallest unit is a second
 
 
 _disk = Worker("certificates")
-"""One for all connections: a disk that hangs costs one thread, however often they are tried."""
+"""One for all connections: a disk that hangs costs one thread, however often connecting is tried."""
 
 
 class IncomingMessage(msgspec.Struct, frozen=True):
@@ -88,7 +88,7 @@ class MqttConnection(aiomqtt.Client):
         self._arrived = arrived
         self._paused = False
         self.calls = 0
-        """How many of our callers wait for an answer of the broker: while any does, reading must go on."""
+        """How many of our callers wait for an answer of the broker: while any does, reading must continue."""
         self._acks: dict[int, asyncio.Future[ReasonCode | None]] = {}
         self._slots = asyncio.Semaphore(options.max_in_flight)
         self._end_reason: ReasonCode | None = None
@@ -123,22 +123,22 @@ class MqttConnection(aiomqtt.Client):
         self._client._sock_recv = self._receive_bounded  # type: ignore[method-assign]  # noqa: SLF001
         self._largest_bytes = math.inf
         self._read_at_s = -math.inf
-        """When bytes came last, by the loop's clock."""
+        """When bytes last arrived, by the loop's clock."""
         # It logs every lost connection as an error; the bus reports each, with advice.
         self._client.disable_logger()
         self._disconnected.add_done_callback(self._on_end)
 
     @property
     def ended(self) -> bool:
-        """Whether the connection is over, for whatever reason."""
+        """Whether the connection has ended, for any reason."""
         return self._disconnected.done()
 
     async def open(self) -> None:
-        """Connect and wait for the broker's yes.
+        """Connect and wait until the broker accepts.
 
         Raises:
             OSError: not reached in time (``TimeoutError``), refused, TLS (``TlsFilesUnusable`` among them).
-            ConnectRefused, ClosedEarly, NoAnswer: reached, but not let in.
+            ConnectRefused, ClosedEarly, NoAnswer: reached, but not accepted.
         """
         options = self._options
         context = await _tls(options)
@@ -165,11 +165,11 @@ class MqttConnection(aiomqtt.Client):
     async def subscribe_all(self, filters: Sequence[str], instead_of: Sequence[str] = ()) -> None:
         """Subscribe at QoS 1 to all filters with one packet; right behind it, unsubscribe from those of ``instead_of``.
 
-        A broker takes them in this order, so nothing is missed in between; and nobody waits for its first answer, which
-        comes behind all that it has for us.
+        A broker processes them in this order, so nothing is missed in between; and no caller waits for its first answer, which
+        comes behind everything queued for us.
 
-        The broker's answer may come behind all that it kept for this session, however much that is: it is waited for
-        as long as anything comes, and while we are the ones who do not read.
+        The broker's answer may come behind everything that it kept for this session, however much that is: the wait lasts
+        as long as bytes arrive, and while it is we who do not read.
 
         Raises:
             SubscribeRefused, ConnectionLost.
@@ -179,7 +179,7 @@ class MqttConnection(aiomqtt.Client):
             return
         call = asyncio.ensure_future(self.subscribe([(each, 1) for each in filters], timeout=math.inf))
         try:
-            await asyncio.sleep(0)  # it runs until it waits for the answer
+            await asyncio.sleep(0)  # let it run until it waits for the answer
             self.drop(instead_of)
             waits: set[asyncio.Future[Any]] = {call, self._disconnected}
             silent_s, silence_s = 0.0, self._options.connect_timeout_s
@@ -212,7 +212,7 @@ class MqttConnection(aiomqtt.Client):
             raise SubscribeRefused(refused)
 
     def drop(self, filters: Sequence[str]) -> None:
-        """Unsubscribe, without waiting: the broker's answer comes behind what it has for us already."""
+        """Unsubscribe, without waiting: the broker's answer comes behind what is queued for us already."""
         if self.ended or not filters:
             return
         _, number = self._client.unsubscribe(list(filters))
@@ -226,9 +226,9 @@ class MqttConnection(aiomqtt.Client):
             deadline: loop time in seconds.
 
         Raises:
-            BusUnavailable: the connection ended, or no answer by ``deadline``. The slot in flight stays taken
-                until the answer comes or the connection ends: memory stays bounded however many give up.
-            PublishRefused: the broker said no, or would.
+            BusUnavailable: the connection ended, or no answer by ``deadline``. The in-flight slot stays occupied
+                until the answer comes or the connection ends: memory stays bounded however many callers give up.
+            PublishRefused: the broker refused, or would refuse.
         """
         size_bytes = len(payload) + _PUBLISH_BYTES + (len(topic) if topic.isascii() else len(topic.encode()))
         if size_bytes > self._largest_bytes:
@@ -241,7 +241,7 @@ class MqttConnection(aiomqtt.Client):
             self._slots.release()
             raise BusUnavailable(f"the connection ended before the message on {topic!r} was sent")
         try:
-            # An empty one removes what is retained, and is of no type.
+            # An empty payload removes the retained message and has no content type.
             info = self._client.publish(
                 topic, payload, qos, retain, self._publish_properties if payload else None
             )
@@ -254,7 +254,7 @@ class MqttConnection(aiomqtt.Client):
         if info.is_published():
             self._slots.release()
             return
-        # The slot is free again with the broker's answer, not with ours to the caller.
+        # The broker's answer frees the slot, not our return to the caller.
         answer: asyncio.Future[ReasonCode | None] = self._loop.create_future()
         self._acks[info.mid] = answer
         timer = self._loop.call_at(deadline, _too_late, answer)
@@ -279,12 +279,12 @@ class MqttConnection(aiomqtt.Client):
             ) from None
 
     def acknowledge(self, arrival: IncomingMessage) -> None:
-        """Tell the broker that this message is dealt with; nothing to do for QoS 0 or once the connection ended."""
+        """Acknowledge this message to the broker; nothing to do for QoS 0 or once the connection has ended."""
         if arrival.qos and not self.ended:
             self._client.ack(arrival.message_id, arrival.qos)
 
     def pause(self) -> None:
-        """Stop reading from the socket: the sender is held by TCP. Pings still go out."""
+        """Stop reading from the socket: TCP holds the sender back. Pings are still sent."""
         sock = self._client.socket()
         if not self._paused and isinstance(sock, socket.socket) and sock.fileno() >= 0:
             self._paused = True
@@ -296,7 +296,7 @@ class MqttConnection(aiomqtt.Client):
         if self._paused and isinstance(sock, socket.socket) and sock.fileno() >= 0:
             self._paused = False
             self._loop.add_reader(sock.fileno(), self._read)
-            # What TLS has decrypted already does not make the socket readable.
+            # Data that TLS has decrypted already does not make the socket readable.
             self._loop.call_soon(self._read)
 
     @property
@@ -317,13 +317,13 @@ class MqttConnection(aiomqtt.Client):
             await self.abort()
 
     async def abort(self) -> None:
-        """Close the socket without a word and end every task and wait of this connection."""
+        """Close the socket without DISCONNECT and end every task and wait of this connection."""
         self._client._sock_close()  # noqa: SLF001
         for future in (self._connected, self._disconnected):
             if not future.done():
                 future.cancel()
             elif not future.cancelled():
-                future.exception()  # retrieved: nobody else may be interested
+                future.exception()  # retrieved, since nobody else may await it
         if self._misc_task is not None:
             self._misc_task.cancel()
             await asyncio.wait({self._misc_task})
@@ -395,7 +395,7 @@ class MqttConnection(aiomqtt.Client):
             self._loop.remove_writer(sock.fileno())
 
     def _receive_bounded(self, bufsize: int) -> bytes:
-        """paho's read of the socket; of a packet above the limit it keeps the beginning, enough to acknowledge it."""
+        """paho's read of the socket; of a packet above the limit it keeps the beginning, which is enough to acknowledge it."""
         packet = self._client._in_packet["packet"]  # noqa: SLF001
         if len(packet) > MAX_PACKET_BYTES:
             del packet[MAX_PACKET_BYTES:]
@@ -407,7 +407,7 @@ class MqttConnection(aiomqtt.Client):
             while not self._paused:
                 self._client.loop_read()
                 sock = self._client.socket()
-                # TLS decrypts whole records: what is left of one is not announced by the socket.
+                # TLS decrypts whole records: the socket does not signal the rest of one.
                 if not isinstance(sock, ssl.SSLSocket) or not sock.pending():
                     break
 
@@ -417,7 +417,7 @@ class MqttConnection(aiomqtt.Client):
 
     @contextlib.contextmanager
     def _ending_on_error(self) -> Iterator[None]:
-        """paho raises whatever a socket or a malformed packet gives; all of it ends the connection."""
+        """paho raises whatever the socket or a malformed packet raises; each ends the connection."""
         try:
             yield
         except Exception as error:  # noqa: BLE001
@@ -429,7 +429,7 @@ class MqttConnection(aiomqtt.Client):
     async def _misc_loop(self) -> None:
         while True:
             if self._paused:
-                # We do not read, so no ping answer can arrive; without this paho would give the connection up.
+                # We do not read, so no ping answer can arrive; without this, paho would give up the connection.
                 self._client._ping_t = 0.0  # noqa: SLF001
             if self._client.loop_misc() != paho.MQTT_ERR_SUCCESS:
                 return
@@ -459,7 +459,7 @@ async def _tls(options: BrokerOptions) -> ssl.SSLContext | None:
     except TimeoutError:
         raise TlsFilesUnusable(
             f"the files of CA, certificate and key cannot be read within {options.connect_timeout_s:g} s",
-            "check the disk or the mount that they are on",
+            "check the disk or the mount that holds them",
         ) from None
 
 
@@ -479,17 +479,17 @@ def _content_type(packet: int) -> Properties:
 
 
 class _Packed(Properties):
-    """Properties that are the same for every message: put into bytes once."""
+    """Properties that are the same for every message: encoded once."""
 
     def __init__(self, packet: int) -> None:
         super().__init__(packet)  # type: ignore[no-untyped-call]
         self._set_packed(b"")
 
     def _set_packed(self, packed: bytes) -> None:
-        self.__dict__["_packed"] = packed  # paho's own setter takes properties of MQTT only
+        self.__dict__["_packed"] = packed  # paho's own setter accepts MQTT properties only
 
     def pack(self) -> bytes:
-        """The bytes; as they were at the first call."""
+        """The bytes, as of the first call."""
         packed: bytes = self.__dict__["_packed"]
         if not packed:
             packed = super().pack()  # type: ignore[no-untyped-call]

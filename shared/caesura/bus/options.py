@@ -1,4 +1,4 @@
-"""How to reach a broker: where it is, who we are there, how long to wait. Checked when it is built."""
+"""How to reach a broker: its address, our identity there, how long to wait. Checked on construction."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from caesura.runtime.settings import Secret, ServiceSettings
 
 
 class BrokerOptionsError(ConfigError):
-    """The broker's address or options make no sense; the text says which and why."""
+    """The broker's address or options are invalid; the text says which and why."""
 
 
 class TlsFilesUnusable(OSError):
@@ -27,7 +27,7 @@ class TlsFilesUnusable(OSError):
 
 
 class Address(msgspec.Struct, frozen=True):
-    """A broker's address, taken apart. ``path`` is set for a unix socket only, ``host`` and ``port`` otherwise."""
+    """A broker's address, parsed. ``path`` is set for a unix socket only, ``host`` and ``port`` otherwise."""
 
     scheme: Literal["mqtt", "mqtts", "unix"]
     host: str = ""
@@ -42,7 +42,7 @@ class Address(msgspec.Struct, frozen=True):
 
 
 class BrokerOptions(msgspec.Struct, frozen=True, kw_only=True):
-    """Everything a connection needs to know. Names ending in ``_s`` are seconds.
+    """Everything that a connection needs to know. Names ending in ``_s`` are seconds.
 
     Raises:
         BrokerOptionsError: when built with values that contradict each other.
@@ -62,7 +62,7 @@ class BrokerOptions(msgspec.Struct, frozen=True, kw_only=True):
     """The broker sends our last will after 1.5 times this without a sign of life. Agents inside a VM that
     may be frozen need more than the pause budget, hence 60."""
     clean: bool = True
-    """False: a persistent session; the broker keeps QoS 1 messages for us while we are away."""
+    """False: a persistent session; the broker keeps QoS 1 messages for us while we are disconnected."""
     session_expiry_s: int = 86_400
     """How long a persistent session outlives its connection (MQTT 5; 3.1.1 leaves it to the broker)."""
     max_in_flight: int = 20
@@ -71,7 +71,7 @@ class BrokerOptions(msgspec.Struct, frozen=True, kw_only=True):
     """Messages received and not yet handled, of each of QoS 0 and 1, before the slow handler is reported and
     QoS 0 is dropped. QoS 1 is held back at the broker, unless we wait for an answer on the same connection."""
     backlog_bytes: int = 64 * 1024 * 1024
-    """The same in bytes, and held to in every case (plus the one message that crosses it)."""
+    """The same in bytes, enforced in every case (plus the one message that crosses it)."""
     connect_timeout_s: float = 5.0
     """For each of: reaching the broker (with TLS), its answer to CONNECT, its answer to SUBSCRIBE."""
     reconnect_min_s: float = 0.2
@@ -128,7 +128,7 @@ class BrokerOptions(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def options_from(settings: ServiceSettings, *, client_id: str, clean: bool = True) -> BrokerOptions:
-    """The options that a service's settings ask for."""
+    """The options from a service's settings."""
     return BrokerOptions(
         url=settings.broker_url,
         client_id=client_id,
@@ -143,25 +143,25 @@ def options_from(settings: ServiceSettings, *, client_id: str, clean: bool = Tru
 
 
 def check_broker(settings: ServiceSettings) -> None:
-    """Find out before anything starts whether the settings make a broker's options.
+    """Check before anything starts that the settings give valid broker options.
 
     Raises:
-        BrokerOptionsError: they do not; the text says which and why.
+        BrokerOptionsError: they do not; the text says which one and why.
     """
     options_from(settings, client_id="check")
 
 
 def parse_address(url: str) -> Address:
-    """Take a broker url apart.
+    """Parse a broker url.
 
     Raises:
-        BrokerOptionsError: an unknown scheme, no host, or a port that is no number.
+        BrokerOptionsError: an unknown scheme, no host, or a port that is not a number.
     """
     example = "write mqtt://host:1883, mqtts://host:8883 or unix:///path/to/socket"
     try:
         parts = urlsplit(url)
-    except ValueError:  # such as a bracket that is not closed
-        raise BrokerOptionsError(f"{url!r} is no broker url: {example}") from None
+    except ValueError:  # such as an unclosed bracket
+        raise BrokerOptionsError(f"{url!r} is not a broker url: {example}") from None
     if parts.username is not None or parts.password is not None:
         raise BrokerOptionsError(
             "the broker url may not hold a user or password: they have their own settings"
@@ -171,7 +171,7 @@ def parse_address(url: str) -> Address:
             raise BrokerOptionsError(f"{url!r} names no absolute socket path: {example}")
         return Address("unix", path=parts.path)
     if parts.scheme not in {"mqtt", "mqtts"} or not parts.hostname:
-        raise BrokerOptionsError(f"{url!r} is no broker url: {example}")
+        raise BrokerOptionsError(f"{url!r} is not a broker url: {example}")
     try:
         port = parts.port
     except ValueError:

@@ -1,7 +1,7 @@
 """The bus port: what a service may ask of a message bus, and what it gets.
 
-Two adapters stand behind it, ``caesura.bus.mqtt`` (aiomqtt) and ``caesura.bus.memory``; one conformance
-suite (``tests/integration/bus``) holds both to what is written here. Nothing above this port knows MQTT.
+It has two adapters, ``caesura.bus.mqtt`` (aiomqtt) and ``caesura.bus.memory``; one conformance
+suite (``tests/integration/bus``) checks both against what is written here. Nothing above this port knows MQTT.
 
 The promises, and the ones that are *not* made:
 
@@ -26,7 +26,7 @@ from caesura.runtime.errors import CaesuraError
 
 
 class BusError(CaesuraError):
-    """Anything that went wrong between a service and its broker."""
+    """Any failure between a service and its broker."""
 
 
 class BusUnavailable(BusError):
@@ -36,7 +36,7 @@ class BusUnavailable(BusError):
 class PublishRefused(BusError):
     """The broker answered that this client may not publish to this topic (MQTT 5 reason 0x87).
 
-    MQTT 3.1.1 brokers do not say so: there a refused publish looks accepted.
+    MQTT 3.1.1 brokers do not report it: there a refused publish looks accepted.
     """
 
     def __init__(self, topic: str, reason: str) -> None:
@@ -48,7 +48,7 @@ class PublishRefused(BusError):
 
 
 class PublishTooLarge(PublishRefused):
-    """The message is larger than this broker takes: it would answer with the end of the connection."""
+    """The message is larger than this broker accepts: it would close the connection."""
 
     def __init__(self, topic: str, size_bytes: int, limit_bytes: int) -> None:
         super().__init__(
@@ -66,7 +66,7 @@ class Delivery(msgspec.Struct, frozen=True):
 
 
 class Will(msgspec.Struct, frozen=True):
-    """What the broker publishes for us, retained and at QoS 1, when our connection ends without a goodbye."""
+    """What the broker publishes for us, retained and at QoS 1, when our connection ends without a DISCONNECT."""
 
     topic: str
     payload: bytes
@@ -83,7 +83,7 @@ class BusStats(msgspec.Struct):
     dropped: int = 0
     """QoS 0 messages dropped because the handler was too slow (the bounded queue was full)."""
     refused: dict[str, int] = {}
-    """Party to its messages that were above the rate of their writer, or retained on a topic where nothing is."""
+    """Maps a party to the number of its messages above their writer's rate, or retained on a topic that retains nothing."""
     backlog: int = 0
     """Messages received and not yet handled, or handled and not yet acknowledged."""
     last_error: str = ""
@@ -120,23 +120,23 @@ class Bus(Protocol):
         that crashes its handler would otherwise come back indefinitely). Returns only after ``close``.
 
         Args:
-            commits: messages that were handled are acknowledged when they are settled; the next messages are handled meanwhile.
-                What ``reached`` raises ends ``run``.
+            commits: messages that were handled are acknowledged when they are settled; the next messages are handled in the meantime.
+                An exception from ``reached`` ends ``run``.
         """
 
     async def publish(
         self, topic: str, payload: bytes, *, qos: int = 1, retain: bool = False, timeout_s: float = 10.0
     ) -> None:
-        """Publish and wait until the broker accepted the message (QoS 1) or it was handed over (QoS 0).
+        """Publish and wait until the broker accepted the message (QoS 1) or it was written out (QoS 0).
 
         Raises:
             BusUnavailable: no connection, or no acknowledgement, within ``timeout_s`` seconds; raised at once
                 when the connection ends while waiting, never after hanging on a dead one.
-            PublishRefused: the broker said no (MQTT 5 only).
+            PublishRefused: the broker refused (MQTT 5 only).
         """
 
     async def wait_connected(self, timeout_s: float) -> bool:
         """True as soon as connected and subscribed, false after ``timeout_s`` seconds."""
 
     async def close(self) -> None:
-        """Disconnect with a goodbye (the will is not sent) and let ``run`` return."""
+        """Disconnect cleanly (the will is not sent) and make ``run`` return."""

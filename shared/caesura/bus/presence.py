@@ -1,4 +1,4 @@
-"""A service's presence on the bus: the will that the broker has of it, the beat, and the goodbye."""
+"""A service's presence on the bus: its last will at the broker, the heartbeat, and the goodbye."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from caesura.runtime.sampler import Sampler
 
 BEAT_S = 30.0
 """s: between two announcements of an unchanged presence, for a broker that lost what it retained."""
-_SAY_EVERY_S = 300.0  # s: between two log lines that it is refused
+_SAY_EVERY_S = 300.0  # s: between two log lines about a refusal
 _ANNOUNCE_S = 10.0  # s: for the broker to take an announcement
 
 _log = structlog.get_logger("caesura.presence")
 
 
 def last_will(offline: Message, source: str, **parameters: str | int) -> Will:
-    """What the broker publishes when the service is gone without a goodbye.
+    """What the broker publishes when the service's connection ends without a goodbye.
 
     Args:
-        offline: the presence that says so.
+        offline: the presence to publish then.
         source: CloudEvents source of the service.
         parameters: fill the topic template.
     """
@@ -65,7 +65,7 @@ class Presence:
         self._sampler = Sampler(_SAY_EVERY_S)
 
     def changed(self) -> None:
-        """Have ``run`` announce it now."""
+        """Make ``run`` announce it now."""
         self._now.set()
 
     async def run(self, allowed: Callable[[], bool] = lambda: True) -> None:
@@ -85,10 +85,10 @@ class Presence:
                 await self.announce()
 
     async def announce(self, timeout_s: float = _ANNOUNCE_S) -> bool:
-        """Say that the service is there; after the goodbye nothing is said any more.
+        """Announce that the service is there; after the goodbye nothing is announced any more.
 
         Returns:
-            False where the broker did not take it. The next beat or connect says it again; that it is refused is logged.
+            False if the broker did not accept it. The next beat or connect announces it again; a refusal is logged.
         """
         try:
             await self._post.send(self._online(), event_id=None, timeout_s=timeout_s, **self._parameters)
@@ -102,7 +102,7 @@ class Presence:
         return True
 
     async def goodbye(self, timeout_s: float) -> None:
-        """Say that the service is gone, as its last message on the topic. The will says it where this cannot."""
+        """Announce that the service is gone, as its last message on the topic. Where this fails, the will does it."""
         try:
             await self._post.send_last(self._offline(), timeout_s=timeout_s, **self._parameters)
         except BusError as error:

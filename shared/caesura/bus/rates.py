@@ -1,8 +1,8 @@
-"""How much each writer may send to a reader: one that floods is refused, and the others are served. Pure.
+"""How much each writer may send to a reader: a writer that floods is refused, and the others are served. Pure.
 
-The first levels of a topic name its writer (``caesura/v1/vm/web-1/...``), and access rules hold every writer to its own. So a
-bucket of tokens for each is enough: a message costs one, and one for each 4 KiB. The coordinator has no limit; state that a broker had
-retained costs nothing, since there is one message on each of a writer's few topics for it.
+The first levels of a topic name its writer (``caesura/v1/vm/web-1/...``), and access rules restrict every writer to its own. So one
+token bucket for each is enough: a message costs one token, plus one for each 4 KiB. The coordinator has no limit; state that the broker had
+retained costs nothing, since a writer has few topics for it, with one message on each.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ import msgspec
 
 _TOKEN_BYTES = 4096
 _WRITERS = 50_000
-"""Buckets kept; those that are full again need not be."""
+"""Buckets kept; those that are full again can be dropped."""
 
 MUTED_S = 30.0
-"""s: for so long nothing is subscribed to of a writer that flooded."""
+"""s: how long a writer that flooded stays unsubscribed."""
 
 
 class Limit(msgspec.Struct, frozen=True):
@@ -28,7 +28,7 @@ class Limit(msgspec.Struct, frozen=True):
 
 
 LIMITS: Mapping[str, Limit] = {
-    # 48 clock exchanges at once, an answer every few seconds, and what waited at the broker while this reader was away.
+    # 48 clock exchanges at once, an answer every few seconds, and what waited at the broker while this reader was disconnected.
     "vm": Limit(50, 1_000),
     # Three facts for each of 1,024 VMs at once, and an inventory of 65 tokens with each change.
     "host": Limit(500, 20_000),
@@ -43,10 +43,10 @@ class Rates:
     def __init__(self, limits: Mapping[str, Limit] = LIMITS) -> None:
         self._limits = limits
         self._buckets: OrderedDict[tuple[str, str], tuple[float, float]] = OrderedDict()
-        """Writer to its tokens and when they were counted."""
+        """Maps a writer to its tokens and when they were counted."""
 
     def admits(self, topic: str, size_bytes: int, now_s: float) -> bool:
-        """Whether the message is within its writer's limit, and count it."""
+        """Count the message; whether it is within its writer's limit."""
         writer = writer_of(topic)
         limit = self._limits.get(writer[0])
         if limit is None:

@@ -1,7 +1,7 @@
-"""Messages that break the contract, in the log: of each topic and fault one line, and now and then how many there were since.
+"""Logs messages that violate the contract: one line per topic and fault, and from time to time how many there have been since.
 
 A service of another version repeats what this one cannot read, some of it several times a second and for as long as both run.
-Each message is counted (``caesura_bus_decode_errors_total``); the log says what is the matter and is not filled with it.
+Each message is counted (``caesura_bus_decode_errors_total``); the log names the problem without being flooded by it.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from caesura.runtime.sampler import Sampler, cut
 
 _EVERY_S = 600.0  # s: between two lines about the same
 _VALUES = re.compile(r"'[^']*'|\d+")
-"""What differs from one message to the next though the fault is the same: values, places in the text."""
+"""What differs between messages with the same fault: values, positions in the text."""
 
 _log = structlog.get_logger("caesura.bus")
 
 
 class Refused:
-    """What one service was sent and could not read.
+    """The messages that one service received and could not read.
 
     Args:
         now: a monotonic clock, seconds.
@@ -33,7 +33,7 @@ class Refused:
         self._sampler = Sampler(_EVERY_S, now)
 
     def say(self, topic: str, error: ContractError) -> None:
-        """Log this message, unless one like it was logged a short while ago."""
+        """Log this message, unless a similar one was logged a short while ago."""
         left_out = self._sampler.due(f"{topic} {error.kind} {_VALUES.sub('', error.why)}")
         if left_out is not None:
             _log.warning(

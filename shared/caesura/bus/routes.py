@@ -1,8 +1,8 @@
 """Which filters cover a topic, and which topics a filter covers, without looking at all of them. Pure.
 
 For the bus in memory: with a client for every host of a fleet, comparing each message with each filter costs the square of the
-fleet. A tree with a level of the topic at each step costs what matches. ``filters.matches`` says what covers what; a test holds
-these trees to it.
+fleet. A tree with one topic level per step costs only as much as what matches. ``filters.matches`` defines what covers what; a test compares
+these trees with it.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ class _FilterNode(msgspec.Struct, Generic[T]):
 
 
 class FilterTree(Generic[T]):
-    """Filters with what is to be found by them."""
+    """Filters with the values stored under them."""
 
     def __init__(self) -> None:
         self._root: _FilterNode[T] = _FilterNode()
 
     def add(self, topic_filter: str, value: T) -> None:
-        """Find ``value`` for the topics that this filter covers."""
+        """Store ``value`` under this filter, to be found for the topics that it covers."""
         node = self._root
         for level in topic_filter.split("/"):
             node = node.below.setdefault(level, _FilterNode())
         node.values[value] = None
 
     def discard(self, topic_filter: str, value: T) -> None:
-        """Find it no more by this filter."""
+        """Remove it from this filter."""
         path = [self._root]
         levels = topic_filter.split("/")
         for level in levels:
@@ -54,7 +54,7 @@ class FilterTree(Generic[T]):
         found: set[T] = set()
         reached = [self._root]
         for depth, level in enumerate(levels):
-            # A wildcard does not stand for a first level that begins with $ (MQTT 5 section 4.7.2).
+            # A wildcard does not match a first level that begins with $ (MQTT 5 section 4.7.2).
             wild = depth > 0 or not topic.startswith("$")
             further: list[_FilterNode[T]] = []
             for node in reached:
@@ -69,7 +69,7 @@ class FilterTree(Generic[T]):
             reached = further
         for node in reached:
             found.update(node.values)
-            rest = node.below.get("#")  # it stands for no level, too
+            rest = node.below.get("#")  # it also matches no level at all
             if rest is not None:
                 found.update(rest.values)
         return found
@@ -142,7 +142,7 @@ class RetainedTopics(MutableMapping[str, bytes]):
 
 
 def _topics(node: _TopicNode, *, hidden: bool) -> Iterator[str]:
-    """Every topic from here on; ``hidden``: not below a first level that begins with $."""
+    """Every topic from here on; ``hidden``: skip what is below a first level that begins with $."""
     waiting = [node]
     while waiting:
         each = waiting.pop()

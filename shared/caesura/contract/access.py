@@ -18,7 +18,7 @@ _UPDATE_DOMAINS = range(20)
 
 
 class Place(msgspec.Struct, frozen=True):
-    """The set of a host's VM and its update domain there; a domain of None: any of them."""
+    """The set of a host's VM and the VM's update domain in it; a domain of None: any domain."""
 
     vm: str
     set: str
@@ -29,7 +29,7 @@ class Principal(msgspec.Struct, frozen=True):
     """A user at the broker: which party it is, its instance (host, VM, publisher or client name), its set.
 
     ``host`` of a VM: where it runs, if it never moves. ``vms`` of a host or a publisher: those that it has or serves. ``places``
-    of a host: where those of its VMs are of which that is known. Each narrows what the user may do; empty: any.
+    of a host: the sets and domains of its VMs, as far as they are known. Each narrows what the user may do; empty: any.
     """
 
     party: Role
@@ -46,9 +46,9 @@ class Principal(msgspec.Struct, frozen=True):
 
     @property
     def bounded(self) -> bool:
-        """Whether there is an end of the topics that it may write, and so of what it can make a broker retain.
+        """Whether the topics that it may write are finite in number, and with them what it can make a broker retain.
 
-        The coordinator's have none: it names rollouts and sets.
+        The coordinator's are not: it names rollouts and sets.
         """
         return not any("+" in each for each in writable(self))
 
@@ -59,7 +59,7 @@ _OWN_PARAMETER: Mapping[Role, str] = {"host": "host", "vm": "vm", "ctl": "client
 def access_rules(principals: Iterable[Principal]) -> str:
     """The text of an ``acl_file`` for these users."""
     blocks = [
-        "# Generated from the topic table (caesura.contract.access). Whoever is not named here may do nothing."
+        "# Generated from the topic table (caesura.contract.access). A user who is not named here may do nothing."
     ]
     for principal in principals:
         lines = [f"user {principal.username}"]
@@ -70,9 +70,9 @@ def access_rules(principals: Iterable[Principal]) -> str:
 
 
 def writable(principal: Principal) -> list[str]:
-    """The topic filters that this user may write: its own rows of the topic table, with its own name in them.
+    """The topic filters that this user may write: its own rows of the topic table, with its own name filled in.
 
-    No subtree: a broker keeps whatever is retained on topics that nobody reads, and there is no end of such topics.
+    No subtree: a broker keeps whatever is retained on topics that nobody reads, and the number of such topics is unbounded.
     """
     own = {}
     if principal.party in _OWN_PARAMETER:
@@ -86,7 +86,7 @@ def writable(principal: Principal) -> list[str]:
 
 
 def _for_each_vm(channel: Channel, principal: Principal, own: Mapping[str, str]) -> list[str]:
-    """The channel's filter, or one for each VM that the principal is bound to; of an inventory's and a report's parts, as many as these VMs may make."""
+    """The channel's filter, or one for each VM that the principal is bound to; for the parts of an inventory or a report, as many as these VMs may need."""
     known = {name: own[name] for name in channel.parameters if name in own}
     if channel.message in {InventoryPart, ReportPart} and principal.party == "host" and principal.vms:
         parts = range(1, -(-len(principal.vms) // VMS_IN_PART) + 1)

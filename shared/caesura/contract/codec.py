@@ -1,4 +1,4 @@
-"""Messages to bytes and back, with every way a message can be wrong as an error of its own."""
+"""Messages to bytes and back, with one error class for each way a message can be invalid."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from caesura.runtime.errors import CaesuraError
 MAX_PAYLOAD_BYTES = 256 * 1024  # the smallest limit that all supported brokers share
 
 MAX_PACKET_BYTES = MAX_PAYLOAD_BYTES + 8 * 1024
-"""The largest MQTT packet with such a payload: the longest topic of the table has some 350 bytes, the rest is room for
-properties. It is `max_packet_size` of the shipped broker configurations, and what clients ask of a broker by MQTT 5."""
+"""The largest MQTT packet with such a payload: the longest topic of the table has some 350 bytes, the rest leaves room for
+properties. It is `max_packet_size` of the shipped broker configurations, and what clients request from a broker by MQTT 5."""
 
 
 class ContractError(CaesuraError):
-    """A message that breaks the contract. ``kind`` is a bounded label for metrics."""
+    """A message that violates the contract. ``kind`` is a bounded label for metrics."""
 
     kind = "malformed"
 
@@ -56,7 +56,7 @@ class Malformed(ContractError):
 
 
 class Received(msgspec.Struct, frozen=True):
-    """A decoded message with where it came from."""
+    """A decoded message with its topic parameters and header."""
 
     channel: Channel
     parameters: Mapping[str, str]
@@ -97,7 +97,7 @@ def encode(message: Message, *, source: str, event_id: str, time: datetime) -> b
 
 
 def size_bytes(message: Message) -> int:
-    """What the message will take on the bus, a little more than less: for senders that would rather know before."""
+    """The size of the message on the bus, rounded up a little: for senders that check before they send."""
     return len(_encoder.encode(message)) + _ENVELOPE_BYTES
 
 
@@ -105,7 +105,7 @@ def decode(topic: str, payload: bytes) -> Received:
     """Read one message from the bus.
 
     Raises:
-        ContractError: one of its subclasses, saying what is wrong; nothing else.
+        ContractError: one of its subclasses, saying what is wrong; no other error.
     """
     if len(payload) > MAX_PAYLOAD_BYTES:
         raise Oversized(topic, f"{len(payload)} bytes, at most {MAX_PAYLOAD_BYTES} allowed")
@@ -131,7 +131,7 @@ def decode(topic: str, payload: bytes) -> Received:
 
 
 class _Asked(msgspec.Struct):
-    """The id of a request, whatever else it says."""
+    """The id of a request; all other members are ignored."""
 
     request: Id
 
@@ -144,7 +144,7 @@ _request_decoder = msgspec.json.Decoder(_Request)
 
 
 def request_in(payload: bytes) -> str:
-    """The id of a request that cannot be read otherwise, so that whoever sent it can be answered; empty if there is none."""
+    """The id of a request that cannot be read otherwise, so that its sender can be answered; empty if there is none."""
     try:
         return _request_decoder.decode(payload).data.request
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):

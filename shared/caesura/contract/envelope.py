@@ -21,7 +21,7 @@ def source_of(fleet: str, *writer: str) -> str:
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True):
-    """The base of every message body. ``TYPE`` is the CloudEvents ``type``; v1 only ever grows."""
+    """The base of every message body. ``TYPE`` is the CloudEvents ``type``; v1 only grows."""
 
     TYPE: ClassVar[str] = ""
 
@@ -41,12 +41,12 @@ class Header(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RawEnvelope(Header, frozen=True, kw_only=True):
-    """An event whose data is not looked at yet: the type decides how to read it."""
+    """An event whose data is not decoded yet: the type decides how to read it."""
 
     data: msgspec.Raw
 
 
 class OutgoingEnvelope(Header, frozen=True, kw_only=True):
-    """An event on its way out."""
+    """An event to be sent."""
 
     data: Message

@@ -1,7 +1,7 @@
-"""Messages that would be too large: what is left of them when their texts are cut. Pure.
+"""Messages that would be too large: cuts their texts until they fit. Pure.
 
 An inventory or a report grows with the VMs of its host, and each VM may bring paragraphs of explanation. The facts
-are what others decide on, the texts are for people: so texts give way first, the longest before the short ones.
+are what others decide on, the texts are for people: so texts are cut first, the longest before the short ones.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from caesura.contract.envelope import Message
 M = TypeVar("M", bound=Message)
 
 _LENGTHS = (1000, 250, 64)
-"""Characters that are left of a text, tried in turn. Names and identifiers have at most 64, so they stay whole."""
+"""Characters kept of a text, tried in turn. Names and identifiers have at most 64, so they stay whole."""
 
 
 def fits(message: Message) -> bool:
@@ -25,9 +25,9 @@ def fits(message: Message) -> bool:
 
 
 def fitted(message: M) -> M:
-    """The message itself if it can be sent, else with its texts cut as far as it takes.
+    """The message itself if it can be sent, else with its texts cut as far as necessary.
 
-    If not even that is enough, the shortest one: whoever sends it asks ``fits`` and says what is to be done.
+    If not even that is enough, the shortest version: the sender checks ``fits`` and says what to do.
     """
     for length in _LENGTHS:
         if fits(message):
@@ -37,7 +37,7 @@ def fitted(message: M) -> M:
 
 
 def cut(message: M, length: int) -> M:
-    """The message with no text of more than ``length`` characters."""
+    """The message with every text cut to at most ``length`` characters."""
     shorter: M = _cut(message, length)
     return shorter
 

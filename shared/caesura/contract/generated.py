@@ -70,7 +70,7 @@ def asyncapi() -> dict[str, Any]:
         "info": {
             "title": "Caesura event bus",
             "version": "1.0.0",
-            "description": "Freeze, resume and clock-sync messages of the Caesura suite. v1 only ever grows.",
+            "description": "Freeze, resume and clock-sync messages of the Caesura suite. v1 only grows.",
             "license": {"name": "Apache-2.0", "url": "https://www.apache.org/licenses/LICENSE-2.0"},
         },
         "defaultContentType": "application/cloudevents+json",
@@ -137,7 +137,7 @@ def _message(channel: Channel) -> str:
 
 
 def _payload(header: dict[str, Any], channel: Channel) -> dict[str, Any]:
-    """One schema for the whole message, attributes and data: what generators of code make one class of."""
+    """One schema for the whole message, attributes and data: code generators make one class of it."""
     name = channel.message.__name__
     return {
         **header,
@@ -152,7 +152,7 @@ def _payload(header: dict[str, Any], channel: Channel) -> dict[str, Any]:
 
 
 def _named(schema: dict[str, Any], name: str) -> dict[str, Any]:
-    """Gives everything that generators make a type of a title: its schema's and its property's, as ``VmRecordState``."""
+    """Gives a title to everything that generators make a type of: the schema's and the property's name, as ``VmRecordState``."""
     if "$ref" in schema or schema.get("type") == "null":
         return schema
     if len(schema.get("enum", ())) == 1:
@@ -174,7 +174,7 @@ def _named(schema: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def _for_readers(schema: Any) -> Any:
-    """Patterns as JSON Schema has them: there `$` is the end of the text alone, and `\\Z` is a letter."""
+    """Patterns in the dialect of JSON Schema: there `$` matches only the end of the text, and `\\Z` is a letter."""
     if isinstance(schema, dict):
         return {
             key: value.replace(r"\Z", "$")
@@ -206,7 +206,7 @@ def _channel(channel: Channel) -> dict[str, Any]:
 
 
 def files(root: Path) -> dict[Path, bytes]:
-    """Every generated file under ``root`` with what it must hold now."""
+    """Every generated file under ``root`` with its current content."""
     made: dict[Path, bytes] = {
         root / "docs" / "asyncapi.yaml": b"# Generated from the topic table; do not edit.\n"
         + _yaml(asyncapi()),
@@ -226,7 +226,7 @@ def files(root: Path) -> dict[Path, bytes]:
 
 
 def _yaml(document: dict[str, Any]) -> bytes:
-    # PyYAML is a development dependency: only whoever generates needs it.
+    # PyYAML is a development dependency: only the generator needs it.
     return msgspec.yaml.encode(document)
 
 

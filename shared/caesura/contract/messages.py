@@ -1,6 +1,6 @@
 """Every message body that crosses the bus, and the records inside them.
 
-Units stand in the names: ``_s`` seconds, ``_ns`` nanoseconds, ``_bytes`` bytes. Wall-clock instants are
+Units are part of the names: ``_s`` seconds, ``_ns`` nanoseconds, ``_bytes`` bytes. Wall-clock instants are
 RFC 3339 in UTC. Unknown members are ignored on decode, so v1 can grow.
 """
 
@@ -18,19 +18,19 @@ from caesura.contract.reasons import Code
 MAX_BUDGET_S = 30.0  # s: the seed's promise, "resumed within 30 seconds of being paused"
 
 EPOCH_MOST = 2**53 - 1
-"""What every JSON reader takes for the same integer (RFC 8259, section 6), and SQLite too."""
+"""Integers that every JSON reader (RFC 8259, section 6) and SQLite represent exactly."""
 
 MOST_TARGETS = 1024
-"""VMs of one command, so of one operation of a host, and so of one host."""
+"""The most VMs of one command, hence of one operation of a host, and hence of one host."""
 
 VMS_IN_PART = 4
-"""A part of an inventory or report that another follows has at least so many VMs: one with the longest texts takes 50 kB."""
+"""The least number of VMs in every part of an inventory or report but the last: a VM with the longest texts takes 50 kB."""
 
 MOST_PARTS = MOST_TARGETS // VMS_IN_PART
-"""Parts of one inventory, plan or report."""
+"""The most parts of one inventory, plan or report."""
 
 SECONDS_MOST = 1e9
-"""Some 31 years: what is added to an instant must stay one."""
+"""Some 31 years: the sum with an instant must still be a valid instant."""
 
 Count = Annotated[int, Meta(ge=0, le=EPOCH_MOST)]
 Nanoseconds = Annotated[int, Meta(ge=0, le=2**63 - 1, description="Since 1970, on a wall clock.")]
@@ -48,7 +48,7 @@ Id = Annotated[
         description="An identifier: letters, digits, `_` and `-`, 1 to 64 of them.",
     ),
 ]
-"""It becomes a file name, a part of an environment, a log line: so no more than may stand in a topic level."""
+"""It becomes a file name, part of an environment, a log line: so it is limited to what a topic level allows."""
 OptionalId = Annotated[
     str,
     Meta(pattern=r"^[A-Za-z0-9_-]{0,64}\Z", description="An identifier, or empty where there is none."),
@@ -62,9 +62,7 @@ MessageType = Annotated[
 ]
 Etag = Annotated[
     str,
-    Meta(
-        pattern=r"^[0-9a-f]{12}\Z", description="Opaque; another whenever the content is another, as in HTTP."
-    ),
+    Meta(pattern=r"^[0-9a-f]{12}\Z", description="Opaque; changes whenever the content changes, as in HTTP."),
 ]
 PartNumber = Annotated[int, Meta(ge=1, le=MOST_PARTS)]
 UpdateDomain = Annotated[int, Meta(ge=0, le=19)]
@@ -75,7 +73,7 @@ Impact = Literal["none", "pause", "reboot"]
 Scope = Literal["vm", "host"]
 DomainKey = Literal["update_domain", "fault_domain"]
 EventType = Literal["Freeze", "Reboot", "Redeploy", "Preempt", "Terminate"]
-"""As in Azure's Scheduled Events. Caesura announces Freeze and Reboot; the others are for what is to come."""
+"""As in Azure's Scheduled Events. Caesura announces Freeze and Reboot; the others are reserved for later."""
 EventStatus = Literal["scheduled", "started", "completed", "cancelled", "failed"]
 VmState = Literal["running", "paused", "stopped", "unknown"]
 RolloutStatus = Literal["running", "aborting", "halted", "completed", "aborted"]
@@ -84,12 +82,12 @@ WaveStatus = Literal[
 ]
 OperationStatus = Literal["accepted", "refused", "completed", "failed", "cancelled"]
 ProofCode = Literal["not_rebooted", "canary_equal", "sampled_digest_equal", "digest_equal"]
-"""What can be shown about a guest's memory after a pause; none of them: nothing was shown.
+"""What can be shown about a guest's memory after a pause; empty: nothing was shown.
 
-`not_rebooted`: a boot id is the one of before the pause. It shows that the guest did not start over and says nothing of any
-other page. `canary_equal`: every page that the agent holds and rewrites is as it was written last. `sampled_digest_equal`: some
+`not_rebooted`: the boot id is the same as before the pause. It shows that the guest did not reboot and says nothing about any
+other page. `canary_equal`: every page that the agent holds and rewrites has the content written last. `sampled_digest_equal`: some
 pages, chosen at random for the operation, have the same digest at the pause's beginning and end; in a swap: in the old and in the
-new process. `digest_equal`: all pages of the guest's memory file have.
+new process. `digest_equal`: the same for all pages of the guest's memory file.
 """
 
 
@@ -109,23 +107,23 @@ class VmRecord(Record, frozen=True, kw_only=True):
     fault_domain: FaultDomain = 0
     state: VmState
     state_detail: Text = ""
-    """What is to be said of the state, for people: who paused it, if that was not Caesura, and how it is resumed."""
+    """Details of the state, for people: who paused it, if that was not Caesura, and how to resume it."""
     methods: tuple[Annotated[str, Meta(pattern=r"^[a-z][a-z0-9_-]{0,63}\Z")], ...] = ()
-    """Open on the wire: a host lists what it can do to whoever reads it, and a reader passes over what it does not know (ADR 14)."""
+    """Open on the wire: a host lists everything it can do, and a reader ignores what it does not know (ADR 14)."""
     methods_missing: dict[str, str] = {}
     clock: Literal["simulated", "system", "none"] = "none"
     agent: bool = True
     """Whether an agent is expected to answer in this VM."""
     proofs: dict[str, tuple[Annotated[str, Meta(pattern=r"^[a-z][a-z0-9_]{0,63}\Z")], ...]] | None = None
-    """Method to what can be shown about the VM's memory after a pause by it: proof codes, open on the wire as `methods` is. None: a host updater
-    that does not say."""
+    """Maps a method to what can be shown about the VM's memory after a pause by it: proof codes, open on the wire as `methods` is. None: the host
+    updater does not say."""
     no_digest: Text = ""
-    """Why the host can take no digest of its memory; empty if it can."""
+    """Why the host cannot take a digest of its memory; empty if it can."""
 
 
 VmmChange = Literal["", "beside", "instead"]
-"""What an update does to the VMM (the QEMU binary and its libraries): nothing; it puts a new one beside the one that
-runs (method swap); the old one must be gone while it runs (method replace)."""
+"""What an update does to the VMM (the QEMU binary and its libraries): nothing; it installs a new one beside the one that
+runs (method swap); the old one must not run during the update (method replace)."""
 
 
 class UpdateRecord(Record, frozen=True, kw_only=True):
@@ -142,7 +140,7 @@ class UpdateRecord(Record, frozen=True, kw_only=True):
 
 
 class RefusedUpdate(Record, frozen=True, kw_only=True):
-    """A file in `updates.d` that cannot be used, and why; the others stay usable."""
+    """A file in `updates.d` that cannot be used, and why; the others remain usable."""
 
     file: Text
     line: Count = 0
@@ -151,7 +149,7 @@ class RefusedUpdate(Record, frozen=True, kw_only=True):
 
 
 class InstalledUpdate(Record, frozen=True, kw_only=True):
-    """An update that a host has in the version that it defines: plans skip it there, unless it is asked for again."""
+    """An update that a host already has in the version that it defines: plans skip it there, unless it is requested again."""
 
     update: Name
     version: Annotated[str, Meta(max_length=64)] = ""
@@ -162,9 +160,9 @@ class InstalledUpdate(Record, frozen=True, kw_only=True):
 
 
 class HostInventory(Message, frozen=True, kw_only=True):
-    """What a host has: its VMs with their sets and domains, its updates, the operation it is busy with.
+    """What a host has: its VMs with their sets and domains, its updates, the operation under way.
 
-    Its VMs are here, or where they do not fit into one message, in parts on topics of their own.
+    Its VMs are listed here or, where they do not fit into one message, in parts on topics of their own.
     """
 
     TYPE: ClassVar[str] = "caesura.host.inventory.v1"
@@ -178,7 +176,7 @@ class HostInventory(Message, frozen=True, kw_only=True):
     vms: tuple[VmRecord, ...]
     """All of them, or none where there are parts."""
     part_etags: Annotated[tuple[Etag, ...], Meta(max_length=MOST_PARTS)] = ()
-    """Of the parts 1, 2 and so on. The inventory is whole with the parts of just these etags; others belong to an older one or to
+    """Etags of the parts 1, 2 and so on. The inventory is complete with the parts of exactly these etags; others belong to an older one or to
     the next."""
     updates: tuple[UpdateRecord, ...] = ()
     refused_updates: tuple[RefusedUpdate, ...] = ()
@@ -186,12 +184,12 @@ class HostInventory(Message, frozen=True, kw_only=True):
     """The operation under way, empty when idle."""
     guard: Literal["ready", "armed", "absent"] = "absent"
     refused_epoch: Text = ""
-    """Why the epoch that was announced last is not obeyed, if it is too far above the one that is."""
+    """Why the epoch that was announced last is not obeyed, if it is too far above the current one."""
     installed: tuple[InstalledUpdate, ...] = ()
     """Which of `updates` it has already."""
     commands: tuple[MessageType, ...] = ()
-    """Types of the commands that its host updater reads. A coordinator asks nothing of a host that does not list what it would
-    be sent. Empty: a host updater of before 0.1.0."""
+    """Types of the commands that its host updater reads. A coordinator sends no command to a host that does not list the types it would
+    need. Empty: a host updater from before 0.1.0."""
 
 
 class InventoryPart(Message, frozen=True, kw_only=True):
@@ -231,13 +229,13 @@ class Policy(Record, frozen=True, kw_only=True):
     verify_timeout_s: Positive = 60.0
     """Seconds after the last report within which all VMs must be verified healthy."""
     on_not_ready: Literal["halt", "proceed"] = "halt"
-    """An agent whose prepare hook failed, or that never answered by NotBefore."""
+    """What to do about an agent whose prepare hook failed, or that did not answer by NotBefore."""
     on_unsynced: Literal["halt", "proceed"] = "halt"
-    """A VM whose clock could not be put right in time."""
+    """What to do about a VM whose clock could not be corrected in time."""
     on_unproven: Literal["halt", "proceed"] | None = None
-    """A VM of whose memory neither a digest nor a canary was shown to be equal after its pause; that it did not reboot is not enough.
-    None: `halt` for the methods swap and replace, where another process takes the memory over, `proceed` for freeze. With `halt`
-    a plan refuses VMs for which no such proof can be made."""
+    """What to do about a VM for whose memory neither an equal digest nor an equal canary was shown after its pause; that it did not reboot is not
+    enough. None: `halt` for the methods swap and replace, where another process takes the memory over, `proceed` for freeze. With `halt`
+    a plan refuses VMs for which no such proof is possible."""
     domain_key: DomainKey = "update_domain"
     allow_reboot: bool = False
 
@@ -248,7 +246,7 @@ SkipCode = Literal["", "stopped", "undefined", "excluded", "installed", "contest
 
 
 class PlannedVm(Record, frozen=True, kw_only=True):
-    """What happens to one VM, and why that and nothing less."""
+    """What happens to one VM, and why a less invasive method is not enough."""
 
     vm: Name
     set: Name
@@ -259,35 +257,35 @@ class PlannedVm(Record, frozen=True, kw_only=True):
     reason: Text
     agent: bool = True
     clock: Literal["simulated", "system", "none"] = "system"
-    """``none``: it has no clock of its own, or none that anybody could measure, and gets no verdict on one."""
+    """``none``: it has no clock of its own, or none that can be measured, and gets no verdict on one."""
     proofs: tuple[ProofCode, ...] = ()
     """What will be shown about its memory after the pause; empty: nothing."""
     skip: SkipCode = ""
 
 
 class PlannedWave(Record, frozen=True, kw_only=True):
-    """The VMs handled together: of every set, VMs of one domain only."""
+    """The VMs handled together: from every set, VMs of one domain only."""
 
     wave: Count
     domains: dict[str, int]
-    """Set name to the one domain of it that this wave touches."""
+    """Maps a set name to the one domain of it that this wave touches."""
     hosts: tuple[Name, ...]
     vms: tuple[PlannedVm, ...]
     canary: bool = False
-    """Whether it goes first and alone, so that the others learn from it."""
+    """Whether it runs first and alone, so that the rollout halts early if it fails."""
 
 
 class Refusal(Record, frozen=True, kw_only=True):
-    """Why a plan cannot be carried out, naming the thing that is in the way."""
+    """Why a plan cannot be carried out, naming the obstacle."""
 
     subject: Text
     reason: Text
     code: Code = "unexplained"
-    """Always written; a coordinator of before 0.1.0 had no codes."""
+    """Always written; a coordinator from before 0.1.0 had no codes."""
 
 
 class Plan(Record, frozen=True, kw_only=True):
-    """Waves in order, what is skipped, what is refused, how long it should take."""
+    """Waves in order, what is skipped, what is refused, the expected duration."""
 
     update: OptionalName
     event_type: EventType = "Freeze"
@@ -297,13 +295,13 @@ class Plan(Record, frozen=True, kw_only=True):
     estimate_s: Seconds = 0.0
     expected_pause_s: Seconds = 0.0
     outside_pause_s: Seconds = 0.0
-    """At most so many seconds of a host's work pass while its VMs run: a live update's or a swap's own time."""
+    """Upper bound in seconds on a host's work while its VMs run: the time of a live update or a swap itself."""
     hold_s: Seconds = 0.0
     scope: Scope = "host"
     max_hosts: Count = 0
     """The most hosts of one wave; 0: only the domains of the sets limit it."""
     max_hosts_by_default: bool = False
-    """Nobody asked for `max_hosts`: it counts only hosts with VMs that are in no set."""
+    """`max_hosts` is a default, not from the request: it counts only hosts with VMs that are in no set."""
 
 
 class FailedUpdate(Record, frozen=True, kw_only=True):
@@ -313,7 +311,7 @@ class FailedUpdate(Record, frozen=True, kw_only=True):
     outcome: Literal["failed", "timeout", "interrupted"]
     exit_code: ExitCode | None = None
     output_tail: Text = ""
-    """The end of what it wrote, as it wrote it: control characters are for the reader to escape. Empty: nothing, or it
+    """The end of its output, unchanged: the reader has to escape control characters. Empty: there was none, or it
     did not fit, or the update says that its output stays on the host."""
 
 
@@ -330,7 +328,7 @@ class WaveState(Message, frozen=True, kw_only=True):
     hosts: tuple[Name, ...]
     vms: tuple[Name, ...]
     events: dict[str, str] = msgspec.field(default_factory=dict)
-    """Set name to the id of its scheduled event."""
+    """Maps a set name to the id of its scheduled event."""
     not_before: Instant | None = None
     approved: tuple[Name, ...] = ()
     """Sets whose event was approved."""
@@ -339,7 +337,7 @@ class WaveState(Message, frozen=True, kw_only=True):
     reason: Text = ""
     """Why it failed or was cancelled, or what it waits for."""
     codes: tuple[Code, ...] = ()
-    """Of everything in `reason`, each once."""
+    """The codes of everything in `reason`, each once."""
     failed_updates: tuple[FailedUpdate, ...] = ()
 
 
@@ -354,18 +352,18 @@ class RolloutState(Message, frozen=True, kw_only=True):
     status: RolloutStatus
     reason: Text = ""
     codes: tuple[Code, ...] = ()
-    """Of everything in `reason`, each once."""
+    """The codes of everything in `reason`, each once."""
     policy: Policy
     sets: tuple[Name, ...]
     wave_count: Count
     waves_completed: Count = 0
     current_wave: Count | None = None
-    """The first wave that is not completed. None: all are."""
+    """The first wave that is not completed. None: all are completed."""
     current_status: WaveStatus | None = None
-    """Of that wave."""
+    """The state of that wave."""
     wave_etags: tuple[Etag, ...] = ()
-    """Of the waves in order: with the wave states of just these etags this is the rollout at one moment. Empty: it ended before others
-    did, and its waves are retained no more."""
+    """Etags of the waves in order: together with the wave states of exactly these etags this is the rollout at one moment. Empty: newer rollouts
+    have ended since, and its waves are no longer retained."""
     estimate_s: Seconds = 0.0
     requested_by: OptionalName = ""
     created_at: Instant
@@ -373,7 +371,7 @@ class RolloutState(Message, frozen=True, kw_only=True):
 
 
 class WaveChanged(Message, frozen=True, kw_only=True):
-    """A wave went from one state to the next: the fact for annotations and logs."""
+    """A wave changed its state: the fact for annotations and logs."""
 
     TYPE: ClassVar[str] = "caesura.wave.changed.v1"
 
@@ -388,7 +386,7 @@ class WaveChanged(Message, frozen=True, kw_only=True):
 
 
 class CoordinatorPresence(Message, frozen=True, kw_only=True):
-    """Who coordinates, with which epoch. Hosts refuse a lower epoch than the highest they have seen."""
+    """Which coordinator leads, with which epoch. Hosts refuse an epoch lower than the highest they have seen."""
 
     TYPE: ClassVar[str] = "caesura.coordinator.presence.v1"
 
@@ -396,25 +394,25 @@ class CoordinatorPresence(Message, frozen=True, kw_only=True):
     epoch: Annotated[int, Meta(ge=0, le=EPOCH_MOST)]
     online: bool
     commands: tuple[MessageType, ...] = ()
-    """Types of the commands that it sends to hosts. A host obeys no coordinator whose commands it would not receive, and says so
-    in its inventory. Empty: a coordinator of before 0.1.0."""
+    """Types of the commands that it sends to hosts. A host does not obey a coordinator whose commands it would not receive, and says so
+    in its inventory. Empty: a coordinator from before 0.1.0."""
 
 
 MOST_RIVALS = 16
 
 
 class VmOwner(Message, frozen=True, kw_only=True):
-    """Which host a VM belongs to. Retained; removed when no host names the VM any more. Only this host's word about it counts."""
+    """Which host a VM belongs to. Retained; removed when no host names the VM any more. Only what this host says about the VM counts."""
 
     TYPE: ClassVar[str] = "caesura.vm.owner.v1"
 
     vm: Name
     host: OptionalName
-    """Empty: several hosts name it and none has it on record, so it belongs to nobody."""
+    """Empty: several hosts name it and none has it on record, so it does not belong to any host."""
     epoch: Annotated[int, Meta(ge=0, le=EPOCH_MOST)]
-    """Of the coordinator that made the record: of two records the one of the higher epoch is the newer."""
+    """Epoch of the coordinator that made the record: of two records, the one with the higher epoch is newer."""
     contested_by: Annotated[tuple[Name, ...], Meta(max_length=MOST_RIVALS)] = ()
-    """Hosts that name the VM though it is not theirs."""
+    """Hosts that name the VM although it does not belong to them."""
 
 
 # --- scheduled events ------------------------------------------------------------------------------------
@@ -428,7 +426,7 @@ class ScheduledEvent(Record, frozen=True, kw_only=True):
     status: Literal["scheduled", "started"]
     resources: tuple[Name, ...]
     host: OptionalName = ""
-    """The host that it is about; empty: all hosts of its resources, as every event of today."""
+    """The host concerned; empty: all hosts of its resources, as for every event today."""
     not_before: Instant
     description: Text = ""
     source: Literal["Platform", "User"] = "Platform"
@@ -447,8 +445,8 @@ class SetDocument(Message, frozen=True, kw_only=True):
     set: Name
     incarnation: Count
     revision: Count = 0
-    """Rises with every change that only services see, as a host's part in an event; from 0 with each incarnation. Of two documents the
-    one of the higher incarnation and then revision is the newer."""
+    """Rises with every change that only services see, such as a host's part in an event; starts at 0 with each incarnation. Of two documents,
+    the one with the higher incarnation, then revision, is newer."""
     events: tuple[ScheduledEvent, ...]
 
 
@@ -479,7 +477,7 @@ class EventChanged(Message, frozen=True, kw_only=True):
 
 
 class EventApproved(Message, frozen=True, kw_only=True):
-    """A workload approved an event through the HTTP API; one approval covers all resources of it."""
+    """A workload approved an event through the HTTP API; one approval covers all its resources."""
 
     TYPE: ClassVar[str] = "caesura.event.approved.v1"
 
@@ -490,7 +488,7 @@ class EventApproved(Message, frozen=True, kw_only=True):
 
 
 class VmApproved(EventApproved, frozen=True, kw_only=True):
-    """The same, on a topic that names the VM: so that the broker's access rules can say for whom a publisher may approve."""
+    """The same, on a topic that names the VM, so that the broker's access rules can limit for which VMs a publisher may approve."""
 
     TYPE: ClassVar[str] = "caesura.vm.approved.v1"
 
@@ -529,7 +527,7 @@ class StartOperation(Message, frozen=True, kw_only=True):
     budget_s: Budget
     clock_bound_s: Positive = 0.1
     not_after: Instant
-    """A host that reads the command later than this refuses it."""
+    """A host that reads the command after this time refuses it."""
 
 
 class AbortOperation(Message, frozen=True, kw_only=True):
@@ -545,17 +543,17 @@ class AbortOperation(Message, frozen=True, kw_only=True):
 
 
 class MemoryProof(Record, frozen=True, kw_only=True):
-    """What was shown about the guest's memory. `held` and `broken` are exact; `proof` and `ok` are for readers of the first v1."""
+    """What was shown about the guest's memory. `held` and `broken` are authoritative; `proof` and `ok` are for readers of the first v1."""
 
     proof: Literal["digest", "heartbeat", "none"]
-    """`digest`: of all pages, or one that differs. `heartbeat`: told by the guest itself. `none`: also where only pages were sampled."""
+    """`digest`: of all pages, or one that differs. `heartbeat`: reported by the guest itself. `none`: also where only pages were sampled."""
     ok: bool
     """Whether nothing is `broken`."""
     detail: Text = ""
     held: tuple[ProofCode, ...] = ()
     """What was shown."""
     broken: tuple[ProofCode, ...] = ()
-    """What was looked at and is not so: memory changed, or the guest started over."""
+    """What was checked and does not hold: memory changed, or the guest rebooted."""
 
 
 class VmResult(Record, frozen=True, kw_only=True):
@@ -566,7 +564,7 @@ class VmResult(Record, frozen=True, kw_only=True):
     update_domain: UpdateDomain
     state: VmState
     frozen: bool
-    """Whether it was paused at all."""
+    """Whether it was paused."""
     pause_s: Seconds = 0.0
     """Seconds on the host's monotonic clock, from just before the freeze to just after the resume."""
     resumed_by: Literal["updater", "guard", "nobody"] = "nobody"
@@ -587,7 +585,7 @@ class UpdateOutcome(Record, frozen=True, kw_only=True):
 
 
 class OperationReported(Message, frozen=True, kw_only=True):
-    """What became of a commanded operation: accepted while it runs, then exactly one of the others."""
+    """Status of a commanded operation: accepted while it runs, then exactly one of the others."""
 
     TYPE: ClassVar[str] = "caesura.operation.reported.v1"
 
@@ -599,19 +597,19 @@ class OperationReported(Message, frozen=True, kw_only=True):
     status: OperationStatus
     reason: Text = ""
     codes: tuple[Code, ...] = ()
-    """Of everything in `reason`, each once; the first is why it ended."""
+    """The codes of everything in `reason`, each once; the first is why it ended."""
     vms: tuple[VmResult, ...] = ()
     """All of them, or none where there are parts."""
     vm_parts: Annotated[int, Meta(ge=0, le=MOST_PARTS)] = 0
-    """In so many parts, on topics of their own, comes what became of the VMs."""
+    """The number of parts, on topics of their own, with the results of the VMs."""
     update: UpdateOutcome | None = None
     overhead_s: Seconds | None = None
-    """Longest pause minus the update's own seconds; a swap's update runs before the pause and is not taken off."""
+    """Longest pause minus the update's own seconds; a swap's update runs before the pause and is not subtracted."""
     at: Instant
 
 
 class ReportPart(Message, frozen=True, kw_only=True):
-    """What became of some of an operation's VMs, where it does not fit into the report."""
+    """The results of some of an operation's VMs, where they do not fit into the report."""
 
     TYPE: ClassVar[str] = "caesura.operation.report-part.v1"
 
@@ -622,7 +620,7 @@ class ReportPart(Message, frozen=True, kw_only=True):
 
 
 class VmFrozen(Message, frozen=True, kw_only=True):
-    """A VM stands still from now, for at most the budget."""
+    """A VM is paused from now on, for at most the budget."""
 
     TYPE: ClassVar[str] = "caesura.vm.frozen.v1"
 
@@ -670,9 +668,9 @@ class LastPause(Record, frozen=True, kw_only=True):
 
 
 class VmStatus(Message, frozen=True, kw_only=True):
-    """How a VM is now, for dashboards and home automation. Retained; removed when its host does not have it any more.
+    """The current state of a VM, for dashboards and home automation. Retained; removed when its host does not have it any more.
 
-    The facts `frozen` and `resumed` say each pause once; this says what is so, to whoever looks.
+    The facts `frozen` and `resumed` report each pause once; this is the current state, for any reader at any time.
     """
 
     TYPE: ClassVar[str] = "caesura.vm.status.v1"
@@ -684,16 +682,16 @@ class VmStatus(Message, frozen=True, kw_only=True):
     state: VmState
     state_detail: Text = ""
     paused_since: Instant | None = None
-    """Since when Caesura has it paused. None: it does not, whoever else may have."""
+    """Since when Caesura has it paused. None: Caesura has not paused it, though somebody else may have."""
     operation: OptionalId = ""
     """By which operation it is paused."""
     last_pause: LastPause | None = None
     at: Instant
-    """When anything of this changed."""
+    """When any of this last changed."""
 
 
 class VmClockSynced(Message, frozen=True, kw_only=True):
-    """The host's verdict on a VM's clock after a resume. ``synced`` false: loudly flagged as unsynced."""
+    """The host's verdict on a VM's clock after a resume. ``synced`` false: flagged as unsynced."""
 
     TYPE: ClassVar[str] = "caesura.vm.clock-synced.v1"
 
@@ -752,9 +750,9 @@ class AgentPresence(Message, frozen=True, kw_only=True):
     boot_id: Id
     clock: Literal["simulated", "system"] = "system"
     canary_bytes: Count = 0
-    """Guest memory that the agent holds and rewrites, to find lost pages after a pause; 0: none."""
+    """Size of the guest memory that the agent holds and rewrites, to find lost pages after a pause; 0: none."""
     canary_writes: Count = 0
-    """How many pages of it were written so far: fewer after a pause show that all memory is an older copy."""
+    """How many page writes it has made so far: fewer after a pause show that all memory is an older copy."""
 
 
 class VmReady(Message, frozen=True, kw_only=True):
@@ -774,9 +772,9 @@ class CanaryReport(Record, frozen=True, kw_only=True):
     pages: Count
     page_bytes: Annotated[int, Meta(gt=0, le=EPOCH_MOST)] = 4096
     bad_pages: Count = 0
-    """Pages that are not as they were written last: lost, stale, swapped or damaged."""
+    """Pages that do not have the content written last: lost, stale, swapped or damaged."""
     writes: Count = 0
-    """How many pages were written so far."""
+    """How many page writes were made so far."""
     detail: Text = ""
 
 
@@ -799,7 +797,7 @@ class AgentClockSynced(Message, frozen=True, kw_only=True):
     refused_step_s: float | None = None
     """Guest minus host, seconds: the clock is so far off that the agent does not step it outside a resume. None: nothing was refused."""
     canary: CanaryReport | None = None
-    """After a resume, if the agent holds one: the same message once more, when its pages were compared."""
+    """After a resume, if the agent holds one: the same message is sent once more when its pages have been compared."""
 
 
 class HookFinished(Message, frozen=True, kw_only=True):
@@ -829,7 +827,7 @@ class PublisherPresence(Message, frozen=True, kw_only=True):
 
 
 class Selection(Record, frozen=True, kw_only=True):
-    """What a request is about. All lists empty: everything."""
+    """The VMs that a request selects. All lists empty: everything."""
 
     sets: tuple[Name, ...] = ()
     hosts: tuple[Name, ...] = ()
@@ -837,22 +835,22 @@ class Selection(Record, frozen=True, kw_only=True):
 
 
 class Limits(Record, frozen=True, kw_only=True):
-    """How much of the fleet a rollout may touch at once, and what it leaves alone."""
+    """How much of the fleet a rollout may touch at once, and what it leaves out."""
 
     max_hosts: Count = 0
     """The most hosts of one wave. 0: of the hosts with VMs in no set, a tenth of all that are planned and at least one;
     where every VM is in a set, its domains are the limit."""
     canary_host: OptionalName = ""
-    """This host goes first and alone."""
+    """This host runs first and alone."""
     canary_count: Count = 0
-    """So many hosts go first and alone, of one domain of each set; 0: none."""
+    """This many hosts run first and alone, from one domain of each set; 0: none."""
     exclude_hosts: tuple[Name, ...] = ()
     exclude_sets: tuple[Name, ...] = ()
     """An update of scope host leaves out every host that holds a VM of such a set."""
     exclude_vms: tuple[Name, ...] = ()
     """An update of scope host leaves out the VM's whole host."""
     again: bool = False
-    """Apply it also where it is installed already."""
+    """Apply it even where it is already installed."""
 
 
 class RolloutRequested(Message, frozen=True, kw_only=True):
@@ -882,7 +880,7 @@ class FreezeRequested(Message, frozen=True, kw_only=True):
 
 
 class AbortRequested(Message, frozen=True, kw_only=True):
-    """Abort a rollout, in whatever state it is. Empty ``rollout``: the only one that is not at its end."""
+    """Abort a rollout, in any state. Empty ``rollout``: the only one that has not ended."""
 
     TYPE: ClassVar[str] = "caesura.abort.requested.v1"
 
@@ -892,7 +890,7 @@ class AbortRequested(Message, frozen=True, kw_only=True):
 
 
 class ResumeRequested(Message, frozen=True, kw_only=True):
-    """Go on with a halted rollout: the failed wave is tried again, finished ones are not."""
+    """Resume a halted rollout: the failed wave is tried again, completed ones are not."""
 
     TYPE: ClassVar[str] = "caesura.resume.requested.v1"
 
@@ -903,7 +901,7 @@ class ResumeRequested(Message, frozen=True, kw_only=True):
 class RequestAnswered(Message, frozen=True, kw_only=True):
     """The coordinator's answer to a request. A repeated request gets the same answer.
 
-    Accepted without a rollout and not only planned: there is nothing to do, and `reason` says why.
+    Accepted without a rollout, and not only planned: there is nothing to do, and `reason` says why.
     """
 
     TYPE: ClassVar[str] = "caesura.request.answered.v1"
@@ -916,11 +914,11 @@ class RequestAnswered(Message, frozen=True, kw_only=True):
     plan: Plan | None = None
     """Without waves, skipped VMs and refusals where there are parts."""
     plan_parts: Annotated[int, Meta(ge=0, le=MOST_PARTS)] = 0
-    """In so many parts, on topics of their own, come the waves, the skipped VMs and the refusals of the plan."""
+    """The number of parts, on topics of their own, with the waves, the skipped VMs and the refusals of the plan."""
 
 
 class PlanPart(Message, frozen=True, kw_only=True):
-    """A part of the plan in an answer that does not fit into one message. A wave may go on in the next part: under the same number."""
+    """A part of the plan in an answer that does not fit into one message. A wave may continue in the next part, under the same number."""
 
     TYPE: ClassVar[str] = "caesura.plan.part.v1"
 

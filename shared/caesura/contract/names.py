@@ -1,8 +1,8 @@
-"""Names that may stand in a topic level, and the two name spaces built on them.
+"""Names that are valid in a topic level, and the two name spaces built on them.
 
 Some brokers map ``.`` or ``/`` inside a topic level to something else, so host, set and VM names keep to
 ``[A-Za-z0-9_-]``. A name with a leading underscore is reserved: a VM outside any availability set is a
-set of its own, named ``_<vm>``, and no operator's set may be taken for it.
+set of its own, named ``_<vm>``, and no operator's set may be mistaken for it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _ALLOWED = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz012345
 
 
 class InvalidName(CaesuraError):
-    """A name that cannot stand in a topic level."""
+    """A name that is not valid in a topic level."""
 
     def __init__(self, kind: str, value: str, why: str) -> None:
         self.kind = kind
@@ -34,12 +34,12 @@ class InvalidName(CaesuraError):
 
 
 def is_name(value: str) -> bool:
-    """Whether ``value`` may stand in a topic level."""
+    """Whether ``value`` is valid in a topic level."""
     return 1 <= len(value) <= 63 and set(value) <= _ALLOWED
 
 
 def check_name(kind: str, value: str) -> str:
-    """Give ``value`` back if an operator may use it as a name.
+    """Return ``value`` if an operator may use it as a name.
 
     Raises:
         InvalidName: with the kind of thing, the value and what is wrong with it.
@@ -58,5 +58,5 @@ def check_name(kind: str, value: str) -> str:
 
 
 def own_set(vm: str) -> str:
-    """The set that a VM outside any availability set is, by itself: one VM in update domain 0."""
+    """The set of its own that a VM outside any availability set forms: one VM in update domain 0."""
     return f"_{vm}"

@@ -1,8 +1,8 @@
-"""Messages that come in parts: taken apart by their writer, put together by their readers. Pure.
+"""Messages that come in parts: split by their writer, joined by their readers. Pure.
 
 No message grows with the fleet: a rollout's waves, the VMs of a large host and the plan of a large rollout have topics of their own.
 What is retained names its parts by their etags, so a reader that holds an older or a newer part waits for the right one and never
-takes two moments for one.
+mixes two moments.
 """
 
 from __future__ import annotations
@@ -25,46 +25,46 @@ PARTS: Mapping[type[Message], type[Message]] = {
     m.RequestAnswered: m.PlanPart,
     m.OperationReported: m.ReportPart,
 }
-"""Message type to the type of its parts."""
+"""Maps a message type to the type of its parts."""
 
 _FILL_BYTES = MAX_PAYLOAD_BYTES * 3 // 4
-"""Of a part: the rest is for its envelope and for what else it says."""
+"""The share of a part for its records: the rest is for its envelope and its other members."""
 _ANSWERS_HELD = 16
-"""Answers whose parts are not complete: they are not retained, so some may never be."""
+"""The most answers with incomplete parts: parts are not retained, so some answers may never be complete."""
 _REPORTS_HELD = 2
-"""Of a host, the same: it does one operation at a time."""
+"""The most incomplete reports per host: it runs one operation at a time."""
 
 _NAME_BYTES = 12
-"""Around a host's name and a set's with its domain."""
+"""JSON overhead around a host's name, or a set's with its domain."""
 
 T = TypeVar("T")
 
 
 class WholeRollout(m.RolloutState, frozen=True, kw_only=True):
-    """A rollout with its waves, as a reader has it: never on the bus."""
+    """A rollout with its waves, as a reader assembles it: never on the bus."""
 
     waves: tuple[m.WaveState, ...] = ()
-    """In order. None of a rollout whose waves are retained no more."""
+    """In order. None for a rollout whose waves are no longer retained."""
 
 
 def with_parts(kinds: Iterable[type[Message]]) -> list[type[Message]]:
-    """The message types to subscribe to for these to come whole."""
+    """The message types to subscribe to in order to receive these complete."""
     return [each for kind in kinds for each in (kind, PARTS.get(kind)) if each is not None]
 
 
 def etag_of(content: Any) -> str:
-    """The etag of what a part says, ``content`` being anything that msgspec encodes."""
+    """The etag of a part's content; ``content`` is anything that msgspec encodes."""
     return blake2b(msgspec.json.encode(content), digest_size=6).hexdigest()
 
 
-# --- taken apart -------------------------------------------------------------------------------------------
+# --- splitting ---------------------------------------------------------------------------------------------
 
 
 def inventory_in_parts(whole: m.HostInventory) -> tuple[m.HostInventory, list[m.InventoryPart]]:
-    """The inventory as it is published: whole if it can be sent, else without VMs and with its parts.
+    """The inventory as it is published: in one message if that can be sent, else without VMs and with its parts.
 
-    If it still cannot be sent then, the VMs are not what makes it large. More parts than ``MOST_PARTS`` are possible here, and refused
-    by readers: the bound on the VMs of a host keeps an inventory far below it.
+    If it still cannot be sent, the VMs are not what makes it large. More parts than ``MOST_PARTS`` are possible here, and readers
+    refuse them: the bound on the VMs of a host keeps an inventory far below that.
     """
     if size_bytes(whole) <= MAX_PAYLOAD_BYTES:
         return whole, []
@@ -76,13 +76,13 @@ def inventory_in_parts(whole: m.HostInventory) -> tuple[m.HostInventory, list[m.
 
 
 def answer_in_parts(whole: m.RequestAnswered) -> tuple[m.RequestAnswered, list[m.PlanPart]]:
-    """The answer as it is sent: whole if it can be, else with its plan in parts."""
+    """The answer as it is sent: in one message if possible, else with its plan in parts."""
     if whole.plan is None or size_bytes(whole) <= MAX_PAYLOAD_BYTES:
         return whole, []
     plan = whole.plan
     slices: list[dict[str, Any]] = []
     for wave in plan.waves:
-        # Each slice of a wave names the hosts and sets of its VMs once more.
+        # Each slice of a wave names the hosts and sets of its VMs again.
         slices += [
             {"waves": (_slice_of(wave, vms),)}
             for vms in _filled(wave.vms, lambda vm: len(vm.host) + len(vm.set) + _NAME_BYTES)
@@ -104,7 +104,7 @@ def answer_in_parts(whole: m.RequestAnswered) -> tuple[m.RequestAnswered, list[m
 
 
 def report_in_parts(whole: m.OperationReported) -> tuple[m.OperationReported, list[m.ReportPart]]:
-    """The report as it is sent: whole if it can be, else without VMs, and what became of them in parts."""
+    """The report as it is sent: in one message if possible, else without VMs, and their results in parts."""
     if size_bytes(whole) <= MAX_PAYLOAD_BYTES:
         return whole, []
     parts = [
@@ -126,10 +126,10 @@ def _slice_of(wave: m.PlannedWave, vms: tuple[m.PlannedVm, ...]) -> m.PlannedWav
 
 
 def _filled(records: Sequence[T], besides: Callable[[T], int] = lambda _: 0) -> Iterator[tuple[T, ...]]:
-    """The records in order, as many together as one part takes.
+    """The records in order, grouped by as many as fit into one part.
 
     Args:
-        besides: bytes that a record takes in its part at most, beside its own.
+        besides: the most bytes that a record takes in its part in addition to its own.
     """
     some: list[T] = []
     room = _FILL_BYTES
@@ -144,17 +144,17 @@ def _filled(records: Sequence[T], besides: Callable[[T], int] = lambda _: 0) -> 
         yield tuple(some)
 
 
-# --- put together ------------------------------------------------------------------------------------------
+# --- joining -----------------------------------------------------------------------------------------------
 
 
 class Joiner:
-    """A reader's parts, and the messages that wait for theirs.
+    """A reader's parts, and the messages that wait for their parts.
 
-    A message that is whole as it is passes through. One whose parts are not all here is held back; the reader keeps what it had
-    until the new one is whole.
+    A message without parts passes through. One whose parts have not all arrived is held back; the reader keeps the previous one
+    until the new one is complete.
 
     Args:
-        wanted: whether a part of what is not retained is kept; without it all are, within bounds.
+        wanted: whether a part of a message that is not retained is kept; without it all are kept, within bounds.
     """
 
     def __init__(self, wanted: Callable[[Message], bool] = lambda _: True) -> None:
@@ -166,10 +166,10 @@ class Joiner:
         self._waiting: dict[tuple[type[Message], str], Received] = {}
 
     def take(self, received: Received) -> Received | None:
-        """The message that this one is or completes, whole; None: it waits, or it is a part of one that does.
+        """The complete message that this one is or completes; None: it waits, or it is a part of one that waits.
 
         Raises:
-            Oversized: whole it would name more VMs than a host can have.
+            Oversized: joined, it would name more VMs than a host can have.
         """
         message = received.message
         match message:
@@ -226,7 +226,7 @@ class Joiner:
                 _removed(self._vms, found["host"], found["part"])
 
     def waiting(self) -> list[str]:
-        """What is not whole, by message type and name: for diagnosis."""
+        """The incomplete messages, by message type and name: for diagnosis."""
         return sorted(f"{kind.TYPE} {name}" for kind, name in self._waiting)
 
     def _completed(
@@ -290,7 +290,7 @@ class Joiner:
         return replace(answer, plan=plan)
 
     def _parts_of_plan(self, client: str, request: str) -> dict[int, m.PlanPart]:
-        """The parts of a plan, or none so far; the oldest plan goes when there are too many."""
+        """The parts of a plan received so far; the oldest plan is dropped when there are too many."""
         parts = self._plans.setdefault((client, request), {})
         while len(self._plans) > _ANSWERS_HELD:
             oldest = next(iter(self._plans))
@@ -299,7 +299,7 @@ class Joiner:
         return parts
 
     def _parts_of_report(self, host: str, operation: str) -> dict[int, m.ReportPart]:
-        """The parts of a report, or none so far; the host's oldest report goes when there are too many."""
+        """The parts of a report received so far; the host's oldest report is dropped when there are too many."""
         of_host = self._reports.setdefault(host, {})
         parts = of_host.setdefault(operation, {})
         while len(of_host) > _REPORTS_HELD:

@@ -1,8 +1,8 @@
-"""Reason codes: what a sentence says, for programs. The vocabulary is closed for whoever writes it and open for whoever reads.
+"""Reason codes: what a sentence says, for programs. The vocabulary is closed for writers and open for readers.
 
 Every sentence that says why something was refused, waits, failed or was aborted comes with codes: a program decides on
-them and never on the words, which may change. A later version may add codes, so a reader treats one that it does not know as
-a reason of which it only knows that there is one. A code keeps its meaning for as long as v1 is spoken.
+them and never on the words, which may change. A later version may add codes, so a reader treats an unknown code as
+an unspecified reason. A code keeps its meaning for as long as v1 is in use.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import msgspec
 from msgspec import Meta
 
 ReasonCode = Literal[
-    # What a plan or a wave finds in its way.
+    # What blocks a plan or a wave.
     "nothing_selected",
     "nothing_to_do",
     "name_unknown",
@@ -47,7 +47,7 @@ ReasonCode = Literal[
     "agent_offline",
     "agent_silent",
     "agent_not_ready",
-    # What an operator, or a message, is told.
+    # Why a request or a message is refused.
     "rollout_unknown",
     "rollout_state",
     "report_outstanding",
@@ -81,76 +81,76 @@ ReasonCode = Literal[
     "report_lost",
     "result_missing",
     "unexplained",
-    # What the verification finds.
+    # Findings of the verification.
     "clock_unsynced",
     "clock_unknown",
 ]
 
 DESCRIPTIONS: Final[Mapping[ReasonCode, str]] = {
     "nothing_selected": "Nothing that was selected has a running VM to act on.",
-    "nothing_to_do": "All that was selected has the update already, or is skipped.",
+    "nothing_to_do": "Everything that was selected already has the update, or is skipped.",
     "name_unknown": "No host, set or VM of this name has reported.",
     "update_unknown": "No host, or not this one, defines the update.",
-    "update_differs": "Hosts define the update in different ways, or not as the command says.",
+    "update_differs": "Hosts define the update differently, or not as the command says.",
     "update_unusable": "A definition in `updates.d` cannot be read.",
     "method_unavailable": "The driver cannot apply the update to this VM by the method that it needs.",
     "budget_too_short": "The work does not fit into the pause budget.",
     "reboot_not_allowed": "The update needs a reboot, and the policy does not allow one.",
     "selection_too_narrow": "The update pauses every VM of a host, and only some were named.",
     "canary_impossible": "The canary that was asked for is not part of the plan.",
-    "proof_impossible": "The policy asks for a proof of memory that cannot be made.",
+    "proof_impossible": "The policy requires a proof of memory that is not possible.",
     "vm_contested": "More than one host names the VM as its own.",
     "host_in_two_domains": "One pause of the host would pause two domains of a set.",
     "set_held": "Another rollout that has not ended holds the set.",
-    "too_large": "What would have to be sent does not fit into one message or command.",
+    "too_large": "The content does not fit into one message or command.",
     "host_offline": "The host updater is not on the bus.",
     "host_unknown": "The host has not reported an inventory.",
-    "inventory_incomplete": "Parts of the host's newest inventory are missing, so how its VMs are is not known.",
+    "inventory_incomplete": "Parts of the host's newest inventory are missing, so the state of its VMs is not known.",
     "host_behind": "The host has not acknowledged this coordinator's epoch yet.",
-    "host_outdated": "The host updater is of a version that does not read this coordinator's commands.",
-    "epoch_refused": "The host obeys another coordinator, or refuses this epoch; it does not change by itself.",
+    "host_outdated": "The host updater's version does not read this coordinator's commands.",
+    "epoch_refused": "The host obeys another coordinator, or refuses this epoch; this does not resolve by itself.",
     "host_busy": "The host is busy with another operation.",
     "host_stopping": "The host updater is stopping.",
     "guard_absent": "The host has no pause guard.",
     "vm_not_running": "The VM is paused, stopped or in an unknown state.",
     "vm_gone": "The host does not list the VM any more.",
-    "vm_unhealthy": "The VM runs, and its host says that something is wrong with it.",
+    "vm_unhealthy": "The VM runs, but its host reports a problem with it.",
     "vm_moved": "The VM is in another set or domain than when the plan was made.",
     "agent_offline": "The VM's agent is not on the bus.",
     "agent_silent": "The agent did not answer the event by NotBefore.",
     "agent_not_ready": "The agent's prepare hook says that the guest may not be paused now.",
-    "rollout_unknown": "There is no rollout of this id, or none, or more than one, that could be meant.",
+    "rollout_unknown": "There is no rollout with this id; or, if none was named, there is none or more than one to choose from.",
     "rollout_state": "The rollout is in a state that does not allow what was asked.",
     "report_outstanding": "A host never reported how its operation ended, so the rollout cannot be resumed.",
-    "request_late": "The request came so late that the operator's client had given it up.",
+    "request_late": "The request arrived so late that the operator's client had given up.",
     "store_failed": "The store cannot be read or written.",
     "message_invalid": "The request could not be understood.",
-    "record_missing": "The coordinator has no record of what was announced; it ended what was open.",
+    "record_missing": "The coordinator has no record of what was announced; it ended what was still open.",
     "aborted": "It was aborted, by an operator or by a coordinator.",
-    "superseded": "Events were announced that this coordinator has no record of: another one was at work.",
+    "superseded": "Events were announced that this coordinator has no record of: another coordinator was active.",
     "command_misdirected": "The command is for another host.",
-    "command_late": "The command came after its not_after.",
+    "command_late": "The command arrived after its not_after.",
     "command_invalid": "The command contradicts itself or what the host knows.",
     "freeze_failed": "A VM could not be paused, or not in time.",
     "prepare_failed": "The swap or replacement of a VM could not be prepared.",
     "swap_failed": "A VM was not swapped.",
-    "pause_ran_out": "The time that the budget allows was over before the update could run.",
+    "pause_ran_out": "The time that the budget allows ran out before the update could run.",
     "update_failed": "The update ended with an error.",
     "update_timeout": "The update did not end in time.",
-    "vm_ended": "A VM ended, or ran by itself, during the operation.",
+    "vm_ended": "A VM ended, or resumed without Caesura, during the operation.",
     "resume_failed": "A VM could not be resumed as planned.",
-    "memory_changed": "Memory was not the same after the pause, or the guest started over.",
-    "memory_unproven": "Nothing showed that memory is the same, and the policy asks for it.",
+    "memory_changed": "Memory was not the same after the pause, or the guest rebooted.",
+    "memory_unproven": "Nothing showed that memory is the same, and the policy requires that.",
     "pause_over_budget": "A pause was longer than its budget.",
     "internal_error": "A fault of Caesura itself; the host's log has it.",
-    "guard_refused": "The pause guard did not take the deadline on, so nothing was paused.",
+    "guard_refused": "The pause guard did not accept the deadline, so nothing was paused.",
     "guard_acted": "The pause guard resumed a VM in place of the host updater.",
     "guard_died": "The pause guard died during the operation.",
     "updater_died": "The host updater died during the operation.",
     "host_rebooted": "The host was restarted during the operation.",
     "report_lost": "A host did not report in time how its operation ended.",
     "result_missing": "A host's report says nothing about one of its VMs.",
-    "unexplained": "A host or coordinator of an older version said in words only what was wrong.",
+    "unexplained": "A host or coordinator of an older version gave the reason only as text.",
     "clock_unsynced": "A guest's clock is off by more than the bound, or could not be corrected.",
     "clock_unknown": "There is no verdict on a guest's clock.",
 }
@@ -158,7 +158,7 @@ DESCRIPTIONS: Final[Mapping[ReasonCode, str]] = {
 Code = Annotated[
     str, Meta(pattern=r"^[a-z][a-z0-9_]{0,39}\Z", description="A reason code; a later version may know more.")
 ]
-"""As it stands in a message: open, so that an old reader can read a new writer."""
+"""As sent in a message: open, so that an old reader can read a new writer."""
 
 KNOWN: frozenset[str] = frozenset(get_args(ReasonCode))
 
@@ -178,11 +178,11 @@ TRANSIENT: frozenset[ReasonCode] = frozenset(
         "host_rebooted",
     )
 )
-"""Something was away, and nothing was found to be wrong: a rollout halted for these alone may be resumed without a person."""
+"""A component was unavailable, but nothing was found to be wrong: a rollout halted only for these may be resumed automatically."""
 
 
 class Reason(msgspec.Struct, frozen=True):
-    """One thing that is in the way or went wrong: a code for programs, a sentence for people."""
+    """One obstacle or failure: a code for programs, a sentence for people."""
 
     code: ReasonCode
     text: str

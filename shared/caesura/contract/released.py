@@ -1,8 +1,8 @@
-"""What the contract was in a released version, and what of it a later one breaks (ADR 14).
+"""The contract of each released version, and what a later one breaks of it (ADR 14).
 
 ``python -m caesura.contract.released --write 0.1.0`` writes the contract as it is now to ``tests/contract/released/0.1.0.json``,
-``--check`` compares what is now with every version that is there. Additions pass. What is compared is what is on the wire:
-topics, members, types, bounds and vocabularies; names of classes, descriptions and the order of rows are not.
+``--check`` compares the current contract with every version stored there. Additions pass. The comparison covers what is on the wire:
+topics, members, types, bounds and vocabularies, but not class names, descriptions or the order of rows.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from caesura.contract.topics import CHANNELS, Channel
 
 FOLDER = Path("tests/contract/released")
 _WORDS = frozenset({"description", "title", "examples"})
-"""Keywords of a schema that say nothing about what is on the wire."""
+"""Keywords of a schema that do not affect what is on the wire."""
 
 
 class Row(msgspec.Struct, frozen=True, kw_only=True):
@@ -48,14 +48,14 @@ class Contract(msgspec.Struct, frozen=True, kw_only=True):
     messages: dict[str, Any]
     """CloudEvents type to the JSON schema of its data."""
     records: dict[str, Any]
-    """What the schemas refer to."""
+    """The definitions that the schemas refer to."""
     reason_codes: tuple[str, ...]
 
 
 def contract(
     channels: Sequence[Channel] = CHANNELS, *, reason_codes: Sequence[str] = get_args(ReasonCode)
 ) -> Contract:
-    """The contract as this code has it."""
+    """The contract of this code."""
     kinds: list[type[Message]] = [channel.message for channel in channels]
     schemas, records = msgspec.json.schema_components([Header, *kinds], ref_template="{name}")
     made = Contract(
@@ -66,7 +66,7 @@ def contract(
         records={name: _bare(schema) for name, schema in sorted(records.items())},
         reason_codes=tuple(sorted(reason_codes)),
     )
-    # As it is read from a file: defaults are JSON then.
+    # As read back from a file, where defaults are JSON.
     return msgspec.json.decode(msgspec.json.encode(made), type=Contract)
 
 
@@ -83,7 +83,7 @@ def _row(channel: Channel) -> Row:
 
 
 def _bare(schema: Any) -> Any:
-    """The schema without words; members keep their names, whatever those are."""
+    """The schema without descriptive keywords; a member keeps its name even if it equals such a keyword."""
     if not isinstance(schema, dict):
         return [_bare(each) for each in schema] if isinstance(schema, list) else schema
     return {
@@ -95,7 +95,7 @@ def _bare(schema: Any) -> Any:
     }
 
 
-# --- what is broken --------------------------------------------------------------------------------------
+# --- comparison ------------------------------------------------------------------------------------------
 
 
 def broken(before: Contract, now: Contract) -> list[str]:
@@ -137,7 +137,7 @@ def _rows_broken(before: Contract, now: Contract) -> Iterator[str]:
 _LOWER = (("minimum", "exclusiveMinimum"), ("minLength", ""), ("minItems", ""), ("minProperties", ""))
 _UPPER = (("maximum", "exclusiveMaximum"), ("maxLength", ""), ("maxItems", ""), ("maxProperties", ""))
 _REPEATED = re.compile(r"(?P<set>\^\[[^\]]+\])\{(?P<least>\d+),(?P<most>\d+)\}(?P<end>\\Z|\$)")
-"""A pattern of which it can be seen whether it is narrower: so many characters of one set."""
+"""A pattern that can be checked for being narrower: a bounded number of characters of one set."""
 
 
 class _Differ:
@@ -148,13 +148,13 @@ class _Differ:
         self._now = now
 
     def compare(self, where: str, old: Any, new: Any) -> list[str]:
-        """What became narrower, or another type."""
+        """What became narrower, or changed its type."""
         return [*self._compare(where, old, new, frozenset())]
 
     def _compare(self, where: str, old: Any, new: Any, above: frozenset[str]) -> Iterator[str]:
         name = old.get("$ref", "")
         if name in above:
-            return  # a record that holds itself
+            return  # a recursive record
         yield from _default_changed(where, old, new)
         old, new = _resolved(old, self._before), _resolved(new, self._now)
         above |= {name} if name else set()
@@ -187,10 +187,10 @@ class _Differ:
                 yield f"{where}.{name}: required now, was optional"
             yield from self._compare(f"{where}.{name}", schema, now[name], above)
         for name in sorted(required_now - members.keys()):
-            yield f"{where}.{name}: new and required: what was written before it cannot be read"
+            yield f"{where}.{name}: new and required: messages written before it cannot be read"
 
     def _alternatives(self, where: str, old: Any, new: Any, above: frozenset[str]) -> Iterator[str]:
-        """Each alternative of before is still one, and there is no other kind: ``null`` too is a type that readers must know."""
+        """Each former alternative is still one, and there is no additional one: ``null`` too is a type that readers must know."""
         were = {_shape(each): each for each in self._parts(old, self._before)}
         are = {_shape(each): each for each in self._parts(new, self._now)}
         for shape, part in were.items():
@@ -219,7 +219,7 @@ def _kind(schema: Any) -> str:
 
 
 def _default_changed(where: str, old: Any, new: Any) -> Iterator[str]:
-    """What an absent member means. A record's default may grow with the record."""
+    """The meaning of an absent member. A record's default may grow with the record."""
     if "default" not in old:
         return
     was, now = old["default"], new.get("default", "none")
@@ -252,7 +252,7 @@ def _bounds(where: str, old: Any, new: Any) -> Iterator[str]:
 
 
 def _bound(schema: Any, sign: int, inclusive: str, exclusive: str) -> tuple[float, bool] | None:
-    """The larger, the narrower."""
+    """A minimum: the larger, the narrower."""
     found = [
         (sign * schema[key], key == exclusive)
         for key in (inclusive, exclusive)
@@ -281,7 +281,7 @@ def _wider(was: str | None, now: str) -> bool:
 
 
 def versions(folder: Path) -> dict[str, Contract]:
-    """Version to contract, of every file in ``folder``."""
+    """Maps a version to its contract, for every file in ``folder``."""
     return {
         path.stem: msgspec.json.decode(path.read_bytes(), type=Contract)
         for path in sorted(folder.glob("*.json"))
@@ -289,7 +289,7 @@ def versions(folder: Path) -> dict[str, Contract]:
 
 
 def written(of: Contract) -> bytes:
-    """What stands in the file."""
+    """The content of the file."""
     return msgspec.json.format(msgspec.json.encode(of, order="sorted"), indent=1) + b"\n"
 
 
@@ -297,8 +297,8 @@ def main() -> None:
     """Entry point of ``python -m caesura.contract.released``. Exit code 1: something is broken."""
     parser = argparse.ArgumentParser(description=__doc__)
     mode = parser.add_mutually_exclusive_group(required=True)
-    mode.add_argument("--write", metavar="VERSION", help="write the contract as it is now as that of VERSION")
-    mode.add_argument("--check", action="store_true", help="say what it breaks of each version")
+    mode.add_argument("--write", metavar="VERSION", help="write the current contract as that of VERSION")
+    mode.add_argument("--check", action="store_true", help="report what it breaks of each version")
     parser.add_argument("--root", type=Path, default=Path.cwd(), help="the checkout (default: this folder)")
     arguments = parser.parse_args()
     folder = arguments.root / FOLDER

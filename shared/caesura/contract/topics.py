@@ -23,21 +23,21 @@ Role = Literal["coordinator", "host", "vm", "metadata", "ctl", "exporter"]
 
 
 class TopicError(CaesuraError):
-    """A topic that is not in the table, or a parameter that cannot stand in one."""
+    """A topic that is not in the table, or a parameter that is not valid in one."""
 
 
 class Channel(msgspec.Struct, frozen=True, kw_only=True):
     """One row of the topic table."""
 
     address: str
-    """Template; ``{host}`` and friends are one topic level each."""
+    """Template; ``{host}`` and the other parameters are one topic level each."""
     message: type[Message]
     writer: Role
     readers: tuple[Role, ...]
     retain: bool = False
     qos: Literal[0, 1] = 1
     deprecated: bool = False
-    """Read from those who have not been upgraded; this version writes it no more, and its access rules let nobody write it."""
+    """Read from writers that have not been upgraded; this version does not write it, and its access rules let nobody write it."""
     summary: str
 
     @property
@@ -58,7 +58,7 @@ class Channel(msgspec.Struct, frozen=True, kw_only=True):
         return self.address.format(**{name: parameters.get(name, "+") for name in self.parameters})
 
     def match(self, topic: str) -> Mapping[str, str] | None:
-        """The parameters in ``topic``, or None if it is not of this channel."""
+        """The parameters in ``topic``, or None if it does not belong to this channel."""
         found = _pattern(self.address).fullmatch(topic)
         return found.groupdict() if found else None
 
@@ -73,19 +73,19 @@ def _names(address: str) -> tuple[str, ...]:
 
 @lru_cache(maxsize=8_192)
 def _filled(address: str, parameters: tuple[tuple[str, str | int], ...]) -> str:
-    # The same few topics again and again: checking their levels took longer than encoding their messages.
+    # Cached, since the same few topics recur: checking their levels took longer than encoding their messages.
     names = _names(address)
     if {name for name, _ in parameters} != set(names):
         raise TopicError(f"{address} takes {names}, was given {tuple(name for name, _ in parameters)}")
     for name, value in parameters:
         if not _LEVEL.fullmatch(str(value)):
-            raise TopicError(f"{name}={value!r} cannot stand in a topic level of {address}")
+            raise TopicError(f"{name}={value!r} is not valid in a topic level of {address}")
     return address.format(**dict(parameters))
 
 
 @cache
 def _pattern(address: str) -> re.Pattern[str]:
-    # Once for each row: making it took most of what reading a message takes.
+    # Compiled once for each row: compiling took most of the time of reading a message.
     return re.compile(re.sub(r"\{(\w+)\}", r"(?P<\1>[A-Za-z0-9_-]{1,64})", address))
 
 
@@ -97,7 +97,7 @@ CHANNELS: tuple[Channel, ...] = (
         writer="coordinator",
         readers=("coordinator", "host", "ctl", "exporter"),
         retain=True,
-        summary="Who coordinates, and with which epoch; last will says offline.",
+        summary="Which coordinator leads, and with which epoch; last will says offline.",
     ),
     Channel(
         address=f"{PREFIX}/fleet/rollout/{{rollout}}",
@@ -105,14 +105,14 @@ CHANNELS: tuple[Channel, ...] = (
         writer="coordinator",
         readers=("ctl", "exporter", "coordinator"),
         retain=True,
-        summary="A rollout: what, how, where it is.",
+        summary="A rollout: its update, policy and progress.",
     ),
     Channel(
         address=f"{PREFIX}/fleet/rollout/{{rollout}}/wave/{{wave}}",
         message=m.WaveChanged,
         writer="coordinator",
         readers=("ctl", "exporter"),
-        summary="A wave went from one state to the next.",
+        summary="A wave changed its state.",
     ),
     Channel(
         address=f"{PREFIX}/fleet/set/{{set}}/document",
@@ -179,7 +179,7 @@ CHANNELS: tuple[Channel, ...] = (
         message=m.VmFrozen,
         writer="host",
         readers=("ctl", "exporter"),
-        summary="A VM stands still from now, for at most the budget.",
+        summary="A VM is paused from now on, for at most the budget.",
     ),
     Channel(
         address=f"{PREFIX}/host/{{host}}/set/{{set}}/ud/{{ud}}/vm/{{vm}}/resumed",
@@ -256,7 +256,7 @@ CHANNELS: tuple[Channel, ...] = (
         writer="metadata",
         readers=("coordinator", "exporter"),
         deprecated=True,
-        summary="The same without the VM in the topic; written by publishers of before.",
+        summary="The same without the VM in the topic; written by publishers of earlier versions.",
     ),
     # -- ctl: written by an operator's client --
     Channel(
@@ -285,7 +285,7 @@ CHANNELS: tuple[Channel, ...] = (
         message=m.ResumeRequested,
         writer="ctl",
         readers=("coordinator",),
-        summary="Go on with a halted rollout.",
+        summary="Resume a halted rollout.",
     ),
     # -- later rows: each golden payload is numbered by its row --
     Channel(
@@ -294,7 +294,7 @@ CHANNELS: tuple[Channel, ...] = (
         writer="coordinator",
         readers=("vm", "host", "metadata", "ctl", "exporter", "coordinator"),
         retain=True,
-        summary="Which host the VM belongs to; nobody else's word about it counts.",
+        summary="Which host the VM belongs to; only what this host says about the VM counts.",
     ),
     Channel(
         address=f"{PREFIX}/metadata/{{instance}}/vm/{{vm}}/approval",
@@ -309,7 +309,7 @@ CHANNELS: tuple[Channel, ...] = (
         writer="host",
         readers=("host", "ctl", "exporter"),
         retain=True,
-        summary="How a VM is now: running or paused, since when, by which operation, and its last pause.",
+        summary="The current state of a VM: running or paused, since when, by which operation, and its last pause.",
     ),
     Channel(
         address=f"{PREFIX}/fleet/rollout/{{rollout}}/wave/{{wave}}/state",
@@ -317,7 +317,7 @@ CHANNELS: tuple[Channel, ...] = (
         writer="coordinator",
         readers=("ctl", "exporter"),
         retain=True,
-        summary="Where a wave is: its VMs, hosts, events, and what it waits for.",
+        summary="The state of a wave: its VMs, hosts, events, and what it waits for.",
     ),
     Channel(
         address=f"{PREFIX}/host/{{host}}/inventory/{{part}}",
@@ -332,7 +332,7 @@ CHANNELS: tuple[Channel, ...] = (
         message=m.ReportPart,
         writer="host",
         readers=("coordinator", "ctl", "exporter"),
-        summary="What became of some of an operation's VMs, where it does not fit into the report.",
+        summary="The results of some of an operation's VMs, where they do not fit into the report.",
     ),
     Channel(
         address=f"{PREFIX}/fleet/ctl/{{client}}/answer/{{part}}",
@@ -363,6 +363,6 @@ def match_topic(topic: str) -> tuple[Channel, Mapping[str, str]] | None:
 
 
 def may_be_retained(topic: str) -> bool:
-    """Whether a broker may keep a message on this topic: where the table says so, and on topics that are none of ours."""
+    """Whether a broker may keep a message on this topic: where the table says so, and on topics outside the contract."""
     place = match_topic(topic)
     return place is None or place[0].retain

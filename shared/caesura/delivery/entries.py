@@ -1,4 +1,4 @@
-"""What a reliable publisher keeps of a message that is not dealt with, and of one that the broker refuses."""
+"""What a reliable publisher keeps for a pending message, and for one that the broker refuses."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from caesura.delivery.policy import Policy
 
 
 class Entry:
-    """A message that is not dealt with."""
+    """A pending message."""
 
     __slots__ = (
         "accepted",
@@ -41,18 +41,18 @@ class Entry:
         self.accepted = accepted
         self.waiter: asyncio.Future[None] | None = None
         self.taken = False
-        """The broker has had it once."""
+        """The broker has accepted it once."""
         self.refused_as = message.topic
-        """The key in the publisher's record of refusals under which it waits: its topic, or its own id where only it is too large."""
+        """Its key in the publisher's record of refusals: its topic, or its own id where only this message is too large."""
         self.over = False
-        """Nothing is to be done for it any more; it may still be in a queue."""
+        """No further work is needed; it may still be in a queue."""
 
     def __lt__(self, other: Entry) -> bool:
         return self.number < other.number
 
 
 class Refused:
-    """A topic that the broker refuses, and what waits on it."""
+    """A topic that the broker refuses, and the messages that wait for it."""
 
     def __init__(self, retry_s: float) -> None:
         self.entries: deque[Entry] = deque()
@@ -61,7 +61,7 @@ class Refused:
         self.due = math.inf
         """Loop time of the next try; infinite while one is under way."""
         self.trial: Entry | None = None
-        """The first of its messages, while it is tried again."""
+        """The first of its messages, while it is being retried."""
 
     def __len__(self) -> int:
         return sum(not each.over for each in self.entries) + (self.trial is not None)

@@ -1,4 +1,4 @@
-"""A message that must arrive: encoded once, when it is enqueued, and the same bytes however often it is sent."""
+"""A message that must arrive: encoded once, when it is enqueued, so that every attempt sends the same bytes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class OutboxMessage(msgspec.Struct, frozen=True, kw_only=True):
     """One message on its way to the broker, at QoS 1.
 
     ``payload`` is the whole CloudEvent: its id and time are those of the moment when it was enqueued, so a reader that
-    drops doubles by id recognises a repetition. Empty: it removes what is retained on ``topic``.
+    drops duplicates by id recognises a repetition. Empty: it removes what is retained on ``topic``.
     """
 
     event_id: str
@@ -28,7 +28,7 @@ class OutboxMessage(msgspec.Struct, frozen=True, kw_only=True):
     retain: bool = False
 
     def read(self) -> Message:
-        """What it says, decoded.
+        """The decoded message.
 
         Raises:
             ContractError: nobody could read it.
@@ -44,7 +44,7 @@ def prepare(
     Args:
         source: CloudEvents source of the writer.
         event_id: CloudEvents id; the same fact must get the same one.
-        at: when it is said, with a time zone.
+        at: the time of the event, with a time zone.
         parameters: fill the topic template.
 
     Raises:
@@ -61,7 +61,7 @@ def prepare(
 
 
 def clearing(kind: type[Message], *, event_id: str, **parameters: str | int) -> OutboxMessage:
-    """What removes a retained message (MQTT 3.1.1, section 3.3.1.3).
+    """The message that removes a retained one (MQTT 3.1.1, section 3.3.1.3).
 
     Raises:
         TopicError: the parameters do not fit the topic.
@@ -71,7 +71,7 @@ def clearing(kind: type[Message], *, event_id: str, **parameters: str | int) -> 
 
 
 def is_state(kind: str) -> bool:
-    """Whether messages of this type are retained: their writer publishes what they say again at each start."""
+    """Whether messages of this type are retained: their writer publishes their content again at each start."""
     return kind in _TYPES and channel_of(_TYPES[kind]).retain
 
 
@@ -84,7 +84,7 @@ def from_body(
     event_id: str,
     at: datetime,
 ) -> OutboxMessage:
-    """A message as outboxes of before kept it: its type, its topic's parameters and its data in JSON.
+    """A message as earlier versions' outboxes kept it: its type, its topic's parameters and its data in JSON.
 
     Raises:
         TopicError, ContractError: it cannot be sent.

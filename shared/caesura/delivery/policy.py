@@ -1,4 +1,4 @@
-"""How surely a message is to be published: what differs between a fact, a state, an answer and a request."""
+"""The delivery policy of a message: what differs between a fact, a state, an answer and a request."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ import msgspec
 
 
 class Policy(msgspec.Struct, frozen=True, kw_only=True):
-    """How surely, and for how long, a message is to be published."""
+    """How persistently, and for how long, a message is published."""
 
     newest_only: bool = False
-    """It replaces what still waits on its topic: for retained state."""
+    """It replaces messages that still wait on its topic: for retained state."""
     give_up_s: float | None = None
-    """Seconds after which it is given up if the broker has not taken it; None: never."""
+    """Seconds after which it is given up if the broker has not accepted it; None: never."""
     refusal_ends: bool = False
-    """A broker that refuses it is not asked again."""
+    """After a refusal by the broker it is not tried again."""
     repeat_s: float | None = None
-    """Seconds after which it is published again though the broker took it, for as long as ``wanted`` says so."""
+    """Seconds after which it is published again although the broker accepted it, for as long as ``wanted`` says so."""
     wanted: Callable[[], bool] = lambda: False
 
 
 EVERY = Policy()
-"""Published once, whatever it takes: a fact."""
+"""Published once, with retries without limit: a fact."""
 NEWEST = Policy(newest_only=True)
 """Published once unless a newer one of its topic comes first: retained state."""

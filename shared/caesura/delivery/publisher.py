@@ -1,11 +1,11 @@
-"""The one way to publish what must arrive: in order, several at once, again until the broker has it.
+"""The one way to publish messages that must arrive: in order, several at once, retried until the broker has them.
 
-What differs between messages is their ``Policy``; what is stored, and when, is their owner's: a coordinator calls ``put``
-after the transaction that stored its decision, a host calls it though its disk may refuse the fact.
+What differs between messages is their ``Policy``; what is stored, and when, is up to their owner: a coordinator calls ``put``
+after the transaction that stored its decision, a host calls it even if its disk refuses the fact.
 
-Order. Messages go out in the order of ``put``, and of one topic never two at a time: a topic's messages arrive in order
-whatever happens to the connection. Only a topic that the broker refuses is left behind: its messages wait, in order, and
-are tried again at growing intervals, while all others go out; one that is larger than the broker takes waits alone. No message
+Order. Messages are sent in the order of ``put``, and never two of one topic at a time: a topic's messages arrive in order
+whatever happens to the connection. Only a topic that the broker refuses falls behind: its messages wait, in order, and
+are retried at growing intervals, while all others are sent; a message larger than the broker accepts waits alone. No message
 is dropped for a refusal unless its policy says so.
 """
 
@@ -29,23 +29,23 @@ from caesura.runtime.errors import StoreError
 from caesura.runtime.sampler import Sampler
 
 IN_FLIGHT = 10
-"""Messages that wait for the broker's answer at once: half of what a connection may have, so that others get through."""
+"""Messages that wait for the broker's answer at once: half of a connection's limit, so that other publishers get through."""
 
 _ANSWER_S = 10.0  # s: for the broker to acknowledge one message
 _PAUSE_S = 0.1  # s: after a connection that failed in the middle, before the next try
 _RETRY_S = 2.0  # s: before a refused topic is tried again; doubled with every refusal
 _RETRY_MOST_S = 60.0  # s: an operator who corrected the access rules does not want to wait longer
 _SAY_EVERY_S = 300.0  # s: between two log lines about one refused topic
-_TICK_S = 0.001  # s: a timer may fire this much before its time, and must not fire again for that
+_TICK_S = 0.001  # s: a timer may fire this much early, and must not fire again for that reason
 _CLOSE_S = 0.05  # s: a publish that ends by its deadline may end a tick before it
-_REMOVED_AT_ONCE = 250  # messages in one transaction of the store: its owner waits while it lasts
-_LONG_S = 3600.0  # s: how long one wait for the connection is; there is another one after it
+_REMOVED_AT_ONCE = 250  # messages in one transaction of the store: its owner waits for that long
+_LONG_S = 3600.0  # s: length of one wait for the connection; another one follows
 
 _log = structlog.get_logger("caesura.outbox")
 
 
 class Publishes(Protocol):
-    """What is needed of a bus."""
+    """What the publisher needs from a bus."""
 
     async def publish(
         self, topic: str, payload: bytes, *, qos: int = 1, retain: bool = False, timeout_s: float = 10.0
@@ -60,9 +60,9 @@ class ReliablePublisher:
     Args:
         bus: where messages go.
         store: where they are kept until the broker has them.
-        on_accepted: called with each message once, when the broker has it.
-        in_flight: how many wait for the broker's answer at once.
-        answer_s: seconds that the broker has to acknowledge one.
+        on_accepted: called once with each message, when the broker has it.
+        in_flight: how many messages wait for the broker's answer at once.
+        answer_s: seconds that the broker has to acknowledge a message.
         retry_s: seconds before a refused topic is tried again for the first time.
         retry_most_s: seconds between two tries at most.
     """
@@ -87,9 +87,9 @@ class ReliablePublisher:
         self._retry_most_s = retry_most_s
         self._numbers = count()
         self._known: dict[str, Entry] = {}
-        """Event id to what is not dealt with."""
+        """Maps an event id to its pending entry."""
         self._newest: dict[str, Entry] = {}
-        """Topic to the message on it that a newer one replaces."""
+        """Maps a topic to the message on it that a newer one replaces."""
         self._queue: list[Entry] = []
         self._in_flight: dict[str, Entry] = {}
         self._refused: dict[str, Refused] = {}
@@ -99,7 +99,7 @@ class ReliablePublisher:
         self._to_remove: dict[str, None] = {}
         self._removing = False
         self._held = True
-        """Nothing is sent until the connection is there, and what was in flight when it failed has come back."""
+        """Nothing is sent until the connection is back and everything that was in flight when it failed has returned."""
         self._wake = asyncio.Event()
         self._removal = asyncio.Event()
         self._idle = asyncio.Event()
@@ -107,7 +107,7 @@ class ReliablePublisher:
         self._sampler = Sampler(_SAY_EVERY_S, lambda: asyncio.get_running_loop().time())
 
     def __len__(self) -> int:
-        """Messages that the broker has not taken, the refused ones included."""
+        """Messages that the broker has not accepted, the refused ones included."""
         return len(self._known) - self._repeating
 
     @property
@@ -128,10 +128,10 @@ class ReliablePublisher:
         more = f"; so are {len(self._refused) - 1} more topics" if len(self._refused) > 1 else ""
         return f"{self.refused} messages wait for the broker: {why}{more}"
 
-    # -- in ------------------------------------------------------------------------------------------------
+    # -- input ---------------------------------------------------------------------------------------------
 
     async def load(self) -> None:
-        """Take up what a previous run left in the store. Call it before the first ``put``.
+        """Load what a previous run left in the store. Call it before the first ``put``.
 
         Raises:
             StoreError: the store cannot be read.
@@ -145,7 +145,7 @@ class ReliablePublisher:
         policy: Policy = EVERY,
         accepted: Callable[[], None] | None = None,
     ) -> None:
-        """Publish these as soon as it can be; does not wait. One whose id waits already takes that one's place.
+        """Publish these as soon as possible; does not wait. A message with the id of a waiting one replaces it.
 
         Args:
             accepted: called when the broker has each.
@@ -158,7 +158,7 @@ class ReliablePublisher:
 
         Raises:
             BusUnavailable: it was given up.
-            PublishRefused: the broker refuses it, and the policy says that this is the end.
+            PublishRefused: the broker refuses it, and the policy says not to retry.
         """
         entry = self._take(message, policy, None)
         if entry.waiter is None:
@@ -169,7 +169,7 @@ class ReliablePublisher:
         await asyncio.shield(entry.waiter)
 
     async def drained(self, timeout_s: float) -> bool:
-        """Wait until nothing is left but what the broker refuses; whether nothing at all is left."""
+        """Wait until only refused messages are left; returns whether nothing at all is left."""
         try:
             async with asyncio.timeout(timeout_s):
                 await self._idle.wait()
@@ -199,7 +199,7 @@ class ReliablePublisher:
         self._wake.set()
         return entry
 
-    # -- out -----------------------------------------------------------------------------------------------
+    # -- output --------------------------------------------------------------------------------------------
 
     async def run(self) -> None:
         """Publish, until cancelled."""
@@ -221,7 +221,7 @@ class ReliablePublisher:
                     pass
 
     def _next(self) -> Entry | None:
-        """The next message to send now; None: none can be."""
+        """The next message to send now; None: none can be sent."""
         while self._queue and not self._held and len(self._in_flight) < self._window:
             entry = self._queue[0]
             topic = entry.message.topic
@@ -231,7 +231,7 @@ class ReliablePublisher:
             elif refused is not None and refused.trial is not entry:
                 refused.entries.append(heappop(self._queue))
             elif topic in self._in_flight:
-                return None  # one after the other: this one, and so all behind it, when the first is acknowledged
+                return None  # one at a time: this one, and so all behind it, once the first is acknowledged
             else:
                 return heappop(self._queue)
         return None
@@ -254,7 +254,7 @@ class ReliablePublisher:
         except PublishRefused as error:
             self._refuse(entry, error, loop.time())
         except (ValueError, TypeError) as error:
-            # It will never be sendable, and would hold up everything behind it.
+            # It can never be sent, and would block everything behind it.
             _log.error("outbox.unsendable", type=message.type, event_id=message.event_id, why=str(error))
             self._end(entry, BusUnavailable(f"it cannot be sent on {message.topic!r}: {error}"))
         else:
@@ -264,7 +264,7 @@ class ReliablePublisher:
             self._wake.set()
 
     async def _reconnected(self, pause_s: float) -> None:
-        """Hold everything back until there is a connection; in order, so all that was in flight must be back first."""
+        """Hold everything back until there is a connection; to keep the order, everything in flight must return first."""
         await asyncio.sleep(pause_s)
         while not await self._bus.wait_connected(_LONG_S) or self._in_flight:  # noqa: ASYNC110 - two conditions
             await asyncio.sleep(_PAUSE_S)
@@ -286,7 +286,7 @@ class ReliablePublisher:
             return
         topic = entry.message.topic
         if isinstance(error, PublishTooLarge):
-            # That the broker would take the next one of its topic is likely; this one may wait for good.
+            # The broker would probably accept the next one of its topic; this one may wait indefinitely.
             of_topic = self._refused.get(topic)
             if of_topic is not None and of_topic.trial is entry:
                 of_topic.trial, of_topic.due = None, now
@@ -334,7 +334,7 @@ class ReliablePublisher:
             self._end(entry, None)
 
     def _end(self, entry: Entry, error: Exception | None) -> None:
-        """Nothing more is done for it."""
+        """End the work on it."""
         if entry.over:
             return
         entry.over = True
@@ -386,7 +386,7 @@ class ReliablePublisher:
                 self._try_again(topic, refused)
 
     def _try_again(self, topic: str, refused: Refused) -> None:
-        """The first of a refused topic goes out; the others follow if the broker takes it."""
+        """Send the first message of a refused topic; the others follow if the broker accepts it."""
         while refused.entries and refused.entries[0].over:
             refused.entries.popleft()
         if not refused.entries:
@@ -408,7 +408,7 @@ class ReliablePublisher:
             self._idle.set()
 
     async def _remove(self) -> None:
-        """Forget what the broker has: off the loop, as much in one transaction as came together."""
+        """Remove what the broker has from the store: off the loop, everything that accumulated in one transaction."""
         while True:
             await self._removal.wait()
             self._removal.clear()
@@ -418,7 +418,7 @@ class ReliablePublisher:
             try:
                 await self._store.remove(batch)
             except StoreError as error:
-                # Sent again after a restart, under the same id: no harm, and not worth more than a line.
+                # Sent again after a restart, under the same id: harmless, and worth only a log line.
                 if self._sampler.due("store") is not None:
                     _log.warning("outbox.not_removed", messages=len(batch), why=str(error))
                 await asyncio.sleep(self._retry_s)

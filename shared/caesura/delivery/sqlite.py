@@ -1,4 +1,4 @@
-"""The outbox in a service's own SQLite file, so that a state and what announces it are stored in one transaction."""
+"""The outbox in a service's own SQLite file, so that a state and its announcement are stored in one transaction."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class OutboxTable:
     def __init__(self, database: Database) -> None:
         self._database = database
         self.unreadable = 0
-        """Messages that the last ``load`` left out."""
+        """Messages that the last ``load`` could not read."""
 
     def add(self, messages: Iterable[OutboxMessage]) -> None:
         """See ``OutboxStore.add``. Call inside a transaction."""
@@ -62,7 +62,7 @@ class OutboxTable:
             self.add(messages)
 
     def load(self) -> list[OutboxMessage]:
-        """See ``OutboxStore.load``. What cannot be read stays where it is: a newer version may have written it."""
+        """See ``OutboxStore.load``. Unreadable rows stay in the table: a newer version may have written them."""
         found = []
         self.unreadable = 0
         rows = self._database.run(
@@ -108,7 +108,7 @@ def _read(row: Sequence[Any]) -> OutboxMessage:
 
 
 class OffLoop(Protocol):
-    """Does work on the table where it does not hold the event loop."""
+    """Runs work on the table outside the event loop."""
 
     def __call__(self, work: Callable[[OutboxTable], T], /) -> Awaitable[T]: ...
 
@@ -117,13 +117,13 @@ class SqliteOutbox:
     """The table as an ``OutboxStore``.
 
     Args:
-        off_loop: gives the table to a function in another thread. StoreError comes through.
+        off_loop: runs a function with the table in another thread. StoreError propagates.
     """
 
     def __init__(self, off_loop: OffLoop) -> None:
         self._off_loop = off_loop
         self.unreadable = 0
-        """Messages that are kept and that nobody can read, as far as was seen by ``load``."""
+        """Stored messages that cannot be read, as found by ``load``."""
 
     async def add(self, messages: Sequence[OutboxMessage]) -> None:
         """See ``OutboxStore.add``."""
@@ -147,7 +147,7 @@ class SqliteOutbox:
 def beside(path: str) -> OffLoop:
     """Work on the outbox of a file that the event loop's thread has open, over a second connection in a thread.
 
-    It is not synced to the disk on its own: what a power cut takes from it is a removal, and the message is sent again.
+    It is not synced to disk by itself: a power cut can only undo a removal, and then the message is sent again.
     """
 
     def off_loop(work: Callable[[OutboxTable], T]) -> Awaitable[T]:

@@ -1,6 +1,6 @@
 """Where messages wait so that they outlive the process: the port, and the store that keeps them in memory.
 
-The SQLite store is in ``caesura.delivery.sqlite``; one suite (``tests/unit/delivery``) holds both to what is
+The SQLite store is in ``caesura.delivery.sqlite``; one suite (``tests/unit/delivery``) checks both against what is
 written here. A message is *added* by its owner, in the transaction that makes it true; ``ReliablePublisher`` only reads
 at start and removes what the broker has.
 """
@@ -14,19 +14,19 @@ from caesura.delivery.message import OutboxMessage
 
 
 class OutboxStore(Protocol):
-    """What is kept of an outbox. Nothing here holds the event loop; every method raises StoreError."""
+    """The storage of an outbox. No method blocks the event loop; every method raises StoreError."""
 
     async def add(self, messages: Sequence[OutboxMessage]) -> None:
-        """Keep these, all or none, behind what is kept already.
+        """Append these, all or none.
 
-        One whose id is kept already changes nothing. A retained message replaces those that wait on its topic.
+        A message whose id is already kept changes nothing. A retained message replaces those that wait on its topic.
         """
 
     async def load(self) -> list[OutboxMessage]:
-        """What is kept, in the order in which it was added. What nobody could read is left out, and that is logged."""
+        """The kept messages, in the order in which they were added. Unreadable ones are left out and logged."""
 
     async def remove(self, event_ids: Iterable[str]) -> None:
-        """Forget these, in one transaction. An id that is not kept changes nothing."""
+        """Remove these, in one transaction. An unknown id changes nothing."""
 
 
 class MemoryOutbox:

@@ -1,1 +1,1 @@
-"""The one fold of the bus: what each writer has said of the fleet, and what of it counts. Pure."""
+"""The one fold of the bus: what each writer has published about the fleet, and which of it counts. Pure."""

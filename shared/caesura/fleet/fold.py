@@ -1,15 +1,15 @@
-"""One message into the fleet's state: ``apply(state, message, now_s) -> (state, changes)``. Pure.
+"""Folds one message into the fleet's state: ``apply(state, message, now_s) -> (state, changes)``. Pure.
 
 Every service that folds the bus folds it here, so these are decided once:
 
-- *A fact may come before its inventory.* What is retained arrives in any order. Presences, agents, records and documents are kept by
-  name, and count as soon as the inventory comes that they are about.
-- *A cleared topic* takes back what stood on it and nothing else: a host without an inventory has no VMs, but what it has on record
+- *A fact may come before its inventory.* Retained messages arrive in any order. Presences, agents, records and documents are kept by
+  name, and count as soon as the inventory that they refer to arrives.
+- *A cleared topic* retracts its last message and nothing else: a host without an inventory has no VMs, but what it has on record
   stays its own; one without a presence is not on the bus.
 - *An older epoch, a lower incarnation* changes nothing (``words``). The last will of a coordinator has no epoch: it was made before
-  one was claimed, and says of the one that leads that it is gone.
+  one was claimed, and says that the leading coordinator is gone.
 
-A message costs in its own size: an inventory in its VMs, a presence in the sets of that one host, everything else nothing but itself.
+The cost of a message depends on its own size: for an inventory its VMs, for a presence the sets of that one host, otherwise constant.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from caesura.fleet.words import Cleared
 
 
 class Changes(msgspec.Struct, frozen=True, kw_only=True):
-    """What a message changed: names to look at again, nothing that did not change."""
+    """What a message changed: the names to evaluate again, and no others."""
 
     word: bool = False
-    """Whether the last word on its topic is another now."""
+    """Whether the last message on its topic is a different one now."""
     vms: frozenset[str] = frozenset()
-    """VMs that count differently: another host, record or agent."""
+    """VMs whose state changed: another host, record or agent."""
     before: Mapping[str, LocatedVm] = {}
-    """Those of the VMs that belonged to a host before and count differently now, as they were: what a view that counts VMs takes off."""
+    """The previous state of those VMs that belonged to a host before: what a view that counts VMs subtracts."""
     hosts: frozenset[str] = frozenset()
-    """Hosts of which something else than their VMs is different."""
+    """Hosts that changed in something other than their VMs."""
     sets: frozenset[str] = frozenset()
-    """Sets of these VMs and hosts, those before and those now."""
+    """Sets of these VMs and hosts, before and now."""
     owners: frozenset[str] = frozenset()
-    """Hosts that have or had one of these VMs: their inventories count differently now."""
+    """Hosts that have or had one of these VMs: their effective inventories changed."""
 
 
 NOTHING = Changes()
@@ -63,8 +63,8 @@ def apply(state: FleetState, message: Message | Cleared, now_s: float) -> tuple[
     """Fold one message.
 
     Args:
-        state: changed in place and given back; see ``FleetState`` for whose it is.
-        message: a message, or that a topic was cleared. What is not retained changes nothing here.
+        state: changed in place and returned; see ``FleetState`` for its ownership.
+        message: a message, or the clearing of a topic. Messages that are not retained change nothing here.
         now_s: when it arrived, seconds on the receiver's monotonic clock.
     """
     if isinstance(message, Cleared):
@@ -149,7 +149,7 @@ def _lead(state: FleetState, presence: m.CoordinatorPresence, *, refused: bool) 
     if not refused:
         state.coordinator = presence
     elif known is not None and not presence.online and presence.epoch == 0:
-        # Were it the will of another one, the leader would say at once that it is there.
+        # If it were the will of another coordinator, the leader would announce itself again at once.
         state.coordinator = msgspec.structs.replace(known, online=False)
 
 

@@ -1,6 +1,6 @@
-"""One availability set: its VMs and hosts, and whatever of them may be in the way of a pause, ready to be asked. Pure.
+"""One availability set: its VMs and hosts, and an index of everything among them that may block a pause. Pure.
 
-Each collection holds what is in the way only, so an empty one answers for the whole set at once, and one that is not empty has
+Each collection holds only what blocks, so an empty one answers for the whole set at once, and a non-empty one gives
 the names.
 """
 
@@ -19,38 +19,38 @@ class SetIndex(msgspec.Struct):
     """See the module."""
 
     vms: dict[str, str] = {}
-    """VM to its host; the VMs that belong to a host only."""
+    """Maps a VM to its host; only VMs that belong to a host."""
     domains: dict[int, set[str]] = {}
-    """Update domain to its VMs."""
+    """Maps an update domain to its VMs."""
     hosts: dict[str, Obeyed] = {}
-    """The hosts that have a VM of the set, and whom they obey."""
+    """The hosts that have a VM of the set, and the coordinator that they obey."""
     obeying: dict[Obeyed, set[str]] = {}
-    """The same the other way round."""
+    """The inverse mapping."""
     offline: set[str] = msgspec.field(default_factory=set)
     """Hosts that are not on the bus."""
     outdated: set[str] = msgspec.field(default_factory=set)
-    """Hosts that do not read the commands of this version."""
+    """Hosts that do not read this version's commands."""
     unguarded: set[str] = msgspec.field(default_factory=set)
     """Hosts without a pause guard."""
     busy: dict[str, str] = {}
-    """Host to the operation that it says is under way."""
+    """Maps a host to the operation that it reports as under way."""
     held: set[str] = msgspec.field(default_factory=set)
-    """VMs that are paused, or of which nobody knows whether they are."""
+    """VMs that are paused, or that may be paused because their state is unknown."""
     not_running: set[str] = msgspec.field(default_factory=set)
     unwell: set[str] = msgspec.field(default_factory=set)
-    """VMs of whose state there is something to be said."""
+    """Running VMs to whose state the host adds a detail, which is a problem."""
     agent_offline: set[str] = msgspec.field(default_factory=set)
-    """VMs in which an agent is expected, and is not on the bus."""
+    """VMs in which an agent is expected but not on the bus."""
 
     def not_obeying(self, obeyed: Obeyed) -> set[str]:
-        """The hosts that have acknowledged something else."""
+        """The hosts that have acknowledged another epoch or coordinator."""
         there = self.obeying.get(obeyed, set())
         return set() if len(there) == len(self.hosts) else self.hosts.keys() - there
 
-    # -- changing: for ``state`` only --------------------------------------------------------------------------
+    # -- updates: for ``state`` only ---------------------------------------------------------------------------
 
     def mark_host(self, inventory: HostInventory, *, online: bool) -> None:
-        """How a host of the set is now."""
+        """Update the state of a host of the set."""
         host = inventory.host
         obeyed = (inventory.epoch, inventory.coordinator)
         if self.hosts.get(host) != obeyed:
@@ -66,7 +66,7 @@ class SetIndex(msgspec.Struct):
             self.busy.pop(host, None)
 
     def drop_host(self, host: str) -> None:
-        """It has no VM of the set any more."""
+        """The host does not have a VM of the set any more."""
         self._obey_no_more(host)
         self.hosts.pop(host, None)
         self.offline.discard(host)
@@ -75,7 +75,7 @@ class SetIndex(msgspec.Struct):
         self.busy.pop(host, None)
 
     def mark_vm(self, record: VmRecord, *, agent_online: bool) -> None:
-        """How a VM of the set is now."""
+        """Update the state of a VM of the set."""
         _mark(self.held, record.vm, there=record.state in {"paused", "unknown"})
         _mark(self.not_running, record.vm, there=record.state != "running")
         _mark(self.unwell, record.vm, there=bool(record.state_detail))
@@ -87,7 +87,7 @@ class SetIndex(msgspec.Struct):
         self.domains.setdefault(record.update_domain, set()).add(record.vm)
 
     def drop_vm(self, record: VmRecord) -> None:
-        """It is not in the set, or in this domain of it, any more."""
+        """It is no longer in the set, or in this domain of it."""
         del self.vms[record.vm]
         domain = self.domains[record.update_domain]
         domain.discard(record.vm)

@@ -1,7 +1,7 @@
-"""The fleet as far as its writers have said: their words, and indexes by VM, set and host. Pure.
+"""The fleet as its writers have reported it: their last messages, and indexes by VM, set and host. Pure.
 
-``fold.apply`` is the only one that changes it. It changes in place, since a copy for each message would cost in the size of the fleet;
-so it has one owner, the event loop of one service, and nobody else keeps a part of it over an await. Views read it through the methods
+Only ``fold.apply`` changes it, and in place, since the cost of a copy for each message would grow with the fleet;
+so it has one owner, the event loop of one service, and no other code keeps a part of it across an await. Views read it through the methods
 here and in ``sets``.
 """
 
@@ -21,47 +21,47 @@ _NO_SET = SetIndex()
 
 
 class Shift(NamedTuple):
-    """Where a VM was before and is now: of each two, or one, or the same one twice."""
+    """The places of a VM before and now: two different ones, only one, or the same one twice."""
 
     sets: frozenset[str]
     hosts: frozenset[str]
     before: LocatedVm | None
-    """Where it was; None if it belonged to no host."""
+    """Where it was; None if it did not belong to a host."""
 
 
 class LocatedVm(msgspec.Struct, frozen=True):
-    """A VM and the host that it belongs to, as that one describes it."""
+    """A VM as described by the host that it belongs to."""
 
     host: str
     record: VmRecord
 
 
 class HostEntry(msgspec.Struct):
-    """What counts of a host."""
+    """The effective state of a host."""
 
     online: bool = False
-    """Whether it is on the bus; one that never said so is not."""
+    """Whether it is on the bus; one that never announced itself is not."""
     inventory: HostInventory | None = None
-    """Its own words, with VMs that may be another's."""
+    """Its inventory as published, with VMs that may belong to another host."""
     own: HostInventory | None = None
-    """The same with the VMs that belong to it; None when it has to be made again."""
+    """The same with only the VMs that belong to it; None when it has to be rebuilt."""
     in_sets: dict[str, int] = {}
-    """Set to how many of the VMs that belong to this host are in it."""
+    """Maps a set to the number of VMs in it that belong to this host."""
 
 
 class FleetState:
-    """See the module. ``touched`` counts the index entries that were changed or looked at: what a message costs."""
+    """See the module. ``touched`` counts the index entries that were changed or read: the cost of a message."""
 
     def __init__(self) -> None:
         self.words = Words()
         self.ownership = Ownership()
         self.coordinator: CoordinatorPresence | None = None
-        """The one of the highest epoch; offline when the broker said so for it."""
+        """The one with the highest epoch; offline when its last will said so."""
         self.agents_online: dict[str, bool] = {}
-        """VM to whether its agent is on the bus, also before any host has named the VM."""
+        """Maps a VM to whether its agent is on the bus, even before any host has named the VM."""
         self.placements = 0
-        """Rises whenever a VM comes, goes or changes its host, set, domain or whether an agent is expected in it: what was
-        found out about the places of many VMs stays true as long as this stays the same."""
+        """Rises whenever a VM is added, removed or changes its host, set, domain or whether an agent is expected in it: results
+        derived from the places of many VMs stay valid as long as this stays the same."""
         self.touched = 0
         self._hosts: dict[str, HostEntry] = {}
         self._located: dict[str, LocatedVm] = {}
@@ -72,18 +72,18 @@ class FleetState:
         """The epoch of the coordinator that leads, or led last; None if none is known."""
         return self.coordinator.epoch if self.coordinator is not None else None
 
-    # -- reading --------------------------------------------------------------------------------------------
+    # -- queries --------------------------------------------------------------------------------------------
 
     def vm(self, name: str) -> LocatedVm | None:
-        """Where the VM is; None if the host that it belongs to has not spoken of it."""
+        """Where the VM is; None if the host that it belongs to has not reported it."""
         return self._located.get(name)
 
     def vm_names(self) -> KeysView[str]:
-        """The VMs that belong to a host which has spoken of them."""
+        """The VMs that belong to a host which has reported them."""
         return self._located.keys()
 
     def set_index(self, name: str) -> SetIndex:
-        """What is known of the set; one that has no VM is empty."""
+        """What is known about the set; empty for a set without VMs."""
         return self._sets.get(name, _NO_SET)
 
     def sets(self) -> KeysView[str]:
@@ -91,12 +91,12 @@ class FleetState:
         return self._sets.keys()
 
     def is_online(self, host: str) -> bool:
-        """Whether the host's updater says it is on the bus; unknown counts as no."""
+        """Whether the host's updater says that it is on the bus; unknown counts as no."""
         entry = self._hosts.get(host)
         return entry is not None and entry.online
 
     def inventory(self, host: str) -> HostInventory | None:
-        """The host's inventory with the VMs that belong to it, and no others; None before it has reported one."""
+        """The host's inventory with only the VMs that belong to it; None before it has reported one."""
         entry = self._hosts.get(host)
         if entry is None or entry.inventory is None:
             return None
@@ -105,13 +105,13 @@ class FleetState:
         return entry.own
 
     def reported(self, host: str) -> HostInventory | None:
-        """The host's inventory in its own words; None before it has reported one."""
+        """The host's inventory as published; None before it has reported one."""
         entry = self._hosts.get(host)
         return entry.inventory if entry is not None else None
 
     @property
     def inventories(self) -> Mapping[str, HostInventory]:
-        """Host to its inventory as it counts; made when it is asked for."""
+        """Maps a host to its effective inventory; built on demand."""
         return _Inventories(self)
 
     def sets_of_host(self, host: str) -> set[str]:
@@ -123,10 +123,10 @@ class FleetState:
         """The hosts whose inventory is known."""
         return (host for host, entry in self._hosts.items() if entry.inventory is not None)
 
-    # -- changing: for ``fold`` only ---------------------------------------------------------------------------
+    # -- updates: for ``fold`` only ----------------------------------------------------------------------------
 
     def put_host(self, host: str, *, online: bool) -> bool:
-        """A host's presence; whether it differs. It may come before its inventory."""
+        """Take a host's presence; returns whether it changed. It may arrive before the inventory."""
         if self.is_online(host) == online:
             return False
         entry = self._hosts.setdefault(host, HostEntry())
@@ -137,7 +137,7 @@ class FleetState:
         return True
 
     def put_inventory(self, host: str, inventory: HostInventory | None) -> dict[str, Shift]:
-        """A host's inventory, or that it was removed; the VMs that count differently now, with where they were and are."""
+        """Take a host's inventory or its removal; returns the VMs whose state changed, with their places before and now."""
         entry = self._hosts.setdefault(host, HostEntry())
         affected = set(self.ownership.named(host))
         if inventory is None:
@@ -154,11 +154,11 @@ class FleetState:
         return changed
 
     def put_record(self, vm: str, host: str | None) -> Shift | None:
-        """Whose a VM is; None if it counts as before."""
+        """Take the owner of a VM; None if nothing changed."""
         return self._locate(vm) if self.ownership.put_record(vm, host) is not None else None
 
     def put_agent(self, vm: str, *, online: bool | None) -> bool:
-        """Whether the VM's agent is on the bus (None: nobody says); whether that differs."""
+        """Take whether the VM's agent is on the bus (None: unknown); returns whether that changed."""
         if self.agents_online.get(vm) is online:
             return False
         if online is None:
@@ -170,10 +170,10 @@ class FleetState:
             self._mark_vm(located)
         return True
 
-    # -- inside ------------------------------------------------------------------------------------------------
+    # -- internal ----------------------------------------------------------------------------------------------
 
     def _locate(self, vm: str) -> Shift | None:
-        """Look again at where the VM is; None if nothing of it differs."""
+        """Evaluate the place of the VM again; None if nothing changed."""
         self.touched += 1
         before = self._located.get(vm)
         host = self.ownership.owner_of(vm)
@@ -236,7 +236,7 @@ class FleetState:
 
 
 class _Inventories(Mapping[str, HostInventory]):
-    """A view: no copy of the fleet is made."""
+    """A view, not a copy of the fleet."""
 
     def __init__(self, state: FleetState) -> None:
         self._state = state

@@ -1,16 +1,16 @@
-"""What was said last on each retained topic, as it was said; and what was removed from the broker. Pure.
+"""The last message on each retained topic, unchanged; and which were removed from the broker. Pure.
 
-The last word on a topic is kept raw: nothing that another writer says changes it. Whether a word may replace the one before it is
+The last message on a topic is kept raw: no other writer's message changes it. Whether a message may replace the previous one is
 decided here and nowhere else:
 
-- A *document* only gives way to a newer one. One that was removed leaves its incarnation behind: what comes later
+- A *document* is only replaced by a newer one. When one is removed, its incarnation is remembered: later documents
   must not be below it, or workloads would see a set's documents go back.
-- A *coordinator's presence* gives way to one of the same or a higher epoch; one that has said goodbye itself gives way to any that
-  is there, and one of which the broker said that it is gone does not.
-- A *record of an owner* gives way to one of the same or a higher epoch. One from above the epoch of the coordinator that is known to lead
-  gives way to any, as does each where none is known: an operator may have the coordinator forget an epoch that nobody claimed, and
-  then a lower one must be able to begin. The removal of either leaves nothing behind.
-- Of everything else the last word counts, whatever it says.
+- A *coordinator's presence* is replaced by one of the same or a higher epoch; one that has said goodbye itself is replaced by any that
+  is online, while one that is offline through its last will is not.
+- An *owner record* is replaced by one of the same or a higher epoch. A record from above the epoch of the known leader
+  is replaced by any, as is every record while no leader is known: an operator may make the coordinator forget an epoch that nobody claimed,
+  and then it must be possible to start with a lower one. The removal of a presence or an owner record leaves nothing behind.
+- For everything else the last message counts.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from caesura.contract.topics import CHANNELS, Channel
 from caesura.lifecycle.document import version_of
 
 TOMBSTONES_KEPT = 10_000
-"""Removed topics that are remembered, the newest; documents' are never dropped, since their incarnation would be."""
+"""How many removed topics are remembered, the newest ones; those of documents are never dropped, since their incarnation would be lost."""
 
 Taken = Literal["new", "same", "refused"]
-"""What became of a message: ``same`` says again what was known."""
+"""The outcome of a message: ``same`` repeats what was known."""
 M = TypeVar("M", bound=Message)
 Key = tuple[str, ...]
 """The parameters of a topic, in its order."""
 
 
 class Cleared(msgspec.Struct, frozen=True):
-    """A retained topic was cleared: what stood there counts no more."""
+    """A retained topic was cleared: its message no longer counts."""
 
     kind: type[Message]
     parameters: Mapping[str, str]
@@ -50,12 +50,12 @@ class Word(msgspec.Struct, frozen=True):
     at_s: float
     """When it arrived, seconds on the receiver's monotonic clock."""
     incarnation: int = 0
-    """Of a document: no later one may be below."""
+    """For a document: no later one may be below."""
 
 
 @cache
 def retained_channel(kind: type[Message]) -> Channel | None:
-    """The row of a retained message whose topic follows from what it says; None for any other."""
+    """The table row of a retained message whose topic follows from its content; None for any other."""
     for channel in CHANNELS:
         if channel.message is kind:
             fits = channel.retain and set(channel.parameters) <= set(kind.__struct_fields__)
@@ -64,18 +64,18 @@ def retained_channel(kind: type[Message]) -> Channel | None:
 
 
 class Words:
-    """The last word on every retained topic, by message type and the topic's parameters."""
+    """The last message on every retained topic, by message type and the topic's parameters."""
 
     def __init__(self) -> None:
         self._words: dict[type[Message], dict[Key, Word]] = {}
         self._tombstones: dict[tuple[type[Message], Key], None] = {}
-        """Those that may be dropped, the oldest first."""
+        """The tombstones that may be dropped, the oldest first."""
 
     def put(self, message: Message, now_s: float, leader_epoch: int | None = None) -> Taken:
-        """Take a message, unless it is older than what is known, or no retained one.
+        """Take a message, unless it is older than what is known, or not a retained one.
 
         Args:
-            leader_epoch: of the coordinator that leads, or led last; None if none is known.
+            leader_epoch: epoch of the coordinator that leads, or led last; None if none is known.
         """
         channel = retained_channel(type(message))
         if channel is None:
@@ -92,7 +92,7 @@ class Words:
         return "same" if same else "new"
 
     def clear(self, kind: type[Message], parameters: Mapping[str, str], now_s: float) -> Message | None:
-        """Take a removal; what stood on the topic."""
+        """Take a removal; returns the message that was on the topic."""
         channel = retained_channel(kind)
         if channel is None or set(parameters) != set(channel.parameters):
             return None
@@ -115,18 +115,18 @@ class Words:
         return word.message if word is not None else None  # type: ignore[return-value]
 
     def of(self, kind: type[M]) -> Iterator[M]:
-        """Every message of a type that stands on its topic."""
+        """Every message of a type that is on its topic."""
         for word in self._words.get(kind, {}).values():
             if word.message is not None:
                 yield word.message  # type: ignore[misc]
 
     def named(self, kind: type[M]) -> Mapping[str, M]:
-        """The same by the one parameter of their topics, such as the host: a view, no copy."""
+        """The same by the single parameter of their topics, such as the host: a view, not a copy."""
         return _Named(self._words.setdefault(kind, {}))
 
 
 class _Named(Mapping[str, M]):
-    """Messages by the one parameter of their topics."""
+    """Messages by the single parameter of their topics."""
 
     def __init__(self, words: dict[Key, Word]) -> None:
         self._words = words

@@ -1,1 +1,1 @@
-"""Pure machines that several services agree on."""
+"""Pure state machines shared by several services."""

@@ -1,4 +1,4 @@
-"""What a pause budget leaves for the work under the pause: planners and hosts must agree, or a plan is refused at its start.
+"""What a pause budget leaves for the work during the pause: planner and host must agree, or the host refuses a plan at its start.
 
 A margin is a tenth of the budget, at least 0.1 s and at most 1 s. The last three are for ending the update,
 resuming the VMs, and the guard's own resume.
@@ -6,7 +6,7 @@ resuming the VMs, and the guard's own resume.
 
 from __future__ import annotations
 
-DIGEST_S = 0.5  # s: what a plan allows for one digest of all memory; 64 MiB, the limit by default, take 0.1 s
+DIGEST_S = 0.5  # s: what a plan allows for one digest of all memory; 64 MiB, the default limit, take 0.1 s
 PREPARE_S = 60.0  # s: to start and check new VMM processes while the VMs run; a QEMU starts in 50 ms
 MIN_BUDGET_S = 0.5  # s: below it the margins leave nothing for the update
 
@@ -22,6 +22,6 @@ def usable_s(budget_s: float) -> float:
 
 
 def digest_by_s(budget_s: float) -> float:
-    """Seconds after a pause's begin by which a digest of all memory must be over: the last third of the budget is for the resume."""
-    # A small budget is mostly margins: there the update's end comes before the last third.
+    """Seconds after the start of a pause by which a digest of all memory must be done: the last third of the budget is for the resume."""
+    # A small budget is mostly margins: there the update must end before the last third.
     return min(budget_s * 2 / 3, usable_s(budget_s))

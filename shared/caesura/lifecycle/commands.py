@@ -1,7 +1,7 @@
 """Which commands coordinator and host must have in common before anything is planned. Pure.
 
-Each says what it sends or reads (``CoordinatorPresence.commands``, ``HostInventory.commands``): one of another version, whose
-commands the other would never receive, is refused by name instead of being waited for. Later versions may send and read more.
+Each announces what it sends or reads (``CoordinatorPresence.commands``, ``HostInventory.commands``): a peer whose version does not
+receive the commands is refused by name instead of being waited for. Later versions may send and read more.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from collections.abc import Collection
 from caesura.contract.messages import AbortOperation, StartOperation
 
 COMMANDS: tuple[str, ...] = (StartOperation.TYPE, AbortOperation.TYPE)
-"""What this version sends to hosts, and reads on them: both are needed, since what is started must be stoppable (I11)."""
+"""What this version sends to hosts, and reads on them: both are needed, since everything that is started must be stoppable (I11)."""
 
 UPGRADE = "docs/operate/upgrade.md has the order"
 
 
 def missing(commands: Collection[str]) -> tuple[str, ...]:
-    """What of ``COMMANDS`` the other side does not have; empty: it can be worked with."""
+    """The commands of ``COMMANDS`` that the other side lacks; empty: it is compatible."""
     return tuple(each for each in COMMANDS if each not in commands)

@@ -1,6 +1,6 @@
 """The document of a set: which events are open, and an incarnation that strictly rises with every change that a workload sees.
 
-What only services see, that an event is approved, raises the revision within the incarnation.
+A change that only services see, the approval of an event, raises the revision within the incarnation.
 
 Events only ever go scheduled → started → ended (removed), or scheduled → ended; completed and cancelled
 look the same in the document, as in Azure's. Source: Azure Scheduled Events, "Scheduled Events API".
@@ -15,7 +15,7 @@ from caesura.lifecycle.errors import IllegalTransition
 
 
 def nothing_yet(set_name: str) -> SetDocument:
-    """What stands for a document that was never published: below every published one."""
+    """The version of a document that was never published: below every published one."""
     return SetDocument(set=set_name, incarnation=0, events=())
 
 
@@ -25,12 +25,12 @@ def first_document(set_name: str) -> SetDocument:
 
 
 def version_of(document: SetDocument) -> tuple[int, int]:
-    """What orders the documents of one set: the higher one is the newer."""
+    """The order of the documents of one set: the higher one is newer."""
     return document.incarnation, document.revision
 
 
 def find_event(document: SetDocument, event_id: str) -> ScheduledEvent | None:
-    """The open event with this id; ids are GUIDs, compared without case."""
+    """The open event with this id; ids are GUIDs, compared case-insensitively."""
     return next((each for each in document.events if each.event_id.lower() == event_id.lower()), None)
 
 
@@ -38,7 +38,7 @@ def schedule(document: SetDocument, event: ScheduledEvent) -> SetDocument:
     """Add a scheduled event. Adding the same event again changes nothing.
 
     Raises:
-        IllegalTransition: the id is taken by an event that looks different.
+        IllegalTransition: the id is taken by a different event.
     """
     existing = find_event(document, event.event_id)
     if existing is not None:
@@ -51,7 +51,7 @@ def schedule(document: SetDocument, event: ScheduledEvent) -> SetDocument:
 def approve(document: SetDocument, event_id: str) -> SetDocument:
     """Mark a scheduled event approved. Approving it again, a started or an ended one changes nothing.
 
-    Azure's document has no member that says so, so for workloads it stays the same.
+    Azure's document has no member for it, so for workloads it stays the same.
     """
     event = find_event(document, event_id)
     if event is None or event.approved or event.status == "started":
@@ -64,7 +64,7 @@ def start(document: SetDocument, event_id: str) -> SetDocument:
     """Scheduled to started. Starting a started event changes nothing.
 
     Raises:
-        IllegalTransition: the event is not open (any more).
+        IllegalTransition: the event is not open, or no longer.
     """
     event = find_event(document, event_id)
     if event is None:
@@ -83,9 +83,9 @@ def end(document: SetDocument, event_id: str) -> SetDocument:
 
 
 def adopt(document: SetDocument, published: SetDocument) -> SetDocument:
-    """Never fall behind what subscribers saw: take a published document if it is newer.
+    """Never fall behind what subscribers have seen: adopt a published document if it is newer.
 
-    For a coordinator that lost its store, or was restored from an old copy of it.
+    For a coordinator that lost its store, or was restored from an old backup of it.
     """
     return published if version_of(published) > version_of(document) else document
 
@@ -93,8 +93,8 @@ def adopt(document: SetDocument, published: SetDocument) -> SetDocument:
 def above(document: SetDocument, published: SetDocument) -> SetDocument:
     """The document with an incarnation above that of a published one that says something else.
 
-    For a coordinator that leads and hears what another has published: subscribers that took the other's
-    document only take ours when it is higher.
+    For a coordinator that leads and receives what another has published: subscribers that accepted the other's
+    document only accept ours when it is higher.
     """
     if version_of(document) > version_of(published):
         return document

@@ -1,7 +1,7 @@
-"""How far an epoch may rise at once, so that no single word can use all of them up. Pure.
+"""How far an epoch may rise at once, so that no single message can exhaust the epochs. Pure.
 
-An epoch rises by one with each start of a coordinator. Whoever could make hosts and coordinators take any number for it
-would have them obey nobody afterwards, since none is left above it.
+An epoch rises by one with each start of a coordinator. If hosts and coordinators accepted any number, one message with the highest
+could stop them from obeying any coordinator afterwards, since no number is left above it.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ EPOCH_LEAP = 1000
 
 
 HOST_LEAP = 100
-"""So far a single host's word may raise the next claim: far less, since hosts that missed some starts must follow it."""
+"""How far a single host's report may raise the next claim: far less, since hosts that missed some starts must follow it."""
 
 
 def leaps(known: int, claimed: int) -> bool:
-    """Whether ``claimed`` is further above ``known`` than can have happened. Who knows of none yet takes what comes first."""
+    """Whether ``claimed`` is further above ``known`` than can have happened. A reader that does not know any epoch yet accepts the first one."""
     return claimed > (known + EPOCH_LEAP if known else EPOCH_MOST - EPOCH_LEAP)
 
 
@@ -28,16 +28,16 @@ def epoch_floor(stored: int, announced: Iterable[int], hosts: Collection[int]) -
     """The epoch above which a coordinator claims its own.
 
     Args:
-        stored: what it claimed last; 0: a new store, or a lost one.
+        stored: what it claimed last; 0: the store is new, or was lost.
         announced: what coordinators have claimed on the bus.
-        hosts: what each host obeys. A host is no coordinator: only what is near to what is known counts. With a lost store
-            nothing is; then what half of those that obey anybody have not passed is known.
+        hosts: what each host obeys. A host is not a coordinator: only an epoch close to a known one counts. With a lost store
+            no epoch is known; then the known one is that which half of the hosts that obey a coordinator have not passed.
     """
     known = stored
     obeying = [each for each in hosts if each]
     if not known and obeying and not leaps(0, median_low(obeying)):
         known = median_low(obeying)
-    # None of them makes another believable: they are all held against the same.
+    # None of them makes another plausible: all are compared with the same value.
     believed = [each for each in announced if not leaps(known, each + 1)]
     believed += [each for each in hosts if each <= known + HOST_LEAP]
     return max((known, *believed))

@@ -1,4 +1,4 @@
-"""Errors of the pure machines."""
+"""Errors of the pure state machines."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from caesura.runtime.errors import CaesuraError
 
 
 class IllegalTransition(CaesuraError):
-    """A machine was asked to go where it cannot go from where it is."""
+    """A transition that the current state does not allow."""
 
     def __init__(self, subject: str, from_state: str, to_state: str) -> None:
         self.subject = subject

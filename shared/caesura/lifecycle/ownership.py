@@ -1,10 +1,10 @@
-"""Whose VM is it: the fold of the coordinator's records and the hosts' inventories. Pure.
+"""Which host a VM belongs to: the fold of the coordinator's records and the hosts' inventories. Pure.
 
-A VM belongs to the host that the coordinator has on record, and nobody else's word about it counts. Inventories are
+A VM belongs to the host that the coordinator has on record, and only that host's reports about it count. Inventories are
 retained, and arrive in any order, so neither the first nor the last one decides. Where there is no record (yet, or with
-a coordinator that writes none), a VM belongs to the only host that names it, and to nobody when there are several.
+a coordinator that writes none), a VM belongs to the only host that names it, and to none when there are several.
 
-Every message costs in its own size, whatever the size of the fleet.
+The cost of a message depends on its own size, not on the size of the fleet.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ from caesura.contract.messages import HostInventory, VmRecord
 
 
 class Ownership:
-    """Records, inventories as they were received, and inventories as they count: each host's own VMs only."""
+    """Records, inventories as received, and effective inventories with each host's own VMs only."""
 
     def __init__(self) -> None:
         self._records: dict[str, str] = {}
-        """VM to its host; an empty one is a record, too: several hosts name the VM, and none has it."""
+        """Maps a VM to its host; an empty host is a record, too: several hosts name the VM, and none has it."""
         self._recorded: dict[str, set[str]] = {}
-        """Host to the VMs that it has on record."""
+        """Maps a host to the VMs that it has on record."""
         self._inventories: dict[str, HostInventory] = {}
         self._named: dict[str, dict[str, VmRecord]] = {}
         self._namers: dict[str, set[str]] = {}
         self._contested: set[str] = set()
 
-    # -- in: each gives back whose owner is another now --------------------------------------------------------
+    # -- input: each returns the VMs whose owner changed -------------------------------------------------------
 
     def put_inventory(self, inventory: HostInventory) -> dict[str, tuple[str, str]]:
-        """A host says what it has. VM to its owner before and now, where that changed."""
+        """Take a host's inventory. Returns each VM whose owner changed, with the owner before and now."""
         host = inventory.host
         before = self._named.get(host, {})
         after = {record.vm: record for record in inventory.vms}
@@ -41,14 +41,14 @@ class Ownership:
         return self._rename(host, before.keys() - after.keys(), after.keys() - before.keys())
 
     def drop_inventory(self, host: str) -> dict[str, tuple[str, str]]:
-        """A host's inventory was removed. What it has on record it keeps, until the coordinator says otherwise."""
+        """Take the removal of a host's inventory. It keeps the VMs that it has on record, until the coordinator changes that."""
         self._inventories.pop(host, None)
         return self._rename(host, self._named.pop(host, {}).keys(), ())
 
     def put_record(self, vm: str, host: str | None) -> tuple[str, str] | None:
-        """The coordinator says whose a VM is: a host's, nobody's (empty), or that it has no record any more (None).
+        """Take the coordinator's record of a VM: its host, no host (empty), or the removal of the record (None).
 
-        The owner before and now; None if that did not change.
+        Returns the owner before and now; None if it did not change.
         """
         before = self.owner_of(vm)
         old = self._records.pop(vm, "")
@@ -65,10 +65,10 @@ class Ownership:
         after = self.owner_of(vm)
         return None if before == after else (before, after)
 
-    # -- out -----------------------------------------------------------------------------------------------
+    # -- queries -------------------------------------------------------------------------------------------
 
     def owner_of(self, vm: str) -> str:
-        """The host that the VM belongs to; empty when that is nobody, or when the VM is not known."""
+        """The host that the VM belongs to; empty if there is none, or the VM is not known."""
         recorded = self._records.get(vm)
         if recorded is not None:
             return recorded
@@ -76,7 +76,7 @@ class Ownership:
         return next(iter(namers)) if len(namers) == 1 else ""
 
     def may_speak(self, host: str, vm: str) -> bool:
-        """Whether the host's word about this VM counts. About a VM that nobody has named yet, everybody's does."""
+        """Whether the host's reports about this VM count. For a VM that no inventory has named yet, every host's do."""
         if vm not in self._records and vm not in self._namers:
             return True
         return self.owner_of(vm) == host
@@ -94,7 +94,7 @@ class Ownership:
         return msgspec.structs.replace(inventory, vms=own)
 
     def record(self, vm: str) -> str | None:
-        """What the coordinator has on record, None for nothing."""
+        """The coordinator's record, None if there is none."""
         return self._records.get(vm)
 
     def recorded(self, host: str) -> frozenset[str]:
@@ -114,7 +114,7 @@ class Ownership:
         return frozenset(self._namers)
 
     def described(self, host: str, vm: str) -> VmRecord:
-        """The VM as the host describes it. Raises KeyError if it does not."""
+        """The VM as the host describes it. Raises KeyError if it does not name it."""
         return self._named[host][vm]
 
     def names(self, host: str, vm: str) -> bool:
@@ -122,34 +122,34 @@ class Ownership:
         return vm in self._named.get(host, {})
 
     def reported(self, host: str) -> bool:
-        """Whether there is an inventory of the host."""
+        """Whether the host has reported an inventory."""
         return host in self._inventories
 
     def rivals(self, vm: str) -> tuple[str, ...]:
-        """The hosts that name the VM and do not have it."""
+        """The hosts that name the VM without owning it."""
         return tuple(sorted(self.namers(vm) - {self.owner_of(vm)}))
 
     def contested_of(self, host: str) -> frozenset[str]:
-        """The VMs that the host names and that have rivals."""
+        """The VMs that the host names and that other hosts name, too, without owning them."""
         return frozenset(self._named.get(host, ())) & self._contested
 
     @property
     def contested(self) -> frozenset[str]:
-        """The VMs that have rivals."""
+        """The VMs that have rival hosts."""
         return frozenset(self._contested)
 
     def foreign(self) -> Mapping[str, int]:
-        """Host to how many VMs it names that are not its own; those that name none are left out."""
+        """Maps a host to the number of VMs that it names without owning them; hosts without such VMs are left out."""
         found: dict[str, int] = {}
         for vm in self._contested:
             for host in self.rivals(vm):
                 found[host] = found.get(host, 0) + 1
         return found
 
-    # -- inside --------------------------------------------------------------------------------------------
+    # -- internal ------------------------------------------------------------------------------------------
 
     def _rename(self, host: str, gone: Iterable[str], new: Iterable[str]) -> dict[str, tuple[str, str]]:
-        """Keep the index; the VMs that belong to another now, without a record."""
+        """Update the index; returns the VMs without a record whose owner changed."""
         changed: dict[str, tuple[str, str]] = {}
         gone, new = set(gone), set(new)
         for vm in gone | new:
@@ -177,10 +177,10 @@ class Ownership:
 def settle(
     ownership: Ownership, vms: Iterable[str], is_online: Callable[[str], bool]
 ) -> dict[str, str | None]:
-    """The records that must change among these VMs, so that each belongs to the host that has it until that one releases it.
+    """The records that must change among these VMs, so that each VM belongs to its host until that host releases it.
 
-    A host has released a VM when it is online and its inventory does not list it any more. What is released, or was on
-    no record, goes to the only host that names it; where several do, to none of them.
+    A host has released a VM when it is online and its inventory does not list it any more. A released VM, or one without a
+    record, goes to the only host that names it; where several do, to none of them.
 
     Args:
         is_online: whether a host's updater is on the bus; unknown counts as no.
@@ -200,7 +200,7 @@ def settle(
 
 
 def conflict(owner: str, rivals: Iterable[str]) -> str:
-    """What is wrong with a contested VM, in words that say what to do."""
+    """The problem with a contested VM, and what to do about it."""
     named = ", ".join(rivals)
     if owner:
         return (

@@ -1,4 +1,4 @@
-"""What was shown about a guest's memory: the words for it, what counts as proof, what a policy asks for. Pure."""
+"""What was shown about a guest's memory: its wording, what counts as proof, what a policy requires. Pure."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ WORDS: dict[ProofCode, str] = {
     "sampled_digest_equal": "sampled digest equal",
     "digest_equal": "digest equal",
 }
-"""The exact words, everywhere that people read."""
+"""The exact wording, in every text for people."""
 BROKEN_WORDS: dict[ProofCode, str] = {
     "not_rebooted": "rebooted",
     "canary_equal": "canary differs",
@@ -29,7 +29,7 @@ _ORDER: tuple[ProofCode, ...] = tuple(reversed(get_args(ProofCode)))
 
 
 def ordered(codes: Iterable[str]) -> tuple[ProofCode, ...]:
-    """Each once, the strongest first; what this version does not know is no proof to it."""
+    """Each once, the strongest first; codes that this version does not know do not count as proof."""
     found = set(codes)
     return tuple(code for code in _ORDER if code in found)
 
@@ -40,12 +40,12 @@ def in_words(codes: Iterable[ProofCode]) -> str:
 
 
 def is_proof(codes: Collection[ProofCode]) -> bool:
-    """Whether this shows that memory is what it was; that a guest did not reboot says nothing of its pages."""
+    """Whether this shows that memory is unchanged; that a guest did not reboot says nothing about its pages."""
     return bool(_OF_MEMORY & set(codes))
 
 
 def held_codes(memory: MemoryProof | None) -> tuple[ProofCode, ...]:
-    """What was shown; also for a message of the first v1, which has no codes."""
+    """What was shown; also for a message of the first v1, which had no codes."""
     if memory is None:
         return ()
     if memory.held or memory.broken or not memory.ok:
@@ -54,7 +54,7 @@ def held_codes(memory: MemoryProof | None) -> tuple[ProofCode, ...]:
 
 
 def broken_codes(memory: MemoryProof | None) -> tuple[ProofCode, ...]:
-    """What was looked at and is not so."""
+    """What was checked and does not hold."""
     if memory is None or memory.ok:
         return ()
     return memory.broken or _legacy(memory)
@@ -68,7 +68,7 @@ def _legacy(memory: MemoryProof) -> tuple[ProofCode, ...]:
 def memory_proof(
     held: Iterable[ProofCode] = (), broken: Iterable[ProofCode] = (), detail: str = ""
 ) -> MemoryProof:
-    """The record, with what readers of the first v1 look at: these get no word for samples, which are not all of memory."""
+    """The record, with the members for readers of the first v1: they have no code for samples, which are not all of memory."""
     good, bad = ordered(held), ordered(broken)
     kind: Literal["digest", "heartbeat", "none"] = "none"
     if "digest_equal" in (*good, *bad) or "sampled_digest_equal" in bad:
@@ -79,7 +79,7 @@ def memory_proof(
 
 
 def combined(*proofs: MemoryProof | None) -> MemoryProof | None:
-    """Several looks at one guest as one; None if there was none."""
+    """Several checks of one guest merged into one; None if there was none."""
     seen = [proof for proof in proofs if proof is not None]
     if not seen:
         return None
@@ -92,9 +92,9 @@ def combined(*proofs: MemoryProof | None) -> MemoryProof | None:
 
 
 def asks_for_proof(policy: Policy, method: Method) -> bool:
-    """Whether a pause by this method halts the rollout unless memory was shown to be what it was."""
+    """Whether a pause by this method halts the rollout unless memory was shown to be unchanged."""
     if method not in _PAUSED:
-        return False  # nothing pauses, or a reboot, which keeps no memory
+        return False  # no pause, or a reboot, which does not keep memory
     if policy.on_unproven is None:
         return method in ("swap", "replace")
     return policy.on_unproven == "halt"

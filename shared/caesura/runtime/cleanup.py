@@ -1,4 +1,4 @@
-"""Clean-up that nothing cuts short: neither the cancellation of the task that waits for it, nor Ctrl-C."""
+"""Clean-up that nothing interrupts: neither the cancellation of the task that waits for it, nor Ctrl-C."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ T = TypeVar("T")
 
 
 async def shielded(work: Coroutine[Any, Any, T]) -> T:
-    """Run ``work`` to its end, however often the caller is cancelled meanwhile; the cancellation continues after it.
+    """Run ``work`` to its end, however often the caller is cancelled in the meantime; the cancellation is raised afterwards.
 
     Raises:
-        asyncio.CancelledError: the caller was cancelled; ``work`` is over. What it raised itself is the cause then.
+        asyncio.CancelledError: the caller was cancelled; ``work`` has ended. An exception of its own is the cause then.
     """
     task = asyncio.ensure_future(work)
     cancelled: asyncio.CancelledError | None = None
     while not task.done():
         try:
-            # Not asyncio.shield: after a cancellation nobody would wait for the task any more.
+            # Not asyncio.shield: after a cancellation no caller would wait for the task any more.
             await asyncio.wait([task])
         except asyncio.CancelledError as error:
             cancelled = error
@@ -33,16 +33,16 @@ async def shielded(work: Coroutine[Any, Any, T]) -> T:
 
 @contextmanager
 def undisturbed() -> Iterator[None]:
-    """Put SIGINT, SIGTERM and SIGHUP off until the end of a short synchronous block, such as removing a folder.
+    """Defer SIGINT, SIGTERM and SIGHUP until the end of a short synchronous block, such as removing a folder.
 
     Only the main thread gets Python's signal handlers; in any other one this does nothing. The handlers are replaced,
-    not the signal mask: a mask is one thread's, and the kernel gives the signal to another one then.
+    not the signal mask: a mask belongs to one thread, and the kernel would deliver the signal to another one.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     put_off: list[int] = []
-    wakeup = signal.set_wakeup_fd(-1)  # an event loop would get it twice
+    wakeup = signal.set_wakeup_fd(-1)  # otherwise an event loop would get it twice
     before = {
         number: signal.signal(number, lambda caught, _: put_off.append(caught))
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)

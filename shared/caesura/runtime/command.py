@@ -1,4 +1,4 @@
-"""The command line that all services share: help that lists the settings, config checks, exit codes."""
+"""The command line of all services: help that lists the settings, configuration checks, exit codes."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def run_service(
 
     0 stopped by a signal and drained, 1 failed (the log says why), 2 bad configuration, 130 interrupted early.
 
-    ``checks`` look at what a setting cannot say about itself (an address, a file that it names): each raises
-    ConfigError, all are run, before ``main`` and by ``--check-config``, and what they find is said at once.
+    ``checks`` validate what the type of a setting cannot (an address, a file that it names): each raises
+    ConfigError, all are run, before ``main`` and by ``--check-config``, and their findings are reported together.
     """
     try:
         return _run(name, summary, settings_type, main, checks, argv, environ)
@@ -82,7 +82,9 @@ def _run(
         log.error("service.failed", error=type(error).__name__, why=str(error))
         return error.exit_code
     except BaseExceptionGroup as group:
-        found = list(dict.fromkeys(leaves(group)))  # a failure that several tasks wait for is one failure
+        found = list(
+            dict.fromkeys(leaves(group))
+        )  # one failure may be raised by several tasks that wait for it
         known = [each for each in found if isinstance(each, CaesuraError)]
         for each in known:
             log.error("service.failed", error=type(each).__name__, why=str(each))

@@ -1,9 +1,9 @@
-"""Bounded listeners: how many connections one may have, and how long one may take before its request is there.
+"""Bounded listeners: how many connections one may have, and how long a connection may take to send its request.
 
-asyncio's own accept loop sets no limit, and at EMFILE it logs once for each connection in its backlog, again every second.
-aiohttp has no deadline for the head of a request: a client that sends a byte now and then keeps its connection. So the
-listeners accept for themselves, and stand between the transport and the HTTP protocol. Without aiohttp, which knows
-nothing of it.
+asyncio's own accept loop has no limit, and at EMFILE it logs once for each connection in its backlog, again every second.
+aiohttp has no deadline for the head of a request: a client that sends a byte now and then keeps its connection. So these
+listeners accept connections themselves and sit between the transport and the HTTP protocol. They do not depend on
+aiohttp, which is unaware of them.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ _log = structlog.get_logger("caesura.listen")
 
 _ACCEPT_RETRY_S = 1.0  # s without an accept after one that failed for want of a resource
 _LOG_EVERY_S = 60.0  # s between two log lines about the same trouble of one listener
-_BACKLOG = 128  # connections that the kernel completes for us meanwhile
-_AT_ONCE = 16  # accepts in one turn of the event loop: others have their turn
+_BACKLOG = 128  # connections that the kernel completes before we accept them
+_AT_ONCE = 16  # accepts in one iteration of the event loop, so that other tasks run
 _FILES_KEPT = 128  # descriptors for the bus, logs, files, and the health listener with its connections
 _SHARE_WARNED = 8
 _SCARCE = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
@@ -32,22 +32,22 @@ _SCARCE = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 
 @dataclass(frozen=True)
 class Bounds:
-    """What one listener grants its clients."""
+    """The limits of one listener."""
 
     connections: int = 64
-    """At once. One more takes the place of the one that has waited the longest without a request; where all are being
-    answered, it is closed."""
+    """Connections at once. One more replaces the one that has waited the longest without a request; if all are being
+    answered, the new one is closed."""
     head_s: float = 10.0
-    """s from the first byte (or the connection's start) until a request's head is there."""
+    """s from the first byte (or the connection's start) until a request's head has arrived."""
     idle_s: float = 75.0
-    """s between an answer and the first byte of the next request; also what an answer may take to be read. Above
-    the usual scrape intervals, which keep their connection."""
+    """s between an answer and the first byte of the next request; also the time for reading an answer. Longer than
+    the usual scrape intervals, so that scrapers keep their connection."""
 
 
 def fair_share(listeners: int, most: int) -> int:
-    """Connections that each of ``listeners`` may have, so that all of them together leave descriptors for everything else.
+    """Connections that each of ``listeners`` may have, so that together they leave descriptors for everything else.
 
-    At most ``most``, at least two. From this process's limit of open files (``LimitNOFILE=`` in its unit).
+    At most ``most``, at least two. Derived from this process's limit of open files (``LimitNOFILE=`` in its unit).
     """
     files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if files == resource.RLIM_INFINITY:
@@ -65,7 +65,7 @@ def fair_share(listeners: int, most: int) -> int:
 
 
 class Connection(asyncio.Protocol):
-    """One client between the transport and the HTTP protocol: passes everything on, and keeps the time."""
+    """One client, between the transport and the HTTP protocol: passes everything through and enforces the deadlines."""
 
     def __init__(self, gate: Gate, inner: asyncio.Protocol) -> None:
         self._gate = gate
@@ -102,7 +102,7 @@ class Connection(asyncio.Protocol):
         self._inner.connection_lost(exc)
 
     def began(self) -> None:
-        """The head of a request is there: from now on its handler keeps the time."""
+        """The head of a request has arrived: from now on its handler is responsible for the time."""
         self._requests += 1
         self._idle = False
         self._stop()
@@ -113,13 +113,13 @@ class Connection(asyncio.Protocol):
         self._requests -= 1
         if self._transport is None or self._transport.is_closing():
             return
-        # What came meanwhile was its body, or the begin of the next head, which has as long as any from its next byte.
+        # What arrived in between was its body, or the start of the next head, whose deadline starts at its next byte.
         self._idle = True
         self._wait(self._gate.bounds.idle_s)
         self._gate.waits(self)
 
     def cut(self) -> None:
-        """Close it at once: what is buffered for it goes, too."""
+        """Close it at once; buffered output is discarded."""
         self._stop()
         if self._transport is not None:
             self._transport.abort()
@@ -138,7 +138,7 @@ class Gate:
     """The connections of one listener.
 
     Args:
-        factory: makes the HTTP protocol of a connection.
+        factory: creates the HTTP protocol of a connection.
         name: of the listener, for the log.
     """
 
@@ -150,7 +150,7 @@ class Gate:
         self._name = name
         self._by_inner: dict[object, Connection] = {}
         self._waiting: dict[Connection, None] = {}
-        """Those without a request, the one that has waited longest first."""
+        """Connections without a request, the one that has waited longest first."""
         self._sockets: list[socket.socket] = []
         self._paused: dict[int, asyncio.TimerHandle] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -164,7 +164,7 @@ class Gate:
         self._resume(listener)
 
     def close(self) -> None:
-        """Accept no more; the connections are their server's to close."""
+        """Stop accepting; the server closes the connections."""
         loop = asyncio.get_running_loop()
         for timer in self._paused.values():
             timer.cancel()
@@ -178,11 +178,11 @@ class Gate:
         return self._by_inner.get(inner)
 
     def waits(self, connection: Connection) -> None:
-        """It has no request."""
+        """The connection has no request."""
         self._waiting[connection] = None
 
     def busy(self, connection: Connection) -> None:
-        """It has one that is being answered."""
+        """The connection has a request that is being answered."""
         self._waiting.pop(connection, None)
 
     def left(self, connection: Connection, inner: object) -> None:
@@ -215,7 +215,7 @@ class Gate:
             task.add_done_callback(self._tasks.discard)
 
     def _fail(self, listener: socket.socket, error: OSError) -> None:
-        """The kernel says the socket is readable for as long as it fails: look again after a while."""
+        """The kernel reports the socket as readable for as long as accepting fails: retry after a while."""
         self._say("accept_failed", error.strerror or str(error), open=self.open)
         if error.errno in _SCARCE:
             self._evict()
@@ -228,7 +228,7 @@ class Gate:
         asyncio.get_running_loop().add_reader(listener, self._accept, listener)
 
     def _evict(self) -> bool:
-        """Cut the one that has waited the longest; whether there was one."""
+        """Cut the connection that has waited the longest; returns whether there was one."""
         oldest = next(iter(self._waiting), None)
         if oldest is None:
             return False
@@ -259,7 +259,7 @@ async def bound_sockets(where: tuple[str, int] | str) -> list[socket.socket]:
     """Sockets bound to an address as ``parse_listen`` gives it: one, or one for each address of a host name.
 
     Raises:
-        OSError: the address cannot be had; none is left open.
+        OSError: the address cannot be bound; no socket is left open.
     """
     if isinstance(where, str):
         found = [(socket.AF_UNIX, where)]

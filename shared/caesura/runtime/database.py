@@ -1,11 +1,11 @@
-"""SQLite as the durable store of a service: the one home of ``sqlite3``.
+"""SQLite as the durable store of a service; the only module that uses ``sqlite3``.
 
 WAL with ``synchronous=FULL``: a transaction that returned is on disk (https://sqlite.org/wal.html, section
 "Performance Considerations"). Every failure (full disk, locked or broken file) is a StoreError with the
 path and the cause; the failed transaction left nothing behind.
 
-A service that commits in its event loop calls ``defer_syncs``: its commits reach the page cache only, and ``Wal`` brings them to
-the disk in a thread (``caesura.runtime.group_commit``).
+A service that commits in its event loop calls ``defer_syncs``: its commits only reach the page cache, and ``Wal`` syncs them to
+disk in a thread (``caesura.runtime.group_commit``).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import msgspec
 
 from caesura.runtime.errors import NewerStore, StoreError, SyncFailed
 
-_BUSY_TIMEOUT_S = 5.0  # s: longer than any transaction of ours, short enough to notice a stuck second process
+_BUSY_TIMEOUT_S = 5.0  # s: longer than any of our transactions, short enough to notice a stuck second process
 
 _ERRORS = (
     sqlite3.Error,
@@ -39,13 +39,13 @@ _TEMPORARY = frozenset(
         sqlite3.SQLITE_BUSY,
     )
 )
-"""The primary result codes (https://sqlite.org/rescode.html) behind which the disk stands, not the file's content."""
+"""The primary result codes (https://sqlite.org/rescode.html) that blame the disk, not the file's content."""
 
 _NOT_SYNCED = frozenset((sqlite3.SQLITE_IOERR_FSYNC, sqlite3.SQLITE_IOERR_DIR_FSYNC))
 """The extended result codes of an fsync that failed."""
 
 _READERS_S = 1.0
-"""s: how long a WAL that is to begin from its start waits for whoever reads in it; commits wait that long, too."""
+"""s: how long a restart of the WAL waits for its readers; commits wait that long, too."""
 
 _CHUNK_BYTES = 1 << 20
 
@@ -62,26 +62,26 @@ class Database:
 
     Args:
         path: the file; its folder is created with mode 0700. ``:memory:`` is for unit tests.
-        migrations: one SQL script per schema version, oldest first; those the file lacks are run at open. None: a second
-            connection, for another thread, to a file that is there and has its schema. What that one commits is synced to
-            the disk only with the next transaction of the first (``synchronous=NORMAL``): for what may be done again
+        migrations: one SQL script per schema version, oldest first; those that the file lacks are run on opening. None: a second
+            connection, for another thread, to an existing file with its schema. Its commits are synced to
+            the disk only with the next transaction of the first (``synchronous=NORMAL``): for work that may be repeated
             after a power cut.
 
     Raises:
-        StoreError: the file cannot be opened or is not ours.
-        NewerStore: it comes from a newer Caesura.
+        StoreError: the file cannot be opened or is not a Caesura store.
+        NewerStore: a newer Caesura wrote it.
     """
 
     def __init__(self, path: str, migrations: Sequence[str] | None) -> None:
         self.path = path
         self.commits = 0
-        """Transactions of this connection that were committed."""
+        """The number of committed transactions of this connection."""
         self._refused = ""
         try:
             if migrations is None:
                 self._connection = self._connect(f"{Path(path).absolute().as_uri()}?mode=rw")
                 self._connection.execute("PRAGMA synchronous=NORMAL")
-                # The first one's, whose event loop would sync the WAL that begins from its start behind a checkpoint.
+                # Only the first connection checkpoints: after a checkpoint here, its next commit would sync the restarted WAL in the event loop.
                 self._connection.execute("PRAGMA wal_autocheckpoint=0")
                 return
             if path != ":memory:":
@@ -101,10 +101,10 @@ class Database:
         return sqlite3.connect(place, timeout=_BUSY_TIMEOUT_S, isolation_level=None, uri=uri)
 
     def defer_syncs(self) -> None:
-        """From now on a commit waits for no disk: ``Wal`` syncs what was committed, and folds the WAL into the file.
+        """From now on commits do not wait for the disk: ``Wal`` syncs them, and folds the WAL into the file.
 
-        When this returns, everything that was committed before is on disk, by whatever process. A write that the disk has no room
-        for is still refused at once.
+        When this returns, everything committed before, by any process, is on disk. A write for which the disk has no room
+        is still refused at once.
 
         Raises:
             StoreError: the disk refused.
@@ -119,7 +119,7 @@ class Database:
             except SyncFailed:
                 raise
             except StoreError:
-                pass  # without room, or with a reader in it, the WAL is only longer than it might be
+                pass  # without room, or with a reader in it, the WAL is only longer than necessary
             self._connection.execute("PRAGMA synchronous=NORMAL")
             self._connection.execute("PRAGMA wal_autocheckpoint=0")
         except (*_ERRORS, OSError) as error:
@@ -132,7 +132,7 @@ class Database:
         if have > len(migrations):
             raise NewerStore(
                 f"the store {self.path} has schema version {have}, this Caesura knows {len(migrations)}: run the newer version, or "
-                "move the file away to begin without it (docs/operate/upgrade.md)"
+                "move the file away to start without it (docs/operate/upgrade.md)"
             )
         for number, script in enumerate(migrations[have:], start=have + 1):
             self._connection.executescript(f"BEGIN;{script};PRAGMA user_version={number};COMMIT;")
@@ -142,7 +142,7 @@ class Database:
         """All or nothing. The block's own exceptions roll back and pass through.
 
         Raises:
-            StoreError: the disk or the file refused; nothing was written.
+            StoreError: the disk or the file failed; nothing was written.
         """
         try:
             self._connection.execute("BEGIN IMMEDIATE")
@@ -165,7 +165,7 @@ class Database:
         return StoreError(self._refused)
 
     def run(self, sql: str, *values: Any) -> list[tuple[Any, ...]]:
-        """One statement; its rows.
+        """Run one statement; returns its rows.
 
         Raises:
             StoreError: the statement failed.
@@ -177,23 +177,23 @@ class Database:
 
     @contextmanager
     def reading(self, what: str) -> Iterator[None]:
-        """Make sense of what ``run`` gave, in the block; a bad disk or memory leaves anything.
+        """Decode the rows of ``run`` in the block: with a bad disk or bad memory they may contain anything.
 
         Raises:
-            StoreError: it makes none; names ``what`` and the file.
+            StoreError: they cannot be decoded; names ``what`` and the file.
         """
         try:
             yield
         except (msgspec.DecodeError, ValueError, TypeError, KeyError) as error:
             raise StoreError(
-                f"{what} in the store {self.path} cannot be read: {error}. It was written by a newer Caesura, which is to be run "
-                "then, or the file is damaged: put a copy of it back, or move it away to begin without it."
+                f"{what} in the store {self.path} cannot be read: {error}. Either a newer Caesura wrote it, and that version must be run, "
+                "or the file is damaged: restore a backup of it, or move it away to start without it."
             ) from error
 
     def ping(self) -> str:
-        """Empty text when the store answers, else what is wrong; for health probes.
+        """Empty text if the store works, else what is wrong; for health probes.
 
-        After a failure it must take a write again: a full disk still answers every question.
+        After a failure it must accept a write again: a full disk can still be read.
         """
         try:
             if self._refused:
@@ -210,36 +210,36 @@ class Database:
         self._connection.close()
 
     def abort(self) -> None:
-        """Leave the file as a kill leaves it, also when the interpreter ends: closing it folds the WAL into it and waits for the disk."""
+        """Leave the file as a kill would, also at interpreter exit: closing it would fold the WAL into it and wait for the disk."""
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._connection))
 
 
 class Wal:
-    """The write-ahead log of a database whose syncs are deferred: for threads, one that syncs and one that copies and restarts.
+    """The write-ahead log of a database whose syncs are deferred: for use by threads, one that syncs and one that copies and restarts.
 
-    SQLite syncs the header of a WAL that begins from its start, in the commit that begins it
-    (https://sqlite.org/src/info/ff5be73dee). A checkpoint that copies everything makes the next commit do that, so here none
-    may do so unnoticed: ``copy`` keeps a reader in the WAL, and ``restart`` begins it from its start itself.
+    When a WAL restarts, SQLite syncs its header in the commit that restarts it
+    (https://sqlite.org/src/info/ff5be73dee). A checkpoint that copies everything makes the next commit do that, which must not happen
+    unnoticed: ``copy`` keeps a reader in the WAL, and ``restart`` restarts it explicitly.
 
     Args:
         path: of the database.
-        sync: brings what was written to a file descriptor to the disk.
+        sync: syncs the writes of a file descriptor to disk.
     """
 
     def __init__(self, path: str, sync: Callable[[int], None] = os.fdatasync) -> None:
         self.path = path
         self._sync = sync
         self._file: int | None = None
-        """Open for good: an error in writing back is reported to those who have the file open by then (fsync(2))."""
+        """Kept open: a writeback error is only reported to those who have the file open at the time (fsync(2))."""
         self._reader: sqlite3.Connection | None = None
 
     def sync(self) -> int:
-        """Bring every commit to the disk that returned before this was called; gives back how large the WAL is, in bytes.
+        """Sync every commit that returned before this was called; returns the size of the WAL in bytes.
 
-        The file of the database is not touched: closing it would drop the locks that SQLite has on it (fcntl(2)). On the WAL it has none.
+        The database file is not touched: closing it would drop SQLite's locks on it (fcntl(2)). SQLite has no locks on the WAL.
 
         Raises:
-            SyncFailed: nobody knows what is on the disk.
+            SyncFailed: it is unknown what is on the disk.
         """
         log = Path(f"{self.path}-wal")
         try:
@@ -255,10 +255,10 @@ class Wal:
         return opened.st_size
 
     def copy(self) -> None:
-        """Copy the WAL into the file while others commit.
+        """Copy the WAL into the file while other threads commit.
 
         Raises:
-            StoreError: it was not copied; it may be tried again.
+            StoreError: it was not copied; retrying is allowed.
             SyncFailed: as ``sync``.
         """
         try:
@@ -275,10 +275,10 @@ class Wal:
             raise self._failed(error) from error
 
     def restart(self) -> bool:
-        """Copy what is left and begin the WAL from its start, on disk. Nobody may commit meanwhile: it would wait.
+        """Copy the rest and restart the WAL, on disk. Nobody should commit in the meantime, since a commit would wait.
 
         Returns:
-            False where somebody reads in the WAL; it is as long as it was.
+            False if the WAL has a reader; its length is unchanged.
 
         Raises:
             As ``copy``.
@@ -301,7 +301,7 @@ class Wal:
     def write_again(self) -> None:
         """Write the same bytes again, and sync them.
 
-        After an fsync that failed Linux takes the pages for written, and so would the next fsync, of this process or another
+        After a failed fsync Linux marks the pages as clean, and so the next fsync, of this process or another, would succeed
         (https://www.usenix.org/conference/atc20/presentation/rebello).
 
         Raises:
@@ -314,7 +314,7 @@ class Wal:
             self._sync(log.fileno())
 
     def sync_folder(self) -> None:
-        """Bring the name of a new WAL to the disk. Raises OSError."""
+        """Sync the directory entry of a new WAL. Raises OSError."""
         folder = os.open(Path(self.path).absolute().parent, os.O_RDONLY | os.O_DIRECTORY)
         try:
             os.fsync(folder)
@@ -322,13 +322,13 @@ class Wal:
             os.close(folder)
 
     def close(self) -> None:
-        """Close the WAL; used again, it is opened again."""
+        """Close the WAL; it is reopened on the next use."""
         if self._file is not None:
             os.close(self._file)
             self._file = None
 
     def leave(self) -> None:
-        """End the reading that ``copy`` left in the WAL."""
+        """End the read transaction that ``copy`` left in the WAL."""
         if self._reader is not None:
             self._reader.close()
             self._reader = None

@@ -1,4 +1,4 @@
-"""Every environment variable of ours. What starts with ``CAESURA_`` and is none of them is a misspelt one."""
+"""Every environment variable of Caesura. Any other name that starts with ``CAESURA_`` is a misspelt one."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ SETTINGS = tuple(
         "VM_AGENT",
     )
 )
-"""What the settings of each service start with. Only the service itself knows which there are."""
+"""The prefix of each service's settings. Only the service itself knows its settings."""
 MARKERS = (f"{PREFIX}DEMO_", f"{PREFIX}TEST_")
-"""What demo and tests give to whatever they start, to find it again."""
+"""Set by demo and tests in everything they start, to find it again."""
 RESERVED = frozenset(
     PREFIX + name
     for name in (
-        # to updates, hooks and the processes of a VM; whoever of these is one of our commands inherits them
+        # to updates, hooks and the processes of a VM; our own commands among these inherit them
         "EVENT_ID",
         "EVENT_TYPE",
         "HOST",
@@ -49,11 +49,11 @@ RESERVED = frozenset(
         "SOAK_SEED",
     )
 )
-"""What is no setting of a service."""
+"""Variables that are not settings of a service."""
 
 
 def unknown_variables(names: Iterable[str]) -> list[str]:
-    """Those of ``names`` that look like a variable of ours and are none, in order."""
+    """Those of ``names`` that look like a Caesura variable but are not one, in order."""
     return sorted(
         name
         for name in names

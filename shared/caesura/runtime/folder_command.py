@@ -1,4 +1,4 @@
-"""Small commands that do one thing to the state folder of a service that is stopped."""
+"""Small commands with one action on the state folder of a stopped service."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from caesura.runtime.errors import CaesuraError
 
 
 def run_on_folder(usage: str | None, work: Callable[[Path], str]) -> None:
-    """Do ``work`` with the folder on the command line, and print its answer; else say why not and exit with 1.
+    """Run ``work`` with the folder on the command line and print its answer; on failure print the reason and exit with 1.
 
     Args:
         usage: printed where the command line is anything but one folder.

@@ -1,10 +1,10 @@
-"""Group commit: several transactions share one sync, in a thread, and no commit holds the event loop on the disk.
+"""Group commit: several transactions share one sync, in a thread, and no commit makes the event loop wait for the disk.
 
-A commit of the event loop's connection is in the page cache when it returns: a crash of the process loses nothing, a power cut may take
-the last ones, always a suffix (https://sqlite.org/wal.html). So whatever follows from a commit waits until ``reached`` covers it before
-it leaves the process. One sync runs at a time; whoever comes meanwhile shares the next.
+A commit of the event loop's connection is in the page cache when it returns: a crash of the process loses nothing, a power cut may lose
+the last commits, always a suffix (https://sqlite.org/wal.html). So every effect of a commit waits until ``reached`` covers it before
+it leaves the process. One sync runs at a time; callers that arrive during it share the next one.
 
-An fsync that failed is never tried again: ``run`` raises, and the service ends.
+A failed fsync is never retried: ``run`` raises, and the service ends.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from caesura.runtime.errors import StoreError, SyncFailed
 from caesura.runtime.threads import Worker
 
 FOLD_BYTES = 16 * 1024 * 1024
-"""bytes: from here on the WAL is folded into the file. SQLite's own limit is 4 MB, which a large wave writes in a second."""
+"""bytes: from this size on the WAL is folded into the file. SQLite's own limit is 4 MB, which a large wave writes in a second."""
 
 _SLOW_S = 5.0
 """s: after which the health probe names a sync that does not end."""
@@ -31,15 +31,15 @@ _log = structlog.get_logger("caesura.runtime.group_commit")
 
 
 class GroupCommit:
-    """See the module. Opens in the calling thread, and syncs what was committed before.
+    """See the module. Opens in the calling thread, and syncs earlier commits.
 
     Args:
-        database: the connection of the event loop; its commits wait for no disk from now on.
-        sync: brings what was written to a file descriptor to the disk.
-        fold_bytes: how large the WAL becomes before it is folded into the file.
+        database: the connection of the event loop; its commits do not wait for the disk from now on.
+        sync: syncs the writes of a file descriptor to disk.
+        fold_bytes: the size of the WAL at which it is folded into the file.
 
     Raises:
-        StoreError: the disk refused.
+        StoreError: the disk failed.
     """
 
     def __init__(
@@ -60,22 +60,22 @@ class GroupCommit:
         self._attention = asyncio.Event()
         self._size_bytes = 0
         self._waits_s: list[float] = []
-        """When what the threads do now was begun, by the loop's clock."""
+        """Start time of the threads' current work, by the loop's clock."""
         self._open = asyncio.Event()
         self._open.set()
         self.syncs = 0
-        """Syncs that were done; checkpoints are not counted."""
+        """The number of syncs; checkpoints are not counted."""
         self.listeners: list[Callable[[], None]] = []
-        """Called whenever more is on disk."""
+        """Called whenever more commits are on disk."""
 
     @property
     def on_disk(self) -> int:
-        """How many commits are on disk, the oldest first."""
+        """The number of commits on disk, counted from the oldest."""
         return self._on_disk
 
     @property
     def committed(self) -> int:
-        """How many commits there are."""
+        """The number of commits."""
         return self._database.commits
 
     @property
@@ -98,7 +98,7 @@ class GroupCommit:
         return self._on_disk
 
     def start(self) -> asyncio.Task[None]:
-        """Have a sync done now, or the one that runs come to its end; to be awaited or not.
+        """Start a sync, or join the running one; awaiting it is optional.
 
         Raises:
             SyncFailed: one has failed.
@@ -110,7 +110,7 @@ class GroupCommit:
         return self._round
 
     async def writable(self) -> None:
-        """Wait while the WAL begins from its start: a commit would hold the event loop until that is on disk."""
+        """Wait while the WAL restarts: a commit would block the event loop until that is on disk."""
         while not self._open.is_set():
             await self._open.wait()
 
@@ -118,7 +118,7 @@ class GroupCommit:
         """Keep the WAL short, until cancelled.
 
         Raises:
-            SyncFailed: a sync failed, here or for anybody who waits for one.
+            SyncFailed: a sync failed, here or for any caller that waits for one.
         """
         try:
             while True:
@@ -126,7 +126,7 @@ class GroupCommit:
                 self._attention.clear()
                 if self._failed is not None:
                     raise self._failed
-                # A sync that ended while the WAL was folded has asked for what is done by now.
+                # A sync that ended during the fold has requested another fold, which is done by now.
                 if self._size_bytes >= self._fold_at:
                     await self._fold()
         finally:
@@ -136,7 +136,7 @@ class GroupCommit:
             self._folds.end()
 
     def close(self) -> None:
-        """Close the store. Where its disk has not answered it is left as it is: the next start takes up what is there."""
+        """Close the store. If its disk does not answer, it is left as it is: the next start continues from its content."""
         if self.settled and not self._waits_s and self._failed is None:
             self._database.close()
         else:
@@ -149,11 +149,11 @@ class GroupCommit:
         now_s = asyncio.get_running_loop().time()
         waited_s = now_s - min(self._waits_s, default=now_s)
         if waited_s < _SLOW_S:
-            # It may write, and would hold the loop while the WAL begins from its start.
+            # It may write, and would block the loop while the WAL restarts.
             return self._database.ping() if self._open.is_set() else ""
         return (
-            f"the disk of {self._database.path} has not finished a sync for {waited_s:.0f} s: nothing that was decided since is "
-            "published. Look at the disk (dmesg)"
+            f"the disk of {self._database.path} has not finished a sync for {waited_s:.0f} s: no later decision is "
+            "published. Check the disk (dmesg)"
         )
 
     async def _sync(self) -> None:
@@ -161,7 +161,7 @@ class GroupCommit:
         try:
             self._size_bytes = await self._in(self._syncs, self._wal.sync)
         except SyncFailed as error:
-            self._fail(error)  # whoever waits looks again, and raises it then
+            self._fail(error)  # waiting callers check again, and raise it then
             return
         finally:
             self._round = None
@@ -189,7 +189,7 @@ class GroupCommit:
                 each()
 
     async def _fold(self) -> None:
-        """Fold the WAL into the file: most of it beside the commits, the rest while ``writable`` holds them back."""
+        """Fold the WAL into the file: most of it in parallel with commits, the rest while ``writable`` holds them back."""
         folded = False
         try:
             await self._in(self._folds, self._wal.copy)
@@ -208,5 +208,5 @@ class GroupCommit:
         if folded:
             self._size_bytes = 0  # as far as is known before the next sync
             self._progress(covered)
-        # Where it could not be, it is tried again when it has grown as much once more.
+        # If that failed, it is retried when the WAL has grown by as much again.
         self._fold_at = self._fold_bytes if folded else self._size_bytes + self._fold_bytes

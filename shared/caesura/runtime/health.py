@@ -1,6 +1,6 @@
 """``/live``, ``/ready`` and ``/metrics`` for every service.
 
-``/live`` answers 200 while the event loop turns. ``/ready`` runs the named pings (broker, store, driver):
+``/live`` answers 200 while the event loop runs. ``/ready`` runs the named pings (broker, store, driver):
 200 when all are well, else 503 with the names and reasons. ``/metrics`` is the service's own registry.
 """
 
@@ -23,11 +23,11 @@ from caesura.runtime.connections import Bounds, Gate, bound_sockets
 from caesura.runtime.errors import CaesuraError
 from caesura.runtime.listen import parse_listen
 
-_WHY = 200  # characters of what was wrong with a request: a header may be long
-_SHUTDOWN_S = 2.0  # s: most answers take less; what does not end by itself is cut
+_WHY = 200  # characters of the error in a request: a header may be long
+_SHUTDOWN_S = 2.0  # s: most answers take less; the others are cut
 
 Ping = Callable[[], str]
-"""Empty text when well, else what is wrong."""
+"""Empty text if healthy, else what is wrong."""
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -41,7 +41,7 @@ class ListenError(CaesuraError):
 
 
 class _OneLine(logging.Filter):
-    """What a client did wrong is one line of a log: aiohttp gives it a traceback, which anybody could have us write."""
+    """Logs a client's error as one line: aiohttp logs a traceback, which any client could provoke."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         error = record.exc_info[1] if record.exc_info else None
@@ -60,17 +60,17 @@ _ONE_LINE = _OneLine()
 async def serve_app(
     app: web.Application, listen: str, *, shutdown_s: float = _SHUTDOWN_S, bounds: Bounds = DEFAULT_BOUNDS
 ) -> AsyncIterator[str]:
-    """Serve ``app`` on one listener while the block runs; gives its address, with the real port where 0 was asked for.
+    """Serve ``app`` on one listener while the block runs; yields its address, with the actual port if 0 was requested.
 
     Args:
-        shutdown_s: seconds that requests in flight get at the end; what takes longer is cut.
-        bounds: how many connections there are, and how long one may take before its request is there.
+        shutdown_s: seconds that requests in flight get at the end; longer ones are cut.
+        bounds: how many connections are allowed, and how long one may take to send its request.
 
     Raises:
-        ListenAddressError: it is no address.
+        ListenAddressError: it is not an address.
         ListenError: saying which address and why, for example that it is in use.
     """
-    server_logger.addFilter(_ONE_LINE)  # the same one each time: added once
+    server_logger.addFilter(_ONE_LINE)  # the same filter each time: added only once
     where = parse_listen(listen)
     runner = web.AppRunner(app, access_log=None, shutdown_timeout=shutdown_s, keepalive_timeout=bounds.idle_s)
     gate: Gate | None = None
@@ -121,7 +121,7 @@ def health_app(
 ) -> web.Application:
     """The three endpoints as an aiohttp application, to be served or mounted.
 
-    ``metrics`` answers /metrics in the place of what writes ``registry`` out on the event loop.
+    ``metrics`` answers /metrics instead of the default, which renders ``registry`` on the event loop.
     """
 
     async def live(_: web.Request) -> web.Response:
@@ -151,7 +151,7 @@ async def serve_health(
 ) -> AsyncIterator[None]:
     """Serve health on ``listen`` while the block runs; with an empty ``listen``, serve nothing.
 
-    ``extend`` adds what the service serves besides; for ``metrics`` see ``health_app``, for ``bounds``
+    ``extend`` adds the service's other routes; for ``metrics`` see ``health_app``, for ``bounds``
     ``serve_app``.
     """
     if not listen:

@@ -1,4 +1,4 @@
-"""Ctrl-C while a program's modules load. Imports nothing that Python has not loaded already: this comes first."""
+"""Ctrl-C while a program's modules load. Imports only what Python has loaded already, since it runs first."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ EXIT_INTERRUPTED = 130
 class QuietInterrupt:
     """End the program with 130 and without a traceback when it is interrupted in the block.
 
-    Put around the imports of a ``__main__``: on a busy machine they take seconds, and nothing else is there yet
-    to answer a signal.
+    Put around the imports of a ``__main__``: on a busy machine they take seconds, and nothing else handles
+    a signal yet.
     """
 
     def __enter__(self) -> None:

@@ -1,4 +1,4 @@
-"""Addresses to listen on, as settings have them, and names that requests may call them by. Without aiohttp, which most agents never need."""
+"""Addresses to listen on, as written in settings, and the host names that requests may use for them. Without aiohttp, which most agents never need."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from caesura.runtime.settings import ServiceSettings
 
 
 class ListenAddressError(ConfigError):
-    """A listener's address makes no sense."""
+    """A listener's address is invalid."""
 
 
 def parse_listen(listen: str) -> tuple[str, int] | str:
@@ -29,10 +29,10 @@ def parse_listen(listen: str) -> tuple[str, int] | str:
 
 
 def check_health_address(settings: ServiceSettings) -> None:
-    """Find out before anything starts whether ``health_listen`` can be an address.
+    """Check before anything starts that ``health_listen`` is a valid address.
 
     Raises:
-        ListenAddressError: it cannot.
+        ListenAddressError: it is not.
     """
     if settings.health_listen:
         parse_listen(settings.health_listen)
@@ -41,8 +41,8 @@ def check_health_address(settings: ServiceSettings) -> None:
 def own_host(host: str, known: frozenset[str]) -> bool:
     """Whether a Host header cannot be a stranger's name for this machine.
 
-    An IP address is no name; a name without a dot, or below ``.localhost``, is not to be had in public DNS. Everything
-    else must be among ``known``; ``*`` there allows all.
+    An IP address is not a name; a name without a dot, or below ``.localhost``, cannot be registered in public DNS. Every
+    other name must be among ``known``; ``*`` there allows all.
     """
     name = _without_port(host.strip().lower())
     if "*" in known or name in known:

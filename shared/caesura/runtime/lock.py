@@ -1,4 +1,4 @@
-"""A service's state folder: nobody else reads it, and one process at a time works in it."""
+"""A service's state folder: no other user can read it, and one process at a time uses it."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ class StateFolderUnusable(CaesuraError):
 
 
 class InUse(CaesuraError):
-    """Another process works in this state folder."""
+    """Another process uses this state folder."""
 
 
 def private_dir(path: str) -> Path:
-    """The state folder, made if needed, for nobody else to read.
+    """Create the state folder if needed, unreadable for other users.
 
     Raises:
-        StateFolderUnusable: it cannot be made, or is somebody else's.
+        StateFolderUnusable: it cannot be made, or belongs to another user.
     """
     folder = Path(path)
     with translate_os_errors(folder):
@@ -33,10 +33,10 @@ def private_dir(path: str) -> Path:
 
 @contextmanager
 def translate_os_errors(folder: Path) -> Iterator[None]:
-    """What the operating system refuses in the block is said of the state folder.
+    """Report errors of the operating system in the block as errors of the state folder.
 
     Raises:
-        StateFolderUnusable: it refused something.
+        StateFolderUnusable: the operating system refused something.
     """
     try:
         yield
@@ -46,7 +46,7 @@ def translate_os_errors(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def exclusive_lock(folder: str) -> Iterator[None]:
-    """Hold the folder's lock while the block runs; the kernel gives it back when the process dies.
+    """Hold the folder's lock while the block runs; the kernel releases it when the process dies.
 
     Raises:
         InUse: another process holds it.

@@ -1,8 +1,8 @@
 """Structured logs: console on a terminal, one JSON object a line otherwise. Event names are short and dotted.
 
-Whoever logs never waits for whoever reads: a standard error that is a full pipe would hold up an event loop, and with
-it the resume of paused VMs. So lines go through a bounded queue to a thread that writes them. What does not fit is
-dropped and counted, and the next line that is written is preceded by the count.
+Logging never waits for the reader of the log: a standard error that is a full pipe would block an event loop, and with
+it the resume of paused VMs. So lines go through a bounded queue to a thread that writes them. Lines that do not fit are
+dropped and counted, and the next line written is preceded by the count.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from typing import Literal
 import structlog
 import structlog.tracebacks
 
-_QUEUED = 2000  # lines, some 300 bytes each: what a minute of trouble says
-_FLUSH_S = 1.0  # s: at the end of the process; a reader that is there takes all of it within milliseconds
+_QUEUED = 2000  # lines, some 300 bytes each: as many as a minute of trouble logs
+_FLUSH_S = 1.0  # s: at the end of the process; a working reader takes all of it within milliseconds
 
 
 class _Writer(logging.Handler):
@@ -32,11 +32,11 @@ class _Writer(logging.Handler):
         self._out = out
 
     def createLock(self) -> None:  # noqa: N802 - as logging calls it
-        """No lock: one thread writes, and at exit logging would wait for it in the middle of a write."""
+        """No lock: one thread writes, and at exit the logging module would wait for the lock during a write."""
         self.lock = None
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Write one line; who closed the other end does not want it."""
+        """Write one line; if the other end is closed, it is discarded."""
         with suppress(OSError, ValueError):
             if not isinstance(self._out, int):
                 self._out.write(f"{record.getMessage()}\n")
@@ -52,26 +52,26 @@ class NonBlockingHandler(logging.handlers.QueueHandler):
 
     Args:
         out: a file descriptor, or a text stream.
-        room: lines that wait at most.
+        room: the most lines that wait.
     """
 
     def __init__(self, out: int | io.TextIOBase, *, room: int = _QUEUED) -> None:
         self._lines: queue.Queue[logging.LogRecord] = queue.Queue(room)
         super().__init__(self._lines)
         self.dropped = 0
-        """Lines that did not fit, ever."""
+        """Lines that did not fit, since the start."""
         self._listener = _Listener(self, self._lines, _Writer(out))
         self._listener.start()
 
     def enqueue(self, record: logging.LogRecord) -> None:
-        """Put it behind the others, or drop it."""
+        """Enqueue it, or drop it."""
         try:
             self._lines.put_nowait(record)
         except queue.Full:
             self.dropped += 1
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802, ARG002 - as logging calls it
-        """A line that cannot be made is dropped: the standard way would write to standard error, and wait."""
+        """A line that cannot be formatted is dropped: the default would write to standard error, and wait."""
         self.dropped += 1
 
     def flush(self, timeout_s: float = _FLUSH_S) -> None:
@@ -82,7 +82,7 @@ class NonBlockingHandler(logging.handlers.QueueHandler):
 
 
 class _Listener(logging.handlers.QueueListener):
-    """The thread that writes. A daemon: it may be in a write that never returns."""
+    """The thread that writes. A daemon thread: it may be in a write that never returns."""
 
     def __init__(
         self, source: NonBlockingHandler, lines: queue.Queue[logging.LogRecord], writer: _Writer
@@ -93,7 +93,7 @@ class _Listener(logging.handlers.QueueListener):
         self._counted = 0
 
     def handle(self, record: logging.LogRecord) -> None:
-        """Write it, and before it how many lines are missing."""
+        """Write it, preceded by the number of missing lines."""
         dropped, self._counted = self._source.dropped - self._counted, self._source.dropped
         if dropped:
             note = logging.LogRecord(
@@ -121,9 +121,9 @@ def flush_logs() -> None:
 
 def _stderr() -> int | io.TextIOBase:
     with suppress(OSError, ValueError):
-        # Our own: should somebody close the other one, its number is soon another file's, and a late line would be written there.
+        # A duplicate of our own: if the original is closed, its number is soon reused, and a late line would go to another file.
         return os.dup(sys.stderr.fileno())
-    return sys.stderr  # type: ignore[return-value]  # what a test has put there
+    return sys.stderr  # type: ignore[return-value]  # a replacement by a test
 
 
 def configure_logging(
@@ -134,7 +134,7 @@ def configure_logging(
     Call once, from ``__main__``. ``service`` is bound to every line.
     """
     console = style == "console" or (style == "auto" and sys.stderr.isatty())
-    # Without local variables: they are long, and some are not for a log.
+    # Without local variables: they are long, and some do not belong in a log.
     in_full = structlog.processors.ExceptionRenderer(
         structlog.tracebacks.ExceptionDictTransformer(show_locals=False)
     )

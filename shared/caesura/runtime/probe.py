@@ -1,7 +1,7 @@
 """``python -m caesura.runtime.probe http://127.0.0.1:9310/ready``: a health check where there is no curl.
 
-Standard library only, since it is started every few seconds. Says on one line what is wrong, for the log that
-a container engine keeps of its health checks.
+Standard library only, since it is started every few seconds. Prints on one line what is wrong, for the log of health checks that
+a container engine keeps.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ import urllib.parse
 from collections.abc import Sequence
 
 _ANSWER_S = 3.0
-"""s: all pings of a service are answered from memory, so one that needs longer is not well."""
+"""s: all pings of a service are answered from memory, so one that takes longer is not healthy."""
 
 
 def main(argv: Sequence[str]) -> int:
-    """Ask once. 0: ready; 1: not ready or no answer; 2: called wrongly."""
+    """Probe once. 0: ready; 1: not ready or no answer; 2: wrong usage."""
     connection = _connection(argv[0]) if len(argv) == 1 else None
     if connection is None:
         _say("usage: python -m caesura.runtime.probe http://HOST:PORT/ready")
@@ -38,7 +38,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _connection(address: str) -> http.client.HTTPConnection | None:
-    """Ready to ask, nothing sent yet; None if that is no address."""
+    """A connection with nothing sent yet; None if that is not an address."""
     try:
         url = urllib.parse.urlsplit(address)
         if url.scheme != "http" or not url.hostname:

@@ -1,6 +1,6 @@
-"""Processes found by a mark in their environment, and whether the kernel says that they stand still.
+"""Processes found by a mark in their environment, and whether the kernel reports them as stopped or frozen.
 
-For whoever must leave nothing behind: what outlives its parent on purpose (VMs, pause guards) still carries the
+For programs that must leave nothing behind: processes that outlive their parent on purpose (VMs, pause guards) still carry the
 mark. Sources: proc(5) for environ and stat, cgroups(7) for the freezers.
 """
 
@@ -17,21 +17,21 @@ from pathlib import Path
 from caesura.runtime.errors import CaesuraError
 
 CGROUP_PREFIX = "caesura-"
-"""What the host updater's cgroups begin with; no other one is ever removed."""
+"""The prefix of the host updater's cgroups; no other one is ever removed."""
 
 
 def cgroup_name(host: str, state_dir: Path) -> str:
     """The cgroup that holds the VMs of a host updater.
 
-    Two hosts of one name may share a machine in a demo: the state folder tells them apart.
+    In a demo, two hosts of one name may share a machine: the state folder distinguishes them.
     """
     digest = blake2b(str(state_dir.resolve()).encode(), digest_size=4).hexdigest()
     return f"{CGROUP_PREFIX}{host}-{digest}"
 
 
 def remove_cgroups(names: Collection[str]) -> None:
-    """Remove what is left of these cgroups, empty ones only: an updater killed while it started or stopped a VM
-    leaves a place without a process in it, which nothing else leads to."""
+    """Remove those of these cgroups that are left and empty: an updater killed while it started or stopped a VM
+    leaves a cgroup without a process, to which nothing else refers."""
     for mount in dict(_mounts()).values():
         for folder, _, _ in os.walk(mount, topdown=False):
             path = Path(folder)
@@ -45,7 +45,7 @@ class StillAlive(CaesuraError):
 
 
 async def kill_marked(mark: str, *, timeout_s: float = 15.0) -> None:
-    """Thaw and kill every process that carries ``mark``, until there is none, and remove the cgroups of ours
+    """Thaw and kill every process that carries ``mark``, until there is none, and remove our cgroups
     that this empties. A frozen process cannot die, hence the thaw.
 
     Raises:
@@ -62,11 +62,11 @@ async def kill_marked(mark: str, *, timeout_s: float = 15.0) -> None:
                 os.kill(pid, signal.SIGKILL)
         if loop.time() > end:
             raise StillAlive(f"processes could not be killed: {pids}")
-        await asyncio.sleep(0.05)  # the kernel tells nobody but the parent when a process is gone
+        await asyncio.sleep(0.05)  # the kernel notifies only the parent when a process is gone
     for folder in cgroups:
         for each in (folder, folder.parent):
             if any(part.startswith(CGROUP_PREFIX) for part in each.parts):
-                with suppress(OSError):  # still in use by somebody else: then it is not ours to remove
+                with suppress(OSError):  # still used by another process: then it must stay
                     each.rmdir()
 
 
@@ -82,7 +82,7 @@ def marked_processes(mark: str) -> Iterator[int]:
 
 
 def frozen_processes(mark: str) -> list[int]:
-    """Marked processes that stand still now, as the kernel says: stopped, or in a frozen cgroup."""
+    """Marked processes that the kernel reports as stopped, or in a frozen cgroup."""
     return [
         pid
         for pid in marked_processes(mark)
@@ -91,12 +91,12 @@ def frozen_processes(mark: str) -> list[int]:
 
 
 def is_frozen(pid: int) -> bool:
-    """Whether the kernel says that this process stands still."""
+    """Whether the kernel reports this process as stopped or frozen."""
     return is_stopped(pid) or any(reads_frozen(path) for path in freezers(pid))
 
 
 def thaw(pid: int) -> None:
-    """Let a process run again, however it was frozen."""
+    """Make a process run again, however it was frozen."""
     for path in freezers(pid):
         with suppress(OSError):
             path.write_text("THAWED" if path.name == "freezer.state" else "0")
@@ -114,7 +114,7 @@ def is_stopped(pid: int) -> bool:
 
 
 def reads_frozen(path: Path) -> bool:
-    """Whether a file of ``freezers`` says frozen, be it by itself or by its parents."""
+    """Whether a file of ``freezers`` says frozen, by itself or through a parent cgroup."""
     try:
         if path.name == "freezer.state":
             return path.read_text().strip() != "THAWED"
@@ -131,7 +131,7 @@ def freezers(pid: int) -> Sequence[Path]:
         for line in Path(f"/proc/{pid}/cgroup").read_text().splitlines():
             _, controllers, path = line.split(":", 2)
             if path == "/":
-                continue  # the root is nobody's to freeze
+                continue  # the root cgroup cannot be frozen
             if controllers == "" and "cgroup2" in mounts:
                 found.append(Path(mounts["cgroup2"] + path) / "cgroup.freeze")
             if "freezer" in controllers.split(",") and "freezer" in mounts:

@@ -1,4 +1,4 @@
-"""What somebody else can cause at will is logged now and then, with a count of what was left out. Pure but for its clock."""
+"""Rate limit for log lines that others can cause at will: one now and then, with a count of those left out. Pure except for its clock."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from collections import OrderedDict
 from collections.abc import Callable
 
 EVERY_S = 10.0
-_KEYS = 1024  # whoever can make up keys gets no more memory than this
+_KEYS = 1024  # bounds the memory that a sender with invented keys can use
 
 CUT = 200
-"""Characters of a foreign text in a log line."""
+"""Characters kept of a text from others in a log line."""
 
 
 class Sampler:
-    """Says of each key when a line is due again.
+    """Decides for each key when a line is due again.
 
     Args:
         every_s: seconds between two lines of one key.
@@ -27,7 +27,7 @@ class Sampler:
         self._seen: OrderedDict[str, tuple[float, int]] = OrderedDict()
 
     def due(self, key: str) -> int | None:
-        """None: no line now. Else how many were left out since the last line of this key."""
+        """None: no line now. Otherwise how many were left out since the last line of this key."""
         now = self._now()
         said_at, left_out = self._seen.get(key, (float("-inf"), 0))
         if now - said_at < self._every_s:
@@ -41,5 +41,5 @@ class Sampler:
 
 
 def cut(text: str) -> str:
-    """A foreign text for a log line."""
+    """Text from others, shortened for a log line."""
     return text if len(text) <= CUT else text[: CUT - 1] + "…"

@@ -1,8 +1,8 @@
 """One ``serve()`` for every service: eternal tasks in a TaskGroup, an ordered shutdown, two signals.
 
 The first SIGTERM or SIGINT drains (stop intake, finish or undo work, say offline, disconnect) under a
-deadline; the default handlers are put back then, so a second signal kills. A task that should be eternal
-and returns is a failure.
+deadline; the default handlers are then restored, so a second signal kills. An eternal task that
+returns is a failure.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _log = structlog.get_logger("caesura.serve")
 
 
 class TaskEnded(CaesuraError):
-    """A task that should run for ever has finished unexpectedly."""
+    """A task that should run indefinitely has finished unexpectedly."""
 
 
 async def serve(
@@ -32,7 +32,7 @@ async def serve(
 
     Args:
         tasks: name to a function that starts the eternal task.
-        drain: finishes or undoes work in flight; called also when a task failed, before the failure is raised.
+        drain: finishes or undoes work in flight; also called when a task failed, before the failure is raised.
         drain_timeout_s: seconds that ``drain`` may take; a host updater's must exceed the pause budget.
 
     Raises:

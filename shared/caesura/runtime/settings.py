@@ -1,8 +1,8 @@
-"""Settings from the environment: read once, checked whole, printed without secrets.
+"""Settings from the environment: read once, checked completely, printed without secrets.
 
 Each service has one frozen struct and one prefix, ``CAESURA_<SERVICE>_``. A variable with that prefix that
 names no setting is an error (a misspelt variable must not be a silent default), and so is one that starts with
-``CAESURA_`` and is nobody's. A secret is given as a file, ``..._FILE``, and never printed.
+``CAESURA_`` and belongs to no service. A secret is given as a file, ``..._FILE``, and never printed.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from caesura.runtime.env import PREFIX, RESERVED, unknown_variables
 from caesura.runtime.errors import ConfigError
 from caesura.runtime.validation_errors import describe_error
 
-_SECRET_BYTES = 4096  # a line; a device or another file of any size is none
+_SECRET_BYTES = 4096  # a secret is one line; this bounds the read of a device or a huge file
 
 
 class SettingsError(ConfigError):
-    """The environment does not make a valid configuration; the text names the variables."""
+    """The environment is not a valid configuration; the text names the variables."""
 
 
 class Secret:
-    """A value that never shows itself: not in logs, not in ``--print-config``, not in a traceback."""
+    """A value that is never shown: not in logs, not in ``--print-config``, not in a traceback."""
 
     __slots__ = ("_value",)
 
@@ -38,7 +38,7 @@ class Secret:
         self._value = value
 
     def reveal(self) -> str:
-        """The secret itself; call this only where it is used."""
+        """The secret itself; call this only at the point of use."""
         return self._value
 
     def __bool__(self) -> bool:
@@ -49,7 +49,7 @@ class Secret:
 
 
 class ServiceSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What every service that is on the bus needs to know."""
+    """The settings that every service on the bus has."""
 
     fleet: Annotated[
         str,
@@ -105,7 +105,7 @@ def read_settings(settings: type[S], prefix: str, environ: Mapping[str, str]) ->
     """Build ``settings`` from the variables that start with ``prefix``.
 
     Raises:
-        SettingsError: naming every unknown variable (also one that is no service's, with the nearest known one), every missing one, and
+        SettingsError: naming every unknown variable (also one that belongs to no service, with the nearest known one), every missing one, and
             the value that does not fit.
     """
     fields = {variable_name(prefix, field): field for field in msgspec.structs.fields(settings)}
@@ -161,7 +161,7 @@ def describe_settings(settings: type[msgspec.Struct], prefix: str) -> list[tuple
     """(variable, default, description) of every setting, for ``--help`` and the generated reference."""
     rows = []
     for field in msgspec.structs.fields(settings):
-        # The last one: a setting's own words stand after those of the type that it is made of.
+        # The last one: a setting's own description comes after that of its type.
         said = [
             each.description
             for each in typing.get_args(field.type)
@@ -197,22 +197,22 @@ def _unknown(name: str, known: list[str]) -> str:
 
 
 def _stranger(name: str, prefix: str, known: list[str]) -> str:
-    """As ``_unknown``, for a variable that is no service's: most likely the prefix is wrong."""
+    """As ``_unknown``, for a variable that belongs to no service: most likely the prefix is wrong."""
     whole = prefix + name.removeprefix(PREFIX)
     if whole in known:
         return f"unknown setting {name}, did you mean {whole}?"
     rests = {
         each.removeprefix(PREFIX): each for each in (*known, *RESERVED)
-    }  # what they share makes all look alike
+    }  # their common part would make all look alike
     near = difflib.get_close_matches(name.removeprefix(PREFIX), rests, n=1, cutoff=0.8)
     hint = f"did you mean {rests[near[0]]}?" if near else f"no service has it; {PREFIX}* is for Caesura's own"
     return f"unknown setting {name}, {hint}"
 
 
 def _read_secret(name: str, path: str) -> Secret:
-    """What the file of a secret holds: one line, for its owner (and perhaps a group) alone.
+    """The content of a secret's file: one line, in a file that only its owner (and perhaps a group) can read.
 
-    Neither the content nor, where that may be the secret itself, the name is in any error.
+    No error contains the content or, where that may be the secret itself, the name.
     """
     shown = f" {path!r}" if _is_path(path) else " that it names"
     try:
@@ -220,7 +220,7 @@ def _read_secret(name: str, path: str) -> Secret:
             mode = os.fstat(file.fileno()).st_mode
             content = file.read(_SECRET_BYTES + 1)
     except (OSError, ValueError) as error:
-        why = getattr(error, "strerror", None) or "no file has such a name"
+        why = getattr(error, "strerror", None) or "not a valid file name"
         raise SettingsError(
             f"{name}: cannot read the file{shown}: {why} (it is the name of a file with the secret, not the secret)"
         ) from None
@@ -242,7 +242,7 @@ def _read_secret(name: str, path: str) -> Secret:
 
 
 def _is_path(text: str) -> bool:
-    """Whether this can be shown: the name of something in a folder that is there, and hardly a password."""
+    """Whether this can be shown: the name of something in an existing folder, so hardly a password."""
     path = Path(text)
     try:
         return path.is_absolute() and path.parent != Path("/") and path.parent.is_dir()
@@ -262,7 +262,7 @@ def _plain(text: str, wanted: Any) -> Any:
 
 
 def _single(field: msgspec.structs.FieldInfo) -> type[msgspec.Struct]:
-    # One-field struct: converting field by field lets the error name the variable at fault.
+    # One-field struct: converting field by field lets the error name the faulty variable.
     return msgspec.defstruct("Setting", [(field.name, field.type)])
 
 

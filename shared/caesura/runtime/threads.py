@@ -1,6 +1,6 @@
 """Work that may wait for a disk, the kernel or a program, in a thread of its own.
 
-Not ``asyncio.to_thread``: its pool has a few threads, and some that hang would take it from the resume of other VMs,
+Not ``asyncio.to_thread``: its pool has a few threads, and a few that hang would take them away from the resume of other VMs,
 and keep the service from ending. These threads are daemons, and nobody waits for one that hangs.
 """
 
@@ -20,7 +20,7 @@ _log = structlog.get_logger("caesura.runtime.threads")
 
 
 async def in_thread(name: str, work: Callable[[], T]) -> T:
-    """What ``work`` returns or raises. Cancelled, it leaves the thread to itself.
+    """What ``work`` returns or raises. When cancelled, it abandons the thread.
 
     ``name``: of the thread, for people.
     """
@@ -31,9 +31,9 @@ async def in_thread(name: str, work: Callable[[], T]) -> T:
 
 
 async def in_thread_to_its_end(name: str, work: Callable[[threading.Event], T]) -> T:
-    """As ``in_thread``, for work that must not continue in the background: cancelled, it is asked to end and waited for.
+    """As ``in_thread``, for work that must not continue in the background: when cancelled, it requests its end and waits for it.
 
-    ``work`` is given the event that asks it to end, and looks at it before everything that cannot be undone.
+    ``work`` receives the event that requests its end, and checks it before every step that cannot be undone.
     """
     stop = threading.Event()
     running = asyncio.ensure_future(in_thread(name, lambda: work(stop)))
@@ -43,12 +43,12 @@ async def in_thread_to_its_end(name: str, work: Callable[[threading.Event], T]) 
         stop.set()
         await asyncio.wait([running])
         if not running.cancelled():
-            running.exception()  # taken note of
+            running.exception()  # mark it as retrieved
         raise
 
 
 class Worker:
-    """One thread that does one thing after the other, in the order in which they were asked for.
+    """One thread that runs its work items one by one, in the order in which they were posted.
 
     Unlike a pool's, its thread is a daemon: one that hangs does not keep the service from ending.
 
@@ -62,21 +62,21 @@ class Worker:
         self._thread: threading.Thread | None = None
 
     def post(self, work: Callable[[], None]) -> None:
-        """Do ``work`` some time soon; what it raises is logged."""
+        """Run ``work`` later; an exception is logged."""
         if self._thread is None:
             self._thread = threading.Thread(target=self._work, name=self._name, daemon=True)
             self._thread.start()
         self._jobs.put(work)
 
     async def do(self, work: Callable[[], T]) -> T:
-        """What ``work`` returns or raises, after everything that was posted before. Cancelled, it is done all the same."""
+        """What ``work`` returns or raises, after everything that was posted before. When the caller is cancelled, it is done anyway."""
         loop = asyncio.get_running_loop()
         done: asyncio.Future[T] = loop.create_future()
         self.post(lambda: _report(loop, done, work))
         return await done
 
     async def close(self, patience_s: float) -> bool:
-        """Finish what was asked for and end the thread; false: it hangs, and is left to itself after that time."""
+        """Finish the posted work and end the thread; false: it hangs, and is abandoned after that time."""
         if self._thread is None:
             return True
         finished = True
@@ -89,7 +89,7 @@ class Worker:
         return finished
 
     def end(self) -> None:
-        """Have the thread end after what was asked for, without a wait; what is asked for later is done by another one."""
+        """Make the thread end after the posted work, without waiting; later work is done by another thread."""
         if self._thread is not None:
             self._jobs.put(None)
             self._thread = None
@@ -105,7 +105,7 @@ class Worker:
 
 
 def _report(loop: asyncio.AbstractEventLoop, done: asyncio.Future[T], work: Callable[[], T]) -> None:
-    """Do ``work`` in a thread and settle ``done`` in its loop."""
+    """Run ``work`` in a thread and settle ``done`` in its loop."""
 
     def settle(result: T | None, error: BaseException | None) -> None:
         if done.done():
@@ -121,5 +121,5 @@ def _report(loop: asyncio.AbstractEventLoop, done: asyncio.Future[T], work: Call
         result = work()
     except BaseException as error:  # noqa: BLE001 - it is raised where it is awaited
         failed = error
-    with suppress(RuntimeError):  # the loop was closed: nobody waits
+    with suppress(RuntimeError):  # the loop was closed: there is no waiter
         loop.call_soon_threadsafe(settle, result, failed)

@@ -1,4 +1,4 @@
-"""What could have been written in the place of a word that is none of the allowed ones: msgspec does not say it."""
+"""The allowed words for a value that is not one of them: msgspec does not list them."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import msgspec
 from msgspec import inspect
 
 _STEP = re.compile(r"\.(\w+)|\[")
-"""One step of the path in an error: a key, or an element, be it numbered or not."""
+"""One step of the path in an error: a key, or an element, numbered or not."""
 
 
 def describe_error(error: msgspec.ValidationError, wanted: Any) -> str:
-    """The error's text; where ``wanted`` allows certain words only, these are named before the place.
+    """The error's text; if ``wanted`` allows only certain words, these are listed before the location.
 
     Args:
         error: what ``msgspec.convert`` to ``wanted`` raised.
@@ -31,7 +31,7 @@ def describe_error(error: msgspec.ValidationError, wanted: Any) -> str:
 
 
 def _allowed(kind: inspect.Type, steps: list[str]) -> Iterator[tuple[object, ...]]:
-    """The words that are allowed ``steps`` below a type; nothing if it has no such place."""
+    """The words that are allowed ``steps`` below a type; empty if there is no such location."""
     if isinstance(kind, inspect.Metadata):
         yield from _allowed(kind.type, steps)
     elif isinstance(kind, inspect.UnionType):

@@ -1,8 +1,8 @@
-"""What others wrote, shown to a person without doing anything.
+"""Text from others, shown to a person without side effects.
 
 A text may hold control characters, which move a cursor or change colours and titles (C0 and C1, ECMA-48), and
-characters that turn the direction of reading round (Unicode standard annex 9), behind which a text looks like another.
-All of them are shown by their number.
+characters that reverse the direction of reading (Unicode standard annex 9), which make a text look like another.
+All of them are shown by their code point.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ _JSON_TABLE = {code: text for code, text in _TABLE.items() if code < 0x10000} | 
 
 
 def visible(text: str) -> str:
-    """The text, with whatever would do something to a terminal shown by its number."""
+    """The text, with everything that would affect a terminal shown by its code point."""
     return text.translate(_TABLE)
 
 
 def visible_json(encoded: bytes) -> str:
-    """The same of a JSON document: it stays one, and says the same."""
+    """The same for a JSON document: it remains valid and equivalent."""
     return encoded.decode().translate(_JSON_TABLE)

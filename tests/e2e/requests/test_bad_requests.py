@@ -146,7 +146,7 @@ async def _caesura(pair: Any, *words: str) -> tuple[int, str, str]:
 
 async def test_the_command_says_what_is_wrong_and_exits_with_its_code(pair: Any) -> None:
     code, _, err = await _caesura(pair, "roll", "patch", "--all", "--notice", "0s")
-    assert (code, "'--notice': it must be longer than nothing" in err) == (2, True), err
+    assert (code, "'--notice': it must be longer than zero" in err) == (2, True), err
     code, _, err = await _caesura(pair, "roll", "patch", "--all", "--budget", "31s")
     assert (code, "'--budget': 31s is too long: at most 30s" in err) == (2, True), err
     code, _, err = await _caesura(pair, "roll", "pach", "--all")

@@ -408,7 +408,7 @@ def test_a_vm_of_which_nothing_can_be_shown_is_refused_by_name_before_another_pr
     assert "CAESURA_VM_AGENT_CANARY_BYTES" in reason
     assert ("its RAM is private" in reason) is (proofs is not None)
     assert ("update the host updater" in reason) is (proofs is None)
-    assert ("not rebooted is no proof" in reason) is (proofs is AGENT_ONLY)
+    assert ("not rebooted is not a proof" in reason) is (proofs is AGENT_ONLY)
     assert not _plan(one, on_unproven="proceed").refusals
 
 

@@ -299,7 +299,7 @@ async def test_a_store_without_an_epoch_left_says_so_and_there_is_a_way_back(
         (ended,) = (task for task in made.running if task.done())  # type: ignore[attr-defined]
         assert isinstance(ended.exception(), NoEpochLeft)
         assert "An epoch that nobody claimed" in str(ended.exception())
-        with pytest.raises(StateFolderUnusable, match=r"holds no coordinator\.sqlite"):
+        with pytest.raises(StateFolderUnusable, match=r"does not contain coordinator\.sqlite"):
             forget_epoch(world.folder)
     (world.folder / "c.sqlite").rename(world.folder / "coordinator.sqlite")
     with exclusive_lock(str(world.folder)), pytest.raises(InUse):
@@ -813,7 +813,7 @@ async def test_abort_without_a_name_says_which_there_are(
             )
             assert (await world.ask(request)).accepted
         answer = await world.ask(m.AbortRequested(request="2"))
-        assert "say which" in answer.reason
+        assert "name one" in answer.reason
         assert all(name in answer.reason for name in one.book.rollouts)
 
 

@@ -103,9 +103,9 @@ def test_the_options_become_limits() -> None:
     ("words", "why"),
     [
         (["--canary", "0"], "at least 1"),
-        (["--canary", "a/b"], "is no name"),
+        (["--canary", "a/b"], "is not a name"),
         (["--max-hosts", "0"], "x>=1"),
-        (["--exclude-vm", "a b"], "is no name"),
+        (["--exclude-vm", "a b"], "is not a name"),
     ],
 )
 def test_a_limit_that_says_nothing_is_bad_usage(words: list[str], why: str) -> None:

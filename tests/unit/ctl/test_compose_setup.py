@@ -246,7 +246,7 @@ async def _connects(bus: Any) -> bool:
 # -- one rollout after another --
 
 _LAYOUT_HOSTS = tuple(each.name for each in _HOSTS)
-_AWAY = "cannot go on: host-2 is offline"
+_AWAY = "cannot continue: host-2 is offline"
 _AWAY_CODES = ("host_offline",)
 
 

@@ -65,7 +65,7 @@ def test_durations(text: str, seconds: float) -> None:
 
 @pytest.mark.parametrize("text", ["", "s", "-1s", "9x", "1s1m", "nine", "1e3"])
 def test_what_is_no_duration(text: str) -> None:
-    with pytest.raises(ValueError, match="is no duration"):
+    with pytest.raises(ValueError, match="is not a duration"):
         parse_duration(text)
 
 
@@ -317,13 +317,13 @@ def test_every_command_has_help_with_examples_and_exit_codes(name: str) -> None:
 @pytest.mark.parametrize(
     ("words", "error"),
     [
-        (["freeze", "--vm", "w", "--for", "soon"], "is no duration"),
+        (["freeze", "--vm", "w", "--for", "soon"], "is not a duration"),
         (["freeze", "--for", "9s"], "say where to freeze"),
         (["freeze", "--vm", "w", "--for", "30s"], "leaves nothing of the pause budget"),
         (["roll"], "Missing argument 'UPDATE'"),
         (["tail", "--type", "caesura.nothing.v1"], "is none of"),
         (["demo", "--budget", "31s"], "at most 30s"),
-        (["demo", "--notice", "0s"], "longer than nothing"),
+        (["demo", "--notice", "0s"], "longer than zero"),
         (["acl", "hots:host-1"], "'hots' is none of"),
         (["acl", "host"], "host:NAME"),
         (["acl", "vm:a.b"], "A-Z"),
@@ -335,18 +335,18 @@ def test_every_command_has_help_with_examples_and_exit_codes(name: str) -> None:
         (["acl", "metadata:m:a=web"], "metadata:NAME[:VM"),
         (["history", "--limit", "0"], "not in the range"),
         (["roll", "u", "--budget", "31s"], "'--budget': 31s is too long: at most 30s"),
-        (["roll", "u", "--budget", "0s"], "'--budget': it must be longer than nothing"),
-        (["plan", "u", "--notice", "0s"], "'--notice': it must be longer than nothing"),
-        (["plan", "u", "--clock-bound", "0s"], "'--clock-bound': it must be longer than nothing"),
-        (["plan", "u", "--verify-timeout", "0s"], "'--verify-timeout': it must be longer than nothing"),
-        (["freeze", "--vm", "w", "--for", "0s"], "'--for': it must be longer than nothing"),
+        (["roll", "u", "--budget", "0s"], "'--budget': it must be longer than zero"),
+        (["plan", "u", "--notice", "0s"], "'--notice': it must be longer than zero"),
+        (["plan", "u", "--clock-bound", "0s"], "'--clock-bound': it must be longer than zero"),
+        (["plan", "u", "--verify-timeout", "0s"], "'--verify-timeout': it must be longer than zero"),
+        (["freeze", "--vm", "w", "--for", "0s"], "'--for': it must be longer than zero"),
         (["freeze", "--vm", "w", "--for", "31s"], "'--for': 31s is too long: at most 30s"),
-        (["plan", "a/b"], "'UPDATE': 'a/b' is no name: letters, digits, _ and -, 1 to 63 of them"),
-        (["plan", "u", "--set", "a b"], "'--set': 'a b' is no name"),
-        (["plan", "u", "--set", "(a b)"], "'--set': '(a b)' is no name"),
-        (["plan", "u", "--host", "a.b"], "'--host': 'a.b' is no name"),
-        (["freeze", "--vm", "", "--for", "1s"], "'--vm': '' is no name"),
-        (["tail", "--set", "a b"], "'--set': 'a b' is no name"),
+        (["plan", "a/b"], "'UPDATE': 'a/b' is not a name: letters, digits, _ and -, 1 to 63 of them"),
+        (["plan", "u", "--set", "a b"], "'--set': 'a b' is not a name"),
+        (["plan", "u", "--set", "(a b)"], "'--set': '(a b)' is not a name"),
+        (["plan", "u", "--host", "a.b"], "'--host': 'a.b' is not a name"),
+        (["freeze", "--vm", "", "--for", "1s"], "'--vm': '' is not a name"),
+        (["tail", "--set", "a b"], "'--set': 'a b' is not a name"),
         (["abort", "r" * 65], "ROLLOUT: at most 64 characters, of A-Z a-z 0-9 _ -\n"),
         (["abort", "../r"], "ROLLOUT: at most 64 characters, of A-Z a-z 0-9 _ -\n"),
         (["abort", "--reason", "r" * 4097], "--reason: at most 4096 characters"),
@@ -361,7 +361,7 @@ def test_every_command_has_help_with_examples_and_exit_codes(name: str) -> None:
         (["demo", "--budget", "0.5s"], "--budget 0.5s leaves no time for an update"),
         (["demo", "--dir", "."], "--dir: . exists already"),
         (["demo", "--dir", __file__], "exists already"),
-        (["demo", "--dir", "/proc/none/such"], "--dir: /proc/none/such cannot be made: "),
+        (["demo", "--dir", "/proc/none/such"], "--dir: /proc/none/such cannot be created: "),
     ],
 )
 def test_bad_usage_is_said_with_exit_code_2(
@@ -427,7 +427,7 @@ def test_a_host_is_bound_to_its_vms_where_they_are_and_one_that_is_not_is_named(
 
 
 def test_brackets_around_no_name_are_refused() -> None:
-    with pytest.raises(click.BadParameter, match="is no name"):
+    with pytest.raises(click.BadParameter, match="is not a name"):
         SET_NAME.convert("()", None, None)
 
 

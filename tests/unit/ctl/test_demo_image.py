@@ -44,7 +44,7 @@ async def test_progress_is_passed_on_and_the_answer_read() -> None:
             "no apt here",
         ),
         ("import sys; sys.exit(3)", "exit code 3"),
-        ("print('nonsense')", "not understood"),
+        ("print('nonsense')", "its manifest cannot be read"),
     ],
 )
 async def test_a_build_that_fails_says_why(code: str, words: str) -> None:

@@ -125,7 +125,7 @@ def test_a_host_is_named_only_while_a_pause_of_it_is_open_with_its_own_budget() 
     assert samples(fleet, "caesura_host_pause_open_seconds", 15.0) == {ON_HOST: 5.0, far: 3.0}
     assert samples(fleet, "caesura_host_pause_budget_seconds", 15.0) == {ON_HOST: 8.0, far: 20.0}
     assert samples(fleet, "caesura_pause_open_seconds", 15.0) == {WEB: 5.0}
-    assert samples(fleet, "caesura_pause_budget_seconds", 15.0) == {WEB: 20.0}, "what was said last"
+    assert samples(fleet, "caesura_pause_budget_seconds", 15.0) == {WEB: 20.0}, "the most recent one"
     fold((16.0, resumed("web-1", 6)), fleet=fleet)
     assert samples(fleet, "caesura_host_pause_open_seconds", 17.0) == {far: 5.0}
     fleet.forget_host("host-9")

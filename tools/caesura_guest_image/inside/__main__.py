@@ -11,7 +11,7 @@ NAMES = ("clock", "heartbeat", "memory", "disk", "tcp", "approve")
 
 
 def main() -> int:
-    """Fork the workloads; ends with the first of them that ends, which none should."""
+    """Fork the workloads; ends when one of them ends, which should not happen."""
     names = sys.argv[1].split(",")
     unknown = [name for name in names if name not in NAMES]
     if unknown:
@@ -33,7 +33,7 @@ def _start(name: str, parameters: Parameters) -> int:
     if pid:
         return pid
     try:
-        # Not importlib: it takes longer to import than everything here.
+        # Not importlib: importing it takes longer than everything here.
         __import__(f"{__package__}.{name}")
         sys.modules[f"{__package__}.{name}"].run(parameters)
     except BaseException:  # noqa: BLE001 - the child's end of the line: said on the console

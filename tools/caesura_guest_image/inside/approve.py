@@ -19,7 +19,7 @@ _POLL_S = 1.0
 
 
 class Approver:
-    """What was seen and approved. HTTP/1.0 by hand: http.client takes a second to import under TCG."""
+    """The events seen and approved. HTTP/1.0 by hand: http.client takes a second to import under TCG."""
 
     def __init__(self, vm: str, url: str) -> None:
         rest = url.removeprefix("http://")
@@ -32,7 +32,7 @@ class Approver:
         self.last_error = ""
 
     def poll(self) -> None:
-        """Ask; approve what is scheduled for this VM."""
+        """Poll; approve the events scheduled for this VM."""
         self.polls += 1
         try:
             for event in json.loads(self._request("GET"))["Events"]:
@@ -69,7 +69,7 @@ class Approver:
 
 
 def run(parameters: Parameters) -> None:
-    """Poll and answer for ever."""
+    """Poll and answer indefinitely."""
     approver = Approver(os.environ.get("CAESURA_VM_AGENT_VM", ""), parameters["url"])
     desk = Desk(PORT, {b"status": approver.status})
     while True:

@@ -18,7 +18,7 @@ _TRIES = 4
 
 
 def offset_ns() -> int:
-    """CLOCK_REALTIME minus CLOCK_MONOTONIC: what a step must change by exactly so much."""
+    """CLOCK_REALTIME minus CLOCK_MONOTONIC, which a step must change by exactly its size."""
     tries = []
     for _ in range(5):
         before = time.monotonic_ns()
@@ -31,8 +31,8 @@ def offset_ns() -> int:
 def step(by_ns: int) -> None:
     """Move the clock. Raises OSError.
 
-    adjtimex(2) would be exact at once but needs ctypes, which is RAM in every guest. Setting an absolute time loses
-    what passes between reading and setting (0.4 ms the first time, under TCG): so it is measured, and mended.
+    adjtimex(2) would be exact at once but needs ctypes, which takes RAM in every guest. Setting an absolute time loses
+    the time between reading and setting (0.4 ms the first time, under TCG): so it is measured, and corrected.
     """
     wanted = offset_ns() + by_ns
     for _ in range(_TRIES):
@@ -43,8 +43,8 @@ def step(by_ns: int) -> None:
 
 
 def run(_: Parameters) -> None:
-    """Answer for ever."""
-    for path in (DONE, ASK):  # in this order: who finds the second also finds the first
+    """Answer requests indefinitely."""
+    for path in (DONE, ASK):  # in this order: a client that finds the second also finds the first
         if not os.path.exists(path):  # noqa: PTH110 - start-up time
             os.mkfifo(path, 0o600)
     # Opened for both directions: neither side has to wait for the other to open, and there is no end of file.

@@ -20,26 +20,26 @@ BLOCK = 4096
 
 
 def make_block(number: int, sequence: int) -> bytes:
-    """What stands in a block: who it is, which write it was, a body that follows from both, and a CRC-32."""
+    """The content of a block: its number, the number of the write, a body derived from both, and a CRC-32."""
     head = b"caesura %8d %16d " % (number, sequence)
     body = (head * (BLOCK // len(head) + 1))[: BLOCK - 4]
     return body + zlib.crc32(body).to_bytes(4, "little")
 
 
 class Disk:
-    """The blocks and what was written to each last."""
+    """The blocks and the last write to each."""
 
     def __init__(self, path: str, blocks: int) -> None:
         self.blocks = blocks
         self._file = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         self._direct = os.open(path, os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
-        self._buffer = mmap.mmap(-1, BLOCK)  # O_DIRECT wants an aligned buffer
+        self._buffer = mmap.mmap(-1, BLOCK)  # O_DIRECT requires an aligned buffer
         self.sequence = 0
         self._last = [0] * blocks
         self.longest_s = 0.0
 
     def write(self) -> None:
-        """One more block, on the disk when this returns."""
+        """Write one more block, which is on disk when this returns."""
         self.sequence += 1
         number = self.sequence % self.blocks
         started = time.monotonic()
@@ -49,7 +49,7 @@ class Disk:
         self.longest_s = max(self.longest_s, time.monotonic() - started)
 
     def first_bad(self) -> int | None:
-        """Number of the first block that is not as it was written last."""
+        """Number of the first block whose content differs from its last write."""
         for number, sequence in enumerate(self._last):
             if not sequence:
                 continue
@@ -60,7 +60,7 @@ class Disk:
 
 
 def run(parameters: Parameters) -> None:
-    """Write and answer for ever."""
+    """Write and answer requests indefinitely."""
     disk = Disk(DEVICE, int(parameters.get("disk_blocks", "256")))
     pause_s = float(parameters.get("disk_ms", "2")) / 1000
 

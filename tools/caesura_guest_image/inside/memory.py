@@ -5,9 +5,9 @@
 per second. On port ``org.caesura.memory.0`` the request ``verify`` compares every byte, ``status`` does not;
 ``swap-byte`` damages one byte, so that a test can see that it is found.
 
-The pattern is a random block, repeated. Its length is 8 bytes times an odd number, so that it begins at another
-place in every page and no two pages of the region are alike: pages that changed places are found too.
-Every byte is compared, by a loop of ours over 64-bit words: under TCG it does 1.0 to 1.8 GB/s where memcmp(3), which
+The pattern is a random block, repeated. Its length is 8 bytes times an odd number, so that it begins at a different
+offset in every page and no two pages of the region are alike: swapped pages are found, too.
+Every byte is compared, by our own loop over 64-bit words: under TCG it does 1.0 to 1.8 GB/s where memcmp(3), which
 uses vector instructions that TCG emulates one by one, does 0.4 to 0.8.
 """
 
@@ -47,7 +47,7 @@ _COMPARE = (
 
 
 def period(size: int) -> int:
-    """Bytes of the block: 8 times an odd number, with a place of its own in it for each page of ``size``."""
+    """Bytes of the block: 8 times an odd number, with a distinct offset for each page of ``size``."""
     return 8 * ((size // PAGE) | 1) if size > PAGE else 8 * 513
 
 
@@ -65,7 +65,7 @@ class Region:
             ctypes.memmove(self._start + offset, self._block, min(len(self._block), size - offset))
 
     def first_difference(self) -> int | None:
-        """Offset of the first byte that is not as the pattern has it."""
+        """Offset of the first byte that differs from the pattern."""
         length = len(self._block)
         for offset in range(0, self.size, length):
             count = min(length, self.size - offset)
@@ -85,7 +85,7 @@ class Region:
 
 
 class HotRegion:
-    """Memory that is rewritten step by step, each step with another cut of the pattern, and can be compared too."""
+    """Memory that is rewritten step by step, each step with a different part of the pattern, and that can be compared, too."""
 
     def __init__(self, size: int, seed: int) -> None:
         self.steps = size // _STEP
@@ -101,14 +101,14 @@ class HotRegion:
         return self._block[start : start + _STEP]
 
     def write(self) -> None:
-        """One more step."""
+        """Rewrite one more step."""
         step = self.written % self.steps
         self._cut[step] = self.written
         self._map[step * _STEP : (step + 1) * _STEP] = self._expected(self.written)
         self.written += 1
 
     def first_difference(self) -> int | None:
-        """Offset of the first step that is not as it was written last."""
+        """Offset of the first step whose content differs from its last write."""
         for step, cut in enumerate(self._cut):
             if self._map[step * _STEP : (step + 1) * _STEP] != self._expected(cut):
                 return step * _STEP
@@ -137,7 +137,7 @@ def _meminfo() -> dict[str, int]:
 
 
 def run(parameters: Parameters) -> None:
-    """Fill, then dirty and answer for ever."""
+    """Fill, then dirty and answer requests indefinitely."""
     begun = time.monotonic()
     hot_size = int(parameters.get("dirty_mib", "0")) * MIB
     facts = _meminfo()

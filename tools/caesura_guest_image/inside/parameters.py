@@ -6,7 +6,7 @@ Parameters = dict[str, str]
 
 
 def read_parameters(command_line: str) -> Parameters:
-    """All of them; the last of a name counts."""
+    """All parameters; the last one of a name counts."""
     found: Parameters = {}
     for word in command_line.split():
         name, equals, value = word.partition("=")

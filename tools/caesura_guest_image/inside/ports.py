@@ -1,4 +1,4 @@
-"""Virtio-serial ports by name, and answering requests that come in on one. There is no udev in the guest."""
+"""Virtio-serial ports by name, and answering requests that arrive on one. There is no udev in the guest."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from collections.abc import Callable, Mapping
 _CLASS = "/sys/class/virtio-ports"
 _FIND_S = 10.0
 _HANG_UP_S = 0.02
-"""s: while nobody is connected on the host's side, poll() returns at once with POLLHUP: look again after this."""
+"""s: while nobody is connected on the host's side, poll() returns at once with POLLHUP: try again after this."""
 
 
 def find_port(name: str) -> str:
-    """The device of a port, waiting for it a little: ports appear some time after their driver.
+    """The device of a port, with a short wait: ports appear some time after their driver.
 
     Raises:
         LookupError: the VM has no such port.
@@ -51,7 +51,7 @@ Answer = Callable[[], bytes]
 
 
 class Desk:
-    """Answers requests, one word a line, on a port of its own."""
+    """Answers requests, one word per line, on a port of its own."""
 
     def __init__(self, name: str, answers: Mapping[bytes, Answer]) -> None:
         self._port = open_port(name)
@@ -61,12 +61,12 @@ class Desk:
         self._rest = b""
 
     def attend(self, until: float) -> None:
-        """Answer what comes in until that instant of CLOCK_MONOTONIC; looks at least once."""
+        """Answer requests until that instant of CLOCK_MONOTONIC; polls at least once."""
         while True:
             left = until - time.monotonic()
             events = self._poll.poll(max(0, left) * 1000)
             if events and not events[0][1] & select.POLLIN:
-                self._rest = b""  # what was half said belongs to a connection that is gone
+                self._rest = b""  # a partial request belongs to a closed connection
                 if left <= 0:
                     return
                 time.sleep(min(left, _HANG_UP_S))
@@ -86,7 +86,7 @@ class Desk:
             self._say((answer() if answer else b'{"error":"no such request"}') + b"\n")
 
     def _say(self, line: bytes) -> None:
-        # The host asked, so it reads; but a connection may move to another process meanwhile.
+        # The host sent a request, so it reads; but a connection may move to another process in the meantime.
         end = time.monotonic() + 2.0
         while not send(self._port, line) and time.monotonic() < end:
             time.sleep(0.005)

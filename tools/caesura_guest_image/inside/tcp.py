@@ -15,7 +15,7 @@ PORT = "org.caesura.tcp.0"
 
 
 class Line:
-    """The connection and what became of it."""
+    """The connection and its history."""
 
     def __init__(self, address: tuple[str, int]) -> None:
         self._address = address
@@ -27,7 +27,7 @@ class Line:
         self._heard = 0.0
 
     def tick(self) -> None:
-        """Send the next counter, take in what came back."""
+        """Send the next counter, read the echoes."""
         try:
             if self._socket is None:
                 self._connect()
@@ -44,7 +44,7 @@ class Line:
 
     def _connect(self) -> None:
         fresh = socket.create_connection(self._address, timeout=5)
-        # With a timeout, every `recv` would wait for so long, and a slow host would lose the connection.
+        # With a timeout, every `recv` would wait that long, and a slow host would lose the connection.
         fresh.settimeout(None)
         fresh.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._socket, self._rest = fresh, b""
@@ -68,7 +68,7 @@ class Line:
             self.wrong += line != b"%d" % self.echoed
 
     def status(self) -> bytes:
-        """One JSON line; counters are those of the present connection, the longest gap is of all."""
+        """One JSON line; counters are those of the current connection, the longest gap is that of all."""
         return (
             b'{"connected":%s,"connects":%d,"sent":%d,"echoed":%d,"wrong":%d,"longest_gap_s":%.4f,"last_error":"%s"}'
             % (
@@ -80,7 +80,7 @@ class Line:
 
 
 def run(parameters: Parameters) -> None:
-    """Send and answer for ever."""
+    """Send and answer requests indefinitely."""
     host, _, port = parameters["tcp"].rpartition(":")
     line = Line((host, int(port)))
     interval_s = float(parameters.get("tcp_ms", "20")) / 1000

@@ -1,4 +1,4 @@
-// The lanes: one strip a domain, one shape a stretch of time. What stands still is widest: the break in the line.
+// The lanes: one strip per domain, one shape per period. A pause is the tallest shape: the break in the line.
 
 import { STATES, clock, count, domainName, groupName, groupOf, seconds, setName, time } from "./model.js";
 
@@ -14,10 +14,10 @@ const SHAPE = {
   failed: [20, 2],
   cancelled: [2, 0],
 };
-const LEAST_W = 3; // px: a swap takes milliseconds and is to be seen
-const AHEAD = 0.1; // of the span, for what is announced
+const LEAST_W = 3; // px: a swap takes milliseconds and must be visible
+const AHEAD = 0.1; // of the span, for announced segments
 const MOST_LANES = 60;
-const FEW_LANES = 12; // where there are more than twice as many, and nothing happens in more of them
+const FEW_LANES = 12; // if there are more than twice as many, and more of them are idle
 
 export function legend(list) {
   for (const [state, name] of Object.entries(STATES)) {
@@ -36,9 +36,9 @@ export class Chart {
     this.more = more;
     this.rows = new Map();
     this.groups = new Map();
-    this.unfolded = false; // whether idle domains are drawn, too
-    this.drawn = null; // what the last whole drawing was of
-    this.focused = null; // "lane|start|state" of the stretch that the keyboard is on
+    this.unfolded = false; // whether idle domains are drawn as well
+    this.drawn = null; // the content of the last full drawing
+    this.focused = null; // "lane|start|state" of the segment with the keyboard focus
     this.axis = element("svg", { class: "axis", "aria-hidden": "true", focusable: "false" });
     this.body = document.createElement("div");
     root.append(this.axis, this.body);
@@ -49,7 +49,7 @@ export class Chart {
     root.addEventListener("pointerleave", () => this.hide());
   }
 
-  // Draws what changed, and everything when the picture has moved by a pixel.
+  // Draws the changes, and everything once the picture has moved by a pixel.
   draw(model, set, spanS) {
     const now = model.now();
     const asked = [set, spanS, this.root.clientWidth, this.unfolded].join("|");
@@ -90,7 +90,7 @@ export class Chart {
     if (held && stop && !this.body.contains(document.activeElement)) stop.focus({ preventScroll: true });
   }
 
-  // Idle domains are folded where there are many; what happens is drawn up to a limit.
+  // Idle domains are folded if there are many; active ones are drawn up to a limit.
   mostOf(all) {
     if (this.unfolded || all.length <= 2 * FEW_LANES + 1) return MOST_LANES;
     return Math.min(MOST_LANES, Math.max(FEW_LANES, all.filter(happens).length));
@@ -269,13 +269,13 @@ export class Chart {
   }
 }
 
-// Whether something is under way in a domain, or went wrong last.
+// Whether a domain is active, or its last segment failed.
 function happens(lane) {
   const last = (lane.segments || []).at(-1);
   return Boolean(lane.state || lane.standing || (last && last.state === "failed"));
 }
 
-// Whether the rollout that is shown ended, or halted, before its wave came to this domain.
+// Whether the rollout shown ended, or halted, before a wave reached this domain.
 function unreached(lane, model) {
   if (lane.waits != null && model.rollouts.some((each) => each.status === "halted" && (each.key || "update_domain") === lane.key)) return true;
   const last = model.rollouts[0];
@@ -345,7 +345,7 @@ function busiest(lanes, most, model) {
   return lanes.filter((lane) => chosen.has(lane));
 }
 
-// Moving what is in its place already would take the keyboard's focus away.
+// Moving a node that is already in place would take the keyboard focus away.
 function keepInOrder(parent, wanted) {
   wanted.forEach((node, index) => {
     if (parent.children[index] !== node) parent.insertBefore(node, parent.children[index] || null);

@@ -1,9 +1,9 @@
-// What the server has told, merged. Nothing here touches the document.
+// The server's messages, merged. Nothing here touches the document.
 
-// Made once: localeCompare makes one for each comparison, and a thousand domains need ten thousand of them.
+// Created once: localeCompare creates one for each comparison, and a thousand domains need ten thousand comparisons.
 const collator = new Intl.Collator(undefined, { numeric: true });
 const LOG_KEPT = 100;
-const WRONG_KEPT = 50; // lines about what went wrong, kept apart
+const WRONG_KEPT = 50; // lines about failures, kept separately
 
 export class Model {
   constructor() {
@@ -13,14 +13,14 @@ export class Model {
     this.paused = [];
     this.lanes = new Map();
     this.log = [];
-    this.changes = 0; // how often something changed
-    this.lost = null; // since when the exporter is not heard, by its clock; null while it is
-    this.missed = null; // when that was seen
-    this.saidAt = Date.now() / 1000; // the exporter's clock when it was last heard...
-    this.heardMs = performance.now(); // ...and ours, which no step of the wall clock moves
+    this.changes = 0; // number of changes
+    this.lost = null; // since when the exporter is unreachable, by its clock; null while it is reachable
+    this.missed = null; // when that was noticed
+    this.saidAt = Date.now() / 1000; // the exporter's clock at its last message...
+    this.heardMs = performance.now(); // ...and our monotonic clock at that time
   }
 
-  // Takes one change or snapshot in; gives the lanes whose state is another one.
+  // Applies one change or snapshot; returns the lanes whose state changed.
   apply(change) {
     const before = new Map([...this.lanes].map(([name, lane]) => [name, lane.state || ""]));
     const first = !this.heard;
@@ -44,14 +44,14 @@ export class Model {
     return moved;
   }
 
-  // The exporter is there, and this is its clock.
+  // The exporter is reachable, and this is its clock.
   hear(now) {
     this.saidAt = now;
     this.heardMs = performance.now();
     this.lost = this.missed = null;
   }
 
-  // The exporter cannot be heard.
+  // The exporter is unreachable.
   lose() {
     if (!this.heard || this.lost != null) return;
     this.lost = this.saidAt;
@@ -62,7 +62,7 @@ export class Model {
     return this.saidAt + (performance.now() - this.heardMs) / 1000;
   }
 
-  // Since when nothing new can have been heard (of this VM that stood still); null while it can.
+  // Since when nothing new can have been received (about this paused VM); null while it can.
   blindSince(paused = null) {
     const fleet = this.fleet || {};
     const since = [this.lost];
@@ -72,17 +72,17 @@ export class Model {
     return known.length ? Math.min(...known) : null;
   }
 
-  // The time that what is shown is true for.
+  // The time for which the content is valid.
   asOf(paused = null) {
     return Math.min(this.now(), this.blindSince(paused) ?? Infinity);
   }
 
-  // Seconds that a VM has stood still for, as far as was heard; null where that is not known.
+  // Seconds for which a VM has been paused, as far as was received; null if not known.
   stood(paused) {
     return paused.since == null ? null : Math.max(0, this.asOf(paused) - paused.since);
   }
 
-  // Whether a VM stands still for longer than it may, as far as is known.
+  // Whether a VM is paused for longer than its budget, as far as is known.
   isLate(paused) {
     const stood = this.stood(paused);
     return stood != null && paused.budget != null && stood > paused.budget + 0.5;
@@ -97,7 +97,7 @@ export class Model {
     return standing.length ? Math.max(...standing.map((each) => this.asOf(each))) : this.asOf();
   }
 
-  // Lanes in order of set and domain; of one set, or of all.
+  // Lanes in order of set and domain; for one set, or for all.
   ordered(set) {
     const all = [...this.lanes.values()].filter((lane) => !set || groupOf(lane) === set);
     return all.sort((a, b) => compare(a.set, b.set) || compare(a.key, b.key) || a.domain - b.domain);
@@ -114,7 +114,7 @@ function lastLines(lines) {
   return kept.reverse();
 }
 
-// A VM outside any set is a set of its own, named with a leading underscore: those are shown together.
+// A VM outside any set is a set of its own, named with a leading underscore: these are shown together.
 export function groupOf(lane) {
   return lane.set.startsWith("_") ? "_" : lane.set;
 }
@@ -124,7 +124,7 @@ export function groupName(group) {
 }
 
 export function compare(a, b) {
-  // Those in no set come last.
+  // VMs in no set come last.
   const [one, two] = [a.startsWith("_"), b.startsWith("_")];
   return one !== two ? one - two : collator.compare(a, b);
 }
@@ -155,7 +155,7 @@ export function clock(at) {
   return clockTime.format(new Date(at * 1000));
 }
 
-// With the day, where that is not today.
+// With the day, unless it is today.
 export function time(at) {
   const when = new Date(at * 1000);
   return when.toDateString() === new Date().toDateString() ? clockTime.format(when) : `${day.format(when)}, ${clockTime.format(when)}`;

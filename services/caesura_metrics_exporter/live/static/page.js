@@ -1,10 +1,10 @@
-// Connects, keeps connected, and draws. Reads only.
+// Connects, stays connected, and draws. Read-only.
 
 import { Chart, legend, setText } from "./chart.js";
 import { Model, clock, domainName, groupName, setName, time } from "./model.js";
 import { alarmRows, drawAlarms, drawLog, drawPauses, drawRollout, drawSegments, drawStanding, pinned } from "./tables.js";
 
-const POLL_MS = 5000; // where no stream is to be had
+const POLL_MS = 5000; // if no stream is available
 const SILENT_MS = 15000; // three beats of the stream were missed
 const SAY_MS = 3000; // between two announcements
 const find = (id) => document.getElementById(id);
@@ -70,7 +70,7 @@ function reopen() {
   open();
 }
 
-// A connection may be dead without anybody being told.
+// A connection may be dead without any notification.
 function watch() {
   if (polling || performance.now() - contactMs < SILENT_MS) return;
   lose("silent");
@@ -83,7 +83,7 @@ async function poll() {
   try {
     const answer = await fetch("live/state", { cache: "no-store", signal: AbortSignal.timeout(SILENT_MS) });
     const state = answer.ok ? await answer.json() : null;
-    if (!polling) return; // the stream was faster, and knows more
+    if (!polling) return; // the stream was faster, and is newer
     if (state) take(state);
     else lose(`exporter answers ${answer.status}`);
   } catch {
@@ -97,7 +97,7 @@ function stopPolling() {
   polling = trying = 0;
 }
 
-// -- saying aloud, sparingly -----------------------------------------------------------------------------
+// -- announcements for screen readers, sparingly ---------------------------------------------------------
 
 const waiting = new Map();
 let saidAt = 0;
@@ -109,9 +109,9 @@ function announce(moved) {
   saying = setTimeout(say, Math.max(0, saidAt + SAY_MS - Date.now()));
 }
 
-let known = null; // alarms that are on the page, by their key
+let known = null; // alarms on the page, by their key
 
-// What is new among the alarms, once, and what is over of those that say so.
+// Announces each new alarm once, and the end of those that have an end text.
 function shout(rows) {
   const now = new Map(rows.map((row) => [row.key, row]));
   const before = known;
@@ -138,7 +138,7 @@ let set = "";
 let span = 0;
 let setsShown = null;
 
-// What is wrong and who is paused at once, the rest piece by piece: drawn in one go a large fleet would hold the page up.
+// Alarms and paused VMs at once, the rest piece by piece: drawing a large fleet in one go would block the page.
 const pieces = new Set();
 
 function soon(piece) {
@@ -184,7 +184,7 @@ function drawMoving() {
   soon(drawChart);
 }
 
-// What is worst, in sight where the alarms are scrolled away.
+// The worst alarm, visible when the alarms are scrolled out of view.
 function drawPin(rows) {
   const pin = pinned(rows, model);
   find("pin").hidden = !pin || find("alarms").getBoundingClientRect().bottom > 0;

@@ -1,4 +1,4 @@
-// Everything beside the lanes: the rollout, alarms, who stands still, pauses, the log. Text goes in as text, never as markup.
+// Everything besides the lanes: the rollout, alarms, paused VMs, pauses, the log. Text is inserted as text, never as markup.
 
 import { element, setText } from "./chart.js";
 import { STATES, count, domainName, seconds, setName, time } from "./model.js";
@@ -8,13 +8,13 @@ const WAVE_WORDS = { pending: "waits", verifying: "being verified", soaking: "so
 const WAVE_LOOK = { scheduled: "scheduled", started: "started", verifying: "resumed", soaking: "resumed", completed: "verified", failed: "failed", cancelled: "cancelled" };
 const LEVELS = { quiet: ["·", ""], good: ["✓", "well"], warning: ["!", "warning"], bad: ["✕", "bad"] };
 const MOST_ROWS = 60;
-const FEW_ROWS = 12; // where there are more than twice as many, the worst
+const FEW_ROWS = 12; // if there are more than twice as many, only the worst
 const MOST_WAVES = 12;
 const MOST_STANDING = 24;
 const MOST_NAMED = 3;
-const MOST_OTHERS = 20; // alarms of one kind, besides the first
+const MOST_OTHERS = 20; // alarms of one kind, in addition to the first
 
-// Builds a node; strings become text. Attributes whose value is null are left out.
+// Builds a node; strings become text. Null attributes are omitted.
 export function h(name, attributes, ...children) {
   const node = document.createElement(name);
   for (const [key, value] of Object.entries(attributes || {})) if (value != null) node.setAttribute(key, value);
@@ -36,7 +36,7 @@ export function drawRollout(root, numbers, model) {
     const title = rollout.update || `hold for ${rollout.hold_s} s`;
     parts.push(h("h2", { id: "rollout-title" }, title, " ", h("span", { class: `chip ${rollout.status}` }, rollout.status)));
     parts.push(h("p", { class: "line" }, sentence(rollout, model)));
-    if (rollout.reason && rollout.status !== "halted") parts.push(h("p", { class: "reason" }, rollout.reason)); // a halt's is an alarm
+    if (rollout.reason && rollout.status !== "halted") parts.push(h("p", { class: "reason" }, rollout.reason)); // that of a halt is an alarm
     parts.push(...failedUpdates(rollout));
     parts.push(waves(rollout));
     const facts = [`started ${time(rollout.created_at)}`, `budget ${rollout.budget_s} s`, `notice ${rollout.notice_s} s`];
@@ -86,7 +86,7 @@ function sentence(rollout, model) {
   return `Wave ${current.wave + 1} ${what}; ${verified}.`;
 }
 
-// Where there are many, those that are done and those that are to come are one each.
+// If there are many, the completed and the pending ones are merged into one each.
 function folded(all) {
   if (all.length <= MOST_WAVES) return { before: [], shown: all, after: [] };
   const current = all.findIndex((wave) => wave.status !== "completed");
@@ -155,9 +155,9 @@ const TITLES = {
   attention: "A VM needs attention",
   owner: "A VM has two hosts",
 };
-const GRACE_S = 3; // a connection that is back so soon is not worth an alarm
+const GRACE_S = 3; // s: a shorter outage is not worth an alarm
 
-// What is wrong now, the worst first: { key, level, title, text, when; loud: said aloud though only a warning; over: said at its end }.
+// The current alarms, the worst first: { key, level, title, text, when; loud: announced although only a warning; over: announced at its end }.
 export function alarmRows(model) {
   const fleet = model.fleet || {};
   const rows = [];
@@ -193,26 +193,26 @@ export function alarmRows(model) {
   return [...rows, ...alarms.filter((each) => !each.lasts)];
 }
 
-// What a halted rollout says of itself.
+// The text of a halted rollout.
 function halt(rollout) {
   const failed = rollout.waves.find((wave) => wave.status === "failed");
   const where = `${rollout.update || "freeze on demand"}${failed ? `, wave ${failed.wave + 1}` : ""}`;
   return rollout.reason ? `${where}: ${rollout.reason}` : where;
 }
 
-// VMs that stand still for longer than they may, as far as is known.
+// VMs that are paused for longer than their budget, as far as is known.
 export function overdue(model) {
   return model.paused.filter((each) => model.isLate(each));
 }
 
-// What must stay in sight however far down one reads; empty if nothing must.
+// The text that must stay visible while scrolling; empty if there is none.
 export function pinned(rows, model) {
   const halted = rows.find((row) => row.pin);
   const late = overdue(model).length;
   return [late ? `${count(late, "VM")} paused beyond the budget` : "", halted ? halted.pin : ""].filter(Boolean).join(" · ");
 }
 
-// What must have become of pauses that nothing more is heard of.
+// The latest end of pauses about which nothing more is received.
 function guards(model, paused) {
   if (!paused.length) return "";
   const names = paused.length > 3 ? `${paused.length} VMs` : paused.map((each) => each.vm).join(", ");
@@ -222,7 +222,7 @@ function guards(model, paused) {
   return `. ${names} ${paused.length > 1 ? "were" : "was"} paused then${last}`;
 }
 
-// One of each kind: the first of it in full, the others behind it.
+// Groups alarms by kind: the first one in full, the others folded.
 export function drawAlarms(section, list, rows, model) {
   const groups = new Map();
   for (const row of rows) groups.set(row.title, [...(groups.get(row.title) || []), row]);
@@ -246,7 +246,7 @@ export function drawAlarms(section, list, rows, model) {
   );
 }
 
-// -- who stands still ------------------------------------------------------------------------------------
+// -- paused VMs ------------------------------------------------------------------------------------------
 
 export function drawStanding(root, counter, model) {
   const total = model.fleet ? model.fleet.paused : model.paused.length;
@@ -357,7 +357,7 @@ function strip(lane, most) {
   return svg;
 }
 
-// -- the log and the table of stretches -------------------------------------------------------------------
+// -- the log and the table of segments --------------------------------------------------------------------
 
 export function drawLog(root, model) {
   if (!model.log.length) {
@@ -392,7 +392,7 @@ export function drawSegments(root, model, set) {
   replaceIfChanged(root, [h("table", { class: "segments", "aria-label": "Stretches of time by update domain" }, h("thead", {}, h("tr", {}, ["Domain", "State", "From", "To", "Lasted"].map((head) => h("th", { scope: "col" }, head)))), h("tbody", {}, body))]);
 }
 
-// Redrawing what is the same would take the reader's place and selection away.
+// Redrawing unchanged content would lose the reader's position and selection.
 function replaceIfChanged(root, nodes) {
   const holder = document.createElement("div");
   holder.append(...nodes);

@@ -15,8 +15,9 @@ import pytest
 from caesura.contract.messages import StartOperation
 from caesura_host_updater import asker, service
 from caesura_host_updater.drivers.port import Capabilities
-from caesura_host_updater.inventory.host_config import HostFile, VmSpec
+from caesura_host_updater.inventory.host_config import HostFile
 from caesura_host_updater.inventory.updates import Catalogue, UpdateFile
+from caesura_host_updater.inventory.vm_spec import VmSpec
 from caesura_host_updater.journal import Journal, JournalThread
 from caesura_host_updater.service import HostUpdater
 from caesura_host_updater.update_process import UpdateProcess

@@ -24,9 +24,17 @@ import structlog
 
 from caesura.contract.messages import Method, ProofCode, VmState
 from caesura.runtime.threads import in_thread, in_thread_to_its_end
-from caesura_host_updater.drivers import guest_init
 from caesura_host_updater.drivers.digest import digest_of
-from caesura_host_updater.drivers.freezers import (
+from caesura_host_updater.drivers.port import (
+    Capabilities,
+    DriverError,
+    FreezeFailed,
+    NotPossible,
+    NotRunningYet,
+)
+from caesura_host_updater.drivers.process import guest_init
+from caesura_host_updater.drivers.process.definition import ProcessVm
+from caesura_host_updater.drivers.process.freezers import (
     Freezer,
     ProcessGroupRecord,
     ProcessPlan,
@@ -34,17 +42,7 @@ from caesura_host_updater.drivers.freezers import (
     plan_of,
     request_freeze,
 )
-from caesura_host_updater.drivers.port import (
-    Capabilities,
-    ClockSet,
-    DriverError,
-    FreezeFailed,
-    HandOver,
-    NotPossible,
-    NotRunningYet,
-)
 from caesura_host_updater.drivers.sampling import sampled_digest_of
-from caesura_host_updater.inventory.host_config import VmSpec
 from caesura_host_updater.spawn import ExitWatch, SpawnError, reap, start_detached
 from caesura_vmcontrol.plans import CgroupPlan, Condition, SignalPlan, condition, thaw
 from caesura_vmcontrol.procfs import Process, alive, boot_id, process_table, send_signal
@@ -86,7 +84,7 @@ class ProcessDriver:
     def __init__(
         self,
         host: str,
-        specs: tuple[VmSpec, ...],
+        specs: tuple[ProcessVm, ...],
         state_dir: Path,
         freezer: Freezer,
         *,
@@ -153,14 +151,14 @@ class ProcessDriver:
         await in_thread("state folder", lambda: self._folder.mkdir(parents=True, exist_ok=True, mode=0o700))
         await asyncio.gather(*(self._try_to_start(spec) for spec in self._specs.values()))
 
-    async def _try_to_start(self, spec: VmSpec) -> None:
+    async def _try_to_start(self, spec: ProcessVm) -> None:
         try:
             await self._adopt_or_start(spec)
         except DriverError as error:
             self._not_started[spec.name] = error.why
             _log.error("vm.not_started", vm=spec.name, why=error.why)
 
-    async def _adopt_or_start(self, spec: VmSpec) -> None:
+    async def _adopt_or_start(self, spec: ProcessVm) -> None:
         run = await in_thread(f"find {spec.name}", lambda: self._read_run(spec.name))
         if run is not None and alive(run.pid, run.start_ticks) and run.boot_id == boot_id():
             self._watch(spec.name, run)
@@ -181,7 +179,7 @@ class ProcessDriver:
         except (OSError, msgspec.DecodeError) as error:
             raise DriverError(vm, f"its run file cannot be read: {error}") from error
 
-    async def _start(self, spec: VmSpec) -> None:
+    async def _start(self, spec: ProcessVm) -> None:
         vm = spec.name
         run_file = self._folder / f"{vm}.run.json"
 
@@ -220,7 +218,7 @@ class ProcessDriver:
         self._watch(vm, run)
         _log.info("vm.started", vm=vm, pid=run.pid, freezer=run.kind)
 
-    def _init_spec(self, spec: VmSpec, control: str) -> bytes:
+    def _init_spec(self, spec: ProcessVm, control: str) -> bytes:
         environ = {**self._environ, "CAESURA_VM": spec.name, "CAESURA_HOST": self._host}
         if spec.ram_bytes:
             memory = self._memory_file(spec.name)
@@ -348,14 +346,6 @@ class ProcessDriver:
         """Nothing to get ready for a freeze; anything else is not possible."""
         if method in _MISSING:
             raise NotPossible(vm, _MISSING[method])
-
-    async def hand_over(self, vm: str, by: float) -> HandOver:  # noqa: ARG002 - the port's
-        """Not possible."""
-        raise NotPossible(vm, _MISSING["swap"])
-
-    async def checkpoint(self, vm: str, by: float, *, gone: bool = True) -> None:  # noqa: ARG002 - the port's
-        """Not possible."""
-        raise NotPossible(vm, _MISSING["replace"])
 
     async def release(self, vm: str) -> None:
         """Nothing was prepared."""
@@ -494,7 +484,7 @@ class ProcessDriver:
         except OSError as error:
             raise NotRunningYet(vm, f"{run.kind}: {error}") from error
 
-    # -- memory and clock ---------------------------------------------------------------------------------
+    # -- memory ------------------------------------------------------------------------------------------
 
     def _memory_file(self, vm: str) -> Path:
         return self._folder / f"{vm}.ram"
@@ -523,11 +513,3 @@ class ProcessDriver:
             return await loop.run_in_executor(self._readers, sampled_digest_of, self._memory_file(vm), seed)
         except (OSError, ValueError) as error:
             raise DriverError(vm, f"its memory file cannot be read: {error}") from error
-
-    async def guest_boot_id(self, vm: str) -> str:
-        """A process has no kernel of its own."""
-        raise NotPossible(vm, "a process has no kernel of its own; its agent's boot id is what counts")
-
-    async def sync_clock(self, vm: str) -> ClockSet:
-        """A process has no clock of its own that could be set from outside."""
-        raise NotPossible(vm, "the process driver cannot set a guest's clock; its agent does")

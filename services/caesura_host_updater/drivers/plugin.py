@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import msgspec
+from msgspec.structs import fields
 
 from caesura.contract.names import InvalidName, check_name
 from caesura.runtime.errors import ConfigError
@@ -140,10 +141,16 @@ def _plugin_error(plugin: DriverPlugin[Any, Any], name: str) -> str:
         check_name("driver", name)
     except InvalidName as error:
         return str(error)
+    if name in _COMMON_KEYS:
+        return f"its table [{name}] would be a key that every host file has"
     if not issubclass(plugin.vm_type, VmSpec):
-        return "its VMs are not VmSpecs"
-    if plugin.name in _COMMON_KEYS:
-        return "its name is a key that every host file has"
+        return f"its VMs are {plugin.vm_type.__name__}, which is not a VmSpec"
+    # Raises TypeError where a key has no default.
+    plugin.vm_type(name="vm")
+    plugin.options_type()
+    common, its = ({each.name: each.type for each in fields(kind)} for kind in (VmSpec, plugin.vm_type))
+    if changed := sorted(key for key in common if its[key] != common[key]):
+        return f"its VMs change what every VM has: {', '.join(changed)}"
     return mechanism_error(plugin.mechanisms)
 
 

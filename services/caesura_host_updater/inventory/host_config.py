@@ -19,6 +19,7 @@ from caesura.contract.names import InvalidName, check_name
 from caesura.runtime.errors import ConfigError
 from caesura.runtime.validation_errors import describe_error
 from caesura_host_updater.drivers.plugin import (
+    GROUP,
     DriverPlugin,
     DriverUnusable,
     installed_drivers,
@@ -114,15 +115,15 @@ def _check_names(file: HostFile, name: str) -> None:
 
 def _plugin(driver: str) -> AnyPlugin:
     names = installed_drivers()
-    if driver not in names:
-        *others, last = map(repr, names or ("process",))
-        allowed = f"{', '.join(others)}{' or ' if others else ''}{last}"
-        raise DriverUnusable(
-            f"Invalid enum value {driver!r}: write {allowed} - at `$.driver`"
-            if names
-            else f"the driver {driver!r} is not installed, and no other: install Caesura again"
-        )
-    return load_plugin(driver)
+    if driver in names:
+        return load_plugin(driver)
+    *others, last = map(repr, names or ("",))
+    raise DriverUnusable(
+        f"there is no driver {driver!r}: write {', '.join(others)}{' or ' if others else ''}{last} - at `$.driver` "
+        f"(these are installed; a driver is an entry point of the group {GROUP})"
+        if names
+        else f"there is no driver {driver!r}, nor any other: install Caesura again"
+    )
 
 
 def _others(raw: Mapping[str, Any], plugin: AnyPlugin) -> list[AnyPlugin]:

@@ -1,4 +1,4 @@
-"""What every driver must do; run over the process driver with each of its freezers, and over QEMU.
+"""What every driver must do; run over the process driver with each of its freezers, over QEMU, and over the example of the docs.
 
 The QEMU VMs have no guest system: the firmware runs, which is enough to stand still and to be handed over.
 """
@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 
-from caesura_host_updater.drivers.plugin import check_plans, load_plugin
+from caesura_host_updater.drivers.plugin import DriverSetup, check_plans, load_plugin
 from caesura_host_updater.drivers.port import (
     ClockCapable,
     DigestCapable,
@@ -37,8 +37,10 @@ from caesura_host_updater.drivers.process.freezers import FreezerUnusable, choos
 from caesura_host_updater.drivers.qemu.definition import Definition, QemuOptions, QemuVm
 from caesura_host_updater.drivers.qemu.driver import QemuDriver
 from caesura_host_updater.drivers.sampling import sampled_offsets
+from caesura_testing.example_driver import ExampleDriver, ExampleOptions, ExampleVm, Program
 from caesura_testing.guests import qemu_installed
 from caesura_testing.patience import patient
+from caesura_testing.plugins import install_driver
 from caesura_vmcontrol.plans import CgroupPlan, condition, mechanism_of, thaw
 from caesura_vmcontrol.procfs import alive, read_process
 
@@ -104,7 +106,7 @@ class Lives:
         await self._end_all()
 
 
-KINDS = ("cgroup2", "cgroup1", "sigstop", "qemu")
+KINDS = ("cgroup2", "cgroup1", "sigstop", "qemu", "example")
 
 
 @pytest.fixture(params=KINDS)
@@ -123,6 +125,8 @@ def _usable(kind: str) -> str:
     if kind == "qemu":
         if not qemu_installed():
             pytest.skip("no QEMU on this machine")
+        return kind
+    if kind == "example":
         return kind
     try:
         choose_freezer(kind, "caesura-test-probe")[0].remove("_probe")  # type: ignore[arg-type]
@@ -149,11 +153,33 @@ def _qemu_driver(folder: Path) -> QemuDriver:
     )
 
 
+def _example_driver(folder: Path) -> ExampleDriver:
+    programs = {spec.name: Program(argv=("sleep", "600")) for spec in specs()}
+    return ExampleDriver(
+        DriverSetup(
+            host="host-1",
+            vms=tuple(ExampleVm(name=name, example=program) for name, program in programs.items()),
+            options=ExampleOptions(),
+            state_dir=folder,
+            environ=os.environ,
+            max_digest_bytes=0,
+        )
+    )
+
+
+@pytest.fixture(autouse=True)
+def example_is_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The example driver is no part of the product: it is a plug-in, as anybody's."""
+    target = "caesura_testing.example_driver:ExamplePlugin"
+    monkeypatch.syspath_prepend(install_driver(tmp_path / "plugins", "example", target))
+
+
 async def _lives(kind: str, tmp_path: Path) -> AsyncIterator[Lives]:
     # A unix socket's path has 107 bytes, and pytest's folders have long names.
     with tempfile.TemporaryDirectory(prefix="caesura-", dir="/tmp") as short:
         folder = Path(short) if kind == "qemu" else tmp_path
-        build = partial(_qemu_driver if kind == "qemu" else partial(_process_driver, kind), folder)
+        makers = {"qemu": _qemu_driver, "example": _example_driver}
+        build = partial(makers.get(kind) or partial(_process_driver, kind), folder)
         lives = Lives(folder, build, exclusive=kind == "qemu")
         yield lives
         await lives.end()
@@ -488,6 +514,8 @@ def tree(driver: Any, vm: str) -> list[int]:
     from caesura_vmcontrol.plans import SignalPlan  # noqa: PLC0415
     from caesura_vmcontrol.procfs import process_table  # noqa: PLC0415
 
+    if isinstance(driver, ExampleDriver):
+        return [driver._runs[vm].leader]
     first = driver._runs[vm]
     members = SignalPlan(vm, first.pid, first.start_ticks).members(process_table())
     return sorted((each.pid for each in members), key=lambda pid: pid != first.pid)

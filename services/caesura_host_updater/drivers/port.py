@@ -262,7 +262,7 @@ def guard_plan(driver: Driver, vm: str) -> Plan:
     plan = driver.resume_plan(vm)
     if mechanism_of(plan) is None:
         raise UnknownPlan(
-            vm, f"the {driver.name} driver would have it resumed by a {type(plan).__name__}; {KNOWN}"
+            vm, f"the {driver.name} driver would have it resumed by {type(plan).__name__!r}; {KNOWN}"
         )
     return plan
 

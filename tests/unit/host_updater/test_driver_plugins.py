@@ -234,7 +234,7 @@ def test_a_plan_that_the_guard_does_not_know_is_refused_before_anything_is_pause
     odd: Any = Odd()
     check_plans(odd, ["good", "down"])
     with pytest.raises(
-        DriverUnusable, match=r"'odd' cannot be used: VM bad: .*resumed by a tuple; the pause guard"
+        DriverUnusable, match=r"'odd' cannot be used: VM bad: .*resumed by 'tuple'; the pause guard"
     ):
         check_plans(odd, ["good", "down", "bad"])
 

@@ -42,6 +42,7 @@ from caesura_host_updater.drivers.process.freezers import (
     plan_of,
     request_freeze,
 )
+from caesura_host_updater.drivers.process.init_spec import ended_file, init_spec, memory_file
 from caesura_host_updater.drivers.sampling import sampled_digest_of
 from caesura_host_updater.spawn import ExitWatch, SpawnError, reap, start_detached
 from caesura_vmcontrol.plans import CgroupPlan, Condition, SignalPlan, condition, thaw
@@ -185,10 +186,12 @@ class ProcessDriver:
 
         def start() -> list[str]:
             run_file.unlink(missing_ok=True)
-            self._ended_file(vm).unlink(missing_ok=True)
+            ended_file(self._folder, vm).unlink(missing_ok=True)
             control = self._freezer.create_cgroup(vm)
             spec_file = self._folder / f"{vm}.spec.json"
-            spec_file.write_bytes(self._init_spec(spec, control))
+            spec_file.write_bytes(
+                init_spec(spec, self._host, self._folder, self._freezer.kind, control, self._environ)
+            )
             spec_file.chmod(0o600)
             return [sys.executable, "-I", "-S", guest_init.__file__, str(spec_file)]
 
@@ -217,28 +220,6 @@ class ProcessDriver:
             raise DriverError(vm, f"cannot be started: {self._log_tail(vm)}")
         self._watch(vm, run)
         _log.info("vm.started", vm=vm, pid=run.pid, freezer=run.kind)
-
-    def _init_spec(self, spec: ProcessVm, control: str) -> bytes:
-        environ = {**self._environ, "CAESURA_VM": spec.name, "CAESURA_HOST": self._host}
-        if spec.ram_bytes:
-            memory = self._memory_file(spec.name)
-            with memory.open("ab") as file:
-                file.truncate(spec.ram_bytes)
-            environ["CAESURA_VM_RAM"] = str(memory)
-        files = self._folder / spec.name
-        return msgspec.json.encode(
-            {
-                "lock_file": f"{files}.lock",
-                "run_file": f"{files}.run.json",
-                "ended_file": str(self._ended_file(spec.name)),
-                "cgroup_procs": str(Path(control).parent / "cgroup.procs") if control else "",
-                "run": {"kind": self._freezer.kind, "control": control, "boot_id": boot_id()},
-                "processes": [
-                    {"argv": process.argv, "environ": {**environ, **process.environ}}
-                    for process in spec.process
-                ],
-            }
-        )
 
     def _log_tail(self, vm: str) -> str:
         try:
@@ -381,13 +362,10 @@ class ProcessDriver:
                 found[vm] = "unknown"
         return found
 
-    def _ended_file(self, vm: str) -> Path:
-        return self._folder / f"{vm}.ended"
-
     def _failures(self, vm: str) -> str:
         """Which of the VM's own processes failed while the others run on; empty: none."""
         try:
-            lines = self._ended_file(vm).read_text(errors="replace").splitlines()
+            lines = ended_file(self._folder, vm).read_text(errors="replace").splitlines()
         except OSError:
             return ""
         return "; ".join(lines)[:1000]
@@ -486,9 +464,6 @@ class ProcessDriver:
 
     # -- memory ------------------------------------------------------------------------------------------
 
-    def _memory_file(self, vm: str) -> Path:
-        return self._folder / f"{vm}.ram"
-
     def memory_size(self, vm: str) -> int:
         """The size of the VM's memory file, 0 where there is none or it is above the limit."""
         size = self._specs[vm].ram_bytes
@@ -500,7 +475,9 @@ class ProcessDriver:
             raise NotPossible(vm, "has no memory file, or one above the limit for digests")
         loop = asyncio.get_running_loop()
         try:
-            return await loop.run_in_executor(self._readers, digest_of, self._memory_file(vm), stop_at)
+            return await loop.run_in_executor(
+                self._readers, digest_of, memory_file(self._folder, vm), stop_at
+            )
         except (OSError, ValueError) as error:
             raise DriverError(vm, f"its memory file cannot be read: {error}") from error
 
@@ -510,6 +487,8 @@ class ProcessDriver:
             raise NotPossible(vm, _NO_MEMORY_FILE)
         loop = asyncio.get_running_loop()
         try:
-            return await loop.run_in_executor(self._readers, sampled_digest_of, self._memory_file(vm), seed)
+            return await loop.run_in_executor(
+                self._readers, sampled_digest_of, memory_file(self._folder, vm), seed
+            )
         except (OSError, ValueError) as error:
             raise DriverError(vm, f"its memory file cannot be read: {error}") from error

@@ -141,8 +141,10 @@ def _plugin_error(plugin: DriverPlugin[Any, Any], name: str) -> str:
         check_name("driver", name)
     except InvalidName as error:
         return str(error)
+    if not name.isidentifier():
+        return "its name is not one word of letters, digits and underscores that starts with a letter"
     if name in _COMMON_KEYS:
-        return f"its table [{name}] would be a key that every host file has"
+        return f"its name is {name!r}, a key that every host file has"
     if not issubclass(plugin.vm_type, VmSpec):
         return f"its VMs are {plugin.vm_type.__name__}, which is not a VmSpec"
     # Raises TypeError where a key has no default.

@@ -205,8 +205,9 @@ def _foreign_keys(vm: VmSpec, plugin: AnyPlugin, others: list[AnyPlugin]) -> str
     """That the VM has keys of another driver; empty: it has none."""
     own = _own_keys(plugin)
     for other in others:
-        for key, field in _own_keys(other).items():
-            if key not in own and getattr(vm, key) != field.default:
+        untouched = other.vm_type(name=vm.name)
+        for key in _own_keys(other).keys() - own.keys():
+            if getattr(vm, key) != getattr(untouched, key):
                 return (
                     f'has a {other.takes}, but the host\'s driver is {plugin.name!r}: say driver = "{other.name}" '
                     f"(driver {plugin.name!r} takes {plugin.takes})"

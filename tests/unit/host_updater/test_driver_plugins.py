@@ -140,6 +140,17 @@ def test_a_file_may_have_the_table_of_another_driver() -> None:
     assert file.options.freezer == "sigstop"
 
 
+def test_what_a_vm_does_not_have_of_another_driver_is_not_held_against_it(install: Install) -> None:
+    name = f"good_{uuid4().hex}"
+    vms = "class Vm(ExampleVm, kw_only=True, frozen=True):\n ports: list[int] = []\n"
+    install("good", f"{name}:Good", f"{_HEAD}{vms}class Good(ExamplePlugin):\n name = 'good'\n vm_type = Vm")
+    for ports in ("", "ports = []\n"):
+        text = WITHOUT.replace("[[vm.p", f"{ports}[[vm.p")
+        assert parse_host_file(f"{text}[good]\n", "host.toml").vm
+    with pytest.raises(HostFileError, match=r"VM 'b' has a \[vm.example\], but .*: say driver = \"good\""):
+        parse_host_file(WITHOUT.replace("[[vm.p", "ports = [1]\n[[vm.p"), "host.toml")
+
+
 _HEAD = """
 from caesura_testing.example_driver import ExampleOptions, ExamplePlugin, ExampleVm
 from caesura_host_updater.drivers.plugin import DriverPlugin
@@ -211,6 +222,14 @@ def test_a_driver_that_cannot_be_used_is_refused_by_name(install: Install, code:
 def test_a_driver_that_is_not_installed_is_refused_with_what_is() -> None:
     with pytest.raises(DriverUnusable, match="'magic' is not installed; installed: 'process' and 'qemu'"):
         load_plugin("magic")
+
+
+@pytest.mark.parametrize("name", ["vm", "a-b", "1a", "_x"])
+def test_a_name_that_no_table_of_a_host_file_can_have_is_refused(install: Install, name: str) -> None:
+    code = f"{_HEAD}class Named(ExamplePlugin):\n name = {name!r}\n"
+    install(name, f"named_{uuid4().hex}:Named", code)
+    with pytest.raises(DriverUnusable, match=f"^the driver '{name}' of .* cannot be used: .*name"):
+        load_plugin(name)
 
 
 def test_a_driver_of_two_packages_is_refused_and_one_that_is_found_twice_is_not(install: Install) -> None:

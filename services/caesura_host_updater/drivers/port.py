@@ -210,7 +210,7 @@ class ReplaceCapable(Protocol):
         ``gone`` False: it was killed and may still be dying, which nothing that runs meanwhile minds.
 
         Raises:
-            FreezeFailed: the VM does not stand still, or its state could not be saved; ``resume`` has the old process run it.
+            FreezeFailed: the VM is not paused, or its state could not be saved; ``resume`` has the old process run it.
             DriverError: no replace of it was prepared.
         """
 

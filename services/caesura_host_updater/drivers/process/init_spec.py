@@ -1,4 +1,4 @@
-"""What the first process of a VM is told, in a file: see ``guest_init``."""
+"""The instructions for the first process of a VM, in a file: see ``guest_init``."""
 
 from __future__ import annotations
 

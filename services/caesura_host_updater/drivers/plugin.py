@@ -145,6 +145,8 @@ def _plugin_error(plugin: DriverPlugin[Any, Any], name: str) -> str:
         return "its name is not one word of letters, digits and underscores that starts with a letter"
     if name in _COMMON_KEYS:
         return f"its name is {name!r}, a key that every host file has"
+    if not plugin.takes:
+        return "it does not say what its VMs have in the host file"
     if not issubclass(plugin.vm_type, VmSpec):
         return f"its VMs are {plugin.vm_type.__name__}, which is not a VmSpec"
     # Raises TypeError where a key has no default.

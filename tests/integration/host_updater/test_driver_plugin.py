@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -87,20 +88,46 @@ async def test_the_guard_resumes_its_vms_when_the_updater_is_killed(host: Any) -
     assert {vm: host.plan(vm) for vm in before} == before
 
 
-async def test_a_driver_that_the_guard_would_not_know_ends_the_updater_before_it_starts_a_vm(
-    host: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+ODD = """
+from caesura_testing.example_driver import ExampleDriver, ExamplePlugin
+
+class OddDriver(ExampleDriver):
+    def resume_plan(self, vm):
+        super().resume_plan(vm)
+        return ("http", "/run/odd.sock")
+
+class OddPlugin(ExamplePlugin):
+    async def build(self, setup):
+        return OddDriver(setup)
+
+class ClearlyOddPlugin(ExamplePlugin):
+    mechanisms = frozenset(["http"])
+"""
+
+
+@pytest.mark.parametrize(
+    ("plugin", "why", "started"),
+    [
+        (
+            "ClearlyOddPlugin",
+            "the driver 'example' of caesura-driver-example cannot be used: it has VMs resumed by 'http'",
+            False,
+        ),
+        ("OddPlugin", "the driver 'example' cannot be used: VM a: the example driver would have it", True),
+    ],
+)
+async def test_a_driver_whose_vms_the_guard_could_not_resume_ends_the_updater_and_no_vm(
+    host: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plugin: str, why: str, started: bool
 ) -> None:
-    folder = install_driver(tmp_path / "odd", "example", "odd_driver:OddPlugin")
-    (folder / "odd_driver.py").write_text(
-        "from caesura_testing.example_driver import ExamplePlugin\n"
-        "class OddPlugin(ExamplePlugin):\n"
-        "    mechanisms = frozenset(['http'])\n"
-    )
+    folder = install_driver(tmp_path / "odd", "example", f"odd_driver:{plugin}")
+    (folder / "odd_driver.py").write_text(ODD)
     monkeypatch.setenv("PYTHONPATH", str(folder))
     await host.launch()
-    assert await host.process.wait() == 2
-    log = (host.folder / "updater.log").read_text()
-    assert (
-        "the driver 'example' of caesura-driver-example cannot be used: it has VMs resumed by 'http'" in log
-    )
-    assert not find_by_env(f"CAESURA_EXAMPLE_VM={host.state_dir / 'a'}")
+    async with asyncio.timeout(patient(30)):
+        assert await host.process.wait() == 2
+    assert why in (host.folder / "updater.log").read_text()
+    assert not host.fleet.ear.all(HostInventory)  # no coordinator could have asked it for a pause
+    if started:
+        assert {host.kernel(vm) for vm in ("a", "b")} == {"running"}
+    else:
+        assert not find_by_env(f"CAESURA_EXAMPLE_VM={host.state_dir / 'a'}")

@@ -48,13 +48,13 @@ async def host(
     if made.process is not None and made.process.returncode is None:
         await made.kill()
     for vm in made.vms:
-        for process in find_by_env(f"CAESURA_EXAMPLE_VM={made.state_dir / vm['name']}"):
+        for process in find_by_env(f"EXAMPLE_DRIVER_VM={made.state_dir / vm['name']}"):
             kill_and_wait(process.pid, process.start_ticks, time.monotonic() + patient(10))
 
 
 def plan_of(host: Any, vm: str) -> SignalPlan:
     """As the kernel knows the VM."""
-    found = find_by_env(f"CAESURA_EXAMPLE_VM={host.state_dir / vm}")
+    found = find_by_env(f"EXAMPLE_DRIVER_VM={host.state_dir / vm}")
     (leader,) = (each for each in found if each.pid == each.session)
     return SignalPlan(vm, leader.pid, leader.start_ticks)
 
@@ -130,4 +130,4 @@ async def test_a_driver_whose_vms_the_guard_could_not_resume_ends_the_updater_an
     if started:
         assert {host.kernel(vm) for vm in ("a", "b")} == {"running"}
     else:
-        assert not find_by_env(f"CAESURA_EXAMPLE_VM={host.state_dir / 'a'}")
+        assert not find_by_env(f"EXAMPLE_DRIVER_VM={host.state_dir / 'a'}")

@@ -145,7 +145,7 @@ class ExampleDriver:
                 _log.error("vm.not_started", vm=vm, why=self._not_started[vm])
 
     def _mark(self, vm: str) -> str:
-        return f"CAESURA_EXAMPLE_VM={self._setup.state_dir / vm}"
+        return f"EXAMPLE_DRIVER_VM={self._setup.state_dir / vm}"
 
     def _find(self, vm: str) -> SignalPlan | None:
         """The leader of its session; its children carry the mark, too. Blocking."""

@@ -20,10 +20,9 @@ import structlog
 from pause import percentile
 
 from caesura.contract.messages import OperationTarget, StartOperation
-from caesura_host_updater.drivers.qemu.definition import Definition, QemuOptions
+from caesura_host_updater.drivers.qemu.definition import Definition, QemuOptions, QemuVm
 from caesura_host_updater.drivers.qemu.driver import QemuDriver
 from caesura_host_updater.guard_client import GuardClient
-from caesura_host_updater.inventory.host_config import VmSpec
 from caesura_host_updater.inventory.updates import UpdateFile
 from caesura_host_updater.journal import JournalThread
 from caesura_host_updater.operation.report import final_report
@@ -50,7 +49,7 @@ async def freeze(vms: int, times: int, seconds: float) -> list[float]:
         names = [f"vm-{number}" for number in range(vms)]
         driver = QemuDriver(
             "bench",
-            tuple(VmSpec(name=each, qemu=guest) for each in names),
+            tuple(QemuVm(name=each, qemu=guest) for each in names),
             QemuOptions(run_dir=str(folder / "run"), ram_dir=ram, start_timeout_s=60.0),
             folder,
             accel="tcg,thread=multi",

@@ -21,11 +21,10 @@ import msgspec
 
 from caesura_host_updater.drivers.port import ClockSet
 from caesura_host_updater.drivers.qemu.clock import set_clock
-from caesura_host_updater.drivers.qemu.definition import Adopt, QemuOptions
+from caesura_host_updater.drivers.qemu.definition import Adopt, QemuOptions, QemuVm
 from caesura_host_updater.drivers.qemu.driver import QemuDriver
 from caesura_host_updater.drivers.qemu.handover import set_capabilities
 from caesura_host_updater.drivers.qemu.qmp import Event, Qmp, QmpUnreachable
-from caesura_host_updater.inventory.host_config import VmSpec
 from caesura_testing.guests import Definition, Heartbeat, Image, command_line, connect, image
 from caesura_vmcontrol.procfs import DEAD, thread_states
 
@@ -142,7 +141,7 @@ class Bench:
         )
         return QemuDriver(
             "bench",
-            (VmSpec(name="vm", adopt=sockets),),
+            (QemuVm(name="vm", adopt=sockets),),
             QemuOptions(run_dir=str(self.folder / "run")),
             self.state,
             accel=self.definition.accel,

@@ -42,8 +42,8 @@ from caesura_coordinator.settings import CoordinatorSettings
 from caesura_coordinator.store import Store
 from caesura_ctl.options import EXIT_CODES
 from caesura_ctl.settings import CtlSettings
-from caesura_host_updater.drivers.freezers import SignalFreezer
-from caesura_host_updater.drivers.process import ProcessDriver
+from caesura_host_updater.drivers.process.driver import ProcessDriver
+from caesura_host_updater.drivers.process.freezers import SignalFreezer
 from caesura_host_updater.guard_client import GuardClient
 from caesura_host_updater.inventory.host_config import HostFile
 from caesura_host_updater.journal import JournalThread

@@ -14,6 +14,7 @@ with QuietInterrupt():
     from collections.abc import Iterator, Mapping
     from contextlib import contextmanager, suppress
     from pathlib import Path
+    from typing import Any
 
     import structlog
     from prometheus_client import CollectorRegistry
@@ -29,17 +30,12 @@ with QuietInterrupt():
     from caesura.runtime.identity import new_id
     from caesura.runtime.listen import check_health_address
     from caesura.runtime.lock import StateFolderUnusable, private_dir, translate_os_errors
-    from caesura.runtime.processes import cgroup_name
     from caesura.runtime.serve import serve
     from caesura.runtime.threads import in_thread
-    from caesura_host_updater.drivers.freezers import choose_freezer
+    from caesura_host_updater.drivers.plugin import DriverSetup, check_plans, load_plugin
     from caesura_host_updater.drivers.port import Driver
-    from caesura_host_updater.drivers.process import ProcessDriver
-    from caesura_host_updater.drivers.qemu.accel import Accelerator, find_accelerator
-    from caesura_host_updater.drivers.qemu.discovery import with_discovered
-    from caesura_host_updater.drivers.qemu.driver import QemuDriver
     from caesura_host_updater.guard_client import GuardClient
-    from caesura_host_updater.inventory.host_config import HostFile, read_host_file
+    from caesura_host_updater.inventory.host_config import HostFile, read_host_file, with_discovered
     from caesura_host_updater.journal import JournalThread
     from caesura_host_updater.metrics import HostMetrics
     from caesura_host_updater.operation.crash_recovery import resume_marked
@@ -49,8 +45,6 @@ with QuietInterrupt():
     from caesura_host_updater.settings import HostUpdaterSettings
     from caesura_host_updater.subscriptions import filters
     from caesura_vmcontrol.notify import Notifier
-
-_ACCEL = {"kvm": "kvm", "tcg": "tcg,thread=multi"}
 
 _NO_WATCHDOG_S = 1.0  # s: between two looks whether there is something left to say to systemd
 _OPEN_AGAIN_S = 1.0  # s: between two tries to open a journal that the disk refuses
@@ -195,6 +189,7 @@ async def _serve(
     stopped = False
     try:
         await updater.resume_paused()
+        check_plans(driver, [vm.name for vm in host.vm])
         await _open(journal, str(folder / "journal.sqlite"), settings.fleet)
         await updater.recover()
         asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, updater.reread)
@@ -228,43 +223,15 @@ async def _open(journal: JournalThread, path: str, fleet: str) -> None:
 async def _driver(
     settings: HostUpdaterSettings, host: HostFile, folder: Path, environ: dict[str, str]
 ) -> Driver:
-    if host.driver == "qemu":
-        accelerator = await _accelerator(host, folder)
-        return QemuDriver(
-            host.host,
-            host.vm,
-            host.qemu,
-            folder,
-            accel=_ACCEL[accelerator.name],
-            accel_reason=accelerator.reason,
-            environ=environ,
-            max_digest_bytes=settings.max_digest_bytes,
-        )
-    freezer, passed = choose_freezer(host.process.freezer, cgroup_name(host.host, folder))
-    for kind, why in passed.items():
-        _log.warning("freezer.passed_over", kind=kind, why=why, chosen=freezer.kind)
-    return ProcessDriver(
-        host.host,
-        host.vm,
-        folder,
-        freezer,
+    setup: DriverSetup[Any, Any] = DriverSetup(
+        host=host.host,
+        vms=host.vm,
+        options=host.options,
+        state_dir=folder,
         environ=environ,
         max_digest_bytes=settings.max_digest_bytes,
     )
-
-
-async def _accelerator(host: HostFile, folder: Path) -> Accelerator:
-    """What VMs that are started here run with. KVM is tried by booting a kernel, once in a boot of this machine."""
-    ours = next((vm.qemu for vm in host.vm if vm.qemu is not None), None)
-    if host.qemu.accel != "auto":
-        return Accelerator(host.qemu.accel, "as the host file says")
-    if ours is None:
-        return Accelerator("tcg", "no VM is started here")
-    found = await find_accelerator(
-        host.qemu.binary, cpu=ours.cpu, kernel=ours.kernel, cache=folder / "accelerator.json"
-    )
-    _log.info("accelerator.chosen", name=found.name, why=found.reason)
-    return found
+    return await load_plugin(host.driver).build(setup)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import os
 import signal
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from caesura_vmcontrol import qemu_plans, vmm
 from caesura_vmcontrol.procfs import (
@@ -30,9 +30,11 @@ from caesura_vmcontrol.procfs import (
 from caesura_vmcontrol.qemu_plans import BadPlan, QemuPlan, ReplacePlan, SwapPlan, Vmm
 
 __all__ = [
+    "MECHANISMS",
     "BadPlan",
     "CgroupPlan",
     "Condition",
+    "Mechanism",
     "Plan",
     "QemuPlan",
     "ReplacePlan",
@@ -40,6 +42,7 @@ __all__ = [
     "SwapPlan",
     "Vmm",
     "condition",
+    "mechanism_of",
     "plan_from_json",
     "plan_to_json",
     "thaw",
@@ -115,6 +118,26 @@ class SignalPlan:
 
 
 Plan = CgroupPlan | SignalPlan | QemuPlan | SwapPlan | ReplacePlan
+
+Mechanism = Literal["signal", "cgroup", "qmp"]
+"""By what the guard resumes a VM alone: the signals of a process group, a cgroup's file, QMP. A closed set, for the guard imports
+nothing of a driver. A further one (HTTP over a unix socket, libvirt's RPC) is a member here, a plan, and a branch in
+``mechanism_of``, ``plan_to_json``, ``plan_from_json``, ``condition`` and ``thaw``; with the standard library only."""
+
+MECHANISMS: tuple[Mechanism, ...] = get_args(Mechanism)
+
+
+def mechanism_of(plan: object) -> Mechanism | None:
+    """By what the guard would carry the plan out; None: it is not a plan that it knows."""
+    match plan:
+        case SignalPlan():
+            return "signal"
+        case CgroupPlan():
+            return "cgroup"
+        case QemuPlan() | SwapPlan() | ReplacePlan():
+            return "qmp"
+        case _:
+            return None
 
 
 def _has_live_thread(pid: int) -> bool:

@@ -68,6 +68,14 @@ def test_every_toml_file_shown_is_accepted_by_its_reader() -> None:
     assert set(kinds) == {"listeners", "host", "update"}
 
 
+def test_the_example_of_a_driver_that_is_shown_is_the_one_that_is_tested() -> None:
+    code = text("tests/support/caesura_testing/example_driver.py")
+    shown = [body for page, body in blocks("python") if page == "docs/develop/driver.md"]
+    assert len(shown) == 3
+    for body in shown:
+        assert body in code
+
+
 def commands() -> Iterator[tuple[str, list[str]]]:
     """(page, words after `caesura`) of every call of the operator's command in a shell block or in running text."""
     lines = [(page, line) for page, body in blocks("sh") for line in body.splitlines()]

@@ -15,7 +15,7 @@ from caesura.contract.messages import AgentClockSynced, MemoryProof, VmClockSync
 from caesura.delivery.message import OutboxMessage
 from caesura.lifecycle.proof import memory_proof
 from caesura_host_updater.clocks.verdict import ClockCheck, judge, judge_driver, same_boot, unsynced
-from caesura_host_updater.drivers.port import Driver, DriverError
+from caesura_host_updater.drivers.port import ClockCapable, Driver, DriverError, NotPossible
 
 _BOOT_ID_S = 0.5  # s: for a guest to report its boot id before it is paused
 REPEAT_S = 2.0  # s: the agent may have been away when `resumed` was published: it is repeated this often
@@ -86,7 +86,7 @@ class ClockSyncTracker:
         async def ask(vm: str) -> str:
             with suppress(DriverError, TimeoutError):
                 async with asyncio.timeout(_BOOT_ID_S):
-                    return await self._driver.guest_boot_id(vm)
+                    return await self._clocks(vm).guest_boot_id(vm)
             return ""
 
         return dict(zip(vms, await asyncio.gather(*map(ask, vms)), strict=True))
@@ -216,6 +216,14 @@ class ClockSyncTracker:
             return False
         return case.told_at is None or now < case.told_at + self._timeout_s
 
+    def _clocks(self, vm: str) -> ClockCapable:
+        """The driver, where it reaches into guests."""
+        if not isinstance(self._driver, ClockCapable):
+            raise NotPossible(
+                vm, f"the {self._driver.name} driver cannot set a guest's clock; its agent does"
+            )
+        return self._driver
+
     def _settable(self, vm: str) -> bool:
         """Whether the driver may be able to set the clock from outside."""
         return self._driver.capabilities(vm).clock == "system"
@@ -236,7 +244,7 @@ class ClockSyncTracker:
     async def _by_driver(self, wait: ClockCheck, why: str) -> VmClockSynced:
         try:
             async with asyncio.timeout(self._timeout_s):
-                told = await self._driver.sync_clock(wait.vm)
+                told = await self._clocks(wait.vm).sync_clock(wait.vm)
                 memory = await self._same_boot(wait.vm, wait.kernel_boot_id)
         except DriverError as error:
             return unsynced(self._host, wait, f"{why}, and {error.why}", datetime.now(UTC))
@@ -252,7 +260,7 @@ class ClockSyncTracker:
         if not before:
             return None
         try:
-            return same_boot(before, await self._driver.guest_boot_id(vm))
+            return same_boot(before, await self._clocks(vm).guest_boot_id(vm))
         except DriverError as error:
             return memory_proof(detail=f"its boot id could not be read: {error.why}")
 

@@ -1,5 +1,8 @@
 """The driver port: what the host updater may ask of a hypervisor.
 
+``Driver`` is what every driver has. What only some can do is a protocol of its own beside it, asked for by ``isinstance``:
+``SwapCapable``, ``ReplaceCapable``, ``DigestCapable``, ``ClockCapable``. ``plugin`` says how a driver is found and made.
+
 One conformance suite (``tests/integration/host_updater/test_driver_conformance.py``) holds every driver to it.
 """
 
@@ -7,13 +10,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import msgspec
 
 from caesura.contract.messages import Method, ProofCode, VmState
 from caesura.runtime.errors import CaesuraError
-from caesura_vmcontrol.plans import Plan
+from caesura_vmcontrol.plans import MECHANISMS, Plan, mechanism_of
 
 
 class DriverError(CaesuraError):
@@ -59,6 +62,13 @@ class NotPossible(DriverError):
     """This driver cannot do this at all; the text says why."""
 
 
+class UnknownPlan(DriverError):
+    """The pause guard could not resume the VM: the driver's plan is of a kind that it does not know."""
+
+
+KNOWN = f"the pause guard, which resumes VMs when the host updater is dead, knows {', '.join(map(repr, MECHANISMS))}"
+
+
 class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
     """What can be done with a VM, and why the rest cannot."""
 
@@ -98,7 +108,7 @@ class ClockSet(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Driver(Protocol):
-    """A hypervisor. All instants are seconds on CLOCK_MONOTONIC.
+    """A hypervisor that pauses VMs and resumes them. All instants are seconds on CLOCK_MONOTONIC.
 
     ``freeze`` must never leave anything running in the background: when it was cancelled, nothing of it
     freezes a VM later.
@@ -158,24 +168,6 @@ class Driver(Protocol):
             FreezeFailed: not confirmed by then, or the VM is gone.
         """
 
-    async def hand_over(self, vm: str, by: float) -> HandOver:
-        """Swap: the prepared process takes the guest over. Not begun after ``by``.
-
-        Raises:
-            SwapFailed: it did not; ``resume`` makes sure that the old process runs the guest.
-            NotPossible: this driver cannot swap.
-        """
-
-    async def checkpoint(self, vm: str, by: float, *, gone: bool = True) -> None:
-        """Replace, first half: the device state is in a file and the old process is gone; ``resume`` starts the new one.
-
-        ``gone`` False: it was killed and may still be dying, which nothing that runs meanwhile minds.
-
-        Raises:
-            FreezeFailed: the VM does not stand still, or its state could not be saved; ``resume`` puts it right.
-            NotPossible: this driver cannot replace.
-        """
-
     async def release(self, vm: str) -> None:
         """The operation is over: end and remove what ``prepare`` made and was not used."""
 
@@ -191,8 +183,41 @@ class Driver(Protocol):
     def why_left(self, vm: str) -> str:
         """Why ``resume`` left the VM as it is; empty where it did not."""
 
-    def memory_size(self, vm: str) -> int:
-        """Bytes that ``memory_digest`` would read; 0 where it cannot."""
+    def process_of(self, vm: str) -> str:
+        """What runs the guest now, for people: ``QEMU 7.2.22 (pid 4711)``; empty when nothing does."""
+
+
+@runtime_checkable
+class SwapCapable(Protocol):
+    """A driver that has another process take a running guest over."""
+
+    async def hand_over(self, vm: str, by: float) -> HandOver:
+        """Swap: the prepared process takes the guest over. Not begun after ``by``.
+
+        Raises:
+            SwapFailed: it did not; ``resume`` makes sure that the old process runs the guest.
+            DriverError: no swap of it was prepared.
+        """
+
+
+@runtime_checkable
+class ReplaceCapable(Protocol):
+    """A driver that saves a guest's device state to a file and starts another process from it."""
+
+    async def checkpoint(self, vm: str, by: float, *, gone: bool = True) -> None:
+        """Replace, first half: the device state is in a file and the old process is gone; ``resume`` starts the new one.
+
+        ``gone`` False: it was killed and may still be dying, which nothing that runs meanwhile minds.
+
+        Raises:
+            FreezeFailed: the VM is not paused, or its state could not be saved; ``resume`` has the old process run it.
+            DriverError: no replace of it was prepared.
+        """
+
+
+@runtime_checkable
+class DigestCapable(Protocol):
+    """A driver that reads a guest's memory from outside."""
 
     async def memory_digest(self, vm: str, stop_at: float) -> str | None:
         """A digest of the guest's memory, only meaningful while it stands still; None: not done by ``stop_at``.
@@ -208,8 +233,17 @@ class Driver(Protocol):
             NotPossible, DriverError: there is no memory to read, or reading it failed.
         """
 
-    def process_of(self, vm: str) -> str:
-        """What runs the guest now, for people: ``QEMU 7.2.22 (pid 4711)``; empty when nothing does."""
+
+@runtime_checkable
+class ClockCapable(Protocol):
+    """A driver that reaches into a guest, past its agent: sets its clock, and reads which boot of its kernel it is."""
+
+    async def sync_clock(self, vm: str) -> ClockSet:
+        """Set the guest's clock from outside.
+
+        Raises:
+            NotPossible, DriverError: there is no way to reach this guest, or the guest does not answer or answers nonsense.
+        """
 
     async def guest_boot_id(self, vm: str) -> str:
         """The guest kernel's boot id as told from inside: the same one after a pause shows that memory stayed.
@@ -218,12 +252,19 @@ class Driver(Protocol):
             NotPossible, DriverError: nothing in the guest can be asked, or it does not answer.
         """
 
-    async def sync_clock(self, vm: str) -> ClockSet:
-        """Set the guest's clock from outside.
 
-        Raises:
-            NotPossible, DriverError: there is no way to, or the guest does not answer or answers nonsense.
-        """
+def guard_plan(driver: Driver, vm: str) -> Plan:
+    """``resume_plan``, held to what the pause guard can carry out.
+
+    Raises:
+        DriverError: the VM is not running, or its plan is of a kind that the guard does not know.
+    """
+    plan = driver.resume_plan(vm)
+    if mechanism_of(plan) is None:
+        raise UnknownPlan(
+            vm, f"the {driver.name} driver would have it resumed by {type(plan).__name__!r}; {KNOWN}"
+        )
+    return plan
 
 
 async def states_within(driver: Driver, timeout_s: float) -> Mapping[str, VmState]:

@@ -10,8 +10,8 @@ from caesura.lifecycle.commands import COMMANDS
 from caesura.lifecycle.proof import ordered
 from caesura_host_updater.admission import Authority
 from caesura_host_updater.drivers.port import Capabilities
-from caesura_host_updater.inventory.host_config import VmSpec
 from caesura_host_updater.inventory.updates import Catalogue
+from caesura_host_updater.inventory.vm_spec import VmSpec
 
 
 def vm_records(

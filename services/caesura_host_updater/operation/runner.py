@@ -16,12 +16,16 @@ from caesura.contract.messages import StartOperation, VmFrozen, VmResumed
 from caesura.contract.reasons import ReasonCode
 from caesura.runtime.errors import StoreError
 from caesura_host_updater.drivers.port import (
+    DigestCapable,
     Driver,
     DriverError,
     FreezeFailed,
     NotPossible,
     NotRunningYet,
+    ReplaceCapable,
+    SwapCapable,
     SwapFailed,
+    guard_plan,
     states_within,
 )
 from caesura_host_updater.guard_client import GuardUnavailable
@@ -234,7 +238,7 @@ class OperationRunner:
 
     async def _arm(self, deadline: float) -> None:
         try:
-            plans = [self._driver.resume_plan(vm.vm) for vm in self.state.vms]
+            plans = [guard_plan(self._driver, vm.vm) for vm in self.state.vms]
             await self._pauses.write(self.state.operation, plans)
             await self._guard.arm(self.state.operation, deadline, plans)
         except NotMarked as error:
@@ -272,6 +276,8 @@ class OperationRunner:
                 self._events.put_nowait(steps.VmNotSwapped(vm, None, why))
                 continue
             try:
+                if not isinstance(self._driver, SwapCapable):
+                    raise NotPossible(vm, f"the {self._driver.name} driver cannot swap")
                 done = await self._driver.hand_over(vm, by)
             except asyncio.CancelledError:
                 self._events.put_nowait(steps.VmNotSwapped(vm, called_at, "its swap was called off"))
@@ -305,7 +311,7 @@ class OperationRunner:
             return
         try:
             if self.state.method == "replace":
-                await self._driver.checkpoint(vm, by, gone=bool(self.state.update))
+                await self._checkpoint(vm, by)
             else:
                 await self._driver.freeze(vm, by)
         except asyncio.CancelledError:
@@ -318,6 +324,11 @@ class OperationRunner:
             raise
         else:
             self._events.put_nowait(steps.VmFroze(vm, called_at, time.monotonic()))
+
+    async def _checkpoint(self, vm: str, by: float) -> None:
+        if not isinstance(self._driver, ReplaceCapable):
+            raise NotPossible(vm, f"the {self._driver.name} driver cannot replace")
+        await self._driver.checkpoint(vm, by, gone=bool(self.state.update))
 
     async def _resume(self, vm: str, freezing: asyncio.Task[None] | None) -> None:
         """Never gives up: a VM that does not run is retried until it runs or is gone."""
@@ -380,6 +391,8 @@ class OperationRunner:
             self._events.put_nowait(steps.Digested(vm, ""))
             return
         try:
+            if not isinstance(self._driver, DigestCapable):
+                raise NotPossible(vm, f"the {self._driver.name} driver cannot read memory")
             digest = await self._driver.memory_digest(vm, until)
         except DriverError as error:
             self._events.put_nowait(steps.Digested(vm, "", error.why))
@@ -389,6 +402,8 @@ class OperationRunner:
 
     async def _sample(self, vm: str) -> None:
         try:
+            if not isinstance(self._driver, DigestCapable):
+                raise NotPossible(vm, f"the {self._driver.name} driver cannot read memory")
             digest = await self._driver.sampled_digest(vm, f"{self.state.operation}/{vm}")
         except DriverError as error:
             self._events.put_nowait(steps.Sampled(vm, "", error.why))

@@ -457,7 +457,7 @@ def freezers() -> Sequence[str]:
 @pytest.fixture(params=freezers())
 def freezer(request: pytest.FixtureRequest) -> str:
     """Each way of freezing; skipped where the machine lacks it."""
-    from caesura_host_updater.drivers.freezers import FreezerUnusable, choose_freezer  # noqa: PLC0415
+    from caesura_host_updater.drivers.process.freezers import FreezerUnusable, choose_freezer  # noqa: PLC0415
 
     kind: str = request.param
     try:

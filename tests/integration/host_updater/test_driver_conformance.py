@@ -1,4 +1,4 @@
-"""What every driver must do; run over the process driver with each of its freezers, and over QEMU.
+"""What every driver must do; run over the process driver with each of its freezers, over QEMU, and over the example of the docs.
 
 The QEMU VMs have no guest system: the firmware runs, which is enough to stand still and to be handed over.
 """
@@ -20,16 +20,28 @@ from typing import Any
 
 import pytest
 
-from caesura_host_updater.drivers.freezers import FreezerUnusable, choose_freezer
-from caesura_host_updater.drivers.port import Driver, DriverError, FreezeFailed, NotPossible
-from caesura_host_updater.drivers.process import ProcessDriver
-from caesura_host_updater.drivers.qemu.definition import Definition, QemuOptions
+from caesura_host_updater.drivers.plugin import DriverSetup, check_plans, load_plugin
+from caesura_host_updater.drivers.port import (
+    ClockCapable,
+    DigestCapable,
+    Driver,
+    DriverError,
+    FreezeFailed,
+    NotPossible,
+    ReplaceCapable,
+    SwapCapable,
+)
+from caesura_host_updater.drivers.process.definition import GuestProcess, ProcessVm
+from caesura_host_updater.drivers.process.driver import ProcessDriver
+from caesura_host_updater.drivers.process.freezers import FreezerUnusable, choose_freezer
+from caesura_host_updater.drivers.qemu.definition import Definition, QemuOptions, QemuVm
 from caesura_host_updater.drivers.qemu.driver import QemuDriver
 from caesura_host_updater.drivers.sampling import sampled_offsets
-from caesura_host_updater.inventory.host_config import GuestProcess, VmSpec
+from caesura_testing.example_driver import ExampleDriver, ExampleOptions, ExampleVm, Program
 from caesura_testing.guests import qemu_installed
 from caesura_testing.patience import patient
-from caesura_vmcontrol.plans import CgroupPlan, condition, thaw
+from caesura_testing.plugins import install_driver
+from caesura_vmcontrol.plans import CgroupPlan, condition, mechanism_of, thaw
 from caesura_vmcontrol.procfs import alive, read_process
 
 # Leaves its process group and session, forks, and starts threads: all of it must stand still.
@@ -45,21 +57,21 @@ while True: time.sleep(0.005)
 """
 
 
-def specs() -> tuple[VmSpec, ...]:
+def specs() -> tuple[ProcessVm, ...]:
     """Three VMs, one of them awkward, one with memory."""
     busy = GuestProcess(argv=(sys.executable, "-S", "-c", "while True: pass"))
     awkward = GuestProcess(argv=(sys.executable, "-S", "-c", ESCAPING))
     return (
-        VmSpec(name="plain", process=(GuestProcess(argv=("sleep", "600")),), ram_bytes=3 * 2**20 + 5),
-        VmSpec(name="awkward", process=(awkward, GuestProcess(argv=("sleep", "601")))),
-        VmSpec(name="busy", process=(busy,)),
+        ProcessVm(name="plain", process=(GuestProcess(argv=("sleep", "600")),), ram_bytes=3 * 2**20 + 5),
+        ProcessVm(name="awkward", process=(awkward, GuestProcess(argv=("sleep", "601")))),
+        ProcessVm(name="busy", process=(busy,)),
     )
 
 
-def qemu_specs() -> tuple[VmSpec, ...]:
+def qemu_specs() -> tuple[QemuVm, ...]:
     """The same VMs as guests."""
     guest = Definition(memory_mib=16, machine="pc-q35-7.2")
-    return tuple(VmSpec(name=spec.name, qemu=guest) for spec in specs())
+    return tuple(QemuVm(name=spec.name, qemu=guest) for spec in specs())
 
 
 class Lives:
@@ -94,7 +106,7 @@ class Lives:
         await self._end_all()
 
 
-KINDS = ("cgroup2", "cgroup1", "sigstop", "qemu")
+KINDS = ("cgroup2", "cgroup1", "sigstop", "qemu", "example")
 
 
 @pytest.fixture(params=KINDS)
@@ -113,6 +125,8 @@ def _usable(kind: str) -> str:
     if kind == "qemu":
         if not qemu_installed():
             pytest.skip("no QEMU on this machine")
+        return kind
+    if kind == "example":
         return kind
     try:
         choose_freezer(kind, "caesura-test-probe")[0].remove("_probe")  # type: ignore[arg-type]
@@ -139,11 +153,33 @@ def _qemu_driver(folder: Path) -> QemuDriver:
     )
 
 
+def _example_driver(folder: Path) -> ExampleDriver:
+    programs = {spec.name: Program(argv=("sleep", "600")) for spec in specs()}
+    return ExampleDriver(
+        DriverSetup(
+            host="host-1",
+            vms=tuple(ExampleVm(name=name, example=program) for name, program in programs.items()),
+            options=ExampleOptions(),
+            state_dir=folder,
+            environ=os.environ,
+            max_digest_bytes=0,
+        )
+    )
+
+
+@pytest.fixture(autouse=True)
+def example_is_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The example driver is no part of the product: it is a plug-in, as anybody's."""
+    target = "caesura_testing.example_driver:ExamplePlugin"
+    monkeypatch.syspath_prepend(install_driver(tmp_path / "plugins", "example", target))
+
+
 async def _lives(kind: str, tmp_path: Path) -> AsyncIterator[Lives]:
     # A unix socket's path has 107 bytes, and pytest's folders have long names.
     with tempfile.TemporaryDirectory(prefix="caesura-", dir="/tmp") as short:
         folder = Path(short) if kind == "qemu" else tmp_path
-        build = partial(_qemu_driver if kind == "qemu" else partial(_process_driver, kind), folder)
+        makers = {"qemu": _qemu_driver, "example": _example_driver}
+        build = partial(makers.get(kind) or partial(_process_driver, kind), folder)
         lives = Lives(folder, build, exclusive=kind == "qemu")
         yield lives
         await lives.end()
@@ -343,11 +379,28 @@ async def test_what_is_not_possible_is_refused_before_the_pause(driver: Any) -> 
     await driver.prepare("plain", "op-2", "freeze", "")
     await driver.release("plain")
     await driver.release("plain")  # right in every state
-    with pytest.raises(DriverError):
-        await driver.hand_over("plain", soon())
-    with pytest.raises(DriverError):
-        await driver.checkpoint("plain", soon())
+    if isinstance(driver, SwapCapable):
+        with pytest.raises(DriverError):
+            await driver.hand_over("plain", soon())
+    if isinstance(driver, ReplaceCapable):
+        with pytest.raises(DriverError):
+            await driver.checkpoint("plain", soon())
     assert (await driver.read_states())["plain"] == "running"
+
+
+async def test_a_driver_has_the_protocols_of_what_it_says_it_can_do(driver: Any) -> None:
+    for vm in await driver.read_states():
+        can = driver.capabilities(vm)
+        for method, protocol in (("swap", SwapCapable), ("replace", ReplaceCapable)):
+            assert isinstance(driver, protocol) or can.missing[method], method
+        assert isinstance(driver, DigestCapable) or (not can.digests and can.no_digest)
+        assert isinstance(driver, ClockCapable) or can.clock != "system"
+
+
+async def test_the_guard_plan_is_one_that_the_plug_in_promised(driver: Driver) -> None:
+    promised = load_plugin(driver.name).mechanisms
+    check_plans(driver, await driver.read_states())
+    assert {mechanism_of(driver.resume_plan(vm)) for vm in await driver.read_states()} <= promised
 
 
 async def test_memory_digest(process_driver: ProcessDriver, tmp_path: Path) -> None:
@@ -365,8 +418,7 @@ async def test_memory_digest(process_driver: ProcessDriver, tmp_path: Path) -> N
     await driver.resume("plain", 5)
     with pytest.raises(NotPossible):
         await driver.memory_digest("busy", soon())
-    with pytest.raises(NotPossible):
-        await driver.sync_clock("plain")
+    assert not isinstance(driver, ClockCapable)
 
 
 async def test_sampled_digest(process_driver: ProcessDriver, tmp_path: Path) -> None:
@@ -392,7 +444,7 @@ async def test_sampled_digest(process_driver: ProcessDriver, tmp_path: Path) -> 
 
 async def test_vm_whose_program_is_missing(freezer: str, tmp_path: Path) -> None:
     chosen, _ = choose_freezer(freezer, f"caesura-driver-test-{os.getpid()}")  # type: ignore[arg-type]
-    spec = VmSpec(name="bad", process=(GuestProcess(argv=("no-such-program",)),))
+    spec = ProcessVm(name="bad", process=(GuestProcess(argv=("no-such-program",)),))
     driver = ProcessDriver("host-1", (spec,), tmp_path, chosen, environ=os.environ, max_digest_bytes=0)
     await driver.open()
     assert (await driver.read_states()) == {"bad": "stopped"}
@@ -409,7 +461,7 @@ async def test_a_start_that_fails_leaves_no_cgroup(freezer: str, tmp_path: Path)
     base = getattr(chosen, "_base", None)
     assert base is None or not base.exists(), "to find out whether it works needs no place that stays"
     (tmp_path / "vms" / "full.spec.json").mkdir(parents=True)  # stands for what cannot be written
-    spec = VmSpec(name="full", process=(GuestProcess(argv=("sleep", "600")),))
+    spec = ProcessVm(name="full", process=(GuestProcess(argv=("sleep", "600")),))
     driver = ProcessDriver("host-1", (spec,), tmp_path, chosen, environ=os.environ, max_digest_bytes=0)
     await driver.open()
     try:
@@ -462,6 +514,8 @@ def tree(driver: Any, vm: str) -> list[int]:
     from caesura_vmcontrol.plans import SignalPlan  # noqa: PLC0415
     from caesura_vmcontrol.procfs import process_table  # noqa: PLC0415
 
+    if isinstance(driver, ExampleDriver):
+        return [driver._runs[vm].leader]
     first = driver._runs[vm]
     members = SignalPlan(vm, first.pid, first.start_ticks).members(process_table())
     return sorted((each.pid for each in members), key=lambda pid: pid != first.pid)

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from caesura_host_updater.drivers.freezers import (
+from caesura_host_updater.drivers.process.freezers import (
     ProcessGroupRecord,
     ProcessPlan,
     choose_freezer,

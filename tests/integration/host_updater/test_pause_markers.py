@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from caesura.contract.messages import HostInventory
-from caesura_host_updater.drivers.freezers import request_freeze
+from caesura_host_updater.drivers.process.freezers import request_freeze
 from caesura_vmcontrol.plans import thaw
 
 JUNK = b"\0junk of a broken disk\n" * 300

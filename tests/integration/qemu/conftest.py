@@ -16,9 +16,8 @@ from typing import Any
 
 import pytest
 
-from caesura_host_updater.drivers.qemu.definition import Adopt, Definition, QemuOptions
+from caesura_host_updater.drivers.qemu.definition import Adopt, Definition, QemuOptions, QemuVm
 from caesura_host_updater.drivers.qemu.driver import QemuDriver
-from caesura_host_updater.inventory.host_config import VmSpec
 from caesura_testing.guests import qemu_installed
 from caesura_testing.patience import patient
 from caesura_vmcontrol.procfs import alive, process_table, read_process
@@ -46,7 +45,7 @@ class Rig:
     def build(self, vms: dict[str, Definition | Adopt | None], **options: Any) -> QemuDriver:
         """A driver that is not open yet."""
         specs = tuple(
-            VmSpec(
+            QemuVm(
                 name=name,
                 qemu=what if isinstance(what, Definition) else None,
                 adopt=what if isinstance(what, Adopt) else None,

@@ -18,7 +18,6 @@ import pytest
 
 from caesura_host_updater.drivers.port import DriverError, FreezeFailed, NotPossible
 from caesura_host_updater.drivers.qemu.definition import Adopt, Definition, Nic
-from caesura_host_updater.drivers.qemu.discovery import with_discovered
 from caesura_host_updater.drivers.qemu.qmp import (
     Event,
     Qmp,
@@ -27,7 +26,7 @@ from caesura_host_updater.drivers.qemu.qmp import (
     QmpUnreachable,
     listener_of,
 )
-from caesura_host_updater.inventory.host_config import parse_host_file
+from caesura_host_updater.inventory.host_config import parse_host_file, with_discovered
 from caesura_testing.patience import patient
 
 SMALL = Definition(memory_mib=16, machine="pc-q35-7.2")

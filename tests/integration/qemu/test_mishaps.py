@@ -19,10 +19,9 @@ import pytest
 
 from caesura_host_updater.drivers.port import SwapFailed
 from caesura_host_updater.drivers.qemu import migration
-from caesura_host_updater.drivers.qemu.definition import Adopt, Definition, QemuOptions
+from caesura_host_updater.drivers.qemu.definition import Adopt, Definition, QemuOptions, QemuVm
 from caesura_host_updater.drivers.qemu.driver import QemuDriver
 from caesura_host_updater.drivers.qemu.vmm import read_vmm
-from caesura_host_updater.inventory.host_config import VmSpec
 from caesura_testing.patience import patient
 from caesura_vmcontrol import claims
 from caesura_vmcontrol.intent import Intent, IntentFile
@@ -196,7 +195,7 @@ async def test_another_host_updater_with_the_same_folder_for_sockets(rig: Any, t
     await driver.checkpoint("a", tools.soon())
     other = QemuDriver(
         "host-2",
-        (VmSpec(name="b", qemu=SMALL),),
+        (QemuVm(name="b", qemu=SMALL),),
         QemuOptions(run_dir=str(rig.folder / "run"), powerdown_s=0),
         rig.folder / "state-2",
         accel="tcg,thread=multi",
@@ -269,7 +268,7 @@ async def test_vm_that_another_host_updater_runs_is_not_started_again(rig: Any, 
     pid = tools.pid_of(driver, "a")
     other = QemuDriver(
         "host-1",
-        (VmSpec(name="a", qemu=SMALL),),
+        (QemuVm(name="a", qemu=SMALL),),
         QemuOptions(run_dir=str(rig.folder / "run"), powerdown_s=0),
         rig.folder / "state-2",
         accel="tcg,thread=multi",

@@ -19,11 +19,10 @@ import pytest
 from caesura_host_updater.drivers.port import FreezeFailed, SwapFailed
 from caesura_host_updater.drivers.qemu import checkpointing, handover, supervisor, vmm
 from caesura_host_updater.drivers.qemu import migration as migrations
-from caesura_host_updater.drivers.qemu.definition import Definition, QemuOptions
+from caesura_host_updater.drivers.qemu.definition import Definition, QemuOptions, QemuVm
 from caesura_host_updater.drivers.qemu.driver import QemuDriver
 from caesura_host_updater.drivers.qemu.handover import SWAP_CAPABILITIES, HandOverFailed
 from caesura_host_updater.drivers.qemu.qmp import Qmp
-from caesura_host_updater.inventory.host_config import VmSpec
 from caesura_testing.patience import patient
 from caesura_vmcontrol import claims, processes, replacing, swapping
 from caesura_vmcontrol.guest import UNDER_WAY, migration, reach
@@ -382,7 +381,7 @@ async def test_another_host_updater_with_the_same_vm_and_the_same_folder_for_soc
     await driver.prepare("a", "op-1", method, "")
     other = QemuDriver(
         "host-1",
-        (VmSpec(name="a", qemu=SMALL),),
+        (QemuVm(name="a", qemu=SMALL),),
         QemuOptions(run_dir=str(rig.folder / "run"), powerdown_s=0),
         rig.folder / "state-2",
         accel="tcg,thread=multi",

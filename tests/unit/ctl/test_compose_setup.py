@@ -77,7 +77,7 @@ def test_the_files_are_accepted_by_those_who_read_them() -> None:
     files = config_files(layout, secrets="/s", state="/v")
     for host in layout.hosts:
         read = parse_host_file(files[f"{host}.toml"], host)
-        assert read.process.freezer == "sigstop"
+        assert read.options.freezer == "sigstop"
         assert [vm.name for vm in read.vm] == [vm.name for vm in layout.on(host)]
         for table in tomllib.loads(files[f"{host}.toml"])["vm"]:
             agent, workload = (each["environ"] for each in table["process"])

@@ -151,7 +151,7 @@ def test_its_name_is_the_one_that_the_host_updater_uses(tmp_path: Path) -> None:
     names = {cgroup_name("host-1", tmp_path / each) for each in ("a", "b")}
     assert len(names) == 2
     assert all(each.startswith("caesura-host-1-") for each in names)
-    updater = importlib.util.find_spec("caesura_host_updater.__main__")
+    updater = importlib.util.find_spec("caesura_host_updater.drivers.process.plugin")
     assert updater is not None
     assert "cgroup_name(" in Path(updater.origin or "").read_text()
 

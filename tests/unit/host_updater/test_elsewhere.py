@@ -6,7 +6,8 @@ import json
 
 import pytest
 
-from caesura_host_updater.drivers.elsewhere import hands_over
+from caesura_host_updater.drivers.process.definition import ProcessVm
+from caesura_host_updater.drivers.process.elsewhere import hands_over
 from caesura_host_updater.inventory.host_config import HostFileError, parse_host_file
 
 HOST = """
@@ -61,6 +62,6 @@ def test_what_hands_over_is_refused_by_name(argv: list[str], named: str) -> None
 )
 def test_what_does_not_is_not(argv: list[str]) -> None:
     assert hands_over(argv) == ""
-    assert parse_host_file(HOST.format(argv=json.dumps(argv)), "host.toml").vm[0].process[0].argv == tuple(
-        argv
-    )
+    (vm,) = parse_host_file(HOST.format(argv=json.dumps(argv)), "host.toml").vm
+    assert isinstance(vm, ProcessVm)
+    assert vm.process[0].argv == tuple(argv)

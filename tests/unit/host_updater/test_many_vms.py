@@ -32,10 +32,11 @@ from caesura.contract.messages import (
 from caesura.contract.parts import Joiner, inventory_in_parts
 from caesura_host_updater.admission import Authority
 from caesura_host_updater.drivers.port import Capabilities
-from caesura_host_updater.inventory.host_config import HostFile, HostFileError, VmSpec, parse_host_file
+from caesura_host_updater.inventory.host_config import HostFile, HostFileError, parse_host_file
 from caesura_host_updater.inventory.message import inventory
 from caesura_host_updater.inventory.publisher import InventoryPublisher
 from caesura_host_updater.inventory.updates import Catalogue
+from caesura_host_updater.inventory.vm_spec import VmSpec
 from caesura_host_updater.journal import JournalThread
 from caesura_host_updater.operation.finalizer import FactFactory
 from caesura_host_updater.operation.report import final_report

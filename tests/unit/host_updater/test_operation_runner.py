@@ -18,12 +18,16 @@ import pytest
 from caesura.contract.messages import Method, OperationTarget, StartOperation, VmFrozen, VmResumed, VmState
 from caesura_host_updater.drivers.port import (
     Capabilities,
+    ClockCapable,
     ClockSet,
+    DigestCapable,
     DriverError,
     FreezeFailed,
     HandOver,
     NotPossible,
     NotRunningYet,
+    ReplaceCapable,
+    SwapCapable,
     SwapFailed,
 )
 from caesura_host_updater.guard_client import GuardUnavailable
@@ -310,6 +314,49 @@ async def test_nothing_is_frozen_without_a_guard(journal: JournalThread) -> None
         assert op.end == "failed"
         assert "could not be armed" in op.failure
         assert not scene.driver.freezing.is_set()
+
+
+class Basic:
+    """A driver that has nothing beside the protocol ``Driver``."""
+
+    def __init__(self, inner: FakeDriver) -> None:
+        self._inner = inner
+
+    def __getattr__(self, name: str) -> Any:
+        if any(
+            hasattr(beside, name) for beside in (SwapCapable, ReplaceCapable, DigestCapable, ClockCapable)
+        ):
+            raise AttributeError(name)
+        return getattr(self._inner, name)
+
+
+@pytest.mark.parametrize("method", ["swap", "replace"])
+async def test_a_driver_that_cannot_is_not_asked(journal: JournalThread, method: Method) -> None:
+    scene = Scene(journal, "a", method=method)
+    scene.runner._driver = Basic(scene.driver)
+    op = await scene.run()
+    assert op.end == "failed"
+    assert f"the fake driver cannot {method}" in op.vms[0].error
+    assert not scene.driver.freezing.is_set()
+
+
+async def test_a_driver_that_cannot_read_memory_leaves_the_digests_out(journal: JournalThread) -> None:
+    scene = Scene(journal, "a", digestible=True, sampleable=True)
+    scene.runner._driver = Basic(scene.driver)
+    op = await scene.run()
+    assert op.end == "completed"
+    assert "the fake driver cannot read memory" in op.vms[0].digest_note
+
+
+async def test_nothing_is_frozen_that_the_guard_would_not_know_how_to_resume(journal: JournalThread) -> None:
+    scene = Scene(journal, "a", "b")
+    ours = scene.driver.resume_plan
+    odd: Any = lambda vm: ours(vm) if vm == "a" else object()  # noqa: E731
+    scene.driver.resume_plan = odd  # type: ignore[method-assign]
+    op = await scene.run()
+    assert op.end == "failed"
+    assert "the fake driver would have it resumed by 'object'" in op.failure
+    assert (scene.guard.armed, scene.markers.said, scene.driver.frozen) == ([], ["remove"], [])
 
 
 @pytest.mark.parametrize("method", ["freeze", "swap", "replace"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from caesura_host_updater.drivers.qemu.definition import QemuVm
 from caesura_host_updater.inventory.host_config import HostFileError, parse_host_file
 
 HEAD = 'host = "h"\ndriver = "qemu"\n'
@@ -24,7 +25,10 @@ def test_all_of_it() -> None:
     )
     file = parse_host_file(text, "host.toml")
     a, b, c = file.vm
-    assert file.qemu.accel == "kvm"
+    assert file.options.accel == "kvm"
+    assert isinstance(a, QemuVm)
+    assert isinstance(b, QemuVm)
+    assert isinstance(c, QemuVm)
     assert a.qemu is not None
     assert (a.qemu.disk[0].format, [nic.bridge for nic in a.qemu.nic]) == ("raw", [None, "br0"])
     assert b.adopt is not None

@@ -9,7 +9,7 @@ import pytest
 
 from caesura.contract.messages import AgentClockSynced, CanaryReport
 from caesura_host_updater.clocks.verdict import ClockCheck, judge, same_boot, shown_by_guest, unsynced
-from caesura_host_updater.drivers.freezers import freezer_mounts, own_cgroups
+from caesura_host_updater.drivers.process.freezers import freezer_mounts, own_cgroups
 from caesura_host_updater.operation.crash_outcome import recovered
 from caesura_host_updater.operation.schedule import Schedule
 from caesura_host_updater.operation.state import Operation, UpdateRun, VmPause

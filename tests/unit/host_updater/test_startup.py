@@ -13,7 +13,8 @@ from structlog.testing import capture_logs
 from caesura.contract.messages import StartOperation
 from caesura.delivery.sqlite import OutboxTable
 from caesura_host_updater.drivers.port import DriverError, NotRunningYet
-from caesura_host_updater.inventory.host_config import HostFile, VmSpec
+from caesura_host_updater.inventory.host_config import HostFile
+from caesura_host_updater.inventory.vm_spec import VmSpec
 from caesura_host_updater.journal import JournalThread
 from caesura_host_updater.operation import crash_recovery
 from caesura_host_updater.operation.crash_recovery import Startup

@@ -14,13 +14,15 @@ import pytest
 
 from caesura.contract.messages import StartOperation
 from caesura_host_updater import asker, service
-from caesura_host_updater.drivers.port import Capabilities
-from caesura_host_updater.inventory.host_config import HostFile, VmSpec
+from caesura_host_updater.drivers.port import Capabilities, ClockSet, NotPossible
+from caesura_host_updater.inventory.host_config import HostFile
 from caesura_host_updater.inventory.updates import Catalogue, UpdateFile
+from caesura_host_updater.inventory.vm_spec import VmSpec
 from caesura_host_updater.journal import Journal, JournalThread
 from caesura_host_updater.service import HostUpdater
 from caesura_host_updater.update_process import UpdateProcess
 from caesura_testing.collector import eventually
+from caesura_vmcontrol.plans import CgroupPlan
 
 
 class Guest:
@@ -44,8 +46,8 @@ class Guest:
     def capabilities(self, _: str) -> Capabilities:
         return Capabilities(methods=("freeze",), missing={}, clock="none")
 
-    def memory_size(self, _: str) -> int:
-        return 0
+    async def sync_clock(self, vm: str) -> ClockSet:
+        raise NotPossible(vm, "no clock")
 
     async def guest_boot_id(self, _: str) -> str:
         self.asked.set()
@@ -55,8 +57,8 @@ class Guest:
     async def run(self) -> None:
         """The guard: not started."""
 
-    def resume_plan(self, _: str) -> None:
-        return None
+    def resume_plan(self, vm: str) -> CgroupPlan:
+        return CgroupPlan(vm, "cgroup2", f"/sys/fs/cgroup/x/{vm}/cgroup.freeze")
 
     async def arm(self, *_: object) -> None:
         """Armed."""

@@ -8,6 +8,8 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
+from caesura_host_updater.inventory.vm_spec import VmSpec
+
 _MAC = r"^([0-9a-fA-F]{2}:){5}[0-9a-fA-F]{2}$"
 _BRIDGE = r"^[A-Za-z0-9_.-]{1,15}$"  # an interface name has at most 15 characters (IFNAMSIZ - 1)
 _VERSION = re.compile(
@@ -82,6 +84,27 @@ class Adopt(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     """A second one, for the pause guard: without it nothing that pauses is possible."""
     guest_agent: OptionalPath = ""
     """The host's side of ``org.qemu.guest_agent.0``."""
+
+
+class QemuVm(VmSpec, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A VM of the QEMU driver."""
+
+    qemu: Definition | None = None
+    """A VM to start."""
+    adopt: Adopt | None = None
+    """A VM that somebody else starts; with neither it is looked for in ``[qemu] discover``."""
+
+
+def vm_error(vm: QemuVm, options: QemuOptions) -> str:
+    """What is wrong with a VM beyond its types: names the key. Empty: nothing."""
+    if vm.qemu is not None and vm.adopt is not None:
+        return "has both [vm.qemu] and [vm.adopt]: either we start it or somebody else does"
+    if vm.qemu is not None:
+        wrong = definition_error(vm.qemu)
+        return f"[vm.qemu]: {wrong}" if wrong else ""
+    if vm.adopt is None and not options.discover:
+        return "has no [vm.qemu] and no [vm.adopt], and [qemu] discover names no folder to look for it"
+    return ""
 
 
 def is_versioned(machine: str) -> bool:

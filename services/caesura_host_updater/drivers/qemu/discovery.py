@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 
-import msgspec
-
 from caesura.contract.names import InvalidName, check_name
-from caesura_host_updater.drivers.qemu.definition import Adopt
-from caesura_host_updater.inventory.host_config import HostFile, VmSpec
+from caesura_host_updater.drivers.qemu.definition import Adopt, QemuVm
 
 
 def discovered(folder: str, vm: str) -> Adopt | None:
@@ -42,12 +40,8 @@ def discover(folder: str) -> tuple[list[str], dict[str, str]]:
     return found, passed
 
 
-def with_discovered(host: HostFile) -> tuple[HostFile, dict[str, str]]:
-    """The host file with a VM in no set for each one that is found and not named; and who was passed over, and why."""
-    if host.driver != "qemu":
-        return host, {}
-    names, passed = discover(host.qemu.discover)
-    known = {spec.name for spec in host.vm}
+def unnamed_vms(folder: str, known: Collection[str]) -> tuple[tuple[QemuVm, ...], dict[str, str]]:
+    """A VM in no set for each one that is found and not ``known``; and who was passed over, and why."""
+    names, passed = discover(folder)
     # Nobody said that an agent runs in it, so none is waited for.
-    found = tuple(VmSpec(name=name, agent=False) for name in names if name not in known)
-    return msgspec.structs.replace(host, vm=host.vm + found), passed
+    return tuple(QemuVm(name=name, agent=False) for name in names if name not in known), passed

@@ -23,7 +23,7 @@ from caesura_host_updater.drivers.port import (
 from caesura_host_updater.drivers.qemu import commandline
 from caesura_host_updater.drivers.qemu.assessor import Assessor
 from caesura_host_updater.drivers.qemu.clock import set_clock
-from caesura_host_updater.drivers.qemu.definition import QemuOptions
+from caesura_host_updater.drivers.qemu.definition import QemuOptions, QemuVm
 from caesura_host_updater.drivers.qemu.guest import PAUSED_BEFORE, Guest
 from caesura_host_updater.drivers.qemu.guest_agent import read_boot_id
 from caesura_host_updater.drivers.qemu.launching import Launcher
@@ -34,7 +34,6 @@ from caesura_host_updater.drivers.qemu.records import Records
 from caesura_host_updater.drivers.qemu.supervisor import VmSupervisor
 from caesura_host_updater.drivers.qemu.trial import Trials
 from caesura_host_updater.drivers.sampling import sampled_digest_of
-from caesura_host_updater.inventory.host_config import VmSpec
 from caesura_vmcontrol import claims
 from caesura_vmcontrol.guest import NOT_OURS
 from caesura_vmcontrol.plans import Plan, QemuPlan
@@ -62,7 +61,7 @@ class QemuDriver:
     def __init__(
         self,
         host: str,
-        specs: tuple[VmSpec, ...],
+        specs: tuple[QemuVm, ...],
         options: QemuOptions,
         state_dir: Path,
         *,

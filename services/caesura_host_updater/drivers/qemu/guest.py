@@ -16,13 +16,13 @@ import structlog
 from caesura.contract.messages import Method, VmState
 from caesura.runtime.threads import in_thread
 from caesura_host_updater.drivers.qemu import commandline, successor
+from caesura_host_updater.drivers.qemu.definition import QemuVm
 from caesura_host_updater.drivers.qemu.observer import read_machine
 from caesura_host_updater.drivers.qemu.obstacles import Obstacles, obstacles, paths_of
 from caesura_host_updater.drivers.qemu.qmp import Event, Qmp, QmpFailed, listener_of
 from caesura_host_updater.drivers.qemu.records import TRIAL, VmProcessRecord
 from caesura_host_updater.drivers.qemu.snapshot import VmSnapshot
 from caesura_host_updater.drivers.qemu.vmm import NoVmm, foreign, marked_as, ram_error, read_vmm
-from caesura_host_updater.inventory.host_config import VmSpec
 from caesura_host_updater.spawn import ExitWatch
 from caesura_vmcontrol.guest import AWAY, NOT_OURS, OVER, RUNNING
 from caesura_vmcontrol.plans import QemuPlan, ReplacePlan, SwapPlan, Vmm
@@ -70,7 +70,7 @@ class Prepared:
 class Guest:
     """See the module. ``why``: what is wrong with it, for the probe; ``changed`` is called when it ended."""
 
-    spec: VmSpec
+    spec: QemuVm
     changed: Callable[[], None]
     run: VmProcessRecord | None = None
     qmp: Qmp | None = None

@@ -24,9 +24,17 @@ import structlog
 
 from caesura.contract.messages import Method, ProofCode, VmState
 from caesura.runtime.threads import in_thread, in_thread_to_its_end
-from caesura_host_updater.drivers import guest_init
 from caesura_host_updater.drivers.digest import digest_of
-from caesura_host_updater.drivers.freezers import (
+from caesura_host_updater.drivers.port import (
+    Capabilities,
+    DriverError,
+    FreezeFailed,
+    NotPossible,
+    NotRunningYet,
+)
+from caesura_host_updater.drivers.process import guest_init
+from caesura_host_updater.drivers.process.definition import ProcessVm
+from caesura_host_updater.drivers.process.freezers import (
     Freezer,
     ProcessGroupRecord,
     ProcessPlan,
@@ -34,17 +42,8 @@ from caesura_host_updater.drivers.freezers import (
     plan_of,
     request_freeze,
 )
-from caesura_host_updater.drivers.port import (
-    Capabilities,
-    ClockSet,
-    DriverError,
-    FreezeFailed,
-    HandOver,
-    NotPossible,
-    NotRunningYet,
-)
+from caesura_host_updater.drivers.process.init_spec import ended_file, init_spec, memory_file
 from caesura_host_updater.drivers.sampling import sampled_digest_of
-from caesura_host_updater.inventory.host_config import VmSpec
 from caesura_host_updater.spawn import ExitWatch, SpawnError, reap, start_detached
 from caesura_vmcontrol.plans import CgroupPlan, Condition, SignalPlan, condition, thaw
 from caesura_vmcontrol.procfs import Process, alive, boot_id, process_table, send_signal
@@ -86,7 +85,7 @@ class ProcessDriver:
     def __init__(
         self,
         host: str,
-        specs: tuple[VmSpec, ...],
+        specs: tuple[ProcessVm, ...],
         state_dir: Path,
         freezer: Freezer,
         *,
@@ -153,14 +152,14 @@ class ProcessDriver:
         await in_thread("state folder", lambda: self._folder.mkdir(parents=True, exist_ok=True, mode=0o700))
         await asyncio.gather(*(self._try_to_start(spec) for spec in self._specs.values()))
 
-    async def _try_to_start(self, spec: VmSpec) -> None:
+    async def _try_to_start(self, spec: ProcessVm) -> None:
         try:
             await self._adopt_or_start(spec)
         except DriverError as error:
             self._not_started[spec.name] = error.why
             _log.error("vm.not_started", vm=spec.name, why=error.why)
 
-    async def _adopt_or_start(self, spec: VmSpec) -> None:
+    async def _adopt_or_start(self, spec: ProcessVm) -> None:
         run = await in_thread(f"find {spec.name}", lambda: self._read_run(spec.name))
         if run is not None and alive(run.pid, run.start_ticks) and run.boot_id == boot_id():
             self._watch(spec.name, run)
@@ -181,16 +180,18 @@ class ProcessDriver:
         except (OSError, msgspec.DecodeError) as error:
             raise DriverError(vm, f"its run file cannot be read: {error}") from error
 
-    async def _start(self, spec: VmSpec) -> None:
+    async def _start(self, spec: ProcessVm) -> None:
         vm = spec.name
         run_file = self._folder / f"{vm}.run.json"
 
         def start() -> list[str]:
             run_file.unlink(missing_ok=True)
-            self._ended_file(vm).unlink(missing_ok=True)
+            ended_file(self._folder, vm).unlink(missing_ok=True)
             control = self._freezer.create_cgroup(vm)
             spec_file = self._folder / f"{vm}.spec.json"
-            spec_file.write_bytes(self._init_spec(spec, control))
+            spec_file.write_bytes(
+                init_spec(spec, self._host, self._folder, self._freezer.kind, control, self._environ)
+            )
             spec_file.chmod(0o600)
             return [sys.executable, "-I", "-S", guest_init.__file__, str(spec_file)]
 
@@ -219,28 +220,6 @@ class ProcessDriver:
             raise DriverError(vm, f"cannot be started: {self._log_tail(vm)}")
         self._watch(vm, run)
         _log.info("vm.started", vm=vm, pid=run.pid, freezer=run.kind)
-
-    def _init_spec(self, spec: VmSpec, control: str) -> bytes:
-        environ = {**self._environ, "CAESURA_VM": spec.name, "CAESURA_HOST": self._host}
-        if spec.ram_bytes:
-            memory = self._memory_file(spec.name)
-            with memory.open("ab") as file:
-                file.truncate(spec.ram_bytes)
-            environ["CAESURA_VM_RAM"] = str(memory)
-        files = self._folder / spec.name
-        return msgspec.json.encode(
-            {
-                "lock_file": f"{files}.lock",
-                "run_file": f"{files}.run.json",
-                "ended_file": str(self._ended_file(spec.name)),
-                "cgroup_procs": str(Path(control).parent / "cgroup.procs") if control else "",
-                "run": {"kind": self._freezer.kind, "control": control, "boot_id": boot_id()},
-                "processes": [
-                    {"argv": process.argv, "environ": {**environ, **process.environ}}
-                    for process in spec.process
-                ],
-            }
-        )
 
     def _log_tail(self, vm: str) -> str:
         try:
@@ -349,14 +328,6 @@ class ProcessDriver:
         if method in _MISSING:
             raise NotPossible(vm, _MISSING[method])
 
-    async def hand_over(self, vm: str, by: float) -> HandOver:  # noqa: ARG002 - the port's
-        """Not possible."""
-        raise NotPossible(vm, _MISSING["swap"])
-
-    async def checkpoint(self, vm: str, by: float, *, gone: bool = True) -> None:  # noqa: ARG002 - the port's
-        """Not possible."""
-        raise NotPossible(vm, _MISSING["replace"])
-
     async def release(self, vm: str) -> None:
         """Nothing was prepared."""
 
@@ -391,13 +362,10 @@ class ProcessDriver:
                 found[vm] = "unknown"
         return found
 
-    def _ended_file(self, vm: str) -> Path:
-        return self._folder / f"{vm}.ended"
-
     def _failures(self, vm: str) -> str:
         """Which of the VM's own processes failed while the others run on; empty: none."""
         try:
-            lines = self._ended_file(vm).read_text(errors="replace").splitlines()
+            lines = ended_file(self._folder, vm).read_text(errors="replace").splitlines()
         except OSError:
             return ""
         return "; ".join(lines)[:1000]
@@ -494,10 +462,7 @@ class ProcessDriver:
         except OSError as error:
             raise NotRunningYet(vm, f"{run.kind}: {error}") from error
 
-    # -- memory and clock ---------------------------------------------------------------------------------
-
-    def _memory_file(self, vm: str) -> Path:
-        return self._folder / f"{vm}.ram"
+    # -- memory ------------------------------------------------------------------------------------------
 
     def memory_size(self, vm: str) -> int:
         """The size of the VM's memory file, 0 where there is none or it is above the limit."""
@@ -510,7 +475,9 @@ class ProcessDriver:
             raise NotPossible(vm, "has no memory file, or one above the limit for digests")
         loop = asyncio.get_running_loop()
         try:
-            return await loop.run_in_executor(self._readers, digest_of, self._memory_file(vm), stop_at)
+            return await loop.run_in_executor(
+                self._readers, digest_of, memory_file(self._folder, vm), stop_at
+            )
         except (OSError, ValueError) as error:
             raise DriverError(vm, f"its memory file cannot be read: {error}") from error
 
@@ -520,14 +487,8 @@ class ProcessDriver:
             raise NotPossible(vm, _NO_MEMORY_FILE)
         loop = asyncio.get_running_loop()
         try:
-            return await loop.run_in_executor(self._readers, sampled_digest_of, self._memory_file(vm), seed)
+            return await loop.run_in_executor(
+                self._readers, sampled_digest_of, memory_file(self._folder, vm), seed
+            )
         except (OSError, ValueError) as error:
             raise DriverError(vm, f"its memory file cannot be read: {error}") from error
-
-    async def guest_boot_id(self, vm: str) -> str:
-        """A process has no kernel of its own."""
-        raise NotPossible(vm, "a process has no kernel of its own; its agent's boot id is what counts")
-
-    async def sync_clock(self, vm: str) -> ClockSet:
-        """A process has no clock of its own that could be set from outside."""
-        raise NotPossible(vm, "the process driver cannot set a guest's clock; its agent does")

@@ -1,0 +1,1 @@
+"""The ``process`` driver: supervised process groups, frozen by the kernel. The embedded default."""

@@ -1,4 +1,4 @@
-"""The coordinator's book: rollouts and documents in memory, each change stored with what announces it.
+"""The coordinator's repository: rollouts and documents in memory, each change stored with what announces it.
 
 The shell around the pure machine: it applies effects to documents and puts facts into the outbox, all in one
 transaction. It knows the store, no bus.

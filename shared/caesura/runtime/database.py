@@ -209,7 +209,7 @@ class Database:
         """Close the file; further calls fail."""
         self._connection.close()
 
-    def abort(self) -> None:
+    def abandon(self) -> None:
         """Leave the file as a kill leaves it, also when the interpreter ends: closing it folds the WAL into it and waits for the disk."""
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._connection))
 

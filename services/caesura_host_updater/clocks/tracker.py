@@ -70,7 +70,7 @@ class ClockSyncTracker:
         self._verdict = verdict
         self._repeat = repeat
         self._open: dict[str, _PendingSync] = {}
-        self._pending_requests: dict[
+        self._early: dict[
             tuple[str, str], tuple[OutboxMessage | None, AgentClockSynced | None, float | None]
         ] = {}
         self._stir = asyncio.Event()
@@ -96,8 +96,8 @@ class ClockSyncTracker:
         case = self._case(message.vm, message.operation)
         now = time.monotonic()
         if case is None:
-            _, answer, _ = self._pending_requests.get((message.vm, message.operation), (None, None, None))
-            self._pending_requests[message.vm, message.operation] = (letter, answer, now)
+            _, answer, _ = self._early.get((message.vm, message.operation), (None, None, None))
+            self._early[message.vm, message.operation] = (letter, answer, now)
         elif case.resumed is None:
             case.resumed, case.told_at, case.repeat_at = letter, now, now + REPEAT_S
             self._stir.set()
@@ -112,13 +112,13 @@ class ClockSyncTracker:
             self._stir.set()
             return
         this = (message.vm, message.operation)
-        letter, earlier, at = self._pending_requests.get(this, (None, None, None))
+        letter, earlier, at = self._early.get(this, (None, None, None))
         if letter is None:
             # It may arrive before the broker's acknowledgement of `resumed`. One such answer of a VM is kept.
-            for key, early in list(self._pending_requests.items()):
+            for key, early in list(self._early.items()):
                 if key[0] == message.vm and key != this and early[0] is None:
-                    del self._pending_requests[key]
-        self._pending_requests[this] = (letter, _fuller(earlier, message), at)
+                    del self._early[key]
+        self._early[this] = (letter, _fuller(earlier, message), at)
 
     def expect(self, waits: Sequence[ClockCheck], *, told: bool = False) -> None:
         """An operation was reported: its VMs may be judged from now on.
@@ -133,14 +133,14 @@ class ClockSyncTracker:
                     unsynced(self._host, self._open[wait.vm].wait, why, datetime.now(UTC)),
                 )
             case = self._open[wait.vm] = _PendingSync(wait)
-            case.resumed, case.answer, case.told_at = self._pending_requests.get(
+            case.resumed, case.answer, case.told_at = self._early.get(
                 (wait.vm, wait.operation), (None, None, None)
             )
             case.repeat_at = time.monotonic() + REPEAT_S
             if told and case.told_at is None:
                 case.told_at = time.monotonic()
         if waits:  # a report without VMs (refused, cancelled) may arrive while another operation is under way
-            self._pending_requests.clear()
+            self._early.clear()
         if self._open:
             self._all_judged.clear()
         self._stir.set()

@@ -209,7 +209,7 @@ class Database:
         """Close the file; further calls fail."""
         self._connection.close()
 
-    def abort(self) -> None:
+    def abandon(self) -> None:
         """Leave the file as a kill would, also at interpreter exit: closing it would fold the WAL into it and wait for the disk."""
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._connection))
 

@@ -140,7 +140,7 @@ class GroupCommit:
         if self.settled and not self._waits_s and self._failed is None:
             self._database.close()
         else:
-            self._database.abort()
+            self._database.abandon()
 
     def ping(self) -> str:
         """For the health probe: empty, or what is wrong with the store or its disk."""

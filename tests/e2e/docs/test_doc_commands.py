@@ -18,7 +18,6 @@ import re
 import shutil
 import signal
 import subprocess
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +25,7 @@ from pathlib import Path
 import pytest
 
 from caesura.runtime.processes import kill_marked
+from caesura_testing.fleet import until
 from caesura_testing.patience import patient
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
@@ -224,11 +224,13 @@ def _make_stores(folder: Path) -> None:
 def _until(
     done: Callable[[], bool], what: str, process: subprocess.Popen[str] | subprocess.Popen[bytes]
 ) -> None:
-    deadline = time.monotonic() + patient(120)
-    while not done():
+    def holds() -> bool:
+        if done():
+            return True
         assert process.poll() is None, f"ended before: {what}"
-        assert time.monotonic() < deadline, f"not in time: {what}"
-        time.sleep(0.1)  # a file or another process tells nobody
+        return False
+
+    until(holds, 120, lambda: what)
 
 
 # -- in a network of its own ----------------------------------------------------------------------------------
@@ -308,10 +310,7 @@ def _kill(mark: str) -> None:
 
 @pytest.mark.parametrize("block", of("demo"), ids=name)
 def test_what_is_run_beside_the_demo(block: Block, demo: Fleet) -> None:
-    deadline = time.monotonic() + patient(120)
-    while not demo.idle():
-        assert time.monotonic() < deadline, "the rollout of the block before does not end"
-        time.sleep(0.5)
+    until(demo.idle, 120, lambda: "the end of the rollout of the block before")
     followers: list[tuple[str, subprocess.Popen[str]]] = []
     # README shows some of what the longer page shows: once is enough.
     lines = [line for line in block.text.splitlines() if line not in demo.run_before]

@@ -170,7 +170,7 @@ async def test_an_agent_that_answers_before_the_broker_acknowledges_the_resume_i
     ):  # an answer that nobody waits for any more: only the newest is kept
         desk.desk.answered(msgspec.structs.replace(answer, operation=earlier))
     desk.desk.answered(answer)
-    assert len(desk.desk._pending_requests) == 1
+    assert len(desk.desk._early) == 1
     desk.paused("vm")
     told = await desk.verdict()
     assert (told.synced, told.by, told.error_after_s) == (True, "agent", 0.001)

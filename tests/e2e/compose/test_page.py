@@ -32,8 +32,18 @@ def shell(fleet: Fleet, script: str) -> str:
 
 
 def quiet(fleet: Fleet) -> None:
-    """No rollout is started any more, and those that were have ended."""
+    """Stop the service that starts rollouts, and wait until the last one has ended.
+
+    The service may be stopped between its request and the coordinator's decision. A later request is decided after it,
+    so its answer means that every rollout there will be is known.
+    """
     fleet.project.run("stop", "rollout")
+    decided = ("plan", "hypervisor-patch", "--all", "--again")
+    until(
+        lambda: fleet.caesura(*decided)[0] in {0, 3},
+        60.0,
+        lambda: f"the coordinator answers: {fleet.caesura(*decided)}",
+    )
     ended = {"completed", "halted", "aborted"}
     until(
         lambda: all(each["status"] in ended for each in fleet.rollouts().values()),

@@ -4,20 +4,8 @@ from __future__ import annotations
 
 import msgspec
 
-from caesura_host_updater.operation.state import (
-    Decision,
-    End,
-    IllegalTransition,
-    Operation,
-    changed,
-    changed_vm,
-    failed,
-    schedule_of,
-    vm_of,
-)
-from caesura_host_updater.operation.steps import (
+from caesura_host_updater.operation.effects import (
     Disarm,
-    Disarmed,
     Effect,
     Finish,
     Persist,
@@ -25,7 +13,18 @@ from caesura_host_updater.operation.steps import (
     PublishResumed,
     ResumeVms,
     StopUpdate,
-    VmResumed,
+)
+from caesura_host_updater.operation.events import Disarmed, ResumeEnded
+from caesura_host_updater.operation.state import (
+    Decision,
+    End,
+    Operation,
+    UnexpectedEvent,
+    changed,
+    changed_vm,
+    failed,
+    schedule_of,
+    vm_of,
 )
 
 
@@ -68,7 +67,7 @@ def finish_killed(op: Operation) -> Decision:
     return op, (StopUpdate(kill=True), *effects)
 
 
-def vm_resumed(op: Operation, event: VmResumed) -> Decision:
+def vm_resumed(op: Operation, event: ResumeEnded) -> Decision:
     """A VM runs again, or is gone."""
     if op.phase != "resuming" or vm_of(op, event.vm).end:
         return op, ()
@@ -112,7 +111,7 @@ def tell_resumed(op: Operation, name: str) -> tuple[Operation, list[Effect]]:
 def disarmed(op: Operation, event: Disarmed) -> Decision:
     """The guard released the operation; its interventions are part of the record."""
     if op.phase != "resumed":
-        raise IllegalTransition(op.phase, event, "resumed")
+        raise UnexpectedEvent(op.phase, event, "resumed")
     effects: list[Effect] = []
     caught: list[str] = []
     for catch in event.catches:

@@ -31,11 +31,48 @@ from caesura_host_updater.drivers.port import (
 from caesura_host_updater.guard_client import GuardUnavailable
 from caesura_host_updater.inventory.updates import UpdateFile
 from caesura_host_updater.journal import JournalThread
-from caesura_host_updater.operation import steps
+from caesura_host_updater.operation.effects import (
+    Arm,
+    DigestVms,
+    Disarm,
+    Effect,
+    Finish,
+    FreezeVms,
+    Persist,
+    PrepareVms,
+    PublishFrozen,
+    PublishResumed,
+    ResumeVms,
+    RunUpdate,
+    StopUpdate,
+    SwapVms,
+)
+from caesura_host_updater.operation.events import (
+    AbortReceived,
+    Armed,
+    ArmRefused,
+    Digested,
+    Disarmed,
+    Event,
+    GuardIntervention,
+    GuardLost,
+    Outcome,
+    ResumeEnded,
+    Sampled,
+    Start,
+    TimePassed,
+    UpdateEnded,
+    VmFroze,
+    VmLost,
+    VmNotFrozen,
+    VmNotPrepared,
+    VmNotSwapped,
+    VmPrepared,
+    VmSwapped,
+)
 from caesura_host_updater.operation.machine import decide
 from caesura_host_updater.operation.report import frozen_fact, resumed_fact
 from caesura_host_updater.operation.state import Operation
-from caesura_host_updater.operation.steps import Effect, Event
 from caesura_host_updater.pauses import NotMarked
 from caesura_host_updater.update_process import UpdateNotStarted, UpdateProcess, update_environ
 from caesura_vmcontrol.intent import Intent
@@ -122,11 +159,11 @@ class OperationRunner:
 
     def abort(self, code: ReasonCode, why: str) -> None:
         """Undo it, or never start it."""
-        self._events.put_nowait(steps.AbortReceived(code, why))
+        self._events.put_nowait(AbortReceived(code, why))
 
     async def run(self) -> Operation:
         """From the journalled intent to the end; every VM runs or is gone when this returns."""
-        self._guard.on_lost = lambda: self._events.put_nowait(steps.GuardLost())
+        self._guard.on_lost = lambda: self._events.put_nowait(GuardLost())
         try:
             await self._drive()
         finally:
@@ -153,12 +190,12 @@ class OperationRunner:
                 _log.error("vm.not_released", vm=vm.vm, why=error.why)
 
     async def _drive(self) -> None:
-        self._feed(steps.Start())
+        self._feed(Start())
         while self.state.end is None:
             self._feed(await self._next())
 
     async def _next(self) -> Event:
-        """The next event, or a Tick when the machine wants one."""
+        """The next event, or ``TimePassed`` when the machine wants one."""
         wake_at = self.state.wake_at
         if not self._events.empty():
             return self._events.get_nowait()
@@ -168,7 +205,7 @@ class OperationRunner:
             async with asyncio.timeout(max(0.0, wake_at - time.monotonic())):
                 return await self._events.get()
         except TimeoutError:
-            return steps.Tick()
+            return TimePassed()
 
     def _feed(self, event: Event) -> None:
         before = self.state.phase
@@ -182,43 +219,43 @@ class OperationRunner:
 
     def _perform(self, effect: Effect) -> None:  # noqa: PLR0912 - one flat table of effects
         match effect:
-            case steps.Persist():
+            case Persist():
                 state = self.state
                 self._journal.post(lambda journal: journal.note(state))
-            case steps.Arm(deadline):
+            case Arm(deadline):
                 self._start(self._arm(deadline))
-            case steps.PrepareVms(vms):
+            case PrepareVms(vms):
                 for name in vms:
                     self._start(self._prepare(name))
-            case steps.SwapVms(by):
+            case SwapVms(by):
                 swaps = self._start(self._swap(by))
                 self._freezing = {vm.vm: swaps for vm in self.state.vms}
-            case steps.FreezeVms(by):
+            case FreezeVms(by):
                 for vm in self.state.vms:
                     self._freezing[vm.vm] = self._start(self._freeze(vm.vm, by))
                 self._watching = self._start(self._watch())
-            case steps.DigestVms(vms, until, whole):
+            case DigestVms(vms, until, whole):
                 for name in vms:
                     self._start(self._digest(name, until, whole=name in whole))
-            case steps.RunUpdate(keys):
+            case RunUpdate(keys):
                 for key in keys:
                     self._start(self._apply(key))
-            case steps.StopUpdate(kill):
+            case StopUpdate(kill):
                 for process in self._processes.values():
                     process.end(signal.SIGKILL if kill else signal.SIGTERM)
-            case steps.ResumeVms(vms):
+            case ResumeVms(vms):
                 self._stop_watching()
                 for name in vms:
                     self._start(self._resume(name, self._freezing.get(name)))
-            case steps.Disarm():
+            case Disarm():
                 self._start(self._disarm())
-            case steps.PublishFrozen(vm=name):
+            case PublishFrozen(vm=name):
                 self._announce(frozen_fact(self._host, self.state, name, to_wall_clock), self.state)
                 self._on_change()
-            case steps.PublishResumed(vm=name):
+            case PublishResumed(vm=name):
                 self._announce(resumed_fact(self._host, self.state, name, to_wall_clock), self.state)
                 self._on_change()
-            case steps.Finish():
+            case Finish():
                 pass  # run() returns, and the service persists and publishes the report
 
     def _start(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
@@ -232,9 +269,7 @@ class OperationRunner:
         if not task.cancelled() and task.exception() is not None:
             # A bug in an adapter must not leave a VM paused: abort the operation in an orderly way.
             _log.error("operation.broken", operation=self.state.operation, exc_info=task.exception())
-            self._events.put_nowait(
-                steps.AbortReceived("internal_error", f"internal error: {task.exception()!r}")
-            )
+            self._events.put_nowait(AbortReceived("internal_error", f"internal error: {task.exception()!r}"))
 
     async def _arm(self, deadline: float) -> None:
         try:
@@ -242,14 +277,14 @@ class OperationRunner:
             await self._pauses.write(self.state.operation, plans)
             await self._guard.arm(self.state.operation, deadline, plans)
         except NotMarked as error:
-            self._events.put_nowait(steps.ArmRefused(str(error), "its VMs could not be marked"))
+            self._events.put_nowait(ArmRefused(str(error), "its VMs could not be marked"))
         except (GuardUnavailable, DriverError) as error:
-            self._events.put_nowait(steps.ArmRefused(str(error)))
+            self._events.put_nowait(ArmRefused(str(error)))
         except Exception as error:
-            self._events.put_nowait(steps.ArmRefused(repr(error)))
+            self._events.put_nowait(ArmRefused(repr(error)))
             raise
         else:
-            self._events.put_nowait(steps.Armed())
+            self._events.put_nowait(Armed())
 
     async def _prepare(self, vm: str) -> None:
         binary = self._update.vmm_binary if self._update is not None else ""
@@ -257,12 +292,12 @@ class OperationRunner:
         try:
             await self._driver.prepare(vm, self.state.operation, self.state.method, binary)
         except DriverError as error:
-            self._events.put_nowait(steps.VmNotPrepared(vm, error.why))
+            self._events.put_nowait(VmNotPrepared(vm, error.why))
         except Exception as error:
-            self._events.put_nowait(steps.VmNotPrepared(vm, repr(error)))
+            self._events.put_nowait(VmNotPrepared(vm, repr(error)))
             raise
         else:
-            self._events.put_nowait(steps.VmPrepared(vm))
+            self._events.put_nowait(VmPrepared(vm))
 
     async def _swap(self, by: float) -> None:
         """One guest after the other: side by side, each would wait for the others' device state."""
@@ -273,24 +308,24 @@ class OperationRunner:
             called_at = time.monotonic()
             if called_at >= by:
                 why = "it was too late to begin"
-                self._events.put_nowait(steps.VmNotSwapped(vm, None, why))
+                self._events.put_nowait(VmNotSwapped(vm, None, why))
                 continue
             try:
                 if not isinstance(self._driver, SwapCapable):
                     raise NotPossible(vm, f"the {self._driver.name} driver cannot swap")
                 done = await self._driver.hand_over(vm, by)
             except asyncio.CancelledError:
-                self._events.put_nowait(steps.VmNotSwapped(vm, called_at, "its swap was called off"))
+                self._events.put_nowait(VmNotSwapped(vm, called_at, "its swap was called off"))
                 raise
             except SwapFailed as error:
                 why = error.why
                 paused, back = error.frozen_at, error.resumed_at
-                self._events.put_nowait(steps.VmNotSwapped(vm, called_at, why, paused, back, error.differs))
+                self._events.put_nowait(VmNotSwapped(vm, called_at, why, paused, back, error.differs))
             except DriverError as error:
                 why = error.why
-                self._events.put_nowait(steps.VmNotSwapped(vm, called_at, why))
+                self._events.put_nowait(VmNotSwapped(vm, called_at, why))
             else:
-                told = steps.VmSwapped(
+                told = VmSwapped(
                     vm,
                     done.called_at,
                     done.frozen_at,
@@ -301,13 +336,13 @@ class OperationRunner:
                 )
                 self._events.put_nowait(told)
         for vm in left:
-            self._events.put_nowait(steps.VmNotSwapped(vm, None, f"not begun, since another failed: {why}"))
+            self._events.put_nowait(VmNotSwapped(vm, None, f"not begun, since another failed: {why}"))
 
     async def _freeze(self, vm: str, by: float) -> None:
         # The last check before the call: a process that was stopped since the decision must not freeze any more.
         called_at = time.monotonic()
         if called_at >= by:
-            self._events.put_nowait(steps.VmNotFrozen(vm, None, "it was too late to freeze it"))
+            self._events.put_nowait(VmNotFrozen(vm, None, "it was too late to freeze it"))
             return
         try:
             if self.state.method == "replace":
@@ -315,15 +350,15 @@ class OperationRunner:
             else:
                 await self._driver.freeze(vm, by)
         except asyncio.CancelledError:
-            self._events.put_nowait(steps.VmNotFrozen(vm, called_at, "its freeze was called off"))
+            self._events.put_nowait(VmNotFrozen(vm, called_at, "its freeze was called off"))
             raise
         except (FreezeFailed, NotPossible) as error:
-            self._events.put_nowait(steps.VmNotFrozen(vm, called_at, error.why))
+            self._events.put_nowait(VmNotFrozen(vm, called_at, error.why))
         except Exception as error:
-            self._events.put_nowait(steps.VmNotFrozen(vm, called_at, repr(error)))
+            self._events.put_nowait(VmNotFrozen(vm, called_at, repr(error)))
             raise
         else:
-            self._events.put_nowait(steps.VmFroze(vm, called_at, time.monotonic()))
+            self._events.put_nowait(VmFroze(vm, called_at, time.monotonic()))
 
     async def _checkpoint(self, vm: str, by: float) -> None:
         if not isinstance(self._driver, ReplaceCapable):
@@ -353,7 +388,7 @@ class OperationRunner:
             else:
                 at = time.monotonic()
                 detail = self._driver.why_left(vm) if end == "left" else self._moved(vm)
-                self._events.put_nowait(steps.VmResumed(vm, at, end, was_held and end != "left", detail))
+                self._events.put_nowait(ResumeEnded(vm, at, end, was_held and end != "left", detail))
                 return
 
     def _moved(self, vm: str) -> str:
@@ -370,11 +405,11 @@ class OperationRunner:
             states = await self._driver.read_states() if names else {}
             for name in names:
                 if states.get(name) == "stopped":
-                    self._events.put_nowait(steps.VmLost(name, False, "ended while it was paused"))
+                    self._events.put_nowait(VmLost(name, False, "ended while it was paused"))
                     self._on_change()
                 elif states.get(name) == "running":
                     why = "ran although it was paused: somebody else resumed it"
-                    self._events.put_nowait(steps.VmLost(name, True, why))
+                    self._events.put_nowait(VmLost(name, True, why))
                 else:
                     continue
                 lost.add(name)
@@ -388,17 +423,17 @@ class OperationRunner:
         if any(each.vm == vm and each.sampleable for each in self.state.vms):
             await self._sample(vm)
         if not whole:
-            self._events.put_nowait(steps.Digested(vm, ""))
+            self._events.put_nowait(Digested(vm, ""))
             return
         try:
             if not isinstance(self._driver, DigestCapable):
                 raise NotPossible(vm, f"the {self._driver.name} driver cannot read memory")
             digest = await self._driver.memory_digest(vm, until)
         except DriverError as error:
-            self._events.put_nowait(steps.Digested(vm, "", error.why))
+            self._events.put_nowait(Digested(vm, "", error.why))
         else:
             note = "" if digest else "the digest took too long"
-            self._events.put_nowait(steps.Digested(vm, digest or "", note))
+            self._events.put_nowait(Digested(vm, digest or "", note))
 
     async def _sample(self, vm: str) -> None:
         try:
@@ -406,9 +441,9 @@ class OperationRunner:
                 raise NotPossible(vm, f"the {self._driver.name} driver cannot read memory")
             digest = await self._driver.sampled_digest(vm, f"{self.state.operation}/{vm}")
         except DriverError as error:
-            self._events.put_nowait(steps.Sampled(vm, "", error.why))
+            self._events.put_nowait(Sampled(vm, "", error.why))
         else:
-            self._events.put_nowait(steps.Sampled(vm, digest))
+            self._events.put_nowait(Sampled(vm, digest))
 
     async def _apply(self, key: str) -> None:
         if self._update is None:
@@ -419,13 +454,13 @@ class OperationRunner:
         try:
             await process.start()
         except UpdateNotStarted as error:
-            self._events.put_nowait(steps.UpdateEnded(key, "failed", None, 0.0, str(error)))
+            self._events.put_nowait(UpdateEnded(key, "failed", None, 0.0, str(error)))
             return
         pid, start_ticks = process.identity
         self._journal.post(lambda journal: journal.note_update(operation, pid, start_ticks))
         code, seconds, tail = await process.wait()
-        outcome: steps.Outcome = "succeeded" if code == 0 else "failed"
-        self._events.put_nowait(steps.UpdateEnded(key, outcome, code, seconds, tail))
+        outcome: Outcome = "succeeded" if code == 0 else "failed"
+        self._events.put_nowait(UpdateEnded(key, outcome, code, seconds, tail))
 
     async def _disarm(self) -> None:
         record = None
@@ -442,15 +477,15 @@ class OperationRunner:
             self._events.put_nowait(disarmed(record))
 
 
-def disarmed(record: Intent | None) -> steps.Disarmed:
+def disarmed(record: Intent | None) -> Disarmed:
     """The guard's record as the machine's event."""
     if record is None or record.fired is None:
-        return steps.Disarmed()
+        return Disarmed()
     catches = tuple(
-        steps.GuardIntervention(vm, catch.was_frozen, catch.frozen_after, catch.running_at)
+        GuardIntervention(vm, catch.was_frozen, catch.frozen_after, catch.running_at)
         for vm, catch in record.fired.vms.items()
     )
-    return steps.Disarmed(record.fired.why, catches)
+    return Disarmed(record.fired.why, catches)
 
 
 def inherited_environment(environ: Mapping[str, str]) -> dict[str, str]:

@@ -9,8 +9,9 @@ import msgspec
 from caesura.contract.messages import Method
 from caesura.contract.reasons import ReasonCode
 from caesura.runtime.errors import CaesuraError
+from caesura_host_updater.operation.effects import Effect
+from caesura_host_updater.operation.events import Outcome
 from caesura_host_updater.operation.schedule import Schedule
-from caesura_host_updater.operation.steps import Effect, Outcome
 
 Phase = Literal[
     "accepted",
@@ -28,7 +29,7 @@ Phase = Literal[
 End = Literal["completed", "failed", "cancelled"]
 
 
-class IllegalTransition(CaesuraError):
+class UnexpectedEvent(CaesuraError):
     """An event that cannot happen in this phase: a bug in the shell, never a late message."""
 
     def __init__(self, phase: str, event: object, wanted: str) -> None:
@@ -122,7 +123,7 @@ class Operation(msgspec.Struct, frozen=True, kw_only=True):
     """The first failure."""
     aborted: bool = False
     wake_at: float | None = None
-    """When the machine wants a Tick."""
+    """When the machine wants ``TimePassed``."""
     kill_at: float | None = None
     """The update was asked to end and is killed at this instant."""
     stop_outcome: Outcome = "interrupted"
@@ -162,7 +163,7 @@ def failed(op: Operation, code: ReasonCode, why: str) -> Operation:
 
 
 def schedule_of(op: Operation) -> Schedule:
-    """The instants of its budget. Raises IllegalTransition before there is one."""
+    """The instants of its budget. Raises UnexpectedEvent before there is one."""
     if op.schedule is None:
-        raise IllegalTransition(op.phase, op, "arming")
+        raise UnexpectedEvent(op.phase, op, "arming")
     return op.schedule

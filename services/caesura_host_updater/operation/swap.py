@@ -8,18 +8,7 @@ is touched. Guests are handed over one after the other, each for milliseconds; t
 from __future__ import annotations
 
 from caesura.lifecycle.budget import PREPARE_S
-from caesura_host_updater.operation.resume import finish, resume_all, tell_resumed
-from caesura_host_updater.operation.schedule import Schedule
-from caesura_host_updater.operation.state import (
-    Decision,
-    IllegalTransition,
-    Operation,
-    changed,
-    changed_vm,
-    failed,
-    schedule_of,
-)
-from caesura_host_updater.operation.steps import (
+from caesura_host_updater.operation.effects import (
     Arm,
     Disarm,
     Effect,
@@ -27,10 +16,18 @@ from caesura_host_updater.operation.steps import (
     PrepareVms,
     PublishFrozen,
     SwapVms,
-    VmNotPrepared,
-    VmNotSwapped,
-    VmPrepared,
-    VmSwapped,
+)
+from caesura_host_updater.operation.events import VmNotPrepared, VmNotSwapped, VmPrepared, VmSwapped
+from caesura_host_updater.operation.resume import finish, resume_all, tell_resumed
+from caesura_host_updater.operation.schedule import Schedule
+from caesura_host_updater.operation.state import (
+    Decision,
+    Operation,
+    UnexpectedEvent,
+    changed,
+    changed_vm,
+    failed,
+    schedule_of,
 )
 
 
@@ -83,7 +80,7 @@ def swap(op: Operation) -> Decision:
 def swapped(op: Operation, event: VmSwapped | VmNotSwapped) -> Decision:
     """One guest was handed over, or stayed where it was."""
     if op.phase in ("accepted", "preparing", "arming", "ended"):
-        raise IllegalTransition(op.phase, event, "swapping")
+        raise UnexpectedEvent(op.phase, event, "swapping")
     told: list[Effect] = []
     if isinstance(event, VmSwapped):
         sampled = {None: "", True: "equal", False: "differs"}[event.sampled]

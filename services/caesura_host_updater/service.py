@@ -41,7 +41,7 @@ from caesura_host_updater import admission as rules
 from caesura_host_updater.admission import (
     AbortRunning,
     Accept,
-    Authority,
+    EpochAuthority,
     Ignore,
     NotObeyed,
     Refuse,
@@ -161,7 +161,7 @@ class HostUpdater:
             resumed=resumed,
             has_clock=self._view.has_clock,
         )
-        self.authority = Authority()
+        self.authority = EpochAuthority()
         self._runner: OperationRunner | None = None
         self._accepted: asyncio.Queue[OperationRunner] = asyncio.Queue()
         self._idle = asyncio.Event()
@@ -277,10 +277,10 @@ class HostUpdater:
                 async with asyncio.timeout(self._settings.inventory_interval_s):
                     await self._changed.wait()
 
-    def _acknowledged(self) -> Authority:
+    def _acknowledged(self) -> EpochAuthority:
         """What a coordinator's fence gets. One that was obeyed before this host was upgraded must see that it no longer is."""
         if self._outdated and self._outdated == self.authority.coordinator:
-            return Authority(self.authority.epoch)
+            return EpochAuthority(self.authority.epoch)
         return self.authority
 
     async def _records(self) -> dict[str, VmRecord]:
@@ -306,14 +306,14 @@ class HostUpdater:
 
     async def _observe_epoch(
         self, epoch: int, coordinator: str, commands: Collection[str] = COMMANDS
-    ) -> Authority | NotObeyed:
+    ) -> EpochAuthority | NotObeyed:
         """Obey a newer epoch, durably, before anything else."""
         heard = rules.observe_epoch(self.authority, epoch, coordinator, commands)
         outdated = isinstance(heard, NotObeyed) and heard.outdated
         refused = (
             heard.why if isinstance(heard, NotObeyed) and (outdated or epoch > self.authority.epoch) else ""
         )
-        if refused != self._refused_epoch and (refused or isinstance(heard, Authority)):
+        if refused != self._refused_epoch and (refused or isinstance(heard, EpochAuthority)):
             self._refused_epoch = refused
             self._outdated = coordinator if outdated else ""
             self._changed.set()
@@ -321,7 +321,7 @@ class HostUpdater:
                 _log.error("coordinator.outdated", why=refused)
             elif refused:
                 _log.error("epoch.refused", why=refused, advice=FORGET_ADVICE)
-        if isinstance(heard, Authority) and heard != self.authority:
+        if isinstance(heard, EpochAuthority) and heard != self.authority:
             await self._journal.do(lambda journal: journal.obey(heard))
             self.authority = heard
             self._changed.set()

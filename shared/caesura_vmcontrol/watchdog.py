@@ -40,7 +40,7 @@ class GuardRefusal(Exception):
     """The guard refuses the request; the text gives the reason."""
 
 
-class Store(Protocol):
+class IntentStore(Protocol):
     """Where the intent is kept; ``IntentFile`` is the real one."""
 
     def store(self, intent: Intent) -> None:
@@ -69,7 +69,7 @@ class Watchdog:
 
     def __init__(
         self,
-        store: Store,
+        store: IntentStore,
         log: Log,
         *,
         clock: Callable[[], float] = time.monotonic,

@@ -22,7 +22,7 @@ from caesura_host_updater.clocks.verdict import ClockCheck
 from caesura_host_updater.drivers.port import Driver, DriverError, NotRunningYet, states_within
 from caesura_host_updater.guard_client import GuardClient, GuardUnavailable
 from caesura_host_updater.inventory.installs import marks_of
-from caesura_host_updater.journal import Entry, Journal, JournalThread
+from caesura_host_updater.journal import Journal, JournalEntry, JournalThread
 from caesura_host_updater.operation.crash_outcome import recovered
 from caesura_host_updater.operation.finalizer import FactFactory, OperationFinalizer
 from caesura_host_updater.operation.report import clock_wait, final_report, frozen_fact, resumed_fact
@@ -143,7 +143,7 @@ class Startup:
         if done:
             await asyncio.wait(done)
 
-    async def _end_orphans(self, entry: Entry) -> None:
+    async def _end_orphans(self, entry: JournalEntry) -> None:
         try:
             async with asyncio.timeout(_ORPHANS_S):
                 await in_thread("orphans", lambda: end_orphans(entry.id, self._host, entry.update_processes))
@@ -196,7 +196,7 @@ class Startup:
         """The VMs that were found paused with our marker and do not run yet."""
         return frozenset(vm for vm, settled in self._settled.items() if not settled.is_set())
 
-    def _unsettled(self, entry: Entry) -> list[asyncio.Event]:
+    def _unsettled(self, entry: JournalEntry) -> list[asyncio.Event]:
         """The events that are not set yet for the VMs of an operation."""
         vms = entry.state.vms if entry.state is not None else ()
         events = (self._settled.get(vm.vm) for vm in vms)
@@ -204,7 +204,7 @@ class Startup:
 
     async def _end_late(
         self,
-        entry: Entry,
+        entry: JournalEntry,
         waits_for: list[asyncio.Event],
         held: Intent | None,
         resumed_now: dict[str, float],
@@ -218,7 +218,7 @@ class Startup:
             await self._endings.conclude(report, op, waits, facts)
 
     async def _end(
-        self, entry: Entry, held: Intent | None, resumed_now: dict[str, float], epoch: int
+        self, entry: JournalEntry, held: Intent | None, resumed_now: dict[str, float], epoch: int
     ) -> None:
         ended = await self._ended(entry, held, resumed_now, epoch)
         if ended is None:
@@ -242,7 +242,7 @@ class Startup:
         self._unsaved.clear()
 
     async def _ended(
-        self, entry: Entry, held: Intent | None, resumed_now: dict[str, float], epoch: int
+        self, entry: JournalEntry, held: Intent | None, resumed_now: dict[str, float], epoch: int
     ) -> tuple[OperationReported, Operation, list[OutboxMessage], list[ClockCheck]] | None:
         if entry.state is None or entry.command is None:
             # An operation without an end always has both: `accept` writes them in one transaction.

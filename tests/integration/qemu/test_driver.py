@@ -19,10 +19,10 @@ import pytest
 from caesura_host_updater.drivers.port import DriverError, FreezeFailed, NotPossible
 from caesura_host_updater.drivers.qemu.definition import Adopt, Definition, Nic
 from caesura_host_updater.drivers.qemu.qmp import (
-    Event,
-    Qmp,
+    AsyncQmp,
+    QmpCommandRefused,
+    QmpEvent,
     QmpFailed,
-    QmpRefused,
     QmpUnreachable,
     listener_of,
 )
@@ -128,7 +128,7 @@ async def test_guest_that_shuts_itself_down(rig: Any, tools: Any) -> None:
 async def test_guest_that_said_its_end_is_stopped_until_it_is_seen_to_run(rig: Any) -> None:
     driver = await rig.open({"a": SMALL})
     guest = driver._guests["a"]
-    guest._heard(Event("SHUTDOWN", {}, time.monotonic()))
+    guest._heard(QmpEvent("SHUTDOWN", {}, time.monotonic()))
     await guest.qmp.close()  # as QEMU does some time before its process is gone
     assert driver.states() == {"a": "stopped"}
     with pytest.raises(DriverError, match="its process has ended"):
@@ -305,7 +305,7 @@ async def test_qmp_socket_that_is_busy(rig: Any, tools: Any) -> None:
     """Such as libvirt's monitor: one client at a time, so we cannot know what the VM does."""
     place = rig.folder / "theirs"
     async with somebody_elses(rig, tools, place):
-        client = await Qmp.connect(str(place / "qmp"), 5)
+        client = await AsyncQmp.connect(str(place / "qmp"), 5)
         driver = await rig.open({"a": adopt(place)})
         assert "somebody else is connected to it" in driver.ping()
         assert driver.capabilities("a").methods == ("live",)
@@ -386,8 +386,8 @@ async def test_process_that_hangs(rig: Any, tools: Any) -> None:
 async def test_resumed_by_somebody_else(rig: Any, tools: Any) -> None:
     driver = await rig.open({"a": SMALL})
     await driver.freeze("a", tools.soon())
-    guard = await Qmp.connect(str(rig.folder / "run" / "a" / "guard"), 5)
-    with pytest.raises(QmpRefused, match="no-such"):
+    guard = await AsyncQmp.connect(str(rig.folder / "run" / "a" / "guard"), 5)
+    with pytest.raises(QmpCommandRefused, match="no-such"):
         await guard.execute("no-such-command")
     await guard.execute("cont")
     await guard.close()
@@ -397,13 +397,13 @@ async def test_resumed_by_somebody_else(rig: Any, tools: Any) -> None:
 async def test_connecting_to_nobody(rig: Any) -> None:
     garbage = b'{"hello": "there"}\n'
     with speaker(rig.folder / "long", garbage), pytest.raises(QmpUnreachable, match="does not speak QMP"):
-        await Qmp.connect(str(rig.folder / "long"), 5)
+        await AsyncQmp.connect(str(rig.folder / "long"), 5)
     with speaker(rig.folder / "short", b""), pytest.raises(QmpUnreachable, match="does not speak QMP"):
-        await Qmp.connect(str(rig.folder / "short"), 5)
+        await AsyncQmp.connect(str(rig.folder / "short"), 5)
     with socket.socket(socket.AF_UNIX) as silent:
         silent.bind(str(rig.folder / "silent"))
         silent.listen(8)
         with pytest.raises(QmpUnreachable, match=r"no QMP greeting within 0\.1 s"):
-            await Qmp.connect(str(rig.folder / "silent"), 0.1)
+            await AsyncQmp.connect(str(rig.folder / "silent"), 0.1)
     with pytest.raises(QmpUnreachable, match="No such file"):
-        await Qmp.connect(str(rig.folder / "nobody"), 0.1)
+        await AsyncQmp.connect(str(rig.folder / "nobody"), 0.1)

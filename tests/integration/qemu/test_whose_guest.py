@@ -22,7 +22,7 @@ from caesura_host_updater.drivers.qemu import migration as migrations
 from caesura_host_updater.drivers.qemu.definition import Definition, QemuOptions, QemuVm
 from caesura_host_updater.drivers.qemu.driver import QemuDriver
 from caesura_host_updater.drivers.qemu.handover import SWAP_CAPABILITIES, HandOverFailed
-from caesura_host_updater.drivers.qemu.qmp import Qmp
+from caesura_host_updater.drivers.qemu.qmp import AsyncQmp
 from caesura_testing.patience import patient
 from caesura_vmcontrol import claims, processes, replacing, swapping
 from caesura_vmcontrol.guest import UNDER_WAY, migration, reach
@@ -32,9 +32,9 @@ SMALL = Definition(memory_mib=16, machine="pc-q35-7.2")
 METHODS = pytest.mark.parametrize("method", ["swap", "replace"])
 
 
-def qmp(driver: Any) -> Qmp:
+def qmp(driver: Any) -> AsyncQmp:
     """The driver's own connection."""
-    found: Qmp = driver._guests["a"].qmp
+    found: AsyncQmp = driver._guests["a"].qmp
     return found
 
 
@@ -236,9 +236,9 @@ async def for_ever(*_: Any) -> None:
     await asyncio.Event().wait()
 
 
-async def next_qmp(rig: Any) -> Qmp:
+async def next_qmp(rig: Any) -> AsyncQmp:
     """The new process's socket before it has the old one's place."""
-    return await Qmp.connect(str(rig.folder / "run" / "a" / "next" / "qmp"), 5)
+    return await AsyncQmp.connect(str(rig.folder / "run" / "a" / "next" / "qmp"), 5)
 
 
 async def test_a_swapped_guest_that_an_operator_paused_while_nobody_was_there_is_not_started_twice(

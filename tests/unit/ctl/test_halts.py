@@ -20,8 +20,7 @@ from caesura_coordinator.plan import make_plan
 from caesura_coordinator.records import Rollout, Wave, new_rollout
 from caesura_coordinator.rollout import decide
 from caesura_demo.halts import was_away
-from caesura_host_updater.admission import Authority as HostAuthority
-from caesura_host_updater.admission import Host, Refuse, evaluate_start
+from caesura_host_updater.admission import EpochAuthority, Host, Refuse, evaluate_start
 from caesura_host_updater.inventory.updates import Catalogue
 from caesura_host_updater.operation.crash_outcome import recovered
 from caesura_host_updater.operation.events import (
@@ -387,7 +386,11 @@ def test_what_a_host_refused_is_resumed_only_if_it_was_away(
 ) -> None:
     host = Host(host="host-1", vms={}, catalogue=Catalogue({}), **changes)
     verdict = evaluate_start(
-        _command(), host=host, authority=HostAuthority(1, "c"), known=None, now=T0 + timedelta(seconds=late_s)
+        _command(),
+        host=host,
+        authority=EpochAuthority(1, "c"),
+        known=None,
+        now=T0 + timedelta(seconds=late_s),
     )
     assert isinstance(verdict, Refuse)
     codes = Story().started().reported("refused", verdict.why, (verdict.code,)).halted()

@@ -16,7 +16,7 @@ import pytest
 
 from caesura_host_updater.drivers.port import DriverError
 from caesura_host_updater.drivers.qemu import clock
-from caesura_host_updater.drivers.qemu.clock import Sample, best, next_action, sample, set_clock
+from caesura_host_updater.drivers.qemu.clock import GuestTimeSample, best, next_action, sample, set_clock
 from caesura_host_updater.drivers.qemu.guest_agent import (
     AgentGarbage,
     AgentRefused,
@@ -293,12 +293,12 @@ async def test_a_clock_that_cannot_be_set_is_told_with_the_agents_words(guest: G
         await set_clock("vm", str(place))
 
 
-def at(error_ns: int, round_trip_ns: int = 100_000, guest_ns: int = 0) -> Sample:
-    return Sample(error_ns, round_trip_ns, guest_ns or 10 * S + error_ns)
+def at(error_ns: int, round_trip_ns: int = 100_000, guest_ns: int = 0) -> GuestTimeSample:
+    return GuestTimeSample(error_ns, round_trip_ns, guest_ns or 10 * S + error_ns)
 
 
 def test_a_sample_is_the_middle_of_the_exchange() -> None:
-    assert sample(1000, 5000, 1400) == Sample(5000 - 1200, 400, 5000)
+    assert sample(1000, 5000, 1400) == GuestTimeSample(5000 - 1200, 400, 5000)
 
 
 def test_the_shortest_exchange_counts() -> None:
@@ -323,5 +323,7 @@ def test_samples_may_contradict_each_other_a_little() -> None:
         (at(5 * MS, round_trip_ns=12 * MS), 0, True, "done"),
     ],
 )
-def test_what_is_done_about_an_error(now: Sample, actions: int, *, may_step: bool, wanted: str) -> None:
+def test_what_is_done_about_an_error(
+    now: GuestTimeSample, actions: int, *, may_step: bool, wanted: str
+) -> None:
     assert next_action(now, actions=actions, may_step=may_step) == wanted

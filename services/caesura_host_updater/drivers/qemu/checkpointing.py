@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 from caesura_host_updater.drivers.qemu.handover import HandOverFailed, is_verdict, migrate, take_from
-from caesura_host_updater.drivers.qemu.qmp import Qmp
+from caesura_host_updater.drivers.qemu.qmp import AsyncQmp
 from caesura_vmcontrol.plans import ReplacePlan
 from caesura_vmcontrol.procfs import alive, send_signal
 from caesura_vmcontrol.replacing import PART
@@ -27,7 +27,7 @@ _DEATH_S = 2.0  # s: a killed QEMU unmaps its RAM, which stays in its file
 _LOOK_S = 0.001
 
 
-async def save_state(qmp: Qmp, plan: ReplacePlan, by: float, *, gone: bool, moved_bytes: int) -> float:
+async def save_state(qmp: AsyncQmp, plan: ReplacePlan, by: float, *, gone: bool, moved_bytes: int) -> float:
     """Save, claim, and kill the old process; when the guest stopped, on CLOCK_MONOTONIC.
 
     ``gone``: return when it is dead. Unmapping its RAM takes the kernel some 10 ms a GiB, in which a new process can

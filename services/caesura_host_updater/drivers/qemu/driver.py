@@ -281,7 +281,7 @@ class QemuDriver:
 
     # -- memory and clock -----------------------------------------------------------------------------------
 
-    def _ram(self, guest: Guest) -> commandline.Memory | str:
+    def _ram(self, guest: Guest) -> commandline.GuestRam | str:
         run = guest.run
         if run is None and guest.prepared is not None:
             run = self._keeper.last_run(guest.vm)
@@ -290,7 +290,7 @@ class QemuDriver:
     def memory_size(self, vm: str) -> int:
         """The size of the guest's RAM file; 0 where there is none or it is above the limit."""
         ram = self._ram(self._guests[vm])
-        return ram.size if isinstance(ram, commandline.Memory) and ram.size <= self._max_digest_bytes else 0
+        return ram.size if isinstance(ram, commandline.GuestRam) and ram.size <= self._max_digest_bytes else 0
 
     async def memory_digest(self, vm: str, stop_at: float) -> str | None:
         """BLAKE2b over the guest's RAM file."""

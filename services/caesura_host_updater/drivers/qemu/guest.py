@@ -19,7 +19,7 @@ from caesura_host_updater.drivers.qemu import commandline, successor
 from caesura_host_updater.drivers.qemu.definition import QemuVm
 from caesura_host_updater.drivers.qemu.observer import read_machine
 from caesura_host_updater.drivers.qemu.obstacles import Obstacles, obstacles, paths_of
-from caesura_host_updater.drivers.qemu.qmp import Event, Qmp, QmpFailed, listener_of
+from caesura_host_updater.drivers.qemu.qmp import AsyncQmp, QmpEvent, QmpFailed, listener_of
 from caesura_host_updater.drivers.qemu.records import TRIAL, VmProcessRecord
 from caesura_host_updater.drivers.qemu.snapshot import VmSnapshot
 from caesura_host_updater.drivers.qemu.vmm import NoVmm, foreign, marked_as, ram_error, read_vmm
@@ -59,7 +59,7 @@ class Prepared:
     folder: Path
     seen: VmSnapshot | None = None
     moved_bytes: int = 0
-    qmp: Qmp | None = None
+    qmp: AsyncQmp | None = None
     watch: ExitWatch | None = None
     detail: str = ""
     begun: bool = False
@@ -73,7 +73,7 @@ class Guest:
     spec: QemuVm
     changed: Callable[[], None]
     run: VmProcessRecord | None = None
-    qmp: Qmp | None = None
+    qmp: AsyncQmp | None = None
     machine: str = ""
     unguarded: str = ""
     """Why the pause guard could not resume it, so that nothing may pause it; empty: it could."""
@@ -97,7 +97,7 @@ class Guest:
 
     # -- attaching ------------------------------------------------------------------------------------------
 
-    async def attach(self, run: VmProcessRecord, qmp: Qmp | None = None) -> None:
+    async def attach(self, run: VmProcessRecord, qmp: AsyncQmp | None = None) -> None:
         """From now on this process is the VM. ``qmp``: a connection that is open already.
 
         Raises:
@@ -153,7 +153,7 @@ class Guest:
             if self.state == "paused":
                 self._status = status
 
-    async def _ask(self, qmp: Qmp) -> None:
+    async def _ask(self, qmp: AsyncQmp) -> None:
         self._status = await qmp.status()
         self.machine = await read_machine(qmp)
 
@@ -189,7 +189,7 @@ class Guest:
             qmp, self.qmp = self.qmp, None
             await qmp.close()
 
-    def take(self, run: VmProcessRecord, qmp: Qmp) -> tuple[Qmp | None, ExitWatch | None]:
+    def take(self, run: VmProcessRecord, qmp: AsyncQmp) -> tuple[AsyncQmp | None, ExitWatch | None]:
         """A swap's new process runs the guest: switch over at once. What is left of the old one."""
         left = self.qmp, self._exit
         if left[0] is not None:
@@ -212,7 +212,7 @@ class Guest:
             _log.warning("vm.ended", vm=self.vm)
         self.changed()
 
-    def _heard(self, event: Event) -> None:
+    def _heard(self, event: QmpEvent) -> None:
         match event.name:
             case "RESUME":
                 self._status, self.left, self.stopped_by_us = "running", "", False
@@ -317,20 +317,20 @@ def host_obstacles(run: VmProcessRecord) -> list[str]:
     """What the host says against another process that shall take this one's guest over. Blocking."""
     found = foreign(run.pid, paths_of(run.argv))
     memory = commandline.memory_of(run.argv)
-    if isinstance(memory, commandline.Memory):
+    if isinstance(memory, commandline.GuestRam):
         found += filter(None, [ram_error(run.pid, memory.file, memory.size)])
     return found
 
 
-async def _connected(run: VmProcessRecord) -> Qmp:
-    qmp = await Qmp.connect(run.qmp, _GREETING_S)
+async def _connected(run: VmProcessRecord) -> AsyncQmp:
+    qmp = await AsyncQmp.connect(run.qmp, _GREETING_S)
     if qmp.listener != run.pid:
         await qmp.close()
         raise NotAttached(f"{run.qmp} belongs to process {qmp.listener}, not to {run.pid}")
     return qmp
 
 
-async def adopted(qmp_path: str, guard: str, agent: str) -> tuple[VmProcessRecord, Qmp]:
+async def adopted(qmp_path: str, guard: str, agent: str) -> tuple[VmProcessRecord, AsyncQmp]:
     """Find out which process listens on a QMP socket, and whether it is a QEMU.
 
     Raises:
@@ -340,7 +340,7 @@ async def adopted(qmp_path: str, guard: str, agent: str) -> tuple[VmProcessRecor
         listener = listener_of(qmp_path)
         async with asyncio.timeout(_LOOK_S):
             process = await in_thread("look at a QEMU", lambda: read_vmm(listener))
-        qmp = await Qmp.connect(qmp_path, _GREETING_S)
+        qmp = await AsyncQmp.connect(qmp_path, _GREETING_S)
     except TimeoutError as error:
         raise NotAttached(f"{qmp_path}: its process cannot be looked at within {_LOOK_S:g} s") from error
     except OSError as error:
@@ -360,7 +360,7 @@ async def adopted(qmp_path: str, guard: str, agent: str) -> tuple[VmProcessRecor
         guard=guard,
         agent=agent,
         ours=False,
-        ram_file=memory.file if isinstance(memory, commandline.Memory) else "",
+        ram_file=memory.file if isinstance(memory, commandline.GuestRam) else "",
     )
     return run, qmp
 
@@ -391,7 +391,7 @@ def found_by_sockets(pid: int, mark: str) -> tuple[str, VmProcessRecord] | None:
         guard=sockets.get("guard", ""),
         agent=sockets.get("ga", ""),
         ours=True,
-        ram_file=memory.file if isinstance(memory, commandline.Memory) else "",
+        ram_file=memory.file if isinstance(memory, commandline.GuestRam) else "",
     )
     return vm, run
 

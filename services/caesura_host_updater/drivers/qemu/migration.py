@@ -44,7 +44,7 @@ from caesura_host_updater.drivers.qemu.memory_views import (
     open_views,
 )
 from caesura_host_updater.drivers.qemu.observer import read_snapshot
-from caesura_host_updater.drivers.qemu.qmp import Qmp, QmpFailed, Watch
+from caesura_host_updater.drivers.qemu.qmp import AsyncQmp, QmpEventWatch, QmpFailed
 from caesura_host_updater.drivers.qemu.realtime import RealtimeBoost
 from caesura_host_updater.drivers.qemu.records import Records, VmProcessRecord
 from caesura_host_updater.drivers.qemu.vmm import NoVmm, last_words
@@ -193,7 +193,7 @@ class Migrator:
         )
 
     async def _failed_hand_over(
-        self, guest: Guest, prepared: Prepared, error: Exception, called_at: float, told_by_old: Watch
+        self, guest: Guest, prepared: Prepared, error: Exception, called_at: float, told_by_old: QmpEventWatch
     ) -> HandOver:
         differs = str(error) if isinstance(error, MemoryDiffers) else ""
         stopped_at = _at("STOP", told_by_old)
@@ -389,7 +389,7 @@ class Migrator:
             kept.parent.rmdir()  # of a VM whose sockets are elsewhere
 
     async def _begin(
-        self, guest: Guest, prepared: Prepared, qmp: Qmp, capabilities: Mapping[str, bool]
+        self, guest: Guest, prepared: Prepared, qmp: AsyncQmp, capabilities: Mapping[str, bool]
     ) -> None:
         """The last look while the guest runs: what was compared must be what is handed over. Then it is begun, and noted.
 
@@ -412,7 +412,7 @@ class Migrator:
         prepared.begun = True
         await set_capabilities(qmp, capabilities)
 
-    def _bury(self, pid: int, qmp: Qmp | None, watch: ExitWatch | None) -> None:
+    def _bury(self, pid: int, qmp: AsyncQmp | None, watch: ExitWatch | None) -> None:
         """Reap a process that was killed, and close its connection, while the guest runs on elsewhere."""
         if watch is not None:
             watch.close()
@@ -439,7 +439,7 @@ def _read_capabilities(path: Path) -> dict[str, bool]:
         return {}
 
 
-def _at(name: str, told: Watch) -> float | None:
+def _at(name: str, told: QmpEventWatch) -> float | None:
     """When QEMU last said this, on CLOCK_MONOTONIC."""
     return next((event.at for event in reversed(told.events) if event.name == name), None)
 

@@ -20,11 +20,11 @@ from typing import Any
 import msgspec
 
 from caesura_host_updater.drivers.port import ClockSet
-from caesura_host_updater.drivers.qemu.clock import set_clock
+from caesura_host_updater.drivers.qemu.async_qmp import AsyncQmp, QmpEvent, QmpUnreachable
+from caesura_host_updater.drivers.qemu.clock_setting import set_clock
 from caesura_host_updater.drivers.qemu.definition import Adopt, QemuOptions, QemuVm
 from caesura_host_updater.drivers.qemu.driver import QemuDriver
 from caesura_host_updater.drivers.qemu.handover import set_capabilities
-from caesura_host_updater.drivers.qemu.qmp import AsyncQmp, QmpEvent, QmpUnreachable
 from caesura_testing.guests import Definition, Heartbeat, Image, command_line, connect, image
 from caesura_vmcontrol.procfs import DEAD, thread_states
 

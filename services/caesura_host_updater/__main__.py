@@ -40,7 +40,7 @@ with QuietInterrupt():
     from caesura_host_updater.metrics import HostMetrics
     from caesura_host_updater.operation.crash_recovery import resume_marked
     from caesura_host_updater.operation.runner import inherited_environment
-    from caesura_host_updater.pauses import PauseMarkers
+    from caesura_host_updater.pause_markers import PauseMarkers
     from caesura_host_updater.service import HostUpdater, presence
     from caesura_host_updater.settings import HostUpdaterSettings
     from caesura_host_updater.subscriptions import filters

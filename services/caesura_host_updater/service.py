@@ -71,7 +71,7 @@ from caesura_host_updater.operation.report import clock_wait, final_report, stat
 from caesura_host_updater.operation.runner import OperationRunner
 from caesura_host_updater.operation.state import Operation, UpdateRun, VmPause
 from caesura_host_updater.outbox import Outbox
-from caesura_host_updater.pauses import PauseMarkers
+from caesura_host_updater.pause_markers import PauseMarkers
 from caesura_host_updater.settings import HostUpdaterSettings
 from caesura_host_updater.vm_status import VmStatuses
 from caesura_host_updater.vm_view import STATES_S, VmView

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from caesura.runtime.errors import CaesuraError
 from caesura.runtime.threads import in_thread
-from caesura_vmcontrol import processes
+from caesura_vmcontrol import process_control
 
 
 class SpawnError(CaesuraError):
@@ -38,7 +38,7 @@ def spawn_detached(argv: Sequence[str], environ: Mapping[str, str], log_file: Pa
         SpawnError: the program cannot be started, or the log file cannot be opened.
     """
     try:
-        return processes.start(tuple(argv), tuple(environ.items()), str(log_file)).pid
+        return process_control.start(tuple(argv), tuple(environ.items()), str(log_file)).pid
     except OSError as error:
         raise SpawnError(f"cannot start {argv[0]}: {error.strerror or error}") from error
 

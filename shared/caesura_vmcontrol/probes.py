@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 
-from caesura_vmcontrol import vmm
+from caesura_vmcontrol import qemu_control
 from caesura_vmcontrol.plans import Condition, Plan, QemuPlan, ReplacePlan, SwapPlan
 from caesura_vmcontrol.procfs import Process
 
@@ -151,9 +151,9 @@ class QemuProbes:
                     self._release(plan, None)
                     self._decided.add(plan.vm)
                 finally:
-                    tries = vmm.tries(plan) if isinstance(plan, VMM_PLANS) else []
+                    tries = qemu_control.tries(plan) if isinstance(plan, VMM_PLANS) else []
                 state = self._look(plan, None)
-            owner = vmm.owner_of(plan) if isinstance(plan, VMM_PLANS) else ""
+            owner = qemu_control.owner_of(plan) if isinstance(plan, VMM_PLANS) else ""
         except Exception as error:  # noqa: BLE001 - see above; whatever it was is logged
             why_not = str(error) or type(error).__name__
             state = "held"
@@ -163,4 +163,4 @@ class QemuProbes:
 
 
 def _settled(plan: Plan) -> bool:
-    return vmm.settled(plan) if isinstance(plan, VMM_PLANS) else True
+    return qemu_control.settled(plan) if isinstance(plan, VMM_PLANS) else True

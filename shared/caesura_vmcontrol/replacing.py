@@ -14,7 +14,19 @@ from contextlib import suppress
 from caesura_vmcontrol import claims
 from caesura_vmcontrol.bounded import within
 from caesura_vmcontrol.claims import Owner
-from caesura_vmcontrol.guest import (
+from caesura_vmcontrol.process_control import (
+    LOG_S,
+    boost_priority,
+    find_by_env,
+    kill_and_wait,
+    restore_priority,
+    sigcont,
+    start,
+)
+from caesura_vmcontrol.procfs import Process, alive, send_signal
+from caesura_vmcontrol.qemu_plans import ReplacePlan
+from caesura_vmcontrol.qmp import Qmp, QmpError
+from caesura_vmcontrol.qmp_commands import (
     CONT_S,
     LOADING,
     UNDER_WAY,
@@ -29,18 +41,6 @@ from caesura_vmcontrol.guest import (
     reach,
     run_state,
 )
-from caesura_vmcontrol.processes import (
-    LOG_S,
-    boost_priority,
-    find_by_env,
-    kill_and_wait,
-    restore_priority,
-    sigcont,
-    start,
-)
-from caesura_vmcontrol.procfs import Process, alive, send_signal
-from caesura_vmcontrol.qemu_plans import ReplacePlan
-from caesura_vmcontrol.qmp import Qmp, QmpError
 from caesura_vmcontrol.swapping import roll_back
 
 _TOTAL_S = 1.0  # s: one call, except for a process that is starting; the caller tries again

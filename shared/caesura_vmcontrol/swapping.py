@@ -11,7 +11,11 @@ from contextlib import suppress
 
 from caesura_vmcontrol import claims
 from caesura_vmcontrol.claims import Owner
-from caesura_vmcontrol.guest import (
+from caesura_vmcontrol.process_control import kill_and_wait, sigcont, sigstop
+from caesura_vmcontrol.procfs import alive
+from caesura_vmcontrol.qemu_plans import SwapPlan, Vmm
+from caesura_vmcontrol.qmp import Qmp, QmpError
+from caesura_vmcontrol.qmp_commands import (
     CONT_S,
     LOADING,
     NOT_OURS,
@@ -29,10 +33,6 @@ from caesura_vmcontrol.guest import (
     reach,
     run_state,
 )
-from caesura_vmcontrol.processes import kill_and_wait, sigcont, sigstop
-from caesura_vmcontrol.procfs import alive
-from caesura_vmcontrol.qemu_plans import SwapPlan, Vmm
-from caesura_vmcontrol.qmp import Qmp, QmpError
 
 _TOTAL_S = 1.0  # s: one call; the caller tries again
 _NOBODY_COMES_S = (

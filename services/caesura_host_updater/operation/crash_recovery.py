@@ -28,7 +28,7 @@ from caesura_host_updater.operation.finalizer import FactFactory, OperationFinal
 from caesura_host_updater.operation.report import clock_wait, final_report, frozen_fact, resumed_fact
 from caesura_host_updater.operation.runner import to_wall_clock
 from caesura_host_updater.operation.state import Operation
-from caesura_host_updater.pauses import PauseMarkers, how_to_resume
+from caesura_host_updater.pause_markers import PauseMarkers, how_to_resume
 from caesura_host_updater.update_process import end_orphans
 from caesura_host_updater.vm_view import STATES_S, plan_of
 from caesura_vmcontrol.intent import Intent

@@ -73,7 +73,7 @@ from caesura_host_updater.operation.events import (
 from caesura_host_updater.operation.machine import decide
 from caesura_host_updater.operation.report import frozen_fact, resumed_fact
 from caesura_host_updater.operation.state import Operation
-from caesura_host_updater.pauses import NotMarked
+from caesura_host_updater.pause_markers import NotMarked
 from caesura_host_updater.update_process import UpdateNotStarted, UpdateProcess, update_environ
 from caesura_vmcontrol.intent import Intent
 from caesura_vmcontrol.plans import Plan

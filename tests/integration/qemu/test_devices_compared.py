@@ -20,10 +20,10 @@ import pytest
 from qemu.qmp.qmp_client import ExecuteError
 
 from caesura_host_updater.drivers.port import DriverError
+from caesura_host_updater.drivers.qemu.async_qmp import AsyncQmp, listener_of
 from caesura_host_updater.drivers.qemu.definition import Definition, Disk, Nic
 from caesura_host_updater.drivers.qemu.launching import LaunchFailed
 from caesura_host_updater.drivers.qemu.observer import read_snapshot
-from caesura_host_updater.drivers.qemu.qmp import AsyncQmp, listener_of
 from caesura_testing.guests import second_qemu
 from caesura_testing.patience import patient
 

@@ -21,8 +21,8 @@ import msgspec
 import pytest
 
 from caesura_host_updater.drivers.port import DriverError, FreezeFailed, NotRunningYet
+from caesura_host_updater.drivers.qemu.async_qmp import AsyncQmp
 from caesura_host_updater.drivers.qemu.definition import Adopt, Definition, Disk
-from caesura_host_updater.drivers.qemu.qmp import AsyncQmp
 from caesura_vmcontrol import claims
 from caesura_vmcontrol.plans import QemuPlan, Vmm, condition, thaw
 from caesura_vmcontrol.procfs import process_table

@@ -17,8 +17,7 @@ from typing import Any
 import pytest
 
 from caesura_host_updater.drivers.port import DriverError, FreezeFailed, NotPossible
-from caesura_host_updater.drivers.qemu.definition import Adopt, Definition, Nic
-from caesura_host_updater.drivers.qemu.qmp import (
+from caesura_host_updater.drivers.qemu.async_qmp import (
     AsyncQmp,
     QmpCommandRefused,
     QmpEvent,
@@ -26,6 +25,7 @@ from caesura_host_updater.drivers.qemu.qmp import (
     QmpUnreachable,
     listener_of,
 )
+from caesura_host_updater.drivers.qemu.definition import Adopt, Definition, Nic
 from caesura_host_updater.inventory.host_config import parse_host_file, with_discovered
 from caesura_testing.patience import patient
 

@@ -19,14 +19,14 @@ import pytest
 from caesura_host_updater.drivers.port import FreezeFailed, SwapFailed
 from caesura_host_updater.drivers.qemu import checkpointing, handover, supervisor, vmm
 from caesura_host_updater.drivers.qemu import migration as migrations
+from caesura_host_updater.drivers.qemu.async_qmp import AsyncQmp
 from caesura_host_updater.drivers.qemu.definition import Definition, QemuOptions, QemuVm
 from caesura_host_updater.drivers.qemu.driver import QemuDriver
 from caesura_host_updater.drivers.qemu.handover import SWAP_CAPABILITIES, HandOverFailed
-from caesura_host_updater.drivers.qemu.qmp import AsyncQmp
 from caesura_testing.patience import patient
-from caesura_vmcontrol import claims, processes, replacing, swapping
-from caesura_vmcontrol.guest import UNDER_WAY, migration, reach
+from caesura_vmcontrol import claims, process_control, replacing, swapping
 from caesura_vmcontrol.plans import condition, thaw
+from caesura_vmcontrol.qmp_commands import UNDER_WAY, migration, reach
 
 SMALL = Definition(memory_mib=16, machine="pc-q35-7.2")
 METHODS = pytest.mark.parametrize("method", ["swap", "replace"])
@@ -434,7 +434,7 @@ async def test_our_migration_that_completes_while_the_guard_asks_whose_it_is(
     plan = guest.prepared.plan
     await driver._mover._begin(guest, guest.prepared, guest.qmp, SWAP_CAPABILITIES)
     loop = asyncio.get_running_loop()
-    stop = processes.sigstop
+    stop = process_control.sigstop
 
     async def migrate() -> None:
         await guest.qmp.execute("migrate", uri=f"unix:{rig.folder}/run/a/mig")

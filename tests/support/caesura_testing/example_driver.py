@@ -31,7 +31,7 @@ from caesura_host_updater.drivers.port import (
 from caesura_host_updater.inventory.vm_spec import VmSpec
 from caesura_host_updater.spawn import ExitWatch, SpawnError, reap, start_detached
 from caesura_vmcontrol.plans import Condition, SignalPlan, condition, thaw
-from caesura_vmcontrol.processes import find_by_env
+from caesura_vmcontrol.process_control import find_by_env
 from caesura_vmcontrol.procfs import process_table, read_process, send_signal
 
 _log = structlog.get_logger("caesura.driver")

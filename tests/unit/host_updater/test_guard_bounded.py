@@ -14,7 +14,7 @@ import pytest
 
 from caesura_testing.patience import patient
 from caesura_vmcontrol.bounded import CallTimeout, within
-from caesura_vmcontrol.processes import start
+from caesura_vmcontrol.process_control import start
 
 LONG_S = patient(20)
 

@@ -15,8 +15,14 @@ from typing import Any
 import pytest
 
 from caesura_host_updater.drivers.port import DriverError
-from caesura_host_updater.drivers.qemu import clock
-from caesura_host_updater.drivers.qemu.clock import GuestTimeSample, best, next_action, sample, set_clock
+from caesura_host_updater.drivers.qemu import clock_setting
+from caesura_host_updater.drivers.qemu.clock_setting import (
+    GuestTimeSample,
+    best,
+    next_action,
+    sample,
+    set_clock,
+)
 from caesura_host_updater.drivers.qemu.guest_agent import (
     AgentGarbage,
     AgentRefused,
@@ -36,7 +42,7 @@ class Guest:
         self.offset_ns = -5 * S
         self.set_leaves_ns = -2 * MS
         self.step_leaves_ns = 20_000
-        self.programs = {clock.STEP_PROGRAM}
+        self.programs = {clock_setting.STEP_PROGRAM}
         self.bent: dict[str, Callable[[dict[str, Any]], bytes]] = {}
         self.asked: list[str] = []
         self.first: bytes = b""
@@ -209,16 +215,16 @@ async def test_a_connection_that_ends_is_told(place: Path) -> None:
 
 async def test_a_program_is_waited_for(guest: Guest, place: Path) -> None:
     async with guest_agent("vm", str(place), by()) as agent:
-        assert await agent.run(clock.STEP_PROGRAM, "0") == 0
+        assert await agent.run(clock_setting.STEP_PROGRAM, "0") == 0
     assert guest.asked.count("guest-exec-status") == 2
     guest.bent["guest-exec-status"] = lambda _: reply({"exited": "perhaps"})
     with pytest.raises(AgentGarbage, match="guest-exec-status"):
         async with guest_agent("vm", str(place), by()) as agent:
-            await agent.run(clock.STEP_PROGRAM, "0")
+            await agent.run(clock_setting.STEP_PROGRAM, "0")
     guest.bent["guest-exec"] = lambda _: reply("started")
     with pytest.raises(AgentGarbage, match="answers guest-exec with 'started'"):
         async with guest_agent("vm", str(place), by()) as agent:
-            await agent.run(clock.STEP_PROGRAM, "0")
+            await agent.run(clock_setting.STEP_PROGRAM, "0")
 
 
 # -- the clock ------------------------------------------------------------------------------------------------

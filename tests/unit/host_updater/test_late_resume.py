@@ -20,7 +20,7 @@ from caesura_host_updater.operation import crash_recovery
 from caesura_host_updater.operation.crash_recovery import Startup
 from caesura_host_updater.operation.finalizer import OperationFinalizer
 from caesura_host_updater.operation.state import Operation, VmPause
-from caesura_host_updater.pauses import PauseMarkers
+from caesura_host_updater.pause_markers import PauseMarkers
 from caesura_vmcontrol.plans import CgroupPlan
 from caesura_vmcontrol.procfs import boot_id
 

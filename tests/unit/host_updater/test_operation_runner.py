@@ -35,7 +35,7 @@ from caesura_host_updater.journal import JournalThread
 from caesura_host_updater.operation import runner as runner_module
 from caesura_host_updater.operation.runner import OperationRunner
 from caesura_host_updater.operation.state import Operation, VmPause
-from caesura_host_updater.pauses import NotMarked
+from caesura_host_updater.pause_markers import NotMarked
 from caesura_testing.patience import patient
 from caesura_vmcontrol.intent import Intent
 from caesura_vmcontrol.plans import CgroupPlan, Plan

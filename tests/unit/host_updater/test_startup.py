@@ -19,7 +19,7 @@ from caesura_host_updater.journal import JournalThread
 from caesura_host_updater.operation import crash_recovery
 from caesura_host_updater.operation.crash_recovery import Startup
 from caesura_host_updater.operation.state import Operation, VmPause
-from caesura_host_updater.pauses import PauseMarkers
+from caesura_host_updater.pause_markers import PauseMarkers
 from caesura_host_updater.service import HostUpdater
 from caesura_vmcontrol import markers
 from caesura_vmcontrol.plans import CgroupPlan

@@ -22,21 +22,21 @@ from caesura_host_updater.drivers.port import (
 )
 from caesura_host_updater.drivers.qemu import commandline
 from caesura_host_updater.drivers.qemu.assessor import Assessor
-from caesura_host_updater.drivers.qemu.clock import set_clock
+from caesura_host_updater.drivers.qemu.async_qmp import QmpFailed, QmpTimeout
+from caesura_host_updater.drivers.qemu.clock_setting import set_clock
 from caesura_host_updater.drivers.qemu.definition import QemuOptions, QemuVm
 from caesura_host_updater.drivers.qemu.guest import PAUSED_BEFORE, Guest
 from caesura_host_updater.drivers.qemu.guest_agent import read_boot_id
 from caesura_host_updater.drivers.qemu.launching import Launcher
 from caesura_host_updater.drivers.qemu.migration import Migrator
 from caesura_host_updater.drivers.qemu.prepare import Preparer
-from caesura_host_updater.drivers.qemu.qmp import QmpFailed, QmpTimeout
-from caesura_host_updater.drivers.qemu.records import Records
+from caesura_host_updater.drivers.qemu.process_records import Records
 from caesura_host_updater.drivers.qemu.supervisor import VmSupervisor
 from caesura_host_updater.drivers.qemu.trial import Trials
 from caesura_host_updater.drivers.sampling import sampled_digest_of
 from caesura_vmcontrol import claims
-from caesura_vmcontrol.guest import NOT_OURS
 from caesura_vmcontrol.plans import Plan, QemuPlan
+from caesura_vmcontrol.qmp_commands import NOT_OURS
 
 _METHODS: tuple[Method, ...] = ("live", "swap", "freeze", "replace")
 _CONT_S = 0.1  # s: what our own connection gets before the guard's way is taken

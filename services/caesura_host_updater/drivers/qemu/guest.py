@@ -16,17 +16,17 @@ import structlog
 from caesura.contract.messages import Method, VmState
 from caesura.runtime.threads import in_thread
 from caesura_host_updater.drivers.qemu import commandline, successor
+from caesura_host_updater.drivers.qemu.async_qmp import AsyncQmp, QmpEvent, QmpFailed, listener_of
 from caesura_host_updater.drivers.qemu.definition import QemuVm
 from caesura_host_updater.drivers.qemu.observer import read_machine
 from caesura_host_updater.drivers.qemu.obstacles import Obstacles, obstacles, paths_of
-from caesura_host_updater.drivers.qemu.qmp import AsyncQmp, QmpEvent, QmpFailed, listener_of
-from caesura_host_updater.drivers.qemu.records import TRIAL, VmProcessRecord
+from caesura_host_updater.drivers.qemu.process_records import TRIAL, VmProcessRecord
 from caesura_host_updater.drivers.qemu.snapshot import VmSnapshot
 from caesura_host_updater.drivers.qemu.vmm import NoVmm, foreign, marked_as, ram_error, read_vmm
 from caesura_host_updater.spawn import ExitWatch
-from caesura_vmcontrol.guest import AWAY, NOT_OURS, OVER, RUNNING
 from caesura_vmcontrol.plans import QemuPlan, ReplacePlan, SwapPlan, Vmm
 from caesura_vmcontrol.procfs import STOPPED, alive, boot_id, ending, read_process
+from caesura_vmcontrol.qmp_commands import AWAY, NOT_OURS, OVER, RUNNING
 from caesura_vmcontrol.replacing import STUCK
 
 _GREETING_S = 2.0  # s: QEMU greets within milliseconds; another client's turn may take the guard a second

@@ -13,8 +13,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from typing import Any, NamedTuple
 
-from caesura_host_updater.drivers.qemu.memory_views import Compared
-from caesura_host_updater.drivers.qemu.qmp import (
+from caesura_host_updater.drivers.qemu.async_qmp import (
     AsyncQmp,
     QmpCommandRefused,
     QmpConnectionLost,
@@ -22,10 +21,11 @@ from caesura_host_updater.drivers.qemu.qmp import (
     QmpEventWatch,
     QmpFailed,
 )
+from caesura_host_updater.drivers.qemu.memory_views import Compared
 from caesura_vmcontrol.claims import claim, note
-from caesura_vmcontrol.guest import note_ran
 from caesura_vmcontrol.plans import ReplacePlan, SwapPlan
 from caesura_vmcontrol.procfs import alive, send_signal
+from caesura_vmcontrol.qmp_commands import note_ran
 
 SWAP_CAPABILITIES = {"x-ignore-shared": True, "events": True, "return-path": True}
 """What both processes of a swap are told."""

@@ -15,10 +15,10 @@ from pathlib import Path
 
 from caesura.runtime.threads import in_thread
 from caesura_host_updater.drivers.qemu import commandline, successor
+from caesura_host_updater.drivers.qemu.async_qmp import AsyncQmp, QmpUnreachable
 from caesura_host_updater.drivers.qemu.cleanup import remove_files
 from caesura_host_updater.drivers.qemu.definition import Definition, QemuOptions
-from caesura_host_updater.drivers.qemu.qmp import AsyncQmp, QmpUnreachable
-from caesura_host_updater.drivers.qemu.records import Records, VmProcessRecord
+from caesura_host_updater.drivers.qemu.process_records import Records, VmProcessRecord
 from caesura_host_updater.drivers.qemu.vmm import last_words
 from caesura_host_updater.spawn import ExitWatch, SpawnError, start_detached
 from caesura_vmcontrol.procfs import boot_id, read_process, send_signal

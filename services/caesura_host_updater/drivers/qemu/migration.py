@@ -20,6 +20,7 @@ import structlog
 from caesura.runtime.threads import in_thread, in_thread_to_its_end
 from caesura_host_updater.drivers.port import FreezeFailed, HandOver, SwapFailed
 from caesura_host_updater.drivers.qemu import commandline
+from caesura_host_updater.drivers.qemu.async_qmp import AsyncQmp, QmpEventWatch, QmpFailed
 from caesura_host_updater.drivers.qemu.checkpointing import CAPABILITIES, save_state
 from caesura_host_updater.drivers.qemu.cleanup import end_losers, forget, link_sockets, remove_files, run_of
 from caesura_host_updater.drivers.qemu.compatibility import differences
@@ -44,9 +45,8 @@ from caesura_host_updater.drivers.qemu.memory_views import (
     open_views,
 )
 from caesura_host_updater.drivers.qemu.observer import read_snapshot
-from caesura_host_updater.drivers.qemu.qmp import AsyncQmp, QmpEventWatch, QmpFailed
+from caesura_host_updater.drivers.qemu.process_records import Records, VmProcessRecord
 from caesura_host_updater.drivers.qemu.realtime import RealtimeBoost
-from caesura_host_updater.drivers.qemu.records import Records, VmProcessRecord
 from caesura_host_updater.drivers.qemu.vmm import NoVmm, last_words
 from caesura_host_updater.spawn import ExitWatch, reap
 from caesura_vmcontrol import claims
@@ -59,9 +59,9 @@ from caesura_vmcontrol.plans import (
     condition,
     thaw,
 )
-from caesura_vmcontrol.processes import restore_priority
+from caesura_vmcontrol.process_control import restore_priority
 from caesura_vmcontrol.procfs import send_signal
-from caesura_vmcontrol.vmm import heir, holder
+from caesura_vmcontrol.qemu_control import heir, holder
 
 _HAND_OVER_S = 2.0  # s: 3 to 10 ms is usual; a new process that hangs is given up after this
 _WAY_OUT_S = 4.0  # s: how long we try to put it right ourselves before the caller does

@@ -10,6 +10,7 @@ from caesura.contract.messages import Method
 from caesura.runtime.threads import in_thread_to_its_end
 from caesura_host_updater.drivers.port import DriverError
 from caesura_host_updater.drivers.qemu.assessor import Assessor
+from caesura_host_updater.drivers.qemu.async_qmp import AsyncQmp, QmpFailed
 from caesura_host_updater.drivers.qemu.checkpointing import CAPABILITIES
 from caesura_host_updater.drivers.qemu.cleanup import forget, make_next_folders, remove_files
 from caesura_host_updater.drivers.qemu.commandline import GuestRam, cpu_of, memory_of
@@ -23,8 +24,7 @@ from caesura_host_updater.drivers.qemu.handover import (
 )
 from caesura_host_updater.drivers.qemu.launching import Launcher, LaunchFailed
 from caesura_host_updater.drivers.qemu.observer import read_snapshot
-from caesura_host_updater.drivers.qemu.qmp import AsyncQmp, QmpFailed
-from caesura_host_updater.drivers.qemu.records import Records, VmProcessRecord
+from caesura_host_updater.drivers.qemu.process_records import Records, VmProcessRecord
 from caesura_host_updater.drivers.qemu.snapshot import VmSnapshot, migration_under_way
 from caesura_host_updater.drivers.qemu.successor import next_command, next_path
 from caesura_host_updater.drivers.qemu.trial import drop

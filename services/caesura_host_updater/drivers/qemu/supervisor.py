@@ -14,14 +14,14 @@ from caesura.contract.messages import Method
 from caesura.runtime.threads import in_thread
 from caesura_host_updater.drivers.qemu import successor
 from caesura_host_updater.drivers.qemu.assessor import Assessor
+from caesura_host_updater.drivers.qemu.async_qmp import QmpFailed, listener_of
 from caesura_host_updater.drivers.qemu.cleanup import remove_claims, remove_files
 from caesura_host_updater.drivers.qemu.definition import Definition, QemuOptions
 from caesura_host_updater.drivers.qemu.discovery import discovered
 from caesura_host_updater.drivers.qemu.guest import Guest, NotAttached, Prepared, adopted, found_by_sockets
 from caesura_host_updater.drivers.qemu.launching import Launcher, LaunchFailed, kill
 from caesura_host_updater.drivers.qemu.migration import Migrator
-from caesura_host_updater.drivers.qemu.qmp import QmpFailed, listener_of
-from caesura_host_updater.drivers.qemu.records import Records, VmProcessRecord
+from caesura_host_updater.drivers.qemu.process_records import Records, VmProcessRecord
 from caesura_host_updater.drivers.qemu.vmm import marked, marked_as, place_error
 from caesura_host_updater.spawn import ExitWatch
 from caesura_vmcontrol import claims

@@ -10,11 +10,11 @@ import time
 from typing import Literal
 
 from caesura_vmcontrol import claims, replacing, swapping
-from caesura_vmcontrol.guest import ProcessGone, look, make_run, reach
-from caesura_vmcontrol.processes import sigcont
+from caesura_vmcontrol.operation_lock import try_lock
+from caesura_vmcontrol.process_control import sigcont
 from caesura_vmcontrol.procfs import alive
 from caesura_vmcontrol.qemu_plans import QemuPlan, ReplacePlan, SwapPlan, VmmPlan
-from caesura_vmcontrol.turns import try_lock
+from caesura_vmcontrol.qmp_commands import ProcessGone, look, make_run, reach
 
 _FREEZE_S = 1.0  # s: one call
 _TURN_SWAP_S = (

@@ -165,14 +165,14 @@ async def _serve(
     )
     registry = CollectorRegistry()
     journal = JournalThread()
-    guardian = GuardClient(folder, spawn=settings.guard == "spawn")
+    guard = GuardClient(folder, spawn=settings.guard == "spawn")
     driver = await _driver(settings, host, folder, environ)
     updater = HostUpdater(
         settings,
         host,
         bus=bus,
         driver=driver,
-        guardian=guardian,
+        guard=guard,
         journal=journal,
         metrics=HostMetrics(registry),
         pauses=pauses,
@@ -199,7 +199,7 @@ async def _serve(
         stopped = True
     finally:
         await driver.close(stop_vms=settings.stop_vms_on_exit and stopped)
-        await guardian.close()
+        await guard.close()
         await journal.close()
 
 

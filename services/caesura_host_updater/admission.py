@@ -230,7 +230,7 @@ def _judge_update(command: StartOperation, host: Host) -> Refuse | Accept:
     return Accept(update)
 
 
-def judge_abort(
+def evaluate_abort(
     command: AbortOperation,
     *,
     busy: str,

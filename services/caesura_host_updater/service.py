@@ -107,7 +107,7 @@ class HostUpdater:
         *,
         bus: Bus,
         driver: Driver,
-        guardian: GuardClient,
+        guard: GuardClient,
         journal: JournalThread,
         metrics: HostMetrics,
         pauses: PauseMarkers,
@@ -119,7 +119,7 @@ class HostUpdater:
         self._host = host
         self._vms = {vm.name: vm for vm in host.vm}
         self._driver = driver
-        self._guardian = guardian
+        self._guard = guard
         self._journal = journal
         self._metrics = metrics
         self._instance = instance
@@ -142,21 +142,21 @@ class HostUpdater:
             verdict=self._clock_judged,
             repeat=self.outbox.queue,
         )
-        self._letters = FactFactory(host.host, settings.fleet)
+        self._fact_factory = FactFactory(host.host, settings.fleet)
         self._statuses = VmStatuses(host.host, self._vms, self.post)
         self._inventories = InventoryPublisher(host.host, self.post)
         self._pauses = pauses
-        self._endings = OperationFinalizer(
-            self._letters, journal=journal, outbox=self.outbox, clocks=self.clocks, metrics=metrics
+        self._finalizer = OperationFinalizer(
+            self._fact_factory, journal=journal, outbox=self.outbox, clocks=self.clocks, metrics=metrics
         )
         self._view = VmView(host.vm, driver)
         self._startup = Startup(
             host.host,
             driver=driver,
-            guardian=guardian,
+            guard=guard,
             journal=journal,
-            letters=self._letters,
-            endings=self._endings,
+            fact_factory=self._fact_factory,
+            finalizer=self._finalizer,
             pauses=pauses,
             resumed=resumed,
             has_clock=self._view.has_clock,
@@ -200,14 +200,14 @@ class HostUpdater:
         """The eternal tasks, for ``serve``."""
         return {
             "bus": lambda: self.bus.run(self._receive, self._on_connected),
-            "guard": self._guardian.run,
+            "guard": self._guard.run,
             "operations": self._operate,
             "outbox": self.outbox.run,
             "inventory": self._keep_inventory,
             "vm statuses": self._statuses.run,
             "clocks": self.clocks.run,
             "vms": self._watch_vms,
-            "journal": self._endings.retry_unsaved,
+            "journal": self._finalizer.retry_unsaved,
             "updates": self._updates.run,
             "installed updates": self._asker.run,
             "pause markers": self._pauses.remove_later,
@@ -232,10 +232,10 @@ class HostUpdater:
         """
         self.authority = await self._journal.do(Journal.authority)
         await self._startup.run(self.authority.epoch)
-        await self._endings.load()
+        await self._finalizer.load()
         await self.outbox.load()
-        await self._startup.conclude_unsaved()
-        self.clocks.expect(await self._journal.do(Journal.clock_waits), told=True)
+        await self._startup.finalize_unsaved()
+        self.clocks.track(await self._journal.do(Journal.clock_waits), already_published=True)
         await self._updates.start()
 
     # -- the bus --------------------------------------------------------------------------------------------
@@ -266,10 +266,10 @@ class HostUpdater:
                 vms=records,
                 catalogue=self._updates.catalogue,
                 operation=self.operation,
-                guard=self._guardian.state,
+                guard=self._guard.state,
                 refused_epoch=self._refused_epoch,
                 installed=installed(
-                    self._updates.catalogue, self._endings.marks, self._asker.answers, records.keys()
+                    self._updates.catalogue, self._finalizer.marks, self._asker.answers, records.keys()
                 ),
             )
             await self._inventories.publish(message)
@@ -308,12 +308,14 @@ class HostUpdater:
         self, epoch: int, coordinator: str, commands: Collection[str] = COMMANDS
     ) -> EpochAuthority | NotObeyed:
         """Obey a newer epoch, durably, before anything else."""
-        heard = rules.observe_epoch(self.authority, epoch, coordinator, commands)
-        outdated = isinstance(heard, NotObeyed) and heard.outdated
+        observed = rules.observe_epoch(self.authority, epoch, coordinator, commands)
+        outdated = isinstance(observed, NotObeyed) and observed.outdated
         refused = (
-            heard.why if isinstance(heard, NotObeyed) and (outdated or epoch > self.authority.epoch) else ""
+            observed.why
+            if isinstance(observed, NotObeyed) and (outdated or epoch > self.authority.epoch)
+            else ""
         )
-        if refused != self._refused_epoch and (refused or isinstance(heard, EpochAuthority)):
+        if refused != self._refused_epoch and (refused or isinstance(observed, EpochAuthority)):
             self._refused_epoch = refused
             self._outdated = coordinator if outdated else ""
             self._changed.set()
@@ -321,12 +323,12 @@ class HostUpdater:
                 _log.error("coordinator.outdated", why=refused)
             elif refused:
                 _log.error("epoch.refused", why=refused, advice=FORGET_ADVICE)
-        if isinstance(heard, EpochAuthority) and heard != self.authority:
-            await self._journal.do(lambda journal: journal.obey(heard))
-            self.authority = heard
+        if isinstance(observed, EpochAuthority) and observed != self.authority:
+            await self._journal.do(lambda journal: journal.obey(observed))
+            self.authority = observed
             self._changed.set()
             _log.info("epoch.adopted", epoch=epoch, coordinator=coordinator)
-        return heard
+        return observed
 
     async def _on_coordinator(self, message: CoordinatorPresence, _: Received) -> None:
         if not message.online:
@@ -337,13 +339,13 @@ class HostUpdater:
             _log.error("epoch.not_adopted", epoch=message.epoch, why=str(error))
 
     async def _known(self, operation: str) -> Underway | Repeat | None:
-        return Underway() if operation == self.operation else await self._endings.known(operation)
+        return Underway() if operation == self.operation else await self._finalizer.known(operation)
 
     async def _on_freeze(self, command: StartOperation, _: Received) -> None:
         now = datetime.now(UTC)
         try:
             known = await self._known(command.operation)
-            heard = await self._observe_epoch(command.epoch, command.coordinator)
+            observed = await self._observe_epoch(command.epoch, command.coordinator)
             verdict = rules.evaluate_start(
                 command,
                 host=rules.Host(
@@ -353,7 +355,7 @@ class HostUpdater:
                     busy=self.operation,
                     stopping=self._stopping,
                 ),
-                authority=heard,
+                authority=observed,
                 known=known,
                 now=now,
             )
@@ -376,8 +378,8 @@ class HostUpdater:
                 if isinstance(verdict, Repeat)
                 else status_report(self._host.host, command, self.authority.epoch, "accepted", now)
             )
-            self.outbox.queue(*self._letters.report(report))
-            await self._endings.repeat_verdicts(command.operation)
+            self.outbox.queue(*self._fact_factory.report(report))
+            await self._finalizer.repeat_verdicts(command.operation)
             _log.debug("command.repeated", operation=command.operation, status=report.status)
             return
         _log.warning("command.refused", operation=command.operation, why=verdict.why)
@@ -390,13 +392,13 @@ class HostUpdater:
             reason=verdict.why,
             codes=(verdict.code,),
         )
-        await self._endings.conclude(refused)
+        await self._finalizer.finalize(refused)
 
     async def _accept(self, command: StartOperation, update: UpdateFile | None) -> None:
         kernels = await self.clocks.kernel_boot_ids([target.vm for target in command.targets])
         if self._stopping:  # while the guests were asked
             now = datetime.now(UTC)
-            await self._endings.conclude(
+            await self._finalizer.finalize(
                 status_report(
                     self._host.host,
                     command,
@@ -437,8 +439,8 @@ class HostUpdater:
                     event_id=target.event_id,
                     boot_id=agent.boot_id if (agent := self._agents.get(target.vm)) else "",
                     kernel_boot_id=kernels[target.vm],
-                    digestible="digest_equal" in can[target.vm].digests,
-                    sampleable="sampled_digest_equal" in can[target.vm].digests,
+                    can_digest="digest_equal" in can[target.vm].digests,
+                    can_sample="sampled_digest_equal" in can[target.vm].digests,
                     no_digest=can[target.vm].no_digest,
                     canary_writes=agent.canary_writes if agent and agent.canary_bytes else 0,
                 )
@@ -448,7 +450,7 @@ class HostUpdater:
             if scope_vm
             else (UpdateRun(),) * (update is not None),
         )
-        accepted = self._letters.report(
+        accepted = self._fact_factory.report(
             status_report(self._host.host, command, self.authority.epoch, "accepted", datetime.now(UTC))
         )
         self._asker.interrupt()
@@ -460,7 +462,7 @@ class HostUpdater:
             update,
             host=self._host.host,
             driver=self._driver,
-            guard=self._guardian,
+            guard=self._guard,
             pauses=self._pauses,
             journal=self._journal,
             environ=self._environ,
@@ -477,22 +479,22 @@ class HostUpdater:
     async def _on_abort(self, command: AbortOperation, _: Received) -> None:
         try:
             known = await self._known(command.operation)
-            heard = await self._observe_epoch(command.epoch, command.coordinator)
+            observed = await self._observe_epoch(command.epoch, command.coordinator)
         except StoreError as error:
             _log.error("abort.without_journal", operation=command.operation, why=str(error))
             if self._runner is not None and command.operation == self.operation:
                 self._runner.abort("aborted", command.reason)  # resuming VMs needs no disk
             return
-        verdict = rules.judge_abort(command, busy=self.operation, authority=heard, known=known)
+        verdict = rules.evaluate_abort(command, busy=self.operation, authority=observed, known=known)
         if isinstance(verdict, Ignore):
             _log.warning("abort.ignored", operation=command.operation, why=verdict.why)
         elif isinstance(verdict, AbortRunning):
             if self._runner is not None:
                 self._runner.abort("aborted", command.reason)
         elif isinstance(verdict, Repeat):
-            self.outbox.queue(*self._letters.report(verdict.report))
+            self.outbox.queue(*self._fact_factory.report(verdict.report))
         elif isinstance(verdict, Tombstone):
-            await self._endings.conclude(
+            await self._finalizer.finalize(
                 cancelled_before_it_began(self._host.host, command, self.authority.epoch, datetime.now(UTC))
             )
 
@@ -523,14 +525,14 @@ class HostUpdater:
                 for vm in state.vms
                 if vm.frozen_at is not None and vm.end == "running" and self._view.has_clock(vm.vm)
             ]
-            await self._endings.conclude(report, state, waits)
+            await self._finalizer.finalize(report, state, waits)
             self._runner = None
             self._idle.set()
             self._asker.ask()
             self._changed.set()
 
     def _announce(self, fact: VmFrozen | VmResumed, state: Operation) -> None:
-        self.outbox.put(self._letters.fact(fact), state)
+        self.outbox.put(self._fact_factory.fact(fact), state)
         if isinstance(fact, VmFrozen):
             self._statuses.frozen(fact)
         else:
@@ -590,9 +592,9 @@ class HostUpdater:
             self._changed.set()  # the inventory says what can be shown of its memory
 
     def _clock_judged(self, verdict: VmClockSynced) -> None:
-        letter = self._letters.fact(verdict)
-        self._journal.post(lambda journal: journal.judged(verdict.vm, verdict.operation, [letter]))
-        self.outbox.queue(letter)
+        fact = self._fact_factory.fact(verdict)
+        self._journal.post(lambda journal: journal.judged(verdict.vm, verdict.operation, [fact]))
+        self.outbox.queue(fact)
 
     # -- stop -----------------------------------------------------------------------------------------------
 
@@ -605,7 +607,7 @@ class HostUpdater:
         await self._idle.wait()
         if self.bus.stats.connected:
             # Without a verdict the rollout would halt, although nothing is wrong with the clocks.
-            if not await self.clocks.settled(_CLOCKS_S):
+            if not await self.clocks.wait_all_judged(_CLOCKS_S):
                 _log.warning("clocks.left", vms=len(self.clocks))
             if not await self.outbox.drained(_FLUSH_S):
                 _log.warning("outbox.left", letters=len(self.outbox))
@@ -629,7 +631,7 @@ class HostUpdater:
             "updates": self._updates.complaint,
             "pauses": self._view.complaint,
             "outbox": lambda: self.outbox.ping() or self._statuses.ping(),
-            "guard": lambda: "there is no pause guard" if self._guardian.state == "absent" else "",
+            "guard": lambda: "there is no pause guard" if self._guard.state == "absent" else "",
         }
 
     def show_gauges(self) -> None:

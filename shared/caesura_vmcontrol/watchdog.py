@@ -143,7 +143,9 @@ class Watchdog:
         # What was recorded before our start is closer to the truth than what we find now; what is paused again since
         # is found by the looks that follow.
         self._seen_running = {
-            vm: catch.running_at for vm, catch in before.vms.items() if catch.running_at is not None
+            vm: intervention.running_at
+            for vm, intervention in before.vms.items()
+            if intervention.running_at is not None
         }
         vms = {plan.vm: before.vms.get(plan.vm) or Intervention(was_frozen=False) for plan in intent.plans}
         self._begin(intent, GuardAction(before.why, before.at, vms))
@@ -215,7 +217,7 @@ class Watchdog:
             raise GuardRefusal("the record is still being written")
         stuck = set(self._rounds.under_way | self._rounds.owed | under_way)
         if intent.fired is not None:
-            stuck |= {vm for vm, catch in intent.fired.vms.items() if not catch.end}
+            stuck |= {vm for vm, intervention in intent.fired.vms.items() if not intervention.end}
         if stuck:
             raise GuardRefusal(f"not running yet: {', '.join(sorted(stuck))}")
         try:
@@ -286,15 +288,18 @@ class Watchdog:
         for each in rounds:
             if intent.fired is None or each.only_look:
                 continue  # a look that a disarm has asked for decides nothing
-            catch = intent.fired.vms[each.vm]
-            before = catch.end
-            changed |= catch.owner != each.owner
-            catch.owner = each.owner
+            intervention = intent.fired.vms[each.vm]
+            before = intervention.end
+            changed |= intervention.owner != each.owner
+            intervention.owner = each.owner
             changed |= self._note(each.vm, each.was_held, each.state, each.at)
             if each.why_not:
-                catch.end, catch.running_at = "", None  # not complete whatever it does: try again
-            elif catch.end and not before:
-                self._log("guard.vm_settled", vm=each.vm, end=catch.end, owner=catch.owner)
+                intervention.end, intervention.running_at = (
+                    "",
+                    None,
+                )  # not complete whatever it does: try again
+            elif intervention.end and not before:
+                self._log("guard.vm_settled", vm=each.vm, end=intervention.end, owner=intervention.owner)
         if changed and intent.fired is not None and intent.fired.done:
             self._save()
 
@@ -315,17 +320,20 @@ class Watchdog:
         """Record what was found of one VM; whether it is new."""
         if self._intent is None or self._intent.fired is None:
             return False
-        catch = self._intent.fired.vms[vm]
-        before = asdict(catch)
+        intervention = self._intent.fired.vms[vm]
+        before = asdict(intervention)
         if was_held or state not in ("running", "gone"):
-            if not catch.was_frozen:
-                catch.frozen_after = self._seen_running.get(vm)
-            catch.was_frozen, catch.end, catch.running_at = True, "", None
+            if not intervention.was_frozen:
+                intervention.frozen_after = self._seen_running.get(vm)
+            intervention.was_frozen, intervention.end, intervention.running_at = True, "", None
         if state in ("running", "gone"):
             self._seen_running[vm] = at
-            if not catch.end or (catch.end, state) == ("gone", "running"):  # it was only believed to be gone
-                catch.end, catch.running_at = state, at
-        return asdict(catch) != before
+            if not intervention.end or (intervention.end, state) == (
+                "gone",
+                "running",
+            ):  # it was only believed to be gone
+                intervention.end, intervention.running_at = state, at
+        return asdict(intervention) != before
 
     def _held(self, plan: Plan, table: Mapping[int, Process] | None) -> bool:
         return self._condition(plan, table) not in ("running", "gone")

@@ -79,20 +79,20 @@ class Startup:
         host: str,
         *,
         driver: Driver,
-        guardian: GuardClient,
+        guard: GuardClient,
         journal: JournalThread,
-        letters: FactFactory,
-        endings: OperationFinalizer,
+        fact_factory: FactFactory,
+        finalizer: OperationFinalizer,
         pauses: PauseMarkers,
         resumed: Mapping[str, float],
         has_clock: Callable[[str], bool],
     ) -> None:
         self._host = host
         self._driver = driver
-        self._guardian = guardian
+        self._guard = guard
         self._journal = journal
-        self._letters = letters
-        self._endings = endings
+        self._fact_factory = fact_factory
+        self._finalizer = finalizer
         self._pauses = pauses
         self._has_clock = has_clock
         self._held: Intent | None = None
@@ -110,7 +110,7 @@ class Startup:
         """Find all VMs and resume what is still paused with our marker. Needs no journal, and no space on a disk."""
         self._adopted = True
         try:
-            self._held = await self._guardian.start()
+            self._held = await self._guard.start()
         except GuardUnavailable as error:
             _log.error("guard.absent", why=str(error))  # fails closed: nothing will be frozen without it
         await self._driver.open()
@@ -134,7 +134,7 @@ class Startup:
                 await self._end(entry, held, resumed_now, epoch)
         if held is not None:
             try:
-                await self._guardian.disarm(held.operation)
+                await self._guard.disarm(held.operation)
             except GuardUnavailable as error:
                 _log.error("guard.not_disarmed", operation=held.operation, why=str(error))
         # Not before the guard released the operation: what was prepared defines its way out.
@@ -215,7 +215,7 @@ class Startup:
         ended = await self._ended(entry, held, resumed_now, epoch)
         if ended is not None:
             report, op, facts, waits = ended
-            await self._endings.conclude(report, op, waits, facts)
+            await self._finalizer.finalize(report, op, waits, facts)
 
     async def _end(
         self, entry: JournalEntry, held: Intent | None, resumed_now: dict[str, float], epoch: int
@@ -224,21 +224,21 @@ class Startup:
         if ended is None:
             return
         report, op, facts, waits = ended
-        letters = [*facts, *self._letters.report(report)]
+        messages = [*facts, *self._fact_factory.report(report)]
         try:
             marks = marks_of(op, report.at)
-            await self._journal.do(lambda journal: journal.finish(report, letters, waits, marks))
+            await self._journal.do(lambda journal: journal.finish(report, messages, waits, marks))
         except StoreError as error:
             # A full disk: it is published nevertheless, and recorded when there is space.
             _log.error("report.not_written", operation=report.operation, why=str(error))
             self._unsaved.append((report, op, facts, waits))
         else:
-            self._endings.count(report, op)
+            self._finalizer.count(report, op)
 
-    async def conclude_unsaved(self) -> None:
+    async def finalize_unsaved(self) -> None:
         """Publish the ends that the disk did not take; call it when the outbox was loaded."""
         for report, op, facts, waits in self._unsaved:
-            await self._endings.conclude(report, op, waits, facts)
+            await self._finalizer.finalize(report, op, waits, facts)
         self._unsaved.clear()
 
     async def _ended(
@@ -249,16 +249,16 @@ class Startup:
             return None
         command = entry.command
         op = recovered(entry.state, held, resumed_now, same_boot=entry.boot_id == boot_id())
-        letters, waits = [], []
+        messages, waits = [], []
         for vm in op.vms:
             if vm.frozen_at is None or vm.resumed_at is None or vm.end in ("gone", "left"):
                 continue
             if self._has_clock(vm.vm):
                 waits.append(clock_wait(op, vm, command.clock_bound_s))
             # May have been published already: the same fact has the same id.
-            letters.append(self._letters.fact(frozen_fact(self._host, op, vm.vm, to_wall_clock)))
-            if not vm.told:
-                letters.append(self._letters.fact(resumed_fact(self._host, op, vm.vm, to_wall_clock)))
+            messages.append(self._fact_factory.fact(frozen_fact(self._host, op, vm.vm, to_wall_clock)))
+            if not vm.resume_published:
+                messages.append(self._fact_factory.fact(resumed_fact(self._host, op, vm.vm, to_wall_clock)))
         states = await states_within(self._driver, STATES_S)
         report = final_report(self._host, command, op, epoch, states, datetime.now(UTC))
-        return report, op, letters, waits
+        return report, op, messages, waits

@@ -153,7 +153,7 @@ class Disarmed(msgspec.Struct, frozen=True):
     """The guard released the operation, or could not be asked. ``why``: why it had fired; empty if it had not."""
 
     why: str = ""
-    catches: tuple[GuardIntervention, ...] = ()
+    interventions: tuple[GuardIntervention, ...] = ()
 
 
 class TimePassed(msgspec.Struct, frozen=True):

@@ -159,28 +159,28 @@ def _armed(op: Operation, event: Armed | ArmRefused, now: float) -> Decision:
 def _freeze_result(op: Operation, event: VmFroze | VmNotFrozen, now: float) -> Decision:
     if op.phase in ("accepted", "preparing", "arming", "swapping", "ended"):
         raise UnexpectedEvent(op.phase, event, "freezing")
-    told: tuple[Effect, ...] = ()
+    effects: tuple[Effect, ...] = ()
     if isinstance(event, VmFroze):
         op = changed_vm(op, event.vm, called_at=event.called_at, frozen_at=event.at)
-        told = (PublishFrozen(event.vm),)
+        effects = (PublishFrozen(event.vm),)
     else:
         op = changed_vm(op, event.vm, called_at=event.called_at, error=event.why)
         op = failed(op, "freeze_failed", f"VM {event.vm} could not be frozen: {event.why}")
     if op.phase != "freezing":
-        return op, told
+        return op, effects
     if op.failure:
         op, more = resume_all(op)
-        return op, told + more
+        return op, effects + more
     if any(vm.frozen_at is None for vm in op.vms):
-        return op, told
+        return op, effects
     op, more = _frozen(op, now)
-    return op, told + more
+    return op, effects + more
 
 
 def _frozen(op: Operation, now: float) -> Decision:
     schedule = schedule_of(op)
-    whole = frozenset(vm.vm for vm in op.vms if vm.digestible)
-    digest = tuple(vm.vm for vm in op.vms if vm.digestible or vm.sampleable)
+    whole = frozenset(vm.vm for vm in op.vms if vm.can_digest)
+    digest = tuple(vm.vm for vm in op.vms if vm.can_digest or vm.can_sample)
     until = schedule.digest_until if whole else min(now + _SAMPLE_S, schedule.digest_until)
     op = changed(op, phase="frozen", wake_at=until)
     if not digest or now >= schedule.digest_until:

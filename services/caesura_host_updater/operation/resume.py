@@ -85,7 +85,7 @@ def vm_resumed(op: Operation, event: ResumeEnded) -> Decision:
         op = failed(op, "resume_failed", f"VM {event.vm} {why}")
     # After the guard's deadline only the guard knows who resumed it, and when: wait for its record.
     if event.at < schedule_of(op).guard_at:
-        op, more = tell_resumed(op, event.vm)
+        op, more = publish_resumed(op, event.vm)
         effects += more
     if any(not vm.end for vm in op.vms):
         return op, tuple(effects)
@@ -100,12 +100,12 @@ def _was_frozen(op: Operation, name: str) -> tuple[Operation, list[Effect]]:
     return changed_vm(op, name, frozen_at=vm.called_at), [PublishFrozen(name)]
 
 
-def tell_resumed(op: Operation, name: str) -> tuple[Operation, list[Effect]]:
+def publish_resumed(op: Operation, name: str) -> tuple[Operation, list[Effect]]:
     """Announce it once, if it was paused and runs."""
     vm = vm_of(op, name)
-    if vm.told or vm.frozen_at is None or vm.end != "running":
+    if vm.resume_published or vm.frozen_at is None or vm.end != "running":
         return op, []
-    return changed_vm(op, name, told=True), [PublishResumed(name)]
+    return changed_vm(op, name, resume_published=True), [PublishResumed(name)]
 
 
 def disarmed(op: Operation, event: Disarmed) -> Decision:
@@ -113,22 +113,28 @@ def disarmed(op: Operation, event: Disarmed) -> Decision:
     if op.phase != "resumed":
         raise UnexpectedEvent(op.phase, event, "resumed")
     effects: list[Effect] = []
-    caught: list[str] = []
-    for catch in event.catches:
-        if not catch.was_frozen or catch.running_at is None or vm_of(op, catch.vm).told:
+    resumed_by_guard: list[str] = []
+    for intervention in event.interventions:
+        if (
+            not intervention.was_frozen
+            or intervention.running_at is None
+            or vm_of(op, intervention.vm).resume_published
+        ):
             continue
-        caught.append(catch.vm)
-        op, more = _was_frozen(op, catch.vm)
+        resumed_by_guard.append(intervention.vm)
+        op, more = _was_frozen(op, intervention.vm)
         effects += more
-        vm = vm_of(op, catch.vm)
+        vm = vm_of(op, intervention.vm)
         called_at = vm.called_at
-        if catch.frozen_after is not None and called_at is not None:
-            called_at = max(called_at, catch.frozen_after)
-        resumed_at = catch.running_at if vm.resumed_at is None else min(vm.resumed_at, catch.running_at)
+        if intervention.frozen_after is not None and called_at is not None:
+            called_at = max(called_at, intervention.frozen_after)
+        resumed_at = (
+            intervention.running_at if vm.resumed_at is None else min(vm.resumed_at, intervention.running_at)
+        )
         by = "guard" if vm.end == "running" else vm.resumed_by
-        op = changed_vm(op, catch.vm, called_at=called_at, resumed_at=resumed_at, resumed_by=by)
-    if caught:
-        why = f"the pause guard resumed VM {', '.join(caught)}: {event.why}"
+        op = changed_vm(op, intervention.vm, called_at=called_at, resumed_at=resumed_at, resumed_by=by)
+    if resumed_by_guard:
+        why = f"the pause guard resumed VM {', '.join(resumed_by_guard)}: {event.why}"
         op = changed(
             op,
             failure=f"{why}; {op.failure}" if op.failure else why,
@@ -136,7 +142,7 @@ def disarmed(op: Operation, event: Disarmed) -> Decision:
             guard_why=event.why,
         )
     for vm in op.vms:
-        op, more = tell_resumed(op, vm.vm)
+        op, more = publish_resumed(op, vm.vm)
         effects += more
     op, end = finish(op)
     return op, (*effects, *end)

@@ -420,7 +420,7 @@ class OperationRunner:
             self._watching = None
 
     async def _digest(self, vm: str, until: float, *, whole: bool) -> None:
-        if any(each.vm == vm and each.sampleable for each in self.state.vms):
+        if any(each.vm == vm and each.can_sample for each in self.state.vms):
             await self._sample(vm)
         if not whole:
             self._events.put_nowait(Digested(vm, ""))
@@ -481,11 +481,11 @@ def disarmed(record: Intent | None) -> Disarmed:
     """The guard's record as the machine's event."""
     if record is None or record.fired is None:
         return Disarmed()
-    catches = tuple(
-        GuardIntervention(vm, catch.was_frozen, catch.frozen_after, catch.running_at)
-        for vm, catch in record.fired.vms.items()
+    interventions = tuple(
+        GuardIntervention(vm, intervention.was_frozen, intervention.frozen_after, intervention.running_at)
+        for vm, intervention in record.fired.vms.items()
     )
-    return Disarmed(record.fired.why, catches)
+    return Disarmed(record.fired.why, interventions)
 
 
 def inherited_environment(environ: Mapping[str, str]) -> dict[str, str]:

@@ -38,7 +38,7 @@ class UnexpectedEvent(CaesuraError):
 
 
 class VmPause(msgspec.Struct, frozen=True, kw_only=True):
-    """One VM of an operation."""
+    """One VM of an operation. ``name=``: what the journals of earlier versions call the field."""
 
     vm: str
     set: str
@@ -48,9 +48,9 @@ class VmPause(msgspec.Struct, frozen=True, kw_only=True):
     """Its agent's boot id before the pause, empty if none was received."""
     kernel_boot_id: str = ""
     """The guest kernel's before the pause, as read through the driver; empty if it could not be read."""
-    digestible: bool = False
+    can_digest: bool = msgspec.field(default=False, name="digestible")
     """Whether a digest of all its memory can be taken."""
-    sampleable: bool = False
+    can_sample: bool = msgspec.field(default=False, name="sampleable")
     """Whether a digest of sampled pages of its memory can be taken."""
     no_digest: str = ""
     """Why neither can be taken."""
@@ -64,8 +64,8 @@ class VmPause(msgspec.Struct, frozen=True, kw_only=True):
     end: Literal["", "running", "gone", "left"] = ""
     """``left``: it is paused, or runs elsewhere, through somebody else, who has to resume it."""
     resumed_by: Literal["updater", "guard", "nobody"] = "nobody"
-    told: bool = False
-    """Whether its `resumed` was announced."""
+    resume_published: bool = msgspec.field(default=False, name="told")
+    """Whether its `resumed` was published."""
     digest_before: str = ""
     digest_after: str = ""
     digest_note: str = ""

@@ -74,7 +74,7 @@ def updater_with(tmp_path: Path) -> Callable[..., HostUpdater]:
             file,
             bus=MemoryBus(MemoryBroker(), client_id="h", filters=[]),
             driver=driver,
-            guardian=driver,
+            guard=driver,
             journal=journal,
             metrics=metrics,
             pauses=PauseMarkers(tmp_path),

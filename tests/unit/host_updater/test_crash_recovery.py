@@ -75,10 +75,10 @@ def at_start(fleet: Fleet, pauses: PauseMarkers) -> Startup:
     return Startup(
         "host-1",
         driver=given,
-        guardian=given,
+        guard=given,
         journal=given,
-        letters=given,
-        endings=given,
+        fact_factory=given,
+        finalizer=given,
         pauses=pauses,
         has_clock=lambda _: True,
         resumed={},

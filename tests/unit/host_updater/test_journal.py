@@ -369,14 +369,14 @@ async def test_a_clock_that_was_judged_before_its_report_could_be_written_is_not
         "host-1", driver, without_agent=frozenset(), timeout_s=60, verdict=judged, repeat=lambda _: None
     )
     nothing: Any = SimpleNamespace(queue=lambda *_: None, finished=lambda *_: None)
-    endings = OperationFinalizer(LETTERS, journal=thread, outbox=nothing, clocks=clocks, metrics=nothing)
+    finalizer = OperationFinalizer(LETTERS, journal=thread, outbox=nothing, clocks=clocks, metrics=nothing)
 
     def full(*_: object) -> None:
         raise StoreError("disk full")
 
     with monkeypatch.context() as patch:
         patch.setattr(Journal, "finish", full)
-        await endings.conclude(report("op"), None, [ClockCheck("a", "web", 0, "op", 0.1, "b")])
+        await finalizer.finalize(report("op"), None, [ClockCheck("a", "web", 0, "op", 0.1, "b")])
     clocks.answered(
         AgentClockSynced(
             vm="a",
@@ -389,8 +389,8 @@ async def test_a_clock_that_was_judged_before_its_report_could_be_written_is_not
         )
     )
     judging = asyncio.create_task(clocks.run())
-    assert await clocks.settled(patient(5))
-    saving = asyncio.create_task(endings.retry_unsaved())
+    assert await clocks.wait_all_judged(patient(5))
+    saving = asyncio.create_task(finalizer.retry_unsaved())
     async with asyncio.timeout(patient(5)):
         while await thread.do(lambda journal: journal.find("op")) is None:  # noqa: ASYNC110
             await asyncio.sleep(0.01)

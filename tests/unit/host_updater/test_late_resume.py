@@ -72,30 +72,32 @@ async def test_its_resume_is_told_its_clock_is_looked_after_and_its_operation_en
     queued: list[OutboxMessage] = []
     waits: list[ClockCheck] = []
     nothing: Any = SimpleNamespace(
-        queue=lambda *letters: queued.extend(letters), expect=waits.extend, finished=lambda *_: None
+        queue=lambda *letters: queued.extend(letters), track=waits.extend, finished=lambda *_: None
     )
     place: dict[str, Any] = {"set": "web", "ud": 0, "vm": "a", "host": "host-1"}
-    letters: Any = SimpleNamespace(
+    fact_factory: Any = SimpleNamespace(
         fact=lambda fact: prepare(fact, source="/s", event_id=fact.TYPE, at=fact.at, **place),
         report=lambda report: (
             prepare(report, source="/s", event_id=report.status, at=report.at, host="host-1"),
         ),
     )
-    endings = OperationFinalizer(letters, journal=journal, outbox=nothing, clocks=nothing, metrics=nothing)
+    finalizer = OperationFinalizer(
+        fact_factory, journal=journal, outbox=nothing, clocks=nothing, metrics=nothing
+    )
     starting = Startup(
         "host-1",
         driver=world,
-        guardian=world,
+        guard=world,
         journal=journal,
-        letters=letters,
-        endings=endings,
+        fact_factory=fact_factory,
+        finalizer=finalizer,
         pauses=marked("a"),
         has_clock=lambda _: True,
         resumed={},
     )
     await starting.run(1)
     assert await journal.outbox(OutboxTable.load) == [], "it is paused still"
-    assert await endings.known("op") == Underway()
+    assert await finalizer.known("op") == Underway()
     world.go.set()
     await asyncio.gather(*starting.late)
     assert [each.type.split(".")[2] for each in queued] == ["frozen", "resumed", "reported"]

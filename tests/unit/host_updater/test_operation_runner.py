@@ -238,8 +238,8 @@ class Scene:
         journal: JournalThread,
         *names: str,
         hold_s: float = 0.05,
-        digestible: bool = False,
-        sampleable: bool = False,
+        can_digest: bool = False,
+        can_sample: bool = False,
         method: Method = "freeze",
     ) -> None:
         self.driver = FakeDriver(*names)
@@ -266,7 +266,7 @@ class Scene:
             budget_s=8.0,
             hold_s=hold_s,
             vms=tuple(
-                VmPause(vm=name, set="web", update_domain=0, digestible=digestible, sampleable=sampleable)
+                VmPause(vm=name, set="web", update_domain=0, can_digest=can_digest, can_sample=can_sample)
                 for name in names
             ),
         )
@@ -341,7 +341,7 @@ async def test_a_driver_that_cannot_is_not_asked(journal: JournalThread, method:
 
 
 async def test_a_driver_that_cannot_read_memory_leaves_the_digests_out(journal: JournalThread) -> None:
-    scene = Scene(journal, "a", digestible=True, sampleable=True)
+    scene = Scene(journal, "a", can_digest=True, can_sample=True)
     scene.runner._driver = Basic(scene.driver)
     op = await scene.run()
     assert op.end == "completed"
@@ -466,7 +466,7 @@ async def test_guard_lost_resumes_at_once(journal: JournalThread) -> None:
 
 
 async def test_memory_that_changed(journal: JournalThread) -> None:
-    scene = Scene(journal, "a", digestible=True)
+    scene = Scene(journal, "a", can_digest=True)
     scene.driver.digests = ["after", "before"]
     op = await scene.run()
     assert op.failure == "the memory of VM a changed while it was paused"
@@ -481,7 +481,7 @@ async def test_memory_that_changed(journal: JournalThread) -> None:
 async def test_memory_too_large_for_a_digest_is_sampled(
     journal: JournalThread, after: str, held: tuple[str, ...], broken: tuple[str, ...]
 ) -> None:
-    scene = Scene(journal, "a", sampleable=True)
+    scene = Scene(journal, "a", can_sample=True)
     scene.driver.samples = [after, "before"]
     op = await scene.run()
     assert (op.end == "completed") is bool(held)

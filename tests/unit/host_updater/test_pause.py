@@ -233,7 +233,7 @@ def test_freeze_found_at_the_resume_is_counted() -> None:
 
 def test_changed_memory_fails_the_operation() -> None:
     op = operation()
-    op = msgspec.structs.replace(op, vms=(VmPause(vm="a", set="web", update_domain=1, digestible=True),))
+    op = msgspec.structs.replace(op, vms=(VmPause(vm="a", set="web", update_domain=1, can_digest=True),))
     op, _effects = run(
         op,
         (100.0, Start()),
@@ -259,7 +259,7 @@ def _with_digests(budget_s: float, **vm: Any) -> Operation:
 @pytest.mark.parametrize(("took_s", "whole"), [(15.0, True), (20.5, False), (26.9, False)])
 def test_a_long_update_leaves_time_for_a_sampled_digest(took_s: float, whole: bool) -> None:
     """Of a budget of 30 s no digest of all memory is begun after 20 s; today there was none at all then."""
-    op = _with_digests(30.0, digestible=True, sampleable=True)
+    op = _with_digests(30.0, can_digest=True, can_sample=True)
     op, _ = run(op, (100.1, Sampled("a", "s")), (100.2, Digested("a", "d")))
     ended = 100.2 + took_s
     op, effects = run(op, (ended, UpdateEnded("", "succeeded", 0, took_s, "")))
@@ -275,12 +275,12 @@ def test_a_long_update_leaves_time_for_a_sampled_digest(took_s: float, whole: bo
 
 def test_a_sample_that_does_not_come_holds_up_neither_the_update_nor_the_resume() -> None:
     """RAM that was swapped out: a disk is waited for, at most a second, and never beyond the instant of the resume."""
-    op = _with_digests(30.0, sampleable=True)
+    op = _with_digests(30.0, can_sample=True)
     assert op.wake_at == pytest.approx(101.0)
     op, effects = run(op, (101.0, TimePassed()))
     assert any(isinstance(each, RunUpdate) for each in effects)
     assert shown_by_host(op.vms[0]).held == ()
-    op = _with_digests(30.0, sampleable=True)
+    op = _with_digests(30.0, can_sample=True)
     op, _ = run(op, (100.1, Sampled("a", "s")), (100.1, Digested("a", "")))
     op, _ = run(op, (127.5, UpdateEnded("", "succeeded", 0, 27.4, "")))
     assert op.wake_at == op.schedule.resume_at  # type: ignore[union-attr]
@@ -290,7 +290,7 @@ def test_a_sample_that_does_not_come_holds_up_neither_the_update_nor_the_resume(
 
 
 def test_sampled_pages_that_differ_fail_the_operation() -> None:
-    op = _with_digests(10.0, sampleable=True)
+    op = _with_digests(10.0, can_sample=True)
     op, _ = run(op, (100.1, Sampled("a", "one")), (100.1, Digested("a", "")))
     op, _ = run(op, (101.0, UpdateEnded("", "succeeded", 0, 0.9, "")))
     op, _ = run(op, (101.1, Sampled("a", "two")), (101.1, Digested("a", "")))

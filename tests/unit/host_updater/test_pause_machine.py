@@ -57,8 +57,8 @@ class PauseMachine(RuleBasedStateMachine):
         count=st.integers(1, 3),
         budget_s=st.sampled_from([0.5, 1.0, 2.0, 30.0]),
         kind=st.sampled_from(["hold", "host", "vm", "live", "swap", "swap of an update", "replace"]),
-        digestible=st.booleans(),
-        sampleable=st.booleans(),
+        can_digest=st.booleans(),
+        can_sample=st.booleans(),
         faults=st.sets(
             st.sampled_from(["abort", "guard", "refuse", "freeze", "lost", "hurry", "prepare"]), max_size=2
         ),
@@ -68,8 +68,8 @@ class PauseMachine(RuleBasedStateMachine):
         count: int,
         budget_s: float,
         kind: str,
-        digestible: bool,
-        sampleable: bool,
+        can_digest: bool,
+        can_sample: bool,
         faults: set[str],
     ) -> None:
         """An operation of some kind, accepted, and what may go wrong with it: few things, so that it gets far."""
@@ -87,7 +87,7 @@ class PauseMachine(RuleBasedStateMachine):
             update="" if kind in ("hold", "swap") else "patch",
             update_timeout_s=budget_s,
             vms=tuple(
-                VmPause(vm=name, set="s", update_domain=0, digestible=digestible, sampleable=sampleable)
+                VmPause(vm=name, set="s", update_domain=0, can_digest=can_digest, can_sample=can_sample)
                 for name in names
             ),
             runs=runs,
@@ -147,7 +147,7 @@ class PauseMachine(RuleBasedStateMachine):
                 assert schedule is not None
                 assert self.now < effect.until <= schedule.resume_at
                 assert not effect.whole or effect.until <= schedule.digest_until
-                assert effect.whole <= {vm.vm for vm in self.op.vms if vm.digestible}
+                assert effect.whole <= {vm.vm for vm in self.op.vms if vm.can_digest}
                 self.digesting |= set(effect.vms)
             case RunUpdate():
                 assert not self.aborted, "update started after an abort"
@@ -268,9 +268,9 @@ class PauseMachine(RuleBasedStateMachine):
         """A digest, or none; before it the sampled pages, where they are looked at."""
         vm = data.draw(st.sampled_from(sorted(self.digesting)))
         self.digesting.discard(vm)
-        if vm_of(self.op, vm).sampleable:
+        if vm_of(self.op, vm).can_sample:
             self.feed(Sampled(vm, data.draw(st.sampled_from(["x", "x", "y", ""]))))
-        self.feed(Digested(vm, digest if vm_of(self.op, vm).digestible else ""))
+        self.feed(Digested(vm, digest if vm_of(self.op, vm).can_digest else ""))
 
     @precondition(lambda self: self.updating)
     @rule(outcome=st.sampled_from(["succeeded", "failed"]), data=st.data())
@@ -317,8 +317,8 @@ class PauseMachine(RuleBasedStateMachine):
     def guard_lets_go(self, fired: bool) -> None:
         """With or without having fired."""
         self.disarming = False
-        catches = tuple(GuardIntervention(vm, True, None, self.now) for vm in sorted(self.called))
-        self.feed(Disarmed("the deadline passed", catches) if fired else Disarmed())
+        interventions = tuple(GuardIntervention(vm, True, None, self.now) for vm in sorted(self.called))
+        self.feed(Disarmed("the deadline passed", interventions) if fired else Disarmed())
 
     # -- what must hold -----------------------------------------------------------------------------------
 

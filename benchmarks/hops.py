@@ -225,7 +225,7 @@ async def _swap_uncompared(bench: Bench) -> dict[str, Any]:
 async def _swap(bench: Bench, *, compare: bool = True) -> dict[str, Any]:
     driver = bench.adopting()
     if not compare:
-        driver._mover._views = _not_compared  # type: ignore[method-assign,assignment]  # noqa: SLF001
+        driver._migrator._views = _not_compared  # type: ignore[method-assign,assignment]  # noqa: SLF001
     await driver.open()
     try:
         await driver.prepare("vm", f"swap-{time.monotonic_ns()}", "swap", "")

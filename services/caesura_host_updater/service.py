@@ -628,8 +628,8 @@ class HostUpdater:
             "journal": lambda: self._journal.trouble,
             "driver": self._driver.ping,
             "inventory": self._inventories.ping,
-            "updates": self._updates.complaint,
-            "pauses": self._view.complaint,
+            "updates": self._updates.health_error,
+            "pauses": self._view.health_error,
             "outbox": lambda: self.outbox.ping() or self._statuses.ping(),
             "guard": lambda: "there is no pause guard" if self._guard.state == "absent" else "",
         }

@@ -34,7 +34,7 @@ class VmView:
             for vm, state in states.items()
             if state == "paused" and vm not in ours
         }
-        wrong = {vm: why for vm in states if (why := self._driver.complaint(vm))}
+        wrong = {vm: why for vm in states if (why := self._driver.health_error(vm))}
         details = {**self._foreign, **wrong}
         return vm_records(self._specs, self._driver.capabilities, states, details, canaries)
 
@@ -43,7 +43,7 @@ class VmView:
         spec = next((each for each in self._specs if each.name == vm), None)
         return spec is not None and clock_of(spec, self._driver.capabilities(vm)) != "none"
 
-    def complaint(self) -> str:
+    def health_error(self) -> str:
         """For the health probe: the VMs that somebody else paused, and how they are resumed."""
         return "; ".join(f"VM {vm} is {why}" for vm, why in sorted(self._foreign.items()))
 

@@ -86,11 +86,13 @@ class Intent:
         try:
             if data["format"] != FORMAT:
                 raise UnreadableIntent(f"intent of format {data['format']}, this guard knows {FORMAT}")
-            told = data["fired"]
+            action = data["fired"]
             fired = None
-            if told is not None:
-                interventions = {vm: Intervention(**intervention) for vm, intervention in told["vms"].items()}
-                fired = GuardAction(told["why"], float(told["at"]), interventions)
+            if action is not None:
+                interventions = {
+                    vm: Intervention(**intervention) for vm, intervention in action["vms"].items()
+                }
+                fired = GuardAction(action["why"], float(action["at"]), interventions)
             return cls(
                 str(data["operation"]),
                 str(data["boot_id"]),

@@ -72,10 +72,10 @@ def thaw(plan: VmmPlan) -> None:
     try:
         if isinstance(plan, SwapPlan):
             with try_lock(plan.claims, _TURN_SWAP_S):
-                swapping.way_out(plan)
+                swapping.recover(plan)
         else:
             with try_lock(plan.claims, _TURN_REPLACE_S) as alone:
-                replacing.way_out(plan, alone=alone)
+                replacing.recover(plan, alone=alone)
     except claims.BadClaim as error:
         raise OwnershipUnknown(f"{plan.claims}: {error}") from error
 

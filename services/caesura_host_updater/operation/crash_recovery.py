@@ -104,7 +104,7 @@ class Startup:
         self._resuming: set[asyncio.Task[None]] = set()
         self._settled: dict[str, asyncio.Event] = {}
         """VMs found frozen, to the event that is set when they run, or are gone."""
-        self._let_go = asyncio.Event()
+        self._guard_released = asyncio.Event()
 
     async def resume_paused(self) -> None:
         """Find all VMs and resume what is still paused with our marker. Needs no journal, and no space on a disk."""
@@ -138,7 +138,7 @@ class Startup:
             except GuardUnavailable as error:
                 _log.error("guard.not_disarmed", operation=held.operation, why=str(error))
         # Not before the guard released the operation: what was prepared defines its way out.
-        self._let_go.set()
+        self._guard_released.set()
         done = self._resuming - set(self.late)
         if done:
             await asyncio.wait(done)
@@ -172,7 +172,7 @@ class Startup:
                 self._resumed[vm] = time.monotonic()
             self._pauses.remove([vm])
             settled[vm].set()
-            await self._let_go.wait()
+            await self._guard_released.wait()
             try:
                 await self._driver.release(vm)
             except DriverError as error:

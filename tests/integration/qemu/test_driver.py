@@ -128,7 +128,7 @@ async def test_guest_that_shuts_itself_down(rig: Any, tools: Any) -> None:
 async def test_guest_that_said_its_end_is_stopped_until_it_is_seen_to_run(rig: Any) -> None:
     driver = await rig.open({"a": SMALL})
     guest = driver._guests["a"]
-    guest._heard(QmpEvent("SHUTDOWN", {}, time.monotonic()))
+    guest._on_event(QmpEvent("SHUTDOWN", {}, time.monotonic()))
     await guest.qmp.close()  # as QEMU does some time before its process is gone
     assert driver.states() == {"a": "stopped"}
     with pytest.raises(DriverError, match="its process has ended"):
@@ -313,7 +313,7 @@ async def test_qmp_socket_that_is_busy(rig: Any, tools: Any) -> None:
         async with asyncio.timeout(patient(20)):
             # QEMU first takes up, and drops, who gave up waiting: the next look may come too early.
             while driver.states() != {"a": "running"}:
-                await driver._keeper.find(driver._guests["a"])
+                await driver._supervisor.find(driver._guests["a"])
 
 
 @contextmanager

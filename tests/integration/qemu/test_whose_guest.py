@@ -127,7 +127,7 @@ async def test_our_own_migration_when_the_updater_died_before_it_was_written_dow
     await driver.prepare("a", "op-1", method, "")
     plan = driver.resume_plan("a")
     pid = tools.pid_of(driver, "a")
-    monkeypatch.setattr(driver._mover, "way_out", nothing)
+    monkeypatch.setattr(driver._migrator, "recover", nothing)
     with pytest.raises((SwapFailed, FreezeFailed)):
         await hand_over(driver, method, tools)
     monkeypatch.undo()
@@ -221,7 +221,7 @@ async def test_a_guest_that_was_migrated_away_after_it_was_handed_over(
 async def crash_before_it_is_published(driver: Any, rig: Any, tools: Any, monkeypatch: Any) -> Any:
     """The new process runs, and nobody has written down that it is the VM. The plan."""
     plan = driver.resume_plan("a")
-    monkeypatch.setattr(driver._mover, "_committed", for_ever)
+    monkeypatch.setattr(driver._migrator, "_committed", for_ever)
     moved = asyncio.create_task(driver.hand_over("a", tools.soon()))
     await tools.until(lambda: claims.noted(plan.claims, "ran"), "the new process to run")
     moved.cancel()
@@ -362,7 +362,7 @@ async def test_a_record_that_could_not_be_removed(
     driver = await rig.open({"a": SMALL})
     await driver.prepare("a", "op-1", "swap", "")
     await driver.hand_over("a", tools.soon())
-    monkeypatch.setattr(driver._mover._records, "end", lambda _: None)
+    monkeypatch.setattr(driver._migrator._records, "end", lambda _: None)
     await driver.release("a")
     pid = tools.pid_of(driver, "a")
     driver = await rig.open({"a": SMALL})
@@ -400,7 +400,7 @@ async def test_a_crash_before_there_was_a_plan_leaves_nothing(rig: Any, tools: A
     driver = await rig.open({"a": SMALL})
     await rig.crash()
     (rig.folder / "state" / "vms" / "a.operations" / "op-1").mkdir(parents=True)
-    driver._keeper._launcher.claims("a", "op-1").mkdir()
+    driver._supervisor._launcher.claims("a", "op-1").mkdir()
     driver = await rig.open({"a": SMALL})
     await driver.prepare("a", "op-1", "swap", "")
     await driver.hand_over("a", tools.soon())
@@ -432,7 +432,7 @@ async def test_our_migration_that_completes_while_the_guard_asks_whose_it_is(
     await driver.prepare("a", "op-1", "swap", "")
     guest = driver._guests["a"]
     plan = guest.prepared.plan
-    await driver._mover._begin(guest, guest.prepared, guest.qmp, SWAP_CAPABILITIES)
+    await driver._migrator._begin(guest, guest.prepared, guest.qmp, SWAP_CAPABILITIES)
     loop = asyncio.get_running_loop()
     stop = process_control.sigstop
 
@@ -458,7 +458,7 @@ async def test_our_migration_that_begins_while_the_guard_asks_whose_it_is(
     await driver.prepare("a", "op-1", "replace", "")
     guest = driver._guests["a"]
     plan = guest.prepared.plan
-    await driver._mover._begin(guest, guest.prepared, guest.qmp, checkpointing.CAPABILITIES)
+    await driver._migrator._begin(guest, guest.prepared, guest.qmp, checkpointing.CAPABILITIES)
     file = os.open(f"{plan.state_file}.part", os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600)
     await guest.qmp.pass_file(file, "caesura-state")
     os.close(file)
@@ -536,7 +536,7 @@ async def test_capabilities_that_the_new_qemu_does_not_know_keep_no_other_from_b
     driver = await rig.open({"a": SMALL})
     before = await capabilities(driver)
     await driver.prepare("a", "op-1", "swap", "")
-    kept = driver._keeper._launcher.usual_capabilities("a")
+    kept = driver._supervisor._launcher.usual_capabilities("a")
     kept.write_text(json.dumps(before | {"of-another-version": True}))
     await driver.hand_over("a", tools.soon())
     await driver.release("a")
@@ -562,7 +562,7 @@ async def test_the_guard_alone_leaves_no_guest_whose_memory_stays_behind(
     driver = await rig.open({"a": SMALL})
     await driver.prepare("a", "op-1", method, "")
     guest = driver._guests["a"]
-    await driver._mover._begin(guest, guest.prepared, guest.qmp, SWAP_CAPABILITIES)
+    await driver._migrator._begin(guest, guest.prepared, guest.qmp, SWAP_CAPABILITIES)
     thaw(guest.prepared.plan)
     assert not (await capabilities(driver))["x-ignore-shared"]
     await driver.release("a")

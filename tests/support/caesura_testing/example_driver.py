@@ -126,7 +126,7 @@ class ExampleDriver:
         ]
         return f"not running: {', '.join(wrong)}" if wrong else ""
 
-    def complaint(self, vm: str) -> str:
+    def health_error(self, vm: str) -> str:
         """Why it was not started."""
         return self._not_started.get(vm, "")
 

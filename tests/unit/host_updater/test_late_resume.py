@@ -34,7 +34,7 @@ class Slow:
     async def open(self) -> None:
         """Nothing to adopt."""
 
-    def complaint(self, _: str) -> str:
+    def health_error(self, _: str) -> str:
         return ""
 
     async def read_states(self) -> dict[str, str]:

@@ -144,7 +144,7 @@ class Driver:
     def detail(self) -> str:
         return ""
 
-    def complaint(self, _: str) -> str:
+    def health_error(self, _: str) -> str:
         return ""
 
     async def read_states(self) -> dict[str, str]:

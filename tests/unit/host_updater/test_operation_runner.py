@@ -78,7 +78,7 @@ class FakeDriver:
     def ping(self) -> str:
         return ""
 
-    def complaint(self, vm: str) -> str:
+    def health_error(self, vm: str) -> str:
         return ""
 
     async def open(self) -> None:

@@ -37,7 +37,7 @@ class Guest:
         self.go = asyncio.Event()
         self.frozen = False
 
-    def complaint(self, _: str) -> str:
+    def health_error(self, _: str) -> str:
         return ""
 
     async def read_states(self) -> dict[str, str]:

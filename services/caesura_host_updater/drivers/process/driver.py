@@ -141,7 +141,7 @@ class ProcessDriver:
         parts = {"not running": ended, "not whole": maimed}
         return "; ".join(f"{what}: {', '.join(vms)}" for what, vms in parts.items() if vms)
 
-    def complaint(self, vm: str) -> str:
+    def health_error(self, vm: str) -> str:
         """Why a VM was not started, or which of its processes has failed."""
         return self._not_started.get(vm, "") or (self._maimed.get(vm, "") if vm in self._runs else "")
 

@@ -114,7 +114,7 @@ class AsyncQmp:
         self._watches: list[QmpEventWatch] = []
         self._ending = asyncio.Event()
         self.closed = False
-        client.on_event = self._heard
+        client.on_event = self._on_message
         greeting = client.greeting
         version: Any = greeting.QMP.version["qemu"] if greeting is not None else {}
         self.version = ".".join(str(version.get(part, "?")) for part in ("major", "minor", "micro"))
@@ -155,7 +155,7 @@ class AsyncQmp:
             raise
         return cls(client, path, int(listener))
 
-    def _heard(self, message: Message) -> None:
+    def _on_message(self, message: Message) -> None:
         stamp = message.get("timestamp")
         now = time.monotonic()
         at = now

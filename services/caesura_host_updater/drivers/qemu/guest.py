@@ -68,7 +68,7 @@ class Prepared:
 
 @dataclass(eq=False)
 class Guest:
-    """See the module. ``why``: what is wrong with it, for the probe; ``changed`` is called when it ended."""
+    """See the module. ``last_error``: what is wrong with it, for the probe; ``changed`` is called when it ended."""
 
     spec: QemuVm
     changed: Callable[[], None]
@@ -82,7 +82,7 @@ class Guest:
     compared: Obstacles = field(default_factory=Obstacles)
     """What its host and its machine as it is now say against another process; see ``assessor``."""
     prepared: Prepared | None = None
-    why: str = ""
+    last_error: str = ""
     left: str = ""
     """Why it is not resumed although it is paused: somebody else has it, or paused it. Empty: nobody."""
     stopped_by_us: bool = False
@@ -114,19 +114,19 @@ class Guest:
             raise NotAttached("its process has ended")
         try:
             self.qmp = qmp if qmp is not None else await _connected(run)
-            self.qmp.on_event = self._heard
+            self.qmp.on_event = self._on_event
             self.qmp.on_closed = self.changed
             await self._ask(self.qmp)
         except (NotAttached, QmpFailed) as error:
-            await self._let_go()
+            await self._disconnect()
             raise NotAttached(str(error)) from error
         self.unguarded = _guard_error(run)
         self.stated = obstacles(run.argv, self.machine)
         self.compared = Obstacles(tuple(await _host_obstacles(run)))
-        self.why = ""
+        self.last_error = ""
         if self.unguarded:
             # Nothing can be done with it: whoever else wants its only QMP socket shall get it.
-            await self._let_go()
+            await self._disconnect()
 
     async def poll(self) -> None:
         """Look at a VM whose QMP socket is not held, for a moment. Raises NotAttached."""
@@ -180,23 +180,23 @@ class Guest:
     async def detach(self) -> None:
         """Let go of the process; it runs on."""
         self.expect_end()
-        await self._let_go()
+        await self._disconnect()
         self.run = None
         self._status = self.left = ""
 
-    async def _let_go(self) -> None:
+    async def _disconnect(self) -> None:
         if self.qmp is not None:
             qmp, self.qmp = self.qmp, None
             await qmp.close()
 
-    def take(self, run: VmProcessRecord, qmp: AsyncQmp) -> tuple[AsyncQmp | None, ExitWatch | None]:
+    def switch_to(self, run: VmProcessRecord, qmp: AsyncQmp) -> tuple[AsyncQmp | None, ExitWatch | None]:
         """A swap's new process runs the guest: switch over at once. What is left of the old one."""
         left = self.qmp, self._exit
         if left[0] is not None:
             left[0].on_event = lambda _: None
             left[0].on_closed = lambda: None
         self.run, self.qmp, self._status = run, qmp, "running"
-        qmp.on_event = self._heard
+        qmp.on_event = self._on_event
         qmp.on_closed = self.changed
         self._exit = ExitWatch(run.pid, self._ended)
         return left
@@ -208,11 +208,11 @@ class Guest:
         self.run = None
         self._status = ""
         if self.prepared is None:
-            self.why = "its process has ended"
+            self.last_error = "its process has ended"
             _log.warning("vm.ended", vm=self.vm)
         self.changed()
 
-    def _heard(self, event: QmpEvent) -> None:
+    def _on_event(self, event: QmpEvent) -> None:
         match event.name:
             case "RESUME":
                 self._status, self.left, self.stopped_by_us = "running", "", False
@@ -251,17 +251,17 @@ class Guest:
             return "paused" if process is not None and process.state == STOPPED else "running"
         return "paused"
 
-    def complaint(self) -> str:
+    def health_error(self) -> str:
         """What is wrong with it, for the probe; empty: nothing."""
         if self.left:
             return self.left
-        if self.state == "paused" and self.why.startswith(STUCK):
-            return self.why
+        if self.state == "paused" and self.last_error.startswith(STUCK):
+            return self.last_error
         if self._status in NOT_OURS and not (self.prepared is not None and self.prepared.begun):
             return NOT_OURS[self._status]
         if self.state == "stopped":
-            return self.why or "its process has ended"
-        return self.why or "it does not answer" if self.state == "unknown" else ""
+            return self.last_error or "its process has ended"
+        return self.last_error or "it does not answer" if self.state == "unknown" else ""
 
     def leave(self, status: str, why: str) -> None:
         """It is not ours to resume: somebody else has it, or paused it; ``status`` is QEMU's word for that."""

@@ -1,6 +1,6 @@
 """Swap and replace of one guest: preparing, handing over, saving, and cleaning up afterwards.
 
-Every failure takes the same way out as the pause guard's: ``guard.plans.thaw`` of the plan that was prepared.
+Every failure takes the same way out as the pause guard's: ``caesura_vmcontrol.plans.thaw`` of the plan that was prepared.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ from caesura_vmcontrol.procfs import send_signal
 from caesura_vmcontrol.qemu_control import heir, holder
 
 _HAND_OVER_S = 2.0  # s: 3 to 10 ms is usual; a new process that hangs is given up after this
-_WAY_OUT_S = 4.0  # s: how long we try to put it right ourselves before the caller does
+_RECOVER_S = 4.0  # s: how long we try to recover by ourselves before the caller does
 _END_S = 2.0  # s: for a killed process to be dead
 _AGAIN_S = 0.005  # s: between two tries of the way out
 _LONGEST_AGAIN_S = 0.1  # s
@@ -81,7 +81,7 @@ class Migrator:
         self._launcher = launcher
         self._records = records
         self._threads = threads
-        self._hurry = RealtimeBoost()
+        self._boost = RealtimeBoost()
         self._pushes: dict[str, asyncio.Future[tuple[Condition, str]]] = {}
         self._cleanup_tasks: set[asyncio.Task[None]] = set()
 
@@ -106,7 +106,7 @@ class Migrator:
         channel = f"unix:{self._launcher.folder(guest.vm) / 'mig'}"
         with old.watch() as told:
             try:
-                with self._hurry((prepared.plan.old.pid, prepared.plan.new.pid)):
+                with self._boost((prepared.plan.old.pid, prepared.plan.new.pid)):
                     handed = await run_hand_over(
                         old,
                         prepared.qmp,
@@ -178,7 +178,7 @@ class Migrator:
             run = run_of(former, plan.new.pid, plan.new.start_ticks)
         except NoVmm as error:
             raise SwapFailed(guest.vm, f"it ran in the new process, which ended at once: {error}") from error
-        left, watch = guest.take(run, new)
+        left, watch = guest.switch_to(run, new)
         self._bury(former.pid, left, watch)
         await self.restore_capabilities(guest)
         # To its end even when it is called off: a release removes the names that the sockets have before.
@@ -197,7 +197,7 @@ class Migrator:
     ) -> HandOver:
         differs = str(error) if isinstance(error, MemoryDiffers) else ""
         stopped_at = _at("STOP", told_by_old)
-        state = await self.way_out(guest, time.monotonic() + _WAY_OUT_S)
+        state = await self.recover(guest, time.monotonic() + _RECOVER_S)
         resumed_at = time.monotonic()
         reasons = [str(error), *claims.failures(prepared.plan.claims)]
         log = self._records.next_log(guest.vm)
@@ -243,7 +243,7 @@ class Migrator:
         try:
             await self._begin(guest, prepared, qmp, CAPABILITIES)
             limit = min(by, called_at + _HAND_OVER_S)
-            with self._hurry((prepared.plan.old.pid,)):
+            with self._boost((prepared.plan.old.pid,)):
                 await save_state(qmp, prepared.plan, limit, gone=gone, moved_bytes=prepared.moved_bytes)
         except (HandOverFailed, QmpFailed, OSError) as error:
             told = await error_of_migration(qmp, _ERROR_S)
@@ -251,7 +251,7 @@ class Migrator:
 
     # -- the way out ----------------------------------------------------------------------------------------
 
-    async def way_out(self, guest: Guest, until: float) -> Condition:
+    async def recover(self, guest: Guest, until: float) -> Condition:
         """Try until the guest runs or is gone, or ``until``. One try at a time, whoever waits for it."""
         state: Condition = "held"
         plan = guest.plan()
@@ -267,7 +267,7 @@ class Migrator:
                 state, why = push.result()
                 if state in ("running", "gone"):
                     return state
-                guest.why = why
+                guest.last_error = why
                 await asyncio.sleep(again_s)
                 again_s = min(again_s * 2, _LONGEST_AGAIN_S)
             if time.monotonic() >= until:
@@ -295,7 +295,7 @@ class Migrator:
             if pid != former.pid:
                 run = await in_thread("look at it", lambda: run_of(former, pid, start_ticks))
         except NoVmm as error:
-            guest.why = str(error)
+            guest.last_error = str(error)
             return  # it ended since: whoever asks next hears it
         present = None
         if prepared.qmp is not None and prepared.qmp.listener == pid and not prepared.qmp.closed:
@@ -305,8 +305,8 @@ class Migrator:
                 await in_thread_to_its_end("link sockets", lambda _: link_sockets(run))
             await guest.attach(run, present)
         except (NotAttached, OSError) as error:
-            guest.why = str(error)
-            _log.error("vm.not_attached", vm=guest.vm, pid=pid, why=guest.why)
+            guest.last_error = str(error)
+            _log.error("vm.not_attached", vm=guest.vm, pid=pid, why=guest.last_error)
         await in_thread_to_its_end("run file", lambda _: self._write(guest.vm, run))
         _log.info("vm.settled", vm=guest.vm, pid=pid, owner=owner.text if owner is not None else "old")
 
@@ -315,8 +315,8 @@ class Migrator:
         try:
             link_sockets(run)
         except OSError as error:
-            guest.why = f"its sockets could not be renamed: {error}"
-            _log.error("vm.sockets_not_renamed", vm=guest.vm, why=guest.why)
+            guest.last_error = f"its sockets could not be renamed: {error}"
+            _log.error("vm.sockets_not_renamed", vm=guest.vm, why=guest.last_error)
         self._write(guest.vm, run)
 
     def _write(self, vm: str, run: VmProcessRecord) -> None:
@@ -335,7 +335,7 @@ class Migrator:
             return
         if not await self._is_settled(guest, prepared):
             prepared.over = True
-            _log.error("vm.not_released", vm=guest.vm, operation=prepared.operation, why=guest.why)
+            _log.error("vm.not_released", vm=guest.vm, operation=prepared.operation, why=guest.last_error)
             return
         loop = asyncio.get_running_loop()
         owner = await loop.run_in_executor(self._threads, end_losers, prepared.plan)

@@ -55,7 +55,7 @@ class Preparer:
         if guest.unguarded:
             raise DriverError(guest.vm, guest.unguarded)
         if run is None or qmp is None or qmp.closed:
-            raise DriverError(guest.vm, guest.complaint() or "is not running")
+            raise DriverError(guest.vm, guest.health_error() or "is not running")
         if guest.prepared is not None:
             raise DriverError(guest.vm, f"operation {guest.prepared.operation} has not been released yet")
         if method == "swap" and guest.stated.beside and not guest.stated.both:

@@ -179,7 +179,7 @@ async def test_no_update_is_asked_while_a_command_is_written_down(
         for _ in range(20):  # the loop turns as often as it likes: nothing is started
             await asyncio.sleep(0)
         assert started == ["patch"], "the one before the command"
-        assert not updater.operation, "it is still being written down"
+        assert not updater.operations.operation, "it is still being written down"
     finally:
         stopping = asyncio.create_task(updater.drain())
         await asyncio.sleep(0)

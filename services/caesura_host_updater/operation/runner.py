@@ -16,17 +16,9 @@ from caesura.contract.messages import StartOperation, VmFrozen, VmResumed
 from caesura.contract.reasons import ReasonCode
 from caesura.runtime.errors import StoreError
 from caesura_host_updater.drivers.port import (
-    DigestCapable,
     Driver,
     DriverError,
-    FreezeFailed,
-    NotPossible,
-    NotRunningYet,
-    ReplaceCapable,
-    SwapCapable,
-    SwapFailed,
     guard_plan,
-    states_within,
 )
 from caesura_host_updater.guard_client import GuardUnavailable
 from caesura_host_updater.inventory.updates import UpdateFile
@@ -51,38 +43,25 @@ from caesura_host_updater.operation.events import (
     AbortReceived,
     Armed,
     ArmRefused,
-    Digested,
     Disarmed,
     Event,
     GuardIntervention,
     GuardLost,
     Outcome,
-    ResumeEnded,
-    Sampled,
     Start,
     TimePassed,
     UpdateEnded,
-    VmFroze,
-    VmLost,
-    VmNotFrozen,
-    VmNotPrepared,
-    VmNotSwapped,
-    VmPrepared,
-    VmSwapped,
 )
 from caesura_host_updater.operation.machine import decide
 from caesura_host_updater.operation.report import frozen_fact, resumed_fact
 from caesura_host_updater.operation.state import Operation
+from caesura_host_updater.operation.vm_actions import VmActions
 from caesura_host_updater.pause_markers import NotMarked
 from caesura_host_updater.update_process import UpdateNotStarted, UpdateProcess, update_environ
 from caesura_vmcontrol.intent import Intent
 from caesura_vmcontrol.plans import Plan
 
-_RESUME_TRY_S = 0.25  # s: one try of a resume; then it is logged and retried
-_RESTORE_TRY_S = 1.0  # s: the same for a replace, which starts a process
 _FLUSH_S = 2.0  # s: for the journal to write what was posted, before the guard releases the operation
-_LOOK_S = 0.2  # s: for a look before a resume, which must not wait for it
-_WATCH_S = 0.1  # s: between two looks whether the paused VMs are still paused
 
 _log = structlog.get_logger("caesura.pause")
 
@@ -150,9 +129,8 @@ class OperationRunner:
         self._announce = announce
         self._on_change = on_change
         self._events: asyncio.Queue[Event] = asyncio.Queue()
+        self._actions = VmActions(driver, lambda: self.state, self._events.put_nowait, on_change)
         self._freezing: dict[str, asyncio.Task[None]] = {}
-        self._ran: dict[str, str] = {}
-        """What ran each guest before a swap or replace."""
         self._watching: asyncio.Task[None] | None = None
         self._processes: dict[str, UpdateProcess] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -225,18 +203,19 @@ class OperationRunner:
             case Arm(deadline):
                 self._start(self._arm(deadline))
             case PrepareVms(vms):
+                binary = self._update.vmm_binary if self._update is not None else ""
                 for name in vms:
-                    self._start(self._prepare(name))
+                    self._start(self._actions.prepare(name, binary))
             case SwapVms(by):
-                swaps = self._start(self._swap(by))
+                swaps = self._start(self._actions.swap(by))
                 self._freezing = {vm.vm: swaps for vm in self.state.vms}
             case FreezeVms(by):
                 for vm in self.state.vms:
-                    self._freezing[vm.vm] = self._start(self._freeze(vm.vm, by))
-                self._watching = self._start(self._watch())
+                    self._freezing[vm.vm] = self._start(self._actions.freeze(vm.vm, by))
+                self._watching = self._start(self._actions.watch())
             case DigestVms(vms, until, whole):
                 for name in vms:
-                    self._start(self._digest(name, until, whole=name in whole))
+                    self._start(self._actions.digest(name, until, whole=name in whole))
             case RunUpdate(keys):
                 for key in keys:
                     self._start(self._apply(key))
@@ -246,7 +225,7 @@ class OperationRunner:
             case ResumeVms(vms):
                 self._stop_watching()
                 for name in vms:
-                    self._start(self._resume(name, self._freezing.get(name)))
+                    self._start(self._actions.resume(name, self._freezing.get(name)))
             case Disarm():
                 self._start(self._disarm())
             case PublishFrozen(vm=name):
@@ -286,171 +265,17 @@ class OperationRunner:
         else:
             self._events.put_nowait(Armed())
 
-    async def _prepare(self, vm: str) -> None:
-        binary = self._update.vmm_binary if self._update is not None else ""
-        self._ran[vm] = self._driver.process_of(vm)
-        try:
-            await self._driver.prepare(vm, self.state.operation, self.state.method, binary)
-        except DriverError as error:
-            self._events.put_nowait(VmNotPrepared(vm, error.why))
-        except Exception as error:
-            self._events.put_nowait(VmNotPrepared(vm, repr(error)))
-            raise
-        else:
-            self._events.put_nowait(VmPrepared(vm))
-
-    async def _swap(self, by: float) -> None:
-        """One guest after the other: side by side, each would wait for the others' device state."""
-        left = [vm.vm for vm in self.state.vms]
-        why = ""
-        while left and not why:
-            vm = left.pop(0)
-            called_at = time.monotonic()
-            if called_at >= by:
-                why = "it was too late to begin"
-                self._events.put_nowait(VmNotSwapped(vm, None, why))
-                continue
-            try:
-                if not isinstance(self._driver, SwapCapable):
-                    raise NotPossible(vm, f"the {self._driver.name} driver cannot swap")
-                done = await self._driver.hand_over(vm, by)
-            except asyncio.CancelledError:
-                self._events.put_nowait(VmNotSwapped(vm, called_at, "its swap was called off"))
-                raise
-            except SwapFailed as error:
-                why = error.why
-                paused, back = error.frozen_at, error.resumed_at
-                self._events.put_nowait(VmNotSwapped(vm, called_at, why, paused, back, error.differs))
-            except DriverError as error:
-                why = error.why
-                self._events.put_nowait(VmNotSwapped(vm, called_at, why))
-            else:
-                told = VmSwapped(
-                    vm,
-                    done.called_at,
-                    done.frozen_at,
-                    done.resumed_at,
-                    done.detail,
-                    done.sampled,
-                    done.sampled_note,
-                )
-                self._events.put_nowait(told)
-        for vm in left:
-            self._events.put_nowait(VmNotSwapped(vm, None, f"not begun, since another failed: {why}"))
-
-    async def _freeze(self, vm: str, by: float) -> None:
-        # The last check before the call: a process that was stopped since the decision must not freeze any more.
-        called_at = time.monotonic()
-        if called_at >= by:
-            self._events.put_nowait(VmNotFrozen(vm, None, "it was too late to freeze it"))
-            return
-        try:
-            if self.state.method == "replace":
-                await self._checkpoint(vm, by)
-            else:
-                await self._driver.freeze(vm, by)
-        except asyncio.CancelledError:
-            self._events.put_nowait(VmNotFrozen(vm, called_at, "its freeze was called off"))
-            raise
-        except (FreezeFailed, NotPossible) as error:
-            self._events.put_nowait(VmNotFrozen(vm, called_at, error.why))
-        except Exception as error:
-            self._events.put_nowait(VmNotFrozen(vm, called_at, repr(error)))
-            raise
-        else:
-            self._events.put_nowait(VmFroze(vm, called_at, time.monotonic()))
-
-    async def _checkpoint(self, vm: str, by: float) -> None:
-        if not isinstance(self._driver, ReplaceCapable):
-            raise NotPossible(vm, f"the {self._driver.name} driver cannot replace")
-        await self._driver.checkpoint(vm, by, gone=bool(self.state.update))
-
-    async def _resume(self, vm: str, freezing: asyncio.Task[None] | None) -> None:
-        """Never gives up: a VM that does not run is retried until it runs or is gone."""
-        if freezing is not None and not freezing.done():
-            freezing.cancel()
-            await asyncio.wait([freezing])
-        unconfirmed = any(each.vm == vm and each.frozen_at is None for each in self.state.vms)
-        was_held = unconfirmed and (await states_within(self._driver, _LOOK_S)).get(vm, "paused") == "paused"
-        tries = 0
-        timeout_s = _RESTORE_TRY_S if self.state.method == "replace" else _RESUME_TRY_S
-        while True:
-            try:
-                end = await self._driver.resume(vm, timeout_s)
-            except NotRunningYet as error:
-                tries += 1
-                if tries in (1, 4) or tries % 40 == 0:
-                    _log.error("vm.not_resumed_yet", vm=vm, tries=tries, why=error.why)
-            except Exception as error:  # noqa: BLE001 - whatever it is, the VM must run: log it and continue
-                tries += 1
-                _log.error("vm.resume_failed", vm=vm, tries=tries, why=repr(error))
-                await asyncio.sleep(_RESUME_TRY_S)
-            else:
-                at = time.monotonic()
-                detail = self._driver.why_left(vm) if end == "left" else self._moved(vm)
-                self._events.put_nowait(ResumeEnded(vm, at, end, was_held and end != "left", detail))
-                return
-
-    def _moved(self, vm: str) -> str:
-        """What runs the guest now and what ran it before, if that changed."""
-        now, before = self._driver.process_of(vm), self._ran.get(vm, "")
-        return f"{now}, was {before}" if now and before and now != before else ""
-
-    async def _watch(self) -> None:
-        """Notice a paused VM that ended, or that somebody else resumed."""
-        lost: set[str] = set()
-        while True:
-            await asyncio.sleep(_WATCH_S)
-            names = [vm.vm for vm in self.state.vms if vm.frozen_at is not None and vm.vm not in lost]
-            states = await self._driver.read_states() if names else {}
-            for name in names:
-                if states.get(name) == "stopped":
-                    self._events.put_nowait(VmLost(name, False, "ended while it was paused"))
-                    self._on_change()
-                elif states.get(name) == "running":
-                    why = "ran although it was paused: somebody else resumed it"
-                    self._events.put_nowait(VmLost(name, True, why))
-                else:
-                    continue
-                lost.add(name)
-
     def _stop_watching(self) -> None:
         if self._watching is not None:
             self._watching.cancel()
             self._watching = None
 
-    async def _digest(self, vm: str, until: float, *, whole: bool) -> None:
-        if any(each.vm == vm and each.can_sample for each in self.state.vms):
-            await self._sample(vm)
-        if not whole:
-            self._events.put_nowait(Digested(vm, ""))
-            return
-        try:
-            if not isinstance(self._driver, DigestCapable):
-                raise NotPossible(vm, f"the {self._driver.name} driver cannot read memory")
-            digest = await self._driver.memory_digest(vm, until)
-        except DriverError as error:
-            self._events.put_nowait(Digested(vm, "", error.why))
-        else:
-            note = "" if digest else "the digest took too long"
-            self._events.put_nowait(Digested(vm, digest or "", note))
-
-    async def _sample(self, vm: str) -> None:
-        try:
-            if not isinstance(self._driver, DigestCapable):
-                raise NotPossible(vm, f"the {self._driver.name} driver cannot read memory")
-            digest = await self._driver.sampled_digest(vm, f"{self.state.operation}/{vm}")
-        except DriverError as error:
-            self._events.put_nowait(Sampled(vm, "", error.why))
-        else:
-            self._events.put_nowait(Sampled(vm, digest))
-
     async def _apply(self, key: str) -> None:
         if self._update is None:
             raise RuntimeError("an operation without an update cannot run one")
         operation = self.state.operation
-        told = update_environ(self._environ, self._update, operation=operation, host=self._host, vm=key)
-        process = self._processes[key] = UpdateProcess(self._update, told)
+        environ = update_environ(self._environ, self._update, operation=operation, host=self._host, vm=key)
+        process = self._processes[key] = UpdateProcess(self._update, environ)
         try:
             await process.start()
         except UpdateNotStarted as error:

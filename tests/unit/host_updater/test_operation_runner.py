@@ -333,7 +333,7 @@ class Basic:
 @pytest.mark.parametrize("method", ["swap", "replace"])
 async def test_a_driver_that_cannot_is_not_asked(journal: JournalThread, method: Method) -> None:
     scene = Scene(journal, "a", method=method)
-    scene.runner._driver = Basic(scene.driver)
+    scene.runner._driver = scene.runner._actions._driver = Basic(scene.driver)
     op = await scene.run()
     assert op.end == "failed"
     assert f"the fake driver cannot {method}" in op.vms[0].error
@@ -342,7 +342,7 @@ async def test_a_driver_that_cannot_is_not_asked(journal: JournalThread, method:
 
 async def test_a_driver_that_cannot_read_memory_leaves_the_digests_out(journal: JournalThread) -> None:
     scene = Scene(journal, "a", can_digest=True, can_sample=True)
-    scene.runner._driver = Basic(scene.driver)
+    scene.runner._driver = scene.runner._actions._driver = Basic(scene.driver)
     op = await scene.run()
     assert op.end == "completed"
     assert "the fake driver cannot read memory" in op.vms[0].digest_note
@@ -417,7 +417,8 @@ async def test_whoever_was_stopped_before_the_call_freezes_nothing_after_the_dea
         stopped_s = 20.0  # more than the whole budget of 8 s
 
     clock = SimpleNamespace(monotonic=lambda: time.monotonic() + stopped_s)
-    monkeypatch.setattr("caesura_host_updater.operation.runner.time", clock)
+    for module in ("runner", "vm_actions"):
+        monkeypatch.setattr(f"caesura_host_updater.operation.{module}.time", clock)
     scene = Scene(journal, "a", "b", "c", method=method)
     scene.driver.on_first = after_the_stop
     op = await scene.run()

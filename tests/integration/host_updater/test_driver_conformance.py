@@ -516,7 +516,7 @@ def tree(driver: Any, vm: str) -> list[int]:
 
     if isinstance(driver, ExampleDriver):
         return [driver._runs[vm].leader]
-    first = driver._runs[vm]
+    first = driver._supervisor.runs[vm]
     members = SignalPlan(vm, first.pid, first.start_ticks).members(process_table())
     return sorted((each.pid for each in members), key=lambda pid: pid != first.pid)
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import signal
-import threading
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -37,13 +36,8 @@ from caesura_host_updater.drivers.qemu.handover import (
     set_capabilities,
 )
 from caesura_host_updater.drivers.qemu.launching import Launcher
-from caesura_host_updater.drivers.qemu.memory_views import (
-    Compared,
-    NoView,
-    OtherMemory,
-    Views,
-    open_views,
-)
+from caesura_host_updater.drivers.qemu.memory_comparison import compare, find_views
+from caesura_host_updater.drivers.qemu.memory_views import Views
 from caesura_host_updater.drivers.qemu.observer import read_snapshot
 from caesura_host_updater.drivers.qemu.process_records import Records, VmProcessRecord
 from caesura_host_updater.drivers.qemu.realtime import RealtimeBoost
@@ -69,7 +63,6 @@ _END_S = 2.0  # s: for a killed process to be dead
 _AGAIN_S = 0.005  # s: between two tries of the way out
 _LONGEST_AGAIN_S = 0.1  # s
 _ERROR_S = 0.3  # s: for the old process to say why
-_VIEWS_S = 2.0  # s: to find and open both processes' mappings of the RAM, before the pause: 3 ms is usual
 
 _log = structlog.get_logger("caesura.qemu")
 
@@ -113,7 +106,7 @@ class Migrator:
                         prepared.plan,
                         channel,
                         limit,
-                        lambda: self._compare(views),
+                        lambda: compare(views),
                         moved_bytes=prepared.moved_bytes,
                     )
             except (HandOverFailed, QmpFailed, OSError) as error:
@@ -121,48 +114,8 @@ class Migrator:
         return await self._committed(guest, prepared, handed, called_at)
 
     async def _views(self, guest: Guest, operation: str, plan: SwapPlan) -> Views | str:
-        """What is compared inside the pause, opened before it; or why nothing can be. Raises SwapFailed: other memory."""
         memory = commandline.memory_of(guest.run.argv) if guest.run is not None else "it is not running"
-        if isinstance(memory, str):
-            return memory
-        opening = asyncio.get_running_loop().run_in_executor(
-            self._threads,
-            open_views,
-            plan.old.pid,
-            plan.new.pid,
-            memory.file,
-            memory.size,
-            f"{operation}/{guest.vm}",
-        )
-        done, _ = await asyncio.wait({opening}, timeout=_VIEWS_S)
-        if not done:
-            opening.add_done_callback(lambda task: task.cancelled() or task.exception())
-            return f"the mappings of its RAM were not found within {_VIEWS_S:g} s"
-        try:
-            return opening.result()
-        except OtherMemory as error:
-            raise SwapFailed(guest.vm, f"the new process has other memory than the guest: {error}") from error
-        except NoView as error:
-            return str(error)
-
-    async def _compare(self, views: Views | str) -> Compared:
-        if isinstance(views, str):
-            return Compared(None, views)
-        loop = asyncio.get_running_loop()
-        done: asyncio.Future[Compared] = loop.create_future()
-
-        def tell(found: Compared) -> None:
-            if not done.done():
-                done.set_result(found)
-
-        def compare() -> None:
-            found = views.compare()
-            with suppress(RuntimeError):  # the loop is closed: nobody waits any more
-                loop.call_soon_threadsafe(tell, found)
-
-        # A thread of its own, started while this one hurries, hurries too; one of the pool would wait for a time slice.
-        threading.Thread(target=compare, name="compare", daemon=True).start()
-        return await done
+        return await find_views(memory, plan, f"{operation}/{guest.vm}", self._threads)
 
     async def _committed(
         self, guest: Guest, prepared: Prepared, handed: Handed, called_at: float
@@ -275,7 +228,7 @@ class Migrator:
         return "gone"
 
     async def settle(self, guest: Guest) -> None:
-        """The guest runs: find out in which process, and go on with that one."""
+        """The guest runs: find out in which process, and continue with that one."""
         prepared = guest.prepared
         if prepared is None:
             return
@@ -287,7 +240,7 @@ class Migrator:
             pid, start_ticks = owner.pid, owner.start_ticks
         else:
             pid, start_ticks = prepared.plan.old.pid, prepared.plan.old.start_ticks
-        restore_priority(pid)  # an earlier life may have been killed while it hurried
+        restore_priority(pid)  # a previous run may have been killed while it was boosted
         if guest.run is not None and guest.run.pid == pid and guest.qmp is not None and not guest.qmp.closed:
             return
         try:
@@ -296,7 +249,7 @@ class Migrator:
                 run = await in_thread("look at it", lambda: run_of(former, pid, start_ticks))
         except NoVmm as error:
             guest.last_error = str(error)
-            return  # it ended since: whoever asks next hears it
+            return  # it ended since: the next query reports it
         present = None
         if prepared.qmp is not None and prepared.qmp.listener == pid and not prepared.qmp.closed:
             present, prepared.qmp = prepared.qmp, None

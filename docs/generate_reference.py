@@ -205,7 +205,7 @@ def _host_updater(folder: Path, registry: CollectorRegistry) -> HostUpdater:
         host,
         bus=_bus(),
         driver=ProcessDriver(host.host, (), folder, SignalFreezer(), environ={}, max_digest_bytes=0),
-        guardian=GuardClient(folder, spawn=False),
+        guard=GuardClient(folder, spawn=False),
         journal=JournalThread(),
         metrics=metrics,
         pauses=PauseMarkers(folder),

@@ -20,10 +20,10 @@ from caesura_host_updater.admission import (
     Underway,
 )
 from caesura_host_updater.agents import AgentRegistry
-from caesura_host_updater.asker import Asker
 from caesura_host_updater.clocks.tracker import ClockSyncTracker
 from caesura_host_updater.drivers.port import Driver
 from caesura_host_updater.epoch_tracker import EpochTracker
+from caesura_host_updater.installed_probe import InstalledProbe
 from caesura_host_updater.inventory.catalogue_reader import CatalogueReader
 from caesura_host_updater.inventory.updates import UpdateFile
 from caesura_host_updater.operation.finalizer import (
@@ -58,7 +58,7 @@ class CommandHandler:
         outbox: Outbox,
         clocks: ClockSyncTracker,
         updates: CatalogueReader,
-        asker: Asker,
+        installed_probe: InstalledProbe,
         agents: AgentRegistry,
         records: Callable[[], Awaitable[dict[str, VmRecord]]],
     ) -> None:
@@ -71,7 +71,7 @@ class CommandHandler:
         self._outbox = outbox
         self._clocks = clocks
         self._updates = updates
-        self._asker = asker
+        self._installed_probe = installed_probe
         self._agents = agents
         self._records = records
 
@@ -150,7 +150,7 @@ class CommandHandler:
         accepted = self._fact_factory.report(
             status_report(self._host, command, self._epoch, "accepted", datetime.now(UTC))
         )
-        self._asker.interrupt()
+        self._installed_probe.interrupt()
         await self._operations.accept(command, state, update, accepted)
 
     async def on_abort(self, command: AbortOperation) -> None:

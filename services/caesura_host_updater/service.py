@@ -34,20 +34,20 @@ from caesura.contract.messages import (
 )
 from caesura.delivery.message import OutboxMessage
 from caesura_host_updater.agents import AgentRegistry
-from caesura_host_updater.asker import Asker
 from caesura_host_updater.clocks.tracker import ClockSyncTracker
 from caesura_host_updater.command_handler import CommandHandler
 from caesura_host_updater.drivers.port import Driver
 from caesura_host_updater.epoch_tracker import EpochTracker
 from caesura_host_updater.guard_client import GuardClient
+from caesura_host_updater.installed_probe import InstalledProbe
+from caesura_host_updater.inventory.builder import inventory
 from caesura_host_updater.inventory.catalogue_reader import CatalogueReader
 from caesura_host_updater.inventory.host_config import HostFile
 from caesura_host_updater.inventory.installs import installed
-from caesura_host_updater.inventory.message import inventory
 from caesura_host_updater.inventory.publisher import InventoryPublisher
 from caesura_host_updater.journal import Journal, JournalThread
 from caesura_host_updater.metrics import HostMetrics
-from caesura_host_updater.operation.crash_recovery import Startup
+from caesura_host_updater.operation.crash_recovery import CrashRecovery
 from caesura_host_updater.operation.finalizer import (
     FactFactory,
     OperationFinalizer,
@@ -133,7 +133,7 @@ class HostUpdater:
             self._fact_factory, journal=journal, outbox=self.outbox, clocks=self.clocks, metrics=metrics
         )
         self._view = VmView(host.vm, driver)
-        self._startup = Startup(
+        self._recovery = CrashRecovery(
             host.host,
             driver=driver,
             guard=guard,
@@ -160,7 +160,7 @@ class HostUpdater:
             on_end=self._operation_ended,
         )
         self._updates = CatalogueReader(settings.updates_dir, self._updates_changed)
-        self._asker = Asker(
+        self._installed_probe = InstalledProbe(
             host.host,
             environ,
             catalogue=lambda: self._updates.catalogue,
@@ -177,7 +177,7 @@ class HostUpdater:
             outbox=self.outbox,
             clocks=self.clocks,
             updates=self._updates,
-            asker=self._asker,
+            installed_probe=self._installed_probe,
             agents=self._agents,
             records=self._records,
         )
@@ -209,7 +209,7 @@ class HostUpdater:
             "vms": self._watch_vms,
             "journal": self._finalizer.retry_unsaved,
             "updates": self._updates.run,
-            "installed updates": self._asker.run,
+            "installed updates": self._installed_probe.run,
             "pause markers": self._pauses.remove_later,
         }
 
@@ -217,19 +217,19 @@ class HostUpdater:
 
     async def resume_paused(self) -> None:
         """Find all VMs and resume what a previous run left paused. Needs no journal."""
-        await self._startup.resume_paused()
+        await self._recovery.resume_paused()
 
     async def recover(self) -> None:
         """Before joining the bus: end what a previous run left open, load what it had left to publish.
 
         Raises:
-            StoreError: as ``Startup.run``.
+            StoreError: as ``CrashRecovery.run``.
         """
         await self.epochs.load()
-        await self._startup.run(self.epochs.authority.epoch)
+        await self._recovery.run(self.epochs.authority.epoch)
         await self._finalizer.load()
         await self.outbox.load()
-        await self._startup.finalize_unsaved()
+        await self._recovery.finalize_unsaved()
         self.clocks.track(await self._journal.do(Journal.clock_waits), already_published=True)
         await self._updates.start()
 
@@ -263,7 +263,10 @@ class HostUpdater:
                 guard=self._guard.state,
                 refused_epoch=self.epochs.refused,
                 installed=installed(
-                    self._updates.catalogue, self._finalizer.marks, self._asker.answers, records.keys()
+                    self._updates.catalogue,
+                    self._finalizer.marks,
+                    self._installed_probe.answers,
+                    records.keys(),
                 ),
             )
             await self._inventories.publish(message)
@@ -272,7 +275,7 @@ class HostUpdater:
                     await self._changed.wait()
 
     async def _records(self) -> dict[str, VmRecord]:
-        ours = self._startup.resuming.union(vm.vm for vm in self.operations.vms)
+        ours = self._recovery.resuming.union(vm.vm for vm in self.operations.vms)
         return await self._view.records(ours, self._agents.with_canary)
 
     def reread(self) -> None:
@@ -281,7 +284,7 @@ class HostUpdater:
         self._updates_changed()
 
     def _updates_changed(self) -> None:
-        self._asker.ask()
+        self._installed_probe.ask()
         self._changed.set()
 
     async def _watch_vms(self) -> None:
@@ -301,7 +304,7 @@ class HostUpdater:
         await self._commands.on_abort(command)
 
     def _operation_ended(self) -> None:
-        self._asker.ask()
+        self._installed_probe.ask()
         self._changed.set()
 
     def _announce(self, fact: VmFrozen | VmResumed, state: Operation) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 
 from caesura.contract.messages import VmRecord
 from caesura_host_updater.drivers.port import Driver, DriverError, states_within
-from caesura_host_updater.inventory.message import clock_of, vm_records
+from caesura_host_updater.inventory.builder import clock_of, vm_records
 from caesura_host_updater.inventory.vm_spec import VmSpec
 from caesura_host_updater.pause_markers import how_to_resume
 from caesura_vmcontrol.plans import Plan

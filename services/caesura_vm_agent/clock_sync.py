@@ -144,12 +144,12 @@ class ClockSync:
             t1_ns = self._clock.now_ns()
             async with asyncio.timeout(self._policy.answer_timeout_s):
                 await self._ask(ClockSyncRequested(vm=self._vm, exchange=exchange, t1_ns=t1_ns))
-                told, t4_ns = await answer
+                reply, t4_ns = await answer
             # t1 from our own memory: the one that the answer repeats was in other hands.
             return measure(
                 t1_ns,
-                told.t2_ns,
-                told.t3_ns,
+                reply.t2_ns,
+                reply.t3_ns,
                 t4_ns,
                 max_delay_ns=round(self._policy.max_delay_s * NS_PER_S),
             )

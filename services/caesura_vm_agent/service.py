@@ -126,12 +126,12 @@ class VmAgent:
         while True:
             try:
                 async with asyncio.timeout(wait_s):
-                    resume, told = await self._resumes.get()
+                    resume, fact = await self._resumes.get()
             except TimeoutError:
                 result = await self._sync_clock(trigger)
                 trigger = "periodic" if result.exchanges else trigger
             else:
-                paused_at_s = told.at.timestamp() - told.pause_s
+                paused_at_s = fact.at.timestamp() - fact.pause_s
                 result = await self._sync_clock("resume", resume.operation, paused_at_s=paused_at_s)
                 self._results[resume.operation] = result
                 await self._compare_canary(result)

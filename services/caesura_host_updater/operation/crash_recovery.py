@@ -66,7 +66,7 @@ async def resume_marked(pauses: PauseMarkers) -> Mapping[str, float]:
     return await pauses.resume(found, _PATIENCE_S)
 
 
-class Startup:
+class CrashRecovery:
     """See the module. ``late`` are resumes that have not succeeded yet.
 
     Args:

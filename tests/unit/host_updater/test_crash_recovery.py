@@ -17,7 +17,7 @@ from caesura_host_updater.inventory.host_config import HostFile
 from caesura_host_updater.inventory.vm_spec import VmSpec
 from caesura_host_updater.journal import JournalThread
 from caesura_host_updater.operation import crash_recovery
-from caesura_host_updater.operation.crash_recovery import Startup
+from caesura_host_updater.operation.crash_recovery import CrashRecovery
 from caesura_host_updater.operation.state import Operation, VmPause
 from caesura_host_updater.pause_markers import PauseMarkers
 from caesura_host_updater.service import HostUpdater
@@ -70,9 +70,9 @@ class Fleet:
         return []
 
 
-def at_start(fleet: Fleet, pauses: PauseMarkers) -> Startup:
+def at_start(fleet: Fleet, pauses: PauseMarkers) -> CrashRecovery:
     given: Any = fleet
-    return Startup(
+    return CrashRecovery(
         "host-1",
         driver=given,
         guard=given,

@@ -17,7 +17,7 @@ from caesura_host_updater.admission import Underway
 from caesura_host_updater.clocks.verdict import ClockCheck
 from caesura_host_updater.journal import JournalThread
 from caesura_host_updater.operation import crash_recovery
-from caesura_host_updater.operation.crash_recovery import Startup
+from caesura_host_updater.operation.crash_recovery import CrashRecovery
 from caesura_host_updater.operation.finalizer import OperationFinalizer
 from caesura_host_updater.operation.state import Operation, VmPause
 from caesura_host_updater.pause_markers import PauseMarkers
@@ -84,7 +84,7 @@ async def test_its_resume_is_told_its_clock_is_looked_after_and_its_operation_en
     finalizer = OperationFinalizer(
         fact_factory, journal=journal, outbox=nothing, clocks=nothing, metrics=nothing
     )
-    starting = Startup(
+    starting = CrashRecovery(
         "host-1",
         driver=world,
         guard=world,

@@ -64,7 +64,7 @@ class ProcessDriver:
     """See the module.
 
     Args:
-        host: the host's name, told to the VMs' processes.
+        host: the host's name, passed to the VMs' processes.
         specs: the VMs of the host file.
         state_dir: where run files, logs and memory files live.
         freezer: how VMs started from now on are frozen; one that runs already keeps its own.
@@ -89,7 +89,7 @@ class ProcessDriver:
         self._freezer = freezer
         self._max_digest_bytes = max_digest_bytes
         self._supervisor = ProcessSupervisor(host, specs, self._folder, freezer, environ)
-        self._maimed: Mapping[str, str] = {}
+        self._failed_processes: Mapping[str, str] = {}
         """VMs of whose processes some have failed, and which; as last looked."""
         self._table: tuple[float, Mapping[int, Process]] = (0.0, {})
         self._table_turn = threading.Lock()
@@ -121,14 +121,16 @@ class ProcessDriver:
             for vm in self._specs
             if vm not in self._supervisor.runs
         ]
-        maimed = [f"{vm} ({why})" for vm, why in self._maimed.items() if vm in self._supervisor.runs]
-        parts = {"not running": ended, "not whole": maimed}
+        incomplete = [
+            f"{vm} ({why})" for vm, why in self._failed_processes.items() if vm in self._supervisor.runs
+        ]
+        parts = {"not running": ended, "not whole": incomplete}
         return "; ".join(f"{what}: {', '.join(vms)}" for what, vms in parts.items() if vms)
 
     def health_error(self, vm: str) -> str:
         """Why a VM was not started, or which of its processes has failed."""
         return self._supervisor.not_started.get(vm, "") or (
-            self._maimed.get(vm, "") if vm in self._supervisor.runs else ""
+            self._failed_processes.get(vm, "") if vm in self._supervisor.runs else ""
         )
 
     async def open(self) -> None:
@@ -184,7 +186,7 @@ class ProcessDriver:
             "gone": "stopped",
         }
         found: dict[str, VmState] = dict.fromkeys(self._specs, "stopped")
-        self._maimed = {vm: why for vm in runs if (why := self._supervisor.failures(vm))}
+        self._failed_processes = {vm: why for vm in runs if (why := self._supervisor.failures(vm))}
         for vm, run in runs.items():
             plan: ProcessPlan = (
                 SignalPlan(vm, run.pid, run.start_ticks) if run.kind == "sigstop" else plan_of(vm, run)

@@ -93,7 +93,7 @@ class ProcessSupervisor:
             return
         if run is not None:
             former = run
-            await self._bury(spec.name, lambda: plan_of(spec.name, former))
+            await self._clean_up(spec.name, lambda: plan_of(spec.name, former))
         await self._start(spec)
 
     def read_run(self, vm: str) -> ProcessGroupRecord | None:
@@ -168,9 +168,9 @@ class ProcessSupervisor:
         self._change.set()
         _log.warning("vm.ended", vm=vm)
         if run is not None:
-            burial = asyncio.create_task(self._bury(vm, lambda: self.frozen.get(vm) or plan_of(vm, run)))
-            self._cleanup_tasks.add(burial)
-            burial.add_done_callback(self._cleanup_tasks.discard)
+            cleanup = asyncio.create_task(self._clean_up(vm, lambda: self.frozen.get(vm) or plan_of(vm, run)))
+            self._cleanup_tasks.add(cleanup)
+            cleanup.add_done_callback(self._cleanup_tasks.discard)
 
     async def changed(self) -> None:
         """Wait until a VM ended by itself."""
@@ -207,7 +207,7 @@ class ProcessSupervisor:
                 send_signal(run.pid, run.start_ticks, signal.SIGKILL)
             finally:
                 watch.close()
-        await self._bury(vm, lambda: plan)
+        await self._clean_up(vm, lambda: plan)
         reap(run.pid)
         (self._folder / f"{vm}.run.json").unlink(missing_ok=True)
 
@@ -217,7 +217,7 @@ class ProcessSupervisor:
             thaw(plan)
         return plan
 
-    async def _bury(self, vm: str, find: Callable[[], ProcessPlan]) -> None:
+    async def _clean_up(self, vm: str, find: Callable[[], ProcessPlan]) -> None:
         """End what a VM left behind when its first process is dead."""
         with suppress(OSError):
             await in_thread_to_its_end(f"bury {vm}", lambda stop: self._kill_remaining(find(), stop))

@@ -46,7 +46,7 @@ class QmpConnectionLost(QmpFailed):
 
 
 class QmpEvent(NamedTuple):
-    """Something that QEMU told by itself. ``at``: when, on CLOCK_MONOTONIC in seconds."""
+    """Something that QEMU reported by itself. ``at``: when, on CLOCK_MONOTONIC in seconds."""
 
     name: str
     data: Mapping[str, Any]
@@ -208,10 +208,10 @@ class AsyncQmp:
             QmpRefused: QEMU's own words.
             QmpTimeout, QmpClosed: nobody knows whether it was done.
         """
-        told = {name.replace("_", "-"): value for name, value in arguments.items()}
+        wire = {name.replace("_", "-"): value for name, value in arguments.items()}
         try:
             async with asyncio.timeout(timeout_s):
-                return await self._client.execute(command, told or None)
+                return await self._client.execute(command, wire or None)
         except TimeoutError:
             raise QmpTimeout(f"QEMU does not answer {command!r} within {timeout_s:g} s") from None
         except ExecuteError as error:

@@ -43,17 +43,17 @@ async def save_state(qmp: AsyncQmp, plan: ReplacePlan, by: float, *, gone: bool,
         await qmp.pass_file(handle, _NAME)
     finally:
         os.close(handle)
-    with qmp.watch() as told:
+    with qmp.watch() as watch:
         try:
             async with asyncio.timeout_at(asyncio.get_running_loop().time() + by - time.monotonic()):
                 await qmp.execute("stop")
                 await migrate(qmp, plan, f"fd:{_NAME}")
-                verdict = await told.first(is_verdict)
+                verdict = await watch.first(is_verdict)
                 if verdict.data["status"] != "completed":
                     raise HandOverFailed(f"QEMU says that saving its state {verdict.data['status']}")
         except TimeoutError:
             raise HandOverFailed("its state was not saved in time") from None
-        stopped = next((event.at for event in told.events if event.name == "STOP"), time.monotonic())
+        stopped = next((event.at for event in watch.events if event.name == "STOP"), time.monotonic())
     text = _keep(part, plan.state_file, moved_bytes + _STATE_BYTES)
     if time.monotonic() >= by:
         raise HandOverFailed("its state was not saved in time")

@@ -189,13 +189,13 @@ class QemuDriver:
             except OSError as error:
                 raise FreezeFailed(vm, f"its stop cannot be noted: {error}") from error
             guest.prepared.begun = True
-        with qmp.watch() as told:
+        with qmp.watch() as watch:
             try:
                 await qmp.execute("stop", left)
                 status = await qmp.status(max(by - time.monotonic(), 0.001))
             except QmpFailed as error:
                 raise FreezeFailed(vm, str(error)) from error
-        guest.stopped_by_us = any(event.name == "STOP" for event in told.events)
+        guest.stopped_by_us = any(event.name == "STOP" for event in watch.events)
         if status in NOT_OURS:
             guest.leave(status, NOT_OURS[status])
         elif status == "paused" and not guest.stopped_by_us:

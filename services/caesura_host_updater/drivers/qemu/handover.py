@@ -88,9 +88,9 @@ async def set_capabilities(qmp: AsyncQmp, wanted: Mapping[str, bool]) -> None:
     """
     known = await read_capabilities(qmp)
     _check_known(qmp, known, wanted)
-    told = {name: wanted.get(name, False) for name, on in known.items() if on or wanted.get(name)}
-    if told:
-        capabilities = [{"capability": name, "state": on} for name, on in told.items()]
+    changed = {name: wanted.get(name, False) for name, on in known.items() if on or wanted.get(name)}
+    if changed:
+        capabilities = [{"capability": name, "state": on} for name, on in changed.items()]
         await qmp.execute("migrate-set-capabilities", capabilities=capabilities)
 
 
@@ -174,7 +174,7 @@ def take_from(plan: SwapPlan | ReplacePlan, text: str) -> None:
         raise HandOverFailed(f"it was decided otherwise meanwhile: {standing}")
 
 
-async def _let_run(new: AsyncQmp, told: QmpEventWatch, plan: SwapPlan) -> QmpEvent:
+async def _let_run(new: AsyncQmp, watch: QmpEventWatch, plan: SwapPlan) -> QmpEvent:
     """``cont``. If the new process died of it or before it, see whether the guest can go back.
 
     QEMU writes RESUME to every connection before it lets the first virtual CPU go, and what it wrote is read to the
@@ -182,14 +182,14 @@ async def _let_run(new: AsyncQmp, told: QmpEventWatch, plan: SwapPlan) -> QmpEve
     """
     try:
         await new.execute("cont")
-        return await told.first(_is_resume)
+        return await watch.first(_is_resume)
     except QmpConnectionLost:
         until = time.monotonic() + _DEATH_S
         while not (ended := new.closed and not alive(plan.new.pid, plan.new.start_ticks)):
             if time.monotonic() > until:
                 break
             await asyncio.sleep(_LOOK_S)  # its sockets are closed before it is dead
-        if ended and not any(_is_resume(event) for event in told.events):
+        if ended and not any(_is_resume(event) for event in watch.events):
             claim(plan.claims, 2, "old")
         raise
 

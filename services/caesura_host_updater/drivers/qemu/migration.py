@@ -75,7 +75,7 @@ class Migrator:
         self._records = records
         self._threads = threads
         self._boost = RealtimeBoost()
-        self._pushes: dict[str, asyncio.Future[tuple[Condition, str]]] = {}
+        self._recoveries: dict[str, asyncio.Future[tuple[Condition, str]]] = {}
         self._cleanup_tasks: set[asyncio.Task[None]] = set()
 
     # -- the pause ------------------------------------------------------------------------------------------
@@ -97,7 +97,7 @@ class Migrator:
         called_at = time.monotonic()
         limit = min(by, called_at + _HAND_OVER_S)
         channel = f"unix:{self._launcher.folder(guest.vm) / 'mig'}"
-        with old.watch() as told:
+        with old.watch() as watch:
             try:
                 with self._boost((prepared.plan.old.pid, prepared.plan.new.pid)):
                     handed = await run_hand_over(
@@ -110,7 +110,7 @@ class Migrator:
                         moved_bytes=prepared.moved_bytes,
                     )
             except (HandOverFailed, QmpFailed, OSError) as error:
-                return await self._failed_hand_over(guest, prepared, error, called_at, told)
+                return await self._failed_hand_over(guest, prepared, error, called_at, watch)
         return await self._committed(guest, prepared, handed, called_at)
 
     async def _views(self, guest: Guest, operation: str, plan: SwapPlan) -> Views | str:
@@ -132,7 +132,7 @@ class Migrator:
         except NoVmm as error:
             raise SwapFailed(guest.vm, f"it ran in the new process, which ended at once: {error}") from error
         left, watch = guest.switch_to(run, new)
-        self._bury(former.pid, left, watch)
+        self._dispose(former.pid, left, watch)
         await self.restore_capabilities(guest)
         # To its end even when it is called off: a release removes the names that the sockets have before.
         await in_thread_to_its_end(f"publish {guest.vm}", lambda _: self._publish(guest, run))
@@ -168,8 +168,8 @@ class Migrator:
                     detail=detail,
                     sampled_note="the swap was not ended by the host updater, so nothing was compared",
                 )
-            if guest.qmp is not None and (told := await error_of_migration(guest.qmp, _ERROR_S)):
-                reasons.append(f"the old QEMU said: {told}")
+            if guest.qmp is not None and (reason := await error_of_migration(guest.qmp, _ERROR_S)):
+                reasons.append(f"the old QEMU said: {reason}")
         else:
             reasons.append(f"the guest is {state}")
         if stopped_at is None and _at("STOP", told_by_old) is not None:
@@ -199,8 +199,8 @@ class Migrator:
             with self._boost((prepared.plan.old.pid,)):
                 await save_state(qmp, prepared.plan, limit, gone=gone, moved_bytes=prepared.moved_bytes)
         except (HandOverFailed, QmpFailed, OSError) as error:
-            told = await error_of_migration(qmp, _ERROR_S)
-            raise FreezeFailed(guest.vm, f"{error}; QEMU said: {told}" if told else str(error)) from error
+            reason = await error_of_migration(qmp, _ERROR_S)
+            raise FreezeFailed(guest.vm, f"{error}; QEMU said: {reason}" if reason else str(error)) from error
 
     # -- the way out ----------------------------------------------------------------------------------------
 
@@ -210,14 +210,14 @@ class Migrator:
         plan = guest.plan()
         again_s = _AGAIN_S
         while plan is not None:
-            push = self._pushes.get(guest.vm)
-            if push is None:
-                push = asyncio.get_running_loop().run_in_executor(self._threads, _push, plan)
-                self._pushes[guest.vm] = push
-                push.add_done_callback(lambda _: self._pushes.pop(guest.vm, None))
-            done, _ = await asyncio.wait({push}, timeout=max(until - time.monotonic(), 0.001))
+            trying = self._recoveries.get(guest.vm)
+            if trying is None:
+                trying = asyncio.get_running_loop().run_in_executor(self._threads, _try_recovery, plan)
+                self._recoveries[guest.vm] = trying
+                trying.add_done_callback(lambda _: self._recoveries.pop(guest.vm, None))
+            done, _ = await asyncio.wait({trying}, timeout=max(until - time.monotonic(), 0.001))
             if done:
-                state, why = push.result()
+                state, why = trying.result()
                 if state in ("running", "gone"):
                     return state
                 guest.last_error = why
@@ -321,14 +321,14 @@ class Migrator:
         return guest.run is not None and guest.run.pid == found[0]
 
     async def holder(self, prepared: Prepared) -> tuple[int, int] | None:
-        """The living process that has the guest; None: none, or it cannot be told."""
+        """The living process that has the guest; None: none, or it is not known."""
         try:
             return await in_thread(f"holder of {prepared.plan.vm}", lambda: holder(prepared.plan))
         except OSError:
             return None
 
     async def restore_capabilities(self, guest: Guest) -> None:
-        """What our migrations need must not be told to somebody else's next one. Comes again until it is done."""
+        """What our migrations need must not stay set for somebody else's next one. Called again until it is done."""
         kept = self._launcher.usual_capabilities(guest.vm)
         if guest.qmp is None or guest.qmp.closed or not kept.exists():
             return
@@ -365,7 +365,7 @@ class Migrator:
         prepared.begun = True
         await set_capabilities(qmp, capabilities)
 
-    def _bury(self, pid: int, qmp: AsyncQmp | None, watch: ExitWatch | None) -> None:
+    def _dispose(self, pid: int, qmp: AsyncQmp | None, watch: ExitWatch | None) -> None:
         """Reap a process that was killed, and close its connection, while the guest runs on elsewhere."""
         if watch is not None:
             watch.close()
@@ -380,8 +380,8 @@ class Migrator:
         """Wait for what is still being closed."""
         if self._cleanup_tasks:
             await asyncio.wait(self._cleanup_tasks)
-        if self._pushes:
-            await asyncio.wait(self._pushes.values())
+        if self._recoveries:
+            await asyncio.wait(self._recoveries.values())
 
 
 def _read_capabilities(path: Path) -> dict[str, bool]:
@@ -392,12 +392,12 @@ def _read_capabilities(path: Path) -> dict[str, bool]:
         return {}
 
 
-def _at(name: str, told: QmpEventWatch) -> float | None:
+def _at(name: str, watch: QmpEventWatch) -> float | None:
     """When QEMU last said this, on CLOCK_MONOTONIC."""
-    return next((event.at for event in reversed(told.events) if event.name == name), None)
+    return next((event.at for event in reversed(watch.events) if event.name == name), None)
 
 
-def _push(plan: Plan) -> tuple[Condition, str]:
+def _try_recovery(plan: Plan) -> tuple[Condition, str]:
     """One try of the way out, in a thread: what came of it, and why no more."""
     why = ""
     try:

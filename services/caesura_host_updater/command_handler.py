@@ -19,7 +19,7 @@ from caesura_host_updater.admission import (
     Tombstone,
     Underway,
 )
-from caesura_host_updater.agents import AgentRegistry
+from caesura_host_updater.agent_registry import AgentRegistry
 from caesura_host_updater.clocks.tracker import ClockSyncTracker
 from caesura_host_updater.drivers.port import Driver
 from caesura_host_updater.epoch_tracker import EpochTracker

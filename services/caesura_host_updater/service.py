@@ -33,7 +33,7 @@ from caesura.contract.messages import (
     VmStatus,
 )
 from caesura.delivery.message import OutboxMessage
-from caesura_host_updater.agents import AgentRegistry
+from caesura_host_updater.agent_registry import AgentRegistry
 from caesura_host_updater.clocks.tracker import ClockSyncTracker
 from caesura_host_updater.command_handler import CommandHandler
 from caesura_host_updater.drivers.port import Driver

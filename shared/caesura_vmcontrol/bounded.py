@@ -74,7 +74,7 @@ def within(
     ``discard``: what is done with a result that arrives too late, such as closing it, in that thread.
 
     Raises:
-        NoAnswer: it did not.
+        CallTimeout: it did not.
         OSError: whatever else ``work`` raises.
     """
     call = _Call(_identity(work) if key is None else key, work, discard)
@@ -128,7 +128,7 @@ class BoundedCalls:
         ``patience_s``: the least time that it gets, in seconds, if the sweep's patience is used up.
 
         Raises:
-            NoAnswer: it hangs, or the last call with this ``key`` still hangs.
+            CallTimeout: it hangs, or the last call with this ``key`` still hangs.
             OSError: whatever else ``work`` raises.
         """
         if key in self.under_way:

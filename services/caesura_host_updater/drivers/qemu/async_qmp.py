@@ -86,7 +86,7 @@ class QmpEventWatch:
         self._more.set()
 
     async def first(self, wanted: Callable[[QmpEvent], bool]) -> QmpEvent:
-        """The first event that is wanted; waits for it. Raises QmpClosed when the connection ends before."""
+        """The first event that is wanted; waits for it. Raises QmpConnectionLost when the connection ends before."""
         seen = 0
         while True:
             while seen < len(self.events):
@@ -205,8 +205,8 @@ class AsyncQmp:
         """Have QEMU do something; its answer. An underscore in an argument's name stands for a dash.
 
         Raises:
-            QmpRefused: QEMU's own words.
-            QmpTimeout, QmpClosed: nobody knows whether it was done.
+            QmpCommandRefused: QEMU's own words.
+            QmpTimeout, QmpConnectionLost: nobody knows whether it was done.
         """
         wire = {name.replace("_", "-"): value for name, value in arguments.items()}
         try:

@@ -28,7 +28,7 @@ from caesura_host_updater.journal import JournalThread
 from caesura_host_updater.operation.report import final_report
 from caesura_host_updater.operation.runner import OperationRunner
 from caesura_host_updater.operation.state import Operation, UpdateRun, VmPause
-from caesura_host_updater.pauses import PauseMarkers
+from caesura_host_updater.pause_markers import PauseMarkers
 from caesura_testing.guests import image
 from caesura_vmcontrol.procfs import boot_id
 

@@ -20,11 +20,11 @@ from typing import Any
 import msgspec
 
 from caesura_host_updater.drivers.port import ClockSet
-from caesura_host_updater.drivers.qemu.clock import set_clock
+from caesura_host_updater.drivers.qemu.async_qmp import AsyncQmp, QmpEvent, QmpUnreachable
+from caesura_host_updater.drivers.qemu.clock_setting import set_clock
 from caesura_host_updater.drivers.qemu.definition import Adopt, QemuOptions, QemuVm
 from caesura_host_updater.drivers.qemu.driver import QemuDriver
 from caesura_host_updater.drivers.qemu.handover import set_capabilities
-from caesura_host_updater.drivers.qemu.qmp import Event, Qmp, QmpUnreachable
 from caesura_testing.guests import Definition, Heartbeat, Image, command_line, connect, image
 from caesura_vmcontrol.procfs import DEAD, thread_states
 
@@ -197,7 +197,7 @@ def _runs(pid: int) -> bool:
 
 
 async def _stop_cont(bench: Bench) -> dict[str, Any]:
-    qmp = await Qmp.connect(str(bench.vm / "qmp"), _CONNECT_S)
+    qmp = await AsyncQmp.connect(str(bench.vm / "qmp"), _CONNECT_S)
     try:
         with qmp.watch() as told:
             began = time.monotonic()
@@ -225,7 +225,7 @@ async def _swap_uncompared(bench: Bench) -> dict[str, Any]:
 async def _swap(bench: Bench, *, compare: bool = True) -> dict[str, Any]:
     driver = bench.adopting()
     if not compare:
-        driver._mover._views = _not_compared  # type: ignore[method-assign,assignment]  # noqa: SLF001
+        driver._migrator._views = _not_compared  # type: ignore[method-assign,assignment]  # noqa: SLF001
     await driver.open()
     try:
         await driver.prepare("vm", f"swap-{time.monotonic_ns()}", "swap", "")
@@ -294,7 +294,7 @@ def _precopy(downtime_limit_ms: int | None) -> Callable[[Bench], Awaitable[dict[
         with bench._next(own_ram=True) as (argv, folder, ram):  # noqa: SLF001 - one module
             process = await bench._spawn(argv)  # noqa: SLF001
             new = await _connect_soon(folder / "qmp")
-            old = await Qmp.connect(str(bench.vm / "qmp"), _CONNECT_S)
+            old = await AsyncQmp.connect(str(bench.vm / "qmp"), _CONNECT_S)
             await bench.heartbeat.connect(folder / "heartbeat")
             try:
                 for qmp in (old, new):
@@ -329,7 +329,7 @@ def _precopy(downtime_limit_ms: int | None) -> Callable[[Bench], Awaitable[dict[
 async def _save_restore(bench: Bench) -> dict[str, Any]:
     """What a managed save does: stop, all RAM to disk, the process ends; later a new one reads it all."""
     saved = bench.folder / "saved"
-    old = await Qmp.connect(str(bench.vm / "qmp"), _CONNECT_S)
+    old = await AsyncQmp.connect(str(bench.vm / "qmp"), _CONNECT_S)
     try:
         await set_capabilities(old, {"events": True})
         await old.execute("migrate-set-parameters", **_parameters(None))
@@ -384,18 +384,18 @@ async def _completed(told: Any) -> None:
         raise RuntimeError(f"QEMU says that the migration {verdict.data['status']}")
 
 
-async def _connect_soon(path: Path) -> Qmp:
+async def _connect_soon(path: Path) -> AsyncQmp:
     end = time.monotonic() + _CONNECT_S
     while True:
         try:
-            return await Qmp.connect(str(path), _CONNECT_S)
+            return await AsyncQmp.connect(str(path), _CONNECT_S)
         except QmpUnreachable:  # not made yet, or made and nobody listens yet: QEMU calls nobody
             if time.monotonic() > end:
                 raise
         await asyncio.sleep(0.002)
 
 
-def _named(name: str) -> Callable[[Event], bool]:
+def _named(name: str) -> Callable[[QmpEvent], bool]:
     return lambda event: event.name == name
 
 

@@ -48,7 +48,7 @@ from caesura_host_updater.guard_client import GuardClient
 from caesura_host_updater.inventory.host_config import HostFile
 from caesura_host_updater.journal import JournalThread
 from caesura_host_updater.metrics import HostMetrics
-from caesura_host_updater.pauses import PauseMarkers
+from caesura_host_updater.pause_markers import PauseMarkers
 from caesura_host_updater.service import HostUpdater
 from caesura_host_updater.settings import HostUpdaterSettings
 from caesura_metadata_publisher.metrics import PublisherCollector
@@ -205,7 +205,7 @@ def _host_updater(folder: Path, registry: CollectorRegistry) -> HostUpdater:
         host,
         bus=_bus(),
         driver=ProcessDriver(host.host, (), folder, SignalFreezer(), environ={}, max_digest_bytes=0),
-        guardian=GuardClient(folder, spawn=False),
+        guard=GuardClient(folder, spawn=False),
         journal=JournalThread(),
         metrics=metrics,
         pauses=PauseMarkers(folder),

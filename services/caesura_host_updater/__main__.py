@@ -40,7 +40,7 @@ with QuietInterrupt():
     from caesura_host_updater.metrics import HostMetrics
     from caesura_host_updater.operation.crash_recovery import resume_marked
     from caesura_host_updater.operation.runner import inherited_environment
-    from caesura_host_updater.pauses import PauseMarkers
+    from caesura_host_updater.pause_markers import PauseMarkers
     from caesura_host_updater.service import HostUpdater, presence
     from caesura_host_updater.settings import HostUpdaterSettings
     from caesura_host_updater.subscriptions import filters
@@ -165,14 +165,14 @@ async def _serve(
     )
     registry = CollectorRegistry()
     journal = JournalThread()
-    guardian = GuardClient(folder, spawn=settings.guard == "spawn")
+    guard = GuardClient(folder, spawn=settings.guard == "spawn")
     driver = await _driver(settings, host, folder, environ)
     updater = HostUpdater(
         settings,
         host,
         bus=bus,
         driver=driver,
-        guardian=guardian,
+        guard=guard,
         journal=journal,
         metrics=HostMetrics(registry),
         pauses=pauses,
@@ -199,7 +199,7 @@ async def _serve(
         stopped = True
     finally:
         await driver.close(stop_vms=settings.stop_vms_on_exit and stopped)
-        await guardian.close()
+        await guard.close()
         await journal.close()
 
 

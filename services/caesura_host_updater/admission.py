@@ -24,7 +24,7 @@ STOPPING = "the host updater is stopping"
 """Why nothing begins, and why what was begun is aborted."""
 
 
-class Authority(msgspec.Struct, frozen=True):
+class EpochAuthority(msgspec.Struct, frozen=True):
     """The coordinator this host obeys: the highest epoch observed, and its coordinator."""
 
     epoch: int = 0
@@ -40,8 +40,8 @@ class NotObeyed(msgspec.Struct, frozen=True):
 
 
 def observe_epoch(
-    authority: Authority, epoch: int, coordinator: str, commands: Collection[str] = COMMANDS
-) -> Authority | NotObeyed:
+    authority: EpochAuthority, epoch: int, coordinator: str, commands: Collection[str] = COMMANDS
+) -> EpochAuthority | NotObeyed:
     """The effect of a coordinator's epoch: the authority to hold from now on, or why it is not obeyed.
 
     Args:
@@ -63,7 +63,7 @@ def observe_epoch(
             outdated=True,
         )
     if epoch > authority.epoch:
-        return Authority(epoch, coordinator)
+        return EpochAuthority(epoch, coordinator)
     if coordinator != authority.coordinator:
         return NotObeyed(
             f"epoch {epoch} belongs to coordinator {authority.coordinator}, not to {coordinator}"
@@ -127,7 +127,7 @@ def evaluate_start(
     command: StartOperation,
     *,
     host: Host,
-    authority: Authority | NotObeyed,
+    authority: EpochAuthority | NotObeyed,
     known: Underway | Repeat | None,
     now: datetime,
 ) -> Ignore | Refuse | Underway | Repeat | Accept:
@@ -230,8 +230,12 @@ def _judge_update(command: StartOperation, host: Host) -> Refuse | Accept:
     return Accept(update)
 
 
-def judge_abort(
-    command: AbortOperation, *, busy: str, authority: Authority | NotObeyed, known: Underway | Repeat | None
+def evaluate_abort(
+    command: AbortOperation,
+    *,
+    busy: str,
+    authority: EpochAuthority | NotObeyed,
+    known: Underway | Repeat | None,
 ) -> Ignore | AbortRunning | Underway | Repeat | Tombstone:
     """What to do with a command to abort an operation."""
     if isinstance(authority, NotObeyed):

@@ -12,11 +12,11 @@ from pathlib import Path
 
 from caesura.runtime.folder_command import run_on_folder
 from caesura.runtime.lock import InUse, StateFolderUnusable
-from caesura_host_updater.admission import Authority
+from caesura_host_updater.admission import EpochAuthority
 from caesura_host_updater.journal import Journal
 
 
-def forget_epoch(folder: Path) -> Authority:
+def forget_epoch(folder: Path) -> EpochAuthority:
     """Make the host of this state folder obey nobody; returns what it obeyed.
 
     Raises:

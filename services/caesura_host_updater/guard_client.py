@@ -52,13 +52,13 @@ class GuardClient:
         self._reader: asyncio.StreamReader | None = None
         self._writer: asyncio.StreamWriter | None = None
         self._answers: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
-        self._turn = asyncio.Lock()
+        self._request_lock = asyncio.Lock()
         self._connected = asyncio.Event()
         self._gone = asyncio.Event()
         self._listener: asyncio.Task[None] | None = None
         self._exits: list[ExitWatch] = []
         self._armed = ""
-        self._owed: set[str] = set()
+        self._pending_disarms: set[str] = set()
         self.on_lost: Callable[[], None] = lambda: None
         """Called when the connection ends."""
         self.pid = 0
@@ -97,11 +97,11 @@ class GuardClient:
                     except GuardUnavailable as error:
                         last = error
                         await asyncio.sleep(_RETRY_S)
-                return await self.settled()
+                return await self.wait_idle()
         except TimeoutError:
             raise GuardUnavailable(f"no pause guard: {last or 'it does not answer'}") from last
 
-    async def settled(self) -> Intent | None:
+    async def wait_idle(self) -> Intent | None:
         """What the guard holds, once it is no longer busy resuming."""
         while True:
             answer = await self._ask({"do": "status"})
@@ -149,7 +149,7 @@ class GuardClient:
                         return None if answer["record"] is None else Intent.from_json(answer["record"])
                     await asyncio.sleep(0.02)  # refused: a VM does not run yet, or the guard went away
         except (TimeoutError, UnreadableIntent) as error:
-            self._owed.add(operation)
+            self._pending_disarms.add(operation)
             raise GuardUnavailable(
                 "the pause guard did not confirm that it released the operation"
             ) from error
@@ -171,10 +171,10 @@ class GuardClient:
         self.pid = answer["pid"]
         _log.info("guard.connected", pid=self.pid, state=answer["state"])
         held = answer["intent"]["operation"] if answer["intent"] else ""
-        if held in self._owed:
+        if held in self._pending_disarms:
             with suppress(GuardUnavailable):
                 await self._ask({"do": "disarm", "operation": held})
-                self._owed.discard(held)
+                self._pending_disarms.discard(held)
 
     async def _start_guard(self, address: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         """Start one and connect to it; it may also end at once, when another one holds the lock."""
@@ -218,7 +218,7 @@ class GuardClient:
         self._connected.clear()
         self._gone.set()
         if self._armed:
-            self._owed.add(self._armed)
+            self._pending_disarms.add(self._armed)
         self._armed = ""
         if self._writer is not None:
             self._writer.close()
@@ -227,7 +227,7 @@ class GuardClient:
         self.on_lost()
 
     async def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
-        async with self._turn:
+        async with self._request_lock:
             writer, answers = self._writer, self._answers
             if writer is None or not self._connected.is_set():
                 raise GuardUnavailable("the pause guard is gone")

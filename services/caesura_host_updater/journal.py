@@ -20,7 +20,7 @@ from caesura.delivery.sqlite import SCHEMA, OutboxTable
 from caesura.runtime.database import Database
 from caesura.runtime.errors import CaesuraError, StoreError
 from caesura.runtime.threads import Worker
-from caesura_host_updater.admission import Authority
+from caesura_host_updater.admission import EpochAuthority
 from caesura_host_updater.clocks.verdict import ClockCheck
 from caesura_host_updater.inventory.installs import Mark
 from caesura_host_updater.operation.state import Operation
@@ -57,7 +57,7 @@ T = TypeVar("T")
 _log = structlog.get_logger("caesura.journal")
 
 
-class _Letter(msgspec.Struct, frozen=True):
+class _UnencodedFact(msgspec.Struct, frozen=True):
     """A message as earlier versions kept it: ``type`` is its CloudEvents type, ``body`` its data in JSON."""
 
     event_id: str
@@ -66,7 +66,7 @@ class _Letter(msgspec.Struct, frozen=True):
     body: msgspec.Raw
 
 
-class Entry(msgspec.Struct, frozen=True):
+class JournalEntry(msgspec.Struct, frozen=True):
     """An operation as the journal has it. ``command`` is None for one that was aborted before it arrived."""
 
     id: str
@@ -100,7 +100,7 @@ class Journal:
 
     def _encoded(self, letter: bytes) -> OutboxMessage | None:
         try:
-            old = msgspec.json.decode(letter, type=_Letter)
+            old = msgspec.json.decode(letter, type=_UnencodedFact)
             return from_body(
                 old.type,
                 old.parameters,
@@ -113,16 +113,16 @@ class Journal:
             _log.error("outbox.unreadable", store=self._db.path, why=str(error))
             return None
 
-    def authority(self) -> Authority:
+    def authority(self) -> EpochAuthority:
         """The epoch obeyed."""
         rows = self._db.run("SELECT epoch, coordinator FROM authority")
         if not rows:
-            return Authority()
+            return EpochAuthority()
         with self._db.reading("the epoch that this host obeys"):
             epoch, coordinator = rows[0]
-            return Authority(msgspec.convert(epoch, Epoch), msgspec.convert(coordinator, str))
+            return EpochAuthority(msgspec.convert(epoch, Epoch), msgspec.convert(coordinator, str))
 
-    def obey(self, authority: Authority) -> None:
+    def obey(self, authority: EpochAuthority) -> None:
         """Hold this authority from now on."""
         with self._db.transaction():
             self._db.run(
@@ -213,25 +213,25 @@ class Journal:
         with self._db.reading("an update that succeeded here"):
             return [msgspec.json.decode(row[0], type=Mark) for row in rows]
 
-    def find(self, operation: str) -> Entry | None:
+    def find(self, operation: str) -> JournalEntry | None:
         """What is known of an operation."""
         rows = self._db.run(
             "SELECT id, phase, boot_id, command, state, report FROM operation WHERE id = ?", operation
         )
         return self._entry(rows[0]) if rows else None
 
-    def unfinished(self) -> list[Entry]:
+    def unfinished(self) -> list[JournalEntry]:
         """Operations without an end."""
         rows = self._db.run(
             "SELECT id, phase, boot_id, command, state, report FROM operation WHERE report IS NULL ORDER BY number"
         )
         return [self._entry(row) for row in rows]
 
-    def _entry(self, row: tuple[str, str, str, bytes | None, bytes | None, bytes | None]) -> Entry:
+    def _entry(self, row: tuple[str, str, str, bytes | None, bytes | None, bytes | None]) -> JournalEntry:
         name, phase, boot_id, command, state, report = row
         processes = self._db.run("SELECT pid, start_ticks FROM update_process WHERE operation = ?", name)
         with self._db.reading(f"operation {name}"):
-            return Entry(
+            return JournalEntry(
                 name,
                 phase,
                 boot_id,

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from caesura.runtime.errors import CaesuraError
 from caesura.runtime.threads import in_thread
-from caesura_vmcontrol import processes
+from caesura_vmcontrol import process_control
 
 
 class SpawnError(CaesuraError):
@@ -25,7 +25,7 @@ class SpawnError(CaesuraError):
 
 _UNWANTED_S = 1.0  # s: to end a process whose start was cancelled; some milliseconds are usual
 
-_endings: set[asyncio.Task[None]] = set()
+_finalizer: set[asyncio.Task[None]] = set()
 
 
 def spawn_detached(argv: Sequence[str], environ: Mapping[str, str], log_file: Path) -> int:
@@ -38,7 +38,7 @@ def spawn_detached(argv: Sequence[str], environ: Mapping[str, str], log_file: Pa
         SpawnError: the program cannot be started, or the log file cannot be opened.
     """
     try:
-        return processes.start(tuple(argv), tuple(environ.items()), str(log_file)).pid
+        return process_control.start(tuple(argv), tuple(environ.items()), str(log_file)).pid
     except OSError as error:
         raise SpawnError(f"cannot start {argv[0]}: {error.strerror or error}") from error
 
@@ -64,8 +64,8 @@ async def start_detached(argv: Sequence[str], environ: Mapping[str, str], log_fi
     except asyncio.CancelledError:
         unwanted.set()
         ending = asyncio.create_task(_end_unwanted(starting))
-        _endings.add(ending)
-        ending.add_done_callback(_endings.discard)
+        _finalizer.add(ending)
+        ending.add_done_callback(_finalizer.discard)
         # The caller that cancelled removes files next that a living process would make again. Not indefinitely: the program
         # may be on a file system that does not answer, and is ended when it does.
         await asyncio.wait({ending}, timeout=_UNWANTED_S)

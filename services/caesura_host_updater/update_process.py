@@ -175,8 +175,8 @@ def update_environ(
     base: Mapping[str, str], update: UpdateFile, *, operation: str, host: str, vm: str
 ) -> dict[str, str]:
     """The environment of an update: its own variables and which operation, update, host and VM this is."""
-    told = {"CAESURA_OPERATION": operation, "CAESURA_UPDATE": update.name, "CAESURA_HOST": host}
-    return {**base, **update.environ, **told, **({"CAESURA_VM": vm} if vm else {})}
+    variables = {"CAESURA_OPERATION": operation, "CAESURA_UPDATE": update.name, "CAESURA_HOST": host}
+    return {**base, **update.environ, **variables, **({"CAESURA_VM": vm} if vm else {})}
 
 
 def end_orphans(operation: str, host: str, known: tuple[tuple[int, int], ...]) -> int:

@@ -6,9 +6,9 @@ from collections.abc import Collection, Sequence
 
 from caesura.contract.messages import VmRecord
 from caesura_host_updater.drivers.port import Driver, DriverError, states_within
-from caesura_host_updater.inventory.message import clock_of, vm_records
+from caesura_host_updater.inventory.builder import clock_of, vm_records
 from caesura_host_updater.inventory.vm_spec import VmSpec
-from caesura_host_updater.pauses import how_to_resume
+from caesura_host_updater.pause_markers import how_to_resume
 from caesura_vmcontrol.plans import Plan
 
 STATES_S = 2.0  # s: to read the states of all VMs, which takes milliseconds
@@ -34,7 +34,7 @@ class VmView:
             for vm, state in states.items()
             if state == "paused" and vm not in ours
         }
-        wrong = {vm: why for vm in states if (why := self._driver.complaint(vm))}
+        wrong = {vm: why for vm in states if (why := self._driver.health_error(vm))}
         details = {**self._foreign, **wrong}
         return vm_records(self._specs, self._driver.capabilities, states, details, canaries)
 
@@ -43,7 +43,7 @@ class VmView:
         spec = next((each for each in self._specs if each.name == vm), None)
         return spec is not None and clock_of(spec, self._driver.capabilities(vm)) != "none"
 
-    def complaint(self) -> str:
+    def health_error(self) -> str:
         """For the health probe: the VMs that somebody else paused, and how they are resumed."""
         return "; ".join(f"VM {vm} is {why}" for vm, why in sorted(self._foreign.items()))
 

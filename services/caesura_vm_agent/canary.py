@@ -26,7 +26,7 @@ _ALL = 2**64 - 1
 KEY_BYTES = 16 * PAGE_BYTES
 
 
-class Memory(Protocol):
+class PageBuffer(Protocol):
     """Where the pages are: ``bytearray`` or ``mmap``."""
 
     def __getitem__(self, key: slice, /) -> bytes | bytearray: ...
@@ -60,7 +60,7 @@ class Canary:
         seed: random, new for each start of the agent, so that pages of an earlier start are never taken for current ones.
     """
 
-    def __init__(self, memory: Memory, pages: int, seed: bytes) -> None:
+    def __init__(self, memory: PageBuffer, pages: int, seed: bytes) -> None:
         self.pages = pages
         self._memory = memory
         self._key = key_of(seed)

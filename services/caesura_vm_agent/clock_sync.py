@@ -19,7 +19,7 @@ from caesura_vm_agent.ntp import (
     Done,
     ImplausibleExchange,
     MeasureAgain,
-    Sample,
+    NtpSample,
     SyncPolicy,
     best,
     error_found,
@@ -48,7 +48,7 @@ class ClockSync:
         self._ask = ask
         self._waiting: dict[str, asyncio.Future[tuple[ClockSyncAnswered, int]]] = {}
         self._one = asyncio.Lock()
-        self._stepped: deque[Sample] = deque(maxlen=_STEPS_KEPT)
+        self._stepped: deque[NtpSample] = deque(maxlen=_STEPS_KEPT)
 
     def answered(self, answer: ClockSyncAnswered, t4_ns: int) -> None:
         """An answer arrived at guest time ``t4_ns``; one that nothing waits for any more is ignored."""
@@ -82,7 +82,7 @@ class ClockSync:
         resumed = trigger == "resume"
         most_s = math.inf if resumed and host_known else policy.step_most_s
         limited = "while no record names this VM's host" if resumed else "outside a resume"
-        rounds: list[Sample | None] = []
+        rounds: list[NtpSample | None] = []
         answers = steps = 0
         while True:
             samples = await self._measure()
@@ -125,9 +125,9 @@ class ClockSync:
             refused_step_s=None if step.refused_ns is None else step.refused_ns / NS_PER_S,
         )
 
-    async def _measure(self) -> list[Sample]:
+    async def _measure(self) -> list[NtpSample]:
         """One round of exchanges, one after the other: side by side they would delay each other."""
-        samples: list[Sample] = []
+        samples: list[NtpSample] = []
         for tried in range(self._policy.exchanges):
             if tried >= _SILENCE and not samples:
                 break
@@ -136,7 +136,7 @@ class ClockSync:
                 samples.append(sample)
         return samples
 
-    async def _exchange(self) -> Sample | None:
+    async def _exchange(self) -> NtpSample | None:
         exchange = new_id()
         answer: asyncio.Future[tuple[ClockSyncAnswered, int]] = asyncio.get_running_loop().create_future()
         self._waiting[exchange] = answer
@@ -144,12 +144,12 @@ class ClockSync:
             t1_ns = self._clock.now_ns()
             async with asyncio.timeout(self._policy.answer_timeout_s):
                 await self._ask(ClockSyncRequested(vm=self._vm, exchange=exchange, t1_ns=t1_ns))
-                told, t4_ns = await answer
+                reply, t4_ns = await answer
             # t1 from our own memory: the one that the answer repeats was in other hands.
             return measure(
                 t1_ns,
-                told.t2_ns,
-                told.t3_ns,
+                reply.t2_ns,
+                reply.t3_ns,
                 t4_ns,
                 max_delay_ns=round(self._policy.max_delay_s * NS_PER_S),
             )

@@ -25,7 +25,7 @@ class ImplausibleExchange(CaesuraError):
     """Four timestamps that cannot belong together; the exchange is discarded."""
 
 
-class Sample(msgspec.Struct, frozen=True):
+class NtpSample(msgspec.Struct, frozen=True):
     """The result of one exchange. ``error_ns``: guest clock minus host clock. ``host_ns``: the host's clock when it was asked."""
 
     error_ns: int
@@ -69,13 +69,13 @@ class MeasureAgain(msgspec.Struct, frozen=True):
     """Undecided: the exchanges took too long to show whether the clock is right."""
 
 
-class Step(msgspec.Struct, frozen=True):
+class StepClock(msgspec.Struct, frozen=True):
     """Move the guest clock by this much, then measure again."""
 
     by_ns: int
 
 
-def measure(t1_ns: int, t2_ns: int, t3_ns: int, t4_ns: int, *, max_delay_ns: int) -> Sample:
+def measure(t1_ns: int, t2_ns: int, t3_ns: int, t4_ns: int, *, max_delay_ns: int) -> NtpSample:
     """The sample of one exchange.
 
     Raises:
@@ -91,16 +91,16 @@ def measure(t1_ns: int, t2_ns: int, t3_ns: int, t4_ns: int, *, max_delay_ns: int
     if delay_ns > max_delay_ns:
         raise ImplausibleExchange(f"delay of {delay_ns} ns, at most {max_delay_ns} ns says anything")
     offset_ns = ((t2_ns - t1_ns) + (t3_ns - t4_ns)) // 2
-    return Sample(error_ns=-offset_ns, delay_ns=delay_ns, host_ns=t2_ns)
+    return NtpSample(error_ns=-offset_ns, delay_ns=delay_ns, host_ns=t2_ns)
 
 
-def best(samples: Sequence[Sample]) -> Sample | None:
+def best(samples: Sequence[NtpSample]) -> NtpSample | None:
     """The sample with the least delay; None if there is none."""
     return min(samples, key=lambda sample: sample.delay_ns, default=None)
 
 
 def error_found(
-    first: Sample | None, stepped: Sequence[Sample], *, paused_at_s: float | None
+    first: NtpSample | None, stepped: Sequence[NtpSample], *, paused_at_s: float | None
 ) -> float | None:
     """How far off the clock was after a pause, in seconds; None when it is unknown.
 
@@ -119,14 +119,14 @@ def error_found(
 
 
 def next_step(
-    rounds: Sequence[Sample | None],
+    rounds: Sequence[NtpSample | None],
     *,
     steps: int,
     threshold_s: float,
     bound_s: float,
     most_s: float,
     limited: str = "outside a resume",
-) -> Step | MeasureAgain | Done:
+) -> StepClock | MeasureAgain | Done:
     """What to do after these rounds of measuring (each round's best sample, None where no answer arrived).
 
     The first round steps above ``threshold_s`` (and above its own uncertainty: a step smaller than that is a
@@ -152,7 +152,7 @@ def next_step(
                 refused_ns=last.error_ns,
             )
         if steps < MAX_STEPS and worth_it and (not inside or len(rounds) == 1):
-            return Step(by_ns=-last.error_ns)
+            return StepClock(by_ns=-last.error_ns)
         if not inside and not worth_it:
             return MeasureAgain()
     if inside:

@@ -15,7 +15,7 @@ _LEAST_S = 0.02  # s: the least that each gets
 T = TypeVar("T")
 
 
-class NoAnswer(OSError):
+class CallTimeout(OSError):
     """The call did not return in time, or an earlier one for the same VM has not returned yet."""
 
 
@@ -74,13 +74,13 @@ def within(
     ``discard``: what is done with a result that arrives too late, such as closing it, in that thread.
 
     Raises:
-        NoAnswer: it did not.
+        CallTimeout: it did not.
         OSError: whatever else ``work`` raises.
     """
     call = _Call(_identity(work) if key is None else key, work, discard)
     with _lock:
         if any(each.key == call.key for each in _given_up):
-            raise NoAnswer("the kernel still has not answered")
+            raise CallTimeout("the kernel still has not answered")
     try:
         threading.Thread(target=call.run, name="bounded call", daemon=True).start()
     except RuntimeError:  # the host cannot start a thread: waiting is better than not acting
@@ -89,7 +89,7 @@ def within(
         is_error, result = call.answer.get(timeout=patience_s)
     except Empty:
         if call.give_up():
-            raise NoAnswer("the kernel does not answer") from None
+            raise CallTimeout("the kernel does not answer") from None
         is_error, result = call.answer.get()
     if is_error:
         raise result
@@ -128,11 +128,11 @@ class BoundedCalls:
         ``patience_s``: the least time that it gets, in seconds, if the sweep's patience is used up.
 
         Raises:
-            NoAnswer: it hangs, or the last call with this ``key`` still hangs.
+            CallTimeout: it hangs, or the last call with this ``key`` still hangs.
             OSError: whatever else ``work`` raises.
         """
         if key in self.under_way:
-            raise NoAnswer("the kernel still has not answered")
+            raise CallTimeout("the kernel still has not answered")
         answer: SimpleQueue[Any] = SimpleQueue()
         try:
             self._thread().put((work, answer))
@@ -143,7 +143,7 @@ class BoundedCalls:
         except Empty:
             self._stuck[key] = answer
             self._work = None  # other calls cannot use that thread; it ends when its call returns
-            raise NoAnswer("the kernel does not answer") from None
+            raise CallTimeout("the kernel does not answer") from None
         if is_error:
             raise value
         found: T = value

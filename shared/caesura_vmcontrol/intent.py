@@ -47,7 +47,7 @@ class GuardAction:
     @property
     def done(self) -> bool:
         """Whether every VM runs or is gone."""
-        return all(catch.end for catch in self.vms.values())
+        return all(intervention.end for intervention in self.vms.values())
 
 
 @dataclass
@@ -76,7 +76,7 @@ class Intent:
             else {
                 "why": fired.why,
                 "at": fired.at,
-                "vms": {vm: vars(catch) for vm, catch in fired.vms.items()},
+                "vms": {vm: vars(intervention) for vm, intervention in fired.vms.items()},
             },
         }
 
@@ -86,11 +86,13 @@ class Intent:
         try:
             if data["format"] != FORMAT:
                 raise UnreadableIntent(f"intent of format {data['format']}, this guard knows {FORMAT}")
-            told = data["fired"]
+            action = data["fired"]
             fired = None
-            if told is not None:
-                catches = {vm: Intervention(**catch) for vm, catch in told["vms"].items()}
-                fired = GuardAction(told["why"], float(told["at"]), catches)
+            if action is not None:
+                interventions = {
+                    vm: Intervention(**intervention) for vm, intervention in action["vms"].items()
+                }
+                fired = GuardAction(action["why"], float(action["at"]), interventions)
             return cls(
                 str(data["operation"]),
                 str(data["boot_id"]),

@@ -172,7 +172,7 @@ def read(state_dir: str) -> dict[str, Marker | None]:
     return found
 
 
-def way_out(state_dir: str, vm: str, boot: str) -> Plan | None:
+def recovery_plan(state_dir: str, vm: str, boot: str) -> Plan | None:
     """The way out of a pause as far as the VM's run files show it, for a marker that is damaged. Blocking.
 
     The files are those of the drivers: what a swap or replace prepared, a QEMU's run file, a process VM's.

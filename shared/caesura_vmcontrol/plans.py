@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
-from caesura_vmcontrol import qemu_plans, vmm
+from caesura_vmcontrol import qemu_control, qemu_plans
 from caesura_vmcontrol.procfs import (
     DEAD,
     STOPPED,
@@ -172,7 +172,7 @@ def plan_from_json(data: object) -> Plan:
 
 
 def condition(plan: Plan, table: Mapping[int, Process] | None = None) -> Condition:
-    """What the kernel says of the VM now, for QEMU guests also what QEMU says: see ``vmm``.
+    """What the kernel says of the VM now, for QEMU guests also what QEMU says: see ``qemu_control``.
 
     ``table`` saves reading the process table once per VM.
 
@@ -180,7 +180,7 @@ def condition(plan: Plan, table: Mapping[int, Process] | None = None) -> Conditi
         OSError: the kernel would not say (not: the VM is gone, which is an answer).
     """
     if isinstance(plan, QemuPlan | SwapPlan | ReplacePlan):
-        return vmm.condition(plan)
+        return qemu_control.condition(plan)
     if isinstance(plan, SignalPlan):
         return _condition_of_members(plan.members(process_table() if table is None else table))
     folder = os.path.dirname(plan.control)
@@ -223,7 +223,7 @@ def _condition_v1(folder: str) -> Condition:
 
 
 def thaw(plan: Plan, table: Mapping[int, Process] | None = None) -> None:
-    """Ask the kernel to let the VM run; for QEMU guests, bring what was begun to an end: see ``vmm``.
+    """Ask the kernel to let the VM run; for QEMU guests, bring what was begun to an end: see ``qemu_control``.
 
     Whether it runs is what ``condition`` says afterwards.
 
@@ -231,7 +231,7 @@ def thaw(plan: Plan, table: Mapping[int, Process] | None = None) -> None:
         OSError: the kernel refused, or QEMU did, or does not answer; a VM that is gone is no error.
     """
     if isinstance(plan, QemuPlan | SwapPlan | ReplacePlan):
-        vmm.thaw(plan)
+        qemu_control.thaw(plan)
         return
     if isinstance(plan, SignalPlan):
         for member in plan.members(process_table() if table is None else table):

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 
-from caesura_vmcontrol import vmm
+from caesura_vmcontrol import qemu_control
 from caesura_vmcontrol.plans import Condition, Plan, QemuPlan, ReplacePlan, SwapPlan
 from caesura_vmcontrol.procfs import Process
 
@@ -47,14 +47,14 @@ class QemuProbes:
         self, look: Look, release: Release, clock: Callable[[], float], log: Callable[..., None]
     ) -> None:
         self._log = log
-        self._told: dict[str, str] = {}
+        self._last_reasons: dict[str, str] = {}
         self._tries: dict[str, int] = {}
         self._look = look
         self._release = release
         self._clock = clock
         self._done: SimpleQueue[ProbeResult] = SimpleQueue()
         self._under_way: set[str] = set()
-        self._owed: set[str] = set()
+        self._pending: set[str] = set()
         self._fresh: set[str] = set()
         """The VMs whose round under way is a whole one that began after it was demanded."""
         self._decided: set[str] = set()
@@ -67,9 +67,9 @@ class QemuProbes:
         return frozenset(self._under_way)
 
     @property
-    def owed(self) -> frozenset[str]:
+    def pending(self) -> frozenset[str]:
         """The VMs whose demanded round has not yet ended with a guest that runs or is gone."""
-        return frozenset(self._owed)
+        return frozenset(self._pending)
 
     def demand(self, vms: Iterable[str]) -> None:
         """Something happened: what was seen of these VMs before may no longer be true.
@@ -78,7 +78,7 @@ class QemuProbes:
         way, or one that only looks, does not count.
         """
         named = frozenset(vms)
-        self._owed |= named
+        self._pending |= named
         self._fresh -= named
 
     def begin(self, plan: Plan, *, only_look: bool = False, pause_s: float = 0) -> None:
@@ -89,7 +89,7 @@ class QemuProbes:
         vm = plan.vm
         if vm in self._under_way:
             return
-        not_before = self._not_before.get(vm, 0) + (0 if vm in self._owed else pause_s)
+        not_before = self._not_before.get(vm, 0) + (0 if vm in self._pending else pause_s)
         if not only_look and self._clock() < not_before:
             return
         self._under_way.add(vm)
@@ -117,20 +117,20 @@ class QemuProbes:
             if last.vm in self._fresh:
                 self._fresh.discard(last.vm)
                 if not last.why_not and last.state in ("running", "gone"):
-                    self._owed.discard(last.vm)
+                    self._pending.discard(last.vm)
             found.append(last)
             self._pace(last)
-            self._tell(last)
+            self._log_failures(last)
         return found
 
-    def _tell(self, last: ProbeResult) -> None:
+    def _log_failures(self, last: ProbeResult) -> None:
         """Log what failed, each reason once."""
         for why in last.tries[self._tries.get(last.vm, 0) :]:
             self._log("guard.try_failed", vm=last.vm, why=why)
         self._tries[last.vm] = max(len(last.tries), self._tries.get(last.vm, 0))
-        if last.why_not and self._told.get(last.vm) != last.why_not:
+        if last.why_not and self._last_reasons.get(last.vm) != last.why_not:
             self._log("guard.resume_failed", vm=last.vm, why=last.why_not)
-        self._told[last.vm] = last.why_not
+        self._last_reasons[last.vm] = last.why_not
 
     def _pace(self, last: ProbeResult) -> None:
         longer_s = min(self._wait_s.get(last.vm, 0) * 2 or _FIRST_S, _BACK_OFF_S)
@@ -151,9 +151,9 @@ class QemuProbes:
                     self._release(plan, None)
                     self._decided.add(plan.vm)
                 finally:
-                    tries = vmm.tries(plan) if isinstance(plan, VMM_PLANS) else []
+                    tries = qemu_control.tries(plan) if isinstance(plan, VMM_PLANS) else []
                 state = self._look(plan, None)
-            owner = vmm.owner_of(plan) if isinstance(plan, VMM_PLANS) else ""
+            owner = qemu_control.owner_of(plan) if isinstance(plan, VMM_PLANS) else ""
         except Exception as error:  # noqa: BLE001 - see above; whatever it was is logged
             why_not = str(error) or type(error).__name__
             state = "held"
@@ -163,4 +163,4 @@ class QemuProbes:
 
 
 def _settled(plan: Plan) -> bool:
-    return vmm.settled(plan) if isinstance(plan, VMM_PLANS) else True
+    return qemu_control.settled(plan) if isinstance(plan, VMM_PLANS) else True

@@ -14,7 +14,19 @@ from contextlib import suppress
 from caesura_vmcontrol import claims
 from caesura_vmcontrol.bounded import within
 from caesura_vmcontrol.claims import Owner
-from caesura_vmcontrol.guest import (
+from caesura_vmcontrol.process_control import (
+    LOG_S,
+    boost_priority,
+    find_by_env,
+    kill_and_wait,
+    restore_priority,
+    sigcont,
+    start,
+)
+from caesura_vmcontrol.procfs import Process, alive, send_signal
+from caesura_vmcontrol.qemu_plans import ReplacePlan
+from caesura_vmcontrol.qmp import Qmp, QmpError
+from caesura_vmcontrol.qmp_commands import (
     CONT_S,
     LOADING,
     UNDER_WAY,
@@ -29,18 +41,6 @@ from caesura_vmcontrol.guest import (
     reach,
     run_state,
 )
-from caesura_vmcontrol.processes import (
-    LOG_S,
-    boost_priority,
-    find_by_env,
-    kill_and_wait,
-    restore_priority,
-    sigcont,
-    start,
-)
-from caesura_vmcontrol.procfs import Process, alive, send_signal
-from caesura_vmcontrol.qemu_plans import ReplacePlan
-from caesura_vmcontrol.qmp import Qmp, QmpError
 from caesura_vmcontrol.swapping import roll_back
 
 _TOTAL_S = 1.0  # s: one call, except for a process that is starting; the caller tries again
@@ -60,10 +60,10 @@ class BadStateFile(OSError):
     """The state file is not the one that was claimed, or the RAM file not its guest's. It is never loaded."""
 
 
-def way_out(plan: ReplacePlan, *, alone: bool) -> None:
+def recover(plan: ReplacePlan, *, alone: bool) -> None:
     """Bring the replace to an end. Safe at any time, repeated or concurrently.
 
-    ``alone``: no other ``way_out`` of this operation is under way; only then are unclaimed processes beside a
+    ``alone``: no other ``recover`` of this operation is under way; only then are unclaimed processes beside a
     claimed one killed.
 
     Raises:
@@ -80,14 +80,14 @@ def way_out(plan: ReplacePlan, *, alone: bool) -> None:
             lives = alive(plan.old.pid, plan.old.start_ticks)
             claims.claim(plan.claims, 1, "old" if lives else "gone")
         elif owner.kind == "old":
-            _back(plan, until)
+            _roll_back(plan, until)
             return
         elif owner.kind == "gone":
             _clear_away(plan, 0, until)
             kill_and_wait(plan.old.pid, plan.old.start_ticks, until)
             return
         elif owner.kind == "new":
-            if _forward(plan, number, owner, until):
+            if _commit_new(plan, number, owner, until):
                 if alone and claims.current(plan.claims) == (number, owner):
                     _clear_away(plan, owner.pid, until)
                 return
@@ -122,7 +122,7 @@ def _written(plan: ReplacePlan) -> int:
     return max(sizes)
 
 
-def _back(plan: ReplacePlan, until: float) -> None:
+def _roll_back(plan: ReplacePlan, until: float) -> None:
     """The old process has the guest permanently."""
     while True:
         _wait_until_it_shows(plan, until)
@@ -167,7 +167,7 @@ def started(plan: ReplacePlan) -> list[Process]:
     return [each for each in find_by_env(plan.mark) if each.pid != plan.old.pid]
 
 
-def _forward(plan: ReplacePlan, number: int, owner: Owner, until: float) -> bool:
+def _commit_new(plan: ReplacePlan, number: int, owner: Owner, until: float) -> bool:
     """The claimed process has the guest, unless it is proved that it never ran it. False: read the claims again."""
     pid, ticks = owner.pid, owner.start_ticks
     sigcont(pid, ticks)

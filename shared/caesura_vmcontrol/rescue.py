@@ -40,7 +40,7 @@ def marked_and_paused(state_dir: str, boot: str, log: Log) -> Intent | None:
     plans: dict[str, tuple[str, float, Plan]] = {}
     for vm, marker in markers.read(state_dir).items():
         if marker is None:
-            plan = markers.way_out(state_dir, vm, boot)
+            plan = markers.recovery_plan(state_dir, vm, boot)
             log("marker.damaged", vm=vm, way_out="from its run files" if plan is not None else "none")
             if plan is not None:
                 plans[vm] = ("", time.monotonic(), plan)

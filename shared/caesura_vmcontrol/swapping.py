@@ -11,7 +11,11 @@ from contextlib import suppress
 
 from caesura_vmcontrol import claims
 from caesura_vmcontrol.claims import Owner
-from caesura_vmcontrol.guest import (
+from caesura_vmcontrol.process_control import kill_and_wait, sigcont, sigstop
+from caesura_vmcontrol.procfs import alive
+from caesura_vmcontrol.qemu_plans import SwapPlan, Vmm
+from caesura_vmcontrol.qmp import Qmp, QmpError
+from caesura_vmcontrol.qmp_commands import (
     CONT_S,
     LOADING,
     NOT_OURS,
@@ -29,10 +33,6 @@ from caesura_vmcontrol.guest import (
     reach,
     run_state,
 )
-from caesura_vmcontrol.processes import kill_and_wait, sigcont, sigstop
-from caesura_vmcontrol.procfs import alive
-from caesura_vmcontrol.qemu_plans import SwapPlan, Vmm
-from caesura_vmcontrol.qmp import Qmp, QmpError
 
 _TOTAL_S = 1.0  # s: one call; the caller tries again
 _NOBODY_COMES_S = (
@@ -42,7 +42,7 @@ _ARRIVED_S = 0.5  # s: an answer takes a millisecond
 _STEP_S = 0.002
 
 
-def way_out(plan: SwapPlan) -> None:
+def recover(plan: SwapPlan) -> None:
     """Bring the swap to an end, one way or the other. Safe at any time, repeated or concurrently.
 
     Raises:
@@ -62,7 +62,7 @@ def way_out(plan: SwapPlan) -> None:
             roll_back(plan.old, [(plan.new.pid, plan.new.start_ticks)], until, ours=ours, begun=begun)
             return
         elif owner.kind == "new":
-            if _forward(plan, number, owner, until):
+            if _commit_new(plan, number, owner, until):
                 return
             until = time.monotonic() + _TOTAL_S  # another decision is valid: a new time limit for it
         elif owner.kind == "gone":
@@ -179,7 +179,7 @@ def _has_everything(qmp: Qmp, until: float) -> bool:
         time.sleep(_STEP_S)
 
 
-def _forward(plan: SwapPlan, number: int, owner: Owner, until: float) -> bool:
+def _commit_new(plan: SwapPlan, number: int, owner: Owner, until: float) -> bool:
     """The new process has the guest, unless it is proved that it never ran it. False: read the claims again."""
     old, pid, ticks = plan.old, owner.pid, owner.start_ticks
     sigstop(old.pid, old.start_ticks)

@@ -40,7 +40,7 @@ class GuardRefusal(Exception):
     """The guard refuses the request; the text gives the reason."""
 
 
-class Store(Protocol):
+class IntentStore(Protocol):
     """Where the intent is kept; ``IntentFile`` is the real one."""
 
     def store(self, intent: Intent) -> None:
@@ -69,7 +69,7 @@ class Watchdog:
 
     def __init__(
         self,
-        store: Store,
+        store: IntentStore,
         log: Log,
         *,
         clock: Callable[[], float] = time.monotonic,
@@ -85,7 +85,7 @@ class Watchdog:
         self._owner_gone_at: float | None = None
         self._seen_running: dict[str, float] = {}
         self._unstored_since: float | None = None
-        self._rounds = QemuProbes(look, release, clock, log)
+        self._probes = QemuProbes(look, release, clock, log)
         self._calls = BoundedCalls()
         self._complaints: dict[tuple[str, str], str] = {}
         """The last log line of each VM, by event: one that hangs is looked at every few milliseconds."""
@@ -102,7 +102,7 @@ class Watchdog:
             return "ready"
         if self._intent.fired is None:
             return "armed"
-        return "fired" if self._intent.fired.done and not self._rounds.owed else "firing"
+        return "fired" if self._intent.fired.done and not self._probes.pending else "firing"
 
     @property
     def at_rest(self) -> bool:
@@ -143,14 +143,16 @@ class Watchdog:
         # What was recorded before our start is closer to the truth than what we find now; what is paused again since
         # is found by the looks that follow.
         self._seen_running = {
-            vm: catch.running_at for vm, catch in before.vms.items() if catch.running_at is not None
+            vm: intervention.running_at
+            for vm, intervention in before.vms.items()
+            if intervention.running_at is not None
         }
         vms = {plan.vm: before.vms.get(plan.vm) or Intervention(was_frozen=False) for plan in intent.plans}
         self._begin(intent, GuardAction(before.why, before.at, vms))
 
     def _reset(self) -> None:
         self._seen_running = {}
-        self._rounds = QemuProbes(self._look, self._release, self._clock, self._log)
+        self._probes = QemuProbes(self._look, self._release, self._clock, self._log)
 
     def owner_gone(self, *, dead: bool) -> None:
         """The updater's connection ended, or its process did (``dead``)."""
@@ -185,7 +187,7 @@ class Watchdog:
         intent = self._intent
         if intent is None or intent.fired is None:
             return
-        self._rounds.demand(plan.vm for plan in intent.plans if isinstance(plan, VMM_PLANS))
+        self._probes.demand(plan.vm for plan in intent.plans if isinstance(plan, VMM_PLANS))
         self._sweep(release_all=True)
 
     def disarm(self, operation: str) -> dict[str, Any] | None:
@@ -207,15 +209,15 @@ class Watchdog:
         for _ in range(2):  # a round that began earlier is awaited first; then follows the one that counts
             self.step()
             # A round that is still under way could resume a VM that the next operation has frozen.
-            self._take_in(intent, self._rounds.ended(max(until - time.monotonic(), 0)))
-            if not self._rounds.owed:
+            self._record_results(intent, self._probes.ended(max(until - time.monotonic(), 0)))
+            if not self._probes.pending:
                 break
         under_way = self._calls.under_way
         if _STORE in under_way:
             raise GuardRefusal("the record is still being written")
-        stuck = set(self._rounds.under_way | self._rounds.owed | under_way)
+        stuck = set(self._probes.under_way | self._probes.pending | under_way)
         if intent.fired is not None:
-            stuck |= {vm for vm, catch in intent.fired.vms.items() if not catch.end}
+            stuck |= {vm for vm, intervention in intent.fired.vms.items() if not intervention.end}
         if stuck:
             raise GuardRefusal(f"not running yet: {', '.join(sorted(stuck))}")
         try:
@@ -237,12 +239,12 @@ class Watchdog:
             self.fire("the deadline passed")
         fired = intent.fired
         assert fired is not None  # noqa: S101 - fire() sets it
-        self._take_in(intent, self._rounds.ended())
+        self._record_results(intent, self._probes.ended())
         if not self.at_rest:
             self._sweep()
         if self._unstored_since is not None and now - self._unstored_since > _STORE_RETRY_S:
             self._save()
-        if self.state == "firing" or self._rounds.under_way:
+        if self.state == "firing" or self._probes.under_way:
             return _RETRY_S
         if self._owner_gone_at is None:
             return _ENFORCE_S if now - fired.at < 60 else _ENFORCE_IDLE_S
@@ -264,14 +266,14 @@ class Watchdog:
         for plan in intent.plans:
             if isinstance(plan, VMM_PLANS):
                 ended = bool(intent.fired.vms[plan.vm].end)
-                self._rounds.begin(plan, pause_s=_ENFORCE_QEMU_S if ended else 0)
+                self._probes.begin(plan, pause_s=_ENFORCE_QEMU_S if ended else 0)
         plans = [plan for plan in intent.plans if not isinstance(plan, VMM_PLANS)]
         self._calls.begin_sweep()
         table = self._table(intent)
         held = {plan.vm: self._held(plan, table) for plan in plans}
         for plan in plans:
             if held[plan.vm] or release_all:
-                self._let_go(plan, table)
+                self._release_vm(plan, table)
         table = self._table(intent) if any(held.values()) else table
         changed = False
         for plan in plans:
@@ -280,21 +282,24 @@ class Watchdog:
         if changed and intent.fired.done:
             self._save()
 
-    def _take_in(self, intent: Intent, rounds: list[ProbeResult]) -> None:
+    def _record_results(self, intent: Intent, rounds: list[ProbeResult]) -> None:
         """Record what rounds of QEMU guests have found."""
         changed = False
         for each in rounds:
             if intent.fired is None or each.only_look:
                 continue  # a look that a disarm has asked for decides nothing
-            catch = intent.fired.vms[each.vm]
-            before = catch.end
-            changed |= catch.owner != each.owner
-            catch.owner = each.owner
+            intervention = intent.fired.vms[each.vm]
+            before = intervention.end
+            changed |= intervention.owner != each.owner
+            intervention.owner = each.owner
             changed |= self._note(each.vm, each.was_held, each.state, each.at)
             if each.why_not:
-                catch.end, catch.running_at = "", None  # not complete whatever it does: try again
-            elif catch.end and not before:
-                self._log("guard.vm_settled", vm=each.vm, end=catch.end, owner=catch.owner)
+                intervention.end, intervention.running_at = (
+                    "",
+                    None,
+                )  # not complete whatever it does: try again
+            elif intervention.end and not before:
+                self._log("guard.vm_settled", vm=each.vm, end=intervention.end, owner=intervention.owner)
         if changed and intent.fired is not None and intent.fired.done:
             self._save()
 
@@ -303,29 +308,32 @@ class Watchdog:
         asked = {plan.vm for plan in intent.plans if isinstance(plan, VMM_PLANS)}
         for plan in intent.plans:
             if plan.vm in asked:
-                self._rounds.begin(plan, only_look=True)
+                self._probes.begin(plan, only_look=True)
         self._calls.begin_sweep()
         table = self._table(intent)
         if any(self._held(plan, table) for plan in intent.plans if plan.vm not in asked):
             return True
-        seen = {each.vm: each.was_held or bool(each.why_not) for each in self._rounds.ended(_LOOK_ROUND_S)}
+        seen = {each.vm: each.was_held or bool(each.why_not) for each in self._probes.ended(_LOOK_ROUND_S)}
         return any(seen.get(vm, True) for vm in asked)
 
     def _note(self, vm: str, was_held: bool, state: Condition, at: float) -> bool:
         """Record what was found of one VM; whether it is new."""
         if self._intent is None or self._intent.fired is None:
             return False
-        catch = self._intent.fired.vms[vm]
-        before = asdict(catch)
+        intervention = self._intent.fired.vms[vm]
+        before = asdict(intervention)
         if was_held or state not in ("running", "gone"):
-            if not catch.was_frozen:
-                catch.frozen_after = self._seen_running.get(vm)
-            catch.was_frozen, catch.end, catch.running_at = True, "", None
+            if not intervention.was_frozen:
+                intervention.frozen_after = self._seen_running.get(vm)
+            intervention.was_frozen, intervention.end, intervention.running_at = True, "", None
         if state in ("running", "gone"):
             self._seen_running[vm] = at
-            if not catch.end or (catch.end, state) == ("gone", "running"):  # it was only believed to be gone
-                catch.end, catch.running_at = state, at
-        return asdict(catch) != before
+            if not intervention.end or (intervention.end, state) == (
+                "gone",
+                "running",
+            ):  # it was only believed to be gone
+                intervention.end, intervention.running_at = state, at
+        return asdict(intervention) != before
 
     def _held(self, plan: Plan, table: Mapping[int, Process] | None) -> bool:
         return self._condition(plan, table) not in ("running", "gone")
@@ -339,7 +347,7 @@ class Watchdog:
         self._complaints.pop(("guard.look_failed", plan.vm), None)
         return found
 
-    def _let_go(self, plan: Plan, table: Mapping[int, Process] | None) -> None:
+    def _release_vm(self, plan: Plan, table: Mapping[int, Process] | None) -> None:
         try:
             self._calls.call(plan.vm, lambda: self._release(plan, table))
         except OSError as error:

@@ -30,7 +30,7 @@ class _PendingSync:
         self.wait = wait
         self.answer: AgentClockSynced | None = None
         self.resumed: OutboxMessage | None = None
-        self.told_at: float | None = None
+        self.published_at: float | None = None
         self.repeat_at = 0.0
         self.asking: asyncio.Task[VmClockSynced] | None = None
         """The driver is setting the clock from outside."""
@@ -91,39 +91,39 @@ class ClockSyncTracker:
 
         return dict(zip(vms, await asyncio.gather(*map(ask, vms)), strict=True))
 
-    def on_resume_published(self, letter: OutboxMessage, message: VmResumed) -> None:
+    def on_resume_published(self, resumed: OutboxMessage, message: VmResumed) -> None:
         """The broker has accepted a VM's `resumed`."""
-        case = self._case(message.vm, message.operation)
+        pending = self._find_pending(message.vm, message.operation)
         now = time.monotonic()
-        if case is None:
+        if pending is None:
             _, answer, _ = self._early.get((message.vm, message.operation), (None, None, None))
-            self._early[message.vm, message.operation] = (letter, answer, now)
-        elif case.resumed is None:
-            case.resumed, case.told_at, case.repeat_at = letter, now, now + REPEAT_S
+            self._early[message.vm, message.operation] = (resumed, answer, now)
+        elif pending.resumed is None:
+            pending.resumed, pending.published_at, pending.repeat_at = resumed, now, now + REPEAT_S
             self._stir.set()
 
     def answered(self, message: AgentClockSynced) -> None:
         """An agent measured its clock."""
         if message.trigger != "resume" or not message.operation:
             return
-        case = self._case(message.vm, message.operation)
-        if case is not None:
-            case.answer = _fuller(case.answer, message)
+        pending = self._find_pending(message.vm, message.operation)
+        if pending is not None:
+            pending.answer = _fuller(pending.answer, message)
             self._stir.set()
             return
         this = (message.vm, message.operation)
-        letter, earlier, at = self._early.get(this, (None, None, None))
-        if letter is None:
+        resumed, earlier, at = self._early.get(this, (None, None, None))
+        if resumed is None:
             # It may arrive before the broker's acknowledgement of `resumed`. One such answer of a VM is kept.
             for key, early in list(self._early.items()):
                 if key[0] == message.vm and key != this and early[0] is None:
                     del self._early[key]
-        self._early[this] = (letter, _fuller(earlier, message), at)
+        self._early[this] = (resumed, _fuller(earlier, message), at)
 
-    def expect(self, waits: Sequence[ClockCheck], *, told: bool = False) -> None:
+    def track(self, waits: Sequence[ClockCheck], *, already_published: bool = False) -> None:
         """An operation was reported: its VMs may be judged from now on.
 
-        ``told``: the broker may have accepted their `resumed` in a previous run of this service.
+        ``already_published``: the broker may have accepted their `resumed` in a previous run of this service.
         """
         for wait in waits:
             if wait.vm in self._open:
@@ -132,13 +132,13 @@ class ClockSyncTracker:
                     self._open[wait.vm],
                     unsynced(self._host, self._open[wait.vm].wait, why, datetime.now(UTC)),
                 )
-            case = self._open[wait.vm] = _PendingSync(wait)
-            case.resumed, case.answer, case.told_at = self._early.get(
+            pending = self._open[wait.vm] = _PendingSync(wait)
+            pending.resumed, pending.answer, pending.published_at = self._early.get(
                 (wait.vm, wait.operation), (None, None, None)
             )
-            case.repeat_at = time.monotonic() + REPEAT_S
-            if told and case.told_at is None:
-                case.told_at = time.monotonic()
+            pending.repeat_at = time.monotonic() + REPEAT_S
+            if already_published and pending.published_at is None:
+                pending.published_at = time.monotonic()
         if waits:  # a report without VMs (refused, cancelled) may arrive while another operation is under way
             self._early.clear()
         if self._open:
@@ -147,9 +147,9 @@ class ClockSyncTracker:
 
     def waits_for(self, wait: ClockCheck) -> bool:
         """Whether the verdict is still due."""
-        return self._case(wait.vm, wait.operation) is not None
+        return self._find_pending(wait.vm, wait.operation) is not None
 
-    async def settled(self, timeout_s: float) -> bool:
+    async def wait_all_judged(self, timeout_s: float) -> bool:
         """Wait until no VM waits for its verdict; whether that happened in time."""
         with suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
@@ -158,27 +158,27 @@ class ClockSyncTracker:
 
     def connected(self) -> None:
         """The broker is back: every VM that waits gets the whole time limit again."""
-        for case in self._open.values():
-            if case.told_at is not None:
-                case.told_at = time.monotonic()
-                case.repeat_at = case.told_at + REPEAT_S
+        for pending in self._open.values():
+            if pending.published_at is not None:
+                pending.published_at = time.monotonic()
+                pending.repeat_at = pending.published_at + REPEAT_S
         self._stir.set()
 
-    def _case(self, vm: str, operation: str) -> _PendingSync | None:
-        case = self._open.get(vm)
-        return case if case is not None and case.wait.operation == operation else None
+    def _find_pending(self, vm: str, operation: str) -> _PendingSync | None:
+        pending = self._open.get(vm)
+        return pending if pending is not None and pending.wait.operation == operation else None
 
     async def run(self) -> None:
         """Judge, repeat and give up. Never ends."""
         try:
             while True:
                 self._stir.clear()
-                for case in list(self._open.values()):
-                    self._look(case)
+                for pending in list(self._open.values()):
+                    self._look(pending)
                 due = [
-                    min(case.repeat_at, (case.told_at or case.repeat_at) + self._timeout_s)
-                    for case in self._open.values()
-                    if case.told_at is not None and case.asking is None
+                    min(pending.repeat_at, (pending.published_at or pending.repeat_at) + self._timeout_s)
+                    for pending in self._open.values()
+                    if pending.published_at is not None and pending.asking is None
                 ]
                 try:
                     async with asyncio.timeout(max(0.01, min(due) - time.monotonic()) if due else None):
@@ -186,35 +186,35 @@ class ClockSyncTracker:
                 except TimeoutError:
                     continue
         finally:
-            for case in self._open.values():
-                if case.asking is not None:
-                    case.asking.cancel()
+            for pending in self._open.values():
+                if pending.asking is not None:
+                    pending.asking.cancel()
 
-    def _look(self, case: _PendingSync) -> None:
+    def _look(self, pending: _PendingSync) -> None:
         now = time.monotonic()
-        if case.asking is not None:
-            if case.asking.done():
-                self._close(case, self._better(case, case.asking.result()))
-        elif case.answer is not None and not self._waits_for_canary(case, now):
-            verdict = judge(self._host, case.wait, case.answer, datetime.now(UTC))
-            if verdict.synced or not self._settable(case.wait.vm):
-                self._close(case, verdict)
+        if pending.asking is not None:
+            if pending.asking.done():
+                self._close(pending, self._better(pending, pending.asking.result()))
+        elif pending.answer is not None and not self._waits_for_canary(pending, now):
+            verdict = judge(self._host, pending.wait, pending.answer, datetime.now(UTC))
+            if verdict.synced or not self._settable(pending.wait.vm):
+                self._close(pending, verdict)
             else:
-                self._ask_driver(case, f"its agent could not: {verdict.reason}")
-        elif case.wait.vm in self._without_agent:
-            self._ask_driver(case, "no agent")
-        elif case.told_at is not None and now >= case.told_at + self._timeout_s:
+                self._ask_driver(pending, f"its agent could not: {verdict.reason}")
+        elif pending.wait.vm in self._without_agent:
+            self._ask_driver(pending, "no agent")
+        elif pending.published_at is not None and now >= pending.published_at + self._timeout_s:
             why = f"its agent did not answer within {self._timeout_s:g} s"
-            self._ask_driver(case, why)
-        elif case.told_at is not None and case.resumed is not None and now >= case.repeat_at:
-            case.repeat_at = now + REPEAT_S
-            self._repeat(case.resumed)
+            self._ask_driver(pending, why)
+        elif pending.published_at is not None and pending.resumed is not None and now >= pending.repeat_at:
+            pending.repeat_at = now + REPEAT_S
+            self._repeat(pending.resumed)
 
-    def _waits_for_canary(self, case: _PendingSync, now: float) -> bool:
+    def _waits_for_canary(self, pending: _PendingSync, now: float) -> bool:
         """Whether the agent has its clock and still compares its canary; no longer than for a silent agent."""
-        if not case.wait.canary_writes or case.answer is None or case.answer.canary is not None:
+        if not pending.wait.canary_writes or pending.answer is None or pending.answer.canary is not None:
             return False
-        return case.told_at is None or now < case.told_at + self._timeout_s
+        return pending.published_at is None or now < pending.published_at + self._timeout_s
 
     def _clocks(self, vm: str) -> ClockCapable:
         """The driver, where it reaches into guests."""
@@ -228,23 +228,23 @@ class ClockSyncTracker:
         """Whether the driver may be able to set the clock from outside."""
         return self._driver.capabilities(vm).clock == "system"
 
-    def _better(self, case: _PendingSync, by_driver: VmClockSynced) -> VmClockSynced:
+    def _better(self, pending: _PendingSync, by_driver: VmClockSynced) -> VmClockSynced:
         """The agent's answer, if there is one: it may have arrived while the driver was asked."""
-        if case.answer is None:
+        if pending.answer is None:
             return by_driver
-        by_agent = judge(self._host, case.wait, case.answer, datetime.now(UTC))
+        by_agent = judge(self._host, pending.wait, pending.answer, datetime.now(UTC))
         if by_agent.synced or not by_driver.synced:
             return by_agent
         return msgspec.structs.replace(by_driver, memory=by_agent.memory or by_driver.memory)
 
-    def _ask_driver(self, case: _PendingSync, why: str) -> None:
-        case.asking = asyncio.create_task(self._by_driver(case.wait, why))
-        case.asking.add_done_callback(lambda _: self._stir.set())
+    def _ask_driver(self, pending: _PendingSync, why: str) -> None:
+        pending.asking = asyncio.create_task(self._by_driver(pending.wait, why))
+        pending.asking.add_done_callback(lambda _: self._stir.set())
 
     async def _by_driver(self, wait: ClockCheck, why: str) -> VmClockSynced:
         try:
             async with asyncio.timeout(self._timeout_s):
-                told = await self._clocks(wait.vm).sync_clock(wait.vm)
+                clock_set = await self._clocks(wait.vm).sync_clock(wait.vm)
                 memory = await self._same_boot(wait.vm, wait.kernel_boot_id)
         except DriverError as error:
             return unsynced(self._host, wait, f"{why}, and {error.why}", datetime.now(UTC))
@@ -254,7 +254,7 @@ class ClockSyncTracker:
         except Exception as error:  # noqa: BLE001 - a broken adapter must not leave the other clocks unjudged
             _log.exception("clock.driver_broken", vm=wait.vm)
             return unsynced(self._host, wait, f"{why}, and {error!r}", datetime.now(UTC))
-        return judge_driver(self._host, wait, told, memory, datetime.now(UTC))
+        return judge_driver(self._host, wait, clock_set, memory, datetime.now(UTC))
 
     async def _same_boot(self, vm: str, before: str) -> MemoryProof | None:
         if not before:
@@ -264,12 +264,12 @@ class ClockSyncTracker:
         except DriverError as error:
             return memory_proof(detail=f"its boot id could not be read: {error.why}")
 
-    def _close(self, case: _PendingSync, verdict: VmClockSynced) -> None:
-        del self._open[case.wait.vm]
+    def _close(self, pending: _PendingSync, verdict: VmClockSynced) -> None:
+        del self._open[pending.wait.vm]
         if not self._open:
             self._all_judged.set()
-        if case.asking is not None:
-            case.asking.cancel()
+        if pending.asking is not None:
+            pending.asking.cancel()
         log = _log.info if verdict.synced else _log.error
         log(
             "clock.judged",

@@ -25,18 +25,18 @@ class ClockCheck(msgspec.Struct, frozen=True):
     canary_writes: int = 0
 
 
-def judge(host: str, wait: ClockCheck, told: AgentClockSynced, at: datetime) -> VmClockSynced:
+def judge(host: str, wait: ClockCheck, answer: AgentClockSynced, at: datetime) -> VmClockSynced:
     """The host's verdict on what an agent measured.
 
     The true error lies within the uncertainty around the measured one, so the clock is right only if even
     the worst of that range is within the bound.
     """
-    why = told.reason
-    right = told.synced and told.error_after_s is not None
-    if told.synced and told.error_after_s is None:
+    why = answer.reason
+    right = answer.synced and answer.error_after_s is not None
+    if answer.synced and answer.error_after_s is None:
         why = "the agent says synced but measured no error"
-    if right and told.error_after_s is not None:
-        too_far = _too_far(told.error_after_s, told.uncertainty_s or 0.0, wait.bound_s)
+    if right and answer.error_after_s is not None:
+        too_far = _too_far(answer.error_after_s, answer.uncertainty_s or 0.0, wait.bound_s)
         right, why = not too_far, too_far or why
     return VmClockSynced(
         vm=wait.vm,
@@ -46,21 +46,21 @@ def judge(host: str, wait: ClockCheck, told: AgentClockSynced, at: datetime) -> 
         operation=wait.operation,
         synced=right,
         by="agent",
-        error_before_s=told.error_before_s,
-        error_after_s=told.error_after_s,
-        uncertainty_s=told.uncertainty_s,
-        simulated=told.simulated,
-        memory=shown_by_guest(wait, told),
+        error_before_s=answer.error_before_s,
+        error_after_s=answer.error_after_s,
+        uncertainty_s=answer.uncertainty_s,
+        simulated=answer.simulated,
+        memory=shown_by_guest(wait, answer),
         reason=why[:4096],
         at=at,
     )
 
 
 def judge_driver(
-    host: str, wait: ClockCheck, told: ClockSet, memory: MemoryProof | None, at: datetime
+    host: str, wait: ClockCheck, answer: ClockSet, memory: MemoryProof | None, at: datetime
 ) -> VmClockSynced:
     """The verdict on a clock that was set from outside the guest."""
-    why = _too_far(told.after_s, told.uncertainty_s, wait.bound_s)
+    why = _too_far(answer.after_s, answer.uncertainty_s, wait.bound_s)
     return VmClockSynced(
         vm=wait.vm,
         host=host,
@@ -69,9 +69,9 @@ def judge_driver(
         operation=wait.operation,
         synced=not why,
         by="driver",
-        error_before_s=told.before_s,
-        error_after_s=told.after_s,
-        uncertainty_s=told.uncertainty_s,
+        error_before_s=answer.before_s,
+        error_after_s=answer.after_s,
+        uncertainty_s=answer.uncertainty_s,
         memory=memory,
         reason=why,
         at=at,
@@ -85,10 +85,10 @@ def _too_far(error_s: float, uncertainty_s: float, bound_s: float) -> str:
     return f"the clock may be {worst_s:.4f} s off after the sync, the bound is {bound_s:g} s"
 
 
-def shown_by_guest(wait: ClockCheck, told: AgentClockSynced) -> MemoryProof:
+def shown_by_guest(wait: ClockCheck, answer: AgentClockSynced) -> MemoryProof:
     """What the agent's answer shows of the guest's memory: its boot id, and its canary if it holds one."""
-    one = same_boot(wait.boot_id, told.boot_id)
-    return combined(one, _canary(wait.canary_writes, told.canary)) or one
+    one = same_boot(wait.boot_id, answer.boot_id)
+    return combined(one, _canary(wait.canary_writes, answer.canary)) or one
 
 
 def _canary(writes_before: int, found: CanaryReport | None) -> MemoryProof | None:

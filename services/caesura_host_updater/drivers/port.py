@@ -127,7 +127,7 @@ class Driver(Protocol):
     def ping(self) -> str:
         """Empty text when well, else what is wrong; for the health probe."""
 
-    def complaint(self, vm: str) -> str:
+    def health_error(self, vm: str) -> str:
         """What is wrong with this VM, for people: why it does not run or cannot be resumed; empty: nothing."""
 
     async def open(self) -> None:

@@ -66,14 +66,14 @@ class CatalogueReader:
     @property
     def catalogue(self) -> Catalogue:
         """What the last read found; with a refusal that names the folder while it does not answer."""
-        if not self.complaint():
+        if not self.health_error():
             return self._catalogue
         silent = RefusedUpdate(
             file=self._folder, reason="the folder does not answer; what was last read from it stays valid"
         )
         return Catalogue(self._catalogue.updates, (*self._catalogue.refused, silent))
 
-    def complaint(self) -> str:
+    def health_error(self) -> str:
         """Empty text while the folder answers, else the problem; for the health probe."""
         since = self._busy_since
         if since is None or time.monotonic() - since < self._silent_s:
@@ -97,12 +97,12 @@ class CatalogueReader:
         """Notice that the folder no longer answers, or answers again. Never ends."""
         while True:
             await asyncio.sleep(self._look_s)
-            silent = bool(self.complaint())
+            silent = bool(self.health_error())
             if silent == self._was_silent:
                 continue
             self._was_silent = silent
             if silent:
-                _log.error("updates.folder_silent", folder=self._folder, why=self.complaint())
+                _log.error("updates.folder_silent", folder=self._folder, why=self.health_error())
             else:
                 _log.info("updates.folder_answers", folder=self._folder)
             self._changed()

@@ -34,17 +34,21 @@ def recovered(
 def _vm(vm: VmPause, op: Operation, record: Intent | None, resumed_now: float | None) -> VmPause:
     if vm.resumed_at is not None:
         return vm
-    catch = record.fired.vms.get(vm.vm) if record is not None and record.fired is not None else None
-    called_at = _called_at(vm, op, record, catch)
-    if catch is not None and catch.running_at is not None and (catch.was_frozen or vm.frozen_at is not None):
-        gone = catch.end == "gone"
+    intervention = record.fired.vms.get(vm.vm) if record is not None and record.fired is not None else None
+    called_at = _called_at(vm, op, record, intervention)
+    if (
+        intervention is not None
+        and intervention.running_at is not None
+        and (intervention.was_frozen or vm.frozen_at is not None)
+    ):
+        gone = intervention.end == "gone"
         return msgspec.structs.replace(
             vm,
             called_at=called_at,
             frozen_at=vm.frozen_at if vm.frozen_at is not None else called_at,
-            resumed_at=catch.running_at,
+            resumed_at=intervention.running_at,
             # Not frozen when the guard looked: the updater resumed it and died before it recorded that.
-            resumed_by="nobody" if gone else "guard" if catch.was_frozen else "updater",
+            resumed_by="nobody" if gone else "guard" if intervention.was_frozen else "updater",
             end="gone" if gone else "running",
             error="ended while it was paused" if gone else vm.error,
         )
@@ -63,13 +67,15 @@ def _vm(vm: VmPause, op: Operation, record: Intent | None, resumed_now: float | 
     return vm
 
 
-def _called_at(vm: VmPause, op: Operation, record: Intent | None, catch: Intervention | None) -> float | None:
+def _called_at(
+    vm: VmPause, op: Operation, record: Intent | None, intervention: Intervention | None
+) -> float | None:
     """The freeze call; where it was not recorded, an instant just before it: the pause was at most that long."""
     called_at = vm.called_at
     if called_at is None:
         called_at = record.armed_at if record is not None else op.schedule.started_at if op.schedule else None
-    if called_at is not None and catch is not None and catch.frozen_after is not None:
-        return max(called_at, catch.frozen_after)
+    if called_at is not None and intervention is not None and intervention.frozen_after is not None:
+        return max(called_at, intervention.frozen_after)
     return called_at
 
 

@@ -22,13 +22,13 @@ from caesura_host_updater.clocks.verdict import ClockCheck
 from caesura_host_updater.drivers.port import Driver, DriverError, NotRunningYet, states_within
 from caesura_host_updater.guard_client import GuardClient, GuardUnavailable
 from caesura_host_updater.inventory.installs import marks_of
-from caesura_host_updater.journal import Entry, Journal, JournalThread
+from caesura_host_updater.journal import Journal, JournalEntry, JournalThread
 from caesura_host_updater.operation.crash_outcome import recovered
 from caesura_host_updater.operation.finalizer import FactFactory, OperationFinalizer
 from caesura_host_updater.operation.report import clock_wait, final_report, frozen_fact, resumed_fact
 from caesura_host_updater.operation.runner import to_wall_clock
 from caesura_host_updater.operation.state import Operation
-from caesura_host_updater.pauses import PauseMarkers, how_to_resume
+from caesura_host_updater.pause_markers import PauseMarkers, how_to_resume
 from caesura_host_updater.update_process import end_orphans
 from caesura_host_updater.vm_view import STATES_S, plan_of
 from caesura_vmcontrol.intent import Intent
@@ -66,7 +66,7 @@ async def resume_marked(pauses: PauseMarkers) -> Mapping[str, float]:
     return await pauses.resume(found, _PATIENCE_S)
 
 
-class Startup:
+class CrashRecovery:
     """See the module. ``late`` are resumes that have not succeeded yet.
 
     Args:
@@ -79,20 +79,20 @@ class Startup:
         host: str,
         *,
         driver: Driver,
-        guardian: GuardClient,
+        guard: GuardClient,
         journal: JournalThread,
-        letters: FactFactory,
-        endings: OperationFinalizer,
+        fact_factory: FactFactory,
+        finalizer: OperationFinalizer,
         pauses: PauseMarkers,
         resumed: Mapping[str, float],
         has_clock: Callable[[str], bool],
     ) -> None:
         self._host = host
         self._driver = driver
-        self._guardian = guardian
+        self._guard = guard
         self._journal = journal
-        self._letters = letters
-        self._endings = endings
+        self._fact_factory = fact_factory
+        self._finalizer = finalizer
         self._pauses = pauses
         self._has_clock = has_clock
         self._held: Intent | None = None
@@ -104,13 +104,13 @@ class Startup:
         self._resuming: set[asyncio.Task[None]] = set()
         self._settled: dict[str, asyncio.Event] = {}
         """VMs found frozen, to the event that is set when they run, or are gone."""
-        self._let_go = asyncio.Event()
+        self._guard_released = asyncio.Event()
 
     async def resume_paused(self) -> None:
         """Find all VMs and resume what is still paused with our marker. Needs no journal, and no space on a disk."""
         self._adopted = True
         try:
-            self._held = await self._guardian.start()
+            self._held = await self._guard.start()
         except GuardUnavailable as error:
             _log.error("guard.absent", why=str(error))  # fails closed: nothing will be frozen without it
         await self._driver.open()
@@ -134,16 +134,16 @@ class Startup:
                 await self._end(entry, held, resumed_now, epoch)
         if held is not None:
             try:
-                await self._guardian.disarm(held.operation)
+                await self._guard.disarm(held.operation)
             except GuardUnavailable as error:
                 _log.error("guard.not_disarmed", operation=held.operation, why=str(error))
         # Not before the guard released the operation: what was prepared defines its way out.
-        self._let_go.set()
+        self._guard_released.set()
         done = self._resuming - set(self.late)
         if done:
             await asyncio.wait(done)
 
-    async def _end_orphans(self, entry: Entry) -> None:
+    async def _end_orphans(self, entry: JournalEntry) -> None:
         try:
             async with asyncio.timeout(_ORPHANS_S):
                 await in_thread("orphans", lambda: end_orphans(entry.id, self._host, entry.update_processes))
@@ -172,7 +172,7 @@ class Startup:
                 self._resumed[vm] = time.monotonic()
             self._pauses.remove([vm])
             settled[vm].set()
-            await self._let_go.wait()
+            await self._guard_released.wait()
             try:
                 await self._driver.release(vm)
             except DriverError as error:
@@ -196,7 +196,7 @@ class Startup:
         """The VMs that were found paused with our marker and do not run yet."""
         return frozenset(vm for vm, settled in self._settled.items() if not settled.is_set())
 
-    def _unsettled(self, entry: Entry) -> list[asyncio.Event]:
+    def _unsettled(self, entry: JournalEntry) -> list[asyncio.Event]:
         """The events that are not set yet for the VMs of an operation."""
         vms = entry.state.vms if entry.state is not None else ()
         events = (self._settled.get(vm.vm) for vm in vms)
@@ -204,7 +204,7 @@ class Startup:
 
     async def _end_late(
         self,
-        entry: Entry,
+        entry: JournalEntry,
         waits_for: list[asyncio.Event],
         held: Intent | None,
         resumed_now: dict[str, float],
@@ -215,50 +215,50 @@ class Startup:
         ended = await self._ended(entry, held, resumed_now, epoch)
         if ended is not None:
             report, op, facts, waits = ended
-            await self._endings.conclude(report, op, waits, facts)
+            await self._finalizer.finalize(report, op, waits, facts)
 
     async def _end(
-        self, entry: Entry, held: Intent | None, resumed_now: dict[str, float], epoch: int
+        self, entry: JournalEntry, held: Intent | None, resumed_now: dict[str, float], epoch: int
     ) -> None:
         ended = await self._ended(entry, held, resumed_now, epoch)
         if ended is None:
             return
         report, op, facts, waits = ended
-        letters = [*facts, *self._letters.report(report)]
+        messages = [*facts, *self._fact_factory.report(report)]
         try:
             marks = marks_of(op, report.at)
-            await self._journal.do(lambda journal: journal.finish(report, letters, waits, marks))
+            await self._journal.do(lambda journal: journal.finish(report, messages, waits, marks))
         except StoreError as error:
             # A full disk: it is published nevertheless, and recorded when there is space.
             _log.error("report.not_written", operation=report.operation, why=str(error))
             self._unsaved.append((report, op, facts, waits))
         else:
-            self._endings.count(report, op)
+            self._finalizer.count(report, op)
 
-    async def conclude_unsaved(self) -> None:
+    async def finalize_unsaved(self) -> None:
         """Publish the ends that the disk did not take; call it when the outbox was loaded."""
         for report, op, facts, waits in self._unsaved:
-            await self._endings.conclude(report, op, waits, facts)
+            await self._finalizer.finalize(report, op, waits, facts)
         self._unsaved.clear()
 
     async def _ended(
-        self, entry: Entry, held: Intent | None, resumed_now: dict[str, float], epoch: int
+        self, entry: JournalEntry, held: Intent | None, resumed_now: dict[str, float], epoch: int
     ) -> tuple[OperationReported, Operation, list[OutboxMessage], list[ClockCheck]] | None:
         if entry.state is None or entry.command is None:
             # An operation without an end always has both: `accept` writes them in one transaction.
             return None
         command = entry.command
         op = recovered(entry.state, held, resumed_now, same_boot=entry.boot_id == boot_id())
-        letters, waits = [], []
+        messages, waits = [], []
         for vm in op.vms:
             if vm.frozen_at is None or vm.resumed_at is None or vm.end in ("gone", "left"):
                 continue
             if self._has_clock(vm.vm):
                 waits.append(clock_wait(op, vm, command.clock_bound_s))
             # May have been published already: the same fact has the same id.
-            letters.append(self._letters.fact(frozen_fact(self._host, op, vm.vm, to_wall_clock)))
-            if not vm.told:
-                letters.append(self._letters.fact(resumed_fact(self._host, op, vm.vm, to_wall_clock)))
+            messages.append(self._fact_factory.fact(frozen_fact(self._host, op, vm.vm, to_wall_clock)))
+            if not vm.resume_published:
+                messages.append(self._fact_factory.fact(resumed_fact(self._host, op, vm.vm, to_wall_clock)))
         states = await states_within(self._driver, STATES_S)
         report = final_report(self._host, command, op, epoch, states, datetime.now(UTC))
-        return report, op, letters, waits
+        return report, op, messages, waits

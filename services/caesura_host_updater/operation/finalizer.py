@@ -63,19 +63,19 @@ class FactFactory:
         head, parts = report_in_parts(report)
         return (
             *(
-                self._letter(part, f"{report.status}-{part.part}", report.operation, {"part": part.part})
+                self._message(part, f"{report.status}-{part.part}", report.operation, {"part": part.part})
                 for part in parts
             ),
-            self._letter(head, report.status, report.operation, {}),
+            self._message(head, report.status, report.operation, {}),
         )
 
     def fact(self, fact: VmFrozen | VmResumed | VmClockSynced) -> OutboxMessage:
         """A fact about one VM."""
         # The VM's placement when it was paused: by now it may be in another set, or not on this host any more.
         of_vm: dict[str, str | int] = {"set": fact.set, "ud": fact.update_domain, "vm": fact.vm}
-        return self._letter(fact, fact.TYPE, fact.operation, of_vm)
+        return self._message(fact, fact.TYPE, fact.operation, of_vm)
 
-    def _letter(
+    def _message(
         self, message: Message, kind: str, operation: str, of_vm: Mapping[str, str | int]
     ) -> OutboxMessage:
         name = f"{self._host}/{operation}/{kind}/{of_vm.get('vm', '')}"
@@ -89,14 +89,14 @@ class OperationFinalizer:
 
     def __init__(
         self,
-        letters: FactFactory,
+        fact_factory: FactFactory,
         *,
         journal: JournalThread,
         outbox: Outbox,
         clocks: ClockSyncTracker,
         metrics: HostMetrics,
     ) -> None:
-        self._letters = letters
+        self._fact_factory = fact_factory
         self._journal = journal
         self._outbox = outbox
         self._clocks = clocks
@@ -127,7 +127,7 @@ class OperationFinalizer:
         except StoreError as error:
             _log.warning("verdicts.not_repeated", operation=operation, why=str(error))
 
-    async def conclude(
+    async def finalize(
         self,
         report: OperationReported,
         state: Operation | None = None,
@@ -139,28 +139,28 @@ class OperationFinalizer:
         Args:
             facts: what is published before the report.
         """
-        letters = (*facts, *self._letters.report(report))
+        messages = (*facts, *self._fact_factory.report(report))
         marks = marks_of(state, report.at) if state is not None else ()
         self.marks = remembered(self.marks, marks)
         try:
-            await self._journal.do(lambda journal: journal.finish(report, letters, waits, marks))
+            await self._journal.do(lambda journal: journal.finish(report, messages, waits, marks))
         except StoreError as error:
             _log.error("report.not_written", operation=report.operation, why=str(error))
-            self._unsaved[report.operation] = (report, letters, tuple(waits), marks)
-        self._outbox.queue(*letters)
-        self._clocks.expect(waits)
+            self._unsaved[report.operation] = (report, messages, tuple(waits), marks)
+        self._outbox.queue(*messages)
+        self._clocks.track(waits)
         self.count(report, state)
 
     async def retry_unsaved(self) -> None:
         """Write what a full disk did not take. Never ends."""
         while True:
             await asyncio.sleep(_SAVE_RETRY_S)
-            for operation, (report, letters, waits, marks) in list(self._unsaved.items()):
+            for operation, (report, messages, waits, marks) in list(self._unsaved.items()):
                 # Judged in the meantime: after a restart nobody would answer for it any more.
                 left = [wait for wait in waits if self._clocks.waits_for(wait)]
                 with suppress(StoreError):
                     await self._journal.do(
-                        lambda j, r=report, e=letters, w=left, m=marks: j.finish(r, e, w, m)  # type: ignore[misc]
+                        lambda j, r=report, e=messages, w=left, m=marks: j.finish(r, e, w, m)  # type: ignore[misc]
                     )
                     del self._unsaved[operation]
 

@@ -13,6 +13,37 @@ from __future__ import annotations
 
 import msgspec
 
+from caesura_host_updater.operation.effects import (
+    DigestVms,
+    Effect,
+    FreezeVms,
+    Persist,
+    PublishFrozen,
+    RunUpdate,
+    StopUpdate,
+)
+from caesura_host_updater.operation.events import (
+    AbortReceived,
+    Armed,
+    ArmRefused,
+    Digested,
+    Disarmed,
+    Event,
+    GuardLost,
+    Outcome,
+    ResumeEnded,
+    Sampled,
+    Start,
+    TimePassed,
+    UpdateEnded,
+    VmFroze,
+    VmLost,
+    VmNotFrozen,
+    VmNotPrepared,
+    VmNotSwapped,
+    VmPrepared,
+    VmSwapped,
+)
 from caesura_host_updater.operation.resume import (
     disarmed,
     finish,
@@ -23,43 +54,14 @@ from caesura_host_updater.operation.resume import (
 )
 from caesura_host_updater.operation.state import (
     Decision,
-    IllegalTransition,
     Operation,
     Phase,
+    UnexpectedEvent,
     changed,
     changed_vm,
     failed,
     schedule_of,
     vm_of,
-)
-from caesura_host_updater.operation.steps import (
-    AbortReceived,
-    Armed,
-    ArmRefused,
-    Digested,
-    DigestVms,
-    Disarmed,
-    Effect,
-    Event,
-    FreezeVms,
-    GuardLost,
-    Outcome,
-    Persist,
-    PublishFrozen,
-    RunUpdate,
-    Sampled,
-    Start,
-    StopUpdate,
-    Tick,
-    UpdateEnded,
-    VmFroze,
-    VmLost,
-    VmNotFrozen,
-    VmNotPrepared,
-    VmNotSwapped,
-    VmPrepared,
-    VmResumed,
-    VmSwapped,
 )
 from caesura_host_updater.operation.swap import (
     arm,
@@ -88,7 +90,7 @@ def decide(op: Operation, event: Event, now: float) -> Decision:  # noqa: PLR091
     """The next state and what to do.
 
     Raises:
-        IllegalTransition: an event that only a faulty shell can send in this phase.
+        UnexpectedEvent: an event that only a faulty shell can send in this phase.
     """
     match event:
         case Start():
@@ -113,17 +115,17 @@ def decide(op: Operation, event: Event, now: float) -> Decision:  # noqa: PLR091
             return _abort(op, event, now)
         case GuardLost():
             return _guard_lost(op, now)
-        case VmResumed():
+        case ResumeEnded():
             return vm_resumed(op, event)
         case Disarmed():
             return disarmed(op, event)
-        case Tick():
+        case TimePassed():
             return _tick(op, now)
 
 
 def _begin(op: Operation, event: Start, now: float) -> Decision:
     if op.phase != "accepted":
-        raise IllegalTransition(op.phase, event, "accepted")
+        raise UnexpectedEvent(op.phase, event, "accepted")
     if op.end is not None or op.aborted:
         return finish(op)
     if op.method == "live" or (op.method == "swap" and op.update):
@@ -135,7 +137,7 @@ def _begin(op: Operation, event: Start, now: float) -> Decision:
 
 def _armed(op: Operation, event: Armed | ArmRefused, now: float) -> Decision:
     if op.phase != "arming":
-        raise IllegalTransition(op.phase, event, "arming")
+        raise UnexpectedEvent(op.phase, event, "arming")
     if isinstance(event, ArmRefused):
         op = failed(op, "guard_refused", f"nothing was frozen: {event.what}: {event.why}")
     elif op.failure or op.aborted:
@@ -156,29 +158,29 @@ def _armed(op: Operation, event: Armed | ArmRefused, now: float) -> Decision:
 
 def _freeze_result(op: Operation, event: VmFroze | VmNotFrozen, now: float) -> Decision:
     if op.phase in ("accepted", "preparing", "arming", "swapping", "ended"):
-        raise IllegalTransition(op.phase, event, "freezing")
-    told: tuple[Effect, ...] = ()
+        raise UnexpectedEvent(op.phase, event, "freezing")
+    effects: tuple[Effect, ...] = ()
     if isinstance(event, VmFroze):
         op = changed_vm(op, event.vm, called_at=event.called_at, frozen_at=event.at)
-        told = (PublishFrozen(event.vm),)
+        effects = (PublishFrozen(event.vm),)
     else:
         op = changed_vm(op, event.vm, called_at=event.called_at, error=event.why)
         op = failed(op, "freeze_failed", f"VM {event.vm} could not be frozen: {event.why}")
     if op.phase != "freezing":
-        return op, told
+        return op, effects
     if op.failure:
         op, more = resume_all(op)
-        return op, told + more
+        return op, effects + more
     if any(vm.frozen_at is None for vm in op.vms):
-        return op, told
+        return op, effects
     op, more = _frozen(op, now)
-    return op, told + more
+    return op, effects + more
 
 
 def _frozen(op: Operation, now: float) -> Decision:
     schedule = schedule_of(op)
-    whole = frozenset(vm.vm for vm in op.vms if vm.digestible)
-    digest = tuple(vm.vm for vm in op.vms if vm.digestible or vm.sampleable)
+    whole = frozenset(vm.vm for vm in op.vms if vm.can_digest)
+    digest = tuple(vm.vm for vm in op.vms if vm.can_digest or vm.can_sample)
     until = schedule.digest_until if whole else min(now + _SAMPLE_S, schedule.digest_until)
     op = changed(op, phase="frozen", wake_at=until)
     if not digest or now >= schedule.digest_until:
@@ -324,7 +326,7 @@ def _abort(op: Operation, event: AbortReceived, now: float) -> Decision:
         return op, ()
     op = changed(failed(op, event.code, f"aborted: {event.why}" if event.why else "aborted"), aborted=True)
     if op.phase in ("accepted", "preparing", "arming"):
-        return op, ()  # Begin, the last VM's answer, or the guard's ends it without a freeze
+        return op, ()  # Start, the last VM's answer, or the guard's ends it without a freeze
     if op.phase == "updating" and update_runs(op):
         return _stop_update(op, now, "interrupted") if op.kill_at is None else (op, ())
     return resume_all(op)

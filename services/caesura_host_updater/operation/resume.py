@@ -4,20 +4,8 @@ from __future__ import annotations
 
 import msgspec
 
-from caesura_host_updater.operation.state import (
-    Decision,
-    End,
-    IllegalTransition,
-    Operation,
-    changed,
-    changed_vm,
-    failed,
-    schedule_of,
-    vm_of,
-)
-from caesura_host_updater.operation.steps import (
+from caesura_host_updater.operation.effects import (
     Disarm,
-    Disarmed,
     Effect,
     Finish,
     Persist,
@@ -25,7 +13,18 @@ from caesura_host_updater.operation.steps import (
     PublishResumed,
     ResumeVms,
     StopUpdate,
-    VmResumed,
+)
+from caesura_host_updater.operation.events import Disarmed, ResumeEnded
+from caesura_host_updater.operation.state import (
+    Decision,
+    End,
+    Operation,
+    UnexpectedEvent,
+    changed,
+    changed_vm,
+    failed,
+    schedule_of,
+    vm_of,
 )
 
 
@@ -68,7 +67,7 @@ def finish_killed(op: Operation) -> Decision:
     return op, (StopUpdate(kill=True), *effects)
 
 
-def vm_resumed(op: Operation, event: VmResumed) -> Decision:
+def vm_resumed(op: Operation, event: ResumeEnded) -> Decision:
     """A VM runs again, or is gone."""
     if op.phase != "resuming" or vm_of(op, event.vm).end:
         return op, ()
@@ -86,7 +85,7 @@ def vm_resumed(op: Operation, event: VmResumed) -> Decision:
         op = failed(op, "resume_failed", f"VM {event.vm} {why}")
     # After the guard's deadline only the guard knows who resumed it, and when: wait for its record.
     if event.at < schedule_of(op).guard_at:
-        op, more = tell_resumed(op, event.vm)
+        op, more = publish_resumed(op, event.vm)
         effects += more
     if any(not vm.end for vm in op.vms):
         return op, tuple(effects)
@@ -101,35 +100,41 @@ def _was_frozen(op: Operation, name: str) -> tuple[Operation, list[Effect]]:
     return changed_vm(op, name, frozen_at=vm.called_at), [PublishFrozen(name)]
 
 
-def tell_resumed(op: Operation, name: str) -> tuple[Operation, list[Effect]]:
+def publish_resumed(op: Operation, name: str) -> tuple[Operation, list[Effect]]:
     """Announce it once, if it was paused and runs."""
     vm = vm_of(op, name)
-    if vm.told or vm.frozen_at is None or vm.end != "running":
+    if vm.resume_published or vm.frozen_at is None or vm.end != "running":
         return op, []
-    return changed_vm(op, name, told=True), [PublishResumed(name)]
+    return changed_vm(op, name, resume_published=True), [PublishResumed(name)]
 
 
 def disarmed(op: Operation, event: Disarmed) -> Decision:
     """The guard released the operation; its interventions are part of the record."""
     if op.phase != "resumed":
-        raise IllegalTransition(op.phase, event, "resumed")
+        raise UnexpectedEvent(op.phase, event, "resumed")
     effects: list[Effect] = []
-    caught: list[str] = []
-    for catch in event.catches:
-        if not catch.was_frozen or catch.running_at is None or vm_of(op, catch.vm).told:
+    resumed_by_guard: list[str] = []
+    for intervention in event.interventions:
+        if (
+            not intervention.was_frozen
+            or intervention.running_at is None
+            or vm_of(op, intervention.vm).resume_published
+        ):
             continue
-        caught.append(catch.vm)
-        op, more = _was_frozen(op, catch.vm)
+        resumed_by_guard.append(intervention.vm)
+        op, more = _was_frozen(op, intervention.vm)
         effects += more
-        vm = vm_of(op, catch.vm)
+        vm = vm_of(op, intervention.vm)
         called_at = vm.called_at
-        if catch.frozen_after is not None and called_at is not None:
-            called_at = max(called_at, catch.frozen_after)
-        resumed_at = catch.running_at if vm.resumed_at is None else min(vm.resumed_at, catch.running_at)
+        if intervention.frozen_after is not None and called_at is not None:
+            called_at = max(called_at, intervention.frozen_after)
+        resumed_at = (
+            intervention.running_at if vm.resumed_at is None else min(vm.resumed_at, intervention.running_at)
+        )
         by = "guard" if vm.end == "running" else vm.resumed_by
-        op = changed_vm(op, catch.vm, called_at=called_at, resumed_at=resumed_at, resumed_by=by)
-    if caught:
-        why = f"the pause guard resumed VM {', '.join(caught)}: {event.why}"
+        op = changed_vm(op, intervention.vm, called_at=called_at, resumed_at=resumed_at, resumed_by=by)
+    if resumed_by_guard:
+        why = f"the pause guard resumed VM {', '.join(resumed_by_guard)}: {event.why}"
         op = changed(
             op,
             failure=f"{why}; {op.failure}" if op.failure else why,
@@ -137,7 +142,7 @@ def disarmed(op: Operation, event: Disarmed) -> Decision:
             guard_why=event.why,
         )
     for vm in op.vms:
-        op, more = tell_resumed(op, vm.vm)
+        op, more = publish_resumed(op, vm.vm)
         effects += more
     op, end = finish(op)
     return op, (*effects, *end)

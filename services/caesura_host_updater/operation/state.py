@@ -9,8 +9,9 @@ import msgspec
 from caesura.contract.messages import Method
 from caesura.contract.reasons import ReasonCode
 from caesura.runtime.errors import CaesuraError
+from caesura_host_updater.operation.effects import Effect
+from caesura_host_updater.operation.events import Outcome
 from caesura_host_updater.operation.schedule import Schedule
-from caesura_host_updater.operation.steps import Effect, Outcome
 
 Phase = Literal[
     "accepted",
@@ -28,7 +29,7 @@ Phase = Literal[
 End = Literal["completed", "failed", "cancelled"]
 
 
-class IllegalTransition(CaesuraError):
+class UnexpectedEvent(CaesuraError):
     """An event that cannot happen in this phase: a bug in the shell, never a late message."""
 
     def __init__(self, phase: str, event: object, wanted: str) -> None:
@@ -37,7 +38,7 @@ class IllegalTransition(CaesuraError):
 
 
 class VmPause(msgspec.Struct, frozen=True, kw_only=True):
-    """One VM of an operation."""
+    """One VM of an operation. ``name=``: what the journals of earlier versions call the field."""
 
     vm: str
     set: str
@@ -47,9 +48,9 @@ class VmPause(msgspec.Struct, frozen=True, kw_only=True):
     """Its agent's boot id before the pause, empty if none was received."""
     kernel_boot_id: str = ""
     """The guest kernel's before the pause, as read through the driver; empty if it could not be read."""
-    digestible: bool = False
+    can_digest: bool = msgspec.field(default=False, name="digestible")
     """Whether a digest of all its memory can be taken."""
-    sampleable: bool = False
+    can_sample: bool = msgspec.field(default=False, name="sampleable")
     """Whether a digest of sampled pages of its memory can be taken."""
     no_digest: str = ""
     """Why neither can be taken."""
@@ -63,8 +64,8 @@ class VmPause(msgspec.Struct, frozen=True, kw_only=True):
     end: Literal["", "running", "gone", "left"] = ""
     """``left``: it is paused, or runs elsewhere, through somebody else, who has to resume it."""
     resumed_by: Literal["updater", "guard", "nobody"] = "nobody"
-    told: bool = False
-    """Whether its `resumed` was announced."""
+    resume_published: bool = msgspec.field(default=False, name="told")
+    """Whether its `resumed` was published."""
     digest_before: str = ""
     digest_after: str = ""
     digest_note: str = ""
@@ -122,7 +123,7 @@ class Operation(msgspec.Struct, frozen=True, kw_only=True):
     """The first failure."""
     aborted: bool = False
     wake_at: float | None = None
-    """When the machine wants a Tick."""
+    """When the machine wants ``TimePassed``."""
     kill_at: float | None = None
     """The update was asked to end and is killed at this instant."""
     stop_outcome: Outcome = "interrupted"
@@ -162,7 +163,7 @@ def failed(op: Operation, code: ReasonCode, why: str) -> Operation:
 
 
 def schedule_of(op: Operation) -> Schedule:
-    """The instants of its budget. Raises IllegalTransition before there is one."""
+    """The instants of its budget. Raises UnexpectedEvent before there is one."""
     if op.schedule is None:
-        raise IllegalTransition(op.phase, op, "arming")
+        raise UnexpectedEvent(op.phase, op, "arming")
     return op.schedule

@@ -8,18 +8,7 @@ is touched. Guests are handed over one after the other, each for milliseconds; t
 from __future__ import annotations
 
 from caesura.lifecycle.budget import PREPARE_S
-from caesura_host_updater.operation.resume import finish, resume_all, tell_resumed
-from caesura_host_updater.operation.schedule import Schedule
-from caesura_host_updater.operation.state import (
-    Decision,
-    IllegalTransition,
-    Operation,
-    changed,
-    changed_vm,
-    failed,
-    schedule_of,
-)
-from caesura_host_updater.operation.steps import (
+from caesura_host_updater.operation.effects import (
     Arm,
     Disarm,
     Effect,
@@ -27,10 +16,18 @@ from caesura_host_updater.operation.steps import (
     PrepareVms,
     PublishFrozen,
     SwapVms,
-    VmNotPrepared,
-    VmNotSwapped,
-    VmPrepared,
-    VmSwapped,
+)
+from caesura_host_updater.operation.events import VmNotPrepared, VmNotSwapped, VmPrepared, VmSwapped
+from caesura_host_updater.operation.resume import finish, publish_resumed, resume_all
+from caesura_host_updater.operation.schedule import Schedule
+from caesura_host_updater.operation.state import (
+    Decision,
+    Operation,
+    UnexpectedEvent,
+    changed,
+    changed_vm,
+    failed,
+    schedule_of,
 )
 
 
@@ -83,8 +80,8 @@ def swap(op: Operation) -> Decision:
 def swapped(op: Operation, event: VmSwapped | VmNotSwapped) -> Decision:
     """One guest was handed over, or stayed where it was."""
     if op.phase in ("accepted", "preparing", "arming", "ended"):
-        raise IllegalTransition(op.phase, event, "swapping")
-    told: list[Effect] = []
+        raise UnexpectedEvent(op.phase, event, "swapping")
+    effects: list[Effect] = []
     if isinstance(event, VmSwapped):
         sampled = {None: "", True: "equal", False: "differs"}[event.sampled]
         op = changed_vm(
@@ -102,18 +99,18 @@ def swapped(op: Operation, event: VmSwapped | VmNotSwapped) -> Decision:
         op = failed(op, "swap_failed", f"VM {event.vm} was not swapped: {event.why}")
     if event.called_at is not None and event.frozen_at is not None:
         op = changed_vm(op, event.vm, called_at=event.called_at, frozen_at=event.frozen_at)
-        told.append(PublishFrozen(event.vm))
+        effects.append(PublishFrozen(event.vm))
         if event.resumed_at is not None and op.phase == "swapping":
             op = changed_vm(op, event.vm, resumed_at=event.resumed_at, end="running", resumed_by="updater")
-            op, more = tell_resumed(op, event.vm)
-            told += more
+            op, more = publish_resumed(op, event.vm)
+            effects += more
     if op.phase != "swapping" or any(not vm.swap_finished for vm in op.vms):
-        return op, tuple(told)
+        return op, tuple(effects)
     if op.failure:
         op, after = resume_all(op)  # whatever a failed swap left behind
-        return op, (*told, *after)
+        return op, (*effects, *after)
     op = changed(op, phase="resumed", wake_at=None)
-    return op, (*told, Persist(), Disarm())
+    return op, (*effects, Persist(), Disarm())
 
 
 def overdue(op: Operation) -> Decision:

@@ -15,7 +15,7 @@ from structlog.testing import capture_logs
 from caesura.contract import messages as m
 from caesura.contract.envelope import source_of
 from caesura_coordinator.store import Store
-from caesura_host_updater.admission import Authority
+from caesura_host_updater.admission import EpochAuthority
 from caesura_host_updater.journal import Journal
 from caesura_testing.patience import patient
 
@@ -121,7 +121,7 @@ def test_a_coordinators_store_is_taken_up(written_by: Callable[[str], str]) -> N
 def test_a_hosts_journal_is_taken_up(written_by: Callable[[str], str]) -> None:
     journal = Journal(written_by(_HOST))
     journal.take_over("default")
-    assert journal.authority() == Authority(7, "c-7")
+    assert journal.authority() == EpochAuthority(7, "c-7")
     entry = journal.find("op-1")
     assert entry is not None
     assert entry.report is not None

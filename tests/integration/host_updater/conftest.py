@@ -8,7 +8,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -391,20 +391,6 @@ def wait_for() -> Any:
 
 
 @pytest.fixture
-def full_pipe() -> Iterator[int]:
-    """The writing end of a pipe that takes not one byte more, and that nobody reads."""
-    read, write = os.pipe2(os.O_CLOEXEC)
-    os.set_blocking(write, False)
-    with suppress(BlockingIOError):
-        while True:
-            os.write(write, b"x" * 4096)
-    os.set_blocking(write, True)
-    yield write
-    os.close(read)
-    os.close(write)
-
-
-@pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 1 MiB; needs root."""
     if os.geteuid() != 0:
@@ -447,21 +433,3 @@ async def hosts(tmp_path: Path, fleet: Fleet) -> AsyncIterator[Callable[..., Hos
     yield make
     for host in made:
         await host.stop()
-
-
-def freezers() -> Sequence[str]:
-    """All three, everywhere: one that is missing is a failure where CI=true, else a skip in the test."""
-    return ("cgroup2", "cgroup1", "sigstop")
-
-
-@pytest.fixture(params=freezers())
-def freezer(request: pytest.FixtureRequest) -> str:
-    """Each way of freezing; skipped where the machine lacks it."""
-    from caesura_host_updater.drivers.process.freezers import FreezerUnusable, choose_freezer  # noqa: PLC0415
-
-    kind: str = request.param
-    try:
-        choose_freezer(request.param, "caesura-test-probe")[0].remove("_probe")
-    except FreezerUnusable as error:
-        pytest.skip(f"{kind} does not work here: {error}")
-    return kind

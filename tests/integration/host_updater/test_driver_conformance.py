@@ -291,9 +291,9 @@ async def test_a_vm_whose_application_died_is_not_whole(process_lives: Lives) ->
     (sleeper,) = (pid for pid in rest if "601" in words_of(pid))
     os.kill(sleeper, signal.SIGKILL)
     async with asyncio.timeout(patient(10)):
-        while (await driver.read_states())["awkward"] == "running" and not driver.complaint("awkward"):  # noqa: ASYNC110 - nobody calls us
+        while (await driver.read_states())["awkward"] == "running" and not driver.health_error("awkward"):  # noqa: ASYNC110 - nobody calls us
             await asyncio.sleep(0.01)
-    assert driver.complaint("awkward") == "sleep was ended by SIGKILL"
+    assert driver.health_error("awkward") == "sleep was ended by SIGKILL"
     assert driver.ping() == "not whole: awkward (sleep was ended by SIGKILL)"
     # What is left of it is paused and resumed like any other.
     await driver.freeze("awkward", soon())
@@ -303,7 +303,7 @@ async def test_a_vm_whose_application_died_is_not_whole(process_lives: Lives) ->
     again = await process_lives.next()  # the next host updater knows it, too
     assert tree(again, "awkward")[0] == leader
     await again.read_states()
-    assert again.complaint("awkward") == "sleep was ended by SIGKILL"
+    assert again.health_error("awkward") == "sleep was ended by SIGKILL"
     await again.close(stop_vms=True)
     anew = await process_lives.next()
     assert set((await anew.read_states()).values()) == {"running"}
@@ -516,7 +516,7 @@ def tree(driver: Any, vm: str) -> list[int]:
 
     if isinstance(driver, ExampleDriver):
         return [driver._runs[vm].leader]
-    first = driver._runs[vm]
+    first = driver._supervisor.runs[vm]
     members = SignalPlan(vm, first.pid, first.start_ticks).members(process_table())
     return sorted((each.pid for each in members), key=lambda pid: pid != first.pid)
 

@@ -138,7 +138,7 @@ class Rig:
     def ram_files(self, vm: str) -> list[Path]:
         """The RAM files of our VM of this name."""
         assert self.driver is not None
-        return list(self.driver._keeper._launcher.ram_dir.glob(f"{vm}.ram"))
+        return list(self.driver._supervisor._launcher.ram_dir.glob(f"{vm}.ram"))
 
     def disk(self, name: str, *, size: str = "8M") -> Path:
         """A new qcow2 image."""

@@ -20,10 +20,10 @@ import pytest
 from qemu.qmp.qmp_client import ExecuteError
 
 from caesura_host_updater.drivers.port import DriverError
+from caesura_host_updater.drivers.qemu.async_qmp import AsyncQmp, listener_of
 from caesura_host_updater.drivers.qemu.definition import Definition, Disk, Nic
 from caesura_host_updater.drivers.qemu.launching import LaunchFailed
 from caesura_host_updater.drivers.qemu.observer import read_snapshot
-from caesura_host_updater.drivers.qemu.qmp import Qmp, listener_of
 from caesura_testing.guests import second_qemu
 from caesura_testing.patience import patient
 
@@ -481,7 +481,7 @@ async def test_a_spice_socket_goes_along(rig: Any, tools: Any) -> None:
 async def test_looking_at_ten_devices_asks_few_questions(rig: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The last look before a pause takes it as well: some 0.5 ms a command, and there are properties by the hundred."""
     driver = await rig.open({"a": with_devices()})
-    client: Qmp = driver._guests["a"].qmp
+    client: AsyncQmp = driver._guests["a"].qmp
     await read_snapshot(client)
     asked: list[str] = []
     execute = client.execute

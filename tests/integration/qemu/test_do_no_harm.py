@@ -21,8 +21,8 @@ import msgspec
 import pytest
 
 from caesura_host_updater.drivers.port import DriverError, FreezeFailed, NotRunningYet
+from caesura_host_updater.drivers.qemu.async_qmp import AsyncQmp
 from caesura_host_updater.drivers.qemu.definition import Adopt, Definition, Disk
-from caesura_host_updater.drivers.qemu.qmp import Qmp
 from caesura_vmcontrol import claims
 from caesura_vmcontrol.plans import QemuPlan, Vmm, condition, thaw
 from caesura_vmcontrol.procfs import process_table
@@ -56,9 +56,9 @@ def write(path: str, text: str) -> None:
     Path(path).write_text(text)
 
 
-def qmp(driver: Any, vm: str = "a") -> Qmp:
+def qmp(driver: Any, vm: str = "a") -> AsyncQmp:
     """The driver's own connection."""
-    found: Qmp = driver._guests[vm].qmp
+    found: AsyncQmp = driver._guests[vm].qmp
     return found
 
 
@@ -489,7 +489,7 @@ async def test_the_guard_leaves_what_no_stop_of_ours_leads_to(rig: Any, tools: A
     plan = QemuPlan("v", Vmm(process.pid, table[process.pid].start_ticks, f"{place}/qmp"))
     thaw(plan)
     assert condition(plan) == "gone"
-    client = await Qmp.connect(f"{place}/qmp", 10)
+    client = await AsyncQmp.connect(f"{place}/qmp", 10)
     assert await client.status() == "prelaunch"
     await client.close()
     process.kill()
@@ -731,7 +731,7 @@ async def test_the_only_qmp_socket_of_a_vm_is_not_kept(rig: Any, tools: Any) -> 
     driver = await rig.open({"a": Adopt(qmp=f"{place}/qmp")})
     assert driver.states() == {"a": "running"}
     assert "no second QMP socket" in driver.capabilities("a").missing["freeze"]
-    client = await Qmp.connect(f"{place}/qmp", 10)
+    client = await AsyncQmp.connect(f"{place}/qmp", 10)
     await client.execute("stop")
     await client.close()
     await tools.until(lambda: driver.states() == {"a": "paused"}, "the next look", 60)

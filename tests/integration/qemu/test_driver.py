@@ -17,15 +17,15 @@ from typing import Any
 import pytest
 
 from caesura_host_updater.drivers.port import DriverError, FreezeFailed, NotPossible
-from caesura_host_updater.drivers.qemu.definition import Adopt, Definition, Nic
-from caesura_host_updater.drivers.qemu.qmp import (
-    Event,
-    Qmp,
+from caesura_host_updater.drivers.qemu.async_qmp import (
+    AsyncQmp,
+    QmpCommandRefused,
+    QmpEvent,
     QmpFailed,
-    QmpRefused,
     QmpUnreachable,
     listener_of,
 )
+from caesura_host_updater.drivers.qemu.definition import Adopt, Definition, Nic
 from caesura_host_updater.inventory.host_config import parse_host_file, with_discovered
 from caesura_testing.patience import patient
 
@@ -128,7 +128,7 @@ async def test_guest_that_shuts_itself_down(rig: Any, tools: Any) -> None:
 async def test_guest_that_said_its_end_is_stopped_until_it_is_seen_to_run(rig: Any) -> None:
     driver = await rig.open({"a": SMALL})
     guest = driver._guests["a"]
-    guest._heard(Event("SHUTDOWN", {}, time.monotonic()))
+    guest._on_event(QmpEvent("SHUTDOWN", {}, time.monotonic()))
     await guest.qmp.close()  # as QEMU does some time before its process is gone
     assert driver.states() == {"a": "stopped"}
     with pytest.raises(DriverError, match="its process has ended"):
@@ -305,7 +305,7 @@ async def test_qmp_socket_that_is_busy(rig: Any, tools: Any) -> None:
     """Such as libvirt's monitor: one client at a time, so we cannot know what the VM does."""
     place = rig.folder / "theirs"
     async with somebody_elses(rig, tools, place):
-        client = await Qmp.connect(str(place / "qmp"), 5)
+        client = await AsyncQmp.connect(str(place / "qmp"), 5)
         driver = await rig.open({"a": adopt(place)})
         assert "somebody else is connected to it" in driver.ping()
         assert driver.capabilities("a").methods == ("live",)
@@ -313,7 +313,7 @@ async def test_qmp_socket_that_is_busy(rig: Any, tools: Any) -> None:
         async with asyncio.timeout(patient(20)):
             # QEMU first takes up, and drops, who gave up waiting: the next look may come too early.
             while driver.states() != {"a": "running"}:
-                await driver._keeper.find(driver._guests["a"])
+                await driver._supervisor.find(driver._guests["a"])
 
 
 @contextmanager
@@ -386,8 +386,8 @@ async def test_process_that_hangs(rig: Any, tools: Any) -> None:
 async def test_resumed_by_somebody_else(rig: Any, tools: Any) -> None:
     driver = await rig.open({"a": SMALL})
     await driver.freeze("a", tools.soon())
-    guard = await Qmp.connect(str(rig.folder / "run" / "a" / "guard"), 5)
-    with pytest.raises(QmpRefused, match="no-such"):
+    guard = await AsyncQmp.connect(str(rig.folder / "run" / "a" / "guard"), 5)
+    with pytest.raises(QmpCommandRefused, match="no-such"):
         await guard.execute("no-such-command")
     await guard.execute("cont")
     await guard.close()
@@ -397,13 +397,13 @@ async def test_resumed_by_somebody_else(rig: Any, tools: Any) -> None:
 async def test_connecting_to_nobody(rig: Any) -> None:
     garbage = b'{"hello": "there"}\n'
     with speaker(rig.folder / "long", garbage), pytest.raises(QmpUnreachable, match="does not speak QMP"):
-        await Qmp.connect(str(rig.folder / "long"), 5)
+        await AsyncQmp.connect(str(rig.folder / "long"), 5)
     with speaker(rig.folder / "short", b""), pytest.raises(QmpUnreachable, match="does not speak QMP"):
-        await Qmp.connect(str(rig.folder / "short"), 5)
+        await AsyncQmp.connect(str(rig.folder / "short"), 5)
     with socket.socket(socket.AF_UNIX) as silent:
         silent.bind(str(rig.folder / "silent"))
         silent.listen(8)
         with pytest.raises(QmpUnreachable, match=r"no QMP greeting within 0\.1 s"):
-            await Qmp.connect(str(rig.folder / "silent"), 0.1)
+            await AsyncQmp.connect(str(rig.folder / "silent"), 0.1)
     with pytest.raises(QmpUnreachable, match="No such file"):
-        await Qmp.connect(str(rig.folder / "nobody"), 0.1)
+        await AsyncQmp.connect(str(rig.folder / "nobody"), 0.1)

@@ -30,7 +30,6 @@ import pytest
 from caesura_testing.patience import patient
 from caesura_vmcontrol import claims, replacing, swapping
 from caesura_vmcontrol.guard_socket import socket_address
-from caesura_vmcontrol.guest import cont, prove_never_ran
 from caesura_vmcontrol.plans import (
     Plan,
     QemuPlan,
@@ -41,9 +40,10 @@ from caesura_vmcontrol.plans import (
     plan_to_json,
     thaw,
 )
-from caesura_vmcontrol.processes import find_by_env, kill_and_wait, sigstop
+from caesura_vmcontrol.process_control import find_by_env, kill_and_wait, sigstop
 from caesura_vmcontrol.procfs import alive, boot_id, read_process, thread_states
 from caesura_vmcontrol.qmp import Qmp, QmpError, QmpRefused
+from caesura_vmcontrol.qmp_commands import cont, prove_never_ran
 
 QEMU = "/usr/bin/qemu-system-x86_64"
 PATIENCE_S = 15.0

@@ -8,8 +8,8 @@ from collections.abc import AsyncIterator
 import pytest
 import pytest_asyncio
 
-from caesura_host_updater.drivers.qemu import clock
-from caesura_host_updater.drivers.qemu.clock import set_clock
+from caesura_host_updater.drivers.qemu import clock_setting
+from caesura_host_updater.drivers.qemu.clock_setting import set_clock
 from caesura_host_updater.drivers.qemu.guest_agent import AgentRefused, AgentSilent, guest_agent
 from caesura_testing.guests import Definition, RunningGuest, boot, connect, qemu_installed
 from caesura_testing.patience import patient
@@ -54,7 +54,7 @@ async def test_a_clock_that_fell_behind_is_put_right(
     guest: RunningGuest, monkeypatch: pytest.MonkeyPatch, *, stepped: bool
 ) -> None:
     if not stepped:
-        monkeypatch.setattr(clock, "STEP_PROGRAM", "/no/such/program")
+        monkeypatch.setattr(clock_setting, "STEP_PROGRAM", "/no/such/program")
     await set_clock("vm", str(guest.guest_agent))
     for pause_s in (0.01, 1.0):
         await guest.execute("stop")

@@ -72,7 +72,7 @@ async def test_a_run_file_that_could_not_be_written_costs_no_guest(rig: Any, too
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    driver._keeper._records.write = full
+    driver._supervisor._records.write = full
     await driver.hand_over("a", tools.soon())
     await driver.release("a")
     pid = tools.pid_of(driver, "a")
@@ -306,7 +306,7 @@ async def test_folder_that_somebody_else_made(rig: Any, which: str, harm: str) -
     """A tmpfs is everybody's: who owns the folder may put his own file in the place of a guest's RAM."""
     (rig.folder / "ram").mkdir()
     driver = rig.build({"a": SMALL}, ram_dir=str(rig.folder / "ram"))
-    launcher = driver._keeper._launcher
+    launcher = driver._supervisor._launcher
     folder = launcher.ram_dir if which == "ram" else launcher.folder("a")
     folder.parent.mkdir(exist_ok=True)
     if harm == "link":

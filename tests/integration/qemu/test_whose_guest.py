@@ -19,22 +19,22 @@ import pytest
 from caesura_host_updater.drivers.port import FreezeFailed, SwapFailed
 from caesura_host_updater.drivers.qemu import checkpointing, handover, supervisor, vmm
 from caesura_host_updater.drivers.qemu import migration as migrations
+from caesura_host_updater.drivers.qemu.async_qmp import AsyncQmp
 from caesura_host_updater.drivers.qemu.definition import Definition, QemuOptions, QemuVm
 from caesura_host_updater.drivers.qemu.driver import QemuDriver
 from caesura_host_updater.drivers.qemu.handover import SWAP_CAPABILITIES, HandOverFailed
-from caesura_host_updater.drivers.qemu.qmp import Qmp
 from caesura_testing.patience import patient
-from caesura_vmcontrol import claims, processes, replacing, swapping
-from caesura_vmcontrol.guest import UNDER_WAY, migration, reach
+from caesura_vmcontrol import claims, process_control, replacing, swapping
 from caesura_vmcontrol.plans import condition, thaw
+from caesura_vmcontrol.qmp_commands import UNDER_WAY, migration, reach
 
 SMALL = Definition(memory_mib=16, machine="pc-q35-7.2")
 METHODS = pytest.mark.parametrize("method", ["swap", "replace"])
 
 
-def qmp(driver: Any) -> Qmp:
+def qmp(driver: Any) -> AsyncQmp:
     """The driver's own connection."""
-    found: Qmp = driver._guests["a"].qmp
+    found: AsyncQmp = driver._guests["a"].qmp
     return found
 
 
@@ -127,7 +127,7 @@ async def test_our_own_migration_when_the_updater_died_before_it_was_written_dow
     await driver.prepare("a", "op-1", method, "")
     plan = driver.resume_plan("a")
     pid = tools.pid_of(driver, "a")
-    monkeypatch.setattr(driver._mover, "way_out", nothing)
+    monkeypatch.setattr(driver._migrator, "recover", nothing)
     with pytest.raises((SwapFailed, FreezeFailed)):
         await hand_over(driver, method, tools)
     monkeypatch.undo()
@@ -221,7 +221,7 @@ async def test_a_guest_that_was_migrated_away_after_it_was_handed_over(
 async def crash_before_it_is_published(driver: Any, rig: Any, tools: Any, monkeypatch: Any) -> Any:
     """The new process runs, and nobody has written down that it is the VM. The plan."""
     plan = driver.resume_plan("a")
-    monkeypatch.setattr(driver._mover, "_committed", for_ever)
+    monkeypatch.setattr(driver._migrator, "_committed", for_ever)
     moved = asyncio.create_task(driver.hand_over("a", tools.soon()))
     await tools.until(lambda: claims.noted(plan.claims, "ran"), "the new process to run")
     moved.cancel()
@@ -236,9 +236,9 @@ async def for_ever(*_: Any) -> None:
     await asyncio.Event().wait()
 
 
-async def next_qmp(rig: Any) -> Qmp:
+async def next_qmp(rig: Any) -> AsyncQmp:
     """The new process's socket before it has the old one's place."""
-    return await Qmp.connect(str(rig.folder / "run" / "a" / "next" / "qmp"), 5)
+    return await AsyncQmp.connect(str(rig.folder / "run" / "a" / "next" / "qmp"), 5)
 
 
 async def test_a_swapped_guest_that_an_operator_paused_while_nobody_was_there_is_not_started_twice(
@@ -362,7 +362,7 @@ async def test_a_record_that_could_not_be_removed(
     driver = await rig.open({"a": SMALL})
     await driver.prepare("a", "op-1", "swap", "")
     await driver.hand_over("a", tools.soon())
-    monkeypatch.setattr(driver._mover._records, "end", lambda _: None)
+    monkeypatch.setattr(driver._migrator._records, "end", lambda _: None)
     await driver.release("a")
     pid = tools.pid_of(driver, "a")
     driver = await rig.open({"a": SMALL})
@@ -400,7 +400,7 @@ async def test_a_crash_before_there_was_a_plan_leaves_nothing(rig: Any, tools: A
     driver = await rig.open({"a": SMALL})
     await rig.crash()
     (rig.folder / "state" / "vms" / "a.operations" / "op-1").mkdir(parents=True)
-    driver._keeper._launcher.claims("a", "op-1").mkdir()
+    driver._supervisor._launcher.claims("a", "op-1").mkdir()
     driver = await rig.open({"a": SMALL})
     await driver.prepare("a", "op-1", "swap", "")
     await driver.hand_over("a", tools.soon())
@@ -432,9 +432,9 @@ async def test_our_migration_that_completes_while_the_guard_asks_whose_it_is(
     await driver.prepare("a", "op-1", "swap", "")
     guest = driver._guests["a"]
     plan = guest.prepared.plan
-    await driver._mover._begin(guest, guest.prepared, guest.qmp, SWAP_CAPABILITIES)
+    await driver._migrator._begin(guest, guest.prepared, guest.qmp, SWAP_CAPABILITIES)
     loop = asyncio.get_running_loop()
-    stop = processes.sigstop
+    stop = process_control.sigstop
 
     async def migrate() -> None:
         await guest.qmp.execute("migrate", uri=f"unix:{rig.folder}/run/a/mig")
@@ -458,7 +458,7 @@ async def test_our_migration_that_begins_while_the_guard_asks_whose_it_is(
     await driver.prepare("a", "op-1", "replace", "")
     guest = driver._guests["a"]
     plan = guest.prepared.plan
-    await driver._mover._begin(guest, guest.prepared, guest.qmp, checkpointing.CAPABILITIES)
+    await driver._migrator._begin(guest, guest.prepared, guest.qmp, checkpointing.CAPABILITIES)
     file = os.open(f"{plan.state_file}.part", os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600)
     await guest.qmp.pass_file(file, "caesura-state")
     os.close(file)
@@ -536,7 +536,7 @@ async def test_capabilities_that_the_new_qemu_does_not_know_keep_no_other_from_b
     driver = await rig.open({"a": SMALL})
     before = await capabilities(driver)
     await driver.prepare("a", "op-1", "swap", "")
-    kept = driver._keeper._launcher.usual_capabilities("a")
+    kept = driver._supervisor._launcher.usual_capabilities("a")
     kept.write_text(json.dumps(before | {"of-another-version": True}))
     await driver.hand_over("a", tools.soon())
     await driver.release("a")
@@ -562,7 +562,7 @@ async def test_the_guard_alone_leaves_no_guest_whose_memory_stays_behind(
     driver = await rig.open({"a": SMALL})
     await driver.prepare("a", "op-1", method, "")
     guest = driver._guests["a"]
-    await driver._mover._begin(guest, guest.prepared, guest.qmp, SWAP_CAPABILITIES)
+    await driver._migrator._begin(guest, guest.prepared, guest.qmp, SWAP_CAPABILITIES)
     thaw(guest.prepared.plan)
     assert not (await capabilities(driver))["x-ignore-shared"]
     await driver.release("a")

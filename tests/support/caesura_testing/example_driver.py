@@ -31,7 +31,7 @@ from caesura_host_updater.drivers.port import (
 from caesura_host_updater.inventory.vm_spec import VmSpec
 from caesura_host_updater.spawn import ExitWatch, SpawnError, reap, start_detached
 from caesura_vmcontrol.plans import Condition, SignalPlan, condition, thaw
-from caesura_vmcontrol.processes import find_by_env
+from caesura_vmcontrol.process_control import find_by_env
 from caesura_vmcontrol.procfs import process_table, read_process, send_signal
 
 _log = structlog.get_logger("caesura.driver")
@@ -126,7 +126,7 @@ class ExampleDriver:
         ]
         return f"not running: {', '.join(wrong)}" if wrong else ""
 
-    def complaint(self, vm: str) -> str:
+    def health_error(self, vm: str) -> str:
         """Why it was not started."""
         return self._not_started.get(vm, "")
 

@@ -20,11 +20,21 @@ from caesura_coordinator.plan import make_plan
 from caesura_coordinator.records import Rollout, Wave, new_rollout
 from caesura_coordinator.rollout import decide
 from caesura_demo.halts import was_away
-from caesura_host_updater.admission import Authority as HostAuthority
-from caesura_host_updater.admission import Host, Refuse, evaluate_start
+from caesura_host_updater.admission import EpochAuthority, Host, Refuse, evaluate_start
 from caesura_host_updater.inventory.updates import Catalogue
-from caesura_host_updater.operation import steps
 from caesura_host_updater.operation.crash_outcome import recovered
+from caesura_host_updater.operation.events import (
+    AbortReceived,
+    Armed,
+    Disarmed,
+    Event,
+    GuardLost,
+    ResumeEnded,
+    Start,
+    UpdateEnded,
+    VmFroze,
+    VmNotFrozen,
+)
 from caesura_host_updater.operation.machine import decide as decide_pause
 from caesura_host_updater.operation.report import final_report
 from caesura_host_updater.operation.state import Operation, UpdateRun, VmPause
@@ -251,10 +261,10 @@ def _operation(**vm: Any) -> Operation:
     )
 
 
-def _machine(*events: tuple[float, steps.Event]) -> Operation:
+def _machine(*events: tuple[float, Event]) -> Operation:
     """The host's pause machine, begun at 100 s and fed with these, with the seconds at which they come."""
     op = _operation()
-    for now, event in ((100.0, steps.Start()), *events):
+    for now, event in ((100.0, Start()), *events):
         op, _ = decide_pause(op, event, now)
     return op
 
@@ -267,17 +277,17 @@ def _recovered(catch: Intervention | None = None, *, same_boot: bool = True, **v
 
 
 _FROZEN = (
-    (100.1, steps.Armed()),
-    (100.2, steps.VmFroze("web-1", 100.1, 100.2)),
+    (100.1, Armed()),
+    (100.2, VmFroze("web-1", 100.1, 100.2)),
 )
-_RESUMED = ((104.0, steps.VmResumed("web-1", 104.0, "running")), (104.1, steps.Disarmed()))
-_ENDED_BY_SIGNAL = steps.UpdateEnded("", "failed", -15, 1.0, "")
+_RESUMED = ((104.0, ResumeEnded("web-1", 104.0, "running")), (104.1, Disarmed()))
+_ENDED_BY_SIGNAL = UpdateEnded("", "failed", -15, 1.0, "")
 
 _ENDS: dict[str, tuple[bool, Callable[[], Operation]]] = {
     "stopped before": (
         True,
         lambda: _machine(
-            (100.05, steps.AbortReceived("host_stopping", "the host updater is stopping")),
+            (100.05, AbortReceived("host_stopping", "the host updater is stopping")),
             *_FROZEN[:1],
             *_RESUMED,
         ),
@@ -286,18 +296,18 @@ _ENDS: dict[str, tuple[bool, Callable[[], Operation]]] = {
         True,
         lambda: _machine(
             *_FROZEN,
-            (101.0, steps.AbortReceived("host_stopping", "the host updater is stopping")),
+            (101.0, AbortReceived("host_stopping", "the host updater is stopping")),
             (101.5, _ENDED_BY_SIGNAL),
             *_RESUMED,
         ),
     ),
     "guard died while it was armed": (
         True,
-        lambda: _machine((100.05, steps.GuardLost()), *_FROZEN[:1], *_RESUMED),
+        lambda: _machine((100.05, GuardLost()), *_FROZEN[:1], *_RESUMED),
     ),
     "guard died in the pause": (
         True,
-        lambda: _machine(*_FROZEN, (101.0, steps.GuardLost()), (101.5, _ENDED_BY_SIGNAL), *_RESUMED),
+        lambda: _machine(*_FROZEN, (101.0, GuardLost()), (101.5, _ENDED_BY_SIGNAL), *_RESUMED),
     ),
     "updater died before": (True, _recovered),
     "updater died in the pause, the guard resumed": (
@@ -311,22 +321,20 @@ _ENDS: dict[str, tuple[bool, Callable[[], Operation]]] = {
     "the machine was started anew": (True, lambda: _recovered(same_boot=False)),
     "the update failed": (
         False,
-        lambda: _machine(*_FROZEN, (101.0, steps.UpdateEnded("", "failed", 3, 1.0, "")), *_RESUMED),
+        lambda: _machine(*_FROZEN, (101.0, UpdateEnded("", "failed", 3, 1.0, "")), *_RESUMED),
     ),
     "aborted by a person": (
         False,
         lambda: _machine(
             *_FROZEN,
-            (101.0, steps.AbortReceived("aborted", "wrong update")),
+            (101.0, AbortReceived("aborted", "wrong update")),
             (101.5, _ENDED_BY_SIGNAL),
             *_RESUMED,
         ),
     ),
     "not frozen": (
         False,
-        lambda: _machine(
-            *_FROZEN[:1], (100.2, steps.VmNotFrozen("web-1", 100.1, "it did not stop")), *_RESUMED
-        ),
+        lambda: _machine(*_FROZEN[:1], (100.2, VmNotFrozen("web-1", 100.1, "it did not stop")), *_RESUMED),
     ),
     "over budget, the guard resumed": (
         False,
@@ -378,7 +386,11 @@ def test_what_a_host_refused_is_resumed_only_if_it_was_away(
 ) -> None:
     host = Host(host="host-1", vms={}, catalogue=Catalogue({}), **changes)
     verdict = evaluate_start(
-        _command(), host=host, authority=HostAuthority(1, "c"), known=None, now=T0 + timedelta(seconds=late_s)
+        _command(),
+        host=host,
+        authority=EpochAuthority(1, "c"),
+        known=None,
+        now=T0 + timedelta(seconds=late_s),
     )
     assert isinstance(verdict, Refuse)
     codes = Story().started().reported("refused", verdict.why, (verdict.code,)).halted()

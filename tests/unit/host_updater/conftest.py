@@ -16,7 +16,7 @@ from caesura.contract.messages import OperationTarget, StartOperation
 from caesura.contract.topics import channel_of
 from caesura_host_updater.inventory.host_config import HostFile
 from caesura_host_updater.journal import JournalThread
-from caesura_host_updater.pauses import PauseMarkers
+from caesura_host_updater.pause_markers import PauseMarkers
 from caesura_host_updater.service import HostUpdater
 from caesura_host_updater.settings import HostUpdaterSettings
 from caesura_vmcontrol import markers
@@ -74,7 +74,7 @@ def updater_with(tmp_path: Path) -> Callable[..., HostUpdater]:
             file,
             bus=MemoryBus(MemoryBroker(), client_id="h", filters=[]),
             driver=driver,
-            guardian=driver,
+            guard=driver,
             journal=journal,
             metrics=metrics,
             pauses=PauseMarkers(tmp_path),

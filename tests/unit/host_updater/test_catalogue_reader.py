@@ -94,15 +94,15 @@ async def test_a_folder_that_hangs_holds_up_nothing_and_is_named(tmp_path: Path)
     folder.answers.clear()
     with capture_logs() as said:
         folder.reader.reread()
-        await until(lambda: bool(folder.reader.complaint()))
+        await until(lambda: bool(folder.reader.health_error()))
         await until(lambda: any(each["event"] == "updates.folder_silent" for each in said))
-    assert "does not answer" in folder.reader.complaint()
+    assert "does not answer" in folder.reader.health_error()
     found = folder.reader.catalogue
     assert list(found.updates) == ["patch"], "what was last read stands"
     assert [each.file for each in found.refused] == [str(tmp_path)]
     before = folder.changes
     folder.answers.set()
-    await until(lambda: not folder.reader.complaint() and folder.changes > before)
+    await until(lambda: not folder.reader.health_error() and folder.changes > before)
     assert folder.reader.catalogue.refused == ()
     watching.cancel()
     folder.reader.close()

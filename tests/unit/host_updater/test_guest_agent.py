@@ -15,8 +15,14 @@ from typing import Any
 import pytest
 
 from caesura_host_updater.drivers.port import DriverError
-from caesura_host_updater.drivers.qemu import clock
-from caesura_host_updater.drivers.qemu.clock import Sample, best, next_action, sample, set_clock
+from caesura_host_updater.drivers.qemu import clock_setting
+from caesura_host_updater.drivers.qemu.clock_setting import (
+    GuestTimeSample,
+    best,
+    next_action,
+    sample,
+    set_clock,
+)
 from caesura_host_updater.drivers.qemu.guest_agent import (
     AgentGarbage,
     AgentRefused,
@@ -36,7 +42,7 @@ class Guest:
         self.offset_ns = -5 * S
         self.set_leaves_ns = -2 * MS
         self.step_leaves_ns = 20_000
-        self.programs = {clock.STEP_PROGRAM}
+        self.programs = {clock_setting.STEP_PROGRAM}
         self.bent: dict[str, Callable[[dict[str, Any]], bytes]] = {}
         self.asked: list[str] = []
         self.first: bytes = b""
@@ -209,16 +215,16 @@ async def test_a_connection_that_ends_is_told(place: Path) -> None:
 
 async def test_a_program_is_waited_for(guest: Guest, place: Path) -> None:
     async with guest_agent("vm", str(place), by()) as agent:
-        assert await agent.run(clock.STEP_PROGRAM, "0") == 0
+        assert await agent.run(clock_setting.STEP_PROGRAM, "0") == 0
     assert guest.asked.count("guest-exec-status") == 2
     guest.bent["guest-exec-status"] = lambda _: reply({"exited": "perhaps"})
     with pytest.raises(AgentGarbage, match="guest-exec-status"):
         async with guest_agent("vm", str(place), by()) as agent:
-            await agent.run(clock.STEP_PROGRAM, "0")
+            await agent.run(clock_setting.STEP_PROGRAM, "0")
     guest.bent["guest-exec"] = lambda _: reply("started")
     with pytest.raises(AgentGarbage, match="answers guest-exec with 'started'"):
         async with guest_agent("vm", str(place), by()) as agent:
-            await agent.run(clock.STEP_PROGRAM, "0")
+            await agent.run(clock_setting.STEP_PROGRAM, "0")
 
 
 # -- the clock ------------------------------------------------------------------------------------------------
@@ -293,12 +299,12 @@ async def test_a_clock_that_cannot_be_set_is_told_with_the_agents_words(guest: G
         await set_clock("vm", str(place))
 
 
-def at(error_ns: int, round_trip_ns: int = 100_000, guest_ns: int = 0) -> Sample:
-    return Sample(error_ns, round_trip_ns, guest_ns or 10 * S + error_ns)
+def at(error_ns: int, round_trip_ns: int = 100_000, guest_ns: int = 0) -> GuestTimeSample:
+    return GuestTimeSample(error_ns, round_trip_ns, guest_ns or 10 * S + error_ns)
 
 
 def test_a_sample_is_the_middle_of_the_exchange() -> None:
-    assert sample(1000, 5000, 1400) == Sample(5000 - 1200, 400, 5000)
+    assert sample(1000, 5000, 1400) == GuestTimeSample(5000 - 1200, 400, 5000)
 
 
 def test_the_shortest_exchange_counts() -> None:
@@ -323,5 +329,7 @@ def test_samples_may_contradict_each_other_a_little() -> None:
         (at(5 * MS, round_trip_ns=12 * MS), 0, True, "done"),
     ],
 )
-def test_what_is_done_about_an_error(now: Sample, actions: int, *, may_step: bool, wanted: str) -> None:
+def test_what_is_done_about_an_error(
+    now: GuestTimeSample, actions: int, *, may_step: bool, wanted: str
+) -> None:
     assert next_action(now, actions=actions, may_step=may_step) == wanted

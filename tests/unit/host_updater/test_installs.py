@@ -15,7 +15,7 @@ import structlog
 from structlog.testing import capture_logs
 
 from caesura.contract.messages import InstalledUpdate, OperationReported, RefusedUpdate
-from caesura_host_updater.asker import Asker
+from caesura_host_updater.installed_probe import InstalledProbe
 from caesura_host_updater.inventory.installs import Mark, installed, marks_of, remembered
 from caesura_host_updater.inventory.updates import Catalogue, UpdateFile, parse_update
 from caesura_host_updater.journal import Journal
@@ -137,12 +137,12 @@ def test_it_is_on_disk_with_the_report_and_a_second_end_changes_nothing(tmp_path
 
 
 class Asked:
-    """An asker over one update whose command is Python code."""
+    """A probe of one update whose command is Python code."""
 
     def __init__(self, code: str, limit_s: float = 30.0) -> None:
         self.known = catalogue(update(installed=(sys.executable, "-S", "-c", code)))
         self.busy = False
-        self.asker = Asker(
+        self.probe = InstalledProbe(
             "host-1",
             os.environ,
             catalogue=lambda: self.known,
@@ -154,7 +154,7 @@ class Asked:
 
 
 async def _running(asked: Asked, body: Callable[[], Any]) -> None:
-    task = asyncio.create_task(asked.asker.run())
+    task = asyncio.create_task(asked.probe.run())
     try:
         await body()
     finally:
@@ -167,10 +167,10 @@ async def test_the_exit_code_is_the_answer_and_is_asked_again_on_request(tmp_pat
     asked = Asked(f"import os; raise SystemExit(not os.path.exists({str(there)!r}))")
 
     async def body() -> None:
-        await eventually(lambda: asked.asker.answers == {"patch": False})
+        await eventually(lambda: asked.probe.answers == {"patch": False})
         there.touch()
-        asked.asker.ask()
-        await eventually(lambda: asked.asker.answers == {"patch": True})
+        asked.probe.ask()
+        await eventually(lambda: asked.probe.answers == {"patch": True})
 
     await _running(asked, body)
 
@@ -181,7 +181,7 @@ async def test_one_that_does_not_answer_in_time_is_killed_and_says_no(tmp_path: 
     asked = Asked(code, limit_s=1.0)
 
     async def body() -> None:
-        await eventually(lambda: asked.asker.answers == {"patch": False})
+        await eventually(lambda: asked.probe.answers == {"patch": False})
 
     await _running(asked, body)
     if pid.exists() and pid.read_text():
@@ -197,19 +197,19 @@ async def test_nobody_is_asked_in_an_operation_and_one_that_is_being_asked_is_ki
         await eventually(lambda: pid.exists() and bool(pid.read_text()))
         first = pid.read_text()
         asked.busy = True
-        asked.asker.interrupt()
+        asked.probe.interrupt()
         await eventually(lambda: not Path(f"/proc/{first}").exists())
         pid.unlink()
-        asked.asker.ask()
+        asked.probe.ask()
         for _ in range(20):  # the loop turns as often as it likes: nothing is started
             await asyncio.sleep(0)
         assert not pid.exists()
         asked.busy = False
-        asked.asker.ask()
+        asked.probe.ask()
         await eventually(pid.exists)
 
     await _running(asked, body)
-    assert asked.asker.answers == {}
+    assert asked.probe.answers == {}
 
 
 async def test_an_update_that_is_not_installed_is_an_answer_and_no_failure_in_the_log() -> None:
@@ -220,7 +220,7 @@ async def test_an_update_that_is_not_installed_is_an_answer_and_no_failure_in_th
     asked.known = catalogue(*asked.known.updates.values(), broken)
 
     async def body() -> None:
-        await eventually(lambda: asked.asker.answers == {"patch": False, "broken": False})
+        await eventually(lambda: asked.probe.answers == {"patch": False, "broken": False})
 
     with capture_logs() as logs:
         await _running(asked, body)
@@ -231,8 +231,8 @@ async def test_an_answer_holds_only_for_the_definition_that_was_asked() -> None:
     asked = Asked("")
 
     async def body() -> None:
-        await eventually(lambda: asked.asker.answers == {"patch": True})
+        await eventually(lambda: asked.probe.answers == {"patch": True})
         asked.known = catalogue(update(version="3", installed=("false",)))
-        assert asked.asker.answers == {}
+        assert asked.probe.answers == {}
 
     await _running(asked, body)

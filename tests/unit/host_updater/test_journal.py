@@ -32,7 +32,7 @@ from caesura.runtime.errors import StoreError
 from caesura.runtime.lock import InUse, StateFolderUnusable
 from caesura_host_updater import journal as module
 from caesura_host_updater.__main__ import _only_one
-from caesura_host_updater.admission import Authority
+from caesura_host_updater.admission import EpochAuthority
 from caesura_host_updater.clocks.tracker import ClockSyncTracker
 from caesura_host_updater.clocks.verdict import ClockCheck
 from caesura_host_updater.forget_epoch import forget_epoch
@@ -147,10 +147,10 @@ def test_old_ends_are_forgotten_but_never_what_is_open() -> None:
 
 def test_authority() -> None:
     journal = Journal(":memory:")
-    assert journal.authority() == Authority()
-    journal.obey(Authority(3, "c"))
-    journal.obey(Authority(4, "d"))
-    assert journal.authority() == Authority(4, "d")
+    assert journal.authority() == EpochAuthority()
+    journal.obey(EpochAuthority(3, "c"))
+    journal.obey(EpochAuthority(4, "d"))
+    assert journal.authority() == EpochAuthority(4, "d")
     journal.close()
 
 
@@ -369,14 +369,14 @@ async def test_a_clock_that_was_judged_before_its_report_could_be_written_is_not
         "host-1", driver, without_agent=frozenset(), timeout_s=60, verdict=judged, repeat=lambda _: None
     )
     nothing: Any = SimpleNamespace(queue=lambda *_: None, finished=lambda *_: None)
-    endings = OperationFinalizer(LETTERS, journal=thread, outbox=nothing, clocks=clocks, metrics=nothing)
+    finalizer = OperationFinalizer(LETTERS, journal=thread, outbox=nothing, clocks=clocks, metrics=nothing)
 
     def full(*_: object) -> None:
         raise StoreError("disk full")
 
     with monkeypatch.context() as patch:
         patch.setattr(Journal, "finish", full)
-        await endings.conclude(report("op"), None, [ClockCheck("a", "web", 0, "op", 0.1, "b")])
+        await finalizer.finalize(report("op"), None, [ClockCheck("a", "web", 0, "op", 0.1, "b")])
     clocks.answered(
         AgentClockSynced(
             vm="a",
@@ -389,8 +389,8 @@ async def test_a_clock_that_was_judged_before_its_report_could_be_written_is_not
         )
     )
     judging = asyncio.create_task(clocks.run())
-    assert await clocks.settled(patient(5))
-    saving = asyncio.create_task(endings.retry_unsaved())
+    assert await clocks.wait_all_judged(patient(5))
+    saving = asyncio.create_task(finalizer.retry_unsaved())
     async with asyncio.timeout(patient(5)):
         while await thread.do(lambda journal: journal.find("op")) is None:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
@@ -405,7 +405,7 @@ async def test_a_clock_that_was_judged_before_its_report_could_be_written_is_not
 def test_a_journal_with_a_flipped_bit_is_a_store_error_and_no_other(ram_path: Path) -> None:
     path = ram_path / "journal.sqlite"
     first = Journal(str(path))
-    first.obey(Authority(7, "c"))
+    first.obey(EpochAuthority(7, "c"))
     first.accept(command("op"), state("op"), "boot", [report_letter(report("op", "accepted"))])
     first.note_update("op", 12, 34)
     first.finish(report("op2"), [report_letter(report("op2"))], [ClockCheck("a", "web", 0, "op", 0.1)])
@@ -433,13 +433,13 @@ def test_a_host_can_be_made_to_forget_whom_it_obeys_while_it_is_stopped(tmp_path
     with pytest.raises(StateFolderUnusable, match=r"holds no journal\.sqlite"):
         forget_epoch(tmp_path)
     journal = Journal(str(tmp_path / "journal.sqlite"))
-    journal.obey(Authority(EPOCH_MOST, "x"))
+    journal.obey(EpochAuthority(EPOCH_MOST, "x"))
     journal.finish(report("op"), [])
     journal.close()
     with _only_one(tmp_path), pytest.raises(InUse, match="stop it first"):
         forget_epoch(tmp_path)
-    assert forget_epoch(tmp_path) == Authority(EPOCH_MOST, "x")
+    assert forget_epoch(tmp_path) == EpochAuthority(EPOCH_MOST, "x")
     again = Journal(str(tmp_path / "journal.sqlite"))
-    assert again.authority() == Authority()
+    assert again.authority() == EpochAuthority()
     assert again.find("op") is not None, "all else stays"
     again.close()

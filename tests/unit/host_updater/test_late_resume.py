@@ -17,10 +17,10 @@ from caesura_host_updater.admission import Underway
 from caesura_host_updater.clocks.verdict import ClockCheck
 from caesura_host_updater.journal import JournalThread
 from caesura_host_updater.operation import crash_recovery
-from caesura_host_updater.operation.crash_recovery import Startup
+from caesura_host_updater.operation.crash_recovery import CrashRecovery
 from caesura_host_updater.operation.finalizer import OperationFinalizer
 from caesura_host_updater.operation.state import Operation, VmPause
-from caesura_host_updater.pauses import PauseMarkers
+from caesura_host_updater.pause_markers import PauseMarkers
 from caesura_vmcontrol.plans import CgroupPlan
 from caesura_vmcontrol.procfs import boot_id
 
@@ -34,7 +34,7 @@ class Slow:
     async def open(self) -> None:
         """Nothing to adopt."""
 
-    def complaint(self, _: str) -> str:
+    def health_error(self, _: str) -> str:
         return ""
 
     async def read_states(self) -> dict[str, str]:
@@ -72,30 +72,32 @@ async def test_its_resume_is_told_its_clock_is_looked_after_and_its_operation_en
     queued: list[OutboxMessage] = []
     waits: list[ClockCheck] = []
     nothing: Any = SimpleNamespace(
-        queue=lambda *letters: queued.extend(letters), expect=waits.extend, finished=lambda *_: None
+        queue=lambda *letters: queued.extend(letters), track=waits.extend, finished=lambda *_: None
     )
     place: dict[str, Any] = {"set": "web", "ud": 0, "vm": "a", "host": "host-1"}
-    letters: Any = SimpleNamespace(
+    fact_factory: Any = SimpleNamespace(
         fact=lambda fact: prepare(fact, source="/s", event_id=fact.TYPE, at=fact.at, **place),
         report=lambda report: (
             prepare(report, source="/s", event_id=report.status, at=report.at, host="host-1"),
         ),
     )
-    endings = OperationFinalizer(letters, journal=journal, outbox=nothing, clocks=nothing, metrics=nothing)
-    starting = Startup(
+    finalizer = OperationFinalizer(
+        fact_factory, journal=journal, outbox=nothing, clocks=nothing, metrics=nothing
+    )
+    starting = CrashRecovery(
         "host-1",
         driver=world,
-        guardian=world,
+        guard=world,
         journal=journal,
-        letters=letters,
-        endings=endings,
+        fact_factory=fact_factory,
+        finalizer=finalizer,
         pauses=marked("a"),
         has_clock=lambda _: True,
         resumed={},
     )
     await starting.run(1)
     assert await journal.outbox(OutboxTable.load) == [], "it is paused still"
-    assert await endings.known("op") == Underway()
+    assert await finalizer.known("op") == Underway()
     world.go.set()
     await asyncio.gather(*starting.late)
     assert [each.type.split(".")[2] for each in queued] == ["frozen", "resumed", "reported"]

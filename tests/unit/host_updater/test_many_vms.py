@@ -30,10 +30,10 @@ from caesura.contract.messages import (
     VmRecord,
 )
 from caesura.contract.parts import Joiner, inventory_in_parts
-from caesura_host_updater.admission import Authority
+from caesura_host_updater.admission import EpochAuthority
 from caesura_host_updater.drivers.port import Capabilities
+from caesura_host_updater.inventory.builder import inventory
 from caesura_host_updater.inventory.host_config import HostFile, HostFileError, parse_host_file
-from caesura_host_updater.inventory.message import inventory
 from caesura_host_updater.inventory.publisher import InventoryPublisher
 from caesura_host_updater.inventory.updates import Catalogue
 from caesura_host_updater.inventory.vm_spec import VmSpec
@@ -70,7 +70,7 @@ def inventory_of(count: int) -> HostInventory:
         "host-1",
         "qemu",
         "9.1",
-        authority=Authority(7, "c"),
+        authority=EpochAuthority(7, "c"),
         vms={f"web-{number:04d}": record(number) for number in range(count)},
         catalogue=Catalogue({}),
         operation="",
@@ -144,7 +144,7 @@ class Driver:
     def detail(self) -> str:
         return ""
 
-    def complaint(self, _: str) -> str:
+    def health_error(self, _: str) -> str:
         return ""
 
     async def read_states(self) -> dict[str, str]:

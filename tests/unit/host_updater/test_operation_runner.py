@@ -35,7 +35,7 @@ from caesura_host_updater.journal import JournalThread
 from caesura_host_updater.operation import runner as runner_module
 from caesura_host_updater.operation.runner import OperationRunner
 from caesura_host_updater.operation.state import Operation, VmPause
-from caesura_host_updater.pauses import NotMarked
+from caesura_host_updater.pause_markers import NotMarked
 from caesura_testing.patience import patient
 from caesura_vmcontrol.intent import Intent
 from caesura_vmcontrol.plans import CgroupPlan, Plan
@@ -78,7 +78,7 @@ class FakeDriver:
     def ping(self) -> str:
         return ""
 
-    def complaint(self, vm: str) -> str:
+    def health_error(self, vm: str) -> str:
         return ""
 
     async def open(self) -> None:
@@ -238,8 +238,8 @@ class Scene:
         journal: JournalThread,
         *names: str,
         hold_s: float = 0.05,
-        digestible: bool = False,
-        sampleable: bool = False,
+        can_digest: bool = False,
+        can_sample: bool = False,
         method: Method = "freeze",
     ) -> None:
         self.driver = FakeDriver(*names)
@@ -266,7 +266,7 @@ class Scene:
             budget_s=8.0,
             hold_s=hold_s,
             vms=tuple(
-                VmPause(vm=name, set="web", update_domain=0, digestible=digestible, sampleable=sampleable)
+                VmPause(vm=name, set="web", update_domain=0, can_digest=can_digest, can_sample=can_sample)
                 for name in names
             ),
         )
@@ -333,7 +333,7 @@ class Basic:
 @pytest.mark.parametrize("method", ["swap", "replace"])
 async def test_a_driver_that_cannot_is_not_asked(journal: JournalThread, method: Method) -> None:
     scene = Scene(journal, "a", method=method)
-    scene.runner._driver = Basic(scene.driver)
+    scene.runner._driver = scene.runner._actions._driver = Basic(scene.driver)
     op = await scene.run()
     assert op.end == "failed"
     assert f"the fake driver cannot {method}" in op.vms[0].error
@@ -341,8 +341,8 @@ async def test_a_driver_that_cannot_is_not_asked(journal: JournalThread, method:
 
 
 async def test_a_driver_that_cannot_read_memory_leaves_the_digests_out(journal: JournalThread) -> None:
-    scene = Scene(journal, "a", digestible=True, sampleable=True)
-    scene.runner._driver = Basic(scene.driver)
+    scene = Scene(journal, "a", can_digest=True, can_sample=True)
+    scene.runner._driver = scene.runner._actions._driver = Basic(scene.driver)
     op = await scene.run()
     assert op.end == "completed"
     assert "the fake driver cannot read memory" in op.vms[0].digest_note
@@ -417,7 +417,8 @@ async def test_whoever_was_stopped_before_the_call_freezes_nothing_after_the_dea
         stopped_s = 20.0  # more than the whole budget of 8 s
 
     clock = SimpleNamespace(monotonic=lambda: time.monotonic() + stopped_s)
-    monkeypatch.setattr("caesura_host_updater.operation.runner.time", clock)
+    for module in ("runner", "vm_actions"):
+        monkeypatch.setattr(f"caesura_host_updater.operation.{module}.time", clock)
     scene = Scene(journal, "a", "b", "c", method=method)
     scene.driver.on_first = after_the_stop
     op = await scene.run()
@@ -466,7 +467,7 @@ async def test_guard_lost_resumes_at_once(journal: JournalThread) -> None:
 
 
 async def test_memory_that_changed(journal: JournalThread) -> None:
-    scene = Scene(journal, "a", digestible=True)
+    scene = Scene(journal, "a", can_digest=True)
     scene.driver.digests = ["after", "before"]
     op = await scene.run()
     assert op.failure == "the memory of VM a changed while it was paused"
@@ -481,7 +482,7 @@ async def test_memory_that_changed(journal: JournalThread) -> None:
 async def test_memory_too_large_for_a_digest_is_sampled(
     journal: JournalThread, after: str, held: tuple[str, ...], broken: tuple[str, ...]
 ) -> None:
-    scene = Scene(journal, "a", sampleable=True)
+    scene = Scene(journal, "a", can_sample=True)
     scene.driver.samples = [after, "before"]
     op = await scene.run()
     assert (op.end == "completed") is bool(held)

@@ -9,11 +9,33 @@ import msgspec
 import pytest
 
 from caesura.lifecycle.budget import MIN_BUDGET_S, usable_s
-from caesura_host_updater.operation import steps
+from caesura_host_updater.operation.effects import (
+    DigestVms,
+    Finish,
+    PublishFrozen,
+    PublishResumed,
+    ResumeVms,
+    RunUpdate,
+    StopUpdate,
+)
+from caesura_host_updater.operation.events import (
+    AbortReceived,
+    Armed,
+    Digested,
+    Disarmed,
+    GuardIntervention,
+    ResumeEnded,
+    Sampled,
+    Start,
+    TimePassed,
+    UpdateEnded,
+    VmFroze,
+    VmNotFrozen,
+)
 from caesura_host_updater.operation.machine import decide
 from caesura_host_updater.operation.report import final_report, resumed_fact, shown_by_host, update_outcome
 from caesura_host_updater.operation.schedule import Schedule
-from caesura_host_updater.operation.state import IllegalTransition, Operation, UpdateRun, VmPause
+from caesura_host_updater.operation.state import Operation, UnexpectedEvent, UpdateRun, VmPause
 
 START = datetime(2026, 1, 1, tzinfo=UTC)
 
@@ -59,68 +81,68 @@ def test_schedule_leaves_room_for_the_update_and_three_margins(budget_s: float) 
 def test_hold_from_begin_to_end() -> None:
     op, effects = run(
         operation("a", "b"),
-        (100.0, steps.Start()),
-        (100.01, steps.Armed()),
-        (100.02, steps.VmFroze("a", 100.011, 100.015)),
-        (100.03, steps.VmFroze("b", 100.012, 100.025)),
+        (100.0, Start()),
+        (100.01, Armed()),
+        (100.02, VmFroze("a", 100.011, 100.015)),
+        (100.03, VmFroze("b", 100.012, 100.025)),
     )
     assert op.phase == "updating"
     assert op.wake_at == pytest.approx(101.03)
-    op, more = run(op, (101.03, steps.Tick()))
+    op, more = run(op, (101.03, TimePassed()))
     assert op.phase == "resuming"
-    assert steps.ResumeVms(("a", "b")) in more
+    assert ResumeVms(("a", "b")) in more
     op, more = run(
         op,
-        (101.04, steps.VmResumed("a", 101.035, "running")),
-        (101.05, steps.VmResumed("b", 101.05, "running")),
+        (101.04, ResumeEnded("a", 101.035, "running")),
+        (101.05, ResumeEnded("b", 101.05, "running")),
     )
     assert op.phase == "resumed"
-    op, more = run(op, (101.06, steps.Disarmed()))
+    op, more = run(op, (101.06, Disarmed()))
     assert (op.phase, op.end, op.failure) == ("ended", "completed", "")
-    assert more == [steps.Finish()]
+    assert more == [Finish()]
     assert op.vms[0].pause_s == pytest.approx(101.035 - 100.011)
     fact = resumed_fact("host-1", op, "a", wall)
     assert (fact.within_budget, fact.resumed_by) == (True, "updater")
     assert fact.at == wall(101.035)
-    assert steps.PublishFrozen("a") in effects
+    assert PublishFrozen("a") in effects
 
 
 def test_a_hold_longer_than_the_budget_ends_with_the_budgets_share() -> None:
     """Refused as a command; here the second line: whatever was accepted, the resume is asked for in time (I2)."""
     op, _ = run(
         operation(hold_s=25.0),
-        (100.0, steps.Start()),
-        (100.01, steps.Armed()),
-        (100.02, steps.VmFroze("a", 100.011, 100.015)),
+        (100.0, Start()),
+        (100.01, Armed()),
+        (100.02, VmFroze("a", 100.011, 100.015)),
     )
     assert op.schedule is not None
     assert op.wake_at == op.schedule.resume_at
-    _, effects = run(op, (op.schedule.resume_at, steps.Tick()))
-    assert steps.ResumeVms(("a",)) in effects
+    _, effects = run(op, (op.schedule.resume_at, TimePassed()))
+    assert ResumeVms(("a",)) in effects
 
 
 def test_one_vm_that_cannot_be_frozen_lets_all_go_at_once() -> None:
     op, effects = run(
         operation("a", "b"),
-        (100.0, steps.Start()),
-        (100.0, steps.Armed()),
-        (100.1, steps.VmFroze("a", 100.0, 100.1)),
-        (100.2, steps.VmNotFrozen("b", 100.0, "will not")),
+        (100.0, Start()),
+        (100.0, Armed()),
+        (100.1, VmFroze("a", 100.0, 100.1)),
+        (100.2, VmNotFrozen("b", 100.0, "will not")),
     )
-    assert steps.ResumeVms(("a", "b")) in effects
+    assert ResumeVms(("a", "b")) in effects
     assert op.failure == "VM b could not be frozen: will not"
 
 
 def test_events_in_the_wrong_phase_name_both() -> None:
-    with pytest.raises(IllegalTransition, match=r"Armed in phase 'accepted'.*'arming'"):
-        decide(operation(), steps.Armed(), 1.0)
-    op, _ = run(operation(), (1.0, steps.Start()))
-    with pytest.raises(IllegalTransition, match=r"Start in phase 'arming'.*'accepted'"):
-        decide(op, steps.Start(), 1.0)
-    with pytest.raises(IllegalTransition, match="VmFroze in phase 'arming'"):
-        decide(op, steps.VmFroze("a", 1.0, 1.0), 1.0)
-    with pytest.raises(IllegalTransition, match="Disarmed in phase 'arming'"):
-        decide(op, steps.Disarmed(), 1.0)
+    with pytest.raises(UnexpectedEvent, match=r"Armed in phase 'accepted'.*'arming'"):
+        decide(operation(), Armed(), 1.0)
+    op, _ = run(operation(), (1.0, Start()))
+    with pytest.raises(UnexpectedEvent, match=r"Start in phase 'arming'.*'accepted'"):
+        decide(op, Start(), 1.0)
+    with pytest.raises(UnexpectedEvent, match="VmFroze in phase 'arming'"):
+        decide(op, VmFroze("a", 1.0, 1.0), 1.0)
+    with pytest.raises(UnexpectedEvent, match="Disarmed in phase 'arming'"):
+        decide(op, Disarmed(), 1.0)
 
 
 def updating(**changes: Any) -> Operation:
@@ -133,9 +155,9 @@ def updating(**changes: Any) -> Operation:
     }
     op, _ = run(
         operation(**(facts | changes)),
-        (100.0, steps.Start()),
-        (100.0, steps.Armed()),
-        (100.0, steps.VmFroze("a", 100.0, 100.0)),
+        (100.0, Start()),
+        (100.0, Armed()),
+        (100.0, VmFroze("a", 100.0, 100.0)),
     )
     assert op.phase == "updating"
     return op
@@ -144,82 +166,82 @@ def updating(**changes: Any) -> Operation:
 def test_update_is_asked_to_end_then_killed_and_never_waited_for() -> None:
     op = updating()  # margins of 1 s: 107, 108, 109
     assert op.wake_at == pytest.approx(107.0)
-    op, effects = run(op, (107.0, steps.Tick()))
-    assert effects == [steps.StopUpdate(kill=False)]
-    op, effects = run(op, (108.0, steps.Tick()))
-    assert effects[:2] == [steps.StopUpdate(kill=True), steps.ResumeVms(("a",))]
+    op, effects = run(op, (107.0, TimePassed()))
+    assert effects == [StopUpdate(kill=False)]
+    op, effects = run(op, (108.0, TimePassed()))
+    assert effects[:2] == [StopUpdate(kill=True), ResumeVms(("a",))]
     assert op.runs[0].outcome == "timeout"
     assert "did not end within 7.0 s" in op.failure
 
 
 def test_grace_of_a_late_abort_does_not_delay_the_resume() -> None:
-    op, effects = run(updating(), (106.9, steps.AbortReceived("aborted", "x")))
-    assert effects == [steps.StopUpdate(kill=False)]
+    op, effects = run(updating(), (106.9, AbortReceived("aborted", "x")))
+    assert effects == [StopUpdate(kill=False)]
     assert op.wake_at == pytest.approx(107.9)
-    op, _ = run(updating(update_timeout_s=6.8), (107.8, steps.AbortReceived("aborted", "x")))
+    op, _ = run(updating(update_timeout_s=6.8), (107.8, AbortReceived("aborted", "x")))
     assert op.wake_at == pytest.approx(108.0)  # `resume_at`, not a whole margin later
 
 
 def test_update_that_ends_in_the_grace_still_timed_out() -> None:
-    op, _ = run(updating(), (107.0, steps.Tick()), (107.5, steps.UpdateEnded("", "failed", -15, 7.5, "")))
+    op, _ = run(updating(), (107.0, TimePassed()), (107.5, UpdateEnded("", "failed", -15, 7.5, "")))
     assert op.phase == "resuming"
     assert op.runs[0].outcome == "timeout"
 
 
 def test_waking_up_late_kills_and_resumes_in_one_step() -> None:
-    op, effects = run(updating(), (150.0, steps.Tick()))
-    assert effects[:2] == [steps.StopUpdate(kill=True), steps.ResumeVms(("a",))]
+    op, effects = run(updating(), (150.0, TimePassed()))
+    assert effects[:2] == [StopUpdate(kill=True), ResumeVms(("a",))]
     assert op.failure
 
 
 def test_guards_record_tells_the_true_pause() -> None:
-    op, _ = run(updating(), (150.0, steps.Tick()))
-    op, effects = run(op, (150.0, steps.VmResumed("a", 150.0, "running")))
-    assert steps.PublishResumed("a") not in effects  # not yet: only the guard knows
-    record = steps.Disarmed("the deadline passed", (steps.GuardIntervention("a", True, None, 109.02),))
+    op, _ = run(updating(), (150.0, TimePassed()))
+    op, effects = run(op, (150.0, ResumeEnded("a", 150.0, "running")))
+    assert PublishResumed("a") not in effects  # not yet: only the guard knows
+    record = Disarmed("the deadline passed", (GuardIntervention("a", True, None, 109.02),))
     op, effects = run(op, (150.1, record))
-    assert effects == [steps.PublishResumed("a"), steps.Finish()]
+    assert effects == [PublishResumed("a"), Finish()]
     assert op.vms[0].resumed_by == "guard"
     assert op.vms[0].pause_s == pytest.approx(9.02)
     assert op.failure.startswith("the pause guard resumed VM a: the deadline passed")
 
 
 def test_late_freeze_counts_from_when_it_was_last_seen_running() -> None:
-    op, _ = run(operation(), (100.0, steps.Start()), (100.0, steps.Armed()))
-    op, _ = run(op, (200.0, steps.Tick()))
-    op, _ = run(op, (200.0, steps.VmNotFrozen("a", 100.0, "called off")))
-    op, _ = run(op, (200.1, steps.VmResumed("a", 200.1, "running")))
-    record = steps.Disarmed("the deadline passed", (steps.GuardIntervention("a", True, 199.99, 200.01),))
+    op, _ = run(operation(), (100.0, Start()), (100.0, Armed()))
+    op, _ = run(op, (200.0, TimePassed()))
+    op, _ = run(op, (200.0, VmNotFrozen("a", 100.0, "called off")))
+    op, _ = run(op, (200.1, ResumeEnded("a", 200.1, "running")))
+    record = Disarmed("the deadline passed", (GuardIntervention("a", True, 199.99, 200.01),))
     op, effects = run(op, (200.2, record))
     assert op.vms[0].pause_s == pytest.approx(0.02)
-    assert effects == [steps.PublishFrozen("a"), steps.PublishResumed("a"), steps.Finish()]
+    assert effects == [PublishFrozen("a"), PublishResumed("a"), Finish()]
 
 
 def test_freeze_found_at_the_resume_is_counted() -> None:
     op, _ = run(
         operation(),
-        (100.0, steps.Start()),
-        (100.0, steps.Armed()),
-        (100.1, steps.AbortReceived("aborted", "x")),
+        (100.0, Start()),
+        (100.0, Armed()),
+        (100.1, AbortReceived("aborted", "x")),
     )
-    op, _ = run(op, (100.1, steps.VmNotFrozen("a", 100.0, "called off")))
-    op, effects = run(op, (100.2, steps.VmResumed("a", 100.2, "running", True)))
-    assert effects[:2] == [steps.PublishFrozen("a"), steps.PublishResumed("a")]
-    op, _ = run(op, (100.3, steps.Disarmed()))
+    op, _ = run(op, (100.1, VmNotFrozen("a", 100.0, "called off")))
+    op, effects = run(op, (100.2, ResumeEnded("a", 100.2, "running", True)))
+    assert effects[:2] == [PublishFrozen("a"), PublishResumed("a")]
+    op, _ = run(op, (100.3, Disarmed()))
     assert op.end == "failed"  # something was frozen, so it is not merely cancelled
 
 
 def test_changed_memory_fails_the_operation() -> None:
     op = operation()
-    op = msgspec.structs.replace(op, vms=(VmPause(vm="a", set="web", update_domain=1, digestible=True),))
+    op = msgspec.structs.replace(op, vms=(VmPause(vm="a", set="web", update_domain=1, can_digest=True),))
     op, _effects = run(
         op,
-        (100.0, steps.Start()),
-        (100.0, steps.Armed()),
-        (100.0, steps.VmFroze("a", 100.0, 100.0)),
-        (100.1, steps.Digested("a", "one")),
-        (101.1, steps.Tick()),
-        (101.2, steps.Digested("a", "two")),
+        (100.0, Start()),
+        (100.0, Armed()),
+        (100.0, VmFroze("a", 100.0, 100.0)),
+        (100.1, Digested("a", "one")),
+        (101.1, TimePassed()),
+        (101.2, Digested("a", "two")),
     )
     assert op.failure == "the memory of VM a changed while it was paused"
     proof = shown_by_host(op.vms[0])
@@ -230,24 +252,22 @@ def _with_digests(budget_s: float, **vm: Any) -> Operation:
     op = operation(update="patch", runs=(UpdateRun(),), update_timeout_s=budget_s)
     one = VmPause(vm="a", set="web", update_domain=1, **vm)
     op = msgspec.structs.replace(op, budget_s=budget_s, vms=(one,))
-    op, _ = run(op, (100.0, steps.Start()), (100.0, steps.Armed()), (100.0, steps.VmFroze("a", 100.0, 100.0)))
+    op, _ = run(op, (100.0, Start()), (100.0, Armed()), (100.0, VmFroze("a", 100.0, 100.0)))
     return op
 
 
 @pytest.mark.parametrize(("took_s", "whole"), [(15.0, True), (20.5, False), (26.9, False)])
 def test_a_long_update_leaves_time_for_a_sampled_digest(took_s: float, whole: bool) -> None:
     """Of a budget of 30 s no digest of all memory is begun after 20 s; today there was none at all then."""
-    op = _with_digests(30.0, digestible=True, sampleable=True)
-    op, _ = run(op, (100.1, steps.Sampled("a", "s")), (100.2, steps.Digested("a", "d")))
+    op = _with_digests(30.0, can_digest=True, can_sample=True)
+    op, _ = run(op, (100.1, Sampled("a", "s")), (100.2, Digested("a", "d")))
     ended = 100.2 + took_s
-    op, effects = run(op, (ended, steps.UpdateEnded("", "succeeded", 0, took_s, "")))
-    (digest,) = [each for each in effects if isinstance(each, steps.DigestVms)]
+    op, effects = run(op, (ended, UpdateEnded("", "succeeded", 0, took_s, "")))
+    (digest,) = [each for each in effects if isinstance(each, DigestVms)]
     assert digest.whole == (frozenset({"a"}) if whole else frozenset())
     assert digest.until <= op.schedule.resume_at  # type: ignore[union-attr]
-    op, effects = run(
-        op, (ended, steps.Sampled("a", "s")), (ended, steps.Digested("a", "d" if whole else ""))
-    )
-    assert steps.ResumeVms(("a",)) in effects
+    op, effects = run(op, (ended, Sampled("a", "s")), (ended, Digested("a", "d" if whole else "")))
+    assert ResumeVms(("a",)) in effects
     proof = shown_by_host(op.vms[0])
     assert proof.held == (("digest_equal", "sampled_digest_equal") if whole else ("sampled_digest_equal",))
     assert ("no time was left" in proof.detail) is not whole
@@ -255,25 +275,25 @@ def test_a_long_update_leaves_time_for_a_sampled_digest(took_s: float, whole: bo
 
 def test_a_sample_that_does_not_come_holds_up_neither_the_update_nor_the_resume() -> None:
     """RAM that was swapped out: a disk is waited for, at most a second, and never beyond the instant of the resume."""
-    op = _with_digests(30.0, sampleable=True)
+    op = _with_digests(30.0, can_sample=True)
     assert op.wake_at == pytest.approx(101.0)
-    op, effects = run(op, (101.0, steps.Tick()))
-    assert any(isinstance(each, steps.RunUpdate) for each in effects)
+    op, effects = run(op, (101.0, TimePassed()))
+    assert any(isinstance(each, RunUpdate) for each in effects)
     assert shown_by_host(op.vms[0]).held == ()
-    op = _with_digests(30.0, sampleable=True)
-    op, _ = run(op, (100.1, steps.Sampled("a", "s")), (100.1, steps.Digested("a", "")))
-    op, _ = run(op, (127.5, steps.UpdateEnded("", "succeeded", 0, 27.4, "")))
+    op = _with_digests(30.0, can_sample=True)
+    op, _ = run(op, (100.1, Sampled("a", "s")), (100.1, Digested("a", "")))
+    op, _ = run(op, (127.5, UpdateEnded("", "succeeded", 0, 27.4, "")))
     assert op.wake_at == op.schedule.resume_at  # type: ignore[union-attr]
-    op, effects = run(op, (128.0, steps.Tick()))
-    assert steps.ResumeVms(("a",)) in effects
+    op, effects = run(op, (128.0, TimePassed()))
+    assert ResumeVms(("a",)) in effects
     assert "too long" in shown_by_host(op.vms[0]).detail
 
 
 def test_sampled_pages_that_differ_fail_the_operation() -> None:
-    op = _with_digests(10.0, sampleable=True)
-    op, _ = run(op, (100.1, steps.Sampled("a", "one")), (100.1, steps.Digested("a", "")))
-    op, _ = run(op, (101.0, steps.UpdateEnded("", "succeeded", 0, 0.9, "")))
-    op, _ = run(op, (101.1, steps.Sampled("a", "two")), (101.1, steps.Digested("a", "")))
+    op = _with_digests(10.0, can_sample=True)
+    op, _ = run(op, (100.1, Sampled("a", "one")), (100.1, Digested("a", "")))
+    op, _ = run(op, (101.0, UpdateEnded("", "succeeded", 0, 0.9, "")))
+    op, _ = run(op, (101.1, Sampled("a", "two")), (101.1, Digested("a", "")))
     assert op.failure == "the memory of VM a changed while it was paused"
     assert shown_by_host(op.vms[0]).broken == ("sampled_digest_equal",)
 

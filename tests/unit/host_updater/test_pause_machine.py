@@ -8,7 +8,41 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from caesura_host_updater.operation import steps
+from caesura_host_updater.operation.effects import (
+    Arm,
+    DigestVms,
+    Disarm,
+    Finish,
+    FreezeVms,
+    PrepareVms,
+    PublishFrozen,
+    PublishResumed,
+    ResumeVms,
+    RunUpdate,
+    StopUpdate,
+    SwapVms,
+)
+from caesura_host_updater.operation.events import (
+    AbortReceived,
+    Armed,
+    ArmRefused,
+    Digested,
+    Disarmed,
+    GuardIntervention,
+    GuardLost,
+    ResumeEnded,
+    Sampled,
+    Start,
+    TimePassed,
+    UpdateEnded,
+    VmFroze,
+    VmLost,
+    VmNotFrozen,
+    VmNotPrepared,
+    VmNotSwapped,
+    VmPrepared,
+    VmSwapped,
+)
 from caesura_host_updater.operation.machine import decide
 from caesura_host_updater.operation.report import shown_by_host
 from caesura_host_updater.operation.state import Operation, UpdateRun, VmPause, vm_of
@@ -23,8 +57,8 @@ class PauseMachine(RuleBasedStateMachine):
         count=st.integers(1, 3),
         budget_s=st.sampled_from([0.5, 1.0, 2.0, 30.0]),
         kind=st.sampled_from(["hold", "host", "vm", "live", "swap", "swap of an update", "replace"]),
-        digestible=st.booleans(),
-        sampleable=st.booleans(),
+        can_digest=st.booleans(),
+        can_sample=st.booleans(),
         faults=st.sets(
             st.sampled_from(["abort", "guard", "refuse", "freeze", "lost", "hurry", "prepare"]), max_size=2
         ),
@@ -34,8 +68,8 @@ class PauseMachine(RuleBasedStateMachine):
         count: int,
         budget_s: float,
         kind: str,
-        digestible: bool,
-        sampleable: bool,
+        can_digest: bool,
+        can_sample: bool,
         faults: set[str],
     ) -> None:
         """An operation of some kind, accepted, and what may go wrong with it: few things, so that it gets far."""
@@ -53,7 +87,7 @@ class PauseMachine(RuleBasedStateMachine):
             update="" if kind in ("hold", "swap") else "patch",
             update_timeout_s=budget_s,
             vms=tuple(
-                VmPause(vm=name, set="s", update_domain=0, digestible=digestible, sampleable=sampleable)
+                VmPause(vm=name, set="s", update_domain=0, can_digest=can_digest, can_sample=can_sample)
                 for name in names
             ),
             runs=runs,
@@ -72,7 +106,7 @@ class PauseMachine(RuleBasedStateMachine):
         self.finished = 0
         self.told: list[tuple[str, str]] = []
         self.freeze_calls = 0
-        self.feed(steps.Start())
+        self.feed(Start())
 
     def feed(self, event: Any) -> None:
         """One event through the machine, and its effects into the pending work."""
@@ -85,21 +119,21 @@ class PauseMachine(RuleBasedStateMachine):
         assert self.finished == 0, "an effect after the end"
         schedule = self.op.schedule
         match effect:
-            case steps.Arm():
+            case Arm():
                 assert schedule is not None
                 assert schedule.started_at < effect.deadline < schedule.started_at + self.op.budget_s
                 self.arming = True
-            case steps.PrepareVms():
+            case PrepareVms():
                 assert not self.aborted
                 assert not self.updating, "the update still changes the host"
                 self.preparing = set(effect.vms)
-            case steps.SwapVms():
+            case SwapVms():
                 assert self.armed, "swapped without a guard"
                 assert self.ready == set(self.world), "swapped before all were ready"
                 assert schedule is not None
                 assert self.now < effect.by
                 self.swapping = sorted(self.world)
-            case steps.FreezeVms():
+            case FreezeVms():
                 assert self.op.method == "freeze" or self.ready == set(self.world), "not ready"
                 assert self.armed, "frozen without a guard"
                 assert not self.aborted, "frozen after an abort"
@@ -109,21 +143,21 @@ class PauseMachine(RuleBasedStateMachine):
                 assert self.freeze_calls == 1
                 self.freezing = set(self.world)
                 self.called = set(self.world)
-            case steps.DigestVms():
+            case DigestVms():
                 assert schedule is not None
                 assert self.now < effect.until <= schedule.resume_at
                 assert not effect.whole or effect.until <= schedule.digest_until
-                assert effect.whole <= {vm.vm for vm in self.op.vms if vm.digestible}
+                assert effect.whole <= {vm.vm for vm in self.op.vms if vm.can_digest}
                 self.digesting |= set(effect.vms)
-            case steps.RunUpdate():
+            case RunUpdate():
                 assert not self.aborted, "update started after an abort"
                 assert self.op.method in ("live", "swap") or all(
                     self.world[vm] in ("frozen", "gone") for vm in self.world
                 ), "update started while a VM runs"
                 self.updating |= set(effect.keys)
-            case steps.StopUpdate(kill=True):
+            case StopUpdate(kill=True):
                 self.updating.clear()
-            case steps.ResumeVms():
+            case ResumeVms():
                 answered = {vm.vm for vm in self.op.vms if vm.end}
                 assert self.called <= set(effect.vms) | answered, "a VM was forgotten"
                 self.swapping.clear()
@@ -134,23 +168,23 @@ class PauseMachine(RuleBasedStateMachine):
                 self.freezing.clear()
                 self.digesting.clear()
                 self.resuming = set(effect.vms)
-            case steps.Disarm():
+            case Disarm():
                 assert not self.resuming, "disarmed before every VM runs"
                 self.disarming = True
-            case steps.PublishFrozen() | steps.PublishResumed():
+            case PublishFrozen() | PublishResumed():
                 told = (type(effect).__name__, effect.vm)
                 assert told not in self.told
                 self.told.append(told)
-                if isinstance(effect, steps.PublishResumed):
+                if isinstance(effect, PublishResumed):
                     assert ("PublishFrozen", effect.vm) in self.told
-            case steps.Finish():
+            case Finish():
                 self.finished += 1
                 assert not self.called or self.resume_asked or self.op.method == "swap"
                 assert all(state != "frozen" for state in self.world.values()), "ended with a VM frozen"
 
     def feed_later(self, vm: str) -> None:
         """A cancelled freeze reports that it was called off."""
-        self.op, effects = decide(self.op, steps.VmNotFrozen(vm, self.now, "called off"), self.now)
+        self.op, effects = decide(self.op, VmNotFrozen(vm, self.now, "called off"), self.now)
         assert effects == ()
 
     # -- what can happen ----------------------------------------------------------------------------------
@@ -167,10 +201,10 @@ class PauseMachine(RuleBasedStateMachine):
         self.pass_time(seconds)
 
     def pass_time(self, seconds: float) -> None:
-        """Tick if the machine wants it."""
+        """Time passes, if the machine wants it."""
         self.now += seconds
         if self.op.wake_at is not None and self.now >= self.op.wake_at:
-            self.feed(steps.Tick())
+            self.feed(TimePassed())
 
     @precondition(lambda self: self.arming)
     @rule(good=st.booleans())
@@ -179,7 +213,7 @@ class PauseMachine(RuleBasedStateMachine):
         good = good or "refuse" not in self.faults
         self.arming = False
         self.armed = good
-        self.feed(steps.Armed() if good else steps.ArmRefused("no"))
+        self.feed(Armed() if good else ArmRefused("no"))
 
     @precondition(lambda self: self.preparing)
     @rule(good=st.booleans(), data=st.data())
@@ -189,9 +223,9 @@ class PauseMachine(RuleBasedStateMachine):
         self.preparing.discard(vm)
         if good or "prepare" not in self.faults:
             self.ready.add(vm)
-            self.feed(steps.VmPrepared(vm))
+            self.feed(VmPrepared(vm))
         else:
-            self.feed(steps.VmNotPrepared(vm, "QEMU said no"))
+            self.feed(VmNotPrepared(vm, "QEMU said no"))
 
     @precondition(lambda self: self.swapping)
     @rule(how=st.sampled_from(["new", "new", "old", "stuck", "untouched"]))
@@ -200,7 +234,7 @@ class PauseMachine(RuleBasedStateMachine):
         vm = self.swapping.pop(0)
         if how == "new" or "freeze" not in self.faults:
             self.called.add(vm)
-            self.feed(steps.VmSwapped(vm, self.now, self.now, self.now))
+            self.feed(VmSwapped(vm, self.now, self.now, self.now))
             return
         self.called |= {vm} - ({vm} if how == "untouched" else set())
         self.world[vm] = "frozen" if how == "stuck" else "running"
@@ -208,8 +242,8 @@ class PauseMachine(RuleBasedStateMachine):
         back = self.now if how == "old" else None
         called_at = None if how == "untouched" else self.now
         for event in (
-            steps.VmNotSwapped(vm, called_at, "will not", paused, back),
-            *(steps.VmNotSwapped(each, None, "not begun") for each in self.swapping),
+            VmNotSwapped(vm, called_at, "will not", paused, back),
+            *(VmNotSwapped(each, None, "not begun") for each in self.swapping),
         ):
             if self.op.phase == "swapping":
                 self.feed(event)
@@ -224,9 +258,9 @@ class PauseMachine(RuleBasedStateMachine):
         self.freezing.discard(vm)
         if good:
             self.world[vm] = "frozen"
-            self.feed(steps.VmFroze(vm, self.now, self.now))
+            self.feed(VmFroze(vm, self.now, self.now))
         else:
-            self.feed(steps.VmNotFrozen(vm, self.now, "will not"))
+            self.feed(VmNotFrozen(vm, self.now, "will not"))
 
     @precondition(lambda self: self.digesting)
     @rule(digest=st.sampled_from(["x", "x", "y", ""]), data=st.data())
@@ -234,9 +268,9 @@ class PauseMachine(RuleBasedStateMachine):
         """A digest, or none; before it the sampled pages, where they are looked at."""
         vm = data.draw(st.sampled_from(sorted(self.digesting)))
         self.digesting.discard(vm)
-        if vm_of(self.op, vm).sampleable:
-            self.feed(steps.Sampled(vm, data.draw(st.sampled_from(["x", "x", "y", ""]))))
-        self.feed(steps.Digested(vm, digest if vm_of(self.op, vm).digestible else ""))
+        if vm_of(self.op, vm).can_sample:
+            self.feed(Sampled(vm, data.draw(st.sampled_from(["x", "x", "y", ""]))))
+        self.feed(Digested(vm, digest if vm_of(self.op, vm).can_digest else ""))
 
     @precondition(lambda self: self.updating)
     @rule(outcome=st.sampled_from(["succeeded", "failed"]), data=st.data())
@@ -244,21 +278,21 @@ class PauseMachine(RuleBasedStateMachine):
         """A run of the update ends."""
         key = data.draw(st.sampled_from(sorted(self.updating)))
         self.updating.discard(key)
-        self.feed(steps.UpdateEnded(key, outcome, 0 if outcome == "succeeded" else 1, 0.1, ""))
+        self.feed(UpdateEnded(key, outcome, 0 if outcome == "succeeded" else 1, 0.1, ""))
 
     @precondition(lambda self: "abort" in self.faults)
     @rule()
     def abort(self) -> None:
         """At any time, and again."""
         self.aborted = True
-        self.feed(steps.AbortReceived("aborted", "test"))
+        self.feed(AbortReceived("aborted", "test"))
 
     @precondition(lambda self: "guard" in self.faults)
     @rule()
     def guard_dies(self) -> None:
         """At any time, and again."""
         self.armed = False
-        self.feed(steps.GuardLost())
+        self.feed(GuardLost())
 
     @precondition(lambda self: "lost" in self.faults and "frozen" in self.world.values())
     @rule(thawed=st.booleans(), data=st.data())
@@ -266,7 +300,7 @@ class PauseMachine(RuleBasedStateMachine):
         """It ends, or somebody else lets it run."""
         vm = data.draw(st.sampled_from([each for each, state in self.world.items() if state == "frozen"]))
         self.world[vm] = "running" if thawed else "gone"
-        self.feed(steps.VmLost(vm, thawed, "is lost"))
+        self.feed(VmLost(vm, thawed, "is lost"))
 
     @precondition(lambda self: self.resuming)
     @rule(data=st.data(), held=st.booleans())
@@ -276,15 +310,15 @@ class PauseMachine(RuleBasedStateMachine):
         self.resuming.discard(vm)
         end: Any = "gone" if self.world[vm] == "gone" else "running"
         self.world[vm] = end
-        self.feed(steps.VmResumed(vm, self.now, end, held))
+        self.feed(ResumeEnded(vm, self.now, end, held))
 
     @precondition(lambda self: self.disarming)
     @rule(fired=st.booleans())
     def guard_lets_go(self, fired: bool) -> None:
         """With or without having fired."""
         self.disarming = False
-        catches = tuple(steps.GuardIntervention(vm, True, None, self.now) for vm in sorted(self.called))
-        self.feed(steps.Disarmed("the deadline passed", catches) if fired else steps.Disarmed())
+        interventions = tuple(GuardIntervention(vm, True, None, self.now) for vm in sorted(self.called))
+        self.feed(Disarmed("the deadline passed", interventions) if fired else Disarmed())
 
     # -- what must hold -----------------------------------------------------------------------------------
 
@@ -332,20 +366,20 @@ class PauseMachine(RuleBasedStateMachine):
             for vm in sorted(self.preparing):
                 self.preparing.discard(vm)
                 self.ready.add(vm)
-                self.feed(steps.VmPrepared(vm))
+                self.feed(VmPrepared(vm))
             if self.arming:
                 self.arming, self.armed = False, True
-                self.feed(steps.Armed())
+                self.feed(Armed())
             for vm in sorted(self.resuming):
                 self.resuming.discard(vm)
                 self.world[vm] = "running" if self.world[vm] != "gone" else "gone"
-                self.feed(steps.VmResumed(vm, self.now, "running"))
+                self.feed(ResumeEnded(vm, self.now, "running"))
             if self.disarming:
                 self.disarming = False
-                self.feed(steps.Disarmed())
+                self.feed(Disarmed())
             if self.op.end is None:
                 self.now += 1.0
-                self.feed(steps.Tick())
+                self.feed(TimePassed())
         assert self.op.end is not None
         assert self.finished == 1
 

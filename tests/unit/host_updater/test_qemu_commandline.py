@@ -8,7 +8,7 @@ import pytest
 
 from caesura_host_updater.drivers.qemu.arguments import options, settings, with_setting
 from caesura_host_updater.drivers.qemu.commandline import (
-    Memory,
+    GuestRam,
     Paths,
     bridge_script,
     first_command,
@@ -57,7 +57,7 @@ def words(text: str) -> tuple[str, ...]:
 
 def test_first_command_can_be_handed_over() -> None:
     argv = first_command("a", WHOLE, "/usr/bin/qemu-system-x86_64", "tcg", AT)
-    assert memory_of(argv) == Memory("/ram/c/a.ram", 256 << 20)
+    assert memory_of(argv) == GuestRam("/ram/c/a.ram", 256 << 20)
     assert machine_of(argv) == ("pc-q35-7.2", {"memory-backend": "ram"})
     found = obstacles(argv, "pc-q35-7.2")
     assert found.both == found.beside == ()
@@ -240,7 +240,7 @@ def test_what_other_peoples_command_lines_have_and_may_have() -> None:
         """"share":true}' -numa node,memdev=m0 -device '{"driver":"virtio-blk-pci","drive":"d"}' """
         """-blockdev '{"driver":"file","node-name":"d","filename":"/d.img"}' -netdev '{"type":"user","id":"n"}'"""
     )
-    assert memory_of(words(text)) == Memory("/r", 1 << 30, "m0")
+    assert memory_of(words(text)) == GuestRam("/r", 1 << 30, "m0")
     found = obstacles(words(text), "pc-q35-jammy")
     assert found.both == found.beside == ()
     forwarded = """-netdev '{"type":"user","id":"n","hostfwd":[{"str":"tcp::22-:22"}]}'"""

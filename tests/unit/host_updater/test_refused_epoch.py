@@ -18,7 +18,7 @@ from caesura.contract.codec import decode, encode
 from caesura.contract.messages import CoordinatorPresence, HostInventory
 from caesura.contract.topics import channel_of
 from caesura.lifecycle.commands import COMMANDS
-from caesura_host_updater.admission import Authority
+from caesura_host_updater.admission import EpochAuthority
 from caesura_host_updater.inventory.host_config import HostFile
 from caesura_host_updater.journal import Journal, JournalThread
 from caesura_host_updater.service import HostUpdater
@@ -96,10 +96,10 @@ async def test_a_leap_is_refused_in_the_inventory_until_something_believable_is_
     await one.says(
         lambda last: "epoch 5000 is more than 1000 above epoch 7" in last.refused_epoch and last.epoch == 7
     )
-    assert one.updater.authority == Authority(7, "c7")
+    assert one.updater.epochs.authority == EpochAuthority(7, "c7")
     await one.announce(8)
     await one.says(lambda last: last.epoch == 8 and not last.refused_epoch)
-    assert await one.journal.do(Journal.authority) == Authority(8, "c8")
+    assert await one.journal.do(Journal.authority) == EpochAuthority(8, "c8")
 
 
 async def test_a_coordinator_whose_commands_would_not_arrive_is_refused_until_it_is_upgraded(
@@ -110,7 +110,7 @@ async def test_a_coordinator_whose_commands_would_not_arrive_is_refused_until_it
     await one.says(
         lambda last: "does not send caesura.operation.start.v1" in last.refused_epoch and last.epoch == 0
     )
-    assert one.updater.authority == Authority()
+    assert one.updater.epochs.authority == EpochAuthority()
     await one.announce(8)
     await one.says(lambda last: (last.epoch, last.coordinator, last.refused_epoch) == (8, "c8", ""))
     await one.announce(9, commands=(*COMMANDS, "caesura.operation.of-a-later-version.v1"))
@@ -121,16 +121,16 @@ async def test_a_coordinator_that_was_obeyed_before_the_upgrade_sees_that_it_is_
     one: Host,
 ) -> None:
     """Its fence compares epoch and coordinator: with both as they were it would command, and wait for an answer."""
-    one.updater.authority = Authority(7, "c7")
+    one.updater.epochs.authority = EpochAuthority(7, "c7")
     await one.announce(7, commands=())
     await one.says(
         lambda last: (
             (last.epoch, last.coordinator) == (7, "") and "upgrade the coordinator" in last.refused_epoch
         )
     )
-    assert one.updater.authority == Authority(7, "c7"), "an older epoch stays refused"
+    assert one.updater.epochs.authority == EpochAuthority(7, "c7"), "an older epoch stays refused"
     await one.announce(6)
-    assert one.updater.authority == Authority(7, "c7")
+    assert one.updater.epochs.authority == EpochAuthority(7, "c7")
 
 
 async def test_what_is_refused_is_logged_once(one: Host) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from caesura.contract.messages import StartOperation
-from caesura_host_updater import asker, service
+from caesura_host_updater import installed_probe, service
 from caesura_host_updater.drivers.port import Capabilities, ClockSet, NotPossible
 from caesura_host_updater.inventory.host_config import HostFile
 from caesura_host_updater.inventory.updates import Catalogue, UpdateFile
@@ -37,7 +37,7 @@ class Guest:
         self.go = asyncio.Event()
         self.frozen = False
 
-    def complaint(self, _: str) -> str:
+    def health_error(self, _: str) -> str:
         return ""
 
     async def read_states(self) -> dict[str, str]:
@@ -137,21 +137,21 @@ async def test_no_update_is_asked_while_a_command_is_written_down(
         expected_s=1,
         timeout_s=2,
     )
-    askers: list[asker.Asker] = []
+    probes: list[installed_probe.InstalledProbe] = []
     started: list[str] = []
     start = UpdateProcess.start
 
-    class Known(asker.Asker):
+    class Known(installed_probe.InstalledProbe):
         def __init__(self, host: str, _: Any, **more: Any) -> None:
             more["catalogue"] = lambda: Catalogue({"patch": patch})
             super().__init__(host, os.environ, **more)
-            askers.append(self)
+            probes.append(self)
 
     async def started_one(process: UpdateProcess) -> None:
         started.append("patch")
         await start(process)
 
-    monkeypatch.setattr(service, "Asker", Known)
+    monkeypatch.setattr(service, "InstalledProbe", Known)
     monkeypatch.setattr(UpdateProcess, "start", started_one)
     writing, written = asyncio.Event(), threading.Event()
     accept, loop = Journal.accept, asyncio.get_running_loop()
@@ -170,7 +170,7 @@ async def test_no_update_is_asked_while_a_command_is_written_down(
     metrics = SimpleNamespace(finished=lambda *_: None)
     updater = updater_with(file, journal, driver=guest, metrics=metrics)
     tasks = [asyncio.ensure_future(updater.tasks()[name]()) for name in ("installed updates", "operations")]
-    (asking,) = askers
+    (asking,) = probes
     await eventually(lambda: asking.answers == {"patch": True})
     delivering = asyncio.create_task(hand(updater, freeze_one()))
     try:
@@ -179,7 +179,7 @@ async def test_no_update_is_asked_while_a_command_is_written_down(
         for _ in range(20):  # the loop turns as often as it likes: nothing is started
             await asyncio.sleep(0)
         assert started == ["patch"], "the one before the command"
-        assert not updater.operation, "it is still being written down"
+        assert not updater.operations.operation, "it is still being written down"
     finally:
         stopping = asyncio.create_task(updater.drain())
         await asyncio.sleep(0)

@@ -21,9 +21,9 @@ from caesura_host_updater.inventory.updates import UpdateFile
 from caesura_host_updater.spawn import start_detached
 from caesura_host_updater.update_process import UpdateNotStarted, UpdateProcess
 from caesura_testing.patience import patient
-from caesura_vmcontrol import processes
+from caesura_vmcontrol import process_control
 from caesura_vmcontrol.bounded_read import environs, read_each
-from caesura_vmcontrol.processes import find_by_env
+from caesura_vmcontrol.process_control import find_by_env
 from caesura_vmcontrol.procfs import read_process
 
 
@@ -186,7 +186,7 @@ async def test_an_update_that_starts_when_its_operation_is_over_is_killed(
 async def test_a_process_that_nobody_waits_for_any_more_does_not_stay(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    program = Exec(monkeypatch, processes)
+    program = Exec(monkeypatch, process_control)
     starting = asyncio.create_task(start_detached(["sleep", "600"], os.environ, tmp_path / "log"))
     await until(program.begun.is_set)
     starting.cancel()

@@ -15,8 +15,8 @@ from caesura_vm_agent.ntp import (
     Done,
     ImplausibleExchange,
     MeasureAgain,
-    Sample,
-    Step,
+    NtpSample,
+    StepClock,
     best,
     error_found,
     measure,
@@ -30,7 +30,7 @@ legs = st.integers(0, NS_PER_S)
 instants = st.integers(1_700_000_000 * NS_PER_S, 1_900_000_000 * NS_PER_S)
 
 
-def exchange(host_ns: int, error_ns: int, out_ns: int, host_work_ns: int, back_ns: int) -> Sample:
+def exchange(host_ns: int, error_ns: int, out_ns: int, host_work_ns: int, back_ns: int) -> NtpSample:
     """What a guest measures whose clock is off by ``error_ns``, over these two legs."""
     t1 = host_ns + error_ns
     t2 = host_ns + out_ns
@@ -55,7 +55,7 @@ def test_with_equal_legs_the_error_is_exact(host_ns: int, error_ns: int, leg_ns:
 
 def test_the_example_of_rfc_5905_signs() -> None:
     # The guest is 100 ns ahead; 10 ns out, 5 ns of work, 10 ns back.
-    assert measure(1100, 1010, 1015, 1125, max_delay_ns=MAX_DELAY_NS) == Sample(
+    assert measure(1100, 1010, 1015, 1125, max_delay_ns=MAX_DELAY_NS) == NtpSample(
         error_ns=100, delay_ns=20, host_ns=1010
     )
 
@@ -91,17 +91,17 @@ def test_timestamps_that_cannot_be_are_refused(stamps: tuple[int, int, int, int]
         measure(*stamps, max_delay_ns=MAX_DELAY_NS)
 
 
-def ms(error: float, delay: float = 0.2) -> Sample:
-    return Sample(error_ns=round(error * 1e6), delay_ns=round(delay * 1e6))
+def ms(error: float, delay: float = 0.2) -> NtpSample:
+    return NtpSample(error_ns=round(error * 1e6), delay_ns=round(delay * 1e6))
 
 
 def decide(
-    *rounds: Sample | None,
+    *rounds: NtpSample | None,
     steps: int | None = None,
     threshold_s: float = 0.001,
     bound_s: float = 0.1,
     most_s: float = 60.0,
-) -> Step | MeasureAgain | Done:
+) -> StepClock | MeasureAgain | Done:
     """After these rounds; each but the last led to a step, unless told otherwise."""
     made = len(rounds) - 1 if steps is None else steps
     return next_step(rounds, steps=made, threshold_s=threshold_s, bound_s=bound_s, most_s=most_s)
@@ -115,15 +115,15 @@ def test_a_step_above_the_most_is_refused_with_what_was_found(sign: int) -> None
     assert not refused.synced
     assert refused.refused_ns == far.error_ns
     assert "outside a resume" in refused.reason
-    assert decide(far, most_s=math.inf) == Step(by_ns=-far.error_ns), (
+    assert decide(far, most_s=math.inf) == StepClock(by_ns=-far.error_ns), (
         "after a pause it is stepped, however far"
     )
-    assert decide(ms(sign * 59_000)) == Step(by_ns=-ms(sign * 59_000).error_ns)
+    assert decide(ms(sign * 59_000)) == StepClock(by_ns=-ms(sign * 59_000).error_ns)
 
 
 def test_what_an_earlier_sync_stepped_away_is_what_the_pause_did() -> None:
-    def at(host_s: float, error_s: float) -> Sample:
-        return Sample(round(error_s * 1e9), 100, round(host_s * 1e9))
+    def at(host_s: float, error_s: float) -> NtpSample:
+        return NtpSample(round(error_s * 1e9), 100, round(host_s * 1e9))
 
     right = at(13, 0.0001)
     assert error_found(right, [at(12.5, -2)], paused_at_s=10) == -2
@@ -135,7 +135,7 @@ def test_what_an_earlier_sync_stepped_away_is_what_the_pause_did() -> None:
 
 
 def test_a_guest_behind_by_a_pause_is_stepped_forward_by_it() -> None:
-    assert decide(ms(-9_000)) == Step(by_ns=9_000_000_000)
+    assert decide(ms(-9_000)) == StepClock(by_ns=9_000_000_000)
 
 
 def test_after_the_step_an_error_within_the_bound_is_the_end() -> None:
@@ -147,7 +147,7 @@ def test_an_error_within_the_bound_is_not_stepped_twice() -> None:
 
 
 def test_a_step_that_left_too_much_is_followed_by_one_more_and_no_third() -> None:
-    assert decide(ms(-9_000), ms(-200)) == Step(by_ns=200_000_000)
+    assert decide(ms(-9_000), ms(-200)) == StepClock(by_ns=200_000_000)
     end = decide(ms(-9_000), ms(-200), ms(-150))
     assert isinstance(end, Done)
     assert not end.synced
@@ -176,20 +176,20 @@ def test_a_round_that_says_too_little_is_measured_again_until_it_says_enough() -
     vague = ms(-64, delay=170)
     assert decide(ms(-9_000), vague) == MeasureAgain()
     assert decide(ms(-9_000), vague, ms(-2, delay=20), steps=1) == Done(synced=True)
-    assert decide(ms(-9_000), vague, ms(-150, delay=20), steps=1) == Step(by_ns=150_000_000)
+    assert decide(ms(-9_000), vague, ms(-150, delay=20), steps=1) == StepClock(by_ns=150_000_000)
 
 
 @pytest.mark.parametrize("rounds", [(None,), (ms(-9_000), None)])
-def test_no_answer_is_not_synced_and_says_so(rounds: tuple[Sample | None, ...]) -> None:
+def test_no_answer_is_not_synced_and_says_so(rounds: tuple[NtpSample | None, ...]) -> None:
     end = decide(*rounds)
     assert isinstance(end, Done)
     assert not end.synced
     assert "no answer" in end.reason
 
 
-@given(st.lists(st.builds(Sample, errors, st.integers(0, MAX_DELAY_NS)), min_size=1, max_size=8))
-def test_it_always_ends_and_synced_means_within_the_bound(samples: list[Sample]) -> None:
-    rounds: list[Sample] = []
+@given(st.lists(st.builds(NtpSample, errors, st.integers(0, MAX_DELAY_NS)), min_size=1, max_size=8))
+def test_it_always_ends_and_synced_means_within_the_bound(samples: list[NtpSample]) -> None:
+    rounds: list[NtpSample] = []
     steps = 0
     for sample in samples:
         rounds.append(sample)
@@ -198,7 +198,7 @@ def test_it_always_ends_and_synced_means_within_the_bound(samples: list[Sample])
             worst_s = (abs(sample.error_ns) + sample.uncertainty_ns) / NS_PER_S
             assert step.synced == (worst_s <= 0.1)
             return
-        if isinstance(step, Step):
+        if isinstance(step, StepClock):
             steps += 1
             assert step.by_ns == -sample.error_ns
         assert steps <= MAX_STEPS

@@ -8,18 +8,13 @@ updater, and are found again at its next start by the run file that their first 
 from __future__ import annotations
 
 import asyncio
-import os
-import signal
-import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
-import msgspec
 import structlog
 
 from caesura.contract.messages import Method, ProofCode, VmState
@@ -32,7 +27,6 @@ from caesura_host_updater.drivers.port import (
     NotPossible,
     NotRunningYet,
 )
-from caesura_host_updater.drivers.process import guest_init
 from caesura_host_updater.drivers.process.definition import ProcessVm
 from caesura_host_updater.drivers.process.freezers import (
     Freezer,
@@ -42,14 +36,12 @@ from caesura_host_updater.drivers.process.freezers import (
     plan_of,
     request_freeze,
 )
-from caesura_host_updater.drivers.process.init_spec import ended_file, init_spec, memory_file
+from caesura_host_updater.drivers.process.init_spec import memory_file
+from caesura_host_updater.drivers.process.supervisor import ProcessSupervisor
 from caesura_host_updater.drivers.sampling import sampled_digest_of
-from caesura_host_updater.spawn import ExitWatch, SpawnError, reap, start_detached
 from caesura_vmcontrol.plans import CgroupPlan, Condition, SignalPlan, condition, thaw
-from caesura_vmcontrol.procfs import Process, alive, boot_id, process_table, send_signal
+from caesura_vmcontrol.procfs import Process, process_table
 
-_START_TIMEOUT_S = 15.0  # s: a VM's first process needs some 20 ms; this is for a machine that thrashes
-_STOP_TIMEOUT_S = guest_init.TERM_GRACE_S + 2.0
 _LOOK_S = 0.002  # s: between two looks at a VM that shall stand still or run: v1 and signals notify nobody
 _KERNEL_S = 0.25  # s: what a try of a resume may take longer than it was given
 _TABLE_AGE_S = 0.001  # s: so freezing many VMs reads the process table once a round, not once a VM
@@ -72,7 +64,7 @@ class ProcessDriver:
     """See the module.
 
     Args:
-        host: the host's name, told to the VMs' processes.
+        host: the host's name, passed to the VMs' processes.
         specs: the VMs of the host file.
         state_dir: where run files, logs and memory files live.
         freezer: how VMs started from now on are frozen; one that runs already keeps its own.
@@ -92,25 +84,17 @@ class ProcessDriver:
         environ: Mapping[str, str],
         max_digest_bytes: int,
     ) -> None:
-        self._host = host
         self._specs = {spec.name: spec for spec in specs}
         self._folder = state_dir / "vms"
         self._freezer = freezer
-        self._environ = dict(environ)
         self._max_digest_bytes = max_digest_bytes
-        self._runs: dict[str, ProcessGroupRecord] = {}
-        self._watches: dict[str, ExitWatch] = {}
-        self._not_started: dict[str, str] = {}
-        self._maimed: Mapping[str, str] = {}
+        self._supervisor = ProcessSupervisor(host, specs, self._folder, freezer, environ)
+        self._failed_processes: Mapping[str, str] = {}
         """VMs of whose processes some have failed, and which; as last looked."""
-        self._frozen: dict[str, ProcessPlan] = {}
-        """Plans of VMs that were asked to freeze, with the processes of that moment."""
-        self._cleanup_tasks: set[asyncio.Task[None]] = set()
         self._table: tuple[float, Mapping[int, Process]] = (0.0, {})
         self._table_turn = threading.Lock()
         self._resuming: dict[str, asyncio.Future[Literal["running", "gone"]]] = {}
         """Tries that wait for the kernel."""
-        self._change = asyncio.Event()
         self._readers = ThreadPoolExecutor(max_workers=2, thread_name_prefix="digest")
 
     def detail(self) -> str:
@@ -133,117 +117,34 @@ class ProcessDriver:
     def ping(self) -> str:
         """Names VMs that do not run."""
         ended = [
-            f"{vm} ({self._not_started[vm]})" if vm in self._not_started else vm
+            f"{vm} ({self._supervisor.not_started[vm]})" if vm in self._supervisor.not_started else vm
             for vm in self._specs
-            if vm not in self._runs
+            if vm not in self._supervisor.runs
         ]
-        maimed = [f"{vm} ({why})" for vm, why in self._maimed.items() if vm in self._runs]
-        parts = {"not running": ended, "not whole": maimed}
+        incomplete = [
+            f"{vm} ({why})" for vm, why in self._failed_processes.items() if vm in self._supervisor.runs
+        ]
+        parts = {"not running": ended, "not whole": incomplete}
         return "; ".join(f"{what}: {', '.join(vms)}" for what, vms in parts.items() if vms)
 
-    def complaint(self, vm: str) -> str:
+    def health_error(self, vm: str) -> str:
         """Why a VM was not started, or which of its processes has failed."""
-        return self._not_started.get(vm, "") or (self._maimed.get(vm, "") if vm in self._runs else "")
-
-    # -- life ---------------------------------------------------------------------------------------------
+        return self._supervisor.not_started.get(vm, "") or (
+            self._failed_processes.get(vm, "") if vm in self._supervisor.runs else ""
+        )
 
     async def open(self) -> None:
         """Adopt the VMs that run, start the others, all at once."""
-        await in_thread("state folder", lambda: self._folder.mkdir(parents=True, exist_ok=True, mode=0o700))
-        await asyncio.gather(*(self._try_to_start(spec) for spec in self._specs.values()))
+        await self._supervisor.open()
 
-    async def _try_to_start(self, spec: ProcessVm) -> None:
-        try:
-            await self._adopt_or_start(spec)
-        except DriverError as error:
-            self._not_started[spec.name] = error.why
-            _log.error("vm.not_started", vm=spec.name, why=error.why)
+    async def changed(self) -> None:
+        """Wait until a VM ended by itself."""
+        await self._supervisor.changed()
 
-    async def _adopt_or_start(self, spec: ProcessVm) -> None:
-        run = await in_thread(f"find {spec.name}", lambda: self._read_run(spec.name))
-        if run is not None and alive(run.pid, run.start_ticks) and run.boot_id == boot_id():
-            self._watch(spec.name, run)
-            _log.info("vm.adopted", vm=spec.name, pid=run.pid, freezer=run.kind)
-            return
-        if run is not None:
-            former = run
-            await self._bury(spec.name, lambda: plan_of(spec.name, former))
-        await self._start(spec)
-
-    def _read_run(self, vm: str) -> ProcessGroupRecord | None:
-        try:
-            return msgspec.json.decode(
-                (self._folder / f"{vm}.run.json").read_bytes(), type=ProcessGroupRecord
-            )
-        except FileNotFoundError:
-            return None
-        except (OSError, msgspec.DecodeError) as error:
-            raise DriverError(vm, f"its run file cannot be read: {error}") from error
-
-    async def _start(self, spec: ProcessVm) -> None:
-        vm = spec.name
-        run_file = self._folder / f"{vm}.run.json"
-
-        def start() -> list[str]:
-            run_file.unlink(missing_ok=True)
-            ended_file(self._folder, vm).unlink(missing_ok=True)
-            control = self._freezer.create_cgroup(vm)
-            spec_file = self._folder / f"{vm}.spec.json"
-            spec_file.write_bytes(
-                init_spec(spec, self._host, self._folder, self._freezer.kind, control, self._environ)
-            )
-            spec_file.chmod(0o600)
-            return [sys.executable, "-I", "-S", guest_init.__file__, str(spec_file)]
-
-        try:
-            argv = await in_thread(f"start {vm}", start)
-            pid = await start_detached(argv, self._environ, self._folder / f"{vm}.log")
-        except (OSError, SpawnError) as error:
-            self._freezer.remove(vm)
-            raise DriverError(vm, f"cannot be started: {error}") from error
-        ended = asyncio.Event()
-        watch = ExitWatch(pid, ended.set)
-        try:
-            async with asyncio.timeout(_START_TIMEOUT_S):
-                # The run file appears, or the process ends. It has no way to call us: we may be another
-                # host updater by then.
-                while not run_file.exists() and not ended.is_set():  # noqa: ASYNC110
-                    await asyncio.sleep(_LOOK_S)
-        except TimeoutError:
-            os.kill(pid, signal.SIGKILL)
-            raise DriverError(vm, f"did not start within {_START_TIMEOUT_S:g} s") from None
-        finally:
-            watch.close()
-        run = self._read_run(vm)
-        if run is None:
-            reap(pid)
-            raise DriverError(vm, f"cannot be started: {self._log_tail(vm)}")
-        self._watch(vm, run)
-        _log.info("vm.started", vm=vm, pid=run.pid, freezer=run.kind)
-
-    def _log_tail(self, vm: str) -> str:
-        try:
-            lines = (self._folder / f"{vm}.log").read_text(errors="replace").splitlines()
-        except OSError:
-            lines = []
-        return lines[-1].removeprefix("guest_init: ") if lines else "it ended at once"
-
-    def _watch(self, vm: str, run: ProcessGroupRecord) -> None:
-        self._runs[vm] = run
-        try:
-            self._watches[vm] = ExitWatch(run.pid, lambda: self._ended(vm))
-        except ProcessLookupError:
-            self._ended(vm)
-
-    def _ended(self, vm: str) -> None:
-        run = self._runs.pop(vm, None)
-        self._watches.pop(vm, None)
-        self._change.set()
-        _log.warning("vm.ended", vm=vm)
-        if run is not None:
-            burial = asyncio.create_task(self._bury(vm, lambda: self._frozen.get(vm) or plan_of(vm, run)))
-            self._cleanup_tasks.add(burial)
-            burial.add_done_callback(self._cleanup_tasks.discard)
+    async def close(self, *, stop_vms: bool) -> None:
+        """Stop watching; with ``stop_vms``, stop the VMs too and remove what they leave behind."""
+        await self._supervisor.close(stop_vms=stop_vms)
+        self._readers.shutdown(wait=False, cancel_futures=True)
 
     def _processes(self, run: ProcessGroupRecord) -> Mapping[int, Process] | None:
         """The process table, one for all VMs that ask within the same few milliseconds; None: not needed."""
@@ -254,72 +155,6 @@ class ProcessDriver:
             if time.monotonic() - self._table[0] > _TABLE_AGE_S:
                 self._table = (time.monotonic(), process_table())
             return self._table[1]
-
-    async def changed(self) -> None:
-        """Wait until a VM ended by itself."""
-        await self._change.wait()
-        self._change.clear()
-
-    async def close(self, *, stop_vms: bool) -> None:
-        """Stop watching; with ``stop_vms``, stop the VMs too and remove what they leave behind."""
-        runs = dict(self._runs)
-        for watch in self._watches.values():
-            watch.close()
-        self._watches.clear()
-        if stop_vms:
-            await asyncio.gather(*(self._stop(vm, run) for vm, run in runs.items()))
-            for vm in self._specs:
-                self._freezer.remove(vm)
-            self._runs.clear()
-        if self._cleanup_tasks:
-            await asyncio.wait(self._cleanup_tasks)
-        self._readers.shutdown(wait=False, cancel_futures=True)
-
-    async def _stop(self, vm: str, run: ProcessGroupRecord) -> None:
-        plan = await in_thread(f"stop {vm}", lambda: self._let_run(vm, run))
-        ended = asyncio.Event()
-        try:
-            watch = ExitWatch(run.pid, ended.set)
-        except ProcessLookupError:
-            ended.set()
-        else:
-            send_signal(run.pid, run.start_ticks, signal.SIGTERM)
-            try:
-                async with asyncio.timeout(_STOP_TIMEOUT_S):
-                    await ended.wait()
-            except TimeoutError:
-                send_signal(run.pid, run.start_ticks, signal.SIGKILL)
-            finally:
-                watch.close()
-        await self._bury(vm, lambda: plan)
-        reap(run.pid)
-        (self._folder / f"{vm}.run.json").unlink(missing_ok=True)
-
-    def _let_run(self, vm: str, run: ProcessGroupRecord) -> ProcessPlan:
-        plan = plan_of(vm, run)
-        with suppress(OSError):
-            thaw(plan)
-        return plan
-
-    async def _bury(self, vm: str, find: Callable[[], ProcessPlan]) -> None:
-        """End what a VM left behind when its first process is dead."""
-        with suppress(OSError):
-            await in_thread_to_its_end(f"bury {vm}", lambda stop: self._kill_remaining(find(), stop))
-
-    @staticmethod
-    def _kill_remaining(plan: ProcessPlan, stop: threading.Event) -> None:
-        until = time.monotonic() + _STOP_TIMEOUT_S
-        while condition(plan) != "gone" and time.monotonic() < until:
-            if isinstance(plan, SignalPlan):
-                for member in plan.members(process_table()):
-                    send_signal(member.pid, member.start_ticks, signal.SIGKILL)
-            else:
-                thaw(plan)  # a frozen v1 group does not even die
-                for pid in (Path(plan.control).parent / "cgroup.procs").read_text().split():
-                    with suppress(ProcessLookupError):
-                        os.kill(int(pid), signal.SIGKILL)
-            if stop.wait(_LOOK_S):
-                return
 
     # -- freezing -----------------------------------------------------------------------------------------
 
@@ -333,7 +168,7 @@ class ProcessDriver:
 
     def process_of(self, vm: str) -> str:
         """Its first process."""
-        run = self._runs.get(vm)
+        run = self._supervisor.runs.get(vm)
         return f"process group {run.pid}" if run is not None else ""
 
     async def read_states(self) -> Mapping[str, VmState]:
@@ -342,7 +177,7 @@ class ProcessDriver:
 
     def states(self) -> Mapping[str, VmState]:
         """Read from the kernel, one process table for all. Blocking."""
-        runs = dict(self._runs)
+        runs = dict(self._supervisor.runs)
         table = process_table() if any(run.kind == "sigstop" for run in runs.values()) else {}
         shown: dict[Condition, VmState] = {
             "running": "running",
@@ -351,7 +186,7 @@ class ProcessDriver:
             "gone": "stopped",
         }
         found: dict[str, VmState] = dict.fromkeys(self._specs, "stopped")
-        self._maimed = {vm: why for vm in runs if (why := self._failures(vm))}
+        self._failed_processes = {vm: why for vm in runs if (why := self._supervisor.failures(vm))}
         for vm, run in runs.items():
             plan: ProcessPlan = (
                 SignalPlan(vm, run.pid, run.start_ticks) if run.kind == "sigstop" else plan_of(vm, run)
@@ -362,24 +197,16 @@ class ProcessDriver:
                 found[vm] = "unknown"
         return found
 
-    def _failures(self, vm: str) -> str:
-        """Which of the VM's own processes failed while the others run on; empty: none."""
-        try:
-            lines = ended_file(self._folder, vm).read_text(errors="replace").splitlines()
-        except OSError:
-            return ""
-        return "; ".join(lines)[:1000]
-
     def resume_plan(self, vm: str) -> ProcessPlan:
         """The plan for the guard, with the processes of this moment."""
-        run = self._runs.get(vm)
+        run = self._supervisor.runs.get(vm)
         if run is None:
             raise DriverError(vm, "is not running")
         return plan_of(vm, run, self._processes(run))
 
     async def freeze(self, vm: str, by: float) -> None:
         """Ask, then look until the kernel says that everything of the VM stands still."""
-        run = self._runs.get(vm)
+        run = self._supervisor.runs.get(vm)
         if run is None:
             raise FreezeFailed(vm, "is not running")
         try:
@@ -388,7 +215,7 @@ class ProcessDriver:
             raise FreezeFailed(vm, f"{run.kind}: {error}") from error
 
     def _freeze(self, vm: str, run: ProcessGroupRecord, by: float, stop: threading.Event) -> None:
-        plan = self._frozen[vm] = plan_of(vm, run, self._processes(run))
+        plan = self._supervisor.frozen[vm] = plan_of(vm, run, self._processes(run))
         called_at = time.monotonic()
         frozen_since: float | None = None
         if stop.is_set() or called_at >= by:
@@ -396,7 +223,7 @@ class ProcessDriver:
         request_freeze(plan, self._processes(run))
         while not stop.is_set():
             state, now = condition(plan, self._processes(run)), time.monotonic()
-            if state == "gone" or vm not in self._runs:
+            if state == "gone" or vm not in self._supervisor.runs:
                 raise FreezeFailed(vm, "ended while it was being frozen")
             if state == "frozen":
                 frozen_since = now if frozen_since is None else frozen_since
@@ -442,18 +269,18 @@ class ProcessDriver:
         return trying.result()
 
     def _resume(self, vm: str, timeout_s: float) -> Literal["running", "gone"]:
-        run = self._runs.get(vm) or self._read_run(vm)
+        run = self._supervisor.runs.get(vm) or self._supervisor.read_run(vm)
         if run is None:
             return "gone"
-        plan = self._frozen.get(vm) or plan_of(vm, run, self._processes(run))
+        plan = self._supervisor.frozen.get(vm) or plan_of(vm, run, self._processes(run))
         until = time.monotonic() + timeout_s
         state: Condition = "held"
         try:
             while True:
                 state = condition(plan)
                 if state in ("gone", "running"):
-                    self._frozen.pop(vm, None)
-                    return "running" if state == "running" and vm in self._runs else "gone"
+                    self._supervisor.frozen.pop(vm, None)
+                    return "running" if state == "running" and vm in self._supervisor.runs else "gone"
                 if time.monotonic() >= until:
                     raise NotRunningYet(vm, f"{run.kind} says {state} after {timeout_s:.2f} s")
                 thaw(plan)

@@ -18,14 +18,14 @@ from typing import TypeVar
 import structlog
 
 from caesura.runtime.threads import in_thread
+from caesura_host_updater.drivers.qemu.async_qmp import AsyncQmp, QmpFailed
 from caesura_host_updater.drivers.qemu.commandline import cpu_of
 from caesura_host_updater.drivers.qemu.compatibility import as_stated, differences
 from caesura_host_updater.drivers.qemu.guest import Guest, host_obstacles
 from caesura_host_updater.drivers.qemu.launching import Launcher, LaunchFailed
 from caesura_host_updater.drivers.qemu.observer import read_snapshot
 from caesura_host_updater.drivers.qemu.obstacles import Obstacles
-from caesura_host_updater.drivers.qemu.qmp import Qmp, QmpFailed
-from caesura_host_updater.drivers.qemu.records import VmProcessRecord
+from caesura_host_updater.drivers.qemu.process_records import VmProcessRecord
 from caesura_host_updater.drivers.qemu.snapshot import VmSnapshot
 from caesura_host_updater.drivers.qemu.successor import next_command
 from caesura_host_updater.drivers.qemu.trial import Trials
@@ -92,7 +92,7 @@ class Assessor:
                 _log.info("vm.compared", vm=guest.vm, obstacles=list(found))
                 guest.changed()
 
-    async def _reasons(self, guest: Guest, run: VmProcessRecord, qmp: Qmp) -> tuple[str, ...]:
+    async def _reasons(self, guest: Guest, run: VmProcessRecord, qmp: AsyncQmp) -> tuple[str, ...]:
         running = await read_snapshot(qmp)
         reasons = [*running.busy, *running.blockers, *await self.host_reasons(run, running)]
         if not reasons:

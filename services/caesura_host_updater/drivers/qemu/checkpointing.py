@@ -13,8 +13,8 @@ import signal
 import time
 from pathlib import Path
 
+from caesura_host_updater.drivers.qemu.async_qmp import AsyncQmp
 from caesura_host_updater.drivers.qemu.handover import HandOverFailed, is_verdict, migrate, take_from
-from caesura_host_updater.drivers.qemu.qmp import Qmp
 from caesura_vmcontrol.plans import ReplacePlan
 from caesura_vmcontrol.procfs import alive, send_signal
 from caesura_vmcontrol.replacing import PART
@@ -27,7 +27,7 @@ _DEATH_S = 2.0  # s: a killed QEMU unmaps its RAM, which stays in its file
 _LOOK_S = 0.001
 
 
-async def save_state(qmp: Qmp, plan: ReplacePlan, by: float, *, gone: bool, moved_bytes: int) -> float:
+async def save_state(qmp: AsyncQmp, plan: ReplacePlan, by: float, *, gone: bool, moved_bytes: int) -> float:
     """Save, claim, and kill the old process; when the guest stopped, on CLOCK_MONOTONIC.
 
     ``gone``: return when it is dead. Unmapping its RAM takes the kernel some 10 ms a GiB, in which a new process can
@@ -43,17 +43,17 @@ async def save_state(qmp: Qmp, plan: ReplacePlan, by: float, *, gone: bool, move
         await qmp.pass_file(handle, _NAME)
     finally:
         os.close(handle)
-    with qmp.watch() as told:
+    with qmp.watch() as watch:
         try:
             async with asyncio.timeout_at(asyncio.get_running_loop().time() + by - time.monotonic()):
                 await qmp.execute("stop")
                 await migrate(qmp, plan, f"fd:{_NAME}")
-                verdict = await told.first(is_verdict)
+                verdict = await watch.first(is_verdict)
                 if verdict.data["status"] != "completed":
                     raise HandOverFailed(f"QEMU says that saving its state {verdict.data['status']}")
         except TimeoutError:
             raise HandOverFailed("its state was not saved in time") from None
-        stopped = next((event.at for event in told.events if event.name == "STOP"), time.monotonic())
+        stopped = next((event.at for event in watch.events if event.name == "STOP"), time.monotonic())
     text = _keep(part, plan.state_file, moved_bytes + _STATE_BYTES)
     if time.monotonic() >= by:
         raise HandOverFailed("its state was not saved in time")

@@ -99,7 +99,7 @@ def bridge_script(bridge: str) -> str:
 
 
 @dataclass(frozen=True)
-class Memory:
+class GuestRam:
     """The guest's RAM. ``size`` in bytes, as the command line says; ``backend``: the id of its memory backend."""
 
     file: str
@@ -125,7 +125,7 @@ def cpu_of(argv: Sequence[str]) -> str:
     return asked[-1].split(",")[0] if asked else ""
 
 
-def memory_of(argv: Sequence[str]) -> Memory | str:
+def memory_of(argv: Sequence[str]) -> GuestRam | str:
     """Where the guest's RAM is, or every reason why it cannot stay there when another process takes over."""
     backends, nodes, wrong = [], list[str](), list[str]()
     for option, value in options(argv):
@@ -152,7 +152,7 @@ def memory_of(argv: Sequence[str]) -> Memory | str:
     size = _bytes(found.get("size", ""))
     if not size:
         wrong.append(f"the size of its RAM ({found.get('size')}) is not understood")
-    return "; ".join(wrong) if wrong else Memory(found.get("mem-path", ""), size, used[0])
+    return "; ".join(wrong) if wrong else GuestRam(found.get("mem-path", ""), size, used[0])
 
 
 def _memory_errors(kind: str, found: Mapping[str, str], used: str) -> Iterator[str]:

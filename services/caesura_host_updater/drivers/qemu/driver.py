@@ -22,21 +22,21 @@ from caesura_host_updater.drivers.port import (
 )
 from caesura_host_updater.drivers.qemu import commandline
 from caesura_host_updater.drivers.qemu.assessor import Assessor
-from caesura_host_updater.drivers.qemu.clock import set_clock
+from caesura_host_updater.drivers.qemu.async_qmp import QmpFailed, QmpTimeout
+from caesura_host_updater.drivers.qemu.clock_setting import set_clock
 from caesura_host_updater.drivers.qemu.definition import QemuOptions, QemuVm
 from caesura_host_updater.drivers.qemu.guest import PAUSED_BEFORE, Guest
 from caesura_host_updater.drivers.qemu.guest_agent import read_boot_id
 from caesura_host_updater.drivers.qemu.launching import Launcher
 from caesura_host_updater.drivers.qemu.migration import Migrator
 from caesura_host_updater.drivers.qemu.prepare import Preparer
-from caesura_host_updater.drivers.qemu.qmp import QmpFailed, QmpTimeout
-from caesura_host_updater.drivers.qemu.records import Records
+from caesura_host_updater.drivers.qemu.process_records import Records
 from caesura_host_updater.drivers.qemu.supervisor import VmSupervisor
 from caesura_host_updater.drivers.qemu.trial import Trials
 from caesura_host_updater.drivers.sampling import sampled_digest_of
 from caesura_vmcontrol import claims
-from caesura_vmcontrol.guest import NOT_OURS
 from caesura_vmcontrol.plans import Plan, QemuPlan
+from caesura_vmcontrol.qmp_commands import NOT_OURS
 
 _METHODS: tuple[Method, ...] = ("live", "swap", "freeze", "replace")
 _CONT_S = 0.1  # s: what our own connection gets before the guard's way is taken
@@ -79,31 +79,31 @@ class QemuDriver:
         self._threads = ThreadPoolExecutor(max_workers=16, thread_name_prefix="qemu")
         self._assessor = Assessor(self._guests, launcher, Trials(launcher, records, self._threads))
         self._preparer = Preparer(launcher, records, self._assessor, self._threads)
-        self._mover = Migrator(launcher, records, self._threads)
-        self._keeper = VmSupervisor(
-            self._guests, options, launcher, records, self._mover, self._assessor, self._threads
+        self._migrator = Migrator(launcher, records, self._threads)
+        self._supervisor = VmSupervisor(
+            self._guests, options, launcher, records, self._migrator, self._assessor, self._threads
         )
 
     # -- life ---------------------------------------------------------------------------------------------
 
     async def open(self) -> None:
         """Adopt the VMs that run, start the others, all at once."""
-        await self._keeper.open()
+        await self._supervisor.open()
 
     async def close(self, *, stop_vms: bool) -> None:
         """Let go; with ``stop_vms``, stop those that were started here and remove what they leave behind."""
-        await self._keeper.close(stop_vms=stop_vms)
-        await self._mover.close()
+        await self._supervisor.close(stop_vms=stop_vms)
+        await self._migrator.close()
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     def ping(self) -> str:
         """Names VMs that do not run or cannot be talked to, and why."""
-        wrong = [f"{guest.vm} ({why})" for guest in self._guests.values() if (why := guest.complaint())]
+        wrong = [f"{guest.vm} ({why})" for guest in self._guests.values() if (why := guest.health_error())]
         return f"not running: {', '.join(wrong)}" if wrong else ""
 
-    def complaint(self, vm: str) -> str:
+    def health_error(self, vm: str) -> str:
         """As ``ping``, of one VM."""
-        return self._guests[vm].complaint()
+        return self._guests[vm].health_error()
 
     def detail(self) -> str:
         """QEMU's versions and the accelerator."""
@@ -115,7 +115,7 @@ class QemuDriver:
         guest = self._guests[vm]
         missing = {str(method): why for method, why in guest.missing.items()}
         if guest.run is None or guest.state == "unknown":
-            why = guest.complaint() or "it is not running"
+            why = guest.health_error() or "it is not running"
             missing |= {
                 "swap": why,
                 "replace": why,
@@ -160,7 +160,7 @@ class QemuDriver:
         """Check, and for a swap start the new process. Raises DriverError with QEMU's own reason."""
         guest = self._guests[vm]
         if guest.prepared is not None and guest.prepared.over:
-            await self._mover.release(guest)
+            await self._migrator.release(guest)
         await self._preparer.prepare(guest, operation, method, binary)
 
     def resume_plan(self, vm: str) -> Plan:
@@ -189,13 +189,13 @@ class QemuDriver:
             except OSError as error:
                 raise FreezeFailed(vm, f"its stop cannot be noted: {error}") from error
             guest.prepared.begun = True
-        with qmp.watch() as told:
+        with qmp.watch() as watch:
             try:
                 await qmp.execute("stop", left)
                 status = await qmp.status(max(by - time.monotonic(), 0.001))
             except QmpFailed as error:
                 raise FreezeFailed(vm, str(error)) from error
-        guest.stopped_by_us = any(event.name == "STOP" for event in told.events)
+        guest.stopped_by_us = any(event.name == "STOP" for event in watch.events)
         if status in NOT_OURS:
             guest.leave(status, NOT_OURS[status])
         elif status == "paused" and not guest.stopped_by_us:
@@ -207,15 +207,15 @@ class QemuDriver:
 
     async def hand_over(self, vm: str, by: float) -> HandOver:
         """Swap."""
-        return await self._mover.hand_over(self._guests[vm], by)
+        return await self._migrator.hand_over(self._guests[vm], by)
 
     async def checkpoint(self, vm: str, by: float, *, gone: bool = True) -> None:
         """Replace, first half."""
-        await self._mover.checkpoint(self._guests[vm], by, gone=gone)
+        await self._migrator.checkpoint(self._guests[vm], by, gone=gone)
 
     async def release(self, vm: str) -> None:
         """Forget what was prepared, and end whoever does not have the guest."""
-        await self._mover.release(self._guests[vm])
+        await self._migrator.release(self._guests[vm])
 
     async def resume(self, vm: str, timeout_s: float) -> Literal["running", "gone", "left"]:
         """Resume, roll back, or restore from the state file: whatever was prepared."""
@@ -237,16 +237,16 @@ class QemuDriver:
                 return "left"
             if isinstance(plan, QemuPlan) and await self._cont(guest, min(_CONT_S, timeout_s)):
                 return "running"
-            state = await self._mover.way_out(guest, until)
+            state = await self._migrator.recover(guest, until)
             if state == "gone":
-                await self._keeper.gone(guest)
+                await self._supervisor.gone(guest)
                 return "left" if guest.left else "gone"
             if state == "running":
-                await self._mover.settle(guest)
+                await self._migrator.settle(guest)
                 if await self._runs(guest, until):
                     return "running"
             if not guest.left and time.monotonic() >= until:
-                raise NotRunningYet(vm, guest.why or f"is {state} after {timeout_s:.2f} s")
+                raise NotRunningYet(vm, guest.last_error or f"is {state} after {timeout_s:.2f} s")
 
     def why_left(self, vm: str) -> str:
         """Why ``resume`` left the VM as it is."""
@@ -281,16 +281,16 @@ class QemuDriver:
 
     # -- memory and clock -----------------------------------------------------------------------------------
 
-    def _ram(self, guest: Guest) -> commandline.Memory | str:
+    def _ram(self, guest: Guest) -> commandline.GuestRam | str:
         run = guest.run
         if run is None and guest.prepared is not None:
-            run = self._keeper.last_run(guest.vm)
+            run = self._supervisor.last_run(guest.vm)
         return commandline.memory_of(run.argv) if run is not None else "it is not running"
 
     def memory_size(self, vm: str) -> int:
         """The size of the guest's RAM file; 0 where there is none or it is above the limit."""
         ram = self._ram(self._guests[vm])
-        return ram.size if isinstance(ram, commandline.Memory) and ram.size <= self._max_digest_bytes else 0
+        return ram.size if isinstance(ram, commandline.GuestRam) and ram.size <= self._max_digest_bytes else 0
 
     async def memory_digest(self, vm: str, stop_at: float) -> str | None:
         """BLAKE2b over the guest's RAM file."""

@@ -16,17 +16,17 @@ import structlog
 from caesura.contract.messages import Method, VmState
 from caesura.runtime.threads import in_thread
 from caesura_host_updater.drivers.qemu import commandline, successor
+from caesura_host_updater.drivers.qemu.async_qmp import AsyncQmp, QmpEvent, QmpFailed, listener_of
 from caesura_host_updater.drivers.qemu.definition import QemuVm
 from caesura_host_updater.drivers.qemu.observer import read_machine
 from caesura_host_updater.drivers.qemu.obstacles import Obstacles, obstacles, paths_of
-from caesura_host_updater.drivers.qemu.qmp import Event, Qmp, QmpFailed, listener_of
-from caesura_host_updater.drivers.qemu.records import TRIAL, VmProcessRecord
+from caesura_host_updater.drivers.qemu.process_records import TRIAL, VmProcessRecord
 from caesura_host_updater.drivers.qemu.snapshot import VmSnapshot
 from caesura_host_updater.drivers.qemu.vmm import NoVmm, foreign, marked_as, ram_error, read_vmm
 from caesura_host_updater.spawn import ExitWatch
-from caesura_vmcontrol.guest import AWAY, NOT_OURS, OVER, RUNNING
 from caesura_vmcontrol.plans import QemuPlan, ReplacePlan, SwapPlan, Vmm
 from caesura_vmcontrol.procfs import STOPPED, alive, boot_id, ending, read_process
+from caesura_vmcontrol.qmp_commands import AWAY, NOT_OURS, OVER, RUNNING
 from caesura_vmcontrol.replacing import STUCK
 
 _GREETING_S = 2.0  # s: QEMU greets within milliseconds; another client's turn may take the guard a second
@@ -59,7 +59,7 @@ class Prepared:
     folder: Path
     seen: VmSnapshot | None = None
     moved_bytes: int = 0
-    qmp: Qmp | None = None
+    qmp: AsyncQmp | None = None
     watch: ExitWatch | None = None
     detail: str = ""
     begun: bool = False
@@ -68,12 +68,12 @@ class Prepared:
 
 @dataclass(eq=False)
 class Guest:
-    """See the module. ``why``: what is wrong with it, for the probe; ``changed`` is called when it ended."""
+    """See the module. ``last_error``: what is wrong with it, for the probe; ``changed`` is called when it ended."""
 
     spec: QemuVm
     changed: Callable[[], None]
     run: VmProcessRecord | None = None
-    qmp: Qmp | None = None
+    qmp: AsyncQmp | None = None
     machine: str = ""
     unguarded: str = ""
     """Why the pause guard could not resume it, so that nothing may pause it; empty: it could."""
@@ -82,7 +82,7 @@ class Guest:
     compared: Obstacles = field(default_factory=Obstacles)
     """What its host and its machine as it is now say against another process; see ``assessor``."""
     prepared: Prepared | None = None
-    why: str = ""
+    last_error: str = ""
     left: str = ""
     """Why it is not resumed although it is paused: somebody else has it, or paused it. Empty: nobody."""
     stopped_by_us: bool = False
@@ -97,7 +97,7 @@ class Guest:
 
     # -- attaching ------------------------------------------------------------------------------------------
 
-    async def attach(self, run: VmProcessRecord, qmp: Qmp | None = None) -> None:
+    async def attach(self, run: VmProcessRecord, qmp: AsyncQmp | None = None) -> None:
         """From now on this process is the VM. ``qmp``: a connection that is open already.
 
         Raises:
@@ -114,19 +114,19 @@ class Guest:
             raise NotAttached("its process has ended")
         try:
             self.qmp = qmp if qmp is not None else await _connected(run)
-            self.qmp.on_event = self._heard
+            self.qmp.on_event = self._on_event
             self.qmp.on_closed = self.changed
             await self._ask(self.qmp)
         except (NotAttached, QmpFailed) as error:
-            await self._let_go()
+            await self._disconnect()
             raise NotAttached(str(error)) from error
         self.unguarded = _guard_error(run)
         self.stated = obstacles(run.argv, self.machine)
         self.compared = Obstacles(tuple(await _host_obstacles(run)))
-        self.why = ""
+        self.last_error = ""
         if self.unguarded:
             # Nothing can be done with it: whoever else wants its only QMP socket shall get it.
-            await self._let_go()
+            await self._disconnect()
 
     async def poll(self) -> None:
         """Look at a VM whose QMP socket is not held, for a moment. Raises NotAttached."""
@@ -153,7 +153,7 @@ class Guest:
             if self.state == "paused":
                 self._status = status
 
-    async def _ask(self, qmp: Qmp) -> None:
+    async def _ask(self, qmp: AsyncQmp) -> None:
         self._status = await qmp.status()
         self.machine = await read_machine(qmp)
 
@@ -180,23 +180,23 @@ class Guest:
     async def detach(self) -> None:
         """Let go of the process; it runs on."""
         self.expect_end()
-        await self._let_go()
+        await self._disconnect()
         self.run = None
         self._status = self.left = ""
 
-    async def _let_go(self) -> None:
+    async def _disconnect(self) -> None:
         if self.qmp is not None:
             qmp, self.qmp = self.qmp, None
             await qmp.close()
 
-    def take(self, run: VmProcessRecord, qmp: Qmp) -> tuple[Qmp | None, ExitWatch | None]:
+    def switch_to(self, run: VmProcessRecord, qmp: AsyncQmp) -> tuple[AsyncQmp | None, ExitWatch | None]:
         """A swap's new process runs the guest: switch over at once. What is left of the old one."""
         left = self.qmp, self._exit
         if left[0] is not None:
             left[0].on_event = lambda _: None
             left[0].on_closed = lambda: None
         self.run, self.qmp, self._status = run, qmp, "running"
-        qmp.on_event = self._heard
+        qmp.on_event = self._on_event
         qmp.on_closed = self.changed
         self._exit = ExitWatch(run.pid, self._ended)
         return left
@@ -208,11 +208,11 @@ class Guest:
         self.run = None
         self._status = ""
         if self.prepared is None:
-            self.why = "its process has ended"
+            self.last_error = "its process has ended"
             _log.warning("vm.ended", vm=self.vm)
         self.changed()
 
-    def _heard(self, event: Event) -> None:
+    def _on_event(self, event: QmpEvent) -> None:
         match event.name:
             case "RESUME":
                 self._status, self.left, self.stopped_by_us = "running", "", False
@@ -251,17 +251,17 @@ class Guest:
             return "paused" if process is not None and process.state == STOPPED else "running"
         return "paused"
 
-    def complaint(self) -> str:
+    def health_error(self) -> str:
         """What is wrong with it, for the probe; empty: nothing."""
         if self.left:
             return self.left
-        if self.state == "paused" and self.why.startswith(STUCK):
-            return self.why
+        if self.state == "paused" and self.last_error.startswith(STUCK):
+            return self.last_error
         if self._status in NOT_OURS and not (self.prepared is not None and self.prepared.begun):
             return NOT_OURS[self._status]
         if self.state == "stopped":
-            return self.why or "its process has ended"
-        return self.why or "it does not answer" if self.state == "unknown" else ""
+            return self.last_error or "its process has ended"
+        return self.last_error or "it does not answer" if self.state == "unknown" else ""
 
     def leave(self, status: str, why: str) -> None:
         """It is not ours to resume: somebody else has it, or paused it; ``status`` is QEMU's word for that."""
@@ -317,20 +317,20 @@ def host_obstacles(run: VmProcessRecord) -> list[str]:
     """What the host says against another process that shall take this one's guest over. Blocking."""
     found = foreign(run.pid, paths_of(run.argv))
     memory = commandline.memory_of(run.argv)
-    if isinstance(memory, commandline.Memory):
+    if isinstance(memory, commandline.GuestRam):
         found += filter(None, [ram_error(run.pid, memory.file, memory.size)])
     return found
 
 
-async def _connected(run: VmProcessRecord) -> Qmp:
-    qmp = await Qmp.connect(run.qmp, _GREETING_S)
+async def _connected(run: VmProcessRecord) -> AsyncQmp:
+    qmp = await AsyncQmp.connect(run.qmp, _GREETING_S)
     if qmp.listener != run.pid:
         await qmp.close()
         raise NotAttached(f"{run.qmp} belongs to process {qmp.listener}, not to {run.pid}")
     return qmp
 
 
-async def adopted(qmp_path: str, guard: str, agent: str) -> tuple[VmProcessRecord, Qmp]:
+async def adopted(qmp_path: str, guard: str, agent: str) -> tuple[VmProcessRecord, AsyncQmp]:
     """Find out which process listens on a QMP socket, and whether it is a QEMU.
 
     Raises:
@@ -340,7 +340,7 @@ async def adopted(qmp_path: str, guard: str, agent: str) -> tuple[VmProcessRecor
         listener = listener_of(qmp_path)
         async with asyncio.timeout(_LOOK_S):
             process = await in_thread("look at a QEMU", lambda: read_vmm(listener))
-        qmp = await Qmp.connect(qmp_path, _GREETING_S)
+        qmp = await AsyncQmp.connect(qmp_path, _GREETING_S)
     except TimeoutError as error:
         raise NotAttached(f"{qmp_path}: its process cannot be looked at within {_LOOK_S:g} s") from error
     except OSError as error:
@@ -360,7 +360,7 @@ async def adopted(qmp_path: str, guard: str, agent: str) -> tuple[VmProcessRecor
         guard=guard,
         agent=agent,
         ours=False,
-        ram_file=memory.file if isinstance(memory, commandline.Memory) else "",
+        ram_file=memory.file if isinstance(memory, commandline.GuestRam) else "",
     )
     return run, qmp
 
@@ -391,7 +391,7 @@ def found_by_sockets(pid: int, mark: str) -> tuple[str, VmProcessRecord] | None:
         guard=sockets.get("guard", ""),
         agent=sockets.get("ga", ""),
         ours=True,
-        ram_file=memory.file if isinstance(memory, commandline.Memory) else "",
+        ram_file=memory.file if isinstance(memory, commandline.GuestRam) else "",
     )
     return vm, run
 

@@ -96,13 +96,13 @@ class GuestAgent:
         """
         handle = await self._call("guest-file-open", lambda: {"path": path, "mode": "r"})
         try:
-            told = await self._call("guest-file-read", lambda: {"handle": handle, "count": count})
+            answer = await self._call("guest-file-read", lambda: {"handle": handle, "count": count})
         finally:
             await self._call("guest-file-close", lambda: {"handle": handle})
         try:
-            return base64.b64decode(told["buf-b64"], validate=True)
+            return base64.b64decode(answer["buf-b64"], validate=True)
         except (KeyError, TypeError, ValueError) as error:
-            raise AgentGarbage(self._vm, f"the guest agent reads {path} as {_short(told)}") from error
+            raise AgentGarbage(self._vm, f"the guest agent reads {path} as {_short(answer)}") from error
 
     async def _call(self, command: str, arguments: Callable[[], dict[str, Any]] | None = None) -> Any:
         request: dict[str, Any] = {"execute": command}
@@ -201,10 +201,10 @@ async def read_boot_id(vm: str, path: str, *, timeout_s: float = 2.0) -> str:
         AgentSilent, AgentGarbage, AgentRefused: the guest agent does not tell.
     """
     async with guest_agent(vm, path, asyncio.get_running_loop().time() + timeout_s) as agent:
-        told = (await agent.read_file(_BOOT_ID)).decode(errors="replace").strip()
-    if len(told) != _BOOT_ID_LENGTH:
-        raise AgentGarbage(vm, f"the guest agent says that the boot id is {_short(told)}")
-    return told
+        answer = (await agent.read_file(_BOOT_ID)).decode(errors="replace").strip()
+    if len(answer) != _BOOT_ID_LENGTH:
+        raise AgentGarbage(vm, f"the guest agent says that the boot id is {_short(answer)}")
+    return answer
 
 
 def _reply(vm: str, command: str, line: bytes) -> Any:

@@ -13,12 +13,19 @@ from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from typing import Any, NamedTuple
 
+from caesura_host_updater.drivers.qemu.async_qmp import (
+    AsyncQmp,
+    QmpCommandRefused,
+    QmpConnectionLost,
+    QmpEvent,
+    QmpEventWatch,
+    QmpFailed,
+)
 from caesura_host_updater.drivers.qemu.memory_views import Compared
-from caesura_host_updater.drivers.qemu.qmp import Event, Qmp, QmpClosed, QmpFailed, QmpRefused, Watch
 from caesura_vmcontrol.claims import claim, note
-from caesura_vmcontrol.guest import note_ran
 from caesura_vmcontrol.plans import ReplacePlan, SwapPlan
 from caesura_vmcontrol.procfs import alive, send_signal
+from caesura_vmcontrol.qmp_commands import note_ran
 
 SWAP_CAPABILITIES = {"x-ignore-shared": True, "events": True, "return-path": True}
 """What both processes of a swap are told."""
@@ -49,28 +56,28 @@ class Handed(NamedTuple):
     compared: Compared
 
 
-def is_verdict(event: Event) -> bool:
+def is_verdict(event: QmpEvent) -> bool:
     """Whether it says how a migration ended."""
     return event.name == "MIGRATION" and event.data.get("status") in ("completed", "failed", "cancelled")
 
 
-async def read_capabilities(qmp: Qmp) -> dict[str, bool]:
+async def read_capabilities(qmp: AsyncQmp) -> dict[str, bool]:
     """Every migration capability that this QEMU knows, and whether it is on."""
     return {each["capability"]: each["state"] for each in await qmp.execute("query-migrate-capabilities")}
 
 
-async def check_capabilities(qmp: Qmp, wanted: Mapping[str, bool]) -> None:
+async def check_capabilities(qmp: AsyncQmp, wanted: Mapping[str, bool]) -> None:
     """Raises QmpFailed: what is wanted could not be set later."""
     _check_known(qmp, await read_capabilities(qmp), wanted)
 
 
-def _check_known(qmp: Qmp, known: Mapping[str, bool], wanted: Mapping[str, bool]) -> None:
+def _check_known(qmp: AsyncQmp, known: Mapping[str, bool], wanted: Mapping[str, bool]) -> None:
     lacking = [name for name, on in wanted.items() if on and name not in known]
     if lacking:
         raise QmpFailed(f"QEMU {qmp.version} has no migration capability {', '.join(lacking)}")
 
 
-async def set_capabilities(qmp: Qmp, wanted: Mapping[str, bool]) -> None:
+async def set_capabilities(qmp: AsyncQmp, wanted: Mapping[str, bool]) -> None:
     """Set exactly these and clear all others that are on: they last from one migration to the next.
 
     So whoever sets them restores what there was before: an operator's migration with our ``x-ignore-shared`` would
@@ -81,14 +88,14 @@ async def set_capabilities(qmp: Qmp, wanted: Mapping[str, bool]) -> None:
     """
     known = await read_capabilities(qmp)
     _check_known(qmp, known, wanted)
-    told = {name: wanted.get(name, False) for name, on in known.items() if on or wanted.get(name)}
-    if told:
-        capabilities = [{"capability": name, "state": on} for name, on in told.items()]
+    changed = {name: wanted.get(name, False) for name, on in known.items() if on or wanted.get(name)}
+    if changed:
+        capabilities = [{"capability": name, "state": on} for name, on in changed.items()]
         await qmp.execute("migrate-set-capabilities", capabilities=capabilities)
 
 
 async def run_hand_over(
-    old: Qmp, new: Qmp, plan: SwapPlan, uri: str, by: float, compare: Compare, *, moved_bytes: int
+    old: AsyncQmp, new: AsyncQmp, plan: SwapPlan, uri: str, by: float, compare: Compare, *, moved_bytes: int
 ) -> Handed:
     """Do it. Ends by ``by`` whatever hangs; then nothing of it continues by itself but QEMU's own migration.
 
@@ -122,7 +129,7 @@ async def run_hand_over(
         return Handed(stopped_at, resumed.at, compared)
 
 
-async def migrate(old: Qmp, plan: SwapPlan | ReplacePlan, uri: str) -> None:
+async def migrate(old: AsyncQmp, plan: SwapPlan | ReplacePlan, uri: str) -> None:
     """Have QEMU begin, and write down whether it did: a migration that it refused ours for is somebody else's.
 
     Raises:
@@ -130,14 +137,14 @@ async def migrate(old: Qmp, plan: SwapPlan | ReplacePlan, uri: str) -> None:
     """
     try:
         await old.execute("migrate", uri=uri)
-    except QmpRefused:
+    except QmpCommandRefused:
         note(plan.claims, "refused")
         raise
     with suppress(OSError):  # a full disk: `is_ours` looks at what arrived
         note(plan.claims, "accepted")
 
 
-async def restore_capabilities(qmp: Qmp, usual: Mapping[str, bool]) -> None:
+async def restore_capabilities(qmp: AsyncQmp, usual: Mapping[str, bool]) -> None:
     """As they were before, those that this QEMU knows. Raises QmpFailed: not now, while a migration is under way."""
     known = await read_capabilities(qmp)
     await set_capabilities(qmp, {name: on for name, on in usual.items() if name in known})
@@ -167,7 +174,7 @@ def take_from(plan: SwapPlan | ReplacePlan, text: str) -> None:
         raise HandOverFailed(f"it was decided otherwise meanwhile: {standing}")
 
 
-async def _let_run(new: Qmp, told: Watch, plan: SwapPlan) -> Event:
+async def _let_run(new: AsyncQmp, watch: QmpEventWatch, plan: SwapPlan) -> QmpEvent:
     """``cont``. If the new process died of it or before it, see whether the guest can go back.
 
     QEMU writes RESUME to every connection before it lets the first virtual CPU go, and what it wrote is read to the
@@ -175,29 +182,29 @@ async def _let_run(new: Qmp, told: Watch, plan: SwapPlan) -> Event:
     """
     try:
         await new.execute("cont")
-        return await told.first(_is_resume)
-    except QmpClosed:
+        return await watch.first(_is_resume)
+    except QmpConnectionLost:
         until = time.monotonic() + _DEATH_S
         while not (ended := new.closed and not alive(plan.new.pid, plan.new.start_ticks)):
             if time.monotonic() > until:
                 break
             await asyncio.sleep(_LOOK_S)  # its sockets are closed before it is dead
-        if ended and not any(_is_resume(event) for event in told.events):
+        if ended and not any(_is_resume(event) for event in watch.events):
             claim(plan.claims, 2, "old")
         raise
 
 
-def _is_resume(event: Event) -> bool:
+def _is_resume(event: QmpEvent) -> bool:
     return event.name == "RESUME"
 
 
-async def _both_completed(old: Watch, new: Watch) -> None:
+async def _both_completed(old: QmpEventWatch, new: QmpEventWatch) -> None:
     """Wait for both verdicts; the first bad one counts."""
     both = (
         asyncio.create_task(_first(old.first(is_verdict))),
         asyncio.create_task(_first(new.first(is_verdict))),
     )
-    waiting: set[asyncio.Task[Event]] = set(both)
+    waiting: set[asyncio.Task[QmpEvent]] = set(both)
     try:
         while waiting:
             done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
@@ -211,7 +218,7 @@ async def _both_completed(old: Watch, new: Watch) -> None:
         await asyncio.gather(*both, return_exceptions=True)
 
 
-async def _first(event: Awaitable[Event]) -> Event:
+async def _first(event: Awaitable[QmpEvent]) -> QmpEvent:
     return await event
 
 
@@ -225,7 +232,7 @@ def _check(status: str, moved: Any, limit_bytes: int) -> None:
         )
 
 
-async def error_of_migration(qmp: Qmp, within_s: float) -> str:
+async def error_of_migration(qmp: AsyncQmp, within_s: float) -> str:
     """QEMU's own description of why its last migration failed; empty where it has none or does not answer."""
     try:
         return str((await qmp.execute("query-migrate", within_s)).get("error-desc", ""))

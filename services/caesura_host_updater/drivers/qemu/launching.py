@@ -15,10 +15,10 @@ from pathlib import Path
 
 from caesura.runtime.threads import in_thread
 from caesura_host_updater.drivers.qemu import commandline, successor
+from caesura_host_updater.drivers.qemu.async_qmp import AsyncQmp, QmpUnreachable
 from caesura_host_updater.drivers.qemu.cleanup import remove_files
 from caesura_host_updater.drivers.qemu.definition import Definition, QemuOptions
-from caesura_host_updater.drivers.qemu.qmp import Qmp, QmpUnreachable
-from caesura_host_updater.drivers.qemu.records import Records, VmProcessRecord
+from caesura_host_updater.drivers.qemu.process_records import Records, VmProcessRecord
 from caesura_host_updater.drivers.qemu.vmm import last_words
 from caesura_host_updater.spawn import ExitWatch, SpawnError, start_detached
 from caesura_vmcontrol.procfs import boot_id, read_process, send_signal
@@ -183,7 +183,7 @@ class Launcher:
 
     # -- a VM's first process -------------------------------------------------------------------------------
 
-    async def start(self, vm: str, definition: Definition) -> tuple[VmProcessRecord, Qmp]:
+    async def start(self, vm: str, definition: Definition) -> tuple[VmProcessRecord, AsyncQmp]:
         """Start a VM from its definition. Raises LaunchFailed; nothing is left then."""
         ram = self.ram_dir / f"{vm}.ram"
         log = self._records.log(vm)
@@ -262,7 +262,7 @@ class Launcher:
 
     # -- any process ----------------------------------------------------------------------------------------
 
-    async def spawn(self, argv: Sequence[str], mark: str, log: Path, qmp: str) -> tuple[int, Qmp]:
+    async def spawn(self, argv: Sequence[str], mark: str, log: Path, qmp: str) -> tuple[int, AsyncQmp]:
         """Start a process and wait until it answers on ``qmp``. Raises LaunchFailed; it is dead then."""
         remove_files(*successor.sockets_of(argv))
         try:
@@ -271,7 +271,7 @@ class Launcher:
             raise LaunchFailed(str(error)) from error
         ended = asyncio.Event()
         watch = ExitWatch(pid, ended.set)
-        answers: Qmp | None = None
+        answers: AsyncQmp | None = None
         try:
             async with asyncio.timeout(self._options.start_timeout_s):
                 answers = await self._connected(qmp, ended)
@@ -294,10 +294,10 @@ class Launcher:
         raise LaunchFailed(f"{argv[0]} did not start: {last_words(log) or 'it ended without a word'}")
 
     @staticmethod
-    async def _connected(path: str, ended: asyncio.Event) -> Qmp | None:
+    async def _connected(path: str, ended: asyncio.Event) -> AsyncQmp | None:
         while not ended.is_set():
             with suppress(QmpUnreachable):
-                return await Qmp.connect(path, 1.0)
+                return await AsyncQmp.connect(path, 1.0)
             await asyncio.sleep(_LOOK_S)
         return None
 

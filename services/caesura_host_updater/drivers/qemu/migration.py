@@ -1,13 +1,12 @@
 """Swap and replace of one guest: preparing, handing over, saving, and cleaning up afterwards.
 
-Every failure takes the same way out as the pause guard's: ``guard.plans.thaw`` of the plan that was prepared.
+Every failure takes the same way out as the pause guard's: ``caesura_vmcontrol.plans.thaw`` of the plan that was prepared.
 """
 
 from __future__ import annotations
 
 import asyncio
 import signal
-import threading
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +19,7 @@ import structlog
 from caesura.runtime.threads import in_thread, in_thread_to_its_end
 from caesura_host_updater.drivers.port import FreezeFailed, HandOver, SwapFailed
 from caesura_host_updater.drivers.qemu import commandline
+from caesura_host_updater.drivers.qemu.async_qmp import AsyncQmp, QmpEventWatch, QmpFailed
 from caesura_host_updater.drivers.qemu.checkpointing import CAPABILITIES, save_state
 from caesura_host_updater.drivers.qemu.cleanup import end_losers, forget, link_sockets, remove_files, run_of
 from caesura_host_updater.drivers.qemu.compatibility import differences
@@ -36,17 +36,11 @@ from caesura_host_updater.drivers.qemu.handover import (
     set_capabilities,
 )
 from caesura_host_updater.drivers.qemu.launching import Launcher
-from caesura_host_updater.drivers.qemu.memory_views import (
-    Compared,
-    NoView,
-    OtherMemory,
-    Views,
-    open_views,
-)
+from caesura_host_updater.drivers.qemu.memory_comparison import compare, find_views
+from caesura_host_updater.drivers.qemu.memory_views import Views
 from caesura_host_updater.drivers.qemu.observer import read_snapshot
-from caesura_host_updater.drivers.qemu.qmp import Qmp, QmpFailed, Watch
+from caesura_host_updater.drivers.qemu.process_records import Records, VmProcessRecord
 from caesura_host_updater.drivers.qemu.realtime import RealtimeBoost
-from caesura_host_updater.drivers.qemu.records import Records, VmProcessRecord
 from caesura_host_updater.drivers.qemu.vmm import NoVmm, last_words
 from caesura_host_updater.spawn import ExitWatch, reap
 from caesura_vmcontrol import claims
@@ -59,17 +53,16 @@ from caesura_vmcontrol.plans import (
     condition,
     thaw,
 )
-from caesura_vmcontrol.processes import restore_priority
+from caesura_vmcontrol.process_control import restore_priority
 from caesura_vmcontrol.procfs import send_signal
-from caesura_vmcontrol.vmm import heir, holder
+from caesura_vmcontrol.qemu_control import heir, holder
 
 _HAND_OVER_S = 2.0  # s: 3 to 10 ms is usual; a new process that hangs is given up after this
-_WAY_OUT_S = 4.0  # s: how long we try to put it right ourselves before the caller does
+_RECOVER_S = 4.0  # s: how long we try to recover by ourselves before the caller does
 _END_S = 2.0  # s: for a killed process to be dead
 _AGAIN_S = 0.005  # s: between two tries of the way out
 _LONGEST_AGAIN_S = 0.1  # s
 _ERROR_S = 0.3  # s: for the old process to say why
-_VIEWS_S = 2.0  # s: to find and open both processes' mappings of the RAM, before the pause: 3 ms is usual
 
 _log = structlog.get_logger("caesura.qemu")
 
@@ -81,8 +74,8 @@ class Migrator:
         self._launcher = launcher
         self._records = records
         self._threads = threads
-        self._hurry = RealtimeBoost()
-        self._pushes: dict[str, asyncio.Future[tuple[Condition, str]]] = {}
+        self._boost = RealtimeBoost()
+        self._recoveries: dict[str, asyncio.Future[tuple[Condition, str]]] = {}
         self._cleanup_tasks: set[asyncio.Task[None]] = set()
 
     # -- the pause ------------------------------------------------------------------------------------------
@@ -104,65 +97,25 @@ class Migrator:
         called_at = time.monotonic()
         limit = min(by, called_at + _HAND_OVER_S)
         channel = f"unix:{self._launcher.folder(guest.vm) / 'mig'}"
-        with old.watch() as told:
+        with old.watch() as watch:
             try:
-                with self._hurry((prepared.plan.old.pid, prepared.plan.new.pid)):
+                with self._boost((prepared.plan.old.pid, prepared.plan.new.pid)):
                     handed = await run_hand_over(
                         old,
                         prepared.qmp,
                         prepared.plan,
                         channel,
                         limit,
-                        lambda: self._compare(views),
+                        lambda: compare(views),
                         moved_bytes=prepared.moved_bytes,
                     )
             except (HandOverFailed, QmpFailed, OSError) as error:
-                return await self._failed_hand_over(guest, prepared, error, called_at, told)
+                return await self._failed_hand_over(guest, prepared, error, called_at, watch)
         return await self._committed(guest, prepared, handed, called_at)
 
     async def _views(self, guest: Guest, operation: str, plan: SwapPlan) -> Views | str:
-        """What is compared inside the pause, opened before it; or why nothing can be. Raises SwapFailed: other memory."""
         memory = commandline.memory_of(guest.run.argv) if guest.run is not None else "it is not running"
-        if isinstance(memory, str):
-            return memory
-        opening = asyncio.get_running_loop().run_in_executor(
-            self._threads,
-            open_views,
-            plan.old.pid,
-            plan.new.pid,
-            memory.file,
-            memory.size,
-            f"{operation}/{guest.vm}",
-        )
-        done, _ = await asyncio.wait({opening}, timeout=_VIEWS_S)
-        if not done:
-            opening.add_done_callback(lambda task: task.cancelled() or task.exception())
-            return f"the mappings of its RAM were not found within {_VIEWS_S:g} s"
-        try:
-            return opening.result()
-        except OtherMemory as error:
-            raise SwapFailed(guest.vm, f"the new process has other memory than the guest: {error}") from error
-        except NoView as error:
-            return str(error)
-
-    async def _compare(self, views: Views | str) -> Compared:
-        if isinstance(views, str):
-            return Compared(None, views)
-        loop = asyncio.get_running_loop()
-        done: asyncio.Future[Compared] = loop.create_future()
-
-        def tell(found: Compared) -> None:
-            if not done.done():
-                done.set_result(found)
-
-        def compare() -> None:
-            found = views.compare()
-            with suppress(RuntimeError):  # the loop is closed: nobody waits any more
-                loop.call_soon_threadsafe(tell, found)
-
-        # A thread of its own, started while this one hurries, hurries too; one of the pool would wait for a time slice.
-        threading.Thread(target=compare, name="compare", daemon=True).start()
-        return await done
+        return await find_views(memory, plan, f"{operation}/{guest.vm}", self._threads)
 
     async def _committed(
         self, guest: Guest, prepared: Prepared, handed: Handed, called_at: float
@@ -178,8 +131,8 @@ class Migrator:
             run = run_of(former, plan.new.pid, plan.new.start_ticks)
         except NoVmm as error:
             raise SwapFailed(guest.vm, f"it ran in the new process, which ended at once: {error}") from error
-        left, watch = guest.take(run, new)
-        self._bury(former.pid, left, watch)
+        left, watch = guest.switch_to(run, new)
+        self._dispose(former.pid, left, watch)
         await self.restore_capabilities(guest)
         # To its end even when it is called off: a release removes the names that the sockets have before.
         await in_thread_to_its_end(f"publish {guest.vm}", lambda _: self._publish(guest, run))
@@ -193,11 +146,11 @@ class Migrator:
         )
 
     async def _failed_hand_over(
-        self, guest: Guest, prepared: Prepared, error: Exception, called_at: float, told_by_old: Watch
+        self, guest: Guest, prepared: Prepared, error: Exception, called_at: float, told_by_old: QmpEventWatch
     ) -> HandOver:
         differs = str(error) if isinstance(error, MemoryDiffers) else ""
         stopped_at = _at("STOP", told_by_old)
-        state = await self.way_out(guest, time.monotonic() + _WAY_OUT_S)
+        state = await self.recover(guest, time.monotonic() + _RECOVER_S)
         resumed_at = time.monotonic()
         reasons = [str(error), *claims.failures(prepared.plan.claims)]
         log = self._records.next_log(guest.vm)
@@ -215,8 +168,8 @@ class Migrator:
                     detail=detail,
                     sampled_note="the swap was not ended by the host updater, so nothing was compared",
                 )
-            if guest.qmp is not None and (told := await error_of_migration(guest.qmp, _ERROR_S)):
-                reasons.append(f"the old QEMU said: {told}")
+            if guest.qmp is not None and (reason := await error_of_migration(guest.qmp, _ERROR_S)):
+                reasons.append(f"the old QEMU said: {reason}")
         else:
             reasons.append(f"the guest is {state}")
         if stopped_at is None and _at("STOP", told_by_old) is not None:
@@ -243,31 +196,31 @@ class Migrator:
         try:
             await self._begin(guest, prepared, qmp, CAPABILITIES)
             limit = min(by, called_at + _HAND_OVER_S)
-            with self._hurry((prepared.plan.old.pid,)):
+            with self._boost((prepared.plan.old.pid,)):
                 await save_state(qmp, prepared.plan, limit, gone=gone, moved_bytes=prepared.moved_bytes)
         except (HandOverFailed, QmpFailed, OSError) as error:
-            told = await error_of_migration(qmp, _ERROR_S)
-            raise FreezeFailed(guest.vm, f"{error}; QEMU said: {told}" if told else str(error)) from error
+            reason = await error_of_migration(qmp, _ERROR_S)
+            raise FreezeFailed(guest.vm, f"{error}; QEMU said: {reason}" if reason else str(error)) from error
 
     # -- the way out ----------------------------------------------------------------------------------------
 
-    async def way_out(self, guest: Guest, until: float) -> Condition:
+    async def recover(self, guest: Guest, until: float) -> Condition:
         """Try until the guest runs or is gone, or ``until``. One try at a time, whoever waits for it."""
         state: Condition = "held"
         plan = guest.plan()
         again_s = _AGAIN_S
         while plan is not None:
-            push = self._pushes.get(guest.vm)
-            if push is None:
-                push = asyncio.get_running_loop().run_in_executor(self._threads, _push, plan)
-                self._pushes[guest.vm] = push
-                push.add_done_callback(lambda _: self._pushes.pop(guest.vm, None))
-            done, _ = await asyncio.wait({push}, timeout=max(until - time.monotonic(), 0.001))
+            trying = self._recoveries.get(guest.vm)
+            if trying is None:
+                trying = asyncio.get_running_loop().run_in_executor(self._threads, _try_recovery, plan)
+                self._recoveries[guest.vm] = trying
+                trying.add_done_callback(lambda _: self._recoveries.pop(guest.vm, None))
+            done, _ = await asyncio.wait({trying}, timeout=max(until - time.monotonic(), 0.001))
             if done:
-                state, why = push.result()
+                state, why = trying.result()
                 if state in ("running", "gone"):
                     return state
-                guest.why = why
+                guest.last_error = why
                 await asyncio.sleep(again_s)
                 again_s = min(again_s * 2, _LONGEST_AGAIN_S)
             if time.monotonic() >= until:
@@ -275,7 +228,7 @@ class Migrator:
         return "gone"
 
     async def settle(self, guest: Guest) -> None:
-        """The guest runs: find out in which process, and go on with that one."""
+        """The guest runs: find out in which process, and continue with that one."""
         prepared = guest.prepared
         if prepared is None:
             return
@@ -287,7 +240,7 @@ class Migrator:
             pid, start_ticks = owner.pid, owner.start_ticks
         else:
             pid, start_ticks = prepared.plan.old.pid, prepared.plan.old.start_ticks
-        restore_priority(pid)  # an earlier life may have been killed while it hurried
+        restore_priority(pid)  # a previous run may have been killed while it was boosted
         if guest.run is not None and guest.run.pid == pid and guest.qmp is not None and not guest.qmp.closed:
             return
         try:
@@ -295,8 +248,8 @@ class Migrator:
             if pid != former.pid:
                 run = await in_thread("look at it", lambda: run_of(former, pid, start_ticks))
         except NoVmm as error:
-            guest.why = str(error)
-            return  # it ended since: whoever asks next hears it
+            guest.last_error = str(error)
+            return  # it ended since: the next query reports it
         present = None
         if prepared.qmp is not None and prepared.qmp.listener == pid and not prepared.qmp.closed:
             present, prepared.qmp = prepared.qmp, None
@@ -305,8 +258,8 @@ class Migrator:
                 await in_thread_to_its_end("link sockets", lambda _: link_sockets(run))
             await guest.attach(run, present)
         except (NotAttached, OSError) as error:
-            guest.why = str(error)
-            _log.error("vm.not_attached", vm=guest.vm, pid=pid, why=guest.why)
+            guest.last_error = str(error)
+            _log.error("vm.not_attached", vm=guest.vm, pid=pid, why=guest.last_error)
         await in_thread_to_its_end("run file", lambda _: self._write(guest.vm, run))
         _log.info("vm.settled", vm=guest.vm, pid=pid, owner=owner.text if owner is not None else "old")
 
@@ -315,8 +268,8 @@ class Migrator:
         try:
             link_sockets(run)
         except OSError as error:
-            guest.why = f"its sockets could not be renamed: {error}"
-            _log.error("vm.sockets_not_renamed", vm=guest.vm, why=guest.why)
+            guest.last_error = f"its sockets could not be renamed: {error}"
+            _log.error("vm.sockets_not_renamed", vm=guest.vm, why=guest.last_error)
         self._write(guest.vm, run)
 
     def _write(self, vm: str, run: VmProcessRecord) -> None:
@@ -335,7 +288,7 @@ class Migrator:
             return
         if not await self._is_settled(guest, prepared):
             prepared.over = True
-            _log.error("vm.not_released", vm=guest.vm, operation=prepared.operation, why=guest.why)
+            _log.error("vm.not_released", vm=guest.vm, operation=prepared.operation, why=guest.last_error)
             return
         loop = asyncio.get_running_loop()
         owner = await loop.run_in_executor(self._threads, end_losers, prepared.plan)
@@ -368,14 +321,14 @@ class Migrator:
         return guest.run is not None and guest.run.pid == found[0]
 
     async def holder(self, prepared: Prepared) -> tuple[int, int] | None:
-        """The living process that has the guest; None: none, or it cannot be told."""
+        """The living process that has the guest; None: none, or it is not known."""
         try:
             return await in_thread(f"holder of {prepared.plan.vm}", lambda: holder(prepared.plan))
         except OSError:
             return None
 
     async def restore_capabilities(self, guest: Guest) -> None:
-        """What our migrations need must not be told to somebody else's next one. Comes again until it is done."""
+        """What our migrations need must not stay set for somebody else's next one. Called again until it is done."""
         kept = self._launcher.usual_capabilities(guest.vm)
         if guest.qmp is None or guest.qmp.closed or not kept.exists():
             return
@@ -389,7 +342,7 @@ class Migrator:
             kept.parent.rmdir()  # of a VM whose sockets are elsewhere
 
     async def _begin(
-        self, guest: Guest, prepared: Prepared, qmp: Qmp, capabilities: Mapping[str, bool]
+        self, guest: Guest, prepared: Prepared, qmp: AsyncQmp, capabilities: Mapping[str, bool]
     ) -> None:
         """The last look while the guest runs: what was compared must be what is handed over. Then it is begun, and noted.
 
@@ -412,7 +365,7 @@ class Migrator:
         prepared.begun = True
         await set_capabilities(qmp, capabilities)
 
-    def _bury(self, pid: int, qmp: Qmp | None, watch: ExitWatch | None) -> None:
+    def _dispose(self, pid: int, qmp: AsyncQmp | None, watch: ExitWatch | None) -> None:
         """Reap a process that was killed, and close its connection, while the guest runs on elsewhere."""
         if watch is not None:
             watch.close()
@@ -427,8 +380,8 @@ class Migrator:
         """Wait for what is still being closed."""
         if self._cleanup_tasks:
             await asyncio.wait(self._cleanup_tasks)
-        if self._pushes:
-            await asyncio.wait(self._pushes.values())
+        if self._recoveries:
+            await asyncio.wait(self._recoveries.values())
 
 
 def _read_capabilities(path: Path) -> dict[str, bool]:
@@ -439,12 +392,12 @@ def _read_capabilities(path: Path) -> dict[str, bool]:
         return {}
 
 
-def _at(name: str, told: Watch) -> float | None:
+def _at(name: str, watch: QmpEventWatch) -> float | None:
     """When QEMU last said this, on CLOCK_MONOTONIC."""
-    return next((event.at for event in reversed(told.events) if event.name == name), None)
+    return next((event.at for event in reversed(watch.events) if event.name == name), None)
 
 
-def _push(plan: Plan) -> tuple[Condition, str]:
+def _try_recovery(plan: Plan) -> tuple[Condition, str]:
     """One try of the way out, in a thread: what came of it, and why no more."""
     why = ""
     try:

@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from typing import Any
 from weakref import WeakKeyDictionary
 
+from caesura_host_updater.drivers.qemu.async_qmp import AsyncQmp, QmpCommandRefused
 from caesura_host_updater.drivers.qemu.devices import Settings, device_settings
 from caesura_host_updater.drivers.qemu.lines import line_texts
 from caesura_host_updater.drivers.qemu.networks import network_names, read_networks
-from caesura_host_updater.drivers.qemu.qmp import Qmp, QmpRefused
 from caesura_host_updater.drivers.qemu.snapshot import (
     VmSnapshot,
     busy_with,
@@ -40,16 +40,16 @@ _KEY = os.urandom(16)
 _NO_NETWORK = ("invalid net client name", "support rx-filter querying")
 _BOOTABLE = frozenset(("drive", "netdev"))
 """Devices with one of these properties have a place in the boot order, which the device tree does not show."""
-_NAMES: WeakKeyDictionary[Qmp, dict[str, tuple[str, ...]]] = WeakKeyDictionary()
+_NAMES: WeakKeyDictionary[AsyncQmp, dict[str, tuple[str, ...]]] = WeakKeyDictionary()
 """The names of the properties of each kind of object: the same as long as a process lives."""
 
 
-async def read_machine(qmp: Qmp) -> str:
+async def read_machine(qmp: AsyncQmp) -> str:
     """The machine type as QEMU resolved it, such as ``pc-q35-7.2``. Raises QmpFailed."""
     return str(await qmp.execute("qom-get", path="/machine", property="type")).removesuffix("-machine")
 
 
-async def read_snapshot(qmp: Qmp) -> VmSnapshot:
+async def read_snapshot(qmp: AsyncQmp) -> VmSnapshot:
     """What a QEMU says of its machine, in some 25 ms for ten devices. Raises QmpFailed."""
     ask = qmp.execute
     answers = await asyncio.gather(
@@ -111,7 +111,7 @@ async def read_snapshot(qmp: Qmp) -> VmSnapshot:
     )
 
 
-async def _objects(qmp: Qmp, kinds: dict[str, str]) -> dict[str, str]:
+async def _objects(qmp: AsyncQmp, kinds: dict[str, str]) -> dict[str, str]:
     """Objects and their types; of a throttle group its limits, too, which can be set at run time."""
     found = dict(kinds)
     for name, kind in kinds.items():
@@ -124,7 +124,7 @@ async def _objects(qmp: Qmp, kinds: dict[str, str]) -> dict[str, str]:
 
 
 async def _device_settings(
-    qmp: Qmp, kinds: Mapping[str, str], others: Mapping[str, str], tree: Mapping[str, Settings]
+    qmp: AsyncQmp, kinds: Mapping[str, str], others: Mapping[str, str], tree: Mapping[str, Settings]
 ) -> dict[str, Settings]:
     """What the device tree lacks: devices that are on no bus (memory modules), and the order in which disks are booted."""
     # A CPU has hundreds of properties, which its model gives it; it is compared by its place.
@@ -150,7 +150,7 @@ async def _device_settings(
 
 
 async def _plugged_in(
-    qmp: Qmp, kinds: Mapping[str, str], others: Mapping[str, str], tree: Mapping[str, Settings]
+    qmp: AsyncQmp, kinds: Mapping[str, str], others: Mapping[str, str], tree: Mapping[str, Settings]
 ) -> tuple[str, ...]:
     """The devices that were plugged in at run time; of those without an id all of a type if one of them was."""
     paths = [f"/machine/peripheral/{name}" for name in kinds]
@@ -161,7 +161,7 @@ async def _plugged_in(
     return tuple(sorted(unnamed | {name for name in kinds if name in found}))
 
 
-async def _removed_networks(qmp: Qmp, names: tuple[str, ...]) -> list[str]:
+async def _removed_networks(qmp: AsyncQmp, names: tuple[str, ...]) -> list[str]:
     """The networks that were removed while a card is on them: ``info network`` shows them still.
 
     QEMU looks a name up in ``query-rx-filter`` (``net/net.c``): of a network it says "isn't a NIC". When the card has the
@@ -171,7 +171,7 @@ async def _removed_networks(qmp: Qmp, names: tuple[str, ...]) -> list[str]:
     async def known(name: str) -> bool:
         try:
             await qmp.execute("query-rx-filter", name=name)
-        except QmpRefused as error:
+        except QmpCommandRefused as error:
             return not any(words in str(error) for words in _NO_NETWORK)
         return False
 
@@ -179,7 +179,7 @@ async def _removed_networks(qmp: Qmp, names: tuple[str, ...]) -> list[str]:
     return [name for name, is_known in zip(names, there, strict=True) if not is_known]
 
 
-async def _object_settings(qmp: Qmp, kinds: Mapping[str, str]) -> dict[str, Settings]:
+async def _object_settings(qmp: AsyncQmp, kinds: Mapping[str, str]) -> dict[str, Settings]:
     """What objects were given. Not memory: that is compared by its blocks and by what the processes have mapped."""
     names = [name for name, kind in kinds.items() if not kind.startswith("memory-backend")]
     threads = await qmp.execute("query-iothreads") if "iothread" in kinds.values() else []
@@ -191,13 +191,13 @@ async def _object_settings(qmp: Qmp, kinds: Mapping[str, str]) -> dict[str, Sett
     return settings
 
 
-async def _properties(qmp: Qmp, path: str, kind: str) -> Settings:
+async def _properties(qmp: AsyncQmp, path: str, kind: str) -> Settings:
     """The properties of one object that are a word or a number; passwords in a form that shows nothing."""
     known = _NAMES.setdefault(qmp, {})
     if kind not in known:
         try:
             listed = await qmp.execute("qom-list", path=path)
-        except QmpRefused:
+        except QmpCommandRefused:
             return {}  # it was removed this moment
         known[kind] = tuple(
             each["name"]
@@ -210,10 +210,10 @@ async def _properties(qmp: Qmp, path: str, kind: str) -> Settings:
     return {name: _hidden(text) if name in _SECRET else text for name, text in zip(names, found, strict=True)}
 
 
-async def _property(qmp: Qmp, path: str, name: str) -> str:
+async def _property(qmp: AsyncQmp, path: str, name: str) -> str:
     try:
         return str(await qmp.execute("qom-get", path=path, property=name))
-    except QmpRefused:
+    except QmpCommandRefused:
         return ""  # there is none, or it can only be set
 
 
@@ -221,9 +221,9 @@ def _hidden(text: str) -> str:
     return f"hidden-{hashlib.blake2b(text.encode(), key=_KEY, digest_size=4).hexdigest()}" if text else ""
 
 
-async def _generation_id(qmp: Qmp) -> str:
+async def _generation_id(qmp: AsyncQmp) -> str:
     try:
         answer: Any = await qmp.execute("query-vm-generation-id")
-    except QmpRefused:
+    except QmpCommandRefused:
         return ""  # no such device
     return str(answer["guid"])

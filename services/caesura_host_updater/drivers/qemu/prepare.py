@@ -10,9 +10,10 @@ from caesura.contract.messages import Method
 from caesura.runtime.threads import in_thread_to_its_end
 from caesura_host_updater.drivers.port import DriverError
 from caesura_host_updater.drivers.qemu.assessor import Assessor
+from caesura_host_updater.drivers.qemu.async_qmp import AsyncQmp, QmpFailed
 from caesura_host_updater.drivers.qemu.checkpointing import CAPABILITIES
 from caesura_host_updater.drivers.qemu.cleanup import forget, make_next_folders, remove_files
-from caesura_host_updater.drivers.qemu.commandline import Memory, cpu_of, memory_of
+from caesura_host_updater.drivers.qemu.commandline import GuestRam, cpu_of, memory_of
 from caesura_host_updater.drivers.qemu.compatibility import as_stated, differences, moved_bytes
 from caesura_host_updater.drivers.qemu.guest import Guest, Prepared
 from caesura_host_updater.drivers.qemu.handover import (
@@ -23,8 +24,7 @@ from caesura_host_updater.drivers.qemu.handover import (
 )
 from caesura_host_updater.drivers.qemu.launching import Launcher, LaunchFailed
 from caesura_host_updater.drivers.qemu.observer import read_snapshot
-from caesura_host_updater.drivers.qemu.qmp import Qmp, QmpFailed
-from caesura_host_updater.drivers.qemu.records import Records, VmProcessRecord
+from caesura_host_updater.drivers.qemu.process_records import Records, VmProcessRecord
 from caesura_host_updater.drivers.qemu.snapshot import VmSnapshot, migration_under_way
 from caesura_host_updater.drivers.qemu.successor import next_command, next_path
 from caesura_host_updater.drivers.qemu.trial import drop
@@ -55,7 +55,7 @@ class Preparer:
         if guest.unguarded:
             raise DriverError(guest.vm, guest.unguarded)
         if run is None or qmp is None or qmp.closed:
-            raise DriverError(guest.vm, guest.complaint() or "is not running")
+            raise DriverError(guest.vm, guest.health_error() or "is not running")
         if guest.prepared is not None:
             raise DriverError(guest.vm, f"operation {guest.prepared.operation} has not been released yet")
         if method == "swap" and guest.stated.beside and not guest.stated.both:
@@ -91,7 +91,7 @@ class Preparer:
         except (LaunchFailed, QmpFailed, OSError, NoVmm) as error:
             raise DriverError(guest.vm, str(error)) from error
 
-    async def _look(self, guest: Guest, run: VmProcessRecord, qmp: Qmp) -> VmSnapshot:
+    async def _look(self, guest: Guest, run: VmProcessRecord, qmp: AsyncQmp) -> VmSnapshot:
         """The machine that runs, if another process may take it over. Raises DriverError with every reason why not."""
         running = await read_snapshot(qmp)
         wrong = [*running.busy, *running.blockers, *await self._assessor.host_reasons(run, running)]
@@ -101,7 +101,7 @@ class Preparer:
 
     async def _start(
         self, guest: Guest, run: VmProcessRecord, running: VmSnapshot, operation: str, argv: Sequence[str]
-    ) -> tuple[int, Qmp]:
+    ) -> tuple[int, AsyncQmp]:
         """Start the process that shall follow and compare it with the one that runs the guest."""
         log = self._records.next_log(guest.vm)
         log.unlink(missing_ok=True)
@@ -110,7 +110,7 @@ class Preparer:
         try:
             there = as_stated(running, await read_snapshot(new), argv)
             wrong = list(differences(running, there, cpu_of(argv)))
-            if isinstance(memory := memory_of(argv), Memory):
+            if isinstance(memory := memory_of(argv), GuestRam):
                 # The proof that RAM will not be copied: the new process has the same file mapped, shared.
                 mapped = await self._assessor.within_time(ram_error, pid, memory.file, memory.size)
                 wrong += [f"it has other memory than the guest: {mapped}"] if mapped else []
@@ -126,7 +126,13 @@ class Preparer:
         return pid, new
 
     async def _swap(
-        self, guest: Guest, run: VmProcessRecord, qmp: Qmp, folder: Path, program: str, running: VmSnapshot
+        self,
+        guest: Guest,
+        run: VmProcessRecord,
+        qmp: AsyncQmp,
+        folder: Path,
+        program: str,
+        running: VmSnapshot,
     ) -> Prepared:
         argv = next_command(run.argv, program, guest.machine, running.generation_id)
         claims = self._launcher.claims(guest.vm, folder.name)
@@ -156,7 +162,13 @@ class Preparer:
         )
 
     async def _replace(
-        self, guest: Guest, run: VmProcessRecord, qmp: Qmp, folder: Path, program: str, running: VmSnapshot
+        self,
+        guest: Guest,
+        run: VmProcessRecord,
+        qmp: AsyncQmp,
+        folder: Path,
+        program: str,
+        running: VmSnapshot,
     ) -> Prepared:
         argv = next_command(run.argv, program, guest.machine, running.generation_id)
         present = await self._assessor.within_time(read_vmm, run.pid)
@@ -208,7 +220,7 @@ def _cannot(program: str, version: str, wrong: Sequence[str]) -> str:
 
 def _moved(run: VmProcessRecord, running: VmSnapshot) -> int:
     memory = memory_of(run.argv)
-    return moved_bytes(running.blocks, memory.backend) if isinstance(memory, Memory) else 0
+    return moved_bytes(running.blocks, memory.backend) if isinstance(memory, GuestRam) else 0
 
 
 def _ram(run: VmProcessRecord) -> tuple[str, int, int] | None:

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from caesura_vmcontrol.processes import boost_priority, restore_priority
+from caesura_vmcontrol.process_control import boost_priority, restore_priority
 
 
 class RealtimeBoost:

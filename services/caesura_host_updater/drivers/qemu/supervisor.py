@@ -14,14 +14,14 @@ from caesura.contract.messages import Method
 from caesura.runtime.threads import in_thread
 from caesura_host_updater.drivers.qemu import successor
 from caesura_host_updater.drivers.qemu.assessor import Assessor
+from caesura_host_updater.drivers.qemu.async_qmp import QmpFailed, listener_of
 from caesura_host_updater.drivers.qemu.cleanup import remove_claims, remove_files
 from caesura_host_updater.drivers.qemu.definition import Definition, QemuOptions
 from caesura_host_updater.drivers.qemu.discovery import discovered
 from caesura_host_updater.drivers.qemu.guest import Guest, NotAttached, Prepared, adopted, found_by_sockets
 from caesura_host_updater.drivers.qemu.launching import Launcher, LaunchFailed, kill
 from caesura_host_updater.drivers.qemu.migration import Migrator
-from caesura_host_updater.drivers.qemu.qmp import QmpFailed, listener_of
-from caesura_host_updater.drivers.qemu.records import Records, VmProcessRecord
+from caesura_host_updater.drivers.qemu.process_records import Records, VmProcessRecord
 from caesura_host_updater.drivers.qemu.vmm import marked, marked_as, place_error
 from caesura_host_updater.spawn import ExitWatch
 from caesura_vmcontrol import claims
@@ -46,7 +46,7 @@ class VmSupervisor:
         options: QemuOptions,
         launcher: Launcher,
         records: Records,
-        mover: Migrator,
+        migrator: Migrator,
         assessor: Assessor,
         threads: ThreadPoolExecutor,
     ) -> None:
@@ -54,7 +54,7 @@ class VmSupervisor:
         self._options = options
         self._launcher = launcher
         self._records = records
-        self._mover = mover
+        self._migrator = migrator
         self._threads = threads
         self._assessor = assessor
         self._tasks: list[asyncio.Task[None]] = []
@@ -73,7 +73,7 @@ class VmSupervisor:
             self._launcher.prepare_folders()
         except OSError as error:
             for guest in self._guests.values():
-                guest.why = f"no folder for its sockets: {error}"
+                guest.last_error = f"no folder for its sockets: {error}"
             return
         await in_thread("sweep", self._sweep)
         await asyncio.gather(*(self._open(guest) for guest in self._guests.values()))
@@ -155,12 +155,12 @@ class VmSupervisor:
             _log.warning("operation.found_unfinished", vm=guest.vm, operation=folder.name, state=state)
             if state == "running":
                 # Whatever was begun, the guest runs: that is decided now, in its favour.
-                await self._mover.way_out(guest, time.monotonic() + _SETTLE_S)
-                await self._mover.settle(guest)
-                await self._mover.release(guest)
+                await self._migrator.recover(guest, time.monotonic() + _SETTLE_S)
+                await self._migrator.settle(guest)
+                await self._migrator.release(guest)
             elif state == "gone":
                 await self.gone(guest)
-                await self._mover.release(guest)
+                await self._migrator.release(guest)
             else:
                 former = self._records.read(guest.vm)
                 if former is not None and _lives(former) and (former.pid == plan.old.pid):
@@ -179,12 +179,12 @@ class VmSupervisor:
         try:
             if run is not None and _lives(run):
                 await guest.attach(run)
-                await self._mover.restore_capabilities(guest)
+                await self._migrator.restore_capabilities(guest)
                 _log.info("vm.adopted", vm=guest.vm, pid=run.pid)
             elif guest.spec.qemu is None:
                 await self._adopt(guest)
         except NotAttached as error:
-            guest.why = str(error)
+            guest.last_error = str(error)
 
     async def _adopt(self, guest: Guest) -> None:
         where = guest.spec.adopt or discovered(self._options.discover, guest.vm)
@@ -210,15 +210,15 @@ class VmSupervisor:
             remove_files(self._records.run_file(vm))
             run, qmp = await self._launcher.start(vm, definition)
         except (LaunchFailed, OSError) as error:
-            guest.why = str(error)
-            _log.error("vm.not_started", vm=vm, why=guest.why)
+            guest.last_error = str(error)
+            _log.error("vm.not_started", vm=vm, why=guest.last_error)
             return
         try:
             await self._write(vm, run)
             await guest.attach(run, qmp)
         except (NotAttached, OSError) as error:
-            guest.why = str(error)
-            _log.error("vm.not_started", vm=vm, why=guest.why)
+            guest.last_error = str(error)
+            _log.error("vm.not_started", vm=vm, why=guest.last_error)
             await guest.detach()
             kill(run.pid, run.start_ticks)
             with suppress(ProcessLookupError):
@@ -253,14 +253,14 @@ class VmSupervisor:
                     await self._poll(guest)
                     continue
                 if guest.prepared is None:
-                    await self._mover.restore_capabilities(guest)
+                    await self._migrator.restore_capabilities(guest)
                 if guest.state == "paused" and guest.prepared is None and not guest.stopped_by_us:
                     await guest.refresh()
                 lost = guest.mute if guest.run is not None else guest.spec.qemu is None
                 if lost and guest.prepared is None:
-                    before = guest.why
+                    before = guest.last_error
                     await self.find(guest)
-                    if guest.state != "unknown" and (guest.run is not None or guest.why != before):
+                    if guest.state != "unknown" and (guest.run is not None or guest.last_error != before):
                         guest.changed()
 
     @staticmethod
@@ -276,8 +276,8 @@ class VmSupervisor:
     async def gone(self, guest: Guest) -> None:
         """The guest is gone from our hands: nothing of it is left, or it is left to whoever paused it or took it away."""
         prepared = guest.prepared
-        if prepared is not None and await self._mover.holder(prepared) is not None:
-            await self._mover.settle(guest)
+        if prepared is not None and await self._migrator.holder(prepared) is not None:
+            await self._migrator.settle(guest)
         if guest.run is not None and _lives(guest.run):
             await guest.leave_as_found()
             if guest.left:
@@ -285,8 +285,8 @@ class VmSupervisor:
         run = guest.run or self._records.read(guest.vm)
         tried = claims.failures(guest.prepared.plan.claims) if guest.prepared is not None else []
         await guest.detach()
-        await self._mover.release(guest)
-        guest.why = (tried[-1] if tried else guest.why) or "its process has ended"
+        await self._migrator.release(guest)
+        guest.last_error = (tried[-1] if tried else guest.last_error) or "its process has ended"
         if run is not None and not _lives(run):
             self._remove(guest.vm, run)
 
@@ -308,7 +308,7 @@ class VmSupervisor:
     async def _close(self, guest: Guest, *, stop: bool) -> None:
         prepared = guest.prepared
         if prepared is not None and (stop or claims.current(prepared.plan.claims)[1] is None):
-            await self._mover.release(guest)
+            await self._migrator.release(guest)
         run = guest.run
         if stop and run is not None and run.ours:
             await self._stop(guest, run)

@@ -12,15 +12,15 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
+from caesura_host_updater.drivers.qemu.async_qmp import AsyncQmp
 from caesura_host_updater.drivers.qemu.cleanup import remove_files
 from caesura_host_updater.drivers.qemu.launching import Launcher
 from caesura_host_updater.drivers.qemu.observer import read_snapshot
-from caesura_host_updater.drivers.qemu.qmp import Qmp
-from caesura_host_updater.drivers.qemu.records import TRIAL, Records
+from caesura_host_updater.drivers.qemu.process_records import TRIAL, Records
 from caesura_host_updater.drivers.qemu.snapshot import VmSnapshot
 from caesura_host_updater.drivers.qemu.successor import trial_command
 from caesura_host_updater.spawn import reap
-from caesura_vmcontrol.processes import kill_and_wait
+from caesura_vmcontrol.process_control import kill_and_wait
 from caesura_vmcontrol.procfs import read_process
 
 _END_S = 2.0  # s: for a killed process to be dead
@@ -58,7 +58,7 @@ class Trials:
                 folder.rmdir()  # of a VM whose sockets are elsewhere
 
 
-async def drop(pid: int, qmp: Qmp, threads: ThreadPoolExecutor) -> None:
+async def drop(pid: int, qmp: AsyncQmp, threads: ThreadPoolExecutor) -> None:
     """End a process that was started here and runs nothing."""
     process = read_process(pid)
     await qmp.close()

@@ -143,12 +143,12 @@ def last_words(log: Path) -> str:
         lines = log.read_text(errors="replace").splitlines()
     except OSError:
         return ""
-    told = [
+    words = [
         re.sub(r"^\S*(qemu|kvm)[^\s:]*: ", "", line.strip())
         for line in lines[-40:]
         if line.strip() and ": warning: " not in line and "terminating on signal" not in line
     ]
-    return "; ".join(told[-3:])[-_WORDS:]
+    return "; ".join(words[-3:])[-_WORDS:]
 
 
 def marked(mark: str) -> Iterator[tuple[int, int]]:

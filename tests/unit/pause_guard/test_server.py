@@ -53,7 +53,7 @@ def test_before_it_ends_it_looks_again_however_short_ago_the_last_look_was(tmp_p
     watch.arm(Intent("op", "boot", 90.0, 101.0, (QemuPlan("a", Vmm(4711, 5, "/run/x")),)))
     watch.fire("test")
     until = time.monotonic() + patient(20)
-    while watch.state != "fired" or watch._rounds.under_way:
+    while watch.state != "fired" or watch._probes.under_way:
         assert time.monotonic() < until
         watch.step()
     vms["a"] = "frozen"

@@ -31,7 +31,7 @@ _MAX_ACTIONS = 6
 """Each costs some 30 ms; a guest that is busy just then answers late, and the next one finds it better."""
 
 
-class Sample(msgspec.Struct, frozen=True):
+class GuestTimeSample(msgspec.Struct, frozen=True):
     """One exchange. ``error_ns``: guest minus host, half of ``round_trip_ns`` either way."""
 
     error_ns: int
@@ -39,12 +39,12 @@ class Sample(msgspec.Struct, frozen=True):
     guest_ns: int
 
 
-def sample(sent_ns: int, guest_ns: int, received_ns: int) -> Sample:
+def sample(sent_ns: int, guest_ns: int, received_ns: int) -> GuestTimeSample:
     """From the host's clock before and after, and the guest's in between."""
-    return Sample(guest_ns - (sent_ns + received_ns) // 2, received_ns - sent_ns, guest_ns)
+    return GuestTimeSample(guest_ns - (sent_ns + received_ns) // 2, received_ns - sent_ns, guest_ns)
 
 
-def best(vm: str, samples: Sequence[Sample]) -> Sample:
+def best(vm: str, samples: Sequence[GuestTimeSample]) -> GuestTimeSample:
     """The one with the least round trip.
 
     Raises:
@@ -63,7 +63,7 @@ def best(vm: str, samples: Sequence[Sample]) -> Sample:
 Action = Literal["set", "step", "done"]
 
 
-def next_action(now: Sample, *, actions: int, may_step: bool) -> Action:
+def next_action(now: GuestTimeSample, *, actions: int, may_step: bool) -> Action:
     """What to do about an error: set far clocks, step near ones (where the guest can), a few times at most."""
     off = abs(now.error_ns)
     # Nothing can be told apart that is smaller than the uncertainty.
@@ -109,7 +109,7 @@ async def set_clock(
     )
 
 
-async def _measure(vm: str, agent: GuestAgent, now_ns: Callable[[], int]) -> Sample:
+async def _measure(vm: str, agent: GuestAgent, now_ns: Callable[[], int]) -> GuestTimeSample:
     samples = []
     for _ in range(_SAMPLES):
         sent_ns = now_ns()

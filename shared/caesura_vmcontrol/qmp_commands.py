@@ -16,7 +16,7 @@ from contextlib import suppress
 from typing import Literal
 
 from caesura_vmcontrol import claims
-from caesura_vmcontrol.processes import is_held, kill_and_wait
+from caesura_vmcontrol.process_control import is_held, kill_and_wait
 from caesura_vmcontrol.procfs import alive
 from caesura_vmcontrol.qemu_plans import SPARE
 from caesura_vmcontrol.qmp import PeerMismatch, Qmp, QmpError, QmpNoAnswer, QmpRefused

@@ -382,7 +382,7 @@ class Qemu(World):
         self.watch.arm(self.intent())
         self.now += 10
         self.until(lambda: state(self) == "fired", 0)
-        self.until(lambda: not self.watch._rounds.under_way, 0)
+        self.until(lambda: not self.watch._probes.under_way, 0)
 
     def hold_a_look(self) -> None:
         """A round of ``a`` has looked already, and has not ended."""

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from caesura_testing.patience import patient
-from caesura_vmcontrol.bounded import NoAnswer, within
-from caesura_vmcontrol.processes import start
+from caesura_vmcontrol.bounded import CallTimeout, within
+from caesura_vmcontrol.process_control import start
 
 LONG_S = patient(20)
 
@@ -62,7 +62,7 @@ def test_what_comes_too_late_is_discarded() -> None:
         answers.wait()
         return 7
 
-    with pytest.raises(NoAnswer):
+    with pytest.raises(CallTimeout):
         within(0.01, work, key="k", discard=discarded.append)
     assert not discarded
     answers.set()
@@ -87,7 +87,7 @@ def test_what_hangs_is_not_asked_again_and_others_are() -> None:
         return within(0.05 if path == "hangs" else LONG_S, work)
 
     for _ in range(3):
-        with pytest.raises(NoAnswer):
+        with pytest.raises(CallTimeout):
             ask("hangs")
     assert ask("answers") == "answers"
     assert asked == ["hangs", "answers"]
@@ -96,7 +96,7 @@ def test_what_hangs_is_not_asked_again_and_others_are() -> None:
     def answered() -> bool:
         try:
             return within(LONG_S, lambda: "k", key="another") == "k" and ask("hangs") == "hangs"
-        except NoAnswer:
+        except CallTimeout:
             return False
 
     until(answered)

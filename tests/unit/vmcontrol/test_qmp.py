@@ -122,9 +122,12 @@ def test_a_no_is_quoted(peer: Peer) -> None:
     with Qmp(peer.path, os.getpid(), within(5)) as qmp:
         with pytest.raises(
             QmpRefused, match=r'refuses cont: Failed to get "write" lock \(GenericError\)'
-        ) as caught:
+        ) as resumed_by_guard:
             qmp.execute("cont", until=within(5))
-        assert (caught.value.error_class, caught.value.desc) == ("GenericError", 'Failed to get "write" lock')
+        assert (resumed_by_guard.value.error_class, resumed_by_guard.value.desc) == (
+            "GenericError",
+            'Failed to get "write" lock',
+        )
         with pytest.raises(QmpRefused, match="JSON parse error"):
             qmp.execute("cont", until=within(5))
 

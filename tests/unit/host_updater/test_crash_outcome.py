@@ -30,9 +30,9 @@ def operation(**vm: Any) -> Operation:
     )
 
 
-def record(catch: Intervention | None, operation: str = "op") -> Intent:
+def record(intervention: Intervention | None, operation: str = "op") -> Intent:
     """The guard's, armed at 100."""
-    fired = None if catch is None else GuardAction("the host updater died", 101.0, {"a": catch})
+    fired = None if intervention is None else GuardAction("the host updater died", 101.0, {"a": intervention})
     return Intent(operation, "boot", 100.0, 109.0, (), fired)
 
 

@@ -24,7 +24,7 @@ _END_S = 1.0  # s: for a killed command to end
 _log = structlog.get_logger("caesura.updates")
 
 
-class Asker:
+class InstalledProbe:
     """See the module.
 
     Args:
@@ -103,9 +103,9 @@ class Asker:
 
     async def _ask(self, update: UpdateFile) -> bool:
         """Whether it is installed; an update that does not answer in time is not, so that nothing is skipped by mistake."""
-        told = {"CAESURA_UPDATE": update.name, "CAESURA_HOST": self._host}
+        variables = {"CAESURA_UPDATE": update.name, "CAESURA_HOST": self._host}
         question = msgspec.structs.replace(update, argv=update.installed)
-        process = UpdateProcess(question, {**self._environ, **update.environ, **told}, question=True)
+        process = UpdateProcess(question, {**self._environ, **update.environ, **variables}, question=True)
         started = False
         try:
             async with asyncio.timeout(self._limit_s):

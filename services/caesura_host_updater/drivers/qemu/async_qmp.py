@@ -33,7 +33,7 @@ class QmpUnreachable(QmpFailed):
     """Nobody answers on the socket, or nobody that speaks QMP."""
 
 
-class QmpRefused(QmpFailed):
+class QmpCommandRefused(QmpFailed):
     """QEMU answered with an error; the text is QEMU's own."""
 
 
@@ -41,19 +41,19 @@ class QmpTimeout(QmpFailed):
     """QEMU did not answer in time."""
 
 
-class QmpClosed(QmpFailed):
+class QmpConnectionLost(QmpFailed):
     """The connection ended: QEMU is gone, or closed it."""
 
 
-class Event(NamedTuple):
-    """Something that QEMU told by itself. ``at``: when, on CLOCK_MONOTONIC in seconds."""
+class QmpEvent(NamedTuple):
+    """Something that QEMU reported by itself. ``at``: when, on CLOCK_MONOTONIC in seconds."""
 
     name: str
     data: Mapping[str, Any]
     at: float
 
 
-class _Client(QMPClient):
+class _EventClient(QMPClient):
     """Hands events on the moment they are read, and formats no messages that nobody logs."""
 
     on_event: Callable[[Message], None] | None = None
@@ -67,15 +67,15 @@ class _Client(QMPClient):
         return msg
 
 
-class Watch:
+class QmpEventWatch:
     """The events of one connection since a point in time."""
 
     def __init__(self) -> None:
-        self.events: list[Event] = []
+        self.events: list[QmpEvent] = []
         self._more = asyncio.Event()
         self._closed = False
 
-    def add(self, event: Event) -> None:
+    def add(self, event: QmpEvent) -> None:
         """One more."""
         self.events.append(event)
         self._more.set()
@@ -85,8 +85,8 @@ class Watch:
         self._closed = True
         self._more.set()
 
-    async def first(self, wanted: Callable[[Event], bool]) -> Event:
-        """The first event that is wanted; waits for it. Raises QmpClosed when the connection ends before."""
+    async def first(self, wanted: Callable[[QmpEvent], bool]) -> QmpEvent:
+        """The first event that is wanted; waits for it. Raises QmpConnectionLost when the connection ends before."""
         seen = 0
         while True:
             while seen < len(self.events):
@@ -94,34 +94,34 @@ class Watch:
                     return self.events[seen]
                 seen += 1
             if self._closed:
-                raise QmpClosed("QEMU closed its QMP connection")
+                raise QmpConnectionLost("QEMU closed its QMP connection")
             self._more.clear()
             await self._more.wait()
 
 
-class Qmp:
+class AsyncQmp:
     """A connection; make one with ``connect``.
 
     ``listener`` is the pid that listens on the socket, as the kernel says. ``version``: such as ``7.2.22``.
     """
 
-    def __init__(self, client: _Client, path: str, listener: int) -> None:
+    def __init__(self, client: _EventClient, path: str, listener: int) -> None:
         self.path = path
         self.listener = listener
-        self.on_event: Callable[[Event], None] = lambda _: None
+        self.on_event: Callable[[QmpEvent], None] = lambda _: None
         self.on_closed: Callable[[], None] = lambda: None
         self._client = client
-        self._watches: list[Watch] = []
+        self._watches: list[QmpEventWatch] = []
         self._ending = asyncio.Event()
         self.closed = False
-        client.on_event = self._heard
+        client.on_event = self._on_message
         greeting = client.greeting
         version: Any = greeting.QMP.version["qemu"] if greeting is not None else {}
         self.version = ".".join(str(version.get(part, "?")) for part in ("major", "minor", "micro"))
         self._keeper = asyncio.create_task(self._keep(), name=f"qmp {path}")
 
     @classmethod
-    async def connect(cls, path: str, timeout_s: float) -> Qmp:
+    async def connect(cls, path: str, timeout_s: float) -> AsyncQmp:
         """Connect, be greeted, negotiate.
 
         Raises:
@@ -129,7 +129,7 @@ class Qmp:
         """
         logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL + 1)  # what fails is said by what we raise
         link = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        client = _Client()
+        client = _EventClient()
         try:
             link.setblocking(False)
             link.connect(path)
@@ -155,7 +155,7 @@ class Qmp:
             raise
         return cls(client, path, int(listener))
 
-    def _heard(self, message: Message) -> None:
+    def _on_message(self, message: Message) -> None:
         stamp = message.get("timestamp")
         now = time.monotonic()
         at = now
@@ -164,7 +164,7 @@ class Qmp:
             # A wall clock that was set meanwhile must not make a pause of hours, or a negative one.
             at = now - since if 0 <= since < 1 else now
         data = message.get("data")
-        event = Event(str(message["event"]), data if isinstance(data, dict) else {}, at)
+        event = QmpEvent(str(message["event"]), data if isinstance(data, dict) else {}, at)
         for watch in self._watches:
             watch.add(event)
         self.on_event(event)
@@ -190,9 +190,9 @@ class Qmp:
             self.on_closed()
 
     @contextmanager
-    def watch(self) -> Iterator[Watch]:
+    def watch(self) -> Iterator[QmpEventWatch]:
         """Collects the events from now on."""
-        watch = Watch()
+        watch = QmpEventWatch()
         if self.closed:
             watch.close()
         self._watches.append(watch)
@@ -205,26 +205,26 @@ class Qmp:
         """Have QEMU do something; its answer. An underscore in an argument's name stands for a dash.
 
         Raises:
-            QmpRefused: QEMU's own words.
-            QmpTimeout, QmpClosed: nobody knows whether it was done.
+            QmpCommandRefused: QEMU's own words.
+            QmpTimeout, QmpConnectionLost: nobody knows whether it was done.
         """
-        told = {name.replace("_", "-"): value for name, value in arguments.items()}
+        wire = {name.replace("_", "-"): value for name, value in arguments.items()}
         try:
             async with asyncio.timeout(timeout_s):
-                return await self._client.execute(command, told or None)
+                return await self._client.execute(command, wire or None)
         except TimeoutError:
             raise QmpTimeout(f"QEMU does not answer {command!r} within {timeout_s:g} s") from None
         except ExecuteError as error:
-            raise QmpRefused(str(error)) from error
+            raise QmpCommandRefused(str(error)) from error
         except (QMPError, OSError, EOFError) as error:
-            raise QmpClosed(f"QEMU closed its QMP connection during {command!r}") from error
+            raise QmpConnectionLost(f"QEMU closed its QMP connection during {command!r}") from error
 
     async def pass_file(self, handle: int, name: str) -> None:
         """Give QEMU a copy of an open file, under a name. Raises as ``execute``."""
         try:
             self._client.send_fd_scm(handle)
         except (QMPError, OSError) as error:
-            raise QmpClosed("QEMU closed its QMP connection before a file was passed") from error
+            raise QmpConnectionLost("QEMU closed its QMP connection before a file was passed") from error
         await self.execute("getfd", fdname=name)
 
     async def status(self, timeout_s: float = _COMMAND_S) -> str:

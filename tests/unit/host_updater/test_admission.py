@@ -22,7 +22,7 @@ from caesura.lifecycle.epoch import EPOCH_LEAP
 from caesura_host_updater.admission import (
     AbortRunning,
     Accept,
-    Authority,
+    EpochAuthority,
     Host,
     Ignore,
     NotObeyed,
@@ -30,8 +30,8 @@ from caesura_host_updater.admission import (
     Repeat,
     Tombstone,
     Underway,
+    evaluate_abort,
     evaluate_start,
-    judge_abort,
     observe_epoch,
 )
 from caesura_host_updater.inventory.updates import Catalogue, UpdateFile
@@ -86,8 +86,8 @@ def _target(vm: str, set_name: str = "web", domain: int = 0) -> OperationTarget:
 
 def judge(sent: StartOperation, at: Host | None = None, known: Underway | Repeat | None = None) -> Any:
     """The verdict of a host that obeys epoch 2 of c."""
-    heard = observe_epoch(Authority(2, "c"), sent.epoch, sent.coordinator)
-    return evaluate_start(sent, host=at or host(), authority=heard, known=known, now=NOW)
+    observed = observe_epoch(EpochAuthority(2, "c"), sent.epoch, sent.coordinator)
+    return evaluate_start(sent, host=at or host(), authority=observed, known=known, now=NOW)
 
 
 def test_good_command_is_accepted() -> None:
@@ -184,35 +184,35 @@ def test_what_a_swap_does_before_its_pause_needs_no_budget() -> None:
 def test_authority_never_goes_back_and_never_changes_hands_within_an_epoch(
     said: list[tuple[int, str]], start: int
 ) -> None:
-    authority = Authority(start, "c")
+    authority = EpochAuthority(start, "c")
     owners = {start: "c"}
     for epoch, coordinator in said:
-        heard = observe_epoch(authority, epoch, coordinator)
-        if isinstance(heard, Authority):
-            assert heard.epoch >= authority.epoch
-            assert owners.setdefault(heard.epoch, heard.coordinator) == heard.coordinator
-            assert (heard.epoch, heard.coordinator) == (epoch, coordinator)
-            authority = heard
+        observed = observe_epoch(authority, epoch, coordinator)
+        if isinstance(observed, EpochAuthority):
+            assert observed.epoch >= authority.epoch
+            assert owners.setdefault(observed.epoch, observed.coordinator) == observed.coordinator
+            assert (observed.epoch, observed.coordinator) == (epoch, coordinator)
+            authority = observed
         else:
             assert epoch < authority.epoch or coordinator != authority.coordinator
 
 
 def test_an_epoch_that_nobody_can_have_claimed_is_refused_with_a_reason() -> None:
-    here = Authority(7, "c")
-    assert observe_epoch(here, 7 + EPOCH_LEAP, "d") == Authority(7 + EPOCH_LEAP, "d")
+    here = EpochAuthority(7, "c")
+    assert observe_epoch(here, 7 + EPOCH_LEAP, "d") == EpochAuthority(7 + EPOCH_LEAP, "d")
     for epoch in (8 + EPOCH_LEAP, EPOCH_MOST):
         why = observe_epoch(here, epoch, "d")
         assert isinstance(why, NotObeyed)
         assert f"epoch {epoch} is more than 1000 above epoch 7 of c" in why.why
     # A new host takes what comes first, but for one above which there is nothing.
-    assert observe_epoch(Authority(), 10**9, "d") == Authority(10**9, "d")
-    assert isinstance(observe_epoch(Authority(), EPOCH_MOST, "d"), NotObeyed)
+    assert observe_epoch(EpochAuthority(), 10**9, "d") == EpochAuthority(10**9, "d")
+    assert isinstance(observe_epoch(EpochAuthority(), EPOCH_MOST, "d"), NotObeyed)
 
 
 def test_abort() -> None:
     sent = AbortOperation(operation="op", epoch=2, coordinator="c", host="host-1")
-    good = Authority(2, "c")
-    assert judge_abort(sent, busy="op", authority=good, known=Underway()) == AbortRunning()
-    assert judge_abort(sent, busy="", authority=good, known=None) == Tombstone()
-    assert judge_abort(sent, busy="", authority=good, known=Underway()) == Underway()
-    assert isinstance(judge_abort(sent, busy="op", authority=NotObeyed("old"), known=None), Ignore)
+    good = EpochAuthority(2, "c")
+    assert evaluate_abort(sent, busy="op", authority=good, known=Underway()) == AbortRunning()
+    assert evaluate_abort(sent, busy="", authority=good, known=None) == Tombstone()
+    assert evaluate_abort(sent, busy="", authority=good, known=Underway()) == Underway()
+    assert isinstance(evaluate_abort(sent, busy="op", authority=NotObeyed("old"), known=None), Ignore)

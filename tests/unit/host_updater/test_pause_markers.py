@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from caesura_host_updater import pauses
-from caesura_host_updater.pauses import NotMarked, PauseMarkers, how_to_resume
+from caesura_host_updater import pause_markers
+from caesura_host_updater.pause_markers import NotMarked, PauseMarkers, how_to_resume
 from caesura_vmcontrol import claims, markers
 from caesura_vmcontrol.markers import Marker
 from caesura_vmcontrol.plans import CgroupPlan, Plan, SignalPlan
@@ -45,7 +45,7 @@ async def test_what_a_slow_disk_takes_late_does_not_stay(
         real(state_dir, found)
 
     monkeypatch.setattr(markers, "write", slow)
-    monkeypatch.setattr(pauses, "_WRITE_S", 0.05)
+    monkeypatch.setattr(pause_markers, "_WRITE_S", 0.05)
     kept = PauseMarkers(tmp_path)
     with pytest.raises(NotMarked, match="did not take the pause markers within"):
         await kept.write("op", [A])
@@ -74,7 +74,7 @@ async def test_a_disk_that_hangs_does_not_hold_up_the_end_of_the_service(
 async def test_what_could_not_be_removed_is_tried_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pauses, "_REMOVE_AGAIN_S", 0.01)
+    monkeypatch.setattr(pause_markers, "_REMOVE_AGAIN_S", 0.01)
     kept = PauseMarkers(tmp_path)
     await kept.write("op", [A])
     refusing, real = threading.Event(), markers.remove

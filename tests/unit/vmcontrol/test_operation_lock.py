@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 
 from caesura_testing.patience import patient
+from caesura_vmcontrol.operation_lock import try_lock
 from caesura_vmcontrol.procfs import thread_states
-from caesura_vmcontrol.turns import try_lock
 
 HOLDER = """
 import sys, time
-from caesura_vmcontrol.turns import try_lock
+from caesura_vmcontrol.operation_lock import try_lock
 with try_lock(sys.argv[1], 5) as ours:
     print(ours, flush=True)
     time.sleep(600)

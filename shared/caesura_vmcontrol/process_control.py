@@ -12,7 +12,7 @@ import subprocess
 import time
 from contextlib import suppress
 
-from caesura_vmcontrol.bounded import NoAnswer, within
+from caesura_vmcontrol.bounded import CallTimeout, within
 from caesura_vmcontrol.bounded_read import environs
 from caesura_vmcontrol.procfs import (
     DEAD,
@@ -113,7 +113,7 @@ def start(argv: tuple[str, ...], environ: tuple[tuple[str, str], ...], log: str)
     try:
         # A log that opens too late is closed there, and is not opened again before: a start may be retried for hours.
         output = within(LOG_S, lambda: os.open(log, _TO_LOG, 0o600), key=log, discard=os.close)
-    except NoAnswer:
+    except CallTimeout:
         output = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
     try:
         child = subprocess.Popen(

@@ -10,11 +10,11 @@ import time
 from typing import Literal
 
 from caesura_vmcontrol import claims, replacing, swapping
-from caesura_vmcontrol.guest import ProcessGone, look, make_run, reach
-from caesura_vmcontrol.processes import sigcont
+from caesura_vmcontrol.operation_lock import try_lock
+from caesura_vmcontrol.process_control import sigcont
 from caesura_vmcontrol.procfs import alive
 from caesura_vmcontrol.qemu_plans import QemuPlan, ReplacePlan, SwapPlan, VmmPlan
-from caesura_vmcontrol.turns import try_lock
+from caesura_vmcontrol.qmp_commands import ProcessGone, look, make_run, reach
 
 _FREEZE_S = 1.0  # s: one call
 _TURN_SWAP_S = (
@@ -72,10 +72,10 @@ def thaw(plan: VmmPlan) -> None:
     try:
         if isinstance(plan, SwapPlan):
             with try_lock(plan.claims, _TURN_SWAP_S):
-                swapping.way_out(plan)
+                swapping.recover(plan)
         else:
             with try_lock(plan.claims, _TURN_REPLACE_S) as alone:
-                replacing.way_out(plan, alone=alone)
+                replacing.recover(plan, alone=alone)
     except claims.BadClaim as error:
         raise OwnershipUnknown(f"{plan.claims}: {error}") from error
 

@@ -71,11 +71,11 @@ class World:
         """Read anew each time."""
         return self.watch.state
 
-    def catch(self, vm: str) -> dict[str, Any]:
+    def intervention(self, vm: str) -> dict[str, Any]:
         """What is written down."""
         assert self.watch.intent is not None
-        catch: dict[str, Any] = self.watch.intent.to_json()["fired"]["vms"][vm]
-        return catch
+        intervention: dict[str, Any] = self.watch.intent.to_json()["fired"]["vms"][vm]
+        return intervention
 
 
 @pytest.fixture
@@ -91,15 +91,15 @@ def test_one_that_hangs_delays_nobody(world: World) -> None:
     world.hang.clear()
     began = time.monotonic()
     world.watch.fire("test")
-    world.until(lambda: world.catch("b")["end"] == "running")
+    world.until(lambda: world.intervention("b")["end"] == "running")
     assert time.monotonic() - began < patient(1)
-    assert world.catch("a")["end"] == ""
+    assert world.intervention("a")["end"] == ""
     assert world.state == "firing"
     with pytest.raises(GuardRefusal, match="not running yet: a"):
         world.watch.disarm("op")
     world.hang.set()
     world.until(lambda: world.state == "fired")
-    assert world.catch("a")["was_frozen"]
+    assert world.intervention("a")["was_frozen"]
 
 
 def test_it_is_decided_once_although_everything_runs(world: World) -> None:
@@ -109,7 +109,7 @@ def test_it_is_decided_once_although_everything_runs(world: World) -> None:
     world.watch.fire("test")
     world.until(lambda: world.state == "fired")
     assert sorted(world.released) == ["a", "b"]
-    assert not world.catch("a")["was_frozen"]
+    assert not world.intervention("a")["was_frozen"]
     writes = world.writes
     until = time.monotonic() + 0.35
     world.until(lambda: time.monotonic() > until)
@@ -123,7 +123,7 @@ def test_late_freezes_are_undone(world: World) -> None:
     world.watch.fire("test")
     world.until(lambda: world.state == "fired")
     world.vms["b"] = "frozen"
-    world.until(lambda: world.vms["b"] == "running" and world.catch("b")["frozen_after"] is not None)
+    world.until(lambda: world.vms["b"] == "running" and world.intervention("b")["frozen_after"] is not None)
     assert world.watch.disarm("op") is not None
 
 
@@ -134,13 +134,13 @@ def test_a_guest_that_was_only_thought_to_be_gone(world: World) -> None:
     world.watch = Watchdog(world, world.log, look=world.look, release=world.release)
     world.arm()
     world.watch.fire("test")
-    world.until(lambda: world.catch("a")["end"] == "gone")
+    world.until(lambda: world.intervention("a")["end"] == "gone")
     world.vms["a"] = "running"
-    world.until(lambda: world.catch("a")["end"] == "running")
+    world.until(lambda: world.intervention("a")["end"] == "running")
     world.vms["b"] = "gone"  # shut down by its user, later: it did run
     until = time.monotonic() + 0.25
     world.until(lambda: time.monotonic() > until)
-    assert world.catch("b")["end"] == "running"
+    assert world.intervention("b")["end"] == "running"
 
 
 def test_the_reason_is_logged_once_and_tries_come_less_often(world: World) -> None:
@@ -178,7 +178,7 @@ def test_a_round_of_an_earlier_operation_is_not_taken_for_one_of_the_next(world:
     world.arm()
     world.hang.clear()
     world.watch.fire("test")
-    world.until(lambda: world.catch("b")["end"] == "running")
+    world.until(lambda: world.intervention("b")["end"] == "running")
     world.vms["a"] = "running"  # by somebody else; the round still hangs
     with pytest.raises(GuardRefusal, match="a"):
         world.watch.disarm("op")

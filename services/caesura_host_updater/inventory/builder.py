@@ -8,7 +8,7 @@ from typing import Literal
 from caesura.contract.messages import HostInventory, InstalledUpdate, ProofCode, VmRecord, VmState
 from caesura.lifecycle.commands import COMMANDS
 from caesura.lifecycle.proof import ordered
-from caesura_host_updater.admission import Authority
+from caesura_host_updater.admission import EpochAuthority
 from caesura_host_updater.drivers.port import Capabilities
 from caesura_host_updater.inventory.updates import Catalogue
 from caesura_host_updater.inventory.vm_spec import VmSpec
@@ -78,7 +78,7 @@ def inventory(
     driver: str,
     driver_detail: str,
     *,
-    authority: Authority,
+    authority: EpochAuthority,
     vms: Mapping[str, VmRecord],
     catalogue: Catalogue,
     operation: str,

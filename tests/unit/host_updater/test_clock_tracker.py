@@ -87,7 +87,7 @@ class Desk:
     def paused(self, vm: str, boot_id: str = "") -> None:
         """It was resumed, and its operation is reported."""
         self.resumed(vm)
-        self.desk.expect([ClockCheck(vm, "web", 0, "op", 0.1, "agent-1", boot_id)])
+        self.desk.track([ClockCheck(vm, "web", 0, "op", 0.1, "agent-1", boot_id)])
 
     async def verdict(self) -> VmClockSynced:
         async with asyncio.timeout(patient(5)):
@@ -209,8 +209,8 @@ async def test_a_refused_command_does_not_make_it_forget_who_was_resumed(answere
     desk.resumed("vm")
     if answered:
         desk.desk.answered(told("vm", synced=True))
-    desk.desk.expect([])  # the refusal
-    desk.desk.expect([ClockCheck("vm", "web", 0, "op", 0.1, "agent-1", "")])
+    desk.desk.track([])  # the refusal
+    desk.desk.track([ClockCheck("vm", "web", 0, "op", 0.1, "agent-1", "")])
     verdict = await desk.verdict()
     assert verdict.synced is answered
 
@@ -273,7 +273,7 @@ def answer(**changes: Any) -> AgentClockSynced:
 
 def expect(desk: Desk, *, canary_writes: int) -> None:
     desk.resumed("a")
-    desk.desk.expect([ClockCheck("a", "web", 0, "op", 0.1, "agent-1", "", canary_writes)])
+    desk.desk.track([ClockCheck("a", "web", 0, "op", 0.1, "agent-1", "", canary_writes)])
 
 
 CANARY = CanaryReport(pages=8, writes=50)
@@ -323,7 +323,7 @@ async def test_an_answer_before_the_report_is_completed_by_the_canary(make: Any)
     desk.resumed("a")
     desk.desk.answered(answer(canary=CANARY))
     desk.desk.answered(answer())
-    desk.desk.expect([ClockCheck("a", "web", 0, "op", 0.1, "agent-1", "", 40)])
+    desk.desk.track([ClockCheck("a", "web", 0, "op", 0.1, "agent-1", "", 40)])
     verdict = await desk.verdict()
     assert verdict.memory is not None
     assert "canary_equal" in verdict.memory.held

@@ -139,7 +139,7 @@ def test_the_way_out_of_a_vm_whose_marker_is_damaged(
 ) -> None:
     (tmp_path / "vms").mkdir()
     (tmp_path / "vms" / file).write_text(json.dumps(content))
-    assert markers.way_out(str(tmp_path), "a", "boot") == wanted
+    assert markers.recovery_plan(str(tmp_path), "a", "boot") == wanted
 
 
 def test_what_a_swap_prepared_comes_before_the_run_file(tmp_path: Path) -> None:
@@ -147,7 +147,7 @@ def test_what_a_swap_prepared_comes_before_the_run_file(tmp_path: Path) -> None:
     folder.mkdir(parents=True)
     (folder / "plan.json").write_text(json.dumps({**plan_to_json(PLANS[3]), "boot_id": "boot"}))
     (tmp_path / "vms" / "d.qemu.json").write_text("{")
-    assert markers.way_out(str(tmp_path), "d", "boot") == PLANS[3]
+    assert markers.recovery_plan(str(tmp_path), "d", "boot") == PLANS[3]
 
 
 # -- the guard's intent ----------------------------------------------------------------------------------------

@@ -17,9 +17,9 @@ from caesura_host_updater.inventory.host_config import HostFile
 from caesura_host_updater.inventory.vm_spec import VmSpec
 from caesura_host_updater.journal import JournalThread
 from caesura_host_updater.operation import crash_recovery
-from caesura_host_updater.operation.crash_recovery import Startup
+from caesura_host_updater.operation.crash_recovery import CrashRecovery
 from caesura_host_updater.operation.state import Operation, VmPause
-from caesura_host_updater.pauses import PauseMarkers
+from caesura_host_updater.pause_markers import PauseMarkers
 from caesura_host_updater.service import HostUpdater
 from caesura_vmcontrol import markers
 from caesura_vmcontrol.plans import CgroupPlan
@@ -38,7 +38,7 @@ class Fleet:
     async def open(self) -> None:
         """Nothing to adopt."""
 
-    def complaint(self, _: str) -> str:
+    def health_error(self, _: str) -> str:
         return ""
 
     async def read_states(self) -> dict[str, str]:
@@ -70,15 +70,15 @@ class Fleet:
         return []
 
 
-def at_start(fleet: Fleet, pauses: PauseMarkers) -> Startup:
+def at_start(fleet: Fleet, pauses: PauseMarkers) -> CrashRecovery:
     given: Any = fleet
-    return Startup(
+    return CrashRecovery(
         "host-1",
         driver=given,
-        guardian=given,
+        guard=given,
         journal=given,
-        letters=given,
-        endings=given,
+        fact_factory=given,
+        finalizer=given,
         pauses=pauses,
         has_clock=lambda _: True,
         resumed={},

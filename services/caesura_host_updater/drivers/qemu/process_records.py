@@ -92,7 +92,7 @@ class Records:
         return self.folder / f"{vm}{OPERATIONS}" / operation
 
     def begin(self, folder: Path, plan: SwapPlan | ReplacePlan) -> None:
-        """Write down what was prepared: a later life finds its way out. Raises OSError."""
+        """Write down what was prepared: a later run finds its way out. Raises OSError."""
         (folder / _PLAN).write_text(json.dumps({**plan_to_json(plan), "boot_id": boot_id()}))
 
     def unfinished(self, vm: str) -> list[tuple[Path, SwapPlan | ReplacePlan | None]]:

@@ -1,0 +1,246 @@
+"""Process VMs from start to end: adopted or started, watched, stopped, and what one leaves behind is ended."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+
+import msgspec
+import structlog
+
+from caesura.runtime.threads import in_thread, in_thread_to_its_end
+from caesura_host_updater.drivers.port import (
+    DriverError,
+)
+from caesura_host_updater.drivers.process import guest_init
+from caesura_host_updater.drivers.process.definition import ProcessVm
+from caesura_host_updater.drivers.process.freezers import (
+    Freezer,
+    ProcessGroupRecord,
+    ProcessPlan,
+    plan_of,
+)
+from caesura_host_updater.drivers.process.init_spec import ended_file, init_spec
+from caesura_host_updater.spawn import ExitWatch, SpawnError, reap, start_detached
+from caesura_vmcontrol.plans import SignalPlan, condition, thaw
+from caesura_vmcontrol.procfs import alive, boot_id, process_table, send_signal
+
+_START_TIMEOUT_S = 15.0  # s: a VM's first process needs some 20 ms; this is for a machine that thrashes
+_STOP_TIMEOUT_S = guest_init.TERM_GRACE_S + 2.0
+_LOOK_S = 0.002  # s: between two looks at a VM that is to start or to end
+
+_log = structlog.get_logger("caesura.driver")
+
+
+class ProcessSupervisor:
+    """See the module.
+
+    Args:
+        host: the host's name, passed to the VMs' processes.
+        specs: the VMs of the host file.
+        folder: where run files, logs and memory files live.
+        freezer: how VMs started from now on are frozen; one that runs already keeps its own.
+        environ: what the VMs' processes inherit.
+    """
+
+    def __init__(
+        self,
+        host: str,
+        specs: tuple[ProcessVm, ...],
+        folder: Path,
+        freezer: Freezer,
+        environ: Mapping[str, str],
+    ) -> None:
+        self._host = host
+        self._specs = {spec.name: spec for spec in specs}
+        self._folder = folder
+        self._freezer = freezer
+        self._environ = dict(environ)
+        self.runs: dict[str, ProcessGroupRecord] = {}
+        """The VMs that run."""
+        self.not_started: dict[str, str] = {}
+        """Why a VM was not started."""
+        self.frozen: dict[str, ProcessPlan] = {}
+        """Plans of VMs that were asked to freeze, with the processes of that moment."""
+        self._watches: dict[str, ExitWatch] = {}
+        self._cleanup_tasks: set[asyncio.Task[None]] = set()
+        self._change = asyncio.Event()
+
+    async def open(self) -> None:
+        """Adopt the VMs that run, start the others, all at once."""
+        await in_thread("state folder", lambda: self._folder.mkdir(parents=True, exist_ok=True, mode=0o700))
+        await asyncio.gather(*(self._try_to_start(spec) for spec in self._specs.values()))
+
+    async def _try_to_start(self, spec: ProcessVm) -> None:
+        try:
+            await self._adopt_or_start(spec)
+        except DriverError as error:
+            self.not_started[spec.name] = error.why
+            _log.error("vm.not_started", vm=spec.name, why=error.why)
+
+    async def _adopt_or_start(self, spec: ProcessVm) -> None:
+        run = await in_thread(f"find {spec.name}", lambda: self.read_run(spec.name))
+        if run is not None and alive(run.pid, run.start_ticks) and run.boot_id == boot_id():
+            self._watch(spec.name, run)
+            _log.info("vm.adopted", vm=spec.name, pid=run.pid, freezer=run.kind)
+            return
+        if run is not None:
+            former = run
+            await self._clean_up(spec.name, lambda: plan_of(spec.name, former))
+        await self._start(spec)
+
+    def read_run(self, vm: str) -> ProcessGroupRecord | None:
+        """The run file that its first process wrote; None: there is none. Blocking. Raises DriverError."""
+        try:
+            return msgspec.json.decode(
+                (self._folder / f"{vm}.run.json").read_bytes(), type=ProcessGroupRecord
+            )
+        except FileNotFoundError:
+            return None
+        except (OSError, msgspec.DecodeError) as error:
+            raise DriverError(vm, f"its run file cannot be read: {error}") from error
+
+    async def _start(self, spec: ProcessVm) -> None:
+        vm = spec.name
+        run_file = self._folder / f"{vm}.run.json"
+
+        def start() -> list[str]:
+            run_file.unlink(missing_ok=True)
+            ended_file(self._folder, vm).unlink(missing_ok=True)
+            control = self._freezer.create_cgroup(vm)
+            spec_file = self._folder / f"{vm}.spec.json"
+            spec_file.write_bytes(
+                init_spec(spec, self._host, self._folder, self._freezer.kind, control, self._environ)
+            )
+            spec_file.chmod(0o600)
+            return [sys.executable, "-I", "-S", guest_init.__file__, str(spec_file)]
+
+        try:
+            argv = await in_thread(f"start {vm}", start)
+            pid = await start_detached(argv, self._environ, self._folder / f"{vm}.log")
+        except (OSError, SpawnError) as error:
+            self._freezer.remove(vm)
+            raise DriverError(vm, f"cannot be started: {error}") from error
+        ended = asyncio.Event()
+        watch = ExitWatch(pid, ended.set)
+        try:
+            async with asyncio.timeout(_START_TIMEOUT_S):
+                # The run file appears, or the process ends. It has no way to call us: we may be another
+                # host updater by then.
+                while not run_file.exists() and not ended.is_set():  # noqa: ASYNC110
+                    await asyncio.sleep(_LOOK_S)
+        except TimeoutError:
+            os.kill(pid, signal.SIGKILL)
+            raise DriverError(vm, f"did not start within {_START_TIMEOUT_S:g} s") from None
+        finally:
+            watch.close()
+        run = self.read_run(vm)
+        if run is None:
+            reap(pid)
+            raise DriverError(vm, f"cannot be started: {self._log_tail(vm)}")
+        self._watch(vm, run)
+        _log.info("vm.started", vm=vm, pid=run.pid, freezer=run.kind)
+
+    def _log_tail(self, vm: str) -> str:
+        try:
+            lines = (self._folder / f"{vm}.log").read_text(errors="replace").splitlines()
+        except OSError:
+            lines = []
+        return lines[-1].removeprefix("guest_init: ") if lines else "it ended at once"
+
+    def _watch(self, vm: str, run: ProcessGroupRecord) -> None:
+        self.runs[vm] = run
+        try:
+            self._watches[vm] = ExitWatch(run.pid, lambda: self._ended(vm))
+        except ProcessLookupError:
+            self._ended(vm)
+
+    def _ended(self, vm: str) -> None:
+        run = self.runs.pop(vm, None)
+        self._watches.pop(vm, None)
+        self._change.set()
+        _log.warning("vm.ended", vm=vm)
+        if run is not None:
+            cleanup = asyncio.create_task(self._clean_up(vm, lambda: self.frozen.get(vm) or plan_of(vm, run)))
+            self._cleanup_tasks.add(cleanup)
+            cleanup.add_done_callback(self._cleanup_tasks.discard)
+
+    async def changed(self) -> None:
+        """Wait until a VM ended by itself."""
+        await self._change.wait()
+        self._change.clear()
+
+    async def close(self, *, stop_vms: bool) -> None:
+        """Stop watching; with ``stop_vms``, stop the VMs too and remove what they leave behind."""
+        runs = dict(self.runs)
+        for watch in self._watches.values():
+            watch.close()
+        self._watches.clear()
+        if stop_vms:
+            await asyncio.gather(*(self._stop(vm, run) for vm, run in runs.items()))
+            for vm in self._specs:
+                self._freezer.remove(vm)
+            self.runs.clear()
+        if self._cleanup_tasks:
+            await asyncio.wait(self._cleanup_tasks)
+
+    async def _stop(self, vm: str, run: ProcessGroupRecord) -> None:
+        plan = await in_thread(f"stop {vm}", lambda: self._let_run(vm, run))
+        ended = asyncio.Event()
+        try:
+            watch = ExitWatch(run.pid, ended.set)
+        except ProcessLookupError:
+            ended.set()
+        else:
+            send_signal(run.pid, run.start_ticks, signal.SIGTERM)
+            try:
+                async with asyncio.timeout(_STOP_TIMEOUT_S):
+                    await ended.wait()
+            except TimeoutError:
+                send_signal(run.pid, run.start_ticks, signal.SIGKILL)
+            finally:
+                watch.close()
+        await self._clean_up(vm, lambda: plan)
+        reap(run.pid)
+        (self._folder / f"{vm}.run.json").unlink(missing_ok=True)
+
+    def _let_run(self, vm: str, run: ProcessGroupRecord) -> ProcessPlan:
+        plan = plan_of(vm, run)
+        with suppress(OSError):
+            thaw(plan)
+        return plan
+
+    async def _clean_up(self, vm: str, find: Callable[[], ProcessPlan]) -> None:
+        """End what a VM left behind when its first process is dead."""
+        with suppress(OSError):
+            await in_thread_to_its_end(f"bury {vm}", lambda stop: self._kill_remaining(find(), stop))
+
+    @staticmethod
+    def _kill_remaining(plan: ProcessPlan, stop: threading.Event) -> None:
+        until = time.monotonic() + _STOP_TIMEOUT_S
+        while condition(plan) != "gone" and time.monotonic() < until:
+            if isinstance(plan, SignalPlan):
+                for member in plan.members(process_table()):
+                    send_signal(member.pid, member.start_ticks, signal.SIGKILL)
+            else:
+                thaw(plan)  # a frozen v1 group does not even die
+                for pid in (Path(plan.control).parent / "cgroup.procs").read_text().split():
+                    with suppress(ProcessLookupError):
+                        os.kill(int(pid), signal.SIGKILL)
+            if stop.wait(_LOOK_S):
+                return
+
+    def failures(self, vm: str) -> str:
+        """Which of the VM's own processes failed while the others run on; empty: none."""
+        try:
+            lines = ended_file(self._folder, vm).read_text(errors="replace").splitlines()
+        except OSError:
+            return ""
+        return "; ".join(lines)[:1000]

@@ -1,0 +1,97 @@
+"""What an operation requests: the effects of ``machine``, which ``runner`` carries out. Pure vocabulary."""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class Persist(msgspec.Struct, frozen=True):
+    """Write the phase to the journal, without waiting for the disk."""
+
+
+class Arm(msgspec.Struct, frozen=True):
+    """Arm the guard for all VMs of the operation."""
+
+    deadline: float
+
+
+class PrepareVms(msgspec.Struct, frozen=True):
+    """Prepare what the method needs, while the VMs run."""
+
+    vms: tuple[str, ...]
+
+
+class SwapVms(msgspec.Struct, frozen=True):
+    """Hand over the guests one after the other; do not begin with one after ``by``, nor after a failure."""
+
+    by: float
+
+
+class FreezeVms(msgspec.Struct, frozen=True):
+    """Freeze all VMs at once; do not even begin with one after ``by``."""
+
+    by: float
+
+
+class DigestVms(msgspec.Struct, frozen=True):
+    """Digest the memory of these VMs, in the background: sampled pages first, then all of it where there is time."""
+
+    vms: tuple[str, ...]
+    until: float
+    whole: frozenset[str] = frozenset()
+    """Those whose whole memory is digested too."""
+
+
+class RunUpdate(msgspec.Struct, frozen=True):
+    """Start the update, once for each key."""
+
+    keys: tuple[str, ...]
+
+
+class StopUpdate(msgspec.Struct, frozen=True):
+    """End every run of the update that is left: terminate, or kill. Never wait for it."""
+
+    kill: bool
+
+
+class ResumeVms(msgspec.Struct, frozen=True):
+    """Stop freezing and digesting; resume these VMs, and retry until they run."""
+
+    vms: tuple[str, ...]
+
+
+class Disarm(msgspec.Struct, frozen=True):
+    """Notify the guard that the operation is over, and ask whether it fired."""
+
+
+class PublishFrozen(msgspec.Struct, frozen=True):
+    """Announce that a VM is paused."""
+
+    vm: str
+
+
+class PublishResumed(msgspec.Struct, frozen=True):
+    """Announce that a VM runs again."""
+
+    vm: str
+
+
+class Finish(msgspec.Struct, frozen=True):
+    """Journal and announce the end."""
+
+
+Effect = (
+    Persist
+    | Arm
+    | PrepareVms
+    | SwapVms
+    | FreezeVms
+    | DigestVms
+    | RunUpdate
+    | StopUpdate
+    | ResumeVms
+    | Disarm
+    | PublishFrozen
+    | PublishResumed
+    | Finish
+)

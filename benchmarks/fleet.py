@@ -407,7 +407,7 @@ class World:
 
     async def _until_acknowledged(self, made: Coordinator) -> None:
         async with asyncio.timeout(_PATIENCE_S):
-            while not made.leads or made.bus.stats.backlog or made.waiting():  # noqa: ASYNC110
+            while not made.is_leader or made.bus.stats.backlog or made.waiting():  # noqa: ASYNC110
                 await asyncio.sleep(0.05)
             while any(host.epoch != made.authority.epoch for host in self.hosts):  # noqa: ASYNC110
                 await asyncio.sleep(0.05)

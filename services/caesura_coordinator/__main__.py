@@ -17,7 +17,7 @@ with QuietInterrupt():
     from caesura.runtime.listen import check_health_address
     from caesura.runtime.lock import exclusive_lock
     from caesura.runtime.serve import serve
-    from caesura_coordinator.inputs import Authority
+    from caesura_coordinator.authority import Authority
     from caesura_coordinator.metrics import CoordinatorCollector
     from caesura_coordinator.service import Coordinator, subscriptions, will
     from caesura_coordinator.settings import CoordinatorSettings

@@ -116,11 +116,11 @@ class Wave(StateRecord, frozen=True, kw_only=True):
     events: tuple[WaveEvent, ...] = ()
     readiness: dict[str, Readiness] = {}
     operations: tuple[HostOperation, ...] = ()
-    done: tuple[HostOperation, ...] = ()
+    completed_operations: tuple[HostOperation, ...] = msgspec.field(default=(), name="done")
     """Completed operations of earlier attempts: not repeated, and verified together with this attempt's."""
     fence_epoch: int = 0
     """The epoch under which the fence was last found open since the wave started; freezes are only commanded under it."""
-    outdated: str = ""
+    superseded_reason: str = msgspec.field(default="", name="outdated")
     """Why the rollout will halt once the hosts have finished their commands; empty if there is no reason yet."""
     started_at: datetime | None = None
     not_after: datetime | None = None
@@ -130,7 +130,7 @@ class Wave(StateRecord, frozen=True, kw_only=True):
     clocks: dict[str, ClockVerdict] = {}
     verify_by: datetime | None = None
     """The end of the verification; None before it began."""
-    accepted: tuple[str, ...] = ()
+    acknowledged_findings: tuple[str, ...] = msgspec.field(default=(), name="accepted")
     """The findings for which the verification halted the rollout: an operator who resumes accepts these, and nothing else."""
     soak_until: datetime | None = None
     ended_at: datetime | None = None
@@ -141,9 +141,9 @@ class Wave(StateRecord, frozen=True, kw_only=True):
         return tuple(dict.fromkeys(vm.host for vm in self.vms))
 
     @property
-    def ahead(self) -> tuple[PlannedVm, ...]:
+    def pending_vms(self) -> tuple[PlannedVm, ...]:
         """The VMs that this attempt acts on: those whose host has not completed its part in an earlier one."""
-        done = {each.host for each in self.done}
+        done = {each.host for each in self.completed_operations}
         return tuple(vm for vm in self.vms if vm.host not in done)
 
 
@@ -157,13 +157,13 @@ class Rollout(StateRecord, frozen=True, kw_only=True):
     policy: Policy
     waves: tuple[Wave, ...]
     sets: tuple[str, ...]
-    set_hosts: tuple[str, ...]
+    fence_hosts: tuple[str, ...] = msgspec.field(name="set_hosts")
     """Every host that held a VM of these sets when the plan was made: all are checked before every pause."""
     status: RolloutStatus = "running"
     reason: str = ""
     codes: tuple[str, ...] = ()
     expected_pause_s: float = 0.0
-    outside_pause_s: float = 0.0
+    work_outside_pause_s: float = msgspec.field(default=0.0, name="outside_pause_s")
     """Seconds that a host may work before its first pause, beyond the budget."""
     estimate_s: float = 0.0
     requested_by: str = ""
@@ -195,7 +195,7 @@ def new_rollout(
     plan: Plan,
     *,
     policy: Policy,
-    set_hosts: tuple[str, ...],
+    fence_hosts: tuple[str, ...],
     requested_by: str,
     now: datetime,
 ) -> Rollout:
@@ -209,9 +209,9 @@ def new_rollout(
         policy=policy,
         waves=waves,
         sets=tuple(dict.fromkeys(vm.set for wave in waves for vm in wave.vms)),
-        set_hosts=set_hosts,
+        fence_hosts=fence_hosts,
         expected_pause_s=plan.expected_pause_s,
-        outside_pause_s=plan.outside_pause_s,
+        work_outside_pause_s=plan.outside_pause_s,
         estimate_s=plan.estimate_s,
         requested_by=requested_by,
         created_at=now,
@@ -267,7 +267,7 @@ def without_waves(rollout: Rollout) -> Rollout:
     return msgspec.structs.replace(rollout, waves=())
 
 
-def _wave_looks_different(one: Wave, two: Wave) -> bool:
+def _published_state_changed(one: Wave, two: Wave) -> bool:
     """Without the VMs, which never change: most messages do not change the published state."""
     same_vms = one.vms is two.vms or one.vms == two.vms
     same_events = one.events is two.events or [
@@ -328,7 +328,7 @@ def with_etags(rollout: Rollout, before: Rollout | None = None) -> tuple[Rollout
     known = before.waves if before is not None else (None,) * len(rollout.waves)
     waves, states = [], []
     for wave, old in zip(rollout.waves, known, strict=True):
-        if wave.etag and old is not None and (wave is old or not _wave_looks_different(old, wave)):
+        if wave.etag and old is not None and (wave is old or not _published_state_changed(old, wave)):
             waves.append(wave)
             continue
         state = wave_state(rollout.id, wave)

@@ -34,21 +34,18 @@ from caesura.contract.parts import answer_in_parts
 from caesura.contract.reasons import ReasonCode
 from caesura.lifecycle import document as documents
 from caesura_coordinator.active import ActiveRollouts
-from caesura_coordinator.fleet import FleetFence
-from caesura_coordinator.inputs import (
-    Approve,
-    Authority,
+from caesura_coordinator.authority import Authority
+from caesura_coordinator.effects import (
     Effect,
     EventApprovedEffect,
     EventEnded,
     EventScheduled,
     EventStarted,
-    Fact,
-    Input,
-    Outdated,
     RolloutMoved,
     WaveMoved,
 )
+from caesura_coordinator.events import Approve, Fact, Input, Outdated
+from caesura_coordinator.fence import FleetFence
 from caesura_coordinator.records import (
     FINAL,
     Rollout,
@@ -179,7 +176,7 @@ class RolloutRepository:
             changed = self._write(rollout, changed, effects, now)
             if answer is not None:
                 self._keep_answer(*answer)
-        self._believe(changed, effects)
+        self._take_effect(changed, effects)
         return changed
 
     @contextmanager
@@ -222,7 +219,7 @@ class RolloutRepository:
         self.rollouts[rollout.id] = rollout
         self._active.put(rollout)
 
-    def _believe(self, changed: Rollout, effects: Iterable[Effect]) -> None:
+    def _take_effect(self, changed: Rollout, effects: Iterable[Effect]) -> None:
         self._keep(changed)
         for effect in effects:
             _report(changed, effect)
@@ -292,7 +289,7 @@ class RolloutRepository:
                     halted.append((self._write(rollout, changed, effects, now), effects))
         _log.warning("document.adopted", set=document.set, incarnation=document.incarnation)
         for changed, effects in halted:
-            self._believe(changed, effects)
+            self._take_effect(changed, effects)
 
     def abort_orphan(self, published: RolloutState, now: datetime) -> Removal | None:
         """End a rollout on the bus of which there is no record here: no coordinator leads it any more, and it would last indefinitely.
@@ -405,7 +402,7 @@ class RolloutRepository:
             self._keep(current)
         return removals
 
-    def heal(self, published: RolloutState) -> bool:
+    def republish_rollout(self, published: RolloutState) -> bool:
         """Publish our version of a rollout again after somebody else published it; returns whether we have it.
 
         Raises:

@@ -32,8 +32,9 @@ from caesura.runtime.errors import CaesuraError, StoreError, SyncFailed
 from caesura.runtime.group_commit import GroupCommit
 from caesura.runtime.identity import new_id
 from caesura.runtime.sampler import Sampler
-from caesura_coordinator.fleet import FleetFence, why_outdated
-from caesura_coordinator.inputs import Abort, Approve, Authority, Fact, Input, RequestRefused, Resume, Tick
+from caesura_coordinator.authority import Authority
+from caesura_coordinator.events import Abort, Approve, Fact, Input, Resume, Tick
+from caesura_coordinator.fence import FleetFence, why_outdated
 from caesura_coordinator.owner_records import OwnerRecords
 from caesura_coordinator.owners import Owners
 from caesura_coordinator.plan import make_plan, most_targets, nothing_to_do, sets_of
@@ -43,7 +44,7 @@ from caesura_coordinator.responses import REASON_CHARACTERS, with_plan
 from caesura_coordinator.rollout import RESTART_GRACE_S
 from caesura_coordinator.sender import CommandSender
 from caesura_coordinator.store import Store, SyncedOutbox
-from caesura_coordinator.validation import request_expired
+from caesura_coordinator.validation import RequestRefused, request_expired
 
 TICK_S = 0.2
 _ANNOUNCE_S = 20.0
@@ -173,7 +174,7 @@ class Coordinator:
         self.publisher = ReliablePublisher(bus, self.outbox, answer_s=_ANSWER_S)
         """The publisher of everything that is stored first."""
         self._owner_publisher = ReliablePublisher(bus, answer_s=_ANSWER_S)
-        self.book = RolloutRepository(store, now())
+        self.repository = RolloutRepository(store, now())
         self.state = FleetState()
         """The fold of the bus; only the event loop changes or reads it."""
         self._incomplete: dict[str, m.HostInventory] = {}
@@ -186,10 +187,10 @@ class Coordinator:
             self._owner_publisher,
             self.commits,
             source=self.post.source,
-            leads=lambda: self.leads,
+            is_leader=lambda: self.is_leader,
         )
         self.sender = CommandSender(
-            self.book, self.post, self.commits, lambda: self.authority if self.leads else None
+            self.repository, self.post, self.commits, lambda: self.authority if self.is_leader else None
         )
         self.authority = Authority(coordinator=f"{instance}-{new_id()[:8]}", epoch=0)
         self._claimed = False
@@ -236,7 +237,7 @@ class Coordinator:
             "rollouts": self._rollouts,
             "outbox": self._outbox,
             "authority": self._watch_authority,
-            "presence": lambda: self._presence.run(lambda: self.leads and self.bus.stats.connected),
+            "presence": lambda: self._presence.run(lambda: self.is_leader and self.bus.stats.connected),
             "owners": self._owner_records.run,
             "publisher": self.publisher.run,
             "owner publisher": self._owner_publisher.run,
@@ -256,7 +257,7 @@ class Coordinator:
     async def drain(self) -> None:
         """Publish the decisions, then say goodbye. Rollouts keep their state for the next start."""
         # A superseded coordinator publishes nothing more: its documents are older than those of the other.
-        if self.leads and self.bus.stats.connected:
+        if self.is_leader and self.bus.stats.connected:
             try:
                 async with asyncio.timeout(_FLUSH_S):
                     await self.commits.reached()
@@ -275,7 +276,7 @@ class Coordinator:
     # -- authority --
 
     @property
-    def leads(self) -> bool:
+    def is_leader(self) -> bool:
         """Whether an epoch is claimed and no coordinator has claimed a higher one."""
         return self._claimed and not self._superseded.done()
 
@@ -290,20 +291,20 @@ class Coordinator:
         documents, self._pending_documents = self._pending_documents, {}
         for document, source in documents.values():
             self._take_document(document, source)
-        self._open_sets(self.state.sets())
+        self._ensure_documents(self.state.sets())
         # Messages received in the meantime are processed before time passes: nothing is awaited until then.
         rollouts, self._pending_rollouts = self._pending_rollouts, {}
         for rollout in rollouts.values():
             self._take_rollout(rollout)
         facts, self._pending_facts = self._pending_facts, []
         for fact in facts:
-            self._give(fact)
+            self._dispatch(fact)
         early, self._pending_requests = self._pending_requests, []
         for client, request, late in early:
             self._answer(client, request, late)
         await self._announce()
         await self.commits.writable()
-        if self.leads:
+        if self.is_leader:
             self._republish()  # the broker may have lost retained messages while this one was disconnected
         self._changed.set()
         await self._claim_above_equals()
@@ -366,19 +367,19 @@ class Coordinator:
         if self.bus.stats.connects > 1:
             # The broker's retained presences of agents are outdated; each agent reconnects in its own time.
             self.fleet = self.fleet.with_reconnect_grace(self._now() + timedelta(seconds=RESTART_GRACE_S))
-        if not self.leads:
+        if not self.is_leader:
             return
         self.owners.reconnected()
         self._owner_records.changed()
         await self._announce()
         await self.commits.writable()
-        if self.leads:  # another claim may have arrived in the meantime
+        if self.is_leader:  # another claim may have arrived in the meantime
             self._republish()
 
     def _republish(self) -> None:
         """Publish the retained state on the bus again."""
         try:
-            self._to_remove += self.book.republish()
+            self._to_remove += self.repository.republish()
             self._republish_due = False
         except StoreError as error:
             if not self._republish_due:
@@ -397,17 +398,17 @@ class Coordinator:
     def _clear(self, kind: type[Message], **parameters: str | int) -> None:
         self.publisher.put(clearing(kind, event_id=new_id(), **parameters), policy=NEWEST)
 
-    def _open_sets(self, sets: Iterable[str]) -> None:
+    def _ensure_documents(self, sets: Iterable[str]) -> None:
         # Not before the epoch is claimed: a document that is already on the bus must be received first.
         if not self._claimed:
             return
         try:
-            if self.book.ensure_documents(sets):
+            if self.repository.ensure_documents(sets):
                 self._outbox_filled.set()
         except StoreError as error:
             _log.error("coordinator.store_failed", why=str(error))  # retried with the next inventory
 
-    def _on_claim(self, epoch: int, coordinator: str, *, alive: bool = False) -> None:
+    def _on_epoch_observed(self, epoch: int, coordinator: str, *, alive: bool = False) -> None:
         """Stand down for a higher epoch; at an equal one, one of the two claims a higher one."""
         mine = self.authority
         if coordinator == mine.coordinator:
@@ -454,7 +455,7 @@ class Coordinator:
         ]
 
     def _wants(self, message: Message) -> bool:
-        return not isinstance(message, m.ReportPart) or self.book.commanded(message.operation)
+        return not isinstance(message, m.ReportPart) or self.repository.commanded(message.operation)
 
     async def _deliver(self, delivery: Delivery) -> None:
         await self.commits.writable()
@@ -487,7 +488,7 @@ class Coordinator:
         # The epoch that a host obeys is not a claim: it counts for our next claim, and blocks this host's sets until then.
         before = self.state.reported(inventory.host)
         if (
-            self.leads
+            self.is_leader
             and inventory.epoch > self.authority.epoch
             and (before is None or before.epoch != inventory.epoch)
             and (left_out := self._sampler.due(inventory.host)) is not None
@@ -507,12 +508,12 @@ class Coordinator:
             _log.error("host.outdated", host=inventory.host, why=outdated)
         self._take_in(self.owners.reported(inventory, self._loop_s()))
         # Storing the document is retried.
-        self._open_sets(self.state.sets_of_host(inventory.host))
+        self._ensure_documents(self.state.sets_of_host(inventory.host))
 
     def _take_in(self, changes: Changes) -> None:
         """The fleet changed: the sets concerned get their documents, and their rollouts are evaluated again."""
         self._owner_records.changed()
-        self._open_sets(name for name in changes.sets if self.state.set_index(name).vms)
+        self._ensure_documents(name for name in changes.sets if self.state.set_index(name).vms)
         if changes.sets:
             self._stirred |= changes.sets
             self._changed.set()
@@ -547,46 +548,46 @@ class Coordinator:
         self._take_in(changes)
 
     async def _on_coordinator(self, heard: m.CoordinatorPresence, _: Received) -> None:
-        self._on_claim(heard.epoch, heard.coordinator, alive=heard.online)
-        if self.leads and heard != presence(self.authority, online=True):
+        self._on_epoch_observed(heard.epoch, heard.coordinator, alive=heard.online)
+        if self.is_leader and heard != presence(self.authority, online=True):
             await self._announce()  # the will of an older coordinator must not stay as the last message
 
     async def _on_document(self, document: m.SetDocument, received: Received) -> None:
         # A coordinator that does not lead must not end another's event: the other may be alive and end it itself.
-        if self.leads:
+        if self.is_leader:
             self._take_document(document, received.header.source)
         elif not self._claimed:
             self._pending_documents[document.set] = document, received.header.source
 
     def _take_document(self, document: m.SetDocument, source: str) -> None:
         try:
-            self.book.adopt(document, self.fleet, self.authority, self._now())
+            self.repository.adopt(document, self.fleet, self.authority, self._now())
             # Our own documents are echoed to us, and may be older than a later decision; another's must not stay.
             if source != self.post.source:
-                self.book.republish_above(document)
+                self.repository.republish_above(document)
         except StoreError as error:
             _log.error("document.not_taken", set=document.set, why=str(error))
         self._outbox_filled.set()
 
     async def _on_rollout(self, rollout: m.RolloutState, received: Received) -> None:
-        if self.leads:
+        if self.is_leader:
             self._take_rollout(rollout)
             if received.header.source != self.post.source:
-                self._heal(rollout)
+                self._republish_above(rollout)
         elif not self._claimed:
             self._pending_rollouts[rollout.rollout] = rollout
 
-    def _heal(self, rollout: m.RolloutState) -> None:
+    def _republish_above(self, rollout: m.RolloutState) -> None:
         """Another coordinator, perhaps one that was suspended, published one of our rollouts: its version must not stay."""
         try:
-            self.book.heal(rollout)
+            self.repository.republish_rollout(rollout)
         except StoreError as error:
             _log.error("rollout.not_reasserted", rollout=rollout.rollout, why=str(error))
 
     def _take_rollout(self, rollout: m.RolloutState) -> None:
-        removal = self.book.outlived(rollout)
+        removal = self.repository.outlived(rollout)
         try:
-            self.book.abort_orphan(rollout, self._now())
+            self.repository.abort_orphan(rollout, self._now())
         except StoreError as error:
             _log.error("rollout.not_ended", rollout=rollout.rollout, why=str(error))
         if removal is not None:
@@ -594,17 +595,17 @@ class Coordinator:
         self._outbox_filled.set()
 
     async def _on_report(self, report: m.OperationReported, _: Received) -> None:
-        self._give(report)
+        self._dispatch(report)
 
     async def _on_clock(self, verdict: m.VmClockSynced, _: Received) -> None:
-        self._give(verdict)
+        self._dispatch(verdict)
 
     async def _on_ready(self, answer: m.VmReady, _: Received) -> None:
-        self._give(answer)
+        self._dispatch(answer)
 
     async def _on_approval(self, approval: m.EventApproved, _: Received) -> None:
         _log.info("event.approved", event_id=approval.event_id, vm=approval.vm)
-        self._give(Approve(event_id=approval.event_id, by=approval.vm))
+        self._dispatch(Approve(event_id=approval.event_id, by=approval.vm))
 
     async def _on_request(self, request: Request, received: Received) -> None:
         client = received.parameters["client"]
@@ -630,19 +631,19 @@ class Coordinator:
                 codes=("message_invalid",),
             )
             try:
-                self.book.store_response(parts[1], answer)
+                self.repository.store_response(parts[1], answer)
             except StoreError as failed:
                 _log.error("request.failed", client=parts[1], why=str(failed))
             self._outbox_filled.set()
 
     # -- decisions --
 
-    def _give(self, fact: Fact) -> None:
+    def _dispatch(self, fact: Fact) -> None:
         """Pass a fact to the rollout that it is about; a fact about no active rollout is not ours, or late."""
         if not self._claimed:
             self._pending_facts.append(fact)  # a persistent session may deliver before the epoch is claimed
             return
-        rollout = self.book.rollout_of(fact)
+        rollout = self.repository.rollout_of(fact)
         if rollout is not None:
             self._step(rollout, fact)
 
@@ -650,7 +651,7 @@ class Coordinator:
         if self._superseded.done():
             return
         try:
-            changed = self.book.step(rollout, received, self.fleet, self.authority, self._now())
+            changed = self.repository.step(rollout, received, self.fleet, self.authority, self._now())
         except CaesuraError as error:  # its state is unchanged: the others must not wait for it
             if self._last_errors.get(rollout.id) != str(error):
                 _log.error("rollout.not_moved", why=str(error), rollout=rollout.id)
@@ -677,7 +678,7 @@ class Coordinator:
                 pass
             self._changed.clear()
             await self.commits.writable()
-            if not self.leads:
+            if not self.is_leader:
                 continue
             due = self._loop_s() - last >= TICK_S
             if due:
@@ -686,7 +687,7 @@ class Coordinator:
                     self._republish()
                 self._say_incomplete(last)
             stirred, self._stirred = self._stirred, set()
-            for rollout in self.book.active if due else self.book.holding(stirred):
+            for rollout in self.repository.active if due else self.repository.holding(stirred):
                 self._step(rollout, Tick())
             if due or self._commands_due:
                 self._commands_due = False
@@ -708,10 +709,10 @@ class Coordinator:
             known = self.store.answer(client, request.request)
             if known is not None:
                 self._repeat(client, known)
-            elif self.leads and late:
+            elif self.is_leader and late:
                 _log.warning("request.outlived", client=client, request=request.request, why=late)
                 self._refuse(client, request, "request_late", late)
-            elif self.leads:
+            elif self.is_leader:
                 self._decide_request(client, request)
         except StoreError as error:
             _log.error("request.failed", request=request.request, why=str(error))
@@ -726,7 +727,7 @@ class Coordinator:
             return
         if answer.plan is not None and sum(len(wave.vms) for wave in answer.plan.waves) > _LARGE_PLAN_VMS:
             self._repeated[client, answer.request] = now_s
-        self.book.repeat_answer(client, answer)
+        self.repository.repeat_answer(client, answer)
 
     def _decide_request(self, client: str, request: Request) -> None:
         try:
@@ -736,9 +737,9 @@ class Coordinator:
                 case m.FreezeRequested():
                     self._plan_or_start(client, request, "", request.hold_s)
                 case m.AbortRequested():
-                    self._steer(client, request, Abort(reason=request.reason))
+                    self._send_control(client, request, Abort(reason=request.reason))
                 case m.ResumeRequested():
-                    self._steer(client, request, Resume())
+                    self._send_control(client, request, Resume())
         except StoreError:
             raise
         except RequestRefused as error:
@@ -750,7 +751,7 @@ class Coordinator:
         answer = m.RequestAnswered(
             request=request.request, accepted=False, reason=why[:REASON_CHARACTERS], codes=(code,)
         )
-        self.book.store_response(client, answer)
+        self.repository.store_response(client, answer)
 
     def _plan_or_start(
         self, client: str, request: m.RolloutRequested | m.FreezeRequested, update: str, hold_s: float
@@ -768,7 +769,7 @@ class Coordinator:
         codes = tuple(dict.fromkeys(each.code for each in plan.refusals))
         if not reason and (reason := most_targets(plan)):
             codes = ("too_large",)
-        held = self.book.holder(sets_of(plan))
+        held = self.repository.holder(sets_of(plan))
         if held and not request.plan_only:
             reason = f"set {held[0]} is held by rollout {held[1]}: wait for its end, resume or abort it"
             codes = ("set_held",)
@@ -777,14 +778,14 @@ class Coordinator:
             if note and not reason:
                 codes = ("nothing_to_do",)
             answer = with_plan(request.request, plan, reason, codes, note=note)
-            self.book.store_response(client, answer)
+            self.repository.store_response(client, answer)
             return
         now = self._now()
         rollout = new_rollout(
             f"{now:%Y%m%d-%H%M%S}-{new_id()[:4]}",
             plan,
             policy=request.policy,
-            set_hosts=tuple(sorted(self.fleet.hosts_of(sets_of(plan)))),
+            fence_hosts=tuple(sorted(self.fleet.hosts_of(sets_of(plan)))),
             requested_by=client,
             now=now,
         )
@@ -792,18 +793,20 @@ class Coordinator:
         largest = max(largest_states(rollout), key=size_bytes)
         if size_bytes(largest) > MAX_PAYLOAD_BYTES:
             raise RequestRefused("too_large", _too_large(largest, rollout))
-        self.book.add(rollout, client, answer)
+        self.repository.add(rollout, client, answer)
         _log.info("rollout.started", rollout=rollout.id, update=update, waves=len(plan.waves), client=client)
         try:
-            self.book.forget()
+            self.repository.forget()
         except StoreError as error:
             _log.error("rollout.not_forgotten", why=str(error))
 
-    def _steer(self, client: str, request: m.AbortRequested | m.ResumeRequested, received: Input) -> None:
-        active = self.book.active
+    def _send_control(
+        self, client: str, request: m.AbortRequested | m.ResumeRequested, received: Input
+    ) -> None:
+        active = self.repository.active
         known = ", ".join(each.id for each in active) or "none"
         if request.rollout:
-            rollout = self.book.rollouts.get(request.rollout)
+            rollout = self.repository.rollouts.get(request.rollout)
             if rollout is None:
                 raise RequestRefused("rollout_unknown", f"no rollout {request.rollout!r}; not ended: {known}")
         elif len(active) == 1:
@@ -816,7 +819,9 @@ class Coordinator:
                 else "no rollout is under way: all have ended",
             )
         answer = m.RequestAnswered(request=request.request, accepted=True, rollout=rollout.id)
-        self.book.step(rollout, received, self.fleet, self.authority, self._now(), answer=(client, answer))
+        self.repository.step(
+            rollout, received, self.fleet, self.authority, self._now(), answer=(client, answer)
+        )
         self._commands_due = True
 
     # -- outgoing messages --
@@ -827,7 +832,7 @@ class Coordinator:
         while True:
             await self._outbox_filled.wait()
             self._outbox_filled.clear()
-            if not self.leads:
+            if not self.is_leader:
                 continue
             removals, self._to_remove = self._to_remove, []
             await self.commits.reached()

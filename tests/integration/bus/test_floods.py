@@ -235,7 +235,7 @@ async def test_a_flooding_guest_keeps_an_operator_from_no_plan(tmp_path: Path) -
         bus.peers = made.known
         tasks = [asyncio.ensure_future(start()) for start in made.tasks().values()]
         try:
-            await eventually(lambda: made.leads, _HANG_S)
+            await eventually(lambda: made.is_leader, _HANG_S)
             operator = MqttBus(options(broker, "ctl_ops"), filters=["caesura/v1/fleet/ctl/ops/answer"])
             asking = MessageClient(operator, "/caesura/ctl/ops")
             answers: list[str] = []
@@ -292,7 +292,7 @@ async def test_a_flooding_operator_keeps_another_from_no_abort(tmp_path: Path) -
         bus.peers = made.known
         tasks = [asyncio.ensure_future(start()) for start in made.tasks().values()]
         try:
-            await eventually(lambda: made.leads, _HANG_S)
+            await eventually(lambda: made.is_leader, _HANG_S)
             operator = MqttBus(options(broker, "ctl_ops"), filters=["caesura/v1/fleet/ctl/ops/answer"])
             asking = MessageClient(operator, "/caesura/ctl/ops")
             answers: list[str] = []

@@ -130,7 +130,7 @@ async def coordinator(broker: LocalBroker, folder: Path) -> AsyncIterator[Coordi
     made = Coordinator(bus, store, instance="coordinator", settle_s=0.2)
     tasks = [asyncio.ensure_future(start()) for start in made.tasks().values()]
     try:
-        await eventually(lambda: made.leads)
+        await eventually(lambda: made.is_leader)
         yield made
         assert not any(task.done() for task in tasks)
     finally:

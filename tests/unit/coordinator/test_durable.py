@@ -143,7 +143,7 @@ async def _obeyed(world: World, made: Coordinator) -> None:
     """Wait until every host obeys this coordinator and nothing waits for anybody."""
     await eventually(
         lambda: (
-            made.leads
+            made.is_leader
             and len(made.fleet.inventories) == len(world.inventories)
             and all(each.epoch == made.authority.epoch for each in made.fleet.inventories.values())
             and not made.waiting()
@@ -206,7 +206,7 @@ async def test_an_epoch_is_on_disk_before_anybody_sees_it(
     async with world.coordinator() as made:
         await eventually(lambda: world.disk.calls == 1)
         assert made.store.epoch() == 1
-        assert (made.authority.epoch, made.leads) == (0, False)
+        assert (made.authority.epoch, made.is_leader) == (0, False)
         # What arrives now waits for the claim; another's claim raises it.
         await world.post.send(_request("early"), client="ops")
         other = m.CoordinatorPresence(coordinator="b", epoch=5, online=False)
@@ -214,7 +214,7 @@ async def test_an_epoch_is_on_disk_before_anybody_sees_it(
         await eventually(lambda: len(made._pending_requests) == 1 and made._announced == [5])
         assert not world.published
         world.disk.release()
-        await eventually(lambda: made.leads)
+        await eventually(lambda: made.is_leader)
         assert made.authority.epoch == 6
         await eventually(lambda: [each.request for each in world.of(m.RequestAnswered)] == ["early"])
         assert {each.epoch for each in world.of(m.CoordinatorPresence)} == {6}
@@ -245,7 +245,7 @@ async def test_an_equal_epoch_that_another_claims_meanwhile_is_not_used(world: W
         await world.post.send(m.CoordinatorPresence(coordinator="b", epoch=1, online=True))
         await eventually(lambda: made._announced == [1])
         world.disk.release()
-        await eventually(lambda: made.leads)
+        await eventually(lambda: made.is_leader)
         assert made.authority.epoch == 2
         await eventually(lambda: [each.epoch for each in world.of(m.CoordinatorPresence)] == [2])
 
@@ -262,7 +262,7 @@ async def test_no_claim_of_ours_makes_that_of_another_believable(world: World) -
             await world.post.send(m.CoordinatorPresence(coordinator="b", epoch=epoch, online=False))
         await eventually(lambda: made._announced == [1000, 1900])
         world.disk.release()
-        await eventually(lambda: made.leads)
+        await eventually(lambda: made.is_leader)
         assert made.authority.epoch == 1001
 
 
@@ -276,7 +276,7 @@ async def test_a_disk_that_hangs_behind_a_second_claim_does_not_keep_it_from_sta
         await world.post.send(m.CoordinatorPresence(coordinator="a", epoch=1, online=True))
         await eventually(lambda: world.disk.calls == calls + 1)
         await world.post.send(m.CoordinatorPresence(coordinator="b", epoch=5, online=True))
-        await eventually(lambda: not made.leads)
+        await eventually(lambda: not made.is_leader)
         world.disk.release()
         await eventually(lambda: any(each.done() for each in made.running))  # type: ignore[attr-defined]
     assert {each.epoch for each in world.of(m.CoordinatorPresence)} == {1}
@@ -290,11 +290,11 @@ async def test_a_command_is_sent_when_the_start_of_its_wave_is_on_disk(
         await _obeyed(world, made)
         await world.post.send(_request("q"), client="ops")
         await eventually(lambda: bool(world.of(m.EventChanged)))
-        (rollout,) = made.book.rollouts
+        (rollout,) = made.repository.rollouts
         await eventually(lambda: made.commits.settled)
         world.disk.hold()
         await world.approve(rollout)
-        await eventually(lambda: made.book.rollouts[rollout].waves[0].status == "started")
+        await eventually(lambda: made.repository.rollouts[rollout].waves[0].status == "started")
         await eventually(lambda: made.sender.held)
         assert not world.of(m.StartOperation)
         world.disk.release()
@@ -311,7 +311,7 @@ async def test_a_record_of_an_owner_is_on_disk_before_it_is_published(
             coordinator=made.authority.coordinator, epoch=made.authority.epoch, online=True
         )
         await world.obey(host("h1", build("w1", agent=False)), leader)
-        await eventually(lambda: bool(made.store.owners()) and "web" in made.book.documents)
+        await eventually(lambda: bool(made.store.owners()) and "web" in made.repository.documents)
         await eventually(lambda: not made._owner_records._changed.is_set())
         assert not world.of(m.VmOwner)
         assert not world.of(m.SetDocument)
@@ -329,7 +329,9 @@ async def test_what_was_loaded_at_the_start_is_on_disk_before_it_is_published(
 
         async def held(outbox: Any) -> Any:
             world.disk.hold()
-            made.book.store_response("ops", m.RequestAnswered(request="late", accepted=False, reason="r"))
+            made.repository.store_response(
+                "ops", m.RequestAnswered(request="late", accepted=False, reason="r")
+            )
             found = await load(outbox)
             read.set()
             return found
@@ -406,7 +408,7 @@ async def test_a_disk_that_fails_ends_the_service_and_nothing_of_it_was_publishe
     commits = GroupCommit(store.database, sync=world.disk)
     made = Coordinator(bus, store, instance="c", settle_s=0.02, commits=commits)
     serving = asyncio.create_task(serve(made.tasks(), drain=made.drain))
-    await eventually(lambda: made.leads and not made.waiting() and made.commits.settled)
+    await eventually(lambda: made.is_leader and not made.waiting() and made.commits.settled)
     heard: list[str] = []
 
     async def hear(message: m.RequestAnswered, _: Received) -> None:
@@ -434,7 +436,7 @@ async def test_a_coordinator_that_is_stopped_does_not_wait_for_its_disk_for_long
     async with world.coordinator() as made:
         await _obeyed(world, made)
         world.disk.hold()
-        made.book.store_response("ops", m.RequestAnswered(request="a", accepted=False, reason="r"))
+        made.repository.store_response("ops", m.RequestAnswered(request="a", accepted=False, reason="r"))
         with capture_logs() as logs:
             async with asyncio.timeout(PATIENCE_S):
                 await made.drain()
@@ -453,7 +455,7 @@ def _leaves(group: BaseExceptionGroup[Any]) -> list[BaseException]:
 
 def _commanded_or_over(world: World, made: Coordinator, rollout: str) -> bool:
     commanded = any(each.rollout == rollout for each in world.of(m.StartOperation))
-    return commanded or made.book.rollouts[rollout].status != "running"
+    return commanded or made.repository.rollouts[rollout].status != "running"
 
 
 class Images:
@@ -558,7 +560,7 @@ async def test_a_power_cut_takes_nothing_that_was_published(
             if rollout and chance.random() < 0.7:
                 await world.approve(rollout)
                 await eventually(partial(_commanded_or_over, world, made, rollout))
-            for active in made.book.active:
+            for active in made.repository.active:
                 if chance.random() < 0.6:
                     abort = m.AbortRequested(request=f"a{number}{active.id}", rollout=active.id)
                     await world.post.send(abort, client="ops")

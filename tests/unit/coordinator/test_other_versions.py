@@ -59,7 +59,7 @@ async def desk(tmp_path: Path) -> AsyncIterator[Desk]:
     tasks = [asyncio.ensure_future(start()) for start in coordinator.tasks().values()]
     tasks.append(asyncio.ensure_future(bus.run(made.receive)))
     await bus.wait_connected(5)
-    await eventually(lambda: coordinator.leads)
+    await eventually(lambda: coordinator.is_leader)
     yield made
     for task in tasks:
         task.cancel()

@@ -14,8 +14,9 @@ from caesura.contract.reasons import KNOWN
 from caesura.fleet.state import FleetState
 from caesura.lifecycle.commands import COMMANDS
 from caesura.lifecycle.proof import memory_proof
-from caesura_coordinator.fleet import FleetFence
-from caesura_coordinator.inputs import Approve, Authority, Input, Outdated, Tick
+from caesura_coordinator.authority import Authority
+from caesura_coordinator.events import Approve, Input, Outdated, Tick
+from caesura_coordinator.fence import FleetFence
 from caesura_coordinator.plan import make_plan
 from caesura_coordinator.records import Rollout, Wave, new_rollout
 from caesura_coordinator.rollout import decide
@@ -79,7 +80,7 @@ class Story:
         policy = msgspec.structs.replace(_POLICY, **changes)
         plan = make_plan(self.fleet, update="patch", selection=m.Selection(), policy=policy)
         self.rollout: Rollout = new_rollout(
-            "r", plan, policy=policy, set_hosts=("host-1",), requested_by="rollout", now=T0
+            "r", plan, policy=policy, fence_hosts=("host-1",), requested_by="rollout", now=T0
         )
 
     def give(self, received: Input, after_s: float = 0.0) -> Story:

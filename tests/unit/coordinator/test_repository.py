@@ -14,8 +14,9 @@ from caesura.contract import messages as m
 from caesura.contract.codec import size_bytes
 from caesura.contract.envelope import Message
 from caesura.runtime.errors import StoreError
-from caesura_coordinator.fleet import FleetFence
-from caesura_coordinator.inputs import Abort, Approve, Authority, Resume, Tick
+from caesura_coordinator.authority import Authority
+from caesura_coordinator.events import Abort, Approve, Resume, Tick
+from caesura_coordinator.fence import FleetFence
 from caesura_coordinator.plan import make_plan
 from caesura_coordinator.records import (
     Rollout,
@@ -41,9 +42,9 @@ class Desk:
         self.fleet = fleet
         self.authority = authority
         self.now = T0
-        self.book = RolloutRepository(Store(self.path), T0)
+        self.repository = RolloutRepository(Store(self.path), T0)
         self.policy = m.Policy(notice_s=60.0, verify_timeout_s=20.0)
-        self.book.add(self.fresh("r"), "ops", _ANSWER)
+        self.repository.add(self.fresh("r"), "ops", _ANSWER)
 
     def fresh(self, name: str, **selection: tuple[str, ...]) -> Rollout:
         plan = make_plan(self.fleet, update="patch", selection=m.Selection(**selection), policy=self.policy)
@@ -52,22 +53,24 @@ class Desk:
             name,
             plan,
             policy=self.policy,
-            set_hosts=tuple(self.fleet.inventories),
+            fence_hosts=tuple(self.fleet.inventories),
             requested_by="ops",
             now=T0,
         )
 
     def give(self, received: Any, after_s: float = 0.0, name: str = "r") -> Rollout:
         self.now += timedelta(seconds=after_s)
-        return self.book.step(self.book.rollouts[name], received, self.fleet, self.authority, self.now)
+        return self.repository.step(
+            self.repository.rollouts[name], received, self.fleet, self.authority, self.now
+        )
 
     def event(self) -> WaveEvent:
-        wave = self.book.rollouts["r"].current
+        wave = self.repository.rollouts["r"].current
         assert wave is not None
         return wave.events[0]
 
     def status(self) -> str:
-        return self.book.rollouts["r"].status
+        return self.repository.rollouts["r"].status
 
     def scheduled(self) -> Desk:
         self.give(Tick())
@@ -76,18 +79,20 @@ class Desk:
 
     def sent(self) -> list[Message]:
         """Everything in the outbox, as a broker would take it."""
-        kept = self.book.store.outbox.load()
-        self.book.store.outbox.remove([each.event_id for each in kept])
+        kept = self.repository.store.outbox.load()
+        self.repository.store.outbox.remove([each.event_id for each in kept])
         return [each.read() for each in kept if each.payload]
 
     def cleared(self) -> list[str]:
         """Topics from which the outbox removes what is retained, after ``/fleet/``."""
-        return [each.topic.split("/fleet/")[1] for each in self.book.store.outbox.load() if not each.payload]
+        return [
+            each.topic.split("/fleet/")[1] for each in self.repository.store.outbox.load() if not each.payload
+        ]
 
     def reopened(self) -> RolloutRepository:
-        self.book.store.database.close()
-        self.book = RolloutRepository(Store(self.path), self.now)
-        return self.book
+        self.repository.store.database.close()
+        self.repository = RolloutRepository(Store(self.path), self.now)
+        return self.repository
 
 
 @pytest.fixture
@@ -103,7 +108,7 @@ def desk(
 
 def test_what_was_decided_is_read_back_whole(desk: Desk) -> None:
     desk.scheduled().give(Approve(event_id=desk.event().event_id, by="w1"))
-    before, documents = desk.book.rollouts["r"], desk.book.documents
+    before, documents = desk.repository.rollouts["r"], desk.repository.documents
     assert before.current is not None
     assert before.current.status == "started"
     again = desk.reopened()
@@ -128,7 +133,7 @@ def test_the_longest_reason_can_be_announced_and_read_back(length: int, desk: De
 
 def test_a_report_with_the_longest_reason_can_be_announced(desk: Desk) -> None:
     desk.scheduled().give(Approve(event_id=desk.event().event_id, by="w1"))
-    wave = desk.book.rollouts["r"].current
+    wave = desk.repository.rollouts["r"].current
     assert wave is not None
     (operation,) = wave.operations
     desk.give(
@@ -142,42 +147,42 @@ def test_a_report_with_the_longest_reason_can_be_announced(desk: Desk) -> None:
 
 
 def test_a_record_that_cannot_be_read_is_said_to_be(desk: Desk) -> None:
-    desk.book.store.database.run("UPDATE wave SET body = '{}'")
-    desk.book.store.database.close()
+    desk.repository.store.database.run("UPDATE wave SET body = '{}'")
+    desk.repository.store.database.close()
     with pytest.raises(StoreError, match=r"a wave of rollout r in the store .* cannot be read"):
         RolloutRepository(Store(desk.path), T0)
 
 
 def test_only_waves_that_changed_are_written(desk: Desk) -> None:
     desk.give(Tick())
-    desk.book.store.database.run("UPDATE wave SET body = 'untouched' WHERE number = 1")
+    desk.repository.store.database.run("UPDATE wave SET body = 'untouched' WHERE number = 1")
     desk.give(m.VmReady(vm="w1", event_id=desk.event().event_id, ready=True))
-    rows = desk.book.store.database.run("SELECT number, body FROM wave ORDER BY number")
+    rows = desk.repository.store.database.run("SELECT number, body FROM wave ORDER BY number")
     assert b"w1" in rows[0][1]
     assert rows[1] == (1, "untouched")
 
 
 def test_a_rollout_that_holds_its_sets_is_never_forgotten(desk: Desk) -> None:
     desk.give(Tick())
-    done = msgspec.structs.replace(desk.book.rollouts["r"], status="completed")
+    done = msgspec.structs.replace(desk.repository.rollouts["r"], status="completed")
     for number in range(520):
-        desk.book.add(msgspec.structs.replace(done, id=f"x{number}"), "ops", _ANSWER)
-    cleared = [each.rollout for each in desk.book.forget()]
-    desk.book.republish()
-    assert "r" in desk.book.rollouts
+        desk.repository.add(msgspec.structs.replace(done, id=f"x{number}"), "ops", _ANSWER)
+    cleared = [each.rollout for each in desk.repository.forget()]
+    desk.repository.republish()
+    assert "r" in desk.repository.rollouts
     assert "r" not in cleared
     assert any(isinstance(each, m.RolloutState) and each.rollout == "r" for each in desk.sent())
-    assert len(desk.book.rollouts) <= 500
+    assert len(desk.repository.rollouts) <= 500
     assert desk.reopened().rollouts["r"].status == "running"
-    assert len(desk.book.rollouts) <= 500
+    assert len(desk.repository.rollouts) <= 500
 
 
 def test_of_ended_rollouts_the_bus_shows_the_newest_and_of_the_newest_the_waves(desk: Desk) -> None:
-    done = msgspec.structs.replace(desk.book.rollouts["r"], status="completed")
+    done = msgspec.structs.replace(desk.repository.rollouts["r"], status="completed")
     removals: list[Removal] = []
     for number in range(60):
-        desk.book.add(msgspec.structs.replace(done, id=f"x{number}"), "ops", _ANSWER)
-        removals += desk.book.forget()
+        desk.repository.add(msgspec.structs.replace(done, id=f"x{number}"), "ops", _ANSWER)
+        removals += desk.repository.forget()
         if number == 59:
             topics = desk.cleared()
             assert any("x9/" in each for each in topics), "a kill must not leave it"
@@ -189,9 +194,9 @@ def test_of_ended_rollouts_the_bus_shows_the_newest_and_of_the_newest_the_waves(
     assert [each for each in removals if each.whole] == [
         Removal(f"x{number}", waves, whole=True) for number in range(10)
     ]
-    assert desk.book.forget() == []
+    assert desk.repository.forget() == []
     desk.sent()
-    desk.book.republish()
+    desk.repository.republish()
     shown = {each.rollout: each for each in desk.sent() if isinstance(each, m.RolloutState)}
     assert list(shown) == ["r", *(f"x{number}" for number in range(10, 60))]
     assert [name for name, each in shown.items() if each.wave_etags] == [
@@ -201,13 +206,13 @@ def test_of_ended_rollouts_the_bus_shows_the_newest_and_of_the_newest_the_waves(
 
 
 def test_a_rollout_that_a_broker_brings_back_is_removed_again(desk: Desk) -> None:
-    done = msgspec.structs.replace(desk.book.rollouts["r"], status="completed")
+    done = msgspec.structs.replace(desk.repository.rollouts["r"], status="completed")
     for number in range(60):
-        desk.book.add(msgspec.structs.replace(done, id=f"x{number}"), "ops", _ANSWER)
-    desk.book.forget()
+        desk.repository.add(msgspec.structs.replace(done, id=f"x{number}"), "ops", _ANSWER)
+    desk.repository.forget()
     state, waves = rollout_state(done), len(done.waves)
     outlived = {
-        name: desk.book.outlived(msgspec.structs.replace(state, rollout=name))
+        name: desk.repository.outlived(msgspec.structs.replace(state, rollout=name))
         for name in ("r", "x59", "x54", "x9", "of-another")
     }
     assert outlived == {
@@ -218,28 +223,28 @@ def test_a_rollout_that_a_broker_brings_back_is_removed_again(desk: Desk) -> Non
         "of-another": None,
     }
     thin = msgspec.structs.replace(state, rollout="x54", wave_etags=())
-    assert desk.book.outlived(thin) is None, "it is as it should be"
+    assert desk.repository.outlived(thin) is None, "it is as it should be"
 
 
 def test_a_document_ahead_of_the_store_halts_what_holds_the_set_and_nothing_ends_twice(desk: Desk) -> None:
     desk.scheduled()
     mine, sent = desk.event().event_id, desk.sent()
     assert any(isinstance(each, m.EventChanged) and each.event_id == mine for each in sent)
-    ahead = m.SetDocument(set="web", incarnation=desk.book.documents["web"].incarnation + 5, events=())
-    desk.book.adopt(ahead, desk.fleet, desk.authority, T0)
-    assert desk.book.rollouts["r"].status == "halted"
-    assert "no record of" in desk.book.rollouts["r"].reason
+    ahead = m.SetDocument(set="web", incarnation=desk.repository.documents["web"].incarnation + 5, events=())
+    desk.repository.adopt(ahead, desk.fleet, desk.authority, T0)
+    assert desk.repository.rollouts["r"].status == "halted"
+    assert "no record of" in desk.repository.rollouts["r"].reason
     assert not [each for each in desk.sent() if isinstance(each, m.EventChanged)], (
         "its end was told by another"
     )
     desk.give(Tick(), 70)
     desk.give(Resume())
     assert desk.event().event_id != mine
-    assert desk.book.documents["web"].incarnation > ahead.incarnation
+    assert desk.repository.documents["web"].incarnation > ahead.incarnation
 
 
 def _report(desk: Desk, status: m.OperationStatus) -> m.OperationReported:
-    wave = desk.book.rollouts["r"].current
+    wave = desk.repository.rollouts["r"].current
     assert wave is not None
     vm = m.VmResult(vm="w1", set="web", update_domain=0, state="running", frozen=True, pause_s=1.0)
     return m.OperationReported(
@@ -249,14 +254,14 @@ def _report(desk: Desk, status: m.OperationStatus) -> m.OperationReported:
 
 def test_a_document_ahead_of_the_store_halts_a_started_wave_when_its_hosts_are_done(desk: Desk) -> None:
     desk.scheduled().give(Approve(event_id=desk.event().event_id, by="w1"))
-    ahead = m.SetDocument(set="web", incarnation=desk.book.documents["web"].incarnation + 5, events=())
-    desk.book.adopt(ahead, desk.fleet, desk.authority, T0)
+    ahead = m.SetDocument(set="web", incarnation=desk.repository.documents["web"].incarnation + 5, events=())
+    desk.repository.adopt(ahead, desk.fleet, desk.authority, T0)
     assert desk.status() == "running"
     desk.give(_report(desk, "completed"))
     assert desk.status() == "halted"
-    assert "no record of" in desk.book.rollouts["r"].reason
+    assert "no record of" in desk.repository.rollouts["r"].reason
     desk.give(Resume())
-    wave = desk.book.rollouts["r"].current
+    wave = desk.repository.rollouts["r"].current
     assert wave is not None
     assert (wave.index, wave.status) == (0, "verifying"), "the operator has looked at the fleet"
 
@@ -270,8 +275,8 @@ def test_an_event_that_another_ended_while_we_abort_does_not_end_again(
     desk.give(Abort())
     assert desk.status() == "aborting"
     desk.sent()
-    ahead = m.SetDocument(set="web", incarnation=desk.book.documents["web"].incarnation + 5, events=())
-    desk.book.adopt(ahead, desk.fleet, desk.authority, T0)
+    ahead = m.SetDocument(set="web", incarnation=desk.repository.documents["web"].incarnation + 5, events=())
+    desk.repository.adopt(ahead, desk.fleet, desk.authority, T0)
     desk.give(_report(desk, reported))
     assert desk.status() == "aborted"
     assert not [each for each in desk.sent() if isinstance(each, m.EventChanged)]
@@ -282,18 +287,18 @@ def test_a_document_ahead_of_the_store_is_taken_up_together_with_the_halt(
 ) -> None:
     """Were the document stored without the halt, nobody would ever tell the rollout: it would wait for its event."""
     desk.scheduled()
-    ahead = m.SetDocument(set="web", incarnation=desk.book.documents["web"].incarnation + 5, events=())
+    ahead = m.SetDocument(set="web", incarnation=desk.repository.documents["web"].incarnation + 5, events=())
 
     def full(*_: object) -> None:
         raise StoreError("disk full")
 
-    monkeypatch.setattr(desk.book.store, "save_rollout", full)
+    monkeypatch.setattr(desk.repository.store, "save_rollout", full)
     with pytest.raises(StoreError):
-        desk.book.adopt(ahead, desk.fleet, desk.authority, T0)
+        desk.repository.adopt(ahead, desk.fleet, desk.authority, T0)
     monkeypatch.undo()
     desk.reopened().adopt(ahead, desk.fleet, desk.authority, T0)
-    assert desk.book.rollouts["r"].status == "halted"
-    assert desk.book.documents["web"] == ahead
+    assert desk.repository.rollouts["r"].status == "halted"
+    assert desk.repository.documents["web"] == ahead
 
 
 def test_an_event_of_nobody_is_ended_when_its_document_is_taken_up(desk: Desk) -> None:
@@ -301,17 +306,19 @@ def test_an_event_of_nobody_is_ended_when_its_document_is_taken_up(desk: Desk) -
         event_id="E", event_type="Freeze", status="started", resources=("d1",), not_before=T0
     )
     desk.sent()
-    desk.book.adopt(m.SetDocument(set="db", incarnation=9, events=(foreign,)), desk.fleet, desk.authority, T0)
+    desk.repository.adopt(
+        m.SetDocument(set="db", incarnation=9, events=(foreign,)), desk.fleet, desk.authority, T0
+    )
     ends = [each for each in desk.sent() if isinstance(each, m.EventChanged)]
     assert [(each.event_id, each.status, each.incarnation) for each in ends] == [("E", "failed", 10)]
-    assert desk.book.rollouts["r"].status == "running", "it does not hold that set"
+    assert desk.repository.rollouts["r"].status == "running", "it does not hold that set"
 
 
 def test_a_rollout_of_nobody_is_ended_once(desk: Desk) -> None:
     desk.scheduled()
-    mine = rollout_state(desk.book.rollouts["r"])
+    mine = rollout_state(desk.repository.rollouts["r"])
     desk.sent()
-    assert desk.book.abort_orphan(mine, T0) is None
+    assert desk.repository.abort_orphan(mine, T0) is None
     assert desk.sent() == [], "it is known here"
     states: dict[m.WaveStatus, m.WaveStatus | None] = {
         "verifying": "failed",
@@ -323,7 +330,7 @@ def test_a_rollout_of_nobody_is_ended_once(desk: Desk) -> None:
         foreign = msgspec.structs.replace(
             mine, rollout=f"of-another-{status}", status="halted", current_wave=1, current_status=status
         )
-        removal = desk.book.abort_orphan(foreign, T0)
+        removal = desk.repository.abort_orphan(foreign, T0)
         waves = [f"rollout/{foreign.rollout}/wave/{wave}" for wave in range(mine.wave_count)]
         assert [topic.removesuffix("/state") for topic in desk.cleared()] == waves, (
             "a kill must not leave them"
@@ -336,7 +343,7 @@ def test_a_rollout_of_nobody_is_ended_once(desk: Desk) -> None:
         assert not ended.wave_etags, "nobody waits for waves that are removed"
         changes = [(each.wave, each.status) for each in sent if isinstance(each, m.WaveChanged)]
         assert changes == ([(1, end)] if end else [])
-        assert desk.book.abort_orphan(ended, T0) is None
+        assert desk.repository.abort_orphan(ended, T0) is None
         assert desk.sent() == []
 
 
@@ -355,24 +362,24 @@ def test_ids_of_one_attempt_differ_between_epochs(desk: Desk) -> None:
 
 def test_a_set_is_held_by_its_rollout_until_that_is_over(desk: Desk) -> None:
     """One rollout per set (I1): halted and aborting ones hold it too, since their hosts may still be at work."""
-    book = desk.book
-    assert book.holder(["web"]) == ("web", "r")
-    assert book.holder(["db", "web"]) == ("web", "r")
-    assert book.holder(["db"]) is None
+    repository = desk.repository
+    assert repository.holder(["web"]) == ("web", "r")
+    assert repository.holder(["db", "web"]) == ("web", "r")
+    assert repository.holder(["db"]) is None
     desk.scheduled().give(Approve(event_id=desk.event().event_id, by="w1"))
     desk.give(Abort())
     assert desk.status() == "aborting"
-    assert book.holder(["web"]) == ("web", "r")
+    assert repository.holder(["web"]) == ("web", "r")
     desk.give(Tick(), 200)
     assert desk.status() == "aborted"
-    assert book.holder(["web"]) is None
+    assert repository.holder(["web"]) is None
 
 
 def test_a_halted_rollout_holds_its_sets(desk: Desk) -> None:
     desk.give(Tick())
     desk.give(m.VmReady(vm="w1", event_id=desk.event().event_id, ready=False))
     assert desk.status() == "halted"
-    assert desk.book.holder(["web"]) == ("web", "r")
+    assert desk.repository.holder(["web"]) == ("web", "r")
     assert desk.reopened().holder(["web"]) == ("web", "r")
 
 
@@ -384,17 +391,19 @@ def test_two_rollouts_that_share_a_host_take_turns(
     authority: Authority,
 ) -> None:
     everybody = fleet(host("h1", build("w1", agent=False), build("d1", "db", agent=False)))
-    book = RolloutRepository(Store(str(tmp_path / "c.sqlite")), T0)
+    repository = RolloutRepository(Store(str(tmp_path / "c.sqlite")), T0)
     policy = m.Policy(notice_s=1.0)
     for name in ("web", "db"):
         plan = make_plan(everybody, update="", selection=m.Selection(sets=(name,)), policy=policy, hold_s=1.0)
-        made = new_rollout(name, plan, policy=policy, set_hosts=("h1",), requested_by="ops", now=T0)
-        book.add(made, "ops", _ANSWER)
+        made = new_rollout(name, plan, policy=policy, fence_hosts=("h1",), requested_by="ops", now=T0)
+        repository.add(made, "ops", _ANSWER)
     for seconds in (0, 2):
         for name in ("web", "db"):
             # The inventory does not show yet what was commanded a moment ago.
-            book.step(book.rollouts[name], Tick(), everybody, authority, T0 + timedelta(seconds=seconds))
-    one, two = (book.rollouts[name].current for name in ("web", "db"))
+            repository.step(
+                repository.rollouts[name], Tick(), everybody, authority, T0 + timedelta(seconds=seconds)
+            )
+    one, two = (repository.rollouts[name].current for name in ("web", "db"))
     assert one is not None
     assert two is not None
     assert (one.status, two.status) == ("started", "scheduled")
@@ -403,12 +412,12 @@ def test_two_rollouts_that_share_a_host_take_turns(
 
 def test_the_largest_state_is_at_least_what_is_ever_announced(desk: Desk) -> None:
     largest: dict[type[Message], int] = {}
-    for each in largest_states(desk.book.rollouts["r"]):
+    for each in largest_states(desk.repository.rollouts["r"]):
         largest[type(each)] = max(largest.get(type(each), 0), size_bytes(each))
     desk.scheduled().give(Approve(event_id=desk.event().event_id, by="w1"))
     desk.give(Abort(reason="z" * 4096))
     desk.give(Tick(), 200)
-    assert desk.book.rollouts["r"].status == "aborted"
+    assert desk.repository.rollouts["r"].status == "aborted"
     announced = [each for each in desk.sent() if type(each) in largest]
     assert {type(each) for each in announced} == {m.RolloutState, m.WaveState, m.EventChanged}
     for each in announced:
@@ -424,8 +433,8 @@ def test_a_store_with_a_flipped_bit_is_a_store_error_and_no_other(
 ) -> None:
     desk = Desk(ram_path, fleet(host("h1", build("w1")), host("h2", build("w2", domain=1))), authority)
     desk.scheduled()
-    desk.book.store.save_epoch(7)
-    desk.book.store.database.close()
+    desk.repository.store.save_epoch(7)
+    desk.repository.store.database.close()
     path = Path(desk.path)
 
     def read_all() -> None:

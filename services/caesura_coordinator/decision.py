@@ -9,14 +9,9 @@ import msgspec
 
 from caesura.contract.messages import WaveStatus
 from caesura.contract.reasons import Reason, codes_of
-from caesura_coordinator.fleet import FleetFence
-from caesura_coordinator.inputs import (
-    Authority,
-    Effect,
-    EventEnded,
-    RolloutMoved,
-    WaveMoved,
-)
+from caesura_coordinator.authority import Authority
+from caesura_coordinator.effects import Effect, EventEnded, RolloutMoved, WaveMoved
+from caesura_coordinator.fence import FleetFence
 from caesura_coordinator.records import (
     Rollout,
     Wave,
@@ -24,7 +19,7 @@ from caesura_coordinator.records import (
 from caesura_coordinator.text import join_reasons, truncate
 
 
-class Step:
+class Decision:
     """One call of ``decide``: the rollout as it changes, and the effects so far.
 
     A wave gets several messages of each of its VMs, so no message looks at all of them. Each message is judged when it

@@ -36,8 +36,9 @@ from caesura.contract.topics import channel_of
 from caesura.runtime.command import EXIT_CONFIG, EXIT_INTERRUPTED
 from caesura.runtime.errors import CaesuraError
 from caesura.runtime.settings import ServiceSettings, describe_settings
+from caesura_coordinator.leadership import LeadershipLost
 from caesura_coordinator.metrics import CoordinatorCollector
-from caesura_coordinator.service import Coordinator, LeadershipLost
+from caesura_coordinator.service import Coordinator
 from caesura_coordinator.settings import CoordinatorSettings
 from caesura_coordinator.store import Store
 from caesura_ctl.options import EXIT_CODES

@@ -18,8 +18,9 @@ with QuietInterrupt():
     from caesura.runtime.lock import exclusive_lock
     from caesura.runtime.serve import serve
     from caesura_coordinator.authority import Authority
+    from caesura_coordinator.leadership import will
     from caesura_coordinator.metrics import CoordinatorCollector
-    from caesura_coordinator.service import Coordinator, subscriptions, will
+    from caesura_coordinator.service import Coordinator, subscriptions
     from caesura_coordinator.settings import CoordinatorSettings
     from caesura_coordinator.store import Store
 

@@ -234,7 +234,9 @@ class RolloutRepository:
             if operation.status not in FINAL
         }
 
-    def adopt(self, published: SetDocument, fleet: FleetFence, authority: Authority, now: datetime) -> None:
+    def adopt_document(
+        self, published: SetDocument, fleet: FleetFence, authority: Authority, now: datetime
+    ) -> None:
         """Adopt a document that is newer than our copy (the store is older than the bus), and end the events that no rollout owns.
 
         Rollouts that hold the set are halted: their record differs from what was announced.
@@ -339,7 +341,7 @@ class RolloutRepository:
         if removal.whole:
             self.store.enqueue_removal(RolloutState, rollout=removal.rollout)
 
-    def outlived(self, published: RolloutState) -> Removal | None:
+    def excess(self, published: RolloutState) -> Removal | None:
         """The parts to remove of a rollout that is on the bus although it should not be: a broker may restore old retained messages."""
         shown = self._shown.get(published.rollout)
         if shown is None or shown == "with waves" or (shown == "without waves" and not published.wave_etags):
@@ -419,7 +421,7 @@ class RolloutRepository:
         _log.warning("rollout.reasserted", rollout=rollout.id)
         return True
 
-    def forget(self) -> list[Removal]:
+    def prune(self) -> list[Removal]:
         """Drop old ended rollouts from the store and from memory; returns what the outbox removes from the bus.
 
         A rollout that still holds its sets is never dropped.
@@ -473,7 +475,15 @@ class RolloutRepository:
             self.store.save_answer(client, answer)
         self._enqueue_answer(client, answer)
 
-    def repeat_answer(self, client: str, answer: RequestAnswered) -> None:
+    def response(self, client: str, request: str) -> RequestAnswered | None:
+        """The stored answer to this request of this client.
+
+        Raises:
+            StoreError: it cannot be read.
+        """
+        return self.store.answer(client, request)
+
+    def repeat_response(self, client: str, answer: RequestAnswered) -> None:
         """Send a stored answer again.
 
         Raises:

@@ -211,7 +211,7 @@ async def test_an_epoch_is_on_disk_before_anybody_sees_it(
         await world.post.send(_request("early"), client="ops")
         other = m.CoordinatorPresence(coordinator="b", epoch=5, online=False)
         await world.post.send(other)
-        await eventually(lambda: len(made._pending_requests) == 1 and made._announced == [5])
+        await eventually(lambda: len(made.requests.pending) == 1 and made.leadership.announced == [5])
         assert not world.published
         world.disk.release()
         await eventually(lambda: made.is_leader)
@@ -243,7 +243,7 @@ async def test_an_equal_epoch_that_another_claims_meanwhile_is_not_used(world: W
         await eventually(lambda: world.disk.calls == 1)
         assert made.store.epoch() == 1
         await world.post.send(m.CoordinatorPresence(coordinator="b", epoch=1, online=True))
-        await eventually(lambda: made._announced == [1])
+        await eventually(lambda: made.leadership.announced == [1])
         world.disk.release()
         await eventually(lambda: made.is_leader)
         assert made.authority.epoch == 2
@@ -260,7 +260,7 @@ async def test_no_claim_of_ours_makes_that_of_another_believable(world: World) -
         await eventually(lambda: world.disk.calls == 1)
         for epoch in (1000, 1900):
             await world.post.send(m.CoordinatorPresence(coordinator="b", epoch=epoch, online=False))
-        await eventually(lambda: made._announced == [1000, 1900])
+        await eventually(lambda: made.leadership.announced == [1000, 1900])
         world.disk.release()
         await eventually(lambda: made.is_leader)
         assert made.authority.epoch == 1001

@@ -167,7 +167,7 @@ def test_a_rollout_that_holds_its_sets_is_never_forgotten(desk: Desk) -> None:
     done = msgspec.structs.replace(desk.repository.rollouts["r"], status="completed")
     for number in range(520):
         desk.repository.add(msgspec.structs.replace(done, id=f"x{number}"), "ops", _ANSWER)
-    cleared = [each.rollout for each in desk.repository.forget()]
+    cleared = [each.rollout for each in desk.repository.prune()]
     desk.repository.republish()
     assert "r" in desk.repository.rollouts
     assert "r" not in cleared
@@ -182,7 +182,7 @@ def test_of_ended_rollouts_the_bus_shows_the_newest_and_of_the_newest_the_waves(
     removals: list[Removal] = []
     for number in range(60):
         desk.repository.add(msgspec.structs.replace(done, id=f"x{number}"), "ops", _ANSWER)
-        removals += desk.repository.forget()
+        removals += desk.repository.prune()
         if number == 59:
             topics = desk.cleared()
             assert any("x9/" in each for each in topics), "a kill must not leave it"
@@ -194,7 +194,7 @@ def test_of_ended_rollouts_the_bus_shows_the_newest_and_of_the_newest_the_waves(
     assert [each for each in removals if each.whole] == [
         Removal(f"x{number}", waves, whole=True) for number in range(10)
     ]
-    assert desk.repository.forget() == []
+    assert desk.repository.prune() == []
     desk.sent()
     desk.repository.republish()
     shown = {each.rollout: each for each in desk.sent() if isinstance(each, m.RolloutState)}
@@ -209,13 +209,13 @@ def test_a_rollout_that_a_broker_brings_back_is_removed_again(desk: Desk) -> Non
     done = msgspec.structs.replace(desk.repository.rollouts["r"], status="completed")
     for number in range(60):
         desk.repository.add(msgspec.structs.replace(done, id=f"x{number}"), "ops", _ANSWER)
-    desk.repository.forget()
+    desk.repository.prune()
     state, waves = rollout_state(done), len(done.waves)
-    outlived = {
-        name: desk.repository.outlived(msgspec.structs.replace(state, rollout=name))
+    excess = {
+        name: desk.repository.excess(msgspec.structs.replace(state, rollout=name))
         for name in ("r", "x59", "x54", "x9", "of-another")
     }
-    assert outlived == {
+    assert excess == {
         "r": None,
         "x59": None,
         "x54": Removal("x54", waves, whole=False),
@@ -223,7 +223,7 @@ def test_a_rollout_that_a_broker_brings_back_is_removed_again(desk: Desk) -> Non
         "of-another": None,
     }
     thin = msgspec.structs.replace(state, rollout="x54", wave_etags=())
-    assert desk.repository.outlived(thin) is None, "it is as it should be"
+    assert desk.repository.excess(thin) is None, "it is as it should be"
 
 
 def test_a_document_ahead_of_the_store_halts_what_holds_the_set_and_nothing_ends_twice(desk: Desk) -> None:
@@ -231,7 +231,7 @@ def test_a_document_ahead_of_the_store_halts_what_holds_the_set_and_nothing_ends
     mine, sent = desk.event().event_id, desk.sent()
     assert any(isinstance(each, m.EventChanged) and each.event_id == mine for each in sent)
     ahead = m.SetDocument(set="web", incarnation=desk.repository.documents["web"].incarnation + 5, events=())
-    desk.repository.adopt(ahead, desk.fleet, desk.authority, T0)
+    desk.repository.adopt_document(ahead, desk.fleet, desk.authority, T0)
     assert desk.repository.rollouts["r"].status == "halted"
     assert "no record of" in desk.repository.rollouts["r"].reason
     assert not [each for each in desk.sent() if isinstance(each, m.EventChanged)], (
@@ -255,7 +255,7 @@ def _report(desk: Desk, status: m.OperationStatus) -> m.OperationReported:
 def test_a_document_ahead_of_the_store_halts_a_started_wave_when_its_hosts_are_done(desk: Desk) -> None:
     desk.scheduled().give(Approve(event_id=desk.event().event_id, by="w1"))
     ahead = m.SetDocument(set="web", incarnation=desk.repository.documents["web"].incarnation + 5, events=())
-    desk.repository.adopt(ahead, desk.fleet, desk.authority, T0)
+    desk.repository.adopt_document(ahead, desk.fleet, desk.authority, T0)
     assert desk.status() == "running"
     desk.give(_report(desk, "completed"))
     assert desk.status() == "halted"
@@ -276,7 +276,7 @@ def test_an_event_that_another_ended_while_we_abort_does_not_end_again(
     assert desk.status() == "aborting"
     desk.sent()
     ahead = m.SetDocument(set="web", incarnation=desk.repository.documents["web"].incarnation + 5, events=())
-    desk.repository.adopt(ahead, desk.fleet, desk.authority, T0)
+    desk.repository.adopt_document(ahead, desk.fleet, desk.authority, T0)
     desk.give(_report(desk, reported))
     assert desk.status() == "aborted"
     assert not [each for each in desk.sent() if isinstance(each, m.EventChanged)]
@@ -294,9 +294,9 @@ def test_a_document_ahead_of_the_store_is_taken_up_together_with_the_halt(
 
     monkeypatch.setattr(desk.repository.store, "save_rollout", full)
     with pytest.raises(StoreError):
-        desk.repository.adopt(ahead, desk.fleet, desk.authority, T0)
+        desk.repository.adopt_document(ahead, desk.fleet, desk.authority, T0)
     monkeypatch.undo()
-    desk.reopened().adopt(ahead, desk.fleet, desk.authority, T0)
+    desk.reopened().adopt_document(ahead, desk.fleet, desk.authority, T0)
     assert desk.repository.rollouts["r"].status == "halted"
     assert desk.repository.documents["web"] == ahead
 
@@ -306,7 +306,7 @@ def test_an_event_of_nobody_is_ended_when_its_document_is_taken_up(desk: Desk) -
         event_id="E", event_type="Freeze", status="started", resources=("d1",), not_before=T0
     )
     desk.sent()
-    desk.repository.adopt(
+    desk.repository.adopt_document(
         m.SetDocument(set="db", incarnation=9, events=(foreign,)), desk.fleet, desk.authority, T0
     )
     ends = [each for each in desk.sent() if isinstance(each, m.EventChanged)]

@@ -29,9 +29,10 @@ from caesura.runtime.errors import CaesuraError, StoreError
 from caesura.runtime.lock import InUse, StateFolderUnusable, exclusive_lock
 from caesura_coordinator.fence import fence_blockers, health_blockers
 from caesura_coordinator.forget_epoch import forget_epoch
+from caesura_coordinator.leadership import LeadershipLost, NoEpochLeft, presence
 from caesura_coordinator.repository import Removal, RolloutRepository
 from caesura_coordinator.responses import with_plan
-from caesura_coordinator.service import Coordinator, LeadershipLost, NoEpochLeft, presence, subscriptions
+from caesura_coordinator.service import Coordinator, subscriptions
 from caesura_coordinator.store import Store
 from caesura_testing.collector import PATIENCE_S, eventually
 from caesura_testing.rollouts import wave_state
@@ -489,7 +490,7 @@ async def test_a_host_of_whose_inventory_parts_are_missing_blocks_its_sets_and_i
     world: World, host: Callable[..., Any], build: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is known of it may be long ago: nothing is paused beside it, and its epoch counts for the next claim."""
-    monkeypatch.setattr("caesura_coordinator.service._INCOMPLETE_S", 0.0)
+    monkeypatch.setattr("caesura_coordinator.fleet_receiver._INCOMPLETE_S", 0.0)
     async with world.coordinator() as one:
         await eventually(lambda: one.is_leader)
         await world.host(host("h1", build("w1"), build("w2")))
@@ -564,7 +565,7 @@ async def test_a_rollout_that_another_coordinator_published_is_published_again(
 async def test_a_large_answer_is_not_sent_with_every_repetition(
     world: World, host: Callable[..., Any], build: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("caesura_coordinator.service._LARGE_PLAN_VMS", 1)
+    monkeypatch.setattr("caesura_coordinator.requests._LARGE_PLAN_VMS", 1)
     await world.host(host("h1", build("w1"), build("w2")))
     async with world.coordinator() as one:
         await eventually(lambda: one.is_leader)
@@ -685,7 +686,7 @@ async def test_the_outbox_forgets_a_message_only_when_the_broker_has_it(
         )
         one.store.enqueue(fact, rollout="r", wave=0)
         (waiting,) = _outbox_of(one)
-        one._outbox_filled.set()
+        one.relay.notify()
         async with asyncio.timeout(PATIENCE_S):
             await sent.wait()
         assert _outbox_of(one) == [waiting], "forgotten before it was acknowledged"
@@ -786,7 +787,7 @@ async def test_a_rollout_is_removed_from_the_bus_after_what_a_previous_run_left_
     monkeypatch.setattr(RolloutRepository, "republish", lambda _: [])
     async with world.coordinator() as one:
         assert one.waiting() == 2
-        one._to_remove.append(Removal("r", 1, whole=True))
+        one.relay.remove_later(Removal("r", 1, whole=True))
         await eventually(lambda: one.is_leader and not one.waiting())
         assert world.retained(m.WaveState, rollout="r", wave="0") is None
         assert world.retained(m.RolloutState, rollout="r") is None

@@ -16,7 +16,8 @@ from caesura.runtime.errors import StoreError
 from caesura.runtime.group_commit import GroupCommit
 from caesura.runtime.identity import new_id
 from caesura_coordinator.leadership import Leadership
-from caesura_coordinator.repository import Removal, RolloutRepository
+from caesura_coordinator.repository import RolloutRepository
+from caesura_coordinator.retention import Removal
 from caesura_coordinator.store import Store
 
 _RETRY_S = 0.2

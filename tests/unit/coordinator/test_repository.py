@@ -25,7 +25,8 @@ from caesura_coordinator.records import (
     new_rollout,
     rollout_state,
 )
-from caesura_coordinator.repository import Removal, RolloutRepository
+from caesura_coordinator.repository import RolloutRepository
+from caesura_coordinator.retention import Removal
 from caesura_coordinator.store import Store
 from caesura_testing.damage import flip_bits
 from caesura_testing.retold import retold

@@ -30,8 +30,9 @@ from caesura.runtime.lock import InUse, StateFolderUnusable, exclusive_lock
 from caesura_coordinator.fence import fence_blockers, health_blockers
 from caesura_coordinator.forget_epoch import forget_epoch
 from caesura_coordinator.leadership import LeadershipLost, NoEpochLeft, presence
-from caesura_coordinator.repository import Removal, RolloutRepository
+from caesura_coordinator.repository import RolloutRepository
 from caesura_coordinator.responses import with_plan
+from caesura_coordinator.retention import Removal
 from caesura_coordinator.service import Coordinator, subscriptions
 from caesura_coordinator.store import Store
 from caesura_testing.collector import PATIENCE_S, eventually

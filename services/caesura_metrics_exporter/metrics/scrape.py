@@ -15,8 +15,8 @@ from aiohttp import web
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
-from caesura_metrics_exporter.exposition import AnyFamily, Renderer, encoded
-from caesura_metrics_exporter.metrics import FleetCollector, scrape_duration
+from caesura_metrics_exporter.metrics.collector import FleetCollector, scrape_duration
+from caesura_metrics_exporter.metrics.exposition import AnyFamily, Renderer, encoded
 
 _GZIP_LEVEL = 1  # series are alike: a higher level makes them hardly smaller
 _TURN_S = 0.02  # s of rendering, after which other tasks run

@@ -27,7 +27,7 @@ class Verdict(msgspec.Struct, frozen=True):
         return self.synced and not off
 
 
-class Clocks:
+class GuestClocks:
     """Maps a VM to its verdict."""
 
     def __init__(self) -> None:

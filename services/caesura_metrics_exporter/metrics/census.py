@@ -9,9 +9,9 @@ from __future__ import annotations
 from typing import NamedTuple, get_args
 
 from caesura.contract import messages as m
-from caesura_metrics_exporter.agents import PRESENCES, Presence
-from caesura_metrics_exporter.clocks import Verdict
-from caesura_metrics_exporter.series import Largest
+from caesura_metrics_exporter.metrics.agents import PRESENCES, Presence
+from caesura_metrics_exporter.metrics.guest_clocks import Verdict
+from caesura_metrics_exporter.metrics.series import Largest
 
 VM_STATES: tuple[str, ...] = (*get_args(m.VmState), "impaired")
 """``impaired``: it runs, but its host reports a problem with it, such as that its application has ended."""

@@ -13,12 +13,12 @@ from prometheus_client.registry import Collector
 
 from caesura.bus.metrics import bus_families
 from caesura.bus.port import Bus
-from caesura_metrics_exporter.counters import FactCounters
-from caesura_metrics_exporter.exposition import AnyFamily
-from caesura_metrics_exporter.families import Family, counter, gauge, histogram, number
-from caesura_metrics_exporter.fleet import FleetMetricsView
-from caesura_metrics_exporter.fleet_metrics import fleet_families
-from caesura_metrics_exporter.series import Histogram
+from caesura_metrics_exporter.metrics.counters import FactCounters
+from caesura_metrics_exporter.metrics.current_state import FleetMetricsView
+from caesura_metrics_exporter.metrics.exposition import AnyFamily
+from caesura_metrics_exporter.metrics.families import Family, counter, gauge, histogram, number
+from caesura_metrics_exporter.metrics.fleet_families import fleet_families
+from caesura_metrics_exporter.metrics.series import Histogram
 
 
 class SelfStats(msgspec.Struct):
@@ -42,7 +42,7 @@ class FleetCollector(Collector):
 
     def __init__(
         self,
-        tally: FactCounters,
+        counters: FactCounters,
         fleet: FleetMetricsView,
         own: SelfStats,
         bus: Bus,
@@ -51,7 +51,7 @@ class FleetCollector(Collector):
         name: str = "default",
     ) -> None:
         self._monotonic = monotonic
-        self._tally = tally
+        self._counters = counters
         self._fleet = fleet
         self._own = own
         self._bus = bus
@@ -103,58 +103,64 @@ class FleetCollector(Collector):
         )
 
     def _facts(self) -> Iterator[AnyFamily]:
-        tally = self._tally
-        yield counter("caesura_messages", "Messages read from the bus, by type.", tally.messages)
+        counters = self._counters
+        yield counter("caesura_messages", "Messages read from the bus, by type.", counters.messages)
         yield counter(
-            "caesura_messages_repeated", "Messages that repeated a known fact, by type.", tally.duplicates
+            "caesura_messages_repeated", "Messages that repeated a known fact, by type.", counters.duplicates
         )
         yield histogram(
-            "caesura_pause_seconds", "How long VMs were paused, host monotonic clock.", tally.pauses
+            "caesura_pause_seconds", "How long VMs were paused, host monotonic clock.", counters.pauses
         )
-        yield counter("caesura_freezes", "VMs frozen.", tally.freezes)
+        yield counter("caesura_freezes", "VMs frozen.", counters.freezes)
         yield counter(
-            "caesura_pause_overruns", "Pauses that lasted longer than their budget.", tally.overruns
-        )
-        yield counter(
-            "caesura_pauses_resumed_by_guard", "Pauses that the pause guard had to end.", tally.guard_resumes
+            "caesura_pause_overruns", "Pauses that lasted longer than their budget.", counters.overruns
         )
         yield counter(
-            "caesura_memory_proofs", "Proofs that guest memory stayed as it was.", tally.memory_proofs
+            "caesura_pauses_resumed_by_guard",
+            "Pauses that the pause guard had to end.",
+            counters.guard_resumes,
+        )
+        yield counter(
+            "caesura_memory_proofs", "Proofs that guest memory stayed as it was.", counters.memory_proofs
         )
         yield histogram(
             "caesura_clock_error_seconds",
             "Absolute guest clock error before and after the sync.",
-            tally.clock_errors,
+            counters.clock_errors,
         )
-        yield counter("caesura_clock_syncs", "Verdicts on guest clocks after a resume.", tally.clock_syncs)
-        yield counter("caesura_clock_sync_runs", "Clock-syncs that agents ran.", tally.agent_syncs)
-        yield counter("caesura_wave_transitions", "Waves that reached a status.", tally.waves)
-        yield counter("caesura_events", "Scheduled events that reached a status.", tally.events)
-        yield histogram("caesura_event_notice_seconds", "Publication of an event to NotBefore.", tally.notice)
+        yield counter("caesura_clock_syncs", "Verdicts on guest clocks after a resume.", counters.clock_syncs)
+        yield counter("caesura_clock_sync_runs", "Clock-syncs that agents ran.", counters.agent_syncs)
+        yield counter("caesura_wave_transitions", "Waves that reached a status.", counters.waves)
+        yield counter("caesura_events", "Scheduled events that reached a status.", counters.events)
+        yield histogram(
+            "caesura_event_notice_seconds", "Publication of an event to NotBefore.", counters.notice
+        )
         yield histogram(
             "caesura_event_approval_delay_seconds",
             "Publication of an event to its approval.",
-            tally.approval_delay,
+            counters.approval_delay,
         )
-        yield counter("caesura_event_approvals", "Approvals that workloads gave.", tally.approvals)
-        yield counter("caesura_vm_readiness", "Answers of agents to scheduled events.", tally.readiness)
-        yield counter("caesura_hooks", "Hooks that ended.", tally.hooks)
-        yield histogram("caesura_hook_seconds", "How long hooks ran.", tally.hook_seconds)
-        yield counter("caesura_operations", "Reports of commanded operations.", tally.operations)
-        yield counter("caesura_commands", "Commands sent to hosts, repetitions not counted.", tally.commands)
-        yield counter("caesura_updates", "Updates that ended.", tally.updates)
-        yield histogram("caesura_update_seconds", "How long updates ran.", tally.update_seconds)
+        yield counter("caesura_event_approvals", "Approvals that workloads gave.", counters.approvals)
+        yield counter("caesura_vm_readiness", "Answers of agents to scheduled events.", counters.readiness)
+        yield counter("caesura_hooks", "Hooks that ended.", counters.hooks)
+        yield histogram("caesura_hook_seconds", "How long hooks ran.", counters.hook_seconds)
+        yield counter("caesura_operations", "Reports of commanded operations.", counters.operations)
+        yield counter(
+            "caesura_commands", "Commands sent to hosts, repetitions not counted.", counters.commands
+        )
+        yield counter("caesura_updates", "Updates that ended.", counters.updates)
+        yield histogram("caesura_update_seconds", "How long updates ran.", counters.update_seconds)
         yield histogram(
             "caesura_operation_overhead_seconds",
             "Longest pause of an operation minus its update's own seconds.",
-            tally.overhead,
+            counters.overhead,
         )
         yield counter(
             "caesura_foreign_facts",
             "Facts of a host about a VM that belongs to another one; no other metric counts them.",
-            tally.foreign,
+            counters.foreign,
         )
-        yield counter("caesura_requests", "Operators' requests that were answered.", tally.requests)
+        yield counter("caesura_requests", "Operators' requests that were answered.", counters.requests)
 
 
 def scrape_duration(seconds: float) -> Family:

@@ -1,4 +1,4 @@
-"""The current state, for the metrics: hosts, VMs, agents, documents, rollouts, last clock verdicts. A view of ``Folded``. Pure.
+"""The current state, for the metrics: hosts, VMs, agents, documents, rollouts, last clock verdicts. A view of ``BusFold``. Pure.
 
 The content of inventories is read from the fold; facts, which arrive sooner, are overlaid here and only here. State folds by
 overwriting, so a repeated message is harmless. Nothing expires: a host that died must be visible as dead until somebody
@@ -16,11 +16,11 @@ from caesura.contract import messages as m
 from caesura.contract.envelope import Message
 from caesura.contract.topics import match_topic
 from caesura.fleet.fold import Changes
-from caesura_metrics_exporter.agents import Agents
-from caesura_metrics_exporter.census import Census, Counted, shown_state
-from caesura_metrics_exporter.clocks import Clocks
-from caesura_metrics_exporter.folded import Folded, Step
-from caesura_metrics_exporter.pauses import Pauses
+from caesura_metrics_exporter.bus_fold import BusFold, FoldResult
+from caesura_metrics_exporter.metrics.agents import Agents
+from caesura_metrics_exporter.metrics.census import Census, Counted, shown_state
+from caesura_metrics_exporter.metrics.guest_clocks import GuestClocks
+from caesura_metrics_exporter.metrics.pauses import Pauses
 from caesura_metrics_exporter.rollout_index import RolloutIndex
 
 _SET_KEPT_S = 900.0
@@ -30,7 +30,7 @@ _SET_KEPT_S = 900.0
 class HostState(msgspec.Struct, frozen=True):
     """One host, as it was last received."""
 
-    heard_s: float
+    received_s: float
     """When it last sent a message itself, seconds on the exporter's monotonic clock."""
     inventory: m.HostInventory | None
     """Its inventory with only the VMs that belong to it."""
@@ -44,15 +44,15 @@ class FleetMetricsView:
         folded: a fold that the caller updates, passing each step; without it this view folds by itself.
     """
 
-    def __init__(self, folded: Folded | None = None) -> None:
-        self._folded = folded if folded is not None else Folded()
+    def __init__(self, folded: BusFold | None = None) -> None:
+        self._folded = folded if folded is not None else BusFold()
         self._state = self._folded.state
         self.vm_states: dict[str, m.VmState] = {}
         """Maps a VM to its state if a fact arrived after its host's last inventory, since the fact is newer."""
         self.agents = Agents()
-        self.coordinator_heard_s: float | None = None
+        self.coordinator_received_s: float | None = None
         """When the leading coordinator last announced itself, seconds on the exporter's monotonic clock."""
-        self.clocks = Clocks()
+        self.clocks = GuestClocks()
         self.pauses = Pauses()
         self.census = Census()
         self._received: dict[str, float] = {}
@@ -92,7 +92,13 @@ class FleetMetricsView:
         return self._state.words.named(m.SetDocument)
 
     def take(
-        self, message: Message, now_s: float, *, fresh: bool, stored: bool = False, step: Step | None = None
+        self,
+        message: Message,
+        now_s: float,
+        *,
+        fresh: bool,
+        stored: bool = False,
+        step: FoldResult | None = None,
     ) -> None:
         """Follow one message.
 
@@ -136,7 +142,7 @@ class FleetMetricsView:
             case _:
                 pass
 
-    def clear(self, topic: str, now_s: float = 0.0, step: Step | None = None) -> None:
+    def clear(self, topic: str, now_s: float = 0.0, step: FoldResult | None = None) -> None:
         """A retained message was removed: its subject no longer exists. ``now_s`` and ``step`` as in ``take``."""
         place = match_topic(topic)
         if place is None:
@@ -163,7 +169,7 @@ class FleetMetricsView:
         for vm in [each for each in self._unplaced if not self._state.ownership.namers(each)]:
             self._forget_vm(vm)
 
-    def forget_host(self, host: str, step: Step | None = None) -> None:
+    def forget_host(self, host: str, step: FoldResult | None = None) -> None:
         """Drop a host and its VMs. ``step`` as in ``take``."""
         step = step if step is not None else self._folded.take_back(m.HostInventory, {"host": host}, 0.0)
         self._moved(step.changes, self._received.pop(host, 0.0))
@@ -200,8 +206,8 @@ class FleetMetricsView:
 
     def _coordinator(self, message: m.CoordinatorPresence, now_s: float, *, stored: bool) -> None:
         leads = self.coordinator is message and message.online
-        if leads and (self.coordinator_heard_s is None or not stored):
-            self.coordinator_heard_s = now_s
+        if leads and (self.coordinator_received_s is None or not stored):
+            self.coordinator_received_s = now_s
 
     def _inventory(self, host: str, changes: Changes, now_s: float, *, stored: bool) -> None:
         self._receive(host, now_s, alive=not stored)
@@ -298,7 +304,7 @@ class FleetMetricsView:
 class _Hosts(Mapping[str, HostState]):
     """A view."""
 
-    def __init__(self, folded: Folded, received: Mapping[str, float]) -> None:
+    def __init__(self, folded: BusFold, received: Mapping[str, float]) -> None:
         self._state = folded.state
         self._received = received
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import msgspec
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 
-from caesura_metrics_exporter.series import Buckets, Counts, Histogram, Labels, cumulative
+from caesura_metrics_exporter.metrics.series import Buckets, Counts, Histogram, Labels, cumulative
 
 
 class Family(msgspec.Struct, frozen=True):

@@ -18,10 +18,10 @@ AGENT_SILENT_S = 300.0
 
 
 class AgentState(msgspec.Struct, frozen=True):
-    """One agent, as it was last received; ``heard_s`` on the exporter's monotonic clock."""
+    """One agent, as it was last received; ``received_s`` on the exporter's monotonic clock."""
 
     online: bool
-    heard_s: float
+    received_s: float
 
 
 class Agents:
@@ -37,12 +37,12 @@ class Agents:
     def take(self, vm: str, *, online: bool, now_s: float, stored: bool) -> None:
         """An agent announced itself, or its last will reported it offline. ``stored``: a retained message, which is not a sign of life."""
         known = self._agents.get(vm)
-        heard_s = known.heard_s if known is not None and stored else now_s
-        self._agents[vm] = AgentState(online, heard_s)
+        received_s = known.received_s if known is not None and stored else now_s
+        self._agents[vm] = AgentState(online, received_s)
         self._silent.discard(vm)
         if online and vm not in self._entries:
             self._entries.add(vm)
-            heapq.heappush(self._watched, (heard_s, vm))
+            heapq.heappush(self._watched, (received_s, vm))
 
     def forget(self, vm: str) -> None:
         """The agent no longer exists."""
@@ -64,10 +64,10 @@ class Agents:
             known = self._agents.get(vm)
             if known is None or not known.online:
                 self._entries.discard(vm)
-            elif now_s - known.heard_s > AGENT_SILENT_S:
+            elif now_s - known.received_s > AGENT_SILENT_S:
                 self._entries.discard(vm)
                 self._silent.add(vm)
                 fell.append(vm)
             else:
-                heapq.heappush(self._watched, (known.heard_s, vm))
+                heapq.heappush(self._watched, (known.received_s, vm))
         return fell

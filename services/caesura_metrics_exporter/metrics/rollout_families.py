@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from typing import get_args
 
 from caesura.contract import messages as m
-from caesura_metrics_exporter.families import Family, gauge, states
-from caesura_metrics_exporter.fleet import FleetMetricsView
+from caesura_metrics_exporter.metrics.current_state import FleetMetricsView
+from caesura_metrics_exporter.metrics.families import Family, gauge, states
 from caesura_metrics_exporter.rollout_index import SetProgress
 
 _WAVE_STATES: tuple[m.WaveStatus, ...] = get_args(m.WaveStatus)

@@ -11,8 +11,8 @@ from caesura.contract import messages as m
 from caesura.contract.codec import Received
 from caesura.contract.envelope import Header, Message
 from caesura.contract.topics import CHANNELS, channel_of
-from caesura_metrics_exporter.counters import PAUSE_BUCKETS, FactCounters
-from caesura_metrics_exporter.series import Counts, Histogram
+from caesura_metrics_exporter.metrics.counters import PAUSE_BUCKETS, FactCounters
+from caesura_metrics_exporter.metrics.series import Counts, Histogram
 
 AT = datetime(2026, 4, 20, 22, 26, 58, tzinfo=UTC)
 
@@ -60,34 +60,34 @@ PAUSE = ("web", "2", "freeze")
 
 
 def test_a_pause_is_observed_under_set_domain_and_method() -> None:
-    tally = FactCounters()
-    tally.take(received(resumed(9.0)))
-    assert observed(tally.pauses) == {PAUSE: (1, 9.0)}
-    assert counted(tally.overruns) == {PAUSE: 0}
-    assert counted(tally.guard_resumes) == {PAUSE: 0}
+    counters = FactCounters()
+    counters.take(received(resumed(9.0)))
+    assert observed(counters.pauses) == {PAUSE: (1, 9.0)}
+    assert counted(counters.overruns) == {PAUSE: 0}
+    assert counted(counters.guard_resumes) == {PAUSE: 0}
 
 
 def test_overruns_and_guard_resumes_are_known_from_zero_for_all_that_a_host_could_pause() -> None:
     # Nearly every overrun is the first with its labels, and may begin and end between two scrapes.
-    tally = FactCounters()
+    counters = FactCounters()
     vms = (
         m.VmRecord(vm="web-1", set="web", update_domain=2, state="running", methods=("live", "freeze")),
         m.VmRecord(vm="db-1", set="db", update_domain=0, state="running", methods=("swap", "reboot")),
     )
-    tally.take(received(m.HostInventory(host="host-1", driver="process", epoch=1, vms=vms)))
+    counters.take(received(m.HostInventory(host="host-1", driver="process", epoch=1, vms=vms)))
     zeros = {PAUSE: 0.0, ("db", "0", "swap"): 0.0}
-    assert counted(tally.overruns) == zeros
-    assert counted(tally.guard_resumes) == zeros
-    assert observed(tally.pauses) == {}, "a histogram is 18 series"
-    tally.forget_host("host-1")
-    assert counted(tally.overruns) == zeros, "what happened to the domain stays"
-    tally.forget_set("db")
-    assert counted(tally.overruns) == {PAUSE: 0.0}
+    assert counted(counters.overruns) == zeros
+    assert counted(counters.guard_resumes) == zeros
+    assert observed(counters.pauses) == {}, "a histogram is 18 series"
+    counters.forget_host("host-1")
+    assert counted(counters.overruns) == zeros, "what happened to the domain stays"
+    counters.forget_set("db")
+    assert counted(counters.overruns) == {PAUSE: 0.0}
 
 
 def test_what_ends_a_pause_is_known_from_zero_while_the_vm_stands_still() -> None:
     # Prometheus sees an increase only from a number that it has seen before.
-    tally = FactCounters()
+    counters = FactCounters()
     frozen = m.VmFrozen(
         vm="web-1",
         host="host-1",
@@ -98,19 +98,19 @@ def test_what_ends_a_pause_is_known_from_zero_while_the_vm_stands_still() -> Non
         budget_s=30,
         at=AT,
     )
-    tally.take(received(frozen))
-    assert counted(tally.overruns) == {PAUSE: 0}
-    assert counted(tally.guard_resumes) == {PAUSE: 0}
-    assert observed(tally.pauses) == {PAUSE: (0, 0.0)}
-    tally.take(received(resumed(9.0)))
-    assert observed(tally.pauses) == {PAUSE: (1, 9.0)}
+    counters.take(received(frozen))
+    assert counted(counters.overruns) == {PAUSE: 0}
+    assert counted(counters.guard_resumes) == {PAUSE: 0}
+    assert observed(counters.pauses) == {PAUSE: (0, 0.0)}
+    counters.take(received(resumed(9.0)))
+    assert observed(counters.pauses) == {PAUSE: (1, 9.0)}
 
 
 def test_an_overrun_and_a_guard_resume_are_counted() -> None:
-    tally = FactCounters()
-    tally.take(received(resumed(31.0, by="guard", within=False)))
-    assert counted(tally.overruns) == {PAUSE: 1}
-    assert counted(tally.guard_resumes) == {PAUSE: 1}
+    counters = FactCounters()
+    counters.take(received(resumed(31.0, by="guard", within=False)))
+    assert counted(counters.overruns) == {PAUSE: 1}
+    assert counted(counters.guard_resumes) == {PAUSE: 1}
 
 
 def test_the_pause_buckets_run_from_1_ms_to_60_s_with_boundaries_at_budgets() -> None:
@@ -120,14 +120,14 @@ def test_the_pause_buckets_run_from_1_ms_to_60_s_with_boundaries_at_budgets() ->
 
 
 def test_the_same_message_twice_counts_once() -> None:
-    tally = FactCounters()
+    counters = FactCounters()
     approved = m.EventApproved(event_id="e1", set="web", vm="web-1", at=AT)
-    assert tally.take(received(approved, "a"))
-    assert not tally.take(received(approved, "a"))
-    assert tally.take(received(approved, "a", source="/caesura/other"))
-    assert counted(tally.approvals) == {("web",): 2}
-    assert counted(tally.messages) == {("caesura.event.approved.v1",): 3}
-    assert counted(tally.duplicates) == {("caesura.event.approved.v1",): 1}
+    assert counters.take(received(approved, "a"))
+    assert not counters.take(received(approved, "a"))
+    assert counters.take(received(approved, "a", source="/caesura/other"))
+    assert counted(counters.approvals) == {("web",): 2}
+    assert counted(counters.messages) == {("caesura.event.approved.v1",): 3}
+    assert counted(counters.duplicates) == {("caesura.event.approved.v1",): 1}
 
 
 @pytest.mark.parametrize(
@@ -181,20 +181,20 @@ def test_the_same_message_twice_counts_once() -> None:
     ids=lambda fact: type(fact).__name__,
 )
 def test_a_fact_said_again_under_a_new_id_counts_once(fact: Message) -> None:
-    tally = FactCounters()
-    assert tally.take(received(fact, "a"))
-    assert not tally.take(received(fact, "b"))
+    counters = FactCounters()
+    assert counters.take(received(fact, "a"))
+    assert not counters.take(received(fact, "b"))
 
 
 def test_other_vms_and_other_operations_are_other_facts() -> None:
-    tally = FactCounters()
+    counters = FactCounters()
     for operation, vm in (("op1", "web-1"), ("op1", "web-2"), ("op2", "web-1")):
-        tally.take(received(resumed(1.0, operation=operation, vm=vm)))
-    assert observed(tally.pauses) == {PAUSE: (3, 3.0)}
+        counters.take(received(resumed(1.0, operation=operation, vm=vm)))
+    assert observed(counters.pauses) == {PAUSE: (3, 3.0)}
 
 
 def test_clock_errors_are_absolute_and_proofs_are_counted() -> None:
-    tally = FactCounters()
+    counters = FactCounters()
     synced = m.VmClockSynced(
         vm="web-1",
         host="host-1",
@@ -208,15 +208,15 @@ def test_clock_errors_are_absolute_and_proofs_are_counted() -> None:
         memory=m.MemoryProof(proof="heartbeat", ok=True),
         at=AT,
     )
-    tally.take(received(synced))
-    assert observed(tally.clock_errors) == {
+    counters.take(received(synced))
+    assert observed(counters.clock_errors) == {
         ("web", "after"): (1, 0.25),
         ("web", "before"): (1, 9.0),
     }
-    assert counted(tally.clock_syncs) == {("web", "2", "agent", "unsynced"): 1}
-    tally.take(received(resumed(memory=m.MemoryProof(proof="digest", ok=False))))
-    tally.take(received(resumed(operation="op2", memory=m.MemoryProof(proof="none", ok=True))))
-    assert counted(tally.memory_proofs) == {
+    assert counted(counters.clock_syncs) == {("web", "2", "agent", "unsynced"): 1}
+    counters.take(received(resumed(memory=m.MemoryProof(proof="digest", ok=False))))
+    counters.take(received(resumed(operation="op2", memory=m.MemoryProof(proof="none", ok=True))))
+    assert counted(counters.memory_proofs) == {
         ("web", "2", "digest_equal", "broken"): 1,
         ("web", "2", "digest_equal", "held"): 0,
         ("web", "2", "not_rebooted", "broken"): 0,
@@ -240,13 +240,13 @@ def event(status: m.EventStatus, *, delay_s: float | None = None) -> m.EventChan
 
 
 def test_notice_is_taken_when_scheduled_and_the_approval_delay_once() -> None:
-    tally = FactCounters()
-    tally.take(received(event("scheduled"), "a"))
-    tally.take(received(event("started", delay_s=12.0), "b"))
-    tally.take(received(event("completed", delay_s=12.0), "c"))
-    assert observed(tally.notice) == {("Freeze",): (1, 900.0)}
-    assert observed(tally.approval_delay) == {("Freeze",): (1, 12.0)}
-    assert counted(tally.events) == {
+    counters = FactCounters()
+    counters.take(received(event("scheduled"), "a"))
+    counters.take(received(event("started", delay_s=12.0), "b"))
+    counters.take(received(event("completed", delay_s=12.0), "c"))
+    assert observed(counters.notice) == {("Freeze",): (1, 900.0)}
+    assert observed(counters.approval_delay) == {("Freeze",): (1, 12.0)}
+    assert counted(counters.events) == {
         ("web", "Freeze", "completed"): 1,
         ("web", "Freeze", "scheduled"): 1,
         ("web", "Freeze", "started"): 1,
@@ -254,48 +254,48 @@ def test_notice_is_taken_when_scheduled_and_the_approval_delay_once() -> None:
 
 
 def test_an_operation_with_its_update() -> None:
-    tally = FactCounters()
+    counters = FactCounters()
     accepted = m.OperationReported(operation="op1", host="host-1", epoch=1, status="accepted", at=AT)
     outcome = m.UpdateOutcome(update="kernel", outcome="timeout", seconds=20.0)
     failed = m.OperationReported(
         operation="op1", host="host-1", epoch=1, status="failed", update=outcome, overhead_s=0.05, at=AT
     )
     for message in (accepted, failed):
-        tally.take(received(message, message.status))
-    assert counted(tally.operations) == {("accepted",): 1, ("failed",): 1}
-    assert counted(tally.updates) == {("host-1", "kernel", "timeout"): 1}
-    assert observed(tally.update_seconds) == {("kernel",): (1, 20.0)}
-    assert observed(tally.overhead) == {(): (1, 0.05)}
+        counters.take(received(message, message.status))
+    assert counted(counters.operations) == {("accepted",): 1, ("failed",): 1}
+    assert counted(counters.updates) == {("host-1", "kernel", "timeout"): 1}
+    assert observed(counters.update_seconds) == {("kernel",): (1, 20.0)}
+    assert observed(counters.overhead) == {(): (1, 0.05)}
 
 
 def test_hooks_readiness_and_waves() -> None:
-    tally = FactCounters()
-    tally.take(received(m.HookFinished(vm="web-1", hook="prepare", outcome="failed", seconds=2.0), "a"))
-    tally.take(received(m.VmReady(vm="web-1", event_id="e1", ready=False), "b"))
-    tally.take(
+    counters = FactCounters()
+    counters.take(received(m.HookFinished(vm="web-1", hook="prepare", outcome="failed", seconds=2.0), "a"))
+    counters.take(received(m.VmReady(vm="web-1", event_id="e1", ready=False), "b"))
+    counters.take(
         received(m.WaveChanged(rollout="r1", wave=0, status="started", domains={"web": 2}, at=AT), "c")
     )
-    tally.take(received(m.AgentClockSynced(vm="web-1", boot_id="b", trigger="start", synced=True), "d"))
-    assert counted(tally.hooks) == {("prepare", "failed"): 1}
-    assert observed(tally.hook_seconds) == {("prepare",): (1, 2.0)}
-    assert counted(tally.readiness) == {("not_ready",): 1}
-    assert counted(tally.waves) == {("started",): 1}
-    assert counted(tally.agent_syncs) == {("start", "synced"): 1}
+    counters.take(received(m.AgentClockSynced(vm="web-1", boot_id="b", trigger="start", synced=True), "d"))
+    assert counted(counters.hooks) == {("prepare", "failed"): 1}
+    assert observed(counters.hook_seconds) == {("prepare",): (1, 2.0)}
+    assert counted(counters.readiness) == {("not_ready",): 1}
+    assert counted(counters.waves) == {("started",): 1}
+    assert counted(counters.agent_syncs) == {("start", "synced"): 1}
 
 
 def test_a_host_that_is_gone_takes_its_series_with_it() -> None:
-    tally = FactCounters()
-    tally.take(received(resumed()))
+    counters = FactCounters()
+    counters.take(received(resumed()))
     for host in ("host-1", "host-2"):
         outcome = m.UpdateOutcome(update="kernel", outcome="failed", seconds=1.0)
         report = m.OperationReported(
             operation="o", host=host, epoch=1, status="failed", update=outcome, at=AT
         )
-        tally.take(received(report, host))
-    tally.forget_host("host-1")
-    assert counted(tally.updates) == {("host-2", "kernel", "failed"): 1}
-    assert observed(tally.pauses) == {PAUSE: (1, 9.0)}, "they are the domain's"
-    assert counted(tally.operations) == {("failed",): 2}
+        counters.take(received(report, host))
+    counters.forget_host("host-1")
+    assert counted(counters.updates) == {("host-2", "kernel", "failed"): 1}
+    assert observed(counters.pauses) == {PAUSE: (1, 9.0)}, "they are the domain's"
+    assert counted(counters.operations) == {("failed",): 2}
 
 
 def test_hosts_times_domains_is_no_label() -> None:
@@ -319,6 +319,6 @@ def test_no_label_is_an_event_a_rollout_an_operation_or_a_vm() -> None:
 def test_every_type_on_the_bus_can_be_taken() -> None:
     # Types without facts are counted as messages all the same.
     assert {channel.message for channel in CHANNELS} >= {m.HostInventory, m.RolloutState}
-    tally = FactCounters()
-    tally.take(received(m.HostPresence(host="host-1", online=True, instance="i")))
-    assert counted(tally.messages) == {("caesura.host.presence.v1",): 1}
+    counters = FactCounters()
+    counters.take(received(m.HostPresence(host="host-1", online=True, instance="i")))
+    assert counted(counters.messages) == {("caesura.host.presence.v1",): 1}

@@ -31,7 +31,7 @@ _FOLDED = (
 """Without the agents' presences: here the state of an agent ends with its VM, and ``agents`` keeps when it was received."""
 
 
-class Step(msgspec.Struct, frozen=True):
+class FoldResult(msgspec.Struct, frozen=True):
     """What a message changed."""
 
     changes: Changes = NOTHING
@@ -39,30 +39,30 @@ class Step(msgspec.Struct, frozen=True):
     """For a message about a rollout: its previous state."""
 
 
-class Folded:
+class BusFold:
     """See the module. Each message is folded once, then its views follow."""
 
     def __init__(self) -> None:
         self.state = FleetState()
         self.rollouts = RolloutIndex()
 
-    def take(self, message: Message, now_s: float) -> Step:
+    def take(self, message: Message, now_s: float) -> FoldResult:
         """Fold one message, received at ``now_s`` on the exporter's monotonic clock."""
         if isinstance(message, WholeRollout):
-            return Step(rollout=self.rollouts.take(message))
+            return FoldResult(rollout=self.rollouts.take(message))
         if isinstance(message, _FOLDED):
-            return Step(apply(self.state, message, now_s)[1])
-        return Step()
+            return FoldResult(apply(self.state, message, now_s)[1])
+        return FoldResult()
 
-    def clear(self, topic: str, now_s: float) -> Step:
+    def clear(self, topic: str, now_s: float) -> FoldResult:
         """A retained message was removed. A topic outside the contract changes nothing."""
         place = match_topic(topic)
-        return self.take_back(place[0].message, place[1], now_s) if place is not None else Step()
+        return self.take_back(place[0].message, place[1], now_s) if place is not None else FoldResult()
 
-    def take_back(self, kind: type[Message], named: Mapping[str, str], now_s: float) -> Step:
+    def take_back(self, kind: type[Message], named: Mapping[str, str], now_s: float) -> FoldResult:
         """The same by message type and the parameters of its topic."""
         if kind is m.RolloutState:
-            return Step(rollout=self.rollouts.forget(named["rollout"]))
+            return FoldResult(rollout=self.rollouts.forget(named["rollout"]))
         if kind in _FOLDED:
-            return Step(apply(self.state, Cleared(kind, named), now_s)[1])
-        return Step()
+            return FoldResult(apply(self.state, Cleared(kind, named), now_s)[1])
+        return FoldResult()

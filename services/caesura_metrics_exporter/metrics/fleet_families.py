@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from caesura_metrics_exporter.agents import AGENT_SILENT_S
-from caesura_metrics_exporter.families import Family, gauge, number
-from caesura_metrics_exporter.fleet import FleetMetricsView
-from caesura_metrics_exporter.rollout_metrics import rollout_families
+from caesura_metrics_exporter.metrics.agents import AGENT_SILENT_S
+from caesura_metrics_exporter.metrics.current_state import FleetMetricsView
+from caesura_metrics_exporter.metrics.families import Family, gauge, number
+from caesura_metrics_exporter.metrics.rollout_families import rollout_families
 
 _GUARD_STATES = ("ready", "armed", "absent")
 _PAUSE = ("set", "update_domain", "method")
@@ -172,7 +172,7 @@ def _hosts(fleet: FleetMetricsView, now_s: float, foreign: Mapping[str, int]) ->
     for host, state in fleet.hosts.items():
         label = (host,)
         online[label] = 1.0 if state.online else 0.0
-        silence_s[label] = now_s - state.heard_s if now_s > state.heard_s else 0.0
+        silence_s[label] = now_s - state.received_s if now_s > state.received_s else 0.0
         foreign_vms[label] = foreign.get(host, 0)
         inventory = state.inventory
         if inventory is None:
@@ -222,11 +222,11 @@ def _others(fleet: FleetMetricsView, now_s: float) -> Iterator[Family]:
         "1 while the coordinator is on the bus, else 0.",
         float(coordinator is not None and coordinator.online),
     )
-    if fleet.coordinator_heard_s is not None:
+    if fleet.coordinator_received_s is not None:
         yield number(
             "caesura_coordinator_heard_seconds",
             "Seconds since the exporter last received a message of the coordinator itself, which sends one every 20 s.",
-            max(0.0, now_s - fleet.coordinator_heard_s),
+            max(0.0, now_s - fleet.coordinator_received_s),
         )
     if coordinator is not None:
         yield number("caesura_coordinator_epoch", "Epoch of the coordinator.", coordinator.epoch)

@@ -14,8 +14,8 @@ from caesura.contract import messages as m
 from caesura.contract.codec import Received
 from caesura.contract.envelope import Message
 from caesura.lifecycle.proof import broken_codes, held_codes
-from caesura_metrics_exporter.pauses import PauseLabels, labels_of
-from caesura_metrics_exporter.series import Counts, Deduplicator, Histogram
+from caesura_metrics_exporter.metrics.pauses import PauseLabels, labels_of
+from caesura_metrics_exporter.metrics.series import Counts, Deduplicator, Histogram
 
 # From 1 ms (an in-place swap) to 60 s, with boundaries at the budget limit of 30 s and at usual smaller budgets.
 # Few, since they make up most of the series; the longest and the last pauses are exported exactly in addition.

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 import msgspec
 
 from caesura.contract import messages as m
-from caesura_metrics_exporter.series import Largest
+from caesura_metrics_exporter.metrics.series import Largest
 
 PauseLabels = tuple[str, str, str]
 """Set, update domain, method."""
@@ -36,12 +36,12 @@ class OpenPause(msgspec.Struct, frozen=True):
     labels: HostPauseLabels
     domain: int
     """Its domain by its rollout's domain key: the update domain, or the fault domain."""
-    heard_s: float
+    received_s: float
     by_fact: bool
     """Whether its freeze was received."""
 
 
-class LastPause(msgspec.Struct, frozen=True):
+class LongestPause(msgspec.Struct, frozen=True):
     """The longest pause of a host's newest operation with these labels."""
 
     operation: str
@@ -65,7 +65,7 @@ class _Kind:
         """Maps a host to its paused VMs. Both are in the order of receipt: the first is the oldest."""
         self.budgets: dict[str, float] = {}
         """Maps a host to the budget that it last reported, in the order of these reports."""
-        self.last: dict[str, LastPause] = {}
+        self.last: dict[str, LongestPause] = {}
         self.longest_of_last = Largest()
         self.longest: float | None = None
 
@@ -77,7 +77,7 @@ class _Kind:
 
     def oldest_s(self) -> float:
         """When the oldest open pause was received; there must be one."""
-        return min([next(iter(vms.values())).heard_s for vms in self.open.values()])
+        return min([next(iter(vms.values())).received_s for vms in self.open.values()])
 
 
 class Pauses:
@@ -124,7 +124,7 @@ class Pauses:
         longest = resumed.pause_s
         if known is not None and known.operation == resumed.operation:
             longest = max(longest, known.seconds)
-        kind.last[resumed.host] = LastPause(resumed.operation, longest, resumed.budget_s)
+        kind.last[resumed.host] = LongestPause(resumed.operation, longest, resumed.budget_s)
         kind.longest_of_last.put(resumed.host, longest)
         kind.longest = max(resumed.pause_s, kind.longest or 0.0)
         if not resumed.within_budget:
@@ -183,13 +183,13 @@ class Pauses:
         """The open pauses, also by host."""
         return {
             (*labels[:2], host, labels[2]): HostPause(
-                max(0.0, now_s - next(iter(vms.values())).heard_s), kind.budgets.get(host)
+                max(0.0, now_s - next(iter(vms.values())).received_s), kind.budgets.get(host)
             )
             for labels, kind in self._all()
             for host, vms in kind.open.items()
         }
 
-    def last(self) -> dict[PauseLabels, LastPause]:
+    def last(self) -> dict[PauseLabels, LongestPause]:
         """Maps labels to the longest pause of the hosts' last operations."""
         found = ((labels, kind, kind.longest_of_last.top()) for labels, kind in self._all())
         return {labels: kind.last[top[0]] for labels, kind, top in found if top is not None}

@@ -16,8 +16,8 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
-from caesura_metrics_exporter.families import Family, HistogramFamily
-from caesura_metrics_exporter.series import Buckets, Labels, ends
+from caesura_metrics_exporter.metrics.families import Family, HistogramFamily
+from caesura_metrics_exporter.metrics.series import Buckets, Labels, ends
 
 AnyFamily = Family | HistogramFamily
 

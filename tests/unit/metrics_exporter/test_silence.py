@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from caesura.contract import messages as m
 from caesura.contract.envelope import Message
-from caesura_metrics_exporter.fleet import FleetMetricsView
-from caesura_metrics_exporter.fleet_metrics import fleet_families
+from caesura_metrics_exporter.metrics.current_state import FleetMetricsView
+from caesura_metrics_exporter.metrics.fleet_families import fleet_families
 
 
 def samples(fleet: FleetMetricsView, name: str, now_s: float) -> dict[tuple[str, ...], float]:

@@ -34,7 +34,7 @@ from caesura.contract.codec import Received
 from caesura.contract.topics import channel_of
 from caesura.lifecycle.commands import COMMANDS
 from caesura_coordinator.service import Coordinator, subscriptions
-from caesura_coordinator.store import Store
+from caesura_coordinator.store import CoordinatorStore
 
 _PER_HOST = 10
 _RATIO_MOST = 1.5
@@ -352,7 +352,7 @@ class World:
             await host.report_in()
             for each in host.records:
                 await self.post.send(m.AgentPresence(vm=each.vm, online=True, boot_id="b"), vm=each.vm)
-        store = Store(str(self.folder / "coordinator.sqlite"))
+        store = CoordinatorStore(str(self.folder / "coordinator.sqlite"))
         bus = MemoryBus(self.broker, client_id="c", filters=subscriptions(), clean=False)
         loop = asyncio.get_running_loop()
         loop.set_task_factory(timed_tasks)

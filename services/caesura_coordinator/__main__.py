@@ -22,7 +22,7 @@ with QuietInterrupt():
     from caesura_coordinator.metrics import CoordinatorCollector
     from caesura_coordinator.service import Coordinator, subscriptions
     from caesura_coordinator.settings import CoordinatorSettings
-    from caesura_coordinator.store import Store
+    from caesura_coordinator.store import CoordinatorStore
 
 SUMMARY = "Plans and runs rollouts; one coordinator per fleet. Announces scheduled events, commands hosts, halts on any failure."
 
@@ -30,7 +30,7 @@ SUMMARY = "Plans and runs rollouts; one coordinator per fleet. Announces schedul
 async def run(settings: CoordinatorSettings) -> None:
     """Serve until a signal."""
     with exclusive_lock(settings.state_dir):
-        store = Store(f"{settings.state_dir}/coordinator.sqlite")
+        store = CoordinatorStore(f"{settings.state_dir}/coordinator.sqlite")
         bus = MqttBus(
             options_from(settings, client_id=settings.instance, clean=False),
             filters=subscriptions(),

@@ -9,7 +9,7 @@ import structlog
 
 from caesura.contract.messages import SetDocument
 from caesura.lifecycle import document as documents
-from caesura_coordinator.store import Store
+from caesura_coordinator.store import CoordinatorStore
 
 _log = structlog.get_logger("caesura.coordinator")
 
@@ -21,7 +21,7 @@ class DocumentRepository:
         store: where they are kept; read completely at start.
     """
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: CoordinatorStore) -> None:
         self._store = store
         self.all: dict[str, SetDocument] = store.documents()
         """Maps a set to its document."""

@@ -21,7 +21,7 @@ from caesura.runtime.errors import CaesuraError
 from caesura.runtime.group_commit import GroupCommit
 from caesura.runtime.identity import new_id
 from caesura_coordinator.authority import Authority
-from caesura_coordinator.store import Store
+from caesura_coordinator.store import CoordinatorStore
 
 _ANNOUNCED_KEPT = 10
 _SETTLE_AT_MOST_S = 30.0
@@ -76,7 +76,7 @@ class Leadership:
         self,
         bus: Bus,
         post: MessageClient,
-        store: Store,
+        store: CoordinatorStore,
         commits: GroupCommit,
         *,
         instance: str,

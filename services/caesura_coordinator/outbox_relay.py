@@ -18,7 +18,7 @@ from caesura.runtime.identity import new_id
 from caesura_coordinator.leadership import Leadership
 from caesura_coordinator.repository import RolloutRepository
 from caesura_coordinator.retention import Removal
-from caesura_coordinator.store import Store
+from caesura_coordinator.store import CoordinatorStore
 
 _RETRY_S = 0.2
 _log = structlog.get_logger("caesura.coordinator")
@@ -37,7 +37,7 @@ class OutboxRelay:
 
     def __init__(
         self,
-        store: Store,
+        store: CoordinatorStore,
         commits: GroupCommit,
         repository: RolloutRepository,
         publisher: ReliablePublisher,

@@ -14,7 +14,7 @@ from caesura.lifecycle.ownership import conflict, settle
 from caesura.runtime.errors import StoreError
 from caesura.runtime.sampler import Sampler
 from caesura_coordinator.fence import Contested
-from caesura_coordinator.store import Store
+from caesura_coordinator.store import CoordinatorStore
 
 _NAMED = 8
 """How many VMs a log line names; the others are only counted."""
@@ -30,7 +30,7 @@ class Owners:
         state: the fold in which they take effect.
     """
 
-    def __init__(self, store: Store, state: FleetState) -> None:
+    def __init__(self, store: CoordinatorStore, state: FleetState) -> None:
         self._store = store
         self._state = state
         self._ownership = state.ownership

@@ -86,7 +86,7 @@ class ClockVerdict(StateRecord, frozen=True, kw_only=True):
     reason: str = ""
 
 
-class Readiness(StateRecord, frozen=True, kw_only=True):
+class AgentReadiness(StateRecord, frozen=True, kw_only=True):
     """An agent's answer to the event."""
 
     ready: bool
@@ -114,7 +114,7 @@ class Wave(StateRecord, frozen=True, kw_only=True):
     answers_by: datetime | None = None
     """An agent that has not answered by this time is silent: NotBefore, or later if the coordinator was down then."""
     events: tuple[WaveEvent, ...] = ()
-    readiness: dict[str, Readiness] = {}
+    readiness: dict[str, AgentReadiness] = {}
     operations: tuple[HostOperation, ...] = ()
     completed_operations: tuple[HostOperation, ...] = msgspec.field(default=(), name="done")
     """Completed operations of earlier attempts: not repeated, and verified together with this attempt's."""

@@ -57,7 +57,7 @@ from caesura_coordinator.records import (
 )
 from caesura_coordinator.retention import Removal, all_waves, excess, how_shown, no_longer_kept
 from caesura_coordinator.rollout import after_restart, decide
-from caesura_coordinator.store import Store
+from caesura_coordinator.store import CoordinatorStore
 
 _log = structlog.get_logger("caesura.coordinator")
 
@@ -70,7 +70,7 @@ class RolloutRepository:
         now: the time of the start, for the deadlines that passed while no coordinator ran.
     """
 
-    def __init__(self, store: Store, now: datetime) -> None:
+    def __init__(self, store: CoordinatorStore, now: datetime) -> None:
         self.store = store
         self.rollouts: dict[str, Rollout] = {each.id: after_restart(each, now) for each in store.rollouts()}
         self._documents = DocumentRepository(store)

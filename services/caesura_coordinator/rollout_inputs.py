@@ -22,8 +22,8 @@ from caesura_coordinator.members import members_of
 from caesura_coordinator.proofs import clock_verdict
 from caesura_coordinator.records import (
     FINAL,
+    AgentReadiness,
     HostOperation,
-    Readiness,
     Wave,
     WaveEvent,
 )
@@ -162,7 +162,7 @@ def ready(decision: Decision, answer: VmReady) -> None:
         return
     if any(each.host == vm.host for each in wave.completed_operations):
         return  # it is not paused again, and not a resource of the event
-    verdict = Readiness(ready=answer.ready, reason=answer.reason)
+    verdict = AgentReadiness(ready=answer.ready, reason=answer.reason)
     if wave.readiness.get(answer.vm) != verdict:
         decision.refused = not answer.ready
         decision.put(msgspec.structs.replace(wave, readiness=newest_last(wave.readiness, answer.vm, verdict)))

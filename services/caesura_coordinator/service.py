@@ -32,7 +32,7 @@ from caesura_coordinator.reconciler import Reconciler
 from caesura_coordinator.repository import RolloutRepository
 from caesura_coordinator.requests import RequestHandler
 from caesura_coordinator.sender import CommandSender
-from caesura_coordinator.store import Store, SyncedOutbox
+from caesura_coordinator.store import CoordinatorStore, SyncedOutbox
 
 _ANNOUNCE_S = 20.0
 """s: between two announcements of an unchanged presence. A last will needs a broker: if it stopped together with the
@@ -76,7 +76,7 @@ class Coordinator:
     def __init__(
         self,
         bus: Bus,
-        store: Store,
+        store: CoordinatorStore,
         *,
         instance: str,
         settle_s: float,

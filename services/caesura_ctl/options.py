@@ -20,10 +20,10 @@ from caesura.runtime.errors import CaesuraError
 from caesura.runtime.logs import configure_logging
 from caesura.runtime.settings import read_settings
 from caesura_ctl.completion import complete
+from caesura_ctl.console import VisibleConsole, visible, visible_json
 from caesura_ctl.durations import BUDGET, DURATION, SOME_TIME
-from caesura_ctl.names import NAME, SET_NAME
+from caesura_ctl.name_params import NAME, SET_NAME
 from caesura_ctl.settings import CtlSettings
-from caesura_ctl.visible import VisibleConsole, visible, visible_json
 
 EXIT_CODES = """exit codes:
   0  done, or the rollout completed
@@ -37,7 +37,7 @@ EXIT_CODES = """exit codes:
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-class Refused(CaesuraError):
+class RefusedByCoordinator(CaesuraError):
     """The coordinator refused."""
 
     exit_code = 3

@@ -64,7 +64,7 @@ class NoBroker(CaesuraError):
     exit_code = 4
 
 
-class NoAnswer(CaesuraError):
+class NoCoordinatorAnswer(CaesuraError):
     """The coordinator did not answer in time."""
 
     exit_code = 5
@@ -76,7 +76,7 @@ class BadRequest(CaesuraError):
     exit_code = 2
 
 
-class Connection:
+class ConnectionNews:
     """Reports the loss and the return of the connection as text, each once.
 
     Args:
@@ -125,9 +125,9 @@ class Session:
     def __init__(self, bus: Bus, client: str, fleet: str = "default") -> None:
         self.bus = bus
         self.client = client
-        self.picture = FleetView()
+        self.fleet_view = FleetView()
         self.post = MessageClient(bus, source_of(fleet, "ctl", client))
-        self.connection = Connection(bus.stats, self.picture.missed)
+        self.connection = ConnectionNews(bus.stats, self.fleet_view.missed)
         self.changed = asyncio.Event()
         self._answers: dict[str, asyncio.Future[m.RequestAnswered]] = {}
         self._last = asyncio.get_running_loop().time()
@@ -138,7 +138,7 @@ class Session:
 
     async def _received(self, message: Message, _: Received) -> None:
         self._last = asyncio.get_running_loop().time()
-        self.picture.fold(message, self._last)
+        self.fleet_view.fold(message, self._last)
         if isinstance(message, m.RequestAnswered):
             waiting = self._answers.get(message.request)
             if waiting is not None and not waiting.done():
@@ -147,7 +147,7 @@ class Session:
 
     async def _cleared(self, kind: type[Message], parameters: Mapping[str, str]) -> None:
         self._last = asyncio.get_running_loop().time()
-        self.picture.fold(Cleared(kind, parameters), self._last)
+        self.fleet_view.fold(Cleared(kind, parameters), self._last)
         self.changed.set()
 
     async def settled(self, limit_s: float = 3.0) -> None:
@@ -197,13 +197,13 @@ class Session:
             await asyncio.wait({publishing})
         if not self.bus.stats.connected:
             raise NoBroker(f"the connection to the broker was lost: {self.bus.stats.last_error}")
-        heard = self.picture.coordinator
+        heard = self.fleet_view.coordinator
         who = (
             "is not on the bus. Is caesura-coordinator running?"
             if heard is None or not heard.online
             else f"({heard.coordinator}) is on the bus but silent. Its log and its /ready say why."
         )
-        raise NoAnswer(
+        raise NoCoordinatorAnswer(
             f"no answer within {ANSWER_S:g} s: the coordinator {who} "
             "If it returns within a minute, it may still carry out the request: see caesura status."
         )

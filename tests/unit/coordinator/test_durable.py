@@ -30,7 +30,7 @@ from caesura.runtime.errors import SyncFailed
 from caesura.runtime.group_commit import GroupCommit
 from caesura.runtime.serve import serve
 from caesura_coordinator.service import Coordinator, subscriptions
-from caesura_coordinator.store import Store
+from caesura_coordinator.store import CoordinatorStore
 from caesura_testing.collector import PATIENCE_S, eventually
 from caesura_testing.disks import Disk
 from caesura_testing.rollouts import wave_state
@@ -99,7 +99,7 @@ class World:
     @asynccontextmanager
     async def coordinator(self, fold_bytes: int = 1 << 24) -> AsyncIterator[Coordinator]:
         """One that runs for the block, and is killed at its end: no drain."""
-        store = Store(str(self.path))
+        store = CoordinatorStore(str(self.path))
         commits = GroupCommit(store.database, sync=self.disk, fold_bytes=fold_bytes)
         bus = MemoryBus(self.broker, client_id="c", filters=subscriptions(), clean=False)
         publish = bus.publish
@@ -252,7 +252,7 @@ async def test_an_equal_epoch_that_another_claims_meanwhile_is_not_used(world: W
 
 async def test_no_claim_of_ours_makes_that_of_another_believable(world: World) -> None:
     """With each claim as many epochs could be used up as can be believed at once."""
-    store = Store(str(world.path))
+    store = CoordinatorStore(str(world.path))
     store.save_epoch(499)
     store.database.close()
     world.disk.hold()
@@ -349,7 +349,7 @@ async def test_what_was_loaded_at_the_start_is_on_disk_before_it_is_published(
 
 def test_of_a_retained_topic_only_the_newest_is_given_to_the_publisher(tmp_path: Path) -> None:
     """It may have loaded the newest already: an older one behind it would replace it, and have its row removed."""
-    store = Store(str(tmp_path / "c.sqlite"))
+    store = CoordinatorStore(str(tmp_path / "c.sqlite"))
     for incarnation in (1, 2):
         store.enqueue(m.SetDocument(set="web", incarnation=incarnation, events=()), set="web")
     store.enqueue(m.SetDocument(set="db", incarnation=1, events=()), set="db")
@@ -403,7 +403,7 @@ async def test_waves_of_a_rollout_that_nobody_knows_are_removed_though_the_coord
 
 
 async def test_a_disk_that_fails_ends_the_service_and_nothing_of_it_was_published(world: World) -> None:
-    store = Store(str(world.path))
+    store = CoordinatorStore(str(world.path))
     bus = MemoryBus(world.broker, client_id="c", filters=subscriptions(), clean=False)
     commits = GroupCommit(store.database, sync=world.disk)
     made = Coordinator(bus, store, instance="c", settle_s=0.02, commits=commits)

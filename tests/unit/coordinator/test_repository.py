@@ -27,7 +27,7 @@ from caesura_coordinator.records import (
 )
 from caesura_coordinator.repository import RolloutRepository
 from caesura_coordinator.retention import Removal
-from caesura_coordinator.store import Store
+from caesura_coordinator.store import CoordinatorStore
 from caesura_testing.damage import flip_bits
 from caesura_testing.retold import retold
 
@@ -43,7 +43,7 @@ class Desk:
         self.fleet = fleet
         self.authority = authority
         self.now = T0
-        self.repository = RolloutRepository(Store(self.path), T0)
+        self.repository = RolloutRepository(CoordinatorStore(self.path), T0)
         self.policy = m.Policy(notice_s=60.0, verify_timeout_s=20.0)
         self.repository.add(self.fresh("r"), "ops", _ANSWER)
 
@@ -92,7 +92,7 @@ class Desk:
 
     def reopened(self) -> RolloutRepository:
         self.repository.store.database.close()
-        self.repository = RolloutRepository(Store(self.path), self.now)
+        self.repository = RolloutRepository(CoordinatorStore(self.path), self.now)
         return self.repository
 
 
@@ -151,7 +151,7 @@ def test_a_record_that_cannot_be_read_is_said_to_be(desk: Desk) -> None:
     desk.repository.store.database.run("UPDATE wave SET body = '{}'")
     desk.repository.store.database.close()
     with pytest.raises(StoreError, match=r"a wave of rollout r in the store .* cannot be read"):
-        RolloutRepository(Store(desk.path), T0)
+        RolloutRepository(CoordinatorStore(desk.path), T0)
 
 
 def test_only_waves_that_changed_are_written(desk: Desk) -> None:
@@ -392,7 +392,7 @@ def test_two_rollouts_that_share_a_host_take_turns(
     authority: Authority,
 ) -> None:
     everybody = fleet(host("h1", build("w1", agent=False), build("d1", "db", agent=False)))
-    repository = RolloutRepository(Store(str(tmp_path / "c.sqlite")), T0)
+    repository = RolloutRepository(CoordinatorStore(str(tmp_path / "c.sqlite")), T0)
     policy = m.Policy(notice_s=1.0)
     for name in ("web", "db"):
         plan = make_plan(everybody, update="", selection=m.Selection(sets=(name,)), policy=policy, hold_s=1.0)
@@ -439,7 +439,7 @@ def test_a_store_with_a_flipped_bit_is_a_store_error_and_no_other(
     path = Path(desk.path)
 
     def read_all() -> None:
-        store = Store(str(path))
+        store = CoordinatorStore(str(path))
         try:
             store.epoch()
             store.rollouts()

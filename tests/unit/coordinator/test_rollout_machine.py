@@ -33,7 +33,7 @@ from caesura_coordinator.fence import FleetFence
 from caesura_coordinator.plan import make_plan, sets_of
 from caesura_coordinator.records import Rollout, Wave, new_rollout
 from caesura_coordinator.repository import RolloutRepository
-from caesura_coordinator.store import Store
+from caesura_coordinator.store import CoordinatorStore
 from caesura_coordinator.validation import RequestRefused
 
 _PATCH = m.UpdateRecord(update="patch", impact="pause", scope="host", expected_s=2, timeout_s=9)
@@ -225,7 +225,7 @@ class Fleetwide(RuleBasedStateMachine):
         return self.repository.active
 
     def open_book(self) -> RolloutRepository:
-        return RolloutRepository(cast("Store", self.disk), self.now)
+        return RolloutRepository(cast("CoordinatorStore", self.disk), self.now)
 
     def ask(
         self,

@@ -34,7 +34,7 @@ from caesura_coordinator.repository import RolloutRepository
 from caesura_coordinator.responses import with_plan
 from caesura_coordinator.retention import Removal
 from caesura_coordinator.service import Coordinator, subscriptions
-from caesura_coordinator.store import Store
+from caesura_coordinator.store import CoordinatorStore
 from caesura_testing.collector import PATIENCE_S, eventually
 from caesura_testing.rollouts import wave_state
 
@@ -76,7 +76,7 @@ class World:
         self, name: str = "c", settle_s: float = 0.05, announce_s: float = 20.0
     ) -> AsyncIterator[Coordinator]:
         """One that runs for the block, and is killed at its end: no drain."""
-        store = Store(str(self.folder / f"{name}.sqlite"))
+        store = CoordinatorStore(str(self.folder / f"{name}.sqlite"))
         bus = MemoryBus(self.broker, client_id=name, filters=subscriptions(), clean=False)
         made = Coordinator(bus, store, instance=name, settle_s=settle_s, announce_s=announce_s)
         tasks = [asyncio.ensure_future(start()) for start in made.tasks().values()]
@@ -292,7 +292,7 @@ async def test_a_claim_that_nobody_can_have_made_ends_no_coordinator_and_does_no
 async def test_a_store_without_an_epoch_left_says_so_and_there_is_a_way_back(
     world: World, host: Callable[..., Any], build: Callable[..., Any]
 ) -> None:
-    store = Store(str(world.folder / "c.sqlite"))
+    store = CoordinatorStore(str(world.folder / "c.sqlite"))
     store.save_epoch(m.EPOCH_MOST)
     store.database.close()
     await world.host(host("h1", build("w1"), epoch=5))
@@ -745,7 +745,7 @@ async def test_what_is_published_is_forgotten_without_a_wait_for_the_disk(
 
 async def test_what_a_version_of_before_left_in_the_outbox_is_published(world: World) -> None:
     path = world.folder / "c.sqlite"
-    Store(str(path)).database.close()
+    CoordinatorStore(str(path)).database.close()
     answer = m.RequestAnswered(request="old", accepted=False, reason="kept")
     with sqlite3.connect(path) as old:
         old.executescript(
@@ -781,7 +781,7 @@ async def test_a_rollout_is_removed_from_the_bus_after_what_a_previous_run_left_
         created_at=T0,
     )
     wave = wave_state(rollout="r", wave=0)
-    before = Store(str(world.folder / "c.sqlite"))
+    before = CoordinatorStore(str(world.folder / "c.sqlite"))
     before.enqueue(wave, rollout="r", wave=0)
     before.enqueue(state, rollout="r")
     before.database.close()

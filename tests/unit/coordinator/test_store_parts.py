@@ -24,7 +24,7 @@ from caesura_coordinator.fence import FleetFence
 from caesura_coordinator.plan import make_plan, sets_of
 from caesura_coordinator.records import Rollout, Wave, new_rollout
 from caesura_coordinator.repository import RolloutRepository
-from caesura_coordinator.store import Store, newer_entries
+from caesura_coordinator.store import CoordinatorStore, newer_entries
 from caesura_coordinator.validation import RequestRefused
 from caesura_testing.retold import retold
 
@@ -75,7 +75,7 @@ class Desk:
     def __init__(self, fleet: FleetFence, path: str = ":memory:") -> None:
         self.fleet = fleet
         self.now = T0
-        self.repository = RolloutRepository(Store(path), T0)
+        self.repository = RolloutRepository(CoordinatorStore(path), T0)
         policy = m.Policy(notice_s=60.0, verify_timeout_s=50.0)
         plan = make_plan(fleet, update="patch", selection=m.Selection(), policy=policy)
         assert not plan.refusals
@@ -242,7 +242,7 @@ def test_newer_entries_make_the_one_into_the_other(
 class _Written:
     """Bytes and rows that are written from now on."""
 
-    def __init__(self, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, store: CoordinatorStore, monkeypatch: pytest.MonkeyPatch) -> None:
         self.size_bytes = 0
         self.rows = 0
         run = store.database.run

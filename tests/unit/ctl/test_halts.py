@@ -20,7 +20,7 @@ from caesura_coordinator.fence import FleetFence
 from caesura_coordinator.plan import make_plan
 from caesura_coordinator.records import Rollout, Wave, new_rollout
 from caesura_coordinator.rollout import decide
-from caesura_demo.halts import was_away
+from caesura_demo.halts import is_transient
 from caesura_host_updater.admission import Authority as HostAuthority
 from caesura_host_updater.admission import Host, Refuse, evaluate_start
 from caesura_host_updater.inventory.updates import Catalogue
@@ -221,25 +221,25 @@ _FOUND: dict[str, Callable[[], Story]] = {
 @pytest.mark.parametrize("name", list(_AWAY))
 def test_what_was_away_is_resumed(name: str) -> None:
     codes = _AWAY[name]().halted()
-    assert was_away(codes), codes
+    assert is_transient(codes), codes
 
 
 @pytest.mark.parametrize("name", list(_FOUND))
 def test_what_was_found_is_for_a_person(name: str) -> None:
     codes = _FOUND[name]().halted()
-    assert not was_away(codes), codes
+    assert not is_transient(codes), codes
 
 
 @pytest.mark.parametrize("codes", [(), ("something_new",), ("host_offline", "something_new")])
 def test_what_is_unknown_is_for_a_person(codes: tuple[str, ...]) -> None:
-    assert not was_away(codes)
+    assert not is_transient(codes)
 
 
 def test_a_host_that_gives_no_codes_is_for_a_person() -> None:
     """One of an older version: its words are for people."""
     codes = Story().started().reported("failed", "the host updater is stopping").halted()
     assert codes == ("unexplained",)
-    assert not was_away(codes)
+    assert not is_transient(codes)
 
 
 # -- what hosts say --
@@ -345,7 +345,7 @@ def test_how_a_host_ended_is_resumed_only_if_it_was_away(name: str) -> None:
     assert report.status in {"failed", "cancelled"}
     codes = Story().started().reported(report.status, report.reason, report.codes).halted()
     assert codes == report.codes
-    assert was_away(codes) is away, codes
+    assert is_transient(codes) is away, codes
 
 
 def _command() -> m.StartOperation:
@@ -384,4 +384,4 @@ def test_what_a_host_refused_is_resumed_only_if_it_was_away(
     assert isinstance(verdict, Refuse)
     codes = Story().started().reported("refused", verdict.why, (verdict.code,)).halted()
     assert codes == (verdict.code,)
-    assert was_away(codes) is away, codes
+    assert is_transient(codes) is away, codes

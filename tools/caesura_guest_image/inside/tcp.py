@@ -9,7 +9,7 @@ import socket
 import time
 
 from .parameters import Parameters
-from .ports import Desk
+from .ports import RequestPort
 
 PORT = "org.caesura.tcp.0"
 
@@ -84,9 +84,9 @@ def run(parameters: Parameters) -> None:
     host, _, port = parameters["tcp"].rpartition(":")
     line = Line((host, int(port)))
     interval_s = float(parameters.get("tcp_ms", "20")) / 1000
-    desk = Desk(PORT, {b"status": line.status})
+    desk = RequestPort(PORT, {b"status": line.status})
     due = time.monotonic()
     while True:
         line.tick()
         due = max(due + interval_s, time.monotonic())
-        desk.attend(due)
+        desk.serve_until(due)

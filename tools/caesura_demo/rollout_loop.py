@@ -1,4 +1,4 @@
-"""``python -m caesura_demo.rollouts``: one rollout after another, as a demonstration.
+"""``python -m caesura_demo.rollout_loop``: one rollout after another, as a demonstration.
 
 It uses the command ``caesura`` as a person would, and logs its observations and actions. A rollout that halts because
 a component was unavailable is resumed a few times when that is available again; any other halt, and a rollout aborted by a person,
@@ -25,8 +25,15 @@ import structlog
 from caesura.runtime.errors import CaesuraError
 from caesura.runtime.logs import configure_logging
 from caesura.runtime.threads import in_thread
-from caesura_demo.fleet import UPDATES, compose_layout
-from caesura_demo.resume_policy import HaltSnapshot, ResumeHistory, Step, facts_from, next_step, update_for
+from caesura_demo.compose_fleet import UPDATES, compose_layout
+from caesura_demo.resume_policy import (
+    HaltSnapshot,
+    NextAction,
+    ResumeHistory,
+    facts_from,
+    next_action,
+    update_for,
+)
 
 _POLICY = ("--notice", "10s", "--budget", "15s", "--soak", "2s")
 """Workloads approve within a second or two, so the notice is only for show; 15 s easily hold the longer update."""
@@ -42,7 +49,7 @@ class RolloutsError(CaesuraError):
     exit_code = 2
 
 
-class Plan(msgspec.Struct, frozen=True):
+class LoopSettings(msgspec.Struct, frozen=True):
     """The configuration from the environment."""
 
     on: bool
@@ -51,7 +58,7 @@ class Plan(msgspec.Struct, frozen=True):
     client: str
 
 
-class Answer(msgspec.Struct, frozen=True):
+class CommandResult(msgspec.Struct, frozen=True):
     """The output of a command, and its exit code."""
 
     code: int
@@ -59,7 +66,7 @@ class Answer(msgspec.Struct, frozen=True):
     words: str
 
 
-def plan_from(environ: Mapping[str, str]) -> Plan:
+def settings_from(environ: Mapping[str, str]) -> LoopSettings:
     """Read the three variables.
 
     Raises:
@@ -71,7 +78,7 @@ def plan_from(environ: Mapping[str, str]) -> Plan:
     pause = environ.get("CAESURA_ROLLOUT_PAUSE", "").strip() or "20"
     if not _PAUSE.fullmatch(pause):
         raise RolloutsError(f"CAESURA_ROLLOUT_PAUSE={pause}: it is a number of seconds, for example 20")
-    return Plan(wanted == "on", float(pause), environ.get("CAESURA_CTL_CLIENT", ""))
+    return LoopSettings(wanted == "on", float(pause), environ.get("CAESURA_CTL_CLIENT", ""))
 
 
 class Rollouts:
@@ -86,7 +93,7 @@ class Rollouts:
 
     def __init__(
         self,
-        plan: Plan,
+        plan: LoopSettings,
         *,
         command: Sequence[str] = ("caesura",),
         hosts: Sequence[str] | None = None,
@@ -106,7 +113,7 @@ class Rollouts:
         self._resumed = 0
         self._halted_at: float | None = None
         self._count = 0
-        self._said: Step | None = None
+        self._said: NextAction | None = None
 
     def stop(self) -> None:
         """End soon; the current rollout continues without us."""
@@ -136,7 +143,7 @@ class Rollouts:
             _log.warning("rollouts.cannot_look", code=seen.code, why=seen.words)
             return self._look_again_s
         facts = facts_from(seen.document)
-        step = next_step(facts, client=self._plan.client, hosts=self._hosts, past=self._past(facts))
+        step = next_action(facts, client=self._plan.client, hosts=self._hosts, past=self._past(facts))
         if step.what in {"wait", "leave"}:
             self._say(step)
             return self._look_again_s
@@ -171,7 +178,7 @@ class Rollouts:
         _log.info("rollout.starting", update=update)
         return self._concluded(self._ask("roll", update, "--all", "--again", *_POLICY))
 
-    def _concluded(self, answer: Answer) -> float:
+    def _concluded(self, answer: CommandResult) -> float:
         """Log how it ended. An end is followed by the pause; anything else is checked soon."""
         if _followed(answer):
             state = answer.document["rollout"]
@@ -190,7 +197,7 @@ class Rollouts:
             _log.warning("rollouts.not_done", code=answer.code, why=answer.words)
         return self._look_again_s
 
-    def _say(self, step: Step) -> None:
+    def _say(self, step: NextAction) -> None:
         """Log once for each cause of waiting."""
         if step == self._said:
             return
@@ -200,7 +207,7 @@ class Rollouts:
         else:
             _log.info("rollouts.waiting", why=step.why)
 
-    def _ask(self, *words: str) -> Answer:
+    def _ask(self, *words: str) -> CommandResult:
         """Run one command to its end.
 
         Raises:
@@ -214,13 +221,13 @@ class Rollouts:
         out, err = self._child.communicate()
         code = self._child.returncode
         self._child = None
-        answer = Answer(code, _document(out), _reason(err) or out.strip()[-500:])
+        answer = CommandResult(code, _document(out), _reason(err) or out.strip()[-500:])
         if code == RolloutsError.exit_code:
             raise RolloutsError(f"caesura {' '.join(words)}: {answer.words}")
         return answer
 
 
-def _followed(answer: Answer) -> bool:
+def _followed(answer: CommandResult) -> bool:
     """Whether the command was accepted and followed the rollout to its end: it prints the state, completed (0) or not (1)."""
     return answer.code in {0, 1} and isinstance(answer.document.get("rollout"), dict)
 
@@ -257,7 +264,7 @@ def main() -> int:
     """0: stopped by a signal; 2: the configuration is wrong."""
     configure_logging("rollout")
     try:
-        asyncio.run(_run_until_stopped(Rollouts(plan_from(os.environ))))
+        asyncio.run(_run_until_stopped(Rollouts(settings_from(os.environ))))
     except CaesuraError as error:
         _log.error("rollouts.failed", why=str(error))
         return error.exit_code

@@ -16,9 +16,9 @@ from caesura.contract.codec import Received, decode, encode
 from caesura.contract.topics import channel_of
 from caesura_ctl import options
 from caesura_ctl.commands.inspect import _print_message
+from caesura_ctl.console import VisibleConsole, visible, visible_json
 from caesura_ctl.options import Context, fail, print_json
 from caesura_ctl.settings import CtlSettings
-from caesura_ctl.visible import VisibleConsole, visible, visible_json
 
 HOSTILE = "ok\x1b[2J\x9b31m\x85\u202egnp.exe\u2066\u200f\u061c\u2028\U000e0041 [/bold] [red]:smile:"
 """A cleared screen, a colour by C1, a line break by C1, text turned round, what cannot be seen, markup."""

@@ -11,7 +11,7 @@ from caesura.contract import messages as m
 from caesura.contract.parts import WholeRollout
 from caesura_ctl.durations import show_pause
 from caesura_ctl.fleet_view import FleetView, Pause
-from caesura_ctl.proofs import Shown, counted
+from caesura_ctl.memory_proofs import Shown, counted
 from caesura_demo.guests import GuestMethod, GuestStatus
 
 
@@ -37,35 +37,35 @@ class Check(msgspec.Struct, frozen=True):
 
 
 def judge(
-    picture: FleetView,
+    fleet_view: FleetView,
     rollout: WholeRollout,
     workloads: Mapping[str, WorkloadStatus],
     patched: Sequence[str],
     still_frozen: Sequence[str],
 ) -> list[Check]:
     """All rules, in the order in which a rollout meets them."""
-    pauses = picture.pauses_of(rollout.rollout)
+    pauses = fleet_view.pauses_of(rollout.rollout)
     expected = {vm for wave in rollout.waves for vm in wave.vms}
     return [
         Check("the rollout completed", rollout.status == "completed", rollout.reason or rollout.status),
-        _approvals(picture, rollout, workloads),
+        _approvals(fleet_view, rollout, workloads),
         _every_vm(pauses, expected),
         _one_domain_at_a_time(pauses),
         _budget(pauses),
         _patched(patched, {host for wave in rollout.waves for host in wave.hosts}),
-        _memory(picture, pauses, workloads, expected),
-        _clocks(picture, pauses, rollout.policy.clock_bound_s),
-        _events(picture, rollout),
+        _memory(fleet_view, pauses, workloads, expected),
+        _clocks(fleet_view, pauses, rollout.policy.clock_bound_s),
+        _events(fleet_view, rollout),
         Check(
             "no VM left paused",
-            not still_frozen and not picture.frozen,
-            ", ".join([*still_frozen, *picture.frozen]) or f"kernel asked for {len(expected)} VMs",
+            not still_frozen and not fleet_view.frozen,
+            ", ".join([*still_frozen, *fleet_view.frozen]) or f"kernel asked for {len(expected)} VMs",
         ),
     ]
 
 
 def judge_guests(
-    picture: FleetView,
+    fleet_view: FleetView,
     rollout: WholeRollout,
     guests: Sequence[GuestStatus],
     patched: Sequence[str],
@@ -73,13 +73,13 @@ def judge_guests(
     method: GuestMethod,
 ) -> list[Check]:
     """All rules for real guests, in the order in which a rollout meets them."""
-    pauses = picture.pauses_of(rollout.rollout)
+    pauses = fleet_view.pauses_of(rollout.rollout)
     expected = {vm for wave in rollout.waves for vm in wave.vms}
     ids = {event_id.lower() for wave in rollout.waves for event_id in wave.events.values()}
     asked = sum(any(each.lower() in ids for each in guest.approved) for guest in guests)
     checks = [
         Check("the rollout completed", rollout.status == "completed", rollout.reason or rollout.status),
-        _approved(picture, ids, asked),
+        _approved(fleet_view, ids, asked),
         _every_vm(pauses, expected),
         _one_domain_at_a_time(pauses),
         _budget(pauses),
@@ -87,32 +87,32 @@ def judge_guests(
     if method != "swap":
         checks.append(_patched(patched, {host for wave in rollout.waves for host in wave.hosts}))
     if method != "freeze":
-        checks.append(_moved(picture, pauses))
+        checks.append(_moved(fleet_view, pauses))
     silent = [guest.vm for guest in guests if not guest.beats]
     back = [guest.vm for guest in guests if guest.steps_back]
     return [
         *checks,
-        _guest_memory(picture, pauses),
-        _clocks(picture, pauses, rollout.policy.clock_bound_s),
+        _guest_memory(fleet_view, pauses),
+        _clocks(fleet_view, pauses, rollout.policy.clock_bound_s),
         Check(
             "no guest's monotonic clock went back",
             not back and not silent,
             ", ".join(back) or f"{len(guests)} guests asked",
         ),
-        _events(picture, rollout),
+        _events(fleet_view, rollout),
         Check(
             "no VM left paused",
-            not silent and not picture.frozen,
-            ", ".join([*silent, *picture.frozen]) or f"heartbeats of {len(guests)} guests",
+            not silent and not fleet_view.frozen,
+            ", ".join([*silent, *fleet_view.frozen]) or f"heartbeats of {len(guests)} guests",
         ),
     ]
 
 
-def _moved(picture: FleetView, pauses: Sequence[Pause]) -> Check:
+def _moved(fleet_view: FleetView, pauses: Sequence[Pause]) -> Check:
     details = {
         result.vm: result.detail
-        for operation in {each.operation for each in pauses} & picture.reports.keys()
-        for result in picture.reports[operation].vms
+        for operation in {each.operation for each in pauses} & fleet_view.reports.keys()
+        for result in fleet_view.reports[operation].vms
     }
     moved = [vm for vm, detail in details.items() if detail]
     return Check(
@@ -122,21 +122,25 @@ def _moved(picture: FleetView, pauses: Sequence[Pause]) -> Check:
     )
 
 
-def _guest_memory(picture: FleetView, pauses: Sequence[Pause]) -> Check:
-    shown = [Shown(pause, picture.clocks) for pause in pauses]
+def _guest_memory(fleet_view: FleetView, pauses: Sequence[Pause]) -> Check:
+    shown = [Shown(pause, fleet_view.clocks) for pause in pauses]
     return Check(
         "memory proven for every guest", bool(shown) and all(each.proven for each in shown), counted(shown)
     )
 
 
-def _approvals(picture: FleetView, rollout: WholeRollout, workloads: Mapping[str, WorkloadStatus]) -> Check:
+def _approvals(
+    fleet_view: FleetView, rollout: WholeRollout, workloads: Mapping[str, WorkloadStatus]
+) -> Check:
     ids = {event_id.lower() for wave in rollout.waves for event_id in wave.events.values()}
     asked = sum(any(each.lower() in ids for each in work.approved) for work in workloads.values())
-    return _approved(picture, ids, asked)
+    return _approved(fleet_view, ids, asked)
 
 
-def _approved(picture: FleetView, ids: set[str], asked: int) -> Check:
-    approved = {event_id for event_id in ids if any(each.approved_by for each in _facts(picture, event_id))}
+def _approved(fleet_view: FleetView, ids: set[str], asked: int) -> Check:
+    approved = {
+        event_id for event_id in ids if any(each.approved_by for each in _facts(fleet_view, event_id))
+    }
     return Check(
         "workloads were warned and approved",
         approved == ids and bool(ids),
@@ -144,8 +148,8 @@ def _approved(picture: FleetView, ids: set[str], asked: int) -> Check:
     )
 
 
-def _facts(picture: FleetView, event_id: str) -> list[m.EventChanged]:
-    return next((facts for known, facts in picture.events.items() if known.lower() == event_id), [])
+def _facts(fleet_view: FleetView, event_id: str) -> list[m.EventChanged]:
+    return next((facts for known, facts in fleet_view.events.items() if known.lower() == event_id), [])
 
 
 def _every_vm(pauses: Sequence[Pause], expected: set[str]) -> Check:
@@ -210,12 +214,12 @@ def _patched(patched: Sequence[str], hosts: set[str]) -> Check:
 
 
 def _memory(
-    picture: FleetView,
+    fleet_view: FleetView,
     pauses: Sequence[Pause],
     workloads: Mapping[str, WorkloadStatus],
     expected: set[str],
 ) -> Check:
-    shown = [Shown(pause, picture.clocks) for pause in pauses]
+    shown = [Shown(pause, fleet_view.clocks) for pause in pauses]
     by_host = sum(each.proven and "digest_equal" in each.held for each in shown)
     by_guest = sum(
         vm in workloads and workloads[vm].digest_checks > 0 and workloads[vm].digests_ok for vm in expected
@@ -227,8 +231,8 @@ def _memory(
     )
 
 
-def _clocks(picture: FleetView, pauses: Sequence[Pause], bound_s: float) -> Check:
-    verdicts = [picture.clocks.get((each.operation, each.vm)) for each in pauses]
+def _clocks(fleet_view: FleetView, pauses: Sequence[Pause], bound_s: float) -> Check:
+    verdicts = [fleet_view.clocks.get((each.operation, each.vm)) for each in pauses]
     right = [
         each
         for each in verdicts
@@ -244,18 +248,18 @@ def _clocks(picture: FleetView, pauses: Sequence[Pause], bound_s: float) -> Chec
     )
 
 
-def _events(picture: FleetView, rollout: WholeRollout) -> Check:
+def _events(fleet_view: FleetView, rollout: WholeRollout) -> Check:
     ids = [event_id for wave in rollout.waves for event_id in wave.events.values()]
     ends = {
         event_id: [
             each.status
-            for each in _facts(picture, event_id.lower())
+            for each in _facts(fleet_view, event_id.lower())
             if each.status in {"completed", "cancelled", "failed"}
         ]
         for event_id in ids
     }
     held = bool(ids) and all(end == ["completed"] for end in ends.values())
-    open_events = sum(len(document.events) for document in picture.documents.values())
+    open_events = sum(len(document.events) for document in fleet_view.documents.values())
     return Check(
         "every event reached exactly one end",
         held and open_events == 0,

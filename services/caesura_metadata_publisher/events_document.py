@@ -12,7 +12,7 @@ from email.utils import format_datetime
 import msgspec
 
 from caesura.contract.messages import ScheduledEvent, SetDocument
-from caesura_metadata_publisher.versions import EventsVersion
+from caesura_metadata_publisher.api_versions import EventsVersion
 
 
 def wire_document(document: SetDocument, version: EventsVersion) -> bytes:

@@ -6,7 +6,7 @@ import msgspec
 
 from caesura.contract import messages as m
 from caesura.lifecycle.commands import COMMANDS
-from caesura_ctl.versions import not_together
+from caesura_ctl.version_skew import not_together
 
 _WELL = m.HostInventory(host="h1", driver="process", epoch=1, vms=(), guard="ready", commands=COMMANDS)
 

@@ -10,14 +10,14 @@ import jsonschema
 import pytest
 
 from caesura.contract.messages import ScheduledEvent, SetDocument
-from caesura_metadata_publisher.document import (
+from caesura_metadata_publisher.api_versions import EVENTS_VERSIONS, events_version
+from caesura_metadata_publisher.events_document import (
     awaits_approval,
     entity_tag,
     find_event,
     unchanged,
     wire_document,
 )
-from caesura_metadata_publisher.versions import EVENTS_VERSIONS, events_version
 
 # Azure's document as a schema, version 2020-07-01.
 SCHEMA: dict[str, Any] = {

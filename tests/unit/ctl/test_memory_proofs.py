@@ -15,10 +15,10 @@ from caesura.contract import messages as m
 from caesura.lifecycle.proof import memory_proof
 from caesura_ctl.commands.rollouts import freeze, plan, roll
 from caesura_ctl.fleet_view import FleetView, Pause
+from caesura_ctl.memory_proofs import Shown, counted, planned
 from caesura_ctl.options import policy_from
-from caesura_ctl.proofs import Shown, counted, planned
 from caesura_ctl.tables import pauses_view, plan_view
-from caesura_demo.verdict import _guest_memory
+from caesura_demo.checks import _guest_memory
 
 T0 = datetime(2026, 4, 20, tzinfo=UTC)
 
@@ -42,10 +42,10 @@ def _verdict(vm: str, memory: m.MemoryProof | None) -> m.VmClockSynced:
 
 
 def _picture(*verdicts: m.VmClockSynced) -> FleetView:
-    picture = FleetView()
+    fleet_view = FleetView()
     for verdict in verdicts:
-        picture.fold(verdict)
-    return picture
+        fleet_view.fold(verdict)
+    return fleet_view
 
 
 def _text(view: Any) -> str:
@@ -56,12 +56,12 @@ def _text(view: Any) -> str:
 
 def test_a_boot_id_is_said_to_be_one_and_is_no_proof() -> None:
     """Only its boot id was equal, and the table said "memory same"."""
-    picture = _picture(_verdict("a", memory_proof(["not_rebooted"])))
+    fleet_view = _picture(_verdict("a", memory_proof(["not_rebooted"])))
     pauses = [_pause("a", memory_proof(detail="no memory file"))]
-    text = _text(pauses_view(pauses, picture.clocks))
+    text = _text(pauses_view(pauses, fleet_view.clocks))
     assert "not rebooted" in text
     assert "same" not in text
-    assert not _guest_memory(picture, pauses).held
+    assert not _guest_memory(fleet_view, pauses).held
 
 
 @pytest.mark.parametrize(
@@ -75,19 +75,21 @@ def test_a_boot_id_is_said_to_be_one_and_is_no_proof() -> None:
     ],
 )
 def test_proofs_are_counted_from_both_sides(by_host: Any, by_guest: Any, held: bool, words: str) -> None:
-    picture = _picture(_verdict("a", memory_proof(by_guest)))
-    check = _guest_memory(picture, [_pause("a", memory_proof(by_host))])
+    fleet_view = _picture(_verdict("a", memory_proof(by_guest)))
+    check = _guest_memory(fleet_view, [_pause("a", memory_proof(by_host))])
     assert (check.held, check.detail) == (held, words)
 
 
 def test_what_is_broken_comes_first_and_no_proof_outweighs_it() -> None:
-    picture = _picture(_verdict("a", memory_proof(["not_rebooted"], ["canary_equal"])), _verdict("b", None))
+    fleet_view = _picture(
+        _verdict("a", memory_proof(["not_rebooted"], ["canary_equal"])), _verdict("b", None)
+    )
     pauses = [_pause("a", memory_proof(["digest_equal"])), _pause("b", memory_proof(["digest_equal"]))]
-    assert counted(Shown(each, picture.clocks) for each in pauses) == (
+    assert counted(Shown(each, fleet_view.clocks) for each in pauses) == (
         "CANARY DIFFERS 1/2, digest equal 2/2, not rebooted 1/2"
     )
-    assert not _guest_memory(picture, pauses).held
-    assert not _guest_memory(picture, []).held
+    assert not _guest_memory(fleet_view, pauses).held
+    assert not _guest_memory(fleet_view, []).held
 
 
 def test_a_plan_says_what_will_be_shown_of_whom() -> None:

@@ -11,8 +11,9 @@ from rich.text import Text
 
 from caesura.contract.parts import WholeRollout
 from caesura_ctl.durations import show_pause
+from caesura_ctl.errors import NotCompleted
 from caesura_ctl.fleet_view import FleetView
-from caesura_ctl.options import Context, NotCompleted, note
+from caesura_ctl.options import Context, note
 from caesura_ctl.outputs import failure_lines
 from caesura_ctl.session import Session
 from caesura_ctl.tables import live_view, next_commands, pauses_view

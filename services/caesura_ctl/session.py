@@ -37,9 +37,9 @@ from caesura.delivery.message import prepare
 from caesura.delivery.policy import Policy
 from caesura.delivery.publisher import ReliablePublisher
 from caesura.fleet.words import Cleared
-from caesura.runtime.errors import CaesuraError
 from caesura.runtime.identity import new_id
 from caesura.runtime.settings import SettingsError
+from caesura_ctl.errors import BadRequest, NoBroker, NoCoordinatorAnswer
 from caesura_ctl.fleet_view import FleetView
 from caesura_ctl.settings import CtlSettings
 
@@ -56,24 +56,6 @@ _NOT_KNOWN = frozenset({BAD_USER_OR_PASSWORD, NOT_AUTHORIZED})
 
 Listener = Callable[[Received], Awaitable[None]]
 R = TypeVar("R", bound=m.RolloutRequested | m.FreezeRequested | m.AbortRequested | m.ResumeRequested)
-
-
-class NoBroker(CaesuraError):
-    """The broker cannot be reached."""
-
-    exit_code = 4
-
-
-class NoCoordinatorAnswer(CaesuraError):
-    """The coordinator did not answer in time."""
-
-    exit_code = 5
-
-
-class BadRequest(CaesuraError):
-    """A request that violates the contract, detected before it is sent."""
-
-    exit_code = 2
 
 
 class ConnectionNews:
@@ -167,7 +149,7 @@ class Session:
         Raises:
             BadRequest: it violates the contract (a notice of zero, a budget above 30 s, an impossible name).
             NoBroker: the broker did not accept it, or the connection was lost.
-            NoAnswer: no coordinator answered within 10 s.
+            NoCoordinatorAnswer: no coordinator answered within 10 s.
         """
         check(request)
         loop = asyncio.get_running_loop()

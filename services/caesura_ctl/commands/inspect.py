@@ -16,9 +16,10 @@ from caesura.contract.codec import Received
 from caesura.contract.topics import CHANNELS, PREFIX
 from caesura_ctl.completion import complete
 from caesura_ctl.console import visible_json
+from caesura_ctl.errors import NotCompleted
 from caesura_ctl.follow import REFRESH_S, conclude, follow
 from caesura_ctl.name_params import NAME, SET_NAME
-from caesura_ctl.options import Context, NotCompleted, common, epilog, note, print_json, run
+from caesura_ctl.options import Context, common, epilog, note, print_json, run
 from caesura_ctl.session import connect
 from caesura_ctl.tables import (
     attention_view,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import click
@@ -10,20 +11,11 @@ from caesura.contract import messages as m
 from caesura_ctl.blast import again, confirm, everything, limits, limits_from
 from caesura_ctl.completion import complete
 from caesura_ctl.durations import BUDGET, show_duration
+from caesura_ctl.errors import RefusedByCoordinator, RequestInterrupted
 from caesura_ctl.follow import conclude, follow
 from caesura_ctl.name_params import NAME
-from caesura_ctl.options import (
-    Context,
-    RefusedByCoordinator,
-    common,
-    epilog,
-    policy,
-    policy_from,
-    print_json,
-    run,
-    selection,
-)
-from caesura_ctl.session import Session, check, connect, new_request_id
+from caesura_ctl.options import Context, common, epilog, policy, policy_from, print_json, run, selection
+from caesura_ctl.session import R, Session, check, connect, new_request_id
 from caesura_ctl.tables import plan_view
 
 
@@ -34,7 +26,7 @@ def _chosen(options: dict[str, Any]) -> m.Selection:
 async def _start(
     session: Session, context: Context, request: m.RolloutRequested | m.FreezeRequested, *, detach: bool
 ) -> None:
-    answer = await session.ask(request)
+    answer = await (session.ask(request) if request.plan_only else _ask(session, request))
     if answer.plan is not None and not context.json:
         context.console.print(plan_view(answer.plan))
     if not answer.accepted:
@@ -55,6 +47,18 @@ async def _start(
         context.console.print(f"rollout {answer.rollout} started; Ctrl-C stops watching, not the rollout")
     state = await follow(session, context, answer.rollout)
     conclude(session, context, state)
+
+
+async def _ask(session: Session, request: R) -> m.RequestAnswered:
+    """Send a request that changes something.
+
+    Raises:
+        RequestInterrupted: a signal ended the command in the meantime.
+    """
+    try:
+        return await session.ask(request)
+    except asyncio.CancelledError:
+        raise RequestInterrupted from None
 
 
 async def _refused_files(session: Session, request: m.RolloutRequested | m.FreezeRequested) -> str:
@@ -236,7 +240,7 @@ async def _send_control(
     last_word: bool = True,
 ) -> str:
     """Send the request and print the answer; as JSON only if no other output follows, since a script reads one document."""
-    answer = await session.ask(request)
+    answer = await _ask(session, request)
     if context.json and (last_word or not answer.accepted):
         print_json(answer)
     if not answer.accepted:

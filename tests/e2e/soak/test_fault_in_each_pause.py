@@ -25,7 +25,8 @@ import pytest
 from caesura.bus.local_broker import LocalBroker
 from caesura.contract import messages as m
 from caesura.runtime.processes import marked_processes
-from caesura_ctl.session import NoBroker, NoCoordinatorAnswer, new_request_id
+from caesura_ctl.errors import NoBroker, NoCoordinatorAnswer
+from caesura_ctl.session import new_request_id
 from caesura_testing.patience import patient
 from caesura_testing.sandbox import Vm
 

@@ -21,7 +21,8 @@ from caesura.contract import messages as m
 from caesura.contract.codec import Received
 from caesura_coordinator.records import Rollout
 from caesura_coordinator.store import CoordinatorStore
-from caesura_ctl.session import NoBroker, NoCoordinatorAnswer, new_request_id
+from caesura_ctl.errors import NoBroker, NoCoordinatorAnswer
+from caesura_ctl.session import new_request_id
 from caesura_testing.sandbox import Vm
 
 _SECONDS = float(os.environ.get("CAESURA_SOAK_S", "60"))

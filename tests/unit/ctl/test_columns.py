@@ -14,9 +14,10 @@ from caesura.contract import messages as m
 from caesura.contract.examples import examples
 from caesura.contract.parts import WholeRollout
 from caesura_ctl.columns import Columns
+from caesura_ctl.errors import NotCompleted
 from caesura_ctl.fleet_view import FleetView
 from caesura_ctl.follow import Progress, conclude
-from caesura_ctl.options import NotCompleted, wide_console
+from caesura_ctl.options import wide_console
 from caesura_ctl.tables import (
     documents_view,
     domains_view,

@@ -14,7 +14,7 @@ from rich.table import Table
 from caesura.contract import messages as m
 from caesura.contract.codec import Received, decode, encode
 from caesura.contract.topics import channel_of
-from caesura_ctl import options
+from caesura_ctl import errors, options
 from caesura_ctl.commands.inspect import _print_message
 from caesura_ctl.console import VisibleConsole, visible, visible_json
 from caesura_ctl.options import Context, fail, print_json
@@ -70,7 +70,7 @@ def test_what_all_commands_print_on_is_such_a_console() -> None:
 def test_errors_and_json_too(capsys: pytest.CaptureFixture[str]) -> None:
     for as_json in (False, True):
         with pytest.raises(SystemExit):
-            fail(options.NotCompleted(HOSTILE), as_json=as_json)
+            fail(errors.NotCompleted(HOSTILE), as_json=as_json)
     print_json({"reason": HOSTILE})
     captured = capsys.readouterr()
     assert harmless(captured.out + captured.err)

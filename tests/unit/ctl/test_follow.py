@@ -23,9 +23,10 @@ from caesura.runtime.settings import Secret
 from caesura_ctl import follow as following
 from caesura_ctl import session as sessions
 from caesura_ctl.commands import rollouts
+from caesura_ctl.errors import NoBroker, NoCoordinatorAnswer, RefusedByCoordinator
 from caesura_ctl.fleet_view import FleetView
-from caesura_ctl.options import Context, RefusedByCoordinator
-from caesura_ctl.session import ConnectionNews, NoBroker, NoCoordinatorAnswer, Session, connect
+from caesura_ctl.options import Context
+from caesura_ctl.session import ConnectionNews, Session, connect
 from caesura_ctl.settings import CtlSettings
 from caesura_ctl.tables import live_view
 from caesura_testing.patience import patient

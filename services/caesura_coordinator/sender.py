@@ -30,7 +30,7 @@ class CommandSender:
     """Sends the commands that the rollouts of a repository require.
 
     Args:
-        book: the repository of the rollouts.
+        repository: the repository of the rollouts.
         post: where commands are sent.
         commits: those of the repository's store.
         authority: the coordinator and epoch of the commands; None: there is no authority, so nothing is sent.

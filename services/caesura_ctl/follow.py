@@ -135,7 +135,7 @@ def conclude(session: Session, context: Context, state: WholeRollout) -> None:
         NotCompleted: with the reason, when the rollout halted or was aborted.
     """
     pauses = session.fleet_view.pauses_of(state.rollout)
-    complete = session.fleet_view.heard_all(state)
+    complete = session.fleet_view.observed_all(state)
     if context.json:
         from caesura_ctl.options import print_json  # noqa: PLC0415 - only for scripts
 

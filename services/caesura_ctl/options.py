@@ -239,15 +239,15 @@ def fail(error: CaesuraError, *, as_json: bool) -> None:
 
 def fail_json(error: str, reason: str, code: int) -> NoReturn:
     """Print the error as one JSON document on standard error, and exit."""
-    told = msgspec.json.encode({"error": error, "reason": reason, "exit_code": code})
-    click.echo(visible_json(told), err=True)
+    line = msgspec.json.encode({"error": error, "reason": reason, "exit_code": code})
+    click.echo(visible_json(line), err=True)
     sys.exit(code)
 
 
 def note(text: str, *, as_json: bool) -> None:
     """A notice on standard error: it is not part of the answer."""
-    told = visible_json(msgspec.json.encode({"note": text})) if as_json else f"caesura: {visible(text)}"
-    click.echo(told, err=True)
+    line = visible_json(msgspec.json.encode({"note": text})) if as_json else f"caesura: {visible(text)}"
+    click.echo(line, err=True)
 
 
 class Commands(click.Group):

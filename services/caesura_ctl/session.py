@@ -76,17 +76,17 @@ class ConnectionNews:
 
     def news(self) -> list[str]:
         """The lines to print since the last call."""
-        told = []
+        lines = []
         # Lost and back between two checks: messages published in between are missing all the same.
         if self.up and (not self._stats.connected or self._stats.connects > self._connects):
             self.up = False
             self._missed()
-            told.append(self.LOST)
+            lines.append(self.LOST)
         if not self.up and self._stats.connected:
             self.up = True
-            told.append("connected to the broker again")
+            lines.append("connected to the broker again")
         self._connects = self._stats.connects
-        return told
+        return lines
 
 
 def client_name(settings: CtlSettings) -> str:
@@ -179,11 +179,11 @@ class Session:
             await asyncio.wait({publishing})
         if not self.bus.stats.connected:
             raise NoBroker(f"the connection to the broker was lost: {self.bus.stats.last_error}")
-        heard = self.fleet_view.coordinator
+        coordinator = self.fleet_view.coordinator
         who = (
             "is not on the bus. Is caesura-coordinator running?"
-            if heard is None or not heard.online
-            else f"({heard.coordinator}) is on the bus but silent. Its log and its /ready say why."
+            if coordinator is None or not coordinator.online
+            else f"({coordinator.coordinator}) is on the bus but silent. Its log and its /ready say why."
         )
         raise NoCoordinatorAnswer(
             f"no answer within {ANSWER_S:g} s: the coordinator {who} "
@@ -288,9 +288,9 @@ def _check_tls(options: BrokerOptions) -> None:
     try:
         options.tls()
     except (ssl.SSLError, TlsFilesUnusable) as error:
-        told = ", ".join(f"{name}={path!r}" for name, path in given.items())
+        names = ", ".join(f"{name}={path!r}" for name, path in given.items())
         diagnosis = explain(error, options)
-        raise SettingsError(f"{told}: {diagnosis.what}; {diagnosis.advice}") from error
+        raise SettingsError(f"{names}: {diagnosis.what}; {diagnosis.advice}") from error
 
 
 def _no_broker(bus: MqttBus) -> str:

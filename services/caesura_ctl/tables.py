@@ -118,11 +118,11 @@ def _wave_note(wave: m.WaveState, now: datetime) -> str:
     return wave.reason
 
 
-def _paused_so_far(wave: m.WaveState, paused: int, *, heard: bool) -> str:
+def _paused_so_far(wave: m.WaveState, paused: int, *, observed: bool) -> str:
     """The number of VMs whose pause was received; a wave that started before this session may have had more."""
     if not paused and wave.status in {"pending", "scheduled"}:
         return ""
-    if heard or paused == len(wave.vms):
+    if observed or paused == len(wave.vms):
         return f"{paused}/{len(wave.vms)}"
     return f"{paused}+/{len(wave.vms)}" if paused else "-"
 
@@ -182,7 +182,7 @@ def rollout_view(
             _paused_so_far(
                 wave,
                 sum(vm in paused for vm in wave.vms),
-                heard=fleet_view.heard_wave(rollout.rollout, wave.wave),
+                observed=fleet_view.observed_wave(rollout.rollout, wave.wave),
             ),
             # The reason of the halt is printed in full below.
             ""

@@ -38,14 +38,14 @@ def vm_id(vm: str) -> str:
 
 
 def instance_tree(
-    placed: LocatedVm, version: str, place: InstanceLocation, address: str
+    located: LocatedVm, version: str, place: InstanceLocation, address: str
 ) -> Mapping[str, Tree]:
     """Everything under ``/metadata/instance`` for this VM at this api-version.
 
     Args:
         address: the IPv4 address shown as the VM's private one.
     """
-    return {"compute": _compute(placed, version, place), "network": _network(placed.record.vm, address)}
+    return {"compute": _compute(located, version, place), "network": _network(located.record.vm, address)}
 
 
 def answer_instance(
@@ -82,15 +82,15 @@ def _listing(element: Mapping[str, Tree] | Sequence[Tree]) -> list[str]:
     return [name if isinstance(child, str) else f"{name}/" for name, child in pairs]
 
 
-def _compute(placed: LocatedVm, version: str, place: InstanceLocation) -> Mapping[str, Tree]:
-    record, vm = placed.record, placed.record.vm
+def _compute(located: LocatedVm, version: str, place: InstanceLocation) -> Mapping[str, Tree]:
+    record, vm = located.record, located.record.vm
     in_a_set = not record.set.startswith("_")
     group = f"/subscriptions/{place.subscription}/resourceGroups/{place.resource_group}/providers/Microsoft.Compute"
-    tags = {"caesura_host": placed.host} | ({"caesura_set": record.set} if in_a_set else {})
+    tags = {"caesura_host": located.host} | ({"caesura_set": record.set} if in_a_set else {})
     fields: tuple[tuple[str, Tree, str], ...] = (
         ("azEnvironment", "", "2018-10-01"),
         ("evictionPolicy", "", "2020-12-01"),
-        ("host", {"id": f"{group}/hostGroups/{place.resource_group}/hosts/{placed.host}"}, "2021-11-15"),
+        ("host", {"id": f"{group}/hostGroups/{place.resource_group}/hosts/{located.host}"}, "2021-11-15"),
         ("location", place.location, "2017-04-02"),
         ("name", vm, "2017-04-02"),
         ("offer", "", "2017-04-02"),

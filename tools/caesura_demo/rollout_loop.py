@@ -93,14 +93,14 @@ class Rollouts:
 
     def __init__(
         self,
-        plan: LoopSettings,
+        settings: LoopSettings,
         *,
         command: Sequence[str] = ("caesura",),
         hosts: Sequence[str] | None = None,
         look_again_s: float = _LOOK_AGAIN_S,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._plan = plan
+        self._settings = settings
         self._hosts = compose_layout().hosts if hosts is None else tuple(hosts)
         self._clock = clock
         self._command = tuple(command)
@@ -127,7 +127,7 @@ class Rollouts:
         Raises:
             RolloutsError: the command cannot be used as it is configured.
         """
-        if not self._plan.on:
+        if not self._settings.on:
             _log.info(
                 "rollouts.off", how="docker compose run --rm caesura roll hypervisor-patch --all --notice 10s"
             )
@@ -143,7 +143,7 @@ class Rollouts:
             _log.warning("rollouts.cannot_look", code=seen.code, why=seen.words)
             return self._look_again_s
         facts = facts_from(seen.document)
-        step = next_action(facts, client=self._plan.client, hosts=self._hosts, past=self._past(facts))
+        step = next_action(facts, client=self._settings.client, hosts=self._hosts, past=self._past(facts))
         if step.what in {"wait", "leave"}:
             self._say(step)
             return self._look_again_s
@@ -192,7 +192,7 @@ class Rollouts:
                 pauses=len(answer.document.get("pauses", [])),
                 longest_s=round(longest, 3),
             )
-            return self._look_again_s if state["status"] == "halted" else self._plan.pause_s
+            return self._look_again_s if state["status"] == "halted" else self._settings.pause_s
         if not self._stopping.is_set():
             _log.warning("rollouts.not_done", code=answer.code, why=answer.words)
         return self._look_again_s
@@ -244,8 +244,8 @@ def _reason(text: str) -> str:
     lines = text.strip().splitlines()
     if not lines:
         return ""
-    told = _document(lines[-1])
-    return str(told.get("reason", "")) or lines[-1]
+    document = _document(lines[-1])
+    return str(document.get("reason", "")) or lines[-1]
 
 
 async def _run_until_stopped(rollouts: Rollouts) -> None:

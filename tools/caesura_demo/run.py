@@ -28,7 +28,7 @@ from caesura_ctl.follow import ENDED, Progress
 from caesura_ctl.session import Session, connect, new_request_id
 from caesura_ctl.settings import CtlSettings
 from caesura_ctl.tables import live_view, pauses_view
-from caesura_demo.checks import Check, WorkloadStatus, judge, judge_guests
+from caesura_demo.checks import Check, judge, judge_guests
 from caesura_demo.guests import (
     UPDATES,
     GuestImage,
@@ -42,13 +42,13 @@ from caesura_demo.image import build_image
 from caesura_demo.layout import (
     UPDATE,
     Broker,
-    Layout,
     host_file,
     listeners_file,
     service_environments,
     standard_layout,
     update_file,
 )
+from caesura_demo.results import RolloutResult, document_of, read_patched, read_workloads
 from caesura_demo.service_processes import Processes
 from caesura_demo.sweeper import Sweeper, start_sweeper
 from caesura_demo.workspace import FIRST_PORT, CleanUp, free_ports, ram_folder, run_folder
@@ -61,6 +61,9 @@ _GUESTS_READY_S = 300.0
 _GUESTS_ROLLOUT_S = 240.0
 _GUESTS_SETTLE_S = 20.0
 _REFRESH_S = 0.2
+
+
+_BROKERS = {"mosquitto": "Mosquitto", "embedded": "amqtt, embedded (install mosquitto to use that instead)"}
 
 
 class Options(msgspec.Struct, frozen=True, kw_only=True):
@@ -338,13 +341,13 @@ class Demo:
     ) -> list[Check]:
         if self._real:
             guests = await asyncio.gather(*(read_guest(folder, vm) for vm in self.layout.vms))
-            patched = _read_patched(folder / f"patched-{kind}")
+            patched = read_patched(folder / f"patched-{kind}")
             return judge_guests(session.fleet_view, rollout, guests, patched, method=kind)
         return judge(
             session.fleet_view,
             rollout,
-            _read_workloads(folder, self.layout),
-            _read_patched(folder / "patched"),
+            read_workloads(folder, self.layout),
+            read_patched(folder / "patched"),
             [f"process {pid}" for pid in frozen_processes(f"CAESURA_DEMO_RUN={self.run_id}")],
         )
 
@@ -435,7 +438,7 @@ class Demo:
             "broker": broker.url,
         }
         if self.options.json:
-            document = _document(session, results, urls)
+            document = document_of(session, results, urls)
             self.console.out(msgspec.json.encode(document).decode(), highlight=False)
             return
         for result in results:
@@ -454,37 +457,3 @@ class Demo:
         for name, url in urls.items():
             self.console.print(f"  {name}: {url}", soft_wrap=True)
         self.console.print(f"  every message: caesura tail --broker {broker.url}", soft_wrap=True)
-
-
-class RolloutResult(msgspec.Struct, frozen=True):
-    """One rollout of the demo and its results."""
-
-    rollout: WholeRollout
-    checks: list[Check]
-
-
-def _document(session: Session, results: Sequence[RolloutResult], urls: dict[str, str]) -> dict[str, Any]:
-    """The answer of ``--json``: the last rollout at the top level, since there is usually one, and the list of all."""
-    told = []
-    for result in results:
-        pauses = session.fleet_view.pauses_of(result.rollout.rollout)
-        clocks = [session.fleet_view.clocks.get((each.operation, each.vm)) for each in pauses]
-        told.append({"rollout": result.rollout, "checks": result.checks, "pauses": pauses, "clocks": clocks})
-    held = all(check.held for result in results for check in result.checks)
-    return {"held": held, **told[-1], "rollouts": told, "urls": urls}
-
-
-_BROKERS = {"mosquitto": "Mosquitto", "embedded": "amqtt, embedded (install mosquitto to use that instead)"}
-
-
-def _read_workloads(folder: Path, layout: Layout) -> dict[str, WorkloadStatus]:
-    found = {}
-    for vm in layout.vms:
-        path = folder / "workloads" / f"{vm.name}.json"
-        with suppress(OSError, msgspec.DecodeError):
-            found[vm.name] = msgspec.json.decode(path.read_bytes(), type=WorkloadStatus)
-    return found
-
-
-def _read_patched(path: Path) -> list[str]:
-    return path.read_text(encoding="utf-8").split() if path.exists() else []

@@ -116,10 +116,10 @@ def prepare(folder: Path, *, state: str, renew: Sequence[str] = ()) -> None:
     made = [name for name in readers if name in renew or not (place / name).exists()]
     broken = {name: why for name in readers if name not in made and (why := _broken(place / name))}
     if broken:
-        told = "; ".join(f"{place / name} {why}" for name, why in broken.items())
+        faults = "; ".join(f"{place / name} {why}" for name, why in broken.items())
         again = " ".join(f"--renew {name}" for name in broken)
         raise SetupError(
-            f"{told}. Create it again: docker compose run --rm setup {folder} {again}, then "
+            f"{faults}. Create it again: docker compose run --rm setup {folder} {again}, then "
             "docker compose up --force-recreate"
         )
     for name in made:

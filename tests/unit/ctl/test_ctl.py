@@ -515,7 +515,7 @@ def test_pauses_that_were_not_heard_are_not_counted_as_none() -> None:
     fleet_view = FleetView()
     fleet_view.fold(_rollout(_wave(0, "completed"), _wave(1, "verifying"), _wave(2, "pending")))
     assert _so_far(fleet_view) == ["-", "-", ""]
-    assert not fleet_view.heard_all(fleet_view.rollouts["r"])
+    assert not fleet_view.observed_all(fleet_view.rollouts["r"])
     _paused(fleet_view, "w1a")
     assert _so_far(fleet_view) == ["-", "1+/2", ""]
     _paused(fleet_view, "w1b")
@@ -530,7 +530,7 @@ def test_pauses_of_what_was_seen_from_its_beginning_are_counted() -> None:
     assert _so_far(fleet_view) == ["0/2", ""]
     _paused(fleet_view, "w0a")
     assert _so_far(fleet_view) == ["1/2", ""]
-    assert fleet_view.heard_all(fleet_view.rollouts["r"])
+    assert fleet_view.observed_all(fleet_view.rollouts["r"])
 
 
 def test_what_was_missed_while_the_broker_was_away_is_not_counted_as_none() -> None:
@@ -541,7 +541,7 @@ def test_what_was_missed_while_the_broker_was_away_is_not_counted_as_none() -> N
     assert not fleet_view.frozen, "it may have been resumed meanwhile"
     fleet_view.fold(_rollout(_wave(0, "started"), _wave(1, "pending")))
     assert _so_far(fleet_view) == ["-", ""]
-    assert not fleet_view.heard_all(fleet_view.rollouts["r"])
+    assert not fleet_view.observed_all(fleet_view.rollouts["r"])
     fleet_view.fold(_rollout(_wave(0, "completed"), _wave(1, "started")))
     assert _so_far(fleet_view) == ["-", "0/2"]
 

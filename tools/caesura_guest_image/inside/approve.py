@@ -71,7 +71,7 @@ class Approver:
 def run(parameters: Parameters) -> None:
     """Poll and answer indefinitely."""
     approver = Approver(os.environ.get("CAESURA_VM_AGENT_VM", ""), parameters["url"])
-    desk = RequestPort(PORT, {b"status": approver.status})
+    requests = RequestPort(PORT, {b"status": approver.status})
     while True:
         approver.poll()
-        desk.serve_until(time.monotonic() + _POLL_S)
+        requests.serve_until(time.monotonic() + _POLL_S)

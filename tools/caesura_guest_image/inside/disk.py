@@ -75,7 +75,7 @@ def run(parameters: Parameters) -> None:
             *(disk.sequence, disk.longest_s),
         )
 
-    desk = RequestPort(PORT, {b"verify": verify, b"status": status})
+    requests = RequestPort(PORT, {b"verify": verify, b"status": status})
     while True:
         disk.write()
-        desk.serve_until(time.monotonic() + pause_s)
+        requests.serve_until(time.monotonic() + pause_s)

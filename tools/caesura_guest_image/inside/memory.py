@@ -169,7 +169,7 @@ def run(parameters: Parameters) -> None:
         region.damage(size // 2)
         return b'{"damaged":%d}' % (size // 2)
 
-    desk = RequestPort(PORT, {b"verify": verify, b"status": status, b"swap-byte": damage})
+    requests = RequestPort(PORT, {b"verify": verify, b"status": status, b"swap-byte": damage})
     steps = float(parameters.get("dirty_mib_s", "50")) * MIB / _STEP / _STEPS_PER_S if hot.steps else 0.0
     due, owed = time.monotonic(), 0.0
     while True:
@@ -178,4 +178,4 @@ def run(parameters: Parameters) -> None:
         while owed >= 1:
             hot.write()
             owed -= 1
-        desk.serve_until(due)
+        requests.serve_until(due)

@@ -47,14 +47,8 @@ from caesura_coordinator.effects import (
 )
 from caesura_coordinator.events import Approve, Fact, Input, Outdated
 from caesura_coordinator.fence import FleetFence
-from caesura_coordinator.records import (
-    FINAL,
-    Rollout,
-    WaveEvent,
-    rollout_state,
-    with_etags,
-    without_waves,
-)
+from caesura_coordinator.published_state import rollout_state, with_etags
+from caesura_coordinator.records import FINAL, Rollout, WaveEvent, without_waves
 from caesura_coordinator.retention import Removal, all_waves, excess, how_shown, no_longer_kept
 from caesura_coordinator.rollout import after_restart, decide
 from caesura_coordinator.store import CoordinatorStore

@@ -25,7 +25,8 @@ from caesura_coordinator.leadership import Leadership
 from caesura_coordinator.outbox_relay import OutboxRelay
 from caesura_coordinator.owners import Owners
 from caesura_coordinator.plan import make_plan, most_targets, nothing_to_do, sets_of
-from caesura_coordinator.records import Rollout, largest_states, new_rollout
+from caesura_coordinator.published_state import largest_states
+from caesura_coordinator.records import Rollout, new_rollout
 from caesura_coordinator.repository import RolloutRepository
 from caesura_coordinator.responses import REASON_CHARACTERS, with_plan
 from caesura_coordinator.validation import RequestRefused, request_expired

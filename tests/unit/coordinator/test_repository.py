@@ -18,13 +18,8 @@ from caesura_coordinator.authority import Authority
 from caesura_coordinator.events import Abort, Approve, Resume, Tick
 from caesura_coordinator.fence import FleetFence
 from caesura_coordinator.plan import make_plan
-from caesura_coordinator.records import (
-    Rollout,
-    WaveEvent,
-    largest_states,
-    new_rollout,
-    rollout_state,
-)
+from caesura_coordinator.published_state import largest_states, rollout_state
+from caesura_coordinator.records import Rollout, WaveEvent, new_rollout
 from caesura_coordinator.repository import RolloutRepository
 from caesura_coordinator.retention import Removal
 from caesura_coordinator.store import CoordinatorStore

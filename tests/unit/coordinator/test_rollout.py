@@ -22,7 +22,8 @@ from caesura_coordinator.effects import Effect, EventEnded, EventScheduled, Even
 from caesura_coordinator.events import Abort, Approve, Input, Outdated, Resume, Tick
 from caesura_coordinator.fence import FleetFence
 from caesura_coordinator.plan import make_plan
-from caesura_coordinator.records import HostOperation, Rollout, Wave, new_rollout, wave_state
+from caesura_coordinator.published_state import wave_state
+from caesura_coordinator.records import HostOperation, Rollout, Wave, new_rollout
 from caesura_coordinator.rollout import after_restart, decide
 from caesura_coordinator.validation import RequestRefused
 from caesura_coordinator.verification import verify

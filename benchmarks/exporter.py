@@ -35,7 +35,7 @@ from caesura.bus.port import Delivery
 from caesura.contract.codec import decode
 from caesura.runtime.health import serve_health
 from caesura_metrics_exporter.live.page import LivePage
-from caesura_metrics_exporter.scrape import Scrape
+from caesura_metrics_exporter.metrics.scrape import Scrape
 from caesura_metrics_exporter.service import MetricsExporter
 from caesura_metrics_exporter.settings import MetricsExporterSettings
 

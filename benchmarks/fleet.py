@@ -34,7 +34,7 @@ from caesura.contract.codec import Received
 from caesura.contract.topics import channel_of
 from caesura.lifecycle.commands import COMMANDS
 from caesura_coordinator.service import Coordinator, subscriptions
-from caesura_coordinator.store import Store
+from caesura_coordinator.store import CoordinatorStore
 
 _PER_HOST = 10
 _RATIO_MOST = 1.5
@@ -352,7 +352,7 @@ class World:
             await host.report_in()
             for each in host.records:
                 await self.post.send(m.AgentPresence(vm=each.vm, online=True, boot_id="b"), vm=each.vm)
-        store = Store(str(self.folder / "coordinator.sqlite"))
+        store = CoordinatorStore(str(self.folder / "coordinator.sqlite"))
         bus = MemoryBus(self.broker, client_id="c", filters=subscriptions(), clean=False)
         loop = asyncio.get_running_loop()
         loop.set_task_factory(timed_tasks)
@@ -407,7 +407,7 @@ class World:
 
     async def _until_acknowledged(self, made: Coordinator) -> None:
         async with asyncio.timeout(_PATIENCE_S):
-            while not made.leads or made.bus.stats.backlog or made.waiting():  # noqa: ASYNC110
+            while not made.is_leader or made.bus.stats.backlog or made.waiting():  # noqa: ASYNC110
                 await asyncio.sleep(0.05)
             while any(host.epoch != made.authority.epoch for host in self.hosts):  # noqa: ASYNC110
                 await asyncio.sleep(0.05)

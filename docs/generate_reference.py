@@ -36,10 +36,11 @@ from caesura.contract.topics import channel_of
 from caesura.runtime.command import EXIT_CONFIG, EXIT_INTERRUPTED
 from caesura.runtime.errors import CaesuraError
 from caesura.runtime.settings import ServiceSettings, describe_settings
+from caesura_coordinator.leadership import LeadershipLost
 from caesura_coordinator.metrics import CoordinatorCollector
-from caesura_coordinator.service import Coordinator, LeadershipLost
+from caesura_coordinator.service import Coordinator
 from caesura_coordinator.settings import CoordinatorSettings
-from caesura_coordinator.store import Store
+from caesura_coordinator.store import CoordinatorStore
 from caesura_ctl.options import EXIT_CODES
 from caesura_ctl.settings import CtlSettings
 from caesura_host_updater.drivers.process.driver import ProcessDriver
@@ -231,7 +232,7 @@ async def families(folder: Path) -> dict[str, list[Metric]]:
     for number, example in enumerate(examples()):
         topic = channel_of(type(example.message)).topic(**example.parameters)
         await exporter.deliver(Delivery(topic, golden_payload(number)))
-    coordinator = Coordinator(_bus(), Store(":memory:"), instance="example", settle_s=0.0)
+    coordinator = Coordinator(_bus(), CoordinatorStore(":memory:"), instance="example", settle_s=0.0)
     publisher_bus, agent_bus = _bus(), _bus()
     publisher = MetadataPublisher(MetadataPublisherSettings(listeners_file=""), publisher_bus)
     agent = VmAgent(VmAgentSettings(vm="web-1"), agent_bus, SimulatedClock(), "example")

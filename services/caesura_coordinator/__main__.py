@@ -17,11 +17,12 @@ with QuietInterrupt():
     from caesura.runtime.listen import check_health_address
     from caesura.runtime.lock import exclusive_lock
     from caesura.runtime.serve import serve
-    from caesura_coordinator.inputs import Authority
+    from caesura_coordinator.authority import Authority
+    from caesura_coordinator.leadership import will
     from caesura_coordinator.metrics import CoordinatorCollector
-    from caesura_coordinator.service import Coordinator, subscriptions, will
+    from caesura_coordinator.service import Coordinator, subscriptions
     from caesura_coordinator.settings import CoordinatorSettings
-    from caesura_coordinator.store import Store
+    from caesura_coordinator.store import CoordinatorStore
 
 SUMMARY = "Plans and runs rollouts; one coordinator per fleet. Announces scheduled events, commands hosts, halts on any failure."
 
@@ -29,7 +30,7 @@ SUMMARY = "Plans and runs rollouts; one coordinator per fleet. Announces schedul
 async def run(settings: CoordinatorSettings) -> None:
     """Serve until a signal."""
     with exclusive_lock(settings.state_dir):
-        store = Store(f"{settings.state_dir}/coordinator.sqlite")
+        store = CoordinatorStore(f"{settings.state_dir}/coordinator.sqlite")
         bus = MqttBus(
             options_from(settings, client_id=settings.instance, clean=False),
             filters=subscriptions(),

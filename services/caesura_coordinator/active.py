@@ -54,4 +54,4 @@ class ActiveRollouts:
             return
         self._seen[name][wave.index] = made
         self.of_event |= {each.event_id.lower(): name for each in wave.events}
-        self.of_operation |= {each.operation: name for each in (*wave.done, *wave.operations)}
+        self.of_operation |= {each.operation: name for each in (*wave.completed_operations, *wave.operations)}

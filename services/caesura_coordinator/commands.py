@@ -9,7 +9,7 @@ from typing import Literal
 import msgspec
 
 from caesura.contract.messages import AbortOperation, OperationTarget, StartOperation
-from caesura_coordinator.inputs import Authority
+from caesura_coordinator.authority import Authority
 from caesura_coordinator.members import has_verdict, members_of
 from caesura_coordinator.records import FINAL, HostOperation, Rollout, Wave
 
@@ -27,7 +27,7 @@ def due_operations(rollout: Rollout, authority: Authority) -> Iterable[Due]:
     wave = rollout.current
     if wave is None:
         return
-    for operation in (*wave.done, *wave.operations):
+    for operation in (*wave.completed_operations, *wave.operations):
         # A lost host is commanded to abort the operation for as long as the rollout waits for a decision.
         lost = operation.status == "lost" and rollout.status == "halted"
         open_ = operation.status not in FINAL and wave.status == "started"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from caesura.runtime.folder_command import run_on_folder
 from caesura.runtime.lock import StateFolderUnusable, exclusive_lock
-from caesura_coordinator.store import Store
+from caesura_coordinator.store import CoordinatorStore
 
 
 def forget_epoch(folder: Path) -> int:
@@ -27,7 +27,7 @@ def forget_epoch(folder: Path) -> int:
             f"{folder} does not contain coordinator.sqlite: give the state folder of a coordinator"
         )
     with exclusive_lock(str(folder)):
-        store = Store(str(path))
+        store = CoordinatorStore(str(path))
         try:
             claimed = store.epoch()
             store.save_epoch(0)

@@ -31,7 +31,7 @@ class CoordinatorCollector(Collector):
         yield GaugeMetricFamily(
             "caesura_coordinator_active_rollouts",
             "Rollouts that hold their sets: running, aborting or halted.",
-            len(coordinator.book.active),
+            len(coordinator.repository.active),
         )
         yield GaugeMetricFamily(
             "caesura_coordinator_outbox_messages",

@@ -36,13 +36,13 @@ class OwnerRecords:
         commits: GroupCommit,
         *,
         source: str,
-        leads: Callable[[], bool],
+        is_leader: Callable[[], bool],
     ) -> None:
         self._owners = owners
         self._publisher = publisher
         self._commits = commits
         self._source = source
-        self._leads = leads
+        self._is_leader = is_leader
         self._sent: dict[str, VmOwner | None] = {}
         """Maps a VM to the record in flight to the broker; None: its removal."""
         self._changed = asyncio.Event()
@@ -60,11 +60,11 @@ class OwnerRecords:
         while True:
             await self._changed.wait()
             self._changed.clear()
-            if not self._leads():
+            if not self._is_leader():
                 continue
             due = self._owners.unpublished()
             await self._commits.reached()
-            if not self._leads():
+            if not self._is_leader():
                 continue
             for vm, owner in due:
                 if vm not in self._sent or self._sent[vm] != owner:

@@ -13,8 +13,8 @@ from caesura.fleet.words import Cleared
 from caesura.lifecycle.ownership import conflict, settle
 from caesura.runtime.errors import StoreError
 from caesura.runtime.sampler import Sampler
-from caesura_coordinator.fleet import Contested
-from caesura_coordinator.store import Store
+from caesura_coordinator.fence import Contested
+from caesura_coordinator.store import CoordinatorStore
 
 _NAMED = 8
 """How many VMs a log line names; the others are only counted."""
@@ -30,7 +30,7 @@ class Owners:
         state: the fold in which they take effect.
     """
 
-    def __init__(self, store: Store, state: FleetState) -> None:
+    def __init__(self, store: CoordinatorStore, state: FleetState) -> None:
         self._store = store
         self._state = state
         self._ownership = state.ownership
@@ -38,7 +38,7 @@ class Owners:
         """Maps a VM to the epoch of its record."""
         self._epoch = 0
         """Our epoch; 0 before it is claimed: then no decision is made."""
-        self._heard: dict[str, VmOwner] = {}
+        self._observed: dict[str, VmOwner] = {}
         """Maps a VM to the record on the bus, as far as it was received or sent."""
         self._due: set[str] = set()
         """VMs whose record on the bus may differ from the one kept here."""
@@ -55,14 +55,14 @@ class Owners:
             StoreError: the records cannot be read.
         """
         known = self._store.owners()
-        for vm, heard in self._heard.items():
-            if heard.host and (vm not in known or known[vm][1] < heard.epoch):
-                known[vm] = heard.host, heard.epoch
+        for vm, observed in self._observed.items():
+            if observed.host and (vm not in known or known[vm][1] < observed.epoch):
+                known[vm] = observed.host, observed.epoch
         self._epoch = epoch
         self._epochs = {vm: at for vm, (_, at) in known.items()}
         changes = [self._record(vm, host) for vm, (host, _) in known.items()]
         self._save({vm: host for vm, (host, _) in known.items()})
-        changes.append(self._settle({*known, *self._heard, *self._ownership.all_named()}))
+        changes.append(self._settle({*known, *self._observed, *self._ownership.all_named()}))
         return together(changes)
 
     def reported(self, inventory: HostInventory, now_s: float) -> Changes:
@@ -95,17 +95,17 @@ class Owners:
         changes.append(self._settle(had))
         return together(changes)
 
-    def heard(self, vm: str, owner: VmOwner | None) -> None:
+    def observed(self, vm: str, owner: VmOwner | None) -> None:
         """A record is on the bus (None: it was removed): either our own, echoed, or another's, which must not stay."""
         if owner is None:
-            self._heard.pop(vm, None)
+            self._observed.pop(vm, None)
         else:
-            self._heard[vm] = owner
+            self._observed[vm] = owner
         self._due.add(vm)
 
     def reconnected(self) -> None:
         """The broker may have lost retained records; it sends again those that it has."""
-        self._heard.clear()
+        self._observed.clear()
         self._due |= self._epochs.keys() | self._ownership.contested
 
     # -- output --------------------------------------------------------------------------------------------
@@ -115,7 +115,7 @@ class Owners:
         found = []
         for vm in sorted(self._due):
             wanted = self._wanted(vm)
-            if wanted == self._heard.get(vm):
+            if wanted == self._observed.get(vm):
                 self._due.discard(vm)
             else:
                 found.append((vm, wanted))
@@ -124,9 +124,9 @@ class Owners:
     def published(self, vm: str, owner: VmOwner | None) -> None:
         """The broker accepted it."""
         if owner is None:
-            self._heard.pop(vm, None)
+            self._observed.pop(vm, None)
         else:
-            self._heard[vm] = owner
+            self._observed[vm] = owner
 
     def contested(self) -> dict[str, Contested]:
         """The VMs that several hosts name, each with the problem and the description of one of them."""

@@ -19,7 +19,7 @@ from caesura.contract.messages import (
     Refusal,
     Selection,
 )
-from caesura_coordinator.fleet import FleetFence
+from caesura_coordinator.fence import FleetFence
 from caesura_coordinator.plan_members import (
     all_passed,
     canary_refusals,

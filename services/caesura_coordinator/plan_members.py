@@ -19,7 +19,7 @@ from caesura.contract.messages import (
     UpdateRecord,
     VmRecord,
 )
-from caesura_coordinator.fleet import FleetFence, why_outdated
+from caesura_coordinator.fence import FleetFence, why_outdated
 from caesura_coordinator.proofs import planned_proofs, unprovable
 from caesura_coordinator.waves import Member
 

@@ -14,7 +14,7 @@ from caesura.contract.messages import (
     UpdateRecord,
 )
 from caesura.lifecycle.budget import MIN_BUDGET_S, PREPARE_S, usable_s
-from caesura_coordinator.fleet import FleetFence
+from caesura_coordinator.fence import FleetFence
 
 _SWAP_PAUSE_S = (
     1.0  # s: far more than the milliseconds that a swap takes; the upper bound that an event announces

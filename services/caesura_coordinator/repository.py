@@ -6,90 +6,54 @@ transaction. It depends on the store, not on the bus.
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from datetime import datetime
 from functools import partial
-from operator import attrgetter
-from typing import Literal
 
-import msgspec
 import structlog
 
 from caesura.contract.messages import (
-    EventChanged,
     EventStatus,
     OperationReported,
     RequestAnswered,
     RolloutState,
-    ScheduledEvent,
     SetDocument,
     VmClockSynced,
     VmReady,
-    WaveChanged,
     WaveState,
 )
 from caesura.contract.parts import answer_in_parts
-from caesura.contract.reasons import ReasonCode
 from caesura.lifecycle import document as documents
 from caesura_coordinator.active import ActiveRollouts
-from caesura_coordinator.fleet import FleetFence
-from caesura_coordinator.inputs import (
-    Approve,
-    Authority,
+from caesura_coordinator.announcements import (
+    NO_RECORD,
+    event_changed,
+    orphan_aborted,
+    orphan_event_ended,
+    orphan_wave_ended,
+    scheduled_event,
+    wave_changed,
+)
+from caesura_coordinator.authority import Authority
+from caesura_coordinator.document_repository import DocumentRepository
+from caesura_coordinator.effects import (
     Effect,
     EventApprovedEffect,
     EventEnded,
     EventScheduled,
     EventStarted,
-    Fact,
-    Input,
-    Outdated,
     RolloutMoved,
     WaveMoved,
 )
-from caesura_coordinator.records import (
-    FINAL,
-    Rollout,
-    Wave,
-    WaveEvent,
-    rollout_state,
-    with_etags,
-    without_waves,
-)
+from caesura_coordinator.events import Approve, Fact, Input, Outdated
+from caesura_coordinator.fence import FleetFence
+from caesura_coordinator.published_state import rollout_state, with_etags
+from caesura_coordinator.records import FINAL, Rollout, WaveEvent, without_waves
+from caesura_coordinator.retention import Removal, all_waves, excess, how_shown, no_longer_kept
 from caesura_coordinator.rollout import after_restart, decide
-from caesura_coordinator.store import Store
-
-_SHOWN = 50
-"""How many ended rollouts remain on the bus as retained messages; the store keeps more."""
-_SHOWN_WITH_WAVES = 5
-"""How many of these keep their waves, which a new subscriber receives all at once."""
-_KEPT = 500
-"""How many rollouts the store and memory keep."""
-
-_MOST_WAVES = 10_000
-"""A rollout on the bus may claim any number of waves; one of 10,000 VMs has no more than this."""
-
-_NO_RECORD = "the coordinator that scheduled it has lost its record"
-_NO_RECORD_CODES: tuple[ReasonCode, ...] = ("record_missing",)
-Shown = Literal["with waves", "without waves", "hidden"]
-"""How much of a rollout is retained on the bus."""
+from caesura_coordinator.store import CoordinatorStore
 
 _log = structlog.get_logger("caesura.coordinator")
-
-_DESCRIPTION = {
-    "Freeze": "Host server is undergoing maintenance.",  # the wording of Azure for an in-place host update
-    "Reboot": "Host server is undergoing maintenance that needs a reboot.",
-}
-
-
-class Removal(msgspec.Struct, frozen=True):
-    """What must be removed from the bus for a rollout: its waves and, unless it remains shown, the rollout itself."""
-
-    rollout: str
-    waves: int
-    whole: bool
 
 
 class RolloutRepository:
@@ -100,16 +64,19 @@ class RolloutRepository:
         now: the time of the start, for the deadlines that passed while no coordinator ran.
     """
 
-    def __init__(self, store: Store, now: datetime) -> None:
+    def __init__(self, store: CoordinatorStore, now: datetime) -> None:
         self.store = store
         self.rollouts: dict[str, Rollout] = {each.id: after_restart(each, now) for each in store.rollouts()}
-        self.documents: dict[str, SetDocument] = store.documents()
-        self._before: dict[str, SetDocument | None] = {}
-        """Documents as they were before the transaction under way."""
+        self._documents = DocumentRepository(store)
         self._active = ActiveRollouts()
         for rollout in self.rollouts.values():
             self._active.put(rollout)
-        self._shown = self._to_show()
+        self._shown = how_shown(self.rollouts.values())
+
+    @property
+    def documents(self) -> Mapping[str, SetDocument]:
+        """Maps a set to its document."""
+        return self._documents.all
 
     @property
     def active(self) -> list[Rollout]:
@@ -175,32 +142,12 @@ class RolloutRepository:
         changed, effects = decide(rollout, received, fleet, authority, now)
         if not effects and answer is None and (changed is rollout or changed == rollout):
             return rollout
-        with self._all_or_nothing():
+        with self._documents.transaction():
             changed = self._write(rollout, changed, effects, now)
             if answer is not None:
                 self._keep_answer(*answer)
-        self._believe(changed, effects)
+        self._take_effect(changed, effects)
         return changed
-
-    @contextmanager
-    def _all_or_nothing(self) -> Iterator[None]:
-        """Store everything in the block or nothing, and the documents in memory likewise."""
-        self._before.clear()
-        try:
-            with self.store.transaction():
-                yield
-        except BaseException:
-            for name, document in self._before.items():
-                if document is None:
-                    del self.documents[name]
-                else:
-                    self.documents[name] = document
-            raise
-
-    def _set_document(self, document: SetDocument) -> None:
-        """Change a document in memory, inside ``_all_or_nothing``."""
-        self._before.setdefault(document.set, self.documents.get(document.set))
-        self.documents[document.set] = document
 
     def _write(self, before: Rollout, changed: Rollout, effects: Iterable[Effect], now: datetime) -> Rollout:
         """Store a decision and its announcements; returns the rollout as stored."""
@@ -222,10 +169,10 @@ class RolloutRepository:
         self.rollouts[rollout.id] = rollout
         self._active.put(rollout)
 
-    def _believe(self, changed: Rollout, effects: Iterable[Effect]) -> None:
+    def _take_effect(self, changed: Rollout, effects: Iterable[Effect]) -> None:
         self._keep(changed)
         for effect in effects:
-            _report(changed, effect)
+            _log_effect(changed, effect)
 
     def _commanded_by_others(self, rollout: Rollout) -> dict[str, str]:
         """Hosts that other rollouts have commanded: two rollouts may share a host, which runs one operation at a time."""
@@ -237,7 +184,9 @@ class RolloutRepository:
             if operation.status not in FINAL
         }
 
-    def adopt(self, published: SetDocument, fleet: FleetFence, authority: Authority, now: datetime) -> None:
+    def adopt_document(
+        self, published: SetDocument, fleet: FleetFence, authority: Authority, now: datetime
+    ) -> None:
         """Adopt a document that is newer than our copy (the store is older than the bus), and end the events that no rollout owns.
 
         Rollouts that hold the set are halted: their record differs from what was announced.
@@ -257,32 +206,14 @@ class RolloutRepository:
         }
         document = published
         halted = []
-        with self._all_or_nothing():
+        with self._documents.transaction():
             for event in published.events:
                 if event.event_id in owned:
                     continue
                 document = documents.end(document, event.event_id)
-                self.store.enqueue(
-                    EventChanged(
-                        event_id=event.event_id,
-                        set=published.set,
-                        event_type=event.event_type,
-                        status="failed" if event.status == "started" else "cancelled",
-                        resources=event.resources,
-                        incarnation=document.incarnation,
-                        rollout=event.rollout,
-                        wave=event.wave,
-                        not_before=event.not_before,
-                        reason=_NO_RECORD,
-                        codes=_NO_RECORD_CODES,
-                        at=now,
-                    ),
-                    set=published.set,
-                    status="failed" if event.status == "started" else "cancelled",
-                )
-            self.store.save_document(document)
-            self.store.enqueue(document, set=document.set)
-            self._set_document(document)
+                ended = orphan_event_ended(event, document, now)
+                self.store.enqueue(ended, set=ended.set, status=ended.status)
+            self._documents.replace(document)
             open_events = frozenset(each.event_id for each in document.events)
             found = Outdated(set=document.set, open_events=open_events)
             for rollout in self.active:
@@ -292,7 +223,7 @@ class RolloutRepository:
                     halted.append((self._write(rollout, changed, effects, now), effects))
         _log.warning("document.adopted", set=document.set, incarnation=document.incarnation)
         for changed, effects in halted:
-            self._believe(changed, effects)
+            self._take_effect(changed, effects)
 
     def abort_orphan(self, published: RolloutState, now: datetime) -> Removal | None:
         """End a rollout on the bus of which there is no record here: no coordinator leads it any more, and it would last indefinitely.
@@ -306,33 +237,12 @@ class RolloutRepository:
         if published.rollout in self.rollouts or published.status in {"completed", "aborted"}:
             return None
         with self.store.transaction():
-            wave, status = published.current_wave, published.current_status
-            if wave is not None and status in {"scheduled", "started", "verifying", "soaking"}:
-                self.store.enqueue(
-                    WaveChanged(
-                        rollout=published.rollout,
-                        wave=wave,
-                        status="cancelled" if status == "scheduled" else "failed",
-                        domains={},
-                        reason=_NO_RECORD,
-                        codes=_NO_RECORD_CODES,
-                        at=now,
-                    ),
-                    rollout=published.rollout,
-                    wave=wave,
-                )
-            ended = msgspec.structs.replace(
-                published,
-                status="aborted",
-                reason=_NO_RECORD,
-                codes=_NO_RECORD_CODES,
-                wave_etags=(),
-                ended_at=now,
-            )
-            self.store.enqueue(ended, rollout=published.rollout)
-            removal = Removal(published.rollout, min(published.wave_count, _MOST_WAVES), whole=False)
+            if (ended := orphan_wave_ended(published, now)) is not None:
+                self.store.enqueue(ended, rollout=ended.rollout, wave=ended.wave)
+            self.store.enqueue(orphan_aborted(published, now), rollout=published.rollout)
+            removal = all_waves(published)
             self._enqueue_removal(removal)
-        _log.warning("rollout.ended_unknown", rollout=published.rollout, was=published.status, why=_NO_RECORD)
+        _log.warning("rollout.ended_unknown", rollout=published.rollout, was=published.status, why=NO_RECORD)
         return removal
 
     def _enqueue_removal(self, removal: Removal) -> None:
@@ -342,12 +252,9 @@ class RolloutRepository:
         if removal.whole:
             self.store.enqueue_removal(RolloutState, rollout=removal.rollout)
 
-    def outlived(self, published: RolloutState) -> Removal | None:
+    def excess(self, published: RolloutState) -> Removal | None:
         """The parts to remove of a rollout that is on the bus although it should not be: a broker may restore old retained messages."""
-        shown = self._shown.get(published.rollout)
-        if shown is None or shown == "with waves" or (shown == "without waves" and not published.wave_etags):
-            return None
-        return Removal(published.rollout, min(published.wave_count, _MOST_WAVES), whole=shown == "hidden")
+        return excess(published, self._shown.get(published.rollout))
 
     def republish_above(self, published: SetDocument) -> None:
         """Another coordinator's document is on the bus although we lead: publish ours again, above it.
@@ -355,30 +262,14 @@ class RolloutRepository:
         Raises:
             StoreError: nothing changed.
         """
-        ours = self.documents.get(published.set)
-        if ours is None or ours == published:
-            return
-        ours = documents.above(ours, published)
-        with self.store.transaction():
-            self.store.save_document(ours)
-            self.store.enqueue(ours, set=ours.set)
-        self.documents[ours.set] = ours
-        _log.warning("document.reasserted", set=ours.set, incarnation=ours.incarnation)
+        self._documents.republish_above(published)
 
     def ensure_documents(self, sets: Iterable[str]) -> bool:
         """Give every set a document, empty at first, so that workloads can poll before the first event.
 
         True when there was a new one.
         """
-        new = {name for name in sets if name not in self.documents}
-        fresh = {name: documents.first_document(name) for name in sorted(new)}
-        if fresh:
-            with self.store.transaction():
-                for name, document in fresh.items():
-                    self.store.save_document(document)
-                    self.store.enqueue(document, set=name)
-            self.documents.update(fresh)
-        return bool(fresh)
+        return self._documents.ensure(sets)
 
     def republish(self) -> list[Removal]:
         """Add all retained state to the outbox again; returns what must be removed from the bus, regardless of who left it there.
@@ -389,9 +280,10 @@ class RolloutRepository:
         current_ones: list[Rollout] = []
         removals: list[Removal] = []
         with self.store.transaction():
-            for document in self.documents.values():
-                self.store.enqueue(document, set=document.set)
-            for rollout, shown in [(self.rollouts[name], how) for name, how in self._to_show().items()]:
+            self._documents.republish()
+            for rollout, shown in [
+                (self.rollouts[name], how) for name, how in how_shown(self.rollouts.values()).items()
+            ]:
                 if shown == "with waves":
                     # Compute etags again: this version may publish a wave differently from the one that stored it.
                     current, waves = with_etags(rollout)
@@ -405,7 +297,7 @@ class RolloutRepository:
             self._keep(current)
         return removals
 
-    def heal(self, published: RolloutState) -> bool:
+    def republish_rollout(self, published: RolloutState) -> bool:
         """Publish our version of a rollout again after somebody else published it; returns whether we have it.
 
         Raises:
@@ -422,7 +314,7 @@ class RolloutRepository:
         _log.warning("rollout.reasserted", rollout=rollout.id)
         return True
 
-    def forget(self) -> list[Removal]:
+    def prune(self) -> list[Removal]:
         """Drop old ended rollouts from the store and from memory; returns what the outbox removes from the bus.
 
         A rollout that still holds its sets is never dropped.
@@ -430,9 +322,8 @@ class RolloutRepository:
         Raises:
             StoreError: nothing was dropped.
         """
-        shown = self._to_show()
-        hidden = [name for name, how in shown.items() if how == "hidden"]
-        old = hidden[: max(0, len(self.rollouts) - _KEPT)]
+        shown = how_shown(self.rollouts.values())
+        old = no_longer_kept(shown)
         removals = []
         with self.store.transaction():
             for name, how in shown.items():
@@ -450,18 +341,6 @@ class RolloutRepository:
         self._shown = shown
         return removals
 
-    def _to_show(self) -> dict[str, Shown]:
-        """Maps a rollout to how much of it is on the bus: every active one, and the newest of the ended ones."""
-        shown: dict[str, Shown] = {}
-        ended = sum(not each.active for each in self.rollouts.values())
-        for each in self.rollouts.values():  # oldest first
-            if each.active or ended <= _SHOWN_WITH_WAVES:
-                shown[each.id] = "with waves"
-            else:
-                shown[each.id] = "without waves" if ended <= _SHOWN else "hidden"
-            ended -= not each.active
-        return shown
-
     def store_response(self, client: str, answer: RequestAnswered) -> None:
         """Store an answer that changed nothing else, and announce it.
 
@@ -476,7 +355,15 @@ class RolloutRepository:
             self.store.save_answer(client, answer)
         self._enqueue_answer(client, answer)
 
-    def repeat_answer(self, client: str, answer: RequestAnswered) -> None:
+    def response(self, client: str, request: str) -> RequestAnswered | None:
+        """The stored answer to this request of this client.
+
+        Raises:
+            StoreError: it cannot be read.
+        """
+        return self.store.answer(client, request)
+
+    def repeat_response(self, client: str, answer: RequestAnswered) -> None:
         """Send a stored answer again.
 
         Raises:
@@ -494,47 +381,22 @@ class RolloutRepository:
     def _perform(self, rollout: Rollout, effect: Effect, now: datetime) -> None:
         match effect:
             case EventScheduled(event=event):
-                wave = _wave_of(rollout, event)
-                document = documents.schedule(self._document(event), _scheduled_event(rollout, wave, event))
-                self._save(document)
+                document = documents.schedule(self._documents.of(event.set), scheduled_event(rollout, event))
+                self._documents.save(document)
                 self._announce(rollout, event, "scheduled", now)
             case EventApprovedEffect(event=event):
-                self._save(documents.approve(self._document(event), event.event_id))
+                self._documents.save(documents.approve(self._documents.of(event.set), event.event_id))
             case EventStarted(event=event):
-                document = documents.start(self._document(event), event.event_id)
-                self._save(document)
+                self._documents.save(documents.start(self._documents.of(event.set), event.event_id))
                 self._announce(rollout, event, "started", now)
             case EventEnded(event=event, reason=reason, codes=codes):
-                document = documents.end(self._document(event), event.event_id)
-                self._save(document)
+                self._documents.save(documents.end(self._documents.of(event.set), event.event_id))
                 self._announce(rollout, event, event.status, now, reason, codes)
             case WaveMoved(wave=wave):
-                self.store.enqueue(
-                    WaveChanged(
-                        rollout=rollout.id,
-                        wave=wave.index,
-                        status=wave.status,
-                        domains=wave.domains,
-                        hosts=wave.hosts,
-                        reason=wave.reason,
-                        codes=wave.codes,
-                        at=now,
-                    ),
-                    rollout=rollout.id,
-                    wave=wave.index,
-                )
+                fact = wave_changed(rollout, wave, now)
+                self.store.enqueue(fact, rollout=rollout.id, wave=wave.index)
             case RolloutMoved():
                 pass  # published as the rollout's retained state, enqueued by ``step``
-
-    def _document(self, event: WaveEvent) -> SetDocument:
-        return self.documents.get(event.set, documents.first_document(event.set))
-
-    def _save(self, document: SetDocument) -> None:
-        if self.documents.get(document.set) == document:
-            return
-        self.store.save_document(document)
-        self.store.enqueue(document, set=document.set)
-        self._set_document(document)
 
     def _announce(
         self,
@@ -545,64 +407,14 @@ class RolloutRepository:
         reason: str = "",
         codes: tuple[str, ...] = (),
     ) -> None:
-        wave = _wave_of(rollout, event)
-        published = wave.published_at or now
-        not_before = wave.not_before or now
-        self.store.enqueue(
-            EventChanged(
-                event_id=event.event_id,
-                set=event.set,
-                event_type=rollout.event_type,
-                status=status,
-                resources=event.resources,
-                incarnation=self._document(event).incarnation,
-                rollout=rollout.id,
-                wave=wave.index,
-                not_before=not_before,
-                approved_by=event.approved_by,
-                reason=reason,
-                codes=codes,
-                notice_s=max(0.0, (not_before - published).total_seconds()),
-                approval_delay_s=max(0.0, (event.approved_at - published).total_seconds())
-                if event.approved_at
-                else None,
-                at=now,
-            ),
-            set=event.set,
-            status=status,
+        incarnation = self._documents.of(event.set).incarnation
+        fact = event_changed(
+            rollout, event, status, incarnation=incarnation, now=now, reason=reason, codes=codes
         )
+        self.store.enqueue(fact, set=event.set, status=status)
 
 
-def _wave_of(rollout: Rollout, event: WaveEvent) -> Wave:
-    """The wave of an event that has just changed: the current one, or one that has just ended."""
-    current = rollout.current
-    place = current.index if current is not None else len(rollout.waves) - 1
-    for wave in (*rollout.waves[place::-1], *rollout.waves[place + 1 :]):
-        # Events are in the order of their sets' names.
-        at = bisect_left(wave.events, event.set, key=attrgetter("set"))
-        if at < len(wave.events) and wave.events[at].event_id == event.event_id:
-            return wave
-    raise AssertionError(f"event {event.event_id} is in no wave of rollout {rollout.id}")
-
-
-def _scheduled_event(rollout: Rollout, wave: Wave, event: WaveEvent) -> ScheduledEvent:
-    if wave.not_before is None:
-        raise AssertionError(f"wave {wave.index} of rollout {rollout.id} was scheduled without NotBefore")
-    return ScheduledEvent(
-        event_id=event.event_id,
-        event_type=rollout.event_type,
-        status="scheduled",
-        resources=event.resources,
-        not_before=wave.not_before,
-        description=_DESCRIPTION[rollout.event_type],
-        source="User" if rollout.hold_s else "Platform",
-        duration_s=round(rollout.expected_pause_s) if rollout.event_type == "Freeze" else -1,
-        rollout=rollout.id,
-        wave=wave.index,
-    )
-
-
-def _report(rollout: Rollout, effect: Effect) -> None:
+def _log_effect(rollout: Rollout, effect: Effect) -> None:
     match effect:
         case WaveMoved(wave=wave):
             _log.info(

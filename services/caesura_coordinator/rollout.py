@@ -16,22 +16,15 @@ import msgspec
 
 from caesura.contract.messages import OperationReported, VmClockSynced, VmReady
 from caesura_coordinator import rollout_inputs
-from caesura_coordinator.fleet import FleetFence
-from caesura_coordinator.inputs import (
-    Abort,
-    Approve,
-    Authority,
-    Effect,
-    Input,
-    Outdated,
-    Resume,
-    Tick,
-)
+from caesura_coordinator.authority import Authority
+from caesura_coordinator.decision import Decision, with_wave
+from caesura_coordinator.effects import Effect
+from caesura_coordinator.events import Abort, Approve, Input, Outdated, Resume, Tick
+from caesura_coordinator.fence import FleetFence
 from caesura_coordinator.records import (
     Rollout,
 )
 from caesura_coordinator.rollout_course import advance
-from caesura_coordinator.step import Step, with_wave
 
 RESTART_GRACE_S = 30.0
 """s: by how much deadlines are extended when the coordinator was down, so that it receives the hosts' messages before it judges."""
@@ -46,26 +39,26 @@ def decide(
         IllegalTransition: an operator's request that the rollout's status does not allow.
         RequestRefused: a resume while a host's report is outstanding.
     """
-    step = Step(rollout, fleet, authority, now)
+    decision = Decision(rollout, fleet, authority, now)
     match received:
         case Abort():
-            rollout_inputs.abort(step, received.reason)
+            rollout_inputs.abort(decision, received.reason)
         case Resume():
-            rollout_inputs.resume(step)
+            rollout_inputs.resume(decision)
         case Approve():
-            rollout_inputs.approve(step, received)
+            rollout_inputs.approve(decision, received)
         case VmReady():
-            rollout_inputs.ready(step, received)
+            rollout_inputs.ready(decision, received)
         case OperationReported():
-            rollout_inputs.report(step, received)
+            rollout_inputs.report(decision, received)
         case VmClockSynced():
-            rollout_inputs.clock(step, received)
+            rollout_inputs.clock(decision, received)
         case Outdated():
-            rollout_inputs.outdated(step, received)
+            rollout_inputs.outdated(decision, received)
         case Tick():
             pass
-    advance(step)
-    return step.rollout, step.effects
+    advance(decision)
+    return decision.rollout, decision.effects
 
 
 def after_restart(rollout: Rollout, now: datetime) -> Rollout:

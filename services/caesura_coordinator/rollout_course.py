@@ -9,11 +9,9 @@ import msgspec
 
 from caesura.contract.messages import WaveStatus
 from caesura.contract.reasons import Reason, codes_of
-from caesura_coordinator.fleet import fence_blockers, health_blockers, placement_blockers
-from caesura_coordinator.inputs import (
-    EventScheduled,
-    EventStarted,
-)
+from caesura_coordinator.decision import Decision
+from caesura_coordinator.effects import EventScheduled, EventStarted
+from caesura_coordinator.fence import fence_blockers, health_blockers, placement_blockers
 from caesura_coordinator.members import members_of
 from caesura_coordinator.records import (
     FINAL,
@@ -23,7 +21,6 @@ from caesura_coordinator.records import (
     event_id,
     operation_id,
 )
-from caesura_coordinator.step import Step
 from caesura_coordinator.text import join_reasons
 from caesura_coordinator.verification import verify
 
@@ -33,138 +30,147 @@ REPORT_GRACE_S = 30.0
 """s: after the window and the budget, for a host that restarts and reconciles before it reports."""
 
 
-def advance(step: Step) -> None:
+def advance(decision: Decision) -> None:
     """Proceed as far as the state, the fleet and the time allow."""
-    while step.rollout.status in {"running", "aborting"}:
-        wave = step.rollout.current
+    while decision.rollout.status in {"running", "aborting"}:
+        wave = decision.rollout.current
         if wave is None:
-            step.finish("completed")
+            decision.finish("completed")
             return
-        status = step.rollout.status
-        _from(step, wave)
-        now = step.rollout.waves[wave.index]
-        if (step.rollout.status, now.status, now.attempt) == (status, wave.status, wave.attempt):
+        status = decision.rollout.status
+        _from(decision, wave)
+        now = decision.rollout.waves[wave.index]
+        if (decision.rollout.status, now.status, now.attempt) == (status, wave.status, wave.attempt):
             return
 
 
-def _from(step: Step, wave: Wave) -> None:
+def _from(decision: Decision, wave: Wave) -> None:
     match wave.status:
         case "pending":
-            _from_pending(step, wave)
+            _from_pending(decision, wave)
         case "scheduled":
-            _from_scheduled(step, wave)
+            _from_scheduled(decision, wave)
         case "started":
-            _from_started(step, wave)
+            _from_started(decision, wave)
         case "verifying":
-            _from_verifying(step, wave)
+            _from_verifying(decision, wave)
         case "soaking":
-            _from_soaking(step, wave)
+            _from_soaking(decision, wave)
         case "completed" | "failed" | "cancelled":
             raise AssertionError(f"wave {wave.index} is {wave.status} in a rollout that is not halted")
 
 
-def _from_pending(step: Step, wave: Wave) -> None:
-    blockers = health_blockers(step.fleet, wave.vms) or _placement(step, wave) or _fence(step, wave)
-    if step.blocked(wave, blockers):
+def _from_pending(decision: Decision, wave: Wave) -> None:
+    blockers = (
+        health_blockers(decision.fleet, wave.vms) or _placement(decision, wave) or _fence(decision, wave)
+    )
+    if decision.blocked(wave, blockers):
         return
     if all(vm.method == "live" for vm in wave.vms):
-        _start(step, wave)  # no VM is paused: no event is announced
+        _start(decision, wave)  # no VM is paused: no event is announced
         return
     resources: dict[str, list[str]] = {}
-    for vm in wave.ahead:
+    for vm in wave.pending_vms:
         resources.setdefault(vm.set, []).append(vm.vm)
     events = tuple(
         WaveEvent(
             set=name,
-            event_id=event_id(step.rollout, wave, name, step.authority.epoch),
+            event_id=event_id(decision.rollout, wave, name, decision.authority.epoch),
             resources=tuple(vms),
         )
         for name, vms in sorted(resources.items())
     )
     # Whole seconds, rounded up: NotBefore is published in RFC 1123, and a wave must not start before it.
-    not_before = step.after(step.rollout.policy.notice_s)
+    not_before = decision.after(decision.rollout.policy.notice_s)
     if not_before.microsecond:
         not_before = not_before.replace(microsecond=0) + timedelta(seconds=1)
-    wave = step.move(
+    wave = decision.move(
         wave,
         "scheduled",
-        published_at=step.now,
+        published_at=decision.now,
         not_before=not_before,
         answers_by=not_before,
         events=events,
     )
-    step.effects.extend(EventScheduled(event=event) for event in events)
+    decision.effects.extend(EventScheduled(event=event) for event in events)
 
 
-def _placement(step: Step, wave: Wave) -> list[Reason]:
-    return placement_blockers(step.fleet, wave.vms, {each.host for each in wave.done})
+def _placement(decision: Decision, wave: Wave) -> list[Reason]:
+    return placement_blockers(decision.fleet, wave.vms, {each.host for each in wave.completed_operations})
 
 
-def _fence(step: Step, wave: Wave) -> list[Reason]:
+def _fence(decision: Decision, wave: Wave) -> list[Reason]:
     """Why the wave may not be started, or not be continued if a previous run of this coordinator started it."""
     return fence_blockers(
-        step.fleet,
+        decision.fleet,
         wave.domains,
-        step.rollout.set_hosts,
+        decision.rollout.fence_hosts,
         members_of(wave.vms).by_host,
-        epoch=step.authority.epoch,
-        coordinator=step.authority.coordinator,
+        epoch=decision.authority.epoch,
+        coordinator=decision.authority.coordinator,
         own={each.operation for each in wave.operations},
     )
 
 
-def _from_scheduled(step: Step, wave: Wave) -> None:
-    policy = step.rollout.policy
-    due = wave.not_before is not None and step.now >= wave.not_before
+def _from_scheduled(decision: Decision, wave: Wave) -> None:
+    policy = decision.rollout.policy
+    due = wave.not_before is not None and decision.now >= wave.not_before
     # With so few answers some must be missing: no need to find out which.
-    expected = sum(vm.agent for vm in wave.ahead) if wave.done else members_of(wave.vms).agents
+    expected = (
+        sum(vm.agent for vm in wave.pending_vms) if wave.completed_operations else members_of(wave.vms).agents
+    )
     answered = len(wave.readiness) >= expected and all(event.approved_by for event in wave.events)
-    if not due and not answered and not step.refused:
+    if not due and not answered and not decision.refused:
         return
     refusing = [
         Reason("agent_not_ready", f"{vm} is not ready: {answer.reason or 'its prepare hook refused'}")
         for vm, answer in sorted(wave.readiness.items())
         if not answer.ready
     ]
-    silent = [vm.vm for vm in wave.ahead if vm.agent and vm.vm not in wave.readiness]
+    silent = [vm.vm for vm in wave.pending_vms if vm.agent and vm.vm not in wave.readiness]
     if refusing and policy.on_not_ready == "halt":
-        step.halt(wave, refusing)
+        decision.halt(wave, refusing)
         return
     if not due and (not answered or silent):
         return
     if silent and policy.on_not_ready == "halt":
-        if any(until and step.now < until for until in (wave.answers_by, step.fleet.grace_until)):
+        if any(until and decision.now < until for until in (wave.answers_by, decision.fleet.grace_until)):
             return  # they may have answered while this coordinator was down; they repeat their answers
         text = f"no answer of the agent by NotBefore: {join_reasons(silent, ', ')}"
-        step.halt(wave, [Reason("agent_silent", text)])
+        decision.halt(wave, [Reason("agent_silent", text)])
         return
-    if not step.blocked(wave, _placement(step, wave) or _fence(step, wave)):
-        _start(step, wave)
+    if not decision.blocked(wave, _placement(decision, wave) or _fence(decision, wave)):
+        _start(decision, wave)
 
 
-def _start(step: Step, wave: Wave) -> None:
+def _start(decision: Decision, wave: Wave) -> None:
     operations = tuple(
-        HostOperation(host=host, operation=operation_id(step.rollout, wave, host, step.authority.epoch))
-        for host in dict.fromkeys(vm.host for vm in wave.ahead)
+        HostOperation(
+            host=host, operation=operation_id(decision.rollout, wave, host, decision.authority.epoch)
+        )
+        for host in dict.fromkeys(vm.host for vm in wave.pending_vms)
     )
     events = tuple(msgspec.structs.replace(event, status="started") for event in wave.events)
-    step.move(
+    decision.move(
         wave,
         "started",
         events=events,
         operations=operations,
-        fence_epoch=step.authority.epoch,
-        started_at=step.now,
-        not_after=step.after(COMMAND_WINDOW_S),
-        report_by=step.after(
-            COMMAND_WINDOW_S + step.rollout.outside_pause_s + step.rollout.policy.budget_s + REPORT_GRACE_S
+        fence_epoch=decision.authority.epoch,
+        started_at=decision.now,
+        not_after=decision.after(COMMAND_WINDOW_S),
+        report_by=decision.after(
+            COMMAND_WINDOW_S
+            + decision.rollout.work_outside_pause_s
+            + decision.rollout.policy.budget_s
+            + REPORT_GRACE_S
         ),
     )
-    step.effects.extend(EventStarted(event=event) for event in events)
+    decision.effects.extend(EventStarted(event=event) for event in events)
 
 
-def _from_started(step: Step, wave: Wave) -> None:
-    if wave.report_by is not None and step.now >= wave.report_by:
+def _from_started(decision: Decision, wave: Wave) -> None:
+    if wave.report_by is not None and decision.now >= wave.report_by:
         lost = tuple(
             msgspec.structs.replace(
                 each, status="lost", reason="did not report in time", codes=("report_lost",)
@@ -173,82 +179,84 @@ def _from_started(step: Step, wave: Wave) -> None:
             else each
             for each in wave.operations
         )
-        wave = step.put(msgspec.structs.replace(wave, operations=lost))
+        wave = decision.put(msgspec.structs.replace(wave, operations=lost))
     if any(each.status not in FINAL for each in wave.operations):
-        _fence_again(step, wave)
+        _fence_again(decision, wave)
         return
     wrong = [each for each in wave.operations if each.status != "completed"]
-    if step.rollout.status == "aborting":
-        _aborted(step, wave)
-    elif wrong or wave.outdated:
-        texts = [_why(each) for each in wrong] + ([wave.outdated] if wave.outdated else [])
+    if decision.rollout.status == "aborting":
+        _aborted(decision, wave)
+    elif wrong or wave.superseded_reason:
+        texts = [_why(each) for each in wrong] + ([wave.superseded_reason] if wave.superseded_reason else [])
         codes = [code for each in wrong for code in each.codes or ("unexplained",)]
-        codes += ["superseded"] if wave.outdated else []
-        step.halt_for(wave, join_reasons(texts), tuple(dict.fromkeys(codes)))
+        codes += ["superseded"] if wave.superseded_reason else []
+        decision.halt_for(wave, join_reasons(texts), tuple(dict.fromkeys(codes)))
     else:
-        step.wrong = True
-        step.move(wave, "verifying", verify_by=step.after(step.rollout.policy.verify_timeout_s))
+        decision.wrong = True
+        decision.move(wave, "verifying", verify_by=decision.after(decision.rollout.policy.verify_timeout_s))
 
 
-def _fence_again(step: Step, wave: Wave) -> None:
+def _fence_again(decision: Decision, wave: Wave) -> None:
     """Command under a new epoch only when no command of another coordinator can still be in effect in the sets (I1).
 
     While this one was down, another may have led: its operations must have ended. Hosts that do not receive our
     command in time count as lost for the wave, which halts it.
     """
-    if wave.fence_epoch == step.authority.epoch:
+    if wave.fence_epoch == decision.authority.epoch:
         return
-    blockers = _fence(step, wave)
+    blockers = _fence(decision, wave)
     why, codes = join_reasons(blockers), codes_of(blockers)
-    epoch = wave.fence_epoch if why else step.authority.epoch
+    epoch = wave.fence_epoch if why else decision.authority.epoch
     if (wave.waiting_for, wave.fence_epoch) != (why, epoch):
-        step.put(msgspec.structs.replace(wave, waiting_for=why, waiting_codes=codes, fence_epoch=epoch))
+        decision.put(msgspec.structs.replace(wave, waiting_for=why, waiting_codes=codes, fence_epoch=epoch))
 
 
-def _aborted(step: Step, wave: Wave) -> None:
+def _aborted(decision: Decision, wave: Wave) -> None:
     """All hosts have answered the abort: the record says whether anything had been paused."""
     untouched = all(each.status in {"cancelled", "refused"} for each in wave.operations)
     status: WaveStatus = "cancelled" if untouched else "failed"
-    reason, codes = step.rollout.reason, step.rollout.codes
-    wave = step.end_events(wave, status, reason, codes)
-    step.move(wave, status, reason=reason, codes=codes, ended_at=step.now)
-    step.finish("aborted", reason, codes)
+    reason, codes = decision.rollout.reason, decision.rollout.codes
+    wave = decision.end_events(wave, status, reason, codes)
+    decision.move(wave, status, reason=reason, codes=codes, ended_at=decision.now)
+    decision.finish("aborted", reason, codes)
 
 
-def _from_verifying(step: Step, wave: Wave) -> None:
-    over = wave.verify_by is not None and step.now >= wave.verify_by
-    ill = health_blockers(step.fleet, wave.vms)
+def _from_verifying(decision: Decision, wave: Wave) -> None:
+    over = wave.verify_by is not None and decision.now >= wave.verify_by
+    ill = health_blockers(decision.fleet, wave.vms)
     # A failure would have halted the wave when it became known, and with so few verdicts some must be missing.
-    if not step.wrong and not over and (ill or len(wave.clocks) < members_of(wave.vms).verdicts):
+    if not decision.wrong and not over and (ill or len(wave.clocks) < members_of(wave.vms).verdicts):
         return
     wrong, missing = (
-        [each for each in found if each.text not in wave.accepted]
-        for found in verify(wave, step.rollout.policy)
+        [each for each in found if each.text not in wave.acknowledged_findings]
+        for found in verify(wave, decision.rollout.policy)
     )
     if wrong:
-        step.halt(_accepting(step, wave, wrong), wrong)
+        decision.halt(_accepting(decision, wave, wrong), wrong)
         return
     late = missing + ill
     if late:
         if over:
-            step.halt(_accepting(step, wave, missing), late, "not verified in time: ")
+            decision.halt(_accepting(decision, wave, missing), late, "not verified in time: ")
         return
-    wave = step.end_events(wave, "completed")
-    step.move(wave, "soaking", soak_until=wave.soak_until or step.after(step.rollout.policy.soak_s))
+    wave = decision.end_events(wave, "completed")
+    decision.move(
+        wave, "soaking", soak_until=wave.soak_until or decision.after(decision.rollout.policy.soak_s)
+    )
 
 
-def _accepting(step: Step, wave: Wave, found: Sequence[Reason]) -> Wave:
+def _accepting(decision: Decision, wave: Wave, found: Sequence[Reason]) -> Wave:
     """The wave with the findings that an operator accepts by a resume."""
-    accepted = (*wave.accepted, *(each.text for each in found))
-    return step.put(msgspec.structs.replace(wave, accepted=accepted))
+    accepted = (*wave.acknowledged_findings, *(each.text for each in found))
+    return decision.put(msgspec.structs.replace(wave, acknowledged_findings=accepted))
 
 
-def _from_soaking(step: Step, wave: Wave) -> None:
-    ill = health_blockers(step.fleet, wave.vms)
-    if step.blocked(wave, ill):
+def _from_soaking(decision: Decision, wave: Wave) -> None:
+    ill = health_blockers(decision.fleet, wave.vms)
+    if decision.blocked(wave, ill):
         return
-    if wave.soak_until is None or step.now >= wave.soak_until:
-        step.move(wave, "completed", ended_at=step.now)
+    if wave.soak_until is None or decision.now >= wave.soak_until:
+        decision.move(wave, "completed", ended_at=decision.now)
 
 
 def _why(operation: HostOperation) -> str:

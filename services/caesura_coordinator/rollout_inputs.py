@@ -15,80 +15,78 @@ import msgspec
 from caesura.contract.messages import OperationReported, VmClockSynced, VmReady, WaveStatus
 from caesura.contract.reasons import Reason
 from caesura.lifecycle.errors import IllegalTransition
-from caesura_coordinator.inputs import (
-    Approve,
-    EventApprovedEffect,
-    Outdated,
-    RequestRefused,
-    RolloutMoved,
-)
+from caesura_coordinator.decision import Decision
+from caesura_coordinator.effects import EventApprovedEffect, RolloutMoved
+from caesura_coordinator.events import Approve, Outdated
 from caesura_coordinator.members import members_of
 from caesura_coordinator.proofs import clock_verdict
 from caesura_coordinator.records import (
     FINAL,
+    AgentReadiness,
     HostOperation,
-    Readiness,
     Wave,
     WaveEvent,
 )
-from caesura_coordinator.step import Step
 from caesura_coordinator.text import truncate
+from caesura_coordinator.validation import RequestRefused
 from caesura_coordinator.verification import verify_vm
 
 V = TypeVar("V")
 _SET_OF: Callable[[WaveEvent], str] = attrgetter("set")
 
 
-def abort(step: Step, reason: str) -> None:
+def abort(decision: Decision, reason: str) -> None:
     """The operator aborts: operations already commanded finish first."""
-    if step.rollout.status == "aborting":
+    if decision.rollout.status == "aborting":
         return
-    if not step.rollout.active:
-        raise IllegalTransition(f"rollout {step.rollout.id}", step.rollout.status, "aborted")
+    if not decision.rollout.active:
+        raise IllegalTransition(f"rollout {decision.rollout.id}", decision.rollout.status, "aborted")
     text = f"aborted: {reason}" if reason else "aborted by the operator"
-    if step.rollout.status == "halted" and step.rollout.reason:
+    if decision.rollout.status == "halted" and decision.rollout.reason:
         # Readers look for the failure afterwards, not only for the abort.
-        text = f"{text}; it had halted: {step.rollout.reason}"
+        text = f"{text}; it had halted: {decision.rollout.reason}"
     text = truncate(text)
-    codes = tuple(dict.fromkeys(("aborted", *step.rollout.codes)))
-    wave = step.rollout.current
-    if wave is not None and wave.status == "started" and step.rollout.status == "running":
-        step.rollout = msgspec.structs.replace(step.rollout, status="aborting", reason=text, codes=codes)
-        step.effects.append(RolloutMoved(rollout=step.rollout))
+    codes = tuple(dict.fromkeys(("aborted", *decision.rollout.codes)))
+    wave = decision.rollout.current
+    if wave is not None and wave.status == "started" and decision.rollout.status == "running":
+        decision.rollout = msgspec.structs.replace(
+            decision.rollout, status="aborting", reason=text, codes=codes
+        )
+        decision.effects.append(RolloutMoved(rollout=decision.rollout))
         return
     if wave is not None and wave.status in {"pending", "scheduled", "verifying", "soaking"}:
-        _cancel(step, wave, text, codes)
-    step.finish("aborted", text, codes)
+        _cancel(decision, wave, text, codes)
+    decision.finish("aborted", text, codes)
 
 
-def _cancel(step: Step, wave: Wave, text: str, codes: tuple[str, ...]) -> None:
+def _cancel(decision: Decision, wave: Wave, text: str, codes: tuple[str, ...]) -> None:
     if (
         wave.status == "soaking"
     ):  # its events have ended and its VMs are verified: it is done, only the soak is cut short
-        step.move(wave, "completed", ended_at=step.now)
+        decision.move(wave, "completed", ended_at=decision.now)
         return
     status: WaveStatus = "failed" if wave.started_at else "cancelled"
-    wave = step.end_events(wave, status, text, codes)
-    step.move(wave, status, reason=text, codes=codes, ended_at=step.now)
+    wave = decision.end_events(wave, status, text, codes)
+    decision.move(wave, status, reason=text, codes=codes, ended_at=decision.now)
 
 
-def resume(step: Step) -> None:
+def resume(decision: Decision) -> None:
     """The operator continues after a halt. Raises as ``decide``."""
-    if step.rollout.status != "halted":
-        raise IllegalTransition(f"rollout {step.rollout.id}", step.rollout.status, "running")
-    wave = step.rollout.current
+    if decision.rollout.status != "halted":
+        raise IllegalTransition(f"rollout {decision.rollout.id}", decision.rollout.status, "running")
+    wave = decision.rollout.current
     lost = sorted(each.host for each in wave.operations if each.status == "lost") if wave else []
     if lost:
         raise RequestRefused(
             "report_outstanding",
-            f"rollout {step.rollout.id} cannot be resumed yet: {', '.join(lost)} never reported how its operation ended; "
+            f"rollout {decision.rollout.id} cannot be resumed yet: {', '.join(lost)} never reported how its operation ended; "
             "bring the host updater back (it reports at start), or abort the rollout",
         )
-    step.rollout = msgspec.structs.replace(step.rollout, status="running", reason="", codes=())
-    step.effects.append(RolloutMoved(rollout=step.rollout))
+    decision.rollout = msgspec.structs.replace(decision.rollout, status="running", reason="", codes=())
+    decision.effects.append(RolloutMoved(rollout=decision.rollout))
     if wave is None or wave.status != "failed":
         return
-    done = wave.done + tuple(each for each in wave.operations if each.status == "completed")
+    done = wave.completed_operations + tuple(each for each in wave.operations if each.status == "completed")
     hosts = {each.host for each in done}
     # Hosts that completed their part are not paused again.
     again = Wave(
@@ -96,28 +94,28 @@ def resume(step: Step) -> None:
         domains=wave.domains,
         vms=wave.vms,
         attempt=wave.attempt + 1,
-        done=done,
+        completed_operations=done,
         clocks={vm.vm: wave.clocks[vm.vm] for vm in wave.vms if vm.host in hosts and vm.vm in wave.clocks},
     )
     if any(vm.host not in hosts for vm in wave.vms):
-        step.move(again, "pending")
+        decision.move(again, "pending")
         return
     # The operator has seen the findings of the verification so far and accepts them: what it has not checked (a lost
     # host that completed its part after all, an outstanding verdict) is checked now.
     again = msgspec.structs.replace(
         again,
         started_at=wave.started_at,
-        accepted=wave.accepted,
-        soak_until=step.now if wave.soak_until is not None else None,
+        acknowledged_findings=wave.acknowledged_findings,
+        soak_until=decision.now if wave.soak_until is not None else None,
     )
-    step.wrong = True
-    step.move(again, "verifying", verify_by=step.after(step.rollout.policy.verify_timeout_s))
+    decision.wrong = True
+    decision.move(again, "verifying", verify_by=decision.after(decision.rollout.policy.verify_timeout_s))
 
 
-def outdated(step: Step, found: Outdated) -> None:
+def outdated(decision: Decision, found: Outdated) -> None:
     """Another coordinator has published events of the set in the meantime."""
-    wave = step.rollout.current
-    if wave is None or step.rollout.status == "halted" or found.set not in step.rollout.sets:
+    wave = decision.rollout.current
+    if wave is None or decision.rollout.status == "halted" or found.set not in decision.rollout.sets:
         return
     # Our events that are no longer in the document have ended, announced by the coordinator that ended them.
     events = tuple(
@@ -132,47 +130,47 @@ def outdated(step: Step, found: Outdated) -> None:
         f"events of set {found.set} were announced that this coordinator has no record of: another one "
         "was active, or the store is an old copy. Check the fleet, then resume or abort"
     )
-    wave = step.put(msgspec.structs.replace(wave, events=events, outdated=why))
+    wave = decision.put(msgspec.structs.replace(wave, events=events, superseded_reason=why))
     if wave.status != "started":  # operations already commanded finish first
-        step.halt(wave, [Reason("superseded", why)])
+        decision.halt(wave, [Reason("superseded", why)])
 
 
-def approve(step: Step, approval: Approve) -> None:
+def approve(decision: Decision, approval: Approve) -> None:
     """A workload approves."""
-    wave = step.rollout.current
+    wave = decision.rollout.current
     if wave is None or wave.status != "scheduled":
         return
-    located = step.fleet.vm(approval.by)
+    located = decision.fleet.vm(approval.by)
     place = _event_of(wave, located.record.set) if located is not None else None
     if place is None:
         return
     event = wave.events[place]
     if event.event_id.lower() == approval.event_id.lower() and not event.approved_by:
-        event = msgspec.structs.replace(event, approved_by=approval.by, approved_at=step.now)
-        step.effects.append(EventApprovedEffect(event=event))
-        step.put(msgspec.structs.replace(wave, events=_replaced(wave.events, place, event)))
+        event = msgspec.structs.replace(event, approved_by=approval.by, approved_at=decision.now)
+        decision.effects.append(EventApprovedEffect(event=event))
+        decision.put(msgspec.structs.replace(wave, events=_replaced(wave.events, place, event)))
 
 
-def ready(step: Step, answer: VmReady) -> None:
+def ready(decision: Decision, answer: VmReady) -> None:
     """An agent reports whether its guest is ready."""
-    wave = step.rollout.current
+    wave = decision.rollout.current
     if wave is None or wave.status != "scheduled":
         return
     vm = members_of(wave.vms).by_vm.get(answer.vm)
     place = _event_of(wave, vm.set) if vm is not None else None
     if vm is None or place is None or wave.events[place].event_id.lower() != answer.event_id.lower():
         return
-    if any(each.host == vm.host for each in wave.done):
+    if any(each.host == vm.host for each in wave.completed_operations):
         return  # it is not paused again, and not a resource of the event
-    verdict = Readiness(ready=answer.ready, reason=answer.reason)
+    verdict = AgentReadiness(ready=answer.ready, reason=answer.reason)
     if wave.readiness.get(answer.vm) != verdict:
-        step.refused = not answer.ready
-        step.put(msgspec.structs.replace(wave, readiness=newest_last(wave.readiness, answer.vm, verdict)))
+        decision.refused = not answer.ready
+        decision.put(msgspec.structs.replace(wave, readiness=newest_last(wave.readiness, answer.vm, verdict)))
 
 
-def report(step: Step, report: OperationReported) -> None:
+def report(decision: Decision, report: OperationReported) -> None:
     """A host reports on its operation."""
-    wave = step.rollout.current
+    wave = decision.rollout.current
     if wave is None or wave.status not in {"started", "failed"}:
         return
     place = _operation_of(wave, report.host)
@@ -180,12 +178,12 @@ def report(step: Step, report: OperationReported) -> None:
         return
     operation = _reported(wave.operations[place], report)
     if operation != wave.operations[place]:
-        step.put(msgspec.structs.replace(wave, operations=_replaced(wave.operations, place, operation)))
+        decision.put(msgspec.structs.replace(wave, operations=_replaced(wave.operations, place, operation)))
 
 
-def clock(step: Step, verdict: VmClockSynced) -> None:
+def clock(decision: Decision, verdict: VmClockSynced) -> None:
     """A host's verdict on a VM's clock."""
-    wave = step.rollout.current
+    wave = decision.rollout.current
     # In a failed wave too: on a retry, the hosts that completed their part are verified with the rest.
     if wave is None or wave.status not in {"pending", "scheduled", "started", "verifying", "failed"}:
         return
@@ -193,7 +191,7 @@ def clock(step: Step, verdict: VmClockSynced) -> None:
     if vm is None or vm.host != verdict.host:
         return
     place = _operation_of(wave, verdict.host)
-    operations = [*wave.done, *(() if place is None else (wave.operations[place],))]
+    operations = [*wave.completed_operations, *(() if place is None else (wave.operations[place],))]
     operation = next(
         (each for each in operations if (each.operation, each.host) == (verdict.operation, verdict.host)),
         None,
@@ -203,9 +201,9 @@ def clock(step: Step, verdict: VmClockSynced) -> None:
     clock = clock_verdict(verdict)
     if wave.clocks.get(verdict.vm) != clock:
         result = next((each for each in operation.vms if each.vm == vm.vm and each.frozen), None)
-        wrong, _ = verify_vm(vm, result, clock, step.rollout.policy)
-        step.wrong = bool(wrong)
-        step.put(msgspec.structs.replace(wave, clocks=newest_last(wave.clocks, verdict.vm, clock)))
+        wrong, _ = verify_vm(vm, result, clock, decision.rollout.policy)
+        decision.wrong = bool(wrong)
+        decision.put(msgspec.structs.replace(wave, clocks=newest_last(wave.clocks, verdict.vm, clock)))
 
 
 def newest_last(known: dict[str, V], name: str, value: V) -> dict[str, V]:

@@ -14,8 +14,8 @@ from caesura.contract.messages import AbortOperation, StartOperation
 from caesura.contract.topics import TopicError
 from caesura.runtime.group_commit import GroupCommit
 from caesura.runtime.sampler import Sampler
+from caesura_coordinator.authority import Authority
 from caesura_coordinator.commands import command_for, due_operations
-from caesura_coordinator.inputs import Authority
 from caesura_coordinator.repository import RolloutRepository
 
 _REPEAT_S = 2.0
@@ -30,7 +30,7 @@ class CommandSender:
     """Sends the commands that the rollouts of a repository require.
 
     Args:
-        book: the repository of the rollouts.
+        repository: the repository of the rollouts.
         post: where commands are sent.
         commits: those of the repository's store.
         authority: the coordinator and epoch of the commands; None: there is no authority, so nothing is sent.
@@ -38,12 +38,12 @@ class CommandSender:
 
     def __init__(
         self,
-        book: RolloutRepository,
+        repository: RolloutRepository,
         post: MessageClient,
         commits: GroupCommit,
         authority: Callable[[], Authority | None],
     ) -> None:
-        self._book = book
+        self._repository = repository
         self._post = post
         self._commits = commits
         self._authority = authority
@@ -61,9 +61,9 @@ class CommandSender:
         self.held = False
         if (authority := self._authority()) is None:
             return True
-        for rollout in self._book.active:
+        for rollout in self._repository.active:
             for due in due_operations(rollout, authority):
-                if self._book.rollouts.get(rollout.id) is not rollout or self._authority() != authority:
+                if self._repository.rollouts.get(rollout.id) is not rollout or self._authority() != authority:
                     # Sending takes time, and an answer or an abort arrived: what is due may have changed.
                     return False
                 key = (due.operation.operation, due.what)

@@ -28,9 +28,9 @@ from caesura.runtime.errors import CaesuraError
 from caesura.runtime.group_commit import GroupCommit
 from caesura.runtime.identity import new_id
 from caesura_coordinator.records import (
+    AgentReadiness,
     ClockVerdict,
     HostOperation,
-    Readiness,
     Rollout,
     Wave,
     without_waves,
@@ -80,7 +80,7 @@ _ANSWERS_KEPT_BYTES = 64 * 1024 * 1024
 _log = structlog.get_logger("caesura.coordinator")
 
 
-class Store:
+class CoordinatorStore:
     """See the module. Raises StoreError from every method when the disk or the file refuses."""
 
     def __init__(self, path: str) -> None:
@@ -174,7 +174,9 @@ class Store:
         return msgspec.structs.replace(
             wave,
             vms=vms,
-            readiness={vm: self._read(body, Readiness, what) for vm, body in parts.get(_READY, {}).items()},
+            readiness={
+                vm: self._read(body, AgentReadiness, what) for vm, body in parts.get(_READY, {}).items()
+            },
             clocks={vm: self._read(body, ClockVerdict, what) for vm, body in parts.get(_CLOCK, {}).items()},
             operations=tuple(operations[place] for place in sorted(operations)),
         )

@@ -1,11 +1,22 @@
-"""Requests that the coordinator does not accept: those from long ago. Pure."""
+"""Requests that the coordinator does not accept: the refusal with its code, and the age limit. Pure."""
 
 from __future__ import annotations
 
 from datetime import datetime
 
+from caesura.contract.reasons import ReasonCode
+from caesura.runtime.errors import CaesuraError
+
 REQUEST_AGE_S = 60.0
 """s: by then the client has long reported that there was no answer, and its operator no longer expects the request to run."""
+
+
+class RequestRefused(CaesuraError):
+    """A request that cannot be carried out; the text says why, and what to do."""
+
+    def __init__(self, code: ReasonCode, why: str) -> None:
+        self.code: ReasonCode = code
+        super().__init__(why)
 
 
 def request_expired(asked_at: datetime, now: datetime) -> str:

@@ -16,7 +16,7 @@ def verify(wave: Wave, policy: Policy) -> tuple[list[Reason], list[Reason]]:
     wrong: list[Reason] = []
     missing: list[Reason] = []
     frozen: dict[tuple[str, str], VmResult] = {}
-    for operation in (*wave.done, *wave.operations):
+    for operation in (*wave.completed_operations, *wave.operations):
         frozen |= {(operation.host, each.vm): each for each in operation.vms if each.frozen}
         wrong += _of_results(operation, members.by_host.get(operation.host, ()), policy)
     for vm in wave.vms:

@@ -10,12 +10,12 @@ import click
 
 from caesura.contract import messages as m
 from caesura_ctl.completion import Kind, complete
-from caesura_ctl.names import NAME, SET_NAME
+from caesura_ctl.name_params import NAME, SET_NAME
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-class Canary(click.ParamType[str]):
+class CanaryParam(click.ParamType[str]):
     """A click parameter: the name of a host, or a number of hosts."""
 
     name = "canary"
@@ -50,7 +50,7 @@ def limits(command: F) -> F:
         _exclude("host", NAME, "Leave this host out"),
         click.option(
             "--canary",
-            type=Canary(),
+            type=CanaryParam(),
             metavar="HOST|N",
             shell_complete=complete("host"),
             help="This host, or this many hosts, first and alone; the others follow after their soak.",

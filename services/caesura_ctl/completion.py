@@ -30,35 +30,35 @@ def complete(kind: Kind) -> Callable[[click.Context, click.Parameter, str], list
     def completer(context: click.Context, _: click.Parameter, incomplete: str) -> list[CompletionItem]:
         broker = context.params.get("broker")
         try:
-            picture = _asked(kind, str(broker) if broker else None)
+            fleet_view = _asked(kind, str(broker) if broker else None)
         except (CaesuraError, OSError, TimeoutError, BaseExceptionGroup):
             return []
         return [
             CompletionItem(name, help=hint)
-            for name, hint in names(picture, kind)
+            for name, hint in names(fleet_view, kind)
             if name.startswith(incomplete)
         ]
 
     return completer
 
 
-def names(picture: FleetView, kind: Kind) -> Iterable[tuple[str, str]]:
+def names(fleet_view: FleetView, kind: Kind) -> Iterable[tuple[str, str]]:
     """The names of a kind with a short description; rollouts newest first. Pure."""
     match kind:
         case "set":
             found: dict[str, int] = {}
-            for _, record in picture.vm_places().values():
+            for _, record in fleet_view.vm_places().values():
                 found[record.set] = found.get(record.set, 0) + 1
             return [(name, f"{count} VMs") for name, count in sorted(found.items())]
         case "host":
-            return [(name, f"{len(each.vms)} VMs") for name, each in sorted(picture.hosts.items())]
+            return [(name, f"{len(each.vms)} VMs") for name, each in sorted(fleet_view.hosts.items())]
         case "vm":
-            return [(vm, host) for vm, (host, _) in sorted(picture.vm_places().items())]
+            return [(vm, host) for vm, (host, _) in sorted(fleet_view.vm_places().items())]
         case "update":
-            updates = {each.update: each for host in picture.hosts.values() for each in host.updates}
+            updates = {each.update: each for host in fleet_view.hosts.values() for each in host.updates}
             return [(name, f"{each.version} {each.impact}") for name, each in sorted(updates.items())]
         case "rollout":
-            newest = sorted(picture.rollouts.values(), key=lambda each: each.created_at, reverse=True)
+            newest = sorted(fleet_view.rollouts.values(), key=lambda each: each.created_at, reverse=True)
             return [(each.rollout, f"{each.update} {each.status}") for each in newest]
 
 
@@ -82,7 +82,7 @@ def _asked(kind: Kind, broker: str | None) -> FleetView:
         async with connect(settings, [wanted], connect_s=_PATIENCE_S - _SETTLED_S) as session:
             with suppress(TimeoutError):
                 await session.settled(_SETTLED_S)
-            return session.picture
+            return session.fleet_view
 
     async def bounded() -> FleetView:
         async with asyncio.timeout(_PATIENCE_S):

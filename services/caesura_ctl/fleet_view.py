@@ -143,14 +143,16 @@ class FleetView:
         """Finished pauses of one rollout, as far as this session received them."""
         return [each for each in self.pauses.values() if self.operations.get(each.operation) == rollout]
 
-    def heard_wave(self, rollout: str, wave: int) -> bool:
+    def observed_wave(self, rollout: str, wave: int) -> bool:
         """Whether every pause of this wave was received: the wave was known before its start, and nothing was missed since."""
         return self._from_start.get((rollout, wave), False)
 
-    def heard_all(self, rollout: WholeRollout) -> bool:
+    def observed_all(self, rollout: WholeRollout) -> bool:
         """Whether ``pauses_of`` has every pause of this rollout up to now."""
         return len(rollout.waves) == rollout.wave_count and all(
-            self.heard_wave(rollout.rollout, each.wave) for each in rollout.waves if each.status != "pending"
+            self.observed_wave(rollout.rollout, each.wave)
+            for each in rollout.waves
+            if each.status != "pending"
         )
 
     def missed(self) -> None:

@@ -11,8 +11,9 @@ from rich.text import Text
 
 from caesura.contract.parts import WholeRollout
 from caesura_ctl.durations import show_pause
+from caesura_ctl.errors import NotCompleted
 from caesura_ctl.fleet_view import FleetView
-from caesura_ctl.options import Context, NotCompleted, note
+from caesura_ctl.options import Context, note
 from caesura_ctl.outputs import failure_lines
 from caesura_ctl.session import Session
 from caesura_ctl.tables import live_view, next_commands, pauses_view
@@ -28,7 +29,7 @@ class Progress:
     def __init__(self) -> None:
         self._said: set[str] = set()
 
-    def lines(self, picture: FleetView, rollout: WholeRollout | None) -> list[str]:
+    def lines(self, fleet_view: FleetView, rollout: WholeRollout | None) -> list[str]:
         """The changes since the last call."""
         if rollout is None:
             return []
@@ -45,7 +46,7 @@ class Progress:
             facts.append("\n".join(lines))
         facts += [
             f"{pause.vm}: paused {show_pause(pause.pause_s)} of {pause.budget_s:g}s, resumed by the {pause.resumed_by}"
-            for pause in picture.pauses_of(rollout.rollout)
+            for pause in fleet_view.pauses_of(rollout.rollout)
         ]
         new = [each for each in facts if each not in self._said]
         self._said.update(new)
@@ -60,12 +61,12 @@ async def follow(session: Session, context: Context, rollout_id: str) -> WholeRo
     seen_under_way = False
 
     def current() -> WholeRollout | None:
-        return session.picture.rollouts.get(rollout_id)
+        return session.fleet_view.rollouts.get(rollout_id)
 
     def view() -> RenderableType:
         size = context.console.size
         shown = live_view(
-            session.picture,
+            session.fleet_view,
             datetime.now(UTC),
             rollout_id,
             lines=size.height - (not session.connection.up),
@@ -100,12 +101,12 @@ async def follow(session: Session, context: Context, rollout_id: str) -> WholeRo
             if live is not None:
                 live.update(view(), refresh=True)
             else:
-                say(news, [] if context.json else progress.lines(session.picture, state))
+                say(news, [] if context.json else progress.lines(session.fleet_view, state))
             if state is not None and state.status in ENDED:
                 ended_at = loop.time() if ended_at is None else ended_at
                 if not seen_under_way:
                     return state  # it ended before we started: nothing more is published about it
-                if not _reports_missing(session.picture, state) or loop.time() >= ended_at + _LAST_FACTS_S:
+                if not _reports_missing(session.fleet_view, state) or loop.time() >= ended_at + _LAST_FACTS_S:
                     return state
             seen_under_way = seen_under_way or state is not None
             await wait(REFRESH_S)
@@ -119,12 +120,12 @@ def _reason(state: WholeRollout) -> str:
     return state.reason.removeprefix(f"{state.status}: ")
 
 
-def _reports_missing(picture: FleetView, state: WholeRollout) -> bool:
+def _reports_missing(fleet_view: FleetView, state: WholeRollout) -> bool:
     """A completed rollout has all its pauses, except for VMs that were not paused."""
     if state.status != "completed":
         return False
     expected = {vm for wave in state.waves for vm in wave.vms if wave.events}
-    return not expected <= {pause.vm for pause in picture.pauses_of(state.rollout)}
+    return not expected <= {pause.vm for pause in fleet_view.pauses_of(state.rollout)}
 
 
 def conclude(session: Session, context: Context, state: WholeRollout) -> None:
@@ -133,14 +134,14 @@ def conclude(session: Session, context: Context, state: WholeRollout) -> None:
     Raises:
         NotCompleted: with the reason, when the rollout halted or was aborted.
     """
-    pauses = session.picture.pauses_of(state.rollout)
-    complete = session.picture.heard_all(state)
+    pauses = session.fleet_view.pauses_of(state.rollout)
+    complete = session.fleet_view.observed_all(state)
     if context.json:
         from caesura_ctl.options import print_json  # noqa: PLC0415 - only for scripts
 
         print_json({"rollout": state, "pauses": pauses, "pauses_complete": complete})
     elif pauses:
-        context.console.print(pauses_view(pauses, session.picture.clocks))
+        context.console.print(pauses_view(pauses, session.fleet_view.clocks))
         if not complete:
             context.console.print(
                 "Only the pauses that this command received: it started after some of them."

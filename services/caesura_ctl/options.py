@@ -17,13 +17,17 @@ from rich.console import Console
 from caesura.contract import messages as m
 from caesura.runtime.command import leaves
 from caesura.runtime.errors import CaesuraError
+from caesura.runtime.interrupt import EXIT_INTERRUPTED
 from caesura.runtime.logs import configure_logging
 from caesura.runtime.settings import read_settings
 from caesura_ctl.completion import complete
+from caesura_ctl.console import VisibleConsole, visible, visible_json
 from caesura_ctl.durations import BUDGET, DURATION, SOME_TIME
-from caesura_ctl.names import NAME, SET_NAME
+from caesura_ctl.errors import RequestInterrupted, json_name
+from caesura_ctl.name_params import NAME, SET_NAME
 from caesura_ctl.settings import CtlSettings
-from caesura_ctl.visible import VisibleConsole, visible, visible_json
+from caesura_ctl.signals import EXIT_TERMINATED
+from caesura_ctl.terminable import Terminable
 
 EXIT_CODES = """exit codes:
   0  done, or the rollout completed
@@ -32,21 +36,10 @@ EXIT_CODES = """exit codes:
   3  refused: the plan or the request cannot be carried out
   4  the broker cannot be reached
   5  the coordinator does not answer
-  130  interrupted (a rollout that was started continues)"""
+  130  interrupted (a rollout that was started continues)
+  143  the same by SIGTERM"""
 
 F = TypeVar("F", bound=Callable[..., Any])
-
-
-class Refused(CaesuraError):
-    """The coordinator refused."""
-
-    exit_code = 3
-
-
-class NotCompleted(CaesuraError):
-    """The followed rollout did not complete."""
-
-    exit_code = 1
 
 
 class Context(msgspec.Struct):
@@ -203,13 +196,20 @@ def policy_from(options: dict[str, Any]) -> m.Policy:
 
 def run(body: Callable[[Context], Coroutine[Any, Any, None]], broker: str | None, *, as_json: bool) -> None:
     """Run one command; every Caesura error becomes one line and its exit code."""
+    terminable = Terminable()
     try:
         settings = settings_for(broker)
         configure_logging("ctl", style="auto", level="error")
         context = Context(settings, as_json, wide_console())
-        asyncio.run(body(context))
+        terminable.run(body(context))
     except KeyboardInterrupt:
-        sys.exit(130)
+        sys.exit(EXIT_INTERRUPTED)
+    except asyncio.CancelledError:
+        sys.exit(EXIT_TERMINATED)
+    except RequestInterrupted as error:
+        if terminable.terminated:
+            error.exit_code = EXIT_TERMINATED
+        fail(error, as_json=as_json)
     except CaesuraError as error:
         fail(error, as_json=as_json)
     except BaseExceptionGroup as group:
@@ -232,22 +232,22 @@ def wide_console() -> Console:
 def fail(error: CaesuraError, *, as_json: bool) -> None:
     """Print the error on standard error, and exit with its code."""
     if as_json:
-        fail_json(type(error).__name__, str(error), error.exit_code)
+        fail_json(json_name(error), str(error), error.exit_code)
     click.echo(f"caesura: {visible(str(error))}", err=True)
     sys.exit(error.exit_code)
 
 
 def fail_json(error: str, reason: str, code: int) -> NoReturn:
     """Print the error as one JSON document on standard error, and exit."""
-    told = msgspec.json.encode({"error": error, "reason": reason, "exit_code": code})
-    click.echo(visible_json(told), err=True)
+    line = msgspec.json.encode({"error": error, "reason": reason, "exit_code": code})
+    click.echo(visible_json(line), err=True)
     sys.exit(code)
 
 
 def note(text: str, *, as_json: bool) -> None:
     """A notice on standard error: it is not part of the answer."""
-    told = visible_json(msgspec.json.encode({"note": text})) if as_json else f"caesura: {visible(text)}"
-    click.echo(told, err=True)
+    line = visible_json(msgspec.json.encode({"note": text})) if as_json else f"caesura: {visible(text)}"
+    click.echo(line, err=True)
 
 
 class Commands(click.Group):

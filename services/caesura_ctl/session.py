@@ -37,9 +37,9 @@ from caesura.delivery.message import prepare
 from caesura.delivery.policy import Policy
 from caesura.delivery.publisher import ReliablePublisher
 from caesura.fleet.words import Cleared
-from caesura.runtime.errors import CaesuraError
 from caesura.runtime.identity import new_id
 from caesura.runtime.settings import SettingsError
+from caesura_ctl.errors import BadRequest, NoBroker, NoCoordinatorAnswer
 from caesura_ctl.fleet_view import FleetView
 from caesura_ctl.settings import CtlSettings
 
@@ -58,25 +58,7 @@ Listener = Callable[[Received], Awaitable[None]]
 R = TypeVar("R", bound=m.RolloutRequested | m.FreezeRequested | m.AbortRequested | m.ResumeRequested)
 
 
-class NoBroker(CaesuraError):
-    """The broker cannot be reached."""
-
-    exit_code = 4
-
-
-class NoAnswer(CaesuraError):
-    """The coordinator did not answer in time."""
-
-    exit_code = 5
-
-
-class BadRequest(CaesuraError):
-    """A request that violates the contract, detected before it is sent."""
-
-    exit_code = 2
-
-
-class Connection:
+class ConnectionNews:
     """Reports the loss and the return of the connection as text, each once.
 
     Args:
@@ -94,17 +76,17 @@ class Connection:
 
     def news(self) -> list[str]:
         """The lines to print since the last call."""
-        told = []
+        lines = []
         # Lost and back between two checks: messages published in between are missing all the same.
         if self.up and (not self._stats.connected or self._stats.connects > self._connects):
             self.up = False
             self._missed()
-            told.append(self.LOST)
+            lines.append(self.LOST)
         if not self.up and self._stats.connected:
             self.up = True
-            told.append("connected to the broker again")
+            lines.append("connected to the broker again")
         self._connects = self._stats.connects
-        return told
+        return lines
 
 
 def client_name(settings: CtlSettings) -> str:
@@ -125,9 +107,9 @@ class Session:
     def __init__(self, bus: Bus, client: str, fleet: str = "default") -> None:
         self.bus = bus
         self.client = client
-        self.picture = FleetView()
+        self.fleet_view = FleetView()
         self.post = MessageClient(bus, source_of(fleet, "ctl", client))
-        self.connection = Connection(bus.stats, self.picture.missed)
+        self.connection = ConnectionNews(bus.stats, self.fleet_view.missed)
         self.changed = asyncio.Event()
         self._answers: dict[str, asyncio.Future[m.RequestAnswered]] = {}
         self._last = asyncio.get_running_loop().time()
@@ -138,7 +120,7 @@ class Session:
 
     async def _received(self, message: Message, _: Received) -> None:
         self._last = asyncio.get_running_loop().time()
-        self.picture.fold(message, self._last)
+        self.fleet_view.fold(message, self._last)
         if isinstance(message, m.RequestAnswered):
             waiting = self._answers.get(message.request)
             if waiting is not None and not waiting.done():
@@ -147,7 +129,7 @@ class Session:
 
     async def _cleared(self, kind: type[Message], parameters: Mapping[str, str]) -> None:
         self._last = asyncio.get_running_loop().time()
-        self.picture.fold(Cleared(kind, parameters), self._last)
+        self.fleet_view.fold(Cleared(kind, parameters), self._last)
         self.changed.set()
 
     async def settled(self, limit_s: float = 3.0) -> None:
@@ -167,7 +149,7 @@ class Session:
         Raises:
             BadRequest: it violates the contract (a notice of zero, a budget above 30 s, an impossible name).
             NoBroker: the broker did not accept it, or the connection was lost.
-            NoAnswer: no coordinator answered within 10 s.
+            NoCoordinatorAnswer: no coordinator answered within 10 s.
         """
         check(request)
         loop = asyncio.get_running_loop()
@@ -197,13 +179,13 @@ class Session:
             await asyncio.wait({publishing})
         if not self.bus.stats.connected:
             raise NoBroker(f"the connection to the broker was lost: {self.bus.stats.last_error}")
-        heard = self.picture.coordinator
+        coordinator = self.fleet_view.coordinator
         who = (
             "is not on the bus. Is caesura-coordinator running?"
-            if heard is None or not heard.online
-            else f"({heard.coordinator}) is on the bus but silent. Its log and its /ready say why."
+            if coordinator is None or not coordinator.online
+            else f"({coordinator.coordinator}) is on the bus but silent. Its log and its /ready say why."
         )
-        raise NoAnswer(
+        raise NoCoordinatorAnswer(
             f"no answer within {ANSWER_S:g} s: the coordinator {who} "
             "If it returns within a minute, it may still carry out the request: see caesura status."
         )
@@ -306,9 +288,9 @@ def _check_tls(options: BrokerOptions) -> None:
     try:
         options.tls()
     except (ssl.SSLError, TlsFilesUnusable) as error:
-        told = ", ".join(f"{name}={path!r}" for name, path in given.items())
+        names = ", ".join(f"{name}={path!r}" for name, path in given.items())
         diagnosis = explain(error, options)
-        raise SettingsError(f"{told}: {diagnosis.what}; {diagnosis.advice}") from error
+        raise SettingsError(f"{names}: {diagnosis.what}; {diagnosis.advice}") from error
 
 
 def _no_broker(bus: MqttBus) -> str:

@@ -15,8 +15,8 @@ from caesura.contract.parts import WholeRollout
 from caesura_ctl.columns import Columns, first_of
 from caesura_ctl.durations import show_duration, show_pause
 from caesura_ctl.fleet_view import FleetView, Pause
+from caesura_ctl.memory_proofs import Shown, counted, planned
 from caesura_ctl.outputs import failures_view
-from caesura_ctl.proofs import Shown, counted, planned
 
 _STYLE = {
     "pending": "dim",
@@ -118,11 +118,11 @@ def _wave_note(wave: m.WaveState, now: datetime) -> str:
     return wave.reason
 
 
-def _paused_so_far(wave: m.WaveState, paused: int, *, heard: bool) -> str:
+def _paused_so_far(wave: m.WaveState, paused: int, *, observed: bool) -> str:
     """The number of VMs whose pause was received; a wave that started before this session may have had more."""
     if not paused and wave.status in {"pending", "scheduled"}:
         return ""
-    if heard or paused == len(wave.vms):
+    if observed or paused == len(wave.vms):
         return f"{paused}/{len(wave.vms)}"
     return f"{paused}+/{len(wave.vms)}" if paused else "-"
 
@@ -136,7 +136,7 @@ _OUTPUT_LINES = 6
 
 
 def rollout_view(
-    rollout: WholeRollout, picture: FleetView, now: datetime, *, lines: int = 0
+    rollout: WholeRollout, fleet_view: FleetView, now: datetime, *, lines: int = 0
 ) -> RenderableType:
     """One rollout with its waves and their progress.
 
@@ -167,12 +167,12 @@ def rollout_view(
         else ("paused so far", "set/domain", "note"),
         one_line=bool(lines),
     )
-    paused = {vm.vm for vm in picture.pauses_of(rollout.rollout)}
+    paused = {vm.vm for vm in fleet_view.pauses_of(rollout.rollout)}
     rest = _rest(rollout, brief=bool(lines))
     shown = _window(rollout.waves, max(1, lines - _EDGES - len(rest)) if lines else len(rollout.waves))
     few = 1 if lines else len(rollout.waves) + MANY
     for wave in shown:
-        frozen = [vm for vm in wave.vms if vm in picture.frozen]
+        frozen = [vm for vm in wave.vms if vm in fleet_view.frozen]
         table.add_row(
             str(wave.wave + 1),
             _status(wave.status),
@@ -182,7 +182,7 @@ def rollout_view(
             _paused_so_far(
                 wave,
                 sum(vm in paused for vm in wave.vms),
-                heard=picture.heard_wave(rollout.rollout, wave.wave),
+                observed=fleet_view.observed_wave(rollout.rollout, wave.wave),
             ),
             # The reason of the halt is printed in full below.
             ""
@@ -234,19 +234,19 @@ def _window(waves: Sequence[m.WaveState], most: int) -> Sequence[m.WaveState]:
     return waves[first : first + most]
 
 
-def domains_view(picture: FleetView, *, most: int = MANY * MANY) -> RenderableType:
+def domains_view(fleet_view: FleetView, *, most: int = MANY * MANY) -> RenderableType:
     """Every set and update domain with its VMs by state, and the VMs paused now.
 
     Args:
         most: limit of rows; those with a VM that does not run come first if not all fit.
     """
     counts: dict[tuple[str, int], dict[str, int]] = {}
-    for vm, (_, record) in picture.vm_places().items():
+    for vm, (_, record) in fleet_view.vm_places().items():
         row = counts.setdefault((record.set, record.update_domain), {"running": 0, "paused": 0, "other": 0})
         impaired = (
             record.state == "running" and record.state_detail
         )  # the problem is printed below the tables
-        column = "paused" if vm in picture.frozen else "other" if impaired else str(record.state)
+        column = "paused" if vm in fleet_view.frozen else "other" if impaired else str(record.state)
         row[column if column in row else "other"] += 1
     table = Columns(
         "set", ">update domain", ">VMs", ">running", ">paused", ">other", "~", drop=("", "running", "VMs")
@@ -271,7 +271,7 @@ def domains_view(picture: FleetView, *, most: int = MANY * MANY) -> RenderableTy
 
 
 def live_view(
-    picture: FleetView, now: datetime, rollout_id: str = "", *, lines: int = 0, width: int = 80
+    fleet_view: FleetView, now: datetime, rollout_id: str = "", *, lines: int = 0, width: int = 80
 ) -> RenderableType:
     """The live view of ``watch`` and the demo: one rollout, the newest if none is named; then the domains.
 
@@ -279,25 +279,27 @@ def live_view(
         lines: of the terminal; 0: no limit.
         width: of the terminal, in characters.
     """
-    rollout = picture.rollouts.get(rollout_id) if rollout_id else picture.latest()
-    frozen = sorted(picture.frozen.values(), key=lambda each: each.vm)
+    rollout = fleet_view.rollouts.get(rollout_id) if rollout_id else fleet_view.latest()
+    frozen = sorted(fleet_view.frozen.values(), key=lambda each: each.vm)
     names = [f"{each.vm} {max(0.0, (now - each.at).total_seconds()):.1f}s" for each in frozen]
     paused = Text(
         f"paused now: {_fitting(names, width - 16) if lines else ', '.join(names)}", style="bold cyan"
     )
     if not lines:
-        top = rollout_view(rollout, picture, now) if rollout else Text("no rollout yet", style="dim")
-        return Group(top, *([paused] if frozen else []), domains_view(picture))
+        top = rollout_view(rollout, fleet_view, now) if rollout else Text("no rollout yet", style="dim")
+        return Group(top, *([paused] if frozen else []), domains_view(fleet_view))
     room = max(8, lines - 1 - bool(frozen))
     # A reason may take several lines and is never cut: the waves get the rest.
     extra = sum(len(each.plain) // max(1, width) for each in _rest(rollout, brief=True)) if rollout else 0
     waves = min(len(rollout.waves), max(1, room - extra - _EDGES - 8)) if rollout else 0
     need = waves + _EDGES + 1 + (len(_rest(rollout, brief=True)) if rollout else 0)
-    top = rollout_view(rollout, picture, now, lines=need) if rollout else Text("no rollout yet", style="dim")
+    top = (
+        rollout_view(rollout, fleet_view, now, lines=need) if rollout else Text("no rollout yet", style="dim")
+    )
     left = room - need - extra - 4
     parts: list[RenderableType] = [top, *([paused] if frozen else [])]
     if left > 0:
-        parts.append(domains_view(picture, most=left))
+        parts.append(domains_view(fleet_view, most=left))
     return Group(*parts)
 
 
@@ -351,7 +353,7 @@ def _worst(errors: Sequence[float | None]) -> str:
     return f"{max(known, key=abs):+.3f}s" if known else "?"
 
 
-def hosts_view(picture: FleetView) -> RenderableType:
+def hosts_view(fleet_view: FleetView) -> RenderableType:
     """Every host: online, guard, its current operation."""
     table = Columns(
         "host",
@@ -363,8 +365,8 @@ def hosts_view(picture: FleetView) -> RenderableType:
         "busy with",
         drop=("epoch", "driver", "VMs", "busy with"),
     )
-    for name, inventory in sorted(picture.hosts.items()):
-        online = picture.is_online(name)
+    for name, inventory in sorted(fleet_view.hosts.items()):
+        online = fleet_view.is_online(name)
         table.add_row(
             name,
             Text("online" if online else "offline", style="green" if online else "bold red"),
@@ -377,17 +379,17 @@ def hosts_view(picture: FleetView) -> RenderableType:
     return table
 
 
-def attention_view(picture: FleetView) -> RenderableType | None:
+def attention_view(fleet_view: FleetView) -> RenderableType | None:
     """VMs that need attention, with their host's remark, such as who paused them; None: there are none."""
     table = Columns("VM", "host", "state", "~what is wrong", drop=("host",))
-    for name, inventory in sorted(picture.hosts.items()):
+    for name, inventory in sorted(fleet_view.hosts.items()):
         for vm in inventory.vms:
             if vm.state_detail:
                 table.add_row(vm.vm, name, vm.state, Text(vm.state_detail))
     return table if table.row_count else None
 
 
-def documents_view(picture: FleetView) -> RenderableType:
+def documents_view(fleet_view: FleetView) -> RenderableType:
     """Open scheduled events of every set."""
     table = Columns(
         "set",
@@ -399,7 +401,7 @@ def documents_view(picture: FleetView) -> RenderableType:
         "resources",
         drop=("incarnation", "type", "resources", "event"),
     )
-    for name, document in sorted(picture.documents.items()):
+    for name, document in sorted(fleet_view.documents.items()):
         for event in document.events:
             table.add_row(
                 set_name(name),

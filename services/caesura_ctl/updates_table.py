@@ -15,11 +15,11 @@ _NAMED = 12
 """How many hosts a table names; the others are counted. ``--json`` names all."""
 
 
-def _installed_on(picture: FleetView, update: str, version: str, hosts: Sequence[str]) -> str:
+def _installed_on(fleet_view: FleetView, update: str, version: str, hosts: Sequence[str]) -> str:
     found = {
         host: each
         for host in hosts
-        for each in picture.hosts[host].installed
+        for each in fleet_view.hosts[host].installed
         if (each.update, each.version) == (update, version)
     }
     whole = [host for host, each in found.items() if not each.vms]
@@ -29,10 +29,10 @@ def _installed_on(picture: FleetView, update: str, version: str, hosts: Sequence
     return first_of([*whole, *partly], _NAMED)
 
 
-def updates_view(picture: FleetView) -> RenderableType:
+def updates_view(fleet_view: FleetView) -> RenderableType:
     """Updates by name with the hosts that define them, then refused files."""
     found: dict[tuple[str, str, str, str, str, float], list[str]] = {}
-    for host, inventory in sorted(picture.hosts.items()):
+    for host, inventory in sorted(fleet_view.hosts.items()):
         for each in inventory.updates:
             found.setdefault(
                 (each.update, each.version, each.impact, each.scope, each.vmm, each.expected_s), []
@@ -57,11 +57,13 @@ def updates_view(picture: FleetView) -> RenderableType:
             scope,
             shown,
             show_duration(expected_s),
-            f"all {len(hosts)}" if len(hosts) == len(picture.hosts) > 1 else first_of(hosts, _NAMED),
-            _installed_on(picture, name, version, hosts),
+            f"all {len(hosts)}" if len(hosts) == len(fleet_view.hosts) > 1 else first_of(hosts, _NAMED),
+            _installed_on(fleet_view, name, version, hosts),
         )
     refused = [
-        (host, bad) for host, inventory in sorted(picture.hosts.items()) for bad in inventory.refused_updates
+        (host, bad)
+        for host, inventory in sorted(fleet_view.hosts.items())
+        for bad in inventory.refused_updates
     ]
     if not refused:
         return table

@@ -15,7 +15,7 @@ from caesura.runtime.listen import own_host
 from caesura_metadata_publisher.listeners import Listener
 from caesura_metadata_publisher.request import (
     MAX_BODY_BYTES,
-    Answer,
+    HttpResponse,
     Request,
     foreign_host,
     parse,
@@ -63,13 +63,13 @@ def metadata_app(
         except TimeoutError:
             raise web.HTTPRequestTimeout from None  # it closes the connection, too
         headers = {name.lower(): value for name, value in request.headers.items()}
-        parsed: Request | Answer
+        parsed: Request | HttpResponse
         if own_host(headers.get("host", "localhost"), known):
             parsed = parse(request.method, request.path, list(request.query.items()), headers, body)
         else:
             parsed = foreign_host(headers["host"])
         try:
-            answer = parsed if isinstance(parsed, Answer) else await publisher.answer(listener, parsed)
+            answer = parsed if isinstance(parsed, HttpResponse) else await publisher.answer(listener, parsed)
         except Exception:  # noqa: BLE001 - a client must get the documented 500, not aiohttp's page
             _log.exception("metadata.failed", vm=listener.vm, method=request.method, path=request.path)
             answer = service_error("Unexpected failure.")
@@ -91,7 +91,7 @@ async def _read(request: web.Request) -> bytes | None:
     return bytes(body)
 
 
-def _response(answer: Answer) -> web.Response:
+def _response(answer: HttpResponse) -> web.Response:
     headers = {"Server": "caesura", **answer.headers}
     if answer.body:
         headers["Content-Type"] = answer.content_type

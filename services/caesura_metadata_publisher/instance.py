@@ -14,7 +14,7 @@ from uuid import UUID, uuid5
 import msgspec
 
 from caesura.fleet.state import LocatedVm
-from caesura_metadata_publisher.request import Answer, bad_request, not_found
+from caesura_metadata_publisher.request import HttpResponse, bad_request, not_found
 
 _NAMESPACE = UUID(
     "2ee8ea4e-2b66-5b4f-9f0b-6d5d3a7c9f10"
@@ -23,7 +23,7 @@ _NAMESPACE = UUID(
 Tree = str | Mapping[str, "Tree"] | Sequence["Tree"]
 
 
-class Place(msgspec.Struct, frozen=True, kw_only=True):
+class InstanceLocation(msgspec.Struct, frozen=True, kw_only=True):
     """The operator's description of where the VMs are; shown to workloads as it is."""
 
     location: str = "local"
@@ -37,16 +37,20 @@ def vm_id(vm: str) -> str:
     return str(uuid5(_NAMESPACE, f"vm/{vm}"))
 
 
-def instance_tree(placed: LocatedVm, version: str, place: Place, address: str) -> Mapping[str, Tree]:
+def instance_tree(
+    located: LocatedVm, version: str, place: InstanceLocation, address: str
+) -> Mapping[str, Tree]:
     """Everything under ``/metadata/instance`` for this VM at this api-version.
 
     Args:
         address: the IPv4 address shown as the VM's private one.
     """
-    return {"compute": _compute(placed, version, place), "network": _network(placed.record.vm, address)}
+    return {"compute": _compute(located, version, place), "network": _network(located.record.vm, address)}
 
 
-def answer_instance(tree: Mapping[str, Tree], path: Sequence[str], form: Literal["json", "text"]) -> Answer:
+def answer_instance(
+    tree: Mapping[str, Tree], path: Sequence[str], form: Literal["json", "text"]
+) -> HttpResponse:
     """The element at ``path``, as JSON or text."""
     element: Tree = tree
     for segment in path:
@@ -57,9 +61,9 @@ def answer_instance(tree: Mapping[str, Tree], path: Sequence[str], form: Literal
     if form == "json":
         if isinstance(element, str):
             return bad_request("This element is a leaf: ask for it with format=text.")
-        return Answer(status=200, body=msgspec.json.encode(element))
+        return HttpResponse(status=200, body=msgspec.json.encode(element))
     text = element if isinstance(element, str) else "\n".join(_listing(element))
-    return Answer(status=200, body=text.encode(), content_type="text/plain; charset=utf-8")
+    return HttpResponse(status=200, body=text.encode(), content_type="text/plain; charset=utf-8")
 
 
 def _child(element: Tree, segment: str) -> Tree | None:
@@ -78,15 +82,15 @@ def _listing(element: Mapping[str, Tree] | Sequence[Tree]) -> list[str]:
     return [name if isinstance(child, str) else f"{name}/" for name, child in pairs]
 
 
-def _compute(placed: LocatedVm, version: str, place: Place) -> Mapping[str, Tree]:
-    record, vm = placed.record, placed.record.vm
+def _compute(located: LocatedVm, version: str, place: InstanceLocation) -> Mapping[str, Tree]:
+    record, vm = located.record, located.record.vm
     in_a_set = not record.set.startswith("_")
     group = f"/subscriptions/{place.subscription}/resourceGroups/{place.resource_group}/providers/Microsoft.Compute"
-    tags = {"caesura_host": placed.host} | ({"caesura_set": record.set} if in_a_set else {})
+    tags = {"caesura_host": located.host} | ({"caesura_set": record.set} if in_a_set else {})
     fields: tuple[tuple[str, Tree, str], ...] = (
         ("azEnvironment", "", "2018-10-01"),
         ("evictionPolicy", "", "2020-12-01"),
-        ("host", {"id": f"{group}/hostGroups/{place.resource_group}/hosts/{placed.host}"}, "2021-11-15"),
+        ("host", {"id": f"{group}/hostGroups/{place.resource_group}/hosts/{located.host}"}, "2021-11-15"),
         ("location", place.location, "2017-04-02"),
         ("name", vm, "2017-04-02"),
         ("offer", "", "2017-04-02"),

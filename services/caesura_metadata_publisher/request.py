@@ -12,7 +12,7 @@ from typing import Literal
 
 import msgspec
 
-from caesura_metadata_publisher.versions import (
+from caesura_metadata_publisher.api_versions import (
     EVENTS_VERSIONS,
     INSTANCE_VERSIONS,
     EventsVersion,
@@ -25,7 +25,7 @@ _JSON = "application/json; charset=utf-8"
 _MORE = "For more information refer to aka.ms/azureimds"
 
 
-class Answer(msgspec.Struct, frozen=True, kw_only=True):
+class HttpResponse(msgspec.Struct, frozen=True, kw_only=True):
     """An HTTP answer, independent of the HTTP library."""
 
     status: int
@@ -41,7 +41,7 @@ class ReadEvents(msgspec.Struct, frozen=True):
     if_none_match: str = ""
 
 
-class Approve(msgspec.Struct, frozen=True):
+class ApproveEvents(msgspec.Struct, frozen=True):
     """POST /metadata/scheduledevents."""
 
     event_ids: tuple[str, ...]
@@ -59,7 +59,7 @@ class ReadVersions(msgspec.Struct, frozen=True):
     """GET /metadata/versions."""
 
 
-Request = ReadEvents | Approve | ReadInstance | ReadVersions
+Request = ReadEvents | ApproveEvents | ReadInstance | ReadVersions
 
 
 class _StartRequest(msgspec.Struct):
@@ -76,7 +76,7 @@ def parse(
     query: Sequence[tuple[str, str]],
     headers: Mapping[str, str],
     body: bytes | None,
-) -> Request | Answer:
+) -> Request | HttpResponse:
     """The request, or the answer that refuses it.
 
     Args:
@@ -95,7 +95,7 @@ def parse(
     if allowed is None or (rest and endpoint != "instance"):
         return not_found()
     if method not in allowed:
-        return Answer(
+        return HttpResponse(
             status=405,
             body=error_body(f"Method Not Allowed. {method} is not supported on this endpoint."),
             headers={"Allow": ", ".join(allowed)},
@@ -110,14 +110,14 @@ def parse(
     return _events(method, query, headers, body)
 
 
-def bad_request(why: str) -> Answer:
+def bad_request(why: str) -> HttpResponse:
     """400 with the reason."""
-    return Answer(status=400, body=error_body(f"Bad request. {why}"))
+    return HttpResponse(status=400, body=error_body(f"Bad request. {why}"))
 
 
-def foreign_host(host: str) -> Answer:
+def foreign_host(host: str) -> HttpResponse:
     """421: a browser that was sent here by somebody else's host name must get nothing."""
-    return Answer(
+    return HttpResponse(
         status=421,
         body=error_body(
             f"This is not known to be {host[:253]!r}. If it is: name it in CAESURA_METADATA_PUBLISHER_HTTP_HOSTS."
@@ -125,14 +125,14 @@ def foreign_host(host: str) -> Answer:
     )
 
 
-def not_found() -> Answer:
+def not_found() -> HttpResponse:
     """404: the element does not exist."""
-    return Answer(status=404, body=error_body("Not found. The requested element does not exist."))
+    return HttpResponse(status=404, body=error_body("Not found. The requested element does not exist."))
 
 
-def service_error(why: str) -> Answer:
+def service_error(why: str) -> HttpResponse:
     """500: retry after some time. Clients retry this one (cloud-init, azure-init, WALinuxAgent)."""
-    return Answer(status=500, body=error_body(f"Service Error. {why} Retry after some time."))
+    return HttpResponse(status=500, body=error_body(f"Service Error. {why} Retry after some time."))
 
 
 def error_body(text: str, **more: object) -> bytes:
@@ -142,7 +142,7 @@ def error_body(text: str, **more: object) -> bytes:
 
 def _refused(
     query: Sequence[tuple[str, str]], headers: Mapping[str, str], *, header_required: bool
-) -> Answer | None:
+) -> HttpResponse | None:
     if "x-forwarded-for" in headers:
         return bad_request("Requests through a proxy (X-Forwarded-For) are not served.")
     if header_required and headers.get("metadata", "").strip().lower() != "true":
@@ -161,7 +161,7 @@ def _header_required(endpoint: str, query: Sequence[tuple[str, str]]) -> bool:
 
 def _events(
     method: str, query: Sequence[tuple[str, str]], headers: Mapping[str, str], body: bytes | None
-) -> Request | Answer:
+) -> Request | HttpResponse:
     version = events_version(_value(query, "api-version"))
     if version is None:
         return _bad_version([each.version for each in EVENTS_VERSIONS])
@@ -173,10 +173,10 @@ def _events(
         asked = msgspec.json.decode(body, type=_StartRequests)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return bad_request('The payload must be {"StartRequests": [{"EventId": "..."}]}.')
-    return Approve(tuple(each.event_id for each in asked.start_requests))
+    return ApproveEvents(tuple(each.event_id for each in asked.start_requests))
 
 
-def _instance(path: tuple[str, ...], query: Sequence[tuple[str, str]]) -> Request | Answer:
+def _instance(path: tuple[str, ...], query: Sequence[tuple[str, str]]) -> Request | HttpResponse:
     version = _value(query, "api-version")
     if version not in INSTANCE_VERSIONS:
         return _bad_version(INSTANCE_VERSIONS)
@@ -189,9 +189,9 @@ def _instance(path: tuple[str, ...], query: Sequence[tuple[str, str]]) -> Reques
             return bad_request(f"Format {other!r} is not supported: json or text.")
 
 
-def _bad_version(known: Sequence[str]) -> Answer:
+def _bad_version(known: Sequence[str]) -> HttpResponse:
     text = f"Bad request. api-version is invalid or was not specified in the request. {_MORE}"
-    return Answer(status=400, body=error_body(text, **{"newest-versions": list(known[:3])}))
+    return HttpResponse(status=400, body=error_body(text, **{"newest-versions": list(known[:3])}))
 
 
 def _value(query: Sequence[tuple[str, str]], name: str) -> str:

@@ -38,8 +38,9 @@ from caesura.delivery.policy import Policy
 from caesura.delivery.publisher import ReliablePublisher
 from caesura.fleet.fold import Changes
 from caesura.fleet.words import Cleared
+from caesura_metadata_publisher.api_versions import INSTANCE_VERSIONS
 from caesura_metadata_publisher.directory import Directory
-from caesura_metadata_publisher.document import (
+from caesura_metadata_publisher.events_document import (
     awaits_approval,
     entity_tag,
     find_event,
@@ -49,15 +50,14 @@ from caesura_metadata_publisher.document import (
 from caesura_metadata_publisher.instance import answer_instance, instance_tree
 from caesura_metadata_publisher.listeners import Listener
 from caesura_metadata_publisher.request import (
-    Answer,
-    Approve,
+    ApproveEvents,
+    HttpResponse,
     ReadEvents,
     ReadInstance,
     Request,
     service_error,
 )
 from caesura_metadata_publisher.settings import MetadataPublisherSettings
-from caesura_metadata_publisher.versions import INSTANCE_VERSIONS
 
 _log = structlog.get_logger("caesura.metadata")
 
@@ -120,7 +120,7 @@ class MetadataPublisher:
 
     def documents_ping(self, listeners: tuple[Listener, ...]) -> str:
         """For /ready: whether every VM that may ask can be answered."""
-        missing = sorted({each.vm for each in listeners if isinstance(self._document(each.vm), Answer)})
+        missing = sorted({each.vm for each in listeners if isinstance(self._document(each.vm), HttpResponse)})
         return f"no document yet for {', '.join(missing)}" if missing else ""
 
     # -- tasks --------------------------------------------------------------------------------------------
@@ -170,11 +170,11 @@ class MetadataPublisher:
 
     # -- from the workloads -------------------------------------------------------------------------------
 
-    async def answer(self, listener: Listener, request: Request) -> Answer:
+    async def answer(self, listener: Listener, request: Request) -> HttpResponse:
         """The answer to a well-formed request that came in at ``listener``."""
         if isinstance(request, ReadEvents):
             return self._read_events(listener.vm, request)
-        if isinstance(request, Approve):
+        if isinstance(request, ApproveEvents):
             return await self._approve(listener.vm, request)
         if isinstance(request, ReadInstance):
             placed = self._directory.vm(listener.vm)
@@ -183,20 +183,20 @@ class MetadataPublisher:
             tree = instance_tree(placed, request.version, self._settings.place, listener.address)
             return answer_instance(tree, request.path, request.format)
         oldest_first = sorted(INSTANCE_VERSIONS)
-        return Answer(status=200, body=msgspec.json.encode({"apiVersions": oldest_first}))
+        return HttpResponse(status=200, body=msgspec.json.encode({"apiVersions": oldest_first}))
 
-    def _read_events(self, vm: str, request: ReadEvents) -> Answer:
+    def _read_events(self, vm: str, request: ReadEvents) -> HttpResponse:
         document = self._document(vm)
-        if isinstance(document, Answer):
+        if isinstance(document, HttpResponse):
             return document
         etag = entity_tag(document)
         if request.if_none_match and unchanged(request.if_none_match, etag):
-            return Answer(status=304, headers={"ETag": etag})
-        return Answer(status=200, body=wire_document(document, request.version), headers={"ETag": etag})
+            return HttpResponse(status=304, headers={"ETag": etag})
+        return HttpResponse(status=200, body=wire_document(document, request.version), headers={"ETag": etag})
 
-    async def _approve(self, vm: str, request: Approve) -> Answer:
+    async def _approve(self, vm: str, request: ApproveEvents) -> HttpResponse:
         document = self._document(vm)
-        if isinstance(document, Answer):
+        if isinstance(document, HttpResponse):
             return document
         for event_id in request.event_ids:
             event = find_event(document, event_id)
@@ -207,7 +207,7 @@ class MetadataPublisher:
                 return service_error("The approval could not be passed on.")
             self.approvals += 1
             _log.info("approval.accepted", vm=vm, set=document.set, event_id=event.event_id)
-        return Answer(status=200)
+        return HttpResponse(status=200)
 
     async def _pass_on(self, set_name: str, vm: str, event: ScheduledEvent) -> bool:
         """Whether the broker has it. From then on it is repeated until the document shows it: publishing it proves nothing."""
@@ -245,7 +245,7 @@ class MetadataPublisher:
             self._pending.discard(event.event_id)
         return wanted
 
-    def _document(self, vm: str) -> SetDocument | Answer:
+    def _document(self, vm: str) -> SetDocument | HttpResponse:
         placed = self._directory.vm(vm)
         if placed is None:
             return self._unknown(vm)
@@ -254,7 +254,7 @@ class MetadataPublisher:
             return service_error(f"The events of set {placed.record.set} are not known yet.")
         return document
 
-    def _unknown(self, vm: str) -> Answer:
+    def _unknown(self, vm: str) -> HttpResponse:
         if self._bus.stats.connects == 0:
             return service_error("The message bus was not reached yet.")
         if rivals := self._directory.foreign_hosts(vm):

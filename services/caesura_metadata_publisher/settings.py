@@ -8,7 +8,7 @@ from msgspec import Meta
 
 from caesura.contract.names import NAME_PATTERN
 from caesura.runtime.settings import ServiceSettings
-from caesura_metadata_publisher.instance import Place
+from caesura_metadata_publisher.instance import InstanceLocation
 
 HttpHost = Annotated[str, Meta(pattern=r"^(\*|[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?)\Z")]
 
@@ -53,8 +53,8 @@ class MetadataPublisherSettings(ServiceSettings, frozen=True, kw_only=True, forb
     )
 
     @property
-    def place(self) -> Place:
+    def place(self) -> InstanceLocation:
         """The operator's description of where the VMs are."""
-        return Place(
+        return InstanceLocation(
             location=self.location, resource_group=self.resource_group, subscription=self.subscription
         )

@@ -18,7 +18,7 @@ with QuietInterrupt():
     from caesura.runtime.listen import check_health_address, parse_listen
     from caesura.runtime.serve import serve
     from caesura_metrics_exporter.live.page import LivePage
-    from caesura_metrics_exporter.scrape import Scrape
+    from caesura_metrics_exporter.metrics.scrape import Scrape
     from caesura_metrics_exporter.service import MetricsExporter, filters
     from caesura_metrics_exporter.settings import MetricsExporterSettings
 

@@ -15,13 +15,13 @@ from caesura.contract.messages import HostInventory, VmClockSynced, VmFrozen, Vm
 from caesura.contract.parts import PARTS, Joiner
 from caesura.contract.topics import PREFIX, match_topic
 from caesura.runtime.sampler import Sampler
-from caesura_metrics_exporter.counters import FactCounters
-from caesura_metrics_exporter.fleet import FleetMetricsView
-from caesura_metrics_exporter.folded import Folded
+from caesura_metrics_exporter.bus_fold import BusFold
 from caesura_metrics_exporter.live.stream import LiveStream
 from caesura_metrics_exporter.live.view import Live
-from caesura_metrics_exporter.metrics import FleetCollector, SelfStats
-from caesura_metrics_exporter.series import Histogram
+from caesura_metrics_exporter.metrics.collector import FleetCollector, SelfStats
+from caesura_metrics_exporter.metrics.counters import FactCounters
+from caesura_metrics_exporter.metrics.current_state import FleetMetricsView
+from caesura_metrics_exporter.metrics.series import Histogram
 from caesura_metrics_exporter.settings import MetricsExporterSettings
 
 _HANDLER_BUCKETS = (0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.005, 0.01, 0.1)
@@ -50,8 +50,8 @@ class MetricsExporter:
         self._monotonic = monotonic
         self._wall = wall
         self._own = SelfStats(handler=Histogram(_HANDLER_BUCKETS), began_s=monotonic())
-        self.tally = FactCounters()
-        self._folded = Folded()
+        self.counters = FactCounters()
+        self._folded = BusFold()
         self.fleet = FleetMetricsView(self._folded)
         self._joiner = Joiner()
         self._ownership = self._folded.state.ownership
@@ -64,7 +64,7 @@ class MetricsExporter:
         """The collector to register with Prometheus."""
         foreign = self._ownership.foreign
         return FleetCollector(
-            self.tally, self.fleet, self._own, self._bus, self._monotonic, foreign, self._settings.fleet
+            self.counters, self.fleet, self._own, self._bus, self._monotonic, foreign, self._settings.fleet
         )
 
     def broker_ping(self) -> str:
@@ -94,7 +94,7 @@ class MetricsExporter:
         try:
             received = decode(delivery.topic, delivery.payload)
             if received.channel.message in PARTS.values():
-                self.tally.take(received)
+                self.counters.take(received)
             whole = self._joiner.take(received)
         except ContractError as error:
             self._own.decode_errors[error.kind] += 1
@@ -111,17 +111,17 @@ class MetricsExporter:
                 return
         elif isinstance(message, HostInventory):  # often enough, and not with each message of a storm
             for set_name in self.fleet.forget_empty_sets(now_s):
-                self.tally.forget_set(set_name)
+                self.counters.forget_set(set_name)
         step = self._folded.take(message, now_s)
         if isinstance(message, HostInventory):
             received = replace(received, message=self._folded.state.inventories[message.host])
-        fresh = self.tally.take(received)
+        fresh = self.counters.take(received)
         self.fleet.take(received.message, now_s, fresh=fresh, stored=delivery.retained, step=step)
         self.live.take(received, self._wall(), now_s, fresh=fresh, step=step)
 
     def _foreign(self, fact: VmFrozen | VmResumed | VmClockSynced) -> None:
         """Messages of a host about another's VM are only counted."""
-        self.tally.foreign.add(fact.host)
+        self.counters.foreign.add(fact.host)
         left_out = self._sampled.due(fact.host)
         if left_out is not None:
             owner = self._ownership.owner_of(fact.vm)
@@ -145,4 +145,4 @@ class MetricsExporter:
         self.live.clear(topic, self._wall(), now_s, step)
         if known and host not in self.fleet.hosts:
             _log.info("exporter.host_forgotten", host=host)
-            self.tally.forget_host(host)
+            self.counters.forget_host(host)

@@ -23,7 +23,7 @@ import os, signal, sys
 class Interrupter:
     def find_spec(self, name, path=None, target=None):
         if name == sys.argv[2]:
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), getattr(signal, sys.argv[4]))
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # it is ignored in a shell's background
 sys.meta_path.insert(0, Interrupter())
@@ -46,10 +46,23 @@ def test_the_commands_are_those_that_are_installed() -> None:
 def test_ctrl_c_while_modules_load(name: str, module: str, way: str) -> None:
     late = "caesura_vmcontrol.watchdog" if name == "caesura-pause-guard" else "msgspec"
     done = subprocess.run(
-        [sys.executable, "-c", _SCRIPT, module, late, way],
+        [sys.executable, "-c", _SCRIPT, module, late, way, "SIGINT"],
         capture_output=True,
         text=True,
         timeout=patient(60),
         check=False,
     )
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
+@pytest.mark.parametrize("way", ["script", "-m"])
+def test_sigterm_while_the_modules_of_the_command_load(way: str) -> None:
+    """As process 1 of a container it would otherwise ignore the signal."""
+    done = subprocess.run(
+        [sys.executable, "-c", _SCRIPT, "caesura_ctl.__main__", "msgspec", way, "SIGTERM"],
+        capture_output=True,
+        text=True,
+        timeout=patient(60),
+        check=False,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (143, "", "")

@@ -12,7 +12,7 @@ import pytest
 
 from caesura.bus.local_broker import mosquitto_config
 from caesura.contract.messages import MAX_BUDGET_S
-from caesura_coordinator.service import LeadershipLost
+from caesura_coordinator.leadership import LeadershipLost
 from caesura_host_updater.settings import HostUpdaterSettings
 
 _ROOT = Path(__file__).parents[2]

@@ -34,8 +34,8 @@ class Stage:
         self.notice_s = 1.0
 
     @property
-    def picture(self) -> FleetView:
-        return self.session.picture
+    def fleet_view(self) -> FleetView:
+        return self.session.fleet_view
 
     async def up(self, *hosts: str) -> None:
         """Start the coordinator and these hosts, and wait until all of them, their VMs and agents are there."""
@@ -46,17 +46,17 @@ class Stage:
         """Wait until these hosts have acknowledged the coordinator's epoch and all is well on them."""
 
         def well() -> bool:
-            boss = self.picture.coordinator
+            boss = self.fleet_view.coordinator
             if boss is None or not boss.online:
                 return False
             for name in hosts:
-                inventory = self.picture.hosts.get(name)
-                if inventory is None or not self.picture.is_online(name) or inventory.guard != "ready":
+                inventory = self.fleet_view.hosts.get(name)
+                if inventory is None or not self.fleet_view.is_online(name) or inventory.guard != "ready":
                     return False
                 if (inventory.epoch, inventory.coordinator) != (boss.epoch, boss.coordinator):
                     return False
                 for vm in inventory.vms:
-                    agent = self.picture.agents.get(vm.vm)
+                    agent = self.fleet_view.agents.get(vm.vm)
                     if vm.state != "running" or (vm.agent and (agent is None or not agent.online)):
                         return False
             return True
@@ -90,7 +90,7 @@ class Stage:
         return m.Policy(**values)  # type: ignore[arg-type]
 
     def rollout(self, rollout: str) -> WholeRollout | None:
-        return self.picture.rollouts.get(rollout)
+        return self.fleet_view.rollouts.get(rollout)
 
     async def wave(self, rollout: str, index: int, *statuses: str, timeout_s: float = 20.0) -> None:
         """Wait until a wave has one of these statuses."""
@@ -167,12 +167,12 @@ class Stage:
 
     def assert_one_end_each(self) -> None:
         """Every event reached exactly one end, its incarnations strictly rose, no document holds an event (I6, I7)."""
-        for event_id, facts in self.picture.events.items():
+        for event_id, facts in self.fleet_view.events.items():
             ends = [each.status for each in facts if each.status in {"completed", "cancelled", "failed"}]
             assert len(ends) == 1, f"event {event_id} ended {ends}"
             incarnations = [each.incarnation for each in facts]
             assert incarnations == sorted(set(incarnations)), f"incarnations of {event_id}: {incarnations}"
-        for document in self.picture.documents.values():
+        for document in self.fleet_view.documents.values():
             assert not document.events, f"{document.set} still shows {document.events}"
 
 

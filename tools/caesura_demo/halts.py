@@ -13,6 +13,6 @@ from collections.abc import Collection
 from caesura.contract.reasons import TRANSIENT
 
 
-def was_away(codes: Collection[str]) -> bool:
+def is_transient(codes: Collection[str]) -> bool:
     """Whether every code of a halt means that a component was unavailable, and none is a finding."""
     return bool(codes) and TRANSIENT.issuperset(codes)

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from caesura_demo.halts import was_away
+from caesura_demo.halts import is_transient
 
 RESUME_AFTER_S = (10.0, 60.0, 180.0)
 """s from a halt to its resume, for the first, the second and the third time that a wave halts. A host that hangs
@@ -48,7 +48,7 @@ class ResumeHistory(msgspec.Struct, frozen=True, kw_only=True):
     """A rollout that was already aborted at our start: being started after the abort means to continue."""
 
 
-class Step(msgspec.Struct, frozen=True):
+class NextAction(msgspec.Struct, frozen=True):
     """The action, the rollout, and the reason; ``how`` is the command for a person."""
 
     what: Literal["wait", "roll", "watch", "resume", "leave"]
@@ -76,7 +76,7 @@ def facts_from(status: Mapping[str, Any]) -> HaltSnapshot:
     )
 
 
-def next_step(facts: HaltSnapshot, *, client: str, hosts: Sequence[str], past: ResumeHistory) -> Step:
+def next_action(facts: HaltSnapshot, *, client: str, hosts: Sequence[str], past: ResumeHistory) -> NextAction:
     """The next action of an operator.
 
     Args:
@@ -85,34 +85,36 @@ def next_step(facts: HaltSnapshot, *, client: str, hosts: Sequence[str], past: R
         past: our earlier actions.
     """
     if facts.status in {"running", "aborting"}:
-        return Step("watch", facts.rollout)
+        return NextAction("watch", facts.rollout)
     missing = _missing(facts, hosts)
     if facts.status == "halted":
         return _halted(facts, client, missing, past)
     if facts.status == "aborted" and facts.rollout != past.found:
         why = f"{facts.reason or 'aborted'}; nothing is rolled out until you say so"
-        return Step("leave", facts.rollout, why, "docker compose restart rollout")
-    return Step("wait", why=missing) if missing else Step("roll")
+        return NextAction("leave", facts.rollout, why, "docker compose restart rollout")
+    return NextAction("wait", why=missing) if missing else NextAction("roll")
 
 
-def _halted(facts: HaltSnapshot, client: str, missing: str, past: ResumeHistory) -> Step:
+def _halted(facts: HaltSnapshot, client: str, missing: str, past: ResumeHistory) -> NextAction:
     why = f"halted: {facts.reason or 'no reason given'}"
     theirs = ""
     if facts.requested_by != client:
         theirs = f"{facts.requested_by or 'somebody else'} started it"
-    elif not was_away(facts.codes):
+    elif not is_transient(facts.codes):
         theirs = "that is for a person to judge"
     elif past.resumed >= MOST_RESUMES:
         theirs = f"resumed {past.resumed} times already"
     if theirs:
         how = f"docker compose run --rm caesura resume {facts.rollout}   (or abort)"
-        return Step("leave", facts.rollout, f"{why}; {theirs}", how)
+        return NextAction("leave", facts.rollout, f"{why}; {theirs}", how)
     if missing:
-        return Step("wait", facts.rollout, f"{why}; resumed when everything is available again: {missing}")
+        return NextAction(
+            "wait", facts.rollout, f"{why}; resumed when everything is available again: {missing}"
+        )
     after_s = RESUME_AFTER_S[past.resumed]
     if past.halted_s < after_s:
-        return Step("wait", facts.rollout, f"{why}; resumed {after_s:g} s after it halted")
-    return Step("resume", facts.rollout, why)
+        return NextAction("wait", facts.rollout, f"{why}; resumed {after_s:g} s after it halted")
+    return NextAction("resume", facts.rollout, why)
 
 
 def _missing(facts: HaltSnapshot, hosts: Sequence[str]) -> str:

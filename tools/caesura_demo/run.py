@@ -28,6 +28,7 @@ from caesura_ctl.follow import ENDED, Progress
 from caesura_ctl.session import Session, connect, new_request_id
 from caesura_ctl.settings import CtlSettings
 from caesura_ctl.tables import live_view, pauses_view
+from caesura_demo.checks import Check, judge, judge_guests
 from caesura_demo.guests import (
     UPDATES,
     GuestImage,
@@ -41,16 +42,15 @@ from caesura_demo.image import build_image
 from caesura_demo.layout import (
     UPDATE,
     Broker,
-    Layout,
     host_file,
     listeners_file,
     service_environments,
     standard_layout,
     update_file,
 )
-from caesura_demo.processes import Processes
+from caesura_demo.results import RolloutResult, document_of, read_patched, read_workloads
+from caesura_demo.service_processes import Processes
 from caesura_demo.sweeper import Sweeper, start_sweeper
-from caesura_demo.verdict import Check, WorkloadStatus, judge, judge_guests
 from caesura_demo.workspace import FIRST_PORT, CleanUp, free_ports, ram_folder, run_folder
 
 _READY_S = 45.0
@@ -61,6 +61,9 @@ _GUESTS_READY_S = 300.0
 _GUESTS_ROLLOUT_S = 240.0
 _GUESTS_SETTLE_S = 20.0
 _REFRESH_S = 0.2
+
+
+_BROKERS = {"mosquitto": "Mosquitto", "embedded": "amqtt, embedded (install mosquitto to use that instead)"}
 
 
 class Options(msgspec.Struct, frozen=True, kw_only=True):
@@ -148,12 +151,12 @@ class Demo:
                 async with connect(settings) as session:
                     self._session = session
                     await self._come_up(session, processes)
-                    stories = [await self._roll(session, processes, folder, kind) for kind in self._kinds()]
+                    results = [await self._roll(session, processes, folder, kind) for kind in self._kinds()]
                     self._stop_display()
-                    self._conclude(session, stories, broker)
+                    self._conclude(session, results, broker)
                     if self.options.keep:
                         await self._stay(processes)
-        return 0 if all(check.held for story in stories for check in story.checks) else 1
+        return 0 if all(check.held for result in results for check in result.checks) else 1
 
     def _kinds(self) -> tuple[GuestMethod, ...]:
         return self.options.methods if self._real else ("freeze",)
@@ -248,21 +251,25 @@ class Demo:
 
     async def _come_up(self, session: Session, processes: Processes) -> None:
         """Wait until every host, VM, agent and the publisher are there and every workload polls."""
-        picture = session.picture
+        fleet_view = session.fleet_view
 
         def ready() -> bool:
-            places = picture.vm_places()
+            places = fleet_view.vm_places()
             running = sum(record.state == "running" for _, record in places.values())
-            agents = sum(agent.online for agent in picture.agents.values())
-            epoch = picture.coordinator.epoch if picture.coordinator and picture.coordinator.online else 0
+            agents = sum(agent.online for agent in fleet_view.agents.values())
+            epoch = (
+                fleet_view.coordinator.epoch
+                if fleet_view.coordinator and fleet_view.coordinator.online
+                else 0
+            )
             acknowledged = sum(
-                each.epoch == epoch > 0 and each.guard == "ready" for each in picture.hosts.values()
+                each.epoch == epoch > 0 and each.guard == "ready" for each in fleet_view.hosts.values()
             )
             self._counts = {
                 "host updaters with a pause guard": (acknowledged, len(self.layout.hosts)),
                 "VMs running": (running, len(self.layout.vms)),
                 "agents": (agents, len(self.layout.vms)),
-                "metadata publishers": (sum(picture.publishers.values()), 1),
+                "metadata publishers": (sum(fleet_view.publishers.values()), 1),
             }
             return all(have >= wanted for have, wanted in self._counts.values())
 
@@ -275,12 +282,14 @@ class Demo:
                 f"the fleet did not come up within {patience_s:g} s: {missing}. Look into the logs."
             )
         if self._real:
-            detail = next(iter(picture.hosts.values())).driver_detail
+            detail = next(iter(fleet_view.hosts.values())).driver_detail
             self._say(f"guests: {len(self.layout.vms)} of {self.options.memory_mib} MiB; {detail}")
 
-    async def _roll(self, session: Session, processes: Processes, folder: Path, kind: GuestMethod) -> Story:
+    async def _roll(
+        self, session: Session, processes: Processes, folder: Path, kind: GuestMethod
+    ) -> RolloutResult:
         rollout = await self._follow(session, processes, self._update(kind))
-        return Story(rollout, await self._judge(session, rollout, folder, kind))
+        return RolloutResult(rollout, await self._judge(session, rollout, folder, kind))
 
     async def _follow(self, session: Session, processes: Processes, update: str) -> WholeRollout:
         self._stage = f"rolling out {update}"
@@ -300,19 +309,19 @@ class Demo:
         name = answer.rollout
 
         def ended() -> bool:
-            state = session.picture.rollouts.get(name)
+            state = session.fleet_view.rollouts.get(name)
             if state is None or state.status not in ENDED:
                 return False
             if state.status != "completed":
                 return True
             # The facts of the last wave may still be in transit when the state says completed.
             expected = {vm for wave in state.waves for vm in wave.vms}
-            return expected <= {pause.vm for pause in session.picture.pauses_of(name)} and not any(
-                document.events for document in session.picture.documents.values()
+            return expected <= {pause.vm for pause in session.fleet_view.pauses_of(name)} and not any(
+                document.events for document in session.fleet_view.documents.values()
             )
 
         await self._until(session, processes, ended, _GUESTS_ROLLOUT_S if self._real else _ROLLOUT_S)
-        return session.picture.rollouts[name]
+        return session.fleet_view.rollouts[name]
 
     async def _judge(
         self, session: Session, rollout: WholeRollout, folder: Path, kind: GuestMethod
@@ -332,13 +341,13 @@ class Demo:
     ) -> list[Check]:
         if self._real:
             guests = await asyncio.gather(*(read_guest(folder, vm) for vm in self.layout.vms))
-            patched = _read_patched(folder / f"patched-{kind}")
-            return judge_guests(session.picture, rollout, guests, patched, method=kind)
+            patched = read_patched(folder / f"patched-{kind}")
+            return judge_guests(session.fleet_view, rollout, guests, patched, method=kind)
         return judge(
-            session.picture,
+            session.fleet_view,
             rollout,
-            _read_workloads(folder, self.layout),
-            _read_patched(folder / "patched"),
+            read_workloads(folder, self.layout),
+            read_patched(folder / "patched"),
             [f"process {pid}" for pid in frozen_processes(f"CAESURA_DEMO_RUN={self.run_id}")],
         )
 
@@ -398,30 +407,30 @@ class Demo:
 
     def _render(self) -> RenderableType:
         head = Text.assemble(("Caesura demo: ", "bold"), self._stage)
-        picture = self._session.picture if self._session is not None else None
-        if picture is None or picture.latest() is None:
+        fleet_view = self._session.fleet_view if self._session is not None else None
+        if fleet_view is None or fleet_view.latest() is None:
             table = Table.grid(padding=(0, 2))
             for name, (have, wanted) in self._counts.items():
                 table.add_row(name, ProgressBar(total=wanted, completed=have, width=30), f"{have}/{wanted}")
             return Group(head, table)
-        return Group(head, live_view(picture, datetime.now(UTC)))
+        return Group(head, live_view(fleet_view, datetime.now(UTC)))
 
     def _refresh(self) -> None:
         """On a terminal the live display redraws itself; elsewhere each change is a line."""
         if self._live is not None or self.options.json:
             return
         counts = ", ".join(f"{name} {have}/{wanted}" for name, (have, wanted) in self._counts.items())
-        picture = self._session.picture if self._session is not None else None
-        rollout = picture.latest() if picture is not None else None
+        fleet_view = self._session.fleet_view if self._session is not None else None
+        rollout = fleet_view.latest() if fleet_view is not None else None
         lines = [f"{self._stage}: {counts}"] if rollout is None else []
-        if picture is not None:
-            lines += self.progress.lines(picture, rollout)
+        if fleet_view is not None:
+            lines += self.progress.lines(fleet_view, rollout)
         for line in lines:
             if line != getattr(self, "_last_line", None):
                 self._last_line = line
                 self.console.print(line, soft_wrap=True)
 
-    def _conclude(self, session: Session, stories: Sequence[Story], broker: LocalBroker) -> None:
+    def _conclude(self, session: Session, results: Sequence[RolloutResult], broker: LocalBroker) -> None:
         urls = {
             "live page": self._page_url,
             "metrics": f"{self._page_url}metrics",
@@ -429,16 +438,16 @@ class Demo:
             "broker": broker.url,
         }
         if self.options.json:
-            document = _document(session, stories, urls)
+            document = document_of(session, results, urls)
             self.console.out(msgspec.json.encode(document).decode(), highlight=False)
             return
-        for story in stories:
+        for result in results:
             if self._real:
-                self.console.print(f"\n{story.rollout.update}", style="bold")
-            pauses = session.picture.pauses_of(story.rollout.rollout)
-            self.console.print(pauses_view(pauses, session.picture.clocks))
+                self.console.print(f"\n{result.rollout.update}", style="bold")
+            pauses = session.fleet_view.pauses_of(result.rollout.rollout)
+            self.console.print(pauses_view(pauses, session.fleet_view.clocks))
             verdict = Table.grid(padding=(0, 2))
-            for check in story.checks:
+            for check in result.checks:
                 mark = Text("held", style="green") if check.held else Text("BROKEN", style="bold red")
                 verdict.add_row(mark, check.rule, Text(check.detail, style="dim"))
             self.console.print(verdict)
@@ -448,37 +457,3 @@ class Demo:
         for name, url in urls.items():
             self.console.print(f"  {name}: {url}", soft_wrap=True)
         self.console.print(f"  every message: caesura tail --broker {broker.url}", soft_wrap=True)
-
-
-class Story(msgspec.Struct, frozen=True):
-    """One rollout of the demo and its results."""
-
-    rollout: WholeRollout
-    checks: list[Check]
-
-
-def _document(session: Session, stories: Sequence[Story], urls: dict[str, str]) -> dict[str, Any]:
-    """The answer of ``--json``: the last rollout at the top level, since there is usually one, and the list of all."""
-    told = []
-    for story in stories:
-        pauses = session.picture.pauses_of(story.rollout.rollout)
-        clocks = [session.picture.clocks.get((each.operation, each.vm)) for each in pauses]
-        told.append({"rollout": story.rollout, "checks": story.checks, "pauses": pauses, "clocks": clocks})
-    held = all(check.held for story in stories for check in story.checks)
-    return {"held": held, **told[-1], "rollouts": told, "urls": urls}
-
-
-_BROKERS = {"mosquitto": "Mosquitto", "embedded": "amqtt, embedded (install mosquitto to use that instead)"}
-
-
-def _read_workloads(folder: Path, layout: Layout) -> dict[str, WorkloadStatus]:
-    found = {}
-    for vm in layout.vms:
-        path = folder / "workloads" / f"{vm.name}.json"
-        with suppress(OSError, msgspec.DecodeError):
-            found[vm.name] = msgspec.json.decode(path.read_bytes(), type=WorkloadStatus)
-    return found
-
-
-def _read_patched(path: Path) -> list[str]:
-    return path.read_text(encoding="utf-8").split() if path.exists() else []

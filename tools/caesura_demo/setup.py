@@ -21,7 +21,7 @@ import structlog
 from caesura.bus.local_broker import password_line
 from caesura.runtime.errors import CaesuraError
 from caesura.runtime.logs import configure_logging
-from caesura_demo.fleet import (
+from caesura_demo.compose_fleet import (
     BROKER_UID,
     GRAFANA_SECRET,
     HEALTH_USER,
@@ -29,7 +29,7 @@ from caesura_demo.fleet import (
     config_files,
     secret_readers,
 )
-from caesura_demo.rollouts import plan_from
+from caesura_demo.rollout_loop import settings_from
 
 VARIABLES = (
     "CAESURA_IMAGE",
@@ -94,7 +94,7 @@ def check_variables(environ: Mapping[str, str]) -> None:
             said.append(f"unknown variable {name}" + (f", did you mean {near[0]}?" if near else ""))
         raise SetupError(f"{'; '.join(said)} (known: {', '.join(VARIABLES)}). Correct it in .env")
     try:
-        plan_from(environ)
+        settings_from(environ)
     except CaesuraError as error:
         raise SetupError(f"{error}. Correct it in .env, or in your shell") from error
 
@@ -116,10 +116,10 @@ def prepare(folder: Path, *, state: str, renew: Sequence[str] = ()) -> None:
     made = [name for name in readers if name in renew or not (place / name).exists()]
     broken = {name: why for name in readers if name not in made and (why := _broken(place / name))}
     if broken:
-        told = "; ".join(f"{place / name} {why}" for name, why in broken.items())
+        faults = "; ".join(f"{place / name} {why}" for name, why in broken.items())
         again = " ".join(f"--renew {name}" for name in broken)
         raise SetupError(
-            f"{told}. Create it again: docker compose run --rm setup {folder} {again}, then "
+            f"{faults}. Create it again: docker compose run --rm setup {folder} {again}, then "
             "docker compose up --force-recreate"
         )
     for name in made:

@@ -25,7 +25,7 @@ import msgspec
 
 from caesura.runtime.cleanup import undisturbed
 from caesura_guest_image import agent, contents
-from caesura_guest_image.cpio import Entry, pack
+from caesura_guest_image.cpio import ArchiveEntry, pack
 from caesura_guest_image.packages import KERNEL, PACKAGES, GuestError, Progress, fetch, unpack
 
 INSIDE = Path(__file__).parent / "inside"
@@ -34,7 +34,7 @@ _KEPT_S = 7 * 86400
 """s: a VM that runs an older guest needs its files again for a swap."""
 
 
-class Guest(msgspec.Struct, frozen=True, kw_only=True):
+class BuiltImage(msgspec.Struct, frozen=True, kw_only=True):
     """A guest that is ready to boot."""
 
     folder: str
@@ -56,7 +56,7 @@ def default_cache() -> Path:
     return Path(home) / "caesura" / "guest"
 
 
-def build(cache: Path, progress: Progress, *, force: bool = False) -> Guest:
+def build(cache: Path, progress: Progress, *, force: bool = False) -> BuiltImage:
     """The guest for the installed code, from the cache if available.
 
     Raises:
@@ -74,7 +74,7 @@ def build(cache: Path, progress: Progress, *, force: bool = False) -> Guest:
         raise GuestError(f"cannot build in {cache}: {error}") from error
 
 
-def _build(cache: Path, progress: Progress, begun: float, *, force: bool) -> Guest:
+def _build(cache: Path, progress: Progress, begun: float, *, force: bool) -> BuiltImage:
     builder = _builder_digest()
     base = cache / f"base-{builder[:16]}"
     whole = hashlib.sha256(f"{builder} {agent.digest()}".encode()).hexdigest()
@@ -83,7 +83,7 @@ def _build(cache: Path, progress: Progress, begun: float, *, force: bool) -> Gue
         shutil.rmtree(base, ignore_errors=True)
     elif target.is_dir():
         os.utime(target)
-        found = msgspec.json.decode((target / "manifest.json").read_bytes(), type=Guest)
+        found = msgspec.json.decode((target / "manifest.json").read_bytes(), type=BuiltImage)
         return msgspec.structs.replace(found, cached=True, seconds=round(time.monotonic() - begun, 3))
     if not base.is_dir():
         _make_base(cache, base, progress)
@@ -98,7 +98,7 @@ def _build(cache: Path, progress: Progress, begun: float, *, force: bool) -> Gue
         (folder / "initrd").write_bytes(initrd)
         os.link(base / "vmlinuz", folder / "vmlinuz")
         facts = msgspec.json.decode((base / "facts.json").read_bytes(), type=_BaseFacts)
-        guest = Guest(
+        guest = BuiltImage(
             folder=str(target),
             kernel=str(target / "vmlinuz"),
             initrd=str(target / "initrd"),
@@ -198,13 +198,13 @@ def _builder_digest() -> str:
     return found.hexdigest()
 
 
-def _packed(entries: dict[str, Entry]) -> bytes:
+def _packed(entries: dict[str, ArchiveEntry]) -> bytes:
     # Compressed, since archive and files are in the guest's RAM at the same time: 0.3 s under TCG for 20 MB less.
     data = gzip.compress(pack(entries), compresslevel=9, mtime=0)
     return data + bytes(-len(data) % 4)  # the next archive begins at a multiple of 4
 
 
-def _size(entries: dict[str, Entry]) -> int:
+def _size(entries: dict[str, ArchiveEntry]) -> int:
     # In whole pages, as in the kernel.
     return sum(-(-len(entry.data) // 4096) * 4096 for entry in entries.values())
 

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from caesura.runtime.errors import CaesuraError
 from caesura_ctl.options import fail, print_json
-from caesura_guest_image.build import Guest, build, default_cache
+from caesura_guest_image.build import BuiltImage, build, default_cache
 from caesura_guest_image.packages import GuestError, Progress
 from caesura_guest_image.second import fetch_second
 
@@ -80,7 +80,7 @@ def build_guest(*, output: Path | None, force: bool, as_json: bool) -> None:
     Kept in $XDG_CACHE_HOME/caesura/guest (~/.cache/caesura/guest).
     """
 
-    def work(progress: Progress) -> Guest:
+    def work(progress: Progress) -> BuiltImage:
         made = build(default_cache(), progress, force=force)
         return made if output is None else _copy_to(made, output)
 
@@ -125,7 +125,7 @@ def _with_progress(work: Callable[[Progress], T], *, as_json: bool) -> T:
         raise  # fail() does not return
 
 
-def _copy_to(made: Guest, output: Path) -> Guest:
+def _copy_to(made: BuiltImage, output: Path) -> BuiltImage:
     try:
         output.mkdir(parents=True, exist_ok=True)
         copied = msgspec.structs.replace(
@@ -140,7 +140,7 @@ def _copy_to(made: Guest, output: Path) -> Guest:
     return copied
 
 
-def _show(made: Guest) -> None:
+def _show(made: BuiltImage) -> None:
     how = "from the cache" if made.cached else f"built in {made.seconds:.1f} s"
     click.echo(f"kernel   {made.kernel}  ({made.kernel_bytes / 1e6:.1f} MB, {made.kernel_version})")
     click.echo(f"initrd   {made.initrd}  ({made.initrd_bytes / 1e6:.1f} MB, {how})")

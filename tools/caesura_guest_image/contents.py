@@ -6,7 +6,7 @@ import os
 import shutil
 from pathlib import Path
 
-from caesura_guest_image.cpio import FOLDER, Entry, file_entry, link_entry
+from caesura_guest_image.cpio import FOLDER, ArchiveEntry, file_entry, link_entry
 from caesura_guest_image.elf import NotElf, needed_libraries
 from caesura_guest_image.packages import GuestError
 
@@ -177,7 +177,7 @@ def loader(stage: Path) -> list[str]:
     ]
 
 
-def system_entries(unpacked: Path, inside: Path) -> dict[str, Entry]:
+def system_entries(unpacked: Path, inside: Path) -> dict[str, ArchiveEntry]:
     """Everything that is not Python: init, modules, links, a few files in /etc."""
     entries = {f"bin/{name}": link_entry("busybox") for name in APPLETS}
     entries |= {f"sbin/{name}": link_entry("../bin/busybox") for name in _SYSTEM_APPLETS}
@@ -208,7 +208,7 @@ def system_entries(unpacked: Path, inside: Path) -> dict[str, Entry]:
     return entries
 
 
-def tree_entries(stage: Path) -> dict[str, Entry]:
+def tree_entries(stage: Path) -> dict[str, ArchiveEntry]:
     """The files below ``stage``."""
     found = {}
     for path in sorted(stage.rglob("*")):

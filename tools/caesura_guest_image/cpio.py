@@ -14,27 +14,27 @@ _MAGIC = b"070701"
 _TRAILER = "TRAILER!!!"
 
 
-class Entry(msgspec.Struct, frozen=True):
+class ArchiveEntry(msgspec.Struct, frozen=True):
     """A file, folder or symbolic link. ``mode`` is st_mode with its type bits; a link's data is its target."""
 
     mode: int
     data: bytes = b""
 
 
-FOLDER = Entry(stat.S_IFDIR | 0o755)
+FOLDER = ArchiveEntry(stat.S_IFDIR | 0o755)
 
 
-def file_entry(data: bytes, *, executable: bool = False) -> Entry:
+def file_entry(data: bytes, *, executable: bool = False) -> ArchiveEntry:
     """A regular file."""
-    return Entry(stat.S_IFREG | (0o755 if executable else 0o644), data)
+    return ArchiveEntry(stat.S_IFREG | (0o755 if executable else 0o644), data)
 
 
-def link_entry(target: str) -> Entry:
+def link_entry(target: str) -> ArchiveEntry:
     """A symbolic link."""
-    return Entry(stat.S_IFLNK | 0o777, target.encode())
+    return ArchiveEntry(stat.S_IFLNK | 0o777, target.encode())
 
 
-def pack(entries: Mapping[str, Entry]) -> bytes:
+def pack(entries: Mapping[str, ArchiveEntry]) -> bytes:
     """The archive; names have no leading slash. Missing parent folders are added."""
     everything = dict(entries)
     for name in entries:
@@ -44,13 +44,13 @@ def pack(entries: Mapping[str, Entry]) -> bytes:
     archive = bytearray()
     for number, name in enumerate(sorted(everything), start=1):
         _add(archive, number, name, everything[name])
-    _add(archive, 0, _TRAILER, Entry(0))
+    _add(archive, 0, _TRAILER, ArchiveEntry(0))
     # The kernel requires the next archive at a multiple of 4; cpio(1) pads to 512.
     archive += bytes(-len(archive) % 512)
     return bytes(archive)
 
 
-def _add(archive: bytearray, number: int, name: str, entry: Entry) -> None:
+def _add(archive: bytearray, number: int, name: str, entry: ArchiveEntry) -> None:
     encoded = name.encode() + b"\0"
     links = 2 if stat.S_ISDIR(entry.mode) else 1
     # inode, mode, uid, gid, links, mtime, size, device (2), special device (2), name size, checksum

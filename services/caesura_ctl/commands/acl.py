@@ -6,7 +6,7 @@ import click
 
 from caesura.contract.access import Place, Principal, access_rules
 from caesura.contract.names import is_name, own_set
-from caesura_ctl.names import read_set
+from caesura_ctl.name_params import read_set
 
 _FORMS = {
     "coordinator": "coordinator[:NAME]",

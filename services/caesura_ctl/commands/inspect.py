@@ -15,9 +15,11 @@ from caesura.contract import messages as m
 from caesura.contract.codec import Received
 from caesura.contract.topics import CHANNELS, PREFIX
 from caesura_ctl.completion import complete
+from caesura_ctl.console import visible_json
+from caesura_ctl.errors import NotCompleted
 from caesura_ctl.follow import REFRESH_S, conclude, follow
-from caesura_ctl.names import NAME, SET_NAME
-from caesura_ctl.options import Context, NotCompleted, common, epilog, note, print_json, run
+from caesura_ctl.name_params import NAME, SET_NAME
+from caesura_ctl.options import Context, common, epilog, note, print_json, run
 from caesura_ctl.session import connect
 from caesura_ctl.tables import (
     attention_view,
@@ -28,8 +30,7 @@ from caesura_ctl.tables import (
     rollout_view,
 )
 from caesura_ctl.updates_table import updates_view
-from caesura_ctl.versions import not_together
-from caesura_ctl.visible import visible_json
+from caesura_ctl.version_skew import not_together
 
 
 @click.command(epilog=epilog("caesura status", "caesura status --json"))
@@ -40,24 +41,24 @@ def status(broker: str | None, *, as_json: bool) -> None:
     async def body(context: Context) -> None:
         async with connect(context.settings) as session:
             await session.settled()
-            picture = session.picture
-        rollout = picture.latest()
+            fleet_view = session.fleet_view
+        rollout = fleet_view.latest()
         if context.json:
             print_json(
                 {
-                    "coordinator": picture.coordinator,
+                    "coordinator": fleet_view.coordinator,
                     "hosts": [
-                        {"online": picture.is_online(name), "inventory": each}
-                        for name, each in sorted(picture.hosts.items())
+                        {"online": fleet_view.is_online(name), "inventory": each}
+                        for name, each in sorted(fleet_view.hosts.items())
                     ],
-                    "agents": sorted(picture.agents.values(), key=lambda each: each.vm),
-                    "publishers": picture.publishers,
-                    "documents": sorted(picture.documents.values(), key=lambda each: each.set),
+                    "agents": sorted(fleet_view.agents.values(), key=lambda each: each.vm),
+                    "publishers": fleet_view.publishers,
+                    "documents": sorted(fleet_view.documents.values(), key=lambda each: each.set),
                     "rollout": rollout,
                 }
             )
             return
-        boss = picture.coordinator
+        boss = fleet_view.coordinator
         context.console.print(
             f"coordinator: {boss.coordinator}, epoch {boss.epoch}, {'online' if boss.online else 'OFFLINE'}"
             if boss
@@ -65,21 +66,21 @@ def status(broker: str | None, *, as_json: bool) -> None:
         )
         silent = sorted(
             vm
-            for vm, (_, record) in picture.vm_places().items()
-            if record.agent and not _online(picture.agents.get(vm))
+            for vm, (_, record) in fleet_view.vm_places().items()
+            if record.agent and not _online(fleet_view.agents.get(vm))
         )
-        context.console.print(hosts_view(picture))
-        context.console.print(domains_view(picture))
-        if (attention := attention_view(picture)) is not None:
+        context.console.print(hosts_view(fleet_view))
+        context.console.print(domains_view(fleet_view))
+        if (attention := attention_view(fleet_view)) is not None:
             context.console.print(attention)
-        for line in not_together(picture.hosts):
+        for line in not_together(fleet_view.hosts):
             context.console.print(Text(line))
         if silent:
             context.console.print(f"agents silent: {', '.join(silent)}")
-        if any(document.events for document in picture.documents.values()):
-            context.console.print(documents_view(picture))
+        if any(document.events for document in fleet_view.documents.values()):
+            context.console.print(documents_view(fleet_view))
         if rollout:
-            context.console.print(rollout_view(rollout, picture, datetime.now(UTC)))
+            context.console.print(rollout_view(rollout, fleet_view, datetime.now(UTC)))
 
     run(body, broker, as_json=as_json)
 
@@ -102,9 +103,9 @@ def watch(rollout: str, broker: str | None, *, as_json: bool) -> None:
     async def body(context: Context) -> None:
         async with connect(context.settings) as session:
             await session.settled()
-            latest = session.picture.latest()
+            latest = session.fleet_view.latest()
             chosen = rollout or (latest.rollout if latest else "")
-            if chosen not in session.picture.rollouts:
+            if chosen not in session.fleet_view.rollouts:
                 raise NotCompleted(
                     f"no rollout {chosen!r} on this broker; see: caesura history"
                     if chosen
@@ -135,17 +136,17 @@ def history(rollout: str, limit: int, broker: str | None, *, as_json: bool) -> N
     async def body(context: Context) -> None:
         async with connect(context.settings, [m.RolloutState]) as session:
             await session.settled()
-            one = session.picture.rollouts.get(rollout) if rollout else None
+            one = session.fleet_view.rollouts.get(rollout) if rollout else None
             if rollout and one is None:
                 raise NotCompleted(f"no rollout {rollout!r} on this broker; see: caesura history")
             rollouts = sorted(
-                session.picture.rollouts.values(), key=lambda each: each.created_at, reverse=True
+                session.fleet_view.rollouts.values(), key=lambda each: each.created_at, reverse=True
             )[:limit]
         if one is not None:
             if context.json:
                 print_json(one)
             else:
-                context.console.print(rollout_view(one, session.picture, datetime.now(UTC)))
+                context.console.print(rollout_view(one, session.fleet_view, datetime.now(UTC)))
         elif context.json:
             print_json(rollouts)
         elif rollouts:
@@ -164,7 +165,7 @@ def updates(broker: str | None, *, as_json: bool) -> None:
     async def body(context: Context) -> None:
         async with connect(context.settings, [m.HostInventory]) as session:
             await session.settled()
-            picture = session.picture
+            fleet_view = session.fleet_view
         if context.json:
             print_json(
                 {
@@ -173,11 +174,11 @@ def updates(broker: str | None, *, as_json: bool) -> None:
                         "refused": each.refused_updates,
                         "installed": each.installed,
                     }
-                    for name, each in sorted(picture.hosts.items())
+                    for name, each in sorted(fleet_view.hosts.items())
                 }
             )
-        elif picture.hosts:
-            context.console.print(updates_view(picture))
+        elif fleet_view.hosts:
+            context.console.print(updates_view(fleet_view))
         else:
             context.console.print("no host has reported yet")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import click
@@ -10,20 +11,11 @@ from caesura.contract import messages as m
 from caesura_ctl.blast import again, confirm, everything, limits, limits_from
 from caesura_ctl.completion import complete
 from caesura_ctl.durations import BUDGET, show_duration
+from caesura_ctl.errors import RefusedByCoordinator, RequestInterrupted
 from caesura_ctl.follow import conclude, follow
-from caesura_ctl.names import NAME
-from caesura_ctl.options import (
-    Context,
-    Refused,
-    common,
-    epilog,
-    policy,
-    policy_from,
-    print_json,
-    run,
-    selection,
-)
-from caesura_ctl.session import Session, check, connect, new_request_id
+from caesura_ctl.name_params import NAME
+from caesura_ctl.options import Context, common, epilog, policy, policy_from, print_json, run, selection
+from caesura_ctl.session import R, Session, check, connect, new_request_id
 from caesura_ctl.tables import plan_view
 
 
@@ -34,13 +26,13 @@ def _chosen(options: dict[str, Any]) -> m.Selection:
 async def _start(
     session: Session, context: Context, request: m.RolloutRequested | m.FreezeRequested, *, detach: bool
 ) -> None:
-    answer = await session.ask(request)
+    answer = await (session.ask(request) if request.plan_only else _ask(session, request))
     if answer.plan is not None and not context.json:
         context.console.print(plan_view(answer.plan))
     if not answer.accepted:
         if context.json:
             print_json(answer)
-        raise Refused(answer.reason + await _refused_files(session, request))
+        raise RefusedByCoordinator(answer.reason + await _refused_files(session, request))
     if request.plan_only or detach or not answer.rollout:
         if context.json:
             print_json(answer)
@@ -57,6 +49,18 @@ async def _start(
     conclude(session, context, state)
 
 
+async def _ask(session: Session, request: R) -> m.RequestAnswered:
+    """Send a request that changes something.
+
+    Raises:
+        RequestInterrupted: a signal ended the command in the meantime.
+    """
+    try:
+        return await session.ask(request)
+    except asyncio.CancelledError:
+        raise RequestInterrupted from None
+
+
 async def _refused_files(session: Session, request: m.RolloutRequested | m.FreezeRequested) -> str:
     """The hosts that refused the update's file: an update that no host defines may have an error in its file."""
     if isinstance(request, m.FreezeRequested):
@@ -65,7 +69,7 @@ async def _refused_files(session: Session, request: m.RolloutRequested | m.Freez
     file = f"{request.update}.toml"
     hosts = [
         name
-        for name, inventory in sorted(session.picture.hosts.items())
+        for name, inventory in sorted(session.fleet_view.hosts.items())
         if any(each.file == file for each in inventory.refused_updates)
     ]
     return f"; {file} was refused by {', '.join(hosts)}: see caesura updates" if hosts else ""
@@ -196,7 +200,7 @@ def abort(rollout: str, reason: str, broker: str | None, *, as_json: bool) -> No
         request = m.AbortRequested(request=new_request_id(), rollout=rollout, reason=reason)
         check(request)
         async with connect(context.settings) as session:
-            await _steer(session, context, request, "aborting")
+            await _send_control(session, context, request, "aborting")
 
     run(body, broker, as_json=as_json)
 
@@ -216,18 +220,18 @@ def resume(rollout: str, broker: str | None, *, as_json: bool, detach: bool) -> 
         check(request)
         async with connect(context.settings) as session:
             await session.settled()
-            before = dict(session.picture.rollouts)
-            started = await _steer(session, context, request, "resuming", last_word=detach)
+            before = dict(session.fleet_view.rollouts)
+            started = await _send_control(session, context, request, "resuming", last_word=detach)
             if not detach:
-                if session.picture.rollouts.get(started) is before.get(started):
+                if session.fleet_view.rollouts.get(started) is before.get(started):
                     # The retained state still says halted; the coordinator's next message may be its last one, too.
-                    session.picture.rollouts.pop(started, None)
+                    session.fleet_view.rollouts.pop(started, None)
                 conclude(session, context, await follow(session, context, started))
 
     run(body, broker, as_json=as_json)
 
 
-async def _steer(
+async def _send_control(
     session: Session,
     context: Context,
     request: m.AbortRequested | m.ResumeRequested,
@@ -236,11 +240,11 @@ async def _steer(
     last_word: bool = True,
 ) -> str:
     """Send the request and print the answer; as JSON only if no other output follows, since a script reads one document."""
-    answer = await session.ask(request)
+    answer = await _ask(session, request)
     if context.json and (last_word or not answer.accepted):
         print_json(answer)
     if not answer.accepted:
-        raise Refused(answer.reason)
+        raise RefusedByCoordinator(answer.reason)
     if not context.json:
         context.console.print(f"{word} rollout {answer.rollout}")
     return answer.rollout

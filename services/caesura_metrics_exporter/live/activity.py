@@ -31,7 +31,7 @@ _WAVE_LEVEL: dict[str, Level] = {"completed": "good", "failed": "bad", "cancelle
 _SOME = 6
 
 
-def happening(message: Message, at: float) -> LogEntry | None:
+def log_entry(message: Message, at: float) -> LogEntry | None:
     """The log line of a fact; None for state and for details that are too fine.
 
     Args:

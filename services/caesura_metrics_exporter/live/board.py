@@ -33,7 +33,7 @@ class Board:
         self._ahead: float | None = None  # s, the wall clock minus the monotonic one
         self.lanes = TimelineStore(self.touch, members)
         self.log = ActivityLog()
-        self.standing = PausedVms()
+        self.paused = PausedVms()
         self.alarms = Alarms()
 
     def touch(self) -> int:
@@ -70,7 +70,7 @@ class Board:
             return 0.0
         for lane in self.lanes:
             lane.shift(by)
-        self.standing.shift(by)
+        self.paused.shift(by)
         self.alarms.shift(by)
         self.log.shift(by)
         self.floor = self.head_at = self.paused_at = self.touch()

@@ -9,18 +9,18 @@ from msgspec.structs import replace
 
 from caesura.contract import messages as m
 from caesura.fleet.state import LocatedVm
-from caesura_metrics_exporter.folded import Folded
+from caesura_metrics_exporter.bus_fold import BusFold
 from caesura_metrics_exporter.live.activity import Level, LogEntry
 from caesura_metrics_exporter.live.board import KEPT_S, Board
 from caesura_metrics_exporter.live.paused_vms import Paused
+from caesura_metrics_exporter.live.places import Places
 from caesura_metrics_exporter.live.timelines import OF_WAVE, Clock, PausePoint, Timeline
-from caesura_metrics_exporter.places import Places
 
 
 class PauseLanes:
     """See the module. Facts are overlaid on inventories, since they arrive first."""
 
-    def __init__(self, board: Board, places: Places, folded: Folded) -> None:
+    def __init__(self, board: Board, places: Places, folded: BusFold) -> None:
         self._board = board
         self._places = places
         self._folded = folded
@@ -30,7 +30,7 @@ class PauseLanes:
     def frozen(self, message: m.VmFrozen) -> None:
         """A host paused a VM."""
         key, domain = self._places.of(message.vm, message.set, message.update_domain)
-        known = self._board.standing.get(message.vm)
+        known = self._board.paused.get(message.vm)
         if known is not None and (known.set, known.key, known.domain) != (message.set, key, domain):
             self._end(known, self._board.now)  # its end was missed, and it is in another lane now
         self._pause(
@@ -53,7 +53,7 @@ class PauseLanes:
         """A VM runs after a pause."""
         board = self._board
         at = board.at(message.at.timestamp())
-        paused = board.standing.get(message.vm)
+        paused = board.paused.get(message.vm)
         place = (
             (paused.key, paused.domain)
             if paused is not None
@@ -97,7 +97,7 @@ class PauseLanes:
             for lane in self._lanes_of(before.record):
                 lane.clocks.pop(vm, None)
                 board.lanes.changed(lane)
-        paused = board.standing.get(vm)
+        paused = board.paused.get(vm)
         if after is None:
             if board.alarms.gone(vm, board.now):
                 board.touch_head()
@@ -118,7 +118,7 @@ class PauseLanes:
         board.lane(
             record.set, "update_domain", record.update_domain
         )  # there may have been no room for the lane
-        paused = board.standing.get(record.vm)
+        paused = board.paused.get(record.vm)
         if record.state == "paused" and paused is None:
             place = self._places.of(record.vm, record.set, record.update_domain)
             self._pause(Paused(record.vm, record.set, record.update_domain, *place, host, board.now))
@@ -142,46 +142,46 @@ class PauseLanes:
 
     def host_gone(self, host: str) -> None:
         """The host was removed permanently: nothing more will be received about its pauses."""
-        for paused in self._board.standing.on(host):
+        for paused in self._board.paused.on(host):
             self._lose(paused, f"no word from {host}")
 
     def expire(self) -> None:
         """Drop old pauses of VMs that do not belong to a host."""
         board = self._board
-        for paused in [each for each in board.standing if self._folded.state.vm(each.vm) is None]:
+        for paused in [each for each in board.paused if self._folded.state.vm(each.vm) is None]:
             if paused.received < board.now - KEPT_S:
                 self._lose(paused, f"no word from {paused.host}")
 
     def place_again(self, set_name: str) -> None:
         """VMs of the set were placed before their rollout or their place was known."""
-        self._place_again(set_name, self._board.standing.of(set_name))
+        self._place_again(set_name, self._board.paused.of(set_name))
 
     # -- internal -----------------------------------------------------------------------------------------
 
     def _place_again(self, set_name: str, those: Iterable[Paused]) -> None:
         board = self._board
-        clashed = board.standing.clash(set_name)
+        clashed = board.paused.clash(set_name)
         for paused in those:
             key, domain = self._places.of(paused.vm, paused.set, paused.update_domain)
             if (key, domain) == (paused.key, paused.domain):
                 continue
-            board.standing.remove(paused.vm)
+            board.paused.remove(paused.vm)
             lane = self._counted(paused)
             if lane is not None and not lane.standing:
                 lane.take_back()
             self._pause(replace(paused, key=key, domain=domain))
-        if clashed and not board.standing.clash(set_name):
+        if clashed and not board.paused.clash(set_name):
             board.alarms.end_two_domains(set_name, board.now, mistaken=True)
 
     def _pause(self, paused: Paused) -> None:
         board = self._board
-        board.standing.add(paused)
+        board.paused.add(paused)
         lane = board.lane(paused.set, paused.key, paused.domain)
         if lane is not None:
             unknown = paused.since is None
             lane.enter("frozen", board.now if paused.since is None else paused.since, since_unknown=unknown)
         self._counted(paused)
-        clash = board.standing.clash(paused.set)
+        clash = board.paused.clash(paused.set)
         if clash:
             board.alarms.two_domains(paused.set, clash, board.now)
 
@@ -193,15 +193,15 @@ class PauseLanes:
             board.rollouts_at = board.paused_at
         lane = board.lanes.get(paused.set, paused.key, paused.domain)
         if lane is not None:
-            lane.standing = board.standing.count_in(paused.set, paused.key, paused.domain)
+            lane.standing = board.paused.count_in(paused.set, paused.key, paused.domain)
             board.lanes.changed(lane)
         return lane
 
     def _end(self, paused: Paused, at: float, how: Literal["resumed", "failed", "lost"] = "resumed") -> None:
         board = self._board
-        board.standing.remove(paused.vm)
+        board.paused.remove(paused.vm)
         lane = self._counted(paused)
-        if not board.standing.clash(paused.set):
+        if not board.paused.clash(paused.set):
             board.alarms.end_two_domains(paused.set, board.now)
         if lane is None or lane.state != "frozen" or lane.standing:
             return

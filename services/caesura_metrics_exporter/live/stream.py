@@ -18,7 +18,7 @@ from msgspec.structs import replace
 
 from caesura.runtime.errors import CaesuraError
 from caesura_metrics_exporter.live.view import Live
-from caesura_metrics_exporter.views import Delta
+from caesura_metrics_exporter.live.views import Delta
 
 READERS = 32  # streams at once: a browser tab each
 LEAST_S = 0.25  # s between two changes, however many messages arrive

@@ -1,4 +1,4 @@
-"""The content of the live page: lanes, rollouts, pauses and a log. A view of ``Folded``, and of the facts that it does not keep. Pure.
+"""The content of the live page: lanes, rollouts, pauses and a log. A view of ``BusFold``, and of the facts that it does not keep. Pure.
 
 Pauses are drawn by ``pause_timelines``, rollouts by ``rollout_timelines``, both on ``board``. Everything carries the
 revision of its last change, so that the changes since any revision can be sent without a queue for each reader. Times are unix seconds,
@@ -14,15 +14,15 @@ from caesura.contract.envelope import Message
 from caesura.contract.parts import WholeRollout
 from caesura.contract.topics import match_topic
 from caesura.fleet.fold import Changes
-from caesura_metrics_exporter.folded import Folded, Step
-from caesura_metrics_exporter.live.activity import LogEntry, happening
+from caesura_metrics_exporter.bus_fold import BusFold, FoldResult
+from caesura_metrics_exporter.live.activity import LogEntry, log_entry
 from caesura_metrics_exporter.live.alarms import ALARMS_SENT
 from caesura_metrics_exporter.live.board import KEPT_S, Board
 from caesura_metrics_exporter.live.pause_timelines import PauseLanes
+from caesura_metrics_exporter.live.places import Places
 from caesura_metrics_exporter.live.rollout_timelines import RolloutLanes
-from caesura_metrics_exporter.places import Places
+from caesura_metrics_exporter.live.views import Delta, FleetSummary, rollout_view
 from caesura_metrics_exporter.rollout_index import OVER, ROLLOUTS_KEPT
-from caesura_metrics_exporter.views import Delta, FleetSummary, rollout_view
 
 __all__ = ["KEPT_S", "PAUSED_SENT", "ROLLOUTS_KEPT", "Live"]
 
@@ -37,8 +37,8 @@ class Live:
         folded: a fold that the caller updates, passing each step; without it this view folds by itself.
     """
 
-    def __init__(self, folded: Folded | None = None) -> None:
-        self._folded = folded if folded is not None else Folded()
+    def __init__(self, folded: BusFold | None = None) -> None:
+        self._folded = folded if folded is not None else BusFold()
         self._state = self._folded.state
         self._rollouts = self._folded.rollouts
         places = Places(self._folded)
@@ -67,7 +67,7 @@ class Live:
     # -- input --------------------------------------------------------------------------------------------
 
     def take(
-        self, received: Received, now: float, mono: float, *, fresh: bool, step: Step | None = None
+        self, received: Received, now: float, mono: float, *, fresh: bool, step: FoldResult | None = None
     ) -> None:
         """Follow one message, received at ``now``.
 
@@ -84,11 +84,11 @@ class Live:
         self._follow(message, step, received.header.time.timestamp())
         if fresh:
             self._fact(message)
-            line = happening(message, now)
+            line = log_entry(message, now)
             if line is not None:
                 self._board.say(line)
 
-    def clear(self, topic: str, now: float, mono: float, step: Step | None = None) -> None:
+    def clear(self, topic: str, now: float, mono: float, step: FoldResult | None = None) -> None:
         """A retained message was removed: its subject no longer exists. ``step`` as in ``take``."""
         self.tick(now, mono)
         place = match_topic(topic)
@@ -132,7 +132,7 @@ class Live:
         self._pauses.expire()
         self._board.expire()
 
-    def forget_host(self, host: str, step: Step | None = None) -> None:
+    def forget_host(self, host: str, step: FoldResult | None = None) -> None:
         """The host was removed permanently. ``step`` as in ``take``."""
         step = step if step is not None else self._folded.take_back(m.HostInventory, {"host": host}, 0.0)
         self._hosts.discard(host)
@@ -160,10 +160,10 @@ class Live:
             now=now,
             kept_s=KEPT_S,
             fleet=self._fleet() if board.head_at > after else None,
-            rollouts=tuple(rollout_view(each, board.standing.count_of) for each in self._shown())
+            rollouts=tuple(rollout_view(each, board.paused.count_of) for each in self._shown())
             if board.rollouts_at > after
             else None,
-            paused=board.standing.view(PAUSED_SENT) if board.paused_at > after else None,
+            paused=board.paused.view(PAUSED_SENT) if board.paused_at > after else None,
             lanes=tuple(board.lanes.view(lane) for lane in board.lanes.since(after)),
             log=tuple(board.log.since(after)),
         )
@@ -180,7 +180,7 @@ class Live:
             vms=len(self._state.vm_names()),
             sets=board.lanes.sets,
             domains=board.lanes.domains,
-            paused=len(board.standing),
+            paused=len(board.paused),
             full=board.lanes.full,
             alarms=board.alarms.current(),
             alarms_by_rule=board.alarms.counts(),
@@ -194,7 +194,7 @@ class Live:
 
     # -- state ----------------------------------------------------------------------------------------------
 
-    def _follow(self, message: Message, step: Step, sent: float) -> None:
+    def _follow(self, message: Message, step: FoldResult, sent: float) -> None:
         match message:
             case WholeRollout():
                 self._waves.take(message, step.rollout, sent)

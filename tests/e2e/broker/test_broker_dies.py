@@ -24,10 +24,10 @@ _AWAY_S = 20.0
 @asynccontextmanager
 async def persistent_reader(broker: LocalBroker) -> AsyncIterator[FleetView]:
     """A reader whose session the broker keeps: what it misses while away must come afterwards."""
-    picture = FleetView()
+    fleet_view = FleetView()
 
     async def fold(message: Message, _: Received) -> None:
-        picture.fold(message)
+        fleet_view.fold(message)
 
     channels = [channel for channel in CHANNELS if "exporter" in channel.readers]
     bus = MqttBus(
@@ -39,7 +39,7 @@ async def persistent_reader(broker: LocalBroker) -> AsyncIterator[FleetView]:
         post.on(channel.message, fold)
     running = asyncio.create_task(bus.run(post.deliver))
     assert await bus.wait_connected(patient(5))
-    yield picture
+    yield fleet_view
     await bus.close()
     await running
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from caesura.runtime.processes import is_stopped
-from caesura_demo.fleet import compose_layout, secret_readers
+from caesura_demo.compose_fleet import compose_layout, secret_readers
 from caesura_testing.fake_images import PYTHON
 from caesura_testing.fleet import HOSTS, Fleet, until
 from caesura_testing.prometheus import api

@@ -20,12 +20,14 @@ async def test_killed_in_each_state_of_a_wave(state: str, stages: Callable[..., 
     stage.notice_s = 2.0
     rollout = await stage.roll(soak_s=4.0)
     async with stage.held_in(state, rollout):
-        before = {event_id: list(facts) for event_id, facts in stage.picture.events.items()}
-        incarnation = stage.picture.documents["web"].incarnation if "web" in stage.picture.documents else 0
+        before = {event_id: list(facts) for event_id, facts in stage.fleet_view.events.items()}
+        incarnation = (
+            stage.fleet_view.documents["web"].incarnation if "web" in stage.fleet_view.documents else 0
+        )
         await stage.sandbox.kill("coordinator")
     await stage.sandbox.start("coordinator")
     await stage.sandbox.until(
-        lambda: stage.picture.coordinator.online and stage.picture.coordinator.epoch == 2, 15, "epoch 2"
+        lambda: stage.fleet_view.coordinator.online and stage.fleet_view.coordinator.epoch == 2, 15, "epoch 2"
     )
     ended = await stage.ended(rollout, timeout_s=60)
     assert ended.status == "completed", ended.reason
@@ -33,9 +35,9 @@ async def test_killed_in_each_state_of_a_wave(state: str, stages: Callable[..., 
     assert [each.vm for each in stage.sandbox.watch.pauses] == ["web-1", "web-2"], (
         "each was paused exactly once"
     )
-    assert set(before) <= set(stage.picture.events), "an event's id never changes"
-    await stage.sandbox.until(lambda: not stage.picture.documents["web"].events, 5, "document empty")
-    assert stage.picture.documents["web"].incarnation > incarnation
+    assert set(before) <= set(stage.fleet_view.events), "an event's id never changes"
+    await stage.sandbox.until(lambda: not stage.fleet_view.documents["web"].events, 5, "document empty")
+    assert stage.fleet_view.documents["web"].incarnation > incarnation
     stage.assert_one_end_each()
 
 
@@ -49,7 +51,8 @@ async def test_a_second_coordinator_takes_over_and_the_first_stands_down(pair: A
     await pair.sandbox.start("standby")
     await pair.sandbox.until(
         lambda: (
-            pair.picture.coordinator.coordinator.startswith("standby") and pair.picture.coordinator.online
+            pair.fleet_view.coordinator.coordinator.startswith("standby")
+            and pair.fleet_view.coordinator.online
         ),
         15,
         "the standby leads",
@@ -74,7 +77,7 @@ async def test_a_sleeping_coordinator_wakes_up_without_authority(pair: Any, stop
     pair.notice_s = 6.0
     await pair.roll()
     await pair.sandbox.until(
-        lambda: pair.picture.documents["web"].events if "web" in pair.picture.documents else False,
+        lambda: pair.fleet_view.documents["web"].events if "web" in pair.fleet_view.documents else False,
         5,
         "announced",
     )
@@ -83,8 +86,8 @@ async def test_a_sleeping_coordinator_wakes_up_without_authority(pair: Any, stop
     await pair.sandbox.start("standby")
     await pair.sandbox.until(
         lambda: (
-            pair.picture.hosts["host-1"].coordinator.startswith("standby")
-            and pair.picture.hosts["host-2"].coordinator.startswith("standby")
+            pair.fleet_view.hosts["host-1"].coordinator.startswith("standby")
+            and pair.fleet_view.hosts["host-2"].coordinator.startswith("standby")
         ),
         15,
         "both hosts follow the standby",

@@ -41,7 +41,7 @@ async def test_killed_updater_is_outlived_by_its_guard(freezer: str, stages: Cal
     assert "guard" in state.reason
     assert not stage.sandbox.watch.frozen()
     assert len(stage.sandbox.watch.pauses) == 2, "nothing was frozen again"
-    pauses = [each for each in stage.picture.pauses.values() if each.resumed_by == "guard"]
+    pauses = [each for each in stage.fleet_view.pauses.values() if each.resumed_by == "guard"]
     assert {each.vm for each in pauses} == {"web-1", "web-2"}
 
 
@@ -73,7 +73,7 @@ async def test_updater_stopped_past_the_budget_freezes_nothing_when_it_wakes(one
     assert "guard" in state.reason
     assert len(one.sandbox.watch.pauses) == before == 2, "it froze something again"
     assert not one.sandbox.watch.frozen()
-    reports = [each for each in one.picture.reports.values() if each.rollout == rollout]
+    reports = [each for each in one.fleet_view.reports.values() if each.rollout == rollout]
     assert [each.status for each in reports] == ["failed"]
 
 
@@ -85,4 +85,4 @@ async def test_guard_killed_during_a_pause_ends_the_pause(one: Any) -> None:
     state = await one.ended(rollout)
     assert state.status == "halted"
     assert "guard" in state.reason
-    await one.sandbox.until(lambda: one.picture.hosts["host-1"].guard == "ready", 10, "a new guard")
+    await one.sandbox.until(lambda: one.fleet_view.hosts["host-1"].guard == "ready", 10, "a new guard")

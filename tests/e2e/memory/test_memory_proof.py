@@ -64,7 +64,7 @@ async def _canary_planned(stage: Any, vm: str) -> None:
     """The host has received that the agent holds its canary."""
 
     def there() -> bool:
-        records = {each.vm: each for host in stage.picture.hosts.values() for each in host.vms}
+        records = {each.vm: each for host in stage.fleet_view.hosts.values() for each in host.vms}
         return vm in records and "canary_equal" in (records[vm].proofs or {}).get("freeze", ())
 
     await stage.sandbox.until(there, 30, "the canary in the inventory")
@@ -72,8 +72,8 @@ async def _canary_planned(stage: Any, vm: str) -> None:
 
 def _shown(stage: Any, vm: str) -> tuple[set[str], set[str]]:
     """What host and guest showed of the VM's last pause: held and broken."""
-    proofs = [each.memory for each in stage.picture.pauses.values() if each.vm == vm]
-    proofs += [each.memory for each in stage.picture.clocks.values() if each.vm == vm and each.operation]
+    proofs = [each.memory for each in stage.fleet_view.pauses.values() if each.vm == vm]
+    proofs += [each.memory for each in stage.fleet_view.clocks.values() if each.vm == vm and each.operation]
     known = [each for each in proofs if each is not None]
     return {code for each in known for code in each.held}, {code for each in known for code in each.broken}
 

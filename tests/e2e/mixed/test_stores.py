@@ -14,7 +14,7 @@ from structlog.testing import capture_logs
 
 from caesura.contract import messages as m
 from caesura.contract.envelope import source_of
-from caesura_coordinator.store import Store
+from caesura_coordinator.store import CoordinatorStore
 from caesura_host_updater.admission import EpochAuthority
 from caesura_host_updater.journal import Journal
 from caesura_testing.patience import patient
@@ -94,7 +94,7 @@ def written_by(other: Any, sources: Callable[[Any], Path | None], tmp_path: Path
 
 
 def test_a_coordinators_store_is_taken_up(written_by: Callable[[str], str]) -> None:
-    store = Store(written_by(_COORDINATOR))
+    store = CoordinatorStore(written_by(_COORDINATOR))
     with capture_logs() as logs:
         store.write_as(source_of("default", "coordinator"))
     assert store.epoch() == 7
@@ -110,7 +110,7 @@ def test_a_coordinators_store_is_taken_up(written_by: Callable[[str], str]) -> N
     assert [(line["event"], line["log_level"]) for line in logs] == [("outbox.unreadable", "error")]
     store.database.close()
 
-    again = Store(store.database.path)
+    again = CoordinatorStore(store.database.path)
     with capture_logs() as logs:
         again.write_as(source_of("default", "coordinator"))
     assert logs == [], "said once, not at every start"

@@ -67,7 +67,7 @@ async def test_it_follows_a_rollout_to_its_end_and_over_a_restart(
     assert await wide.page.is_hidden("#alarms")
 
     # The seconds are those that the hosts measured.
-    pauses = [each.pause_s for each in stage.picture.pauses.values() if each.update_domain == 0]
+    pauses = [each.pause_s for each in stage.fleet_view.pauses.values() if each.update_domain == 0]
     assert len(pauses) == 2
     cells = await wide.page.locator(".pauses tbody tr").first.locator("td").all_inner_texts()
     shown = [float(cell.split()[-2]) for cell in cells if cell.endswith(" s")]

@@ -62,7 +62,7 @@ class Two:
 
     def report(self, rollout: str) -> Any:
         """The host's last report of a rollout."""
-        return [each for each in self.stage.picture.reports.values() if each.rollout == rollout][-1]
+        return [each for each in self.stage.fleet_view.reports.values() if each.rollout == rollout][-1]
 
 
 @pytest.fixture
@@ -103,7 +103,7 @@ async def test_swap_that_fails_is_told_with_its_pause_and_can_be_repeated(two: A
     assert first.pause_s > 0
     assert not second.frozen
     assert "not begun" in second.error
-    await two.stage.sandbox.until(lambda: bool(two.stage.picture.clocks), 10, "the verdict on its clock")
+    await two.stage.sandbox.until(lambda: bool(two.stage.fleet_view.clocks), 10, "the verdict on its clock")
     await two.whole()
     assert before == {vm: two.vmms.of(vm) for vm in ("vm-1", "vm-2")}
     await two.stage.give_up(rollout)
@@ -124,7 +124,7 @@ async def test_second_vm_that_cannot_be_prepared(two: Any) -> None:
         assert "nothing was frozen: VM vm-2" in state.reason
         await two.whole()
         assert before == {vm: two.vmms.of(vm) for vm in ("vm-1", "vm-2")}
-        assert not two.stage.picture.frozen
+        assert not two.stage.fleet_view.frozen
         await two.stage.give_up(rollout)
 
 
@@ -149,7 +149,7 @@ async def test_stopped_while_new_processes_are_starting(two: Any, how: str, upda
     await two.stage.ready("host-1")
     await two.whole()
     assert before == {vm: two.vmms.of(vm) for vm in ("vm-1", "vm-2")}
-    assert not two.stage.picture.frozen
+    assert not two.stage.fleet_view.frozen
     two.wish("pass")
     assert (await two.stage.ended(await two.stage.roll(update, **LENIENT))).status == "completed"
     await two.whole()
@@ -193,9 +193,9 @@ async def test_budget_that_is_as_short_as_can_be(two: Any) -> None:
     state = await two.stage.ended(await two.stage.roll("swap", budget_s=patient(1.0), **LENIENT))
     assert state.status == "completed", state.reason
     await two.whole()
-    told = [each.vm for each in two.stage.picture.pauses.values()]
+    told = [each.vm for each in two.stage.fleet_view.pauses.values()]
     assert sorted(told) == ["vm-1", "vm-2"]
-    assert all(each.pause_s < 0.5 for each in two.stage.picture.pauses.values())
+    assert all(each.pause_s < 0.5 for each in two.stage.fleet_view.pauses.values())
 
 
 @pytest.mark.parametrize("update", ["swap", "replace"])
@@ -203,7 +203,7 @@ async def test_what_was_changed_at_run_time_is_refused_in_the_plan(two: Any, upd
     """Nothing is announced, nothing is scheduled: the operator reads what to do before anybody is warned."""
 
     def missing() -> str:
-        inventory = two.stage.picture.hosts["host-1"]
+        inventory = two.stage.fleet_view.hosts["host-1"]
         (record,) = [vm for vm in inventory.vms if vm.vm == "vm-2"]
         return str(record.methods_missing.get(update, ""))
 

@@ -29,7 +29,7 @@ LENIENT = {"on_unsynced": "proceed"}
 
 
 def accepted(stage: Any, rollout: str) -> bool:
-    return any(each.rollout == rollout for each in stage.picture.reports.values())
+    return any(each.rollout == rollout for each in stage.fleet_view.reports.values())
 
 
 def gone(stage: Any, vm: str, pid: int) -> bool:
@@ -66,10 +66,10 @@ async def test_swap_and_replace_move_the_guest_to_a_new_process(one: Any) -> Non
         await whole(one)
         (after,) = one.sandbox.vmms.of("vm-1")
         assert (before == after) == (update == "patch")
-        result = one.picture.reports[list(one.picture.reports)[-1]].vms[0]
+        result = one.fleet_view.reports[list(one.fleet_view.reports)[-1]].vms[0]
         told = f"QEMU 7.2.22 (pid {after}), was QEMU 7.2.22 (pid {before})"
         assert re.sub(r"\d+\.\d+\.\d+", "7.2.22", result.detail) == ("" if update == "patch" else told)
-    pauses = [pause.pause_s for pause in one.picture.pauses.values()]
+    pauses = [pause.pause_s for pause in one.fleet_view.pauses.values()]
     assert pauses[0] < 0.5  # the swap's update ran before
     assert min(pauses[1:]) >= 2.0
 
@@ -119,7 +119,7 @@ async def test_both_killed_while_no_qemu_is_there(one: Any) -> None:
 
 async def test_qemu_killed_while_its_guest_stands_still(one: Any) -> None:
     rollout = await one.roll("patch", **LENIENT)
-    await one.sandbox.until(lambda: bool(one.picture.frozen), 20, "the freeze")
+    await one.sandbox.until(lambda: bool(one.fleet_view.frozen), 20, "the freeze")
     (pid,) = one.sandbox.vmms.of("vm-1")
     os.kill(pid, 9)
     state = await one.ended(rollout)
@@ -130,7 +130,7 @@ async def test_qemu_killed_while_its_guest_stands_still(one: Any) -> None:
 
 async def test_updater_killed_while_the_guest_stands_still(one: Any) -> None:
     rollout = await one.roll("patch", **LENIENT)
-    await one.sandbox.until(lambda: bool(one.picture.frozen), 20, "the freeze")
+    await one.sandbox.until(lambda: bool(one.fleet_view.frozen), 20, "the freeze")
     await one.sandbox.kill("host-1")
     await whole(one)
     await one.sandbox.start("host-1")
@@ -164,11 +164,11 @@ async def test_a_binary_that_is_no_qemu_is_refused_before_anything_pauses(one: A
     await one.ready("host-1")
     one.sandbox.running["host-1"].send_signal(1)  # SIGHUP: read the updates again
     await one.sandbox.until(
-        lambda: any(each.update == "bad" for each in one.picture.hosts["host-1"].updates), 10, "the update"
+        lambda: any(each.update == "bad" for each in one.fleet_view.hosts["host-1"].updates), 10, "the update"
     )
     state = await one.ended(await one.roll("bad", **LENIENT))
     assert state.status == "halted"
     assert "/bin/true" in state.reason
     assert "nothing was frozen" in state.reason
     assert one.sandbox.vmms.of("vm-1") == [before]
-    assert not one.picture.pauses
+    assert not one.fleet_view.pauses

@@ -71,7 +71,7 @@ async def test_a_message_that_breaks_the_contract_is_answered_and_changes_nothin
     await pair.sandbox.until(lambda: bool(answers), 10, "an answer")
     assert not answers[0].accepted
     assert words in answers[0].reason
-    assert not pair.picture.rollouts
+    assert not pair.fleet_view.rollouts
     plan = await pair.session.ask(
         m.RolloutRequested(request=new_request_id(), update="patch", plan_only=True)
     )
@@ -91,7 +91,9 @@ async def test_what_a_plan_refuses_by_name(stages: Callable[..., Any]) -> None:
     )
     await stage.sandbox.start("coordinator", "host-1", "host-2")
     await stage.sandbox.until(
-        lambda: len(stage.picture.hosts) == 2 and all(map(stage.picture.is_online, stage.picture.hosts)),
+        lambda: (
+            len(stage.fleet_view.hosts) == 2 and all(map(stage.fleet_view.is_online, stage.fleet_view.hosts))
+        ),
         20,
         "two hosts",
     )
@@ -111,7 +113,7 @@ async def test_what_a_plan_refuses_by_name(stages: Callable[..., Any]) -> None:
         while not re.search(told, named := await reasons(vms=("web-1",))):
             assert "web-1" in named or "single VMs" in named
     assert "host-7: no host of this name" in await reasons(hosts=("host-7",))
-    assert not stage.picture.rollouts
+    assert not stage.fleet_view.rollouts
 
 
 async def test_one_rollout_per_set(pair: Any) -> None:
@@ -212,7 +214,7 @@ async def test_a_set_may_be_named_as_the_tables_show_it(stages: Callable[..., An
 async def test_an_update_that_a_host_refused_is_said_to_be_refused(pair: Any) -> None:
     pair.sandbox.update("three", ["no-such-program"])
     await pair.sandbox.until(
-        lambda: all(host.refused_updates for host in pair.picture.hosts.values()), 20, "both to refuse it"
+        lambda: all(host.refused_updates for host in pair.fleet_view.hosts.values()), 20, "both to refuse it"
     )
     code, _, err = await _caesura(pair, "roll", "three", "--all")
     assert code == 3, err
@@ -250,7 +252,7 @@ async def test_a_host_that_has_the_update_is_not_paused_again_and_nothing_to_do_
     first = ("roll", "patch", "--host", "host-1", "--notice", "1s", "--budget", "8s")
     code, _, err = await _caesura(pair, *first)
     assert code == 0, err
-    await pair.sandbox.until(lambda: bool(pair.picture.hosts["host-1"].installed), 20, "host-1 to have it")
+    await pair.sandbox.until(lambda: bool(pair.fleet_view.hosts["host-1"].installed), 20, "host-1 to have it")
     code, out, err = await _caesura(pair, "plan", "patch", "--canary", "host-2", "--json")
     assert code == 0, err
     plan = json.loads(out)["plan"]
@@ -262,4 +264,4 @@ async def test_a_host_that_has_the_update_is_not_paused_again_and_nothing_to_do_
     assert "host-1" in out.split("installed on")[1], out
     code, out, err = await _caesura(pair, *first, "--again")
     assert code == 0, err
-    assert len(pair.picture.rollouts) == 2
+    assert len(pair.fleet_view.rollouts) == 2

@@ -29,7 +29,7 @@ def _capture_commands(pair: Any) -> list[m.StartOperation]:
 
 def _command(pair: Any, **changes: Any) -> m.StartOperation:
     """A command as this coordinator would give it."""
-    boss = pair.picture.coordinator
+    boss = pair.fleet_view.coordinator
     command = m.StartOperation(
         operation=new_request_id(),
         epoch=boss.epoch,
@@ -48,11 +48,13 @@ def _command(pair: Any, **changes: Any) -> m.StartOperation:
 
 async def _report(pair: Any, operation: str, *statuses: str) -> m.OperationReported:
     await pair.sandbox.until(
-        lambda: operation in pair.picture.reports and pair.picture.reports[operation].status in statuses,
+        lambda: (
+            operation in pair.fleet_view.reports and pair.fleet_view.reports[operation].status in statuses
+        ),
         10,
         f"a report {'/'.join(statuses)}",
     )
-    report: m.OperationReported = pair.picture.reports[operation]
+    report: m.OperationReported = pair.fleet_view.reports[operation]
     return report
 
 
@@ -63,7 +65,7 @@ async def test_one_command_delivered_twice_freezes_once(pair: Any) -> None:
     await pair.frozen("web-1")
     await pair.session.post.send(command, host="host-1")
     await _report(pair, command.operation, "completed")
-    del pair.picture.reports[command.operation]
+    del pair.fleet_view.reports[command.operation]
     await pair.session.post.send(command, host="host-1")
     again = await _report(pair, command.operation, "completed")
     assert again.vms[0].frozen
@@ -100,7 +102,7 @@ async def test_an_older_epoch_is_not_obeyed_after_a_takeover(pair: Any) -> None:
     old = _command(pair)
     await pair.sandbox.kill("coordinator")
     await pair.sandbox.start("coordinator")
-    await pair.sandbox.until(lambda: pair.picture.coordinator.epoch == 2, 15, "epoch 2")
+    await pair.sandbox.until(lambda: pair.fleet_view.coordinator.epoch == 2, 15, "epoch 2")
     await pair.ready("host-1", "host-2")
     await pair.session.post.send(old, host="host-1")
     # Commands come in order: one that is refused for another reason proves that the old one was looked at.
@@ -109,7 +111,7 @@ async def test_an_older_epoch_is_not_obeyed_after_a_takeover(pair: Any) -> None:
     await _report(pair, late.operation, "refused")
     assert not pair.sandbox.watch.pauses
     # The old one's operation came to no end by it: under the epoch that leads it is carried out.
-    here = pair.picture.coordinator
+    here = pair.fleet_view.coordinator
     again = msgspec.structs.replace(old, epoch=here.epoch, coordinator=here.coordinator)
     await pair.session.post.send(again, host="host-1")
     await _report(pair, old.operation, "completed")
@@ -139,7 +141,7 @@ async def test_an_abort_that_overtakes_its_command_prevents_the_pause(pair: Any)
     await pair.session.post.send(other, host="host-1")
     await _report(pair, other.operation, "completed")
     assert len(pair.sandbox.watch.pauses) == 1
-    assert pair.picture.reports[command.operation].status == "cancelled"
+    assert pair.fleet_view.reports[command.operation].status == "cancelled"
 
 
 @pytest.mark.parametrize("state", ["scheduled", "frozen", "verifying", "soaking"])
@@ -160,10 +162,11 @@ async def test_abort_in_each_state(state: str, pair: Any) -> None:
         assert not pair.sandbox.watch.pauses
     if state == "frozen":
         assert pair.sandbox.watch.longest_s() < 3.0, "the pause was cut short"
-    await pair.sandbox.until(lambda: not pair.picture.documents["web"].events, 5, "document empty")
+    await pair.sandbox.until(lambda: not pair.fleet_view.documents["web"].events, 5, "document empty")
     await pair.sandbox.until(
         lambda: all(
-            facts[-1].status in {"completed", "cancelled", "failed"} for facts in pair.picture.events.values()
+            facts[-1].status in {"completed", "cancelled", "failed"}
+            for facts in pair.fleet_view.events.values()
         ),
         5,
         "every event has its end",

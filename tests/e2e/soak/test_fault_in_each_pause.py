@@ -25,7 +25,8 @@ import pytest
 from caesura.bus.local_broker import LocalBroker
 from caesura.contract import messages as m
 from caesura.runtime.processes import marked_processes
-from caesura_ctl.session import NoAnswer, NoBroker, new_request_id
+from caesura_ctl.errors import NoBroker, NoCoordinatorAnswer
+from caesura_ctl.session import new_request_id
 from caesura_testing.patience import patient
 from caesura_testing.sandbox import Vm
 
@@ -122,7 +123,7 @@ class Soak:
         for _ in range(20):
             if self.stage.rollout(rollout).status in {"completed", "aborted"}:
                 break
-            with suppress(NoAnswer, NoBroker):
+            with suppress(NoCoordinatorAnswer, NoBroker):
                 await self.stage.session.ask(m.AbortRequested(request=new_request_id(), rollout=rollout))
                 await self.sandbox.until(
                     lambda: self.stage.rollout(rollout).status in {"completed", "aborted"},
@@ -175,7 +176,7 @@ class Soak:
         found += [f"VM {vm} is paused" for vm in sorted(self.sandbox.watch.frozen())]
         found += [
             f"set {document.set} shows {len(document.events)} events"
-            for document in self.stage.picture.documents.values()
+            for document in self.stage.fleet_view.documents.values()
             if document.events
         ]
         return found

@@ -20,8 +20,9 @@ from caesura.bus.local_broker import LocalBroker
 from caesura.contract import messages as m
 from caesura.contract.codec import Received
 from caesura_coordinator.records import Rollout
-from caesura_coordinator.store import Store
-from caesura_ctl.session import NoAnswer, NoBroker, new_request_id
+from caesura_coordinator.store import CoordinatorStore
+from caesura_ctl.errors import NoBroker, NoCoordinatorAnswer
+from caesura_ctl.session import new_request_id
 from caesura_testing.sandbox import Vm
 
 _SECONDS = float(os.environ.get("CAESURA_SOAK_S", "60"))
@@ -112,7 +113,7 @@ async def asked(stage: Any, make: Callable[[], Any], tries: int = 6) -> m.Reques
     for _ in range(tries):
         try:
             return await stage.session.ask(request)  # type: ignore[no-any-return]
-        except (NoAnswer, NoBroker):
+        except (NoCoordinatorAnswer, NoBroker):
             continue
     return None
 
@@ -201,15 +202,15 @@ def _assert_kernel(stage: Any) -> None:
 
 async def _all_over(stage: Any) -> None:
     """Everything is well again, nothing runs, nothing stands still."""
-    for rollout, state in list(stage.picture.rollouts.items()):
+    for rollout, state in list(stage.fleet_view.rollouts.items()):
         if state.status not in {"completed", "aborted"}:
             await asked(stage, lambda name=rollout: m.AbortRequested(request=new_request_id(), rollout=name))  # type: ignore[misc]
     await stage.none_frozen()
     await stage.ready(*_HOSTS)
     await stage.sandbox.until(
         lambda: (
-            all(state.status in {"completed", "aborted"} for state in stage.picture.rollouts.values())
-            and not any(document.events for document in stage.picture.documents.values())
+            all(state.status in {"completed", "aborted"} for state in stage.fleet_view.rollouts.values())
+            and not any(document.events for document in stage.fleet_view.documents.values())
         ),
         100,
         "all rollouts and events at their end",
@@ -220,10 +221,10 @@ def _assert_record(stage: Any, seen: dict[str, list[int]]) -> None:
     """I6 and I7: what was published, and what the coordinator keeps."""
     for name, incarnations in seen.items():
         assert incarnations == sorted(incarnations), f"the document of {name} went back: {incarnations}"
-    for event_id, facts in stage.picture.events.items():
+    for event_id, facts in stage.fleet_view.events.items():
         ends = {each.status for each in facts} & {"completed", "cancelled", "failed"}
         assert len(ends) <= 1, f"event {event_id} ended {ends}"
-    store = Store(f"{stage.sandbox.folder}/coordinator/coordinator.sqlite")
+    store = CoordinatorStore(f"{stage.sandbox.folder}/coordinator/coordinator.sqlite")
     rollouts: list[Rollout] = store.rollouts()
     store.database.close()
     open_events = [

@@ -42,7 +42,7 @@ async def test_update_goes_wrong(
     assert state.status == "halted"
     assert words in state.reason, state.reason
     assert [wave.status for wave in state.waves] == ["failed", "pending"]
-    report = next(iter(stage.picture.reports.values()))
+    report = next(iter(stage.fleet_view.reports.values()))
     assert (report.status, report.update.outcome) == ("failed", outcome)
     assert [each.state for each in report.vms] == ["running"]
     assert not stage.sandbox.watch.frozen()
@@ -50,8 +50,8 @@ async def test_update_goes_wrong(
     assert {each.vm for each in stage.sandbox.watch.pauses} == {"web-1"}
     if "no space" in argv[-1]:
         assert "no space left" in report.update.output_tail
-    await stage.sandbox.until(lambda: not stage.picture.documents["web"].events, 5, "document empty")
-    ends = [each.status for facts in stage.picture.events.values() for each in facts]
+    await stage.sandbox.until(lambda: not stage.fleet_view.documents["web"].events, 5, "document empty")
+    ends = [each.status for facts in stage.fleet_view.events.values() for each in facts]
     assert ends == ["scheduled", "started", "failed"]
 
 
@@ -63,7 +63,7 @@ async def test_a_broken_file_is_refused_by_name_and_line_and_the_others_stay(
     (folder / "broken.toml").write_text('name = "broken"\nimpact = pause\n')
     (folder / "typo.toml").write_text('name = "typo"\nimpcat = "pause"\n')
     await stage.up("host-1")
-    inventory = stage.picture.hosts["host-1"]
+    inventory = stage.fleet_view.hosts["host-1"]
     assert {each.update for each in inventory.updates} == {"patch"}
     refused = {each.file.rsplit("/", 1)[-1]: each for each in inventory.refused_updates}
     assert refused["broken.toml"].line == 2

@@ -48,7 +48,7 @@ async def test_a_vm_that_cannot_be_frozen_fails_the_operation_and_all_run(
     assert state.status == "halted"
     assert "web-1" in state.reason
     await stage.none_frozen()
-    report = next(iter(stage.picture.reports.values()))
+    report = next(iter(stage.fleet_view.reports.values()))
     assert report.update is None or report.update.outcome == "not_run"
     assert "web-3" not in {each.vm for each in stage.sandbox.watch.pauses}
 
@@ -84,7 +84,7 @@ async def test_a_vm_that_dies_while_frozen_is_reported_and_the_others_run(stages
     state = await stage.ended(rollout)
     assert state.status == "halted"
     assert "web-1" in state.reason
-    report = next(iter(stage.picture.reports.values()))
+    report = next(iter(stage.fleet_view.reports.values()))
     states = {each.vm: each.state for each in report.vms}
     assert states == {"web-1": "stopped", "web-2": "running"}
     assert not stage.sandbox.watch.frozen()
@@ -99,8 +99,8 @@ async def test_an_agent_that_never_answers_halts_before_any_pause(stages: Callab
     assert "no answer of the agent" in state.reason
     assert "web-1" in state.reason
     assert not [each for each in stage.sandbox.watch.pauses if each.vm != "web-1"]
-    await stage.sandbox.until(lambda: not stage.picture.documents["web"].events, 5, "document empty")
-    assert [each.status for facts in stage.picture.events.values() for each in facts] == [
+    await stage.sandbox.until(lambda: not stage.fleet_view.documents["web"].events, 5, "document empty")
+    assert [each.status for facts in stage.fleet_view.events.values() for each in facts] == [
         "scheduled",
         "cancelled",
     ]
@@ -127,7 +127,7 @@ async def test_a_vm_whose_agent_is_silent_after_the_pause_is_flagged_and_policy_
     await stage.frozen("web-1")
     with stage.sandbox.silent_agent("web-1"):
         state = await stage.ended(rollout)
-    verdicts = {each.vm: each for each in stage.picture.clocks.values() if each.operation}
+    verdicts = {each.vm: each for each in stage.fleet_view.clocks.values() if each.operation}
     assert verdicts["web-1"].synced is False
     assert verdicts["web-1"].by == "nobody"
     assert state.status == ("halted" if policy == "halt" else "completed"), state.reason
@@ -142,5 +142,5 @@ async def test_a_process_vm_without_an_agent_has_no_clock_to_judge(stages: Calla
     state = await stage.ended(rollout)
     assert state.status == "completed", state.reason
     assert "web-1" in {each.vm for each in stage.sandbox.watch.pauses}
-    assert "web-1" not in {each.vm for each in stage.picture.clocks.values()}
+    assert "web-1" not in {each.vm for each in stage.fleet_view.clocks.values()}
     assert not stage.sandbox.watch.frozen()

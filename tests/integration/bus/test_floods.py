@@ -32,7 +32,7 @@ from caesura.contract.topics import channel_of
 from caesura.runtime.identity import new_id
 from caesura.runtime.settings import Secret
 from caesura_coordinator.service import Coordinator, subscriptions
-from caesura_coordinator.store import Store
+from caesura_coordinator.store import CoordinatorStore
 from caesura_testing.broker import mosquitto_installed, shipped_mosquitto
 from caesura_testing.collector import eventually, running
 from caesura_testing.patience import patient
@@ -226,7 +226,7 @@ async def test_a_flooding_guest_keeps_an_operator_from_no_plan(tmp_path: Path) -
         broker = await stack.enter_async_context(
             shipped_mosquitto("broker", tmp_path, users=_PASSWORDS, acl=access_rules(_USERS))
         )
-        store = Store(str(tmp_path / "coordinator.sqlite"))
+        store = CoordinatorStore(str(tmp_path / "coordinator.sqlite"))
         stack.callback(store.database.close)
         bus = MqttBus(
             options(broker, "coordinator", clean=False), filters=subscriptions(), rates=Rates(_RATES)
@@ -235,7 +235,7 @@ async def test_a_flooding_guest_keeps_an_operator_from_no_plan(tmp_path: Path) -
         bus.peers = made.known
         tasks = [asyncio.ensure_future(start()) for start in made.tasks().values()]
         try:
-            await eventually(lambda: made.leads, _HANG_S)
+            await eventually(lambda: made.is_leader, _HANG_S)
             operator = MqttBus(options(broker, "ctl_ops"), filters=["caesura/v1/fleet/ctl/ops/answer"])
             asking = MessageClient(operator, "/caesura/ctl/ops")
             answers: list[str] = []
@@ -283,7 +283,7 @@ async def test_a_flooding_operator_keeps_another_from_no_abort(tmp_path: Path) -
         broker = await stack.enter_async_context(
             shipped_mosquitto("broker", tmp_path, users=_PASSWORDS, acl=access_rules(_USERS))
         )
-        store = Store(str(tmp_path / "coordinator.sqlite"))
+        store = CoordinatorStore(str(tmp_path / "coordinator.sqlite"))
         stack.callback(store.database.close)
         bus = MqttBus(
             options(broker, "coordinator", clean=False), filters=subscriptions(), rates=Rates(_RATES)
@@ -292,7 +292,7 @@ async def test_a_flooding_operator_keeps_another_from_no_abort(tmp_path: Path) -
         bus.peers = made.known
         tasks = [asyncio.ensure_future(start()) for start in made.tasks().values()]
         try:
-            await eventually(lambda: made.leads, _HANG_S)
+            await eventually(lambda: made.is_leader, _HANG_S)
             operator = MqttBus(options(broker, "ctl_ops"), filters=["caesura/v1/fleet/ctl/ops/answer"])
             asking = MessageClient(operator, "/caesura/ctl/ops")
             answers: list[str] = []

@@ -22,7 +22,7 @@ from caesura.lifecycle.commands import COMMANDS
 from caesura.runtime.identity import new_id
 from caesura.runtime.settings import Secret
 from caesura_coordinator.service import Coordinator, subscriptions
-from caesura_coordinator.store import Store
+from caesura_coordinator.store import CoordinatorStore
 from caesura_testing.broker import mosquitto_installed, shipped_mosquitto
 from caesura_testing.collector import eventually, running
 
@@ -125,12 +125,12 @@ class Operator:
 @asynccontextmanager
 async def coordinator(broker: LocalBroker, folder: Path) -> AsyncIterator[Coordinator]:
     """One that leads for the block, and is killed at its end."""
-    store = Store(str(folder / "coordinator.sqlite"))
+    store = CoordinatorStore(str(folder / "coordinator.sqlite"))
     bus = MqttBus(options(broker, "coordinator", clean=False), filters=subscriptions())
     made = Coordinator(bus, store, instance="coordinator", settle_s=0.2)
     tasks = [asyncio.ensure_future(start()) for start in made.tasks().values()]
     try:
-        await eventually(lambda: made.leads)
+        await eventually(lambda: made.is_leader)
         yield made
         assert not any(task.done() for task in tasks)
     finally:

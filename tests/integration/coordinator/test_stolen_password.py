@@ -21,7 +21,7 @@ from caesura.contract.access import Principal, access_rules
 from caesura.runtime.identity import new_id
 from caesura.runtime.settings import Secret
 from caesura_coordinator.service import Coordinator, subscriptions
-from caesura_coordinator.store import Store
+from caesura_coordinator.store import CoordinatorStore
 from caesura_testing.broker import mosquitto_installed, shipped_mosquitto
 from caesura_testing.collector import eventually, running
 
@@ -40,12 +40,12 @@ def options(broker: LocalBroker, user: str, **more: Any) -> BrokerOptions:
 @asynccontextmanager
 async def coordinator(broker: LocalBroker, folder: Path) -> AsyncIterator[Coordinator]:
     """One that leads for the block, and is killed at its end."""
-    store = Store(str(folder / "coordinator.sqlite"))
+    store = CoordinatorStore(str(folder / "coordinator.sqlite"))
     bus = MqttBus(options(broker, "coordinator", clean=False), filters=subscriptions())
     made = Coordinator(bus, store, instance="coordinator", settle_s=0.2)
     tasks = [asyncio.ensure_future(start()) for start in made.tasks().values()]
     try:
-        await eventually(lambda: made.leads)
+        await eventually(lambda: made.is_leader)
         yield made
         assert not any(task.done() for task in tasks), "it went on"
     finally:
@@ -82,7 +82,7 @@ async def test_a_host_cannot_send_the_coordinator_away(tmp_path: Path) -> None:
                 await eventually(lambda epoch=epoch: made.fleet.epochs() == [epoch])  # type: ignore[misc]
                 with pytest.raises(PublishRefused):
                     await thief.send(m.CoordinatorPresence(coordinator="x", epoch=epoch, online=True))
-                assert made.leads
+                assert made.is_leader
             request = new_id()
             await asking.send(m.RolloutRequested(request=request, update="patch"), client="ops")
             await eventually(lambda: [each.request for each in answers] == [request])

@@ -35,7 +35,7 @@ from caesura.runtime.settings import SettingsError, read_settings
 from caesura_metrics_exporter import __main__ as command
 from caesura_metrics_exporter.live.page import SECURITY_HEADERS, LivePage
 from caesura_metrics_exporter.live.stream import LiveStream
-from caesura_metrics_exporter.scrape import Scrape
+from caesura_metrics_exporter.metrics.scrape import Scrape
 from caesura_metrics_exporter.service import MetricsExporter, filters
 from caesura_metrics_exporter.settings import MetricsExporterSettings
 from caesura_testing.collector import eventually

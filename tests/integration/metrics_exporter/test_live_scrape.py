@@ -19,8 +19,8 @@ from caesura.contract import messages as m
 from caesura.contract.codec import encode
 from caesura.contract.topics import channel_of
 from caesura.runtime.health import serve_health
-from caesura_metrics_exporter.exposition import Renderer
-from caesura_metrics_exporter.scrape import Scrape
+from caesura_metrics_exporter.metrics.exposition import Renderer
+from caesura_metrics_exporter.metrics.scrape import Scrape
 from caesura_metrics_exporter.service import MetricsExporter
 from caesura_metrics_exporter.settings import MetricsExporterSettings
 from caesura_testing.patience import patient

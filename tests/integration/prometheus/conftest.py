@@ -94,7 +94,7 @@ class Scene:
         answer = await self.session.ask(request)
         assert answer.accepted, answer.reason
         await self._approve()
-        rollouts = self.session.picture.rollouts
+        rollouts = self.session.fleet_view.rollouts
 
         def ended() -> bool:
             state = rollouts.get(answer.rollout)
@@ -119,11 +119,11 @@ class Scene:
         """Abort a rollout, and wait until it is."""
         answer = await self.session.ask(m.AbortRequested(request=new_request_id(), rollout=rollout))
         assert answer.accepted, answer.reason
-        rollouts = self.session.picture.rollouts
+        rollouts = self.session.fleet_view.rollouts
         await self.sandbox.until(lambda: rollouts[rollout].status == "aborted", 20, "the rollout is aborted")
 
     async def _approve(self) -> None:
-        documents = self.session.picture.documents
+        documents = self.session.fleet_view.documents
         await self.sandbox.until(
             lambda: "web" in documents and bool(documents["web"].events), 10, "a scheduled event of web"
         )

@@ -42,11 +42,11 @@ async def a_pause_that_nobody_ends(scene: Any) -> None:
     """Updater and guard of the host are stopped in a pause, and the exporter is killed meanwhile."""
     prometheus, sandbox = scene.prometheus, scene.sandbox
     rollout = await scene.begin("brief", budget_s=5.0)
-    hosts = scene.session.picture.hosts
+    hosts = scene.session.fleet_view.hosts
 
     # Not before the bus knows, or nobody would ever say so.
     def told() -> bool:
-        return "web-1" in scene.session.picture.frozen and hosts["host-1"].vms[0].state == "paused"
+        return "web-1" in scene.session.fleet_view.frozen and hosts["host-1"].vms[0].state == "paused"
 
     await sandbox.until(told, 20, "web-1 is frozen")
     guard = sandbox.guard_pid("host-1")
@@ -80,7 +80,7 @@ async def everybody_dies_with_an_event_announced(scene: Any) -> None:
     prometheus, sandbox = scene.prometheus, scene.sandbox
     guard = sandbox.guard_pid("host-2")
     rollout = await scene.begin("patch", notice_s=3.0, budget_s=10.0)
-    documents = scene.session.picture.documents
+    documents = scene.session.fleet_view.documents
     await sandbox.until(lambda: bool(documents["web"].events), 10, "a scheduled event of web")
     await sandbox.kill("coordinator")
     gone = {

@@ -11,8 +11,8 @@ from caesura.contract import messages as m
 from caesura.fleet.fold import apply
 from caesura.fleet.state import FleetState
 from caesura.lifecycle.commands import COMMANDS
-from caesura_coordinator.fleet import FleetFence
-from caesura_coordinator.inputs import Authority
+from caesura_coordinator.authority import Authority
+from caesura_coordinator.fence import FleetFence
 
 T0 = datetime(2026, 4, 20, 12, 0, 0, tzinfo=UTC)
 PATCH = m.UpdateRecord(

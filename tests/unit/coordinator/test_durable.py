@@ -30,7 +30,7 @@ from caesura.runtime.errors import SyncFailed
 from caesura.runtime.group_commit import GroupCommit
 from caesura.runtime.serve import serve
 from caesura_coordinator.service import Coordinator, subscriptions
-from caesura_coordinator.store import Store
+from caesura_coordinator.store import CoordinatorStore
 from caesura_testing.collector import PATIENCE_S, eventually
 from caesura_testing.disks import Disk
 from caesura_testing.rollouts import wave_state
@@ -99,7 +99,7 @@ class World:
     @asynccontextmanager
     async def coordinator(self, fold_bytes: int = 1 << 24) -> AsyncIterator[Coordinator]:
         """One that runs for the block, and is killed at its end: no drain."""
-        store = Store(str(self.path))
+        store = CoordinatorStore(str(self.path))
         commits = GroupCommit(store.database, sync=self.disk, fold_bytes=fold_bytes)
         bus = MemoryBus(self.broker, client_id="c", filters=subscriptions(), clean=False)
         publish = bus.publish
@@ -143,7 +143,7 @@ async def _obeyed(world: World, made: Coordinator) -> None:
     """Wait until every host obeys this coordinator and nothing waits for anybody."""
     await eventually(
         lambda: (
-            made.leads
+            made.is_leader
             and len(made.fleet.inventories) == len(world.inventories)
             and all(each.epoch == made.authority.epoch for each in made.fleet.inventories.values())
             and not made.waiting()
@@ -206,15 +206,15 @@ async def test_an_epoch_is_on_disk_before_anybody_sees_it(
     async with world.coordinator() as made:
         await eventually(lambda: world.disk.calls == 1)
         assert made.store.epoch() == 1
-        assert (made.authority.epoch, made.leads) == (0, False)
+        assert (made.authority.epoch, made.is_leader) == (0, False)
         # What arrives now waits for the claim; another's claim raises it.
         await world.post.send(_request("early"), client="ops")
         other = m.CoordinatorPresence(coordinator="b", epoch=5, online=False)
         await world.post.send(other)
-        await eventually(lambda: len(made._pending_requests) == 1 and made._announced == [5])
+        await eventually(lambda: len(made.requests.pending) == 1 and made.leadership.announced == [5])
         assert not world.published
         world.disk.release()
-        await eventually(lambda: made.leads)
+        await eventually(lambda: made.is_leader)
         assert made.authority.epoch == 6
         await eventually(lambda: [each.request for each in world.of(m.RequestAnswered)] == ["early"])
         assert {each.epoch for each in world.of(m.CoordinatorPresence)} == {6}
@@ -243,16 +243,16 @@ async def test_an_equal_epoch_that_another_claims_meanwhile_is_not_used(world: W
         await eventually(lambda: world.disk.calls == 1)
         assert made.store.epoch() == 1
         await world.post.send(m.CoordinatorPresence(coordinator="b", epoch=1, online=True))
-        await eventually(lambda: made._announced == [1])
+        await eventually(lambda: made.leadership.announced == [1])
         world.disk.release()
-        await eventually(lambda: made.leads)
+        await eventually(lambda: made.is_leader)
         assert made.authority.epoch == 2
         await eventually(lambda: [each.epoch for each in world.of(m.CoordinatorPresence)] == [2])
 
 
 async def test_no_claim_of_ours_makes_that_of_another_believable(world: World) -> None:
     """With each claim as many epochs could be used up as can be believed at once."""
-    store = Store(str(world.path))
+    store = CoordinatorStore(str(world.path))
     store.save_epoch(499)
     store.database.close()
     world.disk.hold()
@@ -260,9 +260,9 @@ async def test_no_claim_of_ours_makes_that_of_another_believable(world: World) -
         await eventually(lambda: world.disk.calls == 1)
         for epoch in (1000, 1900):
             await world.post.send(m.CoordinatorPresence(coordinator="b", epoch=epoch, online=False))
-        await eventually(lambda: made._announced == [1000, 1900])
+        await eventually(lambda: made.leadership.announced == [1000, 1900])
         world.disk.release()
-        await eventually(lambda: made.leads)
+        await eventually(lambda: made.is_leader)
         assert made.authority.epoch == 1001
 
 
@@ -276,7 +276,7 @@ async def test_a_disk_that_hangs_behind_a_second_claim_does_not_keep_it_from_sta
         await world.post.send(m.CoordinatorPresence(coordinator="a", epoch=1, online=True))
         await eventually(lambda: world.disk.calls == calls + 1)
         await world.post.send(m.CoordinatorPresence(coordinator="b", epoch=5, online=True))
-        await eventually(lambda: not made.leads)
+        await eventually(lambda: not made.is_leader)
         world.disk.release()
         await eventually(lambda: any(each.done() for each in made.running))  # type: ignore[attr-defined]
     assert {each.epoch for each in world.of(m.CoordinatorPresence)} == {1}
@@ -290,11 +290,11 @@ async def test_a_command_is_sent_when_the_start_of_its_wave_is_on_disk(
         await _obeyed(world, made)
         await world.post.send(_request("q"), client="ops")
         await eventually(lambda: bool(world.of(m.EventChanged)))
-        (rollout,) = made.book.rollouts
+        (rollout,) = made.repository.rollouts
         await eventually(lambda: made.commits.settled)
         world.disk.hold()
         await world.approve(rollout)
-        await eventually(lambda: made.book.rollouts[rollout].waves[0].status == "started")
+        await eventually(lambda: made.repository.rollouts[rollout].waves[0].status == "started")
         await eventually(lambda: made.sender.held)
         assert not world.of(m.StartOperation)
         world.disk.release()
@@ -311,7 +311,7 @@ async def test_a_record_of_an_owner_is_on_disk_before_it_is_published(
             coordinator=made.authority.coordinator, epoch=made.authority.epoch, online=True
         )
         await world.obey(host("h1", build("w1", agent=False)), leader)
-        await eventually(lambda: bool(made.store.owners()) and "web" in made.book.documents)
+        await eventually(lambda: bool(made.store.owners()) and "web" in made.repository.documents)
         await eventually(lambda: not made._owner_records._changed.is_set())
         assert not world.of(m.VmOwner)
         assert not world.of(m.SetDocument)
@@ -329,7 +329,9 @@ async def test_what_was_loaded_at_the_start_is_on_disk_before_it_is_published(
 
         async def held(outbox: Any) -> Any:
             world.disk.hold()
-            made.book.store_response("ops", m.RequestAnswered(request="late", accepted=False, reason="r"))
+            made.repository.store_response(
+                "ops", m.RequestAnswered(request="late", accepted=False, reason="r")
+            )
             found = await load(outbox)
             read.set()
             return found
@@ -347,7 +349,7 @@ async def test_what_was_loaded_at_the_start_is_on_disk_before_it_is_published(
 
 def test_of_a_retained_topic_only_the_newest_is_given_to_the_publisher(tmp_path: Path) -> None:
     """It may have loaded the newest already: an older one behind it would replace it, and have its row removed."""
-    store = Store(str(tmp_path / "c.sqlite"))
+    store = CoordinatorStore(str(tmp_path / "c.sqlite"))
     for incarnation in (1, 2):
         store.enqueue(m.SetDocument(set="web", incarnation=incarnation, events=()), set="web")
     store.enqueue(m.SetDocument(set="db", incarnation=1, events=()), set="db")
@@ -401,12 +403,12 @@ async def test_waves_of_a_rollout_that_nobody_knows_are_removed_though_the_coord
 
 
 async def test_a_disk_that_fails_ends_the_service_and_nothing_of_it_was_published(world: World) -> None:
-    store = Store(str(world.path))
+    store = CoordinatorStore(str(world.path))
     bus = MemoryBus(world.broker, client_id="c", filters=subscriptions(), clean=False)
     commits = GroupCommit(store.database, sync=world.disk)
     made = Coordinator(bus, store, instance="c", settle_s=0.02, commits=commits)
     serving = asyncio.create_task(serve(made.tasks(), drain=made.drain))
-    await eventually(lambda: made.leads and not made.waiting() and made.commits.settled)
+    await eventually(lambda: made.is_leader and not made.waiting() and made.commits.settled)
     heard: list[str] = []
 
     async def hear(message: m.RequestAnswered, _: Received) -> None:
@@ -434,7 +436,7 @@ async def test_a_coordinator_that_is_stopped_does_not_wait_for_its_disk_for_long
     async with world.coordinator() as made:
         await _obeyed(world, made)
         world.disk.hold()
-        made.book.store_response("ops", m.RequestAnswered(request="a", accepted=False, reason="r"))
+        made.repository.store_response("ops", m.RequestAnswered(request="a", accepted=False, reason="r"))
         with capture_logs() as logs:
             async with asyncio.timeout(PATIENCE_S):
                 await made.drain()
@@ -453,7 +455,7 @@ def _leaves(group: BaseExceptionGroup[Any]) -> list[BaseException]:
 
 def _commanded_or_over(world: World, made: Coordinator, rollout: str) -> bool:
     commanded = any(each.rollout == rollout for each in world.of(m.StartOperation))
-    return commanded or made.book.rollouts[rollout].status != "running"
+    return commanded or made.repository.rollouts[rollout].status != "running"
 
 
 class Images:
@@ -558,7 +560,7 @@ async def test_a_power_cut_takes_nothing_that_was_published(
             if rollout and chance.random() < 0.7:
                 await world.approve(rollout)
                 await eventually(partial(_commanded_or_over, world, made, rollout))
-            for active in made.book.active:
+            for active in made.repository.active:
                 if chance.random() < 0.6:
                     abort = m.AbortRequested(request=f"a{number}{active.id}", rollout=active.id)
                     await world.post.send(abort, client="ops")

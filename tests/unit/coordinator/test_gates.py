@@ -14,7 +14,7 @@ from caesura.fleet.fold import apply
 from caesura.fleet.state import FleetState
 from caesura.fleet.words import Cleared
 from caesura.lifecycle.commands import COMMANDS, missing
-from caesura_coordinator.fleet import FleetFence, fence_blockers, health_blockers, placement_blockers
+from caesura_coordinator.fence import FleetFence, fence_blockers, health_blockers, placement_blockers
 
 _HOSTS, _VMS, _SETS = ("h1", "h2", "h3"), ("a", "b", "c"), ("web", "db")
 _WAVE = tuple(

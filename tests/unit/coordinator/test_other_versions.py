@@ -19,7 +19,7 @@ from caesura.contract import messages as m
 from caesura.contract.codec import decode
 from caesura.runtime.errors import ConfigError, NewerStore, StoreError
 from caesura_coordinator.service import Coordinator, subscriptions
-from caesura_coordinator.store import Store
+from caesura_coordinator.store import CoordinatorStore
 from caesura_testing.collector import eventually
 
 
@@ -52,14 +52,14 @@ async def desk(tmp_path: Path) -> AsyncIterator[Desk]:
     broker = MemoryBroker()
     bus = MemoryBus(broker, client_id="desk", filters=["caesura/v1/fleet/ctl/#"])
     made = Desk(bus)
-    store = Store(str(tmp_path / "c.sqlite"))
+    store = CoordinatorStore(str(tmp_path / "c.sqlite"))
     coordinator = Coordinator(
         MemoryBus(broker, client_id="c", filters=subscriptions()), store, instance="c", settle_s=0.05
     )
     tasks = [asyncio.ensure_future(start()) for start in coordinator.tasks().values()]
     tasks.append(asyncio.ensure_future(bus.run(made.receive)))
     await bus.wait_connected(5)
-    await eventually(lambda: coordinator.leads)
+    await eventually(lambda: coordinator.is_leader)
     yield made
     for task in tasks:
         task.cancel()
@@ -90,19 +90,19 @@ async def test_a_request_without_an_id_is_answered_all_the_same(desk: Desk, data
 
 def test_a_store_of_a_newer_version_is_left_as_it_is(tmp_path: Path) -> None:
     path = tmp_path / "c.sqlite"
-    Store(str(path)).database.close()
+    CoordinatorStore(str(path)).database.close()
     with sqlite3.connect(path) as file:
         file.execute("PRAGMA user_version=99")
     file.close()
     before = path.read_bytes()
     with pytest.raises(NewerStore, match=r"schema version 99.*run the newer version") as refused:
-        Store(str(path))
+        CoordinatorStore(str(path))
     assert refused.value.exit_code == ConfigError.exit_code, "its unit is not started again and again"
     assert path.read_bytes() == before
 
 
 def test_a_record_of_a_newer_version_in_the_store_is_not_called_damaged_only(tmp_path: Path) -> None:
-    store = Store(str(tmp_path / "c.sqlite"))
+    store = CoordinatorStore(str(tmp_path / "c.sqlite"))
     body = {"set": "web", "incarnation": 3, "events": [{"event_type": "Hover"}]}
     store.database.run("INSERT INTO document VALUES ('web', ?)", json.dumps(body).encode())
     with pytest.raises(StoreError, match=r"document of set web .* cannot be read: .*newer Caesura"):

@@ -7,7 +7,7 @@ from typing import Any
 
 from caesura.contract import messages as m
 from caesura.contract.reasons import TRANSIENT
-from caesura_coordinator.fleet import FleetFence, fence_blockers
+from caesura_coordinator.fence import FleetFence, fence_blockers
 
 Build = Callable[..., m.VmRecord]
 Host = Callable[..., m.HostInventory]

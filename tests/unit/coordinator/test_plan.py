@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from caesura.contract import messages as m
 from caesura.fleet.state import FleetState
 from caesura.lifecycle.commands import COMMANDS
-from caesura_coordinator.fleet import Contested, FleetFence, health_blockers
+from caesura_coordinator.fence import Contested, FleetFence, health_blockers
 from caesura_coordinator.plan import make_plan
 from caesura_testing.retold import retold
 

@@ -16,25 +16,16 @@ from caesura.contract.reasons import Reason
 from caesura.fleet.words import Cleared
 from caesura.lifecycle.errors import IllegalTransition
 from caesura.lifecycle.proof import memory_proof
+from caesura_coordinator.authority import Authority
 from caesura_coordinator.commands import command_for, due_operations
-from caesura_coordinator.fleet import FleetFence
-from caesura_coordinator.inputs import (
-    Abort,
-    Approve,
-    Authority,
-    Effect,
-    EventEnded,
-    EventScheduled,
-    EventStarted,
-    Input,
-    Outdated,
-    RequestRefused,
-    Resume,
-    Tick,
-)
+from caesura_coordinator.effects import Effect, EventEnded, EventScheduled, EventStarted
+from caesura_coordinator.events import Abort, Approve, Input, Outdated, Resume, Tick
+from caesura_coordinator.fence import FleetFence
 from caesura_coordinator.plan import make_plan
-from caesura_coordinator.records import HostOperation, Rollout, Wave, new_rollout, wave_state
+from caesura_coordinator.published_state import wave_state
+from caesura_coordinator.records import HostOperation, Rollout, Wave, new_rollout
 from caesura_coordinator.rollout import after_restart, decide
+from caesura_coordinator.validation import RequestRefused
 from caesura_coordinator.verification import verify
 from caesura_testing.retold import retold
 
@@ -54,7 +45,7 @@ class Story:
         plan = make_plan(fleet, update="patch", selection=m.Selection(), policy=self.policy)
         assert not plan.refusals
         self.rollout: Rollout = new_rollout(
-            "r", plan, policy=self.policy, set_hosts=("h1", "h2"), requested_by="ops", now=T0
+            "r", plan, policy=self.policy, fence_hosts=("h1", "h2"), requested_by="ops", now=T0
         )
 
     def wave_is(self, status: str) -> bool:

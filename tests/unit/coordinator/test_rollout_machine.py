@@ -26,13 +26,15 @@ from caesura.lifecycle.commands import COMMANDS
 from caesura.lifecycle.document import version_of
 from caesura.lifecycle.errors import IllegalTransition
 from caesura.lifecycle.proof import memory_proof
+from caesura_coordinator.authority import Authority
 from caesura_coordinator.commands import command_for, due_operations
-from caesura_coordinator.fleet import FleetFence
-from caesura_coordinator.inputs import Abort, Approve, Authority, Input, RequestRefused, Resume, Tick
+from caesura_coordinator.events import Abort, Approve, Input, Resume, Tick
+from caesura_coordinator.fence import FleetFence
 from caesura_coordinator.plan import make_plan, sets_of
 from caesura_coordinator.records import Rollout, Wave, new_rollout
 from caesura_coordinator.repository import RolloutRepository
-from caesura_coordinator.store import Store
+from caesura_coordinator.store import CoordinatorStore
+from caesura_coordinator.validation import RequestRefused
 
 _PATCH = m.UpdateRecord(update="patch", impact="pause", scope="host", expected_s=2, timeout_s=9)
 _PLACES: dict[str, dict[str, tuple[str, int]]] = {
@@ -201,7 +203,7 @@ class Fleetwide(RuleBasedStateMachine):
         self.asked = 0
         self.disk = Disk(self)
         self.away: Disk | None = None
-        self.book = self.open_book()
+        self.repository = self.open_book()
         self.ask("web", hold=True, on_not_ready="proceed")
         self.ask("db", hold=True)
 
@@ -220,10 +222,10 @@ class Fleetwide(RuleBasedStateMachine):
 
     @property
     def active(self) -> list[Rollout]:
-        return self.book.active
+        return self.repository.active
 
     def open_book(self) -> RolloutRepository:
-        return RolloutRepository(cast("Store", self.disk), self.now)
+        return RolloutRepository(cast("CoordinatorStore", self.disk), self.now)
 
     def ask(
         self,
@@ -247,18 +249,18 @@ class Fleetwide(RuleBasedStateMachine):
             policy=policy,
             hold_s=2.0 if hold else 0.0,
         )
-        if plan.refusals or self.book.holder(sets_of(plan)) is not None:
+        if plan.refusals or self.repository.holder(sets_of(plan)) is not None:
             return False
         self.asked += 1
         made = new_rollout(
             f"r{self.asked}",
             plan,
             policy=policy,
-            set_hosts=tuple(sorted(self.fleet.hosts_of(sets_of(plan)))),
+            fence_hosts=tuple(sorted(self.fleet.hosts_of(sets_of(plan)))),
             requested_by="t",
             now=self.now,
         )
-        self.book.add(made, "t", _ANSWER)
+        self.repository.add(made, "t", _ANSWER)
         return True
 
     def event_changed(self, disk: Disk, event: m.EventChanged) -> None:
@@ -275,9 +277,9 @@ class Fleetwide(RuleBasedStateMachine):
             self.looked_at.add(place)
         elif told.status == "soaking":
             assert place in self.looked_at, "never verified (I8)"
-            for each in (*wave.done, *wave.operations):
+            for each in (*wave.completed_operations, *wave.operations):
                 for vm in (vm.vm for vm in wave.vms if vm.host == each.host):
-                    seen = any(text.startswith(f"{vm} is unproven") for text in wave.accepted)
+                    seen = any(text.startswith(f"{vm} is unproven") for text in wave.acknowledged_findings)
                     assert each.operation in self.proven or seen, "unproven, and nobody saw it (I3)"
             if wave.operations:  # else an operator accepted what the verification found
                 assert {vm.vm for vm in wave.vms} == set(wave.clocks), "not verified (I8)"
@@ -286,7 +288,7 @@ class Fleetwide(RuleBasedStateMachine):
     def give(self, received: Input, rollout: Rollout | None = None) -> None:
         """Give an input to one rollout, or to every active one as the service does."""
         for each in [rollout] if rollout is not None else self.active:
-            changed = self.book.step(each, received, self.fleet, self.authority, self.now)
+            changed = self.repository.step(each, received, self.fleet, self.authority, self.now)
             for wave in changed.waves:
                 for operation in wave.operations:
                     if operation.status == "completed":
@@ -305,7 +307,7 @@ class Fleetwide(RuleBasedStateMachine):
             return
         assert isinstance(command, m.StartOperation)
         self.never_two_domains_at_once()
-        rollout = self.book.rollouts.get(command.rollout)
+        rollout = self.repository.rollouts.get(command.rollout)
         if rollout is None:
             return  # of a coordinator that is gone: only I1, above, can judge it
         did = self.done.get((command.rollout, command.wave, command.host), command.operation)
@@ -368,7 +370,9 @@ class Fleetwide(RuleBasedStateMachine):
         command = data.draw(st.sampled_from(self.late))
         host = self.hosts[command.host]
         before = (host.frozen, host.running)
-        rollout = self.book.rollouts.get(command.rollout) if isinstance(command, m.StartOperation) else None
+        rollout = (
+            self.repository.rollouts.get(command.rollout) if isinstance(command, m.StartOperation) else None
+        )
         wave = rollout.current if rollout is not None else None
         current = {each.operation for each in wave.operations} if wave else set()
         if isinstance(command, m.StartOperation) and rollout and command.operation not in current:
@@ -466,7 +470,7 @@ class Fleetwide(RuleBasedStateMachine):
 
     @rule()
     def the_coordinator_restarts(self) -> None:
-        self.book = self.open_book()
+        self.repository = self.open_book()
         epoch = self.authority.epoch + 1
         self.authority = Authority(coordinator=f"c{epoch}", epoch=epoch)
 
@@ -542,8 +546,10 @@ class Fleetwide(RuleBasedStateMachine):
     def operator_aborts(self, data: st.DataObject) -> None:
         """Works in every state of an active rollout (I11)."""
         name = data.draw(st.sampled_from([each.id for each in self.active]))
-        self.give(Abort(), self.book.rollouts[name])
-        assert self.book.rollouts[name].status in {"aborting", "aborted"}, "abort works in every state (I11)"
+        self.give(Abort(), self.repository.rollouts[name])
+        assert self.repository.rollouts[name].status in {"aborting", "aborted"}, (
+            "abort works in every state (I11)"
+        )
 
     # -- what always holds --
 
@@ -565,7 +571,7 @@ class Fleetwide(RuleBasedStateMachine):
     def an_ended_rollout_left_nothing_open(self) -> None:
         left = {
             event.event_id
-            for rollout in self.book.rollouts.values()
+            for rollout in self.repository.rollouts.values()
             if rollout.status in {"completed", "aborted", "halted"}
             for wave in rollout.waves
             for event in wave.events
@@ -580,7 +586,7 @@ class Fleetwide(RuleBasedStateMachine):
 
     @invariant()
     def nothing_is_commanded_after_the_end(self) -> None:
-        for rollout in self.book.rollouts.values():
+        for rollout in self.repository.rollouts.values():
             if rollout.status in {"completed", "aborted"}:
                 assert not list(due_operations(rollout, self.authority))
 
@@ -680,4 +686,4 @@ def test_two_rollouts_pause_two_sets_at_once_but_take_turns_at_a_host_they_share
     fleet.clocks_arrive(synced=True)
     fleet.all_goes_well_for_a_while(16, heard=True)
     fleet.all_goes_well_for_a_while(16, heard=True)
-    assert [each.status for each in fleet.book.rollouts.values()] == ["completed", "completed"]
+    assert [each.status for each in fleet.repository.rollouts.values()] == ["completed", "completed"]

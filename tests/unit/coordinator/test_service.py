@@ -27,12 +27,14 @@ from caesura.contract.topics import channel_of
 from caesura.delivery.sqlite import OutboxTable
 from caesura.runtime.errors import CaesuraError, StoreError
 from caesura.runtime.lock import InUse, StateFolderUnusable, exclusive_lock
-from caesura_coordinator.fleet import fence_blockers, health_blockers
+from caesura_coordinator.fence import fence_blockers, health_blockers
 from caesura_coordinator.forget_epoch import forget_epoch
-from caesura_coordinator.repository import Removal, RolloutRepository
+from caesura_coordinator.leadership import LeadershipLost, NoEpochLeft, presence
+from caesura_coordinator.repository import RolloutRepository
 from caesura_coordinator.responses import with_plan
-from caesura_coordinator.service import Coordinator, LeadershipLost, NoEpochLeft, presence, subscriptions
-from caesura_coordinator.store import Store
+from caesura_coordinator.retention import Removal
+from caesura_coordinator.service import Coordinator, subscriptions
+from caesura_coordinator.store import CoordinatorStore
 from caesura_testing.collector import PATIENCE_S, eventually
 from caesura_testing.rollouts import wave_state
 
@@ -74,7 +76,7 @@ class World:
         self, name: str = "c", settle_s: float = 0.05, announce_s: float = 20.0
     ) -> AsyncIterator[Coordinator]:
         """One that runs for the block, and is killed at its end: no drain."""
-        store = Store(str(self.folder / f"{name}.sqlite"))
+        store = CoordinatorStore(str(self.folder / f"{name}.sqlite"))
         bus = MemoryBus(self.broker, client_id=name, filters=subscriptions(), clean=False)
         made = Coordinator(bus, store, instance=name, settle_s=settle_s, announce_s=announce_s)
         tasks = [asyncio.ensure_future(start()) for start in made.tasks().values()]
@@ -127,7 +129,7 @@ async def test_what_is_retained_is_published_again_at_the_start(
         del world.broker.retained[topic]  # a broker without a disk, after a power cut
     async with world.coordinator() as again:
         await eventually(lambda: world.retained(m.SetDocument, set="web") is not None)
-        (rollout,) = again.book.rollouts
+        (rollout,) = again.repository.rollouts
         await eventually(lambda: world.retained(m.RolloutState, rollout=rollout) is not None)
 
 
@@ -146,7 +148,7 @@ async def test_a_rollout_whose_record_is_lost_does_not_run_for_ever_on_the_bus(
         late = msgspec.structs.replace(
             world.retained(m.RolloutState, rollout=lost), rollout="late", status="halted"
         )
-        await eventually(lambda: another.leads)
+        await eventually(lambda: another.is_leader)
         await world.host(host("h1", build("w1"), epoch=another.authority.epoch, coordinator="another"))
         await world.post.send(late, rollout="late")
         await eventually(lambda: world.retained(m.RolloutState, rollout="late").status == "aborted")
@@ -157,7 +159,7 @@ async def test_a_rollout_whose_record_is_lost_does_not_run_for_ever_on_the_bus(
 
 async def test_agents_get_time_to_come_back_when_the_broker_was_away_and_not_before(world: World) -> None:
     async with world.coordinator() as made:
-        await eventually(lambda: made.leads)
+        await eventually(lambda: made.is_leader)
 
         def left_s() -> float:
             until = made.fleet.grace_until
@@ -191,17 +193,17 @@ async def test_a_host_whose_inventory_is_removed_is_forgotten_unless_it_is_on_th
 async def test_the_leader_says_again_and_again_that_it_is_there(world: World) -> None:
     async with world.coordinator("a", announce_s=0.05) as a:
         await eventually(lambda: len(world.of(m.CoordinatorPresence)) > 3)
-        assert a.leads
+        assert a.is_leader
         assert a.authority.epoch == 1, "what it hears of itself is no reason to claim another"
         mine = presence(a.authority, online=True)
         assert all(each == mine for each in world.of(m.CoordinatorPresence))
         assert world.retained(m.CoordinatorPresence) == mine
         higher = m.CoordinatorPresence(coordinator="b", epoch=9, online=True)
         await world.post.send(higher)
-        await eventually(lambda: not a.leads)
+        await eventually(lambda: not a.is_leader)
         # It has no authority any more, and says no more that it has: others' clocks go on.
         async with world.coordinator("c", announce_s=0.05) as c:
-            await eventually(lambda: c.leads)
+            await eventually(lambda: c.is_leader)
             await eventually(
                 lambda: len([each for each in world.of(m.CoordinatorPresence) if each.epoch == 10]) > 3
             )
@@ -216,12 +218,12 @@ async def test_an_epoch_that_nobody_can_have_claimed_sends_no_coordinator_away(
     await world.host(host("h1", build("w1")))
     await world.host(strange)
     async with world.coordinator() as made:
-        await eventually(lambda: made.leads and len(made.fleet.inventories) == 2)
+        await eventually(lambda: made.is_leader and len(made.fleet.inventories) == 2)
         assert made.authority.epoch == 2, "one above what h1 says"
         await world.post.send(strange, host="h2")
         await world.post.send(host("h3", build("w3")), host="h3")
         await eventually(lambda: "h3" in made.fleet.inventories)
-        assert made.leads
+        assert made.is_leader
         why = fence_blockers(made.fleet, ["web"], epoch=2, coordinator=made.authority.coordinator)
         assert any(
             each.text.startswith("h2 has not acknowledged epoch 2: it obeys epoch 9007") for each in why
@@ -234,11 +236,11 @@ async def test_the_word_of_a_host_is_no_claim_but_the_next_claim_is_above_it(
     """One inventory with the next epoch ended the coordinator for good: its unit does not start it again."""
     await world.host(host("h1", build("w1")))
     async with world.coordinator() as made:
-        await eventually(lambda: made.leads)
+        await eventually(lambda: made.is_leader)
         assert made.authority.epoch == 2
         await world.host(host("h1", build("w1"), epoch=3, coordinator="x"))
         await eventually(lambda: made.fleet.inventories["h1"].epoch == 3)
-        assert made.leads
+        assert made.is_leader
         assert not any(task.done() for task in made.running)  # type: ignore[attr-defined]
         (why,) = fence_blockers(made.fleet, ["web"], epoch=2, coordinator=made.authority.coordinator)
         assert "h1 has not acknowledged epoch 2: it obeys epoch 3 of x" in why.text
@@ -246,7 +248,7 @@ async def test_the_word_of_a_host_is_no_claim_but_the_next_claim_is_above_it(
         # With a store that was lost, the host would obey nobody that begins below it.
     (world.folder / "c.sqlite").unlink()
     async with world.coordinator() as made:
-        await eventually(lambda: made.leads)
+        await eventually(lambda: made.is_leader)
         assert made.authority.epoch == 4
 
 
@@ -254,7 +256,7 @@ async def test_a_host_that_raises_its_epoch_with_each_word_does_not_fill_the_log
     world: World, host: Callable[..., Any], build: Callable[..., Any]
 ) -> None:
     async with world.coordinator() as made:
-        await eventually(lambda: made.leads)
+        await eventually(lambda: made.is_leader)
         with capture_logs() as logs:
             for epoch in range(5, 105):
                 await world.host(host("h1", build("w1"), epoch=epoch, coordinator="x"))
@@ -269,28 +271,28 @@ async def test_a_claim_that_nobody_can_have_made_ends_no_coordinator_and_does_no
     await world.host(host("h1", build("w1")))
     thief = m.CoordinatorPresence(coordinator="thief", epoch=m.EPOCH_MOST, online=True)
     async with world.coordinator() as made:
-        await eventually(lambda: made.leads)
+        await eventually(lambda: made.is_leader)
         await world.post.send(thief)
         await eventually(lambda: thief in world.of(m.CoordinatorPresence))
         await eventually(lambda: world.retained(m.CoordinatorPresence).epoch == 2)
-        assert made.leads
+        assert made.is_leader
         await world.post.send(thief)
         await eventually(lambda: world.of(m.CoordinatorPresence).count(thief) == 2)
     await world.post.send(thief)
     async with world.coordinator() as again:
-        await eventually(lambda: again.leads)
+        await eventually(lambda: again.is_leader)
         assert again.authority.epoch == 3
         await eventually(lambda: world.retained(m.CoordinatorPresence).epoch == 3)
     # Known hosts say what is believable to a new store, too.
     async with world.coordinator("new") as new:
-        await eventually(lambda: new.leads)
+        await eventually(lambda: new.is_leader)
         assert new.authority.epoch < 10
 
 
 async def test_a_store_without_an_epoch_left_says_so_and_there_is_a_way_back(
     world: World, host: Callable[..., Any], build: Callable[..., Any]
 ) -> None:
-    store = Store(str(world.folder / "c.sqlite"))
+    store = CoordinatorStore(str(world.folder / "c.sqlite"))
     store.save_epoch(m.EPOCH_MOST)
     store.database.close()
     await world.host(host("h1", build("w1"), epoch=5))
@@ -306,7 +308,7 @@ async def test_a_store_without_an_epoch_left_says_so_and_there_is_a_way_back(
         forget_epoch(world.folder)
     assert forget_epoch(world.folder) == m.EPOCH_MOST
     async with world.coordinator("coordinator") as again:
-        await eventually(lambda: again.leads)
+        await eventually(lambda: again.is_leader)
         assert again.authority.epoch == 6
 
 
@@ -317,32 +319,32 @@ async def test_a_request_that_waited_at_the_broker_for_long_is_refused_but_an_ab
     long_ago = datetime.now(UTC) - timedelta(seconds=90)
     monkeypatch.setattr("caesura.bus.messaging.datetime", SimpleNamespace(now=lambda _: long_ago))
     async with world.coordinator() as made:
-        await eventually(lambda: made.leads and bool(made.fleet.inventories))
+        await eventually(lambda: made.is_leader and bool(made.fleet.inventories))
         late = await world.ask(_request("late"))
         assert not late.accepted
         assert "asked 90 s ago" in late.reason
-        assert not made.book.rollouts
+        assert not made.repository.rollouts
         abort = await world.ask(m.AbortRequested(request="stop", rollout="none", reason="r"))
         assert "asked" not in abort.reason
         monkeypatch.undo()
         assert (await world.ask(_request("now"))).accepted
         # Delivered again, by now too late: it has its answer.
-        (before,) = made.book.rollouts
+        (before,) = made.repository.rollouts
         monkeypatch.setattr("caesura.bus.messaging.datetime", SimpleNamespace(now=lambda _: long_ago))
         world.heard.clear()
         assert (await world.ask(_request("now"))).accepted
-        assert list(made.book.rollouts) == [before]
+        assert list(made.repository.rollouts) == [before]
 
 
 async def test_of_two_that_claim_the_same_epoch_exactly_one_leads(world: World) -> None:
     async with world.coordinator("a") as a, world.coordinator("b") as b:
         await eventually(lambda: a.authority.epoch > 0 and b.authority.epoch > 0)
-        await eventually(lambda: a.leads != b.leads)
-        leader = a if a.leads else b
+        await eventually(lambda: a.is_leader != b.is_leader)
+        leader = a if a.is_leader else b
         await eventually(
             lambda: world.retained(m.CoordinatorPresence) == presence(leader.authority, online=True)
         )
-        assert a.leads != b.leads
+        assert a.is_leader != b.is_leader
 
 
 async def test_a_superseded_coordinator_publishes_nothing_when_it_goes(
@@ -353,7 +355,7 @@ async def test_a_superseded_coordinator_publishes_nothing_when_it_goes(
         await eventually(lambda: world.retained(m.SetDocument, set="web") is not None)
         higher = m.CoordinatorPresence(coordinator="b", epoch=9, online=True)
         await world.post.send(higher)
-        await eventually(lambda: not a.leads)
+        await eventually(lambda: not a.is_leader)
         newer = m.SetDocument(set="web", incarnation=7, events=())
         await world.post.send(newer, set="web")
         a.store.enqueue(m.SetDocument(set="web", incarnation=2, events=()), set="web")
@@ -371,21 +373,21 @@ async def test_a_document_of_another_coordinator_does_not_stay(
     await world.host(host("h1", build("w1")))
     async with world.coordinator("a") as a:
         await world.post.send(m.SetDocument(set="web", incarnation=5, events=()), set="web")
-        await eventually(lambda: "web" in a.book.documents and a.leads)
-        await eventually(lambda: a.book.documents["web"].incarnation >= 5)
+        await eventually(lambda: "web" in a.repository.documents and a.is_leader)
+        await eventually(lambda: a.repository.documents["web"].incarnation >= 5)
         foreign = m.ScheduledEvent(
             event_id="E", event_type="Freeze", status="scheduled", resources=("w1",), not_before=T0
         )
         await world.post.send(m.SetDocument(set="web", incarnation=incarnation, events=(foreign,)), set="web")
         await eventually(
             lambda: (
-                world.retained(m.SetDocument, set="web") == a.book.documents["web"]
-                and not a.book.documents["web"].events
+                world.retained(m.SetDocument, set="web") == a.repository.documents["web"]
+                and not a.repository.documents["web"].events
             )
         )
-        assert a.book.documents["web"].incarnation > 4
+        assert a.repository.documents["web"].incarnation > 4
         if incarnation >= 5:
-            assert a.book.documents["web"].incarnation > incarnation, (
+            assert a.repository.documents["web"].incarnation > incarnation, (
                 "else those who took the other's keep it"
             )
 
@@ -408,14 +410,14 @@ async def test_events_of_another_are_not_ended_before_the_epoch_is_claimed(
     ended = m.SetDocument(set="web", incarnation=7, events=())  # by the one that leads
     await world.post.send(ended, set="web")
     async with world.coordinator("a") as a:
-        await eventually(lambda: a.leads and not a.waiting())
+        await eventually(lambda: a.is_leader and not a.waiting())
         assert not [each for each in world.of(m.EventChanged) if each.event_id == "E"], "a second end"
         assert world.retained(m.SetDocument, set="web").incarnation >= 7
 
 
 async def test_a_message_that_nobody_could_read_does_not_hold_up_the_others(world: World) -> None:
     async with world.coordinator() as one:
-        await eventually(lambda: one.leads)
+        await eventually(lambda: one.is_leader)
         one.store.enqueue(m.RequestAnswered(request="a", accepted=False, reason="x" * 5000), client="ops")
         one.store.enqueue(m.RequestAnswered(request="a", accepted=False), client="not a/level")
         huge = wave_state(wave=0, vms=tuple(f"vm-{i:060d}" for i in range(5000)))
@@ -465,7 +467,7 @@ async def test_a_host_whose_inventory_comes_in_parts_is_planned_and_counts_in_th
         await world.post.send(head, host="h1")
 
     async with world.coordinator() as one:
-        await eventually(lambda: one.leads)
+        await eventually(lambda: one.is_leader)
         await world.post.send(m.HostPresence(host="h1", online=True, instance="i"), host="h1")
         await report("running")
         await world.host(small)
@@ -489,9 +491,9 @@ async def test_a_host_of_whose_inventory_parts_are_missing_blocks_its_sets_and_i
     world: World, host: Callable[..., Any], build: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is known of it may be long ago: nothing is paused beside it, and its epoch counts for the next claim."""
-    monkeypatch.setattr("caesura_coordinator.service._INCOMPLETE_S", 0.0)
+    monkeypatch.setattr("caesura_coordinator.fleet_receiver._INCOMPLETE_S", 0.0)
     async with world.coordinator() as one:
-        await eventually(lambda: one.leads)
+        await eventually(lambda: one.is_leader)
         await world.host(host("h1", build("w1"), build("w2")))
         await eventually(lambda: len(one.fleet.inventories) == 1)
 
@@ -523,7 +525,7 @@ async def test_a_host_of_which_only_the_head_of_its_inventory_came_may_have_vms_
 ) -> None:
     """One of them may be paused: nothing is paused beside it before its parts are here, or it is removed."""
     async with world.coordinator() as one:
-        await eventually(lambda: one.leads)
+        await eventually(lambda: one.is_leader)
         await world.host(host("h1", build("w1"), build("w2")))
         await eventually(lambda: len(one.fleet.inventories) == 1)
         await world.post.send(host("h2", part_etags=("0" * 12,)), host="h2")
@@ -541,7 +543,7 @@ async def test_a_rollout_that_another_coordinator_published_is_published_again(
     """One that was frozen, and wakes up, may publish what it knew before it stands down."""
     await world.host(host("h1", build("w1")))
     async with world.coordinator() as one:
-        await eventually(lambda: one.leads)
+        await eventually(lambda: one.is_leader)
         name = (await world.ask(_request("q"))).rollout
         await eventually(lambda: world.retained(m.WaveState, rollout=name, wave="0") is not None)
         own = (
@@ -564,10 +566,10 @@ async def test_a_rollout_that_another_coordinator_published_is_published_again(
 async def test_a_large_answer_is_not_sent_with_every_repetition(
     world: World, host: Callable[..., Any], build: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("caesura_coordinator.service._LARGE_PLAN_VMS", 1)
+    monkeypatch.setattr("caesura_coordinator.requests._LARGE_PLAN_VMS", 1)
     await world.host(host("h1", build("w1"), build("w2")))
     async with world.coordinator() as one:
-        await eventually(lambda: one.leads)
+        await eventually(lambda: one.is_leader)
         assert (await world.ask(_request("p", plan_only=True))).plan is not None
         for _ in range(20):
             await world.post.send(_request("p", plan_only=True), client="ops")
@@ -580,16 +582,16 @@ async def test_a_repeated_abort_gets_the_answer_that_was_stored_with_the_abort(
 ) -> None:
     await world.host(host("h1", build("w1")))
     async with world.coordinator() as one:
-        await eventually(lambda: one.leads)
+        await eventually(lambda: one.is_leader)
         assert (await world.ask(_request("q"))).accepted
         monkeypatch.setattr(one.store, "save_answer", _full)
         await world.post.send(m.AbortRequested(request="a"), client="ops")
         await eventually(lambda: not one.waiting())
-        (rollout,) = one.book.rollouts.values()
+        (rollout,) = one.repository.rollouts.values()
         assert rollout.status == "running", "aborted without an answer that says so"
         monkeypatch.undo()
         assert (await world.ask(m.AbortRequested(request="a"))).accepted
-        assert next(iter(one.book.rollouts.values())).status == "aborted"
+        assert next(iter(one.repository.rollouts.values())).status == "aborted"
 
 
 def _full(*_: object) -> None:
@@ -601,12 +603,12 @@ async def test_a_rollout_that_could_not_be_stored_does_not_run(
 ) -> None:
     await world.host(host("h1", build("w1")))
     async with world.coordinator() as one:
-        await eventually(lambda: one.leads)
+        await eventually(lambda: one.is_leader)
         monkeypatch.setattr(one.store, "save_answer", _full)
         await world.post.send(_request("q"), client="ops")
         await world.post.send(m.AgentPresence(vm="w1", online=True, boot_id="b"), vm="w1")
         await eventually(lambda: one.state.agents_online.get("w1", False))
-        assert not one.book.rollouts
+        assert not one.repository.rollouts
         monkeypatch.undo()
         assert (await world.ask(_request("q"))).accepted
 
@@ -615,11 +617,11 @@ async def test_a_document_that_could_not_be_stored_is_tried_again(
     world: World, host: Callable[..., Any], build: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with world.coordinator() as one:
-        await eventually(lambda: one.leads)
+        await eventually(lambda: one.is_leader)
         monkeypatch.setattr(one.store, "save_document", _full)
         await world.host(host("h1", build("w1")))
         await eventually(lambda: "h1" in one.fleet.inventories)
-        assert not one.book.documents
+        assert not one.repository.documents
         monkeypatch.undo()
         await world.host(host("h1", build("w1")))
         await eventually(lambda: world.retained(m.SetDocument, set="web") is not None)
@@ -631,18 +633,18 @@ async def test_one_rollout_per_set(
 ) -> None:
     """A second one over a set that is held is refused with the holder's name, whatever of the set it wants (I1)."""
     async with world.coordinator() as one:
-        await eventually(lambda: one.leads)
+        await eventually(lambda: one.is_leader)
         mine = {"epoch": one.authority.epoch, "coordinator": one.authority.coordinator}
         await world.host(host("h1", build("w1", agent=False), **mine))
         await world.host(host("h2", build("w2", domain=1, agent=False), **mine))
         await world.host(host("h3", build("d1", "db", agent=False), **mine))
         await eventually(lambda: len(one.fleet.inventories) == 3)
         held = (await world.ask(_request("first", selection=m.Selection(sets=("web",))))).rollout
-        await eventually(lambda: one.book.rollouts[held].waves[0].status == "scheduled")
+        await eventually(lambda: one.repository.rollouts[held].waves[0].status == "scheduled")
         if first == "halted":
             ahead = m.SetDocument(set="web", incarnation=1000, events=())
             await world.post.send(ahead, set="web")
-            await eventually(lambda: one.book.rollouts[held].status == "halted")
+            await eventually(lambda: one.repository.rollouts[held].status == "halted")
         again = _request("again", selection=m.Selection(hosts=("h2",)))
         hold = m.FreezeRequested(
             request="hold", selection=m.Selection(vms=("w2",)), hold_s=1.0, policy=m.Policy(notice_s=600.0)
@@ -652,7 +654,7 @@ async def test_one_rollout_per_set(
             answer = await world.ask(request)
             assert not answer.accepted
             assert f"set web is held by rollout {held}" in answer.reason
-        assert list(one.book.rollouts) == [held]
+        assert list(one.repository.rollouts) == [held]
         assert (await world.ask(_request("other", selection=m.Selection(sets=("db",))))).accepted
         assert (await world.ask(m.AbortRequested(request="end", rollout=held))).accepted
         assert (await world.ask(_request("then", selection=m.Selection(sets=("web",))))).accepted
@@ -670,7 +672,7 @@ async def test_the_outbox_forgets_a_message_only_when_the_broker_has_it(
     world.post.on(m.WaveChanged, receive)
     await world.host(host("h1", build("w1", agent=False)))
     async with world.coordinator() as one:
-        await eventually(lambda: one.leads and one.waiting() == 0 and "web" in one.book.documents)
+        await eventually(lambda: one.is_leader and one.waiting() == 0 and "web" in one.repository.documents)
         sent = asyncio.Event()
         publish = one.bus.publish
 
@@ -685,7 +687,7 @@ async def test_the_outbox_forgets_a_message_only_when_the_broker_has_it(
         )
         one.store.enqueue(fact, rollout="r", wave=0)
         (waiting,) = _outbox_of(one)
-        one._outbox_filled.set()
+        one.relay.notify()
         async with asyncio.timeout(PATIENCE_S):
             await sent.wait()
         assert _outbox_of(one) == [waiting], "forgotten before it was acknowledged"
@@ -727,7 +729,7 @@ async def test_what_is_published_is_forgotten_without_a_wait_for_the_disk(
         remove(table, event_ids)
 
     async with world.coordinator() as one:
-        await eventually(lambda: one.leads and one.waiting() == 0)
+        await eventually(lambda: one.is_leader and one.waiting() == 0)
         monkeypatch.setattr(OutboxTable, "remove", hanging)
         try:
             for number in range(20):
@@ -743,7 +745,7 @@ async def test_what_is_published_is_forgotten_without_a_wait_for_the_disk(
 
 async def test_what_a_version_of_before_left_in_the_outbox_is_published(world: World) -> None:
     path = world.folder / "c.sqlite"
-    Store(str(path)).database.close()
+    CoordinatorStore(str(path)).database.close()
     answer = m.RequestAnswered(request="old", accepted=False, reason="kept")
     with sqlite3.connect(path) as old:
         old.executescript(
@@ -779,15 +781,15 @@ async def test_a_rollout_is_removed_from_the_bus_after_what_a_previous_run_left_
         created_at=T0,
     )
     wave = wave_state(rollout="r", wave=0)
-    before = Store(str(world.folder / "c.sqlite"))
+    before = CoordinatorStore(str(world.folder / "c.sqlite"))
     before.enqueue(wave, rollout="r", wave=0)
     before.enqueue(state, rollout="r")
     before.database.close()
     monkeypatch.setattr(RolloutRepository, "republish", lambda _: [])
     async with world.coordinator() as one:
         assert one.waiting() == 2
-        one._to_remove.append(Removal("r", 1, whole=True))
-        await eventually(lambda: one.leads and not one.waiting())
+        one.relay.remove_later(Removal("r", 1, whole=True))
+        await eventually(lambda: one.is_leader and not one.waiting())
         assert world.retained(m.WaveState, rollout="r", wave="0") is None
         assert world.retained(m.RolloutState, rollout="r") is None
 
@@ -805,7 +807,7 @@ async def test_abort_without_a_name_says_which_there_are(
     await world.host(host("h1", build("w1")))
     await world.host(host("h2", build("d1", "db")))
     async with world.coordinator() as one:
-        await eventually(lambda: one.leads)
+        await eventually(lambda: one.is_leader)
         assert "no rollout is under way" in (await world.ask(m.AbortRequested(request="0"))).reason
         for name in ("web", "db"):
             request = m.FreezeRequested(
@@ -814,22 +816,22 @@ async def test_abort_without_a_name_says_which_there_are(
             assert (await world.ask(request)).accepted
         answer = await world.ask(m.AbortRequested(request="2"))
         assert "name one" in answer.reason
-        assert all(name in answer.reason for name in one.book.rollouts)
+        assert all(name in answer.reason for name in one.repository.rollouts)
 
 
 async def test_only_a_vm_that_sees_an_event_approves_it(
     world: World, host: Callable[..., Any], build: Callable[..., Any]
 ) -> None:
     async with world.coordinator() as one:
-        await eventually(lambda: one.leads)
+        await eventually(lambda: one.is_leader)
         mine = {"epoch": one.authority.epoch, "coordinator": one.authority.coordinator}
         await world.host(host("h1", build("w1", agent=False), **mine))
         await world.host(host("h2", build("d1", "db", agent=False), **mine))
         assert (await world.ask(_request("q", selection=m.Selection(sets=("web",))))).accepted
-        (rollout,) = one.book.rollouts
+        (rollout,) = one.repository.rollouts
 
         def event() -> Any:
-            wave = one.book.rollouts[rollout].current
+            wave = one.repository.rollouts[rollout].current
             return wave.events[0] if wave and wave.events else None
 
         await eventually(lambda: event() is not None)
@@ -859,7 +861,7 @@ async def test_a_host_of_more_vms_than_a_command_names_ends_no_coordinator(
     names = [f"w{number:04d}" for number in range(m.MOST_TARGETS + 1)]
     crowd = msgspec.structs.replace(host("h1", build("w1")), vms=tuple(map(_small, names)))
     async with world.coordinator() as one:
-        await eventually(lambda: one.leads)
+        await eventually(lambda: one.is_leader)
         await world.host(crowd)
         for plan_only in (True, False):
             refused = await world.ask(_request(f"q-{plan_only}", plan_only=plan_only))
@@ -885,7 +887,7 @@ async def test_a_command_that_cannot_be_sent_holds_up_no_other(world: World) -> 
         not_after=T0,
     )
     async with world.coordinator() as one:
-        await eventually(lambda: one.leads)
+        await eventually(lambda: one.is_leader)
         assert await one.sender.try_send(command), "the next one is tried"
 
 
@@ -897,7 +899,7 @@ async def test_a_command_that_the_broker_refuses_holds_up_no_other(
     world.broker.may_publish = lambda client, topic: client != "c" or topic != refused
     with capture_logs() as logs:
         async with world.coordinator() as one:
-            await eventually(lambda: one.leads)
+            await eventually(lambda: one.is_leader)
             mine = {"epoch": one.authority.epoch, "coordinator": one.authority.coordinator}
             for name in ("h1", "h2", "h3"):
                 await world.host(host(name, build(f"vm-{name}", f"set-{name}", agent=False), **mine))
@@ -932,7 +934,7 @@ def test_a_plan_is_whole_unless_not_even_its_parts_can_be_sent(monkeypatch: pyte
 
 async def test_a_coordinator_that_was_stopped_stays_retained_as_offline(world: World) -> None:
     async with world.coordinator("a", announce_s=0.01) as a:
-        await eventually(lambda: a.leads and bool(world.of(m.CoordinatorPresence)))
+        await eventually(lambda: a.is_leader and bool(world.of(m.CoordinatorPresence)))
         # What it publishes comes back to it before the bus is closed, however soon that is.
         close, closing = a.bus.close, asyncio.Event()
 

@@ -18,12 +18,14 @@ from caesura.fleet.state import FleetState
 from caesura.lifecycle.commands import COMMANDS
 from caesura.lifecycle.errors import IllegalTransition
 from caesura.runtime.errors import StoreError
-from caesura_coordinator.fleet import FleetFence
-from caesura_coordinator.inputs import Abort, Approve, Authority, RequestRefused, Resume, Tick
+from caesura_coordinator.authority import Authority
+from caesura_coordinator.events import Abort, Approve, Resume, Tick
+from caesura_coordinator.fence import FleetFence
 from caesura_coordinator.plan import make_plan, sets_of
 from caesura_coordinator.records import Rollout, Wave, new_rollout
 from caesura_coordinator.repository import RolloutRepository
-from caesura_coordinator.store import Store, newer_entries
+from caesura_coordinator.store import CoordinatorStore, newer_entries
+from caesura_coordinator.validation import RequestRefused
 from caesura_testing.retold import retold
 
 T0 = datetime(2026, 4, 20, 12, 0, 0, tzinfo=UTC)
@@ -73,7 +75,7 @@ class Desk:
     def __init__(self, fleet: FleetFence, path: str = ":memory:") -> None:
         self.fleet = fleet
         self.now = T0
-        self.book = RolloutRepository(Store(path), T0)
+        self.repository = RolloutRepository(CoordinatorStore(path), T0)
         policy = m.Policy(notice_s=60.0, verify_timeout_s=50.0)
         plan = make_plan(fleet, update="patch", selection=m.Selection(), policy=policy)
         assert not plan.refusals
@@ -81,25 +83,25 @@ class Desk:
             "r",
             plan,
             policy=policy,
-            set_hosts=tuple(sorted(fleet.hosts_of(sets_of(plan)))),
+            fence_hosts=tuple(sorted(fleet.hosts_of(sets_of(plan)))),
             requested_by="ops",
             now=T0,
         )
-        self.book.add(rollout, "ops", m.RequestAnswered(request="q", accepted=True))
+        self.repository.add(rollout, "ops", m.RequestAnswered(request="q", accepted=True))
 
     @property
     def rollout(self) -> Rollout:
-        return self.book.rollouts["r"]
+        return self.repository.rollouts["r"]
 
     @property
     def wave(self) -> Wave:
         return self.rollout.current or self.rollout.waves[-1]
 
     def give(self, received: Any) -> None:
-        self.book.step(self.rollout, received, self.fleet, _AUTHORITY, self.now)
+        self.repository.step(self.rollout, received, self.fleet, _AUTHORITY, self.now)
 
     def stored(self) -> list[Rollout]:
-        return self.book.store.rollouts()
+        return self.repository.store.rollouts()
 
     # -- what hosts and guests say --
 
@@ -124,7 +126,7 @@ class Desk:
         return m.OperationReported(operation=operation, host=host, epoch=1, status=status, vms=results, at=T0)
 
     def clock(self, vm: m.PlannedVm, *, synced: bool = True) -> m.VmClockSynced:
-        known = (*self.wave.done, *self.wave.operations)
+        known = (*self.wave.completed_operations, *self.wave.operations)
         operation = next((each.operation for each in known if each.host == vm.host), "none")
         return m.VmClockSynced(
             vm=vm.vm,
@@ -240,7 +242,7 @@ def test_newer_entries_make_the_one_into_the_other(
 class _Written:
     """Bytes and rows that are written from now on."""
 
-    def __init__(self, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, store: CoordinatorStore, monkeypatch: pytest.MonkeyPatch) -> None:
         self.size_bytes = 0
         self.rows = 0
         run = store.database.run
@@ -265,7 +267,7 @@ def test_a_message_writes_the_same_whatever_the_size_of_its_wave(
             desk.scheduled()
         else:
             desk.started()
-        counted = _Written(desk.book.store, monkeypatch)
+        counted = _Written(desk.repository.store, monkeypatch)
         (received,) = _inputs(desk, what, 0)
         before = desk.rollout
         desk.give(received)
@@ -280,7 +282,7 @@ def test_a_wave_that_an_older_version_wrote_in_one_piece_is_read_and_kept(tmp_pa
     desk = Desk(fleet_of(2, 2), path).started()
     desk.give(desk.clock(desk.wave.vms[0]))
     whole = desk.rollout
-    database = desk.book.store.database
+    database = desk.repository.store.database
     for wave in whole.waves:
         database.run("UPDATE wave SET body = ? WHERE number = ?", msgspec.json.encode(wave), wave.index)
     database.run("DELETE FROM wave_vms")
@@ -296,16 +298,16 @@ def test_a_step_that_could_not_be_stored_leaves_the_documents_as_they_were(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     desk = Desk(fleet_of(2, 2))
-    held = dict(desk.book.documents)
+    held = dict(desk.repository.documents)
 
     def full(*_: object, **__: object) -> None:
         raise StoreError("disk full")
 
     with monkeypatch.context() as patched:
-        patched.setattr(desk.book.store, "enqueue", _after(2, desk.book.store.enqueue, full))
+        patched.setattr(desk.repository.store, "enqueue", _after(2, desk.repository.store.enqueue, full))
         with pytest.raises(StoreError):
             desk.give(Tick())
-    assert desk.book.documents == held
+    assert desk.repository.documents == held
     assert desk.stored() == [desk.rollout]
     desk.give(Tick())
     assert desk.wave.status == "scheduled"

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from caesura.contract import messages as m
 from caesura.contract.names import own_set
-from caesura_coordinator.fleet import FleetFence
+from caesura_coordinator.fence import FleetFence
 from caesura_coordinator.plan import make_plan, nothing_to_do
 
 Build = Callable[..., m.VmRecord]

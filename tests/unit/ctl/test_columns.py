@@ -14,9 +14,10 @@ from caesura.contract import messages as m
 from caesura.contract.examples import examples
 from caesura.contract.parts import WholeRollout
 from caesura_ctl.columns import Columns
+from caesura_ctl.errors import NotCompleted
 from caesura_ctl.fleet_view import FleetView
 from caesura_ctl.follow import Progress, conclude
-from caesura_ctl.options import NotCompleted, wide_console
+from caesura_ctl.options import wide_console
 from caesura_ctl.tables import (
     documents_view,
     domains_view,
@@ -79,17 +80,17 @@ def test_an_id_in_a_history_is_whole_at_80_columns_and_columns_are_left_out_inst
 
 
 def test_ids_of_operations_and_events_are_whole_or_their_column_is_not_there() -> None:
-    picture = FleetView()
-    picture.fold(_example(m.HostInventory, operation=OPERATION, driver_detail="cgroup v2 freezer " * 4))
-    picture.fold(_example(m.SetDocument))
+    fleet_view = FleetView()
+    fleet_view.fold(_example(m.HostInventory, operation=OPERATION, driver_detail="cgroup v2 freezer " * 4))
+    fleet_view.fold(_example(m.SetDocument))
     for width in (60, 80, 100, 140):
-        for view, name in ((hosts_view(picture), OPERATION), (documents_view(picture), EVENT)):
+        for view, name in ((hosts_view(fleet_view), OPERATION), (documents_view(fleet_view), EVENT)):
             lines = _printed(view, width)
             assert all(len(line) <= width for line in lines)
             whole = any(name in line for line in lines)
             assert whole or not any(name[:8] in line for line in lines), (width, lines)
-    assert any(OPERATION in line for line in _printed(hosts_view(picture), 80))
-    assert any(EVENT in line for line in _printed(documents_view(picture), 80))
+    assert any(OPERATION in line for line in _printed(hosts_view(fleet_view), 80))
+    assert any(EVENT in line for line in _printed(documents_view(fleet_view), 80))
 
 
 def test_what_is_left_out_first_is_what_was_said_to_matter_least() -> None:
@@ -107,19 +108,21 @@ def test_what_is_left_out_first_is_what_was_said_to_matter_least() -> None:
 def test_watch_fits_the_terminal_and_its_rollout_comes_first(
     width: int, height: int, waves: int, status: Any
 ) -> None:
-    picture = FleetView()
+    fleet_view = FleetView()
     reason = "update qemu-security failed on host-1: exit code 3" * 3 if status == "halted" else ""
-    picture.fold(_rollout(waves, status=status, reason=reason))
+    fleet_view.fold(_rollout(waves, status=status, reason=reason))
     inventory = _example(m.HostInventory)
     for number in range(60):
         vms = tuple(
             msgspec.structs.replace(inventory.vms[0], vm=f"vm-{number}-{each}", set=f"set-{number}")
             for each in range(5)
         )
-        picture.fold(msgspec.structs.replace(inventory, host=f"host-{number}", vms=vms, refused_updates=()))
+        fleet_view.fold(
+            msgspec.structs.replace(inventory, host=f"host-{number}", vms=vms, refused_updates=())
+        )
     for number in range(30):
-        picture.fold(_example(m.VmFrozen, vm=f"vm-{number}-0", operation=f"op-{number}", at=NOW))
-    view = live_view(picture, NOW + timedelta(seconds=3), ROLLOUT, lines=height, width=width)
+        fleet_view.fold(_example(m.VmFrozen, vm=f"vm-{number}-0", operation=f"op-{number}", at=NOW))
+    view = live_view(fleet_view, NOW + timedelta(seconds=3), ROLLOUT, lines=height, width=width)
     lines = _printed(view, width)
     assert len(lines) <= height, "\n".join(lines)
     assert ROLLOUT in lines[0]
@@ -138,7 +141,7 @@ def test_waves_are_counted_from_one() -> None:
 
 def test_a_halt_names_the_next_commands() -> None:
     class Session:
-        picture = FleetView()
+        fleet_view = FleetView()
 
     class Context:
         json = False
@@ -151,12 +154,14 @@ def test_a_halt_names_the_next_commands() -> None:
 
 
 def _hosts(count: int) -> FleetView:
-    picture = FleetView()
+    fleet_view = FleetView()
     for number in range(count):
         inventory = _example(m.HostInventory)
         vms = tuple(msgspec.structs.replace(vm, vm=f"{vm.vm}-{number}") for vm in inventory.vms)
-        picture.fold(msgspec.structs.replace(inventory, host=f"host-{number}", vms=vms, refused_updates=()))
-    return picture
+        fleet_view.fold(
+            msgspec.structs.replace(inventory, host=f"host-{number}", vms=vms, refused_updates=())
+        )
+    return fleet_view
 
 
 def test_a_sentence_is_not_squeezed_into_a_column_of_single_words() -> None:
@@ -197,13 +202,13 @@ def test_what_all_waves_of_a_plan_have_in_common_is_said_once() -> None:
 
 
 def test_a_vm_whose_application_ended_does_not_count_as_running() -> None:
-    picture = FleetView()
+    fleet_view = FleetView()
     inventory = _example(m.HostInventory)
     dead = msgspec.structs.replace(
         inventory.vms[0], state="running", state_detail="/bin/web was ended by SIGKILL"
     )
-    picture.fold(msgspec.structs.replace(inventory, vms=(dead,)))
-    (row,) = [line for line in _printed(domains_view(picture)) if line.strip().startswith(dead.set)]
+    fleet_view.fold(msgspec.structs.replace(inventory, vms=(dead,)))
+    (row,) = [line for line in _printed(domains_view(fleet_view)) if line.strip().startswith(dead.set)]
     assert row.split()[2:] == ["1", "0", "1", "?"]
 
 
@@ -224,9 +229,9 @@ def test_how_long_until_a_wave_starts_is_in_sight_on_a_narrow_terminal() -> None
         not_before=NOW + timedelta(seconds=7),
         events={"web": EVENT},
     )
-    picture = FleetView()
-    picture.fold(msgspec.structs.replace(state, waves=(scheduled,)))
-    lines = _printed(live_view(picture, NOW, ROLLOUT, lines=24, width=68), 68)
+    fleet_view = FleetView()
+    fleet_view.fold(msgspec.structs.replace(state, waves=(scheduled,)))
+    lines = _printed(live_view(fleet_view, NOW, ROLLOUT, lines=24, width=68), 68)
     assert any("NotBefore in 7s" in line for line in lines), lines
 
 
@@ -234,7 +239,7 @@ def test_a_reason_does_not_repeat_the_status_that_stands_before_it() -> None:
     state = _rollout(status="aborted", reason="aborted: wrong day")
 
     class Session:
-        picture = FleetView()
+        fleet_view = FleetView()
 
     class Context:
         json = False

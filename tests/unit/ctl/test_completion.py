@@ -22,14 +22,14 @@ from caesura_testing.rollouts import whole_rollout
 
 
 def _picture() -> FleetView:
-    picture = FleetView()
+    fleet_view = FleetView()
     for each in examples():
-        picture.fold(each.message)
+        fleet_view.fold(each.message)
     newest = whole_rollout("20260420-221158-1f3a", update="qemu-security")
-    picture.fold(newest)
+    fleet_view.fold(newest)
     older = msgspec.structs.replace(newest, rollout="older", created_at=newest.created_at - timedelta(days=1))
-    picture.fold(older)
-    return picture
+    fleet_view.fold(older)
+    return fleet_view
 
 
 @pytest.fixture

@@ -20,19 +20,26 @@ from caesura.bus.options import BrokerOptions
 from caesura.contract.access import access_rules
 from caesura.runtime.logs import configure_logging, flush_logs
 from caesura.runtime.settings import Secret
-from caesura_demo.fleet import HEALTH_USER, UPDATES, compose_layout, config_files, secret_readers, users
+from caesura_demo.compose_fleet import (
+    HEALTH_USER,
+    UPDATES,
+    compose_layout,
+    config_files,
+    secret_readers,
+    users,
+)
 from caesura_demo.resume_policy import (
     MOST_RESUMES,
     RESUME_AFTER_S,
     HaltSnapshot,
     HostFacts,
+    NextAction,
     ResumeHistory,
-    Step,
     facts_from,
-    next_step,
+    next_action,
     update_for,
 )
-from caesura_demo.rollouts import Plan, Rollouts, RolloutsError, plan_from
+from caesura_demo.rollout_loop import LoopSettings, Rollouts, RolloutsError, settings_from
 from caesura_demo.setup import SetupError, check_variables, copy_files, main, prepare
 from caesura_host_updater.inventory.host_config import parse_host_file
 from caesura_host_updater.inventory.updates import UpdateFile, parse_update
@@ -250,8 +257,8 @@ _AWAY = "cannot continue: host-2 is offline"
 _AWAY_CODES = ("host_offline",)
 
 
-def step_for(known: HaltSnapshot, **past: Any) -> Step:
-    return next_step(known, client="rollout", hosts=_LAYOUT_HOSTS, past=ResumeHistory(**past))
+def step_for(known: HaltSnapshot, **past: Any) -> NextAction:
+    return next_action(known, client="rollout", hosts=_LAYOUT_HOSTS, past=ResumeHistory(**past))
 
 
 def halted(reason: str = _AWAY, codes: tuple[str, ...] = _AWAY_CODES, **changes: Any) -> HaltSnapshot:
@@ -372,13 +379,13 @@ def test_updates_take_turns() -> None:
 )
 def test_a_wrong_value_is_named_with_what_it_may_be(environ: dict[str, str], said: str) -> None:
     with pytest.raises(RolloutsError, match=said):
-        plan_from(environ)
+        settings_from(environ)
 
 
 def test_values_as_they_are_given() -> None:
-    assert plan_from({}) == Plan(on=True, pause_s=20.0, client="")
+    assert settings_from({}) == LoopSettings(on=True, pause_s=20.0, client="")
     given = {"CAESURA_ROLLOUTS": "OFF", "CAESURA_ROLLOUT_PAUSE": "1.5", "CAESURA_CTL_CLIENT": "rollout"}
-    assert plan_from(given) == Plan(on=False, pause_s=1.5, client="rollout")
+    assert settings_from(given) == LoopSettings(on=False, pause_s=1.5, client="rollout")
 
 
 _SCRIPT = """
@@ -413,7 +420,7 @@ class Play:
         self.now = 0.0
         (folder / "caesura.py").write_text(_SCRIPT)
         self.rollouts = Rollouts(
-            Plan(on=True, pause_s=20.0, client="rollout"),
+            LoopSettings(on=True, pause_s=20.0, client="rollout"),
             command=(sys.executable, str(folder / "caesura.py"), str(folder)),
             hosts=("host-1",),
             look_again_s=5.0,
@@ -506,7 +513,7 @@ def _log(folder: Path) -> list[str]:
 def test_a_configuration_that_the_command_refuses_ends_it(tmp_path: Path) -> None:
     script = tmp_path / "caesura.py"
     script.write_text("import sys; print('caesura: unknown setting X', file=sys.stderr); sys.exit(2)")
-    rollouts = Rollouts(Plan(on=True, pause_s=0.0, client=""), command=(sys.executable, str(script)))
+    rollouts = Rollouts(LoopSettings(on=True, pause_s=0.0, client=""), command=(sys.executable, str(script)))
     with pytest.raises(RolloutsError, match="unknown setting X"):
         rollouts.run()
 
@@ -515,7 +522,7 @@ def test_switched_off_it_waits_to_be_told_to_stop(tmp_path: Path, capfd: pytest.
     configure_logging("rollout")
     used = tmp_path / "used"
     rollouts = Rollouts(
-        Plan(on=False, pause_s=0.0, client=""),
+        LoopSettings(on=False, pause_s=0.0, client=""),
         command=(sys.executable, "-c", f"open({str(used)!r}, 'w')"),
         look_again_s=0.0,
     )
@@ -539,7 +546,7 @@ def test_switched_off_it_waits_to_be_told_to_stop(tmp_path: Path, capfd: pytest.
 
 def test_a_signal_stops_it_while_it_waits(tmp_path: Path) -> None:
     process = subprocess.Popen(
-        [sys.executable, "-m", "caesura_demo.rollouts"],
+        [sys.executable, "-m", "caesura_demo.rollout_loop"],
         env={**os.environ, "CAESURA_ROLLOUTS": "off"},
         stderr=subprocess.PIPE,
         text=True,

@@ -26,10 +26,11 @@ from caesura.contract.examples import examples
 from caesura.contract.parts import WholeRollout
 from caesura.runtime.errors import CaesuraError
 from caesura_ctl.cli import caesura
+from caesura_ctl.console import VisibleConsole
 from caesura_ctl.durations import parse_duration, show_duration
 from caesura_ctl.fleet_view import FleetView
 from caesura_ctl.follow import Progress
-from caesura_ctl.names import SET_NAME
+from caesura_ctl.name_params import SET_NAME
 from caesura_ctl.session import Session
 from caesura_ctl.tables import (
     attention_view,
@@ -43,10 +44,9 @@ from caesura_ctl.tables import (
     set_name,
 )
 from caesura_ctl.updates_table import updates_view
-from caesura_ctl.visible import VisibleConsole
 from caesura_demo import workspace
+from caesura_demo.checks import WorkloadStatus, judge, overlaps
 from caesura_demo.layout import standard_layout
-from caesura_demo.verdict import WorkloadStatus, judge, overlaps
 from caesura_demo.workspace import Interrupted, run_folder
 from caesura_testing.collector import eventually
 from caesura_testing.patience import patient
@@ -101,13 +101,13 @@ def _resumed(
 
 
 def test_vms_that_need_a_person_are_named_with_what_their_host_says() -> None:
-    picture = FleetView()
+    fleet_view = FleetView()
     vm = m.VmRecord(vm="vm-1", set="_vm-1", update_domain=0, state="paused", methods=())
-    picture.fold(m.HostInventory(host="h", driver="qemu", epoch=1, vms=(vm,), guard="ready"))
-    assert attention_view(picture) is None
+    fleet_view.fold(m.HostInventory(host="h", driver="qemu", epoch=1, vms=(vm,), guard="ready"))
+    assert attention_view(fleet_view) is None
     named = msgspec.structs.replace(vm, state_detail="QEMU paused it for an I/O error")
-    picture.fold(m.HostInventory(host="h", driver="qemu", epoch=1, vms=(named,), guard="ready"))
-    view = attention_view(picture)
+    fleet_view.fold(m.HostInventory(host="h", driver="qemu", epoch=1, vms=(named,), guard="ready"))
+    view = attention_view(fleet_view)
     assert view is not None
     written = io.StringIO()
     Console(width=140, file=written).print(view)
@@ -129,10 +129,10 @@ async def test_what_is_removed_from_the_broker_leaves_the_view_of_a_command_that
     try:
         assert await bus.wait_connected(5)
         await post.send(m.HostInventory(host="host-1", driver="qemu", epoch=1, vms=()), host="host-1")
-        await eventually(lambda: "host-1" in session.picture.hosts)
+        await eventually(lambda: "host-1" in session.fleet_view.hosts)
         await post.clear(m.HostInventory, host="host-1")
-        await eventually(lambda: "host-1" not in session.picture.hosts)
-        assert len(session.picture.hosts) == 0
+        await eventually(lambda: "host-1" not in session.fleet_view.hosts)
+        assert len(session.fleet_view.hosts) == 0
     finally:
         await bus.close()
         await other.close()
@@ -158,26 +158,26 @@ async def test_a_rollout_that_is_caught_between_two_messages_is_not_missing() ->
         assert not settled.done()
         await session.post.send(sent(after)[1][0], rollout="r1")
         await settled
-        assert [each.status for each in session.picture.rollouts["r1"].waves] == ["verifying"]
+        assert [each.status for each in session.fleet_view.rollouts["r1"].waves] == ["verifying"]
     finally:
         await bus.close()
         await running
 
 
 def test_the_picture_takes_every_message_and_repetition_changes_nothing() -> None:
-    picture = FleetView()
+    fleet_view = FleetView()
     for _ in range(2):
         for example in examples():
-            picture.fold(example.message)
-    assert list(picture.hosts) == ["host-1"]
-    assert len(picture.pauses) == 1
-    assert not picture.frozen, "a repeated frozen after its resumed does not freeze anything"
+            fleet_view.fold(example.message)
+    assert list(fleet_view.hosts) == ["host-1"]
+    assert len(fleet_view.pauses) == 1
+    assert not fleet_view.frozen, "a repeated frozen after its resumed does not freeze anything"
     written = io.StringIO()
     console = Console(width=120, file=written)
-    console.print(live_view(picture, T0))
-    console.print(hosts_view(picture), documents_view(picture), updates_view(picture))
-    console.print(pauses_view(picture.pauses.values(), picture.clocks))
-    console.print(history_view(list(picture.rollouts.values())))
+    console.print(live_view(fleet_view, T0))
+    console.print(hosts_view(fleet_view), documents_view(fleet_view), updates_view(fleet_view))
+    console.print(pauses_view(fleet_view.pauses.values(), fleet_view.clocks))
+    console.print(history_view(list(fleet_view.rollouts.values())))
     answer = next(each.message for each in examples() if isinstance(each.message, m.RequestAnswered))
     assert answer.plan is not None
     console.print(plan_view(answer.plan))
@@ -200,7 +200,7 @@ def test_overlaps_of_domains_are_found_and_touching_ones_are_not() -> None:
 
 def _judged(**changes: Any) -> dict[str, bool]:
     """A rollout of two VMs that went well, with something changed."""
-    picture = FleetView()
+    fleet_view = FleetView()
     events = {"web": ("E1", "E2")}
     waves = tuple(
         wave_state(
@@ -224,14 +224,14 @@ def _judged(**changes: Any) -> dict[str, bool]:
     )
     for index in range(2):
         begin = changes.get("begin", (0.0, 5.0))[index]
-        picture.fold(
+        fleet_view.fold(
             m.OperationReported(
                 operation=f"o{index}", host=f"h{index}", epoch=1, rollout="r", status="completed", at=T0
             )
         )
         for message in _resumed(f"w{index}", index, begin, changes.get("pause_s", 2.0), f"o{index}"):
-            picture.fold(message)
-        picture.fold(
+            fleet_view.fold(message)
+        fleet_view.fold(
             m.VmClockSynced(
                 vm=f"w{index}",
                 host=f"h{index}",
@@ -246,7 +246,7 @@ def _judged(**changes: Any) -> dict[str, bool]:
             )
         )
         for status in ("scheduled", "started", changes.get("end", "completed")):
-            picture.fold(
+            fleet_view.fold(
                 m.EventChanged(
                     event_id=f"E{index + 1}",
                     set="web",
@@ -261,7 +261,7 @@ def _judged(**changes: Any) -> dict[str, bool]:
             )
     status = WorkloadStatus("w", 1, 1, 0, ["e1"], [2.0], 1, changes.get("digests_ok", True))
     checks = judge(
-        picture,
+        fleet_view,
         rollout,
         {"w0": status, "w1": status},
         changes.get("patched", ["h0", "h1"]),
@@ -493,16 +493,18 @@ def _rollout(*waves: m.WaveState, status: m.RolloutStatus = "running") -> WholeR
     )
 
 
-def _paused(picture: FleetView, vm: str) -> None:
-    picture.fold(m.OperationReported(operation=vm, host="h", epoch=1, rollout="r", status="accepted", at=T0))
+def _paused(fleet_view: FleetView, vm: str) -> None:
+    fleet_view.fold(
+        m.OperationReported(operation=vm, host="h", epoch=1, rollout="r", status="accepted", at=T0)
+    )
     for message in _resumed(vm, 0, 0.0, 1.0, vm):
-        picture.fold(message)
+        fleet_view.fold(message)
 
 
-def _so_far(picture: FleetView) -> list[str]:
+def _so_far(fleet_view: FleetView) -> list[str]:
     """The column "paused so far", a cell a wave."""
     written = io.StringIO()
-    Console(width=140, file=written).print(rollout_view(picture.rollouts["r"], picture, T0))
+    Console(width=140, file=written).print(rollout_view(fleet_view.rollouts["r"], fleet_view, T0))
     head = next(line for line in written.getvalue().splitlines() if "paused so far" in line)
     end = head.index("paused so far") + len("paused so far")
     rows = written.getvalue().splitlines()
@@ -510,38 +512,38 @@ def _so_far(picture: FleetView) -> list[str]:
 
 
 def test_pauses_that_were_not_heard_are_not_counted_as_none() -> None:
-    picture = FleetView()
-    picture.fold(_rollout(_wave(0, "completed"), _wave(1, "verifying"), _wave(2, "pending")))
-    assert _so_far(picture) == ["-", "-", ""]
-    assert not picture.heard_all(picture.rollouts["r"])
-    _paused(picture, "w1a")
-    assert _so_far(picture) == ["-", "1+/2", ""]
-    _paused(picture, "w1b")
-    picture.fold(_rollout(_wave(0, "completed"), _wave(1, "completed"), _wave(2, "started")))
-    assert _so_far(picture) == ["-", "2/2", "0/2"]
+    fleet_view = FleetView()
+    fleet_view.fold(_rollout(_wave(0, "completed"), _wave(1, "verifying"), _wave(2, "pending")))
+    assert _so_far(fleet_view) == ["-", "-", ""]
+    assert not fleet_view.observed_all(fleet_view.rollouts["r"])
+    _paused(fleet_view, "w1a")
+    assert _so_far(fleet_view) == ["-", "1+/2", ""]
+    _paused(fleet_view, "w1b")
+    fleet_view.fold(_rollout(_wave(0, "completed"), _wave(1, "completed"), _wave(2, "started")))
+    assert _so_far(fleet_view) == ["-", "2/2", "0/2"]
 
 
 def test_pauses_of_what_was_seen_from_its_beginning_are_counted() -> None:
-    picture = FleetView()
-    picture.fold(_rollout(_wave(0, "scheduled"), _wave(1, "pending")))
-    picture.fold(_rollout(_wave(0, "started"), _wave(1, "pending")))
-    assert _so_far(picture) == ["0/2", ""]
-    _paused(picture, "w0a")
-    assert _so_far(picture) == ["1/2", ""]
-    assert picture.heard_all(picture.rollouts["r"])
+    fleet_view = FleetView()
+    fleet_view.fold(_rollout(_wave(0, "scheduled"), _wave(1, "pending")))
+    fleet_view.fold(_rollout(_wave(0, "started"), _wave(1, "pending")))
+    assert _so_far(fleet_view) == ["0/2", ""]
+    _paused(fleet_view, "w0a")
+    assert _so_far(fleet_view) == ["1/2", ""]
+    assert fleet_view.observed_all(fleet_view.rollouts["r"])
 
 
 def test_what_was_missed_while_the_broker_was_away_is_not_counted_as_none() -> None:
-    picture = FleetView()
-    picture.fold(_rollout(_wave(0, "pending"), _wave(1, "pending")))
-    picture.fold(_resumed("w0a", 0, 0.0, 1.0)[0])
-    picture.missed()
-    assert not picture.frozen, "it may have been resumed meanwhile"
-    picture.fold(_rollout(_wave(0, "started"), _wave(1, "pending")))
-    assert _so_far(picture) == ["-", ""]
-    assert not picture.heard_all(picture.rollouts["r"])
-    picture.fold(_rollout(_wave(0, "completed"), _wave(1, "started")))
-    assert _so_far(picture) == ["-", "0/2"]
+    fleet_view = FleetView()
+    fleet_view.fold(_rollout(_wave(0, "pending"), _wave(1, "pending")))
+    fleet_view.fold(_resumed("w0a", 0, 0.0, 1.0)[0])
+    fleet_view.missed()
+    assert not fleet_view.frozen, "it may have been resumed meanwhile"
+    fleet_view.fold(_rollout(_wave(0, "started"), _wave(1, "pending")))
+    assert _so_far(fleet_view) == ["-", ""]
+    assert not fleet_view.observed_all(fleet_view.rollouts["r"])
+    fleet_view.fold(_rollout(_wave(0, "completed"), _wave(1, "started")))
+    assert _so_far(fleet_view) == ["-", "0/2"]
 
 
 # -- the demo's folder --

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from caesura.runtime.processes import cgroup_name, marked_processes
-from caesura_demo.processes import Processes
+from caesura_demo.service_processes import Processes
 from caesura_demo.sweeper import start_sweeper
 from caesura_demo.workspace import CleanUp, Interrupted
 from caesura_testing.collector import PATIENCE_S, eventually

@@ -23,9 +23,10 @@ from caesura.runtime.settings import Secret
 from caesura_ctl import follow as following
 from caesura_ctl import session as sessions
 from caesura_ctl.commands import rollouts
+from caesura_ctl.errors import NoBroker, NoCoordinatorAnswer, RefusedByCoordinator
 from caesura_ctl.fleet_view import FleetView
-from caesura_ctl.options import Context, Refused
-from caesura_ctl.session import Connection, NoAnswer, NoBroker, Session, connect
+from caesura_ctl.options import Context
+from caesura_ctl.session import ConnectionNews, Session, connect
 from caesura_ctl.settings import CtlSettings
 from caesura_ctl.tables import live_view
 from caesura_testing.patience import patient
@@ -38,13 +39,13 @@ class Seen:
     """What ``follow`` needs of a session."""
 
     def __init__(self) -> None:
-        self.picture = FleetView()
+        self.fleet_view = FleetView()
         self.changed = asyncio.Event()
         self.stats = BusStats(connected=True, connects=1)
-        self.connection = Connection(self.stats, self.picture.missed)
+        self.connection = ConnectionNews(self.stats, self.fleet_view.missed)
 
     def hear(self, message: Any) -> None:
-        self.picture.fold(message)
+        self.fleet_view.fold(message)
         self.changed.set()
 
 
@@ -197,7 +198,7 @@ async def test_a_terminal_shows_that_the_connection_is_lost(
 def test_a_connection_that_was_back_before_one_looked_was_lost_all_the_same() -> None:
     missed: list[bool] = []
     stats = BusStats(connected=True, connects=1)
-    connection = Connection(stats, lambda: missed.append(True))
+    connection = ConnectionNews(stats, lambda: missed.append(True))
     assert connection.news() == []
     stats.connects = 2
     assert len(connection.news()) == 2
@@ -212,7 +213,7 @@ async def test_json_says_whether_it_holds_every_pause(capsys: pytest.CaptureFixt
     seen = Seen()
     seen.hear(_state("completed"))
     context = Context(CtlSettings(), True, Console(file=io.StringIO()))
-    following.conclude(cast("Session", seen), context, seen.picture.rollouts["r"])
+    following.conclude(cast("Session", seen), context, seen.fleet_view.rollouts["r"])
     told = json.loads(capsys.readouterr().out)
     assert (told["pauses"], told["pauses_complete"]) == ([], False)
 
@@ -246,8 +247,8 @@ async def test_a_coordinator_that_does_not_answer(
     monkeypatch.setattr(sessions, "ANSWER_S", 0.01)
     monkeypatch.setattr(sessions, "_REPEAT_S", 0.01)
     async with _session() as session:
-        session.picture.fold(m.CoordinatorPresence(coordinator="c-1", epoch=1, online=online))
-        with pytest.raises(NoAnswer, match=words):
+        session.fleet_view.fold(m.CoordinatorPresence(coordinator="c-1", epoch=1, online=online))
+        with pytest.raises(NoCoordinatorAnswer, match=words):
             await session.ask(m.AbortRequested(request="q"))
 
 
@@ -266,15 +267,15 @@ async def test_an_update_whose_file_a_host_refused_is_said_to_be_so(
     async with _session() as session:
         for host, files in (("host-1", refused), ("host-2", refused), ("host-3", ())):
             changes = {"host": host, "refused_updates": files}
-            session.picture.fold(m.HostInventory(**{**_fields(inventory), **changes}))
+            session.fleet_view.fold(m.HostInventory(**{**_fields(inventory), **changes}))
         monkeypatch.setattr(session, "ask", ask)
         context = Context(CtlSettings(), False, Console(file=io.StringIO()))
         request = m.RolloutRequested(request="q", update="three")
         words = "no host defines it; three.toml was refused by host-1, host-2: see caesura updates"
-        with pytest.raises(Refused, match=re.escape(words)):
+        with pytest.raises(RefusedByCoordinator, match=re.escape(words)):
             await rollouts._start(session, context, request, detach=False)
         other = m.RolloutRequested(request="q", update="four")
-        with pytest.raises(Refused, match=r"no host defines it$"):
+        with pytest.raises(RefusedByCoordinator, match=r"no host defines it$"):
             await rollouts._start(session, context, other, detach=False)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from caesura_guest_image.inside.approve import Approver
-from caesura_guest_image.inside.disk import BLOCK, Disk, make_block
+from caesura_guest_image.inside.disk import BLOCK, DiskWorkload, make_block
 from caesura_guest_image.inside.memory import PAGE, HotRegion, Region, period
 from caesura_guest_image.inside.parameters import read_parameters
 from caesura_guest_image.inside.tcp import Line
@@ -83,11 +83,11 @@ def test_without_a_hot_region_there_is_nothing_to_compare() -> None:
     assert HotRegion(0, seed=1).first_difference() is None
 
 
-def disk(tmp_path: Path) -> Disk:
+def disk(tmp_path: Path) -> DiskWorkload:
     path = tmp_path / "disk"
     path.write_bytes(bytes(8 * BLOCK))
     try:
-        return Disk(str(path), 8)
+        return DiskWorkload(str(path), 8)
     except OSError as error:  # a tmpfs knows no O_DIRECT
         pytest.skip(f"no O_DIRECT in {tmp_path}: {error}")
 

@@ -14,12 +14,13 @@ from caesura.contract.reasons import KNOWN
 from caesura.fleet.state import FleetState
 from caesura.lifecycle.commands import COMMANDS
 from caesura.lifecycle.proof import memory_proof
-from caesura_coordinator.fleet import FleetFence
-from caesura_coordinator.inputs import Approve, Authority, Input, Outdated, Tick
+from caesura_coordinator.authority import Authority
+from caesura_coordinator.events import Approve, Input, Outdated, Tick
+from caesura_coordinator.fence import FleetFence
 from caesura_coordinator.plan import make_plan
 from caesura_coordinator.records import Rollout, Wave, new_rollout
 from caesura_coordinator.rollout import decide
-from caesura_demo.halts import was_away
+from caesura_demo.halts import is_transient
 from caesura_host_updater.admission import EpochAuthority, Host, Refuse, evaluate_start
 from caesura_host_updater.inventory.updates import Catalogue
 from caesura_host_updater.operation.crash_outcome import recovered
@@ -89,7 +90,7 @@ class Story:
         policy = msgspec.structs.replace(_POLICY, **changes)
         plan = make_plan(self.fleet, update="patch", selection=m.Selection(), policy=policy)
         self.rollout: Rollout = new_rollout(
-            "r", plan, policy=policy, set_hosts=("host-1",), requested_by="rollout", now=T0
+            "r", plan, policy=policy, fence_hosts=("host-1",), requested_by="rollout", now=T0
         )
 
     def give(self, received: Input, after_s: float = 0.0) -> Story:
@@ -230,25 +231,25 @@ _FOUND: dict[str, Callable[[], Story]] = {
 @pytest.mark.parametrize("name", list(_AWAY))
 def test_what_was_away_is_resumed(name: str) -> None:
     codes = _AWAY[name]().halted()
-    assert was_away(codes), codes
+    assert is_transient(codes), codes
 
 
 @pytest.mark.parametrize("name", list(_FOUND))
 def test_what_was_found_is_for_a_person(name: str) -> None:
     codes = _FOUND[name]().halted()
-    assert not was_away(codes), codes
+    assert not is_transient(codes), codes
 
 
 @pytest.mark.parametrize("codes", [(), ("something_new",), ("host_offline", "something_new")])
 def test_what_is_unknown_is_for_a_person(codes: tuple[str, ...]) -> None:
-    assert not was_away(codes)
+    assert not is_transient(codes)
 
 
 def test_a_host_that_gives_no_codes_is_for_a_person() -> None:
     """One of an older version: its words are for people."""
     codes = Story().started().reported("failed", "the host updater is stopping").halted()
     assert codes == ("unexplained",)
-    assert not was_away(codes)
+    assert not is_transient(codes)
 
 
 # -- what hosts say --
@@ -352,7 +353,7 @@ def test_how_a_host_ended_is_resumed_only_if_it_was_away(name: str) -> None:
     assert report.status in {"failed", "cancelled"}
     codes = Story().started().reported(report.status, report.reason, report.codes).halted()
     assert codes == report.codes
-    assert was_away(codes) is away, codes
+    assert is_transient(codes) is away, codes
 
 
 def _command() -> m.StartOperation:
@@ -395,4 +396,4 @@ def test_what_a_host_refused_is_resumed_only_if_it_was_away(
     assert isinstance(verdict, Refuse)
     codes = Story().started().reported("refused", verdict.why, (verdict.code,)).halted()
     assert codes == (verdict.code,)
-    assert was_away(codes) is away, codes
+    assert is_transient(codes) is away, codes

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
-from caesura_metrics_exporter.rollout_metrics import WAVE_STATUS_NUMBERS
+from caesura_metrics_exporter.metrics.rollout_families import WAVE_STATUS_NUMBERS
 from caesura_testing.queries import all_of, queries_of, selectors, substituted
 
 with warnings.catch_warnings():

@@ -16,7 +16,7 @@ import yaml
 from caesura.runtime.settings import ServiceSettings, read_settings
 from caesura_coordinator.settings import CoordinatorSettings
 from caesura_ctl.settings import CtlSettings
-from caesura_demo.fleet import GRAFANA_UID, compose_layout, secret_readers, users
+from caesura_demo.compose_fleet import GRAFANA_UID, compose_layout, secret_readers, users
 from caesura_demo.setup import VARIABLES
 from caesura_host_updater.settings import HostUpdaterSettings
 from caesura_metadata_publisher.settings import MetadataPublisherSettings

@@ -10,15 +10,15 @@ import pytest
 
 from caesura.contract.messages import VmRecord
 from caesura.fleet.state import LocatedVm
-from caesura_metadata_publisher.instance import Place, answer_instance, instance_tree, vm_id
-from caesura_metadata_publisher.versions import INSTANCE_VERSIONS
+from caesura_metadata_publisher.api_versions import INSTANCE_VERSIONS
+from caesura_metadata_publisher.instance import InstanceLocation, answer_instance, instance_tree, vm_id
 
 WEB = LocatedVm("host-7", VmRecord(vm="web-1", set="web", update_domain=2, fault_domain=1, state="running"))
 LONE = LocatedVm("host-7", VmRecord(vm="db", set="_db", update_domain=0, state="running"))
 
 
 def whole(placed: LocatedVm = WEB, version: str = "2021-02-01") -> dict[str, Any]:
-    answer = answer_instance(instance_tree(placed, version, Place(), "10.0.0.4"), (), "json")
+    answer = answer_instance(instance_tree(placed, version, InstanceLocation(), "10.0.0.4"), (), "json")
     assert answer.status == 200
     decoded = json.loads(answer.body)
     assert isinstance(decoded, dict)
@@ -26,7 +26,7 @@ def whole(placed: LocatedVm = WEB, version: str = "2021-02-01") -> dict[str, Any
 
 
 def get(*path: str, form: str = "text", version: str = "2021-02-01") -> tuple[int, str]:
-    tree = instance_tree(WEB, version, Place(), "10.0.0.4")
+    tree = instance_tree(WEB, version, InstanceLocation(), "10.0.0.4")
     answer = answer_instance(tree, path, "text" if form == "text" else "json")
     return answer.status, answer.body.decode()
 

@@ -9,16 +9,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from caesura_metadata_publisher.api_versions import EVENTS_VERSIONS, INSTANCE_VERSIONS
 from caesura_metadata_publisher.request import (
-    Answer,
-    Approve,
+    ApproveEvents,
+    HttpResponse,
     ReadEvents,
     ReadInstance,
     ReadVersions,
     Request,
     parse,
 )
-from caesura_metadata_publisher.versions import EVENTS_VERSIONS, INSTANCE_VERSIONS
 
 EVENTS = "/metadata/scheduledevents"
 INSTANCE = "/metadata/instance"
@@ -33,12 +33,12 @@ def ask(
     method: str = "GET",
     headers: Mapping[str, str] = OK,
     body: bytes | None = b"",
-) -> Request | Answer:
+) -> Request | HttpResponse:
     return parse(method, path, query, headers, body)
 
 
-def refused(answer: Request | Answer, status: int = 400) -> dict[str, object]:
-    assert isinstance(answer, Answer)
+def refused(answer: Request | HttpResponse, status: int = 400) -> dict[str, object]:
+    assert isinstance(answer, HttpResponse)
     assert answer.status == status
     assert answer.content_type == "application/json; charset=utf-8"
     body = json.loads(answer.body)
@@ -136,7 +136,7 @@ def test_a_slash_at_the_end_and_upper_case_are_forgiven() -> None:
 def test_a_wrong_verb_is_405_and_says_which_are_right(path: str, method: str, allow: str) -> None:
     answer = ask(path, V, method=method)
     refused(answer, 405)
-    assert isinstance(answer, Answer)
+    assert isinstance(answer, HttpResponse)
     assert answer.headers == {"Allow": allow}
 
 
@@ -150,7 +150,7 @@ def test_a_wrong_verb_is_405_and_says_which_are_right(path: str, method: str, al
     ],
 )
 def test_a_payload_says_which_events_may_start(body: bytes, ids: tuple[str, ...]) -> None:
-    assert ask(EVENTS, V, method="POST", body=body) == Approve(ids)
+    assert ask(EVENTS, V, method="POST", body=body) == ApproveEvents(ids)
 
 
 @pytest.mark.parametrize(
@@ -180,7 +180,9 @@ def test_a_malformed_or_oversized_payload_is_400(body: bytes | None) -> None:
 def test_a_post_needs_a_version_too_and_ignores_if_none_match() -> None:
     body = b'{"StartRequests": [{"EventId": "a"}]}'
     refused(ask(EVENTS, method="POST", body=body))
-    assert ask(EVENTS, V, method="POST", body=body, headers={**OK, "if-none-match": '"1"'}) == Approve(("a",))
+    assert ask(EVENTS, V, method="POST", body=body, headers={**OK, "if-none-match": '"1"'}) == ApproveEvents(
+        ("a",)
+    )
 
 
 def test_an_unknown_format_is_refused() -> None:
@@ -203,6 +205,6 @@ def test_whatever_comes_in_there_is_an_answer(
     body: bytes | None,
 ) -> None:
     answer = parse(method, path, query, headers, body)
-    if isinstance(answer, Answer):
+    if isinstance(answer, HttpResponse):
         assert answer.status in {400, 404, 405}
         assert json.loads(answer.body)["error"]

@@ -13,9 +13,9 @@ from prometheus_client.exposition import generate_latest
 from prometheus_client.openmetrics.exposition import generate_latest as generate_openmetrics
 from prometheus_client.registry import Collector
 
-from caesura_metrics_exporter.exposition import AnyFamily, Renderer
-from caesura_metrics_exporter.families import Family, HistogramFamily
-from caesura_metrics_exporter.series import Buckets, Labels
+from caesura_metrics_exporter.metrics.exposition import AnyFamily, Renderer
+from caesura_metrics_exporter.metrics.families import Family, HistogramFamily
+from caesura_metrics_exporter.metrics.series import Buckets, Labels
 
 NAMES = ("set", "host", "method")
 BOUNDS = (0.001, 1.0, 30.0)

@@ -16,7 +16,7 @@ from caesura.contract.envelope import Header, Message
 from caesura.contract.parts import WholeRollout
 from caesura.contract.topics import channel_of
 from caesura.lifecycle.proof import memory_proof
-from caesura_metrics_exporter.live.activity import happening
+from caesura_metrics_exporter.live.activity import log_entry
 from caesura_metrics_exporter.live.activity_log import LOG_KEPT, WRONG_KEPT
 from caesura_metrics_exporter.live.alarms import ALARMS_KEPT, ALARMS_SENT
 from caesura_metrics_exporter.live.timeline_store import LANES_KEPT
@@ -29,7 +29,7 @@ from caesura_metrics_exporter.live.timelines import (
     LaneView,
 )
 from caesura_metrics_exporter.live.view import KEPT_S, PAUSED_SENT, ROLLOUTS_KEPT, Live
-from caesura_metrics_exporter.views import Delta
+from caesura_metrics_exporter.live.views import Delta
 from caesura_testing.rollouts import wave_state, whole_rollout
 
 T0 = 1_790_000_000.0
@@ -1005,7 +1005,7 @@ def _hold(plan: list[tuple[Any, ...]]) -> Reader:
     ],
 )
 def test_the_log_says_it_in_words(message: Message, what: str, level: str) -> None:
-    line = happening(message, T0)
+    line = log_entry(message, T0)
     assert line is not None
     assert (line.what, line.level) == (what, level)
 
@@ -1023,11 +1023,11 @@ def test_the_log_says_it_in_words(message: Message, what: str, level: str) -> No
     ],
 )
 def test_what_goes_well_and_often_is_not_in_the_log(message: Message) -> None:
-    assert happening(message, T0) is None
+    assert log_entry(message, T0) is None
 
 
 def test_a_long_list_of_sets_is_cut() -> None:
     domains = {f"s{number}": number for number in range(9)}
-    line = happening(m.WaveChanged(rollout="r", wave=1, status="started", domains=domains, at=when(T0)), T0)
+    line = log_entry(m.WaveChanged(rollout="r", wave=1, status="started", domains=domains, at=when(T0)), T0)
     assert line is not None
     assert line.detail == "s0 0, s1 1, s2 2, s3 3, s4 4, s5 5 and 3 more"

@@ -10,8 +10,8 @@ import msgspec
 from caesura.contract import messages as m
 from caesura.contract.envelope import Message
 from caesura.contract.parts import WholeRollout
-from caesura_metrics_exporter.fleet import FleetMetricsView
-from caesura_metrics_exporter.fleet_metrics import fleet_families
+from caesura_metrics_exporter.metrics.current_state import FleetMetricsView
+from caesura_metrics_exporter.metrics.fleet_families import fleet_families
 from caesura_testing.rollouts import wave_state, whole_rollout
 
 AT = datetime(2026, 4, 20, 22, 26, 58, tzinfo=UTC)

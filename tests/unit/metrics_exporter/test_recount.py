@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from caesura.contract import messages as m
 from caesura.contract.envelope import Message
 from caesura.contract.parts import WholeRollout
-from caesura_metrics_exporter.agents import AGENT_SILENT_S, PRESENCES
-from caesura_metrics_exporter.census import VM_STATES
-from caesura_metrics_exporter.fleet import FleetMetricsView
-from caesura_metrics_exporter.fleet_metrics import fleet_families
-from caesura_metrics_exporter.pauses import HOSTS_NAMED_S, LastPause, Pauses
+from caesura_metrics_exporter.metrics.agents import AGENT_SILENT_S, PRESENCES
+from caesura_metrics_exporter.metrics.census import VM_STATES
+from caesura_metrics_exporter.metrics.current_state import FleetMetricsView
+from caesura_metrics_exporter.metrics.fleet_families import fleet_families
+from caesura_metrics_exporter.metrics.pauses import HOSTS_NAMED_S, LongestPause, Pauses
 from caesura_metrics_exporter.rollout_index import ROLLOUTS_KEPT, RolloutIndex
 from caesura_testing.rollouts import wave_state, whole_rollout
 
@@ -116,7 +116,7 @@ def recounted(fleet: FleetMetricsView, now_s: float) -> dict[str, Any]:
                 known = fleet.agents._agents.get(record.vm)
                 presence = "offline"
                 if known is not None and known.online:
-                    presence = "silent" if now_s - known.heard_s > AGENT_SILENT_S else "online"
+                    presence = "silent" if now_s - known.received_s > AGENT_SILENT_S else "online"
                 for name in PRESENCES:
                     agents[record.set, name] += name == presence
             verdict = fleet.clocks.get(record.vm)
@@ -170,7 +170,7 @@ class Naive:
         self.open: dict[str, tuple[tuple[str, str, str, str], int, float, bool]] = {}
         """VM to (set, update domain, host, method), domain, since when, whether by a fact."""
         self.budgets: dict[tuple[str, str, str, str], float] = {}
-        self.last: dict[tuple[str, str, str, str], LastPause] = {}
+        self.last: dict[tuple[str, str, str, str], LongestPause] = {}
         self.longest: dict[tuple[str, str, str], float] = {}
         self.clashes: Counter[str] = Counter()
         self.ages: dict[str, dict[tuple[str, str, str, str], float]] = {"late": {}, "guard": {}}
@@ -196,7 +196,7 @@ class Naive:
         known, longest = self.last.get(labels), message.pause_s
         if known is not None and known.operation == message.operation:
             longest = max(longest, known.seconds)
-        self.last[labels] = LastPause(message.operation, longest, message.budget_s)
+        self.last[labels] = LongestPause(message.operation, longest, message.budget_s)
         short = (labels[0], labels[1], labels[3])
         self.longest[short] = max(message.pause_s, self.longest.get(short, 0.0))
         if not message.within_budget:

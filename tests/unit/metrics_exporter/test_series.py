@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from caesura_metrics_exporter.series import Counts, Deduplicator, Histogram, Largest
+from caesura_metrics_exporter.metrics.series import Counts, Deduplicator, Histogram, Largest
 
 BOUNDS = (0.1, 1.0, 30.0)
 

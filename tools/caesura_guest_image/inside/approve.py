@@ -12,7 +12,7 @@ import socket
 import time
 
 from .parameters import Parameters
-from .ports import Desk
+from .ports import RequestPort
 
 PORT = "org.caesura.approve.0"
 _POLL_S = 1.0
@@ -71,7 +71,7 @@ class Approver:
 def run(parameters: Parameters) -> None:
     """Poll and answer indefinitely."""
     approver = Approver(os.environ.get("CAESURA_VM_AGENT_VM", ""), parameters["url"])
-    desk = Desk(PORT, {b"status": approver.status})
+    requests = RequestPort(PORT, {b"status": approver.status})
     while True:
         approver.poll()
-        desk.attend(time.monotonic() + _POLL_S)
+        requests.serve_until(time.monotonic() + _POLL_S)

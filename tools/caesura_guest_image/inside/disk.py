@@ -12,7 +12,7 @@ import time
 import zlib
 
 from .parameters import Parameters
-from .ports import Desk
+from .ports import RequestPort
 
 PORT = "org.caesura.disk.0"
 DEVICE = "/dev/vda"
@@ -26,7 +26,7 @@ def make_block(number: int, sequence: int) -> bytes:
     return body + zlib.crc32(body).to_bytes(4, "little")
 
 
-class Disk:
+class DiskWorkload:
     """The blocks and the last write to each."""
 
     def __init__(self, path: str, blocks: int) -> None:
@@ -61,7 +61,7 @@ class Disk:
 
 def run(parameters: Parameters) -> None:
     """Write and answer requests indefinitely."""
-    disk = Disk(DEVICE, int(parameters.get("disk_blocks", "256")))
+    disk = DiskWorkload(DEVICE, int(parameters.get("disk_blocks", "256")))
     pause_s = float(parameters.get("disk_ms", "2")) / 1000
 
     def status() -> bytes:
@@ -75,7 +75,7 @@ def run(parameters: Parameters) -> None:
             *(disk.sequence, disk.longest_s),
         )
 
-    desk = Desk(PORT, {b"verify": verify, b"status": status})
+    requests = RequestPort(PORT, {b"verify": verify, b"status": status})
     while True:
         disk.write()
-        desk.attend(time.monotonic() + pause_s)
+        requests.serve_until(time.monotonic() + pause_s)

@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable
 
 from .parameters import Parameters
-from .ports import Desk
+from .ports import RequestPort
 
 PORT = "org.caesura.memory.0"
 PAGE = 4096
@@ -169,7 +169,7 @@ def run(parameters: Parameters) -> None:
         region.damage(size // 2)
         return b'{"damaged":%d}' % (size // 2)
 
-    desk = Desk(PORT, {b"verify": verify, b"status": status, b"swap-byte": damage})
+    requests = RequestPort(PORT, {b"verify": verify, b"status": status, b"swap-byte": damage})
     steps = float(parameters.get("dirty_mib_s", "50")) * MIB / _STEP / _STEPS_PER_S if hot.steps else 0.0
     due, owed = time.monotonic(), 0.0
     while True:
@@ -178,4 +178,4 @@ def run(parameters: Parameters) -> None:
         while owed >= 1:
             hot.write()
             owed -= 1
-        desk.attend(due)
+        requests.serve_until(due)

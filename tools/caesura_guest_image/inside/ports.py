@@ -50,7 +50,7 @@ Answer = Callable[[], bytes]
 """Makes one JSON line, without the newline."""
 
 
-class Desk:
+class RequestPort:
     """Answers requests, one word per line, on a port of its own."""
 
     def __init__(self, name: str, answers: Mapping[bytes, Answer]) -> None:
@@ -60,7 +60,7 @@ class Desk:
         self._poll.register(self._port, select.POLLIN)
         self._rest = b""
 
-    def attend(self, until: float) -> None:
+    def serve_until(self, until: float) -> None:
         """Answer requests until that instant of CLOCK_MONOTONIC; polls at least once."""
         while True:
             left = until - time.monotonic()

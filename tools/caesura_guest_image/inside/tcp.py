@@ -9,7 +9,7 @@ import socket
 import time
 
 from .parameters import Parameters
-from .ports import Desk
+from .ports import RequestPort
 
 PORT = "org.caesura.tcp.0"
 
@@ -24,7 +24,7 @@ class Line:
         self.sent = self.echoed = self.connects = self.wrong = 0
         self.last_error = ""
         self.longest_gap_s = 0.0
-        self._heard = 0.0
+        self._received_at = 0.0
 
     def tick(self) -> None:
         """Send the next counter, read the echoes."""
@@ -50,7 +50,7 @@ class Line:
         self._socket, self._rest = fresh, b""
         self.connects += 1
         self.sent = self.echoed = 0
-        self._heard = time.monotonic()
+        self._received_at = time.monotonic()
 
     def _take_in(self, connection: socket.socket) -> None:
         try:
@@ -60,8 +60,8 @@ class Line:
         if not data:
             raise ConnectionResetError("the other side closed")
         now = time.monotonic()
-        self.longest_gap_s = max(self.longest_gap_s, now - self._heard)
-        self._heard = now
+        self.longest_gap_s = max(self.longest_gap_s, now - self._received_at)
+        self._received_at = now
         *lines, self._rest = (self._rest + data).split(b"\n")
         for line in lines:
             self.echoed += 1
@@ -84,9 +84,9 @@ def run(parameters: Parameters) -> None:
     host, _, port = parameters["tcp"].rpartition(":")
     line = Line((host, int(port)))
     interval_s = float(parameters.get("tcp_ms", "20")) / 1000
-    desk = Desk(PORT, {b"status": line.status})
+    requests = RequestPort(PORT, {b"status": line.status})
     due = time.monotonic()
     while True:
         line.tick()
         due = max(due + interval_s, time.monotonic())
-        desk.attend(due)
+        requests.serve_until(due)

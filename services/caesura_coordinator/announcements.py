@@ -1,0 +1,157 @@
+"""The facts that announce a decision, derived from its effects. Pure."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from datetime import datetime
+from operator import attrgetter
+
+import msgspec
+
+from caesura.contract.messages import (
+    EventChanged,
+    EventStatus,
+    RolloutState,
+    ScheduledEvent,
+    SetDocument,
+    WaveChanged,
+)
+from caesura.contract.reasons import ReasonCode
+from caesura_coordinator.records import Rollout, Wave, WaveEvent
+
+NO_RECORD = "the coordinator that scheduled it has lost its record"
+_NO_RECORD_CODES: tuple[ReasonCode, ...] = ("record_missing",)
+
+_DESCRIPTION = {
+    "Freeze": "Host server is undergoing maintenance.",  # the wording of Azure for an in-place host update
+    "Reboot": "Host server is undergoing maintenance that needs a reboot.",
+}
+
+
+def event_changed(
+    rollout: Rollout,
+    event: WaveEvent,
+    status: EventStatus,
+    *,
+    incarnation: int,
+    now: datetime,
+    reason: str = "",
+    codes: tuple[str, ...] = (),
+) -> EventChanged:
+    """An event reached a status.
+
+    Args:
+        incarnation: of the document that shows it.
+    """
+    wave = wave_of(rollout, event)
+    published = wave.published_at or now
+    not_before = wave.not_before or now
+    return EventChanged(
+        event_id=event.event_id,
+        set=event.set,
+        event_type=rollout.event_type,
+        status=status,
+        resources=event.resources,
+        incarnation=incarnation,
+        rollout=rollout.id,
+        wave=wave.index,
+        not_before=not_before,
+        approved_by=event.approved_by,
+        reason=reason,
+        codes=codes,
+        notice_s=max(0.0, (not_before - published).total_seconds()),
+        approval_delay_s=max(0.0, (event.approved_at - published).total_seconds())
+        if event.approved_at
+        else None,
+        at=now,
+    )
+
+
+def wave_changed(rollout: Rollout, wave: Wave, now: datetime) -> WaveChanged:
+    """A wave reached a status."""
+    return WaveChanged(
+        rollout=rollout.id,
+        wave=wave.index,
+        status=wave.status,
+        domains=wave.domains,
+        hosts=wave.hosts,
+        reason=wave.reason,
+        codes=wave.codes,
+        at=now,
+    )
+
+
+def scheduled_event(rollout: Rollout, event: WaveEvent) -> ScheduledEvent:
+    """The event as its set's document shows it at first."""
+    wave = wave_of(rollout, event)
+    if wave.not_before is None:
+        raise AssertionError(f"wave {wave.index} of rollout {rollout.id} was scheduled without NotBefore")
+    return ScheduledEvent(
+        event_id=event.event_id,
+        event_type=rollout.event_type,
+        status="scheduled",
+        resources=event.resources,
+        not_before=wave.not_before,
+        description=_DESCRIPTION[rollout.event_type],
+        source="User" if rollout.hold_s else "Platform",
+        duration_s=round(rollout.expected_pause_s) if rollout.event_type == "Freeze" else -1,
+        rollout=rollout.id,
+        wave=wave.index,
+    )
+
+
+def wave_of(rollout: Rollout, event: WaveEvent) -> Wave:
+    """The wave of an event that has just changed: the current one, or one that has just ended."""
+    current = rollout.current
+    place = current.index if current is not None else len(rollout.waves) - 1
+    for wave in (*rollout.waves[place::-1], *rollout.waves[place + 1 :]):
+        # Events are in the order of their sets' names.
+        at = bisect_left(wave.events, event.set, key=attrgetter("set"))
+        if at < len(wave.events) and wave.events[at].event_id == event.event_id:
+            return wave
+    raise AssertionError(f"event {event.event_id} is in no wave of rollout {rollout.id}")
+
+
+def orphan_event_ended(event: ScheduledEvent, document: SetDocument, now: datetime) -> EventChanged:
+    """The end of an event of which there is no record here.
+
+    Args:
+        document: of its set, without the event.
+    """
+    return EventChanged(
+        event_id=event.event_id,
+        set=document.set,
+        event_type=event.event_type,
+        status="failed" if event.status == "started" else "cancelled",
+        resources=event.resources,
+        incarnation=document.incarnation,
+        rollout=event.rollout,
+        wave=event.wave,
+        not_before=event.not_before,
+        reason=NO_RECORD,
+        codes=_NO_RECORD_CODES,
+        at=now,
+    )
+
+
+def orphan_wave_ended(published: RolloutState, now: datetime) -> WaveChanged | None:
+    """The end of the current wave of a rollout of which there is no record here; None if no wave is under way."""
+    wave, status = published.current_wave, published.current_status
+    if wave is None or status not in {"scheduled", "started", "verifying", "soaking"}:
+        return None
+    return WaveChanged(
+        rollout=published.rollout,
+        wave=wave,
+        status="cancelled" if status == "scheduled" else "failed",
+        domains={},
+        reason=NO_RECORD,
+        codes=_NO_RECORD_CODES,
+        at=now,
+    )
+
+
+def orphan_aborted(published: RolloutState, now: datetime) -> RolloutState:
+    """The last state of a rollout of which there is no record here."""
+    return msgspec.structs.replace(
+        published, status="aborted", reason=NO_RECORD, codes=_NO_RECORD_CODES, wave_etags=(), ended_at=now
+    )

@@ -1,0 +1,266 @@
+"""Operators' requests: each is decided once and answered; its answer is stored with what it changed, and sent again when it is repeated."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from datetime import datetime
+
+import structlog
+
+from caesura.bus.port import Delivery
+from caesura.contract import messages as m
+from caesura.contract.codec import MAX_PAYLOAD_BYTES, ContractError, Received, request_in, size_bytes
+from caesura.contract.envelope import Message
+from caesura.contract.names import is_name
+from caesura.contract.reasons import ReasonCode
+from caesura.contract.topics import PREFIX
+from caesura.lifecycle.errors import IllegalTransition
+from caesura.runtime.errors import StoreError
+from caesura.runtime.identity import new_id
+from caesura_coordinator.dispatcher import RolloutDispatcher
+from caesura_coordinator.events import Abort, Input, Resume
+from caesura_coordinator.fence import FleetFence
+from caesura_coordinator.leadership import Leadership
+from caesura_coordinator.outbox_relay import OutboxRelay
+from caesura_coordinator.owners import Owners
+from caesura_coordinator.plan import make_plan, most_targets, nothing_to_do, sets_of
+from caesura_coordinator.published_state import largest_states
+from caesura_coordinator.records import Rollout, new_rollout
+from caesura_coordinator.repository import RolloutRepository
+from caesura_coordinator.responses import REASON_CHARACTERS, with_plan
+from caesura_coordinator.validation import RequestRefused, request_expired
+
+_REPEAT_PARTS_S = 5.0
+"""s: between two sendings of a stored answer with a large plan."""
+_LARGE_PLAN_VMS = 300
+_log = structlog.get_logger("caesura.coordinator")
+
+Request = m.RolloutRequested | m.FreezeRequested | m.AbortRequested | m.ResumeRequested
+
+
+class RequestHandler:
+    """Answers requests. What arrives before an epoch is claimed waits for the claim.
+
+    Args:
+        repository: where answers are stored, with the rollouts that they start or change.
+        owners: knows the VMs that several hosts name, which a plan leaves as they are.
+        relay: publishes the answers.
+        dispatcher: evaluates the rollouts that a request has changed.
+        leadership: only a leader answers.
+        fence: the view of the fleet that decisions read.
+        now: the time of decisions.
+    """
+
+    def __init__(
+        self,
+        repository: RolloutRepository,
+        owners: Owners,
+        relay: OutboxRelay,
+        dispatcher: RolloutDispatcher,
+        leadership: Leadership,
+        *,
+        fence: Callable[[], FleetFence],
+        now: Callable[[], datetime],
+    ) -> None:
+        self._repository = repository
+        self._owners = owners
+        self._relay = relay
+        self._dispatcher = dispatcher
+        self._leadership = leadership
+        self._fence = fence
+        self._now = now
+        self.pending: list[tuple[str, Request, str]] = []
+        """Client, request, and why it is too late, of those that arrived before the epoch was claimed."""
+        self._repeated: dict[tuple[str, str], float] = {}
+        """Maps a client and request to when an answer in parts was last sent."""
+
+    async def on_request(self, request: Request, received: Received) -> None:
+        """A request arrived."""
+        client = received.parameters["client"]
+        # An abort is never too late: it only stops operations.
+        late = (
+            ""
+            if isinstance(request, m.AbortRequested)
+            else request_expired(received.header.time, self._now())
+        )
+        if self._leadership.claimed:
+            self._answer(client, request, late)
+        else:
+            self.pending.append((client, request, late))
+
+    async def on_refused(self, delivery: Delivery, error: ContractError) -> None:
+        """An operator's request that violates the contract is answered too, if its topic names the client."""
+        parts = delivery.topic.removeprefix(PREFIX + "/").split("/")
+        if len(parts) == 3 and parts[0] == "ctl" and is_name(parts[1]):
+            answer = m.RequestAnswered(
+                request=request_in(delivery.payload) or "unreadable",
+                accepted=False,
+                reason=f"the coordinator cannot read this request; is it of a newer version? {error}"[:1000],
+                codes=("message_invalid",),
+            )
+            try:
+                self._repository.store_response(parts[1], answer)
+            except StoreError as failed:
+                _log.error("request.failed", client=parts[1], why=str(failed))
+            self._relay.notify()
+
+    def answer_pending(self) -> None:
+        """Answer the requests that arrived before the epoch was claimed."""
+        pending, self.pending = self.pending, []
+        for client, request, late in pending:
+            self._answer(client, request, late)
+
+    def _answer(self, client: str, request: Request, late: str) -> None:
+        """Answer a request once; a repeated one gets the stored answer again. ``late``: why a new request is too late."""
+        try:
+            known = self._repository.response(client, request.request)
+            if known is not None:
+                self._repeat(client, known)
+            elif self._leadership.is_leader and late:
+                _log.warning("request.outlived", client=client, request=request.request, why=late)
+                self._refuse(client, request, "request_late", late)
+            elif self._leadership.is_leader:
+                self._decide(client, request)
+        except StoreError as error:
+            _log.error("request.failed", request=request.request, why=str(error))
+        self._relay.notify()
+        self._dispatcher.wake()
+
+    def _repeat(self, client: str, answer: m.RequestAnswered) -> None:
+        """Send a stored answer again. An answer in parts is not sent with every repetition: it may have megabytes, and delays everything behind it."""
+        now_s = asyncio.get_running_loop().time()
+        self._repeated = {key: at for key, at in self._repeated.items() if now_s - at < _REPEAT_PARTS_S}
+        if (client, answer.request) in self._repeated:
+            return
+        if answer.plan is not None and sum(len(wave.vms) for wave in answer.plan.waves) > _LARGE_PLAN_VMS:
+            self._repeated[client, answer.request] = now_s
+        self._repository.repeat_response(client, answer)
+
+    def _decide(self, client: str, request: Request) -> None:
+        try:
+            match request:
+                case m.RolloutRequested():
+                    self._plan_or_start(client, request, request.update, 0.0)
+                case m.FreezeRequested():
+                    self._plan_or_start(client, request, "", request.hold_s)
+                case m.AbortRequested():
+                    self._control(client, request, Abort(reason=request.reason))
+                case m.ResumeRequested():
+                    self._control(client, request, Resume())
+        except StoreError:
+            raise
+        except RequestRefused as error:
+            self._refuse(client, request, error.code, str(error))
+        except IllegalTransition as error:
+            self._refuse(client, request, "rollout_state", str(error))
+
+    def _refuse(self, client: str, request: Request, code: ReasonCode, why: str) -> None:
+        answer = m.RequestAnswered(
+            request=request.request, accepted=False, reason=why[:REASON_CHARACTERS], codes=(code,)
+        )
+        self._repository.store_response(client, answer)
+
+    def _plan_or_start(
+        self, client: str, request: m.RolloutRequested | m.FreezeRequested, update: str, hold_s: float
+    ) -> None:
+        plan = make_plan(
+            self._fence().with_contested(self._owners.contested()),
+            update=update,
+            selection=request.selection,
+            policy=request.policy,
+            limits=request.limits,
+            hold_s=hold_s,
+        )
+        reason = "; ".join(f"{each.subject}: {each.reason}" for each in plan.refusals)
+        codes = tuple(dict.fromkeys(each.code for each in plan.refusals))
+        if not reason and (reason := most_targets(plan)):
+            codes = ("too_large",)
+        held = self._repository.holder(sets_of(plan))
+        if held and not request.plan_only:
+            reason = f"set {held[0]} is held by rollout {held[1]}: wait for its end, resume or abort it"
+            codes = ("set_held",)
+        if reason or request.plan_only or not plan.waves:
+            note = nothing_to_do(plan)
+            if note and not reason:
+                codes = ("nothing_to_do",)
+            answer = with_plan(request.request, plan, reason, codes, note=note)
+            self._repository.store_response(client, answer)
+            return
+        self._start(client, request, plan)
+
+    def _start(self, client: str, request: m.RolloutRequested | m.FreezeRequested, plan: m.Plan) -> None:
+        now = self._now()
+        rollout = new_rollout(
+            f"{now:%Y%m%d-%H%M%S}-{new_id()[:4]}",
+            plan,
+            policy=request.policy,
+            fence_hosts=tuple(sorted(self._fence().hosts_of(sets_of(plan)))),
+            requested_by=client,
+            now=now,
+        )
+        answer = with_plan(request.request, plan, "", (), rollout=rollout.id)
+        largest = max(largest_states(rollout), key=size_bytes)
+        if size_bytes(largest) > MAX_PAYLOAD_BYTES:
+            raise RequestRefused("too_large", _too_large(largest, rollout))
+        self._repository.add(rollout, client, answer)
+        _log.info(
+            "rollout.started",
+            rollout=rollout.id,
+            update=plan.update,
+            waves=len(plan.waves),
+            client=client,
+        )
+        try:
+            self._repository.prune()
+        except StoreError as error:
+            _log.error("rollout.not_forgotten", why=str(error))
+
+    def _control(self, client: str, request: m.AbortRequested | m.ResumeRequested, received: Input) -> None:
+        """Abort or resume a rollout: the one that the request names, or the only active one."""
+        active = self._repository.active
+        known = ", ".join(each.id for each in active) or "none"
+        if request.rollout:
+            rollout = self._repository.rollouts.get(request.rollout)
+            if rollout is None:
+                raise RequestRefused("rollout_unknown", f"no rollout {request.rollout!r}; not ended: {known}")
+        elif len(active) == 1:
+            rollout = active[0]
+        else:
+            raise RequestRefused(
+                "rollout_unknown",
+                f"several rollouts have not ended, name one: {known}"
+                if active
+                else "no rollout is under way: all have ended",
+            )
+        answer = m.RequestAnswered(request=request.request, accepted=True, rollout=rollout.id)
+        self._repository.step(
+            rollout,
+            received,
+            self._fence(),
+            self._leadership.authority,
+            self._now(),
+            answer=(client, answer),
+        )
+        self._dispatcher.request_commands()
+
+
+def _too_large(message: Message, rollout: Rollout) -> str:
+    """Why a rollout cannot be announced, derived from the message that would be too large."""
+    size = f"{size_bytes(message)} bytes of {MAX_PAYLOAD_BYTES}"
+    match message:
+        case m.WaveState():
+            return (
+                f"wave {message.wave + 1} with {len(message.vms)} VMs is too large to be announced ({size}): allow fewer hosts in "
+                "a wave (--max-hosts), or select fewer sets at a time"
+            )
+        case m.EventChanged():
+            return (
+                f"set {message.set} has {len(message.resources)} VMs in one wave, too many for its scheduled event ({size}): allow "
+                "fewer hosts in a wave (--max-hosts), or put its VMs in more sets or domains"
+            )
+        case _:
+            return (
+                f"a rollout over {len(rollout.sets)} sets in {len(rollout.waves)} waves is too large to be announced ({size}): select "
+                "fewer sets at a time"
+            )

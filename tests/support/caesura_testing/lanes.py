@@ -96,7 +96,7 @@ LANES = {
         """,
     ),
     "wheel": Lane(
-        "the built wheel, installed alone, passes the unit tests and starts every command",
+        "the built wheel, installed alone, passes the unit tests, starts every command and holds an author's driver to the suite",
         f"""
         rm -rf .lanes/wheel
         mkdir -p .lanes/wheel
@@ -105,6 +105,10 @@ LANES = {
         "$UV" export --quiet --locked --all-extras --no-emit-project --format requirements-txt >.lanes/wheel/requirements.txt
         VIRTUAL_ENV=$PWD/.lanes/wheel/venv "$UV" pip install --quiet -r .lanes/wheel/requirements.txt .lanes/wheel/dist/*.whl
         tests/architecture/wheel.sh "$PWD/.lanes/wheel/venv" {_WORKERS}
+        "$UV" venv --quiet --python python3 .lanes/wheel/author
+        "$UV" export --quiet --locked --extra conformance --no-default-groups --no-emit-project --format requirements-txt >.lanes/wheel/author.txt
+        VIRTUAL_ENV=$PWD/.lanes/wheel/author "$UV" pip install --quiet -r .lanes/wheel/author.txt .lanes/wheel/dist/*.whl
+        tests/architecture/author.sh "$PWD/.lanes/wheel/author"
         """,
     ),
     "soak": Lane(

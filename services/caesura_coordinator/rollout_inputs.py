@@ -14,7 +14,7 @@ import msgspec
 
 from caesura.contract.messages import OperationReported, VmClockSynced, VmReady, WaveStatus
 from caesura.contract.reasons import Reason
-from caesura.lifecycle.errors import IllegalTransition
+from caesura.lifecycle.errors import IllegalStatusChange
 from caesura_coordinator.inputs import (
     Approve,
     EventApprovedEffect,
@@ -44,7 +44,7 @@ def abort(step: Step, reason: str) -> None:
     if step.rollout.status == "aborting":
         return
     if not step.rollout.active:
-        raise IllegalTransition(f"rollout {step.rollout.id}", step.rollout.status, "aborted")
+        raise IllegalStatusChange(f"rollout {step.rollout.id}", step.rollout.status, "aborted")
     text = f"aborted: {reason}" if reason else "aborted by the operator"
     if step.rollout.status == "halted" and step.rollout.reason:
         # Readers look for the failure afterwards, not only for the abort.
@@ -75,7 +75,7 @@ def _cancel(step: Step, wave: Wave, text: str, codes: tuple[str, ...]) -> None:
 def resume(step: Step) -> None:
     """The operator continues after a halt. Raises as ``decide``."""
     if step.rollout.status != "halted":
-        raise IllegalTransition(f"rollout {step.rollout.id}", step.rollout.status, "running")
+        raise IllegalStatusChange(f"rollout {step.rollout.id}", step.rollout.status, "running")
     wave = step.rollout.current
     lost = sorted(each.host for each in wave.operations if each.status == "lost") if wave else []
     if lost:

@@ -27,7 +27,7 @@ from caesura.fleet.fold import Changes, apply
 from caesura.fleet.state import FleetState
 from caesura.lifecycle.commands import COMMANDS
 from caesura.lifecycle.epoch import epoch_floor, leaps
-from caesura.lifecycle.errors import IllegalTransition
+from caesura.lifecycle.errors import IllegalStatusChange
 from caesura.runtime.errors import CaesuraError, StoreError, SyncFailed
 from caesura.runtime.group_commit import GroupCommit
 from caesura.runtime.identity import new_id
@@ -224,7 +224,7 @@ class Coordinator:
         self.commits.listeners.append(self._on_synced)
         for kind, receiver in self._receivers():
             # Of other coordinators' rollouts only the existence matters, not the content of their waves.
-            self.post.on(kind, receiver, whole=kind is not m.RolloutState)
+            self.post.subscribe(kind, receiver, whole=kind is not m.RolloutState)
         self.post.listeners.append(self._on_any)
         self.post.on_tombstone(m.HostInventory, self._on_host_removed)
         self.post.on_tombstone(m.VmOwner, self._on_owner_removed)
@@ -743,7 +743,7 @@ class Coordinator:
             raise
         except RequestRefused as error:
             self._refuse(client, request, error.code, str(error))
-        except IllegalTransition as error:
+        except IllegalStatusChange as error:
             self._refuse(client, request, "rollout_state", str(error))
 
     def _refuse(self, client: str, request: Request, code: ReasonCode, why: str) -> None:

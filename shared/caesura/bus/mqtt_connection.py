@@ -34,7 +34,13 @@ from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 
 from caesura.bus.connect import open_socket
-from caesura.bus.diagnosis import ClosedEarly, ConnectionLost, ConnectRefused, NoAnswer, SubscribeRefused
+from caesura.bus.diagnosis import (
+    ClosedEarly,
+    ConnectionLost,
+    ConnectRefused,
+    ConnectTimeout,
+    SubscribeRefused,
+)
 from caesura.bus.mqtt_properties import PUBLISH_BYTES, connect_properties, content_type
 from caesura.bus.options import BrokerOptions, TlsFilesUnusable
 from caesura.bus.port import BusUnavailable, PublishRefused, PublishTooLarge, Will
@@ -156,7 +162,7 @@ class MqttConnection(aiomqtt.Client):
             async with asyncio.timeout(timeout_s):
                 await self._connected
         except TimeoutError:
-            raise NoAnswer from None
+            raise ConnectTimeout from None
 
     async def subscribe_all(self, filters: Sequence[str], instead_of: Sequence[str] = ()) -> None:
         """Subscribe at QoS 1 to all filters with one packet; right behind it, unsubscribe from those of ``instead_of``.

@@ -17,7 +17,7 @@ from caesura.runtime.processes import marked_processes
 _ANSWER_S = 2.0
 
 
-class Vmms:
+class QemuWitness:
     """See the module. ``mark``: the sandbox's; ``folder``: where the hosts' run folders are."""
 
     def __init__(self, mark: str, folder: Path) -> None:

@@ -27,7 +27,7 @@ from caesura.runtime.identity import new_id
 from caesura.runtime.processes import freezers, is_stopped, kill_marked, marked_processes, reads_frozen
 from caesura_testing.evidence import ends_of_logs
 from caesura_testing.patience import patient
-from caesura_testing.qemu_witness import Vmms
+from caesura_testing.qemu_witness import QemuWitness
 
 _GUARDS = {b"caesura_pause_guard", b"caesura_host_updater.guard"}
 """The guard's module in this version, and in those before the guard had a package of its own."""
@@ -167,7 +167,7 @@ class Sandbox:
         self.hosts: dict[str, str] = {}
         """VM to its host."""
         self.watch = KernelWatch(self.mark)
-        self.vmms = Vmms(self.mark, self.folder)
+        self.qemu_witness = QemuWitness(self.mark, self.folder)
         self._watching: asyncio.Task[None] | None = None
         self._ram: Path | None = None
         (self.folder / "updates.d").mkdir()

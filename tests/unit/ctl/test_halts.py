@@ -28,7 +28,7 @@ from caesura_host_updater.operation.crash_outcome import recovered
 from caesura_host_updater.operation.machine import decide as decide_pause
 from caesura_host_updater.operation.report import final_report
 from caesura_host_updater.operation.state import Operation, UpdateRun, VmPause
-from caesura_testing.retold import retold
+from caesura_testing.refold import refold
 from caesura_vmcontrol.intent import GuardAction, Intent, Intervention
 
 T0 = datetime(2026, 4, 20, 12, 0, 0, tzinfo=UTC)
@@ -59,7 +59,7 @@ def _fleet() -> FleetFence:
         guard="ready",
         commands=COMMANDS,
     )
-    return FleetFence(retold(FleetState(), inventory, _host(online=True), _agent(online=True)))
+    return FleetFence(refold(FleetState(), inventory, _host(online=True), _agent(online=True)))
 
 
 def _host(*, online: bool) -> m.HostPresence:
@@ -98,7 +98,7 @@ class Story:
 
     def changed(self, **changes: object) -> Story:
         inventory = msgspec.structs.replace(self.fleet.inventories["host-1"], **changes)
-        self.fleet = FleetFence(retold(self.fleet.state, inventory))
+        self.fleet = FleetFence(refold(self.fleet.state, inventory))
         return self
 
     def announced(self) -> Story:
@@ -166,12 +166,12 @@ class Story:
 
 
 def _without_host(story: Story) -> Story:
-    story.fleet = FleetFence(retold(story.fleet.state, _host(online=False)))
+    story.fleet = FleetFence(refold(story.fleet.state, _host(online=False)))
     return story
 
 
 def _without_agent(story: Story) -> Story:
-    story.fleet = FleetFence(retold(story.fleet.state, _agent(online=False)))
+    story.fleet = FleetFence(refold(story.fleet.state, _agent(online=False)))
     return story
 
 

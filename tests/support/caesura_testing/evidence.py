@@ -1,4 +1,4 @@
-"""What a failed test leaves behind for whoever looks for the cause."""
+"""What a failed test leaves behind for the person who looks for the cause."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ class QemuWitness:
         self._folder = folder
 
     def of(self, vm: str) -> list[int]:
-        """Every process of a VM, whoever started it, also one that is not a QEMU yet; but no trial, which is none's."""
+        """Every process of a VM, by whichever process it was started, also one that is not a QEMU yet; but no trial, which is none's."""
         found = []
         for pid in marked_processes(self._mark):
             with suppress(OSError):

@@ -49,7 +49,7 @@ def test_the_ends_of_logs_are_under_their_names(tmp_path: Path) -> None:
 FAILING = """
 from hypothesis import given, strategies as st
 
-REPEAT_WITH = {"CAESURA_X_SEED": "11"}
+REPEAT_WITH = {"CAESURA_TEST_SEED": "11"}
 
 @given(st.integers())
 def test_it(number):
@@ -83,4 +83,4 @@ def test_a_hypothesis_test_that_fails_shows_what_to_give_it_again(tmp_path: Path
     assert done.returncode == 1, done.stdout + done.stderr
     assert "number=1000" in done.stdout
     assert "@reproduce_failure(" in done.stdout
-    assert re.search(r"CAESURA_X_SEED=11 \.venv/bin/pytest test_it\.py::test_it$", done.stdout, re.MULTILINE)
+    assert re.search(r"CAESURA_TEST_SEED=11 \.venv/bin/pytest test_it\.py::test_it$", done.stdout, re.MULTILINE)

@@ -83,4 +83,6 @@ def test_a_hypothesis_test_that_fails_shows_what_to_give_it_again(tmp_path: Path
     assert done.returncode == 1, done.stdout + done.stderr
     assert "number=1000" in done.stdout
     assert "@reproduce_failure(" in done.stdout
-    assert re.search(r"CAESURA_TEST_SEED=11 \.venv/bin/pytest test_it\.py::test_it$", done.stdout, re.MULTILINE)
+    assert re.search(
+        r"CAESURA_TEST_SEED=11 \.venv/bin/pytest test_it\.py::test_it$", done.stdout, re.MULTILINE
+    )

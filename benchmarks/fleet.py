@@ -117,8 +117,8 @@ class Host:
         self.places = places
         self.bus = MemoryBus(world.broker, client_id=name, filters=filters)
         self.post = MessageClient(self.bus, f"/caesura/bench/host/{name}")
-        self.post.on(m.CoordinatorPresence, self._epoch)
-        self.post.on(m.StartOperation, self._start)
+        self.post.subscribe(m.CoordinatorPresence, self._epoch)
+        self.post.subscribe(m.StartOperation, self._start)
         self.epoch, self.coordinator = 1, "none"
         self.done: set[str] = set()
 
@@ -283,9 +283,9 @@ class World:
             self.broker, client_id="guests", filters=[channel_of(each).filter() for each in kinds]
         )
         self.post = MessageClient(self.bus, "/caesura/bench/guests")
-        self.post.on(m.SetDocument, self._document)
-        self.post.on(m.WaveChanged, self._wave)
-        self.post.on(m.RequestAnswered, self._answer)
+        self.post.subscribe(m.SetDocument, self._document)
+        self.post.subscribe(m.WaveChanged, self._wave)
+        self.post.subscribe(m.RequestAnswered, self._answer)
         self._seen: set[str] = set()
         self.coordinator: Coordinator | None = None
         self.messages = 0

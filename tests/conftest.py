@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import shlex
 import tempfile
 from collections.abc import Generator, Iterator
 from pathlib import Path
@@ -15,12 +14,15 @@ import structlog
 from hypothesis import HealthCheck, Phase, settings
 
 from caesura.runtime.logs import flush_logs
-from caesura_testing.evidence import ends_of_logs
+from caesura_testing.evidence import ends_of_logs, repeat_command
 from caesura_testing.patience import FACTOR, VARIABLE, patient
 from caesura_testing.sandbox import Sandbox
 
 # How long an example takes depends on what else the machine does: no test fails for that.
-settings.register_profile("any-machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+# What failed is printed in a form that can be given again, wherever the tests run.
+settings.register_profile(
+    "any-machine", deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow]
+)
 settings.load_profile("any-machine")
 # Whether an example fails is all that a mutation run asks: the smallest one takes most of the time to find.
 settings.register_profile(
@@ -55,8 +57,7 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
         for folder in folders:
             if text := ends_of_logs(folder):
                 report.sections.append(("logs of its services", text))
-        again = shlex.join(["pytest", item.nodeid])
-        report.sections.append(("repeat it", f"{VARIABLE}={FACTOR:.2f} .venv/bin/{again}"))
+        report.sections.append(("repeat it", repeat_command(item.nodeid, getattr(item, "module", None))))
     return report
 
 

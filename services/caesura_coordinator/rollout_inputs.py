@@ -14,7 +14,7 @@ import msgspec
 
 from caesura.contract.messages import OperationReported, VmClockSynced, VmReady, WaveStatus
 from caesura.contract.reasons import Reason
-from caesura.lifecycle.errors import IllegalTransition
+from caesura.lifecycle.errors import IllegalStatusChange
 from caesura_coordinator.decision import Decision
 from caesura_coordinator.effects import EventApprovedEffect, RolloutMoved
 from caesura_coordinator.events import Approve, Outdated
@@ -40,7 +40,7 @@ def abort(decision: Decision, reason: str) -> None:
     if decision.rollout.status == "aborting":
         return
     if not decision.rollout.active:
-        raise IllegalTransition(f"rollout {decision.rollout.id}", decision.rollout.status, "aborted")
+        raise IllegalStatusChange(f"rollout {decision.rollout.id}", decision.rollout.status, "aborted")
     text = f"aborted: {reason}" if reason else "aborted by the operator"
     if decision.rollout.status == "halted" and decision.rollout.reason:
         # Readers look for the failure afterwards, not only for the abort.
@@ -73,7 +73,7 @@ def _cancel(decision: Decision, wave: Wave, text: str, codes: tuple[str, ...]) -
 def resume(decision: Decision) -> None:
     """The operator continues after a halt. Raises as ``decide``."""
     if decision.rollout.status != "halted":
-        raise IllegalTransition(f"rollout {decision.rollout.id}", decision.rollout.status, "running")
+        raise IllegalStatusChange(f"rollout {decision.rollout.id}", decision.rollout.status, "running")
     wave = decision.rollout.current
     lost = sorted(each.host for each in wave.operations if each.status == "lost") if wave else []
     if lost:

@@ -34,7 +34,7 @@ from caesura.contract.envelope import Message, source_of
 from caesura.contract.parts import with_parts
 from caesura.contract.topics import CHANNELS, channel_of
 from caesura.delivery.message import prepare
-from caesura.delivery.policy import Policy
+from caesura.delivery.policy import DeliveryPolicy
 from caesura.delivery.publisher import ReliablePublisher
 from caesura.fleet.words import Cleared
 from caesura.runtime.identity import new_id
@@ -114,7 +114,7 @@ class Session:
         self._answers: dict[str, asyncio.Future[m.RequestAnswered]] = {}
         self._last = asyncio.get_running_loop().time()
         for channel in CHANNELS:
-            self.post.on(channel.message, self._received)
+            self.post.subscribe(channel.message, self._received)
             if channel.retain:
                 self.post.on_tombstone(channel.message, partial(self._cleared, channel.message))
 
@@ -158,7 +158,7 @@ class Session:
         message = prepare(
             request, source=self.post.source, event_id=new_id(), at=datetime.now(UTC), client=self.client
         )
-        policy = Policy(
+        policy = DeliveryPolicy(
             give_up_s=_TAKEN_S, refusal_ends=True, repeat_s=_REPEAT_S, wanted=lambda: not answer.done()
         )
         end = loop.time() + ANSWER_S
@@ -289,8 +289,8 @@ def _check_tls(options: BrokerOptions) -> None:
         options.tls()
     except (ssl.SSLError, TlsFilesUnusable) as error:
         names = ", ".join(f"{name}={path!r}" for name, path in given.items())
-        diagnosis = explain(error, options)
-        raise SettingsError(f"{names}: {diagnosis.what}; {diagnosis.advice}") from error
+        problem = explain(error, options)
+        raise SettingsError(f"{names}: {problem.summary}; {problem.hint}") from error
 
 
 def _no_broker(bus: MqttBus) -> str:
@@ -303,13 +303,13 @@ def _no_broker(bus: MqttBus) -> str:
     if isinstance(error, ConnectRefused) and error.code in _NOT_KNOWN and not bus.options.username:
         advice = "set CAESURA_CTL_BROKER_USERNAME and CAESURA_CTL_BROKER_PASSWORD_FILE"
     elif isinstance(error, ssl.SSLError):
-        advice = f"{why.advice} (CAESURA_CTL_BROKER_CA_FILE)"
+        advice = f"{why.hint} (CAESURA_CTL_BROKER_CA_FILE)"
     else:
-        advice = why.advice
+        advice = why.hint
     advice = advice[0].upper() + advice[1:]
     if isinstance(error, ConnectRefused | SubscribeRefused | ConnectionLost):
-        return f"{broker} does not let us in: {why.what}. {advice}."
+        return f"{broker} does not let us in: {why.summary}. {advice}."
     return (
-        f"cannot reach {broker}: {why.what}. {advice}, or name another broker with --broker or "
+        f"cannot reach {broker}: {why.summary}. {advice}, or name another broker with --broker or "
         "CAESURA_CTL_BROKER_URL."
     )

@@ -34,7 +34,7 @@ from caesura.contract.messages import (
 from caesura.contract.parts import with_parts
 from caesura.contract.topics import channel_of
 from caesura.delivery.message import prepare
-from caesura.delivery.policy import Policy
+from caesura.delivery.policy import DeliveryPolicy
 from caesura.delivery.publisher import ReliablePublisher
 from caesura.fleet.fold import Changes
 from caesura.fleet.words import Cleared
@@ -81,10 +81,10 @@ class MetadataPublisher:
         self._settings = settings
         self._bus = bus
         self._post = MessageClient(bus, source_of(settings.fleet, "metadata", settings.instance))
-        self._post.on(SetDocument, self._on_document)
-        self._post.on(HostInventory, self._on_inventory)
+        self._post.subscribe(SetDocument, self._on_document)
+        self._post.subscribe(HostInventory, self._on_inventory)
         self._post.on_tombstone(HostInventory, self._on_host_removed)
-        self._post.on(VmOwner, self._on_owner)
+        self._post.subscribe(VmOwner, self._on_owner)
         self._post.on_tombstone(VmOwner, self._on_owner_removed)
         self._directory = Directory()
         self._approvals = ReliablePublisher(bus)
@@ -221,7 +221,7 @@ class MetadataPublisher:
             instance=self._settings.instance,
             vm=vm,
         )
-        policy = Policy(
+        policy = DeliveryPolicy(
             give_up_s=self._settings.approval_timeout_s,
             refusal_ends=True,
             repeat_s=self._settings.approval_repeat_s,

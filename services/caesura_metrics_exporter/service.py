@@ -9,7 +9,7 @@ import structlog
 from msgspec.structs import replace
 
 from caesura.bus.port import Bus, Delivery
-from caesura.bus.refused import Refused
+from caesura.bus.refusal_log import RefusalLog
 from caesura.contract.codec import ContractError, decode
 from caesura.contract.messages import HostInventory, VmClockSynced, VmFrozen, VmResumed
 from caesura.contract.parts import PARTS, Joiner
@@ -56,7 +56,7 @@ class MetricsExporter:
         self._joiner = Joiner()
         self._ownership = self._folded.state.ownership
         self._sampled = Sampler()
-        self._refused = Refused()
+        self._refused = RefusalLog()
         self.live = Live(self._folded)
         self.stream = LiveStream(self.live, wall, monotonic, self.broker_ping)
 

@@ -22,12 +22,12 @@ from caesura.contract.messages import (
     VmReady,
 )
 from caesura.delivery.message import prepare
-from caesura.delivery.policy import Policy
+from caesura.delivery.policy import DeliveryPolicy
 from caesura.delivery.publisher import ReliablePublisher
 from caesura.runtime.identity import new_id
 from caesura_vm_agent.canary_keeper import CanaryKeeper
 
-_RESULT = Policy(give_up_s=60.0)
+_RESULT = DeliveryPolicy(give_up_s=60.0)
 """A result is of no use to anybody much later."""
 
 

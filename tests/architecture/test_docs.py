@@ -69,9 +69,11 @@ def test_every_toml_file_shown_is_accepted_by_its_reader() -> None:
 
 
 def test_the_example_of_a_driver_that_is_shown_is_the_one_that_is_tested() -> None:
-    code = text("tests/support/caesura_testing/example_driver.py")
+    code = text("tests/support/caesura_testing/example_driver.py") + text(
+        "tests/integration/driver_author/test_example_driver.py"
+    )
     shown = [body for page, body in blocks("python") if page == "docs/develop/driver.md"]
-    assert len(shown) == 3
+    assert len(shown) == 4
     for body in shown:
         assert body in code
 

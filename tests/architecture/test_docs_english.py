@@ -7,26 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from caesura_testing.english import findings
+
 _ROOT = Path(__file__).parents[2]
 _PAGES = [
     *(_ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md")),
     *sorted((_ROOT / "docs").rglob("*.md")),
 ]
-WORDS = {
-    r"(stands?|stood|standing) still": "is paused",
-    r"hear(s|d)?( of)?": "receives, observed",
-    r"(go|goes|going|went|gone) on": "continues",
-    r"told": "is notified, published",
-    r"for ever": "indefinitely",
-    r"whoever": "a client that, the engineer who",
-    r"meanwhile": "in the meantime, at the same time",
-    r"anew": "again, restarted",
-    r"of (ours|yours|mine)": "our, your",
-    r"put(s|ting)? (\w+ ){0,3}right": "corrects",
-    r"let(s|ting)? (\w+ ){0,2}go": "releases, resumes",
-    r"earlier li(fe|ves)": "previous run",
-    r"(?<!there\s)(is|are|was|were) no (?!longer\b|more\b|less\b|later\b)[a-z]+": "is not an X",
-}
 _GENERATED = re.compile(r"<!-- (reference: [\w ]+|topics: .*?) -->.*?<!-- /", re.DOTALL)
 """Those texts are the code's."""
 _CODE = re.compile(r"```.*?```|`[^`]*`|\]\([^)]*\)|https?://\S+", re.DOTALL)
@@ -42,11 +29,8 @@ def prose(text: str) -> str:
 
 @pytest.mark.parametrize("page", _PAGES, ids=lambda page: str(page.relative_to(_ROOT)))
 def test_the_fields_words(page: Path) -> None:
-    text = prose(page.read_text(encoding="utf-8"))
     found = [
-        f"{page.relative_to(_ROOT)}:{text.count(chr(10), 0, match.start()) + 1}: {match[0]!r}: write {instead!r}"
-        for words, instead in WORDS.items()
-        for match in re.finditer(rf"\b(?:{words})\b".replace(" ", r"\s+"), text, re.IGNORECASE)
+        f"{page.relative_to(_ROOT)}:{each}" for each in findings(prose(page.read_text(encoding="utf-8")))
     ]
     assert not found, "\n".join(found)
 
@@ -63,15 +47,11 @@ def test_the_fields_words(page: Path) -> None:
     ],
 )
 def test_the_list_finds_what_it_is_for(sentence: str) -> None:
-    assert any(
-        re.search(rf"\b(?:{words})\b".replace(" ", r"\s+"), prose(sentence), re.IGNORECASE) for words in WORDS
-    )
+    assert findings(prose(sentence))
 
 
 @pytest.mark.parametrize(
     "sentence", ["There is no queue.", "It is no longer there.", "`goes on`", "A leading zero is shown."]
 )
 def test_the_list_leaves_english_alone(sentence: str) -> None:
-    assert not any(
-        re.search(rf"\b(?:{words})\b".replace(" ", r"\s+"), prose(sentence), re.IGNORECASE) for words in WORDS
-    )
+    assert not findings(prose(sentence))

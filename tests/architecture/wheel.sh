@@ -9,8 +9,8 @@ case "$where" in
   *"$venv"*"$venv"*) ;;
   *) echo "the wheel is not what is tested: $where" >&2; exit 1 ;;
 esac
-for command in caesura caesura-coordinator caesura-host-updater caesura-pause-guard caesura-vm-agent \
-  caesura-metadata-publisher caesura-metrics-exporter; do
+commands=$("$venv/bin/python" -c 'from importlib.metadata import distribution as d; print(*(e.name for e in d("caesura").entry_points if e.group == "console_scripts"))')
+for command in ${commands:?the wheel has no commands}; do
   "$venv/bin/$command" --help >/dev/null || { echo "$command --help failed" >&2; exit 1; }
 done
 PYTHONPATH=tests/support PATH="$venv/bin:$PATH" "$venv/bin/python" -m pytest -q -p no:cacheprovider "$@" tests/unit tests/contract

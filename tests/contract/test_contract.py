@@ -16,7 +16,7 @@ from msgspec import inspect
 
 from caesura.bus.filters import matches
 from caesura.contract import messages as m
-from caesura.contract.access import Place, Principal, access_rules, readable
+from caesura.contract.access import Principal, VmPlacement, access_rules, readable
 from caesura.contract.codec import (
     ContractError,
     Malformed,
@@ -286,7 +286,7 @@ def test_a_publisher_and_a_host_may_be_bound_to_their_vms() -> None:
 
 
 def test_a_host_may_be_bound_to_the_places_of_its_vms_and_then_its_topics_have_an_end() -> None:
-    places = (Place("web-1", "web", 3), Place("db-1", "db"))
+    places = (VmPlacement("web-1", "web", 3), VmPlacement("db-1", "db"))
     host = Principal("host", "h1", vms=("web-1", "db-1"), places=places)
     rules = access_rules((host,))
     for kind in (m.VmFrozen, m.VmResumed, m.VmClockSynced):

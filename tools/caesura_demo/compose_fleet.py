@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 import tomli_w
 
-from caesura.contract.access import Place, Principal, access_rules
+from caesura.contract.access import Principal, VmPlacement, access_rules
 from caesura.contract.names import own_set
 from caesura_demo.layout import Broker, DemoVm, Layout, host_file, listeners_file, update_file
 
@@ -84,7 +84,9 @@ def users(layout: Layout) -> tuple[User, ...]:
 def _host_user(layout: Layout, host: str) -> Principal:
     """A host that may only publish about its own VMs, each in its set and domain."""
     places = tuple(
-        Place(vm.name, vm.set or own_set(vm.name), vm.update_domain) for vm in layout.vms if vm.host == host
+        VmPlacement(vm.name, vm.set or own_set(vm.name), vm.update_domain)
+        for vm in layout.vms
+        if vm.host == host
     )
     return Principal("host", host, vms=tuple(each.vm for each in places), places=places)
 

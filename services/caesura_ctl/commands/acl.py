@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from caesura.contract.access import Place, Principal, access_rules
+from caesura.contract.access import Principal, VmPlacement, access_rules
 from caesura.contract.names import is_name, own_set
 from caesura_ctl.name_params import read_set
 
@@ -57,7 +57,7 @@ def _principal(party: str, words: list[str]) -> Principal | None:
     """The principal from the words after the party; None if they are invalid."""
     name, set_name, host = (*words, "", "", "")[:3]
     vms: tuple[str, ...] = ()
-    places: list[Place] = []
+    places: list[VmPlacement] = []
     match party, len(words):
         case (("coordinator" | "exporter"), 0):
             return Principal(party)
@@ -87,17 +87,17 @@ def _principal(party: str, words: list[str]) -> Principal | None:
     return Principal(party, name, set_name, host, vms, tuple(places))
 
 
-def _place(text: str) -> Place | None:
+def _place(text: str) -> VmPlacement | None:
     """``VM``, ``VM=SET`` or ``VM=SET/DOMAIN``; an empty set if none is given. None: invalid."""
     vm, equals, where = text.partition("=")
     set_name, slash, domain = where.partition("/")
     if bool(equals) != bool(set_name) or bool(slash) != bool(domain):
         return None
     if not domain:
-        return Place(vm, read_set(set_name) if set_name else "")
+        return VmPlacement(vm, read_set(set_name) if set_name else "")
     if not (domain.isascii() and domain.isdecimal() and int(domain) <= _DOMAIN_MOST):
         return None
-    return Place(vm, read_set(set_name), int(domain))
+    return VmPlacement(vm, read_set(set_name), int(domain))
 
 
 @click.command(epilog=_EPILOG)

@@ -3,7 +3,7 @@
 ``Driver`` is what every driver has. What only some can do is a protocol of its own beside it, asked for by ``isinstance``:
 ``SwapCapable``, ``ReplaceCapable``, ``DigestCapable``, ``ClockCapable``. ``plugin`` says how a driver is found and made.
 
-One conformance suite (``tests/integration/host_updater/test_driver_conformance.py``) holds every driver to it.
+One conformance suite (``caesura.conformance.drivers``) holds every driver to it.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ class ClosedEarly(BusError):
         super().__init__(f"the connection ended before the broker answered ({reason})")
 
 
-class NoAnswer(TimeoutError):
+class ConnectTimeout(TimeoutError):
     """The broker was reached, and did not answer CONNECT in time."""
 
     def __init__(self) -> None:
@@ -62,8 +62,8 @@ class ConnectionLost(BusError):
 class ConnectionProblem(msgspec.Struct, frozen=True):
     """What happened, and what the operator can do about it."""
 
-    what: str
-    advice: str
+    summary: str
+    hint: str
 
 
 def explain(error: BaseException, options: BrokerOptions) -> ConnectionProblem:
@@ -122,7 +122,7 @@ def _network(error: BaseException, options: BrokerOptions) -> ConnectionProblem:
                 f"the name {address.host!r} does not resolve: {error.strerror}",
                 "check the host in the broker url, and DNS",
             )
-        case NoAnswer():
+        case ConnectTimeout():
             return ConnectionProblem(
                 f"{address} accepts connections but does not answer ({options.connect_timeout_s:g} s)",
                 "check the broker's load, and that the port is its MQTT port and not one that expects TLS",

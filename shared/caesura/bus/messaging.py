@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import structlog
 
 from caesura.bus.port import Bus, Delivery
-from caesura.bus.refused import Refused
+from caesura.bus.refusal_log import RefusalLog
 from caesura.contract.codec import ContractError, Received, decode, encode
 from caesura.contract.envelope import Message
 from caesura.contract.parts import PARTS, Joiner
@@ -61,13 +61,13 @@ class MessageClient:
         """Message types that are delivered as they are sent, without waiting for all parts."""
         self._forgetters: dict[type[Message], TombstoneHandler] = {}
         self._on_refused = on_refused
-        self._refused = Refused()
+        self._refused = RefusalLog()
         self.listeners: list[Callable[[Received], Awaitable[None]]] = []
         """Called with every message as it was sent, before its receiver is called."""
         self._farewells: set[str] = set()
         """Topics on which this service has published its last message."""
 
-    def on(
+    def subscribe(
         self,
         message: type[M],
         receiver: Callable[[M, Received], Awaitable[None]],

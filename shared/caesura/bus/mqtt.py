@@ -20,7 +20,7 @@ from caesura.bus.diagnosis import (
     ClosedEarly,
     ConnectionLost,
     ConnectRefused,
-    NoAnswer,
+    ConnectTimeout,
     SubscribeRefused,
     explain,
 )
@@ -179,7 +179,7 @@ class MqttBus(ReconnectingBus):
         link = self._new_link(spoken)
         try:
             await link.open()
-        except (ConnectRefused, ClosedEarly, NoAnswer) as error:
+        except (ConnectRefused, ClosedEarly, ConnectTimeout) as error:
             if self.options.protocol != "auto" or spoken != "5" or not self._means_no_mqtt_5(error):
                 raise
             _log.info("bus.protocol_fallback", broker=str(self.options.address), to="3.1.1", why=str(error))
@@ -188,7 +188,7 @@ class MqttBus(ReconnectingBus):
         self._spoken = link.protocol
         return link
 
-    def _means_no_mqtt_5(self, error: ConnectRefused | ClosedEarly | NoAnswer) -> bool:
+    def _means_no_mqtt_5(self, error: ConnectRefused | ClosedEarly | ConnectTimeout) -> bool:
         if isinstance(error, ConnectRefused):
             return error.code == UNSUPPORTED_PROTOCOL
         # Some brokers just close the connection on version 5, and amqtt misparses it and waits for more when there is a user
@@ -284,14 +284,14 @@ class MqttBus(ReconnectingBus):
 
     def _report(self, event: str, error: BusError | OSError) -> None:
         self.last_failure = error
-        diagnosis = explain(error, self.options)
-        self._stats.last_error = diagnosis.what
+        problem = explain(error, self.options)
+        self._stats.last_error = problem.summary
         _log.warning(
             event,
             broker=str(self.options.address),
             client_id=self.options.client_id,
-            error=diagnosis.what,
-            advice=diagnosis.advice,
+            error=problem.summary,
+            advice=problem.hint,
         )
 
 

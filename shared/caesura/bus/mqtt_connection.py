@@ -34,7 +34,14 @@ from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 
 from caesura.bus.connect import open_socket
-from caesura.bus.diagnosis import ClosedEarly, ConnectionLost, ConnectRefused, NoAnswer, SubscribeRefused
+from caesura.bus.diagnosis import (
+    ClosedEarly,
+    ConnectionLost,
+    ConnectRefused,
+    ConnectTimeout,
+    SubscribeRefused,
+)
+from caesura.bus.mqtt_properties import PUBLISH_BYTES, connect_properties, content_type
 from caesura.bus.options import BrokerOptions, TlsFilesUnusable
 from caesura.bus.port import BusUnavailable, PublishRefused, PublishTooLarge, Will
 from caesura.contract.codec import MAX_PACKET_BYTES
@@ -42,13 +49,8 @@ from caesura.runtime.threads import Worker
 
 Protocol = Literal["5", "3.1.1"]
 _CHUNK_BYTES = 64 * 1024  # the most that is read at once, and so held above the limit
-_CONTENT_TYPE = "application/cloudevents+json"
-"""What every payload is: the MQTT binding of CloudEvents 1.0.2, section 3.2.2. MQTT 3.1.1 cannot say it."""
-_PUBLISH_BYTES = 12 + 3 + len(_CONTENT_TYPE)
-"""Fixed header (5), lengths of topic and properties, packet id, content type: at most, MQTT 5.0, section 3.3."""
 _GOODBYE_S = 1.0  # s: the DISCONNECT packet goes into the kernel's buffer; a full buffer means a dead peer
 _MISC_S = 1.0  # s: how often paho looks at its keepalive; its smallest unit is a second
-
 
 _disk = Worker("certificates")
 """One for all connections: a disk that hangs costs one thread, however often connecting is tried."""
@@ -93,9 +95,9 @@ class MqttConnection(aiomqtt.Client):
         self._slots = asyncio.Semaphore(options.max_in_flight)
         self._end_reason: ReasonCode | None = None
         five = protocol == "5"
-        self._publish_properties = _content_type(PacketTypes.PUBLISH) if five else None
+        self._publish_properties = content_type(PacketTypes.PUBLISH) if five else None
         super().__init__(
-            # paho wants a host and a port; the socket is opened by ``dial``, which knows the real address.
+            # paho wants a host and a port; the socket is opened by ``open_socket``, which knows the real address.
             hostname=options.address.host or "unix-socket",
             port=options.address.port or 1,
             identifier=options.client_id,
@@ -107,13 +109,13 @@ class MqttConnection(aiomqtt.Client):
                 will.payload,
                 qos=1,
                 retain=True,
-                properties=_content_type(PacketTypes.WILLMESSAGE) if five else None,
+                properties=content_type(PacketTypes.WILLMESSAGE) if five else None,
             )
             if will
             else None,
             clean_session=None if five else options.clean,
             clean_start=options.clean if five else paho.MQTT_CLEAN_START_FIRST_ONLY,
-            properties=_connect_properties(options) if five else None,
+            properties=connect_properties(options) if five else None,
             timeout=options.connect_timeout_s,
             keepalive=options.keepalive_s,
             max_inflight_messages=options.max_in_flight,
@@ -160,7 +162,7 @@ class MqttConnection(aiomqtt.Client):
             async with asyncio.timeout(timeout_s):
                 await self._connected
         except TimeoutError:
-            raise NoAnswer from None
+            raise ConnectTimeout from None
 
     async def subscribe_all(self, filters: Sequence[str], instead_of: Sequence[str] = ()) -> None:
         """Subscribe at QoS 1 to all filters with one packet; right behind it, unsubscribe from those of ``instead_of``.
@@ -230,7 +232,7 @@ class MqttConnection(aiomqtt.Client):
                 until the answer comes or the connection ends: memory stays bounded however many callers give up.
             PublishRefused: the broker refused, or would refuse.
         """
-        size_bytes = len(payload) + _PUBLISH_BYTES + (len(topic) if topic.isascii() else len(topic.encode()))
+        size_bytes = len(payload) + PUBLISH_BYTES + (len(topic) if topic.isascii() else len(topic.encode()))
         if size_bytes > self._largest_bytes:
             raise PublishTooLarge(topic, size_bytes, int(self._largest_bytes))
         if self._slots.locked():
@@ -461,40 +463,6 @@ async def _tls(options: BrokerOptions) -> ssl.SSLContext | None:
             f"the files of CA, certificate and key cannot be read within {options.connect_timeout_s:g} s",
             "check the disk or the mount that holds them",
         ) from None
-
-
-def _connect_properties(options: BrokerOptions) -> Properties:
-    properties = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]
-    properties.MaximumPacketSize = MAX_PACKET_BYTES
-    if not options.clean:
-        # Without an expiry, MQTT 5 forgets a session when its connection ends, whatever clean_start says.
-        properties.SessionExpiryInterval = options.session_expiry_s
-    return properties
-
-
-def _content_type(packet: int) -> Properties:
-    properties = _Packed(packet)
-    properties.ContentType = _CONTENT_TYPE
-    return properties
-
-
-class _Packed(Properties):
-    """Properties that are the same for every message: encoded once."""
-
-    def __init__(self, packet: int) -> None:
-        super().__init__(packet)  # type: ignore[no-untyped-call]
-        self._set_packed(b"")
-
-    def _set_packed(self, packed: bytes) -> None:
-        self.__dict__["_packed"] = packed  # paho's own setter accepts MQTT properties only
-
-    def pack(self) -> bytes:
-        """The bytes, as of the first call."""
-        packed: bytes = self.__dict__["_packed"]
-        if not packed:
-            packed = super().pack()  # type: ignore[no-untyped-call]
-            self._set_packed(packed)
-        return packed
 
 
 def _too_late(answer: asyncio.Future[ReasonCode | None]) -> None:

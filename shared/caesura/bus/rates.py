@@ -62,6 +62,6 @@ class Rates:
 
 
 def writer_of(topic: str) -> tuple[str, str]:
-    """Party and name of a topic's writer, empty where it names none."""
+    """Role and name of a topic's writer, empty where it names none."""
     parts = topic.split("/", 4)
     return (parts[2], parts[3]) if len(parts) > 4 else ("", "")

@@ -17,7 +17,7 @@ from caesura.contract.topics import CHANNELS, Channel, Role
 _UPDATE_DOMAINS = range(20)
 
 
-class Place(msgspec.Struct, frozen=True):
+class VmPlacement(msgspec.Struct, frozen=True):
     """The set of a host's VM and the VM's update domain in it; a domain of None: any domain."""
 
     vm: str
@@ -37,7 +37,7 @@ class Principal(msgspec.Struct, frozen=True):
     set: str = ""
     host: str = ""
     vms: tuple[str, ...] = ()
-    places: tuple[Place, ...] = ()
+    places: tuple[VmPlacement, ...] = ()
 
     @property
     def username(self) -> str:

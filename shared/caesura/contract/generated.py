@@ -13,7 +13,7 @@ from typing import Any
 
 import msgspec
 
-from caesura.contract.access import Place, Principal, access_rules
+from caesura.contract.access import Principal, VmPlacement, access_rules
 from caesura.contract.codec import encode
 from caesura.contract.envelope import Header, source_of
 from caesura.contract.examples import examples
@@ -27,7 +27,7 @@ EXAMPLE_FLEET = (
     Principal("coordinator"),
     Principal("exporter"),
     Principal("metadata", "fleet", vms=("web-1",)),
-    Principal("host", "host-1", vms=("web-1",), places=(Place("web-1", "web", 0),)),
+    Principal("host", "host-1", vms=("web-1",), places=(VmPlacement("web-1", "web", 0),)),
     Principal("vm", "web-1", "web"),
     Principal("ctl", "ops"),
 )

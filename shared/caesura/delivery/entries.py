@@ -8,10 +8,10 @@ from collections import deque
 from collections.abc import Callable
 
 from caesura.delivery.message import OutboxMessage
-from caesura.delivery.policy import Policy
+from caesura.delivery.policy import DeliveryPolicy
 
 
-class Entry:
+class PendingMessage:
     """A pending message."""
 
     __slots__ = (
@@ -30,7 +30,7 @@ class Entry:
         self,
         number: int,
         message: OutboxMessage,
-        policy: Policy,
+        policy: DeliveryPolicy,
         deadline: float,
         accepted: Callable[[], None] | None,
     ) -> None:
@@ -47,20 +47,20 @@ class Entry:
         self.over = False
         """No further work is needed; it may still be in a queue."""
 
-    def __lt__(self, other: Entry) -> bool:
+    def __lt__(self, other: PendingMessage) -> bool:
         return self.number < other.number
 
 
-class Refused:
+class RefusedTopic:
     """A topic that the broker refuses, and the messages that wait for it."""
 
     def __init__(self, retry_s: float) -> None:
-        self.entries: deque[Entry] = deque()
+        self.entries: deque[PendingMessage] = deque()
         self.why = ""
         self.delay_s = retry_s
         self.due = math.inf
         """Loop time of the next try; infinite while one is under way."""
-        self.trial: Entry | None = None
+        self.trial: PendingMessage | None = None
         """The first of its messages, while it is being retried."""
 
     def __len__(self) -> int:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import msgspec
 
 
-class Policy(msgspec.Struct, frozen=True, kw_only=True):
+class DeliveryPolicy(msgspec.Struct, frozen=True, kw_only=True):
     """How persistently, and for how long, a message is published."""
 
     newest_only: bool = False
@@ -21,7 +21,7 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True):
     wanted: Callable[[], bool] = lambda: False
 
 
-EVERY = Policy()
+EVERY = DeliveryPolicy()
 """Published once, with retries without limit: a fact."""
-NEWEST = Policy(newest_only=True)
+NEWEST = DeliveryPolicy(newest_only=True)
 """Published once unless a newer one of its topic comes first: retained state."""

@@ -1,6 +1,6 @@
 """The one way to publish messages that must arrive: in order, several at once, retried until the broker has them.
 
-What differs between messages is their ``Policy``; what is stored, and when, is up to their owner: a coordinator calls ``put``
+What differs between messages is their ``DeliveryPolicy``; what is stored, and when, is up to their owner: a coordinator calls ``put``
 after the transaction that stored its decision, a host calls it even if its disk refuses the fact.
 
 Order. Messages are sent in the order of ``put``, and never two of one topic at a time: a topic's messages arrive in order
@@ -21,9 +21,9 @@ from typing import Protocol
 import structlog
 
 from caesura.bus.port import BusUnavailable, PublishRefused, PublishTooLarge
-from caesura.delivery.entries import Entry, Refused
+from caesura.delivery.entries import PendingMessage, RefusedTopic
 from caesura.delivery.message import OutboxMessage
-from caesura.delivery.policy import EVERY, NEWEST, Policy
+from caesura.delivery.policy import EVERY, NEWEST, DeliveryPolicy
 from caesura.delivery.store import MemoryOutbox, OutboxStore
 from caesura.runtime.errors import StoreError
 from caesura.runtime.sampler import Sampler
@@ -86,15 +86,15 @@ class ReliablePublisher:
         self._retry_s = retry_s
         self._retry_most_s = retry_most_s
         self._numbers = count()
-        self._known: dict[str, Entry] = {}
+        self._known: dict[str, PendingMessage] = {}
         """Maps an event id to its pending entry."""
-        self._newest: dict[str, Entry] = {}
+        self._newest: dict[str, PendingMessage] = {}
         """Maps a topic to the message on it that a newer one replaces."""
-        self._queue: list[Entry] = []
-        self._in_flight: dict[str, Entry] = {}
-        self._refused: dict[str, Refused] = {}
-        self._deadlines: list[tuple[float, Entry]] = []
-        self._repeats: list[tuple[float, Entry]] = []
+        self._queue: list[PendingMessage] = []
+        self._in_flight: dict[str, PendingMessage] = {}
+        self._refused: dict[str, RefusedTopic] = {}
+        self._deadlines: list[tuple[float, PendingMessage]] = []
+        self._repeats: list[tuple[float, PendingMessage]] = []
         self._repeating = 0
         self._to_remove: dict[str, None] = {}
         self._removing = False
@@ -142,7 +142,7 @@ class ReliablePublisher:
     def put(
         self,
         *messages: OutboxMessage,
-        policy: Policy = EVERY,
+        policy: DeliveryPolicy = EVERY,
         accepted: Callable[[], None] | None = None,
     ) -> None:
         """Publish these as soon as possible; does not wait. A message with the id of a waiting one replaces it.
@@ -153,7 +153,7 @@ class ReliablePublisher:
         for message in messages:
             self._take(message, policy, accepted)
 
-    async def deliver(self, message: OutboxMessage, policy: Policy) -> None:
+    async def deliver(self, message: OutboxMessage, policy: DeliveryPolicy) -> None:
         """``put``, and wait until the broker has it.
 
         Raises:
@@ -177,7 +177,9 @@ class ReliablePublisher:
             return False
         return not len(self)
 
-    def _take(self, message: OutboxMessage, policy: Policy, accepted: Callable[[], None] | None) -> Entry:
+    def _take(
+        self, message: OutboxMessage, policy: DeliveryPolicy, accepted: Callable[[], None] | None
+    ) -> PendingMessage:
         known = self._known.get(message.event_id)
         if known is not None:
             if self._in_flight.get(message.topic) is not known:
@@ -185,7 +187,7 @@ class ReliablePublisher:
             return known
         now = asyncio.get_running_loop().time()
         deadline = math.inf if policy.give_up_s is None else now + policy.give_up_s
-        entry = Entry(next(self._numbers), message, policy, deadline, accepted)
+        entry = PendingMessage(next(self._numbers), message, policy, deadline, accepted)
         if policy.newest_only:
             older = self._newest.get(message.topic)
             if older is not None and self._in_flight.get(message.topic) is not older:
@@ -220,7 +222,7 @@ class ReliablePublisher:
                 except TimeoutError:
                     pass
 
-    def _next(self) -> Entry | None:
+    def _next(self) -> PendingMessage | None:
         """The next message to send now; None: none can be sent."""
         while self._queue and not self._held and len(self._in_flight) < self._window:
             entry = self._queue[0]
@@ -236,7 +238,7 @@ class ReliablePublisher:
                 return heappop(self._queue)
         return None
 
-    async def _send(self, entry: Entry, group: asyncio.TaskGroup) -> None:
+    async def _send(self, entry: PendingMessage, group: asyncio.TaskGroup) -> None:
         message, loop = entry.message, asyncio.get_running_loop()
         try:
             await self._bus.publish(
@@ -271,7 +273,7 @@ class ReliablePublisher:
         self._held = False
         self._wake.set()
 
-    def _back(self, entry: Entry, error: BusUnavailable, now: float) -> None:
+    def _back(self, entry: PendingMessage, error: BusUnavailable, now: float) -> None:
         newest = self._newest.get(entry.message.topic)
         if entry.policy.newest_only and newest is not entry:
             self._end(entry, BusUnavailable(f"a newer message on {entry.message.topic!r} came first"))
@@ -280,7 +282,7 @@ class ReliablePublisher:
         else:
             heappush(self._queue, entry)
 
-    def _refuse(self, entry: Entry, error: PublishRefused, now: float) -> None:
+    def _refuse(self, entry: PendingMessage, error: PublishRefused, now: float) -> None:
         if entry.policy.refusal_ends and not entry.taken:
             self._end(entry, error)
             return
@@ -291,7 +293,7 @@ class ReliablePublisher:
             if of_topic is not None and of_topic.trial is entry:
                 of_topic.trial, of_topic.due = None, now
             entry.refused_as = entry.message.event_id
-        refused = self._refused.setdefault(entry.refused_as, Refused(self._retry_s))
+        refused = self._refused.setdefault(entry.refused_as, RefusedTopic(self._retry_s))
         refused.trial = None
         refused.why = str(error)
         refused.due = now + refused.delay_s
@@ -311,7 +313,7 @@ class ReliablePublisher:
                 advice="correct the access rules of the broker: it is kept and tried again, and the others are published",
             )
 
-    def _took(self, entry: Entry, now: float) -> None:
+    def _took(self, entry: PendingMessage, now: float) -> None:
         refused = self._refused.pop(entry.refused_as, None)
         entry.refused_as = entry.message.topic
         if refused is not None:
@@ -333,7 +335,7 @@ class ReliablePublisher:
         else:
             self._end(entry, None)
 
-    def _end(self, entry: Entry, error: Exception | None) -> None:
+    def _end(self, entry: PendingMessage, error: Exception | None) -> None:
         """End the work on it."""
         if entry.over:
             return
@@ -351,7 +353,7 @@ class ReliablePublisher:
         self._removal.set()
         self._idle.clear()
 
-    def _give_up(self, entry: Entry, error: Exception) -> None:
+    def _give_up(self, entry: PendingMessage, error: Exception) -> None:
         _log.warning(
             "outbox.given_up",
             type=entry.message.type,
@@ -385,7 +387,7 @@ class ReliablePublisher:
             if refused.due <= now:
                 self._try_again(topic, refused)
 
-    def _try_again(self, topic: str, refused: Refused) -> None:
+    def _try_again(self, topic: str, refused: RefusedTopic) -> None:
         """Send the first message of a refused topic; the others follow if the broker accepts it."""
         while refused.entries and refused.entries[0].over:
             refused.entries.popleft()

@@ -11,7 +11,7 @@ from __future__ import annotations
 import msgspec
 
 from caesura.contract.messages import ScheduledEvent, SetDocument
-from caesura.lifecycle.errors import IllegalTransition
+from caesura.lifecycle.errors import IllegalStatusChange
 
 
 def nothing_yet(set_name: str) -> SetDocument:
@@ -44,7 +44,7 @@ def schedule(document: SetDocument, event: ScheduledEvent) -> SetDocument:
     if existing is not None:
         if existing == event:
             return document
-        raise IllegalTransition(f"event {event.event_id}", existing.status, event.status)
+        raise IllegalStatusChange(f"event {event.event_id}", existing.status, event.status)
     return _changed(document, (*document.events, event))
 
 
@@ -68,7 +68,7 @@ def start(document: SetDocument, event_id: str) -> SetDocument:
     """
     event = find_event(document, event_id)
     if event is None:
-        raise IllegalTransition(f"event {event_id}", "ended or unknown", "started")
+        raise IllegalStatusChange(f"event {event_id}", "ended or unknown", "started")
     if event.status == "started":
         return document
     return _changed(document, _events_with(document, msgspec.structs.replace(event, status="started")))

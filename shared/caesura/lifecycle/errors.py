@@ -5,7 +5,7 @@ from __future__ import annotations
 from caesura.runtime.errors import CaesuraError
 
 
-class IllegalTransition(CaesuraError):
+class IllegalStatusChange(CaesuraError):
     """A transition that the current state does not allow."""
 
     def __init__(self, subject: str, from_state: str, to_state: str) -> None:

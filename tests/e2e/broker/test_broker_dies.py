@@ -36,7 +36,7 @@ async def persistent_reader(broker: LocalBroker) -> AsyncIterator[FleetView]:
     )
     post = MessageClient(bus, "/reader")
     for channel in channels:
-        post.on(channel.message, fold)
+        post.subscribe(channel.message, fold)
     running = asyncio.create_task(bus.run(post.deliver))
     assert await bus.wait_connected(patient(5))
     yield fleet_view

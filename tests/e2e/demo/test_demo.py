@@ -138,6 +138,7 @@ async def test_killed_with_9_it_leaves_nothing_behind_after_a_while(services: st
 
 _RUNS = int(os.environ.get("CAESURA_DEMO_INTERRUPTIONS", "3"))
 _SEED = int(os.environ.get("CAESURA_DEMO_SEED", str(random.randrange(1 << 30))))
+REPEAT_WITH = {"CAESURA_DEMO_SEED": str(_SEED)}
 _LONGEST_S = 30.0
 """s: a whole run takes some 25 s on two cores; a moment after its end is one too."""
 

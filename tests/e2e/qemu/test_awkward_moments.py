@@ -39,7 +39,7 @@ class Two:
 
     def __init__(self, stage: Any) -> None:
         self.stage = stage
-        self.vmms = stage.sandbox.vmms
+        self.qemu_witness = stage.sandbox.qemu_witness
         self.wish_file = stage.sandbox.folder / "wish"
         self.binary = stage.sandbox.folder / "qemu-wishful"
         self.binary.write_text(_WRAPPER.format(wish=str(self.wish_file), qemu=QEMU))
@@ -54,7 +54,10 @@ class Two:
     async def whole(self) -> None:
         """Exactly one process of each VM is there and it runs the guest."""
         await self.stage.sandbox.until(
-            lambda: all(self.vmms.running("host-1", vm) == self.vmms.of(vm) != [] for vm in ("vm-1", "vm-2")),
+            lambda: all(
+                self.qemu_witness.running("host-1", vm) == self.qemu_witness.of(vm) != []
+                for vm in ("vm-1", "vm-2")
+            ),
             15,
             "one process runs each guest",
         )
@@ -93,7 +96,7 @@ REFUSED = 'words = [w.replace("pc-q35-7.2,", "pc-q35-7.2,hpet=off,") for w in wo
 
 async def test_swap_that_fails_is_told_with_its_pause_and_can_be_repeated(two: Any) -> None:
     two.wish(REFUSED)
-    before = {vm: two.vmms.of(vm) for vm in ("vm-1", "vm-2")}
+    before = {vm: two.qemu_witness.of(vm) for vm in ("vm-1", "vm-2")}
     rollout = await two.stage.roll("swap", **LENIENT)
     state = await two.stage.ended(rollout)
     assert state.status == "halted"
@@ -105,7 +108,7 @@ async def test_swap_that_fails_is_told_with_its_pause_and_can_be_repeated(two: A
     assert "not begun" in second.error
     await two.stage.sandbox.until(lambda: bool(two.stage.fleet_view.clocks), 10, "the verdict on its clock")
     await two.whole()
-    assert before == {vm: two.vmms.of(vm) for vm in ("vm-1", "vm-2")}
+    assert before == {vm: two.qemu_witness.of(vm) for vm in ("vm-1", "vm-2")}
     await two.stage.give_up(rollout)
     two.wish("pass")
     for update in ("swap", "replace"):
@@ -116,14 +119,14 @@ async def test_swap_that_fails_is_told_with_its_pause_and_can_be_repeated(two: A
 
 async def test_second_vm_that_cannot_be_prepared(two: Any) -> None:
     two.wish('words += ["-device", "virtio-rng-pci"] * ("vm-2" in words)')
-    before = {vm: two.vmms.of(vm) for vm in ("vm-1", "vm-2")}
+    before = {vm: two.qemu_witness.of(vm) for vm in ("vm-1", "vm-2")}
     for update in ("swap", "replace"):
         rollout = await two.stage.roll(update, **LENIENT)
         state = await two.stage.ended(rollout)
         assert state.status == "halted"
         assert "nothing was frozen: VM vm-2" in state.reason
         await two.whole()
-        assert before == {vm: two.vmms.of(vm) for vm in ("vm-1", "vm-2")}
+        assert before == {vm: two.qemu_witness.of(vm) for vm in ("vm-1", "vm-2")}
         assert not two.stage.fleet_view.frozen
         await two.stage.give_up(rollout)
 
@@ -132,9 +135,9 @@ async def test_second_vm_that_cannot_be_prepared(two: Any) -> None:
 @pytest.mark.parametrize("update", ["swap", "replace"])
 async def test_stopped_while_new_processes_are_starting(two: Any, how: str, update: str) -> None:
     two.wish("time.sleep(3)")
-    before = {vm: two.vmms.of(vm) for vm in ("vm-1", "vm-2")}
+    before = {vm: two.qemu_witness.of(vm) for vm in ("vm-1", "vm-2")}
     rollout = await two.stage.roll(update, **LENIENT)
-    await two.stage.sandbox.until(lambda: len(two.vmms.of("vm-1")) == 2, 20, "its next process")
+    await two.stage.sandbox.until(lambda: len(two.qemu_witness.of("vm-1")) == 2, 20, "its next process")
     if how == "abort":
         await two.stage.give_up(rollout)
     elif how == "kill":
@@ -148,7 +151,7 @@ async def test_stopped_while_new_processes_are_starting(two: Any, how: str, upda
         await two.stage.give_up(rollout)
     await two.stage.ready("host-1")
     await two.whole()
-    assert before == {vm: two.vmms.of(vm) for vm in ("vm-1", "vm-2")}
+    assert before == {vm: two.qemu_witness.of(vm) for vm in ("vm-1", "vm-2")}
     assert not two.stage.fleet_view.frozen
     two.wish("pass")
     assert (await two.stage.ended(await two.stage.roll(update, **LENIENT))).status == "completed"
@@ -158,7 +161,7 @@ async def test_stopped_while_new_processes_are_starting(two: Any, how: str, upda
 async def test_told_to_stop_while_guests_are_in_their_files(two: Any) -> None:
     rollout = await two.stage.roll("replace", **LENIENT)
     await two.stage.sandbox.until(two.updating.exists, 20, "the update to run")
-    assert two.vmms.of("vm-1") == two.vmms.of("vm-2") == []
+    assert two.qemu_witness.of("vm-1") == two.qemu_witness.of("vm-2") == []
     assert await two.stage.sandbox.stop("host-1", 40) == 0
     await two.whole()
     await two.stage.sandbox.start("host-1")
@@ -207,7 +210,7 @@ async def test_what_was_changed_at_run_time_is_refused_in_the_plan(two: Any, upd
         (record,) = [vm for vm in inventory.vms if vm.vm == "vm-2"]
         return str(record.methods_missing.get(update, ""))
 
-    two.vmms.execute("host-1", "vm-2", "object-add", qom_type="iothread", id="io9")
+    two.qemu_witness.execute("host-1", "vm-2", "object-add", qom_type="iothread", id="io9")
     await two.stage.sandbox.until(lambda: "object io9" in missing(), 60, "the host to notice")
     answer = await two.stage.session.ask(
         m.RolloutRequested(
@@ -220,7 +223,7 @@ async def test_what_was_changed_at_run_time_is_refused_in_the_plan(two: Any, upd
     assert not answer.accepted
     assert "vm-2" in answer.reason
     assert "lacks object io9 (iothread)" in answer.reason
-    two.vmms.execute("host-1", "vm-2", "object-del", id="io9")
+    two.qemu_witness.execute("host-1", "vm-2", "object-del", id="io9")
     await two.stage.sandbox.until(lambda: missing() == "", 60, "the host to notice that it is undone")
     state = await two.stage.ended(await two.stage.roll(update, **LENIENT))
     assert state.status == "completed", state.reason

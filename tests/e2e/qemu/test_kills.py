@@ -33,7 +33,7 @@ def accepted(stage: Any, rollout: str) -> bool:
 
 
 def gone(stage: Any, vm: str, pid: int) -> bool:
-    return pid not in stage.sandbox.vmms.of(vm)
+    return pid not in stage.sandbox.qemu_witness.of(vm)
 
 
 @pytest.fixture
@@ -52,7 +52,11 @@ async def one(stages: Callable[..., Any]) -> Any:
 async def whole(stage: Any) -> None:
     """Exactly one process is there and it runs the guest."""
     await stage.sandbox.until(
-        lambda: stage.sandbox.vmms.running("host-1", "vm-1") == stage.sandbox.vmms.of("vm-1") != [],
+        lambda: (
+            stage.sandbox.qemu_witness.running("host-1", "vm-1")
+            == stage.sandbox.qemu_witness.of("vm-1")
+            != []
+        ),
         15,
         "one process runs the guest",
     )
@@ -60,11 +64,11 @@ async def whole(stage: Any) -> None:
 
 async def test_swap_and_replace_move_the_guest_to_a_new_process(one: Any) -> None:
     for update in ("swap", "replace", "patch"):
-        (before,) = one.sandbox.vmms.of("vm-1")
+        (before,) = one.sandbox.qemu_witness.of("vm-1")
         state = await one.ended(await one.roll(update, **LENIENT))
         assert state.status == "completed", (update, state.reason)
         await whole(one)
-        (after,) = one.sandbox.vmms.of("vm-1")
+        (after,) = one.sandbox.qemu_witness.of("vm-1")
         assert (before == after) == (update == "patch")
         result = one.fleet_view.reports[list(one.fleet_view.reports)[-1]].vms[0]
         told = f"QEMU 7.2.22 (pid {after}), was QEMU 7.2.22 (pid {before})"
@@ -77,7 +81,9 @@ async def test_swap_and_replace_move_the_guest_to_a_new_process(one: Any) -> Non
 async def _replace_begun(stage: Any) -> str:
     """Start a replace and wait until no QEMU is there any more."""
     rollout = str(await stage.roll("replace", **LENIENT))
-    await stage.sandbox.until(lambda: stage.sandbox.vmms.of("vm-1") == [], 20, "the old QEMU to be gone")
+    await stage.sandbox.until(
+        lambda: stage.sandbox.qemu_witness.of("vm-1") == [], 20, "the old QEMU to be gone"
+    )
     return rollout
 
 
@@ -111,7 +117,7 @@ async def test_both_killed_while_no_qemu_is_there(one: Any) -> None:
     one.sandbox.running["host-1"].kill()
     os.kill(guard, 9)
     await one.sandbox.running["host-1"].wait()
-    assert one.sandbox.vmms.of("vm-1") == []
+    assert one.sandbox.qemu_witness.of("vm-1") == []
     await one.sandbox.start("host-1")
     await whole(one)
     assert (await one.ended(rollout)).status == "halted"
@@ -120,7 +126,7 @@ async def test_both_killed_while_no_qemu_is_there(one: Any) -> None:
 async def test_qemu_killed_while_its_guest_stands_still(one: Any) -> None:
     rollout = await one.roll("patch", **LENIENT)
     await one.sandbox.until(lambda: bool(one.fleet_view.frozen), 20, "the freeze")
-    (pid,) = one.sandbox.vmms.of("vm-1")
+    (pid,) = one.sandbox.qemu_witness.of("vm-1")
     os.kill(pid, 9)
     state = await one.ended(rollout)
     assert state.status == "halted"
@@ -147,7 +153,9 @@ async def test_updater_killed_again_and_again_during_swaps(one: Any) -> None:
         await asyncio.sleep(number * 0.02)  # what varies here is the moment of the kill
         await one.sandbox.kill("host-1")
         await one.sandbox.until(
-            lambda: len(one.sandbox.vmms.running("host-1", "vm-1")) == 1, 10, "one process to run the guest"
+            lambda: len(one.sandbox.qemu_witness.running("host-1", "vm-1")) == 1,
+            10,
+            "one process to run the guest",
         )
         await one.sandbox.start("host-1")
         if (await one.ended(rollout)).status == "halted":
@@ -160,7 +168,7 @@ async def test_updater_killed_again_and_again_during_swaps(one: Any) -> None:
 
 async def test_a_binary_that_is_no_qemu_is_refused_before_anything_pauses(one: Any) -> None:
     one.sandbox.update("bad", ["true"], vmm="beside", scope="vm", vmm_binary="/bin/true")
-    (before,) = one.sandbox.vmms.of("vm-1")
+    (before,) = one.sandbox.qemu_witness.of("vm-1")
     await one.ready("host-1")
     one.sandbox.running["host-1"].send_signal(1)  # SIGHUP: read the updates again
     await one.sandbox.until(
@@ -170,5 +178,5 @@ async def test_a_binary_that_is_no_qemu_is_refused_before_anything_pauses(one: A
     assert state.status == "halted"
     assert "/bin/true" in state.reason
     assert "nothing was frozen" in state.reason
-    assert one.sandbox.vmms.of("vm-1") == [before]
+    assert one.sandbox.qemu_witness.of("vm-1") == [before]
     assert not one.fleet_view.pauses

@@ -32,6 +32,7 @@ from caesura_testing.sandbox import Vm
 
 _SECONDS = float(os.environ.get("CAESURA_SOAK_S", "60"))
 _SEED = int(os.environ.get("CAESURA_SOAK_SEED", "0")) or random.randrange(1, 1_000_000)
+REPEAT_WITH = {"CAESURA_SOAK_S": f"{_SECONDS:g}", "CAESURA_SOAK_SEED": str(_SEED)}
 _ONLY = {each.strip() for each in os.environ.get("CAESURA_SOAK_FAULTS", "").split(";")} - {""}
 """Only these kinds, divided by semicolons: to look into one."""
 _BUDGET_S = 6.0

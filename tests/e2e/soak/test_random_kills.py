@@ -27,6 +27,7 @@ from caesura_testing.sandbox import Vm
 
 _SECONDS = float(os.environ.get("CAESURA_SOAK_S", "60"))
 _SEED = int(os.environ.get("CAESURA_SOAK_SEED", "0")) or random.randrange(1, 1_000_000)
+REPEAT_WITH = {"CAESURA_SOAK_S": f"{_SECONDS:g}", "CAESURA_SOAK_SEED": str(_SEED)}
 _BUDGET_S = 8.0
 _SLACK_S = 0.3  # s: the watch looks a hundred times a second, on a machine that may be busy
 _HOSTS = ("host-1", "host-2", "host-3")

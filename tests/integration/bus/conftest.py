@@ -5,12 +5,13 @@ from pathlib import Path
 
 import pytest
 
+from caesura.conformance.bus_harness import BusHarness
 from caesura_testing.broker import Certificates, make_certificates, mosquitto_installed
-from caesura_testing.harness import KINDS, Harness, harness_of
+from caesura_testing.harness import KINDS, harness_of
 
 
 @pytest.fixture(params=KINDS)
-async def harness(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Harness]:
+async def harness(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[BusHarness]:
     """Every kind of bus in turn."""
     if request.param.startswith("mosquitto") and not mosquitto_installed():
         pytest.skip("mosquitto is not installed")

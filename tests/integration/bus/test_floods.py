@@ -191,8 +191,8 @@ async def test_a_flooding_guest_keeps_its_host_from_no_command(tmp_path: Path) -
         async def on_agent(presence: m.AgentPresence, _: object) -> None:
             others.append(presence.vm)
 
-        post.on(m.StartOperation, on_freeze)
-        post.on(m.AgentPresence, on_agent)
+        post.subscribe(m.StartOperation, on_freeze)
+        post.subscribe(m.AgentPresence, on_agent)
         coordinator = MessageClient(MqttBus(options(broker, "coordinator")), "/caesura/c")
         neighbour = MessageClient(MqttBus(options(broker, "vm_web-2")), "/caesura/vm/web-2")
         for bus, receive in ((host, post.deliver), (coordinator.bus, None), (neighbour.bus, None)):
@@ -243,7 +243,7 @@ async def test_a_flooding_guest_keeps_an_operator_from_no_plan(tmp_path: Path) -
             async def on_answer(answer: m.RequestAnswered, _: object) -> None:
                 answers.append(answer.request)
 
-            asking.on(m.RequestAnswered, on_answer)
+            asking.subscribe(m.RequestAnswered, on_answer)
             host = MessageClient(MqttBus(options(broker, "host_h1")), "/caesura/host/h1")
             neighbour = MessageClient(MqttBus(options(broker, "vm_web-2")), "/caesura/vm/web-2")
             for each, receive in ((operator, asking.deliver), (host.bus, None), (neighbour.bus, None)):
@@ -300,7 +300,7 @@ async def test_a_flooding_operator_keeps_another_from_no_abort(tmp_path: Path) -
             async def on_answer(answer: m.RequestAnswered, _: object) -> None:
                 answers.append(answer.request)
 
-            asking.on(m.RequestAnswered, on_answer)
+            asking.subscribe(m.RequestAnswered, on_answer)
             thief = MqttBus(options(broker, "ctl_thief"))
             for each, receive in ((operator, asking.deliver), (thief, None)):
                 await stack.enter_async_context(running(each, receive))

@@ -7,13 +7,11 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from functools import partial
 
-import pytest
-
 from caesura.bus.port import Delivery
+from caesura.conformance.bus_harness import BrokerCapabilities, BusHarness
 from caesura.delivery.message import OutboxMessage
 from caesura.delivery.publisher import ReliablePublisher
 from caesura_testing.collector import PATIENCE_S, Collector, eventually, running
-from caesura_testing.harness import KINDS, BrokerCapabilities, Harness, why_not
 
 
 def message(topic: str, number: int) -> OutboxMessage:
@@ -36,10 +34,8 @@ async def publishing(publisher: ReliablePublisher) -> AsyncIterator[None]:
             await task
 
 
-@pytest.mark.parametrize(
-    "harness", [kind for kind in KINDS if not why_not(kind, BrokerCapabilities.SAY_REFUSED)], indirect=True
-)
-async def test_a_topic_that_the_broker_refuses_holds_up_no_other(harness: Harness) -> None:
+async def test_a_topic_that_the_broker_refuses_holds_up_no_other(harness: BusHarness) -> None:
+    harness.require(BrokerCapabilities.SAY_REFUSED)
     got, sender = Collector(), await harness.bus()
     publisher = ReliablePublisher(sender, retry_s=0.05)
     async with (
@@ -61,7 +57,9 @@ async def test_a_topic_that_the_broker_refuses_holds_up_no_other(harness: Harnes
     assert not [each for each in got.deliveries if each.topic == "denied/a"]
 
 
-async def test_a_connection_that_is_lost_again_and_again_loses_nothing_and_no_order(harness: Harness) -> None:
+async def test_a_connection_that_is_lost_again_and_again_loses_nothing_and_no_order(
+    harness: BusHarness,
+) -> None:
     got, sender = Collector(), await harness.bus("sender")
     publisher = ReliablePublisher(sender)
     topics = [f"open/t{number}" for number in range(7)]

@@ -16,7 +16,7 @@ from caesura.bus.options import BrokerOptions
 from caesura.bus.port import BusUnavailable, PublishRefused
 from caesura.bus.rates import Limit, Rates
 from caesura.contract import messages as m
-from caesura.contract.access import Place, Principal, access_rules
+from caesura.contract.access import Principal, VmPlacement, access_rules
 from caesura.contract.codec import MAX_PAYLOAD_BYTES, encode
 from caesura.contract.topics import CHANNELS, PREFIX, channel_of
 from caesura.runtime.identity import new_id
@@ -34,8 +34,8 @@ MIB = 1024 * 1024
 _HANG_S = patient(60)
 _FLEET = (
     Principal("coordinator"),
-    Principal("host", "h1", vms=("web-1",), places=(Place("web-1", "web", 0),)),
-    Principal("host", "h2", vms=("web-2",), places=(Place("web-2", "web", 1),)),
+    Principal("host", "h1", vms=("web-1",), places=(VmPlacement("web-1", "web", 0),)),
+    Principal("host", "h2", vms=("web-2",), places=(VmPlacement("web-2", "web", 1),)),
     Principal("metadata", "m1", vms=("web-1",)),
 )
 _UNBOUND = (Principal("coordinator"), Principal("host", "h1"), Principal("host", "h2"))
@@ -116,7 +116,7 @@ async def test_a_thief_of_a_bound_account_neither_fills_the_broker_nor_stops_a_c
         async def on_freeze(command: m.StartOperation, _: object) -> None:
             commands.append(command.operation)
 
-        post.on(m.StartOperation, on_freeze)
+        post.subscribe(m.StartOperation, on_freeze)
         coordinator = MessageClient(MqttBus(options(broker, "coordinator")), "/caesura/c")
         async with running(stealing), running(host, post.deliver), running(coordinator.bus):
             before = memory_bytes(broker)

@@ -83,7 +83,7 @@ class Operator:
     def __init__(self, broker: LocalBroker) -> None:
         self.bus = MqttBus(options(broker, "ctl_ops"), filters=["caesura/v1/fleet/ctl/ops/answer"])
         self.post = MessageClient(self.bus, "/caesura/ctl/ops")
-        self.post.on(m.RequestAnswered, self._keep)
+        self.post.subscribe(m.RequestAnswered, self._keep)
         self.answers: dict[str, m.RequestAnswered] = {}
         self.reader = MqttBus(options(broker, "exporter"), filters=["caesura/v1/fleet/vm/#"])
         self.owners: dict[str, Any] = {}

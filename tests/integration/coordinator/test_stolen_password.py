@@ -68,7 +68,7 @@ async def test_a_host_cannot_send_the_coordinator_away(tmp_path: Path) -> None:
         async def keep(answer: m.RequestAnswered, _: object) -> None:
             answers.append(answer)
 
-        asking.on(m.RequestAnswered, keep)
+        asking.subscribe(m.RequestAnswered, keep)
         inventory = m.HostInventory(
             host="h1", driver="process", epoch=1, coordinator="x", vms=(), guard="ready"
         )

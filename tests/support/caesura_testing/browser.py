@@ -101,7 +101,7 @@ async def poor_contrast(page: Page) -> tuple[int, list[str]]:
 
 
 async def accessibility_tree(page: Page) -> list[tuple[str, str]]:
-    """(role, name) of everything that assistive technology is told of, in order."""
+    """(role, name) of everything that assistive technology is notified of, in order."""
     session = await page.context.new_cdp_session(page)
     tree = await session.send("Accessibility.getFullAXTree")
     await session.detach()

@@ -1,4 +1,4 @@
-"""The fleet of a compose project as a person and the kernel see it: commands, queries, and what stands still."""
+"""The fleet of a compose project as a person and the kernel see it: commands, queries, and what is paused."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Waited(AssertionError):
 
 
 class PauseLog(msgspec.Struct, frozen=True):
-    """One VM that stood still: from the first look that found it stopped to the first that found it running.
+    """One VM that was paused: from the first look that found it stopped to the first that found it running.
 
     Seconds of CLOCK_MONOTONIC.
     """
@@ -50,7 +50,7 @@ class Watch:
         self._end = threading.Event()
         self.seen: list[PauseLog] = []
         self.together: list[frozenset[str]] = []
-        """Which VMs stood still at once, each combination once."""
+        """Which VMs were paused at once, each combination once."""
 
     def loop(self) -> None:
         """Until ``end``."""
@@ -63,7 +63,7 @@ class Watch:
         self._end.set()
 
     def look(self, *, last: bool = False) -> None:
-        """Look once; with ``last``, what stands still counts until now."""
+        """Look once; with ``last``, what is paused counts until now."""
         now = time.monotonic()
         frozen = frozenset(vm for vm, pid in self._workloads.items() if is_stopped(pid))
         if frozen and frozen not in self.together:
@@ -137,7 +137,7 @@ class Fleet:
             found[:] = told or []
             return code == 0
 
-        until(look, 30.0, lambda: f"the history is told: {said}")
+        until(look, 30.0, lambda: f"the history is answered: {said}")
         return {each["rollout"]: each for each in found}
 
     def ended(self, rollout: str, *, timeout_s: float = 90.0) -> dict[str, Any]:
@@ -166,7 +166,9 @@ class Fleet:
                 lambda: "the resume is accepted",
             )
             until(
-                lambda: self.rollouts().get(rollout, {}).get("status") != "halted", 30.0, lambda: "it goes on"
+                lambda: self.rollouts().get(rollout, {}).get("status") != "halted",
+                30.0,
+                lambda: "it continues",
             )
             state = self.ended(rollout)
         if state["status"] != "completed":
@@ -202,7 +204,7 @@ class Fleet:
         return found
 
     def frozen(self) -> list[int]:
-        """Processes of the hosts that stand still now."""
+        """Processes of the hosts that are stopped now."""
         return [pid for host in HOSTS for pid in self.project.processes(host) if is_stopped(pid)]
 
     @contextmanager

@@ -247,7 +247,7 @@ def parse_beat(line: bytes, received: float) -> Beat | None:
 
 
 class RunningGuest:
-    """A guest that was booted. ``folder`` has its sockets; ``process`` is QEMU, unless it was swapped meanwhile."""
+    """A guest that was booted. ``folder`` has its sockets; ``process`` is QEMU, unless it has been swapped."""
 
     def __init__(
         self,

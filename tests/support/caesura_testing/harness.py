@@ -1,28 +1,22 @@
-"""One harness for each kind of bus: a broker, buses on it, and the power to do them harm.
-
-The conformance suite runs over all of them. ``BrokerCapabilities`` names the promises that some brokers break; no service
-may rely on one of those.
-"""
+"""One harness for each kind of bus that Caesura runs on; the bus conformance suite runs over all of them."""
 
 from __future__ import annotations
 
 import os
 import signal
-from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from enum import Enum, auto
 from pathlib import Path
 from typing import Literal
 
 from caesura.bus.local_broker import LocalBroker
-from caesura.bus.memory import MemoryBroker, MemoryBus
 from caesura.bus.mqtt import MqttBus
 from caesura.bus.options import BrokerOptions
 from caesura.bus.port import Bus, Will
+from caesura.conformance.bus_harness import BrokerCapabilities, BusHarness, MemoryHarness
+from caesura.conformance.collector import eventually
 from caesura.runtime.settings import Secret
 from caesura_testing.broker import mosquitto
-from caesura_testing.collector import eventually
 from caesura_testing.proxy import TcpProxy
 
 Kind = Literal["memory", "mosquitto-5", "mosquitto-3.1.1", "amqtt"]
@@ -33,126 +27,21 @@ _USERS = {"suite": "correct horse"}
 _ACL = "user suite\ntopic readwrite open/#\ntopic read denied/#\n"
 
 
-class BrokerCapabilities(Enum):
-    """Promises that not every broker keeps; no service may rely on one that is missing somewhere."""
-
-    QUEUE_WHILE_AWAY = auto()
-    KEEP_OVER_A_KILL = auto()
-    REDELIVER = auto()
-    SAY_REFUSED = auto()
-    TAKE_OVER = auto()
-    QOS_0 = auto()
-
-
-_WHY_NOT: dict[tuple[Kind, BrokerCapabilities], str] = {
-    (
-        "amqtt",
-        BrokerCapabilities.QUEUE_WHILE_AWAY,
-    ): "amqtt says session present but keeps nothing for anonymous clients",
-    ("amqtt", BrokerCapabilities.KEEP_OVER_A_KILL): "amqtt keeps everything in memory",
-    (
-        "amqtt",
-        BrokerCapabilities.REDELIVER,
-    ): "amqtt forgets an unacknowledged message after 5 s or a disconnect",
-    ("amqtt", BrokerCapabilities.SAY_REFUSED): "amqtt has no access rules here, and 3.1.1 cannot say it",
-    (
-        "amqtt",
-        BrokerCapabilities.TAKE_OVER,
-    ): "amqtt does not close the older connection of a taken-over client id reliably",
-    ("amqtt", BrokerCapabilities.QOS_0): "amqtt delivers QoS 0 as the subscription's QoS 1",
-    ("mosquitto-3.1.1", BrokerCapabilities.SAY_REFUSED): "MQTT 3.1.1 has no answer for a refused publish",
+_AMQTT_LACKS = {
+    BrokerCapabilities.QUEUE_WHILE_AWAY: "amqtt says session present but keeps nothing for anonymous clients",
+    BrokerCapabilities.KEEP_OVER_A_KILL: "amqtt keeps everything in memory",
+    BrokerCapabilities.REDELIVER: "amqtt forgets an unacknowledged message after 5 s or a disconnect",
+    BrokerCapabilities.SAY_REFUSED: "amqtt has no access rules here, and 3.1.1 cannot say it",
+    BrokerCapabilities.TAKE_OVER: "amqtt does not close the older connection of a taken-over client id reliably",
+    BrokerCapabilities.QOS_0: "amqtt delivers QoS 0 as the subscription's QoS 1",
+}
+_MISSING: Mapping[Kind, Mapping[BrokerCapabilities, str]] = {
+    "amqtt": _AMQTT_LACKS,
+    "mosquitto-3.1.1": {BrokerCapabilities.SAY_REFUSED: "MQTT 3.1.1 has no answer for a refused publish"},
 }
 
 
-def why_not(kind: Kind, ability: BrokerCapabilities) -> str | None:
-    """Why this broker does not keep a promise; None if it does."""
-    return _WHY_NOT.get((kind, ability))
-
-
-class Harness(ABC):
-    """A broker, buses on it, and the power to do them harm."""
-
-    def __init__(self, kind: Kind) -> None:
-        self.kind = kind
-
-    @abstractmethod
-    async def bus(
-        self,
-        client_id: str = "",
-        *,
-        filters: Sequence[str] = (),
-        will: Will | None = None,
-        clean: bool = True,
-        backlog_limit: int = 1_000,
-        backlog_bytes: int = 1_000_000,
-    ) -> Bus:
-        """A bus that can be cut off alone."""
-
-    @abstractmethod
-    async def until_stored(self, payload: bytes) -> None:
-        """Wait until a broker killed now would come back with this message."""
-
-    @abstractmethod
-    async def cut(self, client_id: str) -> None:
-        """End one client's connection without a goodbye."""
-
-    @abstractmethod
-    async def stall(self) -> None:
-        """The broker takes everything and answers nothing."""
-
-    @abstractmethod
-    async def kill(self) -> None:
-        """The broker dies."""
-
-    @abstractmethod
-    async def revive(self) -> None:
-        """The broker is there again, at the same address, after ``kill``."""
-
-
-class MemoryHarness(Harness):
-    """Everything in this process; ``denied/...`` may not be published to."""
-
-    def __init__(self) -> None:
-        super().__init__("memory")
-        self.broker = MemoryBroker(may_publish=lambda _, topic: not topic.startswith("denied/"))
-
-    async def bus(
-        self,
-        client_id: str = "",
-        *,
-        filters: Sequence[str] = (),
-        will: Will | None = None,
-        clean: bool = True,
-        backlog_limit: int = 1_000,
-        backlog_bytes: int = 1_000_000,
-    ) -> Bus:
-        return MemoryBus(
-            self.broker,
-            client_id=client_id,
-            filters=filters,
-            will=will,
-            clean=clean,
-            backlog_limit=backlog_limit,
-            backlog_bytes=backlog_bytes,
-        )
-
-    async def until_stored(self, payload: bytes) -> None:
-        """Nothing to wait for: ``down`` keeps everything."""
-
-    async def cut(self, client_id: str) -> None:
-        self.broker.kill(client_id)
-
-    async def stall(self) -> None:
-        self.broker.stall()
-
-    async def kill(self) -> None:
-        self.broker.down()
-
-    async def revive(self) -> None:
-        self.broker.up()
-
-
-class MqttHarness(Harness):
+class MqttHarness(BusHarness):
     """A broker process, and a proxy for each named client."""
 
     def __init__(
@@ -163,7 +52,7 @@ class MqttHarness(Harness):
         protocol: Literal["auto", "5", "3.1.1"],
         stack: AsyncExitStack,
     ) -> None:
-        super().__init__(kind)
+        self.missing = _MISSING.get(kind, {})
         self._folder = folder
         self.broker = broker
         self._protocol = protocol
@@ -219,7 +108,7 @@ class MqttHarness(Harness):
 
 
 @asynccontextmanager
-async def harness_of(kind: Kind, folder: Path) -> AsyncIterator[Harness]:
+async def harness_of(kind: Kind, folder: Path) -> AsyncIterator[BusHarness]:
     """Start what ``kind`` needs, keeping its files in ``folder``.
 
     Raises:

@@ -23,7 +23,7 @@ _SKIPPED = 77
 """The exit code of a lane whose tool is missing, after a line ``SKIPPED: why`` (the convention of Automake)."""
 _SAY_EVERY_S = 30.0
 _END_S = 20.0
-"""s: for the lanes to end when told to, before they are killed."""
+"""s: for the lanes to end after a signal, before they are killed."""
 
 # Most of the time the tests wait: for a pause, a broker's answer, a process. Tests of one file stay in one process, where its
 # fixtures are shared.
@@ -96,7 +96,7 @@ LANES = {
         """,
     ),
     "wheel": Lane(
-        "the built wheel, installed alone, passes the unit tests and starts every command",
+        "the built wheel, installed alone, passes the unit tests, starts every command and holds an author's driver to the suite",
         f"""
         rm -rf .lanes/wheel
         mkdir -p .lanes/wheel
@@ -105,6 +105,10 @@ LANES = {
         "$UV" export --quiet --locked --all-extras --no-emit-project --format requirements-txt >.lanes/wheel/requirements.txt
         VIRTUAL_ENV=$PWD/.lanes/wheel/venv "$UV" pip install --quiet -r .lanes/wheel/requirements.txt .lanes/wheel/dist/*.whl
         tests/architecture/wheel.sh "$PWD/.lanes/wheel/venv" {_WORKERS}
+        "$UV" venv --quiet --python python3 .lanes/wheel/author
+        "$UV" export --quiet --locked --extra conformance --no-default-groups --no-emit-project --format requirements-txt >.lanes/wheel/author.txt
+        VIRTUAL_ENV=$PWD/.lanes/wheel/author "$UV" pip install --quiet -r .lanes/wheel/author.txt .lanes/wheel/dist/*.whl
+        tests/architecture/author.sh "$PWD/.lanes/wheel/author"
         """,
     ),
     "soak": Lane(
@@ -140,7 +144,7 @@ class Result(NamedTuple):
         return self.code == _SKIPPED
 
     def line(self) -> str:
-        """One line for whoever reads along."""
+        """One line for the person who reads along."""
         how = "passed" if self.code == 0 else "skipped" if self.skipped else "FAILED"
         return f"== {self.lane} {how} ({self.seconds:.0f} s, {self.cpu_s:.0f} s of CPU)"
 

@@ -65,7 +65,7 @@ class Prometheus:
         return [Series(each["metric"], (float(each["value"][1]),)) for each in data["result"]]
 
     async def there_is(self, selector: str, start: float, end: float) -> bool:
-        """Whether any series matched in the time. Raises PrometheusError: it is no selector."""
+        """Whether any series matched in the time. Raises PrometheusError: it is not a selector."""
         asked: dict[str, str | float] = {"match[]": selector, "start": start, "end": end}
         return bool(await self._ask("series", **asked))
 

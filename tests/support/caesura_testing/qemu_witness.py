@@ -17,7 +17,7 @@ from caesura.runtime.processes import marked_processes
 _ANSWER_S = 2.0
 
 
-class Vmms:
+class QemuWitness:
     """See the module. ``mark``: the sandbox's; ``folder``: where the hosts' run folders are."""
 
     def __init__(self, mark: str, folder: Path) -> None:
@@ -25,7 +25,7 @@ class Vmms:
         self._folder = folder
 
     def of(self, vm: str) -> list[int]:
-        """Every process of a VM, whoever started it, also one that is not a QEMU yet; but no trial, which is none's."""
+        """Every process of a VM, by whichever process it was started, also one that is not a QEMU yet; but no trial, which is none's."""
         found = []
         for pid in marked_processes(self._mark):
             with suppress(OSError):

@@ -27,7 +27,7 @@ from caesura.runtime.identity import new_id
 from caesura.runtime.processes import freezers, is_stopped, kill_marked, marked_processes, reads_frozen
 from caesura_testing.evidence import ends_of_logs
 from caesura_testing.patience import patient
-from caesura_testing.qemu_witness import Vmms
+from caesura_testing.qemu_witness import QemuWitness
 
 _GUARDS = {b"caesura_pause_guard", b"caesura_host_updater.guard"}
 """The guard's module in this version, and in those before the guard had a package of its own."""
@@ -36,7 +36,7 @@ _WATCH_S = 0.01
 
 
 class Vm(msgspec.Struct, frozen=True, kw_only=True):
-    """One VM of the sandbox: ``sleep`` as its workload, and an agent unless told otherwise."""
+    """One VM of the sandbox: ``sleep`` as its workload, and an agent unless it says otherwise."""
 
     name: str
     set: str = ""
@@ -65,7 +65,7 @@ def _is_agent(pid: int) -> bool:
 
 
 class KernelWatch:
-    """Asks the kernel a hundred times a second which VMs stand still. Knows nothing of messages."""
+    """Asks the kernel a hundred times a second which VMs are paused. Knows nothing of messages."""
 
     def __init__(self, mark: str) -> None:
         self._mark = mark
@@ -76,14 +76,14 @@ class KernelWatch:
         self._changed = asyncio.Event()
 
     def learn(self) -> dict[str, list[int]]:
-        """Find the processes of every VM anew; call when VMs were started."""
+        """Find the processes of every VM again; call when VMs were started."""
         found: dict[str, list[int]] = {}
         for pid in marked_processes(self._mark):
             with suppress(OSError):
                 for item in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
                     if item.startswith(b"CAESURA_VM="):
                         found.setdefault(item.partition(b"=")[2].decode(), []).append(pid)
-        # Not the agent: a test may stop it alone, which is no pause of the VM.
+        # Not the agent: a test may stop it alone, which does not pause the VM.
         self._pids = {
             vm: max([pid for pid in pids if not _is_agent(pid)] or pids) for vm, pids in found.items()
         }
@@ -91,7 +91,7 @@ class KernelWatch:
         return found
 
     def frozen(self) -> set[str]:
-        """VMs that stand still now."""
+        """VMs that are paused now."""
         return {
             vm
             for vm, pid in self._pids.items()
@@ -103,7 +103,7 @@ class KernelWatch:
         return set(self._open)
 
     async def run(self) -> None:
-        """Watch for ever."""
+        """Watch until cancelled."""
         loop = asyncio.get_running_loop()
         while True:
             now = loop.time()
@@ -125,7 +125,7 @@ class KernelWatch:
         return max(((each.ended or now) - each.begun for each in self.pauses), default=0.0)
 
     def clashes(self, places: Mapping[str, tuple[str, int]]) -> list[str]:
-        """Pairs of VMs of one set in different domains that stood still at once; ``places``: VM to (set, domain)."""
+        """Pairs of VMs of one set in different domains that were paused at once; ``places``: VM to (set, domain)."""
         now = asyncio.get_running_loop().time()
         found = []
         for index, one in enumerate(self.pauses):
@@ -146,7 +146,7 @@ class Sandbox:
     """
 
     open_ones: ClassVar[WeakSet[Sandbox]] = WeakSet()
-    """Those that are not closed, for whoever reports a failure."""
+    """Those that are not closed, for the report of a failure."""
 
     def __init__(self, broker: LocalBroker, *, freezer: str = "auto") -> None:
         self.open_ones.add(self)
@@ -167,7 +167,7 @@ class Sandbox:
         self.hosts: dict[str, str] = {}
         """VM to its host."""
         self.watch = KernelWatch(self.mark)
-        self.vmms = Vmms(self.mark, self.folder)
+        self.qemu_witness = QemuWitness(self.mark, self.folder)
         self._watching: asyncio.Task[None] | None = None
         self._ram: Path | None = None
         (self.folder / "updates.d").mkdir()

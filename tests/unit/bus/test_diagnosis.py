@@ -9,7 +9,7 @@ from caesura.bus.diagnosis import (
     ClosedEarly,
     ConnectionLost,
     ConnectRefused,
-    NoAnswer,
+    ConnectTimeout,
     SubscribeRefused,
     explain,
 )
@@ -31,7 +31,7 @@ OPTIONS = BrokerOptions(url="mqtt://broker:1883", client_id="host-1", username="
         (ConnectionLost(0, "x"), "broker's log"),
         (SubscribeRefused(["a/#"]), "read access"),
         (ClosedEarly("x"), "mqtts://"),
-        (NoAnswer(), "load"),
+        (ConnectTimeout(), "load"),
         (TimeoutError(), "firewall"),
         (ConnectionResetError(), "TLS"),
         (PermissionError(13, "denied", "/run/bus.sock"), "access"),
@@ -40,9 +40,9 @@ OPTIONS = BrokerOptions(url="mqtt://broker:1883", client_id="host-1", username="
 )
 def test_advice(error: BaseException, words: str) -> None:
     explained = explain(error, OPTIONS)
-    assert words in explained.advice
-    assert explained.what
+    assert words in explained.hint
+    assert explained.summary
 
 
 def test_what_was_refused_is_named() -> None:
-    assert "a/#, b" in explain(SubscribeRefused(["a/#", "b"]), OPTIONS).what
+    assert "a/#, b" in explain(SubscribeRefused(["a/#", "b"]), OPTIONS).summary

@@ -11,7 +11,7 @@ from structlog.testing import capture_logs
 from caesura.bus.memory import MemoryBroker, MemoryBus
 from caesura.bus.messaging import MessageClient
 from caesura.bus.port import Delivery
-from caesura.bus.refused import Refused
+from caesura.bus.refusal_log import RefusalLog
 from caesura.contract import messages as m
 from caesura.contract.codec import Malformed, decode
 from caesura.contract.generated import golden_payload
@@ -45,7 +45,7 @@ class Service:
     def __init__(self) -> None:
         self.post = MessageClient(MemoryBus(MemoryBroker(), client_id="a"), "/caesura/test")
         self.received: list[m.OperationReported] = []
-        self.post.on(m.OperationReported, self._take)
+        self.post.subscribe(m.OperationReported, self._take)
 
     async def _take(self, report: m.OperationReported, _: object) -> None:
         self.received.append(report)
@@ -83,7 +83,7 @@ async def test_what_is_another_fault_has_a_line_of_its_own() -> None:
 
 def test_what_is_still_refused_after_a_while_is_said_again_with_a_count() -> None:
     now = [0.0]
-    refused = Refused(lambda: now[0])
+    refused = RefusalLog(lambda: now[0])
     error = Malformed(_TOPIC, "data of no shape")
     with capture_logs() as logs:
         for _ in range(5):

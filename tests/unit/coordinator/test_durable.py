@@ -414,7 +414,7 @@ async def test_a_disk_that_fails_ends_the_service_and_nothing_of_it_was_publishe
     async def hear(message: m.RequestAnswered, _: Received) -> None:
         heard.append(message.request)
 
-    world.post.on(m.RequestAnswered, hear)
+    world.post.subscribe(m.RequestAnswered, hear)
     world.disk.broken = True
     await world.post.send(m.AbortRequested(request="a", rollout="none"), client="ops")
     with pytest.raises(BaseExceptionGroup) as caught:

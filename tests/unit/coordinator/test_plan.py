@@ -15,7 +15,7 @@ from caesura.fleet.state import FleetState
 from caesura.lifecycle.commands import COMMANDS
 from caesura_coordinator.fence import Contested, FleetFence, health_blockers
 from caesura_coordinator.plan import make_plan
-from caesura_testing.retold import retold
+from caesura_testing.refold import refold
 
 Build = Callable[..., m.VmRecord]
 Host = Callable[..., m.HostInventory]
@@ -303,7 +303,7 @@ def test_no_wave_ever_holds_two_domains_of_a_set(placement: dict[str, dict[str, 
         for name, sets in placement.items()
     ]
     present = [m.HostPresence(host=each.host, online=True, instance="i") for each in inventories]
-    plan = _plan(FleetFence(retold(FleetState(), *inventories, *present)))
+    plan = _plan(FleetFence(refold(FleetState(), *inventories, *present)))
     assert sorted(host for wave in plan.waves for host in wave.hosts) == sorted(placement)
     for wave in plan.waves:
         for vm in wave.vms:

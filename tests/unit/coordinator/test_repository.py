@@ -24,7 +24,7 @@ from caesura_coordinator.repository import RolloutRepository
 from caesura_coordinator.retention import Removal
 from caesura_coordinator.store import CoordinatorStore
 from caesura_testing.damage import flip_bits
-from caesura_testing.retold import retold
+from caesura_testing.refold import refold
 
 T0 = datetime(2026, 4, 20, 12, 0, 0, tzinfo=UTC)
 _ANSWER = m.RequestAnswered(request="q", accepted=True)
@@ -351,7 +351,7 @@ def test_ids_of_one_attempt_differ_between_epochs(desk: Desk) -> None:
     desk.reopened()
     desk.authority = Authority(coordinator="c", epoch=2)
     for inventory in desk.fleet.inventories.values():
-        desk.fleet = FleetFence(retold(desk.fleet.state, msgspec.structs.replace(inventory, epoch=2)))
+        desk.fleet = FleetFence(refold(desk.fleet.state, msgspec.structs.replace(inventory, epoch=2)))
     desk.give(Tick())
     assert desk.event().event_id != first
 

@@ -14,7 +14,7 @@ from caesura.contract.envelope import Message
 from caesura.contract.fitting import fits
 from caesura.contract.reasons import Reason
 from caesura.fleet.words import Cleared
-from caesura.lifecycle.errors import IllegalTransition
+from caesura.lifecycle.errors import IllegalStatusChange
 from caesura.lifecycle.proof import memory_proof
 from caesura_coordinator.authority import Authority
 from caesura_coordinator.commands import command_for, due_operations
@@ -27,7 +27,7 @@ from caesura_coordinator.records import HostOperation, Rollout, Wave, new_rollou
 from caesura_coordinator.rollout import after_restart, decide
 from caesura_coordinator.validation import RequestRefused
 from caesura_coordinator.verification import verify
-from caesura_testing.retold import retold
+from caesura_testing.refold import refold
 
 T0 = datetime(2026, 4, 20, 12, 0, 0, tzinfo=UTC)
 
@@ -162,7 +162,7 @@ _AGENT_GONE = m.AgentPresence(vm="w1", online=False, boot_id="b")
 
 def _told(fleet: FleetFence, *messages: Message | Cleared) -> FleetFence:
     """The fleet told this, too."""
-    return FleetFence(retold(fleet.state, *messages))
+    return FleetFence(refold(fleet.state, *messages))
 
 
 def _gone(host: str) -> tuple[Cleared, Cleared]:
@@ -787,10 +787,10 @@ def test_an_abort_keeps_why_the_rollout_had_halted(story: Story) -> None:
 
 
 def test_illegal_requests_name_both_states(story: Story) -> None:
-    with pytest.raises(IllegalTransition, match="'running' to 'running'"):
+    with pytest.raises(IllegalStatusChange, match="'running' to 'running'"):
         story.give(Resume())
     story.give(Abort())
-    with pytest.raises(IllegalTransition, match="'aborted' to 'aborted'"):
+    with pytest.raises(IllegalStatusChange, match="'aborted' to 'aborted'"):
         story.give(Abort())
 
 

@@ -24,7 +24,7 @@ from caesura.fleet.fold import apply
 from caesura.fleet.state import FleetState
 from caesura.lifecycle.commands import COMMANDS
 from caesura.lifecycle.document import version_of
-from caesura.lifecycle.errors import IllegalTransition
+from caesura.lifecycle.errors import IllegalStatusChange
 from caesura.lifecycle.proof import memory_proof
 from caesura_coordinator.authority import Authority
 from caesura_coordinator.commands import command_for, due_operations
@@ -519,7 +519,7 @@ class Fleetwide(RuleBasedStateMachine):
         for rollout in self.active:
             try:
                 self.give(Resume(), rollout)
-            except (IllegalTransition, RequestRefused):
+            except (IllegalStatusChange, RequestRefused):
                 continue
 
     @rule()

@@ -58,7 +58,7 @@ class World:
             m.StartOperation,
             m.EventChanged,
         ):
-            self.post.on(kind, self._hear)
+            self.post.subscribe(kind, self._hear)
 
     async def _hear(self, message: Message, _: Received) -> None:
         self.heard.append(message)
@@ -669,7 +669,7 @@ async def test_the_outbox_forgets_a_message_only_when_the_broker_has_it(
     async def receive(_: m.WaveChanged, received: Received) -> None:
         ids.append(received.header.id)
 
-    world.post.on(m.WaveChanged, receive)
+    world.post.subscribe(m.WaveChanged, receive)
     await world.host(host("h1", build("w1", agent=False)))
     async with world.coordinator() as one:
         await eventually(lambda: one.is_leader and one.waiting() == 0 and "web" in one.repository.documents)

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from caesura.contract import messages as m
 from caesura.fleet.state import FleetState
 from caesura.lifecycle.commands import COMMANDS
-from caesura.lifecycle.errors import IllegalTransition
+from caesura.lifecycle.errors import IllegalStatusChange
 from caesura.runtime.errors import StoreError
 from caesura_coordinator.authority import Authority
 from caesura_coordinator.events import Abort, Approve, Resume, Tick
@@ -26,7 +26,7 @@ from caesura_coordinator.records import Rollout, Wave, new_rollout
 from caesura_coordinator.repository import RolloutRepository
 from caesura_coordinator.store import CoordinatorStore, newer_entries
 from caesura_coordinator.validation import RequestRefused
-from caesura_testing.retold import retold
+from caesura_testing.refold import refold
 
 T0 = datetime(2026, 4, 20, 12, 0, 0, tzinfo=UTC)
 _AUTHORITY = Authority(coordinator="c", epoch=1)
@@ -66,7 +66,7 @@ def fleet_of(hosts: int, per_host: int, sets: int = 2) -> FleetFence:
         )
         messages.append(m.HostPresence(host=host, online=True, instance="i"))
         messages += [m.AgentPresence(vm=each.vm, online=True, boot_id="b") for each in vms]
-    return FleetFence(retold(FleetState(), *messages))
+    return FleetFence(refold(FleetState(), *messages))
 
 
 class Desk:
@@ -210,7 +210,7 @@ def test_what_is_stored_is_always_what_is_known(steps: list[tuple[str, int]]) ->
     for what, number in steps:
         desk.now += timedelta(seconds=30 if what == "wait" else 1)
         for received in _inputs(desk, what, number):
-            with contextlib.suppress(IllegalTransition, RequestRefused):
+            with contextlib.suppress(IllegalStatusChange, RequestRefused):
                 desk.give(received)
             assert desk.stored() == [desk.rollout]
 

@@ -39,7 +39,7 @@ from caesura_host_updater.operation.events import (
 from caesura_host_updater.operation.machine import decide as decide_pause
 from caesura_host_updater.operation.report import final_report
 from caesura_host_updater.operation.state import Operation, UpdateRun, VmPause
-from caesura_testing.retold import retold
+from caesura_testing.refold import refold
 from caesura_vmcontrol.intent import GuardAction, Intent, Intervention
 
 T0 = datetime(2026, 4, 20, 12, 0, 0, tzinfo=UTC)
@@ -70,7 +70,7 @@ def _fleet() -> FleetFence:
         guard="ready",
         commands=COMMANDS,
     )
-    return FleetFence(retold(FleetState(), inventory, _host(online=True), _agent(online=True)))
+    return FleetFence(refold(FleetState(), inventory, _host(online=True), _agent(online=True)))
 
 
 def _host(*, online: bool) -> m.HostPresence:
@@ -109,7 +109,7 @@ class Story:
 
     def changed(self, **changes: object) -> Story:
         inventory = msgspec.structs.replace(self.fleet.inventories["host-1"], **changes)
-        self.fleet = FleetFence(retold(self.fleet.state, inventory))
+        self.fleet = FleetFence(refold(self.fleet.state, inventory))
         return self
 
     def announced(self) -> Story:
@@ -177,12 +177,12 @@ class Story:
 
 
 def _without_host(story: Story) -> Story:
-    story.fleet = FleetFence(retold(story.fleet.state, _host(online=False)))
+    story.fleet = FleetFence(refold(story.fleet.state, _host(online=False)))
     return story
 
 
 def _without_agent(story: Story) -> Story:
-    story.fleet = FleetFence(retold(story.fleet.state, _agent(online=False)))
+    story.fleet = FleetFence(refold(story.fleet.state, _agent(online=False)))
     return story
 
 

@@ -13,7 +13,7 @@ from structlog.testing import capture_logs
 
 from caesura.bus.port import BusUnavailable, PublishRefused, PublishTooLarge
 from caesura.delivery.message import OutboxMessage
-from caesura.delivery.policy import NEWEST, Policy
+from caesura.delivery.policy import NEWEST, DeliveryPolicy
 from caesura.delivery.publisher import IN_FLIGHT, ReliablePublisher
 from caesura.delivery.store import MemoryOutbox
 from caesura.runtime.errors import StoreError
@@ -266,7 +266,7 @@ async def test_a_refused_one_that_is_replaced_just_when_it_is_tried_again_leaves
 async def test_what_has_a_limit_is_given_up_and_what_has_none_is_not() -> None:
     broker = Broker()
     broker.refused = {"no"}
-    limited = Policy(give_up_s=60.0)
+    limited = DeliveryPolicy(give_up_s=60.0)
     with capture_logs() as logs:
         async with running(ReliablePublisher(broker)) as publisher:
             publisher.put(message("no"), policy=limited)
@@ -290,7 +290,7 @@ async def test_a_broker_that_does_not_answer_is_given_up_on_time() -> None:
     async with running(ReliablePublisher(broker)) as publisher:
         began = asyncio.get_running_loop().time()
         with pytest.raises(BusUnavailable):
-            await publisher.deliver(message("a"), Policy(give_up_s=25.0))
+            await publisher.deliver(message("a"), DeliveryPolicy(give_up_s=25.0))
         assert 24 <= asyncio.get_running_loop().time() - began <= 26
         assert len(publisher) == 0
 
@@ -300,9 +300,9 @@ async def test_whoever_waits_hears_of_a_refusal_where_that_is_the_end() -> None:
     broker.refused = {"no"}
     async with running(ReliablePublisher(broker)) as publisher:
         with pytest.raises(PublishRefused):
-            await publisher.deliver(message("no"), Policy(refusal_ends=True))
+            await publisher.deliver(message("no"), DeliveryPolicy(refusal_ends=True))
         assert (len(publisher), publisher.refused) == (0, 0)
-        await publisher.deliver(message("yes"), Policy(refusal_ends=True))
+        await publisher.deliver(message("yes"), DeliveryPolicy(refusal_ends=True))
     assert broker.taken == ["yes-0"]
 
 
@@ -311,7 +311,7 @@ async def test_what_is_repeated_is_repeated_while_it_is_wanted_under_the_same_id
     wanted = True
     accepted: list[OutboxMessage] = []
     publisher = ReliablePublisher(broker, on_accepted=accepted.append)
-    policy = Policy(give_up_s=5.0, refusal_ends=True, repeat_s=2.0, wanted=lambda: wanted)
+    policy = DeliveryPolicy(give_up_s=5.0, refusal_ends=True, repeat_s=2.0, wanted=lambda: wanted)
     async with running(publisher):
         await publisher.deliver(message("approval"), policy)
         assert len(publisher) == 0
@@ -431,7 +431,7 @@ async def test_whatever_happens_each_topic_is_in_order_and_complete(seed: int) -
             retained = topic in ("s0", "s1")
             made = message(topic, counters[topic](), retain=retained)
             await store.add([made])
-            publisher.put(made, policy=NEWEST if retained else Policy())
+            publisher.put(made, policy=NEWEST if retained else DeliveryPolicy())
             put[topic].append(made.event_id)
             if chance.random() < 0.5:
                 await asyncio.sleep(chance.uniform(0, 0.1))

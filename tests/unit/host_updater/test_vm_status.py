@@ -66,7 +66,7 @@ class Scene:
         self.count = 0
         self.ear = MemoryBus(self.broker, filters=["caesura/v1/host/+/vm/+/status"])
         self.post = MessageClient(self.ear, "/caesura/test")
-        self.post.on(m.VmStatus, self._on)
+        self.post.subscribe(m.VmStatus, self._on)
         self.post.on_tombstone(m.VmStatus, self._gone)
 
     async def _on(self, message: m.VmStatus, _: Any) -> None:

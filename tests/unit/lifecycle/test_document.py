@@ -10,7 +10,7 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invaria
 
 from caesura.contract.messages import ScheduledEvent, SetDocument
 from caesura.lifecycle import document as d
-from caesura.lifecycle.errors import IllegalTransition
+from caesura.lifecycle.errors import IllegalStatusChange
 
 
 def _event(event_id: str) -> ScheduledEvent:
@@ -50,13 +50,13 @@ def test_an_approval_is_newer_for_services_and_no_change_for_workloads() -> None
 
 
 def test_an_ended_event_cannot_start_and_the_error_names_both_states() -> None:
-    with pytest.raises(IllegalTransition, match="'ended or unknown' to 'started'"):
+    with pytest.raises(IllegalStatusChange, match="'ended or unknown' to 'started'"):
         d.start(d.nothing_yet("web"), "A")
 
 
 def test_an_id_is_never_reused_for_something_else() -> None:
     one = d.start(d.schedule(d.nothing_yet("web"), _event("A")), "A")
-    with pytest.raises(IllegalTransition, match="'started' to 'scheduled'"):
+    with pytest.raises(IllegalStatusChange, match="'started' to 'scheduled'"):
         d.schedule(one, _event("A"))
 
 

@@ -22,7 +22,7 @@ _VALUES = re.compile(r"'[^']*'|\d+")
 _log = structlog.get_logger("caesura.bus")
 
 
-class Refused:
+class RefusalLog:
     """The messages that one service received and could not read.
 
     Args:

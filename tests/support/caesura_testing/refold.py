@@ -1,4 +1,4 @@
-"""The same fleet, told something more: a fold of its own, for tests that keep the one before."""
+"""The same fleet with more messages: a fold of its own, for tests that keep the one before."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from caesura.fleet.state import FleetState
 from caesura.fleet.words import Cleared
 
 
-def retold(state: FleetState, *messages: Message | Cleared) -> FleetState:
+def refold(state: FleetState, *messages: Message | Cleared) -> FleetState:
     """A new state from every word of this one and then these messages."""
     made = FleetState()
     for channel in CHANNELS:

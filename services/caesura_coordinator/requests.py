@@ -15,7 +15,7 @@ from caesura.contract.envelope import Message
 from caesura.contract.names import is_name
 from caesura.contract.reasons import ReasonCode
 from caesura.contract.topics import PREFIX
-from caesura.lifecycle.errors import IllegalTransition
+from caesura.lifecycle.errors import IllegalStatusChange
 from caesura.runtime.errors import StoreError
 from caesura.runtime.identity import new_id
 from caesura_coordinator.dispatcher import RolloutDispatcher
@@ -152,7 +152,7 @@ class RequestHandler:
             raise
         except RequestRefused as error:
             self._refuse(client, request, error.code, str(error))
-        except IllegalTransition as error:
+        except IllegalStatusChange as error:
             self._refuse(client, request, "rollout_state", str(error))
 
     def _refuse(self, client: str, request: Request, code: ReasonCode, why: str) -> None:

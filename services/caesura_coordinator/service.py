@@ -163,7 +163,7 @@ class Coordinator:
     def _subscribe(self) -> None:
         for kind, receiver in self._receivers():
             # Of other coordinators' rollouts only the existence matters, not the content of their waves.
-            self.post.on(kind, receiver, whole=kind is not m.RolloutState)
+            self.post.subscribe(kind, receiver, whole=kind is not m.RolloutState)
         self.post.listeners.append(self._fleet_receiver.on_any)
         self.post.on_tombstone(m.HostInventory, self._fleet_receiver.on_host_removed)
         self.post.on_tombstone(m.VmOwner, self._fleet_receiver.on_owner_removed)

@@ -185,14 +185,14 @@ class HostUpdater:
         self._listen()
 
     def _listen(self) -> None:
-        self.post.on(StartOperation, self._on_start)
-        self.post.on(AbortOperation, self._on_abort)
-        self.post.on(CoordinatorPresence, self._on_coordinator)
-        self.post.on(ClockSyncRequested, self._on_clock_request)
-        self.post.on(AgentClockSynced, self._on_agent_synced)
-        self.post.on(AgentPresence, self._on_agent)
-        self.post.on(VmStatus, self._on_status)
-        self.post.on(InventoryPart, self._on_inventory_part)
+        self.post.subscribe(StartOperation, self._on_start)
+        self.post.subscribe(AbortOperation, self._on_abort)
+        self.post.subscribe(CoordinatorPresence, self._on_coordinator)
+        self.post.subscribe(ClockSyncRequested, self._on_clock_request)
+        self.post.subscribe(AgentClockSynced, self._on_agent_synced)
+        self.post.subscribe(AgentPresence, self._on_agent)
+        self.post.subscribe(VmStatus, self._on_status)
+        self.post.subscribe(InventoryPart, self._on_inventory_part)
         self.post.on_tombstone(InventoryPart, self._on_part_removed)
         self.post.on_tombstone(HostPresence, self._on_presence_removed)
 

@@ -136,7 +136,7 @@ class RolloutRepository:
 
         Raises:
             StoreError: nothing changed, in memory or on disk.
-            IllegalTransition, RequestRefused: as ``decide``.
+            IllegalStatusChange, RequestRefused: as ``decide``.
         """
         fleet = fleet.with_commanded(lambda: self._commanded_by_others(rollout))
         changed, effects = decide(rollout, received, fleet, authority, now)

@@ -36,7 +36,7 @@ def decide(
     """One step. Repeated and late inputs change nothing.
 
     Raises:
-        IllegalTransition: an operator's request that the rollout's status does not allow.
+        IllegalStatusChange: an operator's request that the rollout's status does not allow.
         RequestRefused: a resume while a host's report is outstanding.
     """
     decision = Decision(rollout, fleet, authority, now)

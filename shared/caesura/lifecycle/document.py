@@ -38,7 +38,7 @@ def schedule(document: SetDocument, event: ScheduledEvent) -> SetDocument:
     """Add a scheduled event. Adding the same event again changes nothing.
 
     Raises:
-        IllegalTransition: the id is taken by a different event.
+        IllegalStatusChange: the id is taken by a different event.
     """
     existing = find_event(document, event.event_id)
     if existing is not None:
@@ -64,7 +64,7 @@ def start(document: SetDocument, event_id: str) -> SetDocument:
     """Scheduled to started. Starting a started event changes nothing.
 
     Raises:
-        IllegalTransition: the event is not open, or no longer.
+        IllegalStatusChange: the event is not open, or no longer.
     """
     event = find_event(document, event_id)
     if event is None:

@@ -271,7 +271,7 @@ async def test_a_3_1_1_brokers_no_to_version_5_is_understood(broker: ScriptedBro
 
 async def test_a_silent_broker_is_given_up_and_nothing_is_left(broker: ScriptedBroker) -> None:
     before = asyncio.all_tasks()
-    opening = asyncio.create_task(link_to(broker, connect_timeout_s=0.1).open())
+    opening = asyncio.create_task(link_to(broker, connect_timeout_s=patient(0.3)).open())
     there = await broker.accept()
     await there.read(CONNECT)
     with pytest.raises(ConnectTimeout):

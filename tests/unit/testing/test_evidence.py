@@ -74,7 +74,8 @@ def test_a_hypothesis_test_that_fails_shows_what_to_give_it_again(tmp_path: Path
             tmp_path,
             tmp_path,
         ],
-        env={name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")},
+        env={name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+        | {"PYTHONPATH": str(_TESTS / "support")},
         cwd=tmp_path,
         capture_output=True,
         text=True,

@@ -40,7 +40,7 @@ class Announce(msgspec.Struct, frozen=True):
 Effect = Prepare | Recover | Announce
 
 
-class AgentReadiness(msgspec.Struct, frozen=True, kw_only=True):
+class ReadinessState(msgspec.Struct, frozen=True, kw_only=True):
     """What this agent knows about its events."""
 
     vm: str
@@ -56,7 +56,7 @@ class AgentReadiness(msgspec.Struct, frozen=True, kw_only=True):
     """Operations whose resume was handled, the newest last."""
 
 
-def on_document(state: AgentReadiness, document: SetDocument) -> tuple[AgentReadiness, list[Effect]]:
+def on_document(state: ReadinessState, document: SetDocument) -> tuple[ReadinessState, list[Effect]]:
     """A document of the set arrived, new, repeated or late."""
     if document.incarnation < state.incarnation:
         return state, []
@@ -87,7 +87,7 @@ def on_document(state: AgentReadiness, document: SetDocument) -> tuple[AgentRead
     return changed, effects
 
 
-def on_prepared(state: AgentReadiness, event_id: str, answer: VmReady) -> tuple[AgentReadiness, list[Effect]]:
+def on_prepared(state: ReadinessState, event_id: str, answer: VmReady) -> tuple[ReadinessState, list[Effect]]:
     """The prepare hook of an event ended (or there is none) with this answer."""
     state = msgspec.structs.replace(state, answers={**state.answers, event_id: answer})
     if event_id in state.open:
@@ -99,8 +99,8 @@ def on_prepared(state: AgentReadiness, event_id: str, answer: VmReady) -> tuple[
 
 
 def on_resumed(
-    state: AgentReadiness, operation: str, event_id: str, pause_s: float
-) -> tuple[AgentReadiness, list[Effect]]:
+    state: ReadinessState, operation: str, event_id: str, pause_s: float
+) -> tuple[ReadinessState, list[Effect]]:
     """This VM runs again after ``operation``; a repeated message gives no effect."""
     if operation in state.operations:
         return state, []
@@ -113,7 +113,7 @@ def on_resumed(
     return changed, [Recover(event_id, operation, pause_s)]
 
 
-def announcements(state: AgentReadiness, *, scheduled_only: bool) -> list[Announce]:
+def announcements(state: ReadinessState, *, scheduled_only: bool) -> list[Announce]:
     """The answers to repeat: of scheduled events on every beat, of started ones after a reconnect too."""
     return [
         Announce(answer)

@@ -85,7 +85,7 @@ class VmAgent:
         self.run_presence = self._voice.presence.run
         self.run_publisher = self._voice.publisher.run
         self._sync = ClockSync(settings.vm, boot_id, clock, settings.sync_policy, self._ask)
-        self._state = readiness.AgentReadiness(vm=settings.vm)
+        self._state = readiness.ReadinessState(vm=settings.vm)
         self._hooks: asyncio.Queue[readiness.Prepare | readiness.Recover] = asyncio.Queue()
         self._resumes: asyncio.Queue[tuple[readiness.Recover, VmResumed]] = asyncio.Queue()
         self._results: OrderedDict[str, AgentClockSynced] = OrderedDict()
@@ -234,7 +234,7 @@ class VmAgent:
             recover = recover or readiness.Recover("", resumed.operation, resumed.pause_s)
             self._resumes.put_nowait((recover, resumed))
 
-    def _apply(self, decided: tuple[readiness.AgentReadiness, list[readiness.Effect]]) -> None:
+    def _apply(self, decided: tuple[readiness.ReadinessState, list[readiness.Effect]]) -> None:
         self._state, effects = decided
         for effect in effects:
             if isinstance(effect, readiness.Announce):

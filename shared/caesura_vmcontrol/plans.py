@@ -228,7 +228,7 @@ def thaw(plan: Plan, table: Mapping[int, Process] | None = None) -> None:
     Whether it runs is what ``condition`` says afterwards.
 
     Raises:
-        OSError: the kernel refused, or QEMU did, or does not answer; a VM that is gone is no error.
+        OSError: the kernel refused, or QEMU did, or does not answer; a VM that is gone is not an error.
     """
     if isinstance(plan, QemuPlan | SwapPlan | ReplacePlan):
         qemu_control.thaw(plan)

@@ -29,11 +29,11 @@ class DriverError(CaesuraError):
 
 
 class FreezeFailed(DriverError):
-    """The VM does not stand still, or it could not be shown that it does; it may be partly frozen."""
+    """The VM is not paused, or it could not be shown that it is; it may be partly frozen."""
 
 
 class SwapFailed(DriverError):
-    """The new process did not take the guest over. Whoever hears this calls ``resume``, which has the old one run.
+    """The new process did not take the guest over. The caller then calls ``resume``, which has the old one run.
 
     ``frozen_at`` and ``resumed_at`` (CLOCK_MONOTONIC): the pause that the try cost, as far as it is known. ``differs``: where the
     memory of the two processes differed, if that was why.
@@ -138,7 +138,7 @@ class Driver(Protocol):
         """
 
     async def close(self, *, stop_vms: bool) -> None:
-        """Let go. VMs run on unless ``stop_vms``."""
+        """Release everything. VMs run on unless ``stop_vms``."""
 
     async def read_states(self) -> Mapping[str, VmState]:
         """The state of every VM, from the kernel or hypervisor. May take as long as they do: see ``states_within``."""
@@ -160,9 +160,9 @@ class Driver(Protocol):
         """How the pause guard resumes the VM alone, after what was prepared. Raises DriverError if it is not running at all."""
 
     async def freeze(self, vm: str, by: float) -> None:
-        """Make the VM stand still and confirm it with the kernel or hypervisor.
+        """Pause the VM and confirm it with the kernel or hypervisor.
 
-        ``by`` is an instant, not a duration: an updater that was stopped meanwhile must not try again.
+        ``by`` is an instant, not a duration: an updater that has been stopped must not try again.
 
         Raises:
             FreezeFailed: not confirmed by then, or the VM is gone.
@@ -207,7 +207,7 @@ class ReplaceCapable(Protocol):
     async def checkpoint(self, vm: str, by: float, *, gone: bool = True) -> None:
         """Replace, first half: the device state is in a file and the old process is gone; ``resume`` starts the new one.
 
-        ``gone`` False: it was killed and may still be dying, which nothing that runs meanwhile minds.
+        ``gone`` False: it was killed and may still be dying, which nothing that runs at the same time minds.
 
         Raises:
             FreezeFailed: the VM is not paused, or its state could not be saved; ``resume`` has the old process run it.
@@ -220,7 +220,7 @@ class DigestCapable(Protocol):
     """A driver that reads a guest's memory from outside."""
 
     async def memory_digest(self, vm: str, stop_at: float) -> str | None:
-        """A digest of the guest's memory, only meaningful while it stands still; None: not done by ``stop_at``.
+        """A digest of the guest's memory, only meaningful while it is paused; None: not done by ``stop_at``.
 
         Raises:
             NotPossible, DriverError: there is no memory to read, or reading it failed.
@@ -246,7 +246,7 @@ class ClockCapable(Protocol):
         """
 
     async def guest_boot_id(self, vm: str) -> str:
-        """The guest kernel's boot id as told from inside: the same one after a pause shows that memory stayed.
+        """The guest kernel's boot id as seen from inside: the same one after a pause shows that memory stayed.
 
         Raises:
             NotPossible, DriverError: nothing in the guest can be asked, or it does not answer.

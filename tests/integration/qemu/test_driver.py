@@ -204,7 +204,7 @@ async def test_ram_file_that_was_deleted(rig: Any, tools: Any) -> None:
     with pytest.raises(DriverError, match="cannot be read"):
         await driver.memory_digest("a", tools.soon())
     ram.write_bytes(bytes(16 << 20))
-    with pytest.raises(DriverError, match="deleted under it and made anew"):
+    with pytest.raises(DriverError, match="deleted under it and made again"):
         await driver.prepare("a", "op-1", "swap", "")
     ram.write_bytes(b"short")
     with pytest.raises(DriverError, match="has 5 bytes"):

@@ -239,7 +239,7 @@ async def test_decided_otherwise_meanwhile(rig: Any, tools: Any) -> None:
     pid = tools.pid_of(driver, "a")
     await driver.prepare("a", "op-1", "replace", "")
     claim(driver.resume_plan("a").claims, 1, "old")
-    with pytest.raises(FreezeFailed, match="decided otherwise meanwhile: old"):
+    with pytest.raises(FreezeFailed, match="has been decided otherwise: old"):
         await driver.checkpoint("a", tools.soon())
     assert await driver.resume("a", 5) == "running"
     await driver.release("a")

@@ -102,8 +102,8 @@ async def test_new_process_that_is_not_the_same_is_refused_before_the_pause(
 @pytest.mark.parametrize(
     ("script", "why"),
     [
-        ("exit 0", "is no QEMU: asked for its version it says 'nothing'"),
-        ("echo GNU bash, version 5", "is no QEMU: asked for its version it says 'GNU bash, version 5'"),
+        ("exit 0", "is not QEMU: asked for its version it says 'nothing'"),
+        ("echo GNU bash, version 5", "is not QEMU: asked for its version it says 'GNU bash, version 5'"),
         ('[ "$1" = --version ] && exec qemu-system-x86_64 --version; exit 3', "it ended without a word"),
         ('[ "$1" = --version ] && exec qemu-system-x86_64 --version; echo no room >&2; exit 1', "no room"),
         (
@@ -118,7 +118,7 @@ async def test_binary_that_is_no_qemu(rig: Any, tools: Any, script: str, why: st
         with pytest.raises(DriverError) as caught:
             await driver.prepare("a", f"op-{method}", method, rig.script(script))
         assert why in caught.value.why
-    with pytest.raises(DriverError, match="is no program"):
+    with pytest.raises(DriverError, match="is not a program"):
         await driver.prepare("a", "op-9", "swap", "/no/such/qemu")
     assert driver.states() == {"a": "running"}
     await rig.only(tools.pid_of(driver, "a"))

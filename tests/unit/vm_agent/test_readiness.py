@@ -12,10 +12,10 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from caesura.contract.messages import HookFinished, ScheduledEvent, SetDocument, VmReady
 from caesura_vm_agent.readiness import (
-    AgentReadiness,
     Announce,
     Effect,
     Prepare,
+    ReadinessState,
     Recover,
     announcements,
     answer_of,
@@ -44,10 +44,10 @@ def document(incarnation: int, *events: ScheduledEvent) -> SetDocument:
 
 
 READY = VmReady(vm="web-1", event_id="e1", ready=True)
-FRESH = AgentReadiness(vm="web-1")
+FRESH = ReadinessState(vm="web-1")
 
 
-def prepared() -> AgentReadiness:
+def prepared() -> ReadinessState:
     state, _ = on_document(FRESH, document(1, event()))
     state, _ = on_prepared(state, "e1", READY)
     return state
@@ -173,7 +173,7 @@ class AnyOrder(RuleBasedStateMachine):
         self.answered: set[str] = set()
         self.incarnation = 0
 
-    def perform(self, decided: tuple[AgentReadiness, list[Effect]]) -> None:
+    def perform(self, decided: tuple[ReadinessState, list[Effect]]) -> None:
         self.state, effects = decided
         for effect in effects:
             match effect:

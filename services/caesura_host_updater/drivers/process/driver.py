@@ -42,7 +42,7 @@ from caesura_host_updater.drivers.sampling import sampled_digest_of
 from caesura_vmcontrol.plans import CgroupPlan, Condition, SignalPlan, condition, thaw
 from caesura_vmcontrol.procfs import Process, process_table
 
-_LOOK_S = 0.002  # s: between two looks at a VM that shall stand still or run: v1 and signals notify nobody
+_LOOK_S = 0.002  # s: between two looks at a VM that is to be paused or run: v1 and signals notify nobody
 _KERNEL_S = 0.25  # s: what a try of a resume may take longer than it was given
 _TABLE_AGE_S = 0.001  # s: so freezing many VMs reads the process table once a round, not once a VM
 _SETTLE_S = 0.004  # s: a stop by signals must last this long to count: somebody may send SIGCONT all the time
@@ -205,7 +205,7 @@ class ProcessDriver:
         return plan_of(vm, run, self._processes(run))
 
     async def freeze(self, vm: str, by: float) -> None:
-        """Ask, then look until the kernel says that everything of the VM stands still."""
+        """Ask, then look until the kernel says that everything of the VM is frozen."""
         run = self._supervisor.runs.get(vm)
         if run is None:
             raise FreezeFailed(vm, "is not running")
@@ -235,9 +235,9 @@ class ProcessDriver:
             else:
                 frozen_since = None
             if now >= by:
-                raise FreezeFailed(vm, f"does not stand still after {now - called_at:.2f} s ({state})")
+                raise FreezeFailed(vm, f"is not frozen after {now - called_at:.2f} s ({state})")
             if run.kind == "sigstop" and state != "frozen":
-                # a process forked meanwhile, or somebody sent SIGCONT
+                # a process forked in the meantime, or somebody sent SIGCONT
                 request_freeze(plan, self._processes(run))
             stop.wait(_LOOK_S)
         raise FreezeFailed(vm, "its freeze was called off")

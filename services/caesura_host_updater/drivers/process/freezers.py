@@ -1,4 +1,4 @@
-"""Three ways to make the processes of a VM stand still: cgroup v2, cgroup v1, signals.
+"""Three ways to freeze the processes of a VM: cgroup v2, cgroup v1, signals.
 
 Each knows where a VM's processes are put, how to ask for the freeze, and the plan that undoes it. Whether
 a freeze took is read from the kernel by ``guard.plans.condition``, the same for all.
@@ -22,7 +22,7 @@ from caesura_vmcontrol.procfs import Process, process_table, send_signal
 FreezerKind = Literal["cgroup2", "cgroup1", "sigstop"]
 
 ProcessPlan = CgroupPlan | SignalPlan
-"""How a VM that is a group of processes is let go."""
+"""How a VM that is a group of processes is released."""
 
 
 class FreezerUnusable(CaesuraError):
@@ -142,7 +142,7 @@ class CgroupFreezer:
         """Make the VM's cgroup."""
         folder = self._base / vm
         folder.mkdir(parents=True, exist_ok=True)
-        # One that died while it was frozen leaves its switch on; the next to enter would stand still at once.
+        # One that died while it was frozen leaves its switch on; the next to enter would be frozen at once.
         thaw(CgroupPlan(vm, self._kind, str(folder / self._control)))
         return str(folder / self._control)
 

@@ -1,6 +1,6 @@
 """The first process of a process VM: starts the VM's processes, reaps, forwards SIGTERM, ends with them.
 
-Run by path with ``python -I -S`` (some 15 ms): standard library only, no import of ours. Its argument is a
+Run by path with ``python -I -S`` (some 15 ms): standard library only, none of our imports. Its argument is a
 JSON file written by the process driver. It writes who it is into the run file itself, under a lock that it
 holds for life, so a host updater that died between starting it and writing that down starts no second VM.
 
@@ -29,7 +29,7 @@ SIGNALS = frozenset((signal.SIGTERM, signal.SIGALRM, signal.SIGCHLD))
 PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
 ending: list[bool] = []
-"""Not empty once the VM was told to end."""
+"""Not empty once the VM was asked to end."""
 TERM_GRACE_S = 3  # s: between SIGTERM and SIGKILL of the VM's processes
 
 
@@ -62,7 +62,7 @@ def main(spec_path: str) -> int:
 
 
 def start(process: dict[str, Any], libc: ctypes.CDLL) -> int:
-    """Start one process; OSError if its program cannot be run (told by the child through a pipe)."""
+    """Start one process; OSError if its program cannot be run (the child says so through a pipe)."""
     read, write_end = os.pipe2(os.O_CLOEXEC)
     parent = os.getpid()
     pid = os.fork()

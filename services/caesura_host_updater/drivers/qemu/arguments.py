@@ -58,7 +58,7 @@ _KIND = {
 
 
 def options(argv: Sequence[str]) -> Iterator[tuple[str, str | None]]:
-    """The options of a command line with their values; a word that is no option is ``("", word)``."""
+    """The options of a command line with their values; a word that is not an option is ``("", word)``."""
     words = iter(argv[1:])
     for word in words:
         if not word.startswith("-"):

@@ -125,7 +125,7 @@ class AsyncQmp:
         """Connect, be greeted, negotiate.
 
         Raises:
-            QmpUnreachable: nobody listens, nobody greets in time, or it is no QMP.
+            QmpUnreachable: nobody listens, nobody greets in time, or it is not QMP.
         """
         logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL + 1)  # what fails is said by what we raise
         link = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -161,7 +161,7 @@ class AsyncQmp:
         at = now
         if isinstance(stamp, dict):
             since = time.time() - (stamp.get("seconds", 0) + stamp.get("microseconds", 0) / 1e6)
-            # A wall clock that was set meanwhile must not make a pause of hours, or a negative one.
+            # A wall clock that was set in the meantime must not make a pause of hours, or a negative one.
             at = now - since if 0 <= since < 1 else now
         data = message.get("data")
         event = QmpEvent(str(message["event"]), data if isinstance(data, dict) else {}, at)
@@ -170,7 +170,7 @@ class AsyncQmp:
         self.on_event(event)
 
     async def _keep(self) -> None:
-        """Waits for the end, whoever brings it, and collects what the library's tasks raised."""
+        """Waits for the end, by whichever side, and collects what the library's tasks raised."""
         ended = asyncio.create_task(self._client.runstate_changed())
         asked = asyncio.create_task(self._ending.wait())
         try:

@@ -20,7 +20,7 @@ from caesura_vmcontrol.procfs import alive, send_signal
 from caesura_vmcontrol.replacing import PART
 
 CAPABILITIES = {"x-ignore-shared": True, "events": True}
-"""What the process is told that saves its state. A file never answers, so it has no return path."""
+"""The capabilities of the process that saves its state. A file never answers, so it has no return path."""
 _NAME = "caesura-state"
 _STATE_BYTES = 8 << 20  # device state is 0.2 to 0.4 MB
 _DEATH_S = 2.0  # s: a killed QEMU unmaps its RAM, which stays in its file

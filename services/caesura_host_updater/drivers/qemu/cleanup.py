@@ -1,4 +1,4 @@
-"""After an operation: sockets get their settled names, whoever lost is ended, and what was prepared is removed."""
+"""After an operation: sockets get their settled names, the process that lost is ended, and what was prepared is removed."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def remove_files(*paths: str | Path) -> None:
 
 
 def end_losers(plan: SwapPlan | ReplacePlan) -> claims.Owner | None:
-    """Decide for the old process if nobody has decided, and end whoever has lost; None: that cannot be done now."""
+    """Decide for the old process if nobody has decided, and end the one that has lost; None: that cannot be done now."""
     try:
         owner = _owner(plan)
         if owner is None or owner.kind == "file":
@@ -83,7 +83,7 @@ def end_losers(plan: SwapPlan | ReplacePlan) -> claims.Owner | None:
 
 def _owner(plan: SwapPlan | ReplacePlan) -> claims.Owner | None:
     if not Path(plan.claims).is_dir():
-        # Lost in the middle, or an earlier release came so far: whoever is left has the guest.
+        # Lost in the middle, or an earlier release came so far: the one that is left has the guest.
         if heir(plan) is None:
             thaw(plan)
         return heir(plan)
@@ -101,7 +101,7 @@ def forget(
     Args:
         operation: its record.
         own: its files in the folder of the VM's sockets, the folder of its claims last.
-        new: whether the new process has the guest; it goes on with its own log.
+        new: whether the new process has the guest; it continues with its own log.
     """
     log = records.next_log(vm)
     with suppress(OSError):
@@ -114,7 +114,7 @@ def forget(
     *files, folder = own
     remove_files(*files)
     records.end(operation)
-    # After the record: whoever finds that must find what was decided, too.
+    # After the record: a reader that finds that must find what was decided, too.
     remove_claims(folder)
     with suppress(OSError):
         folder.parent.rmdir()  # of a VM whose sockets are elsewhere

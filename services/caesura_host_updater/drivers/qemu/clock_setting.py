@@ -48,7 +48,7 @@ def best(vm: str, samples: Sequence[GuestTimeSample]) -> GuestTimeSample:
     """The one with the least round trip.
 
     Raises:
-        DriverError: they cannot all be true: the agent's time stands still or jumps about.
+        DriverError: they cannot all be true: the agent's time does not advance or jumps about.
     """
     if len(samples) > 1 and len({each.guest_ns for each in samples}) == 1:
         raise DriverError(vm, "the guest agent's time does not move")
@@ -66,7 +66,7 @@ Action = Literal["set", "step", "done"]
 def next_action(now: GuestTimeSample, *, actions: int, may_step: bool) -> Action:
     """What to do about an error: set far clocks, step near ones (where the guest can), a few times at most."""
     off = abs(now.error_ns)
-    # Nothing can be told apart that is smaller than the uncertainty.
+    # Nothing can be distinguished that is smaller than the uncertainty.
     if actions >= _MAX_ACTIONS or off <= max(_GOOD_NS, now.round_trip_ns // 2):
         return "done"
     if off > _FAR_NS or not may_step:
@@ -84,7 +84,7 @@ async def set_clock(
         timeout_s: for everything together.
 
     Raises:
-        DriverError: no agent, garbage, a time that stands still or contradicts itself, or no effect.
+        DriverError: no agent, garbage, a time that does not advance or contradicts itself, or no effect.
     """
     by = asyncio.get_running_loop().time() + timeout_s
     async with guest_agent(vm, path, by) as agent:

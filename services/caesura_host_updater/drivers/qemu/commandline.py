@@ -43,7 +43,7 @@ def first_command(vm: str, definition: Definition, binary: str, accel: str, at: 
         "-object",
         f"memory-backend-file,id=ram,mem-path={escaped(at.ram)},size={memory},share=on",
     ]
-    words += ["-rtc", "base=utc,clock=host"]  # the RTC goes on during a pause
+    words += ["-rtc", "base=utc,clock=host"]  # the RTC continues during a pause
     for option, value in (
         ("-kernel", definition.kernel),
         ("-initrd", definition.initrd),

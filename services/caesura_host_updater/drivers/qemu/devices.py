@@ -21,9 +21,9 @@ _NUMBER = re.compile(r"^(-?\d+) \(.*\)$")
 _USB_PORT = re.compile(r"^ *addr \d+\.\d+, port (\S+), speed ")
 _AUTOMATIC = re.compile(r'^"?#')
 _RUNTIME = frozenset(("busnr",))
-"""Set by the guest's firmware, not by whoever plugged the device in."""
+"""Set by the guest's firmware, not by the one who plugged the device in."""
 _ALIKE = {("rombar", "-1"): "1"}
-"""QEMU 9.2 and later say -1, "unless told otherwise", for what was 1 before: the ROM is visible in both."""
+"""QEMU 9.2 and later say -1, "unless set otherwise", for what was 1 before: the ROM is visible in both."""
 
 
 @dataclass

@@ -50,7 +50,7 @@ class QemuDriver:
         specs: the VMs of the host file, discovered ones included.
         options: the host file's table ``[qemu]``.
         state_dir: where run files, claims and logs live.
-        accel: what ``-accel`` is told for VMs that are started, such as ``tcg,thread=multi``.
+        accel: the value of ``-accel`` for VMs that are started, such as ``tcg,thread=multi``.
         accel_reason: why that one, for people.
         environ: what QEMU processes inherit.
         max_digest_bytes: RAM files above this are not digested.
@@ -91,7 +91,7 @@ class QemuDriver:
         await self._supervisor.open()
 
     async def close(self, *, stop_vms: bool) -> None:
-        """Let go; with ``stop_vms``, stop those that were started here and remove what they leave behind."""
+        """Release everything; with ``stop_vms``, stop those that were started here and remove what they leave behind."""
         await self._supervisor.close(stop_vms=stop_vms)
         await self._migrator.close()
         self._threads.shutdown(wait=False, cancel_futures=True)
@@ -173,7 +173,7 @@ class QemuDriver:
         return plan
 
     async def freeze(self, vm: str, by: float) -> None:
-        """``stop``, and hear from QEMU that it stands still."""
+        """``stop``, and learn from QEMU that it is paused."""
         guest = self._guests[vm]
         qmp = guest.qmp
         if guest.unguarded:
@@ -214,7 +214,7 @@ class QemuDriver:
         await self._migrator.checkpoint(self._guests[vm], by, gone=gone)
 
     async def release(self, vm: str) -> None:
-        """Forget what was prepared, and end whoever does not have the guest."""
+        """Forget what was prepared, and end the process that does not have the guest."""
         await self._migrator.release(self._guests[vm])
 
     async def resume(self, vm: str, timeout_s: float) -> Literal["running", "gone", "left"]:

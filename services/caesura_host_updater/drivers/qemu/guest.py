@@ -86,7 +86,7 @@ class Guest:
     left: str = ""
     """Why it is not resumed although it is paused: somebody else has it, or paused it. Empty: nobody."""
     stopped_by_us: bool = False
-    """Whether a ``stop`` of ours paused it, in this life."""
+    """Whether our own ``stop`` paused it, in this run."""
     _status: str = ""
     _exit: ExitWatch | None = None
 
@@ -101,7 +101,7 @@ class Guest:
         """From now on this process is the VM. ``qmp``: a connection that is open already.
 
         Raises:
-            NotAttached: it is gone, is no QEMU, or does not answer.
+            NotAttached: it is gone, is not a QEMU, or does not answer.
         """
         await self.detach()
         self.run = run
@@ -125,7 +125,7 @@ class Guest:
         self.compared = Obstacles(tuple(await _host_obstacles(run)))
         self.last_error = ""
         if self.unguarded:
-            # Nothing can be done with it: whoever else wants its only QMP socket shall get it.
+            # Nothing can be done with it: another client that wants its only QMP socket shall get it.
             await self._disconnect()
 
     async def poll(self) -> None:
@@ -145,7 +145,7 @@ class Guest:
             await qmp.close()
 
     async def refresh(self) -> None:
-        """Ask why a guest is paused that nobody of ours paused: the event says that it is, and not why."""
+        """Ask why a guest is paused that we did not pause: the event says that it is, and not why."""
         if self.qmp is None or self.qmp.closed:
             return
         with suppress(QmpFailed):
@@ -172,13 +172,13 @@ class Guest:
         return missing
 
     def expect_end(self) -> None:
-        """It is about to be stopped: that is no news."""
+        """It is about to be stopped: that is expected."""
         if self._exit is not None:
             self._exit.close()
             self._exit = None
 
     async def detach(self) -> None:
-        """Let go of the process; it runs on."""
+        """Release the process; it runs on."""
         self.expect_end()
         await self._disconnect()
         self.run = None
@@ -270,7 +270,7 @@ class Guest:
         self.changed()
 
     async def leave_as_found(self) -> None:
-        """It is paused or away, and nothing of ours brought it there."""
+        """It is paused or away, and nothing that we did brought it there."""
         status = "paused"
         if self.qmp is not None and not self.qmp.closed:
             with suppress(QmpFailed):
@@ -334,7 +334,7 @@ async def adopted(qmp_path: str, guard: str, agent: str) -> tuple[VmProcessRecor
     """Find out which process listens on a QMP socket, and whether it is a QEMU.
 
     Raises:
-        NotAttached: nobody, somebody who is no QEMU, or a QEMU that somebody else commands.
+        NotAttached: nobody, somebody who is not a QEMU, or a QEMU that somebody else commands.
     """
     try:
         listener = listener_of(qmp_path)
@@ -366,7 +366,7 @@ async def adopted(qmp_path: str, guard: str, agent: str) -> tuple[VmProcessRecor
 
 
 def found_by_sockets(pid: int, mark: str) -> tuple[str, VmProcessRecord] | None:
-    """The VM that a process of ours is, though no run file says so: it listens under the settled names.
+    """The VM that one of our processes is, though no run file says so: it listens under the settled names.
 
     A process that was to follow and never came to it listens in a folder of its own, and is nobody's VM.
     """

@@ -1,7 +1,7 @@
 """A client of qemu-guest-agent on the unix socket that QEMU has for it (QEMU, docs/interop/qemu-ga).
 
 One line of JSON a request, one a reply. The socket belongs to one QEMU process and serves one client at a time;
-whoever connects first drops what the one before left half said: 0xFF and ``guest-sync-delimited``.
+the client that connects first drops what the one before left half said: 0xFF and ``guest-sync-delimited``.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 from caesura_host_updater.drivers.port import DriverError
 
-_MAX_LINE = 1 << 20  # bytes: guest-exec-status may carry output; more is no answer to anything we ask
+_MAX_LINE = 1 << 20  # bytes: guest-exec-status may carry output; more is not an answer to anything we ask
 _RESYNC_S = 0.25
 """s: just after a hand-over the guest's end of the port may be closed for a moment, and what is written is lost."""
 _EXEC_POLL_S = 0.005
@@ -190,7 +190,7 @@ async def guest_agent(vm: str, path: str, by: float) -> AsyncIterator[GuestAgent
         await agent.synchronise()
         yield agent
     finally:
-        # Not close(): that would wait for ever to write what a stopped QEMU does not read.
+        # Not close(): that would wait indefinitely to write what a stopped QEMU does not read.
         writer.transport.abort()
 
 

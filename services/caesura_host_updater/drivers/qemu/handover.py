@@ -28,7 +28,7 @@ from caesura_vmcontrol.procfs import alive, send_signal
 from caesura_vmcontrol.qmp_commands import note_ran
 
 SWAP_CAPABILITIES = {"x-ignore-shared": True, "events": True, "return-path": True}
-"""What both processes of a swap are told."""
+"""The capabilities of both processes of a swap."""
 _STATE_BYTES = 1 << 20  # device state is 0.2 to 0.4 MB
 _DEATH_S = 0.3  # s: from the end of a process's connections to its own
 _LOOK_S = 0.001
@@ -80,7 +80,7 @@ def _check_known(qmp: AsyncQmp, known: Mapping[str, bool], wanted: Mapping[str, 
 async def set_capabilities(qmp: AsyncQmp, wanted: Mapping[str, bool]) -> None:
     """Set exactly these and clear all others that are on: they last from one migration to the next.
 
-    So whoever sets them restores what there was before: an operator's migration with our ``x-ignore-shared`` would
+    So the caller that sets them restores what there was before: an operator's migration with our ``x-ignore-shared`` would
     leave the guest's memory behind.
 
     Raises:
@@ -161,7 +161,7 @@ async def _in_time(compare: Compare) -> Compared:
 
 
 def take_from(plan: SwapPlan | ReplacePlan, text: str) -> None:
-    """Fence the old process and claim; it is held from here on, unless it was decided otherwise meanwhile."""
+    """Fence the old process and claim; it is held from here on, unless it has been decided otherwise."""
     send_signal(plan.old.pid, plan.old.start_ticks, signal.SIGSTOP)
     try:
         standing = claim(plan.claims, 1, text)
@@ -169,9 +169,9 @@ def take_from(plan: SwapPlan | ReplacePlan, text: str) -> None:
         send_signal(plan.old.pid, plan.old.start_ticks, signal.SIGCONT)
         raise
     if standing != text:
-        if standing == "old":  # whoever decided that may be talking to it right now
+        if standing == "old":  # the one that decided that may be talking to it right now
             send_signal(plan.old.pid, plan.old.start_ticks, signal.SIGCONT)
-        raise HandOverFailed(f"it was decided otherwise meanwhile: {standing}")
+        raise HandOverFailed(f"it has been decided otherwise: {standing}")
 
 
 async def _let_run(new: AsyncQmp, watch: QmpEventWatch, plan: SwapPlan) -> QmpEvent:
@@ -224,7 +224,7 @@ async def _first(event: Awaitable[QmpEvent]) -> QmpEvent:
 
 def _check(status: str, moved: Any, limit_bytes: int) -> None:
     if status != "paused":
-        raise HandOverFailed(f"the new process is {status!r} and should stand still with the loaded state")
+        raise HandOverFailed(f"the new process is {status!r} and should be paused with the loaded state")
     transferred = moved.get("ram", {}).get("transferred", 0)
     if transferred > limit_bytes:
         raise HandOverFailed(

@@ -47,7 +47,7 @@ class Launcher:
     """Starts the processes of one host updater, which no other one's are mixed up with.
 
     Args:
-        accel: what ``-accel`` is told, such as ``tcg,thread=multi``.
+        accel: the value of ``-accel``, such as ``tcg,thread=multi``.
         environ: what the processes inherit.
     """
 
@@ -150,26 +150,26 @@ class Launcher:
         return str(Path(found).absolute())
 
     async def check_binary(self, binary: str) -> str:
-        """The version that a binary says it is. Raises LaunchFailed when it is no QEMU."""
+        """The version that a binary says it is. Raises LaunchFailed when it is not a QEMU."""
         try:
             # The limit is kept by us, too: a program on a file system that hangs is not even started.
             async with asyncio.timeout(_VERSION_S + _KERNEL_S):
                 said = await in_thread(f"version of {binary}", lambda: self._version(binary))
         except (TimeoutError, subprocess.TimeoutExpired):
             raise LaunchFailed(
-                f"{binary} is no QEMU: asked for its version it says nothing for {_VERSION_S:g} s"
+                f"{binary} is not QEMU: asked for its version it says nothing for {_VERSION_S:g} s"
             ) from None
         except OSError as error:
             raise LaunchFailed(f"{binary} cannot be run: {error.strerror or error}") from error
         first = said.splitlines()[0] if said else "nothing"
         if not first.startswith("QEMU emulator version "):
-            raise LaunchFailed(f"{binary} is no QEMU: asked for its version it says {first[:200]!r}")
+            raise LaunchFailed(f"{binary} is not QEMU: asked for its version it says {first[:200]!r}")
         return first.removeprefix("QEMU emulator version ").split()[0]
 
     def _version(self, binary: str) -> str:
         """What a program says when it is asked for its version. Blocking. Raises OSError, TimeoutExpired, LaunchFailed."""
         if shutil.which(binary) != binary:
-            raise LaunchFailed(f"{binary} is no program, or not given with its whole path")
+            raise LaunchFailed(f"{binary} is not a program, or not given with its whole path")
         done = subprocess.run(
             [binary, "--version"],
             stdin=subprocess.DEVNULL,
@@ -303,5 +303,5 @@ class Launcher:
 
 
 def kill(pid: int, start_ticks: int) -> None:
-    """End exactly this process; whoever watches it reaps it."""
+    """End exactly this process; the one that watches it reaps it."""
     send_signal(pid, start_ticks, signal.SIGKILL)

@@ -113,7 +113,7 @@ class View:
 
         Raises:
             OtherMemory: the process has no shared mapping of the file.
-            NoView: its mappings are not told, or the process or the file is gone.
+            NoView: its mappings are not shown, or the process or the file is gone.
         """
         try:
             there = os.stat(file)  # noqa: PTH116 - runs in a thread, for a path that another process has

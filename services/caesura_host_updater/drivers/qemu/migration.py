@@ -205,7 +205,7 @@ class Migrator:
     # -- the way out ----------------------------------------------------------------------------------------
 
     async def recover(self, guest: Guest, until: float) -> Condition:
-        """Try until the guest runs or is gone, or ``until``. One try at a time, whoever waits for it."""
+        """Try until the guest runs or is gone, or ``until``. One try at a time, however many wait for it."""
         state: Condition = "held"
         plan = guest.plan()
         again_s = _AGAIN_S
@@ -282,7 +282,7 @@ class Migrator:
     # -- afterwards -----------------------------------------------------------------------------------------
 
     async def release(self, guest: Guest) -> None:
-        """The operation is over: whoever does not have the guest is ended, and what was prepared is removed."""
+        """The operation is over: the process that does not have the guest is ended, and what was prepared is removed."""
         prepared = guest.prepared
         if prepared is None:
             return

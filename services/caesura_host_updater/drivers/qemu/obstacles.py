@@ -84,7 +84,7 @@ def _forbidden(option: str, value: str | None, kind: str, found: Mapping[str, st
     if option == "":
         yield f"the word {value!r} of its command line is not understood"
     if value is not None and value.startswith("{") and not found:
-        yield f"{option} {value[:60]} is not understood: it is no JSON object"
+        yield f"{option} {value[:60]} is not understood: it is not a JSON object"
     if option == "-snapshot" or (option == "-drive" and is_on(found, "snapshot")):
         name = found.get("id") or found.get("file", "")
         what = f"-drive {name} with snapshot=on" if option == "-drive" else "-snapshot"
@@ -169,7 +169,7 @@ def _relative(option: str, value: str | None, found: Mapping[str, str]) -> Itera
     if option in ("-drive", "-blockdev", "-chardev", "-object", "-fsdev", "-virtfs", *_NETWORK):
         for key in sorted(found):
             is_file = key.rpartition(".")[2] in _FILE_KEYS
-            # In -blockdev `file` may name a node; in -netdev `no` is no script.
+            # In -blockdev `file` may name a node; in -netdev `no` is not a script.
             if not is_file or (key == "file" and option == "-blockdev") or found[key] == "no":
                 continue
             if not _is_absolute(found[key]):

@@ -96,7 +96,7 @@ class Records:
         (folder / _PLAN).write_text(json.dumps({**plan_to_json(plan), "boot_id": boot_id()}))
 
     def unfinished(self, vm: str) -> list[tuple[Path, SwapPlan | ReplacePlan | None]]:
-        """What an earlier life prepared and did not release; None: it never came to a plan, or its guests ended with the host."""
+        """What a previous run prepared and did not release; None: it never came to a plan, or its guests ended with the host."""
         found = []
         for folder in sorted((self.folder / f"{vm}{OPERATIONS}").glob("*")):
             plan = None

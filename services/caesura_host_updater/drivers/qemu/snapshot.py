@@ -177,7 +177,7 @@ def open_files(nodes: Any) -> tuple[str, ...]:
 
 
 def busy_with(jobs: Any, exports: Any, nodes: Any, migration: Any) -> Iterator[str]:
-    """What is under way or is served that another process would not go on with; reasons for people."""
+    """What is under way or is served that another process would not continue; reasons for people."""
     for job in jobs:
         if job["status"] not in _ENDED_JOBS:
             yield (

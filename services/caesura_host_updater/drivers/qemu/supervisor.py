@@ -68,7 +68,7 @@ class VmSupervisor:
     # -- the start of a life --------------------------------------------------------------------------------
 
     async def open(self) -> None:
-        """Finish or find what an earlier life left, attach what runs, start what does not."""
+        """Finish or find what a previous run left, attach what runs, start what does not."""
         try:
             self._launcher.prepare_folders()
         except OSError as error:
@@ -83,7 +83,7 @@ class VmSupervisor:
         ]
 
     def _sweep(self) -> None:
-        """End processes that an earlier life started and nothing accounts for; remove RAM files without a guest."""
+        """End processes that a previous run started and nothing accounts for; remove RAM files without a guest."""
         records = self._records.runs()
         runs = {vm: run for vm, run in records.items() if _lives(run)}
         kept = {(run.pid, run.start_ticks) for run in runs.values()}
@@ -274,7 +274,7 @@ class VmSupervisor:
     # -- the end ----------------------------------------------------------------------------------------------
 
     async def gone(self, guest: Guest) -> None:
-        """The guest is gone from our hands: nothing of it is left, or it is left to whoever paused it or took it away."""
+        """The guest is gone from our hands: nothing of it is left, or it is left to the one that paused it or took it away."""
         prepared = guest.prepared
         if prepared is not None and await self._migrator.holder(prepared) is not None:
             await self._migrator.settle(guest)
@@ -297,7 +297,7 @@ class VmSupervisor:
         self._records.forget(vm)
 
     async def close(self, *, stop_vms: bool) -> None:
-        """Stop looking, release what is not under way, and let go of all VMs, or stop ours."""
+        """Stop looking, release what is not under way, and release all VMs, or stop ours."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)

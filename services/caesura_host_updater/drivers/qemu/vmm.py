@@ -18,7 +18,7 @@ _NAMESPACES = {"net": "network", "pid": "process"}
 
 
 class NoVmm(Exception):
-    """There is no such process, or it is no QEMU; the text says which."""
+    """There is no such process, or it is not a QEMU; the text says which."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ def read_vmm(pid: int) -> VmmProcess:
     """Look at a process that should be a QEMU. Raises NoVmm."""
     process = read_process(pid)
     try:
-        exe = os.readlink(f"/proc/{pid}/exe")  # noqa: PTH115 - a kernel link, not a file of ours
+        exe = os.readlink(f"/proc/{pid}/exe")  # noqa: PTH115 - a kernel link, not our file
         argv = tuple(
             Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="surrogateescape").split("\0")[:-1]
         )
@@ -46,7 +46,7 @@ def read_vmm(pid: int) -> VmmProcess:
         raise NoVmm(f"process {pid} has ended")
     name = Path(exe.removesuffix(_DELETED)).name
     if "qemu" not in name and "kvm" not in name:
-        raise NoVmm(f"process {pid} ({exe}) is no QEMU")
+        raise NoVmm(f"process {pid} ({exe}) is not QEMU")
     replaced = exe.endswith(_DELETED)
     return VmmProcess(pid, process.start_ticks, exe.removesuffix(_DELETED), replaced, argv)
 
@@ -134,7 +134,7 @@ def ram_error(pid: int, file: str, size: int) -> str:
         fields = line.split(maxsplit=5)
         if len(fields) == 6 and fields[4] == str(there.st_ino) and not fields[5].endswith(_DELETED):
             return "" if fields[1][3] == "s" else f"its RAM file {file} is mapped privately"
-    return f"its RAM file {file} was deleted under it and made anew: the process has the old one"
+    return f"its RAM file {file} was deleted under it and made again: the process has the old one"
 
 
 def last_words(log: Path) -> str:

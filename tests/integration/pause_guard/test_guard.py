@@ -46,20 +46,28 @@ class Guard:
         self.folder = folder
         self.processes: list[subprocess.Popen[bytes]] = []
         self.connections: list[socket.socket] = []
+        self.visitor: socket.socket | None = None
         self.stderr: int = subprocess.DEVNULL
 
     def start(self, *arguments: str) -> subprocess.Popen[bytes]:
-        """Start it and wait until it listens."""
+        """Start it and wait until it listens; it has a client, ``visitor``, until that is closed."""
         command = [sys.executable, "-m", "caesura_pause_guard", "--state-dir", str(self.folder)]
         process = subprocess.Popen([*command, *arguments], stderr=self.stderr)
         self.processes.append(process)
         wait(self.listens, "the guard to listen")
+        if "--exit-when-alone" not in arguments:
+            self.leave()
         return process
+
+    def leave(self) -> None:
+        """Close the connection of ``start``."""
+        assert self.visitor is not None
+        self.visitor.close()
 
     def listens(self) -> bool:
         """Whether somebody accepts."""
         with suppress(OSError):
-            self.connect().close()
+            self.visitor = self.connect()
             return True
         return False
 
@@ -267,6 +275,7 @@ def test_it_stays_while_an_owner_without_a_connection_lives(guard: Guard, vm: Pr
     try:
         assert owner.stdout is not None
         assert b"closed" in owner.stdout.readline()
+        guard.leave()
         until = time.monotonic() + 1
         while time.monotonic() < until:
             request_freeze(vm)
@@ -381,6 +390,7 @@ def test_what_is_refused(guard: Guard, vm: ProcessPlan, freezer: str) -> None:
 
 def test_ends_when_alone(guard: Guard) -> None:
     process = guard.start("--exit-when-alone", "0.2")
+    guard.leave()
     assert process.wait(patient(PATIENCE_S)) == 0
     assert not (guard.folder / "guard.sock").exists()
 

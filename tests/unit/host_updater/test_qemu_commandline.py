@@ -147,7 +147,7 @@ def test_options_and_settings() -> None:
         (RAM + ",discard-data=on", "discard-data"),
         (RAM + " -object memory-backend-ram,id=more,size=1G", "several memory backends"),
         (RAM + " -numa node,memdev=other", "is not the machine's RAM"),
-        (RAM + " -object {broken", "is no JSON object"),
+        (RAM + " -object {broken", "is not a JSON object"),
         (RAM + """ -device '{"driver":"vfio-pci","host":"1"}'""", "vfio-pci"),
         (RAM + """ -netdev '{"type":"tap","id":"n","vhost":true}'""", "vhost"),
         (RAM + """ -netdev '{"type":"tap","id":"n","fd":"3"}'""", "open file of its starter"),

@@ -24,22 +24,22 @@ packages() {
 ca-certificates    /etc/ssl/certs/ca-certificates.crt     all
 python3            python3                                all
 python3-pip        +pip                                   all
-git                git                                    unit integration e2e
-openssl            openssl                                unit integration e2e
-tar                tar                                    unit integration e2e
-mosquitto          mosquitto                              unit integration e2e
-mosquitto-clients  mosquitto_sub                          integration e2e
-prometheus         promtool                               unit integration e2e
-curl               curl                                   integration e2e compose
-qemu-system-x86    qemu-system-x86_64                     unit integration e2e
-qemu-utils         qemu-img                               unit integration e2e
-ovmf               /usr/share/OVMF/OVMF_CODE.fd           integration e2e
-swtpm              swtpm                                  integration e2e
-iproute2           ip                                     integration e2e compose
-e2fsprogs          mkfs.ext4                              unit integration e2e
-util-linux         fsfreeze                               integration e2e
-chromium           chromium                               e2e
-fonts-dejavu-core  /usr/share/fonts/truetype/dejavu       e2e
+git                git                                    unit integration e2e journeys
+openssl            openssl                                unit integration e2e journeys
+tar                tar                                    unit integration e2e journeys
+mosquitto          mosquitto                              unit integration e2e journeys
+mosquitto-clients  mosquitto_sub                          integration e2e journeys
+prometheus         promtool                               unit integration e2e journeys
+curl               curl                                   integration e2e compose journeys
+qemu-system-x86    qemu-system-x86_64                     unit integration e2e journeys
+qemu-utils         qemu-img                               unit integration e2e journeys
+ovmf               /usr/share/OVMF/OVMF_CODE.fd           integration e2e journeys
+swtpm              swtpm                                  integration e2e journeys
+iproute2           ip                                     integration e2e compose journeys
+e2fsprogs          mkfs.ext4                              unit integration e2e journeys
+util-linux         fsfreeze                               integration e2e journeys
+chromium           chromium                               e2e journeys
+fonts-dejavu-core  /usr/share/fonts/truetype/dejavu       e2e journeys
 nodejs             node                                   asyncapi
 npm                npm                                    asyncapi
 docker.io          dockerd                                compose

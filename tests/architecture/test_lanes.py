@@ -33,7 +33,7 @@ def _table(lanes: Any, monkeypatch: pytest.MonkeyPatch, **scripts: str) -> None:
 
 def test_what_is_chosen(lanes: Any) -> None:
     everything = lanes.chosen([], fast=False)
-    assert {"e2e", "integration", "compose", "wheel", "asyncapi"} < set(everything)
+    assert {"e2e", "journeys", "integration", "compose", "wheel", "asyncapi"} < set(everything)
     assert not {"soak", "mutation"} & set(everything), "they take hours"
     assert lanes.chosen(["soak", "types", "types"], fast=False) == ["types", "soak"]
     fast = lanes.chosen([], fast=True)
@@ -133,7 +133,7 @@ def test_the_script_needs_no_environment_for_its_help() -> None:
     helped = subprocess.run(
         [str(_ROOT / "check"), "--help"], capture_output=True, text=True, timeout=patient(30), check=True
     )
-    for lane in ("e2e", "unit", "soak"):
+    for lane in ("e2e", "journeys", "unit", "soak"):
         assert f"\n  {lane} " in helped.stdout
     assert "examples:" in helped.stdout
 

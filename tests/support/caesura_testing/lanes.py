@@ -30,6 +30,9 @@ _END_S = 20.0
 _WORKERS = f"-n {2 * min(CORES, 4)} --dist loadfile"
 
 
+_JOURNEYS = ("demo", "docs", "page", "qemu")
+
+
 class Lane(NamedTuple):
     """One thing that must hold.
 
@@ -47,9 +50,15 @@ class Lane(NamedTuple):
 
 
 LANES = {
+    # In two lanes: they wait most of the time, so two of them need hardly more than one.
     "e2e": Lane(
         "tests/e2e: the installed commands as processes, faults included",
-        "pytest -q tests/e2e --ignore tests/e2e/soak --ignore tests/e2e/compose",
+        "pytest -q tests/e2e "
+        + " ".join(f"--ignore tests/e2e/{name}" for name in (*_JOURNEYS, "compose", "soak")),
+    ),
+    "journeys": Lane(
+        f"tests/e2e/{{{','.join(_JOURNEYS)}}}: what people see and type, and QEMU guests",
+        "pytest -q " + " ".join(f"tests/e2e/{name}" for name in _JOURNEYS),
     ),
     "format": Lane("ruff format finds nothing to change", "ruff format --check .", fast=True),
     "lint": Lane("ruff check", "ruff check .", fast=True),
@@ -273,7 +282,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--jobs",
         type=_count,
-        default=min(CORES, 3),
+        default=min(CORES + 1, 4),
         metavar="N",
         help="lanes at once (default here: %(default)s). With 1 a lane writes to the terminal while it runs",
     )

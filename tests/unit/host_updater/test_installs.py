@@ -224,7 +224,9 @@ async def test_an_update_that_is_not_installed_is_an_answer_and_no_failure_in_th
 
     with capture_logs() as logs:
         await _running(asked, body)
-    assert [(each["event"], each["update"]) for each in logs] == [("update.not_asked", "broken")]
+    # On a machine that is so busy that a start takes too long, that is said, too; it is asked again.
+    said = [(each["event"], each["update"]) for each in logs if each["event"] != "update.started_too_late"]
+    assert said == [("update.not_asked", "broken")]
 
 
 async def test_an_answer_holds_only_for_the_definition_that_was_asked() -> None:

@@ -90,6 +90,11 @@ async def test_a_lane_that_hangs_does_not_hold_up_the_end() -> None:
     disk.set()
 
 
+def readers() -> set[threading.Thread]:
+    """The threads that read a file, or have just done so."""
+    return {each for each in threading.enumerate() if each.name == "bounded read"}
+
+
 def test_a_file_that_hangs_does_not_keep_the_others_from_being_read(tmp_path: Path) -> None:
     """A FIFO without a writer: as /proc/PID/environ of a process that is stuck in the kernel."""
     for name in ("a", "c"):
@@ -97,11 +102,14 @@ def test_a_file_that_hangs_does_not_keep_the_others_from_being_read(tmp_path: Pa
     for name in ("b", "d"):
         os.mkfifo(tmp_path / name)
     paths = [str(tmp_path / name) for name in "abcde"]
+    earlier = readers()
     found = dict(read_each(paths, 0.05))
     assert found == {paths[0]: b"a", paths[1]: None, paths[2]: b"c", paths[3]: None}
-    threads = threading.active_count()
     assert dict(read_each(paths, patient(5))) == found, "what hangs is not waited for again"
-    assert threading.active_count() <= threads, "and costs no further thread"
+    until = time.monotonic() + patient(10)
+    while len(readers() - earlier) != 2:
+        assert time.monotonic() < until, "it costs one thread each, and no further one"
+        time.sleep(0.002)
     for name in ("b", "d"):
         (tmp_path / name).write_text("")  # its thread comes back, some time soon
         (tmp_path / name).unlink()

@@ -47,7 +47,7 @@ def command_for(rollout: Rollout, due: Due, authority: Authority) -> StartOperat
     if wave is None:
         raise AssertionError(f"a command for rollout {rollout.id}, which has completed its waves")
     if due.what == "start" and due.not_after is not None:
-        return _freeze(rollout, wave, due.operation, authority, not_after=due.not_after)
+        return _start_operation(rollout, wave, due.operation, authority, not_after=due.not_after)
     return AbortOperation(
         operation=due.operation.operation,
         epoch=authority.epoch,
@@ -64,7 +64,7 @@ def _verdict_missing(wave: Wave, operation: HostOperation) -> bool:
     return any(vm.vm not in wave.clocks for vm in mine if has_verdict(vm))
 
 
-def _freeze(
+def _start_operation(
     rollout: Rollout, wave: Wave, operation: HostOperation, authority: Authority, *, not_after: datetime
 ) -> StartOperation:
     events = {each.set: each.event_id for each in wave.events}

@@ -26,7 +26,7 @@ class OwnerRecords:
         publisher: used for these records only.
         commits: those of the store that keeps them.
         source: CloudEvents source of the coordinator.
-        leads: whether the coordinator may publish.
+        is_leader: whether the coordinator may publish.
     """
 
     def __init__(

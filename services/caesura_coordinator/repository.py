@@ -396,7 +396,7 @@ class RolloutRepository:
                 fact = wave_changed(rollout, wave, now)
                 self.store.enqueue(fact, rollout=rollout.id, wave=wave.index)
             case RolloutMoved():
-                pass  # published as the rollout's retained state, enqueued by ``step``
+                pass  # published as the rollout's retained state, enqueued when the step is written
 
     def _announce(
         self,

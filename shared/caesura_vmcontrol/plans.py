@@ -120,7 +120,7 @@ class SignalPlan:
 Plan = CgroupPlan | SignalPlan | QemuPlan | SwapPlan | ReplacePlan
 
 Mechanism = Literal["signal", "cgroup", "qmp"]
-"""By what the guard resumes a VM alone: the signals of a process group, a cgroup's file, QMP. A closed set, for the guard imports
+"""How the guard resumes a VM alone: the signals of a process group, a cgroup's file, QMP. A closed set, for the guard imports
 nothing of a driver. A further one (HTTP over a unix socket, libvirt's RPC) is a member here, a plan, and a branch in
 ``mechanism_of``, ``plan_to_json``, ``plan_from_json``, ``condition`` and ``thaw``; with the standard library only."""
 
@@ -128,7 +128,7 @@ MECHANISMS: tuple[Mechanism, ...] = get_args(Mechanism)
 
 
 def mechanism_of(plan: object) -> Mechanism | None:
-    """By what the guard would carry the plan out; None: it is not a plan that it knows."""
+    """How the guard would carry the plan out; None: it is not a plan that it knows."""
     match plan:
         case SignalPlan():
             return "signal"

@@ -82,7 +82,7 @@ class Watchdog:
         self._look = look
         self._release = release
         self._intent: Intent | None = None
-        self._owner_gone_at: float | None = None
+        self._owner_died_at: float | None = None
         self._seen_running: dict[str, float] = {}
         self._unstored_since: float | None = None
         self._probes = QemuProbes(look, release, clock, log)
@@ -111,7 +111,7 @@ class Watchdog:
 
     def _may_be_paused_late(self) -> bool:
         """Whether the owner lives, or died so recently that a request of its may still take effect."""
-        return self._owner_gone_at is None or self._clock() < self._owner_gone_at + _LATE_S
+        return self._owner_died_at is None or self._clock() < self._owner_died_at + _LATE_S
 
     def arm(self, intent: Intent) -> None:
         """Take an operation; durable when this returns.
@@ -128,13 +128,13 @@ class Watchdog:
         except OSError as error:
             raise GuardRefusal(f"cannot write the intent: {error.strerror or error}") from error
         self._intent = intent
-        self._owner_gone_at = None
+        self._owner_died_at = None
         self._reset()
 
     def adopt(self, intent: Intent, why: str = "the guard started and found it armed") -> None:
         """Undo an intent found on disk at start: the updater that armed it cannot be trusted to undo it."""
         self._intent = intent
-        self._owner_gone_at = self._clock()
+        self._owner_died_at = self._clock()
         self._reset()
         before = intent.fired
         if before is None:
@@ -158,9 +158,9 @@ class Watchdog:
         """The updater's connection ended, or its process did (``dead``)."""
         if self._intent is None:
             return
-        is_news = dead and self._owner_gone_at is None
+        is_news = dead and self._owner_died_at is None
         if is_news:
-            self._owner_gone_at = self._clock()
+            self._owner_died_at = self._clock()
         if self._intent.fired is None:
             self.fire("the host updater died" if dead else "the host updater closed its connection")
         elif is_news:
@@ -246,7 +246,7 @@ class Watchdog:
             self._save()
         if self.state == "firing" or self._probes.under_way:
             return _RETRY_S
-        if self._owner_gone_at is None:
+        if self._owner_died_at is None:
             return _ENFORCE_S if now - fired.at < 60 else _ENFORCE_IDLE_S
         if self._may_be_paused_late():
             return _ENFORCE_IDLE_S

@@ -162,7 +162,7 @@ def mechanism_error(mechanisms: Collection[str]) -> str:
     """Why the pause guard could not resume VMs of a driver with these mechanisms; empty: it can."""
     if unknown := sorted(set(mechanisms) - set(MECHANISMS)):
         return f"it has VMs resumed by {', '.join(map(repr, unknown))}; {KNOWN}"
-    return "" if mechanisms else f"it says of no way to resume a VM; {KNOWN}"
+    return "" if mechanisms else f"it names no way to resume a VM; {KNOWN}"
 
 
 def check_plans(driver: Driver, vms: Iterable[str]) -> None:

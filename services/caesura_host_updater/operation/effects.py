@@ -77,7 +77,7 @@ class PublishResumed(msgspec.Struct, frozen=True):
 
 
 class Finish(msgspec.Struct, frozen=True):
-    """Journal and announce the end."""
+    """The operation has ended: its report is persisted and published."""
 
 
 Effect = (

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import msgspec
 
+from caesura_host_updater.operation.arming import arm
 from caesura_host_updater.operation.effects import (
     DigestVms,
     Effect,
@@ -64,7 +65,6 @@ from caesura_host_updater.operation.state import (
     vm_of,
 )
 from caesura_host_updater.operation.swap import (
-    arm,
     not_prepared_in_time,
     overdue,
     prepare,

@@ -235,7 +235,7 @@ class OperationRunner:
                 self._announce(resumed_fact(self._host, self.state, name, to_wall_clock), self.state)
                 self._on_change()
             case Finish():
-                pass  # run() returns, and the service persists and publishes the report
+                pass  # run() returns, and the queue has the report persisted and published
 
     def _start(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(work)

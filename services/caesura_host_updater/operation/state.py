@@ -38,7 +38,7 @@ class UnexpectedEvent(CaesuraError):
 
 
 class VmPause(msgspec.Struct, frozen=True, kw_only=True):
-    """One VM of an operation. ``name=``: what the journals of earlier versions call the field."""
+    """One VM of an operation. ``name=``: what journals call the field, those of earlier versions, too."""
 
     vm: str
     set: str
@@ -118,9 +118,9 @@ class Operation(msgspec.Struct, frozen=True, kw_only=True):
     phase: Phase = "accepted"
     schedule: Schedule | None = None
     failure: str = ""
+    """The first failure."""
     codes: tuple[ReasonCode, ...] = ()
     """Of ``failure``."""
-    """The first failure."""
     aborted: bool = False
     wake_at: float | None = None
     """When the machine wants ``TimePassed``."""

@@ -8,8 +8,8 @@ is touched. Guests are handed over one after the other, each for milliseconds; t
 from __future__ import annotations
 
 from caesura.lifecycle.budget import PREPARE_S
+from caesura_host_updater.operation.arming import arm
 from caesura_host_updater.operation.effects import (
-    Arm,
     Disarm,
     Effect,
     Persist,
@@ -19,7 +19,6 @@ from caesura_host_updater.operation.effects import (
 )
 from caesura_host_updater.operation.events import VmNotPrepared, VmNotSwapped, VmPrepared, VmSwapped
 from caesura_host_updater.operation.resume import finish, publish_resumed, resume_all
-from caesura_host_updater.operation.schedule import Schedule
 from caesura_host_updater.operation.state import (
     Decision,
     Operation,
@@ -53,13 +52,6 @@ def prepared(op: Operation, event: VmPrepared | VmNotPrepared, now: float) -> De
     if any(not vm.prepared and not vm.error for vm in op.vms):
         return op, ()
     return finish(op) if op.failure or op.aborted else arm(op, now)
-
-
-def arm(op: Operation, now: float) -> Decision:
-    """Everything is ready: the budget begins, and the guard is armed."""
-    schedule = Schedule.of(now, op.budget_s)
-    op = changed(op, phase="arming", schedule=schedule, wake_at=schedule.freeze_by)
-    return op, (Arm(schedule.guard_at),)
 
 
 def not_prepared_in_time(op: Operation) -> Decision:

@@ -1,7 +1,7 @@
 """Three ways to freeze the processes of a VM: cgroup v2, cgroup v1, signals.
 
 Each knows where a VM's processes are put, how to ask for the freeze, and the plan that undoes it. Whether
-a freeze took is read from the kernel by ``guard.plans.condition``, the same for all.
+a freeze took is read from the kernel by ``caesura_vmcontrol.plans.condition``, the same for all.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from caesura_vmcontrol.procfs import Process, process_table, send_signal
 FreezerKind = Literal["cgroup2", "cgroup1", "sigstop"]
 
 ProcessPlan = CgroupPlan | SignalPlan
-"""How a VM that is a group of processes is released."""
+"""How a VM that is a group of processes is resumed."""
 
 
 class FreezerUnusable(CaesuraError):

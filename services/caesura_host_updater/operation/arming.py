@@ -1,0 +1,14 @@
+"""Where the budget of a pause begins, whatever its method: the deadline of the pause guard is set. Pure part of ``machine``."""
+
+from __future__ import annotations
+
+from caesura_host_updater.operation.effects import Arm
+from caesura_host_updater.operation.schedule import Schedule
+from caesura_host_updater.operation.state import Decision, Operation, changed
+
+
+def arm(op: Operation, now: float) -> Decision:
+    """Everything is ready: the budget begins, and the guard is armed."""
+    schedule = Schedule.of(now, op.budget_s)
+    op = changed(op, phase="arming", schedule=schedule, wake_at=schedule.freeze_by)
+    return op, (Arm(schedule.guard_at),)

@@ -200,7 +200,10 @@ _HTTP = (
             "class Bad(ExamplePlugin):\n name = 'bad'\n mechanisms = frozenset(['http', 'signal'])",
             _HTTP,
         ),
-        ("class Bad(ExamplePlugin):\n name = 'bad'\n mechanisms = frozenset()", "names no way to resume a VM"),
+        (
+            "class Bad(ExamplePlugin):\n name = 'bad'\n mechanisms = frozenset()",
+            "names no way to resume a VM",
+        ),
     ],
 )
 def test_a_driver_that_cannot_be_used_is_refused_by_name(install: Install, code: str, why: str) -> None:

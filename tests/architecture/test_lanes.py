@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -167,3 +168,28 @@ def test_a_lane_that_came_to_no_result_has_failed(
     monkeypatch.setattr(lanes.Run, "_work", ends_early)
     assert lanes.main(["--jobs", "1"]) == 1
     assert "other (no result)" in capfd.readouterr().out
+
+
+def test_an_interrupt_while_the_lanes_are_being_started_ends_them_too(
+    lanes: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The second lane is under way, and the call that started its thread has not returned."""
+    _table(lanes, monkeypatch, one="echo $$ >one.pid; exec sleep 600", two="echo $$ >two.pid; exec sleep 600")
+    pids = [tmp_path / "one.pid", tmp_path / "two.pid"]
+    start, started = threading.Thread.start, list[threading.Thread]()
+
+    def interrupted(thread: threading.Thread) -> None:
+        start(thread)
+        started.append(thread)
+        if len(started) == 2:
+            until(
+                lambda: all(each.exists() and each.read_text().strip() for each in pids),
+                20,
+                lambda: "two lanes under way",
+            )
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(threading.Thread, "start", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        lanes.Run(["one", "two"], jobs=2, out=io.StringIO()).run()
+    assert not any(Path(f"/proc/{path.read_text().strip()}").exists() for path in pids)

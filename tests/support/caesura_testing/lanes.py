@@ -176,10 +176,10 @@ class Run:
     def run(self) -> None:
         """Run them all. Raises KeyboardInterrupt, after all that was under way has ended."""
         threads = [threading.Thread(target=self._work, daemon=True) for _ in range(self._jobs)]
-        for thread in threads:
-            thread.start()
         said = time.monotonic()
         try:
+            for thread in threads:
+                thread.start()  # which may be interrupted when the thread has begun its lane
             while any(thread.is_alive() for thread in threads):
                 for thread in threads:
                     thread.join(0.2)
@@ -249,7 +249,8 @@ class Run:
                         os.killpg(process.pid, number)
             end = time.monotonic() + _END_S
             for thread in threads:
-                thread.join(max(0.0, end - time.monotonic()))
+                with suppress(RuntimeError):  # one that was not started begins no lane any more
+                    thread.join(max(0.0, end - time.monotonic()))
             if not any(thread.is_alive() for thread in threads):
                 return
 

@@ -134,17 +134,18 @@ class ProcessSupervisor:
             async with asyncio.timeout(_START_TIMEOUT_S):
                 # The run file appears, or the process ends. It has no way to call us: we may be another
                 # host updater by then.
-                while not run_file.exists() and not ended.is_set():  # noqa: ASYNC110
+                while not ended.is_set() and not await in_thread(f"look for {vm}", run_file.exists):  # noqa: ASYNC110
                     await asyncio.sleep(_LOOK_S)
         except TimeoutError:
             os.kill(pid, signal.SIGKILL)
             raise DriverError(vm, f"did not start within {_START_TIMEOUT_S:g} s") from None
         finally:
             watch.close()
-        run = self.read_run(vm)
+        run = await in_thread(f"find {vm}", lambda: self.read_run(vm))
         if run is None:
             reap(pid)
-            raise DriverError(vm, f"cannot be started: {self._log_tail(vm)}")
+            why = await in_thread(f"log of {vm}", lambda: self._log_tail(vm))
+            raise DriverError(vm, f"cannot be started: {why}")
         self._watch(vm, run)
         _log.info("vm.started", vm=vm, pid=run.pid, freezer=run.kind)
 
@@ -209,7 +210,8 @@ class ProcessSupervisor:
                 watch.close()
         await self._clean_up(vm, lambda: plan)
         reap(run.pid)
-        (self._folder / f"{vm}.run.json").unlink(missing_ok=True)
+        run_file = self._folder / f"{vm}.run.json"
+        await in_thread(f"forget {vm}", lambda: run_file.unlink(missing_ok=True))
 
     def _let_run(self, vm: str, run: ProcessGroupRecord) -> ProcessPlan:
         plan = plan_of(vm, run)

@@ -115,6 +115,8 @@ class CatalogueReader:
     # -- in the thread --------------------------------------------------------------------------------------
 
     def _work(self) -> None:
+        # What this thread read last: the loop's copy may be one read behind.
+        known = Catalogue()
         last: Fingerprint | None = None
         self._busy_since = time.monotonic()
         if not Path(self._folder).exists():
@@ -127,12 +129,13 @@ class CatalogueReader:
             forced = self._wanted.is_set()
             self._wanted.clear()
             self._busy_since = time.monotonic()
-            now = fingerprint(self._folder, self._catalogue)
+            files = fingerprint(self._folder)
             # The cause of a refusal may be outside the file, such as a program that is not installed yet.
-            if forced or last is None or now != last or self._catalogue.refused:
-                found = self._read(self._folder)
-                last = fingerprint(self._folder, found)
-                self._tell(found)
+            if forced or last != (files, places(known)) or known.refused:
+                known = self._read(self._folder)
+                # The files as they were before the read: one that changed in the middle of it is read again.
+                last = files, places(known)
+                self._tell(known)
             self._busy_since = None
             self._wanted.wait(self._look_s)
 
@@ -156,8 +159,8 @@ class CatalogueReader:
         self._changed()
 
 
-def fingerprint(folder: str, known: Catalogue) -> Fingerprint:
-    """What shows a change: the folder's files as stat(2) has them, and where the programs of ``known`` are."""
+def fingerprint(folder: str) -> Fingerprint:
+    """The folder's update files as stat(2) has them."""
     files: list[object] = []
     try:
         with os.scandir(folder) as entries:
@@ -168,9 +171,13 @@ def fingerprint(folder: str, known: Catalogue) -> Fingerprint:
                         files.append((entry.name, status.st_ino, status.st_size, status.st_mtime_ns))
     except OSError as error:
         files.append(error.errno)
-    programs = [
+    return tuple(sorted(files, key=str))
+
+
+def places(known: Catalogue) -> Fingerprint:
+    """Where the programs of the updates are."""
+    return tuple(
         (program, shutil.which(program))
         for each in known.updates.values()
         for program in (each.argv[0], *each.installed[:1])
-    ]
-    return (tuple(sorted(files, key=str)), tuple(programs))
+    )

@@ -208,3 +208,23 @@ async def test_many_waves_are_folded_around_the_one_that_is_under_way(
     await visited.until("document.querySelectorAll('.waves li').length === 12")
     assert "1 to 19" in await visited.text(".waves li:first-child")
     assert "30 to 60" in await visited.text(".waves li:last-child")
+
+
+async def test_one_drawing_is_of_one_instant(booth: Any, visit: Callable[..., Any]) -> None:
+    """Or a VM is beyond its budget in the list of the paused, and not yet in the alarm above it."""
+    visited = await visit(booth.url)
+    found = await visited.page.evaluate(
+        """async () => {
+          const script = document.querySelector("script[type=module]").src;
+          const { Model } = await import(new URL("model.js", script).href);
+          const model = new Model(), seen = [];
+          model.atOneInstant(() => {
+            const begun = performance.now();
+            seen.push(model.now());
+            while (performance.now() < begun + 20);
+            seen.push(model.now());
+          });
+          return [...seen, model.now()];
+        }"""
+    )
+    assert found[0] == found[1] < found[2]

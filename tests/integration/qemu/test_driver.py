@@ -26,6 +26,9 @@ from caesura_host_updater.drivers.qemu.async_qmp import (
     listener_of,
 )
 from caesura_host_updater.drivers.qemu.definition import Adopt, Definition, Nic
+from caesura_host_updater.drivers.qemu.guest import Guest
+from caesura_host_updater.drivers.qemu.process_records import VmProcessRecord
+from caesura_host_updater.drivers.qemu.supervisor import VmSupervisor
 from caesura_host_updater.inventory.host_config import parse_host_file, with_discovered
 from caesura_testing.patience import patient
 
@@ -122,7 +125,43 @@ async def test_guest_that_shuts_itself_down(rig: Any, tools: Any) -> None:
         await driver.prepare("a", "op-1", "swap", "")
     # The next life starts it again, and what its RAM file held is not kept.
     driver = await rig.open({"a": SMALL, "b": SMALL})
-    assert driver.states() == {"a": "running", "b": "running"}
+    assert (driver.states(), driver.ping()) == ({"a": "running", "b": "running"}, "")
+
+
+async def test_vm_that_was_ending_when_the_next_life_found_it_is_started(
+    rig: Any, tools: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    driver = await rig.open({"a": SMALL})
+    before = tools.pid_of(driver, "a")
+    os.kill(before, signal.SIGSTOP)  # it does not answer any more, and its process is still there
+    wait = VmSupervisor._end_of
+
+    async def killed_meanwhile(run: VmProcessRecord) -> None:
+        os.kill(run.pid, signal.SIGKILL)
+        await wait(run)
+
+    monkeypatch.setattr(VmSupervisor, "_end_of", staticmethod(killed_meanwhile))
+    driver = await rig.open({"a": SMALL})
+    assert (driver.states(), driver.ping()) == ({"a": "running"}, "")
+    assert tools.pid_of(driver, "a") != before
+
+
+async def test_vm_that_had_ended_before_it_was_attached_is_started(
+    rig: Any, tools: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    driver = await rig.open({"a": SMALL})
+    before = tools.pid_of(driver, "a")
+    attach = Guest.attach
+
+    async def killed_before(guest: Guest, run: VmProcessRecord, *more: Any) -> None:
+        if run.pid == before:
+            os.kill(before, signal.SIGKILL)
+            os.waitpid(before, 0)  # noqa: ASYNC222 - it is as good as dead
+        await attach(guest, run, *more)
+
+    monkeypatch.setattr(Guest, "attach", killed_before)
+    driver = await rig.open({"a": SMALL})
+    assert (driver.states(), driver.ping()) == ({"a": "running"}, "")
 
 
 async def test_guest_that_said_its_end_is_stopped_until_it_is_seen_to_run(rig: Any) -> None:

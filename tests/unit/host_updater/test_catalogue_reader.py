@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -51,17 +52,18 @@ async def test_it_is_read_on_start_and_on_change_only(
 ) -> None:
     looks = 0
 
-    def counted(folder: str, known: Catalogue) -> object:
+    def counted(folder: str) -> object:
         nonlocal looks
         looks += 1
-        return fingerprint(folder, known)
+        return fingerprint(folder)
 
     monkeypatch.setattr(catalogue_reader, "fingerprint", counted)
     (tmp_path / "patch.toml").write_text(UPDATE)
     folder = Folder(tmp_path)
     await folder.reader.start()
     assert list(folder.reader.catalogue.updates) == ["patch"]
-    await until(lambda: looks > 5)
+    seen = looks
+    await until(lambda: looks > seen + 5)
     assert folder.reads == 1, "nothing changed"
     (tmp_path / "part").write_text(UPDATE.replace("patch", "other"))
     (tmp_path / "part").replace(tmp_path / "patch.toml")
@@ -70,6 +72,46 @@ async def test_it_is_read_on_start_and_on_change_only(
     folder.reader.reread()
     await until(lambda: folder.reads == 3)
     folder.reader.close()
+
+
+async def test_looks_before_the_loop_took_what_was_read_read_nothing_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks = 0
+
+    def counted(folder: str) -> object:
+        nonlocal looks
+        looks += 1
+        return fingerprint(folder)
+
+    monkeypatch.setattr(catalogue_reader, "fingerprint", counted)
+    (tmp_path / "patch.toml").write_text(UPDATE)
+    folder = Folder(tmp_path)
+    starting = asyncio.create_task(folder.reader.start())
+    await asyncio.sleep(0)
+    while looks < 5:  # the loop is held up: that is what is tested
+        time.sleep(0.005)  # noqa: ASYNC251
+    assert folder.reads == 1
+    await starting
+    folder.reader.close()
+
+
+async def test_a_file_that_changes_in_the_middle_of_a_read_is_read_again(tmp_path: Path) -> None:
+    (tmp_path / "patch.toml").write_text(UPDATE)
+    changed = False
+
+    def read(folder: str) -> Catalogue:
+        nonlocal changed
+        found = read_updates(folder)
+        if not changed:
+            changed = True
+            (tmp_path / "patch.toml").write_text(UPDATE.replace("patch", "later"))
+        return found
+
+    reader = CatalogueReader(str(tmp_path), lambda: None, read=read, look_s=0.01, silent_s=0.2)
+    await reader.start()
+    await until(lambda: list(reader.catalogue.updates) == ["later"])
+    reader.close()
 
 
 async def test_a_program_that_comes_later_is_noticed(tmp_path: Path) -> None:

@@ -108,6 +108,7 @@ class Guest:
         try:
             self._exit = ExitWatch(run.pid, self._ended)
         except ProcessLookupError:
+            await self.detach()
             raise NotAttached("its process has ended") from None
         if not alive(run.pid, run.start_ticks):
             await self.detach()

@@ -137,8 +137,24 @@ class VmSupervisor:
         if guest.prepared is not None or guest.run is not None:
             return  # found frozen, or on its way: `resume` decides; or found in its new process
         await self.find(guest)
-        if guest.run is None and guest.spec.qemu is not None:
+        if guest.spec.qemu is None:
+            return
+        if guest.run is not None and (guest.mute or guest.state == "stopped"):
+            await self._end_of(guest.run)
+        if guest.run is None:
             await self._start(guest, guest.spec.qemu)
+
+    @staticmethod
+    async def _end_of(run: VmProcessRecord) -> None:
+        """Wait a moment for a process that was ending when this life found it: its VM is to be started, as one that had ended."""
+        ended = asyncio.Event()
+        with suppress(ProcessLookupError, TimeoutError):
+            watch = ExitWatch(run.pid, ended.set, reap=False)
+            try:
+                async with asyncio.timeout(_QUIT_S):
+                    await ended.wait()
+            finally:
+                watch.close()
 
     async def _find_unfinished(self, guest: Guest) -> None:
         loop = asyncio.get_running_loop()

@@ -18,6 +18,7 @@ export class Model {
     this.missed = null; // when that was noticed
     this.saidAt = Date.now() / 1000; // the exporter's clock at its last message...
     this.heardMs = performance.now(); // ...and our monotonic clock at that time
+    this.drawingAt = null; // the exporter's clock while it stands still for a drawing
   }
 
   // Applies one change or snapshot; returns the lanes whose state changed.
@@ -59,7 +60,17 @@ export class Model {
   }
 
   now() {
-    return this.saidAt + (performance.now() - this.heardMs) / 1000;
+    return this.drawingAt ?? this.saidAt + (performance.now() - this.heardMs) / 1000;
+  }
+
+  // Calls ``draw`` while the clock stands still: what one drawing says in several places is of one instant.
+  atOneInstant(draw) {
+    this.drawingAt = this.now();
+    try {
+      draw();
+    } finally {
+      this.drawingAt = null;
+    }
   }
 
   // Since when nothing new can have been received (about this paused VM); null while it can.

@@ -172,6 +172,10 @@ function drawTables() {
 
 function drawMoving() {
   watch();
+  model.atOneInstant(drawInstant);
+}
+
+function drawInstant() {
   setText(find("clock"), clock(model.now()));
   if (!model.heard) return;
   const rows = alarmRows(model);

@@ -137,12 +137,16 @@ class VmSupervisor:
         if guest.prepared is not None or guest.run is not None:
             return  # found frozen, or on its way: `resume` decides; or found in its new process
         await self.find(guest)
-        if guest.spec.qemu is None:
-            return
-        if guest.run is not None and (guest.mute or guest.state == "stopped"):
-            await self._end_of(guest.run)
-        if guest.run is None:
-            await self._start(guest, guest.spec.qemu)
+        if guest.spec.qemu is not None:
+            await self._start_unless_it_runs(guest, guest.spec.qemu)
+
+    async def _start_unless_it_runs(self, guest: Guest, definition: Definition) -> None:
+        run = guest.run
+        if run is not None and (guest.mute or guest.state == "stopped"):
+            await self._end_of(run)
+            run = guest.run
+        if run is None:
+            await self._start(guest, definition)
 
     @staticmethod
     async def _end_of(run: VmProcessRecord) -> None:

@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 import structlog
 
 from caesura.contract.messages import AbortOperation, StartOperation, VmRecord
+from caesura.lifecycle.budget import SHUTDOWN_S
 from caesura.runtime.errors import StoreError
 from caesura_host_updater import admission as rules
 from caesura_host_updater.admission import (
@@ -196,6 +197,7 @@ def new_operation(
         update=update.name if update else "",
         update_version=update.version if update else "",
         update_timeout_s=update.timeout_s if update else 0.0,
+        shutdown_s=update.shutdown_s if update else SHUTDOWN_S,
         vms=tuple(
             VmPause(
                 vm=target.vm,

@@ -29,6 +29,7 @@ from caesura.contract.messages import (
     ScheduledEvent,
     SetDocument,
     VmApproved,
+    VmDetails,
     VmOwner,
 )
 from caesura.contract.parts import with_parts
@@ -47,7 +48,8 @@ from caesura_metadata_publisher.events_document import (
     unchanged,
     wire_document,
 )
-from caesura_metadata_publisher.instance import answer_instance, instance_tree
+from caesura_metadata_publisher.instance import answer_instance
+from caesura_metadata_publisher.instance_fields import instance_tree
 from caesura_metadata_publisher.listeners import Listener
 from caesura_metadata_publisher.request import (
     ApproveEvents,
@@ -71,7 +73,9 @@ def presence(instance: str, *, online: bool) -> PublisherPresence:
 
 def filters() -> tuple[str, ...]:
     """What a publisher subscribes to."""
-    return tuple(channel_of(kind).filter() for kind in with_parts((SetDocument, HostInventory, VmOwner)))
+    return tuple(
+        channel_of(kind).filter() for kind in with_parts((SetDocument, HostInventory, VmOwner, VmDetails))
+    )
 
 
 class MetadataPublisher:
@@ -86,6 +90,8 @@ class MetadataPublisher:
         self._post.on_tombstone(HostInventory, self._on_host_removed)
         self._post.subscribe(VmOwner, self._on_owner)
         self._post.on_tombstone(VmOwner, self._on_owner_removed)
+        self._post.subscribe(VmDetails, self._on_details)
+        self._post.on_tombstone(VmDetails, self._on_details_removed)
         self._directory = Directory()
         self._approvals = ReliablePublisher(bus)
         self._presence = Presence(
@@ -165,6 +171,12 @@ class MetadataPublisher:
     async def _on_owner_removed(self, parameters: Mapping[str, str]) -> None:
         self._take(Cleared(VmOwner, parameters))
 
+    async def _on_details(self, details: VmDetails, _: Received) -> None:
+        self._take(details)
+
+    async def _on_details_removed(self, parameters: Mapping[str, str]) -> None:
+        self._take(Cleared(VmDetails, parameters))
+
     def _take(self, message: Message | Cleared) -> Changes:
         return self._directory.take(message, asyncio.get_running_loop().time())
 
@@ -180,7 +192,8 @@ class MetadataPublisher:
             placed = self._directory.vm(listener.vm)
             if placed is None:
                 return self._unknown(listener.vm)
-            tree = instance_tree(placed, request.version, self._settings.place, listener.address)
+            details = self._directory.details(placed)
+            tree = instance_tree(placed, details, request.version, self._settings.place)
             return answer_instance(tree, request.path, request.format)
         oldest_first = sorted(INSTANCE_VERSIONS)
         return HttpResponse(status=200, body=msgspec.json.encode({"apiVersions": oldest_first}))

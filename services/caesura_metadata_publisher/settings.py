@@ -8,7 +8,7 @@ from msgspec import Meta
 
 from caesura.contract.names import NAME_PATTERN
 from caesura.runtime.settings import ServiceSettings
-from caesura_metadata_publisher.instance import InstanceLocation
+from caesura_metadata_publisher.instance_fields import InstanceLocation
 
 HttpHost = Annotated[str, Meta(pattern=r"^(\*|[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?)\Z")]
 
@@ -52,9 +52,14 @@ class MetadataPublisherSettings(ServiceSettings, frozen=True, kw_only=True, forb
         "00000000-0000-0000-0000-000000000000"
     )
 
+    environment: Annotated[str, Meta(description="Shown as compute.azEnvironment.")] = "AzurePublicCloud"
+
     @property
     def place(self) -> InstanceLocation:
         """The operator's description of where the VMs are."""
         return InstanceLocation(
-            location=self.location, resource_group=self.resource_group, subscription=self.subscription
+            location=self.location,
+            resource_group=self.resource_group,
+            subscription=self.subscription,
+            environment=self.environment,
         )

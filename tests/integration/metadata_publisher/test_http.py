@@ -34,6 +34,8 @@ from caesura.contract.messages import (
     ScheduledEvent,
     SetDocument,
     VmApproved,
+    VmDetails,
+    VmInterface,
     VmRecord,
 )
 from caesura.runtime.health import ListenError
@@ -328,7 +330,29 @@ async def test_instance_metadata_says_who_and_where(scene: Scene) -> None:
     assert headers["Content-Type"].startswith("text/plain")
     _, body, _ = await scene.get("/metadata/instance?api-version=2021-02-01")
     assert body["compute"]["name"] == "web-1"
-    assert body["network"]["interface"][0]["ipv4"]["ipAddress"][0]["privateIpAddress"] == "127.0.0.1"
+    interface = body["network"]["interface"][0]
+    assert interface["ipv4"]["ipAddress"][0]["privateIpAddress"].startswith("198."), "never the listener's"
+    details = VmDetails(vm="web-1", host="host-1", size="tiny", interfaces=(VmInterface(ipv4="10.0.0.4/24"),))
+    await scene.fleet.post.send(details, host="host-1", vm="web-1")
+
+    async def size() -> str:
+        return str(
+            (await scene.get("/metadata/instance/compute/vmSize?api-version=2021-02-01&format=text"))[1]
+        )
+
+    async def has_details() -> bool:
+        return await size() == "tiny"
+
+    async def has_none() -> bool:
+        return await size() == ""
+
+    await eventually(has_details)
+    address = "/metadata/instance/network/interface/0/ipv4/ipAddress/0/privateIpAddress"
+    assert (await scene.get(f"{address}?api-version=2021-02-01&format=text"))[1] == "10.0.0.4"
+    # Of a host that the VM does not belong to: not shown.
+    await scene.fleet.post.send(VmDetails(vm="web-1", host="host-2", size="big"), host="host-2", vm="web-1")
+    await scene.fleet.post.clear(VmDetails, host="host-1", vm="web-1")
+    await eventually(has_none)
     assert (await scene.get("/metadata/instance/compute/name?api-version=2021-02-01"))[0] == 400
 
 
@@ -531,14 +555,89 @@ async def test_a_client_that_asks_to_close_is_told_so_and_hung_up_on(scene: Scen
     await writer.wait_closed()
 
 
-async def test_garbage_instead_of_http_is_400(scene: Scene) -> None:
+async def raw_answer(scene: Scene, raw: bytes) -> tuple[int, dict[str, str], bytes]:
+    """Status, headers and body that a client without manners gets."""
     host, port = scene.web_1.removeprefix("http://").split(":")
     reader, writer = await asyncio.open_connection(host, int(port))
-    writer.write(b"\x16\x03\x01 not http\r\n\r\n")
+    try:
+        writer.write(raw)
+        async with asyncio.timeout(patient(5)):
+            head = (await reader.readuntil(b"\r\n\r\n")).decode()
+            status, *lines = head.strip().split("\r\n")
+            headers = {
+                name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)
+            }
+            body = await reader.readexactly(int(headers.get("content-length", "0")))
+        return int(status.split()[1]), headers, body
+    finally:
+        writer.close()
+        await writer.wait_closed()
+
+
+def posting(body: bytes, *headers: str) -> bytes:
+    lines = [
+        "POST " + EVENTS + " HTTP/1.1",
+        "Host: x",
+        "Metadata: true",
+        f"Content-Length: {len(body)}",
+        *headers,
+    ]
+    return "\r\n".join([*lines, "", ""]).encode() + body
+
+
+_ASKING = "GET " + EVENTS + " HTTP/1.1\r\n"
+
+
+@pytest.mark.parametrize(
+    ("raw", "status"),
+    [
+        (b"\x16\x03\x01 not http\r\n\r\n", 400),
+        (b"BREW /metadata/versions HTTP/1.1\r\nHost: x\r\nMetadata: true\r\n\r\n", 400),
+        (b"PROPFIND /metadata/versions HTTP/1.1\r\nHost: x\r\nMetadata: true\r\n\r\n", 405),
+        (f"{_ASKING}Metadata: true\r\n\r\n".encode(), 400),
+        (f"{_ASKING}Host: x\r\nMetadata: true\r\nX: {'a' * 20_000}\r\n\r\n".encode(), 400),
+        (posting(b"not gzip", "Content-Encoding: gzip"), 400),
+        (posting(b"{}", "Content-Encoding: nonsense"), 400),
+        (posting(b"{}", "Transfer-Encoding: chunked"), 400),
+    ],
+)
+async def test_no_answer_is_the_http_library_s_own(
+    scene: Scene, raw: bytes, status: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    before = sum(scene.publisher.answers.values())
+    got, headers, body = await raw_answer(scene, raw)
+    assert (got, headers["content-type"]) == (status, "application/json; charset=utf-8")
+    assert list(json.loads(body)) == ["error"]
+    assert sum(scene.publisher.answers.values()) == before + 1, "it is counted"
+    assert [each for each in caplog.records if each.exc_info] == []
+
+
+async def test_an_older_client_needs_no_host_header(scene: Scene) -> None:
+    raw = b"GET /metadata/versions HTTP/1.0\r\nMetadata: true\r\n\r\n"
+    assert (await raw_answer(scene, raw))[0] == 200
+
+
+async def test_a_client_that_waits_for_100_continue_gets_it(scene: Scene) -> None:
+    await scene.fleet.inventory()
+    await scene.fleet.document(1, event())
+    await scene.shows(1)
+    host, port = scene.web_1.removeprefix("http://").split(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    body = start_request(ID).encode()
+    writer.write(posting(body, "Expect: 100-continue").removesuffix(body))
     async with asyncio.timeout(patient(5)):
-        assert b" 400 " in (await reader.read())[:40]
+        assert await reader.readuntil(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
+        writer.write(body)
+        assert b" 200 " in await reader.readuntil(b"\r\n\r\n")
     writer.close()
     await writer.wait_closed()
+
+
+async def test_a_body_that_does_not_arrive_is_408(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("caesura_metadata_publisher.http._BODY_S", 0.05)
+    status, headers, body = await raw_answer(scene, posting(b"12345").removesuffix(b"45"))
+    assert (status, headers["connection"]) == (408, "close")
+    assert "error" in json.loads(body)
 
 
 @pytest.mark.parametrize(

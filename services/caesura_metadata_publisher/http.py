@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 
 import structlog
 from aiohttp import HttpVersion11, web
 
+from caesura.runtime.activation import check_all_used, socket_for
 from caesura.runtime.connections import Bounds, fair_share
 from caesura.runtime.health import LowLevelHandler, serve_requests
 from caesura.runtime.listen import own_host
@@ -34,16 +36,22 @@ _log = structlog.get_logger("caesura.metadata")
 
 @asynccontextmanager
 async def serve_metadata(
-    publisher: MetadataPublisher, listeners: Sequence[Listener], http_hosts: Sequence[str] = ()
+    publisher: MetadataPublisher,
+    listeners: Sequence[Listener],
+    http_hosts: Sequence[str] = (),
+    inherited: Sequence[socket.socket] = (),
 ) -> AsyncIterator[tuple[str, ...]]:
     """Serve every listener while the block runs; gives the addresses, with real ports where 0 was asked for.
 
     Args:
         http_hosts: as in the settings.
+        inherited: sockets that the service manager opened; the other addresses are opened here.
 
     Raises:
+        ListenAddressError: a listener's address is wrong, or an inherited socket belongs to none.
         ListenError: naming the address that cannot be opened, and why.
     """
+    check_all_used((each.listen for each in listeners), inherited)
     async with AsyncExitStack() as stack:
         addresses = []
         bounds = Bounds(connections=fair_share(len(listeners), Bounds.connections))
@@ -54,6 +62,7 @@ async def serve_metadata(
                 listener.listen,
                 shutdown_s=_SHUTDOWN_S,
                 bounds=bounds,
+                inherited=socket_for(listener.listen, inherited),
             )
             addresses.append(await stack.enter_async_context(served))
         _log.info("metadata.listening", listeners=len(addresses))
@@ -100,6 +109,9 @@ async def _answer(
         return bad_request("The Host header is missing.")  # RFC 9112, section 3.2
     if host is not None and not own_host(host, known):
         return foreign_host(host)
+    refused = publisher.refuses(listener.vm)
+    if refused is not None:
+        return refused
     try:
         body = await _body(request) if request.method == "POST" else b""
     except TimeoutError:

@@ -157,6 +157,13 @@ def not_found() -> HttpResponse:
     return HttpResponse(status=404, body=error_body("Not found. The requested element does not exist."))
 
 
+def too_many() -> HttpResponse:
+    """429: more requests than the real service takes. Its body is not documented."""
+    return HttpResponse(
+        status=429, body=error_body("Too Many Requests. At most 5 requests a second are served.")
+    )
+
+
 def service_error(why: str) -> HttpResponse:
     """500: retry after some time. Clients retry this one (cloud-init, azure-init, WALinuxAgent)."""
     return HttpResponse(status=500, body=error_body(f"Service Error. {why} Retry after some time."))

@@ -15,6 +15,7 @@ from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Literal
+from uuid import uuid4
 
 import aiohttp
 import pytest
@@ -43,6 +44,7 @@ from caesura_metadata_publisher.http import serve_metadata
 from caesura_metadata_publisher.listeners import Listener
 from caesura_metadata_publisher.service import MetadataPublisher, filters
 from caesura_metadata_publisher.settings import MetadataPublisherSettings
+from caesura_testing.activated import activated
 from caesura_testing.patience import patient
 
 # The embedded broker of the demo keeps fewer promises than Mosquitto; a service must work with both.
@@ -438,6 +440,62 @@ async def test_with_the_bus_down_an_approval_is_not_accepted_and_can_be_repeated
     await scene.fleet.until(lambda: len(scene.fleet.approvals) >= 1)
 
 
+async def test_with_the_bus_away_a_post_is_answered_within_a_second(scene: Scene) -> None:
+    settings = MetadataPublisherSettings(listeners_file="unused")
+    assert settings.approval_timeout_s < 1.0
+    await scene.fleet.inventory()
+    ids = [str(uuid4()) for _ in range(5)]
+    await scene.fleet.document(1, *(event(event_id=each) for each in ids))
+    await scene.shows(1)
+    scene.broker.down()
+    started = asyncio.get_running_loop().time()
+    assert (await scene.get(method="POST", data=start_request(*ids)))[0] == 500
+    # All of them wait at once: one after the other they would take five times the scene's 0.3 s.
+    assert asyncio.get_running_loop().time() - started < patient(1.2)
+    scene.broker.up()
+
+
+async def test_an_etag_counts_without_its_quotes_too(scene: Scene) -> None:
+    await scene.fleet.inventory()
+    await scene.fleet.document(4, event())
+    await scene.shows(4)
+    for tag in ("4", '"4"', 'W/"4"', '"3", 4'):
+        assert (await scene.get(headers={**HEADERS, "If-None-Match": tag}))[0] == 304, tag
+    for tag in ("3", '"44"', ""):
+        assert (await scene.get(headers={**HEADERS, "If-None-Match": tag}))[0] == 200, tag
+
+
+async def test_strict_fidelity_has_the_limits_of_the_real_service(scene: Scene) -> None:
+    await scene.fleet.inventory()
+    await scene.fleet.document(1, event())
+    await scene.shows(1)
+    settings = MetadataPublisherSettings(listeners_file="unused", fidelity="strict", first_answer_s=0.3)
+    bus = MemoryBus(scene.broker, client_id="strict", filters=filters())
+    publisher = MetadataPublisher(settings, bus)
+    listeners = [Listener("web-1", "127.0.0.1:0"), Listener("web-2", "127.0.0.1:0")]
+    async with serve_metadata(publisher, listeners) as urls, running(publisher.run_bus):
+        web_1, web_2 = (f"http://{url}" for url in urls)
+
+        async def known() -> bool:
+            return publisher.documents_ping(tuple(listeners)) == ""
+
+        await eventually(known)
+        started = asyncio.get_running_loop().time()
+        assert (await scene.get(base=web_1))[0] == 200
+        assert asyncio.get_running_loop().time() - started >= 0.3, "the first answer is late"
+
+        async def refused() -> bool:
+            status, body, _ = await scene.get(base=web_1)
+            assert status in {200, 429}
+            assert status == 200 or body["error"].startswith("Too Many Requests")
+            return status == 429
+
+        await eventually(refused)
+        assert (await scene.get(base=web_2))[0] == 200, "each VM has its own"
+        assert publisher.answers["scheduledevents", "GET", 429] >= 1
+        await bus.close()
+
+
 @pytest.mark.parametrize(
     "content_type",
     [
@@ -799,4 +857,70 @@ async def test_the_command_with_a_real_broker(kind: Literal["mosquitto", "embedd
         finally:
             if process.returncode is None:
                 process.kill()
+                await process.wait()
+
+
+@pytest.mark.skipif(find_mosquitto() is None, reason="mosquitto is not installed")
+async def test_a_restart_under_socket_activation_refuses_nobody(tmp_path: Path) -> None:
+    """A client asks on, each time on a new connection, while the publisher is ended and started again."""
+    async with LocalBroker(kind="mosquitto") as broker:
+        fleet = Fleet(MqttBus(BrokerOptions(url=broker.url), filters=("caesura/v1/metadata/#",)))
+
+        async def run() -> None:
+            await fleet.bus.run(fleet.receive)
+
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            listen = f"127.0.0.1:{listener.getsockname()[1]}"
+            environ = publisher_environment(
+                tmp_path, f'[[listener]]\nvm = "web-1"\nlisten = "{listen}"\n', BROKER_URL=broker.url
+            )
+            program = [sys.executable, "-m", "caesura_metadata_publisher"]
+
+            async def start() -> asyncio.subprocess.Process:
+                return await asyncio.create_subprocess_exec(
+                    *activated((listener.fileno(),), program), env=environ, pass_fds=(listener.fileno(),)
+                )
+
+            statuses: list[int] = []
+            one_more = asyncio.Event()
+
+            async def ask() -> None:
+                timeout = aiohttp.ClientTimeout(total=patient(60))
+                while True:
+                    try:
+                        async with (
+                            aiohttp.ClientSession(headers=HEADERS, timeout=timeout) as session,
+                            session.get(f"http://{listen}{EVENTS}") as answer,
+                        ):
+                            statuses.append(answer.status)
+                    except aiohttp.ServerDisconnectedError:
+                        statuses.append(
+                            0
+                        )  # accepted by the one that ended; a connection that is refused is not caught here
+                    one_more.set()
+
+            async def next_answer(status: int) -> None:
+                async with asyncio.timeout(patient(60)):
+                    while True:
+                        one_more.clear()
+                        await one_more.wait()
+                        if statuses[-1] == status:
+                            return
+
+            process = await start()
+            try:
+                async with running(run):
+                    await fleet.inventory()
+                    await fleet.document(5, event())
+                    async with running(ask):
+                        await next_answer(200)
+                        process.terminate()
+                        assert await asyncio.wait_for(process.wait(), patient(20)) == 0
+                        process = await start()
+                        await next_answer(200)
+                    assert set(statuses) <= {0, 200, 500}, "500: it has no document yet"
+                    assert statuses.count(0) <= 1
+                    await fleet.bus.close()
+            finally:
+                process.terminate()
                 await process.wait()

@@ -107,6 +107,13 @@ from caesura.contract.messages.scheduled_events import (
     SetDocument,
     VmApproved,
 )
+from caesura.contract.messages.vm_details import (
+    MOST_USER_DATA_BYTES,
+    VmDetails,
+    VmImage,
+    VmInterface,
+    VmPublicKey,
+)
 from caesura.contract.messages.vms import (
     LastPause,
     VmClockSynced,
@@ -122,6 +129,7 @@ __all__ = [
     "MOST_PARTS",
     "MOST_RIVALS",
     "MOST_TARGETS",
+    "MOST_USER_DATA_BYTES",
     "SECONDS_MOST",
     "VMS_IN_PART",
     "AbortOperation",
@@ -194,8 +202,12 @@ __all__ = [
     "UpdateRecord",
     "VmApproved",
     "VmClockSynced",
+    "VmDetails",
     "VmFrozen",
+    "VmImage",
+    "VmInterface",
     "VmOwner",
+    "VmPublicKey",
     "VmReady",
     "VmRecord",
     "VmResult",

@@ -58,11 +58,16 @@ _ONE_LINE = _OneLine()
 
 @asynccontextmanager
 async def serve_app(
-    app: web.Application, listen: str, *, shutdown_s: float = _SHUTDOWN_S, bounds: Bounds = DEFAULT_BOUNDS
+    app: web.Application,
+    listen: str | socket.socket,
+    *,
+    shutdown_s: float = _SHUTDOWN_S,
+    bounds: Bounds = DEFAULT_BOUNDS,
 ) -> AsyncIterator[str]:
     """Serve ``app`` on one listener while the block runs; yields its address, with the actual port if 0 was requested.
 
     Args:
+        listen: an address, or a bound socket, which is closed at the end.
         shutdown_s: seconds that requests in flight get at the end; longer ones are cut.
         bounds: how many connections are allowed, and how long one may take to send its request.
 
@@ -71,7 +76,7 @@ async def serve_app(
         ListenError: saying which address and why, for example that it is in use.
     """
     server_logger.addFilter(_ONE_LINE)  # the same filter each time: added only once
-    where = parse_listen(listen)
+    where = parse_listen(listen) if isinstance(listen, str) else listen
     runner = web.AppRunner(app, access_log=None, shutdown_timeout=shutdown_s, keepalive_timeout=bounds.idle_s)
     gate: Gate | None = None
 
@@ -90,12 +95,12 @@ async def serve_app(
     await runner.setup()
     server = runner.server
     assert server is not None  # noqa: S101 - set up above
-    gate = Gate(server, listen, bounds)
+    gate = Gate(server, listen if isinstance(listen, str) else _address(listen), bounds)
     try:
         try:
             if isinstance(where, str):
                 Path(where).unlink(missing_ok=True)  # noqa: ASYNC240 - a stale socket of our own, once at start
-            sockets = await bound_sockets(where)
+            sockets = [where] if isinstance(where, socket.socket) else await bound_sockets(where)
             for each in sockets:
                 gate.listen(each)
         except OSError as error:

@@ -181,6 +181,7 @@ class GuardClient:
         ended = asyncio.Event()
         argv = [
             sys.executable,
+            "-P",  # a module of the working folder that is named as one of the standard library's must not be imported
             "-m",
             "caesura_pause_guard",
             "--state-dir",

@@ -78,7 +78,9 @@ def start(process: dict[str, Any], libc: ctypes.CDLL) -> int:
             if os.getppid() != parent:
                 os._exit(127)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-            signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # Python ignores it, and a program that is executed would, too
+            signal.signal(
+                signal.SIGPIPE, signal.SIG_DFL
+            )  # Python ignores it, and a program that is executed would, too
             os.execvpe(process["argv"][0], process["argv"], process["environ"])
         except OSError as error:
             os.write(write_end, f"{process['argv'][0]}: {error.strerror}".encode())

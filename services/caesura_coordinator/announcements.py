@@ -93,7 +93,7 @@ def scheduled_event(rollout: Rollout, event: WaveEvent) -> ScheduledEvent:
         resources=event.resources,
         not_before=wave.not_before,
         description=_DESCRIPTION[rollout.event_type],
-        source="User" if rollout.hold_s else "Platform",
+        source=rollout.policy.event_source,
         duration_s=round(rollout.expected_pause_s) if rollout.event_type == "Freeze" else -1,
         rollout=rollout.id,
         wave=wave.index,

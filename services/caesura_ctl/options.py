@@ -112,6 +112,13 @@ def selection(command: F) -> F:
 def policy(command: F) -> F:
     """The options of a rollout's policy."""
     for option in (
+        click.option(
+            "--source",
+            type=click.Choice(["platform", "user"]),
+            default="platform",
+            show_default=True,
+            help="EventSource that workloads see; they approve what a user ordered at once, so the notice is short then.",
+        ),
         click.option("--allow-reboot", is_flag=True, help="Allow updates that lose guest memory."),
         click.option(
             "--domain-key",
@@ -191,6 +198,7 @@ def policy_from(options: dict[str, Any]) -> m.Policy:
         on_unproven=options["on_unproven"],
         domain_key=options["domain_key"],
         allow_reboot=options["allow_reboot"],
+        event_source="User" if options["source"] == "user" else "Platform",
     )
 
 

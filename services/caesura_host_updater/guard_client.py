@@ -29,7 +29,7 @@ _RETRY_S = 0.2  # s: between two tries to reach a guard
 _START_S = 5.0  # s: it needs some 60 ms
 _ANSWER_S = 2.0  # s: a guard answers within milliseconds; an fsync on a busy disk may take longer
 
-_log = structlog.get_logger("caesura.guardian")
+_log = structlog.get_logger("caesura.guard_client")
 
 
 class GuardUnavailable(CaesuraError):

@@ -27,6 +27,7 @@ from caesura.contract.messages import (
     InventoryPart,
     StartOperation,
     VmClockSynced,
+    VmDetails,
     VmFrozen,
     VmRecord,
     VmResumed,
@@ -48,15 +49,14 @@ from caesura_host_updater.inventory.publisher import InventoryPublisher
 from caesura_host_updater.journal import Journal, JournalThread
 from caesura_host_updater.metrics import HostMetrics
 from caesura_host_updater.operation.crash_recovery import CrashRecovery
-from caesura_host_updater.operation.finalizer import (
-    FactFactory,
-    OperationFinalizer,
-)
+from caesura_host_updater.operation.facts import FactFactory
+from caesura_host_updater.operation.finalizer import OperationFinalizer
 from caesura_host_updater.operation.queue import OperationQueue
 from caesura_host_updater.operation.state import Operation
 from caesura_host_updater.outbox import Outbox
 from caesura_host_updater.pause_markers import PauseMarkers
 from caesura_host_updater.settings import HostUpdaterSettings
+from caesura_host_updater.vm_details import VmDetailsPublisher
 from caesura_host_updater.vm_status import VmStatuses
 from caesura_host_updater.vm_view import VmView
 
@@ -127,6 +127,7 @@ class HostUpdater:
         )
         self._fact_factory = FactFactory(host.host, settings.fleet)
         self._statuses = VmStatuses(host.host, self._vms, self.post)
+        self._details = VmDetailsPublisher(host.host, host.vm, self.post)
         self._inventories = InventoryPublisher(host.host, self.post)
         self._pauses = pauses
         self._finalizer = OperationFinalizer(
@@ -192,6 +193,7 @@ class HostUpdater:
         self.post.subscribe(AgentClockSynced, self._on_agent_synced)
         self.post.subscribe(AgentPresence, self._on_agent)
         self.post.subscribe(VmStatus, self._on_status)
+        self.post.subscribe(VmDetails, self._on_details)
         self.post.subscribe(InventoryPart, self._on_inventory_part)
         self.post.on_tombstone(InventoryPart, self._on_part_removed)
         self.post.on_tombstone(HostPresence, self._on_presence_removed)
@@ -205,6 +207,7 @@ class HostUpdater:
             "outbox": self.outbox.run,
             "inventory": self._keep_inventory,
             "vm statuses": self._statuses.run,
+            "vm details": self._details.run,
             "clocks": self.clocks.run,
             "vms": self._watch_vms,
             "journal": self._finalizer.retry_unsaved,
@@ -244,6 +247,7 @@ class HostUpdater:
         self._changed.set()
         self.clocks.connected()
         self._statuses.connected()
+        self._details.connected()
         self._inventories.connected()
         await self._presence.announce()
 
@@ -342,6 +346,9 @@ class HostUpdater:
     async def _on_status(self, message: VmStatus, _: Received) -> None:
         self._statuses.published_earlier(message)
 
+    async def _on_details(self, message: VmDetails, _: Received) -> None:
+        self._details.published_earlier(message)
+
     async def _on_inventory_part(self, message: InventoryPart, _: Received) -> None:
         if self._inventories.retained(message):
             self._changed.set()
@@ -396,7 +403,7 @@ class HostUpdater:
             "inventory": self._inventories.ping,
             "updates": self._updates.health_error,
             "pauses": self._view.health_error,
-            "outbox": lambda: self.outbox.ping() or self._statuses.ping(),
+            "outbox": lambda: self.outbox.ping() or self._statuses.ping() or self._details.ping(),
             "guard": lambda: "there is no pause guard" if self._guard.state == "absent" else "",
         }
 
@@ -405,7 +412,7 @@ class HostUpdater:
         self._metrics.observe_bus(self.bus.stats, self.post.decode_errors)
         self._metrics.observe_gauges(
             outbox=lambda: len(self.outbox),
-            refused=lambda: self.outbox.refused + self._statuses.refused,
+            refused=lambda: self.outbox.refused + self._statuses.refused + self._details.refused,
             clocks=lambda: len(self.clocks),
             busy=lambda: bool(self.operations.operation),
         )

@@ -11,6 +11,7 @@ from caesura.contract.messages import (
     HostPresence,
     InventoryPart,
     StartOperation,
+    VmDetails,
     VmStatus,
 )
 from caesura.contract.topics import channel_of
@@ -24,6 +25,7 @@ def filters(host: HostFile) -> list[str]:
         channel_of(StartOperation).filter(host=host.host),
         channel_of(AbortOperation).filter(host=host.host),
         channel_of(VmStatus).filter(host=host.host),
+        channel_of(VmDetails).filter(host=host.host),
         channel_of(InventoryPart).filter(host=host.host),
         channel_of(HostPresence).filter(host=host.host),
     ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from caesura.runtime.interrupt import QuietInterrupt
 
 with QuietInterrupt():
+    import os
     import sys
 
     from prometheus_client import CollectorRegistry
@@ -13,6 +14,7 @@ with QuietInterrupt():
     from caesura.bus.options import check_broker, options_from
     from caesura.bus.presence import last_will
     from caesura.contract.envelope import source_of
+    from caesura.runtime.activation import inherited_sockets
     from caesura.runtime.command import run_service
     from caesura.runtime.health import serve_health
     from caesura.runtime.listen import check_health_address
@@ -40,6 +42,7 @@ def main() -> int:
 
 
 async def _main(settings: MetadataPublisherSettings) -> None:
+    inherited = inherited_sockets(os.environ)
     listeners = read_listeners(settings.listeners_file)
     bus = MqttBus(
         options_from(settings, client_id=f"caesura-metadata-{settings.instance}"),
@@ -56,7 +59,7 @@ async def _main(settings: MetadataPublisherSettings) -> None:
     pings = {"broker": publisher.broker_ping, "documents": lambda: publisher.documents_ping(listeners)}
     async with (
         serve_health(settings.health_listen, pings, registry),
-        serve_metadata(publisher, listeners, settings.http_hosts),
+        serve_metadata(publisher, listeners, settings.http_hosts, inherited),
     ):
         await serve(
             {

@@ -7,7 +7,7 @@ whatever a broker or a coordinator restored from an old copy.
 from __future__ import annotations
 
 from caesura.contract.envelope import Message
-from caesura.contract.messages import SetDocument
+from caesura.contract.messages import SetDocument, VmDetails
 from caesura.fleet.fold import Changes, apply
 from caesura.fleet.state import FleetState, LocatedVm
 from caesura.fleet.words import Cleared
@@ -35,6 +35,10 @@ class Directory:
     def vm(self, name: str) -> LocatedVm | None:
         """The VM of this name, None if the host that it belongs to has not published it."""
         return self._state.vm(name)
+
+    def details(self, located: LocatedVm) -> VmDetails | None:
+        """What the host file of the VM's host says of it, None if nothing."""
+        return self._state.words.get(VmDetails, located.host, located.record.vm)
 
     def foreign_hosts(self, name: str) -> tuple[str, ...]:
         """Hosts that name the VM and do not have it."""

@@ -48,9 +48,12 @@ def entity_tag(document: SetDocument) -> str:
 
 
 def unchanged(if_none_match: str, etag: str) -> bool:
-    """Whether a GET with this If-None-Match gets 304 (RFC 9110 section 13.1.2, weak comparison)."""
+    """Whether a GET with this If-None-Match gets 304 (RFC 9110 section 13.1.2, weak comparison).
+
+    Without quotes, too: a client may send the DocumentIncarnation, which "is an ETag" as older documents say.
+    """
     tags = [tag.strip() for tag in if_none_match.split(",")]
-    return "*" in tags or etag in {tag.removeprefix("W/") for tag in tags}
+    return "*" in tags or etag.strip('"') in {tag.removeprefix("W/").strip('"') for tag in tags}
 
 
 def find_event(document: SetDocument, event_id: str) -> ScheduledEvent | None:

@@ -28,13 +28,6 @@ class Listener(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     listen: Annotated[str, Meta(min_length=1)]
     """``host:port`` or ``unix:/path``."""
 
-    @property
-    def address(self) -> str:
-        """The IPv4 address of the listener, for instance metadata; loopback where it has none."""
-        host = self.listen.rpartition(":")[0]
-        is_ipv4 = host.count(".") == 3 and host.replace(".", "").isdigit()
-        return host if is_ipv4 and not self.listen.startswith("unix:") else "127.0.0.1"
-
 
 class _Entries(msgspec.Struct, forbid_unknown_fields=True):
     listener: list[dict[str, object]] = []

@@ -18,10 +18,12 @@ from caesura_metadata_publisher.api_versions import (
     EventsVersion,
     events_version,
 )
+from caesura_metadata_publisher.start_requests import MalformedPayload, event_ids
 
 MAX_BODY_BYTES = 64 * 1024  # over a thousand approvals; a real client sends a handful
 
 _JSON = "application/json; charset=utf-8"
+_MOST_WHY = 200  # characters: a parser's message quotes what it did not understand
 _MORE = "For more information refer to aka.ms/azureimds"
 
 
@@ -62,12 +64,18 @@ class ReadVersions(msgspec.Struct, frozen=True):
 Request = ReadEvents | ApproveEvents | ReadInstance | ReadVersions
 
 
-class _StartRequest(msgspec.Struct):
-    event_id: str = msgspec.field(name="EventId")
+_ALLOWED: Mapping[str, tuple[str, ...]] = {
+    "scheduledevents": ("GET", "POST"),
+    "instance": ("GET",),
+    "versions": ("GET",),
+    "identity": ("GET",),
+    "attested": ("GET",),
+    "loadbalancer": ("GET",),
+}
+"""Verbs by endpoint."""
 
-
-class _StartRequests(msgspec.Struct):
-    start_requests: list[_StartRequest] = msgspec.field(name="StartRequests")
+_WITH_PATHS = frozenset({"instance", "identity", "attested"})
+"""Endpoints that have elements below them."""
 
 
 def parse(
@@ -86,33 +94,52 @@ def parse(
         body: None for one that is larger than ``MAX_BODY_BYTES``.
     """
     segments = path.split("/")
-    if segments[:1] != [""] or len(segments) < 3 or segments[1].lower() != "metadata":
+    while segments and segments[-1] == "":
+        segments = segments[:-1]
+    if len(segments) < 2 or segments[0] != "" or segments[1].lower() != "metadata":
         return not_found()
+    if len(segments) == 2:
+        return _root(method, query, headers)
     endpoint, rest = segments[2].lower(), tuple(segments[3:])
-    while rest and rest[-1] == "":
-        rest = rest[:-1]
-    allowed = {"scheduledevents": ("GET", "POST"), "instance": ("GET",), "versions": ("GET",)}.get(endpoint)
-    if allowed is None or (rest and endpoint != "instance"):
+    allowed = _ALLOWED.get(endpoint)
+    if allowed is None or (rest and endpoint not in _WITH_PATHS):
         return not_found()
     if method not in allowed:
-        return HttpResponse(
-            status=405,
-            body=error_body(f"Method Not Allowed. {method} is not supported on this endpoint."),
-            headers={"Allow": ", ".join(allowed)},
-        )
+        return _wrong_method(method, allowed)
     refused = _refused(query, headers, header_required=_header_required(endpoint, query))
     if refused is not None:
         return refused
-    if endpoint == "versions":
-        return ReadVersions()
-    if endpoint == "instance":
-        return _instance(rest, query)
-    return _events(method, query, headers, body)
+    match endpoint:
+        case "versions":
+            return ReadVersions()
+        case "instance":
+            return _instance(rest, query)
+        case "scheduledevents":
+            return _events(method, query, headers, body)
+        case "identity":
+            return _no_identity()
+        case _:
+            return _not_offered(endpoint)
 
 
 def bad_request(why: str) -> HttpResponse:
     """400 with the reason."""
     return HttpResponse(status=400, body=error_body(f"Bad request. {why}"))
+
+
+def not_http(why: str) -> HttpResponse:
+    """400 for what is not HTTP, in the documented form. The connection ends with it."""
+    text = " ".join(why.split())[:_MOST_WHY]
+    return HttpResponse(status=400, body=error_body(f"Bad request. {text}"), headers={"Connection": "close"})
+
+
+def too_slow() -> HttpResponse:
+    """408: the body did not arrive in time. The connection ends with it."""
+    return HttpResponse(
+        status=408,
+        body=error_body("Request Timeout. The payload did not arrive in time."),
+        headers={"Connection": "close"},
+    )
 
 
 def foreign_host(host: str) -> HttpResponse:
@@ -128,6 +155,13 @@ def foreign_host(host: str) -> HttpResponse:
 def not_found() -> HttpResponse:
     """404: the element does not exist."""
     return HttpResponse(status=404, body=error_body("Not found. The requested element does not exist."))
+
+
+def too_many() -> HttpResponse:
+    """429: more requests than the real service takes. Its body is not documented."""
+    return HttpResponse(
+        status=429, body=error_body("Too Many Requests. At most 5 requests a second are served.")
+    )
 
 
 def service_error(why: str) -> HttpResponse:
@@ -154,6 +188,44 @@ def _refused(
     return None
 
 
+def _wrong_method(method: str, allowed: Sequence[str]) -> HttpResponse:
+    return HttpResponse(
+        status=405,
+        body=error_body(f"Method Not Allowed. {method[:32]} is not supported on this endpoint."),
+        headers={"Allow": ", ".join(allowed)},
+    )
+
+
+def _root(method: str, query: Sequence[tuple[str, str]], headers: Mapping[str, str]) -> HttpResponse:
+    """``/metadata`` itself. What it answers with a good api-version is not documented: it lists nothing here."""
+    if method != "GET":
+        return _wrong_method(method, ("GET",))
+    return _refused(query, headers, header_required=True) or _bad_version(INSTANCE_VERSIONS)
+
+
+def _no_identity() -> HttpResponse:
+    """What a VM without a managed identity gets: SDKs then try their next source at once, while they repeat a 404 for 24 s.
+
+    In the form of OAuth (RFC 6749, section 5.2), as azure-identity and MSAL read it.
+    """
+    return HttpResponse(
+        status=400, body=error_body("invalid_request", error_description="Identity not found")
+    )
+
+
+def _not_offered(endpoint: str) -> HttpResponse:
+    """400, which no client repeats. A real load balancer's metadata is 404 where there is none; clients repeat that one.
+
+    Attested data is signed by Azure, so nothing here could stand for it.
+    """
+    what = (
+        "Attested data is signed by Azure, and this is not Azure."
+        if endpoint == "attested"
+        else "No load balancer metadata is found."
+    )
+    return bad_request(what)
+
+
 def _header_required(endpoint: str, query: Sequence[tuple[str, str]]) -> bool:
     version = events_version(_value(query, "api-version")) if endpoint == "scheduledevents" else None
     return version is None or version.header_required
@@ -169,11 +241,13 @@ def _events(
         return ReadEvents(version, headers.get("if-none-match", ""))
     if body is None:
         return bad_request(f"The payload is larger than {MAX_BODY_BYTES} bytes.")
+    if headers.get("content-encoding", "identity").strip().lower() not in {"", "identity"}:
+        # No client compresses some hundred bytes. The real answer is not documented.
+        return bad_request("A payload with a Content-Encoding is not read.")
     try:
-        asked = msgspec.json.decode(body, type=_StartRequests)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return ApproveEvents(event_ids(body))
+    except MalformedPayload:
         return bad_request('The payload must be {"StartRequests": [{"EventId": "..."}]}.')
-    return ApproveEvents(tuple(each.event_id for each in asked.start_requests))
 
 
 def _instance(path: tuple[str, ...], query: Sequence[tuple[str, str]]) -> Request | HttpResponse:

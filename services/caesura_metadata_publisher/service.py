@@ -29,6 +29,7 @@ from caesura.contract.messages import (
     ScheduledEvent,
     SetDocument,
     VmApproved,
+    VmDetails,
     VmOwner,
 )
 from caesura.contract.parts import with_parts
@@ -47,7 +48,9 @@ from caesura_metadata_publisher.events_document import (
     unchanged,
     wire_document,
 )
-from caesura_metadata_publisher.instance import answer_instance, instance_tree
+from caesura_metadata_publisher.fidelity import FirstCalls, RateLimit
+from caesura_metadata_publisher.instance import answer_instance
+from caesura_metadata_publisher.instance_fields import instance_tree
 from caesura_metadata_publisher.listeners import Listener
 from caesura_metadata_publisher.request import (
     ApproveEvents,
@@ -56,6 +59,7 @@ from caesura_metadata_publisher.request import (
     ReadInstance,
     Request,
     service_error,
+    too_many,
 )
 from caesura_metadata_publisher.settings import MetadataPublisherSettings
 
@@ -71,7 +75,9 @@ def presence(instance: str, *, online: bool) -> PublisherPresence:
 
 def filters() -> tuple[str, ...]:
     """What a publisher subscribes to."""
-    return tuple(channel_of(kind).filter() for kind in with_parts((SetDocument, HostInventory, VmOwner)))
+    return tuple(
+        channel_of(kind).filter() for kind in with_parts((SetDocument, HostInventory, VmOwner, VmDetails))
+    )
 
 
 class MetadataPublisher:
@@ -86,6 +92,8 @@ class MetadataPublisher:
         self._post.on_tombstone(HostInventory, self._on_host_removed)
         self._post.subscribe(VmOwner, self._on_owner)
         self._post.on_tombstone(VmOwner, self._on_owner_removed)
+        self._post.subscribe(VmDetails, self._on_details)
+        self._post.on_tombstone(VmDetails, self._on_details_removed)
         self._directory = Directory()
         self._approvals = ReliablePublisher(bus)
         self._presence = Presence(
@@ -96,6 +104,9 @@ class MetadataPublisher:
         )
         self.run_approvals = self._approvals.run
         self.run_presence = self._presence.run
+        strict = settings.fidelity == "strict"
+        self._rate_limit = RateLimit() if strict else None
+        self._first_calls = FirstCalls(settings.first_answer_s) if strict else None
         self._pending: set[str] = set()
         """Events whose approval was published and is not shown by the document yet."""
         self.answers: Counter[tuple[str, str, int]] = Counter()
@@ -165,6 +176,12 @@ class MetadataPublisher:
     async def _on_owner_removed(self, parameters: Mapping[str, str]) -> None:
         self._take(Cleared(VmOwner, parameters))
 
+    async def _on_details(self, details: VmDetails, _: Received) -> None:
+        self._take(details)
+
+    async def _on_details_removed(self, parameters: Mapping[str, str]) -> None:
+        self._take(Cleared(VmDetails, parameters))
+
     def _take(self, message: Message | Cleared) -> Changes:
         return self._directory.take(message, asyncio.get_running_loop().time())
 
@@ -173,6 +190,7 @@ class MetadataPublisher:
     async def answer(self, listener: Listener, request: Request) -> HttpResponse:
         """The answer to a well-formed request that came in at ``listener``."""
         if isinstance(request, ReadEvents):
+            await self._until_switched_on(listener.vm)
             return self._read_events(listener.vm, request)
         if isinstance(request, ApproveEvents):
             return await self._approve(listener.vm, request)
@@ -180,10 +198,27 @@ class MetadataPublisher:
             placed = self._directory.vm(listener.vm)
             if placed is None:
                 return self._unknown(listener.vm)
-            tree = instance_tree(placed, request.version, self._settings.place, listener.address)
+            details = self._directory.details(placed)
+            tree = instance_tree(placed, details, request.version, self._settings.place)
             return answer_instance(tree, request.path, request.format)
         oldest_first = sorted(INSTANCE_VERSIONS)
         return HttpResponse(status=200, body=msgspec.json.encode({"apiVersions": oldest_first}))
+
+    def refuses(self, vm: str) -> HttpResponse | None:
+        """The answer to a request beyond the limit; None: it is served. Ask once for each request of a VM."""
+        if self._rate_limit is None or self._rate_limit.allows(vm, asyncio.get_running_loop().time()):
+            return None
+        return too_many()
+
+    async def _until_switched_on(self, vm: str) -> None:
+        placed = self._directory.vm(vm)
+        if self._first_calls is not None and placed is not None:
+            wait_s = self._first_calls.called(placed.record.set, asyncio.get_running_loop().time())
+            if wait_s:
+                _log.info(
+                    "events.first_call", vm=vm, set=placed.record.set, answered_after_s=round(wait_s, 3)
+                )
+                await asyncio.sleep(wait_s)
 
     def _read_events(self, vm: str, request: ReadEvents) -> HttpResponse:
         document = self._document(vm)
@@ -198,16 +233,22 @@ class MetadataPublisher:
         document = self._document(vm)
         if isinstance(document, HttpResponse):
             return document
-        for event_id in request.event_ids:
-            event = find_event(document, event_id)
-            # Unknown, started or approved already: 200 and no change, also when another VM approved it.
-            if event is None or not awaits_approval(event) or event.event_id in self._pending:
-                continue
-            if not await self._pass_on(document.set, vm, event):
-                return service_error("The approval could not be passed on.")
-            self.approvals += 1
-            _log.info("approval.accepted", vm=vm, set=document.set, event_id=event.event_id)
-        return HttpResponse(status=200)
+        found = (find_event(document, event_id) for event_id in request.event_ids)
+        # Unknown, started or approved already: 200 and no change, also when another VM approved it.
+        wanted = {
+            event.event_id: event
+            for event in found
+            if event is not None and awaits_approval(event) and event.event_id not in self._pending
+        }
+        # At once: together they take as long as one may.
+        passed = await asyncio.gather(*(self._pass_on(document.set, vm, event) for event in wanted.values()))
+        for event_id, accepted in zip(wanted, passed, strict=True):
+            if accepted:
+                self.approvals += 1
+                _log.info("approval.accepted", vm=vm, set=document.set, event_id=event_id)
+        return (
+            HttpResponse(status=200) if all(passed) else service_error("The approval could not be passed on.")
+        )
 
     async def _pass_on(self, set_name: str, vm: str, event: ScheduledEvent) -> bool:
         """Whether the broker has it. From then on it is repeated until the document shows it: publishing it proves nothing."""

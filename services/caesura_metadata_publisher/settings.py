@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from msgspec import Meta
 
 from caesura.contract.names import NAME_PATTERN
 from caesura.runtime.settings import ServiceSettings
-from caesura_metadata_publisher.instance import InstanceLocation
+from caesura_metadata_publisher.instance_fields import InstanceLocation
 
 HttpHost = Annotated[str, Meta(pattern=r"^(\*|[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?)\Z")]
 
@@ -41,20 +41,35 @@ class MetadataPublisherSettings(ServiceSettings, frozen=True, kw_only=True, forb
     approval_timeout_s: Annotated[
         float,
         Meta(gt=0, description="Seconds an approval may wait for the bus before it is answered with 500."),
-    ] = 3.0
+    ] = 0.8
     approval_repeat_s: Annotated[
         float,
         Meta(gt=0, description="Seconds between repetitions of an approval until the document shows it."),
     ] = 1.0
+    fidelity: Annotated[
+        Literal["relaxed", "strict"],
+        Meta(
+            description="`strict`: limits of the real service as well: 5 requests a second and VM, then 429; the first call of a set "
+            "for events is answered late, again after 24 h without a call."
+        ),
+    ] = "relaxed"
+    first_answer_s: Annotated[
+        float, Meta(ge=0, le=120, description="Seconds that the first answer takes with `fidelity` `strict`.")
+    ] = 60.0
     location: Annotated[str, Meta(description="Shown as compute.location.")] = "local"
     resource_group: Annotated[str, Meta(description="Shown as compute.resourceGroupName.")] = "caesura"
     subscription: Annotated[str, Meta(description="Shown as compute.subscriptionId.")] = (
         "00000000-0000-0000-0000-000000000000"
     )
 
+    environment: Annotated[str, Meta(description="Shown as compute.azEnvironment.")] = "AzurePublicCloud"
+
     @property
     def place(self) -> InstanceLocation:
         """The operator's description of where the VMs are."""
         return InstanceLocation(
-            location=self.location, resource_group=self.resource_group, subscription=self.subscription
+            location=self.location,
+            resource_group=self.resource_group,
+            subscription=self.subscription,
+            environment=self.environment,
         )

@@ -12,6 +12,7 @@ import pytest
 
 from caesura.bus.local_broker import mosquitto_config
 from caesura.contract.messages import MAX_BUDGET_S
+from caesura.runtime.listen import parse_listen
 from caesura_coordinator.leadership import LeadershipLost
 from caesura_host_updater.settings import HostUpdaterSettings
 
@@ -61,6 +62,16 @@ def the(unit: Unit, key: str) -> str:
 def test_every_service_has_a_unit_and_every_unit_a_service() -> None:
     assert {path.name for path in _UNITS.glob("*.service")} == {f"caesura-{name}.service" for name in _NAMES}
     assert {path.stem for path in (_UNITS / "env").iterdir()} == set(_WITH_SETTINGS)
+
+
+def test_the_publishers_socket_is_of_its_own_service_and_starts_before_it() -> None:
+    assert [path.name for path in _UNITS.glob("*.socket")] == ["caesura-metadata-publisher.socket"]
+    told = read_drop_in("caesura-metadata-publisher.socket")
+    assert told["Install.WantedBy"] == ["sockets.target"]
+    for listen in told["Socket.ListenStream"]:
+        parse_listen(listen)
+    # Accept=yes would start one publisher a connection.
+    assert "Socket.Accept" not in told
 
 
 def test_each_comes_back_and_is_never_given_up(unit: tuple[str, Unit]) -> None:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import socket
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 from aiohttp import web
 
 from caesura.bus.port import Bus, Delivery
-from caesura.runtime.health import serve_app
-from caesura_metadata_publisher.http import metadata_app
+from caesura.runtime.health import serve_requests
+from caesura_metadata_publisher.http import metadata_handler, refusal
 from caesura_metadata_publisher.listeners import Listener
 from caesura_metadata_publisher.request import ApproveEvents, HttpResponse, Request
 from caesura_metadata_publisher.service import MetadataPublisher
@@ -20,8 +20,6 @@ from caesura_metadata_publisher.settings import MetadataPublisherSettings
 from caesura_rehearse.observations import Approval, Observations, RefusedRequest
 
 _SHUTDOWN_S = 0.2  # s: nothing that is in flight at the end of a rehearsal matters
-
-Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 class Witness:
@@ -107,19 +105,18 @@ async def serve_vm(
         ListenError: the address cannot be opened.
     """
     shown = listen if isinstance(listen, str) else f"{listen.getsockname()[0]}:{listen.getsockname()[1]}"
-    app = metadata_app(publisher, Listener(vm, shown))
+    handle = metadata_handler(publisher, Listener(vm, shown))
 
-    @web.middleware
-    async def witnessed(request: web.Request, handler: Handler) -> web.StreamResponse:
-        response = await handler(request)
+    async def witnessed(request: web.BaseRequest) -> web.StreamResponse:
+        response = await handle(request)
         body = (
             response.body if isinstance(response, web.Response) and isinstance(response.body, bytes) else b""
         )
         witness.answered(vm, request.method, request.path, response.status, body)
         return response
 
-    app.middlewares.insert(0, witnessed)
-    async with serve_app(app, listen, shutdown_s=_SHUTDOWN_S) as address:
+    refuse = refusal(publisher)
+    async with serve_requests(witnessed, refuse, listen, shutdown_s=_SHUTDOWN_S) as address:
         yield address
 
 

@@ -196,6 +196,7 @@ class Program:
                 "lock_file": f"{files}.lock",
                 "run_file": f"{files}.run.json",
                 "ended_file": f"{files}.ended",
+                "shutdown_file": f"{files}.shutdown",
                 "cgroup_procs": str(Path(control).parent / "cgroup.procs") if control else "",
                 "run": {"kind": self._freezer.kind, "control": control, "boot_id": boot_id()},
                 "processes": [{"argv": [*self._way_in, *self.argv], "environ": self._environ}],

@@ -26,6 +26,7 @@ from caesura_host_updater.drivers.plugin import (
     load_plugin,
 )
 from caesura_host_updater.files import read_regular
+from caesura_host_updater.inventory.vm_details_table import details_error
 from caesura_host_updater.inventory.vm_spec import VmSpec
 
 AnyPlugin = DriverPlugin[Any, Any]
@@ -87,7 +88,8 @@ def parse_host_file(text: str, name: str) -> HostFile:
             )
         if not vm.set and vm.update_domain is not None:
             raise HostFileError(f"{name}: VM {vm.name!r} has an update_domain but no set that it would be in")
-        if wrong := _foreign_keys(vm, plugin, others) or plugin.vm_error(vm, file.options):
+        wrong = _foreign_keys(vm, plugin, others) or plugin.vm_error(vm, file.options)
+        if wrong := wrong or (details_error(vm.details) if vm.details is not None else ""):
             raise HostFileError(f"{name}: VM {vm.name!r} {wrong}")
     return file
 

@@ -6,6 +6,7 @@ import msgspec
 
 from caesura.contract.messages import FaultDomain, UpdateDomain
 from caesura.contract.names import own_set
+from caesura_host_updater.inventory.vm_details_table import VmDetailsTable
 
 
 class VmSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -18,6 +19,8 @@ class VmSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     fault_domain: FaultDomain = 0
     agent: bool = True
     """Whether an agent is expected to answer in it."""
+    details: VmDetailsTable | None = None
+    """What its workloads read about it in the instance metadata."""
 
     @property
     def set_name(self) -> str:

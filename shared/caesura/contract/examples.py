@@ -407,4 +407,18 @@ def examples() -> list[Example]:
             ),
             {"client": "ops", "part": "1"},
         ),
+        Example(
+            m.VmDetails(
+                vm="web-1",
+                host="host-1",
+                size="Standard_D2s_v5",
+                image=m.VmImage(publisher="Debian", offer="debian-12", sku="12", version="latest"),
+                zone="1",
+                tags={"team": "shop"},
+                interfaces=(m.VmInterface(mac="00:0d:3a:f8:06:ec", ipv4="10.0.0.4/24"),),
+                computer_name="web-1.example",
+                user_data="I2Nsb3VkLWNvbmZpZwo=",
+            ),
+            {"host": "host-1", "vm": "web-1"},
+        ),
     ]

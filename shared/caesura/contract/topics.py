@@ -341,6 +341,14 @@ CHANNELS: tuple[Channel, ...] = (
         readers=("ctl",),
         summary="A part of the plan in an answer, where it does not fit into one message.",
     ),
+    Channel(
+        address=f"{PREFIX}/host/{{host}}/vm/{{vm}}/details",
+        message=m.VmDetails,
+        writer="host",
+        readers=("host", "metadata"),
+        retain=True,
+        summary="What the host file says of a VM for its workloads to read: size, image, addresses, tags, user data.",
+    ),
 )
 
 

@@ -94,11 +94,20 @@ def above(document: SetDocument, published: SetDocument) -> SetDocument:
     """The document with an incarnation above that of a published one that says something else.
 
     For a coordinator that leads and receives what another has published: subscribers that accepted the other's
-    document only accept ours when it is higher.
+    document only accept ours when it is higher. Where workloads see no difference, only the revision rises.
     """
     if version_of(document) > version_of(published):
         return document
+    if _shown(document) == _shown(published):
+        return msgspec.structs.replace(published, revision=published.revision + 1, events=document.events)
     return SetDocument(set=document.set, incarnation=published.incarnation + 1, events=document.events)
+
+
+def _shown(document: SetDocument) -> tuple[ScheduledEvent, ...]:
+    """The events without what only services see."""
+    return tuple(
+        msgspec.structs.replace(each, approved=False, rollout="", wave=0) for each in document.events
+    )
 
 
 def _events_with(document: SetDocument, event: ScheduledEvent) -> tuple[ScheduledEvent, ...]:

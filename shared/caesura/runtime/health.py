@@ -12,6 +12,7 @@ import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
@@ -32,6 +33,11 @@ Ping = Callable[[], str]
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 MetricsHandler = Handler
+
+LowLevelHandler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
+
+Refusal = Callable[[str], web.StreamResponse]
+"""The answer to what is not HTTP."""
 
 DEFAULT_BOUNDS = Bounds()
 
@@ -75,14 +81,11 @@ async def serve_app(
         ListenAddressError: it is not an address.
         ListenError: saying which address and why, for example that it is in use.
     """
-    server_logger.addFilter(_ONE_LINE)  # the same filter each time: added only once
-    where = parse_listen(listen) if isinstance(listen, str) else listen
-    runner = web.AppRunner(app, access_log=None, shutdown_timeout=shutdown_s, keepalive_timeout=bounds.idle_s)
-    gate: Gate | None = None
+    gates: list[Gate] = []
 
     @web.middleware
     async def timed(request: web.Request, handler: Handler) -> web.StreamResponse:
-        connection = gate.connection(request.protocol) if gate else None
+        connection = gates[0].connection(request.protocol)
         if connection is None:
             return await handler(request)
         connection.began()
@@ -92,15 +95,102 @@ async def serve_app(
             connection.answered()
 
     app.middlewares.append(timed)
+    runner = web.AppRunner(app, access_log=None, shutdown_timeout=shutdown_s, keepalive_timeout=bounds.idle_s)
+    async with _serve(runner, listen, bounds, gates) as address:
+        yield address
+
+
+@asynccontextmanager
+async def serve_requests(
+    handler: LowLevelHandler,
+    refuse: Refusal,
+    listen: str | socket.socket,
+    *,
+    shutdown_s: float = _SHUTDOWN_S,
+    bounds: Bounds = DEFAULT_BOUNDS,
+) -> AsyncIterator[str]:
+    """As ``serve_app``, without routes: every request goes to one handler, and every answer is the service's own.
+
+    Args:
+        handler: answers what is HTTP; it must not raise. A body is given to it as it was sent, however it is encoded.
+        refuse: answers what is not HTTP; its argument is what the parser did not understand.
+
+    Raises:
+        ListenAddressError, ListenError: as ``serve_app``.
+    """
+    gates: list[Gate] = []
+
+    async def timed(request: web.BaseRequest) -> web.StreamResponse:
+        connection = gates[0].connection(request.protocol)
+        if connection is None:
+            return await handler(request)
+        connection.began()
+        try:
+            return await handler(request)
+        finally:
+            connection.answered()
+
+    server = _RefusingServer(
+        timed, refuse, access_log=None, keepalive_timeout=bounds.idle_s, auto_decompress=False
+    )
+    runner = web.ServerRunner(server, shutdown_timeout=shutdown_s)
+    async with _serve(runner, listen, bounds, gates) as address:
+        yield address
+
+
+class _RefusingServer(web.Server):
+    """Its connections answer what is not HTTP by ``refuse``, not by aiohttp's page."""
+
+    def __init__(self, handler: LowLevelHandler, refuse: Refusal, **options: Any) -> None:
+        super().__init__(handler, **options)
+        self._options = options
+        self.refuse = refuse
+
+    def __call__(self) -> web.RequestHandler:
+        return _RefusingProtocol(self, loop=self._loop, **self._options)
+
+
+class _RefusingProtocol(web.RequestHandler):
+    __slots__ = ("_refuse",)
+
+    def __init__(self, server: _RefusingServer, **options: Any) -> None:
+        super().__init__(server, **options)
+        self._refuse = server.refuse
+
+    def handle_error(
+        self,
+        request: web.BaseRequest,
+        status: int = 500,
+        exc: BaseException | None = None,
+        message: str | None = None,
+    ) -> web.StreamResponse:
+        # For its log line, and for its error where an answer was begun.
+        ours = super().handle_error(request, status, exc, message)
+        return self._refuse(message or "") if isinstance(exc, HttpProcessingError) else ours
+
+
+@asynccontextmanager
+async def _serve(
+    runner: web.BaseRunner,
+    listen: str | socket.socket,
+    bounds: Bounds,
+    gates: list[Gate],
+) -> AsyncIterator[str]:
+    server_logger.addFilter(_ONE_LINE)  # the same filter each time: added only once
+    where = parse_listen(listen) if isinstance(listen, str) else listen
     await runner.setup()
     server = runner.server
     assert server is not None  # noqa: S101 - set up above
     gate = Gate(server, listen if isinstance(listen, str) else _address(listen), bounds)
+    gates.append(gate)
     try:
         try:
-            if isinstance(where, str):
-                Path(where).unlink(missing_ok=True)  # noqa: ASYNC240 - a stale socket of our own, once at start
-            sockets = [where] if isinstance(where, socket.socket) else await bound_sockets(where)
+            if isinstance(where, socket.socket):
+                sockets = [where]
+            else:
+                if isinstance(where, str):
+                    Path(where).unlink(missing_ok=True)  # noqa: ASYNC240 - a stale socket of our own, once at start
+                sockets = await bound_sockets(where)
             for each in sockets:
                 gate.listen(each)
         except OSError as error:

@@ -15,6 +15,7 @@ from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Literal
+from uuid import uuid4
 
 import aiohttp
 import pytest
@@ -34,6 +35,8 @@ from caesura.contract.messages import (
     ScheduledEvent,
     SetDocument,
     VmApproved,
+    VmDetails,
+    VmInterface,
     VmRecord,
 )
 from caesura.runtime.health import ListenError
@@ -41,6 +44,7 @@ from caesura_metadata_publisher.http import serve_metadata
 from caesura_metadata_publisher.listeners import Listener
 from caesura_metadata_publisher.service import MetadataPublisher, filters
 from caesura_metadata_publisher.settings import MetadataPublisherSettings
+from caesura_testing.activated import activated
 from caesura_testing.patience import patient
 
 # The embedded broker of the demo keeps fewer promises than Mosquitto; a service must work with both.
@@ -328,7 +332,29 @@ async def test_instance_metadata_says_who_and_where(scene: Scene) -> None:
     assert headers["Content-Type"].startswith("text/plain")
     _, body, _ = await scene.get("/metadata/instance?api-version=2021-02-01")
     assert body["compute"]["name"] == "web-1"
-    assert body["network"]["interface"][0]["ipv4"]["ipAddress"][0]["privateIpAddress"] == "127.0.0.1"
+    interface = body["network"]["interface"][0]
+    assert interface["ipv4"]["ipAddress"][0]["privateIpAddress"].startswith("198."), "never the listener's"
+    details = VmDetails(vm="web-1", host="host-1", size="tiny", interfaces=(VmInterface(ipv4="10.0.0.4/24"),))
+    await scene.fleet.post.send(details, host="host-1", vm="web-1")
+
+    async def size() -> str:
+        return str(
+            (await scene.get("/metadata/instance/compute/vmSize?api-version=2021-02-01&format=text"))[1]
+        )
+
+    async def has_details() -> bool:
+        return await size() == "tiny"
+
+    async def has_none() -> bool:
+        return await size() == ""
+
+    await eventually(has_details)
+    address = "/metadata/instance/network/interface/0/ipv4/ipAddress/0/privateIpAddress"
+    assert (await scene.get(f"{address}?api-version=2021-02-01&format=text"))[1] == "10.0.0.4"
+    # Of a host that the VM does not belong to: not shown.
+    await scene.fleet.post.send(VmDetails(vm="web-1", host="host-2", size="big"), host="host-2", vm="web-1")
+    await scene.fleet.post.clear(VmDetails, host="host-1", vm="web-1")
+    await eventually(has_none)
     assert (await scene.get("/metadata/instance/compute/name?api-version=2021-02-01"))[0] == 400
 
 
@@ -412,6 +438,62 @@ async def test_with_the_bus_down_an_approval_is_not_accepted_and_can_be_repeated
 
     await eventually(accepted)
     await scene.fleet.until(lambda: len(scene.fleet.approvals) >= 1)
+
+
+async def test_with_the_bus_away_a_post_is_answered_within_a_second(scene: Scene) -> None:
+    settings = MetadataPublisherSettings(listeners_file="unused")
+    assert settings.approval_timeout_s < 1.0
+    await scene.fleet.inventory()
+    ids = [str(uuid4()) for _ in range(5)]
+    await scene.fleet.document(1, *(event(event_id=each) for each in ids))
+    await scene.shows(1)
+    scene.broker.down()
+    started = asyncio.get_running_loop().time()
+    assert (await scene.get(method="POST", data=start_request(*ids)))[0] == 500
+    # All of them wait at once: one after the other they would take five times the scene's 0.3 s.
+    assert asyncio.get_running_loop().time() - started < patient(1.2)
+    scene.broker.up()
+
+
+async def test_an_etag_counts_without_its_quotes_too(scene: Scene) -> None:
+    await scene.fleet.inventory()
+    await scene.fleet.document(4, event())
+    await scene.shows(4)
+    for tag in ("4", '"4"', 'W/"4"', '"3", 4'):
+        assert (await scene.get(headers={**HEADERS, "If-None-Match": tag}))[0] == 304, tag
+    for tag in ("3", '"44"', ""):
+        assert (await scene.get(headers={**HEADERS, "If-None-Match": tag}))[0] == 200, tag
+
+
+async def test_strict_fidelity_has_the_limits_of_the_real_service(scene: Scene) -> None:
+    await scene.fleet.inventory()
+    await scene.fleet.document(1, event())
+    await scene.shows(1)
+    settings = MetadataPublisherSettings(listeners_file="unused", fidelity="strict", first_answer_s=0.3)
+    bus = MemoryBus(scene.broker, client_id="strict", filters=filters())
+    publisher = MetadataPublisher(settings, bus)
+    listeners = [Listener("web-1", "127.0.0.1:0"), Listener("web-2", "127.0.0.1:0")]
+    async with serve_metadata(publisher, listeners) as urls, running(publisher.run_bus):
+        web_1, web_2 = (f"http://{url}" for url in urls)
+
+        async def known() -> bool:
+            return publisher.documents_ping(tuple(listeners)) == ""
+
+        await eventually(known)
+        started = asyncio.get_running_loop().time()
+        assert (await scene.get(base=web_1))[0] == 200
+        assert asyncio.get_running_loop().time() - started >= 0.3, "the first answer is late"
+
+        async def refused() -> bool:
+            status, body, _ = await scene.get(base=web_1)
+            assert status in {200, 429}
+            assert status == 200 or body["error"].startswith("Too Many Requests")
+            return status == 429
+
+        await eventually(refused)
+        assert (await scene.get(base=web_2))[0] == 200, "each VM has its own"
+        assert publisher.answers["scheduledevents", "GET", 429] >= 1
+        await bus.close()
 
 
 @pytest.mark.parametrize(
@@ -531,14 +613,89 @@ async def test_a_client_that_asks_to_close_is_told_so_and_hung_up_on(scene: Scen
     await writer.wait_closed()
 
 
-async def test_garbage_instead_of_http_is_400(scene: Scene) -> None:
+async def raw_answer(scene: Scene, raw: bytes) -> tuple[int, dict[str, str], bytes]:
+    """Status, headers and body that a client without manners gets."""
     host, port = scene.web_1.removeprefix("http://").split(":")
     reader, writer = await asyncio.open_connection(host, int(port))
-    writer.write(b"\x16\x03\x01 not http\r\n\r\n")
+    try:
+        writer.write(raw)
+        async with asyncio.timeout(patient(5)):
+            head = (await reader.readuntil(b"\r\n\r\n")).decode()
+            status, *lines = head.strip().split("\r\n")
+            headers = {
+                name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)
+            }
+            body = await reader.readexactly(int(headers.get("content-length", "0")))
+        return int(status.split()[1]), headers, body
+    finally:
+        writer.close()
+        await writer.wait_closed()
+
+
+def posting(body: bytes, *headers: str) -> bytes:
+    lines = [
+        "POST " + EVENTS + " HTTP/1.1",
+        "Host: x",
+        "Metadata: true",
+        f"Content-Length: {len(body)}",
+        *headers,
+    ]
+    return "\r\n".join([*lines, "", ""]).encode() + body
+
+
+_ASKING = "GET " + EVENTS + " HTTP/1.1\r\n"
+
+
+@pytest.mark.parametrize(
+    ("raw", "status"),
+    [
+        (b"\x16\x03\x01 not http\r\n\r\n", 400),
+        (b"BREW /metadata/versions HTTP/1.1\r\nHost: x\r\nMetadata: true\r\n\r\n", 400),
+        (b"PROPFIND /metadata/versions HTTP/1.1\r\nHost: x\r\nMetadata: true\r\n\r\n", 405),
+        (f"{_ASKING}Metadata: true\r\n\r\n".encode(), 400),
+        (f"{_ASKING}Host: x\r\nMetadata: true\r\nX: {'a' * 20_000}\r\n\r\n".encode(), 400),
+        (posting(b"not gzip", "Content-Encoding: gzip"), 400),
+        (posting(b"{}", "Content-Encoding: nonsense"), 400),
+        (posting(b"{}", "Transfer-Encoding: chunked"), 400),
+    ],
+)
+async def test_no_answer_is_the_http_library_s_own(
+    scene: Scene, raw: bytes, status: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    before = sum(scene.publisher.answers.values())
+    got, headers, body = await raw_answer(scene, raw)
+    assert (got, headers["content-type"]) == (status, "application/json; charset=utf-8")
+    assert list(json.loads(body)) == ["error"]
+    assert sum(scene.publisher.answers.values()) == before + 1, "it is counted"
+    assert [each for each in caplog.records if each.exc_info] == []
+
+
+async def test_an_older_client_needs_no_host_header(scene: Scene) -> None:
+    raw = b"GET /metadata/versions HTTP/1.0\r\nMetadata: true\r\n\r\n"
+    assert (await raw_answer(scene, raw))[0] == 200
+
+
+async def test_a_client_that_waits_for_100_continue_gets_it(scene: Scene) -> None:
+    await scene.fleet.inventory()
+    await scene.fleet.document(1, event())
+    await scene.shows(1)
+    host, port = scene.web_1.removeprefix("http://").split(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    body = start_request(ID).encode()
+    writer.write(posting(body, "Expect: 100-continue").removesuffix(body))
     async with asyncio.timeout(patient(5)):
-        assert b" 400 " in (await reader.read())[:40]
+        assert await reader.readuntil(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
+        writer.write(body)
+        assert b" 200 " in await reader.readuntil(b"\r\n\r\n")
     writer.close()
     await writer.wait_closed()
+
+
+async def test_a_body_that_does_not_arrive_is_408(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("caesura_metadata_publisher.http._BODY_S", 0.05)
+    status, headers, body = await raw_answer(scene, posting(b"12345").removesuffix(b"45"))
+    assert (status, headers["connection"]) == (408, "close")
+    assert "error" in json.loads(body)
 
 
 @pytest.mark.parametrize(
@@ -700,4 +857,70 @@ async def test_the_command_with_a_real_broker(kind: Literal["mosquitto", "embedd
         finally:
             if process.returncode is None:
                 process.kill()
+                await process.wait()
+
+
+@pytest.mark.skipif(find_mosquitto() is None, reason="mosquitto is not installed")
+async def test_a_restart_under_socket_activation_refuses_nobody(tmp_path: Path) -> None:
+    """A client asks on, each time on a new connection, while the publisher is ended and started again."""
+    async with LocalBroker(kind="mosquitto") as broker:
+        fleet = Fleet(MqttBus(BrokerOptions(url=broker.url), filters=("caesura/v1/metadata/#",)))
+
+        async def run() -> None:
+            await fleet.bus.run(fleet.receive)
+
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            listen = f"127.0.0.1:{listener.getsockname()[1]}"
+            environ = publisher_environment(
+                tmp_path, f'[[listener]]\nvm = "web-1"\nlisten = "{listen}"\n', BROKER_URL=broker.url
+            )
+            program = [sys.executable, "-m", "caesura_metadata_publisher"]
+
+            async def start() -> asyncio.subprocess.Process:
+                return await asyncio.create_subprocess_exec(
+                    *activated((listener.fileno(),), program), env=environ, pass_fds=(listener.fileno(),)
+                )
+
+            statuses: list[int] = []
+            one_more = asyncio.Event()
+
+            async def ask() -> None:
+                timeout = aiohttp.ClientTimeout(total=patient(60))
+                while True:
+                    try:
+                        async with (
+                            aiohttp.ClientSession(headers=HEADERS, timeout=timeout) as session,
+                            session.get(f"http://{listen}{EVENTS}") as answer,
+                        ):
+                            statuses.append(answer.status)
+                    except aiohttp.ServerDisconnectedError:
+                        statuses.append(
+                            0
+                        )  # accepted by the one that ended; a connection that is refused is not caught here
+                    one_more.set()
+
+            async def next_answer(status: int) -> None:
+                async with asyncio.timeout(patient(60)):
+                    while True:
+                        one_more.clear()
+                        await one_more.wait()
+                        if statuses[-1] == status:
+                            return
+
+            process = await start()
+            try:
+                async with running(run):
+                    await fleet.inventory()
+                    await fleet.document(5, event())
+                    async with running(ask):
+                        await next_answer(200)
+                        process.terminate()
+                        assert await asyncio.wait_for(process.wait(), patient(20)) == 0
+                        process = await start()
+                        await next_answer(200)
+                    assert set(statuses) <= {0, 200, 500}, "500: it has no document yet"
+                    assert statuses.count(0) <= 1
+                    await fleet.bus.close()
+            finally:
+                process.terminate()
                 await process.wait()

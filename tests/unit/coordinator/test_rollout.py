@@ -16,6 +16,7 @@ from caesura.contract.reasons import Reason
 from caesura.fleet.words import Cleared
 from caesura.lifecycle.errors import IllegalStatusChange
 from caesura.lifecycle.proof import memory_proof
+from caesura_coordinator.announcements import scheduled_event
 from caesura_coordinator.authority import Authority
 from caesura_coordinator.commands import command_for, due_operations
 from caesura_coordinator.effects import Effect, EventEnded, EventScheduled, EventStarted
@@ -24,8 +25,8 @@ from caesura_coordinator.fence import FleetFence
 from caesura_coordinator.plan import make_plan
 from caesura_coordinator.published_state import wave_state
 from caesura_coordinator.records import HostOperation, Rollout, Wave, new_rollout
+from caesura_coordinator.request_refusals import RequestRefused
 from caesura_coordinator.rollout import after_restart, decide
-from caesura_coordinator.validation import RequestRefused
 from caesura_coordinator.verification import verify
 from caesura_testing.refold import refold
 
@@ -193,6 +194,18 @@ def test_not_before_is_a_whole_second_and_never_earlier_than_the_notice(
     story.now += timedelta(milliseconds=300)
     story.announce()
     assert story.wave.not_before == T0 + timedelta(seconds=61)
+
+
+@pytest.mark.parametrize("source", ["Platform", "User"])
+def test_events_are_of_the_platform_unless_the_operator_says_otherwise(
+    two_hosts: FleetFence, authority: Authority, source: str
+) -> None:
+    story = Story(
+        two_hosts, authority, **({} if source == "Platform" else {"event_source": source})
+    ).announce()
+    assert scheduled_event(story.rollout, story.wave.events[0]).source == source
+    on_demand = msgspec.structs.replace(story.rollout, hold_s=9.0)
+    assert scheduled_event(on_demand, story.wave.events[0]).source == source, "a freeze on demand, too"
 
 
 def test_without_approval_the_wave_waits_for_not_before(story: Story) -> None:

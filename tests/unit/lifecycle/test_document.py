@@ -46,7 +46,11 @@ def test_an_approval_is_newer_for_services_and_no_change_for_workloads() -> None
     three = d.start(two, "A")
     assert (three.incarnation, three.revision) == (2, 0)
     assert d.version_of(three) > d.version_of(two)
-    assert d.above(one, two).incarnation == 2, "newer for whoever took the other"
+    above = d.above(one, two)
+    assert (above.incarnation, above.revision) == (1, 2), (
+        "newer for whoever took the other, the same for workloads"
+    )
+    assert above.events == one.events
 
 
 def test_an_ended_event_cannot_start_and_the_error_names_both_states() -> None:
@@ -111,7 +115,8 @@ TestLives = Lives.TestCase
 def test_the_leaders_document_stands_above_what_another_published(
     ours: int, theirs: int, becomes: int
 ) -> None:
-    mine = SetDocument(set="web", incarnation=ours, events=())
+    mine = SetDocument(set="web", incarnation=ours, events=(_event("A"),))
     foreign = SetDocument(set="web", incarnation=theirs, events=())
     assert d.above(mine, foreign).incarnation == becomes
     assert d.above(mine, foreign).events == mine.events
+    assert d.version_of(d.above(mine, foreign)) > d.version_of(foreign)

@@ -178,7 +178,7 @@ def test_every_version_shows_the_types_we_schedule() -> None:
         ('"1", "2"', True),
         ("*", True),
         ('"1"', False),
-        ("2", False),
+        ("2", True),
         ("", False),
     ],
 )

@@ -28,19 +28,6 @@ def test_a_vm_may_have_an_address_and_a_socket(tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize(
-    ("listen", "address"),
-    [
-        ("10.0.0.4:80", "10.0.0.4"),
-        ("[::1]:80", "127.0.0.1"),
-        ("unix:/run/10.0.0.4:1", "127.0.0.1"),
-        ("localhost:80", "127.0.0.1"),
-    ],
-)
-def test_the_address_shown_to_the_vm(listen: str, address: str) -> None:
-    assert Listener("web-1", listen).address == address
-
-
 def entry(vm: str = '"web-1"', listen: str = '"127.0.0.1:8101"', more: str = "") -> str:
     return f"[[listener]]\nvm = {vm}\nlisten = {listen}\n{more}\n"
 

@@ -105,9 +105,6 @@ def test_both_version_tables_are_newest_first_without_repetition() -> None:
     [
         "/",
         "",
-        "/metadata",
-        "/metadata/",
-        "/metadata/identity/oauth2/token",
         "/metadata/latest/scheduledevents",
         "/metadata/scheduledevents/more",
         "/other/scheduledevents",
@@ -115,6 +112,35 @@ def test_both_version_tables_are_newest_first_without_repetition() -> None:
 )
 def test_what_is_not_there_is_404(path: str) -> None:
     refused(ask(path, V), 404)
+
+
+@pytest.mark.parametrize("path", ["/metadata", "/metadata/"])
+def test_the_root_names_the_newest_versions(path: str) -> None:
+    for query in ((), (VI,)):
+        assert refused(ask(path, *query))["newest-versions"] == ["2025-04-07", "2024-07-17", "2024-03-15"]
+    assert "metadata header" in str(refused(ask(path, headers={}))["error"])
+    refused(ask(path, method="POST"), 405)
+
+
+@pytest.mark.parametrize(
+    "path", ["/metadata/identity/oauth2/token", "/metadata/identity/info", "/metadata/identity"]
+)
+def test_a_vm_has_no_identity_and_an_sdk_understands_that(path: str) -> None:
+    body = refused(ask(path, ("api-version", "2018-02-01"), ("resource", "https://vault.azure.net")))
+    assert body == {"error": "invalid_request", "error_description": "Identity not found"}
+    assert "metadata header" in str(refused(ask(path, VI, headers={}))["error"])
+
+
+@pytest.mark.parametrize("path", ["/metadata/attested/document", "/metadata/loadbalancer"])
+def test_what_is_not_offered_is_400_which_no_client_repeats(path: str) -> None:
+    refused(ask(path, VI))
+
+
+def test_a_compressed_payload_is_refused() -> None:
+    body = b'{"StartRequests": [{"EventId": "a"}]}'
+    refused(ask(EVENTS, V, method="POST", body=body, headers={**OK, "content-encoding": "gzip"}))
+    plain = ask(EVENTS, V, method="POST", body=body, headers={**OK, "content-encoding": "identity"})
+    assert plain == ApproveEvents(("a",))
 
 
 def test_a_slash_at_the_end_and_upper_case_are_forgiven() -> None:
@@ -147,6 +173,10 @@ def test_a_wrong_verb_is_405_and_says_which_are_right(path: str, method: str, al
         (b'{"StartRequests": [{"EventId": "a"}, {"EventId": "b"}]}', ("a", "b")),
         (b'{"DocumentIncarnation": 5, "StartRequests": [{"EventId": "a", "more": 1}]}', ("a",)),
         (b'{"StartRequests": []}', ()),
+        (b'\xef\xbb\xbf{"StartRequests": [{"EventId": "a"}]}', ("a",)),
+        (b'{"StartRequests": {"EventId": "a"}}', ("a",)),
+        (b'{"startRequests": [{"eventId": "a"}, {"EVENTID": "b"}]}', ("a", "b")),
+        (b'{"startrequests": [], "StartRequests": [{"eventid": "x", "EventId": "a"}]}', ("a",)),
     ],
 )
 def test_a_payload_says_which_events_may_start(body: bytes, ids: tuple[str, ...]) -> None:
@@ -164,7 +194,8 @@ def test_a_payload_says_which_events_may_start(body: bytes, ids: tuple[str, ...]
         b"\xff\xfe",
         b"{}",
         b'{"StartRequests": null}',
-        b'{"StartRequests": {"EventId": "a"}}',
+        b'{"StartRequests": {"EventId": 5}}',
+        b'{"StartRequests": "a"}',
         b'{"StartRequests": [{"EventId": 5}]}',
         b'{"StartRequests": [{}]}',
         b'{"StartRequests": ["a"]}',

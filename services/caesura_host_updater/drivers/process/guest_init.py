@@ -11,7 +11,7 @@ this tree and is found when the VM is frozen. Its direct children die with it (P
 """
 
 # light imports, no pathlib; running the host file's argv is what it is for.
-# ruff: noqa: PTH105, PTH123, PTH208, S606
+# ruff: noqa: PTH105, PTH110, PTH123, PTH208, S606
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def main(spec_path: str) -> int:
     except OSError as error:
         kill_all()
         return fail(str(error))
-    return reap(children, spec["ended_file"])
+    return reap(children, spec["ended_file"], spec["shutdown_file"])
 
 
 def start(process: dict[str, Any], libc: ctypes.CDLL) -> int:
@@ -94,13 +94,14 @@ def start(process: dict[str, Any], libc: ctypes.CDLL) -> int:
     return pid
 
 
-def reap(children: dict[int, str], ended_file: str) -> int:
+def reap(children: dict[int, str], ended_file: str, shutdown_file: str) -> int:
     """Wait until the last of the VM's own processes ended; strays are reaped and end with us.
 
-    One that failed while others run on is noted in ``ended_file``, a line each: the VM is not what it was.
+    One that failed while others run on is noted in ``ended_file``, a line each: the VM is not what it was. While there is a
+    ``shutdown_file`` every process was asked to end: a non-zero exit does not count, and strays are waited for, not killed.
     """
     code = 0
-    while children:
+    while children or (os.path.exists(shutdown_file) and descendants()):
         try:
             pid, status = os.waitpid(-1, os.WNOHANG)
         except ChildProcessError:
@@ -118,7 +119,7 @@ def reap(children: dict[int, str], ended_file: str) -> int:
             code = code or abs(own)
             if reporting:
                 report(ended=pid, code=own, left=sorted(set(descendants()) - set(children)))
-            if own != 0 and children and not ending:
+            if own != 0 and children and not ending and not os.path.exists(shutdown_file):
                 note(ended_file, f"{program} {how(own)}")
     kill_all()
     return min(code, 255)

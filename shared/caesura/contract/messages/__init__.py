@@ -17,6 +17,7 @@ from caesura.contract.messages.agents import (
 )
 from caesura.contract.messages.fields import (
     EPOCH_MOST,
+    INTEGER_MOST,
     MAX_BUDGET_S,
     MOST_PARTS,
     MOST_TARGETS,
@@ -106,6 +107,13 @@ from caesura.contract.messages.scheduled_events import (
     SetDocument,
     VmApproved,
 )
+from caesura.contract.messages.vm_details import (
+    MOST_USER_DATA_BYTES,
+    VmDetails,
+    VmImage,
+    VmInterface,
+    VmPublicKey,
+)
 from caesura.contract.messages.vms import (
     LastPause,
     VmClockSynced,
@@ -116,10 +124,12 @@ from caesura.contract.messages.vms import (
 
 __all__ = [
     "EPOCH_MOST",
+    "INTEGER_MOST",
     "MAX_BUDGET_S",
     "MOST_PARTS",
     "MOST_RIVALS",
     "MOST_TARGETS",
+    "MOST_USER_DATA_BYTES",
     "SECONDS_MOST",
     "VMS_IN_PART",
     "AbortOperation",
@@ -192,8 +202,12 @@ __all__ = [
     "UpdateRecord",
     "VmApproved",
     "VmClockSynced",
+    "VmDetails",
     "VmFrozen",
+    "VmImage",
+    "VmInterface",
     "VmOwner",
+    "VmPublicKey",
     "VmReady",
     "VmRecord",
     "VmResult",

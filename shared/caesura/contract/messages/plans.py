@@ -47,6 +47,8 @@ class Policy(Record, frozen=True, kw_only=True):
     a plan refuses VMs for which no such proof is possible."""
     domain_key: DomainKey = "update_domain"
     allow_reboot: bool = False
+    event_source: Literal["Platform", "User"] = "Platform"
+    """Shown as the EventSource of its events. Clients approve what a user ordered at once, which ends the notice."""
 
 
 SkipCode = Literal["", "stopped", "undefined", "excluded", "installed", "contested"]

@@ -55,7 +55,8 @@ class FakeEngine:
                     if self.hangs.is_set():
                         self._end.wait(patient(10))
                     elif self.drips:
-                        while not self._end.wait(0.01):
+                        until = time.monotonic() + patient(3)
+                        while not self._end.wait(0.01) and time.monotonic() < until:
                             connection.sendall(b"x")
                     else:
                         connection.sendall(self.answer)
@@ -174,14 +175,13 @@ def test_one_hung_engine_delays_no_other_container(
     engine: FakeEngine,
 ) -> None:
     """Each in a round of its own, as QEMU guests are (I2)."""
-    engine.hangs.set()
+    answers = threading.Event()
     released: list[str] = []
     states: dict[str, Condition] = {"slow": "frozen", "quick": "frozen"}
 
     def release(each: plans.Plan, _: object) -> None:
         if each.vm == "slow":
-            with suppress(OSError):
-                request(engine.path, "GET", "/_ping", patient(3))
+            answers.wait(patient(20))
         released.append(each.vm)
         states[each.vm] = "running"
 
@@ -199,11 +199,12 @@ def test_one_hung_engine_delays_no_other_container(
     now = time.monotonic()
     watch.arm(Intent("op", "boot", now, now + 60, tuple(of.values())))
     watch.fire("the test says so")
-    until = time.monotonic() + patient(2)
+    until = time.monotonic() + patient(5)
     while released != ["quick"] and time.monotonic() < until:
         watch.step()
         time.sleep(0.005)
     assert released == ["quick"]
+    answers.set()
     while watch.state == "firing" and time.monotonic() < until + patient(10):
         watch.step()
         time.sleep(0.005)

@@ -199,6 +199,19 @@ def cgroup_of(plan: EnginePlan) -> CgroupPlan:
     return CgroupPlan(plan.vm, plan.freezer, plan.control)
 
 
+def groups_of(plan: EnginePlan) -> list[CgroupPlan]:
+    """The cgroup of the container's first process, and those above it that are the container's, too, the topmost last.
+
+    A container with an init system of its own has its first process in a group below the one that its engine made and freezes.
+    """
+    file, folder = os.path.basename(plan.control), os.path.dirname(plan.control)
+    found = [cgroup_of(plan)]
+    while plan.container in os.path.dirname(folder):
+        folder = os.path.dirname(folder)
+        found.append(CgroupPlan(plan.vm, plan.freezer, f"{folder}/{file}"))
+    return found
+
+
 def condition(plan: Plan, table: Mapping[int, Process] | None = None) -> Condition:
     """What the kernel says of the VM now, for QEMU guests also what QEMU says: see ``qemu_control``.
 
@@ -270,7 +283,8 @@ def thaw(plan: Plan, table: Mapping[int, Process] | None = None) -> None:
         return
     if isinstance(plan, EnginePlan):
         if not _unpaused(plan):
-            thaw(cgroup_of(plan))
+            for group in groups_of(plan):
+                thaw(group)
         return
     try:
         _write(plan.control, "0" if plan.kind == "cgroup2" else "THAWED")
@@ -295,7 +309,7 @@ def _unpaused(plan: EnginePlan) -> bool:
 
 def freeze_cgroup(plan: EnginePlan) -> None:
     """Ask the kernel to freeze a container that its engine calls paused already. Raises OSError."""
-    cgroup = cgroup_of(plan)
+    cgroup = groups_of(plan)[-1]
     _write(cgroup.control, "1" if cgroup.kind == "cgroup2" else "FROZEN")
 
 

@@ -175,6 +175,19 @@ class World:
         self.state = "running"
 
 
+def test_an_engine_whose_containers_end_with_it_is_a_risk_that_is_named(tmp_path: Path) -> None:
+    driver = ContainerDriver((ContainerVm(name="a"),), ContainerOptions(), tmp_path)
+    driver._engine_error, driver._engine = (
+        "",
+        engine_facts({"Version": "28.2.2"}, {"LiveRestoreEnabled": False}),
+    )
+    assert driver.capabilities("a").pause_risk.startswith("live-restore is off")
+    assert "live-restore is off" in driver.detail()
+    driver._engine = engine_facts({"Version": "28.2.2"}, {"LiveRestoreEnabled": True})
+    assert driver.capabilities("a").pause_risk == ""
+    assert driver.detail() == "Docker 28.2.2"
+
+
 async def test_a_pause_that_comes_late_is_undone_and_one_of_ours_is_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

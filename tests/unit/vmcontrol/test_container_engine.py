@@ -94,7 +94,7 @@ class Kernel:
         monkeypatch.setattr(plans, "_write", self._write)
 
     def _write(self, path: str, text: str) -> None:
-        assert (path, text) == (CONTROL, "THAWED")
+        assert (path, text) == (CONTROL, "THAWED"), "nothing above the container's own group"
         self.thaws += 1
         self.state = "running"
 
@@ -159,6 +159,23 @@ def test_the_kernel_resumes_what_the_engine_does_not(
         engine.answer = b'HTTP/1.0 500 No\r\n\r\n{"message":"cannot resume"}'
     thaw(plan(engine))
     assert (kernel.state, kernel.thaws) == ("running", 1)
+
+
+def test_a_container_with_groups_below_its_own_is_resumed_in_all_of_them(
+    engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its engine froze the one above that of its first process: an init system inside made the lower one."""
+    above = f"/sys/fs/cgroup/system.slice/docker-{ID}.scope"
+    one = EnginePlan("a", engine.path, ID, os.getpid(), 1, "cgroup2", f"{above}/init.scope/cgroup.freeze")
+    written: list[tuple[str, str]] = []
+    monkeypatch.setattr(plans, "_condition_v2", lambda _: "frozen")
+    monkeypatch.setattr(plans, "_write", lambda *each: written.append(each))
+    engine.close()
+    thaw(one)
+    assert written == [(one.control, "0"), (f"{above}/cgroup.freeze", "0")]
+    written.clear()
+    plans.freeze_cgroup(one)
+    assert written == [(f"{above}/cgroup.freeze", "1")], "as its engine does"
 
 
 @pytest.mark.parametrize("state", ["running", "gone"])

@@ -320,6 +320,7 @@ class ContainerDriver:
             missing=missing,
             clock="simulated",
             no_digest="is a container, whose memory is not read from outside",
+            pause_risk="" if self._engine.survives or not self._engine.version else NO_LIVE_RESTORE,
         )
 
     def process_of(self, vm: str) -> str:

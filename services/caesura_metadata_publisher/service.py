@@ -134,6 +134,10 @@ class MetadataPublisher:
         missing = sorted({each.vm for each in listeners if isinstance(self._document(each.vm), HttpResponse)})
         return f"no document yet for {', '.join(missing)}" if missing else ""
 
+    def shown(self, set_name: str) -> SetDocument | None:
+        """The document that the VMs of the set are shown, None if none is known."""
+        return self._directory.document(set_name)
+
     # -- tasks --------------------------------------------------------------------------------------------
 
     async def run_bus(self) -> None:

@@ -56,23 +56,22 @@ async def freeze(vms: int, times: int, seconds: float) -> list[float]:
             environ=os.environ,
             max_digest_bytes=0,
         )
-        guardian = GuardClient(folder, spawn=True)
+        guard = GuardClient(folder, spawn=True)
         journal = JournalThread()
         await journal.open(str(folder / "journal.sqlite"))
-        await guardian.start()
-        keeping = asyncio.create_task(guardian.run())
+        await guard.start()
+        keeping = asyncio.create_task(guard.run())
         pauses = PauseMarkers(folder)
         await driver.open()
         try:
             await _until_idle(driver, names)
             return [
-                await _once(driver, guardian, pauses, journal, names, seconds, number)
-                for number in range(times)
+                await _once(driver, guard, pauses, journal, names, seconds, number) for number in range(times)
             ]
         finally:
             keeping.cancel()
             await driver.close(stop_vms=True)
-            await guardian.close()
+            await guard.close()
             await journal.close()
 
 
@@ -90,7 +89,7 @@ async def _until_idle(driver: QemuDriver, names: list[str]) -> None:
 
 async def _once(
     driver: QemuDriver,
-    guardian: GuardClient,
+    guard: GuardClient,
     pauses: PauseMarkers,
     journal: JournalThread,
     names: list[str],
@@ -134,7 +133,7 @@ async def _once(
         update,
         host="bench",
         driver=driver,
-        guard=guardian,
+        guard=guard,
         pauses=pauses,
         journal=journal,
         environ=os.environ,

@@ -13,7 +13,7 @@ from caesura.contract.messages import (
     Selection,
     UpdateRecord,
 )
-from caesura.lifecycle.budget import MIN_BUDGET_S, PREPARE_S, usable_s
+from caesura.lifecycle.budget import MIN_BUDGET_S, PREPARE_S, START_S, usable_s
 from caesura_coordinator.fence import FleetFence
 
 _SWAP_PAUSE_S = (
@@ -74,6 +74,7 @@ def slowest(fleet: FleetFence, record: UpdateRecord, hosts: Iterable[str]) -> Up
         record,
         expected_s=max((each.expected_s for each in all_of_them), default=record.expected_s),
         timeout_s=max((each.timeout_s for each in all_of_them), default=record.timeout_s),
+        shutdown_s=max((each.shutdown_s for each in all_of_them), default=record.shutdown_s),
     )
 
 
@@ -103,12 +104,14 @@ def update_limits(record: UpdateRecord, policy: Policy, expected_s: float) -> It
 
 def expected_pause_s(record: UpdateRecord, expected_s: float) -> float:
     """How long a VM is expected to be paused."""
-    if record.impact == "none":
+    if record.impact != "pause":
         return 0.0
     return _SWAP_PAUSE_S if record.vmm == "beside" else expected_s
 
 
 def outside_pause_s(record: UpdateRecord) -> float:
     """The most that a host may take before its first pause, beyond the pause budget."""
+    if record.impact == "reboot":
+        return record.shutdown_s + record.timeout_s + START_S
     before = record.timeout_s if record.impact == "none" or record.vmm == "beside" else 0.0
     return before + (PREPARE_S if record.vmm else 0.0)

@@ -6,7 +6,7 @@ import msgspec
 
 from caesura.contract.envelope import Message
 from caesura.contract.fitting import fits
-from caesura.contract.messages import EPOCH_MOST, EventChanged, FailedUpdate, RolloutState, WaveState
+from caesura.contract.messages import INTEGER_MOST, EventChanged, FailedUpdate, RolloutState, WaveState
 from caesura.contract.parts import etag_of
 from caesura.contract.reasons import KNOWN
 from caesura_coordinator.records import Rollout, Wave
@@ -158,7 +158,7 @@ def largest_states(rollout: Rollout) -> list[Message]:
                 event_type=rollout.event_type,
                 status="cancelled",
                 resources=tuple(vms),
-                incarnation=EPOCH_MOST,
+                incarnation=INTEGER_MOST,
                 rollout=rollout.id,
                 wave=wave.index,
                 not_before=at,

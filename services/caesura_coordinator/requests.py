@@ -28,8 +28,8 @@ from caesura_coordinator.plan import make_plan, most_targets, nothing_to_do, set
 from caesura_coordinator.published_state import largest_states
 from caesura_coordinator.records import Rollout, new_rollout
 from caesura_coordinator.repository import RolloutRepository
+from caesura_coordinator.request_refusals import RequestRefused, request_expired
 from caesura_coordinator.responses import REASON_CHARACTERS, with_plan
-from caesura_coordinator.validation import RequestRefused, request_expired
 
 _REPEAT_PARTS_S = 5.0
 """s: between two sendings of a stored answer with a large plan."""

@@ -6,7 +6,7 @@ import msgspec
 
 from caesura.contract import messages as m
 from caesura.contract.parts import answer_in_parts
-from caesura_coordinator.validation import RequestRefused
+from caesura_coordinator.request_refusals import RequestRefused
 
 REASON_CHARACTERS = 4000
 """The contract allows 4096."""

@@ -27,8 +27,8 @@ from caesura_coordinator.records import (
     Wave,
     WaveEvent,
 )
+from caesura_coordinator.request_refusals import RequestRefused
 from caesura_coordinator.text import truncate
-from caesura_coordinator.validation import RequestRefused
 from caesura_coordinator.verification import verify_vm
 
 V = TypeVar("V")

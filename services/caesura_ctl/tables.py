@@ -82,7 +82,7 @@ def plan_view(plan: m.Plan) -> RenderableType:
         parts.append(
             Text(
                 f"{_count(sum(len(wave.vms) for wave in plan.waves), 'VM')} in {_count(len(plan.waves), 'wave')}, "
-                f"each paused about {show_duration(plan.expected_pause_s)}; about {show_duration(plan.estimate_s)} in all, without waiting times"
+                f"{_each(plan)}; about {show_duration(plan.estimate_s)} in all, without waiting times"
             )
         )
         if limit := _limit(plan):
@@ -98,6 +98,13 @@ def plan_view(plan: m.Plan) -> RenderableType:
             table.add_row(Text(refusal.subject, style="bold red"), refusal.reason)
         parts.append(table)
     return Group(*parts)
+
+
+def _each(plan: m.Plan) -> str:
+    """What happens to each VM, and for how long."""
+    if plan.event_type == "Reboot":
+        return "each shut down, and started again after the update: its memory is lost"
+    return f"each paused about {show_duration(plan.expected_pause_s)}"
 
 
 def _limit(plan: m.Plan) -> str:

@@ -184,7 +184,7 @@ def _judge_update(command: StartOperation, host: Host) -> Refuse | Accept:
             missing = record.methods_missing.get(command.method, "this host does not know it")
             why = f"method {command.method} is not possible for VM {target.vm}: {missing}"
             return Refuse("method_unavailable", why)
-    if command.method != "live" and command.budget_s < MIN_BUDGET_S:
+    if command.method not in ("live", "reboot") and command.budget_s < MIN_BUDGET_S:
         return Refuse(
             "budget_too_short",
             f"a budget of {command.budget_s:g} s is too short: resuming in time needs at least {MIN_BUDGET_S:g} s",
@@ -213,8 +213,8 @@ def _judge_update(command: StartOperation, host: Host) -> Refuse | Accept:
             + (f" and vmm {update.vmm}" if update.vmm else "")
             + f": it is applied by method {update.method}, not by {command.method}",
         )
-    if command.method in ("freeze", "replace"):
-        if update.expected_s > usable_s(command.budget_s):
+    if command.method in ("freeze", "replace", "reboot"):
+        if command.method != "reboot" and update.expected_s > usable_s(command.budget_s):
             return Refuse(
                 "budget_too_short",
                 f"update {update.name} takes some {update.expected_s:g} s, a budget of {command.budget_s:g} s "

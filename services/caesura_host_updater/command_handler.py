@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 import structlog
 
 from caesura.contract.messages import AbortOperation, StartOperation, VmRecord
+from caesura.lifecycle.budget import SHUTDOWN_S
 from caesura.runtime.errors import StoreError
 from caesura_host_updater import admission as rules
 from caesura_host_updater.admission import (
@@ -26,11 +27,8 @@ from caesura_host_updater.epoch_tracker import EpochTracker
 from caesura_host_updater.installed_probe import InstalledProbe
 from caesura_host_updater.inventory.catalogue_reader import CatalogueReader
 from caesura_host_updater.inventory.updates import UpdateFile
-from caesura_host_updater.operation.finalizer import (
-    FactFactory,
-    OperationFinalizer,
-    cancelled_before_it_began,
-)
+from caesura_host_updater.operation.facts import FactFactory
+from caesura_host_updater.operation.finalizer import OperationFinalizer, cancelled_before_it_began
 from caesura_host_updater.operation.queue import OperationQueue
 from caesura_host_updater.operation.report import status_report
 from caesura_host_updater.operation.state import Operation, UpdateRun, VmPause
@@ -199,6 +197,7 @@ def new_operation(
         update=update.name if update else "",
         update_version=update.version if update else "",
         update_timeout_s=update.timeout_s if update else 0.0,
+        shutdown_s=update.shutdown_s if update else SHUTDOWN_S,
         vms=tuple(
             VmPause(
                 vm=target.vm,

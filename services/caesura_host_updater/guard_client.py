@@ -29,7 +29,7 @@ _RETRY_S = 0.2  # s: between two tries to reach a guard
 _START_S = 5.0  # s: it needs some 60 ms
 _ANSWER_S = 2.0  # s: a guard answers within milliseconds; an fsync on a busy disk may take longer
 
-_log = structlog.get_logger("caesura.guardian")
+_log = structlog.get_logger("caesura.guard_client")
 
 
 class GuardUnavailable(CaesuraError):
@@ -181,6 +181,7 @@ class GuardClient:
         ended = asyncio.Event()
         argv = [
             sys.executable,
+            "-P",  # a module of the working folder that is named as one of the standard library's must not be imported
             "-m",
             "caesura_pause_guard",
             "--state-dir",

@@ -49,10 +49,8 @@ from caesura_host_updater.inventory.publisher import InventoryPublisher
 from caesura_host_updater.journal import Journal, JournalThread
 from caesura_host_updater.metrics import HostMetrics
 from caesura_host_updater.operation.crash_recovery import CrashRecovery
-from caesura_host_updater.operation.finalizer import (
-    FactFactory,
-    OperationFinalizer,
-)
+from caesura_host_updater.operation.facts import FactFactory
+from caesura_host_updater.operation.finalizer import OperationFinalizer
 from caesura_host_updater.operation.queue import OperationQueue
 from caesura_host_updater.operation.state import Operation
 from caesura_host_updater.outbox import Outbox

@@ -65,10 +65,9 @@ async def serve_metadata(
             served = serve_requests(
                 metadata_handler(publisher, listener, http_hosts),
                 refusal(publisher),
-                listener.listen,
+                socket_for(listener.listen, inherited) or listener.listen,
                 shutdown_s=_SHUTDOWN_S,
                 bounds=bounds,
-                inherited=socket_for(listener.listen, inherited),
             )
             addresses.append(await stack.enter_async_context(served))
         _log.info("metadata.listening", listeners=len(addresses))

@@ -15,7 +15,7 @@ The texts, and what each promises:
 ``gone``
     No process can run the guest any more, and none will try. Final.
 
-After ``new``, a process that *knows* that the claimed one never ran the guest (see ``guest.prove_never_ran``) may make
+After ``new``, a process that *knows* that the claimed one never ran the guest (see ``qmp_commands.end_unless_it_ran``) may make
 the next claim: ``old`` (swap) or ``file`` (replace). After ``file`` any process may claim ``file`` again: a process that
 was started before and is not claimed has then lost, and can be killed safely.
 

@@ -74,9 +74,9 @@ def is_held(pid: int) -> bool:
     return STOPPED in set(thread_states(pid))
 
 
-def sigstop(pid: int, start_ticks: int) -> None:
-    """SIGSTOP it and wait until every thread is stopped; a process that is gone is not an error."""
-    until = time.monotonic() + _HOLD_S
+def sigstop(pid: int, start_ticks: int, patience_s: float = _HOLD_S) -> None:
+    """SIGSTOP it and wait until every thread is stopped, for ``patience_s``; a process that is gone is not an error."""
+    until = time.monotonic() + patience_s
     if send_signal(pid, start_ticks, signal.SIGSTOP):
         while set(thread_states(pid)) - DEAD - {STOPPED, "t"} and time.monotonic() < until:
             time.sleep(_STEP_S)

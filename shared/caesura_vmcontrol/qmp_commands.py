@@ -16,7 +16,7 @@ from contextlib import suppress
 from typing import Literal
 
 from caesura_vmcontrol import claims
-from caesura_vmcontrol.process_control import is_held, kill_and_wait
+from caesura_vmcontrol.process_control import is_held, kill_and_wait, sigcont, sigstop
 from caesura_vmcontrol.procfs import alive
 from caesura_vmcontrol.qemu_plans import SPARE
 from caesura_vmcontrol.qmp import PeerMismatch, Qmp, QmpError, QmpNoAnswer, QmpRefused
@@ -47,6 +47,7 @@ _STEP_S = 0.002  # s: between two queries
 _LOOK_S = 0.5  # s: an answer takes a millisecond; a QEMU that hangs must not delay us
 _BUSY_S = 0.2  # s: a greeting takes a millisecond; then the spare socket, and so on in turn
 _CANCEL_S = 0.3  # s: a migration that was cancelled ends within some milliseconds
+_HOLD_S = 0.3  # s: for every thread to be stopped; a millisecond at rest
 _LAST_WORDS_S = 0.5  # s: the output of a dead process is available at once
 
 
@@ -229,16 +230,28 @@ def cont(qmp: Qmp, until: float) -> QmpError | None:
     return None
 
 
-def prove_never_ran(qmp: Qmp, pid: int, start_ticks: int, until: float) -> bool:
-    """Kill a process that was paused when ``qmp`` was negotiated, and tell whether it ran since: the proof.
+def end_unless_it_ran(
+    qmp: Qmp, pid: int, start_ticks: int, until: float
+) -> Literal["runs", "never_ran", "unknown"]:
+    """Kill a process that did not take our ``cont``, unless it took one after all: an answer may be late, or it was another's.
 
-    QEMU writes RESUME to every negotiated connection before the first virtual CPU runs (``vm_prepare_start``),
-    whichever client sent ``cont``, and what it wrote can be read after its death. So a connection that is read to its end
-    without a RESUME shows that no instruction of the guest was executed.
+    ``qmp`` was negotiated while the guest was paused. QEMU writes RESUME to every negotiated connection before the first virtual
+    CPU runs (``vm_prepare_start``), whichever client sent ``cont``. So the process is stopped, and what it wrote by then is read:
+    with a RESUME it has the guest, and it continues. Without, it is killed, and what it wrote is read to its end: if there is
+    still no RESUME, no instruction of the guest was executed.
+
+    Returns:
+        ``runs``: it is alive and has the guest. ``never_ran``: it is dead, and never had it. ``unknown``: it is dead, and nothing
+        shows that it had not begun to run the guest.
 
     Raises:
         KillTimeout: it is not dead by ``until``.
     """
+    sigstop(pid, start_ticks, _HOLD_S)
+    qmp.take_events(time.monotonic())
+    if "RESUME" in qmp.events and alive(pid, start_ticks):
+        sigcont(pid, start_ticks)
+        return "runs"
     kill_and_wait(pid, start_ticks, until)
     read_to_the_end = qmp.take_events(time.monotonic() + _LAST_WORDS_S)
-    return read_to_the_end and "RESUME" not in qmp.events
+    return "never_ran" if read_to_the_end and "RESUME" not in qmp.events else "unknown"

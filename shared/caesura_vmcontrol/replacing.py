@@ -33,11 +33,11 @@ from caesura_vmcontrol.qmp_commands import (
     NotRunning,
     ProcessGone,
     cont,
+    end_unless_it_ran,
     has_run,
     keep_memory_along,
     migration,
     note_ran,
-    prove_never_ran,
     reach,
     run_state,
 )
@@ -189,15 +189,17 @@ def _let_run(plan: ReplacePlan, number: int, owner: Owner, qmp: Qmp, until: floa
     restore_priority(owner.pid)  # virtual CPUs of real-time priority would starve the host
     until = max(until, time.monotonic() + CONT_S)
     refused = cont(qmp, until)
-    if refused is None:
-        note_ran(plan.claims)
-        keep_memory_along(qmp, until)
-        return True
-    claims.note_failure(plan.claims, str(refused))
-    proven = prove_never_ran(qmp, owner.pid, owner.start_ticks, until + _TOTAL_S)
-    file = _claimed_file(plan, number)
-    claims.claim(plan.claims, number + 1, file.text if proven and file is not None else "gone")
-    return False
+    if refused is not None:
+        found = end_unless_it_ran(qmp, owner.pid, owner.start_ticks, until + _TOTAL_S)
+        if found != "runs":
+            claims.note_failure(plan.claims, str(refused))
+            file = _claimed_file(plan, number) if found == "never_ran" else None
+            claims.claim(plan.claims, number + 1, file.text if file is not None else "gone")
+            return False
+        until = time.monotonic() + CONT_S
+    note_ran(plan.claims)
+    keep_memory_along(qmp, until)
+    return True
 
 
 def _claimed_file(plan: ReplacePlan, number: int) -> Owner | None:

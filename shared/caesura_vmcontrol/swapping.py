@@ -24,12 +24,12 @@ from caesura_vmcontrol.qmp_commands import (
     NotRunning,
     ProcessGone,
     cont,
+    end_unless_it_ran,
     has_run,
     keep_memory_along,
     make_run,
     migration,
     note_ran,
-    prove_never_ran,
     reach,
     run_state,
 )
@@ -196,11 +196,13 @@ def _commit_new(plan: SwapPlan, number: int, owner: Owner, until: float) -> bool
             if refused is not None:
                 if not alive(old.pid, old.start_ticks):
                     raise refused  # there is no process to return to: what it waits for may become free
-                claims.note_failure(plan.claims, str(refused))
                 # Extra time, so that it is dead here: after a KillTimeout the next try finds it dead, and nothing shows whether it ran.
-                proven = prove_never_ran(qmp, pid, ticks, until + _TOTAL_S)
-                claims.claim(plan.claims, number + 1, "old" if proven else "gone")
-                return False
+                found = end_unless_it_ran(qmp, pid, ticks, until + _TOTAL_S)
+                if found != "runs":
+                    claims.note_failure(plan.claims, str(refused))
+                    claims.claim(plan.claims, number + 1, "old" if found == "never_ran" else "gone")
+                    return False
+                until = time.monotonic() + CONT_S
             note_ran(plan.claims)
         keep_memory_along(qmp, until)
     kill_and_wait(old.pid, old.start_ticks, until)

@@ -80,6 +80,63 @@ def test_a_skipped_lane_is_a_failure_in_ci_only(
     assert "which CI does not allow" in capfd.readouterr().out
 
 
+_TESTS = """
+import os, pathlib
+def test_first_time():
+    seen = pathlib.Path("seen")
+    known = seen.exists()
+    seen.touch()
+    assert known
+def test_well(): pass
+@__import__("pytest").mark.parametrize("number", range(int(os.environ.get("BAD", "0"))))
+def test_bad(number): assert False
+"""
+
+
+@pytest.mark.parametrize(
+    ("ci", "bad", "workers", "code"),
+    [
+        ("true", 0, "", 0),
+        ("true", 0, "-n 2", 0),
+        ("true", 1, "", 1),
+        ("true", 3, "", 1),
+        ("false", 0, "", 1),
+    ],
+)
+def test_in_ci_an_unsteady_test_is_named_and_stops_nothing(
+    ci: str,
+    bad: int,
+    workers: str,
+    code: int,
+    lanes: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "pytest.ini").write_text("[pytest]\naddopts = -p no:cacheprovider\n")
+    (tmp_path / "conftest.py").write_text(
+        """
+def pytest_configure(config):
+    from caesura_testing.second_look import second_look
+    if looking := second_look(config):
+        config.pluginmanager.register(looking)
+"""
+    )
+    (tmp_path / "test_it.py").write_text(_TESTS)
+    monkeypatch.setenv("CI", ci)
+    monkeypatch.setenv("BAD", str(bad))
+    monkeypatch.setenv("PYTHONPATH", str(_ROOT / "tests" / "support"))
+    _table(lanes, monkeypatch, tests=f"{sys.executable} -m pytest -q {workers} test_it.py", other="true")
+    assert lanes.main(["--jobs", "2"]) == code
+    said = capfd.readouterr().out
+    named = (
+        "UNSTEADY, failed once and passed alone; find out why: test_it.py::test_first_time (tests)" in said
+    )
+    assert named == (code == 0)
+    # More than three failures are no accident, and nothing is run again.
+    assert ("once more, alone" in said) == (ci == "true" and bad < 3)
+
+
 def test_two_run_at_once_and_the_third_waits(
     lanes: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

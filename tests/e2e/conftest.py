@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 from collections.abc import AsyncIterator, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -23,6 +23,7 @@ from caesura_testing.sandbox import Sandbox, Vm
 pytestmark = pytest.mark.e2e
 
 ENDED = {"completed", "halted", "aborted"}
+_LAST_WORD_S = 1.0  # s: from the end of a rollout to the last report of its hosts; some milliseconds at rest
 
 
 class Stage:
@@ -109,9 +110,21 @@ class Stage:
             return state is not None and state.status in ENDED
 
         await self.sandbox.until(over, timeout_s, f"the end of rollout {rollout}")
+        with suppress(AssertionError):  # a host that is gone has no last word
+            await self.sandbox.until(lambda: self._told(rollout), _LAST_WORD_S, "the reports")
         state = self.rollout(rollout)
         assert state is not None
         return state
+
+    def _told(self, rollout: str) -> bool:
+        """Whether all hosts' last words came: they are of other writers than the rollout's state, and may be read after it."""
+        found = [each for each in self.fleet_view.reports.values() if each.rollout == rollout]
+        return all(each.status != "accepted" for each in found)
+
+    async def reports(self, rollout: str) -> list[m.OperationReported]:
+        """The last word of each host of an ended rollout."""
+        await self.sandbox.until(lambda: self._told(rollout), 20, f"the reports of rollout {rollout}")
+        return [each for each in self.fleet_view.reports.values() if each.rollout == rollout]
 
     async def give_up(self, rollout: str) -> None:
         """Abort a halted rollout: until then it holds its sets."""

@@ -1,7 +1,7 @@
 """The driver port: what the host updater may ask of a hypervisor.
 
 ``Driver`` is what every driver has. What only some can do is a protocol of its own beside it, asked for by ``isinstance``:
-``SwapCapable``, ``ReplaceCapable``, ``DigestCapable``, ``ClockCapable``. ``plugin`` says how a driver is found and made.
+``SwapCapable``, ``ReplaceCapable``, ``RebootCapable``, ``DigestCapable``, ``ClockCapable``. ``plugin`` says how a driver is found and made.
 
 One conformance suite (``caesura.conformance.drivers``) holds every driver to it.
 """
@@ -52,6 +52,10 @@ class SwapFailed(DriverError):
         self.resumed_at = resumed_at
         self.differs = differs
         super().__init__(vm, why)
+
+
+class ShutdownFailed(DriverError):
+    """The VM runs on: it did not shut down in time, or nothing could ask it to."""
 
 
 class NotRunningYet(DriverError):
@@ -212,6 +216,33 @@ class ReplaceCapable(Protocol):
         Raises:
             FreezeFailed: the VM is not paused, or its state could not be saved; ``resume`` has the old process run it.
             DriverError: no replace of it was prepared.
+        """
+
+
+@runtime_checkable
+class RebootCapable(Protocol):
+    """A driver that has a guest shut down by itself, and starts it again."""
+
+    async def shut_down(self, vm: str, by: float) -> str:
+        """Ask the VM to shut down, and wait until nothing of it runs; nothing is killed. Returns by what it was asked, for people.
+
+        From the request on the VM is to run again: where it ends later, or after another host updater has taken over,
+        it is started as soon as it has ended.
+
+        Raises:
+            ShutdownFailed: it still runs at ``by`` (CLOCK_MONOTONIC), or could not be asked.
+        """
+
+    async def start(self, vm: str, down_by: float) -> bool:
+        """Make a VM run that was asked to shut down, and wait until it is up. Right in every state.
+
+        One that still runs is waited for until ``down_by`` (CLOCK_MONOTONIC), then left: it is started when it ends.
+
+        Returns:
+            Whether it was started; False: it had never ended, and runs.
+
+        Raises:
+            DriverError: it cannot be started, or is not up; it may be tried again.
         """
 
 

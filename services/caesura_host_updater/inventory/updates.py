@@ -17,6 +17,7 @@ from msgspec import Meta
 
 from caesura.contract.messages import Impact, Method, RefusedUpdate, Scope, UpdateRecord, VmmChange
 from caesura.contract.names import InvalidName, check_name
+from caesura.lifecycle.budget import SHUTDOWN_S
 from caesura.runtime.validation_errors import describe_error
 from caesura_host_updater.files import read_regular
 
@@ -46,6 +47,8 @@ class UpdateFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     ``instead``: it replaces the VMM's own files, so no VMM runs during the update (method replace)."""
     vmm_binary: str = ""
     """The new VMM; empty: the binary that the host file names, as the update left it."""
+    shutdown_s: Annotated[float, Meta(gt=0, le=3600)] = SHUTDOWN_S
+    """Impact reboot: how long a VM may take to shut down; one that takes longer fails the update before it runs."""
     installed: tuple[str, ...] = ()
     """A command whose exit code 0 means that the update is installed; empty: what succeeded here is remembered."""
 
@@ -68,6 +71,7 @@ class UpdateFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
             timeout_s=self.timeout_s,
             description=self.description,
             vmm=self.vmm,
+            shutdown_s=self.shutdown_s,
         )
 
 

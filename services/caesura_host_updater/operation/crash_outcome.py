@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 
 import msgspec
 
@@ -12,7 +13,12 @@ from caesura_vmcontrol.intent import Intent, Intervention
 
 
 def recovered(
-    op: Operation, record: Intent | None, resumed_now: Mapping[str, float], *, same_boot: bool
+    op: Operation,
+    record: Intent | None,
+    resumed_now: Mapping[str, float],
+    *,
+    same_boot: bool,
+    not_started: Mapping[str, str] = MappingProxyType({}),
 ) -> Operation:
     """The operation with its end: always failed, for the update may be half complete.
 
@@ -21,9 +27,19 @@ def recovered(
         record: what the guard holds or did, of whatever operation.
         resumed_now: VMs that were still frozen at our start, and when they ran (CLOCK_MONOTONIC).
         same_boot: false after a reboot of the host: instants of another boot mean nothing, and no memory is left.
+        not_started: VMs of an operation by method reboot that could not be started again, to the reason.
     """
+    if not_started:
+        op = msgspec.structs.replace(
+            op,
+            vms=tuple(
+                msgspec.structs.replace(vm, error=not_started.get(vm.vm, "") or vm.error) for vm in op.vms
+            ),
+        )
     if not same_boot:
         return _ended(op, "host_rebooted", "the host was restarted during the operation")
+    if op.method == "reboot":
+        return _ended(op, "updater_died", _of_reboot(op, not_started))
     if record is not None and record.operation != op.operation:
         record = None
     vms = tuple(_vm(vm, op, record, resumed_now.get(vm.vm)) for vm in op.vms)
@@ -91,6 +107,17 @@ def _reason(vms: tuple[VmPause, ...], guard_why: str) -> str:
         return "host updater died before anything was frozen"
     longest_s = max(vm.pause_s for vm in paused)
     return f"host updater died during the operation; the VMs were paused for {longest_s:.1f} s at most"
+
+
+def _of_reboot(op: Operation, not_started: Mapping[str, str]) -> str:
+    failed = "; ".join(f"VM {vm} was not started again: {why}" for vm, why in sorted(not_started.items()))
+    if failed:
+        return f"host updater died during the operation; {failed}"
+    ran = any(run.started for run in op.runs)
+    what = "the update may be half complete" if ran else "the update did not run"
+    return (
+        f"host updater died during the operation; every VM that was shut down was started again, and {what}"
+    )
 
 
 def _ended(op: Operation, code: ReasonCode, why: str) -> Operation:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
+from types import MappingProxyType
 
 import structlog
 
@@ -24,10 +25,12 @@ from caesura_host_updater.guard_client import GuardClient, GuardUnavailable
 from caesura_host_updater.inventory.installs import marks_of
 from caesura_host_updater.journal import Journal, JournalEntry, JournalThread
 from caesura_host_updater.operation.crash_outcome import recovered
-from caesura_host_updater.operation.finalizer import FactFactory, OperationFinalizer
+from caesura_host_updater.operation.facts import FactFactory
+from caesura_host_updater.operation.finalizer import OperationFinalizer
 from caesura_host_updater.operation.report import clock_wait, final_report, frozen_fact, resumed_fact
 from caesura_host_updater.operation.runner import to_wall_clock
 from caesura_host_updater.operation.state import Operation
+from caesura_host_updater.operation.vm_actions import started
 from caesura_host_updater.pause_markers import PauseMarkers, how_to_resume
 from caesura_host_updater.update_process import end_orphans
 from caesura_host_updater.vm_view import STATES_S, plan_of
@@ -127,7 +130,10 @@ class CrashRecovery:
         held, resumed_now = self._held, self._resumed
         for entry in await self._journal.do(Journal.unfinished):
             await self._end_orphans(entry)
-            if waits := self._unsettled(entry):
+            if entry.state is not None and entry.state.method == "reboot":
+                # Its end is published when its VMs are up: that may take as long as a guest takes to shut down and boot.
+                self.late.append(asyncio.create_task(self._end_reboot(entry, entry.state, epoch)))
+            elif waits := self._unsettled(entry):
                 # Its end is published when its VMs run: until then it is unknown how long they were paused.
                 self.late.append(asyncio.create_task(self._end_late(entry, waits, held, resumed_now, epoch)))
             else:
@@ -217,6 +223,25 @@ class CrashRecovery:
             report, op, facts, waits = ended
             await self._finalizer.finalize(report, op, waits, facts)
 
+    async def _end_reboot(self, entry: JournalEntry, op: Operation, epoch: int) -> None:
+        """Start what an operation by method reboot had shut down, or was shutting down, then give it its end."""
+        # The instants of the journal are another run's: a guest may have been asked just before that one ended.
+        down_by = time.monotonic() + op.shutdown_s
+        not_started: dict[str, str] = {}
+
+        async def start(vm: str) -> None:
+            try:
+                await started(self._driver, vm, down_by)
+            except DriverError as error:
+                not_started[vm] = error.why
+                _log.error("vm.not_started", vm=vm, why=error.why)
+
+        await asyncio.gather(*(start(vm.vm) for vm in op.vms))
+        ended = await self._ended(entry, self._held, self._resumed, epoch, not_started)
+        if ended is not None:
+            report, op, facts, waits = ended
+            await self._finalizer.finalize(report, op, waits, facts)
+
     async def _end(
         self, entry: JournalEntry, held: Intent | None, resumed_now: dict[str, float], epoch: int
     ) -> None:
@@ -242,13 +267,24 @@ class CrashRecovery:
         self._unsaved.clear()
 
     async def _ended(
-        self, entry: JournalEntry, held: Intent | None, resumed_now: dict[str, float], epoch: int
+        self,
+        entry: JournalEntry,
+        held: Intent | None,
+        resumed_now: dict[str, float],
+        epoch: int,
+        not_started: Mapping[str, str] = MappingProxyType({}),
     ) -> tuple[OperationReported, Operation, list[OutboxMessage], list[ClockCheck]] | None:
         if entry.state is None or entry.command is None:
             # An operation without an end always has both: `accept` writes them in one transaction.
             return None
         command = entry.command
-        op = recovered(entry.state, held, resumed_now, same_boot=entry.boot_id == boot_id())
+        op = recovered(
+            entry.state,
+            held,
+            resumed_now,
+            same_boot=entry.boot_id == boot_id(),
+            not_started=not_started,
+        )
         messages, waits = [], []
         for vm in op.vms:
             if vm.frozen_at is None or vm.resumed_at is None or vm.end in ("gone", "left"):

@@ -27,6 +27,19 @@ class SwapVms(msgspec.Struct, frozen=True):
     by: float
 
 
+class ShutDownVms(msgspec.Struct, frozen=True):
+    """Have these VMs shut down in an orderly way, all at once, by this instant. Nothing is killed."""
+
+    vms: tuple[str, ...]
+    by: float
+
+
+class StartVms(msgspec.Struct, frozen=True):
+    """Start these VMs again, all at once; one that is still shutting down is started as soon as it has ended."""
+
+    vms: tuple[str, ...]
+
+
 class FreezeVms(msgspec.Struct, frozen=True):
     """Freeze all VMs at once; do not even begin with one after ``by``."""
 
@@ -85,6 +98,8 @@ Effect = (
     | Arm
     | PrepareVms
     | SwapVms
+    | ShutDownVms
+    | StartVms
     | FreezeVms
     | DigestVms
     | RunUpdate

@@ -67,6 +67,36 @@ class VmNotSwapped(msgspec.Struct, frozen=True):
     """Where the memory of the new process differed, if that was the reason."""
 
 
+class VmShutDown(msgspec.Struct, frozen=True):
+    """It has shut down by itself, and nothing of it runs. ``detail``: by what it was asked."""
+
+    vm: str
+    at: float
+    detail: str = ""
+
+
+class VmNotShutDown(msgspec.Struct, frozen=True):
+    """It did not shut down in time, or could not be asked. It was not killed."""
+
+    vm: str
+    why: str
+
+
+class VmStarted(msgspec.Struct, frozen=True):
+    """It runs. ``again`` False: it had never ended."""
+
+    vm: str
+    at: float
+    again: bool = True
+
+
+class VmNotStarted(msgspec.Struct, frozen=True):
+    """It could not be started, or is not up."""
+
+    vm: str
+    why: str
+
+
 class VmFroze(msgspec.Struct, frozen=True):
     """Confirmed to be paused."""
 
@@ -167,6 +197,10 @@ Event = (
     | VmPrepared
     | VmNotPrepared
     | VmSwapped
+    | VmShutDown
+    | VmNotShutDown
+    | VmStarted
+    | VmNotStarted
     | VmNotSwapped
     | VmFroze
     | VmNotFrozen

@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from datetime import UTC, datetime
+from datetime import datetime
 
 import structlog
 
-from caesura.contract.envelope import Message, source_of
 from caesura.contract.messages import (
     AbortOperation,
     OperationReported,
-    VmClockSynced,
-    VmFrozen,
-    VmResumed,
 )
-from caesura.contract.parts import report_in_parts
-from caesura.delivery.message import OutboxMessage, prepare
+from caesura.delivery.message import OutboxMessage
 from caesura.runtime.errors import StoreError
 from caesura_host_updater.admission import Repeat, Underway
 from caesura_host_updater.clocks.tracker import ClockSyncTracker
@@ -27,6 +21,7 @@ from caesura_host_updater.clocks.verdict import ClockCheck
 from caesura_host_updater.inventory.installs import Mark, marks_of, remembered
 from caesura_host_updater.journal import Journal, JournalThread
 from caesura_host_updater.metrics import HostMetrics
+from caesura_host_updater.operation.facts import FactFactory
 from caesura_host_updater.operation.state import Operation
 from caesura_host_updater.outbox import Outbox
 
@@ -49,39 +44,6 @@ def cancelled_before_it_began(
         codes=("aborted",),
         at=now,
     )
-
-
-class FactFactory:
-    """Encodes the facts of this host. Their ids are derived from their content, so the same fact has the same id."""
-
-    def __init__(self, host: str, fleet: str = "default") -> None:
-        self._host = host
-        self._source = source_of(fleet, "host", host)
-
-    def report(self, report: OperationReported) -> tuple[OutboxMessage, ...]:
-        """The report of an operation, after its parts where it does not fit into one message."""
-        head, parts = report_in_parts(report)
-        return (
-            *(
-                self._message(part, f"{report.status}-{part.part}", report.operation, {"part": part.part})
-                for part in parts
-            ),
-            self._message(head, report.status, report.operation, {}),
-        )
-
-    def fact(self, fact: VmFrozen | VmResumed | VmClockSynced) -> OutboxMessage:
-        """A fact about one VM."""
-        # The VM's placement when it was paused: by now it may be in another set, or not on this host any more.
-        of_vm: dict[str, str | int] = {"set": fact.set, "ud": fact.update_domain, "vm": fact.vm}
-        return self._message(fact, fact.TYPE, fact.operation, of_vm)
-
-    def _message(
-        self, message: Message, kind: str, operation: str, of_vm: Mapping[str, str | int]
-    ) -> OutboxMessage:
-        name = f"{self._host}/{operation}/{kind}/{of_vm.get('vm', '')}"
-        event_id = str(uuid.uuid5(uuid.NAMESPACE_URL, name))
-        now = datetime.now(UTC)
-        return prepare(message, source=self._source, event_id=event_id, at=now, host=self._host, **of_vm)
 
 
 class OperationFinalizer:

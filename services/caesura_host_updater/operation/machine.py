@@ -5,7 +5,8 @@ shell performs the effects in order and feeds back their results. The machine's 
 Hypothesis (``tests/unit/host_updater/test_pause_machine.py``):
 
 - nothing is frozen before the guard is armed, after an abort, or when too little of the budget is left;
-- every VM that may have been touched is resumed, and its resume is requested no later than ``Schedule.resume_at``;
+- every VM that may have been paused is resumed, and every one that may have been shut down is started;
+- a resume is requested no later than ``Schedule.resume_at``;
 - every operation ends exactly once, and not before every VM runs or is gone.
 """
 
@@ -41,9 +42,20 @@ from caesura_host_updater.operation.events import (
     VmLost,
     VmNotFrozen,
     VmNotPrepared,
+    VmNotShutDown,
+    VmNotStarted,
     VmNotSwapped,
     VmPrepared,
+    VmShutDown,
+    VmStarted,
     VmSwapped,
+)
+from caesura_host_updater.operation.reboot import (
+    not_stopped_in_time,
+    shut_down,
+    start,
+    started,
+    stopped,
 )
 from caesura_host_updater.operation.resume import (
     disarmed,
@@ -79,6 +91,7 @@ _BEFORE_RESUME: tuple[Phase, ...] = (
     "preparing",
     "arming",
     "swapping",
+    "stopping",
     "freezing",
     "frozen",
     "updating",
@@ -103,6 +116,10 @@ def decide(op: Operation, event: Event, now: float) -> Decision:  # noqa: PLR091
             return swapped(op, event)
         case VmFroze() | VmNotFrozen():
             return _freeze_result(op, event, now)
+        case VmShutDown() | VmNotShutDown():
+            return _shut_down(op, event, now)
+        case VmStarted() | VmNotStarted():
+            return started(op, event)
         case VmLost():
             return _vm_lost(op, event, now)
         case Sampled():
@@ -132,7 +149,16 @@ def _begin(op: Operation, event: Start, now: float) -> Decision:
         return _start_update(op, now)
     if op.method in ("swap", "replace"):
         return prepare(op, now)
+    if op.method == "reboot":
+        return shut_down(op, now)
     return arm(op, now)
+
+
+def _shut_down(op: Operation, event: VmShutDown | VmNotShutDown, now: float) -> Decision:
+    (op, effects), all_down = stopped(op, event)
+    if not all_down:
+        return op, effects
+    return _start_update(op, now)
 
 
 def _armed(op: Operation, event: Armed | ArmRefused, now: float) -> Decision:
@@ -279,6 +305,8 @@ def _updated(op: Operation, now: float) -> Decision:
         return finish(op)
     if op.method == "swap":
         return prepare(changed(op, kill_at=None), now)
+    if op.method == "reboot":
+        return start(op)
     schedule = schedule_of(op)
     op = changed(op, phase="updated")
     whole = frozenset(vm.vm for vm in op.vms if vm.digest_before and not vm.error)
@@ -329,7 +357,7 @@ def _abort(op: Operation, event: AbortReceived, now: float) -> Decision:
         return op, ()  # Start, the last VM's answer, or the guard's ends it without a freeze
     if op.phase == "updating" and update_runs(op):
         return _stop_update(op, now, "interrupted") if op.kill_at is None else (op, ())
-    return resume_all(op)
+    return start(op) if op.method == "reboot" else resume_all(op)
 
 
 def _guard_lost(op: Operation, now: float) -> Decision:
@@ -355,6 +383,8 @@ def _tick(op: Operation, now: float) -> Decision:  # noqa: PLR0912 - one flat ta
             return not_prepared_in_time(op)
         case "swapping":
             return overdue(op)
+        case "stopping":
+            return not_stopped_in_time(op)
         case "freezing":
             late = ", ".join(vm.vm for vm in op.vms if vm.frozen_at is None)
             return resume_all(
@@ -385,6 +415,8 @@ def _tick(op: Operation, now: float) -> Decision:  # noqa: PLR0912 - one flat ta
                     failed(op, "update_timeout", f"update {op.update} did not end in time"),
                     stop_outcome="timeout",
                 )
+            if op.method == "reboot":
+                return start(op)
             if op.schedule is None:
                 return finish_killed(op)
             return resume_all(op)

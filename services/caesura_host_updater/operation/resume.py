@@ -152,6 +152,5 @@ def finish(op: Operation) -> Decision:
     """The one end."""
     end: End = "completed"
     if op.failure:
-        touched = op.paused or any(run.started for run in op.runs)
-        end = "cancelled" if op.aborted and not touched else "failed"
+        end = "cancelled" if op.aborted and not op.touched else "failed"
     return changed(op, phase="ended", end=end, wake_at=None), (Finish(),)

@@ -36,6 +36,8 @@ from caesura_host_updater.operation.effects import (
     PublishResumed,
     ResumeVms,
     RunUpdate,
+    ShutDownVms,
+    StartVms,
     StopUpdate,
     SwapVms,
 )
@@ -131,6 +133,7 @@ class OperationRunner:
         self._events: asyncio.Queue[Event] = asyncio.Queue()
         self._actions = VmActions(driver, lambda: self.state, self._events.put_nowait, on_change)
         self._freezing: dict[str, asyncio.Task[None]] = {}
+        self._shutting_down: dict[str, asyncio.Task[None]] = {}
         self._watching: asyncio.Task[None] | None = None
         self._processes: dict[str, UpdateProcess] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -209,6 +212,12 @@ class OperationRunner:
             case SwapVms(by):
                 swaps = self._start(self._actions.swap(by))
                 self._freezing = {vm.vm: swaps for vm in self.state.vms}
+            case ShutDownVms(vms, by):
+                for name in vms:
+                    self._shutting_down[name] = self._start(self._actions.shut_down(name, by))
+            case StartVms(vms):
+                for name in vms:
+                    self._start(self._actions.start(name, self._shutting_down.get(name)))
             case FreezeVms(by):
                 for vm in self.state.vms:
                     self._freezing[vm.vm] = self._start(self._actions.freeze(vm.vm, by))

@@ -8,6 +8,7 @@ import msgspec
 
 from caesura.contract.messages import Method
 from caesura.contract.reasons import ReasonCode
+from caesura.lifecycle.budget import SHUTDOWN_S
 from caesura.runtime.errors import CaesuraError
 from caesura_host_updater.operation.effects import Effect
 from caesura_host_updater.operation.events import Outcome
@@ -18,10 +19,12 @@ Phase = Literal[
     "preparing",
     "arming",
     "swapping",
+    "stopping",
     "freezing",
     "frozen",
     "updating",
     "updated",
+    "starting",
     "resuming",
     "resumed",
     "ended",
@@ -83,6 +86,12 @@ class VmPause(msgspec.Struct, frozen=True, kw_only=True):
     """Its swap is complete, failed, or was not begun."""
     detail: str = ""
     """What runs the guest now, and what ran it before."""
+    shutdown_at: float | None = None
+    """When it was asked to shut down (reboot)."""
+    down_at: float | None = None
+    """When it had shut down."""
+    up: bool = False
+    """It runs again, or still, after it was asked to shut down; or it is known that it does not."""
 
     @property
     def pause_s(self) -> float:
@@ -113,6 +122,8 @@ class Operation(msgspec.Struct, frozen=True, kw_only=True):
     update: str = ""
     update_version: str = ""
     update_timeout_s: float = 0.0
+    shutdown_s: float = SHUTDOWN_S
+    """What a VM may take to shut down (reboot)."""
     vms: tuple[VmPause, ...]
     runs: tuple[UpdateRun, ...] = ()
     phase: Phase = "accepted"
@@ -135,6 +146,15 @@ class Operation(msgspec.Struct, frozen=True, kw_only=True):
     def paused(self) -> bool:
         """Whether a VM of it was shown to be paused."""
         return any(vm.frozen_at is not None for vm in self.vms)
+
+    @property
+    def touched(self) -> bool:
+        """Whether anything was done to a VM or to the host."""
+        return (
+            self.paused
+            or any(run.started for run in self.runs)
+            or any(vm.shutdown_at is not None for vm in self.vms)
+        )
 
 
 Decision = tuple[Operation, tuple[Effect, ...]]

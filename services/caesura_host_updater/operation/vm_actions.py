@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import structlog
 
+from caesura.lifecycle.budget import START_S
 from caesura_host_updater.drivers.port import (
     DigestCapable,
     Driver,
@@ -15,6 +16,7 @@ from caesura_host_updater.drivers.port import (
     FreezeFailed,
     NotPossible,
     NotRunningYet,
+    RebootCapable,
     ReplaceCapable,
     SwapCapable,
     SwapFailed,
@@ -29,14 +31,19 @@ from caesura_host_updater.operation.events import (
     VmLost,
     VmNotFrozen,
     VmNotPrepared,
+    VmNotShutDown,
+    VmNotStarted,
     VmNotSwapped,
     VmPrepared,
+    VmShutDown,
+    VmStarted,
     VmSwapped,
 )
 from caesura_host_updater.operation.state import Operation
 
 _RESUME_TRY_S = 0.25  # s: one try of a resume; then it is logged and retried
 _RESTORE_TRY_S = 1.0  # s: the same for a replace, which starts a process
+_START_RETRY_S = 0.5  # s: between two tries to start a VM
 _LOOK_S = 0.2  # s: for a look before a resume, which must not wait for it
 _WATCH_S = 0.1  # s: between two looks whether the paused VMs are still paused
 
@@ -146,6 +153,38 @@ class VmActions:
             raise NotPossible(vm, f"the {self._driver.name} driver cannot replace")
         await self._driver.checkpoint(vm, by, gone=bool(self._state().update))
 
+    async def shut_down(self, vm: str, by: float) -> None:
+        """Have one VM shut down for an update that needs a reboot."""
+        try:
+            how = await restarting(self._driver, vm).shut_down(vm, by)
+        except DriverError as error:
+            self._emit(VmNotShutDown(vm, error.why))
+        except Exception as error:
+            self._emit(VmNotShutDown(vm, repr(error)))
+            raise
+        else:
+            self._emit(VmShutDown(vm, time.monotonic(), how))
+            self._on_change()
+
+    async def start(self, vm: str, shutting_down: asyncio.Task[None] | None) -> None:
+        """Start one VM again; tried until it is up, or ``START_S`` have passed since it could be started."""
+        if shutting_down is not None and not shutting_down.done():
+            shutting_down.cancel()
+            await asyncio.wait([shutting_down])
+        state = self._state()
+        asked_at = next((each.shutdown_at for each in state.vms if each.vm == vm), None)
+        down_by = time.monotonic() if asked_at is None else asked_at + state.shutdown_s
+        try:
+            again = await started(self._driver, vm, down_by)
+        except DriverError as error:
+            self._emit(VmNotStarted(vm, error.why))
+        except Exception as error:
+            self._emit(VmNotStarted(vm, repr(error)))
+            raise
+        else:
+            self._emit(VmStarted(vm, time.monotonic(), again))
+        self._on_change()
+
     async def resume(self, vm: str, freezing: asyncio.Task[None] | None) -> None:
         """Never gives up: a VM that does not run is retried until it runs or is gone."""
         if freezing is not None and not freezing.done():
@@ -221,3 +260,37 @@ class VmActions:
             self._emit(Sampled(vm, "", error.why))
         else:
             self._emit(Sampled(vm, digest))
+
+
+def restarting(driver: Driver, vm: str) -> RebootCapable:
+    """The driver, where it restarts VMs. Raises NotPossible."""
+    if not isinstance(driver, RebootCapable):
+        raise NotPossible(vm, f"the {driver.name} driver cannot restart VMs")
+    return driver
+
+
+async def started(driver: Driver, vm: str, down_by: float) -> bool:
+    """Start a VM that was asked to shut down, and wait until it is up; whether it had ended.
+
+    Args:
+        down_by: one that still runs is waited for until this instant of CLOCK_MONOTONIC.
+
+    Raises:
+        DriverError: it is not up ``START_S`` after that.
+    """
+    restarts = restarting(driver, vm)
+    until = max(down_by, time.monotonic()) + START_S
+    tries, why = 0, "it is not up"
+    while True:
+        try:
+            async with asyncio.timeout(max(until - time.monotonic(), 0.0)):
+                return await restarts.start(vm, down_by)
+        except TimeoutError:
+            raise DriverError(vm, f"{why} {START_S:g} s after its start") from None
+        except DriverError as error:
+            tries, why = tries + 1, error.why
+            if tries in (1, 4) or tries % 40 == 0:
+                _log.error("vm.not_started_yet", vm=vm, tries=tries, why=error.why)
+        if time.monotonic() + _START_RETRY_S >= until:
+            raise DriverError(vm, why)
+        await asyncio.sleep(_START_RETRY_S)

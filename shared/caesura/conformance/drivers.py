@@ -23,7 +23,9 @@ from caesura_host_updater.drivers.port import (
     Driver,
     DriverError,
     FreezeFailed,
+    RebootCapable,
     ReplaceCapable,
+    ShutdownFailed,
     SwapCapable,
 )
 from caesura_vmcontrol.plans import CgroupPlan, condition, mechanism_of, thaw
@@ -145,7 +147,7 @@ class DriverConformance:
         vm = harness.vms[0]
         can = driver.capabilities(vm)
         assert {"live", "freeze"} <= set(can.methods)
-        assert can.missing["reboot"]
+        assert isinstance(driver, RebootCapable) or can.missing["reboot"]
         assert not set(can.methods) & can.missing.keys()
         for method, _ in _TAKEOVERS:
             if method in can.missing:
@@ -175,6 +177,35 @@ class DriverConformance:
         vms = await driver.read_states()
         check_plans(driver, vms)
         assert {mechanism_of(driver.resume_plan(vm)) for vm in vms} <= promised
+
+    async def test_a_vm_that_is_asked_to_shut_down_ends_by_itself_or_runs_on(
+        self, driver: Driver, harness: DriverHarness
+    ) -> None:
+        """Nothing is killed for an update that needs a reboot."""
+        vm, other = harness.vms[:2]
+        if not isinstance(driver, RebootCapable):
+            assert "reboot" not in driver.capabilities(vm).methods
+            return
+        before = {each: harness.processes(driver, each) for each in (vm, other)}
+        try:
+            how = await driver.shut_down(vm, time.monotonic() + 3)
+        except ShutdownFailed:
+            # A guest that ignores it; it is left alone.
+            assert (await driver.read_states())[vm] == "running"
+            assert not await driver.start(vm, time.monotonic())
+            assert harness.processes(driver, vm)[0] == before[vm][0]
+        else:
+            assert how
+            assert (await driver.read_states())[vm] == "stopped"
+            assert not any(_runs(pid) for pid in before[vm])
+            assert await driver.start(vm, time.monotonic())
+            assert harness.processes(driver, vm)[0] not in before[vm]
+            assert (await driver.read_states())[vm] == "running"
+            await driver.freeze(vm, freeze_deadline())
+            assert await driver.resume(vm, 5) == "running"
+        assert not await driver.start(other, time.monotonic())
+        assert harness.processes(driver, other)[0] == before[other][0]
+        assert driver.ping() == ""
 
     async def test_a_vm_that_was_killed_while_frozen_is_started_by_the_next_driver(
         self, runs: DriverRuns, harness: DriverHarness

@@ -8,6 +8,10 @@ from __future__ import annotations
 
 DIGEST_S = 0.5  # s: what a plan allows for one digest of all memory; 64 MiB, the default limit, take 0.1 s
 PREPARE_S = 60.0  # s: to start and check new VMM processes while the VMs run; a QEMU starts in 50 ms
+SHUTDOWN_S = 120.0
+"""s: what a VM may take to shut down for an update with impact reboot, unless the update says otherwise."""
+START_S = 90.0
+"""s: what a VM may take from its start until it is up again, after such an update."""
 MIN_BUDGET_S = 0.5  # s: below it the margins leave nothing for the update
 
 

@@ -26,6 +26,7 @@ RESERVED = frozenset(
         "EVENT_ID",
         "EVENT_TYPE",
         "HOST",
+        "METADATA_URL",
         "NOT_BEFORE",
         "OPERATION",
         "PAUSE_S",

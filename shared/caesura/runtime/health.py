@@ -64,11 +64,16 @@ _ONE_LINE = _OneLine()
 
 @asynccontextmanager
 async def serve_app(
-    app: web.Application, listen: str, *, shutdown_s: float = _SHUTDOWN_S, bounds: Bounds = DEFAULT_BOUNDS
+    app: web.Application,
+    listen: str | socket.socket,
+    *,
+    shutdown_s: float = _SHUTDOWN_S,
+    bounds: Bounds = DEFAULT_BOUNDS,
 ) -> AsyncIterator[str]:
     """Serve ``app`` on one listener while the block runs; yields its address, with the actual port if 0 was requested.
 
     Args:
+        listen: an address, or a bound socket, which is closed at the end.
         shutdown_s: seconds that requests in flight get at the end; longer ones are cut.
         bounds: how many connections are allowed, and how long one may take to send its request.
 
@@ -91,7 +96,7 @@ async def serve_app(
 
     app.middlewares.append(timed)
     runner = web.AppRunner(app, access_log=None, shutdown_timeout=shutdown_s, keepalive_timeout=bounds.idle_s)
-    async with _serve(runner, listen, bounds, gates, None) as address:
+    async with _serve(runner, listen, bounds, gates) as address:
         yield address
 
 
@@ -99,18 +104,16 @@ async def serve_app(
 async def serve_requests(
     handler: LowLevelHandler,
     refuse: Refusal,
-    listen: str,
+    listen: str | socket.socket,
     *,
     shutdown_s: float = _SHUTDOWN_S,
     bounds: Bounds = DEFAULT_BOUNDS,
-    inherited: socket.socket | None = None,
 ) -> AsyncIterator[str]:
     """As ``serve_app``, without routes: every request goes to one handler, and every answer is the service's own.
 
     Args:
         handler: answers what is HTTP; it must not raise. A body is given to it as it was sent, however it is encoded.
         refuse: answers what is not HTTP; its argument is what the parser did not understand.
-        inherited: a socket that listens on ``listen`` already.
 
     Raises:
         ListenAddressError, ListenError: as ``serve_app``.
@@ -131,7 +134,7 @@ async def serve_requests(
         timed, refuse, access_log=None, keepalive_timeout=bounds.idle_s, auto_decompress=False
     )
     runner = web.ServerRunner(server, shutdown_timeout=shutdown_s)
-    async with _serve(runner, listen, bounds, gates, inherited) as address:
+    async with _serve(runner, listen, bounds, gates) as address:
         yield address
 
 
@@ -169,22 +172,21 @@ class _RefusingProtocol(web.RequestHandler):
 @asynccontextmanager
 async def _serve(
     runner: web.BaseRunner,
-    listen: str,
+    listen: str | socket.socket,
     bounds: Bounds,
     gates: list[Gate],
-    inherited: socket.socket | None,
 ) -> AsyncIterator[str]:
     server_logger.addFilter(_ONE_LINE)  # the same filter each time: added only once
-    where = parse_listen(listen)
+    where = parse_listen(listen) if isinstance(listen, str) else listen
     await runner.setup()
     server = runner.server
     assert server is not None  # noqa: S101 - set up above
-    gate = Gate(server, listen, bounds)
+    gate = Gate(server, listen if isinstance(listen, str) else _address(listen), bounds)
     gates.append(gate)
     try:
         try:
-            if inherited is not None:
-                sockets = [inherited]
+            if isinstance(where, socket.socket):
+                sockets = [where]
             else:
                 if isinstance(where, str):
                     Path(where).unlink(missing_ok=True)  # noqa: ASYNC240 - a stale socket of our own, once at start

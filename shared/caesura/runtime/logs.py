@@ -134,7 +134,7 @@ def configure_logging(
     Call once, from ``__main__``. ``service`` is bound to every line.
     """
     console = style == "console" or (style == "auto" and sys.stderr.isatty())
-    # Without local variables: they are long, and some do not belong in a log.
+    # Without local variables, on a console too, where structlog's default shows them: they are long, and some are passwords.
     in_full = structlog.processors.ExceptionRenderer(
         structlog.tracebacks.ExceptionDictTransformer(show_locals=False)
     )
@@ -145,7 +145,9 @@ def configure_logging(
         structlog.processors.StackInfoRenderer(),
     ]
     renderer: structlog.typing.Processor = (
-        structlog.dev.ConsoleRenderer() if console else structlog.processors.JSONRenderer()
+        structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback)
+        if console
+        else structlog.processors.JSONRenderer()
     )
     tail: list[structlog.typing.Processor] = [] if console else [in_full]
     structlog.configure(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -74,3 +75,13 @@ def fleet(docker: Engine, checkout: Path, tmp_path_factory: pytest.TempPathFacto
         yield found
     finally:
         project.run("down", "--volumes", "--timeout", "60", check=False)
+
+
+@pytest.fixture(autouse=True)
+def free_sets(request: pytest.FixtureRequest) -> Iterator[None]:
+    """One failure is one failure: what a failed test left under way is given up."""
+    before = request.session.testsfailed
+    yield
+    if request.session.testsfailed > before and "fleet" in request.fixturenames:
+        with suppress(Exception):  # the test's own failure is what is told
+            request.getfixturevalue("fleet").give_up()

@@ -60,6 +60,7 @@ async def test_every_rule_holds(kind: str) -> None:
     process = await _demo("--json", "--broker-kind", kind, mark=mark)
     out, _ = await process.communicate()
     result = json.loads(out)
+    assert "error" not in result, result
     assert [check["rule"] for check in result["checks"] if not check["held"]] == []
     assert (process.returncode, result["held"]) == (0, True)
     assert result["urls"]["live page"].startswith("http://127.0.0.1:")

@@ -73,8 +73,7 @@ async def test_updater_stopped_past_the_budget_freezes_nothing_when_it_wakes(one
     assert "guard" in state.reason
     assert len(one.sandbox.watch.pauses) == before == 2, "it froze something again"
     assert not one.sandbox.watch.frozen()
-    reports = [each for each in one.fleet_view.reports.values() if each.rollout == rollout]
-    assert [each.status for each in reports] == ["failed"]
+    assert [each.status for each in await one.reports(rollout)] == ["failed"]
 
 
 async def test_guard_killed_during_a_pause_ends_the_pause(one: Any) -> None:

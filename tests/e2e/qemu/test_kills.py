@@ -65,12 +65,13 @@ async def whole(stage: Any) -> None:
 async def test_swap_and_replace_move_the_guest_to_a_new_process(one: Any) -> None:
     for update in ("swap", "replace", "patch"):
         (before,) = one.sandbox.qemu_witness.of("vm-1")
-        state = await one.ended(await one.roll(update, **LENIENT))
+        rollout = await one.roll(update, **LENIENT)
+        state = await one.ended(rollout)
         assert state.status == "completed", (update, state.reason)
         await whole(one)
         (after,) = one.sandbox.qemu_witness.of("vm-1")
         assert (before == after) == (update == "patch")
-        result = one.fleet_view.reports[list(one.fleet_view.reports)[-1]].vms[0]
+        result = (await one.reports(rollout))[-1].vms[0]
         told = f"QEMU 7.2.22 (pid {after}), was QEMU 7.2.22 (pid {before})"
         assert re.sub(r"\d+\.\d+\.\d+", "7.2.22", result.detail) == ("" if update == "patch" else told)
     pauses = [pause.pause_s for pause in one.fleet_view.pauses.values()]

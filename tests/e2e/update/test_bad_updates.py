@@ -38,11 +38,12 @@ async def test_update_goes_wrong(
     )
     stage.sandbox.update("bad", argv, expected_s=1.0, **values)
     await stage.up("host-1", "host-2")
-    state = await stage.ended(await stage.roll("bad", budget_s=4.0))
+    rollout = await stage.roll("bad", budget_s=4.0)
+    state = await stage.ended(rollout)
     assert state.status == "halted"
     assert words in state.reason, state.reason
     assert [wave.status for wave in state.waves] == ["failed", "pending"]
-    report = next(iter(stage.fleet_view.reports.values()))
+    (report,) = await stage.reports(rollout)
     assert (report.status, report.update.outcome) == ("failed", outcome)
     assert [each.state for each in report.vms] == ["running"]
     assert not stage.sandbox.watch.frozen()

@@ -44,11 +44,12 @@ async def test_a_vm_that_cannot_be_frozen_fails_the_operation_and_all_run(
         return "D" in {each.state for each in found if each is not None}
 
     await stage.sandbox.until(stuck, 10, "a process of web-1 that waits for its vfork child")
-    state = await stage.ended(await stage.roll())
+    rollout = await stage.roll()
+    state = await stage.ended(rollout)
     assert state.status == "halted"
     assert "web-1" in state.reason
     await stage.none_frozen()
-    report = next(iter(stage.fleet_view.reports.values()))
+    report = (await stage.reports(rollout))[0]
     assert report.update is None or report.update.outcome == "not_run"
     assert "web-3" not in {each.vm for each in stage.sandbox.watch.pauses}
 
@@ -84,7 +85,7 @@ async def test_a_vm_that_dies_while_frozen_is_reported_and_the_others_run(stages
     state = await stage.ended(rollout)
     assert state.status == "halted"
     assert "web-1" in state.reason
-    report = next(iter(stage.fleet_view.reports.values()))
+    (report,) = await stage.reports(rollout)
     states = {each.vm: each.state for each in report.vms}
     assert states == {"web-1": "stopped", "web-2": "running"}
     assert not stage.sandbox.watch.frozen()

@@ -389,7 +389,7 @@ async def test_a_machine_that_nobody_changed_is_taken_over(rig: Any, tools: Any,
         while not await numbered():  # noqa: ASYNC110 - the firmware tells nobody
             await asyncio.sleep(0.05)
     await driver._assessor.assess(driver._guests["a"])
-    assert driver.capabilities("a").methods == ("live", "swap", "freeze", "replace")
+    assert driver.capabilities("a").methods == ("live", "swap", "freeze", "replace", "reboot")
     for number, method in enumerate(("swap", "replace", "swap")):
         await driver.prepare("a", f"op-{number}", method, binary if number != 1 else "")
         await (driver.hand_over if method == "swap" else driver.checkpoint)("a", tools.soon())
@@ -404,7 +404,7 @@ async def test_forwarded_ports_of_the_command_line(rig: Any, tools: Any) -> None
     extra = ("-netdev", network, "-device", "virtio-net-pci,netdev=n5,id=net5,romfile=", "-netdev", legacy)
     driver = await rig.open({"a": msgspec.structs.replace(SMALL, extra=extra)})
     await driver._assessor.assess(driver._guests["a"])
-    assert driver.capabilities("a").methods == ("live", "freeze", "replace")
+    assert driver.capabilities("a").methods == ("live", "freeze", "replace", "reboot")
     said = await ask(driver, "human-monitor-command", **{"command-line": "info usernet"})
     port = re.search(r"127\.0\.0\.1 (\d+) +10\.8\.1\.15", said)
     assert port is not None
@@ -433,7 +433,7 @@ async def test_a_tap_of_another_name(rig: Any, tools: Any, taps: tuple[str, str]
     card = ("-device", f"virtio-net-pci,netdev=n7,id=net7,mac={MAC}7,bus=rp3,romfile=")
     driver = await rig.open({"a": with_devices("-netdev", tap, *card)})
     await driver._assessor.assess(driver._guests["a"])
-    assert driver.capabilities("a").methods == ("live", "freeze", "replace")
+    assert driver.capabilities("a").methods == ("live", "freeze", "replace", "reboot")
     await unplug(driver, "net7", reset=True)
     await ask(driver, "netdev_del", id="n7")
     await ask(driver, "netdev_add", type="tap", id="n7", ifname=taps[1], script="no", downscript="no")

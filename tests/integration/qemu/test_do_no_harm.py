@@ -201,7 +201,7 @@ async def test_what_was_undone_is_refused_no_longer(rig: Any, tools: Any) -> Non
     assert "swap" in driver.capabilities("a").missing
     await qmp(driver).execute("block-dirty-bitmap-remove", node="disk0", name="b0")
     await driver._assessor.assess(driver._guests["a"])
-    assert driver.capabilities("a").methods == ("live", "swap", "freeze", "replace")
+    assert driver.capabilities("a").methods == ("live", "swap", "freeze", "replace", "reboot")
     await driver.prepare("a", "op-1", "swap", "")
     await driver.hand_over("a", tools.soon())
     await driver.release("a")
@@ -415,7 +415,7 @@ async def test_devices_behind_root_ports_are_no_difference_after_the_firmware_ra
         while not await numbered():  # noqa: ASYNC110 - the firmware tells nobody
             await asyncio.sleep(0.05)
     await driver._assessor.assess(driver._guests["a"])
-    assert driver.capabilities("a").methods == ("live", "swap", "freeze", "replace")
+    assert driver.capabilities("a").methods == ("live", "swap", "freeze", "replace", "reboot")
     await driver.prepare("a", "op-1", "swap", "")
     await driver.hand_over("a", tools.soon())
     await driver.release("a")
@@ -625,7 +625,7 @@ async def test_memory_beside_the_guests_ram_is_no_obstacle(rig: Any, tools: Any,
     extra = ("-drive", f"if=pflash,format=raw,file={flash}", "-device", "VGA")
     driver = await rig.open({"a": msgspec.structs.replace(SMALL, extra=extra)})
     await driver._assessor.assess(driver._guests["a"])
-    assert driver.capabilities("a").methods == ("live", "swap", "freeze", "replace")
+    assert driver.capabilities("a").methods == ("live", "swap", "freeze", "replace", "reboot")
     await driver.prepare("a", "op-1", method, "")
     await (driver.hand_over if method == "swap" else driver.checkpoint)("a", tools.soon())
     assert await driver.resume("a", 10) == "running"

@@ -253,7 +253,7 @@ async def test_ram_file_that_was_deleted(rig: Any, tools: Any) -> None:
     # The next life sees it at once, before anybody asks for a swap.
     driver = await rig.open({"a": SMALL})
     assert "has 5 bytes" in driver.capabilities("a").missing["swap"]
-    assert driver.capabilities("a").methods == ("live", "freeze")
+    assert driver.capabilities("a").methods == ("live", "freeze", "reboot")
     ram.with_suffix(".kept").rename(ram)
     assert driver.states() == {"a": "running"}
 

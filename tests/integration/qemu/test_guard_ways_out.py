@@ -28,7 +28,7 @@ from typing import Any
 import pytest
 
 from caesura_testing.patience import patient
-from caesura_vmcontrol import claims, replacing, swapping
+from caesura_vmcontrol import claims, qmp_commands, replacing, swapping
 from caesura_vmcontrol.guard_socket import socket_address
 from caesura_vmcontrol.plans import (
     Plan,
@@ -42,8 +42,8 @@ from caesura_vmcontrol.plans import (
 )
 from caesura_vmcontrol.process_control import find_by_env, kill_and_wait, sigstop
 from caesura_vmcontrol.procfs import alive, boot_id, read_process, thread_states
-from caesura_vmcontrol.qmp import Qmp, QmpError, QmpRefused
-from caesura_vmcontrol.qmp_commands import cont, prove_never_ran
+from caesura_vmcontrol.qmp import Qmp, QmpError, QmpNoAnswer, QmpRefused
+from caesura_vmcontrol.qmp_commands import cont, end_unless_it_ran
 
 QEMU = "/usr/bin/qemu-system-x86_64"
 PATIENCE_S = 15.0
@@ -894,19 +894,21 @@ def test_the_proof(swap: Swap) -> None:
     swap.load()
     new = swap.new.vmm
     with Qmp(new.qmp, new.pid, soon()) as quiet:
-        assert prove_never_ran(quiet, new.pid, new.start_ticks, soon())
+        assert end_unless_it_ran(quiet, new.pid, new.start_ticks, soon()) == "never_ran"
+    assert not alive(new.pid, new.start_ticks)
     swap.old.do("cont")
     old = swap.old.vmm
     swap.old.do("stop")
     with Qmp(old.qmp, old.pid, soon()) as quiet:
         swap.old.do("cont")
-        assert not prove_never_ran(quiet, old.pid, old.start_ticks, soon())
+        assert end_unless_it_ran(quiet, old.pid, old.start_ticks, soon()) == "runs"
+    assert swap.owner() == "old"
 
 
 def test_let_go_by_somebody_else_between_the_no_and_the_kill(
     swap: Swap, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """QEMU refused our ``cont`` and took the updater's a moment later: then the old state is of the past."""
+    """QEMU refused our ``cont`` and took the updater's a moment later: the guest runs there, and nobody kills it."""
     swap_claimed(swap)
 
     def refused(_: Qmp, __: float) -> QmpError:
@@ -915,8 +917,48 @@ def test_let_go_by_somebody_else_between_the_no_and_the_kill(
 
     monkeypatch.setattr(swapping, "cont", refused)
     thaw(swap.plan())
-    assert swap.owner() == "gone"
-    assert claims.current(str(swap.claims)) == (2, claims.Owner("gone"))
+    assert swap.owner() == "new"
+    assert claims.current(str(swap.claims))[0] == 1
+
+
+@pytest.mark.parametrize("kind", ["swap", "replace"])
+def test_a_new_one_that_answers_late_keeps_the_guest(
+    kind: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A busy machine: our ``cont`` is carried out when we have given up waiting for its answer. Killed then, the guest would be lost."""
+    lab: Swap | Replace = request.getfixturevalue(kind)
+    if isinstance(lab, Swap):
+        swap_claimed(lab)
+    else:
+        replace_loaded(lab)
+        lab.claim_new()
+
+    def late(qmp: Qmp, until: float) -> QmpError | None:
+        qmp.execute("cont", until=until)
+        return QmpNoAnswer("it does not answer")
+
+    monkeypatch.setattr(swapping if kind == "swap" else replacing, "cont", late)
+    thaw(lab.plan())
+    assert lab.owner() == "new"
+    assert claims.failures(str(lab.claims)) == []
+    assert claims.noted(str(lab.claims), "ran")
+
+
+def test_one_that_began_to_run_as_it_was_killed_is_not_said_to_have_never_run(
+    swap: Swap, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    swap.prepare()
+    swap.load()
+    new = swap.new.vmm
+
+    def continued_by_another(pid: int, start_ticks: int, until: float) -> None:
+        os.kill(pid, signal.SIGCONT)
+        swap.new.do("cont")
+        kill_and_wait(pid, start_ticks, until)
+
+    monkeypatch.setattr(qmp_commands, "kill_and_wait", continued_by_another)
+    with Qmp(new.qmp, new.pid, soon()) as quiet:
+        assert end_unless_it_ran(quiet, new.pid, new.start_ticks, soon()) == "unknown"
 
 
 def test_the_new_one_hangs_at_cont(swap: Swap, monkeypatch: pytest.MonkeyPatch) -> None:

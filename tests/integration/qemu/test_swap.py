@@ -40,7 +40,7 @@ def policies(pid: int) -> set[int]:
 async def test_swap_there_and_on(rig: Any, tools: Any) -> None:
     """Three processes one after the other; the sockets keep their names, and there is never another process."""
     driver = await rig.open({"a": SMALL})
-    assert driver.capabilities("a").methods == ("live", "swap", "freeze", "replace")
+    assert driver.capabilities("a").methods == ("live", "swap", "freeze", "replace", "reboot")
     first = tools.pid_of(driver, "a")
     names = {path.name for path in (rig.folder / "run" / "a").iterdir()}
     for number in range(2):

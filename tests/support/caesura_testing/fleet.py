@@ -153,27 +153,25 @@ class Fleet:
 
     def completed(self, rollout: str) -> dict[str, Any]:
         """Bring a rollout to its end as an operator would: resume it when it halted, which must have a reason."""
+        begun, resumed = time.monotonic(), 0
         state = self.ended(rollout)
-        resumed = 0
-        while state["status"] == "halted" and resumed < 3:
+        while state["status"] == "halted" and resumed <= 3:
             if not state["reason"]:
                 raise Waited(f"it halted and does not say why: {state}")
-            resumed += 1
-            # Refused while a host still owes its report: it tells it when it is back on the bus.
-            until(
-                lambda: self.caesura("resume", rollout, "--detach")[0] == 0,
-                60.0,
-                lambda: "the resume is accepted",
-            )
-            until(
-                lambda: self.rollouts().get(rollout, {}).get("status") != "halted",
-                30.0,
-                lambda: "it continues",
-            )
+            # Refused while a host still owes its report (it tells it when it is back on the bus), and when what was read is over.
+            resumed += self.caesura("resume", rollout, "--detach")[0] == 0
+            if time.monotonic() - begun > patient(180.0):
+                raise Waited(f"not within 180 s: {rollout} goes on; it is {state}")
             state = self.ended(rollout)
         if state["status"] != "completed":
             raise Waited(f"rollout {rollout} completes; it is {state['status']}: {state['reason']}")
         return state
+
+    def give_up(self) -> None:
+        """Abort whatever has not ended: a test that failed leaves no set held for the next one."""
+        for rollout, state in self.rollouts().items():
+            if state["status"] not in {"completed", "aborted"}:
+                self.caesura("abort", rollout)
 
     def query(self, expression: str) -> dict[tuple[str, ...], float]:
         """An instant query: values by (set, update domain) or whatever labels there are, without the metric's name."""

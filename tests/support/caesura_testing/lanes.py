@@ -159,12 +159,14 @@ class Result(NamedTuple):
         code: its exit code; negative: the signal that ended it.
         seconds: on the wall clock.
         cpu_s: CPU seconds of all its processes.
+        unsteady: tests that failed and passed when they were run once more, alone; see ``second_look``.
     """
 
     lane: str
     code: int
     seconds: float
     cpu_s: float
+    unsteady: tuple[str, ...] = ()
 
     @property
     def skipped(self) -> bool:
@@ -220,9 +222,12 @@ class Run:
                     log = (LOGS / f"{lane}.log").open("wb")
                 else:
                     self._say(f"== {lane}")
+                unsteady = (LOGS / f"{lane}.unsteady").absolute()
+                unsteady.unlink(missing_ok=True)
                 begun = time.monotonic()
                 process = subprocess.Popen(
                     ("/bin/sh", "-euc", LANES[lane].script),
+                    env=_environ(unsteady),
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=log,
@@ -232,7 +237,11 @@ class Run:
             _, status, usage = os.wait4(process.pid, 0)
             process.returncode = os.waitstatus_to_exitcode(status)
             result = Result(
-                lane, process.returncode, time.monotonic() - begun, usage.ru_utime + usage.ru_stime
+                lane,
+                process.returncode,
+                time.monotonic() - begun,
+                usage.ru_utime + usage.ru_stime,
+                tuple(unsteady.read_text().split("\n")[:-1]) if unsteady.exists() else (),
             )
             with self._lock:
                 del self._under_way[lane]
@@ -273,6 +282,14 @@ class Run:
                 return
 
 
+def _environ(unsteady: Path) -> dict[str, str]:
+    """In CI the tests of a lane get a second look: one that is unsteady is named, and stops no landing."""
+    if os.environ.get("CI") != "true":
+        return dict(os.environ)
+    LOGS.mkdir(exist_ok=True)
+    return {**os.environ, "CAESURA_TEST_UNSTEADY": str(unsteady)}
+
+
 def _count(text: str) -> int:
     if (count := int(text)) < 1:
         raise argparse.ArgumentTypeError("at least 1")
@@ -287,7 +304,8 @@ def parser() -> argparse.ArgumentParser:
         prog="./check",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Everything that must hold before a commit lands. Runs all lanes but those that take hours, or only those named,\n"
-        "and says which failed. A lane whose tool is missing says SKIPPED and why; with CI=true that is a failure.",
+        "and says which failed. A lane whose tool is missing says SKIPPED and why; with CI=true that is a failure. With CI=true, up to three\n"
+        "tests of a lane that failed are run once more, alone; those that pass then are named UNSTEADY at the end.",
         epilog=f"lanes:\n{names}\n\nonly when named:\n{only}\n\nexamples:\n  ./check --fast\n  ./check types unit\n  ./check --jobs 1 e2e\n\n"
         "exit codes: 0 all lanes passed (or were skipped outside CI), 1 a lane failed, 2 bad usage or no environment,\n"
         "130 interrupted",
@@ -348,6 +366,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"skipped: {' '.join(skipped)}")
     if skipped and os.environ.get("CI") == "true":
         failed.append(f"{' '.join(skipped)} (skipped, which CI does not allow)")
+    for each in run.results:
+        for test in each.unsteady:
+            print(f"UNSTEADY, failed once and passed alone; find out why: {test} ({each.lane})")
     took = time.monotonic() - begun
     if failed:
         print(f"check FAILED after {took:.0f} s: {' '.join(failed)}")

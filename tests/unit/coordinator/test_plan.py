@@ -195,6 +195,32 @@ def test_a_reboot_needs_permission_and_a_driver_that_can(build: Build, host: Hos
     assert _reasons(_plan(one, "kernel", allow_reboot=True))["w1"] == "cannot reboot: cannot reboot"
 
 
+def test_a_reboot_is_given_the_time_of_the_slowest_host_and_no_pause(
+    build: Build, host: Host, fleet: MakeFleet
+) -> None:
+    def kernel(shutdown_s: float) -> m.UpdateRecord:
+        return m.UpdateRecord(
+            update="kernel",
+            impact="reboot",
+            scope="host",
+            expected_s=60,
+            timeout_s=600,
+            shutdown_s=shutdown_s,
+        )
+
+    able = {"methods": ("live", "reboot"), "methods_missing": {}}
+    both = fleet(
+        host("h1", build("w1", **able), updates=(kernel(30),)),
+        host("h2", build("w2", update_domain=1, **able), updates=(kernel(200),)),
+    )
+    # Neither the budget nor a proof of memory matters to an update that loses memory.
+    plan = _plan(both, "kernel", allow_reboot=True, budget_s=1.0, on_unproven="halt")
+    assert plan.refusals == ()
+    assert (plan.event_type, plan.expected_pause_s) == ("Reboot", 0)
+    assert plan.outside_pause_s == 200 + 600 + 90
+    assert {vm.method for wave in plan.waves for vm in wave.vms} == {"reboot"}
+
+
 def test_an_update_without_impact_is_live(build: Build, host: Host, fleet: MakeFleet) -> None:
     quiet = m.UpdateRecord(update="agent", impact="none", scope="host", expected_s=1, timeout_s=9)
     plan = _plan(fleet(host("h1", build("w1"), updates=(quiet,))), "agent")

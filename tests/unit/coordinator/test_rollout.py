@@ -25,8 +25,8 @@ from caesura_coordinator.fence import FleetFence
 from caesura_coordinator.plan import make_plan
 from caesura_coordinator.published_state import wave_state
 from caesura_coordinator.records import HostOperation, Rollout, Wave, new_rollout
+from caesura_coordinator.request_refusals import RequestRefused
 from caesura_coordinator.rollout import after_restart, decide
-from caesura_coordinator.validation import RequestRefused
 from caesura_coordinator.verification import verify
 from caesura_testing.refold import refold
 

@@ -33,8 +33,8 @@ from caesura_coordinator.fence import FleetFence
 from caesura_coordinator.plan import make_plan, sets_of
 from caesura_coordinator.records import Rollout, Wave, new_rollout
 from caesura_coordinator.repository import RolloutRepository
+from caesura_coordinator.request_refusals import RequestRefused
 from caesura_coordinator.store import CoordinatorStore
-from caesura_coordinator.validation import RequestRefused
 
 _PATCH = m.UpdateRecord(update="patch", impact="pause", scope="host", expected_s=2, timeout_s=9)
 _PLACES: dict[str, dict[str, tuple[str, int]]] = {

@@ -24,8 +24,8 @@ from caesura_coordinator.fence import FleetFence
 from caesura_coordinator.plan import make_plan, sets_of
 from caesura_coordinator.records import Rollout, Wave, new_rollout
 from caesura_coordinator.repository import RolloutRepository
+from caesura_coordinator.request_refusals import RequestRefused
 from caesura_coordinator.store import CoordinatorStore, newer_entries
-from caesura_coordinator.validation import RequestRefused
 from caesura_testing.refold import refold
 
 T0 = datetime(2026, 4, 20, 12, 0, 0, tzinfo=UTC)

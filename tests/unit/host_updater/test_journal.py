@@ -37,7 +37,8 @@ from caesura_host_updater.clocks.tracker import ClockSyncTracker
 from caesura_host_updater.clocks.verdict import ClockCheck
 from caesura_host_updater.forget_epoch import forget_epoch
 from caesura_host_updater.journal import Journal, JournalThread
-from caesura_host_updater.operation.finalizer import FactFactory, OperationFinalizer
+from caesura_host_updater.operation.facts import FactFactory
+from caesura_host_updater.operation.finalizer import OperationFinalizer
 from caesura_host_updater.operation.state import Operation, VmPause
 from caesura_host_updater.outbox import Outbox
 from caesura_testing.collector import PATIENCE_S, Collector, eventually, running

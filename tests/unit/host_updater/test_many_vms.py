@@ -38,7 +38,7 @@ from caesura_host_updater.inventory.publisher import InventoryPublisher
 from caesura_host_updater.inventory.updates import Catalogue
 from caesura_host_updater.inventory.vm_spec import VmSpec
 from caesura_host_updater.journal import JournalThread
-from caesura_host_updater.operation.finalizer import FactFactory
+from caesura_host_updater.operation.facts import FactFactory
 from caesura_host_updater.operation.report import final_report
 from caesura_host_updater.operation.state import Operation, VmPause
 from caesura_host_updater.service import HostUpdater

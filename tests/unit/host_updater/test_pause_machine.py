@@ -19,6 +19,8 @@ from caesura_host_updater.operation.effects import (
     PublishResumed,
     ResumeVms,
     RunUpdate,
+    ShutDownVms,
+    StartVms,
     StopUpdate,
     SwapVms,
 )
@@ -39,8 +41,12 @@ from caesura_host_updater.operation.events import (
     VmLost,
     VmNotFrozen,
     VmNotPrepared,
+    VmNotShutDown,
+    VmNotStarted,
     VmNotSwapped,
     VmPrepared,
+    VmShutDown,
+    VmStarted,
     VmSwapped,
 )
 from caesura_host_updater.operation.machine import decide
@@ -56,7 +62,9 @@ class PauseMachine(RuleBasedStateMachine):
     @initialize(
         count=st.integers(1, 3),
         budget_s=st.sampled_from([0.5, 1.0, 2.0, 30.0]),
-        kind=st.sampled_from(["hold", "host", "vm", "live", "swap", "swap of an update", "replace"]),
+        kind=st.sampled_from(
+            ["hold", "host", "vm", "live", "swap", "swap of an update", "replace", "reboot"]
+        ),
         can_digest=st.booleans(),
         can_sample=st.booleans(),
         faults=st.sets(
@@ -77,7 +85,7 @@ class PauseMachine(RuleBasedStateMachine):
         names = NAMES[:count]
         of_vms = tuple(UpdateRun(key=name) for name in names)
         runs = {"hold": (), "swap": (), "vm": of_vms, "swap of an update": of_vms}.get(kind, (UpdateRun(),))
-        methods: dict[str, Any] = {"live": "live", "replace": "replace"}
+        methods: dict[str, Any] = {each: each for each in ("live", "replace", "reboot")}
         self.now = 1000.0
         self.op = Operation(
             operation="op",
@@ -86,6 +94,7 @@ class PauseMachine(RuleBasedStateMachine):
             hold_s=0.1 if kind == "hold" else 0.0,
             update="" if kind in ("hold", "swap") else "patch",
             update_timeout_s=budget_s,
+            shutdown_s=2.0,
             vms=tuple(
                 VmPause(vm=name, set="s", update_domain=0, can_digest=can_digest, can_sample=can_sample)
                 for name in names
@@ -96,6 +105,9 @@ class PauseMachine(RuleBasedStateMachine):
         self.preparing: set[str] = set()
         self.ready: set[str] = set()
         self.swapping: list[str] = []
+        self.shutting_down: set[str] = set()
+        self.starting: set[str] = set()
+        self.start_asked = False
         self.freezing: set[str] = set()
         self.called: set[str] = set()
         self.digesting: set[str] = set()
@@ -133,6 +145,19 @@ class PauseMachine(RuleBasedStateMachine):
                 assert schedule is not None
                 assert self.now < effect.by
                 self.swapping = sorted(self.world)
+            case ShutDownVms():
+                assert self.op.method == "reboot"
+                assert not self.aborted
+                assert set(effect.vms) == set(self.world)
+                assert effect.by == self.now + self.op.shutdown_s
+                self.shutting_down = set(effect.vms)
+            case StartVms():
+                assert set(effect.vms) == set(self.world), "a VM was forgotten"
+                assert not self.updating, "the update continues under VMs that are started"
+                assert not self.start_asked
+                self.start_asked = True
+                self.shutting_down.clear()
+                self.starting = set(effect.vms)
             case FreezeVms():
                 assert self.op.method == "freeze" or self.ready == set(self.world), "not ready"
                 assert self.armed, "frozen without a guard"
@@ -152,7 +177,7 @@ class PauseMachine(RuleBasedStateMachine):
             case RunUpdate():
                 assert not self.aborted, "update started after an abort"
                 assert self.op.method in ("live", "swap") or all(
-                    self.world[vm] in ("frozen", "gone") for vm in self.world
+                    self.world[vm] in ("frozen", "gone", "down") for vm in self.world
                 ), "update started while a VM runs"
                 self.updating |= set(effect.keys)
             case StopUpdate(kill=True):
@@ -181,6 +206,10 @@ class PauseMachine(RuleBasedStateMachine):
                 self.finished += 1
                 assert not self.called or self.resume_asked or self.op.method == "swap"
                 assert all(state != "frozen" for state in self.world.values()), "ended with a VM frozen"
+                assert self.op.failure or "down" not in self.world.values(), (
+                    "ended with a VM that was not started"
+                )
+                assert not self.starting, "ended before every VM answered"
 
     def feed_later(self, vm: str) -> None:
         """A cancelled freeze reports that it was called off."""
@@ -248,6 +277,30 @@ class PauseMachine(RuleBasedStateMachine):
             if self.op.phase == "swapping":
                 self.feed(event)
         self.swapping.clear()
+
+    @precondition(lambda self: self.shutting_down)
+    @rule(good=st.booleans(), data=st.data())
+    def shutdown_ends(self, good: bool, data: st.DataObject) -> None:
+        """One VM is down, or runs on."""
+        vm = data.draw(st.sampled_from(sorted(self.shutting_down)))
+        self.shutting_down.discard(vm)
+        if good or "freeze" not in self.faults:
+            self.world[vm] = "down"
+            self.feed(VmShutDown(vm, self.now, "ACPI"))
+        else:
+            self.feed(VmNotShutDown(vm, "ignores it"))
+
+    @precondition(lambda self: self.starting)
+    @rule(good=st.booleans(), data=st.data())
+    def start_ends(self, good: bool, data: st.DataObject) -> None:
+        """One VM is up, or cannot be started."""
+        vm = data.draw(st.sampled_from(sorted(self.starting)))
+        self.starting.discard(vm)
+        if good or "prepare" not in self.faults:
+            again, self.world[vm] = self.world[vm] == "down", "running"
+            self.feed(VmStarted(vm, self.now, again))
+        else:
+            self.feed(VmNotStarted(vm, "no memory"))
 
     @precondition(lambda self: self.freezing)
     @rule(good=st.booleans(), data=st.data())
@@ -347,7 +400,8 @@ class PauseMachine(RuleBasedStateMachine):
         """What the end says is what happened."""
         if self.op.end == "completed":
             assert not self.op.failure
-            assert self.op.method == "live" or all(vm.frozen_at is not None for vm in self.op.vms)
+            assert self.op.method in ("live", "reboot") or all(vm.frozen_at is not None for vm in self.op.vms)
+            assert self.op.method != "reboot" or all(vm.down_at is not None for vm in self.op.vms)
             assert all(run.outcome == "succeeded" for run in self.op.runs)
             for vm in self.op.vms:
                 assert not shown_by_host(vm).broken, "memory changed, and the operation says completed (I3)"
@@ -370,6 +424,10 @@ class PauseMachine(RuleBasedStateMachine):
             if self.arming:
                 self.arming, self.armed = False, True
                 self.feed(Armed())
+            for vm in sorted(self.starting):
+                self.starting.discard(vm)
+                self.world[vm] = "running"
+                self.feed(VmStarted(vm, self.now))
             for vm in sorted(self.resuming):
                 self.resuming.discard(vm)
                 self.world[vm] = "running" if self.world[vm] != "gone" else "gone"

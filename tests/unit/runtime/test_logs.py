@@ -87,3 +87,22 @@ def test_a_process_with_a_full_standard_error_ends_all_the_same(pipe: tuple[int,
     done = subprocess.run([sys.executable, "-c", SERVICE], stderr=write, check=False, timeout=60)
     assert done.returncode == 0
     assert time.monotonic() - began < 30  # the flush at the end is bounded by a second
+
+
+@pytest.mark.parametrize("style", ["console", "json"])
+def test_no_value_of_a_local_variable_gets_into_the_log(style: str) -> None:
+    text = f"""
+import structlog
+from caesura.runtime.logs import configure_logging
+configure_logging("test", style={style!r})
+def connect(password):
+    raise OSError("refused")
+try:
+    connect("s3c" + "ret")
+except OSError:
+    structlog.get_logger().exception("bus.failed")
+"""
+    said = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, check=True).stderr
+    assert "refused" in said
+    assert "connect" in said, "where it was raised"
+    assert "s3cret" not in said

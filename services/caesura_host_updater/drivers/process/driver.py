@@ -53,7 +53,6 @@ _log = structlog.get_logger("caesura.driver")
 _MISSING: Mapping[str, str] = {
     "swap": "the process driver has no second VMM that could take over a process",
     "replace": "the process driver cannot save a process to a file and start it again",
-    "reboot": "the process driver does not restart VMs for an update",
 }
 
 
@@ -107,7 +106,7 @@ class ProcessDriver:
         if self.memory_size(vm):
             digests = ("digest_equal", *digests)
         return Capabilities(
-            methods=("live", "freeze"),
+            methods=("live", "freeze", "reboot"),
             missing=_MISSING,
             clock="simulated",
             digests=digests,
@@ -120,6 +119,7 @@ class ProcessDriver:
             f"{vm} ({self._supervisor.not_started[vm]})" if vm in self._supervisor.not_started else vm
             for vm in self._specs
             if vm not in self._supervisor.runs
+            and (vm not in self._supervisor.shutting_down or vm in self._supervisor.not_started)
         ]
         incomplete = [
             f"{vm} ({why})" for vm, why in self._failed_processes.items() if vm in self._supervisor.runs
@@ -288,6 +288,17 @@ class ProcessDriver:
                     time.sleep(_LOOK_S)
         except OSError as error:
             raise NotRunningYet(vm, f"{run.kind}: {error}") from error
+
+    # -- an update that needs a reboot --------------------------------------------------------------------
+
+    async def shut_down(self, vm: str, by: float) -> str:
+        """SIGTERM to all processes of the VM."""
+        await self._supervisor.shut_down(vm, by)
+        return "SIGTERM"
+
+    async def start(self, vm: str, down_by: float) -> bool:
+        """Start its processes again."""
+        return await self._supervisor.start(vm, down_by)
 
     # -- memory ------------------------------------------------------------------------------------------
 

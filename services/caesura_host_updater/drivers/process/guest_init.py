@@ -3,13 +3,15 @@
 Run by path with ``python -I -S`` (some 15 ms): standard library only, none of our imports. Its argument is a
 JSON file written by the process driver. It writes who it is into the run file itself, under a lock that it
 holds for life, so a host updater that died between starting it and writing that down starts no second VM.
+Where the file names a descriptor (``report_fd``), it also reports there: a line of JSON when the VM's processes run, one when
+one of them ended, one if the VM cannot be started.
 
 It is a child subreaper: a process that leaves its process group and session, or whose parent dies, stays in
 this tree and is found when the VM is frozen. Its direct children die with it (PR_SET_PDEATHSIG).
 """
 
 # light imports, no pathlib; running the host file's argv is what it is for.
-# ruff: noqa: PTH105, PTH123, PTH208, S606
+# ruff: noqa: PTH105, PTH110, PTH123, PTH208, S606
 
 from __future__ import annotations
 
@@ -30,6 +32,8 @@ PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
 ending: list[bool] = []
 """Not empty once the VM was asked to end."""
+reporting: list[int] = []
+"""The descriptor of the report, if there is one."""
 TERM_GRACE_S = 3  # s: between SIGTERM and SIGKILL of the VM's processes
 
 
@@ -37,6 +41,7 @@ def main(spec_path: str) -> int:
     """Run the VM described by the file. Exit code: the first that is not 0 among its processes, else 0."""
     with open(spec_path, encoding="utf-8") as file:
         spec = json.load(file)
+    report_to(spec.get("report_fd"))
     lock = os.open(spec["lock_file"], os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -55,10 +60,11 @@ def main(spec_path: str) -> int:
         run = {**spec["run"], "pid": os.getpid(), "start_ticks": start_ticks()}
         write(spec["run_file"] + ".new", json.dumps(run).encode(), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.replace(spec["run_file"] + ".new", spec["run_file"])
+        report(started=run["pid"], start_ticks=run["start_ticks"], processes=list(children))
     except OSError as error:
         kill_all()
         return fail(str(error))
-    return reap(children, spec["ended_file"])
+    return reap(children, spec["ended_file"], spec["shutdown_file"])
 
 
 def start(process: dict[str, Any], libc: ctypes.CDLL) -> int:
@@ -72,6 +78,9 @@ def start(process: dict[str, Any], libc: ctypes.CDLL) -> int:
             if os.getppid() != parent:
                 os._exit(127)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+            signal.signal(
+                signal.SIGPIPE, signal.SIG_DFL
+            )  # Python ignores it, and a program that is executed would, too
             os.execvpe(process["argv"][0], process["argv"], process["environ"])
         except OSError as error:
             os.write(write_end, f"{process['argv'][0]}: {error.strerror}".encode())
@@ -85,13 +94,14 @@ def start(process: dict[str, Any], libc: ctypes.CDLL) -> int:
     return pid
 
 
-def reap(children: dict[int, str], ended_file: str) -> int:
+def reap(children: dict[int, str], ended_file: str, shutdown_file: str) -> int:
     """Wait until the last of the VM's own processes ended; strays are reaped and end with us.
 
-    One that failed while others run on is noted in ``ended_file``, a line each: the VM is not what it was.
+    One that failed while others run on is noted in ``ended_file``, a line each: the VM is not what it was. While there is a
+    ``shutdown_file`` every process was asked to end: a non-zero exit does not count, and strays are waited for, not killed.
     """
     code = 0
-    while children:
+    while children or (os.path.exists(shutdown_file) and descendants()):
         try:
             pid, status = os.waitpid(-1, os.WNOHANG)
         except ChildProcessError:
@@ -107,7 +117,9 @@ def reap(children: dict[int, str], ended_file: str) -> int:
         if program is not None:
             own = os.waitstatus_to_exitcode(status)
             code = code or abs(own)
-            if own != 0 and children and not ending:
+            if reporting:
+                report(ended=pid, code=own, left=sorted(set(descendants()) - set(children)))
+            if own != 0 and children and not ending and not os.path.exists(shutdown_file):
                 note(ended_file, f"{program} {how(own)}")
     kill_all()
     return min(code, 255)
@@ -195,8 +207,27 @@ def write(path: str, data: bytes, flags: int) -> None:
         os.close(handle)
 
 
+def report_to(descriptor: int | None) -> None:
+    """Where ``report`` writes; the VM's processes do not inherit it."""
+    if descriptor is not None:
+        os.set_inheritable(descriptor, False)
+        reporting.append(descriptor)
+
+
+def report(**facts: Any) -> None:
+    """Write a line of JSON, if anybody wants it; a reader that is gone must not end the VM."""
+    for descriptor in reporting:
+        try:
+            os.write(descriptor, json.dumps(facts).encode() + b"\n")
+        except OSError:
+            reporting.clear()
+
+
 def fail(why: str) -> int:
-    """Say why the VM does not start, on stderr (the VM's log file)."""
+    """Say why the VM does not start, in the report if there is one, else on stderr (the VM's log file)."""
+    if reporting:
+        report(failed=why)
+        return 125
     os.write(2, f"guest_init: {why}\n".encode())
     return 125
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import msgspec
 
 from caesura_host_updater.drivers.process.definition import ProcessVm
+from caesura_host_updater.drivers.shutdown_requests import ShutdownRequests
 from caesura_vmcontrol.procfs import boot_id
 
 
@@ -46,6 +47,7 @@ def init_spec(
             "lock_file": f"{files}.lock",
             "run_file": f"{files}.run.json",
             "ended_file": str(ended_file(folder, vm.name)),
+            "shutdown_file": str(ShutdownRequests(folder).file(vm.name)),
             "cgroup_procs": str(Path(control).parent / "cgroup.procs") if control else "",
             "run": {"kind": kind, "control": control, "boot_id": boot_id()},
             "processes": [

@@ -18,6 +18,7 @@ import structlog
 from caesura.runtime.threads import in_thread, in_thread_to_its_end
 from caesura_host_updater.drivers.port import (
     DriverError,
+    ShutdownFailed,
 )
 from caesura_host_updater.drivers.process import guest_init
 from caesura_host_updater.drivers.process.definition import ProcessVm
@@ -28,6 +29,7 @@ from caesura_host_updater.drivers.process.freezers import (
     plan_of,
 )
 from caesura_host_updater.drivers.process.init_spec import ended_file, init_spec
+from caesura_host_updater.drivers.shutdown_requests import ShutdownRequests
 from caesura_host_updater.spawn import ExitWatch, SpawnError, reap, start_detached
 from caesura_vmcontrol.plans import SignalPlan, condition, thaw
 from caesura_vmcontrol.procfs import alive, boot_id, process_table, send_signal
@@ -69,6 +71,14 @@ class ProcessSupervisor:
         """Why a VM was not started."""
         self.frozen: dict[str, ProcessPlan] = {}
         """Plans of VMs that were asked to freeze, with the processes of that moment."""
+        self.shutting_down: set[str] = set()
+        """VMs that were asked to shut down and were not started again yet."""
+        self._requests = ShutdownRequests(folder)
+        self._ends: dict[str, asyncio.Event] = {}
+        """Set when the VM's first process has ended; a new one with each process."""
+        self._starts: dict[str, asyncio.Lock] = {vm: asyncio.Lock() for vm in self._specs}
+        self._late: dict[str, asyncio.Task[None]] = {}
+        """VMs that were asked to shut down and did not in time: started when they end after all."""
         self._watches: dict[str, ExitWatch] = {}
         self._cleanup_tasks: set[asyncio.Task[None]] = set()
         self._change = asyncio.Event()
@@ -90,6 +100,9 @@ class ProcessSupervisor:
         if run is not None and alive(run.pid, run.start_ticks) and run.boot_id == boot_id():
             self._watch(spec.name, run)
             _log.info("vm.adopted", vm=spec.name, pid=run.pid, freezer=run.kind)
+            if await in_thread("shutdown request", lambda: self._requests.left_s(spec.name)):
+                self.shutting_down.add(spec.name)
+                self._start_when_ended(spec.name)
             return
         if run is not None:
             former = run
@@ -146,6 +159,9 @@ class ProcessSupervisor:
             reap(pid)
             why = await in_thread(f"log of {vm}", lambda: self._log_tail(vm))
             raise DriverError(vm, f"cannot be started: {why}")
+        await in_thread(f"{vm} runs", lambda: self._requests.forget(vm))
+        self.shutting_down.discard(vm)
+        self.not_started.pop(vm, None)
         self._watch(vm, run)
         _log.info("vm.started", vm=vm, pid=run.pid, freezer=run.kind)
 
@@ -158,6 +174,7 @@ class ProcessSupervisor:
 
     def _watch(self, vm: str, run: ProcessGroupRecord) -> None:
         self.runs[vm] = run
+        self._ends[vm] = asyncio.Event()
         try:
             self._watches[vm] = ExitWatch(run.pid, lambda: self._ended(vm))
         except ProcessLookupError:
@@ -166,6 +183,7 @@ class ProcessSupervisor:
     def _ended(self, vm: str) -> None:
         run = self.runs.pop(vm, None)
         self._watches.pop(vm, None)
+        self._ends[vm].set()
         self._change.set()
         _log.warning("vm.ended", vm=vm)
         if run is not None:
@@ -181,6 +199,9 @@ class ProcessSupervisor:
     async def close(self, *, stop_vms: bool) -> None:
         """Stop watching; with ``stop_vms``, stop the VMs too and remove what they leave behind."""
         runs = dict(self.runs)
+        for late in self._late.values():
+            late.cancel()
+        await asyncio.gather(*self._late.values(), return_exceptions=True)
         for watch in self._watches.values():
             watch.close()
         self._watches.clear()
@@ -188,9 +209,84 @@ class ProcessSupervisor:
             await asyncio.gather(*(self._stop(vm, run) for vm, run in runs.items()))
             for vm in self._specs:
                 self._freezer.remove(vm)
+                await in_thread(f"forget {vm}", lambda vm=vm: self._requests.forget(vm))  # type: ignore[misc]
             self.runs.clear()
         if self._cleanup_tasks:
             await asyncio.wait(self._cleanup_tasks)
+
+    # -- an update that needs a reboot ----------------------------------------------------------------------
+
+    async def shut_down(self, vm: str, by: float) -> None:
+        """SIGTERM to every process of the VM but the first, which ends with the last of them; nothing is killed.
+
+        Raises:
+            ShutdownFailed: it still runs at ``by`` on CLOCK_MONOTONIC, or the request could not be noted.
+        """
+        run = self.runs.get(vm)
+        self.shutting_down.add(vm)
+        if run is None:
+            return
+        try:
+            await in_thread(f"shut down {vm}", lambda: self._terminate(vm, run))
+        except OSError as error:
+            self.shutting_down.discard(vm)
+            raise ShutdownFailed(vm, f"it was not asked: the request cannot be noted: {error}") from error
+        if not await self._ended_by(vm, by):
+            raise ShutdownFailed(vm, "its processes did not all end after SIGTERM, and none was killed")
+        while self._cleanup_tasks:
+            await asyncio.wait(set(self._cleanup_tasks))
+
+    def _terminate(self, vm: str, run: ProcessGroupRecord) -> None:
+        self._requests.note(vm)
+        for member in SignalPlan(vm, run.pid, run.start_ticks).members(process_table()):
+            if member.pid != run.pid:
+                send_signal(member.pid, member.start_ticks, signal.SIGTERM)
+
+    async def _ended_by(self, vm: str, by: float) -> bool:
+        """Wait until nothing of the VM is left; whether that came about."""
+        try:
+            async with asyncio.timeout(max(by - time.monotonic(), 0.0)):
+                await self._ends[vm].wait()
+        except TimeoutError:
+            return False
+        return True
+
+    async def start(self, vm: str, down_by: float) -> bool:
+        """Start it when it has ended; one that still runs at ``down_by`` is left, and started when it ends.
+
+        Raises:
+            DriverError: it cannot be started.
+        """
+        if vm in self.runs and (vm not in self.shutting_down or not await self._ended_by(vm, down_by)):
+            if vm in self.shutting_down:
+                self._start_when_ended(vm)
+            return False
+        async with self._starts[vm]:
+            if vm in self.runs:
+                return True
+            while self._cleanup_tasks:  # what is left of it is killed: not what is started now
+                await asyncio.wait(set(self._cleanup_tasks))
+            try:
+                await self._start(self._specs[vm])
+            except DriverError as error:
+                self.not_started[vm] = error.why
+                raise
+        self._change.set()
+        return True
+
+    def _start_when_ended(self, vm: str) -> None:
+        if vm not in self._late or self._late[vm].done():
+            self._late[vm] = asyncio.create_task(self._start_late(vm), name=f"start {vm} when it has ended")
+
+    async def _start_late(self, vm: str) -> None:
+        left_s = await in_thread("shutdown request", lambda: self._requests.left_s(vm))
+        if await self._ended_by(vm, time.monotonic() + left_s):
+            _log.warning("vm.ended_late", vm=vm, hint="it was asked to shut down, and is started again")
+            with suppress(DriverError):
+                await self.start(vm, 0.0)
+        else:
+            self.shutting_down.discard(vm)
+            await in_thread("shutdown request", lambda: self._requests.forget(vm))
 
     async def _stop(self, vm: str, run: ProcessGroupRecord) -> None:
         plan = await in_thread(f"stop {vm}", lambda: self._let_run(vm, run))

@@ -31,6 +31,7 @@ from caesura_host_updater.drivers.qemu.launching import Launcher
 from caesura_host_updater.drivers.qemu.migration import Migrator
 from caesura_host_updater.drivers.qemu.prepare import Preparer
 from caesura_host_updater.drivers.qemu.process_records import Records
+from caesura_host_updater.drivers.qemu.restarting import Restarter
 from caesura_host_updater.drivers.qemu.supervisor import VmSupervisor
 from caesura_host_updater.drivers.qemu.trial import Trials
 from caesura_host_updater.drivers.sampling import sampled_digest_of
@@ -38,7 +39,7 @@ from caesura_vmcontrol import claims
 from caesura_vmcontrol.plans import Plan, QemuPlan
 from caesura_vmcontrol.qmp_commands import NOT_OURS
 
-_METHODS: tuple[Method, ...] = ("live", "swap", "freeze", "replace")
+_METHODS: tuple[Method, ...] = ("live", "swap", "freeze", "replace", "reboot")
 _CONT_S = 0.1  # s: what our own connection gets before the guard's way is taken
 
 
@@ -83,22 +84,29 @@ class QemuDriver:
         self._supervisor = VmSupervisor(
             self._guests, options, launcher, records, self._migrator, self._assessor, self._threads
         )
+        self._restarter = Restarter(self._guests, records, self._supervisor)
 
     # -- life ---------------------------------------------------------------------------------------------
 
     async def open(self) -> None:
         """Adopt the VMs that run, start the others, all at once."""
         await self._supervisor.open()
+        await self._restarter.open()
 
     async def close(self, *, stop_vms: bool) -> None:
         """Release everything; with ``stop_vms``, stop those that were started here and remove what they leave behind."""
+        await self._restarter.close()
         await self._supervisor.close(stop_vms=stop_vms)
         await self._migrator.close()
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     def ping(self) -> str:
         """Names VMs that do not run or cannot be talked to, and why."""
-        wrong = [f"{guest.vm} ({why})" for guest in self._guests.values() if (why := guest.health_error())]
+        wrong = [
+            f"{guest.vm} ({why})"
+            for guest in self._guests.values()
+            if guest.vm not in self._restarter.down - self._restarter.failed and (why := guest.health_error())
+        ]
         return f"not running: {', '.join(wrong)}" if wrong else ""
 
     def health_error(self, vm: str) -> str:
@@ -119,7 +127,7 @@ class QemuDriver:
             missing |= {
                 "swap": why,
                 "replace": why,
-                "reboot": "the qemu driver does not restart VMs for an update",
+                "reboot": missing.get("reboot", why),
             }
             if guest.state == "unknown" or guest.spec.qemu is None:
                 missing["freeze"] = why
@@ -247,6 +255,14 @@ class QemuDriver:
                     return "running"
             if not guest.left and time.monotonic() >= until:
                 raise NotRunningYet(vm, guest.last_error or f"is {state} after {timeout_s:.2f} s")
+
+    async def shut_down(self, vm: str, by: float) -> str:
+        """By the guest agent, else by ACPI."""
+        return await self._restarter.shut_down(self._guests[vm], by)
+
+    async def start(self, vm: str, down_by: float) -> bool:
+        """A new process from the VM's definition; it is up when its guest agent answers, if that had answered before."""
+        return await self._restarter.start(self._guests[vm], down_by)
 
     def why_left(self, vm: str) -> str:
         """Why ``resume`` left the VM as it is."""

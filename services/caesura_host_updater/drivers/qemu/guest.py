@@ -34,7 +34,7 @@ _LOOK_S = 1.0  # s: for the kernel's word on a process; a QEMU that is stuck in 
 _STATUS_S = 0.1  # s: QEMU answers within a millisecond
 PAUSED_BEFORE = "it was paused by somebody else before anything was done: resume it with `cont`"
 PAUSED_AFTER = "it ran again and was paused by somebody else since: resume it with `cont`"
-NO_REBOOT = "the qemu driver does not restart VMs for an update"
+NO_REBOOT = "it was not started by Caesura, so it could not be started again: restart it by what starts it"
 
 _log = structlog.get_logger("caesura.qemu")
 
@@ -161,7 +161,7 @@ class Guest:
     @property
     def missing(self) -> dict[Method, str]:
         """What cannot be done with it, and every reason."""
-        missing: dict[Method, str] = {"reboot": NO_REBOOT}
+        missing: dict[Method, str] = {} if self.spec.qemu is not None else {"reboot": NO_REBOOT}
         both = [*filter(None, [self.unguarded]), *self.stated.both, *self.compared.both]
         beside = [*both, *self.stated.beside, *self.compared.beside]
         if self.unguarded:
@@ -251,6 +251,11 @@ class Guest:
             process = read_process(self.run.pid)
             return "paused" if process is not None and process.state == STOPPED else "running"
         return "paused"
+
+    @property
+    def shut_down(self) -> bool:
+        """Whether its guest has powered itself down, though its process may stay (``-no-shutdown``)."""
+        return self._status == "shutdown"
 
     def health_error(self) -> str:
         """What is wrong with it, for the probe; empty: nothing."""

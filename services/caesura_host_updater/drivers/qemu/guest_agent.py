@@ -11,7 +11,7 @@ import base64
 import json
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 from caesura_host_updater.drivers.port import DriverError
@@ -66,6 +66,15 @@ class GuestAgent:
         except AgentRefused as error:
             return error.why
         return ""
+
+    async def shutdown(self) -> None:
+        """Have the guest power itself down. There is no answer where it works: the agent ends with the guest.
+
+        Raises:
+            AgentRefused: the guest cannot.
+        """
+        with suppress(AgentSilent):
+            await self._call("guest-shutdown", lambda: {"mode": "powerdown"})
 
     async def run(self, path: str, *arguments: str) -> int | None:
         """Run a program in the guest; its exit code, None if it was killed.

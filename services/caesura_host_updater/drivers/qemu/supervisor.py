@@ -23,7 +23,8 @@ from caesura_host_updater.drivers.qemu.launching import Launcher, LaunchFailed, 
 from caesura_host_updater.drivers.qemu.migration import Migrator
 from caesura_host_updater.drivers.qemu.process_records import Records, VmProcessRecord
 from caesura_host_updater.drivers.qemu.vmm import marked, marked_as, place_error
-from caesura_host_updater.spawn import ExitWatch
+from caesura_host_updater.drivers.shutdown_requests import ShutdownRequests
+from caesura_host_updater.spawn import ExitWatch, reap
 from caesura_vmcontrol import claims
 from caesura_vmcontrol.markers import OPERATIONS
 from caesura_vmcontrol.plans import ReplacePlan, SwapPlan, condition
@@ -57,6 +58,7 @@ class VmSupervisor:
         self._migrator = migrator
         self._threads = threads
         self._assessor = assessor
+        self._requests = ShutdownRequests(records.folder)
         self._tasks: list[asyncio.Task[None]] = []
         self._found: dict[str, VmProcessRecord] = {}
         """Processes without a run file that have a VM's sockets."""
@@ -137,11 +139,16 @@ class VmSupervisor:
         if guest.prepared is not None or guest.run is not None:
             return  # found frozen, or on its way: `resume` decides; or found in its new process
         await self.find(guest)
+        await self._start_ended(guest)
+
+    async def _start_ended(self, guest: Guest) -> None:
         if guest.spec.qemu is None:
             return
-        if guest.run is not None and (guest.mute or guest.state == "stopped"):
-            await self._end_of(guest.run)
-        if guest.run is None:
+        run = guest.run
+        if run is not None and (guest.mute or guest.state == "stopped"):
+            await self._end_of(run)
+            run = guest.run
+        if run is None:
             await self._start(guest, guest.spec.qemu)
 
     @staticmethod
@@ -219,6 +226,22 @@ class VmSupervisor:
         await self._write(guest.vm, run)
         _log.info("vm.adopted", vm=guest.vm, pid=run.pid)
 
+    async def end(self, guest: Guest, run: VmProcessRecord) -> None:
+        """Its process has ended by itself: release it, and remove what it leaves behind."""
+        await guest.detach()
+        reap(run.pid)
+        await in_thread(f"remove what {guest.vm} left", lambda: self._remove(guest.vm, run))
+
+    async def start(self, guest: Guest) -> bool:
+        """Start a VM that was started here and has ended; whether it runs. ``last_error`` of the guest says why not."""
+        if guest.spec.qemu is None:
+            return False
+        former = await in_thread("run file", lambda: self._records.read(guest.vm))
+        if former is not None and not _lives(former):
+            await self.end(guest, former)
+        await self._start(guest, guest.spec.qemu)
+        return guest.run is not None
+
     async def _start(self, guest: Guest, definition: Definition) -> None:
         vm = guest.vm
         try:
@@ -240,6 +263,7 @@ class VmSupervisor:
             with suppress(ProcessLookupError):
                 ExitWatch(run.pid, lambda: None)
             return
+        await in_thread("shutdown request", lambda: self._requests.forget(vm))
         _log.info("vm.started", vm=vm, pid=run.pid, version=qmp.version)
 
     async def _write(self, vm: str, run: VmProcessRecord) -> None:

@@ -17,6 +17,7 @@ from caesura.contract.messages.agents import (
 )
 from caesura.contract.messages.fields import (
     EPOCH_MOST,
+    INTEGER_MOST,
     MAX_BUDGET_S,
     MOST_PARTS,
     MOST_TARGETS,
@@ -123,6 +124,7 @@ from caesura.contract.messages.vms import (
 
 __all__ = [
     "EPOCH_MOST",
+    "INTEGER_MOST",
     "MAX_BUDGET_S",
     "MOST_PARTS",
     "MOST_RIVALS",

@@ -8,7 +8,7 @@ from msgspec import Meta
 
 from caesura.contract.envelope import Message
 from caesura.contract.messages.fields import (
-    EPOCH_MOST,
+    INTEGER_MOST,
     Count,
     ExitCode,
     Id,
@@ -74,7 +74,7 @@ class CanaryReport(Record, frozen=True, kw_only=True):
     """What the agent found when it compared every page of its canary after a pause."""
 
     pages: Count
-    page_bytes: Annotated[int, Meta(gt=0, le=EPOCH_MOST)] = 4096
+    page_bytes: Annotated[int, Meta(gt=0, le=INTEGER_MOST)] = 4096
     bad_pages: Count = 0
     """Pages that do not have the content written last: lost, stale, swapped or damaged."""
     writes: Count = 0

@@ -9,8 +9,10 @@ from msgspec import Meta
 
 MAX_BUDGET_S = 30.0  # s: the seed's promise, "resumed within 30 seconds of being paused"
 
-EPOCH_MOST = 2**53 - 1
+INTEGER_MOST = 2**53 - 1
 """Integers that every JSON reader (RFC 8259, section 6) and SQLite represent exactly."""
+
+EPOCH_MOST = INTEGER_MOST
 
 MOST_TARGETS = 1024
 """The most VMs of one command, hence of one operation of a host, and hence of one host."""
@@ -24,7 +26,7 @@ MOST_PARTS = MOST_TARGETS // VMS_IN_PART
 SECONDS_MOST = 1e9
 """Some 31 years: the sum with an instant must still be a valid instant."""
 
-Count = Annotated[int, Meta(ge=0, le=EPOCH_MOST)]
+Count = Annotated[int, Meta(ge=0, le=INTEGER_MOST)]
 Nanoseconds = Annotated[int, Meta(ge=0, le=2**63 - 1, description="Since 1970, on a wall clock.")]
 ExitCode = Annotated[int, Meta(ge=-(2**31), le=2**31 - 1)]
 Epoch = Annotated[int, Meta(ge=0, le=EPOCH_MOST)]

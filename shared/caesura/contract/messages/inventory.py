@@ -70,6 +70,8 @@ class UpdateRecord(Record, frozen=True, kw_only=True):
     timeout_s: Positive
     description: Text = ""
     vmm: VmmChange = ""
+    shutdown_s: Positive = 120.0
+    """Impact reboot: the most that a VM may take to shut down, from the request to its end."""
 
 
 class RefusedUpdate(Record, frozen=True, kw_only=True):

@@ -8,7 +8,7 @@ from msgspec import Meta
 
 from caesura.contract.envelope import Instant, Message
 from caesura.contract.messages.fields import (
-    EPOCH_MOST,
+    INTEGER_MOST,
     Count,
     EventStatus,
     EventType,
@@ -35,7 +35,7 @@ class ScheduledEvent(Record, frozen=True, kw_only=True):
     not_before: Instant
     description: Text = ""
     source: Literal["Platform", "User"] = "Platform"
-    duration_s: Annotated[int, Meta(ge=-1, le=EPOCH_MOST)] = -1
+    duration_s: Annotated[int, Meta(ge=-1, le=INTEGER_MOST)] = -1
     """Expected seconds of interruption; 0 none, -1 unknown."""
     approved: bool = False
     rollout: OptionalId = ""

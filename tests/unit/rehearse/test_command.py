@@ -1,0 +1,79 @@
+"""Usage: what is refused before anything is started, and orders."""
+
+from __future__ import annotations
+
+import pytest
+from click.testing import CliRunner
+
+from caesura_ctl.cli import caesura
+from caesura_rehearse.address import AddressRefused, with_port
+from caesura_rehearse.command import rehearse
+from caesura_rehearse.orders import MAX_PAUSE_S, MINIMUM_NOTICE_S, Order, OrderRefused, order_from
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("python3", "app.py"), "put the program after two dashes: -- python3 app.py"),
+        (("--freeze", "9s", "--"), "no program after --"),
+        (("--freeze", "9s", "--reboot", "--", "true"), "--freeze and --reboot exclude each other"),
+        (("--freeze", "9s", "--pid", "77", "--", "true"), "exclude each other"),
+        (("--freeze", "31s", "--", "true"), "too long: at most 27s"),
+        (("--notice", "9s", "--", "true"), "need an event"),
+        (("--freeze", "9s", "--expect", "aproved", "--", "true"), "is not an expectation"),
+        (("--freeze", "9s", "--expect", "drained-within", "soon", "--", "true"), "is not an expectation"),
+        (("--freeze", "9s", "--proxy"), "--proxy needs a program"),
+        (("--netns", "--proxy", "--", "true"), "--netns and --proxy exclude each other"),
+        (("--publish", "80", "--", "true"), "--publish needs --netns"),
+        (("--address", "nowhere", "--", "true"), "is not an IPv4 address"),
+        (("--freeze", "1s", "--", "no-such-program"), "cannot start no-such-program: it is not on the PATH"),
+        (("--freeze", "1s", "--", "/etc/passwd"), "cannot start /etc/passwd: it is not executable"),
+        (("--freeze", "1s", "--", "./nothing"), "cannot start ./nothing: there is no such file"),
+        (("--freeze", "1s", "--pid", "4194304"), "there is no process 4194304"),
+        (("--freeze", "1s", "--cgroup", "/etc"), "is not a cgroup that can be frozen"),
+    ],
+)
+def test_bad_usage_is_one_clear_line_and_2(words: tuple[str, ...], says: str) -> None:
+    result = CliRunner().invoke(rehearse, list(words))
+    assert result.exit_code == 2, result.output
+    assert says in " ".join(result.output.replace("│", " ").split())
+    assert "Traceback" not in result.output
+
+
+def test_it_is_a_command_of_caesura() -> None:
+    assert "rehearse" in CliRunner().invoke(caesura, ["--help"]).output
+
+
+def test_its_help_names_the_notices_of_the_real_one() -> None:
+    output = " ".join(CliRunner().invoke(rehearse, ["--help"]).output.split())
+    assert "15m for Freeze and Reboot, 10m Redeploy, 5m Terminate, 30s Preempt" in output
+    assert (MINIMUM_NOTICE_S["Freeze"], MINIMUM_NOTICE_S["Redeploy"], MINIMUM_NOTICE_S["Preempt"]) == (
+        900,
+        600,
+        30,
+    )
+
+
+def test_an_order_has_the_real_ones_notice_words_and_duration() -> None:
+    order = Order(event="Freeze", duration_s=8.2)
+    assert (order.notice, order.shown_duration) == (900.0, 9)
+    assert order.text == "Host server is undergoing maintenance."
+    reboot = Order(event="Reboot", source="User")
+    assert (reboot.shown_duration, "restarted as requested" in reboot.text) == (-1, True)
+    assert Order(event="Freeze", duration_s=0.0).shown_duration == 0
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"event": "Pause"}, {"duration_s": MAX_PAUSE_S + 0.1}, {"notice": 5}, {"notice_s": -1}]
+)
+def test_an_order_that_is_not_valid_is_refused_by_name(arguments: object) -> None:
+    with pytest.raises(OrderRefused, match=r"order is not valid: .*(event|duration_s|notice)"):
+        order_from(arguments)
+
+
+def test_addresses() -> None:
+    assert with_port("169.254.169.254") == "169.254.169.254:80"
+    assert with_port("127.0.0.1:8080") == "127.0.0.1:8080"
+    for bad in ("localhost", "1.2.3", "1.2.3.4:http", "1.2.3.4:99999", "::1"):
+        with pytest.raises(AddressRefused):
+            with_port(bad)

@@ -1,0 +1,290 @@
+"""The command ``caesura rehearse``."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+import msgspec
+
+from caesura.runtime.command import leaves
+from caesura.runtime.errors import CaesuraError
+from caesura.runtime.logs import configure_logging
+from caesura.runtime.visible import visible
+from caesura_ctl.durations import DURATION, Duration
+from caesura_ctl.name_params import NAME
+from caesura_ctl.options import Commands, fail, print_json
+from caesura_rehearse.expectations import WORDS, BadExpectation, parse_expectation
+from caesura_rehearse.orders import EVENT_NAMES, MAX_PAUSE_S, Order
+
+_PAUSE = Duration(most_s=MAX_PAUSE_S)
+
+_EPILOG = """\b
+examples:
+  caesura rehearse --freeze 9s --notice 15s -- python3 app.py --port 8080
+  caesura rehearse --freeze 3s --notice 5s --expect approved --expect survived --junit out.xml -- ./serve
+  caesura rehearse --terminate --notice 30s --expect 'drained-within 20s' -- ./worker
+  caesura rehearse --freeze 5s --notice 10s --pid 4711
+
+\b
+exit codes:
+  0  what was ordered came about, and each --expect held
+  1  it did not, or the program failed
+  2  bad usage: also a program that cannot be started
+  130  interrupted; everything was resumed and ended
+  143  the same by SIGTERM"""
+
+
+class Rehearsals(Commands):
+    """The group: words after ``--`` are the program, a word before it is an order for a rehearsal that runs."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """As in click."""
+        if "--" in args:
+            at = args.index("--")
+            args, program = args[:at], args[at + 1 :]
+            if not program:
+                raise click.UsageError("there is no program after --", ctx)
+            ctx.meta[_PROGRAM] = tuple(program)
+        return super().parse_args(ctx, _joined(args))
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """As in click."""
+        if args and self.get_command(ctx, args[0]) is None:
+            raise click.UsageError(f"put the program after two dashes: -- {' '.join(args)}", ctx)
+        return super().resolve_command(ctx, args)
+
+
+_PROGRAM = "caesura_rehearse.program"
+
+
+def _joined(args: list[str]) -> list[str]:
+    """``--expect drained-within 10s`` with its second word in the same argument, as it would be in quotes."""
+    found: list[str] = []
+    for word in args:
+        if found[-1:] == ["drained-within"]:
+            found[-1] = f"drained-within {word}"
+        else:
+            found.append(word)
+    return found
+
+
+class ExpectationParam(click.ParamType[Any]):
+    """A click parameter: an expectation."""
+
+    name = "expectation"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The expectation; fails the command line if it is none."""
+        try:
+            return parse_expectation(str(value))
+        except BadExpectation as error:
+            self.fail(str(error), param, ctx)
+
+
+@click.group(cls=Rehearsals, invoke_without_command=True, epilog=_EPILOG)
+@click.option(
+    "--freeze",
+    type=_PAUSE,
+    metavar="DURATION",
+    help="Order a Freeze that pauses the program for so long; at most 27s. 0s: announced only.",
+)
+@click.option(
+    "--reboot", is_flag=True, help="Order a Reboot: SIGTERM, later SIGKILL, and the program is started again."
+)
+@click.option(
+    "--redeploy", is_flag=True, help="Order a Redeploy: the same under another name, with 10m of notice."
+)
+@click.option("--preempt", is_flag=True, help="Order a Preempt (spot eviction): SIGTERM, later SIGKILL.")
+@click.option(
+    "--terminate", is_flag=True, help="Order a Terminate (scale set delete): SIGTERM, later SIGKILL."
+)
+@click.option(
+    "--notice",
+    type=DURATION,
+    show_default="the real one's minimum: 15m for Freeze and Reboot, 10m Redeploy, 5m Terminate, 30s Preempt",
+    help="Time from the announcement to NotBefore; the program's approval ends it earlier. 0s: no notice, as on a hardware failure.",
+)
+@click.option(
+    "--source",
+    type=click.Choice(["platform", "user"]),
+    default="platform",
+    show_default=True,
+    help="EventSource.",
+)
+@click.option(
+    "--expect",
+    "expectations",
+    type=ExpectationParam(),
+    multiple=True,
+    metavar="WHAT",
+    help=f"What must hold: {WORDS}. May be given several times.",
+)
+@click.option(
+    "--pid",
+    type=click.IntRange(min=2),
+    help="Pause this process, and all below it, instead of starting a program.",
+)
+@click.option("--cgroup", type=click.Path(path_type=Path), help="Pause this cgroup.")
+@click.option(
+    "--vm",
+    type=NAME,
+    default="app-1",
+    show_default=True,
+    help="The VM's name, in Resources and as compute.name.",
+)
+@click.option("--set", "set_name", type=NAME, default="app", show_default=True, help="Its availability set.")
+@click.option(
+    "--proxy",
+    is_flag=True,
+    help="Set http_proxy for the program, so that requests to http://169.254.169.254 arrive.",
+)
+@click.option(
+    "--netns",
+    is_flag=True,
+    help="Run the program in a network of its own in which 169.254.169.254:80 answers; no root needed.",
+)
+@click.option(
+    "--publish",
+    type=click.IntRange(1, 65535),
+    multiple=True,
+    metavar="PORT",
+    help="With --netns: lead this port of 127.0.0.1 to the same port of the program.",
+)
+@click.option(
+    "--address",
+    metavar="ADDRESS[:PORT]",
+    help="Serve the metadata here, on port 80 if none is given; loopback gets the address if nothing has it (root).",
+)
+@click.option(
+    "--grace",
+    type=DURATION,
+    default=10.0,
+    show_default="10s",
+    help="Time between SIGTERM and SIGKILL where an event ends the program.",
+)
+@click.option(
+    "--settle",
+    type=DURATION,
+    default=3.0,
+    show_default="3s",
+    help="How long the program runs on after its event is over; then it is ended.",
+)
+@click.option(
+    "--freezer",
+    type=click.Choice(["auto", "cgroup2", "cgroup1", "sigstop"]),
+    default="auto",
+    show_default=True,
+    help="How the program is paused; auto: the best that works here.",
+)
+@click.option(
+    "--junit",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Write the verdicts to this file as JUnit XML.",
+)
+@click.option(
+    "--json",
+    "as_json",
+    is_flag=True,
+    help="Print the report as JSON; the program's standard output goes to standard error.",
+)
+@click.pass_context
+def rehearse(context: click.Context, /, *, as_json: bool, junit: Path | None, **options: Any) -> None:
+    """Order a maintenance event for your program, and see what it makes of it.
+
+    Starts the program given after two dashes, announces the event over the API of Azure's Scheduled Events as in production
+    (CAESURA_METADATA_URL has the address), pauses or ends the program at NotBefore or as soon as it approves, and reports what it
+    saw and when. No root, no broker, no configuration. Nothing is left behind.
+    """
+    if context.invoked_subcommand is not None:
+        return
+    configure_logging("rehearse", level="error")
+    try:
+        run_options = _run_options(context, as_json=as_json, options=options)
+        sys.exit(asyncio.run(_run(run_options, as_json=as_json, junit_file=junit)))
+    except CaesuraError as error:
+        fail(error, as_json=as_json)
+    except BaseExceptionGroup as group:
+        known = [each for each in leaves(group) if isinstance(each, CaesuraError)]
+        if not known:
+            raise
+        fail(known[0], as_json=as_json)
+
+
+def _run_options(context: click.Context, *, as_json: bool, options: dict[str, Any]) -> Any:
+    from caesura_rehearse.address import with_port  # noqa: PLC0415 - as below
+    from caesura_rehearse.run import RunOptions, refused_together  # noqa: PLC0415 - half a second that --help does not need
+
+    argv = context.meta.get(_PROGRAM, ())
+    events = [
+        ("--freeze", options["freeze"] is not None),
+        *((f"--{each}", options[each]) for each in EVENT_NAMES if each != "freeze"),
+    ]
+    targets = (("a program after --", argv), ("--pid", options["pid"]), ("--cgroup", options["cgroup"]))
+    for each in (events, targets):
+        if why := refused_together(each):
+            raise click.UsageError(why, context)
+    wanted = next((name.removeprefix("--") for name, given in events if given), None)
+    if wanted is None and (options["notice"] is not None or options["expectations"]):
+        raise click.UsageError(
+            "--notice and --expect need an event: --freeze, --reboot, --redeploy, --preempt or --terminate",
+            context,
+        )
+    for name in ("proxy", "netns"):
+        if options[name] and not argv:
+            raise click.UsageError(f"--{name} needs a program after --", context)
+    if why := refused_together([(f"--{each}", options[each]) for each in ("netns", "proxy", "address")]):
+        raise click.UsageError(why, context)
+    if options["publish"] and not options["netns"]:
+        raise click.UsageError(
+            "--publish needs --netns: without it the program has the network of this machine", context
+        )
+    order = None
+    if wanted is not None:
+        order = Order(
+            event=EVENT_NAMES[wanted],
+            notice_s=options["notice"],
+            duration_s=options["freeze"] or 0.0,
+            source=options["source"].title(),
+            grace_s=options["grace"],
+        )
+    return RunOptions(
+        argv=argv,
+        pid=options["pid"],
+        cgroup=options["cgroup"],
+        order=order,
+        expectations=tuple(options["expectations"]),
+        vm=options["vm"],
+        set=options["set_name"],
+        settle_s=options["settle"],
+        freezer=options["freezer"],
+        proxy=options["proxy"],
+        netns=options["netns"],
+        publish=options["publish"],
+        address=with_port(options["address"]) if options["address"] else "",
+        own_stdout=as_json,
+    )
+
+
+async def _run(options: Any, *, as_json: bool, junit_file: Path | None) -> int:
+    from caesura_rehearse.report import junit, text_lines  # noqa: PLC0415 - as above
+    from caesura_rehearse.run import Rehearse  # noqa: PLC0415 - as above
+
+    report = await Rehearse(options, _say).run()
+    if junit_file is not None:
+        junit_file.write_bytes(junit(report))  # noqa: ASYNC240 - nothing else wants the loop
+    if as_json:
+        print_json(msgspec.to_builtins(report))
+    else:
+        for line in text_lines(report):
+            _say(line)
+    return 0 if report.held else 1
+
+
+def _say(text: str) -> None:
+    click.echo(visible(text), err=True)

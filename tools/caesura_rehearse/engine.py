@@ -1,0 +1,536 @@
+"""The rehearsal itself: one event loop that plays coordinator and host for a handful of VMs, around the real metadata publisher.
+
+The bus is in memory. The document of each set goes the way of the real one: retained on the bus, taken by the publisher, served;
+an approval comes back as the publisher's message. A pause is guarded as on a host: the pause guard, a process of its own, holds
+the way out before anything is stopped (I2), and VMs of two update domains of a set never pause at once (I1).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import TypeVar
+
+import msgspec
+import structlog
+
+from caesura.bus.memory import MemoryBroker, MemoryBus
+from caesura.bus.messaging import MessageClient
+from caesura.contract.codec import Received
+from caesura.contract.envelope import source_of
+from caesura.contract.messages import HostInventory, ScheduledEvent, SetDocument, VmApproved, VmRecord
+from caesura.contract.topics import channel_of
+from caesura.lifecycle import document as documents
+from caesura.runtime.cleanup import shielded
+from caesura.runtime.errors import CaesuraError
+from caesura.runtime.identity import new_id
+from caesura.runtime.threads import in_thread, in_thread_to_its_end
+from caesura_host_updater.drivers.process.freezers import ProcessPlan
+from caesura_metadata_publisher.listeners import Listener
+from caesura_metadata_publisher.service import filters
+from caesura_metadata_publisher.settings import MetadataPublisherSettings
+from caesura_rehearse.guarding import Guards, GuardUnavailable
+from caesura_rehearse.metadata import Witness, WitnessedPublisher, serve_vm
+from caesura_rehearse.observations import EventRecord, Gap, Observations, ProgramRecord, describe_exit
+from caesura_rehearse.orders import Order, OrderRefused
+from caesura_rehearse.pausing import NotPaused, cpu_seconds, pause, resume
+from caesura_rehearse.targets import NoTarget, Program, Target, reads_terminal
+
+T = TypeVar("T")
+HOST = "rehearsal"
+_RESUME_S = 1.0  # s: some milliseconds are usual
+_GUARD_MARGIN_S = 2.0  # s after the pause should be over until the guard ends it; within 30 s in all
+_READY_S = 10.0  # s: for the publisher to take its documents off the bus; some milliseconds are usual
+_CPU_S = 0.005  # s: the accounts of a thread that was just stopped are a scheduler's tick behind
+_GRACE_S = 5.0  # s between SIGTERM and SIGKILL of programs at the end of the rehearsal
+_SHORT_S = 0.02  # s: what a pause may be shorter than ordered, by the granularity of two looks at the kernel
+
+_log = structlog.get_logger("caesura.rehearse")
+
+
+class Slot(msgspec.Struct, kw_only=True):
+    """A VM of the rehearsal."""
+
+    vm: str
+    set: str
+    update_domain: int
+    url: str
+    target: Target | None = None
+    exited: float | None = None
+    """When its program ended by itself."""
+    ending: bool = False
+    """Whether it is being ended by order."""
+
+
+class UnknownEvent(OrderRefused):
+    """There is no open event with this id."""
+
+
+class Engine:
+    """A rehearsal under way; made by ``rehearsal``.
+
+    Args:
+        folder: for its files; removed by the caller.
+        say: called with each piece of news, for people.
+    """
+
+    def __init__(self, folder: Path, say: Callable[[str], None]) -> None:
+        self.began = time.monotonic()
+        self.observations = Observations()
+        self.slots: dict[str, Slot] = {}
+        self._folder = folder
+        self._say = say
+        self._changed = asyncio.Event()
+        self._documents: dict[str, SetDocument] = {}
+        self._locks: dict[str, asyncio.Lock] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._cancelled: set[str] = set()
+        self._stack = AsyncExitStack()
+        broker = MemoryBroker()
+        self._publisher_bus = MemoryBus(broker, client_id="metadata", filters=filters())
+        self._bus = MemoryBus(broker, client_id=HOST, filters=(channel_of(VmApproved).filter(),))
+        self._post = MessageClient(self._bus, source_of("default", HOST))
+        self._post.subscribe(VmApproved, self._on_approved)
+        self._witness = Witness(self.observations, self.began, self.notify)
+        # The settings are given here, none is read from the environment; the listeners are opened one by one.
+        settings = MetadataPublisherSettings(listeners_file="", health_listen="")
+        self._publisher = WitnessedPublisher(settings, self._publisher_bus, self._witness)
+        self._guards = Guards(folder)
+
+    # -- state --------------------------------------------------------------------------------------------
+
+    @property
+    def now(self) -> float:
+        """Seconds since the rehearsal began."""
+        return time.monotonic() - self.began
+
+    @property
+    def events(self) -> Sequence[EventRecord]:
+        """Every event so far, in the order of announcement."""
+        return list(self.observations.events.values())
+
+    @property
+    def programs(self) -> Sequence[ProgramRecord]:
+        """What became of each VM's program so far."""
+        return [_program_record(slot) for slot in self.slots.values() if slot.target is not None]
+
+    def notify(self) -> None:
+        """Something changed: conditions that are waited for are looked at."""
+        changed, self._changed = self._changed, asyncio.Event()
+        changed.set()
+
+    async def until(self, condition: Callable[[], bool], timeout_s: float | None) -> bool:
+        """Wait until it holds, for ``timeout_s`` seconds (None: as long as it takes); whether it does."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                while not condition():
+                    await self._changed.wait()
+        return condition()
+
+    # -- life ---------------------------------------------------------------------------------------------
+
+    async def open(self) -> None:
+        """Connect the publisher and the rehearsal to their bus."""
+        loop = asyncio.get_running_loop()
+        for name, work in (
+            ("publisher bus", self._publisher.run_bus()),
+            ("approvals", self._publisher.run_approvals()),
+            ("bus", self._bus.run(self._post.deliver)),
+        ):
+            task = loop.create_task(work, name=name)
+            self._stack.push_async_callback(_cancel, task)
+        await self._bus.wait_connected(_READY_S)
+
+    async def close(self) -> None:
+        """End everything: what is paused is resumed first."""
+        for task in list(self._tasks):
+            task.cancel()
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+        for slot in self.slots.values():
+            slot.ending = True
+        targets = [slot.target for slot in self.slots.values() if slot.target is not None]
+        await asyncio.gather(*(target.close(_GRACE_S) for target in targets))
+        await self._guards.close()
+        await self._stack.aclose()
+
+    def hurry(self) -> None:
+        """From now on nothing is given time to end."""
+        for slot in self.slots.values():
+            if slot.target is not None:
+                slot.target.hurry()
+
+    async def add_vm(self, vm: str, set_name: str, update_domain: int, listen: str = "127.0.0.1:0") -> Slot:
+        """Publish a VM and open its metadata API; the slot has its URL.
+
+        Raises:
+            ListenError: the address cannot be opened.
+        """
+        address = await self.listen(vm, listen)
+        slot = Slot(
+            vm=vm, set=set_name, update_domain=update_domain, url=f"http://{address.removesuffix(':80')}"
+        )
+        self.slots[vm] = slot
+        await self._post.send(self._inventory(), host=HOST)
+        if set_name not in self._documents:
+            await self._publish(documents.first_document(set_name))
+        listener = Listener(vm, address)
+        if not await self.until(lambda: not self._publisher.documents_ping((listener,)), _READY_S):
+            raise CaesuraError(f"the metadata publisher is not ready after {_READY_S:g} s")
+        return slot
+
+    async def listen(self, vm: str, where: str | socket.socket) -> str:
+        """Open the metadata API of a VM at one more address, until the end; returns it.
+
+        Raises:
+            ListenError: the address cannot be opened.
+        """
+        return await self._stack.enter_async_context(serve_vm(self._publisher, vm, where, self._witness))
+
+    async def enter(self, context: AbstractAsyncContextManager[T]) -> T:
+        """Enter a context that is left when the rehearsal ends, after its programs."""
+        return await self._stack.enter_async_context(context)
+
+    async def attach(self, slot: Slot, target: Target) -> None:
+        """Start the VM's program, or take what runs already.
+
+        Raises:
+            NoTarget: it cannot be started.
+        """
+        slot.target = target
+        if isinstance(target, Program):
+            target.on_exit = lambda _: self._on_exit(slot)
+        await target.start()
+        self.notify()
+
+    def _on_exit(self, slot: Slot) -> None:
+        if not slot.ending and isinstance(slot.target, Program):
+            slot.exited = self.now
+            self._say(f"{slot.target.what} of {slot.vm} ended: {describe_exit(slot.target.exit_code)}")
+        self.notify()
+
+    def _inventory(self) -> HostInventory:
+        vms = tuple(
+            VmRecord(
+                vm=slot.vm,
+                set=slot.set,
+                update_domain=slot.update_domain,
+                state="running",
+                methods=("freeze",),
+            )
+            for slot in self.slots.values()
+        )
+        return HostInventory(host=HOST, driver="process", driver_detail="a rehearsal", epoch=1, vms=vms)
+
+    async def _publish(self, document: SetDocument) -> None:
+        self._documents[document.set] = document
+        await self._post.send(document, set=document.set)
+
+    # -- orders -------------------------------------------------------------------------------------------
+
+    async def order(self, order: Order) -> EventRecord:
+        """Announce an event; what follows happens in the background.
+
+        Raises:
+            OrderRefused: it names VMs that there are not, of two sets or two update domains, or what it demands cannot be done.
+        """
+        slots = self._slots_of(order)
+        if order.event in ("Reboot", "Redeploy"):
+            for slot in slots:
+                if slot.target is not None and not slot.target.startable:
+                    raise OrderRefused(
+                        f"{slot.target.what} was not started here, so it cannot be started again after a {order.event}"
+                    )
+        record = EventRecord(
+            event_id=new_id().upper(),
+            event=order.event,
+            set=slots[0].set,
+            vms=tuple(slot.vm for slot in slots),
+            notice_s=order.notice,
+            duration_s=order.duration_s if order.event == "Freeze" else 0.0,
+            announced=self.now,
+        )
+        event = ScheduledEvent(
+            event_id=record.event_id,
+            event_type=order.event,
+            status="scheduled" if order.notice > 0 else "started",
+            resources=record.vms,
+            host=HOST,
+            not_before=datetime.now(UTC) + timedelta(seconds=order.notice),
+            description=order.text,
+            source=order.source,
+            duration_s=order.shown_duration,
+        )
+        self.observations.events[record.event_id.lower()] = record
+        await self._publish(documents.schedule(self._documents[record.set], event))
+        if event.status == "started":
+            record.started = record.announced
+        self._say(
+            f"announced: {order.event} of {', '.join(record.vms)}"
+            + (f", NotBefore in {order.notice:g} s" if order.notice else ", without notice")
+        )
+        task = asyncio.create_task(self._carry_out(record, order, slots), name=f"event {record.event_id}")
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        self.notify()
+        return record
+
+    async def cancel(self, event_id: str) -> EventRecord:
+        """Take a scheduled event back. Raises UnknownEvent: it is not open, or has started."""
+        record = self._open_event(event_id)
+        if record.started is not None:
+            raise UnknownEvent(f"the event {event_id} has started: it cannot be cancelled any more")
+        self._cancelled.add(record.event_id)
+        self.notify()
+        await self.until(lambda: bool(record.outcome), None)
+        return record
+
+    async def approve(self, event_id: str) -> EventRecord:
+        """Approve a scheduled event in the place of its clients. Raises UnknownEvent: it is not open."""
+        record = self._open_event(event_id)
+        await self._approve(record, "rehearse")
+        return record
+
+    def _open_event(self, event_id: str) -> EventRecord:
+        record = self.observations.events.get(event_id.lower())
+        if record is None or record.outcome:
+            raise UnknownEvent(f"there is no open event {event_id}")
+        return record
+
+    def _slots_of(self, order: Order) -> list[Slot]:
+        unknown = [vm for vm in order.vms if vm not in self.slots]
+        if unknown:
+            raise OrderRefused(
+                f"there is no VM {unknown[0]} here: {', '.join(self.slots) or 'there is none'}"
+            )
+        if order.vms:
+            slots = [self.slots[vm] for vm in dict.fromkeys(order.vms)]
+        else:
+            if not self.slots:
+                raise OrderRefused("there is no VM")
+            first = next(iter(self.slots.values()))
+            lowest = min(slot.update_domain for slot in self.slots.values() if slot.set == first.set)
+            slots = [
+                slot for slot in self.slots.values() if slot.set == first.set and slot.update_domain == lowest
+            ]
+        if len({(slot.set, slot.update_domain) for slot in slots}) > 1:
+            raise OrderRefused(
+                "one event is for VMs of one update domain of one set: others must not pause at the same time"
+            )
+        return slots
+
+    async def _on_approved(self, approved: VmApproved, _: Received) -> None:
+        record = self.observations.events.get(approved.event_id.lower())
+        if record is not None and not record.outcome:
+            await self._approve(record, approved.vm)
+
+    async def _approve(self, record: EventRecord, by: str) -> None:
+        if record.approved is None and record.started is None:
+            record.approved, record.approved_by = self.now, by
+            self._say(f"approved by {by}")
+        await self._publish(documents.approve(self._documents[record.set], record.event_id))
+        self.notify()
+
+    # -- an event's course --------------------------------------------------------------------------------
+
+    async def _carry_out(self, record: EventRecord, order: Order, slots: Sequence[Slot]) -> None:
+        try:
+            if order.event == "Freeze" and order.duration_s > 0 and any(slot.target for slot in slots):
+                await self._guards.ready(record.set)
+            await self._course(record, order, slots)
+            record.outcome = record.outcome or "completed"
+        except (NotPaused, NoTarget, GuardUnavailable) as error:
+            record.outcome, record.why = "failed", str(error)
+        except CaesuraError as error:
+            _log.exception("rehearse.event_failed")
+            record.outcome, record.why = "failed", str(error)
+        finally:
+            if not record.outcome:
+                record.why = "the rehearsal ended before"
+            record.ended = self.now
+            with suppress(CaesuraError):
+                await shielded(self._publish(documents.end(self._documents[record.set], record.event_id)))
+            self._say(
+                f"{record.event} {record.outcome or 'called off'}" + (f": {record.why}" if record.why else "")
+            )
+            self.notify()
+
+    async def _course(self, record: EventRecord, order: Order, slots: Sequence[Slot]) -> None:
+        def decided() -> bool:
+            return (
+                record.approved is not None
+                or record.event_id in self._cancelled
+                or self._nothing_left(order, slots)
+            )
+
+        left_s = record.announced + order.notice - self.now
+        await self.until(decided, max(left_s, 0.0))
+        async with self._locks.setdefault(record.set, asyncio.Lock()):  # I1: one event of a set at a time
+            if record.event_id in self._cancelled:
+                record.outcome = "cancelled"
+                return
+            if self._nothing_left(order, slots):
+                raise NotPaused(_ended_early(slots))
+            if record.started is None:
+                await self._publish(documents.start(self._documents[record.set], record.event_id))
+                record.started = self.now
+                self._say(f"started: {record.event}")
+                self.notify()
+            await self._impact(record, order, slots)
+            await self.until(lambda: self._nothing_left(order, slots), order.checks_s)
+        if order.event == "Freeze" and self._nothing_left(order, slots):
+            raise NotPaused(_ended_early(slots).replace("before", "after"))
+
+    @staticmethod
+    def _nothing_left(order: Order, slots: Sequence[Slot]) -> bool:
+        """Whether nothing that a Freeze could pause runs any more. The other types end it anyway."""
+        running = [slot for slot in slots if slot.target is not None and not slot.target.ended.is_set()]
+        return order.event == "Freeze" and any(slot.target for slot in slots) and not running
+
+    async def _impact(self, record: EventRecord, order: Order, slots: Sequence[Slot]) -> None:
+        concerned = [slot for slot in slots if slot.target is not None]
+        match order.event:
+            case "Freeze":
+                if order.duration_s > 0 and concerned:
+                    await self._freeze(record, order.duration_s, concerned)
+            case "Reboot" | "Redeploy":
+                await asyncio.gather(*(self._end(slot, order.grace_s) for slot in concerned))
+                await asyncio.gather(*(self._start_again(slot) for slot in concerned))
+            case "Preempt" | "Terminate":
+                await asyncio.gather(*(self._end(slot, order.grace_s) for slot in concerned))
+
+    async def _end(self, slot: Slot, grace_s: float) -> None:
+        if slot.target is not None:
+            slot.ending = True
+            await slot.target.end(grace_s)
+            self.notify()
+
+    async def _start_again(self, slot: Slot) -> None:
+        if slot.target is not None:
+            await slot.target.start()
+            slot.ending, slot.exited = False, None
+            self.notify()
+
+    async def _freeze(self, record: EventRecord, duration_s: float, slots: Sequence[Slot]) -> None:
+        plans: dict[str, ProcessPlan] = {
+            slot.vm: await in_thread(f"look at {slot.vm}", slot.target.plan)
+            for slot in slots
+            if slot.target is not None and not slot.target.ended.is_set()
+        }
+        guard = await self._guards.ready(record.set)
+        deadline = time.monotonic() + min(duration_s + _GUARD_MARGIN_S, 30.0)
+        await guard.arm(record.event_id, deadline, list(plans.values()))
+        try:
+            await self._hold(record, duration_s, plans, guard.lost)
+        finally:
+            await shielded(guard.disarm(record.event_id))
+        self._check(record, duration_s)
+
+    async def _hold(
+        self, record: EventRecord, duration_s: float, plans: Mapping[str, ProcessPlan], lost: asyncio.Event
+    ) -> None:
+        """Pause, wait, resume, whatever happens in between."""
+        stopped: dict[str, float] = {}
+        cpu: dict[str, float] = {}
+        try:
+            await asyncio.gather(*(self._stop_one(plan, stopped) for plan in plans.values()))
+            self._say(f"paused: {', '.join(plans)}")
+            self.notify()
+            cpu = await in_thread("cpu", lambda: {vm: cpu_seconds(plan) for vm, plan in plans.items()})
+            left_s = max(stopped.values()) + duration_s - time.monotonic()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(max(left_s, 0.0)):
+                    await lost.wait()
+        finally:
+            await shielded(self._resume_all(record, plans, stopped, cpu))
+
+    @staticmethod
+    async def _stop_one(plan: ProcessPlan, stopped: dict[str, float]) -> None:
+        def work(stop: threading.Event) -> float:
+            return pause(plan, stop)
+
+        stopped[plan.vm] = await in_thread_to_its_end(f"pause {plan.vm}", work)
+
+    async def _resume_all(
+        self,
+        record: EventRecord,
+        plans: Mapping[str, ProcessPlan],
+        stopped: Mapping[str, float],
+        cpu: Mapping[str, float],
+    ) -> None:
+        async def one(vm: str, plan: ProcessPlan) -> None:
+            def work() -> tuple[float, float, bool]:
+                used = cpu_seconds(plan)
+                return used, *resume(plan, _RESUME_S)
+
+            used, running_at, was_stopped = await in_thread(f"resume {vm}", work)
+            if vm in stopped:
+                gap = Gap(
+                    vm=vm,
+                    began=stopped[vm] - self.began,
+                    seconds=running_at - stopped[vm],
+                    cpu_s=max(used - cpu.get(vm, used), 0.0),
+                    resumed_by="rehearse" if was_stopped else "somebody else",
+                )
+                record.gaps.append(gap)
+
+        results = await asyncio.gather(*(one(vm, plan) for vm, plan in plans.items()), return_exceptions=True)
+        self._say(f"resumed: {', '.join(plans)}")
+        self.notify()
+        for each in results:
+            if isinstance(each, BaseException):
+                raise each
+
+    def _check(self, record: EventRecord, duration_s: float) -> None:
+        """Whether the pause was what was ordered. Raises NotPaused."""
+        for gap in record.gaps:
+            if gap.resumed_by != "rehearse":
+                raise NotPaused(f"{gap.vm} did not stay paused: {gap.resumed_by} resumed it")
+            if gap.seconds < duration_s - _SHORT_S:
+                raise NotPaused(f"{gap.vm} was paused for {gap.seconds:.3f} s only: the pause guard was lost")
+            if gap.cpu_s > _CPU_S:
+                raise NotPaused(f"{gap.vm} used {gap.cpu_s:.3f} s of CPU in its pause")
+
+
+def _program_record(slot: Slot) -> ProgramRecord:
+    target = slot.target
+    assert target is not None  # noqa: S101 - asked for before
+    record = ProgramRecord(vm=slot.vm, what=target.what, exited=slot.exited)
+    if isinstance(target, Program):
+        record.starts, record.exit_code, record.left = target.starts, target.exit_code, target.left
+        record.terminal_taken = reads_terminal()
+    return record
+
+
+def _ended_early(slots: Sequence[Slot]) -> str:
+    ended = [
+        f"{slot.target.what} ended ({describe_exit(slot.target.exit_code)})"
+        if isinstance(slot.target, Program)
+        else f"{slot.target.what} ended"
+        for slot in slots
+        if slot.target is not None
+    ]
+    return f"{', '.join(ended)} before it could be paused"
+
+
+async def _cancel(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    with suppress(asyncio.CancelledError, CaesuraError):
+        await task
+
+
+@asynccontextmanager
+async def rehearsal(folder: Path, say: Callable[[str], None]) -> AsyncIterator[Engine]:
+    """An engine, open while the block runs; at its end nothing is left that it started."""
+    engine = Engine(folder, say)
+    try:
+        await engine.open()
+        yield engine
+    finally:
+        await shielded(engine.close())

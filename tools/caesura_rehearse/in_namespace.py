@@ -1,0 +1,102 @@
+"""Executes a program in a network of its own, in which 169.254.169.254:80 answers.
+
+Run by path with ``python -I -S``: standard library only, none of our imports. The listener is bound here, inside, and its
+descriptor passed to the rehearsal, which serves it from outside. Without root the network comes with a user namespace in which the
+user has the same id; the program has no rights in it. Sources: user_namespaces(7), network_namespaces(7), netdevice(7).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import os
+import signal
+import socket
+import struct
+import sys
+
+CLONE_NEWUSER = 0x10000000
+CLONE_NEWNET = 0x40000000
+PR_SET_PDEATHSIG = 1
+SIOCGIFFLAGS, SIOCSIFFLAGS, SIOCSIFADDR, SIOCSIFNETMASK = 0x8913, 0x8914, 0x8916, 0x891C
+IFF_UP = 0x1
+ADDRESS, PORT = "169.254.169.254", 80
+ALIAS = b"lo:metadata"
+
+
+def main(argv: list[str]) -> int:
+    """``SOCKET PROGRAM ARGUMENT...``; ends only if the program cannot be executed."""
+    outside = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    outside.connect(argv[0])
+    try:
+        parent = os.getppid()
+        step = "a user namespace with a network of its own"
+        enter(os.getuid(), os.getgid())
+        # The kernel has forgotten it with the change of rights: the program ends with the process that has started it.
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        if os.getppid() != parent:
+            return 125
+        step = "the address 169.254.169.254 in it"
+        bring_up()
+        listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+        listener.bind((ADDRESS, PORT))
+        listener.listen(128)
+    except OSError as error:
+        outside.sendall(f"{step}: {error.strerror or error}".encode())
+        return 125
+    socket.send_fds(outside, [b"+"], [listener.fileno()])
+    if outside.recv(1) != b"+":
+        return 125
+    try:
+        os.execvp(argv[1], argv[1:])  # noqa: S606 - what was given on the command line, without a shell
+    except OSError as error:
+        outside.sendall(f"cannot start {argv[1]}: {error.strerror}".encode())
+    return 125
+
+
+def enter(uid: int, gid: int) -> None:
+    """Into a new network; without root into a user namespace first, as the same user."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.unshare(CLONE_NEWNET | (CLONE_NEWUSER if uid else 0)):
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+    if uid:
+        for name, text in (
+            ("setgroups", "deny"),
+            ("uid_map", f"{uid} {uid} 1"),
+            ("gid_map", f"{gid} {gid} 1"),
+        ):
+            with open(f"/proc/self/{name}", "w", encoding="ascii") as file:  # noqa: PTH123 - light imports
+                file.write(text)
+
+
+def bring_up() -> None:
+    """The loopback device, with the address of the metadata API on it."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as control:
+        set_flags(control, b"lo", up=True)
+    add_address(ADDRESS)
+
+
+def add_address(address: str) -> None:
+    """Give loopback one more address. Needs rights over this network."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as control:
+        for request, value in ((SIOCSIFADDR, address), (SIOCSIFNETMASK, "255.255.255.255")):
+            packed = struct.pack("16sHH4s8x", ALIAS, socket.AF_INET, 0, socket.inet_aton(value))
+            fcntl.ioctl(control, request, packed)
+
+
+def remove_address() -> None:
+    """Take it away again: an alias that goes down is removed."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as control:
+        set_flags(control, ALIAS, up=False)
+
+
+def set_flags(control: socket.socket, device: bytes, *, up: bool) -> None:
+    """Bring a device up or down."""
+    flags = struct.unpack("16sh", fcntl.ioctl(control, SIOCGIFFLAGS, struct.pack("16sh", device, 0)))[1]
+    flags = flags | IFF_UP if up else flags & ~IFF_UP
+    fcntl.ioctl(control, SIOCSIFFLAGS, struct.pack("16sh", device, flags))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

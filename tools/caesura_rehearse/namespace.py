@@ -1,0 +1,245 @@
+"""The outside of a program's own network: takes the listener that was bound inside, and leads connections in."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import struct
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+
+import structlog
+
+from caesura.runtime.errors import ConfigError
+from caesura.runtime.threads import in_thread
+from caesura_rehearse import in_namespace, reach
+
+URL = f"http://{in_namespace.ADDRESS}"
+_COPY_BYTES = 64 * 1024
+_CREDENTIALS = struct.Struct("3i")
+
+_log = structlog.get_logger("caesura.rehearse")
+
+
+class NoNamespace(ConfigError):
+    """The program cannot have a network of its own here."""
+
+
+def way_in(folder: Path, vm: str) -> tuple[str, ...]:
+    """The words before a program's command line that execute it in a network of its own."""
+    return (sys.executable, "-I", "-S", in_namespace.__file__, str(_socket_path(folder, vm)))
+
+
+def _socket_path(folder: Path, vm: str) -> Path:
+    return folder / f"{vm}.netns"
+
+
+class NamespaceDoor:
+    """Where a program that enters its network reports.
+
+    Args:
+        serve: called with each listener that was bound inside.
+        changed: called when ``entered`` was set.
+    """
+
+    def __init__(
+        self, serve: Callable[[socket.socket], Awaitable[object]], changed: Callable[[], None]
+    ) -> None:
+        self._serve = serve
+        self._changed = changed
+        self._tasks: set[asyncio.Task[None]] = set()
+        self.problem = ""
+        """Why the last program could not enter, or could not be executed after it had."""
+        self.entered = asyncio.Event()
+        """Set when a program is inside, or has failed to be."""
+
+    async def take(self, door: socket.socket) -> None:
+        """Accept programs until cancelled."""
+        loop = asyncio.get_running_loop()
+        while True:
+            connection, _ = await loop.sock_accept(door)
+            task = asyncio.create_task(self._admit(connection))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    async def _admit(self, connection: socket.socket) -> None:
+        connection.setblocking(False)
+        with connection:
+            _, uid, _ = _CREDENTIALS.unpack(
+                connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+            )
+            if uid != os.getuid():
+                return
+            message, handles = await _receive(connection)
+            if message != b"+" or not handles:
+                self.problem = message.decode(errors="replace") or "it ended before"
+                self._enter()
+                return
+            self.problem = ""
+            await self._serve(socket.socket(fileno=handles[0]))
+            self._enter()
+            await asyncio.get_running_loop().sock_sendall(connection, b"+")
+            # Closed by its execution; a text says that the program could not be executed.
+            with suppress(OSError):
+                self.problem = (await asyncio.get_running_loop().sock_recv(connection, 4096)).decode(
+                    errors="replace"
+                )
+
+    def _enter(self) -> None:
+        self.entered.set()
+        self._changed()
+
+
+@asynccontextmanager
+async def open_door(
+    folder: Path, vm: str, serve: Callable[[socket.socket], Awaitable[object]], changed: Callable[[], None]
+) -> AsyncIterator[NamespaceDoor]:
+    """A door for the programs of a VM, while the block runs."""
+    listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    listening.setblocking(False)
+    listening.bind(str(_socket_path(folder, vm)))
+    listening.listen(4)
+    door = NamespaceDoor(serve, changed)
+    task = asyncio.create_task(door.take(listening), name=f"door of {vm}")
+    try:
+        yield door
+    finally:
+        task.cancel()
+        with suppress(asyncio.CancelledError):
+            await task
+        listening.close()
+
+
+@asynccontextmanager
+async def published(ports: Sequence[int], pid: Callable[[], int]) -> AsyncIterator[None]:
+    """Lead connections to these ports of 127.0.0.1 to the same ports inside, while the block runs.
+
+    Args:
+        pid: a process inside, of now.
+
+    Raises:
+        NoNamespace: a port is in use.
+    """
+    ways = Ways(pid)
+    servers: list[asyncio.Server] = []
+    try:
+        for port in ports:
+            try:
+                servers.append(await asyncio.start_server(ways.handler(port), "127.0.0.1", port))
+            except OSError as error:
+                raise NoNamespace(f"cannot publish port {port}: {error.strerror or error}") from error
+        yield
+    finally:
+        for server in servers:
+            server.close()
+        ways.close()
+
+
+class Ways:
+    """The helper inside, started when it is first needed and again after the program was; and the connections through it."""
+
+    def __init__(self, pid: Callable[[], int]) -> None:
+        self._pid = pid
+        self._inside_of = 0
+        self._helper: subprocess.Popen[bytes] | None = None
+        self._orders: socket.socket | None = None
+        self._lock = asyncio.Lock()
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def handler(self, port: int) -> Callable[[asyncio.StreamReader, asyncio.StreamWriter], None]:
+        """For ``asyncio.start_server``."""
+
+        def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            task = asyncio.create_task(self._through(port, reader, writer))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+        return accept
+
+    async def _through(self, port: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            inside = await self._connect(port)
+            if inside is None:
+                return
+            inner_reader, inner_writer = await asyncio.open_connection(sock=inside)
+            try:
+                await asyncio.gather(_copy(reader, inner_writer), _copy(inner_reader, writer))
+            finally:
+                inner_writer.close()
+        except OSError as error:
+            _log.debug("publish.failed", port=port, why=str(error))
+        finally:
+            writer.close()
+
+    async def _connect(self, port: int) -> socket.socket | None:
+        async with self._lock:
+            orders = await self._reach()
+            loop = asyncio.get_running_loop()
+            await loop.sock_sendall(orders, port.to_bytes(2))
+            message, handles = await _receive(orders)
+            if message != b"+" or not handles:
+                return None
+            found = socket.socket(fileno=handles[0])
+            found.setblocking(False)
+            return found
+
+    async def _reach(self) -> socket.socket:
+        pid = self._pid()
+        if (
+            self._orders is None
+            or pid != self._inside_of
+            or (self._helper and self._helper.poll() is not None)
+        ):
+            self.end_helper()
+            ours, its = socket.socketpair()
+            ours.setblocking(False)
+            with its:
+                handle = its.fileno()
+                self._helper = await in_thread("reach", lambda: _start_helper(pid, handle))
+            self._orders, self._inside_of = ours, pid
+        return self._orders
+
+    def close(self) -> None:
+        """Cut what is connected and end the helper."""
+        for task in list(self._tasks):
+            task.cancel()
+        self.end_helper()
+
+    def end_helper(self) -> None:
+        """End the helper; the next connection starts another."""
+        if self._orders is not None:
+            self._orders.close()
+        if self._helper is not None:
+            self._helper.kill()
+            self._helper.wait()
+        self._orders = self._helper = None
+
+
+def _start_helper(pid: int, orders: int) -> subprocess.Popen[bytes]:
+    argv = [sys.executable, "-I", "-S", reach.__file__, str(pid)]
+    return subprocess.Popen(argv, stdin=orders, start_new_session=True)
+
+
+async def _copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    while data := await reader.read(_COPY_BYTES):
+        writer.write(data)
+        await writer.drain()
+    with suppress(OSError):
+        writer.write_eof()
+
+
+async def _receive(connection: socket.socket) -> tuple[bytes, list[int]]:
+    """One message with the descriptors that come with it."""
+    loop = asyncio.get_running_loop()
+    readable = asyncio.Event()
+    loop.add_reader(connection, readable.set)
+    try:
+        await readable.wait()
+    finally:
+        loop.remove_reader(connection)
+    message, handles, _, _ = socket.recv_fds(connection, 4096, 1)
+    return message, handles

@@ -1,0 +1,170 @@
+"""What the clients of a rehearsal asked for and got, and what became of each event. Pure.
+
+Instants are seconds since the rehearsal began, on a monotonic clock.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from caesura.contract.messages import EventType
+
+Outcome = Literal["", "completed", "cancelled", "failed"]
+"""Empty while it is open."""
+
+
+class SeenEvent(msgspec.Struct, frozen=True):
+    """An event as a delivered document showed it."""
+
+    event_id: str = msgspec.field(name="EventId")
+    status: str = msgspec.field(name="EventStatus")
+    not_before: str = msgspec.field(name="NotBefore", default="")
+
+
+class SeenDocument(msgspec.Struct, frozen=True):
+    """The body of a 200."""
+
+    incarnation: int = msgspec.field(name="DocumentIncarnation")
+    events: tuple[SeenEvent, ...] = msgspec.field(name="Events")
+
+
+class DocumentDelivery(msgspec.Struct, frozen=True, kw_only=True):
+    """A document that a client of the VM got for the first time; the same one again is only counted."""
+
+    at: float
+    vm: str
+    incarnation: int
+    events: tuple[SeenEvent, ...]
+
+
+class Approval(msgspec.Struct, frozen=True, kw_only=True):
+    """A POST with a StartRequest that was accepted."""
+
+    at: float
+    vm: str
+    event_id: str
+
+
+class RefusedRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """A request that was not answered with success, and why."""
+
+    at: float
+    vm: str
+    method: str
+    path: str
+    status: int
+    why: str = ""
+
+
+class Gap(msgspec.Struct, frozen=True, kw_only=True):
+    """One VM's pause as the kernel reports it."""
+
+    vm: str
+    began: float
+    seconds: float
+    """From the instant at which all its processes were reported as stopped to the one at which all were reported as running."""
+    cpu_s: float
+    """CPU time that the kernel charged to its processes in between."""
+    resumed_by: Literal["rehearse", "guard", "somebody else"] = "rehearse"
+
+
+class EventRecord(msgspec.Struct, kw_only=True):
+    """One ordered event, from its announcement to its end."""
+
+    event_id: str
+    event: EventType
+    set: str
+    vms: tuple[str, ...]
+    notice_s: float
+    duration_s: float
+    announced: float
+    first_seen: float | None = None
+    """When a client first got a document that has it."""
+    approved: float | None = None
+    approved_by: str = ""
+    """The VM whose client approved it; ``rehearse`` for an approval by order."""
+    started: float | None = None
+    seen_started: float | None = None
+    gaps: list[Gap] = []
+    ended: float | None = None
+    outcome: Outcome = ""
+    why: str = ""
+    """Why it failed."""
+
+
+class ProgramRecord(msgspec.Struct, kw_only=True):
+    """What became of a VM's program."""
+
+    vm: str
+    what: str
+    starts: int = 0
+    exit_code: int | None = None
+    """Of the program's own process; negative: the signal that ended it. None: it runs."""
+    exited: float | None = None
+    """When it ended by itself; None: it did not."""
+    left: tuple[str, ...] = ()
+    """Processes that were in the background when it had ended; they were ended with it."""
+    terminal_taken: bool = False
+    """Whether the rehearsal had a terminal that the program did not get."""
+
+
+class Observations:
+    """Everything that was seen so far."""
+
+    def __init__(self) -> None:
+        self.events: dict[str, EventRecord] = {}
+        self.deliveries: list[DocumentDelivery] = []
+        self.approvals: list[Approval] = []
+        self.refusals: list[RefusedRequest] = []
+        self.polls: dict[str, int] = {}
+        """Requests for the document, by VM."""
+        self._last: dict[str, SeenDocument] = {}
+
+    def delivered(self, vm: str, body: bytes, at: float) -> None:
+        """A client of ``vm`` got a document."""
+        document = msgspec.json.decode(body, type=SeenDocument)
+        if self._last.get(vm) == document:
+            return
+        self._last[vm] = document
+        self.deliveries.append(
+            DocumentDelivery(at=at, vm=vm, incarnation=document.incarnation, events=document.events)
+        )
+        for seen in document.events:
+            record = self.events.get(seen.event_id.lower())
+            if record is None:
+                continue
+            if record.first_seen is None:
+                record.first_seen = at
+            if record.seen_started is None and seen.status == "Started":
+                record.seen_started = at
+
+    def posted(self, vm: str, body: bytes, at: float) -> None:
+        """A client of ``vm`` had a POST accepted."""
+        for event_id in _start_requests(body):
+            self.approvals.append(Approval(at=at, vm=vm, event_id=event_id))
+
+
+class _StartRequestSeen(msgspec.Struct):
+    event_id: str = msgspec.field(name="EventId")
+
+
+class _StartRequestsSeen(msgspec.Struct):
+    requests: list[_StartRequestSeen] = msgspec.field(name="StartRequests", default=[])
+
+
+def _start_requests(body: bytes) -> list[str]:
+    try:
+        return [each.event_id for each in msgspec.json.decode(body, type=_StartRequestsSeen).requests]
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return []
+
+
+def describe_exit(code: int | None) -> str:
+    """How a program ended, for people."""
+    if code is None:
+        return "runs"
+    if code < 0:
+        return f"ended by signal {-code}"
+    return f"exit code {code}"

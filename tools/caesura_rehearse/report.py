@@ -1,0 +1,151 @@
+"""What a rehearsal found: as text for people, as JSON, as JUnit XML. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from xml.etree import ElementTree as ET
+
+import msgspec
+
+from caesura.runtime.visible import visible
+from caesura_rehearse.expectations import Expectation, HeldOrNot, came_about, judge
+from caesura_rehearse.observations import (
+    Approval,
+    DocumentDelivery,
+    EventRecord,
+    ProgramRecord,
+    RefusedRequest,
+    describe_exit,
+)
+
+_REFUSALS_SHOWN = 5
+
+
+class Report(msgspec.Struct, frozen=True, kw_only=True):
+    """All of it. Instants are seconds since the rehearsal began."""
+
+    held: bool
+    verdicts: tuple[HeldOrNot, ...]
+    events: tuple[EventRecord, ...]
+    programs: tuple[ProgramRecord, ...]
+    deliveries: tuple[DocumentDelivery, ...]
+    approvals: tuple[Approval, ...]
+    refusals: tuple[RefusedRequest, ...]
+    polls: dict[str, int]
+    seconds: float
+
+
+def judge_all(
+    events: Sequence[EventRecord],
+    programs: Sequence[ProgramRecord],
+    expectations: Sequence[Expectation],
+    *,
+    ordered: int,
+) -> tuple[HeldOrNot, ...]:
+    """What was ordered, and each expectation.
+
+    Args:
+        ordered: how many events were to come.
+    """
+    verdicts = [came_about(each) for each in events]
+    if len(events) < ordered:
+        early = next((each for each in programs if each.exited is not None), None)
+        why = (
+            f"{early.what} ended before: {describe_exit(early.exit_code)}"
+            if early
+            else "the rehearsal ended before"
+        )
+        verdicts.append(HeldOrNot(what="the order", held=False, detail=why))
+    return (*verdicts, *(judge(each, events, programs) for each in expectations))
+
+
+def text_lines(report: Report) -> list[str]:
+    """The report for people, a line each."""
+    lines = []
+    for record in report.events:
+        lines += _event_lines(record)
+    for program in report.programs:
+        lines.append(_program_line(program))
+        if program.exit_code and program.exited is not None and program.terminal_taken:
+            lines.append(
+                "    it has no terminal here: it runs in a session of its own, with /dev/null as standard input"
+            )
+        if program.left:
+            lines.append(
+                f"    it went into the background: {', '.join(program.left)} left its process group and was ended with it. Start it in the "
+                "foreground, as a service manager does"
+            )
+    polls = sum(report.polls.values())
+    lines.append(
+        f"metadata    {polls} requests for the document, {len(report.deliveries)} different ones delivered, {len(report.approvals)} approvals"
+    )
+    lines += [
+        f"    refused at {each.at:.1f} s: {each.method} {each.path}: {each.status} {each.why}"
+        for each in report.refusals[:_REFUSALS_SHOWN]
+    ]
+    if len(report.refusals) > _REFUSALS_SHOWN:
+        lines.append(f"    and {len(report.refusals) - _REFUSALS_SHOWN} more")
+    lines += [
+        f"{'held' if each.held else 'FAILED':<11} {each.what}" + (f": {each.detail}" if each.detail else "")
+        for each in report.verdicts
+    ]
+    return [visible(line) for line in lines]
+
+
+def _event_lines(record: EventRecord) -> list[str]:
+    since = record.announced
+    steps = [f"announced at {since:.1f} s with {record.notice_s:g} s of notice"]
+    steps.append(
+        "never seen by a client"
+        if record.first_seen is None
+        else f"seen after {record.first_seen - since:.1f} s"
+    )
+    if record.approved is not None:
+        steps.append(f"approved by {record.approved_by} after {record.approved - since:.1f} s")
+    if record.started is not None:
+        steps.append(f"started after {record.started - since:.1f} s")
+    if record.ended is not None:
+        steps.append(f"{record.outcome} after {record.ended - since:.1f} s")
+    lines = [f"{record.event:<11} {', '.join(steps)}"]
+    for gap in record.gaps:
+        by = "" if gap.resumed_by == "rehearse" else f", resumed by {gap.resumed_by}"
+        lines.append(
+            f"    {gap.vm}: stopped for {gap.seconds:.3f} s says the kernel, {gap.cpu_s:.3f} s of CPU in between{by}"
+        )
+    return lines
+
+
+def _program_line(program: ProgramRecord) -> str:
+    if program.exited is not None:
+        return f"program     {program.vm}: {program.what} ended by itself at {program.exited:.1f} s, {describe_exit(program.exit_code)}"
+    started = f", started {program.starts} times" if program.starts > 1 else ""
+    return f"program     {program.vm}: {program.what} ran to the end{started}"
+
+
+def junit(report: Report) -> bytes:
+    """One test case a verdict, as CI systems read it."""
+    failures = [each for each in report.verdicts if not each.held]
+    suite = ET.Element(
+        "testsuite",
+        name="caesura rehearse",
+        tests=str(len(report.verdicts)),
+        failures=str(len(failures)),
+        errors="0",
+        time=f"{report.seconds:.3f}",
+    )
+    for verdict in report.verdicts:
+        case = ET.SubElement(
+            suite, "testcase", classname="caesura.rehearse", name=_xml(verdict.what), time="0"
+        )
+        if not verdict.held:
+            ET.SubElement(case, "failure", message=_xml(verdict.detail)).text = _xml(verdict.detail)
+    ET.SubElement(suite, "system-out").text = _xml("\n".join(text_lines(report)))
+    tree = ET.Element("testsuites")
+    tree.append(suite)
+    text: str = ET.tostring(tree, encoding="unicode")
+    return f'<?xml version="1.0" encoding="utf-8"?>\n{text}\n'.encode()
+
+
+def _xml(text: str) -> str:
+    """Without what XML 1.0 has no way to write."""
+    return "".join(each if each in "\t\n" or each >= " " else "?" for each in text)

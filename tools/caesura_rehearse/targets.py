@@ -1,0 +1,479 @@
+"""What is paused: a program that was started for it, a process that runs already, or a cgroup."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import IO, Any, Literal, Protocol
+
+import structlog
+
+from caesura.runtime.errors import ConfigError
+from caesura.runtime.threads import in_thread
+from caesura_host_updater.drivers.process import guest_init
+from caesura_host_updater.drivers.process.freezers import (
+    Freezer,
+    ProcessGroupRecord,
+    ProcessPlan,
+    own_cgroups,
+    plan_of,
+)
+from caesura_host_updater.spawn import ExitWatch
+from caesura_rehearse.pausing import pids_of
+from caesura_vmcontrol.plans import BadPlan, CgroupPlan, SignalPlan, condition, thaw
+from caesura_vmcontrol.procfs import STOPPED, alive, boot_id, process_table, read_process, send_signal
+
+_START_S = 15.0  # s: the first process needs some 20 ms; this is for a machine that thrashes
+_KILLED_S = 5.0  # s: for what was killed to be gone
+_LOOK_S = 0.01  # s: between two looks at processes that are not our children
+
+_log = structlog.get_logger("caesura.rehearse")
+
+
+class NoTarget(ConfigError):
+    """The program cannot be started, or what should be paused does not exist or must not be paused."""
+
+
+class Target(Protocol):
+    """See the module. ``vm`` is its name in the documents."""
+
+    vm: str
+    what: str
+    """It, for people."""
+    startable: bool
+    """Whether it can be started (again)."""
+    ended: asyncio.Event
+    """Set while it does not run."""
+
+    async def start(self) -> None:
+        """Start it, if it is startable. Raises NoTarget."""
+
+    def plan(self) -> ProcessPlan:
+        """How it is resumed, with the processes of now. Blocking. Raises NoTarget: it does not run."""
+
+    async def end(self, grace_s: float) -> None:
+        """SIGTERM, after ``grace_s`` seconds SIGKILL, and wait until it is gone."""
+
+    async def close(self, grace_s: float) -> None:
+        """Leave it as it was found: a program is ended, what ran before runs."""
+
+    def hurry(self) -> None:
+        """Whatever is being ended is killed at once."""
+
+
+class Program:
+    """A program below a first process of its own (``guest_init``), which collects all that it starts and ends with it.
+
+    Args:
+        vm: its VM's name.
+        argv: the program and its arguments.
+        environ: the whole environment.
+        folder: where its files are.
+        freezer: how it is paused.
+        way_in: words before its command line, of a program that executes it.
+        cwd: the folder that it starts in; None: ours.
+        output: where standard output and standard error go; None: to ours.
+        stdout: the descriptor that gets its standard output instead of Caesura.
+    """
+
+    startable = True
+
+    def __init__(
+        self,
+        vm: str,
+        argv: Sequence[str],
+        environ: Mapping[str, str],
+        folder: Path,
+        freezer: Freezer,
+        *,
+        way_in: Sequence[str] = (),
+        cwd: Path | None = None,
+        output: Path | None = None,
+        stdout: int | None = None,
+    ) -> None:
+        self.vm = vm
+        self.what = argv[0]
+        self.argv = tuple(argv)
+        self._environ = dict(environ)
+        self._folder = folder
+        self._freezer = freezer
+        self._way_in = tuple(way_in)
+        self._cwd = cwd
+        self._output = output
+        self._stdout = stdout
+        self.ended = asyncio.Event()
+        self.ended.set()
+        self.pid = 0
+        """The program's own process."""
+        self.exit_code: int | None = None
+        """Of the last run; negative: the signal that ended it; None: it runs, or never ran."""
+        self.starts = 0
+        self.left: tuple[str, ...] = ()
+        """Processes that ran on when the program's own process had ended, for people; they were killed."""
+        self.on_exit: Callable[[Program], None] = lambda _: None
+        self._run: ProcessGroupRecord | None = None
+        self._first: dict[str, Any] = {}
+        """The first report of the present run: that it was started, or why not."""
+        self._reported = asyncio.Event()
+        self._gone = asyncio.Event()
+        self._hurry = asyncio.Event()
+        self._watch: ExitWatch | None = None
+        self._report_fd: int | None = None
+        self._pending = b""
+
+    async def start(self) -> None:
+        """Start it and wait until its program is executed."""
+        self._find()
+        self._first, self._reported, self._gone = {}, asyncio.Event(), asyncio.Event()
+        self.exit_code, self.left = None, ()
+        read, write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        os.set_blocking(write, True)  # only the reading end does not wait
+        control = await in_thread("cgroup", lambda: self._freezer.create_cgroup(self.vm))
+        try:
+            spec = self._folder / f"{self.vm}.spec.json"
+            spec.write_text(self._spec(control, write), encoding="utf-8")
+            init = await in_thread(f"start {self.vm}", lambda: self._spawn(spec, write))
+        except OSError as error:
+            os.close(read)
+            raise NoTarget(f"cannot start {self.what}: {error.strerror or error}") from error
+        finally:
+            os.close(write)
+        self._report_fd, self._pending = read, b""
+        asyncio.get_running_loop().add_reader(read, self._read_reports)
+        self._watch = ExitWatch(init.pid, self._init_ended)
+        try:
+            async with asyncio.timeout(_START_S):
+                first = await self._first_report()
+        except TimeoutError:
+            with suppress(ProcessLookupError):
+                os.kill(init.pid, signal.SIGKILL)
+            raise NoTarget(f"{self.what} was not started within {_START_S:g} s") from None
+        if "failed" in first:
+            await self._gone.wait()
+            raise NoTarget(str(first["failed"]).partition("\n")[0])
+        self._run = ProcessGroupRecord(
+            pid=first["started"],
+            start_ticks=first["start_ticks"],
+            boot_id=boot_id(),
+            kind=self._freezer.kind,
+            control=control,
+        )
+        self.pid = first["processes"][0]
+        self.starts += 1
+        if self._gone.is_set() or self.exit_code is not None:
+            self.on_exit(self)
+        else:
+            self.ended.clear()
+
+    def _find(self) -> None:
+        """Look for the program's file before anything is started. Raises NoTarget."""
+        word = self.argv[0]
+        place = self._cwd or Path.cwd()
+        if "/" in word:
+            path = place / word
+            if not path.exists():
+                raise NoTarget(f"cannot start {word}: there is no such file")
+            if path.is_dir() or not os.access(path, os.X_OK):
+                raise NoTarget(f"cannot start {word}: it is not executable")
+        elif shutil.which(word, path=self._environ.get("PATH", os.defpath)) is None:
+            raise NoTarget(f"cannot start {word}: it is not on the PATH")
+
+    def _spec(self, control: str, report_fd: int) -> str:
+        files = self._folder / self.vm
+        return json.dumps(
+            {
+                "report_fd": report_fd,
+                "lock_file": f"{files}.lock",
+                "run_file": f"{files}.run.json",
+                "ended_file": f"{files}.ended",
+                "shutdown_file": f"{files}.shutdown",
+                "cgroup_procs": str(Path(control).parent / "cgroup.procs") if control else "",
+                "run": {"kind": self._freezer.kind, "control": control, "boot_id": boot_id()},
+                "processes": [{"argv": [*self._way_in, *self.argv], "environ": self._environ}],
+            }
+        )
+
+    def _spawn(self, spec: Path, report_fd: int) -> subprocess.Popen[bytes]:
+        """Start the first process. It has no terminal: in a session of its own a read from one would fail."""
+        out: int | IO[bytes] | None = self._stdout
+        err: int | IO[bytes] | None = None
+        if self._output is not None:
+            out = err = self._output.open("ab", buffering=0)
+        try:
+            child = subprocess.Popen(
+                [sys.executable, "-I", "-S", guest_init.__file__, str(spec)],
+                stdin=subprocess.DEVNULL if reads_terminal() else None,
+                stdout=out,
+                stderr=err,
+                cwd=self._cwd,
+                pass_fds=(report_fd,),
+                start_new_session=True,
+            )
+        finally:
+            if self._output is not None and not isinstance(out, int | None):
+                out.close()
+        child.returncode = 0  # its exit is collected by the watch, not by this object
+        return child
+
+    async def _first_report(self) -> dict[str, Any]:
+        await _first_of(None, self._reported, self._gone)
+        return self._first or {"failed": f"cannot start {self.what}: its first process ended at once"}
+
+    def _take(self, report: dict[str, Any]) -> None:
+        if "ended" not in report:
+            self._first = self._first or report
+            self._reported.set()
+            return
+        self.exit_code = report["code"]
+        self.left = tuple(f"{pid} ({_name_of(pid)})" for pid in report["left"])
+        self._over()
+
+    def _read_reports(self) -> None:
+        while self._report_fd is not None:
+            try:
+                data = os.read(self._report_fd, 65536)
+            except BlockingIOError:
+                return
+            *lines, self._pending = (self._pending + data).split(b"\n")
+            for line in lines:
+                self._take(json.loads(line))
+            if not data:
+                asyncio.get_running_loop().remove_reader(self._report_fd)
+                os.close(self._report_fd)
+                self._report_fd = None
+
+    def _init_ended(self) -> None:
+        self._read_reports()  # how the program ended may have been reported a moment before
+        self._gone.set()
+        self._over()
+
+    def _over(self) -> None:
+        if not self.ended.is_set():
+            self.ended.set()
+            self.on_exit(self)
+
+    def plan(self) -> ProcessPlan:
+        """As in ``Target``."""
+        if self._run is None or self.ended.is_set():
+            raise NoTarget(f"{self.what} does not run")
+        return plan_of(self.vm, self._run)
+
+    async def end(self, grace_s: float) -> None:
+        """As in ``Target``; SIGTERM for the program's own process, SIGKILL for all that is left."""
+        run = self._run
+        if run is None or self._gone.is_set():
+            return
+        await in_thread(f"thaw {self.vm}", self._thaw)
+        if not self.ended.is_set() and grace_s > 0:
+            with suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGTERM)
+            await _first_of(grace_s, self.ended, self._hurry)
+        # The first process kills what is below it, wherever it moved to, and ends with it.
+        send_signal(run.pid, run.start_ticks, signal.SIGALRM)
+        try:
+            async with asyncio.timeout(_KILLED_S):
+                await self._gone.wait()
+        except TimeoutError:
+            await in_thread(f"kill {self.vm}", self._kill)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_KILLED_S):
+                    await self._gone.wait()
+
+    def _thaw(self) -> None:
+        if self._run is not None:
+            with suppress(OSError):
+                thaw(plan_of(self.vm, self._run))
+
+    def _kill(self) -> None:
+        if self._run is not None:
+            for pid in pids_of(plan_of(self.vm, self._run)):
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+
+    def hurry(self) -> None:
+        """As in ``Target``."""
+        self._hurry.set()
+
+    async def close(self, grace_s: float) -> None:
+        """End it and remove its cgroup."""
+        await self.end(grace_s)
+        if self._watch is not None:
+            self._watch.close()
+        await in_thread("cgroup", lambda: self._freezer.remove(self.vm))
+
+
+class RunningProcess:
+    """A process that somebody else started, with everything below it.
+
+    Raises:
+        NoTarget: it does not exist, is not ours to signal, is paused already, or this process is below it.
+    """
+
+    startable = False
+
+    def __init__(self, vm: str, pid: int) -> None:
+        self.vm = vm
+        self.what = f"process {pid}"
+        self.ended = asyncio.Event()
+        found = read_process(pid)
+        if found is None or pid <= 1:
+            raise NoTarget(f"there is no process {pid}")
+        try:
+            os.kill(pid, 0)
+        except PermissionError:
+            raise NoTarget(
+                f"process {pid} belongs to another user: it cannot be paused without root"
+            ) from None
+        except ProcessLookupError:
+            raise NoTarget(f"there is no process {pid}") from None
+        if found.state == STOPPED:
+            raise NoTarget(f"process {pid} is stopped already: resume it first (kill -CONT {pid})")
+        self._pid, self._start_ticks = pid, found.start_ticks
+        if os.getpid() in {each.pid for each in self._bare().members(process_table())}:
+            raise NoTarget(f"process {pid} has started this command: it would pause itself")
+        self._watch = ExitWatch(pid, self.ended.set, reap=False)
+
+    def _bare(self) -> SignalPlan:
+        return SignalPlan(self.vm, self._pid, self._start_ticks)
+
+    async def start(self) -> None:
+        """It runs already."""
+
+    def plan(self) -> ProcessPlan:
+        """As in ``Target``."""
+        if not alive(self._pid, self._start_ticks):
+            raise NoTarget(f"{self.what} does not run any more")
+        others = tuple((each.pid, each.start_ticks) for each in self._bare().members(process_table()))
+        return SignalPlan(self.vm, self._pid, self._start_ticks, others)
+
+    async def end(self, grace_s: float) -> None:
+        """As in ``Target``."""
+        try:
+            plan = await in_thread(self.what, self.plan)
+        except NoTarget:
+            return
+        send_signal(self._pid, self._start_ticks, signal.SIGTERM)
+        await _until_gone(plan, grace_s)
+
+    def hurry(self) -> None:
+        """It is not ended with us."""
+
+    async def close(self, grace_s: float) -> None:  # noqa: ARG002 - as in the protocol
+        """Stop watching it."""
+        self._watch.close()
+
+
+class RunningCgroup:
+    """All processes of a cgroup, v1 or v2, and of those below it.
+
+    Raises:
+        NoTarget: it has no freezer, may not be written to, is empty, is paused already, or this process is in it.
+    """
+
+    startable = False
+
+    def __init__(self, vm: str, folder: Path) -> None:
+        self.vm = vm
+        self.what = f"cgroup {folder}"
+        self.ended = asyncio.Event()
+        real = folder.resolve()
+        kinds: tuple[tuple[Literal["cgroup2", "cgroup1"], str], ...] = (
+            ("cgroup2", "cgroup.freeze"),
+            ("cgroup1", "freezer.state"),
+        )
+        for kind, name in kinds:
+            if (real / name).exists():
+                try:
+                    self._plan = CgroupPlan(vm, kind, str(real / name))
+                except BadPlan as error:
+                    raise NoTarget(str(error)) from error
+                break
+        else:
+            raise NoTarget(
+                f"{folder} is not a cgroup that can be frozen: it has neither cgroup.freeze nor freezer.state"
+            )
+        if not os.access(self._plan.control, os.W_OK):
+            raise NoTarget(f"{folder} cannot be frozen by this user")
+        state = condition(self._plan)
+        if state == "gone":
+            raise NoTarget(f"{folder} has no processes")
+        if state != "running":
+            raise NoTarget(f"{folder} is frozen already: thaw it first")
+        own = own_cgroups(Path("/proc/self/cgroup").read_text(encoding="utf-8")).get(kind)
+        if os.getpid() in pids_of(self._plan):
+            raise NoTarget(f"this command runs in {folder} (its own is {own}): it would pause itself")
+
+    async def start(self) -> None:
+        """It runs already."""
+
+    def plan(self) -> ProcessPlan:
+        """As in ``Target``."""
+        if condition(self._plan) == "gone":
+            self.ended.set()
+            raise NoTarget(f"{self.what} has no processes any more")
+        return self._plan
+
+    async def end(self, grace_s: float) -> None:
+        """As in ``Target``: SIGTERM for each of its processes."""
+        await in_thread(self.what, lambda: _signal_all(self._plan, signal.SIGTERM))
+        await _until_gone(self._plan, grace_s)
+        self.ended.set()
+
+    def hurry(self) -> None:
+        """It is not ended with us."""
+
+    async def close(self, grace_s: float) -> None:
+        """Nothing to do: it is resumed after each pause."""
+
+
+async def _first_of(timeout_s: float | None, *events: asyncio.Event) -> None:
+    """Wait until one of them is set, for ``timeout_s`` seconds."""
+    waits = [asyncio.ensure_future(each.wait()) for each in events]
+    try:
+        await asyncio.wait(waits, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for each in waits:
+            each.cancel()
+
+
+async def _until_gone(plan: ProcessPlan, grace_s: float) -> None:
+    until, killed = time.monotonic() + grace_s, False
+    while await in_thread("look", lambda: condition(plan)) != "gone":
+        if time.monotonic() > until:
+            if killed:
+                _log.warning("target.not_gone", vm=plan.vm)
+                return
+            killed, until = True, time.monotonic() + _KILLED_S
+            await in_thread("kill", lambda: _signal_all(plan, signal.SIGKILL))
+        await asyncio.sleep(_LOOK_S)  # the kernel notifies only the parent
+
+
+def _signal_all(plan: ProcessPlan, number: signal.Signals) -> None:
+    for pid in pids_of(plan):
+        with suppress(ProcessLookupError, PermissionError):
+            os.kill(pid, number)
+
+
+def _name_of(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/comm").read_text(errors="replace").strip()
+    except OSError:
+        return "?"
+
+
+def reads_terminal() -> bool:
+    """Whether our standard input is a terminal, which a program in another session cannot use."""
+    try:
+        return stat.S_ISCHR(os.fstat(0).st_mode) and os.isatty(0)
+    except OSError:
+        return True  # closed: the program gets /dev/null

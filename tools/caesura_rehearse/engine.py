@@ -35,11 +35,13 @@ from caesura_host_updater.drivers.process.freezers import ProcessPlan
 from caesura_metadata_publisher.listeners import Listener
 from caesura_metadata_publisher.service import filters
 from caesura_metadata_publisher.settings import MetadataPublisherSettings
+from caesura_rehearse.expectations import Expectation, HeldOrNot
 from caesura_rehearse.guarding import Guards, GuardUnavailable
 from caesura_rehearse.metadata import Witness, WitnessedPublisher, serve_vm
 from caesura_rehearse.observations import EventRecord, Gap, Observations, ProgramRecord, describe_exit
 from caesura_rehearse.orders import Order, OrderRefused
 from caesura_rehearse.pausing import NotPaused, cpu_seconds, pause, resume
+from caesura_rehearse.report import Report, judge_all
 from caesura_rehearse.targets import NoTarget, Program, Target, reads_terminal
 
 T = TypeVar("T")
@@ -132,6 +134,32 @@ class Engine:
                 while not condition():
                     await self._changed.wait()
         return condition()
+
+    def report(self, expectations: Sequence[Expectation] = (), *, ordered: int = 0) -> Report:
+        """What was found so far.
+
+        Args:
+            ordered: how many events were to come.
+        """
+        programs = self.programs
+        verdicts = list(judge_all(self.events, programs, expectations, ordered=ordered))
+        verdicts += [
+            HeldOrNot(what=f"{each.what} ended well", held=False, detail=describe_exit(each.exit_code))
+            for each in programs
+            if each.exited is not None and each.exit_code
+        ]
+        seen = self.observations
+        return Report(
+            held=all(each.held for each in verdicts),
+            verdicts=tuple(verdicts),
+            events=tuple(self.events),
+            programs=tuple(programs),
+            deliveries=tuple(seen.deliveries),
+            approvals=tuple(seen.approvals),
+            refusals=tuple(seen.refusals),
+            polls=dict(seen.polls),
+            seconds=self.now,
+        )
 
     # -- life ---------------------------------------------------------------------------------------------
 
@@ -440,6 +468,7 @@ class Engine:
         cpu: dict[str, float] = {}
         try:
             await asyncio.gather(*(self._stop_one(plan, stopped) for plan in plans.values()))
+            record.paused = self.now
             self._say(f"paused: {', '.join(plans)}")
             self.notify()
             cpu = await in_thread("cpu", lambda: {vm: cpu_seconds(plan) for vm, plan in plans.items()})
@@ -481,6 +510,7 @@ class Engine:
                 record.gaps.append(gap)
 
         results = await asyncio.gather(*(one(vm, plan) for vm, plan in plans.items()), return_exceptions=True)
+        record.resumed = self.now
         self._say(f"resumed: {', '.join(plans)}")
         self.notify()
         for each in results:

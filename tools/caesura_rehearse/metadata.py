@@ -50,11 +50,18 @@ class Witness:
                 self._observations.delivered(vm, body, at)
         self.changed()
 
-    def approved(self, vm: str, event_ids: tuple[str, ...]) -> None:
-        """A POST was accepted."""
+    def approved(self, vm: str, event_ids: tuple[str, ...]) -> Callable[[], None]:
+        """Events are approved; returns what takes the note back."""
         at = time.monotonic() - self._began
-        self._observations.approvals += [Approval(at=at, vm=vm, event_id=each) for each in event_ids]
+        notes = [Approval(at=at, vm=vm, event_id=each) for each in event_ids]
+        self._observations.approvals += notes
         self.changed()
+
+        def withdraw() -> None:
+            kept = [each for each in self._observations.approvals if not any(each is note for note in notes)]
+            self._observations.approvals[:] = kept
+
+        return withdraw
 
 
 class WitnessedPublisher(MetadataPublisher):
@@ -75,9 +82,13 @@ class WitnessedPublisher(MetadataPublisher):
 
     async def answer(self, listener: Listener, request: Request) -> HttpResponse:
         """As in the publisher."""
+        if not isinstance(request, ApproveEvents):
+            return await super().answer(listener, request)
+        # Noted before: what follows from an approval may happen before its answer is sent.
+        withdraw = self._witness.approved(listener.vm, request.event_ids)
         answer = await super().answer(listener, request)
-        if isinstance(request, ApproveEvents) and answer.status == 200:
-            self._witness.approved(listener.vm, request.event_ids)
+        if answer.status != 200:
+            withdraw()
         return answer
 
 

@@ -87,6 +87,10 @@ class EventRecord(msgspec.Struct, kw_only=True):
     """The VM whose client approved it; ``rehearse`` for an approval by order."""
     started: float | None = None
     seen_started: float | None = None
+    paused: float | None = None
+    """When everything that it pauses was stopped."""
+    resumed: float | None = None
+    """When all of that ran again."""
     gaps: list[Gap] = []
     ended: float | None = None
     outcome: Outcome = ""
@@ -139,26 +143,6 @@ class Observations:
                 record.first_seen = at
             if record.seen_started is None and seen.status == "Started":
                 record.seen_started = at
-
-    def posted(self, vm: str, body: bytes, at: float) -> None:
-        """A client of ``vm`` had a POST accepted."""
-        for event_id in _start_requests(body):
-            self.approvals.append(Approval(at=at, vm=vm, event_id=event_id))
-
-
-class _StartRequestSeen(msgspec.Struct):
-    event_id: str = msgspec.field(name="EventId")
-
-
-class _StartRequestsSeen(msgspec.Struct):
-    requests: list[_StartRequestSeen] = msgspec.field(name="StartRequests", default=[])
-
-
-def _start_requests(body: bytes) -> list[str]:
-    try:
-        return [each.event_id for each in msgspec.json.decode(body, type=_StartRequestsSeen).requests]
-    except (msgspec.DecodeError, UnicodeDecodeError):
-        return []
 
 
 def describe_exit(code: int | None) -> str:

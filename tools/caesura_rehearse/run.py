@@ -7,7 +7,7 @@ import os
 import shutil
 import signal
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -18,11 +18,11 @@ from caesura.runtime.threads import in_thread
 from caesura_host_updater.drivers.process.freezers import choose_freezer
 from caesura_rehearse.address import local_address
 from caesura_rehearse.engine import Engine, Slot, rehearsal
-from caesura_rehearse.expectations import Expectation, HeldOrNot
+from caesura_rehearse.expectations import Expectation
 from caesura_rehearse.namespace import URL, NoNamespace, open_door, published, way_in
-from caesura_rehearse.observations import EventRecord, describe_exit
+from caesura_rehearse.observations import EventRecord
 from caesura_rehearse.orders import Order
-from caesura_rehearse.report import Report, judge_all
+from caesura_rehearse.report import Report
 from caesura_rehearse.targets import Program, RunningCgroup, RunningProcess, Target
 
 _BASE_MOST = 60  # characters
@@ -133,7 +133,7 @@ class Rehearse:
                 else "waiting for orders, until the program ends; Ctrl-C ends it"
             )
             await engine.until(lambda: target is not None and target.ended.is_set(), None)
-        return self._report(engine, ordered=len(records))
+        return engine.report(options.expectations, ordered=len(records))
 
     async def _attach(self, engine: Engine, slot: Slot, folder: Path) -> Target | None:
         options = self._options
@@ -154,27 +154,6 @@ class Rehearse:
         if options.publish:
             await engine.enter(published(options.publish, lambda: program.pid))
         return program
-
-    def _report(self, engine: Engine, *, ordered: int) -> Report:
-        programs = engine.programs
-        verdicts = list(judge_all(engine.events, programs, self._options.expectations, ordered=ordered))
-        verdicts += [
-            HeldOrNot(what=f"{each.what} ended well", held=False, detail=describe_exit(each.exit_code))
-            for each in programs
-            if each.exited is not None and each.exit_code
-        ]
-        seen = engine.observations
-        return Report(
-            held=all(each.held for each in verdicts),
-            verdicts=tuple(verdicts),
-            events=tuple(engine.events),
-            programs=tuple(programs),
-            deliveries=tuple(seen.deliveries),
-            approvals=tuple(seen.approvals),
-            refusals=tuple(seen.refusals),
-            polls=dict(seen.polls),
-            seconds=engine.now,
-        )
 
     async def _target(self, folder: Path, url: str) -> Target | None:
         options = self._options
@@ -233,9 +212,16 @@ def run_folder() -> Path:
         raise ConfigError(f"cannot make a folder in {base}: {error.strerror or error}") from error
 
 
-def program_environ(vm: str, set_name: str, url: str, *, proxy: bool) -> dict[str, str]:
-    """The environment of a VM's program: ours, and where its metadata is."""
-    environ = {**os.environ, "CAESURA_VM": vm, "CAESURA_SET": set_name, "CAESURA_METADATA_URL": url}
+def program_environ(
+    vm: str, set_name: str, url: str, *, proxy: bool = False, base: Mapping[str, str] | None = None
+) -> dict[str, str]:
+    """The environment of a VM's program: ``base``, or ours, and where its metadata is."""
+    environ = {
+        **(os.environ if base is None else base),
+        "CAESURA_VM": vm,
+        "CAESURA_SET": set_name,
+        "CAESURA_METADATA_URL": url,
+    }
     if proxy:
         for name in ("http_proxy", "HTTP_PROXY"):
             environ[name] = url

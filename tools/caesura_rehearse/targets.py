@@ -83,7 +83,7 @@ class Program:
         way_in: words before its command line, of a program that executes it.
         cwd: the folder that it starts in; None: ours.
         output: where standard output and standard error go; None: to ours.
-        stdout: the descriptor that gets its standard output instead of Caesura.
+        stdout: the descriptor that gets its standard output instead of the one that we have.
     """
 
     startable = True

@@ -42,7 +42,7 @@ def test_a_freeze_by_approval(folder: Path, freezer: str) -> None:
                 "--freezer",
                 freezer,
                 "--settle",
-                "10s",
+                "4s",
                 "--json",
                 "--junit",
                 str(junit),
@@ -100,7 +100,7 @@ def test_a_terminate_is_drained_by_leaving(folder: Path) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_in_the_pause_resumes_and_ends_everything(folder: Path, number: signal.Signals) -> None:
-    run = Rehearsed(folder, ("--freeze", "20s", "--notice", "0s"), "ignore")
+    run = Rehearsed(folder, ("--freeze", "20s", "--notice", "60s"), "approve")
     pid = int(run.until("pid"))
     until(lambda: is_frozen(pid), 60, lambda: run.said)
     run.process.send_signal(number)
@@ -111,9 +111,10 @@ def test_a_signal_in_the_pause_resumes_and_ends_everything(folder: Path, number:
 
 @pytest.fixture
 def killed(folder: Path) -> Iterator[Rehearsed]:
-    run = Rehearsed(folder, ("--freeze", "3s", "--notice", "0s", "--freezer", "sigstop"), "ignore")
+    run = Rehearsed(folder, ("--freeze", "20s", "--notice", "60s", "--freezer", "sigstop"), "approve")
     yield run
     asyncio.run(kill_marked(run.mark))
+    run.process.communicate()
 
 
 def test_killed_in_the_pause_the_program_runs_again(killed: Rehearsed) -> None:
@@ -189,7 +190,7 @@ def _namespaces_work() -> bool:
 def test_any_client_in_a_network_of_its_own(folder: Path) -> None:
     if not _namespaces_work():
         pytest.skip("this user may not make a network namespace")
-    run = Rehearsed(folder, ("--netns",), (sys.executable, "-c", _ANY_CLIENT))
+    run = Rehearsed(folder, ("--netns",), (sys.executable, "-I", "-c", _ANY_CLIENT))
     assert run.finish() == 0, run.said
     assert run.out == "app-1\n"
 
@@ -200,7 +201,7 @@ def test_a_published_port_leads_in_also_after_a_reboot(folder: Path) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    serve = f"echo x >>{folder}/starts; exec {sys.executable} -m http.server {port} --bind 127.0.0.1 --directory {folder}"
+    serve = f"echo x >>{folder}/starts; exec {sys.executable} -P -m http.server {port} --bind 127.0.0.1 --directory {folder}"
     run = Rehearsed(
         folder,
         ("--netns", "--publish", str(port), "--reboot", "--notice", "0s", "--settle", "600s"),
@@ -221,7 +222,7 @@ def test_a_published_port_leads_in_also_after_a_reboot(folder: Path) -> None:
 
 
 def test_a_client_that_honours_http_proxy(folder: Path) -> None:
-    run = Rehearsed(folder, ("--proxy",), (sys.executable, "-c", _ANY_CLIENT))
+    run = Rehearsed(folder, ("--proxy",), (sys.executable, "-I", "-c", _ANY_CLIENT))
     assert run.finish() == 0, run.said
     assert run.out == "app-1\n"
 

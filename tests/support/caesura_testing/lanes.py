@@ -54,7 +54,9 @@ LANES = {
     "e2e": Lane(
         "tests/e2e: the installed commands as processes, faults included",
         "pytest -q tests/e2e "
-        + " ".join(f"--ignore tests/e2e/{name}" for name in (*_JOURNEYS, "clients", "compose", "soak")),
+        + " ".join(
+            f"--ignore tests/e2e/{name}" for name in (*_JOURNEYS, "clients", "compose", "containers", "soak")
+        ),
     ),
     "journeys": Lane(
         f"tests/e2e/{{{','.join(_JOURNEYS)}}}: what people see and type, and QEMU guests",
@@ -89,9 +91,10 @@ LANES = {
         "pytest -q tests/integration",
     ),
     "compose": Lane(
-        "tests/e2e/compose: docker compose up, with an engine of its own and stand-in images (root; minutes)",
+        "tests/e2e/{containers,compose}: containers as VMs; docker compose up; engines of their own, stand-in images (root; minutes)",
         """
         why=$(python -m caesura_testing.containers) || { echo "SKIPPED: $why"; exit 77; }
+        pytest -q tests/e2e/containers
         pytest -q -s tests/e2e/compose
         """,
     ),

@@ -81,6 +81,12 @@ class Rehearsed:
             if isinstance(program, str)
             else [*program]
         )
+        # A folder of a developer's, with a module that is named as one of the standard library's.
+        cwd = folder / "cwd"
+        cwd.mkdir(exist_ok=True)
+        (cwd / "selectors.py").write_text(
+            "raise RuntimeError('not the standard library')\n", encoding="utf-8"
+        )
         self.mark = f"CAESURA_TEST_REHEARSAL={uuid.uuid4().hex}"
         name, value = self.mark.split("=")
         with (folder / "stderr").open("wb") as stderr:
@@ -92,6 +98,7 @@ class Rehearsed:
                     *(["--", *argv] if argv else []),
                 ],
                 env={**os.environ, name: value},
+                cwd=cwd,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=stderr,

@@ -27,21 +27,22 @@ python3-pip        +pip                                   all
 git                git                                    unit integration e2e journeys
 openssl            openssl                                unit integration e2e journeys
 tar                tar                                    unit integration e2e journeys
-mosquitto          mosquitto                              unit integration e2e journeys
+mosquitto          mosquitto                              unit integration e2e journeys clients
 mosquitto-clients  mosquitto_sub                          integration e2e journeys
 prometheus         promtool                               unit integration e2e journeys
-curl               curl                                   integration e2e compose journeys
+curl               curl                                   integration e2e compose journeys clients
 qemu-system-x86    qemu-system-x86_64                     unit integration e2e journeys
 qemu-utils         qemu-img                               unit integration e2e journeys
 ovmf               /usr/share/OVMF/OVMF_CODE.fd           integration e2e journeys
 swtpm              swtpm                                  integration e2e journeys
-iproute2           ip                                     integration e2e compose journeys
+iproute2           ip                                     integration e2e compose journeys clients
 e2fsprogs          mkfs.ext4                              unit integration e2e journeys
-util-linux         fsfreeze                               integration e2e journeys
+util-linux         fsfreeze                               integration e2e journeys clients
 chromium           chromium                               e2e journeys
 fonts-dejavu-core  /usr/share/fonts/truetype/dejavu       e2e journeys
-nodejs             node                                   asyncapi
-npm                npm                                    asyncapi
+nodejs             node                                   asyncapi clients
+npm                npm                                    asyncapi clients
+resource-agents    /usr/lib/ocf/resource.d/heartbeat      clients
 docker.io          dockerd                                compose
 docker.io          docker                                 compose
 iptables           iptables                               compose

@@ -29,10 +29,13 @@ while [ -z "$stopping" ]; do
   [ -z "$stopping" ] || stop # the signal arrived before there was an updater to stop
   wait "$updater"
   code=$?
-  # A signal ends the wait, not the updater.
-  while [ -n "$stopping" ] && kill -0 "$updater" 2>/dev/null; do
+  # A signal ends the wait, not the updater, whose own code is only told by another wait: also when it has ended meanwhile.
+  while [ -n "$stopping" ]; do
     wait "$updater"
-    code=$?
+    again=$?
+    [ "$again" != 127 ] || break # that was told before
+    code=$again
+    kill -0 "$updater" 2>/dev/null || break
   done
   updater=""
   [ -z "$stopping" ] || exit "$code"

@@ -255,7 +255,8 @@ def _method(vm: VmRecord, record: UpdateRecord, *, hold_s: float) -> tuple[Metho
         candidates = (("freeze", "the update is of scope host: every VM of the host pauses"),)
     for method, reason in candidates:
         if method in vm.methods:
-            return method, reason
+            risk = vm.pause_risk if method != "reboot" else ""
+            return method, f"{reason}; {risk}" if risk else reason
     wanted = candidates[-1][0]
     nothing = (
         "" if vm.methods else ", nor anything else: `caesura status` shows what its host says of its driver"

@@ -18,7 +18,7 @@ from caesura.runtime.threads import Worker
 from caesura_vmcontrol import claims, markers
 from caesura_vmcontrol.intent import Intent
 from caesura_vmcontrol.markers import Marker
-from caesura_vmcontrol.plans import CgroupPlan, Plan, SignalPlan
+from caesura_vmcontrol.plans import CgroupPlan, EnginePlan, Plan, SignalPlan
 from caesura_vmcontrol.procfs import boot_id
 from caesura_vmcontrol.qemu_plans import QemuPlan, ReplacePlan, SwapPlan
 from caesura_vmcontrol.rescue import marked_and_paused, resume
@@ -95,6 +95,12 @@ class PauseMarkers:
                 return (then.leader, then.start_ticks) == (now.leader, now.start_ticks)
             case CgroupPlan() as then, CgroupPlan() as now:
                 return then.control == now.control
+            case EnginePlan() as then, EnginePlan() as now:
+                return (then.container, then.pid, then.start_ticks) == (
+                    now.container,
+                    now.pid,
+                    now.start_ticks,
+                )
             case QemuPlan() as then, QemuPlan() as now:
                 return (then.vmm.pid, then.vmm.start_ticks) == (now.vmm.pid, now.vmm.start_ticks)
             case _:
@@ -151,6 +157,8 @@ def how_to_resume(plan: Plan | None) -> str:
             return f"resume it with: echo {'0' if kind == 'cgroup2' else 'THAWED'} > {control}"
         case SignalPlan(leader=leader):
             return f"resume it with: kill -CONT -{leader}"
+        case EnginePlan(container=container):
+            return f"resume it with: docker unpause {container[:12]} (or podman unpause)"
         case QemuPlan(vmm=vmm):
             return f"resume it with the command cont on its QMP socket, such as {vmm.qmp}"
         case _:

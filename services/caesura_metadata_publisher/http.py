@@ -14,10 +14,14 @@ from caesura.runtime.activation import check_all_used, socket_for
 from caesura.runtime.connections import Bounds, fair_share
 from caesura.runtime.health import LowLevelHandler, serve_requests
 from caesura.runtime.listen import own_host
+from caesura_metadata_publisher.events_document import unchanged
 from caesura_metadata_publisher.listeners import Listener
+from caesura_metadata_publisher.polls import KnownPolls
 from caesura_metadata_publisher.request import (
     MAX_BODY_BYTES,
     HttpResponse,
+    ReadEvents,
+    Request,
     bad_request,
     foreign_host,
     not_http,
@@ -40,11 +44,13 @@ async def serve_metadata(
     listeners: Sequence[Listener],
     http_hosts: Sequence[str] = (),
     inherited: Sequence[socket.socket] = (),
+    connections: int = Bounds.connections,
 ) -> AsyncIterator[tuple[str, ...]]:
     """Serve every listener while the block runs; gives the addresses, with real ports where 0 was asked for.
 
     Args:
         http_hosts: as in the settings.
+        connections: the most that one listener has at once.
         inherited: sockets that the service manager opened; the other addresses are opened here.
 
     Raises:
@@ -54,7 +60,7 @@ async def serve_metadata(
     check_all_used((each.listen for each in listeners), inherited)
     async with AsyncExitStack() as stack:
         addresses = []
-        bounds = Bounds(connections=fair_share(len(listeners), Bounds.connections))
+        bounds = Bounds(connections=fair_share(len(listeners), connections))
         for listener in listeners:
             served = serve_requests(
                 metadata_handler(publisher, listener, http_hosts),
@@ -73,12 +79,22 @@ def metadata_handler(
 ) -> LowLevelHandler:
     """The HTTP API as the VM of ``listener`` sees it; ``http_hosts`` as in the settings."""
     known = frozenset(each.lower() for each in http_hosts)
+    polls = KnownPolls()
+    counts = publisher.answers
 
     async def handle(request: web.BaseRequest) -> web.StreamResponse:
+        poll = polls.match(request)
+        if poll is not None and (document := publisher.polled(listener.vm, poll.version)) is not None:
+            modified = not poll.if_none_match or not unchanged(poll.if_none_match, document.etag)
+            counts["scheduledevents", "GET", 200 if modified else 304] += 1
+            return polls.answer(document, modified=modified)
         path = ""
         try:
             path = request.path
-            answer = await _answer(publisher, listener, request, known)
+            parsed = await _parsed(publisher, listener, request, known)
+            answer = parsed if isinstance(parsed, HttpResponse) else await publisher.answer(listener, parsed)
+            if isinstance(parsed, ReadEvents) and answer.status in {200, 304}:
+                polls.accepted(request, parsed.version)
         except Exception:  # noqa: BLE001 - a client must get the documented 500, not aiohttp's page
             _log.exception("metadata.failed", vm=listener.vm, method=request.method, path=path)
             answer = service_error("Unexpected failure.")
@@ -99,10 +115,13 @@ def refusal(publisher: MetadataPublisher) -> Callable[[str], web.StreamResponse]
     return refuse
 
 
-async def _answer(
+async def _parsed(
     publisher: MetadataPublisher, listener: Listener, request: web.BaseRequest, known: frozenset[str]
-) -> HttpResponse:
-    headers = {name.lower(): value for name, value in request.headers.items()}
+) -> Request | HttpResponse:
+    """The request, or the answer that refuses it."""
+    headers: dict[str, str] = {}
+    for name, value in request.headers.items():
+        headers.setdefault(name.lower(), value)  # the first counts, as in ``polls``
     host = headers.get("host")
     if host is None and request.version >= HttpVersion11:
         return bad_request("The Host header is missing.")  # RFC 9112, section 3.2
@@ -117,8 +136,7 @@ async def _answer(
         return too_slow()
     except web.RequestPayloadError as error:
         return not_http(str(error))
-    parsed = parse(request.method, request.path, list(request.query.items()), headers, body)
-    return parsed if isinstance(parsed, HttpResponse) else await publisher.answer(listener, parsed)
+    return parse(request.method, request.path, list(request.query.items()), headers, body)
 
 
 async def _body(request: web.BaseRequest) -> bytes | None:

@@ -39,15 +39,10 @@ from caesura.delivery.policy import DeliveryPolicy
 from caesura.delivery.publisher import ReliablePublisher
 from caesura.fleet.fold import Changes
 from caesura.fleet.words import Cleared
-from caesura_metadata_publisher.api_versions import INSTANCE_VERSIONS
+from caesura_metadata_publisher.api_versions import INSTANCE_VERSIONS, EventsVersion
 from caesura_metadata_publisher.directory import Directory
-from caesura_metadata_publisher.events_document import (
-    awaits_approval,
-    entity_tag,
-    find_event,
-    unchanged,
-    wire_document,
-)
+from caesura_metadata_publisher.encoded import EncodedDocument, EncodedDocuments
+from caesura_metadata_publisher.events_document import awaits_approval, find_event, unchanged
 from caesura_metadata_publisher.fidelity import FirstCalls, RateLimit
 from caesura_metadata_publisher.instance import answer_instance
 from caesura_metadata_publisher.instance_fields import instance_tree
@@ -95,6 +90,7 @@ class MetadataPublisher:
         self._post.subscribe(VmDetails, self._on_details)
         self._post.on_tombstone(VmDetails, self._on_details_removed)
         self._directory = Directory()
+        self._encoded = EncodedDocuments()
         self._approvals = ReliablePublisher(bus)
         self._presence = Presence(
             self._post,
@@ -133,6 +129,10 @@ class MetadataPublisher:
         """For /ready: whether every VM that may ask can be answered."""
         missing = sorted({each.vm for each in listeners if isinstance(self._document(each.vm), HttpResponse)})
         return f"no document yet for {', '.join(missing)}" if missing else ""
+
+    def shown(self, set_name: str) -> SetDocument | None:
+        """The document that the VMs of the set are shown, None if none is known."""
+        return self._directory.document(set_name)
 
     # -- tasks --------------------------------------------------------------------------------------------
 
@@ -224,10 +224,18 @@ class MetadataPublisher:
         document = self._document(vm)
         if isinstance(document, HttpResponse):
             return document
-        etag = entity_tag(document)
-        if request.if_none_match and unchanged(request.if_none_match, etag):
-            return HttpResponse(status=304, headers={"ETag": etag})
-        return HttpResponse(status=200, body=wire_document(document, request.version), headers={"ETag": etag})
+        encoded = self._encoded.of(document, request.version)
+        if request.if_none_match and unchanged(request.if_none_match, encoded.etag):
+            return HttpResponse(status=304, headers={"ETag": encoded.etag})
+        return HttpResponse(status=200, body=encoded.body, headers={"ETag": encoded.etag})
+
+    def polled(self, vm: str, version: EventsVersion) -> EncodedDocument | None:
+        """The document that a GET of events gets at once; None: it has to be asked for by ``answer``."""
+        if self._rate_limit is not None:
+            return None
+        placed = self._directory.vm(vm)
+        document = self._directory.document(placed.record.set) if placed is not None else None
+        return self._encoded.of(document, version) if document is not None else None
 
     async def _approve(self, vm: str, request: ApproveEvents) -> HttpResponse:
         document = self._document(vm)

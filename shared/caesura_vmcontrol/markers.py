@@ -188,6 +188,10 @@ def recovery_plan(state_dir: str, vm: str, boot: str) -> Plan | None:
         if run["boot_id"] == boot:
             return QemuPlan(vm, Vmm(run["pid"], run["start_ticks"], run["guard"]))
     with suppress(OSError, ValueError, KeyError, TypeError, BadPlan):
+        raw = _json(f"{folder}/{vm}.container.json")
+        if raw["boot_id"] == boot:
+            return plan_from_json(raw)
+    with suppress(OSError, ValueError, KeyError, TypeError, BadPlan):
         run = _json(f"{folder}/{vm}.run.json")
         if run["boot_id"] == boot:
             return _process_plan(vm, run)

@@ -18,7 +18,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
-from caesura_vmcontrol import qemu_control, qemu_plans
+from caesura_vmcontrol import container_engine, qemu_control, qemu_plans
+from caesura_vmcontrol.container_engine import EnginePlan
 from caesura_vmcontrol.procfs import (
     DEAD,
     STOPPED,
@@ -34,6 +35,7 @@ __all__ = [
     "BadPlan",
     "CgroupPlan",
     "Condition",
+    "EnginePlan",
     "Mechanism",
     "Plan",
     "QemuPlan",
@@ -42,6 +44,7 @@ __all__ = [
     "SwapPlan",
     "Vmm",
     "condition",
+    "freeze_cgroup",
     "mechanism_of",
     "plan_from_json",
     "plan_to_json",
@@ -117,11 +120,11 @@ class SignalPlan:
         return [each for each in found.values() if each.state not in DEAD or _has_live_thread(each.pid)]
 
 
-Plan = CgroupPlan | SignalPlan | QemuPlan | SwapPlan | ReplacePlan
+Plan = CgroupPlan | SignalPlan | EnginePlan | QemuPlan | SwapPlan | ReplacePlan
 
-Mechanism = Literal["signal", "cgroup", "qmp"]
-"""How the guard resumes a VM alone: the signals of a process group, a cgroup's file, QMP. A closed set, for the guard imports
-nothing of a driver. A further one (HTTP over a unix socket, libvirt's RPC) is a member here, a plan, and a branch in
+Mechanism = Literal["signal", "cgroup", "qmp", "engine"]
+"""How the guard resumes a VM alone: the signals of a process group, a cgroup's file, QMP, a container engine. A closed set, for
+the guard imports nothing of a driver. A further one (libvirt's RPC) is a member here, a plan, and a branch in
 ``mechanism_of``, ``plan_to_json``, ``plan_from_json``, ``condition`` and ``thaw``; with the standard library only."""
 
 MECHANISMS: tuple[Mechanism, ...] = get_args(Mechanism)
@@ -136,6 +139,8 @@ def mechanism_of(plan: object) -> Mechanism | None:
             return "cgroup"
         case QemuPlan() | SwapPlan() | ReplacePlan():
             return "qmp"
+        case EnginePlan():
+            return "engine"
         case _:
             return None
 
@@ -148,6 +153,8 @@ def plan_to_json(plan: Plan) -> dict[str, Any]:
     """The plan as it goes over the socket and to disk."""
     if isinstance(plan, QemuPlan | SwapPlan | ReplacePlan):
         return qemu_plans.to_json(plan)
+    if isinstance(plan, EnginePlan):
+        return {**asdict(plan), "kind": "engine"}
     kind = "signal" if isinstance(plan, SignalPlan) else plan.kind
     return {**asdict(plan), "kind": kind}
 
@@ -166,9 +173,43 @@ def plan_from_json(data: object) -> Plan:
             return SignalPlan(data["vm"], data["leader"], data["start_ticks"], others)
         if data.get("kind") in ("qemu", "swap", "replace"):
             return qemu_plans.from_json(data)
+        if data.get("kind") == "engine":
+            return _engine_plan(data)
         return CgroupPlan(data["vm"], data["kind"], data["control"])
     except (KeyError, TypeError, IndexError, AttributeError) as error:
         raise BadPlan(f"plan of {data['vm']!r} lacks or garbles {error}") from error
+
+
+def _engine_plan(data: Mapping[str, Any]) -> EnginePlan:
+    plan = EnginePlan(
+        data["vm"],
+        data["socket"],
+        data["container"],
+        data["pid"],
+        data["start_ticks"],
+        data["freezer"],
+        data["control"],
+    )
+    cgroup_of(plan)
+    return plan
+
+
+def cgroup_of(plan: EnginePlan) -> CgroupPlan:
+    """The container as the kernel has it. Raises BadPlan: its freezer file cannot be one."""
+    return CgroupPlan(plan.vm, plan.freezer, plan.control)
+
+
+def groups_of(plan: EnginePlan) -> list[CgroupPlan]:
+    """The cgroup of the container's first process, and those above it that are the container's, too, the topmost last.
+
+    A container with an init system of its own has its first process in a group below the one that its engine made and freezes.
+    """
+    file, folder = os.path.basename(plan.control), os.path.dirname(plan.control)
+    found = [cgroup_of(plan)]
+    while plan.container in os.path.dirname(folder):
+        folder = os.path.dirname(folder)
+        found.append(CgroupPlan(plan.vm, plan.freezer, f"{folder}/{file}"))
+    return found
 
 
 def condition(plan: Plan, table: Mapping[int, Process] | None = None) -> Condition:
@@ -183,6 +224,9 @@ def condition(plan: Plan, table: Mapping[int, Process] | None = None) -> Conditi
         return qemu_control.condition(plan)
     if isinstance(plan, SignalPlan):
         return _condition_of_members(plan.members(process_table() if table is None else table))
+    if isinstance(plan, EnginePlan):
+        # Not what the engine says: one that was killed in a pause, or beside which the cgroup was thawed, is wrong.
+        plan = cgroup_of(plan)
     folder = os.path.dirname(plan.control)
     try:
         return _condition_v2(folder) if plan.kind == "cgroup2" else _condition_v1(folder)
@@ -237,11 +281,36 @@ def thaw(plan: Plan, table: Mapping[int, Process] | None = None) -> None:
         for member in plan.members(process_table() if table is None else table):
             send_signal(member.pid, member.start_ticks, signal.SIGCONT)
         return
+    if isinstance(plan, EnginePlan):
+        if not _unpaused(plan):
+            for group in groups_of(plan):
+                thaw(group)
+        return
     try:
         _write(plan.control, "0" if plan.kind == "cgroup2" else "THAWED")
     except OSError as error:
         if error.errno not in _REMOVED:
             raise
+
+
+def _unpaused(plan: EnginePlan) -> bool:
+    """Whether a container runs, or is gone, after its engine was asked; false: the kernel must be asked directly.
+
+    The engine first: thawed by its cgroup under a live engine a container stays paused in the engine's records, and the next
+    pause and unpause are refused.
+    """
+    try:
+        container_engine.unpause(plan)
+    except OSError:
+        # Dead, hung, or of another opinion than the kernel, as an engine that was restarted in the pause may be.
+        return condition(plan) in ("running", "gone")
+    return True
+
+
+def freeze_cgroup(plan: EnginePlan) -> None:
+    """Ask the kernel to freeze a container that its engine calls paused already. Raises OSError."""
+    cgroup = groups_of(plan)[-1]
+    _write(cgroup.control, "1" if cgroup.kind == "cgroup2" else "FROZEN")
 
 
 def _read(path: str) -> str:

@@ -1,4 +1,6 @@
-"""QEMU guests are probed and resumed side by side: one round each in a thread, so that one that hangs delays no other."""
+"""QEMU guests and containers are probed and resumed side by side: one round each in a thread, so that one whose QEMU or engine
+hangs delays no other.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +11,15 @@ from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 
 from caesura_vmcontrol import qemu_control
-from caesura_vmcontrol.plans import Condition, Plan, QemuPlan, ReplacePlan, SwapPlan
+from caesura_vmcontrol.plans import Condition, EnginePlan, Plan, QemuPlan, ReplacePlan, SwapPlan
 from caesura_vmcontrol.procfs import Process
 
 _BACK_OFF_S = 0.25  # s: the longest wait between two rounds of a VM that cannot be made to run
 _FIRST_S = 0.005
 
 VMM_PLANS = (QemuPlan, SwapPlan, ReplacePlan)
+ASKING_PLANS = (*VMM_PLANS, EnginePlan)
+"""Those whose way out asks another process, which may hang."""
 Look = Callable[[Plan, Mapping[int, Process] | None], Condition]
 Release = Callable[[Plan, Mapping[int, Process] | None], None]
 

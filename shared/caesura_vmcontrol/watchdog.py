@@ -11,7 +11,7 @@ from typing import Any, Literal, Protocol
 from caesura_vmcontrol.bounded import BoundedCalls
 from caesura_vmcontrol.intent import GuardAction, Intent, Intervention
 from caesura_vmcontrol.plans import Condition, Plan, SignalPlan, condition, thaw
-from caesura_vmcontrol.probes import VMM_PLANS, ProbeResult, QemuProbes
+from caesura_vmcontrol.probes import ASKING_PLANS, ProbeResult, QemuProbes
 from caesura_vmcontrol.procfs import Process, process_table
 
 _RETRY_S = 0.005  # s: between two looks at VMs that do not run yet
@@ -187,7 +187,7 @@ class Watchdog:
         intent = self._intent
         if intent is None or intent.fired is None:
             return
-        self._probes.demand(plan.vm for plan in intent.plans if isinstance(plan, VMM_PLANS))
+        self._probes.demand(plan.vm for plan in intent.plans if isinstance(plan, ASKING_PLANS))
         self._sweep(release_all=True)
 
     def disarm(self, operation: str) -> dict[str, Any] | None:
@@ -264,10 +264,10 @@ class Watchdog:
         if intent is None or intent.fired is None:
             return
         for plan in intent.plans:
-            if isinstance(plan, VMM_PLANS):
+            if isinstance(plan, ASKING_PLANS):
                 ended = bool(intent.fired.vms[plan.vm].end)
                 self._probes.begin(plan, pause_s=_ENFORCE_QEMU_S if ended else 0)
-        plans = [plan for plan in intent.plans if not isinstance(plan, VMM_PLANS)]
+        plans = [plan for plan in intent.plans if not isinstance(plan, ASKING_PLANS)]
         self._calls.begin_sweep()
         table = self._table(intent)
         held = {plan.vm: self._held(plan, table) for plan in plans}
@@ -305,7 +305,7 @@ class Watchdog:
 
     def _any_held(self, intent: Intent) -> bool:
         """Whether a VM of an operation that did not fire is paused, or cannot be seen to run in time."""
-        asked = {plan.vm for plan in intent.plans if isinstance(plan, VMM_PLANS)}
+        asked = {plan.vm for plan in intent.plans if isinstance(plan, ASKING_PLANS)}
         for plan in intent.plans:
             if plan.vm in asked:
                 self._probes.begin(plan, only_look=True)

@@ -133,7 +133,7 @@ def pytest_configure(config):
         "UNSTEADY, failed once and passed alone; find out why: test_it.py::test_first_time (tests)" in said
     )
     assert named == (code == 0)
-    # More than three failures are no accident, and nothing is run again.
+    # With more than three failures something is broken, and nothing is run again.
     assert ("once more, alone" in said) == (ci == "true" and bad < 3)
 
 

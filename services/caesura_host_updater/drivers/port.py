@@ -83,6 +83,8 @@ class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
     """Which digests of its memory can be taken while it is paused: `sampled_digest_equal`, and `digest_equal` if it is small enough."""
     no_digest: str = ""
     """Why none can."""
+    pause_risk: str = ""
+    """What could end the VM in a pause though everything here goes well, and what to do about that; shown in the plan."""
 
 
 class HandOver(msgspec.Struct, frozen=True, kw_only=True):

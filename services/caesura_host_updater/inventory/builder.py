@@ -70,6 +70,7 @@ def _record(
         agent=spec.agent,
         proofs=_proofs(spec, can, canary=canary),
         no_digest=can.no_digest[:1000],
+        pause_risk=can.pause_risk[:1000],
     )
 
 

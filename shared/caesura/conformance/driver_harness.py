@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 
 from caesura_host_updater.drivers.port import Driver
-from caesura_vmcontrol.plans import CgroupPlan, Plan, SignalPlan
+from caesura_vmcontrol.plans import CgroupPlan, EnginePlan, Plan, SignalPlan
 from caesura_vmcontrol.procfs import process_table
 
 
@@ -68,6 +68,8 @@ def _processes_of(plan: Plan) -> list[int]:
             pids = [int(pid) for pid in (Path(plan.control).parent / "cgroup.procs").read_text().split()]
             table = process_table()
             return sorted((pid for pid in pids if pid in table), key=lambda pid: table[pid].start_ticks)
+        case EnginePlan():
+            return [plan.pid]
         case _:
             raise NotImplementedError(
                 "override DriverHarness.processes: it says which process runs the guest"

@@ -28,7 +28,7 @@ from caesura_host_updater.drivers.port import (
     ShutdownFailed,
     SwapCapable,
 )
-from caesura_vmcontrol.plans import CgroupPlan, condition, mechanism_of, thaw
+from caesura_vmcontrol.plans import CgroupPlan, EnginePlan, condition, mechanism_of, thaw
 from caesura_vmcontrol.procfs import alive, read_process
 
 __all__ = ["DriverConformance", "DriverHarness", "DriverRuns", "freeze_deadline"]
@@ -233,6 +233,8 @@ class DriverConformance:
 def _dies_only_when_thawed(driver: Driver, vm: str) -> bool:
     """A frozen group of cgroup v1 does not even die."""
     plan = driver.resume_plan(vm)
+    if isinstance(plan, EnginePlan):
+        return plan.freezer == "cgroup1"
     return isinstance(plan, CgroupPlan) and plan.kind == "cgroup1"
 
 

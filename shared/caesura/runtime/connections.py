@@ -72,6 +72,8 @@ class Connection(asyncio.Protocol):
         self._inner = inner
         self._transport: asyncio.Transport | None = None
         self._timer: asyncio.TimerHandle | None = None
+        self._deadline: float | None = None
+        """On the loop's clock; None: its handler is responsible for the time."""
         self._requests = 0
         self._idle = False
 
@@ -97,7 +99,7 @@ class Connection(asyncio.Protocol):
         self._inner.resume_writing()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._stop()
+        self._end_timer()
         self._gate.left(self, self._inner)
         self._inner.connection_lost(exc)
 
@@ -105,7 +107,7 @@ class Connection(asyncio.Protocol):
         """The head of a request has arrived: from now on its handler is responsible for the time."""
         self._requests += 1
         self._idle = False
-        self._stop()
+        self._deadline = None
         self._gate.busy(self)
 
     def answered(self) -> None:
@@ -120,15 +122,28 @@ class Connection(asyncio.Protocol):
 
     def cut(self) -> None:
         """Close it at once; buffered output is discarded."""
-        self._stop()
+        self._end_timer()
         if self._transport is not None:
             self._transport.abort()
 
     def _wait(self, seconds: float) -> None:
-        self._stop()
-        self._timer = asyncio.get_running_loop().call_later(seconds, self.cut)
+        # A timer for each request would cost as much as its answer: one runs on, and looks at the deadline when it is due.
+        loop = self._gate.loop
+        self._deadline = loop.time() + seconds
+        if self._timer is None or self._timer.when() > self._deadline:
+            self._end_timer()
+            self._timer = loop.call_at(self._deadline, self._due)
 
-    def _stop(self) -> None:
+    def _due(self) -> None:
+        self._timer = None
+        if self._deadline is None:
+            return
+        if self._gate.loop.time() >= self._deadline:
+            self.cut()
+        else:
+            self._timer = self._gate.loop.call_at(self._deadline, self._due)
+
+    def _end_timer(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -144,6 +159,7 @@ class Gate:
 
     def __init__(self, factory: Callable[[], asyncio.Protocol], name: str, bounds: Bounds) -> None:
         self.bounds = bounds
+        self.loop = asyncio.get_running_loop()
         self.open = 0
         """Connections that were accepted and are not closed."""
         self._factory = factory

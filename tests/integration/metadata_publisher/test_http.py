@@ -455,6 +455,71 @@ async def test_with_the_bus_away_a_post_is_answered_within_a_second(scene: Scene
     scene.broker.up()
 
 
+async def raw_exchange(scene: Scene, *requests: str) -> list[tuple[str, bytes]]:
+    """Head without its date, and body, of the answers on one connection."""
+    host, port = scene.web_1.removeprefix("http://").split(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    found = []
+    try:
+        for each in requests:
+            writer.write(each.encode())
+            async with asyncio.timeout(patient(5)):
+                head = (await reader.readuntil(b"\r\n\r\n")).decode()
+                lines = sorted(line for line in head.strip().split("\r\n") if not line.startswith("Date:"))
+                assert "Date:" in head
+                size = next(
+                    (int(each.split(":")[1]) for each in lines if each.startswith("Content-Length")), 0
+                )
+                found.append(("\n".join(lines), await reader.readexactly(size)))
+    finally:
+        writer.close()
+        await writer.wait_closed()
+    return found
+
+
+async def test_a_poll_that_is_repeated_gets_the_same_answer_by_the_short_way(scene: Scene) -> None:
+    await scene.fleet.inventory()
+    await scene.fleet.document(4, event())
+    await scene.shows(4)
+    target = EVENTS + "&extended=true"  # asked for by nobody before
+    usual = f"GET {target} HTTP/1.1\r\nHost: x\r\nMetadata: True\r\n\r\n"
+    known = f'GET {target} HTTP/1.1\r\nHost: x\r\nMetadata: true\r\nIf-None-Match: "4"\r\n\r\n'
+    answers = await raw_exchange(scene, usual, usual, known, known, usual)
+    assert answers[0] == answers[1] == answers[4]
+    assert answers[2] == answers[3]
+    assert answers[2][0].startswith('ETag: "4"\nHTTP/1.1 304')
+    assert scene.publisher.answers["scheduledevents", "GET", 304] == 2
+    await scene.fleet.document(5, event("started"))
+    await scene.shows(5)
+    ((head, body),) = await raw_exchange(scene, known)
+    assert ("200 OK" in head, json.loads(body)["DocumentIncarnation"]) == (True, 5)
+
+
+@pytest.mark.parametrize(
+    ("head", "status"),
+    [
+        ("HTTP/1.1\r\nHost: x\r\n", 400),
+        ("HTTP/1.1\r\nHost: x\r\nMetadata: false\r\n", 400),
+        ("HTTP/1.1\r\nHost: x\r\nMetadata: false\r\nMetadata: true\r\n", 400),
+        ("HTTP/1.1\r\nHost: x\r\nMetadata: true\r\nX-Forwarded-For: 192.0.2.1\r\n", 400),
+        ("HTTP/1.1\r\nHost: evil.example\r\nMetadata: true\r\n", 421),
+        ("HTTP/1.1\r\nMetadata: true\r\n", 400),
+        ("HTTP/1.0\r\nMetadata: true\r\n", 200),
+        ("HTTP/1.1\r\nHost: x\r\nMetadata: TRUE\r\n", 200),
+    ],
+)
+async def test_the_short_way_serves_nothing_that_would_be_refused(
+    scene: Scene, head: str, status: int
+) -> None:
+    await scene.fleet.inventory()
+    await scene.fleet.document(4)
+    await scene.shows(4)
+    usual = f"GET {EVENTS} HTTP/1.1\r\nHost: x\r\nMetadata: true\r\n\r\n"
+    await raw_exchange(scene, usual, usual)
+    got, _, _ = await raw_answer(scene, f"GET {EVENTS} {head}\r\n".encode())
+    assert got == status
+
+
 async def test_an_etag_counts_without_its_quotes_too(scene: Scene) -> None:
     await scene.fleet.inventory()
     await scene.fleet.document(4, event())

@@ -14,8 +14,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import msgspec
@@ -58,6 +58,7 @@ def missing_tools() -> str:
     needed = {
         "dockerd": "docker.io",
         "docker": "docker.io",
+        "containerd": "containerd",
         "iptables": "iptables",
         "debootstrap": "debootstrap",
     }
@@ -77,7 +78,11 @@ class Engine:
         config: the folder that stands for ~/.docker, with the compose plugin.
     """
 
-    def __init__(self, socket: Path, config: Path) -> None:
+    def __init__(self, socket: Path, config: Path, argv: Sequence[str] = ()) -> None:
+        self.socket = socket
+        self._argv = list(argv)
+        self._log = socket.parent / "log"
+        self.daemon: subprocess.Popen[bytes] | None = None
         inherited = {
             key: value
             for key, value in os.environ.items()
@@ -88,6 +93,22 @@ class Engine:
             "DOCKER_HOST": f"unix://{socket}",
             "DOCKER_CONFIG": str(config),
         }
+
+    def start(self) -> None:
+        """Start the daemon, and wait until it answers. Raises CannotRun."""
+        with self._log.open("ab") as log:
+            daemon = self.daemon = subprocess.Popen(
+                self._argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+            )
+        _await(lambda: daemon.poll() is not None or self.run("info", check=False).code == 0, _START_S)
+        if daemon.poll() is not None or self.run("info", check=False).code != 0:
+            raise CannotRun(f"dockerd did not start:\n{self._log.read_text(errors='replace')[-_TAIL:]}")
+
+    def kill(self) -> None:
+        """Kill -9 the daemon, and wait until it is gone."""
+        assert self.daemon is not None
+        self.daemon.kill()
+        self.daemon.wait(_STOP_S)
 
     def run(
         self,
@@ -119,12 +140,15 @@ class Engine:
 
 
 @contextmanager
-def engine(cache: Path, plugin: Path) -> Iterator[Engine]:
+def engine(cache: Path, plugin: Path | None, *options: str, own_containerd: bool = False) -> Iterator[Engine]:
     """An engine while the block runs; nothing of it runs afterwards, and the machine's network is as it was.
 
     Args:
         cache: keeps its data; one engine at a time uses it.
-        plugin: the compose plugin's program.
+        plugin: the compose plugin's program; None: without.
+        options: more words for the daemon's command line.
+        own_containerd: containerd is a process of its own, as it is where systemd starts both, and outlives a daemon that is
+            killed; else the daemon's child, which dies with it.
 
     Raises:
         CannotRun: it did not start; the text has the end of its log.
@@ -135,51 +159,75 @@ def engine(cache: Path, plugin: Path) -> Iterator[Engine]:
         _no_groups_left(),
         _network_as_before(),
         tempfile.TemporaryDirectory(prefix="caesura-docker-") as name,
+        _containerd(cache, Path(name)) if own_containerd else nullcontext(),
     ):
         folder = Path(name)
         plugins = folder / "config" / "cli-plugins"
         plugins.mkdir(parents=True)
-        (plugins / "docker-compose").symlink_to(plugin)
+        if plugin is not None:
+            (plugins / "docker-compose").symlink_to(plugin)
         socket = folder / "docker.sock"
-        with (folder / "log").open("wb") as log:
-            daemon = subprocess.Popen(
-                [
-                    # Killed with us, however we end; what is left on its data is removed by the next run.
-                    *(sys.executable, "-m", "caesura.bus.pdeathsig", str(os.getpid())),
-                    _find("dockerd") or "dockerd",
-                    f"--data-root={cache / 'data'}",
-                    f"--exec-root={folder / 'exec'}",
-                    f"--pidfile={folder / 'pid'}",
-                    f"--host=unix://{socket}",
-                ],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-            )
+        argv = [
+            # Killed with us, however we end; what is left on its data is removed by the next run.
+            *(sys.executable, "-m", "caesura.bus.pdeathsig", str(os.getpid())),
+            _find("dockerd") or "dockerd",
+            f"--data-root={cache / 'data'}",
+            f"--exec-root={folder / 'exec'}",
+            f"--pidfile={folder / 'pid'}",
+            f"--host=unix://{socket}",
+            *options,
+        ]
+        if own_containerd:
+            argv.append(f"--containerd={folder / 'containerd.sock'}")
+        found = Engine(socket, folder / "config", argv)
         try:
-            found = Engine(socket, folder / "config")
-            _await(
-                lambda: daemon.poll() is not None or found.run("info", check=False).code == 0,
-                _START_S,
-            )
-            if daemon.poll() is not None or found.run("info", check=False).code != 0:
-                raise CannotRun(
-                    f"dockerd did not start:\n{(folder / 'log').read_text(errors='replace')[-_TAIL:]}"
-                )
+            found.start()
             _remove_all(found)
             try:
                 yield found
             finally:
                 _remove_all(found)
         finally:
-            daemon.send_signal(signal.SIGTERM)
-            try:
-                daemon.wait(_STOP_S)
-            except subprocess.TimeoutExpired:
-                with suppress(ProcessLookupError):
-                    os.killpg(daemon.pid, signal.SIGKILL)
-                daemon.wait(_STOP_S)
+            daemon = found.daemon
+            if daemon is not None:
+                daemon.send_signal(signal.SIGTERM)
+                try:
+                    daemon.wait(_STOP_S)
+                except subprocess.TimeoutExpired:
+                    with suppress(ProcessLookupError):
+                        os.killpg(daemon.pid, signal.SIGKILL)
+                    daemon.wait(_STOP_S)
+
+
+@contextmanager
+def _containerd(cache: Path, folder: Path) -> Iterator[None]:
+    """A containerd on a socket of its own, without the plug-in for Kubernetes."""
+    config = folder / "containerd.toml"
+    config.write_text(
+        f'version = 2\nroot = "{cache / "containerd"}"\nstate = "{folder / "containerd"}"\n'
+        'disabled_plugins = ["io.containerd.grpc.v1.cri"]\n'
+        f'[grpc]\naddress = "{folder / "containerd.sock"}"\n'
+    )
+    with (folder / "containerd.log").open("wb") as log:
+        process = subprocess.Popen(
+            [
+                *(sys.executable, "-m", "caesura.bus.pdeathsig", str(os.getpid())),
+                *(_find("containerd") or "containerd", "--config", str(config)),
+            ],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+    try:
+        yield
+    finally:
+        process.terminate()
+        try:
+            process.wait(_STOP_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait(_STOP_S)
 
 
 def _remove_all(found: Engine) -> None:

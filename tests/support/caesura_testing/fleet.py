@@ -161,7 +161,7 @@ class Fleet:
             # Refused while a host still owes its report (it tells it when it is back on the bus), and when what was read is over.
             resumed += self.caesura("resume", rollout, "--detach")[0] == 0
             if time.monotonic() - begun > patient(180.0):
-                raise Waited(f"not within 180 s: {rollout} goes on; it is {state}")
+                raise Waited(f"not within 180 s: {rollout} continues; it is {state}")
             state = self.ended(rollout)
         if state["status"] != "completed":
             raise Waited(f"rollout {rollout} completes; it is {state['status']}: {state['reason']}")

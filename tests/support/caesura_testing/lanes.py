@@ -54,7 +54,9 @@ LANES = {
     "e2e": Lane(
         "tests/e2e: the installed commands as processes, faults included",
         "pytest -q tests/e2e "
-        + " ".join(f"--ignore tests/e2e/{name}" for name in (*_JOURNEYS, "compose", "soak")),
+        + " ".join(
+            f"--ignore tests/e2e/{name}" for name in (*_JOURNEYS, "clients", "compose", "containers", "soak")
+        ),
     ),
     "journeys": Lane(
         f"tests/e2e/{{{','.join(_JOURNEYS)}}}: what people see and type, and QEMU guests",
@@ -89,10 +91,29 @@ LANES = {
         "pytest -q tests/integration",
     ),
     "compose": Lane(
-        "tests/e2e/compose: docker compose up, with an engine of its own and stand-in images (root; minutes)",
+        "tests/e2e/{containers,compose}: containers as VMs; docker compose up; engines of their own, stand-in images (root; minutes)",
         """
         why=$(python -m caesura_testing.containers) || { echo "SKIPPED: $why"; exit 77; }
+        pytest -q tests/e2e/containers
         pytest -q -s tests/e2e/compose
+        """,
+    ),
+    "clients": Lane(
+        "tests/e2e/clients: clients of Azure's metadata, unmodified, at 169.254.169.254 in a network namespace (npm, resource-agents)",
+        """
+        agent=/usr/lib/ocf/resource.d/heartbeat/azure-events-az
+        command -v npm >/dev/null 2>&1 || { echo "SKIPPED: npm is not installed (on Debian: apt-get install npm)"; exit 77; }
+        [ -e "$agent" ] || { echo "SKIPPED: $agent is missing (on Debian: apt-get install resource-agents)"; exit 77; }
+        apart="unshare -Urn"
+        $apart true 2>/dev/null || apart="unshare -n"
+        $apart true 2>/dev/null || { echo "SKIPPED: neither user nor network namespaces are allowed here"; exit 77; }
+        rm -rf .lanes/clients
+        mkdir -p .lanes/clients
+        "$UV" venv --quiet --python python3 .lanes/clients/venv
+        "$UV" export --quiet --locked --only-group clients --no-emit-project --format requirements-txt >.lanes/clients/requirements.txt
+        VIRTUAL_ENV=$PWD/.lanes/clients/venv "$UV" pip install --quiet -r .lanes/clients/requirements.txt
+        (cd tests/e2e/clients/node && npm ci --no-audit --no-fund --loglevel=error)
+        $apart sh -euc 'ip link set lo up; ip addr add 169.254.169.254/32 dev lo; exec pytest -q tests/e2e/clients'
         """,
     ),
     "asyncapi": Lane(

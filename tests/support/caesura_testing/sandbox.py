@@ -240,6 +240,32 @@ class Sandbox:
         }
         self._host(name, table, vms, settings)
 
+    def container_host(
+        self, name: str, socket: str, containers: Mapping[str, tuple[str, str, int]], **settings: str
+    ) -> None:
+        """Describe a host updater whose VMs are containers that run already.
+
+        Args:
+            socket: the engine's.
+            containers: VM to the container's name, its set and its update domain.
+        """
+        table = {
+            "host": name,
+            "driver": "container",
+            "container": {"socket": socket},
+            "vm": [
+                {
+                    "name": vm,
+                    "set": group,
+                    "update_domain": domain,
+                    "container": {"name": container},
+                }
+                for vm, (container, group, domain) in containers.items()
+            ],
+        }
+        vms = [Vm(name=vm, set=group, update_domain=domain) for vm, (_, group, domain) in containers.items()]
+        self._host(name, table, vms, settings)
+
     def _ram_folder(self) -> Path:
         if self._ram is None:
             self._ram = Path(tempfile.mkdtemp(prefix="caesura-e2e-", dir="/dev/shm"))

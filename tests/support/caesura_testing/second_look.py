@@ -18,7 +18,7 @@ import pytest
 UNSTEADY = "CAESURA_TEST_UNSTEADY"
 """The file to which the names of unsteady tests are added; without it no test gets a second look."""
 MOST = 3
-"""More failures than this are no accident."""
+"""With more failures than this something is broken."""
 
 
 class SecondLook:

@@ -221,6 +221,21 @@ def test_a_reboot_is_given_the_time_of_the_slowest_host_and_no_pause(
     assert {vm.method for wave in plan.waves for vm in wave.vms} == {"reboot"}
 
 
+def test_what_could_end_a_vm_in_its_pause_is_said_in_the_plan(
+    build: Build, host: Host, fleet: MakeFleet
+) -> None:
+    kernel = m.UpdateRecord(update="kernel", impact="reboot", scope="host", expected_s=60, timeout_s=600)
+    patch = m.UpdateRecord(update="patch", impact="pause", scope="host", expected_s=1, timeout_s=9)
+    able = build(
+        "w1", methods=("live", "freeze", "reboot"), methods_missing={}, pause_risk="live-restore is off"
+    )
+    one = fleet(host("h1", able, updates=(patch, kernel)))
+    (vm,) = _plan(one, "patch").waves[0].vms
+    assert vm.reason.endswith("every VM of the host pauses; live-restore is off")
+    (vm,) = _plan(one, "kernel", allow_reboot=True).waves[0].vms
+    assert vm.reason == "the update needs a reboot"
+
+
 def test_an_update_without_impact_is_live(build: Build, host: Host, fleet: MakeFleet) -> None:
     quiet = m.UpdateRecord(update="agent", impact="none", scope="host", expected_s=1, timeout_s=9)
     plan = _plan(fleet(host("h1", build("w1"), updates=(quiet,))), "agent")

@@ -48,7 +48,7 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Install:
 
 
 def test_ours_are_installed_and_each_can_be_loaded() -> None:
-    assert installed_drivers() == ("process", "qemu")
+    assert installed_drivers() == ("container", "process", "qemu")
     for name in installed_drivers():
         plugin = load_plugin(name)
         assert plugin.name == name
@@ -57,7 +57,7 @@ def test_ours_are_installed_and_each_can_be_loaded() -> None:
 
 def test_every_plan_of_the_guard_has_a_mechanism_and_nothing_else_has() -> None:
     assert {kind.__name__ for kind in get_args(Plan)} == {
-        "CgroupPlan", "SignalPlan", "QemuPlan", "SwapPlan", "ReplacePlan",
+        "CgroupPlan", "SignalPlan", "EnginePlan", "QemuPlan", "SwapPlan", "ReplacePlan",
     }  # fmt: skip
     vmm = {"pid": 2, "start_ticks": 1, "qmp": "/q"}
     swap = {"vm": "a", "kind": "swap", "old": vmm, "new": {**vmm, "pid": 3}, "claims": "/c"}
@@ -71,7 +71,12 @@ def test_every_plan_of_the_guard_has_a_mechanism_and_nothing_else_has() -> None:
     ]
     found += [mechanism_of(SignalPlan("a", 2, 1))]
     found += [mechanism_of(CgroupPlan("a", "cgroup2", "/sys/fs/cgroup/x/cgroup.freeze"))]
-    assert found == ["qmp", "qmp", "qmp", "signal", "cgroup"]
+    engine = {
+        "vm": "a", "kind": "engine", "socket": "/s", "container": "0a" * 32, "pid": 2, "start_ticks": 1, "freezer": "cgroup2",
+        "control": "/sys/fs/cgroup/x/cgroup.freeze",
+    }  # fmt: skip
+    found += [mechanism_of(plan_from_json(engine))]
+    assert found == ["qmp", "qmp", "qmp", "signal", "cgroup", "engine"]
     assert set(found) == set(MECHANISMS)
     assert mechanism_of({"vm": "a", "kind": "signal"}) is None
 
@@ -80,7 +85,7 @@ async def test_a_plug_in_reads_its_part_of_the_host_file_and_makes_its_driver(
     install: Install, tmp_path: Path
 ) -> None:
     install("example", EXAMPLE)
-    assert installed_drivers() == ("example", "process", "qemu")
+    assert installed_drivers() == ("container", "example", "process", "qemu")
     file = parse_host_file(f"{FILE}[example]\nstop_s = 3\n", "host.toml")
     (vm,) = file.vm
     assert isinstance(vm, ExampleVm)
@@ -124,7 +129,7 @@ async def test_a_plug_in_reads_its_part_of_the_host_file_and_makes_its_driver(
         ),
         (
             FILE.replace('"example"', '"exemple"'),
-            "there is no driver 'exemple': write 'example', 'process' or 'qemu' - at `$.driver`",
+            "there is no driver 'exemple': write 'container', 'example', 'process' or 'qemu' - at `$.driver`",
         ),
     ],
 )
@@ -166,7 +171,7 @@ class Bad(ExamplePlugin):
 """
 _HTTP = (
     "it has VMs resumed by 'http'; the pause guard, which resumes VMs when the host updater is dead, "
-    "knows 'signal', 'cgroup', 'qmp'"
+    "knows 'signal', 'cgroup', 'qmp', 'engine'"
 )
 
 
@@ -223,7 +228,9 @@ def test_a_driver_that_cannot_be_used_is_refused_by_name(install: Install, code:
 
 
 def test_a_driver_that_is_not_installed_is_refused_with_what_is() -> None:
-    with pytest.raises(DriverUnusable, match="'magic' is not installed; installed: 'process' and 'qemu'"):
+    with pytest.raises(
+        DriverUnusable, match="'magic' is not installed; installed: 'container' and 'process' and 'qemu'"
+    ):
         load_plugin("magic")
 
 

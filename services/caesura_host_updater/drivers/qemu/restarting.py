@@ -77,7 +77,13 @@ class Restarter:
         except OSError as error:
             self.down.discard(vm)
             raise ShutdownFailed(vm, f"it was not asked: the request cannot be noted: {error}") from error
-        how = await self._ask(guest, run, by)
+        try:
+            how = await self._ask(guest, run, by)
+        except ShutdownFailed:
+            # Its QEMU may not have answered because it was ending: the guest was faster than the request.
+            if not await self._ended_by(guest, run, min(by, time.monotonic() + _QUIT_S)):
+                raise
+            how = "itself"
         if not await self._ended_by(guest, run, by):
             raise ShutdownFailed(vm, f"its guest was asked by {how} and runs on; it was not killed")
         await self._supervisor.end(guest, run)

@@ -52,6 +52,8 @@ class VmRecord(Record, frozen=True, kw_only=True):
     updater does not say."""
     no_digest: Text = ""
     """Why the host cannot take a digest of its memory; empty if it can."""
+    pause_risk: Text = ""
+    """What could end it in a pause though its host does everything right, and what to do about that; empty: nothing that is known."""
 
 
 VmmChange = Literal["", "beside", "instead"]

@@ -1,0 +1,1 @@
+"""The ``container`` driver: Docker and Podman containers, paused and resumed through their engine."""

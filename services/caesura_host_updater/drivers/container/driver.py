@@ -1,0 +1,454 @@
+"""The ``container`` driver: the port's verbs over containers of Docker or Podman.
+
+The engine pauses and resumes, the kernel's freezer is the witness. A container that runs is known by its first process, which is
+watched; what the engine says of one that does not is asked again every second.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Literal
+
+import structlog
+
+from caesura.contract.messages import Method, VmState
+from caesura.runtime.threads import in_thread, in_thread_to_its_end
+from caesura_host_updater.drivers.container.cgroup import NoFreezer, read_freezer
+from caesura_host_updater.drivers.container.definition import (
+    NO_LIVE_RESTORE,
+    ContainerOptions,
+    ContainerVm,
+    EngineFacts,
+    Inspected,
+    engine_facts,
+    inspected,
+)
+from caesura_host_updater.drivers.port import (
+    Capabilities,
+    DriverError,
+    FreezeFailed,
+    NotPossible,
+    NotRunningYet,
+)
+from caesura_host_updater.spawn import ExitWatch
+from caesura_vmcontrol import container_engine
+from caesura_vmcontrol.container_engine import EngineRefused
+from caesura_vmcontrol.plans import Condition, EnginePlan, condition, freeze_cgroup, plan_to_json, thaw
+from caesura_vmcontrol.procfs import alive, boot_id, read_process
+
+_ASK_S = 2.0  # s: for what the engine knows; it takes milliseconds
+_START_S = 20.0  # s: to start a container
+_STOP_S = 10  # s: between SIGTERM and SIGKILL when a container is stopped with the host updater
+_NOTICE_S = 10.0  # s: for an engine to notice that a container's first process has ended
+_LOOK_S = 1.0  # s: between two looks at containers that do not run, and at the engine
+_STEP_S = 0.002  # s: between two looks at a container that is to be paused or to run
+_LATE_S = 600.0
+"""s: how long a pause that an engine did not answer is looked for: a request that it had accepted may take effect later."""
+_STATES: dict[Condition, VmState] = {
+    "running": "running",
+    "held": "paused",
+    "frozen": "paused",
+    "gone": "stopped",
+}
+_MISSING: Mapping[str, str] = {
+    "swap": "there is no second process that could take a container over",
+    "replace": "a container cannot be saved to a file and started again",
+    "reboot": "the container driver does not restart containers for an update: recreate them by what made them",
+}
+PAUSED_BEFORE = "it was paused by somebody else before anything was done: resume it with `docker unpause`"
+
+_log = structlog.get_logger("caesura.driver")
+
+
+class ContainerDriver:
+    """See the module.
+
+    Args:
+        specs: the VMs of the host file, and those that were discovered.
+        options: the host file's table ``[container]``.
+        state_dir: where run files live.
+    """
+
+    name = "container"
+
+    def __init__(self, specs: tuple[ContainerVm, ...], options: ContainerOptions, state_dir: Path) -> None:
+        self._specs = {spec.name: spec for spec in specs}
+        self._options = options
+        self._socket = str(Path(options.socket))
+        self._folder = state_dir / "vms"
+        self._runs: dict[str, EnginePlan] = {}
+        """Containers that run, paused or not."""
+        self._watches: dict[str, ExitWatch] = {}
+        self._why: dict[str, str] = {}
+        """Why a container does not run, or cannot be paused."""
+        self._left: dict[str, str] = {}
+        self._resuming: dict[str, asyncio.Future[Literal["running", "gone"]]] = {}
+        self._late: dict[str, float] = {}
+        """Containers with a pause that the engine did not answer, to the instant until which it is looked for."""
+        self._late_lock = threading.Lock()
+        self._engine_error = "it was not asked yet"
+        self._engine = EngineFacts()
+        self._change = asyncio.Event()
+        self._looking: asyncio.Task[None] | None = None
+
+    # -- life ---------------------------------------------------------------------------------------------
+
+    async def open(self) -> None:
+        """Find the containers that run, start those of the host file that do not."""
+        await in_thread("state folder", lambda: self._folder.mkdir(parents=True, exist_ok=True, mode=0o700))
+        await self._ask_engine()
+        await asyncio.gather(*(self._open(spec) for spec in self._specs.values()))
+        self._change.clear()  # what is found at the start has not changed
+        self._looking = asyncio.create_task(self._look(), name="look at containers")
+
+    async def _open(self, spec: ContainerVm) -> None:
+        try:
+            await self._find(spec)
+            if spec.name not in self._runs and self._options.start and not spec.found:
+                await self._start(spec)
+        except DriverError as error:
+            self._why[spec.name] = error.why
+            _log.error("vm.not_started", vm=spec.name, why=error.why)
+
+    async def _start(self, spec: ContainerVm) -> None:
+        """Start it when the engine has noticed that it ended. Raises DriverError."""
+        until = time.monotonic() + _NOTICE_S
+        while (found := await self._inspect(spec)).running:
+            if read_process(found.pid) is not None:
+                return  # it runs, and cannot be paused: `_why` says so
+            if time.monotonic() >= until:
+                raise DriverError(spec.name, "its engine does not notice that it has ended")
+            await asyncio.sleep(_STEP_S * 10)
+        try:
+            await in_thread(
+                f"start {spec.name}", lambda: self._call("POST", spec.container_name, "/start", _START_S)
+            )
+        except OSError as error:
+            raise DriverError(spec.name, f"cannot be started: {error}") from error
+        await self._find(spec)
+        _log.info("vm.started", vm=spec.name, container=spec.container_name)
+
+    async def _find(self, spec: ContainerVm) -> None:
+        """Attach it if it runs; else ``_why`` says what it does. Raises DriverError."""
+        vm, found = spec.name, await self._inspect(spec)
+        if not found.running or not found.pid:
+            self._why[vm] = (
+                f"container {spec.container_name} is {found.status or 'not running'}"
+                f"{f' with exit code {found.exit_code}' if found.status == 'exited' else ''}"
+            )
+            return
+        try:
+            plan = await in_thread(f"look at {vm}", lambda: self._plan(vm, found))
+        except (OSError, NoFreezer) as error:
+            self._why[vm] = str(error)
+            return
+        if plan is not None:
+            self._attach(plan)
+
+    def _plan(self, vm: str, found: Inspected) -> EnginePlan | None:
+        """How it is resumed; None: its first process has ended. Blocking. Raises OSError, NoFreezer."""
+        process = read_process(found.pid)
+        if process is None or not alive(found.pid, process.start_ticks):
+            return None
+        freezer, control = read_freezer(found.pid)
+        plan = EnginePlan(vm, self._socket, found.container, found.pid, process.start_ticks, freezer, control)
+        part = self._folder / f"{vm}.container.part"
+        part.write_text(json.dumps({**plan_to_json(plan), "boot_id": boot_id()}))
+        part.replace(self._folder / f"{vm}.container.json")
+        return plan
+
+    def _attach(self, plan: EnginePlan) -> None:
+        vm = plan.vm
+        try:
+            watch = ExitWatch(plan.pid, lambda: self._ended(vm))
+        except ProcessLookupError:
+            return
+        if not alive(plan.pid, plan.start_ticks):
+            watch.close()
+            return
+        self._runs[vm], self._watches[vm] = plan, watch
+        self._why.pop(vm, None)
+        self._change.set()
+        _log.info("vm.adopted", vm=vm, pid=plan.pid, container=plan.container[:12], freezer=plan.freezer)
+
+    def _ended(self, vm: str) -> None:
+        self._runs.pop(vm, None)
+        self._watches.pop(vm, None)
+        self._left.pop(vm, None)
+        self._why[vm] = "its first process has ended"
+        self._change.set()
+        _log.warning("vm.ended", vm=vm)
+
+    async def changed(self) -> None:
+        """Wait until a container ended, or was started again."""
+        await self._change.wait()
+        self._change.clear()
+
+    async def close(self, *, stop_vms: bool) -> None:
+        """Stop watching; with ``stop_vms``, have the engine stop the containers of the host file."""
+        if self._looking is not None:
+            self._looking.cancel()
+            await asyncio.gather(self._looking, return_exceptions=True)
+        for watch in self._watches.values():
+            watch.close()
+        self._watches.clear()
+        if stop_vms:
+            named = [spec for spec in self._specs.values() if spec.name in self._runs and not spec.found]
+            await asyncio.gather(*(self._stop(spec) for spec in named))
+
+    async def _stop(self, spec: ContainerVm) -> None:
+        plan = self._runs.pop(spec.name)
+
+        def stop() -> None:
+            with suppress(OSError):
+                thaw(plan)
+            with suppress(OSError):
+                self._call("POST", plan.container, f"/stop?t={_STOP_S}", _STOP_S + _ASK_S)
+            (self._folder / f"{spec.name}.container.json").unlink(missing_ok=True)
+
+        await in_thread(f"stop {spec.name}", stop)
+
+    async def _look(self) -> None:
+        """Ask the engine again about what does not run, and undo a pause that came late."""
+        while True:
+            await asyncio.sleep(_LOOK_S)
+            before = self._engine_error
+            await self._ask_engine()
+            if self._engine_error != before:
+                self._change.set()
+            for spec in self._specs.values():
+                if spec.name not in self._runs and not self._engine_error:
+                    with suppress(DriverError):
+                        await self._find(spec)
+            for vm in [vm for vm, until in self._late.items() if time.monotonic() > until]:
+                del self._late[vm]
+            for vm in list(self._late):
+                await self._undo_late(vm)
+
+    async def _undo_late(self, vm: str) -> None:
+        plan = self._runs.get(vm)
+        if plan is None:
+            return
+
+        def undo() -> bool:
+            with self._late_lock:
+                # A new pause of ours may have begun since.
+                if vm not in self._late or condition(plan) in ("running", "gone"):
+                    return False
+                thaw(plan)
+                return True
+
+        with suppress(OSError):
+            if await in_thread(f"resume {vm}", undo):
+                _log.error("vm.paused_late", vm=vm, hint="the engine carried out a pause that had failed")
+
+    # -- the engine ---------------------------------------------------------------------------------------
+
+    def _call(self, method: str, container: str, what: str, timeout_s: float) -> object:
+        return container_engine.call(self._socket, method, f"/containers/{container}{what}", timeout_s)
+
+    async def _inspect(self, spec: ContainerVm) -> Inspected:
+        try:
+            return await in_thread(f"inspect {spec.name}", lambda: self._inspected(spec.container_name))
+        except EngineRefused as error:
+            if error.status == 404:
+                raise DriverError(spec.name, f"there is no container {spec.container_name}") from error
+            raise DriverError(spec.name, str(error)) from error
+        except (OSError, ValueError) as error:
+            raise DriverError(spec.name, str(error)) from error
+
+    def _inspected(self, container: str) -> Inspected:
+        return inspected(self._call("GET", container, "/json", _ASK_S))
+
+    async def _ask_engine(self) -> None:
+        """Whether it is there, and which one it is."""
+
+        def ask() -> EngineFacts:
+            if self._engine.version:
+                container_engine.request(self._socket, "GET", "/_ping", _ASK_S)
+                return self._engine
+            version = container_engine.call(self._socket, "GET", "/version", _ASK_S)
+            return engine_facts(version, container_engine.call(self._socket, "GET", "/info", _ASK_S))
+
+        try:
+            facts = await in_thread("ask the engine", ask)
+        except OSError as error:
+            # It may be another one, or otherwise configured, when it is back.
+            self._engine_error, self._engine = str(error), EngineFacts()
+            return
+        self._engine_error = ""
+        if facts != self._engine:
+            self._engine = facts
+            if not facts.survives:
+                _log.warning("engine.without_live_restore", engine=facts.name, hint=NO_LIVE_RESTORE)
+
+    def detail(self) -> str:
+        """The engine and the freezers; what must be known before a pause."""
+        freezers = sorted({plan.freezer for plan in self._runs.values()})
+        text = (
+            f"{self._engine.name} {self._engine.version}"
+            if self._engine.version
+            else "no answer of the engine"
+        )
+        text = f"{text}, {' and '.join(freezers)}" if freezers else text
+        return text if self._engine.survives or not self._engine.version else f"{text}; {NO_LIVE_RESTORE}"
+
+    def ping(self) -> str:
+        """Names containers that do not run, and an engine that does not answer."""
+        down = [f"{vm} ({self.health_error(vm)})" for vm in self._specs if vm not in self._runs]
+        parts = [f"not running: {', '.join(down)}" if down else "", self._engine_error]
+        return "; ".join(filter(None, parts))
+
+    def health_error(self, vm: str) -> str:
+        """Why a container does not run, or who has paused it."""
+        return self._left.get(vm, "") or ("" if vm in self._runs else self._why.get(vm, "it is not running"))
+
+    def capabilities(self, vm: str) -> Capabilities:  # noqa: ARG002 - the same for every container
+        """Freeze, while the engine answers."""
+        missing = dict(_MISSING)
+        if self._engine_error:
+            missing["freeze"] = self._engine_error
+        methods: tuple[Method, ...] = ("live",) if self._engine_error else ("live", "freeze")
+        return Capabilities(
+            methods=methods,
+            missing=missing,
+            clock="simulated",
+            no_digest="is a container, whose memory is not read from outside",
+            pause_risk="" if self._engine.survives or not self._engine.version else NO_LIVE_RESTORE,
+        )
+
+    def process_of(self, vm: str) -> str:
+        """``container 0123456789ab (pid 4711)``."""
+        plan = self._runs.get(vm)
+        return f"container {plan.container[:12]} (pid {plan.pid})" if plan is not None else ""
+
+    # -- states -------------------------------------------------------------------------------------------
+
+    async def read_states(self) -> Mapping[str, VmState]:
+        """From the kernel, in a thread."""
+        return await in_thread("states", self._states)
+
+    def _states(self) -> Mapping[str, VmState]:
+        found: dict[str, VmState] = dict.fromkeys(self._specs, "stopped")
+        for vm, plan in dict(self._runs).items():
+            try:
+                found[vm] = _STATES[condition(plan)]
+            except OSError:
+                found[vm] = "unknown"
+            if found[vm] == "running":
+                self._left.pop(vm, None)
+        return found
+
+    # -- freezing -----------------------------------------------------------------------------------------
+
+    async def prepare(self, vm: str, operation: str, method: Method, binary: str) -> None:  # noqa: ARG002 - the port's
+        """Nothing to get ready for a freeze; anything else is not possible."""
+        if method in _MISSING:
+            raise NotPossible(vm, _MISSING[method])
+
+    async def release(self, vm: str) -> None:
+        """Nothing was prepared."""
+
+    def resume_plan(self, vm: str) -> EnginePlan:
+        """Through the engine, and by the cgroup when that is dead."""
+        plan = self._runs.get(vm)
+        if plan is None:
+            raise DriverError(vm, self.health_error(vm))
+        return plan
+
+    async def freeze(self, vm: str, by: float) -> None:
+        """Have the engine pause it, then look until the kernel says that it is frozen."""
+        plan = self._runs.get(vm)
+        if plan is None:
+            raise FreezeFailed(vm, "is not running")
+        self._left.pop(vm, None)
+        await in_thread_to_its_end(f"freeze {vm}", lambda stop: self._freeze(plan, by, stop))
+
+    def _freeze(self, plan: EnginePlan, by: float, stop: threading.Event) -> None:
+        vm = plan.vm
+        with self._late_lock:
+            self._late.pop(vm, None)
+        try:
+            state = condition(plan)
+            if state == "gone":
+                raise FreezeFailed(vm, "has ended")
+            if state != "running":
+                self._left[vm] = PAUSED_BEFORE
+                raise FreezeFailed(vm, PAUSED_BEFORE)
+            # Asked first: a request to an engine that hangs would be carried out whenever that wakes up.
+            found = inspected(self._call("GET", plan.container, "/json", _until(by, _ASK_S)))
+            if found.pid != plan.pid:
+                raise FreezeFailed(vm, "is not the container that it was: it has ended, or was started again")
+            if stop.is_set() or time.monotonic() >= by:
+                raise FreezeFailed(vm, "it was too late to freeze it")
+            if found.paused:
+                # The engine is wrong: its container was resumed by the cgroup while it was away. Frozen as the engine
+                # has it, it can be resumed through it again.
+                freeze_cgroup(plan)
+            else:
+                self._pause(plan, by)
+            while (state := condition(plan)) != "frozen":
+                if state == "gone":
+                    raise FreezeFailed(vm, "ended while it was being frozen")
+                if stop.is_set() or time.monotonic() >= by:
+                    raise FreezeFailed(vm, f"is not frozen in time: the kernel says {state}")
+                time.sleep(_STEP_S)
+        except (OSError, ValueError) as error:
+            raise FreezeFailed(vm, str(error)) from error
+
+    def _pause(self, plan: EnginePlan, by: float) -> None:
+        try:
+            self._call("POST", plan.container, "/pause", _until(by, _ASK_S))
+        except EngineRefused:
+            raise
+        except OSError:
+            self._late[plan.vm] = time.monotonic() + _LATE_S
+            raise
+
+    def why_left(self, vm: str) -> str:
+        """That somebody else paused it."""
+        return self._left.get(vm, "")
+
+    async def resume(self, vm: str, timeout_s: float) -> Literal["running", "gone", "left"]:
+        """Through the engine, or by the cgroup when that is dead or hangs; then the kernel must say that it runs."""
+        if vm in self._left:
+            return "left"
+        # One try at a time: while the engine keeps one waiting, no further request is sent after it.
+        trying = self._resuming.get(vm)
+        if trying is None or trying.done():
+            trying = asyncio.ensure_future(in_thread(f"resume {vm}", lambda: self._resume(vm, timeout_s)))
+            self._resuming[vm] = trying
+        done, _ = await asyncio.wait([trying], timeout=timeout_s)
+        if not done:
+            raise NotRunningYet(
+                vm, f"neither the engine nor the kernel has resumed it within {timeout_s:g} s"
+            )
+        self._resuming.pop(vm, None)
+        return trying.result()
+
+    def _resume(self, vm: str, timeout_s: float) -> Literal["running", "gone"]:
+        plan = self._runs.get(vm)
+        if plan is None:
+            return "gone"
+        until = time.monotonic() + timeout_s
+        try:
+            while (state := condition(plan)) not in ("running", "gone"):
+                if time.monotonic() >= until:
+                    raise NotRunningYet(vm, f"the kernel says {state} after {timeout_s:.2f} s")
+                thaw(plan)
+                if condition(plan) != "running":
+                    time.sleep(_STEP_S)
+        except OSError as error:
+            raise NotRunningYet(vm, str(error)) from error
+        return "running" if state == "running" and vm in self._runs else "gone"
+
+
+def _until(by: float, most_s: float) -> float:
+    """Seconds until an instant of CLOCK_MONOTONIC, ``most_s`` at most."""
+    return max(0.001, min(by - time.monotonic(), most_s))

@@ -12,6 +12,7 @@ from aiohttp import web
 
 from caesura.bus.port import Bus, Delivery
 from caesura.runtime.health import serve_requests
+from caesura_metadata_publisher.api_versions import EventsVersion
 from caesura_metadata_publisher.http import metadata_handler, refusal
 from caesura_metadata_publisher.listeners import Listener
 from caesura_metadata_publisher.request import ApproveEvents, HttpResponse, Request
@@ -79,6 +80,9 @@ class WitnessedPublisher(MetadataPublisher):
             self._witness.changed()
 
         await self._bus.run(deliver, self.publish_state)
+
+    def polled(self, vm: str, version: EventsVersion) -> None:
+        """No short way for polls: every answer passes the witness."""
 
     async def answer(self, listener: Listener, request: Request) -> HttpResponse:
         """As in the publisher."""

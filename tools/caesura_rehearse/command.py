@@ -18,6 +18,8 @@ from caesura_ctl.durations import DURATION, Duration
 from caesura_ctl.name_params import NAME
 from caesura_ctl.options import Commands, fail, print_json
 from caesura_rehearse.expectations import WORDS, BadExpectation, parse_expectation
+from caesura_rehearse.faults import WORDS as FAULT_WORDS
+from caesura_rehearse.faults import BadFault, parse_fault
 from caesura_rehearse.order_commands import ORDER_COMMANDS
 from caesura_rehearse.orders import EVENT_NAMES, MAX_PAUSE_S, Order
 
@@ -87,6 +89,19 @@ class ExpectationParam(click.ParamType[Any]):
         try:
             return parse_expectation(str(value))
         except BadExpectation as error:
+            self.fail(str(error), param, ctx)
+
+
+class FaultParam(click.ParamType[Any]):
+    """A click parameter: a fault of the metadata API."""
+
+    name = "fault"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The fault; fails the command line if it is none."""
+        try:
+            return parse_fault(str(value))
+        except BadFault as error:
             self.fail(str(error), param, ctx)
 
 
@@ -163,6 +178,14 @@ class ExpectationParam(click.ParamType[Any]):
     "--address",
     metavar="ADDRESS[:PORT]",
     help="Serve the metadata here, on port 80 if none is given; loopback gets the address if nothing has it (root).",
+)
+@click.option(
+    "--fault",
+    "faults",
+    type=FaultParam(),
+    multiple=True,
+    metavar="WHAT",
+    help=f"What requests for the document meet: {FAULT_WORDS}. May be given several times, one after the other.",
 )
 @click.option(
     "--control",
@@ -275,6 +298,7 @@ def _run_options(context: click.Context, *, as_json: bool, options: dict[str, An
         netns=options["netns"],
         publish=options["publish"],
         address=with_port(options["address"]) if options["address"] else "",
+        faults=tuple(options["faults"]),
         control=options["control"],
         own_stdout=as_json,
     )

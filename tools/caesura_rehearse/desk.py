@@ -17,6 +17,7 @@ from caesura_host_updater.drivers.process.freezers import Freezer, choose_freeze
 from caesura_rehearse.durations import seconds_in
 from caesura_rehearse.engine import Engine, UnknownEvent
 from caesura_rehearse.expectations import parse_expectation
+from caesura_rehearse.faults import parse_fault
 from caesura_rehearse.observations import EventRecord
 from caesura_rehearse.orders import order_from
 from caesura_rehearse.report import text_lines
@@ -77,6 +78,12 @@ class ExpectArguments(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     expectations: tuple[str, ...]
 
 
+class FaultArguments(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Of ``fault``."""
+
+    fault: str
+
+
 class Desk:
     """The calls that need no program; each has a method of its name."""
 
@@ -108,6 +115,10 @@ class Desk:
                 return await self._wait(msgspec.convert(arguments, WaitArguments))
             case "expect":
                 return await self._expect(msgspec.convert(arguments, ExpectArguments))
+            case "fault":
+                return self._engine.faults.add(parse_fault(msgspec.convert(arguments, FaultArguments).fault))
+            case "no_faults":
+                return self._engine.faults.clear()
             case "state":
                 return self._engine.report()
             case "text":

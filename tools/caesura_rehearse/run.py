@@ -21,6 +21,7 @@ from caesura_rehearse.control import serve_control
 from caesura_rehearse.desk import Desk
 from caesura_rehearse.engine import Engine, Slot, rehearsal
 from caesura_rehearse.expectations import Expectation
+from caesura_rehearse.faults import Fault
 from caesura_rehearse.namespace import URL, NoNamespace, open_door, published, way_in
 from caesura_rehearse.observations import EventRecord
 from caesura_rehearse.orders import Order
@@ -52,6 +53,8 @@ class RunOptions(msgspec.Struct, frozen=True, kw_only=True):
     """Ports of 127.0.0.1 that lead into that network."""
     address: str = ""
     """Where the metadata API listens, ``ADDRESS:PORT``; empty: a free port of 127.0.0.1."""
+    faults: tuple[Fault, ...] = ()
+    """Of the metadata API."""
     control: Path | None = None
     """The file for address and token of the control API; None: one in the user's runtime folder."""
     quiet: bool = False
@@ -124,6 +127,8 @@ class Rehearse:
         options = self._options
         if options.address:
             await engine.enter(local_address(options.address))
+        for fault in options.faults:
+            engine.faults.add(fault)
         slot = await engine.add_vm(options.vm, options.set, 0, options.address or "127.0.0.1:0")
         outside = slot.url
         target = await self._attach(engine, slot, folder)

@@ -15,7 +15,8 @@ from caesura.runtime.identity import new_id
 from caesura_testing.containers import Engine, default_cache, engine, missing_tools
 
 IMAGE = "caesura-test-shell"
-WORKLOAD = "trap 'exit 0' TERM; while :; do sleep 0.05; done"
+WORKLOAD = "trap 'exit 0' TERM; n=0; while [ $n -lt 20000 ]; do sleep 0.05; n=$((n + 1)); done"
+"""It ends by itself: with live-restore it outlives tests that are killed."""
 
 
 def rootfs() -> bytes:

@@ -197,6 +197,9 @@ def engine(cache: Path, plugin: Path | None, *options: str, own_containerd: bool
                     with suppress(ProcessLookupError):
                         os.killpg(daemon.pid, signal.SIGKILL)
                     daemon.wait(_STOP_S)
+            # dockerd binds its data folder to itself, and leaves that with live-restore.
+            while _is_mounted(cache / "data"):
+                _tool("umount", str(cache / "data"))
 
 
 @contextmanager
@@ -228,6 +231,12 @@ def _containerd(cache: Path, folder: Path) -> Iterator[None]:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait(_STOP_S)
+
+
+def _is_mounted(folder: Path) -> bool:
+    """Also for a folder that is bound to itself, which ``is_mount`` does not see."""
+    lines = Path("/proc/self/mountinfo").read_text(encoding="utf-8").splitlines()
+    return any(line.split()[4] == str(folder.resolve()) for line in lines)
 
 
 def _remove_all(found: Engine) -> None:

@@ -54,10 +54,11 @@ from caesura_demo.sweeper import Sweeper, start_sweeper
 from caesura_demo.workspace import FIRST_PORT, CleanUp, free_ports, ram_folder, run_folder
 
 _READY_S = 45.0
-"""s: for 6 hosts and 25 VMs to come up; some 8 s on two cores."""
+"""s: without another of 6 hosts and 25 VMs coming up; all of them take some 8 s on two cores that do nothing else."""
 _ROLLOUT_S = 90.0
+"""s: without another state of a wave; a wave takes some 6 s."""
 _GUESTS_READY_S = 300.0
-"""s: for 9 guests to boot and their agents to connect; some 60 s on two cores without KVM."""
+"""s: without another of 9 guests coming up; all of them take some 60 s on two cores without KVM."""
 _GUESTS_ROLLOUT_S = 240.0
 _GUESTS_SETTLE_S = 20.0
 _REFRESH_S = 0.2
@@ -274,12 +275,12 @@ class Demo:
             return all(have >= wanted for have, wanted in self._counts.values())
 
         patience_s = _GUESTS_READY_S if self._real else _READY_S
-        if not await self._until(session, processes, ready, patience_s):
+        if not await self._until(session, processes, ready, patience_s, lambda: self._counts):
             missing = "; ".join(
                 f"{name} {have}/{wanted}" for name, (have, wanted) in self._counts.items() if have < wanted
             )
             raise NotReady(
-                f"the fleet did not come up within {patience_s:g} s: {missing}. Look into the logs."
+                f"the fleet did not come up, and nothing more came within {patience_s:g} s: {missing}. Look into the logs."
             )
         if self._real:
             detail = next(iter(fleet_view.hosts.values())).driver_detail
@@ -320,7 +321,12 @@ class Demo:
                 document.events for document in session.fleet_view.documents.values()
             )
 
-        await self._until(session, processes, ended, _GUESTS_ROLLOUT_S if self._real else _ROLLOUT_S)
+        def progress() -> object:
+            state = session.fleet_view.rollouts.get(name)
+            return state and (state.status, [wave.status for wave in state.waves])
+
+        patience_s = _GUESTS_ROLLOUT_S if self._real else _ROLLOUT_S
+        await self._until(session, processes, ended, patience_s, progress)
         return session.fleet_view.rollouts[name]
 
     async def _judge(
@@ -358,11 +364,19 @@ class Demo:
             await asyncio.sleep(_REFRESH_S)
 
     async def _until(
-        self, session: Session, processes: Processes, condition: Callable[[], bool], timeout_s: float
+        self,
+        session: Session,
+        processes: Processes,
+        condition: Callable[[], bool],
+        patience_s: float,
+        progress: Callable[[], object],
     ) -> bool:
+        """Wait for a condition; whether it came true. A slow machine is given time while ``progress`` changes."""
         loop = asyncio.get_running_loop()
-        end = loop.time() + timeout_s
+        end, reached = loop.time() + patience_s, progress()
         while not (held := condition()) and loop.time() < end:
+            if (now := progress()) != reached:
+                end, reached = loop.time() + patience_s, now
             processes.check()
             self._refresh()
             session.changed.clear()

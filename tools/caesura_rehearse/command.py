@@ -18,6 +18,9 @@ from caesura_ctl.durations import DURATION, Duration
 from caesura_ctl.name_params import NAME
 from caesura_ctl.options import Commands, fail, print_json
 from caesura_rehearse.expectations import WORDS, BadExpectation, parse_expectation
+from caesura_rehearse.faults import WORDS as FAULT_WORDS
+from caesura_rehearse.faults import BadFault, parse_fault
+from caesura_rehearse.order_commands import ORDER_COMMANDS
 from caesura_rehearse.orders import EVENT_NAMES, MAX_PAUSE_S, Order
 
 _PAUSE = Duration(most_s=MAX_PAUSE_S)
@@ -28,6 +31,8 @@ examples:
   caesura rehearse --freeze 3s --notice 5s --expect approved --expect survived --junit out.xml -- ./serve
   caesura rehearse --terminate --notice 30s --expect 'drained-within 20s' -- ./worker
   caesura rehearse --freeze 5s --notice 10s --pid 4711
+  caesura rehearse -- ./serve         # then, as often as needed:
+  caesura rehearse freeze --for 5s --notice 10s --wait
 
 \b
 exit codes:
@@ -84,6 +89,19 @@ class ExpectationParam(click.ParamType[Any]):
         try:
             return parse_expectation(str(value))
         except BadExpectation as error:
+            self.fail(str(error), param, ctx)
+
+
+class FaultParam(click.ParamType[Any]):
+    """A click parameter: a fault of the metadata API."""
+
+    name = "fault"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The fault; fails the command line if it is none."""
+        try:
+            return parse_fault(str(value))
+        except BadFault as error:
             self.fail(str(error), param, ctx)
 
 
@@ -160,6 +178,19 @@ class ExpectationParam(click.ParamType[Any]):
     "--address",
     metavar="ADDRESS[:PORT]",
     help="Serve the metadata here, on port 80 if none is given; loopback gets the address if nothing has it (root).",
+)
+@click.option(
+    "--fault",
+    "faults",
+    type=FaultParam(),
+    multiple=True,
+    metavar="WHAT",
+    help=f"What requests for the document meet: {FAULT_WORDS}. May be given several times, one after the other.",
+)
+@click.option(
+    "--control",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Write address and token of the control API here.",
 )
 @click.option(
     "--grace",
@@ -267,6 +298,8 @@ def _run_options(context: click.Context, *, as_json: bool, options: dict[str, An
         netns=options["netns"],
         publish=options["publish"],
         address=with_port(options["address"]) if options["address"] else "",
+        faults=tuple(options["faults"]),
+        control=options["control"],
         own_stdout=as_json,
     )
 
@@ -288,3 +321,7 @@ async def _run(options: Any, *, as_json: bool, junit_file: Path | None) -> int:
 
 def _say(text: str) -> None:
     click.echo(visible(text), err=True)
+
+
+for each in ORDER_COMMANDS:
+    rehearse.add_command(each)

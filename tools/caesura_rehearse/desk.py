@@ -15,13 +15,13 @@ from caesura.runtime.errors import CaesuraError, ConfigError
 from caesura.runtime.threads import in_thread
 from caesura_host_updater.drivers.process.freezers import Freezer, choose_freezer
 from caesura_rehearse.durations import seconds_in
-from caesura_rehearse.engine import Engine
+from caesura_rehearse.engine import Engine, UnknownEvent
 from caesura_rehearse.expectations import parse_expectation
+from caesura_rehearse.faults import parse_fault
 from caesura_rehearse.observations import EventRecord
-from caesura_rehearse.orders import OrderRefused, order_from
+from caesura_rehearse.orders import order_from
 from caesura_rehearse.report import text_lines
-from caesura_rehearse.run import program_environ
-from caesura_rehearse.targets import Program
+from caesura_rehearse.targets import Program, program_environ
 
 VM, SET = "app-1", "app"
 _PATIENCE_S = 15.0  # s: what a step may take longer than its own time, on a busy machine
@@ -46,12 +46,17 @@ class RunArguments(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     cwd: str
 
 
-class WaitArguments(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Of ``wait``. ``timeout``: seconds or a duration; None: what the event itself takes, and some patience."""
+class EventStep(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What is waited for. ``timeout``: seconds, or a text such as 5s; None: what the event itself takes, and some patience."""
 
-    event_id: str
     step: Step
     timeout: float | str | None = None
+
+
+class WaitArguments(EventStep, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Of ``wait``."""
+
+    event_id: str
 
 
 class OutputArguments(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -73,19 +78,17 @@ class ExpectArguments(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     expectations: tuple[str, ...]
 
 
+class FaultArguments(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Of ``fault``."""
+
+    fault: str
+
+
 class Desk:
-    """The calls; each is a method of its name.
+    """The calls that need no program; each has a method of its name."""
 
-    Args:
-        engine: with the VM ``app-1`` already added.
-        folder: for the output of its programs.
-        freezer: how they are paused.
-    """
-
-    def __init__(self, engine: Engine, folder: Path, freezer: Freezer) -> None:
+    def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._folder = folder
-        self._freezer = freezer
 
     async def call(self, name: str, arguments: Mapping[str, Any]) -> Any:
         """Carry out one call; what it returns can be written as JSON.
@@ -94,37 +97,98 @@ class Desk:
             CaesuraError: it was refused, or failed; the text says why.
         """
         try:
-            match name:
-                case "run":
-                    return await self._run(msgspec.convert(arguments, RunArguments))
-                case "order":
-                    return msgspec.to_builtins(await self._order(arguments))
-                case "cancel":
-                    return msgspec.to_builtins(
-                        await self._engine.cancel(msgspec.convert(arguments, EventArguments).event_id)
-                    )
-                case "approve":
-                    return msgspec.to_builtins(
-                        await self._engine.approve(msgspec.convert(arguments, EventArguments).event_id)
-                    )
-                case "wait":
-                    return msgspec.to_builtins(await self._wait(msgspec.convert(arguments, WaitArguments)))
-                case "wait_output":
-                    return await self._wait_output(msgspec.convert(arguments, OutputArguments))
-                case "wait_exit":
-                    return await self._wait_exit(seconds_in(arguments.get("timeout", 30.0)))
-                case "expect":
-                    return await self._expect(msgspec.convert(arguments, ExpectArguments))
-                case "stop":
-                    await self._program().end(10.0)
-                    return None
-                case "state":
-                    return msgspec.to_builtins(self._engine.report())
-                case "text":
-                    return "\n".join(text_lines(self._engine.report()))
+            return msgspec.to_builtins(await self._call(name, arguments))
         except msgspec.ValidationError as error:
             raise BadCall(f"{name}: {error}") from error
+        except ValueError as error:
+            raise BadCall(f"{name}: {error}") from error
+
+    async def _call(self, name: str, arguments: Mapping[str, Any]) -> Any:
+        match name:
+            case "order":
+                return await self._order(arguments)
+            case "cancel":
+                return await self._engine.cancel(msgspec.convert(arguments, EventArguments).event_id)
+            case "approve":
+                return await self._engine.approve(msgspec.convert(arguments, EventArguments).event_id)
+            case "wait":
+                return await self._wait(msgspec.convert(arguments, WaitArguments))
+            case "expect":
+                return await self._expect(msgspec.convert(arguments, ExpectArguments))
+            case "fault":
+                return self._engine.faults.add(parse_fault(msgspec.convert(arguments, FaultArguments).fault))
+            case "no_faults":
+                return self._engine.faults.clear()
+            case "state":
+                return self._engine.report()
+            case "text":
+                return "\n".join(text_lines(self._engine.report()))
         raise BadCall(f"there is no call {name!r}")
+
+    async def _order(self, arguments: Mapping[str, Any]) -> EventRecord:
+        given = dict(arguments)
+        for name in ("notice_s", "duration_s", "checks_s", "grace_s"):
+            if given.get(name) is not None:
+                given[name] = seconds_in(given[name])
+        return await self._engine.order(order_from(given))
+
+    async def _wait(self, arguments: WaitArguments) -> EventRecord:
+        record = self._engine.observations.events.get(arguments.event_id.lower())
+        if record is None:
+            raise UnknownEvent(f"there is no event {arguments.event_id}")
+        usual_s = record.announced + record.notice_s + record.duration_s + _PATIENCE_S - self._engine.now
+        timeout_s = usual_s if arguments.timeout is None else seconds_in(arguments.timeout)
+
+        def reached() -> bool:
+            return instant_of(record, arguments.step) is not None
+
+        await self._engine.until(lambda: reached() or bool(record.outcome), max(timeout_s, 0.0))
+        if record.outcome == "failed":
+            raise StepMissed(f"the {record.event} failed: {record.why}")
+        if not reached():
+            raise StepMissed(missed(record, arguments.step, self._engine.now))
+        return record
+
+    async def _expect(self, arguments: ExpectArguments) -> None:
+        expectations = [parse_expectation(each) for each in arguments.expectations]
+        records = self._engine.events
+        usual_s = (
+            max((each.announced + each.notice_s + each.duration_s for each in records), default=0.0)
+            + _PATIENCE_S
+        )
+        await self._engine.until(
+            lambda: all(each.outcome for each in records), max(usual_s - self._engine.now, 0.0)
+        )
+        failed = [each for each in self._engine.report(expectations).verdicts if not each.held]
+        if failed:
+            raise StepMissed("; ".join(f"{each.what}: {each.detail}" for each in failed))
+
+
+class ProgramDesk(Desk):
+    """The calls that start and watch the program of ``app-1``, too.
+
+    Args:
+        engine: with the VM already added.
+        folder: for the output of its programs.
+        freezer: how they are paused.
+    """
+
+    def __init__(self, engine: Engine, folder: Path, freezer: Freezer) -> None:
+        super().__init__(engine)
+        self._folder = folder
+        self._freezer = freezer
+
+    async def _call(self, name: str, arguments: Mapping[str, Any]) -> Any:
+        match name:
+            case "run":
+                return await self._run(msgspec.convert(arguments, RunArguments))
+            case "wait_output":
+                return await self._wait_output(msgspec.convert(arguments, OutputArguments))
+            case "wait_exit":
+                return await self._wait_exit(seconds_in(arguments.get("timeout", 30.0)))
+            case "stop":
+                return await self._program().end(10.0)
+        return await super()._call(name, arguments)
 
     async def _run(self, arguments: RunArguments) -> dict[str, Any]:
         slot = self._engine.slots[VM]
@@ -151,33 +215,6 @@ class Desk:
             raise BadCall("no program was started: call run first")
         return target
 
-    async def _order(self, arguments: Mapping[str, Any]) -> EventRecord:
-        given = dict(arguments)
-        try:
-            for name in ("notice_s", "duration_s", "checks_s", "grace_s"):
-                if given.get(name) is not None:
-                    given[name] = seconds_in(given[name])
-        except ValueError as error:
-            raise OrderRefused(str(error)) from error
-        return await self._engine.order(order_from(given))
-
-    async def _wait(self, arguments: WaitArguments) -> EventRecord:
-        record = self._engine.observations.events.get(arguments.event_id.lower())
-        if record is None:
-            raise BadCall(f"there is no event {arguments.event_id}")
-        usual_s = record.announced + record.notice_s + record.duration_s + _PATIENCE_S - self._engine.now
-        timeout_s = usual_s if arguments.timeout is None else seconds_in(arguments.timeout)
-
-        def reached() -> bool:
-            return instant_of(record, arguments.step) is not None
-
-        await self._engine.until(lambda: reached() or bool(record.outcome), max(timeout_s, 0.0))
-        if record.outcome == "failed":
-            raise StepMissed(f"the {record.event} failed: {record.why}")
-        if not reached():
-            raise StepMissed(missed(record, arguments.step, self._engine.now))
-        return record
-
     async def _wait_output(self, arguments: OutputArguments) -> None:
         path, wanted = self._folder / "output", arguments.text.encode()
         program = self._program()
@@ -195,20 +232,6 @@ class Desk:
         if not await self._engine.until(program.ended.is_set, timeout_s):
             raise StepMissed(f"{program.what} did not end within {timeout_s:g} s")
         return program.exit_code
-
-    async def _expect(self, arguments: ExpectArguments) -> None:
-        expectations = [parse_expectation(each) for each in arguments.expectations]
-        records = self._engine.events
-        usual_s = (
-            max((each.announced + each.notice_s + each.duration_s for each in records), default=0.0)
-            + _PATIENCE_S
-        )
-        await self._engine.until(
-            lambda: all(each.outcome for each in records), max(usual_s - self._engine.now, 0.0)
-        )
-        failed = [each for each in self._engine.report(expectations).verdicts if not each.held]
-        if failed:
-            raise StepMissed("; ".join(f"{each.what}: {each.detail}" for each in failed))
 
 
 def instant_of(record: EventRecord, step: Step) -> float | None:

@@ -36,6 +36,7 @@ from caesura_metadata_publisher.listeners import Listener
 from caesura_metadata_publisher.service import filters
 from caesura_metadata_publisher.settings import MetadataPublisherSettings
 from caesura_rehearse.expectations import Expectation, HeldOrNot
+from caesura_rehearse.faults import Faults
 from caesura_rehearse.guarding import Guards, GuardUnavailable
 from caesura_rehearse.metadata import Witness, WitnessedPublisher, serve_vm
 from caesura_rehearse.observations import EventRecord, Gap, Observations, ProgramRecord, describe_exit
@@ -86,6 +87,8 @@ class Engine:
         self.began = time.monotonic()
         self.observations = Observations()
         self.slots: dict[str, Slot] = {}
+        self.faults = Faults()
+        """Of the requests for the document."""
         self._folder = folder
         self._say = say
         self._changed = asyncio.Event()
@@ -219,7 +222,9 @@ class Engine:
         Raises:
             ListenError: the address cannot be opened.
         """
-        return await self._stack.enter_async_context(serve_vm(self._publisher, vm, where, self._witness))
+        return await self._stack.enter_async_context(
+            serve_vm(self._publisher, vm, where, self._witness, self.faults)
+        )
 
     async def enter(self, context: AbstractAsyncContextManager[T]) -> T:
         """Enter a context that is left when the rehearsal ends, after its programs."""

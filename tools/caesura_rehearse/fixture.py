@@ -322,6 +322,19 @@ class Rehearsal:
         """Approve the event that was ordered last, in the place of the program."""
         self._last.approve()
 
+    def fault(self, fault: str) -> None:
+        """What requests for the document meet from now on, after the faults that were given before: ``slow 20s``, ``410``, ``429``, ``500``,
+        ``drop``, ``stale``, ``empty``; with ``x3`` after it only the next three.
+
+        Raises:
+            RehearsalError: it is not a fault.
+        """
+        self._process.ask("fault", fault=fault)
+
+    def no_faults(self) -> None:
+        """The end of all faults."""
+        self._process.ask("no_faults")
+
     def expect(self, *expectations: str) -> None:
         """Wait until everything that was ordered is over, and hold it to ``seen``, ``approved``, ``drained-within 10s``, ``survived``.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
 import time
@@ -11,12 +12,14 @@ from contextlib import asynccontextmanager
 from aiohttp import web
 
 from caesura.bus.port import Bus, Delivery
-from caesura.runtime.health import serve_requests
+from caesura.runtime.health import LowLevelHandler, serve_requests
+from caesura_metadata_publisher.api_versions import EventsVersion
 from caesura_metadata_publisher.http import metadata_handler, refusal
 from caesura_metadata_publisher.listeners import Listener
 from caesura_metadata_publisher.request import ApproveEvents, HttpResponse, Request
 from caesura_metadata_publisher.service import MetadataPublisher
 from caesura_metadata_publisher.settings import MetadataPublisherSettings
+from caesura_rehearse.faults import STATUS_TEXTS, DocumentHistory, Fault, Faults
 from caesura_rehearse.observations import Approval, Observations, RefusedRequest
 
 _SHUTDOWN_S = 0.2  # s: nothing that is in flight at the end of a rehearsal matters
@@ -44,7 +47,7 @@ class Witness:
                 at=at, vm=vm, method=method, path=path, status=status, why=_error_of(body)
             )
             self._observations.refusals.append(refusal)
-        elif method == "GET" and path.lower().rstrip("/").endswith("/scheduledevents"):
+        elif method == "GET" and _is_for_events(path):
             self._observations.polls[vm] = self._observations.polls.get(vm, 0) + 1
             if status == 200:
                 self._observations.delivered(vm, body, at)
@@ -80,6 +83,9 @@ class WitnessedPublisher(MetadataPublisher):
 
         await self._bus.run(deliver, self.publish_state)
 
+    def polled(self, vm: str, version: EventsVersion) -> None:
+        """No short way for polls: every answer passes the witness."""
+
     async def answer(self, listener: Listener, request: Request) -> HttpResponse:
         """As in the publisher."""
         if not isinstance(request, ApproveEvents):
@@ -94,30 +100,72 @@ class WitnessedPublisher(MetadataPublisher):
 
 @asynccontextmanager
 async def serve_vm(
-    publisher: MetadataPublisher, vm: str, listen: str | socket.socket, witness: Witness
+    publisher: MetadataPublisher, vm: str, listen: str | socket.socket, witness: Witness, faults: Faults
 ) -> AsyncIterator[str]:
     """Serve the metadata API of ``vm`` while the block runs; yields the address.
 
     Args:
         listen: ``host:port``, or a bound socket.
+        faults: of the requests for the document.
 
     Raises:
         ListenError: the address cannot be opened.
     """
     shown = listen if isinstance(listen, str) else f"{listen.getsockname()[0]}:{listen.getsockname()[1]}"
     handle = metadata_handler(publisher, Listener(vm, shown))
+    history = DocumentHistory()
 
     async def witnessed(request: web.BaseRequest) -> web.StreamResponse:
-        response = await handle(request)
-        body = (
-            response.body if isinstance(response, web.Response) and isinstance(response.body, bytes) else b""
-        )
+        fault = faults.next() if _is_for_events(request.path) else None
+        response = await (handle(request) if fault is None else _faulty(request, handle, fault, history))
+        body = _body_of(response)
+        if (
+            fault is None
+            and response.status == 200
+            and request.method == "GET"
+            and _is_for_events(request.path)
+        ):
+            history.served(body)
         witness.answered(vm, request.method, request.path, response.status, body)
         return response
 
     refuse = refusal(publisher)
     async with serve_requests(witnessed, refuse, listen, shutdown_s=_SHUTDOWN_S) as address:
         yield address
+
+
+async def _faulty(
+    request: web.BaseRequest, handle: LowLevelHandler, fault: Fault, history: DocumentHistory
+) -> web.StreamResponse:
+    match fault.kind:
+        case "slow":
+            await asyncio.sleep(fault.seconds)
+        case "status":
+            error = json.dumps({"error": STATUS_TEXTS[fault.status]}).encode()
+            return web.Response(status=fault.status, body=error, content_type="application/json")
+        case "drop":
+            if request.transport is not None:
+                request.transport.abort()
+            return web.Response(
+                status=499, body=b'{"error": "the connection was dropped"}'
+            )  # for the witness alone
+        case "stale" | "empty":
+            pass
+    response = await handle(request)
+    if request.method != "GET" or response.status != 200 or fault.kind == "slow":
+        return response
+    body = _body_of(response)
+    other = history.stale(body) if fault.kind == "stale" else history.empty(body)
+    return web.Response(status=200, body=other, headers={"Content-Type": "application/json; charset=utf-8"})
+
+
+def _is_for_events(path: str) -> bool:
+    return path.lower().rstrip("/").endswith("/scheduledevents")
+
+
+def _body_of(response: web.StreamResponse) -> bytes:
+    body = response.body if isinstance(response, web.Response) else b""
+    return body if isinstance(body, bytes) else b""
 
 
 def _error_of(body: bytes) -> str:

@@ -19,15 +19,11 @@ CONNECT_S = (
 
 
 def main(pid: str) -> int:
-    """Serve until the other end of standard input is closed."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    spaces = [f"/proc/{each}/ns/user" for each in (pid, "self")]
-    kinds = [] if os.path.samefile(*spaces) else [("user", CLONE_NEWUSER)]  # noqa: PTH121 - light imports
-    for name, kind in (*kinds, ("net", CLONE_NEWNET)):
-        handle = os.open(f"/proc/{pid}/ns/{name}", os.O_RDONLY | os.O_CLOEXEC)
-        if libc.setns(handle, kind):
-            return 1
-        os.close(handle)
+    """Serve until the other end of standard input is closed. Exit code 1: there is no such process (any more)."""
+    try:
+        enter(pid)
+    except OSError:
+        return 1
     orders = socket.socket(fileno=0)
     while len(order := orders.recv(2, socket.MSG_WAITALL)) == 2:
         try:
@@ -38,6 +34,19 @@ def main(pid: str) -> int:
         with inside:
             socket.send_fds(orders, [b"+"], [inside.fileno()])
     return 0
+
+
+def enter(pid: str) -> None:
+    """Into the process's network, and before into its user namespace if that is another one."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    spaces = [f"/proc/{each}/ns/user" for each in (pid, "self")]
+    kinds = [] if os.path.samefile(*spaces) else [("user", CLONE_NEWUSER)]  # noqa: PTH121 - light imports
+    for name, kind in (*kinds, ("net", CLONE_NEWNET)):
+        handle = os.open(f"/proc/{pid}/ns/{name}", os.O_RDONLY | os.O_CLOEXEC)
+        if libc.setns(handle, kind):
+            number = ctypes.get_errno()
+            raise OSError(number, os.strerror(number))
+        os.close(handle)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import os
 import shutil
 import signal
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -17,13 +17,16 @@ from caesura.runtime.errors import CaesuraError, ConfigError
 from caesura.runtime.threads import in_thread
 from caesura_host_updater.drivers.process.freezers import choose_freezer
 from caesura_rehearse.address import local_address
+from caesura_rehearse.control import serve_control
+from caesura_rehearse.desk import Desk
 from caesura_rehearse.engine import Engine, Slot, rehearsal
 from caesura_rehearse.expectations import Expectation
+from caesura_rehearse.faults import Fault
 from caesura_rehearse.namespace import URL, NoNamespace, open_door, published, way_in
 from caesura_rehearse.observations import EventRecord
 from caesura_rehearse.orders import Order
 from caesura_rehearse.report import Report
-from caesura_rehearse.targets import Program, RunningCgroup, RunningProcess, Target
+from caesura_rehearse.targets import Program, RunningCgroup, RunningProcess, Target, program_environ
 
 _BASE_MOST = 60  # characters
 EVENTS_PATH = "/metadata/scheduledevents?api-version=2020-07-01"
@@ -50,6 +53,10 @@ class RunOptions(msgspec.Struct, frozen=True, kw_only=True):
     """Ports of 127.0.0.1 that lead into that network."""
     address: str = ""
     """Where the metadata API listens, ``ADDRESS:PORT``; empty: a free port of 127.0.0.1."""
+    faults: tuple[Fault, ...] = ()
+    """Of the metadata API."""
+    control: Path | None = None
+    """The file for address and token of the control API; None: one in the user's runtime folder."""
     quiet: bool = False
     own_stdout: bool = False
     """Whether standard output is for the report: the program's goes to standard error then."""
@@ -75,6 +82,8 @@ class Rehearse:
         self._say = say
         self._engine: Engine | None = None
         self._signal = 0
+        self._waiting = False
+        """Whether it waits for orders, which a signal ends."""
 
     async def run(self) -> Report:
         """Carry it out. Raises StoppedBySignal, and CaesuraError for what could not be set up."""
@@ -92,11 +101,12 @@ class Rehearse:
                 loop.remove_signal_handler(number)
 
     def _on_signal(self, number: int, body: asyncio.Future[Report]) -> None:
-        if not self._signal:
-            self._signal = number
+        first, self._signal = not self._signal, self._signal or number
+        if first and self._waiting and self._engine is not None:
+            self._engine.notify()  # it is the end that was announced: what was found is reported
+        elif first:
             body.cancel()
-            return
-        if self._engine is not None:
+        elif self._engine is not None:
             self._engine.hurry()
 
     async def _in_folder(self) -> Report:
@@ -117,22 +127,26 @@ class Rehearse:
         options = self._options
         if options.address:
             await engine.enter(local_address(options.address))
+        for fault in options.faults:
+            engine.faults.add(fault)
         slot = await engine.add_vm(options.vm, options.set, 0, options.address or "127.0.0.1:0")
         outside = slot.url
         target = await self._attach(engine, slot, folder)
         self._tell_way(outside, slot.url)
+        control = await engine.enter(serve_control(Desk(engine), options.control))
         records: list[EventRecord] = []
         if options.order is not None:
             records.append(await engine.order(options.order))
             await engine.until(lambda: all(each.outcome for each in records), None)
             await engine.until(lambda: target is not None and target.ended.is_set(), options.settle_s)
         else:
+            until = "Ctrl-C ends it" if target is None else "until the program ends, or Ctrl-C"
             self._say(
-                "waiting for orders; Ctrl-C ends it"
-                if target is None
-                else "waiting for orders, until the program ends; Ctrl-C ends it"
+                f"orders    caesura rehearse freeze --for 9s --notice 15s; control API in {control}; {until}"
             )
-            await engine.until(lambda: target is not None and target.ended.is_set(), None)
+            self._waiting = True
+            await engine.until(lambda: self._signal != 0 or _is_over(engine, target), None)
+            self._waiting = False
         return engine.report(options.expectations, ordered=len(records))
 
     async def _attach(self, engine: Engine, slot: Slot, folder: Path) -> Target | None:
@@ -197,6 +211,11 @@ class Rehearse:
             )
 
 
+def _is_over(engine: Engine, target: Target | None) -> bool:
+    """Whether the program has ended, and every event with it."""
+    return target is not None and target.ended.is_set() and all(each.outcome for each in engine.events)
+
+
 def run_folder() -> Path:
     """A new private folder; its path is short, since a unix socket's may have 107 bytes.
 
@@ -210,24 +229,6 @@ def run_folder() -> Path:
         return Path(tempfile.mkdtemp(prefix="caesura-rehearse-", dir=base))
     except OSError as error:
         raise ConfigError(f"cannot make a folder in {base}: {error.strerror or error}") from error
-
-
-def program_environ(
-    vm: str, set_name: str, url: str, *, proxy: bool = False, base: Mapping[str, str] | None = None
-) -> dict[str, str]:
-    """The environment of a VM's program: ``base``, or ours, and where its metadata is."""
-    environ = {
-        **(os.environ if base is None else base),
-        "CAESURA_VM": vm,
-        "CAESURA_SET": set_name,
-        "CAESURA_METADATA_URL": url,
-    }
-    if proxy:
-        for name in ("http_proxy", "HTTP_PROXY"):
-            environ[name] = url
-        for name in ("no_proxy", "NO_PROXY"):
-            environ.pop(name, None)
-    return environ
 
 
 def refused_together(options: Sequence[tuple[str, object]]) -> str:

@@ -1,6 +1,6 @@
 """Rehearsals for a program that owns this process: requests on standard input, answers on standard output, a line of JSON each.
 
-``{"id": 1, "do": "open"}`` begins a rehearsal, ``close`` ends it; in between come the calls of ``Desk``. The end of standard input ends everything,
+``{"id": 1, "do": "open"}`` begins a rehearsal, ``close`` ends it; in between come the calls of ``ProgramDesk``. The end of standard input ends everything,
 so nothing is left however the owner ends.
 """
 
@@ -17,7 +17,7 @@ from typing import Any
 
 from caesura.runtime.errors import CaesuraError
 from caesura.runtime.logs import configure_logging
-from caesura_rehearse.desk import SET, VM, BadCall, Desk, best_freezer
+from caesura_rehearse.desk import SET, VM, BadCall, ProgramDesk, best_freezer
 from caesura_rehearse.engine import rehearsal
 from caesura_rehearse.run import run_folder
 
@@ -29,7 +29,7 @@ class OwnedRehearsals:
 
     def __init__(self) -> None:
         self._stack: AsyncExitStack | None = None
-        self._desk: Desk | None = None
+        self._desk: ProgramDesk | None = None
 
     async def answer(self, request: dict[str, Any]) -> Any:
         """The result of one request. Raises CaesuraError."""
@@ -50,7 +50,7 @@ class OwnedRehearsals:
             stack.callback(shutil.rmtree, folder, ignore_errors=True)
             engine = await stack.enter_async_context(rehearsal(folder, lambda _: None))
             slot = await engine.add_vm(VM, SET, 0)
-            self._desk = Desk(engine, folder, await best_freezer())
+            self._desk = ProgramDesk(engine, folder, await best_freezer())
         except BaseException:
             await stack.aclose()
             raise

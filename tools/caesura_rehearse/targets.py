@@ -436,6 +436,24 @@ class RunningCgroup:
         """Nothing to do: it is resumed after each pause."""
 
 
+def program_environ(
+    vm: str, set_name: str, url: str, *, proxy: bool = False, base: Mapping[str, str] | None = None
+) -> dict[str, str]:
+    """The environment of a VM's program: ``base``, or ours, and where its metadata is."""
+    environ = {
+        **(os.environ if base is None else base),
+        "CAESURA_VM": vm,
+        "CAESURA_SET": set_name,
+        "CAESURA_METADATA_URL": url,
+    }
+    if proxy:
+        for name in ("http_proxy", "HTTP_PROXY"):
+            environ[name] = url
+        for name in ("no_proxy", "NO_PROXY"):
+            environ.pop(name, None)
+    return environ
+
+
 async def _first_of(timeout_s: float | None, *events: asyncio.Event) -> None:
     """Wait until one of them is set, for ``timeout_s`` seconds."""
     waits = [asyncio.ensure_future(each.wait()) for each in events]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -195,30 +197,40 @@ def test_any_client_in_a_network_of_its_own(folder: Path) -> None:
     assert run.out == "app-1\n"
 
 
+def _ask(url: str, body: bytes | None = None) -> bytes:
+    request = urllib.request.Request(url, data=body, headers={"Metadata": "true"})  # noqa: S310 - our own
+    with urllib.request.urlopen(request, timeout=10) as answer:  # noqa: S310 - the same
+        text: bytes = answer.read()
+        return text
+
+
+def _or_nothing(url: str) -> bytes:
+    try:
+        return _ask(url)
+    except OSError:
+        return b""
+
+
 def test_a_published_port_leads_in_also_after_a_reboot(folder: Path) -> None:
     if not _namespaces_work():
         pytest.skip("this user may not make a network namespace")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    serve = f"echo x >>{folder}/starts; exec {sys.executable} -P -m http.server {port} --bind 127.0.0.1 --directory {folder}"
-    run = Rehearsed(
-        folder,
-        ("--netns", "--publish", str(port), "--reboot", "--notice", "0s", "--settle", "600s"),
-        ("sh", "-c", serve),
-    )
-
-    def answers() -> bool:
-        try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{port}/starts", timeout=5) as answer:
-                text: bytes = answer.read()
-        except OSError:
-            return False
-        return text == b"x\nx\n"
-
-    until(answers, 60, lambda: run.said)
+    serve = f"echo $$ >{folder}/pid; exec {sys.executable} -P -m http.server {port} --bind 127.0.0.1 --directory {folder}"
+    options = ("--netns", "--publish", str(port), "--reboot", "--notice", "600s", "--settle", "600s")
+    run = Rehearsed(folder, options, ("sh", "-c", serve))
+    inside = f"http://127.0.0.1:{port}/pid"
+    until(lambda: _or_nothing(inside) != b"", 60, lambda: run.said)
+    first = _ask(inside)
+    # The same API from outside: the first line names it.
+    outside = re.findall(r"http://127\.0\.0\.1:\d+/metadata\S+", run.said)[0]
+    (event,) = json.loads(_ask(outside))["Events"]
+    _ask(outside, json.dumps({"StartRequests": [{"EventId": event["EventId"]}]}).encode())
+    until(lambda: _or_nothing(inside) not in {b"", first}, 60, lambda: run.said)
     run.process.send_signal(signal.SIGINT)
     assert run.finish() == 130
+    assert "Traceback" not in run.said
 
 
 def test_a_client_that_honours_http_proxy(folder: Path) -> None:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import http.client
+import json
 import os
 import select
 import subprocess
 import sys
+import urllib.error
+import urllib.request
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -100,6 +105,41 @@ def test_bad_orders(caesura: Rehearsal) -> None:
         caesura.freeze(duration="40s")
     with pytest.raises(RehearsalError, match="nothing was ordered yet"):
         caesura.wait_started()
+
+
+def _get(url: str) -> tuple[int, dict[str, Any]]:
+    """Status and document; 0: the connection was dropped."""
+    request = urllib.request.Request(  # noqa: S310 - our own
+        f"{url}/metadata/scheduledevents?api-version=2020-07-01", headers={"Metadata": "true"}
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=patient(20)) as answer:  # noqa: S310 - the same
+            return answer.status, json.loads(answer.read())
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, json.loads(error.read())
+    except (OSError, http.client.HTTPException):
+        return 0, {}
+
+
+def test_faults(caesura: Rehearsal) -> None:
+    assert _get(caesura.url) == (200, {"DocumentIncarnation": 1, "Events": []})
+    event = caesura.freeze(notice="600s", duration=0)
+    assert [each["EventId"] for each in _get(caesura.url)[1]["Events"]] == [event.event_id]
+    for fault in ("500 x1", "429 x1", "410 x1", "drop x1", "stale x1", "empty x1", "slow 0.2s x1"):
+        caesura.fault(fault)
+    met = [_get(caesura.url) for _ in range(7)]
+    assert [status for status, _ in met] == [500, 429, 410, 0, 200, 200, 200]
+    assert met[0][1]["error"].startswith("Service Error.")
+    assert met[4][1] == {"DocumentIncarnation": 1, "Events": []}, "stale"
+    assert met[5][1] == {"DocumentIncarnation": 2, "Events": []}, "empty"
+    assert len(met[6][1]["Events"]) == 1
+    caesura.fault("500")
+    assert {_get(caesura.url)[0] for _ in range(3)} == {500}
+    caesura.no_faults()
+    assert _get(caesura.url)[0] == 200
+    with pytest.raises(RehearsalError, match="is not a fault"):
+        caesura.fault("teapot")
 
 
 _TESTS = """

@@ -22,13 +22,14 @@ _MOST_KNOWN = 64
 _USUAL = frozenset({"true", "True"})
 
 
-class PollAnswer(web.StreamResponse):
+class PollAnswer(web.Response):
     """An answer whose bytes are known: written as they are."""
 
-    def __init__(self, status: int, wire: bytes) -> None:
-        # Not the base's: its headers and cookies cost more than the answer, and nobody reads them.
+    def __init__(self, status: int, head: bytes, body: bytes) -> None:
+        # Not the base's: its headers and cookies cost more than the answer. Of those only status and body can be read here.
         self._poll_status = status
-        self._wire = wire
+        self._wire = head + body
+        self._body = body  # what ``body`` gives
 
     @property
     def status(self) -> int:
@@ -106,8 +107,8 @@ class KnownPolls:
         if now != self._second:
             self._second, self._date = now, f"Date: {formatdate(now, usegmt=True)}\r\n\r\n".encode()
         if modified:
-            return PollAnswer(200, head_200 + self._date + encoded.body)
-        return PollAnswer(304, head_304 + self._date)
+            return PollAnswer(200, head_200 + self._date, encoded.body)
+        return PollAnswer(304, head_304 + self._date, b"")
 
 
 def _head(status: int, encoded: EncodedDocument) -> bytes:

@@ -55,11 +55,13 @@ async def test_a_client_that_does_not_read_is_waited_for(unread: int) -> None:
     asked = Mock()
     asked.transport.get_write_buffer_size.return_value = unread
     asked.writer.drain = AsyncMock()
-    await PollAnswer(200, b"x").prepare(asked)
-    asked.transport.write.assert_called_once_with(b"x")
+    answer = PollAnswer(200, b"head ", b"body")
+    assert (answer.status, answer.body) == (200, b"body"), "a witness around the handler reads them"
+    await answer.prepare(asked)
+    asked.transport.write.assert_called_once_with(b"head body")
     assert asked.writer.drain.await_count == (1 if unread else 0)
 
 
 async def test_a_client_that_left_ends_it() -> None:
     with pytest.raises(ConnectionResetError):
-        await PollAnswer(200, b"x").prepare(Mock(transport=None))
+        await PollAnswer(200, b"head ", b"body").prepare(Mock(transport=None))

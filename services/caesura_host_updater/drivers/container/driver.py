@@ -238,7 +238,7 @@ class ContainerDriver:
 
         def undo() -> bool:
             with self._late_lock:
-                # A new pause of ours may have begun since.
+                # Our next pause may have begun since.
                 if vm not in self._late or condition(plan) in ("running", "gone"):
                     return False
                 thaw(plan)

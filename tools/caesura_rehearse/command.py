@@ -12,6 +12,7 @@ import msgspec
 
 from caesura.runtime.command import leaves
 from caesura.runtime.errors import CaesuraError
+from caesura.runtime.interrupt import EXIT_INTERRUPTED
 from caesura.runtime.logs import configure_logging
 from caesura.runtime.visible import visible
 from caesura_ctl.durations import DURATION, Duration
@@ -238,6 +239,8 @@ def rehearse(context: click.Context, /, *, as_json: bool, junit: Path | None, **
     try:
         run_options = _run_options(context, as_json=as_json, options=options)
         sys.exit(asyncio.run(_run(run_options, as_json=as_json, junit_file=junit)))
+    except KeyboardInterrupt:  # before it handled signals itself: nothing was started
+        sys.exit(EXIT_INTERRUPTED)
     except CaesuraError as error:
         fail(error, as_json=as_json)
     except BaseExceptionGroup as group:

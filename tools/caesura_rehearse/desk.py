@@ -21,6 +21,7 @@ from caesura_rehearse.faults import parse_fault
 from caesura_rehearse.observations import EventRecord
 from caesura_rehearse.orders import order_from
 from caesura_rehearse.report import text_lines
+from caesura_rehearse.run_folder import cgroup_of
 from caesura_rehearse.targets import Program, program_environ
 
 VM, SET = "app-1", "app"
@@ -266,5 +267,5 @@ def missed(record: EventRecord, step: Step, now: float) -> str:
 
 async def best_freezer() -> Freezer:
     """How programs are paused here."""
-    freezer, _ = await in_thread("freezer", lambda: choose_freezer("auto", f"caesura-rehearse-{os.getpid()}"))
+    freezer, _ = await in_thread("freezer", lambda: choose_freezer("auto", cgroup_of(os.getpid())))
     return freezer

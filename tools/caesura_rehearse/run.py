@@ -6,14 +6,13 @@ import asyncio
 import os
 import shutil
 import signal
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
 import msgspec
 
-from caesura.runtime.errors import CaesuraError, ConfigError
+from caesura.runtime.errors import CaesuraError
 from caesura.runtime.threads import in_thread
 from caesura_host_updater.drivers.process.freezers import choose_freezer
 from caesura_rehearse.address import local_address
@@ -26,9 +25,9 @@ from caesura_rehearse.namespace import URL, NoNamespace, open_door, published, w
 from caesura_rehearse.observations import EventRecord
 from caesura_rehearse.orders import Order
 from caesura_rehearse.report import Report
+from caesura_rehearse.run_folder import cgroup_of, run_folder
 from caesura_rehearse.targets import Program, RunningCgroup, RunningProcess, Target, program_environ
 
-_BASE_MOST = 60  # characters
 EVENTS_PATH = "/metadata/scheduledevents?api-version=2020-07-01"
 
 
@@ -110,7 +109,9 @@ class Rehearse:
             self._engine.hurry()
 
     async def _in_folder(self) -> Report:
-        folder = run_folder()
+        folder = (
+            run_folder()
+        )  # not in a thread: a signal between its making and the next line would leave it behind
         try:
             async with rehearsal(folder, self._news) as engine:
                 self._engine = engine
@@ -180,7 +181,7 @@ class Rehearse:
     async def _program(self, folder: Path, url: str, words: Sequence[str]) -> Program:
         options = self._options
         freezer, _ = await in_thread(
-            "freezer", lambda: choose_freezer(options.freezer, f"caesura-rehearse-{os.getpid()}")
+            "freezer", lambda: choose_freezer(options.freezer, cgroup_of(os.getpid()))
         )
         return Program(
             options.vm,
@@ -214,21 +215,6 @@ class Rehearse:
 def _is_over(engine: Engine, target: Target | None) -> bool:
     """Whether the program has ended, and every event with it."""
     return target is not None and target.ended.is_set() and all(each.outcome for each in engine.events)
-
-
-def run_folder() -> Path:
-    """A new private folder; its path is short, since a unix socket's may have 107 bytes.
-
-    Raises:
-        ConfigError: it cannot be made.
-    """
-    base = tempfile.gettempdir()
-    if len(base) > _BASE_MOST:
-        base = "/tmp"  # noqa: S108 - mkdtemp makes it private
-    try:
-        return Path(tempfile.mkdtemp(prefix="caesura-rehearse-", dir=base))
-    except OSError as error:
-        raise ConfigError(f"cannot make a folder in {base}: {error.strerror or error}") from error
 
 
 def refused_together(options: Sequence[tuple[str, object]]) -> str:

@@ -17,9 +17,10 @@ from typing import Any
 
 from caesura.runtime.errors import CaesuraError
 from caesura.runtime.logs import configure_logging
+from caesura.runtime.threads import in_thread
 from caesura_rehearse.desk import SET, VM, BadCall, ProgramDesk, best_freezer
 from caesura_rehearse.engine import rehearsal
-from caesura_rehearse.run import run_folder
+from caesura_rehearse.run_folder import run_folder
 
 _LINE_BYTES = 16 * 1024 * 1024  # an environment may be large
 
@@ -46,7 +47,7 @@ class OwnedRehearsals:
         await self.close()
         stack = AsyncExitStack()
         try:
-            folder = run_folder()
+            folder = await in_thread("folder", run_folder)
             stack.callback(shutil.rmtree, folder, ignore_errors=True)
             engine = await stack.enter_async_context(rehearsal(folder, lambda _: None))
             slot = await engine.add_vm(VM, SET, 0)

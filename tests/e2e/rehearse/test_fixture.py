@@ -6,6 +6,7 @@ import http.client
 import json
 import os
 import select
+import signal
 import subprocess
 import sys
 import urllib.error
@@ -80,6 +81,14 @@ def test_output_and_exit(caesura: Rehearsal, tmp_path: Path) -> None:
         program.wait_for_output("down")
     with pytest.raises(RehearsalAssertion, match=r"sh ended \(exit code 3\) before it could be paused"):
         caesura.freeze(notice="0.1s", duration="0.1s").wait_ended()
+
+
+def test_the_program_has_the_signals_of_a_shell(caesura: Rehearsal) -> None:
+    """Python ignores SIGPIPE, and what it executes would, too: `yes | head` would not end."""
+    program = caesura.run(["grep", "SigIgn", "/proc/self/status"])
+    program.wait()
+    ignored = int(program.output.split()[1], 16)
+    assert not ignored & 1 << (signal.SIGPIPE - 1)
 
 
 def test_without_a_program_the_documents_are_served_all_the_same(caesura: Rehearsal) -> None:

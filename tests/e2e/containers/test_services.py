@@ -90,6 +90,8 @@ async def test_an_updater_that_is_killed_in_the_pause_leaves_its_container_to_th
     )
     rollout = await fleet.roll("long", budget_s=BUDGET_S, on_unproven="proceed")
     await sandbox.until(lambda: fleet.freezers.frozen() == ("web-1",), 20, "web-1 is paused")
+    # And the engine has answered: killed before that, the pause is one that failed, and the updater's to undo.
+    await sandbox.until(lambda: "web-1" in fleet.fleet_view.frozen, 20, "the updater has seen it paused")
     assert docker.daemon is not None
     if engine_state == "hangs":
         os.kill(docker.daemon.pid, signal.SIGSTOP)

@@ -41,7 +41,7 @@ class ProbeResult:
 
 
 class QemuProbes:
-    """The rounds of the QEMU guests of one operation; at most one under way for each.
+    """The rounds of one operation's VMs that are asked over a socket, QEMU guests and containers; at most one under way for each.
 
     The first round of a guest always brings its operation to a decision, even while the guest runs: a swap that was not
     begun yet must not be begun later by an updater that wakes up.

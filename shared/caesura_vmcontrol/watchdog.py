@@ -17,7 +17,7 @@ from caesura_vmcontrol.procfs import Process, process_table
 _RETRY_S = 0.005  # s: between two looks at VMs that do not run yet
 _ENFORCE_S = 0.02  # s: between two looks while a late freeze of a stopped updater may still arrive
 _ENFORCE_IDLE_S = 0.1  # s: the same, after a minute of that: a process table costs milliseconds
-_ENFORCE_QEMU_S = 0.1  # s: the same for QEMU guests: a thread and two queries over a socket each time
+_ENFORCE_QEMU_S = 0.1  # s: the same for VMs that are asked over a socket: a thread and two queries each time
 _LATE_S = 2.0
 """How long the guard keeps enforcing after its owner's death, in seconds: the owner's requests may take effect later.
 

@@ -115,7 +115,7 @@ class OperationQueue:
         update: UpdateFile | None,
         facts: Sequence[OutboxMessage],
     ) -> None:
-        # The intent is on disk before anything is done; `arming` because the next thing is the guard.
+        # The intent is on disk before anything is done.
         await self._journal.do(lambda journal: journal.accept(command, state, boot_id(), facts))
         self._runner = OperationRunner(
             command,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import multiprocessing
 import os
 import re
@@ -79,6 +80,7 @@ async def publisher(port: int, vms: int, ready: Event) -> None:
     while served.documents_ping(tuple(places)):  # noqa: ASYNC110 - a benchmark's start
         await asyncio.sleep(0.01)
     async with serve_metadata(served, places, connections=1024):
+        gc.freeze()  # as the service does
         ready.set()
         await asyncio.gather(*tasks)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from caesura.runtime.interrupt import QuietInterrupt
 
 with QuietInterrupt():
+    import gc
     import os
     import sys
 
@@ -61,6 +62,8 @@ async def _main(settings: MetadataPublisherSettings) -> None:
         serve_health(settings.health_listen, pings, registry),
         serve_metadata(publisher, listeners, settings.http_hosts, inherited),
     ):
+        # Thousands of listeners stay for life: a full garbage collection that walks them holds up every answer.
+        gc.freeze()
         await serve(
             {
                 "bus": publisher.run_bus,

@@ -118,12 +118,18 @@ class Stage:
 
     def _told(self, rollout: str) -> bool:
         """Whether all hosts' last words came: they are of other writers than the rollout's state, and may be read after it."""
-        found = [each for each in self.fleet_view.reports.values() if each.rollout == rollout]
-        return all(each.status != "accepted" for each in found)
+        return all(each.status != "accepted" for each in self._reports(rollout))
 
     async def reports(self, rollout: str) -> list[m.OperationReported]:
-        """The last word of each host of an ended rollout."""
-        await self.sandbox.until(lambda: self._told(rollout), 20, f"the reports of rollout {rollout}")
+        """The last word of each host of an ended rollout; there is at least one."""
+        await self.sandbox.until(
+            lambda: bool(self._reports(rollout)) and self._told(rollout),
+            20,
+            f"the reports of rollout {rollout}",
+        )
+        return self._reports(rollout)
+
+    def _reports(self, rollout: str) -> list[m.OperationReported]:
         return [each for each in self.fleet_view.reports.values() if each.rollout == rollout]
 
     async def give_up(self, rollout: str) -> None:

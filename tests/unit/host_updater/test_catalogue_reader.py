@@ -6,6 +6,7 @@ import asyncio
 import os
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -28,6 +29,19 @@ async def until(holds: Callable[[], bool]) -> None:
             await asyncio.sleep(0.005)
 
 
+@pytest.fixture
+def looks(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How often a folder was looked at for changes."""
+    counts: Counter[str] = Counter()
+
+    def counted(folder: str) -> object:
+        counts[folder] += 1
+        return fingerprint(folder)
+
+    monkeypatch.setattr(catalogue_reader, "fingerprint", counted)
+    return counts
+
+
 class Folder:
     """A reader of a folder that answers or hangs as the test says, and counts its reads."""
 
@@ -47,23 +61,13 @@ class Folder:
         return read_updates(folder)
 
 
-async def test_it_is_read_on_start_and_on_change_only(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    looks = 0
-
-    def counted(folder: str) -> object:
-        nonlocal looks
-        looks += 1
-        return fingerprint(folder)
-
-    monkeypatch.setattr(catalogue_reader, "fingerprint", counted)
+async def test_it_is_read_on_start_and_on_change_only(tmp_path: Path, looks: Counter[str]) -> None:
     (tmp_path / "patch.toml").write_text(UPDATE)
     folder = Folder(tmp_path)
     await folder.reader.start()
     assert list(folder.reader.catalogue.updates) == ["patch"]
-    seen = looks
-    await until(lambda: looks > seen + 5)
+    seen = looks.total()
+    await until(lambda: looks.total() > seen + 5)
     assert folder.reads == 1, "nothing changed"
     (tmp_path / "part").write_text(UPDATE.replace("patch", "other"))
     (tmp_path / "part").replace(tmp_path / "patch.toml")
@@ -75,21 +79,13 @@ async def test_it_is_read_on_start_and_on_change_only(
 
 
 async def test_looks_before_the_loop_took_what_was_read_read_nothing_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, looks: Counter[str]
 ) -> None:
-    looks = 0
-
-    def counted(folder: str) -> object:
-        nonlocal looks
-        looks += 1
-        return fingerprint(folder)
-
-    monkeypatch.setattr(catalogue_reader, "fingerprint", counted)
     (tmp_path / "patch.toml").write_text(UPDATE)
     folder = Folder(tmp_path)
     starting = asyncio.create_task(folder.reader.start())
     await asyncio.sleep(0)
-    while looks < 5:  # the loop is held up: that is what is tested
+    while looks.total() < 5:  # the loop is held up: that is what is tested
         time.sleep(0.005)  # noqa: ASYNC251
     assert folder.reads == 1
     await starting

@@ -41,7 +41,7 @@ from caesura_rehearse.orders import Order, OrderRefused
 from caesura_rehearse.pausing import NotPaused
 from caesura_rehearse.report import Report, judge_all
 from caesura_rehearse.slots import Slot, ended_early, nothing_left
-from caesura_rehearse.targets import NoTarget, Program, Target
+from caesura_rehearse.targets import NoTarget, Target
 
 T = TypeVar("T")
 HOST = "rehearsal"
@@ -218,13 +218,12 @@ class Engine:
             NoTarget: it cannot be started.
         """
         slot.target = target
-        if isinstance(target, Program):
-            target.on_exit = lambda _: self._on_exit(slot)
+        target.on_exit = lambda: self._on_exit(slot)
         await target.start()
         self.notify()
 
     def _on_exit(self, slot: Slot) -> None:
-        if not slot.ending and isinstance(slot.target, Program):
+        if not slot.ending and slot.target is not None:
             slot.exited = self.now
             self._say(f"{slot.target.what} of {slot.vm} ended: {describe_exit(slot.target.exit_code)}")
         self.notify()

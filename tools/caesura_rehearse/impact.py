@@ -13,11 +13,10 @@ from contextlib import suppress
 
 from caesura.runtime.cleanup import shielded
 from caesura.runtime.threads import in_thread, in_thread_to_its_end
-from caesura_host_updater.drivers.process.freezers import ProcessPlan
 from caesura_rehearse.guarding import Guards
 from caesura_rehearse.observations import EventRecord, Gap
 from caesura_rehearse.orders import Order
-from caesura_rehearse.pausing import NotPaused, cpu_seconds, pause, resume
+from caesura_rehearse.pausing import NotPaused, TargetPlan, cpu_seconds, pause, resume
 from caesura_rehearse.slots import Slot
 
 _RESUME_S = 1.0  # s: some milliseconds are usual
@@ -58,15 +57,15 @@ class Impact:
                 if order.duration_s > 0 and concerned:
                     await self._freeze(record, order.duration_s, concerned)
             case "Reboot" | "Redeploy":
-                await asyncio.gather(*(self._end(slot, order.grace_s) for slot in concerned))
+                await asyncio.gather(*(self._end(slot, order.grace_s, again=True) for slot in concerned))
                 await asyncio.gather(*(self._start_again(slot) for slot in concerned))
             case "Preempt" | "Terminate":
                 await asyncio.gather(*(self._end(slot, order.grace_s) for slot in concerned))
 
-    async def _end(self, slot: Slot, grace_s: float) -> None:
+    async def _end(self, slot: Slot, grace_s: float, *, again: bool = False) -> None:
         if slot.target is not None:
             slot.ending = True
-            await slot.target.end(grace_s)
+            await slot.target.end(grace_s, again=again)
             self._changed()
 
     async def _start_again(self, slot: Slot) -> None:
@@ -76,7 +75,7 @@ class Impact:
             self._changed()
 
     async def _freeze(self, record: EventRecord, duration_s: float, slots: Sequence[Slot]) -> None:
-        plans: dict[str, ProcessPlan] = {
+        plans: dict[str, TargetPlan] = {
             slot.vm: await in_thread(f"look at {slot.vm}", slot.target.plan)
             for slot in slots
             if slot.target is not None and not slot.target.ended.is_set()
@@ -91,7 +90,7 @@ class Impact:
         self._check(record, duration_s)
 
     async def _hold(
-        self, record: EventRecord, duration_s: float, plans: Mapping[str, ProcessPlan], lost: asyncio.Event
+        self, record: EventRecord, duration_s: float, plans: Mapping[str, TargetPlan], lost: asyncio.Event
     ) -> None:
         """Pause, wait, resume, whatever happens in between."""
         stopped: dict[str, float] = {}
@@ -110,7 +109,7 @@ class Impact:
             await shielded(self._resume_all(record, plans, stopped, cpu))
 
     @staticmethod
-    async def _stop_one(plan: ProcessPlan, stopped: dict[str, float]) -> None:
+    async def _stop_one(plan: TargetPlan, stopped: dict[str, float]) -> None:
         def work(stop: threading.Event) -> float:
             return pause(plan, stop)
 
@@ -119,11 +118,11 @@ class Impact:
     async def _resume_all(
         self,
         record: EventRecord,
-        plans: Mapping[str, ProcessPlan],
+        plans: Mapping[str, TargetPlan],
         stopped: Mapping[str, float],
         cpu: Mapping[str, float],
     ) -> None:
-        async def one(vm: str, plan: ProcessPlan) -> None:
+        async def one(vm: str, plan: TargetPlan) -> None:
             def work() -> tuple[float, float, bool]:
                 used = cpu_seconds(plan)
                 return used, *resume(plan, _RESUME_S)

@@ -33,9 +33,9 @@ class Slot(msgspec.Struct, kw_only=True):
         target = self.target
         if target is None:
             return None
-        record = ProgramRecord(vm=self.vm, what=target.what, exited=self.exited)
+        record = ProgramRecord(vm=self.vm, what=target.what, exited=self.exited, exit_code=target.exit_code)
         if isinstance(target, Program):
-            record.starts, record.exit_code, record.left = target.starts, target.exit_code, target.left
+            record.starts, record.left = target.starts, target.left
             record.terminal_taken = reads_terminal()
         return record
 
@@ -49,8 +49,6 @@ def ended_early(slots: Sequence[Slot]) -> str:
     """That nothing could be paused, for people."""
     ended = [
         f"{slot.target.what} ended ({describe_exit(slot.target.exit_code)})"
-        if isinstance(slot.target, Program)
-        else f"{slot.target.what} ended"
         for slot in slots
         if slot.target is not None
     ]

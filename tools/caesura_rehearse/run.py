@@ -18,7 +18,7 @@ from caesura_host_updater.drivers.process.freezers import choose_freezer
 from caesura_rehearse.address import local_address
 from caesura_rehearse.control import serve_control
 from caesura_rehearse.desk import Desk
-from caesura_rehearse.engine import Engine, Slot, rehearsal
+from caesura_rehearse.engine import Engine, rehearsal
 from caesura_rehearse.expectations import Expectation
 from caesura_rehearse.faults import Fault
 from caesura_rehearse.namespace import URL, NoNamespace, open_door, published, way_in
@@ -27,6 +27,7 @@ from caesura_rehearse.orders import Order
 from caesura_rehearse.report import Report
 from caesura_rehearse.run_folder import cgroup_of, run_folder
 from caesura_rehearse.running_targets import RunningCgroup, RunningProcess
+from caesura_rehearse.slots import Slot
 from caesura_rehearse.targets import Program, Target, program_environ
 
 EVENTS_PATH = "/metadata/scheduledevents?api-version=2020-07-01"

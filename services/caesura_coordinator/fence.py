@@ -284,6 +284,11 @@ def health_blockers(fleet: FleetFence, vms: tuple[PlannedVm, ...]) -> list[Reaso
     return found
 
 
+def all_healthy(fleet: FleetFence, vms: Iterable[PlannedVm]) -> bool:
+    """Whether all of these VMs, of one host, are healthy now."""
+    return all(_unhealthy(fleet, vm) is None for vm in vms)
+
+
 def _unhealthy(fleet: FleetFence, vm: PlannedVm) -> Reason | None:
     name, host = vm.vm, vm.host
     located = fleet.vm(name)

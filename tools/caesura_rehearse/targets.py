@@ -30,8 +30,10 @@ from caesura_host_updater.drivers.process.freezers import (
 )
 from caesura_host_updater.spawn import ExitWatch
 from caesura_rehearse.pausing import pids_of
-from caesura_vmcontrol.plans import BadPlan, CgroupPlan, SignalPlan, condition, thaw
+from caesura_vmcontrol.plan_errors import BadPlan
 from caesura_vmcontrol.procfs import STOPPED, alive, boot_id, process_table, read_process, send_signal
+from caesura_vmcontrol.resume_plans import CgroupPlan, SignalPlan
+from caesura_vmcontrol.vm_control import condition, thaw
 
 _START_S = 15.0  # s: the first process needs some 20 ms; this is for a machine that thrashes
 _KILLED_S = 5.0  # s: for what was killed to be gone

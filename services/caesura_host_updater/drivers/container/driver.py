@@ -38,9 +38,12 @@ from caesura_host_updater.drivers.port import (
 )
 from caesura_host_updater.spawn import ExitWatch
 from caesura_vmcontrol import container_engine
-from caesura_vmcontrol.container_engine import EngineRefused
-from caesura_vmcontrol.plans import Condition, EnginePlan, condition, freeze_cgroup, plan_to_json, thaw
+from caesura_vmcontrol.container_control import freeze_container
+from caesura_vmcontrol.container_engine import EnginePlan, EngineRefused
+from caesura_vmcontrol.freezer_control import Condition
 from caesura_vmcontrol.procfs import alive, boot_id, read_process
+from caesura_vmcontrol.resume_plans import plan_to_json
+from caesura_vmcontrol.vm_control import condition, thaw
 
 _ASK_S = 2.0  # s: for what the engine knows; it takes milliseconds
 _START_S = 20.0  # s: to start a container
@@ -390,7 +393,7 @@ class ContainerDriver:
             if found.paused:
                 # The engine is wrong: its container was resumed by the cgroup while it was away. Frozen as the engine
                 # has it, it can be resumed through it again.
-                freeze_cgroup(plan)
+                freeze_container(plan)
             else:
                 self._pause(plan, by)
             while (state := condition(plan)) != "frozen":

@@ -31,7 +31,6 @@ from caesura.runtime.cleanup import shielded
 from caesura.runtime.errors import CaesuraError
 from caesura.runtime.identity import new_id
 from caesura.runtime.threads import in_thread, in_thread_to_its_end
-from caesura_host_updater.drivers.process.freezers import ProcessPlan
 from caesura_metadata_publisher.listeners import Listener
 from caesura_metadata_publisher.service import filters
 from caesura_metadata_publisher.settings import MetadataPublisherSettings
@@ -41,7 +40,7 @@ from caesura_rehearse.guarding import Guards, GuardUnavailable
 from caesura_rehearse.metadata import Witness, WitnessedPublisher, serve_vm
 from caesura_rehearse.observations import EventRecord, Gap, Observations, ProgramRecord, describe_exit
 from caesura_rehearse.orders import Order, OrderRefused
-from caesura_rehearse.pausing import NotPaused, cpu_seconds, pause, resume
+from caesura_rehearse.pausing import NotPaused, TargetPlan, cpu_seconds, pause, resume
 from caesura_rehearse.report import Report, judge_all
 from caesura_rehearse.targets import NoTarget, Program, Target, reads_terminal
 
@@ -237,13 +236,12 @@ class Engine:
             NoTarget: it cannot be started.
         """
         slot.target = target
-        if isinstance(target, Program):
-            target.on_exit = lambda _: self._on_exit(slot)
+        target.on_exit = lambda: self._on_exit(slot)
         await target.start()
         self.notify()
 
     def _on_exit(self, slot: Slot) -> None:
-        if not slot.ending and isinstance(slot.target, Program):
+        if not slot.ending and slot.target is not None:
             slot.exited = self.now
             self._say(f"{slot.target.what} of {slot.vm} ended: {describe_exit(slot.target.exit_code)}")
         self.notify()
@@ -433,15 +431,15 @@ class Engine:
                 if order.duration_s > 0 and concerned:
                     await self._freeze(record, order.duration_s, concerned)
             case "Reboot" | "Redeploy":
-                await asyncio.gather(*(self._end(slot, order.grace_s) for slot in concerned))
+                await asyncio.gather(*(self._end(slot, order.grace_s, again=True) for slot in concerned))
                 await asyncio.gather(*(self._start_again(slot) for slot in concerned))
             case "Preempt" | "Terminate":
                 await asyncio.gather(*(self._end(slot, order.grace_s) for slot in concerned))
 
-    async def _end(self, slot: Slot, grace_s: float) -> None:
+    async def _end(self, slot: Slot, grace_s: float, *, again: bool = False) -> None:
         if slot.target is not None:
             slot.ending = True
-            await slot.target.end(grace_s)
+            await slot.target.end(grace_s, again=again)
             self.notify()
 
     async def _start_again(self, slot: Slot) -> None:
@@ -451,7 +449,7 @@ class Engine:
             self.notify()
 
     async def _freeze(self, record: EventRecord, duration_s: float, slots: Sequence[Slot]) -> None:
-        plans: dict[str, ProcessPlan] = {
+        plans: dict[str, TargetPlan] = {
             slot.vm: await in_thread(f"look at {slot.vm}", slot.target.plan)
             for slot in slots
             if slot.target is not None and not slot.target.ended.is_set()
@@ -466,7 +464,7 @@ class Engine:
         self._check(record, duration_s)
 
     async def _hold(
-        self, record: EventRecord, duration_s: float, plans: Mapping[str, ProcessPlan], lost: asyncio.Event
+        self, record: EventRecord, duration_s: float, plans: Mapping[str, TargetPlan], lost: asyncio.Event
     ) -> None:
         """Pause, wait, resume, whatever happens in between."""
         stopped: dict[str, float] = {}
@@ -485,7 +483,7 @@ class Engine:
             await shielded(self._resume_all(record, plans, stopped, cpu))
 
     @staticmethod
-    async def _stop_one(plan: ProcessPlan, stopped: dict[str, float]) -> None:
+    async def _stop_one(plan: TargetPlan, stopped: dict[str, float]) -> None:
         def work(stop: threading.Event) -> float:
             return pause(plan, stop)
 
@@ -494,11 +492,11 @@ class Engine:
     async def _resume_all(
         self,
         record: EventRecord,
-        plans: Mapping[str, ProcessPlan],
+        plans: Mapping[str, TargetPlan],
         stopped: Mapping[str, float],
         cpu: Mapping[str, float],
     ) -> None:
-        async def one(vm: str, plan: ProcessPlan) -> None:
+        async def one(vm: str, plan: TargetPlan) -> None:
             def work() -> tuple[float, float, bool]:
                 used = cpu_seconds(plan)
                 return used, *resume(plan, _RESUME_S)
@@ -536,9 +534,9 @@ class Engine:
 def _program_record(slot: Slot) -> ProgramRecord:
     target = slot.target
     assert target is not None  # noqa: S101 - asked for before
-    record = ProgramRecord(vm=slot.vm, what=target.what, exited=slot.exited)
+    record = ProgramRecord(vm=slot.vm, what=target.what, exited=slot.exited, exit_code=target.exit_code)
     if isinstance(target, Program):
-        record.starts, record.exit_code, record.left = target.starts, target.exit_code, target.left
+        record.starts, record.left = target.starts, target.left
         record.terminal_taken = reads_terminal()
     return record
 
@@ -546,8 +544,6 @@ def _program_record(slot: Slot) -> ProgramRecord:
 def _ended_early(slots: Sequence[Slot]) -> str:
     ended = [
         f"{slot.target.what} ended ({describe_exit(slot.target.exit_code)})"
-        if isinstance(slot.target, Program)
-        else f"{slot.target.what} ended"
         for slot in slots
         if slot.target is not None
     ]

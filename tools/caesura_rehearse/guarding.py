@@ -13,8 +13,8 @@ from pathlib import Path
 import structlog
 
 from caesura.runtime.threads import in_thread
-from caesura_host_updater.drivers.process.freezers import ProcessPlan
 from caesura_host_updater.guard_client import GuardClient, GuardUnavailable
+from caesura_rehearse.pausing import TargetPlan
 
 __all__ = ["GuardUnavailable", "Guards", "SetGuard"]
 
@@ -41,7 +41,7 @@ class SetGuard:
         """Start it. Raises GuardUnavailable."""
         await self._client.start(_START_S)
 
-    async def arm(self, operation: str, deadline: float, plans: Sequence[ProcessPlan]) -> None:
+    async def arm(self, operation: str, deadline: float, plans: Sequence[TargetPlan]) -> None:
         """Have it resume the plans at ``deadline`` (CLOCK_MONOTONIC, seconds), or when this process dies. Raises GuardUnavailable."""
         await self._client.arm(operation, deadline, plans)
 

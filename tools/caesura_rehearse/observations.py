@@ -148,7 +148,7 @@ class Observations:
 def describe_exit(code: int | None) -> str:
     """How a program ended, for people."""
     if code is None:
-        return "runs"
+        return "exit code unknown"
     if code < 0:
         return f"ended by signal {-code}"
     return f"exit code {code}"

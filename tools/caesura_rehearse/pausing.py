@@ -11,7 +11,15 @@ import time
 from pathlib import Path
 
 from caesura.runtime.errors import CaesuraError
+from caesura_host_updater.drivers.container.pausing import (
+    NotFrozen,
+    PauseUnanswered,
+    engine_call,
+    pause_container,
+)
 from caesura_host_updater.drivers.process.freezers import ProcessPlan, request_freeze
+from caesura_vmcontrol.container_control import groups_of
+from caesura_vmcontrol.container_engine import EnginePlan
 from caesura_vmcontrol.procfs import process_table
 from caesura_vmcontrol.resume_plans import SignalPlan
 from caesura_vmcontrol.vm_control import condition, thaw
@@ -21,11 +29,15 @@ _SETTLE_S = 0.004  # s: a stop by signals must last this long to count: somebody
 _FREEZE_S = 5.0  # s: some milliseconds are usual; a process in a call that cannot be interrupted takes longer
 
 
+TargetPlan = ProcessPlan | EnginePlan
+"""How a target is resumed."""
+
+
 class NotPaused(CaesuraError):
     """The processes could not be paused, or did not stay so; they run."""
 
 
-def pause(plan: ProcessPlan, stop: threading.Event) -> float:
+def pause(plan: TargetPlan, stop: threading.Event) -> float:
     """Stop everything of the target; returns the instant (CLOCK_MONOTONIC, seconds) from which the kernel reports it as stopped.
 
     Args:
@@ -34,6 +46,8 @@ def pause(plan: ProcessPlan, stop: threading.Event) -> float:
     Raises:
         NotPaused: it ended in the meantime, or is not stopped after five seconds. What was stopped already is for ``resume``.
     """
+    if isinstance(plan, EnginePlan):
+        return _pause_container(plan, stop)
     began = time.monotonic()
     stopped_at: float | None = None
     try:
@@ -56,7 +70,19 @@ def pause(plan: ProcessPlan, stop: threading.Event) -> float:
     raise NotPaused("the pause was called off")
 
 
-def resume(plan: ProcessPlan, timeout_s: float) -> tuple[float, bool]:
+def _pause_container(plan: EnginePlan, stop: threading.Event) -> float:
+    try:
+        pause_container(plan, time.monotonic() + _FREEZE_S, stop, engine_call(plan.socket))
+    except PauseUnanswered as error:
+        raise NotPaused(
+            f"{error}. It may pause the container when it answers again: resume it then (docker unpause {plan.container[:12]})"
+        ) from error
+    except NotFrozen as error:
+        raise NotPaused(f"the container {error}" if error.__cause__ is None else str(error)) from error
+    return time.monotonic()
+
+
+def resume(plan: TargetPlan, timeout_s: float) -> tuple[float, bool]:
     """Let everything run; the instant (CLOCK_MONOTONIC, seconds) at which the kernel reports that it does, and whether it was still stopped.
 
     Raises:
@@ -80,7 +106,7 @@ def resume(plan: ProcessPlan, timeout_s: float) -> tuple[float, bool]:
         raise NotPaused(f"the kernel refuses to resume it: {error.strerror or error}") from error
 
 
-def cpu_seconds(plan: ProcessPlan) -> float:
+def cpu_seconds(plan: TargetPlan) -> float:
     """CPU time that the processes of the target have used so far, from the scheduler's accounts (nanoseconds, ``/proc/PID/task/TID/schedstat``)."""
     total_ns = 0
     for pid in pids_of(plan):
@@ -92,12 +118,13 @@ def cpu_seconds(plan: ProcessPlan) -> float:
     return total_ns / 1e9
 
 
-def pids_of(plan: ProcessPlan) -> list[int]:
+def pids_of(plan: TargetPlan) -> list[int]:
     """The processes of the target."""
     if isinstance(plan, SignalPlan):
         return [each.pid for each in plan.members(process_table())]
     found: list[int] = []
-    for folder, _, names in os.walk(Path(plan.control).parent):
+    control = groups_of(plan)[-1].control if isinstance(plan, EnginePlan) else plan.control
+    for folder, _, names in os.walk(Path(control).parent):
         if "cgroup.procs" in names:
             try:
                 found += map(int, (Path(folder) / "cgroup.procs").read_text(encoding="ascii").split())

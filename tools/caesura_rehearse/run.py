@@ -26,7 +26,8 @@ from caesura_rehearse.observations import EventRecord
 from caesura_rehearse.orders import Order
 from caesura_rehearse.report import Report
 from caesura_rehearse.run_folder import cgroup_of, run_folder
-from caesura_rehearse.targets import Program, RunningCgroup, RunningProcess, Target, program_environ
+from caesura_rehearse.running_targets import RunningCgroup, RunningProcess
+from caesura_rehearse.targets import Program, Target, program_environ
 
 EVENTS_PATH = "/metadata/scheduledevents?api-version=2020-07-01"
 

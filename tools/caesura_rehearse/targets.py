@@ -1,4 +1,4 @@
-"""What is paused: a program that was started for it, a process that runs already, or a cgroup."""
+"""What is paused, and the usual one: a program that is started for it."""
 
 from __future__ import annotations
 
@@ -10,11 +10,10 @@ import signal
 import stat
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import IO, Any, Literal, Protocol
+from typing import IO, Any, Protocol
 
 import structlog
 
@@ -25,15 +24,12 @@ from caesura_host_updater.drivers.process.freezers import (
     Freezer,
     ProcessGroupRecord,
     ProcessPlan,
-    own_cgroups,
     plan_of,
 )
 from caesura_host_updater.spawn import ExitWatch
-from caesura_rehearse.pausing import pids_of
-from caesura_vmcontrol.plan_errors import BadPlan
-from caesura_vmcontrol.procfs import STOPPED, alive, boot_id, process_table, read_process, send_signal
-from caesura_vmcontrol.resume_plans import CgroupPlan, SignalPlan
-from caesura_vmcontrol.vm_control import condition, thaw
+from caesura_rehearse.pausing import TargetPlan, pids_of
+from caesura_vmcontrol.procfs import boot_id, send_signal
+from caesura_vmcontrol.vm_control import thaw
 
 _START_S = 15.0  # s: the first process needs some 20 ms; this is for a machine that thrashes
 _KILLED_S = 5.0  # s: for what was killed to be gone
@@ -56,15 +52,26 @@ class Target(Protocol):
     """Whether it can be started (again)."""
     ended: asyncio.Event
     """Set while it does not run."""
+    exit_code: int | None
+    """Of its last run; negative: the signal that ended it; None: it runs, or nobody knows."""
+    on_exit: Callable[[], None]
+    """Called when it ended, whether by itself or not."""
 
     async def start(self) -> None:
         """Start it, if it is startable. Raises NoTarget."""
 
-    def plan(self) -> ProcessPlan:
+    def plan(self) -> TargetPlan:
         """How it is resumed, with the processes of now. Blocking. Raises NoTarget: it does not run."""
 
-    async def end(self, grace_s: float) -> None:
-        """SIGTERM, after ``grace_s`` seconds SIGKILL, and wait until it is gone."""
+    async def end(self, grace_s: float, *, again: bool = False) -> None:
+        """SIGTERM, after ``grace_s`` seconds SIGKILL, and wait until it is gone.
+
+        Args:
+            again: it is to be started again, also if the rehearsal ends before.
+
+        Raises:
+            NoTarget: it could not be ended.
+        """
 
     async def close(self, grace_s: float) -> None:
         """Leave it as it was found: a program is ended, what ran before runs."""
@@ -122,7 +129,7 @@ class Program:
         self.starts = 0
         self.left: tuple[str, ...] = ()
         """Processes that ran on when the program's own process had ended, for people; they were killed."""
-        self.on_exit: Callable[[Program], None] = lambda _: None
+        self.on_exit: Callable[[], None] = lambda: None
         self._run: ProcessGroupRecord | None = None
         self._first: dict[str, Any] = {}
         """The first report of the present run: that it was started, or why not."""
@@ -173,7 +180,7 @@ class Program:
         self.pid = first["processes"][0]
         self.starts += 1
         if self._gone.is_set() or self.exit_code is not None:
-            self.on_exit(self)
+            self.on_exit()
         else:
             self.ended.clear()
 
@@ -262,7 +269,7 @@ class Program:
     def _over(self) -> None:
         if not self.ended.is_set():
             self.ended.set()
-            self.on_exit(self)
+            self.on_exit()
 
     def plan(self) -> ProcessPlan:
         """As in ``Target``."""
@@ -270,7 +277,7 @@ class Program:
             raise NoTarget(f"{self.what} does not run")
         return plan_of(self.vm, self._run)
 
-    async def end(self, grace_s: float) -> None:
+    async def end(self, grace_s: float, *, again: bool = False) -> None:  # noqa: ARG002 - as in the protocol
         """As in ``Target``; SIGTERM for the program's own process, SIGKILL for all that is left."""
         run = self._run
         if run is None or self._gone.is_set():
@@ -314,130 +321,6 @@ class Program:
         await in_thread("cgroup", lambda: self._freezer.remove(self.vm))
 
 
-class RunningProcess:
-    """A process that somebody else started, with everything below it.
-
-    Raises:
-        NoTarget: it does not exist, is not ours to signal, is paused already, or this process is below it.
-    """
-
-    startable = False
-
-    def __init__(self, vm: str, pid: int) -> None:
-        self.vm = vm
-        self.what = f"process {pid}"
-        self.ended = asyncio.Event()
-        found = read_process(pid)
-        if found is None or pid <= 1:
-            raise NoTarget(f"there is no process {pid}")
-        try:
-            os.kill(pid, 0)
-        except PermissionError:
-            raise NoTarget(
-                f"process {pid} belongs to another user: it cannot be paused without root"
-            ) from None
-        except ProcessLookupError:
-            raise NoTarget(f"there is no process {pid}") from None
-        if found.state == STOPPED:
-            raise NoTarget(f"process {pid} is stopped already: resume it first (kill -CONT {pid})")
-        self._pid, self._start_ticks = pid, found.start_ticks
-        if os.getpid() in {each.pid for each in self._bare().members(process_table())}:
-            raise NoTarget(f"process {pid} has started this command: it would pause itself")
-        self._watch = ExitWatch(pid, self.ended.set, reap=False)
-
-    def _bare(self) -> SignalPlan:
-        return SignalPlan(self.vm, self._pid, self._start_ticks)
-
-    async def start(self) -> None:
-        """It runs already."""
-
-    def plan(self) -> ProcessPlan:
-        """As in ``Target``."""
-        if not alive(self._pid, self._start_ticks):
-            raise NoTarget(f"{self.what} does not run any more")
-        others = tuple((each.pid, each.start_ticks) for each in self._bare().members(process_table()))
-        return SignalPlan(self.vm, self._pid, self._start_ticks, others)
-
-    async def end(self, grace_s: float) -> None:
-        """As in ``Target``."""
-        try:
-            plan = await in_thread(self.what, self.plan)
-        except NoTarget:
-            return
-        send_signal(self._pid, self._start_ticks, signal.SIGTERM)
-        await _until_gone(plan, grace_s)
-
-    def hurry(self) -> None:
-        """It is not ended with us."""
-
-    async def close(self, grace_s: float) -> None:  # noqa: ARG002 - as in the protocol
-        """Stop watching it."""
-        self._watch.close()
-
-
-class RunningCgroup:
-    """All processes of a cgroup, v1 or v2, and of those below it.
-
-    Raises:
-        NoTarget: it has no freezer, may not be written to, is empty, is paused already, or this process is in it.
-    """
-
-    startable = False
-
-    def __init__(self, vm: str, folder: Path) -> None:
-        self.vm = vm
-        self.what = f"cgroup {folder}"
-        self.ended = asyncio.Event()
-        real = folder.resolve()
-        kinds: tuple[tuple[Literal["cgroup2", "cgroup1"], str], ...] = (
-            ("cgroup2", "cgroup.freeze"),
-            ("cgroup1", "freezer.state"),
-        )
-        for kind, name in kinds:
-            if (real / name).exists():
-                try:
-                    self._plan = CgroupPlan(vm, kind, str(real / name))
-                except BadPlan as error:
-                    raise NoTarget(str(error)) from error
-                break
-        else:
-            raise NoTarget(
-                f"{folder} is not a cgroup that can be frozen: it has neither cgroup.freeze nor freezer.state"
-            )
-        if not os.access(self._plan.control, os.W_OK):
-            raise NoTarget(f"{folder} cannot be frozen by this user")
-        state = condition(self._plan)
-        if state == "gone":
-            raise NoTarget(f"{folder} has no processes")
-        if state != "running":
-            raise NoTarget(f"{folder} is frozen already: thaw it first")
-        own = own_cgroups(Path("/proc/self/cgroup").read_text(encoding="utf-8")).get(kind)
-        if os.getpid() in pids_of(self._plan):
-            raise NoTarget(f"this command runs in {folder} (its own is {own}): it would pause itself")
-
-    async def start(self) -> None:
-        """It runs already."""
-
-    def plan(self) -> ProcessPlan:
-        """As in ``Target``."""
-        if condition(self._plan) == "gone":
-            self.ended.set()
-            raise NoTarget(f"{self.what} has no processes any more")
-        return self._plan
-
-    async def end(self, grace_s: float) -> None:
-        """As in ``Target``: SIGTERM for each of its processes."""
-        await in_thread(self.what, lambda: _signal_all(self._plan, signal.SIGTERM))
-        await _until_gone(self._plan, grace_s)
-        self.ended.set()
-
-    def hurry(self) -> None:
-        """It is not ended with us."""
-
-    async def close(self, grace_s: float) -> None:
-        """Nothing to do: it is resumed after each pause."""
-
-
 def program_environ(
     vm: str, set_name: str, url: str, *, proxy: bool = False, base: Mapping[str, str] | None = None
 ) -> dict[str, str]:
@@ -464,24 +347,6 @@ async def _first_of(timeout_s: float | None, *events: asyncio.Event) -> None:
     finally:
         for each in waits:
             each.cancel()
-
-
-async def _until_gone(plan: ProcessPlan, grace_s: float) -> None:
-    until, killed = time.monotonic() + grace_s, False
-    while await in_thread("look", lambda: condition(plan)) != "gone":
-        if time.monotonic() > until:
-            if killed:
-                _log.warning("target.not_gone", vm=plan.vm)
-                return
-            killed, until = True, time.monotonic() + _KILLED_S
-            await in_thread("kill", lambda: _signal_all(plan, signal.SIGKILL))
-        await asyncio.sleep(_LOOK_S)  # the kernel notifies only the parent
-
-
-def _signal_all(plan: ProcessPlan, number: signal.Signals) -> None:
-    for pid in pids_of(plan):
-        with suppress(ProcessLookupError, PermissionError):
-            os.kill(pid, number)
 
 
 def _name_of(pid: int) -> str:

@@ -151,6 +151,16 @@ def test_a_process_that_runs_already(folder: Path) -> None:
             other.kill()
 
 
+def test_a_process_that_ran_already_and_ended_by_itself_did_not_survive(folder: Path) -> None:
+    with subprocess.Popen(["sleep", "600"]) as other:
+        options = ("--terminate", "--notice", "2s", "--settle", "0s", "--expect", "survived")
+        run = Rehearsed(folder, (*options, "--pid", str(other.pid)))
+        until(lambda: "announced" in run.said, 60, lambda: run.said)
+        other.kill()
+    assert run.finish() == 1, run.said
+    assert f"FAILED      survived: process {other.pid} of app-1 ended by itself" in run.said
+
+
 @pytest.mark.parametrize(
     ("program", "code", "says"),
     [

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from caesura_host_updater.drivers.container import driver as module
+from caesura_host_updater.drivers.container import pausing
 from caesura_host_updater.drivers.container.cgroup import NoFreezer, freezer_of
 from caesura_host_updater.drivers.container.definition import (
     ContainerOptions,
@@ -157,7 +158,8 @@ class World:
         plan = EnginePlan("a", "/s", "0a" * 32, 4711, 1, "cgroup2", "/sys/fs/cgroup/x/cgroup.freeze")
         driver._runs["a"] = plan
         monkeypatch.setattr(driver, "_call", self._call)
-        monkeypatch.setattr(module, "condition", lambda _: self.state)
+        for each in (module, pausing):
+            monkeypatch.setattr(each, "condition", lambda _: self.state)
         monkeypatch.setattr(module, "thaw", self._thaw)
 
     def _call(self, method: str, container: str, what: str, timeout_s: float) -> Any:

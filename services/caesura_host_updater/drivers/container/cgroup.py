@@ -32,7 +32,7 @@ def freezer_of(pid: int, mountinfo: str, cgroup: str) -> tuple[Literal["cgroup1"
         if kind in mounts and place not in ("", "/") and ".." not in Path(place).parts:
             return kind, f"{mounts[kind]}/{place.strip('/')}/{_FILES[kind]}"
     raise NoFreezer(
-        f"process {pid} is in no cgroup of its own that can be seen from here: the host updater must share the host's cgroups"
+        f"process {pid} is in no cgroup of its own that can be seen from here: that takes the process and cgroup namespaces of the host of the containers"
     )
 
 

@@ -19,7 +19,7 @@ import structlog
 
 from caesura.contract.messages import Method, VmState
 from caesura.runtime.threads import in_thread, in_thread_to_its_end
-from caesura_host_updater.drivers.container.cgroup import NoFreezer, read_freezer
+from caesura_host_updater.drivers.container.cgroup import NoFreezer
 from caesura_host_updater.drivers.container.definition import (
     NO_LIVE_RESTORE,
     ContainerOptions,
@@ -28,6 +28,14 @@ from caesura_host_updater.drivers.container.definition import (
     Inspected,
     engine_facts,
     inspected,
+)
+from caesura_host_updater.drivers.container.pausing import (
+    ASK_S,
+    NotFrozen,
+    PausedBefore,
+    PauseUnanswered,
+    pause_container,
+    plan_of_container,
 )
 from caesura_host_updater.drivers.port import (
     Capabilities,
@@ -38,19 +46,17 @@ from caesura_host_updater.drivers.port import (
 )
 from caesura_host_updater.spawn import ExitWatch
 from caesura_vmcontrol import container_engine
-from caesura_vmcontrol.container_control import freeze_container
 from caesura_vmcontrol.container_engine import EnginePlan, EngineRefused
 from caesura_vmcontrol.freezer_control import Condition
 from caesura_vmcontrol.procfs import alive, boot_id, read_process
 from caesura_vmcontrol.resume_plans import plan_to_json
 from caesura_vmcontrol.vm_control import condition, thaw
 
-_ASK_S = 2.0  # s: for what the engine knows; it takes milliseconds
 _START_S = 20.0  # s: to start a container
 _STOP_S = 10  # s: between SIGTERM and SIGKILL when a container is stopped with the host updater
 _NOTICE_S = 10.0  # s: for an engine to notice that a container's first process has ended
 _LOOK_S = 1.0  # s: between two looks at containers that do not run, and at the engine
-_STEP_S = 0.002  # s: between two looks at a container that is to be paused or to run
+_STEP_S = 0.002  # s: between two looks at a container that is to run
 _LATE_S = 600.0
 """s: how long a pause that an engine did not answer is looked for: a request that it had accepted may take effect later."""
 _STATES: dict[Condition, VmState] = {
@@ -156,11 +162,9 @@ class ContainerDriver:
 
     def _plan(self, vm: str, found: Inspected) -> EnginePlan | None:
         """How it is resumed; None: its first process has ended. Blocking. Raises OSError, NoFreezer."""
-        process = read_process(found.pid)
-        if process is None or not alive(found.pid, process.start_ticks):
+        plan = plan_of_container(vm, self._socket, found)
+        if plan is None:
             return None
-        freezer, control = read_freezer(found.pid)
-        plan = EnginePlan(vm, self._socket, found.container, found.pid, process.start_ticks, freezer, control)
         part = self._folder / f"{vm}.container.part"
         part.write_text(json.dumps({**plan_to_json(plan), "boot_id": boot_id()}))
         part.replace(self._folder / f"{vm}.container.json")
@@ -212,7 +216,7 @@ class ContainerDriver:
             with suppress(OSError):
                 thaw(plan)
             with suppress(OSError):
-                self._call("POST", plan.container, f"/stop?t={_STOP_S}", _STOP_S + _ASK_S)
+                self._call("POST", plan.container, f"/stop?t={_STOP_S}", _STOP_S + ASK_S)
             (self._folder / f"{spec.name}.container.json").unlink(missing_ok=True)
 
         await in_thread(f"stop {spec.name}", stop)
@@ -267,17 +271,17 @@ class ContainerDriver:
             raise DriverError(spec.name, str(error)) from error
 
     def _inspected(self, container: str) -> Inspected:
-        return inspected(self._call("GET", container, "/json", _ASK_S))
+        return inspected(self._call("GET", container, "/json", ASK_S))
 
     async def _ask_engine(self) -> None:
         """Whether it is there, and which one it is."""
 
         def ask() -> EngineFacts:
             if self._engine.version:
-                container_engine.request(self._socket, "GET", "/_ping", _ASK_S)
+                container_engine.request(self._socket, "GET", "/_ping", ASK_S)
                 return self._engine
-            version = container_engine.call(self._socket, "GET", "/version", _ASK_S)
-            return engine_facts(version, container_engine.call(self._socket, "GET", "/info", _ASK_S))
+            version = container_engine.call(self._socket, "GET", "/version", ASK_S)
+            return engine_facts(version, container_engine.call(self._socket, "GET", "/info", ASK_S))
 
         try:
             facts = await in_thread("ask the engine", ask)
@@ -378,41 +382,15 @@ class ContainerDriver:
         with self._late_lock:
             self._late.pop(vm, None)
         try:
-            state = condition(plan)
-            if state == "gone":
-                raise FreezeFailed(vm, "has ended")
-            if state != "running":
-                self._left[vm] = PAUSED_BEFORE
-                raise FreezeFailed(vm, PAUSED_BEFORE)
-            # Asked first: a request to an engine that hangs would be carried out whenever that wakes up.
-            found = inspected(self._call("GET", plan.container, "/json", _until(by, _ASK_S)))
-            if found.pid != plan.pid:
-                raise FreezeFailed(vm, "is not the container that it was: it has ended, or was started again")
-            if stop.is_set() or time.monotonic() >= by:
-                raise FreezeFailed(vm, "it was too late to freeze it")
-            if found.paused:
-                # The engine is wrong: its container was resumed by the cgroup while it was away. Frozen as the engine
-                # has it, it can be resumed through it again.
-                freeze_container(plan)
-            else:
-                self._pause(plan, by)
-            while (state := condition(plan)) != "frozen":
-                if state == "gone":
-                    raise FreezeFailed(vm, "ended while it was being frozen")
-                if stop.is_set() or time.monotonic() >= by:
-                    raise FreezeFailed(vm, f"is not frozen in time: the kernel says {state}")
-                time.sleep(_STEP_S)
-        except (OSError, ValueError) as error:
-            raise FreezeFailed(vm, str(error)) from error
-
-    def _pause(self, plan: EnginePlan, by: float) -> None:
-        try:
-            self._call("POST", plan.container, "/pause", _until(by, _ASK_S))
-        except EngineRefused:
-            raise
-        except OSError:
+            pause_container(plan, by, stop, self._call)
+        except PausedBefore as error:
+            self._left[vm] = PAUSED_BEFORE
+            raise FreezeFailed(vm, PAUSED_BEFORE) from error
+        except PauseUnanswered as error:
             self._late[plan.vm] = time.monotonic() + _LATE_S
-            raise
+            raise FreezeFailed(vm, str(error)) from error
+        except NotFrozen as error:
+            raise FreezeFailed(vm, str(error)) from error
 
     def why_left(self, vm: str) -> str:
         """That somebody else paused it."""
@@ -450,8 +428,3 @@ class ContainerDriver:
         except OSError as error:
             raise NotRunningYet(vm, str(error)) from error
         return "running" if state == "running" and vm in self._runs else "gone"
-
-
-def _until(by: float, most_s: float) -> float:
-    """Seconds until an instant of CLOCK_MONOTONIC, ``most_s`` at most."""
-    return max(0.001, min(by - time.monotonic(), most_s))

@@ -199,6 +199,21 @@ def _from_started(decision: Decision, wave: Wave) -> None:
         decision.move(wave, "verifying", verify_by=decision.after(decision.rollout.policy.verify_timeout_s))
 
 
+def _fence_again(decision: Decision, wave: Wave) -> None:
+    """Command under a new epoch only when no command of another coordinator can still be in effect in the sets (I1).
+
+    While this one was down, another may have led: its operations must have ended. Hosts that do not receive our
+    command in time count as lost for the wave, which halts it.
+    """
+    if wave.fence_epoch == decision.authority.epoch:
+        return
+    blockers = _fence(decision, wave)
+    why, codes = join_reasons(blockers), codes_of(blockers)
+    epoch = wave.fence_epoch if why else decision.authority.epoch
+    if (wave.waiting_for, wave.fence_epoch) != (why, epoch):
+        decision.put(msgspec.structs.replace(wave, waiting_for=why, waiting_codes=codes, fence_epoch=epoch))
+
+
 def _end_verified_events(decision: Decision, wave: Wave) -> None:
     """Complete the events of the hosts that have done their part and whose VMs are verified; the wave continues for the others.
 
@@ -220,21 +235,6 @@ def _end_verified_events(decision: Decision, wave: Wave) -> None:
             ended.append(event.event_id)
     if ended:
         decision.end_events(wave, "completed", only=frozenset(ended))
-
-
-def _fence_again(decision: Decision, wave: Wave) -> None:
-    """Command under a new epoch only when no command of another coordinator can still be in effect in the sets (I1).
-
-    While this one was down, another may have led: its operations must have ended. Hosts that do not receive our
-    command in time count as lost for the wave, which halts it.
-    """
-    if wave.fence_epoch == decision.authority.epoch:
-        return
-    blockers = _fence(decision, wave)
-    why, codes = join_reasons(blockers), codes_of(blockers)
-    epoch = wave.fence_epoch if why else decision.authority.epoch
-    if (wave.waiting_for, wave.fence_epoch) != (why, epoch):
-        decision.put(msgspec.structs.replace(wave, waiting_for=why, waiting_codes=codes, fence_epoch=epoch))
 
 
 def _aborted(decision: Decision, wave: Wave) -> None:

@@ -9,15 +9,13 @@ from __future__ import annotations
 
 import asyncio
 import socket
-import threading
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TypeVar
 
-import msgspec
 import structlog
 
 from caesura.bus.memory import MemoryBroker, MemoryBus
@@ -30,44 +28,27 @@ from caesura.lifecycle import document as documents
 from caesura.runtime.cleanup import shielded
 from caesura.runtime.errors import CaesuraError
 from caesura.runtime.identity import new_id
-from caesura.runtime.threads import in_thread, in_thread_to_its_end
 from caesura_metadata_publisher.listeners import Listener
 from caesura_metadata_publisher.service import filters
 from caesura_metadata_publisher.settings import MetadataPublisherSettings
 from caesura_rehearse.expectations import Expectation, HeldOrNot
 from caesura_rehearse.faults import Faults
 from caesura_rehearse.guarding import Guards, GuardUnavailable
+from caesura_rehearse.impact import Impact
 from caesura_rehearse.metadata import Witness, WitnessedPublisher, serve_vm
-from caesura_rehearse.observations import EventRecord, Gap, Observations, ProgramRecord, describe_exit
+from caesura_rehearse.observations import EventRecord, Observations, ProgramRecord, describe_exit
 from caesura_rehearse.orders import Order, OrderRefused
-from caesura_rehearse.pausing import NotPaused, TargetPlan, cpu_seconds, pause, resume
+from caesura_rehearse.pausing import NotPaused
 from caesura_rehearse.report import Report, judge_all
-from caesura_rehearse.targets import NoTarget, Program, Target, reads_terminal
+from caesura_rehearse.slots import Slot, ended_early, nothing_left
+from caesura_rehearse.targets import NoTarget, Target
 
 T = TypeVar("T")
 HOST = "rehearsal"
-_RESUME_S = 1.0  # s: some milliseconds are usual
-_GUARD_MARGIN_S = 2.0  # s after the pause should be over until the guard ends it; within 30 s in all
 _READY_S = 10.0  # s: for the publisher to take its documents off the bus; some milliseconds are usual
-_CPU_S = 0.005  # s: the accounts of a thread that was just stopped are a scheduler's tick behind
 _GRACE_S = 5.0  # s between SIGTERM and SIGKILL of programs at the end of the rehearsal
-_SHORT_S = 0.02  # s: what a pause may be shorter than ordered, by the granularity of two looks at the kernel
 
 _log = structlog.get_logger("caesura.rehearse")
-
-
-class Slot(msgspec.Struct, kw_only=True):
-    """A VM of the rehearsal."""
-
-    vm: str
-    set: str
-    update_domain: int
-    url: str
-    target: Target | None = None
-    exited: float | None = None
-    """When its program ended by itself."""
-    ending: bool = False
-    """Whether it is being ended by order."""
 
 
 class UnknownEvent(OrderRefused):
@@ -106,6 +87,7 @@ class Engine:
         settings = MetadataPublisherSettings(listeners_file="", health_listen="")
         self._publisher = WitnessedPublisher(settings, self._publisher_bus, self._witness)
         self._guards = Guards(folder)
+        self._impact = Impact(self._guards, self.began, say, self.notify)
 
     # -- state --------------------------------------------------------------------------------------------
 
@@ -122,7 +104,7 @@ class Engine:
     @property
     def programs(self) -> Sequence[ProgramRecord]:
         """What became of each VM's program so far."""
-        return [_program_record(slot) for slot in self.slots.values() if slot.target is not None]
+        return [record for slot in self.slots.values() if (record := slot.record()) is not None]
 
     def notify(self) -> None:
         """Something changed: conditions that are waited for are looked at."""
@@ -407,147 +389,21 @@ class Engine:
                 record.outcome = "cancelled"
                 return
             if self._nothing_left(order, slots):
-                raise NotPaused(_ended_early(slots))
+                raise NotPaused(ended_early(slots))
             if record.started is None:
                 await self._publish(documents.start(self._documents[record.set], record.event_id))
                 record.started = self.now
                 self._say(f"started: {record.event}")
                 self.notify()
-            await self._impact(record, order, slots)
+            await self._impact.perform(record, order, slots)
             await self.until(lambda: self._nothing_left(order, slots), order.checks_s)
         if order.event == "Freeze" and self._nothing_left(order, slots):
-            raise NotPaused(_ended_early(slots).replace("before", "after"))
+            raise NotPaused(ended_early(slots).replace("before", "after"))
 
     @staticmethod
     def _nothing_left(order: Order, slots: Sequence[Slot]) -> bool:
         """Whether nothing that a Freeze could pause runs any more. The other types end it anyway."""
-        running = [slot for slot in slots if slot.target is not None and not slot.target.ended.is_set()]
-        return order.event == "Freeze" and any(slot.target for slot in slots) and not running
-
-    async def _impact(self, record: EventRecord, order: Order, slots: Sequence[Slot]) -> None:
-        concerned = [slot for slot in slots if slot.target is not None]
-        match order.event:
-            case "Freeze":
-                if order.duration_s > 0 and concerned:
-                    await self._freeze(record, order.duration_s, concerned)
-            case "Reboot" | "Redeploy":
-                await asyncio.gather(*(self._end(slot, order.grace_s, again=True) for slot in concerned))
-                await asyncio.gather(*(self._start_again(slot) for slot in concerned))
-            case "Preempt" | "Terminate":
-                await asyncio.gather(*(self._end(slot, order.grace_s) for slot in concerned))
-
-    async def _end(self, slot: Slot, grace_s: float, *, again: bool = False) -> None:
-        if slot.target is not None:
-            slot.ending = True
-            await slot.target.end(grace_s, again=again)
-            self.notify()
-
-    async def _start_again(self, slot: Slot) -> None:
-        if slot.target is not None:
-            await slot.target.start()
-            slot.ending, slot.exited = False, None
-            self.notify()
-
-    async def _freeze(self, record: EventRecord, duration_s: float, slots: Sequence[Slot]) -> None:
-        plans: dict[str, TargetPlan] = {
-            slot.vm: await in_thread(f"look at {slot.vm}", slot.target.plan)
-            for slot in slots
-            if slot.target is not None and not slot.target.ended.is_set()
-        }
-        guard = await self._guards.ready(record.set)
-        deadline = time.monotonic() + min(duration_s + _GUARD_MARGIN_S, 30.0)
-        await guard.arm(record.event_id, deadline, list(plans.values()))
-        try:
-            await self._hold(record, duration_s, plans, guard.lost)
-        finally:
-            await shielded(guard.disarm(record.event_id))
-        self._check(record, duration_s)
-
-    async def _hold(
-        self, record: EventRecord, duration_s: float, plans: Mapping[str, TargetPlan], lost: asyncio.Event
-    ) -> None:
-        """Pause, wait, resume, whatever happens in between."""
-        stopped: dict[str, float] = {}
-        cpu: dict[str, float] = {}
-        try:
-            await asyncio.gather(*(self._stop_one(plan, stopped) for plan in plans.values()))
-            record.paused = self.now
-            self._say(f"paused: {', '.join(plans)}")
-            self.notify()
-            cpu = await in_thread("cpu", lambda: {vm: cpu_seconds(plan) for vm, plan in plans.items()})
-            left_s = max(stopped.values()) + duration_s - time.monotonic()
-            with suppress(TimeoutError):
-                async with asyncio.timeout(max(left_s, 0.0)):
-                    await lost.wait()
-        finally:
-            await shielded(self._resume_all(record, plans, stopped, cpu))
-
-    @staticmethod
-    async def _stop_one(plan: TargetPlan, stopped: dict[str, float]) -> None:
-        def work(stop: threading.Event) -> float:
-            return pause(plan, stop)
-
-        stopped[plan.vm] = await in_thread_to_its_end(f"pause {plan.vm}", work)
-
-    async def _resume_all(
-        self,
-        record: EventRecord,
-        plans: Mapping[str, TargetPlan],
-        stopped: Mapping[str, float],
-        cpu: Mapping[str, float],
-    ) -> None:
-        async def one(vm: str, plan: TargetPlan) -> None:
-            def work() -> tuple[float, float, bool]:
-                used = cpu_seconds(plan)
-                return used, *resume(plan, _RESUME_S)
-
-            used, running_at, was_stopped = await in_thread(f"resume {vm}", work)
-            if vm in stopped:
-                gap = Gap(
-                    vm=vm,
-                    began=stopped[vm] - self.began,
-                    seconds=running_at - stopped[vm],
-                    cpu_s=max(used - cpu.get(vm, used), 0.0),
-                    resumed_by="rehearse" if was_stopped else "somebody else",
-                )
-                record.gaps.append(gap)
-
-        results = await asyncio.gather(*(one(vm, plan) for vm, plan in plans.items()), return_exceptions=True)
-        record.resumed = self.now
-        self._say(f"resumed: {', '.join(plans)}")
-        self.notify()
-        for each in results:
-            if isinstance(each, BaseException):
-                raise each
-
-    def _check(self, record: EventRecord, duration_s: float) -> None:
-        """Whether the pause was what was ordered. Raises NotPaused."""
-        for gap in record.gaps:
-            if gap.resumed_by != "rehearse":
-                raise NotPaused(f"{gap.vm} did not stay paused: {gap.resumed_by} resumed it")
-            if gap.seconds < duration_s - _SHORT_S:
-                raise NotPaused(f"{gap.vm} was paused for {gap.seconds:.3f} s only: the pause guard was lost")
-            if gap.cpu_s > _CPU_S:
-                raise NotPaused(f"{gap.vm} used {gap.cpu_s:.3f} s of CPU in its pause")
-
-
-def _program_record(slot: Slot) -> ProgramRecord:
-    target = slot.target
-    assert target is not None  # noqa: S101 - asked for before
-    record = ProgramRecord(vm=slot.vm, what=target.what, exited=slot.exited, exit_code=target.exit_code)
-    if isinstance(target, Program):
-        record.starts, record.left = target.starts, target.left
-        record.terminal_taken = reads_terminal()
-    return record
-
-
-def _ended_early(slots: Sequence[Slot]) -> str:
-    ended = [
-        f"{slot.target.what} ended ({describe_exit(slot.target.exit_code)})"
-        for slot in slots
-        if slot.target is not None
-    ]
-    return f"{', '.join(ended)} before it could be paused"
+        return order.event == "Freeze" and nothing_left(slots)
 
 
 async def _cancel(task: asyncio.Task[None]) -> None:

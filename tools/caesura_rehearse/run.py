@@ -20,7 +20,7 @@ from caesura_rehearse.container_lookup import NoContainer, ways_to_metadata
 from caesura_rehearse.container_target import RunningContainer, find_container
 from caesura_rehearse.control import serve_control
 from caesura_rehearse.desk import Desk
-from caesura_rehearse.engine import Engine, Slot, rehearsal
+from caesura_rehearse.engine import Engine, rehearsal
 from caesura_rehearse.expectations import Expectation
 from caesura_rehearse.faults import Fault
 from caesura_rehearse.namespace import URL, NoNamespace, metadata_inside, open_door, published, way_in
@@ -29,6 +29,7 @@ from caesura_rehearse.orders import Order
 from caesura_rehearse.report import Report
 from caesura_rehearse.run_folder import cgroup_of, run_folder
 from caesura_rehearse.running_targets import RunningCgroup, RunningProcess
+from caesura_rehearse.slots import Slot
 from caesura_rehearse.targets import Program, Target, program_environ
 
 EVENTS_PATH = "/metadata/scheduledevents?api-version=2020-07-01"

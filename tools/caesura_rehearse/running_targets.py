@@ -18,8 +18,10 @@ from caesura_host_updater.drivers.process.freezers import ProcessPlan, own_cgrou
 from caesura_host_updater.spawn import ExitWatch
 from caesura_rehearse.pausing import pids_of
 from caesura_rehearse.targets import NoTarget
-from caesura_vmcontrol.plans import BadPlan, CgroupPlan, SignalPlan, condition
+from caesura_vmcontrol.plan_errors import BadPlan
 from caesura_vmcontrol.procfs import STOPPED, alive, process_table, read_process, send_signal
+from caesura_vmcontrol.resume_plans import CgroupPlan, SignalPlan
+from caesura_vmcontrol.vm_control import condition
 
 _KILLED_S = 5.0  # s: for what was killed to be gone
 _LOOK_S = 0.01  # s: between two looks at processes that are not our children

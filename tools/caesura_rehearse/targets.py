@@ -28,8 +28,8 @@ from caesura_host_updater.drivers.process.freezers import (
 )
 from caesura_host_updater.spawn import ExitWatch
 from caesura_rehearse.pausing import TargetPlan, pids_of
-from caesura_vmcontrol.plans import thaw
 from caesura_vmcontrol.procfs import boot_id, send_signal
+from caesura_vmcontrol.vm_control import thaw
 
 _START_S = 15.0  # s: the first process needs some 20 ms; this is for a machine that thrashes
 _KILLED_S = 5.0  # s: for what was killed to be gone

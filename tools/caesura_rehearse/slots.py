@@ -1,0 +1,55 @@
+"""A VM of the rehearsal: its place, its metadata API, and the program on it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import msgspec
+
+from caesura_rehearse.observations import ProgramRecord, describe_exit
+from caesura_rehearse.targets import Program, Target, reads_terminal
+
+
+class Slot(msgspec.Struct, kw_only=True):
+    """A VM of the rehearsal."""
+
+    vm: str
+    set: str
+    update_domain: int
+    url: str
+    target: Target | None = None
+    exited: float | None = None
+    """When its program ended by itself."""
+    ending: bool = False
+    """Whether it is being ended by order."""
+
+    @property
+    def runs(self) -> bool:
+        """Whether there is something on it that runs."""
+        return self.target is not None and not self.target.ended.is_set()
+
+    def record(self) -> ProgramRecord | None:
+        """What became of its program so far; None: it never had one."""
+        target = self.target
+        if target is None:
+            return None
+        record = ProgramRecord(vm=self.vm, what=target.what, exited=self.exited, exit_code=target.exit_code)
+        if isinstance(target, Program):
+            record.starts, record.left = target.starts, target.left
+            record.terminal_taken = reads_terminal()
+        return record
+
+
+def nothing_left(slots: Sequence[Slot]) -> bool:
+    """Whether they had programs, and none of these runs any more."""
+    return any(slot.target is not None for slot in slots) and not any(slot.runs for slot in slots)
+
+
+def ended_early(slots: Sequence[Slot]) -> str:
+    """That nothing could be paused, for people."""
+    ended = [
+        f"{slot.target.what} ended ({describe_exit(slot.target.exit_code)})"
+        for slot in slots
+        if slot.target is not None
+    ]
+    return f"{', '.join(ended)} before it could be paused"

@@ -31,8 +31,7 @@ from caesura_rehearse.container_lookup import (
 from caesura_rehearse.pausing import pids_of
 from caesura_rehearse.targets import NoTarget
 from caesura_vmcontrol import container_engine
-from caesura_vmcontrol.container_engine import EngineGone, EngineRefused
-from caesura_vmcontrol.plans import EnginePlan
+from caesura_vmcontrol.container_engine import EngineGone, EnginePlan, EngineRefused
 from caesura_vmcontrol.procfs import alive
 
 _START_S = 20.0  # s: for the engine to start a container; some 300 ms are usual

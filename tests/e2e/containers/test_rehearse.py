@@ -19,7 +19,8 @@ from caesura_host_updater.drivers.container.cgroup import read_freezer
 from caesura_testing.containers import Engine
 from caesura_testing.fleet import until
 from caesura_testing.rehearsing import Rehearsed
-from caesura_vmcontrol.plans import CgroupPlan, condition
+from caesura_vmcontrol.resume_plans import CgroupPlan
+from caesura_vmcontrol.vm_control import condition
 
 _ASK = """
 import urllib.request

@@ -255,9 +255,9 @@ class Engine:
         slots = self._slots_of(order)
         if order.event in ("Reboot", "Redeploy"):
             for slot in slots:
-                if slot.target is not None and not slot.target.startable:
+                if slot.target is not None and slot.target.restart_obstacle:
                     raise OrderRefused(
-                        f"{slot.target.what} was not started here, so it cannot be started again after a {order.event}"
+                        f"{slot.target.what} cannot be started again after a {order.event}: {slot.target.restart_obstacle}"
                     )
         record = EventRecord(
             event_id=new_id().upper(),

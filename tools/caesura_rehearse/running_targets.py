@@ -35,7 +35,7 @@ class RunningProcess:
         NoTarget: it does not exist, is not ours to signal, is paused already, or this process is below it.
     """
 
-    startable = False
+    restart_obstacle = "it was not started here"
 
     def __init__(self, vm: str, pid: int) -> None:
         self.vm = vm
@@ -102,7 +102,7 @@ class RunningCgroup:
         NoTarget: it has no freezer, may not be written to, is empty, is paused already, or this process is in it.
     """
 
-    startable = False
+    restart_obstacle = "it was not started here"
 
     def __init__(self, vm: str, folder: Path) -> None:
         self.vm = vm

@@ -47,8 +47,8 @@ class Target(Protocol):
     vm: str
     what: str
     """It, for people."""
-    startable: bool
-    """Whether it can be started (again)."""
+    restart_obstacle: str
+    """Why it cannot be started (again); empty: it can."""
     ended: asyncio.Event
     """Set while it does not run."""
     exit_code: int | None
@@ -94,7 +94,7 @@ class Program:
         stdout: the descriptor that gets its standard output instead of the one that we have.
     """
 
-    startable = True
+    restart_obstacle = ""
 
     def __init__(
         self,

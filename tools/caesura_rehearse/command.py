@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 import msgspec
+from click.core import ParameterSource
 
 from caesura.runtime.command import leaves
 from caesura.runtime.errors import CaesuraError
@@ -32,6 +33,7 @@ examples:
   caesura rehearse --freeze 3s --notice 5s --expect approved --expect survived --junit out.xml -- ./serve
   caesura rehearse --terminate --notice 30s --expect 'drained-within 20s' -- ./worker
   caesura rehearse --freeze 5s --notice 10s --pid 4711
+  caesura rehearse --freeze 5s --notice 10s --compose-service web --address gateway:8101
   caesura rehearse -- ./serve         # then, as often as needed:
   caesura rehearse freeze --for 5s --notice 10s --wait
 
@@ -151,6 +153,20 @@ class FaultParam(click.ParamType[Any]):
 )
 @click.option("--cgroup", type=click.Path(path_type=Path), help="Pause this cgroup.")
 @click.option(
+    "--container", metavar="NAME", help="Pause this container of Docker or Podman, which runs already."
+)
+@click.option(
+    "--compose-service",
+    metavar="[PROJECT/]SERVICE",
+    help="Pause the container of this Compose service; without PROJECT that of the present folder, or the only one.",
+)
+@click.option(
+    "--engine",
+    metavar="SOCKET",
+    envvar="DOCKER_HOST",
+    help="The container engine's socket. [default: the usual ones of Docker and Podman]",
+)
+@click.option(
     "--vm",
     type=NAME,
     default="app-1",
@@ -166,7 +182,8 @@ class FaultParam(click.ParamType[Any]):
 @click.option(
     "--netns",
     is_flag=True,
-    help="Run the program in a network of its own in which 169.254.169.254:80 answers; no root needed.",
+    help="Run the program in a network of its own in which 169.254.169.254:80 answers; no root needed. With a container: let it answer "
+    "in the container's (root).",
 )
 @click.option(
     "--publish",
@@ -178,7 +195,8 @@ class FaultParam(click.ParamType[Any]):
 @click.option(
     "--address",
     metavar="ADDRESS[:PORT]",
-    help="Serve the metadata here, on port 80 if none is given; loopback gets the address if nothing has it (root).",
+    help="Serve the metadata here, on port 80 if none is given; loopback gets the address if nothing has it (root). With a container "
+    "also gateway[:PORT]: this machine's address in its network.",
 )
 @click.option(
     "--fault",
@@ -251,7 +269,7 @@ def rehearse(context: click.Context, /, *, as_json: bool, junit: Path | None, **
 
 
 def _run_options(context: click.Context, *, as_json: bool, options: dict[str, Any]) -> Any:
-    from caesura_rehearse.address import with_port  # noqa: PLC0415 - as below
+    from caesura_rehearse.address import GATEWAY, with_port  # noqa: PLC0415 - as below
     from caesura_rehearse.run import RunOptions, refused_together  # noqa: PLC0415 - half a second that --help does not need
 
     argv = context.meta.get(_PROGRAM, ())
@@ -259,7 +277,13 @@ def _run_options(context: click.Context, *, as_json: bool, options: dict[str, An
         ("--freeze", options["freeze"] is not None),
         *((f"--{each}", options[each]) for each in EVENT_NAMES if each != "freeze"),
     ]
-    targets = (("a program after --", argv), ("--pid", options["pid"]), ("--cgroup", options["cgroup"]))
+    targets = (
+        ("a program after --", argv),
+        *(
+            (f"--{each}", options[each.replace("-", "_")])
+            for each in ("pid", "cgroup", "container", "compose-service")
+        ),
+    )
     for each in (events, targets):
         if why := refused_together(each):
             raise click.UsageError(why, context)
@@ -269,15 +293,23 @@ def _run_options(context: click.Context, *, as_json: bool, options: dict[str, An
             "--notice and --expect need an event: --freeze, --reboot, --redeploy, --preempt or --terminate",
             context,
         )
-    for name in ("proxy", "netns"):
-        if options[name] and not argv:
-            raise click.UsageError(f"--{name} needs a program after --", context)
+    container = options["container"] or options["compose_service"]
+    if options["proxy"] and not argv:
+        raise click.UsageError("--proxy needs a program after --", context)
+    if options["netns"] and not (argv or container):
+        raise click.UsageError("--netns needs a program after --, or a container", context)
     if why := refused_together([(f"--{each}", options[each]) for each in ("netns", "proxy", "address")]):
         raise click.UsageError(why, context)
-    if options["publish"] and not options["netns"]:
+    if options["publish"] and (not options["netns"] or container):
         raise click.UsageError(
-            "--publish needs --netns: without it the program has the network of this machine", context
+            "--publish needs --netns and a program: without it the program has the network of this machine",
+            context,
         )
+    if context.get_parameter_source("engine") == ParameterSource.COMMANDLINE and not container:
+        raise click.UsageError("--engine needs --container or --compose-service", context)
+    address = with_port(options["address"]) if options["address"] else ""
+    if address.startswith(f"{GATEWAY}:") and not container:
+        raise click.UsageError("--address gateway needs --container or --compose-service", context)
     order = None
     if wanted is not None:
         order = Order(
@@ -291,6 +323,9 @@ def _run_options(context: click.Context, *, as_json: bool, options: dict[str, An
         argv=argv,
         pid=options["pid"],
         cgroup=options["cgroup"],
+        container=options["container"] or "",
+        compose_service=options["compose_service"] or "",
+        engine=options["engine"] or "",
         order=order,
         expectations=tuple(options["expectations"]),
         vm=options["vm"],
@@ -300,7 +335,7 @@ def _run_options(context: click.Context, *, as_json: bool, options: dict[str, An
         proxy=options["proxy"],
         netns=options["netns"],
         publish=options["publish"],
-        address=with_port(options["address"]) if options["address"] else "",
+        address=address,
         faults=tuple(options["faults"]),
         control=options["control"],
         own_stdout=as_json,

@@ -16,12 +16,14 @@ from caesura.runtime.errors import CaesuraError
 from caesura.runtime.threads import in_thread
 from caesura_host_updater.drivers.process.freezers import choose_freezer
 from caesura_rehearse.address import local_address
+from caesura_rehearse.container_lookup import NoContainer, ways_to_metadata
+from caesura_rehearse.container_target import RunningContainer, find_container
 from caesura_rehearse.control import serve_control
 from caesura_rehearse.desk import Desk
 from caesura_rehearse.engine import Engine, rehearsal
 from caesura_rehearse.expectations import Expectation
 from caesura_rehearse.faults import Fault
-from caesura_rehearse.namespace import URL, NoNamespace, open_door, published, way_in
+from caesura_rehearse.namespace import URL, NoNamespace, metadata_inside, open_door, published, way_in
 from caesura_rehearse.observations import EventRecord
 from caesura_rehearse.orders import Order
 from caesura_rehearse.report import Report
@@ -39,6 +41,12 @@ class RunOptions(msgspec.Struct, frozen=True, kw_only=True):
     argv: tuple[str, ...] = ()
     pid: int | None = None
     cgroup: Path | None = None
+    container: str = ""
+    """A container that runs already, by name or id."""
+    compose_service: str = ""
+    """Or the one of this Compose service: ``SERVICE`` or ``PROJECT/SERVICE``."""
+    engine: str = ""
+    """The container engine's socket; empty: the usual ones."""
     order: Order | None = None
     expectations: tuple[Expectation, ...] = ()
     vm: str = "app-1"
@@ -49,11 +57,11 @@ class RunOptions(msgspec.Struct, frozen=True, kw_only=True):
     proxy: bool = False
     """Whether the program's ``http_proxy`` leads to the metadata API."""
     netns: bool = False
-    """Whether the program gets a network of its own, in which 169.254.169.254 answers."""
+    """Whether the program gets a network of its own, in which 169.254.169.254 answers; with a container: whether it does in that's."""
     publish: tuple[int, ...] = ()
     """Ports of 127.0.0.1 that lead into that network."""
     address: str = ""
-    """Where the metadata API listens, ``ADDRESS:PORT``; empty: a free port of 127.0.0.1."""
+    """Where the metadata API listens, ``ADDRESS:PORT``, or ``gateway:PORT`` for the container's way out; empty: a free port of 127.0.0.1."""
     faults: tuple[Fault, ...] = ()
     """Of the metadata API."""
     control: Path | None = None
@@ -128,14 +136,18 @@ class Rehearse:
 
     async def _perform(self, engine: Engine, folder: Path) -> Report:
         options = self._options
-        if options.address:
-            await engine.enter(local_address(options.address))
+        container = await self._container()
+        address = with_gateway(options.address, container)
+        if address:
+            await engine.enter(local_address(address))
         for fault in options.faults:
             engine.faults.add(fault)
-        slot = await engine.add_vm(options.vm, options.set, 0, options.address or "127.0.0.1:0")
+        slot = await engine.add_vm(options.vm, options.set, 0, address or "127.0.0.1:0")
         outside = slot.url
-        target = await self._attach(engine, slot, folder)
-        self._tell_way(outside, slot.url)
+        if container is not None:
+            await self._take(engine, slot, container)
+        target = container or await self._attach(engine, slot, folder)
+        self._tell_way(outside, slot.url, container)
         control = await engine.enter(serve_control(Desk(engine), options.control))
         records: list[EventRecord] = []
         if options.order is not None:
@@ -172,6 +184,29 @@ class Rehearse:
             await engine.enter(published(options.publish, lambda: program.pid))
         return program
 
+    async def _container(self) -> RunningContainer | None:
+        options = self._options
+        if not options.container and not options.compose_service:
+            return None
+        return await find_container(
+            options.vm,
+            options.engine,
+            container=options.container,
+            service=options.compose_service,
+            folder=Path.cwd(),
+        )
+
+    async def _take(self, engine: Engine, slot: Slot, container: RunningContainer) -> None:
+        if self._options.netns:
+            if container.facts.network == "host":
+                raise NoNamespace(
+                    f"{container.what} shares this machine's network: --netns would put 169.254.169.254 into that; --address does it"
+                )
+            container.entered = await engine.enter(
+                metadata_inside(lambda listener: engine.listen(slot.vm, listener))
+            )
+        await engine.attach(slot, container)
+
     async def _target(self, folder: Path, url: str) -> Target | None:
         options = self._options
         if options.pid is not None:
@@ -195,10 +230,16 @@ class Rehearse:
             stdout=2 if options.own_stdout else None,
         )
 
-    def _tell_way(self, outside: str, inside: str) -> None:
+    def _tell_way(self, outside: str, inside: str, container: RunningContainer | None) -> None:
         options = self._options
         self._say(f"metadata  {outside}{EVENTS_PATH}")
-        if options.netns:
+        if container is not None:
+            self._say(
+                f"          {ways_to_metadata(container.facts, outside, options.address, inside=options.netns)}"
+            )
+            for note in container.notes:
+                self._say(f"note      {note}")
+        elif options.netns:
             ports = ", ".join(f"127.0.0.1:{port}" for port in options.publish) or "none (--publish PORT)"
             self._say(
                 f"          {inside} inside, for every client; the program has no other network. Ports that lead in: {ports}"
@@ -212,6 +253,21 @@ class Rehearse:
                 "          the program finds it in CAESURA_METADATA_URL; for a client that has no option for the address: "
                 "--netns, or --proxy where it honours http_proxy, or --address 169.254.169.254 as root"
             )
+
+
+def with_gateway(address: str, container: RunningContainer | None) -> str:
+    """``gateway:PORT`` as the address of this machine in the container's network; any other address as it is.
+
+    Raises:
+        NoContainer: the container has no such network.
+    """
+    if not address.startswith("gateway:") or container is None:
+        return address
+    if not container.facts.gateways:
+        raise NoContainer(
+            f"{container.what} has no network with a gateway (its network is {container.facts.network})"
+        )
+    return f"{container.facts.gateways[0]}:{address.removeprefix('gateway:')}"
 
 
 def _is_over(engine: Engine, target: Target | None) -> bool:

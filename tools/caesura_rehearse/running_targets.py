@@ -11,8 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
-import structlog
-
+from caesura.runtime.logs import get_logger
 from caesura.runtime.threads import in_thread
 from caesura_host_updater.drivers.process.freezers import ProcessPlan, own_cgroups
 from caesura_host_updater.spawn import ExitWatch
@@ -26,7 +25,7 @@ from caesura_vmcontrol.vm_control import condition
 _KILLED_S = 5.0  # s: for what was killed to be gone
 _LOOK_S = 0.01  # s: between two looks at processes that are not our children
 
-_log = structlog.get_logger("caesura.rehearse")
+_log = get_logger("caesura.rehearse")
 
 
 class RunningProcess:
@@ -36,7 +35,7 @@ class RunningProcess:
         NoTarget: it does not exist, is not ours to signal, is paused already, or this process is below it.
     """
 
-    startable = False
+    restart_obstacle = "it was not started here"
 
     def __init__(self, vm: str, pid: int) -> None:
         self.vm = vm
@@ -103,7 +102,7 @@ class RunningCgroup:
         NoTarget: it has no freezer, may not be written to, is empty, is paused already, or this process is in it.
     """
 
-    startable = False
+    restart_obstacle = "it was not started here"
 
     def __init__(self, vm: str, folder: Path) -> None:
         self.vm = vm

@@ -15,9 +15,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, Protocol
 
-import structlog
-
 from caesura.runtime.errors import ConfigError
+from caesura.runtime.logs import get_logger
 from caesura.runtime.threads import in_thread
 from caesura_host_updater.drivers.process import guest_init
 from caesura_host_updater.drivers.process.freezers import (
@@ -35,7 +34,7 @@ _START_S = 15.0  # s: the first process needs some 20 ms; this is for a machine 
 _KILLED_S = 5.0  # s: for what was killed to be gone
 _LOOK_S = 0.01  # s: between two looks at processes that are not our children
 
-_log = structlog.get_logger("caesura.rehearse")
+_log = get_logger("caesura.rehearse")
 
 
 class NoTarget(ConfigError):
@@ -48,8 +47,8 @@ class Target(Protocol):
     vm: str
     what: str
     """It, for people."""
-    startable: bool
-    """Whether it can be started (again)."""
+    restart_obstacle: str
+    """Why it cannot be started (again); empty: it can."""
     ended: asyncio.Event
     """Set while it does not run."""
     exit_code: int | None
@@ -95,7 +94,7 @@ class Program:
         stdout: the descriptor that gets its standard output instead of the one that we have.
     """
 
-    startable = True
+    restart_obstacle = ""
 
     def __init__(
         self,

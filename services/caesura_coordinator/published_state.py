@@ -6,6 +6,7 @@ from datetime import datetime
 
 import msgspec
 
+from caesura.contract.codec import size_bytes
 from caesura.contract.envelope import Message
 from caesura.contract.fitting import fits
 from caesura.contract.messages import (
@@ -45,6 +46,7 @@ def rollout_state(rollout: Rollout, *, with_waves: bool = True) -> RolloutState:
         update=rollout.update,
         hold_s=rollout.hold_s,
         status=rollout.status,
+        queued_behind=rollout.queued_behind,
         reason=rollout.reason,
         codes=rollout.codes,
         policy=rollout.policy,
@@ -156,6 +158,7 @@ def largest_states(rollout: Rollout) -> list[Message]:
     head = msgspec.structs.replace(
         rollout_state(with_etags(rollout)[0]),
         status="completed",
+        queued_behind="r" * 64,
         reason="?" * 4096,
         codes=tuple(KNOWN),
         ended_at=at,
@@ -207,6 +210,16 @@ def largest_states(rollout: Rollout) -> list[Message]:
             )
         )
     return found
+
+
+def largest_events(rollout: Rollout) -> dict[str, int]:
+    """Maps each set to the most bytes that the rollout's events ever take in its document."""
+    at = rollout.created_at.replace(microsecond=999999)
+    most: dict[str, int] = {}
+    for wave in rollout.waves:
+        for document in _largest_documents(rollout, wave, at):
+            most[document.set] = max(size_bytes(document), most.get(document.set, 0))
+    return most
 
 
 def _largest_documents(rollout: Rollout, wave: Wave, at: datetime) -> list[SetDocument]:

@@ -42,6 +42,12 @@ def _status(text: str) -> Text:
     return Text(text, style=_STYLE.get(text, ""))
 
 
+def _rollout_status(rollout: WholeRollout) -> Text:
+    if rollout.status == "running" and rollout.queued_behind:
+        return Text(f"queued behind {rollout.queued_behind}", style=_STYLE["scheduled"])
+    return _status(rollout.status)
+
+
 def set_name(name: str) -> str:
     """A set as displayed: a VM outside any set is in brackets."""
     return f"({name[1:]})" if name.startswith("_") else name
@@ -164,7 +170,7 @@ def rollout_view(
         "  ",
         rollout.update or f"freeze on demand, {show_duration(rollout.hold_s)}",
         "  ",
-        _status(rollout.status),
+        _rollout_status(rollout),
         f"  {done}/{rollout.wave_count} waves",
     )
     table = Columns(
@@ -449,7 +455,7 @@ def history_view(rollouts: Sequence[WholeRollout]) -> RenderableType:
         table.add_row(
             each.rollout,
             each.update or f"freeze {show_duration(each.hold_s)}",
-            _status(each.status),
+            _rollout_status(each),
             f"{each.waves_completed}/{each.wave_count}",
             ", ".join(set_name(name) for name in each.sets),
             f"{each.created_at:%Y-%m-%d %H:%M:%S}Z",

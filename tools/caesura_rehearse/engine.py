@@ -16,8 +16,6 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TypeVar
 
-import structlog
-
 from caesura.bus.memory import MemoryBroker, MemoryBus
 from caesura.bus.messaging import MessageClient
 from caesura.contract.codec import Received
@@ -28,6 +26,7 @@ from caesura.lifecycle import document as documents
 from caesura.runtime.cleanup import shielded
 from caesura.runtime.errors import CaesuraError
 from caesura.runtime.identity import new_id
+from caesura.runtime.logs import get_logger
 from caesura_metadata_publisher.listeners import Listener
 from caesura_metadata_publisher.service import filters
 from caesura_metadata_publisher.settings import MetadataPublisherSettings
@@ -50,7 +49,7 @@ HOST = "rehearsal"
 _READY_S = 10.0  # s: for the publisher to take its documents off the bus; some milliseconds are usual
 _GRACE_S = 5.0  # s between SIGTERM and SIGKILL of programs at the end of the rehearsal
 
-_log = structlog.get_logger("caesura.rehearse")
+_log = get_logger("caesura.rehearse")
 
 
 class UnknownEvent(OrderRefused):

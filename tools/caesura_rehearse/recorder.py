@@ -194,7 +194,7 @@ class Recorder:
         return True
 
     async def _ask(self, changes: ChangeLog) -> RecordedLine | None:
-        """One request; None: nothing new, or it was stopped meanwhile."""
+        """One request; None: nothing new, or it was stopped before the answer came."""
         asking = asyncio.ensure_future(in_thread("ask the server", self._server.ask))
         stopping = asyncio.ensure_future(self._stop.wait())
         await asyncio.wait({asking, stopping}, return_when=asyncio.FIRST_COMPLETED)

@@ -52,7 +52,7 @@ class RecordedLine(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     at: Annotated[float, Meta(ge=0, le=MOST_S)]
     """Seconds since ``began``, on the recorder's monotonic clock. They never go back."""
     status: Annotated[int, Meta(ge=0, le=599)] = 200
-    """HTTP's; 0: there was no answer, and ``error`` says why. A replay goes on serving what it served before."""
+    """HTTP's; 0: there was no answer, and ``error`` says why. A replay continues to serve what it served before."""
     document: dict[str, Any] | None = None
     """The body of a 200."""
     error: Annotated[str, Meta(max_length=1000)] = ""

@@ -45,6 +45,7 @@ exit codes:
   0  what was ordered came about, and each --expect held
   1  it did not, or the program failed
   2  bad usage: also a program that cannot be started
+  4  the broker of --broker cannot be reached
   130  interrupted; everything was resumed and ended
   143  the same by SIGTERM"""
 
@@ -222,6 +223,12 @@ class FaultParam(click.ParamType[Any]):
     help=f"What requests for the document meet: {FAULT_WORDS}. May be given several times, one after the other.",
 )
 @click.option(
+    "--broker",
+    metavar="URL",
+    help="Publish what is said on the bus at this MQTT broker, too, for consumers under test; user, password and TLS as for caesura "
+    "(CAESURA_CTL_BROKER_USERNAME, ..._PASSWORD_FILE, ..._CA_FILE).",
+)
+@click.option(
     "--control",
     type=click.Path(dir_okay=False, path_type=Path),
     help="Write address and token of the control API here.",
@@ -343,6 +350,7 @@ def _run_options(context: click.Context, *, as_json: bool, options: dict[str, An
         publish=options["publish"],
         address=address,
         faults=tuple(options["faults"]),
+        broker=options["broker"] or "",
         control=options["control"],
         own_stdout=as_json,
     )
@@ -353,6 +361,8 @@ def _event_refused(options: dict[str, Any], ordered: list[str]) -> str:
     if options["replay"]:
         if options["notice"] is not None:
             return "--notice and --replay exclude each other: a recording has its own times"
+        if options["broker"]:
+            return "--broker and --replay exclude each other: what was recorded is not on the bus"
         return ""
     if options["pause_at_start"] is not None:
         return "--pause-at-start needs --replay"

@@ -16,6 +16,7 @@ from caesura.runtime.errors import CaesuraError
 from caesura.runtime.threads import in_thread
 from caesura_host_updater.drivers.process.freezers import choose_freezer
 from caesura_rehearse.address import local_address
+from caesura_rehearse.broker_mirror import mirrored
 from caesura_rehearse.container_lookup import NoContainer, ways_to_metadata
 from caesura_rehearse.container_target import RunningContainer, find_container
 from caesura_rehearse.control import serve_control
@@ -70,6 +71,8 @@ class RunOptions(msgspec.Struct, frozen=True, kw_only=True):
     """Where the metadata API listens, ``ADDRESS:PORT``, or ``gateway:PORT`` for the container's way out; empty: a free port of 127.0.0.1."""
     faults: tuple[Fault, ...] = ()
     """Of the metadata API."""
+    broker: str = ""
+    """A real broker at which everything is published, too."""
     control: Path | None = None
     """The file for address and token of the control API; None: one in the user's runtime folder."""
     quiet: bool = False
@@ -144,6 +147,9 @@ class Rehearse:
         options = self._options
         recording = None if options.replay is None else await load_recording(options.replay)
         container = await self._container()
+        if options.broker:
+            await engine.enter(mirrored(engine, engine.broker, options.broker, self._news))
+            self._say(f"broker    {options.broker}: its messages are there, too")
         address = with_gateway(options.address, container)
         if address:
             await engine.enter(local_address(address))

@@ -50,7 +50,7 @@ class Lane(NamedTuple):
 
 
 LANES = {
-    # In two lanes: they wait most of the time, so two of them need hardly more than one.
+    # The longest first. They wait most of the time, so that four of them need hardly more than two.
     "e2e": Lane(
         "tests/e2e: the installed commands as processes, faults included",
         "pytest -q tests/e2e "
@@ -61,6 +61,18 @@ LANES = {
     "journeys": Lane(
         f"tests/e2e/{{{','.join(_JOURNEYS)}}}: what people see and type, and QEMU guests",
         "pytest -q " + " ".join(f"tests/e2e/{name}" for name in _JOURNEYS),
+    ),
+    "integration": Lane(
+        "tests/integration: real Mosquitto, embedded broker, frozen processes, HTTP, promtool",
+        "pytest -q tests/integration",
+    ),
+    "compose": Lane(
+        "tests/e2e/{containers,compose}: containers as VMs; docker compose up; engines of their own, stand-in images (root; minutes)",
+        """
+        why=$(python -m caesura_testing.containers) || { echo "SKIPPED: $why"; exit 77; }
+        pytest -q tests/e2e/containers
+        pytest -q -s tests/e2e/compose
+        """,
     ),
     "format": Lane("ruff format finds nothing to change", "ruff format --check .", fast=True),
     "lint": Lane("ruff check", "ruff check .", fast=True),
@@ -85,18 +97,6 @@ LANES = {
         "tests/unit, tests/contract and tests/architecture",
         f"pytest -q {_WORKERS} tests/unit tests/contract tests/architecture",
         fast=True,
-    ),
-    "integration": Lane(
-        "tests/integration: real Mosquitto, embedded broker, frozen processes, HTTP, promtool",
-        "pytest -q tests/integration",
-    ),
-    "compose": Lane(
-        "tests/e2e/{containers,compose}: containers as VMs; docker compose up; engines of their own, stand-in images (root; minutes)",
-        """
-        why=$(python -m caesura_testing.containers) || { echo "SKIPPED: $why"; exit 77; }
-        pytest -q tests/e2e/containers
-        pytest -q -s tests/e2e/compose
-        """,
     ),
     "clients": Lane(
         "tests/e2e/clients: clients of Azure's metadata, unmodified, at 169.254.169.254 in a network namespace (npm, resource-agents)",
@@ -322,7 +322,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--jobs",
         type=_count,
-        default=min(CORES + 1, 4),
+        default=min(CORES + 2, 6),
         metavar="N",
         help="lanes at once (default here: %(default)s). With 1 a lane writes to the terminal while it runs",
     )

@@ -42,7 +42,7 @@ def main() -> int:
     for name in modules:
         try:
             found = importlib.import_module(name)
-        except Exception as error:  # whatever a module raises that cannot be imported
+        except Exception as error:  # noqa: BLE001 - whatever a module raises that cannot be imported
             wrong.append(f"{name} cannot be imported: {type(error).__name__}: {error}")
         else:
             if not str(found.__file__).startswith(str(installed)):

@@ -24,6 +24,7 @@ from caesura_rehearse.faults import WORDS as FAULT_WORDS
 from caesura_rehearse.faults import BadFault, parse_fault
 from caesura_rehearse.order_commands import ORDER_COMMANDS
 from caesura_rehearse.orders import EVENT_NAMES, MAX_PAUSE_S, Order
+from caesura_rehearse.record_command import record
 
 _PAUSE = Duration(most_s=MAX_PAUSE_S)
 
@@ -34,6 +35,8 @@ examples:
   caesura rehearse --terminate --notice 30s --expect 'drained-within 20s' -- ./worker
   caesura rehearse --freeze 5s --notice 10s --pid 4711
   caesura rehearse --freeze 5s --notice 10s --compose-service web --address gateway:8101
+  caesura rehearse record http://169.254.169.254 events.jsonl
+  caesura rehearse --replay events.jsonl --expect approved -- ./serve
   caesura rehearse -- ./serve         # then, as often as needed:
   caesura rehearse freeze --for 5s --notice 10s --wait
 
@@ -42,6 +45,7 @@ exit codes:
   0  what was ordered came about, and each --expect held
   1  it did not, or the program failed
   2  bad usage: also a program that cannot be started
+  4  the broker of --broker cannot be reached
   130  interrupted; everything was resumed and ended
   143  the same by SIGTERM"""
 
@@ -126,6 +130,18 @@ class FaultParam(click.ParamType[Any]):
     "--terminate", is_flag=True, help="Order a Terminate (scale set delete): SIGTERM, later SIGKILL."
 )
 @click.option(
+    "--replay",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="Serve a recording of `caesura rehearse record` instead, with its timing.",
+)
+@click.option(
+    "--pause-at-start",
+    type=_PAUSE,
+    metavar="DURATION",
+    help="With --replay: pause the program for so long when an event becomes Started. Without: documents only.",
+)
+@click.option(
     "--notice",
     type=DURATION,
     show_default="the real one's minimum: 15m for Freeze and Reboot, 10m Redeploy, 5m Terminate, 30s Preempt",
@@ -207,6 +223,12 @@ class FaultParam(click.ParamType[Any]):
     help=f"What requests for the document meet: {FAULT_WORDS}. May be given several times, one after the other.",
 )
 @click.option(
+    "--broker",
+    metavar="URL",
+    help="Publish what is said on the bus at this MQTT broker, too, for consumers under test; user, password and TLS as for caesura "
+    "(CAESURA_CTL_BROKER_USERNAME, ..._PASSWORD_FILE, ..._CA_FILE).",
+)
+@click.option(
     "--control",
     type=click.Path(dir_okay=False, path_type=Path),
     help="Write address and token of the control API here.",
@@ -269,47 +291,36 @@ def rehearse(context: click.Context, /, *, as_json: bool, junit: Path | None, **
 
 
 def _run_options(context: click.Context, *, as_json: bool, options: dict[str, Any]) -> Any:
-    from caesura_rehearse.address import GATEWAY, with_port  # noqa: PLC0415 - as below
+    from caesura_rehearse.address import with_port  # noqa: PLC0415 - as below
     from caesura_rehearse.run import RunOptions, refused_together  # noqa: PLC0415 - half a second that --help does not need
 
     argv = context.meta.get(_PROGRAM, ())
     events = [
         ("--freeze", options["freeze"] is not None),
         *((f"--{each}", options[each]) for each in EVENT_NAMES if each != "freeze"),
+        ("--replay", options["replay"]),
     ]
-    targets = (
-        ("a program after --", argv),
-        *(
-            (f"--{each}", options[each.replace("-", "_")])
-            for each in ("pid", "cgroup", "container", "compose-service")
-        ),
-    )
-    for each in (events, targets):
-        if why := refused_together(each):
-            raise click.UsageError(why, context)
-    wanted = next((name.removeprefix("--") for name, given in events if given), None)
-    if wanted is None and (options["notice"] is not None or options["expectations"]):
-        raise click.UsageError(
-            "--notice and --expect need an event: --freeze, --reboot, --redeploy, --preempt or --terminate",
-            context,
-        )
     container = options["container"] or options["compose_service"]
-    if options["proxy"] and not argv:
-        raise click.UsageError("--proxy needs a program after --", context)
-    if options["netns"] and not (argv or container):
-        raise click.UsageError("--netns needs a program after --, or a container", context)
-    if why := refused_together([(f"--{each}", options[each]) for each in ("netns", "proxy", "address")]):
-        raise click.UsageError(why, context)
-    if options["publish"] and (not options["netns"] or container):
-        raise click.UsageError(
-            "--publish needs --netns and a program: without it the program has the network of this machine",
-            context,
-        )
-    if context.get_parameter_source("engine") == ParameterSource.COMMANDLINE and not container:
-        raise click.UsageError("--engine needs --container or --compose-service", context)
     address = with_port(options["address"]) if options["address"] else ""
-    if address.startswith(f"{GATEWAY}:") and not container:
-        raise click.UsageError("--address gateway needs --container or --compose-service", context)
+    for why in (
+        refused_together(events),
+        refused_together(
+            [
+                ("a program after --", argv),
+                *(
+                    (f"--{each}", options[each.replace("-", "_")])
+                    for each in ("pid", "cgroup", "container", "compose-service")
+                ),
+            ]
+        ),
+        _event_refused(options, [name for name, given in events if given]),
+        refused_together([(f"--{each}", options[each]) for each in ("netns", "proxy", "address")]),
+        _network_refused(options, has_program=bool(argv), has_container=bool(container)),
+        _container_refused(context, address, has_container=bool(container)),
+    ):
+        if why:
+            raise click.UsageError(why, context)
+    wanted = next((name.removeprefix("--") for name, given in events if given and name != "--replay"), None)
     order = None
     if wanted is not None:
         order = Order(
@@ -327,6 +338,8 @@ def _run_options(context: click.Context, *, as_json: bool, options: dict[str, An
         compose_service=options["compose_service"] or "",
         engine=options["engine"] or "",
         order=order,
+        replay=options["replay"],
+        pause_at_start_s=options["pause_at_start"] or 0.0,
         expectations=tuple(options["expectations"]),
         vm=options["vm"],
         set=options["set_name"],
@@ -337,8 +350,50 @@ def _run_options(context: click.Context, *, as_json: bool, options: dict[str, An
         publish=options["publish"],
         address=address,
         faults=tuple(options["faults"]),
+        broker=options["broker"] or "",
         control=options["control"],
         own_stdout=as_json,
+    )
+
+
+def _event_refused(options: dict[str, Any], ordered: list[str]) -> str:
+    """Which option does not fit what is ordered or replayed; empty: all do."""
+    if options["replay"]:
+        if options["notice"] is not None:
+            return "--notice and --replay exclude each other: a recording has its own times"
+        if options["broker"]:
+            return "--broker and --replay exclude each other: what was recorded is not on the bus"
+        return ""
+    if options["pause_at_start"] is not None:
+        return "--pause-at-start needs --replay"
+    if not ordered and (options["notice"] is not None or options["expectations"]):
+        return "--notice and --expect need an event: --freeze, --reboot, --redeploy, --preempt or --terminate"
+    return ""
+
+
+def _network_refused(options: dict[str, Any], *, has_program: bool, has_container: bool) -> str:
+    """Which option of the network has nothing that it is for; empty: each has."""
+    if options["proxy"] and not has_program:
+        return "--proxy needs a program after --"
+    if options["netns"] and not (has_program or has_container):
+        return "--netns needs a program after --, or a container"
+    if options["publish"] and (not options["netns"] or has_container):
+        return "--publish needs --netns and a program: without it the program has the network of this machine"
+    return ""
+
+
+def _container_refused(context: click.Context, address: str, *, has_container: bool) -> str:
+    """Which option is for containers only; empty: there is one, or none is given."""
+    from caesura_rehearse.address import GATEWAY  # noqa: PLC0415 - as above
+
+    if has_container:
+        return ""
+    if context.get_parameter_source("engine") == ParameterSource.COMMANDLINE:
+        return "--engine needs --container or --compose-service"
+    return (
+        "--address gateway needs --container or --compose-service"
+        if address.startswith(f"{GATEWAY}:")
+        else ""
     )
 
 
@@ -361,5 +416,5 @@ def _say(text: str) -> None:
     click.echo(visible(text), err=True)
 
 
-for each in ORDER_COMMANDS:
+for each in (*ORDER_COMMANDS, record):
     rehearse.add_command(each)

@@ -38,6 +38,8 @@ from caesura_rehearse.metadata import Witness, WitnessedPublisher, serve_vm
 from caesura_rehearse.observations import EventRecord, Observations, ProgramRecord, describe_exit
 from caesura_rehearse.orders import Order, OrderRefused
 from caesura_rehearse.pausing import NotPaused
+from caesura_rehearse.recording import Recording
+from caesura_rehearse.replay import Replay
 from caesura_rehearse.report import Report, judge_all
 from caesura_rehearse.slots import Slot, ended_early, nothing_left
 from caesura_rehearse.targets import NoTarget, Target
@@ -76,9 +78,9 @@ class Engine:
         self._tasks: set[asyncio.Task[None]] = set()
         self._cancelled: set[str] = set()
         self._stack = AsyncExitStack()
-        broker = MemoryBroker()
-        self._publisher_bus = MemoryBus(broker, client_id="metadata", filters=filters())
-        self._bus = MemoryBus(broker, client_id=HOST, filters=(channel_of(VmApproved).filter(),))
+        self.broker = MemoryBroker()
+        self._publisher_bus = MemoryBus(self.broker, client_id="metadata", filters=filters())
+        self._bus = MemoryBus(self.broker, client_id=HOST, filters=(channel_of(VmApproved).filter(),))
         self._post = MessageClient(self._bus, source_of("default", HOST))
         self._post.subscribe(VmApproved, self._on_approved)
         self._witness = Witness(self.observations, self.began, self.notify)
@@ -226,6 +228,29 @@ class Engine:
             slot.exited = self.now
             self._say(f"{slot.target.what} of {slot.vm} ended: {describe_exit(slot.target.exit_code)}")
         self.notify()
+
+    async def replay(self, recording: Recording, slot: Slot, *, pause_s: float = 0.0) -> None:
+        """Serve a recording to its end, in the place of documents of our own.
+
+        Args:
+            pause_s: seconds for which the VM's program is paused when an event becomes Started; 0: documents only.
+        """
+
+        async def pause(record: EventRecord) -> None:
+            await self._impact.perform(record, Order(event="Freeze", duration_s=pause_s), [slot])
+
+        replay = Replay(
+            recording,
+            slot.set,
+            (slot.vm,),
+            self.observations,
+            self.began,
+            self._say,
+            self.notify,
+            pause=pause if pause_s else None,
+        )
+        self._publisher.replay = replay
+        await replay.run()
 
     def _inventory(self) -> HostInventory:
         vms = tuple(

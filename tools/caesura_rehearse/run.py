@@ -16,6 +16,7 @@ from caesura.runtime.errors import CaesuraError
 from caesura.runtime.threads import in_thread
 from caesura_host_updater.drivers.process.freezers import choose_freezer
 from caesura_rehearse.address import local_address
+from caesura_rehearse.broker_mirror import mirrored
 from caesura_rehearse.container_lookup import NoContainer, ways_to_metadata
 from caesura_rehearse.container_target import RunningContainer, find_container
 from caesura_rehearse.control import serve_control
@@ -26,6 +27,9 @@ from caesura_rehearse.faults import Fault
 from caesura_rehearse.namespace import URL, NoNamespace, metadata_inside, open_door, published, way_in
 from caesura_rehearse.observations import EventRecord
 from caesura_rehearse.orders import Order
+from caesura_rehearse.outbound import resolver_for_inside
+from caesura_rehearse.recording import Recording
+from caesura_rehearse.replay import load_recording
 from caesura_rehearse.report import Report
 from caesura_rehearse.run_folder import cgroup_of, run_folder
 from caesura_rehearse.running_targets import RunningCgroup, RunningProcess
@@ -48,6 +52,10 @@ class RunOptions(msgspec.Struct, frozen=True, kw_only=True):
     engine: str = ""
     """The container engine's socket; empty: the usual ones."""
     order: Order | None = None
+    replay: Path | None = None
+    """A recording that is served instead."""
+    pause_at_start_s: float = 0.0
+    """Seconds for which the program is paused when a recorded event becomes Started; 0: not at all."""
     expectations: tuple[Expectation, ...] = ()
     vm: str = "app-1"
     set: str = "app"
@@ -64,6 +72,8 @@ class RunOptions(msgspec.Struct, frozen=True, kw_only=True):
     """Where the metadata API listens, ``ADDRESS:PORT``, or ``gateway:PORT`` for the container's way out; empty: a free port of 127.0.0.1."""
     faults: tuple[Fault, ...] = ()
     """Of the metadata API."""
+    broker: str = ""
+    """A real broker at which everything is published, too."""
     control: Path | None = None
     """The file for address and token of the control API; None: one in the user's runtime folder."""
     quiet: bool = False
@@ -91,6 +101,8 @@ class Rehearse:
         self._say = say
         self._engine: Engine | None = None
         self._signal = 0
+        self._no_way_out = ""
+        """Why the program's own network leads nowhere."""
         self._waiting = False
         """Whether it waits for orders, which a signal ends."""
 
@@ -136,7 +148,11 @@ class Rehearse:
 
     async def _perform(self, engine: Engine, folder: Path) -> Report:
         options = self._options
+        recording = None if options.replay is None else await load_recording(options.replay)
         container = await self._container()
+        if options.broker:
+            await engine.enter(mirrored(engine, engine.broker, options.broker, self._news))
+            self._say(f"broker    {options.broker}: its messages are there, too")
         address = with_gateway(options.address, container)
         if address:
             await engine.enter(local_address(address))
@@ -150,6 +166,8 @@ class Rehearse:
         self._tell_way(outside, slot.url, container)
         control = await engine.enter(serve_control(Desk(engine), options.control))
         records: list[EventRecord] = []
+        if recording is not None:
+            return await self._replay(engine, slot, recording)
         if options.order is not None:
             records.append(await engine.order(options.order))
             await engine.until(lambda: all(each.outcome for each in records), None)
@@ -164,6 +182,28 @@ class Rehearse:
             self._waiting = False
         return engine.report(options.expectations, ordered=len(records))
 
+    async def _replay(self, engine: Engine, slot: Slot, recording: Recording) -> Report:
+        options = self._options
+        events = len(recording.event_ids)
+        self._say(
+            f"replay    {options.replay}: {recording.seconds:.0f} s of {recording.head.server}, events: {events}"
+            + ("" if recording.whole else "; its recorder did not end in order")
+        )
+        replaying = asyncio.create_task(engine.replay(recording, slot, pause_s=options.pause_at_start_s))
+        replaying.add_done_callback(lambda _: engine.notify())
+        target = slot.target
+        try:
+            await engine.until(
+                lambda: replaying.done() or (target is not None and target.ended.is_set()), None
+            )
+            if replaying.done():
+                await replaying
+                await engine.until(lambda: target is not None and target.ended.is_set(), options.settle_s)
+        finally:
+            replaying.cancel()
+            await asyncio.gather(replaying, return_exceptions=True)
+        return engine.report(options.expectations, ordered=events)
+
     async def _attach(self, engine: Engine, slot: Slot, folder: Path) -> Target | None:
         options = self._options
         if not options.netns:
@@ -172,16 +212,24 @@ class Rehearse:
                 await engine.attach(slot, target)
             return target
         door = await engine.enter(
-            open_door(folder, slot.vm, lambda listener: engine.listen(slot.vm, listener), engine.notify)
+            open_door(
+                folder,
+                slot.vm,
+                lambda listener: engine.listen(slot.vm, listener),
+                engine.notify,
+                lead_out=True,
+            )
         )
         slot.url = URL
-        program = await self._program(folder, slot.url, way_in(folder, slot.vm))
+        resolver = await in_thread("resolver", lambda: resolver_for_inside(folder))
+        program = await self._program(folder, slot.url, way_in(folder, slot.vm, resolver))
         await engine.attach(slot, program)
         await engine.until(lambda: door.entered.is_set() or program.ended.is_set(), None)
         if door.problem:
             raise NoNamespace(f"--netns does not work here: {door.problem}")
         if options.publish:
             await engine.enter(published(options.publish, lambda: program.pid))
+        self._no_way_out = door.no_way_out
         return program
 
     async def _container(self) -> RunningContainer | None:
@@ -242,7 +290,12 @@ class Rehearse:
         elif options.netns:
             ports = ", ".join(f"127.0.0.1:{port}" for port in options.publish) or "none (--publish PORT)"
             self._say(
-                f"          {inside} inside, for every client; the program has no other network. Ports that lead in: {ports}"
+                f"          {inside} inside, for every client. Ports of this machine that lead in: {ports}"
+            )
+            self._say(
+                f"          no other network inside: {self._no_way_out}"
+                if self._no_way_out
+                else "          connections lead out; this machine's own services, too, at the address of the default route"
             )
         elif options.proxy:
             self._say(

@@ -31,6 +31,7 @@ _STYLE = {
     "halted": "bold red",
     "aborted": "magenta",
     "aborting": "magenta",
+    "queued": "yellow",
 }
 
 
@@ -43,9 +44,11 @@ def _status(text: str) -> Text:
 
 
 def _rollout_status(rollout: WholeRollout) -> Text:
-    if rollout.status == "running" and rollout.queued_behind:
-        return Text(f"queued behind {rollout.queued_behind}", style=_STYLE["scheduled"])
-    return _status(rollout.status)
+    return _status("queued" if _queued_behind(rollout) else rollout.status)
+
+
+def _queued_behind(rollout: WholeRollout) -> str:
+    return f"behind {rollout.queued_behind}" if rollout.status == "running" and rollout.queued_behind else ""
 
 
 def set_name(name: str) -> str:
@@ -171,6 +174,7 @@ def rollout_view(
         rollout.update or f"freeze on demand, {show_duration(rollout.hold_s)}",
         "  ",
         _rollout_status(rollout),
+        f" {behind}" if (behind := _queued_behind(rollout)) else "",
         f"  {done}/{rollout.wave_count} waves",
     )
     table = Columns(
@@ -461,6 +465,6 @@ def history_view(rollouts: Sequence[WholeRollout]) -> RenderableType:
             f"{each.created_at:%Y-%m-%d %H:%M:%S}Z",
             took,
             each.requested_by,
-            each.reason,
+            each.reason or _queued_behind(each),
         )
     return table

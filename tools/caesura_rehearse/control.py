@@ -19,7 +19,7 @@ from caesura.runtime.errors import CaesuraError, ConfigError
 from caesura.runtime.health import serve_app
 from caesura_rehearse.control_file import ControlAddress, folder_of_controls
 from caesura_rehearse.desk import Desk, StepMissed
-from caesura_rehearse.engine import UnknownEvent
+from caesura_rehearse.rollouts import UnknownEvent
 
 OPENAPI_FILE = Path(__file__).with_name("openapi.json")
 _SHUTDOWN_S = 0.2  # s: who waits for an event of a rehearsal that ends gets no answer

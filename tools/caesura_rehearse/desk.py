@@ -15,12 +15,13 @@ from caesura.runtime.errors import CaesuraError, ConfigError
 from caesura.runtime.threads import in_thread
 from caesura_host_updater.drivers.process.freezers import Freezer, choose_freezer
 from caesura_rehearse.durations import seconds_in
-from caesura_rehearse.engine import Engine, UnknownEvent
+from caesura_rehearse.engine import Engine
 from caesura_rehearse.expectations import parse_expectation
 from caesura_rehearse.faults import parse_fault
 from caesura_rehearse.observations import EventRecord
 from caesura_rehearse.orders import order_from
 from caesura_rehearse.report import text_lines
+from caesura_rehearse.rollouts import UnknownEvent
 from caesura_rehearse.run_folder import cgroup_of
 from caesura_rehearse.targets import Program, program_environ
 
@@ -109,9 +110,11 @@ class Desk:
             case "order":
                 return await self._order(arguments)
             case "cancel":
-                return await self._engine.cancel(msgspec.convert(arguments, EventArguments).event_id)
+                return await self._engine.rollouts.cancel(msgspec.convert(arguments, EventArguments).event_id)
             case "approve":
-                return await self._engine.approve(msgspec.convert(arguments, EventArguments).event_id)
+                return await self._engine.rollouts.approve(
+                    msgspec.convert(arguments, EventArguments).event_id
+                )
             case "wait":
                 return await self._wait(msgspec.convert(arguments, WaitArguments))
             case "expect":
@@ -131,13 +134,13 @@ class Desk:
         for name in ("notice_s", "duration_s", "checks_s", "grace_s"):
             if given.get(name) is not None:
                 given[name] = seconds_in(given[name])
-        return await self._engine.order(order_from(given))
+        return await self._engine.rollouts.order(order_from(given))
 
     async def _wait(self, arguments: WaitArguments) -> EventRecord:
         record = self._engine.observations.events.get(arguments.event_id.lower())
         if record is None:
             raise UnknownEvent(f"there is no event {arguments.event_id}")
-        usual_s = record.announced + record.notice_s + record.duration_s + _PATIENCE_S - self._engine.now
+        usual_s = record.not_before + record.impact_s + _PATIENCE_S - self._engine.now
         timeout_s = usual_s if arguments.timeout is None else seconds_in(arguments.timeout)
 
         def reached() -> bool:
@@ -153,10 +156,7 @@ class Desk:
     async def _expect(self, arguments: ExpectArguments) -> None:
         expectations = [parse_expectation(each) for each in arguments.expectations]
         records = self._engine.events
-        usual_s = (
-            max((each.announced + each.notice_s + each.duration_s for each in records), default=0.0)
-            + _PATIENCE_S
-        )
+        usual_s = max((each.not_before + each.impact_s for each in records), default=0.0) + _PATIENCE_S
         await self._engine.until(
             lambda: all(each.outcome for each in records), max(usual_s - self._engine.now, 0.0)
         )

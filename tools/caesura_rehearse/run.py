@@ -139,7 +139,7 @@ class Rehearse:
         control = await engine.enter(serve_control(Desk(engine), options.control))
         records: list[EventRecord] = []
         if options.order is not None:
-            records.append(await engine.order(options.order))
+            records.append(await engine.rollouts.order(options.order))
             await engine.until(lambda: all(each.outcome for each in records), None)
             await engine.until(lambda: target is not None and target.ended.is_set(), options.settle_s)
         else:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import msgspec
 
+from caesura_rehearse.faults import RequestFaults
 from caesura_rehearse.observations import ProgramRecord, describe_exit
 from caesura_rehearse.targets import Program, Target, reads_terminal
 
@@ -17,6 +18,10 @@ class Slot(msgspec.Struct, kw_only=True):
     set: str
     update_domain: int
     url: str
+    faults: RequestFaults
+    """Of the requests of its clients."""
+    port: int = 0
+    """For its program to listen on; nobody else is given it."""
     target: Target | None = None
     exited: float | None = None
     """When its program ended by itself."""

@@ -11,7 +11,7 @@ from caesura.contract.messages import WaveStatus
 from caesura.contract.reasons import Reason, codes_of
 from caesura_coordinator.authority import Authority
 from caesura_coordinator.effects import Effect, EventEnded, RolloutMoved, WaveMoved
-from caesura_coordinator.fence import FleetFence
+from caesura_coordinator.fleet_lookup import FleetLookup
 from caesura_coordinator.records import (
     Rollout,
     Wave,
@@ -27,7 +27,7 @@ class Decision:
     the other.
     """
 
-    def __init__(self, rollout: Rollout, fleet: FleetFence, authority: Authority, now: datetime) -> None:
+    def __init__(self, rollout: Rollout, fleet: FleetLookup, authority: Authority, now: datetime) -> None:
         self.rollout = rollout
         self.fleet = fleet
         self.authority = authority

@@ -10,8 +10,8 @@ import structlog
 
 from caesura.runtime.errors import CaesuraError
 from caesura.runtime.group_commit import GroupCommit
-from caesura_coordinator.events import Fact, Input, Tick
-from caesura_coordinator.fence import FleetFence
+from caesura_coordinator.fleet_lookup import FleetLookup
+from caesura_coordinator.inputs import Fact, Input, Tick
 from caesura_coordinator.leadership import Leadership
 from caesura_coordinator.outbox_relay import OutboxRelay
 from caesura_coordinator.records import Rollout
@@ -44,7 +44,7 @@ class RolloutDispatcher:
         leadership: Leadership,
         commits: GroupCommit,
         *,
-        fence: Callable[[], FleetFence],
+        fence: Callable[[], FleetLookup],
         now: Callable[[], datetime],
         on_tick: Callable[[float], None],
     ) -> None:

@@ -14,12 +14,13 @@ from caesura.fleet.fold import Changes, apply
 from caesura.fleet.state import FleetState
 from caesura.runtime.sampler import Sampler
 from caesura_coordinator.dispatcher import RolloutDispatcher
-from caesura_coordinator.fence import FleetFence, why_outdated
+from caesura_coordinator.fleet_lookup import FleetLookup
 from caesura_coordinator.leadership import Leadership
 from caesura_coordinator.owner_records import OwnerRecords
 from caesura_coordinator.owners import Owners
 from caesura_coordinator.reconciler import Reconciler
 from caesura_coordinator.rollout import RESTART_GRACE_S
+from caesura_coordinator.wave_gates import why_outdated
 
 _INCOMPLETE_S = 10.0
 """s: after which a host whose inventory lacks parts is named."""
@@ -37,7 +38,7 @@ class ObservedFleet:
         self.state = FleetState()
         self.incomplete: dict[str, m.HostInventory] = {}
         """Maps a host to its newest inventory, of which parts are missing."""
-        self.fence = FleetFence(self.state, incomplete=self.incomplete)
+        self.fence = FleetLookup(self.state, incomplete=self.incomplete)
 
     def reconnected(self, now: datetime) -> None:
         """The broker's retained presences of agents are outdated; each agent reconnects in its own time."""

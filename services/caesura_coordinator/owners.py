@@ -13,7 +13,7 @@ from caesura.fleet.words import Cleared
 from caesura.lifecycle.ownership import conflict, settle
 from caesura.runtime.errors import StoreError
 from caesura.runtime.sampler import Sampler
-from caesura_coordinator.fence import Contested
+from caesura_coordinator.fleet_lookup import Contested
 from caesura_coordinator.store import CoordinatorStore
 
 _NAMED = 8

@@ -19,7 +19,7 @@ from caesura.contract.messages import (
     Refusal,
     Selection,
 )
-from caesura_coordinator.fence import FleetFence
+from caesura_coordinator.fleet_lookup import FleetLookup
 from caesura_coordinator.plan_members import (
     all_passed,
     canary_refusals,
@@ -37,14 +37,14 @@ from caesura_coordinator.plan_update import (
     slowest,
     update_limits,
 )
-from caesura_coordinator.waves import most_hosts, waves
+from caesura_coordinator.plan_waves import most_hosts, waves
 
 _WAVE_OVERHEAD_S = 2.0  # s: commands, resumes and clock-sync around a pause, for the estimate only
 _NO_LIMITS = Limits()
 
 
 def make_plan(
-    fleet: FleetFence,
+    fleet: FleetLookup,
     *,
     update: str,
     selection: Selection,
@@ -145,7 +145,7 @@ def most_targets(plan: Plan) -> str:
     return ""
 
 
-def _unknown_names(fleet: FleetFence, selection: Selection, limits: Limits) -> Iterable[Refusal]:
+def _unknown_names(fleet: FleetLookup, selection: Selection, limits: Limits) -> Iterable[Refusal]:
     canary = (limits.canary_host,) if limits.canary_host else ()
     asked: tuple[tuple[str, Collection[str], tuple[str, ...]], ...] = (
         ("host", fleet.inventories, (*selection.hosts, *limits.exclude_hosts, *canary)),
@@ -168,7 +168,7 @@ def _unknown_names(fleet: FleetFence, selection: Selection, limits: Limits) -> I
         )
 
 
-def _contested_vms(fleet: FleetFence, selection: Selection) -> Iterable[Refusal]:
+def _contested_vms(fleet: FleetLookup, selection: Selection) -> Iterable[Refusal]:
     """A selection that names a contested VM is refused; otherwise the plan leaves the VM out."""
     for name in selection.vms:
         if name in fleet.contested:

@@ -19,9 +19,10 @@ from caesura.contract.messages import (
     UpdateRecord,
     VmRecord,
 )
-from caesura_coordinator.fence import FleetFence, why_outdated
+from caesura_coordinator.fleet_lookup import FleetLookup
+from caesura_coordinator.plan_waves import Member
 from caesura_coordinator.proofs import planned_proofs, unprovable
-from caesura_coordinator.waves import Member
+from caesura_coordinator.wave_gates import why_outdated
 
 Passed = Mapping[tuple[str, str], tuple[SkipCode, str]]
 """Maps (host, VM) to the reason for skipping it: a code, and a sentence."""
@@ -33,7 +34,7 @@ def domain_of(vm: VmRecord | PlannedVm, key: DomainKey) -> int:
 
 
 def selected_hosts(
-    fleet: FleetFence, record: UpdateRecord, selection: Selection, *, hold_s: float
+    fleet: FleetLookup, record: UpdateRecord, selection: Selection, *, hold_s: float
 ) -> list[str]:
     """Hosts that the selection covers and that can apply the update."""
     chosen = set(fleet.inventories)
@@ -50,7 +51,7 @@ def selected_hosts(
     return sorted(chosen)
 
 
-def host_refusals(fleet: FleetFence, hosts: Sequence[str]) -> Iterable[Refusal]:
+def host_refusals(fleet: FleetLookup, hosts: Sequence[str]) -> Iterable[Refusal]:
     """Hosts that may not pause VMs now."""
     for host in hosts:
         if not fleet.is_online(host):
@@ -63,7 +64,7 @@ def host_refusals(fleet: FleetFence, hosts: Sequence[str]) -> Iterable[Refusal]:
             )
 
 
-def passed_over(fleet: FleetFence, hosts: Iterable[str], record: UpdateRecord, limits: Limits) -> Passed:
+def passed_over(fleet: FleetLookup, hosts: Iterable[str], record: UpdateRecord, limits: Limits) -> Passed:
     """What is excluded, and what already has the update; an excluded VM excludes its host from updates that pause whole hosts."""
     passed: dict[tuple[str, str], tuple[SkipCode, str]] = {}
     for host in hosts:
@@ -106,7 +107,7 @@ def _installed(inventory: HostInventory, vm: VmRecord, record: UpdateRecord) -> 
     return ""
 
 
-def all_passed(fleet: FleetFence, host: str, passed: Passed) -> bool:
+def all_passed(fleet: FleetLookup, host: str, passed: Passed) -> bool:
     """Whether all VMs of the host are skipped."""
     vms = fleet.inventories[host].vms
     return bool(vms) and all((host, vm.vm) in passed for vm in vms)
@@ -133,7 +134,7 @@ def canary_refusals(
 
 
 def members_of_plan(
-    fleet: FleetFence,
+    fleet: FleetLookup,
     hosts: Sequence[str],
     record: UpdateRecord,
     selection: Selection,
@@ -215,7 +216,7 @@ def members_of_plan(
     return members, skipped, refusals
 
 
-def _ownerless(fleet: FleetFence, hosts: Sequence[str], selection: Selection) -> Iterable[PlannedVm]:
+def _ownerless(fleet: FleetLookup, hosts: Sequence[str], selection: Selection) -> Iterable[PlannedVm]:
     """The VMs of the selection that do not belong to a host, since several name them."""
     everything = not (selection.hosts or selection.sets or selection.vms)
     owned = {vm.vm for _, vm in fleet.vms()}

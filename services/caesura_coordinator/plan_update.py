@@ -14,7 +14,7 @@ from caesura.contract.messages import (
     UpdateRecord,
 )
 from caesura.lifecycle.budget import MIN_BUDGET_S, PREPARE_S, START_S, usable_s
-from caesura_coordinator.fence import FleetFence
+from caesura_coordinator.fleet_lookup import FleetLookup
 
 _SWAP_PAUSE_S = (
     1.0  # s: far more than the milliseconds that a swap takes; the upper bound that an event announces
@@ -24,7 +24,7 @@ HOLD = UpdateRecord(update="hold", impact="pause", scope="vm", expected_s=0.0, t
 
 
 def definition(
-    fleet: FleetFence, update: str, selection: Selection
+    fleet: FleetLookup, update: str, selection: Selection
 ) -> tuple[UpdateRecord | None, list[Refusal]]:
     """The update's definition, which must be the same on every host that has it."""
     found = {
@@ -65,7 +65,7 @@ def definition(
     return first, refusals
 
 
-def slowest(fleet: FleetFence, record: UpdateRecord, hosts: Iterable[str]) -> UpdateRecord:
+def slowest(fleet: FleetLookup, record: UpdateRecord, hosts: Iterable[str]) -> UpdateRecord:
     """The definition with the times of the slowest host: each host may have its own."""
     all_of_them = [
         each for host in hosts for each in fleet.inventories[host].updates if each.update == record.update

@@ -10,7 +10,7 @@ import structlog
 from caesura.contract import messages as m
 from caesura.contract.codec import Received
 from caesura.runtime.errors import StoreError
-from caesura_coordinator.fence import FleetFence
+from caesura_coordinator.fleet_lookup import FleetLookup
 from caesura_coordinator.leadership import Leadership
 from caesura_coordinator.outbox_relay import OutboxRelay
 from caesura_coordinator.repository import RolloutRepository
@@ -37,7 +37,7 @@ class Reconciler:
         leadership: Leadership,
         *,
         source: str,
-        fence: Callable[[], FleetFence],
+        fence: Callable[[], FleetLookup],
         now: Callable[[], datetime],
     ) -> None:
         self._repository = repository

@@ -45,8 +45,8 @@ from caesura_coordinator.effects import (
     RolloutMoved,
     WaveMoved,
 )
-from caesura_coordinator.events import Approve, Fact, Input, Outdated
-from caesura_coordinator.fence import FleetFence
+from caesura_coordinator.fleet_lookup import FleetLookup
+from caesura_coordinator.inputs import Approve, Fact, Input, Outdated
 from caesura_coordinator.published_state import rollout_state, with_etags
 from caesura_coordinator.records import FINAL, Rollout, WaveEvent, without_waves
 from caesura_coordinator.retention import Removal, all_waves, excess, how_shown, no_longer_kept
@@ -123,7 +123,7 @@ class RolloutRepository:
         self,
         rollout: Rollout,
         received: Input,
-        fleet: FleetFence,
+        fleet: FleetLookup,
         authority: Authority,
         now: datetime,
         *,
@@ -185,7 +185,7 @@ class RolloutRepository:
         }
 
     def adopt_document(
-        self, published: SetDocument, fleet: FleetFence, authority: Authority, now: datetime
+        self, published: SetDocument, fleet: FleetLookup, authority: Authority, now: datetime
     ) -> None:
         """Adopt a document that is newer than our copy (the store is older than the bus), and end the events that no rollout owns.
 

@@ -19,8 +19,8 @@ from caesura.lifecycle.errors import IllegalStatusChange
 from caesura.runtime.errors import StoreError
 from caesura.runtime.identity import new_id
 from caesura_coordinator.dispatcher import RolloutDispatcher
-from caesura_coordinator.events import Abort, Input, Resume
-from caesura_coordinator.fence import FleetFence
+from caesura_coordinator.fleet_lookup import FleetLookup
+from caesura_coordinator.inputs import Abort, Input, Resume
 from caesura_coordinator.leadership import Leadership
 from caesura_coordinator.outbox_relay import OutboxRelay
 from caesura_coordinator.owners import Owners
@@ -60,7 +60,7 @@ class RequestHandler:
         dispatcher: RolloutDispatcher,
         leadership: Leadership,
         *,
-        fence: Callable[[], FleetFence],
+        fence: Callable[[], FleetLookup],
         now: Callable[[], datetime],
     ) -> None:
         self._repository = repository

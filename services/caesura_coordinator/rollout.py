@@ -15,23 +15,23 @@ from datetime import datetime, timedelta
 import msgspec
 
 from caesura.contract.messages import OperationReported, VmClockSynced, VmReady
-from caesura_coordinator import rollout_inputs
+from caesura_coordinator import input_handlers
 from caesura_coordinator.authority import Authority
 from caesura_coordinator.decision import Decision, with_wave
 from caesura_coordinator.effects import Effect
-from caesura_coordinator.events import Abort, Approve, Input, Outdated, Resume, Tick
-from caesura_coordinator.fence import FleetFence
+from caesura_coordinator.fleet_lookup import FleetLookup
+from caesura_coordinator.inputs import Abort, Approve, Input, Outdated, Resume, Tick
 from caesura_coordinator.records import (
     Rollout,
 )
-from caesura_coordinator.rollout_course import advance
+from caesura_coordinator.wave_transitions import advance
 
 RESTART_GRACE_S = 30.0
 """s: by how much deadlines are extended when the coordinator was down, so that it receives the hosts' messages before it judges."""
 
 
 def decide(
-    rollout: Rollout, received: Input, fleet: FleetFence, authority: Authority, now: datetime
+    rollout: Rollout, received: Input, fleet: FleetLookup, authority: Authority, now: datetime
 ) -> tuple[Rollout, list[Effect]]:
     """One step. Repeated and late inputs change nothing.
 
@@ -42,19 +42,19 @@ def decide(
     decision = Decision(rollout, fleet, authority, now)
     match received:
         case Abort():
-            rollout_inputs.abort(decision, received.reason)
+            input_handlers.abort(decision, received.reason)
         case Resume():
-            rollout_inputs.resume(decision)
+            input_handlers.resume(decision)
         case Approve():
-            rollout_inputs.approve(decision, received)
+            input_handlers.approve(decision, received)
         case VmReady():
-            rollout_inputs.ready(decision, received)
+            input_handlers.ready(decision, received)
         case OperationReported():
-            rollout_inputs.report(decision, received)
+            input_handlers.report(decision, received)
         case VmClockSynced():
-            rollout_inputs.clock(decision, received)
+            input_handlers.clock(decision, received)
         case Outdated():
-            rollout_inputs.outdated(decision, received)
+            input_handlers.outdated(decision, received)
         case Tick():
             pass
     advance(decision)

@@ -21,9 +21,9 @@ from caesura.runtime.errors import SyncFailed
 from caesura.runtime.group_commit import GroupCommit
 from caesura_coordinator.authority import Authority
 from caesura_coordinator.dispatcher import RolloutDispatcher
-from caesura_coordinator.events import Approve
-from caesura_coordinator.fence import FleetFence
+from caesura_coordinator.fleet_lookup import FleetLookup
 from caesura_coordinator.fleet_receiver import FleetReceiver, ObservedFleet
+from caesura_coordinator.inputs import Approve
 from caesura_coordinator.leadership import Leadership
 from caesura_coordinator.outbox_relay import OutboxRelay
 from caesura_coordinator.owner_records import OwnerRecords
@@ -184,7 +184,7 @@ class Coordinator:
         return self._observed.state
 
     @property
-    def fleet(self) -> FleetFence:
+    def fleet(self) -> FleetLookup:
         """The view of the fleet that decisions read."""
         return self._observed.fence
 

@@ -1,4 +1,4 @@
-"""Handles the commands of the coordinator: start and abort an operation. What they may do is decided by ``admission``."""
+"""Handles the commands of the coordinator: start and abort an operation. What they may do is decided by ``command_admission``."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ import structlog
 from caesura.contract.messages import AbortOperation, StartOperation, VmRecord
 from caesura.lifecycle.budget import SHUTDOWN_S
 from caesura.runtime.errors import StoreError
-from caesura_host_updater import admission as rules
-from caesura_host_updater.admission import (
+from caesura_host_updater import command_admission as rules
+from caesura_host_updater.agent_registry import AgentRegistry
+from caesura_host_updater.clocks.tracker import ClockSyncTracker
+from caesura_host_updater.command_admission import (
     AbortRunning,
     Accept,
     Ignore,
@@ -20,8 +22,6 @@ from caesura_host_updater.admission import (
     Tombstone,
     Underway,
 )
-from caesura_host_updater.agent_registry import AgentRegistry
-from caesura_host_updater.clocks.tracker import ClockSyncTracker
 from caesura_host_updater.drivers.port import Driver
 from caesura_host_updater.epoch_tracker import EpochTracker
 from caesura_host_updater.installed_probe import InstalledProbe

@@ -9,7 +9,7 @@ import structlog
 from caesura.contract.messages import CoordinatorPresence
 from caesura.lifecycle.commands import COMMANDS
 from caesura.runtime.errors import StoreError
-from caesura_host_updater.admission import EpochAuthority, NotObeyed, observe_epoch
+from caesura_host_updater.epoch_authority import EpochAuthority, NotObeyed, observe_epoch
 from caesura_host_updater.journal import Journal, JournalThread
 
 FORGET_ADVICE = "see 'An epoch that nobody claimed' in docs/operate/runbooks/epoch.md"

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from caesura.runtime.folder_command import run_on_folder
 from caesura.runtime.lock import InUse, StateFolderUnusable
-from caesura_host_updater.admission import EpochAuthority
+from caesura_host_updater.epoch_authority import EpochAuthority
 from caesura_host_updater.journal import Journal
 
 

@@ -21,8 +21,8 @@ from caesura.runtime.errors import CaesuraError
 from caesura_host_updater.spawn import ExitWatch, SpawnError, start_detached
 from caesura_vmcontrol.guard_socket import MAX_LINE_BYTES, socket_address
 from caesura_vmcontrol.intent import Intent, UnreadableIntent
-from caesura_vmcontrol.plans import Plan, plan_to_json
 from caesura_vmcontrol.procfs import boot_id
+from caesura_vmcontrol.resume_plans import ResumePlan, plan_to_json
 
 _LINGER_S = 5.0  # s: how long our own guard stays without us; long enough for a quick restart
 _RETRY_S = 0.2  # s: between two tries to reach a guard
@@ -114,7 +114,7 @@ class GuardClient:
                 0.02
             )  # the guard does not notify us: it looks at the VMs every few milliseconds
 
-    async def arm(self, operation: str, deadline: float, plans: Sequence[Plan]) -> None:
+    async def arm(self, operation: str, deadline: float, plans: Sequence[ResumePlan]) -> None:
         """Have the guard hold the operation. Raises GuardUnavailable."""
         if not self._connected.is_set():
             raise GuardUnavailable("there is no pause guard")

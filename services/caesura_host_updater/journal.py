@@ -20,8 +20,8 @@ from caesura.delivery.sqlite import SCHEMA, OutboxTable
 from caesura.runtime.database import Database
 from caesura.runtime.errors import CaesuraError, StoreError
 from caesura.runtime.threads import Worker
-from caesura_host_updater.admission import EpochAuthority
 from caesura_host_updater.clocks.verdict import ClockCheck
+from caesura_host_updater.epoch_authority import EpochAuthority
 from caesura_host_updater.inventory.installs import Mark
 from caesura_host_updater.operation.state import Operation
 

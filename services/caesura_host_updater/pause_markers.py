@@ -16,12 +16,13 @@ import structlog
 from caesura.runtime.errors import CaesuraError
 from caesura.runtime.threads import Worker
 from caesura_vmcontrol import claims, markers
+from caesura_vmcontrol.container_engine import EnginePlan
 from caesura_vmcontrol.intent import Intent
 from caesura_vmcontrol.markers import Marker
-from caesura_vmcontrol.plans import CgroupPlan, EnginePlan, Plan, SignalPlan
 from caesura_vmcontrol.procfs import boot_id
 from caesura_vmcontrol.qemu_plans import QemuPlan, ReplacePlan, SwapPlan
 from caesura_vmcontrol.rescue import marked_and_paused, resume
+from caesura_vmcontrol.resume_plans import CgroupPlan, ResumePlan, SignalPlan
 
 _WRITE_S = 3.0  # s: one round of the disk; nothing is paused in the meantime
 _REMOVE_AGAIN_S = 5.0  # s: between two tries to remove markers that the disk refused to remove
@@ -43,7 +44,7 @@ class PauseMarkers:
         self._left: set[str] = set()
         self._stop = threading.Event()
 
-    async def write(self, operation: str, plans: Sequence[Plan]) -> None:
+    async def write(self, operation: str, plans: Sequence[ResumePlan]) -> None:
         """Mark the VMs of an operation, before the first of them is frozen.
 
         Raises:
@@ -81,7 +82,7 @@ class PauseMarkers:
         """Every marker; None where it is damaged."""
         return await self._worker.do(lambda: markers.read(self._state_dir))
 
-    def is_ours(self, marker: Marker | None, plan: Plan | None) -> bool:
+    def is_ours(self, marker: Marker | None, plan: ResumePlan | None) -> bool:
         """Whether a marker is about the VM that this plan would resume. A damaged one counts as such.
 
         ``plan``: None where the driver does not know, as in the middle of a replace.
@@ -106,7 +107,7 @@ class PauseMarkers:
             case _:
                 return True  # a swap or replace: another process may have the guest by now
 
-    async def claimed(self, plans: Mapping[str, Plan | None]) -> list[str]:
+    async def claimed(self, plans: Mapping[str, ResumePlan | None]) -> list[str]:
         """The VMs in the middle of a swap or replace that has begun: a claim names the process that has the guest, or the file."""
 
         def begun() -> list[str]:
@@ -150,7 +151,7 @@ def _owner(folder: str) -> claims.Owner | None:
         return None
 
 
-def how_to_resume(plan: Plan | None) -> str:
+def how_to_resume(plan: ResumePlan | None) -> str:
     """How somebody else who paused a VM may resume it, in words for an operator."""
     match plan:
         case CgroupPlan(kind=kind, control=control):

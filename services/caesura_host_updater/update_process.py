@@ -18,8 +18,8 @@ from caesura.runtime.visible import visible
 from caesura_host_updater.inventory.updates import UpdateFile
 from caesura_host_updater.spawn import ExitWatch
 from caesura_vmcontrol.bounded_read import environs
-from caesura_vmcontrol.plans import SignalPlan
 from caesura_vmcontrol.procfs import process_table, read_process, send_signal
+from caesura_vmcontrol.resume_plans import SignalPlan
 
 _TAIL_BYTES = 2048  # of the output, for the report
 _LAST_WORDS_S = 0.05  # s: output written just before the end is still in the pipe

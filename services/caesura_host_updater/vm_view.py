@@ -9,7 +9,7 @@ from caesura_host_updater.drivers.port import Driver, DriverError, states_within
 from caesura_host_updater.inventory.builder import clock_of, vm_records
 from caesura_host_updater.inventory.vm_spec import VmSpec
 from caesura_host_updater.pause_markers import how_to_resume
-from caesura_vmcontrol.plans import Plan
+from caesura_vmcontrol.resume_plans import ResumePlan
 
 STATES_S = 2.0  # s: to read the states of all VMs, which takes milliseconds
 
@@ -48,7 +48,7 @@ class VmView:
         return "; ".join(f"VM {vm} is {why}" for vm, why in sorted(self._foreign.items()))
 
 
-def plan_of(driver: Driver, vm: str) -> Plan | None:
+def plan_of(driver: Driver, vm: str) -> ResumePlan | None:
     """How the VM would be resumed; None where the driver cannot tell."""
     try:
         return driver.resume_plan(vm)

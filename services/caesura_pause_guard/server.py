@@ -26,9 +26,10 @@ from typing import Any
 from caesura_vmcontrol.guard_socket import MAX_LINE_BYTES, socket_address
 from caesura_vmcontrol.intent import Intent
 from caesura_vmcontrol.notify import Notifier
-from caesura_vmcontrol.plans import BadPlan, plan_from_json
+from caesura_vmcontrol.plan_errors import BadPlan
 from caesura_vmcontrol.process_control import reap
 from caesura_vmcontrol.procfs import boot_id
+from caesura_vmcontrol.resume_plans import plan_from_json
 from caesura_vmcontrol.watchdog import GuardRefusal, Log, Watchdog
 
 ACCEPT_RETRY_S = 1.0  # s without an accept after one that failed

@@ -14,7 +14,7 @@ import time
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from caesura_vmcontrol.qemu_plans import BadPlan
+from caesura_vmcontrol.plan_errors import BadPlan
 
 UNPAUSE_S = 0.5
 """s: what an engine gets to resume a container before the kernel is asked directly; it takes some 12 ms."""

@@ -10,7 +10,7 @@ import os
 from dataclasses import dataclass, field
 from typing import Any
 
-from caesura_vmcontrol.plans import Plan, plan_from_json, plan_to_json
+from caesura_vmcontrol.resume_plans import ResumePlan, plan_from_json, plan_to_json
 from caesura_vmcontrol.sealed import is_sealed, seal, unseal
 
 FORMAT = 1
@@ -58,7 +58,7 @@ class Intent:
     boot_id: str
     armed_at: float
     deadline: float
-    plans: tuple[Plan, ...]
+    plans: tuple[ResumePlan, ...]
     fired: GuardAction | None = None
 
     def to_json(self) -> dict[str, Any]:

@@ -21,15 +21,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from caesura_vmcontrol.plans import (
-    BadPlan,
-    CgroupPlan,
-    Plan,
-    SignalPlan,
-    plan_from_json,
-    plan_to_json,
-)
+from caesura_vmcontrol.plan_errors import BadPlan
 from caesura_vmcontrol.qemu_plans import QemuPlan, Vmm
+from caesura_vmcontrol.resume_plans import CgroupPlan, ResumePlan, SignalPlan, plan_from_json, plan_to_json
 from caesura_vmcontrol.sealed import Damaged, seal, unseal
 
 FOLDER = "pauses"
@@ -47,7 +41,7 @@ class Marker:
     operation: str
     boot_id: str
     at: float
-    plan: Plan
+    plan: ResumePlan
 
     @property
     def vm(self) -> str:
@@ -172,7 +166,7 @@ def read(state_dir: str) -> dict[str, Marker | None]:
     return found
 
 
-def recovery_plan(state_dir: str, vm: str, boot: str) -> Plan | None:
+def recovery_plan(state_dir: str, vm: str, boot: str) -> ResumePlan | None:
     """The way out of a pause as far as the VM's run files show it, for a marker that is damaged. Blocking.
 
     The files are those of the drivers: what a swap or replace prepared, a QEMU's run file, a process VM's.
@@ -198,7 +192,7 @@ def recovery_plan(state_dir: str, vm: str, boot: str) -> Plan | None:
     return None
 
 
-def _process_plan(vm: str, run: Mapping[str, Any]) -> Plan:
+def _process_plan(vm: str, run: Mapping[str, Any]) -> ResumePlan:
     if run["kind"] == "sigstop":
         return SignalPlan(vm, run["pid"], run["start_ticks"])
     return CgroupPlan(vm, run["kind"], run["control"])

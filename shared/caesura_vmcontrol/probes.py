@@ -11,8 +11,11 @@ from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 
 from caesura_vmcontrol import qemu_control
-from caesura_vmcontrol.plans import Condition, EnginePlan, Plan, QemuPlan, ReplacePlan, SwapPlan
+from caesura_vmcontrol.container_engine import EnginePlan
+from caesura_vmcontrol.freezer_control import Condition
 from caesura_vmcontrol.procfs import Process
+from caesura_vmcontrol.qemu_plans import QemuPlan, ReplacePlan, SwapPlan
+from caesura_vmcontrol.resume_plans import ResumePlan
 
 _BACK_OFF_S = 0.25  # s: the longest wait between two rounds of a VM that cannot be made to run
 _FIRST_S = 0.005
@@ -20,8 +23,8 @@ _FIRST_S = 0.005
 VMM_PLANS = (QemuPlan, SwapPlan, ReplacePlan)
 ASKING_PLANS = (*VMM_PLANS, EnginePlan)
 """Those whose way out asks another process, which may hang."""
-Look = Callable[[Plan, Mapping[int, Process] | None], Condition]
-Release = Callable[[Plan, Mapping[int, Process] | None], None]
+Look = Callable[[ResumePlan, Mapping[int, Process] | None], Condition]
+Release = Callable[[ResumePlan, Mapping[int, Process] | None], None]
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,7 @@ class ProbeResult:
     """It looked and did nothing else; the operation may be undecided."""
 
 
-class QemuProbes:
+class SocketProbes:
     """The rounds of one operation's VMs that are asked over a socket, QEMU guests and containers; at most one under way for each.
 
     The first round of a guest always brings its operation to a decision, even while the guest runs: a swap that was not
@@ -85,7 +88,7 @@ class QemuProbes:
         self._pending |= named
         self._fresh -= named
 
-    def begin(self, plan: Plan, *, only_look: bool = False, pause_s: float = 0) -> None:
+    def begin(self, plan: ResumePlan, *, only_look: bool = False, pause_s: float = 0) -> None:
         """Start a round unless one is under way or it is too early for another.
 
         ``pause_s``: the least time since the last one ended, unless one was demanded since.
@@ -142,7 +145,7 @@ class QemuProbes:
         self._wait_s[last.vm] = wait_s
         self._not_before[last.vm] = last.at + wait_s
 
-    def _go(self, plan: Plan, only_look: bool, decide: bool) -> None:
+    def _go(self, plan: ResumePlan, only_look: bool, decide: bool) -> None:
         """In a thread: nothing here may raise, or the VM would count as under way indefinitely."""
         was_held, owner, why_not = True, "", ""
         state: Condition = "held"
@@ -166,5 +169,5 @@ class QemuProbes:
         )
 
 
-def _settled(plan: Plan) -> bool:
+def _settled(plan: ResumePlan) -> bool:
     return qemu_control.settled(plan) if isinstance(plan, VMM_PLANS) else True

@@ -10,12 +10,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from caesura_vmcontrol.plan_errors import BadPlan
+
 SPARE = ".2"
 """The suffix of the path of a second QMP socket for the guard."""
-
-
-class BadPlan(ValueError):
-    """A plan that the guard refuses to carry out."""
 
 
 def _path(what: str, path: object) -> None:

@@ -13,9 +13,11 @@ from contextlib import suppress
 from queue import Empty, SimpleQueue
 
 from caesura_vmcontrol import markers
+from caesura_vmcontrol.freezer_control import Condition
 from caesura_vmcontrol.intent import Intent
-from caesura_vmcontrol.plans import Condition, Plan, SignalPlan, condition
 from caesura_vmcontrol.procfs import process_table
+from caesura_vmcontrol.resume_plans import ResumePlan, SignalPlan
+from caesura_vmcontrol.vm_control import condition
 from caesura_vmcontrol.watchdog import Log, Watchdog
 
 _LOOK_S = 1.0  # s: for a first look at all marked VMs; a QEMU is queried for half a second
@@ -37,7 +39,7 @@ def marked_and_paused(state_dir: str, boot: str, log: Log) -> Intent | None:
 
     A marker of another boot is about processes that ended with that boot.
     """
-    plans: dict[str, tuple[str, float, Plan]] = {}
+    plans: dict[str, tuple[str, float, ResumePlan]] = {}
     for vm, marker in markers.read(state_dir).items():
         if marker is None:
             plan = markers.recovery_plan(state_dir, vm, boot)
@@ -56,12 +58,12 @@ def marked_and_paused(state_dir: str, boot: str, log: Log) -> Intent | None:
     return Intent(operation, boot, armed_at, time.monotonic(), tuple(plans[vm][2] for vm in sorted(paused)))
 
 
-def _paused(plans: list[Plan]) -> set[str]:
+def _paused(plans: list[ResumePlan]) -> set[str]:
     """Those that do not run, or cannot be inspected in time."""
     found: SimpleQueue[tuple[str, Condition]] = SimpleQueue()
     table = process_table() if any(isinstance(plan, SignalPlan) for plan in plans) else None
 
-    def look(plan: Plan) -> None:
+    def look(plan: ResumePlan) -> None:
         try:
             state = condition(plan, table)
         except Exception:  # noqa: BLE001 - whatever it is, it cannot be seen to run

@@ -9,10 +9,12 @@ from dataclasses import asdict
 from typing import Any, Literal, Protocol
 
 from caesura_vmcontrol.bounded import BoundedCalls
+from caesura_vmcontrol.freezer_control import Condition
 from caesura_vmcontrol.intent import GuardAction, Intent, Intervention
-from caesura_vmcontrol.plans import Condition, Plan, SignalPlan, condition, thaw
-from caesura_vmcontrol.probes import ASKING_PLANS, ProbeResult, QemuProbes
+from caesura_vmcontrol.probes import ASKING_PLANS, ProbeResult, SocketProbes
 from caesura_vmcontrol.procfs import Process, process_table
+from caesura_vmcontrol.resume_plans import ResumePlan, SignalPlan
+from caesura_vmcontrol.vm_control import condition, thaw
 
 _RETRY_S = 0.005  # s: between two looks at VMs that do not run yet
 _ENFORCE_S = 0.02  # s: between two looks while a late freeze of a stopped updater may still arrive
@@ -73,8 +75,8 @@ class Watchdog:
         log: Log,
         *,
         clock: Callable[[], float] = time.monotonic,
-        look: Callable[[Plan, Mapping[int, Process] | None], Condition] = condition,
-        release: Callable[[Plan, Mapping[int, Process] | None], None] = thaw,
+        look: Callable[[ResumePlan, Mapping[int, Process] | None], Condition] = condition,
+        release: Callable[[ResumePlan, Mapping[int, Process] | None], None] = thaw,
     ) -> None:
         self._store = store
         self._log = log
@@ -85,7 +87,7 @@ class Watchdog:
         self._owner_died_at: float | None = None
         self._seen_running: dict[str, float] = {}
         self._unstored_since: float | None = None
-        self._probes = QemuProbes(look, release, clock, log)
+        self._probes = SocketProbes(look, release, clock, log)
         self._calls = BoundedCalls()
         self._complaints: dict[tuple[str, str], str] = {}
         """The last log line of each VM, by event: one that hangs is looked at every few milliseconds."""
@@ -152,7 +154,7 @@ class Watchdog:
 
     def _reset(self) -> None:
         self._seen_running = {}
-        self._probes = QemuProbes(self._look, self._release, self._clock, self._log)
+        self._probes = SocketProbes(self._look, self._release, self._clock, self._log)
 
     def owner_gone(self, *, dead: bool) -> None:
         """The updater's connection ended, or its process did (``dead``)."""
@@ -335,10 +337,10 @@ class Watchdog:
                 intervention.end, intervention.running_at = state, at
         return asdict(intervention) != before
 
-    def _held(self, plan: Plan, table: Mapping[int, Process] | None) -> bool:
+    def _held(self, plan: ResumePlan, table: Mapping[int, Process] | None) -> bool:
         return self._condition(plan, table) not in ("running", "gone")
 
-    def _condition(self, plan: Plan, table: Mapping[int, Process] | None) -> Condition:
+    def _condition(self, plan: ResumePlan, table: Mapping[int, Process] | None) -> Condition:
         try:
             found = self._calls.call(plan.vm, lambda: self._look(plan, table))
         except OSError as error:
@@ -347,7 +349,7 @@ class Watchdog:
         self._complaints.pop(("guard.look_failed", plan.vm), None)
         return found
 
-    def _release_vm(self, plan: Plan, table: Mapping[int, Process] | None) -> None:
+    def _release_vm(self, plan: ResumePlan, table: Mapping[int, Process] | None) -> None:
         try:
             self._calls.call(plan.vm, lambda: self._release(plan, table))
         except OSError as error:

@@ -16,19 +16,23 @@ _ANSWER_S = (
 )
 
 
+GATEWAY = "gateway"
+"""For ``--address``: this machine's address in the container's network."""
+
+
 class AddressRefused(ConfigError):
     """The address cannot be used."""
 
 
 def with_port(address: str) -> str:
-    """``ADDRESS`` as ``ADDRESS:80``, and ``ADDRESS:PORT`` as it is.
+    """``ADDRESS`` as ``ADDRESS:80``, and ``ADDRESS:PORT`` as it is. ``gateway`` may stand for the address: that of a container's network.
 
     Raises:
         AddressRefused: it is not an IPv4 address with an optional port.
     """
     host, _, port = address.partition(":")
     try:
-        socket.inet_pton(socket.AF_INET, host)
+        socket.inet_pton(socket.AF_INET, "127.0.0.1" if host == GATEWAY else host)
         parse_listen(f"{host}:{port or 80}")
     except (OSError, ConfigError):
         raise AddressRefused(f"{address!r} is not an IPv4 address, with :PORT if it is not 80") from None

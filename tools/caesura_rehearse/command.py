@@ -4,25 +4,35 @@ from __future__ import annotations
 
 import asyncio
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 import msgspec
+from click.core import ParameterSource
 
+from caesura.contract.names import check_name
 from caesura.runtime.command import leaves
-from caesura.runtime.errors import CaesuraError
+from caesura.runtime.errors import CaesuraError, ConfigError
 from caesura.runtime.interrupt import EXIT_INTERRUPTED
 from caesura.runtime.logs import configure_logging
 from caesura.runtime.visible import visible
 from caesura_ctl.durations import DURATION, Duration
 from caesura_ctl.name_params import NAME
 from caesura_ctl.options import Commands, fail, print_json
-from caesura_rehearse.expectations import WORDS, BadExpectation, parse_expectation
+from caesura_rehearse.expectations import WORDS, Expectation, parse_expectation
 from caesura_rehearse.faults import WORDS as FAULT_WORDS
-from caesura_rehearse.faults import BadFault, parse_fault
+from caesura_rehearse.faults import Fault, parse_fault
+from caesura_rehearse.members import MOST_VMS, UPDATE_DOMAINS, Member, check_known, members_of
 from caesura_rehearse.order_commands import ORDER_COMMANDS
 from caesura_rehearse.orders import EVENT_NAMES, MAX_PAUSE_S, Order
+from caesura_rehearse.placeholders import NAMES as PLACEHOLDERS
+from caesura_rehearse.placeholders import WORDS as WORDS_IN_ARGUMENTS
+from caesura_rehearse.placeholders import fill
+from caesura_rehearse.scenario import Scenario, read_scenario
+from caesura_rehearse.scenario_commands import scenarios
+from caesura_rehearse.speed import MOST_SPEED
 
 _PAUSE = Duration(most_s=MAX_PAUSE_S)
 
@@ -32,6 +42,9 @@ examples:
   caesura rehearse --freeze 3s --notice 5s --expect approved --expect survived --junit out.xml -- ./serve
   caesura rehearse --terminate --notice 30s --expect 'drained-within 20s' -- ./worker
   caesura rehearse --freeze 5s --notice 10s --pid 4711
+  caesura rehearse --freeze 5s --notice 10s --compose-service web --address gateway:8101
+  caesura rehearse --scenario host-update --speed 60 --expect approved -- ./serve
+  caesura rehearse --scenario ./ours.toml --vms 3 --set web -- ./serve --port {port} --name {vm}
   caesura rehearse -- ./serve         # then, as often as needed:
   caesura rehearse freeze --for 5s --notice 10s --wait
 
@@ -80,29 +93,23 @@ def _joined(args: list[str]) -> list[str]:
     return found
 
 
-class ExpectationParam(click.ParamType[Any]):
-    """A click parameter: an expectation."""
+class Words(click.ParamType[Any]):
+    """A click parameter with words of its own.
 
-    name = "expectation"
+    Args:
+        name: what it is, for the help.
+        parse: reads it; a ConfigError fails the command line.
+    """
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """The expectation; fails the command line if it is none."""
-        try:
-            return parse_expectation(str(value))
-        except BadExpectation as error:
-            self.fail(str(error), param, ctx)
-
-
-class FaultParam(click.ParamType[Any]):
-    """A click parameter: a fault of the metadata API."""
-
-    name = "fault"
+    def __init__(self, name: str, parse: Callable[[str], Any]) -> None:
+        self.name = name
+        self._parse = parse
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """The fault; fails the command line if it is none."""
+        """What the words mean."""
         try:
-            return parse_fault(str(value))
-        except BadFault as error:
+            return self._parse(str(value))
+        except ConfigError as error:
             self.fail(str(error), param, ctx)
 
 
@@ -130,6 +137,19 @@ class FaultParam(click.ParamType[Any]):
     help="Time from the announcement to NotBefore; the program's approval ends it earlier. 0s: no notice, as on a hardware failure.",
 )
 @click.option(
+    "--scenario",
+    metavar="NAME|FILE",
+    help="Play a scenario instead of one event: one that comes with the package (caesura rehearse scenarios), or a TOML file.",
+)
+@click.option(
+    "--speed",
+    type=click.FloatRange(1, MOST_SPEED),
+    default=1.0,
+    show_default=True,
+    help="Shorten notices, checks and the time between steps so many times, to 2s at least. Pauses last as long as ever; NotBefore is "
+    "when it happens.",
+)
+@click.option(
     "--source",
     type=click.Choice(["platform", "user"]),
     default="platform",
@@ -139,7 +159,7 @@ class FaultParam(click.ParamType[Any]):
 @click.option(
     "--expect",
     "expectations",
-    type=ExpectationParam(),
+    type=Words("expectation", parse_expectation),
     multiple=True,
     metavar="WHAT",
     help=f"What must hold: {WORDS}. May be given several times.",
@@ -151,13 +171,40 @@ class FaultParam(click.ParamType[Any]):
 )
 @click.option("--cgroup", type=click.Path(path_type=Path), help="Pause this cgroup.")
 @click.option(
+    "--container", metavar="NAME", help="Pause this container of Docker or Podman, which runs already."
+)
+@click.option(
+    "--compose-service",
+    metavar="[PROJECT/]SERVICE",
+    help="Pause the container of this Compose service; without PROJECT that of the present folder, or the only one.",
+)
+@click.option(
+    "--engine",
+    metavar="SOCKET",
+    envvar="DOCKER_HOST",
+    help="The container engine's socket. [default: the usual ones of Docker and Podman]",
+)
+@click.option(
+    "--vms",
+    type=click.IntRange(1, MOST_VMS),
+    metavar="N",
+    help=f"VMs of the set, SET-1 to SET-N in update domains 0 to {UPDATE_DOMAINS - 1} in turn; each runs the program. Placeholders in its arguments: "
+    f"{WORDS_IN_ARGUMENTS}.",
+)
+@click.option(
     "--vm",
     type=NAME,
-    default="app-1",
-    show_default=True,
+    show_default="SET-1",
     help="The VM's name, in Resources and as compute.name.",
 )
 @click.option("--set", "set_name", type=NAME, default="app", show_default=True, help="Its availability set.")
+@click.option(
+    "--port",
+    type=click.IntRange(1, 65535),
+    metavar="PORT",
+    show_default="free ones",
+    help="What {port} and CAESURA_PORT are for the first VM; the next ones have the ports after it.",
+)
 @click.option(
     "--proxy",
     is_flag=True,
@@ -166,7 +213,8 @@ class FaultParam(click.ParamType[Any]):
 @click.option(
     "--netns",
     is_flag=True,
-    help="Run the program in a network of its own in which 169.254.169.254:80 answers; no root needed.",
+    help="Run the program in a network of its own in which 169.254.169.254:80 answers; no root needed. With a container: let it answer "
+    "in the container's (root).",
 )
 @click.option(
     "--publish",
@@ -178,12 +226,13 @@ class FaultParam(click.ParamType[Any]):
 @click.option(
     "--address",
     metavar="ADDRESS[:PORT]",
-    help="Serve the metadata here, on port 80 if none is given; loopback gets the address if nothing has it (root).",
+    help="Serve the metadata here, on port 80 if none is given; loopback gets the address if nothing has it (root). With a container "
+    "also gateway[:PORT]: this machine's address in its network.",
 )
 @click.option(
     "--fault",
     "faults",
-    type=FaultParam(),
+    type=Words("fault", parse_fault),
     multiple=True,
     metavar="WHAT",
     help=f"What requests for the document meet: {FAULT_WORDS}. May be given several times, one after the other.",
@@ -251,35 +300,57 @@ def rehearse(context: click.Context, /, *, as_json: bool, junit: Path | None, **
 
 
 def _run_options(context: click.Context, *, as_json: bool, options: dict[str, Any]) -> Any:
-    from caesura_rehearse.address import with_port  # noqa: PLC0415 - as below
+    from caesura_rehearse.address import GATEWAY, with_port  # noqa: PLC0415 - as below
     from caesura_rehearse.run import RunOptions, refused_together  # noqa: PLC0415 - half a second that --help does not need
 
     argv = context.meta.get(_PROGRAM, ())
     events = [
+        ("--scenario", options["scenario"]),
         ("--freeze", options["freeze"] is not None),
         *((f"--{each}", options[each]) for each in EVENT_NAMES if each != "freeze"),
     ]
-    targets = (("a program after --", argv), ("--pid", options["pid"]), ("--cgroup", options["cgroup"]))
+    targets = (
+        ("a program after --", argv),
+        *(
+            (f"--{each}", options[each.replace("-", "_")])
+            for each in ("pid", "cgroup", "container", "compose-service")
+        ),
+    )
     for each in (events, targets):
         if why := refused_together(each):
             raise click.UsageError(why, context)
     wanted = next((name.removeprefix("--") for name, given in events if given), None)
+    if wanted == "scenario" and options["notice"] is not None:
+        raise click.UsageError(
+            "--notice is for an event of the command line: the scenario has its own", context
+        )
     if wanted is None and (options["notice"] is not None or options["expectations"]):
         raise click.UsageError(
-            "--notice and --expect need an event: --freeze, --reboot, --redeploy, --preempt or --terminate",
+            "--notice and --expect need an event: --freeze, --reboot, --redeploy, --preempt or --terminate, or a --scenario",
             context,
         )
-    for name in ("proxy", "netns"):
-        if options[name] and not argv:
-            raise click.UsageError(f"--{name} needs a program after --", context)
+    container = options["container"] or options["compose_service"]
+    if options["proxy"] and not argv:
+        raise click.UsageError("--proxy needs a program after --", context)
+    if options["netns"] and not (argv or container):
+        raise click.UsageError("--netns needs a program after --, or a container", context)
     if why := refused_together([(f"--{each}", options[each]) for each in ("netns", "proxy", "address")]):
         raise click.UsageError(why, context)
-    if options["publish"] and not options["netns"]:
+    if options["publish"] and (not options["netns"] or container):
         raise click.UsageError(
-            "--publish needs --netns: without it the program has the network of this machine", context
+            "--publish needs --netns and a program: without it the program has the network of this machine",
+            context,
         )
+    if context.get_parameter_source("engine") == ParameterSource.COMMANDLINE and not container:
+        raise click.UsageError("--engine needs --container or --compose-service", context)
+    address = with_port(options["address"]) if options["address"] else ""
+    if address.startswith(f"{GATEWAY}:") and not container:
+        raise click.UsageError("--address gateway needs --container or --compose-service", context)
+    scenario = read_scenario(options["scenario"]) if wanted == "scenario" else None
+    members = _members(context, options, scenario)
+    _check_members(context, options, scenario, members, argv)
     order = None
-    if wanted is not None:
+    if wanted is not None and scenario is None:
         order = Order(
             event=EVENT_NAMES[wanted],
             notice_s=options["notice"],
@@ -291,20 +362,77 @@ def _run_options(context: click.Context, *, as_json: bool, options: dict[str, An
         argv=argv,
         pid=options["pid"],
         cgroup=options["cgroup"],
+        container=options["container"] or "",
+        compose_service=options["compose_service"] or "",
+        engine=options["engine"] or "",
         order=order,
-        expectations=tuple(options["expectations"]),
-        vm=options["vm"],
-        set=options["set_name"],
+        scenario=scenario,
+        expectations=(*(scenario.expectations if scenario else ()), *options["expectations"]),
+        members=members,
+        port=options["port"],
+        speed=options["speed"],
         settle_s=options["settle"],
         freezer=options["freezer"],
         proxy=options["proxy"],
         netns=options["netns"],
         publish=options["publish"],
-        address=with_port(options["address"]) if options["address"] else "",
+        address=address,
         faults=tuple(options["faults"]),
         control=options["control"],
         own_stdout=as_json,
     )
+
+
+def _members(
+    context: click.Context, options: dict[str, Any], scenario: Scenario | None
+) -> tuple[Member, ...]:
+    """The VMs. Raises UsageError: options for them contradict each other, or the scenario."""
+    count, set_name, vm = options["vms"], options["set_name"], options["vm"]
+    if scenario is not None and scenario.members:
+        for name, key in (("--vms", "vms"), ("--vm", "vm"), ("--set", "set_name")):
+            if context.get_parameter_source(key) == ParameterSource.COMMANDLINE:
+                raise click.UsageError(
+                    f"{name}: this scenario says itself which VMs there are, see [[set]] in {scenario.file}",
+                    context,
+                )
+        return scenario.members
+    if count is None:
+        return (Member(vm=vm or f"{set_name}-1", set=set_name),)
+    if vm is not None:
+        raise click.UsageError(
+            f"--vm and --vms exclude each other: with --vms the names are {set_name}-1 to {set_name}-{count}",
+            context,
+        )
+    return members_of(set_name, count)
+
+
+def _check_members(
+    context: click.Context,
+    options: dict[str, Any],
+    scenario: Scenario | None,
+    members: Sequence[Member],
+    argv: Sequence[str],
+) -> None:
+    """Whether all that names VMs names these, and what is for one VM is not for several. Raises UsageError and ConfigError."""
+    for each in members:
+        check_name("VM", each.vm)
+        check_name("set", each.set)
+    several = len(members) > 1
+    if (
+        several
+        and not argv
+        and any(options[each] for each in ("pid", "cgroup", "container", "compose_service"))
+    ):
+        raise click.UsageError("several VMs need a program after --, which each of them runs", context)
+    for name in ("address", "publish"):
+        if several and options[name]:
+            raise click.UsageError(f"--{name} is for one VM, here are {len(members)}", context)
+    named: list[Expectation | Fault] = [*options["expectations"], *options["faults"]]
+    if scenario is not None:
+        scenario.check_members(members)
+        named += [*scenario.expectations, *scenario.faults]
+    check_known("VM", [each.vm for each in named if each.vm], [each.vm for each in members])
+    fill(argv, dict.fromkeys(PLACEHOLDERS, ""), strict=several)
 
 
 async def _run(options: Any, *, as_json: bool, junit_file: Path | None) -> int:
@@ -326,5 +454,6 @@ def _say(text: str) -> None:
     click.echo(visible(text), err=True)
 
 
+rehearse.add_command(scenarios)
 for each in ORDER_COMMANDS:
     rehearse.add_command(each)

@@ -120,9 +120,9 @@ class Desk:
             case "expect":
                 return await self._expect(msgspec.convert(arguments, ExpectArguments))
             case "fault":
-                return self._engine.faults.add(parse_fault(msgspec.convert(arguments, FaultArguments).fault))
+                return self._engine.add_fault(parse_fault(msgspec.convert(arguments, FaultArguments).fault))
             case "no_faults":
-                return self._engine.faults.clear()
+                return self._engine.clear_faults()
             case "state":
                 return self._engine.report()
             case "text":

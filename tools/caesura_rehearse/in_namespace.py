@@ -1,13 +1,19 @@
-"""Executes a program in a network of its own, in which 169.254.169.254:80 answers.
+"""What a rehearsal does inside another network. Run by path with ``python -I -S``: standard library only, none of our imports.
 
-Run by path with ``python -I -S``: standard library only, none of our imports. The listener is bound here, inside, and its
-descriptor passed to the rehearsal, which serves it from outside. Without root the network comes with a user namespace in which the
-user has the same id; the program has no rights in it. Sources: user_namespaces(7), network_namespaces(7), netdevice(7).
+``execute SOCKET PROGRAM ARGUMENT...`` executes a program in a network of its own, in which 169.254.169.254:80 answers. The listener is bound
+here, inside, and its descriptor passed to the rehearsal, which serves it from outside. Without root the network comes with a user
+namespace in which the user has the same id; the program has no rights in it.
+
+``serve PID`` binds the same listener in the network of a process that runs already, a container's, and takes the address away when
+the other end of standard input is closed. ``connect PID`` connects to ports in that of a process, and passes the connections out.
+
+Sources: user_namespaces(7), network_namespaces(7), setns(2), unix(7), netdevice(7).
 """
 
 from __future__ import annotations
 
 import ctypes
+import errno
 import fcntl
 import os
 import signal
@@ -24,10 +30,23 @@ ADDRESS, PORT = "169.254.169.254", 80
 ALIAS = b"lo:metadata"
 
 
+CONNECT_S = (
+    5.0  # s: to a port of the same machine; a program that is paused has its connections taken by the kernel
+)
+
+
 def main(argv: list[str]) -> int:
-    """``SOCKET PROGRAM ARGUMENT...``; ends only if the program cannot be executed."""
+    """See the module."""
+    what, *words = argv
+    if what == "execute":
+        return execute(words[0], words[1:])
+    return serve(words[0]) if what == "serve" else connect(words[0])
+
+
+def execute(door: str, program: list[str]) -> int:
+    """Ends only if the program cannot be executed."""
     outside = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    outside.connect(argv[0])
+    outside.connect(door)
     try:
         parent = os.getppid()
         step = "a user namespace with a network of its own"
@@ -38,9 +57,7 @@ def main(argv: list[str]) -> int:
             return 125
         step = "the address 169.254.169.254 in it"
         bring_up()
-        listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-        listener.bind((ADDRESS, PORT))
-        listener.listen(128)
+        listener = listen()
     except OSError as error:
         outside.sendall(f"{step}: {error.strerror or error}".encode())
         return 125
@@ -48,10 +65,68 @@ def main(argv: list[str]) -> int:
     if outside.recv(1) != b"+":
         return 125
     try:
-        os.execvp(argv[1], argv[1:])  # noqa: S606 - what was given on the command line, without a shell
+        os.execvp(program[0], program)  # noqa: S606 - what was given on the command line, without a shell
     except OSError as error:
-        outside.sendall(f"cannot start {argv[1]}: {error.strerror}".encode())
+        outside.sendall(f"cannot start {program[0]}: {error.strerror}".encode())
     return 125
+
+
+def serve(pid: str) -> int:
+    """Have the address in the network of a process until the other end of standard input is closed."""
+    outside = socket.socket(fileno=0)
+    added = False
+    try:
+        step = "the container's network"
+        enter_that_of(pid)
+        step = "the address 169.254.169.254 in the container's network"
+        try:
+            listener = listen()
+        except OSError as error:
+            if error.errno != errno.EADDRNOTAVAIL:
+                raise
+            add_address(ADDRESS)
+            added = True
+            listener = listen()
+        with listener:
+            socket.send_fds(outside, [b"+"], [listener.fileno()])
+    except OSError as error:
+        outside.sendall(f"{step}: {error.strerror or error}".encode())
+    else:
+        outside.recv(1)
+    finally:
+        if added:
+            remove_address()
+    return 0
+
+
+def connect(pid: str) -> int:
+    """Serve until the other end of standard input is closed. Exit code 1: there is no such process (any more).
+
+    It reads port numbers, two bytes each, and answers each with ``+`` and a connected descriptor, or with ``-``.
+    """
+    try:
+        enter_that_of(pid)
+    except OSError:
+        return 1
+    orders = socket.socket(fileno=0)
+    while len(order := orders.recv(2, socket.MSG_WAITALL)) == 2:
+        try:
+            inside = socket.create_connection(("127.0.0.1", int.from_bytes(order)), timeout=CONNECT_S)
+        except OSError:
+            orders.sendall(b"-")
+            continue
+        with inside:
+            socket.send_fds(orders, [b"+"], [inside.fileno()])
+    return 0
+
+
+def listen() -> socket.socket:
+    """At the address of the metadata API."""
+    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listener.bind((ADDRESS, PORT))
+    listener.listen(128)
+    return listener
 
 
 def enter(uid: int, gid: int) -> None:
@@ -68,6 +143,19 @@ def enter(uid: int, gid: int) -> None:
         ):
             with open(f"/proc/self/{name}", "w", encoding="ascii") as file:  # noqa: PTH123 - light imports
                 file.write(text)
+
+
+def enter_that_of(pid: str) -> None:
+    """Into the process's network, and before into its user namespace if that is another one."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    spaces = [f"/proc/{each}/ns/user" for each in (pid, "self")]
+    kinds = [] if os.path.samefile(*spaces) else [("user", CLONE_NEWUSER)]  # noqa: PTH121 - light imports
+    for name, kind in (*kinds, ("net", CLONE_NEWNET)):
+        handle = os.open(f"/proc/{pid}/ns/{name}", os.O_RDONLY | os.O_CLOEXEC)
+        if libc.setns(handle, kind):
+            number = ctypes.get_errno()
+            raise OSError(number, os.strerror(number))
+        os.close(handle)
 
 
 def bring_up() -> None:

@@ -1,4 +1,4 @@
-"""The outside of a program's own network: takes the listener that was bound inside, and leads connections in."""
+"""The outside of a network that is not this machine's: takes the listener that was bound inside, and leads connections in."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ import structlog
 
 from caesura.runtime.errors import ConfigError
 from caesura.runtime.threads import in_thread
-from caesura_rehearse import in_namespace, reach
+from caesura_rehearse import in_namespace
 
 URL = f"http://{in_namespace.ADDRESS}"
 _COPY_BYTES = 64 * 1024
+_END_S = 5.0  # s: for a process inside to end; milliseconds are usual
 _CREDENTIALS = struct.Struct("3i")
 
 _log = structlog.get_logger("caesura.rehearse")
@@ -31,7 +32,7 @@ class NoNamespace(ConfigError):
 
 def way_in(folder: Path, vm: str) -> tuple[str, ...]:
     """The words before a program's command line that execute it in a network of its own."""
-    return (sys.executable, "-I", "-S", in_namespace.__file__, str(_socket_path(folder, vm)))
+    return (sys.executable, "-I", "-S", in_namespace.__file__, "execute", str(_socket_path(folder, vm)))
 
 
 def _socket_path(folder: Path, vm: str) -> Path:
@@ -195,12 +196,8 @@ class Ways:
             or (self._helper and self._helper.poll() is not None)
         ):
             self.end_helper()
-            ours, its = socket.socketpair()
-            ours.setblocking(False)
-            with its:
-                handle = its.fileno()
-                self._helper = await in_thread("reach", lambda: _start_helper(pid, handle))
-            self._orders, self._inside_of = ours, pid
+            self._orders, self._helper = await _start_helper("connect", pid)
+            self._inside_of = pid
         return self._orders
 
     def close(self) -> None:
@@ -219,9 +216,55 @@ class Ways:
         self._orders = self._helper = None
 
 
-def _start_helper(pid: int, orders: int) -> subprocess.Popen[bytes]:
-    argv = [sys.executable, "-I", "-S", reach.__file__, str(pid)]
-    return subprocess.Popen(argv, stdin=orders, start_new_session=True)
+async def _start_helper(what: str, pid: int) -> tuple[socket.socket, subprocess.Popen[bytes]]:
+    """A process of ``in_namespace`` for the network of a process, and our end of its standard input."""
+    ours, its = socket.socketpair()
+    ours.setblocking(False)
+    argv = [sys.executable, "-I", "-S", in_namespace.__file__, what, str(pid)]
+    with its:
+        handle = its.fileno()
+        helper = await in_thread(what, lambda: subprocess.Popen(argv, stdin=handle, start_new_session=True))
+    return ours, helper
+
+
+@asynccontextmanager
+async def metadata_inside(
+    serve: Callable[[socket.socket], Awaitable[object]],
+) -> AsyncIterator[Callable[[int], Awaitable[None]]]:
+    """Gives what lets 169.254.169.254 answer in the network of a process (a container's first one), until the block ends or we do.
+
+    Args:
+        serve: called with each listener that was bound inside.
+    """
+    helpers: list[tuple[socket.socket, subprocess.Popen[bytes]]] = []
+
+    async def enter(pid: int) -> None:
+        """Raises NoNamespace."""
+        try:
+            helpers.append(await _start_helper("serve", pid))
+        except OSError as error:
+            raise NoNamespace(f"--netns: cannot start {sys.executable}: {error.strerror or error}") from error
+        message, handles = await _receive(helpers[-1][0])
+        if message != b"+" or not handles:
+            hint = ". It needs root" if os.geteuid() else ""
+            raise NoNamespace(
+                f"--netns cannot reach into the container: {message.decode(errors='replace')}{hint}"
+            )
+        await serve(socket.socket(fileno=handles[0]))
+
+    def end() -> None:
+        for ours, helper in helpers:
+            ours.close()  # it takes the address away
+            try:
+                helper.wait(_END_S)
+            except subprocess.TimeoutExpired:
+                helper.kill()
+                helper.wait()
+
+    try:
+        yield enter
+    finally:
+        await in_thread("end", end)
 
 
 async def _copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

@@ -18,8 +18,11 @@ from caesura_host_updater.drivers.container.pausing import (
     pause_container,
 )
 from caesura_host_updater.drivers.process.freezers import ProcessPlan, request_freeze
-from caesura_vmcontrol.plans import EnginePlan, SignalPlan, condition, groups_of, thaw
+from caesura_vmcontrol.container_control import groups_of
+from caesura_vmcontrol.container_engine import EnginePlan
 from caesura_vmcontrol.procfs import process_table
+from caesura_vmcontrol.resume_plans import SignalPlan
+from caesura_vmcontrol.vm_control import condition, thaw
 
 _LOOK_S = 0.002  # s: between two looks: cgroup v1 and signals notify nobody
 _SETTLE_S = 0.004  # s: a stop by signals must last this long to count: somebody may send SIGCONT all the time

@@ -217,9 +217,9 @@ class Rollouts:
             return
         for vm in (vm for part in wave for vm in part.vms):
             target = self._slots[vm].target
-            if target is not None and not target.startable:
+            if target is not None and target.restart_obstacle:
                 raise OrderRefused(
-                    f"{target.what} was not started here, so it cannot be started again after a {order.event}"
+                    f"{target.what} cannot be started again after a {order.event}: {target.restart_obstacle}"
                 )
 
     def _spawn(self, work: Awaitable[None], name: str) -> None:

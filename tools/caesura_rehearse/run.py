@@ -16,18 +16,24 @@ from caesura.runtime.errors import CaesuraError
 from caesura.runtime.threads import in_thread
 from caesura_host_updater.drivers.process.freezers import choose_freezer
 from caesura_rehearse.address import local_address
+from caesura_rehearse.container_lookup import NoContainer, ways_to_metadata
+from caesura_rehearse.container_target import RunningContainer, find_container
 from caesura_rehearse.control import serve_control
 from caesura_rehearse.desk import Desk
 from caesura_rehearse.engine import Engine, rehearsal
 from caesura_rehearse.expectations import Expectation
 from caesura_rehearse.faults import Fault
-from caesura_rehearse.namespace import URL, NoNamespace, open_door, published, way_in
-from caesura_rehearse.observations import EventRecord
+from caesura_rehearse.members import Member
+from caesura_rehearse.namespace import URL, NoNamespace, metadata_inside, open_door, published, way_in
 from caesura_rehearse.orders import Order
+from caesura_rehearse.placeholders import fill
+from caesura_rehearse.ports import ports_for
 from caesura_rehearse.report import Report
 from caesura_rehearse.run_folder import cgroup_of, run_folder
 from caesura_rehearse.running_targets import RunningCgroup, RunningProcess
-from caesura_rehearse.slots import Slot
+from caesura_rehearse.scenario import Scenario
+from caesura_rehearse.scenario_player import ScenarioPlayer
+from caesura_rehearse.slots import Slot, nothing_left
 from caesura_rehearse.targets import Program, Target, program_environ
 
 EVENTS_PATH = "/metadata/scheduledevents?api-version=2020-07-01"
@@ -39,23 +45,35 @@ class RunOptions(msgspec.Struct, frozen=True, kw_only=True):
     argv: tuple[str, ...] = ()
     pid: int | None = None
     cgroup: Path | None = None
+    container: str = ""
+    """A container that runs already, by name or id."""
+    compose_service: str = ""
+    """Or the one of this Compose service: ``SERVICE`` or ``PROJECT/SERVICE``."""
+    engine: str = ""
+    """The container engine's socket; empty: the usual ones."""
     order: Order | None = None
     expectations: tuple[Expectation, ...] = ()
-    vm: str = "app-1"
-    set: str = "app"
+    scenario: Scenario | None = None
+    """Instead of one order."""
+    members: tuple[Member, ...] = (Member(vm="app-1", set="app"),)
+    """The VMs: each runs the program."""
+    port: int | None = None
+    """Of the first VM's program, the next ones have those after it; None: free ones."""
+    speed: float = 1.0
+    """By which all waiting is shortened."""
     settle_s: float = 3.0
     """How long the program may run on after its event vanished from the document."""
     freezer: Literal["auto", "cgroup2", "cgroup1", "sigstop"] = "auto"
     proxy: bool = False
     """Whether the program's ``http_proxy`` leads to the metadata API."""
     netns: bool = False
-    """Whether the program gets a network of its own, in which 169.254.169.254 answers."""
+    """Whether the program gets a network of its own, in which 169.254.169.254 answers; with a container: whether it does in that's."""
     publish: tuple[int, ...] = ()
     """Ports of 127.0.0.1 that lead into that network."""
     address: str = ""
-    """Where the metadata API listens, ``ADDRESS:PORT``; empty: a free port of 127.0.0.1."""
+    """Where the metadata API listens, ``ADDRESS:PORT``, or ``gateway:PORT`` for the container's way out; empty: a free port of 127.0.0.1."""
     faults: tuple[Fault, ...] = ()
-    """Of the metadata API."""
+    """Of the metadata API, and of events."""
     control: Path | None = None
     """The file for address and token of the control API; None: one in the user's runtime folder."""
     quiet: bool = False
@@ -115,7 +133,7 @@ class Rehearse:
             run_folder()
         )  # not in a thread: a signal between its making and the next line would leave it behind
         try:
-            async with rehearsal(folder, self._news) as engine:
+            async with rehearsal(folder, self._news, speed=self._options.speed) as engine:
                 self._engine = engine
                 return await self._perform(engine, folder)
         finally:
@@ -128,80 +146,135 @@ class Rehearse:
 
     async def _perform(self, engine: Engine, folder: Path) -> Report:
         options = self._options
-        if options.address:
-            await engine.enter(local_address(options.address))
+        container = await self._container()
+        address = with_gateway(options.address, container)
+        if address:
+            await engine.enter(local_address(address))
+        ports = ports_for([each.vm for each in options.members], options.port)
+        for member, port in zip(options.members, ports, strict=True):
+            slot = await engine.add_vm(member.vm, member.set, member.update_domain, address or "127.0.0.1:0")
+            slot.port = port
         for fault in options.faults:
-            engine.faults.add(fault)
-        slot = await engine.add_vm(options.vm, options.set, 0, options.address or "127.0.0.1:0")
-        outside = slot.url
-        target = await self._attach(engine, slot, folder)
-        self._tell_way(outside, slot.url)
+            engine.add_fault(fault)
+        await self._start_all(engine, folder, container)
         control = await engine.enter(serve_control(Desk(engine), options.control))
-        records: list[EventRecord] = []
-        if options.order is not None:
-            records.append(await engine.rollouts.order(options.order))
-            await engine.until(lambda: all(each.outcome for each in records), None)
-            await engine.until(lambda: target is not None and target.ended.is_set(), options.settle_s)
+        scenario = None
+        if options.scenario is not None:
+            player = ScenarioPlayer(engine, options.scenario)
+            scenario = player.record
+            await player.play()
+        elif options.order is not None:
+            rollout = await engine.rollouts.roll(options.order)
+            await engine.until(lambda: rollout.ended is not None, None)
         else:
-            until = "Ctrl-C ends it" if target is None else "until the program ends, or Ctrl-C"
+            programs = any(slot.target is not None for slot in engine.slots.values())
+            until = "until the program ends, or Ctrl-C" if programs else "Ctrl-C ends it"
             self._say(
                 f"orders    caesura rehearse freeze --for 9s --notice 15s; control API in {control}; {until}"
             )
             self._waiting = True
-            await engine.until(lambda: self._signal != 0 or _is_over(engine, target), None)
+            await engine.until(lambda: self._signal != 0 or _is_over(engine), None)
             self._waiting = False
-        return engine.report(options.expectations, ordered=len(records))
+        if options.scenario is not None or options.order is not None:
+            await engine.until(lambda: nothing_left(list(engine.slots.values())), options.settle_s)
+        return engine.report(options.expectations, scenario=scenario)
 
-    async def _attach(self, engine: Engine, slot: Slot, folder: Path) -> Target | None:
+    async def _start_all(self, engine: Engine, folder: Path, container: RunningContainer | None) -> None:
+        for member, slot in zip(self._options.members, engine.slots.values(), strict=True):
+            outside = slot.url
+            if container is not None:
+                await self._take(engine, slot, container)
+            else:
+                await self._attach(engine, slot, member, folder)
+            self._tell_way(outside, slot, container)
+        if len(engine.slots) == 1:
+            self._tell_how(engine)
+
+    async def _attach(self, engine: Engine, slot: Slot, member: Member, folder: Path) -> None:
         options = self._options
         if not options.netns:
-            target = await self._target(folder, slot.url)
+            target = await self._target(folder, slot, member)
             if target is not None:
                 await engine.attach(slot, target)
-            return target
+            return
         door = await engine.enter(
             open_door(folder, slot.vm, lambda listener: engine.listen(slot.vm, listener), engine.notify)
         )
         slot.url = URL
-        program = await self._program(folder, slot.url, way_in(folder, slot.vm))
+        program = await self._program(folder, slot, member, way_in(folder, slot.vm))
         await engine.attach(slot, program)
         await engine.until(lambda: door.entered.is_set() or program.ended.is_set(), None)
         if door.problem:
             raise NoNamespace(f"--netns does not work here: {door.problem}")
         if options.publish:
             await engine.enter(published(options.publish, lambda: program.pid))
-        return program
 
-    async def _target(self, folder: Path, url: str) -> Target | None:
+    async def _container(self) -> RunningContainer | None:
+        options = self._options
+        if not options.container and not options.compose_service:
+            return None
+        return await find_container(
+            options.members[0].vm,
+            options.engine,
+            container=options.container,
+            service=options.compose_service,
+            folder=Path.cwd(),
+        )
+
+    async def _take(self, engine: Engine, slot: Slot, container: RunningContainer) -> None:
+        if self._options.netns:
+            if container.facts.network == "host":
+                raise NoNamespace(
+                    f"{container.what} shares this machine's network: --netns would put 169.254.169.254 into that; --address does it"
+                )
+            container.entered = await engine.enter(
+                metadata_inside(lambda listener: engine.listen(slot.vm, listener))
+            )
+        await engine.attach(slot, container)
+
+    async def _target(self, folder: Path, slot: Slot, member: Member) -> Target | None:
         options = self._options
         if options.pid is not None:
-            return RunningProcess(options.vm, options.pid)
+            return RunningProcess(slot.vm, options.pid)
         if options.cgroup is not None:
-            return RunningCgroup(options.vm, options.cgroup)
-        return await self._program(folder, url, ()) if options.argv else None
+            return RunningCgroup(slot.vm, options.cgroup)
+        return await self._program(folder, slot, member, ()) if options.argv else None
 
-    async def _program(self, folder: Path, url: str, words: Sequence[str]) -> Program:
+    async def _program(self, folder: Path, slot: Slot, member: Member, words: Sequence[str]) -> Program:
         options = self._options
         freezer, _ = await in_thread(
             "freezer", lambda: choose_freezer(options.freezer, cgroup_of(os.getpid()))
         )
         return Program(
-            options.vm,
-            options.argv,
-            program_environ(options.vm, options.set, url, proxy=options.proxy),
+            slot.vm,
+            arguments_of(options.argv, member, slot.port, strict=len(options.members) > 1),
+            {**program_environ(slot.vm, slot.set, slot.url, proxy=options.proxy), **own_variables(slot)},
             folder,
             freezer,
             way_in=words,
             stdout=2 if options.own_stdout else None,
         )
 
-    def _tell_way(self, outside: str, inside: str) -> None:
+    def _tell_way(self, outside: str, slot: Slot, container: RunningContainer | None) -> None:
         options = self._options
-        self._say(f"metadata  {outside}{EVENTS_PATH}")
-        if options.netns:
+        port = f"; port {slot.port}" if options.argv and len(options.members) > 1 else ""
+        vm = f"{slot.vm}: " if len(options.members) > 1 else ""
+        self._say(f"metadata  {vm}{outside}{EVENTS_PATH}{port}")
+        if container is not None:
+            self._say(
+                f"          {ways_to_metadata(container.facts, outside, options.address, inside=options.netns)}"
+            )
+            for note in container.notes:
+                self._say(f"note      {note}")
+
+    def _tell_how(self, engine: Engine) -> None:
+        """How clients find it, where there is one VM: with several there is too much to read already."""
+        options = self._options
+        (slot,) = engine.slots.values()
+        if options.netns and options.argv:
             ports = ", ".join(f"127.0.0.1:{port}" for port in options.publish) or "none (--publish PORT)"
             self._say(
-                f"          {inside} inside, for every client; the program has no other network. Ports that lead in: {ports}"
+                f"          {slot.url} inside, for every client; the program has no other network. Ports that lead in: {ports}"
             )
         elif options.proxy:
             self._say(
@@ -214,9 +287,35 @@ class Rehearse:
             )
 
 
-def _is_over(engine: Engine, target: Target | None) -> bool:
-    """Whether the program has ended, and every event with it."""
-    return target is not None and target.ended.is_set() and all(each.outcome for each in engine.events)
+def with_gateway(address: str, container: RunningContainer | None) -> str:
+    """``gateway:PORT`` as the address of this machine in the container's network; any other address as it is.
+
+    Raises:
+        NoContainer: the container has no such network.
+    """
+    if not address.startswith("gateway:") or container is None:
+        return address
+    if not container.facts.gateways:
+        raise NoContainer(
+            f"{container.what} has no network with a gateway (its network is {container.facts.network})"
+        )
+    return f"{container.facts.gateways[0]}:{address.removeprefix('gateway:')}"
+
+
+def arguments_of(argv: Sequence[str], member: Member, port: int, *, strict: bool) -> tuple[str, ...]:
+    """A VM's own words of the command line. Raises UnknownPlaceholder."""
+    values = {"vm": member.vm, "set": member.set, "n": str(member.number), "port": str(port)}
+    return fill(argv, values, strict=strict)
+
+
+def own_variables(slot: Slot) -> dict[str, str]:
+    """Variables of a VM's program beside those that say where its metadata is."""
+    return {"CAESURA_PORT": str(slot.port), "CAESURA_UPDATE_DOMAIN": str(slot.update_domain)}
+
+
+def _is_over(engine: Engine) -> bool:
+    """Whether the programs have ended, and every event with them."""
+    return nothing_left(list(engine.slots.values())) and all(each.outcome for each in engine.events)
 
 
 def refused_together(options: Sequence[tuple[str, object]]) -> str:

@@ -18,8 +18,10 @@ from caesura_host_updater.drivers.process.freezers import ProcessPlan, own_cgrou
 from caesura_host_updater.spawn import ExitWatch
 from caesura_rehearse.pausing import pids_of
 from caesura_rehearse.targets import NoTarget
-from caesura_vmcontrol.plans import BadPlan, CgroupPlan, SignalPlan, condition
+from caesura_vmcontrol.plan_errors import BadPlan
 from caesura_vmcontrol.procfs import STOPPED, alive, process_table, read_process, send_signal
+from caesura_vmcontrol.resume_plans import CgroupPlan, SignalPlan
+from caesura_vmcontrol.vm_control import condition
 
 _KILLED_S = 5.0  # s: for what was killed to be gone
 _LOOK_S = 0.01  # s: between two looks at processes that are not our children
@@ -34,7 +36,7 @@ class RunningProcess:
         NoTarget: it does not exist, is not ours to signal, is paused already, or this process is below it.
     """
 
-    startable = False
+    restart_obstacle = "it was not started here"
 
     def __init__(self, vm: str, pid: int) -> None:
         self.vm = vm
@@ -101,7 +103,7 @@ class RunningCgroup:
         NoTarget: it has no freezer, may not be written to, is empty, is paused already, or this process is in it.
     """
 
-    startable = False
+    restart_obstacle = "it was not started here"
 
     def __init__(self, vm: str, folder: Path) -> None:
         self.vm = vm

@@ -28,8 +28,8 @@ from caesura_host_updater.drivers.process.freezers import (
 )
 from caesura_host_updater.spawn import ExitWatch
 from caesura_rehearse.pausing import TargetPlan, pids_of
-from caesura_vmcontrol.plans import thaw
 from caesura_vmcontrol.procfs import boot_id, send_signal
+from caesura_vmcontrol.vm_control import thaw
 
 _START_S = 15.0  # s: the first process needs some 20 ms; this is for a machine that thrashes
 _KILLED_S = 5.0  # s: for what was killed to be gone
@@ -48,8 +48,8 @@ class Target(Protocol):
     vm: str
     what: str
     """It, for people."""
-    startable: bool
-    """Whether it can be started (again)."""
+    restart_obstacle: str
+    """Why it cannot be started (again); empty: it can."""
     ended: asyncio.Event
     """Set while it does not run."""
     exit_code: int | None
@@ -95,7 +95,7 @@ class Program:
         stdout: the descriptor that gets its standard output instead of the one that we have.
     """
 
-    startable = True
+    restart_obstacle = ""
 
     def __init__(
         self,

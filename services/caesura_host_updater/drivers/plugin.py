@@ -20,7 +20,7 @@ from caesura.contract.names import InvalidName, check_name
 from caesura.runtime.errors import ConfigError
 from caesura_host_updater.drivers.port import KNOWN, Driver, DriverError, UnknownPlan, guard_plan
 from caesura_host_updater.inventory.vm_spec import VmSpec
-from caesura_vmcontrol.plans import MECHANISMS, Mechanism
+from caesura_vmcontrol.resume_plans import MECHANISMS, Mechanism
 
 GROUP = "caesura.drivers"
 

@@ -16,7 +16,7 @@ import msgspec
 
 from caesura.contract.messages import Method, ProofCode, VmState
 from caesura.runtime.errors import CaesuraError
-from caesura_vmcontrol.plans import MECHANISMS, Plan, mechanism_of
+from caesura_vmcontrol.resume_plans import MECHANISMS, ResumePlan, mechanism_of
 
 
 class DriverError(CaesuraError):
@@ -162,7 +162,7 @@ class Driver(Protocol):
             DriverError: it cannot be done, with the hypervisor's own reason. Nothing was paused.
         """
 
-    def resume_plan(self, vm: str) -> Plan:
+    def resume_plan(self, vm: str) -> ResumePlan:
         """How the pause guard resumes the VM alone, after what was prepared. Raises DriverError if it is not running at all."""
 
     async def freeze(self, vm: str, by: float) -> None:
@@ -286,7 +286,7 @@ class ClockCapable(Protocol):
         """
 
 
-def guard_plan(driver: Driver, vm: str) -> Plan:
+def guard_plan(driver: Driver, vm: str) -> ResumePlan:
     """``resume_plan``, held to what the pause guard can carry out.
 
     Raises:

@@ -8,8 +8,8 @@ from typing import Literal
 from caesura.contract.messages import HostInventory, InstalledUpdate, ProofCode, VmRecord, VmState
 from caesura.lifecycle.commands import COMMANDS
 from caesura.lifecycle.proof import ordered
-from caesura_host_updater.admission import EpochAuthority
 from caesura_host_updater.drivers.port import Capabilities
+from caesura_host_updater.epoch_authority import EpochAuthority
 from caesura_host_updater.inventory.updates import Catalogue
 from caesura_host_updater.inventory.vm_spec import VmSpec
 

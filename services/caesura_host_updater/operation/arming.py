@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from caesura_host_updater.operation.effects import Arm
-from caesura_host_updater.operation.schedule import Schedule
+from caesura_host_updater.operation.pause_deadlines import PauseDeadlines
 from caesura_host_updater.operation.state import Decision, Operation, changed
 
 
 def arm(op: Operation, now: float) -> Decision:
     """Everything is ready: the budget begins, and the guard is armed."""
-    schedule = Schedule.of(now, op.budget_s)
-    op = changed(op, phase="arming", schedule=schedule, wake_at=schedule.freeze_by)
-    return op, (Arm(schedule.guard_at),)
+    deadlines = PauseDeadlines.of(now, op.budget_s)
+    op = changed(op, phase="arming", deadlines=deadlines, wake_at=deadlines.freeze_by)
+    return op, (Arm(deadlines.guard_at),)

@@ -89,7 +89,9 @@ def _called_at(
     """The freeze call; where it was not recorded, an instant just before it: the pause was at most that long."""
     called_at = vm.called_at
     if called_at is None:
-        called_at = record.armed_at if record is not None else op.schedule.started_at if op.schedule else None
+        called_at = (
+            record.armed_at if record is not None else op.deadlines.started_at if op.deadlines else None
+        )
     if called_at is not None and intervention is not None and intervention.frozen_after is not None:
         return max(called_at, intervention.frozen_after)
     return called_at

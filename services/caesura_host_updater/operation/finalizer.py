@@ -15,9 +15,9 @@ from caesura.contract.messages import (
 )
 from caesura.delivery.message import OutboxMessage
 from caesura.runtime.errors import StoreError
-from caesura_host_updater.admission import Repeat, Underway
 from caesura_host_updater.clocks.tracker import ClockSyncTracker
 from caesura_host_updater.clocks.verdict import ClockCheck
+from caesura_host_updater.command_admission import Repeat, Underway
 from caesura_host_updater.inventory.installs import Mark, marks_of, remembered
 from caesura_host_updater.journal import Journal, JournalThread
 from caesura_host_updater.metrics import HostMetrics

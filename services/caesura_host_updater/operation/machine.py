@@ -6,7 +6,7 @@ Hypothesis (``tests/unit/host_updater/test_pause_machine.py``):
 
 - nothing is frozen before the guard is armed, after an abort, or when too little of the budget is left;
 - every VM that may have been paused is resumed, and every one that may have been shut down is started;
-- a resume is requested no later than ``Schedule.resume_at``;
+- a resume is requested no later than ``PauseDeadlines.resume_at``;
 - every operation ends exactly once, and not before every VM runs or is gone.
 """
 
@@ -24,7 +24,7 @@ from caesura_host_updater.operation.effects import (
     RunUpdate,
     StopUpdate,
 )
-from caesura_host_updater.operation.events import (
+from caesura_host_updater.operation.inputs import (
     AbortReceived,
     Armed,
     ArmRefused,
@@ -72,8 +72,8 @@ from caesura_host_updater.operation.state import (
     UnexpectedEvent,
     changed,
     changed_vm,
+    deadlines_of,
     failed,
-    schedule_of,
     vm_of,
 )
 from caesura_host_updater.operation.swap import (
@@ -168,17 +168,17 @@ def _armed(op: Operation, event: Armed | ArmRefused, now: float) -> Decision:
         op = failed(op, "guard_refused", f"nothing was frozen: {event.what}: {event.why}")
     elif op.failure or op.aborted:
         pass
-    elif now >= schedule_of(op).freeze_by:
+    elif now >= deadlines_of(op).freeze_by:
         op = failed(
             op,
             "pause_ran_out",
-            f"nothing was frozen: {now - schedule_of(op).started_at:.2f} s passed before the first freeze call",
+            f"nothing was frozen: {now - deadlines_of(op).started_at:.2f} s passed before the first freeze call",
         )
     elif op.method == "swap":
         return swap(op)
     else:
-        op = changed(op, phase="freezing", wake_at=schedule_of(op).freeze_by)
-        return op, (FreezeVms(schedule_of(op).freeze_by), Persist())
+        op = changed(op, phase="freezing", wake_at=deadlines_of(op).freeze_by)
+        return op, (FreezeVms(deadlines_of(op).freeze_by), Persist())
     return resume_all(op)
 
 
@@ -204,12 +204,12 @@ def _freeze_result(op: Operation, event: VmFroze | VmNotFrozen, now: float) -> D
 
 
 def _frozen(op: Operation, now: float) -> Decision:
-    schedule = schedule_of(op)
+    deadlines = deadlines_of(op)
     whole = frozenset(vm.vm for vm in op.vms if vm.can_digest)
     digest = tuple(vm.vm for vm in op.vms if vm.can_digest or vm.can_sample)
-    until = schedule.digest_until if whole else min(now + _SAMPLE_S, schedule.digest_until)
+    until = deadlines.digest_until if whole else min(now + _SAMPLE_S, deadlines.digest_until)
     op = changed(op, phase="frozen", wake_at=until)
-    if not digest or now >= schedule.digest_until:
+    if not digest or now >= deadlines.digest_until:
         op, effects = _start_update(op, now)
         return op, (Persist(), *effects)
     op = _digesting(op, digest)
@@ -258,15 +258,15 @@ def _digested(op: Operation, event: Digested, now: float) -> Decision:
 
 def _start_update(op: Operation, now: float) -> Decision:
     """From frozen; at once for method live, and for swap, whose update runs before anything pauses."""
-    schedule = op.schedule
-    if schedule is not None and now >= schedule.update_until:
+    deadlines = op.deadlines
+    if deadlines is not None and now >= deadlines.update_until:
         return resume_all(failed(op, "pause_ran_out", "the budget was used up before the update could start"))
     if not op.update:
-        op = changed(op, phase="updating", wake_at=min(now + op.hold_s, schedule_of(op).resume_at))
+        op = changed(op, phase="updating", wake_at=min(now + op.hold_s, deadlines_of(op).resume_at))
         return op, (Persist(),)
     until = now + op.update_timeout_s
-    if schedule is not None:
-        until = min(until, schedule.update_until)
+    if deadlines is not None:
+        until = min(until, deadlines.update_until)
     runs = tuple(msgspec.structs.replace(run, started=True) for run in op.runs)
     op = changed(op, phase="updating", wake_at=until, runs=runs)
     return op, (Persist(), RunUpdate(tuple(run.key for run in runs)))
@@ -307,11 +307,11 @@ def _updated(op: Operation, now: float) -> Decision:
         return prepare(changed(op, kill_at=None), now)
     if op.method == "reboot":
         return start(op)
-    schedule = schedule_of(op)
+    deadlines = deadlines_of(op)
     op = changed(op, phase="updated")
     whole = frozenset(vm.vm for vm in op.vms if vm.digest_before and not vm.error)
     names = tuple(vm.vm for vm in op.vms if (vm.digest_before or vm.sampled_before) and not vm.error)
-    until = schedule.digest_until
+    until = deadlines.digest_until
     if now >= until and not op.aborted:
         # The update took long: sampled pages are compared nevertheless, which takes almost no time.
         for name in whole:
@@ -319,7 +319,7 @@ def _updated(op: Operation, now: float) -> Decision:
         names = tuple(name for name in names if vm_of(op, name).sampled_before)
         whole = frozenset()
     if not whole:
-        until = min(now + _SAMPLE_S, schedule.resume_at)
+        until = min(now + _SAMPLE_S, deadlines.resume_at)
     if not names or op.aborted or now >= until:
         op, effects = resume_all(op)
         return op, (Persist(), *effects)
@@ -329,10 +329,10 @@ def _updated(op: Operation, now: float) -> Decision:
 
 def _stop_update(op: Operation, now: float, outcome: Outcome) -> Decision:
     """Ask the update to end; it has one margin of grace, but never beyond the instant of the resume."""
-    margin = op.schedule.margin_s if op.schedule is not None else 1.0
+    margin = op.deadlines.margin_s if op.deadlines is not None else 1.0
     kill_at = now + margin
-    if op.schedule is not None:
-        kill_at = min(kill_at, op.schedule.resume_at)
+    if op.deadlines is not None:
+        kill_at = min(kill_at, op.deadlines.resume_at)
     op = changed(op, kill_at=kill_at, wake_at=kill_at, stop_outcome=outcome)
     return op, (StopUpdate(kill=False),)
 
@@ -363,13 +363,13 @@ def _abort(op: Operation, event: AbortReceived, now: float) -> Decision:
 def _guard_lost(op: Operation, now: float) -> Decision:
     if op.phase == "arming":
         return failed(op, "guard_died", "nothing was frozen: the pause guard died"), ()
-    if op.phase not in _BEFORE_RESUME or op.schedule is None:
+    if op.phase not in _BEFORE_RESUME or op.deadlines is None:
         return op, ()
     return resume_all(
         failed(
             op,
             "guard_died",
-            f"the pause guard died after {now - schedule_of(op).started_at:.2f} s, so all VMs were resumed",
+            f"the pause guard died after {now - deadlines_of(op).started_at:.2f} s, so all VMs were resumed",
         )
     )
 
@@ -377,7 +377,7 @@ def _guard_lost(op: Operation, now: float) -> Decision:
 def _tick(op: Operation, now: float) -> Decision:  # noqa: PLR0912 - one flat table of phases
     if op.wake_at is None or now < op.wake_at:
         return op, ()
-    schedule = op.schedule
+    deadlines = op.deadlines
     match op.phase:
         case "preparing":
             return not_prepared_in_time(op)
@@ -389,7 +389,9 @@ def _tick(op: Operation, now: float) -> Decision:  # noqa: PLR0912 - one flat ta
             late = ", ".join(vm.vm for vm in op.vms if vm.frozen_at is None)
             return resume_all(
                 failed(
-                    op, "freeze_failed", f"not frozen within {now - schedule_of(op).started_at:.2f} s: {late}"
+                    op,
+                    "freeze_failed",
+                    f"not frozen within {now - deadlines_of(op).started_at:.2f} s: {late}",
                 )
             )
         case "frozen":
@@ -403,11 +405,11 @@ def _tick(op: Operation, now: float) -> Decision:  # noqa: PLR0912 - one flat ta
                     op = changed_vm(op, vm.vm, digest_note="the second digest took too long")
             return resume_all(op)
         case "updating" if not op.update:
-            if now >= schedule_of(op).guard_at:
+            if now >= deadlines_of(op).guard_at:
                 op = failed(op, "pause_ran_out", "the host updater woke up after the guard's deadline")
             return _updated(op, now)
         case "updating":
-            if op.kill_at is None and (schedule is None or now < schedule.resume_at):
+            if op.kill_at is None and (deadlines is None or now < deadlines.resume_at):
                 op = failed(op, "update_timeout", f"update {op.update} did not end within {_allowed(op)}")
                 return _stop_update(op, now, "timeout")
             if op.kill_at is None:
@@ -417,7 +419,7 @@ def _tick(op: Operation, now: float) -> Decision:  # noqa: PLR0912 - one flat ta
                 )
             if op.method == "reboot":
                 return start(op)
-            if op.schedule is None:
+            if op.deadlines is None:
                 return finish_killed(op)
             return resume_all(op)
         case _:
@@ -426,9 +428,9 @@ def _tick(op: Operation, now: float) -> Decision:  # noqa: PLR0912 - one flat ta
 
 def _allowed(op: Operation) -> str:
     """The time that the update was given, and what limited it, for the report."""
-    if op.schedule is None:
+    if op.deadlines is None:
         return f"{op.update_timeout_s:.1f} s"
-    left = op.schedule.update_until - max((vm.frozen_at or 0.0) for vm in op.vms)
+    left = op.deadlines.update_until - max((vm.frozen_at or 0.0) for vm in op.vms)
     if op.update_timeout_s <= left:
         return f"{op.update_timeout_s:.1f} s"
     return f"{left:.1f} s, all that the pause budget of {op.budget_s:g} s leaves for it"

@@ -11,7 +11,7 @@ import structlog
 from caesura.contract.messages import StartOperation, VmFrozen, VmResumed
 from caesura.contract.reasons import ReasonCode
 from caesura.delivery.message import OutboxMessage
-from caesura_host_updater.admission import STOPPING
+from caesura_host_updater.command_admission import STOPPING
 from caesura_host_updater.drivers.port import Driver, states_within
 from caesura_host_updater.guard_client import GuardClient
 from caesura_host_updater.inventory.updates import UpdateFile
@@ -177,7 +177,7 @@ class OperationQueue:
         """Accept nothing more; complete or undo what is under way."""
         self.stopping = True
         runner = self._runner
-        if runner is not None and (runner.state.schedule is None or not _update_runs(runner.state)):
+        if runner is not None and (runner.state.deadlines is None or not _update_runs(runner.state)):
             runner.abort("host_stopping", STOPPING)
         await self._idle.wait()
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import msgspec
 
 from caesura_host_updater.operation.effects import Effect, Persist, ShutDownVms, StartVms, StopUpdate
-from caesura_host_updater.operation.events import VmNotShutDown, VmNotStarted, VmShutDown, VmStarted
+from caesura_host_updater.operation.inputs import VmNotShutDown, VmNotStarted, VmShutDown, VmStarted
 from caesura_host_updater.operation.resume import finish, kill_update, update_runs
 from caesura_host_updater.operation.state import (
     Decision,

@@ -21,7 +21,7 @@ from caesura.contract.messages import (
 from caesura.contract.reasons import ReasonCode
 from caesura.lifecycle.proof import BROKEN_WORDS, WORDS, memory_proof
 from caesura_host_updater.clocks.verdict import ClockCheck
-from caesura_host_updater.operation.events import Outcome
+from caesura_host_updater.operation.inputs import Outcome
 from caesura_host_updater.operation.state import Operation, VmPause
 
 _WORST: tuple[Outcome, ...] = ("timeout", "failed", "interrupted", "not_run", "succeeded")

@@ -14,7 +14,7 @@ from caesura_host_updater.operation.effects import (
     ResumeVms,
     StopUpdate,
 )
-from caesura_host_updater.operation.events import Disarmed, ResumeEnded
+from caesura_host_updater.operation.inputs import Disarmed, ResumeEnded
 from caesura_host_updater.operation.state import (
     Decision,
     End,
@@ -22,8 +22,8 @@ from caesura_host_updater.operation.state import (
     UnexpectedEvent,
     changed,
     changed_vm,
+    deadlines_of,
     failed,
-    schedule_of,
     vm_of,
 )
 
@@ -84,7 +84,7 @@ def vm_resumed(op: Operation, event: ResumeEnded) -> Decision:
         op = changed_vm(op, event.vm, error=vm_of(op, event.vm).error or why)
         op = failed(op, "resume_failed", f"VM {event.vm} {why}")
     # After the guard's deadline only the guard knows who resumed it, and when: wait for its record.
-    if event.at < schedule_of(op).guard_at:
+    if event.at < deadlines_of(op).guard_at:
         op, more = publish_resumed(op, event.vm)
         effects += more
     if any(not vm.end for vm in op.vms):

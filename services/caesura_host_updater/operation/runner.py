@@ -41,7 +41,7 @@ from caesura_host_updater.operation.effects import (
     StopUpdate,
     SwapVms,
 )
-from caesura_host_updater.operation.events import (
+from caesura_host_updater.operation.inputs import (
     AbortReceived,
     Armed,
     ArmRefused,
@@ -61,7 +61,7 @@ from caesura_host_updater.operation.vm_actions import VmActions
 from caesura_host_updater.pause_markers import NotMarked
 from caesura_host_updater.update_process import UpdateNotStarted, UpdateProcess, update_environ
 from caesura_vmcontrol.intent import Intent
-from caesura_vmcontrol.plans import Plan
+from caesura_vmcontrol.resume_plans import ResumePlan
 
 _FLUSH_S = 2.0  # s: for the journal to write what was posted, before the guard releases the operation
 
@@ -78,7 +78,7 @@ class Guard(Protocol):
 
     on_lost: Callable[[], None]
 
-    async def arm(self, operation: str, deadline: float, plans: Sequence[Plan]) -> None:
+    async def arm(self, operation: str, deadline: float, plans: Sequence[ResumePlan]) -> None:
         """Hold the operation from now on. Raises GuardUnavailable."""
 
     async def disarm(self, operation: str) -> Intent | None:
@@ -88,7 +88,7 @@ class Guard(Protocol):
 class Marking(Protocol):
     """What an operation needs of the pause markers; ``PauseMarkers`` is the real one."""
 
-    async def write(self, operation: str, plans: Sequence[Plan]) -> None:
+    async def write(self, operation: str, plans: Sequence[ResumePlan]) -> None:
         """Mark its VMs, durably. Raises NotMarked."""
 
     def remove(self, vms: Iterable[str]) -> None:

@@ -11,8 +11,8 @@ from caesura.contract.reasons import ReasonCode
 from caesura.lifecycle.budget import SHUTDOWN_S
 from caesura.runtime.errors import CaesuraError
 from caesura_host_updater.operation.effects import Effect
-from caesura_host_updater.operation.events import Outcome
-from caesura_host_updater.operation.schedule import Schedule
+from caesura_host_updater.operation.inputs import Outcome
+from caesura_host_updater.operation.pause_deadlines import PauseDeadlines
 
 Phase = Literal[
     "accepted",
@@ -127,7 +127,8 @@ class Operation(msgspec.Struct, frozen=True, kw_only=True):
     vms: tuple[VmPause, ...]
     runs: tuple[UpdateRun, ...] = ()
     phase: Phase = "accepted"
-    schedule: Schedule | None = None
+    deadlines: PauseDeadlines | None = msgspec.field(default=None, name="schedule")
+    """Journals have it by its older name."""
     failure: str = ""
     """The first failure."""
     codes: tuple[ReasonCode, ...] = ()
@@ -182,8 +183,8 @@ def failed(op: Operation, code: ReasonCode, why: str) -> Operation:
     return op if op.failure else changed(op, failure=why, codes=(code,))
 
 
-def schedule_of(op: Operation) -> Schedule:
+def deadlines_of(op: Operation) -> PauseDeadlines:
     """The instants of its budget. Raises UnexpectedEvent before there is one."""
-    if op.schedule is None:
+    if op.deadlines is None:
         raise UnexpectedEvent(op.phase, op, "arming")
-    return op.schedule
+    return op.deadlines

@@ -17,7 +17,7 @@ from caesura_host_updater.operation.effects import (
     PublishFrozen,
     SwapVms,
 )
-from caesura_host_updater.operation.events import VmNotPrepared, VmNotSwapped, VmPrepared, VmSwapped
+from caesura_host_updater.operation.inputs import VmNotPrepared, VmNotSwapped, VmPrepared, VmSwapped
 from caesura_host_updater.operation.resume import finish, publish_resumed, resume_all
 from caesura_host_updater.operation.state import (
     Decision,
@@ -25,8 +25,8 @@ from caesura_host_updater.operation.state import (
     UnexpectedEvent,
     changed,
     changed_vm,
+    deadlines_of,
     failed,
-    schedule_of,
 )
 
 
@@ -64,9 +64,9 @@ def not_prepared_in_time(op: Operation) -> Decision:
 
 def swap(op: Operation) -> Decision:
     """The guard holds it: hand the guests over, none of them after the update's share of the budget."""
-    schedule = schedule_of(op)
-    op = changed(op, phase="swapping", wake_at=schedule.resume_at)
-    return op, (SwapVms(schedule.update_until), Persist())
+    deadlines = deadlines_of(op)
+    op = changed(op, phase="swapping", wake_at=deadlines.resume_at)
+    return op, (SwapVms(deadlines.update_until), Persist())
 
 
 def swapped(op: Operation, event: VmSwapped | VmNotSwapped) -> Decision:

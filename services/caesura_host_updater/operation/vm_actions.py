@@ -22,7 +22,7 @@ from caesura_host_updater.drivers.port import (
     SwapFailed,
     states_within,
 )
-from caesura_host_updater.operation.events import (
+from caesura_host_updater.operation.inputs import (
     Digested,
     Event,
     ResumeEnded,

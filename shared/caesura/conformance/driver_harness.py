@@ -6,8 +6,9 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 
 from caesura_host_updater.drivers.port import Driver
-from caesura_vmcontrol.plans import CgroupPlan, EnginePlan, Plan, SignalPlan
+from caesura_vmcontrol.container_engine import EnginePlan
 from caesura_vmcontrol.procfs import process_table
+from caesura_vmcontrol.resume_plans import CgroupPlan, ResumePlan, SignalPlan
 
 
 class DriverHarness(ABC):
@@ -57,7 +58,7 @@ class DriverRuns:
         await self._close_all()
 
 
-def _processes_of(plan: Plan) -> list[int]:
+def _processes_of(plan: ResumePlan) -> list[int]:
     match plan:
         case SignalPlan():
             return [

@@ -28,8 +28,10 @@ from caesura_host_updater.drivers.port import (
     ShutdownFailed,
     SwapCapable,
 )
-from caesura_vmcontrol.plans import CgroupPlan, EnginePlan, condition, mechanism_of, thaw
+from caesura_vmcontrol.container_engine import EnginePlan
 from caesura_vmcontrol.procfs import alive, read_process
+from caesura_vmcontrol.resume_plans import CgroupPlan, mechanism_of
+from caesura_vmcontrol.vm_control import condition, thaw
 
 __all__ = ["DriverConformance", "DriverHarness", "DriverRuns", "freeze_deadline"]
 

@@ -24,7 +24,8 @@ from caesura_host_updater.drivers.container.plugin import ContainerPlugin
 from caesura_host_updater.drivers.port import DriverError, FreezeFailed
 from caesura_testing.containers import Engine
 from caesura_testing.patience import patient
-from caesura_vmcontrol.plans import cgroup_of, condition, thaw
+from caesura_vmcontrol.resume_plans import cgroup_of
+from caesura_vmcontrol.vm_control import condition, thaw
 
 
 async def until(holds: Callable[[], bool], what: str, timeout_s: float = 20) -> None:

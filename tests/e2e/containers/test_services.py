@@ -15,7 +15,8 @@ from caesura.contract import messages as m
 from caesura_host_updater.drivers.container.cgroup import read_freezer
 from caesura_testing.containers import Engine
 from caesura_testing.patience import patient
-from caesura_vmcontrol.plans import CgroupPlan, condition
+from caesura_vmcontrol.resume_plans import CgroupPlan
+from caesura_vmcontrol.vm_control import condition
 
 BUDGET_S = 6.0
 

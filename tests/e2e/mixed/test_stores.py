@@ -15,7 +15,7 @@ from structlog.testing import capture_logs
 from caesura.contract import messages as m
 from caesura.contract.envelope import source_of
 from caesura_coordinator.store import CoordinatorStore
-from caesura_host_updater.admission import EpochAuthority
+from caesura_host_updater.epoch_authority import EpochAuthority
 from caesura_host_updater.journal import Journal
 from caesura_testing.patience import patient
 

@@ -33,8 +33,9 @@ from caesura.contract.messages import (
 from caesura.runtime.identity import new_id
 from caesura_testing.broker import mosquitto, mosquitto_installed
 from caesura_testing.patience import patient
-from caesura_vmcontrol.plans import condition, plan_from_json
 from caesura_vmcontrol.procfs import process_table
+from caesura_vmcontrol.resume_plans import plan_from_json
+from caesura_vmcontrol.vm_control import condition
 
 PATIENCE_S = 20.0  # s: a loaded CI machine; a test that passes never waits this long
 M = TypeVar("M", bound=Message)
@@ -344,7 +345,8 @@ class Host:
 
 def end_vm(plan: Any, run: dict[str, Any]) -> None:
     """Thaw and kill a VM from outside."""
-    from caesura_vmcontrol.plans import SignalPlan, thaw  # noqa: PLC0415
+    from caesura_vmcontrol.resume_plans import SignalPlan  # noqa: PLC0415
+    from caesura_vmcontrol.vm_control import thaw  # noqa: PLC0415# noqa: PLC0415
 
     if isinstance(plan, SignalPlan):
         pids = [member.pid for member in plan.members(process_table())]

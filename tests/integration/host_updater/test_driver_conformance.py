@@ -29,8 +29,8 @@ from caesura_host_updater.drivers.qemu.driver import QemuDriver
 from caesura_host_updater.drivers.sampling import sampled_offsets
 from caesura_testing.guests import qemu_installed
 from caesura_testing.patience import patient
-from caesura_vmcontrol.plans import CgroupPlan, SignalPlan
 from caesura_vmcontrol.procfs import process_table
+from caesura_vmcontrol.resume_plans import CgroupPlan, SignalPlan
 
 # Leaves its process group and session, forks, and starts threads: all of it must stand still.
 ESCAPING = """

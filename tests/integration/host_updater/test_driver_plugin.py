@@ -17,8 +17,9 @@ import pytest
 from caesura.contract.messages import HostInventory, OperationReported
 from caesura_testing.patience import patient
 from caesura_testing.plugins import install_driver
-from caesura_vmcontrol.plans import SignalPlan, condition
 from caesura_vmcontrol.process_control import find_by_env, kill_and_wait
+from caesura_vmcontrol.resume_plans import SignalPlan
+from caesura_vmcontrol.vm_control import condition
 
 TARGET = "caesura_testing.example_driver:ExamplePlugin"
 

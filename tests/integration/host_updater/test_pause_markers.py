@@ -18,7 +18,7 @@ import pytest
 
 from caesura.contract.messages import HostInventory
 from caesura_host_updater.drivers.process.freezers import request_freeze
-from caesura_vmcontrol.plans import thaw
+from caesura_vmcontrol.vm_control import thaw
 
 JUNK = b"\0junk of a broken disk\n" * 300
 

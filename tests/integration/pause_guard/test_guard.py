@@ -25,8 +25,9 @@ from caesura_host_updater.drivers.process.freezers import (
 )
 from caesura_testing.patience import patient
 from caesura_vmcontrol.guard_socket import socket_address
-from caesura_vmcontrol.plans import condition, plan_to_json, thaw
 from caesura_vmcontrol.procfs import boot_id, read_process
+from caesura_vmcontrol.resume_plans import plan_to_json
+from caesura_vmcontrol.vm_control import condition, thaw
 
 PATIENCE_S = 10.0
 

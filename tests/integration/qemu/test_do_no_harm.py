@@ -24,8 +24,9 @@ from caesura_host_updater.drivers.port import DriverError, FreezeFailed, NotRunn
 from caesura_host_updater.drivers.qemu.async_qmp import AsyncQmp
 from caesura_host_updater.drivers.qemu.definition import Adopt, Definition, Disk
 from caesura_vmcontrol import claims
-from caesura_vmcontrol.plans import QemuPlan, Vmm, condition, thaw
 from caesura_vmcontrol.procfs import process_table
+from caesura_vmcontrol.qemu_plans import QemuPlan, Vmm
+from caesura_vmcontrol.vm_control import condition, thaw
 
 SMALL = Definition(memory_mib=16, machine="pc-q35-7.2")
 PORT = ("-gdb", "tcp:127.0.0.1:0")

@@ -30,20 +30,13 @@ import pytest
 from caesura_testing.patience import patient
 from caesura_vmcontrol import claims, qmp_commands, replacing, swapping
 from caesura_vmcontrol.guard_socket import socket_address
-from caesura_vmcontrol.plans import (
-    Plan,
-    QemuPlan,
-    ReplacePlan,
-    SwapPlan,
-    Vmm,
-    condition,
-    plan_to_json,
-    thaw,
-)
 from caesura_vmcontrol.process_control import find_by_env, kill_and_wait, sigstop
 from caesura_vmcontrol.procfs import alive, boot_id, read_process, thread_states
+from caesura_vmcontrol.qemu_plans import QemuPlan, ReplacePlan, SwapPlan, Vmm
 from caesura_vmcontrol.qmp import Qmp, QmpError, QmpNoAnswer, QmpRefused
 from caesura_vmcontrol.qmp_commands import cont, end_unless_it_ran
+from caesura_vmcontrol.resume_plans import ResumePlan, plan_to_json
+from caesura_vmcontrol.vm_control import condition, thaw
 
 QEMU = "/usr/bin/qemu-system-x86_64"
 PATIENCE_S = 15.0
@@ -362,7 +355,7 @@ class Guard:
         answer: dict[str, Any] = json.loads(self.connection.makefile().readline())
         return answer
 
-    def arm(self, *plans: Plan) -> None:
+    def arm(self, *plans: ResumePlan) -> None:
         """For a long time: it fires when we let go."""
         told = [plan_to_json(plan) for plan in plans]
         deadline = time.monotonic() + 60
@@ -1009,7 +1002,7 @@ def test_claimed_but_not_loaded(swap: Swap) -> None:
 # -- two at once ---------------------------------------------------------------------------------------------------
 
 
-def until_it_runs(plan: Plan) -> None:
+def until_it_runs(plan: ResumePlan) -> None:
     """What the driver does: ``thaw`` until ``condition`` is content."""
     until = time.monotonic() + patient(PATIENCE_S)
     while True:

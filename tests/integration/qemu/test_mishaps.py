@@ -25,7 +25,8 @@ from caesura_host_updater.drivers.qemu.vmm import read_vmm
 from caesura_testing.patience import patient
 from caesura_vmcontrol import claims
 from caesura_vmcontrol.intent import Intent, IntentFile
-from caesura_vmcontrol.plans import ReplacePlan, Vmm, condition, thaw
+from caesura_vmcontrol.qemu_plans import ReplacePlan, Vmm
+from caesura_vmcontrol.vm_control import condition, thaw
 
 SMALL = Definition(memory_mib=16, machine="pc-q35-7.2")
 

@@ -9,9 +9,9 @@ from typing import Any
 from caesura_host_updater.drivers.qemu.definition import Definition
 from caesura_vmcontrol import markers
 from caesura_vmcontrol.markers import Marker
-from caesura_vmcontrol.plans import Plan
 from caesura_vmcontrol.procfs import boot_id
 from caesura_vmcontrol.rescue import marked_and_paused, resume
+from caesura_vmcontrol.resume_plans import ResumePlan
 
 SMALL = Definition(memory_mib=16, machine="pc-q35-7.2")
 
@@ -20,7 +20,7 @@ def no_log(event: str, **facts: object) -> None:
     """Nobody reads it here."""
 
 
-def mark(state: Path, plan: Plan, boot: str = "") -> None:
+def mark(state: Path, plan: ResumePlan, boot: str = "") -> None:
     """As an operation does it before it pauses the VM."""
     markers.write(str(state), [Marker("op-1", boot or boot_id(), time.monotonic(), plan)])
 

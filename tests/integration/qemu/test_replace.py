@@ -15,7 +15,7 @@ import pytest
 from caesura_host_updater.drivers.port import DriverError, FreezeFailed, NotRunningYet
 from caesura_host_updater.drivers.qemu.definition import Definition, Nic
 from caesura_vmcontrol.claims import note
-from caesura_vmcontrol.plans import condition, thaw
+from caesura_vmcontrol.vm_control import condition, thaw
 
 SMALL = Definition(memory_mib=16, machine="pc-q35-7.2", nic=(Nic(),))
 

@@ -16,7 +16,7 @@ import pytest
 from caesura_host_updater.drivers.port import DriverError, SwapFailed
 from caesura_host_updater.drivers.qemu.definition import Definition, Disk, Nic
 from caesura_host_updater.drivers.qemu.handover import SWAP_CAPABILITIES, set_capabilities
-from caesura_host_updater.drivers.qemu.memory_views import Compared, NoView, View, Views
+from caesura_host_updater.drivers.qemu.memory_comparison import Compared, NoView, View, Views
 from caesura_host_updater.drivers.sampling import sampled_offsets
 from caesura_testing.patience import patient
 from caesura_vmcontrol.claims import note
@@ -259,7 +259,7 @@ async def test_guard_that_finishes_the_swap_while_the_updater_looks_on(
 
     Not noticed: its connection is seen to end before its process is.
     """
-    from caesura_vmcontrol.plans import thaw  # noqa: PLC0415
+    from caesura_vmcontrol.vm_control import thaw  # noqa: PLC0415# noqa: PLC0415
 
     driver = await rig.open({"a": SMALL})
     await driver.prepare("a", "op-1", "swap", "")

@@ -25,8 +25,8 @@ from caesura_host_updater.drivers.qemu.driver import QemuDriver
 from caesura_host_updater.drivers.qemu.handover import SWAP_CAPABILITIES, HandOverFailed
 from caesura_testing.patience import patient
 from caesura_vmcontrol import claims, process_control, replacing, swapping
-from caesura_vmcontrol.plans import condition, thaw
 from caesura_vmcontrol.qmp_commands import UNDER_WAY, migration, reach
+from caesura_vmcontrol.vm_control import condition, thaw
 
 SMALL = Definition(memory_mib=16, machine="pc-q35-7.2")
 METHODS = pytest.mark.parametrize("method", ["swap", "replace"])

@@ -30,9 +30,11 @@ from caesura_host_updater.drivers.port import (
 )
 from caesura_host_updater.inventory.vm_spec import VmSpec
 from caesura_host_updater.spawn import ExitWatch, SpawnError, reap, start_detached
-from caesura_vmcontrol.plans import Condition, SignalPlan, condition, thaw
+from caesura_vmcontrol.freezer_control import Condition
 from caesura_vmcontrol.process_control import find_by_env
 from caesura_vmcontrol.procfs import process_table, read_process, send_signal
+from caesura_vmcontrol.resume_plans import SignalPlan
+from caesura_vmcontrol.vm_control import condition, thaw
 
 _log = structlog.get_logger("caesura.driver")
 

@@ -19,6 +19,7 @@ CLIENT = """
 import json, os, pathlib, signal, sys, time, urllib.request
 
 what, folder = sys.argv[1], pathlib.Path(sys.argv[2])
+folder.mkdir(exist_ok=True)
 url = os.environ["CAESURA_METADATA_URL"] + "/metadata/scheduledevents?api-version=2020-07-01"
 
 def ask(body=None):
@@ -70,14 +71,17 @@ class Rehearsed:
         arguments: the options before the program.
         folder: where the program writes.
         program: the program; a word of ``CLIENT`` stands for that.
+        place: the folder below that ``CLIENT`` writes to; may have a placeholder.
     """
 
-    def __init__(self, folder: Path, arguments: Sequence[str], program: Sequence[str] | str = ()) -> None:
+    def __init__(
+        self, folder: Path, arguments: Sequence[str], program: Sequence[str] | str = (), *, place: str = "."
+    ) -> None:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "client.py").write_text(CLIENT, encoding="utf-8")
         argv = (
-            [sys.executable, str(folder / "client.py"), program, str(folder)]
+            [sys.executable, str(folder / "client.py"), program, str(folder / place)]
             if isinstance(program, str)
             else [*program]
         )

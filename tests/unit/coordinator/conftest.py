@@ -12,7 +12,7 @@ from caesura.fleet.fold import apply
 from caesura.fleet.state import FleetState
 from caesura.lifecycle.commands import COMMANDS
 from caesura_coordinator.authority import Authority
-from caesura_coordinator.fence import FleetFence
+from caesura_coordinator.fleet_lookup import FleetLookup
 
 T0 = datetime(2026, 4, 20, 12, 0, 0, tzinfo=UTC)
 PATCH = m.UpdateRecord(
@@ -54,7 +54,7 @@ def inventory(host: str, *vms: m.VmRecord, **changes: object) -> m.HostInventory
     return m.HostInventory(**{**values, **changes})  # type: ignore[arg-type]
 
 
-def fleet_of(*inventories: m.HostInventory, offline: tuple[str, ...] = ()) -> FleetFence:
+def fleet_of(*inventories: m.HostInventory, offline: tuple[str, ...] = ()) -> FleetLookup:
     """A fleet with all these hosts and their agents on the bus."""
     state = FleetState()
     for each in inventories:
@@ -62,7 +62,7 @@ def fleet_of(*inventories: m.HostInventory, offline: tuple[str, ...] = ()) -> Fl
         apply(state, m.HostPresence(host=each.host, online=each.host not in offline, instance="i"), 0.0)
         for vm in each.vms:
             apply(state, m.AgentPresence(vm=vm.vm, online=True, boot_id="b"), 0.0)
-    return FleetFence(state)
+    return FleetLookup(state)
 
 
 @pytest.fixture
@@ -81,5 +81,5 @@ def host() -> Callable[..., m.HostInventory]:
 
 
 @pytest.fixture
-def fleet() -> Callable[..., FleetFence]:
+def fleet() -> Callable[..., FleetLookup]:
     return fleet_of

@@ -14,7 +14,8 @@ from caesura.fleet.fold import apply
 from caesura.fleet.state import FleetState
 from caesura.fleet.words import Cleared
 from caesura.lifecycle.commands import COMMANDS, missing
-from caesura_coordinator.fence import FleetFence, fence_blockers, health_blockers, placement_blockers
+from caesura_coordinator.fleet_lookup import FleetLookup
+from caesura_coordinator.wave_gates import fence_blockers, health_blockers, placement_blockers
 
 _HOSTS, _VMS, _SETS = ("h1", "h2", "h3"), ("a", "b", "c"), ("web", "db")
 _WAVE = tuple(
@@ -25,7 +26,7 @@ _DOMAINS = {"web": 0}
 _KNOWN = ("h1", "h2", "h4")
 
 
-def asked_of_everybody(fleet: FleetFence, commanded: dict[str, str]) -> tuple[set[str], list[str], set[str]]:
+def asked_of_everybody(fleet: FleetLookup, commanded: dict[str, str]) -> tuple[set[str], list[str], set[str]]:
     """Fence, health and placement by looking at the whole fleet: the hosts and VMs that are in the way."""
     records = {(host, vm.vm): vm for host, vm in fleet.vms()}
     fence, health, moved = set[str](), [], set[str]()
@@ -141,7 +142,7 @@ def test_the_gates_are_what_asking_everybody_says(
     messages: list[Message | Cleared], commanded: dict[str, str]
 ) -> None:
     state = _well()
-    fleet = FleetFence(
+    fleet = FleetLookup(
         state, commanded=lambda: commanded
     )  # one view over all of it: what it remembers must not grow stale
     for message in (None, *messages):
@@ -157,7 +158,7 @@ def test_the_gates_are_what_asking_everybody_says(
 
 def test_a_vm_that_moves_while_its_wave_waits_is_found() -> None:
     state = _well()
-    fleet = FleetFence(state)
+    fleet = FleetLookup(state)
     assert not placement_blockers(fleet, _WAVE)
     before = state.inventories["h2"]
     moved = tuple(msgspec.structs.replace(vm, update_domain=1) for vm in before.vms)

@@ -7,11 +7,12 @@ from typing import Any
 
 from caesura.contract import messages as m
 from caesura.contract.reasons import TRANSIENT
-from caesura_coordinator.fence import FleetFence, fence_blockers
+from caesura_coordinator.fleet_lookup import FleetLookup
+from caesura_coordinator.wave_gates import fence_blockers
 
 Build = Callable[..., m.VmRecord]
 Host = Callable[..., m.HostInventory]
-MakeFleet = Callable[..., FleetFence]
+MakeFleet = Callable[..., FleetLookup]
 
 
 def test_the_fence_stays_closed_for_a_host_that_was_set_back_to_an_old_version(
@@ -21,7 +22,7 @@ def test_the_fence_stays_closed_for_a_host_that_was_set_back_to_an_old_version(
     back = fleet(host("h1", build("w1")), host("h2", build("w2", domain=1), commands=()))
     ahead = fleet(host("h1", build("w1")), host("h2", build("w2", domain=1)))
 
-    def blockers(of: FleetFence) -> list[Any]:
+    def blockers(of: FleetLookup) -> list[Any]:
         return fence_blockers(of, ["web"], [], epoch=1, coordinator="c")
 
     (found,) = blockers(back)

@@ -13,17 +13,18 @@ from hypothesis import strategies as st
 from caesura.contract import messages as m
 from caesura.fleet.state import FleetState
 from caesura.lifecycle.commands import COMMANDS
-from caesura_coordinator.fence import Contested, FleetFence, health_blockers
+from caesura_coordinator.fleet_lookup import Contested, FleetLookup
 from caesura_coordinator.plan import make_plan
+from caesura_coordinator.wave_gates import health_blockers
 from caesura_testing.refold import refold
 
 Build = Callable[..., m.VmRecord]
 Host = Callable[..., m.HostInventory]
-MakeFleet = Callable[..., FleetFence]
+MakeFleet = Callable[..., FleetLookup]
 
 
 def _plan(
-    fleet: FleetFence, update: str = "patch", selection: m.Selection | None = None, **policy: object
+    fleet: FleetLookup, update: str = "patch", selection: m.Selection | None = None, **policy: object
 ) -> m.Plan:
     return make_plan(
         fleet,
@@ -172,7 +173,7 @@ def test_the_slowest_host_says_how_long_an_update_takes(build: Build, host: Host
         values: dict[str, object] = {"update": "patch", "impact": "pause", "scope": "vm", **changes}
         return m.UpdateRecord(expected_s=expected_s, timeout_s=timeout_s, **values)  # type: ignore[arg-type]
 
-    def both(**changes: object) -> FleetFence:
+    def both(**changes: object) -> FleetLookup:
         swap = ("freeze", "swap")
         return fleet(
             host("h1", build("w1", methods=swap), updates=(patch(1, 9, **changes),)),
@@ -312,7 +313,7 @@ def test_a_freeze_on_demand_takes_only_the_vms_asked_for_one_domain_at_a_time(
 
 
 def test_an_empty_fleet_says_so() -> None:
-    assert "no host has reported" in _reasons(_plan(FleetFence(FleetState())))["fleet"]
+    assert "no host has reported" in _reasons(_plan(FleetLookup(FleetState())))["fleet"]
 
 
 _PLACEMENT = st.dictionaries(
@@ -344,7 +345,7 @@ def test_no_wave_ever_holds_two_domains_of_a_set(placement: dict[str, dict[str, 
         for name, sets in placement.items()
     ]
     present = [m.HostPresence(host=each.host, online=True, instance="i") for each in inventories]
-    plan = _plan(FleetFence(refold(FleetState(), *inventories, *present)))
+    plan = _plan(FleetLookup(refold(FleetState(), *inventories, *present)))
     assert sorted(host for wave in plan.waves for host in wave.hosts) == sorted(placement)
     for wave in plan.waves:
         for vm in wave.vms:

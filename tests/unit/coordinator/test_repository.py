@@ -15,8 +15,8 @@ from caesura.contract.codec import size_bytes
 from caesura.contract.envelope import Message
 from caesura.runtime.errors import StoreError
 from caesura_coordinator.authority import Authority
-from caesura_coordinator.events import Abort, Approve, Resume, Tick
-from caesura_coordinator.fence import FleetFence
+from caesura_coordinator.fleet_lookup import FleetLookup
+from caesura_coordinator.inputs import Abort, Approve, Resume, Tick
 from caesura_coordinator.plan import make_plan
 from caesura_coordinator.published_state import largest_states, rollout_state
 from caesura_coordinator.records import Rollout, WaveEvent, new_rollout
@@ -33,7 +33,7 @@ _ANSWER = m.RequestAnswered(request="q", accepted=True)
 class Desk:
     """A book with one rollout over w1 (domain 0) on h1 and w2 (domain 1) on h2, one second a step."""
 
-    def __init__(self, folder: Path, fleet: FleetFence, authority: Authority) -> None:
+    def __init__(self, folder: Path, fleet: FleetLookup, authority: Authority) -> None:
         self.path = str(folder / "c.sqlite")
         self.fleet = fleet
         self.authority = authority
@@ -96,7 +96,7 @@ def desk(
     tmp_path: Path,
     build: Callable[..., m.VmRecord],
     host: Callable[..., m.HostInventory],
-    fleet: Callable[..., FleetFence],
+    fleet: Callable[..., FleetLookup],
     authority: Authority,
 ) -> Desk:
     return Desk(tmp_path, fleet(host("h1", build("w1")), host("h2", build("w2", domain=1))), authority)
@@ -351,7 +351,7 @@ def test_ids_of_one_attempt_differ_between_epochs(desk: Desk) -> None:
     desk.reopened()
     desk.authority = Authority(coordinator="c", epoch=2)
     for inventory in desk.fleet.inventories.values():
-        desk.fleet = FleetFence(refold(desk.fleet.state, msgspec.structs.replace(inventory, epoch=2)))
+        desk.fleet = FleetLookup(refold(desk.fleet.state, msgspec.structs.replace(inventory, epoch=2)))
     desk.give(Tick())
     assert desk.event().event_id != first
 
@@ -383,7 +383,7 @@ def test_two_rollouts_that_share_a_host_take_turns(
     tmp_path: Path,
     build: Callable[..., m.VmRecord],
     host: Callable[..., m.HostInventory],
-    fleet: Callable[..., FleetFence],
+    fleet: Callable[..., FleetLookup],
     authority: Authority,
 ) -> None:
     everybody = fleet(host("h1", build("w1", agent=False), build("d1", "db", agent=False)))
@@ -422,7 +422,7 @@ def test_the_largest_state_is_at_least_what_is_ever_announced(desk: Desk) -> Non
 
 def test_a_store_with_a_flipped_bit_is_a_store_error_and_no_other(
     ram_path: Path,
-    fleet: Callable[..., FleetFence],
+    fleet: Callable[..., FleetLookup],
     host: Callable[..., Any],
     build: Callable[..., Any],
     authority: Authority,

@@ -20,8 +20,8 @@ from caesura_coordinator.announcements import scheduled_event
 from caesura_coordinator.authority import Authority
 from caesura_coordinator.commands import command_for, due_operations
 from caesura_coordinator.effects import Effect, EventEnded, EventScheduled, EventStarted
-from caesura_coordinator.events import Abort, Approve, Input, Outdated, Resume, Tick
-from caesura_coordinator.fence import FleetFence
+from caesura_coordinator.fleet_lookup import FleetLookup
+from caesura_coordinator.inputs import Abort, Approve, Input, Outdated, Resume, Tick
 from caesura_coordinator.plan import make_plan
 from caesura_coordinator.published_state import wave_state
 from caesura_coordinator.records import HostOperation, Rollout, Wave, new_rollout
@@ -36,7 +36,7 @@ T0 = datetime(2026, 4, 20, 12, 0, 0, tzinfo=UTC)
 class Story:
     """Two hosts in two domains of one set, and a rollout over them."""
 
-    def __init__(self, fleet: FleetFence, authority: Authority, **policy: object) -> None:
+    def __init__(self, fleet: FleetLookup, authority: Authority, **policy: object) -> None:
         values: dict[str, object] = {"notice_s": 60.0, "verify_timeout_s": 20.0, **policy}
         self.policy = m.Policy(**values)  # type: ignore[arg-type]
         self.fleet = fleet
@@ -148,29 +148,29 @@ class Story:
 
 @pytest.fixture
 def two_hosts(
-    build: Callable[..., m.VmRecord], host: Callable[..., m.HostInventory], fleet: Callable[..., FleetFence]
-) -> FleetFence:
+    build: Callable[..., m.VmRecord], host: Callable[..., m.HostInventory], fleet: Callable[..., FleetLookup]
+) -> FleetLookup:
     return fleet(host("h1", build("w1")), host("h2", build("w2", domain=1)))
 
 
 @pytest.fixture
-def story(two_hosts: FleetFence, authority: Authority) -> Story:
+def story(two_hosts: FleetLookup, authority: Authority) -> Story:
     return Story(two_hosts, authority)
 
 
 _AGENT_GONE = m.AgentPresence(vm="w1", online=False, boot_id="b")
 
 
-def _told(fleet: FleetFence, *messages: Message | Cleared) -> FleetFence:
+def _told(fleet: FleetLookup, *messages: Message | Cleared) -> FleetLookup:
     """The fleet told this, too."""
-    return FleetFence(refold(fleet.state, *messages))
+    return FleetLookup(refold(fleet.state, *messages))
 
 
 def _gone(host: str) -> tuple[Cleared, Cleared]:
     return Cleared(m.HostInventory, {"host": host}), Cleared(m.HostPresence, {"host": host})
 
 
-def _with_vm(fleet: FleetFence, host: str, **changes: object) -> FleetFence:
+def _with_vm(fleet: FleetLookup, host: str, **changes: object) -> FleetLookup:
     inventory = fleet.inventories[host]
     vms = tuple(msgspec.structs.replace(vm, **changes) for vm in inventory.vms)
     return _told(fleet, msgspec.structs.replace(inventory, vms=vms))
@@ -188,7 +188,7 @@ def test_a_whole_rollout_goes_domain_by_domain(story: Story) -> None:
 
 
 def test_not_before_is_a_whole_second_and_never_earlier_than_the_notice(
-    two_hosts: FleetFence, authority: Authority
+    two_hosts: FleetLookup, authority: Authority
 ) -> None:
     story = Story(two_hosts, authority)
     story.now += timedelta(milliseconds=300)
@@ -198,7 +198,7 @@ def test_not_before_is_a_whole_second_and_never_earlier_than_the_notice(
 
 @pytest.mark.parametrize("source", ["Platform", "User"])
 def test_events_are_of_the_platform_unless_the_operator_says_otherwise(
-    two_hosts: FleetFence, authority: Authority, source: str
+    two_hosts: FleetLookup, authority: Authority, source: str
 ) -> None:
     story = Story(
         two_hosts, authority, **({} if source == "Platform" else {"event_source": source})
@@ -232,7 +232,7 @@ def test_policy_may_proceed_without_readiness_at_not_before_but_an_approval_does
     answers: str,
     build: Callable[..., m.VmRecord],
     host: Callable[..., m.HostInventory],
-    fleet: Callable[..., FleetFence],
+    fleet: Callable[..., FleetLookup],
     authority: Authority,
 ) -> None:
     """Approved early, the prepare hooks still have the notice: a silent agent may be in the middle of its hook."""
@@ -261,7 +261,7 @@ def test_an_agent_that_never_answers_halts_at_not_before(story: Story) -> None:
     assert "w1" in story.rollout.reason
 
 
-def test_policy_may_go_on_without_readiness(two_hosts: FleetFence, authority: Authority) -> None:
+def test_policy_may_go_on_without_readiness(two_hosts: FleetLookup, authority: Authority) -> None:
     story = Story(two_hosts, authority, on_not_ready="proceed")
     story.announce().ready(ready=False).give(Tick(), 60)
     assert story.wave_is("started")
@@ -337,7 +337,7 @@ def test_vms_that_are_in_another_domain_than_the_plan_has_them_in_do_not_pause(
     stage: str,
     build: Callable[..., m.VmRecord],
     host: Callable[..., m.HostInventory],
-    fleet: Callable[..., FleetFence],
+    fleet: Callable[..., FleetLookup],
     authority: Authority,
 ) -> None:
     """Else the wave pauses two domains of a set at once (I1). The host knows of the update domain only."""
@@ -435,7 +435,7 @@ def test_bad_health_after_the_pause_halts(result: dict[str, Any], words: str, st
     assert words in story.rollout.reason
 
 
-def test_an_unsynced_clock_halts_or_not_by_policy(two_hosts: FleetFence, authority: Authority) -> None:
+def test_an_unsynced_clock_halts_or_not_by_policy(two_hosts: FleetLookup, authority: Authority) -> None:
     strict = Story(two_hosts, authority).started().report().clocks(synced=False)
     assert "unsynced: no answer" in strict.rollout.reason
     lax = Story(two_hosts, authority, on_unsynced="proceed").started().report().clocks(synced=False)
@@ -459,7 +459,7 @@ NOTHING = memory_proof(detail="no time was left in the budget for the second dig
 
 
 def test_memory_of_which_nothing_was_shown_halts_when_the_policy_asks(
-    two_hosts: FleetFence, authority: Authority
+    two_hosts: FleetLookup, authority: Authority
 ) -> None:
     """A wave with proof `none`, or none at all, was verified."""
     for memory in (NOTHING, None):
@@ -491,7 +491,10 @@ def test_memory_of_which_nothing_was_shown_halts_when_the_policy_asks(
     ],
 )
 def test_one_proof_of_memory_from_either_side_is_enough(
-    by_host: m.MemoryProof | None, by_guest: m.MemoryProof | None, two_hosts: FleetFence, authority: Authority
+    by_host: m.MemoryProof | None,
+    by_guest: m.MemoryProof | None,
+    two_hosts: FleetLookup,
+    authority: Authority,
 ) -> None:
     story = Story(two_hosts, authority, on_unproven="halt").started().report(memory=by_host)
     story.give(_verdict(story, "w1", "h1", memory=by_guest))
@@ -500,7 +503,7 @@ def test_one_proof_of_memory_from_either_side_is_enough(
 
 @pytest.mark.parametrize("policy", ["halt", "proceed", None])
 def test_a_canary_that_differs_halts_whatever_the_policy(
-    policy: str | None, two_hosts: FleetFence, authority: Authority
+    policy: str | None, two_hosts: FleetLookup, authority: Authority
 ) -> None:
     story = Story(two_hosts, authority, on_unproven=policy).started().report(memory=SHOWN_BY_HOST)
     wrong = memory_proof(["not_rebooted"], ["canary_equal"], "canary differs: 2 of 1024 pages")
@@ -510,7 +513,7 @@ def test_a_canary_that_differs_halts_whatever_the_policy(
 
 
 def test_an_operator_who_resumes_accepts_what_is_unproven_and_nobody_is_paused_again(
-    two_hosts: FleetFence, authority: Authority
+    two_hosts: FleetLookup, authority: Authority
 ) -> None:
     story = Story(two_hosts, authority, on_unproven="halt").started().report(memory=NOTHING).clocks()
     story.give(Resume())
@@ -518,7 +521,7 @@ def test_an_operator_who_resumes_accepts_what_is_unproven_and_nobody_is_paused_a
 
 
 def test_a_verdict_that_never_comes_leaves_the_vm_unproven_too(
-    two_hosts: FleetFence, authority: Authority
+    two_hosts: FleetLookup, authority: Authority
 ) -> None:
     """Who accepts that no verdict came must have been shown that no proof did."""
     story = Story(two_hosts, authority, on_unproven="halt").started().report(memory=NOTHING).give(Tick(), 20)
@@ -529,7 +532,7 @@ def test_a_verdict_that_never_comes_leaves_the_vm_unproven_too(
 def test_a_swap_is_asked_for_a_proof_unless_the_policy_says_otherwise(
     build: Callable[..., m.VmRecord],
     host: Callable[..., m.HostInventory],
-    fleet: Callable[..., FleetFence],
+    fleet: Callable[..., FleetLookup],
     authority: Authority,
 ) -> None:
     beside = m.UpdateRecord(
@@ -567,7 +570,7 @@ def test_an_answer_that_nobody_asked_for_stands_in_for_none_that_is_missing(
     on_not_ready: str,
     build: Callable[..., m.VmRecord],
     host: Callable[..., m.HostInventory],
-    fleet: Callable[..., FleetFence],
+    fleet: Callable[..., FleetLookup],
     authority: Authority,
 ) -> None:
     """As many answers as there are agents are not the answers of all agents."""
@@ -586,7 +589,7 @@ def test_an_answer_that_nobody_asked_for_stands_in_for_none_that_is_missing(
 def test_a_verdict_that_nobody_waits_for_stands_in_for_none_that_is_missing(
     build: Callable[..., m.VmRecord],
     host: Callable[..., m.HostInventory],
-    fleet: Callable[..., FleetFence],
+    fleet: Callable[..., FleetLookup],
     authority: Authority,
 ) -> None:
     without = build("w2", agent=False)
@@ -614,7 +617,7 @@ def test_a_silent_agent_after_the_resume_halts(story: Story) -> None:
 
 
 def test_soak_holds_the_next_wave_back_and_ill_health_in_it_halts(
-    two_hosts: FleetFence, authority: Authority
+    two_hosts: FleetLookup, authority: Authority
 ) -> None:
     story = Story(two_hosts, authority, soak_s=100.0).started().report().clocks().give(Tick(), 99)
     assert [wave.status for wave in story.rollout.waves] == ["soaking", "pending"]
@@ -716,7 +719,7 @@ def test_a_verification_that_was_cut_short_begins_anew(story: Story) -> None:
 
 
 def test_a_verdict_that_comes_after_its_absence_was_accepted_is_looked_at(
-    two_hosts: FleetFence, authority: Authority
+    two_hosts: FleetLookup, authority: Authority
 ) -> None:
     """Nobody has seen it: neither when the wave halted for want of it, nor when it halted again while it soaked."""
     story = Story(two_hosts, authority, soak_s=100.0).started().report()
@@ -776,7 +779,7 @@ def test_abort_after_a_pause_ends_the_event_failed(story: Story) -> None:
 
 
 @pytest.mark.parametrize("stage", ["pending", "verifying", "soaking", "halted"])
-def test_abort_works_in_every_other_state(stage: str, two_hosts: FleetFence, authority: Authority) -> None:
+def test_abort_works_in_every_other_state(stage: str, two_hosts: FleetLookup, authority: Authority) -> None:
     story = Story(two_hosts, authority, soak_s=5.0)
     if stage == "verifying":
         story.started().report()
@@ -833,7 +836,7 @@ def test_a_restart_gives_hosts_time_but_never_moves_what_was_announced(story: St
 def test_live_updates_warn_nobody(
     build: Callable[..., m.VmRecord],
     host: Callable[..., m.HostInventory],
-    fleet: Callable[..., FleetFence],
+    fleet: Callable[..., FleetLookup],
     authority: Authority,
 ) -> None:
     quiet = m.UpdateRecord(update="patch", impact="none", scope="host", expected_s=1, timeout_s=9)
@@ -848,7 +851,7 @@ def test_live_updates_warn_nobody(
 def pair(
     build: Callable[..., m.VmRecord],
     host: Callable[..., m.HostInventory],
-    fleet: Callable[..., FleetFence],
+    fleet: Callable[..., FleetLookup],
     authority: Authority,
 ) -> Story:
     """A first wave of two hosts, a second one of the third."""
@@ -1022,7 +1025,7 @@ def test_an_abort_needs_no_fence(story: Story) -> None:
     assert story.give(Abort()).commands() == ["AbortOperation"]
 
 
-def test_a_gate_that_opened_again_is_waited_for_anew(two_hosts: FleetFence, authority: Authority) -> None:
+def test_a_gate_that_opened_again_is_waited_for_anew(two_hosts: FleetLookup, authority: Authority) -> None:
     story = Story(two_hosts, authority, soak_s=1000.0).started().report().clocks()
     ill = _told(two_hosts, _AGENT_GONE)
     for _ in range(3):
@@ -1073,7 +1076,7 @@ def test_approval_counts_only_for_the_event_that_it_names(
     which: str,
     build: Callable[..., m.VmRecord],
     host: Callable[..., m.HostInventory],
-    fleet: Callable[..., FleetFence],
+    fleet: Callable[..., FleetLookup],
     authority: Authority,
 ) -> None:
     """A workload approves what it saw: an id it kept from before, or took from elsewhere, starts no pause (I5)."""
@@ -1104,7 +1107,7 @@ def test_approval_counts_only_for_the_event_that_it_names(
 def test_reasons_name_the_first_and_count_the_rest(
     build: Callable[..., m.VmRecord],
     host: Callable[..., m.HostInventory],
-    fleet: Callable[..., FleetFence],
+    fleet: Callable[..., FleetLookup],
     authority: Authority,
 ) -> None:
     story = Story(fleet(*(host(f"h{each}", build(f"w{each}")) for each in range(1, 51))), authority)

@@ -28,8 +28,8 @@ from caesura.lifecycle.errors import IllegalStatusChange
 from caesura.lifecycle.proof import memory_proof
 from caesura_coordinator.authority import Authority
 from caesura_coordinator.commands import command_for, due_operations
-from caesura_coordinator.events import Abort, Approve, Input, Resume, Tick
-from caesura_coordinator.fence import FleetFence
+from caesura_coordinator.fleet_lookup import FleetLookup
+from caesura_coordinator.inputs import Abort, Approve, Input, Resume, Tick
 from caesura_coordinator.plan import make_plan, sets_of
 from caesura_coordinator.records import Rollout, Wave, new_rollout
 from caesura_coordinator.repository import RolloutRepository
@@ -210,7 +210,7 @@ class Fleetwide(RuleBasedStateMachine):
     # -- what the rules are made of --
 
     @property
-    def fleet(self) -> FleetFence:
+    def fleet(self) -> FleetLookup:
         state = FleetState()
         for host in self.hosts.values():
             if host.shown:
@@ -218,7 +218,7 @@ class Fleetwide(RuleBasedStateMachine):
                 apply(state, m.HostPresence(host=host.name, online=host.online, instance="i"), 0.0)
             for vm in host.vms:
                 apply(state, m.AgentPresence(vm=vm, online=True, boot_id="b"), 0.0)
-        return FleetFence(state)
+        return FleetLookup(state)
 
     @property
     def active(self) -> list[Rollout]:

@@ -27,7 +27,6 @@ from caesura.contract.topics import channel_of
 from caesura.delivery.sqlite import OutboxTable
 from caesura.runtime.errors import CaesuraError, StoreError
 from caesura.runtime.lock import InUse, StateFolderUnusable, exclusive_lock
-from caesura_coordinator.fence import fence_blockers, health_blockers
 from caesura_coordinator.forget_epoch import forget_epoch
 from caesura_coordinator.leadership import LeadershipLost, NoEpochLeft, presence
 from caesura_coordinator.repository import RolloutRepository
@@ -35,6 +34,7 @@ from caesura_coordinator.responses import with_plan
 from caesura_coordinator.retention import Removal
 from caesura_coordinator.service import Coordinator, subscriptions
 from caesura_coordinator.store import CoordinatorStore
+from caesura_coordinator.wave_gates import fence_blockers, health_blockers
 from caesura_testing.collector import PATIENCE_S, eventually
 from caesura_testing.rollouts import wave_state
 

@@ -19,8 +19,8 @@ from caesura.lifecycle.commands import COMMANDS
 from caesura.lifecycle.errors import IllegalStatusChange
 from caesura.runtime.errors import StoreError
 from caesura_coordinator.authority import Authority
-from caesura_coordinator.events import Abort, Approve, Resume, Tick
-from caesura_coordinator.fence import FleetFence
+from caesura_coordinator.fleet_lookup import FleetLookup
+from caesura_coordinator.inputs import Abort, Approve, Resume, Tick
 from caesura_coordinator.plan import make_plan, sets_of
 from caesura_coordinator.records import Rollout, Wave, new_rollout
 from caesura_coordinator.repository import RolloutRepository
@@ -35,7 +35,7 @@ _PATCH = m.UpdateRecord(
 )
 
 
-def fleet_of(hosts: int, per_host: int, sets: int = 2) -> FleetFence:
+def fleet_of(hosts: int, per_host: int, sets: int = 2) -> FleetLookup:
     """Hosts of domain 0, and one more of domain 1 of each set."""
     messages: list[Any] = []
     for number in range(hosts + 1):
@@ -66,13 +66,13 @@ def fleet_of(hosts: int, per_host: int, sets: int = 2) -> FleetFence:
         )
         messages.append(m.HostPresence(host=host, online=True, instance="i"))
         messages += [m.AgentPresence(vm=each.vm, online=True, boot_id="b") for each in vms]
-    return FleetFence(refold(FleetState(), *messages))
+    return FleetLookup(refold(FleetState(), *messages))
 
 
 class Desk:
     """A book with a real store and one rollout over a fleet."""
 
-    def __init__(self, fleet: FleetFence, path: str = ":memory:") -> None:
+    def __init__(self, fleet: FleetLookup, path: str = ":memory:") -> None:
         self.fleet = fleet
         self.now = T0
         self.repository = RolloutRepository(CoordinatorStore(path), T0)

@@ -12,17 +12,17 @@ from hypothesis import strategies as st
 
 from caesura.contract import messages as m
 from caesura.contract.names import own_set
-from caesura_coordinator.fence import FleetFence
+from caesura_coordinator.fleet_lookup import FleetLookup
 from caesura_coordinator.plan import make_plan, nothing_to_do
 
 Build = Callable[..., m.VmRecord]
 Host = Callable[..., m.HostInventory]
-MakeFleet = Callable[..., FleetFence]
+MakeFleet = Callable[..., FleetLookup]
 
 _AT = datetime(2026, 4, 20, 9, 30, tzinfo=UTC)
 
 
-def _plan(fleet: FleetFence, selection: m.Selection | None = None, **limits: Any) -> m.Plan:
+def _plan(fleet: FleetLookup, selection: m.Selection | None = None, **limits: Any) -> m.Plan:
     return make_plan(
         fleet,
         update="patch",

@@ -15,16 +15,17 @@ from caesura.fleet.state import FleetState
 from caesura.lifecycle.commands import COMMANDS
 from caesura.lifecycle.proof import memory_proof
 from caesura_coordinator.authority import Authority
-from caesura_coordinator.events import Approve, Input, Outdated, Tick
-from caesura_coordinator.fence import FleetFence
+from caesura_coordinator.fleet_lookup import FleetLookup
+from caesura_coordinator.inputs import Approve, Input, Outdated, Tick
 from caesura_coordinator.plan import make_plan
 from caesura_coordinator.records import Rollout, Wave, new_rollout
 from caesura_coordinator.rollout import decide
 from caesura_demo.halts import is_transient
-from caesura_host_updater.admission import EpochAuthority, Host, Refuse, evaluate_start
+from caesura_host_updater.command_admission import Host, Refuse, evaluate_start
+from caesura_host_updater.epoch_authority import EpochAuthority
 from caesura_host_updater.inventory.updates import Catalogue
 from caesura_host_updater.operation.crash_outcome import recovered
-from caesura_host_updater.operation.events import (
+from caesura_host_updater.operation.inputs import (
     AbortReceived,
     Armed,
     Disarmed,
@@ -50,7 +51,7 @@ _PATCH = m.UpdateRecord(
 )
 
 
-def _fleet() -> FleetFence:
+def _fleet() -> FleetLookup:
     vm = m.VmRecord(
         vm="web-1",
         set="web",
@@ -70,7 +71,7 @@ def _fleet() -> FleetFence:
         guard="ready",
         commands=COMMANDS,
     )
-    return FleetFence(refold(FleetState(), inventory, _host(online=True), _agent(online=True)))
+    return FleetLookup(refold(FleetState(), inventory, _host(online=True), _agent(online=True)))
 
 
 def _host(*, online: bool) -> m.HostPresence:
@@ -109,7 +110,7 @@ class Story:
 
     def changed(self, **changes: object) -> Story:
         inventory = msgspec.structs.replace(self.fleet.inventories["host-1"], **changes)
-        self.fleet = FleetFence(refold(self.fleet.state, inventory))
+        self.fleet = FleetLookup(refold(self.fleet.state, inventory))
         return self
 
     def announced(self) -> Story:
@@ -177,12 +178,12 @@ class Story:
 
 
 def _without_host(story: Story) -> Story:
-    story.fleet = FleetFence(refold(story.fleet.state, _host(online=False)))
+    story.fleet = FleetLookup(refold(story.fleet.state, _host(online=False)))
     return story
 
 
 def _without_agent(story: Story) -> Story:
-    story.fleet = FleetFence(refold(story.fleet.state, _agent(online=False)))
+    story.fleet = FleetLookup(refold(story.fleet.state, _agent(online=False)))
     return story
 
 

@@ -21,8 +21,8 @@ from caesura_host_updater.service import HostUpdater
 from caesura_host_updater.settings import HostUpdaterSettings
 from caesura_vmcontrol import markers
 from caesura_vmcontrol.markers import Marker
-from caesura_vmcontrol.plans import CgroupPlan
 from caesura_vmcontrol.procfs import boot_id
+from caesura_vmcontrol.resume_plans import CgroupPlan
 
 
 @pytest.fixture

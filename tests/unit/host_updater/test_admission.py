@@ -19,21 +19,19 @@ from caesura.contract.messages import (
     VmState,
 )
 from caesura.lifecycle.epoch import EPOCH_LEAP
-from caesura_host_updater.admission import (
+from caesura_host_updater.command_admission import (
     AbortRunning,
     Accept,
-    EpochAuthority,
     Host,
     Ignore,
-    NotObeyed,
     Refuse,
     Repeat,
     Tombstone,
     Underway,
     evaluate_abort,
     evaluate_start,
-    observe_epoch,
 )
+from caesura_host_updater.epoch_authority import EpochAuthority, NotObeyed, observe_epoch
 from caesura_host_updater.inventory.updates import Catalogue, UpdateFile
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)

@@ -11,7 +11,7 @@ from caesura.contract.messages import AgentClockSynced, CanaryReport
 from caesura_host_updater.clocks.verdict import ClockCheck, judge, same_boot, shown_by_guest, unsynced
 from caesura_host_updater.drivers.process.freezers import freezer_mounts, own_cgroups
 from caesura_host_updater.operation.crash_outcome import recovered
-from caesura_host_updater.operation.schedule import Schedule
+from caesura_host_updater.operation.pause_deadlines import PauseDeadlines
 from caesura_host_updater.operation.state import Operation, UpdateRun, VmPause
 from caesura_vmcontrol.intent import GuardAction, Intent, Intervention
 
@@ -113,7 +113,7 @@ def test_late_freeze_is_not_counted_from_the_call() -> None:
     op = operation(called_at=100.5)
     op = recovered(op, record(Intervention(True, 150.0, 150.2, "running")), {}, same_boot=True)
     assert op.vms[0].pause_s == pytest.approx(0.2)
-    assert Schedule.of(100.0, 10.0).guard_at < 150.0
+    assert PauseDeadlines.of(100.0, 10.0).guard_at < 150.0
 
 
 WAIT = ClockCheck("a", "web", 0, "op", 0.05, "boot-1")

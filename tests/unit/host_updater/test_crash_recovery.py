@@ -22,8 +22,8 @@ from caesura_host_updater.operation.state import Operation, VmPause
 from caesura_host_updater.pause_markers import PauseMarkers
 from caesura_host_updater.service import HostUpdater
 from caesura_vmcontrol import markers
-from caesura_vmcontrol.plans import CgroupPlan
 from caesura_vmcontrol.procfs import boot_id
+from caesura_vmcontrol.resume_plans import CgroupPlan
 
 
 class Fleet:

@@ -24,7 +24,14 @@ from caesura_host_updater.drivers.port import DriverError
 from caesura_host_updater.inventory.host_config import HostFileError, parse_host_file, with_discovered
 from caesura_testing.example_driver import ExampleDriver, ExampleOptions, ExampleVm
 from caesura_testing.plugins import install_driver
-from caesura_vmcontrol.plans import MECHANISMS, CgroupPlan, Plan, SignalPlan, mechanism_of, plan_from_json
+from caesura_vmcontrol.resume_plans import (
+    MECHANISMS,
+    CgroupPlan,
+    ResumePlan,
+    SignalPlan,
+    mechanism_of,
+    plan_from_json,
+)
 
 EXAMPLE = "caesura_testing.example_driver:ExamplePlugin"
 VM = '[[vm]]\nname = "a"\nset = "web"\nupdate_domain = 1\n'
@@ -56,7 +63,7 @@ def test_ours_are_installed_and_each_can_be_loaded() -> None:
 
 
 def test_every_plan_of_the_guard_has_a_mechanism_and_nothing_else_has() -> None:
-    assert {kind.__name__ for kind in get_args(Plan)} == {
+    assert {kind.__name__ for kind in get_args(ResumePlan)} == {
         "CgroupPlan", "SignalPlan", "EnginePlan", "QemuPlan", "SwapPlan", "ReplacePlan",
     }  # fmt: skip
     vmm = {"pid": 2, "start_ticks": 1, "qmp": "/q"}

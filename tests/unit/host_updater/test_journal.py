@@ -32,13 +32,14 @@ from caesura.runtime.errors import StoreError
 from caesura.runtime.lock import InUse, StateFolderUnusable
 from caesura_host_updater import journal as module
 from caesura_host_updater.__main__ import _only_one
-from caesura_host_updater.admission import EpochAuthority
 from caesura_host_updater.clocks.tracker import ClockSyncTracker
 from caesura_host_updater.clocks.verdict import ClockCheck
+from caesura_host_updater.epoch_authority import EpochAuthority
 from caesura_host_updater.forget_epoch import forget_epoch
 from caesura_host_updater.journal import Journal, JournalThread
 from caesura_host_updater.operation.facts import FactFactory
 from caesura_host_updater.operation.finalizer import OperationFinalizer
+from caesura_host_updater.operation.pause_deadlines import PauseDeadlines
 from caesura_host_updater.operation.state import Operation, VmPause
 from caesura_host_updater.outbox import Outbox
 from caesura_testing.collector import PATIENCE_S, Collector, eventually, running
@@ -444,3 +445,13 @@ def test_a_host_can_be_made_to_forget_whom_it_obeys_while_it_is_stopped(tmp_path
     assert again.authority() == EpochAuthority()
     assert again.find("op") is not None, "all else stays"
     again.close()
+
+
+def test_deadlines_in_a_journal_keep_their_name_of_0_1() -> None:
+    """Else an updater that was upgraded in the middle of a pause would not know when it must have ended."""
+    op = Operation(
+        operation="op", method="freeze", budget_s=10.0, vms=(), deadlines=PauseDeadlines.of(100.0, 10.0)
+    )
+    stored = msgspec.json.encode(op)
+    assert msgspec.json.decode(stored)["schedule"] == {"started_at": 100.0, "budget_s": 10.0, "margin_s": 1.0}
+    assert msgspec.json.decode(stored, type=Operation) == op

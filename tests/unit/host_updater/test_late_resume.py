@@ -13,16 +13,16 @@ import pytest
 from caesura.contract.messages import StartOperation
 from caesura.delivery.message import OutboxMessage, prepare
 from caesura.delivery.sqlite import OutboxTable
-from caesura_host_updater.admission import Underway
 from caesura_host_updater.clocks.verdict import ClockCheck
+from caesura_host_updater.command_admission import Underway
 from caesura_host_updater.journal import JournalThread
 from caesura_host_updater.operation import crash_recovery
 from caesura_host_updater.operation.crash_recovery import CrashRecovery
 from caesura_host_updater.operation.finalizer import OperationFinalizer
 from caesura_host_updater.operation.state import Operation, VmPause
 from caesura_host_updater.pause_markers import PauseMarkers
-from caesura_vmcontrol.plans import CgroupPlan
 from caesura_vmcontrol.procfs import boot_id
+from caesura_vmcontrol.resume_plans import CgroupPlan
 
 
 class Slow:

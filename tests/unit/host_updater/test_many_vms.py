@@ -30,8 +30,8 @@ from caesura.contract.messages import (
     VmRecord,
 )
 from caesura.contract.parts import Joiner, inventory_in_parts
-from caesura_host_updater.admission import EpochAuthority
 from caesura_host_updater.drivers.port import Capabilities
+from caesura_host_updater.epoch_authority import EpochAuthority
 from caesura_host_updater.inventory.builder import inventory
 from caesura_host_updater.inventory.host_config import HostFile, HostFileError, parse_host_file
 from caesura_host_updater.inventory.publisher import InventoryPublisher

@@ -38,7 +38,7 @@ from caesura_host_updater.operation.state import Operation, VmPause
 from caesura_host_updater.pause_markers import NotMarked
 from caesura_testing.patience import patient
 from caesura_vmcontrol.intent import Intent
-from caesura_vmcontrol.plans import CgroupPlan, Plan
+from caesura_vmcontrol.resume_plans import CgroupPlan, ResumePlan
 
 
 class FakeDriver:
@@ -138,7 +138,7 @@ class FakeDriver:
     async def guest_boot_id(self, vm: str) -> str:
         raise NotPossible(vm, "no kernel")
 
-    def resume_plan(self, vm: str) -> Plan:
+    def resume_plan(self, vm: str) -> ResumePlan:
         return CgroupPlan(vm, "cgroup2", f"/sys/fs/cgroup/x/{vm}/cgroup.freeze")
 
     async def freeze(self, vm: str, by: float) -> None:
@@ -186,7 +186,7 @@ class FakeGuard:
         self.armed: list[str] = []
         self.broken: Exception | None = None
 
-    async def arm(self, operation: str, deadline: float, plans: Sequence[Plan]) -> None:
+    async def arm(self, operation: str, deadline: float, plans: Sequence[ResumePlan]) -> None:
         if self.broken is not None:
             raise self.broken
         self.armed.append(operation)
@@ -215,7 +215,7 @@ class FakeMarkers:
         self.marked: set[str] = set()
         self.said: list[str] = []
 
-    async def write(self, operation: str, plans: Sequence[Plan]) -> None:
+    async def write(self, operation: str, plans: Sequence[ResumePlan]) -> None:
         self.said.append("write")
         assert not self.driver.freezing.is_set(), "a marker is on disk before the first freeze call"
         if self.full:

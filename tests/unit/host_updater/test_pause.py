@@ -1,4 +1,4 @@
-"""The pause machine in single steps: the schedule, the margins, what is reported."""
+"""The pause machine in single steps: the deadlines, the margins, what is reported."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from caesura_host_updater.operation.effects import (
     RunUpdate,
     StopUpdate,
 )
-from caesura_host_updater.operation.events import (
+from caesura_host_updater.operation.inputs import (
     AbortReceived,
     Armed,
     Digested,
@@ -33,8 +33,8 @@ from caesura_host_updater.operation.events import (
     VmNotFrozen,
 )
 from caesura_host_updater.operation.machine import decide
+from caesura_host_updater.operation.pause_deadlines import PauseDeadlines
 from caesura_host_updater.operation.report import final_report, resumed_fact, shown_by_host, update_outcome
-from caesura_host_updater.operation.schedule import Schedule
 from caesura_host_updater.operation.state import Operation, UnexpectedEvent, UpdateRun, VmPause
 
 START = datetime(2026, 1, 1, tzinfo=UTC)
@@ -62,20 +62,20 @@ def run(op: Operation, *events: tuple[float, Any]) -> tuple[Operation, list[Any]
 
 
 @pytest.mark.parametrize("budget_s", [MIN_BUDGET_S, 1.0, 2.0, 9.0, 30.0])
-def test_schedule_leaves_room_for_the_update_and_three_margins(budget_s: float) -> None:
-    schedule = Schedule.of(100.0, budget_s)
+def test_deadlines_leave_room_for_the_update_and_three_margins(budget_s: float) -> None:
+    deadlines = PauseDeadlines.of(100.0, budget_s)
     instants = [
-        schedule.started_at,
-        schedule.update_until,
-        schedule.resume_at,
-        schedule.guard_at,
-        schedule.started_at + budget_s,
+        deadlines.started_at,
+        deadlines.update_until,
+        deadlines.resume_at,
+        deadlines.guard_at,
+        deadlines.started_at + budget_s,
     ]
     assert instants == sorted(set(instants))
-    assert 0.1 <= schedule.margin_s <= 1.0
-    assert schedule.freeze_by < schedule.update_until
-    assert usable_s(budget_s) == pytest.approx(budget_s - 3 * schedule.margin_s)
-    assert schedule.digest_until <= min(100.0 + budget_s * 2 / 3, schedule.update_until)
+    assert 0.1 <= deadlines.margin_s <= 1.0
+    assert deadlines.freeze_by < deadlines.update_until
+    assert usable_s(budget_s) == pytest.approx(budget_s - 3 * deadlines.margin_s)
+    assert deadlines.digest_until <= min(100.0 + budget_s * 2 / 3, deadlines.update_until)
 
 
 def test_hold_from_begin_to_end() -> None:
@@ -115,9 +115,9 @@ def test_a_hold_longer_than_the_budget_ends_with_the_budgets_share() -> None:
         (100.01, Armed()),
         (100.02, VmFroze("a", 100.011, 100.015)),
     )
-    assert op.schedule is not None
-    assert op.wake_at == op.schedule.resume_at
-    _, effects = run(op, (op.schedule.resume_at, TimePassed()))
+    assert op.deadlines is not None
+    assert op.wake_at == op.deadlines.resume_at
+    _, effects = run(op, (op.deadlines.resume_at, TimePassed()))
     assert ResumeVms(("a",)) in effects
 
 
@@ -265,7 +265,7 @@ def test_a_long_update_leaves_time_for_a_sampled_digest(took_s: float, whole: bo
     op, effects = run(op, (ended, UpdateEnded("", "succeeded", 0, took_s, "")))
     (digest,) = [each for each in effects if isinstance(each, DigestVms)]
     assert digest.whole == (frozenset({"a"}) if whole else frozenset())
-    assert digest.until <= op.schedule.resume_at  # type: ignore[union-attr]
+    assert digest.until <= op.deadlines.resume_at  # type: ignore[union-attr]
     op, effects = run(op, (ended, Sampled("a", "s")), (ended, Digested("a", "d" if whole else "")))
     assert ResumeVms(("a",)) in effects
     proof = shown_by_host(op.vms[0])
@@ -283,7 +283,7 @@ def test_a_sample_that_does_not_come_holds_up_neither_the_update_nor_the_resume(
     op = _with_digests(30.0, can_sample=True)
     op, _ = run(op, (100.1, Sampled("a", "s")), (100.1, Digested("a", "")))
     op, _ = run(op, (127.5, UpdateEnded("", "succeeded", 0, 27.4, "")))
-    assert op.wake_at == op.schedule.resume_at  # type: ignore[union-attr]
+    assert op.wake_at == op.deadlines.resume_at  # type: ignore[union-attr]
     op, effects = run(op, (128.0, TimePassed()))
     assert ResumeVms(("a",)) in effects
     assert "too long" in shown_by_host(op.vms[0]).detail

@@ -24,7 +24,7 @@ from caesura_host_updater.operation.effects import (
     StopUpdate,
     SwapVms,
 )
-from caesura_host_updater.operation.events import (
+from caesura_host_updater.operation.inputs import (
     AbortReceived,
     Armed,
     ArmRefused,
@@ -129,11 +129,11 @@ class PauseMachine(RuleBasedStateMachine):
     def perform(self, effect: Any) -> None:  # noqa: PLR0912 - one flat table of effects
         """What the shell would do, with everything checked that must hold at this instant."""
         assert self.finished == 0, "an effect after the end"
-        schedule = self.op.schedule
+        deadlines = self.op.deadlines
         match effect:
             case Arm():
-                assert schedule is not None
-                assert schedule.started_at < effect.deadline < schedule.started_at + self.op.budget_s
+                assert deadlines is not None
+                assert deadlines.started_at < effect.deadline < deadlines.started_at + self.op.budget_s
                 self.arming = True
             case PrepareVms():
                 assert not self.aborted
@@ -142,7 +142,7 @@ class PauseMachine(RuleBasedStateMachine):
             case SwapVms():
                 assert self.armed, "swapped without a guard"
                 assert self.ready == set(self.world), "swapped before all were ready"
-                assert schedule is not None
+                assert deadlines is not None
                 assert self.now < effect.by
                 self.swapping = sorted(self.world)
             case ShutDownVms():
@@ -162,16 +162,16 @@ class PauseMachine(RuleBasedStateMachine):
                 assert self.op.method == "freeze" or self.ready == set(self.world), "not ready"
                 assert self.armed, "frozen without a guard"
                 assert not self.aborted, "frozen after an abort"
-                assert schedule is not None
+                assert deadlines is not None
                 assert self.now < effect.by
                 self.freeze_calls += 1
                 assert self.freeze_calls == 1
                 self.freezing = set(self.world)
                 self.called = set(self.world)
             case DigestVms():
-                assert schedule is not None
-                assert self.now < effect.until <= schedule.resume_at
-                assert not effect.whole or effect.until <= schedule.digest_until
+                assert deadlines is not None
+                assert self.now < effect.until <= deadlines.resume_at
+                assert not effect.whole or effect.until <= deadlines.digest_until
                 assert effect.whole <= {vm.vm for vm in self.op.vms if vm.can_digest}
                 self.digesting |= set(effect.vms)
             case RunUpdate():
@@ -378,14 +378,14 @@ class PauseMachine(RuleBasedStateMachine):
     @invariant()
     def resumed_in_time(self) -> None:
         """After a tick at or beyond `resume_at`, the resume was asked for."""
-        schedule = self.op.schedule
-        if schedule is not None and self.now >= schedule.resume_at:
+        deadlines = self.op.deadlines
+        if deadlines is not None and self.now >= deadlines.resume_at:
             assert self.op.phase in ("arming", "resuming", "resumed", "ended"), self.op.phase
 
     @invariant()
     def always_wakes_up(self) -> None:
         """While VMs may stand still, the machine wants a tick no later than `resume_at`."""
-        if self.op.schedule is not None and self.op.phase in (
+        if self.op.deadlines is not None and self.op.phase in (
             "swapping",
             "freezing",
             "frozen",
@@ -393,7 +393,7 @@ class PauseMachine(RuleBasedStateMachine):
             "updated",
         ):
             assert self.op.wake_at is not None
-            assert self.op.wake_at <= self.op.schedule.resume_at
+            assert self.op.wake_at <= self.op.deadlines.resume_at
 
     @invariant()
     def honest_end(self) -> None:

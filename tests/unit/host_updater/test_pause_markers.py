@@ -14,9 +14,9 @@ from caesura_host_updater import pause_markers
 from caesura_host_updater.pause_markers import NotMarked, PauseMarkers, how_to_resume
 from caesura_vmcontrol import claims, markers
 from caesura_vmcontrol.markers import Marker
-from caesura_vmcontrol.plans import CgroupPlan, Plan, SignalPlan
 from caesura_vmcontrol.procfs import boot_id
 from caesura_vmcontrol.qemu_plans import QemuPlan, SwapPlan, Vmm
+from caesura_vmcontrol.resume_plans import CgroupPlan, ResumePlan, SignalPlan
 
 A = CgroupPlan("a", "cgroup2", "/sys/fs/cgroup/x/a/cgroup.freeze")
 B = CgroupPlan("b", "cgroup1", "/sys/fs/cgroup/freezer/x/b/freezer.state")
@@ -111,7 +111,7 @@ SWAP = SwapPlan("a", Vmm(4711, 9, "/run/a/guard"), Vmm(4712, 10, "/run/a/next/gu
         (QEMU, None, True),
     ],
 )
-def test_whose_it_is(tmp_path: Path, then: Plan, now: Plan | None, ours: bool) -> None:
+def test_whose_it_is(tmp_path: Path, then: ResumePlan, now: ResumePlan | None, ours: bool) -> None:
     kept = PauseMarkers(tmp_path)
     assert kept.is_ours(Marker("op", boot_id(), 1.0, then), now) is ours
     assert not kept.is_ours(Marker("op", "another boot", 1.0, then), now)
@@ -133,7 +133,7 @@ async def test_a_claim_is_a_mark_too(tmp_path: Path) -> None:
     for folder in (begun, only_prepared):
         folder.mkdir()
     claims.claim(str(begun), 1, "old")
-    plans: dict[str, Plan | None] = {
+    plans: dict[str, ResumePlan | None] = {
         "begun": replace(SWAP, claims=str(begun)),
         "prepared": replace(SWAP, claims=str(only_prepared)),
         "over": replace(SWAP, claims=str(tmp_path / "none")),

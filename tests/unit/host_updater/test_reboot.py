@@ -15,7 +15,7 @@ from caesura_host_updater.operation.effects import (
     StartVms,
     StopUpdate,
 )
-from caesura_host_updater.operation.events import (
+from caesura_host_updater.operation.inputs import (
     AbortReceived,
     GuardLost,
     Start,

@@ -14,8 +14,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from caesura_host_updater.drivers.qemu import memory_views
-from caesura_host_updater.drivers.qemu.memory_views import (
+from caesura_host_updater.drivers.qemu import memory_comparison
+from caesura_host_updater.drivers.qemu.memory_comparison import (
     NoView,
     OtherMemory,
     View,
@@ -225,7 +225,7 @@ def test_where_memory_may_not_be_read_the_file_that_both_have_mapped_is(
         ctypes.set_errno(errno.EPERM)
         return -1
 
-    monkeypatch.setattr(memory_views, "_READ", refused)
+    monkeypatch.setattr(memory_comparison, "_READ", refused)
     old, new = hold(ram, "shared"), hold(ram, "shared")
     compared = open_views(old, new, str(ram), SIZE, "op/a").compare()
     assert compared.equal is True

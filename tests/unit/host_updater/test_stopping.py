@@ -22,7 +22,7 @@ from caesura_host_updater.journal import Journal, JournalThread
 from caesura_host_updater.service import HostUpdater
 from caesura_host_updater.update_process import UpdateProcess
 from caesura_testing.collector import eventually
-from caesura_vmcontrol.plans import CgroupPlan
+from caesura_vmcontrol.resume_plans import CgroupPlan
 
 
 class Guest:

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from caesura_vmcontrol.intent import Intent, IntentFile
-from caesura_vmcontrol.plans import SignalPlan
 from caesura_vmcontrol.procfs import boot_id, read_process
+from caesura_vmcontrol.resume_plans import SignalPlan
 
 
 @pytest.fixture

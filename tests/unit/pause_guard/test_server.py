@@ -14,11 +14,13 @@ from pathlib import Path
 
 from caesura_pause_guard.server import ACCEPT_RETRY_S, GuardServer
 from caesura_testing.patience import patient
+from caesura_vmcontrol.freezer_control import Condition
 from caesura_vmcontrol.guard_socket import SOCKET_NAME
 from caesura_vmcontrol.intent import Intent
 from caesura_vmcontrol.notify import Notifier
-from caesura_vmcontrol.plans import Condition, Plan, QemuPlan, Vmm
 from caesura_vmcontrol.procfs import Process
+from caesura_vmcontrol.qemu_plans import QemuPlan, Vmm
+from caesura_vmcontrol.resume_plans import ResumePlan
 from caesura_vmcontrol.watchdog import Watchdog
 
 
@@ -43,10 +45,10 @@ def test_before_it_ends_it_looks_again_however_short_ago_the_last_look_was(tmp_p
     """The updater freezes a guest that the guard resumed, and both are ended."""
     vms: dict[str, Condition] = {"a": "running"}
 
-    def look(plan: Plan, _: Mapping[int, Process] | None) -> Condition:
+    def look(plan: ResumePlan, _: Mapping[int, Process] | None) -> Condition:
         return vms[plan.vm]
 
-    def release(plan: Plan, _: Mapping[int, Process] | None) -> None:
+    def release(plan: ResumePlan, _: Mapping[int, Process] | None) -> None:
         vms[plan.vm] = "running"
 
     watch = Watchdog(NoStore(), lambda *_, **__: None, clock=lambda: 100.0, look=look, release=release)

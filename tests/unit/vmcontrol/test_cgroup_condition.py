@@ -8,8 +8,9 @@ from typing import Literal
 
 import pytest
 
-from caesura_vmcontrol import plans, procfs
-from caesura_vmcontrol.plans import CgroupPlan, Condition
+from caesura_vmcontrol import freezer_control, procfs
+from caesura_vmcontrol.freezer_control import Condition
+from caesura_vmcontrol.resume_plans import CgroupPlan
 
 _V2 = "/sys/fs/cgroup/x/a/cgroup.freeze"
 _V1 = "/sys/fs/cgroup/freezer/x/a/freezer.state"
@@ -22,7 +23,7 @@ def _files(monkeypatch: pytest.MonkeyPatch, **files: str) -> None:
             raise OSError(errno.ENODEV, "No such device")
         return files[name]
 
-    monkeypatch.setattr(plans, "_read", read)
+    monkeypatch.setattr(freezer_control, "_read", read)
 
 
 @pytest.mark.parametrize(
@@ -42,14 +43,14 @@ def test_version_2(
     """Source: admin-guide/cgroup-v2.rst, "cgroup.events" and "cgroup.freeze"."""
     events = f"populated {populated}\nfrozen {frozen}\n"
     _files(monkeypatch, cgroup_events=events, cgroup_freeze=f"{switch}\n")
-    assert plans.condition(CgroupPlan("a", "cgroup2", _V2)) == wanted
+    assert freezer_control.cgroup_condition(CgroupPlan("a", "cgroup2", _V2)) == wanted
 
 
 def test_a_kernel_that_does_not_say_whether_it_is_frozen_is_not_believed_to_have_frozen_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     _files(monkeypatch, cgroup_events="populated 1\n", cgroup_freeze="1\n")
-    assert plans.condition(CgroupPlan("a", "cgroup2", _V2)) == "held"
+    assert freezer_control.cgroup_condition(CgroupPlan("a", "cgroup2", _V2)) == "held"
 
 
 @pytest.mark.parametrize(
@@ -65,7 +66,7 @@ def test_a_kernel_that_does_not_say_whether_it_is_frozen_is_not_believed_to_have
 def test_version_1(state: str, procs: str, wanted: Condition, monkeypatch: pytest.MonkeyPatch) -> None:
     """Source: cgroup-v1/freezer-subsystem.rst: FREEZING lasts until every task has stopped."""
     _files(monkeypatch, freezer_state=f"{state}\n", cgroup_procs=procs)
-    assert plans.condition(CgroupPlan("a", "cgroup1", _V1)) == wanted
+    assert freezer_control.cgroup_condition(CgroupPlan("a", "cgroup1", _V1)) == wanted
 
 
 @pytest.mark.parametrize(("kind", "control"), [("cgroup2", _V2), ("cgroup1", _V1)])
@@ -73,7 +74,7 @@ def test_a_cgroup_that_was_removed_is_gone(
     kind: Literal["cgroup1", "cgroup2"], control: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _files(monkeypatch)
-    assert plans.condition(CgroupPlan("a", kind, control)) == "gone"
+    assert freezer_control.cgroup_condition(CgroupPlan("a", kind, control)) == "gone"
 
 
 def test_a_process_that_cannot_be_looked_at_is_not_taken_for_dead(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,16 +21,9 @@ from caesura_vmcontrol.claims import (
     note_failure,
     parse_owner,
 )
-from caesura_vmcontrol.plans import (
-    BadPlan,
-    Plan,
-    QemuPlan,
-    ReplacePlan,
-    SwapPlan,
-    Vmm,
-    plan_from_json,
-    plan_to_json,
-)
+from caesura_vmcontrol.plan_errors import BadPlan
+from caesura_vmcontrol.qemu_plans import QemuPlan, ReplacePlan, SwapPlan, Vmm
+from caesura_vmcontrol.resume_plans import ResumePlan, plan_from_json, plan_to_json
 
 HASH = "0123456789abcdef" * 4
 OWNERS = [
@@ -168,11 +161,11 @@ REPLACE = ReplacePlan(
     log="/state/vm.log",
     ram=("/ram/vm.ram", 25, 4711),
 )
-PLANS: list[Plan] = [QemuPlan("vm", OLD), SwapPlan("vm", OLD, NEW, "/state/vm.claims/op"), REPLACE]
+PLANS: list[ResumePlan] = [QemuPlan("vm", OLD), SwapPlan("vm", OLD, NEW, "/state/vm.claims/op"), REPLACE]
 
 
 @pytest.mark.parametrize("plan", PLANS, ids=lambda plan: type(plan).__name__)
-def test_plans_survive_json(plan: Plan) -> None:
+def test_plans_survive_json(plan: ResumePlan) -> None:
     told = json.loads(json.dumps(plan_to_json(plan)))
     assert plan_from_json(told) == plan
     for key in told:

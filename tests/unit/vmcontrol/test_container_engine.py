@@ -13,7 +13,8 @@ from contextlib import suppress
 import pytest
 
 from caesura_testing.patience import patient
-from caesura_vmcontrol import container_engine, plans
+from caesura_vmcontrol import container_engine, freezer_control
+from caesura_vmcontrol.container_control import freeze_container
 from caesura_vmcontrol.container_engine import (
     EngineGone,
     EnginePlan,
@@ -22,8 +23,11 @@ from caesura_vmcontrol.container_engine import (
     call,
     request,
 )
+from caesura_vmcontrol.freezer_control import Condition
 from caesura_vmcontrol.intent import Intent
-from caesura_vmcontrol.plans import BadPlan, Condition, mechanism_of, plan_from_json, plan_to_json, thaw
+from caesura_vmcontrol.plan_errors import BadPlan
+from caesura_vmcontrol.resume_plans import ResumePlan, mechanism_of, plan_from_json, plan_to_json
+from caesura_vmcontrol.vm_control import thaw
 from caesura_vmcontrol.watchdog import Watchdog
 
 ID = "0123456789abcdef" * 4
@@ -90,8 +94,8 @@ class Kernel:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.state: Condition = "frozen"
         self.thaws = 0
-        monkeypatch.setattr(plans, "_condition_v1", lambda _: self.state)
-        monkeypatch.setattr(plans, "_write", self._write)
+        monkeypatch.setattr(freezer_control, "_condition_v1", lambda _: self.state)
+        monkeypatch.setattr(freezer_control, "_write", self._write)
 
     def _write(self, path: str, text: str) -> None:
         assert (path, text) == (CONTROL, "THAWED"), "nothing above the container's own group"
@@ -168,13 +172,13 @@ def test_a_container_with_groups_below_its_own_is_resumed_in_all_of_them(
     above = f"/sys/fs/cgroup/system.slice/docker-{ID}.scope"
     one = EnginePlan("a", engine.path, ID, os.getpid(), 1, "cgroup2", f"{above}/init.scope/cgroup.freeze")
     written: list[tuple[str, str]] = []
-    monkeypatch.setattr(plans, "_condition_v2", lambda _: "frozen")
-    monkeypatch.setattr(plans, "_write", lambda *each: written.append(each))
+    monkeypatch.setattr(freezer_control, "_condition_v2", lambda _: "frozen")
+    monkeypatch.setattr(freezer_control, "_write", lambda *each: written.append(each))
     engine.close()
     thaw(one)
     assert written == [(one.control, "0"), (f"{above}/cgroup.freeze", "0")]
     written.clear()
-    plans.freeze_cgroup(one)
+    freeze_container(one)
     assert written == [(f"{above}/cgroup.freeze", "1")], "as its engine does"
 
 
@@ -196,7 +200,7 @@ def test_one_hung_engine_delays_no_other_container(
     released: list[str] = []
     states: dict[str, Condition] = {"slow": "frozen", "quick": "frozen"}
 
-    def release(each: plans.Plan, _: object) -> None:
+    def release(each: ResumePlan, _: object) -> None:
         if each.vm == "slow":
             answers.wait(patient(20))
         released.append(each.vm)

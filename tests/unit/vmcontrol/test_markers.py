@@ -14,12 +14,12 @@ import pytest
 from caesura_vmcontrol import markers
 from caesura_vmcontrol.intent import GuardAction, Intent, IntentFile, Intervention, UnreadableIntent
 from caesura_vmcontrol.markers import Marker
-from caesura_vmcontrol.plans import CgroupPlan, Plan, SignalPlan, plan_to_json
 from caesura_vmcontrol.qemu_plans import QemuPlan, SwapPlan, Vmm
+from caesura_vmcontrol.resume_plans import CgroupPlan, ResumePlan, SignalPlan, plan_to_json
 from caesura_vmcontrol.sealed import Damaged, seal, unseal
 
 CONTROL = "/sys/fs/cgroup/x/a/cgroup.freeze"
-PLANS: tuple[Plan, ...] = (
+PLANS: tuple[ResumePlan, ...] = (
     CgroupPlan("a", "cgroup2", CONTROL),
     SignalPlan("b", 4711, 99, ((4712, 100),)),
     QemuPlan("c", Vmm(4713, 101, "/run/c/guard")),
@@ -27,7 +27,7 @@ PLANS: tuple[Plan, ...] = (
 )
 
 
-def of(plan: Plan) -> Marker:
+def of(plan: ResumePlan) -> Marker:
     """A marker of this boot."""
     return Marker("op", "boot", 12.5, plan)
 
@@ -135,7 +135,7 @@ def test_a_marker_under_another_name_counts_as_damaged(tmp_path: Path) -> None:
     ],
 )
 def test_the_way_out_of_a_vm_whose_marker_is_damaged(
-    tmp_path: Path, file: str, content: dict[str, Any], wanted: Plan | None
+    tmp_path: Path, file: str, content: dict[str, Any], wanted: ResumePlan | None
 ) -> None:
     (tmp_path / "vms").mkdir()
     (tmp_path / "vms" / file).write_text(json.dumps(content))

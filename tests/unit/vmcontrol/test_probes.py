@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 
 from caesura_testing.patience import patient
+from caesura_vmcontrol.freezer_control import Condition
 from caesura_vmcontrol.intent import Intent
-from caesura_vmcontrol.plans import Condition, Plan, QemuPlan, Vmm
 from caesura_vmcontrol.procfs import Process
+from caesura_vmcontrol.qemu_plans import QemuPlan, Vmm
+from caesura_vmcontrol.resume_plans import ResumePlan
 from caesura_vmcontrol.watchdog import GuardRefusal, Watchdog
 
 PATIENCE_S = patient(5.0)
@@ -35,10 +37,10 @@ class World:
     def log(self, event: str, **facts: Any) -> None:
         self.logged.append((event, facts))
 
-    def look(self, plan: Plan, _: Mapping[int, Process] | None) -> Condition:
+    def look(self, plan: ResumePlan, _: Mapping[int, Process] | None) -> Condition:
         return self.vms[plan.vm]
 
-    def release(self, plan: Plan, _: Mapping[int, Process] | None) -> None:
+    def release(self, plan: ResumePlan, _: Mapping[int, Process] | None) -> None:
         self.released.append(plan.vm)
         if plan.vm == "a":
             self.hang.wait(PATIENCE_S)

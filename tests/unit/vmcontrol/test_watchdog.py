@@ -13,19 +13,12 @@ from typing import Any
 import pytest
 
 from caesura_testing.patience import patient
+from caesura_vmcontrol.freezer_control import Condition
 from caesura_vmcontrol.intent import GuardAction, Intent, Intervention, UnreadableIntent
-from caesura_vmcontrol.plans import (
-    BadPlan,
-    CgroupPlan,
-    Condition,
-    Plan,
-    QemuPlan,
-    SignalPlan,
-    Vmm,
-    plan_from_json,
-    plan_to_json,
-)
+from caesura_vmcontrol.plan_errors import BadPlan
 from caesura_vmcontrol.procfs import Process
+from caesura_vmcontrol.qemu_plans import QemuPlan, Vmm
+from caesura_vmcontrol.resume_plans import CgroupPlan, ResumePlan, SignalPlan, plan_from_json, plan_to_json
 from caesura_vmcontrol.watchdog import GuardRefusal, Watchdog
 
 
@@ -45,12 +38,12 @@ class World:
         self.unreadable: set[str] = set()
         self.watch = Watchdog(self, no_log, clock=lambda: self.now, look=self.look, release=self.release)
 
-    def look(self, plan: Plan, _: Mapping[int, Process] | None) -> Condition:
+    def look(self, plan: ResumePlan, _: Mapping[int, Process] | None) -> Condition:
         if plan.vm in self.unreadable:
             raise OSError("cannot tell")
         return self.vms[plan.vm]
 
-    def release(self, plan: Plan, _: Mapping[int, Process] | None) -> None:
+    def release(self, plan: ResumePlan, _: Mapping[int, Process] | None) -> None:
         if plan.vm in self.stubborn:
             raise OSError("will not")
         if self.vms[plan.vm] != "gone":
@@ -274,15 +267,15 @@ class Hanging(World):
         self.begun: list[str] = []
         super().__init__()
 
-    def look(self, plan: Plan, table: Mapping[int, Process] | None) -> Condition:
+    def look(self, plan: ResumePlan, table: Mapping[int, Process] | None) -> Condition:
         self._hang("look", plan)
         return super().look(plan, table)
 
-    def release(self, plan: Plan, table: Mapping[int, Process] | None) -> None:
+    def release(self, plan: ResumePlan, table: Mapping[int, Process] | None) -> None:
         self._hang("release", plan)
         super().release(plan, table)
 
-    def _hang(self, what: str, plan: Plan) -> None:
+    def _hang(self, what: str, plan: ResumePlan) -> None:
         if plan.vm == "a" and what in self.hangs:
             self.begun.append(what)
             self.answers.wait()
@@ -352,14 +345,14 @@ class Qemu(World):
         self.answers.set()
         super().__init__()
 
-    def look(self, plan: Plan, table: Mapping[int, Process] | None) -> Condition:
+    def look(self, plan: ResumePlan, table: Mapping[int, Process] | None) -> Condition:
         found = super().look(plan, table)
         if plan.vm == "a":
             self.looked.set()
             self.answers.wait(patient(20))
         return found
 
-    def release(self, plan: Plan, table: Mapping[int, Process] | None) -> None:
+    def release(self, plan: ResumePlan, table: Mapping[int, Process] | None) -> None:
         super().release(plan, table)
         self.released.append(plan.vm)
 
@@ -451,7 +444,7 @@ def test_a_stop_signal_that_is_still_pending_at_the_owners_death_is_taken_back()
     pending: set[str] = set()
     released = world.release
 
-    def release(plan: Plan, table: Mapping[int, Process] | None) -> None:
+    def release(plan: ResumePlan, table: Mapping[int, Process] | None) -> None:
         pending.discard(plan.vm)
         released(plan, table)
 
@@ -536,7 +529,7 @@ def test_a_guest_that_a_round_leaves_paused_is_not_at_its_end() -> None:
     vms: dict[str, Condition] = {"a": "running"}
     world = World()
 
-    def look(plan: Plan, _: Mapping[int, Process] | None) -> Condition:
+    def look(plan: ResumePlan, _: Mapping[int, Process] | None) -> Condition:
         return next(seen, vms[plan.vm])
 
     world.watch = Watchdog(world, no_log, clock=lambda: world.now, look=look, release=lambda *_: None)

@@ -46,9 +46,11 @@ from caesura_host_updater.drivers.port import (
 )
 from caesura_host_updater.spawn import ExitWatch
 from caesura_vmcontrol import container_engine
-from caesura_vmcontrol.container_engine import EngineRefused
-from caesura_vmcontrol.plans import Condition, EnginePlan, condition, plan_to_json, thaw
+from caesura_vmcontrol.container_engine import EnginePlan, EngineRefused
+from caesura_vmcontrol.freezer_control import Condition
 from caesura_vmcontrol.procfs import alive, boot_id, read_process
+from caesura_vmcontrol.resume_plans import plan_to_json
+from caesura_vmcontrol.vm_control import condition, thaw
 
 _START_S = 20.0  # s: to start a container
 _STOP_S = 10  # s: between SIGTERM and SIGKILL when a container is stopped with the host updater

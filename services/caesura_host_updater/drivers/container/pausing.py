@@ -9,9 +9,10 @@ from collections.abc import Callable
 from caesura_host_updater.drivers.container.cgroup import NoFreezer, read_freezer
 from caesura_host_updater.drivers.container.definition import Inspected, inspected
 from caesura_vmcontrol import container_engine
-from caesura_vmcontrol.container_engine import EngineRefused
-from caesura_vmcontrol.plans import EnginePlan, condition, freeze_cgroup
+from caesura_vmcontrol.container_control import freeze_container
+from caesura_vmcontrol.container_engine import EnginePlan, EngineRefused
 from caesura_vmcontrol.procfs import alive, read_process
+from caesura_vmcontrol.vm_control import condition
 
 ASK_S = 2.0  # s: for what the engine knows; it takes milliseconds
 _STEP_S = 0.002  # s: between two looks at a container that is to be paused
@@ -84,7 +85,7 @@ def pause_container(plan: EnginePlan, by: float, stop: threading.Event, call: Ca
         if found.paused:
             # The engine is wrong: its container was resumed by the cgroup while it was away. Frozen as the engine
             # has it, it can be resumed through it again.
-            freeze_cgroup(plan)
+            freeze_container(plan)
         else:
             _request_pause(plan, by, call)
         while (state := condition(plan)) != "frozen":

@@ -39,8 +39,10 @@ from caesura_host_updater.drivers.process.freezers import (
 from caesura_host_updater.drivers.process.init_spec import memory_file
 from caesura_host_updater.drivers.process.supervisor import ProcessSupervisor
 from caesura_host_updater.drivers.sampling import sampled_digest_of
-from caesura_vmcontrol.plans import CgroupPlan, Condition, SignalPlan, condition, thaw
+from caesura_vmcontrol.freezer_control import Condition
 from caesura_vmcontrol.procfs import Process, process_table
+from caesura_vmcontrol.resume_plans import CgroupPlan, SignalPlan
+from caesura_vmcontrol.vm_control import condition, thaw
 
 _LOOK_S = 0.002  # s: between two looks at a VM that is to be paused or run: v1 and signals notify nobody
 _KERNEL_S = 0.25  # s: what a try of a resume may take longer than it was given

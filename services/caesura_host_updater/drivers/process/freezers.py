@@ -1,7 +1,7 @@
 """Three ways to freeze the processes of a VM: cgroup v2, cgroup v1, signals.
 
 Each knows where a VM's processes are put, how to ask for the freeze, and the plan that undoes it. Whether
-a freeze took is read from the kernel by ``caesura_vmcontrol.plans.condition``, the same for all.
+a freeze took is read from the kernel by ``caesura_vmcontrol.freezer_control.cgroup_condition``, the same for all.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from typing import Literal, Protocol
 import msgspec
 
 from caesura.runtime.errors import CaesuraError
-from caesura_vmcontrol.plans import CgroupPlan, SignalPlan, condition, thaw
 from caesura_vmcontrol.procfs import Process, process_table, send_signal
+from caesura_vmcontrol.resume_plans import CgroupPlan, SignalPlan
+from caesura_vmcontrol.vm_control import condition, thaw
 
 FreezerKind = Literal["cgroup2", "cgroup1", "sigstop"]
 

@@ -31,8 +31,9 @@ from caesura_host_updater.drivers.process.freezers import (
 from caesura_host_updater.drivers.process.init_spec import ended_file, init_spec
 from caesura_host_updater.drivers.shutdown_requests import ShutdownRequests
 from caesura_host_updater.spawn import ExitWatch, SpawnError, reap, start_detached
-from caesura_vmcontrol.plans import SignalPlan, condition, thaw
 from caesura_vmcontrol.procfs import alive, boot_id, process_table, send_signal
+from caesura_vmcontrol.resume_plans import SignalPlan
+from caesura_vmcontrol.vm_control import condition, thaw
 
 _START_TIMEOUT_S = 15.0  # s: a VM's first process needs some 20 ms; this is for a machine that thrashes
 _STOP_TIMEOUT_S = guest_init.TERM_GRACE_S + 2.0

@@ -15,8 +15,8 @@ from pathlib import Path
 
 from caesura_host_updater.drivers.qemu.async_qmp import AsyncQmp
 from caesura_host_updater.drivers.qemu.handover import HandOverFailed, is_verdict, migrate, take_from
-from caesura_vmcontrol.plans import ReplacePlan
 from caesura_vmcontrol.procfs import alive, send_signal
+from caesura_vmcontrol.qemu_plans import ReplacePlan
 from caesura_vmcontrol.replacing import PART
 
 CAPABILITIES = {"x-ignore-shared": True, "events": True}

@@ -17,10 +17,11 @@ from caesura_host_updater.drivers.qemu.process_records import Records, VmProcess
 from caesura_host_updater.drivers.qemu.vmm import read_vmm
 from caesura_host_updater.spawn import reap
 from caesura_vmcontrol import claims
-from caesura_vmcontrol.plans import ReplacePlan, SwapPlan, thaw
 from caesura_vmcontrol.process_control import find_by_env, kill_and_wait
 from caesura_vmcontrol.procfs import boot_id
 from caesura_vmcontrol.qemu_control import heir
+from caesura_vmcontrol.qemu_plans import ReplacePlan, SwapPlan
+from caesura_vmcontrol.vm_control import thaw
 
 _END_S = 2.0  # s: for a killed process to be dead
 

@@ -36,8 +36,9 @@ from caesura_host_updater.drivers.qemu.supervisor import VmSupervisor
 from caesura_host_updater.drivers.qemu.trial import Trials
 from caesura_host_updater.drivers.sampling import sampled_digest_of
 from caesura_vmcontrol import claims
-from caesura_vmcontrol.plans import Plan, QemuPlan
+from caesura_vmcontrol.qemu_plans import QemuPlan
 from caesura_vmcontrol.qmp_commands import NOT_OURS
+from caesura_vmcontrol.resume_plans import ResumePlan
 
 _METHODS: tuple[Method, ...] = ("live", "swap", "freeze", "replace", "reboot")
 _CONT_S = 0.1  # s: what our own connection gets before the guard's way is taken
@@ -171,7 +172,7 @@ class QemuDriver:
             await self._migrator.release(guest)
         await self._preparer.prepare(guest, operation, method, binary)
 
-    def resume_plan(self, vm: str) -> Plan:
+    def resume_plan(self, vm: str) -> ResumePlan:
         """The way out of what was prepared, else of a stop."""
         guest = self._guests[vm]
         plan = guest.plan()

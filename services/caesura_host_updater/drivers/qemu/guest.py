@@ -24,8 +24,8 @@ from caesura_host_updater.drivers.qemu.process_records import TRIAL, VmProcessRe
 from caesura_host_updater.drivers.qemu.snapshot import VmSnapshot
 from caesura_host_updater.drivers.qemu.vmm import NoVmm, foreign, marked_as, ram_error, read_vmm
 from caesura_host_updater.spawn import ExitWatch
-from caesura_vmcontrol.plans import QemuPlan, ReplacePlan, SwapPlan, Vmm
 from caesura_vmcontrol.procfs import STOPPED, alive, boot_id, ending, read_process
+from caesura_vmcontrol.qemu_plans import QemuPlan, ReplacePlan, SwapPlan, Vmm
 from caesura_vmcontrol.qmp_commands import AWAY, NOT_OURS, OVER, RUNNING
 from caesura_vmcontrol.replacing import STUCK
 

@@ -21,10 +21,10 @@ from caesura_host_updater.drivers.qemu.async_qmp import (
     QmpEventWatch,
     QmpFailed,
 )
-from caesura_host_updater.drivers.qemu.memory_views import Compared
+from caesura_host_updater.drivers.qemu.memory_comparison import Compared
 from caesura_vmcontrol.claims import claim, note
-from caesura_vmcontrol.plans import ReplacePlan, SwapPlan
 from caesura_vmcontrol.procfs import alive, send_signal
+from caesura_vmcontrol.qemu_plans import ReplacePlan, SwapPlan
 from caesura_vmcontrol.qmp_commands import note_ran
 
 SWAP_CAPABILITIES = {"x-ignore-shared": True, "events": True, "return-path": True}

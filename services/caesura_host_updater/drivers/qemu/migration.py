@@ -1,6 +1,6 @@
 """Swap and replace of one guest: preparing, handing over, saving, and cleaning up afterwards.
 
-Every failure takes the same way out as the pause guard's: ``caesura_vmcontrol.plans.thaw`` of the plan that was prepared.
+Every failure takes the same way out as the pause guard's: ``caesura_vmcontrol.vm_control.thaw`` of the plan that was prepared.
 """
 
 from __future__ import annotations
@@ -36,26 +36,21 @@ from caesura_host_updater.drivers.qemu.handover import (
     set_capabilities,
 )
 from caesura_host_updater.drivers.qemu.launching import Launcher
-from caesura_host_updater.drivers.qemu.memory_comparison import compare, find_views
-from caesura_host_updater.drivers.qemu.memory_views import Views
+from caesura_host_updater.drivers.qemu.memory_comparison import Views
 from caesura_host_updater.drivers.qemu.observer import read_snapshot
 from caesura_host_updater.drivers.qemu.process_records import Records, VmProcessRecord
 from caesura_host_updater.drivers.qemu.realtime import RealtimeBoost
+from caesura_host_updater.drivers.qemu.swap_memory_check import compare, find_views
 from caesura_host_updater.drivers.qemu.vmm import NoVmm, last_words
 from caesura_host_updater.spawn import ExitWatch, reap
 from caesura_vmcontrol import claims
-from caesura_vmcontrol.plans import (
-    Condition,
-    Plan,
-    QemuPlan,
-    ReplacePlan,
-    SwapPlan,
-    condition,
-    thaw,
-)
+from caesura_vmcontrol.freezer_control import Condition
 from caesura_vmcontrol.process_control import restore_priority
 from caesura_vmcontrol.procfs import send_signal
 from caesura_vmcontrol.qemu_control import heir, holder
+from caesura_vmcontrol.qemu_plans import QemuPlan, ReplacePlan, SwapPlan
+from caesura_vmcontrol.resume_plans import ResumePlan
+from caesura_vmcontrol.vm_control import condition, thaw
 
 _HAND_OVER_S = 2.0  # s: 3 to 10 ms is usual; a new process that hangs is given up after this
 _RECOVER_S = 4.0  # s: how long we try to recover by ourselves before the caller does
@@ -397,7 +392,7 @@ def _at(name: str, watch: QmpEventWatch) -> float | None:
     return next((event.at for event in reversed(watch.events) if event.name == name), None)
 
 
-def _try_recovery(plan: Plan) -> tuple[Condition, str]:
+def _try_recovery(plan: ResumePlan) -> tuple[Condition, str]:
     """One try of the way out, in a thread: what came of it, and why no more."""
     why = ""
     try:

@@ -30,8 +30,8 @@ from caesura_host_updater.drivers.qemu.successor import next_command, next_path
 from caesura_host_updater.drivers.qemu.trial import drop
 from caesura_host_updater.drivers.qemu.vmm import NoVmm, VmmProcess, last_words, ram_error, read_vmm
 from caesura_host_updater.spawn import ExitWatch
-from caesura_vmcontrol.plans import ReplacePlan, SwapPlan, Vmm
 from caesura_vmcontrol.procfs import read_process
+from caesura_vmcontrol.qemu_plans import ReplacePlan, SwapPlan, Vmm
 
 
 class Preparer:

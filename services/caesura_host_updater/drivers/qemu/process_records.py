@@ -10,8 +10,10 @@ from pathlib import Path
 import msgspec
 
 from caesura_vmcontrol.markers import OPERATIONS
-from caesura_vmcontrol.plans import BadPlan, ReplacePlan, SwapPlan, plan_from_json, plan_to_json
+from caesura_vmcontrol.plan_errors import BadPlan
 from caesura_vmcontrol.procfs import boot_id
+from caesura_vmcontrol.qemu_plans import ReplacePlan, SwapPlan
+from caesura_vmcontrol.resume_plans import plan_from_json, plan_to_json
 
 _PLAN = "plan.json"
 TRIAL = "trial"

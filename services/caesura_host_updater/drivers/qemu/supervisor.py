@@ -27,8 +27,9 @@ from caesura_host_updater.drivers.shutdown_requests import ShutdownRequests
 from caesura_host_updater.spawn import ExitWatch, reap
 from caesura_vmcontrol import claims
 from caesura_vmcontrol.markers import OPERATIONS
-from caesura_vmcontrol.plans import ReplacePlan, SwapPlan, condition
 from caesura_vmcontrol.procfs import alive, boot_id
+from caesura_vmcontrol.qemu_plans import ReplacePlan, SwapPlan
+from caesura_vmcontrol.vm_control import condition
 
 _PROBE_S = 0.05  # s: for a QEMU to notice that who connected has gone; then it takes the next one
 _LOOK_S = 5.0  # s: between two looks for VMs that others start, or that did not answer

@@ -7,7 +7,7 @@ import msgspec
 from caesura.lifecycle.budget import digest_by_s, margin_s
 
 
-class Schedule(msgspec.Struct, frozen=True):
+class PauseDeadlines(msgspec.Struct, frozen=True):
     """The instants that follow from a budget, from ``started_at``, which is before the first freeze call.
 
     The margin is that of ``caesura.lifecycle.budget``, which the planner uses too. Three margins before the budget ends
@@ -19,8 +19,8 @@ class Schedule(msgspec.Struct, frozen=True):
     margin_s: float
 
     @classmethod
-    def of(cls, started_at: float, budget_s: float) -> Schedule:
-        """The schedule of a budget."""
+    def of(cls, started_at: float, budget_s: float) -> PauseDeadlines:
+        """The deadlines of a budget."""
         return cls(started_at, budget_s, margin_s(budget_s))
 
     @property

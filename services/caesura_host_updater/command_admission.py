@@ -1,9 +1,9 @@
-"""Which commands this host obeys: epochs, expiry, duplicates, and whether the command fits the host. Pure."""
+"""Which commands this host obeys: expiry, duplicates, and whether the command fits the host; epochs are in ``epoch_authority``. Pure."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from datetime import datetime
 
 import msgspec
@@ -16,59 +16,11 @@ from caesura.contract.messages import (
 )
 from caesura.contract.reasons import ReasonCode
 from caesura.lifecycle.budget import MIN_BUDGET_S, usable_s
-from caesura.lifecycle.commands import COMMANDS, UPGRADE, missing
-from caesura.lifecycle.epoch import EPOCH_LEAP, leaps
+from caesura_host_updater.epoch_authority import EpochAuthority, NotObeyed
 from caesura_host_updater.inventory.updates import Catalogue, UpdateFile
 
 STOPPING = "the host updater is stopping"
 """Why nothing begins, and why what was begun is aborted."""
-
-
-class EpochAuthority(msgspec.Struct, frozen=True):
-    """The coordinator this host obeys: the highest epoch observed, and its coordinator."""
-
-    epoch: int = 0
-    coordinator: str = ""
-
-
-class NotObeyed(msgspec.Struct, frozen=True):
-    """A coordinator that has no authority here, and why."""
-
-    why: str
-    outdated: bool = False
-    """Its version is one whose commands this host would never receive."""
-
-
-def observe_epoch(
-    authority: EpochAuthority, epoch: int, coordinator: str, commands: Collection[str] = COMMANDS
-) -> EpochAuthority | NotObeyed:
-    """The effect of a coordinator's epoch: the authority to hold from now on, or why it is not obeyed.
-
-    Args:
-        commands: types of the commands that it sends. A coordinator whose command was received sends what this host reads.
-    """
-    if leaps(authority.epoch, epoch):
-        return NotObeyed(
-            f"epoch {epoch} is more than {EPOCH_LEAP} above epoch {authority.epoch} of {authority.coordinator}, which this host "
-            "obeys: no coordinator can have claimed it"
-        )
-    if epoch < authority.epoch:
-        return NotObeyed(
-            f"epoch {epoch} is old: this host obeys epoch {authority.epoch} of {authority.coordinator}"
-        )
-    if unsent := missing(commands):
-        return NotObeyed(
-            f"coordinator {coordinator} of epoch {epoch} is of a version that does not send {', '.join(unsent)}, and this host "
-            f"would not receive what it sends: upgrade the coordinator ({UPGRADE})",
-            outdated=True,
-        )
-    if epoch > authority.epoch:
-        return EpochAuthority(epoch, coordinator)
-    if coordinator != authority.coordinator:
-        return NotObeyed(
-            f"epoch {epoch} belongs to coordinator {authority.coordinator}, not to {coordinator}"
-        )
-    return authority
 
 
 class Refuse(msgspec.Struct, frozen=True):

@@ -1,6 +1,6 @@
 """The effect of each input on a rollout: requests of operators, approvals, answers, reports. Pure.
 
-A repeated or late input changes nothing. What follows from it, and from time, is in ``rollout_course``.
+A repeated or late input changes nothing. What follows from it, and from time, is in ``wave_transitions``.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from caesura.contract.reasons import Reason
 from caesura.lifecycle.errors import IllegalStatusChange
 from caesura_coordinator.decision import Decision
 from caesura_coordinator.effects import EventApprovedEffect, RolloutMoved
-from caesura_coordinator.events import Approve, Outdated
+from caesura_coordinator.inputs import Approve, Outdated
 from caesura_coordinator.members import members_of
 from caesura_coordinator.proofs import clock_verdict
 from caesura_coordinator.records import (

@@ -11,7 +11,6 @@ from caesura.contract.messages import WaveStatus
 from caesura.contract.reasons import Reason, codes_of
 from caesura_coordinator.decision import Decision
 from caesura_coordinator.effects import EventScheduled, EventStarted
-from caesura_coordinator.fence import fence_blockers, health_blockers, placement_blockers
 from caesura_coordinator.members import members_of
 from caesura_coordinator.records import (
     FINAL,
@@ -23,6 +22,7 @@ from caesura_coordinator.records import (
 )
 from caesura_coordinator.text import join_reasons
 from caesura_coordinator.verification import verify
+from caesura_coordinator.wave_gates import fence_blockers, health_blockers, placement_blockers
 
 COMMAND_WINDOW_S = 30.0
 """s: hosts refuse a wave's command later than this after its start; a command delayed for that long should not be obeyed."""

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 import msgspec
-from click.core import ParameterSource
 
-from caesura.contract.names import check_name
 from caesura.runtime.command import leaves
 from caesura.runtime.errors import CaesuraError, ConfigError
 from caesura.runtime.interrupt import EXIT_INTERRUPTED
@@ -21,16 +19,13 @@ from caesura.runtime.visible import visible
 from caesura_ctl.durations import DURATION, Duration
 from caesura_ctl.name_params import NAME
 from caesura_ctl.options import Commands, fail, print_json
-from caesura_rehearse.expectations import WORDS, Expectation, parse_expectation
+from caesura_rehearse.expectations import WORDS, parse_expectation
 from caesura_rehearse.faults import WORDS as FAULT_WORDS
-from caesura_rehearse.faults import Fault, parse_fault
-from caesura_rehearse.members import MOST_VMS, UPDATE_DOMAINS, Member, check_known, members_of
+from caesura_rehearse.faults import parse_fault
+from caesura_rehearse.members import MOST_VMS, UPDATE_DOMAINS
 from caesura_rehearse.order_commands import ORDER_COMMANDS
-from caesura_rehearse.orders import EVENT_NAMES, MAX_PAUSE_S, Order
-from caesura_rehearse.placeholders import NAMES as PLACEHOLDERS
+from caesura_rehearse.orders import MAX_PAUSE_S
 from caesura_rehearse.placeholders import WORDS as WORDS_IN_ARGUMENTS
-from caesura_rehearse.placeholders import fill
-from caesura_rehearse.scenario import Scenario, read_scenario
 from caesura_rehearse.scenario_commands import scenarios
 from caesura_rehearse.speed import MOST_SPEED
 
@@ -286,8 +281,10 @@ def rehearse(context: click.Context, /, *, as_json: bool, junit: Path | None, **
         return
     configure_logging("rehearse", level="error")
     try:
-        run_options = _run_options(context, as_json=as_json, options=options)
-        sys.exit(asyncio.run(_run(run_options, as_json=as_json, junit_file=junit)))
+        from caesura_rehearse.command_options import run_options  # noqa: PLC0415 - half a second that --help does not need
+
+        wanted = run_options(context, context.meta.get(_PROGRAM, ()), options, as_json=as_json)
+        sys.exit(asyncio.run(_run(wanted, as_json=as_json, junit_file=junit)))
     except KeyboardInterrupt:  # before it handled signals itself: nothing was started
         sys.exit(EXIT_INTERRUPTED)
     except CaesuraError as error:
@@ -297,142 +294,6 @@ def rehearse(context: click.Context, /, *, as_json: bool, junit: Path | None, **
         if not known:
             raise
         fail(known[0], as_json=as_json)
-
-
-def _run_options(context: click.Context, *, as_json: bool, options: dict[str, Any]) -> Any:
-    from caesura_rehearse.address import GATEWAY, with_port  # noqa: PLC0415 - as below
-    from caesura_rehearse.run import RunOptions, refused_together  # noqa: PLC0415 - half a second that --help does not need
-
-    argv = context.meta.get(_PROGRAM, ())
-    events = [
-        ("--scenario", options["scenario"]),
-        ("--freeze", options["freeze"] is not None),
-        *((f"--{each}", options[each]) for each in EVENT_NAMES if each != "freeze"),
-    ]
-    targets = (
-        ("a program after --", argv),
-        *(
-            (f"--{each}", options[each.replace("-", "_")])
-            for each in ("pid", "cgroup", "container", "compose-service")
-        ),
-    )
-    for each in (events, targets):
-        if why := refused_together(each):
-            raise click.UsageError(why, context)
-    wanted = next((name.removeprefix("--") for name, given in events if given), None)
-    if wanted == "scenario" and options["notice"] is not None:
-        raise click.UsageError(
-            "--notice is for an event of the command line: the scenario has its own", context
-        )
-    if wanted is None and (options["notice"] is not None or options["expectations"]):
-        raise click.UsageError(
-            "--notice and --expect need an event: --freeze, --reboot, --redeploy, --preempt or --terminate, or a --scenario",
-            context,
-        )
-    container = options["container"] or options["compose_service"]
-    if options["proxy"] and not argv:
-        raise click.UsageError("--proxy needs a program after --", context)
-    if options["netns"] and not (argv or container):
-        raise click.UsageError("--netns needs a program after --, or a container", context)
-    if why := refused_together([(f"--{each}", options[each]) for each in ("netns", "proxy", "address")]):
-        raise click.UsageError(why, context)
-    if options["publish"] and (not options["netns"] or container):
-        raise click.UsageError(
-            "--publish needs --netns and a program: without it the program has the network of this machine",
-            context,
-        )
-    if context.get_parameter_source("engine") == ParameterSource.COMMANDLINE and not container:
-        raise click.UsageError("--engine needs --container or --compose-service", context)
-    address = with_port(options["address"]) if options["address"] else ""
-    if address.startswith(f"{GATEWAY}:") and not container:
-        raise click.UsageError("--address gateway needs --container or --compose-service", context)
-    scenario = read_scenario(options["scenario"]) if wanted == "scenario" else None
-    members = _members(context, options, scenario)
-    _check_members(context, options, scenario, members, argv)
-    order = None
-    if wanted is not None and scenario is None:
-        order = Order(
-            event=EVENT_NAMES[wanted],
-            notice_s=options["notice"],
-            duration_s=options["freeze"] or 0.0,
-            source=options["source"].title(),
-            grace_s=options["grace"],
-        )
-    return RunOptions(
-        argv=argv,
-        pid=options["pid"],
-        cgroup=options["cgroup"],
-        container=options["container"] or "",
-        compose_service=options["compose_service"] or "",
-        engine=options["engine"] or "",
-        order=order,
-        scenario=scenario,
-        expectations=(*(scenario.expectations if scenario else ()), *options["expectations"]),
-        members=members,
-        port=options["port"],
-        speed=options["speed"],
-        settle_s=options["settle"],
-        freezer=options["freezer"],
-        proxy=options["proxy"],
-        netns=options["netns"],
-        publish=options["publish"],
-        address=address,
-        faults=tuple(options["faults"]),
-        control=options["control"],
-        own_stdout=as_json,
-    )
-
-
-def _members(
-    context: click.Context, options: dict[str, Any], scenario: Scenario | None
-) -> tuple[Member, ...]:
-    """The VMs. Raises UsageError: options for them contradict each other, or the scenario."""
-    count, set_name, vm = options["vms"], options["set_name"], options["vm"]
-    if scenario is not None and scenario.members:
-        for name, key in (("--vms", "vms"), ("--vm", "vm"), ("--set", "set_name")):
-            if context.get_parameter_source(key) == ParameterSource.COMMANDLINE:
-                raise click.UsageError(
-                    f"{name}: this scenario says itself which VMs there are, see [[set]] in {scenario.file}",
-                    context,
-                )
-        return scenario.members
-    if count is None:
-        return (Member(vm=vm or f"{set_name}-1", set=set_name),)
-    if vm is not None:
-        raise click.UsageError(
-            f"--vm and --vms exclude each other: with --vms the names are {set_name}-1 to {set_name}-{count}",
-            context,
-        )
-    return members_of(set_name, count)
-
-
-def _check_members(
-    context: click.Context,
-    options: dict[str, Any],
-    scenario: Scenario | None,
-    members: Sequence[Member],
-    argv: Sequence[str],
-) -> None:
-    """Whether all that names VMs names these, and what is for one VM is not for several. Raises UsageError and ConfigError."""
-    for each in members:
-        check_name("VM", each.vm)
-        check_name("set", each.set)
-    several = len(members) > 1
-    if (
-        several
-        and not argv
-        and any(options[each] for each in ("pid", "cgroup", "container", "compose_service"))
-    ):
-        raise click.UsageError("several VMs need a program after --, which each of them runs", context)
-    for name in ("address", "publish"):
-        if several and options[name]:
-            raise click.UsageError(f"--{name} is for one VM, here are {len(members)}", context)
-    named: list[Expectation | Fault] = [*options["expectations"], *options["faults"]]
-    if scenario is not None:
-        scenario.check_members(members)
-        named += [*scenario.expectations, *scenario.faults]
-    check_known("VM", [each.vm for each in named if each.vm], [each.vm for each in members])
-    fill(argv, dict.fromkeys(PLACEHOLDERS, ""), strict=several)
 
 
 async def _run(options: Any, *, as_json: bool, junit_file: Path | None) -> int:

@@ -60,7 +60,6 @@ class Engine:
     """
 
     def __init__(self, folder: Path, say: Callable[[str], None], *, speed: float = 1.0) -> None:
-        self.speed = speed
         self.conditions = Conditions()
         self.observations = Observations()
         self.slots: dict[str, Slot] = {}
@@ -135,7 +134,7 @@ class Engine:
             events=tuple(self.events),
             rollouts=tuple(rollouts),
             scenario=scenario,
-            speed=self.speed,
+            speed=self.rollouts.speed,
             programs=tuple(programs),
             deliveries=tuple(seen.deliveries),
             approvals=tuple(seen.approvals),

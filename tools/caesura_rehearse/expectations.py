@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Literal
 
 import msgspec
 
 from caesura.runtime.errors import ConfigError
+from caesura_rehearse.durations import seconds_in
 from caesura_rehearse.observations import BY_ORDER, EventRecord, ProgramRecord, RolloutRecord, describe_exit
 from caesura_rehearse.vm_prefix import split_vm
 
 Kind = Literal["seen", "approved", "drained-within", "survived"]
 
-_DRAINED = re.compile(r"drained-within[ =]+(?P<seconds>\d+(?:\.\d+)?)s?\Z")
+_DRAINED = re.compile(r"drained-within[ =]+(?P<time>\S+)")
 WORDS = (
     'seen, approved, "drained-within 10s", survived; with a VM before it ("app-2: seen") for that one only'
 )
@@ -61,7 +63,8 @@ def parse_expectation(text: str) -> Expectation:
     vm, words = split_vm(text)
     found = _DRAINED.fullmatch(words)
     if found:
-        return Expectation("drained-within", float(found["seconds"]), vm)
+        with suppress(ValueError):
+            return Expectation("drained-within", seconds_in(found["time"]), vm)
     match words:
         case "seen" | "approved" | "survived" as kind:
             return Expectation(kind, vm=vm)

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 from caesura.runtime.errors import ConfigError
-from caesura_rehearse.members import hint_for
+from caesura_rehearse.members import Member, hint_for
 
 NAMES = ("vm", "set", "n", "port")
 WORDS = ", ".join(f"{{{name}}}" for name in NAMES)
@@ -15,6 +15,12 @@ _WORD = re.compile(r"(?<![${])(?P<braces>\{+)(?P<name>[a-z_]+)(?P<end>\}+)")
 
 class UnknownPlaceholder(ConfigError):
     """A word in braces that is not one of the placeholders."""
+
+
+def arguments_of(argv: Sequence[str], member: Member, port: int, *, strict: bool) -> tuple[str, ...]:
+    """A VM's own words of the command line. Raises UnknownPlaceholder."""
+    values = {"vm": member.vm, "set": member.set, "n": str(member.number), "port": str(port)}
+    return fill(argv, values, strict=strict)
 
 
 def fill(argv: Sequence[str], values: Mapping[str, str], *, strict: bool) -> tuple[str, ...]:

@@ -115,7 +115,7 @@ class Rollouts:
         self._documents = documents
         self._impact = impact
         self._faults = faults
-        self._speed = speed
+        self.speed = speed
         self._say = say
         self._courses: dict[str, _Course] = {}
         self._locks: dict[str, asyncio.Lock] = {}
@@ -136,7 +136,7 @@ class Rollouts:
         Raises:
             OrderRefused: it names VMs that there are not, of two sets or two update domains, or what it demands cannot be done.
         """
-        order = at_speed(order, self._speed)
+        order = at_speed(order, self.speed)
         part = first_event(order, list(self._slots.values()))
         self._check_startable(order, (part,))
         course = await self._announce(order, (part,))
@@ -149,7 +149,7 @@ class Rollouts:
         Raises:
             OrderRefused: it names VMs or sets that there are not, VMs of two update domains of a set, or what it demands cannot be done.
         """
-        order = at_speed(order, self._speed)
+        order = at_speed(order, self.speed)
         waves = plan_waves(order, list(self._slots.values()))
         for wave in waves:
             self._check_startable(order, wave)
@@ -185,7 +185,7 @@ class Rollouts:
         record, course = self._open_event(event_id)
         if course.started:
             raise UnknownEvent(f"the event {event_id} has started: its NotBefore cannot move any more")
-        await self._move(course, record, by_s / self._speed)
+        await self._move(course, record, by_s / self.speed)
         return record
 
     async def approved_by_client(self, event_id: str, vm: str) -> None:
@@ -193,6 +193,16 @@ class Rollouts:
         record = self._seen.events.get(event_id.lower())
         if record is not None and not record.outcome:
             await self._approve(record, vm)
+
+    async def cancel_rollout(self, rollout_id: str) -> RolloutRecord:
+        """Take back what is scheduled; nothing of it follows. Raises UnknownEvent: it is not open, or has an event that has started."""
+        record = self.find(rollout_id)
+        events = self.open_events(rollout_id)
+        if record.ended is not None or not events:
+            raise UnknownEvent(f"the rollout {rollout_id} has no scheduled event to cancel")
+        await self.cancel(events[0].event_id)
+        await self._conditions.until(lambda: record.ended is not None, None)
+        return record
 
     def find(self, rollout_id: str) -> RolloutRecord:
         """A rollout. Raises UnknownEvent."""
@@ -346,7 +356,7 @@ class Rollouts:
                 case "neighbour":
                     await self._approve(record, NEIGHBOUR)
                 case "moved":
-                    await self._move(course, record, fault.seconds / self._speed)
+                    await self._move(course, record, fault.seconds / self.speed)
         self._conditions.notify()
 
     async def _carry_out(self, course: _Course) -> None:

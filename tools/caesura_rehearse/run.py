@@ -26,7 +26,7 @@ from caesura_rehearse.faults import Fault
 from caesura_rehearse.members import Member
 from caesura_rehearse.namespace import URL, NoNamespace, metadata_inside, open_door, published, way_in
 from caesura_rehearse.orders import Order
-from caesura_rehearse.placeholders import fill
+from caesura_rehearse.placeholders import arguments_of
 from caesura_rehearse.ports import ports_for
 from caesura_rehearse.report import Report
 from caesura_rehearse.run_folder import cgroup_of, run_folder
@@ -248,7 +248,7 @@ class Rehearse:
         return Program(
             slot.vm,
             arguments_of(options.argv, member, slot.port, strict=len(options.members) > 1),
-            {**program_environ(slot.vm, slot.set, slot.url, proxy=options.proxy), **own_variables(slot)},
+            {**program_environ(slot.vm, slot.set, slot.url, proxy=options.proxy), **slot.variables},
             folder,
             freezer,
             way_in=words,
@@ -300,17 +300,6 @@ def with_gateway(address: str, container: RunningContainer | None) -> str:
             f"{container.what} has no network with a gateway (its network is {container.facts.network})"
         )
     return f"{container.facts.gateways[0]}:{address.removeprefix('gateway:')}"
-
-
-def arguments_of(argv: Sequence[str], member: Member, port: int, *, strict: bool) -> tuple[str, ...]:
-    """A VM's own words of the command line. Raises UnknownPlaceholder."""
-    values = {"vm": member.vm, "set": member.set, "n": str(member.number), "port": str(port)}
-    return fill(argv, values, strict=strict)
-
-
-def own_variables(slot: Slot) -> dict[str, str]:
-    """Variables of a VM's program beside those that say where its metadata is."""
-    return {"CAESURA_PORT": str(slot.port), "CAESURA_UPDATE_DOMAIN": str(slot.update_domain)}
 
 
 def _is_over(engine: Engine) -> bool:

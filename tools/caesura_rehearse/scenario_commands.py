@@ -7,7 +7,8 @@ import click
 from caesura.runtime.errors import CaesuraError
 from caesura.runtime.visible import visible
 from caesura_ctl.options import fail, print_json
-from caesura_rehearse.scenario import read_scenario, schema_text, shipped_file, shipped_names
+from caesura_rehearse.scenario_file import schema_text
+from caesura_rehearse.scenario_reader import read_scenario, shipped_file, shipped_names
 
 _EPILOG = """\b
 examples:

@@ -20,7 +20,7 @@ class ScenarioPlayer:
     def __init__(self, engine: Engine, scenario: Scenario) -> None:
         self._engine = engine
         self._scenario = scenario
-        self._script = Script(scenario.steps, engine.speed)
+        self._script = Script(scenario.steps, engine.rollouts.speed)
         self._rollouts: dict[str, RolloutRecord] = {}
         self._began = 0.0
         self.record = ScenarioRecord(

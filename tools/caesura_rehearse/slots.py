@@ -33,6 +33,11 @@ class Slot(msgspec.Struct, kw_only=True):
         """Whether there is something on it that runs."""
         return self.target is not None and not self.target.ended.is_set()
 
+    @property
+    def variables(self) -> dict[str, str]:
+        """Of its program's environment, beside those that say where its metadata is."""
+        return {"CAESURA_PORT": str(self.port), "CAESURA_UPDATE_DOMAIN": str(self.update_domain)}
+
     def record(self) -> ProgramRecord | None:
         """What became of its program so far; None: it never had one."""
         target = self.target

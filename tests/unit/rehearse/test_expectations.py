@@ -43,6 +43,7 @@ def holds(expectation: Expectation, events: list[EventRecord], programs: list[Pr
         (" survived ", Expectation("survived")),
         ("drained-within 10s", Expectation("drained-within", 10.0)),
         ("drained-within=2.5", Expectation("drained-within", 2.5)),
+        ("drained-within 2m", Expectation("drained-within", 120.0)),
         ("app-2: seen", Expectation("seen", vm="app-2")),
         ("app-2:drained-within 3s", Expectation("drained-within", 3.0, "app-2")),
     ],
@@ -52,7 +53,7 @@ def test_words(text: str, expected: Expectation) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "aproved", "drained-within", "drained-within soon", "drained-within 10m"]
+    "text", ["", "aproved", "drained-within", "drained-within soon", "drained-within -5s"]
 )
 def test_other_words_are_refused_with_those_that_there_are(text: str) -> None:
     with pytest.raises(BadExpectation, match="drained-within 10s"):

@@ -13,25 +13,16 @@ from caesura.runtime.errors import ConfigError
 from caesura_rehearse.command import rehearse
 from caesura_rehearse.members import members_of
 from caesura_rehearse.orders import LaterPause
-from caesura_rehearse.scenario import (
-    SHIPPED,
-    EventStep,
-    FaultStep,
-    OnEventStep,
-    ScenarioError,
-    parse_scenario,
-    read_scenario,
-    schema,
-    schema_text,
-    shipped_names,
-)
+from caesura_rehearse.scenario import EventStep, FaultStep, OnEventStep, ScenarioError
+from caesura_rehearse.scenario_file import schema, schema_text
+from caesura_rehearse.scenario_reader import SHIPPED, parse_scenario, read_scenario, shipped_names
 
 SCHEMA_FILE = SHIPPED.with_name("scenario.schema.json")
 
 
 def test_the_schema_file_is_fresh() -> None:
     assert SCHEMA_FILE.read_text(encoding="utf-8") == schema_text(), (
-        "write it again: python -m caesura_rehearse.scenario >tools/caesura_rehearse/scenario.schema.json"
+        "write it again: python -m caesura_rehearse.scenario_file >tools/caesura_rehearse/scenario.schema.json"
     )
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from caesura_rehearse.scenario import EventStep, OnEventStep, Step, parse_scenario
+from caesura_rehearse.scenario import EventStep, OnEventStep, Step
+from caesura_rehearse.scenario_reader import parse_scenario
 from caesura_rehearse.script import Script, Wait
 
 

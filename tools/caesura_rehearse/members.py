@@ -119,7 +119,9 @@ def hint_for(name: str, known: Collection[str]) -> str:
     """Which of the known names may be meant, or all of them, to end a sentence with."""
     near = difflib.get_close_matches(name, list(known), n=1)
     listed = ", ".join(dict.fromkeys(known))
-    return f", did you mean {near[0]}? There are: {listed}" if near else f": {listed or 'there is none'}"
+    if not near:
+        return f": {listed or 'there is none'}"
+    return f", did you mean {near[0]}?" + (f" There are: {listed}" if len(set(known)) > 1 else "")
 
 
 def _wave_of(members: Sequence[Placed]) -> Wave:

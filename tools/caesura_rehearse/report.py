@@ -101,7 +101,7 @@ def text_lines(report: Report) -> list[str]:
         )
     polls = sum(report.polls.values())
     lines.append(
-        f"metadata    {polls} requests for the document, {len(report.deliveries)} different ones delivered, {len(report.approvals)} approvals"
+        f"metadata    {polls} requests for the document{_by_vm(report.polls)}, {len(report.deliveries)} different ones delivered, {len(report.approvals)} approvals"
     )
     lines += [
         f"    refused at {each.at:.1f} s: {each.method} {each.path}: {each.status} {each.why}"
@@ -114,6 +114,11 @@ def text_lines(report: Report) -> list[str]:
         for each in report.verdicts
     ]
     return [visible(line) for line in lines]
+
+
+def _by_vm(polls: dict[str, int]) -> str:
+    """How many each VM has made, where there are several."""
+    return f" ({', '.join(f'{vm} {count}' for vm, count in polls.items())})" if len(polls) > 1 else ""
 
 
 def _event_lines(record: EventRecord, *, named: bool) -> list[str]:

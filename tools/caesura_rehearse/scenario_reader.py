@@ -56,7 +56,7 @@ def shipped_file(name: str) -> Path:
     """The file of a shipped scenario. Raises ConfigError: there is none of this name."""
     if name not in (known := shipped_names()):
         raise ConfigError(
-            f"there is no scenario {name!r}{hint_for(name, known)}. A file of your own is named with its path: ./{name}.toml"
+            f"there is no scenario {name!r}{hint_for(name, known)}; a file of your own is named with its path: ./{name}.toml"
         )
     return SHIPPED / f"{name}.toml"
 

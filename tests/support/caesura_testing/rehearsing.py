@@ -6,6 +6,8 @@ import json
 import os
 import subprocess
 import sys
+import urllib.error
+import urllib.request
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
@@ -138,3 +140,33 @@ class Rehearsed:
     def left(self) -> list[int]:
         """Living processes that it has started."""
         return list(marked_processes(self.mark))
+
+
+def caesura(control: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    """An order by the command, for the rehearsal of this control file."""
+    return subprocess.run(
+        [str(Path(sys.executable).with_name("caesura")), "rehearse", *words, "--control", str(control)],
+        capture_output=True,
+        text=True,
+        timeout=patient(60),
+        check=False,
+    )
+
+
+def ask(
+    control: Path, method: str, path: str, body: Any = None, *, token: str | None = None
+) -> tuple[int, Any]:
+    """Status and JSON, as a test in another language would see them."""
+    address = json.loads(control.read_text())
+    request = urllib.request.Request(  # noqa: S310 - our own
+        address["url"] + path,
+        data=None if body is None else json.dumps(body).encode() if not isinstance(body, bytes) else body,
+        method=method,
+        headers={"Authorization": f"Bearer {address['token'] if token is None else token}"},
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=patient(60)) as answer:  # noqa: S310 - the same
+            return answer.status, json.loads(answer.read())
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, json.loads(error.read())

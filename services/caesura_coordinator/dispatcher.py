@@ -6,10 +6,9 @@ import asyncio
 from collections.abc import Callable, Iterable
 from datetime import datetime
 
-import structlog
-
 from caesura.runtime.errors import CaesuraError
 from caesura.runtime.group_commit import GroupCommit
+from caesura.runtime.logs import get_logger
 from caesura_coordinator.fleet_lookup import FleetLookup
 from caesura_coordinator.inputs import Fact, Input, Tick
 from caesura_coordinator.leadership import Leadership
@@ -19,7 +18,7 @@ from caesura_coordinator.repository import RolloutRepository
 from caesura_coordinator.sender import CommandSender
 
 TICK_S = 0.2
-_log = structlog.get_logger("caesura.coordinator")
+_log = get_logger("caesura.coordinator")
 
 
 class RolloutDispatcher:

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
-import structlog
-
 from caesura.contract.messages import SetDocument
 from caesura.lifecycle import document as documents
+from caesura.runtime.logs import get_logger
 from caesura_coordinator.store import CoordinatorStore
 
-_log = structlog.get_logger("caesura.coordinator")
+_log = get_logger("caesura.coordinator")
 
 
 class DocumentRepository:

@@ -6,12 +6,11 @@ import asyncio
 from collections.abc import Mapping
 from datetime import datetime, timedelta
 
-import structlog
-
 from caesura.contract import messages as m
 from caesura.contract.codec import Received
 from caesura.fleet.fold import Changes, apply
 from caesura.fleet.state import FleetState
+from caesura.runtime.logs import get_logger
 from caesura.runtime.sampler import Sampler
 from caesura_coordinator.dispatcher import RolloutDispatcher
 from caesura_coordinator.fleet_lookup import FleetLookup
@@ -28,7 +27,7 @@ ABOVE_OURS = (
     "nothing is paused in its sets. Is another coordinator running? If not, restart this one: it claims a higher epoch. If "
     "that does not help, see 'An epoch that nobody claimed' in docs/operate/runbooks/epoch.md"
 )
-_log = structlog.get_logger("caesura.coordinator")
+_log = get_logger("caesura.coordinator")
 
 
 class ObservedFleet:

@@ -7,7 +7,6 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 import msgspec
-import structlog
 
 from caesura.bus.messaging import MessageClient
 from caesura.bus.port import Bus, Will
@@ -20,13 +19,14 @@ from caesura.lifecycle.epoch import epoch_floor, leaps
 from caesura.runtime.errors import CaesuraError
 from caesura.runtime.group_commit import GroupCommit
 from caesura.runtime.identity import new_id
+from caesura.runtime.logs import get_logger
 from caesura_coordinator.authority import Authority
 from caesura_coordinator.store import CoordinatorStore
 
 _ANNOUNCED_KEPT = 10
 _SETTLE_AT_MOST_S = 30.0
 _BACKLOG_POLL_S = 0.2
-_log = structlog.get_logger("caesura.coordinator")
+_log = get_logger("caesura.coordinator")
 
 
 class NoEpochLeft(CaesuraError):

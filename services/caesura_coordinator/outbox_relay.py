@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterable
 
-import structlog
-
 from caesura.contract import messages as m
 from caesura.contract.envelope import Message
 from caesura.delivery.message import clearing
@@ -15,13 +13,14 @@ from caesura.delivery.publisher import ReliablePublisher
 from caesura.runtime.errors import StoreError
 from caesura.runtime.group_commit import GroupCommit
 from caesura.runtime.identity import new_id
+from caesura.runtime.logs import get_logger
 from caesura_coordinator.leadership import Leadership
 from caesura_coordinator.repository import RolloutRepository
 from caesura_coordinator.retention import Removal
 from caesura_coordinator.store import CoordinatorStore
 
 _RETRY_S = 0.2
-_log = structlog.get_logger("caesura.coordinator")
+_log = get_logger("caesura.coordinator")
 
 
 class OutboxRelay:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-import structlog
-
 from caesura.contract.messages import MOST_RIVALS, HostInventory, HostPresence, VmOwner
 from caesura.fleet.fold import NOTHING, Changes, apply, together
 from caesura.fleet.state import FleetState
 from caesura.fleet.words import Cleared
 from caesura.lifecycle.ownership import conflict, settle
 from caesura.runtime.errors import StoreError
+from caesura.runtime.logs import get_logger
 from caesura.runtime.sampler import Sampler
 from caesura_coordinator.fleet_lookup import Contested
 from caesura_coordinator.store import CoordinatorStore
@@ -19,7 +18,7 @@ from caesura_coordinator.store import CoordinatorStore
 _NAMED = 8
 """How many VMs a log line names; the others are only counted."""
 
-_log = structlog.get_logger("caesura.coordinator")
+_log = get_logger("caesura.coordinator")
 
 
 class Owners:

@@ -5,17 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from datetime import datetime
 
-import structlog
-
 from caesura.contract import messages as m
 from caesura.contract.codec import Received
 from caesura.runtime.errors import StoreError
+from caesura.runtime.logs import get_logger
 from caesura_coordinator.fleet_lookup import FleetLookup
 from caesura_coordinator.leadership import Leadership
 from caesura_coordinator.outbox_relay import OutboxRelay
 from caesura_coordinator.repository import RolloutRepository
 
-_log = structlog.get_logger("caesura.coordinator")
+_log = get_logger("caesura.coordinator")
 
 
 class Reconciler:

@@ -10,8 +10,6 @@ from collections.abc import Iterable, Mapping
 from datetime import datetime
 from functools import partial
 
-import structlog
-
 from caesura.contract.messages import (
     EventStatus,
     OperationReported,
@@ -24,6 +22,7 @@ from caesura.contract.messages import (
 )
 from caesura.contract.parts import answer_in_parts
 from caesura.lifecycle import document as documents
+from caesura.runtime.logs import get_logger
 from caesura_coordinator.active import ActiveRollouts
 from caesura_coordinator.announcements import (
     NO_RECORD,
@@ -53,7 +52,7 @@ from caesura_coordinator.retention import Removal, all_waves, excess, how_shown,
 from caesura_coordinator.rollout import after_restart, decide
 from caesura_coordinator.store import CoordinatorStore
 
-_log = structlog.get_logger("caesura.coordinator")
+_log = get_logger("caesura.coordinator")
 
 
 class RolloutRepository:

@@ -6,8 +6,6 @@ import asyncio
 from collections.abc import Callable
 from datetime import datetime
 
-import structlog
-
 from caesura.bus.port import Delivery
 from caesura.contract import messages as m
 from caesura.contract.codec import MAX_PAYLOAD_BYTES, ContractError, Received, request_in, size_bytes
@@ -18,6 +16,7 @@ from caesura.contract.topics import PREFIX
 from caesura.lifecycle.errors import IllegalStatusChange
 from caesura.runtime.errors import StoreError
 from caesura.runtime.identity import new_id
+from caesura.runtime.logs import get_logger
 from caesura_coordinator.dispatcher import RolloutDispatcher
 from caesura_coordinator.fleet_lookup import FleetLookup
 from caesura_coordinator.inputs import Abort, Input, Resume
@@ -34,7 +33,7 @@ from caesura_coordinator.responses import REASON_CHARACTERS, with_plan
 _REPEAT_PARTS_S = 5.0
 """s: between two sendings of a stored answer with a large plan."""
 _LARGE_PLAN_VMS = 300
-_log = structlog.get_logger("caesura.coordinator")
+_log = get_logger("caesura.coordinator")
 
 Request = m.RolloutRequested | m.FreezeRequested | m.AbortRequested | m.ResumeRequested
 

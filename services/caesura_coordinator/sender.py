@@ -5,14 +5,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
-import structlog
-
 from caesura.bus.messaging import MessageClient
 from caesura.bus.port import BusError, PublishRefused
 from caesura.contract.codec import ContractError
 from caesura.contract.messages import AbortOperation, StartOperation
 from caesura.contract.topics import TopicError
 from caesura.runtime.group_commit import GroupCommit
+from caesura.runtime.logs import get_logger
 from caesura.runtime.sampler import Sampler
 from caesura_coordinator.authority import Authority
 from caesura_coordinator.commands import command_for, due_operations
@@ -23,7 +22,7 @@ _REPEAT_S = 2.0
 _ANSWER_S = 2.0
 """s: for the broker to acknowledge one."""
 
-_log = structlog.get_logger("caesura.coordinator")
+_log = get_logger("caesura.coordinator")
 
 
 class CommandSender:

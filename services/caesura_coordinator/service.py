@@ -6,8 +6,6 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
 
-import structlog
-
 from caesura.bus.messaging import MessageClient
 from caesura.bus.port import Bus, Delivery
 from caesura.contract import messages as m
@@ -19,6 +17,7 @@ from caesura.delivery.sqlite import beside
 from caesura.fleet.state import FleetState
 from caesura.runtime.errors import SyncFailed
 from caesura.runtime.group_commit import GroupCommit
+from caesura.runtime.logs import get_logger
 from caesura_coordinator.authority import Authority
 from caesura_coordinator.dispatcher import RolloutDispatcher
 from caesura_coordinator.fleet_lookup import FleetLookup
@@ -42,7 +41,7 @@ _ANSWER_S = 5.0
 """s: for the broker to acknowledge a message of the outbox."""
 _FLUSH_S = 3.0
 """s: for the last messages on a stop signal; the rest is published at the next start."""
-_log = structlog.get_logger("caesura.coordinator")
+_log = get_logger("caesura.coordinator")
 
 
 def subscriptions() -> list[str]:

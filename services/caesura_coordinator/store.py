@@ -14,7 +14,6 @@ from datetime import UTC, datetime
 from typing import Any, TypeVar
 
 import msgspec
-import structlog
 
 from caesura.contract.codec import ContractError
 from caesura.contract.envelope import Message, source_of
@@ -27,6 +26,7 @@ from caesura.runtime.database import Database
 from caesura.runtime.errors import CaesuraError
 from caesura.runtime.group_commit import GroupCommit
 from caesura.runtime.identity import new_id
+from caesura.runtime.logs import get_logger
 from caesura_coordinator.records import (
     AgentReadiness,
     ClockVerdict,
@@ -77,7 +77,7 @@ _ANSWERS_KEPT = 1000
 _ANSWERS_KEPT_BYTES = 64 * 1024 * 1024
 """A plan for 10,000 VMs has some 4 MB."""
 
-_log = structlog.get_logger("caesura.coordinator")
+_log = get_logger("caesura.coordinator")
 
 
 class CoordinatorStore:

@@ -6,13 +6,11 @@ A shell waits while this runs, so it is bounded in time, and any failure silentl
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import Literal
 
 import click
-import structlog
 from click.shell_completion import CompletionItem
 
 from caesura.contract import messages as m
@@ -69,11 +67,12 @@ def _asked(kind: Kind, broker: str | None) -> FleetView:
         CaesuraError: no settings or no broker.
         TimeoutError: it did not answer in time.
     """
-    # Imported here: these two are slow to load, and a shell that completes an option's name needs neither.
+    # Imported here: these are slow to load, and a shell that completes an option's name needs neither.
+    from caesura.runtime.logs import silence  # noqa: PLC0415
     from caesura_ctl.options import settings_for  # noqa: PLC0415
     from caesura_ctl.session import connect  # noqa: PLC0415
 
-    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
+    silence()
     settings = settings_for(broker)
 
     async def ask() -> FleetView:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from caesura.runtime.interrupt import QuietInterrupt
+from caesura.runtime.logs import get_logger
 
 with QuietInterrupt():
     import asyncio
@@ -16,7 +17,6 @@ with QuietInterrupt():
     from pathlib import Path
     from typing import Any
 
-    import structlog
     from prometheus_client import CollectorRegistry
 
     from caesura.bus.mqtt import MqttBus
@@ -49,7 +49,7 @@ with QuietInterrupt():
 _NO_WATCHDOG_S = 1.0  # s: between two looks whether there is something left to say to systemd
 _OPEN_AGAIN_S = 1.0  # s: between two tries to open a journal that the disk refuses
 
-_log = structlog.get_logger("caesura.host_updater")
+_log = get_logger("caesura.host_updater")
 
 
 class StateInUse(CaesuraError):

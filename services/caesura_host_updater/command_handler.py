@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Mapping
 from datetime import UTC, datetime
 
-import structlog
-
 from caesura.contract.messages import AbortOperation, StartOperation, VmRecord
 from caesura.lifecycle.budget import SHUTDOWN_S
 from caesura.runtime.errors import StoreError
+from caesura.runtime.logs import get_logger
 from caesura_host_updater import command_admission as rules
 from caesura_host_updater.agent_registry import AgentRegistry
 from caesura_host_updater.clocks.tracker import ClockSyncTracker
@@ -34,7 +33,7 @@ from caesura_host_updater.operation.report import status_report
 from caesura_host_updater.operation.state import Operation, UpdateRun, VmPause
 from caesura_host_updater.outbox import Outbox
 
-_log = structlog.get_logger("caesura.host_updater")
+_log = get_logger("caesura.host_updater")
 
 
 class CommandHandler:

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 
-import structlog
-
 from caesura.contract.messages import CoordinatorPresence
 from caesura.lifecycle.commands import COMMANDS
 from caesura.runtime.errors import StoreError
+from caesura.runtime.logs import get_logger
 from caesura_host_updater.epoch_authority import EpochAuthority, NotObeyed, observe_epoch
 from caesura_host_updater.journal import Journal, JournalThread
 
 FORGET_ADVICE = "see 'An epoch that nobody claimed' in docs/operate/runbooks/epoch.md"
 
-_log = structlog.get_logger("caesura.host_updater")
+_log = get_logger("caesura.host_updater")
 
 
 class EpochTracker:

@@ -15,9 +15,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
-import structlog
-
 from caesura.runtime.errors import CaesuraError
+from caesura.runtime.logs import get_logger
 from caesura_host_updater.spawn import ExitWatch, SpawnError, start_detached
 from caesura_vmcontrol.guard_socket import MAX_LINE_BYTES, socket_address
 from caesura_vmcontrol.intent import Intent, UnreadableIntent
@@ -29,7 +28,7 @@ _RETRY_S = 0.2  # s: between two tries to reach a guard
 _START_S = 5.0  # s: it needs some 60 ms
 _ANSWER_S = 2.0  # s: a guard answers within milliseconds; an fsync on a busy disk may take longer
 
-_log = structlog.get_logger("caesura.guard_client")
+_log = get_logger("caesura.guard_client")
 
 
 class GuardUnavailable(CaesuraError):

@@ -12,8 +12,8 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 
 import msgspec
-import structlog
 
+from caesura.runtime.logs import get_logger
 from caesura_host_updater.inventory.updates import Catalogue, UpdateFile
 from caesura_host_updater.update_process import UpdateNotStarted, UpdateProcess
 
@@ -21,7 +21,7 @@ _AGAIN_S = 60.0  # s: between two rounds, unless an event requires one
 _LIMIT_S = 10.0  # s: for one command; what a package manager needs to look something up
 _END_S = 1.0  # s: for a killed command to end
 
-_log = structlog.get_logger("caesura.updates")
+_log = get_logger("caesura.updates")
 
 
 class InstalledProbe:

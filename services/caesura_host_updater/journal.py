@@ -11,7 +11,6 @@ from datetime import UTC, datetime
 from typing import Any, TypeVar
 
 import msgspec
-import structlog
 
 from caesura.contract.envelope import source_of
 from caesura.contract.messages import Epoch, OperationReported, StartOperation
@@ -19,6 +18,7 @@ from caesura.delivery.message import OutboxMessage, from_body
 from caesura.delivery.sqlite import SCHEMA, OutboxTable
 from caesura.runtime.database import Database
 from caesura.runtime.errors import CaesuraError, StoreError
+from caesura.runtime.logs import get_logger
 from caesura.runtime.threads import Worker
 from caesura_host_updater.clocks.verdict import ClockCheck
 from caesura_host_updater.epoch_authority import EpochAuthority
@@ -54,7 +54,7 @@ _MIGRATIONS = (
 _CLOSE_S = 5.0  # s: for what was posted last; what a disk does not write by then is lost as in a crash
 
 T = TypeVar("T")
-_log = structlog.get_logger("caesura.journal")
+_log = get_logger("caesura.journal")
 
 
 class _UnencodedFact(msgspec.Struct, frozen=True):

@@ -11,9 +11,8 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-import structlog
-
 from caesura.runtime.errors import CaesuraError
+from caesura.runtime.logs import get_logger
 from caesura.runtime.threads import Worker
 from caesura_vmcontrol import claims, markers
 from caesura_vmcontrol.container_engine import EnginePlan
@@ -27,7 +26,7 @@ from caesura_vmcontrol.resume_plans import CgroupPlan, ResumePlan, SignalPlan
 _WRITE_S = 3.0  # s: one round of the disk; nothing is paused in the meantime
 _REMOVE_AGAIN_S = 5.0  # s: between two tries to remove markers that the disk refused to remove
 
-_log = structlog.get_logger("caesura.pause")
+_log = get_logger("caesura.pause")
 
 
 class NotMarked(CaesuraError):

@@ -9,8 +9,6 @@ from contextlib import suppress
 from functools import partial
 from types import MappingProxyType
 
-import structlog
-
 from caesura.bus.messaging import MessageClient
 from caesura.bus.port import Bus, BusError, Delivery
 from caesura.bus.presence import Presence
@@ -34,6 +32,7 @@ from caesura.contract.messages import (
     VmStatus,
 )
 from caesura.delivery.message import OutboxMessage
+from caesura.runtime.logs import get_logger
 from caesura_host_updater.agent_registry import AgentRegistry
 from caesura_host_updater.clocks.tracker import ClockSyncTracker
 from caesura_host_updater.command_handler import CommandHandler
@@ -64,7 +63,7 @@ _CLOCKS_S = 5.0  # s: for the verdicts on clocks at shutdown; an agent answers i
 _FLUSH_S = 3.0  # s: for the last facts at shutdown; what is left is published at the next start
 _CLOCK_PUBLISH_S = 0.5  # s: an answer later than this is of no use to the agent
 
-_log = structlog.get_logger("caesura.host_updater")
+_log = get_logger("caesura.host_updater")
 
 
 def presence(host: str, instance: str, *, online: bool) -> HostPresence:

@@ -10,9 +10,8 @@ import threading
 import time
 from collections.abc import Mapping
 
-import structlog
-
 from caesura.runtime.errors import CaesuraError
+from caesura.runtime.logs import get_logger
 from caesura.runtime.threads import in_thread
 from caesura.runtime.visible import visible
 from caesura_host_updater.inventory.updates import UpdateFile
@@ -26,7 +25,7 @@ _LAST_WORDS_S = 0.05  # s: output written just before the end is still in the pi
 
 KEPT_HERE = "(its output stays on the host: see the log of the host updater there)"
 
-_log = structlog.get_logger("caesura.update")
+_log = get_logger("caesura.update")
 
 
 class UpdateNotStarted(CaesuraError):

@@ -5,7 +5,6 @@ from __future__ import annotations
 from caesura.runtime.interrupt import QuietInterrupt
 
 with QuietInterrupt():
-    import gc
     import os
     import sys
 
@@ -17,6 +16,7 @@ with QuietInterrupt():
     from caesura.contract.envelope import source_of
     from caesura.runtime.activation import inherited_sockets
     from caesura.runtime.command import run_service
+    from caesura.runtime.full_collections import rare_full_collections
     from caesura.runtime.health import serve_health
     from caesura.runtime.listen import check_health_address
     from caesura.runtime.serve import serve
@@ -61,9 +61,8 @@ async def _main(settings: MetadataPublisherSettings) -> None:
     async with (
         serve_health(settings.health_listen, pings, registry),
         serve_metadata(publisher, listeners, settings.http_hosts, inherited),
+        rare_full_collections(),  # which hold up every answer: thousands of listeners and connections are walked
     ):
-        # Thousands of listeners stay for life: a full garbage collection that walks them holds up every answer.
-        gc.freeze()
         await serve(
             {
                 "bus": publisher.run_bus,

@@ -1,4 +1,4 @@
-"""A set's document on the wire: JSON per api-version, ETag, finding an event. Pure.
+"""A set's document on the wire: JSON per api-version, ETag. Pure.
 
 Wire facts: scheduled-events.md of azure-compute-docs. ``NotBefore`` is RFC 1123 in GMT while Scheduled and an
 empty string once Started; numbers are numbers; there is no Completed or Canceled, an event just vanishes.
@@ -54,12 +54,6 @@ def unchanged(if_none_match: str, etag: str) -> bool:
     """
     tags = [tag.strip() for tag in if_none_match.split(",")]
     return "*" in tags or etag.strip('"') in {tag.removeprefix("W/").strip('"') for tag in tags}
-
-
-def find_event(document: SetDocument, event_id: str) -> ScheduledEvent | None:
-    """The open event of this id, compared without regard to case; None if there is none (any more)."""
-    wanted = event_id.casefold()
-    return next((event for event in document.events if event.event_id.casefold() == wanted), None)
 
 
 def awaits_approval(event: ScheduledEvent | None) -> bool:

@@ -7,13 +7,13 @@ import socket
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 
-import structlog
 from aiohttp import HttpVersion11, web
 
 from caesura.runtime.activation import check_all_used, socket_for
 from caesura.runtime.connections import Bounds, fair_share
 from caesura.runtime.health import LowLevelHandler, serve_requests
 from caesura.runtime.listen import own_host
+from caesura.runtime.logs import get_logger
 from caesura_metadata_publisher.events_document import unchanged
 from caesura_metadata_publisher.listeners import Listener
 from caesura_metadata_publisher.polls import KnownPolls
@@ -35,7 +35,7 @@ _SHUTDOWN_S = 1.0  # s: requests in flight at the end take milliseconds; an appr
 
 _BODY_S = 10.0  # s for a body of some kilobytes
 
-_log = structlog.get_logger("caesura.metadata")
+_log = get_logger("caesura.metadata")
 
 
 @asynccontextmanager

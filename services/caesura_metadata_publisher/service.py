@@ -16,7 +16,6 @@ from functools import partial
 from uuid import NAMESPACE_URL, uuid5
 
 import msgspec
-import structlog
 
 from caesura.bus.messaging import MessageClient
 from caesura.bus.port import Bus, BusError
@@ -39,10 +38,12 @@ from caesura.delivery.policy import DeliveryPolicy
 from caesura.delivery.publisher import ReliablePublisher
 from caesura.fleet.fold import Changes
 from caesura.fleet.words import Cleared
+from caesura.lifecycle.document import find_event
+from caesura.runtime.logs import get_logger
 from caesura_metadata_publisher.api_versions import INSTANCE_VERSIONS, EventsVersion
 from caesura_metadata_publisher.directory import Directory
 from caesura_metadata_publisher.encoded import EncodedDocument, EncodedDocuments
-from caesura_metadata_publisher.events_document import awaits_approval, find_event, unchanged
+from caesura_metadata_publisher.events_document import awaits_approval, unchanged
 from caesura_metadata_publisher.fidelity import FirstCalls, RateLimit
 from caesura_metadata_publisher.instance import answer_instance
 from caesura_metadata_publisher.instance_fields import instance_tree
@@ -58,7 +59,7 @@ from caesura_metadata_publisher.request import (
 )
 from caesura_metadata_publisher.settings import MetadataPublisherSettings
 
-_log = structlog.get_logger("caesura.metadata")
+_log = get_logger("caesura.metadata")
 
 _LATE = timedelta(seconds=5)  # after NotBefore an approval has no effect; this much for clocks that differ
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-import structlog
 from msgspec.structs import replace
 
 from caesura.bus.port import Bus, Delivery
@@ -14,6 +13,7 @@ from caesura.contract.codec import ContractError, decode
 from caesura.contract.messages import HostInventory, VmClockSynced, VmFrozen, VmResumed
 from caesura.contract.parts import PARTS, Joiner
 from caesura.contract.topics import PREFIX, match_topic
+from caesura.runtime.logs import get_logger
 from caesura.runtime.sampler import Sampler
 from caesura_metrics_exporter.bus_fold import BusFold
 from caesura_metrics_exporter.live.stream import LiveStream
@@ -26,7 +26,7 @@ from caesura_metrics_exporter.settings import MetricsExporterSettings
 
 _HANDLER_BUCKETS = (0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.005, 0.01, 0.1)
 
-_log = structlog.get_logger("caesura.exporter")
+_log = get_logger("caesura.exporter")
 
 
 def filters() -> tuple[str, ...]:

@@ -12,9 +12,8 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 
-import structlog
-
 from caesura.contract.messages import CanaryReport
+from caesura.runtime.logs import get_logger
 from caesura_vm_agent.canary import PAGE_BYTES, Canary
 
 _SLICE_S = 0.001
@@ -22,7 +21,7 @@ _REWRITE_EVERY_S = 0.25
 _REWRITES = 4  # pages each time: 16 pages a second cost 0.3 ms of CPU, and an old copy of memory shows after a quarter second
 _NAMED = 5  # bad pages that a report names
 
-_log = structlog.get_logger("caesura.agent")
+_log = get_logger("caesura.agent")
 
 
 class CanaryKeeper:

@@ -8,11 +8,10 @@ from collections import deque
 from collections.abc import Awaitable, Callable
 from typing import Literal
 
-import structlog
-
 from caesura.bus.port import BusError
 from caesura.contract.messages import AgentClockSynced, ClockSyncAnswered, ClockSyncRequested
 from caesura.runtime.identity import new_id
+from caesura.runtime.logs import get_logger
 from caesura_vm_agent.guest_clock import ClockError, GuestClock
 from caesura_vm_agent.ntp import (
     NS_PER_S,
@@ -34,7 +33,7 @@ Ask = Callable[[ClockSyncRequested], Awaitable[None]]
 _STEPS_KEPT = 16  # a pause that is announced late is still matched with the step that corrected it
 _SILENCE = 4  # exchanges lost in a row: there is no peer to answer, waiting for more only delays the verdict
 
-_log = structlog.get_logger("caesura.agent")
+_log = get_logger("caesura.agent")
 
 
 class ClockSync:

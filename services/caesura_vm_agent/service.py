@@ -11,7 +11,6 @@ from collections import Counter, OrderedDict
 from collections.abc import Mapping
 
 import msgspec
-import structlog
 
 from caesura.bus.messaging import MessageClient
 from caesura.bus.port import Bus, Delivery
@@ -27,6 +26,7 @@ from caesura.contract.messages import (
     VmResumed,
 )
 from caesura.contract.topics import channel_of
+from caesura.runtime.logs import get_logger
 from caesura.runtime.sampler import Sampler
 from caesura_vm_agent import readiness
 from caesura_vm_agent.binding import HostBinding
@@ -37,7 +37,7 @@ from caesura_vm_agent.hooks import run_hook
 from caesura_vm_agent.publisher import AgentPublisher
 from caesura_vm_agent.settings import VmAgentSettings
 
-_log = structlog.get_logger("caesura.agent")
+_log = get_logger("caesura.agent")
 
 _RETRY_SYNC_S = 2.0  # s: after a sync that nobody answered, for example because the host updater restarts
 _FIRST_CONNECT_S = 60.0  # s: a first sync without a broker would only report that nobody answers

@@ -1,8 +1,7 @@
 #!/bin/sh
-# The built wheel, installed alone in the environment $1, of which nothing of the checkout may be on the path. More arguments are for pytest.
+# The built wheel, installed alone in the environment $1, of which nothing of the checkout may be on the path.
 set -eu
 venv=$1
-shift
 cd "$(dirname "$0")/../.."
 where=$("$venv/bin/python" -c 'import caesura, caesura_coordinator; print(caesura.__file__, caesura_coordinator.__file__)')
 case "$where" in
@@ -13,4 +12,4 @@ commands=$("$venv/bin/python" -c 'from importlib.metadata import distribution as
 for command in ${commands:?the wheel has no commands}; do
   "$venv/bin/$command" --help >/dev/null || { echo "$command --help failed" >&2; exit 1; }
 done
-PYTHONPATH=tests/support PATH="$venv/bin:$PATH" "$venv/bin/python" -m pytest -q -p no:cacheprovider "$@" tests/unit tests/contract
+"$venv/bin/python" tests/architecture/installed.py

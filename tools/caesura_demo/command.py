@@ -20,7 +20,7 @@ from caesura_ctl.options import fail, wide_console
 from caesura_demo.guests import MOST_VMS
 from caesura_demo.run import Demo, Options
 
-_ONLY_WITH = {"vms": "qemu", "memory_mib": "qemu", "accel": "qemu", "freezer": "process"}
+_ONLY_WITH = {"memory_mib": "qemu", "accel": "qemu", "freezer": "process"}
 """Maps an option to the only driver that uses it."""
 
 _UPDATE_STARTS_S = 0.5
@@ -32,6 +32,7 @@ _DIGEST_PART = 2 / 3
 _EPILOG = """\b
 examples:
   caesura demo
+  caesura demo --vms 3                # on a small machine
   caesura demo --keep                 # then open the URLs; Ctrl-C ends it
   caesura demo --driver qemu          # real guests: freeze all for a host patch, then swap their QEMU
   caesura demo --driver qemu --method replace --vms 3
@@ -64,9 +65,8 @@ exit codes:
 @click.option(
     "--vms",
     type=click.IntRange(1, MOST_VMS),
-    default=9,
-    show_default=True,
-    help="Number of guests, with --driver qemu.",
+    show_default="25, with --driver qemu 9",
+    help="Number of VMs, on up to six hosts.",
 )
 @click.option(
     "--memory",

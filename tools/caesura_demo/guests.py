@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +18,8 @@ UPDATES: dict[GuestMethod, str] = {
     "swap": "new-qemu-beside-the-old",
     "replace": "new-qemu-instead-of-the-old",
 }
+GUESTS = 9
+"""The demo's guests by default."""
 MOST_VMS = 18
 _GUEST_SEES_HOST = "10.0.2.2"
 """How a guest on QEMU's user network reaches the host's loopback (QEMU documentation, "Network emulation")."""
@@ -42,37 +43,6 @@ class GuestStatus(msgspec.Struct, frozen=True):
     """Whether it runs now: two beats were received."""
     steps_back: int
     """How often it saw its CLOCK_MONOTONIC go back."""
-
-
-def guest_layout(ports: Sequence[int], count: int) -> Layout:
-    """Up to six hosts in three update domains; the first VM of each is of set ``web``, further ones of set ``db``.
-
-    Needs ``count`` ports.
-    """
-    hosts = min(6, count)
-    domains = min(3, hosts)
-    vms = []
-    for index in range(count):
-        host = index % hosts
-        name, number = ("web", index + 1) if index < hosts else ("db", index - hosts + 1)
-        # The few VMs of the second set go to every other host, so that they spread over the domains.
-        if index >= hosts:
-            host = (
-                ((index - hosts) * 2 + 1) % hosts
-                if index - hosts < hosts // 2
-                else ((index - hosts) * 2) % hosts
-            )
-        vms.append(
-            DemoVm(
-                name=f"{name}-{number}",
-                host=f"host-{host + 1}",
-                set=name,
-                update_domain=host * domains // hosts,
-                fault_domain=host % 2,
-                port=ports[index],
-            )
-        )
-    return Layout(vms=tuple(vms))
 
 
 def guest_host_file(

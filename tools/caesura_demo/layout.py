@@ -61,6 +61,37 @@ def standard_layout(ports: Sequence[int]) -> Layout:
     return Layout(vms=tuple(_vms(iter(ports))))
 
 
+def small_layout(ports: Sequence[int], count: int) -> Layout:
+    """Up to six hosts in three update domains; the first VM of each is of set ``web``, further ones of set ``db``.
+
+    Needs ``count`` ports.
+    """
+    hosts = min(6, count)
+    domains = min(3, hosts)
+    vms = []
+    for index in range(count):
+        host = index % hosts
+        name, number = ("web", index + 1) if index < hosts else ("db", index - hosts + 1)
+        # The few VMs of the second set go to every other host, so that they spread over the domains.
+        if index >= hosts:
+            host = (
+                ((index - hosts) * 2 + 1) % hosts
+                if index - hosts < hosts // 2
+                else ((index - hosts) * 2) % hosts
+            )
+        vms.append(
+            DemoVm(
+                name=f"{name}-{number}",
+                host=f"host-{host + 1}",
+                set=name,
+                update_domain=host * domains // hosts,
+                fault_domain=host % 2,
+                port=ports[index],
+            )
+        )
+    return Layout(vms=tuple(vms))
+
+
 def _vms(ports: Iterator[int]) -> Iterator[DemoVm]:
     for number in range(6):
         for name in ("web", "db"):

@@ -20,10 +20,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import msgspec
-import structlog
 
 from caesura.runtime.errors import CaesuraError
-from caesura.runtime.logs import configure_logging
+from caesura.runtime.logs import configure_logging, get_logger
 from caesura.runtime.threads import in_thread
 from caesura_demo.compose_fleet import UPDATES, compose_layout
 from caesura_demo.resume_policy import (
@@ -40,7 +39,7 @@ _POLICY = ("--notice", "10s", "--budget", "15s", "--soak", "2s")
 _LOOK_AGAIN_S = 5.0
 _PAUSE = re.compile(r"\d{1,5}(\.\d+)?")
 
-_log = structlog.get_logger("caesura.rollouts")
+_log = get_logger("caesura.rollouts")
 
 
 class RolloutsError(CaesuraError):

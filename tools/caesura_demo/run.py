@@ -30,11 +30,11 @@ from caesura_ctl.settings import CtlSettings
 from caesura_ctl.tables import live_view, pauses_view
 from caesura_demo.checks import Check, judge, judge_guests
 from caesura_demo.guests import (
+    GUESTS,
     UPDATES,
     GuestImage,
     GuestMethod,
     guest_host_file,
-    guest_layout,
     guest_update_file,
     read_guest,
 )
@@ -42,9 +42,11 @@ from caesura_demo.image import build_image
 from caesura_demo.layout import (
     UPDATE,
     Broker,
+    Layout,
     host_file,
     listeners_file,
     service_environments,
+    small_layout,
     standard_layout,
     update_file,
 )
@@ -73,7 +75,8 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     driver: Literal["process", "qemu"] = "process"
     methods: tuple[GuestMethod, ...] = ("freeze", "swap")
     """Driver qemu: one rollout by each of these, in this order."""
-    vms: int = 9
+    vms: int | None = None
+    """None: as many as the driver's fleet has by default."""
     memory_mib: int = 160
     accel: Literal["auto", "kvm", "tcg"] = "auto"
 
@@ -91,6 +94,12 @@ class NotReady(CaesuraError):
     """The fleet did not come up in time."""
 
 
+def _layout(options: Options, ports: Sequence[int]) -> Layout:
+    if options.vms is not None:
+        return small_layout(ports, options.vms)
+    return small_layout(ports, GUESTS) if options.driver == "qemu" else standard_layout(ports)
+
+
 class Demo:
     """One run of the demo."""
 
@@ -100,7 +109,7 @@ class Demo:
         self.run_id = new_id()
         ports = list(free_ports(26))
         self._real = options.driver == "qemu"
-        self.layout = guest_layout(ports, options.vms) if self._real else standard_layout(ports)
+        self.layout = _layout(options, ports)
         self._image: GuestImage | None = None
         self._accel = ""
         self.exporter_port = next(free_ports(1, start=FIRST_PORT + 200))

@@ -16,11 +16,9 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import structlog
-
 from caesura.bus.local_broker import password_line
 from caesura.runtime.errors import CaesuraError
-from caesura.runtime.logs import configure_logging
+from caesura.runtime.logs import configure_logging, get_logger
 from caesura_demo.compose_fleet import (
     BROKER_UID,
     GRAFANA_SECRET,
@@ -48,7 +46,7 @@ _SHORTEST = 16
 _SHARED = "broker"
 """The folder that contains generated files in addition to the copied ones."""
 
-_log = structlog.get_logger("caesura.setup")
+_log = get_logger("caesura.setup")
 
 
 class SetupError(CaesuraError):

@@ -26,6 +26,7 @@ from caesura_rehearse.members import MOST_VMS, UPDATE_DOMAINS
 from caesura_rehearse.order_commands import ORDER_COMMANDS
 from caesura_rehearse.orders import MAX_PAUSE_S
 from caesura_rehearse.placeholders import WORDS as WORDS_IN_ARGUMENTS
+from caesura_rehearse.record_command import record
 from caesura_rehearse.scenario_commands import scenarios
 from caesura_rehearse.speed import MOST_SPEED
 
@@ -38,6 +39,8 @@ examples:
   caesura rehearse --terminate --notice 30s --expect 'drained-within 20s' -- ./worker
   caesura rehearse --freeze 5s --notice 10s --pid 4711
   caesura rehearse --freeze 5s --notice 10s --compose-service web --address gateway:8101
+  caesura rehearse record http://169.254.169.254 events.jsonl
+  caesura rehearse --replay events.jsonl --expect approved -- ./serve
   caesura rehearse --scenario host-update --speed 60 --expect approved -- ./serve
   caesura rehearse --scenario ./ours.toml --vms 3 --set web -- ./serve --port {port} --name {vm}
   caesura rehearse -- ./serve         # then, as often as needed:
@@ -48,6 +51,7 @@ exit codes:
   0  what was ordered came about, and each --expect held
   1  it did not, or the program failed
   2  bad usage: also a program that cannot be started
+  4  the broker of --broker cannot be reached
   130  interrupted; everything was resumed and ended
   143  the same by SIGTERM"""
 
@@ -124,6 +128,18 @@ class Words(click.ParamType[Any]):
 @click.option("--preempt", is_flag=True, help="Order a Preempt (spot eviction): SIGTERM, later SIGKILL.")
 @click.option(
     "--terminate", is_flag=True, help="Order a Terminate (scale set delete): SIGTERM, later SIGKILL."
+)
+@click.option(
+    "--replay",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="Serve a recording of `caesura rehearse record` instead, with its timing.",
+)
+@click.option(
+    "--pause-at-start",
+    type=_PAUSE,
+    metavar="DURATION",
+    help="With --replay: pause the program for so long when an event becomes Started. Without: documents only.",
 )
 @click.option(
     "--notice",
@@ -233,6 +249,12 @@ class Words(click.ParamType[Any]):
     help=f"What requests for the document meet: {FAULT_WORDS}. May be given several times, one after the other.",
 )
 @click.option(
+    "--broker",
+    metavar="URL",
+    help="Publish what is said on the bus at this MQTT broker, too, for consumers under test; user, password and TLS as for caesura "
+    "(CAESURA_CTL_BROKER_USERNAME, ..._PASSWORD_FILE, ..._CA_FILE).",
+)
+@click.option(
     "--control",
     type=click.Path(dir_okay=False, path_type=Path),
     help="Write address and token of the control API here.",
@@ -315,6 +337,5 @@ def _say(text: str) -> None:
     click.echo(visible(text), err=True)
 
 
-rehearse.add_command(scenarios)
-for each in ORDER_COMMANDS:
+for each in (*ORDER_COMMANDS, record, scenarios):
     rehearse.add_command(each)

@@ -8,7 +8,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from caesura.contract.names import check_name
+from caesura.contract.names import InvalidName, check_name
 from caesura_rehearse.address import GATEWAY, with_port
 from caesura_rehearse.expectations import Expectation
 from caesura_rehearse.faults import Fault
@@ -37,44 +37,29 @@ def run_options(
         ("--scenario", options["scenario"]),
         ("--freeze", options["freeze"] is not None),
         *((f"--{each}", options[each]) for each in EVENT_NAMES if each != "freeze"),
+        ("--replay", options["replay"]),
     ]
-    targets = (
-        ("a program after --", argv),
-        *(
-            (f"--{each}", options[each.replace("-", "_")])
-            for each in ("pid", "cgroup", "container", "compose-service")
-        ),
-    )
-    for each in (events, targets):
-        if why := refused_together(each):
-            raise click.UsageError(why, context)
-    wanted = next((name.removeprefix("--") for name, given in events if given), None)
-    if wanted == "scenario" and options["notice"] is not None:
-        raise click.UsageError(
-            "--notice is for an event of the command line: the scenario has its own", context
-        )
-    if wanted is None and (options["notice"] is not None or options["expectations"]):
-        raise click.UsageError(
-            "--notice and --expect need an event: --freeze, --reboot, --redeploy, --preempt or --terminate, or a --scenario",
-            context,
-        )
     container = options["container"] or options["compose_service"]
-    if options["proxy"] and not argv:
-        raise click.UsageError("--proxy needs a program after --", context)
-    if options["netns"] and not (argv or container):
-        raise click.UsageError("--netns needs a program after --, or a container", context)
-    if why := refused_together([(f"--{each}", options[each]) for each in ("netns", "proxy", "address")]):
-        raise click.UsageError(why, context)
-    if options["publish"] and (not options["netns"] or container):
-        raise click.UsageError(
-            "--publish needs --netns and a program: without it the program has the network of this machine",
-            context,
-        )
-    if context.get_parameter_source("engine") == ParameterSource.COMMANDLINE and not container:
-        raise click.UsageError("--engine needs --container or --compose-service", context)
     address = with_port(options["address"]) if options["address"] else ""
-    if address.startswith(f"{GATEWAY}:") and not container:
-        raise click.UsageError("--address gateway needs --container or --compose-service", context)
+    for why in (
+        refused_together(events),
+        refused_together(
+            [
+                ("a program after --", argv),
+                *(
+                    (f"--{each}", options[each.replace("-", "_")])
+                    for each in ("pid", "cgroup", "container", "compose-service")
+                ),
+            ]
+        ),
+        _event_refused(options, [name for name, given in events if given]),
+        refused_together([(f"--{each}", options[each]) for each in ("netns", "proxy", "address")]),
+        _network_refused(options, has_program=bool(argv), has_container=bool(container)),
+        _container_refused(context, address, has_container=bool(container)),
+    ):
+        if why:
+            raise click.UsageError(why, context)
+    wanted = next((name.removeprefix("--") for name, given in events if given and name != "--replay"), None)
     scenario = read_scenario(options["scenario"]) if wanted == "scenario" else None
     members = _members(context, options, scenario)
     _check_members(context, options, scenario, members, argv)
@@ -95,6 +80,8 @@ def run_options(
         compose_service=options["compose_service"] or "",
         engine=options["engine"] or "",
         order=order,
+        replay=options["replay"],
+        pause_at_start_s=options["pause_at_start"] or 0.0,
         scenario=scenario,
         expectations=(*(scenario.expectations if scenario else ()), *options["expectations"]),
         members=members,
@@ -107,8 +94,50 @@ def run_options(
         publish=options["publish"],
         address=address,
         faults=tuple(options["faults"]),
+        broker=options["broker"] or "",
         control=options["control"],
         own_stdout=as_json,
+    )
+
+
+def _event_refused(options: dict[str, Any], ordered: list[str]) -> str:
+    """Which option does not fit what is ordered or replayed; empty: all do."""
+    if options["replay"]:
+        if options["notice"] is not None:
+            return "--notice and --replay exclude each other: a recording has its own times"
+        if options["broker"]:
+            return "--broker and --replay exclude each other: what was recorded is not on the bus"
+        return ""
+    if options["pause_at_start"] is not None:
+        return "--pause-at-start needs --replay"
+    if options["scenario"] and options["notice"] is not None:
+        return "--notice is for an event of the command line: the scenario has its own"
+    if not ordered and (options["notice"] is not None or options["expectations"]):
+        return "--notice and --expect need an event: --freeze, --reboot, --redeploy, --preempt or --terminate, or a --scenario"
+    return ""
+
+
+def _network_refused(options: dict[str, Any], *, has_program: bool, has_container: bool) -> str:
+    """Which option of the network has nothing that it is for; empty: each has."""
+    if options["proxy"] and not has_program:
+        return "--proxy needs a program after --"
+    if options["netns"] and not (has_program or has_container):
+        return "--netns needs a program after --, or a container"
+    if options["publish"] and (not options["netns"] or has_container):
+        return "--publish needs --netns and a program: without it the program has the network of this machine"
+    return ""
+
+
+def _container_refused(context: click.Context, address: str, *, has_container: bool) -> str:
+    """Which option is for containers only; empty: there is one, or none is given."""
+    if has_container:
+        return ""
+    if context.get_parameter_source("engine") == ParameterSource.COMMANDLINE:
+        return "--engine needs --container or --compose-service"
+    return (
+        "--address gateway needs --container or --compose-service"
+        if address.startswith(f"{GATEWAY}:")
+        else ""
     )
 
 
@@ -143,9 +172,12 @@ def _check_members(
     argv: Sequence[str],
 ) -> None:
     """Whether all that names VMs names these, and what is for one VM is not for several. Raises UsageError and ConfigError."""
-    for each in members:
-        check_name("VM", each.vm)
-        check_name("set", each.set)
+    try:
+        for each in members:
+            check_name("VM", each.vm)
+            check_name("set", each.set)
+    except InvalidName as error:
+        raise click.UsageError(str(error), context) from error
     several = len(members) > 1
     if (
         several
@@ -153,7 +185,7 @@ def _check_members(
         and any(options[each] for each in ("pid", "cgroup", "container", "compose_service"))
     ):
         raise click.UsageError("several VMs need a program after --, which each of them runs", context)
-    for name in ("address", "publish"):
+    for name in ("address", "publish", "replay"):
         if several and options[name]:
             raise click.UsageError(f"--{name} is for one VM, here are {len(members)}", context)
     named: list[Expectation | Fault] = [*options["expectations"], *options["faults"]]

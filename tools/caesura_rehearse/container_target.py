@@ -10,8 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from urllib.parse import quote
 
-import structlog
-
+from caesura.runtime.logs import get_logger
 from caesura.runtime.threads import in_thread
 from caesura_host_updater.drivers.container.cgroup import NoFreezer
 from caesura_host_updater.drivers.container.definition import NO_LIVE_RESTORE, engine_facts
@@ -39,7 +38,7 @@ _STOP_MARGIN_S = 10.0  # s: for the engine to answer that it has stopped a conta
 _NOTICED_S = 2.0  # s: for the engine to notice that a container has ended; milliseconds are usual
 _LOOK_S = 0.02  # s: between two looks at that
 
-_log = structlog.get_logger("caesura.rehearse")
+_log = get_logger("caesura.rehearse")
 
 
 def engine_socket(given: str, runtime_dir: str) -> str:

@@ -39,6 +39,9 @@ from caesura_rehearse.observations import (
     ScenarioRecord,
     describe_exit,
 )
+from caesura_rehearse.orders import Order
+from caesura_rehearse.recording import Recording
+from caesura_rehearse.replay import Replay
 from caesura_rehearse.report import Report, judge_all
 from caesura_rehearse.rollouts import HOST, Rollouts
 from caesura_rehearse.set_documents import SetDocuments
@@ -69,9 +72,9 @@ class Engine:
         self._folder = folder
         self._say = say
         self._stack = AsyncExitStack()
-        broker = MemoryBroker()
-        self._publisher_bus = MemoryBus(broker, client_id="metadata", filters=filters())
-        self._bus = MemoryBus(broker, client_id=HOST, filters=(channel_of(VmApproved).filter(),))
+        self.broker = MemoryBroker()
+        self._publisher_bus = MemoryBus(self.broker, client_id="metadata", filters=filters())
+        self._bus = MemoryBus(self.broker, client_id=HOST, filters=(channel_of(VmApproved).filter(),))
         self._post = MessageClient(self._bus, source_of("default", HOST))
         self._post.subscribe(VmApproved, self._on_approved)
         self._witness = Witness(self.observations, self.conditions.began, self.conditions.notify)
@@ -80,13 +83,13 @@ class Engine:
         self._publisher = WitnessedPublisher(settings, self._publisher_bus, self._witness)
         self._guards = Guards(folder)
         self._documents = SetDocuments(self._post)
-        impact = Impact(self._guards, self.conditions, say)
+        self._impact = Impact(self._guards, self.conditions, say)
         self.rollouts = Rollouts(
             self.slots,
             self.observations,
             self.conditions,
             self._documents,
-            impact,
+            self._impact,
             self._event_faults,
             say,
             speed=speed,
@@ -118,16 +121,23 @@ class Engine:
         return [record for slot in self.slots.values() if (record := slot.record()) is not None]
 
     def report(
-        self, expectations: Sequence[Expectation] = (), *, scenario: ScenarioRecord | None = None
+        self,
+        expectations: Sequence[Expectation] = (),
+        *,
+        scenario: ScenarioRecord | None = None,
+        recorded: int = 0,
     ) -> Report:
         """What was found so far.
 
         Args:
             scenario: what became of the steps of one.
+            recorded: how many events a recording has.
         """
         seen, programs = self.observations, self.programs
         rollouts = list(seen.rollouts.values())
-        verdicts = judge_all(self.events, rollouts, programs, expectations, scenario, list(self.slots))
+        verdicts = judge_all(
+            self.events, rollouts, programs, expectations, scenario, list(self.slots), recorded=recorded
+        )
         return Report(
             held=all(each.held for each in verdicts),
             verdicts=tuple(verdicts),
@@ -254,6 +264,30 @@ class Engine:
             slot.exited = self.conditions.now
             self._say(f"{slot.target.what} of {slot.vm} ended: {describe_exit(slot.target.exit_code)}")
         self.conditions.notify()
+
+    async def replay(self, recording: Recording, slot: Slot, *, pause_s: float = 0.0) -> None:
+        """Serve a recording to its end, in the place of documents of our own.
+
+        Args:
+            pause_s: seconds for which the VM's program is paused when an event becomes Started; 0: documents only.
+        """
+
+        async def pause(record: EventRecord) -> None:
+            await self._impact.perform([record], Order(event="Freeze", duration_s=pause_s), [slot])
+
+        replay = Replay(
+            recording,
+            slot.set,
+            (slot.vm,),
+            self.observations,
+            self.conditions.began,
+            self._say,
+            self.notify,
+            speed=self.rollouts.speed,
+            pause=pause if pause_s else None,
+        )
+        self._publisher.replay = replay
+        await replay.run()
 
     def _inventory(self) -> HostInventory:
         vms = tuple(

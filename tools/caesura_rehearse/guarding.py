@@ -10,8 +10,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-import structlog
-
+from caesura.runtime.logs import get_logger
 from caesura.runtime.threads import in_thread
 from caesura_host_updater.guard_client import GuardClient, GuardUnavailable
 from caesura_rehearse.pausing import TargetPlan
@@ -21,7 +20,7 @@ __all__ = ["GuardUnavailable", "Guards", "SetGuard"]
 _START_S = 10.0  # s: it needs some 60 ms
 _END_S = 5.0  # s: after SIGTERM; some milliseconds are usual
 
-_log = structlog.get_logger("caesura.rehearse")
+_log = get_logger("caesura.rehearse")
 
 
 class SetGuard:

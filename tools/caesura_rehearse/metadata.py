@@ -16,11 +16,12 @@ from caesura.runtime.health import LowLevelHandler, serve_requests
 from caesura_metadata_publisher.api_versions import EventsVersion
 from caesura_metadata_publisher.http import metadata_handler, refusal
 from caesura_metadata_publisher.listeners import Listener
-from caesura_metadata_publisher.request import ApproveEvents, HttpResponse, Request
+from caesura_metadata_publisher.request import ApproveEvents, HttpResponse, ReadEvents, Request
 from caesura_metadata_publisher.service import MetadataPublisher
 from caesura_metadata_publisher.settings import MetadataPublisherSettings
 from caesura_rehearse.faults import STATUS_TEXTS, DocumentHistory, Fault, RequestFaults
 from caesura_rehearse.observations import Approval, Observations, RefusedRequest
+from caesura_rehearse.replay import Replay
 
 _SHUTDOWN_S = 0.2  # s: nothing that is in flight at the end of a rehearsal matters
 
@@ -73,6 +74,8 @@ class WitnessedPublisher(MetadataPublisher):
     def __init__(self, settings: MetadataPublisherSettings, bus: Bus, witness: Witness) -> None:
         super().__init__(settings, bus)
         self._witness = witness
+        self.replay: Replay | None = None
+        """Whose documents are served instead of those of the bus."""
 
     async def run_bus(self) -> None:
         """As in the publisher; what is waited for is looked at after each message."""
@@ -88,6 +91,8 @@ class WitnessedPublisher(MetadataPublisher):
 
     async def answer(self, listener: Listener, request: Request) -> HttpResponse:
         """As in the publisher."""
+        if self.replay is not None and isinstance(request, ReadEvents):
+            return self.replay.read(request.if_none_match)
         if not isinstance(request, ApproveEvents):
             return await super().answer(listener, request)
         # Noted before: what follows from an approval may happen before its answer is sent.
@@ -95,6 +100,8 @@ class WitnessedPublisher(MetadataPublisher):
         answer = await super().answer(listener, request)
         if answer.status != 200:
             withdraw()
+        elif self.replay is not None:
+            self.replay.approved(listener.vm, request.event_ids)
         return answer
 
 

@@ -12,9 +12,8 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
-import structlog
-
 from caesura.runtime.errors import ConfigError
+from caesura.runtime.logs import get_logger
 from caesura.runtime.threads import in_thread
 from caesura_rehearse import in_namespace
 
@@ -23,7 +22,7 @@ _COPY_BYTES = 64 * 1024
 _END_S = 5.0  # s: for a process inside to end; milliseconds are usual
 _CREDENTIALS = struct.Struct("3i")
 
-_log = structlog.get_logger("caesura.rehearse")
+_log = get_logger("caesura.rehearse")
 
 
 class NoNamespace(ConfigError):

@@ -48,13 +48,24 @@ def judge_all(
     expectations: Sequence[Expectation],
     scenario: ScenarioRecord | None,
     vms: Sequence[str],
+    *,
+    recorded: int = 0,
 ) -> list[HeldOrNot]:
     """What was ordered, each expectation for each VM, and how programs ended.
 
     Args:
         vms: all that there are.
+        recorded: how many events a recording has.
     """
     verdicts = [came_about(each) for each in events]
+    if len(events) < recorded:
+        early = next((each for each in programs if each.exited is not None), None)
+        why = (
+            f"{early.what} ended before: {describe_exit(early.exit_code)}"
+            if early
+            else "the rehearsal ended before"
+        )
+        verdicts.append(HeldOrNot(what="the recording", held=False, detail=why))
     verdicts += [verdict for each in rollouts if (verdict := halted(each)) is not None]
     if scenario is not None:
         verdicts += [

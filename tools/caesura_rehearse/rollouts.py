@@ -12,12 +12,12 @@ from contextlib import AsyncExitStack, suppress
 from datetime import UTC, datetime, timedelta
 
 import msgspec
-import structlog
 
 from caesura.contract.messages import ScheduledEvent
 from caesura.runtime.cleanup import shielded
 from caesura.runtime.errors import CaesuraError
 from caesura.runtime.identity import new_id
+from caesura.runtime.logs import get_logger
 from caesura_rehearse.conditions import Conditions
 from caesura_rehearse.faults import Fault, FaultQueue
 from caesura_rehearse.guarding import GuardUnavailable
@@ -41,7 +41,7 @@ from caesura_rehearse.targets import NoTarget
 HOST = "rehearsal"
 ORDERED, NEIGHBOUR = BY_ORDER
 
-_log = structlog.get_logger("caesura.rehearse")
+_log = get_logger("caesura.rehearse")
 
 
 class UnknownEvent(OrderRefused):

@@ -16,6 +16,7 @@ from caesura.runtime.errors import CaesuraError
 from caesura.runtime.threads import in_thread
 from caesura_host_updater.drivers.process.freezers import choose_freezer
 from caesura_rehearse.address import local_address
+from caesura_rehearse.broker_mirror import mirrored
 from caesura_rehearse.container_lookup import NoContainer, ways_to_metadata
 from caesura_rehearse.container_target import RunningContainer, find_container
 from caesura_rehearse.control import serve_control
@@ -28,6 +29,8 @@ from caesura_rehearse.namespace import URL, NoNamespace, metadata_inside, open_d
 from caesura_rehearse.orders import Order
 from caesura_rehearse.placeholders import arguments_of
 from caesura_rehearse.ports import ports_for
+from caesura_rehearse.recording import Recording
+from caesura_rehearse.replay import load_recording
 from caesura_rehearse.report import Report
 from caesura_rehearse.run_folder import cgroup_of, run_folder
 from caesura_rehearse.running_targets import RunningCgroup, RunningProcess
@@ -53,6 +56,10 @@ class RunOptions(msgspec.Struct, frozen=True, kw_only=True):
     """The container engine's socket; empty: the usual ones."""
     order: Order | None = None
     expectations: tuple[Expectation, ...] = ()
+    replay: Path | None = None
+    """A recording that is served instead."""
+    pause_at_start_s: float = 0.0
+    """Seconds for which the program is paused when a recorded event becomes Started; 0: not at all."""
     scenario: Scenario | None = None
     """Instead of one order."""
     members: tuple[Member, ...] = (Member(vm="app-1", set="app"),)
@@ -74,6 +81,8 @@ class RunOptions(msgspec.Struct, frozen=True, kw_only=True):
     """Where the metadata API listens, ``ADDRESS:PORT``, or ``gateway:PORT`` for the container's way out; empty: a free port of 127.0.0.1."""
     faults: tuple[Fault, ...] = ()
     """Of the metadata API, and of events."""
+    broker: str = ""
+    """A real broker at which everything is published, too."""
     control: Path | None = None
     """The file for address and token of the control API; None: one in the user's runtime folder."""
     quiet: bool = False
@@ -146,7 +155,11 @@ class Rehearse:
 
     async def _perform(self, engine: Engine, folder: Path) -> Report:
         options = self._options
+        recording = None if options.replay is None else await load_recording(options.replay)
         container = await self._container()
+        if options.broker:
+            await engine.enter(mirrored(engine, engine.broker, options.broker, self._news))
+            self._say(f"broker    {options.broker}: its messages are there, too")
         address = with_gateway(options.address, container)
         if address:
             await engine.enter(local_address(address))
@@ -158,6 +171,8 @@ class Rehearse:
             engine.add_fault(fault)
         await self._start_all(engine, folder, container)
         control = await engine.enter(serve_control(Desk(engine), options.control))
+        if recording is not None:
+            return await self._replay(engine, recording)
         scenario = None
         if options.scenario is not None:
             player = ScenarioPlayer(engine, options.scenario)
@@ -178,6 +193,26 @@ class Rehearse:
         if options.scenario is not None or options.order is not None:
             await engine.until(lambda: nothing_left(list(engine.slots.values())), options.settle_s)
         return engine.report(options.expectations, scenario=scenario)
+
+    async def _replay(self, engine: Engine, recording: Recording) -> Report:
+        options = self._options
+        events = len(recording.event_ids)
+        self._say(
+            f"replay    {options.replay}: {recording.seconds:.0f} s of {recording.head.server}, events: {events}"
+            + ("" if recording.whole else "; its recorder did not end in order")
+        )
+        (slot,) = engine.slots.values()
+        replaying = asyncio.create_task(engine.replay(recording, slot, pause_s=options.pause_at_start_s))
+        replaying.add_done_callback(lambda _: engine.notify())
+        try:
+            await engine.until(lambda: replaying.done() or nothing_left([slot]), None)
+            if replaying.done():
+                await replaying
+                await engine.until(lambda: nothing_left([slot]), options.settle_s)
+        finally:
+            replaying.cancel()
+            await asyncio.gather(replaying, return_exceptions=True)
+        return engine.report(options.expectations, recorded=events)
 
     async def _start_all(self, engine: Engine, folder: Path, container: RunningContainer | None) -> None:
         for member, slot in zip(self._options.members, engine.slots.values(), strict=True):

@@ -11,8 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
-import structlog
-
+from caesura.runtime.logs import get_logger
 from caesura.runtime.threads import in_thread
 from caesura_host_updater.drivers.process.freezers import ProcessPlan, own_cgroups
 from caesura_host_updater.spawn import ExitWatch
@@ -26,7 +25,7 @@ from caesura_vmcontrol.vm_control import condition
 _KILLED_S = 5.0  # s: for what was killed to be gone
 _LOOK_S = 0.01  # s: between two looks at processes that are not our children
 
-_log = structlog.get_logger("caesura.rehearse")
+_log = get_logger("caesura.rehearse")
 
 
 class RunningProcess:

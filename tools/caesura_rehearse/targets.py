@@ -15,9 +15,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, Protocol
 
-import structlog
-
 from caesura.runtime.errors import ConfigError
+from caesura.runtime.logs import get_logger
 from caesura.runtime.threads import in_thread
 from caesura_host_updater.drivers.process import guest_init
 from caesura_host_updater.drivers.process.freezers import (
@@ -35,7 +34,7 @@ _START_S = 15.0  # s: the first process needs some 20 ms; this is for a machine 
 _KILLED_S = 5.0  # s: for what was killed to be gone
 _LOOK_S = 0.01  # s: between two looks at processes that are not our children
 
-_log = structlog.get_logger("caesura.rehearse")
+_log = get_logger("caesura.rehearse")
 
 
 class NoTarget(ConfigError):

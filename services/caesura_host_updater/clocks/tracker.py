@@ -9,18 +9,18 @@ from contextlib import suppress
 from datetime import UTC, datetime
 
 import msgspec
-import structlog
 
 from caesura.contract.messages import AgentClockSynced, MemoryProof, VmClockSynced, VmResumed
 from caesura.delivery.message import OutboxMessage
 from caesura.lifecycle.proof import memory_proof
+from caesura.runtime.logs import get_logger
 from caesura_host_updater.clocks.verdict import ClockCheck, judge, judge_driver, same_boot, unsynced
 from caesura_host_updater.drivers.port import ClockCapable, Driver, DriverError, NotPossible
 
 _BOOT_ID_S = 0.5  # s: for a guest to report its boot id before it is paused
 REPEAT_S = 2.0  # s: the agent may have been away when `resumed` was published: it is repeated this often
 
-_log = structlog.get_logger("caesura.clock")
+_log = get_logger("caesura.clock")
 
 
 class _PendingSync:

@@ -17,15 +17,14 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-import structlog
-
 from caesura.contract.messages import RefusedUpdate
+from caesura.runtime.logs import get_logger
 from caesura_host_updater.inventory.updates import Catalogue, read_updates
 
 _LOOK_S = 1.0  # s: between two checks for changes; each is one listing and one stat a file
 _SILENT_S = 3.0  # s: a local folder answers within milliseconds, a busy network file system within a second
 
-_log = structlog.get_logger("caesura.updates")
+_log = get_logger("caesura.updates")
 
 Fingerprint = tuple[object, ...]
 """Equal if nothing changed that a new read would show."""

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import structlog
-
 from caesura.bus.messaging import MessageClient
 from caesura.bus.port import BusUnavailable, PublishRefused
 from caesura.contract.codec import Oversized
 from caesura.contract.fitting import fitted
 from caesura.contract.messages import HostInventory, InventoryPart
 from caesura.contract.parts import inventory_in_parts
+from caesura.runtime.logs import get_logger
 
-_log = structlog.get_logger("caesura.host.inventory")
+_log = get_logger("caesura.host.inventory")
 
 
 class InventoryPublisher:

@@ -13,11 +13,10 @@ from contextlib import suppress
 from datetime import UTC, datetime
 from types import MappingProxyType
 
-import structlog
-
 from caesura.contract.messages import OperationReported
 from caesura.delivery.message import OutboxMessage
 from caesura.runtime.errors import StoreError
+from caesura.runtime.logs import get_logger
 from caesura.runtime.threads import in_thread
 from caesura_host_updater.clocks.verdict import ClockCheck
 from caesura_host_updater.drivers.port import Driver, DriverError, NotRunningYet, states_within
@@ -41,7 +40,7 @@ _RESUME_TRY_S = 0.25  # s: one try of a resume
 _ORPHANS_S = 10.0  # s: to find what an update left behind; stuck processes take half a second each
 _PATIENCE_S = 10.0  # s: VMs found frozen are retried this long before the host joins the bus without them
 
-_log = structlog.get_logger("caesura.recovery")
+_log = get_logger("caesura.recovery")
 
 
 async def resume_until_running(driver: Driver, vm: str) -> str:

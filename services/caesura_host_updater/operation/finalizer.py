@@ -7,14 +7,13 @@ from collections.abc import Sequence
 from contextlib import suppress
 from datetime import datetime
 
-import structlog
-
 from caesura.contract.messages import (
     AbortOperation,
     OperationReported,
 )
 from caesura.delivery.message import OutboxMessage
 from caesura.runtime.errors import StoreError
+from caesura.runtime.logs import get_logger
 from caesura_host_updater.clocks.tracker import ClockSyncTracker
 from caesura_host_updater.clocks.verdict import ClockCheck
 from caesura_host_updater.command_admission import Repeat, Underway
@@ -27,7 +26,7 @@ from caesura_host_updater.outbox import Outbox
 
 _SAVE_RETRY_S = 1.0  # s: between two tries to write reports that a full disk did not take
 
-_log = structlog.get_logger("caesura.pause")
+_log = get_logger("caesura.pause")
 
 
 def cancelled_before_it_began(

@@ -6,11 +6,10 @@ import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 
-import structlog
-
 from caesura.contract.messages import StartOperation, VmFrozen, VmResumed
 from caesura.contract.reasons import ReasonCode
 from caesura.delivery.message import OutboxMessage
+from caesura.runtime.logs import get_logger
 from caesura_host_updater.command_admission import STOPPING
 from caesura_host_updater.drivers.port import Driver, states_within
 from caesura_host_updater.guard_client import GuardClient
@@ -26,7 +25,7 @@ from caesura_host_updater.pause_markers import PauseMarkers
 from caesura_host_updater.vm_view import STATES_S, VmView
 from caesura_vmcontrol.procfs import boot_id
 
-_log = structlog.get_logger("caesura.host_updater")
+_log = get_logger("caesura.host_updater")
 
 
 class OperationQueue:

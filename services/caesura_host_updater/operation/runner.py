@@ -10,11 +10,10 @@ from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from typing import Any, Protocol
 
-import structlog
-
 from caesura.contract.messages import StartOperation, VmFrozen, VmResumed
 from caesura.contract.reasons import ReasonCode
 from caesura.runtime.errors import StoreError
+from caesura.runtime.logs import get_logger
 from caesura_host_updater.drivers.port import (
     Driver,
     DriverError,
@@ -65,7 +64,7 @@ from caesura_vmcontrol.resume_plans import ResumePlan
 
 _FLUSH_S = 2.0  # s: for the journal to write what was posted, before the guard releases the operation
 
-_log = structlog.get_logger("caesura.pause")
+_log = get_logger("caesura.pause")
 
 
 def to_wall_clock(instant: float) -> datetime:

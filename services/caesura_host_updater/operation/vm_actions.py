@@ -6,9 +6,8 @@ import asyncio
 import time
 from collections.abc import Callable
 
-import structlog
-
 from caesura.lifecycle.budget import START_S
+from caesura.runtime.logs import get_logger
 from caesura_host_updater.drivers.port import (
     DigestCapable,
     Driver,
@@ -47,7 +46,7 @@ _START_RETRY_S = 0.5  # s: between two tries to start a VM
 _LOOK_S = 0.2  # s: for a look before a resume, which must not wait for it
 _WATCH_S = 0.1  # s: between two looks whether the paused VMs are still paused
 
-_log = structlog.get_logger("caesura.pause")
+_log = get_logger("caesura.pause")
 
 
 class VmActions:

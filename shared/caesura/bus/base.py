@@ -13,16 +13,16 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 
 import msgspec
-import structlog
 
 from caesura.bus.filters import check_filter, matches
 from caesura.bus.inbox import Inbox
 from caesura.bus.port import BusStats, BusUnavailable, Commits, Connected, Delivery, Handler
 from caesura.bus.rates import MUTED_S, Rates, writer_of
 from caesura.contract.topics import may_be_retained
+from caesura.runtime.logs import get_logger
 from caesura.runtime.sampler import Sampler, cut
 
-_log = structlog.get_logger("caesura.bus")
+_log = get_logger("caesura.bus")
 
 _WARN_EVERY_S = 10.0  # s: how often a slow handler is logged, instead of once per message
 

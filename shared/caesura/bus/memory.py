@@ -14,14 +14,14 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 import msgspec
-import structlog
 
 from caesura.bus.base import QueuedDelivery, ReconnectingBus
 from caesura.bus.filters import check_topic
 from caesura.bus.port import BusUnavailable, Delivery, PublishRefused, Will
 from caesura.bus.routes import FilterTree, RetainedTopics
+from caesura.runtime.logs import get_logger
 
-_log = structlog.get_logger("caesura.bus")
+_log = get_logger("caesura.bus")
 
 _WINDOW = 100  # unacknowledged QoS 1 messages a client may have, as in our Mosquitto settings
 

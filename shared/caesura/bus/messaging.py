@@ -12,8 +12,6 @@ from collections.abc import Awaitable, Callable, Mapping
 from datetime import UTC, datetime
 from typing import Any, TypeVar
 
-import structlog
-
 from caesura.bus.port import Bus, Delivery
 from caesura.bus.refusal_log import RefusalLog
 from caesura.contract.codec import ContractError, Received, decode, encode
@@ -21,6 +19,7 @@ from caesura.contract.envelope import Message
 from caesura.contract.parts import PARTS, Joiner
 from caesura.contract.topics import channel_of, match_topic
 from caesura.runtime.identity import new_id
+from caesura.runtime.logs import get_logger
 
 M = TypeVar("M", bound=Message)
 
@@ -32,7 +31,7 @@ TombstoneHandler = Callable[[Mapping[str, str]], Awaitable[None]]
 
 PART_TYPES = frozenset(PARTS.values())
 
-_log = structlog.get_logger("caesura.bus")
+_log = get_logger("caesura.bus")
 
 
 class MessageClient:

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import msgspec
-import structlog
 
 from caesura.bus.backoff import Backoff
 from caesura.bus.base import QueuedDelivery, ReconnectingBus
@@ -29,8 +28,9 @@ from caesura.bus.mqtt_connection import IncomingMessage, MqttConnection, Protoco
 from caesura.bus.options import BrokerOptions
 from caesura.bus.port import BusError, BusUnavailable, Delivery, PublishRefused, Will
 from caesura.bus.rates import Rates
+from caesura.runtime.logs import get_logger
 
-_log = structlog.get_logger("caesura.bus")
+_log = get_logger("caesura.bus")
 
 _FILTERS_AT_ONCE = 1_000  # a packet of some 100 KiB
 _UNSTABLE = 3  # short-lived connections in a row: then the log says that another client may use our id

@@ -6,14 +6,13 @@ import asyncio
 from collections.abc import Callable
 from datetime import UTC, datetime
 
-import structlog
-
 from caesura.bus.messaging import MessageClient
 from caesura.bus.port import BusError, PublishRefused, Will
 from caesura.contract.codec import encode
 from caesura.contract.envelope import Message
 from caesura.contract.topics import channel_of
 from caesura.runtime.identity import new_id
+from caesura.runtime.logs import get_logger
 from caesura.runtime.sampler import Sampler
 
 BEAT_S = 30.0
@@ -21,7 +20,7 @@ BEAT_S = 30.0
 _SAY_EVERY_S = 300.0  # s: between two log lines about a refusal
 _ANNOUNCE_S = 10.0  # s: for the broker to take an announcement
 
-_log = structlog.get_logger("caesura.presence")
+_log = get_logger("caesura.presence")
 
 
 def last_will(offline: Message, source: str, **parameters: str | int) -> Will:

@@ -10,16 +10,15 @@ import re
 import time
 from collections.abc import Callable
 
-import structlog
-
 from caesura.contract.codec import ContractError
+from caesura.runtime.logs import get_logger
 from caesura.runtime.sampler import Sampler, cut
 
 _EVERY_S = 600.0  # s: between two lines about the same
 _VALUES = re.compile(r"'[^']*'|\d+")
 """What differs between messages with the same fault: values, positions in the text."""
 
-_log = structlog.get_logger("caesura.bus")
+_log = get_logger("caesura.bus")
 
 
 class RefusalLog:

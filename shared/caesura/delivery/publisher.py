@@ -18,14 +18,13 @@ from heapq import heappop, heappush
 from itertools import count, islice
 from typing import Protocol
 
-import structlog
-
 from caesura.bus.port import BusUnavailable, PublishRefused, PublishTooLarge
 from caesura.delivery.entries import PendingMessage, RefusedTopic
 from caesura.delivery.message import OutboxMessage
 from caesura.delivery.policy import EVERY, NEWEST, DeliveryPolicy
 from caesura.delivery.store import MemoryOutbox, OutboxStore
 from caesura.runtime.errors import StoreError
+from caesura.runtime.logs import get_logger
 from caesura.runtime.sampler import Sampler
 
 IN_FLIGHT = 10
@@ -41,7 +40,7 @@ _CLOSE_S = 0.05  # s: a publish that ends by its deadline may end a tick before 
 _REMOVED_AT_ONCE = 250  # messages in one transaction of the store: its owner waits for that long
 _LONG_S = 3600.0  # s: length of one wait for the connection; another one follows
 
-_log = structlog.get_logger("caesura.outbox")
+_log = get_logger("caesura.outbox")
 
 
 class Publishes(Protocol):

@@ -6,11 +6,11 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Any, Protocol, TypeVar
 
 import msgspec
-import structlog
 
 from caesura.contract.codec import ContractError, decode
 from caesura.delivery.message import OutboxMessage
 from caesura.runtime.database import Database
+from caesura.runtime.logs import get_logger
 from caesura.runtime.threads import in_thread
 
 SCHEMA = """
@@ -23,7 +23,7 @@ SCHEMA = """
 """The table, for a migration of the service's own schema."""
 
 T = TypeVar("T")
-_log = structlog.get_logger("caesura.outbox")
+_log = get_logger("caesura.outbox")
 
 
 class OutboxTable:

@@ -10,11 +10,9 @@ from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from typing import Any, TypeVar
 
-import structlog
-
 from caesura.runtime.errors import CaesuraError, ConfigError
 from caesura.runtime.interrupt import EXIT_INTERRUPTED
-from caesura.runtime.logs import configure_logging
+from caesura.runtime.logs import configure_logging, get_logger
 from caesura.runtime.settings import (
     ServiceSettings,
     describe_settings,
@@ -75,7 +73,7 @@ def _run(
         print("configuration is valid")  # noqa: T201 - the command's answer
         return 0
     configure_logging(name, style=settings.log_format, level=settings.log_level)
-    log = structlog.get_logger("caesura.command")
+    log = get_logger("caesura.command")
     try:
         asyncio.run(main(settings))
     except CaesuraError as error:

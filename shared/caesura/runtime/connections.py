@@ -17,9 +17,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import cast
 
-import structlog
+from caesura.runtime.logs import get_logger
 
-_log = structlog.get_logger("caesura.listen")
+_log = get_logger("caesura.listen")
 
 _ACCEPT_RETRY_S = 1.0  # s without an accept after one that failed for want of a resource
 _LOG_EVERY_S = 60.0  # s between two log lines about the same trouble of one listener

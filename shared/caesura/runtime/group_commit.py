@@ -14,10 +14,9 @@ import os
 from collections.abc import Callable
 from typing import TypeVar
 
-import structlog
-
 from caesura.runtime.database import Database, Wal
 from caesura.runtime.errors import StoreError, SyncFailed
+from caesura.runtime.logs import get_logger
 from caesura.runtime.threads import Worker
 
 FOLD_BYTES = 16 * 1024 * 1024
@@ -27,7 +26,7 @@ _SLOW_S = 5.0
 """s: after which the health probe names a sync that does not end."""
 
 T = TypeVar("T")
-_log = structlog.get_logger("caesura.runtime.group_commit")
+_log = get_logger("caesura.runtime.group_commit")
 
 
 class GroupCommit:

@@ -15,13 +15,31 @@ import os
 import queue
 import sys
 from contextlib import suppress
-from typing import Literal
+from typing import Any, Literal
 
-import structlog
-import structlog.tracebacks
+if "rich" in sys.modules or "structlog" in sys.modules:
+    import structlog
+else:
+    # structlog imports rich where it is installed, for tracebacks that are never shown here: a third of the time that a
+    # service needs to start, and megabytes of each agent. A module that is None cannot be imported.
+    sys.modules["rich"] = None  # type: ignore[assignment]
+    try:
+        import structlog
+    finally:
+        del sys.modules["rich"]
 
 _QUEUED = 2000  # lines, some 300 bytes each: as many as a minute of trouble logs
 _FLUSH_S = 1.0  # s: at the end of the process; a working reader takes all of it within milliseconds
+
+
+def get_logger(name: str) -> Any:
+    """A structlog logger of this name: its methods take an event and key-value pairs."""
+    return structlog.get_logger(name)
+
+
+def silence() -> None:
+    """Log nothing: for a command whose output another program reads."""
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
 
 
 class _Writer(logging.Handler):

@@ -11,11 +11,10 @@ import asyncio
 import signal
 from collections.abc import Awaitable, Callable, Mapping
 
-import structlog
-
 from caesura.runtime.errors import CaesuraError
+from caesura.runtime.logs import get_logger
 
-_log = structlog.get_logger("caesura.serve")
+_log = get_logger("caesura.serve")
 
 
 class TaskEnded(CaesuraError):

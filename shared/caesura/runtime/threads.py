@@ -13,10 +13,10 @@ from contextlib import suppress
 from queue import SimpleQueue
 from typing import TypeVar
 
-import structlog
+from caesura.runtime.logs import get_logger
 
 T = TypeVar("T")
-_log = structlog.get_logger("caesura.runtime.threads")
+_log = get_logger("caesura.runtime.threads")
 
 
 async def in_thread(name: str, work: Callable[[], T]) -> T:

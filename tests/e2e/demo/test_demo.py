@@ -22,6 +22,9 @@ from caesura_testing.patience import patient
 
 pytestmark = pytest.mark.timeout(150)
 
+SMALL = ("--vms", "3")
+"""What a test of an interruption needs: a VM in each of three domains, on three hosts. 25 take three times the processor time."""
+
 
 @pytest.fixture(autouse=True)
 async def swept() -> AsyncIterator[None]:
@@ -73,7 +76,7 @@ async def test_every_rule_holds(kind: str) -> None:
 )
 async def test_ctrl_c_leaves_nothing_behind(moment: str) -> None:
     mark = f"DEMO_TEST=interrupted-{moment.replace(' ', '-').replace(':', '')}"
-    process = await _demo(mark=mark)
+    process = await _demo(*SMALL, mark=mark)
     assert process.stdout is not None
     said = b""
     async with asyncio.timeout(patient(90)):
@@ -96,7 +99,7 @@ async def test_ctrl_c_leaves_nothing_behind(moment: str) -> None:
 async def test_a_first_signal_during_the_clean_up_does_not_cancel_it(services: str) -> None:
     """The last line is printed, all rules held, everything is being stopped: then Ctrl-C."""
     mark = f"DEMO_TEST=in-the-clean-up-{services}"
-    process = await _demo(mark=mark)
+    process = await _demo(*SMALL, mark=mark)
     assert process.stdout is not None
     said = b""
     async with asyncio.timeout(patient(90)):
@@ -122,7 +125,7 @@ async def test_a_first_signal_during_the_clean_up_does_not_cancel_it(services: s
 async def test_killed_with_9_it_leaves_nothing_behind_after_a_while(services: str) -> None:
     """Nobody can clean up after itself then: its sweeper does, when the services have had the time to drain."""
     mark = f"DEMO_TEST=killed-{services}"
-    process = await _demo(mark=mark)
+    process = await _demo(*SMALL, mark=mark)
     assert process.stdout is not None
     said = b""
     async with asyncio.timeout(patient(90)):
@@ -140,8 +143,8 @@ async def test_killed_with_9_it_leaves_nothing_behind_after_a_while(services: st
 _RUNS = int(os.environ.get("CAESURA_DEMO_INTERRUPTIONS", "3"))
 _SEED = int(os.environ.get("CAESURA_DEMO_SEED", str(random.randrange(1 << 30))))
 REPEAT_WITH = {"CAESURA_DEMO_SEED": str(_SEED)}
-_LONGEST_S = 30.0
-"""s: a whole run takes some 25 s on two cores; a moment after its end is one too."""
+_LONGEST_S = 20.0
+"""s: a whole run takes some 14 s on two cores; a moment after its end is one too."""
 
 
 @pytest.mark.parametrize("services", ["healthy", "hung"])
@@ -154,7 +157,7 @@ async def test_interrupted_at_any_moment_it_leaves_nothing_behind(number: int, s
     what = f"run {number}, {services}, after {moment_s:.2f} s: {[each.name for each in presses]} {gaps}"
     print(f"\nseed {_SEED}: {what}")  # noqa: T201 - a failure without its seed is no use
     mark = f"DEMO_TEST=moment-{number}-{services}"
-    process = await _demo(mark=mark)
+    process = await _demo(*SMALL, mark=mark)
     ended = asyncio.create_task(process.communicate())
     await asyncio.wait([ended], timeout=moment_s)
     if services == "hung":
@@ -193,7 +196,7 @@ def _hang(pids: Iterable[int]) -> None:
 
 async def test_json_is_all_that_is_on_stdout_while_it_is_kept() -> None:
     mark = "DEMO_TEST=kept"
-    process = await _demo("--json", "--keep", mark=mark, stderr=asyncio.subprocess.PIPE)
+    process = await _demo("--json", "--keep", *SMALL, mark=mark, stderr=asyncio.subprocess.PIPE)
     assert process.stdout is not None
     assert process.stderr is not None
     async with asyncio.timeout(patient(90)):

@@ -123,9 +123,8 @@ def test_expectations_are_held_for_each_vm(tmp_path: Path) -> None:
     assert [line.split(": ")[0].split() for line in lines[-4:]] == [
         ["held", "web-1"], ["FAILED", "web-2"], ["held", "web-3"], ["held", "web-1"],
     ]  # fmt: skip
-    cases = [
-        (each.get("classname"), each.get("name")) for each in ET.parse(junit).getroot()[0].iter("testcase")
-    ]  # noqa: S314 - our own
+    suite = ET.parse(junit).getroot()[0]  # noqa: S314 - our own
+    cases = [(each.get("classname"), each.get("name")) for each in suite.iter("testcase")]
     assert ("caesura.rehearse.web-2", "seen") in cases
 
 

@@ -50,21 +50,9 @@ class Lane(NamedTuple):
 
 
 LANES = {
-    # In two lanes: they wait most of the time, so two of them need hardly more than one.
-    "e2e": Lane(
-        "tests/e2e: the installed commands as processes, faults included",
-        "pytest -q tests/e2e "
-        + " ".join(
-            f"--ignore tests/e2e/{name}" for name in (*_JOURNEYS, "clients", "compose", "containers", "soak")
-        ),
-    ),
-    "journeys": Lane(
-        f"tests/e2e/{{{','.join(_JOURNEYS)}}}: what people see and type, and QEMU guests",
-        "pytest -q " + " ".join(f"tests/e2e/{name}" for name in _JOURNEYS),
-    ),
+    # Those of seconds first; then the longest, which wait most of the time: four of them need hardly more than two.
     "format": Lane("ruff format finds nothing to change", "ruff format --check .", fast=True),
     "lint": Lane("ruff check", "ruff check .", fast=True),
-    "types": Lane("mypy --strict", "mypy", fast=True),
     "layers": Lane("import-linter: who may import what", "lint-imports", fast=True),
     "generated": Lane(
         "files made from the topic table and the settings are fresh",
@@ -81,10 +69,16 @@ LANES = {
         "NO_MKDOCS_2_WARNING=1 mkdocs build --strict",
         fast=True,
     ),
-    "unit": Lane(
-        "tests/unit, tests/contract and tests/architecture",
-        f"pytest -q {_WORKERS} tests/unit tests/contract tests/architecture",
-        fast=True,
+    "e2e": Lane(
+        "tests/e2e: the installed commands as processes, faults included",
+        "pytest -q tests/e2e "
+        + " ".join(
+            f"--ignore tests/e2e/{name}" for name in (*_JOURNEYS, "clients", "compose", "containers", "soak")
+        ),
+    ),
+    "journeys": Lane(
+        f"tests/e2e/{{{','.join(_JOURNEYS)}}}: what people see and type, and QEMU guests",
+        "pytest -q " + " ".join(f"tests/e2e/{name}" for name in _JOURNEYS),
     ),
     "integration": Lane(
         "tests/integration: real Mosquitto, embedded broker, frozen processes, HTTP, promtool",
@@ -97,6 +91,12 @@ LANES = {
         pytest -q tests/e2e/containers
         pytest -q -s tests/e2e/compose
         """,
+    ),
+    "types": Lane("mypy --strict", "mypy", fast=True),
+    "unit": Lane(
+        "tests/unit, tests/contract and tests/architecture",
+        f"pytest -q {_WORKERS} tests/unit tests/contract tests/architecture",
+        fast=True,
     ),
     "clients": Lane(
         "tests/e2e/clients: clients of Azure's metadata, unmodified, at 169.254.169.254 in a network namespace (npm, resource-agents)",
@@ -126,15 +126,15 @@ LANES = {
         """,
     ),
     "wheel": Lane(
-        "the built wheel, installed alone, passes the unit tests, starts every command and holds an author's driver to the suite",
-        f"""
+        "the built wheel, installed alone, has and imports every module, starts every command and holds an author's driver to the suite",
+        """
         rm -rf .lanes/wheel
         mkdir -p .lanes/wheel
         "$UV" build --quiet --wheel --out-dir .lanes/wheel/dist
         "$UV" venv --quiet --python python3 .lanes/wheel/venv
-        "$UV" export --quiet --locked --all-extras --no-emit-project --format requirements-txt >.lanes/wheel/requirements.txt
+        "$UV" export --quiet --locked --all-extras --no-default-groups --no-emit-project --format requirements-txt >.lanes/wheel/requirements.txt
         VIRTUAL_ENV=$PWD/.lanes/wheel/venv "$UV" pip install --quiet -r .lanes/wheel/requirements.txt .lanes/wheel/dist/*.whl
-        tests/architecture/wheel.sh "$PWD/.lanes/wheel/venv" {_WORKERS}
+        tests/architecture/wheel.sh "$PWD/.lanes/wheel/venv"
         "$UV" venv --quiet --python python3 .lanes/wheel/author
         "$UV" export --quiet --locked --extra conformance --no-default-groups --no-emit-project --format requirements-txt >.lanes/wheel/author.txt
         VIRTUAL_ENV=$PWD/.lanes/wheel/author "$UV" pip install --quiet -r .lanes/wheel/author.txt .lanes/wheel/dist/*.whl
@@ -322,7 +322,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--jobs",
         type=_count,
-        default=min(CORES + 1, 4),
+        default=min(CORES + 2, 6),
         metavar="N",
         help="lanes at once (default here: %(default)s). With 1 a lane writes to the terminal while it runs",
     )

@@ -10,11 +10,11 @@ import jsonschema
 import pytest
 
 from caesura.contract.messages import ScheduledEvent, SetDocument
+from caesura.lifecycle.document import find_event
 from caesura_metadata_publisher.api_versions import EVENTS_VERSIONS, events_version
 from caesura_metadata_publisher.events_document import (
     awaits_approval,
     entity_tag,
-    find_event,
     unchanged,
     wire_document,
 )

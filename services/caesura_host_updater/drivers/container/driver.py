@@ -15,9 +15,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
-import structlog
-
 from caesura.contract.messages import Method, VmState
+from caesura.runtime.logs import get_logger
 from caesura.runtime.threads import in_thread, in_thread_to_its_end
 from caesura_host_updater.drivers.container.cgroup import NoFreezer
 from caesura_host_updater.drivers.container.definition import (
@@ -72,7 +71,7 @@ _MISSING: Mapping[str, str] = {
 }
 PAUSED_BEFORE = "it was paused by somebody else before anything was done: resume it with `docker unpause`"
 
-_log = structlog.get_logger("caesura.driver")
+_log = get_logger("caesura.driver")
 
 
 class ContainerDriver:

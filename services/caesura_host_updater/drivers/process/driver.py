@@ -15,9 +15,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal
 
-import structlog
-
 from caesura.contract.messages import Method, ProofCode, VmState
+from caesura.runtime.logs import get_logger
 from caesura.runtime.threads import in_thread, in_thread_to_its_end
 from caesura_host_updater.drivers.digest import digest_of
 from caesura_host_updater.drivers.port import (
@@ -49,7 +48,7 @@ _KERNEL_S = 0.25  # s: what a try of a resume may take longer than it was given
 _TABLE_AGE_S = 0.001  # s: so freezing many VMs reads the process table once a round, not once a VM
 _SETTLE_S = 0.004  # s: a stop by signals must last this long to count: somebody may send SIGCONT all the time
 
-_log = structlog.get_logger("caesura.driver")
+_log = get_logger("caesura.driver")
 
 
 _MISSING: Mapping[str, str] = {

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import structlog
-
+from caesura.runtime.logs import get_logger
 from caesura.runtime.processes import cgroup_name
 from caesura_host_updater.drivers.plugin import DriverPlugin, DriverSetup
 from caesura_host_updater.drivers.port import Driver
 from caesura_host_updater.drivers.process.definition import ProcessOptions, ProcessVm, vm_error
 
-_log = structlog.get_logger("caesura.driver")
+_log = get_logger("caesura.driver")
 
 
 class ProcessPlugin(DriverPlugin[ProcessVm, ProcessOptions]):

@@ -13,8 +13,8 @@ from contextlib import suppress
 from pathlib import Path
 
 import msgspec
-import structlog
 
+from caesura.runtime.logs import get_logger
 from caesura.runtime.threads import in_thread, in_thread_to_its_end
 from caesura_host_updater.drivers.port import (
     DriverError,
@@ -39,7 +39,7 @@ _START_TIMEOUT_S = 15.0  # s: a VM's first process needs some 20 ms; this is for
 _STOP_TIMEOUT_S = guest_init.TERM_GRACE_S + 2.0
 _LOOK_S = 0.002  # s: between two looks at a VM that is to start or to end
 
-_log = structlog.get_logger("caesura.driver")
+_log = get_logger("caesura.driver")
 
 
 class ProcessSupervisor:

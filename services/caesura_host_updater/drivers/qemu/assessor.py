@@ -15,8 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-import structlog
-
+from caesura.runtime.logs import get_logger
 from caesura.runtime.threads import in_thread
 from caesura_host_updater.drivers.qemu.async_qmp import AsyncQmp, QmpFailed
 from caesura_host_updater.drivers.qemu.commandline import cpu_of
@@ -37,7 +36,7 @@ _HOST_S = 3.0  # s: for the kernel to answer about a process and its files; a hu
 
 _T = TypeVar("_T")
 
-_log = structlog.get_logger("caesura.qemu")
+_log = get_logger("caesura.qemu")
 
 
 @dataclass(frozen=True)

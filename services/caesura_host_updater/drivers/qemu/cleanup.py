@@ -10,8 +10,8 @@ from contextlib import suppress
 from pathlib import Path
 
 import msgspec
-import structlog
 
+from caesura.runtime.logs import get_logger
 from caesura_host_updater.drivers.qemu import successor
 from caesura_host_updater.drivers.qemu.process_records import Records, VmProcessRecord
 from caesura_host_updater.drivers.qemu.vmm import read_vmm
@@ -25,7 +25,7 @@ from caesura_vmcontrol.vm_control import thaw
 
 _END_S = 2.0  # s: for a killed process to be dead
 
-_log = structlog.get_logger("caesura.qemu")
+_log = get_logger("caesura.qemu")
 
 
 def run_of(former: VmProcessRecord, pid: int, start_ticks: int) -> VmProcessRecord:

@@ -11,9 +11,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import structlog
-
 from caesura.contract.messages import Method, VmState
+from caesura.runtime.logs import get_logger
 from caesura.runtime.threads import in_thread
 from caesura_host_updater.drivers.qemu import commandline, successor
 from caesura_host_updater.drivers.qemu.async_qmp import AsyncQmp, QmpEvent, QmpFailed, listener_of
@@ -36,7 +35,7 @@ PAUSED_BEFORE = "it was paused by somebody else before anything was done: resume
 PAUSED_AFTER = "it ran again and was paused by somebody else since: resume it with `cont`"
 NO_REBOOT = "it was not started by Caesura, so it could not be started again: restart it by what starts it"
 
-_log = structlog.get_logger("caesura.qemu")
+_log = get_logger("caesura.qemu")
 
 
 class NotAttached(Exception):

@@ -14,8 +14,8 @@ from contextlib import suppress
 from pathlib import Path
 
 import msgspec
-import structlog
 
+from caesura.runtime.logs import get_logger
 from caesura.runtime.threads import in_thread, in_thread_to_its_end
 from caesura_host_updater.drivers.port import FreezeFailed, HandOver, SwapFailed
 from caesura_host_updater.drivers.qemu import commandline
@@ -59,7 +59,7 @@ _AGAIN_S = 0.005  # s: between two tries of the way out
 _LONGEST_AGAIN_S = 0.1  # s
 _ERROR_S = 0.3  # s: for the old process to say why
 
-_log = structlog.get_logger("caesura.qemu")
+_log = get_logger("caesura.qemu")
 
 
 class Migrator:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 
-import structlog
-
+from caesura.runtime.logs import get_logger
 from caesura_host_updater.drivers.plugin import DriverPlugin, DriverSetup
 from caesura_host_updater.drivers.port import Driver
 from caesura_host_updater.drivers.qemu.accel import Accelerator, find_accelerator
@@ -14,7 +13,7 @@ from caesura_host_updater.drivers.qemu.discovery import unnamed_vms
 
 _ACCEL = {"kvm": "kvm", "tcg": "tcg,thread=multi"}
 
-_log = structlog.get_logger("caesura.driver")
+_log = get_logger("caesura.driver")
 
 
 class QemuPlugin(DriverPlugin[QemuVm, QemuOptions]):

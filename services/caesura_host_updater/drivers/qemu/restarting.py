@@ -7,8 +7,7 @@ import time
 from collections.abc import Mapping
 from contextlib import suppress
 
-import structlog
-
+from caesura.runtime.logs import get_logger
 from caesura.runtime.threads import in_thread
 from caesura_host_updater.drivers.port import DriverError, ShutdownFailed
 from caesura_host_updater.drivers.qemu.async_qmp import QmpFailed
@@ -23,7 +22,7 @@ _AGENT_S = 3.0  # s: a guest agent answers within milliseconds; then ACPI is tri
 _LOOK_S = 0.1  # s: between two looks at a guest that is down in a process that stays (-no-shutdown)
 _QUIT_S = 2.0  # s: for such a process to end
 
-_log = structlog.get_logger("caesura.qemu")
+_log = get_logger("caesura.qemu")
 
 
 class Restarter:

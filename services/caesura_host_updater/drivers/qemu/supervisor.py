@@ -8,9 +8,8 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
-import structlog
-
 from caesura.contract.messages import Method
+from caesura.runtime.logs import get_logger
 from caesura.runtime.threads import in_thread
 from caesura_host_updater.drivers.qemu import successor
 from caesura_host_updater.drivers.qemu.assessor import Assessor
@@ -36,7 +35,7 @@ _LOOK_S = 5.0  # s: between two looks for VMs that others start, or that did not
 _SETTLE_S = 2.0  # s: to end the loser of an operation whose guest runs
 _QUIT_S = 2.0  # s: from QMP `quit` to the end of the process
 
-_log = structlog.get_logger("caesura.qemu")
+_log = get_logger("caesura.qemu")
 
 
 class VmSupervisor:

@@ -227,8 +227,8 @@ def test_one_program_after_three(caesura: Rehearsal, client: list[str], tmp_path
     assert not any(Path(f"/proc/{each.pid}").exists() for each in three)
     caesura.freeze(notice="60s", duration="0.1s").wait_ended()
     assert one.exit_code is None
-    with pytest.raises(RehearsalError, match=r"unknown placeholder \{vn\}, did you mean vm"):
-        caesura.run(["echo", "{vn}"], vms=2)
+    with pytest.raises(RehearsalError, match=r"unknown placeholder \{prot\}, did you mean port"):
+        caesura.run(["echo", "{prot}"], vms=2)
     with pytest.raises(RehearsalError, match="<= 50"):
         caesura.run(["true"], vms=51)
 

@@ -35,6 +35,7 @@ qemu-system-x86    qemu-system-x86_64                     unit integration e2e j
 qemu-utils         qemu-img                               unit integration e2e journeys
 ovmf               /usr/share/OVMF/OVMF_CODE.fd           integration e2e journeys
 swtpm              swtpm                                  integration e2e journeys
+slirp4netns        slirp4netns                            e2e journeys
 iproute2           ip                                     integration e2e compose journeys clients
 e2fsprogs          mkfs.ext4                              unit integration e2e journeys
 util-linux         fsfreeze                               integration e2e journeys clients

@@ -1,7 +1,7 @@
 """What a rehearsal does inside another network. Run by path with ``python -I -S``: standard library only, none of our imports.
 
-``execute SOCKET PROGRAM ARGUMENT...`` executes a program in a network of its own, in which 169.254.169.254:80 answers. The listener is bound
-here, inside, and its descriptor passed to the rehearsal, which serves it from outside. Without root the network comes with a user
+``execute SOCKET RESOLV_CONF PROGRAM ARGUMENT...`` executes a program in a network of its own, in which 169.254.169.254:80 answers. The listener is bound
+here, inside, and its descriptor passed to the rehearsal, which serves it from outside. A RESOLV_CONF that is not empty replaces the machine's. Without root the network comes with a user
 namespace in which the user has the same id; the program has no rights in it.
 
 ``serve PID`` binds the same listener in the network of a process that runs already, a container's, and takes the address away when
@@ -20,9 +20,13 @@ import signal
 import socket
 import struct
 import sys
+import time
+from contextlib import suppress
 
+CLONE_NEWNS = 0x20000
 CLONE_NEWUSER = 0x10000000
 CLONE_NEWNET = 0x40000000
+MS_BIND, MS_REC, MS_PRIVATE = 0x1000, 0x4000, 0x40000
 PR_SET_PDEATHSIG = 1
 SIOCGIFFLAGS, SIOCSIFFLAGS, SIOCSIFADDR, SIOCSIFNETMASK = 0x8913, 0x8914, 0x8916, 0x891C
 IFF_UP = 0x1
@@ -30,6 +34,8 @@ ADDRESS, PORT = "169.254.169.254", 80
 ALIAS = b"lo:metadata"
 
 
+LOOK_S = 0.01  # s: between two looks at the routes
+WAY_OUT_S = 10.0  # s: for slirp4netns or pasta to lead out; some 100 ms are usual
 CONNECT_S = (
     5.0  # s: to a port of the same machine; a program that is paused has its connections taken by the kernel
 )
@@ -39,18 +45,18 @@ def main(argv: list[str]) -> int:
     """See the module."""
     what, *words = argv
     if what == "execute":
-        return execute(words[0], words[1:])
+        return execute(words[0], words[1], words[2:])
     return serve(words[0]) if what == "serve" else connect(words[0])
 
 
-def execute(door: str, program: list[str]) -> int:
+def execute(door: str, resolv_conf: str, program: list[str]) -> int:
     """Ends only if the program cannot be executed."""
     outside = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     outside.connect(door)
     try:
         parent = os.getppid()
         step = "a user namespace with a network of its own"
-        enter(os.getuid(), os.getgid())
+        enter(os.getuid(), os.getgid(), CLONE_NEWNS if resolv_conf else 0)
         # The kernel has forgotten it with the change of rights: the program ends with the process that has started it.
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
         if os.getppid() != parent:
@@ -58,17 +64,47 @@ def execute(door: str, program: list[str]) -> int:
         step = "the address 169.254.169.254 in it"
         bring_up()
         listener = listen()
+        if resolv_conf:
+            step = "a resolv.conf in it"
+            cover("/etc/resolv.conf", resolv_conf)
     except OSError as error:
         outside.sendall(f"{step}: {error.strerror or error}".encode())
         return 125
     socket.send_fds(outside, [b"+"], [listener.fileno()])
-    if outside.recv(1) != b"+":
+    if (go := outside.recv(1)) == b"~":
+        await_way_out(outside)
+    elif go != b"+":
         return 125
     try:
         os.execvp(program[0], program)  # noqa: S606 - what was given on the command line, without a shell
     except OSError as error:
         outside.sendall(f"cannot start {program[0]}: {error.strerror}".encode())
     return 125
+
+
+def await_way_out(outside: socket.socket) -> None:
+    """Until there is a default route, or none will come: then the rehearsal sends one more byte. The answer is ``=`` or ``-``."""
+    outside.settimeout(LOOK_S)
+    until, found, last = time.monotonic() + WAY_OUT_S, False, False
+    while not (found or last) and time.monotonic() < until:
+        with suppress(TimeoutError):
+            last = bool(outside.recv(1))
+        with open("/proc/self/net/route", encoding="ascii") as file:  # noqa: PTH123 - light imports
+            found = any(line.split()[1:2] == ["00000000"] for line in file)
+    outside.settimeout(None)
+    outside.sendall(b"=" if found else b"-")
+
+
+def cover(path: str, by: str) -> None:
+    """Show another file in its place, here only. The change does not reach the mounts of the machine."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    for source, target, flags in (
+        (b"none", b"/", MS_REC | MS_PRIVATE),
+        (by.encode(), os.path.realpath(path).encode(), MS_BIND),
+    ):
+        if libc.mount(source, target, None, flags, None):
+            number = ctypes.get_errno()
+            raise OSError(number, os.strerror(number))
 
 
 def serve(pid: str) -> int:
@@ -129,10 +165,10 @@ def listen() -> socket.socket:
     return listener
 
 
-def enter(uid: int, gid: int) -> None:
-    """Into a new network; without root into a user namespace first, as the same user."""
+def enter(uid: int, gid: int, more: int = 0) -> None:
+    """Into a new network; without root into a user namespace first, as the same user. ``more``: further namespaces."""
     libc = ctypes.CDLL(None, use_errno=True)
-    if libc.unshare(CLONE_NEWNET | (CLONE_NEWUSER if uid else 0)):
+    if libc.unshare(CLONE_NEWNET | more | (CLONE_NEWUSER if uid else 0)):
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number))
     if uid:

@@ -16,6 +16,7 @@ from caesura.runtime.errors import ConfigError
 from caesura.runtime.logs import get_logger
 from caesura.runtime.threads import in_thread
 from caesura_rehearse import in_namespace
+from caesura_rehearse.outbound import Outbound, outbound_command, own_uid, start_outbound
 
 URL = f"http://{in_namespace.ADDRESS}"
 _COPY_BYTES = 64 * 1024
@@ -29,9 +30,14 @@ class NoNamespace(ConfigError):
     """The program cannot have a network of its own here."""
 
 
-def way_in(folder: Path, vm: str) -> tuple[str, ...]:
-    """The words before a program's command line that execute it in a network of its own."""
-    return (sys.executable, "-I", "-S", in_namespace.__file__, "execute", str(_socket_path(folder, vm)))
+def way_in(folder: Path, vm: str, resolv_conf: Path | None = None) -> tuple[str, ...]:
+    """The words before a program's command line that execute it in a network of its own.
+
+    Args:
+        resolv_conf: what the program sees as ``/etc/resolv.conf``; None: the machine's.
+    """
+    door, resolver = str(_socket_path(folder, vm)), str(resolv_conf or "")
+    return (sys.executable, "-I", "-S", in_namespace.__file__, "execute", door, resolver)
 
 
 def _socket_path(folder: Path, vm: str) -> Path:
@@ -44,13 +50,22 @@ class NamespaceDoor:
     Args:
         serve: called with each listener that was bound inside.
         changed: called when ``entered`` was set.
+        lead_out: whether the network gets a way out, where something is installed for it.
     """
 
     def __init__(
-        self, serve: Callable[[socket.socket], Awaitable[object]], changed: Callable[[], None]
+        self,
+        serve: Callable[[socket.socket], Awaitable[object]],
+        changed: Callable[[], None],
+        *,
+        lead_out: bool = False,
     ) -> None:
         self._serve = serve
         self._changed = changed
+        self._lead_out = lead_out
+        self._outbound: Outbound | None = None
+        self.no_way_out = "nothing leads out"
+        """Why the network has no way out; empty: it has one."""
         self._tasks: set[asyncio.Task[None]] = set()
         self.problem = ""
         """Why the last program could not enter, or could not be executed after it had."""
@@ -69,7 +84,7 @@ class NamespaceDoor:
     async def _admit(self, connection: socket.socket) -> None:
         connection.setblocking(False)
         with connection:
-            _, uid, _ = _CREDENTIALS.unpack(
+            pid, uid, _ = _CREDENTIALS.unpack(
                 connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
             )
             if uid != os.getuid():
@@ -81,13 +96,62 @@ class NamespaceDoor:
                 return
             self.problem = ""
             await self._serve(socket.socket(fileno=handles[0]))
+            if outbound := await self._start_outbound(pid):
+                await self._led_out(outbound, connection)
+            else:
+                await asyncio.get_running_loop().sock_sendall(connection, b"+")
             self._enter()
-            await asyncio.get_running_loop().sock_sendall(connection, b"+")
             # Closed by its execution; a text says that the program could not be executed.
             with suppress(OSError):
                 self.problem = (await asyncio.get_running_loop().sock_recv(connection, 4096)).decode(
                     errors="replace"
                 )
+
+    async def _start_outbound(self, pid: int) -> Outbound | None:
+        """The way out of the network of the program that enters; that of the one before it is closed."""
+        await self.close_outbound()
+        if not self._lead_out:
+            return None
+        argv = await in_thread("find", lambda: outbound_command(pid, own_uid()))
+        if not argv:
+            self.no_way_out = "neither slirp4netns nor pasta is installed"
+            return None
+        try:
+            self._outbound = await start_outbound(argv)
+        except OSError as error:
+            self.no_way_out = f"{argv[0]}: {error.strerror or error}"
+            return None
+        return self._outbound
+
+    async def _led_out(self, outbound: Outbound, connection: socket.socket) -> None:
+        """Let the program wait until there is a way out, or none will come."""
+        loop = asyncio.get_running_loop()
+        await loop.sock_sendall(connection, b"~")
+        seen = asyncio.create_task(loop.sock_recv(connection, 1))
+        ended = asyncio.create_task(outbound.ended())
+        try:
+            await asyncio.wait({seen, ended}, return_when=asyncio.FIRST_COMPLETED)
+            if not seen.done():
+                await loop.sock_sendall(connection, b"+")
+            found = await seen == b"="
+            text = ended.result() if ended.done() else "there was no route in time"
+            self.no_way_out = "" if found else text.strip().rpartition("\n")[2]
+        finally:
+            seen.cancel()
+            ended.cancel()
+
+    async def close(self) -> None:
+        """Nothing of it is left."""
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self.close_outbound()
+
+    async def close_outbound(self) -> None:
+        """End what leads out."""
+        outbound, self._outbound = self._outbound, None
+        if outbound is not None:
+            await outbound.close()
 
     def _enter(self) -> None:
         self.entered.set()
@@ -96,14 +160,19 @@ class NamespaceDoor:
 
 @asynccontextmanager
 async def open_door(
-    folder: Path, vm: str, serve: Callable[[socket.socket], Awaitable[object]], changed: Callable[[], None]
+    folder: Path,
+    vm: str,
+    serve: Callable[[socket.socket], Awaitable[object]],
+    changed: Callable[[], None],
+    *,
+    lead_out: bool = False,
 ) -> AsyncIterator[NamespaceDoor]:
     """A door for the programs of a VM, while the block runs."""
     listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     listening.setblocking(False)
     listening.bind(str(_socket_path(folder, vm)))
     listening.listen(4)
-    door = NamespaceDoor(serve, changed)
+    door = NamespaceDoor(serve, changed, lead_out=lead_out)
     task = asyncio.create_task(door.take(listening), name=f"door of {vm}")
     try:
         yield door
@@ -111,6 +180,7 @@ async def open_door(
         task.cancel()
         with suppress(asyncio.CancelledError):
             await task
+        await door.close()
         listening.close()
 
 

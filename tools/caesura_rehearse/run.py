@@ -27,6 +27,7 @@ from caesura_rehearse.faults import Fault
 from caesura_rehearse.members import Member
 from caesura_rehearse.namespace import URL, NoNamespace, metadata_inside, open_door, published, way_in
 from caesura_rehearse.orders import Order
+from caesura_rehearse.outbound import resolver_for_inside
 from caesura_rehearse.placeholders import arguments_of
 from caesura_rehearse.ports import ports_for
 from caesura_rehearse.recording import Recording
@@ -110,6 +111,8 @@ class Rehearse:
         self._say = say
         self._engine: Engine | None = None
         self._signal = 0
+        self._no_way_out = ""
+        """Why the program's own network leads nowhere."""
         self._waiting = False
         """Whether it waits for orders, which a signal ends."""
 
@@ -233,16 +236,24 @@ class Rehearse:
                 await engine.attach(slot, target)
             return
         door = await engine.enter(
-            open_door(folder, slot.vm, lambda listener: engine.listen(slot.vm, listener), engine.notify)
+            open_door(
+                folder,
+                slot.vm,
+                lambda listener: engine.listen(slot.vm, listener),
+                engine.notify,
+                lead_out=True,
+            )
         )
         slot.url = URL
-        program = await self._program(folder, slot, member, way_in(folder, slot.vm))
+        resolver = await in_thread("resolver", lambda: resolver_for_inside(folder))
+        program = await self._program(folder, slot, member, way_in(folder, slot.vm, resolver))
         await engine.attach(slot, program)
         await engine.until(lambda: door.entered.is_set() or program.ended.is_set(), None)
         if door.problem:
             raise NoNamespace(f"--netns does not work here: {door.problem}")
         if options.publish:
             await engine.enter(published(options.publish, lambda: program.pid))
+        self._no_way_out = door.no_way_out
 
     async def _container(self) -> RunningContainer | None:
         options = self._options
@@ -309,7 +320,12 @@ class Rehearse:
         if options.netns and options.argv:
             ports = ", ".join(f"127.0.0.1:{port}" for port in options.publish) or "none (--publish PORT)"
             self._say(
-                f"          {slot.url} inside, for every client; the program has no other network. Ports that lead in: {ports}"
+                f"          {slot.url} inside, for every client. Ports of this machine that lead in: {ports}"
+            )
+            self._say(
+                f"          no other network inside: {self._no_way_out}"
+                if self._no_way_out
+                else "          connections lead out; this machine's own services, too, at the address of the default route"
             )
         elif options.proxy:
             self._say(

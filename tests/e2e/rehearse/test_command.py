@@ -6,10 +6,12 @@ import asyncio
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -205,6 +207,55 @@ def test_any_client_in_a_network_of_its_own(folder: Path) -> None:
     run = Rehearsed(folder, ("--netns",), (sys.executable, "-I", "-c", _ANY_CLIENT))
     assert run.finish() == 0, run.said
     assert run.out == "app-1\n"
+
+
+_OUT = """
+import socket, sys
+with open("/proc/net/route") as file:
+    gateway = next(line.split()[2] for line in file if line.split()[1] == "00000000")
+address = socket.inet_ntoa(bytes.fromhex(gateway)[::-1])
+with socket.create_connection((address, int(sys.argv[1])), 30) as outside:
+    print(outside.recv(100).decode())
+"""
+
+
+def test_connections_lead_out_of_a_network_of_its_own(folder: Path) -> None:
+    """To this machine's own loopback, at the address of the default route inside: no test needs the internet."""
+    if not _namespaces_work() or not os.access("/dev/net/tun", os.R_OK | os.W_OK):
+        pytest.skip("this user may not make a network namespace, or a device in it")
+    if shutil.which("slirp4netns") is None:
+        pytest.skip("slirp4netns is not installed")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+
+        def answer() -> None:
+            connection, _ = server.accept()
+            with connection:
+                connection.sendall(b"from outside")
+
+        thread = threading.Thread(target=answer, daemon=True)
+        thread.start()
+        run = Rehearsed(folder, ("--netns",), (sys.executable, "-I", "-c", _OUT, str(port)))
+        assert run.finish() == 0, run.said
+    assert run.out == "from outside\n"
+    assert "connections lead out" in run.said
+
+
+def test_where_nothing_leads_out_it_is_said_and_the_program_runs(folder: Path) -> None:
+    if not _namespaces_work():
+        pytest.skip("this user may not make a network namespace")
+    tool = folder / "bin" / "slirp4netns"
+    tool.parent.mkdir(parents=True)
+    tool.write_text(
+        "#!/bin/sh\necho 'open(\"/dev/net/tun\"): Permission denied' >&2\nexit 1\n", encoding="utf-8"
+    )
+    tool.chmod(0o755)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PATH", f"{tool.parent}:{os.environ['PATH']}")
+        run = Rehearsed(folder, ("--netns",), (sys.executable, "-I", "-c", _ANY_CLIENT))
+    assert run.finish() == 0, run.said
+    assert run.out == "app-1\n"
+    assert 'no other network inside: open("/dev/net/tun"): Permission denied' in run.said
 
 
 def _ask(url: str, body: bytes | None = None) -> bytes:

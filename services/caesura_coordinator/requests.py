@@ -225,9 +225,13 @@ class RequestHandler:
             queued_behind=rollout.queued_behind,
             client=client,
         )
-        if ahead:
-            # At the same moment, so that NotBefore is what the answer says.
-            self._repository.step(rollout, Tick(), self._fence(), self._leadership.authority, now)
+        try:
+            if ahead:
+                # At the same moment, so that NotBefore is what the answer says.
+                stored = self._repository.rollouts[rollout.id]
+                self._repository.step(stored, Tick(), self._fence(), self._leadership.authority, now)
+        except StoreError as error:
+            _log.error("rollout.not_announced", rollout=rollout.id, why=str(error))  # tried again in a moment
         try:
             self._repository.prune()
         except StoreError as error:

@@ -135,7 +135,7 @@ def above(document: SetDocument, published: SetDocument) -> SetDocument:
 def _shown(document: SetDocument) -> tuple[ScheduledEvent, ...]:
     """The events without what only services see."""
     return tuple(
-        msgspec.structs.replace(each, approved=False, rollout="", wave=0) for each in document.events
+        msgspec.structs.replace(each, host="", approved=False, rollout="", wave=0) for each in document.events
     )
 
 

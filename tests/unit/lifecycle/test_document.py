@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
 
+import msgspec
 import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
@@ -51,6 +52,14 @@ def test_an_approval_is_newer_for_services_and_no_change_for_workloads() -> None
         "newer for whoever took the other, the same for workloads"
     )
     assert above.events == one.events
+
+
+def test_a_host_that_another_coordinator_does_not_name_is_no_change_for_workloads() -> None:
+    mine = d.schedule(d.nothing_yet("web"), msgspec.structs.replace(_event("A"), host="h1"))
+    theirs = d.schedule(d.nothing_yet("web"), _event("A"))
+    above = d.above(mine, theirs)
+    assert (above.incarnation, above.revision) == (theirs.incarnation, theirs.revision + 1)
+    assert above.events == mine.events
 
 
 def test_events_that_change_together_change_the_document_once() -> None:

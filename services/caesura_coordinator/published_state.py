@@ -66,9 +66,9 @@ def rollout_state(rollout: Rollout, *, with_waves: bool = True) -> RolloutState:
 def _published_state_changed(one: Wave, two: Wave) -> bool:
     """Without the VMs, which never change: most messages do not change the published state."""
     same_vms = one.vms is two.vms or one.vms == two.vms
-    same_events = one.events is two.events or [
-        (each.event_id, bool(each.approved_by)) for each in one.events
-    ] == [(each.event_id, bool(each.approved_by)) for each in two.events]
+    same_events = one.events is two.events or [each.event_id for each in one.events] == [
+        each.event_id for each in two.events
+    ]
     same_updates = one.operations is two.operations or _failed_updates(one) == _failed_updates(two)
     return not (same_vms and same_events and same_updates) or any(
         getattr(one, name) != getattr(two, name) for name in _PUBLISHED
@@ -85,6 +85,7 @@ _PUBLISHED = (
     "waiting_for",
     "codes",
     "waiting_codes",
+    "approvals_shown",
 )
 
 

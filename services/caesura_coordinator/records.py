@@ -107,6 +107,8 @@ class Wave(StateRecord, frozen=True, kw_only=True):
     """An agent that has not answered by this time is silent: NotBefore, or later if the coordinator was down then."""
     events: tuple[WaveEvent, ...] = ()
     """In the order of their sets' names, then of their hosts' names."""
+    approvals_shown: int = 0
+    """How many approvals are to be published: a wave of many hosts gets many at once, and each would publish the whole wave."""
     readiness: dict[str, AgentReadiness] = {}
     operations: tuple[HostOperation, ...] = ()
     completed_operations: tuple[HostOperation, ...] = msgspec.field(default=(), name="done")

@@ -133,6 +133,9 @@ def _fence(decision: Decision, wave: Wave) -> list[Reason]:
 
 
 def _from_scheduled(decision: Decision, wave: Wave) -> None:
+    approvals = sum(bool(each.approved_by) for each in wave.events) if decision.time_passed else 0
+    if approvals > wave.approvals_shown:
+        wave = decision.put(msgspec.structs.replace(wave, approvals_shown=approvals))
     if wave.queued:
         if decision.ahead:
             keep_waiting(decision, wave)

@@ -10,7 +10,7 @@ import msgspec
 from caesura.runtime.errors import ConfigError
 from caesura_rehearse.expectations import Expectation
 from caesura_rehearse.faults import Fault
-from caesura_rehearse.members import Member, hint_for, plan_waves
+from caesura_rehearse.members import Member, Placed, hint_for, plan_waves
 from caesura_rehearse.orders import Order, OrderRefused
 
 
@@ -70,7 +70,7 @@ class Scenario(msgspec.Struct, frozen=True, kw_only=True):
     expectations: tuple[Expectation, ...] = ()
     faults: tuple[Fault, ...] = ()
 
-    def check_members(self, members: Sequence[Member]) -> None:
+    def check_members(self, members: Sequence[Placed]) -> None:
         """Whether what it names is among the VMs of the command line. Raises ScenarioError."""
         for step in self.steps:
             if isinstance(step, EventStep):

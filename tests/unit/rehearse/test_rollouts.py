@@ -171,8 +171,9 @@ async def test_a_host_waits_for_the_approvals_of_all_its_sets() -> None:
         await on.rollouts.approved_by_client(web.event_id, "web-1")
         await on.settle()
         assert on.impact.under_way == []
-        await on.rollouts.approved_by_client(db.event_id, "db-1")
+        await on.rollouts.approve(db.event_id, "db-1")
         await on.until(lambda: on.impact.under_way == [("web-1", "db-1")])
+        assert (web.approved_by_order, db.approved_by_order, db.approved_by) == (False, True, "db-1")
         on.impact.release.set()
         await on.until(lambda: on.outcomes == ["completed"] * 2)
 

@@ -83,8 +83,8 @@ class _Course(msgspec.Struct, kw_only=True):
         return self.order.approval_starts and all(each.approved is not None for each in self.records)
 
 
-class Rollouts:
-    """All orders of a rehearsal.
+class RolloutRunner:
+    """Carries out the orders of a rehearsal.
 
     Args:
         slots: its VMs, by name.

@@ -11,10 +11,10 @@ import pytest
 
 from caesura_rehearse.conditions import Conditions
 from caesura_rehearse.faults import FaultQueue, RequestFaults, parse_fault
-from caesura_rehearse.members import Member, members_of
+from caesura_rehearse.members import SetMember, members_of
 from caesura_rehearse.observations import Observations
 from caesura_rehearse.orders import Order, OrderRefused
-from caesura_rehearse.rollouts import Rollouts, UnknownEvent
+from caesura_rehearse.rollouts import RolloutRunner, UnknownEvent
 from caesura_rehearse.slots import Slot
 
 LONG_S = 3600.0
@@ -76,7 +76,7 @@ class Impact:
 class Stage:
     """The orders of a rehearsal with these VMs."""
 
-    def __init__(self, members: Sequence[Member]) -> None:
+    def __init__(self, members: Sequence[SetMember]) -> None:
         self.conditions = Conditions()
         self.targets = {each.vm: Target(each.vm) for each in members}
         self.slots = {
@@ -90,7 +90,7 @@ class Stage:
         self.documents = Documents()
         self.impact = Impact(self.conditions)
         self.faults = FaultQueue()
-        self.rollouts = Rollouts(
+        self.rollouts = RolloutRunner(
             self.slots, self.seen, self.conditions, self.documents, self.impact, self.faults, lambda _: None  # type: ignore[arg-type]
         )  # fmt: skip
 
@@ -108,7 +108,7 @@ class Stage:
 
 
 @asynccontextmanager
-async def stage(*members: Member) -> AsyncIterator[Stage]:
+async def stage(*members: SetMember) -> AsyncIterator[Stage]:
     found = Stage(members)
     try:
         yield found

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from datetime import datetime
-from operator import attrgetter
 
 import msgspec
 
@@ -22,10 +20,11 @@ from caesura_coordinator.records import Rollout, Wave, WaveEvent
 NO_RECORD = "the coordinator that scheduled it has lost its record"
 _NO_RECORD_CODES: tuple[ReasonCode, ...] = ("record_missing",)
 
-_DESCRIPTION = {
+DESCRIPTIONS = {
     "Freeze": "Host server is undergoing maintenance.",  # the wording of Azure for an in-place host update
     "Reboot": "Host server is undergoing maintenance that needs a reboot.",
 }
+"""Maps the type of an event to the description that workloads see."""
 
 
 def event_changed(
@@ -52,6 +51,7 @@ def event_changed(
         event_type=rollout.event_type,
         status=status,
         resources=event.resources,
+        host=event.host,
         incarnation=incarnation,
         rollout=rollout.id,
         wave=wave.index,
@@ -91,8 +91,9 @@ def scheduled_event(rollout: Rollout, event: WaveEvent) -> ScheduledEvent:
         event_type=rollout.event_type,
         status="scheduled",
         resources=event.resources,
+        host=event.host,
         not_before=wave.not_before,
-        description=_DESCRIPTION[rollout.event_type],
+        description=DESCRIPTIONS[rollout.event_type],
         source=rollout.policy.event_source,
         duration_s=round(rollout.expected_pause_s) if rollout.event_type == "Freeze" else -1,
         rollout=rollout.id,
@@ -105,9 +106,8 @@ def wave_of(rollout: Rollout, event: WaveEvent) -> Wave:
     current = rollout.current
     place = current.index if current is not None else len(rollout.waves) - 1
     for wave in (*rollout.waves[place::-1], *rollout.waves[place + 1 :]):
-        # Events are in the order of their sets' names.
-        at = bisect_left(wave.events, event.set, key=attrgetter("set"))
-        if at < len(wave.events) and wave.events[at].event_id == event.event_id:
+        at = wave.event_place(event.set, event.host)
+        if at is not None and wave.events[at].event_id == event.event_id:
             return wave
     raise AssertionError(f"event {event.event_id} is in no wave of rollout {rollout.id}")
 
@@ -124,6 +124,7 @@ def orphan_event_ended(event: ScheduledEvent, document: SetDocument, now: dateti
         event_type=event.event_type,
         status="failed" if event.status == "started" else "cancelled",
         resources=event.resources,
+        host=event.host,
         incarnation=document.incarnation,
         rollout=event.rollout,
         wave=event.wave,

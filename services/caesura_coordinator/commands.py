@@ -8,7 +8,7 @@ from typing import Literal
 
 import msgspec
 
-from caesura.contract.messages import AbortOperation, OperationTarget, StartOperation
+from caesura.contract.messages import AbortOperation, OperationTarget, PlannedVm, StartOperation
 from caesura_coordinator.authority import Authority
 from caesura_coordinator.members import has_verdict, members_of
 from caesura_coordinator.records import FINAL, HostOperation, Rollout, Wave
@@ -67,7 +67,6 @@ def _verdict_missing(wave: Wave, operation: HostOperation) -> bool:
 def _start_operation(
     rollout: Rollout, wave: Wave, operation: HostOperation, authority: Authority, *, not_after: datetime
 ) -> StartOperation:
-    events = {each.set: each.event_id for each in wave.events}
     vms = members_of(wave.vms).by_host[operation.host]
     return StartOperation(
         operation=operation.operation,
@@ -79,7 +78,10 @@ def _start_operation(
         method=vms[0].method,
         targets=tuple(
             OperationTarget(
-                vm=vm.vm, set=vm.set, update_domain=vm.update_domain, event_id=events.get(vm.set, "")
+                vm=vm.vm,
+                set=vm.set,
+                update_domain=vm.update_domain,
+                event_id=_event_id(wave, vm),
             )
             for vm in vms
         ),
@@ -89,3 +91,9 @@ def _start_operation(
         clock_bound_s=rollout.policy.clock_bound_s,
         not_after=not_after,
     )
+
+
+def _event_id(wave: Wave, vm: PlannedVm) -> str:
+    """The id of the event that names the VM; empty if none does."""
+    place = wave.event_place(vm.set, vm.host)
+    return wave.events[place].event_id if place is not None else ""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from datetime import datetime, timedelta
 
 import msgspec
@@ -35,6 +35,8 @@ class Decision:
         self.effects: list[Effect] = []
         self.refused = False
         """Whether an agent has just reported that its guest is not ready."""
+        self.time_passed = False
+        """Whether this step is for the time that passed or a change of the fleet, not for a message about the rollout."""
         self.wrong = False
         """Whether this step has brought, or may have brought, a failure."""
 
@@ -57,11 +59,19 @@ class Decision:
         self.effects.append(WaveMoved(wave=moved))
         return moved
 
-    def end_events(self, wave: Wave, status: str, reason: str = "", codes: tuple[str, ...] = ()) -> Wave:
-        """Bring every open event of the wave to its final status."""
+    def end_events(
+        self,
+        wave: Wave,
+        status: str,
+        reason: str = "",
+        codes: tuple[str, ...] = (),
+        *,
+        only: Collection[str] | None = None,
+    ) -> Wave:
+        """Bring every open event of the wave to its final status; with ``only``, those with these ids."""
         events = []
         for event in wave.events:
-            if event.status in {"scheduled", "started"}:
+            if event.status in {"scheduled", "started"} and (only is None or event.event_id in only):
                 event = msgspec.structs.replace(event, status=status)  # noqa: PLW2901
                 self.effects.append(EventEnded(event=event, reason=reason, codes=codes))
             events.append(event)

@@ -141,11 +141,11 @@ def approve(decision: Decision, approval: Approve) -> None:
     if wave is None or wave.status != "scheduled":
         return
     located = decision.fleet.vm(approval.by)
-    place = _event_of(wave, located.record.set) if located is not None else None
+    place = _event_of(wave, located.record.set, approval.event_id) if located is not None else None
     if place is None:
         return
     event = wave.events[place]
-    if event.event_id.lower() == approval.event_id.lower() and not event.approved_by:
+    if not event.approved_by:
         event = msgspec.structs.replace(event, approved_by=approval.by, approved_at=decision.now)
         decision.effects.append(EventApprovedEffect(event=event))
         decision.put(msgspec.structs.replace(wave, events=_replaced(wave.events, place, event)))
@@ -157,7 +157,7 @@ def ready(decision: Decision, answer: VmReady) -> None:
     if wave is None or wave.status != "scheduled":
         return
     vm = members_of(wave.vms).by_vm.get(answer.vm)
-    place = _event_of(wave, vm.set) if vm is not None else None
+    place = wave.event_place(vm.set, vm.host) if vm is not None else None
     if vm is None or place is None or wave.events[place].event_id.lower() != answer.event_id.lower():
         return
     if any(each.host == vm.host for each in wave.completed_operations):
@@ -218,10 +218,15 @@ def _replaced(items: tuple[V, ...], place: int, item: V) -> tuple[V, ...]:
     return (*items[:place], item, *items[place + 1 :])
 
 
-def _event_of(wave: Wave, set_name: str) -> int | None:
-    """The index of this set's event; events are in the order of their sets' names."""
-    place = bisect_left(wave.events, set_name, key=_SET_OF)
-    return place if place < len(wave.events) and wave.events[place].set == set_name else None
+def _event_of(wave: Wave, set_name: str, event_id: str) -> int | None:
+    """The index of this set's event with this id; ids are compared case-insensitively."""
+    wanted = event_id.lower()
+    for place in range(bisect_left(wave.events, set_name, key=_SET_OF), len(wave.events)):
+        if wave.events[place].set != set_name:
+            break
+        if wave.events[place].event_id.lower() == wanted:
+            return place
+    return None
 
 
 def _operation_of(wave: Wave, host: str) -> int | None:

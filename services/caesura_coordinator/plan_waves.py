@@ -17,6 +17,11 @@ _DEFAULT_SHARE = 10
 """The default limit is one host in this many where nothing else limits a wave: VMs in no set have no domains that would."""
 
 
+MOST_EVENTS = 128
+"""The most hosts with VMs of one set in a wave: each has an event in the set's document, which is one message, and is sent again
+when one of them is approved or ends. An event takes 360 bytes and the names of its VMs."""
+
+
 class Member(msgspec.Struct, frozen=True, kw_only=True):
     """A VM that the plan acts on. ``domain`` is its domain under the rollout's domain key."""
 
@@ -42,6 +47,7 @@ class _Wave:
         self.domains: dict[str, int] = {}
         self.members: list[Member] = []
         self._hosts: set[str] = set()
+        self._hosts_of_set: dict[str, set[str]] = {}
         self._most = most
         self._alone_only = alone_only
 
@@ -50,6 +56,10 @@ class _Wave:
         domains = {each.vm.set: each.domain for each in group}
         if any(self.domains.get(name, domain) != domain for name, domain in domains.items()):
             return False
+        host = group[0].host  # a unit is on one host
+        known = [self._hosts_of_set.get(name, ()) for name in domains]
+        if any(len(of_set) >= MOST_EVENTS and host not in of_set for of_set in known):
+            return False
         counted = not self._alone_only or any(each.alone for each in group)
         hosts = self._hosts | {each.host for each in group} if counted else self._hosts
         if counted and self._most and self.members and len(hosts) > self._most:
@@ -57,6 +67,8 @@ class _Wave:
         self.domains.update(domains)
         self.members.extend(group)
         self._hosts = hosts
+        for name in domains:
+            self._hosts_of_set.setdefault(name, set()).add(host)
         return True
 
 

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+from datetime import datetime
+
 import msgspec
 
 from caesura.contract.envelope import Message
 from caesura.contract.fitting import fits
-from caesura.contract.messages import INTEGER_MOST, EventChanged, FailedUpdate, RolloutState, WaveState
+from caesura.contract.messages import (
+    INTEGER_MOST,
+    MAX_BUDGET_S,
+    EventChanged,
+    FailedUpdate,
+    RolloutState,
+    ScheduledEvent,
+    SetDocument,
+    WaveState,
+)
 from caesura.contract.parts import etag_of
 from caesura.contract.reasons import KNOWN
+from caesura_coordinator.announcements import DESCRIPTIONS
 from caesura_coordinator.records import Rollout, Wave
 
 _FAILED_NAMED = 16
@@ -53,8 +65,8 @@ def _published_state_changed(one: Wave, two: Wave) -> bool:
     """Without the VMs, which never change: most messages do not change the published state."""
     same_vms = one.vms is two.vms or one.vms == two.vms
     same_events = one.events is two.events or [
-        (each.set, each.event_id, bool(each.approved_by)) for each in one.events
-    ] == [(each.set, each.event_id, bool(each.approved_by)) for each in two.events]
+        (each.event_id, bool(each.approved_by)) for each in one.events
+    ] == [(each.event_id, bool(each.approved_by)) for each in two.events]
     same_updates = one.operations is two.operations or _failed_updates(one) == _failed_updates(two)
     return not (same_vms and same_events and same_updates) or any(
         getattr(one, name) != getattr(two, name) for name in _PUBLISHED
@@ -84,9 +96,11 @@ def wave_state(rollout: str, wave: Wave) -> WaveState:
         domains=wave.domains,
         hosts=wave.hosts,
         vms=tuple(vm.vm for vm in wave.vms),
-        events={each.set: each.event_id for each in wave.events},
+        events=_first_events(wave),
+        event_count=len(wave.events),
         not_before=wave.not_before,
-        approved=tuple(each.set for each in wave.events if each.approved_by),
+        approved=_approved_sets(wave),
+        approved_count=sum(bool(each.approved_by) for each in wave.events),
         started_at=wave.started_at,
         ended_at=wave.ended_at,
         reason=wave.reason or wave.waiting_for,
@@ -98,6 +112,22 @@ def wave_state(rollout: str, wave: Wave) -> WaveState:
         silent = tuple(msgspec.structs.replace(each, output_tail="") for each in state.failed_updates)
         state = msgspec.structs.replace(state, failed_updates=silent)
     return msgspec.structs.replace(state, etag=etag_of(state))
+
+
+def _first_events(wave: Wave) -> dict[str, str]:
+    """Maps each set to the id of its first event."""
+    first: dict[str, str] = {}
+    for each in wave.events:
+        first.setdefault(each.set, each.event_id)
+    return first
+
+
+def _approved_sets(wave: Wave) -> tuple[str, ...]:
+    """The sets of which every event is approved."""
+    approved: dict[str, bool] = {}
+    for each in wave.events:
+        approved[each.set] = bool(each.approved_by) and approved.get(each.set, True)
+    return tuple(name for name, whole in approved.items() if whole)
 
 
 def with_etags(rollout: Rollout, before: Rollout | None = None) -> tuple[Rollout, list[WaveState]]:
@@ -139,7 +169,9 @@ def largest_states(rollout: Rollout) -> list[Message]:
                 wave_state(rollout.id, wave),
                 status="cancelled",
                 events=events,
+                event_count=len(wave.vms),
                 approved=tuple(events),
+                approved_count=len(wave.vms),
                 not_before=at,
                 started_at=at,
                 ended_at=at,
@@ -148,16 +180,21 @@ def largest_states(rollout: Rollout) -> list[Message]:
                 failed_updates=(failed,) * min(_FAILED_NAMED, len(wave.hosts)),
             )
         )
-        resources: dict[str, list[str]] = {}
-        for vm in wave.vms:
-            resources.setdefault(vm.set, []).append(vm.vm)
-        found += [
+        documents = _largest_documents(rollout, wave, at)
+        found += documents
+        # The facts about events differ in names only.
+        name, event = max(
+            ((document.set, event) for document in documents for event in document.events),
+            key=lambda each: len("---".join((*each[1].resources, each[0], each[1].host))),
+        )
+        found.append(
             EventChanged(
                 event_id=_ANY_ID,
                 set=name,
                 event_type=rollout.event_type,
                 status="cancelled",
-                resources=tuple(vms),
+                resources=event.resources,
+                host=event.host,
                 incarnation=INTEGER_MOST,
                 rollout=rollout.id,
                 wave=wave.index,
@@ -168,9 +205,40 @@ def largest_states(rollout: Rollout) -> list[Message]:
                 approval_delay_s=0.123456789,
                 at=at,
             )
-            for name, vms in resources.items()
-        ]
+        )
     return found
+
+
+def _largest_documents(rollout: Rollout, wave: Wave, at: datetime) -> list[SetDocument]:
+    """The documents of the wave's sets at their largest."""
+    resources: dict[str, dict[str, list[str]]] = {}
+    for vm in wave.vms:
+        resources.setdefault(vm.set, {}).setdefault(vm.host, []).append(vm.vm)
+    return [
+        SetDocument(
+            set=name,
+            incarnation=INTEGER_MOST,
+            revision=INTEGER_MOST,
+            events=tuple(
+                ScheduledEvent(
+                    event_id=_ANY_ID,
+                    event_type=rollout.event_type,
+                    status="scheduled",
+                    resources=tuple(vms),
+                    host=host,
+                    not_before=at,
+                    description=DESCRIPTIONS[rollout.event_type],
+                    source=rollout.policy.event_source,
+                    duration_s=round(MAX_BUDGET_S),
+                    approved=True,
+                    rollout=rollout.id,
+                    wave=wave.index,
+                )
+                for host, vms in of_host.items()
+            ),
+        )
+        for name, of_host in resources.items()
+    ]
 
 
 def _failed_updates(wave: Wave) -> tuple[FailedUpdate, ...]:

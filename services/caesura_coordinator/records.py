@@ -34,14 +34,21 @@ class StateRecord(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class WaveEvent(StateRecord, frozen=True, kw_only=True):
-    """The scheduled event of one set in one wave. Its id never changes."""
+    """The scheduled event of one set on one host in one wave. Its id never changes."""
 
     set: str
+    host: str = ""
+    """Empty: written by a version that had one event for all hosts of the set."""
     event_id: str
     resources: tuple[str, ...]
     status: EventStatus = "scheduled"
     approved_by: str = ""
     approved_at: datetime | None = None
+
+
+def event_order(event: WaveEvent) -> tuple[str, str]:
+    """The order of a wave's events."""
+    return event.set, event.host
 
 
 class HostOperation(StateRecord, frozen=True, kw_only=True):
@@ -97,6 +104,7 @@ class Wave(StateRecord, frozen=True, kw_only=True):
     answers_by: datetime | None = None
     """An agent that has not answered by this time is silent: NotBefore, or later if the coordinator was down then."""
     events: tuple[WaveEvent, ...] = ()
+    """In the order of their sets' names, then of their hosts' names."""
     readiness: dict[str, AgentReadiness] = {}
     operations: tuple[HostOperation, ...] = ()
     completed_operations: tuple[HostOperation, ...] = msgspec.field(default=(), name="done")
@@ -128,6 +136,14 @@ class Wave(StateRecord, frozen=True, kw_only=True):
         """The VMs that this attempt acts on: those whose host has not completed its part in an earlier one."""
         done = {each.host for each in self.completed_operations}
         return tuple(vm for vm in self.vms if vm.host not in done)
+
+    def event_place(self, set_name: str, host: str) -> int | None:
+        """The index of the event of this set's VMs on this host; None if there is none."""
+        for of_host in (host, ""):
+            place = bisect_left(self.events, (set_name, of_host), key=event_order)
+            if place < len(self.events) and event_order(self.events[place]) == (set_name, of_host):
+                return place
+        return None
 
 
 class Rollout(StateRecord, frozen=True, kw_only=True):
@@ -201,13 +217,13 @@ def new_rollout(
     )
 
 
-def event_id(rollout: Rollout, wave: Wave, set_name: str, epoch: int) -> str:
-    """The id of a wave's event for one set: a GUID, upper case as Azure's are.
+def event_id(rollout: Rollout, wave: Wave, set_name: str, host: str, epoch: int) -> str:
+    """The id of a wave's event for one set on one host: a GUID, upper case as Azure's are.
 
     The epoch is part of the name: a coordinator with a store restored from an old copy must not reuse the id
     of an event that has ended in the meantime.
     """
-    name = f"event/{rollout.id}/{wave.index}/{wave.attempt}/{epoch}/{set_name}"
+    name = f"event/{rollout.id}/{wave.index}/{wave.attempt}/{epoch}/{set_name}/{host}"
     return str(uuid.uuid5(_NAMESPACE, name)).upper()
 
 

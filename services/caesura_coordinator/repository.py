@@ -6,9 +6,10 @@ transaction. It depends on the store, not on the bus.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from functools import partial
+from itertools import groupby
 
 from caesura.contract.messages import (
     EventStatus,
@@ -152,8 +153,8 @@ class RolloutRepository:
         """Store a decision and its announcements; returns the rollout as stored."""
         changed, waves = with_etags(changed, before)
         self.store.save_rollout(changed, before)
-        for effect in effects:
-            self._perform(changed, effect, now)
+        for alike in _alike(effects):
+            self._perform(changed, alike, now)
         # The waves first, so that a reader has the complete rollout when it arrives.
         self._enqueue_waves(waves)
         if waves or without_waves(changed) != without_waves(before):
@@ -206,10 +207,9 @@ class RolloutRepository:
         document = published
         halted = []
         with self._documents.transaction():
-            for event in published.events:
-                if event.event_id in owned:
-                    continue
-                document = documents.end(document, event.event_id)
+            orphans = [each for each in published.events if each.event_id not in owned]
+            document = documents.end(document, *(each.event_id for each in orphans))
+            for event in orphans:
                 ended = orphan_event_ended(event, document, now)
                 self.store.enqueue(ended, set=ended.set, status=ended.status)
             self._documents.replace(document)
@@ -377,27 +377,41 @@ class RolloutRepository:
             self.store.enqueue(part, client=client, part=part.part)
         self.store.enqueue(answer, client=client)
 
-    def _perform(self, rollout: Rollout, effect: Effect, now: datetime) -> None:
-        match effect:
-            case EventScheduled(event=event):
-                document = documents.schedule(self._documents.of(event.set), scheduled_event(rollout, event))
-                self._documents.save(document)
-                self._announce(rollout, event, "scheduled", now)
+    def _perform(self, rollout: Rollout, alike: Sequence[Effect], now: datetime) -> None:
+        """Store and announce effects of one kind, of events those of one set: its document changes once for all of them."""
+        match alike[0]:
+            case EventScheduled(event=first):
+                new = (scheduled_event(rollout, event) for event in _events(alike))
+                self._documents.save(documents.schedule(self._documents.of(first.set), *new))
             case EventApprovedEffect(event=event):
                 self._documents.save(documents.approve(self._documents.of(event.set), event.event_id))
+            case EventStarted(event=first):
+                ids = (event.event_id for event in _events(alike))
+                self._documents.save(documents.start(self._documents.of(first.set), *ids))
+            case EventEnded(event=first):
+                ids = (event.event_id for event in _events(alike))
+                self._documents.save(documents.end(self._documents.of(first.set), *ids))
+            case WaveMoved() | RolloutMoved():
+                pass
+        for effect in alike:
+            self._announce(rollout, effect, now)
+
+    def _announce(self, rollout: Rollout, effect: Effect, now: datetime) -> None:
+        match effect:
+            case EventScheduled(event=event):
+                self._event_changed(rollout, event, "scheduled", now)
             case EventStarted(event=event):
-                self._documents.save(documents.start(self._documents.of(event.set), event.event_id))
-                self._announce(rollout, event, "started", now)
+                self._event_changed(rollout, event, "started", now)
             case EventEnded(event=event, reason=reason, codes=codes):
-                self._documents.save(documents.end(self._documents.of(event.set), event.event_id))
-                self._announce(rollout, event, event.status, now, reason, codes)
+                self._event_changed(rollout, event, event.status, now, reason, codes)
             case WaveMoved(wave=wave):
                 fact = wave_changed(rollout, wave, now)
                 self.store.enqueue(fact, rollout=rollout.id, wave=wave.index)
-            case RolloutMoved():
-                pass  # published as the rollout's retained state, enqueued when the step is written
+            case EventApprovedEffect() | RolloutMoved():
+                # A document says that an event is approved. A rollout is published as its retained state, enqueued when the step is written.
+                pass
 
-    def _announce(
+    def _event_changed(
         self,
         rollout: Rollout,
         event: WaveEvent,
@@ -411,6 +425,21 @@ class RolloutRepository:
             rollout, event, status, incarnation=incarnation, now=now, reason=reason, codes=codes
         )
         self.store.enqueue(fact, set=event.set, status=status)
+
+
+def _alike(effects: Iterable[Effect]) -> Iterator[Sequence[Effect]]:
+    """Consecutive effects of one kind together; those of events also by set."""
+    for _, alike in groupby(
+        effects,
+        lambda each: (type(each), "" if isinstance(each, WaveMoved | RolloutMoved) else each.event.set),
+    ):
+        yield list(alike)
+
+
+def _events(effects: Iterable[Effect]) -> Iterator[WaveEvent]:
+    for effect in effects:
+        if not isinstance(effect, WaveMoved | RolloutMoved):
+            yield effect.event
 
 
 def _log_effect(rollout: Rollout, effect: Effect) -> None:

@@ -253,10 +253,11 @@ def _too_large(message: Message, rollout: Rollout) -> str:
                 f"wave {message.wave + 1} with {len(message.vms)} VMs is too large to be announced ({size}): allow fewer hosts in "
                 "a wave (--max-hosts), or select fewer sets at a time"
             )
-        case m.EventChanged():
+        case m.SetDocument():
+            vms = sum(len(each.resources) for each in message.events)
             return (
-                f"set {message.set} has {len(message.resources)} VMs in one wave, too many for its scheduled event ({size}): allow "
-                "fewer hosts in a wave (--max-hosts), or put its VMs in more sets or domains"
+                f"set {message.set} has {vms} VMs on {len(message.events)} hosts in one wave, too many for its document ({size}): "
+                "allow fewer hosts in a wave (--max-hosts), or put its VMs in more sets or domains"
             )
         case _:
             return (

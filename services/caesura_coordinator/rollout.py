@@ -56,7 +56,7 @@ def decide(
         case Outdated():
             input_handlers.outdated(decision, received)
         case Tick():
-            pass
+            decision.time_passed = True
     advance(decision)
     return decision.rollout, decision.effects
 

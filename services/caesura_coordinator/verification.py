@@ -5,7 +5,7 @@ from __future__ import annotations
 from caesura.contract.messages import PlannedVm, Policy, VmResult
 from caesura.contract.reasons import Reason
 from caesura.lifecycle.proof import BROKEN_WORDS
-from caesura_coordinator.members import members_of
+from caesura_coordinator.members import has_verdict, members_of
 from caesura_coordinator.proofs import unproven
 from caesura_coordinator.records import ClockVerdict, HostOperation, Wave
 
@@ -25,6 +25,19 @@ def verify(wave: Wave, policy: Policy) -> tuple[list[Reason], list[Reason]]:
         wrong += wrong_here
         missing += missing_here
     return wrong, missing
+
+
+def host_verified(wave: Wave, operation: HostOperation, policy: Policy) -> bool:
+    """Whether a host has done its part and nothing about it is wrong or still unknown."""
+    mine = members_of(wave.vms).by_host.get(operation.host, ())
+    if operation.status != "completed" or any(vm.vm not in wave.clocks for vm in mine if has_verdict(vm)):
+        return False
+    if _of_results(operation, mine, policy):
+        return False
+    frozen = {each.vm: each for each in operation.vms if each.frozen}
+    return not any(
+        found for vm in mine for found in verify_vm(vm, frozen.get(vm.vm), wave.clocks.get(vm.vm), policy)
+    )
 
 
 def verify_vm(

@@ -9,7 +9,7 @@ A gate is evaluated often, so it does not visit every host and VM: each set keep
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 
 from caesura.contract.messages import HostInventory, PlannedVm
 from caesura.contract.reasons import Reason, ReasonCode
@@ -129,6 +129,11 @@ def health_blockers(fleet: FleetLookup, vms: tuple[PlannedVm, ...]) -> list[Reas
         if why is not None:
             found.append(why)
     return found
+
+
+def all_healthy(fleet: FleetLookup, vms: Iterable[PlannedVm]) -> bool:
+    """Whether all of these VMs, of one host, are healthy now."""
+    return all(_unhealthy(fleet, vm) is None for vm in vms)
 
 
 def _unhealthy(fleet: FleetLookup, vm: PlannedVm) -> Reason | None:

@@ -21,8 +21,8 @@ from caesura_coordinator.records import (
     operation_id,
 )
 from caesura_coordinator.text import join_reasons
-from caesura_coordinator.verification import verify
-from caesura_coordinator.wave_gates import fence_blockers, health_blockers, placement_blockers
+from caesura_coordinator.verification import host_verified, verify
+from caesura_coordinator.wave_gates import all_healthy, fence_blockers, health_blockers, placement_blockers
 
 COMMAND_WINDOW_S = 30.0
 """s: hosts refuse a wave's command later than this after its start; a command delayed for that long should not be obeyed."""
@@ -69,16 +69,18 @@ def _from_pending(decision: Decision, wave: Wave) -> None:
     if all(vm.method == "live" for vm in wave.vms):
         _start(decision, wave)  # no VM is paused: no event is announced
         return
-    resources: dict[str, list[str]] = {}
+    # One event for each set and host: the smallest group of VMs that can be acted on independently, as in Azure.
+    resources: dict[tuple[str, str], list[str]] = {}
     for vm in wave.pending_vms:
-        resources.setdefault(vm.set, []).append(vm.vm)
+        resources.setdefault((vm.set, vm.host), []).append(vm.vm)
     events = tuple(
         WaveEvent(
             set=name,
-            event_id=event_id(decision.rollout, wave, name, decision.authority.epoch),
+            host=host,
+            event_id=event_id(decision.rollout, wave, name, host, decision.authority.epoch),
             resources=tuple(vms),
         )
-        for name, vms in sorted(resources.items())
+        for (name, host), vms in sorted(resources.items())
     )
     # Whole seconds, rounded up: NotBefore is published in RFC 1123, and a wave must not start before it.
     not_before = decision.after(decision.rollout.policy.notice_s)
@@ -181,7 +183,8 @@ def _from_started(decision: Decision, wave: Wave) -> None:
         )
         wave = decision.put(msgspec.structs.replace(wave, operations=lost))
     if any(each.status not in FINAL for each in wave.operations):
-        _fence_again(decision, wave)
+        _end_verified_events(decision, wave)
+        _fence_again(decision, decision.rollout.waves[wave.index])
         return
     wrong = [each for each in wave.operations if each.status != "completed"]
     if decision.rollout.status == "aborting":
@@ -211,6 +214,29 @@ def _fence_again(decision: Decision, wave: Wave) -> None:
         decision.put(msgspec.structs.replace(wave, waiting_for=why, waiting_codes=codes, fence_epoch=epoch))
 
 
+def _end_verified_events(decision: Decision, wave: Wave) -> None:
+    """Complete the events of the hosts that have done their part and whose VMs are verified; the wave continues for the others.
+
+    Only when time has passed, a few times a second: then a document changes once for many hosts, and a message costs in its own size.
+    """
+    if not decision.time_passed or decision.rollout.status != "running" or wave.superseded_reason:
+        return
+    verified: dict[str, bool] = {"": False}
+    operations = {each.host: each for each in wave.operations}
+    ended = []
+    for event in wave.events:
+        if event.status != "started":
+            continue
+        if event.host not in verified:
+            verified[event.host] = host_verified(
+                wave, operations[event.host], decision.rollout.policy
+            ) and all_healthy(decision.fleet, members_of(wave.vms).by_host[event.host])
+        if verified[event.host]:
+            ended.append(event.event_id)
+    if ended:
+        decision.end_events(wave, "completed", only=frozenset(ended))
+
+
 def _aborted(decision: Decision, wave: Wave) -> None:
     """All hosts have answered the abort: the record says whether anything had been paused."""
     untouched = all(each.status in {"cancelled", "refused"} for each in wave.operations)
@@ -226,6 +252,7 @@ def _from_verifying(decision: Decision, wave: Wave) -> None:
     ill = health_blockers(decision.fleet, wave.vms)
     # A failure would have halted the wave when it became known, and with so few verdicts some must be missing.
     if not decision.wrong and not over and (ill or len(wave.clocks) < members_of(wave.vms).verdicts):
+        _end_verified_events(decision, wave)
         return
     wrong, missing = (
         [each for each in found if each.text not in wave.acknowledged_findings]

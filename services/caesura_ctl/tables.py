@@ -119,9 +119,15 @@ def _limit(plan: m.Plan) -> str:
 def _wave_note(wave: m.WaveState, now: datetime) -> str:
     if wave.status == "scheduled" and wave.not_before is not None:
         left = (wave.not_before - now).total_seconds()
-        approved = f"{len(wave.approved)}/{len(wave.events)} approved"
+        # A coordinator of version 0.1.0 counts neither: it has one event for each set.
+        approved, events = (
+            max(wave.approved_count, len(wave.approved)),
+            max(wave.event_count, len(wave.events)),
+        )
         # Seconds first, since a narrow terminal cuts the end.
-        return f"NotBefore in {max(0, left):.0f}s, {approved}" + (f"; {wave.reason}" if wave.reason else "")
+        return f"NotBefore in {max(0, left):.0f}s, {approved}/{events} approved" + (
+            f"; {wave.reason}" if wave.reason else ""
+        )
     return wave.reason
 
 
@@ -405,8 +411,9 @@ def documents_view(fleet_view: FleetView) -> RenderableType:
         "type",
         "status",
         "NotBefore",
+        "host",
         "resources",
-        drop=("incarnation", "type", "resources", "event"),
+        drop=("incarnation", "type", "resources", "host", "event"),
     )
     for name, document in sorted(fleet_view.documents.items()):
         for event in document.events:
@@ -417,6 +424,7 @@ def documents_view(fleet_view: FleetView) -> RenderableType:
                 event.event_type,
                 _status(event.status),
                 f"{event.not_before:%H:%M:%S}Z" if event.status == "scheduled" else "",
+                event.host,
                 ", ".join(event.resources),
             )
     return table

@@ -15,6 +15,7 @@ from msgspec import Meta
 
 from caesura.contract.names import InvalidName, check_name
 from caesura.runtime.errors import ConfigError
+from caesura.runtime.toml_lines import key_lines
 
 
 class ListenersError(ConfigError):
@@ -61,9 +62,10 @@ def parse_listeners(text: str, path: str) -> tuple[Listener, ...]:
     if not entries.listener:
         raise ListenersError(f'{path}: no listener; write [[listener]] with vm = "..." and listen = "..."')
     found: list[Listener] = []
-    lines = [number for number, line in enumerate(text.splitlines(), 1) if line.strip() == "[[listener]]"]
+    lines = key_lines(text)
     for index, entry in enumerate(entries.listener):
-        where = f"{path}: listener {index + 1}" + (f" (line {lines[index]})" if index < len(lines) else "")
+        line = lines.get(("listener", index))  # none in an inline array
+        where = f"{path}: listener {index + 1}" + (f" (line {line})" if line else "")
         found.append(_listener(entry, where))
         earlier = next((i for i, other in enumerate(found[:-1]) if other.listen == found[-1].listen), None)
         if earlier is not None and not found[-1].listen.endswith(":0"):

@@ -18,6 +18,7 @@ from caesura_ctl.cli import caesura
 from caesura_host_updater.inventory.host_config import parse_host_file
 from caesura_host_updater.inventory.updates import UpdateFile, parse_update
 from caesura_metadata_publisher.listeners import parse_listeners
+from caesura_rehearse.scenario_reader import parse_scenario
 from caesura_testing.patience import patient
 
 _ROOT = Path(__file__).parents[2]
@@ -62,10 +63,13 @@ def test_every_toml_file_shown_is_accepted_by_its_reader() -> None:
         elif re.search(r"^host = ", content, re.MULTILINE):
             kinds.append("host")
             assert parse_host_file(content, page).vm
+        elif "[[step]]" in content:
+            kinds.append("scenario")
+            assert parse_scenario(content, page).steps
         else:
             kinds.append("update")
             assert isinstance(parse_update(page, content, find=lambda program: program), UpdateFile)
-    assert set(kinds) == {"listeners", "host", "update"}
+    assert set(kinds) == {"listeners", "host", "update", "scenario"}
 
 
 def test_the_example_of_a_driver_that_is_shown_is_the_one_that_is_tested() -> None:

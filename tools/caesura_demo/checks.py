@@ -75,7 +75,7 @@ def judge_guests(
     """All rules for real guests, in the order in which a rollout meets them."""
     pauses = fleet_view.pauses_of(rollout.rollout)
     expected = {vm for wave in rollout.waves for vm in wave.vms}
-    ids = {event_id.lower() for wave in rollout.waves for event_id in wave.events.values()}
+    ids = _event_ids(fleet_view, rollout)
     asked = sum(any(each.lower() in ids for each in guest.approved) for guest in guests)
     checks = [
         Check("the rollout completed", rollout.status == "completed", rollout.reason or rollout.status),
@@ -132,7 +132,7 @@ def _guest_memory(fleet_view: FleetView, pauses: Sequence[Pause]) -> Check:
 def _approvals(
     fleet_view: FleetView, rollout: WholeRollout, workloads: Mapping[str, WorkloadStatus]
 ) -> Check:
-    ids = {event_id.lower() for wave in rollout.waves for event_id in wave.events.values()}
+    ids = _event_ids(fleet_view, rollout)
     asked = sum(any(each.lower() in ids for each in work.approved) for work in workloads.values())
     return _approved(fleet_view, ids, asked)
 
@@ -146,6 +146,13 @@ def _approved(fleet_view: FleetView, ids: set[str], asked: int) -> Check:
         approved == ids and bool(ids),
         f"{len(approved)}/{len(ids)} events, by {asked} workloads over HTTP",
     )
+
+
+def _event_ids(fleet_view: FleetView, rollout: WholeRollout) -> set[str]:
+    """The ids of the rollout's events, in lower case: those that were announced, and those that its waves name."""
+    announced = (name for name, facts in fleet_view.events.items() if facts[0].rollout == rollout.rollout)
+    named = (event_id for wave in rollout.waves for event_id in wave.events.values())
+    return {each.lower() for each in (*announced, *named)}
 
 
 def _facts(fleet_view: FleetView, event_id: str) -> list[m.EventChanged]:
@@ -249,11 +256,11 @@ def _clocks(fleet_view: FleetView, pauses: Sequence[Pause], bound_s: float) -> C
 
 
 def _events(fleet_view: FleetView, rollout: WholeRollout) -> Check:
-    ids = [event_id for wave in rollout.waves for event_id in wave.events.values()]
+    ids = _event_ids(fleet_view, rollout)
     ends = {
         event_id: [
             each.status
-            for each in _facts(fleet_view, event_id.lower())
+            for each in _facts(fleet_view, event_id)
             if each.status in {"completed", "cancelled", "failed"}
         ]
         for event_id in ids

@@ -25,7 +25,8 @@ from caesura_ctl.options import settings_for
 from caesura_ctl.session import connect
 from caesura_ctl.settings import CtlSettings
 from caesura_rehearse.bus_facts import Fact, FactLog, Place
-from caesura_rehearse.engine import HOST, Engine
+from caesura_rehearse.engine import Engine
+from caesura_rehearse.rollouts import HOST
 
 _CONNECT_S = 5.0  # s: to the broker, which answered a moment before
 _DRAIN_S = 5.0  # s: for the last messages, at the end of the rehearsal

@@ -4,27 +4,31 @@ from __future__ import annotations
 
 import asyncio
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 import msgspec
-from click.core import ParameterSource
 
 from caesura.runtime.command import leaves
-from caesura.runtime.errors import CaesuraError
+from caesura.runtime.errors import CaesuraError, ConfigError
 from caesura.runtime.interrupt import EXIT_INTERRUPTED
 from caesura.runtime.logs import configure_logging
 from caesura.runtime.visible import visible
 from caesura_ctl.durations import DURATION, Duration
 from caesura_ctl.name_params import NAME
 from caesura_ctl.options import Commands, fail, print_json
-from caesura_rehearse.expectations import WORDS, BadExpectation, parse_expectation
+from caesura_rehearse.expectations import WORDS, parse_expectation
 from caesura_rehearse.faults import WORDS as FAULT_WORDS
-from caesura_rehearse.faults import BadFault, parse_fault
+from caesura_rehearse.faults import parse_fault
+from caesura_rehearse.members import MOST_VMS, UPDATE_DOMAINS
 from caesura_rehearse.order_commands import ORDER_COMMANDS
-from caesura_rehearse.orders import EVENT_NAMES, MAX_PAUSE_S, Order
+from caesura_rehearse.orders import MAX_PAUSE_S
+from caesura_rehearse.placeholders import WORDS as WORDS_IN_ARGUMENTS
 from caesura_rehearse.record_command import record
+from caesura_rehearse.scenario_commands import scenarios
+from caesura_rehearse.speed import MOST_SPEED
 
 _PAUSE = Duration(most_s=MAX_PAUSE_S)
 
@@ -37,6 +41,8 @@ examples:
   caesura rehearse --freeze 5s --notice 10s --compose-service web --address gateway:8101
   caesura rehearse record http://169.254.169.254 events.jsonl
   caesura rehearse --replay events.jsonl --expect approved -- ./serve
+  caesura rehearse --scenario host-update --speed 60 --expect approved -- ./serve
+  caesura rehearse --scenario ./ours.toml --vms 3 --set web -- ./serve --port {port} --name {vm}
   caesura rehearse -- ./serve         # then, as often as needed:
   caesura rehearse freeze --for 5s --notice 10s --wait
 
@@ -86,29 +92,23 @@ def _joined(args: list[str]) -> list[str]:
     return found
 
 
-class ExpectationParam(click.ParamType[Any]):
-    """A click parameter: an expectation."""
+class Words(click.ParamType[Any]):
+    """A click parameter with words of its own.
 
-    name = "expectation"
+    Args:
+        name: what it is, for the help.
+        parse: reads it; a ConfigError fails the command line.
+    """
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """The expectation; fails the command line if it is none."""
-        try:
-            return parse_expectation(str(value))
-        except BadExpectation as error:
-            self.fail(str(error), param, ctx)
-
-
-class FaultParam(click.ParamType[Any]):
-    """A click parameter: a fault of the metadata API."""
-
-    name = "fault"
+    def __init__(self, name: str, parse: Callable[[str], Any]) -> None:
+        self.name = name
+        self._parse = parse
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """The fault; fails the command line if it is none."""
+        """What the words mean."""
         try:
-            return parse_fault(str(value))
-        except BadFault as error:
+            return self._parse(str(value))
+        except ConfigError as error:
             self.fail(str(error), param, ctx)
 
 
@@ -148,6 +148,19 @@ class FaultParam(click.ParamType[Any]):
     help="Time from the announcement to NotBefore; the program's approval ends it earlier. 0s: no notice, as on a hardware failure.",
 )
 @click.option(
+    "--scenario",
+    metavar="NAME|FILE",
+    help="Play a scenario instead of one event: one that comes with the package (caesura rehearse scenarios), or a TOML file.",
+)
+@click.option(
+    "--speed",
+    type=click.FloatRange(1, MOST_SPEED),
+    default=1.0,
+    show_default=True,
+    help="Shorten notices, checks and the time between steps so many times, to 2s at least. Pauses last as long as ever; NotBefore is "
+    "when it happens.",
+)
+@click.option(
     "--source",
     type=click.Choice(["platform", "user"]),
     default="platform",
@@ -157,7 +170,7 @@ class FaultParam(click.ParamType[Any]):
 @click.option(
     "--expect",
     "expectations",
-    type=ExpectationParam(),
+    type=Words("expectation", parse_expectation),
     multiple=True,
     metavar="WHAT",
     help=f"What must hold: {WORDS}. May be given several times.",
@@ -183,13 +196,26 @@ class FaultParam(click.ParamType[Any]):
     help="The container engine's socket. [default: the usual ones of Docker and Podman]",
 )
 @click.option(
+    "--vms",
+    type=click.IntRange(1, MOST_VMS),
+    metavar="N",
+    help=f"VMs of the set, SET-1 to SET-N in update domains 0 to {UPDATE_DOMAINS - 1} in turn; each runs the program. Placeholders in its arguments: "
+    f"{WORDS_IN_ARGUMENTS}.",
+)
+@click.option(
     "--vm",
     type=NAME,
-    default="app-1",
-    show_default=True,
+    show_default="SET-1",
     help="The VM's name, in Resources and as compute.name.",
 )
 @click.option("--set", "set_name", type=NAME, default="app", show_default=True, help="Its availability set.")
+@click.option(
+    "--port",
+    type=click.IntRange(1, 65535),
+    metavar="PORT",
+    show_default="free ones",
+    help="What {port} and CAESURA_PORT are for the first VM; the next ones have the ports after it.",
+)
 @click.option(
     "--proxy",
     is_flag=True,
@@ -217,7 +243,7 @@ class FaultParam(click.ParamType[Any]):
 @click.option(
     "--fault",
     "faults",
-    type=FaultParam(),
+    type=Words("fault", parse_fault),
     multiple=True,
     metavar="WHAT",
     help=f"What requests for the document meet: {FAULT_WORDS}. May be given several times, one after the other.",
@@ -277,8 +303,10 @@ def rehearse(context: click.Context, /, *, as_json: bool, junit: Path | None, **
         return
     configure_logging("rehearse", level="error")
     try:
-        run_options = _run_options(context, as_json=as_json, options=options)
-        sys.exit(asyncio.run(_run(run_options, as_json=as_json, junit_file=junit)))
+        from caesura_rehearse.command_options import run_options  # noqa: PLC0415 - half a second that --help does not need
+
+        wanted = run_options(context, context.meta.get(_PROGRAM, ()), options, as_json=as_json)
+        sys.exit(asyncio.run(_run(wanted, as_json=as_json, junit_file=junit)))
     except KeyboardInterrupt:  # before it handled signals itself: nothing was started
         sys.exit(EXIT_INTERRUPTED)
     except CaesuraError as error:
@@ -288,113 +316,6 @@ def rehearse(context: click.Context, /, *, as_json: bool, junit: Path | None, **
         if not known:
             raise
         fail(known[0], as_json=as_json)
-
-
-def _run_options(context: click.Context, *, as_json: bool, options: dict[str, Any]) -> Any:
-    from caesura_rehearse.address import with_port  # noqa: PLC0415 - as below
-    from caesura_rehearse.run import RunOptions, refused_together  # noqa: PLC0415 - half a second that --help does not need
-
-    argv = context.meta.get(_PROGRAM, ())
-    events = [
-        ("--freeze", options["freeze"] is not None),
-        *((f"--{each}", options[each]) for each in EVENT_NAMES if each != "freeze"),
-        ("--replay", options["replay"]),
-    ]
-    container = options["container"] or options["compose_service"]
-    address = with_port(options["address"]) if options["address"] else ""
-    for why in (
-        refused_together(events),
-        refused_together(
-            [
-                ("a program after --", argv),
-                *(
-                    (f"--{each}", options[each.replace("-", "_")])
-                    for each in ("pid", "cgroup", "container", "compose-service")
-                ),
-            ]
-        ),
-        _event_refused(options, [name for name, given in events if given]),
-        refused_together([(f"--{each}", options[each]) for each in ("netns", "proxy", "address")]),
-        _network_refused(options, has_program=bool(argv), has_container=bool(container)),
-        _container_refused(context, address, has_container=bool(container)),
-    ):
-        if why:
-            raise click.UsageError(why, context)
-    wanted = next((name.removeprefix("--") for name, given in events if given and name != "--replay"), None)
-    order = None
-    if wanted is not None:
-        order = Order(
-            event=EVENT_NAMES[wanted],
-            notice_s=options["notice"],
-            duration_s=options["freeze"] or 0.0,
-            source=options["source"].title(),
-            grace_s=options["grace"],
-        )
-    return RunOptions(
-        argv=argv,
-        pid=options["pid"],
-        cgroup=options["cgroup"],
-        container=options["container"] or "",
-        compose_service=options["compose_service"] or "",
-        engine=options["engine"] or "",
-        order=order,
-        replay=options["replay"],
-        pause_at_start_s=options["pause_at_start"] or 0.0,
-        expectations=tuple(options["expectations"]),
-        vm=options["vm"],
-        set=options["set_name"],
-        settle_s=options["settle"],
-        freezer=options["freezer"],
-        proxy=options["proxy"],
-        netns=options["netns"],
-        publish=options["publish"],
-        address=address,
-        faults=tuple(options["faults"]),
-        broker=options["broker"] or "",
-        control=options["control"],
-        own_stdout=as_json,
-    )
-
-
-def _event_refused(options: dict[str, Any], ordered: list[str]) -> str:
-    """Which option does not fit what is ordered or replayed; empty: all do."""
-    if options["replay"]:
-        if options["notice"] is not None:
-            return "--notice and --replay exclude each other: a recording has its own times"
-        if options["broker"]:
-            return "--broker and --replay exclude each other: what was recorded is not on the bus"
-        return ""
-    if options["pause_at_start"] is not None:
-        return "--pause-at-start needs --replay"
-    if not ordered and (options["notice"] is not None or options["expectations"]):
-        return "--notice and --expect need an event: --freeze, --reboot, --redeploy, --preempt or --terminate"
-    return ""
-
-
-def _network_refused(options: dict[str, Any], *, has_program: bool, has_container: bool) -> str:
-    """Which option of the network has nothing that it is for; empty: each has."""
-    if options["proxy"] and not has_program:
-        return "--proxy needs a program after --"
-    if options["netns"] and not (has_program or has_container):
-        return "--netns needs a program after --, or a container"
-    if options["publish"] and (not options["netns"] or has_container):
-        return "--publish needs --netns and a program: without it the program has the network of this machine"
-    return ""
-
-
-def _container_refused(context: click.Context, address: str, *, has_container: bool) -> str:
-    """Which option is for containers only; empty: there is one, or none is given."""
-    from caesura_rehearse.address import GATEWAY  # noqa: PLC0415 - as above
-
-    if has_container:
-        return ""
-    if context.get_parameter_source("engine") == ParameterSource.COMMANDLINE:
-        return "--engine needs --container or --compose-service"
-    return (
-        "--address gateway needs --container or --compose-service"
-        if address.startswith(f"{GATEWAY}:")
-        else ""
-    )
 
 
 async def _run(options: Any, *, as_json: bool, junit_file: Path | None) -> int:
@@ -416,5 +337,5 @@ def _say(text: str) -> None:
     click.echo(visible(text), err=True)
 
 
-for each in (*ORDER_COMMANDS, record):
+for each in (*ORDER_COMMANDS, record, scenarios):
     rehearse.add_command(each)

@@ -19,7 +19,7 @@ from caesura.runtime.errors import CaesuraError, ConfigError
 from caesura.runtime.health import serve_app
 from caesura_rehearse.control_file import ControlAddress, folder_of_controls
 from caesura_rehearse.desk import Desk, StepMissed
-from caesura_rehearse.engine import UnknownEvent
+from caesura_rehearse.rollouts import UnknownEvent
 
 OPENAPI_FILE = Path(__file__).with_name("openapi.json")
 _SHUTDOWN_S = 0.2  # s: who waits for an event of a rehearsal that ends gets no answer
@@ -65,7 +65,9 @@ def control_app(desk: Desk, token: str) -> web.Application:
 
     async def ask(name: str, arguments: Mapping[str, Any]) -> web.Response:
         try:
-            return web.json_response(await desk.call(name, arguments), status=201 if name == "order" else 200)
+            return web.json_response(
+                await desk.call(name, arguments), status=201 if name in ("order", "roll") else 200
+            )
         except UnknownEvent as error:
             return _refusal(404, str(error))
         except StepMissed as error:
@@ -79,9 +81,12 @@ def control_app(desk: Desk, token: str) -> web.Application:
     async def order(request: web.Request) -> web.Response:
         return await ask("order", await _body(request))
 
-    def of_event(name: str) -> Handler:
+    async def roll(request: web.Request) -> web.Response:
+        return await ask("roll", await _body(request))
+
+    def of(kind: str, name: str) -> Handler:
         async def handle(request: web.Request) -> web.StreamResponse:
-            return await ask(name, {**await _body(request), "event_id": request.match_info["event_id"]})
+            return await ask(name, {**await _body(request), f"{kind}_id": request.match_info[f"{kind}_id"]})
 
         return handle
 
@@ -105,7 +110,10 @@ def control_app(desk: Desk, token: str) -> web.Application:
     app.router.add_get("/v1/state", state)
     app.router.add_post("/v1/events", order)
     for name in ("cancel", "approve", "wait"):
-        app.router.add_post(f"/v1/events/{{event_id}}/{name}", of_event(name))
+        app.router.add_post(f"/v1/events/{{event_id}}/{name}", of("event", name))
+    app.router.add_post("/v1/rollouts", roll)
+    for name in ("cancel", "wait"):
+        app.router.add_post(f"/v1/rollouts/{{rollout_id}}/{name}", of("rollout", f"{name}_rollout"))
     return app
 
 

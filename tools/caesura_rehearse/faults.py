@@ -1,4 +1,4 @@
-"""Faults of the metadata API that a client must survive, as the real one has them: which request gets which. Pure."""
+"""Faults of the metadata API that a client must survive, as the real one has them: which request or event gets which. Pure."""
 
 from __future__ import annotations
 
@@ -8,8 +8,12 @@ from typing import Literal
 import msgspec
 
 from caesura.runtime.errors import ConfigError
+from caesura_metadata_publisher.fidelity import RateLimit
+from caesura_rehearse.durations import seconds_in
+from caesura_rehearse.vm_prefix import split_vm
 
-FaultKind = Literal["slow", "status", "drop", "stale", "empty"]
+FaultKind = Literal["slow", "status", "drop", "stale", "empty", "rate", "gap", "vanish", "neighbour", "moved"]
+_OF_EVENTS = ("gap", "vanish", "neighbour", "moved")
 
 STATUS_TEXTS = {
     410: "Gone. Retry after some time, for at most 70 seconds.",
@@ -18,9 +22,13 @@ STATUS_TEXTS = {
 }
 """Azure's error answers beside the 4xx for bad requests; a client retries these."""
 
-WORDS = "'slow 20s', 410, 429, 500, drop, stale, empty; each with x3 after it: only the next three requests"
+WORDS = (
+    "'slow 20s', 410, 429, 500, drop, stale, empty, rate for requests; gap, vanish, neighbour, 'moved 30s', 'moved -30s' for events; "
+    "with x3 after it: only the next three; with a VM before it ('app-2: 500'): only requests of its clients"
+)
 _SYNTAX = re.compile(
-    r"(?:(?P<status>410|429|500)|(?P<slow>slow\s+(?P<seconds>\d+(?:\.\d+)?)s)|(?P<other>drop|stale|empty))(?:\s+x(?P<times>[1-9]\d*))?\Z"
+    r"(?:(?P<status>410|429|500)|(?P<timed>slow|moved)\s+(?P<time>[+-]?\S+)|(?P<plain>drop|stale|empty|rate|gap|vanish|neighbour))"
+    r"(?:\s+x(?P<times>[1-9]\d*))?\Z"
 )
 
 
@@ -29,25 +37,30 @@ class BadFault(ConfigError):
 
 
 class Fault(msgspec.Struct, frozen=True, kw_only=True):
-    """What happens to requests for the document."""
+    """What happens to requests for the document, or to events."""
 
     kind: FaultKind
     status: int = 0
     """The status code, for ``status``."""
     seconds: float = 0.0
-    """How long the answer takes, for ``slow``."""
+    """How long the answer takes, for ``slow``; how much later NotBefore is, for ``moved``."""
     times: int | None = None
-    """How many requests it hits; None: all."""
+    """How many requests, or events, it hits; None: all."""
+    vm: str = ""
+    """Whose clients' requests it hits; empty: everybody's."""
+
+    @property
+    def of_events(self) -> bool:
+        """Whether it happens to events, not to requests."""
+        return self.kind in _OF_EVENTS
 
     def __str__(self) -> str:
-        what = (
-            f"slow {self.seconds:g}s"
-            if self.kind == "slow"
-            else str(self.status)
-            if self.kind == "status"
-            else self.kind
-        )
-        return what if self.times is None else f"{what} x{self.times}"
+        what = str(self.status) if self.kind == "status" else self.kind
+        if self.kind in ("slow", "moved"):
+            what += f" {self.seconds:g}s"
+        if self.times is not None:
+            what += f" x{self.times}"
+        return f"{self.vm}: {what}" if self.vm else what
 
 
 def parse_fault(text: str) -> Fault:
@@ -56,25 +69,45 @@ def parse_fault(text: str) -> Fault:
     Raises:
         BadFault: it is not one.
     """
-    found = _SYNTAX.fullmatch(text.strip())
+    vm, words = split_vm(text)
+    found = _SYNTAX.fullmatch(words)
     if found is None:
         raise BadFault(f"{text!r} is not a fault: {WORDS}")
     times = int(found["times"]) if found["times"] else None
     if found["status"]:
-        return Fault(kind="status", status=int(found["status"]), times=times)
-    if found["slow"]:
-        return Fault(kind="slow", seconds=float(found["seconds"]), times=times)
-    match found["other"]:
-        case "drop" | "stale" | "empty" as kind:
-            return Fault(kind=kind, times=times)
-    raise BadFault(f"{text!r} is not a fault: {WORDS}")
+        return Fault(kind="status", status=int(found["status"]), times=times, vm=vm)
+    kind: FaultKind
+    seconds = 0.0
+    match found["timed"] or found["plain"]:
+        case "slow" | "moved" as kind:
+            seconds = _seconds(text, kind, found["time"])
+        case "drop" | "stale" | "empty" | "rate" | "gap" | "vanish" | "neighbour" as kind:
+            pass
+        case _:
+            raise BadFault(f"{text!r} is not a fault: {WORDS}")
+    fault = Fault(kind=kind, seconds=seconds, times=times, vm=vm)
+    if kind == "rate" and times is not None:
+        raise BadFault(f"{text!r}: rate is a limit, it does not hit a number of requests")
+    if fault.of_events and vm:
+        raise BadFault(f"{text!r}: {kind} happens to an event, which all VMs of the set see: name no VM")
+    return fault
 
 
-class Faults:
-    """The faults of one VM's API, one after the other: each hits its number of requests, the last one that has no number all that follow."""
+def _seconds(text: str, kind: str, time: str) -> float:
+    try:
+        seconds = seconds_in(time.lstrip("+-"))
+    except ValueError:
+        raise BadFault(f"{text!r} is not a fault: {WORDS}") from None
+    if kind == "slow" and time[0] in "+-":
+        raise BadFault(f"{text!r} is not a fault: {WORDS}")
+    return -seconds if time[0] == "-" else seconds
 
-    def __init__(self, faults: tuple[Fault, ...] = ()) -> None:
-        self._waiting = list(faults)
+
+class FaultQueue:
+    """One fault after the other: each hits its number of times, the last one that has no number all that follow."""
+
+    def __init__(self) -> None:
+        self._waiting: list[Fault] = []
         self._hits = 0
 
     def add(self, fault: Fault) -> None:
@@ -87,7 +120,7 @@ class Faults:
         self._hits = 0
 
     def next(self) -> Fault | None:
-        """What happens to the next request; None: nothing."""
+        """What happens next; None: nothing."""
         if not self._waiting:
             return None
         fault = self._waiting[0]
@@ -96,6 +129,37 @@ class Faults:
             del self._waiting[0]
             self._hits = 0
         return fault
+
+
+class RequestFaults:
+    """The faults of one VM's API."""
+
+    def __init__(self) -> None:
+        self._queue = FaultQueue()
+        self._rate: RateLimit | None = None
+
+    def add(self, fault: Fault) -> None:
+        """One more, after those that are there; a rate limit holds beside them."""
+        if fault.kind == "rate":
+            self._rate = RateLimit()
+        else:
+            self._queue.add(fault)
+
+    def clear(self) -> None:
+        """No more faults."""
+        self._queue.clear()
+        self._rate = None
+
+    def next(self, now_s: float, *, for_document: bool) -> Fault | None:
+        """What happens to the next request; None: nothing.
+
+        Args:
+            now_s: seconds on a monotonic clock.
+            for_document: whether it is for the document; the others meet the rate limit only.
+        """
+        if self._rate is not None and not self._rate.allows("", now_s):
+            return Fault(kind="status", status=429)
+        return self._queue.next() if for_document else None
 
 
 class DocumentHistory:

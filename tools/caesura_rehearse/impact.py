@@ -13,11 +13,12 @@ from contextlib import suppress
 
 from caesura.runtime.cleanup import shielded
 from caesura.runtime.threads import in_thread, in_thread_to_its_end
+from caesura_rehearse.conditions import Conditions
 from caesura_rehearse.guarding import Guards
 from caesura_rehearse.observations import EventRecord, Gap
 from caesura_rehearse.orders import Order
 from caesura_rehearse.pausing import NotPaused, TargetPlan, cpu_seconds, pause, resume
-from caesura_rehearse.slots import Slot
+from caesura_rehearse.slots import Slot, nothing_left
 
 _RESUME_S = 1.0  # s: some milliseconds are usual
 _GUARD_MARGIN_S = 2.0  # s after the pause should be over until the guard ends it; within 30 s in all
@@ -30,21 +31,25 @@ class Impact:
 
     Args:
         guards: of the pauses.
-        began: the instant (CLOCK_MONOTONIC, seconds) at which the rehearsal began.
+        conditions: the time of the rehearsal.
         say: called with each piece of news, for people.
-        changed: called after each change.
     """
 
-    def __init__(
-        self, guards: Guards, began: float, say: Callable[[str], None], changed: Callable[[], None]
-    ) -> None:
+    def __init__(self, guards: Guards, conditions: Conditions, say: Callable[[str], None]) -> None:
         self._guards = guards
-        self._began = began
+        self._conditions = conditions
         self._say = say
-        self._changed = changed
 
-    async def perform(self, record: EventRecord, order: Order, slots: Sequence[Slot]) -> None:
-        """What the event does to these VMs.
+    async def prepare(self, set_name: str) -> None:
+        """Have a guard ready for a pause of the set, before it is due. Raises GuardUnavailable."""
+        await self._guards.ready(set_name)
+
+    async def perform(self, records: Sequence[EventRecord], order: Order, slots: Sequence[Slot]) -> None:
+        """What the events of a wave do to its VMs.
+
+        Args:
+            records: of the events, which get the pauses.
+            slots: the VMs of all of them.
 
         Raises:
             NotPaused: a pause was not what was ordered.
@@ -55,7 +60,13 @@ class Impact:
         match order.event:
             case "Freeze":
                 if order.duration_s > 0 and concerned:
-                    await self._freeze(record, order.duration_s, concerned)
+                    await self._freeze(records, records[0].event_id, order.duration_s, concerned)
+                for number, each in enumerate(order.later_pauses, start=2):
+                    await self._conditions.until(lambda: nothing_left(concerned), each.after_s)
+                    if concerned and not nothing_left(concerned):
+                        await self._freeze(
+                            records, f"{records[0].event_id}-{number}", each.duration_s, concerned
+                        )
             case "Reboot" | "Redeploy":
                 await asyncio.gather(*(self._end(slot, order.grace_s, again=True) for slot in concerned))
                 await asyncio.gather(*(self._start_again(slot) for slot in concerned))
@@ -66,47 +77,57 @@ class Impact:
         if slot.target is not None:
             slot.ending = True
             await slot.target.end(grace_s, again=again)
-            self._changed()
+            self._conditions.notify()
 
     async def _start_again(self, slot: Slot) -> None:
         if slot.target is not None:
             await slot.target.start()
             slot.ending, slot.exited = False, None
-            self._changed()
+            self._conditions.notify()
 
-    async def _freeze(self, record: EventRecord, duration_s: float, slots: Sequence[Slot]) -> None:
+    async def _freeze(
+        self, records: Sequence[EventRecord], operation: str, duration_s: float, slots: Sequence[Slot]
+    ) -> None:
+        """One pause of all of them, by the guard of the first set: a wave holds the locks of all its sets."""
         plans: dict[str, TargetPlan] = {
             slot.vm: await in_thread(f"look at {slot.vm}", slot.target.plan)
             for slot in slots
-            if slot.target is not None and not slot.target.ended.is_set()
+            if slot.target is not None and slot.runs
         }
-        guard = await self._guards.ready(record.set)
+        guard = await self._guards.ready(records[0].set)
         deadline = time.monotonic() + min(duration_s + _GUARD_MARGIN_S, 30.0)
-        await guard.arm(record.event_id, deadline, list(plans.values()))
+        await guard.arm(operation, deadline, list(plans.values()))
         try:
-            await self._hold(record, duration_s, plans, guard.lost)
+            gaps = await self._hold(records, duration_s, plans, guard.lost)
         finally:
-            await shielded(guard.disarm(record.event_id))
-        self._check(record, duration_s)
+            await shielded(guard.disarm(operation))
+        _check(gaps, duration_s)
 
     async def _hold(
-        self, record: EventRecord, duration_s: float, plans: Mapping[str, TargetPlan], lost: asyncio.Event
-    ) -> None:
+        self,
+        records: Sequence[EventRecord],
+        duration_s: float,
+        plans: Mapping[str, TargetPlan],
+        lost: asyncio.Event,
+    ) -> Sequence[Gap]:
         """Pause, wait, resume, whatever happens in between."""
         stopped: dict[str, float] = {}
         cpu: dict[str, float] = {}
+        gaps: list[Gap] = []
         try:
             await asyncio.gather(*(self._stop_one(plan, stopped) for plan in plans.values()))
-            record.paused = time.monotonic() - self._began
+            for record in records:
+                record.paused = self._conditions.now if record.paused is None else record.paused
             self._say(f"paused: {', '.join(plans)}")
-            self._changed()
+            self._conditions.notify()
             cpu = await in_thread("cpu", lambda: {vm: cpu_seconds(plan) for vm, plan in plans.items()})
             left_s = max(stopped.values()) + duration_s - time.monotonic()
             with suppress(TimeoutError):
                 async with asyncio.timeout(max(left_s, 0.0)):
                     await lost.wait()
         finally:
-            await shielded(self._resume_all(record, plans, stopped, cpu))
+            await shielded(self._resume_all(records, plans, stopped, cpu, gaps))
+        return gaps
 
     @staticmethod
     async def _stop_one(plan: TargetPlan, stopped: dict[str, float]) -> None:
@@ -117,10 +138,11 @@ class Impact:
 
     async def _resume_all(
         self,
-        record: EventRecord,
+        records: Sequence[EventRecord],
         plans: Mapping[str, TargetPlan],
         stopped: Mapping[str, float],
         cpu: Mapping[str, float],
+        gaps: list[Gap],
     ) -> None:
         async def one(vm: str, plan: TargetPlan) -> None:
             def work() -> tuple[float, float, bool]:
@@ -131,27 +153,30 @@ class Impact:
             if vm in stopped:
                 gap = Gap(
                     vm=vm,
-                    began=stopped[vm] - self._began,
+                    began=stopped[vm] - self._conditions.began,
                     seconds=running_at - stopped[vm],
                     cpu_s=max(used - cpu.get(vm, used), 0.0),
                     resumed_by="rehearse" if was_stopped else "somebody else",
                 )
-                record.gaps.append(gap)
+                gaps.append(gap)
+                next(each for each in records if vm in each.vms).gaps.append(gap)
 
         results = await asyncio.gather(*(one(vm, plan) for vm, plan in plans.items()), return_exceptions=True)
-        record.resumed = time.monotonic() - self._began
+        for record in records:
+            record.resumed = self._conditions.now
         self._say(f"resumed: {', '.join(plans)}")
-        self._changed()
+        self._conditions.notify()
         for each in results:
             if isinstance(each, BaseException):
                 raise each
 
-    def _check(self, record: EventRecord, duration_s: float) -> None:
-        """Whether the pause was what was ordered. Raises NotPaused."""
-        for gap in record.gaps:
-            if gap.resumed_by != "rehearse":
-                raise NotPaused(f"{gap.vm} did not stay paused: {gap.resumed_by} resumed it")
-            if gap.seconds < duration_s - _SHORT_S:
-                raise NotPaused(f"{gap.vm} was paused for {gap.seconds:.3f} s only: the pause guard was lost")
-            if gap.cpu_s > _CPU_S:
-                raise NotPaused(f"{gap.vm} used {gap.cpu_s:.3f} s of CPU in its pause")
+
+def _check(gaps: Sequence[Gap], duration_s: float) -> None:
+    """Whether the pause was what was ordered. Raises NotPaused."""
+    for gap in gaps:
+        if gap.resumed_by != "rehearse":
+            raise NotPaused(f"{gap.vm} did not stay paused: {gap.resumed_by} resumed it")
+        if gap.seconds < duration_s - _SHORT_S:
+            raise NotPaused(f"{gap.vm} was paused for {gap.seconds:.3f} s only: the pause guard was lost")
+        if gap.cpu_s > _CPU_S:
+            raise NotPaused(f"{gap.vm} used {gap.cpu_s:.3f} s of CPU in its pause")

@@ -19,7 +19,7 @@ from caesura_metadata_publisher.listeners import Listener
 from caesura_metadata_publisher.request import ApproveEvents, HttpResponse, ReadEvents, Request
 from caesura_metadata_publisher.service import MetadataPublisher
 from caesura_metadata_publisher.settings import MetadataPublisherSettings
-from caesura_rehearse.faults import STATUS_TEXTS, DocumentHistory, Fault, Faults
+from caesura_rehearse.faults import STATUS_TEXTS, DocumentHistory, Fault, RequestFaults
 from caesura_rehearse.observations import Approval, Observations, RefusedRequest
 from caesura_rehearse.replay import Replay
 
@@ -107,13 +107,17 @@ class WitnessedPublisher(MetadataPublisher):
 
 @asynccontextmanager
 async def serve_vm(
-    publisher: MetadataPublisher, vm: str, listen: str | socket.socket, witness: Witness, faults: Faults
+    publisher: MetadataPublisher,
+    vm: str,
+    listen: str | socket.socket,
+    witness: Witness,
+    faults: RequestFaults,
 ) -> AsyncIterator[str]:
     """Serve the metadata API of ``vm`` while the block runs; yields the address.
 
     Args:
         listen: ``host:port``, or a bound socket.
-        faults: of the requests for the document.
+        faults: of the requests.
 
     Raises:
         ListenError: the address cannot be opened.
@@ -123,7 +127,7 @@ async def serve_vm(
     history = DocumentHistory()
 
     async def witnessed(request: web.BaseRequest) -> web.StreamResponse:
-        fault = faults.next() if _is_for_events(request.path) else None
+        fault = faults.next(time.monotonic(), for_document=_is_for_events(request.path))
         response = await (handle(request) if fault is None else _faulty(request, handle, fault, history))
         body = _body_of(response)
         if (

@@ -11,6 +11,9 @@ import msgspec
 
 from caesura.contract.messages import EventType
 
+BY_ORDER = ("rehearse", "neighbour")
+"""Who has approved an event that no client has: an order, or a fault."""
+
 Outcome = Literal["", "completed", "cancelled", "failed"]
 """Empty while it is open."""
 
@@ -79,9 +82,18 @@ class EventRecord(msgspec.Struct, kw_only=True):
     vms: tuple[str, ...]
     notice_s: float
     duration_s: float
+    """Of the first pause."""
     announced: float
+    impact_s: float = 0.0
+    """Seconds from the beginning of the first pause to the end of the last one."""
+    not_before: float = 0.0
+    """When it starts at the latest."""
+    rollout: str = ""
+    """The rollout that it is a part of."""
     first_seen: float | None = None
     """When a client first got a document that has it."""
+    seen_by: dict[str, float] = {}
+    """The same for each VM's clients: all VMs of the set see it."""
     approved: float | None = None
     approved_by: str = ""
     """The VM whose client approved it; ``rehearse`` for an approval by order."""
@@ -96,6 +108,43 @@ class EventRecord(msgspec.Struct, kw_only=True):
     outcome: Outcome = ""
     why: str = ""
     """Why it failed."""
+
+
+class RolloutRecord(msgspec.Struct, kw_only=True):
+    """An order for one update domain after the other, from its first announcement to the end of its last event."""
+
+    rollout_id: str
+    event: EventType
+    waves: tuple[tuple[str, ...], ...]
+    """The VMs of each wave, in order."""
+    began: float
+    waves_begun: int = 0
+    """How many of them were announced."""
+    event_ids: list[str] = []
+    """Of the events that were announced so far."""
+    ended: float | None = None
+    outcome: Outcome = ""
+    why: str = ""
+    """Why it halted."""
+
+
+class StepRecord(msgspec.Struct, kw_only=True):
+    """A step of a scenario."""
+
+    line: int
+    what: str
+    at: float | None = None
+    """When it was carried out; None: never."""
+    why: str = ""
+    """Why it could not be."""
+
+
+class ScenarioRecord(msgspec.Struct, kw_only=True):
+    """A scenario that is played."""
+
+    file: str
+    title: str
+    steps: list[StepRecord]
 
 
 class ProgramRecord(msgspec.Struct, kw_only=True):
@@ -118,6 +167,7 @@ class Observations:
     """Everything that was seen so far."""
 
     def __init__(self) -> None:
+        self.rollouts: dict[str, RolloutRecord] = {}
         self.events: dict[str, EventRecord] = {}
         self.deliveries: list[DocumentDelivery] = []
         self.approvals: list[Approval] = []
@@ -141,6 +191,7 @@ class Observations:
                 continue
             if record.first_seen is None:
                 record.first_seen = at
+            record.seen_by.setdefault(vm, at)
             if record.seen_started is None and seen.status == "Started":
                 record.seen_started = at
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import msgspec
 
-from caesura_rehearse.desk import EventStep
-from caesura_rehearse.observations import EventRecord
+from caesura_rehearse.desk import EventStep, RolloutWait
+from caesura_rehearse.observations import EventRecord, RolloutRecord
 from caesura_rehearse.orders import Order
 from caesura_rehearse.report import Report
 
@@ -20,7 +20,7 @@ _JSON = "application/json"
 
 def description() -> dict[str, Any]:
     """The whole document, OpenAPI 3.1."""
-    types = (Order, EventRecord, Report, EventStep)
+    types = (Order, EventRecord, RolloutRecord, Report, EventStep, RolloutWait)
     _, schemas = msgspec.json.schema_components(types, ref_template="#/components/schemas/{name}")
     schemas["Problem"] = {
         "type": "object",
@@ -49,6 +49,27 @@ def description() -> dict[str, Any]:
             ("wait", "Wait until an event has reached a step.", ("404", "409")),
         )
     }
+    rollout_id = {
+        "name": "rollout_id",
+        "in": "path",
+        "required": True,
+        "schema": {"type": "string", "format": "uuid"},
+    }
+    of_rollout = {
+        f"/v1/rollouts/{{rollout_id}}/{name}": {
+            "parameters": [rollout_id],
+            "post": {
+                "operationId": f"{name}_rollout",
+                "summary": summary,
+                **({"requestBody": _content("RolloutWait")} if name == "wait" else {}),
+                "responses": _responses("200", "RolloutRecord", *refused),
+            },
+        }
+        for name, summary, refused in (
+            ("cancel", "Take back what is scheduled; nothing of it follows.", ("404",)),
+            ("wait", "Wait until it is over.", ("404", "409")),
+        )
+    }
     return {
         "openapi": "3.1.0",
         "info": {
@@ -74,6 +95,15 @@ def description() -> dict[str, Any]:
                 }
             },
             **of_event,
+            "/v1/rollouts": {
+                "post": {
+                    "operationId": "roll",
+                    "summary": "Announce the events of the first update domain; the others follow one after the other.",
+                    "requestBody": _content("Order"),
+                    "responses": _responses("201", "RolloutRecord"),
+                }
+            },
+            **of_rollout,
         },
         "components": {
             "schemas": schemas,

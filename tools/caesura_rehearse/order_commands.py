@@ -19,6 +19,7 @@ from caesura_rehearse.orders import EVENT_NAMES, MAX_PAUSE_S, MINIMUM_NOTICE_S
 
 F = TypeVar("F", bound=Callable[..., Any])
 
+_ROLLOUT_MOST_S = 8 * 86400.0  # s: a notice may be a week
 _WAIT_MORE_S = 60.0  # s: more than the rehearsal itself waits
 
 _ABOUT: dict[EventType, str] = {
@@ -50,6 +51,11 @@ def _show(record: dict[str, Any], *, as_json: bool) -> None:
     if as_json:
         print_json(record)
         return
+    if "rollout_id" in record:
+        waves = "; ".join(", ".join(each) for each in record["waves"])
+        state = record["outcome"] or f"update domain {record['waves_begun']} of {len(record['waves'])}"
+        click.echo(visible(f"{record['rollout_id']}  {record['event']} of {waves}: {state}"))
+        return
     state = record["outcome"] or ("started" if record["started"] is not None else "scheduled")
     click.echo(visible(f"{record['event_id']}  {record['event']} of {', '.join(record['vms'])}: {state}"))
 
@@ -68,7 +74,15 @@ def _order_command(word: str, event: EventType) -> click.Command:
         type=NAME,
         multiple=True,
         metavar="NAME",
-        help="A VM; by default the first update domain.",
+        help="A VM; several of one update domain. [default: the first update domain]",
+    )
+    @click.option(
+        "--set",
+        "sets",
+        type=NAME,
+        multiple=True,
+        metavar="NAME",
+        help="A set: its update domains one after the other.",
     )
     @click.option("--source", type=click.Choice(["platform", "user"]), default="platform", show_default=True)
     @click.option("--wait", is_flag=True, help="Wait until the event is over.")
@@ -77,6 +91,7 @@ def _order_command(word: str, event: EventType) -> click.Command:
         *,
         notice: float | None,
         vms: tuple[str, ...],
+        sets: tuple[str, ...],
         source: str,
         wait: bool,
         control: Path | None,
@@ -91,8 +106,12 @@ def _order_command(word: str, event: EventType) -> click.Command:
         }
         if "for_s" in more:
             body["duration_s"] = more["for_s"]
+        if vms and sets:
+            raise click.UsageError("--vm and --set exclude each other")
 
         def work(address: ControlAddress) -> Any:
+            if sets:
+                return _roll(address, {**body, "sets": list(sets)}, wait=wait)
             record = address.call("POST", "/v1/events", body)
             if wait:
                 took_s = record["notice_s"] + record["duration_s"] + _WAIT_MORE_S
@@ -113,6 +132,16 @@ def _order_command(word: str, event: EventType) -> click.Command:
             help="How long it is paused; 0s: announced only.",
         )(order)
     return order
+
+
+def _roll(address: ControlAddress, body: dict[str, Any], *, wait: bool) -> Any:
+    record = address.call("POST", "/v1/rollouts", body)
+    if wait:
+        # The rehearsal knows best when it is over, and ends it in any case.
+        record = address.call(
+            "POST", f"/v1/rollouts/{record['rollout_id']}/wait", {}, timeout_s=_ROLLOUT_MOST_S
+        )
+    return record
 
 
 def _event_command(word: str, about: str) -> click.Command:

@@ -41,6 +41,14 @@ class OrderRefused(ConfigError):
     """The order cannot be carried out as given."""
 
 
+class LaterPause(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One more pause while the event is Started, until it vanishes further and shorter ones may follow (linux/scheduled-events.md)."""
+
+    after_s: Annotated[float, Meta(ge=0, le=86400)]
+    """Seconds from the end of the pause before it."""
+    duration_s: Annotated[float, Meta(gt=0, le=MAX_PAUSE_S)]
+
+
 class Order(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One event to be announced and carried out."""
 
@@ -49,8 +57,13 @@ class Order(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     """Seconds until NotBefore; None: the real one's minimum. 0: no notice at all, the event appears as Started."""
     duration_s: Annotated[float, Meta(ge=0, le=MAX_PAUSE_S)] = 9.0
     """Seconds of the pause, for a Freeze; 0: announced and started, and nothing pauses, as a network update."""
+    later_pauses: tuple[LaterPause, ...] = ()
+    """Of a Freeze, after the first."""
     vms: tuple[str, ...] = ()
-    """The VMs concerned; empty: all of the first set that are in its lowest update domain."""
+    """The VMs concerned, of one update domain of their set. Without VMs and sets: one event is for the first set's lowest update domain, a
+    rollout for all VMs."""
+    sets: tuple[str, ...] = ()
+    """The sets concerned, their update domains one after the other."""
     source: Literal["Platform", "User"] = "Platform"
     description: Annotated[str, Meta(max_length=4096)] | None = None
     shown_duration_s: Annotated[int, Meta(ge=-1, le=86400)] | None = None
@@ -59,6 +72,10 @@ class Order(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     checks_s: Annotated[float, Meta(ge=0, le=86400)] = 2.0
     """Seconds after the impact for which the event is still shown as Started. The real one checks the VM for some ten minutes; a client
     that polls once a second must see it, or the end looks like a cancellation."""
+    soak_s: Annotated[float, Meta(ge=0, le=86400)] = 0.0
+    """Seconds between the end of one update domain's events and the announcement of the next one's."""
+    approval_starts: bool = True
+    """Whether an approval starts the event at once. False: it starts at NotBefore all the same, as where the platform is not ready before."""
     grace_s: Annotated[float, Meta(ge=0, le=3600)] = 10.0
     """Seconds between SIGTERM and SIGKILL, for the types that end the program."""
 
@@ -66,6 +83,13 @@ class Order(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     def notice(self) -> float:
         """Seconds between publication and NotBefore."""
         return MINIMUM_NOTICE_S[self.event] if self.notice_s is None else self.notice_s
+
+    @property
+    def impact_s(self) -> float:
+        """Seconds from the beginning of the first pause to the end of the last one; 0: nothing pauses."""
+        if self.event != "Freeze":
+            return 0.0
+        return self.duration_s + sum(each.after_s + each.duration_s for each in self.later_pauses)
 
     @property
     def shown_duration(self) -> int:

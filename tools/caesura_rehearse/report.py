@@ -8,13 +8,15 @@ from xml.etree import ElementTree as ET
 import msgspec
 
 from caesura.runtime.visible import visible
-from caesura_rehearse.expectations import Expectation, HeldOrNot, came_about, judge
+from caesura_rehearse.expectations import Expectation, HeldOrNot, came_about, halted, judge
 from caesura_rehearse.observations import (
     Approval,
     DocumentDelivery,
     EventRecord,
     ProgramRecord,
     RefusedRequest,
+    RolloutRecord,
+    ScenarioRecord,
     describe_exit,
 )
 
@@ -27,6 +29,10 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     held: bool
     verdicts: tuple[HeldOrNot, ...]
     events: tuple[EventRecord, ...]
+    rollouts: tuple[RolloutRecord, ...] = ()
+    scenario: ScenarioRecord | None = None
+    speed: float = 1.0
+    """By which all waiting was shortened."""
     programs: tuple[ProgramRecord, ...]
     deliveries: tuple[DocumentDelivery, ...]
     approvals: tuple[Approval, ...]
@@ -37,33 +43,58 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
 
 def judge_all(
     events: Sequence[EventRecord],
+    rollouts: Sequence[RolloutRecord],
     programs: Sequence[ProgramRecord],
     expectations: Sequence[Expectation],
+    scenario: ScenarioRecord | None,
+    vms: Sequence[str],
     *,
-    ordered: int,
-) -> tuple[HeldOrNot, ...]:
-    """What was ordered, and each expectation.
+    recorded: int = 0,
+) -> list[HeldOrNot]:
+    """What was ordered, each expectation for each VM, and how programs ended.
 
     Args:
-        ordered: how many events were to come.
+        vms: all that there are.
+        recorded: how many events a recording has.
     """
     verdicts = [came_about(each) for each in events]
-    if len(events) < ordered:
+    if len(events) < recorded:
         early = next((each for each in programs if each.exited is not None), None)
         why = (
             f"{early.what} ended before: {describe_exit(early.exit_code)}"
             if early
             else "the rehearsal ended before"
         )
-        verdicts.append(HeldOrNot(what="the order", held=False, detail=why))
-    return (*verdicts, *(judge(each, events, programs) for each in expectations))
+        verdicts.append(HeldOrNot(what="the recording", held=False, detail=why))
+    verdicts += [verdict for each in rollouts if (verdict := halted(each)) is not None]
+    if scenario is not None:
+        verdicts += [
+            HeldOrNot(what=f"{scenario.file}:{step.line}: {step.what}", held=False, detail=step.why)
+            for step in scenario.steps
+            if step.why
+        ]
+    for expectation in expectations:
+        verdicts += judge(expectation, events, programs, vms)
+    named = len(vms) > 1
+    verdicts += [
+        HeldOrNot(
+            what=f"{each.vm}: {each.what} ended well" if named else f"{each.what} ended well",
+            held=False,
+            detail=describe_exit(each.exit_code),
+            vm=each.vm if named else "",
+        )
+        for each in programs
+        if each.exited is not None and each.exit_code
+    ]
+    return verdicts
 
 
 def text_lines(report: Report) -> list[str]:
     """The report for people, a line each."""
     lines = []
+    named = len(report.programs) > 1 or len({vm for record in report.events for vm in record.vms}) > 1
     for record in report.events:
-        lines += _event_lines(record)
+        lines += _event_lines(record, named=named)
     for program in report.programs:
         lines.append(_program_line(program))
         if program.exit_code and program.exited is not None and program.terminal_taken:
@@ -75,9 +106,13 @@ def text_lines(report: Report) -> list[str]:
                 f"    it went into the background: {', '.join(program.left)} left its process group and was ended with it. Start it in the "
                 "foreground, as a service manager does"
             )
+    if report.speed != 1.0:
+        lines.append(
+            f"speed       {report.speed:g}: notices, checks and the time between steps were shortened"
+        )
     polls = sum(report.polls.values())
     lines.append(
-        f"metadata    {polls} requests for the document, {len(report.deliveries)} different ones delivered, {len(report.approvals)} approvals"
+        f"metadata    {polls} requests for the document{_by_vm(report.polls)}, {len(report.deliveries)} different ones delivered, {len(report.approvals)} approvals"
     )
     lines += [
         f"    refused at {each.at:.1f} s: {each.method} {each.path}: {each.status} {each.why}"
@@ -92,7 +127,12 @@ def text_lines(report: Report) -> list[str]:
     return [visible(line) for line in lines]
 
 
-def _event_lines(record: EventRecord) -> list[str]:
+def _by_vm(polls: dict[str, int]) -> str:
+    """How many each VM has made, where there are several."""
+    return f" ({', '.join(f'{vm} {count}' for vm, count in polls.items())})" if len(polls) > 1 else ""
+
+
+def _event_lines(record: EventRecord, *, named: bool) -> list[str]:
     since = record.announced
     steps = [f"announced at {since:.1f} s with {record.notice_s:g} s of notice"]
     steps.append(
@@ -106,7 +146,8 @@ def _event_lines(record: EventRecord) -> list[str]:
         steps.append(f"started after {record.started - since:.1f} s")
     if record.ended is not None:
         steps.append(f"{record.outcome} after {record.ended - since:.1f} s")
-    lines = [f"{record.event:<11} {', '.join(steps)}"]
+    of = f"of {', '.join(record.vms)} " if named else ""
+    lines = [f"{record.event:<11} {of}{', '.join(steps)}"]
     for gap in record.gaps:
         by = "" if gap.resumed_by == "rehearse" else f", resumed by {gap.resumed_by}"
         lines.append(
@@ -135,7 +176,11 @@ def junit(report: Report) -> bytes:
     )
     for verdict in report.verdicts:
         case = ET.SubElement(
-            suite, "testcase", classname="caesura.rehearse", name=_xml(verdict.what), time="0"
+            suite,
+            "testcase",
+            classname=".".join(("caesura.rehearse", verdict.vm) if verdict.vm else ("caesura.rehearse",)),
+            name=_xml(verdict.what.removeprefix(f"{verdict.vm}: ") if verdict.vm else verdict.what),
+            time="0",
         )
         if not verdict.held:
             ET.SubElement(case, "failure", message=_xml(verdict.detail)).text = _xml(verdict.detail)

@@ -24,16 +24,20 @@ from caesura_rehearse.desk import Desk
 from caesura_rehearse.engine import Engine, rehearsal
 from caesura_rehearse.expectations import Expectation
 from caesura_rehearse.faults import Fault
+from caesura_rehearse.members import Member
 from caesura_rehearse.namespace import URL, NoNamespace, metadata_inside, open_door, published, way_in
-from caesura_rehearse.observations import EventRecord
 from caesura_rehearse.orders import Order
 from caesura_rehearse.outbound import resolver_for_inside
+from caesura_rehearse.placeholders import arguments_of
+from caesura_rehearse.ports import ports_for
 from caesura_rehearse.recording import Recording
 from caesura_rehearse.replay import load_recording
 from caesura_rehearse.report import Report
 from caesura_rehearse.run_folder import cgroup_of, run_folder
 from caesura_rehearse.running_targets import RunningCgroup, RunningProcess
-from caesura_rehearse.slots import Slot
+from caesura_rehearse.scenario import Scenario
+from caesura_rehearse.scenario_player import ScenarioPlayer
+from caesura_rehearse.slots import Slot, nothing_left
 from caesura_rehearse.targets import Program, Target, program_environ
 
 EVENTS_PATH = "/metadata/scheduledevents?api-version=2020-07-01"
@@ -52,13 +56,19 @@ class RunOptions(msgspec.Struct, frozen=True, kw_only=True):
     engine: str = ""
     """The container engine's socket; empty: the usual ones."""
     order: Order | None = None
+    expectations: tuple[Expectation, ...] = ()
     replay: Path | None = None
     """A recording that is served instead."""
     pause_at_start_s: float = 0.0
     """Seconds for which the program is paused when a recorded event becomes Started; 0: not at all."""
-    expectations: tuple[Expectation, ...] = ()
-    vm: str = "app-1"
-    set: str = "app"
+    scenario: Scenario | None = None
+    """Instead of one order."""
+    members: tuple[Member, ...] = (Member(vm="app-1", set="app"),)
+    """The VMs: each runs the program."""
+    port: int | None = None
+    """Of the first VM's program, the next ones have those after it; None: free ones."""
+    speed: float = 1.0
+    """By which all waiting is shortened."""
     settle_s: float = 3.0
     """How long the program may run on after its event vanished from the document."""
     freezer: Literal["auto", "cgroup2", "cgroup1", "sigstop"] = "auto"
@@ -71,7 +81,7 @@ class RunOptions(msgspec.Struct, frozen=True, kw_only=True):
     address: str = ""
     """Where the metadata API listens, ``ADDRESS:PORT``, or ``gateway:PORT`` for the container's way out; empty: a free port of 127.0.0.1."""
     faults: tuple[Fault, ...] = ()
-    """Of the metadata API."""
+    """Of the metadata API, and of events."""
     broker: str = ""
     """A real broker at which everything is published, too."""
     control: Path | None = None
@@ -135,7 +145,7 @@ class Rehearse:
             run_folder()
         )  # not in a thread: a signal between its making and the next line would leave it behind
         try:
-            async with rehearsal(folder, self._news) as engine:
+            async with rehearsal(folder, self._news, speed=self._options.speed) as engine:
                 self._engine = engine
                 return await self._perform(engine, folder)
         finally:
@@ -156,61 +166,75 @@ class Rehearse:
         address = with_gateway(options.address, container)
         if address:
             await engine.enter(local_address(address))
+        ports = ports_for([each.vm for each in options.members], options.port)
+        for member, port in zip(options.members, ports, strict=True):
+            slot = await engine.add_vm(member.vm, member.set, member.update_domain, address or "127.0.0.1:0")
+            slot.port = port
         for fault in options.faults:
-            engine.faults.add(fault)
-        slot = await engine.add_vm(options.vm, options.set, 0, address or "127.0.0.1:0")
-        outside = slot.url
-        if container is not None:
-            await self._take(engine, slot, container)
-        target = container or await self._attach(engine, slot, folder)
-        self._tell_way(outside, slot.url, container)
+            engine.add_fault(fault)
+        await self._start_all(engine, folder, container)
         control = await engine.enter(serve_control(Desk(engine), options.control))
-        records: list[EventRecord] = []
         if recording is not None:
-            return await self._replay(engine, slot, recording)
-        if options.order is not None:
-            records.append(await engine.order(options.order))
-            await engine.until(lambda: all(each.outcome for each in records), None)
-            await engine.until(lambda: target is not None and target.ended.is_set(), options.settle_s)
+            return await self._replay(engine, recording)
+        scenario = None
+        if options.scenario is not None:
+            player = ScenarioPlayer(engine, options.scenario)
+            scenario = player.record
+            await player.play()
+        elif options.order is not None:
+            rollout = await engine.rollouts.roll(options.order)
+            await engine.until(lambda: rollout.ended is not None, None)
         else:
-            until = "Ctrl-C ends it" if target is None else "until the program ends, or Ctrl-C"
+            programs = any(slot.target is not None for slot in engine.slots.values())
+            until = "until the program ends, or Ctrl-C" if programs else "Ctrl-C ends it"
             self._say(
                 f"orders    caesura rehearse freeze --for 9s --notice 15s; control API in {control}; {until}"
             )
             self._waiting = True
-            await engine.until(lambda: self._signal != 0 or _is_over(engine, target), None)
+            await engine.until(lambda: self._signal != 0 or _is_over(engine), None)
             self._waiting = False
-        return engine.report(options.expectations, ordered=len(records))
+        if options.scenario is not None or options.order is not None:
+            await engine.until(lambda: nothing_left(list(engine.slots.values())), options.settle_s)
+        return engine.report(options.expectations, scenario=scenario)
 
-    async def _replay(self, engine: Engine, slot: Slot, recording: Recording) -> Report:
+    async def _replay(self, engine: Engine, recording: Recording) -> Report:
         options = self._options
         events = len(recording.event_ids)
         self._say(
             f"replay    {options.replay}: {recording.seconds:.0f} s of {recording.head.server}, events: {events}"
             + ("" if recording.whole else "; its recorder did not end in order")
         )
+        (slot,) = engine.slots.values()
         replaying = asyncio.create_task(engine.replay(recording, slot, pause_s=options.pause_at_start_s))
         replaying.add_done_callback(lambda _: engine.notify())
-        target = slot.target
         try:
-            await engine.until(
-                lambda: replaying.done() or (target is not None and target.ended.is_set()), None
-            )
+            await engine.until(lambda: replaying.done() or nothing_left([slot]), None)
             if replaying.done():
                 await replaying
-                await engine.until(lambda: target is not None and target.ended.is_set(), options.settle_s)
+                await engine.until(lambda: nothing_left([slot]), options.settle_s)
         finally:
             replaying.cancel()
             await asyncio.gather(replaying, return_exceptions=True)
-        return engine.report(options.expectations, ordered=events)
+        return engine.report(options.expectations, recorded=events)
 
-    async def _attach(self, engine: Engine, slot: Slot, folder: Path) -> Target | None:
+    async def _start_all(self, engine: Engine, folder: Path, container: RunningContainer | None) -> None:
+        for member, slot in zip(self._options.members, engine.slots.values(), strict=True):
+            outside = slot.url
+            if container is not None:
+                await self._take(engine, slot, container)
+            else:
+                await self._attach(engine, slot, member, folder)
+            self._tell_way(outside, slot, container)
+        if len(engine.slots) == 1:
+            self._tell_how(engine)
+
+    async def _attach(self, engine: Engine, slot: Slot, member: Member, folder: Path) -> None:
         options = self._options
         if not options.netns:
-            target = await self._target(folder, slot.url)
+            target = await self._target(folder, slot, member)
             if target is not None:
                 await engine.attach(slot, target)
-            return target
+            return
         door = await engine.enter(
             open_door(
                 folder,
@@ -222,7 +246,7 @@ class Rehearse:
         )
         slot.url = URL
         resolver = await in_thread("resolver", lambda: resolver_for_inside(folder))
-        program = await self._program(folder, slot.url, way_in(folder, slot.vm, resolver))
+        program = await self._program(folder, slot, member, way_in(folder, slot.vm, resolver))
         await engine.attach(slot, program)
         await engine.until(lambda: door.entered.is_set() or program.ended.is_set(), None)
         if door.problem:
@@ -230,14 +254,13 @@ class Rehearse:
         if options.publish:
             await engine.enter(published(options.publish, lambda: program.pid))
         self._no_way_out = door.no_way_out
-        return program
 
     async def _container(self) -> RunningContainer | None:
         options = self._options
         if not options.container and not options.compose_service:
             return None
         return await find_container(
-            options.vm,
+            options.members[0].vm,
             options.engine,
             container=options.container,
             service=options.compose_service,
@@ -255,42 +278,49 @@ class Rehearse:
             )
         await engine.attach(slot, container)
 
-    async def _target(self, folder: Path, url: str) -> Target | None:
+    async def _target(self, folder: Path, slot: Slot, member: Member) -> Target | None:
         options = self._options
         if options.pid is not None:
-            return RunningProcess(options.vm, options.pid)
+            return RunningProcess(slot.vm, options.pid)
         if options.cgroup is not None:
-            return RunningCgroup(options.vm, options.cgroup)
-        return await self._program(folder, url, ()) if options.argv else None
+            return RunningCgroup(slot.vm, options.cgroup)
+        return await self._program(folder, slot, member, ()) if options.argv else None
 
-    async def _program(self, folder: Path, url: str, words: Sequence[str]) -> Program:
+    async def _program(self, folder: Path, slot: Slot, member: Member, words: Sequence[str]) -> Program:
         options = self._options
         freezer, _ = await in_thread(
             "freezer", lambda: choose_freezer(options.freezer, cgroup_of(os.getpid()))
         )
         return Program(
-            options.vm,
-            options.argv,
-            program_environ(options.vm, options.set, url, proxy=options.proxy),
+            slot.vm,
+            arguments_of(options.argv, member, slot.port, strict=len(options.members) > 1),
+            {**program_environ(slot.vm, slot.set, slot.url, proxy=options.proxy), **slot.variables},
             folder,
             freezer,
             way_in=words,
             stdout=2 if options.own_stdout else None,
         )
 
-    def _tell_way(self, outside: str, inside: str, container: RunningContainer | None) -> None:
+    def _tell_way(self, outside: str, slot: Slot, container: RunningContainer | None) -> None:
         options = self._options
-        self._say(f"metadata  {outside}{EVENTS_PATH}")
+        port = f"; port {slot.port}" if options.argv and len(options.members) > 1 else ""
+        vm = f"{slot.vm}: " if len(options.members) > 1 else ""
+        self._say(f"metadata  {vm}{outside}{EVENTS_PATH}{port}")
         if container is not None:
             self._say(
                 f"          {ways_to_metadata(container.facts, outside, options.address, inside=options.netns)}"
             )
             for note in container.notes:
                 self._say(f"note      {note}")
-        elif options.netns:
+
+    def _tell_how(self, engine: Engine) -> None:
+        """How clients find it, where there is one VM: with several there is too much to read already."""
+        options = self._options
+        (slot,) = engine.slots.values()
+        if options.netns and options.argv:
             ports = ", ".join(f"127.0.0.1:{port}" for port in options.publish) or "none (--publish PORT)"
             self._say(
-                f"          {inside} inside, for every client. Ports of this machine that lead in: {ports}"
+                f"          {slot.url} inside, for every client. Ports of this machine that lead in: {ports}"
             )
             self._say(
                 f"          no other network inside: {self._no_way_out}"
@@ -323,9 +353,9 @@ def with_gateway(address: str, container: RunningContainer | None) -> str:
     return f"{container.facts.gateways[0]}:{address.removeprefix('gateway:')}"
 
 
-def _is_over(engine: Engine, target: Target | None) -> bool:
-    """Whether the program has ended, and every event with it."""
-    return target is not None and target.ended.is_set() and all(each.outcome for each in engine.events)
+def _is_over(engine: Engine) -> bool:
+    """Whether the programs have ended, and every event with them."""
+    return nothing_left(list(engine.slots.values())) and all(each.outcome for each in engine.events)
 
 
 def refused_together(options: Sequence[tuple[str, object]]) -> str:

@@ -18,8 +18,9 @@ from typing import Any
 from caesura.runtime.errors import CaesuraError
 from caesura.runtime.logs import configure_logging
 from caesura.runtime.threads import in_thread
-from caesura_rehearse.desk import SET, VM, BadCall, ProgramDesk, best_freezer
+from caesura_rehearse.desk import BadCall
 from caesura_rehearse.engine import rehearsal
+from caesura_rehearse.program_desk import SET, VM, ProgramDesk, best_freezer
 from caesura_rehearse.run_folder import run_folder
 
 _LINE_BYTES = 16 * 1024 * 1024  # an environment may be large

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import msgspec
 
+from caesura_rehearse.faults import RequestFaults
 from caesura_rehearse.observations import ProgramRecord, describe_exit
 from caesura_rehearse.targets import Program, Target, reads_terminal
 
@@ -17,6 +18,10 @@ class Slot(msgspec.Struct, kw_only=True):
     set: str
     update_domain: int
     url: str
+    faults: RequestFaults
+    """Of the requests of its clients."""
+    port: int = 0
+    """For its program to listen on; nobody else is given it."""
     target: Target | None = None
     exited: float | None = None
     """When its program ended by itself."""
@@ -27,6 +32,11 @@ class Slot(msgspec.Struct, kw_only=True):
     def runs(self) -> bool:
         """Whether there is something on it that runs."""
         return self.target is not None and not self.target.ended.is_set()
+
+    @property
+    def variables(self) -> dict[str, str]:
+        """Of its program's environment, beside those that say where its metadata is."""
+        return {"CAESURA_PORT": str(self.port), "CAESURA_UPDATE_DOMAIN": str(self.update_domain)}
 
     def record(self) -> ProgramRecord | None:
         """What became of its program so far; None: it never had one."""

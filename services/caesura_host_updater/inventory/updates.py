@@ -18,10 +18,10 @@ from msgspec import Meta
 from caesura.contract.messages import Impact, Method, RefusedUpdate, Scope, UpdateRecord, VmmChange
 from caesura.contract.names import InvalidName, check_name
 from caesura.lifecycle.budget import SHUTDOWN_S
+from caesura.runtime.toml_lines import key_lines, line_of, syntax_error_at
 from caesura.runtime.validation_errors import describe_error
 from caesura_host_updater.files import read_regular
 
-_LINE = re.compile(r"\(at line (\d+), column \d+\)")
 _AT = re.compile(r"at `\$\.([A-Za-z0-9_]+)")  # msgspec: where the value is wrong
 _FIELD = re.compile(r"field `([A-Za-z0-9_]+)`")  # msgspec: an unknown or missing key
 
@@ -87,7 +87,7 @@ def parse_update(file: str, text: str, *, find: Callable[[str], str | None]) -> 
     try:
         table = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        return _refusal(file, text, str(error))
+        return _refusal(file, "", str(error), line=syntax_error_at(text, error)[0])
     try:
         update = msgspec.convert(table, UpdateFile, strict=True)
         check_name("update", update.name)
@@ -170,23 +170,9 @@ def read_updates(folder: str) -> Catalogue:
     return Catalogue(found.updates, (*found.refused, *unreadable))
 
 
-def _refusal(file: str, text: str, reason: str, *, key: str = "") -> RefusedUpdate:
-    at = _LINE.search(reason)
-    if at:
-        return RefusedUpdate(file=file, line=int(at[1]), reason=reason)
-    if reason.endswith("(at end of document)"):
-        return RefusedUpdate(file=file, line=max(1, len(text.splitlines())), reason=reason)
+def _refusal(file: str, text: str, reason: str, *, key: str = "", line: int = 0) -> RefusedUpdate:
     if not key:
         named = _AT.search(reason) or _FIELD.search(reason)
         key = named[1] if named else ""
-    return RefusedUpdate(file=file, line=_line_of(text, key), reason=reason)
-
-
-def _line_of(text: str, key: str) -> int:
-    """The line where ``key`` is set, counted from 1; 0 if it is not there (it is missing)."""
-    if not key:
-        return 0
-    for number, line in enumerate(text.splitlines(), start=1):
-        if re.match(rf"\s*(\[+\s*)?[\"']?{re.escape(key)}[\"']?\s*[=.\]]", line):
-            return number
-    return 0
+    at = line or (line_of(key_lines(text), (key,)) if key else 0)
+    return RefusedUpdate(file=file, line=at, reason=reason)

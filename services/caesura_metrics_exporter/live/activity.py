@@ -61,6 +61,7 @@ def log_entry(message: Message, at: float) -> LogEntry | None:
                 what=f"event {message.status}",
                 level="bad" if message.status == "failed" else "warning",
                 set=message.set,
+                host=message.host,
                 detail=message.reason,
             )
         case m.VmReady() if not message.ready:

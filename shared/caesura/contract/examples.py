@@ -51,6 +51,7 @@ def examples() -> list[Example]:
         hosts=("host-1",),
         vms=("web-1",),
         events={"web": _EVENT},
+        event_count=1,
         not_before=_T0 + timedelta(seconds=900),
     )
     document_event = m.ScheduledEvent(
@@ -58,6 +59,7 @@ def examples() -> list[Example]:
         event_type="Freeze",
         status="scheduled",
         resources=("web-1",),
+        host="host-1",
         not_before=_T0 + timedelta(seconds=900),
         description="Host server is undergoing maintenance.",
         duration_s=9,
@@ -102,6 +104,7 @@ def examples() -> list[Example]:
                 event_type="Freeze",
                 status="scheduled",
                 resources=("web-1",),
+                host="host-1",
                 incarnation=2,
                 rollout=_ROLLOUT,
                 not_before=_T0 + timedelta(seconds=900),

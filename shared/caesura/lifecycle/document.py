@@ -2,6 +2,9 @@
 
 A change that only services see, the approval of an event, raises the revision within the incarnation.
 
+Events that change together change the document once: a wave has an event for each of its hosts, and workloads see all of them
+scheduled, started or ended at one incarnation.
+
 Events only ever go scheduled → started → ended (removed), or scheduled → ended; completed and cancelled
 look the same in the document, as in Azure's. Source: Azure Scheduled Events, "Scheduled Events API".
 """
@@ -35,18 +38,21 @@ def find_event(document: SetDocument, event_id: str) -> ScheduledEvent | None:
     return next((each for each in document.events if each.event_id.casefold() == wanted), None)
 
 
-def schedule(document: SetDocument, event: ScheduledEvent) -> SetDocument:
-    """Add a scheduled event. Adding the same event again changes nothing.
+def schedule(document: SetDocument, *events: ScheduledEvent) -> SetDocument:
+    """Add scheduled events. Adding the same event again changes nothing.
 
     Raises:
         IllegalStatusChange: the id is taken by a different event.
     """
-    existing = find_event(document, event.event_id)
-    if existing is not None:
-        if existing == event:
-            return document
-        raise IllegalStatusChange(f"event {event.event_id}", existing.status, event.status)
-    return _changed(document, (*document.events, event))
+    known = _by_id(document)
+    new = []
+    for event in events:
+        existing = known.get(event.event_id.lower())
+        if existing is None:
+            new.append(event)
+        elif existing != event:
+            raise IllegalStatusChange(f"event {event.event_id}", existing.status, event.status)
+    return _changed(document, (*document.events, *new)) if new else document
 
 
 def approve(document: SetDocument, event_id: str) -> SetDocument:
@@ -61,26 +67,31 @@ def approve(document: SetDocument, event_id: str) -> SetDocument:
     return msgspec.structs.replace(document, revision=document.revision + 1, events=approved)
 
 
-def start(document: SetDocument, event_id: str) -> SetDocument:
+def start(document: SetDocument, *event_ids: str) -> SetDocument:
     """Scheduled to started. Starting a started event changes nothing.
 
     Raises:
-        IllegalStatusChange: the event is not open, or no longer.
+        IllegalStatusChange: an event is not open, or no longer.
     """
-    event = find_event(document, event_id)
-    if event is None:
-        raise IllegalStatusChange(f"event {event_id}", "ended or unknown", "started")
-    if event.status == "started":
-        return document
-    return _changed(document, _events_with(document, msgspec.structs.replace(event, status="started")))
+    known = _by_id(document)
+    for event_id in event_ids:
+        if event_id.lower() not in known:
+            raise IllegalStatusChange(f"event {event_id}", "ended or unknown", "started")
+    starting = {each.lower() for each in event_ids}
+    events = tuple(
+        msgspec.structs.replace(each, status="started")
+        if each.status == "scheduled" and each.event_id.lower() in starting
+        else each
+        for each in document.events
+    )
+    return _changed(document, events) if events != document.events else document
 
 
-def end(document: SetDocument, event_id: str) -> SetDocument:
-    """Remove an event. Ending one that is not open changes nothing."""
-    event = find_event(document, event_id)
-    if event is None:
-        return document
-    return _changed(document, tuple(each for each in document.events if each is not event))
+def end(document: SetDocument, *event_ids: str) -> SetDocument:
+    """Remove events. Ending one that is not open changes nothing."""
+    ending = {each.lower() for each in event_ids}
+    events = tuple(each for each in document.events if each.event_id.lower() not in ending)
+    return _changed(document, events) if len(events) < len(document.events) else document
 
 
 def adopt(document: SetDocument, published: SetDocument) -> SetDocument:
@@ -109,6 +120,10 @@ def _shown(document: SetDocument) -> tuple[ScheduledEvent, ...]:
     return tuple(
         msgspec.structs.replace(each, approved=False, rollout="", wave=0) for each in document.events
     )
+
+
+def _by_id(document: SetDocument) -> dict[str, ScheduledEvent]:
+    return {each.event_id.lower(): each for each in document.events}
 
 
 def _events_with(document: SetDocument, event: ScheduledEvent) -> tuple[ScheduledEvent, ...]:

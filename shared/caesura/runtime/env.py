@@ -30,6 +30,7 @@ RESERVED = frozenset(
         "NOT_BEFORE",
         "OPERATION",
         "PAUSE_S",
+        "PORT",
         "QEMU",
         "SET",
         "UPDATE",

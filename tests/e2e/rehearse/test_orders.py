@@ -5,19 +5,13 @@ from __future__ import annotations
 import json
 import signal
 import stat
-import subprocess
-import sys
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from caesura_testing.fleet import until
-from caesura_testing.patience import patient
-from caesura_testing.rehearsing import Rehearsed
+from caesura_testing.rehearsing import Rehearsed, ask, caesura
 
 pytestmark = pytest.mark.e2e
 
@@ -36,35 +30,6 @@ def run(tmp_path: Path, control: Path) -> Iterator[Rehearsed]:
     if started.process.poll() is None:
         started.process.send_signal(signal.SIGINT)
         started.finish()
-
-
-def caesura(control: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [str(Path(sys.executable).with_name("caesura")), "rehearse", *words, "--control", str(control)],
-        capture_output=True,
-        text=True,
-        timeout=patient(60),
-        check=False,
-    )
-
-
-def ask(
-    control: Path, method: str, path: str, body: Any = None, *, token: str | None = None
-) -> tuple[int, Any]:
-    """Status and JSON, as a test in another language would see them."""
-    address = json.loads(control.read_text())
-    request = urllib.request.Request(  # noqa: S310 - our own
-        address["url"] + path,
-        data=None if body is None else json.dumps(body).encode() if not isinstance(body, bytes) else body,
-        method=method,
-        headers={"Authorization": f"Bearer {address['token'] if token is None else token}"},
-    )
-    try:
-        with urllib.request.urlopen(request, timeout=patient(60)) as answer:  # noqa: S310 - the same
-            return answer.status, json.loads(answer.read())
-    except urllib.error.HTTPError as error:
-        with error:
-            return error.code, json.loads(error.read())
 
 
 def test_by_the_command(run: Rehearsed, control: Path) -> None:
@@ -103,7 +68,7 @@ def test_by_http(run: Rehearsed, control: Path) -> None:
     assert ask(control, "POST", "/v1/events", {"notice_s": "soon"})[0] == 400
     assert ask(control, "POST", "/v1/events", {"vms": ["app-7"]}) == (
         400,
-        {"error": "there is no VM app-7 here: app-1"},
+        {"error": "there is no VM app-7 here, did you mean app-1?"},
     )
     assert ask(control, "POST", "/v1/events", b"{not json")[0] == 400
     assert ask(control, "POST", "/v1/events", ["a list"])[0] == 400

@@ -6,6 +6,8 @@ import json
 import os
 import subprocess
 import sys
+import urllib.error
+import urllib.request
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +21,7 @@ CLIENT = """
 import json, os, pathlib, signal, sys, time, urllib.request
 
 what, folder = sys.argv[1], pathlib.Path(sys.argv[2])
+folder.mkdir(exist_ok=True)
 url = os.environ["CAESURA_METADATA_URL"] + "/metadata/scheduledevents?api-version=2020-07-01"
 
 def ask(body=None):
@@ -70,14 +73,17 @@ class Rehearsed:
         arguments: the options before the program.
         folder: where the program writes.
         program: the program; a word of ``CLIENT`` stands for that.
+        place: the folder below that ``CLIENT`` writes to; may have a placeholder.
     """
 
-    def __init__(self, folder: Path, arguments: Sequence[str], program: Sequence[str] | str = ()) -> None:
+    def __init__(
+        self, folder: Path, arguments: Sequence[str], program: Sequence[str] | str = (), *, place: str = "."
+    ) -> None:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "client.py").write_text(CLIENT, encoding="utf-8")
         argv = (
-            [sys.executable, str(folder / "client.py"), program, str(folder)]
+            [sys.executable, str(folder / "client.py"), program, str(folder / place)]
             if isinstance(program, str)
             else [*program]
         )
@@ -134,3 +140,33 @@ class Rehearsed:
     def left(self) -> list[int]:
         """Living processes that it has started."""
         return list(marked_processes(self.mark))
+
+
+def caesura(control: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    """An order by the command, for the rehearsal of this control file."""
+    return subprocess.run(
+        [str(Path(sys.executable).with_name("caesura")), "rehearse", *words, "--control", str(control)],
+        capture_output=True,
+        text=True,
+        timeout=patient(60),
+        check=False,
+    )
+
+
+def ask(
+    control: Path, method: str, path: str, body: Any = None, *, token: str | None = None
+) -> tuple[int, Any]:
+    """Status and JSON, as a test in another language would see them."""
+    address = json.loads(control.read_text())
+    request = urllib.request.Request(  # noqa: S310 - our own
+        address["url"] + path,
+        data=None if body is None else json.dumps(body).encode() if not isinstance(body, bytes) else body,
+        method=method,
+        headers={"Authorization": f"Bearer {address['token'] if token is None else token}"},
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=patient(60)) as answer:  # noqa: S310 - the same
+            return answer.status, json.loads(answer.read())
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, json.loads(error.read())

@@ -415,7 +415,7 @@ def test_the_largest_state_is_at_least_what_is_ever_announced(desk: Desk) -> Non
     desk.give(Tick(), 200)
     assert desk.repository.rollouts["r"].status == "aborted"
     announced = [each for each in desk.sent() if type(each) in largest]
-    assert {type(each) for each in announced} == {m.RolloutState, m.WaveState, m.EventChanged}
+    assert {type(each) for each in announced} == {m.RolloutState, m.WaveState, m.EventChanged, m.SetDocument}
     for each in announced:
         assert largest[type(each)] >= size_bytes(each)
 

@@ -76,9 +76,9 @@ class Story:
                 self.give(m.VmReady(vm=vm, event_id=event.event_id, ready=ready, reason=reason))
         return self
 
-    def approve(self) -> Story:
+    def approve(self, by: str = "") -> Story:
         for event in self.wave.events:
-            self.give(Approve(event_id=event.event_id.lower(), by=event.resources[0]))
+            self.give(Approve(event_id=event.event_id.lower(), by=by or event.resources[0]))
         return self
 
     def started(self) -> Story:
@@ -347,7 +347,7 @@ def test_vms_that_are_in_another_domain_than_the_plan_has_them_in_do_not_pause(
     if stage == "scheduled":
         story.announce().ready()
     story.fleet = _with_vm(both, "h2", **change)
-    story.announce().ready().approve().give(Tick())
+    story.announce().ready().approve(by="w1").give(Tick())
     assert story.commands() == []
     assert "the plan has it in" in story.wave.waiting_for
     story.give(Tick(), 60).give(Tick(), 20)

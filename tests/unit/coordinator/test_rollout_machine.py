@@ -265,9 +265,13 @@ class Fleetwide(RuleBasedStateMachine):
 
     def event_changed(self, disk: Disk, event: m.EventChanged) -> None:
         assert event.event_id not in self.ended, "an event after its end, or an id that came back (I7)"
+        assert set(event.resources) <= self.hosts[event.host].vms.keys(), "an event is of one host"
         if event.status == "scheduled":
             disk.open.add(event.event_id)
         elif event.status in _ENDS:
+            if event.status == "completed":
+                still = set(event.resources) & self.hosts[event.host].frozen
+                assert not still, f"completed, and {still} is paused: workloads take it for the end (I7)"
             self.ended[event.event_id] = event.status
             disk.open.discard(event.event_id)
 

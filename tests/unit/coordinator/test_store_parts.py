@@ -106,7 +106,7 @@ class Desk:
     # -- what hosts and guests say --
 
     def ready(self, vm: m.PlannedVm, *, ready: bool = True) -> m.VmReady:
-        event = next((each.event_id for each in self.wave.events if each.set == vm.set), "none")
+        event = next((each.event_id for each in self.wave.events if vm.vm in each.resources), "none")
         return m.VmReady(vm=vm.vm, event_id=event, ready=ready)
 
     def report(self, host: str, status: m.OperationStatus) -> m.OperationReported:

@@ -40,6 +40,52 @@ from caesura_rehearse.orders import MAX_PAUSE_S, MINIMUM_NOTICE_S, Order, OrderR
         (("--freeze", "1s", "--", "./nothing"), "cannot start ./nothing: there is no such file"),
         (("--freeze", "1s", "--pid", "4194304"), "there is no process 4194304"),
         (("--freeze", "1s", "--cgroup", "/etc"), "is not a cgroup that can be frozen"),
+        (("--vms", "0", "--", "true"), "0 is not in the range 1<=x<=50"),
+        (("--vms", "51", "--", "true"), "51 is not in the range 1<=x<=50"),
+        (
+            ("--vms", "2", "--vm", "one", "--", "true"),
+            "--vm and --vms exclude each other: with --vms the names are app-1 to app-2",
+        ),
+        (("--vms", "2", "--pid", "77"), "several VMs need a program after --"),
+        (("--vms", "2", "--address", "127.0.0.1:8099", "--", "true"), "--address is for one VM, here are 2"),
+        (
+            ("--vms", "2", "--", "echo", "{prot}"),
+            "argument 1 of the program has the unknown placeholder {prot}",
+        ),
+        (("--vms", "2", "--set", "_own", "--", "true"), "starts with an underscore"),
+        (
+            ("--vms", "2", "--port", "65535", "--", "true"),
+            "there is no port 65536 for app-2: the last one is 65535",
+        ),
+        (
+            ("--freeze", "1s", "--expect", "app-2: seen", "--", "true"),
+            "there is no VM app-2 here, did you mean app-1?",
+        ),
+        (
+            ("--freeze", "1s", "--fault", "app-2: 500", "--", "true"),
+            "there is no VM app-2 here, did you mean app-1?",
+        ),
+        (
+            ("--scenario", "host-updat", "--", "true"),
+            "there is no scenario 'host-updat', did you mean host-update?",
+        ),
+        (
+            ("--scenario", "./none.toml", "--", "true"),
+            "./none.toml: cannot be read: No such file or directory",
+        ),
+        (
+            ("--scenario", "host-update", "--freeze", "1s", "--", "true"),
+            "--scenario and --freeze exclude each other",
+        ),
+        (
+            ("--scenario", "host-update", "--notice", "1s", "--", "true"),
+            "--notice is for an event of the command line",
+        ),
+        (
+            ("--scenario", "two-sets", "--vms", "3", "--", "true"),
+            "--vms: this scenario says itself which VMs there are",
+        ),
+        (("--freeze", "1s", "--speed", "0.5", "--", "true"), "0.5 is not in the range 1<=x<=3600"),
     ],
 )
 def test_bad_usage_is_one_clear_line_and_2(words: tuple[str, ...], says: str) -> None:

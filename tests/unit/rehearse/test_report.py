@@ -70,12 +70,11 @@ def test_junit() -> None:
     assert failure.get("message") == 'exit "3" & <more>'
 
 
-def test_a_program_that_ends_before_its_order_is_the_reason() -> None:
-    verdicts = judge_all(
-        [], [ProgramRecord(vm="app-1", what="app", exited=0.2, exit_code=1)], [Expectation("seen")], ordered=1
-    )
+def test_a_program_that_ends_badly_is_a_verdict() -> None:
+    program = ProgramRecord(vm="app-1", what="app", exited=0.2, exit_code=1)
+    verdicts = judge_all([], [], [program], [Expectation("seen")], None, ["app-1"])
     assert [each.held for each in verdicts] == [False, False]
-    assert verdicts[0].detail == "app ended before: exit code 1"
+    assert (verdicts[1].what, verdicts[1].detail) == ("app ended well", "exit code 1")
 
 
 def test_what_a_client_got_is_noted_once_a_document() -> None:

@@ -53,10 +53,14 @@ class WaveState(Message, frozen=True, kw_only=True):
     hosts: tuple[Name, ...]
     vms: tuple[Name, ...]
     events: dict[str, str] = msgspec.field(default_factory=dict)
-    """Maps a set name to the id of its scheduled event."""
+    """Maps a set name to the id of its scheduled event; of several, that of the first host by name. The set's document has all of them."""
+    event_count: Count = 0
+    """Its scheduled events: one for each set and host. 0 with an entry in `events`: version 0.1.0, which had one for each set."""
     not_before: Instant | None = None
     approved: tuple[Name, ...] = ()
-    """Sets whose event was approved."""
+    """Sets of which every event was approved."""
+    approved_count: Count = 0
+    """The events that were approved."""
     started_at: Instant | None = None
     ended_at: Instant | None = None
     reason: Text = ""

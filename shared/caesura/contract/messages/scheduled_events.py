@@ -31,7 +31,7 @@ class ScheduledEvent(Record, frozen=True, kw_only=True):
     status: Literal["scheduled", "started"]
     resources: tuple[Name, ...]
     host: OptionalName = ""
-    """The host concerned; empty: all hosts of its resources, as for every event today."""
+    """The host of its resources. Empty: an event of version 0.1.0, whose resources may be on several hosts."""
     not_before: Instant
     description: Text = ""
     source: Literal["Platform", "User"] = "Platform"

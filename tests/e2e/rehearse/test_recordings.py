@@ -8,7 +8,9 @@ import signal
 import subprocess
 import sys
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
@@ -22,12 +24,15 @@ pytestmark = pytest.mark.e2e
 class Recorder:
     """One run of ``caesura rehearse record``."""
 
+    running: ClassVar[list[subprocess.Popen[bytes]]] = []
+
     def __init__(self, url: str, file: Path, *words: str) -> None:
         self.file = file
         self._said = file.with_suffix(".said")
         argv = [str(Path(sys.executable).with_name("caesura")), "rehearse", "record", url, str(file), *words]
         with self._said.open("wb") as said:
             self.process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=said, stderr=said)
+        self.running.append(self.process)
 
     @property
     def said(self) -> str:
@@ -50,6 +55,15 @@ class Recorder:
     def stop(self, number: signal.Signals) -> int:
         self.process.send_signal(number)
         return self.process.wait(patient(30))
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left() -> Iterator[None]:
+    yield
+    for process in Recorder.running:
+        process.kill()
+        process.wait()
+    Recorder.running.clear()
 
 
 def approve(url: str) -> None:

@@ -98,6 +98,11 @@ def test_a_freeze_is_recorded_and_replayed(tmp_path: Path) -> None:
     assert recorder.lines[-1]["ended"] is True
     assert Recorder(url, recorder.file).process.wait(patient(30)) == 2, "it would overwrite"
 
+    # The client polls as fast as the machine lets it: it must meet the event while it is scheduled.
+    lines = recorder.lines
+    scheduled = next(n for n, line in enumerate(lines) if '"Scheduled"' in json.dumps(line))
+    later = [{**line, "at": float(str(line["at"])) + 10.0} for line in lines[scheduled + 1 :]]
+    recorder.file.write_text("".join(f"{json.dumps(line)}\n" for line in [*lines[: scheduled + 1], *later]))
     options = ("--replay", str(recorder.file), "--pause-at-start", "0.7s", "--settle", "0s", "--json")
     run = Rehearsed(tmp_path / "again", (*options, "--expect", "approved", "--expect", "survived"), "approve")
     assert run.finish() == 0, run.said

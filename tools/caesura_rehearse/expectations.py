@@ -82,7 +82,7 @@ def came_about(record: EventRecord) -> HeldOrNot:
         case "failed":
             return HeldOrNot(what=what, held=False, detail=record.why)
         case _:
-            return HeldOrNot(what=what, held=False, detail="it did not come to its end")
+            return HeldOrNot(what=what, held=False, detail="it had not ended yet")
 
 
 def halted(record: RolloutRecord) -> HeldOrNot | None:

@@ -8,7 +8,6 @@ import shutil
 import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal
 
 import msgspec
 
@@ -39,6 +38,7 @@ from caesura_rehearse.scenario import Scenario
 from caesura_rehearse.scenario_player import ScenarioPlayer
 from caesura_rehearse.slots import Slot, nothing_left
 from caesura_rehearse.targets import Program, Target, program_environ
+from caesura_vmcontrol.freezer_control import FreezerChoice
 
 EVENTS_PATH = "/metadata/scheduledevents?api-version=2020-07-01"
 
@@ -71,7 +71,7 @@ class RunOptions(msgspec.Struct, frozen=True, kw_only=True):
     """By which all waiting is shortened."""
     settle_s: float = 3.0
     """How long the program may run on after its event vanished from the document."""
-    freezer: Literal["auto", "cgroup2", "cgroup1", "sigstop"] = "auto"
+    freezer: FreezerChoice = "auto"
     proxy: bool = False
     """Whether the program's ``http_proxy`` leads to the metadata API."""
     netns: bool = False

@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar, get_args
 
 import click
 import msgspec
@@ -28,6 +28,7 @@ from caesura_ctl.name_params import NAME, SET_NAME
 from caesura_ctl.settings import CtlSettings
 from caesura_ctl.signals import EXIT_TERMINATED
 from caesura_ctl.terminable import Terminable
+from caesura_vmcontrol.freezer_control import FreezerChoice
 
 EXIT_CODES = """exit codes:
   0  done, or the rollout completed
@@ -72,6 +73,21 @@ def common(command: F) -> F:
         metavar="URL",
         help="mqtt://host:port, mqtts://host:port or unix:///path (also CAESURA_CTL_BROKER_URL).",
     )(command)
+
+
+def freezer_option(what: str) -> Callable[[F], F]:
+    """The option of commands that pause processes of their own.
+
+    Args:
+        what: what it chooses, as a sentence without its end.
+    """
+    return click.option(
+        "--freezer",
+        type=click.Choice(get_args(FreezerChoice)),
+        default="auto",
+        show_default=True,
+        help=f"{what}; auto: the best that works here.",
+    )
 
 
 def selection(command: F) -> F:

@@ -19,6 +19,9 @@ from typing import Literal
 from caesura_vmcontrol.procfs import DEAD, STOPPED, Process, process_table, send_signal, thread_states
 from caesura_vmcontrol.resume_plans import CgroupPlan, SignalPlan
 
+FreezerChoice = Literal["auto", "cgroup2", "cgroup1", "sigstop"]
+"""How processes are to be paused; ``auto``: the first of the others that works."""
+
 Condition = Literal["running", "held", "frozen", "gone"]
 """``held``: on its way into or out of a freeze, or only partly frozen; ``gone``: no process is left."""
 

@@ -16,7 +16,7 @@ from caesura.runtime.command import leaves
 from caesura.runtime.errors import CaesuraError
 from caesura.runtime.logs import configure_logging
 from caesura_ctl.durations import BUDGET, DURATION, SOME_TIME, show_duration
-from caesura_ctl.options import fail, wide_console
+from caesura_ctl.options import fail, freezer_option, wide_console
 from caesura_demo.guests import MOST_VMS
 from caesura_demo.run import Demo, Options
 
@@ -92,13 +92,7 @@ exit codes:
     show_default=True,
     help="auto: Mosquitto if it is installed, else the embedded amqtt.",
 )
-@click.option(
-    "--freezer",
-    type=click.Choice(["auto", "cgroup2", "cgroup1", "sigstop"]),
-    default="auto",
-    show_default=True,
-    help="How VMs (process groups) are frozen; auto: the best that works here.",
-)
+@freezer_option("How VMs (process groups) are frozen")
 @click.option(
     "--update-takes",
     "update_s",

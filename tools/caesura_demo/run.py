@@ -54,6 +54,7 @@ from caesura_demo.results import RolloutResult, document_of, read_patched, read_
 from caesura_demo.service_processes import Processes
 from caesura_demo.sweeper import Sweeper, start_sweeper
 from caesura_demo.workspace import FIRST_PORT, CleanUp, free_ports, ram_folder, run_folder
+from caesura_vmcontrol.freezer_control import FreezerChoice
 
 _READY_S = 45.0
 """s: without another of 6 hosts and 25 VMs coming up; all of them take some 8 s on two cores that do nothing else."""
@@ -81,7 +82,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     accel: Literal["auto", "kvm", "tcg"] = "auto"
 
     broker: Literal["auto", "mosquitto", "embedded"] = "auto"
-    freezer: Literal["auto", "cgroup2", "cgroup1", "sigstop"] = "auto"
+    freezer: FreezerChoice = "auto"
     update_s: float = 2.0
     notice_s: float = 8.0
     budget_s: float = 10.0

@@ -18,7 +18,7 @@ from caesura.runtime.logs import configure_logging
 from caesura.runtime.visible import visible
 from caesura_ctl.durations import DURATION, Duration
 from caesura_ctl.name_params import NAME
-from caesura_ctl.options import Commands, fail, print_json
+from caesura_ctl.options import Commands, fail, freezer_option, print_json
 from caesura_rehearse.expectations import WORDS, parse_expectation
 from caesura_rehearse.faults import WORDS as FAULT_WORDS
 from caesura_rehearse.faults import parse_fault
@@ -92,7 +92,7 @@ def _joined(args: list[str]) -> list[str]:
     return found
 
 
-class Words(click.ParamType[Any]):
+class WordsParam(click.ParamType[Any]):
     """A click parameter with words of its own.
 
     Args:
@@ -170,7 +170,7 @@ class Words(click.ParamType[Any]):
 @click.option(
     "--expect",
     "expectations",
-    type=Words("expectation", parse_expectation),
+    type=WordsParam("expectation", parse_expectation),
     multiple=True,
     metavar="WHAT",
     help=f"What must hold: {WORDS}. May be given several times.",
@@ -243,7 +243,7 @@ class Words(click.ParamType[Any]):
 @click.option(
     "--fault",
     "faults",
-    type=Words("fault", parse_fault),
+    type=WordsParam("fault", parse_fault),
     multiple=True,
     metavar="WHAT",
     help=f"What requests for the document meet: {FAULT_WORDS}. May be given several times, one after the other.",
@@ -273,13 +273,7 @@ class Words(click.ParamType[Any]):
     show_default="3s",
     help="How long the program runs on after its event is over; then it is ended.",
 )
-@click.option(
-    "--freezer",
-    type=click.Choice(["auto", "cgroup2", "cgroup1", "sigstop"]),
-    default="auto",
-    show_default=True,
-    help="How the program is paused; auto: the best that works here.",
-)
+@freezer_option("How the program is paused")
 @click.option(
     "--junit",
     type=click.Path(dir_okay=False, path_type=Path),

@@ -8,7 +8,9 @@ import signal
 import subprocess
 import sys
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
@@ -22,12 +24,15 @@ pytestmark = pytest.mark.e2e
 class Recorder:
     """One run of ``caesura rehearse record``."""
 
+    running: ClassVar[list[subprocess.Popen[bytes]]] = []
+
     def __init__(self, url: str, file: Path, *words: str) -> None:
         self.file = file
         self._said = file.with_suffix(".said")
         argv = [str(Path(sys.executable).with_name("caesura")), "rehearse", "record", url, str(file), *words]
         with self._said.open("wb") as said:
             self.process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=said, stderr=said)
+        self.running.append(self.process)
 
     @property
     def said(self) -> str:
@@ -50,6 +55,15 @@ class Recorder:
     def stop(self, number: signal.Signals) -> int:
         self.process.send_signal(number)
         return self.process.wait(patient(30))
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left() -> Iterator[None]:
+    yield
+    for process in Recorder.running:
+        process.kill()
+        process.wait()
+    Recorder.running.clear()
 
 
 def approve(url: str) -> None:
@@ -84,6 +98,11 @@ def test_a_freeze_is_recorded_and_replayed(tmp_path: Path) -> None:
     assert recorder.lines[-1]["ended"] is True
     assert Recorder(url, recorder.file).process.wait(patient(30)) == 2, "it would overwrite"
 
+    # The client polls as fast as the machine lets it: it must meet the event while it is scheduled.
+    lines = recorder.lines
+    scheduled = next(n for n, line in enumerate(lines) if '"Scheduled"' in json.dumps(line))
+    later = [{**line, "at": float(str(line["at"])) + 10.0} for line in lines[scheduled + 1 :]]
+    recorder.file.write_text("".join(f"{json.dumps(line)}\n" for line in [*lines[: scheduled + 1], *later]))
     options = ("--replay", str(recorder.file), "--pause-at-start", "0.7s", "--settle", "0s", "--json")
     run = Rehearsed(tmp_path / "again", (*options, "--expect", "approved", "--expect", "survived"), "approve")
     assert run.finish() == 0, run.said

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 import msgspec
 from msgspec import Meta
 
 from caesura_host_updater.drivers.process.elsewhere import hands_over
 from caesura_host_updater.inventory.vm_spec import VmSpec
+from caesura_vmcontrol.freezer_control import FreezerChoice
 
 
 class GuestProcess(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -29,7 +30,7 @@ class ProcessVm(VmSpec, frozen=True, kw_only=True, forbid_unknown_fields=True):
 class ProcessOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The table ``[process]``: what holds for all VMs of the host."""
 
-    freezer: Literal["auto", "cgroup2", "cgroup1", "sigstop"] = "auto"
+    freezer: FreezerChoice = "auto"
 
 
 def vm_error(vm: ProcessVm) -> str:

@@ -16,6 +16,7 @@ from typing import Literal, Protocol
 import msgspec
 
 from caesura.runtime.errors import CaesuraError
+from caesura_vmcontrol.freezer_control import FreezerChoice
 from caesura_vmcontrol.procfs import Process, process_table, send_signal
 from caesura_vmcontrol.resume_plans import CgroupPlan, SignalPlan
 from caesura_vmcontrol.vm_control import condition, thaw
@@ -202,9 +203,7 @@ def own_cgroups(cgroup: str) -> dict[str, str]:
     return found
 
 
-def choose_freezer(
-    wanted: Literal["auto", "cgroup2", "cgroup1", "sigstop"], group: str
-) -> tuple[Freezer, Mapping[str, str]]:
+def choose_freezer(wanted: FreezerChoice, group: str) -> tuple[Freezer, Mapping[str, str]]:
     """The first usable freezer of the order cgroup2, cgroup1, sigstop, or the one that is wanted.
 
     Args:

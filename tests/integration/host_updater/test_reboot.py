@@ -197,6 +197,7 @@ async def test_an_updater_killed_while_a_vm_shuts_down_starts_it_in_its_next_lif
     before = host.run_of("slow")["pid"]
     command = await reboot(host)
     await wait_for(lambda: lines(tmp_path / "a.saved") == ["saved"], "a shut down")
+    await wait_for((host.state_dir / "vms" / "slow.shutdown").exists, "slow is asked, too")
     await host.kill()
     await host.start()
     end.touch()

@@ -92,7 +92,7 @@ def _joined(args: list[str]) -> list[str]:
     return found
 
 
-class Words(click.ParamType[Any]):
+class WordsParam(click.ParamType[Any]):
     """A click parameter with words of its own.
 
     Args:
@@ -170,7 +170,7 @@ class Words(click.ParamType[Any]):
 @click.option(
     "--expect",
     "expectations",
-    type=Words("expectation", parse_expectation),
+    type=WordsParam("expectation", parse_expectation),
     multiple=True,
     metavar="WHAT",
     help=f"What must hold: {WORDS}. May be given several times.",
@@ -243,7 +243,7 @@ class Words(click.ParamType[Any]):
 @click.option(
     "--fault",
     "faults",
-    type=Words("fault", parse_fault),
+    type=WordsParam("fault", parse_fault),
     multiple=True,
     metavar="WHAT",
     help=f"What requests for the document meet: {FAULT_WORDS}. May be given several times, one after the other.",

@@ -12,7 +12,7 @@ from caesura.contract.names import InvalidName, check_name
 from caesura_rehearse.address import GATEWAY, with_port
 from caesura_rehearse.expectations import Expectation
 from caesura_rehearse.faults import Fault
-from caesura_rehearse.members import Member, check_known, members_of
+from caesura_rehearse.members import SetMember, check_known, members_of
 from caesura_rehearse.orders import EVENT_NAMES, Order
 from caesura_rehearse.placeholders import NAMES, fill
 from caesura_rehearse.run import RunOptions, refused_together
@@ -143,7 +143,7 @@ def _container_refused(context: click.Context, address: str, *, has_container: b
 
 def _members(
     context: click.Context, options: dict[str, Any], scenario: Scenario | None
-) -> tuple[Member, ...]:
+) -> tuple[SetMember, ...]:
     """The VMs. Raises UsageError: options for them contradict each other, or the scenario."""
     count, set_name, vm = options["vms"], options["set_name"], options["vm"]
     if scenario is not None and scenario.members:
@@ -155,7 +155,7 @@ def _members(
                 )
         return scenario.members
     if count is None:
-        return (Member(vm=vm or f"{set_name}-1", set=set_name),)
+        return (SetMember(vm=vm or f"{set_name}-1", set=set_name),)
     if vm is not None:
         raise click.UsageError(
             f"--vm and --vms exclude each other: with --vms the names are {set_name}-1 to {set_name}-{count}",
@@ -168,7 +168,7 @@ def _check_members(
     context: click.Context,
     options: dict[str, Any],
     scenario: Scenario | None,
-    members: Sequence[Member],
+    members: Sequence[SetMember],
     argv: Sequence[str],
 ) -> None:
     """Whether all that names VMs names these, and what is for one VM is not for several. Raises UsageError and ConfigError."""

@@ -14,10 +14,9 @@ from caesura_rehearse.durations import seconds_in
 from caesura_rehearse.engine import Engine
 from caesura_rehearse.expectations import parse_expectation
 from caesura_rehearse.faults import parse_fault
-from caesura_rehearse.members import Member
 from caesura_rehearse.observations import EventRecord, RolloutRecord, ScenarioRecord
 from caesura_rehearse.orders import Order, order_from
-from caesura_rehearse.report import text_lines
+from caesura_rehearse.report import judge_all, text_lines
 from caesura_rehearse.rollouts import UnknownEvent
 from caesura_rehearse.scenario_player import ScenarioPlayer
 from caesura_rehearse.scenario_reader import read_scenario
@@ -155,24 +154,22 @@ class Desk:
         return record
 
     async def _play(self, arguments: PlayArguments) -> ScenarioRecord:
+        engine = self._engine
         scenario = await in_thread("scenario", lambda: read_scenario(arguments.scenario))
-        scenario.check_members(
-            [
-                Member(vm=each.vm, set=each.set, update_domain=each.update_domain)
-                for each in self._engine.slots.values()
-            ]
-        )
-        before, self._engine.rollouts.speed = self._engine.rollouts.speed, arguments.speed
+        scenario.check_members(list(engine.slots.values()))
+        before, earlier = engine.rollouts.speed, len(engine.events)
+        engine.rollouts.speed = arguments.speed
         try:
-            player = ScenarioPlayer(self._engine, scenario)
+            player = ScenarioPlayer(engine, scenario)
             await player.play()
         finally:
-            self._engine.rollouts.speed = before
-        failed = [each for each in player.record.steps if each.why]
+            engine.rollouts.speed = before
+        verdicts = judge_all(
+            engine.events[earlier:], [], [], scenario.expectations, player.record, list(engine.slots)
+        )
+        failed = [f"{each.what}: {each.detail}" for each in verdicts if not each.held]
         if failed:
-            raise StepMissed(
-                "; ".join(f"{arguments.scenario}:{each.line}: {each.what}: {each.why}" for each in failed)
-            )
+            raise StepMissed("; ".join(failed))
         return player.record
 
     async def _wait(self, arguments: WaitArguments) -> EventRecord:

@@ -43,7 +43,7 @@ from caesura_rehearse.orders import Order
 from caesura_rehearse.recording import Recording
 from caesura_rehearse.replay import Replay
 from caesura_rehearse.report import Report, judge_all
-from caesura_rehearse.rollouts import HOST, Rollouts
+from caesura_rehearse.rollouts import HOST, RolloutRunner
 from caesura_rehearse.set_documents import SetDocuments
 from caesura_rehearse.slots import Slot
 from caesura_rehearse.targets import Target
@@ -84,7 +84,7 @@ class Engine:
         self._guards = Guards(folder)
         self._documents = SetDocuments(self._post)
         self._impact = Impact(self._guards, self.conditions, say)
-        self.rollouts = Rollouts(
+        self.rollouts = RolloutRunner(
             self.slots,
             self.observations,
             self.conditions,

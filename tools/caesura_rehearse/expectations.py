@@ -11,7 +11,7 @@ import msgspec
 
 from caesura.runtime.errors import ConfigError
 from caesura_rehearse.durations import seconds_in
-from caesura_rehearse.observations import BY_ORDER, EventRecord, ProgramRecord, RolloutRecord, describe_exit
+from caesura_rehearse.observations import EventRecord, ProgramRecord, RolloutRecord, describe_exit
 from caesura_rehearse.vm_prefix import split_vm
 
 Kind = Literal["seen", "approved", "drained-within", "survived"]
@@ -160,7 +160,7 @@ def _holds(
                 return False, f"no client asked for the document while the {record.event} was in it"
             return True, f"{seen - record.announced:.1f} s after the announcement"
         case "approved":
-            if record.approved is None or record.approved_by in BY_ORDER:
+            if record.approved is None or record.approved_by_order:
                 return False, _not_approved(vm, record)
             return (
                 True,
@@ -186,7 +186,7 @@ def _drained(
 ) -> tuple[bool, str]:
     """Drained: a client approved, which says that it is ready, or its program ended by itself."""
     instants = [each.exited for each in programs if each.vm == vm and each.exited is not None]
-    if record.approved is not None and record.approved_by not in BY_ORDER:
+    if record.approved is not None and not record.approved_by_order:
         instants.append(record.approved)
     took = min(
         (instant - record.announced for instant in instants if instant >= record.announced), default=None

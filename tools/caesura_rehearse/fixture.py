@@ -157,7 +157,7 @@ class Rehearsal:
 
         Raises:
             RehearsalError: it cannot be used; the text has file and line.
-            RehearsalAssertion: a step could not be carried out.
+            RehearsalAssertion: a step could not be carried out, an event failed, or one of its own expectations does not hold.
         """
         self._process.ask("play", scenario=os.fspath(scenario), speed=speed)
 

@@ -37,7 +37,7 @@ class Placed(Protocol):
         """Its update domain in the set."""
 
 
-class Member(msgspec.Struct, frozen=True, kw_only=True):
+class SetMember(msgspec.Struct, frozen=True, kw_only=True):
     """A VM that a rehearsal is to have."""
 
     vm: str
@@ -59,10 +59,10 @@ Wave = tuple[Part, ...]
 """What is paused at the same time: one event for each set."""
 
 
-def members_of(set_name: str, count: int, update_domains: int = UPDATE_DOMAINS) -> tuple[Member, ...]:
+def members_of(set_name: str, count: int, update_domains: int = UPDATE_DOMAINS) -> tuple[SetMember, ...]:
     """A set's VMs: ``web-1``, ``web-2`` and so on, spread over the update domains round robin."""
     return tuple(
-        Member(
+        SetMember(
             vm=f"{set_name}-{number}",
             set=set_name,
             update_domain=(number - 1) % update_domains,

@@ -11,9 +11,6 @@ import msgspec
 
 from caesura.contract.messages import EventType
 
-BY_ORDER = ("rehearse", "neighbour")
-"""Who has approved an event that no client has: an order, or a fault."""
-
 Outcome = Literal["", "completed", "cancelled", "failed"]
 """Empty while it is open."""
 
@@ -96,7 +93,9 @@ class EventRecord(msgspec.Struct, kw_only=True):
     """The same for each VM's clients: all VMs of the set see it."""
     approved: float | None = None
     approved_by: str = ""
-    """The VM whose client approved it; ``rehearse`` for an approval by order."""
+    """The VM whose client approved it, or is said to have; ``rehearse`` or ``neighbour`` for an approval by order or by a fault."""
+    approved_by_order: bool = False
+    """Whether that was an order or a fault: no client of the rehearsal had approved it."""
     started: float | None = None
     seen_started: float | None = None
     paused: float | None = None

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 from caesura.runtime.errors import ConfigError
-from caesura_rehearse.members import Member, hint_for
+from caesura_rehearse.members import SetMember, hint_for
 
 NAMES = ("vm", "set", "n", "port")
 WORDS = ", ".join(f"{{{name}}}" for name in NAMES)
@@ -17,7 +17,7 @@ class UnknownPlaceholder(ConfigError):
     """A word in braces that is not one of the placeholders."""
 
 
-def arguments_of(argv: Sequence[str], member: Member, port: int, *, strict: bool) -> tuple[str, ...]:
+def arguments_of(argv: Sequence[str], member: SetMember, port: int, *, strict: bool) -> tuple[str, ...]:
     """A VM's own words of the command line. Raises UnknownPlaceholder."""
     values = {"vm": member.vm, "set": member.set, "n": str(member.number), "port": str(port)}
     return fill(argv, values, strict=strict)

@@ -92,6 +92,8 @@ def judge_all(
 def text_lines(report: Report) -> list[str]:
     """The report for people, a line each."""
     lines = []
+    if report.scenario is not None:
+        lines.append(f"scenario    {report.scenario.file}: {report.scenario.title}")
     named = len(report.programs) > 1 or len({vm for record in report.events for vm in record.vms}) > 1
     for record in report.events:
         lines += _event_lines(record, named=named)

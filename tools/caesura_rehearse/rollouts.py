@@ -24,7 +24,6 @@ from caesura_rehearse.guarding import GuardUnavailable
 from caesura_rehearse.impact import Impact
 from caesura_rehearse.members import Part, Wave, first_event, plan_waves
 from caesura_rehearse.observations import (
-    BY_ORDER,
     EventRecord,
     Observations,
     Outcome,
@@ -39,7 +38,8 @@ from caesura_rehearse.speed import at_speed
 from caesura_rehearse.targets import NoTarget
 
 HOST = "rehearsal"
-ORDERED, NEIGHBOUR = BY_ORDER
+ORDERED = "rehearse"
+"""Who has approved an event, if nobody else is named."""
 
 _log = get_logger("caesura.rehearse")
 
@@ -83,8 +83,8 @@ class _Course(msgspec.Struct, kw_only=True):
         return self.order.approval_starts and all(each.approved is not None for each in self.records)
 
 
-class Rollouts:
-    """All orders of a rehearsal.
+class RolloutRunner:
+    """Carries out the orders of a rehearsal.
 
     Args:
         slots: its VMs, by name.
@@ -177,7 +177,7 @@ class Rollouts:
     async def approve(self, event_id: str, by: str = ORDERED) -> EventRecord:
         """Approve a scheduled event in the place of its clients. Raises UnknownEvent: it is not open."""
         record, _ = self._open_event(event_id)
-        await self._approve(record, by)
+        await self._approve(record, by, by_order=True)
         return record
 
     async def move(self, event_id: str, by_s: float) -> EventRecord:
@@ -192,7 +192,7 @@ class Rollouts:
         """A client of ``vm`` has approved an event; one that is not open (any more) is ignored."""
         record = self._seen.events.get(event_id.lower())
         if record is not None and not record.outcome:
-            await self._approve(record, vm)
+            await self._approve(record, vm, by_order=False)
 
     async def cancel_rollout(self, rollout_id: str) -> RolloutRecord:
         """Take back what is scheduled; nothing of it follows. Raises UnknownEvent: it is not open, or has an event that has started."""
@@ -231,6 +231,10 @@ class Rollouts:
                 raise OrderRefused(
                     f"{target.what} cannot be started again after a {order.event}: {target.restart_obstacle}"
                 )
+
+    def _of(self, record: EventRecord) -> str:
+        """Whose event it is, in the news, where there are several VMs."""
+        return f" of {', '.join(record.vms)}" if len(self._slots) > 1 else ""
 
     def _spawn(self, work: Awaitable[None], name: str) -> None:
         async def run() -> None:
@@ -328,10 +332,11 @@ class Rollouts:
         )
         return record, event
 
-    async def _approve(self, record: EventRecord, by: str) -> None:
+    async def _approve(self, record: EventRecord, by: str, *, by_order: bool) -> None:
         if record.approved is None and record.started is None:
             record.approved, record.approved_by = self._conditions.now, by
-            self._say(f"approved by {by}")
+            record.approved_by_order = by_order
+            self._say(f"approved by {by}{self._of(record)}")
         await self._documents.approve(record.set, record.event_id)
         self._conditions.notify()
 
@@ -343,7 +348,7 @@ class Rollouts:
         )
         course.announced[record.event_id], record.not_before = event, moved
         await self._documents.move(record.set, event)
-        self._say(f"moved: NotBefore is in {moved - self._conditions.now:.1f} s")
+        self._say(f"moved: NotBefore{self._of(record)} is in {moved - self._conditions.now:.1f} s")
         self._conditions.notify()
 
     async def _disturb(self, course: _Course, fault: Fault) -> None:
@@ -352,9 +357,11 @@ class Rollouts:
             match fault.kind:
                 case "vanish":
                     await self._documents.end(record.set, record.event_id)
-                    self._say("vanished from the document: it will start all the same")
+                    self._say(
+                        f"vanished from the document: {record.event}{self._of(record)}; it will start all the same"
+                    )
                 case "neighbour":
-                    await self._approve(record, NEIGHBOUR)
+                    await self._approve(record, "neighbour", by_order=True)
                 case "moved":
                     await self._move(course, record, fault.seconds / self.speed)
         self._conditions.notify()
@@ -379,7 +386,7 @@ class Rollouts:
                 with suppress(CaesuraError):
                     await shielded(self._documents.end(record.set, record.event_id, gap=course.gap))
                 self._say(
-                    f"{record.event} {record.outcome or 'called off'}"
+                    f"{record.event}{self._of(record)} {record.outcome or 'called off'}"
                     + (f": {record.why}" if record.why else "")
                 )
             self._conditions.notify()
@@ -409,7 +416,7 @@ class Rollouts:
                 if record.started is None:
                     await self._documents.start(record.set, course.announced[record.event_id], gap=course.gap)
                     record.started = conditions.now
-                    self._say(f"started: {record.event}")
+                    self._say(f"started: {record.event}{self._of(record)}")
             conditions.notify()
             await self._impact.perform(course.records, order, course.slots)
             await conditions.until(lambda: course.over, order.checks_s)

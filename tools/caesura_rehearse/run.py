@@ -23,7 +23,7 @@ from caesura_rehearse.desk import Desk
 from caesura_rehearse.engine import Engine, rehearsal
 from caesura_rehearse.expectations import Expectation
 from caesura_rehearse.faults import Fault
-from caesura_rehearse.members import Member
+from caesura_rehearse.members import SetMember
 from caesura_rehearse.namespace import URL, NoNamespace, metadata_inside, open_door, published, way_in
 from caesura_rehearse.orders import Order
 from caesura_rehearse.outbound import resolver_for_inside
@@ -63,7 +63,7 @@ class RunOptions(msgspec.Struct, frozen=True, kw_only=True):
     """Seconds for which the program is paused when a recorded event becomes Started; 0: not at all."""
     scenario: Scenario | None = None
     """Instead of one order."""
-    members: tuple[Member, ...] = (Member(vm="app-1", set="app"),)
+    members: tuple[SetMember, ...] = (SetMember(vm="app-1", set="app"),)
     """The VMs: each runs the program."""
     port: int | None = None
     """Of the first VM's program, the next ones have those after it; None: free ones."""
@@ -228,7 +228,7 @@ class Rehearse:
         if len(engine.slots) == 1:
             self._tell_how(engine)
 
-    async def _attach(self, engine: Engine, slot: Slot, member: Member, folder: Path) -> None:
+    async def _attach(self, engine: Engine, slot: Slot, member: SetMember, folder: Path) -> None:
         options = self._options
         if not options.netns:
             target = await self._target(folder, slot, member)
@@ -278,7 +278,7 @@ class Rehearse:
             )
         await engine.attach(slot, container)
 
-    async def _target(self, folder: Path, slot: Slot, member: Member) -> Target | None:
+    async def _target(self, folder: Path, slot: Slot, member: SetMember) -> Target | None:
         options = self._options
         if options.pid is not None:
             return RunningProcess(slot.vm, options.pid)
@@ -286,7 +286,7 @@ class Rehearse:
             return RunningCgroup(slot.vm, options.cgroup)
         return await self._program(folder, slot, member, ()) if options.argv else None
 
-    async def _program(self, folder: Path, slot: Slot, member: Member, words: Sequence[str]) -> Program:
+    async def _program(self, folder: Path, slot: Slot, member: SetMember, words: Sequence[str]) -> Program:
         options = self._options
         freezer, _ = await in_thread(
             "freezer", lambda: choose_freezer(options.freezer, cgroup_of(os.getpid()))

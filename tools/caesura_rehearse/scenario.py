@@ -10,7 +10,7 @@ import msgspec
 from caesura.runtime.errors import ConfigError
 from caesura_rehearse.expectations import Expectation
 from caesura_rehearse.faults import Fault
-from caesura_rehearse.members import Member, hint_for, plan_waves
+from caesura_rehearse.members import Placed, SetMember, hint_for, plan_waves
 from caesura_rehearse.orders import Order, OrderRefused
 
 
@@ -24,7 +24,7 @@ class ScenarioError(ConfigError):
         super().__init__(f"{file}:{line}: {reason}" if line else f"{file}: {reason}")
 
 
-class EventStep(msgspec.Struct, frozen=True, kw_only=True, tag="event"):
+class OrderStep(msgspec.Struct, frozen=True, kw_only=True, tag="event"):
     """Announces the events of an order."""
 
     line: int
@@ -56,7 +56,7 @@ class FaultStep(msgspec.Struct, frozen=True, kw_only=True, tag="fault"):
     """None: the end of all."""
 
 
-Step = EventStep | OnEventStep | FaultStep
+Step = OrderStep | OnEventStep | FaultStep
 
 
 class Scenario(msgspec.Struct, frozen=True, kw_only=True):
@@ -64,16 +64,16 @@ class Scenario(msgspec.Struct, frozen=True, kw_only=True):
 
     file: str
     title: str
-    members: tuple[Member, ...]
+    members: tuple[SetMember, ...]
     """Empty: the VMs of the command line."""
     steps: tuple[Step, ...]
     expectations: tuple[Expectation, ...] = ()
     faults: tuple[Fault, ...] = ()
 
-    def check_members(self, members: Sequence[Member]) -> None:
+    def check_members(self, members: Sequence[Placed]) -> None:
         """Whether what it names is among the VMs of the command line. Raises ScenarioError."""
         for step in self.steps:
-            if isinstance(step, EventStep):
+            if isinstance(step, OrderStep):
                 try:
                     plan_waves(step.order, members)
                 except OrderRefused as error:

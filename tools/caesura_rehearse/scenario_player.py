@@ -5,7 +5,7 @@ from __future__ import annotations
 from caesura_rehearse.engine import Engine
 from caesura_rehearse.observations import RolloutRecord, ScenarioRecord, StepRecord
 from caesura_rehearse.orders import OrderRefused
-from caesura_rehearse.scenario import EventStep, FaultStep, OnEventStep, Scenario, Step
+from caesura_rehearse.scenario import FaultStep, OnEventStep, OrderStep, Scenario, Step
 from caesura_rehearse.script import Script, Wait
 
 
@@ -72,7 +72,7 @@ class ScenarioPlayer:
 
     async def _perform(self, step: Step) -> None:
         match step:
-            case EventStep():
+            case OrderStep():
                 self._rollouts[step.name] = await self._engine.rollouts.roll(step.order)
             case FaultStep(fault=None):
                 self._engine.clear_faults()
@@ -101,7 +101,7 @@ class ScenarioPlayer:
 def describe_step(step: Step) -> str:
     """A step in a few words."""
     match step:
-        case EventStep():
+        case OrderStep():
             return f"{step.order.event} {step.name}"
         case OnEventStep():
             return f"{step.what} {step.name}"

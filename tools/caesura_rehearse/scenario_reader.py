@@ -16,9 +16,9 @@ from caesura.runtime.validation_errors import describe_error
 from caesura_rehearse.durations import seconds_in
 from caesura_rehearse.expectations import BadExpectation, parse_expectation
 from caesura_rehearse.faults import BadFault, parse_fault
-from caesura_rehearse.members import MOST_VMS, Member, hint_for, members_of
+from caesura_rehearse.members import MOST_VMS, SetMember, hint_for, members_of
 from caesura_rehearse.orders import Order
-from caesura_rehearse.scenario import EventStep, FaultStep, OnEventStep, Scenario, ScenarioError, Step
+from caesura_rehearse.scenario import FaultStep, OnEventStep, OrderStep, Scenario, ScenarioError, Step
 from caesura_rehearse.scenario_file import KEYS, KINDS, PauseTable, ScenarioTable, SetTable, StepTable
 
 SHIPPED = Path(__file__).with_name("scenarios")
@@ -76,7 +76,7 @@ def parse_scenario(text: str, file: str) -> Scenario:
     except msgspec.ValidationError as error:
         line, reason = _validation_error(text, error)
         raise ScenarioError(file, line, reason) from error
-    return _Reader(text, file).scenario(table)
+    return _TableReader(text, file).scenario(table)
 
 
 _UNKNOWN = "Object contains unknown field `"
@@ -104,7 +104,7 @@ def _keys_at(path: KeyPath) -> list[str]:
     return [field.encode_name for field in msgspec.structs.fields(kind)]
 
 
-class _Reader:
+class _TableReader:
     """Makes a scenario of a file's tables.
 
     Args:
@@ -115,7 +115,7 @@ class _Reader:
     def __init__(self, text: str, file: str) -> None:
         self._lines = key_lines(text)
         self._file = file
-        self._events: dict[str, EventStep] = {}
+        self._events: dict[str, OrderStep] = {}
         self._latest = ("", 0.0)
         """The time of the latest step so far, as written, and in seconds."""
 
@@ -151,8 +151,8 @@ class _Reader:
         except (BadExpectation, BadFault) as error:
             raise self._fail(str(error), *path) from error
 
-    def _members(self, sets: Sequence[SetTable]) -> tuple[Member, ...]:
-        members: list[Member] = []
+    def _members(self, sets: Sequence[SetTable]) -> tuple[SetMember, ...]:
+        members: list[SetMember] = []
         for index, each in enumerate(sets):
             try:
                 check_name("set", each.name)
@@ -212,7 +212,7 @@ class _Reader:
             )
         self._latest = (shown, at_s)
 
-    def _event(self, step: StepTable, index: int, line: int) -> EventStep:
+    def _event(self, step: StepTable, index: int, line: int) -> OrderStep:
         def seconds(key: str) -> float | None:
             value = getattr(step, key)
             return None if value is None else self._seconds(value, "step", index, key)
@@ -248,7 +248,7 @@ class _Reader:
         if name in self._events:
             raise self._fail(f"there are two events {name!r}", "step", index, "name")
         order = self._order({key: value for key, value in given.items() if value is not None}, index)
-        found = EventStep(line=line, at_s=self._at(step, index), name=name, order=order)
+        found = OrderStep(line=line, at_s=self._at(step, index), name=name, order=order)
         self._events[name] = found
         return found
 

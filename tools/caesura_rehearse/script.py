@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
-from caesura_rehearse.scenario import EventStep, OnEventStep, Step
+from caesura_rehearse.scenario import OnEventStep, OrderStep, Step
 
 
 class Wait(NamedTuple):
@@ -56,7 +56,7 @@ class Script:
                 if step.name not in open_events:
                     return self._due_s  # it is over: the step comes too late, which is said then
                 return max(self._due_s, announced[step.name] + step.after_s / self._speed)
-            case EventStep(at_s=None):
+            case OrderStep(at_s=None):
                 return None if open_events else self._due_s
             case _:
                 return max(self._due_s, (step.at_s or 0.0) / self._speed)

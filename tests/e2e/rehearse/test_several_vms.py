@@ -241,6 +241,13 @@ def test_a_scenario_in_a_test(caesura: Rehearsal, client: list[str], tmp_path: P
         caesura.play("network-blib")
     own = tmp_path / "own.toml"
     own.write_text(
+        'title = "t"\nexpect = ["approved"]\n[[step]]\nevent = "Freeze"\nnotice = "1s"\nduration = "0s"\n'
+    )
+    caesura.fault("500")
+    with pytest.raises(RehearsalAssertion, match="approved: the Freeze was not approved: no client asked"):
+        caesura.play(own)
+    caesura.no_faults()
+    own.write_text(
         'title = "t"\n[[step]]\nevent = "Freeze"\nnotice = "1s"\nduration = "0s"\nvms = ["app-9"]\n'
     )
     with pytest.raises(RehearsalError, match=r"own\.toml:2: there is no VM app-9"):

@@ -74,9 +74,16 @@ def test_other_words_are_refused_with_those_that_there_are(text: str) -> None:
             "seen 1.0 s after its announcement and not approved",
         ),
         (event(), False, "no client asked"),
-        (event(approved=4.0, approved_by="neighbour"), False, "not approved"),
+        (event(approved=4.0, approved_by="app-1", approved_by_order=True), False, "not approved"),
+        (event(approved=4.0, approved_by="neighbour", approved_by_order=True), False, "not approved"),
         (
-            event(approved=4.0, approved_by="rehearse", first_seen=2.0, seen_by={"app-1": 2.0}),
+            event(
+                approved=4.0,
+                approved_by="rehearse",
+                approved_by_order=True,
+                first_seen=2.0,
+                seen_by={"app-1": 2.0},
+            ),
             False,
             "not approved",
         ),

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from caesura_rehearse.members import Member, first_event, members_of, plan_waves
+from caesura_rehearse.members import SetMember, first_event, members_of, plan_waves
 from caesura_rehearse.orders import Order, OrderRefused
 
 WEB = members_of("web", 3)
 DB = members_of("db", 2)
 
 
-def _vms(order: Order, members: tuple[Member, ...]) -> list[list[tuple[str, ...]]]:
+def _vms(order: Order, members: tuple[SetMember, ...]) -> list[list[tuple[str, ...]]]:
     return [[part.vms for part in wave] for wave in plan_waves(order, members)]
 
 

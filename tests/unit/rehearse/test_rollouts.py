@@ -11,10 +11,10 @@ import pytest
 
 from caesura_rehearse.conditions import Conditions
 from caesura_rehearse.faults import FaultQueue, RequestFaults, parse_fault
-from caesura_rehearse.members import Member, members_of
+from caesura_rehearse.members import SetMember, members_of
 from caesura_rehearse.observations import Observations
 from caesura_rehearse.orders import Order, OrderRefused
-from caesura_rehearse.rollouts import Rollouts, UnknownEvent
+from caesura_rehearse.rollouts import RolloutRunner, UnknownEvent
 from caesura_rehearse.slots import Slot
 
 LONG_S = 3600.0
@@ -76,7 +76,7 @@ class Impact:
 class Stage:
     """The orders of a rehearsal with these VMs."""
 
-    def __init__(self, members: Sequence[Member]) -> None:
+    def __init__(self, members: Sequence[SetMember]) -> None:
         self.conditions = Conditions()
         self.targets = {each.vm: Target(each.vm) for each in members}
         self.slots = {
@@ -90,7 +90,7 @@ class Stage:
         self.documents = Documents()
         self.impact = Impact(self.conditions)
         self.faults = FaultQueue()
-        self.rollouts = Rollouts(
+        self.rollouts = RolloutRunner(
             self.slots, self.seen, self.conditions, self.documents, self.impact, self.faults, lambda _: None  # type: ignore[arg-type]
         )  # fmt: skip
 
@@ -108,7 +108,7 @@ class Stage:
 
 
 @asynccontextmanager
-async def stage(*members: Member) -> AsyncIterator[Stage]:
+async def stage(*members: SetMember) -> AsyncIterator[Stage]:
     found = Stage(members)
     try:
         yield found
@@ -171,8 +171,9 @@ async def test_a_host_waits_for_the_approvals_of_all_its_sets() -> None:
         await on.rollouts.approved_by_client(web.event_id, "web-1")
         await on.settle()
         assert on.impact.under_way == []
-        await on.rollouts.approved_by_client(db.event_id, "db-1")
+        await on.rollouts.approve(db.event_id, "db-1")
         await on.until(lambda: on.impact.under_way == [("web-1", "db-1")])
+        assert (web.approved_by_order, db.approved_by_order, db.approved_by) == (False, True, "db-1")
         on.impact.release.set()
         await on.until(lambda: on.outcomes == ["completed"] * 2)
 

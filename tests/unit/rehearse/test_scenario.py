@@ -13,7 +13,7 @@ from caesura.runtime.errors import ConfigError
 from caesura_rehearse.command import rehearse
 from caesura_rehearse.members import members_of
 from caesura_rehearse.orders import LaterPause
-from caesura_rehearse.scenario import EventStep, FaultStep, OnEventStep, ScenarioError
+from caesura_rehearse.scenario import FaultStep, OnEventStep, OrderStep, ScenarioError
 from caesura_rehearse.scenario_file import schema, schema_text
 from caesura_rehearse.scenario_reader import SHIPPED, parse_scenario, read_scenario, shipped_names
 
@@ -86,7 +86,7 @@ no_faults = true
         ("web-3", 0),
     ]
     event, move, approve, fault, end = found.steps
-    assert isinstance(event, EventStep)
+    assert isinstance(event, OrderStep)
     assert (event.line, event.order.notice, event.order.duration_s, event.order.soak_s) == (9, 90.0, 2.5, 5.0)
     assert event.order.later_pauses == (LaterPause(after_s=10.0, duration_s=1.0),)
     assert isinstance(move, OnEventStep)

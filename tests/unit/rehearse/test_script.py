@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from caesura_rehearse.scenario import EventStep, OnEventStep, Step
+from caesura_rehearse.scenario import OnEventStep, OrderStep, Step
 from caesura_rehearse.scenario_reader import parse_scenario
 from caesura_rehearse.script import Script, Wait
 
@@ -37,7 +37,7 @@ class Stage:
 
     def _carry_out(self, step: Step) -> str:
         match step:
-            case EventStep():
+            case OrderStep():
                 self.announced[step.name] = self.now
                 self.ends[step.name] = self.now + step.order.notice / self.speed
                 return step.name
@@ -87,7 +87,7 @@ def test_speed_shortens_the_time_between() -> None:
 def test_a_step_on_an_event_that_is_over_is_due_at_once() -> None:
     stage = Stage(TWO)
     first = stage.script.next(0.0, {}, set())
-    assert isinstance(first, EventStep)
+    assert isinstance(first, OrderStep)
     late = stage.script.next(1.0, {"first": 0.0}, set())
     assert isinstance(late, OnEventStep)
 

@@ -8,11 +8,14 @@ from caesura_coordinator.records import Rollout, Wave
 
 
 class ActiveRollouts:
-    """The rollouts that hold their sets, the oldest first, with the indexes to find them."""
+    """The rollouts that hold their sets or wait for them, the oldest first, with the indexes to find them."""
 
     def __init__(self) -> None:
         self.active: dict[str, None] = {}
-        self.of_set: dict[str, str] = {}
+        self.of_set: dict[str, dict[str, None]] = {}
+        """Maps a set to its rollouts, the oldest first: that one holds it, the others wait."""
+        self.ahead: dict[str, dict[str, None]] = {}
+        """Maps a rollout to the older ones that share a set with it, the oldest first; without those that wait for none."""
         self.of_event: dict[str, str] = {}
         """Maps the id of an event, in lower case, to the rollout."""
         self.of_operation: dict[str, str] = {}
@@ -27,7 +30,14 @@ class ActiveRollouts:
         seen = self._seen.get(rollout.id)
         if seen is None:
             self.active[rollout.id] = None
-            self.of_set |= dict.fromkeys(rollout.sets, rollout.id)
+            for name in rollout.sets:
+                of_set = self.of_set.setdefault(name, {})
+                if of_set:
+                    self.ahead.setdefault(rollout.id, {}).update(of_set)
+                of_set[rollout.id] = None
+            if rollout.id in self.ahead:
+                older = self.ahead[rollout.id]
+                self.ahead[rollout.id] = {name: None for name in self.active if name in older}
             self._seen[rollout.id] = {}
             for wave in rollout.waves:
                 self._put_wave(rollout.id, wave)
@@ -41,7 +51,17 @@ class ActiveRollouts:
         if rollout.id not in self._seen:
             return
         del self._seen[rollout.id], self.active[rollout.id]
-        for index in (self.of_set, self.of_event, self.of_operation):
+        for name in rollout.sets:
+            of_set = self.of_set.get(name, {})
+            of_set.pop(rollout.id, None)
+            if not of_set:
+                self.of_set.pop(name, None)
+        self.ahead.pop(rollout.id, None)
+        for waiting in list(self.ahead):
+            self.ahead[waiting].pop(rollout.id, None)
+            if not self.ahead[waiting]:
+                del self.ahead[waiting]
+        for index in (self.of_event, self.of_operation):
             for name in [name for name, holder in index.items() if holder == rollout.id]:
                 del index[name]
 

@@ -27,11 +27,20 @@ class Decision:
     the other.
     """
 
-    def __init__(self, rollout: Rollout, fleet: FleetLookup, authority: Authority, now: datetime) -> None:
+    def __init__(
+        self,
+        rollout: Rollout,
+        fleet: FleetLookup,
+        authority: Authority,
+        now: datetime,
+        ahead: Sequence[Rollout] = (),
+    ) -> None:
         self.rollout = rollout
         self.fleet = fleet
         self.authority = authority
         self.now = now
+        self.ahead = ahead
+        """The older rollouts that have not ended and share a set with this one, oldest first: it waits for all of them."""
         self.effects: list[Effect] = []
         self.refused = False
         """Whether an agent has just reported that its guest is not ready."""
@@ -93,7 +102,7 @@ class Decision:
     def finish(self, status: str, reason: str = "", codes: tuple[str, ...] = ()) -> None:
         """End the rollout."""
         self.rollout = msgspec.structs.replace(
-            self.rollout, status=status, reason=reason, codes=codes, ended_at=self.now
+            self.rollout, status=status, queued_behind="", reason=reason, codes=codes, ended_at=self.now
         )
         self.effects.append(RolloutMoved(rollout=self.rollout))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from typing import TypeAlias
 
 from caesura_coordinator.records import Rollout, StateRecord, Wave, WaveEvent
@@ -11,6 +12,13 @@ class EventScheduled(StateRecord, frozen=True, kw_only=True):
     """Add the event to its set's document."""
 
     event: WaveEvent
+
+
+class EventPostponed(StateRecord, frozen=True, kw_only=True):
+    """NotBefore of the event moves later."""
+
+    event: WaveEvent
+    not_before: datetime
 
 
 class EventApprovedEffect(StateRecord, frozen=True, kw_only=True):
@@ -46,5 +54,11 @@ class RolloutMoved(StateRecord, frozen=True, kw_only=True):
 
 
 Effect: TypeAlias = (
-    EventScheduled | EventApprovedEffect | EventStarted | EventEnded | WaveMoved | RolloutMoved
+    EventScheduled
+    | EventPostponed
+    | EventApprovedEffect
+    | EventStarted
+    | EventEnded
+    | WaveMoved
+    | RolloutMoved
 )

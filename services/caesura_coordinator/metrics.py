@@ -30,8 +30,13 @@ class CoordinatorCollector(Collector):
         )
         yield GaugeMetricFamily(
             "caesura_coordinator_active_rollouts",
-            "Rollouts that hold their sets: running, aborting or halted.",
+            "Rollouts that hold their sets or wait for them: running, aborting or halted.",
             len(coordinator.repository.active),
+        )
+        yield GaugeMetricFamily(
+            "caesura_coordinator_queued_rollouts",
+            "Those of the active rollouts that wait for others which hold one of their sets.",
+            sum(bool(each.queued_behind) for each in coordinator.repository.active),
         )
         yield GaugeMetricFamily(
             "caesura_coordinator_outbox_messages",

@@ -238,12 +238,19 @@ def _ownerless(fleet: FleetLookup, hosts: Sequence[str], selection: Selection) -
             )
 
 
+def _reboot_reason(record: UpdateRecord) -> str:
+    reason = "the update needs a reboot"
+    if record.kill_after_timeout:
+        reason = f"{reason}; a VM that does not shut down within {record.shutdown_s:g} s is killed"
+    return reason
+
+
 def _method(vm: VmRecord, record: UpdateRecord, *, hold_s: float) -> tuple[Method, str]:
     """The least invasive method that the update allows and the driver supports."""
     if record.impact == "none":
         return "live", "the update does not pause VMs"
     if record.impact == "reboot":
-        candidates: tuple[tuple[Method, str], ...] = (("reboot", "the update needs a reboot"),)
+        candidates: tuple[tuple[Method, str], ...] = (("reboot", _reboot_reason(record)),)
     elif hold_s:
         candidates = (("freeze", f"freeze on demand for {hold_s:g} s"),)
     elif record.vmm == "beside":

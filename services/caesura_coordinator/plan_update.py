@@ -75,6 +75,7 @@ def slowest(fleet: FleetLookup, record: UpdateRecord, hosts: Iterable[str]) -> U
         expected_s=max((each.expected_s for each in all_of_them), default=record.expected_s),
         timeout_s=max((each.timeout_s for each in all_of_them), default=record.timeout_s),
         shutdown_s=max((each.shutdown_s for each in all_of_them), default=record.shutdown_s),
+        kill_after_timeout=any(each.kill_after_timeout for each in all_of_them),
     )
 
 

@@ -6,6 +6,7 @@ from datetime import datetime
 
 import msgspec
 
+from caesura.contract.codec import size_bytes
 from caesura.contract.envelope import Message
 from caesura.contract.fitting import fits
 from caesura.contract.messages import (
@@ -45,6 +46,7 @@ def rollout_state(rollout: Rollout, *, with_waves: bool = True) -> RolloutState:
         update=rollout.update,
         hold_s=rollout.hold_s,
         status=rollout.status,
+        queued_behind=rollout.queued_behind,
         reason=rollout.reason,
         codes=rollout.codes,
         policy=rollout.policy,
@@ -64,9 +66,9 @@ def rollout_state(rollout: Rollout, *, with_waves: bool = True) -> RolloutState:
 def _published_state_changed(one: Wave, two: Wave) -> bool:
     """Without the VMs, which never change: most messages do not change the published state."""
     same_vms = one.vms is two.vms or one.vms == two.vms
-    same_events = one.events is two.events or [
-        (each.event_id, bool(each.approved_by)) for each in one.events
-    ] == [(each.event_id, bool(each.approved_by)) for each in two.events]
+    same_events = one.events is two.events or [each.event_id for each in one.events] == [
+        each.event_id for each in two.events
+    ]
     same_updates = one.operations is two.operations or _failed_updates(one) == _failed_updates(two)
     return not (same_vms and same_events and same_updates) or any(
         getattr(one, name) != getattr(two, name) for name in _PUBLISHED
@@ -83,6 +85,7 @@ _PUBLISHED = (
     "waiting_for",
     "codes",
     "waiting_codes",
+    "approvals_shown",
 )
 
 
@@ -156,6 +159,7 @@ def largest_states(rollout: Rollout) -> list[Message]:
     head = msgspec.structs.replace(
         rollout_state(with_etags(rollout)[0]),
         status="completed",
+        queued_behind="r" * 64,
         reason="?" * 4096,
         codes=tuple(KNOWN),
         ended_at=at,
@@ -207,6 +211,16 @@ def largest_states(rollout: Rollout) -> list[Message]:
             )
         )
     return found
+
+
+def largest_events(rollout: Rollout) -> dict[str, int]:
+    """Maps each set to the most bytes that the rollout's events ever take in its document."""
+    at = rollout.created_at.replace(microsecond=999999)
+    most: dict[str, int] = {}
+    for wave in rollout.waves:
+        for document in _largest_documents(rollout, wave, at):
+            most[document.set] = max(size_bytes(document), most.get(document.set, 0))
+    return most
 
 
 def _largest_documents(rollout: Rollout, wave: Wave, at: datetime) -> list[SetDocument]:

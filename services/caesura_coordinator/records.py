@@ -101,10 +101,14 @@ class Wave(StateRecord, frozen=True, kw_only=True):
     waiting_codes: tuple[str, ...] = ()
     published_at: datetime | None = None
     not_before: datetime | None = None
+    queued: bool = False
+    """Whether it was announced while another rollout held its sets, and has not had its turn yet."""
     answers_by: datetime | None = None
     """An agent that has not answered by this time is silent: NotBefore, or later if the coordinator was down then."""
     events: tuple[WaveEvent, ...] = ()
     """In the order of their sets' names, then of their hosts' names."""
+    approvals_shown: int = 0
+    """How many approvals are to be published: a wave of many hosts gets many at once, and each would publish the whole wave."""
     readiness: dict[str, AgentReadiness] = {}
     operations: tuple[HostOperation, ...] = ()
     completed_operations: tuple[HostOperation, ...] = msgspec.field(default=(), name="done")
@@ -159,6 +163,8 @@ class Rollout(StateRecord, frozen=True, kw_only=True):
     fence_hosts: tuple[str, ...] = msgspec.field(name="set_hosts")
     """Every host that held a VM of these sets when the plan was made: all are checked before every pause."""
     status: RolloutStatus = "running"
+    queued_behind: str = ""
+    """The youngest of the rollouts that it waits for; empty: it holds its sets."""
     reason: str = ""
     codes: tuple[str, ...] = ()
     expected_pause_s: float = 0.0
@@ -185,7 +191,7 @@ class Rollout(StateRecord, frozen=True, kw_only=True):
 
     @property
     def active(self) -> bool:
-        """Whether the rollout still holds its sets."""
+        """Whether the rollout holds its sets, or waits for them."""
         return self.status in {"running", "aborting", "halted"}
 
 
@@ -197,6 +203,7 @@ def new_rollout(
     fence_hosts: tuple[str, ...],
     requested_by: str,
     now: datetime,
+    queued_behind: str = "",
 ) -> Rollout:
     """A new rollout."""
     waves = tuple(Wave(index=wave.wave, domains=wave.domains, vms=wave.vms) for wave in plan.waves)
@@ -213,6 +220,7 @@ def new_rollout(
         work_outside_pause_s=plan.outside_pause_s,
         estimate_s=plan.estimate_s,
         requested_by=requested_by,
+        queued_behind=queued_behind,
         created_at=now,
     )
 

@@ -22,6 +22,7 @@ from caesura.contract.messages import (
     WaveState,
 )
 from caesura.contract.parts import answer_in_parts
+from caesura.contract.reasons import ReasonCode
 from caesura.lifecycle import document as documents
 from caesura.runtime.logs import get_logger
 from caesura_coordinator.active import ActiveRollouts
@@ -40,6 +41,7 @@ from caesura_coordinator.effects import (
     Effect,
     EventApprovedEffect,
     EventEnded,
+    EventPostponed,
     EventScheduled,
     EventStarted,
     RolloutMoved,
@@ -54,6 +56,12 @@ from caesura_coordinator.rollout import after_restart, decide
 from caesura_coordinator.store import CoordinatorStore
 
 _log = get_logger("caesura.coordinator")
+
+
+_POSTPONED: tuple[str, tuple[ReasonCode, ...]] = (
+    "NotBefore moved later: a rollout ahead in the queue has not ended, or ended late",
+    ("queued",),
+)
 
 
 class RolloutRepository:
@@ -80,12 +88,12 @@ class RolloutRepository:
 
     @property
     def active(self) -> list[Rollout]:
-        """Rollouts that hold their sets, oldest first."""
+        """Rollouts that hold their sets or wait for them, oldest first."""
         return [self.rollouts[name] for name in self._active.active]
 
     def holding(self, sets: Iterable[str]) -> list[Rollout]:
-        """Rollouts that hold one of these sets, oldest first."""
-        names = {self._active.of_set.get(each) for each in sets}
+        """Rollouts that hold one of these sets or wait for one, oldest first."""
+        names = {name for each in sets for name in self._active.of_set.get(each, ())}
         return [self.rollouts[name] for name in self._active.active if name in names] if names else []
 
     def commanded(self, operation: str) -> bool:
@@ -94,7 +102,11 @@ class RolloutRepository:
 
     def holder(self, sets: Iterable[str]) -> tuple[str, str] | None:
         """(set, rollout id) of the first of these sets that a rollout holds."""
-        return next(((name, self._active.of_set[name]) for name in sets if name in self._active.of_set), None)
+        found = ((name, self._active.of_set[name]) for name in sets if name in self._active.of_set)
+        return next(((name, next(iter(of_set))) for name, of_set in found), None)
+
+    def _ahead(self, rollout: Rollout) -> list[Rollout]:
+        return [self.rollouts[name] for name in self._active.ahead.get(rollout.id, ())]
 
     def rollout_of(self, fact: Fact) -> Rollout | None:
         """The active rollout whose event or operation the fact is about; None if there is none."""
@@ -108,9 +120,16 @@ class RolloutRepository:
     def add(self, rollout: Rollout, client: str, answer: RequestAnswered) -> None:
         """Store a new rollout with the answer to its request, and announce both.
 
+        It holds its sets, unless another one does: then it is ``queued_behind`` that one.
+
         Raises:
             StoreError: nothing changed, in memory or on disk.
         """
+        held = self.holder(rollout.sets) if rollout.active else None
+        if held is not None and not rollout.queued_behind:
+            raise AssertionError(
+                f"rollout {rollout.id} is not queued though {held[1]} holds set {held[0]} (I1)"
+            )
         rollout, waves = with_etags(rollout)
         with self.store.transaction():
             self.store.save_rollout(rollout)
@@ -139,7 +158,7 @@ class RolloutRepository:
             IllegalStatusChange, RequestRefused: as ``decide``.
         """
         fleet = fleet.with_commanded(lambda: self._commanded_by_others(rollout))
-        changed, effects = decide(rollout, received, fleet, authority, now)
+        changed, effects = decide(rollout, received, fleet, authority, now, self._ahead(rollout))
         if not effects and answer is None and (changed is rollout or changed == rollout):
             return rollout
         with self._documents.transaction():
@@ -218,7 +237,7 @@ class RolloutRepository:
             for rollout in self.active:
                 if document.set in rollout.sets:
                     known = fleet.with_commanded(partial(self._commanded_by_others, rollout))
-                    changed, effects = decide(rollout, found, known, authority, now)
+                    changed, effects = decide(rollout, found, known, authority, now, self._ahead(rollout))
                     halted.append((self._write(rollout, changed, effects, now), effects))
         _log.warning("document.adopted", set=document.set, incarnation=document.incarnation)
         for changed, effects in halted:
@@ -383,6 +402,9 @@ class RolloutRepository:
             case EventScheduled(event=first):
                 new = (scheduled_event(rollout, event) for event in _events(alike))
                 self._documents.save(documents.schedule(self._documents.of(first.set), *new))
+            case EventPostponed(event=first, not_before=not_before):
+                ids = (event.event_id for event in _events(alike))
+                self._documents.save(documents.postpone(self._documents.of(first.set), not_before, *ids))
             case EventApprovedEffect(event=event):
                 self._documents.save(documents.approve(self._documents.of(event.set), event.event_id))
             case EventStarted(event=first):
@@ -400,6 +422,8 @@ class RolloutRepository:
         match effect:
             case EventScheduled(event=event):
                 self._event_changed(rollout, event, "scheduled", now)
+            case EventPostponed(event=event):
+                self._event_changed(rollout, event, "scheduled", now, *_POSTPONED)
             case EventStarted(event=event):
                 self._event_changed(rollout, event, "started", now)
             case EventEnded(event=event, reason=reason, codes=codes):

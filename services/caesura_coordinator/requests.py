@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import datetime
+
+import msgspec
 
 from caesura.bus.port import Delivery
 from caesura.contract import messages as m
@@ -19,16 +21,17 @@ from caesura.runtime.identity import new_id
 from caesura.runtime.logs import get_logger
 from caesura_coordinator.dispatcher import RolloutDispatcher
 from caesura_coordinator.fleet_lookup import FleetLookup
-from caesura_coordinator.inputs import Abort, Input, Resume
+from caesura_coordinator.inputs import Abort, Input, Resume, Tick
 from caesura_coordinator.leadership import Leadership
 from caesura_coordinator.outbox_relay import OutboxRelay
 from caesura_coordinator.owners import Owners
 from caesura_coordinator.plan import make_plan, most_targets, nothing_to_do, sets_of
-from caesura_coordinator.published_state import largest_states
+from caesura_coordinator.published_state import largest_events, largest_states
 from caesura_coordinator.records import Rollout, new_rollout
 from caesura_coordinator.repository import RolloutRepository
 from caesura_coordinator.request_refusals import RequestRefused, request_expired
 from caesura_coordinator.responses import REASON_CHARACTERS, with_plan
+from caesura_coordinator.rollout_queue import MOST_QUEUED, first_not_before, waits_behind
 
 _REPEAT_PARTS_S = 5.0
 """s: between two sendings of a stored answer with a large plan."""
@@ -176,8 +179,8 @@ class RequestHandler:
         if not reason and (reason := most_targets(plan)):
             codes = ("too_large",)
         held = self._repository.holder(sets_of(plan))
-        if held and not request.plan_only:
-            reason = f"set {held[0]} is held by rollout {held[1]}: wait for its end, resume or abort it"
+        if held and not request.plan_only and not request.queue:
+            reason = f"set {held[0]} is held by rollout {held[1]}: wait for its end, resume or abort it, or queue behind it (--queue)"
             codes = ("set_held",)
         if reason or request.plan_only or not plan.waves:
             note = nothing_to_do(plan)
@@ -190,6 +193,7 @@ class RequestHandler:
 
     def _start(self, client: str, request: m.RolloutRequested | m.FreezeRequested, plan: m.Plan) -> None:
         now = self._now()
+        ahead = self._repository.holding(sets_of(plan))
         rollout = new_rollout(
             f"{now:%Y%m%d-%H%M%S}-{new_id()[:4]}",
             plan,
@@ -197,8 +201,18 @@ class RequestHandler:
             fence_hosts=tuple(sorted(self._fence().hosts_of(sets_of(plan)))),
             requested_by=client,
             now=now,
+            queued_behind=ahead[-1].id if ahead else "",
         )
         answer = with_plan(request.request, plan, "", (), rollout=rollout.id)
+        if ahead:
+            self._check_queue(rollout, ahead)
+            answer = msgspec.structs.replace(
+                answer,
+                reason=_queue_note(ahead),
+                codes=("queued",),
+                queued_behind=ahead[-1].id,
+                not_before=first_not_before(request.policy, ahead, now),
+            )
         largest = max(largest_states(rollout), key=size_bytes)
         if size_bytes(largest) > MAX_PAYLOAD_BYTES:
             raise RequestRefused("too_large", _too_large(largest, rollout))
@@ -208,12 +222,40 @@ class RequestHandler:
             rollout=rollout.id,
             update=plan.update,
             waves=len(plan.waves),
+            queued_behind=rollout.queued_behind,
             client=client,
         )
+        try:
+            if ahead:
+                # At the same moment, so that NotBefore is what the answer says.
+                stored = self._repository.rollouts[rollout.id]
+                self._repository.step(stored, Tick(), self._fence(), self._leadership.authority, now)
+        except StoreError as error:
+            _log.error("rollout.not_announced", rollout=rollout.id, why=str(error))  # tried again in a moment
         try:
             self._repository.prune()
         except StoreError as error:
             _log.error("rollout.not_forgotten", why=str(error))
+
+    def _check_queue(self, rollout: Rollout, ahead: Sequence[Rollout]) -> None:
+        """Raises RequestRefused: too many wait already, or the documents could not show the events of all of them."""
+        if len(ahead) > MOST_QUEUED:
+            raise RequestRefused(
+                "queue_full",
+                f"{len(ahead) - 1} rollouts already wait behind rollout {ahead[0].id}, and no more may: wait for its end, or abort some",
+            )
+        together = largest_events(rollout)
+        for other in ahead:
+            for name, size in largest_events(other).items():
+                if name in together:
+                    together[name] += size
+        for name, size in together.items():
+            if size > MAX_PAYLOAD_BYTES:
+                raise RequestRefused(
+                    "too_large",
+                    f"the document of set {name} could not show the events of all rollouts in the queue ({size} bytes of "
+                    f"{MAX_PAYLOAD_BYTES}): wait for the end of rollout {ahead[0].id}, or allow fewer hosts in a wave (--max-hosts)",
+                )
 
     def _control(self, client: str, request: m.AbortRequested | m.ResumeRequested, received: Input) -> None:
         """Abort or resume a rollout: the one that the request names, or the only active one."""
@@ -242,6 +284,17 @@ class RequestHandler:
             answer=(client, answer),
         )
         self._dispatcher.request_commands()
+
+
+def _queue_note(ahead: Sequence[Rollout]) -> str:
+    """What the operator should know about the rollouts that the new one waits for."""
+    halted = [each.id for each in ahead if each.status == "halted"]
+    stuck = (
+        f" ({', '.join(halted)} is halted: resume or abort it, else this one waits indefinitely)"
+        if halted
+        else ""
+    )
+    return waits_behind(ahead[-1].id) + stuck
 
 
 def _too_large(message: Message, rollout: Rollout) -> str:

@@ -10,6 +10,7 @@ state contains the host's answer.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import datetime, timedelta
 
 import msgspec
@@ -31,15 +32,23 @@ RESTART_GRACE_S = 30.0
 
 
 def decide(
-    rollout: Rollout, received: Input, fleet: FleetLookup, authority: Authority, now: datetime
+    rollout: Rollout,
+    received: Input,
+    fleet: FleetLookup,
+    authority: Authority,
+    now: datetime,
+    ahead: Sequence[Rollout] = (),
 ) -> tuple[Rollout, list[Effect]]:
     """One step. Repeated and late inputs change nothing.
+
+    Args:
+        ahead: the older rollouts that have not ended and share a set with this one, oldest first.
 
     Raises:
         IllegalStatusChange: an operator's request that the rollout's status does not allow.
         RequestRefused: a resume while a host's report is outstanding.
     """
-    decision = Decision(rollout, fleet, authority, now)
+    decision = Decision(rollout, fleet, authority, now, ahead)
     match received:
         case Abort():
             input_handlers.abort(decision, received.reason)

@@ -33,6 +33,7 @@ from caesura_coordinator.records import (
     HostOperation,
     Rollout,
     Wave,
+    WaveEvent,
     without_waves,
 )
 
@@ -69,8 +70,8 @@ _MIGRATIONS = (
     );
     """,
 )
-_READY, _CLOCK, _OPERATION = "ready", "clock", "operation"
-"""The parts of a wave stored by VM (its agent's answer, its clock) and by the index of a host's operation."""
+_READY, _CLOCK, _OPERATION, _APPROVED = "ready", "clock", "operation", "approved"
+"""The parts of a wave stored by VM (its agent's answer, its clock), by the index of a host's operation, and by the id of an approved event."""
 _T = TypeVar("_T")
 
 _ANSWERS_KEPT = 1000
@@ -171,9 +172,23 @@ class CoordinatorStore:
         operations = {
             place: self._read(body, HostOperation, what) for place, body in parts.get(_OPERATION, {}).items()
         }
+        approved = {
+            event: self._read(body, WaveEvent, what) for event, body in parts.get(_APPROVED, {}).items()
+        }
+        events = tuple(
+            msgspec.structs.replace(
+                each,
+                approved_by=approved[each.event_id].approved_by,
+                approved_at=approved[each.event_id].approved_at,
+            )
+            if each.event_id in approved and not each.approved_by
+            else each
+            for each in wave.events
+        )
         return msgspec.structs.replace(
             wave,
             vms=vms,
+            events=events,
             readiness={
                 vm: self._read(body, AgentReadiness, what) for vm, body in parts.get(_READY, {}).items()
             },
@@ -208,9 +223,12 @@ class CoordinatorStore:
             before = None  # a new one, or one that an earlier version wrote in one row
             body = msgspec.json.encode(wave.vms)
             self.database.run("INSERT INTO wave_vms VALUES (?, ?, ?)", rollout, wave.index, body)
-        bare = _bare_wave(wave)
-        if before is None or _bare_wave(before) != bare:
-            body = msgspec.json.encode(bare)
+        approved = _newly_approved(before, wave)
+        if approved:
+            self._save_parts(rollout, wave.index, _APPROVED, {}, approved)
+            before = msgspec.structs.replace(before, events=wave.events) if before is not None else None
+        if before is None or _bare_wave(before) != _bare_wave(wave):
+            body = msgspec.json.encode(_bare_wave(wave))
             self.database.run("INSERT OR REPLACE INTO wave VALUES (?, ?, ?)", rollout, wave.index, body)
         parts: tuple[tuple[str, dict[str, Any], dict[str, Any] | None], ...] = (
             (_READY, wave.readiness, before.readiness if before else None),
@@ -407,6 +425,20 @@ def newer_entries(before: dict[str, _T] | None, now: dict[str, _T]) -> dict[str,
             break
         newer[name] = now[name]
     return dict(reversed(newer.items()))
+
+
+def _newly_approved(before: Wave | None, wave: Wave) -> dict[str, WaveEvent]:
+    """The events that were approved, if nothing else has changed about the wave's events."""
+    if before is None or before.events is wave.events or len(before.events) != len(wave.events):
+        return {}
+    approved = {}
+    for old, new in zip(before.events, wave.events, strict=True):
+        if new is old:
+            continue
+        if msgspec.structs.replace(old, approved_by=new.approved_by, approved_at=new.approved_at) != new:
+            return {}
+        approved[new.event_id] = new
+    return approved
 
 
 def _bare_wave(wave: Wave) -> Wave:

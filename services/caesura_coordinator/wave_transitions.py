@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from datetime import timedelta
+from datetime import datetime
 
 import msgspec
 
@@ -20,6 +20,7 @@ from caesura_coordinator.records import (
     event_id,
     operation_id,
 )
+from caesura_coordinator.rollout_queue import first_not_before, keep_waiting, leave_queue
 from caesura_coordinator.text import join_reasons
 from caesura_coordinator.verification import host_verified, verify
 from caesura_coordinator.wave_gates import all_healthy, fence_blockers, health_blockers, placement_blockers
@@ -61,14 +62,32 @@ def _from(decision: Decision, wave: Wave) -> None:
 
 
 def _from_pending(decision: Decision, wave: Wave) -> None:
+    nothing_pauses = all(vm.method == "live" for vm in wave.vms)
+    if decision.ahead:
+        if nothing_pauses:
+            keep_waiting(decision, wave)  # there is no event to announce
+        else:
+            _announce(decision, wave, first_not_before(decision.rollout.policy, decision.ahead, decision.now))
+        return
+    _take_sets(decision)
     blockers = (
         health_blockers(decision.fleet, wave.vms) or _placement(decision, wave) or _fence(decision, wave)
     )
     if decision.blocked(wave, blockers):
         return
-    if all(vm.method == "live" for vm in wave.vms):
+    if nothing_pauses:
         _start(decision, wave)  # no VM is paused: no event is announced
-        return
+    else:
+        _announce(decision, wave, first_not_before(decision.rollout.policy, (), decision.now))
+
+
+def _take_sets(decision: Decision) -> None:
+    """Those ahead have ended, if there were any: the rollout holds its sets from now on."""
+    if decision.rollout.queued_behind:
+        decision.rollout = msgspec.structs.replace(decision.rollout, queued_behind="")
+
+
+def _announce(decision: Decision, wave: Wave, not_before: datetime) -> None:
     # One event for each set and host: the smallest group of VMs that can be acted on independently, as in Azure.
     resources: dict[tuple[str, str], list[str]] = {}
     for vm in wave.pending_vms:
@@ -82,10 +101,6 @@ def _from_pending(decision: Decision, wave: Wave) -> None:
         )
         for (name, host), vms in sorted(resources.items())
     )
-    # Whole seconds, rounded up: NotBefore is published in RFC 1123, and a wave must not start before it.
-    not_before = decision.after(decision.rollout.policy.notice_s)
-    if not_before.microsecond:
-        not_before = not_before.replace(microsecond=0) + timedelta(seconds=1)
     wave = decision.move(
         wave,
         "scheduled",
@@ -93,8 +108,11 @@ def _from_pending(decision: Decision, wave: Wave) -> None:
         not_before=not_before,
         answers_by=not_before,
         events=events,
+        queued=bool(decision.ahead),
     )
     decision.effects.extend(EventScheduled(event=event) for event in events)
+    if decision.ahead:
+        keep_waiting(decision, wave)
 
 
 def _placement(decision: Decision, wave: Wave) -> list[Reason]:
@@ -115,6 +133,21 @@ def _fence(decision: Decision, wave: Wave) -> list[Reason]:
 
 
 def _from_scheduled(decision: Decision, wave: Wave) -> None:
+    approvals = sum(bool(each.approved_by) for each in wave.events) if decision.time_passed else 0
+    if approvals > wave.approvals_shown:
+        wave = decision.put(msgspec.structs.replace(wave, approvals_shown=approvals))
+    if wave.queued:
+        if decision.ahead:
+            keep_waiting(decision, wave)
+            return
+        _take_sets(decision)
+        # What was not asked when it was announced: the rollout ahead may have been aborted in the middle.
+        blockers = (
+            health_blockers(decision.fleet, wave.vms) or _placement(decision, wave) or _fence(decision, wave)
+        )
+        if decision.blocked(wave, blockers):
+            return
+        wave = leave_queue(decision, decision.rollout.waves[wave.index])
     policy = decision.rollout.policy
     due = wave.not_before is not None and decision.now >= wave.not_before
     # With so few answers some must be missing: no need to find out which.
@@ -146,6 +179,10 @@ def _from_scheduled(decision: Decision, wave: Wave) -> None:
 
 
 def _start(decision: Decision, wave: Wave) -> None:
+    if decision.ahead:
+        raise AssertionError(
+            f"rollout {decision.rollout.id} starts though {decision.ahead[0].id} has not ended (I1)"
+        )
     operations = tuple(
         HostOperation(
             host=host, operation=operation_id(decision.rollout, wave, host, decision.authority.epoch)

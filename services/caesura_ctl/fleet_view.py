@@ -135,9 +135,12 @@ class FleetView:
         )
 
     def latest(self) -> WholeRollout | None:
-        """The newest rollout, active ones first."""
+        """The newest rollout, active ones first, and of these the ones that hold their sets."""
         active = [each for each in self.rollouts.values() if each.status in {"running", "aborting", "halted"}]
-        return max(active or self.rollouts.values(), key=lambda each: each.created_at, default=None)
+        holding = [each for each in active if not each.queued_behind]
+        return max(
+            holding or active or self.rollouts.values(), key=lambda each: each.created_at, default=None
+        )
 
     def pauses_of(self, rollout: str) -> list[Pause]:
         """Finished pauses of one rollout, as far as this session received them."""

@@ -37,6 +37,8 @@ class Progress:
             f"rollout {rollout.rollout}: {rollout.status}"
             + (f": {_reason(rollout)}" if rollout.reason else "")
         ]
+        if rollout.queued_behind:
+            facts.append(f"rollout {rollout.rollout}: queued behind rollout {rollout.queued_behind}")
         facts += [
             f"wave {wave.wave + 1}: {wave.status}" + (f": {wave.reason}" if wave.reason else "")
             for wave in rollout.waves

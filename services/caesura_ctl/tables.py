@@ -31,6 +31,7 @@ _STYLE = {
     "halted": "bold red",
     "aborted": "magenta",
     "aborting": "magenta",
+    "queued": "yellow",
 }
 
 
@@ -40,6 +41,14 @@ _NO_PROOF = frozenset({"live", "reboot", "skip"})
 
 def _status(text: str) -> Text:
     return Text(text, style=_STYLE.get(text, ""))
+
+
+def _rollout_status(rollout: WholeRollout) -> Text:
+    return _status("queued" if _queued_behind(rollout) else rollout.status)
+
+
+def _queued_behind(rollout: WholeRollout) -> str:
+    return f"behind {rollout.queued_behind}" if rollout.status == "running" and rollout.queued_behind else ""
 
 
 def set_name(name: str) -> str:
@@ -164,7 +173,8 @@ def rollout_view(
         "  ",
         rollout.update or f"freeze on demand, {show_duration(rollout.hold_s)}",
         "  ",
-        _status(rollout.status),
+        _rollout_status(rollout),
+        f" {behind}" if (behind := _queued_behind(rollout)) else "",
         f"  {done}/{rollout.wave_count} waves",
     )
     table = Columns(
@@ -449,12 +459,12 @@ def history_view(rollouts: Sequence[WholeRollout]) -> RenderableType:
         table.add_row(
             each.rollout,
             each.update or f"freeze {show_duration(each.hold_s)}",
-            _status(each.status),
+            _rollout_status(each),
             f"{each.waves_completed}/{each.wave_count}",
             ", ".join(set_name(name) for name in each.sets),
             f"{each.created_at:%Y-%m-%d %H:%M:%S}Z",
             took,
             each.requested_by,
-            each.reason,
+            each.reason or _queued_behind(each),
         )
     return table

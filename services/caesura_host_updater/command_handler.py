@@ -197,6 +197,7 @@ def new_operation(
         update_version=update.version if update else "",
         update_timeout_s=update.timeout_s if update else 0.0,
         shutdown_s=update.shutdown_s if update else SHUTDOWN_S,
+        kill_after_timeout=update is not None and update.kill_after_timeout,
         vms=tuple(
             VmPause(
                 vm=target.vm,

@@ -33,7 +33,8 @@ class SetProgress(msgspec.Struct):
 
 
 class RolloutIndex:
-    """All active rollouts, and the newest of the others: ``ROLLOUTS_KEPT`` together. Each set has at most one active rollout."""
+    """All active rollouts, and the newest of the others: ``ROLLOUTS_KEPT`` together. At most one active rollout holds a set; others may be
+    queued behind it."""
 
     def __init__(self) -> None:
         self.known: dict[str, WholeRollout] = {}
@@ -90,7 +91,7 @@ class RolloutIndex:
     def holder(self, set_name: str) -> WholeRollout | None:
         """The active rollout that holds the set."""
         first = self._first.get(set_name)
-        return first if first is not None and first.status not in OVER else None
+        return first if first is not None and first.status not in OVER and not first.queued_behind else None
 
     def of_sets(self) -> dict[str, WholeRollout]:
         """Maps a set to its most relevant rollout, sorted by set."""
@@ -131,5 +132,7 @@ def progress_of(rollout: WholeRollout) -> dict[str, SetProgress]:
     return made
 
 
-def _importance(rollout: WholeRollout) -> tuple[bool, float]:
-    return (rollout.status not in OVER, rollout.created_at.timestamp())
+def _importance(rollout: WholeRollout) -> tuple[bool, bool, float]:
+    # One that is queued has done nothing yet: the newest that ended says more about a set.
+    holds = rollout.status not in OVER and not rollout.queued_behind
+    return holds, rollout.status in OVER, rollout.created_at.timestamp()

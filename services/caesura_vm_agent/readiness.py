@@ -3,12 +3,15 @@
 An event that names this VM is prepared once (per run of the agent), however often its document arrives;
 the answer is repeated while the event is open. A prepared event that vanishes without a pause (cancelled,
 failed) is recovered from too: a workload that was drained must not stay drained.
+
+Of several open events that name this VM only the next one is prepared for: the recovery from one would undo what was prepared for another.
+The others have their turn when it is gone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from datetime import datetime
 
 import msgspec
 
@@ -46,8 +49,8 @@ class ReadinessState(msgspec.Struct, frozen=True, kw_only=True):
     vm: str
     incarnation: int = -1
     """Of the newest document seen; older ones are late and change nothing."""
-    open: Mapping[str, Literal["scheduled", "started"]] = {}
-    """The open events that name this VM."""
+    open: Mapping[str, ScheduledEvent] = {}
+    """The open events that name this VM, the next one first."""
     answers: Mapping[str, VmReady | None] = {}
     """Event id to the answer; None while the prepare hook runs."""
     recovered: tuple[str, ...] = ()
@@ -61,22 +64,18 @@ def on_document(state: ReadinessState, document: SetDocument) -> tuple[Readiness
     if document.incarnation < state.incarnation:
         return state, []
     effects: list[Effect] = []
-    open_now: dict[str, Literal["scheduled", "started"]] = {}
+    mine = sorted((each for each in document.events if state.vm in each.resources), key=_turn)
+    open_now = {each.event_id: each for each in mine}
     answers = dict(state.answers)
-    for event in document.events:
-        if state.vm not in event.resources:
-            continue
-        open_now[event.event_id] = event.status
-        if event.event_id not in answers:
-            answers[event.event_id] = None
-            effects.append(Prepare(event))
-    gone = [event_id for event_id in state.open if event_id not in open_now]
     recovered = state.recovered
-    for event_id in gone:
+    for event_id in state.open:
         # While its hook still runs the recovery waits: on_prepared returns it.
-        if answers.get(event_id) is not None and event_id not in recovered:
+        if event_id not in open_now and answers.get(event_id) is not None and event_id not in recovered:
             effects.append(Recover(event_id))
             recovered = (*recovered, event_id)[-_KEEP:]
+    for later in mine[1:]:
+        if answers.get(later.event_id) is not None and later.status == "scheduled":
+            del answers[later.event_id]  # another one comes first after all: it is prepared for again then
     changed = msgspec.structs.replace(
         state,
         incarnation=document.incarnation,
@@ -84,18 +83,33 @@ def on_document(state: ReadinessState, document: SetDocument) -> tuple[Readiness
         answers=_trimmed(answers, open_now),
         recovered=recovered,
     )
-    return changed, effects
+    return _prepare_next(changed, effects)
 
 
 def on_prepared(state: ReadinessState, event_id: str, answer: VmReady) -> tuple[ReadinessState, list[Effect]]:
     """The prepare hook of an event ended (or there is none) with this answer."""
+    event = state.open.get(event_id)
+    if event is not None and event.status == "scheduled" and event_id != next(iter(state.open)):
+        # Another one comes first after all: it is prepared for again when that is gone.
+        others = {name: known for name, known in state.answers.items() if name != event_id}
+        return _prepare_next(msgspec.structs.replace(state, answers=others), [])
     state = msgspec.structs.replace(state, answers={**state.answers, event_id: answer})
-    if event_id in state.open:
+    if event is not None:
         return state, [Announce(answer)]
-    if event_id in state.recovered:
-        return state, []
-    recovered = (*state.recovered, event_id)[-_KEEP:]
-    return msgspec.structs.replace(state, recovered=recovered), [Recover(event_id)]
+    effects: list[Effect] = []
+    if event_id not in state.recovered:
+        recovered = (*state.recovered, event_id)[-_KEEP:]
+        state, effects = msgspec.structs.replace(state, recovered=recovered), [Recover(event_id)]
+    return _prepare_next(state, effects)
+
+
+def _prepare_next(state: ReadinessState, effects: list[Effect]) -> tuple[ReadinessState, list[Effect]]:
+    """Prepare for the next event unless that was done; after a hook that runs, and after its recovery."""
+    event = next(iter(state.open.values()), None)
+    if event is None or event.event_id in state.answers or None in state.answers.values():
+        return state, effects
+    asked = msgspec.structs.replace(state, answers={**state.answers, event.event_id: None})
+    return asked, [*effects, Prepare(event)]
 
 
 def on_resumed(
@@ -113,13 +127,17 @@ def on_resumed(
     return changed, [Recover(event_id, operation, pause_s)]
 
 
+def _turn(event: ScheduledEvent) -> tuple[bool, datetime]:
+    return event.status != "started", event.not_before
+
+
 def announcements(state: ReadinessState, *, scheduled_only: bool) -> list[Announce]:
     """The answers to repeat: of scheduled events on every beat, of started ones after a reconnect too."""
     return [
         Announce(answer)
-        for event_id, status in state.open.items()
+        for event_id, event in state.open.items()
         if (answer := state.answers.get(event_id)) is not None
-        and (status == "scheduled" or not scheduled_only)
+        and (event.status == "scheduled" or not scheduled_only)
     ]
 
 

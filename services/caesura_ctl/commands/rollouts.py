@@ -37,16 +37,21 @@ async def _start(
         if context.json:
             print_json(answer)
         elif answer.rollout:
-            context.console.print(
-                f"rollout {answer.rollout} started; follow it with: caesura watch {answer.rollout}"
-            )
+            context.console.print(f"{_accepted(answer)}; follow it with: caesura watch {answer.rollout}")
         elif answer.reason:
             context.console.print(answer.reason)
         return
     if not context.json:
-        context.console.print(f"rollout {answer.rollout} started; Ctrl-C stops watching, not the rollout")
+        context.console.print(f"{_accepted(answer)}; Ctrl-C stops watching, not the rollout")
     state = await follow(session, context, answer.rollout)
     conclude(session, context, state)
+
+
+def _accepted(answer: m.RequestAnswered) -> str:
+    if not answer.queued_behind:
+        return f"rollout {answer.rollout} started"
+    at = f", not before {answer.not_before:%Y-%m-%d %H:%M:%S}Z" if answer.not_before is not None else ""
+    return f"rollout {answer.rollout} is {answer.reason}{at}"
 
 
 async def _ask(session: Session, request: R) -> m.RequestAnswered:
@@ -119,13 +124,22 @@ def plan(update: str, broker: str | None, *, as_json: bool, **options: Any) -> N
 @limits
 @again
 @policy
-@click.option("--detach", is_flag=True, help="Return as soon as the rollout has started.")
+@click.option(
+    "--queue/--no-queue",
+    default=False,
+    show_default=True,
+    help="If another rollout holds one of the sets: wait for its end, or be refused.",
+)
+@click.option("--detach", is_flag=True, help="Return as soon as the rollout has started or is queued.")
 @common
-def roll(update: str, broker: str | None, *, as_json: bool, detach: bool, **options: Any) -> None:
+def roll(
+    update: str, broker: str | None, *, as_json: bool, queue: bool, detach: bool, **options: Any
+) -> None:
     """Roll UPDATE out, one domain of a set at a time, and watch it to its end.
 
     UPDATE is a name from updates.d of the hosts (see: caesura updates). Hosts that already have it are skipped. Without a
-    selection it asks on a terminal, and otherwise requires --all.
+    selection it asks on a terminal, and otherwise requires --all. With --queue it waits for rollouts that hold its sets; its plan is
+    made now and not again.
     """
     confirm("roll out", options, as_json=as_json, what=update)
 
@@ -137,6 +151,7 @@ def roll(update: str, broker: str | None, *, as_json: bool, detach: bool, **opti
                 selection=_chosen(options),
                 policy=policy_from(options),
                 limits=limits_from(options),
+                queue=queue,
             )
             await _start(session, context, request, detach=detach)
 
@@ -147,6 +162,7 @@ def roll(update: str, broker: str | None, *, as_json: bool, detach: bool, **opti
     epilog=epilog(
         "caesura freeze --vm web-1 --for 9s --notice 15s",
         "caesura freeze --set web --for 2s --notice 1m --soak 10s",
+        "caesura freeze --set web --for 2s --no-queue",
     ),
 )
 @click.option("--for", "hold", type=BUDGET, required=True, help="How long to stay frozen, for example 9s.")
@@ -155,14 +171,29 @@ def roll(update: str, broker: str | None, *, as_json: bool, detach: bool, **opti
 @limits
 @policy
 @click.option("--plan-only", is_flag=True, help="Only show what would happen.")
-@click.option("--detach", is_flag=True, help="Return as soon as it has started.")
+@click.option(
+    "--queue/--no-queue",
+    default=True,
+    show_default=True,
+    help="If another rollout holds one of the sets: wait for its end, or be refused.",
+)
+@click.option("--detach", is_flag=True, help="Return as soon as it has started or is queued.")
 @common
 def freeze(
-    hold: float, broker: str | None, *, as_json: bool, plan_only: bool, detach: bool, **options: Any
+    hold: float,
+    broker: str | None,
+    *,
+    as_json: bool,
+    plan_only: bool,
+    queue: bool,
+    detach: bool,
+    **options: Any,
 ) -> None:
     """Freeze VMs on demand, with notice through the Scheduled Events API, one domain of a set at a time.
 
-    For testing that an application survives a Freeze: nothing is updated, the VMs are only paused.
+    For testing that an application survives a Freeze: nothing is updated, the VMs are only paused. If another rollout holds one of the
+    sets, it is queued behind that one: announced at once with a later NotBefore, and started when that one has ended. It never
+    runs beside it.
     """
     if hold >= options["budget"]:
         raise click.UsageError(
@@ -180,6 +211,7 @@ def freeze(
                 policy=policy_from(options),
                 limits=limits_from(options),
                 plan_only=plan_only,
+                queue=queue,
             )
             await _start(session, context, request, detach=detach)
 

@@ -55,7 +55,15 @@ class SwapFailed(DriverError):
 
 
 class ShutdownFailed(DriverError):
-    """The VM runs on: it did not shut down in time, or nothing could ask it to."""
+    """The VM runs on: it did not shut down in time, or nothing could ask it to.
+
+    Args:
+        asked: whether it was asked, and had its time.
+    """
+
+    def __init__(self, vm: str, why: str, *, asked: bool = False) -> None:
+        self.asked = asked
+        super().__init__(vm, why)
 
 
 class NotRunningYet(DriverError):
@@ -245,6 +253,18 @@ class RebootCapable(Protocol):
 
         Raises:
             DriverError: it cannot be started, or is not up; it may be tried again.
+        """
+
+
+@runtime_checkable
+class KillCapable(Protocol):
+    """A driver that can end a VM which does not shut down by itself; only for updates that say so."""
+
+    async def kill(self, vm: str, by: float) -> None:
+        """Kill what still runs of a VM that was asked to shut down, and wait until nothing of it does.
+
+        Raises:
+            DriverError: it still runs at ``by`` (CLOCK_MONOTONIC).
         """
 
 

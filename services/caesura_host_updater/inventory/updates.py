@@ -49,6 +49,8 @@ class UpdateFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """The new VMM; empty: the binary that the host file names, as the update left it."""
     shutdown_s: Annotated[float, Meta(gt=0, le=3600)] = SHUTDOWN_S
     """Impact reboot: how long a VM may take to shut down; one that takes longer fails the update before it runs."""
+    kill_after_timeout: bool = False
+    """Impact reboot: a VM that takes longer is killed instead; what it had not written to its disks is lost."""
     installed: tuple[str, ...] = ()
     """A command whose exit code 0 means that the update is installed; empty: what succeeded here is remembered."""
 
@@ -72,6 +74,7 @@ class UpdateFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
             description=self.description,
             vmm=self.vmm,
             shutdown_s=self.shutdown_s,
+            kill_after_timeout=self.kill_after_timeout,
         )
 
 
@@ -110,21 +113,26 @@ def parse_update(file: str, text: str, *, find: Callable[[str], str | None]) -> 
         )
     if any(name.startswith("CAESURA_") or not name or "=" in name for name in update.environ):
         return _refusal(file, text, "environ may not set CAESURA_* or an empty name", key="environ")
-    if update.vmm and update.impact != "pause":
-        return _refusal(file, text, f"vmm = {update.vmm!r} needs impact = 'pause'", key="vmm")
-    if update.vmm == "beside" and update.scope != "vm":
-        return _refusal(
-            file, text, "vmm = 'beside' needs scope = 'vm': each VM is swapped by itself", key="scope"
-        )
-    if update.vmm_binary and not update.vmm:
-        return _refusal(
-            file, text, "vmm_binary says nothing without vmm = 'beside' or 'instead'", key="vmm_binary"
-        )
-    if update.vmm_binary and not update.vmm_binary.startswith("/"):
-        return _refusal(file, text, "vmm_binary must be an absolute path", key="vmm_binary")
+    if misused := _misused(update):
+        return _refusal(file, text, misused[1], key=misused[0])
     if not update.working_directory.startswith("/"):
         return _refusal(file, text, "working_directory must be absolute", key="working_directory")
     return update
+
+
+def _misused(update: UpdateFile) -> tuple[str, str] | None:
+    """A key that does not fit the others, and why; None: all do."""
+    if update.vmm and update.impact != "pause":
+        return "vmm", f"vmm = {update.vmm!r} needs impact = 'pause'"
+    if update.kill_after_timeout and update.impact != "reboot":
+        return "kill_after_timeout", "kill_after_timeout needs impact = 'reboot': nothing else shuts VMs down"
+    if update.vmm == "beside" and update.scope != "vm":
+        return "scope", "vmm = 'beside' needs scope = 'vm': each VM is swapped by itself"
+    if update.vmm_binary and not update.vmm:
+        return "vmm_binary", "vmm_binary says nothing without vmm = 'beside' or 'instead'"
+    if update.vmm_binary and not update.vmm_binary.startswith("/"):
+        return "vmm_binary", "vmm_binary must be an absolute path"
+    return None
 
 
 def catalogue(files: Iterable[tuple[str, str]], *, find: Callable[[str], str | None]) -> Catalogue:

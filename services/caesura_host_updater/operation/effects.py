@@ -34,6 +34,13 @@ class ShutDownVms(msgspec.Struct, frozen=True):
     by: float
 
 
+class KillVm(msgspec.Struct, frozen=True):
+    """Kill a VM that was asked to shut down and did not, and have it gone by this instant."""
+
+    vm: str
+    by: float
+
+
 class StartVms(msgspec.Struct, frozen=True):
     """Start these VMs again, all at once; one that is still shutting down is started as soon as it has ended."""
 
@@ -99,6 +106,7 @@ Effect = (
     | PrepareVms
     | SwapVms
     | ShutDownVms
+    | KillVm
     | StartVms
     | FreezeVms
     | DigestVms

@@ -76,10 +76,12 @@ class VmShutDown(msgspec.Struct, frozen=True):
 
 
 class VmNotShutDown(msgspec.Struct, frozen=True):
-    """It did not shut down in time, or could not be asked. It was not killed."""
+    """It did not shut down in time, or could not be asked, or what was killed did not end."""
 
     vm: str
     why: str
+    asked: bool = False
+    """Whether it was asked, and had its time."""
 
 
 class VmStarted(msgspec.Struct, frozen=True):

@@ -155,7 +155,7 @@ def _begin(op: Operation, event: Start, now: float) -> Decision:
 
 
 def _shut_down(op: Operation, event: VmShutDown | VmNotShutDown, now: float) -> Decision:
-    (op, effects), all_down = stopped(op, event)
+    (op, effects), all_down = stopped(op, event, now)
     if not all_down:
         return op, effects
     return _start_update(op, now)

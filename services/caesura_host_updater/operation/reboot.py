@@ -1,15 +1,15 @@
 """An update that cannot keep memory: VMs shut down, the update, the VMs started again. Pure part of ``machine``.
 
 Nothing is paused, so there is no budget and the guard has nothing to hold; the journal has the operation before the first VM
-is asked, and the next run of a host updater that died starts what it finds shut down. Nothing is killed: the first VM that
-does not shut down in time ends the operation before the update, and those that did are started again.
+is asked, and the next run of a host updater that died starts what it finds shut down. Nothing is killed unless the update says
+so: the first VM that does not shut down in time ends the operation before the update, and those that did are started again.
 """
 
 from __future__ import annotations
 
 import msgspec
 
-from caesura_host_updater.operation.effects import Effect, Persist, ShutDownVms, StartVms, StopUpdate
+from caesura_host_updater.operation.effects import Effect, KillVm, Persist, ShutDownVms, StartVms, StopUpdate
 from caesura_host_updater.operation.inputs import VmNotShutDown, VmNotStarted, VmShutDown, VmStarted
 from caesura_host_updater.operation.resume import finish, kill_update, update_runs
 from caesura_host_updater.operation.state import (
@@ -22,6 +22,7 @@ from caesura_host_updater.operation.state import (
     vm_of,
 )
 
+_KILL_S = 5.0  # s: for a VM that is killed to be gone; milliseconds are usual
 _ANSWER_S = 2.0  # s: after the instant by which the VMs are to be down, for the driver to say which is not
 
 
@@ -29,11 +30,12 @@ def shut_down(op: Operation, now: float) -> Decision:
     """Every VM is asked at once."""
     by = now + op.shutdown_s
     vms = tuple(msgspec.structs.replace(vm, shutdown_at=now) for vm in op.vms)
-    op = changed(op, phase="stopping", vms=vms, wake_at=by + _ANSWER_S)
+    down_by = by + _KILL_S if op.kill_after_timeout else by
+    op = changed(op, phase="stopping", vms=vms, wake_at=down_by + _ANSWER_S)
     return op, (Persist(), ShutDownVms(tuple(vm.vm for vm in vms), by))
 
 
-def stopped(op: Operation, event: VmShutDown | VmNotShutDown) -> tuple[Decision, bool]:
+def stopped(op: Operation, event: VmShutDown | VmNotShutDown, now: float) -> tuple[Decision, bool]:
     """One VM has shut down, or did not. The second value: all have, and the update may run."""
     if op.phase in ("accepted", "ended"):
         raise UnexpectedEvent(op.phase, event, "stopping")
@@ -41,6 +43,10 @@ def stopped(op: Operation, event: VmShutDown | VmNotShutDown) -> tuple[Decision,
         return (op, ()), False
     if isinstance(event, VmShutDown):
         op = changed_vm(op, event.vm, down_at=event.at, detail=event.detail)
+    elif op.phase == "stopping" and op.kill_after_timeout and event.asked and not vm_of(op, event.vm).killed:
+        # The intent is in the journal before it is killed. One that could not be asked is not: it had no chance.
+        op = changed_vm(op, event.vm, killed=True)
+        return (op, (Persist(), KillVm(event.vm, now + _KILL_S))), False
     elif op.phase == "stopping":
         op = changed_vm(op, event.vm, error=event.why)
         op = failed(
@@ -88,4 +94,6 @@ def _course(op: Operation, event: VmStarted) -> str:
     if not event.again or vm.shutdown_at is None:
         return "it was not restarted"
     how = f"shut down by {vm.detail}, " if vm.detail else ""
+    if vm.killed:
+        how = f"killed, since it had not shut down after {op.shutdown_s:g} s, "
     return f"{how}up again {event.at - vm.shutdown_at:.1f} s after it was asked to shut down"

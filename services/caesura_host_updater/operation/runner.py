@@ -29,6 +29,7 @@ from caesura_host_updater.operation.effects import (
     Effect,
     Finish,
     FreezeVms,
+    KillVm,
     Persist,
     PrepareVms,
     PublishFrozen,
@@ -214,6 +215,8 @@ class OperationRunner:
             case ShutDownVms(vms, by):
                 for name in vms:
                     self._shutting_down[name] = self._start(self._actions.shut_down(name, by))
+            case KillVm(name, by):
+                self._shutting_down[name] = self._start(self._actions.kill(name, by))
             case StartVms(vms):
                 for name in vms:
                     self._start(self._actions.start(name, self._shutting_down.get(name)))

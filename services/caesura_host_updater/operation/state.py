@@ -90,6 +90,8 @@ class VmPause(msgspec.Struct, frozen=True, kw_only=True):
     """When it was asked to shut down (reboot)."""
     down_at: float | None = None
     """When it had shut down."""
+    killed: bool = False
+    """Whether it did not, and was to be killed."""
     up: bool = False
     """It runs again, or still, after it was asked to shut down; or it is known that it does not."""
 
@@ -124,6 +126,8 @@ class Operation(msgspec.Struct, frozen=True, kw_only=True):
     update_timeout_s: float = 0.0
     shutdown_s: float = SHUTDOWN_S
     """What a VM may take to shut down (reboot)."""
+    kill_after_timeout: bool = False
+    """Whether one that takes longer is killed; else it fails the operation before the update."""
     vms: tuple[VmPause, ...]
     runs: tuple[UpdateRun, ...] = ()
     phase: Phase = "accepted"

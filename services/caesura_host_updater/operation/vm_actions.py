@@ -13,10 +13,12 @@ from caesura_host_updater.drivers.port import (
     Driver,
     DriverError,
     FreezeFailed,
+    KillCapable,
     NotPossible,
     NotRunningYet,
     RebootCapable,
     ReplaceCapable,
+    ShutdownFailed,
     SwapCapable,
     SwapFailed,
     states_within,
@@ -157,12 +159,26 @@ class VmActions:
         try:
             how = await restarting(self._driver, vm).shut_down(vm, by)
         except DriverError as error:
-            self._emit(VmNotShutDown(vm, error.why))
+            self._emit(VmNotShutDown(vm, error.why, isinstance(error, ShutdownFailed) and error.asked))
         except Exception as error:
             self._emit(VmNotShutDown(vm, repr(error)))
             raise
         else:
             self._emit(VmShutDown(vm, time.monotonic(), how))
+            self._on_change()
+
+    async def kill(self, vm: str, by: float) -> None:
+        """Kill one VM that did not shut down, for an update that allows it."""
+        try:
+            await _killing(self._driver, vm).kill(vm, by)
+        except DriverError as error:
+            self._emit(VmNotShutDown(vm, error.why))
+        except Exception as error:
+            self._emit(VmNotShutDown(vm, repr(error)))
+            raise
+        else:
+            _log.warning("vm.killed", vm=vm, hint="it did not shut down in time, and its update allows it")
+            self._emit(VmShutDown(vm, time.monotonic(), "SIGKILL"))
             self._on_change()
 
     async def start(self, vm: str, shutting_down: asyncio.Task[None] | None) -> None:
@@ -259,6 +275,13 @@ class VmActions:
             self._emit(Sampled(vm, "", error.why))
         else:
             self._emit(Sampled(vm, digest))
+
+
+def _killing(driver: Driver, vm: str) -> KillCapable:
+    """The driver, if it can. Raises NotPossible."""
+    if not isinstance(driver, KillCapable):
+        raise NotPossible(vm, f"it runs on, and the {driver.name} driver cannot kill it")
+    return driver
 
 
 def restarting(driver: Driver, vm: str) -> RebootCapable:

@@ -190,6 +190,7 @@ class Live:
     def _shown(self) -> list[WholeRollout]:
         newest = sorted(self._rollouts.known.values(), key=lambda each: each.created_at, reverse=True)
         open_ones = [each for each in newest if each.status not in OVER]
+        open_ones.sort(key=lambda each: bool(each.queued_behind))  # the page tells of the first one in full
         return open_ones or newest[:1]
 
     # -- state ----------------------------------------------------------------------------------------------

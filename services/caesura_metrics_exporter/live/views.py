@@ -77,6 +77,8 @@ class RolloutView(msgspec.Struct, frozen=True, omit_defaults=True):
     notice_s: float
     created_at: float
     reason: str = ""
+    queued_behind: str = ""
+    """The rollout that it waits for."""
     requested_by: str = ""
     ended_at: float | None = None
     key: str = "update_domain"
@@ -140,6 +142,7 @@ def rollout_view(rollout: WholeRollout, standing: Callable[[Iterable[str]], int]
         notice_s=rollout.policy.notice_s,
         created_at=rollout.created_at.timestamp(),
         reason=rollout.reason,
+        queued_behind=rollout.queued_behind if rollout.status == "running" else "",
         requested_by=rollout.requested_by,
         ended_at=rollout.ended_at.timestamp() if rollout.ended_at else None,
         key=rollout.policy.domain_key,

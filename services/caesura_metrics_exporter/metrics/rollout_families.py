@@ -76,6 +76,22 @@ def _rollouts(fleet: FleetMetricsView) -> Iterator[Family]:
             if rollout.status == "halted"
         ],
     )
+    yield gauge(
+        "caesura_rollouts_queued",
+        "Rollouts that wait for others which hold one of their sets; they are running in caesura_rollouts.",
+        (),
+        [
+            (
+                (),
+                float(
+                    sum(
+                        bool(each.queued_behind) and each.status == "running"
+                        for each in fleet.rollouts.known.values()
+                    )
+                ),
+            )
+        ],
+    )
     by_status = Counter[str](rollout.status for rollout in fleet.rollouts.known.values())
     yield gauge(
         "caesura_rollouts",

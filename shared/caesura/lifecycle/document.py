@@ -11,6 +11,8 @@ look the same in the document, as in Azure's. Source: Azure Scheduled Events, "S
 
 from __future__ import annotations
 
+from datetime import datetime
+
 import msgspec
 
 from caesura.contract.messages import ScheduledEvent, SetDocument
@@ -53,6 +55,21 @@ def schedule(document: SetDocument, *events: ScheduledEvent) -> SetDocument:
         elif existing != event:
             raise IllegalStatusChange(f"event {event.event_id}", existing.status, event.status)
     return _changed(document, (*document.events, *new)) if new else document
+
+
+def postpone(document: SetDocument, not_before: datetime, *event_ids: str) -> SetDocument:
+    """Move NotBefore of scheduled events later; an earlier instant, and an event that is not scheduled, change nothing.
+
+    Workloads may rely on it that an event does not start before the NotBefore that they have seen.
+    """
+    moving = {each.lower() for each in event_ids}
+    events = tuple(
+        msgspec.structs.replace(each, not_before=not_before)
+        if each.event_id.lower() in moving and each.status == "scheduled" and each.not_before < not_before
+        else each
+        for each in document.events
+    )
+    return _changed(document, events) if events != document.events else document
 
 
 def approve(document: SetDocument, event_id: str) -> SetDocument:
@@ -118,7 +135,7 @@ def above(document: SetDocument, published: SetDocument) -> SetDocument:
 def _shown(document: SetDocument) -> tuple[ScheduledEvent, ...]:
     """The events without what only services see."""
     return tuple(
-        msgspec.structs.replace(each, approved=False, rollout="", wave=0) for each in document.events
+        msgspec.structs.replace(each, host="", approved=False, rollout="", wave=0) for each in document.events
     )
 
 

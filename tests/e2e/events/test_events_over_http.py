@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from email.utils import parsedate_to_datetime
 from typing import Any
 
 import aiohttp
+import msgspec
 
 from caesura.bus.local_broker import free_port
+from caesura.contract import messages as m
+from caesura_ctl.session import new_request_id
 from caesura_testing.patience import patient
 from caesura_testing.sandbox import Vm
 
@@ -107,3 +111,66 @@ async def test_a_wave_over_two_hosts_is_two_events_and_waits_for_both(stages: Ca
     ]
     assert all({each["EventStatus"] for each in events} == {"Started"} for events in both_started)
     stage.assert_one_end_each()
+
+
+async def test_a_queued_freeze_is_seen_at_once_and_starts_after_the_first_though_the_coordinator_is_killed(
+    stages: Callable[..., Any],
+) -> None:
+    stage = await stages(
+        host_1=[Vm(name="web-1", set="web", update_domain=0)],
+        host_2=[Vm(name="web-2", set="web", update_domain=1)],
+        up=False,
+    )
+    async with aiohttp.ClientSession(headers={"Metadata": "true"}) as client:
+        workload = await workload_of(stage, client, "web-1", "host-1", "host-2")
+        first = await stage.roll(notice_s=600.0)
+        (announced,) = await workload.until("the first", lambda events: len(events) == 1)
+        freeze = m.FreezeRequested(
+            request=new_request_id(),
+            selection=m.Selection(sets=("web",)),
+            hold_s=0.5,
+            policy=stage.policy(notice_s=3.0),
+        )
+        refused = await stage.session.ask(freeze)
+        assert (refused.accepted, refused.codes) == (False, ("set_held",))
+        answer = await stage.session.ask(
+            msgspec.structs.replace(freeze, request=new_request_id(), queue=True)
+        )
+        assert answer.accepted, answer.reason
+        assert (answer.queued_behind, answer.codes) == (first, ("queued",))
+        both = await workload.until("both", lambda events: len(events) == 2)
+        assert both[0] == announced
+        assert both[1]["EventStatus"] == "Scheduled"
+        assert both[1]["Resources"] == ["web-1"]
+        first_at, queued_at = (parsedate_to_datetime(each["NotBefore"]) for each in both)
+        assert queued_at > first_at
+        assert answer.not_before == queued_at
+        await workload.approve(both[1])
+        await stage.sandbox.kill("coordinator")
+        await stage.sandbox.start("coordinator")
+        await stage.sandbox.until(
+            lambda: stage.fleet_view.coordinator.online and stage.fleet_view.coordinator.epoch == 2,
+            20,
+            "epoch 2",
+        )
+        assert (await workload.events())[0]["EventId"] == announced["EventId"]
+        assert not stage.sandbox.watch.pauses, "approved, but it is not its turn"
+        # Both waves of the first one are approved as they come; those of the queued one pass their notice.
+        while stage.rollout(first).status == "running":
+            await workload.approve(*await workload.events())
+            await asyncio.sleep(0.05)
+        assert (await stage.ended(first)).status == "completed"
+    ended = await stage.ended(answer.rollout, timeout_s=90)
+    assert ended.status == "completed", ended.reason
+    assert [each.vm for each in stage.sandbox.watch.pauses] == ["web-1", "web-2", "web-1", "web-2"]
+    of_rollout = [
+        {each.vm for each in stage.fleet_view.pauses_of(rollout)} for rollout in (first, answer.rollout)
+    ]
+    assert of_rollout == [{"web-1", "web-2"}] * 2
+    stage.assert_order()
+    stage.assert_one_end_each()
+    seen = [
+        each for events in workload.seen.values() for each in events if each["EventId"] == both[1]["EventId"]
+    ]
+    shown = [parsedate_to_datetime(each["NotBefore"]) for each in seen if each["NotBefore"]]
+    assert shown == sorted(shown), "never earlier"

@@ -26,7 +26,9 @@ for process in Path("/proc").iterdir():
     if not process.name.isdigit():
         continue
     try:
-        if b"CAESURA_VM_AGENT_VM=" + sys.argv[1].encode() not in (process / "environ").read_bytes().split(b"\\0"):
+        # Those of this test only: others may run beside it, with VMs of the same name.
+        wanted = {b"CAESURA_VM_AGENT_VM=" + sys.argv[1].encode(), sys.argv[2].encode()}
+        if not wanted <= set((process / "environ").read_bytes().split(b"\\0")):
             continue
         maps = (process / "maps").read_text()
         with (process / "mem").open("r+b", buffering=0) as memory:
@@ -97,7 +99,7 @@ async def test_two_bits_of_a_guests_own_memory_changed_in_the_pause_halt_whateve
     stage = await stages(up=False)
     script = stage.sandbox.folder / "damage.py"
     script.write_text(_DAMAGE_CANARY)
-    stage.sandbox.update("damage", [sys.executable, str(script), "web-1"])
+    stage.sandbox.update("damage", [sys.executable, str(script), "web-1", stage.sandbox.mark])
     stage.sandbox.host("host-1", *_vms())
     await stage.up("host-1")
     await _canary_planned(stage, "web-1")

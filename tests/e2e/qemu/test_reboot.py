@@ -28,11 +28,15 @@ async def one(stages: Callable[..., Any]) -> Any:
     return stage
 
 
-async def asked(stage: Any, shutdown_s: float) -> tuple[str, int]:
+async def asked(stage: Any, shutdown_s: float, **more: bool) -> tuple[str, int]:
     """Roll an update that takes long, until the guest was asked to shut down; the rollout, and its QEMU."""
     running = stage.sandbox.folder / "running"
     stage.sandbox.update(
-        "kernel", ["sh", "-c", f"touch {running}; sleep 3"], impact="reboot", shutdown_s=shutdown_s
+        "kernel",
+        ["sh", "-c", f"touch {running}; sleep 3"],
+        impact="reboot",
+        shutdown_s=shutdown_s,
+        **more,
     )
     await stage.up("host-1")
     (pid,) = stage.sandbox.qemu_witness.of("vm-1")
@@ -69,6 +73,15 @@ async def test_a_guest_that_ignores_it_halts_the_rollout_and_is_not_killed(one: 
     assert "VM vm-1 did not shut down: its guest was asked by ACPI and runs on" in state.reason
     assert one.sandbox.qemu_witness.running("host-1", "vm-1") == [pid]
     assert not (one.sandbox.folder / "running").exists()
+
+
+async def test_a_guest_that_ignores_it_is_killed_where_the_update_says_so(one: Any) -> None:
+    rollout, pid = await asked(one, 3.0, kill_after_timeout=True)
+    await one.sandbox.until((one.sandbox.folder / "running").exists, 60, "the update runs")
+    assert one.sandbox.qemu_witness.of("vm-1") == []
+    state = await one.ended(rollout)
+    assert state.status == "completed", state.reason
+    await new_process(one, pid)
 
 
 @pytest.mark.parametrize("when", ["while it shuts down", "while it is down"])

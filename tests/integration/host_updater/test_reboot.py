@@ -125,6 +125,29 @@ async def test_a_vm_that_does_not_shut_down_stops_the_update_and_nothing_is_kill
     await host.until("stubborn", "running")
 
 
+async def test_a_vm_that_does_not_shut_down_is_killed_where_the_update_says_so(
+    hosts: Callable[..., Any], fleet: Any, tmp_path: Path, wait_for: Any
+) -> None:
+    ran = tmp_path / "ran"
+    code = f"open({str(ran)!r}, 'w')"
+    host = host_with(hosts, tmp_path, "a", code=code, shutdown_s=1.5, kill_after_timeout=True)
+    host.add_vm("stubborn", code=IGNORES.format(end=str(tmp_path / "never")))
+    await up(host, tmp_path, wait_for)
+    before = {vm: host.run_of(vm)["pid"] for vm in ("a", "stubborn")}
+    report = await fleet.report((await reboot(host)).operation)
+    assert report.status == "completed", report
+    assert ran.exists()
+    details = {vm.vm: vm.detail for vm in report.vms}
+    assert details["stubborn"].startswith("killed, since it had not shut down after 1.5 s, up again")
+    assert details["a"].startswith("shut down by SIGTERM, ")
+    assert lines(tmp_path / "a.saved") == ["saved"]
+    for vm, pid in before.items():
+        await host.until(vm, "running")
+        assert host.run_of(vm)["pid"] != pid
+    assert "vm.killed" in {line["event"] for line in host.log()}
+    assert not list((host.state_dir / "vms").glob("*.shutdown"))
+
+
 async def test_an_update_that_fails_still_has_every_vm_started(
     hosts: Callable[..., Any], fleet: Any, tmp_path: Path, wait_for: Any
 ) -> None:
@@ -174,6 +197,7 @@ async def test_an_updater_killed_while_a_vm_shuts_down_starts_it_in_its_next_lif
     before = host.run_of("slow")["pid"]
     command = await reboot(host)
     await wait_for(lambda: lines(tmp_path / "a.saved") == ["saved"], "a shut down")
+    await wait_for((host.state_dir / "vms" / "slow.shutdown").exists, "slow is asked, too")
     await host.kill()
     await host.start()
     end.touch()

@@ -157,6 +157,21 @@ def test_the_wave_waits_for_the_approval_of_every_event(desk: Desk) -> None:
     assert desk.wave_is("started"), "any VM of the set may approve"
 
 
+def test_many_approvals_publish_the_wave_once(desk: Desk) -> None:
+    desk.announced().sent()
+    desk.approve(desk.event("web", "h1"), desk.event("db", "h2"))
+    assert not desk.sent(m.WaveState, m.RolloutState)
+    desk.give(Tick()).give(Tick())
+    (state,) = desk.sent(m.WaveState)
+    assert state.approved_count == 2
+    before = desk.rollout
+    desk.repository.store.database.close()
+    desk.repository = RolloutRepository(CoordinatorStore(desk.path), desk.now)
+    assert [each.approved_by for each in desk.wave.events] == [
+        each.approved_by for each in before.waves[0].events
+    ]
+
+
 def test_a_command_names_the_event_of_its_own_host(desk: Desk) -> None:
     desk.started()
     due = [

@@ -222,6 +222,31 @@ def test_a_reboot_is_given_the_time_of_the_slowest_host_and_no_pause(
     assert {vm.method for wave in plan.waves for vm in wave.vms} == {"reboot"}
 
 
+def test_that_vms_may_be_killed_is_said_in_the_plan_whichever_host_does_it(
+    build: Build, host: Host, fleet: MakeFleet
+) -> None:
+    def kernel(**more: Any) -> m.UpdateRecord:
+        return m.UpdateRecord(
+            update="kernel", impact="reboot", scope="host", expected_s=60, timeout_s=600, **more
+        )
+
+    able = {"methods": ("live", "reboot"), "methods_missing": {}}
+    both = fleet(
+        host("h1", build("w1", **able), updates=(kernel(),)),
+        host(
+            "h2",
+            build("w2", update_domain=1, **able),
+            updates=(kernel(kill_after_timeout=True, shutdown_s=30),),
+        ),
+    )
+    plan = _plan(both, "kernel", allow_reboot=True)
+    says = "the update needs a reboot; a VM that does not shut down within 120 s is killed"
+    assert {vm.reason for wave in plan.waves for vm in wave.vms} == {says}
+    gentle = fleet(host("h1", build("w1", **able), updates=(kernel(),)))
+    (vm,) = _plan(gentle, "kernel", allow_reboot=True).waves[0].vms
+    assert vm.reason == "the update needs a reboot"
+
+
 def test_what_could_end_a_vm_in_its_pause_is_said_in_the_plan(
     build: Build, host: Host, fleet: MakeFleet
 ) -> None:

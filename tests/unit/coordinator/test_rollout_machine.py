@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from caesura.contract import messages as m
+from caesura.contract.codec import MAX_PAYLOAD_BYTES, size_bytes
 from caesura.contract.envelope import Message
 from caesura.fleet.fold import apply
 from caesura.fleet.state import FleetState
@@ -174,6 +175,10 @@ class Disk:
                 assert version_of(message) > version_of(known), "each is newer"
                 if _as_workloads_see(message) != _as_workloads_see(known):
                     assert message.incarnation > known.incarnation, "incarnations rise (I6)"
+                before = {each.event_id: each.not_before for each in known.events}
+                for each in message.events:
+                    assert each.not_before >= before.get(each.event_id, each.not_before), "never earlier (I5)"
+            assert size_bytes(message) <= MAX_PAYLOAD_BYTES
             self.shown[message.set] = message
         elif isinstance(message, m.EventChanged):
             self.judge.event_changed(self, message)
@@ -233,8 +238,9 @@ class Fleetwide(RuleBasedStateMachine):
         hold: bool,
         hosts: tuple[str, ...] = (),
         on_not_ready: Literal["halt", "proceed"] = "halt",
+        queue: bool = False,
     ) -> bool:
-        """As the service does it: a plan, unless a rollout holds one of its sets. False: refused."""
+        """As the service does it: a plan; if a rollout holds one of its sets, it waits or is refused. False: refused."""
         policy = m.Policy(
             notice_s=30.0,
             verify_timeout_s=40.0,
@@ -249,7 +255,8 @@ class Fleetwide(RuleBasedStateMachine):
             policy=policy,
             hold_s=2.0 if hold else 0.0,
         )
-        if plan.refusals or self.repository.holder(sets_of(plan)) is not None:
+        ahead = self.repository.holding(sets_of(plan))
+        if plan.refusals or (ahead and not queue):
             return False
         self.asked += 1
         made = new_rollout(
@@ -259,6 +266,7 @@ class Fleetwide(RuleBasedStateMachine):
             fence_hosts=tuple(sorted(self.fleet.hosts_of(sets_of(plan)))),
             requested_by="t",
             now=self.now,
+            queued_behind=ahead[-1].id if ahead else "",
         )
         self.repository.add(made, "t", _ANSWER)
         return True
@@ -500,11 +508,12 @@ class Fleetwide(RuleBasedStateMachine):
         sets=st.sampled_from([("web",), ("db",), ("web", "db")]),
         hold=st.booleans(),
         on_not_ready=st.sampled_from(["halt", "proceed"]),
+        queue=st.booleans(),
     )
     def an_operator_asks_for_another_rollout(
-        self, sets: tuple[str, ...], hold: bool, on_not_ready: Literal["halt", "proceed"]
+        self, sets: tuple[str, ...], hold: bool, on_not_ready: Literal["halt", "proceed"], queue: bool = False
     ) -> None:
-        self.ask(*sets, hold=hold, on_not_ready=on_not_ready)
+        self.ask(*sets, hold=hold, on_not_ready=on_not_ready, queue=queue)
 
     @rule(name=st.sampled_from(sorted(_PLACES)))
     def one_host_hears_the_epoch(self, name: str) -> None:
@@ -568,8 +577,14 @@ class Fleetwide(RuleBasedStateMachine):
 
     @invariant()
     def a_set_has_one_rollout(self) -> None:
-        held = [name for each in self.active for name in each.sets]
-        assert len(held) == len(set(held)), "I1: two rollouts hold one set"
+        held: dict[str, str] = {}
+        for each in self.active:
+            older = [held[name] for name in each.sets if name in held]
+            if older:
+                assert each.queued_behind, f"I1: {each.id} and {older[0]} hold one set"
+                assert not any(wave.operations or wave.started_at for wave in each.waves), "it has not begun"
+                assert not list(due_operations(each, self.authority)), "it commands nothing"
+            held |= {name: each.id for name in each.sets if name not in held}
 
     @invariant()
     def an_ended_rollout_left_nothing_open(self) -> None:
@@ -691,3 +706,20 @@ def test_two_rollouts_pause_two_sets_at_once_but_take_turns_at_a_host_they_share
     fleet.all_goes_well_for_a_while(16, heard=True)
     fleet.all_goes_well_for_a_while(16, heard=True)
     assert [each.status for each in fleet.repository.rollouts.values()] == ["completed", "completed"]
+
+
+def test_a_queued_rollout_pauses_its_domains_after_all_of_those_ahead() -> None:
+    fleet = Fleetwide()
+    assert fleet.ask("web", "db", hold=True, queue=True)
+    assert fleet.ask("web", hold=True, queue=True)
+    for _ in range(40):
+        fleet.all_goes_well_for_a_while(16, heard=True)
+        fleet.a_set_has_one_rollout()
+    rollouts = list(fleet.repository.rollouts.values())
+    assert [each.status for each in rollouts] == ["completed"] * 4
+    ends = [each.ended_at for each in rollouts]
+    starts = [min(wave.started_at for wave in each.waves if wave.started_at) for each in rollouts]
+    assert starts[2] >= max(end for end in ends[:2] if end)
+    assert ends[2] is not None
+    assert starts[3] >= ends[2]
+    assert not fleet.disk.open

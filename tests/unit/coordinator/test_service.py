@@ -27,11 +27,13 @@ from caesura.contract.topics import channel_of
 from caesura.delivery.sqlite import OutboxTable
 from caesura.runtime.errors import CaesuraError, StoreError
 from caesura.runtime.lock import InUse, StateFolderUnusable, exclusive_lock
+from caesura_coordinator import requests
 from caesura_coordinator.forget_epoch import forget_epoch
 from caesura_coordinator.leadership import LeadershipLost, NoEpochLeft, presence
 from caesura_coordinator.repository import RolloutRepository
 from caesura_coordinator.responses import with_plan
 from caesura_coordinator.retention import Removal
+from caesura_coordinator.rollout_queue import MOST_QUEUED
 from caesura_coordinator.service import Coordinator, subscriptions
 from caesura_coordinator.store import CoordinatorStore
 from caesura_coordinator.wave_gates import fence_blockers, health_blockers
@@ -658,6 +660,64 @@ async def test_one_rollout_per_set(
         assert (await world.ask(_request("other", selection=m.Selection(sets=("db",))))).accepted
         assert (await world.ask(m.AbortRequested(request="end", rollout=held))).accepted
         assert (await world.ask(_request("then", selection=m.Selection(sets=("web",))))).accepted
+
+
+async def test_a_request_for_a_held_set_is_queued_where_it_says_so(
+    world: World, host: Callable[..., Any], build: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with world.coordinator() as one:
+        await eventually(lambda: one.is_leader)
+        mine = {"epoch": one.authority.epoch, "coordinator": one.authority.coordinator}
+        await world.host(host("h1", build("w1", agent=False), **mine))
+        await world.host(host("h3", build("d1", "db", agent=False), **mine))
+        await eventually(lambda: len(one.fleet.inventories) == 2)
+        web = m.Selection(sets=("web",))
+        first = await world.ask(_request("first", selection=web, queue=True))
+        assert (first.queued_behind, first.not_before, first.codes) == ("", None, ()), "nothing is in its way"
+        hold = m.FreezeRequested(
+            request="hold", selection=web, hold_s=1.0, policy=m.Policy(notice_s=600.0), queue=True
+        )
+        answer = await world.ask(hold)
+        assert answer.accepted
+        assert (answer.queued_behind, answer.codes) == (first.rollout, ("queued",))
+        assert answer.reason == f"queued behind rollout {first.rollout}"
+
+        def shown() -> list[m.ScheduledEvent]:
+            return sorted(world.retained(m.SetDocument, set="web").events, key=lambda each: each.not_before)
+
+        await eventually(lambda: len(shown()) == 2)
+        queued = shown()[1]
+        assert queued.rollout == answer.rollout
+        assert queued.not_before == answer.not_before
+        assert queued.not_before > shown()[0].not_before
+        await world.post.send(hold, client="ops")
+        await eventually(
+            lambda: len([each for each in world.of(m.RequestAnswered) if each.request == "hold"]) == 2
+        )
+        assert len(one.repository.rollouts) == 2, "a repeated request is not queued twice"
+        refused = await world.ask(_request("refused", selection=web))
+        assert refused.codes == ("set_held",)
+        assert "queue behind it" in refused.reason
+
+        for number in range(MOST_QUEUED - 1):
+            assert (await world.ask(_request(f"more-{number}", selection=web, queue=True))).accepted
+        full = await world.ask(_request("full", selection=web, queue=True))
+        assert (full.accepted, full.codes) == (False, ("queue_full",))
+        assert first.rollout in full.reason
+
+        assert (await world.ask(_request("db", selection=m.Selection(sets=("db",))))).accepted
+        halted = one.repository.rollouts[first.rollout]
+        ahead = m.SetDocument(set="db", incarnation=1000, events=())
+        await world.post.send(ahead, set="db")
+        await eventually(lambda: any(each.status == "halted" for each in one.repository.active))
+        behind = await world.ask(_request("behind", selection=m.Selection(sets=("db",)), queue=True))
+        assert "is halted: resume or abort it" in behind.reason
+        assert halted.id not in behind.reason
+
+        monkeypatch.setattr(requests, "MAX_PAYLOAD_BYTES", 1100)
+        large = await world.ask(_request("large", selection=m.Selection(sets=("db",)), queue=True))
+        assert (large.accepted, large.codes) == (False, ("too_large",))
+        assert "all rollouts in the queue" in large.reason
 
 
 async def test_the_outbox_forgets_a_message_only_when_the_broker_has_it(

@@ -245,11 +245,13 @@ class _Written:
     def __init__(self, store: CoordinatorStore, monkeypatch: pytest.MonkeyPatch) -> None:
         self.size_bytes = 0
         self.rows = 0
+        self.statements: list[str] = []
         run = store.database.run
 
         def counted(sql: str, *values: Any) -> Any:
             if not sql.lstrip().startswith("SELECT"):
                 self.rows += 1
+                self.statements.append(sql.strip())
                 self.size_bytes += sum(len(each) for each in values if isinstance(each, bytes))
             return run(sql, *values)
 
@@ -275,6 +277,20 @@ def test_a_message_writes_the_same_whatever_the_size_of_its_wave(
         written.append((counted.rows, counted.size_bytes))
     assert written[0] == written[1]
     assert written[0][1] < 2000
+
+
+def test_an_approval_writes_its_event_and_the_document_and_not_the_wave(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    desk = Desk(fleet_of(60, 4)).scheduled()
+    counted = _Written(desk.repository.store, monkeypatch)
+    for event in desk.wave.events[:3]:
+        desk.give(Approve(event_id=event.event_id, by=event.resources[0]))
+    assert not any(each.startswith("INSERT OR REPLACE INTO wave ") for each in counted.statements)
+    assert sum("INTO wave_part" in each for each in counted.statements) == 3
+    assert desk.stored() == [desk.rollout]
+    desk.give(Tick())
+    assert desk.stored() == [desk.rollout]
 
 
 def test_a_wave_that_an_older_version_wrote_in_one_piece_is_read_and_kept(tmp_path: Path) -> None:

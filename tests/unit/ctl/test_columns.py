@@ -79,6 +79,20 @@ def test_an_id_in_a_history_is_whole_at_80_columns_and_columns_are_left_out_inst
     assert "2026-04-20 22:11:58Z" in wide
 
 
+def test_a_queued_rollout_is_shown_as_such_with_whom_it_waits_for() -> None:
+    state = _rollout(status="running", queued_behind="20260420-210000-aaaa")
+    assert "queued behind 20260420-210000-aaaa" in " ".join(
+        _printed(rollout_view(state, FleetView(), NOW), 140)
+    )
+    wide = " ".join(_printed(history_view([state]), 220))
+    assert "queued" in wide
+    assert "behind 20260420-210000-aaaa" in wide
+    said = Progress().lines(FleetView(), state)
+    assert f"rollout {ROLLOUT}: queued behind rollout 20260420-210000-aaaa" in said
+    over = _rollout(status="aborted", queued_behind="20260420-210000-aaaa")
+    assert "behind" not in " ".join(_printed(rollout_view(over, FleetView(), NOW), 140))
+
+
 def test_ids_of_operations_and_events_are_whole_or_their_column_is_not_there() -> None:
     fleet_view = FleetView()
     fleet_view.fold(_example(m.HostInventory, operation=OPERATION, driver_detail="cgroup v2 freezer " * 4))

@@ -10,6 +10,7 @@ from caesura_host_updater.operation.crash_outcome import recovered
 from caesura_host_updater.operation.effects import (
     Arm,
     Finish,
+    KillVm,
     RunUpdate,
     ShutDownVms,
     StartVms,
@@ -78,7 +79,7 @@ def test_the_first_vm_that_does_not_shut_down_ends_it_before_the_update() -> Non
         operation("a", "b", "c"),
         (0.0, Start()),
         (1.0, VmShutDown("a", 1.0, "ACPI")),
-        (30.0, VmNotShutDown("b", "it runs on")),
+        (30.0, VmNotShutDown("b", "it runs on", asked=True)),
     )
     assert kinds(effects) == ["ShutDownVms", "StartVms"]
     # What the others say now is late; c was down just before it was started again.
@@ -95,6 +96,67 @@ def test_the_first_vm_that_does_not_shut_down_ends_it_before_the_update() -> Non
     assert op.failure == "nothing was updated: VM b did not shut down: it runs on"
     assert op.runs[0].started is False
     assert op.vms[1].detail == "it was not restarted"
+
+
+def test_one_that_does_not_shut_down_is_killed_only_if_the_update_says_so() -> None:
+    op, effects = run(
+        operation("a", "b", kill_after_timeout=True),
+        (0.0, Start()),
+        (1.0, VmShutDown("a", 1.0, "ACPI")),
+        (30.0, VmNotShutDown("b", "it runs on", asked=True)),
+    )
+    # The intent is in the journal before the effect.
+    assert [type(each).__name__ for each in effects[-2:]] == ["Persist", "KillVm"]
+    assert effects[-1] == KillVm("b", 35.0)
+    assert (op.phase, op.vms[1].killed, op.failure) == ("stopping", True, "")
+    op, effects = run(op, (30.2, VmShutDown("b", 30.2, "SIGKILL")))
+    assert RunUpdate(("",)) in effects
+    op, _ = run(op, (31.0, SUCCEEDED), (32.0, VmStarted("a", 32.0)), (33.0, VmStarted("b", 33.0)))
+    assert (op.end, op.codes) == ("completed", ())
+    assert op.vms[1].detail == (
+        "killed, since it had not shut down after 30 s, up again 33.0 s after it was asked to shut down"
+    )
+
+
+def test_what_could_not_be_asked_is_not_killed() -> None:
+    op, effects = run(
+        operation(kill_after_timeout=True), (0.0, Start()), (1.0, VmNotShutDown("a", "it was not asked"))
+    )
+    assert kinds(effects) == ["ShutDownVms", "StartVms"]
+    assert op.codes == ("shutdown_failed",)
+
+
+def test_one_that_survives_its_kill_ends_the_operation() -> None:
+    op, effects = run(
+        operation(kill_after_timeout=True),
+        (0.0, Start()),
+        (30.0, VmNotShutDown("a", "it runs on", asked=True)),
+        (35.0, VmNotShutDown("a", "it did not end after SIGKILL", asked=True)),
+    )
+    assert kinds(effects) == ["ShutDownVms", "KillVm", "StartVms"]
+    assert "it did not end after SIGKILL" in op.failure
+
+
+def test_a_kill_of_which_nothing_is_heard_does_not_hold_it_up() -> None:
+    op, _ = run(
+        operation(kill_after_timeout=True),
+        (0.0, Start()),
+        (30.0, VmNotShutDown("a", "it runs on", asked=True)),
+    )
+    op, effects = run(op, (36.9, TimePassed()))
+    assert effects == []
+    op, effects = run(op, (37.1, TimePassed()))
+    assert kinds(effects) == ["StartVms"]
+
+
+def test_after_an_abort_nothing_is_killed() -> None:
+    _, effects = run(
+        operation(kill_after_timeout=True),
+        (0.0, Start()),
+        (1.0, AbortReceived("aborted", "the operator says so")),
+        (30.0, VmNotShutDown("a", "it runs on", asked=True)),
+    )
+    assert "KillVm" not in kinds(effects)
 
 
 def test_a_driver_that_says_nothing_does_not_hold_it_up() -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 
+import msgspec
 import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
@@ -53,6 +54,39 @@ def test_an_approval_is_newer_for_services_and_no_change_for_workloads() -> None
     assert above.events == one.events
 
 
+def test_a_host_that_another_coordinator_does_not_name_is_no_change_for_workloads() -> None:
+    mine = d.schedule(d.nothing_yet("web"), msgspec.structs.replace(_event("A"), host="h1"))
+    theirs = d.schedule(d.nothing_yet("web"), _event("A"))
+    above = d.above(mine, theirs)
+    assert (above.incarnation, above.revision) == (theirs.incarnation, theirs.revision + 1)
+    assert above.events == mine.events
+
+
+def test_events_that_change_together_change_the_document_once() -> None:
+    one = d.schedule(d.nothing_yet("web"), _event("A"), _event("B"), _event("C"))
+    assert (one.incarnation, len(one.events)) == (1, 3)
+    two = d.start(one, "a", "C")
+    assert (two.incarnation, [each.status for each in two.events]) == (2, ["started", "scheduled", "started"])
+    three = d.end(two, "A", "B", "never there")
+    assert (three.incarnation, [each.event_id for each in three.events]) == (3, ["C"])
+    assert d.end(three, "A") is three
+    with pytest.raises(IllegalStatusChange):
+        d.start(three, "C", "A")
+    assert d.schedule(three, *three.events) is three
+
+
+def test_not_before_moves_later_only_and_of_scheduled_events_only() -> None:
+    one = d.start(d.schedule(d.nothing_yet("web"), _event("A"), _event("B")), "B")
+    at = one.events[0].not_before
+    later = at + timedelta(seconds=60)
+    two = d.postpone(one, later, "a", "B")
+    assert two.incarnation == one.incarnation + 1, "workloads see it"
+    assert [each.not_before for each in two.events] == [later, at]
+    assert d.postpone(two, later, "A") is two
+    assert d.postpone(two, at, "A") is two, "never earlier"
+    assert d.postpone(two, later + timedelta(seconds=1), "C") is two
+
+
 def test_an_ended_event_cannot_start_and_the_error_names_both_states() -> None:
     with pytest.raises(IllegalStatusChange, match="'ended or unknown' to 'started'"):
         d.start(d.nothing_yet("web"), "A")
@@ -95,6 +129,13 @@ class Lives(RuleBasedStateMachine):
     @rule(event_id=open_ids)
     def start(self, event_id: str) -> None:
         self.document = d.start(self.document, event_id)
+
+    @rule(event_id=open_ids, minutes=st.integers(-5, 5))
+    def postpone(self, event_id: str, minutes: int) -> None:
+        before = {each.event_id: each.not_before for each in self.document.events}
+        at = datetime(2026, 4, 20, tzinfo=UTC) + timedelta(minutes=minutes)
+        self.document = d.postpone(self.document, at, event_id)
+        assert all(each.not_before >= before[each.event_id] for each in self.document.events)
 
     @rule(event_id=consumes(open_ids))
     def end(self, event_id: str) -> None:

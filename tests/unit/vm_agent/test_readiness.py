@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
+from itertools import pairwise
 from typing import Literal
 
+import msgspec
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -162,15 +164,58 @@ def test_no_hook_and_a_good_hook_mean_ready() -> None:
     assert answer_of("web-1", "e1", good).ready
 
 
+def _at(event_id: str, minute: int, status: Literal["scheduled", "started"] = "scheduled") -> ScheduledEvent:
+    not_before = datetime(2026, 4, 20, 22, minute, tzinfo=UTC)
+    return msgspec.structs.replace(event(event_id, status), not_before=not_before)
+
+
+def test_of_two_events_the_later_one_is_prepared_for_when_the_other_is_gone() -> None:
+    """The recovery from the first would undo what was prepared for the second."""
+    first, second = _at("e1", 10), _at("e2", 30)
+    state, effects = on_document(FRESH, document(1, second, first))
+    assert effects == [Prepare(first)]
+    state, effects = on_prepared(state, "e1", READY)
+    assert effects == [Announce(READY)]
+    state, effects = on_document(state, document(2, second, _at("e1", 10, "started")))
+    assert effects == []
+    state, effects = on_document(state, document(3, second))
+    assert effects == [Recover("e1"), Prepare(second)]
+
+
+def test_an_event_that_another_one_overtakes_is_prepared_for_again() -> None:
+    """A rollout that is resumed announces its event after one that waits behind it."""
+    waiting, resumed = _at("e1", 50), _at("e2", 10)
+    state, _ = on_document(FRESH, document(1, waiting))
+    state, _ = on_prepared(state, "e1", READY)
+    state, effects = on_document(state, document(2, waiting, resumed))
+    assert effects == [Prepare(resumed)]
+    assert announcements(state, scheduled_only=True) == [], "it is not ready for e1 any more"
+    state, _ = on_prepared(state, "e2", VmReady(vm="web-1", event_id="e2", ready=True))
+    state, effects = on_document(state, document(3, waiting))
+    assert effects == [Recover("e2"), Prepare(waiting)]
+
+
+def test_a_hook_that_runs_when_its_event_vanishes_is_recovered_from_before_the_next_is_prepared_for() -> None:
+    first, second = _at("e1", 10), _at("e2", 30)
+    state, _ = on_document(FRESH, document(1, first, second))
+    state, effects = on_document(state, document(2, second))
+    assert effects == [], "its hook runs"
+    state, effects = on_prepared(state, "e1", READY)
+    assert effects == [Recover("e1"), Prepare(second)]
+
+
 class AnyOrder(RuleBasedStateMachine):
-    """Documents, hook ends and resumes in any order, any of them repeated."""
+    """Documents, hook ends and resumes in any order, any of them repeated; an event that has ended does not come back."""
 
     def __init__(self) -> None:
         super().__init__()
         self.state = FRESH
-        self.prepares: list[str] = []
+        self.hooks: list[tuple[str, str]] = []
+        """Prepare hooks in the order in which they begin, and recoveries: the worker runs one after the other."""
+        self.running: str | None = None
         self.recovers: list[tuple[str, str]] = []
         self.answered: set[str] = set()
+        self.ended: set[str] = set()
         self.incarnation = 0
 
     def perform(self, decided: tuple[ReadinessState, list[Effect]]) -> None:
@@ -178,24 +223,34 @@ class AnyOrder(RuleBasedStateMachine):
         for effect in effects:
             match effect:
                 case Prepare(each):
-                    self.prepares.append(each.event_id)
+                    assert self.running is None, "one hook at a time"
+                    assert each.event_id == next(iter(self.state.open)), "the next event"
+                    self.running = each.event_id
+                    self.hooks.append(("prepare", each.event_id))
                 case Recover(event_id, operation):
                     self.recovers.append((event_id, operation))
+                    self.hooks.append(("recover", event_id))
                 case Announce(ready):
                     assert ready.event_id in self.answered
 
-    @rule(ids=st.sets(st.sampled_from("abcd")), started=st.booleans(), behind=st.integers(0, 2))
-    def document_arrives(self, ids: set[str], *, started: bool, behind: int) -> None:
+    @rule(ids=st.lists(st.sampled_from("abcd"), unique=True), started=st.booleans(), behind=st.integers(0, 2))
+    def document_arrives(self, ids: list[str], *, started: bool, behind: int) -> None:
         self.incarnation += 1
-        status: Literal["scheduled", "started"] = "started" if started else "scheduled"
-        events = [event(each, status) for each in sorted(ids)]
+        events = [
+            msgspec.structs.replace(
+                event(each, "started" if started and not turn else "scheduled"),
+                not_before=datetime(2026, 4, 20, 22, turn, tzinfo=UTC),
+            )
+            for turn, each in enumerate(each for each in ids if each not in self.ended)
+        ]
+        before = set(self.state.open)
         self.perform(on_document(self.state, document(self.incarnation - behind, *events)))
+        self.ended |= before - set(self.state.open)
 
-    @rule(data=st.data(), ready=st.booleans())
-    def hook_ends(self, data: st.DataObject, *, ready: bool) -> None:
-        running = [each for each in self.prepares if each not in self.answered]
-        if running:
-            ended = data.draw(st.sampled_from(running))
+    @rule(ready=st.booleans())
+    def hook_ends(self, *, ready: bool) -> None:
+        if self.running is not None:
+            ended, self.running = self.running, None
             self.answered.add(ended)
             self.perform(on_prepared(self.state, ended, VmReady(vm="web-1", event_id=ended, ready=ready)))
 
@@ -204,8 +259,19 @@ class AnyOrder(RuleBasedStateMachine):
         self.perform(on_resumed(self.state, operation, event_id, 1.0))
 
     @invariant()
-    def every_event_is_prepared_once(self) -> None:
-        assert len(self.prepares) == len(set(self.prepares))
+    def an_event_is_prepared_again_only_after_something_else(self) -> None:
+        """Otherwise what a hook did would be done twice."""
+        assert not any(one == two for one, two in pairwise(self.hooks) if one[0] == "prepare")
+
+    @invariant()
+    def what_is_repeated_is_still_true(self) -> None:
+        for each in announcements(self.state, scheduled_only=True):
+            last = max(at for at, hook in enumerate(self.hooks) if hook == ("prepare", each.ready.event_id))
+            after = [event_id for hook, event_id in self.hooks[last + 1 :] if hook == "recover"]
+            by_pause = {event_id for event_id, operation in self.recovers if operation}
+            assert set(after) <= by_pause | {each.ready.event_id}, (
+                "recovered since then: not prepared any more"
+            )
 
     @invariant()
     def every_pause_is_recovered_from_at_most_once(self) -> None:
@@ -215,9 +281,10 @@ class AnyOrder(RuleBasedStateMachine):
         assert len(unpaused) == len(set(unpaused))
 
     @invariant()
-    def no_prepared_and_ended_event_stays_unrecovered(self) -> None:
-        recovered = {event_id for event_id, _ in self.recovers}
-        assert all(each in recovered for each in self.answered if each not in self.state.open)
+    def nothing_stays_prepared_without_an_event(self) -> None:
+        if not self.state.open and self.running is None and self.hooks:
+            paused = {event_id for event_id, operation in self.recovers if operation}
+            assert self.hooks[-1][0] == "recover" or self.hooks[-1][1] in paused
 
 
 TestAnyOrder = AnyOrder.TestCase

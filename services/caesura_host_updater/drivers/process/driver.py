@@ -297,6 +297,10 @@ class ProcessDriver:
         await self._supervisor.shut_down(vm, by)
         return "SIGTERM"
 
+    async def kill(self, vm: str, by: float) -> None:
+        """SIGKILL to all processes of the VM."""
+        await self._supervisor.kill(vm, by)
+
     async def start(self, vm: str, down_by: float) -> bool:
         """Start its processes again."""
         return await self._supervisor.start(vm, down_by)

@@ -233,7 +233,25 @@ class ProcessSupervisor:
             self.shutting_down.discard(vm)
             raise ShutdownFailed(vm, f"it was not asked: the request cannot be noted: {error}") from error
         if not await self._ended_by(vm, by):
-            raise ShutdownFailed(vm, "its processes did not all end after SIGTERM, and none was killed")
+            raise ShutdownFailed(
+                vm, "its processes did not all end after SIGTERM, and none was killed", asked=True
+            )
+        while self._cleanup_tasks:
+            await asyncio.wait(set(self._cleanup_tasks))
+
+    async def kill(self, vm: str, by: float) -> None:
+        """SIGKILL to every process of a VM that was asked to shut down; its first process ends with the last of them.
+
+        Raises:
+            ShutdownFailed: it still runs at ``by`` on CLOCK_MONOTONIC.
+        """
+        run = self.runs.get(vm)
+        if run is None or vm not in self.shutting_down:
+            return
+        # Its first process kills what is below it, wherever that moved to.
+        send_signal(run.pid, run.start_ticks, signal.SIGALRM)
+        if not await self._ended_by(vm, by):
+            raise ShutdownFailed(vm, "its processes did not all end after SIGKILL", asked=True)
         while self._cleanup_tasks:
             await asyncio.wait(set(self._cleanup_tasks))
 

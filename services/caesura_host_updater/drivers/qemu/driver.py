@@ -257,6 +257,10 @@ class QemuDriver:
             if not guest.left and time.monotonic() >= until:
                 raise NotRunningYet(vm, guest.last_error or f"is {state} after {timeout_s:.2f} s")
 
+    async def kill(self, vm: str, by: float) -> None:
+        """SIGKILL to its QEMU."""
+        await self._restarter.kill(self._guests[vm], by)
+
     async def shut_down(self, vm: str, by: float) -> str:
         """By the guest agent, else by ACPI."""
         return await self._restarter.shut_down(self._guests[vm], by)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -17,6 +18,7 @@ from caesura_host_updater.drivers.qemu.process_records import Records, VmProcess
 from caesura_host_updater.drivers.qemu.supervisor import VmSupervisor
 from caesura_host_updater.drivers.shutdown_requests import ShutdownRequests
 from caesura_host_updater.spawn import ExitWatch
+from caesura_vmcontrol.procfs import send_signal
 
 _AGENT_S = 3.0  # s: a guest agent answers within milliseconds; then ACPI is tried
 _LOOK_S = 0.1  # s: between two looks at a guest that is down in a process that stays (-no-shutdown)
@@ -84,9 +86,25 @@ class Restarter:
                 raise
             how = "itself"
         if not await self._ended_by(guest, run, by):
-            raise ShutdownFailed(vm, f"its guest was asked by {how} and runs on; it was not killed")
+            raise ShutdownFailed(
+                vm, f"its guest was asked by {how} and runs on; it was not killed", asked=True
+            )
         await self._supervisor.end(guest, run)
         return how
+
+    async def kill(self, guest: Guest, by: float) -> None:
+        """Kill the QEMU of a guest that was asked to shut down, and wait for its end.
+
+        Raises:
+            ShutdownFailed: it still runs at ``by``.
+        """
+        vm, run = guest.vm, guest.run
+        if run is None or vm not in self.down:
+            return
+        send_signal(run.pid, run.start_ticks, signal.SIGKILL)
+        if not await self._ended_by(guest, run, by):
+            raise ShutdownFailed(vm, "its QEMU did not end after SIGKILL", asked=True)
+        await self._supervisor.end(guest, run)
 
     async def _ask(self, guest: Guest, run: VmProcessRecord, by: float) -> str:
         """By the guest agent, which no guest ignores, else by ACPI."""

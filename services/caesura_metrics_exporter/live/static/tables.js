@@ -34,7 +34,7 @@ export function drawRollout(root, numbers, model) {
     const over = DONE.has(rollout.status) || rollout.status === "aborted";
     parts.push(h("p", { class: "over" }, over ? "Last rollout" : rollout.update ? "Rollout" : "Freeze on demand"));
     const title = rollout.update || `hold for ${rollout.hold_s} s`;
-    parts.push(h("h2", { id: "rollout-title" }, title, " ", h("span", { class: `chip ${rollout.status}` }, rollout.status)));
+    parts.push(h("h2", { id: "rollout-title" }, title, " ", h("span", { class: `chip ${rollout.status}` }, rollout.queued_behind ? "queued" : rollout.status)));
     parts.push(h("p", { class: "line" }, sentence(rollout, model)));
     if (rollout.reason && rollout.status !== "halted") parts.push(h("p", { class: "reason" }, rollout.reason)); // that of a halt is an alarm
     parts.push(...failedUpdates(rollout));
@@ -45,7 +45,7 @@ export function drawRollout(root, numbers, model) {
     parts.push(h("p", { class: "facts" }, facts.join(" · ")));
     for (const other of others.slice(0, 5)) {
       const reason = other.reason ? `: ${other.reason}` : "";
-      parts.push(h("p", { class: `facts other ${other.status}` }, `Also ${other.status}: `, h("bdi", {}, other.update || "freeze on demand"), `, ${count(other.sets, "set")}${reason}`));
+      parts.push(h("p", { class: `facts other ${other.status}` }, `Also ${other.queued_behind ? "queued" : other.status}: `, h("bdi", {}, other.update || "freeze on demand"), `, ${count(other.sets, "set")}${reason}`));
     }
   }
   replaceIfChanged(root, parts);
@@ -71,6 +71,10 @@ function sentence(rollout, model) {
   if (rollout.status === "halted") {
     const failed = rollout.waves.find((wave) => wave.status === "failed") || current;
     return `Wave ${failed.wave + 1} stopped the rollout; ${verified}. Nothing more starts until somebody resumes or aborts it.`;
+  }
+  if (rollout.queued_behind) {
+    const at = current.not_before ? `, not before ${time(current.not_before)}` : "";
+    return `Queued behind ${rollout.queued_behind}${at}. It starts when that has ended.`;
   }
   const standing = current.standing || 0;
   const seen = model.paused.some((each) => model.blindSince(each) == null);

@@ -74,6 +74,8 @@ class UpdateRecord(Record, frozen=True, kw_only=True):
     vmm: VmmChange = ""
     shutdown_s: Positive = 120.0
     """Impact reboot: the most that a VM may take to shut down, from the request to its end."""
+    kill_after_timeout: bool = False
+    """Impact reboot: whether a VM that takes longer is killed; else nothing is, and the update does not run."""
 
 
 class RefusedUpdate(Record, frozen=True, kw_only=True):

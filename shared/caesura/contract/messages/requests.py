@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar
 
 from msgspec import Meta
 
-from caesura.contract.envelope import Message
+from caesura.contract.envelope import Instant, Message
 from caesura.contract.messages.fields import MAX_BUDGET_S, MOST_PARTS, Id, OptionalId, PartNumber, Text
 from caesura.contract.messages.plans import Limits, Plan, PlannedVm, PlannedWave, Policy, Refusal, Selection
 from caesura.contract.names import Name
@@ -24,6 +24,8 @@ class RolloutRequested(Message, frozen=True, kw_only=True):
     policy: Policy = Policy()
     plan_only: bool = False
     limits: Limits = Limits()
+    queue: bool = False
+    """Wait for the rollouts that hold its sets, announced with a later NotBefore, instead of being refused."""
 
 
 class FreezeRequested(Message, frozen=True, kw_only=True):
@@ -37,6 +39,8 @@ class FreezeRequested(Message, frozen=True, kw_only=True):
     policy: Policy = Policy()
     plan_only: bool = False
     limits: Limits = Limits()
+    queue: bool = False
+    """Wait for the rollouts that hold its sets, announced with a later NotBefore, instead of being refused."""
 
 
 class AbortRequested(Message, frozen=True, kw_only=True):
@@ -71,6 +75,10 @@ class RequestAnswered(Message, frozen=True, kw_only=True):
     reason: Text = ""
     codes: tuple[Code, ...] = ()
     rollout: OptionalId = ""
+    queued_behind: OptionalId = ""
+    """The rollout that this one waits for."""
+    not_before: Instant | None = None
+    """Of a queued rollout: its first pause is not before this instant, which may move later."""
     plan: Plan | None = None
     """Without waves, skipped VMs and refusals where there are parts."""
     plan_parts: Annotated[int, Meta(ge=0, le=MOST_PARTS)] = 0

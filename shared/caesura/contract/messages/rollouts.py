@@ -15,6 +15,7 @@ from caesura.contract.messages.fields import (
     ExitCode,
     Id,
     MessageType,
+    OptionalId,
     OptionalName,
     Record,
     RolloutStatus,
@@ -79,6 +80,9 @@ class RolloutState(Message, frozen=True, kw_only=True):
     update: OptionalName
     hold_s: Seconds = 0.0
     status: RolloutStatus
+    queued_behind: OptionalId = ""
+    """The rollout that it waits for, while it is `running` and another one holds one of its sets: its first wave may be announced, and
+    starts when the others have ended."""
     reason: Text = ""
     codes: tuple[Code, ...] = ()
     """The codes of everything in `reason`, each once."""

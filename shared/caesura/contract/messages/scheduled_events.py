@@ -56,7 +56,8 @@ class SetDocument(Message, frozen=True, kw_only=True):
 
 
 class EventChanged(Message, frozen=True, kw_only=True):
-    """A scheduled event reached a status. Every event reaches exactly one of completed, cancelled, failed."""
+    """A scheduled event reached a status, or is `scheduled` again with a later NotBefore. Every event reaches exactly one of completed,
+    cancelled, failed."""
 
     TYPE: ClassVar[str] = "caesura.event.changed.v1"
 

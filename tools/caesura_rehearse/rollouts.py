@@ -276,7 +276,10 @@ class RolloutRunner:
         if order.event in ("Freeze", "Reboot", "Redeploy"):
             for slot in course.slots:
                 if slot.exited is not None and slot.target is not None:
-                    return "failed", f"{slot.target.what} of {slot.vm} {describe_exit(slot.target.exit_code)}"
+                    return (
+                        "failed",
+                        f"{slot.target.what} of {slot.vm} ended ({describe_exit(slot.target.exit_code)})",
+                    )
         return "completed", ""
 
     # -- a wave's course ----------------------------------------------------------------------------------
@@ -420,6 +423,10 @@ class RolloutRunner:
             conditions.notify()
             await self._impact.perform(course.records, order, course.slots)
             await conditions.until(lambda: course.over, order.checks_s)
-        if course.over:
-            raise NotPaused(ended_early(course.slots).replace("before", "after"))
+        if order.event == "Freeze" and (course.over or any(slot.exited is not None for slot in course.slots)):
+            paused = {gap.vm for record in course.records for gap in record.gaps}
+            missed = any(not slot.runs and slot.vm not in paused for slot in course.slots)
+            raise NotPaused(
+                ended_early(course.slots, "before it could be paused" if missed else "after its pause")
+            )
         return "completed"

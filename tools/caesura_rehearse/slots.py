@@ -55,11 +55,14 @@ def nothing_left(slots: Sequence[Slot]) -> bool:
     return any(slot.target is not None for slot in slots) and not any(slot.runs for slot in slots)
 
 
-def ended_early(slots: Sequence[Slot]) -> str:
-    """That nothing could be paused, for people."""
+def ended_early(slots: Sequence[Slot], when: str = "before it could be paused") -> str:
+    """That programs have ended, for people; the VMs are named where there are several."""
+    named = len(slots) > 1
     ended = [
-        f"{slot.target.what} ended ({describe_exit(slot.target.exit_code)})"
+        slot.target.what
+        + (f" of {slot.vm}" if named else "")
+        + f" ended ({describe_exit(slot.target.exit_code)})"
         for slot in slots
-        if slot.target is not None
+        if slot.target is not None and not slot.runs
     ]
-    return f"{', '.join(ended)} before it could be paused"
+    return f"{', '.join(ended)} {when}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import signal
 import socket
@@ -15,6 +16,7 @@ from xml.etree import ElementTree as ET
 
 import pytest
 
+from caesura.runtime.processes import is_frozen, kill_marked
 from caesura_rehearse import Rehearsal, RehearsalAssertion, RehearsalError
 from caesura_testing.fleet import until
 from caesura_testing.rehearsing import CLIENT, Rehearsed, ask, caesura
@@ -143,6 +145,51 @@ def test_a_set_halts_when_a_program_of_it_has_ended(tmp_path: Path) -> None:
     (rollout,) = report["rollouts"]
     assert (rollout["outcome"], rollout["waves_begun"]) == ("failed", 2)
     assert "Freeze of app-3" in [each["what"] for each in report["verdicts"] if not each["held"]]
+
+
+TWO_SETS = """
+title = "a long pause of two sets"
+[[set]]
+name = "web"
+vms = 2
+update_domains = 1
+[[set]]
+name = "db"
+[[step]]
+event = "Freeze"
+notice = "600s"
+duration = "20s"
+"""
+
+
+@pytest.fixture
+def paused(tmp_path: Path) -> Iterator[tuple[Rehearsed, list[int]]]:
+    """Three VMs of two sets, all paused in one wave, and the processes of their programs."""
+    (tmp_path / "own.toml").write_text(TWO_SETS)
+    options = ("--scenario", str(tmp_path / "own.toml"), "--freezer", "sigstop")
+    run = Rehearsed(tmp_path, options, "approve", place="{vm}")
+    pids = [int(run.until(f"{vm}/pid")) for vm in ("web-1", "web-2", "db-1")]
+    until(lambda: all(is_frozen(pid) for pid in pids), 60, lambda: run.said)
+    yield run, pids
+    asyncio.run(kill_marked(run.mark))
+    run.process.communicate()
+
+
+def test_killed_in_the_pause_of_a_wave_all_of_it_runs_again(paused: tuple[Rehearsed, list[int]]) -> None:
+    """I2: one guard holds the way out of both sets."""
+    run, pids = paused
+    run.process.kill()
+    run.process.wait()
+    until(lambda: not any(is_frozen(pid) for pid in pids), 10, lambda: "the guard has not resumed them")
+    assert all(Path(f"/proc/{pid}").exists() for pid in pids)
+
+
+def test_interrupted_in_the_pause_of_a_wave_all_of_it_is_ended(paused: tuple[Rehearsed, list[int]]) -> None:
+    run, pids = paused
+    run.process.send_signal(signal.SIGINT)
+    assert run.finish() == 130
+    assert [run.read(f"{vm}/terminated") for vm in ("web-1", "web-2", "db-1")] == ["yes"] * 3
+    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
 
 
 @pytest.fixture

@@ -156,12 +156,13 @@ async def test_a_program_that_has_ended_halts_the_rollout() -> None:
     """I8: its neighbours are not touched."""
     async with stage(*members_of("web", 3)) as on:
         on.slots["web-1"].exited = 1.0
+        on.targets["web-1"].ended.set()
         on.targets["web-1"].exit_code = 3
         on.impact.release.set()
-        record = await on.rollouts.roll(now())
+        record = await on.rollouts.roll(now(event="Reboot"))
         await on.until(lambda: record.ended is not None)
         assert (record.outcome, record.waves_begun) == ("failed", 1)
-        assert record.why == "app of web-1 exit code 3"
+        assert record.why == "app of web-1 ended (exit code 3)"
 
 
 async def test_a_host_waits_for_the_approvals_of_all_its_sets() -> None:
@@ -239,3 +240,15 @@ async def test_what_cannot_be_ordered_changes_nothing() -> None:
         assert not on.seen.events
         assert not on.seen.rollouts
         assert not on.documents.done
+
+
+async def test_a_wave_of_which_one_program_has_ended_did_not_come_about() -> None:
+    async with stage(*members_of("web", 2, 1)) as on:
+        on.impact.release.set()
+        on.slots["web-2"].exited = 0.5
+        on.targets["web-2"].ended.set()
+        on.targets["web-2"].exit_code = 0
+        event = await on.rollouts.order(now())
+        await on.until(lambda: bool(event.outcome))
+        assert event.outcome == "failed"
+        assert event.why == "app of web-2 ended (exit code 0) before it could be paused"

@@ -32,7 +32,7 @@ from caesura.bus.messaging import MessageClient
 from caesura.contract import messages as m
 from caesura.contract.codec import Received
 from caesura.contract.topics import channel_of
-from caesura.lifecycle.commands import COMMANDS
+from caesura.lifecycle.command_compatibility import COMMANDS
 from caesura_coordinator.service import Coordinator, subscriptions
 from caesura_coordinator.store import CoordinatorStore
 

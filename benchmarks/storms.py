@@ -13,7 +13,7 @@ from caesura.contract import messages as m
 from caesura.contract.codec import encode
 from caesura.contract.envelope import Message
 from caesura.contract.topics import channel_of
-from caesura.lifecycle.commands import COMMANDS
+from caesura.lifecycle.command_compatibility import COMMANDS
 from caesura_testing.rollouts import sent, wave_state, whole_rollout
 
 

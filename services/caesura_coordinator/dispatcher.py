@@ -30,7 +30,7 @@ class RolloutDispatcher:
         relay: publishes what their decisions stored.
         leadership: only a leader decides.
         commits: those of the repository's store.
-        fence: the view of the fleet that decisions read.
+        fleet_now: the view of the fleet that decisions read.
         now: the time of decisions.
         on_tick: called once a tick, with the event loop's seconds.
     """
@@ -43,7 +43,7 @@ class RolloutDispatcher:
         leadership: Leadership,
         commits: GroupCommit,
         *,
-        fence: Callable[[], FleetLookup],
+        fleet_now: Callable[[], FleetLookup],
         now: Callable[[], datetime],
         on_tick: Callable[[float], None],
     ) -> None:
@@ -52,7 +52,7 @@ class RolloutDispatcher:
         self._relay = relay
         self._leadership = leadership
         self._commits = commits
-        self._fence = fence
+        self._fleet_now = fleet_now
         self._now = now
         self._on_tick = on_tick
         self._changed = asyncio.Event()
@@ -135,7 +135,7 @@ class RolloutDispatcher:
             return
         try:
             changed = self._repository.step(
-                rollout, received, self._fence(), self._leadership.authority, self._now()
+                rollout, received, self._fleet_now(), self._leadership.authority, self._now()
             )
         except CaesuraError as error:  # its state is unchanged: the others must not wait for it
             if self._last_errors.get(rollout.id) != str(error):

@@ -14,7 +14,7 @@ from caesura.bus.presence import Presence, last_will
 from caesura.contract import messages as m
 from caesura.contract.codec import Received
 from caesura.contract.envelope import source_of
-from caesura.lifecycle.commands import COMMANDS
+from caesura.lifecycle.command_compatibility import COMMANDS
 from caesura.lifecycle.epoch import epoch_floor, leaps
 from caesura.runtime.errors import CaesuraError
 from caesura.runtime.group_commit import GroupCommit

@@ -25,7 +25,7 @@ class Reconciler:
         relay: publishes what differs.
         leadership: a coordinator that does not lead changes nothing.
         source: CloudEvents source of this coordinator, by which it knows its own messages.
-        fence: the view of the fleet that decisions read.
+        fleet_now: the view of the fleet that decisions read.
         now: the time of decisions.
     """
 
@@ -36,14 +36,14 @@ class Reconciler:
         leadership: Leadership,
         *,
         source: str,
-        fence: Callable[[], FleetLookup],
+        fleet_now: Callable[[], FleetLookup],
         now: Callable[[], datetime],
     ) -> None:
         self._repository = repository
         self._relay = relay
         self._leadership = leadership
         self._source = source
-        self._fence = fence
+        self._fleet_now = fleet_now
         self._now = now
         self._pending_documents: dict[str, tuple[m.SetDocument, str]] = {}
         self._pending_rollouts: dict[str, m.RolloutState] = {}
@@ -90,7 +90,9 @@ class Reconciler:
 
     def _reconcile_document(self, document: m.SetDocument, source: str) -> None:
         try:
-            self._repository.adopt_document(document, self._fence(), self._leadership.authority, self._now())
+            self._repository.adopt_document(
+                document, self._fleet_now(), self._leadership.authority, self._now()
+            )
             # Our own documents are echoed to us, and may be older than a later decision; another's must not stay.
             if source != self._source:
                 self._repository.republish_above(document)

@@ -50,7 +50,7 @@ class RequestHandler:
         relay: publishes the answers.
         dispatcher: evaluates the rollouts that a request has changed.
         leadership: only a leader answers.
-        fence: the view of the fleet that decisions read.
+        fleet_now: the view of the fleet that decisions read.
         now: the time of decisions.
     """
 
@@ -62,7 +62,7 @@ class RequestHandler:
         dispatcher: RolloutDispatcher,
         leadership: Leadership,
         *,
-        fence: Callable[[], FleetLookup],
+        fleet_now: Callable[[], FleetLookup],
         now: Callable[[], datetime],
     ) -> None:
         self._repository = repository
@@ -70,7 +70,7 @@ class RequestHandler:
         self._relay = relay
         self._dispatcher = dispatcher
         self._leadership = leadership
-        self._fence = fence
+        self._fleet_now = fleet_now
         self._now = now
         self.pending: list[tuple[str, Request, str]] = []
         """Client, request, and why it is too late, of those that arrived before the epoch was claimed."""
@@ -167,7 +167,7 @@ class RequestHandler:
         self, client: str, request: m.RolloutRequested | m.FreezeRequested, update: str, hold_s: float
     ) -> None:
         plan = make_plan(
-            self._fence().with_contested(self._owners.contested()),
+            self._fleet_now().with_contested(self._owners.contested()),
             update=update,
             selection=request.selection,
             policy=request.policy,
@@ -198,7 +198,7 @@ class RequestHandler:
             f"{now:%Y%m%d-%H%M%S}-{new_id()[:4]}",
             plan,
             policy=request.policy,
-            fence_hosts=tuple(sorted(self._fence().hosts_of(sets_of(plan)))),
+            fence_hosts=tuple(sorted(self._fleet_now().hosts_of(sets_of(plan)))),
             requested_by=client,
             now=now,
             queued_behind=ahead[-1].id if ahead else "",
@@ -229,7 +229,7 @@ class RequestHandler:
             if ahead:
                 # At the same moment, so that NotBefore is what the answer says.
                 stored = self._repository.rollouts[rollout.id]
-                self._repository.step(stored, Tick(), self._fence(), self._leadership.authority, now)
+                self._repository.step(stored, Tick(), self._fleet_now(), self._leadership.authority, now)
         except StoreError as error:
             _log.error("rollout.not_announced", rollout=rollout.id, why=str(error))  # tried again in a moment
         try:
@@ -278,7 +278,7 @@ class RequestHandler:
         self._repository.step(
             rollout,
             received,
-            self._fence(),
+            self._fleet_now(),
             self._leadership.authority,
             self._now(),
             answer=(client, answer),

@@ -127,7 +127,7 @@ class Coordinator:
             self.relay,
             self.leadership,
             self.commits,
-            fence=lambda: self.fleet,
+            fleet_now=lambda: self.fleet,
             now=now,
             on_tick=self._on_tick,
         )
@@ -136,7 +136,7 @@ class Coordinator:
             self.relay,
             self.leadership,
             source=self.post.source,
-            fence=lambda: self.fleet,
+            fleet_now=lambda: self.fleet,
             now=now,
         )
         self._fleet_receiver = FleetReceiver(
@@ -153,7 +153,7 @@ class Coordinator:
             self.relay,
             self._dispatcher,
             self.leadership,
-            fence=lambda: self.fleet,
+            fleet_now=lambda: self.fleet,
             now=now,
         )
         self.commits.listeners.append(self._dispatcher.on_synced)

@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterable, Iterator
 
 from caesura.contract.messages import HostInventory, PlannedVm
 from caesura.contract.reasons import Reason, ReasonCode
-from caesura.lifecycle.commands import UPGRADE, missing
+from caesura.lifecycle.command_compatibility import UPGRADE, missing
 from caesura_coordinator.fleet_lookup import FleetLookup, place
 from caesura_coordinator.members import members_of
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from caesura.contract.messages import HostInventory
-from caesura.lifecycle.commands import UPGRADE, missing
+from caesura.lifecycle.command_compatibility import UPGRADE, missing
 
 
 def not_together(hosts: Mapping[str, HostInventory]) -> list[str]:

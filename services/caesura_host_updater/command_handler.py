@@ -26,9 +26,9 @@ from caesura_host_updater.epoch_tracker import EpochTracker
 from caesura_host_updater.installed_probe import InstalledProbe
 from caesura_host_updater.inventory.catalogue_reader import CatalogueReader
 from caesura_host_updater.inventory.updates import UpdateFile
+from caesura_host_updater.operation.current_operation import CurrentOperation
 from caesura_host_updater.operation.facts import FactFactory
 from caesura_host_updater.operation.finalizer import OperationFinalizer, cancelled_before_it_began
-from caesura_host_updater.operation.queue import OperationQueue
 from caesura_host_updater.operation.report import status_report
 from caesura_host_updater.operation.state import Operation, UpdateRun, VmPause
 from caesura_host_updater.outbox import Outbox
@@ -49,7 +49,7 @@ class CommandHandler:
         *,
         driver: Driver,
         epochs: EpochTracker,
-        operations: OperationQueue,
+        operations: CurrentOperation,
         finalizer: OperationFinalizer,
         fact_factory: FactFactory,
         outbox: Outbox,

@@ -6,7 +6,7 @@ from collections.abc import Collection
 
 import msgspec
 
-from caesura.lifecycle.commands import COMMANDS, UPGRADE, missing
+from caesura.lifecycle.command_compatibility import COMMANDS, UPGRADE, missing
 from caesura.lifecycle.epoch import EPOCH_LEAP, leaps
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 
 from caesura.contract.messages import CoordinatorPresence
-from caesura.lifecycle.commands import COMMANDS
+from caesura.lifecycle.command_compatibility import COMMANDS
 from caesura.runtime.errors import StoreError
 from caesura.runtime.logs import get_logger
 from caesura_host_updater.epoch_authority import EpochAuthority, NotObeyed, observe_epoch

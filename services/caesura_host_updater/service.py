@@ -48,9 +48,9 @@ from caesura_host_updater.inventory.publisher import InventoryPublisher
 from caesura_host_updater.journal import Journal, JournalThread
 from caesura_host_updater.metrics import HostMetrics
 from caesura_host_updater.operation.crash_recovery import CrashRecovery
+from caesura_host_updater.operation.current_operation import CurrentOperation
 from caesura_host_updater.operation.facts import FactFactory
 from caesura_host_updater.operation.finalizer import OperationFinalizer
-from caesura_host_updater.operation.queue import OperationQueue
 from caesura_host_updater.operation.state import Operation
 from caesura_host_updater.outbox import Outbox
 from caesura_host_updater.pause_markers import PauseMarkers
@@ -144,7 +144,7 @@ class HostUpdater:
             resumed=resumed,
             has_clock=self._view.has_clock,
         )
-        self.operations = OperationQueue(
+        self.operations = CurrentOperation(
             host.host,
             driver=driver,
             guard=guard,

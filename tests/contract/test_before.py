@@ -19,7 +19,7 @@ _MOVED = {
     "caesura.freeze.commanded.v1": "caesura/v1/fleet/host/host-1/freeze",
     "caesura.abort.commanded.v1": "caesura/v1/fleet/host/host-1/abort",
 }
-"""Commands, under the names and topics of before: whoever sends them is refused (`caesura.lifecycle.commands`)."""
+"""Commands, under the names and topics of before: whoever sends them is refused (`caesura.lifecycle.command_compatibility`)."""
 _TAKEN_APART = {"caesura.rollout.state.v1": "wave_count"}
 """Before 0.1.0 its waves were in it: a coordinator that has the rollout publishes it again at its start, taken apart."""
 _CHANNELS = {channel.message.TYPE: channel for channel in CHANNELS}

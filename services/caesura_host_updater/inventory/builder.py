@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Literal
 
 from caesura.contract.messages import HostInventory, InstalledUpdate, ProofCode, VmRecord, VmState
-from caesura.lifecycle.commands import COMMANDS
+from caesura.lifecycle.command_compatibility import COMMANDS
 from caesura.lifecycle.proof import ordered
 from caesura_host_updater.drivers.port import Capabilities
 from caesura_host_updater.epoch_authority import EpochAuthority

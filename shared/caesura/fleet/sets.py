@@ -9,7 +9,7 @@ from __future__ import annotations
 import msgspec
 
 from caesura.contract.messages import HostInventory, VmRecord
-from caesura.lifecycle.commands import missing
+from caesura.lifecycle.command_compatibility import missing
 
 Obeyed = tuple[int, str]
 """Epoch and coordinator that a host has acknowledged."""

@@ -18,7 +18,7 @@ from caesura.bus.options import BrokerOptions
 from caesura.bus.port import Delivery
 from caesura.contract import messages as m
 from caesura.contract.access import Principal, access_rules
-from caesura.lifecycle.commands import COMMANDS
+from caesura.lifecycle.command_compatibility import COMMANDS
 from caesura.runtime.identity import new_id
 from caesura.runtime.settings import Secret
 from caesura_coordinator.service import Coordinator, subscriptions

@@ -30,7 +30,7 @@ from caesura.contract.messages import (
     VmFrozen,
     VmResumed,
 )
-from caesura.lifecycle.commands import COMMANDS
+from caesura.lifecycle.command_compatibility import COMMANDS
 from caesura_testing.patience import patient
 from caesura_vmcontrol.procfs import alive
 

@@ -10,7 +10,7 @@ import pytest
 from caesura.contract import messages as m
 from caesura.fleet.fold import apply
 from caesura.fleet.state import FleetState
-from caesura.lifecycle.commands import COMMANDS
+from caesura.lifecycle.command_compatibility import COMMANDS
 from caesura_coordinator.authority import Authority
 from caesura_coordinator.fleet_lookup import FleetLookup
 

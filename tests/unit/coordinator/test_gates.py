@@ -13,7 +13,7 @@ from caesura.contract.envelope import Message
 from caesura.fleet.fold import apply
 from caesura.fleet.state import FleetState
 from caesura.fleet.words import Cleared
-from caesura.lifecycle.commands import COMMANDS, missing
+from caesura.lifecycle.command_compatibility import COMMANDS, missing
 from caesura_coordinator.fleet_lookup import FleetLookup
 from caesura_coordinator.wave_gates import fence_blockers, health_blockers, placement_blockers
 

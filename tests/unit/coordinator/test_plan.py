@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from caesura.contract import messages as m
 from caesura.fleet.state import FleetState
-from caesura.lifecycle.commands import COMMANDS
+from caesura.lifecycle.command_compatibility import COMMANDS
 from caesura_coordinator.fleet_lookup import Contested, FleetLookup
 from caesura_coordinator.plan import make_plan
 from caesura_coordinator.wave_gates import health_blockers

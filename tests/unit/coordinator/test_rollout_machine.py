@@ -23,7 +23,7 @@ from caesura.contract.codec import MAX_PAYLOAD_BYTES, size_bytes
 from caesura.contract.envelope import Message
 from caesura.fleet.fold import apply
 from caesura.fleet.state import FleetState
-from caesura.lifecycle.commands import COMMANDS
+from caesura.lifecycle.command_compatibility import COMMANDS
 from caesura.lifecycle.document import version_of
 from caesura.lifecycle.errors import IllegalStatusChange
 from caesura.lifecycle.proof import memory_proof

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from caesura.contract import messages as m
 from caesura.fleet.state import FleetState
-from caesura.lifecycle.commands import COMMANDS
+from caesura.lifecycle.command_compatibility import COMMANDS
 from caesura.lifecycle.errors import IllegalStatusChange
 from caesura.runtime.errors import StoreError
 from caesura_coordinator.authority import Authority

@@ -12,7 +12,7 @@ import pytest
 from caesura.contract import messages as m
 from caesura.contract.reasons import KNOWN
 from caesura.fleet.state import FleetState
-from caesura.lifecycle.commands import COMMANDS
+from caesura.lifecycle.command_compatibility import COMMANDS
 from caesura.lifecycle.proof import memory_proof
 from caesura_coordinator.authority import Authority
 from caesura_coordinator.fleet_lookup import FleetLookup

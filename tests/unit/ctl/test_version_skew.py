@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from caesura.contract import messages as m
-from caesura.lifecycle.commands import COMMANDS
+from caesura.lifecycle.command_compatibility import COMMANDS
 from caesura_ctl.version_skew import not_together
 
 _WELL = m.HostInventory(host="h1", driver="process", epoch=1, vms=(), guard="ready", commands=COMMANDS)

@@ -19,7 +19,7 @@ from caesura.contract.topics import CHANNELS
 from caesura.fleet.fold import NOTHING, apply
 from caesura.fleet.state import FleetState, LocatedVm
 from caesura.fleet.words import TOMBSTONES_KEPT, Cleared, Words, retained_channel
-from caesura.lifecycle.commands import COMMANDS, missing
+from caesura.lifecycle.command_compatibility import COMMANDS, missing
 
 T0 = datetime(2026, 4, 20, 12, 0, 0, tzinfo=UTC)
 _HOSTS = ("h1", "h2", "h3")

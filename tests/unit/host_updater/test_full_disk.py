@@ -14,7 +14,7 @@ from caesura.delivery.sqlite import OutboxTable
 from caesura.runtime.errors import StoreError
 from caesura_host_updater.inventory.host_config import HostFile
 from caesura_host_updater.journal import Journal, JournalThread
-from caesura_host_updater.operation.queue import OperationQueue
+from caesura_host_updater.operation.current_operation import CurrentOperation
 from caesura_host_updater.service import HostUpdater
 
 
@@ -30,7 +30,7 @@ async def test_a_command_under_a_new_epoch_that_cannot_be_written_down_does_not_
     hand: Callable[..., Any],
 ) -> None:
     """The coordinator was restarted and repeats the command of the pause that lasts."""
-    monkeypatch.setattr(OperationQueue, "operation", "op")
+    monkeypatch.setattr(CurrentOperation, "operation", "op")
     monkeypatch.setattr(Journal, "obey", _full)
     journal = JournalThread()
     await journal.open(str(tmp_path / "journal.sqlite"))

@@ -17,7 +17,7 @@ from caesura.bus.port import Delivery
 from caesura.contract.codec import decode, encode
 from caesura.contract.messages import CoordinatorPresence, HostInventory
 from caesura.contract.topics import channel_of
-from caesura.lifecycle.commands import COMMANDS
+from caesura.lifecycle.command_compatibility import COMMANDS
 from caesura_host_updater.epoch_authority import EpochAuthority
 from caesura_host_updater.inventory.host_config import HostFile
 from caesura_host_updater.journal import Journal, JournalThread

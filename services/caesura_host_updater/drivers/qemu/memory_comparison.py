@@ -3,24 +3,33 @@
 Reading the RAM file twice would show nothing that could be otherwise. What may be wrong in a swap is that the new process has
 other memory mapped than the old one (another file of the same name, a private mapping, another offset), so each page is
 read through the mapping of each process (process_vm_readv(2): one call for all pages, a fifth of the time of as many reads of
-``/proc/PID/mem``). All that takes long is done before the pause: choosing the pages, finding the mappings, a first reading.
+``/proc/PID/mem``). It runs in threads, every wait bounded; all that takes long is done before the pause: choosing the pages, finding the mappings, a first reading.
 """
 
 from __future__ import annotations
 
+import asyncio
 import ctypes
 import errno
 import os
 import re
+import threading
+from concurrent.futures import Executor
+from contextlib import suppress
 from typing import NamedTuple
 
+from caesura_host_updater.drivers.port import SwapFailed
+from caesura_host_updater.drivers.qemu.commandline import GuestRam
 from caesura_host_updater.drivers.sampling import PAGE_BYTES, SAMPLE_PAGES, sampled_offsets
+from caesura_vmcontrol.qemu_plans import SwapPlan
 
 _MAPPING = re.compile(
     r"([0-9a-f]+)-([0-9a-f]+) (....) ([0-9a-f]+) ([0-9a-f]+):([0-9a-f]+) (\d+) *(.*)", re.ASCII
 )
 _DELETED = " (deleted)"
 _DRAWS = 4  # times so many pages are drawn until enough of them are different ones that hold data
+
+_VIEWS_S = 2.0  # s: to find and open both processes' mappings of the RAM, before the pause: 3 ms is usual
 
 
 class NoView(Exception):
@@ -273,3 +282,51 @@ def _with_data(handle: int, offset: int) -> int:
         if error.errno == errno.ENXIO:
             return -1
         raise
+
+
+async def find_views(memory: GuestRam | str, plan: SwapPlan, seed: str, threads: Executor) -> Views | str:
+    """What is compared inside the pause, opened before it; or why nothing can be.
+
+    Args:
+        memory: the guest's RAM; a text says why there is none that can be compared.
+        seed: which pages are compared follows from it.
+
+    Raises:
+        SwapFailed: the new process has other memory.
+    """
+    if isinstance(memory, str):
+        return memory
+    opening = asyncio.get_running_loop().run_in_executor(
+        threads, open_views, plan.old.pid, plan.new.pid, memory.file, memory.size, seed
+    )
+    done, _ = await asyncio.wait({opening}, timeout=_VIEWS_S)
+    if not done:
+        opening.add_done_callback(lambda task: task.cancelled() or task.exception())
+        return f"the mappings of its RAM were not found within {_VIEWS_S:g} s"
+    try:
+        return opening.result()
+    except OtherMemory as error:
+        raise SwapFailed(plan.vm, f"the new process has other memory than the guest: {error}") from error
+    except NoView as error:
+        return str(error)
+
+
+async def compare(views: Views | str) -> Compared:
+    """The result of comparing the pages; ``views``: a text says why nothing can be compared."""
+    if isinstance(views, str):
+        return Compared(None, views)
+    loop = asyncio.get_running_loop()
+    done: asyncio.Future[Compared] = loop.create_future()
+
+    def report(found: Compared) -> None:
+        if not done.done():
+            done.set_result(found)
+
+    def work() -> None:
+        found = views.compare()
+        with suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            loop.call_soon_threadsafe(report, found)
+
+    # A thread of its own inherits the priority of this one, which is boosted; one of the pool would wait for a time slice.
+    threading.Thread(target=work, name="compare", daemon=True).start()
+    return await done

@@ -36,11 +36,10 @@ from caesura_host_updater.drivers.qemu.handover import (
     set_capabilities,
 )
 from caesura_host_updater.drivers.qemu.launching import Launcher
-from caesura_host_updater.drivers.qemu.memory_comparison import Views
+from caesura_host_updater.drivers.qemu.memory_comparison import Views, compare, find_views
 from caesura_host_updater.drivers.qemu.observer import read_snapshot
 from caesura_host_updater.drivers.qemu.process_records import Records, VmProcessRecord
 from caesura_host_updater.drivers.qemu.realtime import RealtimeBoost
-from caesura_host_updater.drivers.qemu.swap_memory_check import compare, find_views
 from caesura_host_updater.drivers.qemu.vmm import NoVmm, last_words
 from caesura_host_updater.spawn import ExitWatch, reap
 from caesura_vmcontrol import claims

@@ -28,7 +28,7 @@ from caesura_vmcontrol.procfs import boot_id
 _log = get_logger("caesura.host_updater")
 
 
-class OperationQueue:
+class CurrentOperation:
     """See the module.
 
     Args:

@@ -286,6 +286,8 @@ async def test_the_prepare_hook_runs_once_with_the_event_in_its_environment(
         await scene.host.hears(VmReady, event_id="e1", ready=True)
         await scene.host.announce(3, event(status="started"))
         await scene.host.announce(4, event(status="started"), event("e3"))
+        assert (tmp_path / "out").read_text() == "e1 web-1 2\n", "one event at a time"
+        await scene.host.announce(5, event("e3"))
         await scene.host.hears(VmReady, event_id="e3")
     assert (tmp_path / "out").read_text() == "e1 web-1 2\ne3 web-1 2\n"
 

@@ -36,8 +36,7 @@ def version_of(document: SetDocument) -> tuple[int, int]:
 
 def find_event(document: SetDocument, event_id: str) -> ScheduledEvent | None:
     """The open event with this id, compared case-insensitively, since ids are GUIDs; None if there is none (any more)."""
-    wanted = event_id.casefold()
-    return next((each for each in document.events if each.event_id.casefold() == wanted), None)
+    return _by_id(document).get(event_id.lower())
 
 
 def schedule(document: SetDocument, *events: ScheduledEvent) -> SetDocument:

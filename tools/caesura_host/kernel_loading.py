@@ -96,7 +96,7 @@ def unload_kernel(*, root: Path = Path("/"), run: Run = run_program) -> None:
 def _write(path: Path, data: bytes) -> None:
     temporary = path.with_suffix(".new")
     try:
-        path.parent.mkdir(exist_ok=True, mode=0o755)
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o755)
         temporary.write_bytes(data)
         temporary.chmod(0o644)  # the host updater reads it, as a user of its own
         temporary.replace(path)

@@ -234,7 +234,9 @@ def _initramfs(wanted: Wanted, facts: HostFacts) -> list[Step]:
 
 def _initramfs_remedy(facts: HostFacts, stale: list[str]) -> str:
     if not facts.initramfs_hooks:
-        return "no /boot/initrd.img-RELEASE was found, or lsinitramfs is missing: the hook needs initramfs-tools"
+        return (
+            "no /boot/initrd.img-RELEASE was found, or lsinitramfs is missing: the hook needs initramfs-tools"
+        )
     return f"update-initramfs -u -k {stale[0] if len(stale) == 1 else 'all'}" if stale else ""
 
 

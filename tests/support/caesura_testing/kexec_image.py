@@ -21,11 +21,23 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from caesura_guest_image.cpio import FOLDER, file_entry, link_entry, pack
+
 ROOT = Path(__file__).parents[3]
 INSIDE = Path(__file__).parent / "kexec_inside"
 _SUITE = "bookworm"
 _PACKAGES = (
-    *("systemd", "systemd-sysv", "udev", "dbus", "kmod", "python3", "busybox-static", "initramfs-tools", "kexec-tools"),
+    *(
+        "systemd",
+        "systemd-sysv",
+        "udev",
+        "dbus",
+        "kmod",
+        "python3",
+        "busybox-static",
+        "initramfs-tools",
+        "kexec-tools",
+    ),
     *("ndctl", "iproute2", "util-linux", "procps", "e2fsprogs", "sudo", "zstd"),
 )
 _MACHINE = ("qemu-system-x86", "linux-image-amd64")
@@ -140,7 +152,9 @@ def _system(say: bool) -> Path:
     # No initramfs is made now: both are made with the hook.
     (tree / "usr/sbin/policy-rc.d").write_text("#!/bin/sh\nexit 101\n")
     (tree / "usr/sbin/policy-rc.d").chmod(0o755)
-    (tree / "etc/initramfs-tools/update-initramfs.conf").write_text("update_initramfs=no\nbackup_initramfs=no\n")
+    (tree / "etc/initramfs-tools/update-initramfs.conf").write_text(
+        "update_initramfs=no\nbackup_initramfs=no\n"
+    )
     env = {"DEBIAN_FRONTEND": "noninteractive", "LC_ALL": "C.UTF-8"}
     # The newest, and the one before it that apt has.
     _run("chroot", str(tree), "apt-get", "update", "-qq", env=env)
@@ -152,9 +166,10 @@ def _system(say: bool) -> Path:
     if len(found) < 2:
         raise NoImage(f"apt offers {len(found)} kernels of Debian 12, and two are needed")
     packages = ("qemu-system-x86", *(f"linux-image-{each}-amd64" for each in found[-2:]))
-    _run("chroot", str(tree), "apt-get", "install", "-y", "-qq", "--no-install-recommends", *packages, env=env)
+    _run(
+        "chroot", str(tree), "apt-get", "install", "-y", "-qq", "--no-install-recommends", *packages, env=env
+    )
     _slim(tree)
-    _local_changes(tree)
     (made / "complete").write_text(f"{time.monotonic() - begun:.0f} s\n")
     if say:
         print(f"system built in {time.monotonic() - begun:.0f} s", file=sys.stderr)
@@ -166,7 +181,14 @@ def _slim(tree: Path) -> None:
         shutil.rmtree(tree / name, ignore_errors=True)
     (tree / "usr/sbin/policy-rc.d").unlink()
     for kernel in (tree / "lib/modules").iterdir():
-        for name in ("sound", "drivers/gpu", "drivers/media", "drivers/net/wireless", "drivers/infiniband", "drivers/net/ethernet"):
+        for name in (
+            "sound",
+            "drivers/gpu",
+            "drivers/media",
+            "drivers/net/wireless",
+            "drivers/infiniband",
+            "drivers/net/ethernet",
+        ):
             shutil.rmtree(kernel / "kernel" / name, ignore_errors=True)
         _run("chroot", str(tree), "depmod", kernel.name)
 
@@ -177,14 +199,22 @@ def _local_changes(tree: Path) -> None:
     (tree / "etc/fstab").write_text("/dev/vda / ext4 defaults 0 0\n")
     (tree / "etc/hostname").write_text("host\n")
     (tree / "etc/machine-id").write_text("")
-    (tree / "etc/initramfs-tools/update-initramfs.conf").write_text("update_initramfs=all\nbackup_initramfs=no\n")
-    (tree / "etc/initramfs-tools/conf.d/rig").write_text("MODULES=list\nCOMPRESS=lz4\n" if (tree / "usr/bin/lz4").exists() else "MODULES=list\n")
+    (tree / "etc/initramfs-tools/update-initramfs.conf").write_text(
+        "update_initramfs=all\nbackup_initramfs=no\n"
+    )
+    (tree / "etc/initramfs-tools/conf.d/rig").write_text(
+        "MODULES=list\nCOMPRESS=lz4\n" if (tree / "usr/bin/lz4").exists() else "MODULES=list\n"
+    )
     with (tree / "etc/initramfs-tools/modules").open("a") as file:
         file.write("\n".join(_MODULES) + "\n")
     for source in INSIDE.iterdir():
         match source.suffix:
             case ".service" | ".network":
-                target = units / source.name if source.suffix == ".service" else tree / "etc/systemd/network" / source.name
+                target = (
+                    units / source.name
+                    if source.suffix == ".service"
+                    else tree / "etc/systemd/network" / source.name
+                )
             case ".hook":
                 target = tree / "etc/initramfs-tools/scripts/init-premount" / source.stem
             case ".rules":
@@ -197,13 +227,21 @@ def _local_changes(tree: Path) -> None:
     (units / "sysinit.target.wants").mkdir(exist_ok=True)
     (units / "sysinit.target.wants/rig-shell.service").symlink_to("../rig-shell.service")
     (units / "multi-user.target.wants").mkdir(exist_ok=True)
-    (units / "multi-user.target.wants/systemd-networkd.service").symlink_to("/lib/systemd/system/systemd-networkd.service")
+    (units / "multi-user.target.wants/systemd-networkd.service").symlink_to(
+        "/lib/systemd/system/systemd-networkd.service"
+    )
     for unit in ("systemd-timesyncd", "getty@tty1", "e2scrub_reap", "systemd-pstore"):
         for wants in units.glob(f"*.wants/{unit}.service"):
             wants.unlink()
     for unit in (
         *("serial-getty@ttyS0.service", "getty.target", "kexec.service", "kexec-load.service"),
-        *("apt-daily.timer", "apt-daily-upgrade.timer", "dpkg-db-backup.timer", "e2scrub_all.timer", "fstrim.timer"),
+        *(
+            "apt-daily.timer",
+            "apt-daily-upgrade.timer",
+            "dpkg-db-backup.timer",
+            "e2scrub_all.timer",
+            "fstrim.timer",
+        ),
         *("systemd-networkd-wait-online.service", "e2scrub_reap.service", "systemd-update-utmp.service"),
     ):
         (units / unit).unlink(missing_ok=True)
@@ -233,11 +271,17 @@ def _caesura(folder: Path, uv: str) -> None:
     shutil.rmtree(site / "bin", ignore_errors=True)
     (venv / "bin").mkdir()
     (venv / "bin/python3").symlink_to("/usr/bin/python3")
-    (venv / "pyvenv.cfg").write_text("home = /usr/bin\ninclude-system-site-packages = false\nversion = 3.11.2\n")
+    (venv / "pyvenv.cfg").write_text(
+        "home = /usr/bin\ninclude-system-site-packages = false\nversion = 3.11.2\n"
+    )
     scripts = next(site.glob("caesura-*.dist-info/entry_points.txt")).read_text()
-    for name, module, function in re.findall(r"^([\w-]+) = ([\w.]+):(\w+)$", scripts.split("[console_scripts]")[1].split("[")[0], re.MULTILINE):
+    for name, module, function in re.findall(
+        r"^([\w-]+) = ([\w.]+):(\w+)$", scripts.split("[console_scripts]")[1].split("[")[0], re.MULTILINE
+    ):
         script = venv / "bin" / name
-        script.write_text(f"#!/opt/caesura/bin/python3\nimport sys\nfrom {module} import {function}\nsys.exit({function}())\n")
+        script.write_text(
+            f"#!/opt/caesura/bin/python3\nimport sys\nfrom {module} import {function}\nsys.exit({function}())\n"
+        )
         script.chmod(0o755)
 
 
@@ -275,24 +319,33 @@ def _digest(name: str, *folders: Path) -> str:
     found = hashlib.sha256(f"{name} {CARVE_OUT} {Path(__file__).read_text()}".encode())
     for folder in folders:
         for path in sorted(folder.rglob("*")):
-            if path.is_file() and not path.is_symlink() and path.suffix != ".pyc" and not path.parent.name.endswith(".dist-info"):
+            if (
+                path.is_file()
+                and not path.is_symlink()
+                and path.suffix != ".pyc"
+                and not path.parent.name.endswith(".dist-info")
+            ):
                 found.update(str(path.relative_to(folder)).encode() + b"\0" + path.read_bytes())
     return found.hexdigest()[:12]
 
 
 def _make(system: Path, making: Path, made: Path) -> None:
     tree = making / "tree"
-    # Hard links: nothing below writes into a file of the system, only beside it, or a new one in its place.
+    # Hard links: what follows writes to /etc and /opt, and makes new files elsewhere.
     _run("cp", "-al", str(system), str(tree))
+    for name in ("etc", "opt"):
+        shutil.rmtree(tree / name)
+        _run("cp", "-a", str(system / name), str(tree / name))
+    _local_changes(tree)
     _run("cp", "-a", str(making / "caesura"), str(tree / "opt/caesura"))
     _run("chroot", str(tree), "python3", "-m", "compileall", "-q", "-x", "rehearse|demo", "/opt/caesura/lib")
-    for name in ("etc/fstab", "etc/passwd", "etc/group", "etc/shadow", "etc/gshadow"):
-        path = tree / name
-        data, stat = path.read_bytes(), path.stat()
-        path.unlink()
-        path.write_bytes(data)
-        path.chmod(stat.st_mode & 0o7777)
-    _run("install", "-m", "644", str(ROOT / "deploy/systemd/caesura.sysusers"), str(tree / "usr/lib/sysusers.d/caesura.conf"))
+    _run(
+        "install",
+        "-m",
+        "644",
+        str(ROOT / "deploy/systemd/caesura.sysusers"),
+        str(tree / "usr/lib/sysusers.d/caesura.conf"),
+    )
     _run("chroot", str(tree), "systemd-sysusers")
     units = tree / "etc/systemd/system"
     for name in ("caesura-host-updater", "caesura-pause-guard"):
@@ -300,12 +353,18 @@ def _make(system: Path, making: Path, made: Path) -> None:
         (units / f"{name}.service.d").mkdir()
         shutil.copyfile(ROOT / f"deploy/systemd/qemu/{name}.conf", units / f"{name}.service.d/qemu.conf")
     (tree / "etc/caesura/updates.d").mkdir(parents=True)
+    guest = {
+        "bin/busybox": file_entry((tree / "bin/busybox").read_bytes(), executable=True),
+        "bin/sh": link_entry("busybox"),
+        "init": file_entry((INSIDE / "guest-init").read_bytes(), executable=True),
+        **dict.fromkeys(("dev", "proc", "sys", "tmp"), FOLDER),
+    }
+    (tree / "opt/rig/guest.cpio").write_bytes(pack(guest))
     releases = sorted(
         (path.name for path in (tree / "lib/modules").iterdir()),
         key=lambda text: [int(part) for part in re.findall(r"\d+", text)],
     )
     old, new = releases[-2:]
-    _run("chroot", str(tree), "mknod", "-m", "666", "/dev/null", "c", "1", "3") if not (tree / "dev/null").exists() else None
     for release in releases:
         _run("chroot", str(tree), "update-initramfs", "-c", "-k", release)
     _prepare(tree)
@@ -324,8 +383,24 @@ def _make(system: Path, making: Path, made: Path) -> None:
 
 def _prepare(tree: Path) -> None:
     """As an operator does it; what is left (the file system in the carve-out) is made when the host runs."""
-    argv = ("chroot", str(tree), "/opt/caesura/bin/caesura", "host", "prepare-kexec", "--memmap", CARVE_OUT, "--apply")
-    done = subprocess.run(argv, capture_output=True, text=True, timeout=_PAUSE, check=False, env={**os.environ, "PATH": _path(), "LC_ALL": "C.UTF-8"})
+    argv = (
+        "chroot",
+        str(tree),
+        "/opt/caesura/bin/caesura",
+        "host",
+        "prepare-kexec",
+        "--memmap",
+        CARVE_OUT,
+        "--apply",
+    )
+    done = subprocess.run(
+        argv,
+        capture_output=True,
+        text=True,
+        timeout=_PAUSE,
+        check=False,
+        env={**os.environ, "PATH": _path(), "LC_ALL": "C.UTF-8"},
+    )
     if done.returncode not in (0, 1) or "Traceback" in done.stderr or "caesura: wrote" not in done.stderr:
         raise NoImage(f"prepare-kexec in the image ended with {done.returncode}:\n{done.stdout}{done.stderr}")
 
@@ -333,7 +408,9 @@ def _prepare(tree: Path) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Build it, and print where it is."""
     parser = argparse.ArgumentParser(prog="python -m caesura_testing.kexec_image", description=__doc__)
-    parser.add_argument("--missing", action="store_true", help="print why it cannot be built here, and fail then")
+    parser.add_argument(
+        "--missing", action="store_true", help="print why it cannot be built here, and fail then"
+    )
     parser.add_argument("--uv", default=os.environ.get("UV", "uv"))
     arguments = parser.parse_args(argv)
     if arguments.missing:

@@ -43,7 +43,7 @@ _PACKAGES = (
 _MACHINE = ("qemu-system-x86", "linux-image-amd64")
 _IMAGE = re.compile(r"^linux-image-(\d+(?:\.\d+)*-\d+)-amd64$")
 _PAUSE = 3600.0  # s: for one program of the build; a mirror may be slow
-CARVE_OUT = "192M!1G"
+CARVE_OUT = "256M!1G"
 # The hosts' boot waits for these only; the rest would be some hundred modules to unpack in emulation.
 _MODULES = ("virtio_pci", "virtio_blk", "virtio_net", "ext4", "crc32c_generic")
 

@@ -10,10 +10,14 @@ import os
 from dataclasses import dataclass, field
 from typing import Any
 
+from caesura_vmcontrol import kernel_change
+from caesura_vmcontrol.kernel_change import KernelChange
 from caesura_vmcontrol.resume_plans import ResumePlan, plan_from_json, plan_to_json
 from caesura_vmcontrol.sealed import is_sealed, seal, unseal
 
 FORMAT = 1
+FORMAT_ACROSS_BOOTS = 2
+"""Only where the host's kernel is replaced: a guard that does not know it must not clear it away as another boot's."""
 
 
 class UnreadableIntent(ValueError):
@@ -60,12 +64,17 @@ class Intent:
     deadline: float
     plans: tuple[ResumePlan, ...]
     fired: GuardAction | None = None
+    kernel_change: KernelChange | None = None
+    """The host's kernel is replaced in the pause; another boot completes the operation."""
 
     def to_json(self) -> dict[str, Any]:
         """The intent as it is on disk and is sent to the updater."""
         fired = self.fired
+        change = self.kernel_change
+        across = {} if change is None else {"kernel_change": kernel_change.to_json(change)}
         return {
-            "format": FORMAT,
+            **across,
+            "format": FORMAT if change is None else FORMAT_ACROSS_BOOTS,
             "operation": self.operation,
             "boot_id": self.boot_id,
             "armed_at": self.armed_at,
@@ -84,8 +93,11 @@ class Intent:
     def from_json(cls, data: Any) -> Intent:
         """Read an intent. Raises UnreadableIntent."""
         try:
-            if data["format"] != FORMAT:
-                raise UnreadableIntent(f"intent of format {data['format']}, this guard knows {FORMAT}")
+            if data["format"] not in (FORMAT, FORMAT_ACROSS_BOOTS):
+                raise UnreadableIntent(
+                    f"intent of format {data['format']}, this guard knows {FORMAT} and {FORMAT_ACROSS_BOOTS}"
+                )
+            change = data["kernel_change"] if data["format"] == FORMAT_ACROSS_BOOTS else None
             action = data["fired"]
             fired = None
             if action is not None:
@@ -100,6 +112,7 @@ class Intent:
                 float(data["deadline"]),
                 tuple(plan_from_json(plan) for plan in data["plans"]),
                 fired,
+                None if change is None else kernel_change.from_json(change),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UnreadableIntent(f"the guard's intent cannot be read: {error}") from error

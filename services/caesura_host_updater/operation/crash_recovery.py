@@ -23,12 +23,13 @@ from caesura_host_updater.drivers.port import Driver, DriverError, NotRunningYet
 from caesura_host_updater.guard_client import GuardClient, GuardUnavailable
 from caesura_host_updater.inventory.installs import marks_of
 from caesura_host_updater.journal import Journal, JournalEntry, JournalThread
+from caesura_host_updater.operation.arrival import arrived
 from caesura_host_updater.operation.crash_outcome import recovered
 from caesura_host_updater.operation.facts import FactFactory
 from caesura_host_updater.operation.finalizer import OperationFinalizer
 from caesura_host_updater.operation.report import clock_wait, final_report, frozen_fact, resumed_fact
 from caesura_host_updater.operation.runner import to_wall_clock
-from caesura_host_updater.operation.state import Operation
+from caesura_host_updater.operation.state import BEFORE_SAVING, Operation
 from caesura_host_updater.operation.vm_actions import started
 from caesura_host_updater.pause_markers import PauseMarkers, how_to_resume
 from caesura_host_updater.update_process import end_orphans
@@ -277,13 +278,12 @@ class CrashRecovery:
             # An operation without an end always has both: `accept` writes them in one transaction.
             return None
         command = entry.command
-        op = recovered(
-            entry.state,
-            held,
-            resumed_now,
-            same_boot=entry.boot_id == boot_id(),
-            not_started=not_started,
-        )
+        same_boot = entry.boot_id == boot_id()
+        if entry.state.method == "kexec" and not same_boot and entry.state.phase not in BEFORE_SAVING:
+            change = held.kernel_change if held is not None and held.operation == entry.id else None
+            op = arrived(entry.state, change, wall_s=time.time(), now=time.monotonic())
+        else:
+            op = recovered(entry.state, held, resumed_now, same_boot=same_boot, not_started=not_started)
         messages, waits = [], []
         for vm in op.vms:
             if vm.frozen_at is None or vm.resumed_at is None or vm.end in ("gone", "left"):

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from caesura_vmcontrol import kernel_change
+from caesura_vmcontrol.durable_files import give_to_owner
 from caesura_vmcontrol.kernel_change import KernelChange
 from caesura_vmcontrol.resume_plans import ResumePlan, plan_from_json, plan_to_json
 from caesura_vmcontrol.sealed import is_sealed, seal, unseal
@@ -37,7 +38,7 @@ class Intervention:
     end: str = ""
     """``running`` or ``gone``; empty while neither."""
     owner: str = ""
-    """Swap and replace: which process runs the guest, ``old`` or ``new:PID:TICKS``; else empty."""
+    """Swap and replace: which process runs the guest, ``old`` or the claim ``new:...``; else empty."""
 
 
 @dataclass
@@ -132,6 +133,14 @@ class IntentFile:
     def load(self) -> Intent | None:
         """The intent of a previous run, or None. Raises UnreadableIntent after putting the file aside."""
         try:
+            return self.read()
+        except UnreadableIntent:
+            os.replace(self._path, f"{self._path}.unreadable")
+            raise
+
+    def read(self) -> Intent | None:
+        """As ``load``, and an unreadable file stays where it is. Raises UnreadableIntent."""
+        try:
             with open(self._path, "rb") as file:
                 raw = file.read()
             # Before there were checksums it was plain JSON.
@@ -139,7 +148,6 @@ class IntentFile:
         except FileNotFoundError:
             return None
         except ValueError as error:
-            os.replace(self._path, f"{self._path}.unreadable")
             raise UnreadableIntent(str(error)) from error
 
     def store(self, intent: Intent) -> None:
@@ -148,6 +156,9 @@ class IntentFile:
         handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         try:
             with open(handle, "wb") as file:
+                give_to_owner(
+                    file.fileno(), self._folder
+                )  # an arrival is root's, the guard that follows is not
                 file.write(seal(intent.to_json()))
                 file.flush()
                 os.fsync(file.fileno())

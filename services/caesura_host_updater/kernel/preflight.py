@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 import msgspec
 
 from caesura.contract.messages import KernelFigure
+from caesura.lifecycle.loaded_kernel import LoadedKernel, carve_outs
 from caesura_host_updater.inventory.kernel_options import KernelOptions
 
 RESERVE = 1.5
@@ -28,17 +29,6 @@ class Mount(msgspec.Struct, frozen=True, kw_only=True):
     place: str
     kind: str
     options: tuple[str, ...]
-
-
-class LoadedKernel(msgspec.Struct, frozen=True, kw_only=True):
-    """What ``caesura host load-kernel`` wrote down of the kernel that it loaded."""
-
-    boot_id: str
-    release: str
-    kernel: str
-    initrd: str
-    command_line: str
-    hook_version: str
 
 
 class KernelFacts(msgspec.Struct, frozen=True, kw_only=True):
@@ -83,12 +73,6 @@ def mount_of(mounts: Iterable[Mount], path: str) -> Mount | None:
         if inside and (best is None or len(each.place) >= len(best.place)):
             best = each
     return best
-
-
-def carve_outs(command_line: str) -> tuple[str, ...]:
-    """The regions that ``memmap=SIZE!START`` keeps, as written, sorted."""
-    words = (word.removeprefix("memmap=") for word in command_line.split() if word.startswith("memmap="))
-    return tuple(sorted(region for word in words for region in word.split(",") if "!" in region))
 
 
 def obstacles(facts: KernelFacts, options: KernelOptions) -> Iterator[str]:

@@ -12,13 +12,13 @@ from pathlib import Path
 import msgspec
 
 from caesura.contract.messages import HostKernel, KernelFigure
+from caesura.lifecycle.loaded_kernel import RECORD, LoadedKernel
 from caesura.runtime.logs import get_logger
 from caesura.runtime.threads import in_thread
 from caesura_host_updater.inventory.kernel_options import KernelOptions
 from caesura_host_updater.kernel.figures import add_figure, read_figures
 from caesura_host_updater.kernel.preflight import (
     KernelFacts,
-    LoadedKernel,
     figure_error,
     loaded_error,
     mounts_in,
@@ -28,7 +28,6 @@ from caesura_vmcontrol.kernel_change import KernelChange
 
 _LOOK_S = 10.0  # s: between two looks for the inventory
 _READ_S = 5.0  # s: for one look, which takes milliseconds
-_RECORD = "/run/caesura/kexec-loaded.json"
 _OF_THE_FLEET = ("caesura-coordinator", "caesura-metadata-publisher", "caesura-metrics-exporter")
 _BROKERS = ("mosquitto", "nats-server", "emqx", "rabbitmq-server")
 _TEXT = 1000  # characters of a problem: an inventory holds several
@@ -146,7 +145,7 @@ class KernelReadiness:
 
     def _loaded(self) -> LoadedKernel | None:
         with suppress(OSError, msgspec.DecodeError):
-            return msgspec.json.decode((self._root / _RECORD[1:]).read_bytes(), type=LoadedKernel)
+            return msgspec.json.decode((self._root / RECORD[1:]).read_bytes(), type=LoadedKernel)
         return None
 
 
